@@ -1,0 +1,4 @@
+"""`python -m pillsnap` is the `pillsnap` command."""
+from pillsnap.cli import main
+
+main()

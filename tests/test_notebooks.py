@@ -1,0 +1,202 @@
+"""The house rules, on the notebooks themselves (DESIGN: `examples/10_data.capture.ipynb` is the model)."""
+import ast
+import json
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NBS = sorted((ROOT/"nbs").glob("[0-9]*.ipynb"))
+WINGS = {"0": "core", "1": "data", "2": "models", "3": "training", "4": "evaluation", "5": "deployment"}
+BY_NAME = pytest.mark.parametrize("path", NBS, ids=lambda p: p.stem)
+
+
+def cells(path: Path, kind: str = "code") -> list:
+    return [c for c in nbformat.read(path, 4).cells if c.cell_type == kind]
+
+
+def exported(path: Path) -> list[str]:
+    return [c.source for c in cells(path) if re.match(r"#\|\s*export\b", c.source)]
+
+
+def code_lines(src: str) -> int:
+    return sum(1 for l in src.splitlines() if l.strip() and not l.lstrip().startswith("#"))
+
+
+def module_of(path: Path) -> str:
+    return re.sub(r"^\d+[a-z]?_", "", path.stem)
+
+
+def number(path: Path) -> str:
+    return path.stem.split("_")[0]
+
+
+@BY_NAME
+def test_file_name_is_the_module(path):
+    first = next(c.source for c in cells(path) if "default_exp" in c.source)
+    assert re.search(r"#\|\s*default_exp\s+(\S+)", first)[1] == module_of(path)
+    wing = WINGS.get(path.stem[0])
+    assert wing is None or module_of(path).startswith(f"{wing}.")
+
+
+@BY_NAME
+def test_opens_as_literature(path):
+    first = nbformat.read(path, 4).cells[0]
+    assert first.cell_type == "markdown"
+    lines = [l for l in first.source.splitlines() if l.strip()]
+    assert lines[0].startswith("# ") and lines[1].startswith("> "), "title, one line, why"
+    words = sum(len(c.source.split()) for c in cells(path, "markdown"))
+    assert words > 60, "a notebook that is only code cells is not done"
+
+
+@BY_NAME
+def test_imports_point_down(path):
+    numbers = {module_of(p): number(p) for p in NBS}
+    wing = module_of(path).split(".")[0]
+    for src in exported(path):
+        for mod in re.findall(r"(?:from|import) pillsnap\.([\w.]+)", src):
+            if mod not in numbers:  # `from pillsnap.training import classifier`
+                continue
+            assert numbers[mod] < number(path), f"{path.stem} imports {mod}, which comes later"
+            if wing in ("evaluation", "deployment"):
+                assert not mod.startswith("training."), f"{wing} never imports training"
+
+
+@BY_NAME
+def test_imports_stand_alone(path):
+    for c in cells(path):
+        src = re.sub(r"^\s*[%!].*$", "", c.source, flags=re.M)
+        body = ast.parse(src).body
+        kinds = {isinstance(n, (ast.Import, ast.ImportFrom)) for n in body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))}
+        assert kinds != {True, False}, f"imports share a cell with code:\n{c.source[:300]}"
+
+
+@BY_NAME
+def test_no_star_imports_in_exported_code(path):
+    assert not any(re.search(r"import \*", s) for s in exported(path))
+
+
+@BY_NAME
+@pytest.mark.spec("BX15")
+def test_a_stage_has_one_parameters_cell(path):
+    nb = nbformat.read(path, 4)
+    is_stage = any(c.cell_type == "markdown" and "## Stage job" in c.source for c in nb.cells)
+    tagged = [c for c in nb.cells if "parameters" in c.metadata.get("tags", [])]
+    assert len(tagged) == (1 if is_stage else 0)
+    if is_stage:
+        assert nb.metadata.kernelspec.language == "python", "papermill by hand needs the kernel's name"
+        for line in tagged[0].source.splitlines():
+            assert re.match(r"\w+\s*:\s*[\w|. \[\]]+\s*=\s*.+#\s*\S", line), f"typed literal with a comment: {line!r}"
+        tail = [c.source for c in nb.cells if c.cell_type == "code"]
+        i = tail.index(tagged[0].source)
+        assert " as stage" in tail[i+1] and "job = stage." in tail[i+2] and "res = job.run()" in tail[i+3]
+        assert any("assert" in s or "test_" in s for s in tail[i+4:]), "the contract: assertions true at any scale"
+
+
+def test_the_six_stages_are_the_pipeline():
+    from pillsnap.cli import PIPELINE
+    stages = {p.stem for p in NBS if any("## Stage job" in c.source for c in cells(p, "markdown"))}
+    assert stages == {s.notebook for s in PIPELINE}
+
+
+@BY_NAME
+def test_nothing_exports_itself_and_nothing_reads_the_console(path):
+    for c in cells(path):
+        assert "nbdev_export(" not in c.source
+        assert not re.search(r"(?<![\w.])input\(", c.source), "papermill has no console to read from (BX15)"
+
+
+@BY_NAME
+def test_cells_are_small(path):
+    sizes = [code_lines(s) for s in exported(path)]
+    assert not sizes or max(sizes) <= 50, f"an export cell of {max(sizes)} lines"
+
+
+def test_the_median_cell_is_small():
+    assert statistics.median(code_lines(s) for p in NBS for s in exported(p)) <= 10
+
+
+def public_functions(path: Path):
+    for src in exported(path):
+        for node in ast.walk(ast.parse(src)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and not node.name.startswith("_"):
+                yield node, src
+
+
+@BY_NAME
+def test_public_functions_say_what_they_do(path):
+    for node, src in public_functions(path):
+        in_class = any(isinstance(n, ast.ClassDef) and node in ast.walk(n) for n in ast.walk(ast.parse(src)))
+        nested = "    def "+node.name in src
+        if not (in_class or nested):
+            assert ast.get_docstring(node), f"{node.name} has no docstring"
+            for a in [*node.args.args, *node.args.kwonlyargs]:
+                if a.arg not in ("self", "cls"):
+                    assert a.annotation is not None, f"{node.name}({a.arg}) has no type"
+
+
+@BY_NAME
+def test_public_parameters_are_documented_where_they_stand(path):
+    from fastcore.docments import docments
+    import importlib
+    if module_of(path) == "cli":
+        return  # typer's options carry their help text
+    names = {n.name for n, src in public_functions(path) if src.lstrip("#| export\n").startswith(("def ", "async def "))}
+    mod = importlib.import_module(f"pillsnap.{module_of(path)}")
+    for name in sorted(names):
+        f = getattr(mod, name, None)
+        if f is None or getattr(f, "__module__", None) != mod.__name__:
+            continue
+        undocumented = [k for k, v in docments(f, full=True, returns=False).items() if not v["docment"] and k not in ("self", "cls", "args", "kwargs")]
+        assert not undocumented, f"{name}: {undocumented} have no comment"
+
+
+@BY_NAME
+def test_committed_outputs_are_clean(path):
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    assert "widgets" not in raw["metadata"]
+    for c in raw["cells"]:
+        for o in c.get("outputs", []):
+            assert o["output_type"] != "error"
+            assert "application/vnd.jupyter.widget-view+json" not in o.get("data", {})
+    assert path.stat().st_size < 1_500_000, "outputs are small"
+    assert str(Path.home())+"/" not in json.dumps(raw) and f"{ROOT.parent}/" not in json.dumps(raw), "no path of somebody's machine"
+
+
+def test_export_leaves_the_package_unchanged(tmp_path):
+    "What nbdev would export is what is committed."
+    from nbdev.export import nb_export
+    for p in NBS:
+        nb_export(str(p), lib_path=str(tmp_path/"pillsnap"))
+    for p in NBS:
+        rel = module_of(p).replace(".", "/")+".py"
+        strip = lambda s: re.sub(r"# %% \S*?(nbs/\S+)", r"# %% \1", re.sub(r"File to edit: \S*?(nbs/\S+)", r"File to edit: \1", s))
+        assert strip((tmp_path/"pillsnap"/rel).read_text(encoding="utf-8")) == strip((ROOT/"pillsnap"/rel).read_text(encoding="utf-8")), f"{p.stem} was edited and not exported"
+
+
+HEAVY = ("torch", "fastai", "ultralytics", "timm", "torchvision", "matplotlib", "papermill")
+LIGHT = ["pillsnap.core.config", "pillsnap.core.record", "pillsnap.core.stages", "pillsnap.data.synth", "pillsnap.data.truth", "pillsnap.data.images",
+         "pillsnap.data.boxes", "pillsnap.models.pipeline", "pillsnap.deployment.predict", "pillsnap.evaluation.gates", "pillsnap.evaluation.advisor"]
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_light_rooms_stay_light(module):
+    "These import neither torch nor what stands on it (deployment runs without; the pure rules are pure)."
+    code = f"import sys; import {module}; bad = [m for m in {HEAVY!r} if m in sys.modules]; print(bad); sys.exit(bool(bad))"
+    r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert r.returncode == 0, r.stdout+r.stderr
+
+
+def test_ultralytics_stays_behind_the_detectors_rooms():
+    "AGPL-3.0: imported in the detector's rooms alone, and there lazily."
+    for p in NBS:
+        for src in exported(p):
+            for line in src.splitlines():
+                if re.search(r"(from|import) ultralytics", line):
+                    assert module_of(p) in ("models.yolo", "training.detector"), f"{p.stem} imports ultralytics"
+                    assert line.startswith(" "), f"{p.stem} imports ultralytics when it is imported itself"
