@@ -1,0 +1,45 @@
+# PillSnap. `make` lists the targets. PYTHON=python3.12 chooses the interpreter that .venv is built on.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test clean-check export-check lab docs clean
+
+VENV ?= .venv
+BIN := $(abspath $(VENV))/bin
+RUN := _runs/demo
+export VENV PYTHON
+export PATH := $(BIN):$(PATH)
+
+help: ## this list
+	@awk -F': .*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## .venv with the pinned packages; does nothing when it is up to date
+	@scripts/core/setup_venv.sh
+
+demo: setup ## render synthetic pills, train, judge, export; prints the scorecard (minutes, no GPU, no network)
+	@pillsnap run all --config demo
+	@echo "try it       $(VENV)/bin/pillsnap predict PHOTO --mode single --run $(RUN)"
+
+test: setup ## clean-check, export-check, every notebook, pytest
+	@scripts/core/in_step.sh clean
+	@scripts/core/in_step.sh export
+	@OMP_NUM_THREADS=1 nbdev_test --n_workers 2
+	@OMP_NUM_THREADS=1 python -m pytest
+
+clean-check: setup ## the notebooks are as nbdev_clean leaves them
+	@scripts/core/in_step.sh clean
+
+export-check: setup ## pillsnap/ is as nbdev_export writes it
+	@scripts/core/in_step.sh export
+
+lab: setup ## JupyterLab on the notebooks
+	@cd nbs && jupyter lab
+
+docs: setup ## the notebooks as a web site in _docs (needs Quarto)
+	@command -v quarto >/dev/null || { echo "make docs needs Quarto, and there is no \`quarto\` on PATH: install it from https://quarto.org/docs/get-started/ and run this again"; exit 1; }
+	@nbdev_docs
+	@echo "open _docs/index.html"
+
+clean: ## remove what builds and tests leave; keeps .venv and _runs
+	@rm -rf _docs _proc build dist *.egg-info .pytest_cache .hypothesis
+	@find . -path ./$(VENV) -prune -o -path ./_runs -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -print0 | xargs -0 rm -rf
