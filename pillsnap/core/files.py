@@ -16,7 +16,8 @@ from typing import Any
 # %% ../../nbs/01_core.files.ipynb #3ac6e149
 from fastcore.basics import patch
 
-# %% ../../nbs/01_core.files.ipynb #20370389
+# %% ../../nbs/01_core.files.ipynb #297ef519
+import pillsnap
 from .errors import PillsnapError
 
 # %% ../../nbs/01_core.files.ipynb #9f6df055
@@ -173,7 +174,7 @@ def sha256_file(
         with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
     except OSError as e: raise os_trouble("the file cannot be read", path, e) from e
 
-# %% ../../nbs/01_core.files.ipynb #24c46464
+# %% ../../nbs/01_core.files.ipynb #a54be6c1
 def _git(root:Path, *args:str)->str:
     return subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, timeout=10, check=True, env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"}).stdout.strip()
 
@@ -189,7 +190,7 @@ def get_git_sha(
     root:str|os.PathLike|None=None # a checkout's top folder; None = the one this package was imported from
 )->str: # 40 hexadecimal digits, with "-dirty" when files were edited; "nogit" outside a checkout
     "The commit of the running code, asked once per process (SPEC CF2)."
-    return _sha_of(Path(root) if root is not None else Path(__file__).resolve().parents[2])
+    return _sha_of(Path(root) if root is not None else Path(pillsnap.__file__).resolve().parents[1])
 
 # %% ../../nbs/01_core.files.ipynb #96df6a05
 class FolderLock:

@@ -75,6 +75,14 @@ class Metric:
         for field, legal in (("how", HOW), ("data", DATA)):
             if (v := getattr(self, field)) not in legal: raise PillsnapError(f"{field} is {v!r}", where=f"metric {self.name}", fix="one of "+", ".join(legal))
 
+# %% ../../nbs/03_core.record.ipynb #484579df
+@patch
+def __str__(self:Metric)->str:
+    "The figure in a line; the rest of its provenance is in `to_dict`."
+    v = f"{self.value:.4g}" if isinstance(self.value, float) else str(self.value)
+    took = "" if self.seconds is None else f", {self.seconds:.3g} s"
+    return f"{self.name} {v} ({self.how}, {self.data}, n={self.n}{took})"
+
 # %% ../../nbs/03_core.record.ipynb #3ca1dece
 def _py(v:Any)->Any:
     "numpy's and torch's scalars as Python's."
@@ -98,7 +106,7 @@ class Provenance:
         "A figure of this run, stamped with the commit and the machine."
         return Metric(name, _py(value), _py(n), how, self.data, self.data_hash, self.class_map_hash, get_git_sha(), _py(seconds), hardware(), note)
 
-# %% ../../nbs/03_core.record.ipynb #6d8d883c
+# %% ../../nbs/03_core.record.ipynb #3750ab3f
 MIN_SECONDS_PER_SAMPLE = 20e-6  # no model here answers 50,000 photos a second
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -109,8 +117,8 @@ def doubts(self:Metric)->list[str]: # empty when the figure was measured
     "What speaks against this figure as a measurement (SPEC BX2)."
     n_ok = isinstance(self.n, int) and not isinstance(self.n, bool) and self.n > 0
     t_ok = _number(self.seconds) and not isinstance(self.seconds, bool) and self.seconds > 0
-    said = [(self.how == "measured", f"it was {self.how}"), (_number(self.value), f"the value is {self.value}"), (n_ok, f"n is {self.n}"),
-            (t_ok, f"it took {self.seconds} s"),
+    said = [(self.how == "measured", f"it was {self.how}"), (_number(self.value), f"the value is {self.value!r}"), (n_ok, f"n is {self.n!r}, not a count"),
+            (t_ok, f"it took {self.seconds!r} s"),
             (not (n_ok and t_ok) or self.seconds >= self.n*MIN_SECONDS_PER_SAMPLE, f"{self.n} samples in {self.seconds} s is impossible"),
             *((isinstance(h, str) and bool(_SHA256.fullmatch(h)), f"{what} is missing") for what, h in (("the data's hash", self.data_hash), ("the class map's hash", self.class_map_hash))),
             (bool(self.commit), "the commit is missing"), (bool(self.hardware), "the hardware is missing")]
