@@ -56,7 +56,7 @@ def _write(state:dict[str,Any], path:Path)->None:
         try: torch.save(state, f)
         except (RuntimeError, OSError) as e: raise f.error or e
 
-# %% ../../nbs/06_core.checkpoint.ipynb #fc3a7e85
+# %% ../../nbs/06_core.checkpoint.ipynb #e1efe0ee
 def save_ckpt(
     path:str|os.PathLike,             # checkpoints/classifier/last.pt
     *,
@@ -70,11 +70,11 @@ def save_ckpt(
     scaler_state:Any=None,            # of the GradScaler, fp16 only
     rng_state:Mapping|None=None,      # what `rng_state` gave
     sampler_state:Any=None,           # where the sampler stands
-    **extra:Any                       # more plain values: backbone, img_size, ema_state
+    **kwargs:Any                      # more plain values: backbone, img_size, ema_state
 )->Path:
     "Write a checkpoint whole or not at all (SPEC Annex 3, CT15)."
     state = dict(model_state=model_state, optimizer_state=optimizer_state, scheduler_state=scheduler_state, scaler_state=scaler_state, epoch=epoch,
-                 best_metric=best_metric, config_snapshot=config_snapshot, class_map=class_map, rng_state=rng_state, sampler_state=sampler_state, **extra)
+                 best_metric=best_metric, config_snapshot=config_snapshot, class_map=class_map, rng_state=rng_state, sampler_state=sampler_state, **kwargs)
     state = {k: plain(v, k) for k, v in state.items()}
     with atomic_path(path) as tmp: _write(state, tmp)
     return Path(path)

@@ -56,7 +56,7 @@ def ensure_dir(
     except OSError as e: raise os_trouble("the folder cannot be made", p, e) from e
     return p
 
-# %% ../../nbs/01_core.files.ipynb #90bee901
+# %% ../../nbs/01_core.files.ipynb #91e99e28
 PARTIAL = ".partial"  # how an unfinished file's name ends
 
 def _sync(path:Path, flags:int=os.O_RDONLY)->None:
@@ -70,7 +70,7 @@ def _sync(path:Path, flags:int=os.O_RDONLY)->None:
 def _ours(e:OSError, tmp:Path)->bool:
     "Whether an error is about the file being written, and not about something the caller read meanwhile."
     names = {str(n) for n in (e.filename, e.filename2) if n is not None}
-    return not names or bool(names & {str(tmp), str(tmp.parent)})
+    return e.errno in _REMEDY and e.errno != errno.ENOENT and (not names or bool(names & {str(tmp), str(tmp.parent)}))
 
 # %% ../../nbs/01_core.files.ipynb #8f1dee79
 @contextmanager

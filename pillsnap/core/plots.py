@@ -95,7 +95,7 @@ def show_grid(
     plt.close(fig)
     return fig
 
-# %% ../../nbs/07_core.plots.ipynb #4fd4ae01
+# %% ../../nbs/07_core.plots.ipynb #32984496
 def _label(draw:ImageDraw.ImageDraw, xy:tuple[float,float], text:str, colour:str, px:int)->None:
     "A word on a coloured ground, inside the photo."
     font = ImageFont.truetype(str(font_path()), px)
@@ -114,7 +114,7 @@ def draw_boxes(
     "A copy of a photo with its boxes."
     im = Image.fromarray(np.ascontiguousarray(image)).convert("RGB"); draw = ImageDraw.Draw(im)
     boxes = np.asarray(xyxy, dtype=float).reshape(-1, 4)
-    line, px = max(1, round(max(im.size)/320)), max(10, round(max(im.size)/44))
+    line, px = max(1, round(max(im.size)/240)), max(10, round(max(im.size)/30))
     for i, (x0, y0, x1, y1) in enumerate(boxes):
         c = colour if isinstance(colour, str) else colour[i]
         draw.rectangle((min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1)), outline=c, width=line)

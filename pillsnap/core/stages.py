@@ -7,8 +7,8 @@ __all__ = ['SUBFOLDERS', 'RunFolder', 'StageResult', 'markdown_table', 'fingerpr
            'StageJob', 'run_id', 'Stage', 'notebook_parameters', 'check_parameters', 'in_sync', 'StageFailed',
            'resume_command', 'run_stage', 'choose', 'fresh_folder', 'run_pipeline']
 
-# %% ../../nbs/08_core.stages.ipynb #b4238c69
-import dataclasses, hashlib, html, importlib, json, logging, os, re, sys, tempfile, time, traceback, uuid
+# %% ../../nbs/08_core.stages.ipynb #56284318
+import ast, dataclasses, hashlib, importlib, importlib.util, json, logging, os, re, sys, tempfile, time, traceback, uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -275,17 +275,19 @@ class Stage:
         module, cls = self.job.split(":")
         return getattr(importlib.import_module(module), cls)
 
-# %% ../../nbs/08_core.stages.ipynb #12d6cceb
+# %% ../../nbs/08_core.stages.ipynb #450e570e
 def notebook_parameters(
     path:str|os.PathLike # a stage notebook
-)->dict[str,Any]: # name → default, as text
+)->dict[str,Any]: # name → default
     "The parameters of a notebook; an error without exactly one cell tagged `parameters`."
     import nbformat
-    from papermill import inspect_notebook
-    nb = nbformat.read(path, 4)
-    n = sum("parameters" in c.metadata.get("tags", []) for c in nb.cells)
-    if n != 1: raise PillsnapError(f"{n} cells are tagged `parameters`, there must be one", where=path, fix="tag the cell in JupyterLab's property inspector; papermill would run the defaults in silence")
-    return {k: v["default"] for k,v in inspect_notebook(str(path)).items()}
+    cells = [c.source for c in nbformat.read(path, 4).cells if "parameters" in c.metadata.get("tags", [])]
+    if len(cells) != 1: raise PillsnapError(f"{len(cells)} cells are tagged `parameters`, there must be one", where=path, fix="tag the cell in JupyterLab's property inspector; papermill would run the defaults in silence")
+    out = {}
+    for node in ast.parse(cells[0]).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        out |= {t.id: ast.literal_eval(node.value) for t in targets if isinstance(t, ast.Name)}
+    return out
 
 def check_parameters(
     path:str|os.PathLike,  # a stage notebook

@@ -6,8 +6,9 @@
 __all__ = ['REMARKS', 'SEALED', 'PHOTO_KEYS', 'DRUG_KEYS', 'IMAGE_KEYS', 'MAX_JSON_BYTES', 'MAX_RATIO', 'MAX_ENTRY_BYTES',
            'Reason', 'Fault', 'korean_name', 'Archive', 'parse_archive', 'folder_codes', 'Walk', 'printable',
            'is_sealed', 'walk_tree', 'known', 'edi_list', 'Annotation', 'read_text', 'parse_json', 'check_record',
-           'read_annotation', 'Delivery', 'find_delivery', 'sealed_codes', 'overlap_in_words', 'Photos', 'index_photos',
-           'choose_photo', 'iter_annotations', 'entry_name', 'entry_fault', 'extract_archive', 'extract_archives']
+           'read_annotation', 'Delivery', 'unpack_hint', 'find_delivery', 'sealed_codes', 'overlap_in_words', 'Photos',
+           'index_photos', 'choose_photo', 'iter_annotations', 'entry_name', 'entry_fault', 'extract_archive',
+           'extract_archives']
 
 # %% ../../nbs/11a_data.aihub.ipynb #a6acac72
 import json
@@ -132,7 +133,7 @@ def folder_codes(
     m = _CODES.fullmatch(name)
     return tuple(f"K-{c}" for c in m[1].split("-")) if m else ()
 
-# %% ../../nbs/11a_data.aihub.ipynb #f6f2ee55
+# %% ../../nbs/11a_data.aihub.ipynb #595a0545
 @dataclass
 class Walk:
     "The files of a tree, sorted, and what was met on the way."
@@ -141,29 +142,32 @@ class Walk:
     hidden:int = 0                                   # hidden files and folders passed over
     sealed:list[str] = field(default_factory=list)   # folders of the sealed test, not entered
 
-def printable(path:str|os.PathLike)->str:
+def printable(
+    path:str|os.PathLike # any path the system gives
+)->str:
     "A path that UTF-8 can hold, whatever bytes it is made of."
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
-# %% ../../nbs/11a_data.aihub.ipynb #ba04164e
+# %% ../../nbs/11a_data.aihub.ipynb #097bb558
 SEALED = ("val", "test")
 
 def is_sealed(
     path:str|os.PathLike # any path of a delivery
-)->bool: # it is, or lies in, `val` or `test` beside a `train`
+)->bool: # it is, or lies in, data/val, data/test, or such a folder beside a `train`
     "Whether a path belongs to the sealed test (SPEC SP4, X47)."
     p = Path(os.path.abspath(path))
-    return any(q.name in SEALED and (q.parent/"train").is_dir() for q in (p, *p.parents))
+    return any(q.name in SEALED and (q.parent.name == "data" or (q.parent/"train").is_dir()) for q in (p, *p.parents))
 
 def _scan(folder:str)->list[os.DirEntry]:
     try:
         with os.scandir(folder) as it: return sorted(it, key=lambda e: e.name)
     except OSError as e: raise PillsnapError(f"this folder cannot be read: {e.strerror}", where=folder) from None
 
-# %% ../../nbs/11a_data.aihub.ipynb #a2c01542
+# %% ../../nbs/11a_data.aihub.ipynb #915c07d0
 def walk_tree(
     root:str|os.PathLike,    # where to start
-    ignore_hidden:bool=True  # pass over names that begin with a dot, and __MACOSX
+    ignore_hidden:bool=True, # pass over names that begin with a dot, and __MACOSX
+    sealed:bool=False        # enter the sealed test as well; only unpacking does
 )->Walk:
     "All files below a folder; links are followed once (SPEC DM6, DM9)."
     w, links, stack, been = Walk(), [], [os.fspath(root)], {os.path.realpath(root)}
@@ -174,7 +178,7 @@ def walk_tree(
             if ignore_hidden and (e.name.startswith(".") or e.name == "__MACOSX"): w.hidden += 1
             elif e.is_symlink() and not os.path.exists(e.path): w.faults.append(Fault(printable(e.path), Reason.SYMLINK, f"points to {printable(os.readlink(e.path))}"))
             elif e.is_dir():
-                if e.name in SEALED and "train" in names: w.sealed.append(e.path)
+                if e.name in SEALED and "train" in names and not sealed: w.sealed.append(e.path)
                 else: folders.append(e)
             elif e.is_file(): (links if e.is_symlink() else w.files).append(e.path)
         stack += reversed([e.path for e in folders if _first_visit(e, been, w)])
@@ -334,7 +338,7 @@ def read_annotation(
     img, anns = obj["images"][0], obj["annotations"]
     return Annotation(os.fspath(path), img, [a.get("bbox") for a in anns], [a.get("area") for a in anns], int(img["width"]), int(img["height"]), encoding)
 
-# %% ../../nbs/11a_data.aihub.ipynb #6cc1280b
+# %% ../../nbs/11a_data.aihub.ipynb #73ef09ea
 @dataclass(frozen=True)
 class Delivery:
     "Where the parts of a delivery lie."
@@ -347,7 +351,14 @@ def _train(root:Path)->Path|None:
     "The folder that holds labels and images."
     return next((p for p in (root/"data"/"train", root/"train", root) if (p/"labels").is_dir()), None)
 
-# %% ../../nbs/11a_data.aihub.ipynb #39eb2f36
+def unpack_hint(
+    folder:str|os.PathLike # where something was missed
+)->str: # "" where there are no archives
+    "What to do about archives that nobody has unpacked."
+    zips = [p for p in walk_tree(folder).files if p.lower().endswith(".zip") and parse_archive(Path(p).name)]
+    return f"unpack the {len(zips)} archives first, with pillsnap.data.aihub.extract_archives(DOWNLOADED, ROOT)" if zips else ""
+
+# %% ../../nbs/11a_data.aihub.ipynb #e49c6837
 def find_delivery(
     root:str|os.PathLike # the folder that holds data/train, train, or labels and images
 )->Delivery: # raises PillsnapError when there is none
@@ -356,9 +367,7 @@ def find_delivery(
     if not root.is_dir(): raise PillsnapError("the delivery's folder does not exist" if not root.exists() else "the delivery is not a folder", where=root, fix="set paths.root to the folder that holds data/train")
     if (mark := root/"SYNTHETIC.unfinished.json").exists(): raise PillsnapError("this synthetic delivery was not rendered to its end", where=mark, fix="render it again into the same folder: it goes on where it stopped")
     if (train := _train(root)) is None:
-        zips = [p for p in walk_tree(root).files if parse_archive(Path(p).name)]
-        fix = f"unpack its {len(zips)} archives first: pillsnap.data.aihub.extract_archives({str(root)!r}, …)" if zips else "the folder must hold data/train/labels and data/train/images"
-        raise PillsnapError("there is no delivery in this folder", where=root, fix=fix)
+        raise PillsnapError("there is no delivery in this folder", where=root, fix=unpack_hint(root) or "the folder must hold data/train/labels and data/train/images")
     if not (train/"images").is_dir(): raise PillsnapError("this delivery has labels and no photos", where=train/"images", fix="`pillsnap audit` works on labels alone; conversion needs the photos")
     sealed = next((train.parent/n for n in SEALED if train != root and (train.parent/n).is_dir()), None)
     return Delivery(root, train/"labels", train/"images", sealed)
@@ -388,7 +397,7 @@ def overlap_in_words(
     if not n: return f"None of the {len(sealed)} drugs of the sealed test is among the {len(train)} of Training: a classifier cannot name any of them, so the closed-set row of the final test is NOT_MEASURED; they serve the open-set and the enrolment rows."
     return f"{n} of the {len(sealed)} drugs of the sealed test are among the {len(train)} of Training; the other {len(sealed)-n} serve the open-set and the enrolment rows."
 
-# %% ../../nbs/11a_data.aihub.ipynb #a3d89687
+# %% ../../nbs/11a_data.aihub.ipynb #56731aa7
 @dataclass
 class Photos:
     "The photos of a delivery, by name."
@@ -407,6 +416,7 @@ def index_photos(
     wanted = {e.lower() for e in extensions}
     for path in w.files:
         stem, ext = os.path.splitext(os.path.basename(path))
+        if ext.lower() == ".zip" and parse_archive(stem): continue # unpacked beside it, or told by who misses it
         if ext.lower() not in wanted: out.faults.append(Fault(path, Reason.EXTENSION, ext or "none"))
         elif stem.endswith("_index"): out.index += 1
         else: out.paths.setdefault(stem, []).append(path)
@@ -516,12 +526,12 @@ def extract_archive(
     part.rename(target)
     return len(plan)
 
-# %% ../../nbs/11a_data.aihub.ipynb #524dc3b5
+# %% ../../nbs/11a_data.aihub.ipynb #1aee42b7
 def extract_archives(
     src:str|os.PathLike, # a folder with AI Hub's archives, at any depth
     dst:str|os.PathLike  # the delivery's root; archives become data/{train,val}/{labels,images}/…
 )->dict[str,int]: # folder of each archive → files unpacked, 0 when it was there
     "Unpack a delivery into the English tree (SPEC DM14, RS4)."
-    found = [(Path(f), a) for f in walk_tree(src).files if f.lower().endswith(".zip") and (a := parse_archive(Path(f).name))]
+    found = [(Path(f), a) for f in walk_tree(src, sealed=True).files if f.lower().endswith(".zip") and (a := parse_archive(Path(f).name))]
     if not found: raise PillsnapError("there are no archives of the delivery here", where=src, fix="their names look like TL_1_단일.zip or TS_1_조합.zip")
     return {str(a.folder): extract_archive(f, Path(dst)/a.folder) for f,a in sorted(found, key=lambda x: str(x[1].folder))}

@@ -43,9 +43,9 @@ from ..core.errors import PillsnapError
 from ..core.files import atomic_path, ensure_dir, os_trouble, read_json, save_json, save_text, sha256_file
 from ..core.stages import RunFolder, StageJob, StageResult
 
-# %% ../../nbs/14_data.conversion.ipynb #59c284ee
-from .aihub import (DRUG_KEYS, Delivery, Fault, Photos, Reason, choose_photo, edi_list, find_delivery, index_photos, is_sealed,
-    overlap_in_words, printable, sealed_codes)
+# %% ../../nbs/14_data.conversion.ipynb #1cfda4d7
+from .aihub import (DRUG_KEYS, Delivery, Fault, Photos, Reason, choose_photo, edi_list, find_delivery, index_photos,
+    overlap_in_words, printable, sealed_codes, unpack_hint)
 from .boxes import to_yolo
 from .capture import capture_group, parse_name
 from .classmap import ClassMap
@@ -183,14 +183,14 @@ def note(self:Journal,
             f.write("".join("\t".join(map(flat, (p, stamp, s.width, s.height, s.sha1, s.reason, s.detail)))+"\n" for p,stamp,s in rows).encode("utf-8"))
     except OSError as e: raise os_trouble("the journal of opened photos cannot be written", self.path, e) from e
 
-# %% ../../nbs/14_data.conversion.ipynb #e8028ba6
+# %% ../../nbs/14_data.conversion.ipynb #3f8b41a8
 def look_at_all(
     root:Path,              # the delivery's root
     paths:Iterable[str],    # photos, relative to it
     journal:Journal,        # what is known already, and where to note more
     workers:int|None=None,  # threads; None = the number of CPUs, at most 8
     progress:bool=True,     # show a progress bar
-    **policy                # arguments of `look`
+    policy:Mapping|None=None # further arguments of `look`
 )->dict[str,Seen]: # by relative path
     "Open every photo that the journal does not know (SPEC DM6, RS1)."
     from tqdm import tqdm
@@ -199,7 +199,7 @@ def look_at_all(
     todo = iter([p for p in stamps if p not in seen])
     with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool, tqdm(total=len(stamps), initial=len(seen), desc="photos", unit="", disable=not progress) as bar:
         while chunk := list(islice(todo, 256)):
-            got = dict(zip(chunk, pool.map(lambda p: look(root/p, **policy), chunk)))
+            got = dict(zip(chunk, pool.map(lambda p: look(root/p, **(policy or {})), chunk)))
             journal.note((p, stamps[p], s) for p,s in got.items()); seen |= got; bar.update(len(chunk))
     return seen
 
@@ -262,17 +262,17 @@ def complete_only(
         if s.pills: keep.append(s)
     return keep
 
-# %% ../../nbs/14_data.conversion.ipynb #5cc92f6b
+# %% ../../nbs/14_data.conversion.ipynb #49f36f03
 def open_samples(
     samples:list[Sample], # photos with their usable pills
     root:Path,            # the delivery's root
     sieve:Sieve,          # takes what does not open
     journal:Journal,      # what was opened before
     progress:bool=True,   # show a progress bar
-    **policy              # arguments of `look`
+    policy:Mapping|None=None # further arguments of `look`
 )->list[Sample]: # those that open, with what was seen
     "Open every photo that labels are kept for (SPEC DM6)."
-    seen, keep = look_at_all(root, [s.path for s in samples], journal, progress=progress, **policy), []
+    seen, keep = look_at_all(root, [s.path for s in samples], journal, progress=progress, policy=policy), []
     for s in samples:
         v, t = seen[s.path], s.truth
         if v.reason: sieve.drop(s.path, Reason(v.reason), v.detail)
@@ -323,7 +323,7 @@ def drug_mapping(
             edi.setdefault(code, int(i))
     return {"edi_to_class_id": edi, "drug_metadata": entries, "num_classes": len(class_map), "created_at": datetime.now(timezone.utc).isoformat(timespec="seconds"), "class_map": class_map.to_dict()}
 
-# %% ../../nbs/14_data.conversion.ipynb #c13a9f2e
+# %% ../../nbs/14_data.conversion.ipynb #ec1ea32f
 def save_drug_mapping(
     mapping:dict[str,Any],       # from `drug_mapping`
     output_path:str|os.PathLike, # drug_metadata.json
@@ -331,7 +331,7 @@ def save_drug_mapping(
 )->Path:
     "Write drug_metadata.json: UTF-8, indent 2, Korean readable (SPEC DM3)."
     p = save_json(mapping, output_path)
-    (log or logging.getLogger("pillsnap.conversion")).info("Drug metadata mapping saved: %s (%d classes)", p, mapping["num_classes"])
+    (log or logging.getLogger("pillsnap.conversion")).info("Drug metadata mapping saved: %s (%d classes)", p.name, mapping["num_classes"])
     return p
 
 def build_drug_metadata_mapping(
@@ -445,7 +445,7 @@ def check_yolo_tree(
             said += [f"{s}/{n}: empty"]*(not lines) + [f"{s}/{n} line {i}: {f}" for i,l in enumerate(lines, 1) if (f := _line_fault(l))]
     return said
 
-# %% ../../nbs/14_data.conversion.ipynb #0b30c063
+# %% ../../nbs/14_data.conversion.ipynb #82fc4f54
 def _policy(cfg:Config)->dict[str,Any]:
     "How photos are opened."
     return dict(grayscale_policy=cfg.data.grayscale_policy, rgba_policy=cfg.data.rgba_policy)
@@ -460,19 +460,22 @@ def gather(
     "Read labels, list photos, bring them together, open what is kept (SPEC DM1, DM6, DM9)."
     photos = index_photos(d.images, cfg.data.extensions, cfg.data.ignore_hidden)
     e = examine(d.labels, cfg.data.ignore_hidden, progress)
-    if not e.counts["files"]: raise PillsnapError("the delivery is empty: there are no annotation files", where=d.labels, fix="unpack the TL_ archives, or point paths.root elsewhere")
-    if not photos.paths: raise PillsnapError("the delivery is empty: there are no photos", where=d.images, fix=f"unpack the TS_ archives; photos end in {', '.join(cfg.data.extensions)}")
+    if not e.counts["files"]: raise PillsnapError("the delivery is empty: there are no annotation files", where=d.labels, fix=unpack_hint(d.labels) or "point paths.root elsewhere")
+    if not photos.paths: raise PillsnapError("the delivery is empty: there are no photos", where=d.images, fix=unpack_hint(d.images) or f"photos end in {', '.join(cfg.data.extensions)}")
     for f in (*photos.faults, *e.tree, *e.refused): sieve.drop(os.path.relpath(f.path, d.root), f.reason, f.detail)
     sieve.remarks += e.conflicts
     samples = complete_only(pair_up(d, e, photos, sieve), sieve, cfg.data.incomplete_combo)
-    if cfg.data.verify_on_build: samples = open_samples(samples, d.root, sieve, journal or Journal(None, ""), progress, **_policy(cfg))
+    if cfg.data.verify_on_build: samples = open_samples(samples, d.root, sieve, journal or Journal(None, ""), progress, _policy(cfg))
     else:
         for s in samples: s.seen = Seen(s.truth.width, s.truth.height, "")
     remark_on(samples, sieve)
     return samples, e, photos
 
-# %% ../../nbs/14_data.conversion.ipynb #e9c43af9
-def remark_on(samples:list[Sample], sieve:Sieve)->None:
+# %% ../../nbs/14_data.conversion.ipynb #8cf054da
+def remark_on(
+    samples:list[Sample], # opened photos with their pills
+    sieve:Sieve           # takes the remarks
+)->None:
     "Note what is kept although it is odd: boxes that overlap, areas that are recomputed."
     for s in samples:
         for a,b,iou in s.truth.close_pairs():
@@ -556,12 +559,20 @@ def convert(
     header = write_all(out, d, df, header, drugs, sieve, report, log)
     return Conversion(out, df, header, report | {"data_hash": header["data_hash"]}, sieve, drugs)
 
-# %% ../../nbs/14_data.conversion.ipynb #e13837a8
-def tally(faults:Iterable[Fault])->dict[str,int]:
+# %% ../../nbs/14_data.conversion.ipynb #b2055c3c
+def tally(
+    faults:Iterable[Fault] # in any order
+)->dict[str,int]:
     "How many of each reason."
     return dict(sorted(Counter(str(f.reason) for f in faults).items()))
 
-def report_of(df:pd.DataFrame, e:Evidence, photos:Photos, header:dict[str,Any], seconds:float)->dict[str,Any]:
+def report_of(
+    df:pd.DataFrame,       # manifest rows
+    e:Evidence,            # what the labels say
+    photos:Photos,         # the photos by name
+    header:dict[str,Any],  # the manifest's header
+    seconds:float          # time it took to read everything
+)->dict[str,Any]:
     "reports/conversion.json: counts, faults, balance, conditions."
     per_drug = df.groupby("kcode").size()
     conditions = {c: {str(k): int(n) for k,n in df.drop_duplicates("path")[c].value_counts().sort_index().items()} for c in ("kind","state","back","side","light","latitude","longitude","size")}
@@ -571,11 +582,16 @@ def report_of(df:pd.DataFrame, e:Evidence, photos:Photos, header:dict[str,Any], 
         box_share_of_photo={kind: {f"p{q}": float(np.percentile(boxes[df.kind == kind], q)) for q in (5,50,95)} for kind in sorted(set(df.kind))},
         conditions=conditions, passed_over=dict(index_pictures=photos.index, hidden_files=photos.hidden), audit=summary(e, photos), seconds=seconds)
 
-# %% ../../nbs/14_data.conversion.ipynb #51ce9536
+# %% ../../nbs/14_data.conversion.ipynb #a3bb0594
 def write_all(
-    out:Path, d:Delivery, df:pd.DataFrame, # run folder, delivery, rows
-    header:dict[str,Any], drugs:dict[str,Any], # manifest header, drug_metadata.json
-    sieve:Sieve, report:dict[str,Any], log:logging.Logger # what was left out, the report, where lines go
+    out:Path,              # run folder
+    d:Delivery,            # where things are
+    df:pd.DataFrame,       # manifest rows
+    header:dict[str,Any],  # the manifest's header
+    drugs:dict[str,Any],   # content of drug_metadata.json
+    sieve:Sieve,           # what was left out or remarked upon
+    report:dict[str,Any],  # content of reports/conversion.json
+    log:logging.Logger     # where lines go
 )->dict[str,Any]: # the header as written
     "Write every file of a conversion, the manifest last."
     write_yolo_tree(df, d.root, out/"yolo_data", log=log)
@@ -611,8 +627,10 @@ def convert_coco_to_yolo(
     convert(d, output_dir, load_config("two_stage"), logging.getLogger("pillsnap.conversion"), progress=False)
     return Path(output_dir)/"yolo_data"/"data.yaml"
 
-# %% ../../nbs/14_data.conversion.ipynb #f8fdc97e
-def plot_balance(df:pd.DataFrame)->Any:
+# %% ../../nbs/14_data.conversion.ipynb #760bed71
+def plot_balance(
+    df:pd.DataFrame # manifest rows
+)->Any: # matplotlib Figure
     "Pills per drug, singles and combos, most first."
     import matplotlib.pyplot as plt
     from pillsnap.core.plots import use_house_style
@@ -623,25 +641,28 @@ def plot_balance(df:pd.DataFrame)->Any:
     ax.bar(range(len(n)), n.single, label="singles", width=.8); ax.bar(range(len(n)), n.combo, bottom=n.single, label="in combos", width=.8)
     ax.set_xticks(range(len(n)) if len(n) <= 30 else [], n.index if len(n) <= 30 else [], rotation=90)
     total = n.sum(axis=1)
-    ax.set_title(f"{len(n)} drugs, {total.min()} to {total.max()} pills each"); ax.set_ylabel("pills"); ax.legend()
+    ax.set_title(f"{len(n)} drugs, {total.min()} to {total.max()} pills each"); ax.set_ylabel("pills"); ax.legend(loc="center left", bbox_to_anchor=(1, .5))
     plt.close(fig); return fig
 
-# %% ../../nbs/14_data.conversion.ipynb #52a6a3c1
-CONDITIONS = {"back": ("background", {0:"black",1:"blue",2:"grey"}), "light": ("light", {0:"warm",1:"daylight",2:"white"}), "side": ("side", {0:"front",1:"back"}), "latitude": ("elevation", {}), "longitude": ("turn", {})}
+# %% ../../nbs/14_data.conversion.ipynb #770a2ca4
+CONDITIONS = {"back": ("background", {0:"black",1:"blue",2:"grey"}), "light": ("light", {0:"warm",1:"day",2:"white"}), "side": ("side", {0:"front",1:"back"}), "latitude": ("elevation", {}), "longitude": ("turn", {})}
 
-def plot_conditions(df:pd.DataFrame)->Any:
+def plot_conditions(
+    df:pd.DataFrame # manifest rows
+)->Any: # matplotlib Figure
     "Photos per background, light, side, elevation and turn."
     import matplotlib.pyplot as plt
     from pillsnap.core.plots import use_house_style
     use_house_style()
-    photos = df.drop_duplicates("path"); fig, axes = plt.subplots(1, 5, figsize=(9, 2.1), width_ratios=[3,3,2,4,9], sharey=False)
+    photos = df.drop_duplicates("path"); fig, axes = plt.subplots(1, 5, figsize=(9, 2.1), width_ratios=[3.4,3.6,2,4,9])
     for ax, (col, (title, words)) in zip(axes, CONDITIONS.items()):
         n = photos.groupby([col,"kind"]).size().unstack(fill_value=0).reindex(columns=["single","combo"], fill_value=0)
         ax.bar(range(len(n)), n.single); ax.bar(range(len(n)), n.combo, bottom=n.single)
         ax.set_xticks(range(len(n)), [words.get(v, str(v)) for v in n.index], rotation=90 if len(n) > 6 else 0, fontsize=7); ax.set_title(title)
+    axes[0].set_ylabel("photos"); fig.legend(["singles","combos"], loc="outside right center")
     plt.close(fig); return fig
 
-# %% ../../nbs/14_data.conversion.ipynb #5f20c7ff
+# %% ../../nbs/14_data.conversion.ipynb #609e6028
 def _photo(root:Path, path:str, side:int=320)->np.ndarray:
     "A photo for a picture of photos, not larger than needed."
     from PIL import Image
@@ -658,10 +679,10 @@ def plot_captures(
     singles = df[df.kind == "single"]; pool = singles if len(singles) else df
     one = pool[pool.kcode == pool.kcode.value_counts().sort_index().idxmax()].drop_duplicates("path")
     one = one.assign(nth=one.groupby("group_id").cumcount()).sort_values(["nth","back","light","side","path"]).head(n).sort_values(["side","back","light","path"])
-    word = lambda r: f"{CONDITIONS['back'][1].get(r.back, r.back)}, {CONDITIONS['light'][1].get(r.light, r.light)}, {'back' if r.side else 'front'}\n{r.latitude}° up, turned {r.longitude}°"
-    return show_grid([_photo(root, r.path) for r in one.itertuples()], [word(r) for r in one.itertuples()], cols=6)
+    word = lambda r: f"{CONDITIONS['back'][1].get(r.back, r.back)}, {CONDITIONS['light'][1].get(r.light, r.light)}\n{'back' if r.side else 'front'} {r.latitude}° turn {r.longitude}°"
+    return show_grid([_photo(root, r.path) for r in one.itertuples()], [word(r) for r in one.itertuples()], cols=6, size=1.5)
 
-# %% ../../nbs/14_data.conversion.ipynb #f4c41e70
+# %% ../../nbs/14_data.conversion.ipynb #c08c8d93
 def plot_boxes(
     df:pd.DataFrame,        # manifest rows
     root:Path,              # the delivery's root
@@ -671,15 +692,15 @@ def plot_boxes(
     "Photos with their boxes and the drugs' names; combos first."
     from pillsnap.core.plots import draw_boxes, show_grid
     names = {e["kcode"]: e["dl_name"] or e["kcode"] for e in drugs["drug_metadata"].values()}
-    paths = df.drop_duplicates("group_id").sort_values(["kind","path"]).path; paths = list(paths.iloc[np.unique(np.linspace(0, min(len(paths), max(n, (df.drop_duplicates("group_id").kind == "combo").sum()))-1, n).astype(int))])
-    pictures = []
-    for path in paths:
+    groups = df.drop_duplicates("group_id").sort_values(["kind","path"])  # "combo" sorts before "single"
+    spread = max(n, int((groups.kind == "combo").sum())); pictures = []
+    for path in groups.path.iloc[np.unique(np.linspace(0, min(len(groups), spread)-1, n).astype(int))]:
         rows = df[df.path == path]; img = open_image_safely(Path(root)/path)["image"]
         xyxy = [(x, y, x+w, y+h) for x,y,w,h in rows.bbox.map(json.loads)]
         pictures.append(draw_boxes(img, np.array(xyxy), [names[k][:12] for k in rows.kcode]))
-    return show_grid(pictures, cols=3, size=2.6)
+    return show_grid(pictures, cols=3, size=2)
 
-# %% ../../nbs/14_data.conversion.ipynb #a28d9392
+# %% ../../nbs/14_data.conversion.ipynb #a6135327
 def draw_report(
     c:Conversion,  # what was converted
     root:Path      # the delivery's root
@@ -687,22 +708,23 @@ def draw_report(
     "Write the conversion's pictures."
     from pillsnap.core.plots import save_fig
     figures = dict(class_balance=plot_balance(c.rows), conditions=plot_conditions(c.rows), captures=plot_captures(c.rows, root), boxes=plot_boxes(c.rows, root, c.drugs))
-    return [save_fig(fig, c.out/"reports"/f"conversion_{name}.png") for name, fig in figures.items()]
+    return [save_fig(fig, c.out/"reports"/f"conversion_{name}.png", dpi=80) for name, fig in figures.items()]
 
-# %% ../../nbs/14_data.conversion.ipynb #e9d51f2c
+# %% ../../nbs/14_data.conversion.ipynb #d8552423
 def prepare_delivery(
     root:str|os.PathLike,   # where the delivery is, or will be
     cfg:Config,             # data.source and synth
-    log:logging.Logger      # one line
+    log:logging.Logger,     # one line
+    progress:bool=True      # show a progress bar
 )->Path: # the root
     "Render the delivery if the configuration asks for a synthetic one (SPEC BX5)."
     root = Path(root).absolute()
     if cfg.data.source != "synthetic": return root
     from pillsnap.data.synth import write_delivery
     was, t0 = (root/"SYNTHETIC.json").is_file(), time.perf_counter()
-    ledger = write_delivery(root, **cfg.synth.model_dump())
-    log.info("the synthetic delivery %s (%s)", "is there" if was else f"was rendered in {time.perf_counter()-t0:.0f} s", root)
-    return root if ledger else root
+    write_delivery(root, **cfg.synth.model_dump(), progress=progress)
+    log.info("the synthetic delivery %s", "is there already" if was else f"was rendered in {time.perf_counter()-t0:.0f} s")
+    return root
 
 # %% ../../nbs/14_data.conversion.ipynb #bfd03dfc
 def _table(c:Conversion)->list[dict[str,Any]]:
@@ -723,27 +745,28 @@ class ConversionJob(StageJob):
     sections:ClassVar[tuple[str,...]] = ("project","paths","data","synth")
     keys:ClassVar[dict[str,str]] = {"seed": "synth.seed"}
 
-# %% ../../nbs/14_data.conversion.ipynb #7dce9a1d
+# %% ../../nbs/14_data.conversion.ipynb #262846f7
 def convert_into(
     run:RunFolder,     # the run
     cfg:Config,        # its configuration
-    root:Path          # the delivery
+    root:Path,         # the delivery
+    progress:bool=True # show progress bars
 )->Conversion:
     "Render if asked to, then convert: what the stage does, and what a later stage's smoke run begins with."
-    return convert(find_delivery(prepare_delivery(root, cfg, run.log)), run.root, cfg, run.log)
+    return convert(find_delivery(prepare_delivery(root, cfg, run.log, progress)), run.root, cfg, run.log, progress)
 
 def smoke_conversion(
     run:RunFolder,     # a temporary run
     cfg:Config         # the smoke configuration
 )->dict[str,Any]: # the manifest's header
     "The manifest of a small synthetic delivery, for the smoke runs of later stages."
-    return convert_into(run, cfg, run.root/"delivery").header
+    return convert_into(run, cfg, run.root/"delivery", progress=False).header
 
 @patch
 def work(self:ConversionJob, run:RunFolder, cfg:Config)->StageResult:
     "Convert `paths.root` into the run folder."
     root = Path(cfg.paths.root).absolute() if self.run_dir or cfg.data.source != "synthetic" else run.root/"delivery"
-    c = convert_into(run, cfg, root); figures = draw_report(c, root)
+    c = convert_into(run, cfg, root, progress=bool(self.run_dir)); figures = draw_report(c, root)
     outputs = [run.root/n for n in ("manifest.csv","manifest.json","quarantine.csv","drug_metadata.json","yolo_data/data.yaml","reports/conversion.json","reports/remarks.csv")]
     d = find_delivery(root); ledger = [p for p in (root/"SYNTHETIC.json",) if p.is_file()]
     return StageResult(_verdict(c), _table(c), figures, inputs=[d.labels, d.images, *ledger], outputs=outputs+figures, notes=[c.header["sealed"]["words"], *_notes(c)])

@@ -153,7 +153,7 @@ def open_image_safely(
         return {"image": img, "stage": stage}
     return _skip(src, "final", "; ".join(why))
 
-# %% ../../nbs/13_data.images.ipynb #bb6d288b
+# %% ../../nbs/13_data.images.ipynb #743c0a37
 def resize(
     img:np.ndarray, # [H, W, 3] uint8
     h:int,          # new height, pixels
@@ -161,7 +161,7 @@ def resize(
 )->np.ndarray:      # [h, w, 3] uint8
     "Antialiased bilinear resize (Pillow's widening triangle filter; SPEC BM9)."
     if img.shape[:2] == (h, w): return img
-    return np.asarray(Image.fromarray(np.ascontiguousarray(img)).resize((w, h), Image.Resampling.BILINEAR))
+    return np.array(Image.fromarray(np.ascontiguousarray(img)).resize((w, h), Image.Resampling.BILINEAR))   # a copy: Pillow's own memory is read-only
 
 # %% ../../nbs/13_data.images.ipynb #983e7b1d
 def whole_view(

@@ -7,14 +7,14 @@ __all__ = ['f32', 'PALETTE', 'LAMPS', 'PANEL', 'TABLES', 'smoothstep', 'blur', '
            'edge_distance', 'odd_distance', 'inflate', 'dome', 'tablet_height', 'round_height', 'font_at', 'text_mask',
            'mark_mask', 'word_mask', 'stamp', 'imprint_masks', 'linear', 'shade_of', 'layers', 'Solid', 'solid',
            'outward', 'joints', 'slopes', 'occlusion', 'relief', 'paint', 'Camera', 'Lamp', 'towards', 'Pose',
-           'into_frame', 'turned', 'window', 'at', 'at_points', 'march', 'trace', 'normals', 'softbox', 'shade', 'glow',
-           'shadow', 'table_grain', 'noise_bank', 'table_light', 'tone_curve', 'develop', 'Shot', 'photograph',
-           'map_res', 'cast', 'draw', 'single_pose']
+           'into_frame', 'turned', 'window', 'at', 'at_points', 'march', 'trace', 'polish', 'unit', 'along', 'normals',
+           'softbox', 'shade', 'glow', 'shadow', 'table_grain', 'noise_bank', 'table_light', 'tone_curve', 'develop',
+           'Shot', 'photograph', 'map_res', 'cast', 'draw', 'single_pose']
 
-# %% ../../nbs/12a_data.render.ipynb #e7fe273f
+# %% ../../nbs/12a_data.render.ipynb #1bf97def
 import os
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 import cv2
 import numpy as np
@@ -291,7 +291,7 @@ def layers(
     rng = rng_for(body.grain, "shade")
     return [shade_of(c, rng) for c in body.colours]
 
-# %% ../../nbs/12a_data.render.ipynb #a927964a
+# %% ../../nbs/12a_data.render.ipynb #3d9b34b4
 @dataclass(frozen=True)
 class Solid:
     "One side of a pill as maps in its own frame (u along the longest side)."
@@ -304,9 +304,10 @@ class Solid:
     gloss:float          # 0 chalk .. 1 gelatin
     clear:float          # 0 opaque .. 1 translucent
     round:bool           # capsule or gel: slope holds the outward direction instead
+    tint:np.ndarray      # linear RGB of the light that comes through
     layer:np.ndarray|None# linear RGB of the lower layer of a layered tablet
 
-    @property
+    @cached_property
     def rim(self)->np.ndarray: # [n,2] points on the outline, mm
         return _rim(self)
 
@@ -319,7 +320,7 @@ def _rim(s:Solid)->np.ndarray:
     y = np.r_[rows, rows, inside[:,cols].argmax(0), h-1-inside[::-1,cols].argmax(0)]
     return (np.stack([x,y],1)-s.centre)/s.res
 
-# %% ../../nbs/12a_data.render.ipynb #bfea4b2c
+# %% ../../nbs/12a_data.render.ipynb #c5a13ae8
 @lru_cache(256)
 def solid(
     drug:Drug,  # body and imprint
@@ -343,7 +344,7 @@ def solid(
     ao = occlusion(top, d, res)*(joints(b, u) if b.form == "capsule" else 1)
     gloss = {"capsule":1., "gel":1.}.get(b.form, {"film":.42, "plain":.08, "sugar":.8}[b.coat])
     layer = layers(b)[1-side] if b.form == "tablet" and len(b.colours) > 1 else None
-    return Solid(res, (w//2, h//2), shell, np.stack([gx,gy,ex,ey],-1).astype(f32), np.dstack([colour, ao]).astype(f32), float(2*mid), gloss, float(b.clear), b.form != "tablet", layer)
+    return Solid(res, (w//2, h//2), shell, np.stack([gx,gy,ex,ey],-1).astype(f32), np.dstack([colour, ao]).astype(f32), float(2*mid), gloss, float(b.clear), b.form != "tablet", layers(b)[0], layer)
 
 # %% ../../nbs/12a_data.render.ipynb #1f59923a
 def outward(
@@ -425,7 +426,7 @@ def paint(
         colour = colour*(1-m)+m*linear(PALETTE[drug.imprint.ink][1])
     return np.clip(colour, .004, .95).astype(f32)
 
-# %% ../../nbs/12a_data.render.ipynb #f768fb6c
+# %% ../../nbs/12a_data.render.ipynb #800cd509
 @dataclass(frozen=True)
 class Camera:
     "A pinhole camera on an arm."
@@ -447,11 +448,10 @@ class Camera:
         px:np.ndarray, py:np.ndarray # pixel coordinates
     )->tuple[np.ndarray,np.ndarray]: # x, y on the table, mm
         "Where the ray through a pixel meets the table."
-        c, s = np.cos(np.deg2rad(self.latitude)), np.sin(np.deg2rad(self.latitude))
-        r = np.deg2rad(self.roll)
-        a, b = (px-self.width/2+.5)/self.scale, (py-self.height/2+.5)/self.scale
-        a, b = a*np.cos(r)-b*np.sin(r), a*np.sin(r)+b*np.cos(r)
-        D = self.distance
+        c, s, p, q = (f32(g(np.deg2rad(a))) for a in (self.latitude, self.roll) for g in (np.cos, np.sin))
+        a, b = (px-f32(self.width/2-.5))/f32(self.scale), (py-f32(self.height/2-.5))/f32(self.scale)
+        if self.roll: a, b = a*p-b*q, a*q+b*p
+        D = f32(self.distance)
         t = D*s/(D*s+b*c)
         return t*a, D*c+t*(b*s-D*c)
 
@@ -490,7 +490,7 @@ def towards(
     a, h = np.deg2rad(lamp.azimuth), np.deg2rad(lamp.height)
     return np.array([np.cos(h)*np.cos(a), np.cos(h)*np.sin(a), np.sin(h)])
 
-# %% ../../nbs/12a_data.render.ipynb #1e27bcf1
+# %% ../../nbs/12a_data.render.ipynb #716d8f4f
 @dataclass(frozen=True)
 class Pose:
     "Where a pill lies."
@@ -504,8 +504,9 @@ def into_frame(
     x, y             # world, mm
 )->tuple:            # u, v in the pill's frame, mm
     "World to pill coordinates."
-    c, s = np.cos(np.deg2rad(pose.turn)), np.sin(np.deg2rad(pose.turn))
-    return c*(x-pose.x)+s*(y-pose.y), -s*(x-pose.x)+c*(y-pose.y)
+    c, s = f32(np.cos(np.deg2rad(pose.turn))), f32(np.sin(np.deg2rad(pose.turn)))
+    x, y = x-f32(pose.x), y-f32(pose.y)
+    return c*x+s*y, c*y-s*x
 
 def turned(
     pose:Pose,
@@ -577,114 +578,138 @@ def march(
         z, outer = np.where(ins, mid, z), np.where(ins, outer, mid)
     return z, hit
 
-# %% ../../nbs/12a_data.render.ipynb #21742184
+# %% ../../nbs/12a_data.render.ipynb #5c779eb7
 def trace(
     s:Solid,
-    u:np.ndarray, v:np.ndarray,  # [h,w] where rays meet the table, pill frame, mm
+    rays,                        # function: pixel coordinates → [n,2] where their rays meet the table, pill frame, mm
+    xs:np.ndarray, ys:np.ndarray,# pixel coordinates of the columns and rows to look at
     lean:np.ndarray,             # how far a ray moves per mm of height, pill frame
     coarse:int=4                 # first pass looks at every coarse-th ray
-)->tuple[np.ndarray,np.ndarray,np.ndarray]: # rows and columns of the rays that hit, and their heights
+)->tuple[np.ndarray,np.ndarray,np.ndarray,np.ndarray]: # rows, columns, positions [n,2] and heights of the hits
     "Find the surface coarsely, then near that guess, and by the long way wherever the guess was wrong."
-    cu, cv_ = (x[coarse//2::coarse, coarse//2::coarse] for x in (u,v))
-    z, hit = (x.reshape(cu.shape) for x in march(s, np.stack([cu.ravel(), cv_.ravel()],1), lean, s.thick, 0, 9, 3))
+    cx, cy = np.meshgrid(xs[coarse//2::coarse], ys[coarse//2::coarse])
+    z, hit = (a.reshape(cx.shape) for a in march(s, rays(cx.ravel(), cy.ravel()), lean, s.thick, 0, 9, 3))
     guess = np.where(hit, z, -1).astype(f32)
     for _ in range(2): guess = np.where(guess < 0, cv2.dilate(guess, np.ones((3,3), np.uint8)), guess)
-    guess = cv2.resize(guess, u.shape[::-1], interpolation=cv2.INTER_NEAREST)
+    guess = np.repeat(np.repeat(guess, coarse, 0), coarse, 1)[:len(ys), :len(xs)]
     iy, ix = np.nonzero(guess >= 0)
-    uv, g = np.stack([u[iy,ix], v[iy,ix]], 1), guess[iy,ix]
-    near = f32(.07*s.thick)
-    t = at_points(s.shell, s, uv+(g+near)[:,None]*lean)
-    z, hit = march(s, uv, lean, g+near, g-near, 1, 4)
-    lost = ~hit | ((g+near <= t[:,0]) & (g+near >= t[:,1]) & (t[:,2] > 0))
+    uv, g, near = rays(xs[ix], ys[iy]), guess[iy,ix], f32(.07*s.thick)
+    z, hit = polish(s, uv, lean, g+near, g-near)
+    lost = np.nonzero(~hit)[0]
     z[lost], hit[lost] = march(s, uv[lost], lean, s.thick, 0)
-    return iy[hit], ix[hit], z[hit]
+    return iy[hit], ix[hit], (uv+z[:,None]*lean)[hit], z[hit]
 
-# %% ../../nbs/12a_data.render.ipynb #0c6940c7
+# %% ../../nbs/12a_data.render.ipynb #3ba58933
+def polish(
+    s:Solid,
+    uv:np.ndarray, lean:np.ndarray, # rays as in `march`
+    high:np.ndarray, low:np.ndarray,# [n] heights outside and inside the pill, if the guess was right
+    rounds:int=3
+)->tuple[np.ndarray,np.ndarray]: # [n] heights, [n] whether the surface lay between
+    "False position on the signed depth under the surface: three rounds do what bisection does in seven."
+    def depth(z):
+        t = at_points(s.shell, s, uv+z[:,None]*lean)
+        return np.minimum(np.minimum(t[:,0]-z, z-t[:,1]), t[:,2])
+    a, b = depth(high), depth(low)
+    ok = (a < 0) & (b >= 0)
+    for k in range(rounds):
+        mid = low+(high-low)*np.clip(b/np.where(ok, b-a, 1), .06, .94)
+        m = depth(mid)
+        ins = m >= 0
+        low, b, high, a = np.where(ins, mid, low), np.where(ins, m, b*f32(.6)), np.where(ins, high, mid), np.where(ins, a*f32(.6), m)
+    return low, ok
+
+# %% ../../nbs/12a_data.render.ipynb #86b974e0
+def unit(
+    n:np.ndarray # [3,k], changed in place
+)->np.ndarray:
+    "Vectors of length one."
+    n /= np.sqrt(np.maximum(n[0]*n[0]+n[1]*n[1]+n[2]*n[2], 1e-12))
+    return n
+
+def along(
+    n:np.ndarray, # [3,k] vectors
+    d:np.ndarray  # one direction
+)->np.ndarray: # [k]
+    "Dot products, term by term: a matrix product would depend on the number of BLAS threads."
+    return n[0]*f32(d[0])+n[1]*f32(d[1])+n[2]*f32(d[2])
+
+# %% ../../nbs/12a_data.render.ipynb #50e76c70
 def normals(
     s:Solid,
-    slope:np.ndarray, # [n,4] slopes and edge direction at the hits
-    shell:np.ndarray, # [n,2] surfaces at the hits
-    z:np.ndarray      # [n] heights of the hits
-)->np.ndarray:        # [n,3] unit normals
+    slope:np.ndarray, # [4,k] slopes and edge direction at the hits
+    shell:np.ndarray, # [4,k] surfaces at the hits
+    z:np.ndarray      # [k] heights of the hits
+)->np.ndarray:        # [3,k] unit normals
     "Normal of the face, the side wall or the underside, whichever was hit."
-    n = np.empty((len(z),3), f32)
-    if s.round:
-        n[:,:2], n[:,2] = -slope[:,:2], z-s.thick/2
-        return n/np.maximum(np.linalg.norm(n, axis=1, keepdims=True), 1e-6)
-    under = z < s.thick*.5-(shell[:,0]-s.thick*.5)*.98+.02
-    n[:,0], n[:,1], n[:,2] = -slope[:,0], -slope[:,1], np.where(under, -1, 1)
-    wall = smoothstep(.03, .12, shell[:,0]-z)*smoothstep(.0, .06, z-shell[:,1])
-    e = slope[:,2:]/np.maximum(np.hypot(slope[:,2], slope[:,3]), 1e-4)[:,None]
-    n /= np.linalg.norm(n, axis=1, keepdims=True)
-    n[:,:2] = n[:,:2]*(1-wall[:,None])+e*wall[:,None]
-    n[:,2] *= 1-wall
-    return n/np.maximum(np.linalg.norm(n, axis=1, keepdims=True), 1e-6)
+    if s.round: return unit(np.stack([-slope[0], -slope[1], z-f32(s.thick/2)]))
+    under = z < s.thick*.5-(shell[0]-s.thick*.5)*.98+.02
+    n = unit(np.stack([-slope[0], -slope[1], np.where(under, f32(-1), f32(1))]))
+    wall = smoothstep(.03, .12, shell[0]-z)*smoothstep(.0, .06, z-shell[1])
+    e = wall/np.maximum(np.hypot(slope[2], slope[3]), 1e-4)
+    n *= 1-wall
+    n[:2] += slope[2:]*e
+    return unit(n)
 
-# %% ../../nbs/12a_data.render.ipynb #04ec8c6e
+# %% ../../nbs/12a_data.render.ipynb #cd78d7a6
 def softbox(
-    n:np.ndarray,     # [k,3] normals
+    n:np.ndarray,     # [3,k] normals
+    nv:np.ndarray,    # [k] their cosine with the view
     view:np.ndarray,  # unit vector to the camera
     light:np.ndarray, # unit vector to the lamp
     size:float,       # half width of the lamp as a tangent
     rough:float       # blur of the reflection
 )->np.ndarray:        # [k] 0..1
     "Mirror image of a square lamp: this is what makes gelatin look wet."
-    nv = n@view.astype(f32)
-    r = 2*nv[:,None]*n-view.astype(f32)
-    a = np.cross(light, (0,0,1)); a = (a/np.linalg.norm(a)).astype(f32)
-    b = np.cross(light, a).astype(f32)
-    rl = r@light.astype(f32)
-    x, y = np.abs(r@a), np.abs(r@b)
-    k = np.maximum(rl, .05)
-    e = size+rough
-    return np.where(rl > .05, (1-smoothstep(size-rough*.6, e, x/k))*(1-smoothstep(size-rough*.6, e, y/k)), 0).astype(f32)
+    a = np.cross(light, (0,0,1)); a = a/np.linalg.norm(a)
+    mirrored = lambda d: 2*nv*along(n, d)-f32(view@d)
+    far = mirrored(light)
+    k = np.maximum(far, .05)
+    edge = lambda d: 1-smoothstep(size-rough*.6, size+rough, np.abs(mirrored(d))/k)
+    return edge(a)*edge(np.cross(light, a))*(far > .05)
 
-# %% ../../nbs/12a_data.render.ipynb #23e551f3
+# %% ../../nbs/12a_data.render.ipynb #4f770edf
 def shade(
     s:Solid,
-    n:np.ndarray,        # [k,3] normals, pill frame
-    colour:np.ndarray,   # [k,4] albedo and occlusion
+    n:np.ndarray,        # [3,k] normals, pill frame
+    colour:np.ndarray,   # [4,k] albedo and occlusion
     z:np.ndarray,        # [k] height, mm
-    uv:np.ndarray,       # [k,2] position, mm
     light:np.ndarray,    # unit vector to the lamp, pill frame
+    ceiling:np.ndarray,  # unit vector to the lit ceiling, pill frame
     view:np.ndarray,     # unit vector to the camera, pill frame
     lamp:Lamp,
     table:np.ndarray     # linear RGB of the background: bounces into the flanks
-)->np.ndarray:           # [k,3] linear RGB before white balance
-    "Wrapped Lambert, sky and table light, occlusion, softbox reflection with Fresnel."
-    albedo, ao = colour[:,:3], colour[:,3]
-    if s.layer is not None: albedo = np.where((z < .42*s.thick)[:,None], s.layer, albedo)
-    nl = n@light.astype(f32)
-    wrap = .18+.3*s.clear
-    direct = np.maximum((nl+wrap)/(1+wrap), 0)**1.1*ao**.7
+)->np.ndarray:           # [3,k] linear RGB before white balance
+    "Wrapped Lambert, sky and table light, occlusion, mirror images of lamp and ceiling with Fresnel."
+    albedo, ao = colour[:3], colour[3]
+    if s.layer is not None: albedo = np.where(z < .42*s.thick, s.layer[:,None], albedo)
+    nl, nv = along(n, light), np.maximum(along(n, view), 0)
+    direct = np.maximum((nl+f32(.18))/f32(1.18), 0)*np.sqrt(ao)
     near = smoothstep(0, .8*s.thick, z)
-    sky = (.5+.5*n[:,2])*(.45+.55*near)*ao
-    bounce = (.5-.5*n[:,2])*(.25+.5*near)
-    light_in = (lamp.key*direct+lamp.sky*sky)[:,None]+bounce[:,None]*.75*table
-    out = albedo*light_in
-    if s.clear: out = glow(s, out, albedo, n, uv, light, lamp, table)
-    fresnel = .04+.96*(1-np.clip(n@view.astype(f32), 0, 1))**5
-    rough = .75-.62*s.gloss
-    shine = softbox(n, view, light, lamp.size*.6, rough)*fresnel*(1.6+3*s.gloss+9*s.gloss**4)
-    panel = softbox(n, view, PANEL, .34, .26+.5*(1-s.gloss))*fresnel*lamp.sky*(2*s.gloss+4*s.gloss**4)
-    haze = fresnel*s.gloss*.3*lamp.sky*np.clip(n[:,2]+.2, 0, 1)
-    return out+((shine+panel+haze)*ao**.5)[:,None]
+    sky = (.5+.5*n[2])*(.45+.55*near)*ao
+    bounce = (.5-.5*n[2])*(.25+.5*near)*f32(.75)
+    out = albedo*(f32(lamp.key)*direct+f32(lamp.sky)*sky+bounce*table[:,None])
+    if s.clear: out = glow(out, albedo, n, light, lamp, table)
+    fresnel = f32(.04)+f32(.96)*(1-np.minimum(nv, 1))**5
+    shine = softbox(n, nv, view, light, lamp.size*.6, .75-.62*s.gloss)*f32(1.6+3*s.gloss+9*s.gloss**4)
+    panel = softbox(n, nv, view, ceiling, .34, .26+.5*(1-s.gloss))*f32(lamp.sky*(2*s.gloss+4*s.gloss**4))
+    haze = f32(s.gloss*.3*lamp.sky)*np.maximum(n[2]+f32(.2), 0)
+    return out+(shine+panel+haze)*fresnel*np.sqrt(ao)
 
-# %% ../../nbs/12a_data.render.ipynb #2a91e0a8
+# %% ../../nbs/12a_data.render.ipynb #ba3272f0
 def glow(
-    s:Solid,
-    out:np.ndarray,      # [k,3] shaded as if opaque
-    albedo:np.ndarray,   # [k,3]
-    n:np.ndarray,        # [k,3]
-    uv:np.ndarray,       # [k,2]
-    light:np.ndarray, lamp:Lamp,
-    table:np.ndarray
-)->np.ndarray:
-    "Light that went through a soft gel: brightest on the side away from the lamp."
-    far = -(n[:,:2]@light[:2].astype(f32))
-    body = np.clip(.35+.65*far, 0, 1.2)[:,None]
-    through = albedo**.8*(lamp.key*body*.75+lamp.sky*.25)+.25*table*albedo
-    return out*.42+through*.7
+    out:np.ndarray,      # [3,k] shaded as if opaque
+    albedo:np.ndarray,   # [3,k]
+    n:np.ndarray,        # [3,k] normals
+    light:np.ndarray,    # unit vector to the lamp, pill frame
+    lamp:Lamp,
+    table:np.ndarray     # linear RGB of the background
+)->np.ndarray:           # [3,k]
+    "Light that went through a soft gel: it leaves on the side away from the lamp."
+    far = smoothstep(-.55, 1.0, -(n[0]*f32(light[0])+n[1]*f32(light[1]))/f32(np.hypot(*light[:2])))
+    deep = albedo**f32(1.35)
+    through = deep*(f32(lamp.key)*(f32(.12)+f32(1.25)*far)+f32(lamp.sky*.35))+f32(.30)*table[:,None]*albedo
+    return f32(.30)*out+f32(.72)*through
 
 # %% ../../nbs/12a_data.render.ipynb #6befebfc
 def shadow(
@@ -747,26 +772,26 @@ def table_light(
     fall = 1+(.075*d[0]+rng.normal(0,.012))*x+(.075*d[1]+rng.normal(0,.012))*y
     return cv2.resize(fall*(1-.055*(x*x+y*y)), (camera.width, camera.height), interpolation=cv2.INTER_CUBIC)
 
-# %% ../../nbs/12a_data.render.ipynb #57eb5cd1
+# %% ../../nbs/12a_data.render.ipynb #f1774fcb
 @lru_cache(1)
-def tone_curve()->tuple[np.ndarray,np.ndarray]: # display value and noise by linear level
-    "Linear light to sRGB with a soft shoulder, and how noisy each level is."
-    x = np.linspace(0, 1.6, 4096, dtype=f32)
-    y = np.where(x < .75, x, .75+.25*np.tanh((x-.75)/.25))
-    out = 255*np.where(y <= .0031308, 12.92*y, 1.055*y**(1/2.4)-.055)
-    return out.astype(f32), np.clip(1.1+1.5*np.sqrt(y)/(y**.58+.25), .9, 2.6).astype(f32)
+def tone_curve()->np.ndarray: # uint8 by linear level
+    "Linear light (0 to 1.6 in 4,096 steps) to sRGB with a soft shoulder."
+    x = np.linspace(0, 1.6, 4096)
+    y = np.where(x < .7, x, .7+.3*np.tanh((x-.7)/.3))
+    return np.clip(255*np.where(y <= .0031308, 12.92*y, 1.055*y**(1/2.4)-.055)+.5, 0, 255).astype(np.uint8)
 
 def develop(
-    light:np.ndarray,       # [h,w,3] linear RGB
-    rng:np.random.Generator
+    light:np.ndarray,       # [h,w,3] linear RGB, used up
+    rng:np.random.Generator,
+    gain:float=1.           # noise; a phone in the evening has more
 )->np.ndarray:              # uint8 RGB
-    "Expose: tone curve, shot and read noise, 8 bits."
+    "Expose: read and shot noise, tone curve, 8 bits."
     h, w = light.shape[:2]
-    out, sd = tone_curve()
-    level = np.clip(light*f32(4095/1.6), 0, 4095).astype(np.uint16)
     y, x = rng.integers(0, 97, 2)
-    noise = noise_bank(w, h)[y:y+h, x:x+w, ::(1,-1)[rng.integers(2)]]
-    return np.clip(out[level]+sd[level]*noise+f32(.5), 0, 255).astype(np.uint8)
+    noise = noise_bank(w, h)[y:y+h, x:x+w]
+    light += noise*(f32(.0011*gain)+f32(.0105*gain)*light)
+    light *= f32(4095/1.6)
+    return tone_curve()[np.clip(light, 0, 4095, out=light).astype(np.uint16)]
 
 # %% ../../nbs/12a_data.render.ipynb #98508ef2
 @dataclass(frozen=True)
@@ -804,7 +829,7 @@ def map_res(
     "Maps about as fine as the supersampled photo."
     return round(float(np.clip(shot.width/shot.field*1.5, 6, 52)), 2)
 
-# %% ../../nbs/12a_data.render.ipynb #0775c37d
+# %% ../../nbs/12a_data.render.ipynb #32b18fb6
 def cast(
     photo:np.ndarray, # linear RGB, darkened in place
     s:Solid, pose:Pose, camera:Camera, lamp:Lamp
@@ -814,14 +839,16 @@ def cast(
     dark, res, (cx,cy) = shadow(s, light, lamp.size)
     x0, y0, x1, y1 = window(camera, s, pose, s.thick*1.6+2)
     if x1 <= x0 or y1 <= y0: return
-    px, py = np.meshgrid(np.arange(x0,x1,dtype=f32), np.arange(y0,y1,dtype=f32))
-    u, v = into_frame(pose, *camera.ground(px, py))
-    m = cv2.remap(dark, (u*res+cx).astype(f32), (v*res+cy).astype(f32), cv2.INTER_LINEAR)
+    xs, ys = (np.arange(a, b, 2, dtype=f32)+f32(.5) for a,b in ((x0,x1),(y0,y1)))    # shadows are soft: every second pixel will do
+    u, v = into_frame(pose, *camera.ground(*np.meshgrid(xs, ys)))
+    m = cv2.remap(dark, u*f32(res)+f32(cx), v*f32(res)+f32(cy), cv2.INTER_LINEAR)
+    m = cv2.resize(m, (2*len(xs), 2*len(ys)), interpolation=cv2.INTER_LINEAR)[:y1-y0, :x1-x0]
     direct = lamp.key*light[2]/(lamp.key*light[2]+lamp.sky)
-    k = 1-m[...,0]*direct*(.92-.45*s.clear)-m[...,1]*(1-direct)*(.8-.3*s.clear)
-    photo[y0:y1, x0:x1] *= k[...,None]
+    k = (1-m[...,0]*f32(direct*.92)-m[...,1]*f32((1-direct)*(.8-.25*s.clear)))[...,None]
+    if s.clear: k = k+(m[...,:1]**2*f32(direct*1.25))*s.tint
+    photo[y0:y1, x0:x1] *= k
 
-# %% ../../nbs/12a_data.render.ipynb #2e30af68
+# %% ../../nbs/12a_data.render.ipynb #0779cf6f
 def draw(
     photo:np.ndarray,  # linear RGB, painted in place
     s:Solid, pose:Pose, camera:Camera, lamp:Lamp,
@@ -832,19 +859,18 @@ def draw(
     "Trace, shade and lay one pill over the photo."
     x0, y0, x1, y1 = window(camera, s, pose)
     if x1 <= x0 or y1 <= y0: return (0,0,0,0)
-    off = (np.arange(ss)+.5)/ss-.5
-    px, py = np.meshgrid((np.arange(x0,x1)[:,None]+off).ravel().astype(f32), (np.arange(y0,y1)[:,None]+off).ravel().astype(f32))
-    u, v = (a.astype(f32) for a in into_frame(pose, *camera.ground(px, py)))
+    xs, ys = (((np.arange(a*ss, b*ss)+.5)/ss-.5).astype(f32) for a,b in ((x0,x1),(y0,y1)))
+    rays = lambda px, py: np.stack(into_frame(pose, *camera.ground(px, py)), 1)
     eye = camera.eye-np.array([pose.x, pose.y, s.thick/2])
     view = turned(pose, eye/np.linalg.norm(eye))
     lean = (view[:2]/view[2]).astype(f32)
-    iy, ix, zz = trace(s, u, v, lean)
+    iy, ix, uv, zz = trace(s, rays, xs, ys, lean)
     if not len(iy): return (0,0,0,0)
-    uv = np.stack([u[iy,ix]+zz*lean[0], v[iy,ix]+zz*lean[1]], 1)
-    pick = lambda m: at_points(m, s, uv)
-    rgb = shade(s, normals(s, pick(s.slope), pick(s.shell), zz), pick(s.colour), zz, uv, turned(pose, towards(lamp)), view, lamp, table)
-    patch = np.zeros((*u.shape,4), f32)
-    patch[iy,ix,:3], patch[iy,ix,3] = rgb*exposure, 1
+    pick = lambda m: np.ascontiguousarray(at_points(m, s, uv).T)
+    rgb = shade(s, normals(s, pick(s.slope), pick(s.shell), zz), pick(s.colour), zz, turned(pose, towards(lamp)), turned(pose, PANEL), view, lamp, table)
+    patch, dots = np.zeros((len(ys),len(xs),4), f32), np.ones((len(zz),4), f32)
+    dots[:,:3] = (rgb*exposure[:,None]).T
+    patch[iy,ix] = dots
     patch = blur(cv2.resize(patch, (x1-x0, y1-y0), interpolation=cv2.INTER_AREA), .45)
     photo[y0:y1, x0:x1] = photo[y0:y1, x0:x1]*(1-patch[...,3:])+patch[...,:3]
     ys, xs = np.nonzero(patch[...,3] > .35)

@@ -1,0 +1,191 @@
+"""Stage gates: the contract's figures literally, every way of not knowing, and a second implementation to compare with."""
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from pillsnap.core.record import Metric, Provenance
+from pillsnap.evaluation.gates import EXCUSED_BY_CLOCK, STAGE_TARGETS, Reason, Status, TimeCap, simple_stage_evaluation
+from pillsnap.evaluation.latency import LATENCY_TARGETS, PROTOCOL_GPU, RUNS, WARMUP, Latency, latency_table, measure_latency, protocol_gap
+
+AIHUB = Provenance(data="aihub", data_hash="d" * 64, class_map_hash="c" * 64)
+GPU = "16× AMD Ryzen 7, 125 GiB, NVIDIA GeForce RTX 5080 16 GiB"
+WANT = {1: (.78, 220, .20, 2000, .02), 2: (.82, 220, .40, 5000, .02), 3: (.85, 200, .70, 10000, .01), 4: (.85, 200, .70, 10000, .01)}   # accuracy, p95, coverage, n, drop
+
+
+def record(name, value, n=20_000, prov=AIHUB):
+    return prov.metric(name, value, n=n, seconds=600.)
+
+
+def facts(acc=.95, p95=100., n=20_000, coverage=1., crashes=True, memory=True, base=None, prov=AIHUB, **change):
+    lat = Latency("single", 95, 1, "fp16", 20, replace(record("latency", p95, 200, prov), hardware=GPU))
+    f = dict(accuracy=record("accuracy", acc, n, prov), latency_p95_ms=lat, n_eval_samples=record("n", n, n, prov), class_coverage=record("coverage", coverage, 50, prov),
+             no_crashes=record("no_crashes", crashes, 4, prov), memory_stable=record("memory_stable", memory, 30, prov))
+    if base is not None: f["baseline"] = record("accuracy", base, n, prov)
+    return f | change
+
+
+@pytest.mark.spec("SG1")
+def test_constants_are_the_contracts():
+    for stage, (acc, p95, cov, n, drop) in WANT.items():
+        t = STAGE_TARGETS[stage]
+        assert (t.accuracy, t.latency_p95_ms, t.class_coverage, t.n_eval_samples, t.max_drop, t.epsilon) == (acc, p95, cov, n, drop, .002)
+        assert t.memory and t.map50 is None and t.data == ("aihub",) and t.label == ""
+    d = STAGE_TARGETS[0]
+    assert (d.accuracy, d.map50, d.class_coverage, d.n_eval_samples, d.latency_p95_ms, d.epsilon, d.label) == (.90, .90, 1.0, 200, None, 0., "demo, synthetic")
+    assert set(STAGE_TARGETS) == {0, 1, 2, 3, 4}
+    assert [str(r) for r in Reason][:7] == ["LATENCY_P95_TOO_HIGH", "NOT_ENOUGH_SAMPLES", "COVERAGE_TOO_LOW", "REGRESSION_TOO_LARGE", "ACC_BELOW_TARGET", "CRASH_DETECTED", "MEMORY_UNSTABLE"]
+    assert [str(s) for s in Status] == ["GO", "NO_GO", "TIME_CAP_SUCCESS", "NOT_MEASURED"]
+
+
+@pytest.mark.spec("SG1")
+@pytest.mark.parametrize("stage", [1, 2, 3, 4])
+def test_every_constant_bites_at_its_edge(stage):
+    acc, p95, cov, n, drop = WANT[stage]
+    edge = dict(acc=acc - .002, p95=float(p95), coverage=cov, n=n)
+    assert simple_stage_evaluation(stage, facts(**edge)).status == Status.GO
+    for reason, change in (("ACC_BELOW_TARGET", dict(acc=acc - .0021)), ("LATENCY_P95_TOO_HIGH", dict(p95=p95 + .1)), ("COVERAGE_TOO_LOW", dict(coverage=cov - .001)),
+                           ("NOT_ENOUGH_SAMPLES", dict(n=n - 1)), ("CRASH_DETECTED", dict(crashes=False)), ("MEMORY_UNSTABLE", dict(memory=False)), ("REGRESSION_TOO_LARGE", dict(base=acc - .002 + drop + .0005))):
+        r = simple_stage_evaluation(stage, facts(**edge | change))
+        assert (r.status, r.reasons) == (Status.NO_GO, (reason,)), change
+    assert simple_stage_evaluation(stage, facts(**edge, base=acc - .002 + drop)).status == Status.GO
+
+
+@pytest.mark.spec("SG1")
+def test_reasons_come_in_the_contracts_order():
+    r = simple_stage_evaluation(4, facts(acc=.1, p95=900., n=5, coverage=.01, crashes=False, memory=False, base=.9))
+    assert list(r.reasons) == [str(x) for x in Reason][:7] and r.status == Status.NO_GO
+
+
+@pytest.mark.spec("SG1", "BX2")
+@pytest.mark.parametrize("stage", [1, 2, 3, 4])
+@pytest.mark.parametrize("name", ["accuracy", "latency_p95_ms", "n_eval_samples", "class_coverage", "no_crashes", "memory_stable"])
+def test_an_absent_key_fails_closed(stage, name):
+    f = facts()
+    assert simple_stage_evaluation(stage, f).status == Status.GO
+    for gone in ({k: v for k, v in f.items() if k != name}, f | {name: None}):
+        r = simple_stage_evaluation(stage, gone)
+        assert r.status == Status.NOT_MEASURED and name in r.not_measured and not r.unlocks_final_test
+
+
+@pytest.mark.spec("BX2")
+@pytest.mark.parametrize("change", [dict(value=math.nan), dict(value=math.inf), dict(value=None), dict(n=0), dict(n=-3), dict(how="declared"), dict(how="estimated"), dict(seconds=1e-5), dict(seconds=None),
+                                    dict(seconds=-1.), dict(data="synthetic"), dict(data="other"), dict(data_hash=""), dict(class_map_hash=""), dict(hardware=""), dict(value=1.5), dict(value=-.1)])
+@pytest.mark.parametrize("name", ["accuracy", "class_coverage", "no_crashes", "n_eval_samples"])
+def test_an_impossible_record_fails_closed(name, change):
+    if name == "n_eval_samples" and "value" in change and change["value"] == 1.5: change = dict(value=0)
+    f = facts()
+    r = simple_stage_evaluation(1, f | {name: replace(f[name], **change)})
+    assert r.status != Status.GO, r
+
+
+@pytest.mark.spec("BX2")
+def test_a_hand_made_report_does_not_pass():
+    made_up = {k: (replace(m, metric=replace(m.metric, seconds=.0015)) if isinstance(m, Latency) else replace(m, seconds=.0015)) for k, m in facts(acc=.99, n=5000).items()}
+    r = simple_stage_evaluation(1, made_up)
+    assert r.status == Status.NOT_MEASURED and {"accuracy", "n_eval_samples", "latency_p95_ms"} <= set(r.not_measured)
+    assert simple_stage_evaluation(1, dict(accuracy=.99, n_eval_samples=5000, latency_p95_ms=1.5, class_coverage=1., no_crashes=True, memory_stable=True)).status == Status.NOT_MEASURED
+
+
+@pytest.mark.spec("BX2")
+def test_figures_that_do_not_belong_together_are_no_measurement():
+    f = facts()
+    assert simple_stage_evaluation(1, f | {"accuracy": replace(f["accuracy"], n=10)}).status == Status.NOT_MEASURED
+    assert simple_stage_evaluation(1, f | {"class_coverage": replace(f["class_coverage"], class_map_hash="e" * 64)}).status == Status.NOT_MEASURED
+    assert simple_stage_evaluation(1, f | {"accuracy": replace(f["accuracy"], data_hash="e" * 64)}).status == Status.NOT_MEASURED
+    other = {"baseline": replace(record("accuracy", .95), class_map_hash="e" * 64)}
+    assert "regression" in simple_stage_evaluation(1, f | other).not_measured
+
+
+@pytest.mark.spec("SG1")
+def test_synthetic_figures_never_open_a_real_gate():
+    syn = Provenance(data="synthetic", data_hash="d" * 64, class_map_hash="c" * 64)
+    for stage in (1, 2, 3, 4): assert simple_stage_evaluation(stage, facts(prov=syn)).status == Status.NOT_MEASURED
+    demo = facts(prov=syn, acc=.9, n=200) | {"map50": record("map50", .9, 200, syn)}
+    r = simple_stage_evaluation(0, demo)
+    assert (r.status, r.label, r.unlocks_final_test) == (Status.GO, "demo, synthetic", False)
+    for change, reason in ((dict(acc=.899), "ACC_BELOW_TARGET"), (dict(n=199), "NOT_ENOUGH_SAMPLES"), (dict(coverage=.99), "COVERAGE_TOO_LOW"), (dict(crashes=False), "CRASH_DETECTED")):
+        assert reason in simple_stage_evaluation(0, facts(**(dict(prov=syn, acc=.9, n=200) | change)) | {"map50": record("map50", .9, 200, syn)}).reasons
+    assert simple_stage_evaluation(0, demo | {"map50": record("map50", .899, 200, syn)}).reasons == ("MAP_BELOW_TARGET",)
+    assert simple_stage_evaluation(0, {k: v for k, v in demo.items() if k != "map50"}).status == Status.NOT_MEASURED
+    assert "latency_p95_ms" not in [p.name for p in r.points] and simple_stage_evaluation(0, demo | {"latency_p95_ms": None}).status == Status.GO
+
+
+@pytest.mark.spec("SG1")
+def test_a_first_run_says_so_and_a_broken_baseline_is_no_first_run():
+    assert simple_stage_evaluation(1, facts()).notes == ("first run",)
+    assert simple_stage_evaluation(1, facts(base=.95)).notes == ()
+    r = simple_stage_evaluation(1, facts(base=.95) | {"baseline": replace(record("accuracy", .95), value=math.nan)})
+    assert r.status == Status.NOT_MEASURED and "first run" not in r.notes
+
+
+@pytest.mark.spec("SG1", "SG7")
+def test_the_clock_excuses_little_and_opens_nothing():
+    cap = TimeCap(hours=2., stopped_early=True, samples=1000, classes=30, pipeline_complete=True, classification_model_loading=True)
+    assert (cap.limit_hours, cap.min_samples, cap.min_classes) == (2., 1000, 30)
+    low = facts(acc=.749)
+    r = simple_stage_evaluation(1, low, cap)
+    assert r.status == Status.TIME_CAP_SUCCESS != Status.GO and not r.unlocks_final_test
+    assert not simple_stage_evaluation(4, low, cap).unlocks_final_test and simple_stage_evaluation(4, low, cap).status == Status.TIME_CAP_SUCCESS
+    for change in (dict(hours=1.99), dict(stopped_early=False), dict(samples=999), dict(classes=29), dict(pipeline_complete=False), dict(classification_model_loading=None), dict(hours=None), dict(samples=None)):
+        assert simple_stage_evaluation(1, low, replace(cap, **change)).status == Status.NO_GO, change
+    for change in (dict(crashes=False), dict(memory=False), dict(p95=900.), dict(base=.95)):
+        assert simple_stage_evaluation(1, facts(acc=.749, **change), cap).status == Status.NO_GO, change
+    assert simple_stage_evaluation(1, {k: v for k, v in low.items() if k != "memory_stable"}, cap).status == Status.NO_GO
+    assert simple_stage_evaluation(1, facts(), cap).status == Status.GO
+    assert EXCUSED_BY_CLOCK == {Reason.ACC_BELOW_TARGET, Reason.NOT_ENOUGH_SAMPLES, Reason.COVERAGE_TOO_LOW}
+
+
+maybe = lambda s: st.one_of(st.none(), s)
+
+
+@pytest.mark.spec("SG1")
+@given(stage=st.integers(1, 4), acc=maybe(st.floats(.5, 1)), p95=maybe(st.floats(1, 400)), n=st.integers(1, 12_000), cov=maybe(st.floats(0, 1)), ok=maybe(st.booleans()), mem=maybe(st.booleans()), base=maybe(st.floats(.5, 1)))
+@settings(max_examples=300, deadline=None)
+def test_a_second_implementation_agrees(stage, acc, p95, n, cov, ok, mem, base):
+    f = facts(acc or .5, p95 or 1., n, cov or 0., bool(ok), bool(mem), base)
+    for name, v in (("accuracy", acc), ("latency_p95_ms", p95), ("class_coverage", cov), ("no_crashes", ok), ("memory_stable", mem)):
+        if v is None: del f[name]
+    a, l, c, m, d = WANT[stage]
+    lines = [(p95, p95 is not None and p95 <= l), (n, n >= m), (cov, cov is not None and cov >= c), (acc, acc is not None and acc >= a - .002),
+             (acc if base is not None else 1, base is None or (acc is not None and base - acc <= d)), (ok, ok is True), (mem, mem is True)]
+    known = all(v is not None for v, _ in lines)
+    missed = any(v is not None and not met for v, met in lines)
+    want = Status.NO_GO if missed else Status.GO if known else Status.NOT_MEASURED
+    near = any(x is not None and abs(x - y) < 1e-6 for x, y in ((acc, a - .002), (cov, c), (p95, l), ((base or 0) - (acc or 0), d)))
+    r = simple_stage_evaluation(stage, f)
+    assert near or r.status == want
+    assert (r.status == Status.GO) == (not r.reasons and not r.not_measured)
+    assert r.unlocks_final_test == (stage == 4 and r.status == Status.GO)
+    import json; json.dumps(r.to_dict(), allow_nan=False)
+
+
+# ---- latency -------------------------------------------------------------------------------------
+
+@pytest.mark.spec("EV6")
+def test_the_protocols_figures():
+    assert (WARMUP, RUNS, PROTOCOL_GPU) == (20, 200, "RTX 5080")
+    rows = {(t.source, t.scope, t.stage): t.ms for t in LATENCY_TARGETS}
+    assert rows == {("D-12", "single", 1): 220, ("D-12", "single", 2): 220, ("D-12", "single", 3): 200, ("D-12", "single", 4): 200, ("A", "single", None): 150, ("A, I/O note", "single", None): 50,
+                    ("C", "single", 3): 200, ("C", "single", 4): 200, ("D-14", "detector", 1): 50, ("D-14", "classifier", 1): 10, ("D-14", "api", 3): 100, ("D-14", "single", 4): 30,
+                    ("N, target", "onnx_single", None): 50, ("N, minimum", "onnx_single", None): 100}
+    assert [t.stage for t in LATENCY_TARGETS if t.gate] == [1, 2, 3, 4] and {t.percentile for t in LATENCY_TARGETS} == {95}
+
+
+@pytest.mark.spec("EV6")
+def test_other_hardware_is_shown_and_not_judged():
+    f = facts(p95=1.)
+    for change in (dict(precision="fp32"), dict(batch=2), dict(warmup=19), dict(scope="classifier"), dict(percentile=50), dict(metric=replace(f["latency_p95_ms"].metric, hardware="2× CPU")), dict(metric=replace(f["latency_p95_ms"].metric, n=199))):
+        r = simple_stage_evaluation(1, f | {"latency_p95_ms": replace(f["latency_p95_ms"], **change)})
+        p = r.points[0]
+        assert (r.status, p.verdict, p.value) == (Status.NOT_MEASURED, Status.NOT_MEASURED, 1.) and "NOT_COMPARABLE" in p.note, change
+    assert protocol_gap(f["latency_p95_ms"]) == []
+
+
+@pytest.mark.spec("EV6")
+def test_only_timed_calls_count_and_percentiles_are_ordered():
+    calls = []
+    rows, ms = measure_latency(lambda: calls.append(1), "nothing", AIHUB, warmup=3, runs=7)
+    assert len(calls) == 10 and len(ms) == 7 and [r.percentile for r in rows] == [50, 95] and rows[0].metric.value <= rows[1].metric.value
+    assert {r["verdict"] for r in latency_table(rows)} == {"NOT_MEASURED"}
