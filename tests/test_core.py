@@ -198,7 +198,7 @@ def test_git_sha_is_that_of_this_checkout_or_nogit(tmp_path, monkeypatch):
         assert get_git_sha().removesuffix("-dirty") == r.stdout.split()[1]
     else:
         assert get_git_sha() == "nogit"
-    assert get_git_sha(tmp_path) == "nogit"
+    assert get_git_sha(tmp_path) == "nogit" and get_git_sha(ROOT/"nbs") == "nogit", "somebody else's repository around us is not our commit"
     files._sha_of.cache_clear()
     monkeypatch.setenv("PATH", str(tmp_path))
     assert get_git_sha() == "nogit"
@@ -306,8 +306,9 @@ def test_the_hardware_line_knows_a_gpu_without_importing_torch(monkeypatch):
 @pytest.mark.spec("CF2", "CF4")
 def test_one_logger_console_and_file(tmp_path, logger, capsys):
     log, path = logger
+    before = list(log.handlers)
     again = build_logger(path.parent, log.name)
-    assert again is log and [type(h).__name__ for h in log.handlers if "pillsnap" in type(h).__module__] == ["ConsoleHandler", "LogFile"]
+    assert again is log and log.handlers == before and [type(h).__name__ for h in log.handlers if "pillsnap" in type(h).__module__] == ["ConsoleHandler", "LogFile"]
     again.info("약품 12개")
     assert capsys.readouterr().err == "약품 12개\n"
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d INFO 약품 12개\n", path.read_text(encoding="utf-8"))
@@ -619,6 +620,7 @@ def test_a_damaged_checkpoint_is_named_never_a_traceback(tmp_path):
 @pytest.mark.spec("CT15")
 def test_what_could_not_be_read_again_is_not_written(tmp_path):
     from collections import OrderedDict, defaultdict
+    from enum import Enum
     from fastcore.foundation import L
     path = write(fresh(), tmp_path/"last.pt")
     before = path.read_bytes()
@@ -627,9 +629,10 @@ def test_what_could_not_be_read_again_is_not_written(tmp_path):
             write(fresh(), path, history=bad)
         assert e.value.where == f"history.{next(iter(bad))}"
     assert path.read_bytes() == before and partials(tmp_path) == []
-    odd = dict(a=np.float32(1), b=np.arange(2), c=Path("x"), d=OrderedDict(z=1), e=defaultdict(list, k=[1]), f=L(1, 2), g=(1, 2), h=nn.Parameter(torch.ones(1)))
+    Metric_ = Enum("Metric_", {"F1": "macro_f1"}, type=str)
+    odd = dict(i=Metric_.F1, j=np.array(["K-1", "K-2"]), a=np.float32(1), b=np.arange(2), c=Path("x"), d=OrderedDict(z=1), e=defaultdict(list, k=[1]), f=L(1, 2), g=(1, 2), h=nn.Parameter(torch.ones(1)))
     got = load_ckpt(write(fresh(), path, odd=odd))["odd"]
-    assert got["b"].tolist() == [0, 1] and {k: v for k, v in got.items() if k not in "bh"} == dict(a=1., c="x", d={"z": 1}, e={"k": [1]}, f=[1, 2], g=(1, 2))
+    assert got["b"].tolist() == [0, 1] and {k: v for k, v in got.items() if k not in "bh"} == dict(i="macro_f1", j=["K-1", "K-2"], a=1., c="x", d={"z": 1}, e={"k": [1]}, f=[1, 2], g=(1, 2))
     assert type(got["h"]) is torch.Tensor and type(plain(np.bool_(True))) is bool
 
 
@@ -671,6 +674,13 @@ def test_korean_names_are_drawn_letter_by_letter(tmp_path):
             warnings.simplefilter("error")
             f = save_fig(show_grid([np.zeros((40, 30, 3), np.uint8)]*3, [name, "가나정", "K-000573"], cols=2), tmp_path/"grid.png")
     assert f.stat().st_size > 2000 and partials(tmp_path) == []
+
+
+@pytest.mark.parametrize("text, width, out", [("타이레놀정500밀리그람(아세트아미노펜)", 14, "타이레놀정500\n밀리그람(아세…"), ("one two three", 8, "one two\nthree"), ("", 8, ""),
+                                              ("가나다라마바사아자차카", 6, "가나다\n라마…"), ("a\nb\nc", 8, "a\nb…"), ("K-000573", 20, "K-000573")])
+def test_titles_are_wrapped_by_the_room_they_take(text, width, out):
+    from pillsnap.core.plots import wrap_title
+    assert wrap_title(text, width) == out
 
 
 def test_the_font_carries_its_licence_and_not_the_reserved_name():

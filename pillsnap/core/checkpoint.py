@@ -19,29 +19,32 @@ import torch
 from .errors import PillsnapError
 from .files import atomic_path, os_trouble
 
-# %% ../../nbs/06_core.checkpoint.ipynb #38d25a2c
+# %% ../../nbs/06_core.checkpoint.ipynb #458440ad
 def _tensor(t:torch.Tensor)->torch.Tensor:
     t = t.detach()
     return t if type(t) is torch.Tensor else t.as_subclass(torch.Tensor)
 
+# %% ../../nbs/06_core.checkpoint.ipynb #7b82b5e6
 def plain(
     o:Any,     # tree of tensors, numbers, texts and containers
     at:str=""  # its name, for the message
 )->Any:
     "The same tree in values that `weights_only=True` can read."
     if o is None or type(o) in (bool, int, float, str, bytes): return o
+    if isinstance(o, str): return str.__str__(o)  # an Enum of texts, for one
     if isinstance(o, torch.Tensor): return _tensor(o)
     if isinstance(o, np.generic): return o.item()
-    if isinstance(o, np.ndarray): return torch.from_numpy(np.ascontiguousarray(o).copy())
+    if isinstance(o, np.ndarray): return torch.from_numpy(o.copy()) if o.dtype.kind in "biuf" else plain(o.tolist(), at)
     if isinstance(o, os.PathLike): return os.fspath(o)
     if isinstance(o, Mapping): return {plain(k, f"{at} key"): plain(v, f"{at}.{k}") for k, v in o.items()}
     if type(o) is tuple: return tuple(plain(v, f"{at}[{i}]") for i, v in enumerate(o))
     if isinstance(o, Sequence) or type(o).__name__ == "L": return [plain(v, f"{at}[{i}]") for i, v in enumerate(o)]
     raise PillsnapError(f"a {type(o).__name__} cannot be kept in a checkpoint", where=at.lstrip("."), fix="keep tensors, numbers, texts, lists and dictionaries")
 
-# %% ../../nbs/06_core.checkpoint.ipynb #b243751e
+# %% ../../nbs/06_core.checkpoint.ipynb #ebc484f2
 FIELDS = ("model_state", "optimizer_state", "scheduler_state", "scaler_state", "epoch", "best_metric", "config_snapshot", "class_map", "rng_state", "sampler_state")
 
+# %% ../../nbs/06_core.checkpoint.ipynb #a0afcd34
 class _Remembers:
     "A file whose first refusal can be asked for afterwards."
     def __init__(self, f:Any): self.f, self.error = f, None
@@ -50,6 +53,7 @@ class _Remembers:
         except OSError as e: self.error = self.error or e; raise
     def flush(self)->None: self.f.flush()
 
+# %% ../../nbs/06_core.checkpoint.ipynb #c82f7930
 def _write(state:dict[str,Any], path:Path)->None:
     with open(path, "wb") as raw:
         f = _Remembers(raw)
@@ -79,7 +83,7 @@ def save_ckpt(
     with atomic_path(path) as tmp: _write(state, tmp)
     return Path(path)
 
-# %% ../../nbs/06_core.checkpoint.ipynb #671cf093
+# %% ../../nbs/06_core.checkpoint.ipynb #269fcdad
 def rng_state()->dict[str,Any]: # tensors, lists and numbers
     "The states of Python's, numpy's and torch's generators."
     version, internal, gauss = random.getstate()
@@ -87,6 +91,7 @@ def rng_state()->dict[str,Any]: # tensors, lists and numbers
     return dict(python=[version, list(internal), gauss], numpy=[name, torch.from_numpy(keys.astype(np.int64)), int(pos), int(has_gauss), float(cached)],
                 torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
 
+# %% ../../nbs/06_core.checkpoint.ipynb #f91eebed
 def set_rng_state(
     d:Mapping[str,Any] # what `rng_state` gave
 )->None:
@@ -126,7 +131,7 @@ def class_map_difference(
     if gone or new: return "; ".join(f"{what}: {_first(keys)}" for what, keys in (("only in the checkpoint", gone), ("only in the data", new)) if keys)
     return f"the same {len(a)} classes in another order, from number {next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))} on"
 
-# %% ../../nbs/06_core.checkpoint.ipynb #971e9498
+# %% ../../nbs/06_core.checkpoint.ipynb #92721b04
 def _check(ckpt:dict, path:Path, class_map:Mapping|None, backbone:str|None)->None:
     "Refuse a checkpoint of other classes or of another network."
     mine = ckpt["class_map"]
@@ -138,6 +143,7 @@ def _check(ckpt:dict, path:Path, class_map:Mapping|None, backbone:str|None)->Non
     if backbone is not None and was is not None and was != backbone:
         raise PillsnapError(f"this checkpoint holds a {was}, and the configuration asks for a {backbone}", where=path, fix=f"set train.classification.backbone={was}, or train again (--fresh)")
 
+# %% ../../nbs/06_core.checkpoint.ipynb #135cff4a
 def load_ckpt(
     path:str|os.PathLike,        # file that `save_ckpt` wrote
     class_map:Mapping|None=None, # refuse a checkpoint of any other map

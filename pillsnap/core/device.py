@@ -71,7 +71,7 @@ def needs_scaler(
     "Whether gradients must be scaled (SPEC CT5)."
     return dtype == torch.float16
 
-# %% ../../nbs/05_core.device.ipynb #eb26d4b8
+# %% ../../nbs/05_core.device.ipynb #5c3834e0
 def enable_tf32(
     on:bool # train.classification.tf32
 )->str: # the precision of matrix products: "high" or "highest"
@@ -81,6 +81,7 @@ def enable_tf32(
     torch.backends.cudnn.allow_tf32 = on
     return precision
 
+# %% ../../nbs/05_core.device.ipynb #74cdbfdc
 def cuda_mem_mb(
     peak:bool=True # the most since the last reset; False = now
 )->float: # 10⁶ bytes; 0 without a GPU

@@ -20,7 +20,7 @@ from fastcore.basics import patch
 import pillsnap
 from .errors import PillsnapError
 
-# %% ../../nbs/01_core.files.ipynb #9f6df055
+# %% ../../nbs/01_core.files.ipynb #e8fa9ef5
 _REMEDY = {
     errno.ENOSPC: ("the disk is full", "free some space, or choose another disk, and run it again"),
     errno.EDQUOT: ("the disk quota is used up", "free some space, or choose another disk, and run it again"),
@@ -37,6 +37,7 @@ _REMEDY = {
     errno.ENOENT: ("it is not there", "check the path"),
 }
 
+# %% ../../nbs/01_core.files.ipynb #66a2a614
 def os_trouble(
     what:str,              # what could not be done: "the file cannot be written"
     where:str|os.PathLike, # the path meant, as the user knows it
@@ -56,7 +57,7 @@ def ensure_dir(
     except OSError as e: raise os_trouble("the folder cannot be made", p, e) from e
     return p
 
-# %% ../../nbs/01_core.files.ipynb #91e99e28
+# %% ../../nbs/01_core.files.ipynb #d6a7f9cf
 PARTIAL = ".partial"  # how an unfinished file's name ends
 
 def _sync(path:Path, flags:int=os.O_RDONLY)->None:
@@ -67,6 +68,7 @@ def _sync(path:Path, flags:int=os.O_RDONLY)->None:
         if e.errno not in (errno.EINVAL, errno.ENOTSUP): raise
     finally: os.close(fd)
 
+# %% ../../nbs/01_core.files.ipynb #8a407071
 def _ours(e:OSError, tmp:Path)->bool:
     "Whether an error is about the file being written, and not about something the caller read meanwhile."
     names = {str(n) for n in (e.filename, e.filename2) if n is not None}
@@ -102,7 +104,7 @@ def sweep_partials(
         with suppress(OSError): p.unlink()
     return len(gone)
 
-# %% ../../nbs/01_core.files.ipynb #667e20b9
+# %% ../../nbs/01_core.files.ipynb #2f5f5438
 def save_text(
     text:str,             # what to write, as UTF-8
     path:str|os.PathLike  # final name
@@ -111,6 +113,7 @@ def save_text(
     with atomic_path(path) as tmp: tmp.write_text(text, encoding="utf-8", newline="\n")
     return Path(path)
 
+# %% ../../nbs/01_core.files.ipynb #f47d6d02
 def _plain(o:Any)->Any:
     "What JSON does not know: numpy's scalars and arrays, paths, mappings that are no dict."
     if hasattr(o, "tolist"): return o.tolist()
@@ -118,7 +121,7 @@ def _plain(o:Any)->Any:
     if isinstance(o, Mapping): return dict(o)
     raise TypeError(f"a {type(o).__name__} has no place in JSON")
 
-# %% ../../nbs/01_core.files.ipynb #29bab638
+# %% ../../nbs/01_core.files.ipynb #e86511af
 def _not_numbers(o:Any, at:str="")->Iterator[str]:
     "Where a tree holds NaN or infinity."
     if isinstance(o, float) and not -float("inf") < o < float("inf"): yield f"{at or 'the value'} is {o}"
@@ -128,13 +131,14 @@ def _not_numbers(o:Any, at:str="")->Iterator[str]:
         for i,v in enumerate(o): yield from _not_numbers(v, f"{at}[{i}]")
     elif hasattr(o, "tolist"): yield from _not_numbers(o.tolist(), at)
 
+# %% ../../nbs/01_core.files.ipynb #01c609ea
 def _dumps(obj:Any, where:object=None, **kw:Any)->str:
     try: return json.dumps(obj, ensure_ascii=False, allow_nan=False, default=_plain, **kw)
     except (TypeError, ValueError) as e:
         why = "; ".join(list(_not_numbers(obj))[:3]) or str(e)
         raise PillsnapError(f"this cannot be written as JSON: {why}", where=where, fix="write null for what was not measured") from e
 
-# %% ../../nbs/01_core.files.ipynb #6799c3c8
+# %% ../../nbs/01_core.files.ipynb #b92b7f3f
 def save_json(
     obj:Any,              # tree of plain values; numpy scalars and paths are converted
     path:str|os.PathLike  # final name
@@ -142,6 +146,7 @@ def save_json(
     "UTF-8, indented by two, Korean readable, NaN refused, atomic (SPEC CF2, DM3)."
     return save_text(_dumps(obj, where=path, indent=2)+"\n", path)
 
+# %% ../../nbs/01_core.files.ipynb #5b33680c
 def canonical_json(
     obj:Any # tree of plain values
 )->str: # the same for equal trees: keys sorted, no blanks
@@ -159,13 +164,14 @@ def read_json(
     except OSError as e: raise os_trouble("the file cannot be read", path, e) from e
     except ValueError as e: raise PillsnapError(f"the file is not valid JSON: {e}", where=path, fix="make it again with the stage that writes it") from e
 
-# %% ../../nbs/01_core.files.ipynb #ff752330
+# %% ../../nbs/01_core.files.ipynb #4c80e2b1
 def sha256_text(
     s:str # hashed as UTF-8
 )->str: # 64 hexadecimal digits
     "Name of a text."
     return hashlib.sha256(s.encode("utf-8")).hexdigest()
 
+# %% ../../nbs/01_core.files.ipynb #f41d8595
 def sha256_file(
     path:str|os.PathLike # file of any size; read in pieces
 )->str: # 64 hexadecimal digits
@@ -174,10 +180,11 @@ def sha256_file(
         with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
     except OSError as e: raise os_trouble("the file cannot be read", path, e) from e
 
-# %% ../../nbs/01_core.files.ipynb #a54be6c1
+# %% ../../nbs/01_core.files.ipynb #eea76d21
 def _git(root:Path, *args:str)->str:
     return subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, timeout=10, check=True, env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"}).stdout.strip()
 
+# %% ../../nbs/01_core.files.ipynb #2074c05b
 @functools.cache
 def _sha_of(root:Path)->str:
     try:
@@ -186,6 +193,7 @@ def _sha_of(root:Path)->str:
         return sha + ("-dirty" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError, ValueError): return "nogit"
 
+# %% ../../nbs/01_core.files.ipynb #96c750f9
 def get_git_sha(
     root:str|os.PathLike|None=None # a checkout's top folder; None = the one this package was imported from
 )->str: # 40 hexadecimal digits, with "-dirty" when files were edited; "nogit" outside a checkout
@@ -212,13 +220,14 @@ class FolderLock:
 
     def __exit__(self, *_:object)->None: self.close()
 
-# %% ../../nbs/01_core.files.ipynb #036f0787
+# %% ../../nbs/01_core.files.ipynb #63dfd75d
 @patch
 def close(self:FolderLock)->None:
     "Let the folder go."
     if self.fd is not None: os.close(self.fd); self.fd = None
     self._held.discard(self)
 
+# %% ../../nbs/01_core.files.ipynb #fbcfea38
 @patch
 def _refuse(self:FolderLock, e:OSError, f:Path)->PillsnapError:
     "Who holds the folder, or why it cannot be locked at all."

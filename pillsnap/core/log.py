@@ -19,11 +19,12 @@ from fastcore.basics import patch
 # %% ../../nbs/04_core.log.ipynb #2c52adb6
 from .files import ensure_dir, os_trouble
 
-# %% ../../nbs/04_core.log.ipynb #c24e31e7
+# %% ../../nbs/04_core.log.ipynb #190f5e0e
 def _in_notebook()->bool:
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     return shell is not None and hasattr(shell, "kernel")
 
+# %% ../../nbs/04_core.log.ipynb #a948d5e7
 class ConsoleHandler(logging.Handler):
     "Lines to the console of the moment, above any progress bar (SPEC CF4)."
     def emit(self, record:logging.LogRecord)->None:
@@ -40,7 +41,7 @@ class LogFile(logging.FileHandler):
         self.setLevel(logging.CRITICAL+1)
         print(f"pillsnap: the log file {self.baseFilename} can no longer be written ({sys.exc_info()[1]}); the run goes on without it", file=sys.stderr, flush=True)
 
-# %% ../../nbs/04_core.log.ipynb #54d1c3cc
+# %% ../../nbs/04_core.log.ipynb #966188bc
 def _log_file(log_dir:str|os.PathLike, name:str)->LogFile:
     f = ensure_dir(log_dir)/f"{name}.log"
     try: h = LogFile(f, encoding="utf-8")
@@ -48,6 +49,7 @@ def _log_file(log_dir:str|os.PathLike, name:str)->LogFile:
     h.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     return h
 
+# %% ../../nbs/04_core.log.ipynb #fb018164
 def build_logger(
     log_dir:str|os.PathLike|None=None, # folder of the log file; None = console only
     name:str="pillsnap",               # logger, and stem of the file
@@ -64,7 +66,7 @@ def build_logger(
     log.addHandler(_log_file(log_dir, name))
     return log
 
-# %% ../../nbs/04_core.log.ipynb #f6d6bc96
+# %% ../../nbs/04_core.log.ipynb #678c267b
 class TBWriter:
     "TensorBoard's writer, made at the first figure; without the package it does nothing and says so once (SPEC CF2)."
     def __init__(self,
@@ -78,10 +80,11 @@ class TBWriter:
             return _Nothing()
         return SummaryWriter(str(ensure_dir(self.dir)))
 
+# %% ../../nbs/04_core.log.ipynb #56bef254
 class _Nothing:
     def __getattr__(self, name:str)->Callable: return lambda *a, **kw: None
 
-# %% ../../nbs/04_core.log.ipynb #0a32569c
+# %% ../../nbs/04_core.log.ipynb #382f0be5
 @patch
 def _safely(self:TBWriter, what:str, *args:Any)->None:
     "Call the writer; a disk that fails it ends TensorBoard, not the run."
@@ -91,6 +94,7 @@ def _safely(self:TBWriter, what:str, *args:Any)->None:
         self._writer = _Nothing()
         logging.getLogger("pillsnap").warning(f"TensorBoard is given up: {e}; the run goes on without it")
 
+# %% ../../nbs/04_core.log.ipynb #0d461c88
 @patch
 def add_scalar(self:TBWriter,
     tag:str,     # "train/loss"
@@ -100,7 +104,7 @@ def add_scalar(self:TBWriter,
     "One point of a curve."
     self._safely("add_scalar", tag, float(value), step)
 
-# %% ../../nbs/04_core.log.ipynb #fbe9ffde
+# %% ../../nbs/04_core.log.ipynb #b9e25115
 @patch
 def add_scalars(self:TBWriter,
     values:Mapping[str,float], # tag to value
@@ -109,6 +113,7 @@ def add_scalars(self:TBWriter,
     "One point of each of several curves."
     for tag, v in values.items(): self.add_scalar(tag, v, step)
 
+# %% ../../nbs/04_core.log.ipynb #f7c9cb98
 @patch
 def add_text(self:TBWriter,
     tag:str,   # "decisions/workers"
@@ -118,12 +123,13 @@ def add_text(self:TBWriter,
     "One remark."
     self._safely("add_text", tag, text, step)
 
+# %% ../../nbs/04_core.log.ipynb #0dd43fa4
 @patch
 def close(self:TBWriter)->None:
     "Write out what is held back; the next figure opens a new file."
     if self._writer is not None: self._writer.close(); self._writer = None
 
-# %% ../../nbs/04_core.log.ipynb #6ac5651f
+# %% ../../nbs/04_core.log.ipynb #f0659c42
 def decide(
     log:logging.Logger|None, # None = the package's own logger
     text:str,                # "workers: 2, because there are 2 CPUs"
@@ -133,7 +139,8 @@ def decide(
 )->str: # the line as logged
     "One decision, one line, one TensorBoard tag (SPEC section 2: nothing is decided in silence)."
     line = " ".join(text.split())
-    (build_logger() if log is None else log).info(line)
+    if log is None: log = logging.getLogger("pillsnap") if logging.getLogger("pillsnap").handlers else build_logger()
+    log.info(line)
     if tb is not None: tb.add_text(tag or "decisions/"+(re.sub(r"\W+", "_", line.partition(":")[0].lower()).strip("_") or "other"), line, step)
     return line
 
@@ -153,10 +160,11 @@ def step_line(
     "The log line of a training step (SPEC CT18)."
     return f"[train] e={epoch}/{epochs} s={step}/{steps} loss={loss:.4f} lr={lr:.2e} data={data:.3f}s comp={comp:.3f}s thr={thr:.1f}/s cuda={cuda:.0f}MB"
 
-# %% ../../nbs/04_core.log.ipynb #7e278845
+# %% ../../nbs/04_core.log.ipynb #ad59a47a
 STEP_TAGS = dict(loss="train/loss", lr="train/lr", data="perf/data_time", comp="perf/compute_time", thr="perf/throughput", cuda="perf/cuda_mem")
 VAL_TAGS = dict(val_loss="val/loss", acc="val/accuracy", macro_f1="val/macro_f1", top5="val/top5")
 
+# %% ../../nbs/04_core.log.ipynb #7fa9e7cb
 def tagged(
     facts:Mapping[str,Any],  # by the short names of `step_line` or of a validation; others are passed over
     tags:Mapping[str,str]    # `STEP_TAGS` or `VAL_TAGS`
@@ -164,7 +172,7 @@ def tagged(
     "Facts under their TensorBoard tags (SPEC CT20)."
     return {tag: float(facts[k]) for k, tag in tags.items() if facts.get(k) is not None}
 
-# %% ../../nbs/04_core.log.ipynb #7728f41d
+# %% ../../nbs/04_core.log.ipynb #f6602a8e
 class _CudaClock:
     "Marks in the GPU's queue; read with one synchronisation."
     def mark(self)->Any:
@@ -176,6 +184,7 @@ class _CudaClock:
         marks[-1][-1].synchronize()
         return sum(a.elapsed_time(b) for a,b,_ in marks)/1e3, sum(b.elapsed_time(c) for _,b,c in marks)/1e3
 
+# %% ../../nbs/04_core.log.ipynb #a7d1e60c
 class _HostClock:
     "Marks on the computer's clock."
     def __init__(self, now:Callable[[],float]): self.mark = now
@@ -201,7 +210,7 @@ class StepTimer:
         "The batch is on the device."
         self._ready = self.clock.mark()
 
-# %% ../../nbs/04_core.log.ipynb #b8c68da0
+# %% ../../nbs/04_core.log.ipynb #431190b5
 @patch
 def compute_done(self:StepTimer,
     samples:int,       # photos of this batch
@@ -213,6 +222,7 @@ def compute_done(self:StepTimer,
     self.samples += samples; self.steps += stepped
     self._from, self._ready = end, None
 
+# %% ../../nbs/04_core.log.ipynb #4001cb6b
 @patch
 def read(self:StepTimer)->dict[str,float]: # data and comp in seconds per optimizer step, thr in samples per second, steps
     "The means since the last reading, and a new interval."

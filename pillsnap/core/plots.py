@@ -6,8 +6,8 @@
 __all__ = ['FONT_FAMILY', 'COLOURS', 'font_path', 'use_korean_font', 'use_house_style', 'wrap_title', 'show_grid', 'draw_boxes',
            'save_fig']
 
-# %% ../../nbs/07_core.plots.ipynb #2f20f749
-import os, unicodedata
+# %% ../../nbs/07_core.plots.ipynb #fdf9c39a
+import os, re, unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import pillsnap
 from .errors import PillsnapError
 from .files import atomic_path
 
-# %% ../../nbs/07_core.plots.ipynb #f5c787a7
+# %% ../../nbs/07_core.plots.ipynb #dffad6cd
 FONT_FAMILY = "PillSnap Gothic"
 
 def font_path()->Path: # a TrueType file
@@ -30,6 +30,7 @@ def font_path()->Path: # a TrueType file
     if not p.is_file(): raise PillsnapError("the bundled font is missing", where=p, fix="reinstall pillsnap")
     return p
 
+# %% ../../nbs/07_core.plots.ipynb #bcf8a5b7
 def use_korean_font()->str: # the family's name
     "Let matplotlib draw Hangul; what the font lacks comes from DejaVu Sans."
     from matplotlib import font_manager, rcParams
@@ -49,27 +50,34 @@ def use_house_style()->None:
         "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True, "grid.color": "#E6E6E6", "xtick.color": "#666666", "ytick.color": "#666666",
         "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.frameon": False, "legend.fontsize": 8, "figure.dpi": 100, "figure.constrained_layout.use": True})
 
-# %% ../../nbs/07_core.plots.ipynb #cb2effd6
-def _width(c:str)->int: return 2 if unicodedata.east_asian_width(c) in "WF" else 1
+# %% ../../nbs/07_core.plots.ipynb #07f8f38b
+def _room(s:str)->int: return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in s)
 
+def _lines(text:str, width:int)->list[str]:
+    "Words move down whole; one that is wider than a line is cut."
+    out = [""]
+    for word in re.findall(r"\n|[^\S\n]+|\S+", text):
+        if word == "\n" or _room(out[-1]+word) > width >= _room(word): out.append("")
+        for c in word.strip("\n"):
+            if _room(out[-1]+c) > width: out.append("")
+            out[-1] += c
+    return [s.strip() for s in out]
+
+# %% ../../nbs/07_core.plots.ipynb #ddf4958b
 def wrap_title(
-    text:str,     # one line; existing line breaks stay
+    text:str,     # existing line breaks stay
     width:int,    # room in Latin letters; a Hangul syllable takes two
     lines:int=2   # the last is cut with an ellipsis
 )->str:
     "Break a title by the room that its letters take."
-    out = [""]
-    for c in text:
-        if c == "\n": out.append(""); continue
-        if sum(map(_width, out[-1]+c)) > width: out.append("")
-        out[-1] += c
+    out = _lines(text, width)
     if len(out) > lines:
         last = out[lines-1]
-        while sum(map(_width, last+"…")) > width: last = last[:-1]
+        while last and _room(last+"…") > width: last = last[:-1]
         out = [*out[:lines-1], last+"…"]
-    return "\n".join(s.strip() for s in out)
+    return "\n".join(out)
 
-# %% ../../nbs/07_core.plots.ipynb #efdef1b0
+# %% ../../nbs/07_core.plots.ipynb #e6c776b4
 def _cell(ax:Any, image:Any, title:str, width:int)->None:
     ax.set_axis_off()
     if image is not None:
@@ -77,6 +85,7 @@ def _cell(ax:Any, image:Any, title:str, width:int)->None:
         ax.imshow(a, cmap="gray" if a.ndim == 2 else None, interpolation="antialiased", **(dict(vmin=0, vmax=255) if a.dtype == np.uint8 else {}))
     if title: ax.set_title(wrap_title(title, width), fontsize=7, loc="center", pad=3)
 
+# %% ../../nbs/07_core.plots.ipynb #36c981f0
 def show_grid(
     images:Sequence[np.ndarray],     # HWC uint8 (or HW for grey), of any sizes
     titles:Sequence[str]|None=None,  # one each
@@ -95,7 +104,7 @@ def show_grid(
     plt.close(fig)
     return fig
 
-# %% ../../nbs/07_core.plots.ipynb #32984496
+# %% ../../nbs/07_core.plots.ipynb #7d95654f
 def _label(draw:ImageDraw.ImageDraw, xy:tuple[float,float], text:str, colour:str, px:int)->None:
     "A word on a coloured ground, inside the photo."
     font = ImageFont.truetype(str(font_path()), px)
@@ -105,6 +114,7 @@ def _label(draw:ImageDraw.ImageDraw, xy:tuple[float,float], text:str, colour:str
     draw.rectangle((x, y, x+w, y+h), fill=colour)
     draw.text((x+px//4-l, y+px//4-t), text, fill="white", font=font)
 
+# %% ../../nbs/07_core.plots.ipynb #b788a6da
 def draw_boxes(
     image:np.ndarray,                # HWC uint8 RGB
     xyxy:np.ndarray,                 # boxes [n,4] in pixels: left, top, right, bottom

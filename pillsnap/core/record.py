@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from .errors import PillsnapError
 from .files import get_git_sha
 
-# %% ../../nbs/03_core.record.ipynb #49e89141
+# %% ../../nbs/03_core.record.ipynb #7c4f0406
 def _cpu()->str:
     "Model and usable cores."
     model = ""
@@ -30,10 +30,11 @@ def _cpu()->str:
         model = platform.processor() or platform.machine()
     return f"{len(os.sched_getaffinity(0))}× {' '.join(model.split()) or 'unknown processor'}"
 
+# %% ../../nbs/03_core.record.ipynb #d75fbef0
 def _ram()->str:
     return f"{os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES')/2**30:.0f} GiB"
 
-# %% ../../nbs/03_core.record.ipynb #e83eed8e
+# %% ../../nbs/03_core.record.ipynb #6f71fb67
 def _gpu()->str:
     "The first GPU's name and memory, from torch if it is loaded, else from the driver."
     torch = sys.modules.get("torch")
@@ -45,6 +46,7 @@ def _gpu()->str:
         if m := re.search(r"^Model:\s*(.+)$", f.read_text(), re.M): return m[1].strip()
     return "no GPU"
 
+# %% ../../nbs/03_core.record.ipynb #41b913d9
 @cache
 def _cpu_and_ram()->str: return f"{_cpu()}, {_ram()}"
 
@@ -52,10 +54,11 @@ def hardware()->str: # "8× AMD Ryzen 7 9700X, 125 GiB, NVIDIA GeForce RTX 5080 
     "The machine in one line, without importing torch."
     return f"{_cpu_and_ram()}, {_gpu()}"
 
-# %% ../../nbs/03_core.record.ipynb #8a8bfd35
+# %% ../../nbs/03_core.record.ipynb #31474585
 HOW = ("measured", "estimated", "declared")
 DATA = ("aihub", "synthetic", "other")
 
+# %% ../../nbs/03_core.record.ipynb #4e804189
 @dataclass(frozen=True)
 class Metric:
     "A figure and all that is needed to judge it (SPEC section 2 and BX2)."
@@ -83,11 +86,12 @@ def __str__(self:Metric)->str:
     took = "" if self.seconds is None else f", {self.seconds:.3g} s"
     return f"{self.name} {v} ({self.how}, {self.data}, n={self.n}{took})"
 
-# %% ../../nbs/03_core.record.ipynb #3ca1dece
+# %% ../../nbs/03_core.record.ipynb #91506961
 def _py(v:Any)->Any:
     "numpy's and torch's scalars as Python's."
     return v.item() if hasattr(v, "item") else v
 
+# %% ../../nbs/03_core.record.ipynb #68f896b9
 @dataclass(frozen=True)
 class Provenance:
     "Where a run's figures come from."
@@ -106,12 +110,13 @@ class Provenance:
         "A figure of this run, stamped with the commit and the machine."
         return Metric(name, _py(value), _py(n), how, self.data, self.data_hash, self.class_map_hash, get_git_sha(), _py(seconds), hardware(), note)
 
-# %% ../../nbs/03_core.record.ipynb #3750ab3f
+# %% ../../nbs/03_core.record.ipynb #9762f284
 MIN_SECONDS_PER_SAMPLE = 20e-6  # no model here answers 50,000 photos a second
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 def _number(v:Any)->bool: return isinstance(v, (int, float)) and math.isfinite(v)
 
+# %% ../../nbs/03_core.record.ipynb #36b9749d
 @patch
 def doubts(self:Metric)->list[str]: # empty when the figure was measured
     "What speaks against this figure as a measurement (SPEC BX2)."
@@ -124,12 +129,13 @@ def doubts(self:Metric)->list[str]: # empty when the figure was measured
             (bool(self.commit), "the commit is missing"), (bool(self.hardware), "the hardware is missing")]
     return [why for ok, why in said if not ok]
 
+# %% ../../nbs/03_core.record.ipynb #e0b7b81a
 @patch(as_prop=True)
 def measured(self:Metric)->bool:
     "Whether a gate may rely on it; fails closed."
     return not self.doubts()
 
-# %% ../../nbs/03_core.record.ipynb #16130f28
+# %% ../../nbs/03_core.record.ipynb #b54f77ec
 @patch
 def to_dict(self:Metric)->dict[str,Any]:
     "Plain values for JSON."
@@ -138,6 +144,7 @@ def to_dict(self:Metric)->dict[str,Any]:
         if isinstance(d[k], float) and not math.isfinite(d[k]): d["note"] = f"{d['note']}; {k} was {d[k]}".lstrip("; "); d[k] = None
     return d
 
+# %% ../../nbs/03_core.record.ipynb #4a7175b8
 @patch(cls_method=True)
 def from_dict(cls:Metric,
     d:Mapping[str,Any] # what `to_dict` gave

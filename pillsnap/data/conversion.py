@@ -52,7 +52,7 @@ from .classmap import ClassMap
 from .images import MAX_BYTES, MAX_PIXELS, open_image_safely
 from .truth import Drug, Evidence, Pill, PhotoTruth, examine, summary
 
-# %% ../../nbs/14_data.conversion.ipynb #24806b86
+# %% ../../nbs/14_data.conversion.ipynb #14d5ad2e
 def validate_bbox(
     bbox:Any,    # [x, y, w, h] pixels, or whatever was found in its place
     img_w:float, # photo width, pixels
@@ -62,7 +62,7 @@ def validate_bbox(
     if not isinstance(bbox, (list, tuple, np.ndarray)) or len(bbox) != 4: return False
     if not all(isinstance(v, (int, float, np.integer, np.floating)) and not isinstance(v, bool) and math.isfinite(v) for v in bbox): return False
     x, y, w, h = bbox
-    return w > 0 and h > 0 and x >= 0 and y >= 0 and x+w <= img_w and y+h <= img_h
+    return bool(w > 0 and h > 0 and x >= 0 and y >= 0 and x+w <= img_w and y+h <= img_h)
 
 # %% ../../nbs/14_data.conversion.ipynb #f488c303
 COLUMNS = ("sample_id","path","pack_ref","kcode","class_key","domain","kind","view","bbox","group_id","dup_id","split","stage_min",
@@ -245,7 +245,7 @@ def pair_up(
         for path in photos.paths[stem]: sieve.drop(rel(path), Reason.NO_JSON)
     return samples
 
-# %% ../../nbs/14_data.conversion.ipynb #f3b502e2
+# %% ../../nbs/14_data.conversion.ipynb #5554c0a8
 def complete_only(
     samples:list[Sample], # photos with their usable pills
     sieve:Sieve,          # takes what is left out
@@ -255,11 +255,11 @@ def complete_only(
     keep = []
     for s in samples:
         unlabelled, lost = s.truth.missing(), s.truth.missing(usable=True)
-        if len(s.truth.codes) > 1 and lost and (s.pills or unlabelled):
-            reason = Reason.INCOMPLETE if unlabelled else Reason.PARTIAL
-            (sieve.drop if policy == "skip" else sieve.remark)(s.path, reason, "no usable label for "+", ".join(lost))
-            if policy == "skip": continue
-        if s.pills: keep.append(s)
+        kept = bool(s.pills) and (policy == "keep" or not lost)
+        if len(s.truth.codes) > 1 and lost:
+            tell = sieve.remark if kept else sieve.drop
+            tell(s.path, Reason.INCOMPLETE if unlabelled else Reason.PARTIAL, "no usable label for "+", ".join(lost))
+        if kept: keep.append(s)
     return keep
 
 # %% ../../nbs/14_data.conversion.ipynb #49f36f03

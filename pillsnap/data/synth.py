@@ -88,8 +88,8 @@ def part_folder(
     letters = _PART[split][what == "images"]
     return f"data/{split}/{what}/{'single' if kind == 'single' else 'combination'}/{letters}_{i//PER_PART[kind]+1}_{kind}"
 
-# %% ../../nbs/12b_data.synth.ipynb #e8f420e8
-SINGLE_FIELD, COMBO_FIELD = 28.6, 40.0   # mm across the photo
+# %% ../../nbs/12b_data.synth.ipynb #02e82445
+SINGLE_FIELD, COMBO_FIELD = 31.0, 40.0   # mm across the photo
 
 def single_tasks(
     drug:Drug,       # whose photos

@@ -29,13 +29,14 @@ def nll(
     z = z - z.max(-1, keepdims=True)
     return float((np.log(np.exp(z).sum(-1)) - z[np.arange(len(z)), np.asarray(labels)]).mean())
 
-# %% ../../nbs/40_evaluation.calibration.ipynb #d85b308b
+# %% ../../nbs/40_evaluation.calibration.ipynb #5b34d9ea
 T_MIN, T_MAX = .05, 20.   # beyond these a temperature is a symptom, not a correction
 
 def _slope(z:np.ndarray, own:np.ndarray, beta:float)->float:
     "d NLL / d beta: expected score minus the true class's score."
     return float(((softmax(z, 1/beta)*z).sum(-1) - own).mean())
 
+# %% ../../nbs/40_evaluation.calibration.ipynb #64b241ec
 def fit_temperature(
     logits:np.ndarray,    # scores [N, C]
     labels:Sequence[int]  # true class ids [N]

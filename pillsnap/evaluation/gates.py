@@ -17,7 +17,7 @@ from ..core.errors import PillsnapError
 from ..core.record import Metric, Provenance
 from .latency import Latency, protocol_gap
 
-# %% ../../nbs/43_evaluation.gates.ipynb #32f48be8
+# %% ../../nbs/43_evaluation.gates.ipynb #54da5d56
 class Status(StrEnum):
     "What a gate says (SPEC X6)."
     GO = "GO"
@@ -25,6 +25,7 @@ class Status(StrEnum):
     TIME_CAP_SUCCESS = "TIME_CAP_SUCCESS"
     NOT_MEASURED = "NOT_MEASURED"
 
+# %% ../../nbs/43_evaluation.gates.ipynb #c58a4b6b
 class Reason(StrEnum):
     "Why a gate says no (SPEC SG1)."
     LATENCY_P95_TOO_HIGH = "LATENCY_P95_TOO_HIGH"
@@ -85,7 +86,7 @@ class Point:
     reason:str=""         # the reason code of a miss
     note:str=""           # why it is not measured, or what else to know
 
-# %% ../../nbs/43_evaluation.gates.ipynb #c554bb76
+# %% ../../nbs/43_evaluation.gates.ipynb #c5d006d4
 _RANGE:dict[str,tuple[float,float]] = {"n_eval_samples": (1, math.inf), "latency_p95_ms": (1e-3, math.inf)}   # all others are shares, 0 to 1
 
 def _point(name:str, asked:str, ok:Callable[[float],bool], reason:Reason, m:Metric|None, target:StageGate)->Point:
@@ -95,6 +96,7 @@ def _point(name:str, asked:str, ok:Callable[[float],bool], reason:Reason, m:Metr
     v = float(m.value)
     return Point(name, asked, "met", v, m.n) if ok(v) else Point(name, asked, "missed", v, m.n, reason=str(reason))
 
+# %% ../../nbs/43_evaluation.gates.ipynb #891b0161
 def _finite(v:Any)->float|None:
     "A number that JSON can hold, or None."
     try: return float(v) if v is not None and math.isfinite(float(v)) else None

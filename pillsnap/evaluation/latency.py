@@ -24,7 +24,7 @@ WARMUP, RUNS, BATCH, PRECISION = 20, 200, 1, "fp16"   # SPEC EV6, X10
 PROTOCOL_GPU = "RTX 5080"                             # the hardware the sources' targets speak of
 PERCENTILES = (50, 95)
 
-# %% ../../nbs/41_evaluation.latency.ipynb #a2078b9d
+# %% ../../nbs/41_evaluation.latency.ipynb #20ff5aa2
 @dataclass(frozen=True)
 class Latency:
     "One percentile of one scope, with everything that makes it comparable."
@@ -39,6 +39,7 @@ class Latency:
         "Plain JSON types."
         return {**asdict(self), "metric": self.metric.to_dict()}
 
+# %% ../../nbs/41_evaluation.latency.ipynb #9b685cee
 def latency_from_dict(
     d:dict # what `Latency.to_dict` wrote
 )->Latency:
@@ -129,7 +130,7 @@ def latency_table(
         rows.append({**asdict(t), "measured_ms": r.metric.value if ok else None, "precision": r.precision if ok else None, "verdict": verdict, "why": "; ".join(gap)})
     return rows
 
-# %% ../../nbs/41_evaluation.latency.ipynb #f944072d
+# %% ../../nbs/41_evaluation.latency.ipynb #c4cae005
 def plot_latency(
     timings:dict[str,np.ndarray], # scope → milliseconds per call
     hardware:str=""               # written under the title
@@ -141,6 +142,6 @@ def plot_latency(
     for ax, (scope, ms) in zip(axes[0], timings.items()):
         ax.hist(ms[ms <= np.percentile(ms, 99)], bins=30, color="#4c78a8")
         for q, style in zip(PERCENTILES, ("--", "-")): ax.axvline(np.percentile(ms, q), color="#e45756", ls=style, lw=1.2, label=f"p{q} {np.percentile(ms, q):.3g} ms")
-        ax.set(title=scope, xlabel="ms per answer", yticks=[]); ax.legend(fontsize=7, frameon=False)
+        ax.locator_params(axis="x", nbins=4); ax.set(title=scope, xlabel="ms per answer", yticks=[]); ax.legend(fontsize=7, frameon=False)
     if hardware: fig.suptitle(hardware, fontsize=7)
     return fig

@@ -52,18 +52,20 @@ def save_confusions(
     with atomic_path(path) as tmp: table.to_csv(tmp, index=False, lineterminator="\n")
     return Path(path)
 
-# %% ../../nbs/42_evaluation.reports.ipynb #afa78115
+# %% ../../nbs/42_evaluation.reports.ipynb #ea052932
 DENSE_UP_TO = 40   # (ours) classes that still make a readable matrix
 
 def _matrix(ax, pred:np.ndarray, labels:np.ndarray, keys:Sequence[str])->None:
     "A dense matrix, rows true, as shares of the row."
     m = np.zeros((len(keys), len(keys)), int); np.add.at(m, (labels[pred >= 0], pred[pred >= 0]), 1)
-    ax.grid(False); ax.imshow(m/np.maximum(m.sum(1, keepdims=True), 1), cmap="Blues", vmin=0, vmax=1)
+    share = m/np.maximum(m.sum(1, keepdims=True), 1)
+    ax.grid(False); ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
     for i, j in np.argwhere(m > 0):
-        if len(keys) <= 20: ax.text(j, i, m[i, j], ha="center", va="center", fontsize=6, color="white" if i == j else "#cf222e")
+        if len(keys) <= 20: ax.text(j, i, m[i, j], ha="center", va="center", fontsize=6, color="white" if share[i, j] > .5 else "#cf222e")
     ax.set_xticks(range(len(keys)), keys, rotation=90, fontsize=6); ax.set_yticks(range(len(keys)), keys, fontsize=6)
     ax.set(xlabel="answered", ylabel="true")
 
+# %% ../../nbs/42_evaluation.reports.ipynb #87a176ec
 def _top_pairs(ax, pred:np.ndarray, labels:np.ndarray, keys:Sequence[str], top:int)->None:
     "The worst pairs as bars."
     pairs = confusion_pairs(pred, labels, keys, top)[::-1]
@@ -91,11 +93,12 @@ def plot_confusion_matrix(
     _top_pairs(axes[0, -1], pred, labels, keys, top)
     return fig
 
-# %% ../../nbs/42_evaluation.reports.ipynb #94a525f1
+# %% ../../nbs/42_evaluation.reports.ipynb #22720331
 def _grid_mean(curves:Sequence[tuple[np.ndarray,np.ndarray]], grid:np.ndarray)->np.ndarray:
     "Mean of step curves on a common grid."
     return np.mean([np.interp(grid, x, y) for x, y in curves], axis=0)
 
+# %% ../../nbs/42_evaluation.reports.ipynb #3d45115c
 def roc_pr_macro(
     probs:np.ndarray,    # probabilities [N, C]
     labels:Sequence[int] # true class ids [N]

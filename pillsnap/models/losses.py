@@ -54,7 +54,7 @@ def _some(ids:np.ndarray, keys:Sequence[str]|None, most:int=5)->str:
     names = [keys[i] if keys is not None else str(i) for i in ids[:most]]
     return ", ".join(names) + (f" and {len(ids)-most} more" if len(ids) > most else "")
 
-# %% ../../nbs/22_models.losses.ipynb #086687a7
+# %% ../../nbs/22_models.losses.ipynb #9dfc0f9f
 def build_criterion(
     cfg:Config,                   # train.classification and data.imbalance are read
     counts:Sequence[int],         # training photos per class
@@ -63,7 +63,6 @@ def build_criterion(
 )->nn.CrossEntropyLoss:
     "The classifier's loss as configured (SPEC CT2, X33, X34)."
     im, smoothing = cfg.data.imbalance, cfg.train.classification.label_smoothing
-    if im.use_class_weights and im.use_weighted_sampler: raise PillsnapError("class weights and a weighted sampler correct the same thing twice", where="data.imbalance", fix="switch one off")
     weight = compute_class_weights(counts, im.method, im.beta, keys=keys, log=log) if im.use_class_weights else None
     said = "none" if weight is None else f"{im.method}, {weight[weight > 0].min():.2f} to {weight.max():.2f}"
     decide(log, f"loss: cross-entropy, label smoothing {smoothing:g}, class weights {said}")

@@ -102,7 +102,7 @@ def confusion_pairs(
     order = np.lexsort((pairs[:, 1], pairs[:, 0], -n))[:top]
     return [dict(true=key(a), pred=key(b), true_id=int(a), pred_id=int(b), n=int(n[i]), share=float(n[i]/support[a])) for i in order for a, b in [pairs[i]]]
 
-# %% ../../nbs/24_models.metrics.ipynb #6d9d41d7
+# %% ../../nbs/24_models.metrics.ipynb #7de38c44
 def reliability(
     conf:Sequence[float],  # confidence of each answer [N], 0…1
     correct:Sequence[bool],# whether that answer was right [N]
@@ -117,6 +117,7 @@ def reliability(
     edges = np.linspace(0, 1, bins + 1)
     return pd.DataFrame({"low": edges[:-1], "high": edges[1:], "n": n, "confidence": mean(conf), "accuracy": mean(correct)})
 
+# %% ../../nbs/24_models.metrics.ipynb #d90e1cd8
 def ece(
     conf:Sequence[float],  # confidence of each answer [N], 0…1
     correct:Sequence[bool],# whether that answer was right [N]
@@ -142,7 +143,7 @@ def match_boxes(
         if m[i, j] >= iou: taken[i], m[:, j] = j, -1
     return taken
 
-# %% ../../nbs/24_models.metrics.ipynb #b3605d08
+# %% ../../nbs/24_models.metrics.ipynb #50fb680b
 def _hits(preds, gts, iou:float)->tuple[np.ndarray, np.ndarray]:
     "Confidence and hit of every predicted box of all photos, surest first."
     conf, hit = [np.zeros(0)], [np.zeros(0, bool)]
@@ -154,6 +155,7 @@ def _hits(preds, gts, iou:float)->tuple[np.ndarray, np.ndarray]:
     order = np.argsort(-conf, kind="stable")
     return conf[order], hit[order]
 
+# %% ../../nbs/24_models.metrics.ipynb #9cbb61b0
 def _area(recall:np.ndarray, precision:np.ndarray)->float:
     "Area under the precision envelope at 101 recalls, as ultralytics integrates it."
     r = np.concatenate([[0.], recall, [recall[-1], 1.]]); p = np.concatenate([[1.], precision, [0., 0.]])   # nothing beyond the last recall
