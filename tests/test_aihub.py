@@ -84,7 +84,7 @@ def planted(root):
     single(root, C, 0, dl_company="다른제약(주)"); single(root, C, 20, dl_material="x"); single(root, C, 40, dl_material=None, encoding="cp949")
     for lo in (0, 20): single(root, "K-000007", lo, chart=None, drug_shape=None if lo else "원형", di_edi_code="")
     for i, text in enumerate(("", "{", "[]", '{"images": []}')): put(root/"single"/"TL_1_single"/f"broken_{i}.json", text)
-    put(root/"single"/"TL_1_single"/"._hidden.json", "{"); put(root/"readme.txt", "no annotation")
+    put(root/"single"/"TL_1_single"/"._hidden.json", "{"); put(root/"__MACOSX"/"x.json", "{"); put(root/"readme.txt", "no annotation")
     return dict(files=4+2+1+2+2+2+2+2+2+6+3+2+4, unparsable=4, photos=9+6+3+2, annotations=30, drugs=5, incomplete_photos=2, missing_pills=4, boxes_outside=3, identical_box_photos=1,
         overlapping_box_photos=2, area_mismatch=1, dl_idx_mismatch=1, code_mismatch=1, metadata_conflicts=3, json_without_image=None, edi_codes_per_drug={0: 1, 2: 4}, null_metadata_drugs=["K-000007"])
 
@@ -132,6 +132,25 @@ def test_any_of_the_code_sources_may_lie(tmp_path, change):
     got = audit(tmp_path)
     assert got["code_mismatch"] == (2 if change == "combo folder" else 1)
     assert got["metadata_conflicts"] == 0, "a file whose codes disagree is not heard on a drug"
+
+
+@pytest.mark.spec("BX4")
+def test_a_disputed_file_is_not_heard_on_either_drug(tmp_path):
+    "Its drug_N names another drug of the tree, whose metadata it would contradict; and without folders the file name alone tells."
+    name = combo(tmp_path/"x", [A, B]); single(tmp_path/"x", C, dl_company="다른제약(주)")
+    p = tmp_path/"x"/f"combination/TL_1_combo/K-000250-000573_json/{B}/{name}.json"; r = json.loads(p.read_text(encoding="utf-8"))
+    r["images"][0] |= dict(drug_N=C, dl_mapping_code=C, dl_idx="2482"); put(tmp_path/"x/loose.json", r); p.unlink()
+    got = audit(tmp_path/"x")
+    assert (got["code_mismatch"], got["metadata_conflicts"], got["dl_idx_mismatch"], got["missing_pills"]) == (1, 0, 0, 1)
+
+
+@pytest.mark.spec("DM9")
+@pytest.mark.parametrize("change,reason", [(lambda r: r | dict(images=r["images"]*2), Reason.STRUCTURE), (lambda r: r | dict(annotations=[]), Reason.STRUCTURE), (lambda r: [r], Reason.STRUCTURE), (lambda r: r | dict(x=float("nan")), Reason.UNPARSABLE),
+    (lambda r: r["images"][0].update(drug_N="K-12") or r, Reason.FIELD), (lambda r: r["images"][0].update(file_name=None) or r, Reason.FIELD), (lambda r: r["images"][0].update(width=0) or r, Reason.FIELD), (lambda r: r["images"][0].pop("height") and r, Reason.FIELD)])
+def test_what_is_no_record_is_refused_with_its_reason(tmp_path, change, reason):
+    r = record(A, f"{A}_0_2_0_2_70_000_200", APART[0])
+    assert isinstance(read_annotation(put(tmp_path/"ok.json", r)), Annotation)
+    assert read_annotation(put(tmp_path/"x.json", json.dumps(change(r)))).reason is reason
 
 
 @pytest.mark.spec("DM1")
@@ -209,7 +228,7 @@ def test_the_sealed_test_is_known_by_folder_names_alone(tmp_path):
     d = find_delivery(tmp_path)
     OPENED.clear()
     assert sealed_codes(d) == {A, B, C, D}
-    examine(d.labels); index_photos(d.images); walk_tree(tmp_path)
+    examine(d.labels); index_photos(d.images); examine(tmp_path); assert len(walk_tree(tmp_path).sealed) == 1
     assert not [p for p in OPENED if f"{os.sep}val{os.sep}" in p]
     assert [p for p in OPENED if f"{os.sep}train{os.sep}" in p], "the hook sees what is opened"
     assert aihub.overlap_in_words([A], sealed_codes(d)).startswith("1 of the 4 drugs")

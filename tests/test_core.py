@@ -8,6 +8,7 @@ import os
 import pickle
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,7 +34,6 @@ from pillsnap.core.log import STEP_TAGS, VAL_TAGS, StepTimer, TBWriter, build_lo
 from pillsnap.core.record import MIN_SECONDS_PER_SAMPLE, Metric, Provenance, hardware, metric_table
 
 ROOT = Path(__file__).resolve().parents[1]
-DEVNULL = subprocess.DEVNULL
 
 
 def python(code: str, *args, **kw) -> subprocess.CompletedProcess:
@@ -199,6 +199,14 @@ def test_git_sha_is_that_of_this_checkout_or_nogit(tmp_path, monkeypatch):
     else:
         assert get_git_sha() == "nogit"
     assert get_git_sha(tmp_path) == "nogit" and get_git_sha(ROOT/"nbs") == "nogit", "somebody else's repository around us is not our commit"
+    if shutil.which("git"):
+        repo = ensure_dir(tmp_path/"theirs")
+        for cmd in (["init", "-q"], ["add", "."], ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-q", "-m", "1"]):
+            (repo/"a").write_text("1")
+            subprocess.run(["git", "-C", str(repo), *cmd], check=True)
+        assert re.fullmatch("[0-9a-f]{40}", get_git_sha(repo)) and get_git_sha(ensure_dir(repo/"lib")) == "nogit"
+        (repo/"a").write_text("2"); files._sha_of.cache_clear()
+        assert get_git_sha(repo).endswith("-dirty")
     files._sha_of.cache_clear()
     monkeypatch.setenv("PATH", str(tmp_path))
     assert get_git_sha() == "nogit"
@@ -578,6 +586,7 @@ def test_another_network_is_refused_and_the_key_named(tmp_path):
 
 
 @pytest.mark.spec("CT15")
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_nothing_is_ever_unpickled(tmp_path):
     class Trap:
         def __reduce__(self):

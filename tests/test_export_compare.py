@@ -14,7 +14,7 @@ import torch
 from pillsnap.core.checkpoint import load_ckpt, save_ckpt
 from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
-from pillsnap.core.files import read_json, save_json
+from pillsnap.core.files import read_json, save_json, sha256_file
 from pillsnap.core.record import Metric
 from pillsnap.core.stages import RunFolder
 from pillsnap.data.classmap import ClassMap
@@ -43,6 +43,16 @@ def run(ready, tmp_path):
     shutil.copytree(ready, root, ignore=shutil.ignore_patterns("delivery", "yolo_data", "logs"))
     (root/"delivery").symlink_to(ready/"delivery")
     return root
+
+
+@pytest.fixture(scope="module")
+def exported(ready, tmp_path_factory):
+    "One good export, and what it handed back."
+    root = tmp_path_factory.mktemp("exported")/"run"
+    shutil.copytree(ready, root, ignore=shutil.ignore_patterns("delivery", "yolo_data", "logs")); (root/"delivery").symlink_to(ready/"delivery")
+    save_json({"temperature": 2.5, "ece_after": .01, "class_map": load_stage(ready, 0).class_map.fingerprint}, root/"reports/calibration.json")
+    save_json({"rows": []}, root/"reports/scorecard.json")
+    return root, job(root).run()
 
 
 def job(root, *more): return E.ExportJob(run_dir=str(root), config="smoke", overrides=FAST+more)
@@ -161,7 +171,8 @@ def photos(ready): return list(E.open_photos(E.photo_order(load_stage(ready, 0),
 def test_classifier_passes_and_a_perturbed_one_fails(photos, tmp_path):
     torch.manual_seed(0)
     m = timm.create_model("test_resnet", num_classes=9, pretrained=False).eval()
-    for model, passes in ((m, True), (perturbed(m), False)):
+    m.get_classifier().weight.data.mul_(100)
+    for model, passes in ((m, True), (perturbed(m, .001), False)):
         E.export_onnx(model, 96, tmp_path/"m.onnx")
         c = E.compare_classifiers(TorchClassifier(m, 96), OnnxClassifier((tmp_path/"m.onnx").read_bytes(), 96, "cpu"), photos)
         assert c.passed is passes and c.n == 16 and len(c.torch[0]) == c.gap["views"] > 32, c.checks
@@ -202,8 +213,8 @@ def test_photos_are_of_the_stage_and_never_sealed(ready):
 # ---- the stage
 
 @pytest.mark.spec("EX1", "EX2", "BX15")
-def test_stage_writes_bundle_and_report(run):
-    res = job(run).run()
+def test_stage_writes_bundle_and_report(exported):
+    run, res = exported
     for f in ("export/classifier.onnx", "export/detector.onnx", "export/bundle.json", "reports/export.json"): assert (run/f).is_file(), f
     facts = read_json(run/"reports/export.json")
     assert facts["passed"] is True and {c["verdict"] for c in facts["checks"]} == {"PASS"}, facts["checks"]
@@ -223,13 +234,13 @@ def test_stage_writes_bundle_and_report(run):
 
 
 @pytest.mark.spec("EX2", "SV4")
-def test_the_bundle_answers_as_torch_does(run):
+def test_the_bundle_answers_as_torch_does(exported):
     "End to end: file, crop, class, name; in both modes."
-    job(run).run()
+    run, _ = exported
     b, stage = load_bundle(run), load_stage(run, 0)
     model, cm, size, _ = load_classifier(run/"checkpoints/classifier/best.pt", stage.class_map)
     det, det_size, _ = load_detector(run/"checkpoints/detector/best.pt")
-    ours = dict(classifier=TorchClassifier(model, size), detector=TorchDetector(det, det_size), class_map=cm, metadata=b.meta["drugs"])
+    ours = dict(classifier=TorchClassifier(model, size), detector=TorchDetector(det, det_size), class_map=cm, metadata=b.meta["drugs"], temperature=2.5)
     for path, _ in E.photo_order(stage, "combo")[:3]:
         for mode in ("single", "combo"):
             x, y = predict_pipeline(path, mode, **ours), b.predict(path, mode)
@@ -244,7 +255,7 @@ def test_the_bundle_answers_as_torch_does(run):
 @pytest.mark.parametrize("model", ["classifier", "detector"])
 def test_no_bundle_for_a_model_that_differs(run, monkeypatch, model):
     "Also the bundle of an earlier, good export is gone."
-    job(run).run(); assert (run/"export/bundle.json").is_file()
+    (run/"export").mkdir(); (run/"export/bundle.json").write_text("{}")
     real = E.export_onnx
     def wrong(m, size, path, *a, **kw): return real(perturbed(m) if model in path.name else m, size, path, *a, **kw)
     monkeypatch.setattr(E, "export_onnx", wrong)
@@ -280,14 +291,17 @@ def test_nothing_trained(run):
     with pytest.raises(PillsnapError, match="no trained classifier"): job(run).run()
 
 
-def test_temperature_and_scorecard_of_the_evaluation(run):
+def test_temperature_and_scorecard_of_the_evaluation(exported):
+    b = load_bundle(exported[0])
+    assert (b.meta["temperature"], b.meta["calibrated"]) == (2.5, True) and b.meta["scorecard"] == sha256_file(exported[0]/"reports/scorecard.json")
+
+
+@pytest.mark.spec("BX8")
+def test_calibration_of_another_class_map_stops(run):
     cm = load_stage(run, 0).class_map
-    save_json({"temperature": 2.5, "ece_after": .01, "class_map": cm.fingerprint}, run/"reports/calibration.json")
-    save_json({"rows": []}, run/"reports/scorecard.json")
-    job(run).run(); b = load_bundle(run)
-    assert (b.meta["temperature"], b.meta["calibrated"]) == (2.5, True) and len(b.meta["scorecard"]) == 64
+    assert E.calibration(run, cm, None) == (1., False)
     save_json({"temperature": 2.5, "ece_after": .01, "class_map": "0"*64}, run/"reports/calibration.json")
-    with pytest.raises(PillsnapError, match="another class map"): job(run).run()
+    with pytest.raises(PillsnapError, match="another class map"): E.calibration(run, cm, None)
 
 
 def test_a_changed_parameter_changes_the_output(ready):

@@ -61,10 +61,10 @@ class TimmPolicy(torch.nn.Module):
         try: return v2.functional.pil_to_tensor(self.policy(v2.functional.to_pil_image(x)))
         finally: random.setstate(kept[0]); np.random.set_state(kept[1])
 
-# %% ../../nbs/18_data.augment.ipynb #81ce94e0
+# %% ../../nbs/18_data.augment.ipynb #b5ca9c63
 class PillRandAugment(v2.RandAugment):
     "RandAugment without the operations that repaint the pill (X52)."
-    _AUGMENTATION_SPACE = {k: v for k, v in v2.RandAugment._AUGMENTATION_SPACE.items() if k not in ("Solarize", "Equalize")}
+    _AUGMENTATION_SPACE = {k: v for k, v in v2.RandAugment._AUGMENTATION_SPACE.items() if k not in ("Solarize", "Equalize", "AutoContrast")}
 
 def policy_of(
     augment:AugmentClassification, # the configuration's block
@@ -73,7 +73,7 @@ def policy_of(
     "Two random operations (SPEC TL1)."
     if augment.auto_augment: return [TimmPolicy(augment.auto_augment, size)]
     if not augment.randaugment: return []
-    return [v2.RandomChoice([PillRandAugment(num_ops=2, magnitude=m, fill=128) for m in (7, 8, 9)])]
+    return [v2.RandomChoice([PillRandAugment(num_ops=2, magnitude=m, interpolation=v2.InterpolationMode.BILINEAR, fill=128) for m in (7, 8, 9)])]
 
 # %% ../../nbs/18_data.augment.ipynb #6062bddc
 _log = logging.getLogger("pillsnap.augment")

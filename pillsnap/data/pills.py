@@ -128,9 +128,9 @@ SYLLABLES = dict(zip(
 ENDINGS = dict(zip("펜 린 정온 탄 딘 맥 셀 큐 반 돈 빌 론 핀 젠 담 잔".split(),
     "pen rin jeon tan din mac cel q ban don bil ron pin zen dam zan".split()))
 
-# %% ../../nbs/12_data.pills.ipynb #c5244b75
+# %% ../../nbs/12_data.pills.ipynb #2808f544
 COLOURS = {"하양":.34, "노랑":.20, "분홍":.15, "갈색":.08, "주황":.08, "빨강":.03, "초록":.03, "연두":.03, "파랑":.025, "자주":.015, "보라":.01, "회색":.01}
-SHAPES  = {"원형":.34, "타원형":.31, "장방형":.22, "팔각형":.025, "육각형":.025, "삼각형":.02, "사각형":.015, "마름모형":.01, "오각형":.01, "기타":.025}
+SHAPES  = {"원형":.40, "타원형":.30, "장방형":.20, "팔각형":.02, "육각형":.02, "삼각형":.015, "사각형":.01, "마름모형":.01, "오각형":.01, "기타":.015}
 INKS    = ("검정", "남색", "갈색", "빨강")
 FONTS   = ("DejaVuSans-Bold", "DejaVuSans", "DejaVuSansMono-Bold", "DejaVuSerif-Bold")
 
@@ -146,7 +146,7 @@ def deal(
     points = (np.arange(n) + rng.random())/n
     return [words[min(int(np.searchsorted(edges, p)), len(words)-1)] for p in rng.permutation(points)]
 
-# %% ../../nbs/12_data.pills.ipynb #0e0652bf
+# %% ../../nbs/12_data.pills.ipynb #89a814a0
 CAPSULES = ((21.7,7.6), (19.4,6.9), (18.0,6.4), (15.9,5.8), (14.3,5.3)) # hard capsule sizes 0 to 4: length, width in mm
 _RATIO = {"팔각형":1.0, "육각형":1.0, "삼각형":1.0, "사각형":1.0, "오각형":1.0, "마름모형":1.35, "기타":1.12} # long over short
 
@@ -157,12 +157,12 @@ def outline_mm(
 )->tuple[float,float]: # long and short side, mm
     "Sizes like those of the records: round 5 to 12.6 mm, oval and oblong 8 to 21 mm."
     if form == "capsule": return CAPSULES[rng.choice(5, p=(.1,.2,.3,.25,.15))]
-    if form == "gel": return (long := float(np.clip(rng.normal(15.2,2.2), 10.5, 20))), long/rng.uniform(1.65,1.9)
-    if shape == "원형": return (d := float(np.clip(rng.normal(8.2,1.7), 5.2, 12.6))), d
+    if form == "gel": return (long := float(np.clip(rng.normal(15.5,2), 11, 20))), long/rng.uniform(1.65,1.9)
+    if shape == "원형": return (d := float(np.clip(rng.normal(7.8,1.5), 5.2, 12.6))), d
     if shape in ("타원형","장방형"):
-        long = float(np.clip(rng.normal(14.6,3.3), 8, 20.5))
-        return long, long/(rng.uniform(1.7,2.05) if shape == "타원형" else rng.uniform(1.95,2.5))
-    long = float(np.clip(rng.normal(8.8,1.2), 6.5, 12))
+        long = float(np.clip(rng.normal(17.3,3.4), 8, 21))
+        return long, long/(rng.uniform(1.75,2.2) if shape == "타원형" else rng.uniform(1.9,2.55))
+    long = float(np.clip(rng.normal(7.9,1.1), 6, 11))
     return long, long/_RATIO[shape]
 
 # %% ../../nbs/12_data.pills.ipynb #3be752c0
@@ -175,7 +175,7 @@ def as_mm(
     value = round(float(x), int(digits))
     return int(value) if value == int(value) else value
 
-# %% ../../nbs/12_data.pills.ipynb #adeac1be
+# %% ../../nbs/12_data.pills.ipynb #06431bf0
 def make_body(
     shape:str,               # outline word
     colour:str,              # main colour word
@@ -188,7 +188,8 @@ def make_body(
     if shape in ("원형",) or form == "tablet" and _RATIO.get(shape) == 1: short = long
     profile = str(rng.choice(("convex","deep","flat"), p=(.6,.2,.2)))
     coat = str(rng.choice(("film","plain","sugar"), p=(.7,.25,.05))) if profile != "flat" else str(rng.choice(("film","plain"), p=(.4,.6)))
-    thick = short if form != "tablet" else short*{"convex":rng.uniform(.42,.54), "deep":rng.uniform(.55,.68), "flat":rng.uniform(.36,.46)}[profile]
+    plump = {"convex":(.42,.54), "deep":(.55,.66), "flat":(.36,.46)}[profile]
+    thick = short*(1 if form != "tablet" else rng.uniform(*plump)+(.14 if long/short > 1.5 else 0))   # long tablets are thicker for their width
     if form == "gel": colour = str(rng.choice(("노랑","갈색","주황","빨강","초록"), p=(.4,.3,.12,.1,.08)))
     return Body(form, shape, two_colours(form, colour, rng), form == "gel" and bool(rng.random() < .6), long, short,
         as_mm(max(thick, 2.2), rng), profile, coat if form == "tablet" else "film", pick_score(form, profile, rng), int(rng.integers(1<<31)))

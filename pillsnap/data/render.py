@@ -380,7 +380,7 @@ class Solid:
         y = np.r_[rows, rows, inside[:,cols].argmax(0), h-1-inside[::-1,cols].argmax(0)]
         return (np.stack([x,y],1)-self.centre)/self.res
 
-# %% ../../nbs/12a_data.render.ipynb #607c18ab
+# %% ../../nbs/12a_data.render.ipynb #0fc26bc5
 def relief(
     drug:Drug,                # how rough, debossed or printed
     glyphs:np.ndarray,        # letters mask
@@ -390,7 +390,7 @@ def relief(
     rng:np.random.Generator   # roughness
 )->np.ndarray: # mm to add to the smooth face
     "Debossed letters, score grooves and the roughness of the surface."
-    z = -.55*blur(lines, .13*res)*smoothstep(0, .2, d)
+    z = -.55*blur(lines, .13*res)
     if not drug.imprint.ink: z -= .34*blur(glyphs, .05*res)*smoothstep(.1, .4, d)
     if drug.body.form != "tablet": return z
     n = rng.standard_normal(d.shape, f32)
@@ -432,12 +432,13 @@ def joints(
     a = body.long_mm/2
     return 1-.45*np.exp(-((u-.08*a)/.07)**2)-.10*np.exp(-((u+.12*a)/.12)**2)
 
-# %% ../../nbs/12a_data.render.ipynb #2387ec09
+# %% ../../nbs/12a_data.render.ipynb #24e23bec
 def paint(
     drug:Drug,                # colours, ink
     side:int,                 # 0 front, 1 back
     glyphs:np.ndarray,        # letters mask
     u:np.ndarray,             # mm along the long side
+    d:np.ndarray,             # mm from the edge
     res:float,                # pixels per mm
     rng:np.random.Generator   # mottling
 )->np.ndarray: # [h,w,3] linear RGB
@@ -448,14 +449,14 @@ def paint(
     if b.form == "capsule" and two: out[u > .08*b.long_mm/2] = colours[1]
     amount = {"film":.012, "plain":.035, "sugar":.008}[b.coat] if b.form == "tablet" else .006
     mottle = 1+f32(amount)*(blur(n, .06*res)*f32(.084*res)+blur(n, .5*res)*f32(res))
-    if b.form == "tablet" and b.coat == "plain" and b.grain%10 < 3: mottle *= 1-.5*smoothstep(1.6, 2.6, blur(rng.standard_normal(u.shape, f32), .09*res)*.3*res)
+    if b.form == "tablet" and b.coat == "plain" and b.grain%10 < 3: mottle *= 1-.5*smoothstep(1.6, 2.6, blur(rng.standard_normal(u.shape, f32), .09*res)*.3*res)*smoothstep(.15, .4, d)
     out *= mottle[...,None]
     if drug.imprint.ink:
         m = f32(.88)*blur(glyphs, .03*res)[...,None]
         out = out*(1-m)+m*linear(PALETTE[drug.imprint.ink][1])
     return np.clip(out, .004, .95)
 
-# %% ../../nbs/12a_data.render.ipynb #59e22d3d
+# %% ../../nbs/12a_data.render.ipynb #f009c8c2
 GLOSS = {"film":.42, "plain":.08, "sugar":.8}
 
 @lru_cache(256)
@@ -478,7 +479,7 @@ def solid(
     mid = b.thick_mm/2
     shell = np.stack([mid+top, mid-smooth, d, d], -1).astype(f32)       # OpenCV reads four channels faster than three
     layer = layers(b)[1-side] if tablet and len(b.colours) > 1 else None
-    return Solid(res, (w,h), shell, slope, np.dstack([paint(drug, side, glyphs, u, res, rng), ao]).astype(f32), float(b.thick_mm),
+    return Solid(res, (w,h), shell, slope, np.dstack([paint(drug, side, glyphs, u, d, res, rng), ao]).astype(f32), float(b.thick_mm),
         GLOSS[b.coat] if tablet else 1., float(b.clear), not tablet, layers(b)[0], layer)
 
 # %% ../../nbs/12a_data.render.ipynb #af6e44ea

@@ -10,7 +10,7 @@ __all__ = ['GATE_PHOTOS', 'THUMB', 'STEP', 'MAX_BITS', 'MAX_MEAN', 'MAX_TAIL', '
            'find_duplicates', 'seal', 'write_splits', 'load_splits', 'check_parts', 'reuse_splits', 'StageData',
            'missing_photos', 'load_stage', 'storage_saving', 'roles_of', 'plot_classes', 'plot_groups',
            'plot_neighbours', 'stage_quotas', 'check_nested', 'check_knots', 'known_duplicates', 'plot_duplicates',
-           'SplitsJob']
+           'SplitsJob', 'renew_yolo', 'smoke_splits']
 
 # %% ../../nbs/16_data.splits.ipynb #7ea78515
 import json
@@ -825,15 +825,33 @@ def _save(fig:Any, path:Path)->Path:
     from pillsnap.core.plots import save_fig
     return save_fig(fig, path)
 
-# %% ../../nbs/16_data.splits.ipynb #7727dae1
+# %% ../../nbs/16_data.splits.ipynb #4ad61e39
+def renew_yolo(
+    splits:Splits,  # one stage
+    root:str|Path,  # the delivery
+    run:RunFolder   # its yolo_data is replaced
+)->Path:            # data.yaml
+    "The detector's folder: links to the stage's train and val photos, combos of any drug among them (SPEC SP10, DM8)."
+    side = dict.fromkeys(splits.val["path"], "val") | dict.fromkeys(splits.train["path"], "train")
+    return write_yolo_tree(pd.concat([splits.train, splits.val]), root, run.root/"yolo_data", side, run.log)
+
+def smoke_splits(
+    run:RunFolder, # a temporary run
+    cfg:Config     # the smoke configuration
+)->None:
+    "A small delivery, converted and split, for the smoke runs of later stages; no pictures, no search for copies."
+    smoke_conversion(run, cfg)
+    splits, _, header, _ = SplitsJob(stage=cfg.data.progressive_validation.current_stage, near_duplicates=False)._cut(run, cfg)
+    renew_yolo(splits, header["root"], run)
+
+# %% ../../nbs/16_data.splits.ipynb #1271e095
 @patch
 def work(self:SplitsJob, run:RunFolder, cfg:Config)->StageResult:
     "Cut the stage, renew the detector's folder, report."
     splits, df, header, dup = self._cut(run, cfg)
     folder, reports = run.root/"artifacts"/f"stage{self.stage}", run.sub("reports")
-    side = dict.fromkeys(splits.val["path"], "val") | dict.fromkeys(splits.train["path"], "train")
-    yaml = write_yolo_tree(df[df["path"].isin(side.keys())], header["root"], run.root/"yolo_data", side, run.log)
-    saving = storage_saving(header["root"], side, folder)
+    yaml = renew_yolo(splits, header["root"], run)
+    saving = storage_saving(header["root"], pd.concat([splits.train, splits.val])["path"], folder)
     figures = [_save(plot_classes(splits, df), reports/"splits_classes.png"), _save(plot_groups(splits, df), reports/"splits_groups.png"), _save(plot_neighbours(df, header["root"]), reports/"splits_neighbours.png")]
     if (reports/"splits_duplicates.png").exists() and (dup.pairs or dup.conflicts): figures.append(reports/"splits_duplicates.png")
     notes = [*splits.notes, *_remarks(dup, saving, self.stage)]

@@ -9,8 +9,8 @@ __all__ = ['LIMITS', 'Boxes', 'FAINT', 'export_onnx', 'open_axes', 'RawHead', 'l
            'calibration', 'checkpoint', 'Written', 'write_classifier', 'write_detector', 'metrics_of', 'verdict',
            'time_bundle', 'ExportJob']
 
-# %% ../../nbs/52_deployment.export.ipynb #1a68e2a2
-import copy, hashlib, json, math, time, warnings
+# %% ../../nbs/52_deployment.export.ipynb #dbd8f063
+import copy, hashlib, json, math, os, shlex, time, warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -330,7 +330,7 @@ def livened(
         l.weight.copy_(w[..., None, None]); l.bias.copy_(lean-w@f.mean(1))
     return m
 
-# %% ../../nbs/52_deployment.export.ipynb #c1c0bb0a
+# %% ../../nbs/52_deployment.export.ipynb #15495e0c
 def plot_logits(
     a:np.ndarray,   # [N, C] torch
     b:np.ndarray,   # [N, C] ONNX
@@ -345,10 +345,11 @@ def plot_logits(
     l.plot([x.min(), x.max()], [x.min(), x.max()], lw=.8, color="#999999"); l.scatter(x[pick], y[pick], s=3, alpha=.4)
     l.set(xlabel="torch logit", ylabel="ONNX logit", title="on one line")
     r.hist(np.log10(np.maximum(np.abs(x-y), 1e-12)), bins=40, color=COLOURS[0])
-    r.set(xlabel="log10 |difference|", ylabel="logits", title=f"largest {np.abs(x-y).max():.1e}")
+    r.set(xlabel="log10 |difference|, equal ones at −12", ylabel="logits", title=f"largest {np.abs(x-y).max():.1e}")
+    plt.close(fig)
     return fig
 
-# %% ../../nbs/52_deployment.export.ipynb #d8239895
+# %% ../../nbs/52_deployment.export.ipynb #c23b25c2
 def plot_both(
     shown:Sequence[tuple[np.ndarray,np.ndarray,np.ndarray]] # photo, torch's boxes, ONNX's boxes
 )->Any: # matplotlib Figure
@@ -368,6 +369,7 @@ def plot_latency(
     for i,(name, v) in enumerate(ms.items()):
         ax.hist(v, bins=np.linspace(0, top, 60), alpha=.6, color=COLOURS[i], label=f"{name}: p50 {np.percentile(v, 50):.1f}, p95 {np.percentile(v, 95):.1f} ms")
     ax.set(xlabel="ms per photo, from the file to the answer", ylabel="answers", title=hardware); ax.legend()
+    plt.close(fig)
     return fig
 
 # %% ../../nbs/52_deployment.export.ipynb #5ffb9829
@@ -503,7 +505,7 @@ def _bundle(run:RunFolder, cfg:Config, stage:StageData, cls:Written, det:Written
         data_hash=stage.header["data_hash"], scorecard=sha256_file(card) if card.is_file() else None)
     return load_bundle(run.root, device="cpu", lazy_load_detector=cfg.inference.lazy_load_detector, log=run.log)
 
-# %% ../../nbs/52_deployment.export.ipynb #43f82ed7
+# %% ../../nbs/52_deployment.export.ipynb #fb1319db
 @patch
 def work(self:ExportJob, run:RunFolder, cfg:Config)->StageResult:
     "Write, compare, judge, bundle, time, report."
@@ -523,18 +525,18 @@ def work(self:ExportJob, run:RunFolder, cfg:Config)->StageResult:
     if passed is False:
         save_json({**facts, "latency": [], "bundle": None}, report)
         raise PillsnapError(f"{said}; no bundle was written", where=report, fix="look at the checks there; another opset or onnxruntime may answer better")
-    return _finish_export(self, run, cfg, stage, prov, _bundle(run, cfg, stage, cls, det), facts, figures, b)
+    return _finish_export(self, run, cfg, stage, prov, _bundle(run, cfg, stage, cls, det), facts, figures)
 
-# %% ../../nbs/52_deployment.export.ipynb #f9634783
-def _finish_export(job:ExportJob, run:RunFolder, cfg:Config, stage:StageData, prov:Provenance, bundle:Bundle, facts:dict, figures:list[Path], b:Comparison|None)->StageResult:
+# %% ../../nbs/52_deployment.export.ipynb #e52ace50
+def _finish_export(job:ExportJob, run:RunFolder, cfg:Config, stage:StageData, prov:Provenance, bundle:Bundle, facts:dict, figures:list[Path])->StageResult:
     "Time the bundle, write the report, hand back what was found."
     photo = next(open_photos(photo_order(stage, "combo" if bundle.detector else "single", cfg.train.seed), 1)).path
     latency, ms = time_bundle(bundle, photo, prov, cfg)
     figures.append(save_fig(plot_latency(ms, latency[0].metric.hardware), run.sub("reports")/"export_latency.png"))
-    report = save_json({**facts, "latency": [r.to_dict() for r in latency], "bundle": bundle.meta["digest"], "temperature": bundle.meta["temperature"], "calibrated": bundle.meta["calibrated"]}, run.sub("reports")/"export.json")
+    report = save_json({**facts, "latency": [r.to_dict() for r in latency], "bundle": bundle.meta["digest"], "timed_photo": str(photo), "temperature": bundle.meta["temperature"], "calibrated": bundle.meta["calibrated"]}, run.sub("reports")/"export.json")
     sizes = [f"{m}.onnx {(bundle.folder/f'{m}.onnx').stat().st_size/1e6:.1f} MB, opset {e['opset']}" for m,e in facts["models"].items()]
-    notes = [*sizes, *[f"{r.scope}: p{r.percentile} {r.metric.value:.1f} ms" + (f", NOT_COMPARABLE: {gap[0]}" if (gap := protocol_gap(r)) else "") for r in latency],
-             f"try it: pillsnap predict {photo} --mode {'combo' if bundle.detector else 'single'} --run {run.root}"]
+    notes = [*sizes, *[f"{r.scope}: p{r.percentile} {r.metric.value:.1f} ms" + (f", NOT_COMPARABLE: {gap[0]}" if (gap := protocol_gap(r)) else "") for r in latency]]
+    if job.run_dir: notes.append("try it: "+shlex.join(["pillsnap", "predict", os.path.relpath(photo), "--mode", "combo" if bundle.detector else "single", "--run", os.path.relpath(run.root)]))
     if facts["skipped_photos"]: notes.append(f"{len(facts['skipped_photos'])} photos could not be read, the first: {facts['skipped_photos'][0]}")
     outputs = [bundle.folder/"bundle.json", *(bundle.folder/f"{m}.onnx" for m in facts["models"]), report, *figures]
     return StageResult(facts["verdict"], facts["checks"], figures, inputs=_inputs(run.root, stage.stage), outputs=outputs, notes=notes)

@@ -22,7 +22,7 @@ from ..core.record import Metric, Provenance
 from .gates import why_unmeasured
 from .latency import Latency, protocol_gap
 
-# %% ../../nbs/44_evaluation.advisor.ipynb #3cceb276
+# %% ../../nbs/44_evaluation.advisor.ipynb #006b08ce
 @dataclass(frozen=True)
 class Target:
     "One figure that a stage would like to see."
@@ -40,6 +40,7 @@ class Target:
         "How much of the target is reached, 0 to 1 (SPEC Annex 3)."
         return min(1., (self.value/v if v > 0 else 0.) if self.lower else v/self.value)
 
+# %% ../../nbs/44_evaluation.advisor.ipynb #7e9215a1
 @dataclass(frozen=True)
 class AdvisorTargets:
     "What the advisor looks at in one stage."
@@ -47,8 +48,10 @@ class AdvisorTargets:
     checks:tuple[str,...]     # mandatory checks, each with evidence
     data:tuple[str,...]=("aihub",) # provenances that count
 
-# %% ../../nbs/44_evaluation.advisor.ipynb #0a2c02bd
+# %% ../../nbs/44_evaluation.advisor.ipynb #a4fb9d39
 def _up(**kw:float)->tuple[Target,...]: return tuple(Target(k, v) for k, v in kw.items())
+
+# %% ../../nbs/44_evaluation.advisor.ipynb #c17c3e13
 def _ms(**kw:float)->tuple[Target,...]: return tuple(Target(k, v, lower=True, unit="ms") for k, v in kw.items())
 
 ADVISOR_TARGETS:dict[int,AdvisorTargets] = {
@@ -60,7 +63,7 @@ ADVISOR_TARGETS:dict[int,AdvisorTargets] = {
         + (Target("throughput", 100, unit="img/s"),) + tuple(Target(n, v, lower=True, scored=False) for n, v in (("class_imbalance_ratio", 10), ("convergence_stability", .1), ("memory_efficiency", 1.5))),
         ("auto_batch_tuning_success", "tensorboard_logging", "class_balance_verification", "memory_optimization_working"))}
 
-# %% ../../nbs/44_evaluation.advisor.ipynb #af84abc0
+# %% ../../nbs/44_evaluation.advisor.ipynb #d252eda7
 ADVISOR_TARGETS |= {
     3: AdvisorTargets(_up(detection_map50=.70, detection_map=.50, detection_recall=.75, detection_precision=.70, accuracy=.75, macro_f1=.70, top5=.90, per_class_min_f1=.30)
         + (Target("multi_batch_size", 32, scored=False), Target("memory_stable_hours", 12, unit="h", scored=False), Target("api_response_time", 100, lower=True, unit="ms", scored=False)),
@@ -76,6 +79,7 @@ def get_stage_target(
     if stage not in ADVISOR_TARGETS: raise PillsnapError(f"there is no stage {stage!r}", fix=f"stages are {', '.join(map(str, sorted(ADVISOR_TARGETS)))}")
     return ADVISOR_TARGETS[stage]
 
+# %% ../../nbs/44_evaluation.advisor.ipynb #78cac809
 def get_stage_config(
     stage:int, # 0-4
     cfg:Config # the configuration in force
@@ -113,7 +117,7 @@ class Facts:
     val_drop:bool|None=None      # did it fall from its best while the training loss fell on?
     settings:Mapping[str,Any]=field(default_factory=dict) # dotted configuration keys in force
 
-# %% ../../nbs/44_evaluation.advisor.ipynb #370c71d9
+# %% ../../nbs/44_evaluation.advisor.ipynb #dcc3be99
 @dataclass(frozen=True)
 class Bar:
     "One target beside its measurement: a line of the menu."
@@ -128,6 +132,7 @@ class Bar:
     verdict:str        # met | missed | NOT_MEASURED | NOT_COMPARABLE
     why:str=""         # why it may not be judged
 
+# %% ../../nbs/44_evaluation.advisor.ipynb #3209410b
 def _bar(t:Target, m:Metric|Latency|None, data:tuple[str,...])->Bar:
     "Hold one record against its target."
     rec = m.metric if isinstance(m, Latency) else m
@@ -139,7 +144,7 @@ def _bar(t:Target, m:Metric|Latency|None, data:tuple[str,...])->Bar:
     v = float(rec.value)
     return Bar(**base, share=t.share(v), verdict="met" if t.met(v) else "missed")
 
-# %% ../../nbs/44_evaluation.advisor.ipynb #e897d587
+# %% ../../nbs/44_evaluation.advisor.ipynb #5f131e77
 def score_bars(
     stage:int,   # 0-4
     facts:Facts  # what was measured
@@ -148,6 +153,7 @@ def score_bars(
     want = get_stage_target(stage)
     return [_bar(t, facts.metrics.get(t.name), want.data) for t in want.targets]
 
+# %% ../../nbs/44_evaluation.advisor.ipynb #70905861
 def performance_score(
     bars:Sequence[Bar] # from `score_bars`
 )->float:              # 0-1; 1 only when every scored target is measured and met
@@ -155,7 +161,7 @@ def performance_score(
     scored = [b for b in bars if b.scored]
     return sum(b.share for b in scored)/len(scored) if scored else 0.
 
-# %% ../../nbs/44_evaluation.advisor.ipynb #d1991255
+# %% ../../nbs/44_evaluation.advisor.ipynb #3c519e3c
 @dataclass(frozen=True)
 class Suggestion:
     "A rule that fired."
@@ -164,6 +170,7 @@ class Suggestion:
     do:str       # in words
     override:str # paste-ready: key=value
 
+# %% ../../nbs/44_evaluation.advisor.ipynb #8f4604ee
 Rule = Callable[[Facts, Mapping[str,Bar]], "Suggestion|None"]
 RULES:list[Rule] = []
 
@@ -174,11 +181,12 @@ def _far(bars:Mapping[str,Bar], name:str, part:float=.8)->bool:
     b = bars.get(name)
     return b is not None and b.value is not None and not b.lower and b.verdict in ("met", "missed") and b.value < part*b.target
 
+# %% ../../nbs/44_evaluation.advisor.ipynb #d8f005ca
 def _content(bars:Mapping[str,Bar])->bool:
     "The classifier reaches what is asked: how its curve ended does not matter then."
     return bool(named := [b for n in ("accuracy", "macro_f1", "top5") if (b := bars.get(n))]) and all(b.verdict == "met" for b in named)
 
-# %% ../../nbs/44_evaluation.advisor.ipynb #59f3cd19
+# %% ../../nbs/44_evaluation.advisor.ipynb #b78f2fae
 def rule(f:Rule)->Rule:
     "Register a rule; the order of registration is the order of urgency."
     RULES.append(f)
@@ -190,19 +198,21 @@ def repeated_oom(f:Facts, bars:Mapping[str,Bar])->Suggestion|None:
     if not f.oom_events: return None
     return Suggestion("repeated_oom", f"{f.oom_events} out-of-memory error{'s' if f.oom_events > 1 else ''}", "halve the batch", _halved(f, "train.classification.batch_size", 64))
 
+# %% ../../nbs/44_evaluation.advisor.ipynb #02b5a19e
 @rule
 def vram_above_90(f:Facts, bars:Mapping[str,Bar])->Suggestion|None:
     "GPU memory almost full."
     if f.vram_share is None or f.vram_share <= .90: return None
     return Suggestion("vram_above_90", f"{f.vram_share:.0%} of the GPU's memory in use", "plain memory format", "train.classification.channels_last=false")
 
+# %% ../../nbs/44_evaluation.advisor.ipynb #8660b273
 @rule
 def gpu_above_14_gb(f:Facts, bars:Mapping[str,Bar])->Suggestion|None:
     "More than the target machine has to spare."
     if f.gpu_memory_gb is None or f.gpu_memory_gb <= 14: return None
     return Suggestion("gpu_above_14_gb", f"{f.gpu_memory_gb:.1f} GB of GPU memory, 14 are planned", "halve the detector's batch", _halved(f, "train.detection.batch_size", 16))
 
-# %% ../../nbs/44_evaluation.advisor.ipynb #1b2f3fc2
+# %% ../../nbs/44_evaluation.advisor.ipynb #22ffd72a
 @rule
 def plateau(f:Facts, bars:Mapping[str,Bar])->Suggestion|None:
     "The monitored metric stopped moving."
@@ -210,6 +220,7 @@ def plateau(f:Facts, bars:Mapping[str,Bar])->Suggestion|None:
     lr = float(_get(f, "train.classification.lr", 2e-4))*.1
     return Suggestion("plateau", "the validation metric has stopped moving", "a tenth of the learning rate", f"train.classification.lr={lr:.3g}")
 
+# %% ../../nbs/44_evaluation.advisor.ipynb #e329ddd7
 @rule
 def validation_drop(f:Facts, bars:Mapping[str,Bar])->Suggestion|None:
     "Worse than its own best."
@@ -217,6 +228,7 @@ def validation_drop(f:Facts, bars:Mapping[str,Bar])->Suggestion|None:
     p = int(_get(f, "train.classification.early_stopping.patience", 7))
     return Suggestion("validation_drop", "the validation metric fell from its best", "wait longer before stopping", f"train.classification.early_stopping.patience={p + 3}")
 
+# %% ../../nbs/44_evaluation.advisor.ipynb #33811df2
 @rule
 def detector_far(f:Facts, bars:Mapping[str,Bar])->Suggestion|None:
     "mAP below .8 of its target."
@@ -224,7 +236,7 @@ def detector_far(f:Facts, bars:Mapping[str,Bar])->Suggestion|None:
     b, n = bars["detection_map50"], int(_get(f, "train.detection.epochs", 50))
     return Suggestion("detector_far", f"detector mAP@.5 is {b.value:.2f}, asked are {b.target:.2f}", "train the detector twice as long", f"train.detection.epochs={2*n}")
 
-# %% ../../nbs/44_evaluation.advisor.ipynb #26977679
+# %% ../../nbs/44_evaluation.advisor.ipynb #e0324a30
 @rule
 def classifier_far(f:Facts, bars:Mapping[str,Bar])->Suggestion|None:
     "Accuracy below .8 of its target."
@@ -232,12 +244,14 @@ def classifier_far(f:Facts, bars:Mapping[str,Bar])->Suggestion|None:
     b, n = bars["accuracy"], int(_get(f, "train.classification.epochs", 30))
     return Suggestion("classifier_far", f"accuracy is {b.value:.2f}, asked are {b.target:.2f}", "train the classifier twice as long", f"train.classification.epochs={2*n}")
 
+# %% ../../nbs/44_evaluation.advisor.ipynb #c4572e0f
 @rule
 def slow_loading(f:Facts, bars:Mapping[str,Bar])->Suggestion|None:
     "Models take long to load."
     if f.loading_s is None or f.loading_s <= 3: return None
     return Suggestion("slow_loading", f"loading the models takes {f.loading_s:.1f} s", "load the detector when it is first needed", "inference.lazy_load_detector=true")
 
+# %% ../../nbs/44_evaluation.advisor.ipynb #e7857bbc
 @rule
 def classifier_near(f:Facts, bars:Mapping[str,Bar])->Suggestion|None:
     "Accuracy missed, but within reach."
@@ -246,6 +260,7 @@ def classifier_near(f:Facts, bars:Mapping[str,Bar])->Suggestion|None:
     n = int(_get(f, "train.classification.epochs", 30))
     return Suggestion("classifier_near", f"accuracy is {b.value:.3f}, {b.target - b.value:.3f} short", "half as many epochs again", f"train.classification.epochs={math.ceil(1.5*n)}")
 
+# %% ../../nbs/44_evaluation.advisor.ipynb #842f7504
 @rule
 def detector_near(f:Facts, bars:Mapping[str,Bar])->Suggestion|None:
     "mAP missed, but within reach."
@@ -254,6 +269,7 @@ def detector_near(f:Facts, bars:Mapping[str,Bar])->Suggestion|None:
     n = int(_get(f, "train.detection.epochs", 50))
     return Suggestion("detector_near", f"detector mAP@.5 is {b.value:.3f}, {b.target - b.value:.3f} short", "half as many epochs again", f"train.detection.epochs={math.ceil(1.5*n)}")
 
+# %% ../../nbs/44_evaluation.advisor.ipynb #6030d329
 @rule
 def rare_drugs(f:Facts, bars:Mapping[str,Bar])->Suggestion|None:
     "Common drugs right, rare ones wrong."

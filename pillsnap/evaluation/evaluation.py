@@ -56,7 +56,7 @@ from .latency import Latency, latency_from_dict, latency_table, measure_latency,
 from .menu import advisor_menu, percent, record_choice, write_advice
 from .reports import evaluate_classification_metrics, plot_confusion_matrix, plot_detection_results, plot_roc_pr_curves
 
-# %% ../../nbs/46_evaluation.evaluation.ipynb #1da4cf49
+# %% ../../nbs/46_evaluation.evaluation.ipynb #2b9ad892
 @dataclass(frozen=True)
 class Shot:
     "One photo of the pool, with its truth."
@@ -66,6 +66,7 @@ class Shot:
     boxes:np.ndarray        # true boxes xyxy, pixels [m, 4]
     keys:tuple[str,...]     # the class key in each box
 
+# %% ../../nbs/46_evaluation.evaluation.ipynb #552b0ece
 def shots(
     data:StageData # one stage
 )->list[Shot]:     # every photo of val and pool, once, in the order of the tables
@@ -96,7 +97,7 @@ def opened(
             if got.get("_skip"): skipped.append({"path": s.path, "reason": str(got.get("error", ""))[:200]}); continue
             yield s, got["image"]
 
-# %% ../../nbs/46_evaluation.evaluation.ipynb #3fb6bdb5
+# %% ../../nbs/46_evaluation.evaluation.ipynb #98b7a1ce
 @dataclass
 class Scores:
     "What a classifier said about the singles."
@@ -107,6 +108,7 @@ class Scores:
     paths:list[str]       # photo of each
     seconds:float         # opening, preparing and answering both views
 
+# %% ../../nbs/46_evaluation.evaluation.ipynb #f14f4283
 def score_singles(
     classifier:TorchClassifier, # runner
     root:Path,                  # the delivery
@@ -127,7 +129,7 @@ def score_singles(
     z = np.concatenate(parts) if parts else np.zeros((0, len(class_map)), np.float32)
     return Scores(z[0::2], z[1::2], np.array([class_map.id(s.keys[0]) for s in kept], int), [s.group for s in kept], [s.path for s in kept], time.perf_counter() - t0)
 
-# %% ../../nbs/46_evaluation.evaluation.ipynb #6ee9d60b
+# %% ../../nbs/46_evaluation.evaluation.ipynb #e0003394
 @dataclass
 class Boxes:
     "What a detector found."
@@ -136,6 +138,7 @@ class Boxes:
     paths:list[str]       # photo of each
     seconds:float         # opening and answering
 
+# %% ../../nbs/46_evaluation.evaluation.ipynb #7a3a89cc
 def score_boxes(
     detector:Any,          # runner
     root:Path,             # the delivery
@@ -169,7 +172,7 @@ def open_models(
     if absent: decide(log, f"evaluation: single mode only: {absent['detector']}")
     return classifier, None if absent else detector, absent
 
-# %% ../../nbs/46_evaluation.evaluation.ipynb #63455a77
+# %% ../../nbs/46_evaluation.evaluation.ipynb #55d394ef
 LEAST_COMBOS = 30   # photos below which the set accuracy says NOT_MEASURED (SPEC SP10)
 
 @dataclass(frozen=True)
@@ -186,6 +189,7 @@ class ComboAnswer:
     mode_used:str        # what answered
     items:list           # drugs with confidence and box
 
+# %% ../../nbs/46_evaluation.evaluation.ipynb #80fc47b4
 def judge_combo(
     s:Shot,                   # the photo's truth
     answer:Mapping[str,Any],  # from `predict_pipeline`
@@ -238,7 +242,7 @@ def single_records(
     rec["throughput"] = prov.metric("throughput", n/s.seconds if n else None, n, s.seconds, note="photos per second, opened, two views each")
     return rec, t
 
-# %% ../../nbs/46_evaluation.evaluation.ipynb #c1816fed
+# %% ../../nbs/46_evaluation.evaluation.ipynb #4ed73045
 def nothing(
     prov:Provenance, # data and class map
     name:str,        # the figure
@@ -247,6 +251,7 @@ def nothing(
     "A figure that is not there, with its reason."
     return prov.metric(name, None, 0, None, note=why)
 
+# %% ../../nbs/46_evaluation.evaluation.ipynb #34d03d1b
 def box_records(
     b:Boxes|None,      # what the detector found; None = there is no detector
     prov:Provenance,   # data and class map
@@ -278,7 +283,7 @@ def combo_records(
             "combo_pills_found": prov.metric(names[2], share("found"), pills, seconds),
             "combo_invented": prov.metric(names[3], sum(a.invented for a in answers)/len(answers), len(answers), seconds, note="boxes on no pill, per photo")}
 
-# %% ../../nbs/46_evaluation.evaluation.ipynb #782e90ef
+# %% ../../nbs/46_evaluation.evaluation.ipynb #0ba91e91
 FLAT = .01   # (ours) memory may grow by this share of its size over the last two thirds of a training
 LEAST_POINTS = 6   # epochs below which a slope says nothing
 
@@ -289,6 +294,7 @@ def theil_sen(
     y = np.asarray(y, float); i, j = np.triu_indices(len(y), 1)
     return float(np.median((y[j] - y[i])/(j - i))) if len(i) else float("nan")
 
+# %% ../../nbs/46_evaluation.evaluation.ipynb #08fa68e9
 def memory_record(
     history:Sequence[Mapping[str,Any]], # rows of metrics.json
     prov:Provenance                     # data and class map
@@ -299,7 +305,7 @@ def memory_record(
     late = mb[len(mb)//3:]; grown = theil_sen(late)*len(late)/late[0]
     return prov.metric("memory_stable", grown <= FLAT, len(late), float(sum(r.get("seconds") or 0 for r in history)), note=f"grew by {grown:.2%} over {len(late)} epochs")
 
-# %% ../../nbs/46_evaluation.evaluation.ipynb #ca46ba68
+# %% ../../nbs/46_evaluation.evaluation.ipynb #2b107d82
 BEFORE = ("conversion", "splits", "classifier", "detector")   # the stages whose work is judged here
 
 def crash_record(
@@ -312,6 +318,7 @@ def crash_record(
     bad = [f"{s}: {r['status']}" for s, r in recs.items() if r["status"] != "finished"]
     return prov.metric("no_crashes", not bad, len(recs), sum(r["seconds"] or 0. for r in recs.values()) or None, note="; ".join(bad) or f"{', '.join(recs)} finished")
 
+# %% ../../nbs/46_evaluation.evaluation.ipynb #78ef76e1
 def trends(
     history:Sequence[Mapping[str,Any]], # rows of metrics.json
     patience:int,                       # epochs without progress that count
@@ -322,7 +329,7 @@ def trends(
     if len(f1) <= patience: return None, None
     return max(f1[-patience:]) < max(f1[:-patience]) + least, f1[-1] < max(f1) - .05
 
-# %% ../../nbs/46_evaluation.evaluation.ipynb #8567ebfc
+# %% ../../nbs/46_evaluation.evaluation.ipynb #60056b9a
 def imbalance_record(
     data:StageData,  # one stage
     prov:Provenance  # data and class map
@@ -331,6 +338,7 @@ def imbalance_record(
     t0, n = time.perf_counter(), data.train.loc[data.train["kind"] == "single", "class_key"].value_counts()
     return prov.metric("class_imbalance_ratio", float(n.max()/n.min()) if len(n) else None, len(n), max(time.perf_counter() - t0, 1e-3), note="train singles")
 
+# %% ../../nbs/46_evaluation.evaluation.ipynb #42e4fd1d
 def leak_record(
     root:Path,        # run folder
     prov:Provenance   # data and class map
@@ -461,11 +469,12 @@ def look(
     seen = Seen(data, prov, scores, table, cal, boxes, answers, rec, latency, ms, list({s["path"]: s for s in skipped}.values()), absent, loading)
     return replace(seen, metrics=rec | other_records(run.root, seen, device, cfg))
 
-# %% ../../nbs/46_evaluation.evaluation.ipynb #840666d8
+# %% ../../nbs/46_evaluation.evaluation.ipynb #05db4ddd
 def _uncalibrated()->Calibration:
     "Calibration that was switched off."
     return Calibration(1., 0, 0, 0, 0, None, None, None, None, note="switched off (evaluation.calibration)")
 
+# %% ../../nbs/46_evaluation.evaluation.ipynb #e5ba623e
 def other_records(
     root:Path,    # run folder
     s:Seen,       # what was seen
@@ -514,7 +523,7 @@ def write_evaluation(
            "absent": s.absent, "hard_cases": n_hard, "badges": badges, "classes": len(keys), "photos": {"singles": len(s.scores.paths), "combos": len(s.combos or [])}}
     return [cal, reports/"per_class.csv", hard, *kept, save_json(doc, reports/"evaluation.json")]
 
-# %% ../../nbs/46_evaluation.evaluation.ipynb #40ddd1d2
+# %% ../../nbs/46_evaluation.evaluation.ipynb #1d133a36
 def read_evaluation(
     root:str|os.PathLike # run folder
 )->tuple[dict[str,Any],dict[str,Metric],list[Latency]]: # the document, its records, its latencies
@@ -524,6 +533,7 @@ def read_evaluation(
     doc = read_json(p)
     return doc, {k: Metric.from_dict(m) for k, m in doc["metrics"].items()}, [latency_from_dict(r) for r in doc["latency"]]
 
+# %% ../../nbs/46_evaluation.evaluation.ipynb #1755cd73
 def gate_facts(
     metrics:Mapping[str,Metric],   # records by name
     latency:Sequence[Latency],     # by scope and percentile
@@ -534,7 +544,7 @@ def gate_facts(
     p95 = next((r for r in latency if (r.scope, r.percentile) == ("single", 95)), None)
     return {k: metrics.get(v) for k, v in names.items()} | {"latency_p95_ms": p95, "baseline": baseline}
 
-# %% ../../nbs/46_evaluation.evaluation.ipynb #52e1a2c8
+# %% ../../nbs/46_evaluation.evaluation.ipynb #157ce97d
 def best_before(
     root:Path,       # run folder
     acc:Metric|None  # the accuracy that was measured now
@@ -547,6 +557,7 @@ def best_before(
     same = [m for m in known if m.measured and (m.data_hash, m.class_map_hash) == (acc.data_hash, acc.class_map_hash) and m != acc]
     return max(same, key=lambda m: m.value, default=None)
 
+# %% ../../nbs/46_evaluation.evaluation.ipynb #a4529eca
 def time_cap(
     root:Path,                 # run folder
     cfg:Config,                # the stage's clock
@@ -576,7 +587,7 @@ def found_checks(
         out["onnx_conversion_success"] = Check(e.get("passed") is True and same, "reports/export.json")
     return out | declared_checks(root)
 
-# %% ../../nbs/46_evaluation.evaluation.ipynb #48b5c2a1
+# %% ../../nbs/46_evaluation.evaluation.ipynb #ce92bb7f
 def declared_checks(
     root:Path # run folder
 )->dict[str,Check]:
@@ -584,6 +595,7 @@ def declared_checks(
     p = root/"reports"/"checks.json"
     return {k: Check(d.get("passed"), declared_by=d.get("by", ""), date=d.get("date", "")) for k, d in read_json(p).items()} if p.is_file() else {}
 
+# %% ../../nbs/46_evaluation.evaluation.ipynb #295fb0f6
 def declare_check(
     root:str|os.PathLike, # run folder
     name:str,             # a mandatory check
@@ -616,7 +628,7 @@ def advisor_facts(
     return Facts(dict(metrics) | {k: scope[v] for k, v in named.items() if v in scope}, found_checks(root, doc), oom_events=trained.get("oom_events"), nan_loss=any("loss became" in e for e in errors),
                  corruption=doc["corruption"], gpu_memory_gb=gpu.value if gpu else None, loading_s=doc["loading_s"], plateau=plateau, val_drop=drop, settings=flatten(cfg.to_dict()))
 
-# %% ../../nbs/46_evaluation.evaluation.ipynb #88b28c02
+# %% ../../nbs/46_evaluation.evaluation.ipynb #c31b6a58
 BUSINESS = {"accuracy": .92, "macro_f1": .88, "detection_map50": .85}   # SPEC X4, EV5: reported, never a gate
 _GATE_ROW = {"map50": "detection_map50", "latency_p95_ms": "single p95 ms", "regression": "regression"}
 _SHOWN = ("accuracy", "macro_f1", "top5", "ece", "ece_calibrated", "accuracy_crop", "macro_f1_crop", "n_eval_samples", "class_coverage", "per_class_min_f1", "detection_map50", "detection_map", "detection_precision", "detection_recall",
@@ -624,6 +636,7 @@ _SHOWN = ("accuracy", "macro_f1", "top5", "ece", "ece_calibrated", "accuracy_cro
 
 def _word(asked:str, verdict:str)->str: return f"{asked}: {verdict}" if asked else ""
 
+# %% ../../nbs/46_evaluation.evaluation.ipynb #49576da1
 def scorecard_rows(
     metrics:Mapping[str,Metric], # records by name
     gate:GateResult,             # its points
@@ -641,7 +654,7 @@ def scorecard_rows(
                      "business": f"≥ {BUSINESS[name]:.2f}: {'met' if value >= BUSINESS[name] else 'missed'}" if name in BUSINESS and ok and m.data == "aihub" else "", "note": (m.note if m else "") or (p.note if p else "")})
     return list({r["figure"]: r for r in rows}.values())
 
-# %% ../../nbs/46_evaluation.evaluation.ipynb #de0799d0
+# %% ../../nbs/46_evaluation.evaluation.ipynb #df6b42c3
 def scorecard_markdown(
     card:Mapping[str,Any] # scorecard.json
 )->str:
@@ -656,6 +669,7 @@ def scorecard_markdown(
     lines += [markdown_table(_trim(card["rows"])), "", "Latency, milliseconds:", "", markdown_table(card["latency"]), ""]
     return "\n".join([*lines, *(f"- {n}" for n in card["notes"]), ""])
 
+# %% ../../nbs/46_evaluation.evaluation.ipynb #9e5cbeb8
 def _trim(rows:Sequence[Mapping[str,Any]])->list[dict[str,Any]]:
     "Without columns that are empty in every row."
     used = [k for k in rows[0] if any(r[k] not in ("", None) for r in rows)] if rows else []
@@ -674,7 +688,7 @@ def judge(
     advice = evaluate_and_recommend(doc["stage"], facts)
     return gate, advice, write_advice(root, advice, {"status": str(gate.status), "label": gate.label, "reasons": list(gate.reasons)})
 
-# %% ../../nbs/46_evaluation.evaluation.ipynb #5a61732d
+# %% ../../nbs/46_evaluation.evaluation.ipynb #ffc6aa00
 def latency_rows(
     latency:Sequence[Latency], # what was measured
     stage:int                  # 0-4
@@ -687,6 +701,7 @@ def latency_rows(
         rows.append({"scope": t["scope"], "p50": None, "p95": round(t["measured_ms"], 2) if t["measured_ms"] is not None else None, "batch": None, "precision": t["precision"], "n": None, "target": f"{t['source']}: ≤ {t['ms']:g}", "verdict": t["verdict"]})
     return rows
 
+# %% ../../nbs/46_evaluation.evaluation.ipynb #505f9fe8
 def write_scorecard(
     root:Path,                # run folder
     gate:GateResult,          # verdict
@@ -716,7 +731,7 @@ def note_gate(
     append_ledger(root, "gate", stage=gate.stage, status=str(gate.status), reasons=list(gate.reasons), digest=digest)
     return True
 
-# %% ../../nbs/46_evaluation.evaluation.ipynb #5953f813
+# %% ../../nbs/46_evaluation.evaluation.ipynb #638e8bdd
 def drug_names(
     root:Path # run folder
 )->dict[str,str]: # class key → the drug's name, where there is one
@@ -725,6 +740,7 @@ def drug_names(
     found = read_json(p)["drug_metadata"].values() if p.is_file() else []
     return {e["kcode"]: e["dl_name"] for e in found if e.get("dl_name")}
 
+# %% ../../nbs/46_evaluation.evaluation.ipynb #5b177481
 def plot_mistakes(
     s:Seen,                  # what was seen
     names:Mapping[str,str],  # class key → name
@@ -760,7 +776,7 @@ def draw(
     figs["latency"] = plot_latency(s.timings, hardware())
     return [save_fig(f, out/f"evaluation_{name}.png", dpi=90) for name, f in figs.items()]
 
-# %% ../../nbs/46_evaluation.evaluation.ipynb #fbdca860
+# %% ../../nbs/46_evaluation.evaluation.ipynb #3849a48c
 @dataclass(frozen=True)
 class EvaluationJob(StageJob):
     "Checkpoints and pool in; figures, gate, advice and scorecard out (SPEC EV1-EV6, SG1-SG8)."
@@ -771,6 +787,7 @@ class EvaluationJob(StageJob):
 
     def smoke(self, run:RunFolder, cfg:Config)->None: smoke_evaluation(run, cfg)
 
+# %% ../../nbs/46_evaluation.evaluation.ipynb #07dc8c6d
 def smoke_evaluation(
     run:RunFolder, # a temporary run
     cfg:Config     # the smoke configuration
@@ -820,7 +837,7 @@ def _measured(self:EvaluationJob, run:RunFolder, cfg:Config)->tuple[list[Path],l
     figures = draw(run, cfg, seen)
     return figures, [*files, *figures]
 
-# %% ../../nbs/46_evaluation.evaluation.ipynb #09e1ddac
+# %% ../../nbs/46_evaluation.evaluation.ipynb #5fb1c71d
 def _verdict(card:Mapping[str,Any])->str:
     "One sentence with the figures that matter."
     v = {r["figure"]: r["value"] for r in card["rows"] if r["value"] is not None}
@@ -828,6 +845,7 @@ def _verdict(card:Mapping[str,Any])->str:
     label = f" ({card['gate']['label']})" if card["gate"]["label"] else ""
     return f"{card['gate']['status']} at stage {card['stage']}{label}: " + ", ".join(parts) + f"; advisor {card['advice']['recommendation']}"
 
+# %% ../../nbs/46_evaluation.evaluation.ipynb #b6688ad0
 def _notes(root:Path)->list[str]:
     "What the reader should know besides the figures."
     doc, m, _ = read_evaluation(root)

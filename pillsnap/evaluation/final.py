@@ -15,7 +15,7 @@ from typing import Any
 from ..core.errors import PillsnapError
 from ..core.files import atomic_path, canonical_json, read_json, sha256_text
 
-# %% ../../nbs/47_evaluation.final.ipynb #566343f8
+# %% ../../nbs/47_evaluation.final.ipynb #f41ea9e5
 LEDGER = "ledger.jsonl"
 _START = "0"*64
 
@@ -23,6 +23,7 @@ def _sealed(entry:dict[str,Any])->str:
     "The hash of a line, over everything in it but itself."
     return sha256_text(canonical_json({k: v for k, v in entry.items() if k != "hash"}))
 
+# %% ../../nbs/47_evaluation.final.ipynb #e9cf9989
 def read_ledger(
     run_dir:str|os.PathLike # run folder
 )->list[dict[str,Any]]:     # the entries, oldest first
@@ -50,7 +51,7 @@ def append_ledger(
     with atomic_path(Path(run_dir)/LEDGER) as tmp: tmp.write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in [*entries, e]), encoding="utf-8")
     return e
 
-# %% ../../nbs/47_evaluation.final.ipynb #1f30c314
+# %% ../../nbs/47_evaluation.final.ipynb #39144a4d
 def record_decision(
     run_dir:str|os.PathLike, # run folder
     by:str,                  # who decides
@@ -60,6 +61,7 @@ def record_decision(
     if not by.strip() or not reason.strip(): raise PillsnapError("a decision needs a name and a reason", fix="say who decides, and why")
     return append_ledger(run_dir, "decision", stage=4, by=by.strip(), reason=reason.strip())
 
+# %% ../../nbs/47_evaluation.final.ipynb #269fc9a0
 def stage_4_done(
     run_dir:str|os.PathLike # run folder
 )->dict[str,Any]|None:      # the entry that says so
@@ -87,7 +89,7 @@ def why_sealed(
     if confirm != rid: todo.append(f"not confirmed: repeat the command with --confirm {rid}")
     return todo
 
-# %% ../../nbs/47_evaluation.final.ipynb #f4fdd4f1
+# %% ../../nbs/47_evaluation.final.ipynb #226ccf21
 def final_test_evaluation(
     run_dir:str|os.PathLike, # run folder
     reason:str="",           # why the sealed test is opened; kept in the ledger
@@ -100,6 +102,7 @@ def final_test_evaluation(
     raise PillsnapError("the sealed test may be opened for this run, but this version has no evaluation for it", where=run_dir,
                         fix="nothing was read and nothing was recorded; use a version that has it")
 
+# %% ../../nbs/47_evaluation.final.ipynb #8da916a5
 def final_test_command(
     run_dir:str|os.PathLike, # run folder
     reason:str="",           # why

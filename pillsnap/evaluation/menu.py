@@ -18,13 +18,14 @@ from ..core.errors import PillsnapError
 from ..core.files import canonical_json, read_json, save_json, sha256_text
 from .advisor import Advice
 
-# %% ../../nbs/45_evaluation.menu.ipynb #d7a64d79
+# %% ../../nbs/45_evaluation.menu.ipynb #5a0c4620
 def advice_path(
     run_dir:str|os.PathLike # run folder
 )->Path:
     "Where the advice and the choice are kept."
     return Path(run_dir)/"reports"/"advisor.json"
 
+# %% ../../nbs/45_evaluation.menu.ipynb #b630ea28
 def read_advice(
     run_dir:str|os.PathLike # run folder
 )->dict[str,Any]:
@@ -67,7 +68,7 @@ def record_choice(
     save_json(rec, advice_path(run_dir))
     return rec
 
-# %% ../../nbs/45_evaluation.menu.ipynb #2ea515b4
+# %% ../../nbs/45_evaluation.menu.ipynb #1f31fc88
 _INK = {"RECOMMEND_PROCEED": "#1a7f37", "SUGGEST_OPTIMIZE": "#9a6700", "WARN_STOP": "#cf222e", "CRITICAL": "#a40e26"}
 _LIGHT = {"RECOMMEND_PROCEED": "#4ac26b", "SUGGEST_OPTIMIZE": "#eac54f", "WARN_STOP": "#ff8182", "CRITICAL": "#ff8182"}
 _BAR = {"met": "#2da44e", "missed": "#d4a72c", "NOT_MEASURED": "#afb8c1", "NOT_COMPARABLE": "#afb8c1"}
@@ -76,6 +77,7 @@ _MUTED = "color:#656d76;font-size:12px"
 
 def _esc(x:Any)->str: return html.escape(str(x))
 
+# %% ../../nbs/45_evaluation.menu.ipynb #550a5c12
 def percent(
     share:float # 0-1
 )->str:         # rounded down: 100 % is said only when it is reached
@@ -86,6 +88,7 @@ def _dot(colour:str)->str:
     "A round signal light: an emoji needs a font that not every machine has."
     return f"<span style='display:inline-block;width:11px;height:11px;border-radius:50%;background:{colour};border:2px solid #fff;margin-right:6px'></span>"
 
+# %% ../../nbs/45_evaluation.menu.ipynb #cc96a4d8
 def _chip(text:str, ink:str)->str:
     "A small rounded label."
     return f"<span style='display:inline-block;padding:1px 8px;border-radius:10px;border:1px solid {ink};color:{ink};font-size:11px;line-height:1.5;white-space:nowrap'>{_esc(text)}</span>"
@@ -102,11 +105,12 @@ def banner_html(
             f"<div style='line-height:1.45'><div style='font-size:16px;font-weight:600'>{_dot(_LIGHT[r['recommendation']])}{_esc(r['recommendation'].replace('_', ' '))}</div>"
             f"<div>{_esc(r['message'])}</div><div style='margin-top:5px'>{chips} {_chip(str(r['n_measured']) + ' of ' + str(r['n_targets']) + ' targets measured', '#ffffff')}</div></div></div>")
 
-# %% ../../nbs/45_evaluation.menu.ipynb #87ef8855
+# %% ../../nbs/45_evaluation.menu.ipynb #684ac28e
 def _value(v:float|None, unit:str)->str:
     "A figure with its unit, or a dash."
     return "–" if v is None else f"{v:.3g} {unit}".strip()
 
+# %% ../../nbs/45_evaluation.menu.ipynb #eddd49b1
 def bars_html(
     r:Mapping[str,Any] # the record
 )->str:
@@ -119,7 +123,7 @@ def bars_html(
         return f"<tr title='{_esc(b['why'])}'>" + "".join(f"<td style='padding:4px 14px 4px 0;border:0;text-align:left'>{c}</td>" for c in cells) + "</tr>"
     return "<table style='border-collapse:collapse;margin:0;font-size:13px'>" + "".join(map(row, r["bars"])) + "</table>"
 
-# %% ../../nbs/45_evaluation.menu.ipynb #37d188db
+# %% ../../nbs/45_evaluation.menu.ipynb #8bbae79b
 def suggestions_html(
     r:Mapping[str,Any] # the record
 )->str:
@@ -130,6 +134,7 @@ def suggestions_html(
                 f"<code style='{_MONO};background:#f6f8fa;border:1px solid #d0d7de;border-radius:4px;padding:2px 8px;user-select:all'>{_esc(s['override'])}</code></div>")
     return "".join(card(i, s) for i, s in enumerate(r["suggestions"], 1))
 
+# %% ../../nbs/45_evaluation.menu.ipynb #509a7f90
 def _section(title:str, body:str)->str:
     return f"<div style='padding:10px 18px'><div style='{_MUTED};text-transform:uppercase;letter-spacing:.06em;margin-bottom:6px'>{_esc(title)}</div>{body}</div>"
 
@@ -140,11 +145,12 @@ def choice_html(
     c = r.get("choice")
     return f"<b>Recorded:</b> {_esc(c['label'])} <span style='{_MUTED}'>by {_esc(c['via'])}, {_esc(c['at'])}</span>" if c else f"<span style='{_MUTED}'>No choice recorded.</span>"
 
-# %% ../../nbs/45_evaluation.menu.ipynb #6a9f0419
+# %% ../../nbs/45_evaluation.menu.ipynb #9c5b30f9
 def _card(*parts:str)->str:
     "A white card, whatever the theme."
     return "<div style='border:1px solid #d0d7de;border-radius:8px;background:#fff;color:#1f2328;max-width:760px;font-family:system-ui,sans-serif;font-size:13px'>" + "".join(parts) + "</div>"
 
+# %% ../../nbs/45_evaluation.menu.ipynb #def4314f
 def static_html(
     r:Mapping[str,Any] # the record
 )->str:

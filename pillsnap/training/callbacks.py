@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PillLoaders', 'PillLearner', 'Unpack', 'Precision', 'ScaledStep', 'batch_mass', 'Accumulate', 'GradClip', 'cosine_lr',
            'onecycle_lr', 'Schedule', 'Ema', 'Validate', 'merge_metrics', 'History', 'early_stopping', 'monitored',
-           'EarlyStop', 'training_state', 'Checkpoint', 'restore']
+           'EarlyStop', 'training_state', 'Checkpoint', 'restore', 'StepLog', 'audience', 'Bar', 'Progress']
 
 # %% ../../nbs/30_training.callbacks.ipynb #d9a23a48
 import logging, math, os, sys, time
@@ -21,12 +21,12 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from torch import nn
 
-# %% ../../nbs/30_training.callbacks.ipynb #6a22e101
+# %% ../../nbs/30_training.callbacks.ipynb #c0fb5e80
 from ..core.checkpoint import rng_state, save_ckpt, set_rng_state
-from ..core.device import cuda_mem_mb
+from ..core.device import cuda_mem_mb, needs_scaler
 from ..core.errors import PillsnapError
 from ..core.files import read_json, save_json
-from ..core.log import TBWriter, decide, step_line
+from ..core.log import STEP_TAGS, StepTimer, TBWriter, decide, step_line
 from ..models.metrics import macro_f1, topk_accuracy
 
 # %% ../../nbs/30_training.callbacks.ipynb #0a74b468
@@ -68,7 +68,7 @@ class Unpack(Callback):
         if not len(labels): self.empty += 1; raise CancelBatchException()
         if self.layout is not None: self.learn.xb = tuple(x.to(memory_format=self.layout) for x in self.xb)
 
-# %% ../../nbs/30_training.callbacks.ipynb #ef96a21e
+# %% ../../nbs/30_training.callbacks.ipynb #cc18c5c3
 class Precision(Callback):
     "Autocast in training, a gradient scaler for fp16 only, validation in fp32 (SPEC CT5, X10)."
     order, run_valid = 10, False
@@ -77,7 +77,7 @@ class Precision(Callback):
     def before_fit(self):
         device = next(self.model.parameters()).device.type
         self.cast = torch.autocast(device, dtype=self.dtype or torch.bfloat16, enabled=self.dtype is not None)
-        if self.dtype is torch.float16 and self.scaler is None: self.scaler = torch.amp.GradScaler(device)
+        if needs_scaler(self.dtype) and self.scaler is None: self.scaler = torch.amp.GradScaler(device)
 
     def before_batch(self): self.cast.__enter__()
     def after_pred(self):
@@ -89,7 +89,7 @@ class Precision(Callback):
         if self.scaler: self.scaler.unscale_(self.opt.opt)
     def state_dict(self): return self.scaler.state_dict() if self.scaler else None
     def load_state_dict(self, s):
-        if s and self.dtype is torch.float16: self.scaler = torch.amp.GradScaler(next(self.model.parameters()).device.type); self.scaler.load_state_dict(s)
+        if s and needs_scaler(self.dtype): self.scaler = torch.amp.GradScaler(next(self.model.parameters()).device.type); self.scaler.load_state_dict(s)
 
 # %% ../../nbs/30_training.callbacks.ipynb #157c1411
 class ScaledStep(Callback):
@@ -289,10 +289,10 @@ def monitored(
     if scores is None or key not in scores: raise PillsnapError(f"there is no validation metric {name!r}", where="train.classification.early_stopping.monitor", fix=f"one of {', '.join(row['classification'])}, or <view>.<metric> with a view of {', '.join(row['views'])}")
     return scores[key]
 
-# %% ../../nbs/30_training.callbacks.ipynb #696a095c
+# %% ../../nbs/30_training.callbacks.ipynb #0fc0e35e
 class EarlyStop(Callback):
     "End the fit when the monitored metric has stopped improving (SPEC CT17, X31, X32)."
-    order = History.order+2   # after the checkpoint of this epoch
+    order = History.order+3   # after the checkpoint and the printed row of this epoch: it ends the row of callbacks
     def __init__(self, monitor:str="macro_f1", patience:int=7, min_delta:float=0., mode:Literal["max","min"]="max", log:logging.Logger|None=None):
         self.monitor, self.rule, self.log = monitor, dict(patience=patience, min_delta=min_delta, mode=mode), log
 
@@ -346,3 +346,75 @@ def restore(
     learn.rows = list(ckpt["history"])
     if ckpt.get("rng_state"): set_rng_state(ckpt["rng_state"])
     return int(ckpt["epoch"])
+
+# %% ../../nbs/30_training.callbacks.ipynb #ad7f679f
+class StepLog(Callback):
+    "The log line and TensorBoard points of training steps (SPEC CT18-CT20)."
+    order, run_valid = Unpack.order+1, False   # the batch is on the device and clean: data time ends here
+    def __init__(self, every:int=50, log:logging.Logger|None=None, tb:TBWriter|None=None): self.every, self.log, self.tb = every, log, tb
+
+    def before_train(self):
+        self.timer = StepTimer(next(self.model.parameters()).device)
+        self.steps_done, self.fresh, self.sum, self.batches = 0, False, 0., 0
+        self.steps_all = math.ceil(len(self.dls.train)/getattr(getattr(self.learn, "accumulate", None), "every", 1))
+    def before_batch(self): self.timer.data_done()
+    def after_step(self): self.steps_done += 1; self.fresh = True
+
+    def after_batch(self):
+        if not len(self.yb[0]): return
+        self.timer.compute_done(len(self.yb[0]), self.fresh)
+        self.sum = self.sum + self.loss.detach(); self.batches += 1
+        if self.fresh and self.steps_done % self.every == 0: self.say()
+        self.fresh = False
+
+    def say(self):
+        t = self.timer.read()
+        facts = dict(loss=float(self.sum)/self.batches, lr=self.opt.hypers[0]["lr"], data=t["data"], comp=t["comp"], thr=t["thr"], cuda=cuda_mem_mb())
+        self.sum, self.batches = 0., 0
+        if self.log: self.log.info(step_line(self.epoch+1, self.n_epoch, self.steps_done, self.steps_all, **facts))
+        at = self.learn.schedule.done if getattr(self.learn, "schedule", None) else self.epoch*self.steps_all+self.steps_done
+        for k, tag in STEP_TAGS.items() if self.tb else (): self.tb.add_scalar(tag, facts[k], at)
+
+# %% ../../nbs/30_training.callbacks.ipynb #519262ac
+def audience()->Literal["terminal","notebook","log"]: # who is looking
+    "Where progress is shown: a terminal, a notebook that a person runs, or a log."
+    if os.environ.get("PILLSNAP_NOTEBOOK"): return "log"   # papermill, started by `pillsnap run`
+    try: from IPython import get_ipython
+    except ImportError: get_ipython = lambda: None
+    if (shell := get_ipython()) is not None and hasattr(shell, "kernel"): return "notebook"
+    return "terminal" if sys.stdout.isatty() else "log"
+
+class Bar:
+    "A line of progress that is replaced in place, at most ten times a second."
+    def __init__(self,
+        where:Literal["terminal","notebook","log"] # as `audience` says
+    ): self.where, self.handle, self.at = where, None, 0.
+
+    def show(self, text:str, force:bool=False)->None:
+        "Replace the line."
+        if self.where == "log" or not force and time.monotonic()-self.at < .1: return
+        self.at = time.monotonic()
+        if self.where == "terminal": print("\r\x1b[2K"+text, end="", flush=True); return
+        from IPython.display import Pretty, display
+        if self.handle is None: self.handle = display(Pretty(text), display_id=True)
+        else: self.handle.update(Pretty(text))
+
+# %% ../../nbs/30_training.callbacks.ipynb #4f8a7324
+class Progress(Callback):
+    "A bar inside the epoch where somebody watches, and a row per epoch everywhere."
+    order = History.order+2
+    def __init__(self, where:Literal["terminal","notebook","log"]|None=None, title:str="", show:Callable[[str],None]=print): self.where, self.title, self.show, self.began = where, title, show, False
+
+    def before_fit(self): self.bar, self.t_fit = Bar(self.where or audience()), time.perf_counter()
+    def after_batch(self):
+        done, n = self.iter+1, self.n_iter
+        left = (time.perf_counter()-self.t_fit)/max(1, self.learn.train_iter)*(len(self.dls.train)*(self.n_epoch-self.first_epoch)-self.learn.train_iter)
+        self.bar.show(f"{self.title}epoch {self.epoch+1}/{self.n_epoch} {'train' if self.training else 'val'} [{'█'*(20*done//n):·<20}] {done}/{n} · loss {float(self.loss):.3f} · about {left:.0f} s left")
+
+    def after_epoch(self):
+        r = self.learn.rows[-1]; c = r["classification"]
+        others = {k: v["acc"] for k,v in list(r["views"].items())[1:]}
+        if not self.began: self.show(f"{self.title}epoch   train     val     acc      F1    top5{''.join(f'{k+chr(32)+chr(97)+chr(99)+chr(99):>10}' for k in others)}        lr       s"); self.began = True
+        if self.bar.where == "terminal": self.bar.show("", force=True)
+        self.show(f"{self.title}{r['epoch']:>5} {r['train_loss']:7.4f} {c['loss']:7.4f} {c['acc']:7.4f} {c['macro_f1']:7.4f} {c['top5']:7.4f}{''.join(f'{v:10.4f}' for v in others.values())}  {r['lr']:8.2e} {r['seconds']:7.1f}")
+    def after_fit(self): self.bar.show(f"{self.title}{self.learn.train_iter} batches in {time.perf_counter()-self.t_fit:.1f} s", force=self.bar.where == "notebook")

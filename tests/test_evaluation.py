@@ -1,0 +1,261 @@
+"""The evaluation stage on a small synthetic run: what it reads, what it writes, and what it refuses."""
+import ast, json, os, shutil, subprocess, sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from pillsnap.core.errors import PillsnapError
+from pillsnap.core.files import read_json, save_json
+from pillsnap.core.record import Metric, Provenance
+from pillsnap.core.stages import RunFolder, record_path
+from pillsnap.data.classmap import ClassMap
+from pillsnap.evaluation import evaluation as E
+from pillsnap.evaluation.final import read_ledger
+from pillsnap.evaluation.gates import simple_stage_evaluation
+from pillsnap.evaluation.menu import read_advice
+from pillsnap.models.metrics import detection_ap
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICK = ("evaluation.latency_warmup=1", "evaluation.latency_runs=4", "train.num_threads=1")
+
+HOOK = '''
+import json, os, sys
+opened = []
+def watch(event, args):
+    if event in ("open", "os.listdir", "os.scandir") and args and isinstance(args[0], (str, bytes, os.PathLike)): opened.append((event, os.fsdecode(args[0])))
+sys.addaudithook(watch)
+from pillsnap.evaluation.evaluation import EvaluationJob
+res = EvaluationJob(run_dir=sys.argv[1], config="smoke", overrides=json.loads(sys.argv[2])).run()
+print("REPORT", json.dumps({"sealed": [o for o in opened if "/data/val" in o[1]], "photos": sum("/data/train/images" in p for _, p in opened), "training": [m for m in sys.modules if m.startswith("pillsnap.training")], "verdict": res.verdict}))
+'''
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, delivery):
+    "A run with untrained models, evaluated in a process that is watched."
+    root = tmp_path_factory.mktemp("evaluation") / "run"
+    shutil.copytree(delivery, root / "delivery")
+    job = E.EvaluationJob(run_dir=str(root), config="smoke", overrides=QUICK)
+    E.smoke_evaluation(RunFolder(root, "evaluation"), job.cfg_in(root))
+    done = subprocess.run([sys.executable, "-c", HOOK, str(root), json.dumps(QUICK)], capture_output=True, text=True, cwd=root.parent, env={**os.environ, "PYTHONPATH": str(ROOT), "YOLO_CONFIG_DIR": str(root.parent)})
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(next(l for l in done.stdout.splitlines() if l.startswith("REPORT"))[7:])
+    return root, report
+
+
+@pytest.fixture
+def copy(made, tmp_path):
+    "A copy of that run to break."
+    shutil.copytree(made[0], tmp_path / "run", symlinks=True)
+    return tmp_path / "run"
+
+
+def again(root, **change):
+    kw = dict(run_dir=str(root), config="smoke", overrides=QUICK) | change
+    return E.EvaluationJob(**kw).run()
+
+
+# ---- what it reads -------------------------------------------------------------------------------
+
+@pytest.mark.spec("SP4", "SG1")
+def test_the_sealed_test_is_not_opened_and_training_is_not_imported(made):
+    root, report = made
+    assert report["photos"] > 20 and (root / "delivery/data/val").is_dir()
+    assert report["sealed"] == [] and report["training"] == []
+
+
+def test_the_wing_does_not_know_the_training_wing():
+    for path in (ROOT / "pillsnap/evaluation").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = node.module or "" if isinstance(node, ast.ImportFrom) else " ".join(a.name for a in node.names) if isinstance(node, ast.Import) else ""
+            assert "training" not in name and "deployment" not in name, (path.name, name)
+
+
+# ---- what it writes ------------------------------------------------------------------------------
+
+@pytest.mark.spec("EV3", "DT2", "BX2")
+def test_figures_can_be_reckoned_again_from_the_predictions(made):
+    root, _ = made
+    doc, m, _ = E.read_evaluation(root)
+    t = pd.read_csv(root / "reports/predictions_single.csv")
+    assert len(t) == m["accuracy"].n == m["n_eval_samples"].value and t.path.is_unique
+    assert m["accuracy"].value == pytest.approx((t.true == t.answered).mean()) == pytest.approx((t["rank"] == 1).mean())
+    assert m["top5"].value == pytest.approx((t["rank"] <= 5).mean()) and m["accuracy_crop"].value == pytest.approx((t.true == t.answered_crop).mean())
+    rows = [json.loads(l) for l in open(root / "reports/predictions_boxes.jsonl")]
+    ap = detection_ap([(np.array(r["boxes"]), np.array(r["confidence"])) for r in rows], [np.array(r["truth"]) for r in rows])
+    assert m["detection_map50"].value == pytest.approx(ap["mAP@0.5"], abs=1e-3) and m["detection_map50"].n == len(rows)
+    combos = [json.loads(l) for l in open(root / "reports/predictions_combo.jsonl")]
+    assert len(combos) == doc["photos"]["combos"] and all(c["mode_used"] == c["mode_requested"] == "combo" for c in combos)
+    assert m["combo_pill_accuracy"].value == pytest.approx(sum(c["right"] for c in combos) / sum(c["pills"] for c in combos))
+
+
+@pytest.mark.spec("BX2", "EV6")
+def test_every_figure_is_a_record(made):
+    doc, metrics, latency = E.read_evaluation(made[0])
+    for name, m in metrics.items():
+        assert m.data == "synthetic" and len(m.class_map_hash) == 64 and m.hardware and m.commit
+        assert m.measured or m.note or m.value is None, name
+        if m.value is None: assert m.n == 0 and m.note, name
+    assert {r.scope for r in latency} == {"classifier", "detector", "single", "combo"} and {r.percentile for r in latency} == {50, 95}
+    assert all((r.batch, r.warmup, r.metric.n, r.precision) == (1, 1, 4, "fp32") for r in latency)
+
+
+@pytest.mark.spec("SG1", "SG6", "BX2")
+def test_the_scorecard_holds_both_columns_and_the_label(made):
+    root, report = made
+    card, text = read_json(root / "reports/scorecard.json"), (root / "reports/scorecard.md").read_text(encoding="utf-8")
+    rows = {r["figure"]: r for r in card["rows"]}
+    assert card["gate"]["label"] == "demo, synthetic" and "demo, synthetic" in text and "SYNTHETIC DATA" in text and card["gate"]["status"] in ("NO_GO", "NOT_MEASURED")
+    assert rows["accuracy"]["gate"].startswith("≥ 0.90") and rows["accuracy"]["advisor"].startswith("≥ 0.9") and rows["accuracy"]["business"] == ""
+    assert rows["combo_set_accuracy"]["how"] == "NOT_MEASURED" and "30 are needed" in rows["combo_set_accuracy"]["note"]
+    assert rows["leak_gap"]["how"] == "NOT_MEASURED"
+    assert all(r["how"] == "measured" and r["data"] == "synthetic" and r["n"] for r in card["rows"] if r["value"] is not None)
+    assert card["run_id"] == read_json(root / "run.json")["run_id"] and card["run_id"] in text
+    for part in (card["advice"]["recommendation"], "no choice", "NOT_COMPARABLE"): assert part in text
+    assert str(rows["accuracy"]["value"]) in text and report["verdict"].startswith(card["gate"]["status"])
+
+
+@pytest.mark.spec("SG8", "EV6")
+def test_the_badge_is_a_remark_and_the_mode_stays(made):
+    root, _ = made
+    doc, m, _ = E.read_evaluation(root)
+    lines = [json.loads(l) for l in open(root / "hard_cases/single.jsonl")]
+    assert len(lines) == doc["badges"] > 0 and all(l["mode_used"] == l["mode_requested"] == "single" and l["badge"] == "combo 권장" and l["single_confidence"] < .3 for l in lines)
+    assert m["mode_kept"].value == 1. and "combo 권장" in (root / "logs/pillsnap.evaluation.log").read_text(encoding="utf-8")
+    assert "combo 권장" not in json.dumps(read_advice(root), ensure_ascii=False) and not any("combo 권장" in json.dumps(r, ensure_ascii=False) for r in read_json(root / "reports/scorecard.json")["rows"])
+
+
+# ---- judging -------------------------------------------------------------------------------------
+
+@pytest.mark.spec("BX15", "SG6")
+def test_a_kept_measurement_gives_the_same_card_and_a_choice_is_recorded(copy):
+    before, lines = read_json(copy / "reports/scorecard.json"), len(read_ledger(copy))
+    res = again(copy, remeasure=False, user_choice="2")
+    card = read_json(copy / "reports/scorecard.json")
+    assert {k: v for k, v in card.items() if k not in ("advice", "baseline")} == {k: v for k, v in before.items() if k not in ("advice", "baseline")}
+    assert read_advice(copy)["user_choice"] == card["advice"]["user_choice"] == read_advice(copy)["user_options"][1]["id"]
+    assert len(read_ledger(copy)) == lines == 1 and res.figures
+    again(copy, remeasure=False); assert read_advice(copy)["choice"]["via"] == "parameter"       # the same advice keeps its choice
+    with pytest.raises(PillsnapError, match="no option"): again(copy, remeasure=False, user_choice="9")
+
+
+@pytest.mark.spec("BX8")
+def test_other_checkpoints_are_not_judged_by_old_figures(copy):
+    from pillsnap.models.factory import fresh_classifier_checkpoint
+    made_at = read_json(copy / "reports/evaluation.json")["made"]
+    best = copy / "checkpoints/classifier/best.pt"
+    keys = read_json(copy / "artifacts/stage0/classes.json")["keys"]
+    fresh_classifier_checkpoint(best, "test_resnet", ClassMap([*keys[:-1], "K-999999"]), 96)
+    with pytest.raises(PillsnapError, match="K-999999"): again(copy, remeasure=False)
+    (copy / "checkpoints/detector/best.pt").unlink()
+    fresh_classifier_checkpoint(best, "test_resnet", ClassMap(keys), 96, seed=5)
+    again(copy, remeasure=False)
+    doc, m, latency = E.read_evaluation(copy)
+    assert doc["inputs"]["checkpoints/classifier/best.pt"] != read_json(record_path(copy, "evaluation"))["run_id"] and "no detector was trained" in doc["absent"]["detector"]
+    assert m["accuracy"].measured and not m["detection_map50"].measured and m["detection_map50"].note == m["combo_pill_accuracy"].note == doc["absent"]["detector"]
+    assert {r.scope for r in latency} == {"classifier", "single"}
+    card = read_json(copy / "reports/scorecard.json")
+    assert "map50" in card["gate"]["not_measured"] and card["advice"]["reason"] == "mandatory_check_failed" and "detection_model_loading" in card["advice"]["message"]
+    assert made_at <= doc["made"]
+
+
+@pytest.mark.spec("SG1")
+def test_crashes_come_from_the_stage_records(tmp_path):
+    prov = Provenance("synthetic", "a" * 64, "b" * 64)
+    assert not E.crash_record(tmp_path, prov).measured
+    for s in E.BEFORE: save_json(dict(status="finished", seconds=3., settings={}), record_path(tmp_path, s))
+    assert E.crash_record(tmp_path, prov).value is True and E.crash_record(tmp_path, prov).measured
+    save_json(dict(status="failed", seconds=3., settings={}), record_path(tmp_path, "detector"))
+    m = E.crash_record(tmp_path, prov)
+    assert m.value is False and "detector: failed" in m.note
+    assert "CRASH_DETECTED" in simple_stage_evaluation(0, {"no_crashes": m}).reasons
+
+
+@pytest.mark.spec("SG1")
+def test_the_baseline_is_the_best_there_was(tmp_path):
+    prov = Provenance("aihub", "a" * 64, "b" * 64)
+    rec = lambda v, p=prov: p.metric("accuracy", v, n=3000, seconds=60.)
+    now = rec(.80)
+    assert E.best_before(tmp_path, now) is None
+    save_json({"accuracy_record": rec(.83).to_dict(), "baseline": rec(.87).to_dict()}, tmp_path / "reports/scorecard.json")
+    assert E.best_before(tmp_path, now).value == .87
+    assert "REGRESSION_TOO_LARGE" in simple_stage_evaluation(1, E.gate_facts({"accuracy": now}, [], E.best_before(tmp_path, now))).reasons
+    assert E.best_before(tmp_path, rec(.80, Provenance("aihub", "c" * 64, "b" * 64))) is None
+
+
+@pytest.mark.spec("SG1")
+@given(st.lists(st.floats(100, 5000), min_size=3, max_size=30))
+@settings(max_examples=50, deadline=None)
+def test_the_memory_slope_is_theil_sens(mb):
+    stats = pytest.importorskip("scipy.stats")
+    assert E.theil_sen(mb) == pytest.approx(stats.theilslopes(mb)[0])
+
+
+@pytest.mark.spec("SG1")
+def test_memory_flat_leaking_and_unknown():
+    prov = Provenance("synthetic", "a" * 64, "b" * 64)
+    m = lambda mb: E.memory_record([{"rss_mb": v, "seconds": 2.} for v in mb], prov)
+    assert m([800, 950, *[1000] * 8]).value is True and m([1000 + 5 * i for i in range(12)]).value is False
+    assert m([1000] * 5).measured is False and E.memory_record([{"epoch": 1}] * 9, prov).measured is False
+
+
+@pytest.mark.spec("SG5")
+def test_checks_carry_their_evidence(copy):
+    doc = read_json(copy / "reports/evaluation.json")
+    c = E.found_checks(copy, doc)
+    assert c["classification_model_loading"].counts and c["detection_model_loading"].counts and not c["pipeline_complete"].counts and "onnx_conversion_success" not in c
+    sha = doc["inputs"]["checkpoints/classifier/best.pt"]
+    for passed, checkpoint, want in ((True, sha, True), (False, sha, False), (None, sha, False), (True, "0" * 64, False)):
+        save_json({"passed": passed, "models": {"classifier": {"checkpoint": checkpoint}}}, copy / "reports/export.json")
+        assert E.found_checks(copy, doc)["onnx_conversion_success"].counts == want
+    for s in E.BEFORE: save_json(dict(status="finished", seconds=3., settings={}), record_path(copy, s))
+    assert E.found_checks(copy, doc)["pipeline_complete"].counts
+    E.declare_check(copy, "automated_monitoring", by="kim"); assert E.found_checks(copy, doc)["automated_monitoring"].counts
+
+
+# ---- combos --------------------------------------------------------------------------------------
+
+@pytest.mark.spec("SP10")
+@given(st.lists(st.sampled_from("abc"), min_size=1, max_size=4), st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 5)), max_size=6))
+@settings(max_examples=200, deadline=None)
+def test_a_combo_is_right_as_a_set_or_not_at_all(truth, said):
+    place = lambda i: [100 * i, 0, 100 * i + 60, 60]
+    shot = E.Shot("x.png", "g", "combo", np.array([place(i) for i in range(len(truth))], float), tuple(truth))
+    items = [{"kcode": k, "confidence": .9, "box": place(i), "box_confidence": .9 - n / 100} for n, (k, i) in enumerate(said)]
+    a = E.judge_combo(shot, {"mode_requested": "combo", "mode_used": "combo", "items": items}, ClassMap(["a", "b", "c"]))
+    assert a.exact == (Counter(k for k, _ in said) == Counter(truth))
+    assert 0 <= a.right <= a.found <= a.pills == len(truth) and a.found + a.invented == len(said)
+
+
+@pytest.mark.spec("SP10")
+def test_set_accuracy_needs_thirty_photos_of_known_drugs():
+    prov = Provenance("synthetic", "a" * 64, "b" * 64)
+    ok = E.ComboAnswer("x", True, True, 3, 3, 3, 0, "combo", "combo", [])
+    assert E.LEAST_COMBOS == 30
+    assert E.combo_records([ok] * 30, 2., prov)["combo_set_accuracy"].value == 1. and not E.combo_records([ok] * 29, 2., prov)["combo_set_accuracy"].measured
+    mixed = E.combo_records([ok] * 30 + [replace(ok, known=False, exact=False, pills=2, right=1)] * 9, 2., prov)
+    assert (mixed["combo_set_accuracy"].value, mixed["combo_set_accuracy"].n) == (1., 30) and mixed["combo_pill_accuracy"].value == pytest.approx((90 + 9) / (90 + 18))
+    assert not E.combo_records([], 0., prov)["combo_set_accuracy"].measured
+
+
+# ---- the notebook as a job -----------------------------------------------------------------------
+
+@pytest.mark.spec("BX15", "SG6")
+def test_papermill_gives_the_same_files_and_asks_nothing(copy, tmp_path):
+    import papermill as pm
+    before = read_json(copy / "reports/scorecard.json")
+    out = tmp_path / "elsewhere" / "out.ipynb"; out.parent.mkdir()
+    pm.execute_notebook(str(ROOT / "nbs/46_evaluation.evaluation.ipynb"), str(out), parameters=dict(run_dir=str(copy), config="smoke", overrides=list(QUICK), remeasure=False), kernel_name="python3", progress_bar=False, cwd=str(out.parent))
+    assert read_json(copy / "reports/scorecard.json")["rows"] == before["rows"] and read_advice(copy)["user_choice"] is None
+    text = out.read_text(encoding="utf-8")
+    assert before["run_id"] in text and "No choice recorded" in text and "widget-view" not in text and before["gate"]["status"] in text
+
+
+@pytest.mark.spec("SP4")
+def test_a_run_without_evaluation_says_so(tmp_path):
+    with pytest.raises(PillsnapError, match="has not been evaluated"): E.read_evaluation(tmp_path)

@@ -1,0 +1,381 @@
+"""Splits: what may not be parted stays together, whatever is fed in; stages nest; what is kept is checked."""
+import json
+import shutil
+import warnings
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pillsnap.core.errors import PillsnapError
+from pillsnap.data import splits as S
+from pillsnap.data.splits import Quota, group_keys, image_split, load_splits, load_stage, make_splits, tidy_records
+
+QUIET = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def delivery_of(drugs, combos, dups=()) -> pd.DataFrame:
+    "Rows of a manifest: `drugs` lists the photos of each group of each drug."
+    rows = [dict(path=f"s/K-{d:06d}_{g}_{v}.png", class_key=f"K-{d:06d}", kind="single", group_id=f"K-{d:06d}_{g}")
+            for d, groups in enumerate(drugs) for g, n in enumerate(groups) for v in range(n)]
+    for c in range(combos):
+        code = f"K-c{c:03d}"
+        rows += [dict(path=f"c/{code}_{v}.png", class_key=f"K-{(c + k) % len(drugs):06d}", kind="combo", group_id=code) for v in range(3) for k in range(3)]
+    df = pd.DataFrame(rows).assign(dup_id="")
+    for name, a, b in dups: df.loc[[a % len(df), b % len(df)], "dup_id"] = f"d{name}"
+    return df
+
+
+@st.composite
+def deliveries(draw):
+    drugs = draw(st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=8), min_size=1, max_size=7))
+    dups = draw(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 10**6), st.integers(0, 10**6)), max_size=4))
+    return delivery_of(drugs, draw(st.integers(0, 4)), dups)
+
+
+def full(drugs=20, groups=18, views=4, combos=10) -> pd.DataFrame:
+    return delivery_of([[views] * groups] * drugs, combos)
+
+
+def sides(sp, df, group_by):
+    "The groups of each part, as the splitter groups them."
+    tidy = tidy_records(df)
+    of = dict(zip(tidy["path"], group_keys(tidy, group_by)))
+    return {k: {of[p] for p in getattr(sp, k)["path"]} for k in ("train", "val", "pool", "test")}
+
+
+@pytest.mark.spec("BX1", "X46")
+@QUIET
+@given(deliveries(), st.sampled_from(["capture", "drug", "image"]), st.integers(0, 10**6), st.sampled_from([(.85, .15), (.8, .1, .1), (.7, .15, .15), (.5, .5)]),
+       st.one_of(st.none(), st.integers(2, 60)), st.integers(0, 40), st.booleans(), st.sampled_from([0., .05, .3]))
+def test_no_group_crosses(df, group_by, seed, ratio, samples, gate, stratified, sealed):
+    "No group lies on two sides, for every grouping, ratio, size and seed; the pool takes nothing that teaches."
+    sp = make_splits(df, split_ratio=ratio, seed=seed, group_by=group_by, max_samples=samples, min_eval_samples=gate, stratified=stratified, test_known_ratio=sealed)
+    g = sides(sp, df, group_by)
+    for a, b in combinations(("train", "val", "test"), 2): assert not g[a] & g[b], (a, b, g[a] & g[b])
+    assert not g["pool"] & (g["train"] | g["test"])
+    assert set(sp.val["path"]) <= set(sp.pool["path"])
+
+
+@pytest.mark.spec("BX1")
+@QUIET
+@given(deliveries(), st.integers(0, 99))
+def test_duplicates_stay_together(df, seed):
+    "Photos of one duplicate set are all on one side, even from different groups and drugs."
+    sp = make_splits(df, seed=seed)
+    for _, d in df[df["dup_id"] != ""].groupby("dup_id"):
+        where = {k for k in ("train", "val", "test") if set(getattr(sp, k)["path"]) & set(d["path"])}
+        assert len(where) <= 1, where
+
+
+@pytest.mark.spec("BX20", "SP5", "SP10")
+@QUIET
+@given(deliveries(), st.integers(0, 99), st.lists(st.tuples(st.integers(1, 30), st.integers(1, 4), st.integers(0, 30)), min_size=2, max_size=4))
+def test_stages_nest(df, seed, steps):
+    "Classes and samples of a small stage lie in every larger one; what judged never teaches."
+    quotas, n, c = [], 0, 0
+    for i, (dn, dc, gate) in enumerate(steps, 1):
+        n, c = n + dn, c + dc
+        quotas.append(Quota(i, n, c, gate))
+    stages = [make_splits(df, seed=seed, quotas=quotas, stage=q.stage) for q in quotas]
+    p = [{k: set(getattr(s, k)["path"]) for k in ("train", "val", "pool", "test")} for s in stages]
+    for a, b in combinations(range(len(stages)), 2):
+        assert set(stages[a].classes) <= set(stages[b].classes)
+        assert p[a]["train"] <= p[b]["train"] and p[a]["val"] <= p[b]["val"] and p[a]["test"] == p[b]["test"]
+    for a in range(len(stages)):
+        singles = sum((getattr(stages[a], k)["kind"] == "single").sum() for k in ("train", "val"))
+        assert singles <= quotas[a].max_samples and len(stages[a].classes) <= quotas[a].max_classes
+        for b in range(len(stages)): assert not p[a]["train"] & (p[b]["val"] | p[b]["pool"] | p[b]["test"])
+
+
+@pytest.mark.spec("SP10")
+@QUIET
+@given(deliveries(), st.integers(0, 99), st.randoms(use_true_random=False))
+def test_row_order_does_not_matter(df, seed, rnd):
+    "The same seed gives the same tables, however the rows came in."
+    order = list(range(len(df))); rnd.shuffle(order)
+    a, b = (make_splits(d, seed=seed, max_samples=20) for d in (df, df.iloc[order]))
+    for k in ("train", "val", "pool", "test"): pd.testing.assert_frame_equal(getattr(a, k), getattr(b, k))
+    assert a.params == b.params
+
+
+@pytest.mark.spec("SP1")
+@pytest.mark.parametrize("seed", range(5))
+def test_ratio_and_every_drug_judged(seed):
+    "Train and val are .85 and .15 of what is not sealed, of every drug's photos too; sealed are .05."
+    sp, df = make_splits(full(), seed=seed), full()
+    n = {k: len(getattr(sp, k).query("kind == 'single'")) for k in ("train", "val", "test")}
+    assert sum(n.values()) == len(df.query("kind == 'single'")) and not sp.notes
+    assert abs(n["val"] / (n["train"] + n["val"]) - .15) < .005 and abs(n["test"] / len(df.query("kind == 'single'")) - .05) < .005
+    per = sp.val.query("kind == 'single'").groupby("class_key")["group_id"].nunique()
+    assert set(per.index) == set(df["class_key"]) and per.between(2, 3).all()
+
+
+@pytest.mark.spec("SP1")
+@QUIET
+@given(st.lists(st.integers(1, 12), min_size=2, max_size=12), st.integers(0, 99))
+def test_a_drug_with_two_groups_is_judged_and_taught(groups, seed):
+    "Two groups or more: at least one in val and one in train. One group: train, and a warning that names it."
+    sp = make_splits(delivery_of([[2] * g for g in groups], 0), seed=seed)
+    for i, g in enumerate(groups):
+        k = f"K-{i:06d}"
+        assert (sp.train["class_key"] == k).any()
+        assert (sp.val["class_key"] == k).any() == (g > 1)
+    single = [f"K-{i:06d}" for i, g in enumerate(groups) if g == 1]
+    assert bool(single) == any("no photo in val" in n for n in sp.notes)
+    if single: assert single[0] in next(n for n in sp.notes if "no photo in val" in n)
+
+
+@pytest.mark.spec("SP1")
+def test_one_drug_falls_back_to_random_groups():
+    sp = make_splits(delivery_of([[4] * 18], 0))
+    assert "only one drug" in sp.notes[0] and abs(len(sp.val) / (len(sp.train) + len(sp.val)) - .15) < .05
+    assert not set(sp.val["group_id"]) & set(sp.train["group_id"])
+
+
+@pytest.mark.spec("SP1")
+def test_three_part_ratio_gives_a_test_of_its_own():
+    sp = make_splits(full(combos=0), split_ratio=(.8, .1, .1))
+    n = len(full(combos=0))
+    assert abs(len(sp.test) / n - .1) < .01 and abs(len(sp.val) / n - .1) < .01
+    assert set(sp.test["class_key"]) == set(full()["class_key"])
+
+
+@pytest.mark.spec("SP3")
+@pytest.mark.parametrize("n", (60, 333, 1000))
+def test_max_samples_is_exact_and_uniform(n):
+    sp = make_splits(full(combos=0), max_samples=n)
+    assert (len(sp.train), len(sp.val)) == (n - round(.15 * n), round(.15 * n))
+    counts = sp.train["class_key"].value_counts()
+    assert len(counts) == 20 and counts.max() - counts.min() <= 2
+
+
+@pytest.mark.spec("SP3")
+def test_skewed_drugs_keep_their_share():
+    sp = make_splits(delivery_of([[40] * 18, [4] * 18, [1] * 18], 0), max_samples=300)
+    n = sp.train["class_key"].value_counts()
+    assert abs(n["K-000000"] / n["K-000001"] - 10) < 2 and n["K-000002"] >= 1
+
+
+@pytest.mark.spec("SP10")
+def test_samples_count_singles_and_combos_come_whole():
+    "The detector's combos have a quota of their own: all of them, in every stage, of any drug."
+    quotas = [Quota(1, 50, 3), Quota(2, 300, 10)]
+    a, b = (make_splits(full(), quotas=quotas, stage=i) for i in (1, 2))
+    for s, q in ((a, quotas[0]), (b, quotas[1])):
+        assert sum((x["kind"] == "single").sum() for x in (s.train, s.val)) == q.max_samples
+        combos = set(pd.concat([s.train, s.val, s.test]).query("kind == 'combo'")["path"])
+        assert combos == set(full().query("kind == 'combo'")["path"])
+        assert set(s.train.query("kind == 'combo'")["class_key"]) - set(s.classes)
+    assert set(a.train.query("kind == 'combo'")["path"]) == set(b.train.query("kind == 'combo'")["path"])
+
+
+@pytest.mark.spec("SP10")
+def test_seed_42_is_pinned():
+    "The lots are fixed for ever: drugs of the first stage and a few of its photos."
+    sp = make_splits(full(), seed=42, max_samples=40, max_classes=3)
+    assert sp.classes == ["K-000001", "K-000014", "K-000016"]
+    assert sorted(sp.val.query("kind == 'single'")["path"])[:2] == ["s/K-000001_10_0.png", "s/K-000001_13_0.png"]
+
+
+@pytest.mark.spec("SG1", "X71")
+def test_the_pool_grows_to_what_the_gate_asks():
+    "More unseen photos of the same drugs, outside max_samples; where there are none it is said."
+    sp = make_splits(full(), max_samples=600, max_classes=20, min_eval_samples=400)
+    pool = sp.pool.query("kind == 'single'")
+    assert len(pool) >= 400 and set(pool["class_key"]) == set(sp.classes) and not sp.notes
+    assert len(sp.train.query("kind == 'single'")) == 510 and not set(pool["group_id"]) & set(sp.train["group_id"])
+    short = make_splits(full(), max_samples=1300, min_eval_samples=400)
+    assert "NOT_ENOUGH_SAMPLES: the gate asks for 400" in short.notes[0] and len(short.train.query("kind == 'single'")) >= 1100
+
+
+@pytest.mark.spec("SP4", "X74")
+def test_sealed_groups_are_the_same_in_every_stage_and_hold_no_photo_name(tmp_path):
+    quotas = [Quota(1, 50, 3), Quota(2, 300, 10)]
+    seals = []
+    for q in quotas:
+        S.write_splits(make_splits(full(), quotas=quotas, stage=q.stage), tmp_path/f"stage{q.stage}", sealed_in=tmp_path)
+        seals.append((tmp_path/"test_known.csv").read_text())
+    assert seals[0] == seals[1] and ".png" not in seals[0] and len(seals[0].splitlines()) > 15
+    with pytest.raises(PillsnapError, match="seal other groups"): S.seal(make_splits(full(), seed=7), tmp_path)
+    assert (tmp_path/"test_known.csv").read_text() == seals[0]
+
+
+@pytest.mark.spec("SP2")
+def test_kept_splits_are_reused_and_checked(tmp_path):
+    "exists, count, labels agree: each, when broken, is named."
+    kept = tmp_path/"s"/"splits.json"
+    make_splits(full(), persist_path=kept)
+    files = {f.name: f.read_bytes() for f in kept.parent.iterdir()}
+    again = make_splits(full(), persist_path=kept)
+    assert {f.name: f.read_bytes() for f in kept.parent.iterdir()} == files
+    assert len(again.test) and not set(again.test["path"]) & set(pd.concat([again.train, again.pool])["path"])
+    for name in ("manifest_train.csv", "manifest_val.csv", "manifest_pool.csv", "classes.json", "test_known.csv"):
+        f = kept.parent/name
+        f.write_bytes(files[name] + b" ")
+        with pytest.raises(PillsnapError, match="changed after it was written") as e: make_splits(full(), persist_path=kept)
+        assert name in str(e.value)
+        f.unlink()
+        with pytest.raises(PillsnapError, match="is gone"): load_splits(kept.parent)
+        f.write_bytes(files[name])
+    load_splits(kept.parent)
+
+
+@pytest.mark.spec("SP2")
+def test_other_photos_or_settings_are_cut_afresh(tmp_path):
+    kept = tmp_path/"splits.json"
+    make_splits(full(), persist_path=kept)
+    assert len(make_splits(full(), persist_path=kept, max_samples=100).train.query("kind == 'single'")) == 85
+    assert len(make_splits(full().iloc[:-9], persist_path=kept).train) > 500
+    assert json.loads(kept.read_text())["params"]["quotas"] == [[0, None, None, 0]]
+
+
+def test_an_interrupted_write_leaves_nothing_that_vouches(tmp_path, monkeypatch):
+    "splits.json goes first and comes last: a half-written folder is no split."
+    make_splits(full(), persist_path=tmp_path/"splits.json")
+    monkeypatch.setattr(S, "_write_table", lambda df, path: (_ for _ in ()).throw(OSError("disk full")) if "val" in path.name else df.to_csv(path, index=False))
+    with pytest.raises(OSError): make_splits(full(), persist_path=tmp_path/"splits.json", max_samples=100)
+    with pytest.raises(PillsnapError, match="no finished split"): load_splits(tmp_path)
+
+
+@pytest.mark.spec("BX1")
+def test_the_image_split_leaks_and_the_group_split_does_not():
+    sp = make_splits(full(combos=0))
+    both = pd.concat([sp.train, sp.val])
+    tr, va = image_split(both, (len(sp.train), len(sp.val)), 42)
+    assert (len(tr), len(va)) == (len(sp.train), len(sp.val)) and not set(tr["path"]) & set(va["path"])
+    assert set(va["group_id"]) <= set(tr["group_id"]) | set(va["group_id"]) and len(set(va["group_id"]) & set(tr["group_id"])) > .9 * va["group_id"].nunique()
+    assert va["class_key"].value_counts().between(9, 12).all()
+    assert not set(sp.val["group_id"]) & set(sp.train["group_id"])
+    pd.testing.assert_frame_equal(image_split(both.sample(frac=1, random_state=0), (.85, .15), 3)[1], image_split(both, (.85, .15), 3)[1])
+
+
+@pytest.mark.spec("SP1")
+@pytest.mark.parametrize("records, said", [([], "no photos"), ([{"path": "a.png", "label": None}], "without a class"), (["a.png"], "without a class")])
+def test_bad_records_are_refused_in_words(records, said):
+    with pytest.raises(PillsnapError, match=said): make_splits(records)
+
+
+def test_a_shrinking_stage_is_refused():
+    with pytest.raises(PillsnapError, match="cannot hold"): make_splits(full(), quotas=[Quota(1, 500, 10), Quota(2, 50, 20)])
+
+
+# on a real, rendered delivery ---------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, delivery):
+    "The shared delivery, converted and split for the demo's stage."
+    from pillsnap.data.conversion import convert_delivery
+    root = tmp_path_factory.mktemp("splits")/"run"
+    convert_delivery(delivery, root)
+    job = S.SplitsJob(run_dir=str(root), config="smoke")
+    return root, job.run()
+
+
+@pytest.mark.spec("BX1")
+def test_planted_near_duplicates_are_found_and_nothing_else(run, delivery):
+    "Every planted copy is linked to its source, no other pair is, and no pair is parted."
+    root, _ = run
+    planted = {frozenset(Path(n[k]).name for k in ("source", "copy")) for n in json.loads((delivery/"SYNTHETIC.json").read_text())["near_duplicates"]}
+    report = json.loads((root/"artifacts"/"duplicates.json").read_text())
+    assert planted and {frozenset(Path(p).name for p in pair[:2]) for pair in report["pairs"]} == planted
+    data = load_stage(root, 0)
+    for pair in planted:
+        where = {k for k in ("train", "pool") if any(Path(p).name in pair for p in getattr(data, k)["path"])}
+        assert len(where) <= 1
+
+
+@pytest.mark.spec("SP6")
+def test_no_photo_is_copied_and_the_saving_is_computed(run):
+    root, res = run
+    assert not [p for p in (root/"artifacts").rglob("*") if p.suffix in (".png", ".jpg")]
+    assert all(p.is_symlink() for p in (root/"yolo_data"/"images").rglob("*.png"))
+    s = json.loads((root/"reports"/"splits.json").read_text())["storage"]
+    data = load_stage(root, 0)
+    paths = set(pd.concat([data.train, data.val])["path"])
+    assert s["photos_bytes"] == sum((data.root/p).stat().st_size for p in paths) and abs(s["saved"] - (1 - s["lists_bytes"]/s["photos_bytes"])) < 1e-12
+    assert any(f"{s['saved']:.2%} saved" in n for n in res.notes)
+
+
+@pytest.mark.spec("SP5", "SP6")
+def test_the_detector_sees_the_stage_and_only_it(run):
+    root, _ = run
+    data = load_stage(root, 0)
+    for part in ("train", "val"):
+        names = {p.stem for p in (root/"yolo_data"/"images"/part).iterdir()}
+        assert names == {Path(p).stem for p in getattr(data, part)["path"]} == {p.stem for p in (root/"yolo_data"/"labels"/part).iterdir()}
+
+
+@pytest.mark.spec("SP2")
+def test_load_stage_notices_a_new_conversion_and_lost_photos(run, tmp_path):
+    root, _ = run
+    copy = tmp_path/"run"
+    shutil.copytree(root, copy, symlinks=True)
+    head = json.loads((copy/"manifest.json").read_text())
+    real = str((root.resolve()/head["root"]).resolve())
+    (copy/"manifest.json").write_text(json.dumps(head | {"root": real, "data_hash": "0"*64}))
+    with pytest.raises(PillsnapError, match="converted again"): load_stage(copy, 0)
+    (copy/"manifest.json").write_text(json.dumps(head | {"root": str(tmp_path)}))
+    with pytest.raises(PillsnapError, match="photos of this stage are gone"): load_stage(copy, 0)
+    (copy/"manifest.json").write_text(json.dumps(head | {"root": real}))
+    assert len(load_stage(copy, 0).train)
+
+
+@pytest.mark.spec("BX20", "SP5")
+def test_four_stages_in_one_folder(run):
+    "Stages cut one after the other, as a user would; one cut with another seed is refused."
+    root, _ = run
+    sizes = [f"data.progressive_validation.stage_{i}.{k}={v}" for i, (n, c) in enumerate(((20, 2), (40, 4), (80, 6), (90, 6)), 1) for k, v in (("max_samples", n), ("max_classes", c))]
+    cut = lambda stage, *more, **kw: S.SplitsJob(run_dir=str(root), config="smoke", overrides=(*sizes, "evaluation.min_eval_samples=8", *more), stage=stage, **kw).run()
+    for stage in (2, 1, 4): cut(stage)
+    d = {i: load_stage(root, i) for i in (1, 2, 4)}
+    assert [len(d[i].class_map) for i in (1, 2, 4)] == [2, 4, 6]
+    for a, b in ((1, 2), (2, 4)):
+        assert set(d[a].train["path"]) <= set(d[b].train["path"]) and set(d[a].class_map) <= set(d[b].class_map)
+        assert not set(d[a].pool["path"]) & set(d[b].train["path"])
+    with pytest.raises(PillsnapError, match="seal other groups|does not nest"): cut(2, seed=7)
+    with pytest.raises(PillsnapError, match="does not nest"): cut(2, "data.split_ratio=[0.5, 0.5]")
+
+
+@pytest.mark.spec("CF5")
+def test_one_drug_alone_stops_in_words(run, tmp_path):
+    from pillsnap.data.conversion import read_manifest, write_manifest
+    root, _ = run
+    df, head = read_manifest(root/"manifest.csv")
+    write_manifest(df[(df["kind"] == "single") & (df["kcode"] == df["kcode"].min())], {k: v for k, v in head.items() if k not in ("data_hash", "rows", "columns")}, tmp_path/"manifest.csv")
+    with pytest.raises(PillsnapError, match="single photos of 1 drug: telling drugs apart needs two"): S.SplitsJob(run_dir=str(tmp_path), config="smoke").run()
+    assert not (tmp_path/"artifacts"/"stage0").exists()
+
+
+@pytest.mark.spec("BX1")
+def test_a_knot_of_duplicates_stops_and_shows(run, tmp_path):
+    "Every photo of one drug the same: its groups are tied, the stage stops, the picture is there."
+    from pillsnap.data.conversion import read_manifest, write_manifest
+    root, _ = run
+    df, head = read_manifest(root/"manifest.csv")
+    mine = (df["kcode"] == df["kcode"].min()) & (df["kind"] == "single")
+    df.loc[mine, "sha1"] = "0"*40
+    write_manifest(df, {k: v for k, v in head.items() if k not in ("data_hash", "rows", "columns")}, tmp_path/"manifest.csv")
+    with pytest.raises(PillsnapError, match="duplicates tie 18 photos together"): S.SplitsJob(run_dir=str(tmp_path), config="smoke", near_duplicates=False).run()
+    assert (tmp_path/"reports"/"splits_duplicates.png").stat().st_size > 1000
+
+
+@pytest.mark.spec("SP4")
+def test_nothing_below_data_val_is_opened(run, tmp_path):
+    "The stage, run under an audit hook, never opens a file of the sealed tree."
+    import subprocess, sys
+    root, _ = run
+    code = ("import sys\nopened = []\n"
+            "sys.addaudithook(lambda e, a: opened.append(str(a[0])) if e == 'open' else None)\n"
+            "from pillsnap.data.splits import SplitsJob\n"
+            f"SplitsJob(run_dir={str(tmp_path/'run')!r}, config='smoke').run()\n"
+            "bad = [p for p in opened if '/data/val/' in p]\nassert opened and not bad, bad[:3]\nprint('clean', len(opened))")
+    shutil.copytree(root, tmp_path/"run", symlinks=True, ignore=shutil.ignore_patterns("artifacts", "stages", "yolo_data", "tb"))
+    head = json.loads((root/"manifest.json").read_text())
+    (tmp_path/"run"/"manifest.json").write_text(json.dumps(head | {"root": str((root.resolve()/head["root"]).resolve())}))
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert out.returncode == 0 and "clean" in out.stdout, out.stderr[-2000:]
