@@ -19,11 +19,11 @@ from typing import Any, ClassVar
 import yaml
 from fastcore.basics import patch
 
-# %% ../../nbs/08_core.stages.ipynb #abbc4b4f
+# %% ../../nbs/08_core.stages.ipynb #7ecc9e4c
 import pillsnap
 from .config import Config, active_features, config_diff, load_config, resource_dir
 from .errors import PillsnapError
-from .files import FolderLock, ensure_dir, get_git_sha, read_json, save_json, save_text, sha256_file
+from .files import FolderLock, ensure_dir, get_git_sha, read_json, save_json, save_text, sha256_file, sweep_partials
 from .log import TBWriter, build_logger
 from .record import hardware
 
@@ -220,13 +220,14 @@ def _begin(self:StageJob, run:RunFolder, cfg:Config)->dict[str,Any]:
         config_digest=cfg.digest(), git_sha=get_git_sha(), pillsnap=pillsnap.__version__, python=sys.version.split()[0], hardware=hardware(),
         notebook=os.environ.get("PILLSNAP_NOTEBOOK"), in_sync=os.environ.get("PILLSNAP_IN_SYNC"), inputs={}, outputs={}, error=None)
 
-# %% ../../nbs/08_core.stages.ipynb #2172d80c
+# %% ../../nbs/08_core.stages.ipynb #32418338
 @patch
 def run(self:StageJob)->StageResult:
     "Do the stage's work in its folder, alone, and leave a record whatever happens."
     root = Path(self.run_dir).absolute() if self.run_dir else Path(tempfile.mkdtemp(prefix=f"pillsnap_{self.name}_"))
     cfg, run = self.cfg_in(root), RunFolder(root, self.name)
     with FolderLock(root):
+        for sub in ("artifacts", "checkpoints", "export", "reports", "stages"): sweep_partials(root/sub)  # what a killed run left
         before = read_record(root, self.name)
         rec = self._begin(run, cfg)
         run.resuming = bool(before) and before["status"] != "finished" and before["settings"] == rec["settings"]
