@@ -330,23 +330,33 @@ def resume_command(
     import shlex
     return shlex.join(["pillsnap", "run", "all", "--config", config, "--run-dir", str(run_dir), "--from", stage, *overrides])
 
-# %% ../../nbs/08_core.stages.ipynb #63864f3b
-def _console()->None:
-    "Let papermill print what the kernel prints, as it comes."
+# %% ../../nbs/08_core.stages.ipynb #05568945
+class _JobOnly(logging.Filter):
+    "Lets through what the kernel prints from the parameters on; the explanations before them are for readers."
+    def __init__(self, first:int): super().__init__(); self.first, self.now = first, 0
+    def filter(self, r:logging.LogRecord)->bool:
+        text = r.getMessage()
+        if m := re.match(r"Executing Cell (\d+)", text): self.now = int(m[1])
+        return self.now > self.first and bool(text.strip()) and not re.match(r"(Executing|Ending) (Cell|notebook)|(In|Out)put Notebook|<IPython|<Figure|<pillsnap", text)
+
+def _console(
+    notebook:Path # the stage notebook
+)->None:
+    "Let papermill print what the job prints, as it comes."
+    import nbformat
+    tagged = [i for i,c in enumerate(nbformat.read(notebook, 4).cells, 1) if "parameters" in c.metadata.get("tags", [])]
     log = logging.getLogger("papermill"); log.setLevel(logging.INFO); log.propagate = False
-    if not log.handlers:
-        h = logging.StreamHandler(sys.stdout); h.setFormatter(logging.Formatter("%(message)s"))
-        h.addFilter(lambda r: not re.match(r"(Executing|Ending) (Cell|notebook)|Input Notebook|Output Notebook|<IPython|<Figure|<pillsnap", str(r.msg % r.args if r.args else r.msg)))
-        log.addHandler(h)
+    h = logging.StreamHandler(sys.stdout); h.setFormatter(logging.Formatter("%(message)s")); h.addFilter(_JobOnly(tagged[0]))
+    log.handlers = [h]
 
 def _execute(stage:Stage, out:Path, params:dict[str,Any])->None:
     "papermill, with the kernel in the caller's folder and the notebook kept as far as it came."
     import papermill as pm
-    _console()
+    _console(stage.path)
     os.environ["PILLSNAP_NOTEBOOK"] = sha256_file(stage.path)
     os.environ["PILLSNAP_IN_SYNC"] = str(in_sync(stage.path, stage.job.split(":")[0])).lower()
     try: pm.execute_notebook(str(stage.path), str(out), parameters=params, kernel_name="python3", log_output=True, progress_bar=sys.stdout.isatty(),
-                                 request_save_on_cell_execute=True, extra_arguments=["--IPKernelApp.log_level=40"])  # 40: the kernel's own warnings are not the user's
+                                 request_save_on_cell_execute=True, extra_arguments=["--IPKernelApp.log_level=50"])  # 50: the kernel's own warnings are not the user's
     finally: os.environ.pop("PILLSNAP_NOTEBOOK", None); os.environ.pop("PILLSNAP_IN_SYNC", None)
 
 # %% ../../nbs/08_core.stages.ipynb #98eb52bf

@@ -32,7 +32,7 @@ from fastcore.basics import patch
 from ..core.errors import PillsnapError
 from .capture import Capture, parse_name
 
-# %% ../../nbs/11a_data.aihub.ipynb #cb289e8f
+# %% ../../nbs/11a_data.aihub.ipynb #def470d8
 class Reason(StrEnum):
     "Every reason for which a file, an annotation, a box or a photo is left out or remarked upon (SPEC BX4, RS3)."
     # a JSON file that cannot be used
@@ -76,6 +76,7 @@ class Reason(StrEnum):
     CONFLICT = "metadata_conflict"         # one drug, two values
     EDI_SHARED = "edi_shared"              # one EDI code, two drugs
 
+# %% ../../nbs/11a_data.aihub.ipynb #f2fbd107
 REMARKS = frozenset({Reason.OVERLAP, Reason.AREA, Reason.CONFLICT, Reason.EDI_SHARED})
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +98,7 @@ def korean_name(
         if re.search("[가-힣]", said) and not re.search("[가-힣ᄀ-ᇿ]", name): return unicodedata.normalize("NFC", said)
     return unicodedata.normalize("NFC", name)
 
-# %% ../../nbs/11a_data.aihub.ipynb #e6f052c3
+# %% ../../nbs/11a_data.aihub.ipynb #7ef24364
 @dataclass(frozen=True)
 class Archive:
     "What the name of one archive of the delivery says."
@@ -108,6 +109,7 @@ class Archive:
 
 _ARCHIVE = re.compile(r"([TV])([LS])_(\d{1,4})_(single|combo|combination|단일|조합)(?:\.zip)?", re.ASCII|re.IGNORECASE)
 
+# %% ../../nbs/11a_data.aihub.ipynb #7e43e457
 def parse_archive(
     name:str # archive or folder name, Korean or English
 )->Archive|None: # None when it is no archive of the delivery
@@ -117,6 +119,7 @@ def parse_archive(
     return Archive("train" if m[1] in "Tt" else "val", "labels" if m[2] in "Ll" else "images", int(m[3]),
         "single" if m[4].lower() in ("single","단일") else "combination")
 
+# %% ../../nbs/11a_data.aihub.ipynb #ac811d6f
 @patch(as_prop=True)
 def folder(self:Archive)->PurePosixPath: # below the delivery's root
     "Where the archive lies in the English tree."
@@ -133,7 +136,7 @@ def folder_codes(
     m = _CODES.fullmatch(name)
     return tuple(f"K-{c}" for c in m[1].split("-")) if m else ()
 
-# %% ../../nbs/11a_data.aihub.ipynb #595a0545
+# %% ../../nbs/11a_data.aihub.ipynb #f74563c2
 @dataclass
 class Walk:
     "The files of a tree, sorted, and what was met on the way."
@@ -142,6 +145,7 @@ class Walk:
     hidden:int = 0                                   # hidden files and folders passed over
     sealed:list[str] = field(default_factory=list)   # folders of the sealed test, not entered
 
+# %% ../../nbs/11a_data.aihub.ipynb #6180ad09
 def printable(
     path:str|os.PathLike # any path the system gives
 )->str:
@@ -186,7 +190,7 @@ def walk_tree(
     w.files = sorted(f for f in w.files if _nameable(f, w))
     return w
 
-# %% ../../nbs/11a_data.aihub.ipynb #776f78fd
+# %% ../../nbs/11a_data.aihub.ipynb #6615235f
 def _first_visit(e:os.DirEntry, been:set[str], w:Walk)->bool:
     "Whether a folder is entered for the first time; only a link can lead to one again."
     if not e.is_symlink() and len(been) == 1: return True
@@ -197,6 +201,7 @@ def _first_visit(e:os.DirEntry, been:set[str], w:Walk)->bool:
     if e.is_symlink(): been.add(real)
     return True
 
+# %% ../../nbs/11a_data.aihub.ipynb #74bdeed2
 def _within(inner:str, outer:str)->bool:
     "Whether one real path is another, or lies below it."
     return inner == outer or inner.startswith(outer.rstrip(os.sep)+os.sep)
@@ -210,6 +215,7 @@ def _add_links(w:Walk, links:list[str])->None:
         elif real in have: w.faults.append(Fault(printable(link), Reason.DUPLICATE_PATH, f"leads to {printable(real)} again"))
         else: have.add(real); w.files.append(link)
 
+# %% ../../nbs/11a_data.aihub.ipynb #e22fc52b
 def _nameable(path:str, w:Walk)->bool:
     "Whether UTF-8 can write the path; a manifest could not hold it otherwise."
     try: path.encode("utf-8"); return True
@@ -224,13 +230,14 @@ DRUG_KEYS = ("drug_N","dl_idx","dl_mapping_code","dl_name","dl_name_en","img_key
     "change_date")
 IMAGE_KEYS = (*PHOTO_KEYS[:4], "drug_N", *PHOTO_KEYS[4:11], *DRUG_KEYS[1:], "id")
 
-# %% ../../nbs/11a_data.aihub.ipynb #c14d3b75
+# %% ../../nbs/11a_data.aihub.ipynb #0e3e440b
 def known(
     value:Any # a JSON value
 )->Any: # the value; None for null and for ""
     "One spelling for what is not known."
     return None if value == "" else value
 
+# %% ../../nbs/11a_data.aihub.ipynb #449f054d
 def edi_list(
     value:Any # di_edi_code as delivered: "642500340,A01508511", one code, null, ""
 )->list[str]: # distinct codes, in their order
@@ -251,7 +258,7 @@ class Annotation:
     height:int            # photo height the file gives, pixels
     encoding:str          # "utf-8" or "cp949"
 
-# %% ../../nbs/11a_data.aihub.ipynb #7f87bf5d
+# %% ../../nbs/11a_data.aihub.ipynb #864ba1f3
 @patch(as_prop=True)
 def kcode(self:Annotation)->str:
     "The class key: drug_N."
@@ -262,6 +269,7 @@ def file_name(self:Annotation)->str:
     "The photo's file name, without folders: what the JSONs of one photo share."
     return re.split(r"[/\\\\]", self.image["file_name"])[-1]
 
+# %% ../../nbs/11a_data.aihub.ipynb #a33335e5
 @patch(as_prop=True)
 def stem(self:Annotation)->str:
     "The photo's name without its extension."
@@ -279,9 +287,10 @@ def capture(self:Annotation)->Capture|None:
     try: return parse_name(self.stem)
     except ValueError: return None
 
-# %% ../../nbs/11a_data.aihub.ipynb #fac3302e
+# %% ../../nbs/11a_data.aihub.ipynb #15838f67
 MAX_JSON_BYTES = 4_000_000
 
+# %% ../../nbs/11a_data.aihub.ipynb #420736e8
 def read_text(
     path:str|os.PathLike # a text file
 )->tuple[str,str]|Fault: # text and encoding
@@ -307,9 +316,10 @@ def parse_json(
     if "\\u" in text and re.search(r"\\u[dD][89a-fA-F]", text): json.dumps(obj, ensure_ascii=False).encode("utf-8")
     return obj
 
-# %% ../../nbs/11a_data.aihub.ipynb #39e429bb
+# %% ../../nbs/11a_data.aihub.ipynb #2177d418
 def _is_size(v:Any)->bool: return isinstance(v, (int,float)) and not isinstance(v, bool) and v == v and 0 < v < 100_000 and v == int(v)
 
+# %% ../../nbs/11a_data.aihub.ipynb #ae23f3db
 def check_record(
     obj:Any # parsed JSON
 )->tuple[Reason,str]|None: # None when it is one image with its annotations
@@ -338,7 +348,7 @@ def read_annotation(
     img, anns = obj["images"][0], obj["annotations"]
     return Annotation(os.fspath(path), img, [a.get("bbox") for a in anns], [a.get("area") for a in anns], int(img["width"]), int(img["height"]), encoding)
 
-# %% ../../nbs/11a_data.aihub.ipynb #73ef09ea
+# %% ../../nbs/11a_data.aihub.ipynb #6cc1280b
 @dataclass(frozen=True)
 class Delivery:
     "Where the parts of a delivery lie."
@@ -351,6 +361,7 @@ def _train(root:Path)->Path|None:
     "The folder that holds labels and images."
     return next((p for p in (root/"data"/"train", root/"train", root) if (p/"labels").is_dir()), None)
 
+# %% ../../nbs/11a_data.aihub.ipynb #f2ae6ace
 def unpack_hint(
     folder:str|os.PathLike # where something was missed
 )->str: # "" where there are no archives
@@ -372,7 +383,7 @@ def find_delivery(
     sealed = next((train.parent/n for n in SEALED if train != root and (train.parent/n).is_dir()), None)
     return Delivery(root, train/"labels", train/"images", sealed)
 
-# %% ../../nbs/11a_data.aihub.ipynb #840566de
+# %% ../../nbs/11a_data.aihub.ipynb #589ce602
 def _subfolders(folder:str)->list[os.DirEntry]: return [e for e in _scan(folder) if e.is_dir(follow_symlinks=False) and not e.name.startswith(".")]
 
 def sealed_codes(
@@ -386,6 +397,7 @@ def sealed_codes(
             else: stack.append(e.path)
     return codes
 
+# %% ../../nbs/11a_data.aihub.ipynb #75486df1
 def overlap_in_words(
     train:Iterable[str], # K-codes of Training
     sealed:Iterable[str] # K-codes of the sealed test
@@ -397,7 +409,7 @@ def overlap_in_words(
     if not n: return f"None of the {len(sealed)} drugs of the sealed test is among the {len(train)} of Training: a classifier cannot name any of them, so the closed-set row of the final test is NOT_MEASURED; they serve the open-set and the enrolment rows."
     return f"{n} of the {len(sealed)} drugs of the sealed test are among the {len(train)} of Training; the other {len(sealed)-n} serve the open-set and the enrolment rows."
 
-# %% ../../nbs/11a_data.aihub.ipynb #56731aa7
+# %% ../../nbs/11a_data.aihub.ipynb #12c97e1b
 @dataclass
 class Photos:
     "The photos of a delivery, by name."
@@ -406,6 +418,7 @@ class Photos:
     index:int = 0                                           # *_index pictures passed over
     hidden:int = 0                                          # hidden files passed over
 
+# %% ../../nbs/11a_data.aihub.ipynb #c2e9529f
 def index_photos(
     images:str|os.PathLike, # a tree of photos
     extensions:Iterable[str]=(".jpg",".jpeg",".png",".bmp",".webp"), # files taken for photos
@@ -422,7 +435,7 @@ def index_photos(
         else: out.paths.setdefault(stem, []).append(path)
     return out
 
-# %% ../../nbs/11a_data.aihub.ipynb #168c632a
+# %% ../../nbs/11a_data.aihub.ipynb #541cc119
 def _beside(path:str)->tuple:
     "What a label's and its photo's folders have in common: archive and code folder."
     parts = Path(path).parent.parts
@@ -430,6 +443,7 @@ def _beside(path:str)->tuple:
     codes = next((c for p in reversed(parts) if (c := folder_codes(p)) and (len(c) > 1 or not archive or archive.kind == "single")), ())
     return ((archive.split, archive.kind, archive.number) if archive else None, codes)
 
+# %% ../../nbs/11a_data.aihub.ipynb #36c0fe15
 def choose_photo(
     label:str,          # path of the annotation
     candidates:list[str] # photos of that name
@@ -450,10 +464,11 @@ def iter_annotations(
     for path in w.files:
         if path.lower().endswith(".json"): yield read_annotation(path)
 
-# %% ../../nbs/11a_data.aihub.ipynb #fa845739
+# %% ../../nbs/11a_data.aihub.ipynb #9d5d96e8
 MAX_RATIO = 200                # unpacked : packed; annotations reach about 20, photos 1
 MAX_ENTRY_BYTES = 256_000_000  # a photo has 1.7 MB
 
+# %% ../../nbs/11a_data.aihub.ipynb #52fb3a09
 def entry_name(
     info:zipfile.ZipInfo # one entry
 )->str: # its path in the archive, Korean readable
@@ -495,7 +510,7 @@ def _plan(path:Path, z:zipfile.ZipFile)->list[tuple[zipfile.ZipInfo,str]]:
         seen.add(target.casefold()); plan.append((info, target))
     return plan
 
-# %% ../../nbs/11a_data.aihub.ipynb #da3a3f8a
+# %% ../../nbs/11a_data.aihub.ipynb #59f57847
 def _copy_entry(z:zipfile.ZipFile, info:zipfile.ZipInfo, target:Path)->None:
     "Unpack one entry, never more bytes than it declared."
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -506,6 +521,7 @@ def _copy_entry(z:zipfile.ZipFile, info:zipfile.ZipInfo, target:Path)->None:
             if left < 0: raise zipfile.BadZipFile(f"{info.filename} is longer than it declared")
             dst.write(chunk)
 
+# %% ../../nbs/11a_data.aihub.ipynb #0d5d55a0
 def extract_archive(
     path:str|os.PathLike,  # one zip
     target:str|os.PathLike # the folder it becomes

@@ -35,7 +35,7 @@ class ClassMap:
     def __len__(self)->int: return len(self.keys)
     def __iter__(self): return iter(self.keys)
 
-# %% ../../nbs/11_data.classmap.ipynb #f46bb7eb
+# %% ../../nbs/11_data.classmap.ipynb #c4b6f8f1
 @patch
 def id(self:ClassMap,
     key:str # a class key
@@ -43,6 +43,7 @@ def id(self:ClassMap,
     "The number of a key."
     return self._ids.get(unicodedata.normalize("NFC", key), -1)
 
+# %% ../../nbs/11_data.classmap.ipynb #b0c35ef2
 @patch
 def key(self:ClassMap,
     i:int # a class number
@@ -64,12 +65,13 @@ def fingerprint(self:ClassMap)->str: # sha256, hexadecimal
     "Identity of this map; equal only where every number means the same key."
     return keys_fingerprint(self.keys, self.kind)
 
-# %% ../../nbs/11_data.classmap.ipynb #18c905eb
+# %% ../../nbs/11_data.classmap.ipynb #25ceb7be
 @patch
 def to_dict(self:ClassMap)->dict[str,Any]: # plain JSON types
     "What manifest, checkpoint, index and bundle store."
     return {"kind": self.kind, "keys": list(self.keys), "fingerprint": self.fingerprint}
 
+# %% ../../nbs/11_data.classmap.ipynb #ea29c436
 @patch(cls_method=True)
 def from_dict(cls:ClassMap,
     d:Mapping[str,Any], # what `to_dict` gave
@@ -82,7 +84,7 @@ def from_dict(cls:ClassMap,
         raise PillsnapError("the class map does not fit its own fingerprint: keys were moved, added or removed", where=where, fix="take the file from the run that made it; do not edit it")
     return cls(keys, kind)
 
-# %% ../../nbs/11_data.classmap.ipynb #8aec2d63
+# %% ../../nbs/11_data.classmap.ipynb #bcb7fa09
 def map_difference(
     a:ClassMap, # the map that is here
     b:ClassMap  # the map that came in
@@ -94,6 +96,7 @@ def map_difference(
     said = [f"it lacks {some(gone)}"]*bool(gone) + [f"it has {some(new)} besides"]*bool(new)
     return " and ".join(said)
 
+# %% ../../nbs/11_data.classmap.ipynb #c65bda3d
 @patch
 def check(self:ClassMap,
     other:"ClassMap|Mapping[str,Any]", # the map that came with a file, as it was stored

@@ -70,12 +70,13 @@ COLUMNS = ("sample_id","path","pack_ref","kcode","class_key","domain","kind","vi
 INT_COLUMNS = ("stage_min","width","height","state","back","side","light","latitude","longitude","size")
 SCHEMA = "pillsnap.manifest/1"
 
-# %% ../../nbs/14_data.conversion.ipynb #1fc64e8e
+# %% ../../nbs/14_data.conversion.ipynb #3d39ea8e
 def _stored_root(root:Path, folder:Path)->str:
     "The delivery's root as a header in `folder` keeps it."
     root, folder = Path(root).resolve(), Path(folder).resolve()
     return root.relative_to(folder).as_posix() if root.is_relative_to(folder) else root.as_posix()
 
+# %% ../../nbs/14_data.conversion.ipynb #e6dd9326
 def write_manifest(
     df:pd.DataFrame,        # one row per (photo, pill), the columns of COLUMNS in any order, more may follow
     header:dict[str,Any],   # source, root, class_map, counts and whatever else is known
@@ -119,7 +120,7 @@ def read_manifest(
     df = _typed(pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8"))
     return df, header | {"root": str((path.parent.resolve()/header["root"]).resolve())}
 
-# %% ../../nbs/14_data.conversion.ipynb #6e69ae52
+# %% ../../nbs/14_data.conversion.ipynb #3eab541e
 MIN_SIDE = 32 # pixels; a pill is about a quarter of a photo's side
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +132,7 @@ class Seen:
     reason:str = "" # why it is left out; "" for a good photo
     detail:str = "" # particulars of that
 
+# %% ../../nbs/14_data.conversion.ipynb #4aaf1505
 def look(
     path:str|os.PathLike,         # one photo
     grayscale_policy:str="rgb",   # "rgb" or "skip"
@@ -164,12 +166,13 @@ class Journal:
         for parts in (l.split("\t") for l in lines[1:-1]): # what follows the last line break was cut off
             if len(parts) == 7 and parts[2].isdigit() and parts[3].isdigit(): self.known[parts[0]] = (parts[1], Seen(int(parts[2]), int(parts[3]), *parts[4:]))
 
-# %% ../../nbs/14_data.conversion.ipynb #693c7a61
+# %% ../../nbs/14_data.conversion.ipynb #d2430ee4
 def _stamp(path:str)->str:
     "A file's size and time."
     try: s = os.stat(path); return f"{s.st_size}-{s.st_mtime_ns}"
     except OSError: return "gone"
 
+# %% ../../nbs/14_data.conversion.ipynb #882591eb
 @patch
 def note(self:Journal,
     rows:Iterable[tuple[str,str,Seen]] # relative path, stamp, what was seen
@@ -203,7 +206,7 @@ def look_at_all(
             journal.note((p, stamps[p], s) for p,s in got.items()); seen |= got; bar.update(len(chunk))
     return seen
 
-# %% ../../nbs/14_data.conversion.ipynb #d8a061e4
+# %% ../../nbs/14_data.conversion.ipynb #0ae6ade5
 @dataclass
 class Sieve:
     "What is left out, and what is kept with a remark."
@@ -213,6 +216,7 @@ class Sieve:
     def drop(self, path:str|os.PathLike, reason:Reason, detail:str="")->None: self.out.append(Fault(printable(path), reason, detail))
     def remark(self, path:str|os.PathLike, reason:Reason, detail:str="")->None: self.remarks.append(Fault(printable(path), reason, detail))
 
+# %% ../../nbs/14_data.conversion.ipynb #2b21d331
 @dataclass
 class Sample:
     "One photo with the pills that may be used."
@@ -280,7 +284,7 @@ def open_samples(
         else: s.seen = v; keep.append(s)
     return keep
 
-# %% ../../nbs/14_data.conversion.ipynb #b435c09e
+# %% ../../nbs/14_data.conversion.ipynb #cbd26455
 def _rows_of(s:Sample, domain:str)->list[dict[str,Any]]:
     "The manifest's rows of one photo."
     c = parse_name(Path(s.truth.file_name).stem); single = len(c.codes) == 1; stem, rows, n = Path(s.path).stem, [], Counter()
@@ -292,6 +296,7 @@ def _rows_of(s:Sample, domain:str)->list[dict[str,Any]]:
             latitude=c.latitude, longitude=c.longitude, size=c.size))
     return rows
 
+# %% ../../nbs/14_data.conversion.ipynb #546c9165
 def manifest_rows(
     samples:list[Sample], # opened photos with their pills
     domain:str="studio"   # where the photos were taken
@@ -302,13 +307,14 @@ def manifest_rows(
     df["dup_id"] = df.sha1.where(df.sha1.isin(twins[twins > 1].index), "").str[:12]
     return df
 
-# %% ../../nbs/14_data.conversion.ipynb #c10bd88a
+# %% ../../nbs/14_data.conversion.ipynb #a086a4e3
 def _drug_entry(class_id:int, kcode:str, d:Drug)->dict[str,Any]:
     "Everything known of one drug; null where nothing is."
     facts = {k: d.fact(k) for k in DRUG_KEYS} | {"drug_N": kcode, "dl_mapping_code": kcode, "dl_idx": str(int(kcode[2:])-1)}
     edi = edi_list(facts["di_edi_code"])
     return {"class_id": class_id, "kcode": kcode, "edi_code": edi[0] if edi else None, "edi_codes": edi, "drug_type": facts["di_etc_otc_code"], **facts}
 
+# %% ../../nbs/14_data.conversion.ipynb #2d2f867a
 def drug_mapping(
     drugs:Mapping[str,Drug], # K-code → what its records say
     class_map:ClassMap,      # the classes to list
@@ -323,7 +329,7 @@ def drug_mapping(
             edi.setdefault(code, int(i))
     return {"edi_to_class_id": edi, "drug_metadata": entries, "num_classes": len(class_map), "created_at": datetime.now(timezone.utc).isoformat(timespec="seconds"), "class_map": class_map.to_dict()}
 
-# %% ../../nbs/14_data.conversion.ipynb #ec1ea32f
+# %% ../../nbs/14_data.conversion.ipynb #2d62c600
 def save_drug_mapping(
     mapping:dict[str,Any],       # from `drug_mapping`
     output_path:str|os.PathLike, # drug_metadata.json
@@ -334,6 +340,7 @@ def save_drug_mapping(
     (log or logging.getLogger("pillsnap.conversion")).info("Drug metadata mapping saved: %s (%d classes)", p.name, mapping["num_classes"])
     return p
 
+# %% ../../nbs/14_data.conversion.ipynb #a05cec06
 def build_drug_metadata_mapping(
     coco_annotations_dir:str|os.PathLike, # a tree of annotation files, or a delivery
     output_path:str|os.PathLike           # drug_metadata.json
@@ -346,7 +353,7 @@ def build_drug_metadata_mapping(
     save_drug_mapping(mapping, output_path)
     return mapping
 
-# %% ../../nbs/14_data.conversion.ipynb #1403a1c6
+# %% ../../nbs/14_data.conversion.ipynb #8fc47493
 def get_class_id_from_edi_code(
     edi_code:str,            # one code, or a drug's comma-separated list of them
     mapping:dict[str,Any]    # content of drug_metadata.json
@@ -354,6 +361,7 @@ def get_class_id_from_edi_code(
     "The class that an EDI code belongs to (SPEC DM4)."
     return next((mapping["edi_to_class_id"][c] for c in edi_list(edi_code) if c in mapping["edi_to_class_id"]), -1)
 
+# %% ../../nbs/14_data.conversion.ipynb #1ba9d97c
 def get_drug_metadata_from_class_id(
     class_id:int,            # class number
     mapping:dict[str,Any]    # content of drug_metadata.json
@@ -386,9 +394,10 @@ def place(
     try: shutil.copy2(photo, target); return "copy"
     except OSError as e: raise os_trouble("the photo can be neither linked nor copied", target, e) from e
 
-# %% ../../nbs/14_data.conversion.ipynb #4c319b73
+# %% ../../nbs/14_data.conversion.ipynb #9394f924
 DATA_YAML = "train: images/train\nval: images/val\nnc: 1\nnames: [pill]\n"
 
+# %% ../../nbs/14_data.conversion.ipynb #cc030dc0
 def write_yolo_tree(
     df:pd.DataFrame,                    # manifest rows
     root:str|os.PathLike,               # the delivery's root
@@ -421,7 +430,7 @@ def _swap(new:Path, out:Path)->None:
     new.rename(out)
     shutil.rmtree(old, ignore_errors=True)
 
-# %% ../../nbs/14_data.conversion.ipynb #7136d8d0
+# %% ../../nbs/14_data.conversion.ipynb #87955d2e
 def _line_fault(line:str)->str|None:
     "What is wrong with one label line."
     parts = line.split()
@@ -432,6 +441,7 @@ def _line_fault(line:str)->str|None:
     if not all(0 <= v <= 1 for v in (xc, yc, w, h)) or w <= 0 or h <= 0: return "out of range"
     return "beyond the photo" if min(xc-w/2, yc-h/2) < -1e-5 or max(xc+w/2, yc+h/2) > 1+1e-5 else None
 
+# %% ../../nbs/14_data.conversion.ipynb #994ef4f3
 def check_yolo_tree(
     out_dir:str|os.PathLike # the folder that holds images/ and labels/
 )->list[str]: # problems, one line each; [] for a good tree
@@ -445,11 +455,12 @@ def check_yolo_tree(
             said += [f"{s}/{n}: empty"]*(not lines) + [f"{s}/{n} line {i}: {f}" for i,l in enumerate(lines, 1) if (f := _line_fault(l))]
     return said
 
-# %% ../../nbs/14_data.conversion.ipynb #82fc4f54
+# %% ../../nbs/14_data.conversion.ipynb #7b3c7477
 def _policy(cfg:Config)->dict[str,Any]:
     "How photos are opened."
     return dict(grayscale_policy=cfg.data.grayscale_policy, rgba_policy=cfg.data.rgba_policy)
 
+# %% ../../nbs/14_data.conversion.ipynb #55677e6b
 def gather(
     d:Delivery,                # where things are
     cfg:Config,                # its data block is used
@@ -471,7 +482,7 @@ def gather(
     remark_on(samples, sieve)
     return samples, e, photos
 
-# %% ../../nbs/14_data.conversion.ipynb #8cf054da
+# %% ../../nbs/14_data.conversion.ipynb #4143df2f
 def remark_on(
     samples:list[Sample], # opened photos with their pills
     sieve:Sieve           # takes the remarks
@@ -483,6 +494,7 @@ def remark_on(
         for p in s.pills:
             if not p.area_ok: sieve.remark(s.path, Reason.AREA, f"{p.kcode}: recomputed as {p.bbox[2]*p.bbox[3]}")
 
+# %% ../../nbs/14_data.conversion.ipynb #036b5a6c
 def discover_detection_data(
     root:str|os.PathLike,                        # the delivery's root
     coco_annotations:str|os.PathLike|None=None,  # a part of its labels; None = all
@@ -507,7 +519,7 @@ def write_faults(
         w.writerows(sorted({(x.path, str(x.reason), " ".join(x.detail.split()).encode("utf-8", "replace").decode()) for x in faults}))
     return Path(path)
 
-# %% ../../nbs/14_data.conversion.ipynb #469bb3ec
+# %% ../../nbs/14_data.conversion.ipynb #7eb0907f
 @dataclass
 class Conversion:
     "What a conversion found and wrote."
@@ -518,6 +530,7 @@ class Conversion:
     sieve:Sieve          # what was left out or remarked upon
     drugs:dict[str,Any]  # drug_metadata.json
 
+# %% ../../nbs/14_data.conversion.ipynb #7ec3ecca
 def _counts(df:pd.DataFrame)->dict[str,int]:
     "How much the manifest holds."
     photos = df.drop_duplicates("path")
@@ -529,13 +542,14 @@ def _ledger(root:Path)->dict[str,Any]:
     p = root/"SYNTHETIC.json"
     return read_json(p) if p.is_file() else {}
 
-# %% ../../nbs/14_data.conversion.ipynb #a07b18b8
+# %% ../../nbs/14_data.conversion.ipynb #98e32549
 def _nothing_left(d:Delivery, out:Path, sieve:Sieve)->PillsnapError:
     "Say why no photo is left; the list of reasons is written."
     listed = write_faults(sieve.out, out/"quarantine.csv")
     why = ", ".join(f"{n} × {r}" for r,n in Counter(str(f.reason) for f in sieve.out).most_common(4))
     return PillsnapError(f"no usable photo is left of this delivery: {why}", where=d.root, fix=f"every file and its reason stand in {listed}")
 
+# %% ../../nbs/14_data.conversion.ipynb #56366e4f
 def convert(
     d:Delivery,               # where things are
     out_dir:str|os.PathLike,  # run folder
@@ -559,13 +573,14 @@ def convert(
     header = write_all(out, d, df, header, drugs, sieve, report, log)
     return Conversion(out, df, header, report | {"data_hash": header["data_hash"]}, sieve, drugs)
 
-# %% ../../nbs/14_data.conversion.ipynb #b2055c3c
+# %% ../../nbs/14_data.conversion.ipynb #140c8233
 def tally(
     faults:Iterable[Fault] # in any order
 )->dict[str,int]:
     "How many of each reason."
     return dict(sorted(Counter(str(f.reason) for f in faults).items()))
 
+# %% ../../nbs/14_data.conversion.ipynb #a75b7f8a
 def report_of(
     df:pd.DataFrame,       # manifest rows
     e:Evidence,            # what the labels say
@@ -604,7 +619,7 @@ def write_all(
     log.info("sealed test: %s", header["sealed"]["words"])
     return header
 
-# %% ../../nbs/14_data.conversion.ipynb #d8bb0e57
+# %% ../../nbs/14_data.conversion.ipynb #c4a9eb35
 def convert_delivery(
     root:str|os.PathLike,         # the delivery: holds data/train
     out_dir:str|os.PathLike,      # run folder
@@ -615,6 +630,7 @@ def convert_delivery(
     "Convert a delivery into a run folder (SPEC DM1, DM7-DM9)."
     return convert(find_delivery(root), out_dir, cfg or load_config("two_stage"), log or logging.getLogger("pillsnap.conversion"), progress)
 
+# %% ../../nbs/14_data.conversion.ipynb #36c5558d
 def convert_coco_to_yolo(
     coco_json_path:str|os.PathLike, # the labels of a delivery, a part of them, or the delivery
     output_dir:str|os.PathLike      # gets yolo_data/, drug_metadata.json, manifest and quarantine
@@ -644,9 +660,10 @@ def plot_balance(
     ax.set_title(f"{len(n)} drugs, {total.min()} to {total.max()} pills each"); ax.set_ylabel("pills"); ax.legend(loc="center left", bbox_to_anchor=(1, .5))
     plt.close(fig); return fig
 
-# %% ../../nbs/14_data.conversion.ipynb #770a2ca4
+# %% ../../nbs/14_data.conversion.ipynb #aeed8443
 CONDITIONS = {"back": ("background", {0:"black",1:"blue",2:"grey"}), "light": ("light", {0:"warm",1:"day",2:"white"}), "side": ("side", {0:"front",1:"back"}), "latitude": ("elevation", {}), "longitude": ("turn", {})}
 
+# %% ../../nbs/14_data.conversion.ipynb #d5c56891
 def plot_conditions(
     df:pd.DataFrame # manifest rows
 )->Any: # matplotlib Figure
@@ -662,13 +679,14 @@ def plot_conditions(
     axes[0].set_ylabel("photos"); fig.legend(["singles","combos"], loc="outside right center")
     plt.close(fig); return fig
 
-# %% ../../nbs/14_data.conversion.ipynb #609e6028
+# %% ../../nbs/14_data.conversion.ipynb #e2969172
 def _photo(root:Path, path:str, side:int=320)->np.ndarray:
     "A photo for a picture of photos, not larger than needed."
     from PIL import Image
     img = open_image_safely(Path(root)/path)["image"]
     im = Image.fromarray(img); im.thumbnail((side, side)); return np.asarray(im)
 
+# %% ../../nbs/14_data.conversion.ipynb #f7621855
 def plot_captures(
     df:pd.DataFrame,  # manifest rows
     root:Path,        # the delivery's root
@@ -726,7 +744,7 @@ def prepare_delivery(
     log.info("the synthetic delivery %s", "is there already" if was else f"was rendered in {time.perf_counter()-t0:.0f} s")
     return root
 
-# %% ../../nbs/14_data.conversion.ipynb #bfd03dfc
+# %% ../../nbs/14_data.conversion.ipynb #47d2e233
 def _table(c:Conversion)->list[dict[str,Any]]:
     "What was found, line by line."
     n, a = c.header["counts"], c.report["audit"]
@@ -738,6 +756,7 @@ def _verdict(c:Conversion)->str:
     n, out = c.header["counts"], sum(c.header["quarantine"].values())
     return f"{n['photos']} photos of {n['drugs']} drugs ({n['singles']} singles, {n['combos']} combos), {n['pills']} pills; {out} entries in quarantine; {c.header['source']} data {c.header['data_hash'][:12]}"
 
+# %% ../../nbs/14_data.conversion.ipynb #5085813e
 @dataclass(frozen=True)
 class ConversionJob(StageJob):
     "Delivery in; manifest, YOLO tree, drug metadata, quarantine and report out (SPEC DM1-DM9)."
@@ -745,7 +764,7 @@ class ConversionJob(StageJob):
     sections:ClassVar[tuple[str,...]] = ("project","paths","data","synth")
     keys:ClassVar[dict[str,str]] = {"seed": "synth.seed"}
 
-# %% ../../nbs/14_data.conversion.ipynb #262846f7
+# %% ../../nbs/14_data.conversion.ipynb #2f579b35
 def convert_into(
     run:RunFolder,     # the run
     cfg:Config,        # its configuration
@@ -755,6 +774,7 @@ def convert_into(
     "Render if asked to, then convert: what the stage does, and what a later stage's smoke run begins with."
     return convert(find_delivery(prepare_delivery(root, cfg, run.log, progress)), run.root, cfg, run.log, progress)
 
+# %% ../../nbs/14_data.conversion.ipynb #524812d8
 def smoke_conversion(
     run:RunFolder,     # a temporary run
     cfg:Config         # the smoke configuration
@@ -762,6 +782,7 @@ def smoke_conversion(
     "The manifest of a small synthetic delivery, for the smoke runs of later stages."
     return convert_into(run, cfg, run.root/"delivery", progress=False).header
 
+# %% ../../nbs/14_data.conversion.ipynb #ee2ce469
 @patch
 def work(self:ConversionJob, run:RunFolder, cfg:Config)->StageResult:
     "Convert `paths.root` into the run folder."
@@ -771,6 +792,7 @@ def work(self:ConversionJob, run:RunFolder, cfg:Config)->StageResult:
     d = find_delivery(root); ledger = [p for p in (root/"SYNTHETIC.json",) if p.is_file()]
     return StageResult(_verdict(c), _table(c), figures, inputs=[d.labels, d.images, *ledger], outputs=outputs+figures, notes=[c.header["sealed"]["words"], *_notes(c)])
 
+# %% ../../nbs/14_data.conversion.ipynb #4e07c5c4
 def _notes(c:Conversion)->list[str]:
     "What the reader should know besides."
     skew = c.report["pills_per_drug"]

@@ -70,11 +70,11 @@ def _group_of(path:str)->tuple[str,str]|None:
     except ValueError: return None
     return capture_group(c), "single" if len(c.codes) == 1 else "combo"
 
-# %% ../../nbs/16_data.splits.ipynb #6dccbd24
+# %% ../../nbs/16_data.splits.ipynb #4f45c564
 def tidy_records(
     records:pd.DataFrame|Iterable[Mapping[str,Any]], # at least path; class_key (or label, kcode); the manifest's columns if it has them
     annotations:Mapping[str,str]|None=None           # path → class key, where the records carry none
-)->pd.DataFrame: # one row per (photo, pill) with path, class_key, kind, group_id, dup_id, sorted by path and class
+)->pd.DataFrame: # one row per (photo, pill) with path, class_key, kind, group_id, dup_id, sorted by path, class and box
     "One shape for a manifest, a list of dictionaries or a list of paths (SPEC SP1)."
     df = pd.DataFrame(records) if isinstance(records, pd.DataFrame) else pd.DataFrame([r if isinstance(r, Mapping) else {"path": str(r)} for r in records])
     if df.empty: raise PillsnapError("there are no photos to split", fix="look at the conversion's report: what did it keep?")
@@ -83,7 +83,7 @@ def tidy_records(
     if "class_key" not in df or df["class_key"].isna().any(): raise PillsnapError("a photo without a class cannot be split", fix="a missing label means no sample: leave the photo out")
     if "group_id" not in df or "kind" not in df: df = _read_names(df)
     df = df.assign(dup_id=df["dup_id"].fillna("") if "dup_id" in df else "")
-    key = (df["path"] + "\t" + df["class_key"]).to_numpy(object)
+    key = (df["path"] + "\t" + df["class_key"] + "\t" + (df["bbox"] if "bbox" in df else "") + "\t" + df["dup_id"]).to_numpy(object)
     return df.iloc[np.argsort(key, kind="stable")].reset_index(drop=True)
 
 # %% ../../nbs/16_data.splits.ipynb #e0d576a9

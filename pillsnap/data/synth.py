@@ -33,7 +33,7 @@ from .capture import Capture, capture_group, parse_name
 from .pills import Catalogue, Drug, annotation, make_catalogue, rng_for
 from .render import Pose, Shot, montage, photograph, single_pose
 
-# %% ../../nbs/12b_data.synth.ipynb #da09b1c8
+# %% ../../nbs/12b_data.synth.ipynb #372462ea
 GROUPS = tuple(product((0,1), (0,1,2), (0,1,2)))      # side, background, light
 LATITUDES, LONGITUDES = (60,70,75,90), tuple(range(0,360,20))
 
@@ -44,7 +44,8 @@ def capture_grid(
     "n photos spread evenly over the 18 capture groups and over each group's 72 views."
     if not 1 <= n <= len(GROUPS)*72: raise PillsnapError(f"a drug has 1 to 1,296 different photos, not {n}", where="photos")
     shots = []
-    for rank,g in enumerate(rng.permutation(len(GROUPS))):
+    order = np.stack([rng.permutation(9), 9+rng.permutation(9)], 1).ravel()     # front and back in turn: two photos show both
+    for rank,g in enumerate(order):
         m, start = n//18+(rank < n%18), int(rng.integers(72))
         views = [start+k*72//m for k in range(m)]             # four latitudes at each of the eighteen longitudes
         shots += [(*GROUPS[g], LATITUDES[(v+k)%4], LONGITUDES[v//4%18]) for k,v in enumerate(views)]
@@ -187,7 +188,7 @@ def combo_tasks(
             replace(base, back=2, light=2, latitude=la, field=COMBO_FIELD), (seed, split, base.domain, stem)))
     return tasks
 
-# %% ../../nbs/12b_data.synth.ipynb #627505df
+# %% ../../nbs/12b_data.synth.ipynb #c2e97cbe
 def loose_box(
     extent:tuple[int,int,int,int], # x0, y0, x1, y1 of the pill, pixels
     shot:Shot,                     # scale and size of the photo
@@ -195,8 +196,8 @@ def loose_box(
 )->tuple[int,int,int,int]: # x, y, w, h in whole pixels, inside the photo
     "A hand-drawn box: .1 to .4 mm of air on each side."
     air = rng.uniform(.1, .4, 4)*shot.width/shot.field
-    x0, y0 = (max(int(round(extent[k]-air[k])), 0) for k in (0,1))
-    x1, y1 = (min(int(round(extent[k]+air[k])), n) for k,n in ((2,shot.width),(3,shot.height)))
+    x0, y0 = (max(math.floor(extent[k]-air[k]), 0) for k in (0,1))
+    x1, y1 = (min(math.ceil(extent[k]+air[k]), n) for k,n in ((2,shot.width),(3,shot.height)))
     return x0, y0, max(x1-x0, 1), max(y1-y0, 1)
 
 # %% ../../nbs/12b_data.synth.ipynb #f370cfcf
@@ -614,7 +615,7 @@ def drug_card(
     caption(draw, (5, size+37), f"{drug.kcode}  {note}", 10, 2*size, "#b04a3a" if note else "#999999")
     return np.asarray(card)
 
-# %% ../../nbs/12b_data.synth.ipynb #c6d40779
+# %% ../../nbs/12b_data.synth.ipynb #30cbf9e5
 def contact_sheet(
     out:str|Path,    # a finished delivery
     ledger:dict,     # its ledger
@@ -627,7 +628,8 @@ def contact_sheet(
     notes = {k: f"쌍둥이: {b if k == a else a}" for a,b in ledger["twins"] for k in (a,b)} | {k: "기록이 빈 약" for k in ledger["null_metadata"]}
     first = sorted(drugs, key=lambda k: (k not in notes, k))[:most]
     cards = [drug_card(Path(out), drugs[k], [t for t in whole if len(t.pills) == 1 and t.pills[0][0].kcode == k], notes.get(k,"")) for k in sorted(first)]
-    combos = [t for t in whole if len(t.pills) > 1][::3][:5]
+    combos = [t for t in whole if len(t.pills) > 1 and t.shot.latitude == 75]
+    combos = [combos[int(i)] for i in np.unique(np.linspace(0, len(combos)-1, 5).astype(int))] if combos else []
     rows = [montage(cards, 4, gap=6)]
     if combos:
         w = (rows[0].shape[1]-6*6)//5

@@ -26,7 +26,7 @@ from ..core.files import save_json
 from .aihub import (DRUG_KEYS, IMAGE_KEYS, REMARKS, Annotation, Fault, Photos, Reason, choose_photo, edi_list, folder_codes,
     index_photos, is_sealed, iter_annotations, known)
 
-# %% ../../nbs/11b_data.truth.ipynb #9fbca397
+# %% ../../nbs/11b_data.truth.ipynb #7b803a25
 FAULTS:tuple[Reason,...] = tuple(Reason) # the closed list of reasons (SPEC BX4)
 
 def is_number(
@@ -35,6 +35,7 @@ def is_number(
     "A finite number; True and False are none."
     return isinstance(v, (int,float)) and not isinstance(v, bool) and abs(v) < float("inf")
 
+# %% ../../nbs/11b_data.truth.ipynb #24c57b1b
 def box_fault(
     bbox:Any,  # as delivered, expected [x, y, w, h] in whole pixels
     width:int, # of the photo, pixels
@@ -74,7 +75,7 @@ def box_iou(
     inter = max(0, min(ax+aw, bx+bw)-max(ax, bx))*max(0, min(ay+ah, by+bh)-max(ay, by))
     return inter/(aw*ah+bw*bh-inter)
 
-# %% ../../nbs/11b_data.truth.ipynb #e51b41cc
+# %% ../../nbs/11b_data.truth.ipynb #b6fccf78
 def code_mismatch(
     a:Annotation # one record
 )->str: # what disagrees, "" when all agree
@@ -89,6 +90,7 @@ def code_mismatch(
     if own and capture and set(own) != set(capture.codes): said.append(f"its own name {p.name}")
     return f"drug_N {k}, but {', '.join(said)}" if said else ""
 
+# %% ../../nbs/11b_data.truth.ipynb #819614ff
 def dl_idx_mismatch(
     a:Annotation # one record
 )->str: # what is wrong, "" when it fits or is not given
@@ -96,7 +98,7 @@ def dl_idx_mismatch(
     idx = known(a.image.get("dl_idx"))
     return "" if idx is None or str(idx) == str(int(a.kcode[2:])-1) else f"dl_idx {idx!r} with {a.kcode}"
 
-# %% ../../nbs/11b_data.truth.ipynb #eda734fc
+# %% ../../nbs/11b_data.truth.ipynb #e8138e7b
 @dataclass(slots=True)
 class Pill:
     "One box of one record, with what is wrong about it."
@@ -107,6 +109,7 @@ class Pill:
     detail:str = ""          # particulars of that
     area_ok:bool = True      # area is width times height
 
+# %% ../../nbs/11b_data.truth.ipynb #a9356368
 @dataclass(slots=True)
 class PhotoTruth:
     "Everything that the labels say of one photo."
@@ -116,7 +119,7 @@ class PhotoTruth:
     height:int                # pixels
     pills:list[Pill] = field(default_factory=list)
 
-# %% ../../nbs/11b_data.truth.ipynb #707d2d3c
+# %% ../../nbs/11b_data.truth.ipynb #3e3c4713
 @patch
 def missing(self:PhotoTruth,
     usable:bool=False # count only pills without a fault as present
@@ -125,6 +128,7 @@ def missing(self:PhotoTruth,
     have = {p.kcode for p in self.pills if not (usable and p.fault)}
     return [c for c in dict.fromkeys(self.codes) if c not in have]
 
+# %% ../../nbs/11b_data.truth.ipynb #e4ad8051
 @patch
 def close_pairs(self:PhotoTruth)->Iterator[tuple[Pill,Pill,float]]: # the two and their IoU, .3 and more
     "Pairs of different codes whose boxes overlap."
@@ -147,7 +151,7 @@ def _comparable(v:Any)->str|int|float:
     if v is None: return ""
     return v if isinstance(v, (str,int,float)) else json.dumps(v, ensure_ascii=False, sort_keys=True)
 
-# %% ../../nbs/11b_data.truth.ipynb #77adb267
+# %% ../../nbs/11b_data.truth.ipynb #0d806d17
 @patch
 def hear(self:Drug,
     image:dict[str,Any] # images[0] of a record
@@ -159,6 +163,7 @@ def hear(self:Drug,
     for k in FACT_KEYS:
         if k in image: self.values.setdefault(k, Counter())[_comparable(image[k])] += 1
 
+# %% ../../nbs/11b_data.truth.ipynb #fee54425
 @patch
 def fact(self:Drug,
     key:str # one of FACT_KEYS
@@ -218,7 +223,7 @@ def judge_box(self:Evidence,
     if own and not fault: fault, detail = own, f"{str(bbox)[:80]} in {a.width}×{a.height}"
     return Pill(a.kcode, bbox, a.path, fault, detail, area_ok)
 
-# %% ../../nbs/11b_data.truth.ipynb #d006f055
+# %% ../../nbs/11b_data.truth.ipynb #e2a9ab53
 def _repeats(pills:list[Pill])->Iterator[tuple[Pill,str]]:
     "Boxes of a drug that another file has told already."
     for k in {p.kcode for p in pills}:
@@ -227,6 +232,7 @@ def _repeats(pills:list[Pill])->Iterator[tuple[Pill,str]]:
         first, agree = same[0], all(list(p.bbox) == list(same[0].bbox) for p in same)
         for p in same[1:] if agree else same: yield p, f"{k} is also in {first.label if p is not first else same[-1].label}"
 
+# %% ../../nbs/11b_data.truth.ipynb #144ebce4
 @patch
 def compare(self:Evidence,
     photo:PhotoTruth # a photo with all its records
@@ -237,7 +243,7 @@ def compare(self:Evidence,
             if iou >= IDENTICAL and not p.fault: p.fault, p.detail = Reason.BOX_IDENTICAL, f"{p.kcode} and {other.kcode} have one box, {list(p.bbox)}"
     for p, why in list(_repeats([p for p in photo.pills if not p.fault])): p.fault, p.detail = Reason.DUPLICATE_JSON, why
 
-# %% ../../nbs/11b_data.truth.ipynb #78f190fe
+# %% ../../nbs/11b_data.truth.ipynb #83b57c15
 @patch
 def close(self:Evidence)->"Evidence": # itself
     "Compare within photos and within drugs, once every record is in."
@@ -247,6 +253,7 @@ def close(self:Evidence)->"Evidence": # itself
             self.conflicts.append(Fault(k, Reason.CONFLICT, f"{key}: "+"; ".join(f"{str(v)[:40]!r} in {n} files" for v,n in said.most_common(3))))
     return self
 
+# %% ../../nbs/11b_data.truth.ipynb #1ae0804e
 def examine(
     labels:str|os.PathLike,  # a tree of JSON files
     ignore_hidden:bool=True, # pass over dot files
@@ -261,9 +268,10 @@ def examine(
         else: e.tree.append(a)
     return e.close()
 
+# %% ../../nbs/11b_data.truth.ipynb #64f9cb4a
 _TREE = frozenset({Reason.SYMLINK, Reason.DUPLICATE_PATH, Reason.PATH})
 
-# %% ../../nbs/11b_data.truth.ipynb #1d86a7db
+# %% ../../nbs/11b_data.truth.ipynb #2ff349e8
 def labels_of(
     folder:str|os.PathLike # a tree of JSON files, or a delivery
 )->Path: # raises PillsnapError when it is missing or sealed
@@ -273,6 +281,7 @@ def labels_of(
     if is_sealed(folder): raise PillsnapError("this is the sealed test: nothing reads it before the final test", where=folder, fix="audit data/train/labels")
     return next((p for p in (folder/"data"/"train"/"labels", folder/"train"/"labels") if p.is_dir()), folder)
 
+# %% ../../nbs/11b_data.truth.ipynb #528c7eec
 def edi_counts(
     e:Evidence # what the labels say
 )->dict[int,int]: # number of codes → number of drugs
@@ -280,7 +289,7 @@ def edi_counts(
     drugs = e.disputed | e.drugs
     return dict(sorted(Counter(len(edi_list(d.fact("di_edi_code"))) for d in drugs.values()).items()))
 
-# %% ../../nbs/11b_data.truth.ipynb #dee29b16
+# %% ../../nbs/11b_data.truth.ipynb #7caf5544
 def summary(
     e:Evidence,              # what the labels say
     photos:Photos|None=None  # the photos, if they were given
@@ -296,6 +305,7 @@ def summary(
         area_mismatch=c["area_mismatch"], dl_idx_mismatch=c["dl_idx_mismatch"], code_mismatch=c["code_mismatch"], metadata_conflicts=len(e.conflicts),
         json_without_image=bare, edi_codes_per_drug=edi_counts(e), null_metadata_drugs=sorted(k for k,d in e.drugs.items() if d.nulls)) | further(e, photos)
 
+# %% ../../nbs/11b_data.truth.ipynb #8525b012
 def further(
     e:Evidence,         # what the labels say
     photos:Photos|None  # the photos, if they were given
@@ -332,7 +342,7 @@ MEANING = {
     "duplicate_annotations": "labels told twice", "cp949_files": "files in CP949", "files_missing_keys": "files without all 50 keys", "unread_names": "files with a name that is no capture name",
     "image_without_json": "photos without a file"}
 
-# %% ../../nbs/11b_data.truth.ipynb #5799ca3d
+# %% ../../nbs/11b_data.truth.ipynb #1ea52ce6
 def audit_table(
     counts:dict[str,Any] # from `audit`
 )->str: # lines of a console table
@@ -340,6 +350,7 @@ def audit_table(
     say = lambda v: "not counted" if v is None else ", ".join(f"{k}: {n}" for k,n in v.items()) or "none" if isinstance(v, dict) else ", ".join(v[:6])+(f" and {len(v)-6} more" if len(v) > 6 else "") or "none" if isinstance(v, list) else f"{v:,}"
     return "\n".join(f"{k:<24}{say(v):>14}   {MEANING[k]}" for k,v in counts.items())
 
+# %% ../../nbs/11b_data.truth.ipynb #81878695
 def audit_command(
     labels:str|os.PathLike,            # a tree of JSON files, or a delivery
     images:str|os.PathLike|None=None,  # the photos, if they are to be compared

@@ -56,7 +56,7 @@ def _capture(model:nn.Module, size:int, path:Path, axes:dict[int,str], names:tup
     torch.onnx.export(model, (torch.zeros(2, 3, size, size),), str(path), opset_version=opset, dynamo=True, external_data=False, verbose=False,
                       input_names=[names[0]], output_names=[names[1]], dynamic_shapes=(dims,))
 
-# %% ../../nbs/52_deployment.export.ipynb #eab2d1fe
+# %% ../../nbs/52_deployment.export.ipynb #fecc11a3
 def export_onnx(
     model:nn.Module,       # takes [N, 3, size, size]
     size:int,              # side of the input, pixels
@@ -76,10 +76,12 @@ def export_onnx(
             opset = max(18, opset)
             decide(log, f"export: opset 17 failed ({type(first).__name__}: {first}); trying the newer exporter at opset {opset}")
             try: _capture(*args[0], tmp, *args[1], opset)
-            except Exception as e: raise PillsnapError(f"neither exporter can write this model: {type(e).__name__}: {str(e).splitlines()[0]}", where=path, fix="use another backbone") from e
+            except Exception as e:
+                raise PillsnapError(f"neither exporter can write this model: {type(e).__name__}: {str(e).splitlines()[0]}", where=path, fix="use another backbone") from e
         got = _check_file(tmp)
     return got
 
+# %% ../../nbs/52_deployment.export.ipynb #64e6e856
 def _check_file(path:Path)->int:
     "The file's operator set; an error when ONNX's own checker objects."
     m = onnx.load(path)
@@ -106,9 +108,10 @@ class RawHead(nn.Module):
         y = self.model(x)
         return y[0] if isinstance(y, (tuple, list)) else y
 
-# %% ../../nbs/52_deployment.export.ipynb #eeef0781
+# %% ../../nbs/52_deployment.export.ipynb #df53d070
 LIMITS = dict(mse=1e-6, max_dp=1e-3, relative=1e-4, iou=.95, map=.01, raw=1e-3)   # SPEC EX2, X56; raw is ours
 
+# %% ../../nbs/52_deployment.export.ipynb #6f26925f
 def logit_gap(
     a:np.ndarray, # [N, C] logits of torch
     b:np.ndarray  # [N, C] logits of ONNX for the same views
@@ -147,9 +150,10 @@ def judge_logits(
             Check("largest change of a probability", gap["max_dp"], f"≤ {LIMITS['max_dp']:g}", n, gap["max_dp"] <= LIMITS["max_dp"]),
             Check("top-1 equal", gap["top1_equal"], "= 1", n, gap["top1_equal"] == 1)]
 
-# %% ../../nbs/52_deployment.export.ipynb #975b30ea
+# %% ../../nbs/52_deployment.export.ipynb #9ec6fdce
 Boxes = tuple[np.ndarray,np.ndarray]   # [n, 4] x0, y0, x1, y1 and [n] score
 
+# %% ../../nbs/52_deployment.export.ipynb #ab8fa7c8
 def pair_boxes(
     a:Sequence[Boxes], # torch, per photo
     b:Sequence[Boxes]  # ONNX, per photo
@@ -162,7 +166,7 @@ def pair_boxes(
         hits = int((took >= 0).sum()); unmatched += len(ba)+len(bb)-2*hits; total += len(ba)
     return dict(boxes=total, unmatched=unmatched, min_iou=min(ious, default=None))
 
-# %% ../../nbs/52_deployment.export.ipynb #25f34dd8
+# %% ../../nbs/52_deployment.export.ipynb #aa1372d6
 def judge_boxes(
     pairs:Mapping[str,Any],  # from `pair_boxes`
     ap:tuple[float,float],   # mAP@.5 of torch and of ONNX, NaN without true boxes
@@ -173,12 +177,13 @@ def judge_boxes(
     some, known = pairs["boxes"] > 0 or pairs["unmatched"] > 0, all(map(math.isfinite, ap))
     why = "" if some else "neither side found a box above the threshold"
     gap = abs(ap[0]-ap[1]) if known else None
-    return [Check("smallest IoU of twin boxes", pairs["min_iou"], f"≥ {LIMITS['iou']:g}", pairs["boxes"], pairs["min_iou"] is not None and pairs["min_iou"] >= LIMITS["iou"] if some else None, why),
+    close = pairs["min_iou"] is not None and pairs["min_iou"] >= LIMITS["iou"]
+    return [Check("smallest IoU of twin boxes", pairs["min_iou"], f"≥ {LIMITS['iou']:g}", pairs["boxes"], close if some else None, why),
             Check("boxes without a twin", pairs["unmatched"] if some else None, "= 0", pairs["boxes"], pairs["unmatched"] == 0 if some else None, why),
             Check("mAP@.5 difference", gap, f"≤ {LIMITS['map']:g}", n, gap <= LIMITS["map"] if known else None, "" if known else "no true box in these photos"),
             Check("head, largest relative difference", raw, f"≤ {LIMITS['raw']:g}", n, raw <= LIMITS["raw"], "ours")]
 
-# %% ../../nbs/52_deployment.export.ipynb #d1eb5973
+# %% ../../nbs/52_deployment.export.ipynb #266af122
 @dataclass(frozen=True)
 class Photo:
     "A decoded photo with its pills."
@@ -186,6 +191,7 @@ class Photo:
     image:np.ndarray  # [H, W, 3] uint8 RGB
     boxes:np.ndarray  # [n, 4] x0, y0, x1, y1
 
+# %% ../../nbs/52_deployment.export.ipynb #06aa9cae
 def photo_order(
     stage:StageData,     # a stage's tables
     first:str="single",  # kind that comes first: single or combo
@@ -264,7 +270,7 @@ def detector_input(
     "Photos as a detector takes them."
     return np.stack([letterbox(i, size)[0].transpose(2, 0, 1) for i in images]).astype(np.float32)/255
 
-# %% ../../nbs/52_deployment.export.ipynb #a72c8202
+# %% ../../nbs/52_deployment.export.ipynb #94d14576
 class _Said:
     "A runner that repeats what a head said, so that one pass serves two thresholds."
     def __init__(self, raw:np.ndarray, size:int): self.out, self.size = raw, size
@@ -272,7 +278,11 @@ class _Said:
 
 FAINT = .001   # mAP counts boxes down to here
 
-def raw_difference(a:np.ndarray, b:np.ndarray)->float:
+# %% ../../nbs/52_deployment.export.ipynb #de0ab8c1
+def raw_difference(
+    a:np.ndarray, # [N, 5, A] head of torch
+    b:np.ndarray  # [N, 5, A] head of ONNX
+)->float:
     "Largest difference, boxes relative to the input's size and scores as they are."
     side = max(float(np.abs(a[:, :4]).max()), 1.)
     return float(max(np.abs(a[:, :4]-b[:, :4]).max()/side, np.abs(a[:, 4:]-b[:, 4:]).max()))
@@ -349,7 +359,7 @@ def plot_logits(
     plt.close(fig)
     return fig
 
-# %% ../../nbs/52_deployment.export.ipynb #c23b25c2
+# %% ../../nbs/52_deployment.export.ipynb #b81f8728
 def plot_both(
     shown:Sequence[tuple[np.ndarray,np.ndarray,np.ndarray]] # photo, torch's boxes, ONNX's boxes
 )->Any: # matplotlib Figure
@@ -357,6 +367,7 @@ def plot_both(
     both = [draw_boxes(draw_boxes(im, a, colour=COLOURS[3]), b, colour=COLOURS[0]) for im,a,b in shown]
     return show_grid(both, [f"torch {len(a)}, ONNX {len(b)}" for _,a,b in shown], cols=4, size=1.9)
 
+# %% ../../nbs/52_deployment.export.ipynb #cff0f929
 def plot_latency(
     ms:Mapping[str,np.ndarray], # scope → timings in ms
     hardware:str                # the machine
@@ -372,7 +383,7 @@ def plot_latency(
     plt.close(fig)
     return fig
 
-# %% ../../nbs/52_deployment.export.ipynb #5ffb9829
+# %% ../../nbs/52_deployment.export.ipynb #7f1f3d4a
 def drug_records(
     root:Path # run folder
 )->dict[str,dict[str,Any]]: # K-code → record
@@ -380,6 +391,7 @@ def drug_records(
     mapping = read_json(root/"drug_metadata.json")
     return {e["kcode"]: e for e in mapping["drug_metadata"].values()}
 
+# %% ../../nbs/52_deployment.export.ipynb #0600641f
 def calibration(
     root:Path,          # run folder
     class_map:ClassMap, # the stage's drugs
@@ -389,13 +401,15 @@ def calibration(
     p = root/"reports"/"calibration.json"
     if not p.is_file(): decide(log, "export: no reports/calibration.json, so the temperature is 1 and confidences are not calibrated"); return 1., False
     c = read_json(p); t = c.get("temperature")
-    if not (isinstance(t, (int, float)) and math.isfinite(t) and t > 0): raise PillsnapError(f"the calibration holds no temperature but {t!r}", where=p, fix="run the evaluation again")
-    if c.get("class_map", class_map.fingerprint) != class_map.fingerprint: raise PillsnapError("the calibration was made for another class map", where=p, fix="run the evaluation again")
+    if not (isinstance(t, (int, float)) and math.isfinite(t) and t > 0):
+        raise PillsnapError(f"the calibration holds no temperature but {t!r}", where=p, fix="run the evaluation again")
+    if c.get("class_map", class_map.fingerprint) != class_map.fingerprint:
+        raise PillsnapError("the calibration was made for another class map", where=p, fix="run the evaluation again")
     fitted = c.get("ece_after") is not None
     if not fitted: decide(log, f"export: confidences are not calibrated: {c.get('note') or 'nothing was fitted'}")
     return float(t), fitted
 
-# %% ../../nbs/52_deployment.export.ipynb #88b1194e
+# %% ../../nbs/52_deployment.export.ipynb #20690995
 def checkpoint(
     root:Path, # run folder
     model:str  # classifier or detector
@@ -403,6 +417,7 @@ def checkpoint(
     "Where a model's best weights lie (SPEC X76)."
     return root/"checkpoints"/model/"best.pt"
 
+# %% ../../nbs/52_deployment.export.ipynb #b3691bff
 @dataclass
 class Written:
     "One model, on both sides."
@@ -411,7 +426,7 @@ class Written:
     torch:Any       # its torch runner
     onnx:Any        # its ONNX runner
 
-# %% ../../nbs/52_deployment.export.ipynb #c85a3620
+# %% ../../nbs/52_deployment.export.ipynb #870fe736
 def write_classifier(
     run:RunFolder,        # the run
     class_map:ClassMap,   # the stage's drugs
@@ -422,8 +437,10 @@ def write_classifier(
     if not src.is_file(): raise PillsnapError("there is no trained classifier", where=src, fix="run the classifier stage first")
     model, _, size, ckpt = load_classifier(src, class_map)
     opset = export_onnx(model, size, out, open_axes(ckpt["backbone"], model), ("image", "logits"), cfg.export.opset, run.log)
-    return Written(out, model_entry(out, size, ckpt["backbone"], opset, checkpoint=sha256_file(src)), TorchClassifier(model, size), OnnxClassifier(out.read_bytes(), size, "cpu", where=out))
+    entry = model_entry(out, size, ckpt["backbone"], opset, checkpoint=sha256_file(src))
+    return Written(out, entry, TorchClassifier(model, size), OnnxClassifier(out.read_bytes(), size, "cpu", where=out))
 
+# %% ../../nbs/52_deployment.export.ipynb #4cb56af0
 def write_detector(
     run:RunFolder, # the run
     cfg:Config     # its export block
@@ -435,9 +452,10 @@ def write_detector(
         decide(run.log, "export: no detector was trained, so the bundle answers in single mode only"); return None
     model, size, ckpt = load_detector(src)
     opset = export_onnx(RawHead(model), size, out, names=("image", "raw"), opset=cfg.export.opset, log=run.log)
-    return Written(out, model_entry(out, size, ckpt["backbone"], opset, checkpoint=sha256_file(src)), TorchDetector(model, size), OnnxDetector(out.read_bytes(), size, "cpu", where=out))
+    entry = model_entry(out, size, ckpt["backbone"], opset, checkpoint=sha256_file(src))
+    return Written(out, entry, TorchDetector(model, size), OnnxDetector(out.read_bytes(), size, "cpu", where=out))
 
-# %% ../../nbs/52_deployment.export.ipynb #f6991e4c
+# %% ../../nbs/52_deployment.export.ipynb #21fe7c6d
 def metrics_of(
     prov:Provenance,             # data and class map
     cls:Comparison,              # the classifiers
@@ -448,6 +466,7 @@ def metrics_of(
     if det: out += [prov.metric(f"export_detector_{k}", v, det.n, det.seconds) for k,v in det.gap.items()]
     return [m.to_dict() for m in out]
 
+# %% ../../nbs/52_deployment.export.ipynb #377e7f2c
 def verdict(
     cls:Comparison,         # the classifiers
     det:Comparison|None,    # the detectors, if there are any
@@ -480,12 +499,13 @@ class ExportJob(StageJob):
     name:ClassVar[str] = "export"
     sections:ClassVar[tuple[str,...]] = ("project", "data", "train", "evaluation", "export")
 
-# %% ../../nbs/52_deployment.export.ipynb #9eacb7c3
+# %% ../../nbs/52_deployment.export.ipynb #aa0630e7
 def _inputs(root:Path, stage:int)->list[Path]:
     "Everything this stage reads; what is not there yet counts too, for when it comes."
     parts = [root/"artifacts"/f"stage{stage}"/f for f in ("splits.json", "manifest_train.csv", "manifest_val.csv", "manifest_pool.csv", "classes.json")]
     return [checkpoint(root, "classifier"), checkpoint(root, "detector"), root/"manifest.csv", *parts, root/"drug_metadata.json", root/"reports"/"calibration.json", root/"reports"/"scorecard.json"]
 
+# %% ../../nbs/52_deployment.export.ipynb #fe69ff92
 def _compare(run:RunFolder, cfg:Config, stage:StageData, cls:Written, det:Written|None, skipped:list[str])->tuple[Comparison,Comparison|None]:
     "Both models on both sides."
     d, seed, e = cfg.data.detection, cfg.train.seed, cfg.export
@@ -541,19 +561,18 @@ def _finish_export(job:ExportJob, run:RunFolder, cfg:Config, stage:StageData, pr
     outputs = [bundle.folder/"bundle.json", *(bundle.folder/f"{m}.onnx" for m in facts["models"]), report, *figures]
     return StageResult(facts["verdict"], facts["checks"], figures, inputs=_inputs(run.root, stage.stage), outputs=outputs, notes=notes)
 
-# %% ../../nbs/52_deployment.export.ipynb #0bf26f21
+# %% ../../nbs/52_deployment.export.ipynb #3885ec83
 @patch
 def smoke(self:ExportJob, run:RunFolder, cfg:Config)->None:
     "A small delivery and untrained models."
-    from pillsnap.data.conversion import smoke_conversion
-    from pillsnap.data.splits import SplitsJob
+    from pillsnap.data.splits import smoke_splits
     from pillsnap.models.factory import fresh_classifier_checkpoint
-    n = cfg.data.progressive_validation.current_stage
-    smoke_conversion(run, cfg); SplitsJob(stage=n).work(run, cfg)
-    cm = load_stage(run.root, n).class_map
+    smoke_splits(run, cfg)
+    cm = load_stage(run.root, cfg.data.progressive_validation.current_stage).class_map
     fresh_classifier_checkpoint(checkpoint(run.root, "classifier"), cfg.train.classification.backbone, cm, cfg.data.classification.img_size, cfg.to_dict())
     _smoke_detector(run, cfg)
 
+# %% ../../nbs/52_deployment.export.ipynb #fe796cdf
 def _smoke_detector(run:RunFolder, cfg:Config)->None:
     "An untrained detector that sees boxes, so that the smoke run has something to compare."
     from pillsnap.core.checkpoint import save_ckpt

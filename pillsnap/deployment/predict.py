@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'REQUIRED', 'THRESHOLDS', 'MODEL', 'MISSING', 'choose_providers', 'open_session', 'OnnxModel',
            'OnnxClassifier', 'OnnxDetector', 'bundle_digest', 'model_entry', 'write_bundle', 'find_bundle',
-           'check_bundle', 'checked_bytes', 'LazyDetector', 'Bundle', 'load_bundle', 'card_value', 'answer_card',
-           'predict_command']
+           'check_bundle', 'checked_bytes', 'LazyDetector', 'Bundle', 'load_bundle', 'card_value', 'card_notes',
+           'answer_card', 'predict_command']
 
 # %% ../../nbs/50_deployment.predict.ipynb #0d5a959f
 import hashlib, json, logging, sys
@@ -27,9 +27,10 @@ from ..core.log import decide
 from ..data.classmap import ClassMap
 from ..models.pipeline import CARD, check_mode, predict_pipeline, preprocessing, read_photo
 
-# %% ../../nbs/50_deployment.predict.ipynb #3de9aca6
+# %% ../../nbs/50_deployment.predict.ipynb #634dfe3b
 _WANTED = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
 
+# %% ../../nbs/50_deployment.predict.ipynb #01958291
 def choose_providers(
     device:str,              # auto, cpu or cuda
     available:Sequence[str]  # what this onnxruntime was built with
@@ -41,7 +42,7 @@ def choose_providers(
     reason = f"onnxruntime: {gone[0]} was asked for and is not in this build ({', '.join(available)}); running on the CPU" if gone else None
     return [p for p in _WANTED[device] if p in available], reason
 
-# %% ../../nbs/50_deployment.predict.ipynb #492e8f8e
+# %% ../../nbs/50_deployment.predict.ipynb #f827d098
 def open_session(
     model:bytes,             # an ONNX file's content
     device:str="auto",       # auto, cpu or cuda
@@ -54,12 +55,14 @@ def open_session(
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
     try: session = ort.InferenceSession(model, options, providers=wanted)
-    except Exception as e: raise PillsnapError(f"onnxruntime cannot open this model: {str(e).splitlines()[0]}", where=where, fix="export it again: pillsnap run all --from export") from e
-    if lost := [p for p in wanted if p not in session.get_providers()]: reason = f"onnxruntime: {lost[0]} did not start; running on {session.get_providers()[0]}"
+    except Exception as e:
+        raise PillsnapError(f"onnxruntime cannot open this model: {str(e).splitlines()[0]}", where=where, fix="export it again: pillsnap run all --from export") from e
+    used = session.get_providers()
+    if lost := [p for p in wanted if p not in used]: reason = f"onnxruntime: {lost[0]} did not start; running on {used[0]}"
     if reason: decide(log, reason)
     return session
 
-# %% ../../nbs/50_deployment.predict.ipynb #2cef884e
+# %% ../../nbs/50_deployment.predict.ipynb #408dc1ae
 class OnnxModel:
     "An ONNX file with one input and one output."
     def __init__(self,
@@ -77,6 +80,7 @@ class OnnxModel:
         "The output for a batch."
         return self.session.run([self._out], {self._in: np.ascontiguousarray(x, dtype=np.float32)})[0]
 
+# %% ../../nbs/50_deployment.predict.ipynb #49a3747c
 class OnnxClassifier(OnnxModel):
     "A classifier's runner."
     def logits(self, x:np.ndarray)->np.ndarray: return self(x)
@@ -85,30 +89,32 @@ class OnnxDetector(OnnxModel):
     "A detector's runner."
     def raw(self, x:np.ndarray)->np.ndarray: return self(x)
 
-# %% ../../nbs/50_deployment.predict.ipynb #07bc4b31
+# %% ../../nbs/50_deployment.predict.ipynb #d4ad2d9a
 SCHEMA = "pillsnap-bundle/1"
 REQUIRED = dict(schema=str, created=str, git_sha=str, data=str, data_hash=str, class_map=dict, preprocessing=dict, classifier=dict,
                 temperature=float, calibrated=bool, thresholds=dict, drugs=dict, digest=str)   # `detector` and `scorecard` may be null
 THRESHOLDS = dict(conf=float, iou=float, max_det=int, crop_padding=float)
 MODEL = dict(file=str, sha256=str, img_size=int, name=str, opset=int)
 
+# %% ../../nbs/50_deployment.predict.ipynb #f2c02644
 def bundle_digest(
     meta:Mapping[str,Any] # a bundle's content
 )->str: # sha256 over all of it but itself
     "Identity of a bundle; one changed character is another identity."
     return sha256_text(canonical_json({k: v for k,v in meta.items() if k != "digest"}))
 
-# %% ../../nbs/50_deployment.predict.ipynb #212c9fec
+# %% ../../nbs/50_deployment.predict.ipynb #dc40c41a
 def model_entry(
     path:str|Path,  # an ONNX file in the export folder
     img_size:int,   # side of its input, pixels
     name:str,       # architecture
     opset:int,      # ONNX operator set
-    **more:Any      # what else is worth knowing
+    **kwargs:Any    # what else is worth knowing
 )->dict[str,Any]:
     "What a bundle says of one of its files."
-    return dict(file=Path(path).name, sha256=sha256_file(path), img_size=img_size, name=name, opset=opset, **more)
+    return dict(file=Path(path).name, sha256=sha256_file(path), img_size=img_size, name=name, opset=opset, **kwargs)
 
+# %% ../../nbs/50_deployment.predict.ipynb #11598496
 def write_bundle(
     folder:str|Path,                # the export folder, with the ONNX files in it
     class_map:ClassMap,             # output number → K-code
@@ -118,15 +124,15 @@ def write_bundle(
     drugs:Mapping[str,Mapping[str,Any]], # K-code → record
     temperature:float=1.,           # from the calibration
     calibrated:bool=False,          # whether it was measured
-    **origin:Any                    # created, git_sha, data, data_hash, run_id, scorecard, …
+    **kwargs:Any                    # created, git_sha, data, data_hash, run_id, scorecard, …
 )->Path: # bundle.json
     "Write the bundle, last and in one piece, so that an interrupted export has none."
     prep = preprocessing(classifier["img_size"], detector and detector["img_size"], thresholds["crop_padding"])
-    meta = dict(schema=SCHEMA, **origin, class_map=class_map.to_dict(), preprocessing=prep, classifier=dict(classifier), detector=detector and dict(detector),
+    meta = dict(schema=SCHEMA, **kwargs, class_map=class_map.to_dict(), preprocessing=prep, classifier=dict(classifier), detector=detector and dict(detector),
                 temperature=float(temperature), calibrated=calibrated, thresholds=dict(thresholds), drugs={k: dict(drugs.get(k, {})) for k in class_map})
     return save_json({**meta, "digest": bundle_digest(meta)}, Path(folder)/"bundle.json")
 
-# %% ../../nbs/50_deployment.predict.ipynb #64098ed0
+# %% ../../nbs/50_deployment.predict.ipynb #66dd2f2e
 _AGAIN = "export again: pillsnap run all --from export"
 
 def find_bundle(
@@ -137,11 +143,13 @@ def find_bundle(
         if p.is_file(): return p
     raise PillsnapError("there is no exported model here", where=folder, fix="run the stages first: pillsnap run all; or name the run folder with --run")
 
+# %% ../../nbs/50_deployment.predict.ipynb #205c0e6d
 def _fields(part:Mapping[str,Any], need:Mapping[str,type], where:Path)->None:
     "Every field there, and of its kind."
     for k,t in need.items():
         v = part.get(k) if isinstance(part, Mapping) else None
-        if not isinstance(v, (int, float) if t is float else t) or (t in (int, float) and isinstance(v, bool)): raise PillsnapError(f"this is no bundle that can be read: {k} is missing or not of its kind", where=where, fix=_AGAIN)
+        if not isinstance(v, (int, float) if t is float else t) or (t in (int, float) and isinstance(v, bool)):
+            raise PillsnapError(f"this is no bundle that can be read: {k} is missing or not of its kind", where=where, fix=_AGAIN)
 
 # %% ../../nbs/50_deployment.predict.ipynb #ade08c76
 def check_bundle(
@@ -187,7 +195,7 @@ class LazyDetector:
 
     def raw(self, x:np.ndarray)->np.ndarray: return self.open().raw(x)
 
-# %% ../../nbs/50_deployment.predict.ipynb #40e2fe77
+# %% ../../nbs/50_deployment.predict.ipynb #cdc6a828
 @dataclass(frozen=True)
 class Bundle:
     "An exported pill identifier, verified and ready to answer."
@@ -197,6 +205,7 @@ class Bundle:
     classifier:OnnxClassifier # names a pill
     detector:LazyDetector|None # finds pills; None = single mode only
 
+# %% ../../nbs/50_deployment.predict.ipynb #0378da42
 def load_bundle(
     folder:str|Path,            # a run folder, or its export folder
     device:str="auto",          # auto, cpu or cuda
@@ -244,39 +253,55 @@ def card_value(
     if field == "size_mm" and value: return " × ".join("?" if v is None else f"{v:g}" for v in value)+" mm (긴 쪽 × 짧은 쪽 × 두께)"
     return MISSING if value in (None, [], "") else str(value)
 
-# %% ../../nbs/50_deployment.predict.ipynb #75d1b25a
+# %% ../../nbs/50_deployment.predict.ipynb #9be684ea
 def _facts(item:Mapping[str,Any])->Any:
     "A drug's facts as a two-column table."
     from rich.table import Table
+    from rich.text import Text
     t = Table.grid(padding=(0, 2)); t.add_column(style="dim", no_wrap=True); t.add_column()
     t.add_row("품목코드", item["kcode"]); t.add_row("보험코드(EDI)", ", ".join(item["edi_codes"]) or MISSING)
-    for f,(label,_) in CARD.items(): t.add_row(label, card_value(f, item["card"][f]))
+    for f,(label,_) in CARD.items(): t.add_row(label, Text(card_value(f, item["card"][f])))
     if item["box"]: t.add_row("위치", "{:.0f}, {:.0f} – {:.0f}, {:.0f} px".format(*item["box"]))
     return t
 
+# %% ../../nbs/50_deployment.predict.ipynb #34dea7ae
 def _others(item:Mapping[str,Any])->Any:
     "The runners-up with a bar for each."
     from rich.table import Table
+    from rich.text import Text
     t = Table.grid(padding=(0, 2)); t.add_column(justify="right", style="dim"); t.add_column(no_wrap=True); t.add_column(justify="right"); t.add_column()
-    for n,c in enumerate(item["top_k"], 1): t.add_row(f"{n}", c["name"] or f"{c['kcode']} ({MISSING})", f"{c['confidence']:.1%}", "█"*round(20*c["confidence"]))
+    for n,c in enumerate(item["top_k"], 1): t.add_row(f"{n}", Text(c["name"] or f"{c['kcode']} ({MISSING})"), f"{c['confidence']:.1%}", "█"*round(20*c["confidence"]))
     return t
 
-# %% ../../nbs/50_deployment.predict.ipynb #67bcb822
+# %% ../../nbs/50_deployment.predict.ipynb #7a9325a5
+_HINT = {"multi_object_hint": "알약이 여러 개로 보입니다", "low_confidence": "신뢰도가 낮습니다"}
+_DATA = {"synthetic": "⚠ 실제 약품 사진으로 학습한 모델이 아닙니다. 시연용이며 복약 판단에 쓸 수 없습니다.", "other": "⚠ AI Hub 자료로 학습한 모델이 아닙니다."}
+
+def card_notes(
+    answer:Mapping[str,Any],  # the predict JSON
+    meta:Mapping[str,Any]     # the bundle it came from
+)->list[str]: # Korean lines
+    "What must be read beside an answer: mode, how far to trust the figure, the badge, the data."
+    sure = f"보정된 확률 (온도 {meta['temperature']:.2f})" if meta["calibrated"] else "보정되지 않은 확률"
+    notes = [f"모드 {_MODE[answer['mode_used']]} · 신뢰도는 {sure} · {answer['timings']['total']:.0f} ms"]
+    if answer["badge"]: notes.append(f"💡 {answer['badge']}: "+", ".join(_HINT[h] for h in answer["hints"]))
+    if meta["data"] != "aihub": notes.append(_DATA.get(meta["data"], _DATA["other"]))
+    return notes
+
+# %% ../../nbs/50_deployment.predict.ipynb #84213fc1
 def answer_card(
     answer:Mapping[str,Any],  # the predict JSON
     meta:Mapping[str,Any]     # the bundle it came from
 )->Any: # a rich renderable
     "An answer for a person, in Korean (SPEC BX11)."
     from rich.console import Group
+    from rich.markup import escape
     from rich.panel import Panel
     from rich.text import Text
-    parts = [Panel(Group(_facts(i), Text(""), _others(i)), title=f"[bold]{n}. {i['name'] or i['kcode']}[/]  {i['confidence']:.1%}", title_align="left") for n,i in enumerate(answer["items"], 1)]
+    title = lambda n, i: f"[bold]{n}. {escape(i['name'] or i['kcode'])}[/]  {i['confidence']:.1%}"
+    parts = [Panel(Group(_facts(i), Text(""), _others(i)), title=title(n, i), title_align="left") for n,i in enumerate(answer["items"], 1)]
     if not parts: parts = [Panel("알약을 찾지 못했습니다. 사진을 확인하거나 단일 모드로 다시 시도하세요.", title="결과 없음", title_align="left")]
-    sure = f"보정된 확률 (온도 {meta['temperature']:.2f})" if meta["calibrated"] else "보정되지 않은 확률"
-    notes = [f"모드 {_MODE[answer['mode_used']]} · 신뢰도는 {sure} · {answer['timings']['total']:.0f} ms"]
-    if answer["badge"]: notes.append(f"💡 {answer['badge']}: " + ", ".join({"multi_object_hint": "알약이 여러 개로 보입니다", "low_confidence": "신뢰도가 낮습니다"}[h] for h in answer["hints"]))
-    if meta["data"] != "aihub": notes.append("⚠ 실제 약품 사진으로 학습한 모델이 아닙니다. 시연용이며 복약 판단에 쓸 수 없습니다." if meta["data"] == "synthetic" else "⚠ AI Hub 자료로 학습한 모델이 아닙니다.")
-    return Group(*parts, Text("\n".join(notes), style="dim"))
+    return Group(*parts, Text("\n".join(card_notes(answer, meta)), style="dim"))
 
 # %% ../../nbs/50_deployment.predict.ipynb #8ed8267d
 def predict_command(

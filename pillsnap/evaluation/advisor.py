@@ -5,10 +5,8 @@
 # %% auto #0
 __all__ = ['ADVISOR_TARGETS', 'Rule', 'RULES', 'diagnose_and_suggest', 'OOM_LIMIT', 'CORRUPTION_LIMIT', 'THRESHOLDS', 'GREEN',
            'YELLOW', 'RED', 'MAX_SUGGESTIONS', 'Target', 'AdvisorTargets', 'get_stage_target', 'get_stage_config',
-           'Check', 'Facts', 'Bar', 'score_bars', 'performance_score', 'Suggestion', 'rule', 'repeated_oom',
-           'vram_above_90', 'gpu_above_14_gb', 'plateau', 'validation_drop', 'detector_far', 'classifier_far',
-           'slow_loading', 'classifier_near', 'detector_near', 'rare_drugs', 'generate_optimization_suggestions',
-           'critical', 'Advice', 'evaluate_and_recommend', 'OptimizationAdvisor']
+           'Check', 'Facts', 'Bar', 'score_bars', 'performance_score', 'Suggestion', 'rule',
+           'generate_optimization_suggestions', 'critical', 'Advice', 'evaluate_and_recommend', 'OptimizationAdvisor']
 
 # %% ../../nbs/44_evaluation.advisor.ipynb #f6f2a504
 import math
@@ -186,107 +184,110 @@ def _content(bars:Mapping[str,Bar])->bool:
     "The classifier reaches what is asked: how its curve ended does not matter then."
     return bool(named := [b for n in ("accuracy", "macro_f1", "top5") if (b := bars.get(n))]) and all(b.verdict == "met" for b in named)
 
-# %% ../../nbs/44_evaluation.advisor.ipynb #b78f2fae
-def rule(f:Rule)->Rule:
+# %% ../../nbs/44_evaluation.advisor.ipynb #a60244fd
+def rule(
+    f:Rule # facts and bars to a suggestion, or None
+)->Rule: # the same
     "Register a rule; the order of registration is the order of urgency."
     RULES.append(f)
     return f
 
 @rule
-def repeated_oom(f:Facts, bars:Mapping[str,Bar])->Suggestion|None:
+def _repeated_oom(f:Facts, bars:Mapping[str,Bar])->Suggestion|None:
     "Every out-of-memory error of the run counts."
     if not f.oom_events: return None
     return Suggestion("repeated_oom", f"{f.oom_events} out-of-memory error{'s' if f.oom_events > 1 else ''}", "halve the batch", _halved(f, "train.classification.batch_size", 64))
 
-# %% ../../nbs/44_evaluation.advisor.ipynb #02b5a19e
+# %% ../../nbs/44_evaluation.advisor.ipynb #a9a3e8ef
 @rule
-def vram_above_90(f:Facts, bars:Mapping[str,Bar])->Suggestion|None:
+def _vram_above_90(f:Facts, bars:Mapping[str,Bar])->Suggestion|None:
     "GPU memory almost full."
     if f.vram_share is None or f.vram_share <= .90: return None
     return Suggestion("vram_above_90", f"{f.vram_share:.0%} of the GPU's memory in use", "plain memory format", "train.classification.channels_last=false")
 
-# %% ../../nbs/44_evaluation.advisor.ipynb #8660b273
+# %% ../../nbs/44_evaluation.advisor.ipynb #edf57621
 @rule
-def gpu_above_14_gb(f:Facts, bars:Mapping[str,Bar])->Suggestion|None:
+def _gpu_above_14_gb(f:Facts, bars:Mapping[str,Bar])->Suggestion|None:
     "More than the target machine has to spare."
     if f.gpu_memory_gb is None or f.gpu_memory_gb <= 14: return None
     return Suggestion("gpu_above_14_gb", f"{f.gpu_memory_gb:.1f} GB of GPU memory, 14 are planned", "halve the detector's batch", _halved(f, "train.detection.batch_size", 16))
 
-# %% ../../nbs/44_evaluation.advisor.ipynb #22ffd72a
+# %% ../../nbs/44_evaluation.advisor.ipynb #e249f422
 @rule
-def plateau(f:Facts, bars:Mapping[str,Bar])->Suggestion|None:
+def _plateau(f:Facts, bars:Mapping[str,Bar])->Suggestion|None:
     "The monitored metric stopped moving."
     if not f.plateau or _content(bars): return None
     lr = float(_get(f, "train.classification.lr", 2e-4))*.1
     return Suggestion("plateau", "the validation metric has stopped moving", "a tenth of the learning rate", f"train.classification.lr={lr:.3g}")
 
-# %% ../../nbs/44_evaluation.advisor.ipynb #e329ddd7
+# %% ../../nbs/44_evaluation.advisor.ipynb #4b582f3a
 @rule
-def validation_drop(f:Facts, bars:Mapping[str,Bar])->Suggestion|None:
+def _validation_drop(f:Facts, bars:Mapping[str,Bar])->Suggestion|None:
     "Worse than its own best."
     if not f.val_drop or _content(bars): return None
     p = int(_get(f, "train.classification.early_stopping.patience", 7))
     return Suggestion("validation_drop", "the validation metric fell from its best", "wait longer before stopping", f"train.classification.early_stopping.patience={p + 3}")
 
-# %% ../../nbs/44_evaluation.advisor.ipynb #33811df2
+# %% ../../nbs/44_evaluation.advisor.ipynb #1603bc35
 @rule
-def detector_far(f:Facts, bars:Mapping[str,Bar])->Suggestion|None:
+def _detector_far(f:Facts, bars:Mapping[str,Bar])->Suggestion|None:
     "mAP below .8 of its target."
     if not _far(bars, "detection_map50"): return None
     b, n = bars["detection_map50"], int(_get(f, "train.detection.epochs", 50))
     return Suggestion("detector_far", f"detector mAP@.5 is {b.value:.2f}, asked are {b.target:.2f}", "train the detector twice as long", f"train.detection.epochs={2*n}")
 
-# %% ../../nbs/44_evaluation.advisor.ipynb #e0324a30
+# %% ../../nbs/44_evaluation.advisor.ipynb #d53e12f2
 @rule
-def classifier_far(f:Facts, bars:Mapping[str,Bar])->Suggestion|None:
+def _classifier_far(f:Facts, bars:Mapping[str,Bar])->Suggestion|None:
     "Accuracy below .8 of its target."
     if not _far(bars, "accuracy"): return None
     b, n = bars["accuracy"], int(_get(f, "train.classification.epochs", 30))
     return Suggestion("classifier_far", f"accuracy is {b.value:.2f}, asked are {b.target:.2f}", "train the classifier twice as long", f"train.classification.epochs={2*n}")
 
-# %% ../../nbs/44_evaluation.advisor.ipynb #c4572e0f
+# %% ../../nbs/44_evaluation.advisor.ipynb #abdb712a
 @rule
-def slow_loading(f:Facts, bars:Mapping[str,Bar])->Suggestion|None:
+def _slow_loading(f:Facts, bars:Mapping[str,Bar])->Suggestion|None:
     "Models take long to load."
     if f.loading_s is None or f.loading_s <= 3: return None
     return Suggestion("slow_loading", f"loading the models takes {f.loading_s:.1f} s", "load the detector when it is first needed", "inference.lazy_load_detector=true")
 
-# %% ../../nbs/44_evaluation.advisor.ipynb #e7857bbc
+# %% ../../nbs/44_evaluation.advisor.ipynb #5d0704ed
 @rule
-def classifier_near(f:Facts, bars:Mapping[str,Bar])->Suggestion|None:
+def _classifier_near(f:Facts, bars:Mapping[str,Bar])->Suggestion|None:
     "Accuracy missed, but within reach."
     b = bars.get("accuracy")
     if b is None or b.verdict != "missed" or _far(bars, "accuracy"): return None
     n = int(_get(f, "train.classification.epochs", 30))
     return Suggestion("classifier_near", f"accuracy is {b.value:.3f}, {b.target - b.value:.3f} short", "half as many epochs again", f"train.classification.epochs={math.ceil(1.5*n)}")
 
-# %% ../../nbs/44_evaluation.advisor.ipynb #842f7504
+# %% ../../nbs/44_evaluation.advisor.ipynb #67b6b061
 @rule
-def detector_near(f:Facts, bars:Mapping[str,Bar])->Suggestion|None:
+def _detector_near(f:Facts, bars:Mapping[str,Bar])->Suggestion|None:
     "mAP missed, but within reach."
     b = bars.get("detection_map50")
     if b is None or b.verdict != "missed" or _far(bars, "detection_map50"): return None
     n = int(_get(f, "train.detection.epochs", 50))
     return Suggestion("detector_near", f"detector mAP@.5 is {b.value:.3f}, {b.target - b.value:.3f} short", "half as many epochs again", f"train.detection.epochs={math.ceil(1.5*n)}")
 
-# %% ../../nbs/44_evaluation.advisor.ipynb #6030d329
+# %% ../../nbs/44_evaluation.advisor.ipynb #4285a191
 @rule
-def rare_drugs(f:Facts, bars:Mapping[str,Bar])->Suggestion|None:
+def _rare_drugs(f:Facts, bars:Mapping[str,Bar])->Suggestion|None:
     "Common drugs right, rare ones wrong."
     b, a = bars.get("macro_f1"), bars.get("accuracy")
     if b is None or a is None or b.value is None or a.value is None or b.verdict != "missed" or a.value - b.value < .05: return None
     return Suggestion("rare_drugs", f"macro-F1 {b.value:.2f} lies below the accuracy {a.value:.2f}: rare drugs suffer", "weigh them by effective number", "data.imbalance.method=effective_num")
 
-# %% ../../nbs/44_evaluation.advisor.ipynb #fef438c1
+# %% ../../nbs/44_evaluation.advisor.ipynb #0e66fc6e
 def generate_optimization_suggestions(
     stage:int,   # 0-4
     facts:Facts  # what was measured
 )->list[Suggestion]: # most urgent first, one per key
     "Every rule that fires (SPEC SG6)."
     bars = {b.name: b for b in score_bars(stage, facts)}
-    found = [s for r in RULES if (s := r(facts, bars)) is not None]
     first = {}
-    for s in found: first.setdefault(s.override.partition("=")[0], s)
+    for s in (s for r in RULES if (s := r(facts, bars)) is not None):
+        key, _, value = s.override.partition("=")
+        if str(facts.settings.get(key, "")).lower() != value: first.setdefault(key, s)   # what is so already is no advice
     return list(first.values())
 
 diagnose_and_suggest = generate_optimization_suggestions

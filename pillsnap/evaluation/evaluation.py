@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['LEAST_COMBOS', 'FLAT', 'LEAST_POINTS', 'BEFORE', 'BUSINESS', 'Shot', 'shots', 'opened', 'Scores', 'score_singles',
-           'Boxes', 'score_boxes', 'open_models', 'ComboAnswer', 'judge_combo', 'answer_combos', 'single_records',
-           'nothing', 'box_records', 'combo_records', 'theil_sen', 'memory_record', 'crash_record', 'trends',
-           'imbalance_record', 'leak_record', 'latency_calls', 'measure_scopes', 'save_predictions', 'hard_cases',
-           'Seen', 'look', 'other_records', 'inputs_of', 'write_evaluation', 'read_evaluation', 'gate_facts',
-           'best_before', 'time_cap', 'found_checks', 'declared_checks', 'declare_check', 'advisor_facts',
+           'Boxes', 'score_boxes', 'without_detector', 'open_models', 'ComboAnswer', 'judge_combo', 'answer_combos',
+           'single_records', 'nothing', 'box_records', 'combo_records', 'theil_sen', 'memory_record', 'crash_record',
+           'trends', 'imbalance_record', 'leak_record', 'latency_calls', 'measure_scopes', 'save_predictions',
+           'hard_cases', 'Seen', 'look', 'other_records', 'inputs_of', 'write_evaluation', 'read_evaluation',
+           'gate_facts', 'best_before', 'time_cap', 'found_checks', 'declared_checks', 'declare_check', 'advisor_facts',
            'scorecard_rows', 'scorecard_markdown', 'judge', 'latency_rows', 'write_scorecard', 'note_gate',
            'drug_names', 'plot_mistakes', 'draw', 'EvaluationJob', 'smoke_evaluation']
 
@@ -47,10 +47,10 @@ from ..models.factory import TorchClassifier, load_classifier
 from ..models.metrics import detection_ap, match_boxes
 from ..models.pipeline import BADGE, combo_hints, detect, predict_pipeline, softmax
 
-# %% ../../nbs/46_evaluation.evaluation.ipynb #9ab54525
+# %% ../../nbs/46_evaluation.evaluation.ipynb #ae48c97c
 from .advisor import Advice, Check, Facts, evaluate_and_recommend, get_stage_target
 from .calibration import Calibration, calibrate, fit_half, plot_reliability
-from .final import append_ledger, read_ledger
+from .ledger import append_ledger, read_ledger
 from .gates import GateResult, TimeCap, simple_stage_evaluation, STAGE_TARGETS
 from .latency import Latency, latency_from_dict, latency_table, measure_latency, plot_latency
 from .menu import advisor_menu, percent, record_choice, write_advice
@@ -153,24 +153,29 @@ def score_boxes(
     out.seconds = time.perf_counter() - t0
     return out
 
-# %% ../../nbs/46_evaluation.evaluation.ipynb #a9c35c12
+# %% ../../nbs/46_evaluation.evaluation.ipynb #82812a06
+def without_detector(
+    run_root:Path # run folder
+)->str:           # "" = there is one, and the library to run it
+    "Why this run has no detector that can be asked."
+    if not (run_root/"checkpoints"/"detector"/"best.pt").is_file(): return "no detector was trained in this run (checkpoints/detector/best.pt)"
+    try:
+        from pillsnap.models.yolo import load_ultralytics
+        load_ultralytics()
+    except (ImportError, PillsnapError) as e: return str(getattr(e, "what", e))
+    return ""
+
 def open_models(
     run_root:Path,        # run folder
     class_map:ClassMap,   # the stage's drugs; another map in a checkpoint stops here (BX8)
     device:Any,           # where they compute
-    log:Any=None          # one line per absence
-)->tuple[TorchClassifier,Any,dict[str,str]]: # classifier, detector or None, reasons for what is absent
+    detector:bool=True    # open that one as well
+)->tuple[TorchClassifier,Any]: # classifier, detector or None
     "The two runners from their checkpoints."
     model, _, size, _ = load_classifier(run_root/"checkpoints"/"classifier"/"best.pt", class_map, device)
-    classifier, path, absent = TorchClassifier(model, size), run_root/"checkpoints"/"detector"/"best.pt", {}
-    if not path.is_file(): absent["detector"] = "no detector was trained in this run (checkpoints/detector/best.pt)"
-    else:
-        try:
-            from pillsnap.models.yolo import open_detector
-            detector = open_detector(path, lazy=False, device=device)
-        except ImportError as e: absent["detector"] = f"ultralytics is not installed ({e})"
-    if absent: decide(log, f"evaluation: single mode only: {absent['detector']}")
-    return classifier, None if absent else detector, absent
+    if not detector: return TorchClassifier(model, size), None
+    from pillsnap.models.yolo import open_detector
+    return TorchClassifier(model, size), open_detector(run_root/"checkpoints"/"detector"/"best.pt", lazy=False, device=device)
 
 # %% ../../nbs/46_evaluation.evaluation.ipynb #55d394ef
 LEAST_COMBOS = 30   # photos below which the set accuracy says NOT_MEASURED (SPEC SP10)
@@ -444,7 +449,7 @@ class Seen:
     absent:dict[str,str]                 # what could not be measured, and why
     loading_s:float                      # from the checkpoints to the first answer
 
-# %% ../../nbs/46_evaluation.evaluation.ipynb #0503526f
+# %% ../../nbs/46_evaluation.evaluation.ipynb #74b1f437
 def look(
     run:RunFolder, # the run
     cfg:Config     # its configuration
@@ -455,7 +460,9 @@ def look(
     todo, device = shots(data), pick_device(log=run.log, tb=run.tb)
     if cfg.train.num_threads: torch.set_num_threads(cfg.train.num_threads)
     singles, combos = [s for s in todo if s.kind == "single" and data.class_map.id(s.keys[0]) >= 0], [s for s in todo if s.kind == "combo"]
-    t0 = time.perf_counter(); classifier, detector, absent = open_models(run.root, data.class_map, device, run.log)
+    absent = {"detector": why} if (why := without_detector(run.root)) else {}
+    for what, why in absent.items(): decide(run.log, f"evaluation: no {what}, because {why}", run.tb)
+    t0 = time.perf_counter(); classifier, detector = open_models(run.root, data.class_map, device, not absent)
     calls = latency_calls(classifier, detector, data.root, [*singles[:8], *combos[:8]], data.class_map, cfg)
     for call in calls.values(): call()
     loading = time.perf_counter() - t0
@@ -754,7 +761,7 @@ def plot_mistakes(
     titles = [f"{keys[s.scores.labels[i]][:11]}\n" + (f"→ {keys[said[i]][:9]} {conf[i]:.0%}" if said[i] != s.scores.labels[i] else f"right, {conf[i]:.0%} sure") for i in pick]
     return show_grid([whole_view(i, 160) for i in images], titles, cols=6, size=1.5)
 
-# %% ../../nbs/46_evaluation.evaluation.ipynb #842f90d2
+# %% ../../nbs/46_evaluation.evaluation.ipynb #b6cb86e8
 def draw(
     run:RunFolder, # the run
     cfg:Config,    # its configuration
@@ -774,7 +781,7 @@ def draw(
         strong = [(b[c >= cfg.data.detection.conf_threshold], c[c >= cfg.data.detection.conf_threshold]) for b, c in (s.boxes.preds[i] for i in pick)]
         figs["detection"] = plot_detection_results([open_image_safely(s.data.root/s.boxes.paths[i])["image"] for i in pick], strong, [s.boxes.truth[i] for i in pick])
     figs["latency"] = plot_latency(s.timings, hardware())
-    return [save_fig(f, out/f"evaluation_{name}.png", dpi=90) for name, f in figs.items()]
+    return [save_fig(f, out/f"evaluation_{name}.png", dpi=60 if name in ("mistakes", "detection") else 80) for name, f in figs.items()]
 
 # %% ../../nbs/46_evaluation.evaluation.ipynb #3849a48c
 @dataclass(frozen=True)
@@ -787,7 +794,7 @@ class EvaluationJob(StageJob):
 
     def smoke(self, run:RunFolder, cfg:Config)->None: smoke_evaluation(run, cfg)
 
-# %% ../../nbs/46_evaluation.evaluation.ipynb #07dc8c6d
+# %% ../../nbs/46_evaluation.evaluation.ipynb #a725b8f2
 def smoke_evaluation(
     run:RunFolder, # a temporary run
     cfg:Config     # the smoke configuration
@@ -801,7 +808,7 @@ def smoke_evaluation(
     try:
         from pillsnap.models.yolo import fresh_detector_checkpoint
         fresh_detector_checkpoint(run.root/"checkpoints"/"detector"/"best.pt", cfg.train.detection.model, cfg.data.detection.img_size, cfg.to_dict())
-    except ImportError as e: decide(run.log, f"detector: none in this smoke run: {e}")
+    except (ImportError, PillsnapError) as e: decide(run.log, f"detector: none in this smoke run, because {getattr(e, 'what', e)}")
 
 # %% ../../nbs/46_evaluation.evaluation.ipynb #0ba7a32d
 @patch

@@ -42,9 +42,9 @@ def _check_ids(ids:np.ndarray, num_classes:int, what:str, least:int=0)->None:
         raise PillsnapError(f"{what} hold class id {int(ids.max() if ids.max() >= num_classes else ids.min())}, outside {least}…{num_classes-1}",
                             fix="score only samples whose key is in the class map")
 
-# %% ../../nbs/24_models.metrics.ipynb #9f76b954
+# %% ../../nbs/24_models.metrics.ipynb #109d42c9
 def topk_accuracy(
-    logits,               # scores [N, C], logits or probabilities: only their order counts
+    logits:np.ndarray,    # scores [N, C], logits or probabilities: only their order counts
     labels:Sequence[int], # true class ids [N]
     k:int=5               # how many guesses are allowed; k ≥ C always hits
 )->float:                 # share of rows whose label is among the k best; NaN for N = 0

@@ -23,7 +23,7 @@ from ..data.boxes import decode_yolo, letterbox, unletterbox
 from ..data.classmap import ClassMap
 from ..data.images import IMAGENET_MEAN, IMAGENET_STD, crop_view, normalise, open_image_safely, whole_view
 
-# %% ../../nbs/28_models.pipeline.ipynb #0a2e9fa9
+# %% ../../nbs/28_models.pipeline.ipynb #c97a4674
 class ClassifierRunner(Protocol):
     "Names a pill (SPEC SV4)."
     size:int # side of its square input, pixels
@@ -31,6 +31,7 @@ class ClassifierRunner(Protocol):
         x:np.ndarray # normalised views, float32 [N, 3, size, size]
     )->np.ndarray: ... # float32 [N, C], scores before the softmax
 
+# %% ../../nbs/28_models.pipeline.ipynb #fee3507b
 class DetectorRunner(Protocol):
     "Finds pills (SPEC DT4)."
     size:int # side of its square input, pixels
@@ -66,7 +67,7 @@ def softmax(
     e = np.exp(z-z.max(axis=1, keepdims=True))
     return e/e.sum(axis=1, keepdims=True)
 
-# %% ../../nbs/28_models.pipeline.ipynb #8f6312fd
+# %% ../../nbs/28_models.pipeline.ipynb #ca77ee32
 def class_probabilities(
     classifier:ClassifierRunner, # names a pill
     views:Sequence[np.ndarray],  # [size, size, 3] uint8 each
@@ -78,11 +79,13 @@ def class_probabilities(
     if not len(views): return np.zeros((0, num_classes))
     parts = [np.asarray(classifier.logits(normalise(np.stack(views[i:i+batch])))) for i in range(0, len(views), batch)]
     z = np.concatenate(parts)
-    if z.shape != (len(views), num_classes): raise PillsnapError(f"the classifier knows {z.shape[-1]} drugs and the class map {num_classes}", where="classifier", fix="use the classifier and the class map of one run")
-    if not np.isfinite(z).all(): raise PillsnapError("the classifier answered with numbers that are not finite", where="classifier", fix="look at its training: the weights are broken")
+    if z.shape != (len(views), num_classes):
+        raise PillsnapError(f"the classifier knows {z.shape[-1]} drugs and the class map {num_classes}", where="classifier", fix="use the classifier and the class map of one run")
+    if not np.isfinite(z).all():
+        raise PillsnapError("the classifier answered with numbers that are not finite", where="classifier", fix="look at its training: the weights are broken")
     return softmax(z, temperature)
 
-# %% ../../nbs/28_models.pipeline.ipynb #27b738c2
+# %% ../../nbs/28_models.pipeline.ipynb #a464b677
 CARD = dict( # field → (Korean label, keys of the delivery's record)
     name_en=("영문명", ("dl_name_en",)), maker=("제조사", ("dl_company", "di_company_mf")), form=("제형", ("form_code_name", "dl_custom_shape")),
     imprint_front=("앞면 표시", ("print_front",)), imprint_back=("뒷면 표시", ("print_back",)),
@@ -90,6 +93,7 @@ CARD = dict( # field → (Korean label, keys of the delivery's record)
     shape=("모양", ("drug_shape",)), size_mm=("크기", ("leng_long", "leng_short", "thick")),
     colour_front=("색상 앞", ("color_class1",)), colour_back=("색상 뒤", ("color_class2",)), rx_otc=("구분", ("di_etc_otc_code",)))
 
+# %% ../../nbs/28_models.pipeline.ipynb #ab5b9d99
 def known(
     value:Any # what a record holds
 )->Any: # None for null, "", blanks and NaN
@@ -97,7 +101,7 @@ def known(
     if isinstance(value, str): return value.strip() or None
     return None if value is None or (isinstance(value, float) and not math.isfinite(value)) else value
 
-# %% ../../nbs/28_models.pipeline.ipynb #41166542
+# %% ../../nbs/28_models.pipeline.ipynb #e248ddde
 def drug_card(
     record:Mapping[str,Any] # a drug's record in the delivery's own keys
 )->dict[str,Any]: # CARD's fields, None where not known; size_mm is [long, short, thick] or None
@@ -106,6 +110,7 @@ def drug_card(
     size = [known(record.get(k)) for k in CARD["size_mm"][1]]
     return {**card, "size_mm": size if any(v is not None for v in size) else None}
 
+# %% ../../nbs/28_models.pipeline.ipynb #d7e5dbcb
 def edi_codes(
     record:Mapping[str,Any] # a drug's record
 )->list[str]: # never empty strings
@@ -113,7 +118,7 @@ def edi_codes(
     raw = record.get("edi_codes") or record.get("di_edi_code") or record.get("edi_code") or ""
     return [c for v in (raw.split(",") if isinstance(raw, str) else raw) if (c := str(v).strip())]
 
-# %% ../../nbs/28_models.pipeline.ipynb #89e96287
+# %% ../../nbs/28_models.pipeline.ipynb #616c8510
 MODES = ("single", "combo")
 ANSWERS = {
     "drug": "one pill, named: single always, combo when one box was found",
@@ -121,18 +126,20 @@ ANSWERS = {
     "no_pill": "combo: the detector found nothing above the threshold; items is empty",
 }
 
+# %% ../../nbs/28_models.pipeline.ipynb #eda7813b
 def answer_kind(
     items:Sequence[Any] # the pills of an answer
 )->str: # a key of ANSWERS
     "Which kind of answer this is."
     return ("no_pill", "drug")[len(items)] if len(items) < 2 else "drugs"
 
-# %% ../../nbs/28_models.pipeline.ipynb #ecbab1e5
+# %% ../../nbs/28_models.pipeline.ipynb #2e81c86a
 def _candidate(k:str, p:float, metadata:Mapping[str,Mapping[str,Any]])->dict[str,Any]:
     "One drug of a ranking."
     record = metadata.get(k, {})
     return dict(kcode=k, edi_codes=edi_codes(record), name=known(record.get("dl_name")), confidence=float(p))
 
+# %% ../../nbs/28_models.pipeline.ipynb #12f1913d
 def pill_item(
     p:np.ndarray,          # [C] probabilities of one pill
     class_map:ClassMap,    # class number → K-code
@@ -171,9 +178,10 @@ def preprocessing(
              letterbox=None if detector_size is None else dict(size=detector_size, fill=114, scale="1/255"))
     return {**d, "id": sha256_text(canonical_json(d))}
 
-# %% ../../nbs/28_models.pipeline.ipynb #e424c6c3
+# %% ../../nbs/28_models.pipeline.ipynb #e9607cb3
 MIN_SIDE = 32   # (ours) pixels; no imprint fits into less
 
+# %% ../../nbs/28_models.pipeline.ipynb #a833710a
 def read_photo(
     photo:np.ndarray|str|Path|bytes # [H, W, 3] uint8 RGB, a file, or a file's content
 )->np.ndarray: # [H, W, 3] uint8 RGB; PillsnapError with the reason otherwise
@@ -182,18 +190,22 @@ def read_photo(
     if isinstance(photo, np.ndarray): image = photo
     else:
         opened = open_image_safely(photo)
-        if opened.get("_skip"): raise PillsnapError(f"this is no photo that can be read: {opened['error']}", where=where, fix="give a PNG, JPEG, BMP or WebP photo of a pill")
+        if opened.get("_skip"):
+            raise PillsnapError(f"this is no photo that can be read: {opened['error']}", where=where, fix="give a PNG, JPEG, BMP or WebP photo of a pill")
         image = opened["image"]
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8: raise PillsnapError(f"a photo is uint8 [height, width, 3], not {image.dtype} {list(image.shape)}", where=where)
-    if min(image.shape[:2]) < MIN_SIDE: raise PillsnapError(f"a photo of {image.shape[1]}×{image.shape[0]} pixels cannot show a pill", where=where, fix=f"both sides need at least {MIN_SIDE} pixels")
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise PillsnapError(f"a photo is uint8 [height, width, 3], not {image.dtype} {list(image.shape)}", where=where)
+    if min(image.shape[:2]) < MIN_SIDE:
+        raise PillsnapError(f"a photo of {image.shape[1]}×{image.shape[0]} pixels cannot show a pill", where=where, fix=f"both sides need at least {MIN_SIDE} pixels")
     return image
 
+# %% ../../nbs/28_models.pipeline.ipynb #be1e69cc
 def _photo_hash(photo:np.ndarray|str|Path|bytes)->str:
     "sha256 of the file, or of the pixels of an array."
     if isinstance(photo, (str, Path)): return sha256_file(photo)
     return hashlib.sha256(np.ascontiguousarray(photo).tobytes() if isinstance(photo, np.ndarray) else bytes(photo)).hexdigest()
 
-# %% ../../nbs/28_models.pipeline.ipynb #49ca4c02
+# %% ../../nbs/28_models.pipeline.ipynb #42b39fdb
 def check_mode(
     mode:str # what was asked for
 )->str: # the same; PillsnapError for anything else
@@ -202,6 +214,7 @@ def check_mode(
     why = "there is no automatic mode: the person chooses, and the program never switches" if mode == "auto" else f"{mode!r} is not a mode"
     raise PillsnapError(why, where="mode", fix="ask for single (the whole photo is one pill) or combo (find the pills first)")
 
+# %% ../../nbs/28_models.pipeline.ipynb #f0e7e3c7
 class _Clock:
     "Milliseconds per step."
     def __init__(self): self.start = self.last = time.perf_counter(); self.ms:dict[str,float] = {}
@@ -216,7 +229,7 @@ def _views(img:np.ndarray, mode:str, classifier:ClassifierRunner, detector:Detec
     boxes, scores = detect(detector, img, **find)
     return [crop_view(img, b, classifier.size, padding) for b in boxes], list(boxes), list(scores)
 
-# %% ../../nbs/28_models.pipeline.ipynb #aca6bebb
+# %% ../../nbs/28_models.pipeline.ipynb #bd7f1eab
 def predict_pipeline(
     image:np.ndarray|str|Path|bytes, # [H, W, 3] uint8 RGB, a file, or a file's content
     mode:str="single",            # single: the whole photo is one pill; combo: find the pills first
@@ -237,7 +250,8 @@ def predict_pipeline(
     "Answer for one photo, in the mode that was asked for and no other (SPEC SV4, X39)."
     check_mode(mode)
     if not 0 <= conf_threshold <= 1: raise PillsnapError(f"a threshold lies between 0 and 1, not at {conf_threshold!r}", where="conf_threshold")
-    if mode == "combo" and detector is None: raise PillsnapError("combo finds the pills first, and there is no detector", where="mode=combo", fix="train and export a detector, or ask for mode=single")
+    if mode == "combo" and detector is None:
+        raise PillsnapError("combo finds the pills first, and there is no detector", where="mode=combo", fix="train and export a detector, or ask for mode=single")
     clock = _Clock()
     img = read_photo(image); clock("open")
     views, boxes, scores = _views(img, mode, classifier, detector, dict(conf=conf_threshold, iou=iou, max_det=max_det), padding); clock("detect")

@@ -13,20 +13,21 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-# %% ../../nbs/30_training.callbacks.ipynb #f741cb5e
+# %% ../../nbs/30_training.callbacks.ipynb #a8a0e484
 import numpy as np
+import psutil
 import torch
 from fastai.callback.core import Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from torch import nn
 
-# %% ../../nbs/30_training.callbacks.ipynb #c0fb5e80
+# %% ../../nbs/30_training.callbacks.ipynb #939372b4
 from ..core.checkpoint import rng_state, save_ckpt, set_rng_state
 from ..core.device import cuda_mem_mb, needs_scaler
 from ..core.errors import PillsnapError
 from ..core.files import read_json, save_json
-from ..core.log import STEP_TAGS, StepTimer, TBWriter, decide, step_line
+from ..core.log import STEP_TAGS, VAL_TAGS, StepTimer, TBWriter, decide, step_line, tagged
 from ..models.metrics import macro_f1, topk_accuracy
 
 # %% ../../nbs/30_training.callbacks.ipynb #0a74b468
@@ -224,22 +225,22 @@ class Validate(Callback):
         self.learn.scores = dict(val_loss=self.loss_sum/self.mass if self.mass else float("nan"), acc=acc, top1=acc, macro_f1=macro_f1(guess, y, self.learn.num_classes),
             top5=float(sum(r[3] for r in self.parts)/len(y)), confidence=float(conf.mean()), n=len(y))
 
-# %% ../../nbs/30_training.callbacks.ipynb #69f884c9
+# %% ../../nbs/30_training.callbacks.ipynb #4ece220f
 def merge_metrics(
     path:str|os.PathLike,               # reports/metrics.json
     task:Literal["classification","detection"], # whose part of the rows
     rows:Sequence[Mapping[str,Any]]     # {epoch, task: {...}, and what else belongs to the row}
 )->Path:
     "Epoch history and latest of both models in one file (SPEC EV2, Annex 3)."
-    old = read_json(path)["history"] if Path(path).exists() else []
+    before = read_json(path) if Path(path).exists() else {}; old = before.get("history", [])
     theirs = (lambda k: k != "detection") if task == "detection" else (lambda k: k in ("epoch", "detection"))
     other = {r["epoch"]: {k: v for k,v in r.items() if theirs(k)} for r in old}
     keep = {e: r for e,r in other.items() if len(r) > 1}
     merged = [{**keep.get(e, {}), **next((dict(r) for r in rows if r["epoch"] == e), {"epoch": e})} for e in sorted({*keep, *(r["epoch"] for r in rows)})]
     latest = {k: next(r[k] for r in reversed(merged) if k in r) for k in dict.fromkeys(k for r in merged for k in r)}
-    return save_json({"latest": latest, "history": merged}, path)
+    return save_json({**before, "latest": latest, "history": merged}, path)
 
-# %% ../../nbs/30_training.callbacks.ipynb #3857dc50
+# %% ../../nbs/30_training.callbacks.ipynb #c341dc13
 class History(Callback):
     "Collect `learn.rows`, one row per epoch (SPEC EV2)."
     order = Ema.order+10
@@ -258,9 +259,8 @@ class History(Callback):
         views = getattr(self.learn, "by_view", None) or {"whole": self.learn.scores}
         s = next(iter(views.values()))
         self.learn.rows.append(dict(epoch=self.epoch+1, train_loss=self.train_loss, val_loss=s["val_loss"], lr=self.opt.hypers[-1]["lr"], seconds=time.perf_counter()-self.t0,
-            classification={**s, "loss": s["val_loss"]}, views=views))
-        if self.tb:
-            for tag, k in dict(loss="val_loss", accuracy="acc", macro_f1="macro_f1", top5="top5").items(): self.tb.add_scalar(f"val/{tag}", s[k], self.epoch+1)
+            rss_mb=psutil.Process().memory_info().rss/1e6, skipped=self.unpack.lost, classification={**s, "loss": s["val_loss"]}, views=views))
+        if self.tb: self.tb.add_scalars(tagged(s, VAL_TAGS) | {"data/skipped": float(self.unpack.lost)}, self.epoch+1)
         if self.report: merge_metrics(self.report, "classification", self.learn.rows)
 
 # %% ../../nbs/30_training.callbacks.ipynb #c34249b0
@@ -347,7 +347,7 @@ def restore(
     if ckpt.get("rng_state"): set_rng_state(ckpt["rng_state"])
     return int(ckpt["epoch"])
 
-# %% ../../nbs/30_training.callbacks.ipynb #ad7f679f
+# %% ../../nbs/30_training.callbacks.ipynb #fb654f12
 class StepLog(Callback):
     "The log line and TensorBoard points of training steps (SPEC CT18-CT20)."
     order, run_valid = Unpack.order+1, False   # the batch is on the device and clean: data time ends here
@@ -373,7 +373,7 @@ class StepLog(Callback):
         self.sum, self.batches = 0., 0
         if self.log: self.log.info(step_line(self.epoch+1, self.n_epoch, self.steps_done, self.steps_all, **facts))
         at = self.learn.schedule.done if getattr(self.learn, "schedule", None) else self.epoch*self.steps_all+self.steps_done
-        for k, tag in STEP_TAGS.items() if self.tb else (): self.tb.add_scalar(tag, facts[k], at)
+        if self.tb: self.tb.add_scalars(tagged(facts, STEP_TAGS), at)
 
 # %% ../../nbs/30_training.callbacks.ipynb #519262ac
 def audience()->Literal["terminal","notebook","log"]: # who is looking
@@ -399,7 +399,7 @@ class Bar:
         if self.handle is None: self.handle = display(Pretty(text), display_id=True)
         else: self.handle.update(Pretty(text))
 
-# %% ../../nbs/30_training.callbacks.ipynb #4f8a7324
+# %% ../../nbs/30_training.callbacks.ipynb #fc74cdf7
 class Progress(Callback):
     "A bar inside the epoch where somebody watches, and a row per epoch everywhere."
     order = History.order+2
@@ -409,7 +409,7 @@ class Progress(Callback):
     def after_batch(self):
         done, n = self.iter+1, self.n_iter
         left = (time.perf_counter()-self.t_fit)/max(1, self.learn.train_iter)*(len(self.dls.train)*(self.n_epoch-self.first_epoch)-self.learn.train_iter)
-        self.bar.show(f"{self.title}epoch {self.epoch+1}/{self.n_epoch} {'train' if self.training else 'val'} [{'█'*(20*done//n):·<20}] {done}/{n} · loss {float(self.loss):.3f} · about {left:.0f} s left")
+        self.bar.show(f"{self.title}epoch {self.epoch+1}/{self.n_epoch} {'train' if self.training else 'val'} [{'█'*(20*done//n):·<20}] {done}/{n} · loss {float(self.loss.detach()):.3f} · about {left:.0f} s left")
 
     def after_epoch(self):
         r = self.learn.rows[-1]; c = r["classification"]

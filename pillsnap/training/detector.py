@@ -125,7 +125,7 @@ def __getattr__(name:str)->type:
     if name in _BASES: return with_ultralytics(name)
     raise AttributeError(f"module 'pillsnap.training.detector' has no attribute {name!r}")
 
-# %% ../../nbs/36_training.detector.ipynb #a5f2f1aa
+# %% ../../nbs/36_training.detector.ipynb #eef3de99
 @dataclass
 class TrainPlan:
     "One detector training."
@@ -143,8 +143,9 @@ class TrainPlan:
     every:int = 50            # batches between step lines
     amp:torch.dtype|None = None # autocast type; None = full precision
     batch_cap:int = 16        # most photos per step that the search may choose
+    least_steps:int = 400     # optimizer steps below which gradients are not summed over batches
 
-# %% ../../nbs/36_training.detector.ipynb #0c80cd15
+# %% ../../nbs/36_training.detector.ipynb #392554ab
 def detector_args(
     cfg:Config,                     # the run's configuration
     tree:Path,                      # the detector's folder of photos and labels
@@ -160,7 +161,7 @@ def detector_args(
         batch=cfg.train.auto_batch_vram_headroom if search else d.batch_size, cos_lr=d.cos_lr, mosaic=a.mosaic, mixup=a.mixup, fliplr=.5*a.hflip, scale=tuple(a.scale), augmentations=[],
         seed=cfg.train.seed, deterministic=cfg.train.deterministic, workers=d.workers, device="cpu" if device.type == "cpu" else str(device.index or 0), amp="bf16" if amp is not None else False,
         cache="ram" if cfg.dataloader.ram_optimization.cache_policy == "hotset" else False, iou=cfg.data.detection.iou_threshold, max_det=cfg.data.detection.max_detections,
-        patience=0, pretrained=False, plots=False, save=False, verbose=False, exist_ok=True, save_dir=str(work), project=str(work.parent), name=work.name)
+        patience=0, pretrained=False, plots=False, save=True, verbose=False, exist_ok=True, save_dir=str(work), project=str(work.parent), name=work.name)
 
 # %% ../../nbs/36_training.detector.ipynb #2de8c214
 class PillTraining:
@@ -182,11 +183,13 @@ class PillTraining:
     def save_metrics(self, metrics:dict)->None: pass
     def final_eval(self)->None: pass
 
-# %% ../../nbs/36_training.detector.ipynb #17df20f5
+# %% ../../nbs/36_training.detector.ipynb #2a8e9b5d
 @patch
 def _build_train_pipeline(self:PillTraining)->None:
     super(PillTraining, self)._build_train_pipeline()
-    self.window, self.accumulate, self.waiting = self.accumulate, 1, 0
+    batches = len(self.train_loader)*self.epochs; most = max(1, batches//self.plan.least_steps)
+    if most < self.accumulate: decide(self.plan.log, f"accumulation: a step per {most} batches instead of {self.accumulate}, because the run has {batches} batches in all", self.plan.tb)
+    self.window, self.accumulate, self.waiting = min(most, self.accumulate), 1, 0
 
 @patch
 def due(self:PillTraining)->bool:
@@ -223,11 +226,21 @@ def auto_batch(self:PillTraining, *a:Any, **kw:Any)->int:
     decide(self.plan.log, f"auto-batch: {n} photos per step, found within {self.args.batch:.0%} of the GPU's memory and capped at {self.plan.batch_cap}", self.plan.tb, "perf/auto_batch_found")
     return n
 
-# %% ../../nbs/36_training.detector.ipynb #18ee5b3c
+# %% ../../nbs/36_training.detector.ipynb #76bd0996
+@patch
+def check_loss(self:PillTraining)->None:
+    if bool(torch.isfinite(self.loss).all()): return
+    raise PillsnapError(f"the detector's loss became {float(self.loss.detach().sum()):g} in epoch {self.epoch+1}", where="train.detection", fix="lower train.detection.lr; the last checkpoint is intact")
+
+@patch
+def _handle_nan_recovery(self:PillTraining, epoch:int)->bool: return False   # `check_loss` has raised before
+
+# %% ../../nbs/36_training.detector.ipynb #319ffd10
 NAMES = {"mAP@0.5": "metrics/mAP50(B)", "mAP@0.5:0.95": "metrics/mAP50-95(B)", "precision": "metrics/precision(B)", "recall": "metrics/recall(B)"}
 
 @patch
 def validate(self:PillTraining)->tuple[dict[str,float],float]:
+    self.check_loss()
     t0, amp, self.amp = time.perf_counter(), self.amp, False
     try: out = self.validator(self)
     finally: self.amp = amp
@@ -247,12 +260,6 @@ def epoch_loss(self:PillTraining)->float: return float(sum(v for v in (self.tlos
 
 @patch
 def rate(self:PillTraining)->float: return next((g["lr"] for g in self.optimizer.param_groups if g.get("param_group") == "weight"), self.optimizer.param_groups[0]["lr"])
-
-# %% ../../nbs/36_training.detector.ipynb #a10e34c0
-@patch
-def _handle_nan_recovery(self:PillTraining, epoch:int)->bool:
-    if self.loss is None or bool(torch.isfinite(self.loss).all()): return False
-    raise PillsnapError(f"the detector's loss became {float(self.loss):g} in epoch {epoch+1}", where="train.detection", fix="lower train.detection.lr; the last checkpoint is intact")
 
 # %% ../../nbs/36_training.detector.ipynb #8e40b2c3
 @patch
@@ -340,7 +347,7 @@ def train_detector(
     if stopped: decide(plan.log, f"early stopping after epoch {len(run.history)}: {plan.monitor} has not passed {early_stopping(run.values(), mode=plan.rule['mode'])[1]:.4f} for {plan.rule['patience']} epochs", plan.tb)
     return Trained(plan.folder, run.history, vars(run.args), time.perf_counter()-t0, stopped)
 
-# %% ../../nbs/36_training.detector.ipynb #dae2f053
+# %% ../../nbs/36_training.detector.ipynb #bdf26d3d
 def shaping(
     tree:Mapping[str,Any] # a configuration as a plain tree
 )->dict[str,Any]: # only what changes the detector
@@ -361,7 +368,7 @@ def going_on(
         if mode == "last" or resuming: decide(log, "resume: there is no last.pt of a detector yet, training begins at the first epoch")
         return None
     if mode is None or (mode == "auto" and not resuming):
-        decide(log, f"resume: no, because {'train.resume is null' if mode is None else 'the last training here came to its end'}; training begins at the first epoch"); return None
+        decide(log, f"resume: no, because {'train.resume is null' if mode is None else 'no run of these settings was cut short here'}; training begins at the first epoch"); return None
     ckpt = load_ckpt(last, class_map=PILL.to_dict())
     diff = config_diff(shaping(ckpt["config_snapshot"]), shaping(cfg.to_dict())) + (["the photos or their labels"] if ckpt["data_hash"] != data_hash else [])
     if diff: raise PillsnapError("the detector's checkpoint comes from another run:\n  "+"\n  ".join(diff[:12]), where=last, fix="ask for the settings it had, begin a new folder (--fresh), or set train.resume=null to overwrite it")
@@ -523,16 +530,16 @@ class DetectorJob(StageJob):
 
     def smoke(self, run:RunFolder, cfg:Config)->None: smoke_splits(run, cfg)
 
-# %% ../../nbs/36_training.detector.ipynb #2cd43aec
+# %% ../../nbs/36_training.detector.ipynb #45d8a58e
 @patch
 def _train(self:DetectorJob, run:RunFolder, cfg:Config)->tuple[Trained,Scored,dict[str,Any]]:
     "Train, then score what was saved."
     before = torch.get_num_threads()
     if cfg.train.num_threads: torch.set_num_threads(cfg.train.num_threads)
     try:
-        trained = train_detector(make_plan(run, cfg))
-        runner = open_detector(trained.folder/"best.pt", lazy=False, device=pick_device())
-        d = cfg.data.detection
+        plan = make_plan(run, cfg); trained = train_detector(plan)
+        where, d = plan.args["device"], cfg.data.detection
+        runner = open_detector(trained.folder/"best.pt", lazy=False, device=where if where == "cpu" else f"cuda:{where}")
         scored = score_detector(runner, photos_in(run.root/"yolo_data"/"images"/"val"), .001, d.iou_threshold, d.max_detections)
     finally: torch.set_num_threads(before)
     best = load_ckpt(trained.folder/"best.pt")["epoch"]

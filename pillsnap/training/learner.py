@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Mode', 'SHAPING', 'build_optimizer', 'opt_func', 'total_steps', 'build_scheduler', 'resolve_compile', 'try_compile',
-           'Outputs', 'training_callbacks', 'build_learner', 'shaping', 'read_last', 'resolved_line']
+           'Outputs', 'training_callbacks', 'build_learner', 'validate_classification', 'shaping', 'read_last',
+           'is_done', 'going_on', 'resolved_line']
 
 # %% ../../nbs/32_training.learner.ipynb #73ddfcb4
 import logging, math
@@ -20,14 +21,14 @@ from fastai.callback.core import TrainEvalCallback
 from fastai.optimizer import OptimWrapper
 from torch import nn
 
-# %% ../../nbs/32_training.learner.ipynb #e476591f
+# %% ../../nbs/32_training.learner.ipynb #5de7ace0
 from ..core.checkpoint import load_ckpt
 from ..core.config import Config, config_diff
 from ..core.device import select_amp_dtype
 from ..core.errors import PillsnapError
 from ..core.log import TBWriter, decide
 from .callbacks import (Accumulate, Checkpoint, EarlyStop, Ema, GradClip, History, PillLearner, PillLoaders, Precision, Progress, ScaledStep,
-    Schedule, StepLog, Unpack, Validate, cosine_lr, onecycle_lr, restore)
+    Schedule, StepLog, Unpack, Validate, cosine_lr, early_stopping, monitored, onecycle_lr, restore)
 
 # %% ../../nbs/32_training.learner.ipynb #e02be3c3
 def build_optimizer(
@@ -159,6 +160,20 @@ def build_learner(
     learn.num_classes, learn.passes = num_classes, {v if w == which[0] else f"{v} ({w})": (dl, w) for w in which for v, dl in views.items()}
     return learn
 
+# %% ../../nbs/32_training.learner.ipynb #a55b3800
+def validate_classification(
+    model:nn.Module,               # a classifier
+    loader,                        # of (images, labels, meta)
+    num_classes:int,               # length of the class map
+    criterion:nn.Module|None=None, # the loss that is reported; plain cross-entropy when None
+    device:torch.device|str="cpu"  # where the pass runs
+)->dict[str,Any]: # val_loss, acc (= top1), macro_f1, top5, confidence, n, and `answers` photo by photo
+    "One validation pass: fp32, no gradients, nothing dropped (SPEC CT21, X10)."
+    learn = PillLearner(PillLoaders(loader, loader, device), model.to(device), (criterion or nn.CrossEntropyLoss()).to(device), default_cbs=False, cbs=[TrainEvalCallback(), Unpack(), Validate()])
+    learn.num_classes = num_classes
+    learn._do_epoch_validate(dl=loader)
+    return {**learn.scores, "answers": learn.answers}
+
 # %% ../../nbs/32_training.learner.ipynb #72cb81a9
 SHAPING = ("data", "train.seed", "train.deterministic", "train.classification", "train.stage_overrides")   # what shapes a classifier; paths, logging and the detector do not
 
@@ -183,6 +198,29 @@ def read_last(
     ckpt = load_ckpt(path, class_map=class_map, backbone=cfg.train.classification.backbone)
     if diff := config_diff(shaping(ckpt["config_snapshot"]), shaping(cfg.to_dict())):
         raise PillsnapError("the checkpoint comes from another configuration:\n  "+"\n  ".join(diff[:12]), where=path, fix="ask for the settings it had, begin a new folder (--fresh), or set train.resume=null to overwrite it")
+    return ckpt
+
+# %% ../../nbs/32_training.learner.ipynb #748e007a
+def is_done(
+    ckpt:Mapping[str,Any], # last.pt
+    cfg:Config             # what is asked for
+)->bool:
+    "Whether training has come to its end."
+    c, stop = cfg.train.classification, cfg.train.classification.early_stopping
+    return ckpt["epoch"] >= c.epochs or early_stopping([monitored(r, stop.monitor) for r in ckpt["history"]], stop.patience, stop.min_delta, stop.mode)[0]
+
+def going_on(
+    path:Path,                   # checkpoints/classifier/last.pt
+    cfg:Config,                  # train.resume decides: auto, last or null
+    class_map:Mapping[str,Any],  # of the data at hand
+    resuming:bool,               # the stage did not finish the last time
+    log:logging.Logger|None=None # where it is said
+)->dict[str,Any]|None: # the checkpoint to continue, or None to begin
+    "Begin or go on (SPEC CT16, X73)."
+    if cfg.train.resume is None or cfg.train.resume == "auto" and not Path(path).exists(): return None
+    if cfg.train.resume == "auto" and not resuming and is_done(load_ckpt(path), cfg): return None   # a finished run that is asked for again
+    ckpt = read_last(path, cfg, class_map, log)
+    if ckpt is not None: decide(log, f"resume: going on from {path} after epoch {ckpt['epoch']} of {cfg.train.classification.epochs}")
     return ckpt
 
 # %% ../../nbs/32_training.learner.ipynb #d98fa84d
