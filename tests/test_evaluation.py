@@ -15,7 +15,7 @@ from pillsnap.core.record import Metric, Provenance
 from pillsnap.core.stages import RunFolder, record_path
 from pillsnap.data.classmap import ClassMap
 from pillsnap.evaluation import evaluation as E
-from pillsnap.evaluation.final import read_ledger
+from pillsnap.evaluation.ledger import read_ledger
 from pillsnap.evaluation.gates import simple_stage_evaluation
 from pillsnap.evaluation.menu import read_advice
 from pillsnap.models.metrics import detection_ap
@@ -162,6 +162,15 @@ def test_other_checkpoints_are_not_judged_by_old_figures(copy):
     card = read_json(copy / "reports/scorecard.json")
     assert "map50" in card["gate"]["not_measured"] and card["advice"]["reason"] == "mandatory_check_failed" and "detection_model_loading" in card["advice"]["message"]
     assert made_at <= doc["made"]
+
+
+def test_without_ultralytics_the_single_mode_is_still_judged(copy, monkeypatch):
+    import pillsnap.models.yolo as yolo
+    def gone(*a, **k): raise PillsnapError("the detector needs ultralytics, which cannot be imported here")
+    monkeypatch.setattr(yolo, "load_ultralytics", gone)
+    again(copy)
+    doc, m, _ = E.read_evaluation(copy)
+    assert "needs ultralytics" in doc["absent"]["detector"] and m["accuracy"].measured and "needs ultralytics" in m["detection_map50"].note
 
 
 @pytest.mark.spec("SG1")

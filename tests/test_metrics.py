@@ -80,6 +80,7 @@ def test_ece_by_the_book(answers, bins):
         if inside.any(): want += inside.mean() * abs(right[inside].mean() - conf[inside].mean())
         assert ((conf[inside] >= lo - 1e-9) & (conf[inside] <= hi + 1e-9)).all()
     assert ece(conf, right, bins) == pytest.approx(want, abs=1e-12)
+    assert ece(conf, right) == ece(conf, right, 15)                                # the paper's number of bins
 
 
 @pytest.mark.spec("EV1")
@@ -192,7 +193,8 @@ def random_boxes(seed, photos=25, noise=6., extra=2, lost=.2):
         g = rng.uniform(0, 500, (rng.integers(0, 5), 2)); g = np.hstack([g, g + rng.uniform(40, 90, g.shape)])
         keep = rng.random(len(g)) > lost
         e = rng.uniform(0, 500, (rng.integers(0, extra + 1), 2)); e = np.hstack([e, e + 60])
-        p = np.vstack([g[keep] + rng.normal(0, noise, (keep.sum(), 4)), e])
+        twice = g[keep][rng.random(keep.sum()) < .3]                                  # some pills are boxed a second time
+        p = np.vstack([g[keep] + rng.normal(0, noise, (keep.sum(), 4)), e, twice + rng.normal(0, noise, twice.shape)])
         preds.append((p, rng.uniform(.05, 1, len(p)))); gts.append(g)
     return preds, gts
 

@@ -94,7 +94,7 @@ class Progressive(Block):
         "The stage of that number."
         return getattr(self, f"stage_{self.current_stage if n is None else n}")
 
-# %% ../../nbs/02_core.config.ipynb #b0910037
+# %% ../../nbs/02_core.config.ipynb #be70a327
 class DetectionData(Block):
     "What the detector sees and answers."
     img_size:int = key(640, "side of the square input, pixels", ge=32)
@@ -121,6 +121,7 @@ class AugmentClassification(Block):
     color_jitter:tuple[float,float,float,float] = key((0.2, 0.2, 0.2, 0.05), "brightness, contrast, saturation, hue; hue changes the drug")
     hflip:bool = key(True, "mirrors imprints: warned")
     auto_augment:str|None = key(None, "a timm policy string instead of RandAugment")
+    rotation:float = key(0.0, "random turn, degrees either way; pills lie as they fall", ge=0, le=180)
     crop_scale_min:float = key(0.8, "smallest random crop, share of the area", gt=0, le=1)
 
 class Augment(Block):

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from ..core.errors import PillsnapError
 from .images import crop_view, open_image_safely, whole_view
 
-# %% ../../nbs/17_data.caches.ipynb #d22002f1
+# %% ../../nbs/17_data.caches.ipynb #d1697260
 class View(NamedTuple):
     "One way to look at a photo."
     kind:str         # "whole" or "crop"
@@ -34,7 +34,9 @@ class View(NamedTuple):
     padding:float=.1 # margin around the box, in box widths; crop only
 
     @property
-    def nbytes(self)->int: return self.size * self.size * 3
+    def nbytes(self)->int:
+        "Bytes of one such picture."
+        return self.size * self.size * 3
 
 def box_of(
     bbox:str|Sequence[float]|None # "[x, y, w, h]" as the manifest writes it, or four numbers
@@ -108,7 +110,7 @@ def _fill(self:PhotoCache,
         jobs = [pool.submit(one, i, *k) for k, i in self.slot.items()]
         for j in tqdm(jobs, desc="photos into memory", unit="photo", disable=not progress): j.result()
 
-# %% ../../nbs/17_data.caches.ipynb #8533f072
+# %% ../../nbs/17_data.caches.ipynb #5e9ab39b
 @patch
 def get(self:PhotoCache,
     path:str,   # of the manifest row
@@ -127,4 +129,6 @@ def get(self:PhotoCache,
 def __len__(self:PhotoCache)->int: return len(self.slot)
 
 @patch(as_prop=True)
-def nbytes(self:PhotoCache)->int: return self.data.numel() # bytes of the buffer
+def nbytes(self:PhotoCache)->int:
+    "Bytes of the buffer."
+    return self.data.numel()

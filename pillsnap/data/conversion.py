@@ -756,12 +756,13 @@ def _verdict(c:Conversion)->str:
     n, out = c.header["counts"], sum(c.header["quarantine"].values())
     return f"{n['photos']} photos of {n['drugs']} drugs ({n['singles']} singles, {n['combos']} combos), {n['pills']} pills; {out} entries in quarantine; {c.header['source']} data {c.header['data_hash'][:12]}"
 
-# %% ../../nbs/14_data.conversion.ipynb #5085813e
+# %% ../../nbs/14_data.conversion.ipynb #2b0f46c9
 @dataclass(frozen=True)
 class ConversionJob(StageJob):
     "Delivery in; manifest, YOLO tree, drug metadata, quarantine and report out (SPEC DM1-DM9)."
     name:ClassVar[str] = "conversion"
-    sections:ClassVar[tuple[str,...]] = ("project","paths","data","synth")
+    sections:ClassVar[tuple[str,...]] = ("data.source", "data.extensions", "data.ignore_hidden", "data.verify_on_build", "data.broken_policy",
+        "data.incomplete_combo", "data.grayscale_policy", "data.rgba_policy", "synth")
     keys:ClassVar[dict[str,str]] = {"seed": "synth.seed"}
 
 # %% ../../nbs/14_data.conversion.ipynb #2f579b35

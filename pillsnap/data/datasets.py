@@ -321,11 +321,13 @@ def build_classification_loaders(
     for line in [*lines, *dangers(cfg.data.augment.classification), *summary(meta)]: decide(log, line)
     return train_dl, val_dl, meta
 
-# %% ../../nbs/19_data.datasets.ipynb #acd44ed7
+# %% ../../nbs/19_data.datasets.ipynb #49045369
 def loader_meta(
-    stage:StageData, cfg:Config,             # as above
-    train_dl:DataLoader, val_dl:DataLoader,  # the loaders
-    options:Mapping[str,Any]                 # of the training loader
+    stage:StageData,         # classes and delivery
+    cfg:Config,              # the run's configuration
+    train_dl:DataLoader,     # the training loader
+    val_dl:DataLoader,       # the validation loader
+    options:Mapping[str,Any] # of the training loader
 )->dict[str,Any]:
     "What was built, in the sources' words (SPEC TL10)."
     caches = [c for c in (train_dl.dataset.cache, val_dl.dataset.cache) if c is not None]
@@ -413,9 +415,10 @@ class UserControlledTwoStageDataset(Dataset):
     def __len__(self)->int: return len(self.part)
     def __getitem__(self, i:int)->dict[str,Any]: return self.part[i]
 
-# %% ../../nbs/19_data.datasets.ipynb #8a2aef49
+# %% ../../nbs/19_data.datasets.ipynb #c4ffb158
 def build_detection_loaders(
-    stage:StageData, cfg:Config # as above
+    stage:StageData, # as `load_stage` gives it
+    cfg:Config       # the run's configuration
 )->tuple[DataLoader,DataLoader,dict[str,Any]]: # train, val, meta
     "Photos with boxes, unaugmented: for looking and measuring, the detector trains by its library's loader."
     size, batch = cfg.data.detection.img_size, cfg.train.detection.batch_size
@@ -425,8 +428,9 @@ def build_detection_loaders(
     return train_dl, DataLoader(sets[1], batch, shuffle=False, drop_last=False, collate_fn=safe_collate_detection, **options), {"det_train_count": len(sets[0]), "det_val_count": len(sets[1]), "det_img_size": size}
 
 def build_dataloaders_by_mode(
-    stage:StageData, cfg:Config, # as above
-    mode:str|None=None           # "single" or "combo"; None = data.default_mode
+    stage:StageData,   # as `load_stage` gives it
+    cfg:Config,        # the run's configuration
+    mode:str|None=None # "single" or "combo"; None = data.default_mode
 )->tuple[DataLoader,DataLoader,None,dict[str,Any]]: # train, val, test (sealed), meta
     "Three loaders and meta for one mode (SPEC X35, X37)."
     mode = cfg.data.default_mode if mode is None else mode
@@ -436,9 +440,10 @@ def build_dataloaders_by_mode(
 
 build_dataloaders = build_dataloaders_by_mode
 
-# %% ../../nbs/19_data.datasets.ipynb #0229c70a
+# %% ../../nbs/19_data.datasets.ipynb #76f57919
 def build_dataloaders_twostage(
-    stage:StageData, cfg:Config # as above
+    stage:StageData, # as `load_stage` gives it
+    cfg:Config       # the run's configuration
 )->tuple: # detection train, val, test (None); classification train, val, test (None); meta
     "Six loaders and meta (SPEC X35, X37)."
     det, cls = build_detection_loaders(stage, cfg), build_classification_loaders(stage, cfg)

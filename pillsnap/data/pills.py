@@ -150,10 +150,10 @@ def deal(
     points = (np.arange(n)+rng.random())/n
     return [cards[min(int(np.searchsorted(edges, p)), len(cards)-1)] for p in rng.permutation(points)]
 
-# %% ../../nbs/12_data.pills.ipynb #3b20d7d5
+# %% ../../nbs/12_data.pills.ipynb #1ab6148c
 def deal_kinds(
     n:int,                   # drugs
-    rng:np.random.Generator
+    rng:np.random.Generator # source of chance
 )->list[tuple[str,str]]: # form and outline of each
     "A deck of kinds with at least one capsule and one gel."
     cards = deal(KINDS, n, rng)
@@ -161,14 +161,14 @@ def deal_kinds(
         if n >= 8 and rare not in cards: cards[cards.index(max(KINDS, key=lambda k: (cards.count(k), KINDS[k])))] = rare
     return cards
 
-# %% ../../nbs/12_data.pills.ipynb #d2d43057
+# %% ../../nbs/12_data.pills.ipynb #e5191f16
 CAPSULES = ((21.7,7.6), (19.4,6.9), (18.0,6.4), (15.9,5.8), (14.3,5.3)) # hard capsule sizes 0 to 4: length, width in mm
 _RATIO = {"팔각형":1.0, "육각형":1.0, "삼각형":1.0, "사각형":1.0, "오각형":1.0, "마름모형":1.35, "기타":1.12} # long over short
 
 def outline_mm(
     form:str,                # "tablet", "capsule" or "gel"
     shape:str,               # outline word
-    rng:np.random.Generator
+    rng:np.random.Generator # source of chance
 )->tuple[float,float]: # long and short side, mm
     "Sizes like those of the records: round 5 to 12.6 mm, oval and oblong 8 to 21 mm."
     if form == "capsule": return CAPSULES[rng.choice(5, p=(.1,.2,.3,.25,.15))]
@@ -180,22 +180,22 @@ def outline_mm(
     long = float(np.clip(rng.normal(7.9,1.1), 6, 11))
     return long, long/_RATIO[shape]
 
-# %% ../../nbs/12_data.pills.ipynb #3be752c0
+# %% ../../nbs/12_data.pills.ipynb #8155b843
 def as_mm(
     x:float,                 # millimetres
-    rng:np.random.Generator
+    rng:np.random.Generator # source of chance
 )->int|float: # rounded as the records round
     "An int a third of the time, else one decimal, now and then two."
     digits = rng.choice(3, p=(.3,.55,.15))
     value = round(float(x), int(digits))
     return int(value) if value == int(value) else value
 
-# %% ../../nbs/12_data.pills.ipynb #1be7e74a
+# %% ../../nbs/12_data.pills.ipynb #eaf1d020
 def make_body(
     form:str,                # "tablet", "capsule" or "gel"
     shape:str,               # outline word
     colour:str,              # main colour word
-    rng:np.random.Generator
+    rng:np.random.Generator # source of chance
 )->Body:
     "A body of the given kind and colour."
     long, short = (as_mm(x, rng) for x in outline_mm(form, shape, rng))
@@ -208,11 +208,11 @@ def make_body(
     return Body(form, shape, two_colours(form, colour, rng), form == "gel" and bool(rng.random() < .7), long, short,
         as_mm(max(thick, 2.2), rng), profile, coat if form == "tablet" else "film", pick_score(form, profile, rng), int(rng.integers(1<<31)))
 
-# %% ../../nbs/12_data.pills.ipynb #fabd9c32
+# %% ../../nbs/12_data.pills.ipynb #04d8608c
 def two_colours(
     form:str,                # "tablet", "capsule" or "gel"
     colour:str,              # main colour word
-    rng:np.random.Generator
+    rng:np.random.Generator # source of chance
 )->tuple[str,...]: # one or two colour words
     "A second colour for most capsules and a few layered tablets."
     share = {"capsule":.7, "tablet":.03, "gel":0}[form]
@@ -223,19 +223,19 @@ def two_colours(
 def pick_score(
     form:str,                # "tablet", "capsule" or "gel"
     profile:str,             # tablet's face
-    rng:np.random.Generator
+    rng:np.random.Generator # source of chance
 )->tuple[str,str]: # score of front and back
     "Score lines: '-' on about a fifth of the tablets, '+' rarely."
     if form != "tablet" or profile == "deep": return ("", "")
     return (("",""), ("-",""), ("","-"), ("-","-"), ("","+"))[rng.choice(5, p=(.72,.11,.11,.03,.03))]
 
-# %% ../../nbs/12_data.pills.ipynb #e7f25115
+# %% ../../nbs/12_data.pills.ipynb #c69be702
 LETTERS = "ABCDEFGHJKLMNPRSTUVWXYZ"
 
 def side_text(
     score:str,               # this side's score line
     words:tuple[str,...],    # texts to choose from, best first
-    rng:np.random.Generator
+    rng:np.random.Generator # source of chance
 )->str: # in the record's notation
     "One side's imprint; '분할선' stands where the score line runs."
     word = str(rng.choice(words))
@@ -246,23 +246,23 @@ def side_text(
     right = str(rng.choice([""]+[w for w in short if w[:2] != left[:2]]))
     return f"{left[:2]}분할선{right[:2]}"
 
-# %% ../../nbs/12_data.pills.ipynb #e7c9bd23
+# %% ../../nbs/12_data.pills.ipynb #56ebe485
 DARK = ("갈색","빨강","자주","초록","파랑","보라")
 
 def pick_ink(
     body:Body,               # what is printed on
-    rng:np.random.Generator
+    rng:np.random.Generator # source of chance
 )->str: # colour word
     "Dark ink on light shells, white ink on dark ones, black where a capsule has both."
     dark = [c in DARK for c in body.colours]
     return str(rng.choice(INKS)) if not any(dark) else "하양" if all(dark) else "검정"
 
-# %% ../../nbs/12_data.pills.ipynb #891231d6
+# %% ../../nbs/12_data.pills.ipynb #602766e8
 def make_imprint(
     body:Body,               # its form and score decide the layout
     maker:tuple,             # a row of MAKERS
     dose:str,                # strength in mg
-    rng:np.random.Generator
+    rng:np.random.Generator # source of chance
 )->Imprint:
     "Front: maker's letters or mark; back: number, strength or nothing."
     own = "".join(rng.choice(list(LETTERS), 2))
@@ -305,11 +305,11 @@ DRUG_KEYS = ("dl_idx","dl_mapping_code","dl_name","dl_name_en","img_key","dl_mat
     "mark_code_front_anal","mark_code_back_anal","mark_code_front_img","mark_code_back_img","mark_code_front","mark_code_back","change_date")
 IMAGE_KEYS = (*SHOT_KEYS, *DRUG_KEYS, "id")
 
-# %% ../../nbs/12_data.pills.ipynb #5dacfe59
+# %% ../../nbs/12_data.pills.ipynb #09fc6ccf
 def invent_name(
     form:str,                # dosage form decides 정 or 캡슐
     dose:str,                # strength in mg
-    rng:np.random.Generator
+    rng:np.random.Generator # source of chance
 )->tuple[str,str]: # Korean and English product name
     "A product name from syllables; it belongs to nobody that we know of."
     syllables = rng.choice(list(SYLLABLES), int(rng.integers(2,4)), replace=False)
@@ -319,10 +319,10 @@ def invent_name(
     kind = {"tablet":("정","Tab."), "capsule":("캡슐","Cap."), "gel":("연질캡슐","Soft Cap.")}[form]
     return f"{korean}{kind[0]} {dose}밀리그램", f"{english} {kind[1]} {dose}mg"
 
-# %% ../../nbs/12_data.pills.ipynb #f256fd4d
+# %% ../../nbs/12_data.pills.ipynb #dd543407
 def edi_codes(
     maker:tuple,             # a row of MAKERS
-    rng:np.random.Generator
+    rng:np.random.Generator # source of chance
 )->str: # "642500340,A01508511"
     "EDI code list with the counts seen in the records: 1 and 2 are common, 3 and 4 rare."
     n = 1 + int(rng.choice(4, p=(.45,.51,.02,.02)))
@@ -365,14 +365,14 @@ def look_fields(
         line_front=body.score[0], line_back=body.score[1], form_code_name=form, mark_code_front_anal=marks[0], mark_code_back_anal=marks[1],
         mark_code_front_img="", mark_code_back_img="", mark_code_front="", mark_code_back="")
 
-# %% ../../nbs/12_data.pills.ipynb #36cc5d72
+# %% ../../nbs/12_data.pills.ipynb #d27d42d9
 def word_fields(
     number:int,              # K-number
     form:str,                # "tablet", "capsule" or "gel"
     maker:tuple,             # a row of MAKERS
     ingredient:tuple,        # a row of INGREDIENTS
     dose:str,                # strength in mg
-    rng:np.random.Generator
+    rng:np.random.Generator # source of chance
 )->dict: # the fields that do not hang on its look
     "Names, codes and dates (trap: dl_idx is K−1, as a string)."
     (korean, english), year, outsourced = invent_name(form, dose, rng), int(rng.integers(1986, 2021)), rng.random() < .2
@@ -480,10 +480,10 @@ def make_catalogue(
     for i in blanks: drugs[i] = replace(drugs[i], record=blank_record(drugs[i].record))
     return Catalogue(tuple(drugs), tuple(tuple(sorted(drugs[places[2*i+k]].kcode for k in (0,1))) for i in range(pairs)), tuple(drugs[i].kcode for i in blanks))
 
-# %% ../../nbs/12_data.pills.ipynb #9384fab9
+# %% ../../nbs/12_data.pills.ipynb #c67415a9
 def by_rarity(
     kinds:list[tuple[str,str]], # of each drug
-    rng:np.random.Generator
+    rng:np.random.Generator # source of chance
 )->list[int]: # positions, those of common kinds first
     "Shuffled positions; whatever occurs least comes last."
     return sorted(map(int, rng.permutation(len(kinds))), key=lambda i: -KINDS[kinds[i]])

@@ -503,9 +503,9 @@ class Camera:
     def _turns(self)->list: # cosines and sines of latitude and roll
         return [f32(g(np.deg2rad(a))) for a in (self.latitude, self.roll) for g in (np.cos, np.sin)]
 
-# %% ../../nbs/12a_data.render.ipynb #f5a7d944
+# %% ../../nbs/12a_data.render.ipynb #c43d99c6
 def ground(
-    camera:Camera,
+    camera:Camera, # where it is seen from
     px:np.ndarray, # pixel columns
     py:np.ndarray  # pixel rows
 )->tuple[np.ndarray,np.ndarray]: # x, y on the table, mm
@@ -517,7 +517,7 @@ def ground(
     return t*a, D*c+t*(b*s-D*c)
 
 def project(
-    camera:Camera,
+    camera:Camera, # where it is seen from
     x:np.ndarray, # mm
     y:np.ndarray, # mm
     z:np.ndarray  # mm
@@ -529,7 +529,7 @@ def project(
     a, b = a*p+b*q, b*p-a*q
     return a*camera.scale+camera.width/2-.5, b*camera.scale+camera.height/2-.5
 
-# %% ../../nbs/12a_data.render.ipynb #be9d16da
+# %% ../../nbs/12a_data.render.ipynb #6e4342a9
 @dataclass(frozen=True)
 class Lamp:
     "One of the lights of the file name."
@@ -546,13 +546,13 @@ LAMPS = (Lamp(-125, 46, .34, (1.09,.985,.83), .86, .36),  # 0 전구색: a warm 
 PANEL = np.array([.04,-.12,.99])/np.linalg.norm([.04,-.12,.99]) # direction of the photo box's lit ceiling
 
 def towards(
-    lamp:Lamp
+    lamp:Lamp # where the light comes from
 )->np.ndarray: # unit vector
     "Direction of a lamp."
     a, h = np.deg2rad(lamp.azimuth), np.deg2rad(lamp.height)
     return np.array([np.cos(h)*np.cos(a), np.cos(h)*np.sin(a), np.sin(h)])
 
-# %% ../../nbs/12a_data.render.ipynb #3a28c659
+# %% ../../nbs/12a_data.render.ipynb #aabb6e90
 @dataclass(frozen=True)
 class Pose:
     "Where a pill lies."
@@ -562,7 +562,7 @@ class Pose:
     side:int=0   # 0 front up, 1 back up
 
 def into_frame(
-    pose:Pose,
+    pose:Pose, # where it lies
     x:np.ndarray, # world, mm
     y:np.ndarray  # world, mm
 )->tuple[np.ndarray,np.ndarray]: # u, v, mm
@@ -572,18 +572,18 @@ def into_frame(
     return c*x+s*y, c*y-s*x
 
 def turned(
-    pose:Pose,
+    pose:Pose, # where it lies
     d:np.ndarray  # direction in the world
 )->np.ndarray: # the same in the pill's frame
     "World to pill direction."
     c, s = np.cos(np.deg2rad(pose.turn)), np.sin(np.deg2rad(pose.turn))
     return np.array([c*d[0]+s*d[1], c*d[1]-s*d[0], d[2]])
 
-# %% ../../nbs/12a_data.render.ipynb #a98f9d6c
+# %% ../../nbs/12a_data.render.ipynb #3cc3d487
 def window(
-    camera:Camera,
-    s:Solid,
-    pose:Pose,
+    camera:Camera, # where it is seen from
+    s:Solid, # the pill's maps
+    pose:Pose, # where it lies
     reach:float=0 # mm more around, for shadows
 )->tuple[int,int,int,int]: # x0, y0, x1, y1 in pixels, inside the photo
     "The part of the photo a pill can touch; the rest is never traced."
@@ -594,10 +594,10 @@ def window(
     return (int(np.clip(x.min()-3, 0, camera.width)), int(np.clip(y.min()-3, 0, camera.height)),
         int(np.clip(x.max()+4, 0, camera.width)), int(np.clip(y.max()+4, 0, camera.height)))
 
-# %% ../../nbs/12a_data.render.ipynb #48512728
+# %% ../../nbs/12a_data.render.ipynb #febc1c72
 def at_points(
     maps:np.ndarray, # a solid's maps
-    s:Solid,
+    s:Solid, # the pill's maps
     uv:np.ndarray    # [n,2] mm
 )->np.ndarray: # [n,channels]
     "Read maps at scattered points (OpenCV's remap takes no more than 32,767 columns, so they are folded)."
@@ -607,9 +607,9 @@ def at_points(
     folded = folded*f32(s.res)+np.array(s.centre, f32)
     return cv2.remap(maps, *folded.T.reshape(2, -1, wide), cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE).reshape(len(folded), -1)[:n]
 
-# %% ../../nbs/12a_data.render.ipynb #506c699b
+# %% ../../nbs/12a_data.render.ipynb #3060e568
 def march(
-    s:Solid,
+    s:Solid, # the pill's maps
     uv:np.ndarray,   # [n,2] where rays meet the table, pill frame, mm
     lean:np.ndarray, # how far a ray moves per mm of height, pill frame
     steps:int=9,     # samples on the way down
@@ -632,14 +632,14 @@ def march(
         z, outer = np.where(ins, mid, z), np.where(ins, outer, mid)
     return z, hit
 
-# %% ../../nbs/12a_data.render.ipynb #0686a7f1
+# %% ../../nbs/12a_data.render.ipynb #d8e1f705
 def polish(
-    s:Solid,
+    s:Solid, # the pill's maps
     uv:np.ndarray,   # [n,2] rays as in `march`
     lean:np.ndarray, # as in `march`
     high:np.ndarray, # [n] a height outside the pill, if the guess was right
     low:np.ndarray,  # [n] a height inside it, if the guess was right
-    rounds:int=3
+    rounds:int=3 # refinements
 )->tuple[np.ndarray,np.ndarray]: # [n] heights, [n] whether the surface lay between
     "False position on the depth under the surface: three rounds do what bisection does in seven."
     def depth(z):
@@ -654,9 +654,9 @@ def polish(
         low, b, high, a = np.where(ins, mid, low), np.where(ins, m, b*f32(.6)), np.where(ins, high, mid), np.where(ins, a*f32(.6), m)
     return low, ok
 
-# %% ../../nbs/12a_data.render.ipynb #6a392dc9
+# %% ../../nbs/12a_data.render.ipynb #5e17ab27
 def trace(
-    s:Solid,
+    s:Solid, # the pill's maps
     rays:Callable,   # pixel coordinates → [n,2] where their rays meet the table, pill frame, mm
     xs:np.ndarray,   # pixel columns to look at
     ys:np.ndarray,   # pixel rows to look at
@@ -691,9 +691,9 @@ def along(
     "Dot products, term by term: the bytes must not depend on how a BLAS splits a sum."
     return n[0]*f32(d[0])+n[1]*f32(d[1])+n[2]*f32(d[2])
 
-# %% ../../nbs/12a_data.render.ipynb #b671ef46
+# %% ../../nbs/12a_data.render.ipynb #281f401c
 def normals(
-    s:Solid,
+    s:Solid, # the pill's maps
     slope:np.ndarray, # [4,k] slopes and edge direction at the hits
     shell:np.ndarray, # [4,k] surfaces at the hits
     z:np.ndarray      # [k] heights of the hits
@@ -724,13 +724,13 @@ def softbox(
     edge = lambda d: 1-smoothstep(size-rough*.6, size+rough, np.abs(mirrored(d))/k)
     return edge(a)*edge(np.cross(light, a))*(far > .05)
 
-# %% ../../nbs/12a_data.render.ipynb #b784d6d9
+# %% ../../nbs/12a_data.render.ipynb #62e477bb
 def glow(
     out:np.ndarray,    # [3,k] shaded as if opaque
     albedo:np.ndarray, # [3,k]
     n:np.ndarray,      # [3,k] normals
     light:np.ndarray,  # unit vector to the lamp, pill frame
-    lamp:Lamp,
+    lamp:Lamp, # where the light comes from
     table:np.ndarray   # linear RGB of the background
 )->np.ndarray: # [3,k]
     "Light that went through a soft gel leaves on the side away from the lamp."
@@ -738,16 +738,16 @@ def glow(
     through = albedo**f32(1.35)*(f32(lamp.key)*(f32(.12)+f32(1.25)*far)+f32(lamp.sky*.35))+f32(.30)*table[:,None]*albedo
     return f32(.30)*out+f32(.72)*through
 
-# %% ../../nbs/12a_data.render.ipynb #108c4a8a
+# %% ../../nbs/12a_data.render.ipynb #420afb60
 def shade(
-    s:Solid,
+    s:Solid, # the pill's maps
     n:np.ndarray,       # [3,k] normals, pill frame
     colour:np.ndarray,  # [4,k] albedo and occlusion
     z:np.ndarray,       # [k] height, mm
     light:np.ndarray,   # unit vector to the lamp, pill frame
     ceiling:np.ndarray, # unit vector to the lit ceiling, pill frame
     view:np.ndarray,    # unit vector to the camera, pill frame
-    lamp:Lamp,
+    lamp:Lamp, # where the light comes from
     table:np.ndarray    # linear RGB of the background: bounces into the flanks
 )->np.ndarray: # [3,k] linear RGB before white balance
     "Wrapped Lambert, light from sky and table, occlusion, mirrored lamps with Schlick's Fresnel term."
@@ -766,9 +766,9 @@ def shade(
     haze = f32(s.gloss*.3*lamp.sky)*np.maximum(n[2]+f32(.2), 0)
     return out+(shine+panel+haze)*fresnel*np.sqrt(ao)
 
-# %% ../../nbs/12a_data.render.ipynb #2b90529d
+# %% ../../nbs/12a_data.render.ipynb #d1245bfc
 def shadow(
-    s:Solid,
+    s:Solid, # the pill's maps
     light:np.ndarray, # unit vector to the lamp, pill frame
     size:float,       # lamp size
     res:float=6,      # map pixels per mm
@@ -789,7 +789,7 @@ def shadow(
         dark = np.maximum(dark, blur(cv2.warpAffine(slice_, push, (W,H)), max(size*z*.55*res, .6)))
     return np.stack([dark, blur(foot, .5*res)*.6+blur(foot, 1.4*res)*.4], -1), (W/2, H/2)
 
-# %% ../../nbs/12a_data.render.ipynb #ef53636c
+# %% ../../nbs/12a_data.render.ipynb #6b902fba
 TABLES = (linear((24,24,26)), linear((46,92,164)), linear((204,205,205))) # black, blue, light grey
 
 @lru_cache(8)
@@ -808,7 +808,7 @@ def table_grain(
 def table_light(
     width:int,               # photo
     height:int,              # photo
-    lamp:Lamp,
+    lamp:Lamp, # where the light comes from
     rng:np.random.Generator  # this photo's unevenness
 )->np.ndarray: # [height,width] factor
     "Fall-off across the table and vignette."
@@ -878,9 +878,9 @@ class Shot:
     field:float=40.     # mm across
     domain:str="studio" # or "phone"
 
-# %% ../../nbs/12a_data.render.ipynb #36635747
+# %% ../../nbs/12a_data.render.ipynb #817b1b47
 def stage(
-    shot:Shot,
+    shot:Shot, # how the photo is taken
     rng:np.random.Generator # this photo's camera, lamp and exposure
 )->tuple[Camera,Lamp,np.ndarray]: # camera, lamp, exposure × white balance
     "Set up camera and lamp: a studio repeats itself, a phone does not."
@@ -892,10 +892,10 @@ def stage(
     lamp = replace(lamp, azimuth=rng.uniform(-180,180), height=rng.uniform(35,70), size=rng.uniform(.2,.8))
     return camera, lamp, np.array(lamp.colour, f32)*f32(rng.normal(.95,.12))*np.exp(rng.normal(0,.07,3)).astype(f32)
 
-# %% ../../nbs/12a_data.render.ipynb #358ca381
+# %% ../../nbs/12a_data.render.ipynb #fa887c44
 def empty_table(
-    shot:Shot,
-    lamp:Lamp,
+    shot:Shot, # how the photo is taken
+    lamp:Lamp, # where the light comes from
     exposure:np.ndarray,     # exposure × white balance
     rng:np.random.Generator  # this photo's piece of table
 )->tuple[np.ndarray,np.ndarray]: # [h,w,3] linear RGB, and the table's colour
@@ -907,13 +907,13 @@ def empty_table(
     top = clutter(shot.width, shot.height, rng)
     return top*level[...,None]*(exposure*strength), top.mean((0,1))
 
-# %% ../../nbs/12a_data.render.ipynb #48e9fac2
+# %% ../../nbs/12a_data.render.ipynb #37a419d9
 def cast(
     photo:np.ndarray, # [h,w,3] linear RGB, darkened in place
-    s:Solid,
-    pose:Pose,
-    camera:Camera,
-    lamp:Lamp
+    s:Solid, # the pill's maps
+    pose:Pose, # where it lies
+    camera:Camera, # where it is seen from
+    lamp:Lamp # where the light comes from
 )->None:
     "Lay a pill's shadow on the table; through a clear gel it is coloured light."
     light = turned(pose, towards(lamp))
@@ -929,13 +929,13 @@ def cast(
     if s.clear: k = k+(m[...,:1]**2*f32(direct*1.25))*s.tint
     photo[y0:y1, x0:x1] *= k
 
-# %% ../../nbs/12a_data.render.ipynb #e649db43
+# %% ../../nbs/12a_data.render.ipynb #a5a9da40
 def draw(
     photo:np.ndarray,    # [h,w,3] linear RGB, painted in place
-    s:Solid,
-    pose:Pose,
-    camera:Camera,
-    lamp:Lamp,
+    s:Solid, # the pill's maps
+    pose:Pose, # where it lies
+    camera:Camera, # where it is seen from
+    lamp:Lamp, # where the light comes from
     exposure:np.ndarray, # exposure × white balance
     table:np.ndarray,    # background's linear RGB
     ss:int=2             # rays per pixel and direction
@@ -960,9 +960,9 @@ def draw(
     if not len(rows): return (0,0,0,0)
     return (int(x0+cols[0]), int(y0+rows[0]), int(x0+cols[-1]+1), int(y0+rows[-1]+1))
 
-# %% ../../nbs/12a_data.render.ipynb #9b78a62b
+# %% ../../nbs/12a_data.render.ipynb #5dcd627b
 def map_res(
-    shot:Shot
+    shot:Shot # how the photo is taken
 )->float: # map pixels per mm
     "Maps about as fine as the supersampled photo."
     return round(float(np.clip(shot.width/shot.field*1.5, 6, 52)), 2)
@@ -989,11 +989,11 @@ def photograph(
     extents = [draw(photo, s, p, camera, lamp, exposure, table) for s,p in solids]
     return (develop if shot.domain == "studio" else phone_finish)(photo, rng), extents
 
-# %% ../../nbs/12a_data.render.ipynb #c4100502
+# %% ../../nbs/12a_data.render.ipynb #24c49dc2
 def single_pose(
     side:int,                # 0 front, 1 back
     longitude:int,           # degrees on the turntable
-    shot:Shot,
+    shot:Shot, # how the photo is taken
     rng:np.random.Generator  # where exactly it was put down
 )->Pose:
     "Near the middle, turned by the longitude; nothing in it hangs on the drug."

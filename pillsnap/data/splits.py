@@ -788,19 +788,19 @@ def plot_duplicates(
     shots = [(p, open_image_safely(Path(root)/p).get("image")) for pair in pairs for p in pair]
     return show_grid([i for _, i in shots if i is not None], [Path(p).stem.replace("_", " ", 1) for p, i in shots if i is not None], cols=4)
 
-# %% ../../nbs/16_data.splits.ipynb #7b0f1eb5
+# %% ../../nbs/16_data.splits.ipynb #25109b44
 @dataclass(frozen=True)
 class SplitsJob(StageJob):
     "Manifest in; one stage's train, val, pool and sealed groups out (SPEC SP1-SP6, SP10, BX1, BX20)."
-    stage:int = 0                # 0 demo, 1-4
+    stage_n:int = 0              # 0 demo, 1-4
     near_duplicates:bool = True  # open every single photo once and compare; False: equal files only
     name:ClassVar[str] = "splits"
-    sections:ClassVar[tuple[str,...]] = ("data", "train", "evaluation")
-    keys:ClassVar[dict[str,str]] = {"seed": "train.seed", "stage": "data.progressive_validation.current_stage"}
+    sections:ClassVar[tuple[str,...]] = ("data.split_ratio", "data.group_by", "data.test_known_ratio", "data.max_samples", "data.progressive_validation", "evaluation.min_eval_samples", "train.seed")
+    keys:ClassVar[dict[str,str]] = {"seed": "train.seed", "stage_n": "data.progressive_validation.current_stage"}
 
     def smoke(self, run:RunFolder, cfg:Config)->None: smoke_conversion(run, cfg)
 
-# %% ../../nbs/16_data.splits.ipynb #78130fce
+# %% ../../nbs/16_data.splits.ipynb #3920baab
 @patch
 def _cut(self:SplitsJob,
     run:RunFolder, # the run
@@ -815,9 +815,9 @@ def _cut(self:SplitsJob,
     if dup.pairs or dup.conflicts: _save(plot_duplicates(dup, header["root"]), run.sub("reports")/"splits_duplicates.png")
     check_knots(dup, art/"duplicates.json")
     df["dup_id"] = dup.dup_id
-    splits = make_splits(df, None, cfg.data.split_ratio, cfg.train.seed, group_by=cfg.data.group_by, test_known_ratio=cfg.data.test_known_ratio, quotas=stage_quotas(cfg), stage=self.stage)
+    splits = make_splits(df, None, cfg.data.split_ratio, cfg.train.seed, group_by=cfg.data.group_by, test_known_ratio=cfg.data.test_known_ratio, quotas=stage_quotas(cfg), stage=self.stage_n)
     check_nested(splits, art)
-    write_splits(splits, art/f"stage{self.stage}", sealed_in=art, manifest={k: header[k] for k in ("data_hash", "source", "rows")})
+    write_splits(splits, art/f"stage{self.stage_n}", sealed_in=art, manifest={k: header[k] for k in ("data_hash", "source", "rows")})
     return splits, df, header, dup
 
 def _save(fig:Any, path:Path)->Path:
@@ -825,7 +825,7 @@ def _save(fig:Any, path:Path)->Path:
     from pillsnap.core.plots import save_fig
     return save_fig(fig, path)
 
-# %% ../../nbs/16_data.splits.ipynb #4ad61e39
+# %% ../../nbs/16_data.splits.ipynb #6937dd31
 def renew_yolo(
     splits:Splits,  # one stage
     root:str|Path,  # the delivery
@@ -841,25 +841,25 @@ def smoke_splits(
 )->None:
     "A small delivery, converted and split, for the smoke runs of later stages; no pictures, no search for copies."
     smoke_conversion(run, cfg)
-    splits, _, header, _ = SplitsJob(stage=cfg.data.progressive_validation.current_stage, near_duplicates=False)._cut(run, cfg)
+    splits, _, header, _ = SplitsJob(stage_n=cfg.data.progressive_validation.current_stage, near_duplicates=False)._cut(run, cfg)
     renew_yolo(splits, header["root"], run)
 
-# %% ../../nbs/16_data.splits.ipynb #1271e095
+# %% ../../nbs/16_data.splits.ipynb #7578ad85
 @patch
 def work(self:SplitsJob, run:RunFolder, cfg:Config)->StageResult:
     "Cut the stage, renew the detector's folder, report."
     splits, df, header, dup = self._cut(run, cfg)
-    folder, reports = run.root/"artifacts"/f"stage{self.stage}", run.sub("reports")
+    folder, reports = run.root/"artifacts"/f"stage{self.stage_n}", run.sub("reports")
     yaml = renew_yolo(splits, header["root"], run)
     saving = storage_saving(header["root"], pd.concat([splits.train, splits.val])["path"], folder)
     figures = [_save(plot_classes(splits, df), reports/"splits_classes.png"), _save(plot_groups(splits, df), reports/"splits_groups.png"), _save(plot_neighbours(df, header["root"]), reports/"splits_neighbours.png")]
     if (reports/"splits_duplicates.png").exists() and (dup.pairs or dup.conflicts): figures.append(reports/"splits_duplicates.png")
-    notes = [*splits.notes, *_remarks(dup, saving, self.stage)]
+    notes = [*splits.notes, *_remarks(dup, saving, self.stage_n)]
     for note in notes[len(splits.notes):]: run.log.info(note)
     table = _table(splits)
-    save_json({"stage": self.stage, "table": table, "storage": saving, "notes": notes, "largest_group": dup.largest, "duplicate_pairs": dup.pairs, "label_conflicts": dup.conflicts}, reports/"splits.json")
+    save_json({"stage": self.stage_n, "table": table, "storage": saving, "notes": notes, "largest_group": dup.largest, "duplicate_pairs": dup.pairs, "label_conflicts": dup.conflicts}, reports/"splits.json")
     outputs = [*(folder/f for f in ("splits.json", "classes.json", *(f"manifest_{n}.csv" for n in PARTS))), run.root/"artifacts"/"test_known.csv", yaml, reports/"splits.json", *figures]
-    return StageResult(_verdict(splits, self.stage), table, figures, [run.root/"manifest.csv", run.root/"manifest.json"], outputs, notes)
+    return StageResult(_verdict(splits, self.stage_n), table, figures, [run.root/"manifest.csv", run.root/"manifest.json"], outputs, notes)
 
 # %% ../../nbs/16_data.splits.ipynb #e9e2eefb
 def _table(splits:Splits)->list[dict[str,Any]]:

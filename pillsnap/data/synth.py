@@ -20,11 +20,11 @@ from dataclasses import dataclass, replace
 from itertools import combinations, product
 from pathlib import Path
 
-# %% ../../nbs/12b_data.synth.ipynb #108cee8c
+# %% ../../nbs/12b_data.synth.ipynb #44de9fe1
 import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 # %% ../../nbs/12b_data.synth.ipynb #da118989
 from ..core.errors import PillsnapError
@@ -111,11 +111,11 @@ def single_tasks(
             ((f"{part_folder(split,'labels','single',i)}/{drug.kcode}_json/{stem}.json", 0),), ((drug,pose),), shot, words))
     return tasks
 
-# %% ../../nbs/12b_data.synth.ipynb #023a9b92
+# %% ../../nbs/12b_data.synth.ipynb #cdf75d2a
 def choose_combos(
     n_drugs:int,             # drugs to choose from
     n:int,                   # combinations wanted
-    rng:np.random.Generator
+    rng:np.random.Generator # source of chance
 )->list[tuple[int,...]]: # indices, ascending, all different
     "Combinations of three or four; the least used drugs go first."
     if n and n_drugs < 3: raise PillsnapError(f"a combination needs 3 drugs, and there are {n_drugs}", where="combos", fix="give more drugs, or combos=0")
@@ -130,7 +130,7 @@ def choose_combos(
         if pick not in out: out[pick] = None; used[list(pick)] += 1
     raise PillsnapError(f"no {n} different combinations of {n_drugs} drugs were found", where="combos", fix="ask for fewer")
 
-# %% ../../nbs/12b_data.synth.ipynb #f0bb5221
+# %% ../../nbs/12b_data.synth.ipynb #05cfc102
 def reach(
     p:Pose, # where it lies
     d:Drug  # what lies there
@@ -142,21 +142,21 @@ def reach(
 
 def apart(
     p:Pose, # one pill
-    a:Drug,
+    a:Drug, # what the first is
     q:Pose, # another
-    b:Drug
+    b:Drug # what the other is
 )->bool:
     "Whether two pills keep a millimetre between them."
     (w,h), (v,g) = reach(p,a), reach(q,b)
     return abs(p.x-q.x) > w+v+1 or abs(p.y-q.y) > h+g+1
 
-# %% ../../nbs/12b_data.synth.ipynb #10faec44
+# %% ../../nbs/12b_data.synth.ipynb #2260d129
 def scatter(
     drugs:list[Drug],        # three or four
     field:float,             # mm across the photo
     tall:float,              # mm down the photo
     side:int,                # which face is up
-    rng:np.random.Generator
+    rng:np.random.Generator # source of chance
 )->tuple[Pose,...]: # one each
     "Lay pills about the four quarters of the table until none is near another; long ones end up lengthwise."
     for loose in np.linspace(1, 0, 80):
@@ -200,13 +200,13 @@ def loose_box(
     x1, y1 = (min(math.ceil(extent[k]+air[k]), n) for k,n in ((2,shot.width),(3,shot.height)))
     return x0, y0, max(x1-x0, 1), max(y1-y0, 1)
 
-# %% ../../nbs/12b_data.synth.ipynb #f370cfcf
+# %% ../../nbs/12b_data.synth.ipynb #da536a8d
 def png_bytes(
     image:np.ndarray, # uint8 RGB
     length:int=0      # bytes wanted; as they come where the photo needs more
 )->bytes:
     "PNG at a fast setting, filled up with a private chunk (SPEC section 8: sizes must not tell the drug)."
-    raw = cv2.imencode(".png", image[...,::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE])[1].tobytes()
+    raw = cv2.imencode(".png", image[...,::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_HUFFMAN_ONLY])[1].tobytes()
     gap = length-len(raw)-12
     if gap < 0: return raw
     body = b"fiLl"+bytes(gap)
@@ -215,10 +215,10 @@ def png_bytes(
 def file_length(
     width:int,               # of the photo
     height:int,              # of the photo
-    rng:np.random.Generator
+    rng:np.random.Generator # source of chance
 )->int: # bytes
-    "A length drawn without knowing the photo, above what such photos need."
-    return int(width*height*3*rng.normal(.60, .012)+600)
+    "A length drawn without knowing the photo, above what such photos need; 1.9 MB at full size (AI Hub's: about 1.7)."
+    return int(width*height*3*rng.normal(.50, .006)+2500)
 
 # %% ../../nbs/12b_data.synth.ipynb #1317fddc
 def json_bytes(
@@ -239,10 +239,10 @@ def nudged(
     moved = cv2.imdecode(cv2.imencode(".jpg", moved, [cv2.IMWRITE_JPEG_QUALITY, 92])[1], cv2.IMREAD_COLOR)
     return moved, [(min(max(x+dx,0),w-bw), min(max(y+dy,0),h-bh), bw, bh) for x,y,bw,bh in boxes]
 
-# %% ../../nbs/12b_data.synth.ipynb #69ca81e9
+# %% ../../nbs/12b_data.synth.ipynb #7913a121
 def slid(
     box:tuple[int,int,int,int], # x, y, w, h
-    shot:Shot
+    shot:Shot # how the photo is taken
 )->list[int]:
     "The same box moved sideways until IoU is about .4."
     x, y, w, h = box
@@ -257,7 +257,7 @@ def spoil_record(
     fault:str,         # its name in the ledger
     boxes:list[tuple], # all true boxes of the photo
     k:int,             # which pill
-    shot:Shot
+    shot:Shot # how the photo is taken
 )->None:
     "Write one fault of DATA.md section 4 into an annotation."
     note, image, (x,y,w,h) = record["annotations"][0], record["images"][0], boxes[k]
@@ -321,10 +321,10 @@ def take(
     spoil_files(task, files)
     return files
 
-# %% ../../nbs/12b_data.synth.ipynb #a675973f
+# %% ../../nbs/12b_data.synth.ipynb #7c55a89e
 def is_done(
     out:Path,  # delivery
-    task:Task
+    task:Task # what should be there
 )->bool:
     "Whether an unspoilt photo and its labels are there."
     try:
@@ -455,12 +455,12 @@ def plan_delivery(
         "near_duplicates": near, "planted_faults": spoilt}
     return Plan(settings, (*singles, *mixed, *tests[0], *tests[1]), ledger)
 
-# %% ../../nbs/12b_data.synth.ipynb #eda8ff73
+# %% ../../nbs/12b_data.synth.ipynb #173818c3
 UNFINISHED = "SYNTHETIC.unfinished.json"  # what a rendering in progress was asked for
 
 def claim(
     out:Path,  # delivery folder
-    plan:Plan
+    plan:Plan # what is to be rendered
 )->dict|None: # the ledger when just this delivery is there already
     "Never write into somebody's data, over a finished delivery, or on top of another half-finished one."
     for f in (out/"SYNTHETIC.json", out/UNFINISHED):
@@ -568,7 +568,7 @@ def photo_and_boxes(
     image = cv2.imdecode(np.frombuffer(read_part(out, task.image), np.uint8), cv2.IMREAD_COLOR)[...,::-1]
     return image, [tuple(json.loads(read_part(out, l))["annotations"][0]["bbox"]) for l,_ in task.labels]
 
-# %% ../../nbs/12b_data.synth.ipynb #3f05cd3c
+# %% ../../nbs/12b_data.synth.ipynb #79e54010
 def cut_out(
     image:np.ndarray,           # uint8 RGB
     box:tuple[int,int,int,int], # x, y, w, h
@@ -586,7 +586,7 @@ def caption(
     text:str,                 # Korean welcome
     px:int,                   # letter height
     width:int,                # room, pixels
-    colour:str="#222222"
+    colour:str="black"        # of the letters
 )->None:
     "One line of text, cut where the room ends."
     from pillsnap.core.plots import font_path
@@ -594,7 +594,7 @@ def caption(
     while text and draw.textlength(text, font=font) > width: text = text[:-2].rstrip("…")+"…"
     draw.text(xy, text, font=font, fill=colour)
 
-# %% ../../nbs/12b_data.synth.ipynb #e3144f71
+# %% ../../nbs/12b_data.synth.ipynb #bf7f4c7e
 def drug_card(
     out:Path,           # delivery
     drug:Drug,          # whose card
@@ -611,8 +611,8 @@ def drug_card(
             card.paste(Image.fromarray(cut_out(image, boxes[0], size)), (4+k*(size+4), 4))
     draw, b, r = ImageDraw.Draw(card), drug.body, drug.record
     caption(draw, (5, size+8), r["dl_name"], 13, 2*size)
-    caption(draw, (5, size+24), f"{r['dl_company']} · {b.shape} · {', '.join(b.colours)} · {b.long_mm}×{b.short_mm} mm", 10, 2*size, "#666666")
-    caption(draw, (5, size+37), f"{drug.kcode}  {note}", 10, 2*size, "#b04a3a" if note else "#999999")
+    caption(draw, (5, size+24), f"{r['dl_company']} · {b.shape} · {', '.join(b.colours)} · {b.long_mm}×{b.short_mm} mm", 10, 2*size, "dimgray")
+    caption(draw, (5, size+37), f"{drug.kcode}  {note}", 10, 2*size, "firebrick" if note else "gray")
     return np.asarray(card)
 
 # %% ../../nbs/12b_data.synth.ipynb #30cbf9e5
@@ -637,7 +637,7 @@ def contact_sheet(
     wide = max(r.shape[1] for r in rows)
     return np.concatenate([titled(ledger, wide)]+[np.pad(r, ((0,0),(0,wide-r.shape[1]),(0,0)), constant_values=255) for r in rows])
 
-# %% ../../nbs/12b_data.synth.ipynb #43fc2021
+# %% ../../nbs/12b_data.synth.ipynb #a9ef4632
 def with_boxes(
     image:np.ndarray,   # uint8 RGB
     boxes:list[tuple],  # x, y, w, h
@@ -657,7 +657,7 @@ def titled(
     head, n = Image.new("RGB", (width, 54), "#ffffff"), ledger["counts"]
     draw = ImageDraw.Draw(head)
     caption(draw, (10, 8), "합성 알약 — 실제 의약품이 아닙니다", 20, width-20)
-    caption(draw, (10, 34), f"PillSnap synthetic delivery · seed {ledger['seed']} · {ledger['drugs']} drugs · {n['train_single']:,} single and {n['train_combo']:,} combination photos · {ledger['width']}×{ledger['height']} · {ledger['domain']}", 11, width-20, "#666666")
+    caption(draw, (10, 34), f"PillSnap synthetic delivery · seed {ledger['seed']} · {ledger['drugs']} drugs · {n['train_single']:,} single and {n['train_combo']:,} combination photos · {ledger['width']}×{ledger['height']} · {ledger['domain']}", 11, width-20, "dimgray")
     return np.asarray(head)
 
 # %% ../../nbs/12b_data.synth.ipynb #79add7ae

@@ -492,12 +492,12 @@ def time_bundle(
         rows += found
     return rows, ms
 
-# %% ../../nbs/52_deployment.export.ipynb #93ee3c42
+# %% ../../nbs/52_deployment.export.ipynb #0b02d6c8
 @dataclass(frozen=True)
 class ExportJob(StageJob):
     "Checkpoints → ONNX, compared, bundled (SPEC EX1, EX2)."
     name:ClassVar[str] = "export"
-    sections:ClassVar[tuple[str,...]] = ("project", "data", "train", "evaluation", "export")
+    sections:ClassVar[tuple[str,...]] = ("data.classification", "data.detection", "data.progressive_validation.current_stage", "inference", "evaluation", "export", "train.seed")
 
 # %% ../../nbs/52_deployment.export.ipynb #aa0630e7
 def _inputs(root:Path, stage:int)->list[Path]:

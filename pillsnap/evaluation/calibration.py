@@ -102,7 +102,7 @@ def calibrate(
     note = "at its bound: the fitting half is almost perfectly separated" if T in (T_MIN, T_MAX) else ""
     return Calibration(T, **counts, ece_before=honest(1.), ece_after=honest(T), nll_before=nll(z, y), nll_after=nll(z, y, T), note=note)
 
-# %% ../../nbs/40_evaluation.calibration.ipynb #a326d2a3
+# %% ../../nbs/40_evaluation.calibration.ipynb #7013064a
 def plot_reliability(
     logits:np.ndarray,       # scores [N, C] of the judging photos
     labels:Sequence[int],    # true class ids [N]
@@ -118,6 +118,6 @@ def plot_reliability(
         p = softmax(logits, t); conf, right = p.max(1), p.argmax(1) == y
         r = reliability(conf, right, bins); x, w = (r.low + r.high)/2, .9/bins
         top.bar(x, r.accuracy, w, color="#4c78a8"); top.plot([0, 1], [0, 1], color="#999999", lw=1, ls="--")
-        top.bar(x, r.confidence - r.accuracy, w, bottom=r.accuracy, color="#e45756", alpha=.35)
+        top.vlines(x, r.accuracy, r.confidence, color="#e45756", lw=1); top.hlines(r.confidence, x - w/2, x + w/2, color="#e45756", lw=2)
         top.set(title=f"{name}: ECE {ece(conf, right):.3f}", ylabel="right", ylim=(0, 1)); low.bar(x, r.n, w, color="#bbbbbb"); low.set(xlabel="confidence", ylabel="photos")
     return fig

@@ -47,8 +47,8 @@ from ..models.factory import TorchClassifier, load_classifier
 from ..models.metrics import detection_ap, match_boxes
 from ..models.pipeline import BADGE, combo_hints, detect, predict_pipeline, softmax
 
-# %% ../../nbs/46_evaluation.evaluation.ipynb #ae48c97c
-from .advisor import Advice, Check, Facts, evaluate_and_recommend, get_stage_target
+# %% ../../nbs/46_evaluation.evaluation.ipynb #ba755f38
+from .advisor import THRESHOLDS, Advice, Check, Facts, evaluate_and_recommend, get_stage_target
 from .calibration import Calibration, calibrate, fit_half, plot_reliability
 from .ledger import append_ledger, read_ledger
 from .gates import GateResult, TimeCap, simple_stage_evaluation, STAGE_TARGETS
@@ -682,7 +682,7 @@ def _trim(rows:Sequence[Mapping[str,Any]])->list[dict[str,Any]]:
     used = [k for k in rows[0] if any(r[k] not in ("", None) for r in rows)] if rows else []
     return [{k: r[k] for k in used} for r in rows]
 
-# %% ../../nbs/46_evaluation.evaluation.ipynb #a8ac9dfa
+# %% ../../nbs/46_evaluation.evaluation.ipynb #eed566d2
 def judge(
     root:str|os.PathLike, # run folder with an evaluation.json
     cfg:Config            # its configuration
@@ -692,7 +692,7 @@ def judge(
     doc, metrics, latency = read_evaluation(root)
     facts = advisor_facts(root, cfg, doc, metrics, latency)
     gate = simple_stage_evaluation(doc["stage"], gate_facts(metrics, latency, best_before(root, metrics.get("accuracy"))), time_cap(root, cfg, facts.checks, doc["classes"]))
-    advice = evaluate_and_recommend(doc["stage"], facts)
+    advice = evaluate_and_recommend(doc["stage"], facts, getattr(cfg.evaluation, "advisor_thresholds", THRESHOLDS))
     return gate, advice, write_advice(root, advice, {"status": str(gate.status), "label": gate.label, "reasons": list(gate.reasons)})
 
 # %% ../../nbs/46_evaluation.evaluation.ipynb #ffc6aa00
@@ -747,7 +747,7 @@ def drug_names(
     found = read_json(p)["drug_metadata"].values() if p.is_file() else []
     return {e["kcode"]: e["dl_name"] for e in found if e.get("dl_name")}
 
-# %% ../../nbs/46_evaluation.evaluation.ipynb #5b177481
+# %% ../../nbs/46_evaluation.evaluation.ipynb #f2e33ef7
 def plot_mistakes(
     s:Seen,                  # what was seen
     names:Mapping[str,str],  # class key → name
@@ -758,10 +758,10 @@ def plot_mistakes(
     wrong = np.flatnonzero(said != s.scores.labels); pick = wrong[np.argsort(-conf[wrong])][:n] if len(wrong) else np.argsort(conf)[:n]
     keys = [names.get(k, k) for k in s.data.class_map.keys]
     images = [open_image_safely(s.data.root/s.scores.paths[i]).get("image") for i in pick]
-    titles = [f"{keys[s.scores.labels[i]][:11]}\n" + (f"→ {keys[said[i]][:9]} {conf[i]:.0%}" if said[i] != s.scores.labels[i] else f"right, {conf[i]:.0%} sure") for i in pick]
+    titles = [f"{keys[s.scores.labels[i]][:8]}\n" + (f"→ {keys[said[i]][:8]} {conf[i]:.0%}" if said[i] != s.scores.labels[i] else f"right, {conf[i]:.0%} sure") for i in pick]
     return show_grid([whole_view(i, 160) for i in images], titles, cols=6, size=1.5)
 
-# %% ../../nbs/46_evaluation.evaluation.ipynb #b6cb86e8
+# %% ../../nbs/46_evaluation.evaluation.ipynb #acdb27ba
 def draw(
     run:RunFolder, # the run
     cfg:Config,    # its configuration
@@ -781,16 +781,16 @@ def draw(
         strong = [(b[c >= cfg.data.detection.conf_threshold], c[c >= cfg.data.detection.conf_threshold]) for b, c in (s.boxes.preds[i] for i in pick)]
         figs["detection"] = plot_detection_results([open_image_safely(s.data.root/s.boxes.paths[i])["image"] for i in pick], strong, [s.boxes.truth[i] for i in pick])
     figs["latency"] = plot_latency(s.timings, hardware())
-    return [save_fig(f, out/f"evaluation_{name}.png", dpi=60 if name in ("mistakes", "detection") else 80) for name, f in figs.items()]
+    return [save_fig(f, out/f"evaluation_{name}.png", dpi=60 if name == "detection" else 80) for name, f in figs.items()]
 
-# %% ../../nbs/46_evaluation.evaluation.ipynb #3849a48c
+# %% ../../nbs/46_evaluation.evaluation.ipynb #ab552152
 @dataclass(frozen=True)
 class EvaluationJob(StageJob):
     "Checkpoints and pool in; figures, gate, advice and scorecard out (SPEC EV1-EV6, SG1-SG8)."
     user_choice:str = ""     # what to do next, by number or name; "" = ask, or record no choice
     remeasure:bool = True    # False: judge what an earlier run of these very checkpoints measured
     name:ClassVar[str] = "evaluation"
-    sections:ClassVar[tuple[str,...]] = ("project", "data", "train", "evaluation")
+    sections:ClassVar[tuple[str,...]] = ("data.classification", "data.detection", "data.grayscale_policy", "data.rgba_policy", "data.progressive_validation", "evaluation", "train.seed")
 
     def smoke(self, run:RunFolder, cfg:Config)->None: smoke_evaluation(run, cfg)
 

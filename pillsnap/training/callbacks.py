@@ -30,12 +30,12 @@ from ..core.files import read_json, save_json
 from ..core.log import STEP_TAGS, VAL_TAGS, StepTimer, TBWriter, decide, step_line, tagged
 from ..models.metrics import macro_f1, topk_accuracy
 
-# %% ../../nbs/30_training.callbacks.ipynb #0a74b468
+# %% ../../nbs/30_training.callbacks.ipynb #cfafd7a3
 class PillLoaders(DataLoaders):
     "A training and a validation loader of (images, labels, meta), and the device they go to."
     def __init__(self,
-        train,                 # torch DataLoader, or a list of batches
-        valid,                 # the same, for validation
+        train:Any,             # torch DataLoader, or a list of batches
+        valid:Any,             # the same, for validation
         device:torch.device|str="cpu" # where batches are sent
     ):
         super().__init__(train, valid)

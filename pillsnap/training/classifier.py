@@ -276,13 +276,14 @@ def measure_leak_gap(
     shutil.rmtree(folder)   # a model that was trained to leak must not be mistaken for one
     return rec
 
-# %% ../../nbs/34_training.classifier.ipynb #f0b4e560
+# %% ../../nbs/34_training.classifier.ipynb #d346ba79
 @dataclass(frozen=True)
 class ClassifierJob(StageJob):
     "Split photos in; a classifier, its curves, its confusions and the leak gap out (SPEC CT1-CT22, BX1)."
     epochs:int = 1   # in total, also on resume
     name:ClassVar[str] = "classifier"
-    sections:ClassVar[tuple[str,...]] = ("data", "dataloader", "train", "optimization")
+    sections:ClassVar[tuple[str,...]] = ("project.active_feature_set", "data.classification", "data.augment.classification", "data.imbalance", "data.progressive_validation.current_stage",
+        "dataloader", "optimization", "train.seed", "train.deterministic", "train.leak_gap", "train.stage_overrides", "train.classification")
     keys:ClassVar[dict[str,str]] = {"seed": "train.seed", "epochs": "train.classification.epochs"}
 
     def smoke(self, run:RunFolder, cfg:Config)->None: smoke_splits(run, cfg)

@@ -417,7 +417,7 @@ def shuffled(
     def move(p:Path, t:np.ndarray)->np.ndarray: size = t[:, 2:]-t[:, :2]; at = g.uniform(0, 1, size.shape)*(room(p)-size); return np.concatenate([at, at+size], 1)
     return Scored(scored.photos, scored.preds, [move(p, t) for p, t in zip(scored.photos, scored.truth)], scored.seconds)
 
-# %% ../../nbs/36_training.detector.ipynb #e669d3f2
+# %% ../../nbs/36_training.detector.ipynb #ef6948e2
 def mistakes(
     boxes:np.ndarray,  # found, above the product's threshold [n, 4]
     truth:np.ndarray   # there [m, 4]
@@ -430,13 +430,13 @@ def draw_predictions(
     scored:Scored,    # what was found
     conf:float=.3,    # the product's threshold
     most:int=12,      # photos shown
-    side:int=260      # pixels of each picture's width
+    side:int=200      # pixels of each picture's width
 )->Any: # matplotlib Figure
     "Found (orange, with its score) over there (green), the worst photos first."
     cells = []
     for p, (boxes, scores), truth in zip(scored.photos, scored.preds, scored.truth):
         keep = scores >= conf; missed, extra = mistakes(boxes[keep], truth)
-        cells.append((-(missed+extra), p.name, p, boxes[keep], scores[keep], truth, f"missed {missed}, too many {extra}" if missed+extra else f"{len(truth)} of {len(truth)}"))
+        cells.append((-(missed+extra), p.name, p, boxes[keep], scores[keep], truth, f"missed {missed}, extra {extra}" if missed+extra else f"{len(truth)} of {len(truth)}"))
     cells.sort(key=lambda c: c[:2]); cells = cells[:most//2]+cells[most//2::max(1, (len(cells)-most//2)//max(1, most-most//2))][:most-most//2]
     images = []
     for _, _, p, boxes, scores, truth, _ in cells:
@@ -519,13 +519,13 @@ def score_table(
     out = [{"photos": k, "n": sum(keep), "pills": sum(len(t) for t, x in zip(scored.truth, keep) if x), **{m: f[m] for m in names}} for k, keep in parts.items() if any(keep) for f in [scored.only(keep).figures]]
     return out+[{"photos": "all, in ultralytics' reckoning", "n": len(combo), "pills": out[0]["pills"], **{m: row[m] for m in names}}]
 
-# %% ../../nbs/36_training.detector.ipynb #cf29abe5
+# %% ../../nbs/36_training.detector.ipynb #62d1e3aa
 @dataclass(frozen=True)
 class DetectorJob(StageJob):
     "Photos with boxes in, a detector and its figures out (SPEC DT1-DT6)."
     epochs:int = 1   # in total, also on resume
     name:ClassVar[str] = "detector"
-    sections:ClassVar[tuple[str,...]] = ("data", "dataloader", "train")
+    sections:ClassVar[tuple[str,...]] = ("data.detection", "data.augment.detection", "data.progressive_validation.current_stage", "dataloader", "train.seed", "train.deterministic", "train.detection")
     keys:ClassVar[dict[str,str]] = {"seed": "train.seed", "epochs": "train.detection.epochs"}
 
     def smoke(self, run:RunFolder, cfg:Config)->None: smoke_splits(run, cfg)
@@ -545,7 +545,7 @@ def _train(self:DetectorJob, run:RunFolder, cfg:Config)->tuple[Trained,Scored,di
     best = load_ckpt(trained.folder/"best.pt")["epoch"]
     return trained, scored, next(r for r in trained.history if r["epoch"] == best)
 
-# %% ../../nbs/36_training.detector.ipynb #072b7f4f
+# %% ../../nbs/36_training.detector.ipynb #ebf020fc
 @patch
 def work(self:DetectorJob, run:RunFolder, cfg:Config)->StageResult:
     "Train the detector of this run and judge it on photos held out by group."
@@ -558,7 +558,7 @@ def work(self:DetectorJob, run:RunFolder, cfg:Config)->StageResult:
     metrics = [prov.metric(f"detection_{k}", table[0][k], len(scored.photos), scored.seconds).to_dict() for k in ("mAP@0.5", "mAP@0.5:0.95", "precision", "recall")]
     settings = resolved_settings(cfg, trained.settings)
     save_json(dict(metrics=metrics, table=table, reckonings_differ_by=gap, best_epoch=best["epoch"], epochs=len(trained.history), stopped_early=trained.stopped, settings=settings, history=trained.history), reports/"detector.json")
-    figures = [save_fig(draw_predictions(scored, cfg.data.detection.conf_threshold), reports/"detector_predictions.png"), save_fig(draw_curves(trained.history), reports/"detector_curves.png"), save_fig(draw_pr(scored, cfg.data.detection.conf_threshold), reports/"detector_pr.png")]
+    figures = [save_fig(draw_predictions(scored, cfg.data.detection.conf_threshold), reports/"detector_predictions.png", dpi=90), save_fig(draw_curves(trained.history), reports/"detector_curves.png"), save_fig(draw_pr(scored, cfg.data.detection.conf_threshold), reports/"detector_pr.png")]
     outputs = [trained.folder/"best.pt", trained.folder/"last.pt", reports/"detector.json", reports/"metrics.json", *figures]
     return StageResult(_verdict(table, trained, best, gap), table, figures, [run.root/"yolo_data", run.root/"artifacts"/f"stage{stage.stage}"/"splits.json"], outputs, _notes(trained, settings, stage.header["source"]))
 

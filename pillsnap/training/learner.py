@@ -139,12 +139,12 @@ def training_callbacks(
     if not out.quiet: cbs.append(Progress(title=out.title))
     return cbs + [EarlyStop(stop.monitor, stop.patience, stop.min_delta, stop.mode, out.log)]
 
-# %% ../../nbs/32_training.learner.ipynb #cbc11de5
+# %% ../../nbs/32_training.learner.ipynb #92356192
 def build_learner(
     cfg:Config,                       # train.classification, optimization
     model:nn.Module,                  # as many outputs as there are drugs
     criterion:nn.Module,              # the loss
-    train_dl,                         # loader of (images, labels, meta)
+    train_dl:Any,                     # loader of (images, labels, meta)
     views:Mapping[str,Any],           # validation loaders by view; the first one decides
     num_classes:int,                  # length of the class map
     device:torch.device|str="cpu",    # where the run computes
@@ -160,10 +160,10 @@ def build_learner(
     learn.num_classes, learn.passes = num_classes, {v if w == which[0] else f"{v} ({w})": (dl, w) for w in which for v, dl in views.items()}
     return learn
 
-# %% ../../nbs/32_training.learner.ipynb #a55b3800
+# %% ../../nbs/32_training.learner.ipynb #1a63e41b
 def validate_classification(
     model:nn.Module,               # a classifier
-    loader,                        # of (images, labels, meta)
+    loader:Any,                    # of (images, labels, meta)
     num_classes:int,               # length of the class map
     criterion:nn.Module|None=None, # the loss that is reported; plain cross-entropy when None
     device:torch.device|str="cpu"  # where the pass runs

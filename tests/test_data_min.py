@@ -1,0 +1,282 @@
+"""The data path in five checks, on one small rendered delivery: splits, samples, batches, loaders, meta (SPEC TL21)."""
+import dataclasses
+import logging
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from pillsnap.core.config import AugmentClassification, load_config
+from pillsnap.core.errors import PillsnapError
+from pillsnap.core.stages import RunFolder
+from pillsnap.data import caches as C
+from pillsnap.data import datasets as D
+from pillsnap.data.augment import build_transforms_classification, dangers
+from pillsnap.data.caches import PhotoCache, View, box_of, look
+from pillsnap.data.images import crop_view, normalise, open_image_safely, whole_view
+from pillsnap.data.splits import SplitsJob, load_stage
+
+SMALL = ("data.progressive_validation.stage_0.max_samples=null", "evaluation.min_eval_samples=6", "data.classification.img_size=64")
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory, delivery):
+    "The shared delivery, converted and split; every photo of the stage."
+    from pillsnap.data.conversion import convert_delivery
+    root = tmp_path_factory.mktemp("datamin")/"run"
+    convert_delivery(delivery, root)
+    SplitsJob(near_duplicates=False)._cut(RunFolder(root), load_config("smoke", SMALL))
+    return load_stage(root, 0)
+
+
+@pytest.fixture(scope="module")
+def cfg(): return load_config("smoke", SMALL)
+
+
+@pytest.fixture()
+def singles(stage): return stage.train[stage.train["kind"] == "single"].reset_index(drop=True)
+
+
+# 1 -----------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.spec("TL21")
+def test_1_splits_are_there_and_apart(stage):
+    assert len(stage.train) and len(stage.val) and set(stage.val["path"]) <= set(stage.pool["path"])
+    assert not set(stage.train["group_id"]) & set(stage.pool["group_id"])
+    assert all((stage.root/p).is_file() for p in stage.train["path"])
+    assert set(stage.train.loc[stage.train["kind"] == "single", "class_key"]) == set(stage.class_map)
+
+
+# 2 -----------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.spec("TL21", "TL3", "X72")
+def test_2_samples_are_what_is_served(stage, singles):
+    "Validation shows exactly the two served views, with the class map's number."
+    img = open_image_safely(stage.root/singles.path[3])["image"]
+    for view, ref in (("whole", whole_view(img, 64)), ("crop", crop_view(img, box_of(singles.bbox[3]), 64, .1))):
+        s = D.PillsnapClsDataset(singles, stage.class_map, stage.root, 64, view=view)[3]
+        assert set(s) == {"image", "label", "path"} and s["path"] == singles.path[3] and s["label"] == sorted(stage.class_map).index(singles.class_key[3])
+        assert np.array_equal(s["image"].numpy(), normalise(ref[None])[0])
+
+
+@pytest.mark.spec("TL3")
+def test_2_a_dataset_never_raises_in_an_epoch(stage, singles, tmp_path):
+    (tmp_path/"text.png").write_text("no photo"); (tmp_path/"cut.png").write_bytes((stage.root/singles.path[0]).read_bytes()[:5000])
+    rows = pd.DataFrame([dict(path=p, class_key=singles.class_key[0], bbox=b) for p, b in (("gone.png", ""), ("text.png", ""), ("cut.png", ""), (str(stage.root/singles.path[0]), "[9000, 9000, 5, 5]"), (str(stage.root/singles.path[0]), "not json"))])
+    for train in (False, True):
+        d = D.PillsnapClsDataset(rows, stage.class_map, tmp_path, 64, train=train, view="crop", crop_view_prob=1.)
+        got = [d[i] for i in range(len(d))]
+        assert all(s["_skip"] and s["error"] and s["stage"] and s["path"] == p for s, p in zip(got, rows.path)), got
+    det = D.PillsnapDetDataset(rows.assign(bbox="[1, 1, 5, 5]"), tmp_path, 64)
+    assert [("_skip" in det[i]) for i in range(len(det))] == [p in ("gone.png", "text.png", "cut.png") for p in det.paths]
+    with pytest.raises(PillsnapError, match="K-999999"): D.PillsnapClsDataset(rows.assign(class_key="K-999999"), stage.class_map, tmp_path, 64)
+
+
+@pytest.mark.spec("TL3")
+def test_2_detection_boxes_move_with_the_letterbox(stage):
+    "The box's corners in the square, taken back to the photo, are the manifest's."
+    rows = stage.train[stage.train["kind"] == "combo"]
+    d = D.PillsnapDetDataset(rows, stage.root, 160)
+    s = d[0]
+    want = np.array([box_of(b) for b in rows[rows["path"] == d.paths[0]]["bbox"]])
+    h, w = open_image_safely(stage.root/d.paths[0])["image"].shape[:2]
+    scale, dx, dy = 160 / max(h, w), (160 - round(w * 160 / h)) // 2, 0
+    c = s["label"][:, 1:].numpy() * 160
+    got = (np.c_[c[:, :2] - c[:, 2:] / 2, c[:, :2] + c[:, 2:] / 2] - [dx, dy, dx, dy]) / scale
+    assert np.allclose(got, want, atol=.01) and s["image"].shape == (3, 160, 160) and 0 <= s["image"].min() and s["image"].max() <= 1
+    assert len(want) >= 3
+
+
+@pytest.mark.spec("TL1")
+def test_2_training_views_are_augmented_bytes_then_normalised(stage, singles):
+    "Photometric steps stand before normalisation; crops keep the imprint; mirror and hue are warned of."
+    a = AugmentClassification()
+    kinds = [type(t).__name__ for t in build_transforms_classification(64, a).transforms]
+    assert kinds == ["RandomResizedCrop", "RandomHorizontalFlip", "RandomChoice", "ColorJitter", "ToDtype", "Normalize"]
+    crop = build_transforms_classification(64, a).transforms[0]
+    assert crop.antialias and tuple(crop.scale) == (.8, 1.) and tuple(crop.ratio) == (.9, 1.1)
+    jitter = build_transforms_classification(64, a).transforms[3]
+    assert jitter.brightness == (.8, 1.2) and jitter.hue == (-.05, .05)
+    assert [t.magnitude for t in build_transforms_classification(64, a).transforms[2].transforms] == [7, 8, 9]
+    assert build_transforms_classification(64, a).transforms[1].p == .5
+    assert any("mirror" in x for x in dangers(a)) and any("hue" in x for x in dangers(a)) and not dangers(AugmentClassification(hflip=False, color_jitter=(0, 0, 0, 0)))
+    s = D.PillsnapClsDataset(singles, stage.class_map, stage.root, 64, train=True, augment=a)[0]["image"]
+    assert s.dtype == torch.float32 and s.shape == (3, 64, 64) and -2.2 < s.min() and s.max() < 2.7
+
+
+# 3 -----------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.spec("TL21", "TL4")
+def test_3_collate_keeps_the_good_and_names_the_rest(caplog):
+    good = [{"image": torch.full((3, 8, 8), float(i)), "label": i, "path": f"{i}.png"} for i in range(3)]
+    bad = {"_skip": True, "error": "broken", "stage": "final", "path": "x.png"}
+    images, labels, meta = D.safe_collate([good[0], bad, good[2]])
+    assert images[:, 0, 0, 0].tolist() == [0., 2.] and labels.tolist() == [0, 2] and labels.dtype == torch.int64
+    assert meta == {"paths": ["0.png", "2.png"], "skipped": [{"path": "x.png", "stage": "final", "error": "broken"}]} and not caplog.messages
+    images, labels, meta = D.safe_collate([bad, bad])
+    assert len(images) == len(labels) == 0 and meta["paths"] == [] and len(meta["skipped"]) == 2 and "all 2 photos of a batch were skipped" in caplog.text
+    assert D.safe_collate is D.safe_collate_cls is D.safe_collate_classification
+
+
+@pytest.mark.spec("TL4")
+@pytest.mark.parametrize("box", ([0, .5, .5, 0., .1], [0, .5, .5, -.1, .1], [0, 1.2, .5, .1, .1], [0, float("nan"), .5, .1, .1]))
+def test_3_detection_collate_checks_boxes(box):
+    img = torch.zeros(3, 8, 8)
+    ok = {"image": img, "label": torch.tensor([[0, .5, .5, .2, .2], [0, .1, .1, .1, .1]]), "path": "ok.png"}
+    images, boxes, meta = D.safe_collate_detection([{"image": img, "label": torch.tensor([box]), "path": "bad.png"}, ok, ok])
+    assert len(images) == 2 and boxes[:, 0].tolist() == [0, 0, 1, 1] and meta["paths"] == ["ok.png"] * 2 and meta["skipped"][0]["path"] == "bad.png"
+    images, boxes, meta = D.safe_collate_detection([{"image": img, "label": torch.tensor([box]), "path": "bad.png"}])
+    assert len(images) == 0 and boxes.shape == (0, 6)
+
+
+# 4 -----------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.spec("TL21", "TL6", "X66")
+@pytest.mark.parametrize("batch", (4, 5, 7, 500))
+def test_4_validation_drops_nothing_and_keeps_its_order(stage, batch):
+    "Whatever the batch size, with drop_last: true and a weighted sampler asked for."
+    cfg = load_config("smoke", [*SMALL, f"train.classification.batch_size={batch}", "dataloader.drop_last=true", "data.imbalance.use_weighted_sampler=true", "data.imbalance.use_class_weights=false"])
+    train_dl, val_dl, _ = D.build_classification_loaders(stage, cfg)
+    seen = [p for *_, m in val_dl for p in m["paths"]]
+    assert seen == stage.val[stage.val["kind"] == "single"]["path"].tolist() and not val_dl.drop_last
+    assert type(val_dl.sampler).__name__ == "SequentialSampler"
+    assert train_dl.drop_last == (len(train_dl.dataset) >= batch) and len(train_dl) >= 1
+
+
+@pytest.mark.spec("TL9")
+def test_4_the_weighted_sampler_draws_drugs_equally():
+    labels = [0] * 900 + [1] * 90 + [2] * 10
+    sampler = D.EpochSampler(range(len(labels)), 3, D.rare_more_often(labels, 4))
+    n = Counter(labels[i] for _ in range(5) for i in sampler)
+    assert max(n.values()) / min(n.values()) < 1.15
+
+
+@pytest.mark.spec("TL5")
+def test_4_workers_deliver_what_the_main_process_does(stage, cfg):
+    "Two spawned workers, a shared cache, two epochs: the same pictures in the same order, and other ones in the second epoch."
+    none = D.classification_set(stage.train.head(40), stage, cfg, train=True, cache=False)
+    rows = stage.train.head(40)[lambda d: d["kind"] == "single"]
+    cache = PhotoCache(rows, stage.root, list(none.views.values()), shared=True)
+    assert cache.data.is_shared()
+    many = D.classification_set(stage.train.head(40), stage, cfg, train=True, cache=cache)
+    kw = dict(batch_size=8, collate_fn=D.safe_collate)
+    a = torch.utils.data.DataLoader(none, sampler=D.EpochSampler(none, 1), **kw)
+    b = torch.utils.data.DataLoader(many, sampler=D.EpochSampler(many, 1), num_workers=2, multiprocessing_context="spawn", persistent_workers=True, worker_init_fn=D.init_worker, **kw)
+    epochs = []
+    for _ in range(2):
+        both = list(zip(a, b))
+        for (x, y, m), (x2, y2, m2) in both: assert m == m2 and torch.equal(x, x2) and torch.equal(y, y2)
+        epochs.append({p: i for (x, _, m), _ in both for p, i in zip(m["paths"], x)})
+    assert epochs[0].keys() == epochs[1].keys() and not any(torch.equal(epochs[0][p], epochs[1][p]) for p in epochs[0])
+
+
+@pytest.mark.spec("TL5")
+@pytest.mark.parametrize("wanted, photos, cached, cpus, n", [(8, 10**6, False, 4, 4), (8, 10**6, False, 64, 8), (8, 600, True, 64, 0), (8, 100, False, 64, 0), (0, 10**6, False, 64, 0), (8, 10**6, True, 64, 8)])
+def test_4_worker_policy(wanted, photos, cached, cpus, n):
+    assert D.worker_count(wanted, photos, cached, cpus)[0] == n
+
+
+@pytest.mark.spec("TL5")
+def test_4_prefetch_per_stage_and_nothing_without_workers(monkeypatch):
+    cfg = load_config("two_stage", ["dataloader.num_workers=3", "train.stage_overrides={stage_2: {num_workers_override: 2}}"])
+    monkeypatch.setattr(D.os, "sched_getaffinity", lambda _: range(16))
+    assert [D.loader_options(cfg, s, 10**6, False)[0]["prefetch_factor"] for s in (1, 2, 3, 4)] == [4, 6, 8, 8]
+    assert [D.loader_options(cfg, s, 10**6, False)[0]["num_workers"] for s in (1, 2)] == [3, 2]
+    o, lines = D.loader_options(load_config("two_stage", ["dataloader.num_workers=0"]), 1, 10**6, False)
+    assert (o["prefetch_factor"], o["persistent_workers"], o["multiprocessing_context"]) == (None, False, None)
+    assert torch.cuda.is_available() or any("pin_memory: off" in x for x in lines)
+
+
+def test_4_resume_gives_the_same_epoch(stage, cfg):
+    "Epoch 3 is epoch 3, whether or not epochs 0 to 2 were run before."
+    train_dl, _, _ = D.build_classification_loaders(stage, cfg)
+    for _ in range(3): list(train_dl)
+    straight = list(train_dl)
+    fresh, _, _ = D.build_classification_loaders(stage, cfg)
+    fresh.sampler.set_epoch(3)
+    for (x, y, m), (x2, y2, m2) in zip(straight, list(fresh)): assert m == m2 and torch.equal(x, x2)
+
+
+def test_4_the_dataset_leaves_torchs_generator_alone(stage, singles):
+    d = D.PillsnapClsDataset(singles, stage.class_map, stage.root, 64, train=True)
+    torch.manual_seed(5); want = torch.rand(3)
+    torch.manual_seed(5); d[0]; d.__getitems__([1, 2])
+    assert torch.equal(torch.rand(3), want)
+
+
+# 5 -----------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.spec("TL21", "TL10")
+def test_5_meta_and_summary(stage, cfg, caplog):
+    log = logging.getLogger("pillsnap.test_meta"); log.setLevel("INFO")
+    with caplog.at_level("INFO"):
+        _, _, meta = D.build_classification_loaders(stage, cfg, log=log)
+    assert {"class_names", "class_to_idx", "train_count", "val_count", "test_count", "img_size", "splits_json", "test_usage_policy", "weights_used", "sampler_used", "skipped_files"} <= set(meta)
+    n = {k: int((getattr(stage, k)["kind"] == "single").sum()) for k in ("train", "val")}
+    assert (meta["train_count"], meta["val_count"], meta["test_count"], meta["img_size"]) == (n["train"], n["val"], None, 64)
+    assert meta["class_names"] == sorted(stage.class_map) and meta["class_to_idx"] == {k: i for i, k in enumerate(sorted(stage.class_map))}
+    assert (meta["splits_json"], meta["test_usage_policy"], meta["weights_used"], meta["sampler_used"], meta["skipped_files"]) == ("artifacts/stage0/splits.json", "final_evaluation_only", True, False, [])
+    assert f"{n['train']:,} train and {n['val']:,} val photos of 6 drugs at 64 px" in caplog.text and "drop_last" in caplog.text and "prefetch" in caplog.text
+
+
+@pytest.mark.spec("TL10")
+def test_5_skipped_files_are_named(stage, cfg, tmp_path):
+    import shutil
+    rows = stage.train[stage.train["kind"] == "single"]
+    for p in rows["path"]: (tmp_path/p).parent.mkdir(parents=True, exist_ok=True); shutil.copy(stage.root/p, tmp_path/p)
+    (tmp_path/rows["path"].iloc[2]).write_bytes(b"lost")
+    spoilt = dataclasses.replace(stage, val=rows.head(4), header=stage.header | {"root": str(tmp_path)})
+    train_dl, val_dl, meta = D.build_classification_loaders(spoilt, cfg)
+    assert {e["path"] for e in meta["skipped_files"]} == {rows["path"].iloc[2]} and meta["skipped_files"][0]["stage"] == "final"
+    assert [len(m["skipped"]) for *_, m in val_dl] == [1]
+
+
+@pytest.mark.spec("X35", "X36", "X37")
+def test_5_the_sources_names(stage, cfg):
+    assert D.build_dataloaders is D.build_dataloaders_by_mode and D.safe_collate_det is D.safe_collate_detection
+    train_dl, val_dl, test_dl, meta = D.build_dataloaders(stage, cfg)
+    assert test_dl is None and meta["mode"] == "single"
+    *loaders, meta = D.build_dataloaders_twostage(stage, cfg)
+    assert len(loaders) == 6 and loaders[2] is loaders[5] is None and {"det_train_count", "train_count"} <= set(meta)
+    assert D.build_dataloaders_by_mode(stage, cfg, "combo")[3]["mode"] == "combo"
+    with pytest.raises(PillsnapError, match="not 'auto'"): D.build_dataloaders_by_mode(stage, cfg, "auto")
+
+
+# memory ------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.spec("TL12")
+def test_cached_and_fresh_samples_are_the_same_bytes(stage, cfg):
+    for train in (False, True):
+        a, b = (D.classification_set(stage.train, stage, cfg, train=train, cache=c) for c in (True, False))
+        assert a.cache is not None and b.cache is None
+        for e in (0, 1):
+            a.set_epoch(e); b.set_epoch(e)
+            for i in range(0, len(a), 9): assert torch.equal(a[i]["image"], b[i]["image"])
+
+
+@pytest.mark.spec("BX14")
+def test_a_cache_that_does_not_fit_is_refused_and_said(stage, cfg, monkeypatch, caplog):
+    "Before anything is allocated; the loaders then go on without it, with the reason in the log."
+    rows = stage.train[stage.train["kind"] == "single"]
+    with pytest.raises(PillsnapError, match="hotset_size_images=3 fits"): PhotoCache(rows, stage.root, [View("whole", 64)], budget=3 * 64 * 64 * 3 + 5)
+    monkeypatch.setattr(C, "free_bytes", lambda shared: 1000)
+    log = logging.getLogger("pillsnap.test_cache"); log.setLevel("INFO")
+    with caplog.at_level("INFO"): train_dl, _, meta = D.build_classification_loaders(stage, cfg, log=log)
+    assert train_dl.dataset.cache is None and meta["cached_bytes"] == 0 and "hotset: off" in caplog.text
+
+
+def test_free_bytes_minds_shared_memory(monkeypatch):
+    monkeypatch.setattr(C.psutil, "virtual_memory", lambda: type("M", (), {"available": 10**9})())
+    monkeypatch.setattr(C.shutil, "disk_usage", lambda p: type("D", (), {"free": 64 << 20})())
+    assert (C.free_bytes(False), C.free_bytes(True)) == (5 * 10**8, 32 << 20)
+
+
+def test_a_limited_cache_mixes_with_files(stage, cfg, singles):
+    views = D.dataset_views(64, False)
+    cache = PhotoCache(singles, stage.root, list(views.values()), limit=5)
+    d = D.PillsnapClsDataset(singles, stage.class_map, stage.root, 64, cache=cache)
+    fresh = D.PillsnapClsDataset(singles, stage.class_map, stage.root, 64)
+    assert len(cache) == 5 and all(torch.equal(d[i]["image"], fresh[i]["image"]) for i in (0, 4, 5, 9))

@@ -1,0 +1,182 @@
+"""The detector: two reckonings of its figures, what is left to the library, lazy loading, no network, and life without ultralytics."""
+import importlib.util
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+needs_ultralytics = pytest.mark.skipif(importlib.util.find_spec("ultralytics") is None, reason="ultralytics is not installed")
+
+
+def toy_tree(folder: Path, train: int, val: int, side: int = 128, seed: int = 0) -> Path:
+    "Bright ellipses on a noisy ground, one to four a photo, under names that the delivery could have."
+    from PIL import Image
+    g = np.random.default_rng(seed)
+    yy, xx = np.mgrid[:side, :side]
+    for split, n in (("train", train), ("val", val)):
+        for what in ("images", "labels"):
+            (folder/what/split).mkdir(parents=True)
+        for i in range(n):
+            im, rows = g.normal(90, 8, (side, side, 3)), []
+            for q in g.permutation(4)[:g.integers(1, 5)]:
+                a, b = g.uniform(9, 15, 2)
+                x, y = side/4+side/2*(q % 2)+g.uniform(-14, 14), side/4+side/2*(q//2)+g.uniform(-14, 14)
+                im[((xx-x)/a)**2+((yy-y)/b)**2 < 1] = g.uniform(190, 250, 3)
+                rows.append(f"0 {x/side:.6f} {y/side:.6f} {2*a/side:.6f} {2*b/side:.6f}")
+            codes = "-".join(f"{100+k:06d}" for k in range(len(rows)))
+            name = f"K-{codes}_0_2_0_2_70_{i % 18*20:03d}_{200+i//18}"
+            Image.fromarray(im.clip(0, 255).astype(np.uint8)).save(folder/"images"/split/f"{name}.png")
+            (folder/"labels"/split/f"{name}.txt").write_text("\n".join(rows)+"\n")
+    return folder
+
+
+def toy_plan(tree: Path, out: Path, size: int = 96, **args):
+    from pillsnap.core.config import load_config
+    from pillsnap.models.yolo import PILL
+    from pillsnap.training.detector import TrainPlan, detector_args
+    cfg = load_config("smoke", [f"data.detection.img_size={size}"])
+    fixed = dict(config_snapshot=cfg.to_dict(), class_map=PILL.to_dict(), backbone="yolo11n", img_size=size, data_hash="toy")
+    return TrainPlan("yolo11n", tree, out, {**detector_args(cfg, tree, out/"lib"), **args}, fixed)
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    "A detector that has really learned something, though not everything, and what it finds."
+    import torch
+    from pillsnap.models.yolo import open_detector
+    from pillsnap.training.detector import photos_in, score_detector, train_detector
+    tmp, threads = tmp_path_factory.mktemp("detector"), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        tree = toy_tree(tmp/"yolo_data", 96, 24)
+        trained = train_detector(toy_plan(tree, tmp/"detector", epochs=8, mosaic=0., mixup=0., warmup_epochs=1., scale=(.9, 1.1)))
+        scored = score_detector(open_detector(tmp/"detector"/"best.pt", lazy=False), photos_in(tree/"images"/"val"))
+    finally:
+        torch.set_num_threads(threads)
+    best = max(trained.history, key=lambda r: r["detection"]["mAP@0.5"])
+    return best["detection"], scored
+
+
+@needs_ultralytics
+@pytest.mark.spec("DT2", "DT4")
+def test_two_reckonings_agree(learned):
+    "ultralytics' loader, suppression and integration against ours, on a detector that is right only now and then."
+    theirs, scored = learned
+    ours = scored.figures
+    assert .2 < ours["mAP@0.5"] < .999, "the comparison would prove little"
+    for k in ("mAP@0.5", "mAP@0.5:0.95"):
+        assert abs(ours[k]-theirs[k]) <= .005, (k, ours[k], theirs[k])
+    assert {"precision", "recall"} <= set(theirs)
+
+
+@needs_ultralytics
+@pytest.mark.spec("DT2")
+def test_shuffled_labels_are_worth_nothing(learned):
+    from pillsnap.training.detector import shuffled
+    _, scored = learned
+    assert shuffled(scored).figures["mAP@0.5"] < .05
+    photos = scored.truth[1:]+scored.truth[:1]
+    moved = type(scored)(scored.photos, scored.preds, photos, scored.seconds)
+    assert moved.figures["mAP@0.5"] < .05
+
+
+@needs_ultralytics
+@pytest.mark.spec("DT1", "X42")
+def test_the_aihub_preset_is_yolo11m_at_640_with_one_class():
+    from pillsnap.core.config import load_config
+    from pillsnap.models.yolo import build_yolo_model
+    cfg = load_config("two_stage")
+    net = build_yolo_model(cfg.train.detection.model)
+    assert cfg.data.detection.img_size == 640 and net.names == {0: "pill"} and net.model[-1].nc == 1
+    assert 20.0e6 < sum(p.numel() for p in net.parameters()) < 20.2e6
+
+
+@needs_ultralytics
+@pytest.mark.spec("DT3")
+def test_null_is_the_librarys_default_and_shown(tmp_path):
+    from pillsnap.core.config import load_config
+    from pillsnap.training.detector import detector_args, resolved_settings
+    from pillsnap.models.yolo import load_ultralytics
+    load_ultralytics(tmp_path)
+    from ultralytics.cfg import get_cfg
+    from ultralytics.utils import DEFAULT_CFG
+    free, set_ = load_config("two_stage"), load_config("two_stage", ["train.detection.lr=0.005", "train.detection.warmup_epochs=1.5"])
+    assert free.train.detection.epochs == 50 and free.train.detection.auto_batch_max == 16 and free.train.detection.cos_lr
+    shown = [{r["setting"]: r for r in resolved_settings(c, vars(get_cfg(overrides=detector_args(c, tmp_path, tmp_path))))} for c in (free, set_)]
+    for k in ("lr0", "warmup_epochs", "optimizer", "close_mosaic"):
+        assert shown[0][k] == {"setting": k, "value": getattr(DEFAULT_CFG, k), "from": "ultralytics' default"}
+    assert (shown[1]["lr0"]["value"], shown[1]["lr0"]["from"], shown[1]["warmup_epochs"]["value"]) == (.005, "configuration", 1.5)
+    augment = {k: shown[0][k]["value"] for k in ("mosaic", "mixup", "fliplr", "scale")}
+    assert augment == {"mosaic": .5, "mixup": .1, "fliplr": .5, "scale": (.5, 1.5)}, "SPEC TL2"
+
+
+@needs_ultralytics
+@pytest.mark.spec("DT3")
+def test_no_batch_is_searched_unasked(tmp_path):
+    import torch
+    from pillsnap.core.config import load_config
+    from pillsnap.training.detector import detector_args
+    on, off = load_config("two_stage"), load_config("two_stage", ["train.detection.auto_batch_tune=false"])
+    batch = lambda cfg, device: detector_args(cfg, tmp_path, tmp_path, torch.device(device))["batch"]
+    assert (batch(on, "cuda"), batch(off, "cuda"), batch(on, "cpu")) == (.88, 16, 16)
+
+
+@needs_ultralytics
+@pytest.mark.spec("DT5", "X38")
+def test_single_mode_never_loads_the_detector(tmp_path):
+    from pillsnap.data.classmap import ClassMap
+    from pillsnap.models.pipeline import predict_pipeline
+    from pillsnap.models.yolo import fresh_detector_checkpoint, open_detector
+
+    class Classifier:
+        size = 32
+        def logits(self, x): return np.zeros((len(x), 2), np.float32)
+
+    detector = open_detector(fresh_detector_checkpoint(tmp_path/"best.pt", "yolo11n", 64))
+    photo = np.full((80, 60, 3), 120, np.uint8)
+    ask = lambda mode: predict_pipeline(photo, mode, classifier=Classifier(), detector=detector, class_map=ClassMap(["K-000001", "K-000002"]))
+    assert ask("single")["mode_used"] == "single" and not detector.loaded
+    assert ask("combo")["mode_used"] == "combo" and detector.loaded
+
+
+@pytest.mark.spec("DT5")
+def test_everything_else_lives_without_ultralytics():
+    "Every room imports with ultralytics blocked; the detector says what to install."
+    code = textwrap.dedent("""
+        import importlib, pkgutil, sys
+        class Blocked:
+            def find_spec(self, name, path=None, target=None):
+                if name.split(".")[0] == "ultralytics": raise ModuleNotFoundError("blocked", name="ultralytics")
+        sys.meta_path.insert(0, Blocked())
+        import pillsnap
+        from pillsnap.core.errors import PillsnapError
+        names = [m.name for m in pkgutil.walk_packages(pillsnap.__path__, "pillsnap.") if not m.name.endswith("__main__")]
+        for n in names: importlib.import_module(n)
+        from pillsnap.models.yolo import build_yolo_model
+        build_yolo_model("11n", lazy_load=True)
+        try: build_yolo_model("11n")
+        except PillsnapError as e: print(len(names), "pip install" in str(e), "single mode" in str(e), "ultralytics" in sys.modules)
+    """)
+    r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert r.returncode == 0, r.stderr[-2000:]
+    n, *rest = r.stdout.split()
+    assert int(n) > 20 and rest == ["True", "True", "False"]
+
+
+@needs_ultralytics
+def test_loader_processes_find_the_dataset_by_name(tmp_path):
+    "Spawned workers unpickle it from the package, where it did not exist at import (house rule 9)."
+    import torch
+    from pillsnap.models.yolo import load_ultralytics
+    from pillsnap.training import detector
+    load_ultralytics(tmp_path/"lib")
+    from ultralytics.cfg import get_cfg
+    tree = toy_tree(tmp_path/"y", 8, 4)
+    ds = detector.YoloPillPhotos(img_path=str(tree/"images"/"train"), imgsz=64, augment=True, batch_size=4, hyp=get_cfg(overrides=toy_plan(tree, tmp_path).args), rect=False, stride=32, pad=0., task="detect", data={"names": {0: "pill"}, "nc": 1})
+    loader = torch.utils.data.DataLoader(ds, 4, num_workers=2, multiprocessing_context="spawn", collate_fn=ds.collate_fn)
+    assert sum(len(b["img"]) for b in loader) == 8

@@ -1,0 +1,230 @@
+"""The door for photos and the two views: upright, the right colours, bounded, and never an exception."""
+import io
+import struct
+import subprocess
+import sys
+import zlib
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, PngImagePlugin
+from torchvision.ops import nms as torch_nms
+from torchvision.transforms import v2
+
+from pillsnap.core.errors import PillsnapError
+from pillsnap.data import images as I
+from pillsnap.data.boxes import decode_yolo, from_yolo, iou_matrix, letterbox, nms, to_yolo, unletterbox, xywh_to_xyxy, xyxy_to_xywh
+from pillsnap.data.images import IMAGENET_MEAN, IMAGENET_STD, crop_square, crop_view, header_size, normalise, open_image_safely, whole_view
+
+
+def picture(w=60, h=80) -> np.ndarray:
+    "No two corners, rows or channels alike: every flip and every swap shows."
+    y, x = np.mgrid[:h, :w]
+    return np.stack([x * 3 % 256, y * 2 % 256, (x + 2 * y) % 256], -1).astype(np.uint8)
+
+
+def enc(a, fmt="PNG", **k) -> bytes:
+    b = io.BytesIO(); (a if isinstance(a, Image.Image) else Image.fromarray(a)).save(b, fmt, **k)
+    return b.getvalue()
+
+
+def chunk(kind: bytes, body: bytes) -> bytes: return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def png_header(w, h) -> bytes: return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", w, h, 8, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(bytes(300))) + chunk(b"IEND", b"")
+
+
+TURNS = {1: None, 2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE, 6: Image.ROTATE_90, 7: Image.TRANSVERSE, 8: Image.ROTATE_270}
+
+
+@pytest.mark.spec("DM10")
+@pytest.mark.parametrize("fmt", ("PNG", "JPEG", "WEBP"))
+@pytest.mark.parametrize("note", TURNS)
+def test_exif_is_applied(fmt, note):
+    up, e = Image.fromarray(picture()), Image.Exif()
+    e[0x0112] = note
+    lying = up if TURNS[note] is None else up.transpose(TURNS[note])
+    kw = {"JPEG": dict(quality=100, subsampling=0), "WEBP": dict(lossless=True)}.get(fmt, {})
+    got = open_image_safely(enc(lying, fmt, exif=e, **kw))["image"].astype(int)
+    assert got.shape == (80, 60, 3) and np.abs(got - picture()).mean() < (3 if fmt == "JPEG" else .01)
+
+
+@pytest.mark.spec("DM10")
+def test_exif_is_applied_by_the_second_decoder_too():
+    "A broken side note sends a sideways photo to OpenCV: still upright, still RGB."
+    e = Image.Exif(); e[0x0112] = 6
+    good = enc(Image.fromarray(picture()).transpose(Image.ROTATE_90), "PNG", exif=e)
+    note = chunk(b"tEXt", b"Comment\0x")
+    r = open_image_safely(good[:33] + note[:-4] + b"\0\0\0\0" + good[33:])
+    assert r["stage"] == "OpenCV" and np.array_equal(r["image"], picture())
+
+
+@pytest.mark.spec("DM10")
+def test_pixel_formats():
+    "Each way to store a picture gives its colours; 16 bit is scaled, not cut; alpha is dropped, not blended."
+    a, im = picture(), Image.fromarray(picture())
+    alpha = im.copy(); alpha.putalpha(Image.linear_gradient("L").resize(im.size))
+    deep = cv2.imencode(".png", a[..., ::-1].astype(np.uint16) * 257)[1].tobytes()
+    for name, b in {"alpha": enc(alpha), "16-bit": deep, "bmp": enc(im, "BMP"), "tiff": enc(im, "TIFF"), "webp": enc(im, "WEBP", lossless=True)}.items():
+        assert np.array_equal(open_image_safely(b)["image"], a), name
+    assert np.abs(open_image_safely(enc(im.convert("CMYK"), "JPEG", quality=100, subsampling=0))["image"].astype(int) - a).mean() < 2
+    pal = im.quantize(16); pal.info["transparency"] = 0
+    assert np.array_equal(open_image_safely(enc(pal, "PNG", transparency=0))["image"], np.asarray(im.quantize(16).convert("RGB")))
+    grey16 = Image.fromarray(np.array([[0, 257, 32896, 65535]], np.uint16))
+    assert open_image_safely(enc(grey16))["image"][0, :, 1].tolist() == [0, 1, 128, 255]
+    for mode in ("L", "1", "LA"): assert (np.ptp(open_image_safely(enc(im.convert(mode)))["image"], axis=2) == 0).all()
+    frames = enc(pal, "GIF", save_all=True, append_images=[pal.rotate(180)])
+    assert open_image_safely(frames)["image"].shape == (80, 60, 3)
+    assert open_image_safely(enc(np.float32([[.5, 2.]]), "TIFF"))["stage"] == "policy"
+    assert open_image_safely(enc(Image.new("RGB", (1, 1), (1, 2, 3))))["image"].tolist() == [[[1, 2, 3]]]
+
+
+@pytest.mark.spec("DM10")
+def test_policies_skip_by_either_decoder():
+    grey, alpha = enc(Image.fromarray(picture()).convert("L")), enc(Image.fromarray(picture()).convert("RGBA"))
+    spoil = lambda b: b[:33] + chunk(b"tEXt", b"Comment\0x")[:-4] + b"\0\0\0\0" + b[33:]
+    for f in (lambda b: b, spoil):
+        assert open_image_safely(f(grey), grayscale_policy="skip")["stage"] == "policy"
+        assert open_image_safely(f(alpha), rgba_policy="skip")["stage"] == "policy"
+        assert "image" in open_image_safely(f(grey)) and "image" in open_image_safely(f(alpha))
+
+
+@pytest.mark.spec("DM10")
+def test_broken_files_are_records_with_a_stage(tmp_path, caplog):
+    png, jpg = enc(picture()), enc(picture(), "JPEG")
+    bomb = PngImagePlugin.PngInfo(); bomb.add_text("x", "a" * (3 << 20), zip=True)
+    cases = {"missing": (tmp_path/"no.png", "read"), "folder": (tmp_path, "read"), "empty": (b"", "read"), "text": (b"just words", "final"), "half png": (png[:len(png)//2], "final"),
+             "half jpeg": (jpg[:len(jpg)//2], "final"), "header only": (png[:40], "final"), "broken data": (png[:60] + bytes(20) + png[80:], "final"), "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n", "final"),
+             "30,000 squared": (png_header(30_000, 30_000), "bound")}
+    for name, (src, stage) in cases.items():
+        r = open_image_safely(src)
+        assert (r["_skip"], r["stage"]) == (True, stage) and r["error"] and "image" not in r, (name, r)
+    assert len([m for m in caplog.messages if "stage final" in m]) == 6 and any("PIL" in m and "OpenCV" in m for m in caplog.messages)
+    assert open_image_safely(enc(picture(), pnginfo=bomb))["stage"] == "OpenCV"
+
+
+@pytest.mark.spec("DM10")
+@pytest.mark.parametrize("fmt", ("PNG", "BMP", "WEBP", "JPEG"))
+def test_the_bound_reads_headers_and_decodes_nothing(monkeypatch, fmt):
+    "Above the bound no decoder is called at all, for each format that OpenCV might be asked for."
+    called = []
+    for f in ("_by_pillow", "_by_opencv"): monkeypatch.setattr(I, f, lambda *a, f=f: called.append(f))
+    b = enc(picture(), fmt)
+    assert header_size(b) == (60, 80)
+    assert open_image_safely(b, max_pixels=60 * 80 - 1)["stage"] == "bound" and not called
+    assert I.MAX_PIXELS == 64_000_000
+    if fmt == "PNG": assert open_image_safely(png_header(30_000, 30_000))["stage"] == "bound" and not called
+
+
+def test_a_gif_or_tiff_is_bounded_too():
+    assert open_image_safely(enc(picture(), "TIFF"), max_pixels=100)["stage"] == "bound"
+
+
+@pytest.mark.spec("DM10")
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_no_bytes_raise(data):
+    "Random bytes, and photos with random damage."
+    base = data.draw(st.sampled_from([b"", enc(picture()), enc(picture(), "JPEG"), enc(picture(), "WEBP"), enc(picture(), "BMP"), enc(picture(), "GIF")]))
+    b = bytearray(base or data.draw(st.binary(max_size=200)))
+    for _ in range(data.draw(st.integers(0, 4))):
+        if b: b[data.draw(st.integers(0, min(len(b) - 1, 120)))] = data.draw(st.integers(0, 255))
+    r = open_image_safely(bytes(b[:data.draw(st.integers(0, len(b)))]), max_pixels=1_000_000)
+    assert ("image" in r and r["image"].dtype == np.uint8 and r["image"].shape[2] == 3) or (r["_skip"] and r["stage"] in ("read", "bound", "policy", "final"))
+
+
+@pytest.mark.spec("TL1")
+def test_whole_view_is_resize_and_centre_crop():
+    img = np.array(Image.fromarray(picture(244, 320)).resize((976, 1280)))
+    ref = np.asarray(v2.Compose([v2.Resize(244), v2.CenterCrop(244)])(Image.fromarray(img))).astype(int)
+    assert np.abs(ref - whole_view(img, 244))[1:-1, 1:-1].max() <= 1
+    assert whole_view(img.transpose(1, 0, 2), 244).shape == (244, 244, 3)
+    assert whole_view(np.zeros((1, 1, 3), np.uint8), 32).shape == (32, 32, 3)
+
+
+@pytest.mark.spec("TL1")
+def test_resizing_does_not_alias():
+    stripes = np.repeat(np.where(np.arange(1000) % 2 == 0, 255, 0)[None, :, None].astype(np.uint8), 1000, 0).repeat(3, 2)
+    assert whole_view(stripes, 230).std() < 8
+
+
+@pytest.mark.spec("TL11")
+def test_crop_view_geometry():
+    "Margin .1 a side, square about the centre, and what lies outside repeats the edge."
+    assert crop_square([100, 100, 200, 150], 976, 1280) == (90, 65, 120)
+    img = picture()
+    assert np.array_equal(crop_view(img, [20, 30, 40, 50], 24), img[28:52, 18:42])
+    got = crop_view(img, [0, 0, 10, 10], 14, padding=.2)
+    assert np.array_equal(got[2:, 2:], img[:12, :12]) and np.array_equal(got[0, 2:], img[0, :12]) and np.array_equal(got[2:, 0], img[:12, 0])
+    for bad in ([70, 90, 80, 95], [5, 5, 5, 9], [np.nan, 0, 1, 1], [0, 0, np.inf, -1]):
+        with pytest.raises(PillsnapError, match="does not lie in the photo"): crop_view(img, bad, 8)
+
+
+@pytest.mark.spec("TL1")
+def test_normalise_is_torchvisions():
+    x = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
+    ref = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([.485, .456, .406], [.229, .224, .225])])
+    assert np.allclose(normalise(x), np.stack([ref(i) for i in x]), atol=1e-6) and normalise(x).dtype == np.float32
+    assert (IMAGENET_MEAN, IMAGENET_STD) == ((.485, .456, .406), (.229, .224, .225))
+
+
+@pytest.mark.spec("DM1")
+def test_box_notations_are_inverse():
+    b = np.random.default_rng(0).uniform(1, 400, (200, 4))
+    assert np.allclose(xyxy_to_xywh(xywh_to_xyxy(b)), b) and np.allclose(from_yolo(to_yolo(b, 976, 1280), 976, 1280), b)
+    assert np.allclose(to_yolo([244, 320, 488, 640], 976, 1280), .5)
+
+
+@pytest.mark.spec("DT4")
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 50), st.floats(.05, .95))
+def test_nms_is_the_reference(seed, n, t):
+    rng = np.random.default_rng(seed)
+    b, s = xywh_to_xyxy(rng.uniform(1, 60, (n, 4))), rng.permutation(n) / n
+    slow = []
+    for i in np.argsort(-s):
+        if all(iou_matrix(b[i:i + 1], b[j:j + 1])[0, 0] <= t for j in slow): slow.append(i)
+    assert nms(b, s, t).tolist() == slow == torch_nms(torch.tensor(b), torch.tensor(s), t).tolist()
+
+
+@pytest.mark.spec("DT4")
+def test_equal_scores_fall_in_order_and_twins_leave_one():
+    b = np.array([[0, 0, 10, 10]] * 3 + [[50, 50, 60, 60]], float)
+    assert nms(b, np.array([.5, .5, .5, .5]), .5).tolist() == [0, 3]
+
+
+@pytest.mark.spec("DT4")
+def test_decode_yolo():
+    "Centre and size in input pixels, the best class, the threshold inclusive, at most max_det, NaN is no box."
+    raw = np.array([[50, 50, 40, 20, .1, .6], [51, 50, 40, 20, .9, 0], [150, 80, 30, 30, .3, 0], [9, 9, 9, 9, .29, 0], [np.nan, 5, 5, 5, .99, 0]]).T
+    xyxy, conf = decode_yolo(raw, conf=.3, iou=.5)
+    assert np.allclose(xyxy, [[31, 40, 71, 60], [135, 65, 165, 95]]) and np.allclose(conf, [.9, .3])
+    assert xyxy.dtype == conf.dtype == np.float32
+    assert len(decode_yolo(raw, conf=.3, max_det=1)[0]) == 1 and decode_yolo(raw, conf=1.)[0].shape == (0, 4)
+
+
+@pytest.mark.spec("DT4")
+@settings(max_examples=80, deadline=None)
+@given(st.integers(8, 1500), st.integers(8, 1500), st.sampled_from([96, 224, 640]), st.integers(0, 10**6))
+def test_letterbox_and_back(w, h, size, seed):
+    sq, s, pad = letterbox(np.full((h, w, 3), 10, np.uint8), size)
+    x = np.sort(np.random.default_rng(seed).uniform(0, 1, (2, 2)), 0) * [w, h]
+    box = np.array([[*x[0], *x[1]]])
+    assert np.allclose(unletterbox(box * s + np.tile(pad, 2), s, pad, w, h), box, atol=2e-3)
+    inside = (sq == 10).all(-1)
+    assert sq.shape == (size, size, 3) and set(np.unique(sq)) <= {10, 114}
+    rows, cols = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
+    assert (cols[0], rows[0]) == pad and max(len(rows), len(cols)) == size and abs(len(rows) - h * s) <= .51 + (h * s < 1) and abs(len(cols) - w * s) <= .51 + (w * s < 1)
+
+
+def test_neither_room_imports_torch():
+    "The shipped program opens and cuts photos with numpy, Pillow and OpenCV alone."
+    code = ("import sys\nfor m in ('torch', 'torchvision', 'fastai', 'ultralytics', 'timm', 'matplotlib', 'pandas'): sys.modules[m] = None\n"
+            "import numpy as np\nfrom pillsnap.data import images, boxes\n"
+            "img = np.zeros((30, 20, 3), np.uint8)\nimages.normalise(images.whole_view(img, 16)[None]); images.crop_view(img, [2, 2, 9, 9], 16); boxes.decode_yolo(np.ones((5, 9))); boxes.letterbox(img, 32); images.open_image_safely(b'x')\nprint('free')")
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert out.returncode == 0 and "free" in out.stdout, out.stderr
