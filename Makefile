@@ -37,9 +37,11 @@ lab: setup ## JupyterLab on the notebooks
 
 docs: setup ## the notebooks as a web site in _docs (needs Quarto)
 	@command -v quarto >/dev/null || { echo "make docs needs Quarto, and there is no \`quarto\` on PATH: install it from https://quarto.org/docs/get-started/ and run this again"; exit 1; }
+	@touch README.md  # newer than index.ipynb: it has its own maker, Quarto leaves it alone
 	@nbdev_docs
+	@rm -f nbs/nbdev.yml nbs/sidebar.yml
 	@echo "open _docs/index.html"
 
 clean: ## remove what builds and tests leave; keeps .venv and _runs
-	@rm -rf _docs _proc build dist *.egg-info .pytest_cache .hypothesis
+	@rm -rf _docs _proc build dist *.egg-info .pytest_cache .hypothesis nbs/nbdev.yml nbs/sidebar.yml
 	@find . -path ./$(VENV) -prune -o -path ./_runs -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -print0 | xargs -0 rm -rf

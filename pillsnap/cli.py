@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PIPELINE', 'app', 'Overrides', 'ConfigOption', 'RunDir', 'run', 'where_to_look', 'synth', 'audit', 'predict',
-           'final_test', 'show_config', 'arguments', 'main']
+           'final_test', 'choose', 'show_config', 'arguments', 'main']
 
 # %% ../nbs/90_cli.ipynb #f4d0860f
 import logging, sys
@@ -114,16 +114,27 @@ def predict(
     from pillsnap.deployment.predict import predict_command
     predict_command(photo, mode, run_dir, json_out, topk)
 
-# %% ../nbs/90_cli.ipynb #e0d23b7a
+# %% ../nbs/90_cli.ipynb #b94dc52b
 @app.command("final-test")
 def final_test(
     run_dir:RunDir=Path("_runs/two_stage"),
     reason:Annotated[str, typer.Option(help="why the sealed test is opened")]="",
+    confirm:Annotated[str, typer.Option(help="the run's id, typed out")]="",
     unseal:Annotated[bool, typer.Option("--unseal", help="open it again; recorded")]=False,
 )->None:
     "Open the sealed test, once, after stage 4."
     from pillsnap.evaluation.final import final_test_command
-    final_test_command(run_dir, reason=reason, unseal=unseal)
+    final_test_command(run_dir, reason=reason, confirm=confirm, unseal=unseal)
+
+@app.command()
+def choose(
+    choice:Annotated[str, typer.Argument(help="an option's number or name, as the advisor printed it")],
+    run_dir:Annotated[Path, typer.Option("--run-dir", "--run", help="the run folder")]=Path("_runs/demo"),
+)->None:
+    "Record which of the advisor's options you take; it starts nothing."
+    from pillsnap.evaluation.menu import record_choice
+    rec = record_choice(run_dir, choice, via="console")
+    print(f"recorded in {run_dir}/reports/advisor.json: {rec['user_choice']}")
 
 @app.command("config")
 def show_config(

@@ -115,6 +115,18 @@ def test_nothing_exported(tmp_path):
     with pytest.raises(PillsnapError, match="no exported model"): P.load_bundle(tmp_path)
 
 
+@pytest.mark.spec("SV4", "SG8")
+@pytest.mark.parametrize("mode", ["single", "combo"])
+@pytest.mark.parametrize("seed", range(5))
+def test_mode_on_the_command_line_is_what_was_asked(run, tmp_path, capsys, mode, seed):
+    "Noise: nothing to be sure of, and a detector that sees two pills everywhere."
+    from pillsnap.cli import main
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (60+seed, 90, 3), np.uint8)).save(tmp_path/"noise.png")
+    with pytest.raises(SystemExit) as e: main(["predict", str(tmp_path/"noise.png"), "--mode", mode, "--run", str(run), "--json"])
+    a = json.loads(capsys.readouterr().out)
+    assert not e.value.code and a["mode_used"] == a["mode_requested"] == mode and len(a["items"]) == (1 if mode == "single" else 2)
+
+
 # ---- the bundle
 
 @pytest.fixture

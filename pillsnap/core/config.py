@@ -297,7 +297,7 @@ class Train(Block):
         if not isinstance(v, Mapping): return v
         return {f"stage_{k}" if re.fullmatch(r"\d+", str(k)) else k: o for k,o in v.items()}
 
-# %% ../../nbs/02_core.config.ipynb #77dcd14b
+# %% ../../nbs/02_core.config.ipynb #e3060377
 class Optimization(Block):
     "Speed switches."
     torch_compile:Literal["auto","none","reduce-overhead","max-autotune"] = key("auto", "auto: by stage and feature set; none on CPU (X57)")
@@ -325,6 +325,7 @@ class Evaluation(Block):
     "How a model is judged."
     min_eval_samples:int|None = key(None, "size of the evaluation pool; null = what the stage's gate asks (X71)", ge=1)
     calibration:bool = key(True, "fit a temperature on half of the val groups")
+    advisor_thresholds:tuple[float,float,float] = key((1.0, 0.7, 0.5), "performance scores: all met, proceed, optimise (SPEC X7)")
     latency_warmup:int = key(20, "answers before the clock starts (EV6)", ge=0)
     latency_runs:int = key(200, "answers timed (EV6)", ge=1)
 

@@ -250,7 +250,7 @@ def policies_of(
     "What `open_image_safely` needs of the configuration."
     return {"grayscale_policy": cfg.data.grayscale_policy, "rgba_policy": cfg.data.rgba_policy}
 
-# %% ../../nbs/19_data.datasets.ipynb #062fd1d2
+# %% ../../nbs/19_data.datasets.ipynb #86713cca
 def classification_set(
     rows:pd.DataFrame,      # manifest rows; combos are left out
     stage:StageData,        # class map and delivery
@@ -266,7 +266,7 @@ def classification_set(
     views = dataset_views(c.img_size, train, a, c.crop_padding)
     keep = [v for k, v in views.items() if k == view or train and (k == "crop") <= (cfg.train.classification.crop_view_prob > 0)]
     if cache is True: cache = hotset(rows, stage, cfg, keep, shared, log)
-    return PillsnapClsDataset(rows, stage.class_map, stage.root, c.img_size, train, cfg.train.classification.crop_view_prob, view, cache or None, cfg.train.seed, a, c.crop_padding, policies_of(cfg), getattr(a, "rotation", 0.))
+    return PillsnapClsDataset(rows, stage.class_map, stage.root, c.img_size, train, cfg.train.classification.crop_view_prob, view, cache or None, cfg.train.seed, a, c.crop_padding, policies_of(cfg), a.rotation)
 
 def validation_loader(
     rows:pd.DataFrame,    # manifest rows; combos are left out

@@ -47,8 +47,8 @@ from ..models.factory import TorchClassifier, load_classifier
 from ..models.metrics import detection_ap, match_boxes
 from ..models.pipeline import BADGE, combo_hints, detect, predict_pipeline, softmax
 
-# %% ../../nbs/46_evaluation.evaluation.ipynb #ba755f38
-from .advisor import THRESHOLDS, Advice, Check, Facts, evaluate_and_recommend, get_stage_target
+# %% ../../nbs/46_evaluation.evaluation.ipynb #ae48c97c
+from .advisor import Advice, Check, Facts, evaluate_and_recommend, get_stage_target
 from .calibration import Calibration, calibrate, fit_half, plot_reliability
 from .ledger import append_ledger, read_ledger
 from .gates import GateResult, TimeCap, simple_stage_evaluation, STAGE_TARGETS
@@ -682,7 +682,7 @@ def _trim(rows:Sequence[Mapping[str,Any]])->list[dict[str,Any]]:
     used = [k for k in rows[0] if any(r[k] not in ("", None) for r in rows)] if rows else []
     return [{k: r[k] for k in used} for r in rows]
 
-# %% ../../nbs/46_evaluation.evaluation.ipynb #eed566d2
+# %% ../../nbs/46_evaluation.evaluation.ipynb #10c24cf4
 def judge(
     root:str|os.PathLike, # run folder with an evaluation.json
     cfg:Config            # its configuration
@@ -692,7 +692,7 @@ def judge(
     doc, metrics, latency = read_evaluation(root)
     facts = advisor_facts(root, cfg, doc, metrics, latency)
     gate = simple_stage_evaluation(doc["stage"], gate_facts(metrics, latency, best_before(root, metrics.get("accuracy"))), time_cap(root, cfg, facts.checks, doc["classes"]))
-    advice = evaluate_and_recommend(doc["stage"], facts, getattr(cfg.evaluation, "advisor_thresholds", THRESHOLDS))
+    advice = evaluate_and_recommend(doc["stage"], facts, cfg.evaluation.advisor_thresholds)
     return gate, advice, write_advice(root, advice, {"status": str(gate.status), "label": gate.label, "reasons": list(gate.reasons)})
 
 # %% ../../nbs/46_evaluation.evaluation.ipynb #ffc6aa00

@@ -101,13 +101,13 @@ def known(
     if isinstance(value, str): return value.strip() or None
     return None if value is None or (isinstance(value, float) and not math.isfinite(value)) else value
 
-# %% ../../nbs/28_models.pipeline.ipynb #e248ddde
+# %% ../../nbs/28_models.pipeline.ipynb #0a4ec82d
 def drug_card(
     record:Mapping[str,Any] # a drug's record in the delivery's own keys
 )->dict[str,Any]: # CARD's fields, None where not known; size_mm is [long, short, thick] or None
     "What an answer shows of a drug (SPEC BX11)."
     card = {f: next((v for k in keys if (v := known(record.get(k))) is not None), None) for f,(_,keys) in CARD.items()}
-    size = [known(record.get(k)) for k in CARD["size_mm"][1]]
+    size = [v if (v := known(record.get(k))) and v > 0 else None for k in CARD["size_mm"][1]]   # 0 mm is no size
     return {**card, "size_mm": size if any(v is not None for v in size) else None}
 
 # %% ../../nbs/28_models.pipeline.ipynb #d7e5dbcb

@@ -132,7 +132,7 @@ def train_classification_stage(
     seconds = time.perf_counter()-t0
     return Trained(learn, load_ckpt(out.checkpoints/"best.pt"), seconds, learn.first_epoch, origin)
 
-# %% ../../nbs/34_training.classifier.ipynb #7fbf8fd3
+# %% ../../nbs/34_training.classifier.ipynb #604923ff
 def draw_curves(
     rows:Sequence[Mapping[str,Any]], # the history
     best:int                         # epoch that was kept
@@ -145,7 +145,7 @@ def draw_curves(
     for i, v in enumerate(rows[-1]["views"]):
         for k, style in (("acc", "-"), ("macro_f1", ":")): b.plot(x, [r["views"][v][k] for r in rows], style, marker="o" if len(x) < 3 else None, color=COLOURS[i], label=f"{v} {dict(acc='accuracy', macro_f1='macro-F1')[k]}")
     c.plot(x, [r["lr"] for r in rows], dot); c.yaxis.set_major_formatter(lambda v, _: f"{v:.1e}"); c.set_ylim(0)
-    for ax, title in ((a, "loss"), (b, "on held-out groups"), (c, "learning rate at the end of the epoch")): ax.set_title(title); ax.set_xlabel("epoch"); ax.axvline(best, color="#999999", lw=.8, ls="--")
+    for ax, title in ((a, "loss"), (b, "on held-out groups"), (c, "learning rate at the end of the epoch")): ax.set_title(title); ax.set_xlabel("epoch"); ax.xaxis.get_major_locator().set_params(integer=True); ax.axvline(best, color="#999999", lw=.8, ls="--")
     b.set_ylim(0, 1.02); a.legend(); b.legend(fontsize=7)
     return fig
 
@@ -173,7 +173,7 @@ def draw_recall(
     ax.set_title(f"the {len(order)} hardest of {int((first.n > 0).sum())} drugs" if len(order) < (first.n > 0).sum() else f"all {len(order)} drugs")
     return fig
 
-# %% ../../nbs/34_training.classifier.ipynb #790c9147
+# %% ../../nbs/34_training.classifier.ipynb #ae01e52b
 def pill_picture(
     rows:pd.DataFrame,   # manifest rows
     path:str,            # the photo
@@ -198,7 +198,7 @@ def draw_confusions(
         wrong = np.flatnonzero((answers["labels"] == p["true_id"]) & (answers["pred"] == p["pred_id"])); i = wrong[np.argmax(answers["confidence"][wrong])]
         like = stage.train.loc[(stage.train["class_key"] == p["pred"]) & (stage.train["kind"] == "single"), "path"]
         pics += [pill_picture(stage.val, answers["paths"][i], stage.root), pill_picture(stage.train, like.iloc[0], stage.root) if len(like) else np.full((128, 128, 3), 230, np.uint8)]
-        titles += [f"{name_of(p['true'], names)}\n{p['n']}× ({p['share']:.0%}) taken for →", f"{name_of(p['pred'], names)}\nsure by {answers['confidence'][i]:.0%}"]
+        titles += [f"{p['n']}× {names.get(p['true']) or p['true']}", f"→ {names.get(p['pred']) or p['pred']}"]
     return show_grid(pics, titles, cols=4, size=1.5) if pics else show_grid([])
 
 # %% ../../nbs/34_training.classifier.ipynb #c28b0b6a
