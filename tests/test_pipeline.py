@@ -65,7 +65,7 @@ def test_a_photo_or_a_run_that_cannot_answer_is_said_in_plain_words(smoke_run, t
     if kind == "nobundle": run = tmp_path
     r = pillsnap("predict", photo, "--mode", mode, "--run", run, "--json")
     assert "Traceback" not in r.stderr
-    assert r.returncode == 2 and r.stderr.startswith("pillsnap: ") or kind == "pixel" and r.returncode == 0
+    assert r.returncode == 2 and "pillsnap: " in r.stderr or kind == "pixel" and r.returncode == 0
 
 
 def test_the_final_test_stays_sealed(smoke_run):
