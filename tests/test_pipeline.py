@@ -36,6 +36,13 @@ def test_the_executed_notebook_holds_the_scorecards_figures(smoke_run):
     assert "synthetic" in json.dumps(card)
 
 
+@pytest.mark.spec("SG2")
+def test_the_advisor_hears_of_the_export(smoke_run):
+    "Evaluation runs before export, so the check onnx_conversion_success is met only if the advice is given again afterwards."
+    reports = smoke_run/"reports"
+    assert (reports/"advisor.json").stat().st_mtime_ns > (reports/"export.json").stat().st_mtime_ns
+
+
 @pytest.mark.spec("BX15")
 def test_a_second_run_has_nothing_to_do_and_imports_no_torch(smoke_run):
     code = ("import sys; from pillsnap.cli import PIPELINE, run_pipeline; run_pipeline(PIPELINE, 'smoke', run_dir=sys.argv[1]); print('torch' in sys.modules)")

@@ -25,7 +25,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-# %% ../../nbs/52_deployment.export.ipynb #ce4001ad
+# %% ../../nbs/52_deployment.export.ipynb #bc349dbf
 from ..core.config import Config
 from ..core.errors import PillsnapError
 from ..core.files import atomic_path, get_git_sha, read_json, save_json, sha256_file
@@ -38,6 +38,7 @@ from ..data.classmap import ClassMap
 from ..data.images import crop_view, normalise, open_image_safely, whole_view
 from ..data.splits import StageData, load_stage
 from .predict import Bundle, OnnxClassifier, OnnxDetector, load_bundle, model_entry, write_bundle
+from ..evaluation.evaluation import judge
 from ..evaluation.latency import Latency, measure_latency, protocol_gap
 from ..models.factory import TorchClassifier, load_classifier
 from ..models.metrics import detection_ap, match_boxes
@@ -547,13 +548,14 @@ def work(self:ExportJob, run:RunFolder, cfg:Config)->StageResult:
         raise PillsnapError(f"{said}; no bundle was written", where=report, fix="look at the checks there; another opset or onnxruntime may answer better")
     return _finish_export(self, run, cfg, stage, prov, _bundle(run, cfg, stage, cls, det), facts, figures)
 
-# %% ../../nbs/52_deployment.export.ipynb #e52ace50
+# %% ../../nbs/52_deployment.export.ipynb #5ec2ecea
 def _finish_export(job:ExportJob, run:RunFolder, cfg:Config, stage:StageData, prov:Provenance, bundle:Bundle, facts:dict, figures:list[Path])->StageResult:
     "Time the bundle, write the report, hand back what was found."
     photo = next(open_photos(photo_order(stage, "combo" if bundle.detector else "single", cfg.train.seed), 1)).path
     latency, ms = time_bundle(bundle, photo, prov, cfg)
     figures.append(save_fig(plot_latency(ms, latency[0].metric.hardware), run.sub("reports")/"export_latency.png"))
     report = save_json({**facts, "latency": [r.to_dict() for r in latency], "bundle": bundle.meta["digest"], "timed_photo": str(photo), "temperature": bundle.meta["temperature"], "calibrated": bundle.meta["calibrated"]}, run.sub("reports")/"export.json")
+    if (run.root/"reports"/"evaluation.json").is_file(): judge(run.root, cfg)   # stage 1 asks for a proven conversion, which nobody could show before now
     sizes = [f"{m}.onnx {(bundle.folder/f'{m}.onnx').stat().st_size/1e6:.1f} MB, opset {e['opset']}" for m,e in facts["models"].items()]
     notes = [*sizes, *[f"{r.scope}: p{r.percentile} {r.metric.value:.1f} ms" + (f", NOT_COMPARABLE: {gap[0]}" if (gap := protocol_gap(r)) else "") for r in latency]]
     if job.run_dir: notes.append("try it: "+shlex.join(["pillsnap", "predict", os.path.relpath(photo), "--mode", "combo" if bundle.detector else "single", "--run", os.path.relpath(run.root)]))
