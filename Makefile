@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test clean-check export-check lab docs clean
+.PHONY: help setup demo test clean-check export-check lab docs bench clean
 
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
@@ -41,6 +41,9 @@ docs: setup ## the notebooks as a web site in _docs (needs Quarto)
 	@nbdev_docs
 	@rm -f nbs/nbdev.yml nbs/sidebar.yml
 	@echo "open _docs/index.html"
+
+bench: setup ## every benchmark against its peers, an hour on an idle machine; PEERS=folder adds further peers
+	@python benchmarks/run.py $(if $(PEERS),--peers $(PEERS))
 
 clean: ## remove what builds and tests leave; keeps .venv and _runs
 	@rm -rf _docs _proc build dist *.egg-info .pytest_cache .hypothesis nbs/nbdev.yml nbs/sidebar.yml
