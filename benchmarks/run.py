@@ -20,8 +20,7 @@ HERE = Path(__file__).resolve().parent
 
 def scripts(wanted: list[str]) -> list[Path]:
     "The scripts of these rows, in the order of their numbers; all where none is named."
-    found = {re.match(r"(bm|rs)0*(\d+)", p.stem): p for p in sorted(HERE.glob("[br][ms][0-9]*.py"))}
-    by_id = [(f"{m[1].upper()}{m[2]}", p) for m, p in found.items()]
+    by_id = [(f"BM{int(re.match(r'bm(\d+)', p.stem)[1])}", p) for p in sorted(HERE.glob("bm[0-9]*.py"))]
     if unknown := sorted({w.upper() for w in wanted}-{i for i, _ in by_id}):
         sys.exit(f"no benchmark {', '.join(unknown)}; there are {', '.join(dict.fromkeys(i for i, _ in by_id))}")
     return [p for i, p in by_id if not wanted or i in {w.upper() for w in wanted}]

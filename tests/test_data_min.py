@@ -1,6 +1,9 @@
 """The data path in five checks, on one small rendered delivery: splits, samples, batches, loaders, meta (SPEC TL21)."""
 import dataclasses
+import json
 import logging
+import random
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -14,12 +17,17 @@ from pillsnap.core.errors import PillsnapError
 from pillsnap.core.stages import RunFolder
 from pillsnap.data import caches as C
 from pillsnap.data import datasets as D
-from pillsnap.data.augment import build_transforms_classification, dangers
+from pillsnap.data import loaders as L
+from pillsnap.data.augment import DRAWS, build_transforms_classification, dangers, randaugment_ops
 from pillsnap.data.caches import PhotoCache, View, box_of, look
-from pillsnap.data.images import crop_view, normalise, open_image_safely, whole_view
+from pillsnap.data.images import IMAGENET_MEAN, IMAGENET_STD, crop_view, normalise, open_image_safely, whole_view
+from pillsnap.data.sampling import EpochSampler, rare_more_often
 from pillsnap.data.splits import SplitsJob, load_stage
 
-SMALL = ("data.progressive_validation.stage_0.max_samples=null", "evaluation.min_eval_samples=6", "data.classification.img_size=64")
+SMALL = ("pack.enabled=false", "data.progressive_validation.stage_0.max_samples=null", "evaluation.min_eval_samples=6", "data.classification.img_size=64")
+
+
+MANY = pd.DataFrame({"path": ["a.jpg"]*5000})
 
 
 @pytest.fixture(scope="module")
@@ -92,19 +100,35 @@ def test_2_detection_boxes_move_with_the_letterbox(stage):
 
 @pytest.mark.spec("TL1")
 def test_2_training_views_are_augmented_bytes_then_normalised(stage, singles):
-    "Photometric steps stand before normalisation; crops keep the imprint; mirror and hue are warned of."
-    a = AugmentClassification()
-    kinds = [type(t).__name__ for t in build_transforms_classification(64, a).transforms]
-    assert kinds == ["RandomResizedCrop", "RandomHorizontalFlip", "RandomChoice", "ColorJitter", "ToDtype", "Normalize"]
-    crop = build_transforms_classification(64, a).transforms[0]
-    assert crop.antialias and tuple(crop.scale) == (.8, 1.) and tuple(crop.ratio) == (.9, 1.1)
-    jitter = build_transforms_classification(64, a).transforms[3]
-    assert jitter.brightness == (.8, 1.2) and jitter.hue == (-.05, .05)
-    assert [t.magnitude for t in build_transforms_classification(64, a).transforms[2].transforms] == [7, 8, 9]
-    assert build_transforms_classification(64, a).transforms[1].p == .5
+    "Crops keep the imprint, half are mirrored, colours change within their bounds and before normalisation; mirror and hue are warned of."
+    a, draws = AugmentClassification(), np.random.default_rng(0).random((4000, DRAWS))
+    tf = build_transforms_classification(64, a)
+    w = tf.windows(draws, np.zeros(len(draws), bool)); side = w[:, 2:] - w[:, :2]
+    assert .79 < side.prod(1).min() and (side[:, 0]/side[:, 1]).min() >= .9 and (side[:, 0]/side[:, 1]).max() <= 1.1 and 0 <= w.min() and w.max() <= 1
+    assert abs(tf.flips(draws).mean() - .5) < .03 and not build_transforms_classification(64, AugmentClassification(hflip=False)).flips(draws).any()
+    grey = torch.full((512, 3, 8, 8), 100, dtype=torch.uint8)
+    only = lambda **kw: build_transforms_classification(8, AugmentClassification(**{"randaugment": False, "hflip": False, "color_jitter": (0, 0, 0, 0), **kw}))
+    back = lambda x: x*torch.tensor(IMAGENET_STD).view(3, 1, 1) + torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
+    bright = back(only(color_jitter=(.2, 0, 0, 0))(grey, draws[:512]))[:, 0, 0, 0]*255
+    assert 80 <= bright.min() + .1 < 82 and 118 < bright.max() < 120.1            # brightness .8 to 1.2, on colours and not on normalised numbers
+    assert (back(only(color_jitter=(0, 0, 0, .05))(grey, draws[:512]))*255 - 100).abs().max() < .1   # hue leaves grey alone
+    white = back(only(color_jitter=(.9, .9, .9, .05))((torch.rand(64, 3, 8, 8)*255).byte(), draws[:64]))
+    assert -1e-5 < white.min() and white.max() < 1 + 1e-5
+    assert torch.equal(only()(grey, draws[:512]), build_transforms_classification(8, train=False)(grey)) or (only()(grey, draws[:512]) - build_transforms_classification(8, train=False)(grey)).abs().max() < 1e-5
     assert any("mirror" in x for x in dangers(a)) and any("hue" in x for x in dangers(a)) and not dangers(AugmentClassification(hflip=False, color_jitter=(0, 0, 0, 0)))
     s = D.PillsnapClsDataset(singles, stage.class_map, stage.root, 64, train=True, augment=a)[0]["image"]
     assert s.dtype == torch.float32 and s.shape == (3, 64, 64) and -2.2 < s.min() and s.max() < 2.7
+
+
+@pytest.mark.spec("TL1", "X52")
+def test_2_randaugment_draws_two_operations_that_keep_the_colour():
+    draws = np.random.default_rng(1).random((5000, DRAWS))
+    ops = randaugment_ops(draws, 331)
+    names = set(ops[0][0])
+    assert len(ops) == 2 and names == set(ops[1][0]) and not names & {"Solarize", "Equalize", "AutoContrast"} and {"Rotate", "ShearX", "Sharpness", "Contrast"} <= names
+    for name, full in (("Rotate", 30), ("ShearX", .3), ("Brightness", .9), ("TranslateX", 150.)):
+        m = np.abs(ops[0][1][ops[0][0] == name])
+        assert np.allclose(sorted(set(m.round(4))), [round(full*k/30, 4) for k in (7, 8, 9)], atol=1e-3), name
 
 
 # 3 -----------------------------------------------------------------------------------------------------------------
@@ -139,7 +163,7 @@ def test_3_detection_collate_checks_boxes(box):
 def test_4_validation_drops_nothing_and_keeps_its_order(stage, batch):
     "Whatever the batch size, with drop_last: true and a weighted sampler asked for."
     cfg = load_config("smoke", [*SMALL, f"train.classification.batch_size={batch}", "dataloader.drop_last=true", "data.imbalance.use_weighted_sampler=true", "data.imbalance.use_class_weights=false"])
-    train_dl, val_dl, _ = D.build_classification_loaders(stage, cfg)
+    train_dl, val_dl, _ = L.build_classification_loaders(stage, cfg)
     seen = [p for *_, m in val_dl for p in m["paths"]]
     assert seen == stage.val[stage.val["kind"] == "single"]["path"].tolist() and not val_dl.drop_last
     assert type(val_dl.sampler).__name__ == "SequentialSampler"
@@ -149,53 +173,131 @@ def test_4_validation_drops_nothing_and_keeps_its_order(stage, batch):
 @pytest.mark.spec("TL9")
 def test_4_the_weighted_sampler_draws_drugs_equally():
     labels = [0] * 900 + [1] * 90 + [2] * 10
-    sampler = D.EpochSampler(range(len(labels)), 3, D.rare_more_often(labels, 4))
+    sampler = EpochSampler(range(len(labels)), 3, rare_more_often(labels, 4))
     n = Counter(labels[i] for _ in range(5) for i in sampler)
     assert max(n.values()) / min(n.values()) < 1.15
 
 
 @pytest.mark.spec("TL5")
-def test_4_workers_deliver_what_the_main_process_does(stage, cfg):
-    "Two spawned workers, a shared cache, two epochs: the same pictures in the same order, and other ones in the second epoch."
-    none = D.classification_set(stage.train.head(40), stage, cfg, train=True, cache=False)
+def test_4_whoever_does_the_work_delivers_the_same(stage, cfg):
+    "One thread or three, or two spawned processes with a shared cache, two epochs: the same pictures in the same order, and other ones in the second epoch."
     rows = stage.train.head(40)[lambda d: d["kind"] == "single"]
+    none = L.classification_set(rows, stage, cfg, train=True, cache=False)
     cache = PhotoCache(rows, stage.root, list(none.views.values()), shared=True)
     assert cache.data.is_shared()
-    many = D.classification_set(stage.train.head(40), stage, cfg, train=True, cache=cache)
-    kw = dict(batch_size=8, collate_fn=D.safe_collate)
-    a = torch.utils.data.DataLoader(none, sampler=D.EpochSampler(none, 1), **kw)
-    b = torch.utils.data.DataLoader(many, sampler=D.EpochSampler(many, 1), num_workers=2, multiprocessing_context="spawn", persistent_workers=True, worker_init_fn=D.init_worker, **kw)
+    many = L.classification_set(rows, stage, cfg, train=True, cache=cache)
+    ways = [(none, {}), (none, dict(num_workers=1)), (many, dict(num_workers=3, prefetch_factor=3)), (many, dict(num_workers=2, engine="processes"))]
+    loaders = [L.PhotoLoader(d, 8, EpochSampler(d, 1), **kw) for d, kw in ways]
     epochs = []
     for _ in range(2):
-        both = list(zip(a, b))
-        for (x, y, m), (x2, y2, m2) in both: assert m == m2 and torch.equal(x, x2) and torch.equal(y, y2)
-        epochs.append({p: i for (x, _, m), _ in both for p, i in zip(m["paths"], x)})
+        (first, *others), = [[list(l) for l in loaders]]
+        for other in others:
+            for (x, y, m), (x2, y2, m2) in zip(first, other, strict=True): assert m == m2 and torch.equal(x, x2) and torch.equal(y, y2)
+        epochs.append({p: i for x, _, m in first for p, i in zip(m["paths"], x)})
     assert epochs[0].keys() == epochs[1].keys() and not any(torch.equal(epochs[0][p], epochs[1][p]) for p in epochs[0])
+
+
+@pytest.mark.spec("TL5", "BX10")
+@pytest.mark.parametrize("engine", ("threads", "processes"))
+def test_4_a_position_in_mid_epoch_is_kept_exactly(stage, cfg, engine):
+    "Stopped after every possible batch and resumed elsewhere: the two halves are the epoch; draws with replacement included."
+    d = L.classification_set(stage.train, stage, cfg, train=True)
+    weights = rare_more_often(d.labels, len(stage.class_map))
+    new = lambda **kw: L.PhotoLoader(d, 16, EpochSampler(d, 5, weights), **kw)
+    l = new(); straight = [x for _ in range(2) for x, *_ in l]
+    n = len(new()); assert n >= 4
+    for stop in ([1, n] if engine == "processes" else range(1, n + 1)):
+        a, before = new(num_workers=2), []
+        for k, (x, *_) in enumerate(a, 1):
+            before.append(x)
+            if k == stop: state = json.loads(json.dumps(a.state_dict())); break
+        b = new(num_workers=1, engine=engine); b.load_state_dict(state)
+        after = [x for x, *_ in b] + ([x for x, *_ in b] if stop < n else [])
+        assert len(before) + len(after) == 2*n
+        assert not [(k, float((x - y).abs().max())) for k, (x, y) in enumerate(zip(before + after, straight)) if not torch.equal(x, y)]
+
+
+@pytest.mark.spec("TL9")
+def test_4_a_photo_that_is_drawn_twice_looks_different(stage, cfg):
+    d = L.classification_set(stage.train, stage, cfg, train=True)
+    seen = {}
+    for x, _, m in L.PhotoLoader(d, 16, EpochSampler(d, 5, [1.]*3 + [0.]*(len(d) - 3))):
+        for p, i in zip(m["paths"], x): seen.setdefault(p, []).append(i)
+    assert len(seen) == 3 and all(not torch.equal(v[0], v[1]) for v in seen.values())
+
+
+@pytest.mark.spec("TL4")
+@pytest.mark.parametrize("workers", (0, 2))
+def test_4_a_batch_of_broken_photos_stops_nobody(stage, cfg, tmp_path, workers, caplog):
+    rows = stage.train[stage.train["kind"] == "single"].head(9)
+    rows = rows.assign(path=[p if k not in (0, 3, 4, 5) else f"gone{k}.png" for k, p in enumerate(rows["path"])])
+    l = L.PhotoLoader(D.PillsnapClsDataset(rows, stage.class_map, stage.root, 64), 3, num_workers=workers)
+    got = list(l)
+    assert [len(y) for _, y, _ in got] == [2, 3] and all(len(x) == len(y) == len(m["paths"]) for x, y, m in got)
+    assert [[s["path"] for s in m["skipped"]] for *_, m in got] == [["gone0.png"], ["gone3.png", "gone4.png", "gone5.png"]] and "all 3 photos" in caplog.text
+    assert [p for *_, m in got for p in m["paths"]] == [p for p in rows["path"] if "gone" not in p]
+
+
+@pytest.mark.spec("TL7", "X15")
+def test_4_the_number_of_workers_is_measured(stage, cfg, monkeypatch, tmp_path):
+    "Slow photos in every thread: more threads wait less, the choice and its table reach meta, the log and TensorBoard."
+    assert [L.worker_candidates(c) for c in (1, 2, 7, 8, 16)] == [[0, 1], [0, 1, 2], list(range(8)), [4, 8], [4, 8, 12, 16]]
+    monkeypatch.setattr(L, "AUTOTUNE_WARMUP", 1); monkeypatch.setattr(L, "AUTOTUNE_STEPS", 3); monkeypatch.setattr(L.os, "sched_getaffinity", lambda _: range(2))
+    slow = D.MemorySource.view
+    def late(self, *a, **kw): time.sleep(.004); return slow(self, *a, **kw)
+    monkeypatch.setattr(D.MemorySource, "view", late); monkeypatch.setattr(L, "worker_count", lambda *a: (1, "workers: 1"))
+    tags = []
+    tb = type("TB", (), {"add_scalar": lambda self, *a: tags.append(a), "add_text": lambda self, *a: None})()
+    train_dl, _, meta = L.build_classification_loaders(stage, load_config("smoke", [*SMALL, "dataloader.autotune_workers=true", "dataloader.num_workers=1"]), tb=tb)
+    times = {r["workers"]: r["data_time"] for r in meta["autotune"]}
+    assert list(times) == [0, 1, 2] and times[2] < times[0] and train_dl.num_workers == meta["num_workers"] == min(times, key=times.get) and ("perf/num_workers", train_dl.num_workers, 0) in tags
+    assert "autotune:" in L.summary(meta)[-1]
+
+
+@pytest.mark.spec("TL5")
+def test_4_a_worker_process_begins_with_generators_of_its_own():
+    "numpy's and Python's generators follow torch's seed, which differs from worker to worker; one thread each."
+    kept, threads, got = torch.get_rng_state(), torch.get_num_threads(), []
+    try:
+        for seed in (5, 6, 5):
+            torch.manual_seed(seed); L.init_worker(0)
+            got.append((np.random.rand(), random.random(), torch.get_num_threads()))
+    finally: torch.set_rng_state(kept); torch.set_num_threads(threads)
+    assert got[0] == got[2] and got[0][0] != got[1][0] and got[0][1] != got[1][1] and got[0][2] == 1
 
 
 @pytest.mark.spec("TL5")
 @pytest.mark.parametrize("wanted, photos, cached, cpus, n", [(8, 10**6, False, 4, 4), (8, 10**6, False, 64, 8), (8, 600, True, 64, 0), (8, 100, False, 64, 0), (0, 10**6, False, 64, 0), (8, 10**6, True, 64, 8)])
 def test_4_worker_policy(wanted, photos, cached, cpus, n):
-    assert D.worker_count(wanted, photos, cached, cpus)[0] == n
+    assert L.worker_count(wanted, photos, cached, cpus)[0] == n
 
 
 @pytest.mark.spec("TL5")
 def test_4_prefetch_per_stage_and_nothing_without_workers(monkeypatch):
     cfg = load_config("two_stage", ["dataloader.num_workers=3", "train.stage_overrides={stage_2: {num_workers_override: 2}}"])
-    monkeypatch.setattr(D.os, "sched_getaffinity", lambda _: range(16))
-    assert [D.loader_options(cfg, s, 10**6, False)[0]["prefetch_factor"] for s in (1, 2, 3, 4)] == [4, 6, 8, 8]
-    assert [D.loader_options(cfg, s, 10**6, False)[0]["num_workers"] for s in (1, 2)] == [3, 2]
-    o, lines = D.loader_options(load_config("two_stage", ["dataloader.num_workers=0"]), 1, 10**6, False)
+    monkeypatch.setattr(L.os, "sched_getaffinity", lambda _: range(16))
+    assert [L.loader_options(cfg, s, MANY, False)[0]["prefetch_factor"] for s in (1, 2, 3, 4)] == [4, 6, 8, 8]
+    assert [L.loader_options(cfg, s, MANY, False)[0]["num_workers"] for s in (1, 2)] == [3, 2]
+    o, lines = L.loader_options(load_config("two_stage", ["dataloader.num_workers=0"]), 1, MANY, False)
     assert (o["prefetch_factor"], o["persistent_workers"], o["multiprocessing_context"]) == (None, False, None)
     assert torch.cuda.is_available() or any("pin_memory: off" in x for x in lines)
 
 
+@pytest.mark.spec("TL5")
+def test_4_png_files_are_opened_by_processes_where_the_decoder_holds_the_lock(monkeypatch):
+    png = MANY.assign(path="a.PNG")
+    for decoder in (None, len):
+        monkeypatch.setattr(L, "decode_image_png_u8", decoder)
+        engines = [L.engine_of(load_config("two_stage", o), rows)[0] for rows, o in ((png, []), (MANY, []), (png, ["pack.enabled=true"]), (png, ["dataloader.ram_optimization.cache_policy=hotset"]), (png, ["dataloader.engine=threads"]))]
+        assert engines == ["processes" if decoder else "threads"] + ["threads"] * 4
+
+
 def test_4_resume_gives_the_same_epoch(stage, cfg):
     "Epoch 3 is epoch 3, whether or not epochs 0 to 2 were run before."
-    train_dl, _, _ = D.build_classification_loaders(stage, cfg)
+    train_dl, _, _ = L.build_classification_loaders(stage, cfg)
     for _ in range(3): list(train_dl)
     straight = list(train_dl)
-    fresh, _, _ = D.build_classification_loaders(stage, cfg)
+    fresh, _, _ = L.build_classification_loaders(stage, cfg)
     fresh.sampler.set_epoch(3)
     for (x, y, m), (x2, y2, m2) in zip(straight, list(fresh)): assert m == m2 and torch.equal(x, x2)
 
@@ -203,7 +305,7 @@ def test_4_resume_gives_the_same_epoch(stage, cfg):
 def test_4_the_dataset_leaves_torchs_generator_alone(stage, singles):
     d = D.PillsnapClsDataset(singles, stage.class_map, stage.root, 64, train=True)
     torch.manual_seed(5); want = torch.rand(3)
-    torch.manual_seed(5); d[0]; d.__getitems__([1, 2])
+    torch.manual_seed(5); d[0]; [None for _ in L.PhotoLoader(d, 8, EpochSampler(d, 1), num_workers=2)]
     assert torch.equal(torch.rand(3), want)
 
 
@@ -213,7 +315,7 @@ def test_4_the_dataset_leaves_torchs_generator_alone(stage, singles):
 def test_5_meta_and_summary(stage, cfg, caplog):
     log = logging.getLogger("pillsnap.test_meta"); log.setLevel("INFO")
     with caplog.at_level("INFO"):
-        _, _, meta = D.build_classification_loaders(stage, cfg, log=log)
+        _, _, meta = L.build_classification_loaders(stage, cfg, log=log)
     assert {"class_names", "class_to_idx", "train_count", "val_count", "test_count", "img_size", "splits_json", "test_usage_policy", "weights_used", "sampler_used", "skipped_files"} <= set(meta)
     n = {k: int((getattr(stage, k)["kind"] == "single").sum()) for k in ("train", "val")}
     assert (meta["train_count"], meta["val_count"], meta["test_count"], meta["img_size"]) == (n["train"], n["val"], None, 64)
@@ -229,20 +331,20 @@ def test_5_skipped_files_are_named(stage, cfg, tmp_path):
     for p in rows["path"]: (tmp_path/p).parent.mkdir(parents=True, exist_ok=True); shutil.copy(stage.root/p, tmp_path/p)
     (tmp_path/rows["path"].iloc[2]).write_bytes(b"lost")
     spoilt = dataclasses.replace(stage, val=rows.head(4), header=stage.header | {"root": str(tmp_path)})
-    train_dl, val_dl, meta = D.build_classification_loaders(spoilt, cfg)
+    train_dl, val_dl, meta = L.build_classification_loaders(spoilt, cfg)
     assert {e["path"] for e in meta["skipped_files"]} == {rows["path"].iloc[2]} and meta["skipped_files"][0]["stage"] == "final"
     assert [len(m["skipped"]) for *_, m in val_dl] == [1]
 
 
 @pytest.mark.spec("X35", "X36", "X37")
 def test_5_the_sources_names(stage, cfg):
-    assert D.build_dataloaders is D.build_dataloaders_by_mode and D.safe_collate_det is D.safe_collate_detection
-    train_dl, val_dl, test_dl, meta = D.build_dataloaders(stage, cfg)
+    assert L.build_dataloaders is L.build_dataloaders_by_mode and D.safe_collate_det is D.safe_collate_detection
+    train_dl, val_dl, test_dl, meta = L.build_dataloaders(stage, cfg)
     assert test_dl is None and meta["mode"] == "single"
-    *loaders, meta = D.build_dataloaders_twostage(stage, cfg)
+    *loaders, meta = L.build_dataloaders_twostage(stage, cfg)
     assert len(loaders) == 6 and loaders[2] is loaders[5] is None and {"det_train_count", "train_count"} <= set(meta)
-    assert D.build_dataloaders_by_mode(stage, cfg, "combo")[3]["mode"] == "combo"
-    with pytest.raises(PillsnapError, match="not 'auto'"): D.build_dataloaders_by_mode(stage, cfg, "auto")
+    assert L.build_dataloaders_by_mode(stage, cfg, "combo")[3]["mode"] == "combo"
+    with pytest.raises(PillsnapError, match="not 'auto'"): L.build_dataloaders_by_mode(stage, cfg, "auto")
 
 
 # memory ------------------------------------------------------------------------------------------------------------
@@ -250,8 +352,8 @@ def test_5_the_sources_names(stage, cfg):
 @pytest.mark.spec("TL12")
 def test_cached_and_fresh_samples_are_the_same_bytes(stage, cfg):
     for train in (False, True):
-        a, b = (D.classification_set(stage.train, stage, cfg, train=train, cache=c) for c in (True, False))
-        assert a.cache is not None and b.cache is None
+        a, b = (L.classification_set(stage.train, stage, cfg, train=train, cache=c) for c in (True, False))
+        assert a.source.kept is not None and b.source.kept is None
         for e in (0, 1):
             a.set_epoch(e); b.set_epoch(e)
             for i in range(0, len(a), 9): assert torch.equal(a[i]["image"], b[i]["image"])
@@ -264,8 +366,8 @@ def test_a_cache_that_does_not_fit_is_refused_and_said(stage, cfg, monkeypatch, 
     with pytest.raises(PillsnapError, match="hotset_size_images=3 fits"): PhotoCache(rows, stage.root, [View("whole", 64)], budget=3 * 64 * 64 * 3 + 5)
     monkeypatch.setattr(C, "free_bytes", lambda shared: 1000)
     log = logging.getLogger("pillsnap.test_cache"); log.setLevel("INFO")
-    with caplog.at_level("INFO"): train_dl, _, meta = D.build_classification_loaders(stage, cfg, log=log)
-    assert train_dl.dataset.cache is None and meta["cached_bytes"] == 0 and "hotset: off" in caplog.text
+    with caplog.at_level("INFO"): train_dl, _, meta = L.build_classification_loaders(stage, cfg, log=log)
+    assert train_dl.dataset.source.kept is None and meta["cached_bytes"] == 0 and "hotset: off" in caplog.text
 
 
 def test_free_bytes_minds_shared_memory(monkeypatch):
@@ -277,6 +379,6 @@ def test_free_bytes_minds_shared_memory(monkeypatch):
 def test_a_limited_cache_mixes_with_files(stage, cfg, singles):
     views = D.dataset_views(64, False)
     cache = PhotoCache(singles, stage.root, list(views.values()), limit=5)
-    d = D.PillsnapClsDataset(singles, stage.class_map, stage.root, 64, cache=cache)
+    d = D.PillsnapClsDataset(singles, stage.class_map, D.MemorySource(D.DeliverySource(stage.root), cache), 64)
     fresh = D.PillsnapClsDataset(singles, stage.class_map, stage.root, 64)
     assert len(cache) == 5 and all(torch.equal(d[i]["image"], fresh[i]["image"]) for i in (0, 4, 5, 9))

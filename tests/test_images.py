@@ -112,7 +112,7 @@ def test_broken_files_are_records_with_a_stage(tmp_path, caplog):
 def test_the_bound_reads_headers_and_decodes_nothing(monkeypatch, fmt):
     "Above the bound no decoder is called at all, for each format that OpenCV might be asked for."
     called = []
-    for f in ("_by_pillow", "_by_opencv"): monkeypatch.setattr(I, f, lambda *a, f=f: called.append(f))
+    for f in ("_by_fast", "_by_pillow", "_by_opencv"): monkeypatch.setattr(I, f, lambda *a, f=f: called.append(f))
     b = enc(picture(), fmt)
     assert header_size(b) == (60, 80)
     assert open_image_safely(b, max_pixels=60 * 80 - 1)["stage"] == "bound" and not called
@@ -135,6 +135,101 @@ def test_no_bytes_raise(data):
         if b: b[data.draw(st.integers(0, min(len(b) - 1, 120)))] = data.draw(st.integers(0, 255))
     r = open_image_safely(bytes(b[:data.draw(st.integers(0, len(b)))]), max_pixels=1_000_000)
     assert ("image" in r and r["image"].dtype == np.uint8 and r["image"].shape[2] == 3) or (r["_skip"] and r["stage"] in ("read", "bound", "policy", "final"))
+
+
+def broken_photos() -> dict[str, tuple[bytes, str | None]]:
+    "SPEC RS2's list: bytes, and the stage that must refuse them (None: must be read right)."
+    a = picture(); im = Image.fromarray(a); png, jpg, webp = enc(a), enc(a, "JPEG", quality=95), enc(a, "WEBP", lossless=True)
+    alpha = im.copy(); alpha.putalpha(Image.linear_gradient("L").resize(im.size))
+    pal = im.quantize(16)
+    out = {f"truncated {n} at {k}": (b[:int(len(b) * k)], "final") for n, b in (("png", png), ("jpg", jpg), ("webp", webp)) for k in (.02, .3, .7, .8)}
+    out |= {"a png without its end mark": (png[:-12], None)}
+    out |= {"empty": (b"", "read"), "text": (b"a note, not a photo", "final"), "json": (b'{"images": []}', "final"), "zip": (b"PK\3\4" + bytes(60), "final"), "html": (b"<!DOCTYPE html><html>404</html>", "final")}
+    out |= {"30,000 squared png": (png_header(30_000, 30_000), "bound"), "30,000 squared jpg": (b"\xff\xd8\xff\xc0\0\x11\x08" + struct.pack(">HH", 30_000, 30_000) + bytes(40), "bound")}
+    out |= {f"mode {m}": (enc(im.convert(m)), None) for m in ("RGB", "RGBA", "L", "LA", "1", "P")}
+    out |= {"16-bit rgb": (cv2.imencode(".png", a[..., ::-1].astype(np.uint16) * 257)[1].tobytes(), None), "16-bit grey": (enc(Image.fromarray(a[..., 0].astype(np.uint16) * 257)), None),
+            "cmyk": (enc(im.convert("CMYK"), "JPEG", quality=95), None), "grey jpg": (enc(im.convert("L"), "JPEG"), None), "rgb jpg": (enc(a, "JPEG", keep_rgb=True), None), "progressive": (enc(a, "JPEG", progressive=True), None),
+            "palette + alpha": (enc(pal, transparency=3), None), "rgb + transparent colour": (enc(im, transparency=(9, 6, 9)), None), "animated gif": (enc(pal, "GIF", save_all=True, append_images=[pal.rotate(90)]), None),
+            "animated png": (enc(im, save_all=True, append_images=[im.rotate(90)]), None), "1x1": (enc(im.crop((0, 0, 1, 1))), None), "1x1 jpg": (enc(im.crop((0, 0, 1, 1)), "JPEG"), None), "alpha": (enc(alpha), None), "wide": (enc(im.resize((5000, 1))), None)}
+    for note, turn in TURNS.items():
+        e = Image.Exif(); e[0x0112] = note; lying = im if turn is None else im.transpose(turn)
+        out |= {f"{n} exif {note}": (enc(lying, f, exif=e, **k), None) for n, f, k in (("png", "PNG", {}), ("jpg", "JPEG", dict(quality=95)), ("webp", "WEBP", dict(lossless=True)))}
+    return out
+
+
+BROKEN = broken_photos()
+
+
+def patiently(src, m, **k) -> dict:
+    "The same photo, with the quick decoders switched off."
+    def no(*a): raise I._NotPlain
+    with m.context() as c:
+        c.setattr(I, "_by_fast", no)
+        return open_image_safely(src, **k)
+
+
+@pytest.mark.spec("RS2")
+@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize("suffix", (".png", ".jpg"))
+def test_every_broken_photo_has_one_answer(tmp_path, monkeypatch, name, suffix):
+    "Skipped by the stage that must refuse it, or read right; the quick way, the patient way, a path with the wrong ending and bytes all agree to the byte."
+    b, stage = BROKEN[name]
+    (tmp_path/f"photo{suffix}").write_bytes(b)
+    got, slow, file = open_image_safely(b), patiently(b, monkeypatch), open_image_safely(tmp_path/f"photo{suffix}")
+    if stage: assert got["stage"] == slow["stage"] == file["stage"] == stage and got["error"] == slow["error"], (got, slow)
+    else:
+        with Image.open(io.BytesIO(b)) as im:
+            up = I.ImageOps.exif_transpose(im); want = np.asarray(up.convert("RGB")) if up.mode in ("RGB", "CMYK", "L", "P", "1") and "transparency" not in up.info else None
+        assert np.array_equal(got["image"], slow["image"]) and np.array_equal(got["image"], file["image"])
+        assert want is None or np.array_equal(got["image"], want), name
+        if "exif" in name: assert np.abs(got["image"].astype(int) - picture()).mean() < (4 if "jpg" in name else .01)
+
+
+@pytest.mark.spec("RS2")
+def test_the_quick_way_takes_what_is_plain_and_nothing_else(caplog):
+    "What a delivery holds goes the quick way; whatever could be turned, recoloured or animated does not."
+    quick = {n for n, (b, stage) in BROKEN.items() if open_image_safely(b)["stage"] == "fast"}
+    jpegs = {"progressive", "1x1 jpg", "jpg exif 1"}
+    assert quick == jpegs | ({"mode RGB", "1x1", "wide"} if I.decode_image_png_u8 else set())
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(I, "decode_image_png_u8", None); I._say_slow.cache_clear(); caplog.clear()
+        for _ in range(3): assert open_image_safely(enc(picture()))["stage"] == "PIL"
+        assert len([x for x in caplog.messages if "kornia_rs is not installed" in x]) == 1, "a slower way is said, once"
+    laced = bytearray(enc(picture())); laced[28] = 1
+    assert not I._plain_png(bytes(laced)) and I._plain_png(enc(picture()))
+    from pillsnap.data.synth import png_bytes
+    filled = png_bytes(picture(), 20_000)
+    assert I._plain_png(filled) and np.array_equal(open_image_safely(filled)["image"], picture()), "a rendered delivery takes the quick way"
+
+
+@pytest.mark.spec("BM9")
+@pytest.mark.parametrize("fmt", ("PNG", "JPEG", "WEBP"))
+@pytest.mark.parametrize("note", (1, 6))
+@pytest.mark.parametrize("r", (2, 4, 8))
+def test_opened_smaller_is_the_mean_of_its_blocks(fmt, note, r):
+    "By every decoder, upright, for sides that do not divide; a JPEG's own half size is within a rounding of the same."
+    a = np.array(Image.fromarray(picture()).resize((607, 805), Image.BICUBIC)); e = Image.Exif(); e[0x0112] = note
+    lying = Image.fromarray(a) if TURNS[note] is None else Image.fromarray(a).transpose(TURNS[note])
+    b = enc(lying, fmt, exif=e, **{"JPEG": dict(quality=100, subsampling=0), "WEBP": dict(lossless=True)}.get(fmt, {}))
+    got, full = open_image_safely(b, reduce=r)["image"], open_image_safely(b)["image"]
+    assert got.shape == (-(-805 // r), -(-607 // r), 3)
+    if fmt != "JPEG" or note != 1: assert np.array_equal(got, I.shrink(full, r))
+    else: assert I.psnr(got[1:-1, 1:-1], I.shrink(full, r)[1:-1, 1:-1]) > 40
+    h, w = 805 // r * r, 607 // r * r
+    assert np.abs(I.shrink(full, r)[:h // r, :w // r] - full[:h, :w].reshape(h // r, r, w // r, r, 3).mean((1, 3))).max() <= .51
+
+
+@pytest.mark.spec("BM9")
+def test_the_yardsticks():
+    "dB and SSIM against their definitions on small cases; reduce_for never leaves fewer pixels than the view."
+    a = np.array(Image.fromarray(picture()).resize((120, 90))); n = np.random.default_rng(0).integers(-9, 10, a.shape)
+    b = np.clip(a.astype(int) + n, 0, 255).astype(np.uint8)
+    assert I.psnr(a, a) == np.inf and I.ssim(a, a) == 1 and abs(I.psnr(a, b) - 10 * np.log10(255 ** 2 / ((a.astype(float) - b) ** 2).mean())) < 1e-9
+    noise = np.random.default_rng(1).integers(0, 256, a.shape, np.uint8)
+    assert I.ssim(a, noise) < .1 < .5 < I.ssim(a, b) < .999
+    assert I.psnr(np.zeros((8, 8, 3), np.uint8), np.full((8, 8, 3), 255, np.uint8)) == 0
+    for short in (100, 488, 976, 1280, 4000):
+        for size in (64, 224, 384, 430, 480): assert I.reduce_for(short, size) == 1 or short / I.reduce_for(short, size) >= 1.25 * size
 
 
 @pytest.mark.spec("TL1")

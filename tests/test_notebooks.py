@@ -105,10 +105,10 @@ def test_a_stage_has_one_parameters_cell(path):
         assert any("assert" in s or "test_" in s for s in tail[i+4:]), "the contract: assertions true at any scale"
 
 
-def test_the_six_stages_are_the_pipeline():
-    from pillsnap.cli import PIPELINE
+def test_the_six_stages_are_the_pipeline_and_the_audit_stands_aside():
+    from pillsnap.cli import ASIDE, PIPELINE
     stages = {p.stem for p in NBS if any("## Stage job" in c.source for c in cells(p, "markdown"))}
-    assert stages == {s.notebook for s in PIPELINE}
+    assert stages == {s.notebook for s in PIPELINE + ASIDE} and len(PIPELINE) == 6 and [s.name for s in ASIDE] == ["audit"]
 
 
 @BY_NAME
@@ -187,7 +187,7 @@ def test_export_leaves_the_package_unchanged(tmp_path):
 
 
 HEAVY = ("torch", "fastai", "ultralytics", "timm", "torchvision", "matplotlib", "papermill")
-LIGHT = ["pillsnap.core.config", "pillsnap.core.record", "pillsnap.core.stages", "pillsnap.data.synth", "pillsnap.data.truth", "pillsnap.data.images",
+LIGHT = ["pillsnap.core.config", "pillsnap.data.overlay", "pillsnap.data.duplicates", "pillsnap.data.splits", "pillsnap.data.audit", "pillsnap.data.triage", "pillsnap.core.record", "pillsnap.core.stages", "pillsnap.data.synth", "pillsnap.data.truth", "pillsnap.data.images",
          "pillsnap.data.boxes", "pillsnap.models.pipeline", "pillsnap.deployment.predict", "pillsnap.evaluation.gates", "pillsnap.evaluation.advisor"]
 
 

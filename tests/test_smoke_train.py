@@ -62,7 +62,7 @@ def test_autocast_trains_and_validation_stays_in_full_precision(delivery, tmp_pa
     from pillsnap.training.classifier import prepare
     from pillsnap.training.learner import Outputs
     root = split_folder(tmp_path/"run", delivery)
-    cfg = load_config("smoke", [*FLAGS, "train.classification.amp_dtype=bf16", "train.classification.ema={enabled: true, decay: 0.9}"])
+    cfg = load_config("smoke", [*FLAGS, f"paths.exp_dir={root}", "train.classification.amp_dtype=bf16", "train.classification.ema={enabled: true, decay: 0.9}"])
     seen = set()
 
     class Look(Callback):
@@ -84,4 +84,4 @@ def test_one_drug_is_refused(delivery, tmp_path):
     stage = load_stage(split_folder(tmp_path/"run", delivery), 0)
     key = list(stage.class_map)[0]
     lone = dataclasses.replace(stage, class_map=ClassMap([key]), train=stage.train[stage.train.class_key == key], val=stage.val[stage.val.class_key == key])
-    with pytest.raises(PillsnapError, match="at least two drugs"): prepare(lone, load_config("smoke", FLAGS), Outputs(quiet=True))
+    with pytest.raises(PillsnapError, match="at least two drugs"): prepare(lone, load_config("smoke", [*FLAGS, f"paths.exp_dir={tmp_path/'run'}"]), Outputs(quiet=True))

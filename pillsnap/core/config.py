@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['FEATURE_SETS', 'ALIASES', 'RETIRED', 'Block', 'key', 'Project', 'Paths', 'StageSpec', 'Progressive', 'DetectionData',
            'ClassificationData', 'AugmentDetection', 'AugmentClassification', 'Augment', 'Imbalance', 'Data',
-           'RamOptimization', 'DataLoaderConfig', 'Ema', 'EarlyStopping', 'OomPolicy', 'TrainClassification',
-           'TrainDetection', 'StageOverride', 'Train', 'Optimization', 'Inference', 'Synth', 'Evaluation', 'Export',
-           'Config', 'active_features', 'section_digest', 'digest', 'resource_dir', 'preset_names', 'preset_path',
-           'default_tree', 'read_preset', 'resolve_aliases', 'parse_overrides', 'all_keys', 'did_you_mean',
-           'load_config', 'flatten', 'config_diff', 'explain']
+           'RamOptimization', 'DataLoaderConfig', 'PackConfig', 'Ema', 'EarlyStopping', 'OomPolicy',
+           'TrainClassification', 'TrainDetection', 'StageOverride', 'Train', 'Optimization', 'Inference', 'Synth',
+           'Evaluation', 'Export', 'NarrowPreprocessing', 'NarrowAugmentation', 'Narrow', 'Retrieval', 'Config',
+           'active_features', 'section_digest', 'digest', 'resource_dir', 'preset_names', 'preset_path', 'default_tree',
+           'read_preset', 'resolve_aliases', 'parse_overrides', 'all_keys', 'did_you_mean', 'load_config', 'flatten',
+           'config_diff', 'explain']
 
 # %% ../../nbs/02_core.config.ipynb #296c60fe
 import difflib, os, re
@@ -94,7 +95,7 @@ class Progressive(Block):
         "The stage of that number."
         return getattr(self, f"stage_{self.current_stage if n is None else n}")
 
-# %% ../../nbs/02_core.config.ipynb #be70a327
+# %% ../../nbs/02_core.config.ipynb #3f3e53ef
 class DetectionData(Block):
     "What the detector sees and answers."
     img_size:int = key(640, "side of the square input, pixels", ge=32)
@@ -122,6 +123,7 @@ class AugmentClassification(Block):
     hflip:bool = key(True, "mirrors imprints: warned")
     auto_augment:str|None = key(None, "a timm policy string instead of RandAugment")
     rotation:float = key(0.0, "random turn, degrees either way; pills lie as they fall", ge=0, le=180)
+    erasing:float = key(0.0, "share of photos that lose a random rectangle (SPEC TL19)", ge=0, le=1)
     crop_scale_min:float = key(0.8, "smallest random crop, share of the area", gt=0, le=1)
 
 class Augment(Block):
@@ -142,7 +144,12 @@ class Imbalance(Block):
         if self.use_class_weights and self.use_weighted_sampler: raise ValueError("class weights and a weighted sampler correct the same thing twice; switch one off")
         return self
 
-# %% ../../nbs/02_core.config.ipynb #904822dc
+# %% ../../nbs/02_core.config.ipynb #765a94ee
+def _adds_up(v:tuple[float,...])->tuple[float,...]:
+    "Shares of one whole."
+    if min(v) <= 0 or abs(sum(v)-1) > 1e-6: raise ValueError(f"the shares {v} must be positive and add up to 1")
+    return v
+
 class Data(Block):
     "The delivery, its splits and its stages."
     source:Literal["aihub","synthetic"] = key("aihub", "synthetic: the conversion stage renders paths.root when it is not there")
@@ -169,13 +176,9 @@ class Data(Block):
     augment:Augment = key(Augment(), "augmentation")
     imbalance:Imbalance = key(Imbalance(), "rare drugs")
 
-    @field_validator("split_ratio")
-    @classmethod
-    def _sums(cls, v:tuple[float,float])->tuple[float,float]:
-        if min(v) <= 0 or abs(sum(v)-1) > 1e-6: raise ValueError(f"train and val must be positive and add up to 1, got {v}")
-        return v
+    _sums = field_validator("split_ratio")(_adds_up)
 
-# %% ../../nbs/02_core.config.ipynb #8674b137
+# %% ../../nbs/02_core.config.ipynb #1207693c
 class RamOptimization(Block):
     "What is kept in memory (SPEC TL12)."
     cache_policy:Literal["labels_only","hotset","lmdb"] = key("labels_only", "labels only; decoded photos in one shared buffer; LMDB")
@@ -186,7 +189,9 @@ class RamOptimization(Block):
 
 class DataLoaderConfig(Block):
     "How photos reach the training step (SPEC TL5)."
-    num_workers:int = key(8, "capped by the CPU count", ge=0)
+    source:Literal["auto","delivery","pack","memory"] = key("auto", "where photos come from; auto: the pack where pack.enabled, else the delivery; what is kept in memory is ram_optimization's")
+    engine:Literal["auto","threads","processes"] = key("auto", "who opens them; auto: threads, since the decoders let go of Python's lock")
+    num_workers:int = key(8, "threads or processes; capped by the CPU count", ge=0)
     autotune_workers:bool = key(True, "measure and choose")
     pin_memory:bool = key(True, "page-locked batches; without CUDA ignored, with a line")
     pin_memory_device:str = key("cuda", "accepted; torch ignores it, with a line")
@@ -196,6 +201,15 @@ class DataLoaderConfig(Block):
     drop_last:bool = key(True, "train only; val and test drop nothing")
     multiprocessing_context:Literal["spawn","fork","forkserver"] = key("spawn", "how workers start")
     ram_optimization:RamOptimization = key(RamOptimization(), "memory policy")
+
+# %% ../../nbs/02_core.config.ipynb #75547004
+class PackConfig(Block):
+    "The photos once more, small, in a few files (SPEC section 6)."
+    enabled:bool = key(False, "build it where training needs it and it is not there")
+    scale:float = key(0.5, "of both sides, for whole photos; 0.5 makes 488 x 640 of 976 x 1280", gt=0, le=1)
+    codec:Literal["jpeg","raw"] = key("jpeg", "jpeg: about 0.1 MB a photo; raw: ten times that, nothing to decode")
+    quality:int = key(95, "of the JPEG", ge=50, le=100)
+    crops:bool = key(True, "keep the surroundings of each box at full resolution")
 
 # %% ../../nbs/02_core.config.ipynb #2b095cdd
 class Ema(Block):
@@ -221,7 +235,7 @@ class OomPolicy(Block):
     reset_after_clean_steps:int = key(200, "steps after which the retries are forgotten", ge=1)
     wd_scale_mode:Literal["constant","declared"] = key("constant", "keep lr x wd x steps (X21)")
 
-# %% ../../nbs/02_core.config.ipynb #4da13e2f
+# %% ../../nbs/02_core.config.ipynb #c50cd9d8
 class TrainClassification(Block):
     "The classifier's training (SPEC CT1-CT25)."
     backbone:str = key("tf_efficientnetv2_s", "a timm model name")
@@ -247,6 +261,7 @@ class TrainClassification(Block):
     label_smoothing:float = key(0.1, "share given to the other classes", ge=0, lt=1)
     drop_rate:float = key(0.0, "dropout before the head", ge=0, lt=1)
     crop_view_prob:float = key(0.5, "share of training views that are box crops (X72)", ge=0, le=1)
+    combo_crops:bool = key(True, "boxed pills of training combos teach too, as crops (X72)")
     ema:Ema = key(Ema(), "moving average")
     early_stopping:EarlyStopping = key(EarlyStopping(), "stop early")
 
@@ -335,19 +350,61 @@ class Export(Block):
     compare_photos:int = key(200, "photos on which torch and ONNX must agree", ge=1)
     compare_detector_photos:int = key(100, "the same for the detector", ge=1)
 
-# %% ../../nbs/02_core.config.ipynb #4390b09c
+# %% ../../nbs/02_core.config.ipynb #d376a649
+class NarrowPreprocessing(Block):
+    "What every photo of the narrow family goes through (SPEC NM1)."
+    target_size:int = key(512, "side of the square input, pixels", ge=32)
+    use_clahe:bool = key(True, "even out the light on LAB's L channel")
+    clahe_clip_limit:float = key(2.0, "how far contrast may be raised", gt=0)
+    clahe_grid_size:int = key(8, "tiles a side", ge=1)
+
+class NarrowAugmentation(Block):
+    "Augmentation as the narrow manifest states it (SPEC SP8)."
+    rotation:float = key(30.0, "degrees either way", ge=0, le=180)
+    color_jitter:tuple[float,float,float,float] = key((0.2, 0.2, 0.2, 0.1), "brightness, contrast, saturation, hue")
+    crop_scale:tuple[float,float] = key((0.8, 1.0), "share of the area")
+    crop_ratio:tuple[float,float] = key((0.9, 1.1), "width to height")
+    blur_kernel:int = key(5, "pixels", ge=1)
+    blur_sigma:tuple[float,float] = key((0.1, 2.0), "pixels")
+
+class Narrow(Block):
+    "The narrow family: a hundred drugs (SPEC SP7, SP8)."
+    split_ratio:tuple[float,float,float] = key((0.8, 0.1, 0.1), "train, val and test, by whole groups")
+    preprocessing:NarrowPreprocessing = key(NarrowPreprocessing(), "the one input of training, app and server")
+    augmentation:NarrowAugmentation = key(NarrowAugmentation(), "training only")
+
+    _sums = field_validator("split_ratio")(_adds_up)
+
+# %% ../../nbs/02_core.config.ipynb #a7984a5e
+class Retrieval(Block):
+    "The retrieval family, under its source's own key names (SPEC SP9)."
+    train_ratio:float = key(0.70, "share of the IDs that teaches", gt=0, lt=1)
+    val_ratio:float = key(0.15, "share that judges", gt=0, lt=1)
+    test_ratio:float = key(0.15, "share that is kept for the end", gt=0, lt=1)
+    min_image_size:int = key(224, "an ID with a photo whose shorter side is smaller is left out, pixels", ge=1)
+    class_names:tuple[str,...]|None = key(None, "the classes to use; null = every folder there is")
+
+    @model_validator(mode="after")
+    def _sums(self)->"Retrieval":
+        _adds_up((self.train_ratio, self.val_ratio, self.test_ratio))
+        return self
+
+# %% ../../nbs/02_core.config.ipynb #847b4ee0
 class Config(Block):
     "All settings of a run (SPEC Annex 1)."
     project:Project = key(Project(), "what is built")
     paths:Paths = key(Paths(), "where things are")
     data:Data = key(Data(), "the delivery")
     dataloader:DataLoaderConfig = key(DataLoaderConfig(), "loading")
+    pack:PackConfig = key(PackConfig(), "the small copy of the photos")
     train:Train = key(..., "training")
     optimization:Optimization = key(Optimization(), "speed")
     inference:Inference = key(Inference(), "answering")
     synth:Synth = key(Synth(), "synthetic delivery")
     evaluation:Evaluation = key(Evaluation(), "judging")
     export:Export = key(Export(), "leaving")
+    narrow:Narrow = key(Narrow(), "the narrow family")
+    retrieval:Retrieval = key(Retrieval(), "the retrieval family")
     _notes:list[str] = PrivateAttr(default_factory=list)
 
     @property

@@ -8,20 +8,21 @@ __all__ = ['GROUPS', 'LATITUDES', 'LONGITUDES', 'PER_PART', 'SINGLE_FIELD', 'COM
            'choose_combos', 'reach', 'apart', 'scatter', 'combo_tasks', 'loose_box', 'png_bytes', 'file_length',
            'json_bytes', 'nudged', 'slid', 'spoil_record', 'another_part', 'spoil_files', 'take', 'is_done',
            'write_task', 'plant_near_duplicates', 'plant_faults', 'Plan', 'split_tasks', 'val_catalogue',
-           'check_settings', 'plan_delivery', 'claim', 'one_thread', 'run_tasks', 'pack_parts', 'write_delivery',
-           'read_part', 'photo_and_boxes', 'cut_out', 'caption', 'drug_card', 'contact_sheet', 'with_boxes', 'titled',
-           'synth_command']
+           'check_settings', 'plan_delivery', 'claim', 'spread', 'run_tasks', 'pack_parts', 'render', 'label_template',
+           'fill_label', 'guess_box', 'label_stems', 'write_drug_labels', 'label_jobs', 'write_labels',
+           'write_delivery', 'read_part', 'photo_and_boxes', 'cut_out', 'caption', 'drug_card', 'contact_sheet',
+           'with_boxes', 'titled', 'synth_command']
 
-# %% ../../nbs/12b_data.synth.ipynb #6165a032
-import hashlib, json, math, multiprocessing, os, shutil, struct, time, zipfile, zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+# %% ../../nbs/12b_data.synth.ipynb #b46fa591
+import hashlib, json, math, os, shutil, struct, time, zipfile, zlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations, product
 from pathlib import Path
 
-# %% ../../nbs/12b_data.synth.ipynb #44de9fe1
+# %% ../../nbs/12b_data.synth.ipynb #58ffe36c
 import cv2
+import joblib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
@@ -407,7 +408,7 @@ def split_tasks(
     return ([t for i,d in enumerate(drugs) for t in single_tasks(d, i, photos, split, base, seed)],
         [t for i,c in enumerate(codes) for t in combo_tasks([drugs[k] for k in c], i, split, base, seed)])
 
-# %% ../../nbs/12b_data.synth.ipynb #d3cab9bf
+# %% ../../nbs/12b_data.synth.ipynb #9cfba0f8
 def val_catalogue(
     train:Catalogue, # drugs of train
     val_drugs:str,   # "new" or "same"
@@ -426,9 +427,10 @@ def check_settings(
         if s[key] not in words: raise PillsnapError(f"{key} is {words[0]!r} or {words[1]!r}, not {s[key]!r}", where=key)
     if not 64 <= min(s["width"], s["height"]) <= max(s["width"], s["height"]) <= 8192:
         raise PillsnapError(f"photos of {s['width']}×{s['height']} pixels cannot be drawn", where="width, height", fix="64 to 8192 pixels a side")
+    if s["labels_only"] and (s["faults"] or s["zip_parts"]): raise PillsnapError("a delivery of labels alone has no faults planted and no archives", where="labels_only", fix="leave out --faults and --zip")
     if s["combos"] < 0: raise PillsnapError("there cannot be fewer than no combinations", where="combos")
 
-# %% ../../nbs/12b_data.synth.ipynb #ba6ce469
+# %% ../../nbs/12b_data.synth.ipynb #df63505a
 def plan_delivery(
     drugs:int=12,          # as in `write_delivery`, and so are the others
     photos:int=72,         # single photos a drug
@@ -439,10 +441,12 @@ def plan_delivery(
     faults:bool=False,     # plant faults
     val_drugs:str="new",   # "new" or "same"
     zip_parts:bool=False,  # archives
-    domain:str="studio"    # or "phone"
+    domain:str="studio",   # or "phone"
+    labels_only:bool=False # annotations without photos
 )->Plan:
     "Decide everything; nothing is drawn or written."
     check_settings(settings := dict(locals()))
+    if labels_only: return Plan(settings, (), {"schema": "pillsnap.synthetic/1", **settings})
     base, train = Shot(width=width, height=height, domain=domain), make_catalogue(drugs, seed)
     val = val_catalogue(train, val_drugs, seed)
     singles, mixed = split_tasks(train, photos, combos, "train", base, seed)
@@ -472,18 +476,16 @@ def claim(
     if (out/"data").exists(): raise PillsnapError("the folder holds data that was not rendered here", where=out/"data", fix="choose an empty folder")
     save_json(plan.settings, out/UNFINISHED)
 
-# %% ../../nbs/12b_data.synth.ipynb #0447552f
-@contextmanager
-def one_thread()->Iterator[None]:
-    "Children inherit the environment: one BLAS thread each, or cores fight over one photo."
-    names = ("OMP_NUM_THREADS","OPENBLAS_NUM_THREADS","MKL_NUM_THREADS")
-    old = {n: os.environ.get(n) for n in names}
-    os.environ.update(dict.fromkeys(names, "1"))
-    try: yield
-    finally:
-        for n,v in old.items():
-            if v is None: os.environ.pop(n)
-            else: os.environ[n] = v
+# %% ../../nbs/12b_data.synth.ipynb #01495f5a
+def spread(
+    work:Callable[[tuple],dict[str,str]], # one job's files, path → sha256
+    jobs:Iterable[tuple], # arguments of `work`
+    n:int                 # processes; 1: this one
+)->Iterator[dict[str,str]]: # as they are ready
+    "Do jobs here, or in processes of one thread each; joblib's can be started from any script, also one without a `__main__` guard."
+    if n < 2: yield from map(work, jobs); return
+    with joblib.parallel_config(backend="loky", n_jobs=n, inner_max_num_threads=1):
+        yield from joblib.Parallel(return_as="generator_unordered")(joblib.delayed(work)(j) for j in jobs)
 
 def run_tasks(
     out:Path,               # delivery folder
@@ -491,15 +493,10 @@ def run_tasks(
     workers:int|None=None,  # processes; None: one per core when it pays
     progress:bool=True      # show a bar
 )->Iterator[dict[str,str]]: # path → sha256, photo by photo
-    "Write photos in this process or in spawned ones; the bytes are the same."
-    work = sum(t.shot.width*t.shot.height for t in tasks)
-    n = min(os.cpu_count() or 1, 1+int(work/2e7)) if workers is None else workers
-    jobs, bar = [(str(out), t) for t in tasks], dict(total=len(tasks), disable=not progress, unit="photo", desc="rendering")
-    if n > 1:
-        with one_thread(), multiprocessing.get_context("spawn").Pool(n) as pool: yield from tqdm(pool.imap_unordered(write_task, jobs, chunksize=4), **bar)
-        return
-    threads = cv2.getNumThreads()
-    try: yield from tqdm(map(write_task, jobs), **bar)
+    "Write photos; the bytes are the same on any number of processes."
+    pixels, threads = sum(t.shot.width*t.shot.height for t in tasks), cv2.getNumThreads()
+    n = min(os.cpu_count() or 1, 1+int(pixels/2e7)) if workers is None else workers
+    try: yield from tqdm(spread(write_task, [(str(out), t) for t in tasks], n), total=len(tasks), disable=not progress, unit="photo", desc="rendering")
     finally: cv2.setNumThreads(threads)
 
 # %% ../../nbs/12b_data.synth.ipynb #9a1b3bf4
@@ -518,7 +515,120 @@ def pack_parts(
                 z.writestr(info, f.read_bytes())
         shutil.rmtree(folder)
 
-# %% ../../nbs/12b_data.synth.ipynb #150f542d
+# %% ../../nbs/12b_data.synth.ipynb #8b0dc99b
+def render(
+    out:Path,          # delivery folder
+    plan:Plan,         # what is to be there
+    workers:int|None,  # processes
+    progress:bool      # show a bar
+)->dict: # the ledger
+    "Write every photo with its labels."
+    hashes = {}
+    for part in run_tasks(out, plan.tasks, workers, progress): hashes |= part
+    if plan.settings["zip_parts"]: pack_parts(out)
+    return {**plan.ledger, "files": len(hashes), "digest": hashlib.sha256(canonical_json(hashes).encode()).hexdigest()}
+
+# %% ../../nbs/12b_data.synth.ipynb #c94b24d3
+_SLOTS = ("file_name","imgfile","back_color","drug_dir","light_color","camera_la","camera_lo")
+
+def label_template(
+    drug:Drug,  # what is described
+    width:int,  # of the photos
+    height:int  # of the photos
+)->str: # text with %-slots
+    "A drug's annotation with blanks for what differs from photo to photo."
+    record = annotation(drug, f"{drug.kcode}_0_0_0_0_60_000_200", (0,0,1,1), width, height)
+    record["images"][0] |= {k: f"@{k}@" for k in _SLOTS}
+    record["annotations"][0] |= {"area": "@area@", "bbox": [f"@{k}@" for k in "xywh"]}
+    text = json_bytes(record).decode().replace("%", "%%")
+    for k in ("file_name","imgfile","back_color","drug_dir","light_color"): text = text.replace(f"@{k}@", f"%({k})s")
+    for k in ("camera_la","camera_lo","area",*"xywh"): text = text.replace(f'"@{k}@"', f"%({k})d")
+    return text
+
+def fill_label(
+    template:str,              # from `label_template`
+    drug:Drug,                 # what is described
+    stem:str,                  # the photo's name
+    box:tuple[int,int,int,int] # x, y, w, h
+)->bytes:
+    "One annotation file."
+    image, (x,y,w,h) = annotation(drug, stem, box, 0, 0)["images"][0], box
+    return (template % {**{k: image[k] for k in _SLOTS}, "x": x, "y": y, "w": w, "h": h, "area": w*h}).encode()
+
+# %% ../../nbs/12b_data.synth.ipynb #9a0647b3
+def guess_box(
+    drug:Drug,               # how large it is
+    centre:tuple[int,int],   # where it lies, pixels
+    shot:Shot,               # scale and size of the photo
+    rng:np.random.Generator # turn and margins
+)->tuple[int,int,int,int]: # x, y, w, h inside the photo
+    "A box that a pill of this size may have."
+    turn, k = rng.uniform(0, math.pi), shot.width/shot.field
+    c, s, a, b = abs(math.cos(turn)), abs(math.sin(turn)), drug.body.long_mm+.5, drug.body.short_mm+.5
+    w, h = (min(max(round((a*p+b*q)*k), 2), n) for p,q,n in ((c,s,shot.width),(s,c,shot.height)))
+    x, y = (min(max(m-v//2+int(rng.integers(-6,7)), 0), n-v) for m,v,n in zip(centre, (w,h), (shot.width,shot.height)))
+    return x, y, w, h
+
+# %% ../../nbs/12b_data.synth.ipynb #64c68e1c
+def label_stems(
+    drugs:tuple[Drug,...], # one, or those of a combination
+    n:int,                 # photos of a single
+    split:str,             # "train" or "val"
+    seed:int               # of the delivery
+)->list[str]:
+    "The names of their photos: those of a rendered delivery of the same seed."
+    if len(drugs) > 1: return [Capture(tuple(d.kcode for d in drugs), 0, 2, 0, 2, la, 0, 200).stem() for la in (70,75,90)]
+    grid = capture_grid(n, rng_for(seed, split, "grid", drugs[0].number))
+    return [Capture((drugs[0].kcode,), 0, back, side, light, la, lo, 200).stem() for side,back,light,la,lo in grid]
+
+def write_drug_labels(
+    job:tuple[str,tuple[Drug,...],int,int,str,Shot,int] # delivery, drugs, running number, photos, split, shot, seed
+)->dict[str,str]: # folder → sha256 of all that lies there
+    "The annotations of a drug or of a combination: a pure function of the job."
+    out, drugs, i, n, split, shot, seed = job
+    kind, name = ("single", drugs[0].kcode) if len(drugs) == 1 else ("combo", Capture(tuple(d.kcode for d in drugs), 0, 2, 0, 2, 90, 0, 200).code)
+    stems, hashes, w, h = label_stems(drugs, n, split, seed), {}, shot.width, shot.height
+    spots = [(w//2, h//2)] if len(drugs) == 1 else [(w//4,h//4), (3*w//4,h//4), (w//4,3*h//4), (3*w//4,3*h//4)]
+    for d, centre in zip(drugs, spots):
+        folder = f"{part_folder(split,'labels',kind,i)}/{name}_json"+(f"/{d.kcode}" if len(drugs) > 1 else "")
+        where, words, rng, said = Path(out)/folder, label_template(d, w, h), rng_for(seed, split, "labels", name, d.number), hashlib.sha256()
+        where.mkdir(parents=True, exist_ok=True)
+        for stem in stems:
+            raw = fill_label(words, d, stem, guess_box(d, centre, shot, rng)); said.update(stem.encode()+raw)
+            with open(f"{where}/{stem}.json", "wb", 0) as f: f.write(raw)
+        hashes[folder] = said.hexdigest()
+    return hashes
+
+# %% ../../nbs/12b_data.synth.ipynb #612f91ed
+def label_jobs(
+    out:Path,    # delivery folder
+    plan:Plan    # what is to be there
+)->tuple[list[tuple],dict]: # arguments of `write_drug_labels`, ledger
+    "Everything that a delivery of labels alone consists of."
+    s = plan.settings; train = make_catalogue(s["drugs"], s["seed"]); val, jobs, counts = val_catalogue(train, s["val_drugs"], s["seed"]), [], {}
+    for split, drugs, photos, combos in (("train", list(train), s["photos"], s["combos"]), ("val", list(val), max(s["photos"]//6, 1), 0)):
+        chosen = [(d,) for d in drugs]+[tuple(drugs[k] for k in c) for c in choose_combos(len(drugs), combos, rng_for(s["seed"], split, "combos"))]
+        for kind, field, group in (("single", SINGLE_FIELD, [c for c in chosen if len(c) == 1]), ("combo", COMBO_FIELD, [c for c in chosen if len(c) > 1])):
+            shot = Shot(width=s["width"], height=s["height"], domain=s["domain"], field=field)
+            jobs += [(str(out), c, i, photos, split, shot, s["seed"]) for i,c in enumerate(group)]
+            counts[f"{split}_{kind}"] = len(group)*(photos if kind == "single" else 3)
+    files = sum(len(c)*(photos if len(c) == 1 else 3) for _,c,_,photos,*_ in jobs)
+    return jobs, {**plan.ledger, "counts": counts, "files": files, "train_codes": [d.kcode for d in train], "val_codes": [d.kcode for d in val],
+        "twins": [list(t) for t in train.twins], "null_metadata": list(train.blank), "near_duplicates": [], "planted_faults": {}}
+
+def write_labels(
+    out:Path,          # delivery folder
+    plan:Plan,         # what is to be there
+    workers:int|None,  # processes; None: one per core when it pays
+    progress:bool      # show a bar
+)->dict: # the ledger
+    "Write every annotation of a delivery without photos."
+    jobs, ledger = label_jobs(out, plan)
+    n, hashes = workers or min(os.cpu_count() or 1, 1+ledger["files"]//20_000), {}
+    for part in tqdm(spread(write_drug_labels, jobs, n), total=len(jobs), disable=not progress, unit="drug", desc="labels"): hashes |= part
+    return {**ledger, "digest": hashlib.sha256(canonical_json(hashes).encode()).hexdigest()}
+
+# %% ../../nbs/12b_data.synth.ipynb #412cd2c3
 def write_delivery(
     out:str|Path,            # delivery folder: data/train, data/val and SYNTHETIC.json go here
     drugs:int=12,            # drugs in train
@@ -532,19 +642,17 @@ def write_delivery(
     zip_parts:bool=False,    # archives with Korean names instead of folders
     domain:str="studio",     # or "phone"
     workers:int|None=None,   # processes; None: one per core when it pays
-    progress:bool=True       # show a progress bar
+    progress:bool=True,      # show a progress bar
+    labels_only:bool=False   # annotations without photos: half a million in minutes
 )->dict: # the ledger, as in SYNTHETIC.json
     "Render a delivery in AI Hub's format (SPEC BX5); an interrupted one is gone on with, a finished one is left alone."
-    out = Path(out)
-    plan = plan_delivery(drugs, photos, combos, seed, width, height, faults, val_drugs, zip_parts, domain)
+    out = Path(out).absolute() # a worker may stand in another folder
+    plan = plan_delivery(drugs, photos, combos, seed, width, height, faults, val_drugs, zip_parts, domain, labels_only)
     if (out/"SYNTHETIC.json").is_file(): return claim(out, plan)
     with FolderLock(out):
         if (done := claim(out, plan)) is not None: return done
         sweep_partials(out)
-        hashes = {}
-        for part in run_tasks(out, plan.tasks, workers, progress): hashes |= part
-        if zip_parts: pack_parts(out)
-        ledger = {**plan.ledger, "files": len(hashes), "digest": hashlib.sha256(canonical_json(hashes).encode()).hexdigest()}
+        ledger = write_labels(out, plan, workers, progress) if labels_only else render(out, plan, workers, progress)
         save_json(ledger, out/"SYNTHETIC.json")
         (out/UNFINISHED).unlink(missing_ok=True)
     return ledger
@@ -660,7 +768,7 @@ def titled(
     caption(draw, (10, 34), f"PillSnap synthetic delivery · seed {ledger['seed']} · {ledger['drugs']} drugs · {n['train_single']:,} single and {n['train_combo']:,} combination photos · {ledger['width']}×{ledger['height']} · {ledger['domain']}", 11, width-20, "dimgray")
     return np.asarray(head)
 
-# %% ../../nbs/12b_data.synth.ipynb #79add7ae
+# %% ../../nbs/12b_data.synth.ipynb #dd80837a
 def synth_command(
     out:str|Path,          # delivery folder
     drugs:int=12,          # drugs in train
@@ -673,12 +781,14 @@ def synth_command(
     width:int=976,         # pixels
     height:int=1280,       # pixels
     domain:str="studio",   # or "phone"
-    workers:int|None=None  # processes; None: one per core
+    workers:int|None=None, # processes; None: one per core
+    labels_only:bool=False # annotations without photos
 )->dict: # the ledger
     "`pillsnap synth`: render a delivery, say where it is and what is in it, leave a contact sheet."
     began = time.perf_counter()
-    ledger = write_delivery(out, drugs, photos, combos, seed, width, height, faults, val_drugs, zip_parts, domain, workers)
+    ledger = write_delivery(out, drugs, photos, combos, seed, width, height, faults, val_drugs, zip_parts, domain, workers, labels_only=labels_only)
     sheet, n, seconds = Path(out)/"contact_sheet.png", ledger["counts"], time.perf_counter()-began
+    if labels_only: print(f"labels         {Path(out)/'data'}  ({ledger['files']:,} annotations of {ledger['drugs']} drugs in {seconds:.0f} s, {sum(n.values()):,} photos are not there)"); return ledger
     with atomic_path(sheet, durable=False) as tmp: tmp.write_bytes(cv2.imencode(".png", contact_sheet(out, ledger)[...,::-1])[1].tobytes())
     print(f"delivery       {Path(out)/'data'}  ({sum(n.values()):,} photos in {seconds:.0f} s)")
     print(f"train          {ledger['drugs']} drugs, {n['train_single']:,} single and {n['train_combo']:,} combination photos")

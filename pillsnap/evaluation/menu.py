@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['advice_path', 'read_advice', 'write_advice', 'record_choice', 'percent', 'banner_html', 'bars_html',
-           'suggestions_html', 'choice_html', 'static_html', 'static_text', 'somebody_looking', 'build_menu',
-           'advisor_menu']
+           'suggestions_html', 'choice_html', 'static_html', 'static_text', 'build_menu', 'advisor_menu']
 
-# %% ../../nbs/45_evaluation.menu.ipynb #84f903bb
+# %% ../../nbs/45_evaluation.menu.ipynb #502b90b0
 import html, os
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
@@ -16,6 +15,7 @@ from typing import Any
 
 from ..core.errors import PillsnapError
 from ..core.files import canonical_json, read_json, save_json, sha256_text
+from ..core.stages import somebody_looking
 from .advisor import Advice
 
 # %% ../../nbs/45_evaluation.menu.ipynb #5a0c4620
@@ -169,16 +169,6 @@ def static_text(
     lines += [f"  {i}. {s['do']} ({s['why']}): {s['override']}" for i, s in enumerate(r["suggestions"], 1)] + [""]
     lines += [f"  [{i}] {o['label']}" for i, o in enumerate(r["user_options"], 1)]
     return "\n".join([*lines, f"  choice: {r['user_choice'] or 'no choice'}"])
-
-# %% ../../nbs/45_evaluation.menu.ipynb #eb7c424b
-def somebody_looking()->bool:
-    "True in JupyterLab, Notebook, VS Code and Colab; False under papermill, nbclient, a script and the runner."
-    if os.environ.get("PILLSNAP_HEADLESS") or os.environ.get("PILLSNAP_NOTEBOOK"): return False
-    try: from IPython import get_ipython
-    except ImportError: return False
-    shell = get_ipython()
-    if shell is None or not hasattr(shell, "kernel"): return False
-    return bool(os.environ.get("JPY_SESSION_NAME") or os.environ.get("COLAB_RELEASE_TAG") or "__vsc_ipynb_file__" in shell.user_ns)
 
 # %% ../../nbs/45_evaluation.menu.ipynb #5de801a7
 def build_menu(

@@ -21,7 +21,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-# %% ../../nbs/34_training.classifier.ipynb #46dca47e
+# %% ../../nbs/34_training.classifier.ipynb #6b792930
 from ..core.checkpoint import load_ckpt
 from ..core.config import Config
 from ..core.device import enable_tf32, pick_device, select_amp_dtype, set_seed
@@ -32,7 +32,8 @@ from ..core.plots import COLOURS, save_fig, show_grid, use_house_style
 from ..core.record import Metric, Provenance
 from ..core.stages import RunFolder, StageJob, StageResult
 from ..data.caches import PhotoCache, box_of
-from ..data.datasets import batch_size_of, build_classification_loaders, dataset_views, policies_of, validation_loader
+from ..data.datasets import dataset_views
+from ..data.loaders import base_source, batch_size_of, build_classification_loaders, hotset, teaching_rows, validation_loader
 from ..data.images import IMAGENET_MEAN, IMAGENET_STD, crop_view, open_image_safely
 from ..data.splits import StageData, image_split, load_stage, smoke_splits
 from ..models.factory import build_classification_model, load_classifier
@@ -61,7 +62,7 @@ def settle(
     for line in said: decide(log, line, tb)
     return device, mode
 
-# %% ../../nbs/34_training.classifier.ipynb #577390f4
+# %% ../../nbs/34_training.classifier.ipynb #e819b1d2
 def shared_cache(
     stage:StageData,             # one stage
     cfg:Config,                  # data.classification, dataloader.ram_optimization
@@ -70,11 +71,11 @@ def shared_cache(
     "Every view of every photo of the stage, for both trainings."
     ram, c = cfg.dataloader.ram_optimization, cfg.data.classification
     if ram.cache_policy != "hotset" or not cfg.train.leak_gap or cfg.dataloader.num_workers: return True
-    rows = pd.concat([stage.train, stage.val]); rows = rows[rows["kind"] == "single"].drop_duplicates("path")
+    rows = pd.concat([teaching_rows(stage.train, stage, cfg), stage.val[stage.val["kind"] == "single"]]).drop_duplicates(["path", "bbox"])
     views = dict.fromkeys([*dataset_views(c.img_size, True, cfg.data.augment.classification, c.crop_padding).values(), *dataset_views(c.img_size, False, padding=c.crop_padding).values()])
     t0 = time.perf_counter()
-    try: cache = PhotoCache(rows, stage.root, list(views), policies=policies_of(cfg))
-    except PillsnapError as e: decide(log, f"photos: {e.what}; each training keeps its own"); return True
+    cache = hotset(rows, base_source(stage, cfg, log), cfg, list(views), log=log)
+    if cache is None: return True   # one training's views may fit
     decide(log, f"photos: {len(rows)} in memory, {cache.nbytes/1e6:.0f} MB, read in {time.perf_counter()-t0:.1f} s")
     return cache
 
@@ -93,7 +94,7 @@ class Trained:
         "The row of the epoch that is kept."
         return next(r for r in self.learn.rows if r["epoch"] == self.ckpt["epoch"])
 
-# %% ../../nbs/34_training.classifier.ipynb #df339534
+# %% ../../nbs/34_training.classifier.ipynb #17223e11
 def prepare(
     stage:StageData,   # photos and class map
     cfg:Config,        # how
@@ -103,8 +104,8 @@ def prepare(
     "Photos, network, loss and callbacks of one training."
     c, n, keys = cfg.train.classification, len(stage.class_map), list(stage.class_map)
     device, mode = settle(cfg, stage.stage, out.log, out.tb)
-    train_dl, val_dl, _ = build_classification_loaders(stage, cfg, cache, out.log)
-    views = {"whole": val_dl, "crop": validation_loader(stage.val, stage, cfg, "crop", cache, out.log)}
+    train_dl, val_dl, _ = build_classification_loaders(stage, cfg, cache, out.log, device, out.tb)
+    views = {"whole": val_dl, "crop": validation_loader(stage.val, stage, cfg, "crop", cache, out.log, device)}
     model = build_classification_model(c.backbone, n, c.channels_last and cfg.optimization.channels_last, c.pretrained, c.drop_rate, c.weights, c.declared_classes, out.log).to(device)
     if cfg.optimization.grad_checkpointing: model.set_grad_checkpointing(True)
     try_compile(model, mode, torch.zeros(batch_size_of(cfg, stage.stage), 3, cfg.data.classification.img_size, cfg.data.classification.img_size, device=device), out.log)
@@ -222,16 +223,16 @@ def drug_names(
     p = root/"drug_metadata.json"
     return {e["kcode"]: e["dl_name"] for e in read_json(p)["drug_metadata"].values() if e.get("dl_name")} if p.is_file() else {}
 
-# %% ../../nbs/34_training.classifier.ipynb #ec37beee
+# %% ../../nbs/34_training.classifier.ipynb #398ee07b
 def image_twin(
     stage:StageData, # one stage, split by group
     seed:int         # of the dealing
-)->StageData: # the same single photos, as many on each side, dealt photo by photo
+)->StageData: # the same single photos, as many on each side, dealt photo by photo; the same combos teach
     "The leaky split of the same photos."
     one = lambda d: d[d["kind"] == "single"].drop_duplicates("path")
     train, val = one(stage.train), one(stage.val)
     a, b = image_split(pd.concat([train, val]), (len(train), len(val)), seed)
-    return dataclasses.replace(stage, train=a, val=b)
+    return dataclasses.replace(stage, train=pd.concat([a, stage.train[stage.train["kind"] == "combo"]], ignore_index=True), val=b)
 
 def groups_on_both_sides(
     stage:StageData # split in whatever way
@@ -255,7 +256,7 @@ def leak_gap_record(
         "image_split": metric("accuracy_image_split", a, image["n"], seconds[1], f"leaky on purpose: {shared:.0%} of its photos have a sibling among those that teach"),
         "group_split": metric("accuracy_group_split", b, group["n"], seconds[0], "no capture group on both sides")}
 
-# %% ../../nbs/34_training.classifier.ipynb #0fe006d5
+# %% ../../nbs/34_training.classifier.ipynb #a737a983
 def measure_leak_gap(
     stage:StageData,    # one stage
     cfg:Config,         # the same for both trainings
@@ -268,7 +269,7 @@ def measure_leak_gap(
     path, folder = run.sub("reports")/"leak_gap.json", run.sub("checkpoints")/"image_split_twin"
     if run.resuming and path.exists() and not folder.exists(): return read_json(path)   # measured before the interruption
     twin = image_twin(stage, cfg.train.seed)
-    decide(run.log, f"leak gap: a twin is trained on an image-level split of the same {len(twin.train)}+{len(twin.val)} photos", run.tb)
+    decide(run.log, f"leak gap: a twin is trained on an image-level split of the same {len(twin.train)}+{len(twin.val)} samples", run.tb)
     other = train_classification_stage(twin, cfg, Outputs(folder, None, run.log, None, title="twin "), run.resuming, cache)
     took = [sum(r["seconds"] for r in t.learn.rows) for t in (trained, other)]
     rec = leak_gap_record(trained.best["classification"], other.best["classification"], prov, took, groups_on_both_sides(twin))
@@ -276,14 +277,14 @@ def measure_leak_gap(
     shutil.rmtree(folder)   # a model that was trained to leak must not be mistaken for one
     return rec
 
-# %% ../../nbs/34_training.classifier.ipynb #d346ba79
+# %% ../../nbs/34_training.classifier.ipynb #28ba4105
 @dataclass(frozen=True)
 class ClassifierJob(StageJob):
     "Split photos in; a classifier, its curves, its confusions and the leak gap out (SPEC CT1-CT22, BX1)."
     epochs:int = 1   # in total, also on resume
     name:ClassVar[str] = "classifier"
     sections:ClassVar[tuple[str,...]] = ("project.active_feature_set", "data.classification", "data.augment.classification", "data.imbalance", "data.progressive_validation.current_stage",
-        "dataloader", "optimization", "train.seed", "train.deterministic", "train.leak_gap", "train.stage_overrides", "train.classification")
+        "dataloader", "pack", "optimization", "train.seed", "train.deterministic", "train.leak_gap", "train.stage_overrides", "train.classification")
     keys:ClassVar[dict[str,str]] = {"seed": "train.seed", "epochs": "train.classification.epochs"}
 
     def smoke(self, run:RunFolder, cfg:Config)->None: smoke_splits(run, cfg)

@@ -1,0 +1,44 @@
+"""BM1: reading annotation files, files per second: typed decoding beside json.load and orjson.
+
+Every side opens each file and parses it; ours also checks all 50 keys and their types, and says why when it refuses.
+"""
+import json
+import tempfile
+from pathlib import Path
+
+from harness import arguments, compare, finish, optional
+
+from pillsnap.data.aihub import Fault, label_files, Reader
+from pillsnap.data.synth import write_delivery
+
+
+def main() -> None:
+    a = arguments(__doc__, n=20_000)
+    n = 400 if a.quick else a.n
+    orjson = optional("orjson")
+    with tempfile.TemporaryDirectory() as tmp:
+        write_delivery(tmp, drugs=max(n//500, 4), photos=min(500, n//4), combos=0, labels_only=True, progress=False)
+        files = label_files(Path(tmp)/"data/train/labels")[0][:n]
+
+        def ours() -> None:
+            read = Reader()
+            for f in files:
+                read(f)
+
+        def with_json() -> None:
+            for f in files:
+                with open(f, encoding="utf-8") as io:
+                    json.load(io)
+
+        def with_orjson() -> None:
+            for f in files:
+                with open(f, "rb") as io:
+                    orjson.loads(io.read())
+
+        assert not any(isinstance(got, Fault) for got in map(Reader(), files))  # and all sides find the files in memory
+        finish(compare("BM1", "annotation files read", {"pillsnap": ours}, {"json.load": with_json, "orjson": orjson if isinstance(orjson, str) else with_orjson},
+                       len(files), {"json.load": 3.5, "orjson": 1.5}, a.repeats, "files/s", "one process, files in the page cache", quick=a.quick, out=a.out))
+
+
+if __name__ == "__main__":
+    main()

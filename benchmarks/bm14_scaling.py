@@ -1,0 +1,83 @@
+"""BM14: ten thousand, a hundred thousand, half a million annotations: time and memory per annotation must not grow.
+
+Each size is indexed in a process of its own; its memory is the resident memory of that process and all its children, added up every 20 ms.
+At 500,000 there are ceilings: 45 seconds on two cores with the files in memory, 2 GB.
+"""
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from harness import RESULTS, arguments, finish, machine, save
+
+from pillsnap.data.synth import write_delivery
+
+SIZES, SECONDS, BYTES = (10_000, 100_000, 500_000), 45, 2e9
+CODE = """
+import json, sys, time
+from pillsnap.data.conversion import index_labels
+t0 = time.perf_counter()
+head = index_labels(sys.argv[1], sys.argv[2], workers=int(sys.argv[3]) or None)
+print(json.dumps(dict(rows=head["rows"], seconds=time.perf_counter()-t0)))
+"""
+
+
+def family(pid: int) -> list[int]:
+    "A process and everything below it."
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return []
+    return [pid, *(p for c in children for p in family(int(c)))]
+
+
+def resident(pid: int) -> int:
+    "Bytes of memory that a process holds."
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1])*os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError):
+        return 0
+
+
+def indexed(labels: Path, out: Path, workers: int) -> dict:
+    "Index a tree in a process of its own, and watch it."
+    t0, peak = time.perf_counter(), 0
+    p = subprocess.Popen([sys.executable, "-c", CODE, str(labels), str(out), str(workers)], stdout=subprocess.PIPE, text=True)
+    while p.poll() is None:
+        peak = max(peak, sum(map(resident, family(p.pid))))
+        time.sleep(.02)
+    if p.returncode:
+        sys.exit(f"indexing failed with status {p.returncode}")
+    return json.loads(p.stdout.read().splitlines()[-1]) | dict(wall=time.perf_counter()-t0, peak_bytes=peak, index_bytes=out.stat().st_size)
+
+
+def main() -> None:
+    a = arguments(__doc__, workers=0, tmp="")
+    rows, missed = [], []
+    for n in ((400, 1200) if a.quick else SIZES):
+        with tempfile.TemporaryDirectory(dir=a.tmp or None) as tmp:
+            t0 = time.perf_counter()
+            write_delivery(Path(tmp)/"d", drugs=max(n//1000, 4), photos=min(1000, n//4), combos=0, labels_only=True, progress=False)
+            written = time.perf_counter()-t0
+            runs = [indexed(Path(tmp)/"d/data/train/labels", Path(tmp)/"train.arrow", a.workers) for _ in range(1 if a.quick else min(a.repeats, 3))]
+            best = sorted(runs, key=lambda r: r["wall"])[len(runs)//2] | dict(peak_bytes=max(r["peak_bytes"] for r in runs), written_seconds=written)
+            rows.append(best)
+            print(f"{best['rows']:>9,} annotations   {best['wall']:7.1f} s in all, {best['seconds']:6.1f} s indexing   {1e6*best['seconds']/best['rows']:6.1f} µs each   "
+                  f"peak {best['peak_bytes']/1e6:7.0f} MB   index {best['index_bytes']/1e6:6.1f} MB   (tree written in {written:.0f} s)", flush=True)
+    if not a.quick:
+        big, small = rows[-1], rows[1]
+        if big["wall"] > SECONDS:
+            missed.append(f"BM14: {big['wall']:.1f} s at {big['rows']:,} annotations, {SECONDS} s allowed")
+        if big["peak_bytes"] > BYTES:
+            missed.append(f"BM14: {big['peak_bytes']/1e9:.2f} GB at {big['rows']:,} annotations, {BYTES/1e9:g} GB allowed")
+        if big["seconds"]/big["rows"] > 1.25*small["seconds"]/small["rows"]:
+            missed.append(f"BM14: an annotation takes {big['seconds']/big['rows']*1e6:.0f} µs among {big['rows']:,} and {small['seconds']/small['rows']*1e6:.0f} µs among {small['rows']:,}")
+        save(dict(id="BM14", what="indexing at growing sizes", n=big["rows"], sizes=rows, limits=dict(seconds=SECONDS, bytes=BYTES), missed=missed, note="files in the page cache", machine=machine()), a.out or RESULTS)
+    finish(missed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""One run, one machine, ours beside named peers: ratios, never bare speeds (SPEC section 6).
+
+Every `benchmarks/bmNN_*.py` builds its input, hands callables to `compare`, and ends with `finish(missed)`:
+
+| given | means |
+|---|---|
+| `ours` | `{name: callable}`; the first is the one that every required ratio is taken of |
+| `peers` | `{name: callable \\| str}`; a string says why the peer is absent ("not installed: No module named 'ffcv'") |
+| `n` | units that one call works through; a figure is `n / seconds` |
+| `reach` | `{peer: ratio}` required by SPEC section 6; a peer without one is shown, not judged |
+| `better` | "higher": ours / peer; "lower": peer / ours (milliseconds, megabytes) |
+
+Each callable runs once to warm up, then `repeats` rounds run them all in turn, so that a busy minute hits everyone; medians count.
+A callable that returns a float gives its own figure instead of `n / seconds` (milliseconds, megabytes, decibels).
+
+| option of every script | means |
+|---|---|
+| `--quick` | seconds, on little: proves that the script runs; its ratios judge nothing and its results are not kept |
+| `--repeats N` | rounds, 5 |
+| `--out DIR` | where `<ID>.json` goes, `benchmarks/results` |
+"""
+import argparse
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent/"results"
+VERSIONS = ("pillsnap", "python", "numpy", "pandas", "pyarrow", "msgspec", "orjson", "joblib", "torch", "torchvision", "pillow", "opencv-python", "simplejpeg", "timm")
+
+
+@dataclass(frozen=True)
+class Peer:
+    "Something to be measured against."
+    name: str                                # as the table shows it
+    fn: Callable[[], float | None] | None    # one call's work; None when it is absent
+    why_missing: str = ""                    # then: why
+
+
+def optional(module: str) -> Any | str:
+    "An imported module, or the line that stands in its place."
+    try:
+        return importlib.import_module(module)
+    except Exception as e:  # a broken build is as absent as a missing one
+        return f"not installed: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else module}"
+
+
+def arguments(doc: str, **more: Any) -> argparse.Namespace:
+    "The options that all scripts share; `more` are a script's own, name=default."
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--quick", action="store_true", help="tiny: shows that the script runs")
+    p.add_argument("--repeats", type=int, default=5, help="rounds")
+    p.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON results")
+    for name, default in more.items():
+        p.add_argument(f"--{name.replace('_', '-')}", type=type(default) if default is not None else str, default=default)
+    a = p.parse_args()
+    if a.quick:
+        a.repeats = min(a.repeats, 2)
+    return a
+
+
+def machine() -> dict[str, Any]:
+    "Hardware and versions, as a reader needs them to judge a ratio."
+    versions = {}
+    for name in VERSIONS:
+        try:
+            versions[name] = platform.python_version() if name == "python" else importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    cpu = next((line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return dict(cpu=cpu, cores=cores, ram_gb=round(_ram()/2**30, 1), load=round(os.getloadavg()[0], 2), system=platform.platform(), versions=versions)
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+
+
+def _ram() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE")*os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return 0
+
+
+@dataclass
+class _Row:
+    name: str
+    fn: Callable[[], float | None] | None
+    ours: bool
+    why: str = ""
+    values: list[float] = field(default_factory=list)
+
+    @property
+    def value(self) -> float | None:
+        return statistics.median(self.values) if self.values else None
+
+
+def _as_rows(ours: Mapping[str, Callable], peers: Mapping[str, Callable | str] | Iterable[Peer]) -> list[_Row]:
+    rows = [_Row(k, f, True) for k, f in ours.items()]
+    pairs = peers.items() if isinstance(peers, Mapping) else [(p.name, p.fn or p.why_missing or "not installed") for p in peers]
+    return rows+[_Row(k, None, False, f) if isinstance(f, str) else _Row(k, f, False) for k, f in pairs]
+
+
+def _once(row: _Row, n: int) -> float:
+    t0 = time.perf_counter()
+    said = row.fn()
+    seconds = time.perf_counter()-t0
+    return said if isinstance(said, float) else n/max(seconds, 1e-9)
+
+
+def compare(
+    id: str,                                                # "BM1"
+    what: str,                                              # one line: what is done
+    ours: Mapping[str, Callable[[], float | None]],         # the first is judged
+    peers: Mapping[str, Callable | str] | Iterable[Peer],   # a string says why one is absent
+    n: int,                                                 # units in one call
+    reach: Mapping[str, float] | None = None,               # peer → required ratio
+    repeats: int = 5,                                       # rounds after the warm-up
+    unit: str = "photos/s",                                 # of the figures
+    note: str = "",                                         # cache state, sizes, what differs
+    better: str = "higher",                                 # or "lower"
+    quick: bool = False,                                    # judge nothing, keep nothing
+    out: Path = RESULTS,                                    # folder of <id>.json
+    extra: Mapping[str, Any] | None = None,                 # further measured values for the JSON
+) -> list[str]:
+    "Measure, print the table, write the JSON; returns what missed its ratio, in words."
+    reach, rows = dict(reach or {}), _as_rows(ours, peers)
+    live = [r for r in rows if r.fn]
+    for r in live:
+        _once(r, n)
+    for _ in range(repeats):
+        for r in live:
+            r.values.append(_once(r, n))
+    first = rows[0].value
+    lines, missed = [], []
+    for r in rows:
+        ratio = None if r.ours or r.value is None else (first/r.value if better == "higher" else r.value/first)
+        need = reach.get(r.name)
+        verdict = "" if ratio is None or need is None else "reached" if ratio >= need else "missed"
+        if verdict == "missed" and not quick:
+            missed.append(f"{id}: {ratio:.2f}× of {r.name}, {need:g}× required")
+        lines.append(dict(name=r.name, ours=r.ours, value=r.value, low=min(r.values, default=None), high=max(r.values, default=None), ratio=ratio, required=need, verdict=verdict, missing=r.why))
+    record = dict(id=id, what=what, unit=unit, better=better, n=n, repeats=repeats, quick=quick, note=note, rows=lines, missed=missed,
+                  when=datetime.now(timezone.utc).isoformat(timespec="seconds"), machine=machine(), **(extra or {}))
+    show(record)
+    if not quick:
+        save(record, out)
+    return missed
+
+
+def show(record: Mapping[str, Any]) -> None:
+    "The table a person reads."
+    from rich.console import Console
+    from rich.table import Table
+    m = record["machine"]
+    t = Table(title=f"{record['id']}: {record['what']}", caption=f"n = {record['n']:,} · median of {record['repeats']} interleaved rounds · {m['cores']} cores, {m['cpu']} · load {m['load']}"+(f" · {record['note']}" if record["note"] else ""))
+    for head, side in (("", "left"), (record["unit"], "right"), ("lowest to highest", "right"), ("ours is", "right"), ("required", "right"), ("", "left")):
+        t.add_column(head, justify=side)
+    for r in record["rows"]:
+        if r["value"] is None:
+            t.add_row(r["name"], r["missing"], "", "", f"{r['required']:g}×" if r["required"] else "", "")
+            continue
+        t.add_row(("[bold]" if r["ours"] else "")+r["name"], f"{r['value']:,.4g}", f"{r['low']:,.4g} … {r['high']:,.4g}", f"{r['ratio']:.2f}×" if r["ratio"] else "",
+                  f"{r['required']:g}×" if r["required"] else "", "(quick)" if record["quick"] and r["verdict"] else r["verdict"])
+    Console(width=None if sys.stdout.isatty() else 150).print(t)
+
+
+def save(record: Mapping[str, Any], out: Path = RESULTS) -> Path:
+    "Write `<id>.json`, whole or not at all."
+    out.mkdir(parents=True, exist_ok=True)
+    path, tmp = out/f"{record['id']}.json", out/f".{record['id']}.{os.getpid()}"
+    tmp.write_text(json.dumps(record, indent=1, ensure_ascii=False)+"\n", encoding="utf-8")
+    tmp.replace(path)
+    return path
+
+
+def finish(missed: Iterable[str]) -> None:
+    "End the script: status 1 names what was missed."
+    missed = list(missed)
+    for line in missed:
+        print(f"missed  {line}", file=sys.stderr)
+    sys.exit(1 if missed else 0)

@@ -1,0 +1,85 @@
+"""What the loader benchmarks share: our loader, and the peers, each as a callable that works through n photos once."""
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+BATCH, SIZE, WORKERS = 64, 384, 2
+
+
+def our_loader(source: Any, rows: pd.DataFrame, size: int = SIZE, workers: int = WORKERS, engine: str = "threads", **kw: Any) -> Any:
+    "Random crop + mirror, bytes out, in a new order each epoch."
+    from pillsnap.core.config import AugmentClassification
+    from pillsnap.data.classmap import ClassMap
+    from pillsnap.data.datasets import PillsnapClsDataset
+    from pillsnap.data.loaders import PhotoLoader
+    from pillsnap.data.sampling import EpochSampler
+    data = PillsnapClsDataset(rows, ClassMap(sorted(set(rows["class_key"]))), source, size, train=True, crop_view_prob=0., augment=AugmentClassification(randaugment=False, color_jitter=(0, 0, 0, 0)))
+    return PhotoLoader(data, BATCH, EpochSampler(data, 1), num_workers=workers, engine=engine, prefetch_factor=3, raw=True, **kw)
+
+
+def epoch(loader: Any, n: int) -> Callable[[], None]:
+    "One pass; every photo must have come."
+    def run() -> None:
+        got = sum(len(b[1]) for b in loader)
+        assert got == n, f"{got} of {n} photos came"
+    return run
+
+
+def image_folder(root: Path, n: int) -> Callable[[], None]:
+    "torchvision: ImageFolder, v2's random crop and mirror on bytes, DataLoader with as many workers."
+    from torch.utils.data import DataLoader
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms import v2
+    chain = v2.Compose([v2.ToImage(), v2.RandomResizedCrop(SIZE, (.8, 1.), (.9, 1.1), antialias=True), v2.RandomHorizontalFlip()])
+    return epoch(DataLoader(ImageFolder(str(root), chain), BATCH, shuffle=True, num_workers=WORKERS, persistent_workers=True, prefetch_factor=3), n)
+
+
+def dali(root: Path, rows: pd.DataFrame, n: int) -> Callable[[], None] | str:
+    "NVIDIA DALI on the CPU: fused decode and random crop, resize, mirror."
+    try:
+        from nvidia.dali import fn, pipeline_def, types
+        from nvidia.dali.plugin.pytorch import DALIGenericIterator, LastBatchPolicy
+    except Exception as e:
+        return f"not installed: {e}"
+
+    @pipeline_def(batch_size=BATCH, num_threads=WORKERS, device_id=None, seed=1)
+    def pipe() -> Any:
+        data, label = fn.readers.file(file_root=str(root), files=rows["path"].tolist(), labels=pd.factorize(rows["class_key"])[0].tolist(), random_shuffle=True, name="files")
+        img = fn.decoders.image_random_crop(data, device="cpu", output_type=types.RGB, random_area=[.8, 1.], random_aspect_ratio=[.9, 1.1])
+        return fn.flip(fn.resize(img, resize_x=SIZE, resize_y=SIZE), horizontal=fn.random.coin_flip()), label
+
+    loader = DALIGenericIterator(pipe(), ["images", "labels"], reader_name="files", last_batch_policy=LastBatchPolicy.PARTIAL, auto_reset=True)
+
+    def run() -> None:
+        got = sum(len(b[0]["labels"]) for b in loader)
+        assert got == n, f"{got} of {n} photos came"
+    return run
+
+
+def pack_source(root: Path, rows: pd.DataFrame, codec: str) -> Any:
+    "A pack of these photos, built once beside them."
+    from pillsnap.data.datasets import PackSource
+    from pillsnap.data.pack import Pack, build_pack
+    out = root.parent/f"{root.name}-pack-{codec}"
+    if not (out/"pack.json").exists():
+        build_pack(rows.assign(bbox=""), root, out, codec=codec, workers=WORKERS, progress=False)
+    return PackSource(Pack(out))
+
+
+def ffcv(why: str = "") -> str:
+    "FFCV builds from source with OpenCV and libturbojpeg; where it is not installed the table says so."
+    try:
+        import ffcv  # noqa: F401
+    except Exception as e:
+        return f"not installed: {type(e).__name__}: {e}"
+    return "installed, but this script does not drive it"
+
+
+def still() -> None:
+    "Each worker is one thread, ours and theirs."
+    import cv2
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)

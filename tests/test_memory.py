@@ -1,0 +1,146 @@
+"""What is kept in memory: one buffer per job, a database that many read, and no growth (SPEC TL12-TL16, BX14)."""
+import json
+import multiprocessing as mp
+import pickle
+
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+import torch
+
+from pillsnap.core.config import load_config
+from pillsnap.core.errors import PillsnapError
+from pillsnap.data.caches import LMDBImageCache, Photo, PhotoCache, SizedLRUCache, View, look
+from pillsnap.data.classmap import ClassMap
+from pillsnap.data.datasets import DeliverySource, MemorySource, PillsnapClsDataset, Source
+from pillsnap.data.loaders import Buffers, PhotoLoader, preload_count
+from pillsnap.data.sampling import EpochSampler
+
+VIEW = View("whole", 16)
+
+
+def table(n): return pd.DataFrame(dict(path=[f"{i}.png" for i in range(n)], class_key=[f"K-{i % 3:06d}" for i in range(n)], bbox="", width=64, height=64))
+
+
+class Painted(Source):
+    "Photos that are made up on the spot: each a colour of its own."
+    def open(self, photo, view, reduce=1): return np.full((64, 64, 3), int(photo.path.split(".")[0]) % 251, np.uint8), None
+
+
+def read_all(path, keys, out):
+    "In a process of its own: every record, several times; how many were right."
+    db = LMDBImageCache(path)
+    out.put(sum(int(db.get(k, "", VIEW)[0, 0, 0]) == int(k) for _ in range(20) for k in keys))
+
+
+@pytest.mark.spec("TL13")
+def test_many_processes_read_one_database(tmp_path):
+    "Six readers at once, and one that came by pickle from an open database; a reader cannot write."
+    keys = [str(i) for i in range(40)]
+    writer = LMDBImageCache(tmp_path/"db", readonly=False, map_size="16MB")
+    assert writer.put_many((k, "", VIEW, np.full((16, 16, 3), int(k), np.uint8)) for k in keys) == 40
+    writer.close()
+    db = LMDBImageCache(tmp_path/"db")
+    assert len(db) == 40 and len(pickle.loads(pickle.dumps(db))) == 40 and b"lmdb.Environment" not in pickle.dumps(db)
+    context, out = mp.get_context("fork"), mp.get_context("fork").Queue()
+    readers = [context.Process(target=read_all, args=(tmp_path/"db", keys, out)) for _ in range(6)]
+    for p in readers: p.start()
+    assert [out.get(timeout=60) for _ in readers] == [800]*6
+    for p in readers: p.join()
+    with pytest.raises(Exception, match="(?i)read-only|permission|denied"): db.put_many(iter([("x", "", VIEW, np.zeros((16, 16, 3), np.uint8))]))
+
+
+@pytest.mark.spec("TL13")
+def test_a_database_holds_no_pickle(tmp_path):
+    db = LMDBImageCache(tmp_path/"db", readonly=False, map_size="1MB")
+    db.put_many(iter([("a", "", VIEW, np.ones((16, 16, 3), np.uint8)), ("b", "", VIEW, {"error": "broken", "stage": "final"})]))
+    with db.env.begin() as t: raw = [bytes(v) for _, v in t.cursor()]
+    assert all(v[:4] == b"PSv1" for v in raw)
+    for v in raw:
+        with pytest.raises(Exception): pickle.loads(v)
+    with db.env.begin(write=True) as t:
+        for k, _ in list(t.cursor()): t.put(k, pickle.dumps(np.ones(3)))
+    with pytest.raises(PillsnapError, match="damaged"): db.get("a", "", VIEW)
+
+
+@pytest.mark.spec("TL14", "X13")
+def test_the_budget_is_the_jobs():
+    "Eight workers keep an eighth each; the least recent goes first, and never more than one pass is needed to find it."
+    assert SizedLRUCache().budget == 34_359_738_368 and SizedLRUCache(workers=8).budget*8 == 34_359_738_368
+    img, rng = np.zeros((16, 16, 3), np.uint8), np.random.default_rng(0)
+    lru, model = SizedLRUCache(5*img.nbytes), []
+    for k in map(str, rng.integers(0, 12, 600)):
+        if rng.random() < .5:
+            hit = lru.get(k, "", VIEW) is not None
+            assert hit == (k in model)
+            if hit: model.remove(k); model.append(k)
+        else:
+            lru.put(k, "", VIEW, img)
+            if k in model: model.remove(k)
+            model = [*model, k][-5:]
+        assert lru.nbytes == len(lru)*img.nbytes == len(model)*img.nbytes
+
+
+@pytest.mark.spec("TL15")
+def test_the_order_is_database_then_recent_then_disk(tmp_path):
+    asked = []
+    class Told:
+        def __init__(self, name, holds): self.name, self.holds = name, holds
+        def get(self, path, bbox, view): asked.append(self.name); return np.full((16, 16, 3), 7, np.uint8) if path in self.holds else None
+        def put(self, *a): asked.append(f"{self.name} put")
+    class Disk(Painted):
+        def open(self, *a, **kw): asked.append("disk"); return super().open(*a, **kw)
+    m, out = MemorySource(Disk(), Told("lmdb", {"1.png"}), Told("lru", {"2.png"})), np.empty((16, 16, 3), np.uint8)
+    for p in "123": assert m.view(Photo(f"{p}.png"), VIEW, out) is None; asked.append("|")
+    assert asked == ["lmdb", "|", "lmdb", "lru", "|", "lmdb", "lru", "disk", "lru put", "|"] and out[0, 0, 0] == 3
+
+
+@pytest.mark.spec("TL12", "BX14")
+def test_workers_share_one_buffer():
+    "A hotset sent to a worker is a handle: what the parent writes afterwards, the worker reads."
+    rows = table(12)
+    cache = PhotoCache(rows, Painted(), [VIEW], shared=True)
+    assert cache.data.is_shared() and cache.nbytes == 12*VIEW.nbytes
+    d = PillsnapClsDataset(rows, ClassMap(sorted(set(rows.class_key))), MemorySource(DeliverySource("nowhere"), cache), 16)
+    loader = PhotoLoader(d, 6, num_workers=1, engine="processes", raw=True)
+    assert [int(x[0, 0, 0, 0]) for x, *_ in loader] == [0, 6]
+    cache.data.fill_(99)   # after the worker was started
+    assert [int(x[0, 0, 0, 0]) for x, *_ in loader] == [99, 99]
+
+
+@pytest.mark.spec("TL16")
+@pytest.mark.parametrize("given, want", [("0", [0, 0, 0]), ("40", [40, 40, 40]), ("{stage_1: 5, stage_3: 9}", [5, 0, 9])])
+def test_preloading_is_one_number_or_one_per_stage(given, want):
+    cfg = load_config("two_stage", [f"dataloader.ram_optimization.preload_samples={given}"])
+    assert [preload_count(cfg, s) for s in (1, 2, 3)] == want
+
+
+@pytest.mark.spec("BX14")
+def test_a_buffer_is_not_reused_while_somebody_looks():
+    pool = Buffers(2, 4)
+    held = [torch.from_numpy(pool.take(2)) for _ in range(3)]
+    views = [t[1:].permute(0, 3, 1, 2) for t in held]
+    places = {t.data_ptr() for t in held}
+    assert len(places) == 3
+    del held
+    assert not pool.free
+    for k, v in enumerate(views): v.fill_(k)
+    assert torch.from_numpy(pool.take(2)).data_ptr() not in places and [int(v[0, 0, 0, 0]) for v in views] == [0, 1, 2]
+    del views, v
+    assert len(pool.free) == 4   # these three, and the one that nobody kept
+
+
+@pytest.mark.spec("BX14", "BM13")
+def test_memory_is_flat_over_epochs():
+    "Two threads, many epochs, batches that are dropped and epochs that are left: buffers come back, and memory does not grow."
+    rows = table(96)
+    d = PillsnapClsDataset(rows, ClassMap(sorted(set(rows.class_key))), Painted(), 64, train=True)
+    loader, mb = PhotoLoader(d, 16, EpochSampler(d, 1), num_workers=2, raw=True), []
+    for e in range(60):
+        for k, _ in enumerate(loader):
+            if e % 3 == 2 and k == 2: break
+        mb.append(psutil.Process().memory_info().rss/1e6)
+    y = np.array(mb[20:]); i, j = np.triu_indices(len(y), 1)
+    assert abs(np.median((y[j] - y[i])/(j - i))) < .05, mb   # Theil-Sen, MB an epoch; an epoch's batches have 1.2 MB
+    assert loader.buffers.made <= 8

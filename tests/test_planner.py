@@ -1,0 +1,95 @@
+"""The planner: what it foretells is what a small run then takes, and what it says of the rest is arithmetic on that."""
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pillsnap.core.config import load_config
+from pillsnap.core.errors import PillsnapError
+from pillsnap.data import planner as L
+from pillsnap.data.images import whole_view
+from pillsnap.data.pack import Pack, build_pack
+from pillsnap.data.planner import Probe, gpu_rate, make_plans, plan_stage, probe, ram_plan, render_samples, tell, walk_to_photos
+
+STATION = Probe(cpus=8, ram=128 << 30, ram_free=120 << 30, disk_free=2 << 40, sampled=24, data="manifest", photo_bytes=1.86e6, read_bytes_s=400e6, open_s=520., make_s=320., pack_s=2400., pack_bytes=106e3, worker_bytes=400 << 20, seconds=20.)
+CFG = load_config("two_stage")
+
+
+@pytest.mark.spec("BX21")
+def test_the_estimate_is_what_a_small_run_takes(tmp_path):
+    "Size of the pack within a fifth; building and reading within a factor of three, on a machine that others use too."
+    (tmp_path/"photos").mkdir(); rows = render_samples(tmp_path/"photos", n=48, pills=2)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(L, "samples", lambda *a: (tmp_path/"photos", rows.sample(12, random_state=0), "manifest"))
+        seen = probe(CFG, run_root=tmp_path, seconds=1.6, workers=1)
+    t0 = time.perf_counter(); head = build_pack(rows, tmp_path/"photos", tmp_path/"pack", workers=1, progress=False); built = time.perf_counter() - t0
+    assert abs(len(rows)*seen.pack_bytes/sum(s["bytes"] for s in head["shards"]) - 1) < .2
+    pack, t0 = Pack(tmp_path/"pack"), time.perf_counter()
+    for p in rows["path"]: whole_view(pack.photo(p), 384)
+    read = time.perf_counter() - t0
+    assert 1/3 < len(rows)/seen.make_s/built < 3 and 1/3 < len(rows)/seen.pack_s/read < 3, (seen, built, read)
+    assert abs(seen.photo_bytes/np.mean([(tmp_path/"photos"/p).stat().st_size for p in rows["path"]]) - 1) < .1
+    assert seen.seconds < 60 and {p.name for p in tmp_path.iterdir()} == {"photos", "pack"}, "the probe left something behind"
+
+
+@pytest.mark.spec("BX21")
+def test_the_stages_are_arithmetic_on_the_rates():
+    plans = make_plans(CFG, STATION, 315.)
+    assert plans.photos.tolist() == [5000, 25_000, 100_000, 500_000]
+    four = plan_stage(CFG, STATION, 4, 315.)
+    assert four.delivery_gb == pytest.approx(930) and four.pack_gb == pytest.approx(53) and four.feed_delivery == pytest.approx(400e6/1.86e6)
+    assert four.epoch_pack == pytest.approx(500_000*.85/315/3600) and four.epoch_delivery == pytest.approx(500_000*.85/(400e6/1.86e6)/3600) and four.waits_for == "gpu"
+    assert four.pack_hours == pytest.approx(500_000/(400e6/1.86e6)/3600), "the disk is slower than the processors"
+    assert plan_stage(CFG, replace(STATION, read_bytes_s=4e9), 4).pack_hours == pytest.approx(500_000/320/3600)
+    assert plan_stage(CFG, STATION, 4).waits_for == "processors" and plan_stage(CFG, STATION, 4).feed_pack == 2400
+    for key, worse in (("read_bytes_s", 40e6), ("open_s", 52.)): assert plan_stage(CFG, replace(STATION, **{key: worse}), 4).epoch_delivery > 4*four.epoch_delivery
+    tight = plan_stage(CFG, replace(STATION, ram_free=20 << 30, read_bytes_s=20e6, disk_free=40e9), 4, 315.)
+    assert (tight.pack_cached, tight.waits_for, tight.pack_fits) == (False, "disk", False)
+
+
+@pytest.mark.spec("TL17")
+def test_the_memory_adds_up():
+    for more in ([], ["dataloader.ram_optimization.cache_policy=hotset", "dataloader.ram_optimization.hotset_size_images=60000"]):
+        for seen in (STATION, replace(STATION, ram=16 << 30, ram_free=12 << 30)):
+            t = ram_plan(load_config("two_stage", more), seen)
+            assert t.bytes.sum() == seen.ram and set(t.how) <= {"measured", "estimated", "declared"}
+    t = ram_plan(load_config("two_stage", more), STATION).set_index("use").bytes
+    assert t["hotset"] == 60_000*384*384*3 and t["8 loader workers"] == 8*(400 << 20) and t["4,096 views ahead"] == 8*8*64*384*384*3
+    assert t["pack in the page cache"] == 53e9
+
+
+@pytest.mark.spec("BX21")
+def test_what_is_declared_is_called_so():
+    assert gpu_rate("NVIDIA GeForce RTX 5080")[0] == 315 and gpu_rate("rtx5080")[1].startswith("declared") and gpu_rate(None) == (None, "unknown: no GPU named") and gpu_rate("anything", 99.)[0] == 99.
+    with pytest.raises(PillsnapError, match="nobody has declared"): gpu_rate("RTX 9999")
+    said = tell(CFG, replace(STATION, data="synthetic"), *gpu_rate("RTX 5080"))
+    assert "declared: RTX 5080 trains 315 to 420" in said and "synthetic photos" in said and "500,000" in said and "estimated: every stage" in said
+    assert "an epoch lasts as long as the loader needs" in tell(CFG, STATION, *gpu_rate(None))
+
+
+@pytest.mark.spec("BX21")
+def test_the_sealed_part_is_not_entered(delivery, monkeypatch):
+    seen, real = [], os.listdir
+    monkeypatch.setattr(L.os, "listdir", lambda p: (seen.append(Path(p)), real(p))[1])
+    paths, inner = walk_to_photos(delivery, 24, (".png",)), walk_to_photos(delivery/"data", 24, (".png",))
+    assert len(paths) == 24 == len(set(paths)) and all(p.startswith("data/train/images/") for p in paths) and all(p.startswith("train/images/") for p in inner) and inner
+    assert all("val" not in p.relative_to(delivery).parts for p in seen)
+    assert walk_to_photos(delivery, 24, (".bmp",)) == []
+
+
+def test_the_disk_is_read_past_the_page_cache(tmp_path, monkeypatch):
+    (tmp_path/"a").write_bytes(bytes(1 << 20)); told = []
+    monkeypatch.setattr(L.os, "posix_fadvise", lambda *a: told.append(a[-1]))
+    rate, size = L.read_rate([tmp_path/"a"]*3, 5)
+    assert told == [os.POSIX_FADV_DONTNEED]*3 and size == 1 << 20 and rate > 0
+
+
+def test_the_command(delivery, tmp_path, capsys):
+    from pillsnap.cli import main
+    for args, said in ((("--root", str(delivery)), "photos of this delivery"), (("--root", str(tmp_path)), "there is no photo here")):
+        code = pytest.raises(SystemExit, main, ["plan", *args, "--run", str(tmp_path/"new"), "--seconds", "0.4", "--gpu", "RTX 5080"]).value.code
+        out = capsys.readouterr()
+        assert said in out.out + out.err and code in ((0, None) if "this" in said else (2,))

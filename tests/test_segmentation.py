@@ -1,0 +1,115 @@
+"""Segmentation: masks stay index masks through every transform, the figures agree with scikit-learn's, bad pairs are skipped."""
+import importlib.util
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from pillsnap.core.errors import PillsnapError
+from pillsnap.data.pills import make_catalogue
+from pillsnap.data.segmentation import IGNORE, CEDiceLoss, SegmentationDataset, albumentations, collate_masks, confusion_of, read_mask, segmentation_metrics, sync_transform, write_sample
+
+HAVE = importlib.util.find_spec("albumentations") is not None
+needs = pytest.mark.skipif(not HAVE, reason="albumentations is not installed")
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory):
+    cat = list(make_catalogue(6, 3))
+    return write_sample(tmp_path_factory.mktemp("seg")/"set", [cat[2], cat[3]], n=6)
+
+
+@pytest.mark.spec("DM12")
+def test_masks_of_the_renderer_lie_on_the_pills(sample, tmp_path):
+    "A pill lies lit on a table: inside its mask the photo differs from the same table without it; bytes follow the seed."
+    for a, b in ((sample, write_sample(tmp_path/"again", [list(make_catalogue(6, 3))[i] for i in (2, 3)], n=6)),):
+        for sub in ("images", "masks"): assert [p.read_bytes() for p in sorted((a/sub).iterdir())] == [p.read_bytes() for p in sorted((b/sub).iterdir())]
+    for i in range(6):
+        img, m = np.asarray(Image.open(sample/f"images/{i:04d}.png")).astype(float), read_mask(sample/f"masks/{i:04d}.png", 3)
+        assert set(np.unique(m)) == {0, 1, 2} and .05 < (m > 0).mean() < .6
+        ring = m == 0
+        table = np.median(img[ring], axis=0)
+        off = np.abs(img - table).sum(-1)
+        assert np.median(off[m > 0]) > 3 * np.median(off[ring])
+
+
+@needs
+@pytest.mark.spec("DM12")
+@pytest.mark.parametrize("train", [True, False])
+def test_photo_and_mask_move_together(sample, train):
+    "The photo is the mask, painted: after any transform bright means class, and no class appears that was not there."
+    t = sync_transform(64, train)
+    m = read_mask(sample/"masks/0000.png", 3)
+    paint = np.array([0, 90, 250], np.uint8)
+    for _ in range(10):
+        o = t(image=np.repeat(paint[m][..., None], 3, 2), mask=m)
+        assert o["image"].shape == (64, 64, 3) and o["mask"].shape == (64, 64) and set(np.unique(o["mask"])) <= {0, 1, 2}
+        lit = o["image"][..., 0] > .5 * paint[1] * (o["image"].max() / 250)
+        assert (lit == (o["mask"] > 0)).mean() > .96
+
+
+@needs
+@pytest.mark.spec("DM12")
+def test_the_photo_is_bilinear_and_the_mask_nearest():
+    import cv2
+    for step in sync_transform(48).transforms[:2]: assert (step.interpolation, step.mask_interpolation) == (cv2.INTER_LINEAR, cv2.INTER_NEAREST)
+    a = np.zeros((10, 10), np.uint8); a[:, 5:] = 2
+    o = sync_transform(37, train=False)(image=np.repeat(a[..., None] * 100, 3, 2), mask=a)
+    assert set(np.unique(o["mask"])) == {0, 2} and len(np.unique(o["image"])) > 2
+
+
+@pytest.mark.spec("DM12")
+def test_without_the_package_one_plain_error(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(PillsnapError, match="--no-deps albumentations==2.0.8"): albumentations()
+
+
+def test_the_room_does_not_import_the_package():
+    import subprocess
+    code = "import sys, pillsnap.data.segmentation; sys.exit('albumentations' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.spec("DM12")
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 5), st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=60), st.booleans())
+def test_the_figures_are_scikit_learns(classes, pixels, hide):
+    from sklearn.metrics import accuracy_score, f1_score, jaccard_score
+    t, p = (np.array(v) % classes for v in zip(*pixels))
+    full = np.append(t, IGNORE) if hide else t
+    r = segmentation_metrics(confusion_of(np.append(p, 0) if hide else p, full, classes))
+    seen = sorted(set(t) | set(p))
+    assert np.isclose(r["mIoU"], jaccard_score(t, p, labels=seen, average="macro", zero_division=0))
+    assert np.isclose(r["Dice"], f1_score(t, p, labels=seen, average="macro", zero_division=0)) and np.isclose(r["PixelAcc"], accuracy_score(t, p))
+    assert r["n"] == len(t)
+
+
+@pytest.mark.spec("DM12")
+def test_the_loss_is_ce_plus_dice():
+    "Against the two terms written out by hand, for two classes."
+    torch.manual_seed(0)
+    z, m = torch.randn(2, 2, 5, 5), torch.randint(0, 2, (2, 5, 5))
+    p = z.softmax(1)[:, 1]; d = []
+    for q, t in ((1 - p, 1 - m), (p, m)): d.append((2 * (q * t).sum() + 1) / (q.sum() + t.sum() + 1))
+    by_hand = torch.nn.functional.cross_entropy(z, m) + 1 - sum(d) / 2
+    assert torch.allclose(CEDiceLoss()(z, m), by_hand, atol=1e-6)
+    assert torch.allclose(CEDiceLoss(0)(z, m), torch.nn.functional.cross_entropy(z, m))
+
+
+@pytest.mark.spec("DM12")
+def test_samples_and_skips(sample, tmp_path):
+    import shutil
+    shutil.copytree(sample, tmp_path/"set")
+    (tmp_path/"set/images/0001.png").write_bytes(b"broken")
+    Image.fromarray(np.full((160, 128), 7, np.uint8)).save(tmp_path/"set/masks/0002.png")     # a class that is none
+    (tmp_path/"set/masks/0003.png").unlink()
+    d = SegmentationDataset(tmp_path/"set", 3, 32)
+    assert len(d) == 5 and [("_skip" in d[i]) for i in range(5)] == [False, True, True, False, False]
+    assert set(d[0]) == {"image", "mask", "path"} and d[0]["image"].dtype == torch.float32 and d[0]["mask"].dtype == torch.int64
+    loader = torch.utils.data.DataLoader(d, 5, collate_fn=collate_masks, num_workers=1, multiprocessing_context="spawn")
+    x, y, meta = next(iter(loader))
+    assert x.shape == (3, 3, 32, 32) and y.shape == (3, 32, 32) and len(meta["skipped"]) == 2 and set(y.unique().tolist()) == {0, 1, 2}
