@@ -31,7 +31,7 @@ def naive(labels: Path, out: Path) -> int:
 
 
 def main() -> None:
-    a = arguments(__doc__, n=20_000, workers=0)
+    a = arguments(__doc__, n=60_000, workers=0)
     n = 600 if a.quick else a.n
     with tempfile.TemporaryDirectory() as tmp:
         tmp = Path(tmp)

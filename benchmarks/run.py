@@ -9,7 +9,6 @@ A script that fails is a miss too. Exit status 1 names every miss.
 """
 import argparse
 import os
-import re
 import subprocess
 import sys
 import time
@@ -20,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 
 def scripts(wanted: list[str]) -> list[Path]:
     "The scripts of these rows, in the order of their numbers; all where none is named."
-    by_id = [(f"BM{int(re.match(r'bm(\d+)', p.stem)[1])}", p) for p in sorted(HERE.glob("bm[0-9]*.py"))]
+    by_id = [(f"BM{int(p.stem[2:4])}", p) for p in sorted(HERE.glob("bm[0-9][0-9]_*.py"))]
     if unknown := sorted({w.upper() for w in wanted}-{i for i, _ in by_id}):
         sys.exit(f"no benchmark {', '.join(unknown)}; there are {', '.join(dict.fromkeys(i for i, _ in by_id))}")
     return [p for i, p in by_id if not wanted or i in {w.upper() for w in wanted}]

@@ -218,8 +218,8 @@ def test_4_a_position_in_mid_epoch_is_kept_exactly(stage, cfg, engine):
 
 
 @pytest.mark.spec("TL9")
-def test_4_a_photo_that_is_drawn_twice_looks_different(stage, cfg):
-    d = L.classification_set(stage.train, stage, cfg, train=True)
+def test_4_a_photo_that_is_drawn_twice_looks_different(stage, cfg, singles):
+    d = L.classification_set(singles, stage, cfg, train=True)
     seen = {}
     for x, _, m in L.PhotoLoader(d, 16, EpochSampler(d, 5, [1.]*3 + [0.]*(len(d) - 3))):
         for p, i in zip(m["paths"], x): seen.setdefault(p, []).append(i)
@@ -292,6 +292,26 @@ def test_4_png_files_are_opened_by_processes_where_the_decoder_holds_the_lock(mo
         assert engines == ["processes" if decoder else "threads"] + ["threads"] * 4
 
 
+def test_4_lightning_iterates_it_like_a_plain_loop(stage, cfg):
+    lightning = pytest.importorskip("pytorch_lightning", reason="pytorch-lightning is not installed")
+    loader, _, _ = L.build_classification_loaders(stage, cfg)
+    loader.sampler.set_epoch(0)
+    plain = [(meta["paths"], images) for images, _, meta in loader]
+    seen = []
+
+    class Loop(lightning.LightningModule):
+        def __init__(self): super().__init__(); self.net = torch.nn.Linear(1, len(stage.class_map))
+        def configure_optimizers(self): return torch.optim.SGD(self.parameters(), lr=.1)
+        def training_step(self, batch, i):
+            images, labels, meta = batch
+            seen.append((meta["paths"], images.clone()))
+            return torch.nn.functional.cross_entropy(self.net(images.mean((1, 2, 3), keepdim=False)[:, None]), labels)
+
+    loader.sampler.set_epoch(0)
+    lightning.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False).fit(Loop(), train_dataloaders=loader)
+    assert [p for p, _ in seen] == [p for p, _ in plain] and all(torch.equal(a, b) for (_, a), (_, b) in zip(seen, plain, strict=True))
+
+
 def test_4_resume_gives_the_same_epoch(stage, cfg):
     "Epoch 3 is epoch 3, whether or not epochs 0 to 2 were run before."
     train_dl, _, _ = L.build_classification_loaders(stage, cfg)
@@ -318,17 +338,19 @@ def test_5_meta_and_summary(stage, cfg, caplog):
         _, _, meta = L.build_classification_loaders(stage, cfg, log=log)
     assert {"class_names", "class_to_idx", "train_count", "val_count", "test_count", "img_size", "splits_json", "test_usage_policy", "weights_used", "sampler_used", "skipped_files"} <= set(meta)
     n = {k: int((getattr(stage, k)["kind"] == "single").sum()) for k in ("train", "val")}
-    assert (meta["train_count"], meta["val_count"], meta["test_count"], meta["img_size"]) == (n["train"], n["val"], None, 64)
+    pills = L.teaching_rows(stage.train, stage, cfg)
+    assert (meta["train_count"], meta["val_count"], meta["test_count"], meta["img_size"]) == (len(pills), n["val"], None, 64)
+    assert meta["combo_crops"] == int((pills["kind"] == "combo").sum()) > 0 and meta["train_count"] - meta["combo_crops"] == n["train"]
     assert meta["class_names"] == sorted(stage.class_map) and meta["class_to_idx"] == {k: i for i, k in enumerate(sorted(stage.class_map))}
     assert (meta["splits_json"], meta["test_usage_policy"], meta["weights_used"], meta["sampler_used"], meta["skipped_files"]) == ("artifacts/stage0/splits.json", "final_evaluation_only", True, False, [])
-    assert f"{n['train']:,} train and {n['val']:,} val photos of 6 drugs at 64 px" in caplog.text and "drop_last" in caplog.text and "prefetch" in caplog.text
+    assert f"{len(pills):,} train samples ({meta['combo_crops']:,} of them pills of combos) and {n['val']:,} val photos of 6 drugs at 64 px" in caplog.text and "drop_last" in caplog.text and "prefetch" in caplog.text
 
 
 @pytest.mark.spec("TL10")
 def test_5_skipped_files_are_named(stage, cfg, tmp_path):
     import shutil
     rows = stage.train[stage.train["kind"] == "single"]
-    for p in rows["path"]: (tmp_path/p).parent.mkdir(parents=True, exist_ok=True); shutil.copy(stage.root/p, tmp_path/p)
+    for p in stage.train["path"].unique(): (tmp_path/p).parent.mkdir(parents=True, exist_ok=True); shutil.copy(stage.root/p, tmp_path/p)
     (tmp_path/rows["path"].iloc[2]).write_bytes(b"lost")
     spoilt = dataclasses.replace(stage, val=rows.head(4), header=stage.header | {"root": str(tmp_path)})
     train_dl, val_dl, meta = L.build_classification_loaders(spoilt, cfg)

@@ -1,0 +1,28 @@
+"""The benchmark scripts run: ours and the peer that is always there get a figure of the same work. Ratios are judged by `make bench`, never here."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ENV = {**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize("script,peer", [
+    pytest.param("bm04_jpeg_loader", "ImageFolder + v2", marks=pytest.mark.spec("BM4")),
+    pytest.param("bm05_png_loader", "ImageFolder + v2", marks=pytest.mark.spec("BM5")),
+    pytest.param("bm08_overhead", "DataLoader, uint8", marks=pytest.mark.spec("BM8"))])
+def test_a_loader_benchmark_measures_both_sides(script, peer, tmp_path):
+    r = subprocess.run([sys.executable, str(ROOT/"benchmarks"/f"{script}.py"), "--quick", "--repeats", "1", "--out", str(tmp_path)], capture_output=True, text=True, env=ENV, timeout=300)
+    assert r.returncode == 0, r.stderr[-2000:]
+    rows = {x.split("│")[1].strip(): [c.strip() for c in x.split("│")[2:]] for x in r.stdout.splitlines() if x.startswith("│")}
+    ours = next(v for k, v in rows.items() if k.startswith("PhotoLoader"))
+    assert float(ours[0].replace(",", "")) > 0 and float(rows[peer][0].replace(",", "")) > 0
+    assert rows[peer][2].endswith("×") and not list(tmp_path.iterdir())   # a ratio, and nothing kept of a quick run
+
+
+def test_the_runner_knows_its_rows():
+    r = subprocess.run([sys.executable, str(ROOT/"benchmarks"/"run.py"), "BM99"], capture_output=True, text=True)
+    assert r.returncode != 0 and "no benchmark BM99" in r.stderr and "BM14" in r.stderr
