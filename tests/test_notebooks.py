@@ -4,6 +4,7 @@ import json
 import re
 import statistics
 import subprocess
+import tempfile
 import sys
 from pathlib import Path
 
@@ -172,7 +173,8 @@ def test_committed_outputs_are_clean(path):
             assert o["output_type"] != "error"
             assert "application/vnd.jupyter.widget-view+json" not in o.get("data", {})
     assert path.stat().st_size < 1_500_000, "outputs are small"
-    assert str(Path.home())+"/" not in json.dumps(raw) and f"{ROOT.parent}/" not in json.dumps(raw), "no path of somebody's machine"
+    here = [p for p in (Path.home(), ROOT, ROOT.parent) if p != Path(tempfile.gettempdir())]   # a checkout may lie in the folder that smoke runs write to
+    assert not any(f"{p}/" in json.dumps(raw) for p in here), "no path of somebody's machine"
 
 
 def test_export_leaves_the_package_unchanged(tmp_path):
