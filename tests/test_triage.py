@@ -63,13 +63,15 @@ def test_no_neighbour_votes(drugs):
 def test_the_saved_predictions_are_used(drugs, tmp_path):
     "reports/predictions_single.csv of the evaluation stage, as it writes it."
     run, singles, x = drugs
-    table, bad = plant(singles, 0)
-    a = cross_validated(x, table)
     (tmp_path/"reports").mkdir()
-    a.drop(columns="own").assign(group=table["group_id"], rank=np.where(a["answered"] == a["true"], 1, 2), answered_crop=a["answered"]).to_csv(tmp_path/"reports/predictions_single.csv", index=False)
-    ranked = rank_issues(table, read_predictions(tmp_path))
-    worst = ranked[ranked["kind"] == "label"]["path"].head(len(bad))
-    assert np.mean([p in bad for p in worst]) >= .3   # chance is .02; one planting of seven, and a file that keeps ranks instead of p(label)
+    hit = []
+    for seed in range(4):   # as many plantings as above: one alone is seven labels
+        table, bad = plant(singles, seed)
+        a = cross_validated(x, table, seed=seed)
+        a.drop(columns="own").assign(group=table["group_id"], rank=np.where(a["answered"] == a["true"], 1, 2), answered_crop=a["answered"]).to_csv(tmp_path/"reports/predictions_single.csv", index=False)
+        ranked = rank_issues(table, read_predictions(tmp_path))
+        hit.append(np.mean([p in bad for p in ranked[ranked["kind"] == "label"]["path"].head(len(bad))]))
+    assert np.mean(hit) >= .5, hit
 
 
 @pytest.mark.spec("BX22")
