@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FEATURE_SETS', 'ALIASES', 'RETIRED', 'Block', 'key', 'Project', 'Paths', 'StageSpec', 'Progressive', 'DetectionData',
            'ClassificationData', 'AugmentDetection', 'AugmentClassification', 'Augment', 'Imbalance', 'Data',
-           'RamOptimization', 'DataLoaderConfig', 'PackConfig', 'Ema', 'EarlyStopping', 'OomPolicy',
+           'RamOptimization', 'DataLoaderConfig', 'PackConfig', 'Ema', 'Mixing', 'Saving', 'EarlyStopping', 'OomPolicy',
            'TrainClassification', 'TrainDetection', 'StageOverride', 'Train', 'Optimization', 'Inference', 'Synth',
            'Evaluation', 'Export', 'NarrowPreprocessing', 'NarrowAugmentation', 'Narrow', 'Retrieval', 'Config',
            'active_features', 'section_digest', 'digest', 'resource_dir', 'preset_names', 'preset_path', 'default_tree',
@@ -211,12 +211,27 @@ class PackConfig(Block):
     quality:int = key(95, "of the JPEG", ge=50, le=100)
     crops:bool = key(True, "keep the surroundings of each box at full resolution")
 
-# %% ../../nbs/02_core.config.ipynb #2b095cdd
+# %% ../../nbs/02_core.config.ipynb #75eca889
 class Ema(Block):
     "Exponential moving average of the weights."
     enabled:bool = key(False, "keep one")
     decay:float = key(0.9998, "per optimizer step", gt=0, lt=1)
     evaluate:Literal["raw","ema","both"] = key("ema", "which weights are validated and saved")
+
+class Mixing(Block):
+    "Two photos in one, with both answers (SPEC X53, NM8). Off under ArcFace."
+    mixup:float = key(0.0, "alpha of mixup's Beta; 0 = off", ge=0)
+    cutmix:float = key(0.0, "alpha of cutmix's Beta; 0 = off", ge=0)
+    cutmix_minmax:tuple[float,float]|None = key(None, "smallest and largest side of the pasted piece, share; rules over alpha")
+    prob:float = key(0.5, "share of batches that are mixed", ge=0, le=1)
+
+class Saving(Block):
+    "What is saved beside best.pt and last.pt, and how often (SPEC CT15, NM9, BX10, BX23)."
+    every_steps:int = key(500, "optimizer steps between saves inside an epoch", ge=1)
+    every_minutes:float = key(5.0, "or minutes, whichever comes first", gt=0)
+    every_epochs:int|None = key(None, "keep epoch_N.pt this often; null = none", ge=1)
+    keep_best:int = key(1, "best epochs kept: best.pt, best-2.pt, ...", ge=1)
+    average_best:int = key(0, "weights of the N best averaged into averaged.pt, if validation agrees; 0 = off", ge=0)
 
 class EarlyStopping(Block):
     "When to stop hoping."
@@ -235,7 +250,7 @@ class OomPolicy(Block):
     reset_after_clean_steps:int = key(200, "steps after which the retries are forgotten", ge=1)
     wd_scale_mode:Literal["constant","declared"] = key("constant", "keep lr x wd x steps (X21)")
 
-# %% ../../nbs/02_core.config.ipynb #c50cd9d8
+# %% ../../nbs/02_core.config.ipynb #562f88db
 class TrainClassification(Block):
     "The classifier's training (SPEC CT1-CT25)."
     backbone:str = key("tf_efficientnetv2_s", "a timm model name")
@@ -246,9 +261,17 @@ class TrainClassification(Block):
     lr:float = key(2e-4, "peak learning rate", gt=0)
     weight_decay:float = key(1e-4, "decoupled", ge=0)
     optimizer:Literal["adamw","sgd"] = key("adamw", "optimizer")
-    scheduler:Literal["cosine","onecycle"] = key("cosine", "learning rate over the optimizer steps")
+    betas:tuple[float,float] = key((0.9, 0.999), "AdamW's two memories")
+    eps:float = key(1e-8, "AdamW's smallest denominator", gt=0)
+    scheduler:Literal["cosine","onecycle","cosine_min_lr","cosine_warm_restarts","reduce_on_plateau"] = key("cosine", "learning rate over the optimizer steps (SPEC X27)")
     warmup_steps:int = key(500, "linear warm-up; at most a tenth of the run", ge=0)
-    min_lr:float = key(1e-6, "where cosine ends", ge=0)
+    warmup_epochs:float|None = key(None, "the same in epochs; rules over warmup_steps", ge=0)
+    warmup_factor:float = key(1e-3, "where the warm-up begins, share of lr", gt=0, le=1)
+    min_lr:float = key(1e-6, "where a cosine ends", ge=0)
+    cosine_t0:int = key(10, "epochs of the first cosine with warm restarts", ge=1)
+    cosine_t_mult:int = key(2, "how much longer each next one is", ge=1)
+    plateau_patience:int = key(5, "validations without progress before the rate falls", ge=0)
+    plateau_factor:float = key(0.5, "by what it falls", gt=0, lt=1)
     batch_size:int = key(64, "photos per step", ge=1)
     auto_batch_tune:bool = key(True, "search the largest batch (CUDA only)")
     auto_batch_max:int = key(64, "cap of that search", ge=1)
@@ -260,9 +283,15 @@ class TrainClassification(Block):
     grad_clip:float|None = key(1.0, "gradient norm; null = off", gt=0)
     label_smoothing:float = key(0.1, "share given to the other classes", ge=0, lt=1)
     drop_rate:float = key(0.0, "dropout before the head", ge=0, lt=1)
+    drop_path_rate:float = key(0.0, "share of residual branches left out (stochastic depth)", ge=0, lt=1)
+    mixing:Mixing = key(Mixing(), "mixup and cutmix")
+    head:Literal["linear","arcface"] = key("linear", "what turns an embedding into classes")
+    freeze_backbone_epochs:int = key(0, "epochs in which the head alone learns", ge=0)
     crop_view_prob:float = key(0.5, "share of training views that are box crops (X72)", ge=0, le=1)
     combo_crops:bool = key(True, "boxed pills of training combos teach too, as crops (X72)")
     ema:Ema = key(Ema(), "moving average")
+    saving:Saving = key(Saving(), "checkpoints")
+    stall_check:bool = key(True, "two validations alike to the last digit, or weights that did not move, are an error (BX10)")
     early_stopping:EarlyStopping = key(EarlyStopping(), "stop early")
 
 # %% ../../nbs/02_core.config.ipynb #692a81ce
@@ -312,11 +341,12 @@ class Train(Block):
         if not isinstance(v, Mapping): return v
         return {f"stage_{k}" if re.fullmatch(r"\d+", str(k)) else k: o for k,o in v.items()}
 
-# %% ../../nbs/02_core.config.ipynb #e3060377
+# %% ../../nbs/02_core.config.ipynb #1f820b4a
 class Optimization(Block):
     "Speed switches."
     torch_compile:Literal["auto","none","reduce-overhead","max-autotune"] = key("auto", "auto: by stage and feature set; none on CPU (X57)")
     channels_last:bool = key(True, "memory format of the classifier")
+    compile_warmup_steps:int = key(100, "first steps that do not count in the throughput of a compiled network (CT8)", ge=0)
     cuda_graphs:bool = key(False, "needs fixed shapes")
     grad_checkpointing:bool = key(False, "less memory, more time")
 
@@ -375,7 +405,7 @@ class Narrow(Block):
 
     _sums = field_validator("split_ratio")(_adds_up)
 
-# %% ../../nbs/02_core.config.ipynb #a7984a5e
+# %% ../../nbs/02_core.config.ipynb #e4c379d5
 class Retrieval(Block):
     "The retrieval family, under its source's own key names (SPEC SP9)."
     train_ratio:float = key(0.70, "share of the IDs that teaches", gt=0, lt=1)
@@ -383,6 +413,18 @@ class Retrieval(Block):
     test_ratio:float = key(0.15, "share that is kept for the end", gt=0, lt=1)
     min_image_size:int = key(224, "an ID with a photo whose shorter side is smaller is left out, pixels", ge=1)
     class_names:tuple[str,...]|None = key(None, "the classes to use; null = every folder there is")
+    embedding_dim:int = key(512, "length of the vector a photo becomes", ge=2)
+    arcface_s:float = key(64.0, "scale of the cosines (SPEC RT2); 48 is advised below ten classes", gt=0)
+    arcface_m_warmup:float = key(0.0, "margin while the backbone is frozen, radians", ge=0)
+    arcface_m_finetune:float = key(0.5, "margin afterwards, radians; 0.3 is advised below ten classes", ge=0)
+    warmup_epochs:int = key(5, "epochs with a frozen backbone (SPEC RT3)", ge=0)
+    num_classes_per_batch:int|None = key(None, "P of the P x K sampler; null = all (SPEC TL20)", ge=2)
+    samples_per_class:int = key(4, "its K", ge=1)
+    gradient_accumulation_steps:int|None = key(None, "null = by the GPU table (SPEC RT6)", ge=1)
+    use_bf16:bool|None = key(None, "null = where the GPU has it (SPEC X67)")
+    num_workers:int|None = key(None, "null = by the GPU table", ge=0)
+    recall_k_values:tuple[int,...] = key((1, 5), "K of Recall@K (SPEC RT9)")
+    top_k:int = key(20, "neighbours that are looked up", ge=1)
 
     @model_validator(mode="after")
     def _sums(self)->"Retrieval":
