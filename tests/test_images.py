@@ -3,7 +3,9 @@ import io
 import struct
 import subprocess
 import sys
+import tempfile
 import zlib
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -323,3 +325,29 @@ def test_neither_room_imports_torch():
             "img = np.zeros((30, 20, 3), np.uint8)\nimages.normalise(images.whole_view(img, 16)[None]); images.crop_view(img, [2, 2, 9, 9], 16); boxes.decode_yolo(np.ones((5, 9))); boxes.letterbox(img, 32); images.open_image_safely(b'x')\nprint('free')")
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert out.returncode == 0 and "free" in out.stdout, out.stderr
+
+
+@pytest.mark.spec("BM9", "DM10")
+@given(st.integers(0, 2**32-1))
+@settings(max_examples=60, deadline=None)
+def test_a_photo_decoded_as_far_as_needed_gives_the_same_view(seed):
+    "Windows near the bottom, boxes at every edge, every reduction, odd sizes: the view is that of the whole photo."
+    from pillsnap.data.caches import Photo, View
+    from pillsnap.data.datasets import DeliverySource, needed, show
+    g = np.random.default_rng(seed)
+    w, h = (int(g.integers(40, 200)) for _ in range(2))
+    x, y = int(g.integers(0, w-8)), int(g.integers(0, h-8))
+    box = [x, y, int(g.integers(6, w-x)), int(g.integers(6, h-y))]
+    img = g.integers(0, 256, (h, w, 3), np.uint8)
+    with tempfile.TemporaryDirectory() as tmp:
+        Image.fromarray(img).save(Path(tmp)/"a.png")
+        photo, source = Photo("a.png", str(box), w, h), DeliverySource(tmp)
+        for kind in ("whole", "crop"):
+            view, size = View(kind, 48, .2), int(g.integers(4, 40))
+            a, b = np.sort(g.uniform(0, 1, 2)), np.sort(g.uniform(0, 1, 2))
+            window, flip = np.array([a[0], b[0], a[1], b[1]]), bool(g.integers(2))
+            reduce, _ = needed(photo, view, window, size)
+            want, got = np.empty((size, size, 3), np.uint8), np.empty((size, size, 3), np.uint8)
+            show(*source.open(photo, view, reduce), view, window, flip, want)
+            assert source.view(photo, view, got, window, flip) is None
+            assert (got == want).all(), (w, h, box, kind, window, reduce)

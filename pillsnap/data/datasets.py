@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['safe_collate_cls', 'safe_collate_classification', 'safe_collate_det', 'NARROW_AUGMENT', 'canvas_square', 'scale_into',
-           'show', 'Source', 'reduce_for', 'DeliverySource', 'PackSource', 'MemorySource', 'Looks', 'dataset_views',
+           'show', 'Source', 'needed', 'DeliverySource', 'PackSource', 'MemorySource', 'Looks', 'dataset_views',
            'PillsnapClsDataset', 'safe_collate', 'lmdb_converter', 'PillsnapDetDataset', 'safe_collate_detection',
            'SinglePillDataset', 'CombinationPillDataset', 'NarrowModelDataset', 'UserControlledTwoStageDataset']
 
@@ -59,28 +59,29 @@ def scale_into(
     if flip: cv2.flip(part, 1, dst=out)
     elif part is not out: np.copyto(out, part)
 
-# %% ../../nbs/19_data.datasets.ipynb #4162a4c1
+# %% ../../nbs/19_data.datasets.ipynb #dc7b8319
 def show(
     img:np.ndarray,          # [H, W, 3] uint8 photo
     box:np.ndarray|None,     # x0, y0, x1, y1 in it
     view:View,               # how to look
     window:np.ndarray|None,  # x0, y0, x1, y1 in shares of the canvas; None = as it is served
     flip:bool,               # mirror
-    out:np.ndarray           # [S, S, 3] uint8, overwritten
+    out:np.ndarray,          # [S, S, 3] uint8, overwritten
+    height:int|None=None     # rows of the whole photo, where `img` ends below the window
 )->None:
     "Cut, scale, mirror: the photo's pixels are touched once (SPEC TL1)."
     if window is None: np.copyto(out, look(img, box, view)); return
-    h, w = img.shape[:2]
+    h, w = height or img.shape[0], img.shape[1]
     left, top, side = canvas_square(h, w, box, view)
     x0, y0, x1, y1 = (round(float(v) * side) for v in window)
     l, t, r, b = left + x0, top + y0, left + max(x1, x0 + 1), top + max(y1, y0 + 1)
     inside = l >= 0 and t >= 0 and r <= w and b <= h
     scale_into(img[t:b, l:r] if inside else img[np.arange(t, b).clip(0, h - 1)[:, None], np.arange(l, r).clip(0, w - 1)], out, flip)
 
-# %% ../../nbs/19_data.datasets.ipynb #5d03e2e8
+# %% ../../nbs/19_data.datasets.ipynb #68bb8011
 class Source:
     "Where photos come from; `open` is all that differs."
-    def open(self, photo:Photo, view:View, reduce:int=1)->tuple[np.ndarray,np.ndarray|None]|dict: raise NotImplementedError
+    def open(self, photo:Photo, view:View)->tuple[np.ndarray,np.ndarray|None]|dict: raise NotImplementedError
 
     def view(self,
         photo:Photo,             # which
@@ -90,22 +91,23 @@ class Source:
         flip:bool=False          # mirror
     )->dict|None:                # None, or the record of a photo that gives no sample
         "Write one view where it belongs."
-        got = self.open(photo, view, reduce_for(photo, view, window, len(out)))
+        got = self.open(photo, view)
         return got if isinstance(got, dict) else show(*got, view, window, flip, out)
 
-# %% ../../nbs/19_data.datasets.ipynb #63801cd7
-def reduce_for(
+# %% ../../nbs/19_data.datasets.ipynb #81f80f64
+def needed(
     photo:Photo,            # its size decides
     view:View,              # how to look
     window:np.ndarray|None, # part of the canvas; None = as it is served
     size:int                # pixels that are needed
-)->int:                     # 1, 2, 4 or 8
-    "How far a photo may be reduced while it is decoded, without enlarging anything afterwards (SPEC BM9)."
-    if window is None or not photo.width: return 1   # what is served is decoded in full
-    try: side = canvas_square(photo.height, photo.width, box_of(photo.bbox) if view.kind == "crop" else None, view)[2]
-    except (PillsnapError, ValueError): return 1
-    least = side * min(window[2] - window[0], window[3] - window[1])
-    return next((r for r in (8, 4, 2) if least / r >= size), 1)
+)->tuple[int,int|None]:     # 1, 2, 4 or 8, and rows of the photo, a multiple of 8; None = all
+    "How far a photo may be reduced while it is decoded, without enlarging anything afterwards, and where decoding may stop (SPEC BM9)."
+    if window is None or not photo.width: return 1, None   # what is served is decoded in full
+    try: _, top, side = canvas_square(photo.height, photo.width, box_of(photo.bbox) if view.kind == "crop" else None, view)
+    except (PillsnapError, ValueError): return 1, None
+    least, end = side * min(window[2] - window[0], window[3] - window[1]), top + side * float(window[3])
+    rows = -8 * (int(-end - 16) // 8)   # two reduced rows to spare: a reduced window is rounded on its own
+    return next((r for r in (8, 4, 2) if least / r >= size), 1), rows if rows < photo.height else None
 
 class DeliverySource(Source):
     "The files as AI Hub delivers them."
@@ -114,13 +116,20 @@ class DeliverySource(Source):
         policies:Mapping[str,str]|None=None  # grayscale_policy, rgba_policy
     ): self.root, self.policies = Path(root), dict(policies or {})
 
-    def open(self, photo:Photo, view:View, reduce:int=1)->tuple[np.ndarray,np.ndarray|None]|dict: # photo and box in it, or a skip record
-        got = open_image_safely(self.root/photo.path, **self.policies, reduce=reduce)
+    def open(self, photo:Photo, view:View, reduce:int=1, rows:int|None=None)->tuple[np.ndarray,np.ndarray|None]|dict: # photo and box in it, or a skip record
+        got = open_image_safely(self.root/photo.path, **self.policies, reduce=reduce, rows=rows)
         if "_skip" in got: return got
         box = box_of(photo.bbox) if view.kind == "crop" else None
         return got["image"], box if box is None else box / reduce
 
-# %% ../../nbs/19_data.datasets.ipynb #39ca43ba
+    def view(self, photo:Photo, view:View, out:np.ndarray, window:np.ndarray|None=None, flip:bool=False)->dict|None: # as every source
+        reduce, rows = needed(photo, view, window, len(out))
+        got = self.open(photo, view, reduce, rows)
+        if isinstance(got, dict): return got
+        cut = rows and len(got[0]) == rows // reduce
+        show(*got, view, window, flip, out, -(-photo.height // reduce) if cut else None)
+
+# %% ../../nbs/19_data.datasets.ipynb #ae156e3c
 class PackSource(Source):
     "The pack: photos at half scale, box crops in full (SPEC section 6)."
     def __init__(self,
@@ -131,7 +140,7 @@ class PackSource(Source):
         for v in views:
             if not (why := pack.can_serve(v)): raise PillsnapError(f"the pack cannot serve the {v.kind} view: {why}", where="dataloader.source", fix="pack at a larger scale, or dataloader.source=delivery")
 
-    def open(self, photo:Photo, view:View, reduce:int=1)->tuple[np.ndarray,np.ndarray|None]|dict: # photo and box in it, or a skip record
+    def open(self, photo:Photo, view:View)->tuple[np.ndarray,np.ndarray|None]|dict: # photo and box in it, or a skip record
         if view.kind == "crop" and photo.bbox: return self.pack.crop(photo.path, photo.bbox)
         got = self.pack.photo(photo.path)
         return got if isinstance(got, dict) else (got, None)

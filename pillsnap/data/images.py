@@ -6,12 +6,13 @@
 __all__ = ['MAX_PIXELS', 'MAX_BYTES', 'IMAGENET_MEAN', 'IMAGENET_STD', 'header_size', 'shrink', 'open_image_safely', 'resize',
            'whole_view', 'crop_square', 'crop_view', 'psnr', 'ssim', 'reduce_for', 'normalise']
 
-# %% ../../nbs/13_data.images.ipynb #f000ea83
+# %% ../../nbs/13_data.images.ipynb #464b7cf8
 import errno
 import io
 import logging
 import struct
-from functools import cache
+import zlib
+from functools import cache, partial
 from pathlib import Path
 import numpy as np
 import simplejpeg
@@ -117,13 +118,18 @@ def _plain_jpeg(b:bytes)->bool:
     if b"\xff\xe1" not in b[:b.find(b"\xff\xda")]: return True   # no EXIF or XMP segment
     with Image.open(io.BytesIO(b), formats=("JPEG",)) as im: return im.getexif().get(0x0112, 1) == 1
 
-# %% ../../nbs/13_data.images.ipynb #4e1144fe
+# %% ../../nbs/13_data.images.ipynb #c202f3c6
 _log = logging.getLogger("pillsnap.images")
 
 class _NotPlain(Exception):
     "A photo for the patient way."
 
-def _by_fast(b:bytes, max_pixels:int, grayscale_policy:str, rgba_policy:str, reduce:int)->np.ndarray:
+def _first_rows(b:bytes, rows:int)->bytes:
+    "A plain PNG that ends after some rows: so its header says, and the decoder stops there."
+    head = b[12:20] + rows.to_bytes(4, "big") + b[24:29]
+    return b[:12] + head + zlib.crc32(head).to_bytes(4, "big") + b[33:]
+
+def _by_fast(b:bytes, max_pixels:int, grayscale_policy:str, rgba_policy:str, reduce:int, rows:int|None=None)->np.ndarray:
     "Decode a plain photo; the bound was checked by its header, and no policy can concern it."
     if (size := header_size(b)) is None: raise _NotPlain
     if b[:2] == b"\xff\xd8" and _plain_jpeg(b):
@@ -131,7 +137,9 @@ def _by_fast(b:bytes, max_pixels:int, grayscale_policy:str, rgba_policy:str, red
         img = simplejpeg.decode_jpeg(b, min_height=h, min_width=w, strict=True)
         if img.shape == (h, w, 3): return img
     elif b[:4] == b"\x89PNG" and _plain_png(b):
-        if decode_image_png_u8: return shrink(decode_image_png_u8(b, size[::-1], "rgb"), reduce)
+        w, h = size
+        if rows and rows < h and decode_image_png_u8: b, h = _first_rows(b, rows), rows
+        if decode_image_png_u8: return shrink(decode_image_png_u8(b, (h, w), "rgb"), reduce)
         _say_slow()
     raise _NotPlain
 
@@ -191,19 +199,20 @@ def _skip(src:object, stage:str, error:object)->dict:
     no = errno.ENOMEM if isinstance(error, MemoryError) else getattr(error, "errno", None)
     return {"_skip": True, "error": str(error) or type(error).__name__, "stage": stage} | ({"errno": no} if no else {})
 
-# %% ../../nbs/13_data.images.ipynb #538e12aa
+# %% ../../nbs/13_data.images.ipynb #e6d69f32
 def open_image_safely(
     src:str|Path|bytes,           # path of a photo, or its bytes
     grayscale_policy:str="rgb",   # "rgb": grey becomes three equal channels; "skip": no sample
     rgba_policy:str="drop_alpha", # "drop_alpha": the colours as stored; "skip": no sample
     max_pixels:int=MAX_PIXELS,    # more than this is refused by the header, before decoding
-    reduce:int=1                  # 1, 2, 4 or 8: open at 1/reduce of both sides, antialiased
+    reduce:int=1,                 # 1, 2, 4 or 8: open at 1/reduce of both sides, antialiased
+    rows:int|None=None            # a multiple of `reduce`: no more rows are needed, and a decoder that can stop there does
 )->dict: # {"image": [ceil(H/reduce), ceil(W/reduce), 3] uint8 upright RGB, "stage": decoder} or {"_skip": True, "error", "stage": "read" | "bound" | "policy" | "final"}, with the "errno" where the machine failed and not the photo
     "Open any photo and never raise: a picture, or the step that failed and why (SPEC DM10)."
     try: b = _read(src, max_pixels)
     except Exception as e: return _skip(src, getattr(e, "stage", "read"), e)
     why = []
-    for stage, decode in (("fast", _by_fast), ("PIL", _by_pillow), ("OpenCV", _by_opencv)):
+    for stage, decode in (("fast", partial(_by_fast, rows=rows)), ("PIL", _by_pillow), ("OpenCV", _by_opencv)):
         try: img = decode(b, max_pixels, grayscale_policy, rgba_policy, reduce)
         except (_Refused, MemoryError) as e: return _skip(src, getattr(e, "stage", stage), e)
         except Exception as e:
