@@ -277,8 +277,8 @@ def edi_list(
     if isinstance(value, int) and not isinstance(value, bool): value = f"{value:09d}" if 0 <= value < 10**9 else ""
     return list(dict.fromkeys(c for c in (p.strip() for p in value.split(",")) if c)) if isinstance(value, str) else []
 
-# %% ../../nbs/11a_data.aihub.ipynb #5e61514b
-class Annotation(msgspec.Struct, frozen=True):
+# %% ../../nbs/11a_data.aihub.ipynb #125963a6
+class Annotation(msgspec.Struct, frozen=True, gc=False):
     "One JSON file: one drug in one photo (SPEC DM1)."
     path:str              # the file
     photo:PhotoRecord     # images[0], the photo's keys and drug_N; UNSET where one is missing
@@ -328,7 +328,7 @@ def capture(self:Annotation)->Capture|None:
 # %% ../../nbs/11a_data.aihub.ipynb #15838f67
 MAX_JSON_BYTES = 4_000_000
 
-# %% ../../nbs/11a_data.aihub.ipynb #fb132304
+# %% ../../nbs/11a_data.aihub.ipynb #cab16ce6
 def read_bytes(
     path:str|os.PathLike # a file
 )->bytes|Fault:
@@ -337,7 +337,8 @@ def read_bytes(
         fd = os.open(path, os.O_RDONLY)
         try:
             raw = os.read(fd, 1<<16)
-            while len(raw) >= 1<<16 and len(raw) <= MAX_JSON_BYTES and (more := os.read(fd, MAX_JSON_BYTES)): raw += more
+            if len(raw) < 1<<16: return raw   # two kilobytes, nearly always
+            while len(raw) <= MAX_JSON_BYTES and (more := os.read(fd, MAX_JSON_BYTES)): raw += more
         finally: os.close(fd)
     except (OSError, ValueError) as e: return Fault(printable(path), Reason.UNREADABLE, str(e))
     return raw if len(raw) <= MAX_JSON_BYTES else Fault(printable(path), Reason.UNREADABLE, f"larger than {MAX_JSON_BYTES} bytes")
@@ -392,7 +393,7 @@ def _by_hand(path:str|os.PathLike, raw:bytes)->Annotation|Fault:
     photo, drug = (t(**{k: img.get(k, msgspec.UNSET) for k in t.__struct_fields__}) for t in (PhotoRecord, DrugRecord))
     return Annotation(os.fspath(path), photo, drug, [a.get("bbox") for a in anns], [a.get("area") for a in anns], int(img["width"]), int(img["height"]), got[1])
 
-# %% ../../nbs/11a_data.aihub.ipynb #752f35d8
+# %% ../../nbs/11a_data.aihub.ipynb #54796e82
 class _Box(msgspec.Struct, gc=False):
     "What is needed of one annotation."
     bbox:list[int] # x, y, w, h
@@ -404,14 +405,14 @@ class _Whole(msgspec.Struct, gc=False):
     annotations:list[_Box] # one
 
 class _Rest(msgspec.Struct, gc=False):
-    "The same without the drug's keys."
-    images:list[PhotoRecord] # one
-    annotations:list[_Box]   # one
+    "The same without the drug's keys: one photo, one box."
+    images:tuple[PhotoRecord]
+    annotations:tuple[_Box]
 
 _whole, _rest, _KCODE = msgspec.json.Decoder(_Whole).decode, msgspec.json.Decoder(_Rest).decode, re.compile(r"K-\d{6}", re.ASCII)
 _TROUBLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
-# %% ../../nbs/11a_data.aihub.ipynb #928ea135
+# %% ../../nbs/11a_data.aihub.ipynb #b0017c06
 class Reader:
     "Reads annotation files, each drug's words once (SPEC DM1, DM9, RS3, BM1)."
     def __init__(self): self.known = {} # '"dl_idx": "572", "dl_ma' → what stands from there to "id", what it tells, drug_N
@@ -425,17 +426,19 @@ class Reader:
             words, drug, code = self.known.get(raw[at:at+24], _NOTHING)
             if raw.startswith(words, at):
                 rest = raw[:at]+raw[at+len(words):]
-                try: rest.decode(); doc = _rest(rest)
+                try:
+                    if not (rest.startswith(_STARTS) and rest[rest.find(b"}"):].isascii()): rest.decode()   # within images[0] every key is known and msgspec looks at each byte; elsewhere it skips
+                    doc = _rest(rest)
                 except _TROUBLE: doc = None
-                if doc is not None and len(doc.images) == 1 == len(doc.annotations):
-                    p, box = doc.images[0], doc.annotations[0]
+                if doc is not None:
+                    (p,), (box,) = doc.images, doc.annotations
                     if p.drug_N == code and 0 < p.width < 100_000 and 0 < p.height < 100_000 and p.file_name.strip():
                         return Annotation(os.fspath(path), p, drug, [box.bbox], [box.area], p.width, p.height, "utf-8", True)
         return self.parse(path, raw, at) if raw else _by_hand(path, raw)
 
-_NOTHING = (b"\0", None, "")
+_NOTHING, _STARTS = (b"\0", None, ""), (b'{\n    "images"', b'{\n\t"images"', b'{"images"')
 
-# %% ../../nbs/11a_data.aihub.ipynb #f7190548
+# %% ../../nbs/11a_data.aihub.ipynb #ff9ce249
 @patch
 def parse(self:Reader,
     path:str|os.PathLike, # one JSON file
@@ -450,7 +453,7 @@ def parse(self:Reader,
     if not (0 < photo.width < 100_000 and 0 < photo.height < 100_000 and _KCODE.fullmatch(photo.drug_N) and photo.file_name.strip()): return _by_hand(path, raw)
     words = raw[at:raw.find(b'"id"', at)]
     try:
-        if _rest(raw.replace(words, b"", 1)).images == [photo] and msgspec.json.decode(b"{%b\"id\":1}" % words, type=DrugRecord) == drug: self.known[raw[at:at+24]] = (words, drug, photo.drug_N)
+        if _rest(raw.replace(words, b"", 1)).images == (photo,) and msgspec.json.decode(b"{%b\"id\":1}" % words, type=DrugRecord) == drug: self.known[raw[at:at+24]] = (words, drug, photo.drug_N)
     except _TROUBLE: pass
     return Annotation(os.fspath(path), photo, drug, [b.bbox for b in doc.annotations], [b.area for b in doc.annotations], photo.width, photo.height, "utf-8", True)
 
