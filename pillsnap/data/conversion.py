@@ -22,14 +22,13 @@ import shutil
 import time
 from collections import Counter
 
-# %% ../../nbs/14_data.conversion.ipynb #ab39b126
+# %% ../../nbs/14_data.conversion.ipynb #5bba470f
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import lru_cache
-from itertools import groupby, islice
-from operator import itemgetter
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -356,11 +355,13 @@ def yolo_lines(
     rows = np.hstack([(boxes[:,:2]+boxes[:,2:]/2)/sizes, boxes[:,2:]/sizes]).tolist()
     return ["%d %.6f %.6f %.6f %.6f\n" % (c, *r) for c,r in zip(classes if classes is not None else [0]*len(rows), rows)]
 
-# %% ../../nbs/14_data.conversion.ipynb #0dd2d1ff
+# %% ../../nbs/14_data.conversion.ipynb #d7626c4a
 def _quick_text(text:str, path:Path)->Path:
     "A text that is cheap to make again: whole or absent, but not forced to the disk with thousands of fresh labels beside it."
     with atomic_path(path, durable=False) as tmp: tmp.write_text(text, encoding="utf-8")
     return path
+
+_WRITERS = 2   # a file is made in the system and not in Python: threads overlap
 
 def write_labels(
     folder:str|os.PathLike, # which exists
@@ -368,12 +369,16 @@ def write_labels(
     lines:Iterable[str]     # one for each name
 )->int: # files
     "One text file per photo."
-    n, folder = 0, os.fspath(folder)
-    try:
-        for stem, group in groupby(zip(names, lines), itemgetter(0)):
-            fd = os.open(f"{folder}{os.sep}{stem}.txt", os.O_WRONLY|os.O_CREAT|os.O_TRUNC, 0o644); n += 1
-            try: os.write(fd, "".join(l for _,l in group).encode())
+    names, lines = list(names), list(lines)
+    edges = [k for k in range(len(names)) if not k or names[k] != names[k-1]]+[len(names)]
+    def some(edges:list[int])->None:
+        for a, b in pairwise(edges):
+            fd = os.open(f"{folder}{os.sep}{names[a]}.txt", os.O_WRONLY|os.O_CREAT|os.O_TRUNC, 0o644)
+            try: os.write(fd, "".join(lines[a:b]).encode())
             finally: os.close(fd)
+    n = len(edges)-1; cuts = [n*k//_WRITERS for k in range(_WRITERS+1)]
+    try:
+        with ThreadPoolExecutor(_WRITERS) as pool: list(pool.map(some, [edges[a:b+1] for a, b in pairwise(cuts)]))
     except OSError as e: raise os_trouble("a label file cannot be written", folder, e) from e
     return n
 
@@ -403,7 +408,7 @@ class _Coco(msgspec.Struct, gc=False):
     annotations:list[_CocoBox]      # boxes
     categories:list[_CocoCategory]  # classes
 
-# %% ../../nbs/14_data.conversion.ipynb #9ead85d4
+# %% ../../nbs/14_data.conversion.ipynb #ded6dbfd
 def read_coco(
     path:str|os.PathLike # a COCO file
 )->_Coco:
@@ -426,7 +431,7 @@ def coco_to_yolo(
     size, xywh = np.array([(im.width, im.height) for im in c.images] or [(0, 0)], float)[photo], np.array([b.bbox for b in boxes] or [(0,)*4], float)
     good = (photo >= 0) & (kind >= 0) & (xywh[:,2:] > 0).all(1) & (xywh[:,:2] >= 0).all(1) & (xywh[:,:2]+xywh[:,2:] <= size+1e-6).all(1)
     order = np.flatnonzero(good)[np.argsort(photo[good], kind="stable")]
-    stems = [os.path.splitext(os.path.basename(im.file_name))[0] for im in c.images]
+    stems = [(name := im.file_name.rpartition("/")[2]).rpartition(".")[0] or name for im in c.images]
     if len(set(stems)) < len(stems): raise PillsnapError("two photos of this COCO file have one name", where=coco_json, fix="their labels would overwrite each other: rename them")
     write_labels(folder, (stems[i] for i in photo[order].tolist()), yolo_lines(np.minimum(xywh[order], np.hstack([size[order]]*2)), size[order], kind[order].tolist()))
     if lost := len(c.annotations)-len(order): (log or logging.getLogger("pillsnap.conversion")).warning("%d of %d annotations are no box within their photo, and were left out", lost, len(c.annotations))
