@@ -10,5 +10,5 @@ if __name__ == "__main__":
     root, rows = photo_tree("jpg", n)
     finish(compare("BM7", "loader from the raw pack, 384 pixels, batch 64, 2 workers, random crop + mirror",
                    {"PhotoLoader, raw pack": epoch(our_loader(pack_source(root, rows, "raw"), rows), n)},
-                   {"ImageFolder + v2": image_folder(root, n), "FFCV raw": ffcv()},
+                   {"ImageFolder + v2": image_folder(root, n), "FFCV raw": ffcv(root, n, "raw", 640)},
                    n, {"ImageFolder + v2": 10, "FFCV raw": 1.4}, a.repeats, note=size_note(root, rows), quick=a.quick, out=a.out))

@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parent/"results"
-VERSIONS = ("pillsnap", "python", "numpy", "pandas", "pyarrow", "msgspec", "orjson", "joblib", "torch", "torchvision", "pillow", "opencv-python", "simplejpeg", "timm")
+VERSIONS = ("pillsnap", "python", "numpy", "pandas", "pyarrow", "msgspec", "orjson", "joblib", "torch", "torchvision", "pillow", "opencv-python", "simplejpeg", "timm", "ultralytics", "datumaro", "globox", "pylabel", "nvidia-dali-cuda120", "ffcv")
 
 
 @dataclass(frozen=True)

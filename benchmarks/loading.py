@@ -51,7 +51,10 @@ def dali(root: Path, rows: pd.DataFrame, n: int) -> Callable[[], None] | str:
         img = fn.decoders.image_random_crop(data, device="cpu", output_type=types.RGB, random_area=[.8, 1.], random_aspect_ratio=[.9, 1.1])
         return fn.flip(fn.resize(img, resize_x=SIZE, resize_y=SIZE), horizontal=fn.random.coin_flip()), label
 
-    loader = DALIGenericIterator(pipe(), ["images", "labels"], reader_name="files", last_batch_policy=LastBatchPolicy.PARTIAL, auto_reset=True)
+    try:
+        loader = DALIGenericIterator(pipe(), ["images", "labels"], reader_name="files", last_batch_policy=LastBatchPolicy.PARTIAL, auto_reset=True)
+    except RuntimeError as e:   # its decoder is a package of its own, nvidia-nvimgcodec
+        return "does not build: "+next((line for line in str(e).splitlines() if "dlopen" in line), str(e).splitlines()[0])
 
     def run() -> None:
         got = sum(len(b[0]["labels"]) for b in loader)
@@ -69,13 +72,30 @@ def pack_source(root: Path, rows: pd.DataFrame, codec: str) -> Any:
     return PackSource(Pack(out))
 
 
-def ffcv(why: str = "") -> str:
-    "FFCV builds from source with OpenCV and libturbojpeg; where it is not installed the table says so."
+def ffcv(root: Path, n: int, mode: str, longest: int | None = None) -> Callable[[], None] | str:
+    "FFCV: the same photos written once as its own file, whole or with `longest` pixels at most, as JPEG (quality 95) or raw; its fused random crop and mirror."
     try:
-        import ffcv  # noqa: F401
+        from ffcv.fields import IntField, RGBImageField
+        from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
+        from ffcv.loader import Loader, OrderOption
+        from ffcv.transforms import RandomHorizontalFlip, ToTensor
+        from ffcv.writer import DatasetWriter
     except Exception as e:
         return f"not installed: {type(e).__name__}: {e}"
-    return "installed, but this script does not drive it"
+    from torchvision.datasets import ImageFolder
+    file = root.parent/f"{root.name}-{mode}-{longest or 'whole'}.beton"
+    if not file.exists():
+        part = file.with_suffix(".part")   # a writer that was interrupted leaves nothing that looks finished
+        image = RGBImageField(write_mode=mode, max_resolution=longest, jpeg_quality=95)
+        DatasetWriter(str(part), {"image": image, "label": IntField()}, num_workers=WORKERS).from_indexed_dataset(ImageFolder(str(root)))
+        part.rename(file)
+    loader = Loader(str(file), batch_size=BATCH, num_workers=WORKERS, order=OrderOption.RANDOM, drop_last=False, os_cache=True, seed=1, pipelines={
+        "image": [RandomResizedCropRGBImageDecoder((SIZE, SIZE), scale=(.8, 1.), ratio=(.9, 1.1)), RandomHorizontalFlip(), ToTensor()], "label": [IntDecoder(), ToTensor()]})
+
+    def run() -> None:
+        got = sum(len(b[1]) for b in loader)
+        assert got == n, f"{got} of {n} photos came"
+    return run
 
 
 def still() -> None:
