@@ -26,13 +26,13 @@ import simplejpeg
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 
-# %% ../../nbs/13c_data.pack.ipynb #f77c4e4a
+# %% ../../nbs/13c_data.pack.ipynb #81000d5a
 import pillsnap
 from ..core.config import Config
 from ..core.errors import PillsnapError
 from ..core.files import FolderLock, atomic_path, canonical_json, ensure_dir, os_trouble, read_json, save_json, sha256_file, sha256_text, sweep_partials
 from .classmap import ClassMap
-from .images import MAX_PIXELS, crop_square, open_image_safely, resize, shrink
+from .images import MAX_PIXELS, crop_square, open_image_safely, resize, shrink, steady_heap
 
 # %% ../../nbs/13c_data.pack.ipynb #ae5a6d70
 SCHEMA, MAGIC = "pillsnap.pack/1", b"PILLPACK1\n"
@@ -299,7 +299,7 @@ def _versions()->dict[str,str]:
         except PackageNotFoundError: there[name] = "absent"
     return there
 
-# %% ../../nbs/13c_data.pack.ipynb #b1aa58e1
+# %% ../../nbs/13c_data.pack.ipynb #e05130aa
 class Pack:
     "A pack of photos, mapped and checked (SPEC section 6, RS6); safe for threads, and sent to workers by its path."
     def __init__(self,
@@ -307,6 +307,7 @@ class Pack:
         manifest_hash:str|None=None,  # refuse a pack of another manifest; None = any
         class_map:ClassMap|None=None  # refuse a pack of another class map; None = any
     ):
+        steady_heap()
         self.path, self.asked = Path(path), (manifest_hash, class_map)
         self.header = _header(self.path, manifest_hash, class_map)
         self.codec, self.scale = self.header["codec"], self.header["scale"]
