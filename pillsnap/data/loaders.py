@@ -10,9 +10,10 @@ __all__ = ['AUTOTUNE_WARMUP', 'AUTOTUNE_STEPS', 'memory_efficient_loader', 'buil
            'processes_of', 'tuned', 'build_classification_loaders', 'caches_of', 'loader_meta', 'summary',
            'build_detection_loaders', 'build_dataloaders_by_mode', 'build_dataloaders_twostage']
 
-# %% ../../nbs/19a_data.loaders.ipynb #87628b1d
+# %% ../../nbs/19a_data.loaders.ipynb #4402d687
 import itertools
 import logging
+import math
 import os
 import random
 import time
@@ -187,12 +188,13 @@ def _by_threads(self:PhotoLoader, batches:list)->Iterator[tuple[Looks,torch.Tens
         left = [p for *_, parts in waiting for p in parts]
         wait([p for p in left if not p.cancel()])
 
-# %% ../../nbs/19a_data.loaders.ipynb #c0d20cc6
+# %% ../../nbs/19a_data.loaders.ipynb #21f51d49
 class _Jobs(Dataset):
     "What a worker process does: looks in, bytes out."
     def __init__(self, dataset:PillsnapClsDataset): self.dataset = dataset
     def __getitem__(self, looks:Looks)->tuple[Looks,torch.Tensor,list[dict|None]]:
-        out = torch.empty((len(looks), self.dataset.size, self.dataset.size, 3), dtype=torch.uint8)
+        shape = len(looks), self.dataset.size, self.dataset.size, 3
+        out = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(math.prod(shape))).view(shape)   # where the parent reads it: nothing is copied
         return looks, out, self.dataset.fetch(looks, out.numpy())
 
 class _Requests:
