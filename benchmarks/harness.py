@@ -11,6 +11,7 @@ Every `benchmarks/bmNN_*.py` builds its input, hands callables to `compare`, and
 | `better` | "higher": ours / peer; "lower": peer / ours (milliseconds, megabytes) |
 
 Each callable runs once to warm up, then `repeats` rounds run them all in turn, so that a busy minute hits everyone; medians count.
+Before each turn it waits until the process and its children rest: what one contender reads ahead must not cost another.
 A callable that returns a float gives its own figure instead of `n / seconds` (milliseconds, megabytes, decibels).
 
 | option of every script | means |
@@ -33,6 +34,8 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 RESULTS = Path(__file__).resolve().parent/"results"
 VERSIONS = ("pillsnap", "python", "numpy", "pandas", "pyarrow", "msgspec", "orjson", "joblib", "torch", "torchvision", "pillow", "opencv-python", "simplejpeg", "timm", "ultralytics", "datumaro", "globox", "pylabel", "nvidia-dali-cuda120", "ffcv")
@@ -114,7 +117,26 @@ def _as_rows(ours: Mapping[str, Callable], peers: Mapping[str, Callable | str] |
     return rows+[_Row(k, None, False, f) if isinstance(f, str) else _Row(k, f, False) for k, f in pairs]
 
 
+def _settle(most: float = 15.) -> None:
+    "Wait until this process and its children rest: a loader that reads ahead after its epoch would do so in the next contender's time."
+    def used() -> float:
+        total = 0.
+        for p in (me := psutil.Process(), *me.children(recursive=True)):
+            try:
+                total += sum(p.cpu_times()[:2])
+            except psutil.Error:   # it has just ended
+                pass
+        return total
+    end = time.monotonic()+most
+    while time.monotonic() < end:
+        before = used()
+        time.sleep(.3)
+        if used()-before < .03:
+            return
+
+
 def _once(row: _Row, n: int) -> float:
+    _settle()
     t0 = time.perf_counter()
     said = row.fn()
     seconds = time.perf_counter()-t0
