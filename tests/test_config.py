@@ -116,7 +116,8 @@ def test_the_sources_spellings_are_read(old):
              "train.scheduler": "onecycle", "train.optimizer": "sgd", "train.amp": "false", "train.tf32": "false", "train.amp_dtype": "fp16",
              "train.auto_batch_tune": "false", "data.pipeline_mode": "combo", "pipeline_mode": "combo", "optimization.compile": "none",
              "train.backbone": "resnet18", "model.backbone": "resnet18", "data.root": "./here", "data.detection.coco_json_path": "./here",
-             "data.detection.yolo_output_dir": "./there", "loss.label_smoothing": "0.2", "train.label_smoothing": "0.2"}.get(old, "3")
+             "data.detection.yolo_output_dir": "./there", "loss.label_smoothing": "0.2", "train.label_smoothing": "0.2",
+             "retrieval.image_size": "480", "retrieval.scheduler_type": "onecycle", "retrieval.crop_scale_min": "0.5", "retrieval.plateau_factor": "0.3"}.get(old, "3")
     new = load_config("two_stage", [f"{old}={value}"])
     assert new.notes == [f"{old} is read as {ALIASES[old]}"]
     assert get(new, ALIASES[old]) != get(cfg, ALIASES[old])

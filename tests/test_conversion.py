@@ -93,8 +93,9 @@ def test_records_of_one_photo_are_merged_and_labels_are_normalised(tmp_path):
 @pytest.mark.spec("DM8")
 def test_the_yolo_tree(small, tmp_path):
     import yaml
-    out = tmp_path/"run"; convert_delivery(small, out)
-    y = out/"yolo_data"
+    out = tmp_path/"run"; c = convert_delivery(small, out)
+    y = out/"yolo_data"; assert not y.exists(), "a view, made on request"
+    write_yolo_tree(c.rows, small, y)
     assert sorted(p.relative_to(y).as_posix() for p in y.rglob("*") if p.is_dir()) == ["images", "images/train", "images/val", "labels", "labels/train", "labels/val"]
     assert yaml.safe_load((y/"data.yaml").read_text()) == {"train": "images/train", "val": "images/val", "nc": 1, "names": ["pill"]}
     links = list((y/"images/train").iterdir())
@@ -114,14 +115,15 @@ def test_a_split_replaces_the_tree(small, tmp_path):
 def test_no_links_means_copies_and_a_line(small, tmp_path, monkeypatch, caplog):
     def refuse(*a, **k): raise OSError("no links here")
     monkeypatch.setattr(os, "symlink", refuse); monkeypatch.setattr(os, "link", refuse)
-    with caplog.at_level(logging.WARNING): convert_delivery(small, tmp_path/"run")
+    c = convert_delivery(small, tmp_path/"run")
+    with caplog.at_level(logging.WARNING): write_yolo_tree(c.rows, small, tmp_path/"run/yolo_data")
     assert "makes no symbolic links" in caplog.text and "'copy': 4" in caplog.text
     assert all(p.is_file() and not p.is_symlink() for p in (tmp_path/"run/yolo_data/images/train").iterdir())
 
 
 @pytest.mark.spec("DM13")
 def test_label_checks(small, tmp_path):
-    convert_delivery(small, tmp_path/"run"); y = tmp_path/"run/yolo_data"
+    y = write_yolo_tree(convert_delivery(small, tmp_path/"run").rows, small, tmp_path/"run/yolo_data").parent
     assert check_yolo_tree(y) == []
     files = sorted((y/"labels/train").iterdir())
     files[0].write_text("1 0.5 0.5 0.1 0.1\n0 0.5 0.5 0.1\n"); files[1].write_text("0 0.5 0.5 1.1 0.1\n0 0.95 0.5 0.2 0.1\n0 0.5 0.5 0 0.1\nx y z a b\n"); files[2].write_text(""); files[3].unlink()
@@ -218,7 +220,7 @@ def test_incomplete_photos_may_be_kept(tmp_path):
     assert convert_delivery(root, tmp_path/"skip").header["counts"]["combos"] == 0
     kept = convert_delivery(root, tmp_path/"keep", load_config("two_stage", ["data.incomplete_combo=keep"]))
     assert kept.header["counts"]["combos"] == 1 and kept.header["remarks"] == {"incomplete_combo": 1} and kept.header["quarantine"] == {}
-    assert len(list((tmp_path/"keep/yolo_data/images/train").iterdir())) == 2 and len(list((tmp_path/"skip/yolo_data/images/train").iterdir())) == 1
+    assert kept.rows.path.nunique() == 2 and read_manifest(tmp_path/"skip/manifest.csv")[0].path.nunique() == 1
 
 
 @pytest.mark.spec("BX4")

@@ -11,6 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pillsnap.core.config import AugmentClassification, load_config
 from pillsnap.core.errors import PillsnapError
@@ -20,6 +22,7 @@ from pillsnap.data import datasets as D
 from pillsnap.data import loaders as L
 from pillsnap.data.augment import DRAWS, build_transforms_classification, dangers, randaugment_ops
 from pillsnap.data.caches import PhotoCache, View, box_of, look
+from pillsnap.data.classmap import ClassMap
 from pillsnap.data.images import IMAGENET_MEAN, IMAGENET_STD, crop_view, normalise, open_image_safely, whole_view
 from pillsnap.data.sampling import EpochSampler, rare_more_often
 from pillsnap.data.splits import SplitsJob, load_stage
@@ -236,6 +239,45 @@ def test_4_a_batch_of_broken_photos_stops_nobody(stage, cfg, tmp_path, workers, 
     assert [len(y) for _, y, _ in got] == [2, 3] and all(len(x) == len(y) == len(m["paths"]) for x, y, m in got)
     assert [[s["path"] for s in m["skipped"]] for *_, m in got] == [["gone0.png"], ["gone3.png", "gone4.png", "gone5.png"]] and "all 3 photos" in caplog.text
     assert [p for *_, m in got for p in m["paths"]] == [p for p in rows["path"] if "gone" not in p]
+
+
+class Numbered(D.Source):
+    "Photos that show their own number; those of `gone` do not open."
+    def __init__(self, gone): self.gone = gone
+    def view(self, photo, view, out, window=None, flip=False):
+        n = int(photo.path)
+        if n in self.gone: return {"_skip": True, "error": "gone", "stage": "open"}
+        out[:] = n
+
+
+@pytest.mark.spec("TL4", "BX10")
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(n=st.integers(1, 60), batch=st.integers(1, 9), drop=st.booleans(), gone=st.sets(st.integers(0, 59)), seed=st.integers(0, 3), workers=st.sampled_from((0, 2)), train=st.booleans(), data=st.data())
+def test_4_skips_keep_training_batches_full_and_the_position_exact(n, batch, drop, gone, seed, workers, train, data):
+    "Training: the photos that open, in the epoch's order, `batch` at a time. Validation: as cut. Both: a stop after any batch and another loader give the rest, and each skip is told once."
+    rows = pd.DataFrame({"path": [str(i) for i in range(n)], "class_key": "K-000059"})
+    d = D.PillsnapClsDataset(rows, ClassMap(["K-000059", "K-000573"]), Numbered(gone), 8, train)
+    new = lambda: L.PhotoLoader(d, batch, EpochSampler(d, seed), drop_last=drop, num_workers=workers, raw=True)
+    order = EpochSampler(range(n), seed)
+    order = list(order)
+    cut = [order[k:k + batch] for k in range(0, n - n % batch if drop else n, batch)]
+    good = [i for i in (order if train else sum(cut, [])) if i not in gone]
+    want = [good[k:k + batch] for k in range(0, len(good), batch)] if train else [[i for i in c if i not in gone] for c in cut]
+    want = [w for w in want if w and not (train and drop and len(w) < batch)]
+    a, got = new(), []
+    for x, _, m in a:
+        got.append([int(i) for i in m["paths"]]); assert x[:, 0, 0, 0].tolist() == got[-1]
+    assert got == want and (train or set(a.skipped) == {str(i) for i in sum(cut, []) if i in gone})
+    assert (a.state_dict()["epoch"], a.state_dict()["batch"], a.state_dict()["row"]) == (1, 0, 0)
+    if not want: return
+    stop, b, c, before, told = data.draw(st.integers(1, len(want))), new(), new(), [], []
+    for _, _, m in b:
+        before.append([int(i) for i in m["paths"]]); told += m["skipped"]
+        if len(before) == stop: break
+    c.load_state_dict(json.loads(json.dumps(b.state_dict())))
+    if b.state_dict()["epoch"] == 1: assert stop == len(want); return
+    for _, _, m in c: before.append([int(i) for i in m["paths"]]); told += m["skipped"]
+    assert before == want and len({t["path"] for t in told}) == len(told)
 
 
 @pytest.mark.spec("TL7", "X15")

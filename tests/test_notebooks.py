@@ -106,10 +106,11 @@ def test_a_stage_has_one_parameters_cell(path):
         assert any("assert" in s or "test_" in s for s in tail[i+4:]), "the contract: assertions true at any scale"
 
 
-def test_the_six_stages_are_the_pipeline_and_the_audit_stands_aside():
+def test_the_six_stages_are_the_pipeline_and_the_others_stand_aside():
     from pillsnap.cli import ASIDE, PIPELINE
     stages = {p.stem for p in NBS if any("## Stage job" in c.source for c in cells(p, "markdown"))}
-    assert stages == {s.notebook for s in PIPELINE + ASIDE} and len(PIPELINE) == 6 and [s.name for s in ASIDE] == ["audit"]
+    assert stages == {s.notebook for s in PIPELINE + ASIDE} and [s.name for s in ASIDE] == ["audit", "retrieval"]
+    assert len([s for s in PIPELINE if s.strategy in ("", "sequential")]) == 6
 
 
 @BY_NAME

@@ -19,7 +19,7 @@ def pillsnap(*args, cwd=None, timeout=300):
 
 @pytest.mark.spec("BX15")
 def test_every_stage_notebook_ran_and_holds_the_runs_id(smoke_run):
-    for s in PIPELINE:
+    for s in [s for s in PIPELINE if s.strategy in ("", "sequential")]:
         text = (smoke_run/"notebooks"/f"{s.notebook}.ipynb").read_text(encoding="utf-8")
         assert run_id(smoke_run) in text, s.name
         rec = read_record(smoke_run, s.name)

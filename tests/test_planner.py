@@ -12,7 +12,7 @@ from pillsnap.core.errors import PillsnapError
 from pillsnap.data import planner as L
 from pillsnap.data.images import whole_view
 from pillsnap.data.pack import Pack, build_pack
-from pillsnap.data.planner import Probe, gpu_rate, make_plans, plan_stage, probe, ram_plan, render_samples, tell, walk_to_photos
+from pillsnap.data.planner import Footprint, Probe, footprint, gpu_bytes, gpu_rate, make_plans, plan_stage, probe, ram_plan, render_samples, step_peak, tell, vram_table, walk_to_photos
 
 STATION = Probe(cpus=8, ram=128 << 30, ram_free=120 << 30, disk_free=2 << 40, sampled=24, data="manifest", photo_bytes=1.86e6, read_bytes_s=400e6, open_s=520., make_s=320., pack_s=2400., pack_bytes=106e3, worker_bytes=400 << 20, seconds=20.)
 CFG = load_config("two_stage")
@@ -90,6 +90,31 @@ def test_the_disk_is_read_past_the_page_cache(tmp_path, monkeypatch):
 def test_the_command(delivery, tmp_path, capsys):
     from pillsnap.cli import main
     for args, said in ((("--root", str(delivery)), "photos of this delivery"), (("--root", str(tmp_path)), "there is no photo here")):
-        code = pytest.raises(SystemExit, main, ["plan", *args, "--run", str(tmp_path/"new"), "--seconds", "0.4", "--gpu", "RTX 5080"]).value.code
+        code = pytest.raises(SystemExit, main, ["plan", *args, "--run", str(tmp_path/"new"), "--config", "smoke", "--seconds", "0.4", "--gpu", "RTX 5080"]).value.code
         out = capsys.readouterr()
         assert said in out.out + out.err and code in ((0, None) if "this" in said else (2,))
+
+
+@pytest.mark.spec("BX21")
+@pytest.mark.parametrize("name, size, batch, half", [("test_efficientnet", 64, 16, False), ("test_efficientnet", 64, 16, True), ("test_convnext", 64, 16, False), ("test_resnet", 96, 24, True)])
+def test_the_gpu_memory_is_what_a_small_training_step_takes(name, size, batch, half):
+    "Against every allocation of a real step on the CPU: above it, and by less than two fifths."
+    timm = pytest.importorskip("timm")
+    net = timm.create_model(name, num_classes=10)
+    f, real = footprint(net, size, half), step_peak(net, batch, size, half)
+    assert real <= f.at(batch) < 1.4*real, (f.at(batch)/1e6, real/1e6)
+    n = sum(p.numel() for p in net.parameters())
+    assert 16*n <= f.fixed < 20*n and footprint(net, size, half, ema=True).fixed - f.fixed == 4*n
+    assert f.most(f.at(17)) == 17 and f.most(0) == 0
+
+
+@pytest.mark.spec("BX21")
+def test_the_gpu_table_follows_the_settings(monkeypatch):
+    "Batch overrides, headroom and the GPU's memory; what is not known is said to be unknown."
+    monkeypatch.setattr(L, "footprint", lambda model, size, half, ema: Footprint(10**9, 1e6*size/384*(1 if half else 2), 0.))
+    t = vram_table(load_config("two_stage", ["train.stage_overrides={stage_4: {batch_size_override: 8}}"]), {"classifier": lambda n: n, "detector": lambda n: n}, 16*10**9)
+    cls, det = t[t.network == "classifier"], t[t.network == "detector"]
+    assert cls.batch.tolist() == [64, 64, 64, 8] and det.batch.tolist() == [16]*4 and cls["most that fit"].iloc[0] == int((.88*16e9 - L.CUDA_BYTES - 1e9)//1e6)
+    assert "most that fit" not in vram_table(CFG, {"classifier": lambda n: n}) and gpu_bytes("RTX 5080")[1].startswith("declared") and gpu_bytes("RTX 9999") == (None, "unknown: no GPU here, none named")
+    said = tell(CFG, STATION, *gpu_rate("RTX 5080"), t, gpu_bytes("RTX 5080")[1])
+    assert "on no GPU measured" in said and "most that fit" in said and "most that fit" not in tell(CFG, STATION, *gpu_rate("RTX 5080"))

@@ -294,7 +294,7 @@ def test_planted_near_duplicates_are_found_and_nothing_else(run, delivery):
 def test_no_photo_is_copied_and_the_saving_is_computed(run):
     root, res = run
     assert not [p for p in (root/"artifacts").rglob("*") if p.suffix in (".png", ".jpg")]
-    assert all(p.is_symlink() for p in (root/"yolo_data"/"images").rglob("*.png"))
+    assert not (root/"yolo_data").exists()
     s = json.loads((root/"reports"/"splits.json").read_text())["storage"]
     data = load_stage(root, 0)
     paths = set(pd.concat([data.train, data.val])["path"])
@@ -303,12 +303,25 @@ def test_no_photo_is_copied_and_the_saving_is_computed(run):
 
 
 @pytest.mark.spec("SP5", "SP6")
-def test_the_detector_sees_the_stage_and_only_it(run):
-    root, _ = run
-    data = load_stage(root, 0)
-    for part in ("train", "val"):
-        names = {p.stem for p in (root/"yolo_data"/"images"/part).iterdir()}
-        assert names == {Path(p).stem for p in getattr(data, part)["path"]} == {p.stem for p in (root/"yolo_data"/"labels"/part).iterdir()}
+def test_the_detector_sees_the_stage_and_only_it(run, tmp_path):
+    "Its tree is a view made when it is asked for: linked, kept while the split stands, made anew after another."
+    from pillsnap.core.stages import RunFolder
+    copy = tmp_path/"run"
+    shutil.copytree(run[0], copy, symlinks=True)
+    head = json.loads((run[0]/"manifest.json").read_text())
+    (copy/"manifest.json").write_text(json.dumps(head | {"root": str((run[0].resolve()/head["root"]).resolve())}))
+    folder = RunFolder(copy)
+    def seen():
+        y, data = S.stage_tree(folder, 0), load_stage(copy, 0)
+        for part in ("train", "val"):
+            names = {p.stem for p in (y/"images"/part).iterdir()}
+            assert names == {Path(p).stem for p in getattr(data, part)["path"]} == {p.stem for p in (y/"labels"/part).iterdir()}
+        assert all(p.is_symlink() and p.exists() for p in (y/"images").rglob("*.png"))
+        return y.stat().st_ino, len(list((y/"images"/"train").iterdir()))
+    (first, n), (again, _) = seen(), seen()
+    S.SplitsJob(run_dir=str(copy), config="smoke", overrides=("data.progressive_validation.stage_0.max_samples=60",), near_duplicates=False).run()
+    (other, fewer) = seen()
+    assert first == again != other and fewer < n
 
 
 @pytest.mark.spec("SP2")

@@ -250,7 +250,7 @@ class OomPolicy(Block):
     reset_after_clean_steps:int = key(200, "steps after which the retries are forgotten", ge=1)
     wd_scale_mode:Literal["constant","declared"] = key("constant", "keep lr x wd x steps (X21)")
 
-# %% ../../nbs/02_core.config.ipynb #562f88db
+# %% ../../nbs/02_core.config.ipynb #a4bff877
 class TrainClassification(Block):
     "The classifier's training (SPEC CT1-CT25)."
     backbone:str = key("tf_efficientnetv2_s", "a timm model name")
@@ -267,7 +267,7 @@ class TrainClassification(Block):
     warmup_steps:int = key(500, "linear warm-up; at most a tenth of the run", ge=0)
     warmup_epochs:float|None = key(None, "the same in epochs; rules over warmup_steps", ge=0)
     warmup_factor:float = key(1e-3, "where the warm-up begins, share of lr", gt=0, le=1)
-    min_lr:float = key(1e-6, "where a cosine ends", ge=0)
+    min_lr:float = key(1e-6, "where cosine_min_lr and each warm restart ends, and the least of reduce_on_plateau; cosine ends at 0", ge=0)
     cosine_t0:int = key(10, "epochs of the first cosine with warm restarts", ge=1)
     cosine_t_mult:int = key(2, "how much longer each next one is", ge=1)
     plateau_patience:int = key(5, "validations without progress before the rate falls", ge=0)
@@ -294,6 +294,11 @@ class TrainClassification(Block):
     stall_check:bool = key(True, "two validations alike to the last digit, or weights that did not move, are an error (BX10)")
     early_stopping:EarlyStopping = key(EarlyStopping(), "stop early")
 
+    @model_validator(mode="after")
+    def _one_drug_a_photo(self)->"TrainClassification":
+        if self.head == "arcface" and (self.mixing.mixup or self.mixing.cutmix): raise ValueError("an ArcFace margin belongs to one drug, and a mixed photo has two; switch mixing off, or take head=linear (X53)")
+        return self
+
 # %% ../../nbs/02_core.config.ipynb #692a81ce
 class TrainDetection(Block):
     "The detector's training (SPEC DT1-DT3). A null key means the library's default."
@@ -317,7 +322,7 @@ class StageOverride(Block):
     memory_format:Literal["channels_last","contiguous"]|None = key(None, "layout")
     num_workers_override:int|None = key(None, "loader processes", ge=0)
 
-# %% ../../nbs/02_core.config.ipynb #34cbb0ef
+# %% ../../nbs/02_core.config.ipynb #bca559cd
 class Train(Block):
     "Training as a whole."
     seed:int = key(42, "every random choice hangs on it", ge=0)
@@ -339,7 +344,11 @@ class Train(Block):
     @classmethod
     def _stage_names(cls, v:Any)->Any:
         if not isinstance(v, Mapping): return v
-        return {f"stage_{k}" if re.fullmatch(r"\d+", str(k)) else k: o for k,o in v.items()}
+        out:dict[str,Any] = {}
+        for k, o in v.items():   # 3 and stage_3 are one stage: a file may use one spelling and a command the other
+            name = f"stage_{k}" if re.fullmatch(r"\d+", str(k)) else k
+            out[name] = {**out[name], **o} if isinstance(o, Mapping) and isinstance(out.get(name), Mapping) else o
+        return out
 
 # %% ../../nbs/02_core.config.ipynb #1f820b4a
 class Optimization(Block):
@@ -380,7 +389,7 @@ class Export(Block):
     compare_photos:int = key(200, "photos on which torch and ONNX must agree", ge=1)
     compare_detector_photos:int = key(100, "the same for the detector", ge=1)
 
-# %% ../../nbs/02_core.config.ipynb #d376a649
+# %% ../../nbs/02_core.config.ipynb #c015187e
 class NarrowPreprocessing(Block):
     "What every photo of the narrow family goes through (SPEC NM1)."
     target_size:int = key(512, "side of the square input, pixels", ge=32)
@@ -400,14 +409,15 @@ class NarrowAugmentation(Block):
 class Narrow(Block):
     "The narrow family: a hundred drugs (SPEC SP7, SP8)."
     split_ratio:tuple[float,float,float] = key((0.8, 0.1, 0.1), "train, val and test, by whole groups")
+    drug_list:str|None = key(None, "top_100_drugs.json: the drugs, and how much each counts (SPEC DM15); null = every drug, counting alike")
     preprocessing:NarrowPreprocessing = key(NarrowPreprocessing(), "the one input of training, app and server")
     augmentation:NarrowAugmentation = key(NarrowAugmentation(), "training only")
 
     _sums = field_validator("split_ratio")(_adds_up)
 
-# %% ../../nbs/02_core.config.ipynb #e4c379d5
+# %% ../../nbs/02_core.config.ipynb #a23d1ff7
 class Retrieval(Block):
-    "The retrieval family, under its source's own key names (SPEC SP9)."
+    "The retrieval family, under its source's own key names (SPEC SP9, RT1-RT9); those that mean an engine's setting are aliases of it."
     train_ratio:float = key(0.70, "share of the IDs that teaches", gt=0, lt=1)
     val_ratio:float = key(0.15, "share that judges", gt=0, lt=1)
     test_ratio:float = key(0.15, "share that is kept for the end", gt=0, lt=1)
@@ -417,7 +427,10 @@ class Retrieval(Block):
     arcface_s:float = key(64.0, "scale of the cosines (SPEC RT2); 48 is advised below ten classes", gt=0)
     arcface_m_warmup:float = key(0.0, "margin while the backbone is frozen, radians", ge=0)
     arcface_m_finetune:float = key(0.5, "margin afterwards, radians; 0.3 is advised below ten classes", ge=0)
-    warmup_epochs:int = key(5, "epochs with a frozen backbone (SPEC RT3)", ge=0)
+    brightness:float|None = key(None, "colour jitter's first number; null = as data.augment.classification.color_jitter has it", ge=0)
+    contrast:float|None = key(None, "its second", ge=0)
+    saturation:float|None = key(None, "its third", ge=0)
+    hue:float|None = key(None, "its fourth", ge=0, le=0.5)
     num_classes_per_batch:int|None = key(None, "P of the P x K sampler; null = all (SPEC TL20)", ge=2)
     samples_per_class:int = key(4, "its K", ge=1)
     gradient_accumulation_steps:int|None = key(None, "null = by the GPU table (SPEC RT6)", ge=1)
@@ -552,7 +565,7 @@ def read_preset(
     under = read_preset(base) if base else {**default_tree(), "_notes": []}
     return {**_merge(under, tree), "_notes": under["_notes"]+notes}
 
-# %% ../../nbs/02_core.config.ipynb #ed3da95c
+# %% ../../nbs/02_core.config.ipynb #f845e49c
 _TC = "train.classification"
 ALIASES:dict[str,str] = {
     **{f"train.{k}": f"{_TC}.{k}" for k in ("batch_size","lr","weight_decay","optimizer","scheduler","grad_accum_steps","grad_clip","epochs",
@@ -562,6 +575,11 @@ ALIASES:dict[str,str] = {
     "data.root": "paths.root", "data.detection.coco_json_path": "paths.root", "data.detection.yolo_output_dir": "paths.exp_dir",
     "data.pipeline_mode": "data.default_mode", "pipeline_mode": "data.default_mode",
     "optimization.compile": "optimization.torch_compile",
+    "retrieval.image_size": "data.classification.img_size", "retrieval.total_epochs": f"{_TC}.epochs", "retrieval.learning_rate": f"{_TC}.lr",
+    "retrieval.warmup_epochs": f"{_TC}.freeze_backbone_epochs", "retrieval.early_stopping_patience": f"{_TC}.early_stopping.patience",
+    "retrieval.scheduler_type": f"{_TC}.scheduler", "retrieval.crop_scale_min": "data.augment.classification.crop_scale_min",
+    "retrieval.rotation_degrees": "data.augment.classification.rotation",
+    **{f"retrieval.{k}": f"{_TC}.{k}" for k in ("weight_decay","cosine_t0","cosine_t_mult","plateau_patience","plateau_factor")},
 }
 RETIRED:dict[str,str] = {
     "train.zero_grad_set_to_none": "gradients are always set to None",

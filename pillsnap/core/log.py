@@ -210,7 +210,7 @@ class StepTimer:
         "The batch is on the device."
         self._ready = self.clock.mark()
 
-# %% ../../nbs/04_core.log.ipynb #431190b5
+# %% ../../nbs/04_core.log.ipynb #6e3ed7d2
 @patch
 def compute_done(self:StepTimer,
     samples:int,       # photos of this batch
@@ -221,6 +221,11 @@ def compute_done(self:StepTimer,
     self.marks.append((self._from, self._from if self._ready is None else self._ready, end))
     self.samples += samples; self.steps += stepped
     self._from, self._ready = end, None
+
+@patch
+def wait_from_here(self:StepTimer)->None:
+    "What passed since the last batch was somebody else's time; the wait for the next begins now."
+    self._from = self.clock.mark()
 
 # %% ../../nbs/04_core.log.ipynb #4001cb6b
 @patch

@@ -241,29 +241,40 @@ def _begin(self:StageJob, run:RunFolder, cfg:Config)->dict[str,Any]:
         config_digest=cfg.digest(), git_sha=get_git_sha(), pillsnap=pillsnap.__version__, python=sys.version.split()[0], hardware=hardware(),
         notebook=os.environ.get("PILLSNAP_NOTEBOOK"), in_sync=os.environ.get("PILLSNAP_IN_SYNC"), inputs={}, outputs={}, error=None)
 
-# %% ../../nbs/08_core.stages.ipynb #1fd22fbe
+# %% ../../nbs/08_core.stages.ipynb #c7419323
 @patch
-def run(self:StageJob)->StageResult:
+def run(self:StageJob,
+    **how:Any # what `work` takes besides
+)->StageResult:
     "Do the stage's work in its folder, alone, and leave a record whatever happens."
     root = Path(self.run_dir).absolute() if self.run_dir else Path(tempfile.mkdtemp(prefix=f"pillsnap_{self.name}_"))
     cfg, run = self.cfg_in(root), RunFolder(root, self.name)
     with FolderLock(root):
         for sub in ("artifacts", "checkpoints", "export", "index", "reports", "stages"): sweep_partials(root/sub)  # what a killed run left
-        before = read_record(root, self.name)
-        rec = self._begin(run, cfg)
-        run.resuming = bool(before) and before["status"] != "finished" and before["settings"] == rec["settings"]
-        _remember(root, cfg); save_json(rec, record_path(root, self.name))
-        for note in cfg.notes: run.log.info(note)
-        t0 = time.perf_counter()
-        try:
-            if not self.run_dir: self.smoke(run, cfg)
-            res = self.work(run, cfg)
-        except BaseException as e:
-            save_json({**rec, "status": "interrupted" if isinstance(e, KeyboardInterrupt) else "failed", "seconds": time.perf_counter()-t0,
-                       "error": "".join(traceback.format_exception_only(e)).strip()}, record_path(root, self.name))
-            raise
-        finally: run.close()
-        res.root, res.record = root, self._finish(rec, res, root, time.perf_counter()-t0)
+        _remember(root, cfg)
+        return self.attempt(run, cfg, **how)
+
+@patch
+def attempt(self:StageJob,
+    run:RunFolder, # a folder that nobody else works in
+    cfg:Config,    # as `cfg_in` gives it
+    **how:Any      # what `work` takes besides
+)->StageResult:
+    "The work and its record, in a folder that is locked already."
+    before, rec = read_record(run.root, self.name), self._begin(run, cfg)
+    run.resuming = bool(before) and before["status"] != "finished" and before["settings"] == rec["settings"]
+    save_json(rec, record_path(run.root, self.name))
+    for note in cfg.notes: run.log.info(note)
+    t0 = time.perf_counter()
+    try:
+        if not self.run_dir: self.smoke(run, cfg)
+        res = self.work(run, cfg, **how)
+    except BaseException as e:
+        save_json({**rec, "status": "interrupted" if isinstance(e, KeyboardInterrupt) else "failed", "seconds": time.perf_counter()-t0,
+                   "error": "".join(traceback.format_exception_only(e)).strip()}, record_path(run.root, self.name))
+        raise
+    finally: run.close()
+    res.root, res.record = run.root, self._finish(rec, res, run.root, time.perf_counter()-t0)
     return res
 
 # %% ../../nbs/08_core.stages.ipynb #c67eddc4
@@ -276,7 +287,7 @@ def _finish(self:StageJob, rec:dict, res:StageResult, root:Path, seconds:float)-
     save_json(rec, record_path(root, self.name))
     return rec
 
-# %% ../../nbs/08_core.stages.ipynb #2063cd87
+# %% ../../nbs/08_core.stages.ipynb #d7d771fe
 @dataclass(frozen=True)
 class Stage:
     "One step of a pipeline."
@@ -284,6 +295,7 @@ class Stage:
     notebook:str  # file name in nbs/, without extension
     job:str       # "pillsnap.data.splits:SplitsJob"
     feature:str = "single_classification" # the feature it belongs to (SPEC CF3)
+    strategy:str = "" # the training strategy it belongs to; "" = every one (SPEC X75)
 
     @property
     def path(self)->Path:
@@ -439,7 +451,7 @@ def fresh_folder(
     while p.exists() and any(p.iterdir()): p, n = Path(f"{run_dir}-{n}"), n+1
     return p
 
-# %% ../../nbs/08_core.stages.ipynb #6a181135
+# %% ../../nbs/08_core.stages.ipynb #03742776
 def run_pipeline(
     stages:Sequence[Stage],          # the pipeline, in order
     config:str="demo",               # preset or YAML
@@ -457,9 +469,11 @@ def run_pipeline(
     if fresh: root = fresh_folder(root)
     cfg = load_config(config, [*overrides, f"paths.exp_dir={json.dumps(str(root))}"])
     chosen = choose(stages, only, start); records = []
+    _trains(stages, cfg)
     with FolderLock(RunFolder(root).sub("stages")):
         for i, stage in enumerate(chosen, 1):
             if stage.feature not in active_features(cfg): print(f"[{i}/{len(chosen)}] {stage.name}: left out, because {stage.feature} is not in feature set {cfg.project.active_feature_set}"); continue
+            if not only and stage.strategy not in ("", cfg.train.strategy): print(f"[{i}/{len(chosen)}] {stage.name}: left out, because train.strategy is {cfg.train.strategy}"); continue
             why = stale(root, stage.name, cfg)
             if why is None and not force and not params: print(f"[{i}/{len(chosen)}] {stage.name}: up to date"); records.append(read_record(root, stage.name)); continue
             if why and why[1] and not force: _refuse(stage, root, why[1])
@@ -467,6 +481,11 @@ def run_pipeline(
             rec = run_stage(stage, root, cfg, params, resume_command(config, root, stage.name, overrides))
             print(f"[{i}/{len(chosen)}] {stage.name}: {rec['verdict']} ({rec['seconds']:.0f} s)", flush=True); records.append(rec)
     return records
+
+def _trains(stages:Sequence[Stage], cfg:Config)->None:
+    "Stop where the strategy's stages all stand outside the feature set: nothing would be trained."
+    ways = {s.feature for s in stages if s.strategy == cfg.train.strategy}
+    if ways and not ways & set(active_features(cfg)): raise PillsnapError(f"train.strategy={cfg.train.strategy} needs {', '.join(sorted(ways))}, which is not in feature set {cfg.project.active_feature_set}", where="train.strategy", fix="project.active_feature_set=advanced, or train.strategy=sequential")
 
 def _refuse(stage:Stage, root:Path, diff:list[str])->None:
     "Stop before another configuration's results are overwritten."

@@ -29,11 +29,12 @@ from enum import StrEnum
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-# %% ../../nbs/11a_data.aihub.ipynb #1dbff5cf
+# %% ../../nbs/11a_data.aihub.ipynb #a997170b
 import joblib
 import msgspec
 from fastcore.basics import patch
 from ..core.errors import PillsnapError
+from ..core.files import MACHINE, os_trouble
 from .capture import Capture, parse_name
 
 # %% ../../nbs/11a_data.aihub.ipynb #def470d8
@@ -328,7 +329,7 @@ def capture(self:Annotation)->Capture|None:
 # %% ../../nbs/11a_data.aihub.ipynb #15838f67
 MAX_JSON_BYTES = 4_000_000
 
-# %% ../../nbs/11a_data.aihub.ipynb #cab16ce6
+# %% ../../nbs/11a_data.aihub.ipynb #703f8ef8
 def read_bytes(
     path:str|os.PathLike # a file
 )->bytes|Fault:
@@ -340,7 +341,9 @@ def read_bytes(
             if len(raw) < 1<<16: return raw   # two kilobytes, nearly always
             while len(raw) <= MAX_JSON_BYTES and (more := os.read(fd, MAX_JSON_BYTES)): raw += more
         finally: os.close(fd)
-    except (OSError, ValueError) as e: return Fault(printable(path), Reason.UNREADABLE, str(e))
+    except (OSError, ValueError) as e:
+        if getattr(e, "errno", None) in MACHINE: raise os_trouble("an annotation cannot be read", path, e) from e
+        return Fault(printable(path), Reason.UNREADABLE, str(e))
     return raw if len(raw) <= MAX_JSON_BYTES else Fault(printable(path), Reason.UNREADABLE, f"larger than {MAX_JSON_BYTES} bytes")
 
 # %% ../../nbs/11a_data.aihub.ipynb #3744ec5f

@@ -40,19 +40,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from fastcore.basics import patch
 
-# %% ../../nbs/14_data.conversion.ipynb #e8db77e9
+# %% ../../nbs/14_data.conversion.ipynb #c840621a
 import logging
 from ..core.config import Config, load_config
 from ..core.errors import PillsnapError
-from ..core.files import atomic_path, ensure_dir, os_trouble, read_json, save_json, save_text, sha256_file
+from ..core.files import MACHINE, atomic_path, ensure_dir, os_trouble, read_json, save_json, save_text, sha256_file
 from ..core.stages import RunFolder, StageJob, StageResult
 
-# %% ../../nbs/14_data.conversion.ipynb #f9661737
+# %% ../../nbs/14_data.conversion.ipynb #dea0313d
 from .aihub import (DRUG_KEYS, Delivery, Fault, Photos, Reason, choose_photo, edi_list, find_delivery, index_photos,
     overlap_in_words, printable, sealed_codes, sealed_folders, unpack_hint)
 from .classmap import ClassMap
 from .images import MAX_BYTES, MAX_PIXELS, open_image_safely
-from .index import COLUMNS, INT_COLUMNS, gather_rows, photo_folder, plain_rows, read_manifest, truth_rows, write_index, write_manifest
+from .index import COLUMNS, INT_COLUMNS, gather_rows, photo_folder, plain_rows, read_index, read_manifest, truth_rows, write_index, write_manifest
 from .truth import Drug, Evidence, Pill, PhotoTruth, examine, labels_of, summary
 
 # %% ../../nbs/14_data.conversion.ipynb #14d5ad2e
@@ -79,7 +79,7 @@ class Seen:
     reason:str = "" # why it is left out; "" for a good photo
     detail:str = "" # particulars of that
 
-# %% ../../nbs/14_data.conversion.ipynb #4aaf1505
+# %% ../../nbs/14_data.conversion.ipynb #3d3a0631
 def look(
     path:str|os.PathLike,         # one photo
     grayscale_policy:str="rgb",   # "rgb" or "skip"
@@ -90,8 +90,11 @@ def look(
     try:
         if os.path.getsize(path) > MAX_BYTES: return Seen(0, 0, "", Reason.TOO_LARGE, f"the file is larger than {MAX_BYTES >> 20} MB")
         raw = Path(path).read_bytes()
-    except OSError as e: return Seen(0, 0, "", Reason.BROKEN, f"read: {e.strerror or e}")
+    except OSError as e:
+        if e.errno in MACHINE: raise os_trouble("a photo cannot be read", path, e) from e
+        return Seen(0, 0, "", Reason.BROKEN, f"read: {e.strerror or e}")
     sha1, got = hashlib.sha1(raw).hexdigest(), open_image_safely(path, grayscale_policy, rgba_policy, max_pixels)
+    if got.get("errno") in MACHINE: raise os_trouble("a photo cannot be read", path, OSError(got["errno"], got["error"]))
     if "_skip" in got:
         reason = {"bound": Reason.TOO_LARGE, "policy": Reason.POLICY}.get(got["stage"], Reason.BROKEN)
         return Seen(0, 0, sha1, reason, f"{got['stage']}: {got['error']}"[:300])
@@ -670,7 +673,7 @@ def report_of(
         box_share_of_photo={kind: {f"p{q}": float(np.percentile(boxes[df.kind == kind], q)) for q in (5,50,95)} for kind in sorted(set(df.kind))},
         conditions=conditions, passed_over=dict(index_pictures=photos.index, hidden_files=photos.hidden), audit=summary(e, photos), seconds=seconds)
 
-# %% ../../nbs/14_data.conversion.ipynb #c1dceeeb
+# %% ../../nbs/14_data.conversion.ipynb #b5e32047
 def write_all(
     out:Path,              # run folder
     d:Delivery,            # where things are
@@ -682,7 +685,6 @@ def write_all(
     log:logging.Logger     # where lines go
 )->dict[str,Any]: # the header as written
     "Write every file of a conversion, the manifest last."
-    write_yolo_tree(df, d.root, out/"yolo_data", log=log)
     save_drug_mapping(drugs, out/"drug_metadata.json", log)
     write_faults(sieve.out, out/"quarantine.csv"); write_faults(sieve.remarks, out/"reports"/"remarks.csv")
     header = write_manifest(df, header, out/"manifest.csv")
@@ -705,7 +707,7 @@ def convert_delivery(
     "Convert a delivery into a run folder (SPEC DM1, DM7-DM9)."
     return convert(find_delivery(root), out_dir, cfg or load_config("two_stage"), log or logging.getLogger("pillsnap.conversion"), progress)
 
-# %% ../../nbs/14_data.conversion.ipynb #8ac54208
+# %% ../../nbs/14_data.conversion.ipynb #53766231
 def index_labels(
     labels:str|os.PathLike,   # a delivery, or a tree of annotation files; photos are not looked for
     path:str|os.PathLike,     # the index to write, <name>.arrow; what was left out goes beside it, <name>.quarantine.csv
@@ -727,28 +729,32 @@ def index_labels(
 def index_command(
     labels:str|os.PathLike,   # a delivery, or a tree of annotation files
     out:str|os.PathLike,      # the index to write
-    workers:int|None=None     # processes
+    workers:int|None=None,    # processes
+    yolo:str|os.PathLike|None=None # a folder for the same boxes as the detector's library wants them
 )->dict[str,Any]: # the header
     "`pillsnap index`: write it, say what is in it."
     t0 = time.perf_counter(); h = index_labels(labels, out, workers=workers, progress=True); n = h["counts"]
     print(f"index          {out}  ({os.path.getsize(out)/1e6:.0f} MB in {time.perf_counter()-t0:.0f} s)")
     print(f"read           {n['files']:,} annotation files; kept {n['pills']:,} pills in {n['photos']:,} photos of {n['drugs']:,} drugs")
     print(f"left out       {sum(h['quarantine'].values()):,} entries  {Path(out).with_suffix('.quarantine.csv')}")
+    if yolo:
+        rows, head = read_index(out)
+        print(f"YOLO           {write_yolo_tree(rows, head['root'], yolo)}  (photos are linked where they lie, {head['root']})")
     return h
 
-# %% ../../nbs/14_data.conversion.ipynb #574e96e9
+# %% ../../nbs/14_data.conversion.ipynb #a61219df
 def convert_coco_to_yolo(
     coco_json_path:str|os.PathLike, # the labels of a delivery, a part of them, or the delivery; or one COCO file
     output_dir:str|os.PathLike      # gets yolo_data/, drug_metadata.json, manifest and quarantine
 )->Path: # data.yaml
-    "The sources' name for the conversion; records are merged by file_name (SPEC DM1)."
+    "The sources' name for the conversion with its YOLO tree; records are merged by file_name (SPEC DM1)."
     if (p := Path(coco_json_path).absolute()).is_file(): return coco_to_yolo(p, output_dir)
     above = [p, *p.parents][:6]
     root = next((q for q in above if (q/"data"/"train"/"labels").is_dir()), None) or next((q for q in above if (q/"labels").is_dir() and (q/"images").is_dir()), p)
     d = find_delivery(root)
     if p.is_relative_to(d.labels.absolute()): d = Delivery(d.root, p, d.images, d.sealed)
-    convert(d, output_dir, load_config("two_stage"), logging.getLogger("pillsnap.conversion"), progress=False)
-    return Path(output_dir)/"yolo_data"/"data.yaml"
+    c = convert(d, output_dir, load_config("two_stage"), logging.getLogger("pillsnap.conversion"), progress=False)
+    return write_yolo_tree(c.rows, d.root, Path(output_dir)/"yolo_data")
 
 # %% ../../nbs/14_data.conversion.ipynb #760bed71
 def plot_balance(
@@ -863,10 +869,10 @@ def _verdict(c:Conversion)->str:
     n, out = c.header["counts"], sum(c.header["quarantine"].values())
     return f"{n['photos']} photos of {n['drugs']} drugs ({n['singles']} singles, {n['combos']} combos), {n['pills']} pills; {out} entries in quarantine; {c.header['source']} data {c.header['data_hash'][:12]}"
 
-# %% ../../nbs/14_data.conversion.ipynb #2b0f46c9
+# %% ../../nbs/14_data.conversion.ipynb #b528bf78
 @dataclass(frozen=True)
 class ConversionJob(StageJob):
-    "Delivery in; manifest, YOLO tree, drug metadata, quarantine and report out (SPEC DM1-DM9)."
+    "Delivery in; manifest, index, drug metadata, quarantine and report out (SPEC DM1-DM9)."
     name:ClassVar[str] = "conversion"
     sections:ClassVar[tuple[str,...]] = ("data.source", "data.extensions", "data.ignore_hidden", "data.verify_on_build", "data.broken_policy",
         "data.incomplete_combo", "data.grayscale_policy", "data.rgba_policy", "synth")
@@ -890,13 +896,13 @@ def smoke_conversion(
     "The manifest of a small synthetic delivery, for the smoke runs of later stages."
     return convert_into(run, cfg, run.root/"delivery", progress=False).header
 
-# %% ../../nbs/14_data.conversion.ipynb #bd106214
+# %% ../../nbs/14_data.conversion.ipynb #9a105c61
 @patch
 def work(self:ConversionJob, run:RunFolder, cfg:Config)->StageResult:
     "Convert `paths.root` into the run folder."
     root = Path(cfg.paths.root).absolute() if self.run_dir or cfg.data.source != "synthetic" else run.root/"delivery"
     c = convert_into(run, cfg, root, progress=bool(self.run_dir)); figures = draw_report(c, root)
-    outputs = [run.root/n for n in ("manifest.csv","manifest.json","quarantine.csv","drug_metadata.json","index/train.arrow","yolo_data/data.yaml","reports/conversion.json","reports/remarks.csv")]
+    outputs = [run.root/n for n in ("manifest.csv","manifest.json","quarantine.csv","drug_metadata.json","index/train.arrow","reports/conversion.json","reports/remarks.csv")]
     d = find_delivery(root); ledger = [p for p in (root/"SYNTHETIC.json",) if p.is_file()]
     return StageResult(_verdict(c), _table(c), figures, inputs=[d.labels, d.images, *ledger], outputs=outputs+figures, notes=[c.header["sealed"]["words"], *_notes(c)])
 

@@ -170,7 +170,7 @@ class MemorySource(Source):
         if window is None: np.copyto(out, got)
         else: show(got, None, view, window, flip, out)
 
-# %% ../../nbs/19_data.datasets.ipynb #c9f103bb
+# %% ../../nbs/19_data.datasets.ipynb #870c2689
 @dataclass
 class Looks:
     "What a batch will show, one entry per sample."
@@ -184,6 +184,10 @@ class Looks:
 
     def part(self, which:slice|np.ndarray)->"Looks": # some of them
         return Looks(*(v if v is None else v[which] for v in (self.rows, self.crops, self.draws, self.windows, self.flips)))
+
+    @staticmethod
+    def join(parts:Sequence["Looks"])->"Looks": # one after the other
+        return Looks(*(None if v[0] is None else np.concatenate(v) for v in zip(*((p.rows, p.crops, p.draws, p.windows, p.flips) for p in parts))))
 
 def dataset_views(
     size:int,                                 # side of the network's input, pixels

@@ -7,8 +7,9 @@ __all__ = ['AUTOTUNE_WARMUP', 'AUTOTUNE_STEPS', 'memory_efficient_loader', 'buil
            'init_worker', 'worker_count', 'worker_candidates', 'data_time', 'autotune_num_workers', 'policies_of',
            'preload_count', 'teaching_rows', 'pack_of', 'base_source', 'hotset', 'preload_stage_data', 'database',
            'source_of', 'classification_set', 'engine_of', 'loader_options', 'batch_size_of', 'validation_loader',
-           'processes_of', 'tuned', 'build_classification_loaders', 'caches_of', 'loader_meta', 'summary',
-           'build_detection_loaders', 'build_dataloaders_by_mode', 'build_dataloaders_twostage']
+           'processes_of', 'photos_per_batch', 'training_order', 'tuned', 'build_classification_loaders', 'caches_of',
+           'loader_meta', 'summary', 'build_detection_loaders', 'build_dataloaders_by_mode',
+           'build_dataloaders_twostage']
 
 # %% ../../nbs/19a_data.loaders.ipynb #4402d687
 import itertools
@@ -32,7 +33,7 @@ import torch
 from fastcore.basics import patch
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
-# %% ../../nbs/19a_data.loaders.ipynb #59677c75
+# %% ../../nbs/19a_data.loaders.ipynb #cbf0f8db
 from ..core.config import Config
 from ..core.errors import PillsnapError
 from ..core.files import sha256_text
@@ -42,8 +43,8 @@ from .caches import LMDBImageCache, PhotoCache, SizedLRUCache, View, free_bytes
 from .datasets import DeliverySource, Looks, MemorySource, PackSource, PillsnapClsDataset, PillsnapDetDataset, Source, dataset_views, lmdb_converter, safe_collate_detection
 from .images import decode_image_png_u8
 from .pack import Pack, pack_settings, stage_pack
-from .sampling import EpochSampler, earlier_visits, rare_more_often
-from .splits import StageData
+from .sampling import BalancedBatchSampler, EpochSampler, earlier_visits, effective_batch, rare_more_often
+from .splits import StageData, family_ratios
 
 # %% ../../nbs/19a_data.loaders.ipynb #59942f21
 class Buffers:
@@ -65,7 +66,7 @@ class Buffers:
     def _back(self, base:np.ndarray)->None:
         if len(self.free) < self.spare: self.free.append(base)
 
-# %% ../../nbs/19a_data.loaders.ipynb #f8b6b599
+# %% ../../nbs/19a_data.loaders.ipynb #72806bf3
 class PhotoLoader:
     "Batches of (images, labels, meta) for any loop; exact in mid-epoch (SPEC TL3-TL6, BX10)."
     def __init__(self,
@@ -81,61 +82,116 @@ class PhotoLoader:
         pin_memory:bool=False,        # page-locked host batches
         raw:bool=False,               # True: the bytes [B, 3, S, S] uint8, neither augmented nor normalised
         multiprocessing_context:str|None="spawn", # how processes start
-        persistent_workers:bool=True  # processes outlive an epoch
+        persistent_workers:bool=True, # processes outlive an epoch
+        refill:bool=True              # training: photos that follow take the place of skipped ones; False where every rank needs as many batches
     ):
         if engine not in ("threads", "processes"): raise PillsnapError(f"a loader works with threads or processes, not {engine!r}", where="dataloader.engine")
         if sampler is not None and batch_sampler is not None: raise PillsnapError("a sampler of rows and one of batches cannot both decide", where="PhotoLoader", fix="give one of them")
         self.dataset, self.drop_last, self.engine, self.num_workers, self.raw, self.batch_sampler = dataset, drop_last, engine, num_workers, raw, batch_sampler
-        self.sampler = SequentialSampler(dataset) if sampler is None and batch_sampler is None else sampler
+        self.sampler = SequentialSampler(dataset) if sampler is None and batch_sampler is None else batch_sampler if sampler is None else sampler
         self.batch_size = batch_size if batch_sampler is None else None
         self.prefetch_factor, self.device, self.pin_memory = prefetch_factor or 2, torch.device(device), pin_memory and torch.cuda.is_available()
         self.processes = dict(multiprocessing_context=multiprocessing_context, persistent_workers=persistent_workers)
         self.labels, self.skipped = torch.tensor(dataset.labels, dtype=torch.int64), {}
-        self.epoch, self.batch, self._first, self._carried, self._pool, self._loader, self._flying = 0, 0, 0, [], None, None, deque(maxlen=2)
+        self.refills = refill and dataset.train and batch_sampler is None   # validation shows every photo once, P×K is a balance
+        self.epoch, self.batch, self.row, self._start, self._carried = 0, 0, 0, (0, 0), []
+        self._pool, self._loader, self._flying = None, None, deque(maxlen=2)
         self.buffers = Buffers(batch_size if batch_sampler is None else 1, dataset.size, self.pin_memory)
+        self.rank, self.world = 0, 1
 
     def __len__(self)->int: # batches of an epoch
         if self.batch_sampler is not None: return len(self.batch_sampler)
         n = len(self.sampler)
         return n // self.batch_size if self.drop_last else -(-n // self.batch_size)
 
-# %% ../../nbs/19a_data.loaders.ipynb #fca79153
+# %% ../../nbs/19a_data.loaders.ipynb #e1786787
 @patch
-def _cut(self:PhotoLoader)->tuple[int,list[tuple[np.ndarray,np.ndarray]]]:
-    "The epoch, and rows and earlier visits of each of its batches."
+def _cut(self:PhotoLoader)->tuple[int,np.ndarray,np.ndarray]:
+    "The epoch, its rows in order, and where its batches begin and end."
     s = self.sampler if self.batch_sampler is None else self.batch_sampler
     epoch = getattr(s, "epoch", 0)
-    if self.batch_sampler is not None:
-        parts = [np.asarray(b, np.int64) for b in s]; order = np.concatenate(parts) if parts else np.zeros(0, np.int64)
-        edges = np.cumsum([0, *map(len, parts)])
-    else:
+    if self.batch_sampler is None:
         order = np.fromiter(s, np.int64)
-        edges = np.minimum(np.arange(len(self) + 1) * self.batch_size, len(order))
-    visits = earlier_visits(order)
-    return epoch, [(order[a:b], visits[a:b]) for a, b in itertools.pairwise(edges)]
+        return epoch, order, np.minimum(np.arange(len(self) + 1) * self.batch_size, len(order))
+    parts = [np.asarray(b, np.int64) for b in s]
+    return epoch, np.concatenate([np.zeros(0, np.int64), *parts]), np.cumsum([0, *map(len, parts)])
 
-# %% ../../nbs/19a_data.loaders.ipynb #877fb521
+@patch
+def _chunks(self:PhotoLoader, order:np.ndarray, edges:np.ndarray)->Iterator[tuple[Looks,torch.Tensor,list]]:
+    "What is left of the order, opened piece by piece; its dropped remainder only when photos are missing."
+    visits, end = earlier_visits(order), edges[-1]
+    work = self._by_processes if self.engine == "processes" and self.num_workers else self._by_threads if self.num_workers else self._here
+    mine = lambda a, b: slice(a + (b-a)*self.rank//self.world, a + (b-a)*(self.rank + 1)//self.world)
+    pieces = lambda e: [(order[s], visits[s]) for s in itertools.starmap(mine, itertools.pairwise(e))]
+    yield from work(pieces(np.r_[np.arange(self.row, end, self.batch_size), end] if self.refills else edges[edges >= self.row]))
+    if self.refills and end < len(order): yield from work(pieces([max(self.row, end), len(order)]))
+
+@patch
+def shard(self:PhotoLoader,
+    rank:int=0, # this process
+    world:int=1 # how many there are
+)->PhotoLoader:
+    "Deliver this process's part of each batch; the batches, and a saved position, are those of one process (SPEC BX10)."
+    self.rank, self.world = rank, world
+    self.refills = self.refills and world == 1   # every process must see as many batches
+    return self
+
+# %% ../../nbs/19a_data.loaders.ipynb #3a85c739
 @patch
 def __iter__(self:PhotoLoader)->Iterator[tuple[torch.Tensor,torch.Tensor,dict[str,list]]]: # images, labels, {"paths", "skipped"}
     "An epoch, or what is left of it after `load_state_dict`."
-    self.epoch, batches = self._cut()
-    self.batch, self._first, self.count = self._first, 0, len(batches)
-    work = self._by_processes if self.engine == "processes" and self.num_workers else self._by_threads if self.num_workers else self._here
-    for looks, images, why in work(batches[self.batch:]):
+    (self.batch, self.row), self._start = self._start, (0, 0)
+    self.epoch, order, edges = self._cut()
+    self.count, self.rows = len(edges) - 1, int(edges[-1])
+    for looks, images, bad, rows in (self._refilled if self.refills else self._as_cut)(self._chunks(order, edges)):
+        self.row = self.row + rows if self.refills else int(edges[edges > self.row][0])   # of all processes
+        self._note(bad)
+        if not len(looks): _log.warning("all %d photos of a batch were skipped, the first because %s", rows, bad[0]["error"])
+        if not len(looks) or self.refills and self.drop_last and len(looks) < self.batch_size: continue
         self.batch += 1
-        if (got := self._deliver(looks, images, why)) is not None: yield got
+        yield self._deliver(looks, images)
+        if self.batch == self.count: return   # what a dropped remainder could still give is not asked for
+    if self.batch < self.count: _log.warning("epoch %d has %d batches instead of %d: %d photos that were skipped are missing", self.epoch, self.batch, self.count, len(self.skipped))
+
+# %% ../../nbs/19a_data.loaders.ipynb #6f864a2c
+@patch
+def _as_cut(self:PhotoLoader, chunks:Iterable)->Iterator[tuple[Looks,torch.Tensor,list[dict],int]]: # looks, images, records of what was skipped, rows used
+    "Every batch as it was cut, shorter by what gave no sample (SPEC TL4)."
+    for looks, images, why in chunks:
+        good = [k for k, r in enumerate(why) if r is None]
+        yield (looks, images, [], len(why)) if len(good) == len(why) else (looks.part(np.array(good, int)), images[good], [r for r in why if r], len(why))
 
 @patch
-def _deliver(self:PhotoLoader, looks:Looks, images:torch.Tensor, why:list[dict|None])->tuple|None:
-    "Leave out what gave no sample and say so, send, finish; None when nothing is left (SPEC TL4)."
-    good = np.array([r is None for r in why])
-    if not good.all():
-        self._carried += [{k: r.get(k, "") for k in ("path", "stage", "error")} for r in why if r is not None]
-        self.skipped |= {r["path"]: r for r in self._carried}
-        looks, images = looks.part(good), images[torch.from_numpy(good)]
-    if not len(looks):
-        _log.warning("all %d photos of a batch were skipped, the first because %s", len(why), why[0]["error"])
-        return None
+def _refilled(self:PhotoLoader, chunks:Iterable)->Iterator[tuple[Looks,torch.Tensor,list[dict],int]]: # as `_as_cut`
+    "Batches of the next `batch_size` photos that open, wherever a piece ends (SPEC TL4)."
+    parts, bad, have, used = [], [], 0, 0
+    for looks, images, why in chunks:
+        good, at = np.array([k for k, r in enumerate(why) if r is None], int), 0
+        while at < len(why):
+            take = good[good >= at][:self.batch_size - have]
+            end = int(take[-1]) + 1 if have + len(take) == self.batch_size else len(why)
+            parts.append((looks, images) if len(take) == len(why) else (looks.part(take), images[torch.from_numpy(take)]))
+            bad += [r for r in why[at:end] if r]; have += len(take); used += end - at; at = end
+            if have == self.batch_size: yield *self._joined(parts, have), bad, used; parts, bad, have, used = [], [], 0, 0
+    if used: yield *self._joined(parts, have), bad, used
+
+# %% ../../nbs/19a_data.loaders.ipynb #fb56ef76
+@patch
+def _joined(self:PhotoLoader, parts:list[tuple[Looks,torch.Tensor]], n:int)->tuple[Looks,torch.Tensor]:
+    "Parts of batches as one."
+    if len(parts) == 1: return parts[0]
+    out = torch.from_numpy(self._buffer(n))
+    return Looks.join([looks for looks, _ in parts]), torch.cat([images for _, images in parts], out=out)
+
+@patch
+def _note(self:PhotoLoader, bad:list[dict])->None:
+    "What was skipped travels with the next batch, and is counted once."
+    self._carried += [{k: r.get(k, "") for k in ("path", "stage", "error")} for r in bad]
+    self.skipped |= {r["path"]: r for r in self._carried}
+
+@patch
+def _deliver(self:PhotoLoader, looks:Looks, images:torch.Tensor)->tuple[torch.Tensor,torch.Tensor,dict[str,list]]:
+    "Send, finish, name."
     images, labels = self._send(images.permute(0, 3, 1, 2)), self.labels[torch.from_numpy(looks.rows)]
     meta, self._carried = {"paths": [self.dataset.paths[i] for i in looks.rows], "skipped": self._carried}, []
     return images if self.raw else self.dataset.finish(images, looks), labels.to(self.device), meta
@@ -221,13 +277,14 @@ def _by_processes(self:PhotoLoader, batches:list)->Iterator[tuple[Looks,torch.Te
     self._loader.sampler.jobs = (self.dataset.looks(rows, self.epoch, visits) for rows, visits in batches)
     yield from self._loader
 
-# %% ../../nbs/19a_data.loaders.ipynb #95809c24
+# %% ../../nbs/19a_data.loaders.ipynb #19279c72
 @patch
 def state_dict(self:PhotoLoader)->dict[str,int]:
     "Where the loop stands: after the batch that it holds now (SPEC BX10, Annex 3)."
     s = self.sampler if self.batch_sampler is None else self.batch_sampler
-    mid = 0 < self.batch < getattr(self, "count", 0)
-    return {"epoch": self.epoch if mid else getattr(s, "epoch", 0), "batch": self.batch if mid else self._first, **self._identity()}
+    mid = 0 < self.batch < getattr(self, "count", 0) and self.row < self.rows
+    batch, row = (self.batch, self.row) if mid else self._start
+    return {"epoch": self.epoch if mid else getattr(s, "epoch", 0), "batch": batch, "row": row, **self._identity()}
 
 @patch
 def _identity(self:PhotoLoader)->dict[str,int]:
@@ -242,7 +299,7 @@ def load_state_dict(self:PhotoLoader,
         raise PillsnapError("the saved position belongs to another loader: " + "; ".join(odd), where="sampler_state", fix="resume with the settings the run had")
     s = self.sampler if self.batch_sampler is None else self.batch_sampler
     if hasattr(s, "set_epoch"): s.set_epoch(int(state["epoch"]))
-    self.batch, self._first = 0, int(state["batch"])
+    self.batch, self._start = 0, (int(state["batch"]), int(state["row"]))
 
 # %% ../../nbs/19a_data.loaders.ipynb #23fe2a6f
 def worker_count(
@@ -484,7 +541,29 @@ def processes_of(
     "Worker processes that a cache must be shared with; threads share by themselves."
     return options["num_workers"] if options["engine"] == "processes" else 0
 
-# %% ../../nbs/19a_data.loaders.ipynb #30c62e05
+# %% ../../nbs/19a_data.loaders.ipynb #ca8d6c76
+def photos_per_batch(
+    loader:PhotoLoader # of training
+)->int:
+    "Its batch size; P x K where batches are drawn by class."
+    return loader.batch_size or loader.batch_sampler.p*loader.batch_sampler.k
+
+def training_order(
+    d:PillsnapClsDataset, # training rows
+    cfg:Config,           # project.family, data.imbalance, dataloader.drop_last, retrieval
+    batch:int             # photos of a batch, where they are not drawn by class
+)->tuple[dict[str,Any],list[str]]: # PhotoLoader's arguments that decide the order, and what to say
+    "Each photo once in a new order; rare drugs more often; or, in the retrieval family, P drugs with K photos each (SPEC TL9, TL20)."
+    if cfg.project.family == "retrieval":
+        s = BalancedBatchSampler(d.labels, cfg.retrieval.num_classes_per_batch, cfg.retrieval.samples_per_class, cfg.train.seed)
+        accum = cfg.train.classification.grad_accum_steps
+        return {"batch_sampler": s}, [f"sampler: {s.p} classes x {s.k} photos in a batch, {effective_batch(s.p, s.k, accum)} behind a step; train.classification.batch_size is for validation"]
+    s = EpochSampler(d, cfg.train.seed, rare_more_often(d.labels, max(d.labels)+1) if cfg.data.imbalance.use_weighted_sampler else None)
+    drop = cfg.dataloader.drop_last and len(d) >= batch
+    said = [f"drop_last: off, there are {len(d)} photos and a batch has {batch}"] if cfg.dataloader.drop_last and not drop else []
+    return {"batch_size": batch, "sampler": s, "drop_last": drop}, said
+
+# %% ../../nbs/19a_data.loaders.ipynb #8c35919e
 AUTOTUNE_WARMUP, AUTOTUNE_STEPS = 30, 50   # SPEC TL7
 
 def tuned(
@@ -496,11 +575,11 @@ def tuned(
     "Set the loader's number of workers to the one that waits least, where an epoch is long enough to measure it (SPEC TL7)."
     if not (cfg.dataloader.autotune_workers and loader.num_workers): return []
     if len(loader) < AUTOTUNE_WARMUP + AUTOTUNE_STEPS: decide(log, f"autotune: workers are chosen by rule, an epoch of {len(loader)} batches is too short to measure"); return []
-    make = lambda n: PhotoLoader(loader.dataset, loader.batch_size, EpochSampler(loader.dataset, loader.dataset.seed), None, True, loader.engine, n, loader.prefetch_factor, loader.device, loader.pin_memory, **loader.processes)
+    make = lambda n: PhotoLoader(loader.dataset, photos_per_batch(loader), EpochSampler(loader.dataset, loader.dataset.seed), None, True, loader.engine, n, loader.prefetch_factor, loader.device, loader.pin_memory, **loader.processes)
     loader.num_workers, table = autotune_num_workers(make, None, AUTOTUNE_WARMUP, AUTOTUNE_STEPS, None, log, tb)
     return table
 
-# %% ../../nbs/19a_data.loaders.ipynb #718de0fc
+# %% ../../nbs/19a_data.loaders.ipynb #d00e196f
 def build_classification_loaders(
     stage:StageData,       # as `load_stage` gives it
     cfg:Config,            # the run's configuration
@@ -514,19 +593,17 @@ def build_classification_loaders(
     if not (rows["kind"] == "single").any() or not (stage.val["kind"] == "single").any(): raise PillsnapError("a classifier needs single photos in train and in val", where=stage.root, fix="look at the splits stage: does every drug have two capture groups?")
     options, lines = loader_options(cfg, stage.stage, rows, cache is not False and cfg.dataloader.ram_optimization.cache_policy == "hotset")
     d = classification_set(rows, stage, cfg, True, cache=cache, workers=processes_of(options), log=log)
-    sampler = EpochSampler(d, cfg.train.seed, rare_more_often(d.labels, len(stage.class_map)) if cfg.data.imbalance.use_weighted_sampler else None)
-    drop = cfg.dataloader.drop_last and len(d) >= batch
-    if cfg.dataloader.drop_last and not drop: lines.append(f"drop_last: off, there are {len(d)} photos and a batch has {batch}")
-    train_dl = PhotoLoader(d, batch, sampler, drop_last=drop, device=device, **options)
+    order, more = training_order(d, cfg, batch)
+    train_dl = PhotoLoader(d, device=device, **order, **options)
     table = tuned(train_dl, cfg, log, tb)
     val_dl = validation_loader(stage.val, stage, cfg, "whole", cache, log, device)
     meta = loader_meta(stage, cfg, train_dl, val_dl, table)
-    for line in [*lines, *dangers(cfg.data.augment.classification), *summary(meta)]: decide(log, line, tb)
+    for line in [*lines, *more, *dangers(cfg.data.augment.classification), *summary(meta)]: decide(log, line, tb)
     return train_dl, val_dl, meta
 
 memory_efficient_loader = build_classification_loaders   # the sources' other name (SPEC TL3)
 
-# %% ../../nbs/19a_data.loaders.ipynb #03e40180
+# %% ../../nbs/19a_data.loaders.ipynb #905e5921
 def caches_of(
     loader:PhotoLoader # of photos
 )->list[PhotoCache]:   # the hotset, if there is one
@@ -548,8 +625,8 @@ def loader_meta(
         "splits_json": f"artifacts/stage{stage.stage}/splits.json", "test_usage_policy": cfg.data.test_usage_policy,
         "weights_used": cfg.data.imbalance.use_class_weights, "sampler_used": cfg.data.imbalance.use_weighted_sampler,
         "skipped_files": [{"path": p, **e} for c in caches for (p, _), e in c.errors.items()],
-        "batch_size": train_dl.batch_size, "drop_last": train_dl.drop_last, "num_workers": train_dl.num_workers, "engine": train_dl.engine, "pin_memory": train_dl.pin_memory,
-        "prefetch_factor": train_dl.prefetch_factor if train_dl.num_workers else None, "persistent_workers": train_dl.processes["persistent_workers"], "split_ratio": list(cfg.data.split_ratio),
+        "batch_size": photos_per_batch(train_dl), "drop_last": train_dl.drop_last, "num_workers": train_dl.num_workers, "engine": train_dl.engine, "pin_memory": train_dl.pin_memory,
+        "prefetch_factor": train_dl.prefetch_factor if train_dl.num_workers else None, "persistent_workers": train_dl.processes["persistent_workers"], "split_ratio": list(family_ratios(cfg)),
         "source": type(train_dl.dataset.source).__name__.removesuffix("Source").lower(), "autotune": list(table),
         "max_samples": stage.header["params"]["quotas"], "cached_bytes": sum(c.nbytes for c in caches), "class_map": stage.class_map.fingerprint}
 

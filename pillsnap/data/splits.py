@@ -10,7 +10,7 @@ __all__ = ['GATE_PHOTOS', 'PARTS', 'ROLE_COLOURS', 'lot', 'share_lot', 'tidy_rec
            'manifest_of_ids', 'family_lists', 'preprocessing_config', 'narrow_manifest', 'write_family', 'image_split',
            'seal', 'write_splits', 'load_splits', 'check_parts', 'reuse_splits', 'StageData', 'missing_photos',
            'load_stage', 'storage_saving', 'roles_of', 'plot_classes', 'plot_groups', 'plot_neighbours', 'stage_quotas',
-           'check_nested', 'other_records', 'SplitsJob', 'Cut', 'decide', 'renew_yolo', 'smoke_splits']
+           'check_nested', 'other_records', 'SplitsJob', 'Cut', 'decide', 'stage_tree', 'smoke_splits']
 
 # %% ../../nbs/16_data.splits.ipynb #1e7bf6da
 import difflib
@@ -30,10 +30,10 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-# %% ../../nbs/16_data.splits.ipynb #dd5994f0
+# %% ../../nbs/16_data.splits.ipynb #12d6d77d
 from ..core.config import Config
 from ..core.errors import PillsnapError
-from ..core.files import atomic_path, ensure_dir, read_json, save_json, sha256_file
+from ..core.files import atomic_path, ensure_dir, read_json, save_json, save_text, sha256_file
 from ..core.plots import save_fig, show_grid, use_house_style
 from ..core.stages import RunFolder, StageJob, StageResult
 from .capture import capture_group, parse_name
@@ -41,6 +41,7 @@ from .classmap import ClassMap
 from .conversion import COLUMNS, read_manifest, smoke_conversion, write_manifest, write_yolo_tree
 from .duplicates import Duplicates, check_knots, file_names, join_groups, known_duplicates, plot_duplicates, tie
 from .images import IMAGENET_MEAN, IMAGENET_STD, header_size, open_image_safely, resize
+from .narrow import class_mapping, read_drug_list
 from .overlay import OVERLAY, Overlay, apply_overlay
 
 # %% ../../nbs/16_data.splits.ipynb #c965bd8b
@@ -452,7 +453,7 @@ def read_id_folder(
     bad = [p for p, s in zip(paths, sizes) if not s]
     return pd.DataFrame(rows), [f"{len(bad)} files are no photos and were left out, the first is {bad[0]}"] if bad else []
 
-# %% ../../nbs/16_data.splits.ipynb #f624c9bb
+# %% ../../nbs/16_data.splits.ipynb #96306d67
 def leave_small_out(
     df:pd.DataFrame,   # records with group_id, width and height
     min_size:int=224   # pixels
@@ -470,7 +471,7 @@ def choose_classes(
     if names is None: return df, []
     there, names = sorted(set(df["class_key"])), [unicodedata.normalize("NFC", n) for n in names]
     near = lambda n: f"{n} (did you mean {got[0]}?)" if (got := difflib.get_close_matches(n, there, 1)) else n
-    if missing := [near(n) for n in names if n not in there]: raise PillsnapError(f"{len(missing)} of {len(names)} classes have no photos: {', '.join(missing[:5])}", where="retrieval.class_names", fix="mend the names, or leave class_names null to take every folder")
+    if missing := [near(n) for n in names if n not in there]: raise PillsnapError(f"{len(missing)} of {len(names)} classes have no photos: {', '.join(missing[:5])}", where="retrieval.class_names or narrow.drug_list", fix="mend the names, or leave the list null to take every class")
     mine = df["class_key"].isin(names)
     return df[mine].reset_index(drop=True), [f"{len(there) - len(set(names))} classes are not asked for: {int((~mine).sum())} photos"] if not mine.all() else []
 
@@ -501,7 +502,7 @@ def preprocessing_config(
     "What every program must do to a photo before the narrow model sees it (SPEC NM1's get_config)."
     return {"version": "1.0.0", **cfg.narrow.preprocessing.model_dump(mode="json"), "crop": "center", "interpolation": "linear", "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
 
-# %% ../../nbs/16_data.splits.ipynb #50b0303a
+# %% ../../nbs/16_data.splits.ipynb #0b6509ec
 def narrow_manifest(
     lists:Mapping[str,list], # from `family_lists`
     classes:Sequence[str],   # the drugs, in the order of their numbers
@@ -519,12 +520,14 @@ def narrow_manifest(
 def write_family(
     splits:Splits, # with a test part of its own
     cfg:Config,    # the run's configuration
-    folder:Path    # takes splits.json and, for the narrow family, manifest.json
+    folder:Path    # takes splits.json and, for the narrow family, manifest.json and class_mapping.json
 )->list[Path]:     # what was written
     "The views that narrow and retrieval programs read (SPEC SP7, SP8)."
     lists, folder = family_lists(splits), ensure_dir(folder)
     out = [save_json(lists, folder/"splits.json")]
-    return out + [save_json(narrow_manifest(lists, splits.classes, cfg), folder/"manifest.json")] if cfg.project.family == "narrow" else out
+    if cfg.project.family != "narrow": return out
+    drugs = read_drug_list(cfg.narrow.drug_list) if cfg.narrow.drug_list else []
+    return out + [save_json(narrow_manifest(lists, splits.classes, cfg), folder/"manifest.json"), save_json(class_mapping(drugs, splits.classes), folder/"class_mapping.json")]
 
 # %% ../../nbs/16_data.splits.ipynb #08fd8c57
 def image_split(
@@ -803,19 +806,19 @@ def other_records(
     old = [n for n, records in heads.items() if records != splits.params["records"]]
     return [f"{', '.join(old)} of this folder {'was' if len(old) == 1 else 'were'} cut from other photos or labels: cut {'it' if len(old) == 1 else 'them'} again before the stages are compared"] if old else []
 
-# %% ../../nbs/16_data.splits.ipynb #cf5fb98e
+# %% ../../nbs/16_data.splits.ipynb #cd0f04b4
 @dataclass(frozen=True)
 class SplitsJob(StageJob):
     "Manifest in; one stage's train, val, pool and sealed groups out (SPEC SP1-SP10, BX1, BX20, BX22)."
     stage_n:int = 0              # 0 demo, 1-4
     near_duplicates:bool = True  # open every single photo once and compare; False: equal files only
     name:ClassVar[str] = "splits"
-    sections:ClassVar[tuple[str,...]] = ("project.family", "data.split_ratio", "narrow.split_ratio", "retrieval", "data.group_by", "data.test_known_ratio", "data.max_samples", "data.progressive_validation", "evaluation.min_eval_samples", "train.seed")
+    sections:ClassVar[tuple[str,...]] = ("project.family", "data.split_ratio", "narrow.split_ratio", "narrow.drug_list", "retrieval", "data.group_by", "data.test_known_ratio", "data.max_samples", "data.progressive_validation", "evaluation.min_eval_samples", "train.seed")
     keys:ClassVar[dict[str,str]] = {"seed": "train.seed", "stage_n": "data.progressive_validation.current_stage"}
 
     def smoke(self, run:RunFolder, cfg:Config)->None: smoke_conversion(run, cfg)
 
-# %% ../../nbs/16_data.splits.ipynb #b1f81822
+# %% ../../nbs/16_data.splits.ipynb #e6895d6e
 @patch
 def _records(self:SplitsJob,
     run:RunFolder, # the run
@@ -828,6 +831,8 @@ def _records(self:SplitsJob,
     if family == "retrieval":
         for step, value in ((leave_small_out, cfg.retrieval.min_image_size), (choose_classes, cfg.retrieval.class_names)):
             df, more = step(df, value); notes += more
+    if family == "narrow" and cfg.narrow.drug_list:
+        df, more = choose_classes(df[df["kind"] == "single"], [d.kcode for d in read_drug_list(cfg.narrow.drug_list)]); notes += more
     df = tidy_records(df if family == "two_stage" else df[df["kind"] == "single"])
     if (n := df.loc[df["kind"] == "single", "class_key"].nunique()) < 2:
         raise PillsnapError(f"there are single photos of {n} drug{'s' * (n != 1)}: telling drugs apart needs two", where=header["root"], fix="add drugs to the delivery, or look at quarantine.csv for what was left out")
@@ -872,15 +877,19 @@ def decide(
     words = f"Decisions of {OVERLAY} were applied: {n['keep']} kept, {n['drop']} dropped ({n['photos_dropped']} photos), {n['relabel']} relabelled"
     return tidy_records(df), [words + (f"; {n['without_a_photo']} are about photos that are not in this delivery." if n["without_a_photo"] else ".")]
 
-# %% ../../nbs/16_data.splits.ipynb #6ea58287
-def renew_yolo(
-    splits:Splits,  # one stage
-    root:str|Path,  # the delivery
-    run:RunFolder   # its yolo_data is replaced
-)->Path:            # data.yaml
+# %% ../../nbs/16_data.splits.ipynb #526ad4c3
+def stage_tree(
+    run:RunFolder, # its yolo_data is replaced where it shows another split
+    stage:int      # 0 demo, 1-4
+)->Path:           # yolo_data
     "The detector's folder: links to the stage's train and val photos, combos of any drug among them (SPEC SP10, DM8)."
-    side = dict.fromkeys(splits.val["path"], "val") | dict.fromkeys(splits.train["path"], "train")
-    return write_yolo_tree(pd.concat([splits.train, splits.val]), root, run.root/"yolo_data", side, run.log)
+    tree, made = run.root/"yolo_data", sha256_file(run.root/"artifacts"/f"stage{stage}"/"splits.json")
+    if (tree/"made_of").is_file() and (tree/"made_of").read_text() == made: return tree
+    data = load_stage(run.root, stage)
+    side = dict.fromkeys(data.val["path"], "val") | dict.fromkeys(data.train["path"], "train")
+    write_yolo_tree(pd.concat([data.train, data.val]), data.root, tree, side, run.log)
+    save_text(made, tree/"made_of")   # last: a tree without it is made anew
+    return tree
 
 def smoke_splits(
     run:RunFolder, # a temporary run
@@ -888,16 +897,15 @@ def smoke_splits(
 )->None:
     "A small delivery, converted and split, for the smoke runs of later stages; no pictures, no search for copies."
     smoke_conversion(run, cfg)
-    cut = SplitsJob(stage_n=cfg.data.progressive_validation.current_stage, near_duplicates=False)._cut(run, cfg)
-    renew_yolo(cut.splits, cut.header["root"], run)
+    SplitsJob(stage_n=cfg.data.progressive_validation.current_stage, near_duplicates=False)._cut(run, cfg)
 
-# %% ../../nbs/16_data.splits.ipynb #cdb15538
+# %% ../../nbs/16_data.splits.ipynb #812082d2
 @patch
 def work(self:SplitsJob, run:RunFolder, cfg:Config)->StageResult:
-    "Cut the stage, renew what others read of it, report."
+    "Cut the stage, write what others read of it, report."
     c = self._cut(run, cfg)
     folder, reports, art, root = run.root/"artifacts"/f"stage{self.stage_n}", run.sub("reports"), run.root/"artifacts", c.header["root"]
-    views = [renew_yolo(c.splits, root, run)] if cfg.project.family == "two_stage" else write_family(c.splits, cfg, art/cfg.project.family)
+    views = [] if cfg.project.family == "two_stage" else write_family(c.splits, cfg, art/cfg.project.family)
     saving = storage_saving(root, pd.concat([c.splits.train, c.splits.val])["path"], folder)
     figures = _pictures(c, reports)
     notes = [*c.splits.notes, *c.notes, *other_records(c.splits, art), *_remarks(c.dup, saving, self.stage_n)]

@@ -564,7 +564,7 @@ def best_before(
     same = [m for m in known if m.measured and (m.data_hash, m.class_map_hash) == (acc.data_hash, acc.class_map_hash) and m != acc]
     return max(same, key=lambda m: m.value, default=None)
 
-# %% ../../nbs/46_evaluation.evaluation.ipynb #a4529eca
+# %% ../../nbs/46_evaluation.evaluation.ipynb #5fd0e88a
 def time_cap(
     root:Path,                 # run folder
     cfg:Config,                # the stage's clock
@@ -572,10 +572,11 @@ def time_cap(
     n_classes:int              # size of the map
 )->TimeCap|None:
     "The clock, where the stage lets it count (SPEC SG7)."
-    spec, rec = cfg.data.progressive_validation.stage(), read_record(root, "classifier")
-    if not spec.allow_success_on_time_cap or rec is None: return None
-    seen = read_json(root/"artifacts"/f"stage{cfg.data.progressive_validation.current_stage}"/"splits.json")["counts"]["train"]["singles"]
-    return TimeCap(spec.time_limit_hours, spec.min_samples_required, spec.min_class_coverage, hours=(rec["seconds"] or 0.)/3600, stopped_early=rec.get("stopped_by_clock"), samples=seen, classes=n_classes,
+    spec, p = cfg.data.progressive_validation.stage(), root/"reports"/"classifier.json"
+    clock = read_json(p)["history"][-1].get("clock") if p.is_file() else None   # of the last epoch; none where there was no limit
+    if not spec.allow_success_on_time_cap or clock is None: return None
+    train = read_json(root/"artifacts"/f"stage{cfg.data.progressive_validation.current_stage}"/"splits.json")["counts"]["train"]["singles"]
+    return TimeCap(spec.time_limit_hours, spec.min_samples_required, spec.min_class_coverage, hours=clock["hours"], stopped_early=clock["stopped"], samples=min(train, clock["photos"]), classes=min(n_classes, len(clock["drugs"])),
                    pipeline_complete=checks["pipeline_complete"].passed if "pipeline_complete" in checks else None, classification_model_loading=checks["classification_model_loading"].passed if "classification_model_loading" in checks else None)
 
 # %% ../../nbs/46_evaluation.evaluation.ipynb #dbabafb5

@@ -4,20 +4,21 @@
 
 # %% auto #0
 __all__ = ['check_backbone', 'offline', 'weights_source', 'RemoteWeights', 'remote_weights', 'ask_size', 'fetch_weights',
-           'share_from', 'load_weights', 'WeightsOrigin', 'build_classification_model', 'load_classifier',
-           'fresh_classifier_checkpoint', 'TorchClassifier']
+           'share_from', 'load_weights', 'CosineClassifier', 'with_head', 'WeightsOrigin', 'dropouts',
+           'build_classification_model', 'load_classifier', 'fresh_classifier_checkpoint', 'TorchClassifier']
 
-# %% ../../nbs/20_models.factory.ipynb #6065f91d
+# %% ../../nbs/20_models.factory.ipynb #a81aaf8f
 import logging, os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-# %% ../../nbs/20_models.factory.ipynb #50296652
+# %% ../../nbs/20_models.factory.ipynb #aa16f0da
 import numpy as np
 import timm
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 # %% ../../nbs/20_models.factory.ipynb #6050a4cd
@@ -110,25 +111,61 @@ def share_from(
     body = [p for p in model.parameters() if id(p) not in head]
     return sum(p.numel() for p in body if _mark(p) in have)/max(1, sum(p.numel() for p in body))
 
-# %% ../../nbs/20_models.factory.ipynb #5c5d3ba9
+# %% ../../nbs/20_models.factory.ipynb #bd53e0ec
 def load_weights(
     backbone:str,      # a timm model name
     num_classes:int,   # outputs
     path:Path,         # a weights file (.safetensors, .pth)
-    drop_rate:float=0. # dropout before the head
+    **kwargs           # timm's drop_rate and drop_path_rate
 )->tuple[nn.Module,float]: # the network, and the share of it that came from the file
     "Make a network from a file; a file that is not of this backbone is refused."
     from timm.models import load_state_dict
     if not Path(path).is_file(): raise PillsnapError("the weights file is not there", where=path, fix="name an existing file in train.classification.weights")
     try:
         state = load_state_dict(str(path))
-        model = timm.create_model(backbone, pretrained=True, num_classes=num_classes, drop_rate=drop_rate, pretrained_cfg_overlay=dict(file=str(path)))
+        model = timm.create_model(backbone, pretrained=True, num_classes=num_classes, pretrained_cfg_overlay=dict(file=str(path)), **kwargs)
     except Exception as e: raise PillsnapError(f"these weights cannot be loaded into {backbone}: {str(e).splitlines()[0]}", where=path) from None
     share = share_from(model, state)
     if share < .5: raise PillsnapError(f"only {share:.0%} of {backbone} comes from this file: it holds another network's weights", where=path, fix=f"use a file made for {backbone}")
     return model, share
 
-# %% ../../nbs/20_models.factory.ipynb #3b69a1a7
+# %% ../../nbs/20_models.factory.ipynb #4e2014cb
+class CosineClassifier(nn.Module):
+    "A timm network that answers with scaled cosines, and gives the vector behind them (SPEC RT1, RT2)."
+    def __init__(self,
+        backbone:nn.Module, # a timm network; its own head is taken off
+        num_classes:int,    # directions
+        dim:int=512,        # length of the vector a photo becomes
+        scale:float=64.     # of the cosines
+    ):
+        super().__init__()
+        backbone.reset_classifier(0)
+        self.backbone, self.cosine_scale = backbone, float(scale)   # a Learner shows its model's attributes as its own: no common name
+        self.neck = nn.Sequential(nn.Linear(getattr(backbone, "head_hidden_size", None) or backbone.num_features, dim, bias=False), nn.BatchNorm1d(dim))
+        self.directions = nn.Linear(dim, num_classes, bias=False)
+        nn.init.xavier_uniform_(self.directions.weight)
+
+    def embed(self, x:torch.Tensor)->torch.Tensor: # float32 [N, dim], before normalisation
+        features = self.backbone(x)
+        with torch.autocast(features.device.type, enabled=False): return self.neck(features.float())
+
+    def forward(self, x:torch.Tensor)->torch.Tensor: # float32 [N, C]: scale x cosine
+        e = self.embed(x)
+        with torch.autocast(e.device.type, enabled=False): return self.cosine_scale * F.linear(F.normalize(e), F.normalize(self.directions.weight.float()))
+
+    def get_classifier(self)->nn.Module: return nn.ModuleList([self.neck, self.directions])   # as timm's networks have it
+    def set_grad_checkpointing(self, enable:bool=True)->None: self.backbone.set_grad_checkpointing(enable)
+
+# %% ../../nbs/20_models.factory.ipynb #cabb1129
+def with_head(
+    model:nn.Module,                # a timm network
+    num_classes:int,                # outputs
+    head:Mapping[str,Any]|None=None # {"dim", "scale"} of a cosine head, as a checkpoint keeps it; None = the network's own
+)->nn.Module:
+    "The head that a checkpoint or a configuration names (SPEC RT1)."
+    return model if head is None else CosineClassifier(model, num_classes, head["dim"], head["scale"])
+
+# %% ../../nbs/20_models.factory.ipynb #ee628ee7
 @dataclass(frozen=True)
 class WeightsOrigin:
     "Where a network's first weights came from."
@@ -138,34 +175,49 @@ class WeightsOrigin:
     sha256:str|None=None # of the file
     share:float=0.       # share of the network that came from it
 
-def _download(backbone:str, num_classes:int, drop_rate:float, log:logging.Logger|None)->tuple[nn.Module,WeightsOrigin]:
+def _download(backbone:str, num_classes:int, drops:dict[str,float], log:logging.Logger|None)->tuple[nn.Module,WeightsOrigin]:
     "Say what will be fetched, fetch it, load it; raises when nothing answers."
     remote = remote_weights(backbone)
     if remote is None: raise PillsnapError(f"there are no published weights for {backbone}")
     size = ask_size(remote)
     decide(log, f"weights: loading {remote.url} ({f'{size/1e6:.1f} MB' if size else 'size not told'})")
     path = fetch_weights(remote)
-    model, share = load_weights(backbone, num_classes, path, drop_rate)
+    model, share = load_weights(backbone, num_classes, path, **drops)
     return model, WeightsOrigin("download", str(path), remote.url, sha256_file(path), share)
 
-# %% ../../nbs/20_models.factory.ipynb #ea3dfb51
-def _make(backbone:str, num_classes:int, pretrained:Literal["auto"]|bool, weights:str|None, drop_rate:float, log:logging.Logger|None)->tuple[nn.Module,WeightsOrigin]:
+# %% ../../nbs/20_models.factory.ipynb #975cf41c
+def _make(backbone:str, num_classes:int, pretrained:Literal["auto"]|bool, weights:str|None, drops:dict[str,float], log:logging.Logger|None)->tuple[nn.Module,WeightsOrigin]:
     "Follow `weights_source`, with a plain line for every way it can go."
     source = weights_source(pretrained, weights, offline())
     if source == "file":
-        model, share = load_weights(backbone, num_classes, Path(weights), drop_rate)
+        model, share = load_weights(backbone, num_classes, Path(weights), **drops)
         return model, WeightsOrigin("file", str(weights), None, sha256_file(weights), share)
     why = "pretrained is false" if pretrained is False else "PILLSNAP_OFFLINE is set and no weights file is configured"
     if source == "download":
-        try: return _download(backbone, num_classes, drop_rate, log)
+        try: return _download(backbone, num_classes, drops, log)
         except Exception as e:
             why = f"the download did not work ({str(e).splitlines()[0] if str(e) else type(e).__name__})"
             if pretrained is True: raise PillsnapError(f"pretrained weights are asked for and cannot be had: {why}", where=getattr(remote_weights(backbone), "url", backbone),
                 fix="fetch the file by hand and name it in train.classification.weights, or set pretrained=auto or false") from e
     decide(log, f"weights: from scratch, because {why}")
-    return timm.create_model(backbone, pretrained=False, num_classes=num_classes, drop_rate=drop_rate), WeightsOrigin("scratch")
+    return timm.create_model(backbone, pretrained=False, num_classes=num_classes, **drops), WeightsOrigin("scratch")
 
-# %% ../../nbs/20_models.factory.ipynb #d6e37849
+# %% ../../nbs/20_models.factory.ipynb #713494cb
+def dropouts(
+    backbone:str,                # a timm model name
+    drop_rate:float=0.,          # dropout before the head
+    drop_path:float=0.,          # share of residual branches left out, the deepest most
+    log:logging.Logger|None=None # where it is said when a network has no branches
+)->dict[str,float]: # timm's arguments
+    "What timm is told of dropout (SPEC NM6)."
+    if not drop_path: return {"drop_rate": drop_rate}
+    try:
+        with torch.device("meta"): timm.create_model(backbone, drop_path_rate=drop_path)
+    except TypeError:
+        decide(log, f"drop_path_rate: does not apply, {backbone} has no residual branches to leave out"); return {"drop_rate": drop_rate}
+    return {"drop_rate": drop_rate, "drop_path_rate": drop_path}
+
+# %% ../../nbs/20_models.factory.ipynb #31fb5b3b
 def build_classification_model(
     backbone:str,                      # a timm model name
     num_classes:int,                   # outputs: the length of the class map
@@ -174,18 +226,21 @@ def build_classification_model(
     drop_rate:float=0.,                # dropout before the head
     weights:str|None=None,             # a local weights file
     declared:int|None=None,            # number of drugs somebody declared; only printed (SPEC X1)
-    log:logging.Logger|None=None       # where the decisions are said
+    log:logging.Logger|None=None,      # where the decisions are said
+    drop_path:float=0.,                # share of residual branches left out
+    head:Mapping[str,Any]|None=None    # of a cosine head: {"dim", "scale"}; None = linear
 )->nn.Module: # with `.weights_origin`
     "A timm classifier with its origin attached (SPEC CT1, CT7)."
     check_backbone(backbone)
     if num_classes < 2: raise PillsnapError(f"a classifier needs at least two drugs, the class map has {num_classes}", fix="add drugs to the delivery, or raise max_classes")
-    model, origin = _make(backbone, num_classes, pretrained, weights, drop_rate, log)
+    model, origin = _make(backbone, num_classes, pretrained, weights, dropouts(backbone, drop_rate, drop_path, log), log)
+    model = with_head(model, num_classes, head)
     model.weights_origin = asdict(origin)
     if origin.sha256: decide(log, f"weights: {origin.source} {origin.path}, sha256 {origin.sha256[:12]}, {origin.share:.0%} of the network")
     decide(log, f"model: {backbone}, {sum(p.numel() for p in model.parameters())/1e6:.2f} M numbers, {num_classes} drugs in the class map" + (f", {declared} declared" if declared else ""))
     return model.to(memory_format=torch.channels_last) if channels_last else model
 
-# %% ../../nbs/20_models.factory.ipynb #22173a4c
+# %% ../../nbs/20_models.factory.ipynb #a79b5c36
 def load_classifier(
     ckpt_path:str|os.PathLike,     # best.pt or last.pt
     class_map:ClassMap|None=None,  # the map that is expected; None takes the checkpoint's
@@ -194,7 +249,9 @@ def load_classifier(
     "A trained classifier from its checkpoint (SPEC CT15, BX8)."
     ckpt = load_ckpt(ckpt_path, class_map=None if class_map is None else class_map.to_dict())
     cm = ClassMap.from_dict(ckpt["class_map"], where=ckpt_path)
-    try: model = timm.create_model(check_backbone(ckpt["backbone"]), pretrained=False, num_classes=len(cm)); model.load_state_dict(ckpt["model_state"])
+    try:
+        model = with_head(timm.create_model(check_backbone(ckpt["backbone"]), pretrained=False, num_classes=len(cm)), len(cm), ckpt.get("head"))
+        model.load_state_dict(ckpt["model_state"])
     except (KeyError, RuntimeError) as e:
         raise PillsnapError(f"this checkpoint does not hold a {ckpt.get('backbone', 'classifier')}: {str(e).splitlines()[0]}", where=ckpt_path, fix="train again, or name another file") from None
     return model.eval().to(device), cm, int(ckpt["img_size"]), ckpt

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['class_counts', 'compute_class_weights', 'build_criterion']
 
-# %% ../../nbs/22_models.losses.ipynb #c9a0a9d6
+# %% ../../nbs/22_models.losses.ipynb #322c18bc
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 # %% ../../nbs/22_models.losses.ipynb #a554b080
@@ -15,10 +16,12 @@ import numpy as np
 import torch
 from torch import nn
 
-# %% ../../nbs/22_models.losses.ipynb #7d5aede7
+# %% ../../nbs/22_models.losses.ipynb #ecba2144
 from ..core.config import Config
 from ..core.errors import PillsnapError
 from ..core.log import decide
+from ..data.narrow import read_drug_list, training_weights
+from .arcface import ArcFaceCriterion
 
 # %% ../../nbs/22_models.losses.ipynb #07c50009
 def class_counts(
@@ -54,7 +57,7 @@ def _some(ids:np.ndarray, keys:Sequence[str]|None, most:int=5)->str:
     names = [keys[i] if keys is not None else str(i) for i in ids[:most]]
     return ", ".join(names) + (f" and {len(ids)-most} more" if len(ids) > most else "")
 
-# %% ../../nbs/22_models.losses.ipynb #9dfc0f9f
+# %% ../../nbs/22_models.losses.ipynb #f7fb288c
 def build_criterion(
     cfg:Config,                   # train.classification and data.imbalance are read
     counts:Sequence[int],         # training photos per class
@@ -64,6 +67,13 @@ def build_criterion(
     "The classifier's loss as configured (SPEC CT2, X33, X34)."
     im, smoothing = cfg.data.imbalance, cfg.train.classification.label_smoothing
     weight = compute_class_weights(counts, im.method, im.beta, keys=keys, log=log) if im.use_class_weights else None
+    if cfg.project.family == "narrow" and cfg.narrow.drug_list and keys is not None:
+        listed = torch.tensor(training_weights(read_drug_list(cfg.narrow.drug_list), keys))
+        weight = listed if weight is None else weight*listed
+        decide(log, f"loss: training weights of {Path(cfg.narrow.drug_list).name}, {listed.min():g} to {listed.max():g}, times the class weights")
     said = "none" if weight is None else f"{im.method}, {weight[weight > 0].min():.2f} to {weight.max():.2f}"
+    if cfg.train.classification.head == "arcface":
+        decide(log, f"loss: ArcFace, scale {cfg.retrieval.arcface_s:g}, margin {cfg.retrieval.arcface_m_finetune:g} radians, label smoothing {smoothing:g}, class weights {said}")
+        return ArcFaceCriterion(cfg.retrieval.arcface_s, cfg.retrieval.arcface_m_finetune, weight, smoothing)
     decide(log, f"loss: cross-entropy, label smoothing {smoothing:g}, class weights {said}")
     return nn.CrossEntropyLoss(weight=weight, label_smoothing=smoothing)

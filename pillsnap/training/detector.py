@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'SHAPING', 'SHOWN', 'label_of', 'read_label', 'photos_in', 'PillPhotos', 'with_ultralytics', 'TrainPlan',
-           'detector_args', 'PillTraining', 'best_epoch', 'Trained', 'train_detector', 'shaping', 'going_on', 'Scored',
-           'score_detector', 'shuffled', 'mistakes', 'draw_predictions', 'draw_curves', 'draw_pr', 'make_plan',
-           'resolved_settings', 'score_table', 'DetectorJob']
+           'where_to_train', 'detector_args', 'PillTraining', 'best_epoch', 'Trained', 'train_detector', 'shaping',
+           'going_on', 'Scored', 'score_detector', 'shuffled', 'mistakes', 'draw_predictions', 'draw_curves', 'draw_pr',
+           'make_plan', 'resolved_settings', 'score_table', 'DetectorJob']
 
-# %% ../../nbs/36_training.detector.ipynb #e8cd2db9
+# %% ../../nbs/36_training.detector.ipynb #19bda91b
 import functools, importlib, os, time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from logging import Logger
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
-# %% ../../nbs/36_training.detector.ipynb #b84ba933
+# %% ../../nbs/36_training.detector.ipynb #8681f774
 from ..core.checkpoint import load_ckpt, rng_state, save_ckpt, set_rng_state
 from ..core.config import Config, config_diff
 from ..core.device import cuda_mem_mb, pick_device, select_amp_dtype
@@ -36,7 +36,7 @@ from ..core.stages import RunFolder, StageJob, StageResult, fingerprint
 from ..data.boxes import from_yolo, xywh_to_xyxy
 from ..data.capture import parse_name
 from ..data.images import open_image_safely, resize
-from ..data.splits import load_stage, smoke_splits
+from ..data.splits import load_stage, smoke_splits, stage_tree
 from ..models.metrics import detection_ap, match_boxes, pr_curve
 from ..models.pipeline import DetectorRunner, detect
 from ..models.yolo import PILL, build_yolo_model, load_ultralytics, open_detector, yolo_name
@@ -145,7 +145,16 @@ class TrainPlan:
     batch_cap:int = 16        # most photos per step that the search may choose
     least_steps:int = 400     # optimizer steps below which gradients are not summed over batches
 
-# %% ../../nbs/36_training.detector.ipynb #392554ab
+# %% ../../nbs/36_training.detector.ipynb #2ec8c539
+def where_to_train(
+    device:torch.device # of this process
+)->str: # "cpu", "0", or "0,1,2,3" for one process each
+    "The device list in ultralytics' words; several where this process was launched as one of several."
+    if device.type == "cpu": return "cpu"
+    n = int(os.environ.get("WORLD_SIZE", 1))
+    return ",".join(map(str, range(n))) if n > 1 else str(device.index or 0)
+
+# %% ../../nbs/36_training.detector.ipynb #d7460280
 def detector_args(
     cfg:Config,                     # the run's configuration
     tree:Path,                      # the detector's folder of photos and labels
@@ -159,7 +168,7 @@ def detector_args(
     search = d.auto_batch_tune and device.type == "cuda"
     return dict({k: v for k, v in given.items() if v is not None}, model=f"{yolo_name(d.model)}.yaml", data=str(tree/"data.yaml"), epochs=d.epochs, imgsz=cfg.data.detection.img_size,
         batch=cfg.train.auto_batch_vram_headroom if search else d.batch_size, cos_lr=d.cos_lr, mosaic=a.mosaic, mixup=a.mixup, fliplr=.5*a.hflip, scale=tuple(a.scale), augmentations=[],
-        seed=cfg.train.seed, deterministic=cfg.train.deterministic, workers=d.workers, device="cpu" if device.type == "cpu" else str(device.index or 0), amp="bf16" if amp is not None else False,
+        seed=cfg.train.seed, deterministic=cfg.train.deterministic, workers=d.workers, device=where_to_train(device), amp="bf16" if amp is not None else False,
         cache="ram" if cfg.dataloader.ram_optimization.cache_policy == "hotset" else False, iou=cfg.data.detection.iou_threshold, max_det=cfg.data.detection.max_detections,
         patience=0, pretrained=False, plots=False, save=True, verbose=False, exist_ok=True, save_dir=str(work), project=str(work.parent), name=work.name)
 
@@ -239,7 +248,7 @@ def check_loss(self:PillTraining)->None:
 @patch
 def _handle_nan_recovery(self:PillTraining, epoch:int)->bool: return False   # `check_loss` has raised before
 
-# %% ../../nbs/36_training.detector.ipynb #9d0536b0
+# %% ../../nbs/36_training.detector.ipynb #326d2ed8
 NAMES = {"mAP@0.5": "metrics/mAP50(B)", "mAP@0.5:0.95": "metrics/mAP50-95(B)", "precision": "metrics/precision(B)", "recall": "metrics/recall(B)"}
 
 @patch
@@ -249,6 +258,7 @@ def validate(self:PillTraining)->tuple[dict[str,float],float]:
     t0, amp, self.amp = time.perf_counter(), self.amp, False
     try: out = self.validator(self)
     finally: self.amp = amp
+    if out is None: return None, None   # of several processes the first alone has the figures
     scores = {k: out[v] for k, v in NAMES.items()} | {"loss": sum(v for k, v in out.items() if k.startswith("val/"))}
     if self.plan.monitor not in scores: raise PillsnapError(f"the detector is not judged by {self.plan.monitor!r}", where="train.detection.early_stopping.monitor", fix=f"one of {', '.join(scores)}")
     self.history.append(dict(epoch=self.epoch+1, detection={**scores, "train_loss": self.epoch_loss(), "lr": self.rate(), "seconds": time.perf_counter()-self.started, "val_seconds": time.perf_counter()-t0}))
@@ -306,22 +316,27 @@ def best_epoch(
     sign = 1 if mode == "max" else -1
     return max(history, key=lambda r: (sign*r["detection"][monitor], r["detection"]["mAP@0.5:0.95"], -r["epoch"]))["epoch"]
 
-# %% ../../nbs/36_training.detector.ipynb #ebd8bb72
+# %% ../../nbs/36_training.detector.ipynb #3ea9c048
 @patch
 def save_model(self:PillTraining)->bool:
     "Write best.pt where this epoch is the best, then last.pt (SPEC DT6)."
     values = self.values(); _, best = early_stopping(values, mode=self.plan.rule["mode"])
-    net, ema = self.model.state_dict(), self.ema.ema.state_dict()
+    net, ema = self.network.state_dict(), self.ema.ema.state_dict()
     state = dict(optimizer_state=self.optimizer.state_dict(), scheduler_state=self.scheduler.state_dict(), scaler_state=self.scaler.state_dict() or None, epoch=self.epoch+1, best_metric=best, monitor=self.plan.monitor,
                  ema_updates=self.ema.updates, rng_state=rng_state(), sampler_state={"epoch": self.epoch+1, "generator": self.train_loader.generator.get_state()}, history=self.history, batch=self.batch_size, **self.plan.fixed)
     if best_epoch(self.history, self.plan.monitor, self.plan.rule["mode"]) == self.epoch+1: save_ckpt(self.plan.folder/"best.pt", model_state=ema, weights="ema", **state)
     save_ckpt(self.plan.folder/"last.pt", model_state=net, ema_state=ema, weights="raw", **state)
     return True
 
+@patch(as_prop=True)
+def network(self:PillTraining)->torch.nn.Module:
+    "The detector itself, where several processes train it inside a wrapper."
+    return getattr(self.model, "module", self.model)
+
 @patch
 def restore(self:PillTraining, ckpt:Mapping[str,Any])->None:
     "Put everything back where it was at the end of an epoch."
-    self.model.load_state_dict(ckpt["model_state"]); self.ema.ema.load_state_dict(ckpt["ema_state"]); self.ema.updates = int(ckpt["ema_updates"])
+    self.network.load_state_dict(ckpt["model_state"]); self.ema.ema.load_state_dict(ckpt["ema_state"]); self.ema.updates = int(ckpt["ema_updates"])
     self.optimizer.load_state_dict(ckpt["optimizer_state"])
     if ckpt["scaler_state"]: self.scaler.load_state_dict(ckpt["scaler_state"])
     self.history, self.start_epoch = list(ckpt["history"]), int(ckpt["epoch"])
@@ -352,9 +367,10 @@ class Trained:
     seconds:float              # in this process
     stopped:bool               # early
 
-# %% ../../nbs/36_training.detector.ipynb #f5e31884
+# %% ../../nbs/36_training.detector.ipynb #7661f10c
 def train_detector(
-    plan:TrainPlan # what, from where, to where
+    plan:TrainPlan, # what, from where, to where
+    hooks:Mapping[str,Callable[[Any],None]]|None=None # further callbacks, by ultralytics' name of the event
 )->Trained:
     "Train, or go on training, to the plan's total of epochs (SPEC DT2)."
     t0 = time.perf_counter(); ensure_dir(plan.folder)
@@ -365,6 +381,7 @@ def train_detector(
     run = with_ultralytics("YoloPillTraining")(plan)
     # the loop asks this object whether to stop; it is made before the loop begins
     run.callbacks["on_pretrain_routine_end"] = [lambda t: setattr(t, "stopper", _Stopper(t))]
+    for event, hook in (hooks or {}).items(): run.callbacks[event].append(hook)
     run.train()
     stopped = early_stopping(run.values(), **plan.rule)[0]
     if stopped: decide(plan.log, f"early stopping after epoch {len(run.history)}: {plan.monitor} has not passed {early_stopping(run.values(), mode=plan.rule['mode'])[1]:.4f} for {plan.rule['patience']} epochs", plan.tb)
@@ -501,13 +518,13 @@ def draw_pr(
     plt.close(fig)
     return fig
 
-# %% ../../nbs/36_training.detector.ipynb #41c32b06
+# %% ../../nbs/36_training.detector.ipynb #8d1e0153
 def make_plan(
     run:RunFolder,  # the run
     cfg:Config      # its configuration
 )->TrainPlan:
     "What a run's configuration means for its photos and this machine."
-    d, tree, work = cfg.train.detection, run.root/"yolo_data", ensure_dir(run.sub("logs")/"ultralytics")
+    d, tree, work = cfg.train.detection, stage_tree(run, cfg.data.progressive_validation.current_stage), ensure_dir(run.sub("logs")/"ultralytics")
     photos_in(tree/"images"/"train"); photos_in(tree/"images"/"val")
     device = pick_device("auto", run.log, run.tb); amp = select_amp_dtype("auto", device, run.log, run.tb)
     load_ultralytics(work)
@@ -554,27 +571,27 @@ class DetectorJob(StageJob):
 
     def smoke(self, run:RunFolder, cfg:Config)->None: smoke_splits(run, cfg)
 
-# %% ../../nbs/36_training.detector.ipynb #45d8a58e
+# %% ../../nbs/36_training.detector.ipynb #866e8c21
 @patch
-def _train(self:DetectorJob, run:RunFolder, cfg:Config)->tuple[Trained,Scored,dict[str,Any]]:
+def _train(self:DetectorJob, run:RunFolder, cfg:Config, hooks:Mapping[str,Callable]|None=None)->tuple[Trained,Scored,dict[str,Any]]:
     "Train, then score what was saved."
     before = torch.get_num_threads()
     if cfg.train.num_threads: torch.set_num_threads(cfg.train.num_threads)
     try:
-        plan = make_plan(run, cfg); trained = train_detector(plan)
+        plan = make_plan(run, cfg); trained = train_detector(plan, hooks)
         where, d = plan.args["device"], cfg.data.detection
-        runner = open_detector(trained.folder/"best.pt", lazy=False, device=where if where == "cpu" else f"cuda:{where}")
+        runner = open_detector(trained.folder/"best.pt", lazy=False, device=where if where == "cpu" else f"cuda:{where.split(',')[0]}")
         scored = score_detector(runner, photos_in(run.root/"yolo_data"/"images"/"val"), .001, d.iou_threshold, d.max_detections)
     finally: torch.set_num_threads(before)
     best = load_ckpt(trained.folder/"best.pt")["epoch"]
     return trained, scored, next(r for r in trained.history if r["epoch"] == best)
 
-# %% ../../nbs/36_training.detector.ipynb #ebf020fc
+# %% ../../nbs/36_training.detector.ipynb #81e75ef5
 @patch
-def work(self:DetectorJob, run:RunFolder, cfg:Config)->StageResult:
+def work(self:DetectorJob, run:RunFolder, cfg:Config, hooks:Mapping[str,Callable]|None=None)->StageResult:
     "Train the detector of this run and judge it on photos held out by group."
     stage = load_stage(run.root, cfg.data.progressive_validation.current_stage, photos=False)
-    trained, scored, best = self._train(run, cfg)
+    trained, scored, best = self._train(run, cfg, hooks)
     table, reports = score_table(scored, best["detection"]), run.sub("reports")
     gap = max(abs(table[0][k]-best["detection"][k]) for k in ("mAP@0.5", "mAP@0.5:0.95"))
     if gap > .005: run.log.warning(f"the two reckonings of average precision differ by {gap:.4f}: one of them is wrong")

@@ -88,8 +88,8 @@ def campaign(kills: int, seed: int = 1) -> dict:
                     sys.exit("the rerun failed")
                 if result(run) != want:
                     sys.exit(f"after kill {i+1} of seed {seed} the rerun differs from the undisturbed run: {run}")
-    return dict(id="RS1_conversion", what="kill -9 in a conversion", seed=seed, kills=sum(not s["finished"] for s in states), too_late=sum(s["finished"] for s in states),
-                undisturbed_seconds=round(takes, 2), seconds=round(time.perf_counter()-t0, 1), differences=0, states=states)
+    return dict(id="RS1_conversion", what="kill -9 in a conversion", seed=seed, trials=sum(not s["finished"] for s in states), too_late=sum(s["finished"] for s in states),
+                undisturbed_seconds=round(takes, 2), seconds=round(time.perf_counter()-t0, 1), failed=0, states=states)
 
 
 if __name__ == "__main__":

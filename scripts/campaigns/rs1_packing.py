@@ -91,7 +91,7 @@ def main() -> None:
     bad = [t for t in trials if t["half_written"] or t["opened_too_early"] or not t["same"] or not t["sound"]]
     print(f"RS1 packing: {len(live)} kills in {span:.1f} s of work, after {sorted(t['shards_whole'] for t in live)} whole shards of {sum(n.endswith('.bin') for n in want)}; {len(bad)} ended otherwise than undisturbed")
     if not a.quick:
-        save(dict(id="RS1_packing", what="kill −9 while packing, then again", kills=len(live), span_s=round(span, 2), failed=len(bad), trials=trials, machine=machine()), a.out)
+        save(dict(id="RS1_packing", what="kill −9 while packing, then again", trials=len(live), span_s=round(span, 2), failed=len(bad), each=trials, machine=machine()), a.out)
     finish(f"RS1 packing: {t}" for t in bad)
 
 

@@ -108,7 +108,7 @@ def campaign(cases: int, seed: int = 1) -> dict:
                 said["boxes judged"] += pills
                 said.update(f"fault {p.fault}" for t in e.judged.values() for p in t.pills if p.fault)
                 e = Evidence()
-    return dict(id="RS3", what="damaged annotations and names", seed=seed, cases=cases, names=names, seconds=round(time.perf_counter()-t0, 1), uncaught=0, keys=len(IMAGE_KEYS), counts=dict(sorted(said.items())))
+    return dict(id="RS3", what="damaged annotations and names", seed=seed, trials=cases, names=names, seconds=round(time.perf_counter()-t0, 1), failed=0, keys=len(IMAGE_KEYS), counts=dict(sorted(said.items())))
 
 
 if __name__ == "__main__":

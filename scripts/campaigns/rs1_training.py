@@ -1,0 +1,122 @@
+#!/usr/bin/env python
+"""SPEC RS1: kill -9 at random moments of a classifier's training. Given again, the same command ends at the weights of the undisturbed run, to the last bit.
+
+Each child is a whole stage (read, train, validate, save, report), forked from a process that has its libraries loaded; it saves after every
+optimizer step and is killed anywhere in it. Up to five kills hit one folder, each going on from the one before; then it may finish. After each
+kill, whatever lies under a final name must open.
+
+usage: rs1_training.py [--quick] [--kills 20] [--seed 0] [--out FOLDER]
+"""
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]/"benchmarks"))
+from harness import arguments, finish, machine, save  # noqa: E402
+
+from pillsnap.core.checkpoint import load_ckpt
+from pillsnap.core.config import load_config
+from pillsnap.core.files import read_json
+from pillsnap.core.stages import RunFolder, read_record
+from pillsnap.data.splits import smoke_splits
+from pillsnap.training.classifier import ClassifierJob
+
+EPOCHS = 3
+DATA = ("synth.drugs=3", "synth.photos=36", "synth.combos=0", "synth.width=122", "synth.height=160", "data.classification.img_size=48", "data.progressive_validation.stage_0.max_samples=108")
+TRAIN = (*DATA, "train.num_threads=1", "train.classification={batch_size: 8, grad_accum_steps: 2, ema: {enabled: true, decay: 0.8}, saving: {every_steps: 1, keep_best: 2}}")
+FORK = multiprocessing.get_context("fork")
+
+
+def silently(what, *args) -> None:
+    "The child's work; its words go nowhere."
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    what(*args)
+
+
+def splits(root: Path) -> None:
+    smoke_splits(RunFolder(root, "splits"), load_config("smoke", DATA))
+
+
+def train(root: Path) -> None:
+    ClassifierJob(run_dir=str(root), config="smoke", overrides=TRAIN, epochs=EPOCHS).run()
+
+
+def child(what, root: Path) -> multiprocessing.Process:
+    p = FORK.Process(target=silently, args=(what, root))
+    p.start()
+    return p
+
+
+def opened(root: Path) -> str:
+    "Open everything that lies under its final name; how far the training has come."
+    folder, at = root/"checkpoints"/"classifier", "nothing saved"
+    for p in sorted(folder.glob("*.pt")) if folder.exists() else ():
+        ckpt = load_ckpt(p)
+        if p.name == "last.pt":
+            at = f"epoch {ckpt['epoch']}, batch {ckpt['position']['batch']}"
+    for p in root.glob("reports/*.json"):
+        read_json(p)
+    read_record(root, "classifier")
+    return at
+
+
+def difference(a: Path, b: Path) -> str | None:
+    "What separates two finished runs."
+    if {p.name for p in (a/"checkpoints"/"classifier").glob("*.pt")} != {p.name for p in (b/"checkpoints"/"classifier").glob("*.pt")}:
+        return "other files were kept"
+    for p in sorted((a/"checkpoints"/"classifier").glob("*.pt")):
+        x, y = load_ckpt(p), load_ckpt(b/p.relative_to(a))
+        for part in ("model_state", "ema_state"):
+            if odd := [k for k, v in x[part].items() if not torch.equal(v, y[part][k])]:
+                return f"{p.name}: {part} differs, {odd[0]} first"
+        if [(r["train_loss"], r["classification"]) for r in x["history"]] != [(r["train_loss"], r["classification"]) for r in y["history"]]:
+            return f"{p.name}: the history differs"
+    return None
+
+
+def main() -> None:
+    a = arguments(__doc__, kills=20, seed=0)
+    kills, rng, t0, trials, bad = 2 if a.quick else a.kills, random.Random(a.seed), time.perf_counter(), [], []
+    with tempfile.TemporaryDirectory() as tmp:
+        straight = Path(tmp)/"straight"
+        child(splits, straight).join()
+        began = time.perf_counter()
+        child(train, straight).join()
+        span = time.perf_counter()-began
+        if (read_record(straight, "classifier") or {}).get("status") != "finished":
+            sys.exit("the undisturbed training failed")
+        while sum(not t["too_late"] for t in trials) < kills:
+            root = Path(tmp)/f"run{len(trials)}"
+            child(splits, root).join()
+            for _ in range(5):
+                p, after = child(train, root), rng.uniform(0, span/2)
+                time.sleep(after)
+                os.kill(p.pid, signal.SIGKILL)
+                p.join()
+                late = p.exitcode == 0
+                trials.append(dict(after_s=round(after, 3), too_late=late, found="finished" if late else opened(root)))
+                print(trials[-1], flush=True)
+                if late or sum(not t["too_late"] for t in trials) == kills:
+                    break
+            if not late:
+                child(train, root).join()
+            if why := difference(straight, root):
+                bad.append(f"after {len(trials)} kills of seed {a.seed}: {why}")
+    live = [t for t in trials if not t["too_late"]]
+    print(f"RS1 training: {len(live)} kills in {span:.1f} s of work; {len(bad)} folders ended otherwise than undisturbed")
+    if not a.quick:
+        save(dict(id="RS1_training", what="kill −9 while training, then again", seed=a.seed, kills=len(live), span_s=round(span, 2), seconds=round(time.perf_counter()-t0, 1), failed=len(bad), trials=trials, machine=machine()), a.out)
+    finish(f"RS1 training: {b}" for b in bad)
+
+
+if __name__ == "__main__":
+    main()
