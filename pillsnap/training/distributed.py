@@ -30,11 +30,17 @@ from .classifier import ClassifierJob, train_classification_stage
 from .detector import DetectorJob, make_plan, train_detector
 from .learner import Outputs
 
-# %% ../../nbs/39_training.distributed.ipynb #76cf7f1f
+# %% ../../nbs/39_training.distributed.ipynb #986f2178
 class Distributed(Callback):
     "Gradients and figures of all processes as those of one (PyTorch DDP, Li et al. 2020; through accelerate)."
     order, whole, ddp, trained = Accumulate.order-1, None, None, None   # sees sums of gradients before they are divided
     def __init__(self, accelerator:Accelerator, seed:int=42): self.accelerator, self.seed = accelerator, seed
+
+    def before_fit(self):
+        if guard := self.learn.__dict__.get("oom_guard"): guard.shared = self.accelerator.num_processes > 1
+        if clock := self.learn.__dict__.get("clock"):
+            own = clock.now
+            clock.now = lambda: float(broadcast_object_list([own()])[0])   # the first one's: who goes by a watch of their own stops alone
 
     def before_epoch(self):
         if rank := self.accelerator.process_index: torch.manual_seed(self.seed+1_000_003*rank+self.epoch)   # each its own dropout; the first has the run's

@@ -141,10 +141,10 @@ def cut(
     part = lambda v, a, b: v[a:b] if isinstance(v, (list, torch.Tensor)) and len(v) == n else v if a == 0 else type(v)()
     return [(images[a:b], labels[a:b], *({k: part(v, a, b) for k, v in m.items()} for m in rest)) for a, b in zip(edges, edges[1:])]
 
-# %% ../../nbs/31_training.memory.ipynb #3cd026dc
+# %% ../../nbs/31_training.memory.ipynb #d0ad2954
 class OomGuard(Callback):
     "Tries a batch again that did not fit, in the order of Annex 2 (SPEC CT14, BX13)."
-    order, run_valid = Accumulate.order+.5, False   # when it hears of a step, the window is full
+    order, run_valid, shared = Accumulate.order+.5, False, False   # when it hears of a step, the window is full; `shared`: other processes wait for this one
     def __init__(self, policy:OomPolicy, log:logging.Logger|None=None, tb:TBWriter|None=None, sleep:Callable[[float],None]=time.sleep, share:Callable[[],float]=memory_share):
         self.policy, self.log, self.tb, self.sleep, self.share = policy, log, tb, sleep, share
         self.state, self.retries, self.clean, self.lr_scale, self.events, self.moved = None, 0, 0, 1., [], False
@@ -163,7 +163,7 @@ class OomGuard(Callback):
         if self.lr_scale != 1. and getattr(self.learn, "schedule", None): self.learn.schedule.done += self.lr_scale-1   # by samples
         if self.clean == self.policy.reset_after_clean_steps and self.state and (self.retries or self.state.emptied): self.forget()
 
-# %% ../../nbs/31_training.memory.ipynb #5a473fc9
+# %% ../../nbs/31_training.memory.ipynb #f9771d6f
 @patch
 def forget(self:OomGuard)->None:
     "Enough went well: the retries count from nothing again (SPEC X22)."
@@ -232,10 +232,11 @@ def train(self:OomGuard,
         self.recover(i, said, whole, sum(len(p[1]) for p in todo))
         todo = deque(q for p in todo for q in cut(p, self.state.batch_size))
 
-# %% ../../nbs/31_training.memory.ipynb #e483fa74
+# %% ../../nbs/31_training.memory.ipynb #0670c483
 @patch
 def recover(self:OomGuard, i:int, said:str, whole:Moment, left:int)->None:
     "Ask the rule until it says to try again, and write down each answer."
+    if self.shared: self.give_up("one of several processes has no room, and the others cannot wait until it has tried again", whole, left)
     self.sleep(self.policy.cooldown_sec)
     while True:
         old, act = self.state, oom_recovery_state_machine(self.retries, self.state, self.policy)
