@@ -7,8 +7,8 @@ __all__ = ['PillLoaders', 'PillLearner', 'Unpack', 'Precision', 'ScaledStep', 'b
            'Ema', 'Validate', 'merge_metrics', 'History', 'early_stopping', 'monitored', 'EarlyStop', 'Clock', 'Pace',
            'StepLog', 'audience', 'Bar', 'Progress']
 
-# %% ../../nbs/30_training.callbacks.ipynb #d9a23a48
-import logging, math, os, sys, time
+# %% ../../nbs/30_training.callbacks.ipynb #da661880
+import logging, math, os, sys, threading, time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -70,21 +70,24 @@ class Unpack(Callback):
         if not len(labels): self.empty += 1; raise CancelBatchException()
         if self.layout is not None: self.learn.xb = tuple(x.to(memory_format=self.layout) for x in self.xb)
 
-# %% ../../nbs/30_training.callbacks.ipynb #cc18c5c3
+# %% ../../nbs/30_training.callbacks.ipynb #6ae93591
 class Precision(Callback):
     "Autocast in training, a gradient scaler for fp16 only, validation in fp32 (SPEC CT5, X10)."
-    order, run_valid = 10, False
+    order, run_valid, inside = 10, False, threading.local()   # the autocast that this thread is in: one that was broken off would keep 16-bit copies of old weights
     def __init__(self, dtype:torch.dtype|None=None): self.dtype, self.scaler, self.cast = dtype, None, None
 
     def before_fit(self):
+        self.leave()
         device = next(self.model.parameters()).device.type
         self.cast = torch.autocast(device, dtype=self.dtype or torch.bfloat16, enabled=self.dtype is not None)
         if needs_scaler(self.dtype) and self.scaler is None: self.scaler = torch.amp.GradScaler(device)
 
-    def before_batch(self): self.cast.__enter__()
+    def before_batch(self): self.cast.__enter__(); self.inside.cast = self.cast
     def after_pred(self):
-        self.cast.__exit__(None, None, None)
+        self.leave()
         self.learn.pred = self.pred.float()
+    def leave(self):
+        if (cast := self.inside.__dict__.pop("cast", None)) is not None: cast.__exit__(None, None, None)
     def before_backward(self):
         if self.scaler: self.learn.loss_grad = self.scaler.scale(self.loss_grad)
     def before_step(self):

@@ -109,7 +109,7 @@ def memory_share()->float: # 0-1; 0 without a GPU
     if not torch.cuda.is_available(): return 0.
     return torch.cuda.max_memory_reserved()/torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
 
-# %% ../../nbs/31_training.memory.ipynb #87e9cb2f
+# %% ../../nbs/31_training.memory.ipynb #a462dacd
 class Moment:
     "What a failed batch may have spoilt: the open window's gradients, running statistics, the dice."
     def __init__(self, learn:PillLearner):
@@ -125,7 +125,7 @@ class Moment:
         for p, g in zip(self.params, self.grads): p.grad = None if g is None else g.clone()
         for b, was in self.buffers: b.copy_(was)
         if getattr(learn, "accumulate", None) is not None: learn.accumulate.count, learn.accumulate.mass = round(self.window[0]*self.unit/learn.oom_guard.state.batch_size), self.window[1]   # windows count batches of today's size
-        if (cast := getattr(learn, "precision", None)) and cast.cast and torch.is_autocast_enabled(cast.cast.device): cast.cast.__exit__(None, None, None)   # the forward pass never came to its end
+        if getattr(learn, "precision", None): learn.precision.leave()   # the forward pass may not have come to its end
         learn.unpack.lost = self.lost
         set_rng_state(self.dice)
 
