@@ -16,7 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
+os.environ["OMP_NUM_THREADS"] = "1"   # children are forked: a pool of threads would not come with them
+import torch  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]/"benchmarks"))
 from harness import arguments, finish, machine, save  # noqa: E402
