@@ -244,7 +244,7 @@ def _by_threads(self:PhotoLoader, batches:list)->Iterator[tuple[Looks,torch.Tens
         left = [p for *_, parts in waiting for p in parts]
         wait([p for p in left if not p.cancel()])
 
-# %% ../../nbs/19a_data.loaders.ipynb #21f51d49
+# %% ../../nbs/19a_data.loaders.ipynb #cfa93538
 class _Jobs(Dataset):
     "What a worker process does: looks in, bytes out."
     def __init__(self, dataset:PillsnapClsDataset): self.dataset = dataset
@@ -275,7 +275,10 @@ def _by_processes(self:PhotoLoader, batches:list)->Iterator[tuple[Looks,torch.Te
         self._loader = DataLoader(_Jobs(self.dataset), batch_size=None, sampler=_Requests(), num_workers=self.num_workers, collate_fn=_as_it_is, worker_init_fn=init_worker,
             pin_memory=self.pin_memory, prefetch_factor=self.prefetch_factor, **self.processes)
     self._loader.sampler.jobs = (self.dataset.looks(rows, self.epoch, visits) for rows, visits in batches)
-    yield from self._loader
+    try: yield from self._loader
+    except (RuntimeError, OSError, EOFError) as e:   # nothing that a photo can do raises here: a worker is gone
+        self._loader = None
+        raise PillsnapError("a process that opened photos is gone", where="dataloader", fix="the system may have ended it for its memory: fewer dataloader.num_workers, or dataloader.engine=threads; the same command goes on from the last save") from e
 
 # %% ../../nbs/19a_data.loaders.ipynb #19279c72
 @patch

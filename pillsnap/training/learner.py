@@ -296,14 +296,14 @@ def read_last(
         decide(log, f"resume: {now} epochs in all instead of {was}; from here on the learning rate follows the schedule of {now}")
     return ckpt
 
-# %% ../../nbs/32_training.learner.ipynb #40cee172
+# %% ../../nbs/32_training.learner.ipynb #b22b019e
 def is_done(
     ckpt:Mapping[str,Any], # last.pt
     cfg:Config             # what is asked for
 )->bool:
     "Whether training has come to its end."
     c, stop = cfg.train.classification, cfg.train.classification.early_stopping
-    return ckpt["epoch"] >= c.epochs or ckpt["history"][-1].get("clock", {}).get("stopped", False) or early_stopping([monitored(r, stop.monitor) for r in ckpt["history"]], stop.patience, stop.min_delta, stop.mode)[0]
+    return ckpt["epoch"] >= c.epochs or any(r.get("clock", {}).get("stopped", False) for r in ckpt["history"][-1:]) or early_stopping([monitored(r, stop.monitor) for r in ckpt["history"]], stop.patience, stop.min_delta, stop.mode)[0]
 
 def going_on(
     path:Path,                   # checkpoints/classifier/last.pt

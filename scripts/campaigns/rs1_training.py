@@ -72,6 +72,8 @@ def opened(root: Path) -> str:
 
 def difference(a: Path, b: Path) -> str | None:
     "What separates two finished runs."
+    if (read_record(b, "classifier") or {}).get("status") != "finished":
+        return "the same command did not come to its end"
     if {p.name for p in (a/"checkpoints"/"classifier").glob("*.pt")} != {p.name for p in (b/"checkpoints"/"classifier").glob("*.pt")}:
         return "other files were kept"
     for p in sorted((a/"checkpoints"/"classifier").glob("*.pt")):

@@ -1,0 +1,109 @@
+#!/usr/bin/env python
+"""SPEC RS1: kill -9 at random moments of an export. Given again, the same command ends with the files of the undisturbed run.
+
+One small run is trained and judged; every trial exports a copy of it in a forked child that has its libraries loaded, and is killed anywhere in
+it, up to five times in one folder; then it may finish. After each kill, whatever lies under a final name must open.
+
+usage: rs1_export.py [--quick] [--kills 20] [--seed 0] [--out FOLDER]
+"""
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"   # children are forked: a pool of threads would not come with them
+import onnxruntime  # noqa: E402
+import torch  # noqa: E402, F401
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]/"benchmarks"))
+from harness import arguments, finish, machine, save  # noqa: E402
+
+from pillsnap.core.files import read_json, sha256_file
+from pillsnap.core.stages import read_record
+from pillsnap.deployment.export import ExportJob
+
+FORK = multiprocessing.get_context("fork")
+STAGES = ("conversion", "splits", "classifier", "detector", "evaluation")
+
+
+def export(root: Path) -> None:
+    "The child's work; its words go nowhere."
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    ExportJob(run_dir=str(root), config="smoke", overrides=("train.num_threads=1",)).run()
+
+
+def child(root: Path) -> multiprocessing.Process:
+    p = FORK.Process(target=export, args=(root,))
+    p.start()
+    return p
+
+
+def opened(root: Path) -> list[str]:
+    "What lies under its final name, each of it opened."
+    there = sorted((root/"export").glob("*")) if (root/"export").exists() else []
+    for p in there:
+        if p.suffix == ".onnx":
+            onnxruntime.InferenceSession(str(p), providers=["CPUExecutionProvider"])
+        elif p.suffix == ".json":
+            read_json(p)
+    read_record(root, "export")
+    return [p.name for p in there if not p.name.startswith(".")]
+
+
+def answer(root: Path) -> dict[str, str]:
+    "The exported networks, byte for byte, and what the comparison with torch said of them."
+    said = {p.name: sha256_file(p) for p in sorted((root/"export").glob("*.onnx"))}
+    return said | {"verdict": (read_record(root, "export") or {}).get("verdict", "")}
+
+
+def main() -> None:
+    a = arguments(__doc__, kills=20, seed=0)
+    kills, rng, t0, trials, bad = 2 if a.quick else a.kills, random.Random(a.seed), time.perf_counter(), [], []
+    with tempfile.TemporaryDirectory() as tmp:
+        base = Path(tmp)/"base"
+        for stage in STAGES:
+            subprocess.run([sys.executable, "-m", "pillsnap", "run", stage, "--config", "smoke", f"paths.exp_dir={base}", "train.num_threads=1"], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+        def copy(name: str) -> Path:
+            return Path(shutil.copytree(base, Path(tmp)/name))
+
+        straight = copy("straight")
+        began = time.perf_counter()
+        child(straight).join()
+        span = time.perf_counter()-began
+        if (read_record(straight, "export") or {}).get("status") != "finished":
+            sys.exit("the undisturbed export failed")
+        while sum(not t["too_late"] for t in trials) < kills:
+            root = copy(f"run{len(trials)}")
+            for _ in range(5):
+                p, after = child(root), rng.uniform(0, span)
+                time.sleep(after)
+                os.kill(p.pid, signal.SIGKILL)
+                p.join()
+                late = p.exitcode == 0
+                trials.append(dict(after_s=round(after, 3), too_late=late, found=opened(root)))
+                print(trials[-1], flush=True)
+                if late or sum(not t["too_late"] for t in trials) == kills:
+                    break
+            if not late:
+                child(root).join()
+            if answer(root) != answer(straight):
+                bad.append(f"after {len(trials)} kills of seed {a.seed}: {answer(root)} instead of {answer(straight)}")
+            shutil.rmtree(root)
+    live = [t for t in trials if not t["too_late"]]
+    print(f"RS1 export: {len(live)} kills in {span:.1f} s of work; {len(bad)} folders ended otherwise than undisturbed")
+    if not a.quick:
+        save(dict(id="RS1_export", what="kill −9 while exporting, then again", seed=a.seed, kills=len(live), span_s=round(span, 2), seconds=round(time.perf_counter()-t0, 1), failed=len(bad), trials=trials, machine=machine()), a.out)
+    finish(f"RS1 export: {b}" for b in bad)
+
+
+if __name__ == "__main__":
+    main()
