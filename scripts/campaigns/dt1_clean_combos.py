@@ -4,7 +4,7 @@
 The demo's delivery is rendered, converted and split in a folder of its own, and the detector's stage trains on it; judged are the photos with
 several pills that were held out by group. Figures go to `results/DT1_clean_combos.json`.
 
-usage: dt1_clean_combos.py [--quick] [--epochs 5] [--out FOLDER]
+usage: dt1_clean_combos.py [--quick] [--epochs 4] [--out FOLDER]
 """
 import subprocess
 import sys
@@ -21,7 +21,7 @@ ASKED = .95
 
 
 def main() -> None:
-    a = arguments(__doc__, epochs=5)
+    a = arguments(__doc__, epochs=4)
     config, epochs = ("smoke", 1) if a.quick else ("demo", a.epochs)
     with tempfile.TemporaryDirectory() as tmp:
         t0 = time.perf_counter()
