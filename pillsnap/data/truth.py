@@ -312,7 +312,7 @@ def is_plain(
     x, y, w, h = a.boxes[0]
     return w > 0 and h > 0 and x >= 0 and y >= 0 and x+w <= a.width and y+h <= a.height and a.areas[0] == w*h
 
-# %% ../../nbs/11b_data.truth.ipynb #bbfad96c
+# %% ../../nbs/11b_data.truth.ipynb #da4db5aa
 def read_part(
     files:list[tuple[str,list[str]]] # folders, and the annotation files in each
 )->Evidence: # not yet compared with other parts
@@ -320,8 +320,8 @@ def read_part(
     e, rows, read = Evidence(), [], Reader()
     for folder, names in files:
         code, wordings = sole_code(folder), []
-        for name in names:
-            a, stem = read(f"{folder}{os.sep}{name}"), name[:-5]
+        for name, a in zip(names, read.folder(folder, names)):
+            stem = name[:-5]
             if isinstance(a, Fault): e.refused.append(a)
             elif code and is_plain(a, code, stem): rows.append((stem, a.photo.file_name, a.path, code, *a.boxes[0], a.width, a.height)); wordings.append(a.drug)
             else: e.add(a)
