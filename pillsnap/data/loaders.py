@@ -46,27 +46,34 @@ from .pack import Pack, pack_settings, stage_pack
 from .sampling import BalancedBatchSampler, EpochSampler, earlier_visits, effective_batch, rare_more_often
 from .splits import StageData, family_ratios
 
-# %% ../../nbs/19a_data.loaders.ipynb #59942f21
+# %% ../../nbs/19a_data.loaders.ipynb #eddef3bc
 class Buffers:
     "Uint8 batches that come back when nobody looks at them any more (SPEC BM8)."
     def __init__(self,
         batch:int,          # samples
         size:int,           # side, pixels
         pinned:bool=False,  # page-locked, for copies that overlap with computing
+        shared:bool=False,  # other processes write into them
         spare:int=8         # most that wait for their next use
-    ): self.shape, self.pinned, self.spare, self.free, self.made = (batch, size, size, 3), pinned, spare, [], 0
+    ): self.shape, self.pinned, self.shared, self.spare, self.free, self.made = (batch, size, size, 3), pinned, shared, spare, [], 0
 
-    def take(self, n:int)->np.ndarray: # [n, size, size, 3] uint8, whatever was in it
-        if self.free: base = self.free.pop()
-        else: base, self.made = torch.empty(self.shape, dtype=torch.uint8, pin_memory=self.pinned).numpy(), self.made + 1
-        out = base[:n]
-        weakref.finalize(out, self._back, base).atexit = False
-        return out
+    def _new(self)->torch.Tensor:
+        self.made += 1
+        if self.shared: return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(math.prod(self.shape))).view(self.shape)
+        return torch.empty(self.shape, dtype=torch.uint8, pin_memory=self.pinned)
 
-    def _back(self, base:np.ndarray)->None:
-        if len(self.free) < self.spare: self.free.append(base)
+    def lend(self, n:int)->tuple[np.ndarray,torch.Tensor]: # [n, size, size, 3] uint8, whatever was in it, and the buffer in which it lies
+        whole = self.free.pop() if self.free else self._new()
+        out = whole.numpy()[:n]
+        weakref.finalize(out, self._back, whole).atexit = False
+        return out, whole
 
-# %% ../../nbs/19a_data.loaders.ipynb #72806bf3
+    def take(self, n:int)->np.ndarray: return self.lend(n)[0]
+
+    def _back(self, whole:torch.Tensor)->None:
+        if len(self.free) < self.spare: self.free.append(whole)
+
+# %% ../../nbs/19a_data.loaders.ipynb #fa381be0
 class PhotoLoader:
     "Batches of (images, labels, meta) for any loop; exact in mid-epoch (SPEC TL3-TL6, BX10)."
     def __init__(self,
@@ -96,7 +103,7 @@ class PhotoLoader:
         self.refills = refill and dataset.train and batch_sampler is None   # validation shows every photo once, P×K is a balance
         self.epoch, self.batch, self.row, self._start, self._carried = 0, 0, 0, (0, 0), []
         self._pool, self._loader, self._flying = None, None, deque(maxlen=2)
-        self.buffers = Buffers(batch_size if batch_sampler is None else 1, dataset.size, self.pin_memory)
+        self.buffers, self._lent = self._pool_of(batch_size if batch_sampler is None else 1), deque()
         self.rank, self.world = 0, 1
 
     def __len__(self)->int: # batches of an epoch
@@ -175,12 +182,12 @@ def _refilled(self:PhotoLoader, chunks:Iterable)->Iterator[tuple[Looks,torch.Ten
             if have == self.batch_size: yield *self._joined(parts, have), bad, used; parts, bad, have, used = [], [], 0, 0
     if used: yield *self._joined(parts, have), bad, used
 
-# %% ../../nbs/19a_data.loaders.ipynb #fb56ef76
+# %% ../../nbs/19a_data.loaders.ipynb #a1f88bc3
 @patch
 def _joined(self:PhotoLoader, parts:list[tuple[Looks,torch.Tensor]], n:int)->tuple[Looks,torch.Tensor]:
     "Parts of batches as one."
     if len(parts) == 1: return parts[0]
-    out = torch.from_numpy(self._buffer(n))
+    out = torch.from_numpy(self._buffer(n)[0])
     return Looks.join([looks for looks, _ in parts]), torch.cat([images for _, images in parts], out=out)
 
 @patch
@@ -209,18 +216,24 @@ def _send(self:PhotoLoader, images:torch.Tensor)->torch.Tensor:
         arrived = torch.cuda.Event(); arrived.record(); self._flying.append((arrived, images))
     return out
 
-# %% ../../nbs/19a_data.loaders.ipynb #7f57bd10
+# %% ../../nbs/19a_data.loaders.ipynb #178514bf
 @patch
 def _here(self:PhotoLoader, batches:list)->Iterator[tuple[Looks,torch.Tensor,list]]:
     "No workers."
     for rows, visits in batches:
-        looks = self.dataset.looks(rows, self.epoch, visits); out = self._buffer(len(rows))
+        looks = self.dataset.looks(rows, self.epoch, visits); out, _ = self._buffer(len(rows))
         yield looks, torch.from_numpy(out), self.dataset.fetch(looks, out)
 
 @patch
-def _buffer(self:PhotoLoader, n:int)->np.ndarray:
-    if n > self.buffers.shape[0]: self.buffers = Buffers(n, self.dataset.size, self.pin_memory)
-    return self.buffers.take(n)
+def _pool_of(self:PhotoLoader, n:int)->Buffers:
+    "Buffers for batches of n photos, as many as can be on their way."
+    far = self.engine == "processes" and self.num_workers > 0
+    return Buffers(n, self.dataset.size, self.pin_memory and not far, far, max(8, self.num_workers*self.prefetch_factor + 2))
+
+@patch
+def _buffer(self:PhotoLoader, n:int)->tuple[np.ndarray,torch.Tensor]:
+    if n > self.buffers.shape[0]: self.buffers = self._pool_of(n)
+    return self.buffers.lend(n)
 
 @patch
 def _by_threads(self:PhotoLoader, batches:list)->Iterator[tuple[Looks,torch.Tensor,list]]:
@@ -229,7 +242,7 @@ def _by_threads(self:PhotoLoader, batches:list)->Iterator[tuple[Looks,torch.Tens
     todo, waiting = iter(batches), deque()
     def put()->None:
         for rows, visits in itertools.islice(todo, 1):
-            looks, out, step = self.dataset.looks(rows, self.epoch, visits), self._buffer(len(rows)), -(-len(rows) // self.num_workers)
+            looks, out, step = self.dataset.looks(rows, self.epoch, visits), self._buffer(len(rows))[0], -(-len(rows) // self.num_workers)
             cuts = [slice(k, k + step) for k in range(0, len(rows), step)]
             waiting.append((looks, out, [self._pool.submit(self.dataset.fetch, looks.part(c), out[c]) for c in cuts]))
     try:
@@ -244,19 +257,20 @@ def _by_threads(self:PhotoLoader, batches:list)->Iterator[tuple[Looks,torch.Tens
         left = [p for *_, parts in waiting for p in parts]
         wait([p for p in left if not p.cancel()])
 
-# %% ../../nbs/19a_data.loaders.ipynb #cfa93538
+# %% ../../nbs/19a_data.loaders.ipynb #f35537fd
 class _Jobs(Dataset):
-    "What a worker process does: looks in, bytes out."
-    def __init__(self, dataset:PillsnapClsDataset): self.dataset = dataset
-    def __getitem__(self, looks:Looks)->tuple[Looks,torch.Tensor,list[dict|None]]:
-        shape = len(looks), self.dataset.size, self.dataset.size, 3
-        out = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(math.prod(shape))).view(shape)   # where the parent reads it: nothing is copied
-        return looks, out, self.dataset.fetch(looks, out.numpy())
+    "What a worker process does: looks and a buffer in, bytes in the buffer."
+    def __init__(self, dataset:PillsnapClsDataset, back:bool, keep:int): self.dataset, self.back, self.mapped = dataset, back, deque(maxlen=keep)
+    def __getitem__(self, job:tuple[Looks,torch.Tensor])->tuple[torch.Tensor|None,list[dict|None]]:
+        looks, whole = job
+        if all(whole.data_ptr() != w.data_ptr() for w in self.mapped): self.mapped.append(whole)   # a buffer that nobody holds here would be mapped anew, page by page, each time
+        out = whole[:len(looks)]
+        return out if self.back else None, self.dataset.fetch(looks, out.numpy())
 
 class _Requests:
-    "The looks of an epoch, as a sampler."
+    "The jobs of an epoch, as a sampler."
     def __init__(self): self.jobs = ()
-    def __iter__(self)->Iterator[Looks]: return iter(self.jobs)
+    def __iter__(self)->Iterator[tuple[Looks,torch.Tensor]]: return iter(self.jobs)
 
 def _as_it_is(x:Any)->Any: return x
 
@@ -269,13 +283,26 @@ def init_worker(
     torch.set_num_threads(1); cv2.setNumThreads(0)
 
 @patch
+def _jobs(self:PhotoLoader, batches:list)->Iterator[tuple[Looks,torch.Tensor]]:
+    "What is asked of the processes; what they fill is noted in the same order."
+    for rows, visits in batches:
+        looks, (out, whole) = self.dataset.looks(rows, self.epoch, visits), self._buffer(len(rows))
+        self._lent.append((looks, out)); del out
+        yield looks, whole
+
+@patch
 def _by_processes(self:PhotoLoader, batches:list)->Iterator[tuple[Looks,torch.Tensor,list]]:
-    "torch's workers, one batch each."
+    "torch's workers, one batch each, written where this process reads it."
     if self._loader is None:
-        self._loader = DataLoader(_Jobs(self.dataset), batch_size=None, sampler=_Requests(), num_workers=self.num_workers, collate_fn=_as_it_is, worker_init_fn=init_worker,
-            pin_memory=self.pin_memory, prefetch_factor=self.prefetch_factor, **self.processes)
-    self._loader.sampler.jobs = (self.dataset.looks(rows, self.epoch, visits) for rows, visits in batches)
-    try: yield from self._loader
+        self._loader = DataLoader(_Jobs(self.dataset, self.pin_memory, self.buffers.spare), batch_size=None, sampler=_Requests(), num_workers=self.num_workers, collate_fn=_as_it_is,
+            worker_init_fn=init_worker, pin_memory=self.pin_memory, prefetch_factor=self.prefetch_factor, **self.processes)
+    old, self._loader.sampler.jobs = len(self._lent), self._jobs(batches)
+    try:
+        for pinned, why in self._loader:
+            for _ in range(old): self._lent.popleft()   # of an epoch that was left: its processes wrote until this one began
+            old, (looks, out) = 0, self._lent.popleft()
+            images = torch.from_numpy(out) if pinned is None else pinned; del out
+            yield looks, images, why
     except (RuntimeError, OSError, EOFError) as e:   # nothing that a photo can do raises here: a worker is gone
         self._loader = None
         raise PillsnapError("a process that opened photos is gone", where="dataloader", fix="the system may have ended it for its memory: fewer dataloader.num_workers, or dataloader.engine=threads; the same command goes on from the last save") from e
