@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from datetime import datetime, timezone
 from pathlib import Path
 
 from harness import RESULTS, arguments, finish, machine, save
@@ -54,6 +55,15 @@ def indexed(labels: Path, out: Path, workers: int) -> dict:
     return json.loads(p.stdout.read().splitlines()[-1]) | dict(wall=time.perf_counter()-t0, peak_bytes=peak, index_bytes=out.stat().st_size)
 
 
+def record(sizes: list[dict], repeats: int, missed: list[str]) -> dict:
+    "What is kept, in the shape of the other benchmarks."
+    def line(r: dict) -> dict:
+        value = 1e6*r["seconds"]/r["rows"]
+        return dict(name=f"{r['rows']:,} annotations, {r['wall']:.1f} s and {r['peak_bytes']/1e9:.2f} GB", ours=True, value=value, low=value, high=value, ratio=None, required=None, verdict="", missing="")
+    return dict(id="BM14", what="indexing at growing sizes", unit="µs each", better="lower", n=sizes[-1]["rows"], repeats=repeats, quick=False, note=f"files in the page cache; at most {SECONDS} s and {BYTES/1e9:g} GB at the last size",
+                rows=[line(r) for r in sizes], sizes=sizes, missed=missed, when=datetime.now(timezone.utc).isoformat(timespec="seconds"), machine=machine())
+
+
 def main() -> None:
     a = arguments(__doc__, workers=0, tmp="")
     rows, missed = [], []
@@ -75,7 +85,7 @@ def main() -> None:
             missed.append(f"BM14: {big['peak_bytes']/1e9:.2f} GB at {big['rows']:,} annotations, {BYTES/1e9:g} GB allowed")
         if big["seconds"]/big["rows"] > 1.25*small["seconds"]/small["rows"]:
             missed.append(f"BM14: an annotation takes {big['seconds']/big['rows']*1e6:.0f} µs among {big['rows']:,} and {small['seconds']/small['rows']*1e6:.0f} µs among {small['rows']:,}")
-        save(dict(id="BM14", what="indexing at growing sizes", n=big["rows"], sizes=rows, limits=dict(seconds=SECONDS, bytes=BYTES), missed=missed, note="files in the page cache", machine=machine()), a.out or RESULTS)
+        save(record(rows, min(a.repeats, 3), missed), a.out or RESULTS)
     finish(missed)
 
 
