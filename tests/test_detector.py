@@ -105,7 +105,7 @@ def test_null_is_the_librarys_default_and_shown(tmp_path):
     load_ultralytics(tmp_path)
     from ultralytics.cfg import get_cfg
     from ultralytics.utils import DEFAULT_CFG
-    free, set_ = load_config("two_stage"), load_config("two_stage", ["train.detection.lr=0.005", "train.detection.warmup_epochs=1.5"])
+    free, set_ = load_config("two_stage"), load_config("two_stage", ["train.detection.lr=0.005", "train.detection.optimizer=SGD", "train.detection.warmup_epochs=1.5"])
     assert free.train.detection.epochs == 50 and free.train.detection.auto_batch_max == 16 and free.train.detection.cos_lr
     shown = [{r["setting"]: r for r in resolved_settings(c, vars(get_cfg(overrides=detector_args(c, tmp_path, tmp_path))))} for c in (free, set_)]
     for k in ("lr0", "warmup_epochs", "optimizer", "close_mosaic"):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'SHAPING', 'SHOWN', 'evaluate_detection_metrics', 'label_of', 'read_label', 'photos_in', 'PillPhotos',
-           'with_ultralytics', 'TrainPlan', 'where_to_train', 'detector_args', 'PillTraining', 'best_epoch', 'Trained',
-           'train_detector', 'shaping', 'going_on', 'Scored', 'score_detector', 'shuffled', 'mistakes',
+           'with_ultralytics', 'TrainPlan', 'where_to_train', 'detector_args', 'PillTraining', 'best_epoch', 'is_done',
+           'Trained', 'train_detector', 'shaping', 'going_on', 'Scored', 'score_detector', 'shuffled', 'mistakes',
            'draw_predictions', 'draw_curves', 'draw_pr', 'make_plan', 'resolved_settings', 'score_table', 'DetectorJob',
            'train_detection_stage']
 
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
-# %% ../../nbs/36_training.detector.ipynb #8681f774
+# %% ../../nbs/36_training.detector.ipynb #e5debbcd
 from ..core.checkpoint import load_ckpt, rng_state, save_ckpt, set_rng_state
 from ..core.config import Config, config_diff
 from ..core.device import cuda_mem_mb, pick_device, select_amp_dtype
@@ -42,6 +42,7 @@ from ..models.metrics import detection_ap, match_boxes, pr_curve
 from ..models.pipeline import DetectorRunner, detect
 from ..models.yolo import PILL, build_yolo_model, load_ultralytics, open_detector, yolo_name
 from .callbacks import early_stopping, merge_metrics
+from .presets import stage_settings
 
 # %% ../../nbs/36_training.detector.ipynb #66268a29
 def label_of(
@@ -146,16 +147,17 @@ class TrainPlan:
     batch_cap:int = 16        # most photos per step that the search may choose
     least_steps:int = 400     # optimizer steps below which gradients are not summed over batches
 
-# %% ../../nbs/36_training.detector.ipynb #2ec8c539
+# %% ../../nbs/36_training.detector.ipynb #b0ccbe65
 def where_to_train(
     device:torch.device # of this process
 )->str: # "cpu", "0", or "0,1,2,3" for one process each
     "The device list in ultralytics' words; several where this process was launched as one of several."
     if device.type == "cpu": return "cpu"
-    n = int(os.environ.get("WORLD_SIZE", 1))
+    n = int(os.environ.get("WORLD_SIZE", 1)); here = int(os.environ.get("LOCAL_WORLD_SIZE", n))
+    if here != n: raise PillsnapError(f"ultralytics trains on the GPUs of one machine, and {n-here} of {n} processes run on another", where="pillsnap distributed detector", fix="start it on one machine; the classifier trains on several")
     return ",".join(map(str, range(n))) if n > 1 else str(device.index or 0)
 
-# %% ../../nbs/36_training.detector.ipynb #d7460280
+# %% ../../nbs/36_training.detector.ipynb #8d7f8b4f
 def detector_args(
     cfg:Config,                     # the run's configuration
     tree:Path,                      # the detector's folder of photos and labels
@@ -166,7 +168,8 @@ def detector_args(
     "The configuration in ultralytics' words (SPEC DT3, TL2)."
     d, a = cfg.train.detection, cfg.data.augment.detection
     given = dict(lr0=d.lr, optimizer=d.optimizer, warmup_epochs=d.warmup_epochs, close_mosaic=d.close_mosaic)
-    search = d.auto_batch_tune and device.type == "cuda"
+    if d.lr is not None and d.optimizer is None: raise PillsnapError(f"the learning rate {d.lr:g} would not be used: without an optimizer ultralytics chooses both", where="train.detection.optimizer", fix="name one beside train.detection.lr (SGD, AdamW, MuSGD), or leave both null")
+    search = d.auto_batch_tune and device.type == "cuda" and "," not in where_to_train(device)
     return dict({k: v for k, v in given.items() if v is not None}, model=f"{yolo_name(d.model)}.yaml", data=str(tree/"data.yaml"), epochs=d.epochs, imgsz=cfg.data.detection.img_size,
         batch=cfg.train.auto_batch_vram_headroom if search else d.batch_size, cos_lr=d.cos_lr, mosaic=a.mosaic, mixup=a.mixup, fliplr=.5*a.hflip, scale=tuple(a.scale), augmentations=[],
         seed=cfg.train.seed, deterministic=cfg.train.deterministic, workers=d.workers, device=where_to_train(device), amp="bf16" if amp is not None else False,
@@ -194,13 +197,20 @@ class PillTraining:
     def save_metrics(self, metrics:dict)->None: pass
     def final_eval(self)->None: pass
 
-# %% ../../nbs/36_training.detector.ipynb #53066a96
+# %% ../../nbs/36_training.detector.ipynb #a6a53a62
 @patch
 def _build_train_pipeline(self:PillTraining)->None:
     super(PillTraining, self)._build_train_pipeline()
+    if getattr(self, "_oom_retries", 0): decide(self.plan.log, f"out of memory: the detector goes on with {self.batch_size} photos a step, epoch {self.epoch+1} begins anew", self.plan.tb)   # the library halves the batch, and tells its own log alone
     batches = len(self.train_loader)*self.epochs; most = max(1, batches//self.plan.least_steps)
     if most < self.accumulate: decide(self.plan.log, f"accumulation: a step per {most} batches instead of {self.accumulate}, because the run has {batches} batches in all", self.plan.tb)
     self.window, self.accumulate, self.waiting = min(most, self.accumulate), 1, 0
+
+@patch
+def build_optimizer(self:PillTraining, *args:Any, iterations:float=1e5, **kwargs:Any)->torch.optim.Optimizer:
+    "The library chooses by the length of the run; one that goes on keeps what it began with, however long it is now."
+    self.iterations = (self.plan.ckpt or {}).get("iterations", iterations)
+    return super(PillTraining, self).build_optimizer(*args, iterations=self.iterations, **kwargs)
 
 @patch
 def due(self:PillTraining)->bool:
@@ -249,7 +259,7 @@ def check_loss(self:PillTraining)->None:
 @patch
 def _handle_nan_recovery(self:PillTraining, epoch:int)->bool: return False   # `check_loss` has raised before
 
-# %% ../../nbs/36_training.detector.ipynb #326d2ed8
+# %% ../../nbs/36_training.detector.ipynb #5b0b6311
 NAMES = {"mAP@0.5": "metrics/mAP50(B)", "mAP@0.5:0.95": "metrics/mAP50-95(B)", "precision": "metrics/precision(B)", "recall": "metrics/recall(B)"}
 
 @patch
@@ -257,14 +267,14 @@ def validate(self:PillTraining)->tuple[dict[str,float],float]:
     "Judge the averaged weights in full precision: all figures, and the one that decides (SPEC DT2)."
     self.check_loss()
     t0, amp, self.amp = time.perf_counter(), self.amp, False
-    try: out = self.validator(self)
+    try: out, _ = super(PillTraining, self).validate()   # of several processes all judge with the first one's batch statistics
     finally: self.amp = amp
     if out is None: return None, None   # of several processes the first alone has the figures
     scores = {k: out[v] for k, v in NAMES.items()} | {"loss": sum(v for k, v in out.items() if k.startswith("val/"))}
     if self.plan.monitor not in scores: raise PillsnapError(f"the detector is not judged by {self.plan.monitor!r}", where="train.detection.early_stopping.monitor", fix=f"one of {', '.join(scores)}")
     self.history.append(dict(epoch=self.epoch+1, detection={**scores, "train_loss": self.epoch_loss(), "lr": self.rate(), "seconds": time.perf_counter()-self.started, "val_seconds": time.perf_counter()-t0}))
     self.tell()
-    return {k: v for k, v in out.items() if k != "fitness"}, scores[self.plan.monitor]
+    return out, scores[self.plan.monitor]
 
 @patch
 def values(self:PillTraining)->list[float]:
@@ -317,14 +327,14 @@ def best_epoch(
     sign = 1 if mode == "max" else -1
     return max(history, key=lambda r: (sign*r["detection"][monitor], r["detection"]["mAP@0.5:0.95"], -r["epoch"]))["epoch"]
 
-# %% ../../nbs/36_training.detector.ipynb #3ea9c048
+# %% ../../nbs/36_training.detector.ipynb #fd72c9d4
 @patch
 def save_model(self:PillTraining)->bool:
     "Write best.pt where this epoch is the best, then last.pt (SPEC DT6)."
     values = self.values(); _, best = early_stopping(values, mode=self.plan.rule["mode"])
     net, ema = self.network.state_dict(), self.ema.ema.state_dict()
     state = dict(optimizer_state=self.optimizer.state_dict(), scheduler_state=self.scheduler.state_dict(), scaler_state=self.scaler.state_dict() or None, epoch=self.epoch+1, best_metric=best, monitor=self.plan.monitor,
-                 ema_updates=self.ema.updates, rng_state=rng_state(), sampler_state={"epoch": self.epoch+1, "generator": self.train_loader.generator.get_state()}, history=self.history, batch=self.batch_size, **self.plan.fixed)
+                 ema_updates=self.ema.updates, rng_state=rng_state(), sampler_state={"epoch": self.epoch+1, "generator": self.train_loader.generator.get_state()}, history=self.history, batch=self.batch_size, iterations=self.iterations, **self.plan.fixed)
     if best_epoch(self.history, self.plan.monitor, self.plan.rule["mode"]) == self.epoch+1: save_ckpt(self.plan.folder/"best.pt", model_state=ema, weights="ema", **state)
     save_ckpt(self.plan.folder/"last.pt", model_state=net, ema_state=ema, weights="raw", **state)
     return True
@@ -343,12 +353,12 @@ def restore(self:PillTraining, ckpt:Mapping[str,Any])->None:
     self.history, self.start_epoch = list(ckpt["history"]), int(ckpt["epoch"])
     decide(self.plan.log, f"resume: epoch {self.start_epoch} is done, {self.epochs-self.start_epoch} of {self.epochs} to go", self.plan.tb)
 
-# %% ../../nbs/36_training.detector.ipynb #e9b28888
+# %% ../../nbs/36_training.detector.ipynb #b159dde8
 @patch
 def begin_epoch(self:PillTraining)->None:
     "A fresh iterator, and on going on the states of the checkpoint."
     self.train_loader.reset(); self.train_loader.dataset.forget()
-    if self.plan.ckpt is not None and self.epoch == self.start_epoch:
+    if self.plan.ckpt is not None and self.epoch == self.start_epoch and int(os.environ.get("RANK", 0)) == 0:   # they are the first process's: with them the others would roll its dice
         set_rng_state(self.plan.ckpt["rng_state"]); self.train_loader.generator.set_state(self.plan.ckpt["sampler_state"]["generator"])
     self.batch_no, self.recent, self.started, self.timer = -1, [], time.perf_counter(), StepTimer(self.device)
 
@@ -358,7 +368,17 @@ class _Stopper:
     def __init__(self, training:PillTraining): self.training = training
     def __call__(self, epoch:int, fitness:float)->bool: return early_stopping(self.training.values(), **self.training.plan.rule)[0]
 
-# %% ../../nbs/36_training.detector.ipynb #d4fdfae5
+# %% ../../nbs/36_training.detector.ipynb #8527e48f
+def is_done(
+    history:Sequence[Mapping[str,Any]], # one row per epoch
+    epochs:int,                         # in total
+    monitor:str,                        # the figure that decides
+    rule:Mapping[str,Any]               # of early stopping
+)->tuple[bool,bool]: # whether training has come to its end, and whether early
+    "Epochs are counted from the first process on (SPEC DT2)."
+    early = early_stopping([r["detection"][monitor] for r in history], **rule)[0]
+    return early or len(history) >= epochs, early
+
 @dataclass
 class Trained:
     "What a training left behind."
@@ -368,7 +388,7 @@ class Trained:
     seconds:float              # in this process
     stopped:bool               # early
 
-# %% ../../nbs/36_training.detector.ipynb #7661f10c
+# %% ../../nbs/36_training.detector.ipynb #7465c1ad
 def train_detector(
     plan:TrainPlan, # what, from where, to where
     hooks:Mapping[str,Callable[[Any],None]]|None=None # further callbacks, by ultralytics' name of the event
@@ -377,8 +397,8 @@ def train_detector(
     t0 = time.perf_counter(); ensure_dir(plan.folder)
     done = plan.ckpt["history"] if plan.ckpt else []
     if plan.ckpt: plan.args["batch"] = plan.ckpt["batch"]
-    over = early_stopping([r["detection"][plan.monitor] for r in done], **plan.rule)[0]
-    if over or len(done) >= plan.args["epochs"]: return Trained(plan.folder, done, dict(plan.args), 0., over)
+    over, early = is_done(done, plan.args["epochs"], plan.monitor, plan.rule)
+    if over: return Trained(plan.folder, done, dict(plan.args), 0., early)
     run = with_ultralytics("YoloPillTraining")(plan)
     # the loop asks this object whether to stop; it is made before the loop begins
     run.callbacks["on_pretrain_routine_end"] = [lambda t: setattr(t, "stopper", _Stopper(t))]
@@ -388,14 +408,15 @@ def train_detector(
     if stopped: decide(plan.log, f"early stopping after epoch {len(run.history)}: {plan.monitor} has not passed {early_stopping(run.values(), mode=plan.rule['mode'])[1]:.4f} for {plan.rule['patience']} epochs", plan.tb)
     return Trained(plan.folder, run.history, vars(run.args), time.perf_counter()-t0, stopped)
 
-# %% ../../nbs/36_training.detector.ipynb #72bc172b
+# %% ../../nbs/36_training.detector.ipynb #f87b7a34
 SHAPING = ("data.detection", "data.augment.detection", "data.progressive_validation.current_stage", "train.seed", "train.deterministic", "train.detection")   # what shapes a detector; paths, logging and the classifier do not
 
 def shaping(
     tree:Mapping[str,Any] # a configuration as a plain tree
 )->dict[str,Any]: # only what changes the detector
-    "The settings that must agree for a run to be the same run."
-    return {s: functools.reduce(lambda node, part: node[part], s.split("."), tree) for s in SHAPING}
+    "The settings that must agree for a run to be the same run; it may grow longer."
+    got = {s: functools.reduce(lambda node, part: node[part], s.split("."), tree) for s in SHAPING}
+    return {s: {k: v for k, v in node.items() if f"{s}.{k}" != "train.detection.epochs"} if isinstance(node, Mapping) else node for s, node in got.items()}
 
 def going_on(
     last:Path,                # checkpoints/detector/last.pt
@@ -409,11 +430,12 @@ def going_on(
     if not last.exists():
         if mode == "last" or resuming: decide(log, "resume: there is no last.pt of a detector yet, training begins at the first epoch")
         return None
-    if mode is None or (mode == "auto" and not resuming):
-        decide(log, f"resume: no, because {'train.resume is null' if mode is None else 'no run of these settings was cut short here'}; training begins at the first epoch"); return None
-    ckpt = load_ckpt(last, class_map=PILL.to_dict())
+    d, ckpt = cfg.train.detection, load_ckpt(last, class_map=PILL.to_dict())
+    if mode is None or mode == "auto" and not resuming and is_done(ckpt["history"], d.epochs, d.early_stopping.monitor, d.early_stopping.model_dump(exclude={"monitor"}))[0]:
+        decide(log, f"resume: no, because {'train.resume is null' if mode is None else 'the run in this folder had come to its end'}; training begins at the first epoch"); return None
     diff = config_diff(shaping(ckpt["config_snapshot"]), shaping(cfg.to_dict())) + (["the photos or their labels"] if ckpt["data_hash"] != data_hash else [])
     if diff: raise PillsnapError("the detector's checkpoint comes from another run:\n  "+"\n  ".join(diff[:12]), where=last, fix="ask for the settings it had, begin a new folder (--fresh), or set train.resume=null to overwrite it")
+    if (was := ckpt["config_snapshot"]["train"]["detection"]["epochs"]) != d.epochs: decide(log, f"resume: {d.epochs} epochs in all instead of {was}; from here on the learning rate follows the schedule of {d.epochs}")
     return ckpt
 
 # %% ../../nbs/36_training.detector.ipynb #1834db21
@@ -519,21 +541,21 @@ def draw_pr(
     plt.close(fig)
     return fig
 
-# %% ../../nbs/36_training.detector.ipynb #8d1e0153
+# %% ../../nbs/36_training.detector.ipynb #5d4c1c12
 def make_plan(
     run:RunFolder,  # the run
     cfg:Config      # its configuration
 )->TrainPlan:
     "What a run's configuration means for its photos and this machine."
+    fixed = dict(config_snapshot=cfg.to_dict(), class_map=PILL.to_dict(), backbone=yolo_name(cfg.train.detection.model), img_size=cfg.data.detection.img_size)
+    cfg = stage_settings(cfg, cfg.data.progressive_validation.current_stage, run.log, run.tb)   # from here on: what holds in this stage (SPEC X17, X18)
     d, tree, work = cfg.train.detection, stage_tree(run, cfg.data.progressive_validation.current_stage), ensure_dir(run.sub("logs")/"ultralytics")
     photos_in(tree/"images"/"train"); photos_in(tree/"images"/"val")
     device = pick_device("auto", run.log, run.tb); amp = select_amp_dtype("auto", device, run.log, run.tb)
     load_ultralytics(work)
-    if d.auto_batch_tune and device.type != "cuda": decide(run.log, f"batch: {d.batch_size} as configured, because there is no GPU memory to search", run.tb)
-    data_hash, folder = fingerprint(tree), run.sub("checkpoints")/"detector"
-    fixed = dict(config_snapshot=cfg.to_dict(), class_map=PILL.to_dict(), backbone=yolo_name(d.model), img_size=cfg.data.detection.img_size, data_hash=data_hash)
-    stop = d.early_stopping
-    return TrainPlan(d.model, tree, folder, detector_args(cfg, tree, work, device, amp), fixed, dict(patience=stop.patience, min_delta=stop.min_delta, mode=stop.mode), stop.monitor,
+    args, data_hash, folder, stop = detector_args(cfg, tree, work, device, amp), fingerprint(tree), run.sub("checkpoints")/"detector", d.early_stopping
+    if d.auto_batch_tune and args["batch"] >= 1: decide(run.log, f"batch: {d.batch_size} as configured, because {'ultralytics searches on one GPU alone' if ',' in args['device'] else 'there is no GPU memory to search'}", run.tb)
+    return TrainPlan(d.model, tree, folder, args, {**fixed, "data_hash": data_hash}, stop.model_dump(exclude={"monitor"}), stop.monitor,
         going_on(folder/"last.pt", cfg, data_hash, run.resuming, run.log), run.log, run.tb, run.sub("reports")/"metrics.json", cfg.train.step_log_interval, amp, d.auto_batch_max)
 
 # %% ../../nbs/36_training.detector.ipynb #bf883a74
