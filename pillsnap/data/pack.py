@@ -26,11 +26,12 @@ import simplejpeg
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 
-# %% ../../nbs/13c_data.pack.ipynb #81000d5a
+# %% ../../nbs/13c_data.pack.ipynb #ccbffe63
 import pillsnap
 from ..core.config import Config
 from ..core.errors import PillsnapError
 from ..core.files import FolderLock, atomic_path, canonical_json, ensure_dir, os_trouble, read_json, save_json, sha256_file, sha256_text, sweep_partials
+from ..core.processes import processes
 from .classmap import ClassMap
 from .images import MAX_PIXELS, crop_square, open_image_safely, resize, shrink, steady_heap
 
@@ -252,7 +253,7 @@ def _claimed(plan:Plan, out:Path)->bool:
         raise PillsnapError("this folder holds a pack of other photos, or of other settings", out, "choose another folder, or remove this one")
     return done
 
-# %% ../../nbs/13c_data.pack.ipynb #57769c80
+# %% ../../nbs/13c_data.pack.ipynb #bda95a54
 def _make_shards(plan:Plan, root:Path, out:Path, workers:int, progress:bool)->None:
     "The shards that are not there yet."
     shards = plan.shards()
@@ -264,7 +265,7 @@ def _make_shards(plan:Plan, root:Path, out:Path, workers:int, progress:bool)->No
     jobs = (joblib.delayed(write_shard)(plan.part(shards[k]), plan.digest, k, root, out) for k in todo)
     with tqdm(total=len(plan.photos), initial=len(plan.photos) - left, desc="pack", unit="photo", disable=not progress) as bar:
         try:
-            for n in joblib.Parallel(n_jobs=min(workers, len(todo)), return_as="generator_unordered", pre_dispatch="2*n_jobs")(jobs): bar.update(n)
+            for n in processes(min(workers, len(todo)), return_as="generator_unordered", pre_dispatch="2*n_jobs")(jobs): bar.update(n)
         except BrokenProcessPool as e:
             raise PillsnapError("a worker was lost: killed, or out of memory", out, "the same command goes on from the finished shards; fewer workers need less memory") from e
 

@@ -24,9 +24,10 @@ import psutil
 from PIL import Image
 from fastcore.basics import patch
 
-# %% ../../nbs/19d_data.planner.ipynb #24a29304
+# %% ../../nbs/19d_data.planner.ipynb #0a98ff49
 from ..core.config import Config, load_config
 from ..core.errors import PillsnapError
+from ..core.processes import processes
 from ..core.record import hardware
 from .conversion import read_manifest
 from .images import open_image_safely, reduce_for, whole_view
@@ -100,10 +101,10 @@ def _from_pack(folder:Path, paths:Sequence[str], size:int, seconds:float)->tuple
     pack = Pack(folder)
     return _repeat(lambda p: whole_view(pack.photo(p), size), paths, seconds)
 
-# %% ../../nbs/19d_data.planner.ipynb #9916ecf0
+# %% ../../nbs/19d_data.planner.ipynb #ffb3ddbe
 def _everywhere(job:Callable, *args:Any, workers:int)->tuple[float,int]:
     "The same job on all processors at once: units per second together, and the memory of one."
-    got = joblib.Parallel(n_jobs=workers)(joblib.delayed(job)(*args) for _ in range(workers))
+    got = processes(workers)(joblib.delayed(job)(*args) for _ in range(workers))
     return sum(n/spent for n, spent, _ in got), max(rss for *_, rss in got)
 
 # %% ../../nbs/19d_data.planner.ipynb #e78f2ce1
@@ -142,7 +143,7 @@ def samples(
     if root: raise PillsnapError("there is no photo here", root, "point --root at the folder that holds data/train, or leave it out to plan on synthetic photos")
     return scratch, render_samples(scratch), "synthetic"
 
-# %% ../../nbs/19d_data.planner.ipynb #a7797c62
+# %% ../../nbs/19d_data.planner.ipynb #9238e681
 def probe(
     cfg:Config|None=None,         # what will be run; None = two_stage
     root:str|Path|None=None,      # a delivery
@@ -159,7 +160,7 @@ def probe(
         rate, photo_bytes = read_rate([where/p for p in paths], each)
         head = build_pack(rows, where, Path(tmp)/"pack", workers=1, progress=False, **pack_settings(cfg))
         good = [p for p in paths if not isinstance(Pack(Path(tmp)/"pack").photo(p), dict)]
-        joblib.Parallel(n_jobs=cpus)(joblib.delayed(_open)(where, good, size, 0) for _ in range(cpus))   # the processes start and import
+        processes(cpus)(joblib.delayed(_open)(where, good, size, 0) for _ in range(cpus))   # the processes start and import
         (open_s, rss), (make_s, _), (pack_s, _) = (_everywhere(job, *a, each, workers=cpus) for job, *a in ((_open, where, good, size), (_make, where, plan), (_from_pack, Path(tmp)/"pack", good, size)))
     ram = psutil.virtual_memory()
     return Probe(cpus, ram.total, ram.available, shutil.disk_usage(home).free, len(paths), data, photo_bytes, rate, open_s, make_s, pack_s, sum(s["bytes"] for s in head["shards"])/len(paths), rss, time.perf_counter() - t0, hardware())

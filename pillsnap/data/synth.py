@@ -27,9 +27,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-# %% ../../nbs/12b_data.synth.ipynb #da118989
+# %% ../../nbs/12b_data.synth.ipynb #2261b779
 from ..core.errors import PillsnapError
 from ..core.files import FolderLock, atomic_path, canonical_json, read_json, save_json, sweep_partials
+from ..core.processes import processes
 from .capture import Capture, capture_group, parse_name
 from .pills import Catalogue, Drug, annotation, make_catalogue, rng_for
 from .render import Pose, Shot, montage, photograph, single_pose
@@ -476,7 +477,7 @@ def claim(
     if (out/"data").exists(): raise PillsnapError("the folder holds data that was not rendered here", where=out/"data", fix="choose an empty folder")
     save_json(plan.settings, out/UNFINISHED)
 
-# %% ../../nbs/12b_data.synth.ipynb #01495f5a
+# %% ../../nbs/12b_data.synth.ipynb #7be37c83
 def spread(
     work:Callable[[tuple],dict[str,str]], # one job's files, path → sha256
     jobs:Iterable[tuple], # arguments of `work`
@@ -484,8 +485,8 @@ def spread(
 )->Iterator[dict[str,str]]: # as they are ready
     "Do jobs here, or in processes of one thread each; joblib's can be started from any script, also one without a `__main__` guard."
     if n < 2: yield from map(work, jobs); return
-    with joblib.parallel_config(backend="loky", n_jobs=n, inner_max_num_threads=1):
-        yield from joblib.Parallel(return_as="generator_unordered")(joblib.delayed(work)(j) for j in jobs)
+    with joblib.parallel_config(backend="loky", inner_max_num_threads=1): pool = processes(n, return_as="generator_unordered")
+    yield from pool(joblib.delayed(work)(j) for j in jobs)
 
 def run_tasks(
     out:Path,               # delivery folder

@@ -27,9 +27,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from fastcore.basics import patch
 
-# %% ../../nbs/11b_data.truth.ipynb #a9e55e4b
+# %% ../../nbs/11b_data.truth.ipynb #919a1b25
 from ..core.errors import PillsnapError
 from ..core.files import save_json
+from ..core.processes import processes
 from pillsnap.data.aihub import (DRUG_KEYS, Annotation, DrugRecord, Fault, PhotoRecord, Photos, Reason, edi_list, folder_codes, Reader, index_photos, is_sealed, known,
     label_files)
 from .capture import TOKENS
@@ -378,7 +379,7 @@ def parts_of(
             if not room: yield part; part, room = [], size
     if part: yield part
 
-# %% ../../nbs/11b_data.truth.ipynb #31c616ed
+# %% ../../nbs/11b_data.truth.ipynb #c4e90de0
 def examine(
     labels:str|os.PathLike,  # a tree of JSON files
     ignore_hidden:bool=True, # pass over dot files
@@ -394,7 +395,7 @@ def examine(
         def seen(parts):
             for p in parts: bar.update(p.counts["files"]); yield p
         if n < 2: e = merge(seen(map(read_part, parts_of(files))))
-        else: e = merge(seen(joblib.Parallel(n_jobs=n, return_as="generator")(joblib.delayed(read_part)(p) for p in parts_of(files))))
+        else: e = merge(seen(processes(n, return_as="generator")(joblib.delayed(read_part)(p) for p in parts_of(files))))
     e.tree = faults
     return e
 
