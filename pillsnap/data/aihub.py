@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['REMARKS', 'SEALED', 'PHOTO_KEYS', 'DRUG_KEYS', 'IMAGE_KEYS', 'PhotoRecord', 'DrugRecord', 'MAX_JSON_BYTES',
            'MAX_RATIO', 'MAX_ENTRY_BYTES', 'Reason', 'Fault', 'korean_name', 'Archive', 'parse_archive', 'archives_in',
-           'folder_codes', 'Walk', 'printable', 'is_sealed', 'walk_tree', 'known', 'edi_list', 'Annotation',
-           'read_bytes', 'decode_text', 'parse_json', 'check_record', 'Reader', 'read_annotation', 'Delivery',
-           'unpack_hint', 'find_delivery', 'sealed_folders', 'sealed_codes', 'overlap_in_words', 'Photos',
+           'folder_codes', 'Walk', 'printable', 'is_sealed', 'refuse_sealed', 'walk_tree', 'known', 'edi_list',
+           'Annotation', 'read_bytes', 'decode_text', 'parse_json', 'check_record', 'Reader', 'read_annotation',
+           'Delivery', 'unpack_hint', 'find_delivery', 'sealed_folders', 'sealed_codes', 'overlap_in_words', 'Photos',
            'index_photos', 'choose_photo', 'label_files', 'entry_name', 'entry_fault', 'Pieces', 'extract_archive',
            'extract_archives', 'extract_command']
 
@@ -22,20 +22,21 @@ import unicodedata
 import zipfile
 import zlib
 
-# %% ../../nbs/11a_data.aihub.ipynb #6cfaf527
+# %% ../../nbs/11a_data.aihub.ipynb #83296f30
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import accumulate, pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-# %% ../../nbs/11a_data.aihub.ipynb #a997170b
+# %% ../../nbs/11a_data.aihub.ipynb #8c4ff906
 import joblib
 import msgspec
 from fastcore.basics import patch
 from ..core.errors import PillsnapError
-from ..core.files import MACHINE, os_trouble
+from ..core.files import MACHINE, FolderLock, os_trouble
 from .capture import Capture, parse_name
 
 # %% ../../nbs/11a_data.aihub.ipynb #def470d8
@@ -125,21 +126,23 @@ def parse_archive(
     return Archive("train" if m[1] in "Tt" else "val", "labels" if m[2] in "Ll" else "images", int(m[3]),
         "single" if m[4].lower() in ("single","단일") else "combination")
 
-# %% ../../nbs/11a_data.aihub.ipynb #ba0167e0
+# %% ../../nbs/11a_data.aihub.ipynb #9b3f4f60
 def _part_of(name:str)->tuple[int,Archive|None]:
-    "The place of a file in its archive, and the archive; None when it is none of the delivery's."
+    "The place of a file in its archive, −1 for an archive in one file, and the archive; None when it is none of the delivery's."
     m = re.fullmatch(r"(.+\.zip)(?:\.part(\d+))?", name, re.IGNORECASE|re.ASCII|re.DOTALL)
-    return (int(m[2] or 0), parse_archive(m[1])) if m else (0, None)
+    return (int(m[2] or -1), parse_archive(m[1])) if m else (-1, None)
 
 def archives_in(
     files:Iterable[str] # paths of any files
-)->list[tuple[Archive,list[str]]]: # each archive with its pieces, in their order
+)->list[tuple[Archive,list[str]]]: # each archive with its pieces, in their order; where it lies beside them in one file, that file
     "The delivery's archives among some files (SPEC DM7, RS4)."
     found = {}
     for f in files:
         place, a = _part_of(os.path.basename(f))
-        if a: found.setdefault((str(a.folder), os.path.dirname(f)), (a, []))[1].append((place, f))
-    return [(a, [f for _,f in sorted(pieces)]) for _,(a,pieces) in sorted(found.items())]
+        if a: found.setdefault((str(a.folder), _PIECE.sub("", f)), (a, []))[1].append((place, f))
+    return [(a, [f for _,f in sorted(pieces)][:1 if min(pieces)[0] < 0 else None]) for _,(a,pieces) in sorted(found.items())]
+
+_PIECE = re.compile(r"\.part\d+$", re.IGNORECASE|re.ASCII)
 
 # %% ../../nbs/11a_data.aihub.ipynb #ac811d6f
 @patch(as_prop=True)
@@ -174,20 +177,32 @@ def printable(
     "A path that UTF-8 can hold, whatever bytes it is made of."
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
-# %% ../../nbs/11a_data.aihub.ipynb #097bb558
+# %% ../../nbs/11a_data.aihub.ipynb #23dc2f12
 SEALED = ("val", "test")
 
 def is_sealed(
     path:str|os.PathLike # any path of a delivery
-)->bool: # it is, or lies in, data/val, data/test, or such a folder beside a `train`
+)->bool: # it is, leads to, or lies in data/val, data/test, or such a folder beside a `train`
     "Whether a path belongs to the sealed test (SPEC SP4, X47)."
-    p = Path(os.path.abspath(path))
-    return any(q.name in SEALED and (q.parent.name == "data" or (q.parent/"train").is_dir()) for q in (p, *p.parents))
+    return any(map(_lies_sealed, {os.path.abspath(path), os.path.realpath(path)}))
+
+def _lies_sealed(path:str)->bool:
+    for q in (p := Path(path), *p.parents):
+        if q.name == "train": return False # a delivery of its own, whatever the folders above it are called
+        if q.name in SEALED and (q.parent.name == "data" or (q.parent/"train").is_dir()): return True
+    return False
+
+def refuse_sealed(
+    path:str|os.PathLike, # a folder that somebody is about to read
+    fix:str="name the delivery's root, or data/train" # what to do instead
+)->None: # PillsnapError where it is sealed
+    "Nothing reads the sealed test before the final test (SPEC SP4)."
+    if is_sealed(path): raise PillsnapError("this is the sealed test: nothing reads it before the final test", where=path, fix=fix)
 
 def _scan(folder:str)->list[os.DirEntry]:
     try:
         with os.scandir(folder) as it: return sorted(it, key=lambda e: e.name)
-    except OSError as e: raise PillsnapError(f"this folder cannot be read: {e.strerror}", where=folder) from None
+    except OSError as e: raise os_trouble("this folder cannot be read", folder, e) from None
 
 # %% ../../nbs/11a_data.aihub.ipynb #915c07d0
 def walk_tree(
@@ -515,7 +530,7 @@ def unpack_hint(
     zips = archives_in(walk_tree(folder).files)
     return f"unpack the {len(zips)} archives first: pillsnap extract {folder}" if zips else ""
 
-# %% ../../nbs/11a_data.aihub.ipynb #e49c6837
+# %% ../../nbs/11a_data.aihub.ipynb #bdba72a5
 def find_delivery(
     root:str|os.PathLike # the folder that holds data/train, train, or labels and images
 )->Delivery: # raises PillsnapError when there is none
@@ -525,6 +540,7 @@ def find_delivery(
     if (mark := root/"SYNTHETIC.unfinished.json").exists(): raise PillsnapError("this synthetic delivery was not rendered to its end", where=mark, fix="render it again into the same folder: it goes on where it stopped")
     if (train := _train(root)) is None:
         raise PillsnapError("there is no delivery in this folder", where=root, fix=unpack_hint(root) or "the folder must hold data/train/labels and data/train/images")
+    refuse_sealed(train/"labels", "set paths.root to the delivery itself, the folder that holds data/train")
     if not (train/"images").is_dir(): raise PillsnapError("this delivery has labels and no photos", where=train/"images", fix="`pillsnap audit` works on labels alone; conversion needs the photos")
     sealed = next((train.parent/n for n in SEALED if train != root and (train.parent/n).is_dir()), None)
     return Delivery(root, train/"labels", train/"images", sealed)
@@ -697,7 +713,7 @@ def readinto(self:Pieces,
     n = self.files[i].readinto(memoryview(buffer)[:self.starts[i+1]-self.at]); self.at += n
     return n
 
-# %% ../../nbs/11a_data.aihub.ipynb #08b38261
+# %% ../../nbs/11a_data.aihub.ipynb #e1768547
 def _copy_entry(z:zipfile.ZipFile, info:zipfile.ZipInfo, target:Path, half:Path)->None:
     "Unpack one entry, never more bytes than it declared; its name appears when it is whole."
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -713,10 +729,29 @@ def _resume(part:Path, pieces:list[str])->None:
     "Keep what was unpacked of this very archive; begin anew for another one."
     mark, said = part/".source", "\n".join(f"{os.path.basename(p)} {(s := os.stat(p)).st_size} {s.st_mtime_ns}" for p in pieces)
     if mark.is_file() and mark.read_text(encoding="utf-8", errors="surrogateescape") == said: return
-    shutil.rmtree(part, ignore_errors=True); part.mkdir(parents=True)
+    for p in part.iterdir():
+        if p.is_dir(): shutil.rmtree(p)
+        elif p.name != ".lock": p.unlink()
     mark.write_text(said, encoding="utf-8", errors="surrogateescape")
 
-# %% ../../nbs/11a_data.aihub.ipynb #6446d66f
+def _unpack(z:zipfile.ZipFile, plan:list[tuple[zipfile.ZipInfo,str]], part:Path, target:Path, advance:Callable[[int],Any])->None:
+    "Unpack what is not there yet, and give the folder its name."
+    todo = [(i,n) for i,n in plan if not (os.path.isfile(part/n) and os.path.getsize(part/n) == i.file_size)]
+    need, free = sum(i.file_size for i,_ in todo), shutil.disk_usage(part).free
+    if need > free: raise PillsnapError(f"unpacking needs {need:,} bytes and {free:,} are free", where=target, fix="free some space, or unpack to another disk; it goes on from here")
+    advance(sum(i.file_size for i,_ in plan)-need)
+    for info, n in todo: _copy_entry(z, info, part/n, part/".half"); advance(info.file_size)
+    for mark in (".source", ".half", ".lock"): (part/mark).unlink(missing_ok=True)
+    part.rename(target)
+
+def _incomplete(pieces:list[str])->str|None:
+    "Where a piece is missing or short: a piece is named after its place, in bytes or by counting."
+    places, sizes = [_part_of(os.path.basename(p))[0] for p in pieces], [os.path.getsize(p) for p in pieces]
+    if places[0] < 0 or places in (list(range(len(places))), list(range(1, len(places)+1))): return None
+    wrong = next((p for p,place,at in zip(pieces, places, accumulate(sizes, initial=0)) if place != at), None)
+    return f"a piece is missing or incomplete before {os.path.basename(wrong)}" if wrong else None
+
+# %% ../../nbs/11a_data.aihub.ipynb #052f6d6b
 def extract_archive(
     pieces:list[str],       # one zip, or the pieces of one
     target:str|os.PathLike, # the folder it becomes
@@ -726,21 +761,18 @@ def extract_archive(
     target, name = Path(target), Path(pieces[0]); part = target.with_name(f".{target.name}.part")
     if target.exists(): return 0
     try:
+        if gap := _incomplete(pieces): raise zipfile.BadZipFile(gap)
         with zipfile.ZipFile(io.BufferedReader(Pieces(pieces), 1<<20)) as z:
-            plan = _plan(Path(re.sub(r"\.part\d+$", "", str(name))), z); _resume(part, pieces)
-            todo = [(i,n) for i,n in plan if not (os.path.isfile(part/n) and os.path.getsize(part/n) == i.file_size)]
-            need, free = sum(i.file_size for i,_ in todo), shutil.disk_usage(part).free
-            if need > free: raise PillsnapError(f"unpacking needs {need:,} bytes and {free:,} are free", where=target, fix="free some space, or unpack to another disk; it goes on from here")
-            advance(sum(i.file_size for i,_ in plan)-need)
-            for info, n in todo: _copy_entry(z, info, part/n, part/".half"); advance(info.file_size)
+            plan = _plan(Path(_PIECE.sub("", str(name))), z)
+            with FolderLock(part):
+                if target.exists(): shutil.rmtree(part); return 0 # another run was quicker
+                _resume(part, pieces); _unpack(z, plan, part, target, advance)
     except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, EOFError, ValueError, zlib.error) as e:
-        raise PillsnapError(f"this archive is broken: {e}", where=name, fix="fetch it again") from None
-    except OSError as e: raise PillsnapError(f"unpacking failed: {e.strerror or e}", where=target) from None
-    for mark in (".source", ".half"): (part/mark).unlink(missing_ok=True)
-    part.rename(target)
+        raise PillsnapError(f"this archive is broken: {e}", where=name, fix="fetch it again"+(", all pieces into one folder" if _PIECE.search(pieces[0]) else "")) from None
+    except OSError as e: raise os_trouble("unpacking failed", target, e) from None
     return len(plan)
 
-# %% ../../nbs/11a_data.aihub.ipynb #18e5ac0c
+# %% ../../nbs/11a_data.aihub.ipynb #4fe82826
 def extract_archives(
     src:str|os.PathLike,     # a folder with AI Hub's archives, at any depth
     dst:str|os.PathLike,     # the delivery's root; archives become data/{train,val}/{labels,images}/…
@@ -749,7 +781,10 @@ def extract_archives(
 )->dict[str,int]: # folder of each archive → files unpacked, 0 when it was there
     "Unpack a delivery into the English tree (SPEC DM14, RS4)."
     from tqdm import tqdm
+    if not Path(src).is_dir(): raise PillsnapError("the folder of archives is a file" if Path(src).exists() else "the folder of archives does not exist", where=src, fix="name the folder that the archives lie in")
     found = archives_in(walk_tree(src, sealed=True).files)
+    for (a,f),(b,g) in pairwise(found):
+        if a.folder == b.folder: raise PillsnapError(f"two archives would become {a.folder}", where=f"{f[0]} and {g[0]}", fix="keep the right one here")
     if not found: raise PillsnapError("there are no archives of the delivery here", where=src, fix="their names look like TL_1_단일.zip or TS_1_조합.zip")
     with tqdm(desc="unpacked", unit="B", unit_scale=True, disable=not progress) as bar:
         done = joblib.Parallel(n_jobs=workers or min(joblib.cpu_count(), len(found)), backend="threading")(joblib.delayed(extract_archive)(f, Path(dst)/a.folder, bar.update) for a,f in found)
