@@ -161,15 +161,29 @@ def steady_heap(
     set_ = ctypes.CDLL(None).mallopt
     return bool(set_(mmap, keep//2) and set_(trim, keep))
 
-# %% ../../nbs/13_data.images.ipynb #948af17f
-def _complete(b:bytes)->bool:
-    "Whether a PNG or JPEG reaches its end marker; other formats are left to their decoder."
-    if b[:2] == b"\xff\xd8": return b.rfind(b"\xff\xd9") > b.find(b"\xff\xda") > 0
-    return b[:4] != b"\x89PNG" or b.rfind(b"IEND") > 0
+# %% ../../nbs/13_data.images.ipynb #cdc12c17
+_NOTES = (b"tEXt", b"zTXt", b"iTXt", b"tIME", b"pHYs")   # say something about the picture and change nothing in it
 
-# %% ../../nbs/13_data.images.ipynb #ce0b4308
+def _png_fault(b:bytes)->str:
+    "Why a PNG is not whole: a part that is cut off or has a wrong checksum (a note may), or no end; empty when it is."
+    k = 8
+    while k + 12 <= len(b):
+        kind, end = b[k + 4:k + 8], k + 12 + int.from_bytes(b[k:k + 4], "big")
+        if end > len(b): return f"its part {kind.decode('latin-1')!r} is cut off"
+        if kind not in _NOTES and zlib.crc32(b[k + 4:end - 4]) != int.from_bytes(b[end - 4:end], "big"): return f"the checksum of its part {kind.decode('latin-1')!r} is wrong"
+        if kind == b"IEND": return ""
+        k = end
+    return "no end"
+
+def _complete(b:bytes)->bool:
+    "Whether a PNG is whole and a JPEG reaches its end marker; other formats are left to their decoder."
+    if b[:2] == b"\xff\xd8": return b.rfind(b"\xff\xd9") > b.find(b"\xff\xda") > 0
+    return b[:4] != b"\x89PNG" or not _png_fault(b)
+
+# %% ../../nbs/13_data.images.ipynb #2c074709
 def _by_pillow(b:bytes, max_pixels:int, grayscale_policy:str, rgba_policy:str, reduce:int)->np.ndarray:
-    "Decode with Pillow: first frame, upright, RGB."
+    "Decode with Pillow: first frame, upright, RGB. It notices what is missing, but not always what was changed."
+    if b[:4] == b"\x89PNG" and (why := _png_fault(b)) not in ("", "no end"): raise ValueError(why)
     with Image.open(io.BytesIO(b), formats=("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF")) as im:
         _bound(im.size, max_pixels)
         return shrink(np.array(_to_rgb(ImageOps.exif_transpose(im), grayscale_policy, rgba_policy)), reduce)
