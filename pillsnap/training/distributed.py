@@ -34,7 +34,7 @@ from .classifier import ClassifierJob, train_classification_stage
 from .detector import DetectorJob, make_plan, train_detector
 from .learner import Outputs
 
-# %% ../../nbs/39_training.distributed.ipynb #ad76e6f6
+# %% ../../nbs/39_training.distributed.ipynb #a2fdeaa5
 class Distributed(Callback):
     "Gradients and figures of all processes as those of one (PyTorch DDP, Li et al. 2020; through accelerate)."
     order, whole, ddp, trained = Accumulate.order-1, None, None, None   # hears of a batch before its weight is added
@@ -51,7 +51,7 @@ class Distributed(Callback):
 
     def before_train(self):
         now = [p.requires_grad for p in self.model.parameters()]   # a frozen backbone thaws: the wrapper must hear of it
-        if now != self.trained: self.whole, self.ddp, self.trained = self.model, self.accelerator.prepare_model(self.model), now
+        if now != self.trained: self.whole, self.ddp, self.trained = self.model, self.accelerator.prepare_model(self.model, device_placement=False), now   # it is where it belongs; moved from cpu to "cpu:0" its weights would not be those that the average follows
 
     def before_batch(self):
         if self.training: self.learn.model = self.ddp
