@@ -1,26 +1,38 @@
-"""The classifier's stage in two gloo processes, started as `accelerate launch` starts them; the first alone writes."""
+"""The classifier's stage in several gloo processes: one stage, whoever shares it, and whoever goes on with it."""
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
+from pillsnap.core.checkpoint import load_ckpt
+from pillsnap.core.config import load_config
+from pillsnap.core.files import read_json
+from pillsnap.core.stages import read_record, stale
+from pillsnap.data.datasets import PillsnapClsDataset
+from pillsnap.data.loaders import PhotoLoader
+from pillsnap.training.distributed import apart
+from test_memory import Painted, table
+from test_smoke_train import split_folder
+from test_stop_and_go import CM
+
+ENV = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE")} | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "ACCELERATE_USE_CPU": "true"}
+together = pytest.mark.skipif(bool(apart()), reason=f"two processes of this machine cannot talk to each other: {apart()}")
 OVER = ["data.classification.img_size=64", "train.classification.epochs=1", "train.classification.batch_size=8", "train.num_threads=1"]
 
 
+@together
 def test_two_processes_are_one_stage(tmp_path, delivery):
-    from pillsnap.core.checkpoint import load_ckpt
-    from pillsnap.core.config import load_config
-    from pillsnap.core.stages import RunFolder, read_record, stale
-    from pillsnap.data.splits import smoke_splits
-    run = tmp_path/"run"
-    (tmp_path/"run").mkdir()
-    (run/"delivery").symlink_to(delivery)
-    smoke_splits(RunFolder(run, "splits"), load_config("smoke", [*OVER, f"paths.exp_dir={run}"]))
-    env = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE")} | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "ACCELERATE_USE_CPU": "true"}
-    r = subprocess.run([sys.executable, "-m", "pillsnap", "distributed", "classifier", "--run-dir", str(run), "--config", "smoke", "--processes", "2", *OVER], env=env, capture_output=True, text=True, timeout=580)
+    "Started as `accelerate launch` starts them; the first alone writes."
+    run = split_folder(tmp_path/"run", delivery, *OVER)
+    r = subprocess.run([sys.executable, "-m", "pillsnap", "distributed", "classifier", "--run-dir", str(run), "--config", "smoke", "--processes", "2", *OVER], env=ENV, capture_output=True, text=True, timeout=580)
     assert r.returncode == 0, (r.stdout+r.stderr)[-3000:]
     log = (run/"logs"/"pillsnap.classifier.log").read_text(encoding="utf-8")
     steps = re.findall(r"\[train\] e=1/1 s=(\d+)/(\d+)", log)
@@ -29,3 +41,164 @@ def test_two_processes_are_one_stage(tmp_path, delivery):
     assert load_ckpt(run/"checkpoints"/"classifier"/"last.pt")["epoch"] == 1
     assert read_record(run, "classifier")["status"] == "finished" and stale(run, "classifier", load_config("smoke", [*OVER, f"paths.exp_dir={run}"])) is None
     assert len(list((run/"tb").glob("*/events*"))) == len(list((run/"tb").iterdir())), "one TensorBoard file per stage"
+
+
+# a network without batch statistics or dropout, plain SGD (AdamW would make a step of rounding errors), windows of two batches, a save after every batch
+WORLD = ["data.classification.img_size=64", "train.num_threads=1",
+         "train.classification={backbone: test_convnext, batch_size: 8, grad_accum_steps: 2, epochs: 2, amp: false, optimizer: sgd, lr: 0.02, drop_rate: 0.0, ema: {enabled: true, decay: 0.9}, saving: {every_minutes: 1.0e-9}}"]
+STOP = (1, 2)   # the third batch of the second epoch, in the middle of a window
+STAGE = textwrap.dedent("""
+    import json, os, sys
+    from fastai.callback.core import Callback
+    from pillsnap.training import distributed
+    from pillsnap.training.classifier import ClassifierJob
+    run, world, stop, over = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[4:]
+
+    class Seen(Callback):
+        "Writes down a share before its gradients meet the others'; the first process is killed after batch `stop`, when it is saved."
+        order, run_valid = 99, False
+        def __init__(self, rank): self.rank = rank
+        def after_pred(self):
+            with open(f"{run}/seen.jsonl", "a") as f: print(json.dumps([self.epoch, self.iter, self.learn.meta["paths"]]), file=f)
+        def after_batch(self):
+            if [self.epoch, self.iter] == stop and not self.rank: os.kill(os.getpid(), 9)
+
+    plain = distributed.shared
+    def watched(cfg):
+        cbs, share = plain(cfg)
+        return [*cbs, Seen(share[0])], share
+    distributed.shared = watched
+
+    class Alone(ClassifierJob):
+        def work(self, run, cfg): return super().work(run, cfg, [Seen(0)])
+
+    if world > 1: distributed.launch(distributed.run_here, ("classifier", run, "smoke", over), world)
+    else: Alone(run_dir=run, config="smoke", overrides=tuple(over), epochs=2).run()
+""")
+
+
+def stage(run: Path, world: int, stop=None) -> subprocess.CompletedProcess:
+    "The classifier's stage in so many processes, in an interpreter of its own."
+    return subprocess.run([sys.executable, "-c", STAGE, str(run), str(world), json.dumps(stop), *WORLD], env=ENV, capture_output=True, text=True, timeout=580)
+
+
+def seen(run: Path, first=(0, 0), last=(9, 9)) -> list[tuple]:
+    "Rows that were seen in batches `first` to `last`, with their epoch, in order."
+    rows = [json.loads(line) for line in (run/"seen.jsonl").read_text().splitlines()]
+    return sorted((e, p) for e, i, paths in rows if first <= (e, i) <= last for p in paths)
+
+
+@pytest.fixture(scope="module")
+def killed(delivery, tmp_path_factory):
+    "A stage of two processes whose first was killed in mid-epoch; and the same stage in one process, undisturbed."
+    root = tmp_path_factory.mktemp("world")
+    for name in ("two", "straight"): split_folder(root/name, delivery, *WORLD)
+    r = stage(root/"two", 2, STOP)
+    assert r.returncode and re.search(r"PillsnapError: process [01] of 2 failed: ", r.stderr), r.stderr[-2000:]
+    r = stage(root/"straight", 1)
+    assert r.returncode == 0, r.stderr[-2000:]
+    return root
+
+
+@together
+@pytest.mark.spec("BX10", "CT12", "CT16")
+@pytest.mark.parametrize("world", [1, 3])
+def test_another_number_of_processes_goes_on(killed, tmp_path, world):
+    "Begun by two, killed in the middle of an epoch and of a window, gone on with by one and by three: every photo once, the weights of one undisturbed process."
+    run = tmp_path/"run"
+    shutil.copytree(killed/"two", run, symlinks=True)
+    ckpt = load_ckpt(run/"checkpoints"/"classifier"/"last.pt")
+    assert (ckpt["epoch"], ckpt["position"]["batch"], ckpt["position"]["callbacks"]["accumulate"]["count"]) == (1, 3, 1)
+    before = seen(run, last=STOP)
+    (run/"seen.jsonl").unlink()
+    r = stage(run, world)
+    assert r.returncode == 0 and "after epoch 1 of 2 and 3 batches of the next" in r.stdout+r.stderr, r.stderr[-2000:]
+    after, whole = seen(run), seen(killed/"straight")
+    assert after and sorted(before+after) == whole and seen(run, first=(STOP[0], STOP[1]+1)) == after
+    a, b = (load_ckpt(f/"checkpoints"/"classifier"/"last.pt") for f in (killed/"straight", run))
+    start = load_ckpt(killed/"two"/"checkpoints"/"classifier"/"last.pt")["model_state"]
+    moved = max((a["model_state"][k]-v).abs().max() for k, v in start.items())
+    for part in ("model_state", "ema_state"):
+        for k, v in a[part].items(): torch.testing.assert_close(b[part][k], v, rtol=1e-4, atol=1e-3*float(moved), msg=lambda m: f"{part} {k}: {m}")
+    one, other = (read_json(f/"reports"/"metrics.json")["history"] for f in (killed/"straight", run))
+    assert [r["train_loss"] for r in other] == pytest.approx([r["train_loss"] for r in one], rel=1e-4)
+    assert [r["classification"]["n"] for r in other] == [r["classification"]["n"] for r in one]
+
+
+class Torn(Painted):
+    "Photos of which some cannot be opened."
+    bad = {"0.png", "1.png", "2.png", "9.png"}
+    def open(self, photo, view, reduce=1):
+        if photo.path in self.bad: raise OSError("torn")
+        return super().open(photo, view, reduce)
+
+
+BROKEN = textwrap.dedent("""
+    import sys
+    sys.path.insert(0, sys.argv[1])
+    from test_distributed import broken_share
+    from pillsnap.training.distributed import launch
+    launch(broken_share, (sys.argv[2],))
+""")
+
+
+def broken_share(folder: str) -> None:
+    "Two epochs over 25 photos in batches of six: the first process has nothing to show in the first batch and in the last; the whole network, batch norm and dropout included."
+    from accelerate import Accelerator, PartialState
+    from pillsnap.training.distributed import Blank, Distributed
+    from pillsnap.training.callbacks import Accumulate
+    from pillsnap.training.learner import Outputs, build_learner
+    torch.set_num_threads(1)
+    me = PartialState(cpu=True)
+    cfg = load_config("smoke", ["train.classification={epochs: 2, lr: 0.01, amp: false, mixing: {mixup: 0.2, prob: 1.0}}"])
+    d = PillsnapClsDataset(table(25), CM, Torn(), 16, True, seed=7)
+    train = PhotoLoader(d, 6, num_workers=2).shard(me.process_index, me.num_processes)
+    val = PhotoLoader(PillsnapClsDataset(table(13), CM, Painted(), 16), 6).shard(me.process_index, me.num_processes)   # a last batch of one photo
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, stride=4), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(.3), nn.Flatten(), nn.Linear(64, 3))
+    learn = build_learner(cfg, net, nn.CrossEntropyLoss(), train, {"whole": val}, 3, out=Outputs(quiet=True))
+    learn.add_cbs([Blank(), Accumulate(), Distributed(Accelerator(cpu=True))])
+    learn.fit(2)
+    torch.save(dict(weights=[p.detach() for p in net.parameters()], buffers=[b for b in net.buffers() if b.is_floating_point()], rows=[(r["skipped"], r["classification"]["n"]) for r in learn.rows]), f"{folder}/{me.process_index}.pt")
+
+
+@together
+@pytest.mark.spec("TL4")
+def test_a_share_without_a_readable_photo_keeps_nobody_waiting(tmp_path):
+    "Nor one of a last batch that is too small for all; both processes end with the same weights."
+    r = subprocess.run([sys.executable, "-c", BROKEN, str(Path(__file__).parent), str(tmp_path)], env=ENV, capture_output=True, text=True, timeout=240)
+    assert r.returncode == 0, r.stderr[-2000:]
+    a, b = (torch.load(tmp_path/f"{k}.pt", weights_only=True) for k in range(2))
+    for v, w in zip(a["weights"], b["weights"], strict=True): assert torch.equal(v, w)
+    assert all(torch.isfinite(v).all() for v in [*a["weights"], *a["buffers"], *b["buffers"]])
+    assert a["rows"] == b["rows"] == [(4, 13), (8, 13)]   # of both processes: skipped photos so far, and photos of the validation
+
+
+@pytest.mark.spec("BX10")
+def test_processes_go_on_where_one_left_off_within_a_batch():
+    "One process takes what follows for a photo that is broken, and stops between two batches of the cut; two go on with all that is left."
+    d = PillsnapClsDataset(table(25), CM, Torn(), 16, True, seed=7)
+    one = PhotoLoader(d, 6)
+    first = next(iter(one))[2]
+    state = one.state_dict()
+    assert state["row"] > 6 and len(first["paths"]) == 6   # three were broken on the way
+    shares = [PhotoLoader(d, 6).shard(r, 2) for r in range(2)]
+    rest, batches = [], set()
+    for s in shares:
+        s.load_state_dict(state)
+        got = [m for _, _, m in s]
+        batches.add(len(got))
+        rest += [p for m in got for p in [*m["paths"], *(b["path"] for b in m["skipped"])]]
+    assert len(batches) == 1 and sorted([*rest, *first["paths"], *(b["path"] for b in first["skipped"])]) == sorted(d.paths)
+
+
+CLOSED = "import torch; from pillsnap.training.distributed import launch; launch(print)"
+
+
+def test_a_closed_loopback_is_said_in_one_line():
+    "On a machine whose loopback interface is down nothing is started, and the first line says so."
+    closed = ["unshare", "--net", "--map-root-user"]
+    if not shutil.which("unshare") or subprocess.run([*closed, "true"], capture_output=True).returncode: pytest.skip("this system makes no network of its own for a process (unshare)")
+    r = subprocess.run([*closed, sys.executable, "-c", CLOSED], env=ENV, capture_output=True, text=True, timeout=240)
+    said = r.stderr[r.stderr.rindex("PillsnapError"):].splitlines()
+    assert r.returncode and "two processes of this machine cannot talk to each other: its loopback interface" in said[0] and "ip link set lo up" in said[2]

@@ -111,7 +111,7 @@ class PhotoLoader:
         n = len(self.sampler)
         return n // self.batch_size if self.drop_last else -(-n // self.batch_size)
 
-# %% ../../nbs/19a_data.loaders.ipynb #e1786787
+# %% ../../nbs/19a_data.loaders.ipynb #6a0d61df
 @patch
 def _cut(self:PhotoLoader)->tuple[int,np.ndarray,np.ndarray]:
     "The epoch, its rows in order, and where its batches begin and end."
@@ -130,7 +130,7 @@ def _chunks(self:PhotoLoader, order:np.ndarray, edges:np.ndarray)->Iterator[tupl
     work = self._by_processes if self.engine == "processes" and self.num_workers else self._by_threads if self.num_workers else self._here
     mine = lambda a, b: slice(a + (b-a)*self.rank//self.world, a + (b-a)*(self.rank + 1)//self.world)
     pieces = lambda e: [(order[s], visits[s]) for s in itertools.starmap(mine, itertools.pairwise(e))]
-    yield from work(pieces(np.r_[np.arange(self.row, end, self.batch_size), end] if self.refills else edges[edges >= self.row]))
+    yield from work(pieces(np.r_[np.arange(self.row, end, self.batch_size), end] if self.refills else np.r_[self.row, edges[edges > self.row]]))   # one process may have left off within a batch
     if self.refills and end < len(order): yield from work(pieces([max(self.row, end), len(order)]))
 
 @patch
@@ -143,7 +143,7 @@ def shard(self:PhotoLoader,
     self.refills = self.refills and world == 1   # every process must see as many batches
     return self
 
-# %% ../../nbs/19a_data.loaders.ipynb #3a85c739
+# %% ../../nbs/19a_data.loaders.ipynb #476fbb30
 @patch
 def __iter__(self:PhotoLoader)->Iterator[tuple[torch.Tensor,torch.Tensor,dict[str,list]]]: # images, labels, {"paths", "skipped"}
     "An epoch, or what is left of it after `load_state_dict`."
@@ -153,8 +153,8 @@ def __iter__(self:PhotoLoader)->Iterator[tuple[torch.Tensor,torch.Tensor,dict[st
     for looks, images, bad, rows in (self._refilled if self.refills else self._as_cut)(self._chunks(order, edges)):
         self.row = self.row + rows if self.refills else int(edges[edges > self.row][0])   # of all processes
         self._note(bad)
-        if not len(looks): _log.warning("all %d photos of a batch were skipped, the first because %s", rows, bad[0]["error"])
-        if not len(looks) or self.refills and self.drop_last and len(looks) < self.batch_size: continue
+        if bad and not len(looks): _log.warning("all %d photos of a batch were skipped, the first because %s", rows, bad[0]["error"])
+        if not len(looks) and self.world == 1 or self.refills and self.drop_last and len(looks) < self.batch_size: continue
         self.batch += 1
         yield self._deliver(looks, images)
         if self.batch == self.count: return   # what a dropped remainder could still give is not asked for
@@ -216,7 +216,7 @@ def _send(self:PhotoLoader, images:torch.Tensor)->torch.Tensor:
         arrived = torch.cuda.Event(); arrived.record(); self._flying.append((arrived, images))
     return out
 
-# %% ../../nbs/19a_data.loaders.ipynb #178514bf
+# %% ../../nbs/19a_data.loaders.ipynb #352419eb
 @patch
 def _here(self:PhotoLoader, batches:list)->Iterator[tuple[Looks,torch.Tensor,list]]:
     "No workers."
@@ -242,7 +242,7 @@ def _by_threads(self:PhotoLoader, batches:list)->Iterator[tuple[Looks,torch.Tens
     todo, waiting = iter(batches), deque()
     def put()->None:
         for rows, visits in itertools.islice(todo, 1):
-            looks, out, step = self.dataset.looks(rows, self.epoch, visits), self._buffer(len(rows))[0], -(-len(rows) // self.num_workers)
+            looks, out, step = self.dataset.looks(rows, self.epoch, visits), self._buffer(len(rows))[0], max(1, -(-len(rows) // self.num_workers))
             cuts = [slice(k, k + step) for k in range(0, len(rows), step)]
             waiting.append((looks, out, [self._pool.submit(self.dataset.fetch, looks.part(c), out[c]) for c in cuts]))
     try:

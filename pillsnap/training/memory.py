@@ -109,7 +109,7 @@ def memory_share()->float: # 0-1; 0 without a GPU
     if not torch.cuda.is_available(): return 0.
     return torch.cuda.max_memory_reserved()/torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
 
-# %% ../../nbs/31_training.memory.ipynb #a462dacd
+# %% ../../nbs/31_training.memory.ipynb #942b43b0
 class Moment:
     "What a failed batch may have spoilt: the open window's gradients, running statistics, the dice."
     def __init__(self, learn:PillLearner):
@@ -126,6 +126,7 @@ class Moment:
         for b, was in self.buffers: b.copy_(was)
         if getattr(learn, "accumulate", None) is not None: learn.accumulate.count, learn.accumulate.mass = round(self.window[0]*self.unit/learn.oom_guard.state.batch_size), self.window[1]   # windows count batches of today's size
         if getattr(learn, "precision", None): learn.precision.leave()   # the forward pass may not have come to its end
+        if getattr(learn, "distributed", None): learn.distributed.unwrap()   # neither there
         learn.unpack.lost = self.lost
         set_rng_state(self.dice)
 
@@ -141,7 +142,7 @@ def cut(
     part = lambda v, a, b: v[a:b] if isinstance(v, (list, torch.Tensor)) and len(v) == n else v if a == 0 else type(v)()
     return [(images[a:b], labels[a:b], *({k: part(v, a, b) for k, v in m.items()} for m in rest)) for a, b in zip(edges, edges[1:])]
 
-# %% ../../nbs/31_training.memory.ipynb #d0ad2954
+# %% ../../nbs/31_training.memory.ipynb #206bca05
 class OomGuard(Callback):
     "Tries a batch again that did not fit, in the order of Annex 2 (SPEC CT14, BX13)."
     order, run_valid, shared = Accumulate.order+.5, False, False   # when it hears of a step, the window is full; `shared`: other processes wait for this one
@@ -155,7 +156,6 @@ class OomGuard(Callback):
         if self.tb: self.tb.add_scalar("oom/memory_warning", s, self.epoch+1)
 
     def before_batch(self):
-        self.moved = False
         if self.lr_scale != 1. and getattr(self.learn, "schedule", None): self.opt.set_hyper("lr", [h["lr"]*self.lr_scale for h in self.opt.hypers])   # the schedule has just set it
     def before_step(self): self.moved = self.stepped = True
     def after_step(self):
@@ -163,7 +163,7 @@ class OomGuard(Callback):
         if self.lr_scale != 1. and getattr(self.learn, "schedule", None): self.learn.schedule.done += self.lr_scale-1   # by samples
         if self.clean == self.policy.reset_after_clean_steps and self.state and (self.retries or self.state.emptied): self.forget()
 
-# %% ../../nbs/31_training.memory.ipynb #f9771d6f
+# %% ../../nbs/31_training.memory.ipynb #cbc7f9af
 @patch
 def forget(self:OomGuard)->None:
     "Enough went well: the retries count from nothing again (SPEC X22)."
@@ -187,11 +187,18 @@ def load_state_dict(self:OomGuard, s:Mapping[str,Any])->None:
     self.events = list(s["events"])
     if not s["state"]: return
     self.state, self.lr_scale = replace(OomState(**s["state"]), emptied=False), s["lr_scale"]
-    self.carry_out()
+    self.carry_out(); self.slow_average(self.lr_scale)
     if s["scaler"]: self.learn.precision.load_state_dict(s["scaler"])   # fp16 may have come by S1 alone
     if self.lr_scale != 1. and getattr(self.learn, "schedule", None): self.learn.schedule.done = s["steps"]
 
-# %% ../../nbs/31_training.memory.ipynb #b418e5d1
+# %% ../../nbs/31_training.memory.ipynb #c231ea94
+@patch
+def slow_average(self:OomGuard,
+    share:float # photos of a step now, of those of a step before
+)->None:
+    "The average reaches back over as many photos as before (Busbridge et al. 2023, How to Scale Your EMA: decay ** share)."
+    if getattr(self.learn, "ema", None): self.learn.ema.decay **= share
+
 @patch
 def carry_out(self:OomGuard)->None:
     "Make the Learner what the state says."
@@ -207,7 +214,7 @@ def asked(self:OomGuard, batch:Sequence[Any])->OomState:
     size = getattr(self.learn.dls.train, "batch_size", None) or len(batch[1])
     return OomState(size, getattr(getattr(self.learn, "accumulate", None), "every", 1), {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, "fp32"))
 
-# %% ../../nbs/31_training.memory.ipynb #21a41f59
+# %% ../../nbs/31_training.memory.ipynb #5b7cfac1
 @patch
 def train(self:OomGuard,
     i:int,               # number of the batch in its epoch
@@ -218,7 +225,7 @@ def train(self:OomGuard,
     whole, todo, self.stepped = Moment(self.learn), deque(cut(batch, self.state.batch_size)), False
     before = whole
     while todo:
-        self.learn.in_parts = len(todo) > 1
+        self.learn.in_parts, self.moved = len(todo) > 1, False
         try: Learner.one_batch(self.learn, i, todo[0])
         except Exception as e:
             if not is_oom(e): raise
@@ -232,7 +239,7 @@ def train(self:OomGuard,
         self.recover(i, said, whole, sum(len(p[1]) for p in todo))
         todo = deque(q for p in todo for q in cut(p, self.state.batch_size))
 
-# %% ../../nbs/31_training.memory.ipynb #0670c483
+# %% ../../nbs/31_training.memory.ipynb #b77607f1
 @patch
 def recover(self:OomGuard, i:int, said:str, whole:Moment, left:int)->None:
     "Ask the rule until it says to try again, and write down each answer."
@@ -253,6 +260,7 @@ def take(self:OomGuard, act:OomAction, old:OomState)->None:
     self.state, self.retries, self.clean = act.next_state, act.retries, 0
     self.lr_scale *= act.lr_scale
     if act.wd_scale != 1.: self.opt.set_hyper("wd", [h["wd"]*act.wd_scale for h in self.opt.hypers])
+    self.slow_average(act.lr_scale)
     if act.lr_scale != 1. and getattr(self.learn, "schedule", None) is None: self.opt.set_hyper("lr", [h["lr"]*act.lr_scale for h in self.opt.hypers])
     self.carry_out()
     if getattr(self.learn, "accumulate", None) is not None: self.learn.accumulate.count = round(self.learn.accumulate.count*old.batch_size/self.state.batch_size)
