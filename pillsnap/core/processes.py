@@ -12,8 +12,8 @@ from typing import Any
 import joblib
 from joblib.parallel import get_active_backend
 
-# %% ../../nbs/09_core.processes.ipynb #e935450f
-IDLE = 5   # seconds without work after which a process ends: many times what starting one costs
+# %% ../../nbs/09_core.processes.ipynb #7b6337ae
+IDLE = 10   # seconds without work after which a process ends: many times what starting one costs
 
 def processes(
     n:int|None=None, # how many; None = joblib's setting
