@@ -59,7 +59,7 @@ class Margin(Callback):
         if m != self.last: decide(self.log, f"margin: {m:g} radians from epoch {self.epoch+1}", self.tb, step=self.epoch)
         self.last = m
 
-# %% ../../nbs/30b_training.arcface.ipynb #7c19fcaf
+# %% ../../nbs/30b_training.arcface.ipynb #043e9c7c
 class NanGuard(Callback):
     "Leave out a step whose gradients are not finite; ten in a row end the run (SPEC RT2)."
     order, run_valid = Precision.order+.5, False   # after unscaling, before clipping divides by the norm
@@ -69,14 +69,17 @@ class NanGuard(Callback):
         tb:TBWriter|None=None           # and tagged
     ): self.patience, self.log, self.tb, self.skipped, self.row = patience, log, tb, 0, 0
 
+    def before_fit(self): self.now = list(self.model.buffers()); self.good = [b.clone() for b in self.now]
     def after_loss(self): self.learn.loss = self.loss.nan_to_num(0., 0., 0.)   # what is written down; the gradient is of another
     def before_step(self):
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        if self.precision.scaler is not None or bool(torch.stack(torch._foreach_norm(grads)).isfinite().all()): self.row = 0; return
+        grads, scaled = [p.grad for p in self.model.parameters() if p.grad is not None], self.precision.scaler is not None
+        fine = bool(torch.stack(torch._foreach_norm(grads)).isfinite().all())
+        if self.now: torch._foreach_copy_(*((self.good, self.now) if fine else (self.now, self.good)))
+        if fine: self.row = 0; return
         self.skipped += 1; self.row += 1
-        decide(self.log, f"nan: a step of epoch {self.epoch+1} was left out, its gradients are not finite ({self.skipped} so far)", self.tb, step=self.learn.train_iter)
-        if self.row >= self.patience: raise PillsnapError(f"{self.row} steps in a row had gradients that are not finite", where="train.classification", fix="lower train.classification.lr, or train with amp=false; the last checkpoint is intact")
-        raise CancelStepException()
+        if not scaled: decide(self.log, f"nan: a step of epoch {self.epoch+1} was left out, its gradients are not finite ({self.skipped} so far)", self.tb, step=self.learn.train_iter)
+        if self.row >= self.patience*(3 if scaled else 1): raise PillsnapError(f"{self.row} steps in a row had gradients that are not finite", where="train.classification", fix="lower train.classification.lr, or train with amp=false; the last checkpoint is intact")
+        if not scaled: raise CancelStepException()
 
 # %% ../../nbs/30b_training.arcface.ipynb #9a3bc1c7
 def head_callbacks(

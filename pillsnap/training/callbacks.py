@@ -287,7 +287,7 @@ class EarlyStop(Callback):
         decide(self.log, f"early stopping after epoch {self.epoch+1}: {self.monitor} has not passed {best:.4f} for {self.rule['patience']} validations")
         raise CancelFitException()
 
-# %% ../../nbs/30_training.callbacks.ipynb #588480e1
+# %% ../../nbs/30_training.callbacks.ipynb #b5f45b3f
 class Clock(Callback):
     "Stop when the stage's time is over (SPEC SG7)."
     order = History.order+.5   # after the row is there, before it is saved
@@ -297,6 +297,7 @@ class Clock(Callback):
         was = next((r["clock"] for r in reversed(self.learn.rows) if "clock" in r), dict(photos=0, drugs=[]))
         self.over, self.t0, self.before, self.photos = False, self.now(), sum(r["seconds"] for r in self.learn.rows)/3600, was["photos"]
         self.drugs = torch.zeros(self.learn.num_classes, dtype=torch.bool); self.drugs[was["drugs"]] = True
+        self.told = self.before
     def before_epoch(self):
         if self.over: raise CancelFitException()
 
@@ -312,7 +313,9 @@ class Clock(Callback):
     def after_epoch(self): self.learn.rows[-1]["clock"] = dict(hours=self.spent, limit=self.hours, stopped=self.over, photos=self.photos, drugs=self.drugs.nonzero().flatten().tolist())
 
     @property
-    def spent(self)->float: return self.before+(self.now()-self.t0)/3600
+    def spent(self)->float:
+        self.told = self.before+(self.now()-self.t0)/3600   # kept for the checkpoint: with several processes a look at the clock is a word to all of them
+        return self.told
 
 # %% ../../nbs/30_training.callbacks.ipynb #4f1af6ca
 class Pace:

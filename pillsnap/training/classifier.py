@@ -67,7 +67,7 @@ def settle(
     for line in said: decide(log, line, tb)
     return device
 
-# %% ../../nbs/34_training.classifier.ipynb #adef7f69
+# %% ../../nbs/34_training.classifier.ipynb #09b2f7b4
 def chosen_batch(
     stage:int,                         # 0-4
     cfg:Config,                        # train.classification, train.stage_overrides, train.auto_batch_vram_headroom
@@ -77,14 +77,15 @@ def chosen_batch(
     log:logging.Logger|None=None,      # one line
     tb:TBWriter|None=None,             # perf/auto_batch_found
     device:torch.device|None=None,     # None = the model's
-    share:Callable[[],float]=memory_share # share of the GPU's memory that was held
+    share:Callable[[],float]=memory_share, # share of the GPU's memory that was held
+    world:int=1                        # processes that have one batch between them
 )->int:
     "Photos per step (SPEC CT13, X17, X18, X30)."
     c, asked, device = cfg.train.classification, batch_size_of(cfg, stage), device or next(model.parameters()).device
     if had: decide(log, f"batch: {had}, as before the interruption", tb); return had
     if not c.auto_batch_tune: return asked
     over = cfg.train.stage_overrides.get(f"stage_{stage}")
-    why = ("the search for the largest needs a GPU" if device.type == "cpu" else f"stage_{stage}'s override stands above the search" if over is not None and over.batch_size_override
+    why = ("the search for the largest needs a GPU" if device.type == "cpu" else f"{world} processes share it, and each would find another" if world > 1 else f"stage_{stage}'s override stands above the search" if over is not None and over.batch_size_override
         else "it was asked for, which stands above the search" if c.batch_size != TrainClassification.model_fields["batch_size"].default else None)
     if why: decide(log, f"batch: {asked}, {why}", tb); return asked
     dtype = select_amp_dtype(c.amp_dtype if c.amp else "fp32", device, log, tb)
@@ -133,7 +134,7 @@ class Trained:
         "The row of the epoch that is kept."
         return next(r for r in self.learn.rows if r["epoch"] == self.ckpt["epoch"])
 
-# %% ../../nbs/34_training.classifier.ipynb #858be1c8
+# %% ../../nbs/34_training.classifier.ipynb #7269d4d7
 def prepare(
     stage:StageData,   # photos and class map
     cfg:Config,        # how
@@ -149,7 +150,7 @@ def prepare(
     c, n, keys = cfg.train.classification, len(stage.class_map), list(stage.class_map)
     device = settle(cfg, stage.stage, out.log, out.tb)
     model = build_classification_model(c.backbone, n, c.channels_last and cfg.optimization.channels_last, c.pretrained, c.drop_rate, c.weights, c.declared_classes, out.log, c.drop_path_rate, head_spec(cfg)).to(device)
-    fed = with_batch(cfg, stage.stage, chosen_batch(stage.stage, cfg, model, n, ckpt and ckpt["sampler_state"].get("batch_size"), out.log, out.tb))
+    fed = with_batch(cfg, stage.stage, chosen_batch(stage.stage, cfg, model, n, ckpt and ckpt["sampler_state"].get("batch_size"), out.log, out.tb, world=share[1]))
     train_dl, val_dl, _ = build_classification_loaders(stage, fed, cache, out.log, device, out.tb)
     views = {"whole": val_dl} | ({"crop": validation_loader(stage.val, stage, fed, "crop", cache, out.log, device)} if c.crop_view_prob else {})   # a view that is never taught is not judged
     for dl in (train_dl, *views.values()): dl.shard(*share)
@@ -158,7 +159,7 @@ def prepare(
     decide(out.log, resolved_line(cfg, n, total_steps(len(train_dl), c.grad_accum_steps, c.epochs), device, learn.precision.dtype, photos_per_batch(train_dl)), out.tb)
     return learn, model.weights_origin
 
-# %% ../../nbs/34_training.classifier.ipynb #8f0b3db1
+# %% ../../nbs/34_training.classifier.ipynb #36402e2d
 def mean_of_the_best(
     learn:PillLearner, # after its last epoch
     cfg:Config,        # train.classification.saving.average_best
@@ -175,7 +176,7 @@ def mean_of_the_best(
     best, device = [load_ckpt(out.checkpoints/f"epoch_{e}.pt") for e in epochs], next(learn.model.parameters()).device
     model = deepcopy(learn.model); model.load_state_dict(average_weights([b["model_state"] for b in best]))
     norms = refresh_batchnorm(model, learn.dls.train)
-    views = {v: validate_classification(model, dl, learn.num_classes, learn.loss_func, device) for v, (dl, _) in learn.passes.items()}
+    views = {v: validate_classification(model, dl.shard(), learn.num_classes, learn.loss_func, device) for v, (dl, _) in learn.passes.items()}
     got, was = monitored(dict(views=views, classification=next(iter(views.values()))), c.early_stopping.monitor), values[epochs[0]-1]
     kept = got >= was if c.early_stopping.mode == "max" else got <= was
     if kept: save_ckpt(path, **{**best[0], "model_state": model.state_dict(), "best_metric": got, "weights": "averaged", "epochs_averaged": epochs})
@@ -204,7 +205,7 @@ def train_classification_stage(
     averaged, seconds = None if share[0] else mean_of_the_best(learn, cfg, out), time.perf_counter()-t0
     return Trained(learn, load_ckpt(out.checkpoints/"best.pt"), seconds, learn.first_epoch, origin, averaged)
 
-# %% ../../nbs/34_training.classifier.ipynb #604923ff
+# %% ../../nbs/34_training.classifier.ipynb #3be709c4
 def draw_curves(
     rows:Sequence[Mapping[str,Any]], # the history
     best:int                         # epoch that was kept
@@ -217,7 +218,7 @@ def draw_curves(
     for i, v in enumerate(rows[-1]["views"]):
         for k, style in (("acc", "-"), ("macro_f1", ":")): b.plot(x, [r["views"][v][k] for r in rows], style, marker="o" if len(x) < 3 else None, color=COLOURS[i], label=f"{v} {dict(acc='accuracy', macro_f1='macro-F1')[k]}")
     c.plot(x, [r["lr"] for r in rows], dot); c.yaxis.set_major_formatter(lambda v, _: f"{v:.1e}"); c.set_ylim(0)
-    for ax, title in ((a, "loss"), (b, "on held-out groups"), (c, "learning rate at the end of the epoch")): ax.set_title(title); ax.set_xlabel("epoch"); ax.xaxis.get_major_locator().set_params(integer=True); ax.axvline(best, color="#999999", lw=.8, ls="--")
+    for ax, title in ((a, "loss"), (b, "on held-out groups"), (c, "learning rate at the end of the epoch")): ax.set_title(title); ax.set_xlabel("epoch"); ax.xaxis.get_major_locator().set_params(integer=True); ax.set_xlim(x[0]-.5, x[-1]+.5); ax.axvline(best, color="#999999", lw=.8, ls="--")
     b.set_ylim(0, 1.02); a.legend(); b.legend(fontsize=7)
     return fig
 

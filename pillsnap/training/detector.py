@@ -9,13 +9,13 @@ __all__ = ['NAMES', 'SHAPING', 'SHOWN', 'evaluate_detection_metrics', 'label_of'
            'draw_predictions', 'draw_curves', 'draw_pr', 'make_plan', 'resolved_settings', 'score_table', 'DetectorJob',
            'train_detection_stage']
 
-# %% ../../nbs/36_training.detector.ipynb #19bda91b
+# %% ../../nbs/36_training.detector.ipynb #f116b0bb
 import functools, importlib, os, time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from logging import Logger
+from logging import Logger, getLogger
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -408,7 +408,7 @@ def train_detector(
     if stopped: decide(plan.log, f"early stopping after epoch {len(run.history)}: {plan.monitor} has not passed {early_stopping(run.values(), mode=plan.rule['mode'])[1]:.4f} for {plan.rule['patience']} epochs", plan.tb)
     return Trained(plan.folder, run.history, vars(run.args), time.perf_counter()-t0, stopped)
 
-# %% ../../nbs/36_training.detector.ipynb #f87b7a34
+# %% ../../nbs/36_training.detector.ipynb #f3f5d0d1
 SHAPING = ("data.detection", "data.augment.detection", "data.progressive_validation.current_stage", "train.seed", "train.deterministic", "train.detection")   # what shapes a detector; paths, logging and the classifier do not
 
 def shaping(
@@ -428,11 +428,12 @@ def going_on(
     "Where to begin (SPEC X73, CT16)."
     mode = cfg.train.resume
     if not last.exists():
-        if mode == "last" or resuming: decide(log, "resume: there is no last.pt of a detector yet, training begins at the first epoch")
+        if mode == "last" or resuming: (log or getLogger("pillsnap")).warning("resume: there is no last.pt of a detector yet, training begins at the first epoch")
         return None
+    if mode is None: decide(log, "resume: no, because train.resume is null; training begins at the first epoch"); return None
     d, ckpt = cfg.train.detection, load_ckpt(last, class_map=PILL.to_dict())
-    if mode is None or mode == "auto" and not resuming and is_done(ckpt["history"], d.epochs, d.early_stopping.monitor, d.early_stopping.model_dump(exclude={"monitor"}))[0]:
-        decide(log, f"resume: no, because {'train.resume is null' if mode is None else 'the run in this folder had come to its end'}; training begins at the first epoch"); return None
+    if mode == "auto" and not resuming and is_done(ckpt["history"], d.epochs, d.early_stopping.monitor, d.early_stopping.model_dump(exclude={"monitor"}))[0]:
+        decide(log, "resume: no, because the run in this folder had come to its end; training begins at the first epoch"); return None
     diff = config_diff(shaping(ckpt["config_snapshot"]), shaping(cfg.to_dict())) + (["the photos or their labels"] if ckpt["data_hash"] != data_hash else [])
     if diff: raise PillsnapError("the detector's checkpoint comes from another run:\n  "+"\n  ".join(diff[:12]), where=last, fix="ask for the settings it had, begin a new folder (--fresh), or set train.resume=null to overwrite it")
     if (was := ckpt["config_snapshot"]["train"]["detection"]["epochs"]) != d.epochs: decide(log, f"resume: {d.epochs} epochs in all instead of {was}; from here on the learning rate follows the schedule of {d.epochs}")
@@ -508,7 +509,7 @@ def draw_predictions(
         images.append(draw_boxes(draw_boxes(im, truth*k, colour=COLOURS[2]), boxes*k, [f"{s:.2f}" for s in scores], COLOURS[1]))
     return show_grid(images, [c[-1] for c in cells], cols=6)
 
-# %% ../../nbs/36_training.detector.ipynb #6c6119a3
+# %% ../../nbs/36_training.detector.ipynb #f47cd385
 def draw_curves(
     history:Sequence[Mapping[str,Any]] # one row per epoch
 )->Any: # matplotlib Figure
@@ -520,7 +521,7 @@ def draw_curves(
     for k, words in (("train_loss", "training"), ("loss", "validation")): a.plot(e, [r[k] for r in d], ".-", label=words)
     for k in ("mAP@0.5", "mAP@0.5:0.95"): b.plot(e, [r[k] for r in d], ".-", label=k)
     a.set(title="loss (box + class + distribution)", xlabel="epoch", ylim=(0, None)); b.set(title="average precision, validation", xlabel="epoch", ylim=(0, 1.02))
-    for ax in (a, b): ax.legend(); ax.xaxis.get_major_locator().set_params(integer=True)
+    for ax in (a, b): ax.legend(); ax.xaxis.get_major_locator().set_params(integer=True); ax.set_xlim(e[0]-.5, e[-1]+.5)
     plt.close(fig)
     return fig
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Mode', 'try_torch_compile', 'FIRST_STEPS', 'SHAPING', 'FREE', 'build_optimizer', 'opt_func', 'total_steps',
            'warmup_steps', 'build_scheduler', 'resolve_compile', 'resolve_graphs', 'checkpoint_gradients', 'rehearse',
-           'try_compile', 'speed_up', 'Outputs', 'training_callbacks', 'build_learner', 'validate_classification',
-           'shaping', 'read_last', 'is_done', 'going_on', 'resolved_line']
+           'try_compile', 'OwnGradients', 'photos_at_once', 'speed_up', 'Outputs', 'training_callbacks',
+           'build_learner', 'validate_classification', 'shaping', 'read_last', 'is_done', 'going_on', 'resolved_line']
 
 # %% ../../nbs/32_training.learner.ipynb #929cd27a
 import logging, math
@@ -16,18 +16,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-# %% ../../nbs/32_training.learner.ipynb #02ef22a2
+# %% ../../nbs/32_training.learner.ipynb #aad3a5ce
 import torch
-from fastai.callback.core import TrainEvalCallback
+from fastai.callback.core import Callback, TrainEvalCallback
 from fastai.optimizer import OptimWrapper
 from torch import nn
 
-# %% ../../nbs/32_training.learner.ipynb #2d2bbc53
+# %% ../../nbs/32_training.learner.ipynb #46d0121d
 from ..core.checkpoint import find_ckpt, load_ckpt
 from ..core.config import Config, config_diff
 from ..core.device import select_amp_dtype
 from ..core.errors import PillsnapError
 from ..core.log import TBWriter, decide
+from ..data.loaders import photos_per_batch
 from ..models.mixing import Mixer
 from .arcface import head_callbacks
 from .callbacks import (Accumulate, Clock, EarlyStop, Ema, GradClip, History, Mix, PillLearner, PillLoaders, Precision, Progress, ScaledStep,
@@ -130,20 +131,23 @@ def checkpoint_gradients(
     decide(log, f"grad_checkpointing: does not apply, {type(model).__name__} cannot ({why})" if why else "grad_checkpointing: on, blocks are computed twice; batch statistics move twice a step", tb)
     return not why
 
-# %% ../../nbs/32_training.learner.ipynb #eb6aa31a
+# %% ../../nbs/32_training.learner.ipynb #fcbfc097
 def rehearse(
     model:nn.Module,         # in training mode or not
     example:torch.Tensor,    # a batch of the run's size
     dtype:torch.dtype|None   # of autocast; None = full precision
 )->None: # raises what the step raises
     "One step forward and back that leaves no trace (SPEC CT8)."
-    kept, device = {k: v.clone() for k, v in model.named_buffers()}, example.device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None): out = model(example)
-        out.float().sum().backward()
-    model.zero_grad(set_to_none=True)
-    with torch.no_grad():
-        for k, v in model.named_buffers(): v.copy_(kept[k])
+    kept, device, was = {k: v.clone() for k, v in model.named_buffers()}, example.device, model.training
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None): out = model(example)
+            out.float().sum().backward()
+            with torch.no_grad(): model.eval()(example)
+    finally:
+        model.train(was).zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for k, v in model.named_buffers(): v.copy_(kept[k])
 
 # %% ../../nbs/32_training.learner.ipynb #fe7eb62e
 def try_compile(
@@ -164,7 +168,26 @@ def try_compile(
 
 try_torch_compile = try_compile   # the sources' name (SPEC CT8)
 
-# %% ../../nbs/32_training.learner.ipynb #fcd75325
+# %% ../../nbs/32_training.learner.ipynb #a123ce9c
+class OwnGradients(Callback):
+    "Gradients that wait for another batch leave the memory of recorded graphs (pytorch#169545)."
+    order, run_valid = Accumulate.order, False
+    def after_backward(self):
+        window = getattr(self.learn, "accumulate", None)   # the guard of memory may bring one on the way
+        if window is None or window.every == 1 or window.count != 1: return
+        for p in self.model.parameters():
+            if p.grad is not None: p.grad = p.grad.clone()
+
+# %% ../../nbs/32_training.learner.ipynb #9fabc643
+def photos_at_once(
+    train_dl:Any, # of training
+    cfg:Config    # its batch size, where the loader does not tell
+)->int:
+    "Photos of a batch that this process computes."
+    n = photos_per_batch(train_dl) if hasattr(train_dl, "batch_sampler") else cfg.train.classification.batch_size
+    return -(-n//getattr(train_dl, "world", 1))
+
+# %% ../../nbs/32_training.learner.ipynb #ee97ee84
 def speed_up(
     model:nn.Module,              # changed in place
     cfg:Config,                   # optimization, as the stage left it
@@ -178,12 +201,12 @@ def speed_up(
     if cfg.optimization.grad_checkpointing: checkpoint_gradients(model, log, tb)
     mode, why = resolve_compile(cfg, device)
     if cfg.optimization.cuda_graphs:
-        graphs, because = resolve_graphs(cfg, mode, device, getattr(train_dl, "drop_last", False))
+        graphs, because = resolve_graphs(cfg, mode, device, getattr(train_dl, "drop_last", False) or getattr(train_dl, "batch_sampler", None) is not None)
         decide(log, f"cuda_graphs: {because}", tb)
         if graphs: mode, why = "cudagraphs", "graphs are recorded without a compiler"
     if mode == "none": decide(log, f"compile: none, because {why}", tb); return mode
     size = cfg.data.classification.img_size
-    example = torch.zeros(getattr(train_dl, "batch_size", None) or cfg.train.classification.batch_size, 3, size, size, device=device)
+    example = torch.zeros(photos_at_once(train_dl, cfg), 3, size, size, device=device)
     held = try_compile(model, mode, example, log, dtype)
     decide(log, f"compile: {held}, because {why}" if held == mode else f"compile: {held}, because {mode} failed", tb)
     return held
@@ -199,7 +222,7 @@ class Outputs:
     title:str=""                    # printed before each row of progress
     quiet:bool=False                # no step lines and no rows
 
-# %% ../../nbs/32_training.learner.ipynb #057aced1
+# %% ../../nbs/32_training.learner.ipynb #184dd884
 FIRST_STEPS = 3   # of a process: memory is found, kernels are chosen; they stand in no curve (SPEC CT24)
 
 def training_callbacks(
@@ -217,6 +240,7 @@ def training_callbacks(
     cbs.append(build_scheduler(cfg, steps))
     if (mixer := Mixer(c.mixing)).on: cbs.append(Mix(mixer))
     if c.grad_accum_steps > 1: cbs.append(Accumulate(c.grad_accum_steps))
+    if compiled != "none": cbs.append(OwnGradients())
     cbs.append(Precision(dtype))
     cbs += head_callbacks(cfg, out.log, out.tb)
     if c.grad_clip is not None: cbs.append(GradClip(c.grad_clip))
@@ -266,7 +290,7 @@ def validate_classification(
     learn._do_epoch_validate(dl=loader)
     return {**learn.scores, "answers": learn.answers}
 
-# %% ../../nbs/32_training.learner.ipynb #545c7a62
+# %% ../../nbs/32_training.learner.ipynb #b246f515
 SHAPING = ("data", "train.seed", "train.deterministic", "train.classification", "train.stage_overrides",
     *(f"retrieval.{k}" for k in ("embedding_dim", "arcface_s", "arcface_m_warmup", "arcface_m_finetune", "num_classes_per_batch", "samples_per_class")))   # what shapes a classifier; paths, logging and the detector do not
 FREE = ("train.classification.epochs", "train.classification.saving", "train.classification.stall_check")   # of these, what may change on the way
@@ -288,7 +312,7 @@ def read_last(
 )->dict[str,Any]|None: # the checkpoint; None when there is none
     "A checkpoint that may be continued (SPEC CT16, X73, BX8)."
     if not find_ckpt(path).exists():
-        decide(log, f"resume: there is no {Path(path).name} yet, training begins at the first epoch"); return None
+        (log or logging.getLogger("pillsnap")).warning(f"resume: there is no {Path(path).name} yet, training begins at the first epoch"); return None
     ckpt = load_ckpt(path, class_map=class_map, backbone=cfg.train.classification.backbone)
     if diff := config_diff(shaping(ckpt["config_snapshot"]), shaping(cfg.to_dict())):
         raise PillsnapError("the checkpoint comes from another configuration:\n  "+"\n  ".join(diff[:12]), where=path, fix="ask for the settings it had, begin a new folder (--fresh), or set train.resume=null to overwrite it")

@@ -20,7 +20,8 @@ import torch
 from fastai.callback.core import Callback
 from fastcore.basics import patch
 
-# %% ../../nbs/38_training.retrieval.ipynb #c41dccbf
+# %% ../../nbs/38_training.retrieval.ipynb #9a26d12c
+from ..core.checkpoint import rng_state, set_rng_state
 from ..core.config import Config, DataLoaderConfig, TrainClassification
 from ..core.errors import PillsnapError
 from ..core.files import read_json, save_json
@@ -91,7 +92,7 @@ def engine_config(
     return Config.model_validate(tree), [f"hardware: {table.why if table else 'no GPU, so the table does not apply and use_bf16 has no meaning'}", f"retrieval: {workers} workers, {accum} batches per step, precision {dtype}",
         f"cudnn.benchmark: {'off, the run is deterministic' if cfg.train.deterministic else f'on, every batch is {cfg.data.classification.img_size} px'}"]
 
-# %% ../../nbs/38_training.retrieval.ipynb #9b1be047
+# %% ../../nbs/38_training.retrieval.ipynb #3c34fef2
 class Recall(Callback):
     "Recall@K of validation photos among training photos, in `learn.scores` (SPEC RT9, X32)."
     order = Validate.order+1   # before the average gives the weights back
@@ -105,9 +106,10 @@ class Recall(Callback):
     ): self.gallery, self.queries, self.groups, self.ks, self.log, self.tb = gallery, queries, groups, tuple(ks), log, tb
 
     def after_validate(self):
-        device = next(self.model.parameters()).device
+        device, dice = next(self.model.parameters()).device, rng_state()
         g, q = (embed_photos(self.model, dl, device) for dl in (self.gallery, self.queries))
         found = recall_at_k(g, q, self.ks, tuple([self.groups[p] for p in v.paths] for v in (g, q)))
+        set_rng_state(dice)   # a loader's processes are seeded with a throw, in a run that goes on once more than in one that never stopped
         self.learn.scores |= {f"recall@{k}": found[f"recall@{k}"] for k in self.ks}
         if self.log: self.log.info(f"retrieval: epoch {self.epoch+1}, " + ", ".join(f"recall@{k} {found[f'recall@{k}']:.4f}" for k in self.ks) + f" of {found['n']} photos among {len(g.labels)}")
         if self.tb: self.tb.add_scalars({f"val/recall@{k}": found[f"recall@{k}"] for k in self.ks}, self.epoch+1)
@@ -130,7 +132,7 @@ def id_by_path(
     rows = pd.concat([stage.train, stage.val])
     return dict(zip(rows["path"], rows["group_id"]))
 
-# %% ../../nbs/38_training.retrieval.ipynb #7b137617
+# %% ../../nbs/38_training.retrieval.ipynb #934c538f
 def draw_recall_curves(
     rows:Sequence[Mapping[str,Any]], # the history
     best:int,                        # epoch that was kept
@@ -146,12 +148,12 @@ def draw_recall_curves(
     b.plot(x, [r["classification"]["acc"] for r in rows], ":", color=COLOURS[len(ks)], label="accuracy of the head")
     c.plot(x, [r["lr"] for r in rows], dot); c.set_ylim(0)
     for ax, title in ((a, "loss"), (b, "on held-out IDs"), (c, "learning rate at the end of the epoch")):
-        ax.set_title(title); ax.set_xlabel("epoch"); ax.xaxis.get_major_locator().set_params(integer=True); ax.axvline(best, color="#999999", lw=.8, ls="--")
+        ax.set_title(title); ax.set_xlabel("epoch"); ax.xaxis.get_major_locator().set_params(integer=True); ax.set_xlim(x[0]-.5, x[-1]+.5); ax.axvline(best, color="#999999", lw=.8, ls="--")
         if frozen: ax.axvspan(.5, frozen+.5, color="#eeeeee", zorder=0)
     b.set_ylim(0, 1.02); a.legend(); b.legend(fontsize=7)
     return fig
 
-# %% ../../nbs/38_training.retrieval.ipynb #e95fd31c
+# %% ../../nbs/38_training.retrieval.ipynb #77bd2836
 def draw_neighbours(
     root:Path,                # the delivery
     gallery:Vectors,          # what is known
@@ -168,7 +170,7 @@ def draw_neighbours(
     pics, titles = [], []
     for i in chosen:
         pics += [picture(queries.paths[i]), *(picture(gallery.paths[j]) for j in rows[i])]
-        titles += [f"? {names[queries.labels[i]]}", *(f"{'=' if h else '≠'} {names[gallery.labels[j]]}\n{c:.2f}" for j, h, c in zip(rows[i], hit[i], cosines[i]))]
+        titles += [f"? {names[queries.labels[i]]}", *(f"{'=' if h else '≠'} {c:.2f} {names[gallery.labels[j]]}" for j, h, c in zip(rows[i], hit[i], cosines[i]))]
     return show_grid(pics, titles, cols=rows.shape[1]+1, size=1.1)
 
 # %% ../../nbs/38_training.retrieval.ipynb #fbfeb330

@@ -20,12 +20,12 @@ from fastcore.basics import patch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-# %% ../../nbs/31a_training.saving.ipynb #b6193b00
+# %% ../../nbs/31a_training.saving.ipynb #c69bb46b
 from ..core.checkpoint import load_ckpt, rng_state, save_ckpt, set_rng_state
 from ..core.config import Saving
 from ..core.errors import PillsnapError
 from ..core.log import decide
-from .callbacks import Accumulate, History, PillLearner, StepLog, Unpack, early_stopping, monitored
+from .callbacks import Accumulate, Clock, History, PillLearner, StepLog, Unpack, early_stopping, monitored
 
 # %% ../../nbs/31a_training.saving.ipynb #e3eb191d
 @patch
@@ -55,7 +55,17 @@ def load_state_dict(self:Unpack, s:Mapping[str,int])->None:
     "Go on counting."
     self.empty, self.lost = s["empty"], s["lost"]
 
-# %% ../../nbs/31a_training.saving.ipynb #eb1dc401
+# %% ../../nbs/31a_training.saving.ipynb #4294e230
+@patch
+def state_dict(self:Clock)->dict[str,Any]:
+    "Time, photos and drugs so far, those of the epoch in work included."
+    return dict(hours=self.told, photos=self.photos, drugs=self.drugs.nonzero().flatten().tolist())
+@patch
+def load_state_dict(self:Clock, s:Mapping[str,Any])->None:
+    "Go on counting."
+    self.before, self.t0, self.photos = s["hours"], self.now(), s["photos"]; self.drugs[s["drugs"]] = True
+
+# %% ../../nbs/31a_training.saving.ipynb #ae979f9c
 @patch
 def state_dict(self:Accumulate)->dict[str,Any]:
     "The open window, gradients included."
@@ -65,7 +75,7 @@ def state_dict(self:Accumulate)->dict[str,Any]:
 @patch
 def load_state_dict(self:Accumulate, s:Mapping[str,Any])->None:
     "Open the window where it stood."
-    self.count, self.mass = s["count"], s["mass"]
+    self.count, self.mass = s["count"], torch.as_tensor(s["mass"]).to(next(self.learn.model.parameters()).device)   # a window may be closed before another batch comes
     for n, p in self.learn.model.named_parameters():
         if n in s["grads"]: p.grad = s["grads"][n].to(p.device)
 
@@ -203,12 +213,12 @@ def restore(
     set_rng_state(ckpt["rng_state"])
     return int(ckpt["epoch"])
 
-# %% ../../nbs/31a_training.saving.ipynb #7ab7603a
+# %% ../../nbs/31a_training.saving.ipynb #512ec587
 @patch
 def all_batches(self:PillLearner)->None:
     "An epoch, or what is left of it (SPEC BX10)."
     self.n_iter, first, batches = len(self.dl), 0, self.dl
-    dice = rng_state() if self.training and hasattr(self.dl, "load_state_dict") else None
+    dice = rng_state() if hasattr(self.dl, "load_state_dict") else None   # a validation's loader too
     if self.training and (ckpt := self.__dict__.pop("begun", None)):
         first, batches, dice = take_up(self, ckpt), rest_of(self, ckpt), ckpt["rng_state"]
         set_rng_state(dice)
