@@ -439,14 +439,14 @@ def size_of(
     except OSError: return None
     return tuple(map(int, got)) if got else None
 
-# %% ../../nbs/16_data.splits.ipynb #69a0b8bb
+# %% ../../nbs/16_data.splits.ipynb #2d1421d1
 def read_id_folder(
     root:str|Path,       # <root>/<class>/{ID}_{sequence}.jpg
     extensions:Sequence[str]=(".jpg", ".jpeg", ".png", ".bmp", ".webp") # files taken for photos
 )->tuple[pd.DataFrame,list[str]]: # rows with path, class_key, kind, group_id, width, height; what was left out, in words
     "A folder data set as records (SPEC SP9, X2)."
     root = Path(root)
-    paths = sorted(p.relative_to(root).as_posix() for p in root.glob("*/*") if p.suffix.lower() in extensions and not p.name.startswith("."))
+    paths = sorted(p.relative_to(root).as_posix() for p in root.glob("*/*") if p.suffix.lower() in extensions and not (p.name.startswith(".") or p.parent.name.startswith(".")))
     if not paths: raise PillsnapError("no photos here", where=root, fix="a retrieval data set is one folder per class, with photos named {ID}_{sequence}.jpg")
     with ThreadPoolExecutor() as pool: sizes = list(pool.map(lambda p: size_of(root/p), paths))
     rows = [dict(path=p, class_key=unicodedata.normalize("NFC", p.split("/")[0]), kind="single", group_id=id_of(p), width=s[0], height=s[1]) for p, s in zip(paths, sizes) if s]
@@ -612,7 +612,7 @@ def load_splits(
     check_parts(parts, classes, set(sealed["group_id"]), head, folder)
     return parts, classes, head
 
-# %% ../../nbs/16_data.splits.ipynb #da5565aa
+# %% ../../nbs/16_data.splits.ipynb #7b54bc61
 def check_parts(
     parts:Mapping[str,pd.DataFrame], # train, val and pool
     classes:Sequence[str],           # the stage's drugs
@@ -625,7 +625,7 @@ def check_parts(
     for n, d in parts.items():
         if strange := set(d.loc[d["kind"] == "single", "class_key"]) - set(classes): bad.append(f"{n} holds drugs that are no classes: {sorted(strange)[:3]}")
     if head["params"]["group_by"] != "image":
-        side = {n: set(group_keys(d.assign(dup_id=d["dup_id"]), head["params"]["group_by"])) for n, d in parts.items() if len(d)}
+        side = {n: set(group_keys(d, head["params"]["group_by"])) | {f"duplicate {k}" for k in set(d["dup_id"]) - {""}} for n, d in parts.items() if len(d)}
         crossed = side.get("train", set()) & (side.get("val", set()) | side.get("pool", set()))
         raw = sealed & set().union(*(set(d["group_id"]) for d in parts.values()))
         if crossed or raw: bad.append(f"groups on two sides: {sorted(crossed | raw)[:3]}")
@@ -708,7 +708,7 @@ def roles_of(
     for name, part in (("pool", splits.pool), ("val", splits.val), ("train", splits.train), ("sealed", splits.test)): role[df["path"].isin(set(part["path"]))] = name
     return role
 
-# %% ../../nbs/16_data.splits.ipynb #89216db4
+# %% ../../nbs/16_data.splits.ipynb #8756cf20
 def plot_classes(
     splits:Splits,    # one stage
     df:pd.DataFrame,  # tidy records of the whole delivery
@@ -725,6 +725,7 @@ def plot_classes(
         ax.bar(range(len(n)), n[role], bottom=bottom, color=colour, label=f"{role} {n[role].sum():,}", width=.8)
         bottom += n[role].to_numpy()
     ax.set(ylabel="single photos", title=f"{len(n)} of {len(splits.classes)} drugs", xlim=(-.6, len(n) - .4))
+    ax.yaxis.get_major_locator().set_params(integer=True)
     ax.set_xticks(range(len(n)), n.index, rotation=90, fontsize=7); ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     plt.close(fig)
     return fig
