@@ -10,7 +10,7 @@ __all__ = ['GATE_PHOTOS', 'PARTS', 'ROLE_COLOURS', 'lot', 'share_lot', 'tidy_rec
            'manifest_of_ids', 'family_lists', 'preprocessing_config', 'narrow_manifest', 'write_family', 'image_split',
            'seal', 'write_splits', 'load_splits', 'check_parts', 'reuse_splits', 'StageData', 'missing_photos',
            'load_stage', 'storage_saving', 'roles_of', 'plot_classes', 'plot_groups', 'plot_neighbours', 'stage_quotas',
-           'check_nested', 'other_records', 'SplitsJob', 'Cut', 'decide', 'stage_tree', 'smoke_splits']
+           'check_nested', 'other_records', 'seal_moves', 'SplitsJob', 'Cut', 'decide', 'stage_tree', 'smoke_splits']
 
 # %% ../../nbs/16_data.splits.ipynb #1e7bf6da
 import difflib
@@ -807,6 +807,16 @@ def other_records(
     old = [n for n, records in heads.items() if records != splits.params["records"]]
     return [f"{', '.join(old)} of this folder {'was' if len(old) == 1 else 'were'} cut from other photos or labels: cut {'it' if len(old) == 1 else 'them'} again before the stages are compared"] if old else []
 
+# %% ../../nbs/16_data.splits.ipynb #97bec6d3
+def seal_moves(
+    splits:Splits,  # the stage just cut, of other photos or labels than before
+    folder:Path     # artifacts, with the names that were sealed before
+)->list[str]:       # one sentence, or none
+    "What a new delivery or a decision moved into the sealed part or out of it (SPEC X74)."
+    path, now = folder/"test_known.csv", set(splits.test["group_id"])
+    before = set(_read_table(path)["group_id"]) if path.exists() else now
+    return [f"The sealed part is not what it was ({len(now - before)} groups are new in it, {len(before - now)} have left it): a model of the earlier split may have been taught by what is sealed now. Train again from the start."] if now != before else []
+
 # %% ../../nbs/16_data.splits.ipynb #cd0f04b4
 @dataclass(frozen=True)
 class SplitsJob(StageJob):
@@ -839,7 +849,7 @@ def _records(self:SplitsJob,
         raise PillsnapError(f"there are single photos of {n} drug{'s' * (n != 1)}: telling drugs apart needs two", where=header["root"], fix="add drugs to the delivery, or look at quarantine.csv for what was left out")
     return df, header, notes
 
-# %% ../../nbs/16_data.splits.ipynb #4383d7d9
+# %% ../../nbs/16_data.splits.ipynb #942f7984
 @dataclass
 class Cut:
     "One stage, freshly cut."
@@ -863,7 +873,7 @@ def _cut(self:SplitsJob,
     check_knots(dup, art/"duplicates.json")
     df["dup_id"] = dup.dup_id
     splits = make_splits(df, None, family_ratios(cfg), cfg.train.seed, group_by=cfg.data.group_by, test_known_ratio=cfg.data.test_known_ratio, quotas=stage_quotas(cfg), stage=self.stage_n)
-    check_nested(splits, art)
+    check_nested(splits, art); notes = notes + seal_moves(splits, art)
     write_splits(splits, art/f"stage{self.stage_n}", sealed_in=art, manifest={k: header[k] for k in ("data_hash", "source", "rows")})
     return Cut(splits, df, header, dup, notes + decided)
 
