@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PIPELINE', 'ASIDE', 'app', 'Overrides', 'ConfigOption', 'RunDir', 'SOURCE_OPTIONS', 'pipeline_of', 'run',
-           'distributed', 'own_config', 'where_to_look', 'synth', 'pack', 'plan', 'networks', 'doctor', 'audit',
-           'index', 'extract', 'predict', 'train_stage', 'final_test', 'choose', 'show_config', 'arguments', 'main']
+           'distributed', 'own_config', 'run_config', 'where_to_look', 'synth', 'pack', 'plan', 'networks', 'doctor',
+           'audit', 'index', 'extract', 'predict', 'train_stage', 'final_test', 'choose', 'show_config', 'arguments',
+           'main']
 
 # %% ../nbs/90_cli.ipynb #1eaae89f
 import logging, re, sys
@@ -75,7 +76,7 @@ def run(
     exp = run_dir or Path(load_config(config, overrides or []).paths.exp_dir)
     if not single: print(where_to_look(exp))
 
-# %% ../nbs/90_cli.ipynb #f29426e6
+# %% ../nbs/90_cli.ipynb #1246104f
 @app.command()
 def distributed(
     stage:Annotated[str, typer.Argument(help="classifier | detector (GPUs only)")],
@@ -86,6 +87,7 @@ def distributed(
 )->None:
     "Train a stage in several processes; also what `accelerate launch -m pillsnap distributed …` runs in each."
     from pillsnap.training.distributed import distributed_command
+    if not config: run_config(run_dir)   # told here, once, and not by every process
     distributed_command(stage, run_dir, processes, config, overrides or [])
 
 # %% ../nbs/90_cli.ipynb #fa4ed019
@@ -96,6 +98,15 @@ def own_config(
     "A look at a finished run must not give it another run's settings."
     own = Path(run_dir or "")/"config.yaml"
     return str(own) if config == "demo" and run_dir and own.is_file() else config
+
+# %% ../nbs/90_cli.ipynb #0765adbe
+def run_config(
+    run_dir:Path # said to be a run folder
+)->Path:         # its config.yaml
+    "The settings a run was made with."
+    own = Path(run_dir)/"config.yaml"
+    if own.is_file(): return own
+    raise PillsnapError("this is no run folder: it has no config.yaml" if Path(run_dir).is_dir() else "there is no run folder here", where=run_dir, fix="name a folder that `pillsnap run` has made, with --run")
 
 # %% ../nbs/90_cli.ipynb #f930944d
 def where_to_look(
@@ -108,7 +119,7 @@ def where_to_look(
               f"TensorBoard  tensorboard --logdir {Path(run_dir)/'tb'}"]
     return "\n".join(lines)
 
-# %% ../nbs/90_cli.ipynb #1100d53c
+# %% ../nbs/90_cli.ipynb #33dd146c
 @app.command()
 def synth(
     out:Annotated[Path, typer.Option("--out", help="folder of the new delivery")],
@@ -119,10 +130,10 @@ def synth(
     faults:Annotated[bool, typer.Option("--faults", help="plant the faults of real deliveries, with a ledger")]=False,
     zip_parts:Annotated[bool, typer.Option("--zip", help="write archives with the Korean names")]=False,
     val_drugs:Annotated[str, typer.Option(help="drugs of the Validation tree: new | same")]="new",
-    width:Annotated[int, typer.Option(help="pixels")]=976,
-    height:Annotated[int, typer.Option(help="pixels")]=1280,
+    width:Annotated[int, typer.Option(help="of a photo, pixels")]=976,
+    height:Annotated[int, typer.Option(help="of a photo, pixels")]=1280,
     domain:Annotated[str, typer.Option(help="studio | phone")]="studio",
-    workers:Annotated[Optional[int], typer.Option(help="processes; default: the CPU count")]=None,
+    workers:Annotated[Optional[int], typer.Option(help="processes; default: the CPU count", min=1)]=None,
     labels_only:Annotated[bool, typer.Option("--labels-only", help="annotations without photos, to try a large delivery")]=False,
 )->None:
     "Render a synthetic delivery in AI Hub's format."
@@ -130,30 +141,30 @@ def synth(
     synth_command(out=out, drugs=drugs, photos=photos, combos=combos, seed=seed, faults=faults, zip_parts=zip_parts, val_drugs=val_drugs,
                   width=width, height=height, domain=domain, workers=workers, labels_only=labels_only)
 
-# %% ../nbs/90_cli.ipynb #66517c4a
+# %% ../nbs/90_cli.ipynb #dc6a234b
 @app.command()
 def pack(
     run_dir:Annotated[Path, typer.Option("--run", "--run-dir", help="a run folder with splits")]=Path("_runs/demo"),
     stage:Annotated[Optional[int], typer.Option(help="0-4; default: the run's current stage", min=0, max=4)]=None,
     codec:Annotated[Optional[str], typer.Option(help="jpeg | raw; default: the run's pack.codec")]=None,
     estimate:Annotated[bool, typer.Option("--estimate", help="say its size and time, and stop")]=False,
-    workers:Annotated[Optional[int], typer.Option(help="processes; default: the CPU count")]=None,
+    workers:Annotated[Optional[int], typer.Option(help="processes; default: the CPU count", min=1)]=None,
 )->None:
     "Open a stage's photos once and keep them small, in a few checked files; goes on where it was interrupted."
     from pillsnap.data.pack import pack_command
     from pillsnap.data.splits import load_stage
-    cfg = load_config(run_dir/"config.yaml", [f"pack.codec={codec}"] if codec else [])
+    cfg = load_config(run_config(run_dir), [f"pack.codec={codec}"] if codec else [])
     n = cfg.data.progressive_validation.current_stage if stage is None else stage
     pack_command(load_stage(run_dir, n), run_dir, cfg, estimate, workers)
 
-# %% ../nbs/90_cli.ipynb #c0463271
+# %% ../nbs/90_cli.ipynb #b2dde3aa
 @app.command()
 def plan(
     root:Annotated[Optional[Path], typer.Option("--root", help="a delivery to measure on; without it pills are rendered")]=None,
     run_dir:Annotated[Optional[Path], typer.Option("--run", "--run-dir", help="a run folder: its manifest, its configuration, its disk")]=None,
     gpu:Annotated[Optional[str], typer.Option(help="name of the GPU, for a declared rate")]=None,
     gpu_rate:Annotated[Optional[float], typer.Option(help="photos a second that the GPU trains, if you know it", min=0.1)]=None,
-    seconds:Annotated[float, typer.Option(help="for the measurements", min=0.2, max=60)]=20.,
+    seconds:Annotated[float, typer.Option(help="for the measurements, in seconds", min=0.2, max=60)]=20.,
     config:ConfigOption="two_stage",
 )->None:
     "Measure this machine and say what stages 1 to 4 will take: disk, memory, packing, hours per epoch."
@@ -172,16 +183,17 @@ def networks(
     except (ImportError, PillsnapError): return own
     return own | {"detector": lambda drugs: build_yolo_model(cfg.train.detection.model)}
 
-# %% ../nbs/90_cli.ipynb #8b8f502a
+# %% ../nbs/90_cli.ipynb #15f9ff85
 @app.command()
 def doctor(
     folder:Annotated[Path, typer.Argument(help="where runs will be written")]=Path("."),
 )->None:
     "Look at this machine and say what would stop or slow a run, and what to do; exit status 1 if something would stop it."
     from pillsnap.doctor import doctor_command
+    if not folder.is_dir(): raise PillsnapError("there is no such folder", where=folder, fix="name the folder that runs will be written in, or one above it")
     if not doctor_command(folder): raise typer.Exit(1)
 
-# %% ../nbs/90_cli.ipynb #84da9b73
+# %% ../nbs/90_cli.ipynb #459201aa
 @app.command()
 def audit(
     labels:Annotated[Path, typer.Option("--labels", help="folder of annotation JSONs")],
@@ -196,7 +208,7 @@ def audit(
 def index(
     labels:Annotated[Path, typer.Argument(help="a delivery, or a folder of annotation JSONs")],
     out:Annotated[Path, typer.Option("--out", help="the index to write, NAME.arrow")],
-    workers:Annotated[Optional[int], typer.Option(help="processes; default: the CPU count")]=None,
+    workers:Annotated[Optional[int], typer.Option(help="processes; default: the CPU count", min=1)]=None,
     yolo:Annotated[Optional[Path], typer.Option("--yolo", help="also lay it out for a YOLO detector in this folder")]=None,
 )->None:
     "Turn a tree of annotations into one index file; photos are not needed."
@@ -207,7 +219,7 @@ def index(
 def extract(
     src:Annotated[Path, typer.Argument(help="a folder with AI Hub's archives, at any depth")],
     out:Annotated[Optional[Path], typer.Option("--out", help="the delivery's root; default: the same folder")]=None,
-    workers:Annotated[Optional[int], typer.Option(help="archives at once; default: the CPU count")]=None,
+    workers:Annotated[Optional[int], typer.Option(help="archives at once; default: the CPU count", min=1)]=None,
 )->None:
     "Unpack a zipped delivery into the English tree; what is there already is left alone."
     from pillsnap.data.aihub import extract_command
@@ -244,10 +256,10 @@ def train_stage(
     rec, = run_pipeline(PIPELINE, str(root/"config.yaml"), wanted, root, "classifier", force=force)
     print(against_target(rec, load_config(str(root/"config.yaml"), wanted).data.progressive_validation.stage(stage).target_accuracy))
 
-# %% ../nbs/90_cli.ipynb #b94dc52b
+# %% ../nbs/90_cli.ipynb #85d64967
 @app.command("final-test")
 def final_test(
-    run_dir:RunDir=Path("_runs/two_stage"),
+    run_dir:Annotated[Path, typer.Option("--run-dir", "--run", help="the run folder")]=Path("_runs/two_stage"),
     reason:Annotated[str, typer.Option(help="why the sealed test is opened")]="",
     confirm:Annotated[str, typer.Option(help="the run's id, typed out")]="",
     unseal:Annotated[bool, typer.Option("--unseal", help="open it again; recorded")]=False,

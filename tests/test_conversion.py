@@ -342,11 +342,20 @@ def test_a_second_run_opens_only_what_changed(small, tmp_path, monkeypatch):
     looked.clear(); convert_delivery(small, tmp_path/"run", load_config("two_stage", ["data.grayscale_policy=skip"])); assert len(looked) == 4, "another policy begins anew"
 
 
+def test_processes_see_what_threads_see(tmp_path, monkeypatch):
+    "Many photos are opened by processes: the same answers, broken ones too, and the same journal."
+    for lo in range(0, 160, 20): add(tmp_path/"d", [A], lo)
+    paths = sorted(str(p.relative_to(tmp_path/"d")) for p in (tmp_path/"d").rglob("*.png")); (tmp_path/"d"/paths[3]).write_text("no photo")
+    monkeypatch.setattr(conversion, "CHUNK", 3); look = lambda n: conversion.look_at_all(tmp_path/"d", paths, conversion.Journal(tmp_path/f"j{n}", "rgb"), workers=2, progress=False)
+    few = look(0); monkeypatch.setattr(conversion, "MANY", 1); many = look(1)
+    assert few == many and len(few) == 8 and few[paths[3]].reason == "photo_broken" and (tmp_path/"j0").read_text() == (tmp_path/"j1").read_text()
+
+
 def test_killed_in_the_middle_it_goes_on(tmp_path):
     "kill -9 while photos are opened; the same call ends with the manifest of an undisturbed run."
     root = tmp_path/"d"
     for lo in range(0, 360, 20): add(root, [A], lo); add(root, [B], lo)
-    code = ("import sys, time; from pillsnap.data import conversion as c\nreal = c.look\ndef slow(p, **k): time.sleep(.05); return real(p, **k)\nc.look = slow; c.islice = lambda it, n: __import__('itertools').islice(it, 4)\n"
+    code = ("import sys, time; from pillsnap.data import conversion as c\nreal = c.look\ndef slow(p, **k): time.sleep(.05); return real(p, **k)\nc.look = slow; c.CHUNK = 4\n"
             "c.convert_delivery(sys.argv[1], sys.argv[2])")
     run = [sys.executable, "-c", code, str(root), str(tmp_path/"run")]
     seen = tmp_path/"run/artifacts/photos.seen"; p = subprocess.Popen(run)

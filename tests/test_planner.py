@@ -1,4 +1,5 @@
 """The planner: what it foretells is what a small run then takes, and what it says of the rest is arithmetic on that."""
+import errno
 import os
 import time
 from dataclasses import replace
@@ -80,11 +81,20 @@ def test_the_sealed_part_is_not_entered(delivery, monkeypatch):
     assert walk_to_photos(delivery, 24, (".bmp",)) == []
 
 
+@pytest.mark.spec("BX21", "SP4")
+def test_a_sealed_root_is_refused_and_a_test_folder_passed_by(delivery, tmp_path):
+    with pytest.raises(PillsnapError, match="sealed test"): walk_to_photos(delivery/"data"/"val", 24, (".png",))
+    for s in ("val", "test", "photos"): (tmp_path/s).mkdir(); (tmp_path/s/f"{s}.png").touch()
+    assert walk_to_photos(tmp_path, 24, (".png",)) == ["photos/photos.png"]
+
+
 def test_the_disk_is_read_past_the_page_cache(tmp_path, monkeypatch):
     (tmp_path/"a").write_bytes(bytes(1 << 20)); told = []
     monkeypatch.setattr(L.os, "posix_fadvise", lambda *a: told.append(a[-1]))
     rate, size = L.read_rate([tmp_path/"a"]*3, 5)
     assert told == [os.POSIX_FADV_DONTNEED]*3 and size == 1 << 20 and rate > 0
+    def refuse(fd): raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+    monkeypatch.setattr(L.os, "fsync", refuse); assert L.read_rate([tmp_path/"a"], 5)[1] == 1 << 20, "a read-only delivery is read all the same"
 
 
 def test_the_command(delivery, tmp_path, capsys):

@@ -713,7 +713,7 @@ def readinto(self:Pieces,
     n = self.files[i].readinto(memoryview(buffer)[:self.starts[i+1]-self.at]); self.at += n
     return n
 
-# %% ../../nbs/11a_data.aihub.ipynb #e1768547
+# %% ../../nbs/11a_data.aihub.ipynb #e0c8ce0e
 def _copy_entry(z:zipfile.ZipFile, info:zipfile.ZipInfo, target:Path, half:Path)->None:
     "Unpack one entry, never more bytes than it declared; its name appears when it is whole."
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -734,6 +734,7 @@ def _resume(part:Path, pieces:list[str])->None:
         elif p.name != ".lock": p.unlink()
     mark.write_text(said, encoding="utf-8", errors="surrogateescape")
 
+# %% ../../nbs/11a_data.aihub.ipynb #ac64a457
 def _unpack(z:zipfile.ZipFile, plan:list[tuple[zipfile.ZipInfo,str]], part:Path, target:Path, advance:Callable[[int],Any])->None:
     "Unpack what is not there yet, and give the folder its name."
     todo = [(i,n) for i,n in plan if not (os.path.isfile(part/n) and os.path.getsize(part/n) == i.file_size)]

@@ -223,7 +223,7 @@ class LMDBImageCache:
         self.options = dict(readonly=readonly, lock=not readonly, readahead=readahead, max_readers=max_readers, map_size=parse_bytes(map_size), meminit=False)
         if readonly and not (self.path/"data.mdb").is_file(): raise PillsnapError("there is no photo database", where=self.path, fix="lmdb_converter writes one")
 
-# %% ../../nbs/17_data.caches.ipynb #b1c1848b
+# %% ../../nbs/17_data.caches.ipynb #1c9109cb
 def _key(path:str, bbox:str, view:View)->bytes:
     "Of fixed length: LMDB's keys have at most 511 bytes."
     return blake2b(f"{path}\0{bbox}\0{tuple(view)}".encode(), digest_size=16).digest()
@@ -258,17 +258,22 @@ def get(self:LMDBImageCache,
         raw = t.get(_key(path, bbox, view))
         return None if raw is None else unpack_record(raw)
 
+# %% ../../nbs/17_data.caches.ipynb #48bee6b9
 @patch
 def put_many(self:LMDBImageCache,
     records:Iterator[tuple[str,str,View,Any]] # path, bbox, view, picture or skip record
 )->int: # how many
     "Write in transactions of 256; what is committed survives a kill."
-    n, t = 0, self.env.begin(write=True)
+    env, n = self.env, 0
+    import lmdb
+    t = env.begin(write=True)
     try:
-        for path, bbox, view, got in records:
-            t.put(_key(path, bbox, view), pack_record(got)); n += 1
-            if n % 256 == 0: t.commit(); t = self.env.begin(write=True)
-    finally: t.commit()
+        try:
+            for path, bbox, view, got in records:
+                t.put(_key(path, bbox, view), pack_record(got)); n += 1
+                if n % 256 == 0: t.commit(); t = env.begin(write=True)
+        finally: t.commit()
+    except lmdb.Error as e: raise PillsnapError(f"the photo database cannot be written: {e}", where=self.path, fix="free some space, or cache_policy=labels_only; it goes on from the last 256 photos") from None
     return n
 
 @patch

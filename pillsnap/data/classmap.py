@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from ..core.errors import PillsnapError
 from ..core.files import canonical_json, sha256_text
 
-# %% ../../nbs/11_data.classmap.ipynb #39cdba41
+# %% ../../nbs/11_data.classmap.ipynb #188c4c99
 @dataclass(frozen=True)
 class ClassMap:
     "Class number ↔ class key: sorted, unique, immutable (SPEC section 2, X3, BX8)."
@@ -27,7 +27,7 @@ class ClassMap:
     _ids:dict[str,int] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self):
-        keys = tuple(sorted({unicodedata.normalize("NFC", k) for k in set(self.keys)}))   # half a million rows have a few thousand keys
+        keys = tuple(sorted({unicodedata.normalize("NFC", k) for k in self.keys}))
         if not keys or not keys[0].strip(): raise PillsnapError("a class map needs at least one key, and no empty ones", where="class map")
         object.__setattr__(self, "keys", keys)
         object.__setattr__(self, "_ids", {k:i for i,k in enumerate(keys)})

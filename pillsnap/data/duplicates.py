@@ -8,14 +8,13 @@ __all__ = ['THUMB', 'STEP', 'MAX_BITS', 'MAX_MEAN', 'MAX_TAIL', 'SAME_BITS', 'SA
            'Duplicates', 'tie', 'file_names', 'same_files', 'same_pictures', 'find_duplicates', 'known_duplicates',
            'check_knots', 'plot_duplicates']
 
-# %% ../../nbs/14a_data.duplicates.ipynb #c8c9d934
+# %% ../../nbs/14a_data.duplicates.ipynb #16689dad
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,10 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-# %% ../../nbs/14a_data.duplicates.ipynb #3c15b88d
+# %% ../../nbs/14a_data.duplicates.ipynb #e1db14f9
 from ..core.errors import PillsnapError
 from ..core.files import ensure_dir, os_trouble, read_json, save_json, save_text
+from .conversion import side_by_side
 from .images import crop_view, open_image_safely, resize
 
 # %% ../../nbs/14a_data.duplicates.ipynb #4129fb05
@@ -86,7 +86,7 @@ def array(self:ThumbStore)->np.ndarray: # [n, THUMB, THUMB] uint8, read-only
     if not self.pixels: return np.zeros((0, THUMB, THUMB), np.uint8)
     return np.memmap(self.raw, np.uint8, "r", shape=(len(self.pixels), THUMB, THUMB))
 
-# %% ../../nbs/14a_data.duplicates.ipynb #c5caed05
+# %% ../../nbs/14a_data.duplicates.ipynb #3bbf90bf
 def thumb_keys(
     df:pd.DataFrame, # rows with path, and bbox if known
     root:Path        # the delivery
@@ -102,20 +102,21 @@ def look_at_thumbnails(
     df:pd.DataFrame,       # rows with path, and bbox if known
     root:str|Path,         # the delivery
     store:ThumbStore,      # what is known, and where to keep more
-    workers:int|None=None, # threads; None = the number of CPUs, at most 8
+    workers:int|None=None, # processes, or threads for a few photos; None = the number of CPUs
     progress:bool=True     # show a progress bar
 )->np.ndarray:             # [n] number of each row's thumbnail in the store, -1 where there is none
     "Open every photo that the store does not know (SPEC BX1)."
     from tqdm import tqdm
     root, keys = Path(root), thumb_keys(df, Path(root))
     boxes = df["bbox"].tolist() if "bbox" in df else [""] * len(df)
-    todo = iter([(k, p, b) for k, p, b in zip(keys, df["path"], boxes) if k and k not in store.at])
-    see = lambda t: glance(root/t[1], json.loads(t[2]) if t[2] else None)
-    with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool, tqdm(total=len(df), initial=sum(k in store.at for k in keys), desc="thumbnails", unit="", disable=not progress) as bar:
-        while chunk := list(islice(todo, 256)):
-            got = [(k, t) for (k, _, _), t in zip(chunk, pool.map(see, chunk)) if t is not None]
+    todo = [(k, p, b) for k, p, b in zip(keys, df["path"], boxes) if k and k not in store.at]
+    with tqdm(total=len(df), initial=sum(k in store.at for k in keys), desc="thumbnails", unit="", disable=not progress) as bar:
+        for chunk, seen in side_by_side(partial(_glances, root), todo, workers):
+            got = [(k, t) for (k, _, _), t in zip(chunk, seen) if t is not None]
             store.add([k for k, _ in got], [t for _, t in got]); bar.update(len(chunk))
     return np.array([store.at.get(k, -1) for k in keys], int)
+
+def _glances(root:Path, chunk:list[tuple[str,str,str]])->list: return [glance(root/p, json.loads(b) if b else None) for _, p, b in chunk]
 
 # %% ../../nbs/14a_data.duplicates.ipynb #c48c5df1
 MAX_BITS, MAX_MEAN, MAX_TAIL = 16, 2., 10.  # (ours) bits of 256 that may differ; grey levels that may: in the mean, at the 99th percentile

@@ -249,7 +249,7 @@ def _foreign_rows(obj:Any)->list[dict]|None:
     if not isinstance(obj, list) or not obj or not all(isinstance(r, dict) and "path" in r for r in obj): return None
     return [{**r, "kcode": str(r.get("kcode", r.get("label", ""))), "split": r.get("split", "")} for r in obj]
 
-# %% ../../nbs/11c_data.index.ipynb #8f67d365
+# %% ../../nbs/11c_data.index.ipynb #0029de75
 def _read_csv(path:Path, columns:Sequence[str])->pd.DataFrame:
     "A manifest's rows; repeated words are one object each."
     options = pa.csv.ConvertOptions(column_types={c: pa.int64() if c in INT_COLUMNS else pa.string() for c in columns}, strings_can_be_null=False)
@@ -262,6 +262,7 @@ def read_manifest(
     "Read the rows in any of their forms, refusing those that do not fit their header (SPEC X49)."
     path = Path(path)
     if path.suffix == ".arrow": return read_index(path)
+    if not path.with_suffix(".json").is_file(): raise PillsnapError("there is no manifest here", where=path, fix="run the conversion stage first: pillsnap run conversion")
     header = read_json(path.with_suffix(".json"))
     if not (isinstance(header, dict) and header.get("schema") == SCHEMA):
         if (rows := _foreign_rows(header)) is None: raise PillsnapError("this is no manifest", where=path, fix="run the conversion stage")

@@ -71,13 +71,18 @@ def decisions(self:Overlay)->dict[tuple[str,str],Decision]: # by photo and deliv
     "What holds now."
     return {(d.path, d.kcode): d for d in self.lines()}
 
-# %% ../../nbs/11d_data.overlay.ipynb #e9f81fe7
+# %% ../../nbs/11d_data.overlay.ipynb #e742b397
+def _login()->str:
+    "The user's name; in a container without one, the number."
+    try: return getpass.getuser()
+    except (KeyError, OSError): return f"uid {os.getuid()}"
+
 @patch
 def add(self:Overlay,
     decision:Decision # what was decided
 )->Decision:          # as written, with who and when
     "Append one decision: one write, synced, on a line of its own."
-    who, when = decision.who or getpass.getuser(), decision.when or datetime.now(timezone.utc).isoformat(timespec="seconds")
+    who, when = decision.who or _login(), decision.when or datetime.now(timezone.utc).isoformat(timespec="seconds")
     done = Decision(**(asdict(decision) | {"who": who, "when": when}))
     line = (json.dumps(asdict(done), ensure_ascii=False) + "\n").encode("utf-8")
     try:

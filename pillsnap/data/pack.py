@@ -6,11 +6,11 @@
 __all__ = ['SCHEMA', 'MAGIC', 'LOOSE', 'Plan', 'box_list', 'make_plan', 'record_key', 'photo_records', 'write_shard', 'finished',
            'estimate_pack', 'build_pack', 'Pack', 'No', 'stage_pack', 'stage_rows', 'pack_settings', 'pack_command']
 
-# %% ../../nbs/13c_data.pack.ipynb #9d8d6624
+# %% ../../nbs/13c_data.pack.ipynb #af0f4e7a
 import errno, hashlib, json, logging, math, mmap, os, random, shutil, time, zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -35,7 +35,7 @@ from ..core.processes import processes
 from .classmap import ClassMap
 from .images import MAX_PIXELS, crop_square, open_image_safely, resize, shrink, steady_heap
 
-# %% ../../nbs/13c_data.pack.ipynb #ae5a6d70
+# %% ../../nbs/13c_data.pack.ipynb #8daec40c
 SCHEMA, MAGIC = "pillsnap.pack/1", b"PILLPACK1\n"
 LOOSE = .25         # margin kept around a box on each side, in box widths: a training crop jitters that far
 _log = logging.getLogger("pillsnap.pack")
@@ -52,12 +52,13 @@ class Plan:
     class_map:str=""             # fingerprint of the class map
     grayscale_policy:str="rgb"   # of `open_image_safely`
     rgba_policy:str="drop_alpha" # of `open_image_safely`
+    sha1:dict[str,str] = field(default_factory=dict) # path → of the photo's bytes when it was converted; a part of `manifest_hash`, and not of the digest
 
     @cached_property
     def digest(self)->str: # sha256: the plan's name
-        return sha256_text(canonical_json({f.name: getattr(self, f.name) for f in fields(self)}))
+        return sha256_text(canonical_json({f.name: getattr(self, f.name) for f in fields(self) if f.name != "sha1"}))
 
-# %% ../../nbs/13c_data.pack.ipynb #d9f0ae36
+# %% ../../nbs/13c_data.pack.ipynb #5102f0e0
 def box_list(
     bbox:str|Sequence[float]|None # "[x, y, w, h]" as the manifest writes it, or four numbers
 )->list[float]|None:              # four numbers; None where there is no box
@@ -66,7 +67,7 @@ def box_list(
     return [float(v) for v in (json.loads(bbox) if isinstance(bbox, str) else bbox)]
 
 def make_plan(
-    rows:pd.DataFrame,  # path, and bbox where there is one
+    rows:pd.DataFrame,  # path, and bbox and sha1 where there are any
     **kwargs:Any          # the fields of `Plan`
 )->Plan:
     "The photos of some manifest rows, each once, with all their boxes."
@@ -74,13 +75,14 @@ def make_plan(
     if "bbox" in rows and kwargs.get("crops", True):
         for p, b in zip(rows["path"], rows["bbox"]):
             if (b := box_list(b)) is not None and b not in photos[p]: photos[p].append(b)
-    plan = Plan({p: sorted(b) for p, b in photos.items()}, **kwargs)
+    sums = {p: s for p, s in zip(rows["path"], rows["sha1"]) if s} if "sha1" in rows else {}
+    plan = Plan({p: sorted(b) for p, b in photos.items()}, **kwargs, sha1=sums)
     if plan.codec not in ("jpeg", "raw"): raise PillsnapError(f"no codec {plan.codec!r}", "pack.codec", "jpeg or raw")
     if not 0 < plan.scale <= 1: raise PillsnapError(f"a pack's scale lies between 0 and 1, not at {plan.scale}", "pack.scale")
     if not plan.photos: raise PillsnapError("there is no photo to pack")
     return plan
 
-# %% ../../nbs/13c_data.pack.ipynb #bb5c322d
+# %% ../../nbs/13c_data.pack.ipynb #b10f42fc
 @patch
 def shards(self:Plan)->list[list[str]]: # paths by shard
     "The photos in pieces of 32 to 4,096: the unit of work, and of what a kill may cost."
@@ -92,7 +94,8 @@ def part(self:Plan,
     paths:Iterable[str] # some of its photos
 )->Plan:
     "The plan of one shard, which is all that its worker is sent."
-    return replace(self, photos={p: self.photos[p] for p in paths})
+    photos = {p: self.photos[p] for p in paths}
+    return replace(self, photos=photos, sha1={p: self.sha1[p] for p in photos if p in self.sha1})
 
 # %% ../../nbs/13c_data.pack.ipynb #d165df2c
 _COLUMNS = {"key": pa.uint64(), "path": pa.string(), "shard": pa.int32(), "offset": pa.int64(), "length": pa.int32(), "crc": pa.uint32(), "height": pa.int32(), "width": pa.int32(),
@@ -117,7 +120,7 @@ def _smaller(img:np.ndarray, scale:float)->np.ndarray:
     if scale in (1, .5, .25, .125): return shrink(img, round(1/scale))
     return resize(img, *(max(1, round(n*scale)) for n in img.shape[:2]))
 
-# %% ../../nbs/13c_data.pack.ipynb #c42ecc23
+# %% ../../nbs/13c_data.pack.ipynb #2b601cd2
 _PHOTO = (None, errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)   # not there; everything else is the machine's trouble
 
 def photo_records(
@@ -129,12 +132,20 @@ def photo_records(
     reduce = round(1/plan.scale) if not plan.photos[path] and plan.scale in (1, .5, .25, .125) else 1
     got = open_image_safely(Path(root)/path, plan.grayscale_policy, plan.rgba_policy, reduce=reduce)
     if got.get("errno") not in _PHOTO: raise os_trouble("a photo cannot be read", Path(root)/path, OSError(got["errno"], got["error"]))
+    if "_skip" not in got and _changed(Path(root)/path, plan.sha1.get(path)): got = _skip("read", "not the photo that was converted: its bytes have changed")
     if "_skip" in got: yield dict(key=record_key(path), path=path, error=f"{got['stage']}: {got['error']}"), b""; return
     h, w = got["image"].shape[:2]
     small = got["image"] if reduce > 1 else _smaller(got["image"], plan.scale)
     full = dict(path=path, photo_height=h*reduce, photo_width=w*reduce, left=0, top=0)
     yield full | dict(key=record_key(path), height=small.shape[0], width=small.shape[1]), _encode(small, plan)
     for box in plan.photos[path]: yield _crop_record(got["image"], box, full, plan)
+
+def _changed(path:Path, sha1:str|None)->bool:
+    "Whether a file is another one than the conversion saw."
+    if not sha1: return False
+    try:
+        with open(path, "rb") as f: return hashlib.file_digest(f, "sha1").hexdigest() != sha1
+    except OSError as e: raise os_trouble("a photo cannot be read", path, e) from e
 
 # %% ../../nbs/13c_data.pack.ipynb #1f9d3481
 def _crop_record(img:np.ndarray, box:list[float], row:dict, plan:Plan)->tuple[dict,bytes]:
@@ -426,7 +437,7 @@ def can_serve(self:Pack,
     poor = stored[stored < np.minimum(was, view.size)]
     return not len(poor) or No(f"{view.size} pixels are asked for, and the short side of {len(poor)} photos is stored with {poor.min()} (pack.scale: {self.scale})")
 
-# %% ../../nbs/13c_data.pack.ipynb #05a10fe1
+# %% ../../nbs/13c_data.pack.ipynb #e38ec543
 def stage_pack(
     stage:Any,            # `StageData`: train and pool rows, class_map, header, root, number
     run_root:str|Path,    # the run folder
@@ -443,7 +454,8 @@ def stage_rows(
     stage:Any # `StageData`
 )->pd.DataFrame:
     "All rows that training and its gate will look at."
-    return pd.concat([stage.train, stage.val, stage.pool])[["path", "bbox"]].drop_duplicates()
+    rows = pd.concat([stage.train, stage.val, stage.pool])
+    return rows[[c for c in ("path", "bbox", "sha1") if c in rows]].drop_duplicates()
 
 def pack_settings(
     cfg:Config # a configuration

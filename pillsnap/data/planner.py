@@ -7,9 +7,10 @@ __all__ = ['TRAINER_BYTES', 'CUDA_BYTES', 'GPU_BYTES', 'GPU_RATES', 'walk_to_pho
            'samples', 'probe', 'ram_plan', 'Footprint', 'kept_bytes', 'footprint', 'step_peak', 'gpu_bytes',
            'vram_table', 'gpu_rate', 'StagePlan', 'plan_stage', 'make_plans', 'plot_plans', 'tell', 'plan_command']
 
-# %% ../../nbs/19d_data.planner.ipynb #f5164b5c
+# %% ../../nbs/19d_data.planner.ipynb #272fa644
 import json, os, random, shutil, time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -24,11 +25,12 @@ import psutil
 from PIL import Image
 from fastcore.basics import patch
 
-# %% ../../nbs/19d_data.planner.ipynb #0a98ff49
+# %% ../../nbs/19d_data.planner.ipynb #3f2e9ffa
 from ..core.config import Config, load_config
 from ..core.errors import PillsnapError
 from ..core.processes import processes
 from ..core.record import hardware
+from .aihub import SEALED, refuse_sealed
 from .conversion import read_manifest
 from .images import open_image_safely, reduce_for, whole_view
 from .pack import Pack, Plan, build_pack, make_plan, pack_settings, photo_records
@@ -36,7 +38,7 @@ from .pills import make_catalogue, rng_for
 from .render import Shot, photograph, single_pose
 from .synth import png_bytes
 
-# %% ../../nbs/19d_data.planner.ipynb #e60fb4c0
+# %% ../../nbs/19d_data.planner.ipynb #bd89ffd4
 def walk_to_photos(
     root:str|Path,              # a delivery
     n:int,                      # photos wanted
@@ -45,10 +47,11 @@ def walk_to_photos(
 )->list[str]:                   # paths below root, fewer where there are fewer
     "Some photos of the training tree, by random descents; data/val is the sealed test and is not entered."
     rng, root, found = random.Random(seed), Path(root), set()
-    top = root/"data"/"train" if (root/"data"/"train").is_dir() else root
+    top = next((p for p in (root/"data"/"train", root/"train") if p.is_dir()), root)
+    refuse_sealed(top)
     for _ in range(n*4):
         at = top
-        while at.is_dir() and (names := [e for e in os.listdir(at) if not e.startswith(".") and e not in ("val", "labels")]): at = at/rng.choice(names)
+        while at.is_dir() and (names := [e for e in os.listdir(at) if not e.startswith(".") and e not in (*SEALED, "labels")]): at = at/rng.choice(names)
         if at.is_file() and at.suffix.lower() in extensions: found.add(at.relative_to(root).as_posix())
         if len(found) == n: break
     return sorted(found)
@@ -70,7 +73,7 @@ def render_samples(
     for i in range(n): (Path(folder)/f"{i:03}.png").write_bytes(_rendered(i % pills)[0])
     return pd.DataFrame([dict(path=f"{i:03}.png", bbox=json.dumps(_rendered(i % pills)[1])) for i in range(n)])
 
-# %% ../../nbs/19d_data.planner.ipynb #32cbce32
+# %% ../../nbs/19d_data.planner.ipynb #f383d05d
 def read_rate(
     files:Iterable[str|Path], # files to read, in this order
     seconds:float             # at most
@@ -79,7 +82,8 @@ def read_rate(
     size, n, spent = 0, 0, 0.
     for f in files:
         with open(f, "rb", buffering=0) as h:
-            os.fsync(h.fileno()); os.posix_fadvise(h.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            with suppress(OSError): os.fsync(h.fileno())   # a read-only file system has nothing to write back, and some say so
+            os.posix_fadvise(h.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             t0 = time.perf_counter(); size += len(h.read()); spent += time.perf_counter() - t0; n += 1
         if spent > seconds: break
     return size/max(spent, 1e-9), size/max(n, 1)
@@ -369,7 +373,7 @@ def tell(
         *([] if vram is None else [f"memory on the GPU ({vram_how})", vram.to_string(index=False), "estimated, on no GPU measured: counted on the network's layers with the head of stage 4 and AdamW; the detector's loss is not in it", ""]),
         "estimated: every stage is the measured rates times its photos; an epoch is their train part. Augmentation, a busy machine and a full disk are not in it."])
 
-# %% ../../nbs/19d_data.planner.ipynb #a8b11a0f
+# %% ../../nbs/19d_data.planner.ipynb #bd601145
 def plan_command(
     root:str|Path|None=None,    # a delivery
     run_root:str|Path|None=None,# a run folder
@@ -380,6 +384,7 @@ def plan_command(
     networks:Callable[[Config],Mapping[str,Callable[[int],Any]]]|None=None # what will be trained; None = no word on GPU memory
 )->None:
     "What `pillsnap plan` does."
+    if run_root and Path(run_root).is_file(): raise PillsnapError("this is a file, not a run folder", run_root, "name a run's folder, there or still to come")
     own = Path(run_root)/"config.yaml" if run_root else None
     cfg, known, (room, whose) = load_config(own if own and own.exists() else config), gpu_rate(gpu, rate), gpu_bytes(gpu)
     seen = probe(cfg, root, run_root, seconds)

@@ -100,7 +100,7 @@ def rare_more_often(
     n = np.bincount(labels, minlength=classes)
     return (1. / n[np.asarray(labels)]).tolist()
 
-# %% ../../nbs/18a_data.sampling.ipynb #b4930e1f
+# %% ../../nbs/18a_data.sampling.ipynb #b31d41f5
 class BalancedBatchSampler(Sampler):
     "Batches of P drugs with K photos each (SPEC TL20)."
     def __init__(self,
@@ -109,8 +109,8 @@ class BalancedBatchSampler(Sampler):
         samples_per_class:int=4,      # K
         seed:int=42                   # the run's
     ):
-        labels = np.asarray(labels)
-        self.by, self.k, self.seed, self.epoch, self.n = [np.flatnonzero(labels == c) for c in np.unique(labels)], samples_per_class, seed, 0, len(labels)
+        rows, n = np.argsort(labels, kind="stable"), np.unique(labels, return_counts=True)[1]
+        self.by, self.k, self.seed, self.epoch, self.n = np.split(rows, np.cumsum(n)[:-1]), samples_per_class, seed, 0, len(rows)
         self.p = classes_per_batch or len(self.by)
         if not 2 <= self.p <= len(self.by): raise PillsnapError(f"a batch of {self.p} drugs cannot be drawn from {len(self.by)}", where="num_classes_per_batch", fix=f"a number from 2 to {len(self.by)}, or null for all")
 

@@ -67,7 +67,7 @@ def write_sample(
             with atomic_path(path) as tmp: Image.fromarray(a).save(tmp, "PNG")
     return root
 
-# %% ../../nbs/19b_data.segmentation.ipynb #7ebbf889
+# %% ../../nbs/19b_data.segmentation.ipynb #8349d04b
 _log = logging.getLogger("pillsnap.segmentation")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
@@ -78,8 +78,10 @@ def find_pairs(
     root = Path(root)
     for sub in ("images", "masks"):
         if not (root/sub).is_dir(): raise PillsnapError(f"there is no folder {sub}", where=root, fix="a segmentation data set is images/ and masks/ with equal file names")
-    photos = {p.stem: p for p in sorted((root/"images").iterdir()) if p.suffix.lower() in EXTENSIONS and not p.name.startswith(".")}
-    masks = {p.stem: p for p in sorted((root/"masks").glob("*.png")) if not p.name.startswith(".")}
+    found = [p for p in sorted((root/"images").iterdir()) if p.suffix.lower() in EXTENSIONS and not p.name.startswith(".")]
+    photos = {p.stem: p for p in found}
+    masks = {p.stem: p for p in sorted((root/"masks").iterdir()) if p.suffix.lower() == ".png" and not p.name.startswith(".")}
+    if len(photos) < len(found): raise PillsnapError(f"{len(found) - len(photos)} photos have the name of another one, with another ending", where=root/"images", fix="one mask belongs to one photo: rename them")
     if alone := sorted(set(photos) ^ set(masks)): _log.warning("%d names have only a photo or only a mask and are left out, the first is %s", len(alone), alone[0])
     if not set(photos) & set(masks): raise PillsnapError("no photo has a mask", where=root, fix="masks/NAME.png belongs to images/NAME.*")
     return [(photos[k], masks[k]) for k in sorted(set(photos) & set(masks))]

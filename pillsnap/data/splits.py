@@ -10,7 +10,7 @@ __all__ = ['GATE_PHOTOS', 'PARTS', 'ROLE_COLOURS', 'lot', 'share_lot', 'tidy_rec
            'manifest_of_ids', 'family_lists', 'preprocessing_config', 'narrow_manifest', 'write_family', 'image_split',
            'seal', 'write_splits', 'load_splits', 'check_parts', 'reuse_splits', 'StageData', 'missing_photos',
            'load_stage', 'storage_saving', 'roles_of', 'plot_classes', 'plot_groups', 'plot_neighbours', 'stage_quotas',
-           'check_nested', 'other_records', 'SplitsJob', 'Cut', 'decide', 'stage_tree', 'smoke_splits']
+           'check_nested', 'other_records', 'seal_moves', 'SplitsJob', 'Cut', 'decide', 'stage_tree', 'smoke_splits']
 
 # %% ../../nbs/16_data.splits.ipynb #1e7bf6da
 import difflib
@@ -439,14 +439,14 @@ def size_of(
     except OSError: return None
     return tuple(map(int, got)) if got else None
 
-# %% ../../nbs/16_data.splits.ipynb #69a0b8bb
+# %% ../../nbs/16_data.splits.ipynb #2d1421d1
 def read_id_folder(
     root:str|Path,       # <root>/<class>/{ID}_{sequence}.jpg
     extensions:Sequence[str]=(".jpg", ".jpeg", ".png", ".bmp", ".webp") # files taken for photos
 )->tuple[pd.DataFrame,list[str]]: # rows with path, class_key, kind, group_id, width, height; what was left out, in words
     "A folder data set as records (SPEC SP9, X2)."
     root = Path(root)
-    paths = sorted(p.relative_to(root).as_posix() for p in root.glob("*/*") if p.suffix.lower() in extensions and not p.name.startswith("."))
+    paths = sorted(p.relative_to(root).as_posix() for p in root.glob("*/*") if p.suffix.lower() in extensions and not (p.name.startswith(".") or p.parent.name.startswith(".")))
     if not paths: raise PillsnapError("no photos here", where=root, fix="a retrieval data set is one folder per class, with photos named {ID}_{sequence}.jpg")
     with ThreadPoolExecutor() as pool: sizes = list(pool.map(lambda p: size_of(root/p), paths))
     rows = [dict(path=p, class_key=unicodedata.normalize("NFC", p.split("/")[0]), kind="single", group_id=id_of(p), width=s[0], height=s[1]) for p, s in zip(paths, sizes) if s]
@@ -612,7 +612,7 @@ def load_splits(
     check_parts(parts, classes, set(sealed["group_id"]), head, folder)
     return parts, classes, head
 
-# %% ../../nbs/16_data.splits.ipynb #da5565aa
+# %% ../../nbs/16_data.splits.ipynb #7b54bc61
 def check_parts(
     parts:Mapping[str,pd.DataFrame], # train, val and pool
     classes:Sequence[str],           # the stage's drugs
@@ -625,7 +625,7 @@ def check_parts(
     for n, d in parts.items():
         if strange := set(d.loc[d["kind"] == "single", "class_key"]) - set(classes): bad.append(f"{n} holds drugs that are no classes: {sorted(strange)[:3]}")
     if head["params"]["group_by"] != "image":
-        side = {n: set(group_keys(d.assign(dup_id=d["dup_id"]), head["params"]["group_by"])) for n, d in parts.items() if len(d)}
+        side = {n: set(group_keys(d, head["params"]["group_by"])) | {f"duplicate {k}" for k in set(d["dup_id"]) - {""}} for n, d in parts.items() if len(d)}
         crossed = side.get("train", set()) & (side.get("val", set()) | side.get("pool", set()))
         raw = sealed & set().union(*(set(d["group_id"]) for d in parts.values()))
         if crossed or raw: bad.append(f"groups on two sides: {sorted(crossed | raw)[:3]}")
@@ -708,7 +708,7 @@ def roles_of(
     for name, part in (("pool", splits.pool), ("val", splits.val), ("train", splits.train), ("sealed", splits.test)): role[df["path"].isin(set(part["path"]))] = name
     return role
 
-# %% ../../nbs/16_data.splits.ipynb #89216db4
+# %% ../../nbs/16_data.splits.ipynb #8756cf20
 def plot_classes(
     splits:Splits,    # one stage
     df:pd.DataFrame,  # tidy records of the whole delivery
@@ -725,6 +725,7 @@ def plot_classes(
         ax.bar(range(len(n)), n[role], bottom=bottom, color=colour, label=f"{role} {n[role].sum():,}", width=.8)
         bottom += n[role].to_numpy()
     ax.set(ylabel="single photos", title=f"{len(n)} of {len(splits.classes)} drugs", xlim=(-.6, len(n) - .4))
+    ax.yaxis.get_major_locator().set_params(integer=True)
     ax.set_xticks(range(len(n)), n.index, rotation=90, fontsize=7); ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     plt.close(fig)
     return fig
@@ -806,6 +807,16 @@ def other_records(
     old = [n for n, records in heads.items() if records != splits.params["records"]]
     return [f"{', '.join(old)} of this folder {'was' if len(old) == 1 else 'were'} cut from other photos or labels: cut {'it' if len(old) == 1 else 'them'} again before the stages are compared"] if old else []
 
+# %% ../../nbs/16_data.splits.ipynb #97bec6d3
+def seal_moves(
+    splits:Splits,  # the stage just cut, of other photos or labels than before
+    folder:Path     # artifacts, with the names that were sealed before
+)->list[str]:       # one sentence, or none
+    "What a new delivery or a decision moved into the sealed part or out of it (SPEC X74)."
+    path, now = folder/"test_known.csv", set(splits.test["group_id"])
+    before = set(_read_table(path)["group_id"]) if path.exists() else now
+    return [f"The sealed part is not what it was ({len(now - before)} groups are new in it, {len(before - now)} have left it): a model of the earlier split may have been taught by what is sealed now. Train again from the start."] if now != before else []
+
 # %% ../../nbs/16_data.splits.ipynb #cd0f04b4
 @dataclass(frozen=True)
 class SplitsJob(StageJob):
@@ -838,7 +849,7 @@ def _records(self:SplitsJob,
         raise PillsnapError(f"there are single photos of {n} drug{'s' * (n != 1)}: telling drugs apart needs two", where=header["root"], fix="add drugs to the delivery, or look at quarantine.csv for what was left out")
     return df, header, notes
 
-# %% ../../nbs/16_data.splits.ipynb #4383d7d9
+# %% ../../nbs/16_data.splits.ipynb #942f7984
 @dataclass
 class Cut:
     "One stage, freshly cut."
@@ -862,7 +873,7 @@ def _cut(self:SplitsJob,
     check_knots(dup, art/"duplicates.json")
     df["dup_id"] = dup.dup_id
     splits = make_splits(df, None, family_ratios(cfg), cfg.train.seed, group_by=cfg.data.group_by, test_known_ratio=cfg.data.test_known_ratio, quotas=stage_quotas(cfg), stage=self.stage_n)
-    check_nested(splits, art)
+    check_nested(splits, art); notes = notes + seal_moves(splits, art)
     write_splits(splits, art/f"stage{self.stage_n}", sealed_in=art, manifest={k: header[k] for k in ("data_hash", "source", "rows")})
     return Cut(splits, df, header, dup, notes + decided)
 

@@ -27,12 +27,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from fastcore.basics import patch
 
-# %% ../../nbs/11b_data.truth.ipynb #919a1b25
+# %% ../../nbs/11b_data.truth.ipynb #4901d3a1
 from ..core.errors import PillsnapError
 from ..core.files import save_json
 from ..core.processes import processes
-from pillsnap.data.aihub import (DRUG_KEYS, Annotation, DrugRecord, Fault, PhotoRecord, Photos, Reason, edi_list, folder_codes, Reader, index_photos, is_sealed, known,
-    label_files)
+from .aihub import (DRUG_KEYS, Annotation, DrugRecord, Fault, PhotoRecord, Photos, Reason, edi_list, folder_codes, Reader, index_photos, known,
+    label_files, refuse_sealed, unpack_hint)
 from .capture import TOKENS
 
 # %% ../../nbs/11b_data.truth.ipynb #7b803a25
@@ -379,7 +379,7 @@ def parts_of(
             if not room: yield part; part, room = [], size
     if part: yield part
 
-# %% ../../nbs/11b_data.truth.ipynb #c4e90de0
+# %% ../../nbs/11b_data.truth.ipynb #6a07a892
 def examine(
     labels:str|os.PathLike,  # a tree of JSON files
     ignore_hidden:bool=True, # pass over dot files
@@ -388,6 +388,7 @@ def examine(
 )->Evidence:
     "Read and judge every record of a tree (SPEC BX4, BM2)."
     from tqdm import tqdm
+    refuse_sealed(labels)
     files, faults = label_files(os.path.abspath(labels), ignore_hidden) # a worker may stand in another folder
     asked = joblib.effective_n_jobs(None)
     n = workers or (asked if asked > 1 else min(joblib.cpu_count(), len(files)//(2*PART)))
@@ -399,14 +400,14 @@ def examine(
     e.tree = faults
     return e
 
-# %% ../../nbs/11b_data.truth.ipynb #2ff349e8
+# %% ../../nbs/11b_data.truth.ipynb #83e7d8f4
 def labels_of(
     folder:str|os.PathLike # a tree of JSON files, or a delivery
 )->Path: # raises PillsnapError when it is missing or sealed
     "The tree that an audit reads."
     folder = Path(folder)
-    if not folder.is_dir(): raise PillsnapError("the folder of labels does not exist", where=folder)
-    if is_sealed(folder): raise PillsnapError("this is the sealed test: nothing reads it before the final test", where=folder, fix="audit data/train/labels")
+    if not folder.is_dir(): raise PillsnapError("the folder of labels is a file" if folder.exists() else "the folder of labels does not exist", where=folder, fix="name a delivery, or the folder of its annotation files")
+    refuse_sealed(folder)
     return next((p for p in (folder/"data"/"train"/"labels", folder/"train"/"labels") if p.is_dir()), folder)
 
 # %% ../../nbs/11b_data.truth.ipynb #528c7eec
@@ -446,7 +447,7 @@ def further(
         files_missing_keys=e.counts["missing_keys"], unread_names=e.counts["unread_names"],
         image_without_json=None if photos is None else sum(s not in told for s in photos.paths))
 
-# %% ../../nbs/11b_data.truth.ipynb #2798af6a
+# %% ../../nbs/11b_data.truth.ipynb #1b140976
 def audit(
     labels:str|os.PathLike,             # a tree of JSON files, or a delivery
     images:str|os.PathLike|None=None,   # the photos; None counts nothing about them
@@ -454,9 +455,10 @@ def audit(
 )->dict[str,Any]: # counts by name; raises PillsnapError when there is nothing to count
     "Count what a tree of labels holds and what is wrong with it (SPEC BX4)."
     tree = labels_of(labels)
-    if images is not None and not Path(images).is_dir(): raise PillsnapError("the folder of photos does not exist", where=images)
+    if images is not None and not Path(images).is_dir(): raise PillsnapError("the folder of photos does not exist", where=images, fix="name the folder of the photos that belong to these labels, or leave it out")
+    if images is not None: refuse_sealed(images)
     e = examine(tree, progress=progress)
-    if not e.counts["files"]: raise PillsnapError("there are no JSON files in this folder", where=tree)
+    if not e.counts["files"]: raise PillsnapError("there are no JSON files in this folder", where=tree, fix=unpack_hint(tree) or "name a delivery, or the folder of its annotation files")
     return summary(e, index_photos(images) if images is not None else None)
 
 # %% ../../nbs/11b_data.truth.ipynb #0bb21627
