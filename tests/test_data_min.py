@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -446,3 +447,25 @@ def test_a_limited_cache_mixes_with_files(stage, cfg, singles):
     d = D.PillsnapClsDataset(singles, stage.class_map, D.MemorySource(D.DeliverySource(stage.root), cache), 64)
     fresh = D.PillsnapClsDataset(singles, stage.class_map, stage.root, 64)
     assert len(cache) == 5 and all(torch.equal(d[i]["image"], fresh[i]["image"]) for i in (0, 4, 5, 9))
+
+
+class Blank(D.Source):
+    "No photo is opened: what is left is what a worker holds."
+    def view(self, photo, view, out, window=None, flip=False): out[:] = len(photo.path)
+
+
+@pytest.mark.spec("TL5")
+def test_a_spawned_workers_memory_does_not_grow_with_the_rows():
+    "What belongs to one worker alone, with 2,000 rows and with 300,000; the names alone are 30 MB."
+    def alone(n):
+        names = [f"data/train/images/single/TS_{k % 81}_single/K-{k % 5000:06d}/K-{k % 5000:06d}_0_2_0_2_70_000_{k:06d}.png" for k in range(n)]
+        rows = pd.DataFrame({"path": names, "class_key": "K-000250", "bbox": "[100, 200, 300, 400]", "width": 976, "height": 1280, "kind": "single"})
+        loader = L.PhotoLoader(D.PillsnapClsDataset(rows, ClassMap(["K-000250"]), Blank(), 16, train=True), 1000, engine="processes", num_workers=1, raw=True)
+        before, it = {p.pid for p in psutil.Process().children()}, iter(loader)
+        images, _, meta = next(it)
+        assert [int(v) for v in images[:, 0, 0, 0]] == [len(p) for p in meta["paths"]]
+        mine = [p.memory_full_info().uss for p in psutil.Process().children() if p.pid not in before]
+        it.close()
+        return max(mine)/1e6
+    few, many = alone(2_000), alone(300_000)
+    assert many < few + 15, (few, many)

@@ -202,6 +202,15 @@ def test_archives_in_pieces_and_a_second_call_after_a_stop(tmp_path):
     with pytest.raises(PillsnapError, match="broken"): aihub.extract_archive([p for p in pieces if Path(p).exists()], tmp_path/"lost")
 
 
+@pytest.mark.spec("RS4")
+def test_hostile_foreign_and_damaged_archives(capsys):
+    "Refused in words or unpacked byte by byte; nothing beside the target is touched, and entries that share their bytes cannot fill a disk."
+    sys.path.insert(0, str(ROOT/"benchmarks"))
+    try: got = script("scripts/campaigns/rs4_archives.py").campaign(56, seed=2)
+    finally: sys.path.remove(str(ROOT/"benchmarks"))
+    assert [g for g in got if g[1] not in ("unpacked", "refused")] == [] and ("overlapping", "refused") in got and ("cp949", "unpacked") in got
+
+
 # ---- COCO, YOLO, scripts ---------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.spec("BM3", "DM1")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOOSE', 'COL', 'DRAWS', 'RATIO', 'GREY', 'build_transforms', 'crop_range', 'canvas_size', 'random_windows',
-           'randaugment_ops', 'places', 'move', 'colours', 'TimmPolicy', 'dangers', 'BatchAugment',
+           'randaugment_ops', 'places', 'move', 'colours', 'turn_hue', 'TimmPolicy', 'dangers', 'BatchAugment',
            'build_transforms_classification', 'build_transforms_detection']
 
 # %% ../../nbs/18_data.augment.ipynb #bb34fda6
@@ -107,38 +107,47 @@ def move(
     x[at] = F.grid_sample(some, F.affine_grid(theta[at], some.shape, align_corners=False), align_corners=False) + GREY
     return x
 
-# %% ../../nbs/18_data.augment.ipynb #5931eac9
+# %% ../../nbs/18_data.augment.ipynb #bbeda08c
 _GREYS = np.array([.299, .587, .114])
-_YIQ = np.array([_GREYS, [.5959, -.2746, -.3213], [.2115, -.5227, .3112]])
 
 def _colour_step(name:np.ndarray, f:np.ndarray, m:np.ndarray, n:np.ndarray)->tuple[np.ndarray,np.ndarray]:
     "One operation per photo, applied to (M, N); a name that is no colour changes nothing."
     f3, mix = f[:, None, None], np.tile(_GREYS, (3, 1))
     a = np.where((name == "Brightness")[:, None, None], f3 * np.eye(3), np.eye(3))
     a = np.where((name == "Color")[:, None, None], f3 * np.eye(3) + (1 - f3) * mix, a)
-    c, s = np.cos(2 * np.pi * f), np.sin(2 * np.pi * f); turn = np.tile(np.eye(3), (len(f), 1, 1))
-    turn[:, 1, 1], turn[:, 1, 2], turn[:, 2, 1], turn[:, 2, 2] = c, -s, s, c
-    a = np.where((name == "Hue")[:, None, None], np.linalg.inv(_YIQ) @ turn @ _YIQ, a)
     is_contrast = (name == "Contrast")[:, None, None]
     return np.where(is_contrast, f3 * m, a @ m), np.where(is_contrast, f3 * n + (1 - f3) * (mix @ (m + n)), a @ n)
 
 def colours(
     ops:list[tuple[np.ndarray,np.ndarray]], # operations of RandAugment, `[]` for none; their magnitudes are distances from 1
     draws:np.ndarray,                       # float [n, DRAWS]
-    jitter:tuple[float,float,float,float]   # brightness, contrast, saturation, hue
+    jitter:tuple[float,float,float]         # brightness, contrast, saturation
 )->tuple[np.ndarray,np.ndarray]:            # M, N [n, 3, 3]: a pixel p of a photo of mean colour µ becomes M p + N µ
-    "Everything that changes colours, in one matrix each (SPEC TL1)."
-    n, names, u = len(draws), np.array(["Brightness", "Contrast", "Color", "Hue"]), draws[:, COL["bright"]:COL["hue"] + 1]
+    "Everything that changes colours but the hue, in one matrix each (SPEC TL1)."
+    n, names, u = len(draws), np.array(["Brightness", "Contrast", "Color"]), draws[:, COL["bright"]:COL["colour"] + 1]
     mn = np.tile(np.eye(3), (n, 1, 1)), np.zeros((n, 3, 3))
     for name, v in ops: mn = _colour_step(name, 1 + v, *mn)
-    factors = np.where(names == "Hue", 0., 1.) + np.array(jitter) * (2 * u - 1)
+    factors = 1 + np.array(jitter) * (2 * u - 1)
     turns = np.argsort(_mixed(draws[:, COL["order"]]), 1)   # each photo has its own sequence, as in v2.ColorJitter
-    for k in range(4): mn = _colour_step(names[turns[:, k]], np.take_along_axis(factors, turns[:, k:k+1], 1)[:, 0], *mn)
+    for k in range(3): mn = _colour_step(names[turns[:, k]], np.take_along_axis(factors, turns[:, k:k+1], 1)[:, 0], *mn)
     return mn
 
 def _mixed(u:np.ndarray)->np.ndarray:
-    "Four numbers out of one: [n] → [n, 4]."
-    return u[:, None] * np.array([1e3, 1e5, 1e7, 1e9]) % 1
+    "Three numbers out of one: [n] → [n, 3]."
+    return u[:, None] * np.array([1e3, 1e5, 1e7]) % 1
+
+# %% ../../nbs/18_data.augment.ipynb #4d4b031a
+def turn_hue(
+    x:torch.Tensor,    # [n, 3, S, S] float, 0-255
+    shift:torch.Tensor # [n] turns, -.5 to .5
+)->torch.Tensor:      # of the same shape
+    "torchvision's `adjust_hue`, each photo by its own shift (SPEC TL1)."
+    (r, g, b), top, low = x.unbind(1), x.amax(1), x.amin(1)
+    spread = top - low
+    sixth = torch.where(top == r, g - b, torch.where(top == g, b - r + 2 * spread, r - g + 4 * spread))
+    sixth = sixth.div_(spread.clamp(min=1e-6)).add_(6 * shift.view(-1, 1, 1)).remainder_(6)   # red lies at 0, green at 2, blue at 4
+    y = torch.stack([(sixth - 3).abs_().sub_(1), 2 - (sixth - 2).abs_(), 2 - (sixth - 4).abs_()], 1)
+    return y.clamp_(0, 1).mul_(spread[:, None]).add_(low[:, None])
 
 # %% ../../nbs/18_data.augment.ipynb #6395cf3b
 class TimmPolicy:
@@ -193,20 +202,21 @@ class BatchAugment:
     def flips(self, draws:np.ndarray)->np.ndarray: # [n] bool: mirrored when the view is cut
         return (draws[:, COL["flip"]] < .5) & self.a.hflip
 
-# %% ../../nbs/18_data.augment.ipynb #8b8f417e
+# %% ../../nbs/18_data.augment.ipynb #ffadede1
 @patch
 def __call__(self:BatchAugment,
     images:torch.Tensor,       # [n, 3, S, S] uint8, cut and mirrored
     draws:np.ndarray|None=None # float [n, DRAWS]; None in validation
 )->torch.Tensor:               # [n, 3, S, S] float32, normalised
-    "Places, neighbours, colours, normalisation, erasing: in this order."
+    "Places, neighbours, hue, colours, normalisation, erasing: in this order."
     mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     if not self.train: return images.float().div_(255).sub_(mean).div_(std)
     if self.policy: images = torch.stack([self.policy(x, u) for x, u in zip(images.cpu(), draws[:, COL["policy"]])]).to(images.device)
     ops = randaugment_ops(draws, self.size) if self.a.randaugment and not self.policy else []
     theta = places(ops, self.a.rotation * (2 * draws[:, COL["turn"]] - 1), self.size)
     x = _neighbours(move(images.float(), torch.from_numpy(theta).float().to(images.device)), ops)
-    m, n = (torch.from_numpy(v).float().to(images.device) for v in colours(ops, draws, self.a.color_jitter))
+    if hue := self.a.color_jitter[3]: x = turn_hue(x, torch.from_numpy(hue * (2 * draws[:, COL["hue"]] - 1)).float().to(images.device))
+    m, n = (torch.from_numpy(v).float().to(images.device) for v in colours(ops, draws, self.a.color_jitter[:3]))
     return _erase(_paint(x, m, n, mean, std), draws, self.a.erasing)
 
 def _paint(x:torch.Tensor, m:torch.Tensor, n:torch.Tensor, mean:torch.Tensor, std:torch.Tensor)->torch.Tensor:

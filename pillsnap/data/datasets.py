@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['safe_collate_cls', 'safe_collate_classification', 'safe_collate_det', 'NARROW_AUGMENT', 'canvas_square', 'scale_into',
            'show', 'Source', 'needed', 'DeliverySource', 'PackSource', 'MemorySource', 'Looks', 'dataset_views',
-           'PillsnapClsDataset', 'safe_collate', 'lmdb_converter', 'PillsnapDetDataset', 'safe_collate_detection',
-           'SinglePillDataset', 'CombinationPillDataset', 'NarrowModelDataset', 'UserControlledTwoStageDataset']
+           'Texts', 'PillsnapClsDataset', 'safe_collate', 'lmdb_converter', 'PillsnapDetDataset',
+           'safe_collate_detection', 'SinglePillDataset', 'CombinationPillDataset', 'NarrowModelDataset',
+           'UserControlledTwoStageDataset']
 
 # %% ../../nbs/19_data.datasets.ipynb #c921a5fd
 import logging
@@ -200,7 +201,24 @@ def dataset_views(
     least = (AugmentClassification() if augment is None else augment).crop_scale_min
     return {v: View(v, canvas_size(size, crop_range(v, least, padding)), LOOSE if v == "crop" else .1) for v in ("whole", "crop")}
 
-# %% ../../nbs/19_data.datasets.ipynb #929b93e1
+# %% ../../nbs/19_data.datasets.ipynb #0140c18c
+class Texts:
+    "A list of strings in one tensor (Wu, *Demystify RAM usage in multi-process data loaders*, 2022)."
+    def __init__(self,
+        texts:Sequence[str] # what to hold
+    ):
+        parts = [t.encode() for t in texts]
+        self.bytes = torch.frombuffer(bytearray(b"".join(parts) or b" "), dtype=torch.uint8)   # a tensor needs one byte at least
+        self.ends = torch.from_numpy(np.cumsum([0, *map(len, parts)], dtype=np.int64))
+
+    def __len__(self)->int: return len(self.ends) - 1
+
+    def __getitem__(self, i:int)->str:
+        i = range(len(self))[i]
+        a, b = self.ends.numpy()[i:i + 2]
+        return self.bytes.numpy()[a:b].tobytes().decode()
+
+# %% ../../nbs/19_data.datasets.ipynb #79a9abb0
 class PillsnapClsDataset(Dataset):
     "Photos with one pill's label each; never raises while an epoch runs (SPEC TL3, X72)."
     def __init__(self,
@@ -215,21 +233,36 @@ class PillsnapClsDataset(Dataset):
         augment:AugmentClassification|None=None, # None = its defaults
         padding:float=.1             # margin of a served crop
     ):
-        col = lambda c, other: rows[c].tolist() if c in rows else [other] * len(rows)
-        self.paths, self.bboxes, self.sizes = rows["path"].tolist(), col("bbox", ""), list(zip(col("width", 0), col("height", 0)))
-        self.labels = [class_map.id(k) for k in rows["class_key"]]
-        if -1 in self.labels: raise PillsnapError(f"a photo of {rows['class_key'].iloc[self.labels.index(-1)]} came to a classifier that does not know it", where=self.paths[self.labels.index(-1)], fix="keep to the rows of the stage the class map belongs to")
+        col = lambda c, other: rows[c].fillna(other).tolist() if c in rows else [other] * len(rows)
+        paths, bboxes, labels = rows["path"].tolist(), col("bbox", ""), [class_map.id(k) for k in rows["class_key"]]
+        if -1 in labels: raise PillsnapError(f"a photo of {rows['class_key'].iloc[labels.index(-1)]} came to a classifier that does not know it", where=paths[labels.index(-1)], fix="keep to the rows of the stage the class map belongs to")
+        self.paths, self.bboxes = Texts(paths), Texts(bboxes)
+        numbers = {"label": labels, "width": col("width", 0), "height": col("height", 0), "boxed": [k == "combo" for k in col("kind", "single")]}   # boxed: one of several pills, only its box can be shown under its name
+        self.numbers = {k: torch.tensor(v, dtype=torch.bool if k == "boxed" else torch.int64) for k, v in numbers.items()}
+        if train: self.numbers["id"] = torch.from_numpy(name_ids([f"{p}|{b}" for p, b in zip(paths, bboxes)]))
         self.source = root if isinstance(root, Source) else DeliverySource(root)
-        self.boxed = np.array([k == "combo" for k in col("kind", "single")], bool)   # one of several pills: only its box can be shown under its name
         self.size, self.train, self.crop_view_prob, self.view, self.seed, self.epoch = size, train, crop_view_prob, view, seed, 0
         self.views, self.augment = dataset_views(size, train, augment, padding), BatchAugment(size, augment, train, padding)
-        self.ids = name_ids([f"{p}|{b}" for p, b in zip(self.paths, self.bboxes)]) if train else None
 
     def __len__(self)->int: return len(self.paths)
 
     def set_epoch(self, epoch:int)->None: self.epoch = epoch   # the dice of the samples that are asked for one by one
 
-# %% ../../nbs/19_data.datasets.ipynb #88883e76
+# %% ../../nbs/19_data.datasets.ipynb #3dac6daf
+@patch(as_prop=True)
+def labels(self:PillsnapClsDataset)->np.ndarray: return self.numbers["label"].numpy()   # int64 [n] class numbers
+
+@patch(as_prop=True)
+def boxed(self:PillsnapClsDataset)->np.ndarray: return self.numbers["boxed"].numpy()   # bool [n]
+
+@patch
+def photo(self:PillsnapClsDataset,
+    i:int # row
+)->Photo:
+    "A row, as far as opening it goes."
+    return Photo(self.paths[i], self.bboxes[i], int(self.numbers["width"].numpy()[i]), int(self.numbers["height"].numpy()[i]))
+
+# %% ../../nbs/19_data.datasets.ipynb #8e0db5ce
 @patch
 def looks(self:PillsnapClsDataset,
     rows:Sequence[int],          # of one batch
@@ -239,7 +272,7 @@ def looks(self:PillsnapClsDataset,
     "What these rows will show in this epoch: a function of the seed, the epoch and the photos alone."
     rows = np.asarray(rows, np.int64)
     if not self.train: return Looks(rows, np.full(len(rows), self.view == "crop"))
-    draws = dice(self.seed, epoch, self.ids[rows], DRAWS, visits)
+    draws = dice(self.seed, epoch, self.numbers["id"].numpy()[rows], DRAWS, visits)
     crops = (draws[:, COL["view"]] < self.crop_view_prob) | self.boxed[rows]
     return Looks(rows, crops, draws, self.augment.windows(draws, crops), self.augment.flips(draws))
 
@@ -254,12 +287,12 @@ def fetch(self:PillsnapClsDataset,
 @patch
 def _one(self:PillsnapClsDataset, looks:Looks, k:int, out:np.ndarray)->dict|None:
     i, trains = int(looks.rows[k]), looks.windows is not None
-    photo, view = Photo(self.paths[i], self.bboxes[i], *self.sizes[i]), self.views["crop" if looks.crops[k] else "whole"]
+    photo, view = self.photo(i), self.views["crop" if looks.crops[k] else "whole"]
     try: got = self.source.view(photo, view, out, looks.windows[k] if trains else None, bool(looks.flips[k]) if trains else False)
     except Exception as e: got = {"_skip": True, "error": f"{type(e).__name__}: {e}", "stage": "sample"}
     return got if got is None else {**got, "path": photo.path}
 
-# %% ../../nbs/19_data.datasets.ipynb #ea885ed0
+# %% ../../nbs/19_data.datasets.ipynb #ce903c5d
 @patch
 def finish(self:PillsnapClsDataset,
     images:torch.Tensor, # [n, 3, size, size] uint8, on any device
@@ -275,7 +308,7 @@ def __getitem__(self:PillsnapClsDataset,
     "One sample, or the reason why there is none (SPEC TL3)."
     looks, out = self.looks([int(i)], self.epoch), np.empty((1, self.size, self.size, 3), np.uint8)
     if (bad := self.fetch(looks, out)[0]) is not None: return bad
-    return {"image": self.finish(torch.from_numpy(out).permute(0, 3, 1, 2), looks)[0], "label": self.labels[int(i)], "path": self.paths[int(i)]}
+    return {"image": self.finish(torch.from_numpy(out).permute(0, 3, 1, 2), looks)[0], "label": int(self.labels[int(i)]), "path": self.paths[int(i)]}
 
 # %% ../../nbs/19_data.datasets.ipynb #53af3498
 _log = logging.getLogger("pillsnap.datasets")
