@@ -35,6 +35,16 @@ def test_the_engines_step_is_measured_beside_a_bare_loop(tmp_path):
     assert said and 0 < float(said[1]) < ours and int(said[3]) > 0 and int(said[4]) > 0 and not list(tmp_path.iterdir())
 
 
+@pytest.mark.spec("BM13")
+def test_a_training_that_grows_is_told(tmp_path):
+    "The whole engine with its worker processes; what is kept in each epoch on purpose is what the slope says, and misses the bound."
+    r = subprocess.run([sys.executable, str(ROOT/"benchmarks"/"bm13_memory.py"), "--quick", "--leak", "5000", "--out", str(tmp_path)], capture_output=True, text=True, env=ENV, timeout=300)
+    assert r.returncode == 1 and not list(tmp_path.iterdir()), r.stderr[-2000:]
+    found = {k: int(v) for v, k in re.findall(r"missed  BM13: \+(\d+) kB an epoch with engine, 2 (\w+), at most 100", r.stderr)}
+    assert set(found) == {"processes", "threads"} and all(4000 < v < 6000 for v in found.values()), found
+    assert re.search(r"2 processes: .* [2-9] child processes counted", r.stdout)
+
+
 def test_the_runner_knows_its_rows():
     r = subprocess.run([sys.executable, str(ROOT/"benchmarks"/"run.py"), "BM99"], capture_output=True, text=True)
     assert r.returncode != 0 and "no benchmark BM99" in r.stderr and "BM14" in r.stderr

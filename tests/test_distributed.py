@@ -3,9 +3,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,26 @@ def test_two_processes_are_one_stage(tmp_path, delivery):
     assert load_ckpt(run/"checkpoints"/"classifier"/"last.pt")["epoch"] == 1
     assert read_record(run, "classifier")["status"] == "finished" and stale(run, "classifier", load_config("smoke", [*OVER, f"paths.exp_dir={run}"])) is None
     assert len(list((run/"tb").glob("*/events*"))) == len(list((run/"tb").iterdir())), "one TensorBoard file per stage"
+
+
+@together
+@pytest.mark.spec("BX10", "CT15")
+def test_two_processes_save_when_they_are_asked_to_stop(tmp_path, delivery):
+    "SIGTERM at the command, as a scheduler sends it: the first process saves in mid-epoch and says so."
+    run, over = split_folder(tmp_path/"run", delivery, *OVER), [*OVER[:1], *OVER[2:], "train.classification.epochs=500", "train.classification.saving.every_steps=2", "train.classification.early_stopping.patience=500"]
+    last = run/"checkpoints"/"classifier"/"last.pt"
+    p = subprocess.Popen([sys.executable, "-m", "pillsnap", "distributed", "classifier", "--run-dir", str(run), "--config", "smoke", "--processes", "2", *over], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        end = time.monotonic()+240
+        while p.poll() is None and not last.exists() and time.monotonic() < end: time.sleep(.05)
+        p.send_signal(signal.SIGTERM)
+        said = p.communicate(timeout=240)[0]
+    finally: p.kill()
+    log = (run/"logs"/"pillsnap.classifier.log").read_text(encoding="utf-8")
+    epoch, batches = re.search(r"stopped by SIGTERM in epoch (\d+), (?:after (\d+) batches|which is over)", log).groups()
+    assert p.returncode and "ended with status" in said and read_record(run, "classifier")["status"] == "interrupted", said[-2000:]
+    ckpt = load_ckpt(last)
+    assert (ckpt["epoch"], ckpt["position"]["batch"]) == ((int(epoch)-1, int(batches)) if batches else (int(epoch), 0))
 
 
 # a network without batch statistics or dropout, plain SGD (AdamW would make a step of rounding errors), windows of two batches, a save after every batch
@@ -159,7 +181,7 @@ def broken_share(folder: str) -> None:
     learn = build_learner(cfg, net, nn.CrossEntropyLoss(), train, {"whole": val}, 3, out=Outputs(quiet=True))
     learn.add_cbs([Blank(), Accumulate(), Distributed(Accelerator(cpu=True))])
     learn.fit(2)
-    torch.save(dict(weights=[p.detach() for p in net.parameters()], buffers=[b for b in net.buffers() if b.is_floating_point()], rows=[(r["skipped"], r["classification"]["n"]) for r in learn.rows]), f"{folder}/{me.process_index}.pt")
+    torch.save(dict(weights=[p.detach() for p in net.parameters()], buffers=list(net.buffers()), rows=[(r["skipped"], r["classification"]["n"]) for r in learn.rows]), f"{folder}/{me.process_index}.pt")
 
 
 @together
@@ -171,6 +193,7 @@ def test_a_share_without_a_readable_photo_keeps_nobody_waiting(tmp_path):
     a, b = (torch.load(tmp_path/f"{k}.pt", weights_only=True) for k in range(2))
     for v, w in zip(a["weights"], b["weights"], strict=True): assert torch.equal(v, w)
     assert all(torch.isfinite(v).all() for v in [*a["weights"], *a["buffers"], *b["buffers"]])
+    assert int(a["buffers"][-1]) == 2*3   # batches that batch norm has seen: five an epoch, two of them grey
     assert a["rows"] == b["rows"] == [(4, 13), (8, 13)]   # of both processes: skipped photos so far, and photos of the validation
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LACKS', 'JOBS', 'Distributed', 'bring_together', 'gather_answers', 'count_together', 'Blank', 'apart',
            'check_loopback', 'child_failed', 'launch', 'Follower', 'resuming_as_the_first', 'SharedClassifierJob',
-           'SharedDetectorJob', 'shared', 'follow', 'run_here', 'distributed_command']
+           'SharedDetectorJob', 'shared', 'follow', 'run_here', 'handing_on', 'distributed_command']
 
 # %% ../../nbs/39_training.distributed.ipynb #b0fdfbe1
 import logging, os, signal, socket, subprocess, sys, tempfile
@@ -197,11 +197,12 @@ def shared(
     a = Accelerator(cpu=not torch.cuda.is_available())
     return [Blank(), Distributed(a, cfg.train.seed), *([Accumulate()] if cfg.train.classification.grad_accum_steps == 1 else [])], (a.process_index, a.num_processes)
 
-# %% ../../nbs/39_training.distributed.ipynb #8827596b
+# %% ../../nbs/39_training.distributed.ipynb #2e909e1b
 def follow(
     job:StageJob # as the first process has it
 )->None:
     "Train along with the first process, and write nothing."
+    for asked in (signal.SIGINT, signal.SIGTERM): signal.signal(asked, signal.SIG_IGN)   # the first hears it, saves and ends; without it nobody goes on
     root = Path(job.run_dir).absolute(); cfg, run = job.cfg_in(root), Follower(root, job.name)
     run.resuming = resuming_as_the_first()
     if isinstance(job, SharedDetectorJob): PartialState().destroy_process_group(); train_detector(make_plan(run, cfg)); return
@@ -224,7 +225,18 @@ def run_here(
     job = JOBS[stage](run_dir=run_dir, config=config, overrides=tuple(overrides), seed=c.seed, epochs=c.classification.epochs if stage == "classifier" else c.detection.epochs)
     print(job.run()) if first else follow(job)
 
-# %% ../../nbs/39_training.distributed.ipynb #121d15a9
+# %% ../../nbs/39_training.distributed.ipynb #4e690edc
+def handing_on(
+    command:Sequence[str] # program and arguments
+)->int: # its status
+    "Run a command that hears what this process is asked to do."
+    with subprocess.Popen(command) as p:
+        before = {signal.SIGTERM: signal.signal(signal.SIGTERM, lambda asked, _: p.send_signal(asked)), signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN)}   # Ctrl-C has reached it already
+        try: return p.wait()
+        finally:
+            for asked, handler in before.items(): signal.signal(asked, handler)
+
+# %% ../../nbs/39_training.distributed.ipynb #a6a58752
 def distributed_command(
     stage:str,                 # "classifier" or "detector"
     run_dir:Path,              # the run folder, converted and split
@@ -237,5 +249,5 @@ def distributed_command(
     if "ACCELERATE_MIXED_PRECISION" in os.environ: raise PillsnapError("accelerate launch started one process only", fix="accelerate launch --multi_gpu --num_processes 2 …; the flag is needed on a CPU too")
     check_loopback(); n = processes or torch.cuda.device_count() or 2
     given = ["--run-dir", str(run_dir), *(["--config", config] if config else []), *overrides]
-    r = subprocess.run([sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(n), "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "pillsnap", "distributed", stage, *given])
-    if r.returncode: raise PillsnapError(f"a process of {n} ended with status {r.returncode}", where=run_dir, fix="its message stands above; the same command goes on")
+    status = handing_on([sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(n), "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "pillsnap", "distributed", stage, *given])
+    if status: raise PillsnapError(f"a process of {n} ended with status {status}", where=run_dir, fix="its message stands above; the same command goes on")
