@@ -211,6 +211,20 @@ def test_hostile_foreign_and_damaged_archives(capsys):
     assert [g for g in got if g[1] not in ("unpacked", "refused")] == [] and ("overlapping", "refused") in got and ("cp949", "unpacked") in got
 
 
+@pytest.mark.spec("RS4")
+def test_an_entry_that_swallows_the_next_is_noticed(tmp_path):
+    "One changed byte: the first entry's comment becomes as long as the second entry; Python's reader then sees one file and says nothing."
+    import zipfile
+    with zipfile.ZipFile(tmp_path/"TS_7_combo.zip", "w") as z:
+        for name in ("K/a.png", "K/b.png"): z.writestr(name, "x")
+    raw = bytearray((tmp_path/"TS_7_combo.zip").read_bytes()); first = raw.find(b"PK\1\2")
+    raw[first+32] = raw.find(b"PK\5\6") - raw.find(b"PK\1\2", first+1)
+    (tmp_path/"TS_7_combo.zip").write_bytes(raw)
+    with zipfile.ZipFile(tmp_path/"TS_7_combo.zip") as z: assert z.namelist() == ["K/a.png"] and z.testzip() is None
+    with pytest.raises(PillsnapError, match="holds 1 entries and should hold 2"): extract_archives(tmp_path, tmp_path/"out")
+    assert not list((tmp_path/"out").rglob("*.png"))
+
+
 # ---- COCO, YOLO, scripts ---------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.spec("BM3", "DM1")

@@ -661,11 +661,12 @@ def entry_fault(
     if info.file_size > MAX_ENTRY_BYTES: return f"it has {info.file_size} bytes"
     if info.file_size > MAX_RATIO*max(info.compress_size, 100): return f"it swells from {info.compress_size} to {info.file_size} bytes"
 
-# %% ../../nbs/11a_data.aihub.ipynb #fce28573
+# %% ../../nbs/11a_data.aihub.ipynb #2cc5bd94
 def _plan(path:Path, z:zipfile.ZipFile)->list[tuple[zipfile.ZipInfo,str]]:
     "Entries with the path each will have; a folder named like the archive itself is dropped."
     mine, plan, seen = parse_archive(path.name), [], set()
     if sum(i.compress_size for i in z.infolist()) > z.start_dir: raise PillsnapError("this archive is refused: its entries share their bytes", where=path, fix="fetch it again")
+    if (len(z.infolist()) - (said := zipfile._EndRecData(z.fp)[zipfile._ECD_ENTRIES_TOTAL])) % 65536: raise zipfile.BadZipFile(f"its directory holds {len(z.infolist()):,} entries and should hold {said:,}")
     for info in z.infolist():
         name = entry_name(info)
         if wrong := entry_fault(info, name): raise PillsnapError(f"this archive is refused: {wrong}", where=f"{path}: {name!r}", fix="fetch it again; if it comes so from AI Hub, unpack it by hand")

@@ -201,22 +201,19 @@ def dataset_views(
     least = (AugmentClassification() if augment is None else augment).crop_scale_min
     return {v: View(v, canvas_size(size, crop_range(v, least, padding)), LOOSE if v == "crop" else .1) for v in ("whole", "crop")}
 
-# %% ../../nbs/19_data.datasets.ipynb #0140c18c
+# %% ../../nbs/19_data.datasets.ipynb #31042ea1
 class Texts:
     "A list of strings in one tensor (Wu, *Demystify RAM usage in multi-process data loaders*, 2022)."
     def __init__(self,
         texts:Sequence[str] # what to hold
     ):
         parts = [t.encode() for t in texts]
-        self.bytes = torch.frombuffer(bytearray(b"".join(parts) or b" "), dtype=torch.uint8)   # a tensor needs one byte at least
-        self.ends = torch.from_numpy(np.cumsum([0, *map(len, parts)], dtype=np.int64))
+        self.__setstate__((torch.frombuffer(bytearray(b"".join(parts) or b" "), dtype=torch.uint8), torch.from_numpy(np.cumsum([0, *map(len, parts)], dtype=np.int64))))   # a tensor needs one byte at least
 
+    def __getstate__(self)->tuple[torch.Tensor,torch.Tensor]: return self.tensors   # all that a worker is sent
+    def __setstate__(self, tensors:tuple[torch.Tensor,torch.Tensor])->None: self.tensors, (self.text, self.ends) = tensors, (memoryview(t.numpy()) for t in tensors)
     def __len__(self)->int: return len(self.ends) - 1
-
-    def __getitem__(self, i:int)->str:
-        i = range(len(self))[i]
-        a, b = self.ends.numpy()[i:i + 2]
-        return self.bytes.numpy()[a:b].tobytes().decode()
+    def __getitem__(self, i:int)->str: return str(self.text[self.ends[(i := i + len(self) if i < 0 else i)]:self.ends[i + 1]], "utf-8")
 
 # %% ../../nbs/19_data.datasets.ipynb #79a9abb0
 class PillsnapClsDataset(Dataset):
@@ -248,12 +245,16 @@ class PillsnapClsDataset(Dataset):
 
     def set_epoch(self, epoch:int)->None: self.epoch = epoch   # the dice of the samples that are asked for one by one
 
-# %% ../../nbs/19_data.datasets.ipynb #3dac6daf
+# %% ../../nbs/19_data.datasets.ipynb #ce22ada8
 @patch(as_prop=True)
-def labels(self:PillsnapClsDataset)->np.ndarray: return self.numbers["label"].numpy()   # int64 [n] class numbers
+def labels(self:PillsnapClsDataset)->np.ndarray: # int64 [n]
+    "Class numbers of the rows."
+    return self.numbers["label"].numpy()
 
 @patch(as_prop=True)
-def boxed(self:PillsnapClsDataset)->np.ndarray: return self.numbers["boxed"].numpy()   # bool [n]
+def boxed(self:PillsnapClsDataset)->np.ndarray: # bool [n]
+    "Which rows are one of several pills in a photo."
+    return self.numbers["boxed"].numpy()
 
 @patch
 def photo(self:PillsnapClsDataset,

@@ -4,7 +4,7 @@
 An archive of the delivery gets an entry that climbs out, is absolute, is a link or a device, is encrypted, swells, shares its body, lies about its length or clashes with another; or
 names in CP949, UTF-8, half-letters (NFD); or it comes in pieces, cut off, or with changed bytes. A process of its own unpacks it through `extract_archives`, with a
 bound on the bytes it may write. Afterwards nothing may have changed beside the target, no link may lie anywhere, a refused archive may have no folder, an accepted
-one must hold the files it was made of, byte by byte. usage: rs4_archives.py [--cases 560] [--seed 1] [--quick] [--out FOLDER]
+one must hold the files it was made of, byte by byte. usage: rs4_archives.py [--cases 800] [--seed 1] [--quick] [--out FOLDER]
 """
 import io
 import os
@@ -227,7 +227,7 @@ def campaign(cases: int, seed: int = 1) -> list[tuple[str, str]]:
 
 
 def main() -> None:
-    a = arguments(__doc__, cases=560, seed=1)
+    a = arguments(__doc__, cases=800, seed=1)
     t0, got = time.perf_counter(), campaign(112 if a.quick else a.cases, a.seed)
     bad, ends = [g for g in got if g[1] not in ("unpacked", "refused")], Counter(f"{kind}: {end}" for kind, end in got)
     for line, n in sorted(ends.items()):
