@@ -205,7 +205,7 @@ def train_classification_stage(
     averaged, seconds = None if share[0] else mean_of_the_best(learn, cfg, out), time.perf_counter()-t0
     return Trained(learn, load_ckpt(out.checkpoints/"best.pt"), seconds, learn.first_epoch, origin, averaged)
 
-# %% ../../nbs/34_training.classifier.ipynb #3be709c4
+# %% ../../nbs/34_training.classifier.ipynb #30e9fa41
 def draw_curves(
     rows:Sequence[Mapping[str,Any]], # the history
     best:int                         # epoch that was kept
@@ -218,7 +218,7 @@ def draw_curves(
     for i, v in enumerate(rows[-1]["views"]):
         for k, style in (("acc", "-"), ("macro_f1", ":")): b.plot(x, [r["views"][v][k] for r in rows], style, marker="o" if len(x) < 3 else None, color=COLOURS[i], label=f"{v} {dict(acc='accuracy', macro_f1='macro-F1')[k]}")
     c.plot(x, [r["lr"] for r in rows], dot); c.yaxis.set_major_formatter(lambda v, _: f"{v:.1e}"); c.set_ylim(0)
-    for ax, title in ((a, "loss"), (b, "on held-out groups"), (c, "learning rate at the end of the epoch")): ax.set_title(title); ax.set_xlabel("epoch"); ax.xaxis.get_major_locator().set_params(integer=True); ax.set_xlim(x[0]-.5, x[-1]+.5); ax.axvline(best, color="#999999", lw=.8, ls="--")
+    for ax, title in ((a, "loss"), (b, "on held-out groups"), (c, "learning rate at the end of the epoch")): ax.set_title(title); ax.set_xlabel("epoch"); ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1); ax.set_xlim(x[0]-.5, x[-1]+.5); ax.axvline(best, color="#999999", lw=.8, ls="--")
     b.set_ylim(0, 1.02); a.legend(); b.legend(fontsize=7)
     return fig
 
