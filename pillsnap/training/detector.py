@@ -509,7 +509,7 @@ def draw_predictions(
         images.append(draw_boxes(draw_boxes(im, truth*k, colour=COLOURS[2]), boxes*k, [f"{s:.2f}" for s in scores], COLOURS[1]))
     return show_grid(images, [c[-1] for c in cells], cols=6)
 
-# %% ../../nbs/36_training.detector.ipynb #f47cd385
+# %% ../../nbs/36_training.detector.ipynb #2aa734f4
 def draw_curves(
     history:Sequence[Mapping[str,Any]] # one row per epoch
 )->Any: # matplotlib Figure
@@ -521,7 +521,7 @@ def draw_curves(
     for k, words in (("train_loss", "training"), ("loss", "validation")): a.plot(e, [r[k] for r in d], ".-", label=words)
     for k in ("mAP@0.5", "mAP@0.5:0.95"): b.plot(e, [r[k] for r in d], ".-", label=k)
     a.set(title="loss (box + class + distribution)", xlabel="epoch", ylim=(0, None)); b.set(title="average precision, validation", xlabel="epoch", ylim=(0, 1.02))
-    for ax in (a, b): ax.legend(); ax.xaxis.get_major_locator().set_params(integer=True); ax.set_xlim(e[0]-.5, e[-1]+.5)
+    for ax in (a, b): ax.legend(); ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1); ax.set_xlim(e[0]-.5, e[-1]+.5)
     plt.close(fig)
     return fig
 

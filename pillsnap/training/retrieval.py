@@ -132,7 +132,7 @@ def id_by_path(
     rows = pd.concat([stage.train, stage.val])
     return dict(zip(rows["path"], rows["group_id"]))
 
-# %% ../../nbs/38_training.retrieval.ipynb #934c538f
+# %% ../../nbs/38_training.retrieval.ipynb #e6b9015e
 def draw_recall_curves(
     rows:Sequence[Mapping[str,Any]], # the history
     best:int,                        # epoch that was kept
@@ -148,7 +148,7 @@ def draw_recall_curves(
     b.plot(x, [r["classification"]["acc"] for r in rows], ":", color=COLOURS[len(ks)], label="accuracy of the head")
     c.plot(x, [r["lr"] for r in rows], dot); c.set_ylim(0)
     for ax, title in ((a, "loss"), (b, "on held-out IDs"), (c, "learning rate at the end of the epoch")):
-        ax.set_title(title); ax.set_xlabel("epoch"); ax.xaxis.get_major_locator().set_params(integer=True); ax.set_xlim(x[0]-.5, x[-1]+.5); ax.axvline(best, color="#999999", lw=.8, ls="--")
+        ax.set_title(title); ax.set_xlabel("epoch"); ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1); ax.set_xlim(x[0]-.5, x[-1]+.5); ax.axvline(best, color="#999999", lw=.8, ls="--")
         if frozen: ax.axvspan(.5, frozen+.5, color="#eeeeee", zorder=0)
     b.set_ylim(0, 1.02); a.legend(); b.legend(fontsize=7)
     return fig
