@@ -665,7 +665,7 @@ def entry_fault(
 def _plan(path:Path, z:zipfile.ZipFile)->list[tuple[zipfile.ZipInfo,str]]:
     "Entries with the path each will have; a folder named like the archive itself is dropped."
     mine, plan, seen = parse_archive(path.name), [], set()
-    if sum(i.compress_size for i in z.infolist()) > z.start_dir: raise PillsnapError("this archive is refused: its entries share their bytes", where=path, fix="fetch it again")
+    if sum(i.compress_size for i in z.infolist()) > z.start_dir: raise zipfile.BadZipFile("its entries need more bytes than it has: a piece is missing, or they share them")
     if (len(z.infolist()) - (said := zipfile._EndRecData(z.fp)[zipfile._ECD_ENTRIES_TOTAL])) % 65536: raise zipfile.BadZipFile(f"its directory holds {len(z.infolist()):,} entries and should hold {said:,}")
     for info in z.infolist():
         name = entry_name(info)

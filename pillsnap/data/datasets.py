@@ -201,19 +201,21 @@ def dataset_views(
     least = (AugmentClassification() if augment is None else augment).crop_scale_min
     return {v: View(v, canvas_size(size, crop_range(v, least, padding)), LOOSE if v == "crop" else .1) for v in ("whole", "crop")}
 
-# %% ../../nbs/19_data.datasets.ipynb #31042ea1
+# %% ../../nbs/19_data.datasets.ipynb #95851324
 class Texts:
     "A list of strings in one tensor (Wu, *Demystify RAM usage in multi-process data loaders*, 2022)."
     def __init__(self,
         texts:Sequence[str] # what to hold
     ):
         parts = [t.encode() for t in texts]
-        self.__setstate__((torch.frombuffer(bytearray(b"".join(parts) or b" "), dtype=torch.uint8), torch.from_numpy(np.cumsum([0, *map(len, parts)], dtype=np.int64))))   # a tensor needs one byte at least
+        self.bytes = torch.frombuffer(bytearray(b"".join(parts) or b" "), dtype=torch.uint8)   # a tensor needs one byte at least
+        self.ends = torch.from_numpy(np.cumsum([0, *map(len, parts)], dtype=np.int64))
 
-    def __getstate__(self)->tuple[torch.Tensor,torch.Tensor]: return self.tensors   # all that a worker is sent
-    def __setstate__(self, tensors:tuple[torch.Tensor,torch.Tensor])->None: self.tensors, (self.text, self.ends) = tensors, (memoryview(t.numpy()) for t in tensors)
     def __len__(self)->int: return len(self.ends) - 1
-    def __getitem__(self, i:int)->str: return str(self.text[self.ends[(i := i + len(self) if i < 0 else i)]:self.ends[i + 1]], "utf-8")
+
+    def __getitem__(self, i:int)->str:
+        ends = memoryview(self.ends.numpy())   # made anew each time: sharing a tensor moves what it holds
+        return str(memoryview(self.bytes.numpy())[ends[(i := i + len(self) if i < 0 else i)]:ends[i + 1]], "utf-8")
 
 # %% ../../nbs/19_data.datasets.ipynb #79a9abb0
 class PillsnapClsDataset(Dataset):
@@ -245,16 +247,16 @@ class PillsnapClsDataset(Dataset):
 
     def set_epoch(self, epoch:int)->None: self.epoch = epoch   # the dice of the samples that are asked for one by one
 
-# %% ../../nbs/19_data.datasets.ipynb #ce22ada8
+# %% ../../nbs/19_data.datasets.ipynb #d9295b77
 @patch(as_prop=True)
 def labels(self:PillsnapClsDataset)->np.ndarray: # int64 [n]
     "Class numbers of the rows."
-    return self.numbers["label"].numpy()
+    return self.numbers["label"].numpy().copy()
 
 @patch(as_prop=True)
 def boxed(self:PillsnapClsDataset)->np.ndarray: # bool [n]
     "Which rows are one of several pills in a photo."
-    return self.numbers["boxed"].numpy()
+    return self.numbers["boxed"].numpy().copy()
 
 @patch
 def photo(self:PillsnapClsDataset,
@@ -293,7 +295,7 @@ def _one(self:PillsnapClsDataset, looks:Looks, k:int, out:np.ndarray)->dict|None
     except Exception as e: got = {"_skip": True, "error": f"{type(e).__name__}: {e}", "stage": "sample"}
     return got if got is None else {**got, "path": photo.path}
 
-# %% ../../nbs/19_data.datasets.ipynb #ce903c5d
+# %% ../../nbs/19_data.datasets.ipynb #e6f3c18e
 @patch
 def finish(self:PillsnapClsDataset,
     images:torch.Tensor, # [n, 3, size, size] uint8, on any device
@@ -309,7 +311,7 @@ def __getitem__(self:PillsnapClsDataset,
     "One sample, or the reason why there is none (SPEC TL3)."
     looks, out = self.looks([int(i)], self.epoch), np.empty((1, self.size, self.size, 3), np.uint8)
     if (bad := self.fetch(looks, out)[0]) is not None: return bad
-    return {"image": self.finish(torch.from_numpy(out).permute(0, 3, 1, 2), looks)[0], "label": int(self.labels[int(i)]), "path": self.paths[int(i)]}
+    return {"image": self.finish(torch.from_numpy(out).permute(0, 3, 1, 2), looks)[0], "label": int(self.numbers["label"][int(i)]), "path": self.paths[int(i)]}
 
 # %% ../../nbs/19_data.datasets.ipynb #53af3498
 _log = logging.getLogger("pillsnap.datasets")
