@@ -198,7 +198,7 @@ def shared(
     a = Accelerator(cpu=not torch.cuda.is_available())
     return [Blank(), Distributed(a, cfg.train.seed), *([Accumulate()] if cfg.train.classification.grad_accum_steps == 1 else [])], (a.process_index, a.num_processes)
 
-# %% ../../nbs/39_training.distributed.ipynb #2e909e1b
+# %% ../../nbs/39_training.distributed.ipynb #2d56dd05
 def follow(
     job:StageJob # as the first process has it
 )->None:
@@ -221,7 +221,8 @@ def run_here(
     "One of several processes: the first is the stage, the others follow."
     if stage not in JOBS: raise PillsnapError(f"{stage!r} does not train in several processes", fix=f"one of {', '.join(JOBS)}")
     if stage == "detector" and not torch.cuda.is_available(): raise PillsnapError("the detector trains in several processes on GPUs only: ultralytics knows no other way", fix="pillsnap run detector")
-    first = PartialState(cpu=not torch.cuda.is_available()).is_main_process
+    first = PartialState(cpu=stage == "detector" or not torch.cuda.is_available()).is_main_process   # ultralytics makes the group of the GPUs; a second nccl group after a first one is not supported by torch
+    if stage == "detector": torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     cfg = load_config(config or Path(run_dir)/"config.yaml", list(overrides)); c = cfg.train
     job = JOBS[stage](run_dir=run_dir, config=config, overrides=tuple(overrides), seed=c.seed, epochs=c.classification.epochs if stage == "classifier" else c.detection.epochs)
     print(job.run()) if first else follow(job)
