@@ -69,7 +69,7 @@ class Side:
     since:float = 0.    # when it got the baton
     state:dict[str,Any] = field(default_factory=process_state) # its generators and switches
 
-# %% ../../nbs/37_training.interleave.ipynb #002b2582
+# %% ../../nbs/37_training.interleave.ipynb #81a72364
 class Baton:
     "One side runs at a time, in the ratio of their steps (SPEC IT1-IT3)."
     def __init__(self,
@@ -78,14 +78,14 @@ class Baton:
     ):
         if min(ratio) < 1: raise PillsnapError(f"neither side can have no turn: {list(ratio)}", where="train.interleave_ratio", fix="two numbers from 1")
         self.ratio, self.sides, self.present = tuple(ratio), {n: Side() for n in names}, set(names)
-        self.news, self.error, self.holder = threading.Condition(), None, names[0]
+        self.news, self.error, self.holder, self.begun = threading.Condition(), None, names[0], set()
 
     def turn(self)->str: # who is next; the one that is left when the other has come to its end
         "Whose step is next."
         due = whose_turn(sum(s.steps for s in self.sides.values()), self.ratio)
         return due if due in self.present else next(iter(self.present))
 
-# %% ../../nbs/37_training.interleave.ipynb #aa6a104e
+# %% ../../nbs/37_training.interleave.ipynb #6d9219af
 @patch
 def take(self:Baton,
     me:str # a side
@@ -96,6 +96,16 @@ def take(self:Baton,
     if self.error is not None: raise Ended(f"the {me} stopped because the other side did")
     s.since = time.perf_counter(); s.waited += s.since-t0
     set_process_state(s.state)
+
+@patch
+def begin(self:Baton,
+    me:str,   # a side that is about to do its first step
+    steps:int # that lie behind it
+)->None:
+    "Let the other get as far, then begin with whoever is due."
+    self.sides[me].steps = steps; self.begun.add(me)
+    to = next(iter(self.present-self.begun), None) or self.turn()
+    if to != me: self.give(me, to); self.take(me)
 
 @patch
 def step_done(self:Baton,
@@ -151,7 +161,7 @@ def in_turn(
     if baton.error is not None: raise baton.error
     return out
 
-# %% ../../nbs/37_training.interleave.ipynb #62d21846
+# %% ../../nbs/37_training.interleave.ipynb #60ad7e9d
 class InTurn(Callback):
     "Hand the baton on after each training batch (SPEC IT1)."
     order, run_valid = EarlyStop.order+10, False   # after everything that belongs to a batch, its log line included
@@ -159,19 +169,19 @@ class InTurn(Callback):
 
     def before_fit(self):
         dl = self.dls.train; at = dl.state_dict() if hasattr(dl, "state_dict") else {}
-        self.baton.sides[self.me].steps = at.get("epoch", self.learn.first_epoch)*len(dl)+at.get("batch", 0)   # done before an interruption
+        self.baton.begin(self.me, at.get("epoch", self.learn.first_epoch)*len(dl)+at.get("batch", 0))   # done before an interruption
     def before_train(self): self.baton.sides[self.me].passes += 1
     def after_batch(self):
         if self.baton.step_done(self.me) and hasattr(self.learn, "step_log"): self.learn.step_log.timer.wait_from_here()
 
-# %% ../../nbs/37_training.interleave.ipynb #4645c864
+# %% ../../nbs/37_training.interleave.ipynb #dcc5e857
 def in_turn_hooks(
     baton:Baton,       # shared with the other side
     me:str="detector"  # this side
 )->dict[str,Callable[[Any],None]]: # for `train_detector`
     "The same for ultralytics' loop, by its names of the events (SPEC IT1)."
     side = baton.sides[me]
-    def begin(t:Any)->None: side.steps = t.start_epoch*len(t.train_loader)
+    def begin(t:Any)->None: baton.begin(me, t.start_epoch*len(t.train_loader))
     def begin_pass(t:Any)->None: side.passes += 1
     def done(t:Any)->None:
         if baton.step_done(me): t.timer.wait_from_here()
