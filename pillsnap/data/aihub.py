@@ -530,7 +530,7 @@ def unpack_hint(
     zips = archives_in(walk_tree(folder).files)
     return f"unpack the {len(zips)} archives first: pillsnap extract {folder}" if zips else ""
 
-# %% ../../nbs/11a_data.aihub.ipynb #bdba72a5
+# %% ../../nbs/11a_data.aihub.ipynb #e84dd5ec
 def find_delivery(
     root:str|os.PathLike # the folder that holds data/train, train, or labels and images
 )->Delivery: # raises PillsnapError when there is none
@@ -542,7 +542,7 @@ def find_delivery(
         raise PillsnapError("there is no delivery in this folder", where=root, fix=unpack_hint(root) or "the folder must hold data/train/labels and data/train/images")
     refuse_sealed(train/"labels", "set paths.root to the delivery itself, the folder that holds data/train")
     if not (train/"images").is_dir(): raise PillsnapError("this delivery has labels and no photos", where=train/"images", fix="`pillsnap audit` works on labels alone; conversion needs the photos")
-    sealed = next((train.parent/n for n in SEALED if train != root and (train.parent/n).is_dir()), None)
+    sealed = next((train.parent/n for n in SEALED if (train != root or root.name == "train") and (train.parent/n).is_dir()), None)
     return Delivery(root, train/"labels", train/"images", sealed)
 
 # %% ../../nbs/11a_data.aihub.ipynb #cabc2de8
@@ -661,7 +661,7 @@ def entry_fault(
     if info.file_size > MAX_ENTRY_BYTES: return f"it has {info.file_size} bytes"
     if info.file_size > MAX_RATIO*max(info.compress_size, 100): return f"it swells from {info.compress_size} to {info.file_size} bytes"
 
-# %% ../../nbs/11a_data.aihub.ipynb #2cc5bd94
+# %% ../../nbs/11a_data.aihub.ipynb #e9a45b22
 def _plan(path:Path, z:zipfile.ZipFile)->list[tuple[zipfile.ZipInfo,str]]:
     "Entries with the path each will have; a folder named like the archive itself is dropped."
     mine, plan, seen = parse_archive(path.name), [], set()

@@ -257,7 +257,7 @@ def _by_threads(self:PhotoLoader, batches:list)->Iterator[tuple[Looks,torch.Tens
         left = [p for *_, parts in waiting for p in parts]
         wait([p for p in left if not p.cancel()])
 
-# %% ../../nbs/19a_data.loaders.ipynb #f35537fd
+# %% ../../nbs/19a_data.loaders.ipynb #95978109
 class _Jobs(Dataset):
     "What a worker process does: looks and a buffer in, bytes in the buffer."
     def __init__(self, dataset:PillsnapClsDataset, back:bool, keep:int): self.dataset, self.back, self.mapped = dataset, back, deque(maxlen=keep)
@@ -305,7 +305,7 @@ def _by_processes(self:PhotoLoader, batches:list)->Iterator[tuple[Looks,torch.Te
             yield looks, images, why
     except (RuntimeError, OSError, EOFError) as e:   # nothing that a photo can do raises here: a worker is gone
         self._loader = None
-        raise PillsnapError("a process that opened photos is gone", where="dataloader", fix="the system may have ended it for its memory: fewer dataloader.num_workers, or dataloader.engine=threads; the same command goes on from the last save") from e
+        raise PillsnapError(f"a process that opened photos is gone: {(str(e).strip() or type(e).__name__).splitlines()[-1]}", where="dataloader", fix="the system may have ended it for its memory: fewer dataloader.num_workers, or dataloader.engine=threads; the same command goes on from the last save") from e
 
 # %% ../../nbs/19a_data.loaders.ipynb #19279c72
 @patch

@@ -115,8 +115,8 @@ def suspects(
     out = pd.DataFrame({"path": a["path"], "kcode": a["true"], "suggest": a["answered"], "score": (a["confidence"] - a["own"]).clip(0, 1), "sure": sure})
     return out.sort_values(["sure", "score"], ascending=False, kind="stable", ignore_index=True)
 
-# %% ../../nbs/15a_data.triage.ipynb #aa5c8fb4
-KINDS = {"conflict": "one picture under two drugs", "label": "a model is sure of another drug", "blurred": "less sharp than its drug's other photos", "dark": "darker than its drug's other photos", "box": "its box is unlike the others of its drug"}
+# %% ../../nbs/15a_data.triage.ipynb #4d501495
+KINDS = {"conflict": "one picture under two drugs", "label": "a model is sure of another drug", "blurred": "less sharp than its drug's other photos", "dark": "darker than its drug's other photos", "bright": "brighter than its drug's other photos", "box": "its box is unlike the others of its drug"}
 
 def rank_issues(
     df:pd.DataFrame,                  # manifest rows

@@ -311,7 +311,7 @@ def one_batch(self:PillLearner, i:int, b:Sequence[Any])->None:
     if guard is None: Learner.one_batch(self, i, b)
     else: (guard.train if self.training else guard.judge)(i, b)
 
-# %% ../../nbs/31_training.memory.ipynb #67bad626
+# %% ../../nbs/31_training.memory.ipynb #5207b945
 def auto_find_batch_size(
     fn:Callable[[int,bool],float],    # photos, whether fp16 is forced → share of memory held at the peak; raises when there is none
     init_bs:int,                      # where to begin
@@ -342,7 +342,9 @@ def _try(fn:Callable, bs:int, fp16:bool, warmup:int)->tuple[float,str|None]:
     except Exception as e:
         if not is_oom(e): raise
         return float("inf"), reason(e)
-    finally: release()
+    finally:
+        release()
+        if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()   # what was tried is no part of the training's own peak
 
 # %% ../../nbs/31_training.memory.ipynb #a63dd5c8
 def step_probe(
