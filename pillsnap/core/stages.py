@@ -19,11 +19,11 @@ from typing import Any, ClassVar
 import yaml
 from fastcore.basics import patch
 
-# %% ../../nbs/08_core.stages.ipynb #7ecc9e4c
+# %% ../../nbs/08_core.stages.ipynb #2359e4bd
 import pillsnap
 from .config import Config, active_features, config_diff, load_config, resource_dir
 from .errors import PillsnapError
-from .files import FolderLock, ensure_dir, get_git_sha, read_json, save_json, save_text, sha256_file, sweep_partials
+from .files import FolderLock, ensure_dir, get_git_sha, read_json, save_json, save_text, sha256_file, sweep_partials, temp_dir
 from .log import TBWriter, build_logger
 from .record import hardware
 
@@ -184,11 +184,11 @@ def stale(
         if not (Path(root)/name).exists(): return f"its output {name} is gone", []
     return None
 
-# %% ../../nbs/08_core.stages.ipynb #760f1158
+# %% ../../nbs/08_core.stages.ipynb #9ac1cf48
 @dataclass(frozen=True)
 class StageJob:
     "What every stage job shares: parameters in, files and a record out (SPEC BX15)."
-    run_dir:str = ""       # run folder; "" makes a smoke run in a temporary folder
+    run_dir:str = ""       # run folder; "" makes a smoke run in a temporary one, gone with the process
     config:str = ""        # preset or YAML; "" = the folder's own configuration, or the smoke preset
     overrides:tuple = ()   # dotted overrides
     seed:int = 42          # every random choice hangs on it
@@ -241,13 +241,13 @@ def _begin(self:StageJob, run:RunFolder, cfg:Config)->dict[str,Any]:
         config_digest=cfg.digest(), git_sha=get_git_sha(), pillsnap=pillsnap.__version__, python=sys.version.split()[0], hardware=hardware(),
         notebook=os.environ.get("PILLSNAP_NOTEBOOK"), in_sync=os.environ.get("PILLSNAP_IN_SYNC"), inputs={}, outputs={}, error=None)
 
-# %% ../../nbs/08_core.stages.ipynb #c7419323
+# %% ../../nbs/08_core.stages.ipynb #c51c659e
 @patch
 def run(self:StageJob,
     **how:Any # what `work` takes besides
 )->StageResult:
     "Do the stage's work in its folder, alone, and leave a record whatever happens."
-    root = Path(self.run_dir).absolute() if self.run_dir else Path(tempfile.mkdtemp(prefix=f"pillsnap_{self.name}_"))
+    root = Path(self.run_dir).absolute() if self.run_dir else temp_dir(self.name)
     cfg, run = self.cfg_in(root), RunFolder(root, self.name)
     with FolderLock(root):
         for sub in ("artifacts", "checkpoints", "export", "index", "reports", "stages"): sweep_partials(root/sub)  # what a killed run left

@@ -6,8 +6,8 @@
 __all__ = ['MUZZLE', 'INSTALL', 'PILL', 'NoUltralytics', 'load_ultralytics', 'yolo_name', 'Lazy', 'build_yolo_model',
            'TorchDetector', 'fresh_detector_checkpoint', 'load_detector', 'open_detector']
 
-# %% ../../nbs/26_models.yolo.ipynb #2475cf26
-import atexit, importlib, logging, os, re, shutil, sys, tempfile, warnings
+# %% ../../nbs/26_models.yolo.ipynb #3288141a
+import importlib, logging, os, re, sys, warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,22 +20,20 @@ import torch
 from PIL import Image
 from torch import nn
 
-# %% ../../nbs/26_models.yolo.ipynb #a79a589d
+# %% ../../nbs/26_models.yolo.ipynb #67fca502
 from ..core.checkpoint import load_ckpt, save_ckpt
 from ..core.errors import PillsnapError
+from ..core.files import temp_dir
 from ..core.log import LogFile, build_logger
 from ..data.classmap import ClassMap
 
-# %% ../../nbs/26_models.yolo.ipynb #55304e1b
+# %% ../../nbs/26_models.yolo.ipynb #0cc43162
 MUZZLE = {"YOLO_OFFLINE": "1", "YOLO_AUTOINSTALL": "0", "YOLO_VERBOSE": "0", "ULTRALYTICS_SAFE_LOAD": "1"}
 INSTALL = "pip install 'ultralytics>=8.4,<8.5' (its licence is AGPL-3.0), or work without a detector: single mode needs none"
 
 def _home(folder:str|os.PathLike|None)->str:
     "Where ultralytics may keep its settings: anywhere but the user's home."
-    if folder is not None: return str(Path(folder).absolute())
-    tmp = tempfile.mkdtemp(prefix="pillsnap_yolo_")
-    atexit.register(shutil.rmtree, tmp, ignore_errors=True)
-    return tmp
+    return str(temp_dir("yolo") if folder is None else Path(folder).absolute())
 
 # %% ../../nbs/26_models.yolo.ipynb #f2eb12aa
 @contextmanager
