@@ -709,3 +709,12 @@ def test_boxes_are_drawn_on_a_copy():
     assert (photo == 200).all() and out.shape == photo.shape and out.dtype == np.uint8
     assert out[70, 20].tolist() == [0xD5, 0x5E, 0] and out[70, 45].tolist() == [200]*3
     assert (draw_boxes(photo, np.zeros((0, 4))) == photo).all()
+
+
+def test_a_smoke_runs_folder_lives_as_long_as_its_process(tmp_path):
+    code = ("from pillsnap.core.stages import StageJob, StageResult\n"
+            "class Job(StageJob):\n    def work(self, run, cfg): return StageResult('done')\n"
+            "root = Job().run().root; print(root, root.is_dir())\n")
+    said = subprocess.run([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(tmp_path)}, capture_output=True, text=True, check=True).stdout.split()
+    assert (Path(said[0]).parent, said[1]) == (tmp_path, "True")
+    assert not list(tmp_path.glob("pillsnap_*"))
