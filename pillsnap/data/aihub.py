@@ -6,10 +6,10 @@
 __all__ = ['REMARKS', 'SEALED', 'PHOTO_KEYS', 'DRUG_KEYS', 'IMAGE_KEYS', 'PhotoRecord', 'DrugRecord', 'MAX_JSON_BYTES',
            'MAX_RATIO', 'MAX_ENTRY_BYTES', 'Reason', 'Fault', 'korean_name', 'Archive', 'parse_archive', 'archives_in',
            'folder_codes', 'Walk', 'printable', 'is_sealed', 'refuse_sealed', 'walk_tree', 'known', 'edi_list',
-           'Annotation', 'read_bytes', 'decode_text', 'parse_json', 'check_record', 'Reader', 'read_annotation',
-           'Delivery', 'unpack_hint', 'find_delivery', 'sealed_folders', 'sealed_codes', 'overlap_in_words', 'Photos',
-           'index_photos', 'choose_photo', 'label_files', 'entry_name', 'entry_fault', 'Pieces', 'extract_archive',
-           'extract_archives', 'extract_command']
+           'Annotation', 'read_bytes', 'read_lot', 'decode_text', 'parse_json', 'check_record', 'Reader',
+           'read_annotation', 'Delivery', 'unpack_hint', 'find_delivery', 'sealed_folders', 'sealed_codes',
+           'overlap_in_words', 'Photos', 'index_photos', 'choose_photo', 'label_files', 'entry_name', 'entry_fault',
+           'Pieces', 'extract_archive', 'extract_archives', 'extract_command']
 
 # %% ../../nbs/11a_data.aihub.ipynb #c3217a81
 import io
@@ -345,23 +345,33 @@ def capture(self:Annotation)->Capture|None:
 # %% ../../nbs/11a_data.aihub.ipynb #15838f67
 MAX_JSON_BYTES = 4_000_000
 
-# %% ../../nbs/11a_data.aihub.ipynb #6b1d54bf
+# %% ../../nbs/11a_data.aihub.ipynb #dfbc4998
 def read_bytes(
-    path:str|os.PathLike,  # a file
-    folder:int|None=None   # an open folder in which `path` is a name
+    path:str|os.PathLike # a file
 )->bytes|Fault:
     "A small file's bytes, or why not."
     try:
-        fd = os.open(path, os.O_RDONLY, dir_fd=folder)
-        try:
-            raw = os.read(fd, 1<<13)
-            if len(raw) < 1<<13: return raw   # three kilobytes, nearly always
-            while len(raw) <= MAX_JSON_BYTES and (more := os.read(fd, MAX_JSON_BYTES)): raw += more
-        finally: os.close(fd)
+        with open(path, "rb", buffering=0) as f: raw = f.read(MAX_JSON_BYTES+1)
     except (OSError, ValueError) as e:
-        if folder is None and getattr(e, "errno", None) in MACHINE: raise os_trouble("an annotation cannot be read", path, e) from e
+        if getattr(e, "errno", None) in MACHINE: raise os_trouble("an annotation cannot be read", path, e) from e
         return Fault(printable(path), Reason.UNREADABLE, str(e))
     return raw if len(raw) <= MAX_JSON_BYTES else Fault(printable(path), Reason.UNREADABLE, f"larger than {MAX_JSON_BYTES} bytes")
+
+def read_lot(
+    names:Sequence[str], # of files
+    folder:int           # the open folder in which they lie
+)->list[bytes]:          # empty for a file that is empty, not there, or larger than four kilobytes: to be asked for by its path
+    "Many small files' bytes, with as little as possible done for each."
+    got, open_, read, close = [], os.open, os.read, os.close
+    for name in names:
+        raw = b""
+        try:
+            fd = open_(name, os.O_RDONLY, dir_fd=folder)
+            try: raw = read(fd, 4096)
+            finally: close(fd)
+        except (OSError, ValueError): pass
+        got.append(raw if len(raw) < 4096 else b"")
+    return got
 
 # %% ../../nbs/11a_data.aihub.ipynb #3744ec5f
 def decode_text(
@@ -432,34 +442,41 @@ class _Rest(msgspec.Struct, gc=False):
 _whole, _rest, _KCODE = msgspec.json.Decoder(_Whole).decode, msgspec.json.Decoder(_Rest).decode, re.compile(r"K-\d{6}", re.ASCII)
 _TROUBLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
-# %% ../../nbs/11a_data.aihub.ipynb #50cf23ef
+# %% ../../nbs/11a_data.aihub.ipynb #d30e12d1
 class Reader:
     "Reads annotation files, each drug's words once (SPEC DM1, DM9, RS3, BM1)."
     def __init__(self): self.known = {} # '"dl_idx": "572", "dl_ma' → what stands from there to "id", what it tells, drug_N
 
     def __call__(self,
-        path:str|os.PathLike,     # one JSON file
-        raw:bytes|Fault|None=None # its content, where that was read already
+        path:str|os.PathLike # one JSON file
     )->Annotation|Fault: # never raises, whatever the bytes are
-        if raw is None: raw = read_bytes(path)
-        if raw.__class__ is Fault: return raw
-        at = raw.find(b'"dl_idx"')
-        words, drug, code = self.known.get(raw[at:at+24], _NOTHING)
-        if raw.startswith(words, at):
-            head, tail = raw[:at], raw[at+len(words):]; rest = head+tail
-            try:
-                if not tail.isascii() or b"}" in head or not head.startswith(_STARTS): rest.decode()   # within images[0] every key is known and msgspec looks at each byte; elsewhere it skips
-                doc = _rest(rest)
-            except _TROUBLE: doc = None
-            if doc is not None:
-                (p,), (box,) = doc.images, doc.annotations
-                if p.drug_N == code and 0 < p.width < 100_000 and 0 < p.height < 100_000 and p.file_name.strip():
-                    return Annotation(os.fspath(path), p, drug, [box.bbox], [box.area], p.width, p.height, "utf-8", True)
-        return self.parse(path, raw, at) if raw else _by_hand(path, raw)
+        raw = read_bytes(path)
+        if isinstance(raw, Fault): return raw
+        return self.read(os.fspath(path), raw) if raw else _by_hand(path, raw)
 
 _NOTHING, _STARTS = (b"\0", None, ""), (b'{\n    "images"', b'{\n\t"images"', b'{"images"')
 
-# %% ../../nbs/11a_data.aihub.ipynb #630d96b6
+# %% ../../nbs/11a_data.aihub.ipynb #90f5807c
+@patch
+def read(self:Reader,
+    path:str, # one JSON file
+    raw:bytes # its content
+)->Annotation|Fault: # never raises, whatever the bytes are
+    "Compare the drug's words, parse the rest."
+    at = raw.find(b'"dl_idx"', 200)   # the photo's keys come first, and take more
+    words, drug, code = self.known.get(raw[at:at+24], _NOTHING)
+    if raw.startswith(words, at):
+        head, tail = raw[:at], raw[at+len(words):]
+        try:
+            if not tail.isascii() or b"}" in head or not head.startswith(_STARTS): (head+tail).decode()   # within images[0] every key is known and msgspec looks at each byte; elsewhere it skips
+            doc = _rest(head+tail)
+        except _TROUBLE: return self.parse(path, raw, at)
+        (p,), (box,) = doc.images, doc.annotations
+        if p.drug_N == code and 0 < p.width < 100_000 and 0 < p.height < 100_000 and p.file_name.strip():
+            return Annotation(path, p, drug, [box.bbox], [box.area], p.width, p.height, "utf-8", True)
+    return self.parse(path, raw, at)
+
+# %% ../../nbs/11a_data.aihub.ipynb #4fe75f95
 @contextmanager
 def _opened(folder:str)->Iterator[int]:
     "A folder by a number; -1 where it cannot be opened, in which nothing is found."
@@ -476,19 +493,18 @@ def folder(self:Reader,
     ahead:int=64        # read before they are parsed
 )->Iterator[Annotation|Fault]: # in this order
     "A folder's files: names in an open folder are found faster than long paths, and reading and parsing by lots keeps each of them warm (SPEC BM1)."
+    start = folder+os.sep
     with _opened(folder) as at:
         for k in range(0, len(names), ahead):
             lot = names[k:k+ahead]
-            for name, raw in zip(lot, [read_bytes(n, at) for n in lot]):
-                path = f"{folder}{os.sep}{name}"
-                yield self(path, raw if raw.__class__ is bytes else None)   # what could not be read is asked for again, by its path
+            for name, raw in zip(lot, read_lot(lot, at)): yield self.read(start+name, raw) if raw else self(start+name)
 
-# %% ../../nbs/11a_data.aihub.ipynb #ff9ce249
+# %% ../../nbs/11a_data.aihub.ipynb #e2e3b256
 @patch
 def parse(self:Reader,
-    path:str|os.PathLike, # one JSON file
-    raw:bytes,            # its content
-    at:int                # where the drug's keys begin
+    path:str, # one JSON file
+    raw:bytes,# its content
+    at:int    # where the drug's keys begin
 )->Annotation|Fault:
     "Read a file as a whole, and remember what it says of its drug."
     try: raw.decode(); doc = _whole(raw)
@@ -500,7 +516,7 @@ def parse(self:Reader,
     try:
         if _rest(raw.replace(words, b"", 1)).images == (photo,) and msgspec.json.decode(b"{%b\"id\":1}" % words, type=DrugRecord) == drug: self.known[raw[at:at+24]] = (words, drug, photo.drug_N)
     except _TROUBLE: pass
-    return Annotation(os.fspath(path), photo, drug, [b.bbox for b in doc.annotations], [b.area for b in doc.annotations], photo.width, photo.height, "utf-8", True)
+    return Annotation(path, photo, drug, [b.bbox for b in doc.annotations], [b.area for b in doc.annotations], photo.width, photo.height, "utf-8", True)
 
 # %% ../../nbs/11a_data.aihub.ipynb #ae8146f0
 def read_annotation(

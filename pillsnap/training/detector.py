@@ -127,7 +127,7 @@ def __getattr__(name:str)->type:
     if name in _BASES: return with_ultralytics(name)
     raise AttributeError(f"module 'pillsnap.training.detector' has no attribute {name!r}")
 
-# %% ../../nbs/36_training.detector.ipynb #eef3de99
+# %% ../../nbs/36_training.detector.ipynb #6ad6bdea
 @dataclass
 class TrainPlan:
     "One detector training."
@@ -146,6 +146,7 @@ class TrainPlan:
     amp:torch.dtype|None = None # autocast type; None = full precision
     batch_cap:int = 16        # most photos per step that the search may choose
     least_steps:int = 400     # optimizer steps below which gradients are not summed over batches
+    short:int = 10            # epochs below which the learning rate falls batch by batch
 
 # %% ../../nbs/36_training.detector.ipynb #b0ccbe65
 def where_to_train(
@@ -227,7 +228,15 @@ def optimizer_step(self:PillTraining)->None:
     super(PillTraining, self).optimizer_step()
     self.waiting = 0
 
-# %% ../../nbs/36_training.detector.ipynb #f6f5973e
+# %% ../../nbs/36_training.detector.ipynb #df1fa211
+@patch
+def fall(self:PillTraining)->None:
+    "The library's curve, at the place in the epoch; warm-up is the library's own."
+    batches = len(self.train_loader); done = self.batch_no+batches*self.epoch
+    if self.epochs >= self.plan.short or done <= self._get_warmup_iterations(batches): return
+    for g in self.optimizer.param_groups: g["lr"] = g["initial_lr"]*self.lf(done/batches)
+
+# %% ../../nbs/36_training.detector.ipynb #6a92e9c3
 @patch
 def _setup_train(self:PillTraining)->None:
     self.scaler = None
@@ -235,6 +244,7 @@ def _setup_train(self:PillTraining)->None:
     o = self.optimizer.param_groups[0]
     decide(self.plan.log, f"optimizer: {type(self.optimizer).__name__}, lr {o['initial_lr']:g}, weight decay {max(g['weight_decay'] for g in self.optimizer.param_groups):g}, "
            f"batch {self.batch_size}, a step per {self.window} batches, {len(self.train_loader.dataset)} photos teach and {len(self.test_loader.dataset)} judge", self.plan.tb)
+    if self.epochs < self.plan.short: decide(self.plan.log, f"learning rate: falls batch by batch, because {self.epochs} epochs would be as many steps down", self.plan.tb)
 
 @patch
 def resume_training(self:PillTraining, ckpt:Any)->None:
@@ -291,11 +301,11 @@ def rate(self:PillTraining)->float:
     "The learning rate of the weights."
     return next((g["lr"] for g in self.optimizer.param_groups if g.get("param_group") == "weight"), self.optimizer.param_groups[0]["lr"])
 
-# %% ../../nbs/36_training.detector.ipynb #c74db374
+# %% ../../nbs/36_training.detector.ipynb #6db10cb2
 @patch
 def begin_batch(self:PillTraining)->None:
     "The batch is here."
-    self.batch_no += 1
+    self.batch_no += 1; self.fall()
     self.timer.data_done()
 
 @patch
