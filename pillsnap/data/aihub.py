@@ -22,9 +22,9 @@ import unicodedata
 import zipfile
 import zlib
 
-# %% ../../nbs/11a_data.aihub.ipynb #83296f30
+# %% ../../nbs/11a_data.aihub.ipynb #e244d77b
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import accumulate, pairwise
@@ -345,7 +345,7 @@ def capture(self:Annotation)->Capture|None:
 # %% ../../nbs/11a_data.aihub.ipynb #15838f67
 MAX_JSON_BYTES = 4_000_000
 
-# %% ../../nbs/11a_data.aihub.ipynb #dfbc4998
+# %% ../../nbs/11a_data.aihub.ipynb #e4436f2a
 def read_bytes(
     path:str|os.PathLike # a file
 )->bytes|Fault:
@@ -358,9 +358,9 @@ def read_bytes(
     return raw if len(raw) <= MAX_JSON_BYTES else Fault(printable(path), Reason.UNREADABLE, f"larger than {MAX_JSON_BYTES} bytes")
 
 def read_lot(
-    names:Sequence[str], # of files
-    folder:int           # the open folder in which they lie
-)->list[bytes]:          # empty for a file that is empty, not there, or larger than four kilobytes: to be asked for by its path
+    names:Sequence[str],  # of files
+    folder:int|None=None  # the open folder in which they lie; None = they are paths
+)->list[bytes]:           # empty for a file that is empty, not there, or larger than four kilobytes: to be asked for by its path
     "Many small files' bytes, with as little as possible done for each."
     got, open_, read, close = [], os.open, os.read, os.close
     for name in names:
@@ -442,7 +442,7 @@ class _Rest(msgspec.Struct, gc=False):
 _whole, _rest, _KCODE = msgspec.json.Decoder(_Whole).decode, msgspec.json.Decoder(_Rest).decode, re.compile(r"K-\d{6}", re.ASCII)
 _TROUBLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
-# %% ../../nbs/11a_data.aihub.ipynb #d30e12d1
+# %% ../../nbs/11a_data.aihub.ipynb #336b0daa
 class Reader:
     "Reads annotation files, each drug's words once (SPEC DM1, DM9, RS3, BM1)."
     def __init__(self): self.known = {} # '"dl_idx": "572", "dl_ma' → what stands from there to "id", what it tells, drug_N
@@ -454,9 +454,9 @@ class Reader:
         if isinstance(raw, Fault): return raw
         return self.read(os.fspath(path), raw) if raw else _by_hand(path, raw)
 
-_NOTHING, _STARTS = (b"\0", None, ""), (b'{\n    "images"', b'{\n\t"images"', b'{"images"')
+_NOTHING, _BRACE, _STARTS = (b"\0", None, ""), ord("}"), (b'{\n    "images"', b'{\n\t"images"', b'{"images"')
 
-# %% ../../nbs/11a_data.aihub.ipynb #90f5807c
+# %% ../../nbs/11a_data.aihub.ipynb #af36b0d7
 @patch
 def read(self:Reader,
     path:str, # one JSON file
@@ -468,7 +468,7 @@ def read(self:Reader,
     if raw.startswith(words, at):
         head, tail = raw[:at], raw[at+len(words):]
         try:
-            if not tail.isascii() or b"}" in head or not head.startswith(_STARTS): (head+tail).decode()   # within images[0] every key is known and msgspec looks at each byte; elsewhere it skips
+            if not tail.isascii() or _BRACE in head or not head.startswith(_STARTS): (head+tail).decode()   # within images[0] every key is known and msgspec looks at each byte; elsewhere it skips
             doc = _rest(head+tail)
         except _TROUBLE: return self.parse(path, raw, at)
         (p,), (box,) = doc.images, doc.annotations
@@ -476,7 +476,7 @@ def read(self:Reader,
             return Annotation(path, p, drug, [box.bbox], [box.area], p.width, p.height, "utf-8", True)
     return self.parse(path, raw, at)
 
-# %% ../../nbs/11a_data.aihub.ipynb #4fe75f95
+# %% ../../nbs/11a_data.aihub.ipynb #7c4caea0
 @contextmanager
 def _opened(folder:str)->Iterator[int]:
     "A folder by a number; -1 where it cannot be opened, in which nothing is found."
@@ -492,12 +492,12 @@ def folder(self:Reader,
     names:Sequence[str],# of its files
     ahead:int=64        # read before they are parsed
 )->Iterator[Annotation|Fault]: # in this order
-    "A folder's files: names in an open folder are found faster than long paths, and reading and parsing by lots keeps each of them warm (SPEC BM1)."
-    start = folder+os.sep
-    with _opened(folder) as at:
+    "A folder's files: reading and parsing by lots keeps each of them warm, and names in an open folder are found faster than long paths (SPEC BM1)."
+    start, few = folder+os.sep, len(names) < 8   # combinations have three files a folder: opening it would cost more than it saves
+    with nullcontext() if few else _opened(folder) as at:
         for k in range(0, len(names), ahead):
-            lot = names[k:k+ahead]
-            for name, raw in zip(lot, read_lot(lot, at)): yield self.read(start+name, raw) if raw else self(start+name)
+            lot = names[k:k+ahead]; paths = [start+n for n in lot]
+            for path, raw in zip(paths, read_lot(paths if few else lot, at)): yield self.read(path, raw) if raw else self(path)
 
 # %% ../../nbs/11a_data.aihub.ipynb #e2e3b256
 @patch

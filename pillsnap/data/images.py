@@ -122,7 +122,7 @@ def _plain_jpeg(b:bytes)->bool:
     if b"\xff\xe1" not in b[:b.find(b"\xff\xda")]: return True   # no EXIF or XMP segment
     with Image.open(io.BytesIO(b), formats=("JPEG",)) as im: return im.getexif().get(0x0112, 1) == 1
 
-# %% ../../nbs/13_data.images.ipynb #c202f3c6
+# %% ../../nbs/13_data.images.ipynb #d0c2847c
 _log = logging.getLogger("pillsnap.images")
 
 class _NotPlain(Exception):
@@ -131,7 +131,7 @@ class _NotPlain(Exception):
 def _first_rows(b:bytes, rows:int)->bytes:
     "A plain PNG that ends after some rows: so its header says, and the decoder stops there."
     head = b[12:20] + rows.to_bytes(4, "big") + b[24:29]
-    return b[:12] + head + zlib.crc32(head).to_bytes(4, "big") + b[33:]
+    return b"".join((b[:12], head, zlib.crc32(head).to_bytes(4, "big"), memoryview(b)[33:]))   # megabytes, copied once
 
 def _by_fast(b:bytes, max_pixels:int, grayscale_policy:str, rgba_policy:str, reduce:int, rows:int|None=None)->np.ndarray:
     "Decode a plain photo; the bound was checked by its header, and no policy can concern it."
