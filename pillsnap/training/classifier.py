@@ -159,7 +159,7 @@ def prepare(
     decide(out.log, resolved_line(cfg, n, total_steps(len(train_dl), c.grad_accum_steps, c.epochs), device, learn.precision.dtype, photos_per_batch(train_dl)), out.tb)
     return learn, model.weights_origin
 
-# %% ../../nbs/34_training.classifier.ipynb #36402e2d
+# %% ../../nbs/34_training.classifier.ipynb #e283e4eb
 def mean_of_the_best(
     learn:PillLearner, # after its last epoch
     cfg:Config,        # train.classification.saving.average_best
@@ -169,7 +169,8 @@ def mean_of_the_best(
     c, n, path = cfg.train.classification, cfg.train.classification.saving.average_best, out.checkpoints/"averaged.pt"
     path.unlink(missing_ok=True)
     values = [monitored(r, c.early_stopping.monitor) for r in learn.rows]
-    epochs, _ = kept_epochs(values, c.early_stopping.mode, n)
+    wanted, _ = kept_epochs(values, c.early_stopping.mode, n); epochs = [e for e in wanted if (out.checkpoints/f"epoch_{e}.pt").exists()]
+    if gone := [e for e in wanted if e not in epochs and n > 1]: decide(out.log, f"average: epochs {gone} are left out, they were not kept: saving.average_best was smaller when they ended, or their files are gone", out.tb)
     if n < 2 or len(epochs) < 2:
         if n: decide(out.log, f"average: does not apply, it needs two epochs or more ({n} asked for, {len(epochs)} there)", out.tb)
         return None
@@ -177,7 +178,7 @@ def mean_of_the_best(
     model = deepcopy(learn.model); model.load_state_dict(average_weights([b["model_state"] for b in best]))
     norms = refresh_batchnorm(model, learn.dls.train)
     views = {v: validate_classification(model, dl.shard(), learn.num_classes, learn.loss_func, device) for v, (dl, _) in learn.passes.items()}
-    got, was = monitored(dict(views=views, classification=next(iter(views.values()))), c.early_stopping.monitor), values[epochs[0]-1]
+    got, was = monitored(dict(views=views, classification=next(iter(views.values()))), c.early_stopping.monitor), values[wanted[0]-1]
     kept = got >= was if c.early_stopping.mode == "max" else got <= was
     if kept: save_ckpt(path, **{**best[0], "model_state": model.state_dict(), "best_metric": got, "weights": "averaged", "epochs_averaged": epochs})
     decide(out.log, f"average: epochs {epochs} give {c.early_stopping.monitor} {got:.4f}, the best alone {was:.4f}: {'kept as averaged.pt' if kept else 'not kept'}; statistics of {norms} batch norms taken anew", out.tb)
@@ -412,7 +413,7 @@ def _notes(self:ClassifierJob, stage:StageData, trained:Trained, pairs:Sequence[
     if pairs: out.append(f"Most confused: {name_of(pairs[0]['true'], names)} taken for {name_of(pairs[0]['pred'], names)}, {pairs[0]['n']} times.")
     return out + (["These photos are synthetic: no figure drawn from them stands beside one from AI Hub."] if stage.header["source"] == "synthetic" else [])
 
-# %% ../../nbs/34_training.classifier.ipynb #795727a1
+# %% ../../nbs/34_training.classifier.ipynb #f3c8a220
 @patch
 def work(self:ClassifierJob, run:RunFolder, cfg:Config, cbs:Sequence[Callback]=(), share:tuple[int,int]=(0, 1))->StageResult:
     "Train the classifier of this run, look at it, and measure the leak gap."
@@ -423,7 +424,7 @@ def work(self:ClassifierJob, run:RunFolder, cfg:Config, cbs:Sequence[Callback]=(
         trained = train_classification_stage(stage, cfg, Outputs(folder, reports/"metrics.json", run.log, run.tb), run.resuming, cache, cbs, share)
         t0 = time.perf_counter()
         model, _, _, _ = load_classifier(folder/"best.pt", stage.class_map, next(trained.learn.model.parameters()).device)
-        answers = {v: validate_classification(model, dl.shard(), len(stage.class_map), trained.learn.loss_func, next(model.parameters()).device)["answers"] for v, (dl, _) in list(trained.learn.passes.items())[:2]}
+        answers = {v: validate_classification(model, dl.shard(), len(stage.class_map), trained.learn.loss_func, next(model.parameters()).device)["answers"] for v, (dl, w) in trained.learn.passes.items() if w == next(iter(trained.learn.passes.values()))[1]}   # best.pt holds the first weights alone
         seconds = time.perf_counter()-t0
         gap = measure_leak_gap(stage, cfg, trained, run, prov, cache) if cfg.train.leak_gap else None
     finally: torch.set_num_threads(before)

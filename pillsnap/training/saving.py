@@ -27,7 +27,7 @@ from ..core.errors import PillsnapError
 from ..core.log import decide
 from .callbacks import Accumulate, Clock, History, PillLearner, StepLog, Unpack, early_stopping, monitored
 
-# %% ../../nbs/31a_training.saving.ipynb #e3eb191d
+# %% ../../nbs/31a_training.saving.ipynb #c2b55ddc
 @patch
 def state_dict(self:History)->dict[str,Any]:
     "The sums behind this epoch's figures."
@@ -45,6 +45,7 @@ def state_dict(self:StepLog)->dict[str,Any]:
 def load_state_dict(self:StepLog, s:Mapping[str,Any])->None:
     "Go on adding."
     self.steps_done, self.sum, self.batches = s["steps"], s["sum"], s["batches"]
+    self.cold += self.steps_done   # this process has a warm-up of its own
 
 @patch
 def state_dict(self:Unpack)->dict[str,int]:
