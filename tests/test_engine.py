@@ -43,12 +43,13 @@ def run(split_run, tmp_path):
 @pytest.mark.spec("BX1", "CT16", "CT17")
 def test_a_stage_that_died_after_its_training_reports_that_training(run):
     "Stopped early, then interrupted: the same command says so again, keeps the leak gap of this training, and takes none of an earlier one."
-    over = (*SMALL, "train.leak_gap=true", "train.classification.early_stopping={patience: 1, min_delta: 9.0}")
+    over = (*SMALL, "train.leak_gap=true", "train.classification={crop_view_prob: 0.0, ema: {enabled: true, evaluate: both}, early_stopping: {patience: 1, min_delta: 9.0}}")
     job, gap, rec = ClassifierJob(run_dir=str(run), config="smoke", overrides=over, epochs=4), run/"reports"/"leak_gap.json", record_path(run, "classifier")
     def died_and_again():
         save_json({**read_json(rec), "status": "interrupted"}, rec)
         res = job.run()
         assert "stopped early" in res.verdict and read_json(run/"reports"/"classifier.json")["stopped_early"]
+        assert list(read_json(run/"reports"/"classifier.json")["per_class"]) == ["whole"]   # best.pt holds the average: nothing that it says is of the raw weights
         return read_json(gap)
     assert "stopped early" in job.run().verdict
     first = read_json(gap)
