@@ -181,7 +181,15 @@ def broken_share(folder: str) -> None:
     learn = build_learner(cfg, net, nn.CrossEntropyLoss(), train, {"whole": val}, 3, out=Outputs(quiet=True))
     learn.add_cbs([Blank(), Accumulate(), Distributed(Accelerator(cpu=True))])
     learn.fit(2)
-    torch.save(dict(weights=[p.detach() for p in net.parameters()], buffers=list(net.buffers()), rows=[(r["skipped"], r["classification"]["n"]) for r in learn.rows]), f"{folder}/{me.process_index}.pt")
+    torch.save(dict(weights=[p.detach() for p in net.parameters()], buffers=list(net.buffers()), rows=[(r["skipped"], r["classification"]["n"]) for r in learn.rows], losses=[r["train_loss"] for r in learn.rows], batches=int(learn.history.batches)), f"{folder}/{me.process_index}.pt")
+
+
+def test_a_stage_that_does_not_exist_is_told_before_anything_is_started(tmp_path):
+    "A message with the stages, no traceback of torch's; the same for a setting that is misspelt."
+    for stage, over, want in (("clasifier", [], "one of classifier, detector"), ("classifier", ["train.clasification.lr=1"], "train.clasification")):
+        r = subprocess.run([sys.executable, "-m", "pillsnap", "distributed", stage, "--run-dir", str(tmp_path), "--config", "smoke", *over], env=ENV, capture_output=True, text=True, timeout=240)
+        said = r.stdout+r.stderr
+        assert r.returncode and want in said and "Traceback" not in said and "ChildFailedError" not in said and len(said.splitlines()) < 8, said
 
 
 @together
@@ -194,6 +202,7 @@ def test_a_share_without_a_readable_photo_keeps_nobody_waiting(tmp_path):
     for v, w in zip(a["weights"], b["weights"], strict=True): assert torch.equal(v, w)
     assert all(torch.isfinite(v).all() for v in [*a["weights"], *a["buffers"], *b["buffers"]])
     assert int(a["buffers"][-1]) == 2*3   # batches that batch norm has seen: five an epoch, two of them grey
+    assert a["batches"] == b["batches"] == 5 and a["losses"] == b["losses"]   # the two without a photo of the first process are in the loss that it tells
     assert a["rows"] == b["rows"] == [(4, 13), (8, 13)]   # of both processes: skipped photos so far, and photos of the validation
 
 

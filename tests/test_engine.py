@@ -6,12 +6,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from pillsnap.core.checkpoint import load_ckpt
+from pillsnap.core.checkpoint import load_ckpt, save_ckpt
 from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
-from pillsnap.core.files import read_json
+from pillsnap.core.files import read_json, save_json
 from pillsnap.core.record import Provenance
-from pillsnap.core.stages import RunFolder, read_record
+from pillsnap.core.stages import RunFolder, read_record, record_path
 from pillsnap.data.splits import load_stage, smoke_splits
 from pillsnap.evaluation.advisor import Check
 from pillsnap.evaluation.evaluation import time_cap
@@ -38,6 +38,34 @@ def run(split_run, tmp_path):
     import shutil
     shutil.copytree(split_run, tmp_path/"run", symlinks=True)
     return tmp_path/"run"
+
+
+@pytest.mark.spec("BX1", "CT16", "CT17")
+def test_a_stage_that_died_after_its_training_reports_that_training(run):
+    "Stopped early, then interrupted: the same command says so again, keeps the leak gap of this training, and takes none of an earlier one."
+    over = (*SMALL, "train.leak_gap=true", "train.classification={crop_view_prob: 0.0, ema: {enabled: true, evaluate: both}, early_stopping: {patience: 1, min_delta: 9.0}}")
+    job, gap, rec = ClassifierJob(run_dir=str(run), config="smoke", overrides=over, epochs=4), run/"reports"/"leak_gap.json", record_path(run, "classifier")
+    def died_and_again():
+        save_json({**read_json(rec), "status": "interrupted"}, rec)
+        res = job.run()
+        assert "stopped early" in res.verdict and read_json(run/"reports"/"classifier.json")["stopped_early"]
+        assert list(read_json(run/"reports"/"classifier.json")["per_class"]) == ["whole"]   # best.pt holds the average: nothing that it says is of the raw weights
+        return read_json(gap)
+    assert "stopped early" in job.run().verdict
+    first = read_json(gap)
+    assert died_and_again() == first
+    save_json({**first, "group_split": {**first["group_split"], "value": 2., "seconds": 1e6}}, gap)   # what an earlier training left
+    assert died_and_again()["group_split"] == first["group_split"]
+
+
+@pytest.mark.spec("CT16", "BX8")
+def test_a_checkpoint_of_another_delivery_is_refused(run):
+    "As many photos, as a quota gives them, but not the same ones."
+    job = lambda epochs: ClassifierJob(run_dir=str(run), config="smoke", overrides=(*SMALL, "train.leak_gap=false"), epochs=epochs)
+    job(1).run()
+    last = run/"checkpoints"/"classifier"/"last.pt"
+    save_ckpt(last, **{**load_ckpt(last), "data_hash": "0"*64})
+    with pytest.raises(PillsnapError, match="learned from other photos"): job(2).run()
 
 
 @pytest.mark.spec("SG7", "X6")

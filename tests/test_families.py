@@ -135,6 +135,29 @@ def test_retrieval_goes_on_where_it_was_killed(pills, tmp_path, monkeypatch):
     with pytest.raises(PillsnapError, match="arcface_m_finetune: 0.5 -> 0.3"): other.run()
 
 
+@pytest.mark.spec("RT6", "RT8")
+def test_retrieval_goes_on_on_another_card(pills, tmp_path, monkeypatch):
+    "Begun on a card whose table says four batches a step, gone on with on a CPU, where nothing says so: still four, and a line about it."
+    from fastai.callback.core import Callback
+    from pillsnap.training import retrieval
+
+    class Kill(Callback):
+        order = 99
+        def after_epoch(self): raise KeyboardInterrupt
+
+    given = split_for("retrieval", pills, tmp_path/"run", "data.max_samples=72", "retrieval.embedding_dim=16", "retrieval.warmup_epochs=1", "data.classification.img_size=32")
+    job = retrieval.RetrievalJob(run_dir=str(tmp_path/"run"), config="retrieval", overrides=given, epochs=2)
+    train = retrieval.train_classification_stage
+    monkeypatch.setattr(retrieval, "this_gpu", lambda: retrieval.Gpu("Tesla T4", 16, False))
+    monkeypatch.setattr(retrieval, "train_classification_stage", lambda *a, cbs=(), **k: train(*a, cbs=[*cbs, Kill()], **k))
+    with pytest.raises(KeyboardInterrupt): job.run()
+    monkeypatch.undo()
+    job.run()
+    last, log = load_ckpt(tmp_path/"run"/"checkpoints"/"retrieval"/"last.pt"), (tmp_path/"run"/"logs"/"pillsnap.retrieval.log").read_text(encoding="utf-8")
+    assert last["epoch"] == 2 and last["config_snapshot"]["train"]["classification"]["grad_accum_steps"] == 4
+    assert log.count("resume: 4 batches per step and precision fp32, as the run began; this machine alone would take 1 and fp32") == 1
+
+
 @pytest.mark.spec("SP9", "RT1")
 def test_a_folder_of_classes_trains_too(tmp_path):
     "R's own data: one folder per class, {ID}_{sequence}.jpg, no annotation at all."

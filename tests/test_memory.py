@@ -16,6 +16,7 @@ from pillsnap.data.classmap import ClassMap
 from pillsnap.data.datasets import DeliverySource, MemorySource, PillsnapClsDataset, Source
 from pillsnap.data.loaders import Buffers, PhotoLoader, preload_count
 from pillsnap.data.sampling import EpochSampler
+from pillsnap.training.learner import Outputs, build_learner
 
 VIEW = View("whole", 16)
 
@@ -129,6 +130,26 @@ def test_a_buffer_is_not_reused_while_somebody_looks():
     assert torch.from_numpy(pool.take(2)).data_ptr() not in places and [int(v[0, 0, 0, 0]) for v in views] == [0, 1, 2]
     del views, v
     assert len(pool.free) == 4   # these three, and the one that nobody kept
+
+
+class Hoarding(Painted):
+    "Photos for which a process that opens them keeps 80 MB."
+    held = {}
+    def open(self, photo, view, reduce=1):
+        if mp.parent_process(): self.held.setdefault(0, bytearray(b"x")*80_000_000)
+        return super().open(photo, view, reduce)
+
+
+@pytest.mark.spec("BM13", "EV2")
+def test_the_history_counts_the_memory_of_workers():
+    "Two processes that hold 80 MB each are in the row of the epoch."
+    rows, cfg = table(24), load_config("smoke", ["train.classification={epochs: 1, amp: false}"])
+    make = lambda train, source, **o: PhotoLoader(PillsnapClsDataset(rows, ClassMap(sorted(set(rows.class_key))), source, 16, train), 6, **o)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3*16*16, 3))
+    learn = build_learner(cfg, net, torch.nn.CrossEntropyLoss(), make(True, Hoarding(), num_workers=2, engine="processes"), {"whole": make(False, Painted())}, 3, out=Outputs(quiet=True))
+    learn.fit(1)
+    own = psutil.Process().memory_info().rss/1e6
+    assert own+160 < learn.rows[0]["rss_mb"] < own+160+2*1000, "and what the two share with this process is not counted three times"
 
 
 @pytest.mark.spec("BX14", "BM13")

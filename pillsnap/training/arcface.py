@@ -59,7 +59,7 @@ class Margin(Callback):
         if m != self.last: decide(self.log, f"margin: {m:g} radians from epoch {self.epoch+1}", self.tb, step=self.epoch)
         self.last = m
 
-# %% ../../nbs/30b_training.arcface.ipynb #043e9c7c
+# %% ../../nbs/30b_training.arcface.ipynb #8b2c6793
 class NanGuard(Callback):
     "Leave out a step whose gradients are not finite; ten in a row end the run (SPEC RT2)."
     order, run_valid = Precision.order+.5, False   # after unscaling, before clipping divides by the norm
@@ -70,7 +70,7 @@ class NanGuard(Callback):
     ): self.patience, self.log, self.tb, self.skipped, self.row = patience, log, tb, 0, 0
 
     def before_fit(self): self.now = list(self.model.buffers()); self.good = [b.clone() for b in self.now]
-    def after_loss(self): self.learn.loss = self.loss.nan_to_num(0., 0., 0.)   # what is written down; the gradient is of another
+    def before_backward(self): self.learn.counted, self.learn.loss = self.learn.counted & self.loss.isfinite(), self.loss.nan_to_num(0., 0., 0.)   # what is told; the gradient is of another, and several processes have brought theirs together by now
     def before_step(self):
         grads, scaled = [p.grad for p in self.model.parameters() if p.grad is not None], self.precision.scaler is not None
         fine = bool(torch.stack(torch._foreach_norm(grads)).isfinite().all())

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PillLoaders', 'PillLearner', 'Unpack', 'Precision', 'ScaledStep', 'batch_mass', 'Accumulate', 'Mix', 'GradClip',
-           'Ema', 'Validate', 'merge_metrics', 'History', 'early_stopping', 'monitored', 'EarlyStop', 'Clock', 'Pace',
-           'StepLog', 'audience', 'Bar', 'Progress']
+           'Ema', 'Validate', 'merge_metrics', 'mean_loss', 'History', 'early_stopping', 'monitored', 'EarlyStop',
+           'Clock', 'Pace', 'StepLog', 'audience', 'Bar', 'Progress']
 
 # %% ../../nbs/30_training.callbacks.ipynb #da661880
 import logging, math, os, sys, threading, time
@@ -13,9 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-# %% ../../nbs/30_training.callbacks.ipynb #5b67e3f3
+# %% ../../nbs/30_training.callbacks.ipynb #c8ea73dc
 import numpy as np
-import psutil
 import torch
 from fastai.callback.core import Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException
 from fastai.data.core import DataLoaders
@@ -23,11 +22,12 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 from torch import nn
 
-# %% ../../nbs/30_training.callbacks.ipynb #a29d0687
+# %% ../../nbs/30_training.callbacks.ipynb #48537515
 from ..core.device import cuda_mem_mb, needs_scaler
 from ..core.errors import PillsnapError
 from ..core.files import read_json, save_json
 from ..core.log import STEP_TAGS, VAL_TAGS, StepTimer, TBWriter, decide, step_line, tagged
+from ..core.processes import memory_mb
 from ..models.metrics import macro_f1, topk_accuracy
 from ..models.mixing import Mixer, mixed_loss
 
@@ -56,7 +56,7 @@ class PillLearner(Learner):
             super()._do_epoch_validate(dl=loader)
             self.by_view[name], self.answers_by_view[name] = self.scores, self.answers
 
-# %% ../../nbs/30_training.callbacks.ipynb #bafa786a
+# %% ../../nbs/30_training.callbacks.ipynb #6ff52b41
 class Unpack(Callback):
     "Images to the model, labels to the loss, the rest to `learn.meta`; an empty batch is skipped (SPEC TL4)."
     order = -9   # right after TrainEvalCallback (-10): everybody else sees clean batches
@@ -67,7 +67,8 @@ class Unpack(Callback):
         self.learn.meta = rest[0] if rest else {}
         self.learn.yb = (labels,)
         self.lost += len(self.learn.meta.get("skipped", ()))
-        if not len(labels): self.empty += 1; raise CancelBatchException()
+        self.learn.counted = len(labels) > 0   # in the mean losses that are told; a tensor where asking would wait for the GPU
+        if not self.learn.counted: self.empty += 1; raise CancelBatchException()
         if self.layout is not None: self.learn.xb = tuple(x.to(memory_format=self.layout) for x in self.xb)
 
 # %% ../../nbs/30_training.callbacks.ipynb #6ae93591
@@ -224,7 +225,15 @@ def merge_metrics(
     latest = {k: next(r[k] for r in reversed(merged) if k in r) for k in dict.fromkeys(k for r in merged for k in r)}
     return save_json({**before, "latest": latest, "history": merged}, path)
 
-# %% ../../nbs/30_training.callbacks.ipynb #c341dc13
+# %% ../../nbs/30_training.callbacks.ipynb #53de2db4
+def mean_loss(
+    total:torch.Tensor|float,  # losses of the batches that count, added up
+    batches:torch.Tensor|int   # how many those are
+)->float: # NaN where none counts
+    "The loss that is told, fetched from the device."
+    return float(total)/n if (n := float(batches)) else math.nan
+
+# %% ../../nbs/30_training.callbacks.ipynb #d34b2aa7
 class History(Callback):
     "Collect `learn.rows`, one row per epoch (SPEC EV2)."
     order = Ema.order+10
@@ -233,17 +242,19 @@ class History(Callback):
     def before_fit(self): self.learn.rows = getattr(self.learn, "rows", [])
     def before_epoch(self): self.total, self.batches, self.t0 = 0., 0, time.perf_counter()
     def after_batch(self):
-        if self.training and len(self.yb[0]): self.total = self.total + self.loss.detach(); self.batches += 1
+        if not self.training or self.learn.counted is False: return
+        self.total, self.batches = self.total + self.loss.detach()*self.learn.counted, self.batches + self.learn.counted
 
     def after_train(self):
-        self.train_loss = float(self.total)/max(1, self.batches)
+        self.train_loss = mean_loss(self.total, self.batches)
+        if not float(self.batches): raise PillsnapError(f"no batch of epoch {self.epoch+1} had a photo and a loss that is a number", where="train.classification", fix="the log names the photos that cannot be opened; with photos, lower train.classification.lr or train with amp=false; the last checkpoint is intact")
         if not math.isfinite(self.train_loss): raise PillsnapError(f"the training loss became {self.train_loss} in epoch {self.epoch+1}", where="train.classification", fix="lower train.classification.lr, or train with amp=false; the last checkpoint is intact")
 
     def after_epoch(self):
         views = getattr(self.learn, "by_view", None) or {"whole": self.learn.scores}
         s = next(iter(views.values()))
         self.learn.rows.append(dict(epoch=self.epoch+1, train_loss=self.train_loss, val_loss=s["val_loss"], lr=self.opt.hypers[-1]["lr"], seconds=time.perf_counter()-self.t0,
-            rss_mb=psutil.Process().memory_info().rss/1e6, skipped=self.unpack.lost, classification={**s, "loss": s["val_loss"]}, views=views))
+            rss_mb=memory_mb(), skipped=self.unpack.lost, classification={**s, "loss": s["val_loss"]}, views=views))
         if self.tb: self.tb.add_scalars(tagged(s, VAL_TAGS) | {"data/skipped": float(self.unpack.lost)}, self.epoch+1)
         if self.report: merge_metrics(self.report, "classification", self.learn.rows)
 
@@ -287,7 +298,7 @@ class EarlyStop(Callback):
         decide(self.log, f"early stopping after epoch {self.epoch+1}: {self.monitor} has not passed {best:.4f} for {self.rule['patience']} validations")
         raise CancelFitException()
 
-# %% ../../nbs/30_training.callbacks.ipynb #b5f45b3f
+# %% ../../nbs/30_training.callbacks.ipynb #fda66463
 class Clock(Callback):
     "Stop when the stage's time is over (SPEC SG7)."
     order = History.order+.5   # after the row is there, before it is saved
@@ -305,7 +316,7 @@ class Clock(Callback):
         if not self.training: return
         self.drugs = self.drugs.to(self.yb[0].device); self.drugs[self.yb[0]] = True   # on the device: nobody waits
         self.photos += len(self.yb[0])
-        if self.spent < self.hours: return
+        if getattr(self.learn, "in_parts", False) or self.spent < self.hours: return   # a batch that is cut for its memory ends first
         self.over = True
         decide(self.log, f"clock: {self.spent:.2f} hours are over, the limit is {self.hours:g}; epoch {self.epoch+1} ends after {self.iter+1} of {self.n_iter} batches")
         raise CancelTrainException()
@@ -336,7 +347,7 @@ class Pace:
         self.clear()
         return out
 
-# %% ../../nbs/30_training.callbacks.ipynb #e9ecbb4b
+# %% ../../nbs/30_training.callbacks.ipynb #9974aa58
 class StepLog(Callback):
     "The log line and TensorBoard points of training steps (SPEC CT18-CT20, CT24)."
     order, run_valid = Unpack.order+1, False   # the batch is on the device and clean: data time ends here
@@ -352,15 +363,15 @@ class StepLog(Callback):
     def after_step(self): self.steps_done += 1; self.fresh = True
 
     def after_batch(self):
-        if not len(self.yb[0]): return
+        if self.learn.counted is False: return
         self.timer.compute_done(len(self.yb[0]), self.fresh)
-        self.sum = self.sum + self.loss.detach(); self.batches += 1
+        self.sum, self.batches = self.sum + self.loss.detach()*self.learn.counted, self.batches + self.learn.counted
         if self.fresh: self.look()
         self.fresh = False
 
     def after_train(self): self.cold = 0   # only the first epoch has a warm-up
 
-# %% ../../nbs/30_training.callbacks.ipynb #cdbe176a
+# %% ../../nbs/30_training.callbacks.ipynb #3b222135
 @patch
 def look(self:StepLog):
     "Read the clock where something is due."
@@ -374,7 +385,7 @@ def look(self:StepLog):
 @patch
 def say(self:StepLog):
     "A line for a person, and two points."
-    facts = dict(loss=float(self.sum)/self.batches, lr=self.opt.hypers[0]["lr"], cuda=cuda_mem_mb())
+    facts = dict(loss=mean_loss(self.sum, self.batches), lr=self.opt.hypers[0]["lr"], cuda=cuda_mem_mb())
     self.sum, self.batches = 0., 0
     if self.log: self.log.info(step_line(self.epoch+1, self.n_epoch, self.steps_done, self.steps_all, **facts, **self.line.take()))
     if self.tb: self.tb.add_scalars(tagged({k: facts[k] for k in ("loss", "lr")}, STEP_TAGS), self.at)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROOM', 'LACKS', 'JOBS', 'Distributed', 'bring_together', 'gather_answers', 'count_together', 'Blank', 'apart',
            'check_loopback', 'child_failed', 'launch', 'Follower', 'resuming_as_the_first', 'SharedClassifierJob',
-           'SharedDetectorJob', 'shared', 'follow', 'run_here', 'handing_on', 'distributed_command']
+           'SharedDetectorJob', 'shared', 'follow', 'check_shared', 'run_here', 'handing_on', 'distributed_command']
 
 # %% ../../nbs/39_training.distributed.ipynb #feba5f7b
 import logging, os, signal, socket, subprocess, sys
@@ -65,7 +65,7 @@ class Distributed(Callback):
         if self.learn.blank.had is not None: count_together(self.learn, self.learn.blank.had)
     def after_fit(self): self.accelerator.wait_for_everyone()
 
-# %% ../../nbs/39_training.distributed.ipynb #8d4403c9
+# %% ../../nbs/39_training.distributed.ipynb #9f8e467e
 def bring_together(
     learn:Any,               # between the loss of its share and the gradients
     had:torch.Tensor|float,  # weight of the window before this batch, of all processes
@@ -76,6 +76,7 @@ def bring_together(
     m = here*batch_mass(learn.loss_func, learn.yb[0])
     loss, mass = reduce(torch.stack([learn.loss.detach()*m, m]).to(accelerator.device), "sum")
     learn.loss, learn.accumulate.mass = loss/mass.clamp_min(1e-9), had+mass.clamp_min(1e-9)   # nobody has a photo: nothing is divided by nothing
+    learn.counted = mass > 0   # whoever has the photos
     learn.loss_grad = learn.loss_grad*(here*accelerator.num_processes)   # the wrapper divides by as many
 
 # %% ../../nbs/39_training.distributed.ipynb #ee8454ea
@@ -97,7 +98,7 @@ def count_together(
     learn.unpack.lost = had[0]+sum(lost)
     if clock: clock.photos, clock.drugs = had[1]+sum(photos), torch.stack(drugs).any(0)
 
-# %% ../../nbs/39_training.distributed.ipynb #dc18b8be
+# %% ../../nbs/39_training.distributed.ipynb #900bce4d
 class Blank(Callback):
     "Two grey pictures of no weight for a share without a photo: the others wait for this process's gradients."
     order, run_valid, on, had = Unpack.order-.5, False, False, (0, 0)
@@ -111,7 +112,7 @@ class Blank(Callback):
     def after_batch(self):
         if not self.on: return
         for m, training in self.modes: m.training = training
-        self.learn.yb, self.on = (self.yb[0][:0],), False   # nobody counts them
+        self.learn.yb, self.on = (self.yb[0][:0],), False   # nobody counts these two; the batch's loss is that of the others
 
 # %% ../../nbs/39_training.distributed.ipynb #c8f0a19a
 def apart()->str: # "" = they can
@@ -198,7 +199,7 @@ def shared(
     a = Accelerator(cpu=not torch.cuda.is_available())
     return [Blank(), Distributed(a, cfg.train.seed), *([Accumulate()] if cfg.train.classification.grad_accum_steps == 1 else [])], (a.process_index, a.num_processes)
 
-# %% ../../nbs/39_training.distributed.ipynb #2d56dd05
+# %% ../../nbs/39_training.distributed.ipynb #e532d5d4
 def follow(
     job:StageJob # as the first process has it
 )->None:
@@ -212,6 +213,13 @@ def follow(
 
 JOBS = {"classifier": SharedClassifierJob, "detector": SharedDetectorJob}
 
+def check_shared(
+    stage:str # "classifier" or "detector"
+)->None:
+    "Refuse what does not train in several processes before any is started."
+    if stage not in JOBS: raise PillsnapError(f"{stage!r} is no stage that trains in several processes", fix=f"one of {', '.join(JOBS)}")
+    if stage == "detector" and not torch.cuda.is_available(): raise PillsnapError("the detector trains in several processes on GPUs only: ultralytics knows no other way", fix="pillsnap run detector")
+
 def run_here(
     stage:str,                # "classifier" or "detector"
     run_dir:str,              # the run folder, converted and split
@@ -219,8 +227,7 @@ def run_here(
     overrides:Sequence[str]=()# dotted overrides
 )->None:
     "One of several processes: the first is the stage, the others follow."
-    if stage not in JOBS: raise PillsnapError(f"{stage!r} does not train in several processes", fix=f"one of {', '.join(JOBS)}")
-    if stage == "detector" and not torch.cuda.is_available(): raise PillsnapError("the detector trains in several processes on GPUs only: ultralytics knows no other way", fix="pillsnap run detector")
+    check_shared(stage)
     first = PartialState(cpu=stage == "detector" or not torch.cuda.is_available()).is_main_process   # ultralytics makes the group of the GPUs; a second nccl group after a first one is not supported by torch
     if stage == "detector": torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     cfg = load_config(config or Path(run_dir)/"config.yaml", list(overrides)); c = cfg.train
@@ -238,7 +245,7 @@ def handing_on(
         finally:
             for asked, handler in before.items(): signal.signal(asked, handler)
 
-# %% ../../nbs/39_training.distributed.ipynb #a6a58752
+# %% ../../nbs/39_training.distributed.ipynb #f24620d2
 def distributed_command(
     stage:str,                 # "classifier" or "detector"
     run_dir:Path,              # the run folder, converted and split
@@ -247,6 +254,7 @@ def distributed_command(
     overrides:Sequence[str]=() # dotted overrides
 )->None:
     "Be one of several processes, or start them (`accelerate launch`)."
+    check_shared(stage); load_config(config or Path(run_dir)/"config.yaml", list(overrides))   # what is misspelt is told here, once, and not by every process
     if "LOCAL_RANK" in os.environ: return run_here(stage, str(run_dir), config, overrides)
     if "ACCELERATE_MIXED_PRECISION" in os.environ: raise PillsnapError("accelerate launch started one process only", fix="accelerate launch --multi_gpu --num_processes 2 …; the flag is needed on a CPU too")
     check_loopback(); n = processes or torch.cuda.device_count() or 2

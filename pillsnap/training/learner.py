@@ -6,7 +6,8 @@
 __all__ = ['Mode', 'try_torch_compile', 'FIRST_STEPS', 'SHAPING', 'FREE', 'build_optimizer', 'opt_func', 'total_steps',
            'warmup_steps', 'build_scheduler', 'resolve_compile', 'resolve_graphs', 'checkpoint_gradients', 'rehearse',
            'try_compile', 'OwnGradients', 'photos_at_once', 'speed_up', 'Outputs', 'training_callbacks',
-           'build_learner', 'validate_classification', 'shaping', 'read_last', 'is_done', 'going_on', 'resolved_line']
+           'build_learner', 'validate_classification', 'shaping', 'read_last', 'is_done', 'goes_on', 'going_on',
+           'resolved_line']
 
 # %% ../../nbs/32_training.learner.ipynb #929cd27a
 import logging, math
@@ -320,7 +321,7 @@ def read_last(
         decide(log, f"resume: {now} epochs in all instead of {was}; from here on the learning rate follows the schedule of {now}")
     return ckpt
 
-# %% ../../nbs/32_training.learner.ipynb #b22b019e
+# %% ../../nbs/32_training.learner.ipynb #44261700
 def is_done(
     ckpt:Mapping[str,Any], # last.pt
     cfg:Config             # what is asked for
@@ -328,6 +329,15 @@ def is_done(
     "Whether training has come to its end."
     c, stop = cfg.train.classification, cfg.train.classification.early_stopping
     return ckpt["epoch"] >= c.epochs or any(r.get("clock", {}).get("stopped", False) for r in ckpt["history"][-1:]) or early_stopping([monitored(r, stop.monitor) for r in ckpt["history"]], stop.patience, stop.min_delta, stop.mode)[0]
+
+def goes_on(
+    path:Path,    # checkpoints/classifier/last.pt
+    cfg:Config,   # train.resume decides: auto, last or null
+    resuming:bool # the stage did not finish the last time
+)->bool:
+    "Whether a run goes on from a checkpoint if there is one, or begins (SPEC X73)."
+    if cfg.train.resume != "auto": return cfg.train.resume == "last"
+    return find_ckpt(path).exists() and (resuming or not is_done(load_ckpt(path), cfg))   # a finished run that is asked for again begins anew
 
 def going_on(
     path:Path,                   # checkpoints/classifier/last.pt
@@ -337,13 +347,10 @@ def going_on(
     log:logging.Logger|None=None # where it is said
 )->dict[str,Any]|None: # the checkpoint to continue, or None to begin
     "Begin or go on (SPEC CT16, X73, X76)."
-    if cfg.train.resume is None or cfg.train.resume == "auto" and not find_ckpt(path).exists(): return None
-    if cfg.train.resume == "auto" and not resuming and is_done(load_ckpt(path), cfg): return None   # a finished run that is asked for again
-    ckpt = read_last(path, cfg, class_map, log)
-    if ckpt is not None:
+    if goes_on(path, cfg, resuming) and (ckpt := read_last(path, cfg, class_map, log)) is not None:
         within = f" and {n} batches of the next" if (n := ckpt["position"]["batch"]) else ""
         decide(log, f"resume: going on from {path} after epoch {ckpt['epoch']} of {cfg.train.classification.epochs}{within}")
-    return ckpt
+        return ckpt
 
 # %% ../../nbs/32_training.learner.ipynb #c8a56fd6
 def resolved_line(

@@ -27,7 +27,7 @@ from ..core.errors import PillsnapError
 from ..core.log import decide
 from .callbacks import Accumulate, Clock, History, PillLearner, StepLog, Unpack, early_stopping, monitored
 
-# %% ../../nbs/31a_training.saving.ipynb #e3eb191d
+# %% ../../nbs/31a_training.saving.ipynb #c2b55ddc
 @patch
 def state_dict(self:History)->dict[str,Any]:
     "The sums behind this epoch's figures."
@@ -45,6 +45,7 @@ def state_dict(self:StepLog)->dict[str,Any]:
 def load_state_dict(self:StepLog, s:Mapping[str,Any])->None:
     "Go on adding."
     self.steps_done, self.sum, self.batches = s["steps"], s["sum"], s["batches"]
+    self.cold += self.steps_done   # this process has a warm-up of its own
 
 @patch
 def state_dict(self:Unpack)->dict[str,int]:
@@ -55,15 +56,15 @@ def load_state_dict(self:Unpack, s:Mapping[str,int])->None:
     "Go on counting."
     self.empty, self.lost = s["empty"], s["lost"]
 
-# %% ../../nbs/31a_training.saving.ipynb #4294e230
+# %% ../../nbs/31a_training.saving.ipynb #65d59b62
 @patch
 def state_dict(self:Clock)->dict[str,Any]:
     "Time, photos and drugs so far, those of the epoch in work included."
-    return dict(hours=self.told, photos=self.photos, drugs=self.drugs.nonzero().flatten().tolist())
+    return dict(hours=self.told, photos=self.photos, drugs=self.drugs.nonzero().flatten().tolist(), over=self.over)
 @patch
 def load_state_dict(self:Clock, s:Mapping[str,Any])->None:
     "Go on counting."
-    self.before, self.t0, self.photos = s["hours"], self.now(), s["photos"]; self.drugs[s["drugs"]] = True
+    self.before, self.t0, self.photos, self.over = s["hours"], self.now(), s["photos"], s.get("over", False); self.drugs[s["drugs"]] = True
 
 # %% ../../nbs/31a_training.saving.ipynb #ae979f9c
 @patch
@@ -117,7 +118,7 @@ def kept_epochs(
     ranked = sorted(range(1, len(values)+1), key=lambda e: (math.isnan(values[e-1]), sign*values[e-1], e))[:best]
     return ranked, set(ranked if best > 1 else ()) | {e for e in range(1, len(values)+1) if every and e % every == 0}
 
-# %% ../../nbs/31a_training.saving.ipynb #a4991fb7
+# %% ../../nbs/31a_training.saving.ipynb #d77d6ce7
 class Checkpoint(Callback):
     "last.pt in time, best.pt on progress, and the epochs that are kept; each atomically (SPEC CT15, NM9, BX10)."
     order = History.order+1
@@ -128,6 +129,7 @@ class Checkpoint(Callback):
     def mark(self, done:int|None=None): self.done = self.iter+1 if done is None else done; self.stands = standing(self.learn, self.done)
     def after_step(self): self.steps += 1
     def before_fit(self): self.steps, self.saved = 0, time.monotonic()
+    def after_cancel_train(self): self.mark(); self.stands |= dict(epoch=self.epoch+1, batch=0, row=0)   # the clock has ended this epoch with a batch that `after_batch` did not hear of; only the validation is left
 
     def after_batch(self):
         if self.learn.in_parts: return   # half a batch is no place to go on from
@@ -170,7 +172,7 @@ def scored(self:Checkpoint)->Mapping[str,torch.Tensor]:
     "Those weights."
     return self.learn.ema.shadow if self.weights == "ema" else self.learn.model.state_dict()
 
-# %% ../../nbs/31a_training.saving.ipynb #61187a50
+# %% ../../nbs/31a_training.saving.ipynb #4e28b825
 @patch
 def stop(self:Checkpoint, saved:bool=False)->None:
     "End the fit because a signal asked for it, with everything in last.pt."
@@ -192,7 +194,9 @@ def stoppable(
     if threading.current_thread() is not threading.main_thread():
         decide(log, "signals: not heard, training does not run in the main thread; a kill costs what was done since the last save"); yield; return
     before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-    try: yield
+    try:
+        yield
+        if saver.asked: raise KeyboardInterrupt(saver.asked)   # it came after the last look, and everything is saved
     finally:
         saver.asked = None
         for s, handler in before.items(): signal.signal(s, handler)
