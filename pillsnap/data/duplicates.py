@@ -55,8 +55,8 @@ def dhash(
     bits = np.diff(spots, axis=2, append=spots[:, :, :1]) > STEP   # a plain difference would hash the noise of flat places
     return np.packbits(bits.reshape(n, 256), axis=1).view(np.uint64)
 
-# %% ../../nbs/14a_data.duplicates.ipynb #59c48aa6
-_LINE = re.compile(rb".+\t[0-9a-f]{16}")   # a whole line: key and digest
+# %% ../../nbs/14a_data.duplicates.ipynb #f580d461
+_LINE = re.compile(rb"[^\t]+\t\d+\t\d+\t[^\t]*\t[0-9a-f]{16}")   # a whole line: path, size, time, box, digest
 
 class ThumbStore:
     "Thumbnails and pixel digests on disk by (path, size, time, box), appended as they are made."
@@ -91,7 +91,7 @@ def array(self:ThumbStore)->np.ndarray: # [n, THUMB, THUMB] uint8, read-only
     if not self.pixels: return np.zeros((0, THUMB, THUMB), np.uint8)
     return np.memmap(self.raw, np.uint8, "r", shape=(len(self.pixels), THUMB, THUMB))
 
-# %% ../../nbs/14a_data.duplicates.ipynb #3bbf90bf
+# %% ../../nbs/14a_data.duplicates.ipynb #a5209428
 def thumb_keys(
     df:pd.DataFrame, # rows with path, and bbox if known
     root:Path        # the delivery
@@ -101,7 +101,8 @@ def thumb_keys(
         try: s = os.stat(root/p); return f"{s.st_size}\t{s.st_mtime_ns}"
         except OSError: return ""
     boxes = df["bbox"] if "bbox" in df else [""] * len(df)
-    return [f"{p}\t{s}\t{b}" if (s := stamp(p)) else "" for p, b in zip(df["path"], boxes)]
+    flat = str.maketrans("\t\n\r", "   ")
+    return [f"{p.translate(flat)}\t{s}\t{b}" if (s := stamp(p)) else "" for p, b in zip(df["path"], boxes)]
 
 def look_at_thumbnails(
     df:pd.DataFrame,       # rows with path, and bbox if known
