@@ -32,7 +32,7 @@ from .conversion import read_manifest, smoke_conversion
 from .duplicates import Duplicates, known_duplicates, plot_duplicates
 from .images import open_image_safely, resize, whole_view
 
-# %% ../../nbs/15_data.audit.ipynb #00350737
+# %% ../../nbs/15_data.audit.ipynb #70377a9a
 def pill_grey(
     img:np.ndarray,            # [H, W, 3] uint8 photo
     bbox:Sequence[float]|None, # x, y, w, h of the pill; None: the whole photo
@@ -49,6 +49,7 @@ def brightness_and_sharpness(
     grey:np.ndarray # [h, w] grey levels
 )->tuple[float,float]: # mean grey level; standard deviation of the second differences, grey levels
     "How bright and how sharp (variance of the Laplacian; Pech-Pacheco et al. 2000)."
+    if not grey.size: return np.nan, np.nan   # the box misses the photo
     if min(grey.shape) < 3: return float(grey.mean()), 0.
     lap = grey[1:-1, :-2] + grey[1:-1, 2:] + grey[:-2, 1:-1] + grey[2:, 1:-1] - 4 * grey[1:-1, 1:-1]
     return float(grey.mean()), float(lap.std())
