@@ -48,6 +48,22 @@ def test_at_most_three_thousand_photos_are_opened_and_rare_drugs_among_them():
     assert opened == [3000]
 
 
+@pytest.mark.spec("DM11")
+def test_no_shape_falls_out_of_the_histogram(delivery, tmp_path):
+    "A strip and a column, cut from two photos after the conversion: both are in the bins, and the stage says how many there are."
+    from PIL import Image
+    shutil.copytree(delivery, tmp_path/"delivery", symlinks=True)
+    convert_delivery(tmp_path/"delivery", tmp_path/"run")
+    df = read_manifest(tmp_path/"run"/"manifest.csv")[0]
+    for path, size in zip(df.loc[df["kind"] == "single", "path"], ((244, 60), (30, 320))):
+        with Image.open(tmp_path/"delivery"/path) as im: small = im.resize(size)
+        small.save(tmp_path/"delivery"/path)
+    res = AuditJob(run_dir=str(tmp_path/"run"), config="smoke", near_duplicates=False).run()
+    s = json.loads((tmp_path/"run/reports/audit.json").read_text())
+    assert s["aspect_histogram"] == {"under 0.3": 1, "0.7-0.8": s["sampled"] - 2, "3.3 and over": 1}
+    assert {r["what"]: r["n"] for r in res.table}["narrower than 0.3 or wider than 3.3 times their height"] == 2
+
+
 def test_it_changes_nothing(looked_at):
     "Every file that was there has its bytes; new are only reports, duplicates, logs and the record."
     root, before, _ = looked_at

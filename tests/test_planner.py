@@ -1,11 +1,14 @@
 """The planner: what it foretells is what a small run then takes, and what it says of the rest is arithmetic on that."""
 import errno
 import os
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from pillsnap.core.config import load_config
@@ -86,6 +89,34 @@ def test_a_sealed_root_is_refused_and_a_test_folder_passed_by(delivery, tmp_path
     with pytest.raises(PillsnapError, match="sealed test"): walk_to_photos(delivery/"data"/"val", 24, (".png",))
     for s in ("val", "test", "photos"): (tmp_path/s).mkdir(); (tmp_path/s/f"{s}.png").touch()
     assert walk_to_photos(tmp_path, 24, (".png",)) == ["photos/photos.png"]
+
+
+@pytest.mark.spec("BX21", "SP4", "X74")
+def test_no_photo_of_a_sealed_group_is_opened(delivery, tmp_path):
+    "The whole probe under an audit hook, with every unsealed photo asked for; then a run of which everything is sealed."
+    from pillsnap.data.conversion import convert_delivery, read_manifest
+    from pillsnap.data.splits import SplitsJob, sealed_groups
+    run = tmp_path/"run"; convert_delivery(delivery, run)
+    assert sealed_groups(run) == set() and len(L.unsealed(run)[0]) == len(read_manifest(run/"manifest.csv")[0]), "before the first split nothing is sealed"
+    SplitsJob(run_dir=str(run), config="smoke", near_duplicates=False).run()
+    df, sealed = read_manifest(run/"manifest.csv")[0], sealed_groups(run)
+    shut = df["group_id"].isin(sealed)
+    assert sealed and {"single", "combo"} <= set(df.loc[shut, "kind"])
+    rows = L.samples(None, run, CFG, tmp_path, n=10**6)[1]
+    assert set(rows["path"]) == set(df.loc[~shut, "path"]) and len(rows) == (~shut).sum(), "every pill of a photo, and no photo of a sealed group"
+    code = ("import sys\nopened = []\n"
+            "sys.addaudithook(lambda e, a: opened.append(str(a[0])) if e == 'open' else None)\n"
+            "from pillsnap.data import planner as L\nreal = L.samples\n"
+            "L.samples = lambda *a: real(*a, n=10**6)\nL._everywhere = lambda job, *a, workers: ((r := job(*a))[0]/r[1], r[2])\nL.processes = lambda n: lambda jobs: None\n"
+            f"print(L.probe(L.load_config('smoke'), run_root={str(run)!r}, seconds=8., workers=1).sampled)\n"
+            "print(*{p for p in opened if p.endswith('.png')}, sep='\\n')")
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr[-2000:]
+    n, *opened = out.stdout.splitlines()
+    opened = {Path(p).name for p in opened}
+    assert int(n) == df.loc[~shut, "path"].nunique() and opened == {Path(p).name for p in df.loc[~shut, "path"]}
+    pd.DataFrame({"group_id": df["group_id"].unique(), "kind": "single", "photos": 1}).to_csv(run/"artifacts"/"test_known.csv", index=False)
+    with pytest.raises(PillsnapError, match="shares a group with a sealed one"): probe(CFG, run_root=run, seconds=.4, workers=1)
 
 
 def test_the_disk_is_read_past_the_page_cache(tmp_path, monkeypatch):

@@ -75,13 +75,13 @@ def test_duplicates_stay_together(df, seed):
 
 @pytest.mark.spec("BX20", "SP5", "SP10")
 @QUIET
-@given(deliveries(), st.integers(0, 99), st.lists(st.tuples(st.integers(1, 30), st.integers(1, 4), st.integers(0, 30)), min_size=2, max_size=4))
+@given(deliveries(), st.integers(0, 99), st.lists(st.tuples(st.integers(1, 30), st.integers(1, 4), st.integers(0, 30), st.integers(1, 6)), min_size=2, max_size=4))
 def test_stages_nest(df, seed, steps):
     "Classes and samples of a small stage lie in every larger one; what judged never teaches."
-    quotas, n, c = [], 0, 0
-    for i, (dn, dc, gate) in enumerate(steps, 1):
-        n, c = n + dn, c + dc
-        quotas.append(Quota(i, n, c, gate))
+    quotas, n, c, combos = [], 0, 0, 0
+    for i, (dn, dc, gate, more) in enumerate(steps, 1):
+        n, c, combos = n + dn, c + dc, combos + more
+        quotas.append(Quota(i, n, c, gate, combos))
     stages = [make_splits(df, seed=seed, quotas=quotas, stage=q.stage) for q in quotas]
     p = [{k: set(getattr(s, k)["path"]) for k in ("train", "val", "pool", "test")} for s in stages]
     for a, b in combinations(range(len(stages)), 2):
@@ -90,6 +90,7 @@ def test_stages_nest(df, seed, steps):
     for a in range(len(stages)):
         singles = sum((getattr(stages[a], k)["kind"] == "single").sum() for k in ("train", "val"))
         assert singles <= quotas[a].max_samples and len(stages[a].classes) <= quotas[a].max_classes
+        assert pd.concat([stages[a].train, stages[a].val]).query("kind == 'combo'")["path"].nunique() <= quotas[a].max_combos
         for b in range(len(stages)): assert not p[a]["train"] & (p[b]["val"] | p[b]["pool"] | p[b]["test"])
 
 
@@ -164,7 +165,7 @@ def test_skewed_drugs_keep_their_share():
 
 @pytest.mark.spec("SP10")
 def test_samples_count_singles_and_combos_come_whole():
-    "The detector's combos have a quota of their own: all of them, in every stage, of any drug."
+    "Without a quota of their own combos come all, in every stage, of any drug."
     quotas = [Quota(1, 50, 3), Quota(2, 300, 10)]
     a, b = (make_splits(full(), quotas=quotas, stage=i) for i in (1, 2))
     for s, q in ((a, quotas[0]), (b, quotas[1])):
@@ -173,6 +174,30 @@ def test_samples_count_singles_and_combos_come_whole():
         assert combos == set(full().query("kind == 'combo'")["path"])
         assert set(s.train.query("kind == 'combo'")["class_key"]) - set(s.classes)
     assert set(a.train.query("kind == 'combo'")["path"]) == set(b.train.query("kind == 'combo'")["path"])
+
+
+@pytest.mark.spec("SP10")
+def test_combos_have_a_nested_quota_of_their_own():
+    "Exactly so many photos, of any drug, with all their pills, .15 of them judging; the pool keeps every combo that judges; singles do not notice."
+    quotas = [Quota(1, 50, 3, 0, 20), Quota(2, 300, 10, 0, 60), Quota(3, 600, 20)]
+    s = [make_splits(full(combos=40), quotas=quotas, stage=q.stage) for q in quotas]
+    combos = [{k: set(getattr(x, k).query("kind == 'combo'")["path"]) for k in ("train", "val", "pool", "test")} for x in s]
+    assert [(len(c["train"]), len(c["val"])) for c in combos[:2]] == [(17, 3), (51, 9)]
+    assert len(combos[2]["train"] | combos[2]["val"] | combos[2]["test"]) == 120, "the last stage takes all"
+    for a, b in combinations(combos, 2): assert a["train"] < b["train"] and a["val"] < b["val"] and a["pool"] == b["pool"] == combos[2]["val"] and not a["train"] & b["pool"]
+    assert (s[0].train.query("kind == 'combo'").groupby("path").size() == 3).all() and set(s[0].train.query("kind == 'combo'")["class_key"]) - set(s[0].classes)
+    plain = make_splits(full(combos=40), quotas=[q._replace(max_combos=None) for q in quotas], stage=1)
+    for k in ("train", "val", "pool", "test"): assert list(getattr(plain, k).query("kind == 'single'")["path"]) == list(getattr(s[0], k).query("kind == 'single'")["path"])
+    with pytest.raises(PillsnapError, match="cannot hold the .* of the stage before"): make_splits(full(combos=40), quotas=[quotas[1], Quota(3, 600, 20, 0, 30)])
+
+
+@pytest.mark.spec("SP10", "SP5")
+def test_the_four_stages_bring_their_combos():
+    from pillsnap.core.config import load_config
+    of = lambda *more: [(q.stage, q.max_combos) for q in S.stage_quotas(load_config("two_stage", list(more)))]
+    assert of() == [(1, 500), (2, 2500), (3, 10_000), (4, None)]
+    assert of("data.progressive_validation.stage_2.max_combos=700")[1] == (2, 700)
+    for demo in ("demo", "smoke"): assert [(q.stage, q.max_combos) for q in S.stage_quotas(load_config(demo))] == [(0, None)], "the demo's combos are few and all teach"
 
 
 @pytest.mark.spec("SP10")
@@ -232,7 +257,7 @@ def test_other_photos_or_settings_are_cut_afresh(tmp_path):
     make_splits(full(), persist_path=kept)
     assert len(make_splits(full(), persist_path=kept, max_samples=100).train.query("kind == 'single'")) == 85
     assert len(make_splits(full().iloc[:-9], persist_path=kept).train) > 500
-    assert json.loads(kept.read_text())["params"]["quotas"] == [[0, None, None, 0]]
+    assert json.loads(kept.read_text())["params"]["quotas"] == [[0, None, None, 0, None]]
 
 
 def test_an_interrupted_write_leaves_nothing_that_vouches(tmp_path, monkeypatch):
@@ -547,3 +572,64 @@ def test_thumbnails_are_made_once(run, monkeypatch):
     os.utime(first, ns=(stamp.st_atime_ns, stamp.st_mtime_ns + 1))
     assert (look() >= 0).all() and opened == [first]
     os.utime(first, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+
+
+def one_by_one(thumbs, drug):
+    "Every pair of different drugs, held against each other."
+    from pillsnap.data import duplicates as D
+    h = D.dhash(thumbs)
+    return [(i, j) for i, j in combinations(range(len(thumbs)), 2) if drug[i] >= 0 <= drug[j] and drug[i] != drug[j]
+            and np.bitwise_count(h[i] ^ h[j]).sum() <= D.SAME_BITS and D.alike(thumbs[i], thumbs[j], D.SAME_MEAN, D.SAME_TAIL)]
+
+
+@pytest.mark.spec("BX1")
+@FEW
+@given(st.integers(0, 10**6), st.integers(1, 40))
+def test_pictures_under_two_drugs_are_those_of_all_pairs(seed, n):
+    "Copies, near copies, plain and black photos: as long as no photo has many partners, the search gives what comparing all with all gives."
+    from pillsnap.data import duplicates as D
+    rng = np.random.default_rng(seed)
+    base = [rng.integers(0, 256, (16, 16)).repeat(4, 0).repeat(4, 1) if k % 2 else np.full((64, 64), 3*k) for k in range(max(1, n//3))]
+    thumbs = np.stack([(base[rng.integers(len(base))] + rng.integers(0, rng.integers(1, 4), (64, 64))).clip(0, 255) for _ in range(n)]).astype(np.uint8)
+    drug = rng.integers(-1, 9, n)
+    want, got = one_by_one(thumbs, drug), D.twin_pairs(thumbs, drug)
+    if np.bincount(np.array(want, int).ravel(), minlength=1).max() <= D.ENOUGH: assert got == want
+    assert set(got) <= set(want) and all(sum(i in p for p in got) >= min(D.ENOUGH, sum(i in p for p in want)) for i in range(n))
+
+
+@pytest.mark.spec("BX1", "BM14")
+def test_black_photos_cost_no_square(monkeypatch):
+    "Fifteen hundred black photos under two hundred drugs, or a thousand of one drug and the rest of another: comparisons and pairs grow with the photos."
+    from pillsnap.data import duplicates as D
+    looked, real = [], D.alike
+    monkeypatch.setattr(D, "alike", lambda *a: looked.append(1) or real(*a))
+    thumbs, at = np.zeros((1500, 64, 64), np.uint8), np.arange(1500)
+    for drug in (at % 200, at // 1000):
+        looked.clear(); pairs = D.twin_pairs(thumbs, drug)
+        assert len(looked) == len(pairs) <= D.ENOUGH*1500 and len({i for p in pairs for i in p}) == 1500
+
+
+@pytest.mark.spec("RS1")
+def test_thumbnails_survive_a_line_that_was_cut_off(run, tmp_path):
+    "Kill -9 in the middle of an append, simulated at every byte of the last line: the next search gives what an undisturbed one gives."
+    from pillsnap.data import duplicates as D
+    df, head = S.read_manifest(run[0]/"manifest.csv")
+    few = df[df["kind"] == "single"].head(3)
+    look = lambda: (D.look_at_thumbnails(few, head["root"], s := D.ThumbStore(tmp_path), workers=1, progress=False), s)
+    at, store = look(); whole, raw, thumbs = store.names.read_bytes(), store.raw.read_bytes(), store.array()[at].copy()
+    last = whole[:-1].rindex(b"\n") + 1
+    for cut in {*range(last, len(whole), 9), len(whole) - 1}:
+        store.names.write_bytes(whole[:cut]); store.raw.write_bytes(raw)
+        for _ in range(2):
+            at, again = look()
+            assert (again.array()[at] == thumbs).all() and again.names.read_bytes() == whole and len(again.pixels) == 3
+    store.names.write_bytes(whole.replace(b"\n", b"\0", 1)); at, again = look()
+    assert (again.array()[at] == thumbs).all(), "a line that is none ends the store, and what follows is made again"
+
+
+@pytest.mark.spec("RS7")
+def test_two_searches_in_one_folder_do_not_mix(run, tmp_path):
+    from pillsnap.core.files import FolderLock
+    from pillsnap.data import duplicates as D
+    df, head = S.read_manifest(run[0]/"manifest.csv")
+    with FolderLock(tmp_path), pytest.raises(PillsnapError, match="another run holds this folder"): D.find_duplicates(tidy_records(df).head(4), head["root"], tmp_path, progress=False)

@@ -473,7 +473,7 @@ def coco_to_yolo(
     if lost := len(c.annotations)-len(order): (log or logging.getLogger("pillsnap.conversion")).warning("%d of %d annotations are no box within their photo, and were left out", lost, len(c.annotations))
     return _quick_text(f"train: images\nval: images\nnc: {len(names)}\nnames: {json.dumps(list(names.values()), ensure_ascii=False)}\n", Path(out_dir)/"data.yaml")
 
-# %% ../../nbs/14_data.conversion.ipynb #50757c2a
+# %% ../../nbs/14_data.conversion.ipynb #ac58dd71
 @lru_cache(1024)
 def _way(folder:str, target:str)->str:
     "From one folder to another, links resolved."
@@ -486,6 +486,7 @@ def place(
     "Show a photo in another folder, by a link where that is possible."
     photo, target = os.fspath(photo), os.fspath(target)
     try: os.symlink(f"{_way(os.path.dirname(photo), os.path.dirname(target))}/{os.path.basename(photo)}", target); return "symlink"
+    except FileExistsError as e: raise os_trouble("a photo cannot be shown where another is", target, e) from e   # a copy would go through its link, into the delivery
     except OSError: pass
     try: os.link(photo, target); return "hardlink"
     except OSError: pass
@@ -495,7 +496,7 @@ def place(
 # %% ../../nbs/14_data.conversion.ipynb #9394f924
 DATA_YAML = "train: images/train\nval: images/val\nnc: 1\nnames: [pill]\n"
 
-# %% ../../nbs/14_data.conversion.ipynb #1a5512ea
+# %% ../../nbs/14_data.conversion.ipynb #0713134e
 def write_yolo_tree(
     df:pd.DataFrame,                    # manifest rows
     root:str|os.PathLike,               # the delivery's root
@@ -505,6 +506,8 @@ def write_yolo_tree(
 )->Path: # data.yaml
     "Lay the manifest out for ultralytics; an older tree is replaced in one step (SPEC DM8)."
     out, how = Path(out_dir), Counter(); new = out.with_name(f".{out.name}.new")
+    names = pd.Series([os.path.splitext(os.path.basename(p))[0] for p in df.path.unique()], dtype=str)
+    if (twice := names[names.duplicated()]).size: raise PillsnapError(f"{len(twice)} photos have the name of another one, the first is {twice.iloc[0]}", where=root, fix="their labels would overwrite each other: rename them")
     shutil.rmtree(new, ignore_errors=True)
     folders = {(what, s): ensure_dir(new/what/s) for what in ("images","labels") for s in ("train","val")}
     df = df.sort_values("path", kind="stable")

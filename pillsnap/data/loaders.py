@@ -459,22 +459,24 @@ def preload_stage_data(
     views = dataset_views(c.img_size, True, cfg.data.augment.classification, c.crop_padding)
     return hotset(rows, base_source(stage, cfg), cfg, list(views.values()), bool(cfg.dataloader.num_workers), min(n, len(rows))) if n else None
 
-# %% ../../nbs/19a_data.loaders.ipynb #72417636
+# %% ../../nbs/19a_data.loaders.ipynb #87c95904
 def database(
     dataset:PillsnapClsDataset, # rows and source
+    stage:StageData,            # the delivery they are of
     cfg:Config,                 # paths.exp_dir, data policies
     views:Sequence[View],       # what is kept
     log:logging.Logger|None=None # a line when it is built
 )->LMDBImageCache:
-    "The set's canvases in a database of the run folder, written the first time (SPEC TL13)."
-    name = sha256_text(repr((sorted(zip(dataset.paths, dataset.bboxes)), list(views), policies_of(cfg), type(dataset.source).__name__)))[:12]
+    "The set's canvases in a database of the run folder, written the first time for these photos (SPEC TL13)."
+    made_of = dataset.source.pack.header["plan"] if isinstance(dataset.source, PackSource) else stage.header["data_hash"]   # photos that were replaced have their old names
+    name = sha256_text(repr((sorted(zip(dataset.paths, dataset.bboxes)), list(views), policies_of(cfg), type(dataset.source).__name__, made_of)))[:12]
     path = Path(cfg.paths.exp_dir)/"cache"/f"canvases_{name}.lmdb"
     if not path.is_dir():
         decide(log, f"lmdb: the canvases of {len(dataset):,} photos are written to {path}")
         part = path.with_suffix(".part"); lmdb_converter(dataset, part, views); part.rename(path)
     return LMDBImageCache(path)
 
-# %% ../../nbs/19a_data.loaders.ipynb #12fa523b
+# %% ../../nbs/19a_data.loaders.ipynb #7a177f52
 def source_of(
     dataset:PillsnapClsDataset,  # rows, and the source without memory
     rows:pd.DataFrame,           # its rows
@@ -488,7 +490,7 @@ def source_of(
     "The source with what is kept of it, by policy (SPEC TL12, TL15)."
     ram, base, n = cfg.dataloader.ram_optimization, dataset.source, preload_count(cfg, stage.stage)
     if ram.use_lmdb and ram.cache_policy == "hotset": raise PillsnapError("use_lmdb and cache_policy=hotset keep the same canvases twice", "dataloader.ram_optimization", "choose one")
-    if ram.use_lmdb or ram.cache_policy == "lmdb": return MemorySource(base, database(dataset, cfg, views, log) if cache is not False else None, SizedLRUCache(min(SizedLRUCache().budget, free_bytes(False)), workers))
+    if ram.use_lmdb or ram.cache_policy == "lmdb": return MemorySource(base, database(dataset, stage, cfg, views, log) if cache is not False else None, SizedLRUCache(min(SizedLRUCache().budget, free_bytes(False)), workers))
     if ram.cache_policy == "labels_only" and not (dataset.train and n):
         if cfg.dataloader.source == "memory": raise PillsnapError("dataloader.source=memory needs a policy that keeps photos", "dataloader.ram_optimization.cache_policy", "hotset or lmdb")
         return base

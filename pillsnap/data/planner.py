@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRAINER_BYTES', 'CUDA_BYTES', 'GPU_BYTES', 'GPU_RATES', 'walk_to_photos', 'render_samples', 'read_rate', 'Probe',
-           'samples', 'probe', 'ram_plan', 'Footprint', 'kept_bytes', 'footprint', 'step_peak', 'gpu_bytes',
+           'unsealed', 'samples', 'probe', 'ram_plan', 'Footprint', 'kept_bytes', 'footprint', 'step_peak', 'gpu_bytes',
            'vram_table', 'gpu_rate', 'StagePlan', 'plan_stage', 'make_plans', 'plot_plans', 'tell', 'plan_command']
 
 # %% ../../nbs/19d_data.planner.ipynb #272fa644
@@ -25,7 +25,7 @@ import psutil
 from PIL import Image
 from fastcore.basics import patch
 
-# %% ../../nbs/19d_data.planner.ipynb #3f2e9ffa
+# %% ../../nbs/19d_data.planner.ipynb #b6e9c695
 from ..core.config import Config, load_config
 from ..core.errors import PillsnapError
 from ..core.processes import processes
@@ -36,6 +36,7 @@ from .images import open_image_safely, reduce_for, whole_view
 from .pack import Pack, Plan, build_pack, make_plan, pack_settings, photo_records
 from .pills import make_catalogue, rng_for
 from .render import Shot, photograph, single_pose
+from .splits import sealed_groups
 from .synth import png_bytes
 
 # %% ../../nbs/19d_data.planner.ipynb #bd89ffd4
@@ -131,7 +132,17 @@ class Probe:
     seconds:float      # how long all this took
     hardware:str=""    # the machine in one line
 
-# %% ../../nbs/19d_data.planner.ipynb #2250b276
+# %% ../../nbs/19d_data.planner.ipynb #3c35e1b9
+def unsealed(
+    run_root:str|Path # a run folder with a manifest
+)->tuple[pd.DataFrame,Path]: # its rows that may be looked at, where the photos are
+    "The manifest without what this run's splits have sealed; before the first split nothing is (SPEC SP4, X74)."
+    df, head = read_manifest(Path(run_root)/"manifest.csv")
+    rows = df[~df["group_id"].isin(sealed_groups(run_root))]
+    if rows.empty: raise PillsnapError("every photo of this run shares a group with a sealed one", run_root, "leave --run out to plan on synthetic photos")
+    return rows, Path(head["root"])
+
+# %% ../../nbs/19d_data.planner.ipynb #cc66f182
 def samples(
     root:str|Path|None,    # a delivery
     run_root:str|Path|None,# a run folder with a manifest
@@ -141,13 +152,14 @@ def samples(
 )->tuple[Path,pd.DataFrame,str]: # where the photos are, their rows, what they are
     "The best photos to try that there are: of a manifest, of a delivery, or rendered."
     if run_root and (Path(run_root)/"manifest.json").exists():
-        df, head = read_manifest(Path(run_root)/"manifest.csv")
-        return Path(head["root"]), df.sample(min(n, len(df)), random_state=0)[["path", "bbox"]], "manifest"
+        rows, where = unsealed(run_root)
+        some = rows["path"].drop_duplicates().sample(min(n, rows["path"].nunique()), random_state=0)
+        return where, rows.loc[rows["path"].isin(some), ["path", "bbox"]], "manifest"
     if root and (paths := walk_to_photos(root, n, cfg.data.extensions)): return Path(root), pd.DataFrame({"path": paths}), "delivery"
     if root: raise PillsnapError("there is no photo here", root, "point --root at the folder that holds data/train, or leave it out to plan on synthetic photos")
     return scratch, render_samples(scratch), "synthetic"
 
-# %% ../../nbs/19d_data.planner.ipynb #9238e681
+# %% ../../nbs/19d_data.planner.ipynb #5589d9ad
 def probe(
     cfg:Config|None=None,         # what will be run; None = two_stage
     root:str|Path|None=None,      # a delivery
@@ -160,7 +172,7 @@ def probe(
     size, home = cfg.data.classification.img_size, next(p for p in (Path(run_root or ".").absolute(), *Path(run_root or ".").absolute().parents) if p.is_dir())
     with TemporaryDirectory(dir=home, prefix=".plan-") as tmp:
         (Path(tmp)/"photos").mkdir(); where, rows, data = samples(root, run_root, cfg, Path(tmp)/"photos")
-        paths, plan = list(rows["path"]), make_plan(rows, **pack_settings(cfg))
+        paths, plan = list(rows["path"].unique()), make_plan(rows, **pack_settings(cfg))
         rate, photo_bytes = read_rate([where/p for p in paths], each)
         head = build_pack(rows, where, Path(tmp)/"pack", workers=1, progress=False, **pack_settings(cfg))
         good = [p for p in paths if not isinstance(Pack(Path(tmp)/"pack").photo(p), dict)]

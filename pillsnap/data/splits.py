@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['GATE_PHOTOS', 'PARTS', 'ROLE_COLOURS', 'lot', 'share_lot', 'tidy_records', 'group_keys', 'line_up', 'places', 'cut',
            'Quota', 'held_share', 'deal_roles', 'fill', 'StagePlan', 'plan_stages', 'number_within', 'sample_stages',
-           'Splits', 'strictest', 'split_records', 'notices', 'records_hash', 'make_splits', 'leave_drugs_out',
-           'family_ratios', 'id_of', 'size_of', 'read_id_folder', 'leave_small_out', 'choose_classes',
-           'manifest_of_ids', 'family_lists', 'preprocessing_config', 'narrow_manifest', 'write_family', 'image_split',
-           'seal', 'write_splits', 'load_splits', 'check_parts', 'reuse_splits', 'StageData', 'missing_photos',
-           'load_stage', 'storage_saving', 'roles_of', 'plot_classes', 'plot_groups', 'plot_neighbours', 'stage_quotas',
-           'check_nested', 'other_records', 'seal_moves', 'SplitsJob', 'Cut', 'decide', 'stage_tree', 'smoke_splits']
+           'combo_stages', 'Splits', 'strictest', 'split_records', 'notices', 'records_hash', 'make_splits',
+           'leave_drugs_out', 'family_ratios', 'id_of', 'size_of', 'read_id_folder', 'leave_small_out',
+           'choose_classes', 'manifest_of_ids', 'family_lists', 'preprocessing_config', 'narrow_manifest',
+           'write_family', 'image_split', 'seal', 'sealed_groups', 'write_splits', 'load_splits', 'check_parts',
+           'reuse_splits', 'StageData', 'missing_photos', 'load_stage', 'storage_saving', 'roles_of', 'plot_classes',
+           'plot_groups', 'plot_neighbours', 'stage_quotas', 'check_nested', 'other_records', 'seal_moves', 'SplitsJob',
+           'Cut', 'decide', 'stage_tree', 'smoke_splits']
 
 # %% ../../nbs/16_data.splits.ipynb #1e7bf6da
 import difflib
@@ -148,7 +149,7 @@ def cut(
     if k < 0: return 0.
     return 2. if k == len(order) or place[order[k]] >= 2 else float(np.nextafter(place[order[k]], 9))
 
-# %% ../../nbs/16_data.splits.ipynb #4ca457b9
+# %% ../../nbs/16_data.splits.ipynb #6ed19426
 GATE_PHOTOS = {0: 200, 1: 2_000, 2: 5_000, 3: 10_000, 4: 10_000}   # evaluation photos a stage's gate asks for (SPEC SG1, X71)
 
 class Quota(NamedTuple):
@@ -157,6 +158,7 @@ class Quota(NamedTuple):
     max_samples:int|None=None   # single photos in train and val together; None = all
     max_classes:int|None=None   # drugs; None = all
     min_eval:int=0              # photos wanted in the evaluation pool
+    max_combos:int|None=None    # combo photos in train and val together; None = all
 
 # %% ../../nbs/16_data.splits.ipynb #b1a48806
 def held_share(
@@ -203,7 +205,7 @@ def deal_roles(
         role[np.flatnonzero(part)[~sealed]] = np.where(x < t, "val", "train")
     return role
 
-# %% ../../nbs/16_data.splits.ipynb #5e4a624f
+# %% ../../nbs/16_data.splits.ipynb #10d15103
 def fill(
     have:np.ndarray,   # photos there are, per drug, in stage order
     least:np.ndarray,  # photos already taken by a smaller stage
@@ -212,7 +214,7 @@ def fill(
     "The same fraction of everything, in whole numbers, that adds up (largest remainders)."
     if total is None or total >= have.sum(): return have.copy()
     least = np.maximum(least, np.minimum(have, 1)) if total >= np.maximum(least, np.minimum(have, 1)).sum() else least
-    if least.sum() > total: raise PillsnapError(f"a stage of {total} photos cannot hold the {least.sum()} of the stage before it", where="data.progressive_validation", fix="max_samples and max_classes must grow from stage to stage")
+    if least.sum() > total: raise PillsnapError(f"a stage of {total} photos cannot hold the {least.sum()} of the stage before it", where="data.progressive_validation", fix="max_samples, max_classes and max_combos must grow from stage to stage")
     lo, hi = 0., 1.
     for _ in range(60):
         mid = (lo + hi) / 2
@@ -279,6 +281,18 @@ def sample_stages(
         pooled[(role == "val") & (number < plan.pool[d])] = plan.quota.stage
     return enters, pooled
 
+# %% ../../nbs/16_data.splits.ipynb #017fe1fd
+def combo_stages(
+    p:pd.DataFrame,         # rows of combos with role and path
+    quotas:Sequence[Quota], # stages from small to large
+    val_ratio:float,        # share of a stage that judges
+    seed:int                # the run's seed
+)->pd.Series:               # smallest stage of each row's photo, 99 where none
+    "The detector's nested quota of combos of any drug (SPEC SP10)."
+    one = p.drop_duplicates("path").assign(class_key="combo")
+    enters, _ = sample_stages(one, ["combo"], [Quota(q.stage, q.max_combos) for q in quotas], val_ratio, seed)
+    return p["path"].map(dict(zip(one["path"], enters)))
+
 # %% ../../nbs/16_data.splits.ipynb #ba4dc604
 @dataclass
 class Splits:
@@ -303,7 +317,7 @@ def strictest(
         role = np.maximum(role, df["class_key"].map(of_drug).fillna(0).astype(int)).groupby(df["group"]).transform("max")
     return role.map(dict(enumerate(order)))
 
-# %% ../../nbs/16_data.splits.ipynb #ad9ca4c9
+# %% ../../nbs/16_data.splits.ipynb #1f9a8954
 def split_records(
     df:pd.DataFrame,                       # tidy records
     ratio:Sequence[float]=(.85, .15),      # train, val; or train, val, test
@@ -321,9 +335,10 @@ def split_records(
     g = line_up(df, seed, stratified and group_by != "drug" and len(drugs) > 1)
     df["role"] = df["group"].map(dict(zip(g.index, deal_roles(g, order, quotas, ratio, test_known_ratio, seed))))
     if group_by == "drug": df["role"] = strictest(df)
-    df["enters"] = df["pooled"] = np.where(df["role"] == "test", 99, quotas[0].stage)   # combos: the detector sees all of them in every stage
-    df.loc[df["role"] != "val", "pooled"] = 99
-    if singles.any(): df.loc[singles, "enters"], df.loc[singles, "pooled"] = sample_stages(df[singles], order, quotas, ratio[1] / (ratio[0] + ratio[1]), seed)
+    judging = ratio[1] / (ratio[0] + ratio[1])
+    df["enters"], df["pooled"] = 99, np.where(df["role"] == "val", quotas[0].stage, 99)
+    if singles.any(): df.loc[singles, "enters"], df.loc[singles, "pooled"] = sample_stages(df[singles], order, quotas, judging, seed)
+    if not singles.all(): df.loc[~singles, "enters"] = combo_stages(df[~singles], quotas, judging, seed)
     return df
 
 # %% ../../nbs/16_data.splits.ipynb #202b8494
@@ -576,6 +591,14 @@ def seal(
     save_json(vouch | {"sha256": digest}, path.with_suffix(".json"))
     return path
 
+# %% ../../nbs/16_data.splits.ipynb #17424e2f
+def sealed_groups(
+    run_root:str|Path # run folder
+)->set[str]:          # capture groups; none before the first split
+    "The groups that this run's splits have sealed, for whoever must pass them by (SPEC SP4, X74)."
+    path = Path(run_root)/"artifacts"/"test_known.csv"
+    return set(_read_table(path)["group_id"]) if path.is_file() else set()
+
 # %% ../../nbs/16_data.splits.ipynb #f1ff1103
 def write_splits(
     splits:Splits,            # one stage's parts
@@ -644,11 +667,11 @@ def reuse_splits(
     test = df[df["group_id"].isin(set(sealed["group_id"]))].reset_index(drop=True)
     return Splits(parts["train"], parts["val"], test, parts["pool"], classes, dict(head["params"]), list(head["notes"]))
 
-# %% ../../nbs/16_data.splits.ipynb #8010cb18
+# %% ../../nbs/16_data.splits.ipynb #61ffa1d9
 @dataclass(frozen=True)
 class StageData:
     "One stage as the later rooms see it."
-    train:pd.DataFrame   # manifest rows that teach: singles of the stage's drugs, combos of any
+    train:pd.DataFrame   # manifest rows that teach: singles of the stage's drugs, its quota of combos of any
     val:pd.DataFrame     # rows that judge during training
     pool:pd.DataFrame    # rows the gate is scored on; val is a part of it
     class_map:ClassMap   # the stage's drugs
@@ -771,7 +794,7 @@ def plot_neighbours(
     title = lambda r: f"{'same series' if r.group_id == biggest else 'another'}\n{r.longitude}°, {r.latitude}° up"
     return show_grid([resize(i, round(i.shape[0]*side/i.shape[1]), side) for _, i in opened if i is not None], [title(r) for r, i in opened if i is not None], cols=7)
 
-# %% ../../nbs/16_data.splits.ipynb #dc0d3217
+# %% ../../nbs/16_data.splits.ipynb #96dd6262
 def stage_quotas(
     cfg:Config # the run's configuration
 )->list[Quota]: # the current stage alone when it is the demo's, else all four
@@ -780,7 +803,7 @@ def stage_quotas(
     if cfg.project.family != "two_stage": return [Quota(p.current_stage, cap, None, cfg.evaluation.min_eval_samples or 0)]
     capped = lambda n: n if cap is None else cap if n is None else min(n, cap)
     gate = lambda i: GATE_PHOTOS[i] if cfg.evaluation.min_eval_samples is None else cfg.evaluation.min_eval_samples
-    return [Quota(i, capped(p.stage(i).max_samples), p.stage(i).max_classes, gate(i)) for i in ((0,) if p.current_stage == 0 else (1, 2, 3, 4))]
+    return [Quota(i, capped(p.stage(i).max_samples), p.stage(i).max_classes, gate(i), p.stage(i).max_combos) for i in ((0,) if p.current_stage == 0 else (1, 2, 3, 4))]
 
 # %% ../../nbs/16_data.splits.ipynb #98cd3d53
 def check_nested(
