@@ -85,16 +85,18 @@ STAGE = textwrap.dedent("""
         def after_batch(self):
             if [self.epoch, self.iter] == stop and not self.rank: os.kill(os.getpid(), 9)
 
-    plain = distributed.shared
-    def watched(cfg):
-        cbs, share = plain(cfg)
-        return [*cbs, Seen(share[0])], share
-    distributed.shared = watched
+    def watched_stage(*args):
+        plain = distributed.shared
+        def watched(cfg):
+            cbs, share = plain(cfg)
+            return [*cbs, Seen(share[0])], share
+        distributed.shared = watched
+        distributed.run_here(*args)
 
     class Alone(ClassifierJob):
         def work(self, run, cfg): return super().work(run, cfg, [Seen(0)])
 
-    if world > 1: distributed.launch(distributed.run_here, ("classifier", run, "smoke", over), world)
+    if world > 1: distributed.launch(watched_stage, ("classifier", run, "smoke", over), world)
     else: Alone(run_dir=run, config="smoke", overrides=tuple(over), epochs=2).run()
 """)
 

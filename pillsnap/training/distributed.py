@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['ROOM', 'LACKS', 'JOBS', 'Distributed', 'bring_together', 'gather_answers', 'count_together', 'Blank', 'apart',
-           'check_loopback', 'child_failed', 'launch', 'Follower', 'resuming_as_the_first', 'SharedClassifierJob',
-           'SharedDetectorJob', 'shared', 'follow', 'check_shared', 'run_here', 'handing_on', 'distributed_command']
+           'check_loopback', 'child_failed', 'fork', 'launch', 'Follower', 'resuming_as_the_first',
+           'SharedClassifierJob', 'SharedDetectorJob', 'shared', 'follow', 'check_shared', 'run_here', 'handing_on',
+           'distributed_command']
 
 # %% ../../nbs/39_training.distributed.ipynb #feba5f7b
 import logging, os, signal, socket, subprocess, sys
@@ -14,19 +15,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# %% ../../nbs/39_training.distributed.ipynb #6ff81500
+# %% ../../nbs/39_training.distributed.ipynb #826cf0d7
+import joblib
 import psutil
 import torch
 from accelerate import Accelerator, PartialState, debug_launcher, notebook_launcher
-from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, gather_object, reduce
 from fastai.callback.core import Callback
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.multiprocessing.spawn import ProcessException
 
-# %% ../../nbs/39_training.distributed.ipynb #e5f70f37
+# %% ../../nbs/39_training.distributed.ipynb #6ef27c03
 from ..core.config import Config, load_config
 from ..core.errors import PillsnapError
+from ..core.processes import processes as fresh
 from ..core.stages import RunFolder, StageJob, StageResult
 from ..data.splits import load_stage
 from .callbacks import Accumulate, Unpack, batch_mass
@@ -145,7 +147,21 @@ def child_failed(
     fix = more.get("to do") or next((v for k, v in LACKS.items() if k in said), "its traceback stands above")
     return PillsnapError(f"process {rank} of {processes} failed: {lines[own].removeprefix('pillsnap.core.errors.PillsnapError: ')}", where=more.get("where"), fix=fix)
 
-# %% ../../nbs/39_training.distributed.ipynb #1411294f
+# %% ../../nbs/39_training.distributed.ipynb #10e0c76c
+def fork(
+    train:Callable[...,Any],  # what each process does
+    args:Sequence[Any],       # with which arguments
+    processes:int             # how many
+)->None:
+    "Start processes as copies of this one."
+    try: (notebook_launcher if torch.cuda.is_available() else debug_launcher)(train, tuple(args), num_processes=processes)
+    except Exception as e:
+        if said := child_failed(e, processes): raise said from e
+        if isinstance(e, FileNotFoundError) and e.filename and Path(e.filename).parent.is_dir(): return   # all went well, and took the meeting-point away
+        if isinstance(e, OSError): raise PillsnapError(f"{processes} processes cannot be started: {e}", fix=next((v for k, v in LACKS.items() if k in str(e)), None)) from e
+        raise
+
+# %% ../../nbs/39_training.distributed.ipynb #66c1b00c
 def launch(
     train:Callable[...,Any],  # what each process does
     args:Sequence[Any]=(),    # with which arguments
@@ -153,13 +169,7 @@ def launch(
 )->None:
     "Start processes from a notebook: one per GPU, or gloo processes on the CPU."
     check_loopback()
-    AcceleratorState._reset_state(reset_partial_state=True)   # a training in this very process left it, and forked ones would believe it
-    try: (notebook_launcher if torch.cuda.is_available() else debug_launcher)(train, tuple(args), num_processes=processes)
-    except Exception as e:
-        if said := child_failed(e, processes): raise said from e
-        if isinstance(e, FileNotFoundError) and e.filename and Path(e.filename).parent.is_dir(): return   # all went well, and took the meeting-point away
-        if isinstance(e, OSError): raise PillsnapError(f"{processes} processes cannot be started: {e}", fix=next((v for k, v in LACKS.items() if k in str(e)), None)) from e
-        raise
+    fresh(2)([joblib.delayed(fork)(train, tuple(args), processes)])   # one job; joblib does a single process's jobs in the caller
 
 # %% ../../nbs/39_training.distributed.ipynb #05963ba6
 class Follower(RunFolder):
