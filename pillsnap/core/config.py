@@ -300,7 +300,7 @@ class TrainClassification(Block):
         if self.head == "arcface" and (self.mixing.mixup or self.mixing.cutmix): raise ValueError("an ArcFace margin belongs to one drug, and a mixed photo has two; switch mixing off, or take head=linear (X53)")
         return self
 
-# %% ../../nbs/02_core.config.ipynb #692a81ce
+# %% ../../nbs/02_core.config.ipynb #d9873093
 class TrainDetection(Block):
     "The detector's training (SPEC DT1-DT3). A null key means the library's default."
     model:str = key("yolo11m", "a YOLO11 size: yolo11n, s, m, l or x")
@@ -311,6 +311,7 @@ class TrainDetection(Block):
     warmup_epochs:float|None = key(None, "warm-up, epochs")
     close_mosaic:int|None = key(None, "last epochs without mosaic")
     cos_lr:bool = key(True, "cosine schedule")
+    amp_dtype:Literal["auto","bf16","fp16","fp32"] = key("auto", "auto: bf16 where supported, else fp16; fp32 on a CPU")
     workers:int = key(0, "loader processes", ge=0)
     auto_batch_tune:bool = key(True, "search the largest batch (CUDA only)")
     auto_batch_max:int = key(16, "cap of that search", ge=1)
@@ -351,11 +352,11 @@ class Train(Block):
             out[name] = {**out[name], **o} if isinstance(o, Mapping) and isinstance(out.get(name), Mapping) else o
         return out
 
-# %% ../../nbs/02_core.config.ipynb #1f820b4a
+# %% ../../nbs/02_core.config.ipynb #fe8f1030
 class Optimization(Block):
     "Speed switches."
     torch_compile:Literal["auto","none","reduce-overhead","max-autotune"] = key("auto", "auto: by stage and feature set; none on CPU (X57)")
-    channels_last:bool = key(True, "memory format of the classifier")
+    channels_last:bool = key(True, "memory format of the networks")
     compile_warmup_steps:int = key(100, "first steps that do not count in the throughput of a compiled network (CT8)", ge=0)
     cuda_graphs:bool = key(False, "needs fixed shapes")
     grad_checkpointing:bool = key(False, "less memory, more time")

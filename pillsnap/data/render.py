@@ -594,75 +594,79 @@ def window(
     return (int(np.clip(x.min()-3, 0, camera.width)), int(np.clip(y.min()-3, 0, camera.height)),
         int(np.clip(x.max()+4, 0, camera.width)), int(np.clip(y.max()+4, 0, camera.height)))
 
-# %% ../../nbs/12a_data.render.ipynb #febc1c72
+# %% ../../nbs/12a_data.render.ipynb #fc4088f1
 def at_points(
     maps:np.ndarray, # a solid's maps
     s:Solid, # the pill's maps
-    uv:np.ndarray    # [n,2] mm
+    uv:np.ndarray    # [2,n] mm
 )->np.ndarray: # [n,channels]
     "Read maps at scattered points (OpenCV's remap takes no more than 32,767 columns, so they are folded)."
-    n, wide = len(uv), 1024
-    folded = np.zeros((-(-n//wide)*wide, 2), f32)
-    folded[:n] = uv
-    folded = folded*f32(s.res)+np.array(s.centre, f32)
-    return cv2.remap(maps, *folded.T.reshape(2, -1, wide), cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE).reshape(len(folded), -1)[:n]
+    n, wide = uv.shape[1], 1024
+    at = np.zeros((2, -(-max(n, 1)//wide)*wide), f32)
+    at[:,:n] = uv*f32(s.res)+np.array(s.centre, f32)[:,None]
+    return cv2.remap(maps, *at.reshape(2, -1, wide), cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE).reshape(at.shape[1], -1)[:n]
 
-# %% ../../nbs/12a_data.render.ipynb #3060e568
+# %% ../../nbs/12a_data.render.ipynb #d5b126f1
 def march(
     s:Solid, # the pill's maps
-    uv:np.ndarray,   # [n,2] where rays meet the table, pill frame, mm
-    lean:np.ndarray, # how far a ray moves per mm of height, pill frame
+    uv:np.ndarray,   # [2,n] where rays meet the table, pill frame, mm
+    lean:np.ndarray, # [2,1] how far a ray moves per mm of height, pill frame
     steps:int=9,     # samples on the way down
     halvings:int=5   # refinements of the first hit
 )->tuple[np.ndarray,np.ndarray]: # [n] height of the first hit, [n] hit or not
     "Walk rays down through the pill's layer, then bisect between the last miss and the first hit."
-    def inside(z):
-        t = at_points(s.shell, s, uv+z[:,None]*lean)
+    def inside(uv, z):
+        t = at_points(s.shell, s, uv+z*lean)
         return (z <= t[:,0]) & (z >= t[:,1]) & (t[:,2] > 0)
     top, dz = f32(s.thick), f32(s.thick/steps)
-    z, hit = np.full(len(uv), -1, f32), np.zeros(len(uv), bool)
+    z, above, rest = np.full(uv.shape[1], -1, f32), np.arange(uv.shape[1]), uv   # a ray that has hit is followed no further
     for k in range(steps+1):
-        new = inside(np.full(len(uv), top-k*dz, f32)) & ~hit
-        z[new] = top-k*dz
-        hit |= new
-    outer = z+dz
+        new = inside(rest, top-k*dz)
+        z[above[new]] = top-k*dz
+        above, rest = above[~new], rest[:,~new]
+    hit = z >= 0
+    low, uv = z[hit], uv[:,hit]
+    outer = low+dz
     for _ in range(halvings):
-        mid = (z+outer)/2
-        ins = inside(mid)
-        z, outer = np.where(ins, mid, z), np.where(ins, outer, mid)
+        mid = (low+outer)/2
+        ins = inside(uv, mid)
+        low, outer = np.where(ins, mid, low), np.where(ins, outer, mid)
+    z[hit] = low
     return z, hit
 
-# %% ../../nbs/12a_data.render.ipynb #d8e1f705
+# %% ../../nbs/12a_data.render.ipynb #0a789059
 def polish(
     s:Solid, # the pill's maps
-    uv:np.ndarray,   # [n,2] rays as in `march`
+    uv:np.ndarray,   # [2,n] rays as in `march`
     lean:np.ndarray, # as in `march`
     high:np.ndarray, # [n] a height outside the pill, if the guess was right
     low:np.ndarray,  # [n] a height inside it, if the guess was right
     rounds:int=3 # refinements
 )->tuple[np.ndarray,np.ndarray]: # [n] heights, [n] whether the surface lay between
     "False position on the depth under the surface: three rounds do what bisection does in seven."
-    def depth(z):
-        t = at_points(s.shell, s, uv+z[:,None]*lean)
+    def depth(uv, z):
+        t = at_points(s.shell, s, uv+z*lean)
         return np.minimum(np.minimum(t[:,0]-z, z-t[:,1]), t[:,2])
-    a, b = depth(high), depth(low)
+    a, b, z = depth(uv, high), depth(uv, low), low.copy()
     ok = (a < 0) & (b >= 0)
+    a, b, high, low, uv = a[ok], b[ok], high[ok], low[ok], uv[:,ok]
     for _ in range(rounds):
-        mid = low+(high-low)*np.clip(b/np.where(ok, b-a, 1), .06, .94)
-        m = depth(mid)
+        mid = low+(high-low)*np.clip(b/(b-a), .06, .94)
+        m = depth(uv, mid)
         ins = m >= 0
         low, b, high, a = np.where(ins, mid, low), np.where(ins, m, b*f32(.6)), np.where(ins, high, mid), np.where(ins, a*f32(.6), m)
-    return low, ok
+    z[ok] = low
+    return z, ok
 
-# %% ../../nbs/12a_data.render.ipynb #5e17ab27
+# %% ../../nbs/12a_data.render.ipynb #08c95748
 def trace(
     s:Solid, # the pill's maps
-    rays:Callable,   # pixel coordinates → [n,2] where their rays meet the table, pill frame, mm
+    rays:Callable,   # pixel coordinates → [2,n] where their rays meet the table, pill frame, mm
     xs:np.ndarray,   # pixel columns to look at
     ys:np.ndarray,   # pixel rows to look at
     lean:np.ndarray, # as in `march`
     coarse:int=4     # the first pass looks at every coarse-th ray
-)->tuple[np.ndarray,np.ndarray,np.ndarray,np.ndarray]: # rows, columns, positions [n,2] and heights of the hits
+)->tuple[np.ndarray,np.ndarray,np.ndarray,np.ndarray]: # rows, columns, positions [2,n] and heights of the hits
     "Find the surface coarsely, then near that guess, and by the long way wherever the guess was wrong."
     cx, cy = np.meshgrid(xs[coarse//2::coarse], ys[coarse//2::coarse])
     z, hit = march(s, rays(cx.ravel(), cy.ravel()), lean, 9, 3)
@@ -673,8 +677,8 @@ def trace(
     uv, g, near = rays(xs[ix], ys[iy]), guess[iy,ix], f32(.07*s.thick)
     z, hit = polish(s, uv, lean, g+near, g-near)
     lost = np.nonzero(~hit)[0]
-    z[lost], hit[lost] = march(s, uv[lost], lean, 30, 4)     # finely: near the rim a ray may only clip a corner
-    return iy[hit], ix[hit], (uv+z[:,None]*lean)[hit], z[hit]
+    z[lost], hit[lost] = march(s, uv[:,lost], lean, 30, 4)     # finely: near the rim a ray may only clip a corner
+    return iy[hit], ix[hit], (uv+z*lean)[:,hit], z[hit]
 
 # %% ../../nbs/12a_data.render.ipynb #73c7e893
 def unit(
@@ -929,7 +933,7 @@ def cast(
     if s.clear: k = k+(m[...,:1]**2*f32(direct*1.25))*s.tint
     photo[y0:y1, x0:x1] *= k
 
-# %% ../../nbs/12a_data.render.ipynb #a5a9da40
+# %% ../../nbs/12a_data.render.ipynb #d1ea593c
 def draw(
     photo:np.ndarray,    # [h,w,3] linear RGB, painted in place
     s:Solid, # the pill's maps
@@ -944,10 +948,10 @@ def draw(
     x0, y0, x1, y1 = window(camera, s, pose)
     if x1 <= x0 or y1 <= y0: return (0,0,0,0)
     xs, ys = (((np.arange(a*ss, b*ss)+.5)/ss-.5).astype(f32) for a,b in ((x0,x1),(y0,y1)))
-    rays = lambda px, py: np.stack(into_frame(pose, *ground(camera, px, py)), 1)
+    rays = lambda px, py: np.stack(into_frame(pose, *ground(camera, px, py)))
     eye = camera.eye-np.array([pose.x, pose.y, s.thick/2])
     view = turned(pose, eye/np.linalg.norm(eye))
-    iy, ix, uv, z = trace(s, rays, xs, ys, (view[:2]/view[2]).astype(f32))
+    iy, ix, uv, z = trace(s, rays, xs, ys, (view[:2,None]/view[2]).astype(f32))
     if not len(z): return (0,0,0,0)
     pick = lambda m: np.ascontiguousarray(at_points(m, s, uv).T)
     rgb = shade(s, normals(s, pick(s.slope), pick(s.shell), z), pick(s.colour), z, turned(pose, towards(lamp)), turned(pose, PANEL), view, lamp, table)

@@ -202,13 +202,13 @@ def loose_box(
     x1, y1 = (min(math.ceil(extent[k]+air[k]), n) for k,n in ((2,shot.width),(3,shot.height)))
     return x0, y0, max(x1-x0, 1), max(y1-y0, 1)
 
-# %% ../../nbs/12b_data.synth.ipynb #da536a8d
+# %% ../../nbs/12b_data.synth.ipynb #ee021dcc
 def png_bytes(
     image:np.ndarray, # uint8 RGB
     length:int=0      # bytes wanted; as they come where the photo needs more
 )->bytes:
     "PNG at a fast setting, filled up with a private chunk (SPEC section 8: sizes must not tell the drug)."
-    raw = cv2.imencode(".png", image[...,::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_HUFFMAN_ONLY])[1].tobytes()
+    raw = cv2.imencode(".png", image[...,::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_HUFFMAN_ONLY, cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_AVG])[1].tobytes()
     gap = length-len(raw)-12
     if gap < 0: return raw
     body = b"fiLl"+bytes(gap)

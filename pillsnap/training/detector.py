@@ -158,7 +158,7 @@ def where_to_train(
     if here != n: raise PillsnapError(f"ultralytics trains on the GPUs of one machine, and {n-here} of {n} processes run on another", where="pillsnap distributed detector", fix="start it on one machine; the classifier trains on several")
     return ",".join(map(str, range(n))) if n > 1 else str(device.index or 0)
 
-# %% ../../nbs/36_training.detector.ipynb #8d7f8b4f
+# %% ../../nbs/36_training.detector.ipynb #076f0c43
 def detector_args(
     cfg:Config,                     # the run's configuration
     tree:Path,                      # the detector's folder of photos and labels
@@ -173,11 +173,11 @@ def detector_args(
     search = d.auto_batch_tune and device.type == "cuda" and "," not in where_to_train(device)
     return dict({k: v for k, v in given.items() if v is not None}, model=f"{yolo_name(d.model)}.yaml", data=str(tree/"data.yaml"), epochs=d.epochs, imgsz=cfg.data.detection.img_size,
         batch=cfg.train.auto_batch_vram_headroom if search else d.batch_size, cos_lr=d.cos_lr, mosaic=a.mosaic, mixup=a.mixup, fliplr=.5*a.hflip, scale=tuple(a.scale), augmentations=[],
-        seed=cfg.train.seed, deterministic=cfg.train.deterministic, workers=d.workers, device=where_to_train(device), amp="bf16" if amp is not None else False,
+        seed=cfg.train.seed, deterministic=cfg.train.deterministic, workers=d.workers, device=where_to_train(device), amp="bf16" if amp is not None and device.type == "cuda" else False, channels_last=None if cfg.optimization.channels_last else False,
         cache="ram" if cfg.dataloader.ram_optimization.cache_policy == "hotset" else False, iou=cfg.data.detection.iou_threshold, max_det=cfg.data.detection.max_detections,
         patience=0, pretrained=False, plots=False, save=True, verbose=False, exist_ok=True, save_dir=str(work), project=str(work.parent), name=work.name)
 
-# %% ../../nbs/36_training.detector.ipynb #222bb26d
+# %% ../../nbs/36_training.detector.ipynb #a62227c1
 class PillTraining:
     "What this project changes in ultralytics' trainer (SPEC DT2, DT6)."
     def __init__(self, plan:TrainPlan):
@@ -189,7 +189,14 @@ class PillTraining:
     def get_dataset(self)->dict[str,Any]:
         return dict(path=self.plan.tree, train=str(self.plan.tree/"images"/"train"), val=str(self.plan.tree/"images"/"val"), nc=1, names={0: "pill"}, channels=3)
 
-    def setup_model(self)->None: self.model = build_yolo_model(self.plan.model)
+    def setup_model(self)->None: self.model = build_yolo_model(self.plan.model).to(memory_format=self.layout())
+
+    def preprocess_batch(self, batch:dict[str,Any])->dict[str,Any]:
+        out = super().preprocess_batch(batch)
+        return out | {"img": out["img"].contiguous(memory_format=self.layout())}
+
+    def layout(self)->torch.memory_format: # on a CPU; on CUDA the library sees to it
+        return torch.channels_last if self.device.type == "cpu" and self.args.channels_last is not False else torch.contiguous_format
 
     def build_dataset(self, img_path:str, mode:str="train", batch:int|None=None)->Any:
         return with_ultralytics("YoloPillPhotos")(img_path=img_path, imgsz=self.args.imgsz, batch_size=batch, augment=mode == "train", hyp=self.args, rect=False, cache=self.args.cache or None, stride=32, pad=0., task="detect", data=self.data)
@@ -236,7 +243,7 @@ def fall(self:PillTraining)->None:
     if self.epochs >= self.plan.short or done <= self._get_warmup_iterations(batches): return
     for g in self.optimizer.param_groups: g["lr"] = g["initial_lr"]*self.lf(done/batches)
 
-# %% ../../nbs/36_training.detector.ipynb #6a92e9c3
+# %% ../../nbs/36_training.detector.ipynb #3950bfad
 @patch
 def _setup_train(self:PillTraining)->None:
     self.scaler = None
@@ -250,6 +257,7 @@ def _setup_train(self:PillTraining)->None:
 def resume_training(self:PillTraining, ckpt:Any)->None:
     "The library's hook for going on, called with everything built; what it would load is not what we saved."
     if self.plan.amp is torch.float16: self.args.amp, self.scaler = True, torch.amp.GradScaler("cuda")
+    if self.device.type == "cpu": self.amp = self.plan.amp is torch.bfloat16   # "bf16" in the library's words needs CUDA; a CPU's autocast is bf16 anyway
     if self.plan.ckpt is not None: self.restore(self.plan.ckpt)
 
 @patch
@@ -552,7 +560,7 @@ def draw_pr(
     plt.close(fig)
     return fig
 
-# %% ../../nbs/36_training.detector.ipynb #5d4c1c12
+# %% ../../nbs/36_training.detector.ipynb #3a937b63
 def make_plan(
     run:RunFolder,  # the run
     cfg:Config      # its configuration
@@ -562,7 +570,7 @@ def make_plan(
     cfg = stage_settings(cfg, cfg.data.progressive_validation.current_stage, run.log, run.tb)   # from here on: what holds in this stage (SPEC X17, X18)
     d, tree, work = cfg.train.detection, stage_tree(run, cfg.data.progressive_validation.current_stage), ensure_dir(run.sub("logs")/"ultralytics")
     photos_in(tree/"images"/"train"); photos_in(tree/"images"/"val")
-    device = pick_device("auto", run.log, run.tb); amp = select_amp_dtype("auto", device, run.log, run.tb)
+    device = pick_device("auto", run.log, run.tb); amp = select_amp_dtype(d.amp_dtype, device, run.log, run.tb)
     load_ultralytics(work)
     args, data_hash, folder, stop = detector_args(cfg, tree, work, device, amp), fingerprint(tree), run.sub("checkpoints")/"detector", d.early_stopping
     if d.auto_batch_tune and args["batch"] >= 1: decide(run.log, f"batch: {d.batch_size} as configured, because {'ultralytics searches on one GPU alone' if ',' in args['device'] else 'there is no GPU memory to search'}", run.tb)
