@@ -240,7 +240,7 @@ def build_classification_model(
     decide(log, f"model: {backbone}, {sum(p.numel() for p in model.parameters())/1e6:.2f} M numbers, {num_classes} drugs in the class map" + (f", {declared} declared" if declared else ""))
     return model.to(memory_format=torch.channels_last) if channels_last else model
 
-# %% ../../nbs/20_models.factory.ipynb #a79b5c36
+# %% ../../nbs/20_models.factory.ipynb #bf64498a
 def load_classifier(
     ckpt_path:str|os.PathLike,     # best.pt or last.pt
     class_map:ClassMap|None=None,  # the map that is expected; None takes the checkpoint's
@@ -254,7 +254,7 @@ def load_classifier(
         model.load_state_dict(ckpt["model_state"])
     except (KeyError, RuntimeError) as e:
         raise PillsnapError(f"this checkpoint does not hold a {ckpt.get('backbone', 'classifier')}: {str(e).splitlines()[0]}", where=ckpt_path, fix="train again, or name another file") from None
-    return model.eval().to(device), cm, int(ckpt["img_size"]), ckpt
+    return model.eval().to(device, memory_format=torch.channels_last), cm, int(ckpt["img_size"]), ckpt
 
 # %% ../../nbs/20_models.factory.ipynb #a9f85c12
 def fresh_classifier_checkpoint(

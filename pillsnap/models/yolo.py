@@ -165,7 +165,7 @@ def load_detector(
         raise PillsnapError(f"this checkpoint does not hold a {ckpt.get('backbone', 'detector')}: {str(e).splitlines()[0]}", where=ckpt_path, fix="train again, or name another file") from None
     return net.eval().requires_grad_(False).to(device), int(ckpt["img_size"]), ckpt
 
-# %% ../../nbs/26_models.yolo.ipynb #6fc60c16
+# %% ../../nbs/26_models.yolo.ipynb #fe4ceeec
 def open_detector(
     ckpt_path:str|os.PathLike,     # best.pt of a detector
     lazy:bool=True,                # cfg.inference.lazy_load_detector
@@ -173,6 +173,8 @@ def open_detector(
     batch:int=16                   # photos per pass
 )->TorchDetector|Lazy: # a runner for `detect` and `predict_pipeline`
     "A detector ready to answer, read at once or on first use (SPEC DT5, X38)."
-    def make(): model, size, _ = load_detector(ckpt_path, device); return TorchDetector(model, size, batch)
+    def make():
+        model, size, _ = load_detector(ckpt_path, device)
+        return TorchDetector(model.fuse(verbose=False).to(memory_format=torch.channels_last), size, batch)
     if lazy and not Path(ckpt_path).is_file(): raise PillsnapError("there is no detector here", where=ckpt_path, fix="run the detector stage first")
     return Lazy(make) if lazy else make()

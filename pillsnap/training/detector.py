@@ -158,7 +158,7 @@ def where_to_train(
     if here != n: raise PillsnapError(f"ultralytics trains on the GPUs of one machine, and {n-here} of {n} processes run on another", where="pillsnap distributed detector", fix="start it on one machine; the classifier trains on several")
     return ",".join(map(str, range(n))) if n > 1 else str(device.index or 0)
 
-# %% ../../nbs/36_training.detector.ipynb #076f0c43
+# %% ../../nbs/36_training.detector.ipynb #bfc818b5
 def detector_args(
     cfg:Config,                     # the run's configuration
     tree:Path,                      # the detector's folder of photos and labels
@@ -170,6 +170,7 @@ def detector_args(
     d, a = cfg.train.detection, cfg.data.augment.detection
     given = dict(lr0=d.lr, optimizer=d.optimizer, warmup_epochs=d.warmup_epochs, close_mosaic=d.close_mosaic)
     if d.lr is not None and d.optimizer is None: raise PillsnapError(f"the learning rate {d.lr:g} would not be used: without an optimizer ultralytics chooses both", where="train.detection.optimizer", fix="name one beside train.detection.lr (SGD, AdamW, MuSGD), or leave both null")
+    if device.type == "cpu" and amp is torch.float16: raise PillsnapError("the detector has no fp16 on a CPU", where="train.detection.amp_dtype", fix="bf16 where the CPU has it, or fp32")
     search = d.auto_batch_tune and device.type == "cuda" and "," not in where_to_train(device)
     return dict({k: v for k, v in given.items() if v is not None}, model=f"{yolo_name(d.model)}.yaml", data=str(tree/"data.yaml"), epochs=d.epochs, imgsz=cfg.data.detection.img_size,
         batch=cfg.train.auto_batch_vram_headroom if search else d.batch_size, cos_lr=d.cos_lr, mosaic=a.mosaic, mixup=a.mixup, fliplr=.5*a.hflip, scale=tuple(a.scale), augmentations=[],
