@@ -7,8 +7,8 @@ __all__ = ['SUBFOLDERS', 'RunFolder', 'StageResult', 'markdown_table', 'somebody
            'read_record', 'pick', 'stale', 'StageJob', 'run_id', 'Stage', 'notebook_parameters', 'check_parameters',
            'in_sync', 'StageFailed', 'resume_command', 'run_stage', 'choose', 'fresh_folder', 'run_pipeline']
 
-# %% ../../nbs/08_core.stages.ipynb #56284318
-import ast, dataclasses, hashlib, importlib, importlib.util, json, logging, os, re, sys, tempfile, time, traceback, uuid
+# %% ../../nbs/08_core.stages.ipynb #21220317
+import ast, atexit, dataclasses, gc, hashlib, importlib, importlib.util, json, logging, os, re, sys, tempfile, time, traceback, uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -241,12 +241,13 @@ def _begin(self:StageJob, run:RunFolder, cfg:Config)->dict[str,Any]:
         config_digest=cfg.digest(), git_sha=get_git_sha(), pillsnap=pillsnap.__version__, python=sys.version.split()[0], hardware=hardware(),
         notebook=os.environ.get("PILLSNAP_NOTEBOOK"), in_sync=os.environ.get("PILLSNAP_IN_SYNC"), inputs={}, outputs={}, error=None)
 
-# %% ../../nbs/08_core.stages.ipynb #c51c659e
+# %% ../../nbs/08_core.stages.ipynb #456abca1
 @patch
 def run(self:StageJob,
     **how:Any # what `work` takes besides
 )->StageResult:
     "Do the stage's work in its folder, alone, and leave a record whatever happens."
+    if "PILLSNAP_NOTEBOOK" in os.environ: atexit.register(gc.freeze)   # a kernel with torch in it would look through all its objects before it leaves: two seconds a stage
     root = Path(self.run_dir).absolute() if self.run_dir else temp_dir(self.name)
     cfg, run = self.cfg_in(root), RunFolder(root, self.name)
     with FolderLock(root):
