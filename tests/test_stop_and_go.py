@@ -169,7 +169,7 @@ def test_the_run_counts_its_memory_errors_and_judges_the_mean_of_its_best(delive
     assert read_json(root/"reports"/"metrics.json")["oom_events"] == 2 and [e["action"] for e in report["oom_events"]] == ["empty_cache", "microbatching"]
     assert "S2 microbatching" in log and any("Memory ran out 2 times" in n for n in res.notes)
     mean, folder = report["averaged"], root/"checkpoints"/"classifier"
-    assert set(mean["epochs"]) == {1, 2} and mean["kept"] == (mean["averaged"] >= mean["best"]) == (folder/"averaged.pt").exists()
+    assert set(mean["epochs"]) == {1, 2} and mean["metric"] == "val_loss" and mean["kept"] == (mean["averaged"] <= mean["best"]) == (folder/"averaged.pt").exists()
     states = [load_ckpt(folder/f"epoch_{e}.pt")["model_state"] for e in mean["epochs"]]
     for k, v in average_weights(states).items():
         if v.is_floating_point(): np.testing.assert_allclose(v, np.mean([s[k].numpy() for s in states], 0), atol=1e-6)
