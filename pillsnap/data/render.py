@@ -606,7 +606,7 @@ def at_points(
     at[:,:n] = uv*f32(s.res)+np.array(s.centre, f32)[:,None]
     return cv2.remap(maps, *at.reshape(2, -1, wide), cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE).reshape(at.shape[1], -1)[:n]
 
-# %% ../../nbs/12a_data.render.ipynb #d5b126f1
+# %% ../../nbs/12a_data.render.ipynb #8cf74100
 def march(
     s:Solid, # the pill's maps
     uv:np.ndarray,   # [2,n] where rays meet the table, pill frame, mm
@@ -624,7 +624,7 @@ def march(
         new = inside(rest, top-k*dz)
         z[above[new]] = top-k*dz
         above, rest = above[~new], rest[:,~new]
-    hit = z >= 0
+    hit = z > -1
     low, uv = z[hit], uv[:,hit]
     outer = low+dz
     for _ in range(halvings):
