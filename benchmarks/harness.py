@@ -12,6 +12,7 @@ Every `benchmarks/bmNN_*.py` builds its input, hands callables to `compare`, and
 
 Each callable runs once to warm up, then `repeats` rounds run them all in turn, so that a busy minute hits everyone; medians count.
 Before each turn it waits until the process and its children rest: what one contender reads ahead must not cost another.
+Where a round lasts under a second, a machine whose speed changes from second to second decides it; such a round is done in parts, in turn (`parts`).
 A callable that returns a float gives its own figure instead of `n / seconds` (milliseconds, megabytes, decibels).
 
 | option of every script | means |
@@ -38,7 +39,7 @@ from typing import Any
 import psutil
 
 RESULTS = Path(__file__).resolve().parent/"results"
-VERSIONS = ("pillsnap", "python", "numpy", "pandas", "pyarrow", "msgspec", "orjson", "joblib", "torch", "torchvision", "pillow", "opencv-python", "simplejpeg", "timm", "ultralytics", "datumaro", "globox", "pylabel", "nvidia-dali-cuda120", "ffcv")
+VERSIONS = ("pillsnap", "python", "numpy", "pandas", "pyarrow", "msgspec", "orjson", "joblib", "torch", "torchvision", "pillow", "opencv-python", "simplejpeg", "isal", "numba", "timm", "ultralytics", "datumaro", "globox", "pylabel", "nvidia-dali-cuda120", "ffcv")
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,17 @@ def _once(row: _Row, n: int) -> float:
     return said if isinstance(said, float) else n/max(seconds, 1e-9)
 
 
+def _in_parts(live: list[_Row], n: int, parts: int) -> list[float]:
+    "One round in which all take turns part by part, each at another part, so that none finds warm what the one before it has just left."
+    seconds = [0.]*len(live)
+    for part in range(parts):
+        for k, row in enumerate(live):
+            t0 = time.perf_counter()
+            row.fn((part+k*parts//len(live)) % parts)
+            seconds[k] += time.perf_counter()-t0
+    return [n/max(s, 1e-9) for s in seconds]
+
+
 def compare(
     id: str,                                                # "BM1"
     what: str,                                              # one line: what is done
@@ -157,15 +169,16 @@ def compare(
     quick: bool = False,                                    # judge nothing, keep nothing
     out: Path = RESULTS,                                    # folder of <id>.json
     extra: Mapping[str, Any] | None = None,                 # further measured values for the JSON
+    parts: int = 0,                                         # of a round; then each callable is given a part's number and does that part alone
 ) -> list[str]:
     "Measure, print the table, write the JSON; returns what missed its ratio, in words."
     reach, rows = dict(reach or {}), _as_rows(ours, peers)
     live = [r for r in rows if r.fn]
-    for r in live:
-        _once(r, n)
+    turn = (lambda: _in_parts(live, n, parts)) if parts else (lambda: [_once(r, n) for r in live])
+    turn()
     for _ in range(repeats):
-        for r in live:
-            r.values.append(_once(r, n))
+        for r, value in zip(live, turn()):
+            r.values.append(value)
     first = rows[0].value
     lines, missed = [], []
     for r in rows:

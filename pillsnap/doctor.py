@@ -14,8 +14,8 @@ from typing import Any, Literal
 # %% ../nbs/89_doctor.ipynb #1423a860
 import psutil
 
-# %% ../nbs/89_doctor.ipynb #1634d659
-PACKAGES = ("torch", "torchvision", "kornia_rs", "simplejpeg", "lmdb", "albumentations", "opencv-python", "opencv-python-headless", "ultralytics", "onnxruntime", "onnxruntime-gpu")
+# %% ../nbs/89_doctor.ipynb #a702ab11
+PACKAGES = ("torch", "torchvision", "isal", "numba", "simplejpeg", "lmdb", "albumentations", "opencv-python", "opencv-python-headless", "ultralytics", "onnxruntime", "onnxruntime-gpu")
 
 def _version(name:str)->str|None: # None when it is not installed
     try: return importlib.metadata.version(name)
@@ -44,7 +44,7 @@ class Finding:
 def _judge(what:str, found:Any, good:bool, advice:str, otherwise:Literal["slow","broken"]="slow")->Finding:
     return Finding(what, str(found), "ok" if good else otherwise, "" if good else advice)
 
-# %% ../nbs/89_doctor.ipynb #7cff5c47
+# %% ../nbs/89_doctor.ipynb #f56c9af1
 def examine(
     facts:dict[str,Any] # of `collect_facts`
 )->list[Finding]:
@@ -55,7 +55,7 @@ def examine(
         _judge("torch and torchvision", f"{p['torch']}, {p['torchvision']}", pair, "pip install -c constraints.txt torch torchvision: 2.11 belongs to 0.26", "broken"),
         _judge("GPU", facts["gpu"] or "none", bool(facts["gpu"]), "update the NVIDIA driver: there is one, and torch finds no GPU" if facts["driver"] else "training works on the CPU, slowly"),
         _judge("OpenCV", ", ".join(k for k in ("opencv-python", "opencv-python-headless") if p[k]) or "none", bool(p["opencv-python"]) and not p["opencv-python-headless"], "keep opencv-python alone: pip uninstall opencv-python-headless; pip install --force-reinstall opencv-python", "broken" if not p["opencv-python"] else "slow"),
-        _judge("PNG decoder", f"kornia_rs {p['kornia_rs']}" if p["kornia_rs"] else "Pillow", bool(p["kornia_rs"]), "pip install kornia_rs: AI Hub's PNGs open about three times as fast (Pillow-SIMD, the old advice, is not needed then)"),
+        _judge("PNG decoder", f"isal {p['isal']}, numba {p['numba']}" if p["isal"] and p["numba"] else "Pillow", bool(p["isal"] and p["numba"]), "pip install isal numba: AI Hub's PNGs open about three times as fast (Pillow-SIMD, the old advice, is not needed then)"),
         _judge("JPEG decoder", f"simplejpeg {p['simplejpeg']}", bool(p["simplejpeg"]), "pip install simplejpeg: the pack is made and read with it", "broken"),
         _judge("open files", f"{facts['open_files']:,}", facts["open_files"] >= 4096, "ulimit -n 65536, in the shell that starts the run"),
         _judge("shared memory", "none" if facts["shm"] is None else f"{facts['shm']/gb:.1f} GB free", facts["shm"] is not None and facts["shm"] > gb, "docker run --shm-size=16g, or loader workers stop with a bus error"),

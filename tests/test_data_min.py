@@ -327,12 +327,13 @@ def test_4_prefetch_per_stage_and_nothing_without_workers(monkeypatch):
 
 
 @pytest.mark.spec("TL5")
-def test_4_png_files_are_opened_by_processes_where_the_decoder_holds_the_lock(monkeypatch):
-    png = MANY.assign(path="a.PNG")
-    for decoder in (None, len):
-        monkeypatch.setattr(L, "decode_image_png_u8", decoder)
-        engines = [L.engine_of(load_config("two_stage", o), rows)[0] for rows, o in ((png, []), (MANY, []), (png, ["pack.enabled=true"]), (png, ["dataloader.ram_optimization.cache_policy=hotset"]), (png, ["dataloader.engine=threads"]))]
-        assert engines == ["processes" if decoder else "threads"] + ["threads"] * 4
+@pytest.mark.parametrize("path", ("a.PNG", "a.jpg"))
+def test_4_threads_open_the_photos_unless_processes_were_asked_for(path):
+    "Every decoder leaves Python's lock while it works."
+    rows = MANY.assign(path=path)
+    for asked, engine, why in (("auto", "threads", "lock"), ("threads", "threads", "as configured"), ("processes", "processes", "as configured")):
+        options, lines = L.loader_options(load_config("two_stage", ["dataloader.num_workers=1", f"dataloader.engine={asked}"]), 1, rows, False)
+        assert options["engine"] == engine and any(x.startswith(f"engine: {engine}") and why in x for x in lines)
 
 
 def test_4_lightning_iterates_it_like_a_plain_loop(stage, cfg):

@@ -207,11 +207,12 @@ def test_the_quick_way_takes_what_is_plain_and_nothing_else(caplog):
     "What a delivery holds goes the quick way; whatever could be turned, recoloured or animated does not."
     quick = {n for n, (b, stage) in BROKEN.items() if open_image_safely(b)["stage"] == "fast"}
     jpegs = {"progressive", "1x1 jpg", "jpg exif 1"}
-    assert quick == jpegs | ({"mode RGB", "1x1", "wide"} if I.decode_image_png_u8 else set())
+    assert quick == jpegs | {"mode RGB", "1x1", "wide"}
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(I, "decode_image_png_u8", None); I._say_slow.cache_clear(); caplog.clear()
+        m.setitem(sys.modules, "pillsnap.data.png", None); I._png_decoder.cache_clear(); caplog.clear()
         for _ in range(3): assert open_image_safely(enc(picture()))["stage"] == "PIL"
-        assert len([x for x in caplog.messages if "kornia_rs is not installed" in x]) == 1, "a slower way is said, once"
+        assert len([x for x in caplog.messages if "PNG photos are read by Pillow" in x]) == 1, "a slower way is said, once"
+    I._png_decoder.cache_clear()
     laced = bytearray(enc(picture())); laced[28] = 1
     assert not I._plain_png(bytes(laced)) and I._plain_png(enc(picture()))
     from pillsnap.data.synth import png_bytes

@@ -345,7 +345,7 @@ def capture(self:Annotation)->Capture|None:
 # %% ../../nbs/11a_data.aihub.ipynb #15838f67
 MAX_JSON_BYTES = 4_000_000
 
-# %% ../../nbs/11a_data.aihub.ipynb #e4436f2a
+# %% ../../nbs/11a_data.aihub.ipynb #eacea62b
 def read_bytes(
     path:str|os.PathLike # a file
 )->bytes|Fault:
@@ -357,21 +357,25 @@ def read_bytes(
         return Fault(printable(path), Reason.UNREADABLE, str(e))
     return raw if len(raw) <= MAX_JSON_BYTES else Fault(printable(path), Reason.UNREADABLE, f"larger than {MAX_JSON_BYTES} bytes")
 
+def _close(files:list[int])->None:
+    "Close files by their numbers; in one call where these follow each other, so that no number of somebody else's lies between."
+    if files and files == [*range(files[0], files[-1]+1)]: os.closerange(files[0], files[-1]+1)
+    else:
+        for f in files: os.close(f)
+
 def read_lot(
     names:Sequence[str],  # of files
     folder:int|None=None  # the open folder in which they lie; None = they are paths
 )->list[bytes]:           # empty for a file that is empty, not there, or larger than four kilobytes: to be asked for by its path
     "Many small files' bytes, with as little as possible done for each."
-    got, open_, read, close = [], os.open, os.read, os.close
-    for name in names:
-        raw = b""
-        try:
-            fd = open_(name, os.O_RDONLY, dir_fd=folder)
-            try: raw = read(fd, 4096)
-            finally: close(fd)
-        except (OSError, ValueError): pass
-        got.append(raw if len(raw) < 4096 else b"")
-    return got
+    got, files, open_, read = None, [], os.open, os.read
+    try:
+        for name in names: files.append(open_(name, os.O_RDONLY, dir_fd=folder))
+        got = [read(f, 4096) for f in files]
+    except (OSError, ValueError): pass   # because of one of them
+    finally: _close(files)
+    if got is None: return [b""] if len(names) == 1 else [raw for name in names for raw in read_lot([name], folder)]
+    return [raw if len(raw) < 4096 else b"" for raw in got]
 
 # %% ../../nbs/11a_data.aihub.ipynb #3744ec5f
 def decode_text(
@@ -456,7 +460,7 @@ class Reader:
 
 _NOTHING, _BRACE, _STARTS = (b"\0", None, ""), ord("}"), (b'{\n    "images"', b'{\n\t"images"', b'{"images"')
 
-# %% ../../nbs/11a_data.aihub.ipynb #af36b0d7
+# %% ../../nbs/11a_data.aihub.ipynb #8b0458df
 @patch
 def read(self:Reader,
     path:str, # one JSON file
@@ -471,12 +475,12 @@ def read(self:Reader,
             if not tail.isascii() or _BRACE in head or not head.startswith(_STARTS): (head+tail).decode()   # within images[0] every key is known and msgspec looks at each byte; elsewhere it skips
             doc = _rest(head+tail)
         except _TROUBLE: return self.parse(path, raw, at)
-        (p,), (box,) = doc.images, doc.annotations
+        p, box = doc.images[0], doc.annotations[0]
         if p.drug_N == code and 0 < p.width < 100_000 and 0 < p.height < 100_000 and p.file_name.strip():
             return Annotation(path, p, drug, [box.bbox], [box.area], p.width, p.height, "utf-8", True)
     return self.parse(path, raw, at)
 
-# %% ../../nbs/11a_data.aihub.ipynb #7c4caea0
+# %% ../../nbs/11a_data.aihub.ipynb #c511351f
 @contextmanager
 def _opened(folder:str)->Iterator[int]:
     "A folder by a number; -1 where it cannot be opened, in which nothing is found."
@@ -497,7 +501,8 @@ def folder(self:Reader,
     with nullcontext() if few else _opened(folder) as at:
         for k in range(0, len(names), ahead):
             lot = names[k:k+ahead]; paths = [start+n for n in lot]
-            for path, raw in zip(paths, read_lot(paths if few else lot, at)): yield self.read(path, raw) if raw else self(path)
+            raws = read_lot(paths if few else lot, at)
+            yield from map(self.read, paths, raws) if all(raws) else (self.read(p, raw) if raw else self(p) for p, raw in zip(paths, raws))
 
 # %% ../../nbs/11a_data.aihub.ipynb #e2e3b256
 @patch

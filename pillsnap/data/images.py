@@ -7,7 +7,7 @@ __all__ = ['MAX_PIXELS', 'MAX_BYTES', 'IMAGENET_MEAN', 'IMAGENET_STD', 'header_s
            'open_image_safely', 'resize', 'whole_view', 'crop_square', 'crop_view', 'psnr', 'ssim', 'reduce_for',
            'normalise']
 
-# %% ../../nbs/13_data.images.ipynb #0b15d9f9
+# %% ../../nbs/13_data.images.ipynb #e14d907e
 import ctypes
 import errno
 import io
@@ -16,16 +16,13 @@ import os
 import platform
 import struct
 import zlib
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
 from ..core.errors import PillsnapError
-
-# %% ../../nbs/13_data.images.ipynb #756bf12f
-try: from kornia_rs.io import decode_image_png_u8
-except ImportError: decode_image_png_u8 = None   # Pillow then reads every PNG: the same bytes, two to three times slower
 
 # %% ../../nbs/13_data.images.ipynb #0f954762
 MAX_PIXELS = 64_000_000   # (ours) fifty of the delivery's photos; a 64 MP phone picture still passes
@@ -122,16 +119,20 @@ def _plain_jpeg(b:bytes)->bool:
     if b"\xff\xe1" not in b[:b.find(b"\xff\xda")]: return True   # no EXIF or XMP segment
     with Image.open(io.BytesIO(b), formats=("JPEG",)) as im: return im.getexif().get(0x0112, 1) == 1
 
-# %% ../../nbs/13_data.images.ipynb #d0c2847c
+# %% ../../nbs/13_data.images.ipynb #1051963d
 _log = logging.getLogger("pillsnap.images")
 
 class _NotPlain(Exception):
     "A photo for the patient way."
 
-def _first_rows(b:bytes, rows:int)->bytes:
-    "A plain PNG that ends after some rows: so its header says, and the decoder stops there."
-    head = b[12:20] + rows.to_bytes(4, "big") + b[24:29]
-    return b"".join((b[:12], head, zlib.crc32(head).to_bytes(4, "big"), memoryview(b)[33:]))   # megabytes, copied once
+@cache
+def _png_decoder()->Callable|None:
+    "The quick decoder, where it can be had here; else one line in the log says why Pillow reads every PNG."
+    try: from pillsnap.data.png import unpack_png
+    except Exception as e:   # a package is missing, or too old for another; or the compiler found nowhere to keep its work
+        _log.warning("PNG photos are read by Pillow, with the same pixels, two to three times slower: %s", e)
+        return None
+    return unpack_png
 
 def _by_fast(b:bytes, max_pixels:int, grayscale_policy:str, rgba_policy:str, reduce:int, rows:int|None=None)->np.ndarray:
     "Decode a plain photo; the bound was checked by its header, and no policy can concern it."
@@ -141,14 +142,8 @@ def _by_fast(b:bytes, max_pixels:int, grayscale_policy:str, rgba_policy:str, red
         img = simplejpeg.decode_jpeg(b, min_height=h, min_width=w, strict=True)
         if img.shape == (h, w, 3): return img
     elif b[:4] == b"\x89PNG" and _plain_png(b):
-        w, h = size
-        if rows and rows < h and decode_image_png_u8: b, h = _first_rows(b, rows), rows
-        if decode_image_png_u8: return shrink(decode_image_png_u8(b, (h, w), "rgb"), reduce)
-        _say_slow()
+        if unpack := _png_decoder(): return shrink(unpack(b, rows), reduce)
     raise _NotPlain
-
-@cache
-def _say_slow()->None: _log.warning("kornia_rs is not installed: PNG photos are read by Pillow, with the same pixels, two to three times slower")
 
 # %% ../../nbs/13_data.images.ipynb #11790cbc
 @cache

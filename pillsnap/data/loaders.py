@@ -6,10 +6,9 @@
 __all__ = ['AUTOTUNE_WARMUP', 'AUTOTUNE_STEPS', 'memory_efficient_loader', 'build_dataloaders', 'Buffers', 'PhotoLoader',
            'init_worker', 'worker_count', 'worker_candidates', 'data_time', 'autotune_num_workers', 'policies_of',
            'preload_count', 'teaching_rows', 'pack_of', 'base_source', 'hotset', 'preload_stage_data', 'database',
-           'source_of', 'classification_set', 'engine_of', 'loader_options', 'batch_size_of', 'validation_loader',
-           'processes_of', 'photos_per_batch', 'training_order', 'tuned', 'build_classification_loaders', 'caches_of',
-           'loader_meta', 'summary', 'build_detection_loaders', 'build_dataloaders_by_mode',
-           'build_dataloaders_twostage']
+           'source_of', 'classification_set', 'loader_options', 'batch_size_of', 'validation_loader', 'processes_of',
+           'photos_per_batch', 'training_order', 'tuned', 'build_classification_loaders', 'caches_of', 'loader_meta',
+           'summary', 'build_detection_loaders', 'build_dataloaders_by_mode', 'build_dataloaders_twostage']
 
 # %% ../../nbs/19a_data.loaders.ipynb #4402d687
 import itertools
@@ -33,7 +32,7 @@ import torch
 from fastcore.basics import patch
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
-# %% ../../nbs/19a_data.loaders.ipynb #cbf0f8db
+# %% ../../nbs/19a_data.loaders.ipynb #8489e453
 from ..core.config import Config
 from ..core.errors import PillsnapError
 from ..core.files import sha256_text
@@ -41,7 +40,6 @@ from ..core.log import TBWriter, decide
 from .augment import dangers
 from .caches import LMDBImageCache, PhotoCache, SizedLRUCache, View, free_bytes
 from .datasets import DeliverySource, Looks, MemorySource, PackSource, PillsnapClsDataset, PillsnapDetDataset, Source, dataset_views, lmdb_converter, safe_collate_detection
-from .images import decode_image_png_u8
 from .pack import Pack, pack_settings, stage_pack
 from .sampling import BalancedBatchSampler, EpochSampler, earlier_visits, effective_batch, rare_more_often
 from .splits import StageData, family_ratios
@@ -516,18 +514,7 @@ def classification_set(
     d.source = source_of(d, rows, stage, cfg, keep, cache, workers, log)
     return d
 
-# %% ../../nbs/19a_data.loaders.ipynb #47a5f29d
-def engine_of(
-    cfg:Config,           # dataloader, pack
-    rows:pd.DataFrame     # of the set
-)->tuple[str,str]:        # the engine, and why
-    "Threads, unless the decoder would make them wait for each other (SPEC section 6)."
-    d = cfg.dataloader
-    if d.engine != "auto": return d.engine, "as configured"
-    files = not cfg.pack.enabled and d.source in ("auto", "delivery") and d.ram_optimization.cache_policy == "labels_only"
-    if files and decode_image_png_u8 and rows["path"].str.lower().str.endswith(".png").mean() > .5: return "processes", "the fast PNG decoder holds Python's lock"
-    return "threads", "the decoders let go of Python's lock"
-
+# %% ../../nbs/19a_data.loaders.ipynb #86ea175f
 def loader_options(
     cfg:Config,         # dataloader, train.stage_overrides
     stage:int,          # prefetching and workers may hang on it
@@ -537,8 +524,9 @@ def loader_options(
     "The configuration's loader keys, as far as this machine can honour them (SPEC TL5, X14, X15)."
     d, over = cfg.dataloader, cfg.train.stage_overrides.get(f"stage_{stage}")
     wanted = d.num_workers if over is None or over.num_workers_override is None else over.num_workers_override
-    (n, why), (engine, because), gpu = worker_count(wanted, len(rows), cached), engine_of(cfg, rows), torch.cuda.is_available()
-    lines = [why] + ([f"engine: {engine}, because {because}"] if n else [])
+    (n, why), gpu = worker_count(wanted, len(rows), cached), torch.cuda.is_available()
+    engine, because = ("threads", "because the decoders let go of Python's lock") if d.engine == "auto" else (d.engine, "as configured")
+    lines = [why] + ([f"engine: {engine}, {because}"] if n else [])
     if d.pin_memory and not gpu: lines.append("pin_memory: off, there is no CUDA device")
     if d.pin_memory and gpu: lines.append(f"pin_memory_device: {d.pin_memory_device} is not passed on, torch pins for the current device")
     prefetch = d.prefetch_per_stage.get(stage, d.prefetch_factor) if n else None

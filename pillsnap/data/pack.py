@@ -302,11 +302,11 @@ def _close(plan:Plan, out:Path)->None:
             "index": sha256_file(out/"index.arrow"), "versions": _versions()}
     save_json(head | {"sha256": sha256_text(canonical_json(head))}, out/"pack.json")
 
-# %% ../../nbs/13c_data.pack.ipynb #0f4551c2
+# %% ../../nbs/13c_data.pack.ipynb #414121c6
 def _versions()->dict[str,str]:
     "The libraries that had a hand in the bytes."
     there = {"pillsnap": pillsnap.__version__}
-    for name in ("simplejpeg", "kornia_rs", "pillow", "opencv-python", "numpy", "pyarrow"):
+    for name in ("simplejpeg", "isal", "numba", "pillow", "opencv-python", "numpy", "pyarrow"):
         try: there[name] = version(name)
         except PackageNotFoundError: there[name] = "absent"
     return there
