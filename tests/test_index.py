@@ -68,6 +68,24 @@ def test_a_drugs_words_are_believed_byte_for_byte_only(labels, tmp_path):
     assert "다른 약" in p.read_text("utf-8") and read(p).drug.dl_name == "다른 약", "a key told twice is not overlooked"
 
 
+@pytest.mark.spec("BM1")
+def test_drugs_in_turn_and_words_in_other_places_are_read_as_alone(labels, tmp_path):
+    "A reader looks first where the file before had its drug's words."
+    by_drug = {}
+    for f in label_files(labels/"data/train/labels/single")[0]: by_drug.setdefault(Path(f).parent.name, []).append(Path(f).read_text("utf-8"))
+    texts = [t for turn in zip(*list(by_drug.values())[:3]) for t in turn][:24]
+    assert len({aihub.parse_json(t)["images"][0]["drug_N"] for t in texts}) == 3
+    shifted = [t.replace('"drug_S": "', '"drug_S": "'+"x"*(k % 3)) for k, t in enumerate(texts)]
+    before = [t.replace('"imgfile":', '"dl_idx": "7",\n"imgfile":') for t in texts[:3]]      # the first of two, which JSON lets the second replace
+    within = [t.replace('"drug_S": "', '"drug_S": "\\"dl_idx\\"') for t in texts[:3]]
+    read = aihub.Reader()
+    for k, t in enumerate([*texts, *shifted, *before, *texts[:3], *within]):
+        p = tmp_path/f"{k}.json"; p.write_text(t, encoding="utf-8")
+        got, alone = read(p), aihub._by_hand(p, p.read_bytes())
+        assert (got.photo, got.drug, got.boxes) == (alone.photo, alone.drug, alone.boxes), k
+    assert read.last[0] > 200 and len(read.known) == 3
+
+
 @pytest.mark.spec("BM2", "DM9")
 def test_plain_photos_and_looked_at_photos_give_the_same(faulty, monkeypatch):
     root, _, _ = faulty

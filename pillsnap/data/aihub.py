@@ -345,7 +345,7 @@ def capture(self:Annotation)->Capture|None:
 # %% ../../nbs/11a_data.aihub.ipynb #15838f67
 MAX_JSON_BYTES = 4_000_000
 
-# %% ../../nbs/11a_data.aihub.ipynb #eacea62b
+# %% ../../nbs/11a_data.aihub.ipynb #0e091a4b
 def read_bytes(
     path:str|os.PathLike # a file
 )->bytes|Fault:
@@ -375,7 +375,7 @@ def read_lot(
     except (OSError, ValueError): pass   # because of one of them
     finally: _close(files)
     if got is None: return [b""] if len(names) == 1 else [raw for name in names for raw in read_lot([name], folder)]
-    return [raw if len(raw) < 4096 else b"" for raw in got]
+    return got if max(map(len, got), default=0) < 4096 else [raw if len(raw) < 4096 else b"" for raw in got]
 
 # %% ../../nbs/11a_data.aihub.ipynb #3744ec5f
 def decode_text(
@@ -446,10 +446,12 @@ class _Rest(msgspec.Struct, gc=False):
 _whole, _rest, _KCODE = msgspec.json.Decoder(_Whole).decode, msgspec.json.Decoder(_Rest).decode, re.compile(r"K-\d{6}", re.ASCII)
 _TROUBLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
-# %% ../../nbs/11a_data.aihub.ipynb #336b0daa
+# %% ../../nbs/11a_data.aihub.ipynb #d98e5aa9
 class Reader:
     "Reads annotation files, each drug's words once (SPEC DM1, DM9, RS3, BM1)."
-    def __init__(self): self.known = {} # '"dl_idx": "572", "dl_ma' → what stands from there to "id", what it tells, drug_N
+    def __init__(self):
+        self.known = {}           # '"dl_idx": "572", "dl_ma' → what stands from there to "id", what it tells, drug_N
+        self.last = 0, *_NOTHING  # where the file before had it, and these three
 
     def __call__(self,
         path:str|os.PathLike # one JSON file
@@ -458,26 +460,29 @@ class Reader:
         if isinstance(raw, Fault): return raw
         return self.read(os.fspath(path), raw) if raw else _by_hand(path, raw)
 
-_NOTHING, _BRACE, _STARTS = (b"\0", None, ""), ord("}"), (b'{\n    "images"', b'{\n\t"images"', b'{"images"')
+_NOTHING, _BRACE, _STARTS = (b"\0", None, None), ord("}"), (b'{\n    "images"', b'{\n\t"images"', b'{"images"')
 
-# %% ../../nbs/11a_data.aihub.ipynb #8b0458df
+# %% ../../nbs/11a_data.aihub.ipynb #9575c2b8
 @patch
 def read(self:Reader,
     path:str, # one JSON file
     raw:bytes # its content
 )->Annotation|Fault: # never raises, whatever the bytes are
     "Compare the drug's words, parse the rest."
-    at = raw.find(b'"dl_idx"', 200)   # the photo's keys come first, and take more
-    words, drug, code = self.known.get(raw[at:at+24], _NOTHING)
-    if raw.startswith(words, at):
-        head, tail = raw[:at], raw[at+len(words):]
-        try:
-            if not tail.isascii() or _BRACE in head or not head.startswith(_STARTS): (head+tail).decode()   # within images[0] every key is known and msgspec looks at each byte; elsewhere it skips
-            doc = _rest(head+tail)
-        except _TROUBLE: return self.parse(path, raw, at)
-        p, box = doc.images[0], doc.annotations[0]
-        if p.drug_N == code and 0 < p.width < 100_000 and 0 < p.height < 100_000 and p.file_name.strip():
-            return Annotation(path, p, drug, [box.bbox], [box.area], p.width, p.height, "utf-8", True)
+    at, words, drug, code = self.last
+    if not raw.startswith(words, at):
+        at = raw.find(b'"dl_idx"', 200)   # the photo's keys come first, and take more
+        words, drug, code = self.known.get(raw[at:at+24], _NOTHING)
+        if not raw.startswith(words, at): return self.parse(path, raw, at)
+        self.last = at, words, drug, code
+    head, tail = raw[:at], raw[at+len(words):]
+    try:
+        if not tail.isascii() or _BRACE in head or not head.startswith(_STARTS): (head+tail).decode()   # within images[0] every key is known and msgspec looks at each byte; elsewhere it skips
+        doc = _rest(head+tail)
+    except _TROUBLE: return self.parse(path, raw, at)
+    p, box = doc.images[0], doc.annotations[0]
+    if p.drug_N == code and 0 < p.width < 100_000 and 0 < p.height < 100_000 and p.file_name.strip():
+        return Annotation(path, p, drug, [box.bbox], [box.area], p.width, p.height, "utf-8", True)
     return self.parse(path, raw, at)
 
 # %% ../../nbs/11a_data.aihub.ipynb #c511351f
