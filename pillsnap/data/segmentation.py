@@ -165,17 +165,17 @@ def collate_masks(
     _log.warning("all %d photos of a batch were skipped, the first because %s", len(bad), bad[0]["error"] if bad else "there were none")
     return torch.empty(0, 3, 0, 0), torch.empty(0, 0, 0, dtype=torch.int64), meta
 
-# %% ../../nbs/19b_data.segmentation.ipynb #415c2015
+# %% ../../nbs/19b_data.segmentation.ipynb #81e8aa74
 def dice_loss(
     logits:torch.Tensor, # [B, C, H, W]
     mask:torch.Tensor,   # [B, H, W] int64, IGNORE where nothing is known
     smooth:float=1.      # keeps an absent class from dividing by nothing
-)->torch.Tensor:         # 0 perfect, 1 nothing right
+)->torch.Tensor:         # 0 perfect, or nothing known; 1 nothing right
     "1 − mean soft Dice over the classes that are there (Milletari et al. 2016)."
     known = (mask != IGNORE)[:, None]
     p, t = logits.softmax(1) * known, F.one_hot(mask.where(mask != IGNORE, 0), logits.shape[1]).movedim(-1, 1) * known
-    both, size = (p * t).sum((0, 2, 3)), (p + t).sum((0, 2, 3))
-    return 1 - ((2 * both + smooth) / (size + smooth))[t.sum((0, 2, 3)) > 0].mean()
+    both, size, there = (p * t).sum((0, 2, 3)), (p + t).sum((0, 2, 3)), t.sum((0, 2, 3)) > 0
+    return ((1 - (2 * both + smooth) / (size + smooth)) * there).sum() / there.sum().clamp(min=1)
 
 class CEDiceLoss(nn.Module):
     "Cross-entropy plus Dice (SPEC DM12)."
@@ -183,7 +183,7 @@ class CEDiceLoss(nn.Module):
         dice:float=1. # weight of the Dice term
     ): super().__init__(); self.dice = dice
     def forward(self, logits:torch.Tensor, mask:torch.Tensor)->torch.Tensor:
-        return F.cross_entropy(logits, mask, ignore_index=IGNORE) + self.dice * dice_loss(logits, mask)
+        return F.cross_entropy(logits, mask, ignore_index=IGNORE, reduction="sum") / (mask != IGNORE).sum().clamp(min=1) + self.dice * dice_loss(logits, mask)
 
 # %% ../../nbs/19b_data.segmentation.ipynb #e16e0f07
 def confusion_of(
