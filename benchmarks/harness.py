@@ -22,6 +22,7 @@ A callable that returns a float gives its own figure instead of `n / seconds` (m
 | `--out DIR` | where `<ID>.json` goes, `benchmarks/results` |
 """
 import argparse
+import gc
 import importlib
 import importlib.metadata
 import json
@@ -176,6 +177,8 @@ def compare(
     live = [r for r in rows if r.fn]
     turn = (lambda: _in_parts(live, n, parts)) if parts else (lambda: [_once(r, n) for r in live])
     turn()
+    gc.collect()
+    gc.freeze()   # what the contenders' libraries keep is not looked through again and again in somebody's time
     for _ in range(repeats):
         for r, value in zip(live, turn()):
             r.values.append(value)

@@ -29,12 +29,12 @@ def epoch(loader: Any, n: int) -> Callable[[], None]:
 
 
 def image_folder(root: Path, n: int) -> Callable[[], None]:
-    "torchvision: ImageFolder, v2's random crop and mirror on bytes, DataLoader with as many workers."
+    "torchvision: ImageFolder, v2's random crop and mirror on bytes, DataLoader with as many workers, started afresh: a copy of this process would come with the heap that our decoder has set."
     from torch.utils.data import DataLoader
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import v2
     chain = v2.Compose([v2.ToImage(), v2.RandomResizedCrop(SIZE, (.8, 1.), (.9, 1.1), antialias=True), v2.RandomHorizontalFlip()])
-    return epoch(DataLoader(ImageFolder(str(root), chain), BATCH, shuffle=True, num_workers=WORKERS, persistent_workers=True, prefetch_factor=3), n)
+    return epoch(DataLoader(ImageFolder(str(root), chain), BATCH, shuffle=True, num_workers=WORKERS, persistent_workers=True, prefetch_factor=3, multiprocessing_context="spawn"), n)
 
 
 def dali(root: Path, rows: pd.DataFrame, n: int) -> Callable[[], None] | str:

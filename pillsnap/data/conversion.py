@@ -390,34 +390,37 @@ def yolo_lines(
     parts = _six_places(np.hstack([(boxes[:,:2]+boxes[:,2:]/2)/sizes, boxes[:,2:]/sizes]).clip(0, 1))
     return [f"{c}{text}\n" for c,text in zip(classes if classes is not None else [0]*len(boxes), parts)]
 
-# %% ../../nbs/14_data.conversion.ipynb #d7626c4a
+# %% ../../nbs/14_data.conversion.ipynb #5d90b3e0
 def _quick_text(text:str, path:Path)->Path:
     "A text that is cheap to make again: whole or absent, but not forced to the disk with thousands of fresh labels beside it."
     with atomic_path(path, durable=False) as tmp: tmp.write_text(text, encoding="utf-8")
     return path
 
-_WRITERS = 2   # a file is made in the system and not in Python: threads overlap
+_WRITERS, _AT_ONCE = 2, 512   # a file is made in the system and not in Python: while one thread waits for it, the other writes out its numbers
 
 def write_labels(
     folder:str|os.PathLike, # which exists
-    names:Iterable[str],    # of the photos without ending, sorted: equal ones are neighbours
-    lines:Iterable[str]     # one for each name
+    names:Sequence[str],    # of the photo of each box, without ending, sorted: equal ones are neighbours
+    boxes:np.ndarray,       # [n, 4] x, y, w, h, pixels
+    sizes:np.ndarray,       # [n, 2] width and height of the photo of each, pixels
+    classes:Sequence[int]|None=None # class number of each; None = 0, a pill
 )->int: # files
     "One text file per photo."
-    names, lines = list(names), list(lines)
     edges = [k for k in range(len(names)) if not k or names[k] != names[k-1]]+[len(names)]
     def some(edges:list[int])->None:
+        first, last = edges[0], edges[-1]
+        lines = yolo_lines(boxes[first:last], sizes[first:last], classes and classes[first:last])
         for a, b in pairwise(edges):
             fd = os.open(f"{folder}{os.sep}{names[a]}.txt", os.O_WRONLY|os.O_CREAT|os.O_TRUNC, 0o644)
-            try: os.write(fd, "".join(lines[a:b]).encode())
+            try: os.write(fd, "".join(lines[a-first:b-first]).encode())
             finally: os.close(fd)
-    n = len(edges)-1; cuts = [n*k//_WRITERS for k in range(_WRITERS+1)]
+    n = len(edges)-1
     try:
-        with ThreadPoolExecutor(_WRITERS) as pool: list(pool.map(some, [edges[a:b+1] for a, b in pairwise(cuts)]))
+        with ThreadPoolExecutor(_WRITERS) as pool: list(pool.map(some, [edges[k:k+_AT_ONCE+1] for k in range(0, n, _AT_ONCE)]))
     except OSError as e: raise os_trouble("a label file cannot be written", folder, e) from e
     return n
 
-# %% ../../nbs/14_data.conversion.ipynb #70c57e81
+# %% ../../nbs/14_data.conversion.ipynb #d516af69
 class _CocoImage(msgspec.Struct, gc=False):
     "One photo of a COCO file."
     id:int|str    # its number
@@ -429,7 +432,7 @@ class _CocoBox(msgspec.Struct, gc=False):
     "One annotation of a COCO file."
     image_id:int|str  # the photo's number
     category_id:int   # the category's number
-    bbox:list[float]  # x, y, w, h
+    bbox:tuple[float,...] # x, y, w, h
     iscrowd:int=0     # 1: a region, no object
 
 class _CocoCategory(msgspec.Struct, gc=False):
@@ -443,7 +446,7 @@ class _Coco(msgspec.Struct, gc=False):
     annotations:list[_CocoBox]      # boxes
     categories:list[_CocoCategory]  # classes
 
-# %% ../../nbs/14_data.conversion.ipynb #630856ed
+# %% ../../nbs/14_data.conversion.ipynb #a6ca90fe
 def read_coco(
     path:str|os.PathLike # a COCO file
 )->_Coco:
@@ -469,7 +472,7 @@ def coco_to_yolo(
     order = np.flatnonzero(good)[np.argsort(photo[good], kind="stable")]
     stems = [(name := im.file_name.rpartition("/")[2]).rpartition(".")[0] or name for im in c.images]
     if len(set(stems)) < len(stems): raise PillsnapError("two photos of this COCO file have one name", where=coco_json, fix="their labels would overwrite each other: rename them")
-    write_labels(folder, (stems[i] for i in photo[order].tolist()), yolo_lines(xywh[order], size[order], kind[order].tolist()))
+    write_labels(folder, [stems[i] for i in photo[order].tolist()], xywh[order], size[order], kind[order].tolist())
     if lost := len(c.annotations)-len(order): (log or logging.getLogger("pillsnap.conversion")).warning("%d of %d annotations are no box within their photo, and were left out", lost, len(c.annotations))
     return _quick_text(f"train: images\nval: images\nnc: {len(names)}\nnames: {json.dumps(list(names.values()), ensure_ascii=False)}\n", Path(out_dir)/"data.yaml")
 
@@ -496,7 +499,7 @@ def place(
 # %% ../../nbs/14_data.conversion.ipynb #9394f924
 DATA_YAML = "train: images/train\nval: images/val\nnc: 1\nnames: [pill]\n"
 
-# %% ../../nbs/14_data.conversion.ipynb #0713134e
+# %% ../../nbs/14_data.conversion.ipynb #19a38759
 def write_yolo_tree(
     df:pd.DataFrame,                    # manifest rows
     root:str|os.PathLike,               # the delivery's root
@@ -514,7 +517,7 @@ def write_yolo_tree(
     side = df.path.map(split_of.get) if split_of is not None else pd.Series("train", df.index)
     for split in ("train","val"):
         rows = df[side == split]; stems = [os.path.splitext(os.path.basename(p))[0] for p in rows.path]
-        write_labels(folders["labels", split], stems, yolo_lines(json.loads(f"[{','.join(rows.bbox)}]"), rows[["width","height"]].to_numpy()))
+        write_labels(folders["labels", split], stems, json.loads(f"[{','.join(rows.bbox)}]"), rows[["width","height"]].to_numpy())
         for path in rows.path.unique(): how[place(f"{os.fspath(root)}/{path}", f"{folders['images', split]}/{os.path.basename(path)}")] += 1
     _quick_text(DATA_YAML, new/"data.yaml")
     if set(how) - {"symlink"}: (log or logging.getLogger("pillsnap.conversion")).warning("this file system makes no symbolic links: photos are shown by %s", dict(how))
