@@ -1,0 +1,103 @@
+"""Break the program on purpose, one change at a time, and see whether the test that guards it fails.
+
+    python scripts/campaigns/mutations.py                 every breakage; exit status 1 if one is not caught
+    python scripts/campaigns/mutations.py --only leak     those whose name contains a word
+    python scripts/campaigns/mutations.py --list          names and tests, nothing is run
+
+Each breakage is applied to a copy of the checkout. Its test must pass on the untouched copy and fail on the broken one.
+"""
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+COPIED = ("pillsnap", "nbs", "tests", "configs", "scripts", "benchmarks", "examples", "README.md", "CHANGELOG.md", "LICENSE",
+          "Makefile", "settings.ini", "setup.py", "pyproject.toml", "constraints.txt", "_quarto.yml", ".gitignore")
+
+
+@dataclass(frozen=True)
+class Mutation:
+    "One deliberate breakage."
+    name: str   # what is broken, in words
+    file: str   # the file it is in, from the repository's root
+    old: str    # the text that stands there; exactly once
+    new: str    # what it is replaced by
+    test: str   # the pytest node that must fail
+
+
+MUTATIONS: list[Mutation] = [
+]
+
+
+def run_test(copy: Path, test: str, timeout: float) -> tuple[bool, str]:
+    "Whether the test passes in a copy of the checkout, and the end of what pytest printed."
+    env = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "PILLSNAP_OFFLINE": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", test]
+    try:
+        r = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return False, f"no end within {timeout:.0f} s"
+    if r.returncode not in (0, 1):  # 1: tests failed; others: pytest could not run them
+        sys.exit(f"{test} could not be run (pytest's exit status {r.returncode}):\n{r.stdout[-2000:]}{r.stderr[-2000:]}")
+    if r.returncode == 0 and " passed" not in r.stdout:
+        sys.exit(f"{test} was skipped, so it proves nothing here:\n{r.stdout[-2000:]}")
+    return r.returncode == 0, r.stdout[-800:]
+
+
+def broken(copy: Path, m: Mutation) -> str:
+    "Apply one breakage; returns the text before it."
+    path = copy/m.file
+    before = path.read_text(encoding="utf-8")
+    if before.count(m.old) != 1:
+        sys.exit(f"{m.name}: {m.file} holds {m.old!r} {before.count(m.old)} times; it must stand there once")
+    path.write_text(before.replace(m.old, m.new), encoding="utf-8")
+    return before
+
+
+def main() -> int:
+    "Exit status: 0 when every breakage was caught."
+    a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    a.add_argument("--only", default="", help="a word of the name")
+    a.add_argument("--list", action="store_true", help="show them and stop")
+    a.add_argument("--timeout", type=float, default=600, help="seconds for one test")
+    o = a.parse_args()
+    chosen = [m for m in MUTATIONS if o.only.lower() in m.name.lower()]
+    if o.list:
+        print("\n".join(f"{m.name:60}  {m.test}" for m in chosen))
+        return 0
+    if not chosen:
+        sys.exit(f"no breakage has {o.only!r} in its name")
+    missed, healthy = [], set()
+    with tempfile.TemporaryDirectory() as tmp:
+        copy = Path(tmp)/"pillsnap"
+        copy.mkdir()
+        for name in COPIED:
+            source = ROOT/name
+            if source.is_dir():
+                shutil.copytree(source, copy/name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+            elif source.exists():
+                shutil.copy2(source, copy/name)
+        for m in chosen:
+            t0 = time.perf_counter()
+            if m.test not in healthy:
+                passed, said = run_test(copy, m.test, o.timeout)
+                if not passed:
+                    sys.exit(f"{m.test} fails without any breakage:\n{said}")
+                healthy.add(m.test)
+            before = broken(copy, m)
+            passed, said = run_test(copy, m.test, o.timeout)
+            (copy/m.file).write_text(before, encoding="utf-8")
+            print(f"{'NOT CAUGHT' if passed else 'caught    '}  {m.name:60}  {m.test}  {time.perf_counter()-t0:.0f} s", flush=True)
+            missed += [m.name] if passed else []
+    print(f"\n{len(chosen)-len(missed)} of {len(chosen)} caught" + (": not " + "; ".join(missed) if missed else ""))
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
