@@ -46,7 +46,7 @@ def _judge(what:str, found:Any, good:bool, advice:str, otherwise:Literal["slow",
 
 # %% ../nbs/89_doctor.ipynb #f56c9af1
 def examine(
-    facts:dict[str,Any] # of `collect_facts`
+    facts:dict[str,Any] # of collect_facts
 )->list[Finding]:
     "Every fact with its judgement (SPEC TL18)."
     p, gb = facts["packages"], 1e9

@@ -1,11 +1,13 @@
 """The house rules, on the notebooks themselves (DESIGN: `examples/10_data.capture.ipynb` is the model)."""
 import ast
+import io
 import json
 import re
 import statistics
 import subprocess
-import tempfile
 import sys
+import tempfile
+import tokenize
 from pathlib import Path
 
 import nbformat
@@ -165,6 +167,26 @@ def test_public_parameters_are_documented_where_they_stand(path):
             continue
         undocumented = [k for k, v in docments(f, full=True, returns=False).items() if not v["docment"] and k not in ("self", "cls", "args", "kwargs")]
         assert not undocumented, f"{name}: {undocumented} have no comment"
+
+
+def comments_of_parameters(src: str) -> list[str]:
+    "The comments that nbdev prints beside a signature: those of parameters, of what is returned, and of a class's fields."
+    code = re.sub(r"^(\s*)[%!].*$", r"\1pass", src, flags=re.M)
+    rows = set()
+    for n in ast.walk(ast.parse(code)):
+        if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            rows |= set(range(n.lineno, n.body[0].lineno))
+        if isinstance(n, ast.ClassDef):
+            rows |= {line for b in n.body if isinstance(b, ast.AnnAssign) for line in range(b.lineno, b.end_lineno+1)}
+    tokens = tokenize.generate_tokens(io.StringIO(code).readline)
+    return [t.string for t in tokens if t.type == tokenize.COMMENT and t.start[0] in rows]
+
+
+@BY_NAME
+def test_comments_of_parameters_hold_no_backticks(path):
+    "nbdev makes a link of a name in backticks; in a signature, which is code, the link stands as raw Markdown."
+    ticked = [text for c in cells(path) for text in comments_of_parameters(c.source) if "`" in text]
+    assert not ticked, f"no backticks in the comments of parameters: {ticked}"
 
 
 @BY_NAME

@@ -74,7 +74,7 @@ def save_ckpt(
     optimizer_state:Any=None,         # optimizer.state_dict()
     scheduler_state:Any=None,         # of the learning rate's schedule
     scaler_state:Any=None,            # of the GradScaler, fp16 only
-    rng_state:Mapping|None=None,      # what `rng_state` gave
+    rng_state:Mapping|None=None,      # what rng_state gave
     sampler_state:Any=None,           # where the sampler stands
     **kwargs:Any                      # more plain values: backbone, img_size, ema_state
 )->Path:
@@ -95,7 +95,7 @@ def rng_state()->dict[str,Any]: # tensors, lists and numbers
 
 # %% ../../nbs/06_core.checkpoint.ipynb #f91eebed
 def set_rng_state(
-    d:Mapping[str,Any] # what `rng_state` gave
+    d:Mapping[str,Any] # what rng_state gave
 )->None:
     "Put the generators back; a GPU that is not there any more is passed over."
     version, internal, gauss = d["python"]
@@ -163,10 +163,10 @@ def find_ckpt(
 
 # %% ../../nbs/06_core.checkpoint.ipynb #18d20585
 def load_ckpt(
-    path:str|os.PathLike,        # file that `save_ckpt` wrote
+    path:str|os.PathLike,        # file that save_ckpt wrote
     class_map:Mapping|None=None, # refuse a checkpoint of any other map
     backbone:str|None=None       # refuse a checkpoint of any other network
-)->dict[str,Any]: # the fields of `FIELDS`, and the extras; tensors on the CPU
+)->dict[str,Any]: # the fields of FIELDS, and the extras; tensors on the CPU
     "Read a checkpoint without unpickling, and check that it fits (SPEC CT15, BX8, RS6)."
     path = find_ckpt(path); ckpt = _read(path)
     lacks = [f for f in FIELDS if f not in ckpt] if isinstance(ckpt, dict) else list(FIELDS)

@@ -34,7 +34,7 @@ class Block(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
 
 def key(
-    default:Any,     # what holds when nobody says anything; `...` where a preset must say it
+    default:Any,     # what holds when nobody says anything; ... where a preset must say it
     doc:str,         # what the key means, with its unit
     **limits:Any     # pydantic's own limits: ge, le, gt, lt
 )->Any:

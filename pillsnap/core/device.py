@@ -72,7 +72,7 @@ def select_amp_dtype(
 
 # %% ../../nbs/05_core.device.ipynb #db178924
 def needs_scaler(
-    dtype:torch.dtype|None # what `select_amp_dtype` gave
+    dtype:torch.dtype|None # what select_amp_dtype gave
 )->bool:
     "Whether gradients must be scaled (SPEC CT5)."
     return dtype == torch.float16

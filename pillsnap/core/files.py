@@ -63,7 +63,7 @@ def ensure_dir(
 # %% ../../nbs/01_core.files.ipynb #f6052107
 def temp_dir(
     what:str # what it is for; stands in its name
-)->Path: # `pillsnap_<what>_…`, in the system's folder for such things
+)->Path: # pillsnap_<what>_…, in the system's folder for such things
     "A new folder that goes away with this process (a SIGKILL leaves it)."
     p = Path(tempfile.mkdtemp(prefix=f"pillsnap_{what}_"))
     Finalize(None, shutil.rmtree, (p,), {"ignore_errors": True}, exitpriority=-100)   # after the child processes, which may still use it

@@ -166,9 +166,9 @@ VAL_TAGS = dict(val_loss="val/loss", acc="val/accuracy", macro_f1="val/macro_f1"
 
 # %% ../../nbs/04_core.log.ipynb #7fa9e7cb
 def tagged(
-    facts:Mapping[str,Any],  # by the short names of `step_line` or of a validation; others are passed over
-    tags:Mapping[str,str]    # `STEP_TAGS` or `VAL_TAGS`
-)->dict[str,float]: # for `TBWriter.add_scalars`
+    facts:Mapping[str,Any],  # by the short names of step_line or of a validation; others are passed over
+    tags:Mapping[str,str]    # STEP_TAGS or VAL_TAGS
+)->dict[str,float]: # for TBWriter.add_scalars
     "Facts under their TensorBoard tags (SPEC CT20)."
     return {tag: float(facts[k]) for k, tag in tags.items() if facts.get(k) is not None}
 

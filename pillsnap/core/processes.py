@@ -18,7 +18,7 @@ IDLE = 10   # seconds without work after which a process ends: many times what s
 
 def processes(
     n:int|None=None, # how many; None = joblib's setting
-    **kwargs:Any     # of `joblib.Parallel`
+    **kwargs:Any     # of joblib.Parallel
 )->joblib.Parallel:
     "`joblib.Parallel` on the backend chosen from outside; joblib's own processes end `IDLE` seconds after their last job."
     backend, _ = get_active_backend()

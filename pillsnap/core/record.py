@@ -147,7 +147,7 @@ def to_dict(self:Metric)->dict[str,Any]:
 # %% ../../nbs/03_core.record.ipynb #4a7175b8
 @patch(cls_method=True)
 def from_dict(cls:Metric,
-    d:Mapping[str,Any] # what `to_dict` gave
+    d:Mapping[str,Any] # what to_dict gave
 )->Metric:
     "A figure from JSON; one with another set of fields is refused."
     fields = {f.name for f in dataclasses.fields(cls)}

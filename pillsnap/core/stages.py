@@ -244,7 +244,7 @@ def _begin(self:StageJob, run:RunFolder, cfg:Config)->dict[str,Any]:
 # %% ../../nbs/08_core.stages.ipynb #456abca1
 @patch
 def run(self:StageJob,
-    **how:Any # what `work` takes besides
+    **how:Any # what work takes besides
 )->StageResult:
     "Do the stage's work in its folder, alone, and leave a record whatever happens."
     if "PILLSNAP_NOTEBOOK" in os.environ: atexit.register(gc.freeze)   # a kernel with torch in it would look through all its objects before it leaves: two seconds a stage
@@ -258,8 +258,8 @@ def run(self:StageJob,
 @patch
 def attempt(self:StageJob,
     run:RunFolder, # a folder that nobody else works in
-    cfg:Config,    # as `cfg_in` gives it
-    **how:Any      # what `work` takes besides
+    cfg:Config,    # as cfg_in gives it
+    **how:Any      # what work takes besides
 )->StageResult:
     "The work and its record, in a folder that is locked already."
     before, rec = read_record(run.root, self.name), self._begin(run, cfg)

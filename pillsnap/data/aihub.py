@@ -182,7 +182,7 @@ SEALED = ("val", "test")
 
 def is_sealed(
     path:str|os.PathLike # any path of a delivery
-)->bool: # it is, leads to, or lies in data/val, data/test, or such a folder beside a `train`
+)->bool: # it is, leads to, or lies in data/val, data/test, or such a folder beside a train
     "Whether a path belongs to the sealed test (SPEC SP4, X47)."
     return any(map(_lies_sealed, {os.path.abspath(path), os.path.realpath(path)}))
 
@@ -300,8 +300,8 @@ class Annotation(msgspec.Struct, frozen=True, gc=False):
     path:str              # the file
     photo:PhotoRecord     # images[0], the photo's keys and drug_N; UNSET where one is missing
     drug:DrugRecord       # images[0], the drug's other keys; records of one drug may share this object
-    boxes:list[Any]       # `bbox` of each annotation as delivered, possibly broken
-    areas:list[Any]       # `area` of each annotation as delivered
+    boxes:list[Any]       # bbox of each annotation as delivered, possibly broken
+    areas:list[Any]       # area of each annotation as delivered
     width:int             # photo width the file gives, pixels
     height:int            # photo height the file gives, pixels
     encoding:str          # "utf-8" or "cp949"

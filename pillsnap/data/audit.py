@@ -95,9 +95,9 @@ def robust_z(
     return (x - mid) / spread.clip(lower=floor)
 
 def photo_outliers(
-    m:pd.DataFrame,  # rows as `measure_photos` returns them
+    m:pd.DataFrame,  # rows as measure_photos returns them
     least:float=3.5  # robust standard deviations (Iglewicz and Hoaglin's own)
-)->pd.DataFrame:     # the unusual rows with `what` (dark, bright or blurred) and `z`, worst first
+)->pd.DataFrame:     # the unusual rows with what (dark, bright or blurred) and z, worst first
     "Photos darker, brighter or less sharp than the rest of their drug."
     m = m[m["opened"]]
     lit = np.log(m["brightness"] + 1)
@@ -119,7 +119,7 @@ def box_measures(
 def box_outliers(
     df:pd.DataFrame, # manifest rows
     least:float=3.5  # robust standard deviations
-)->pd.DataFrame:     # the unusual rows with `what` and `z`, worst first
+)->pd.DataFrame:     # the unusual rows with what and z, worst first
     "Boxes unlike the others of their drug."
     b = box_measures(df)
     if b.empty: return df.iloc[:0].assign(what="", z=0.)
@@ -168,7 +168,7 @@ def summarize_dataset(
     seed:int=42,                         # which
     left_out:int=0,                      # photos that the conversion put into quarantine
     mapping:Mapping[str,Any]|None=None,  # content of drug_metadata.json
-    measured:pd.DataFrame|None=None      # from `measure_photos`, if they were opened already
+    measured:pd.DataFrame|None=None      # from measure_photos, if they were opened already
 )->dict[str,Any]:
     "Resolution, aspect, classes, broken and skipped photos, metadata and boxes, from a sample (SPEC DM11)."
     m = measure_photos(sample_photos(df, min(sample, 3000), seed), root, progress=False) if measured is None else measured
@@ -208,7 +208,7 @@ def plot_balance(
 
 # %% ../../nbs/15_data.audit.ipynb #24b436b8
 def plot_sizes(
-    m:pd.DataFrame # rows as `measure_photos` returns them
+    m:pd.DataFrame # rows as measure_photos returns them
 )->Any:            # matplotlib Figure
     "Photo sizes, their aspect, and the two measures of the pills."
     import matplotlib.pyplot as plt

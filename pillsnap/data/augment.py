@@ -40,7 +40,7 @@ def crop_range(
 
 def canvas_size(
     size:int,                 # side of the network's input, pixels
-    scale:tuple[float,float]  # as `crop_range` gives it
+    scale:tuple[float,float]  # as crop_range gives it
 )->int:                       # side of the canvas, pixels
     "Large enough that the smallest crop still has `size` pixels."
     return math.ceil(size / math.sqrt(scale[0]))
@@ -82,10 +82,10 @@ def randaugment_ops(
 
 # %% ../../nbs/18_data.augment.ipynb #5549734a
 def places(
-    ops:list[tuple[np.ndarray,np.ndarray]], # as `randaugment_ops` gives them; [] for none
+    ops:list[tuple[np.ndarray,np.ndarray]], # as randaugment_ops gives them; [] for none
     turn:np.ndarray,                        # [n] degrees
     size:int                                # side of the picture, pixels
-)->np.ndarray:                              # [n, 2, 3] for `affine_grid`: where each output pixel comes from
+)->np.ndarray:                              # [n, 2, 3] for affine_grid: where each output pixel comes from
     "Rotation, shears and shifts of each photo as one matrix."
     def step(name:np.ndarray, v:np.ndarray)->np.ndarray:
         a = np.deg2rad(np.where(name == "Rotate", v, 0)); m = np.tile(np.eye(3), (len(v), 1, 1))
@@ -130,7 +130,7 @@ def _colour_step(name:np.ndarray, f:np.ndarray, m:np.ndarray, n:np.ndarray)->tup
     return np.where(is_contrast, f3 * m, a @ m), np.where(is_contrast, f3 * n + (1 - f3) * (mix @ (m + n)), a @ n)
 
 def colours(
-    ops:list[tuple[np.ndarray,np.ndarray]], # operations of RandAugment, `[]` for none; their magnitudes are distances from 1
+    ops:list[tuple[np.ndarray,np.ndarray]], # operations of RandAugment, [] for none; their magnitudes are distances from 1
     draws:np.ndarray,                       # float [n, DRAWS]
     jitter:tuple[float,float,float]         # brightness, contrast, saturation
 )->tuple[np.ndarray,np.ndarray]:            # M, N [n, 3, 3]: a pixel p of a photo of mean colour µ becomes M p + N µ

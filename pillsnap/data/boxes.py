@@ -87,8 +87,8 @@ def letterbox(
 # %% ../../nbs/13a_data.boxes.ipynb #3de63693
 def unletterbox(
     boxes:np.ndarray,   # [n, 4] x0, y0, x1, y1 in pixels of the square
-    scale:float,        # as `letterbox` returned it
-    pad:tuple[int,int], # (left, top) padding, as `letterbox` returned it
+    scale:float,        # as letterbox returned it
+    pad:tuple[int,int], # (left, top) padding, as letterbox returned it
     w:int,              # photo width, pixels
     h:int               # photo height, pixels
 )->np.ndarray:          # [n, 4] float32 x0, y0, x1, y1 in photo pixels, inside the photo

@@ -84,10 +84,10 @@ class PhotoCache:
     "Views of photos in one uint8 buffer; photos that do not open keep their reason."
     def __init__(self,
         rows:pd.DataFrame,         # manifest rows: path, and bbox where there is one
-        root:str|Path|Any,         # the delivery, or a source of `data.datasets`
+        root:str|Path|Any,         # the delivery, or a source of data.datasets
         views:Sequence[View],      # what to keep of each
         shared:bool=False,         # loader workers will read it
-        budget:int|None=None,      # bytes it may use; None = `free_bytes`
+        budget:int|None=None,      # bytes it may use; None = free_bytes
         limit:int=0,               # photos to keep, the first ones; 0 = all
         policies:dict|None=None,   # grayscale_policy, rgba_policy
         progress:bool=False        # show a bar
@@ -110,7 +110,7 @@ def _keys(rows:pd.DataFrame)->list[tuple[str,str]]:
 def _fill(self:PhotoCache,
     rows:pd.DataFrame, # one slot each
     root:Path|Any,     # the delivery, or a source
-    policies:dict,     # of `open_image_safely`
+    policies:dict,     # of open_image_safely
     progress:bool      # show a bar
 )->None:
     "Open every photo once and cut its views."
@@ -137,7 +137,7 @@ def _views(self:PhotoCache, root:Path|Any, path:str, bbox:str, policies:dict)->l
 def get(self:PhotoCache,
     path:str,   # of the manifest row
     bbox:str,   # of the manifest row
-    view:View   # one of `views`
+    view:View   # one of views
 )->np.ndarray|dict|None: # [size, size, 3] uint8; the error of a photo that did not open; None when it is not kept
     "A view, without copying it."
     if (path, bbox) in self.errors: return {"_skip": True, **self.errors[path, bbox]}
@@ -193,7 +193,7 @@ def pack_record(
     return _HEAD.pack(_MAGIC, skip, *((0, 0, 0) if skip else got.shape), crc32(body)) + body
 
 def unpack_record(
-    raw:bytes|memoryview # as `pack_record` wrote it
+    raw:bytes|memoryview # as pack_record wrote it
 )->np.ndarray|dict:      # a copy; PillsnapError when it is damaged
     "What `pack_record` was given."
     head, body = raw[:_HEAD.size], raw[_HEAD.size:]

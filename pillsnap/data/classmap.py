@@ -74,7 +74,7 @@ def to_dict(self:ClassMap)->dict[str,Any]: # plain JSON types
 # %% ../../nbs/11_data.classmap.ipynb #ea29c436
 @patch(cls_method=True)
 def from_dict(cls:ClassMap,
-    d:Mapping[str,Any], # what `to_dict` gave
+    d:Mapping[str,Any], # what to_dict gave
     where:object=None   # the file it was read from, for the error
 )->ClassMap:
     "Read a stored map; a list that does not fit its fingerprint is refused."

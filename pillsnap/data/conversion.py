@@ -160,7 +160,7 @@ def look_at_all(
     journal:Journal,        # what is known already, and where to note more
     workers:int|None=None,  # processes, or threads for a few photos; None = the number of CPUs
     progress:bool=True,     # show a progress bar
-    policy:Mapping|None=None # further arguments of `look`
+    policy:Mapping|None=None # further arguments of look
 )->dict[str,Seen]: # by relative path
     "Open every photo that the journal does not know (SPEC DM6, RS1)."
     from tqdm import tqdm
@@ -235,7 +235,7 @@ def unlabelled(
 # %% ../../nbs/14_data.conversion.ipynb #a997e680
 def locate_plain(
     d:Delivery,        # where things are
-    e:Evidence,        # its plain photos get a column `path`
+    e:Evidence,        # its plain photos get a column path
     photos:Photos|None # the photos by name; None where there are none
 )->None:
     "Find the photo of each plain label (SPEC DM1)."
@@ -273,7 +273,7 @@ def open_samples(
     sieve:Sieve,          # takes what does not open
     journal:Journal,      # what was opened before
     progress:bool=True,   # show a progress bar
-    policy:Mapping|None=None # further arguments of `look`
+    policy:Mapping|None=None # further arguments of look
 )->list[Sample]: # those that open, with what was seen
     "Open every photo that labels are kept for (SPEC DM6)."
     if not samples: return []
@@ -287,11 +287,11 @@ def open_samples(
 
 # %% ../../nbs/14_data.conversion.ipynb #e4787925
 def open_plain(
-    e:Evidence,           # its plain photos get a column `sha1`; those that do not open as they should are plain no longer
+    e:Evidence,           # its plain photos get a column sha1; those that do not open as they should are plain no longer
     root:Path,            # the delivery's root
     journal:Journal|None, # what was opened before; None = nothing is opened
     progress:bool=True,   # show a progress bar
-    policy:Mapping|None=None # further arguments of `look`
+    policy:Mapping|None=None # further arguments of look
 )->None:
     "Open the photos of the plain labels (SPEC DM6)."
     sha1 = [""]*len(e.plain)
@@ -326,7 +326,7 @@ def drug_mapping(
 
 # %% ../../nbs/14_data.conversion.ipynb #2d62c600
 def save_drug_mapping(
-    mapping:dict[str,Any],       # from `drug_mapping`
+    mapping:dict[str,Any],       # from drug_mapping
     output_path:str|os.PathLike, # drug_metadata.json
     log:logging.Logger|None=None # where the line goes
 )->Path:

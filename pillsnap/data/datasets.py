@@ -68,7 +68,7 @@ def show(
     window:np.ndarray|None,  # x0, y0, x1, y1 in shares of the canvas; None = as it is served
     flip:bool,               # mirror
     out:np.ndarray,          # [S, S, 3] uint8, overwritten
-    height:int|None=None     # rows of the whole photo, where `img` ends below the window
+    height:int|None=None     # rows of the whole photo, where img ends below the window
 )->None:
     "Cut, scale, mirror: the photo's pixels are touched once (SPEC TL1)."
     if window is None: np.copyto(out, look(img, box, view)); return
@@ -134,7 +134,7 @@ class DeliverySource(Source):
 class PackSource(Source):
     "The pack: photos at half scale, box crops in full (SPEC section 6)."
     def __init__(self,
-        pack:Any,              # `data.pack.Pack`
+        pack:Any,              # data.pack.Pack
         views:Sequence[View]=() # refused here, and not in the epoch, when the pack holds too few pixels for one
     ):
         self.pack = pack

@@ -74,8 +74,8 @@ class ThumbStore:
 # %% ../../nbs/14a_data.duplicates.ipynb #a1fea002
 @patch
 def add(self:ThumbStore,
-    keys:Sequence[str],                    # one per photo, from `thumb_keys`
-    seen:Sequence[tuple[np.ndarray,str]]   # what `glance` saw of each
+    keys:Sequence[str],                    # one per photo, from thumb_keys
+    seen:Sequence[tuple[np.ndarray,str]]   # what glance saw of each
 )->None:
     "Append: first the pixels, then the names that vouch for them."
     try:

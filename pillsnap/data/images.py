@@ -230,7 +230,7 @@ def open_image_safely(
     rgba_policy:str="drop_alpha", # "drop_alpha": the colours as stored; "skip": no sample
     max_pixels:int=MAX_PIXELS,    # more than this is refused by the header, before decoding
     reduce:int=1,                 # 1, 2, 4 or 8: open at 1/reduce of both sides, antialiased
-    rows:int|None=None            # a multiple of `reduce`: no more rows are needed, and a decoder that can stop there does
+    rows:int|None=None            # a multiple of reduce: no more rows are needed, and a decoder that can stop there does
 )->dict: # {"image": [ceil(H/reduce), ceil(W/reduce), 3] uint8 upright RGB, "stage": decoder} or {"_skip": True, "error", "stage": "read" | "bound" | "policy" | "final"}, with the "errno" where the machine failed and not the photo
     "Open any photo and never raise: a picture, or the step that failed and why (SPEC DM10)."
     steady_heap()
@@ -322,7 +322,7 @@ def ssim(
 def reduce_for(
     short:int, # the photo's short side, pixels
     size:int   # side of the view that will be cut from it, pixels
-)->int:        # 1, 2, 4 or 8, for `open_image_safely`
+)->int:        # 1, 2, 4 or 8, for open_image_safely
     "The smallest scale at which a photo may be opened for a view (SPEC BM9)."
     return max(r for r in (1, 2, 4, 8) if r == 1 or short >= r * size * 1.25)
 

@@ -63,7 +63,7 @@ _NAMES = ("state","back","side","light","latitude","longitude","size")
 _STEM = "^K-\\d{6}"+"".join(f"_(?P<{n}>"+t for n,t in zip(_NAMES, TOKENS.split("_(")[1:]))+"$"
 
 def plain_rows(
-    plain:pa.Table, # photos of one pill: `Evidence.plain` with `path`, relative to the delivery's root, and `sha1`, "" when nobody looked
+    plain:pa.Table, # photos of one pill: Evidence.plain with path, relative to the delivery's root, and sha1, "" when nobody looked
     domain:str      # where they were taken
 )->pa.Table: # COLUMNS
     "The rows of photos of one pill."
@@ -78,8 +78,8 @@ def plain_rows(
 
 # %% ../../nbs/11c_data.index.ipynb #68ce9b4e
 def gather_rows(
-    plain:pa.Table,              # from `plain_rows`
-    others:Sequence[dict[str,Any]] # from `truth_rows`
+    plain:pa.Table,              # from plain_rows
+    others:Sequence[dict[str,Any]] # from truth_rows
 )->pa.Table: # COLUMNS, sorted by path and sample; the same for the same delivery
     "All rows of a split; photos of identical bytes share a dup_id (SPEC Annex 3)."
     t = pa.concat_tables([plain, pa.Table.from_pylist(list(others), schema=_TYPES)]).sort_by([("path","ascending"),("sample_id","ascending")])
@@ -90,8 +90,8 @@ def gather_rows(
 
 # %% ../../nbs/11c_data.index.ipynb #e3689b69
 def photo_folder(
-    folder:str # of annotations, below a tree `labels`
-)->str: # of their photos, below `images`
+    folder:str # of annotations, below a tree labels
+)->str: # of their photos, below images
     "Where AI Hub puts the photos of a folder of annotations (SPEC DM7, DM14)."
     parts = list(PurePosixPath(folder).parts)
     for i in range(len(parts)-1, -1, -1):
@@ -131,7 +131,7 @@ def _csv(t:pa.Table, to:Any)->None:
     pa.csv.write_csv(t, to, pa.csv.WriteOptions(quoting_style="needed", batch_size=8192))
 
 def rows_hash(
-    t:pa.Table # from `as_table`
+    t:pa.Table # from as_table
 )->str: # sha256, hexadecimal: of the manifest CSV that these rows make
     "The name of the rows."
     _csv(t, sink := _Sha()); return sink.sum.hexdigest()

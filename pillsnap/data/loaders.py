@@ -78,7 +78,7 @@ class PhotoLoader:
         dataset:PillsnapClsDataset,   # rows, class map, source, views, augmentation
         batch_size:int=64,            # photos
         sampler:Any=None,             # rows in order; None = as they stand
-        batch_sampler:Any=None,       # batches of rows instead, e.g. `BalancedBatchSampler`
+        batch_sampler:Any=None,       # batches of rows instead, e.g. BalancedBatchSampler
         drop_last:bool=False,         # leave out a last batch that is not full
         engine:str="threads",         # "threads" or "processes"
         num_workers:int=0,            # of them; 0 = the caller's thread
@@ -167,7 +167,7 @@ def _as_cut(self:PhotoLoader, chunks:Iterable)->Iterator[tuple[Looks,torch.Tenso
         yield (looks, images, [], len(why)) if len(good) == len(why) else (looks.part(np.array(good, int)), images[good], [r for r in why if r], len(why))
 
 @patch
-def _refilled(self:PhotoLoader, chunks:Iterable)->Iterator[tuple[Looks,torch.Tensor,list[dict],int]]: # as `_as_cut`
+def _refilled(self:PhotoLoader, chunks:Iterable)->Iterator[tuple[Looks,torch.Tensor,list[dict],int]]: # as _as_cut
     "Batches of the next `batch_size` photos that open, wherever a piece ends (SPEC TL4)."
     parts, bad, have, used = [], [], 0, 0
     for looks, images, why in chunks:
@@ -320,7 +320,7 @@ def _identity(self:PhotoLoader)->dict[str,int]:
 
 @patch
 def load_state_dict(self:PhotoLoader,
-    state:Mapping[str,int] # of `state_dict`
+    state:Mapping[str,int] # of state_dict
 )->None:
     "Go on after the batch at which it was saved (SPEC BX10)."
     if odd := [f"{k} {state.get(k)}, here {v}" for k, v in self._identity().items() if state.get(k) != v]:
@@ -369,7 +369,7 @@ def data_time(
 # %% ../../nbs/19a_data.loaders.ipynb #98ebc769
 def autotune_num_workers(
     make:Callable[[int],Iterable],            # a loader with so many workers
-    candidates:Sequence[int]|None=None,       # None = `worker_candidates` of this machine
+    candidates:Sequence[int]|None=None,       # None = worker_candidates of this machine
     warmup:int=30,                            # steps before the clock
     steps:int=50,                             # steps on it
     step:Callable[[Any],Any]|None=None,       # what is done with a batch meanwhile
@@ -556,7 +556,7 @@ def validation_loader(
     return PhotoLoader(d, batch_size_of(cfg, stage.stage), device=device, **options)
 
 def processes_of(
-    options:Mapping[str,Any] # of `loader_options`
+    options:Mapping[str,Any] # of loader_options
 )->int:
     "Worker processes that a cache must be shared with; threads share by themselves."
     return options["num_workers"] if options["engine"] == "processes" else 0
@@ -601,7 +601,7 @@ def tuned(
 
 # %% ../../nbs/19a_data.loaders.ipynb #d00e196f
 def build_classification_loaders(
-    stage:StageData,       # as `load_stage` gives it
+    stage:StageData,       # as load_stage gives it
     cfg:Config,            # the run's configuration
     cache:bool|PhotoCache=True, # False: decode in every epoch whatever the configuration says
     log:logging.Logger|None=None, # where the summary goes; None = the package's
@@ -636,7 +636,7 @@ def loader_meta(
     cfg:Config,              # the run's configuration
     train_dl:PhotoLoader,    # the training loader
     val_dl:PhotoLoader,      # the validation loader
-    table:Sequence[Mapping[str,Any]]=() # of `autotune_num_workers`
+    table:Sequence[Mapping[str,Any]]=() # of autotune_num_workers
 )->dict[str,Any]:
     "What was built, in the sources' words (SPEC TL10)."
     caches = {id(c): c for l in (train_dl, val_dl) for c in caches_of(l)}.values()
@@ -651,7 +651,7 @@ def loader_meta(
         "max_samples": stage.header["params"]["quotas"], "cached_bytes": sum(c.nbytes for c in caches), "class_map": stage.class_map.fingerprint}
 
 def summary(
-    meta:Mapping[str,Any] # as `loader_meta` gives it
+    meta:Mapping[str,Any] # as loader_meta gives it
 )->list[str]:
     "The loaders in three lines, and the autotune table where there is one (SPEC TL22)."
     m = meta
@@ -662,7 +662,7 @@ def summary(
 
 # %% ../../nbs/19a_data.loaders.ipynb #5659265e
 def build_detection_loaders(
-    stage:StageData, # as `load_stage` gives it
+    stage:StageData, # as load_stage gives it
     cfg:Config       # the run's configuration
 )->tuple[DataLoader,DataLoader,dict[str,Any]]: # train, val, meta
     "Photos with boxes, unaugmented."
@@ -672,7 +672,7 @@ def build_detection_loaders(
     return train_dl, DataLoader(sets[1], batch, shuffle=False, drop_last=False, collate_fn=safe_collate_detection), {"det_train_count": len(sets[0]), "det_val_count": len(sets[1]), "det_img_size": size}
 
 def build_dataloaders_by_mode(
-    stage:StageData,   # as `load_stage` gives it
+    stage:StageData,   # as load_stage gives it
     cfg:Config,        # the run's configuration
     mode:str|None=None # "single" or "combo"; None = data.default_mode
 )->tuple[Any,Any,None,dict[str,Any]]: # train, val, test (sealed), meta
@@ -686,7 +686,7 @@ build_dataloaders = build_dataloaders_by_mode
 
 # %% ../../nbs/19a_data.loaders.ipynb #76f57919
 def build_dataloaders_twostage(
-    stage:StageData, # as `load_stage` gives it
+    stage:StageData, # as load_stage gives it
     cfg:Config       # the run's configuration
 )->tuple: # detection train, val, test (None); classification train, val, test (None); meta
     "Six loaders and meta (SPEC X35, X37)."

@@ -49,7 +49,7 @@ def read_drug_list(
 
 # %% ../../nbs/11e_data.narrow.ipynb #a8c75c29
 def class_mapping(
-    drugs:Sequence[NarrowDrug], # as `read_drug_list` gives them
+    drugs:Sequence[NarrowDrug], # as read_drug_list gives them
     classes:Iterable[str]       # the drugs that have photos, as the split keeps them
 )->dict[str,Any]:
     "What the narrow family's programs read (SPEC DM15, X3)."
@@ -59,7 +59,7 @@ def class_mapping(
             "metadata": {k: {"index": i, **{f: v for f, v in told[k].items() if f != "kcode"}} for i, k in enumerate(keys)}, "fingerprint": keys.fingerprint}
 
 def training_weights(
-    drugs:Sequence[NarrowDrug], # as `read_drug_list` gives them
+    drugs:Sequence[NarrowDrug], # as read_drug_list gives them
     keys:Sequence[str]          # class keys by number
 )->list[float]: # one per class; 1 for a drug that is not listed
     "How much each class counts besides its rarity (SPEC DM15)."

@@ -48,11 +48,11 @@ class Plan:
     codec:str="jpeg"             # jpeg | raw
     quality:int=95               # JPEG quality
     crops:bool=True              # keep the surroundings of each box at full resolution
-    manifest_hash:str=""         # `data_hash` of the manifest the rows are from
+    manifest_hash:str=""         # data_hash of the manifest the rows are from
     class_map:str=""             # fingerprint of the class map
-    grayscale_policy:str="rgb"   # of `open_image_safely`
-    rgba_policy:str="drop_alpha" # of `open_image_safely`
-    sha1:dict[str,str] = field(default_factory=dict) # path → of the photo's bytes when it was converted; a part of `manifest_hash`, and not of the digest
+    grayscale_policy:str="rgb"   # of open_image_safely
+    rgba_policy:str="drop_alpha" # of open_image_safely
+    sha1:dict[str,str] = field(default_factory=dict) # path → of the photo's bytes when it was converted; a part of manifest_hash, and not of the digest
 
     @cached_property
     def digest(self)->str: # sha256: the plan's name
@@ -68,7 +68,7 @@ def box_list(
 
 def make_plan(
     rows:pd.DataFrame,  # path, and bbox and sha1 where there are any
-    **kwargs:Any          # the fields of `Plan`
+    **kwargs:Any          # the fields of Plan
 )->Plan:
     "The photos of some manifest rows, each once, with all their boxes."
     photos:dict[str,list] = {p: [] for p in sorted(set(rows["path"]))}
@@ -127,7 +127,7 @@ def photo_records(
     root:str|Path, # the delivery
     path:str,      # below it
     plan:Plan      # how
-)->Iterator[tuple[dict,bytes]]: # (index row, bytes); a photo or box that gives none has an `error` instead
+)->Iterator[tuple[dict,bytes]]: # (index row, bytes); a photo or box that gives none has an error instead
     "Open a photo once and cut what the pack keeps of it (SPEC section 6, DM10)."
     reduce = round(1/plan.scale) if not plan.photos[path] and plan.scale in (1, .5, .25, .125) else 1
     got = open_image_safely(Path(root)/path, plan.grayscale_policy, plan.rgba_policy, reduce=reduce)
@@ -215,7 +215,7 @@ def estimate_pack(
     workers:int|None=None,  # processes; None = the CPUs
     sample:int=24,          # photos to try
     seed:int=0,             # which
-    **kwargs:Any              # the fields of `Plan`
+    **kwargs:Any              # the fields of Plan
 )->dict[str,Any]:           # bytes, seconds, photos, sampled, workers, photos_per_s of one worker, how
     "Size and time of a pack, from a sample (SPEC section 6)."
     plan = rows if isinstance(rows, Plan) else make_plan(rows, **kwargs)
@@ -238,10 +238,10 @@ def build_pack(
     crops:bool=True,           # keep the surroundings of each box at full resolution
     workers:int|None=None,     # processes; None = the CPUs
     progress:bool=True,        # show a bar
-    manifest_hash:str="",      # `data_hash` of the manifest the rows are from
+    manifest_hash:str="",      # data_hash of the manifest the rows are from
     class_map:ClassMap|None=None, # the class map they belong to
-    grayscale_policy:str="rgb",   # of `open_image_safely`
-    rgba_policy:str="drop_alpha"  # of `open_image_safely`
+    grayscale_policy:str="rgb",   # of open_image_safely
+    rgba_policy:str="drop_alpha"  # of open_image_safely
 )->dict[str,Any]:              # the header
     "Build a pack, or finish one, or find it there already (SPEC section 6, RS1, RS5, RS7)."
     plan = make_plan(rows, scale=scale, codec=codec, quality=quality, crops=crops, manifest_hash=manifest_hash, class_map=class_map.fingerprint if class_map else "",
@@ -439,9 +439,9 @@ def can_serve(self:Pack,
 
 # %% ../../nbs/13c_data.pack.ipynb #e38ec543
 def stage_pack(
-    stage:Any,            # `StageData`: train and pool rows, class_map, header, root, number
+    stage:Any,            # StageData: train and pool rows, class_map, header, root, number
     run_root:str|Path,    # the run folder
-    cfg:Config,           # its `pack` block and the photo policies
+    cfg:Config,           # its pack block and the photo policies
     workers:int|None=None,# processes; None = the CPUs
     progress:bool=True    # show a bar
 )->Pack:
@@ -451,7 +451,7 @@ def stage_pack(
     return Pack(out, stage.header["data_hash"], stage.class_map)
 
 def stage_rows(
-    stage:Any # `StageData`
+    stage:Any # StageData
 )->pd.DataFrame:
     "All rows that training and its gate will look at."
     rows = pd.concat([stage.train, stage.val, stage.pool])
@@ -465,7 +465,7 @@ def pack_settings(
 
 # %% ../../nbs/13c_data.pack.ipynb #2396df88
 def pack_command(
-    stage:Any,             # `StageData`
+    stage:Any,             # StageData
     run_root:str|Path,     # the run folder
     cfg:Config,            # its configuration
     estimate:bool=False,   # say what it would cost, and stop

@@ -343,7 +343,7 @@ def form_words(
 def describe(
     body:Body,               # the body
     colour:str               # main colour word
-)->str: # the `chart` field
+)->str: # the chart field
     "One Korean sentence about the look of a pill."
     score = "한 면에 분할선이 있는 " if any(body.score) else ""
     what = {"capsule":"경질캡슐제", "gel":"연질캡슐제"}.get(body.form) or ("양면이 볼록한 " if body.profile != "flat" else "")+form_words(body)[0]

@@ -350,7 +350,7 @@ def make_plans(
 
 # %% ../../nbs/19d_data.planner.ipynb #6454b229
 def plot_plans(
-    plans:pd.DataFrame, # of `make_plans`
+    plans:pd.DataFrame, # of make_plans
     note:str=""         # below the title
 )->Any: # matplotlib Figure
     "Hours per epoch and gigabytes, stage by stage, from the delivery and from the pack."
@@ -370,7 +370,7 @@ def tell(
     seen:Probe,          # the machine
     gpu:float|None,      # photos/s
     gpu_how:str,         # how that is known
-    vram:pd.DataFrame|None=None, # of `vram_table`
+    vram:pd.DataFrame|None=None, # of vram_table
     vram_how:str=""      # whose memory it is compared with
 )->str:
     "The plan in words and tables."

@@ -637,8 +637,8 @@ def march(
 # %% ../../nbs/12a_data.render.ipynb #0a789059
 def polish(
     s:Solid, # the pill's maps
-    uv:np.ndarray,   # [2,n] rays as in `march`
-    lean:np.ndarray, # as in `march`
+    uv:np.ndarray,   # [2,n] rays as in march
+    lean:np.ndarray, # as in march
     high:np.ndarray, # [n] a height outside the pill, if the guess was right
     low:np.ndarray,  # [n] a height inside it, if the guess was right
     rounds:int=3 # refinements
@@ -664,7 +664,7 @@ def trace(
     rays:Callable,   # pixel coordinates → [2,n] where their rays meet the table, pill frame, mm
     xs:np.ndarray,   # pixel columns to look at
     ys:np.ndarray,   # pixel rows to look at
-    lean:np.ndarray, # as in `march`
+    lean:np.ndarray, # as in march
     coarse:int=4     # the first pass looks at every coarse-th ray
 )->tuple[np.ndarray,np.ndarray,np.ndarray,np.ndarray]: # rows, columns, positions [2,n] and heights of the hits
     "Find the surface coarsely, then near that guess, and by the long way wherever the guess was wrong."

@@ -39,7 +39,7 @@ def name_ids(
 def dice(
     seed:int,            # the run's
     epoch:int,           # counted from 0
-    ids:np.ndarray,      # uint64 [n], as `name_ids` gives them
+    ids:np.ndarray,      # uint64 [n], as name_ids gives them
     columns:int,         # numbers per sample
     visits:np.ndarray|int=0 # how often each was drawn before in this epoch
 )->np.ndarray:           # float64 [n, columns] in [0, 1)
@@ -76,7 +76,7 @@ def earlier_visits(
 class EpochSampler(Sampler):
     "Each photo once per epoch in a new order, or draws by weight; the same for the same seed and epoch (SPEC TL9, BX10)."
     def __init__(self,
-        dataset:Any,                      # its length, and its `set_epoch` if it has one
+        dataset:Any,                      # its length, and its set_epoch if it has one
         seed:int=42,                      # the run's
         weights:Sequence[float]|None=None # one per row: rare drugs are drawn more often; None = every photo once
     ): self.dataset, self.seed, self.weights, self.epoch, self.position = dataset, seed, weights, 0, 0

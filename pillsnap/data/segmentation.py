@@ -34,7 +34,7 @@ from .render import Pose, Shot, draw, map_res, photograph, solid, stage
 def pill_masks(
     pills:Sequence[tuple[Drug,Pose]], # what lies on the table
     shot:Shot,                        # how it is taken
-    rng:np.random.Generator           # in the state `photograph` got it in
+    rng:np.random.Generator           # in the state photograph got it in
 )->list[np.ndarray]: # [h, w] bool each
     "What each pill covers, from the renderer's own transparency (SPEC DM12)."
     camera, lamp, exposure = stage(shot, rng)
@@ -137,7 +137,7 @@ class SegmentationDataset(Dataset):
         root:str|os.PathLike,        # holds images/ and masks/
         classes:int,                 # how many, background included
         size:int=256,                # side of the square, pixels
-        transform:Callable|None=None # f(image=, mask=) → {"image", "mask"}, e.g. `sync_transform(size)`; None resizes
+        transform:Callable|None=None # f(image=, mask=) → {"image", "mask"}, e.g. sync_transform(size); None resizes
     ):
         self.pairs, self.classes, self.size, self.transform = find_pairs(root), classes, size, transform
 

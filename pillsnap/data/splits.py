@@ -112,7 +112,7 @@ def group_keys(
 
 # %% ../../nbs/16_data.splits.ipynb #3e8d121b
 def line_up(
-    df:pd.DataFrame,       # tidy records with their `group`
+    df:pd.DataFrame,       # tidy records with their group
     seed:int,              # the run's seed
     stratified:bool=True   # one line per drug; False: one line for all singles
 )->pd.DataFrame:           # one row per group: stratum, class_key, kind, photos; in the order of the lines
@@ -123,7 +123,7 @@ def line_up(
     return g.assign(lot=lot(g.index, seed, "group")).sort_values(["stratum", "lot"], kind="stable")
 
 def places(
-    g:pd.DataFrame,  # groups as `line_up` gives them
+    g:pd.DataFrame,  # groups as line_up gives them
     seed:int,        # the run's seed
     salt:str,        # what is being cut
     first:int=1,     # groups at the head of each line that are always taken
@@ -142,7 +142,7 @@ def cut(
     place:np.ndarray,  # of every group
     photos:np.ndarray, # of every group
     need:float         # photos to take
-)->float:              # groups with place < this hold at least `need` photos, if there are that many
+)->float:              # groups with place < this hold at least need photos, if there are that many
     "Where to cut the lines."
     order = np.argsort(place, kind="stable")
     k = int(np.searchsorted(np.cumsum(photos[order]), need)) if need > 0 else -1
@@ -184,7 +184,7 @@ def held_share(
 
 # %% ../../nbs/16_data.splits.ipynb #1d296854
 def deal_roles(
-    g:pd.DataFrame,              # groups as `line_up` gives them
+    g:pd.DataFrame,              # groups as line_up gives them
     order:Sequence[str],         # drugs in stage order
     quotas:Sequence[Quota],      # every stage of this delivery
     ratio:Sequence[float],       # train, val; or train, val, test
@@ -343,7 +343,7 @@ def split_records(
 
 # %% ../../nbs/16_data.splits.ipynb #202b8494
 def notices(
-    df:pd.DataFrame, # records as `split_records` returns them
+    df:pd.DataFrame, # records as split_records returns them
     quota:Quota,     # the stage that is cut
     classes:Sequence[str], # its drugs
     group_by:str="capture" # what was kept together
@@ -398,7 +398,7 @@ def make_splits(
 
 # %% ../../nbs/16_data.splits.ipynb #b9dd892b
 def _parts(
-    df:pd.DataFrame,      # records as `split_records` returns them
+    df:pd.DataFrame,      # records as split_records returns them
     quota:Quota,          # the stage
     params:dict[str,Any]  # what was asked for
 )->Splits:
@@ -519,7 +519,7 @@ def preprocessing_config(
 
 # %% ../../nbs/16_data.splits.ipynb #0b6509ec
 def narrow_manifest(
-    lists:Mapping[str,list], # from `family_lists`
+    lists:Mapping[str,list], # from family_lists
     classes:Sequence[str],   # the drugs, in the order of their numbers
     cfg:Config               # its narrow block
 )->dict[str,Any]:

@@ -433,7 +433,7 @@ def check_settings(
 
 # %% ../../nbs/12b_data.synth.ipynb #df63505a
 def plan_delivery(
-    drugs:int=12,          # as in `write_delivery`, and so are the others
+    drugs:int=12,          # as in write_delivery, and so are the others
     photos:int=72,         # single photos a drug
     combos:int=40,         # combinations
     seed:int=42,           # same seed, same bytes
@@ -480,7 +480,7 @@ def claim(
 # %% ../../nbs/12b_data.synth.ipynb #7be37c83
 def spread(
     work:Callable[[tuple],dict[str,str]], # one job's files, path → sha256
-    jobs:Iterable[tuple], # arguments of `work`
+    jobs:Iterable[tuple], # arguments of work
     n:int                 # processes; 1: this one
 )->Iterator[dict[str,str]]: # as they are ready
     "Do jobs here, or in processes of one thread each; joblib's can be started from any script, also one without a `__main__` guard."
@@ -547,7 +547,7 @@ def label_template(
     return text
 
 def fill_label(
-    template:str,              # from `label_template`
+    template:str,              # from label_template
     drug:Drug,                 # what is described
     stem:str,                  # the photo's name
     box:tuple[int,int,int,int] # x, y, w, h
@@ -604,7 +604,7 @@ def write_drug_labels(
 def label_jobs(
     out:Path,    # delivery folder
     plan:Plan    # what is to be there
-)->tuple[list[tuple],dict]: # arguments of `write_drug_labels`, ledger
+)->tuple[list[tuple],dict]: # arguments of write_drug_labels, ledger
     "Everything that a delivery of labels alone consists of."
     s = plan.settings; train = make_catalogue(s["drugs"], s["seed"]); val, jobs, counts = val_catalogue(train, s["val_drugs"], s["seed"]), [], {}
     for split, drugs, photos, combos in (("train", list(train), s["photos"], s["combos"]), ("val", list(val), max(s["photos"]//6, 1), 0)):

@@ -79,7 +79,7 @@ def cross_validated(
     df:pd.DataFrame,    # their rows: path, class_key, group_id
     folds:int=5,        # parts, by whole capture groups
     seed:int=42         # how they are dealt
-)->pd.DataFrame:        # as `answers_of`
+)->pd.DataFrame:        # as answers_of
     "What a plain model says of each photo when its whole capture group was kept from it (SPEC BX22)."
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedGroupKFold
@@ -96,7 +96,7 @@ def cross_validated(
 # %% ../../nbs/15a_data.triage.ipynb #89e234ff
 def read_predictions(
     run_dir:str|os.PathLike # run folder
-)->pd.DataFrame|None:       # as `answers_of`; None when nothing was evaluated here
+)->pd.DataFrame|None:       # as answers_of; None when nothing was evaluated here
     "The evaluation stage's answers. It keeps the answer's confidence and the label's rank; `own` is then the most that the label can have."
     path = Path(run_dir)/"reports"/"predictions_single.csv"
     if not path.is_file(): return None
@@ -120,9 +120,9 @@ KINDS = {"conflict": "one picture under two drugs", "label": "a model is sure of
 
 def rank_issues(
     df:pd.DataFrame,                  # manifest rows
-    answers:pd.DataFrame|None=None,   # as `answers_of`
+    answers:pd.DataFrame|None=None,   # as answers_of
     dup:Duplicates|None=None,         # copies
-    measured:pd.DataFrame|None=None   # from `measure_photos`
+    measured:pd.DataFrame|None=None   # from measure_photos
 )->pd.DataFrame: # path, kcode, kind, score (0-1), suggest, why; worst first, one row per photo, drug and kind
     "What somebody should look at (SPEC BX22)."
     of, rows = df[df["kind"] == "single"].set_index("path")["class_key"].to_dict(), []
@@ -143,7 +143,7 @@ def plain_answers(
     sample:int=2000,      # photos opened at most
     seed:int=42,          # which
     each:int=12           # photos a drug needs on average; where there are too many drugs, some are left for another seed
-)->pd.DataFrame|None:     # as `answers_of`; None where no two drugs can be told apart
+)->pd.DataFrame|None:     # as answers_of; None where no two drugs can be told apart
     "The plain model's opinion where nothing was evaluated."
     several = singles.groupby("class_key")["group_id"].nunique()
     drugs = several.index[several > 1].to_series().sample(frac=1, random_state=seed)[:max(2, sample // each)]
@@ -158,7 +158,7 @@ def issues_of_run(
     run_dir:str|os.PathLike, # run folder with a manifest
     sample:int=2000,         # photos opened for sharpness and brightness, and for the plain model where nothing was evaluated
     seed:int=42              # which
-)->pd.DataFrame:             # as `rank_issues`
+)->pd.DataFrame:             # as rank_issues
     "Everything a run knows about its labels; the search for copies is the splits stage's, if it ran."
     root = Path(run_dir); df, head = read_manifest(root/"manifest.csv")
     singles, answers = df[df["kind"] == "single"], read_predictions(root)
@@ -168,7 +168,7 @@ def issues_of_run(
     return rank_issues(df, answers, dup, measure_photos(sample_photos(singles, sample, seed), head["root"], progress=False))
 
 def still_open(
-    issues:pd.DataFrame, # as `rank_issues`
+    issues:pd.DataFrame, # as rank_issues
     overlay:Overlay      # decisions so far
 )->pd.DataFrame:
     "Issues nobody has decided about."
@@ -206,7 +206,7 @@ class Desk:
     "What a page needs: the issues of a run, its photos, its drugs' names, its overlay."
     def __init__(self,
         run_dir:str|os.PathLike,  # run folder
-        issues:pd.DataFrame|None=None, # as `rank_issues`; None = reckon them now
+        issues:pd.DataFrame|None=None, # as rank_issues; None = reckon them now
         who:str=""                # written beside every decision; "" = whoever is logged in
     ):
         self.root, self.who = Path(run_dir), who
@@ -274,7 +274,7 @@ def static_page(
 
 def triage_page(
     run_dir:str|os.PathLike,       # run folder
-    issues:pd.DataFrame|None=None, # as `rank_issues`; None = reckon them now
+    issues:pd.DataFrame|None=None, # as rank_issues; None = reckon them now
     interactive:bool|None=None,    # None = find out whether somebody is looking
     who:str=""                     # written beside every decision
 )->Desk:

@@ -369,7 +369,7 @@ PART = 2000 # files; 200 ms
 def parts_of(
     files:Iterable[str], # annotation files, sorted
     size:int=PART        # files in a part
-)->Iterator[list[tuple[str,list[str]]]]: # arguments of `read_part`
+)->Iterator[list[tuple[str,list[str]]]]: # arguments of read_part
     "Deal files into parts of one size, folder by folder."
     part, room = [], size
     for folder, paths in groupby(files, lambda p: p.rpartition(os.sep)[0]):
@@ -474,7 +474,7 @@ MEANING = {
 
 # %% ../../nbs/11b_data.truth.ipynb #1ea52ce6
 def audit_table(
-    counts:dict[str,Any] # from `audit`
+    counts:dict[str,Any] # from audit
 )->str: # lines of a console table
     "The counts in a form to read."
     say = lambda v: "not counted" if v is None else ", ".join(f"{k}: {n}" for k,n in v.items()) or "none" if isinstance(v, dict) else ", ".join(v[:6])+(f" and {len(v)-6} more" if len(v) > 6 else "") or "none" if isinstance(v, list) else f"{v:,}"

@@ -102,7 +102,7 @@ def open_axes(
 class RawHead(nn.Module):
     "A detector reduced to its decoded head: [N, 3, S, S] → [N, 5, A]."
     def __init__(self,
-        model:nn.Module # as `load_detector` gives it
+        model:nn.Module # as load_detector gives it
     ): super().__init__(); self.model = model; self.eval()
 
     def forward(self, x:torch.Tensor)->torch.Tensor:
@@ -140,7 +140,7 @@ class Check:
 
 # %% ../../nbs/52_deployment.export.ipynb #a7f36e02
 def judge_logits(
-    gap:Mapping[str,float], # from `logit_gap`
+    gap:Mapping[str,float], # from logit_gap
     n:int                   # photos behind it
 )->list[Check]:
     "Hold a classifier's gap against the limits (SPEC EX2, X56)."
@@ -169,7 +169,7 @@ def pair_boxes(
 
 # %% ../../nbs/52_deployment.export.ipynb #aa1372d6
 def judge_boxes(
-    pairs:Mapping[str,Any],  # from `pair_boxes`
+    pairs:Mapping[str,Any],  # from pair_boxes
     ap:tuple[float,float],   # mAP@.5 of torch and of ONNX, NaN without true boxes
     raw:float,               # largest relative difference of the two heads
     n:int                    # photos behind it
@@ -211,7 +211,7 @@ def photo_order(
 
 # %% ../../nbs/52_deployment.export.ipynb #c839d699
 def open_photos(
-    order:Iterable[tuple[Path,np.ndarray]], # from `photo_order`
+    order:Iterable[tuple[Path,np.ndarray]], # from photo_order
     n:int,                                  # how many are wanted
     skipped:list[str]|None=None             # takes the names of those that could not be read
 )->Iterator[Photo]:
@@ -327,7 +327,7 @@ def _inputs_of(layers:Sequence[nn.Module], ask:Callable[[],Any])->list[torch.Ten
 @torch.no_grad()
 def livened(
     model:nn.Module,   # an untrained YOLO11
-    x:np.ndarray,      # from `detector_input`
+    x:np.ndarray,      # from detector_input
     seed:int=0         # another last layer
 )->nn.Module: # a copy in eval mode that answers with boxes of many scores and sizes
     "An untrained detector with something to say, for checks that need boxes and no sense."

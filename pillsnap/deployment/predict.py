@@ -118,8 +118,8 @@ def model_entry(
 def write_bundle(
     folder:str|Path,                # the export folder, with the ONNX files in it
     class_map:ClassMap,             # output number → K-code
-    classifier:Mapping[str,Any],    # from `model_entry`
-    detector:Mapping[str,Any]|None, # from `model_entry`; None = single mode only
+    classifier:Mapping[str,Any],    # from model_entry
+    detector:Mapping[str,Any]|None, # from model_entry; None = single mode only
     thresholds:Mapping[str,Any],    # conf, iou, max_det, crop_padding
     drugs:Mapping[str,Mapping[str,Any]], # K-code → record
     temperature:float=1.,           # from the calibration
@@ -246,7 +246,7 @@ MISSING = "정보 없음"
 _MODE = {"single": "단일 (사진 전체가 한 알)", "combo": "조합 (알약을 먼저 찾음)"}
 
 def card_value(
-    field:str, # of `CARD`
+    field:str, # of CARD
     value:Any  # as in the answer
 )->str: # Korean text
     "One fact of a drug, or that it is missing."

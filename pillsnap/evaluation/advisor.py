@@ -25,7 +25,7 @@ from .latency import Latency, protocol_gap
 class Target:
     "One figure that a stage would like to see."
     name:str           # the metric's name
-    value:float        # at least, or at most where `lower`
+    value:float        # at least, or at most where lower
     lower:bool=False   # lower is better
     unit:str=""        # ms, GB, s, img/s, h
     scored:bool=True   # counts in the performance score; False = an advanced metric, shown only
@@ -153,7 +153,7 @@ def score_bars(
 
 # %% ../../nbs/44_evaluation.advisor.ipynb #70905861
 def performance_score(
-    bars:Sequence[Bar] # from `score_bars`
+    bars:Sequence[Bar] # from score_bars
 )->float:              # 0-1; 1 only when every scored target is measured and met
     "Mean share over the performance targets (SPEC Annex 3)."
     scored = [b for b in bars if b.scored]

@@ -197,7 +197,7 @@ class ComboAnswer:
 # %% ../../nbs/46_evaluation.evaluation.ipynb #80fc47b4
 def judge_combo(
     s:Shot,                   # the photo's truth
-    answer:Mapping[str,Any],  # from `predict_pipeline`
+    answer:Mapping[str,Any],  # from predict_pipeline
     class_map:ClassMap,       # known drugs
     iou:float=.5              # least overlap of a hit
 )->ComboAnswer:

@@ -202,7 +202,7 @@ def gate_points(
 # %% ../../nbs/43_evaluation.gates.ipynb #35659827
 def simple_stage_evaluation(
     stage:int,                  # 0 demo, 1-4
-    facts:Mapping[str,Any],     # records: accuracy, latency_p95_ms (a `Latency`), n_eval_samples, class_coverage, no_crashes, memory_stable, baseline, map50
+    facts:Mapping[str,Any],     # records: accuracy, latency_p95_ms (a Latency), n_eval_samples, class_coverage, no_crashes, memory_stable, baseline, map50
     time_cap:TimeCap|None=None  # the clock, where the stage allows it to count
 )->GateResult:                  # GO only when every point is measured and met
     "Judge a stage: a pure function of measurement records (SPEC SG1, X6)."

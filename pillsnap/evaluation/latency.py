@@ -41,7 +41,7 @@ class Latency:
 
 # %% ../../nbs/41_evaluation.latency.ipynb #9b685cee
 def latency_from_dict(
-    d:dict # what `Latency.to_dict` wrote
+    d:dict # what Latency.to_dict wrote
 )->Latency:
     "The record back from JSON."
     return Latency(**{**d, "metric": Metric.from_dict(d["metric"])})

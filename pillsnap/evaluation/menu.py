@@ -36,7 +36,7 @@ def read_advice(
 # %% ../../nbs/45_evaluation.menu.ipynb #be6256dc
 def write_advice(
     run_dir:str|os.PathLike,  # run folder
-    advice:Advice,            # from `evaluate_and_recommend`
+    advice:Advice,            # from evaluate_and_recommend
     gate:Mapping[str,Any]|None=None # the gate's verdict, to be shown beside it
 )->dict[str,Any]:             # what was written
     "Write the advice; a choice made on the same advice is kept (SPEC Annex 3)."

@@ -229,7 +229,7 @@ def build_classification_model(
     log:logging.Logger|None=None,      # where the decisions are said
     drop_path:float=0.,                # share of residual branches left out
     head:Mapping[str,Any]|None=None    # of a cosine head: {"dim", "scale"}; None = linear
-)->nn.Module: # with `.weights_origin`
+)->nn.Module: # with .weights_origin
     "A timm classifier with its origin attached (SPEC CT1, CT7)."
     check_backbone(backbone)
     if num_classes < 2: raise PillsnapError(f"a classifier needs at least two drugs, the class map has {num_classes}", fix="add drugs to the delivery, or raise max_classes")

@@ -73,7 +73,7 @@ def per_class(
     pred:Sequence[int],        # predicted class ids [N]; -1 = no answer
     labels:Sequence[int],      # true class ids [N]
     num_classes:int,           # size of the class map: the number of rows
-    keys:Sequence[str]|None=None # class keys in id order, shown as column `key`
+    keys:Sequence[str]|None=None # class keys in id order, shown as column key
 )->pd.DataFrame:               # class_id, key, n (photos), predicted, precision, recall, f1
     "Precision, recall and F1 of every class of the map (SPEC EV3)."
     pred, labels = _paired(pred, labels, "per_class")

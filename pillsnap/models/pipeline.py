@@ -171,7 +171,7 @@ def preprocessing(
     classifier_size:int,           # side of the classifier's input, pixels
     detector_size:int|None=None,   # side of the detector's input, pixels
     crop_padding:float=.1          # margin around a box, as a share of its sides
-)->dict[str,Any]: # plain JSON types, with an `id`
+)->dict[str,Any]: # plain JSON types, with an id
     "How a photo becomes a model's input, in words that can be compared (SPEC section 2)."
     d = dict(version=1, colour="RGB", orientation="EXIF applied", filter="Pillow bilinear, antialiased", mean=list(IMAGENET_MEAN), std=list(IMAGENET_STD),
              whole=dict(size=classifier_size, fit="short side, centre"), crop=dict(size=classifier_size, padding=crop_padding, fit="square, edges repeated"),
@@ -246,7 +246,7 @@ def predict_pipeline(
     max_det:int=100,              # boxes kept
     box_count:int|None=None,      # pills that somebody counted: a hint for the badge
     hashes:Mapping[str,str]|None=None # what else identifies the models; added to the answer
-)->dict[str,Any]: # the predict JSON of `answer_schema`
+)->dict[str,Any]: # the predict JSON of answer_schema
     "Answer for one photo, in the mode that was asked for and no other (SPEC SV4, X39)."
     check_mode(mode)
     if not 0 <= conf_threshold <= 1: raise PillsnapError(f"a threshold lies between 0 and 1, not at {conf_threshold!r}", where="conf_threshold")

@@ -27,7 +27,7 @@ class Vectors(NamedTuple):
 
 @torch.no_grad()
 def embed_photos(
-    model:nn.Module,              # with `embed`
+    model:nn.Module,              # with embed
     loader:Iterable,              # of (images, labels, meta)
     device:torch.device|str="cpu" # where the pass runs
 )->Vectors:

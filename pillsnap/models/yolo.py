@@ -171,7 +171,7 @@ def open_detector(
     lazy:bool=True,                # cfg.inference.lazy_load_detector
     device:str|torch.device="cpu", # where it computes
     batch:int=16                   # photos per pass
-)->TorchDetector|Lazy: # a runner for `detect` and `predict_pipeline`
+)->TorchDetector|Lazy: # a runner for detect and predict_pipeline
     "A detector ready to answer, read at once or on first use (SPEC DT5, X38)."
     def make():
         model, size, _ = load_detector(ckpt_path, device)

@@ -335,7 +335,7 @@ class Pace:
     def clear(self): self.data, self.comp, self.samples, self.steps = 0., 0., 0., 0
 
     def add(self,
-        t:Mapping[str,float] # as `StepTimer.read` gives it
+        t:Mapping[str,float] # as StepTimer.read gives it
     ):
         n = t["steps"]
         self.data += t["data"]*n; self.comp += t["comp"]*n; self.samples += t["thr"]*(t["data"]+t["comp"])*n; self.steps += n
@@ -407,7 +407,7 @@ def audience()->Literal["terminal","notebook","log"]: # who is looking
 class Bar:
     "A line of progress that is replaced in place, at most ten times a second."
     def __init__(self,
-        where:Literal["terminal","notebook","log"] # as `audience` says
+        where:Literal["terminal","notebook","log"] # as audience says
     ): self.where, self.handle, self.at = where, None, 0.
 
     @property

@@ -139,7 +139,7 @@ def prepare(
     stage:StageData,   # photos and class map
     cfg:Config,        # how
     out:Outputs,       # where to
-    cache:PhotoCache|bool=True, # as `shared_cache` gives it
+    cache:PhotoCache|bool=True, # as shared_cache gives it
     share:tuple[int,int]=(0, 1),# this process and how many: which part of each batch is its own
     ckpt:Mapping[str,Any]|None=None # of the run that goes on
 )->tuple[PillLearner,dict[str,Any]]: # a Learner that has not begun, and the first weights' origin
@@ -244,7 +244,7 @@ def name_of(
     return f"{names[key]} ({key})" if names.get(key) else key
 
 def draw_recall(
-    tables:Mapping[str,pd.DataFrame], # per view, as `per_class` gives it
+    tables:Mapping[str,pd.DataFrame], # per view, as per_class gives it
     names:Mapping[str,str],           # K-code → Korean name
     most:int=40                       # drugs shown, the worst first
 )->Any: # matplotlib Figure

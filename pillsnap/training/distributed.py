@@ -83,7 +83,7 @@ def bring_together(
 
 # %% ../../nbs/39_training.distributed.ipynb #ee8454ea
 def gather_answers(
-    v:Any,                   # a `Validate` callback that has seen its share
+    v:Any,                   # a Validate callback that has seen its share
     device:torch.device|str  # where small sums are brought together
 )->None:
     "Bring the shares of a validation together, in every process."

@@ -36,7 +36,7 @@ SIDES = ("detector", "classifier")
 def whose_turn(
     step:int,             # steps that both have done, together
     ratio:tuple[int,int]  # detector : classifier
-)->str: # a name of `SIDES`
+)->str: # a name of SIDES
     "The side that does the next step (SPEC IT1)."
     d, c = ratio
     return SIDES[0] if step % (d+c) < d else SIDES[1]
@@ -48,7 +48,7 @@ def process_state()->dict[str,Any]: # generators and switches
     return dict(rng=rng_state(), precision=torch.get_float32_matmul_precision(), cudnn=(c.benchmark, c.deterministic, c.allow_tf32), deterministic=(torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()))
 
 def set_process_state(
-    s:Mapping[str,Any] # what `process_state` gave
+    s:Mapping[str,Any] # what process_state gave
 )->None:
     "Put generators and switches back."
     set_rng_state(s["rng"]); torch.set_float32_matmul_precision(s["precision"])
@@ -178,7 +178,7 @@ class InTurn(Callback):
 def in_turn_hooks(
     baton:Baton,       # shared with the other side
     me:str="detector"  # this side
-)->dict[str,Callable[[Any],None]]: # for `train_detector`
+)->dict[str,Callable[[Any],None]]: # for train_detector
     "The same for ultralytics' loop, by its names of the events (SPEC IT1)."
     side = baton.sides[me]
     def begin(t:Any)->None: baton.begin(me, t.start_epoch*len(t.train_loader))

@@ -284,7 +284,7 @@ def validate_classification(
     num_classes:int,               # length of the class map
     criterion:nn.Module|None=None, # the loss that is reported; plain cross-entropy when None
     device:torch.device|str="cpu"  # where the pass runs
-)->dict[str,Any]: # val_loss, acc (= top1), macro_f1, top5, confidence, n, and `answers` photo by photo
+)->dict[str,Any]: # val_loss, acc (= top1), macro_f1, top5, confidence, n, and answers photo by photo
     "One validation pass: fp32, no gradients, nothing dropped (SPEC CT21, X10)."
     learn = PillLearner(PillLoaders(loader, loader, device), model.to(device), (criterion or nn.CrossEntropyLoss()).to(device), default_cbs=False, cbs=[TrainEvalCallback(), Unpack(), Validate()])
     learn.num_classes = num_classes

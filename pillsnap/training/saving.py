@@ -87,7 +87,7 @@ OF_AN_EPOCH = ("history", "step_log", "accumulate") # begin anew with each
 def standing(
     learn:PillLearner, # in training, or after it
     done:int           # batches of this epoch that are behind it
-)->dict[str,int]: # what `load_state_dict` of the loader takes
+)->dict[str,int]: # what load_state_dict of the loader takes
     "Where the training loader stands (SPEC BX10, Annex 3)."
     loader = learn.dls.train
     if hasattr(loader, "state_dict"): return loader.state_dict()
@@ -232,7 +232,7 @@ def all_batches(self:PillLearner)->None:
 
 def rest_of(
     learn:PillLearner,      # whose epoch has begun
-    ckpt:Mapping[str,Any]   # what `restore` was given
+    ckpt:Mapping[str,Any]   # what restore was given
 )->Any: # batches
     "What the epoch has left: nothing, when the file was written in the validation."
     loader, at = learn.dls.train, ckpt["sampler_state"]
@@ -241,7 +241,7 @@ def rest_of(
 
 def take_up(
     learn:PillLearner,      # whose epoch has begun
-    ckpt:Mapping[str,Any]   # what `restore` was given
+    ckpt:Mapping[str,Any]   # what restore was given
 )->int: # number of the next batch
     "Put back what the callbacks knew in mid-epoch."
     for name, state in ckpt["position"]["callbacks"].items():
