@@ -14,6 +14,7 @@ from pillsnap.core.files import read_json, save_json
 from pillsnap.core.record import Metric, Provenance
 from pillsnap.core.stages import RunFolder, record_path
 from pillsnap.data.classmap import ClassMap
+from pillsnap.evaluation import checks as K
 from pillsnap.evaluation import evaluation as E
 from pillsnap.evaluation.ledger import read_ledger
 from pillsnap.evaluation.gates import simple_stage_evaluation
@@ -216,15 +217,15 @@ def test_memory_flat_leaking_and_unknown():
 @pytest.mark.spec("SG5")
 def test_checks_carry_their_evidence(copy):
     doc = read_json(copy / "reports/evaluation.json")
-    c = E.found_checks(copy, doc)
+    c = K.found_checks(copy, doc)
     assert c["classification_model_loading"].counts and c["detection_model_loading"].counts and not c["pipeline_complete"].counts and "onnx_conversion_success" not in c
     sha = doc["inputs"]["checkpoints/classifier/best.pt"]
     for passed, checkpoint, want in ((True, sha, True), (False, sha, False), (None, sha, False), (True, "0" * 64, False)):
         save_json({"passed": passed, "models": {"classifier": {"checkpoint": checkpoint}}}, copy / "reports/export.json")
-        assert E.found_checks(copy, doc)["onnx_conversion_success"].counts == want
+        assert K.found_checks(copy, doc)["onnx_conversion_success"].counts == want
     for s in E.BEFORE: save_json(dict(status="finished", seconds=3., settings={}), record_path(copy, s))
-    assert E.found_checks(copy, doc)["pipeline_complete"].counts
-    E.declare_check(copy, "automated_monitoring", by="kim"); assert E.found_checks(copy, doc)["automated_monitoring"].counts
+    assert K.found_checks(copy, doc)["pipeline_complete"].counts
+    K.declare_check(copy, "automated_monitoring", by="kim"); assert K.found_checks(copy, doc)["automated_monitoring"].counts
 
 
 # ---- combos --------------------------------------------------------------------------------------
