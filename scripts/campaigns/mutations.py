@@ -38,7 +38,7 @@ MUTATIONS: list[Mutation] = [
 def run_test(copy: Path, test: str, timeout: float) -> tuple[bool, str]:
     "Whether the test passes in a copy of the checkout, and the end of what pytest printed."
     env = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "PILLSNAP_OFFLINE": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", test]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-o", "addopts=--strict-markers", "-p", "no:cacheprovider", test]
     try:
         r = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:
