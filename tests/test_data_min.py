@@ -383,11 +383,26 @@ def test_5_meta_and_summary(stage, cfg, caplog):
     assert {"class_names", "class_to_idx", "train_count", "val_count", "test_count", "img_size", "splits_json", "test_usage_policy", "weights_used", "sampler_used", "skipped_files"} <= set(meta)
     n = {k: int((getattr(stage, k)["kind"] == "single").sum()) for k in ("train", "val")}
     pills = L.teaching_rows(stage.train, stage, cfg)
-    assert (meta["train_count"], meta["val_count"], meta["test_count"], meta["img_size"]) == (len(pills), n["val"], None, 64)
+    assert (meta["train_count"], meta["val_count"], meta["test_count"], meta["img_size"]) == (len(pills), n["val"], stage.header["counts"]["test"]["singles"], 64)
     assert meta["combo_crops"] == int((pills["kind"] == "combo").sum()) > 0 and meta["train_count"] - meta["combo_crops"] == n["train"]
     assert meta["class_names"] == sorted(stage.class_map) and meta["class_to_idx"] == {k: i for i, k in enumerate(sorted(stage.class_map))}
-    assert (meta["splits_json"], meta["test_usage_policy"], meta["weights_used"], meta["sampler_used"], meta["skipped_files"]) == ("artifacts/stage0/splits.json", "final_evaluation_only", True, False, [])
+    assert (meta["splits_json"], meta["test_usage_policy"], meta["weights_used"], meta["sampler_used"], meta["skipped_files"]) == ("artifacts/stage0/splits.json", "final_evaluation_only", "inv_freq", "none", [])
     assert f"{len(pills):,} train samples ({meta['combo_crops']:,} of them pills of combos) and {n['val']:,} val photos of 6 drugs at 64 px" in caplog.text and "drop_last" in caplog.text and "prefetch" in caplog.text
+
+
+@pytest.mark.spec("TL10")
+def test_5_meta_has_the_types_that_other_programs_read(stage, cfg):
+    "Counts are integers, what was used for the balance is named, and the whole survives JSON."
+    weighted = load_config("smoke", [*SMALL, "data.imbalance.use_class_weights=false", "data.imbalance.use_weighted_sampler=true"])
+    effective = load_config("smoke", [*SMALL, "data.imbalance.method=effective_num"])
+    by_class = load_config("smoke", [*SMALL, "project.family=retrieval", "data.imbalance.use_class_weights=false"])
+    used = [("inv_freq", "none"), ("none", "weighted"), ("effective_num", "none"), ("none", "class_balanced")]
+    for c, names in zip((cfg, weighted, effective, by_class), used):
+        meta = L.build_classification_loaders(stage, c)[2]
+        assert all(type(meta[k]) is int for k in ("train_count", "val_count", "test_count", "img_size")), meta
+        assert (meta["weights_used"], meta["sampler_used"]) == names and json.loads(json.dumps(meta))["class_to_idx"] == meta["class_to_idx"]
+        assert f"class weights {names[0]}, sampler {names[1]};" in "\n".join(L.summary(meta))
+    assert meta["test_count"] == stage.header["counts"]["test"]["singles"] > 0
 
 
 @pytest.mark.spec("TL10")

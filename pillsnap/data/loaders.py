@@ -7,8 +7,9 @@ __all__ = ['AUTOTUNE_WARMUP', 'AUTOTUNE_STEPS', 'memory_efficient_loader', 'buil
            'init_worker', 'worker_count', 'worker_candidates', 'data_time', 'autotune_num_workers', 'policies_of',
            'preload_count', 'teaching_rows', 'pack_of', 'base_source', 'hotset', 'preload_stage_data', 'database',
            'source_of', 'classification_set', 'loader_options', 'batch_size_of', 'validation_loader', 'processes_of',
-           'photos_per_batch', 'training_order', 'tuned', 'build_classification_loaders', 'caches_of', 'loader_meta',
-           'summary', 'build_detection_loaders', 'build_dataloaders_by_mode', 'build_dataloaders_twostage']
+           'photos_per_batch', 'training_order', 'tuned', 'build_classification_loaders', 'caches_of', 'balance_used',
+           'sealed_photos', 'loader_meta', 'summary', 'build_detection_loaders', 'build_dataloaders_by_mode',
+           'build_dataloaders_twostage']
 
 # %% ../../nbs/19a_data.loaders.ipynb #4402d687
 import itertools
@@ -631,6 +632,21 @@ def caches_of(
     kept = getattr(loader.dataset.source, "kept", None)
     return [kept] if isinstance(kept, PhotoCache) else []
 
+def balance_used(
+    cfg:Config,           # data.imbalance
+    train_dl:PhotoLoader  # the training loader
+)->tuple[str,str]: # how the loss is weighted, and how photos are drawn
+    "Names of the class weights and of the sampler; \"none\" where there is none."
+    weights = cfg.data.imbalance.method if cfg.data.imbalance.use_class_weights else "none"
+    if isinstance(train_dl.batch_sampler, BalancedBatchSampler): return weights, "class_balanced"
+    return weights, "weighted" if cfg.data.imbalance.use_weighted_sampler else "none"
+
+def sealed_photos(
+    header:Mapping[str,Any] # of a stage, splits.json
+)->int:
+    "How many single photos the split has sealed; a count, no name."
+    return int(header.get("counts", {}).get("test", {}).get("singles", 0))
+
 def loader_meta(
     stage:StageData,         # classes and delivery
     cfg:Config,              # the run's configuration
@@ -640,10 +656,11 @@ def loader_meta(
 )->dict[str,Any]:
     "What was built, in the sources' words (SPEC TL10)."
     caches = {id(c): c for l in (train_dl, val_dl) for c in caches_of(l)}.values()
+    weights, sampler = balance_used(cfg, train_dl)
     return {"class_names": list(stage.class_map), "class_to_idx": {k: i for i, k in enumerate(stage.class_map)},
-        "train_count": len(train_dl.dataset), "val_count": len(val_dl.dataset), "test_count": None, "combo_crops": int(train_dl.dataset.boxed.sum()) if hasattr(train_dl.dataset, "boxed") else 0, "img_size": cfg.data.classification.img_size,
+        "train_count": len(train_dl.dataset), "val_count": len(val_dl.dataset), "test_count": sealed_photos(stage.header), "combo_crops": int(train_dl.dataset.boxed.sum()) if hasattr(train_dl.dataset, "boxed") else 0, "img_size": cfg.data.classification.img_size,
         "splits_json": f"artifacts/stage{stage.stage}/splits.json", "test_usage_policy": cfg.data.test_usage_policy,
-        "weights_used": cfg.data.imbalance.use_class_weights, "sampler_used": cfg.data.imbalance.use_weighted_sampler,
+        "weights_used": weights, "sampler_used": sampler,
         "skipped_files": [{"path": p, **e} for c in caches for (p, _), e in c.errors.items()],
         "batch_size": photos_per_batch(train_dl), "drop_last": train_dl.drop_last, "num_workers": train_dl.num_workers, "engine": train_dl.engine, "pin_memory": train_dl.pin_memory,
         "prefetch_factor": train_dl.prefetch_factor if train_dl.num_workers else None, "persistent_workers": train_dl.processes["persistent_workers"], "split_ratio": list(family_ratios(cfg)),
@@ -658,7 +675,7 @@ def summary(
     tried = ["autotune: " + ", ".join(f"{r['workers']} workers {r['data_time']*1e3:.1f} ms" for r in m["autotune"])] if m["autotune"] else []
     return [f"loaders: {m['train_count']:,} train samples ({m['combo_crops']:,} of them pills of combos) and {m['val_count']:,} val photos of {len(m['class_names'])} drugs at {m['img_size']} px, batches of {m['batch_size']}; ratio {m['split_ratio']}, at most {m['max_samples']}, test {m['test_usage_policy']}",
         f"loading: from {m['source']} by {m['num_workers']} {m['engine']}, prefetch {m['prefetch_factor']}, persistent {m['persistent_workers']}, pinned {m['pin_memory']}, drop_last {m['drop_last']} (val: False), {m['cached_bytes']/1e6:.0f} MB in memory",
-        f"balance: class weights {m['weights_used']}, weighted sampler {m['sampler_used']}; {len(m['skipped_files'])} photos skipped so far (data/skipped counts on)"] + tried
+        f"balance: class weights {m['weights_used']}, sampler {m['sampler_used']}; {len(m['skipped_files'])} photos skipped so far (data/skipped counts on)"] + tried
 
 # %% ../../nbs/19a_data.loaders.ipynb #5659265e
 def build_detection_loaders(
