@@ -40,7 +40,7 @@ def main() -> None:
 
         assert not any(isinstance(got, Fault) for got in map(Reader(), files))  # and all sides find the files in memory
         finish(compare("BM1", "annotation files read", {"pillsnap": ours}, {"json.load": with_json, "orjson": orjson if isinstance(orjson, str) else with_orjson},
-                       len(files), {"json.load": 3.5, "orjson": 1.5}, a.repeats, "files/s", "one process, files in the page cache, folder by folder in turn", quick=a.quick, out=a.out, parts=len(folders)))
+                       len(files), a.repeats, "files/s", "one process, files in the page cache, folder by folder in turn", quick=a.quick, out=a.out, parts=len(folders)))
 
 
 if __name__ == "__main__":

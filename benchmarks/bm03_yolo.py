@@ -114,8 +114,7 @@ def main() -> None:
                 shutil.rmtree(out)
             return AGAIN*n/seconds
 
-        finish(compare("BM3", "COCO to YOLO texts", {"pillsnap": ours}, {k: peer(k, coco, n, tmp, a.peers) for k in PEERS}, n,
-                       {"ultralytics": 3.0, "datumaro": 4.0, "globox": 6.0, "pylabel": 100.0}, a.repeats, "photos/s", "one COCO file, 2.25 boxes a photo; on a RAM disk, so that converters are compared and not the disk" if a.tmp == "/dev/shm" else "one COCO file, 2.25 boxes a photo", quick=a.quick, out=a.out))
+        finish(compare("BM3", "COCO to YOLO texts", {"pillsnap": ours}, {k: peer(k, coco, n, tmp, a.peers) for k in PEERS}, n, a.repeats, "photos/s", "one COCO file, 2.25 boxes a photo; on a RAM disk, so that converters are compared and not the disk" if a.tmp == "/dev/shm" else "one COCO file, 2.25 boxes a photo", quick=a.quick, out=a.out))
 
 
 if __name__ == "__main__":

@@ -11,4 +11,4 @@ if __name__ == "__main__":
     finish(compare("BM5", "PNG loader, as delivered, 384 pixels, batch 64, 2 workers, random crop + mirror",
                    {"PhotoLoader, threads": epoch(our_loader(root, rows), n), "PhotoLoader, processes": epoch(our_loader(root, rows, engine="processes"), n)},
                    {"ImageFolder + v2": image_folder(root, n), "DALI CPU": dali(root, rows, n)},
-                   n, {"ImageFolder + v2": 2.8, "DALI CPU": 1.4}, a.repeats, note=size_note(root, rows), quick=a.quick, out=a.out))
+                   n, a.repeats, note=size_note(root, rows), quick=a.quick, out=a.out))

@@ -11,4 +11,4 @@ if __name__ == "__main__":
     finish(compare("BM7", "loader from the raw pack, 384 pixels, batch 64, 2 workers, random crop + mirror",
                    {"PhotoLoader, raw pack": epoch(our_loader(pack_source(root, rows, "raw"), rows), n)},
                    {"ImageFolder + v2": image_folder(root, n), "FFCV raw": ffcv(root, n, "raw", 640)},
-                   n, {"ImageFolder + v2": 10, "FFCV raw": 1.4}, a.repeats, note=size_note(root, rows), quick=a.quick, out=a.out))
+                   n, a.repeats, note=size_note(root, rows), quick=a.quick, out=a.out))

@@ -33,4 +33,4 @@ if __name__ == "__main__":
 
     theirs = torch.utils.data.DataLoader(Bytes(), BATCH, shuffle=True, num_workers=WORKERS, persistent_workers=True, prefetch_factor=3)
     finish(compare("BM8", f"the loader's own cost at {SIZE} pixels, batch {BATCH}, {WORKERS} workers", {"PhotoLoader, threads": micros(our_loader(Ready(), rows_only(n)))},
-                   {"DataLoader, uint8": micros(theirs)}, n, {"DataLoader, uint8": 4}, a.repeats, unit="µs/photo", better="lower", quick=a.quick, out=a.out))
+                   {"DataLoader, uint8": micros(theirs)}, n, a.repeats, unit="µs/photo", better="lower", quick=a.quick, out=a.out))

@@ -19,7 +19,7 @@ import psutil
 import simplejpeg
 import torch
 from fastai.callback.core import Callback
-from harness import arguments, compare, finish
+from harness import LIMITS, arguments, compare, finish
 from loading import still
 from pillsnap.core.config import load_config
 from pillsnap.data.classmap import ClassMap
@@ -30,7 +30,7 @@ from pillsnap.evaluation.evaluation import theil_sen
 from pillsnap.training.learner import Outputs, build_learner
 from torch import nn
 
-LIMIT = 100.   # kB an epoch: 300 epochs of a long run may then add 30 MB; one batch kept in each epoch would be 786 kB
+LIMIT = LIMITS["BM13"]["kb_per_epoch"]
 DRUGS, SIZE, BATCH, WORKERS, WARM, BLOCK = 6, 64, 64, 2, 10, 5
 
 

@@ -12,11 +12,12 @@ import time
 from datetime import datetime, timezone
 from pathlib import Path
 
-from harness import RESULTS, arguments, finish, machine, save
+from harness import LIMITS, arguments, finish, machine, save
 
 from pillsnap.data.synth import write_delivery
 
-SIZES, SECONDS, BYTES = (10_000, 100_000, 500_000), 45, 2e9
+SIZES = (10_000, 100_000, 500_000)
+SECONDS, BYTES, GROWTH = (LIMITS["BM14"][k] for k in ("seconds", "bytes", "growth"))
 CODE = """
 import json, sys, time
 from pillsnap.data.conversion import index_labels
@@ -58,9 +59,9 @@ def indexed(labels: Path, out: Path, workers: int) -> dict:
 def record(sizes: list[dict], repeats: int, missed: list[str]) -> dict:
     "What is kept, in the shape of the other benchmarks."
     def line(r: dict) -> dict:
-        value = 1e6*r["seconds"]/r["rows"]
-        return dict(name=f"{r['rows']:,} annotations, {r['wall']:.1f} s and {r['peak_bytes']/1e9:.2f} GB", ours=True, value=value, low=value, high=value, ratio=None, required=None, verdict="", missing="")
-    return dict(id="BM14", what="indexing at growing sizes", unit="µs each", better="lower", n=sizes[-1]["rows"], repeats=repeats, quick=False, note=f"files in the page cache; at most {SECONDS} s and {BYTES/1e9:g} GB at the last size",
+        value, low, high = (1e6*s/r["rows"] for s in (r["seconds"], min(r["runs_seconds"]), max(r["runs_seconds"])))
+        return dict(name=f"{r['rows']:,} annotations, {r['wall']:.1f} s and {r['peak_bytes']/1e9:.2f} GB", ours=True, value=value, low=low, high=high, ratio=None, required=None, verdict="", missing="")
+    return dict(id="BM14", what="indexing at growing sizes", unit="µs each", better="lower", n=sizes[-1]["rows"], repeats=repeats, quick=False, note=f"files in the page cache; at most {SECONDS:g} s and {BYTES/1e9:g} GB at the last size",
                 rows=[line(r) for r in sizes], sizes=sizes, missed=missed, when=datetime.now(timezone.utc).isoformat(timespec="seconds"), machine=machine())
 
 
@@ -72,20 +73,20 @@ def main() -> None:
             t0 = time.perf_counter()
             write_delivery(Path(tmp)/"d", drugs=max(n//1000, 4), photos=min(1000, n//4), combos=0, labels_only=True, progress=False)
             written = time.perf_counter()-t0
-            runs = [indexed(Path(tmp)/"d/data/train/labels", Path(tmp)/"train.arrow", a.workers) for _ in range(1 if a.quick else min(a.repeats, 3))]
-            best = sorted(runs, key=lambda r: r["wall"])[len(runs)//2] | dict(peak_bytes=max(r["peak_bytes"] for r in runs), written_seconds=written)
+            runs = [indexed(Path(tmp)/"d/data/train/labels", Path(tmp)/"train.arrow", a.workers) for _ in range(1 if a.quick else a.repeats)]
+            best = sorted(runs, key=lambda r: r["wall"])[len(runs)//2] | dict(peak_bytes=max(r["peak_bytes"] for r in runs), written_seconds=written, runs_seconds=[r["seconds"] for r in runs])
             rows.append(best)
             print(f"{best['rows']:>9,} annotations   {best['wall']:7.1f} s in all, {best['seconds']:6.1f} s indexing   {1e6*best['seconds']/best['rows']:6.1f} µs each   "
                   f"peak {best['peak_bytes']/1e6:7.0f} MB   index {best['index_bytes']/1e6:6.1f} MB   (tree written in {written:.0f} s)", flush=True)
     if not a.quick:
         big, small = rows[-1], rows[1]
         if big["wall"] > SECONDS:
-            missed.append(f"BM14: {big['wall']:.1f} s at {big['rows']:,} annotations, {SECONDS} s allowed")
+            missed.append(f"BM14: {big['wall']:.1f} s at {big['rows']:,} annotations, {SECONDS:g} s allowed")
         if big["peak_bytes"] > BYTES:
             missed.append(f"BM14: {big['peak_bytes']/1e9:.2f} GB at {big['rows']:,} annotations, {BYTES/1e9:g} GB allowed")
-        if big["seconds"]/big["rows"] > 1.25*small["seconds"]/small["rows"]:
+        if big["seconds"]/big["rows"] > GROWTH*small["seconds"]/small["rows"]:
             missed.append(f"BM14: an annotation takes {big['seconds']/big['rows']*1e6:.0f} µs among {big['rows']:,} and {small['seconds']/small['rows']*1e6:.0f} µs among {small['rows']:,}")
-        save(record(rows, min(a.repeats, 3), missed), a.out or RESULTS)
+        save(record(rows, a.repeats, missed), a.out)
     finish(missed)
 
 

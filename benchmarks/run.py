@@ -31,7 +31,7 @@ def main() -> int:
     a.add_argument("ids", nargs="*", help="rows, e.g. BM1")
     a.add_argument("--quick", action="store_true", help="very little of each")
     a.add_argument("--peers", type=Path, help="folder with further peers")
-    a.add_argument("--out", type=Path, help="folder of the JSON results")
+    a.add_argument("--out", type=Path, help="folder of the JSON results (default: _runs/bench)")
     o = a.parse_args()
     env, missed = dict(os.environ), []
     if o.peers:

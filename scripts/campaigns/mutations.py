@@ -32,6 +32,10 @@ class Mutation:
 
 
 MUTATIONS: list[Mutation] = [
+    Mutation("a benchmark's required ratio is lowered", "benchmarks/harness.py", '"BM1": {"json.load": 3.5,', '"BM1": {"json.load": 3.0,',
+             "tests/test_benchmarks.py::test_the_required_ratios_are_those_of_the_contract"),
+    Mutation("a benchmark's bound on memory is raised", "benchmarks/harness.py", '"kb_per_epoch": 100.0', '"kb_per_epoch": 1000.0',
+             "tests/test_benchmarks.py::test_the_required_ratios_are_those_of_the_contract"),
 ]
 
 
