@@ -20,12 +20,15 @@ from pillsnap.core.files import read_json
 from pillsnap.core.stages import read_record, stale
 from pillsnap.data.datasets import PillsnapClsDataset
 from pillsnap.data.loaders import PhotoLoader
+from pillsnap.core.errors import PillsnapError
+from pillsnap.training import distributed
 from pillsnap.training.distributed import apart
 from test_memory import Painted, table
 from test_smoke_train import split_folder
 from test_stop_and_go import CM
 
-ENV = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE")} | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "ACCELERATE_USE_CPU": "true"}
+# CUDA_VISIBLE_DEVICES: on a machine with a GPU these processes compute on the CPU too
+ENV = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE")} | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
 together = pytest.mark.skipif(bool(apart()), reason=f"two processes of this machine cannot talk to each other: {apart()}")
 OVER = ["data.classification.img_size=64", "train.classification.epochs=1", "train.classification.batch_size=8", "train.num_threads=1"]
 
@@ -236,3 +239,76 @@ def test_a_closed_loopback_is_said_in_one_line():
     r = subprocess.run([*closed, sys.executable, "-c", CLOSED], env=ENV, capture_output=True, text=True, timeout=240)
     said = r.stderr[r.stderr.rindex("PillsnapError"):].splitlines()
     assert r.returncode and "two processes of this machine cannot talk to each other: its loopback interface" in said[0] and "ip link set lo up" in said[2]
+
+
+GPU_LAUNCHER = textwrap.dedent("""
+    import sys
+    from pathlib import Path
+    import torch
+    from accelerate import PartialState
+    from pillsnap.training import distributed
+
+    def starts_cuda(*args): raise AssertionError("CUDA was started before the fork")
+    torch._C._cuda_getDeviceCount = torch.cuda.is_available = starts_cuda
+    torch.cuda.device_count = lambda: 2   # as the driver says on a machine with two
+
+    def work(folder):
+        me = PartialState(cpu=True)
+        Path(folder, str(me.process_index)).write_text(str(me.num_processes))
+
+    distributed.fork(work, (sys.argv[1],), 2)
+""")
+
+
+@together
+def test_the_launcher_of_gpus_forks_before_cuda_is_started(tmp_path):
+    "accelerate's notebook launcher, with a driver that reports two GPUs: both processes start, and nothing asked CUDA itself."
+    r = subprocess.run([sys.executable, "-c", GPU_LAUNCHER, str(tmp_path)], env=ENV, capture_output=True, text=True, timeout=240)
+    assert r.returncode == 0, r.stderr[-2000:]
+    assert "Launching training on 2" in r.stdout, "notebook_launcher says this, debug_launcher says nothing"
+    assert {f.name: f.read_text() for f in tmp_path.iterdir()} == {"0": "2", "1": "2"}
+
+
+def test_one_gpu_trains_in_this_process(monkeypatch, tmp_path):
+    "accelerate refuses one process with --multi_gpu, so none is started; two processes are not sent to one GPU."
+    ran = []
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(distributed, "handing_on", lambda command: pytest.fail(f"started {command}"))
+    for kind in (distributed.ClassifierJob, distributed.DetectorJob):
+        monkeypatch.setattr(kind, "run", lambda self: ran.append((type(self).__name__, self.seed, self.epochs)))
+    for stage in ("classifier", "detector"):
+        distributed.distributed_command(stage, tmp_path, 0, "smoke", ["train.seed=7", "train.classification.epochs=3", "train.detection.epochs=2"])
+    assert ran == [("ClassifierJob", 7, 3), ("DetectorJob", 7, 2)]
+    with pytest.raises(PillsnapError, match="2 processes need a GPU each, and this machine has 1"):
+        distributed.distributed_command("classifier", tmp_path, 2, "smoke")
+
+
+@pytest.mark.parametrize("gpus, want", [(0, "2"), (2, "2"), (4, "4")])
+def test_one_process_per_gpu(monkeypatch, tmp_path, gpus, want):
+    "As many as there are GPUs, two without one."
+    commands = []
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(distributed, "handing_on", lambda command: commands.append(command) or 0)
+    monkeypatch.setattr(distributed, "check_loopback", lambda: None)
+    distributed.distributed_command("classifier", tmp_path, 0, "smoke")
+    command, = commands
+    assert command[command.index("--num_processes")+1] == want and "--multi_gpu" in command
+
+
+def test_the_time_is_asked_for_rarely(monkeypatch):
+    "A message about the time stops the GPU and waits for every process: one in fifty batches, one at the end of an epoch, two when a fit begins."
+    from fastai.callback.core import TrainEvalCallback
+    from accelerate import Accelerator
+    from pillsnap.training.callbacks import Accumulate, Clock, History, PillLearner, PillLoaders, Unpack, Validate
+    sent = []
+    monkeypatch.setattr(distributed, "broadcast_object_list", lambda objects: sent.append(objects) or objects)
+    batch = (torch.randn(4, 8), torch.tensor([0, 1, 2, 0]), {})
+    seconds = iter(range(10**6))
+    cbs = [TrainEvalCallback(), Unpack(), Accumulate(), Validate(), History(), Clock(9., now=lambda: next(seconds)), distributed.Blank(), distributed.Distributed(Accelerator(cpu=True))]
+    learn = PillLearner(PillLoaders([batch]*120, [batch]), nn.Linear(8, 3), nn.CrossEntropyLoss(), default_cbs=False, cbs=cbs)
+    learn.num_classes = 3
+    learn.fit(2)
+    assert len(sent) <= 2*(120//50+1)+2 and not learn.clock.over
+    assert learn.rows[-1]["clock"]["hours"] == pytest.approx((len(sent)-1)/3600), "the row of an epoch holds the time of its end"
