@@ -7,6 +7,7 @@ import nbformat
 from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).resolve().parents[1]
+SOURCE = "https://github.com/pillsnap/pillsnap/blob/main/"  # the site links to the repository, README.md to its neighbours
 
 
 def readme() -> str:
@@ -14,7 +15,9 @@ def readme() -> str:
     nb = nbformat.read(ROOT/"nbs"/"index.ipynb", 4)
     nb.cells = [c for c in nb.cells if not (c.cell_type == "code" and c.source.lstrip().startswith("#| hide"))]
     text, _ = MarkdownExporter().from_notebook_node(nb)
-    lines = [l.rstrip() for l in text.replace("](images/", "](nbs/images/").replace('src="images/', 'src="nbs/images/').splitlines()]
+    for site, here in (("](images/", "](nbs/images/"), ('src="images/', 'src="nbs/images/'), (f"]({SOURCE}", "](")):
+        text = text.replace(site, here)
+    lines = [line.rstrip() for line in text.splitlines()]
     head = "<!-- made from nbs/index.ipynb by scripts/readme.py; edit the notebook -->\n\n"
     return head+"\n".join(lines).strip()+"\n"
 

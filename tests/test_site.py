@@ -1,0 +1,165 @@
+"""The web site as Quarto gets it: nbdev's processed pages of a copy. Quarto itself is not needed."""
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+ROOT = Path(__file__).resolve().parents[1]
+SITE = "https://pillsnap.github.io/pillsnap/"
+SOURCE = "https://github.com/pillsnap/pillsnap/blob/main/"
+COPIED = ("settings.ini", "setup.py", "pyproject.toml", "README.md", "LICENSE", "_quarto.yml", "nbs", "pillsnap", "configs")
+LOST = "This sentence stands in the cell of the title."
+
+
+def process(copy: Path) -> None:
+    "Run nbdev_proc_nbs on a copy. nbdev installs things where it finds no `quarto`: the one it finds here does nothing."
+    quarto = copy/"bin"/"quarto"
+    quarto.parent.mkdir()
+    quarto.write_text("#!/bin/sh\nexit 1\n")
+    quarto.chmod(0o755)
+    path = os.pathsep.join([str(quarto.parent), str(Path(sys.executable).parent), os.environ["PATH"]])
+    env = {**os.environ, "PATH": path, "PYTHONPATH": str(copy), "PYTHONWARNINGS": "ignore"}
+    r = subprocess.run(["nbdev_proc_nbs", "--n_workers", "2", "--file_re", r"\.(?:ipynb|qmd|html)$"], cwd=copy, env=env, capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    "The processed pages, and one page more whose prose stands in the cell of the title."
+    copy = tmp_path_factory.mktemp("site")
+    for name in COPIED:
+        source = ROOT/name
+        if source.is_dir():
+            shutil.copytree(source, copy/name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+        else:
+            shutil.copy(source, copy/name)
+    first = new_markdown_cell(f"# A page\n\n> What it is for.\n\n{LOST}")
+    kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
+    nbformat.write(new_notebook(cells=[first, new_code_cell("1 + 1")], metadata=kernel), copy/"nbs"/"zz_lost.ipynb")
+    process(copy)
+    return copy
+
+
+def pages(site: Path) -> list[str]:
+    return sorted(p.name for p in (site/"nbs").glob("*.ipynb") if p.name != "zz_lost.ipynb")
+
+
+def read(path: Path) -> nbformat.NotebookNode:
+    "A notebook as it is: processed pages hold more than the format allows."
+    notebook = nbformat.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    for cell in notebook.cells:
+        cell.source = "".join(cell.source)
+    return notebook
+
+
+def cells(path: Path, *kinds: str) -> list:
+    return [c for c in read(path).cells if c.cell_type in kinds]
+
+
+def words(text: str) -> str:
+    "Prose without the links that nbdev adds, on one line."
+    return re.sub(r"\s+", " ", re.sub(r"\[(`[^`]+`)\]\([^)]*\)", r"\1", text)).strip()
+
+
+def lost_prose(source: Path, processed: Path) -> list[str]:
+    "Paragraphs of a notebook that its processed page does not hold; the title and the line below it become its front matter."
+    head, *rest = cells(source, "markdown")
+    title, description = re.search(r"^# +(.+)", head.source, re.M)[1], re.search(r"^> +(.+)", head.source, re.M)[1]
+    front = next(yaml.safe_load(c.source.strip().strip("-")) for c in cells(processed, "raw"))
+    assert (words(front["title"]), words(front["description"])) == (words(title), words(description))
+    shown = words("\n".join(c.source for c in cells(processed, "markdown")))
+    below = "\n".join(line for line in head.source.splitlines() if not line.startswith(("# ", "> ")))
+    paragraphs = [p for text in (below, *(c.source for c in rest)) for p in re.split(r"\n\s*\n", text) if p.strip()]
+    return [p for p in paragraphs if words(p) not in shown and not p.strip().endswith(" -")]
+
+
+def test_all_prose_reaches_the_site(site):
+    "Introductions above all: nbdev takes the whole first cell of a notebook as front matter."
+    lost = {name: gone for name in pages(site) if (gone := lost_prose(site/"nbs"/name, site/"_proc"/name))}
+    assert lost == {}
+    assert lost_prose(site/"nbs"/"zz_lost.ipynb", site/"_proc"/"zz_lost.ipynb") == [LOST], "this test would not see a loss"
+    home = cells(site/"_proc"/"index.ipynb", "markdown")
+    assert sum(len(c.source.split()) for c in home) > 500, "the home page is the README"
+
+
+def shown_texts(path: Path) -> list[str]:
+    "Markdown and HTML of a page: prose, and what its cells show."
+    texts = []
+    for cell in read(path).cells:
+        if cell.cell_type == "markdown":
+            texts.append(cell.source)
+        for out in cell.get("outputs", []):
+            texts += ["".join(v) for k, v in out.get("data", {}).items() if k in ("text/markdown", "text/html")]
+    return texts
+
+
+def links(path: Path) -> set[str]:
+    "Where a page's links and pictures point, in Markdown and in HTML; data within the page is no link."
+    found = set()
+    for text in shown_texts(path):
+        text = re.sub(r"```.*?```", "", text, flags=re.S)
+        found |= set(re.findall(r"\]\(([^)\s]+)\)", text)) | set(re.findall(r"(?:href|src)=[\"']([^\"']+)", text))
+    return {link for link in found if not link.startswith("data:")}
+
+
+def anchors(path: Path) -> set[str]:
+    "The names that pandoc gives a page's headings."
+    names = set()
+    for heading in re.findall(r"^#{1,6} +(.+)$", "\n".join(shown_texts(path)), re.M):
+        text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower().replace("`", "")
+        names.add(re.sub(r"^[^a-z]+", "", re.sub(r"\s+", "-", re.sub(r"[^\w\s.-]", "", text).strip())))
+    return names
+
+
+def dead(site: Path, link: str, page: str, outputs: dict[str, str], known: dict[str, set[str]]) -> bool:
+    "Whether a link of a page leads nowhere; addresses of other sites are not asked."
+    target, _, anchor = link.partition("#")
+    if link.startswith(SOURCE):
+        return not (ROOT/target.removeprefix(SOURCE)).exists()
+    if target.startswith(SITE):
+        target = outputs.get(target.removeprefix(SITE), "no such page")
+    elif re.match(r"\w+:", target):
+        return False
+    target = target or page
+    if not (site/"_proc"/target).is_file() or target.endswith(".html"):
+        return True
+    return bool(anchor) and target.endswith(".ipynb") and anchor.lower() not in known[target]
+
+
+def test_links_lead_somewhere(site):
+    front = {name: yaml.safe_load(cells(site/"_proc"/name, "raw")[0].source.strip().strip("-")) for name in pages(site)}
+    outputs = {f["output-file"]: name for name, f in front.items()}
+    assert outputs["data.png.html"] == "12c_data.png.ipynb", "a page is not called as its notebook: link to the notebook"
+    known = {name: anchors(site/"_proc"/name) for name in pages(site)}
+    assert [(name, link) for name in pages(site) for link in sorted(links(site/"_proc"/name)) if dead(site, link, name, outputs, known)] == []
+    for wrong in ("LICENSE", "12c_data.png.html", "images/none.png", SITE+"core.config.html#nowhere", SOURCE+"none.py"):
+        assert dead(site, wrong, "index.ipynb", outputs, known), f"this test would not see {wrong}"
+    sidebar = yaml.safe_load((site/"nbs"/"sidebar.yml").read_text())["website"]["sidebar"]["contents"]
+    assert set(pages(site)) <= set(sidebar)
+
+
+def test_signatures_hold_no_links_and_no_annotations(site):
+    "What a reader would see as raw Markdown, or as `stage:Annotated`."
+    for name in pages(site):
+        for text in shown_texts(site/"_proc"/name):
+            for signature in re.findall(r"```python\n(.*?)```", text, re.S):
+                assert "](http" not in signature and "Annotated" not in signature, (name, signature)
+
+
+def test_the_command_line_page_shows_every_commands_help(site):
+    import typer.main
+    from pillsnap.cli import app
+    page = "\n".join(shown_texts(site/"_proc"/"90_cli.ipynb"))
+    for name, command in typer.main.get_command(app).commands.items():
+        shown = re.search(rf"^### {name}\n\n```text\n(.*?)```", page, re.S | re.M)
+        assert shown, f"run nbs/90_cli.ipynb again: {name} is not on its page"
+        missing = [o for p in command.params for o in p.opts if o.startswith("--") and o not in shown[1]]
+        assert not missing, f"run nbs/90_cli.ipynb again: {name} has {missing} too"
