@@ -35,12 +35,14 @@ PIPELINE:tuple[Stage,...] = (
 ASIDE:tuple[Stage,...] = (   # run by name; no other stage waits for them
     Stage("audit", "15_data.audit", "pillsnap.data.audit:AuditJob"),
     Stage("retrieval", "38_training.retrieval", "pillsnap.training.retrieval:RetrievalJob"),
+    Stage("segmentation", "38a_training.segmentation", "pillsnap.training.segmentation:SegmentationJob"),
 )
 
 def pipeline_of(
-    cfg:Config # project.family, paths.root
+    cfg:Config # data.task, project.family, paths.root
 )->tuple[Stage,...]: # in order
-    "What `run all` runs for a family; a folder of classes needs no conversion (SPEC SP9)."
+    "What `run all` runs for a task and a family; a folder of classes needs no conversion (SPEC SP9)."
+    if cfg.data.task == "segmentation": return tuple(s for s in ASIDE if s.name == "segmentation")
     if cfg.project.family != "retrieval": return PIPELINE
     delivery = cfg.data.source == "synthetic" or (Path(cfg.paths.root)/"data"/"train").is_dir()
     return tuple(s for s in PIPELINE+ASIDE if s.name in ("splits", "retrieval") or s.name == "conversion" and delivery)
@@ -56,7 +58,7 @@ RunDir = Annotated[Optional[Path], typer.Option("--run-dir", "--run", help="the 
 # %% ../nbs/90_cli.ipynb #0d9d641b
 @app.command()
 def run(
-    stage:Annotated[str, typer.Argument(help="conversion | splits | classifier | detector | interleaved | evaluation | export | all; aside: audit, retrieval")],
+    stage:Annotated[str, typer.Argument(help="conversion | splits | classifier | detector | interleaved | evaluation | export | all; aside: audit, retrieval, segmentation")],
     overrides:Overrides=None,
     config:ConfigOption="demo",
     run_dir:RunDir=None,

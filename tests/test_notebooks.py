@@ -113,7 +113,7 @@ def test_a_stage_has_one_parameters_cell(path):
 def test_the_six_stages_are_the_pipeline_and_the_others_stand_aside():
     from pillsnap.cli import ASIDE, PIPELINE
     stages = {p.stem for p in NBS if any("## Stage job" in c.source for c in cells(p, "markdown"))}
-    assert stages == {s.notebook for s in PIPELINE + ASIDE} and [s.name for s in ASIDE] == ["audit", "retrieval"]
+    assert stages == {s.notebook for s in PIPELINE + ASIDE} and [s.name for s in ASIDE] == ["audit", "retrieval", "segmentation"]
     assert len([s for s in PIPELINE if s.strategy in ("", "sequential")]) == 6
 
 

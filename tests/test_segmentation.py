@@ -1,6 +1,10 @@
 """Segmentation: masks stay index masks through every transform, the figures agree with scikit-learn's, bad pairs are skipped."""
 import importlib.util
+import json
+import signal
+import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -69,7 +73,6 @@ def test_without_the_package_one_plain_error(monkeypatch):
 
 
 def test_the_room_does_not_import_the_package():
-    import subprocess
     code = "import sys, pillsnap.data.segmentation; sys.exit('albumentations' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
@@ -113,3 +116,51 @@ def test_samples_and_skips(sample, tmp_path):
     loader = torch.utils.data.DataLoader(d, 5, collate_fn=collate_masks, num_workers=1, multiprocessing_context="spawn")
     x, y, meta = next(iter(loader))
     assert x.shape == (3, 3, 32, 32) and y.shape == (3, 32, 32) and len(meta["skipped"]) == 2 and set(y.unique().tolist()) == {0, 1, 2}
+
+
+SMALL = ["data.task=segmentation", "train.segmentation={backbone: test_resnet, img_size: 64, epochs: 12, batch_size: 6, lr: 0.01, synthetic_photos: 20, augment: false}"]
+
+
+@pytest.mark.spec("DM12")
+def test_the_job_trains_a_network_that_finds_pills(tmp_path):
+    "The whole run by its command: figures of photos that did not train, above what an empty answer scores."
+    from pillsnap.cli import PIPELINE, main
+    with pytest.raises(SystemExit) as ended: main(["run", "all", "--config", "smoke", "--run-dir", str(tmp_path/"run"), *SMALL])
+    assert ended.value.code == 0
+    report = json.loads((tmp_path/"run/reports/segmentation.json").read_text(encoding="utf-8"))
+    found = {m["name"]: m for m in report["metrics"]}
+    iou = {c["class"]: c["iou"] for c in report["per_class"]}
+    empty = report["per_class"][0]["pixels"]/sum(c["pixels"] for c in report["per_class"])/4
+    assert found["mask_miou"]["value"] > empty + .15 and found["mask_miou"]["how"] == "measured" and found["mask_miou"]["data"] == "synthetic"
+    assert found["mask_miou"]["n"] == report["photos"]["val"] and list(iou)[0] == "background" and len(iou) == 4
+    assert {p.name for p in (tmp_path/"run/checkpoints/segmentation").iterdir()} == {"best.pt", "last.pt"}
+    assert not any((tmp_path/"run/stages"/f"{s.name}.json").exists() for s in PIPELINE)
+
+
+@pytest.mark.spec("DM12")
+def test_a_killed_training_of_masks_goes_on(tmp_path):
+    "Killed after some epochs, the same command ends with the weights of the run that nobody disturbed."
+    import os
+    from pillsnap.core.checkpoint import load_ckpt
+    code = "import sys; from pillsnap.training.segmentation import SegmentationJob; SegmentationJob(run_dir=sys.argv[1], config='smoke', overrides=sys.argv[2:], epochs=12).run()"
+    command = lambda where: [sys.executable, "-c", code, str(where), *SMALL]
+    assert subprocess.run(command(tmp_path/"whole"), capture_output=True).returncode == 0
+    last = tmp_path/"cut/checkpoints/segmentation/last.pt"
+    p = subprocess.Popen(command(tmp_path/"cut"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 120
+    while not last.exists() and p.poll() is None and time.monotonic() < end: time.sleep(.02)
+    os.kill(p.pid, signal.SIGKILL); p.wait()
+    done = load_ckpt(last)["epoch"]
+    assert 1 <= done < 12, "it was killed in the middle"
+    r = subprocess.run(command(tmp_path/"cut"), capture_output=True, text=True)
+    assert r.returncode == 0 and f"continues after epoch {done}" in r.stdout + r.stderr
+    a, b = (load_ckpt(tmp_path/k/"checkpoints/segmentation/last.pt") for k in ("whole", "cut"))
+    assert [e["epoch"] for e in b["history"]] == list(range(1, 13))
+    for k, v in a["model_state"].items(): assert torch.allclose(v.float(), b["model_state"][k].float(), atol=1e-6), k
+
+
+@pytest.mark.spec("DM12")
+def test_the_job_wants_its_task_and_two_groups(tmp_path):
+    from pillsnap.training.segmentation import SegmentationJob, split_masks
+    with pytest.raises(PillsnapError, match="data.task=segmentation"): SegmentationJob(run_dir=str(tmp_path/"a"), config="smoke").run()
+    with pytest.raises(PillsnapError, match="one group"): split_masks([tmp_path/"x_1.jpg", tmp_path/"x_2.jpg"])

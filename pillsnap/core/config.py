@@ -6,11 +6,11 @@
 __all__ = ['FEATURE_SETS', 'ALIASES', 'RETIRED', 'Block', 'key', 'Project', 'Paths', 'StageSpec', 'Progressive', 'DetectionData',
            'ClassificationData', 'AugmentDetection', 'AugmentClassification', 'Augment', 'Imbalance', 'Data',
            'RamOptimization', 'DataLoaderConfig', 'PackConfig', 'Ema', 'Mixing', 'Saving', 'EarlyStopping', 'OomPolicy',
-           'TrainClassification', 'TrainDetection', 'StageOverride', 'Train', 'Optimization', 'Inference', 'Synth',
-           'Evaluation', 'Export', 'NarrowPreprocessing', 'NarrowAugmentation', 'Narrow', 'Retrieval', 'Config',
-           'active_features', 'section_digest', 'digest', 'resource_dir', 'preset_names', 'preset_path', 'default_tree',
-           'read_preset', 'resolve_aliases', 'parse_overrides', 'all_keys', 'did_you_mean', 'load_config', 'flatten',
-           'config_diff', 'explain']
+           'TrainClassification', 'TrainDetection', 'TrainSegmentation', 'StageOverride', 'Train', 'Optimization',
+           'Inference', 'Synth', 'Evaluation', 'Export', 'NarrowPreprocessing', 'NarrowAugmentation', 'Narrow',
+           'Retrieval', 'Config', 'active_features', 'section_digest', 'digest', 'resource_dir', 'preset_names',
+           'preset_path', 'default_tree', 'read_preset', 'resolve_aliases', 'parse_overrides', 'all_keys',
+           'did_you_mean', 'load_config', 'flatten', 'config_diff', 'explain']
 
 # %% ../../nbs/02_core.config.ipynb #296c60fe
 import difflib, os, re
@@ -317,6 +317,19 @@ class TrainDetection(Block):
     auto_batch_max:int = key(16, "cap of that search", ge=1)
     early_stopping:EarlyStopping = key(EarlyStopping(monitor="mAP@0.5"), "stop early")
 
+class TrainSegmentation(Block):
+    "Training on masks, where data.task is segmentation."
+    backbone:str = key("resnet18", "a timm model with five feature levels, the encoder of the U-Net")
+    img_size:int = key(256, "side of the square, pixels", ge=32, multiple_of=32)
+    epochs:int = key(30, "in total, also on resume", ge=1)
+    batch_size:int = key(8, "photos per step", ge=1)
+    lr:float = key(1e-3, "peak learning rate", gt=0)
+    weight_decay:float = key(0.01, "decoupled", ge=0)
+    dice_weight:float = key(1.0, "weight of the Dice term beside cross-entropy", ge=0)
+    val_share:float = key(0.2, "share of the groups that validates", gt=0, lt=1)
+    augment:bool = key(True, "turn, crop and light photos together with their masks; needs albumentations")
+    synthetic_photos:int = key(48, "photos rendered for a synthetic run", ge=4)
+
 class StageOverride(Block):
     "What one stage changes (SPEC CT23)."
     batch_size_override:int|None = key(None, "photos per step", ge=1)
@@ -336,6 +349,7 @@ class Train(Block):
     leak_gap:bool = key(False, "train an image-split twin and report the gap (BX1)")
     classification:TrainClassification = key(TrainClassification(), "classifier")
     detection:TrainDetection = key(TrainDetection(), "detector")
+    segmentation:TrainSegmentation = key(TrainSegmentation(), "masks")
     auto_batch_vram_headroom:float = key(0.88, "share of GPU memory a batch may use", gt=0, le=1)
     oom:OomPolicy = key(..., "out-of-memory policy")
     stage_overrides:dict[str,StageOverride] = key({}, "by stage_N")
