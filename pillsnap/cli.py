@@ -232,9 +232,10 @@ def extract(
 def predict(
     photo:Annotated[Path, typer.Argument(help="a photo")],
     run_dir:Annotated[Path, typer.Option("--run", "--run-dir", help="a run folder with export/")]=Path("_runs/demo"),
-    mode:Annotated[str, typer.Option(help="single: the whole photo is one pill; combo: find the pills first")]="single",
+    mode:Annotated[Optional[str], typer.Option(help="single: the whole photo is one pill; combo: find the pills first; "
+        "default: data.default_mode of the run")]=None,
     json_out:Annotated[bool, typer.Option("--json", help="print JSON instead of the card")]=False,
-    topk:Annotated[int, typer.Option(help="drugs listed", min=1)]=5,
+    topk:Annotated[Optional[int], typer.Option(help="drugs listed; default: inference.top_k of the run", min=1)]=None,
 )->None:
     "Name the pill in a photo, from the ONNX files alone."
     from pillsnap.deployment.predict import predict_command

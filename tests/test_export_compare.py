@@ -52,7 +52,7 @@ def exported(ready, tmp_path_factory):
     shutil.copytree(ready, root, ignore=shutil.ignore_patterns("delivery", "yolo_data", "logs")); (root/"delivery").symlink_to(ready/"delivery")
     save_json({"temperature": 2.5, "ece_after": .01, "class_map": load_stage(ready, 0).class_map.fingerprint}, root/"reports/calibration.json")
     save_json({"rows": []}, root/"reports/scorecard.json")
-    return root, job(root).run()
+    return root, job(root, "inference.top_k=3", "inference.lazy_load_detector=false", "data.default_mode=combo").run()
 
 
 def job(root, *more): return E.ExportJob(run_dir=str(root), config="smoke", overrides=FAST+more)
@@ -251,6 +251,14 @@ def test_the_bundle_answers_as_torch_does(exported):
                 if i["box"]: assert i["box"] == pytest.approx(j["box"], abs=.1)
 
 
+def test_the_bundle_keeps_what_the_configuration_says_of_answering(exported):
+    "`pillsnap predict` and a notebook answer as the run's configuration says where nobody names a mode or a number."
+    b = load_bundle(exported[0])
+    assert b.meta["answering"] == dict(mode="combo", top_k=3, lazy_load_detector=False) and b.detector.model is not None
+    answer = b.predict(read_json(exported[0]/"reports/export.json")["timed_photo"])
+    assert answer["mode_used"] == "combo" and all(len(i["top_k"]) == 3 for i in answer["items"])
+
+
 @pytest.mark.spec("EX2")
 @pytest.mark.parametrize("model", ["classifier", "detector"])
 def test_no_bundle_for_a_model_that_differs(run, monkeypatch, model):
@@ -275,6 +283,7 @@ def test_without_a_detector(run, monkeypatch, capsys):
     assert "single mode only" in (run/"logs/pillsnap.export.log").read_text(encoding="utf-8")
     b = load_bundle(run)
     assert b.detector is None and {r["scope"] for r in read_json(run/"reports/export.json")["latency"]} == {"onnx_single"}
+    with pytest.raises(PillsnapError, match="default mode is combo, and this run has no detector"): job(run, "data.default_mode=combo").run()
 
 
 @pytest.mark.spec("BX8")

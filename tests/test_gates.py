@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from pillsnap.core.record import Metric, Provenance
-from pillsnap.evaluation.gates import EXCUSED_BY_CLOCK, STAGE_TARGETS, Reason, Status, TimeCap, simple_stage_evaluation
+from pillsnap.evaluation.gates import EXCUSED_BY_CLOCK, STAGE_TARGETS, Reason, Status, TimeCap, simple_stage_evaluation, stage_gate
 from pillsnap.evaluation.latency import LATENCY_TARGETS, PROTOCOL_GPU, RUNS, WARMUP, Latency, latency_table, measure_latency, protocol_gap
 
 AIHUB = Provenance(data="aihub", data_hash="d" * 64, class_map_hash="c" * 64)
@@ -24,6 +24,44 @@ def facts(acc=.95, p95=100., n=20_000, coverage=1., crashes=True, memory=True, b
              no_crashes=record("no_crashes", crashes, 4, prov), memory_stable=record("memory_stable", memory, 30, prov))
     if base is not None: f["baseline"] = record("accuracy", base, n, prov)
     return f | change
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3, 4])
+def test_a_configuration_makes_a_gate_stricter_and_never_laxer(stage):
+    "Its accuracy and its latency count where they ask for more; else the stage's figures hold, and the wish is named."
+    acc, p95, *_ = WANT[stage]
+    reached = facts(acc=acc + .01, p95=p95 - 20)
+    assert simple_stage_evaluation(stage, reached).status == Status.GO
+    r = simple_stage_evaluation(stage, reached, target_accuracy=acc + .05)
+    assert (r.status, r.reasons) == (Status.NO_GO, ("ACC_BELOW_TARGET",))
+    assert any(f"≥ {acc + .05:.2f}" in p.asked for p in r.points)
+    r = simple_stage_evaluation(stage, reached, max_latency_ms=p95 - 30)
+    assert (r.status, r.reasons) == (Status.NO_GO, ("LATENCY_P95_TOO_HIGH",))
+    assert any(f"≤ {p95 - 30} ms" in p.asked for p in r.points)
+    r = simple_stage_evaluation(stage, facts(acc=acc - .05, p95=p95 + 50), target_accuracy=.1, max_latency_ms=5000)
+    assert r.reasons == ("LATENCY_P95_TOO_HIGH", "ACC_BELOW_TARGET") and sum("does not l" in n for n in r.notes) == 2
+    assert simple_stage_evaluation(stage, reached, target_accuracy=acc, max_latency_ms=p95).notes == ("first run",)
+
+
+def test_a_run_is_judged_by_its_own_configuration(tmp_path, monkeypatch):
+    "What the evaluation job hands to the gate comes from the stage's block of the run's configuration."
+    from pillsnap.core.config import load_config
+    from pillsnap.evaluation import evaluation as E
+    asked = {}
+    class Stop(Exception): pass
+    def gate(stage, facts, time_cap, target_accuracy, max_latency_ms):
+        asked.update(stage=stage, target_accuracy=target_accuracy, max_latency_ms=max_latency_ms); raise Stop
+    monkeypatch.setattr(E, "read_evaluation", lambda root: ({"stage": 2, "classes": 6}, {}, []))
+    monkeypatch.setattr(E, "advisor_facts", lambda *a: type("Facts", (), {"checks": {}})())
+    monkeypatch.setattr(E, "simple_stage_evaluation", gate)
+    wishes = [f"data.progressive_validation.stage_2.{k}" for k in ("target_accuracy=0.9", "max_latency_ms=120")]
+    with pytest.raises(Stop):
+        E.judge(tmp_path, load_config("two_stage", wishes))
+    assert asked == dict(stage=2, target_accuracy=.9, max_latency_ms=120)
+
+
+def test_the_demo_has_no_verdict_on_latency_whatever_is_configured():
+    assert stage_gate(0, .95, 10.)[0].latency_p95_ms is None and stage_gate(0, .95, 10.)[0].accuracy == .95
 
 
 @pytest.mark.spec("SG1")

@@ -175,6 +175,36 @@ def test_no_detector_means_single_only(copy):
     with pytest.raises(PillsnapError, match="there is no detector"): bundle.predict(photo, "combo")
 
 
+def test_the_bundle_decides_where_the_caller_says_nothing(copy, run):
+    "Default mode, number of drugs, and whether the detector is loaded at once; a caller's own word stands above."
+    meta = json.loads((copy/"bundle.json").read_text(encoding="utf-8"))
+    own = {k: meta[k] for k in ("created", "git_sha", "data", "data_hash", "scorecard")}
+    def rewrite(said):
+        parts = (meta[k] for k in ("classifier", "detector", "thresholds", "drugs"))
+        P.write_bundle(copy, ClassMap(KEYS), *parts, answering=said, **own)
+    rewrite(dict(mode="combo", top_k=2, lazy_load_detector=False))
+    bundle = P.load_bundle(copy)
+    assert bundle.detector.model is not None and P.load_bundle(copy, lazy_load_detector=True).detector.model is None
+    a, b = bundle.predict(run/"green.png"), bundle.predict(run/"green.png", "single", 3)
+    assert (a["mode_requested"], a["mode_used"], len(a["items"][0]["top_k"])) == ("combo", "combo", 2)
+    assert (b["mode_used"], len(b["items"][0]["top_k"])) == ("single", 3)
+    told = json.loads(cli(run/"green.png", "--run", copy, "--json").stdout)
+    assert (told["mode_used"], len(told["items"][0]["top_k"])) == ("combo", 2)
+    rewrite(None)
+    bundle = P.load_bundle(copy)
+    assert bundle.detector.model is None and bundle.predict(run/"green.png")["mode_used"] == "single"
+    rewrite(dict(mode="auto"))
+    with pytest.raises(PillsnapError, match="there is no automatic mode"): P.load_bundle(copy)
+
+
+def test_a_bundle_from_before_these_settings_still_answers(copy, run):
+    meta = json.loads((copy/"bundle.json").read_text(encoding="utf-8"))
+    del meta["answering"]; meta["digest"] = P.bundle_digest(meta)
+    (copy/"bundle.json").write_text(json.dumps(meta), encoding="utf-8")
+    a = P.load_bundle(copy).predict(run/"green.png")
+    assert a["mode_used"] == "single" and len(a["items"][0]["top_k"]) == len(KEYS)
+
+
 @pytest.mark.spec("DT5")
 def test_detector_session_waits_for_the_first_combo_photo(run, monkeypatch):
     opened, real = [], P.open_session

@@ -73,8 +73,9 @@ class StageSpec(Block):
     max_samples:int|None = key(None, "single photos in train and val together; null = all", ge=1)
     max_classes:int|None = key(None, "drugs; null = all", ge=1)
     max_combos:int|None = key(None, "combo photos in train and val together, of any drug; null = all", ge=1)
-    target_accuracy:float = key(0.85, "what the gate asks, 0-1", ge=0, le=1)
-    max_latency_ms:float|None = key(None, "p95 of one answer, ms")
+    target_accuracy:float = key(0.85, "least accuracy, 0-1; may raise what the stage's gate asks, never lower it", ge=0, le=1)
+    max_latency_ms:float|None = key(None, "most ms of one answer, p95; may tighten what the stage's gate asks, "
+        "never loosen it; null = the gate's", gt=0)
     allow_success_on_time_cap:bool = key(False, "a run stopped by the clock may count (SPEC SG7)")
     time_limit_hours:float|None = key(None, "that clock, hours")
     min_samples_required:int|None = key(None, "photos seen before the clock may count")
@@ -156,7 +157,8 @@ class Data(Block):
     source:Literal["aihub","synthetic"] = key("aihub", "synthetic: the conversion stage renders paths.root when it is not there")
     task:Literal["two_stage","classification","segmentation"] = key("two_stage", "what is trained")
     pipeline_strategy:Literal["user_controlled"] = key("user_controlled", "the only legal value")
-    default_mode:Literal["single","combo"] = key("single", "single: whole photo to drug; combo: detect, crop, classify")
+    default_mode:Literal["single","combo"] = key("single", "of an exported model and of build_dataloaders where a caller "
+        "names no mode; single: whole photo to drug; combo: detect, crop, classify")
     auto_fallback:Literal[False] = key(False, "the only legal value")
     extensions:tuple[str,...] = key((".jpg",".jpeg",".png",".bmp",".webp"), "files taken for photos")
     ignore_hidden:bool = key(True, "skip ._* and dot files")
@@ -168,7 +170,8 @@ class Data(Block):
     split_ratio:tuple[float,float] = key((0.85, 0.15), "train and val, of AI Hub Training")
     group_by:Literal["capture","drug","image"] = key("capture", "what a split may not part; image leaks, for the leak gap only")
     test_known_ratio:float = key(0.05, "Training groups sealed as the closed-set test (X74)", ge=0, lt=0.5)
-    test_data_source:str = key("aihub_validation", "the sealed test: data/val, or data/test by name")
+    test_data_source:Literal["aihub_validation"] = key("aihub_validation",
+        "the open-set test, data/val of the delivery; the only legal value")
     test_usage_policy:Literal["final_evaluation_only"] = key("final_evaluation_only", "the only legal value")
     max_samples:int|None = key(None, "cap on single photos; null = the stage's", ge=1)
     detection:DetectionData = key(DetectionData(), "detector input and answers")
@@ -183,7 +186,7 @@ class Data(Block):
 class RamOptimization(Block):
     "What is kept in memory (SPEC TL12)."
     cache_policy:Literal["labels_only","hotset","lmdb"] = key("labels_only", "labels only; decoded photos in one shared buffer; LMDB")
-    cache_labels:bool = key(True, "keep labels in memory")
+    cache_labels:Literal[True] = key(True, "labels are always in memory; the only legal value")
     preload_samples:int|dict[str,int] = key(0, "photos decoded before training; a number, or one per stage_N")
     hotset_size_images:int = key(0, "photos in the shared buffer; 0 = as many as the stage has", ge=0)
     use_lmdb:bool = key(False, "read from LMDB")
@@ -377,8 +380,8 @@ class Optimization(Block):
 
 class Inference(Block):
     "Answering."
-    lazy_load_detector:bool = key(True, "load the detector on the first combo photo")
-    top_k:int = key(5, "drugs listed in an answer", ge=1)
+    lazy_load_detector:bool = key(True, "an exported model loads its detector with the first combo photo; false: at once")
+    top_k:int = key(5, "drugs that an exported model lists for each pill", ge=1)
 
 class Synth(Block):
     "The synthetic delivery that stands in for AI Hub's (SPEC BX5)."
@@ -666,6 +669,9 @@ _WHY = {
     "data.pipeline_strategy": "the person chooses the mode and the program never switches it",
     "data.broken_policy": "a broken photo or label is skipped, counted and listed; nothing is invented for it",
     "data.test_usage_policy": "the sealed test is opened once, by `pillsnap final-test`",
+    "data.test_data_source": "the only open-set test is AI Hub Validation, data/val; no command of this version reads data/test",
+    "dataloader.ram_optimization.cache_labels": "labels are always in memory, as one tensor of 8 bytes a photo; there is "
+        "no way to leave them on disk",
     "train.oom": "a run without a memory policy dies at its first out-of-memory error; every preset states one",
 }
 

@@ -7,7 +7,7 @@ __all__ = ['LIMITS', 'Boxes', 'FAINT', 'export_onnx', 'open_axes', 'RawHead', 'l
            'judge_boxes', 'Photo', 'photo_order', 'open_photos', 'Comparison', 'compare_classifiers', 'detector_input',
            'raw_difference', 'compare_detectors', 'livened', 'plot_logits', 'plot_both', 'plot_latency', 'drug_records',
            'calibration', 'checkpoint', 'Written', 'write_classifier', 'write_detector', 'metrics_of', 'verdict',
-           'time_bundle', 'ExportJob']
+           'time_bundle', 'ExportJob', 'answering']
 
 # %% ../../nbs/52_deployment.export.ipynb #dbd8f063
 import copy, hashlib, json, math, os, shlex, time, warnings
@@ -498,7 +498,7 @@ def time_bundle(
 class ExportJob(StageJob):
     "Checkpoints → ONNX, compared, bundled (SPEC EX1, EX2)."
     name:ClassVar[str] = "export"
-    sections:ClassVar[tuple[str,...]] = ("data.classification", "data.detection", "data.progressive_validation.current_stage", "inference", "evaluation", "export", "train.seed")
+    sections:ClassVar[tuple[str,...]] = ("data.default_mode", "data.classification", "data.detection", "data.progressive_validation.current_stage", "inference", "evaluation", "export", "train.seed")
 
 # %% ../../nbs/52_deployment.export.ipynb #aa0630e7
 def _inputs(root:Path, stage:int)->list[Path]:
@@ -516,15 +516,26 @@ def _compare(run:RunFolder, cfg:Config, stage:StageData, cls:Written, det:Writte
     return a, compare_detectors(det.torch, det.onnx, open_photos(order, e.compare_detector_photos, skipped), d.conf_threshold, d.iou_threshold, d.max_detections)
 
 # %% ../../nbs/52_deployment.export.ipynb #18a072c0
+def answering(
+    cfg:Config,         # data.default_mode, inference
+    has_detector:bool   # whether the bundle will hold one
+)->dict[str,Any]:
+    "What the bundle does where a caller names no mode and no number of drugs."
+    if cfg.data.default_mode == "combo" and not has_detector:
+        raise PillsnapError("the default mode is combo, and this run has no detector to find the pills",
+            where="data.default_mode", fix="train a detector, or set data.default_mode=single")
+    i = cfg.inference
+    return dict(mode=cfg.data.default_mode, top_k=i.top_k, lazy_load_detector=i.lazy_load_detector)
+
 def _bundle(run:RunFolder, cfg:Config, stage:StageData, cls:Written, det:Written|None)->Bundle:
     "Write the bundle, then read it as a stranger would."
     t, calibrated = calibration(run.root, stage.class_map, run.log)
     card, d = run.root/"reports"/"scorecard.json", cfg.data.detection
     limits = dict(conf=float(d.conf_threshold), iou=float(d.iou_threshold), max_det=int(d.max_detections), crop_padding=float(cfg.data.classification.crop_padding))
-    write_bundle(run.sub("export"), stage.class_map, cls.entry, det and det.entry, limits, drug_records(run.root), t, calibrated,
+    write_bundle(run.sub("export"), stage.class_map, cls.entry, det and det.entry, limits, drug_records(run.root), t, calibrated, answering(cfg, det is not None),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"), git_sha=get_git_sha(), run_id=run_id(run.root), data=stage.header["source"],
         data_hash=stage.header["data_hash"], scorecard=sha256_file(card) if card.is_file() else None)
-    return load_bundle(run.root, device="cpu", lazy_load_detector=cfg.inference.lazy_load_detector, log=run.log)
+    return load_bundle(run.root, device="cpu", log=run.log)
 
 # %% ../../nbs/52_deployment.export.ipynb #fb1319db
 @patch

@@ -621,8 +621,9 @@ def judge(
     "Gate and advice from what was measured; advisor.json is written, nothing else."
     root = Path(root)
     doc, metrics, latency = read_evaluation(root)
-    facts = advisor_facts(root, cfg, doc, metrics, latency)
-    gate = simple_stage_evaluation(doc["stage"], gate_facts(metrics, latency, best_before(root, metrics.get("accuracy"))), time_cap(root, cfg, facts.checks, doc["classes"]))
+    facts, wishes = advisor_facts(root, cfg, doc, metrics, latency), cfg.data.progressive_validation.stage(doc["stage"])
+    gate = simple_stage_evaluation(doc["stage"], gate_facts(metrics, latency, best_before(root, metrics.get("accuracy"))), time_cap(root, cfg, facts.checks, doc["classes"]),
+        wishes.target_accuracy, wishes.max_latency_ms)
     advice = evaluate_and_recommend(doc["stage"], facts, cfg.evaluation.advisor_thresholds)
     return gate, advice, write_advice(root, advice, {"status": str(gate.status), "label": gate.label, "reasons": list(gate.reasons)})
 
