@@ -510,7 +510,14 @@ def test_the_narrow_family_writes_its_two_files(run, tmp_path):
     assert {r["kcode"]: r["label"] for rows in lists.values() for r in rows} == {k: i for i, k in enumerate(sorted(set(card["class_distribution"])))}
     assert list(card) == ["dataset_name", "version", "created_date", "num_classes", "total_images", "splits", "class_distribution", "preprocessing", "augmentation"]
     assert card["num_classes"] == 6 and card["total_images"] == 108 == sum(card["splits"].values()) and abs(card["splits"]["test"] - 10.8) <= 4
-    assert card["augmentation"] == {"rotation": 30.0, "color_jitter": [.2, .2, .2, .1], "crop_scale": [.8, 1.], "crop_ratio": [.9, 1.1], "blur_kernel": 5, "blur_sigma": [.1, 2.]}
+    declared = {"rotation": 30.0, "color_jitter": [.2, .2, .2, .1], "crop_scale": [.8, 1.], "crop_ratio": [.9, 1.1], "blur_kernel": 5, "blur_sigma": [.1, 2.]}
+    assert {k: v for k, v in card["augmentation"].items() if k != "applied"} == declared
+    for block in ("preprocessing", "augmentation"):   # every declared item says whether it is done, and if not, why
+        told = card[block]["applied"]
+        assert set(told) == set(card[block]) - {"applied", "version"}
+        assert all(v == {"applied": True} or (v["applied"] is False and len(v["why"]) > 10) for v in told.values())
+    undone = {k for block in ("preprocessing", "augmentation") for k, v in card[block]["applied"].items() if not v["applied"]}
+    assert undone >= {"use_clahe", "crop_ratio", "blur_kernel", "blur_sigma"} and "mean" not in undone
     assert not (narrow/"yolo_data").exists()
 
 

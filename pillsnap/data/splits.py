@@ -42,7 +42,7 @@ from .classmap import ClassMap
 from .conversion import COLUMNS, read_manifest, smoke_conversion, write_manifest, write_yolo_tree
 from .duplicates import Duplicates, check_knots, file_names, join_groups, known_duplicates, plot_duplicates, tie
 from .images import IMAGENET_MEAN, IMAGENET_STD, header_size, open_image_safely, resize
-from .narrow import class_mapping, read_drug_list
+from .narrow import augmentation_applied, class_mapping, preprocessing_applied, read_drug_list
 from .overlay import OVERLAY, Overlay, apply_overlay
 
 # %% ../../nbs/16_data.splits.ipynb #c965bd8b
@@ -514,8 +514,9 @@ def family_lists(
 def preprocessing_config(
     cfg:Config # its narrow block
 )->dict[str,Any]:
-    "What every program must do to a photo before the narrow model sees it (SPEC NM1's get_config)."
-    return {"version": "1.0.0", **cfg.narrow.preprocessing.model_dump(mode="json"), "crop": "center", "interpolation": "linear", "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
+    "What the narrow family declares of a photo's way to the network, and which of it the engine does."
+    return {"version": "1.0.0", **cfg.narrow.preprocessing.model_dump(mode="json"), "crop": "center", "interpolation": "linear",
+        "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD), "applied": preprocessing_applied(cfg)}
 
 # %% ../../nbs/16_data.splits.ipynb #0b6509ec
 def narrow_manifest(
@@ -530,7 +531,8 @@ def narrow_manifest(
         for r in rows: count[r["kcode"]][name] += 1
     return {"dataset_name": f"{cfg.project.name}_narrow", "version": "1.0.0", "created_date": date.today().isoformat(), "num_classes": len(classes), "total_images": sum(map(len, lists.values())),
             "splits": {name: len(rows) for name, rows in lists.items()}, "class_distribution": {k: {**c, "total": sum(c.values())} for k, c in count.items()},
-            "preprocessing": preprocessing_config(cfg), "augmentation": cfg.narrow.augmentation.model_dump(mode="json")}
+            "preprocessing": preprocessing_config(cfg),
+            "augmentation": {**cfg.narrow.augmentation.model_dump(mode="json"), "applied": augmentation_applied(cfg)}}
 
 def write_family(
     splits:Splits, # with a test part of its own
