@@ -324,21 +324,6 @@ def test_one_logger_console_and_file(tmp_path, logger, capsys):
 
 
 @pytest.mark.spec("CF4")
-def test_a_progress_bar_is_moved_aside_not_torn(logger):
-    log, _ = logger
-    r = python("""
-        import sys, time
-        from tqdm import tqdm
-        from pillsnap.core.log import build_logger
-        log = build_logger(name="bar")
-        with tqdm(total=3, mininterval=0, ascii=True) as bar:
-            for i in range(3): bar.update(); log.info(f"line {i}")
-    """)
-    lines = re.split(r"[\r\n]", r.stderr)
-    assert [l for l in lines if l.startswith("line")] == ["line 0", "line 1", "line 2"], r.stderr
-
-
-@pytest.mark.spec("CF4")
 def test_a_decision_is_one_line_and_one_tag(tmp_path, logger):
     log, path = logger
     tb = TBWriter(tmp_path/"tb")

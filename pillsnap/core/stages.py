@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SUBFOLDERS', 'RunFolder', 'StageResult', 'markdown_table', 'somebody_looking', 'fingerprint', 'record_path',
            'read_record', 'pick', 'stale', 'StageJob', 'run_id', 'Stage', 'notebook_parameters', 'check_parameters',
-           'in_sync', 'StageFailed', 'resume_command', 'run_stage', 'choose', 'fresh_folder', 'run_pipeline']
+           'in_sync', 'StageFailed', 'resume_command', 'Relay', 'run_stage', 'choose', 'fresh_folder', 'run_pipeline']
 
 # %% ../../nbs/08_core.stages.ipynb #21220317
 import ast, atexit, dataclasses, gc, hashlib, importlib, importlib.util, json, logging, os, re, sys, tempfile, time, traceback, uuid
@@ -24,7 +24,7 @@ import pillsnap
 from .config import Config, active_features, config_diff, load_config, resource_dir
 from .errors import PillsnapError
 from .files import FolderLock, ensure_dir, get_git_sha, read_json, save_json, save_text, sha256_file, sweep_partials, temp_dir
-from .log import TBWriter, build_logger
+from .log import DONE, FRAME, LiveLine, TBWriter, aside, build_logger
 from .record import hardware
 
 # %% ../../nbs/08_core.stages.ipynb #2aa8fa70
@@ -195,6 +195,7 @@ class StageJob:
     name:ClassVar[str] = "stage"
     sections:ClassVar[tuple[str,...]] = ("project", "data", "train")  # the settings it reads; only these can make it stale
     keys:ClassVar[dict[str,str]] = {"seed": "train.seed"}
+    needs:ClassVar[dict[str,str]] = {}   # file in the run folder → the stage job that writes it; {stage} is the current stage's number
 
     def __post_init__(self):
         object.__setattr__(self, "overrides", tuple(self.overrides))
@@ -220,6 +221,17 @@ def cfg(self:StageJob)->Config:
     return self.cfg_in(Path(self.run_dir or "."))
 
 # %% ../../nbs/08_core.stages.ipynb #7515d118
+@patch(cls_method=True)
+def check_inputs(cls:StageJob,
+    root:str|os.PathLike, # the run folder; it need not exist
+    cfg:Config            # the job's configuration
+)->None: # raises PillsnapError naming the file and the job that writes it
+    "Refuse to begin where another job's output is missing; nothing has been made then."
+    for name, job in cls.needs.items():
+        path = Path(root)/name.format(stage=cfg.data.progressive_validation.current_stage)
+        if not path.exists():
+            raise PillsnapError(f"there is no {path.name} here: {job} has not run in this folder", where=path.absolute(), fix=f"pillsnap run {job} --run-dir {root}")
+
 def _remember(root:Path, cfg:Config)->None:
     "Keep the configuration in the folder, in a form that is its own preset."
     save_text("# Resolved by PillSnap; this folder's own configuration.\n"+yaml.safe_dump({"base": None, **cfg.to_dict()}, allow_unicode=True, sort_keys=False), root/"config.yaml")
@@ -249,7 +261,10 @@ def run(self:StageJob,
     "Do the stage's work in its folder, alone, and leave a record whatever happens."
     if "PILLSNAP_NOTEBOOK" in os.environ: atexit.register(gc.freeze)   # a kernel with torch in it would look through all its objects before it leaves: two seconds a stage
     root = Path(self.run_dir).absolute() if self.run_dir else temp_dir(self.name)
-    cfg, run = self.cfg_in(root), RunFolder(root, self.name)
+    cfg = self.cfg_in(root)
+    if self.run_dir:
+        self.check_inputs(root, cfg)
+    run = RunFolder(root, self.name)
     with FolderLock(root):
         for sub in ("artifacts", "checkpoints", "export", "index", "reports", "stages"): sweep_partials(root/sub)  # what a killed run left
         _remember(root, cfg)
@@ -364,34 +379,93 @@ def resume_command(
     import shlex
     return shlex.join(["pillsnap", "run", "all", "--config", config, "--run-dir", str(run_dir), "--from", stage, *overrides])
 
-# %% ../../nbs/08_core.stages.ipynb #05568945
-class _JobOnly(logging.Filter):
-    "Lets through what the kernel prints from the parameters on; the explanations before them are for readers."
-    def __init__(self, first:int): super().__init__(); self.first, self.now = first, 0
-    def filter(self, r:logging.LogRecord)->bool:
-        text = r.getMessage()
-        if m := re.match(r"Executing Cell (\d+)", text): self.now = int(m[1])
-        return self.now > self.first and bool(text.strip()) and not re.match(r"(Executing|Ending) (Cell|notebook)|(In|Out)put Notebook|<IPython|<Figure|<pillsnap", text)
+# %% ../../nbs/08_core.stages.ipynb #d9d61d11
+class Relay:
+    "Passes on what a notebook's job prints and how far it is."
+    def __init__(self,
+        head:str,               # "[3/7] classifier"
+        first:int,              # number of the cell with the parameters, from 0
+        line:LiveLine|None=None # None = a terminal's or a log's
+    ): self.head, self.first, self.line = head, first, line or LiveLine()
 
-def _console(
-    notebook:Path # the stage notebook
+    def message(self,
+        msg:Mapping[str,Any], # of the kernel, in Jupyter's form
+        cell:int              # the cell it belongs to, from 0
+    )->None:
+        "Show a message of the kernel, if it is the job's."
+        kind, content = msg["msg_type"], msg["content"]
+        if kind == "execute_input" and self.line.due:
+            self.line.show(f"{self.head}: the notebook's explanations, cell {cell+1} of {self.first+1}" if cell < self.first else self.head)
+        elif cell > self.first and kind == "stream":
+            self.say(content["text"])
+        elif cell > self.first and "text/plain" in content.get("data", {}):
+            self.display(content["data"]["text/plain"], str((content.get("transient") or {}).get("display_id")))
+
+# %% ../../nbs/08_core.stages.ipynb #336e41fa
+@patch
+def say(self:Relay,
+    text:str # as printed
 )->None:
-    "Let papermill print what the job prints, as it comes."
-    import nbformat
-    tagged = [i for i,c in enumerate(nbformat.read(notebook, 4).cells, 1) if "parameters" in c.metadata.get("tags", [])]
-    log = logging.getLogger("papermill"); log.setLevel(logging.INFO); log.propagate = False
-    h = logging.StreamHandler(sys.stdout); h.setFormatter(logging.Formatter("%(message)s")); h.addFilter(_JobOnly(tagged[0]))
-    log.handlers = [h]
+    "Print what the job printed; of a line that is written over, its end."
+    text = re.sub(r"[^\n]*\r(?!\n)", "", text).strip("\n")
+    if text.strip():
+        with aside():
+            print(text, flush=True)
 
-def _execute(stage:Stage, out:Path, params:dict[str,Any])->None:
+@patch
+def display(self:Relay,
+    text:str,      # as plain text
+    display_id:str # its name
+)->None:
+    "Show a frame of progress on the live line, and another display as text if it is one."
+    if not display_id.startswith(FRAME):
+        if not re.match(r"<IPython|<Figure|<pillsnap", text):
+            self.say(text)
+    elif text.startswith(DONE):
+        self.line.end(f"{self.head}: {text}")
+    elif self.line.due:
+        self.line.show(f"{self.head}: {text}")
+
+@patch
+def close(self:Relay)->None:
+    "Wipe the line."
+    if self.line.text:
+        self.line.show("")
+
+# %% ../../nbs/08_core.stages.ipynb #ffe052e9
+def _engine(relay:Relay)->str:
+    "The name under which papermill finds an engine that tells the relay every message."
+    from papermill.clientwrap import PapermillNotebookClient
+    from papermill.engines import NBClientEngine, papermill_engines
+
+    class Client(PapermillNotebookClient):
+        def process_message(self, msg:dict, cell:Any, cell_index:int)->Any:
+            relay.message(msg, cell_index)
+            return super().process_message(msg, cell, cell_index)
+
+    class Engine(NBClientEngine):
+        @classmethod
+        def execute_managed_notebook(cls, nb_man:Any, kernel_name:str, start_timeout:int=60, **_:Any)->Any:
+            quiet = ["--IPKernelApp.log_level=50"]   # the kernel's own warnings are not the user's
+            return Client(nb_man, kernel_name=kernel_name, startup_timeout=start_timeout, extra_arguments=quiet).execute()
+
+    papermill_engines.register("pillsnap", Engine)
+    return "pillsnap"
+
+def _execute(stage:Stage, out:Path, params:dict[str,Any], head:str)->None:
     "papermill, with the kernel in the caller's folder and the notebook kept as far as it came."
+    import nbformat
     import papermill as pm
-    _console(stage.path)
+    first = next(i for i,c in enumerate(nbformat.read(stage.path, 4).cells) if "parameters" in c.metadata.get("tags", []))
+    relay = Relay(head, first+1)   # papermill puts the given parameters into a cell of their own
     os.environ["PILLSNAP_NOTEBOOK"] = sha256_file(stage.path)
     os.environ["PILLSNAP_IN_SYNC"] = str(in_sync(stage.path, stage.job.split(":")[0])).lower()
-    try: pm.execute_notebook(str(stage.path), str(out), parameters=params, kernel_name="python3", log_output=True, progress_bar=sys.stdout.isatty(),
-                                 request_save_on_cell_execute=True, extra_arguments=["--IPKernelApp.log_level=50"])  # 50: the kernel's own warnings are not the user's
-    finally: os.environ.pop("PILLSNAP_NOTEBOOK", None); os.environ.pop("PILLSNAP_IN_SYNC", None)
+    try:
+        pm.execute_notebook(str(stage.path), str(out), parameters=params, kernel_name="python3", engine_name=_engine(relay), progress_bar=False, request_save_on_cell_execute=True)
+    finally:
+        relay.close()
+        os.environ.pop("PILLSNAP_NOTEBOOK", None)
+        os.environ.pop("PILLSNAP_IN_SYNC", None)
 
 # %% ../../nbs/08_core.stages.ipynb #98eb52bf
 def run_stage(
@@ -399,7 +473,8 @@ def run_stage(
     run_dir:str|os.PathLike,        # run folder
     cfg:Config,                     # resolved configuration
     params:Mapping[str,Any]|None=None, # further notebook parameters
-    resume:str=""                   # the command to print when it fails
+    resume:str="",                  # the command to print when it fails
+    head:str=""                     # what stands before its progress, "[3/7] classifier"
 )->dict[str,Any]: # the stage's record
     "Execute one stage notebook into the run folder (SPEC BX15)."
     import papermill as pm
@@ -411,9 +486,8 @@ def run_stage(
     ensure_dir(source.parent); save_text(yaml.safe_dump({"base": None, **cfg.to_dict()}, allow_unicode=True, sort_keys=False), source)
     given = {"run_dir": str(root), "config": str(source), "overrides": [], **values, **(params or {})}
     check_parameters(stage.path, given)
-    try: _execute(stage, out, given)
-    except pm.PapermillExecutionError as e:
-        raise StageFailed(f"stage {stage.name} stopped: {_cause(e)}", where=out, fix=f"mend it, then go on with: {resume}" if resume else None) from None
+    try: _execute(stage, out, given, head or stage.name)
+    except pm.PapermillExecutionError as e: raise _failure(e, stage, out, resume) from None
     rec = read_record(root, stage.name)
     if rec is None or rec["status"] != "finished": raise StageFailed(f"stage {stage.name} left no finished record", where=out)
     return rec
@@ -424,9 +498,15 @@ def _get(cfg:Config, dotted:str)->Any:
     for part in dotted.split("."): node = getattr(node, part)
     return node
 
-def _cause(e:Exception)->str:
-    "The error in the notebook, without its traceback."
-    return f"{e.evalue}" if e.ename in ("PillsnapError", "StageFailed") else f"{e.ename}: {e.evalue}"
+def _failure(e:Exception, stage:Stage, out:Path, resume:str)->StageFailed:
+    "What stopped the notebook, once, with its place and its remedy; then the notebook and the command that goes on."
+    if e.ename not in ("PillsnapError", "StageFailed"):
+        what, where, fix = f"{e.ename}: {e.evalue}", None, None
+    else:
+        what, where, fix = (re.search(p, e.evalue, re.S|re.M) for p in (r"\A(.*?)(?=^  where: |^  to do: |\Z)", r"^  where: (.*?)$", r"^  to do: (.*)\Z"))
+        what, where, fix = (m and m[1].strip() for m in (what, where, fix))
+    then = [fix, f"then go on with: {resume}" if resume else None]
+    return StageFailed(f"stage {stage.name} stopped: {what}\n  notebook: {out}", where=where, fix="\n         ".join(t for t in then if t) or None)
 
 # %% ../../nbs/08_core.stages.ipynb #172e271c
 def choose(
@@ -471,17 +551,31 @@ def run_pipeline(
     cfg = load_config(config, [*overrides, f"paths.exp_dir={json.dumps(str(root))}"])
     chosen = choose(stages, only, start); records = []
     _trains(stages, cfg)
+    _check_first(chosen, root, cfg, bool(only), force or bool(params))
     with FolderLock(RunFolder(root).sub("stages")):
         for i, stage in enumerate(chosen, 1):
-            if stage.feature not in active_features(cfg): print(f"[{i}/{len(chosen)}] {stage.name}: left out, because {stage.feature} is not in feature set {cfg.project.active_feature_set}"); continue
-            if not only and stage.strategy not in ("", cfg.train.strategy): print(f"[{i}/{len(chosen)}] {stage.name}: left out, because train.strategy is {cfg.train.strategy}"); continue
+            if left_out := _left_out(stage, cfg, bool(only)): print(f"[{i}/{len(chosen)}] {stage.name}: left out, because {left_out}"); continue
             why = stale(root, stage.name, cfg)
             if why is None and not force and not params: print(f"[{i}/{len(chosen)}] {stage.name}: up to date"); records.append(read_record(root, stage.name)); continue
             if why and why[1] and not force: _refuse(stage, root, why[1])
             print(f"[{i}/{len(chosen)}] {stage.name}: runs, because {why[0] if why else 'you said so'}", flush=True)
-            rec = run_stage(stage, root, cfg, params, resume_command(config, root, stage.name, overrides))
+            rec = run_stage(stage, root, cfg, params, resume_command(config, root, stage.name, overrides), f"[{i}/{len(chosen)}] {stage.name}")
             print(f"[{i}/{len(chosen)}] {stage.name}: {rec['verdict']} ({rec['seconds']:.0f} s)", flush=True); records.append(rec)
     return records
+
+def _left_out(stage:Stage, cfg:Config, only:bool)->str|None:
+    "Why a stage job of the pipeline is not run, or None."
+    if stage.feature not in active_features(cfg):
+        return f"{stage.feature} is not in feature set {cfg.project.active_feature_set}"
+    if not only and stage.strategy not in ("", cfg.train.strategy):
+        return f"train.strategy is {cfg.train.strategy}"
+    return None
+
+def _check_first(chosen:Sequence[Stage], root:Path, cfg:Config, only:bool, force:bool)->None:
+    "Stop before a folder is made if the first job that runs lacks its inputs; the others find what those before them write."
+    for stage in chosen:
+        if _left_out(stage, cfg, only) is None and (force or stale(root, stage.name, cfg) is not None):
+            return stage.job_class().check_inputs(root, cfg)
 
 def _trains(stages:Sequence[Stage], cfg:Config)->None:
     "Stop where the strategy's stages all stand outside the feature set: nothing would be trained."

@@ -37,6 +37,7 @@ import msgspec
 from fastcore.basics import patch
 from ..core.errors import PillsnapError
 from ..core.files import MACHINE, FolderLock, os_trouble
+from ..core.log import progress as show_progress
 from .capture import Capture, parse_name
 
 # %% ../../nbs/11a_data.aihub.ipynb #def470d8
@@ -809,13 +810,12 @@ def extract_archives(
     progress:bool=False      # show a progress bar
 )->dict[str,int]: # folder of each archive → files unpacked, 0 when it was there
     "Unpack a delivery into the English tree (SPEC DM14, RS4)."
-    from tqdm import tqdm
     if not Path(src).is_dir(): raise PillsnapError("the folder of archives is a file" if Path(src).exists() else "the folder of archives does not exist", where=src, fix="name the folder that the archives lie in")
     found = archives_in(walk_tree(src, sealed=True).files)
     for (a,f),(b,g) in pairwise(found):
         if a.folder == b.folder: raise PillsnapError(f"two archives would become {a.folder}", where=f"{f[0]} and {g[0]}", fix="keep the right one here")
     if not found: raise PillsnapError("there are no archives of the delivery here", where=src, fix="their names look like TL_1_단일.zip or TS_1_조합.zip")
-    with tqdm(desc="unpacked", unit="B", unit_scale=True, disable=not progress) as bar:
+    with show_progress(desc="unpacking", unit="B", show=progress) as bar:
         done = joblib.Parallel(n_jobs=workers or min(joblib.cpu_count(), len(found)), backend="threading")(joblib.delayed(extract_archive)(f, Path(dst)/a.folder, bar.update) for a,f in found)
     return {str(a.folder): n for (a,_),n in zip(found, done)}
 

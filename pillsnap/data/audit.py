@@ -25,6 +25,7 @@ from fastcore.basics import patch
 # %% ../../nbs/15_data.audit.ipynb #8e114cf3
 from ..core.config import Config
 from ..core.files import read_json, save_json
+from ..core.log import progress as show_progress
 from ..core.plots import draw_boxes, save_fig, show_grid, use_house_style
 from ..core.stages import RunFolder, StageJob, StageResult
 from .boxes import xywh_to_xyxy
@@ -72,13 +73,12 @@ def measure_photos(
     progress:bool=True     # show a progress bar
 )->pd.DataFrame:           # the rows with opened, seen_width, seen_height, brightness, sharpness
     "Open each photo once and measure its pill."
-    from tqdm import tqdm
     def see(row:tuple[str,str])->tuple:
         got = open_image_safely(Path(root)/row[0])
         if "_skip" in got: return False, 0, 0, np.nan, np.nan
         img = got["image"]
         return True, img.shape[1], img.shape[0], *brightness_and_sharpness(pill_grey(img, json.loads(row[1]) if row[1] else None))
-    with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool: rows = list(tqdm(pool.map(see, zip(df["path"], df["bbox"])), total=len(df), desc="photos", unit="", disable=not progress))
+    with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool: rows = list(show_progress(pool.map(see, zip(df["path"], df["bbox"])), len(df), "measuring", "photos", progress))
     return df.assign(**dict(zip(("opened", "seen_width", "seen_height", "brightness", "sharpness"), map(list, zip(*rows)))))
 
 # %% ../../nbs/15_data.audit.ipynb #795803a5
@@ -307,6 +307,7 @@ class AuditJob(StageJob):
     near_duplicates:bool = True  # open every single photo once and compare; False: equal files only
     name:ClassVar[str] = "audit"
     sections:ClassVar[tuple[str,...]] = ("train.seed",)
+    needs:ClassVar[dict[str,str]] = {"manifest.csv": "conversion"}
 
     def smoke(self, run:RunFolder, cfg:Config)->None: smoke_conversion(run, cfg)
 

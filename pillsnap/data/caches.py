@@ -27,10 +27,10 @@ import pandas as pd
 import psutil
 import torch
 from fastcore.basics import patch
-from tqdm.auto import tqdm
 
 # %% ../../nbs/17_data.caches.ipynb #3c733367
 from ..core.errors import PillsnapError
+from ..core.log import progress as show_progress
 from .images import crop_view, open_image_safely, whole_view
 
 # %% ../../nbs/17_data.caches.ipynb #2d33a3c9
@@ -121,7 +121,7 @@ def _fill(self:PhotoCache,
         else: self.data[i] = torch.from_numpy(np.concatenate([v.ravel() for v in got]))
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         jobs = [pool.submit(one, i, *k) for k, i in self.slot.items()]
-        for j in tqdm(jobs, desc="photos into memory", unit="photo", disable=not progress): j.result()
+        for j in show_progress(jobs, desc="photos into memory", unit="photos", show=progress): j.result()
 
 @patch
 def _views(self:PhotoCache, root:Path|Any, path:str, bbox:str, policies:dict)->list[np.ndarray]|dict:

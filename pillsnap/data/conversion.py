@@ -48,6 +48,7 @@ import logging
 from ..core.config import Config, load_config
 from ..core.errors import PillsnapError
 from ..core.files import MACHINE, atomic_path, ensure_dir, os_trouble, read_json, save_json, save_text, sha256_file
+from ..core.log import progress as show_progress
 from ..core.stages import RunFolder, StageJob, StageResult
 
 # %% ../../nbs/14_data.conversion.ipynb #9e44bc2e
@@ -163,11 +164,10 @@ def look_at_all(
     policy:Mapping|None=None # further arguments of look
 )->dict[str,Seen]: # by relative path
     "Open every photo that the journal does not know (SPEC DM6, RS1)."
-    from tqdm import tqdm
     stamps = {p: _stamp(root/p) for p in paths}
     seen = {p: journal.known[p][1] for p,s in stamps.items() if p in journal.known and journal.known[p][0] == s}
     todo = [p for p in stamps if p not in seen]
-    with tqdm(total=len(stamps), initial=len(seen), desc="photos", unit="", disable=not progress) as bar:
+    with show_progress(total=len(stamps), desc="opening", unit="photos", show=progress, done=len(seen)) as bar:
         for _, got in side_by_side(partial(_look_at, root, policy or {}), todo, workers):
             journal.note((p, stamps[p], s) for p,s in got.items()); seen |= got; bar.update(len(got))
     return seen
@@ -919,6 +919,16 @@ class ConversionJob(StageJob):
     sections:ClassVar[tuple[str,...]] = ("data.source", "data.extensions", "data.ignore_hidden", "data.verify_on_build", "data.broken_policy",
         "data.incomplete_combo", "data.grayscale_policy", "data.rgba_policy", "synth")
     keys:ClassVar[dict[str,str]] = {"seed": "synth.seed"}
+
+# %% ../../nbs/14_data.conversion.ipynb #06d30238
+@patch(cls_method=True)
+def check_inputs(cls:ConversionJob,
+    root:str|os.PathLike, # the run folder; it need not exist
+    cfg:Config            # paths.root, data.source
+)->None: # raises PillsnapError
+    "The delivery must be there, unless it is to be rendered."
+    if cfg.data.source != "synthetic":
+        find_delivery(Path(cfg.paths.root).absolute())
 
 # %% ../../nbs/14_data.conversion.ipynb #2f579b35
 def convert_into(

@@ -28,6 +28,7 @@ from fastcore.basics import patch
 # %% ../../nbs/14a_data.duplicates.ipynb #8ada90cb
 from ..core.errors import PillsnapError
 from ..core.files import FolderLock, ensure_dir, os_trouble, read_json, save_json
+from ..core.log import progress as show_progress
 from .conversion import side_by_side
 from .images import crop_view, open_image_safely, resize
 
@@ -112,11 +113,10 @@ def look_at_thumbnails(
     progress:bool=True     # show a progress bar
 )->np.ndarray:             # [n] number of each row's thumbnail in the store, -1 where there is none
     "Open every photo that the store does not know (SPEC BX1)."
-    from tqdm import tqdm
     root, keys = Path(root), thumb_keys(df, Path(root))
     boxes = df["bbox"].tolist() if "bbox" in df else [""] * len(df)
     todo = [(k, p, b) for k, p, b in zip(keys, df["path"], boxes) if k and k not in store.at]
-    with tqdm(total=len(df), initial=sum(k in store.at for k in keys), desc="thumbnails", unit="", disable=not progress) as bar:
+    with show_progress(total=len(df), desc="comparing", unit="photos", show=progress, done=sum(k in store.at for k in keys)) as bar:
         for chunk, seen in side_by_side(partial(_glances, root), todo, workers):
             got = [(k, t) for (k, _, _), t in zip(chunk, seen) if t is not None]
             store.add([k for k, _ in got], [t for _, t in got]); bar.update(len(chunk))

@@ -24,13 +24,13 @@ import pandas as pd
 import pyarrow as pa
 import simplejpeg
 from fastcore.basics import patch
-from tqdm.auto import tqdm
 
 # %% ../../nbs/13c_data.pack.ipynb #ccbffe63
 import pillsnap
 from ..core.config import Config
 from ..core.errors import PillsnapError
 from ..core.files import FolderLock, atomic_path, canonical_json, ensure_dir, os_trouble, read_json, save_json, sha256_file, sha256_text, sweep_partials
+from ..core.log import progress as show_progress
 from ..core.processes import processes
 from .classmap import ClassMap
 from .images import MAX_PIXELS, crop_square, open_image_safely, resize, shrink, steady_heap
@@ -274,7 +274,7 @@ def _make_shards(plan:Plan, root:Path, out:Path, workers:int, progress:bool)->No
     _room(plan.part(p for k in todo for p in shards[k]), root, out, workers)
     if len(todo) < len(shards): _log.info("pack: %d of %d shards are there already", len(shards) - len(todo), len(shards))
     jobs = (joblib.delayed(write_shard)(plan.part(shards[k]), plan.digest, k, root, out) for k in todo)
-    with tqdm(total=len(plan.photos), initial=len(plan.photos) - left, desc="pack", unit="photo", disable=not progress) as bar:
+    with show_progress(total=len(plan.photos), desc="packing", unit="photos", show=progress, done=len(plan.photos) - left) as bar:
         try:
             for n in processes(min(workers, len(todo)), return_as="generator_unordered", pre_dispatch="2*n_jobs")(jobs): bar.update(n)
         except BrokenProcessPool as e:

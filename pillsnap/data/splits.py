@@ -851,8 +851,19 @@ class SplitsJob(StageJob):
     name:ClassVar[str] = "splits"
     sections:ClassVar[tuple[str,...]] = ("project.family", "data.split_ratio", "narrow.split_ratio", "narrow.drug_list", "retrieval", "data.group_by", "data.test_known_ratio", "data.max_samples", "data.progressive_validation", "evaluation.min_eval_samples", "train.seed")
     keys:ClassVar[dict[str,str]] = {"seed": "train.seed", "stage_n": "data.progressive_validation.current_stage"}
+    needs:ClassVar[dict[str,str]] = {"manifest.csv": "conversion"}
 
     def smoke(self, run:RunFolder, cfg:Config)->None: smoke_conversion(run, cfg)
+
+# %% ../../nbs/16_data.splits.ipynb #f3cb4abc
+@patch(cls_method=True)
+def check_inputs(cls:SplitsJob,
+    root:str|Path, # the run folder; it need not exist
+    cfg:Config     # the job's configuration
+)->None: # raises PillsnapError
+    "The manifest must be there; the retrieval family makes its own from a folder of IDs."
+    if cfg.project.family != "retrieval" or not Path(cfg.paths.root).is_dir():
+        super(SplitsJob, cls).check_inputs(root, cfg)
 
 # %% ../../nbs/16_data.splits.ipynb #e6895d6e
 @patch

@@ -25,11 +25,11 @@ import cv2
 import joblib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
 
 # %% ../../nbs/12b_data.synth.ipynb #2261b779
 from ..core.errors import PillsnapError
 from ..core.files import FolderLock, atomic_path, canonical_json, read_json, save_json, sweep_partials
+from ..core.log import progress as show_progress
 from ..core.processes import processes
 from .capture import Capture, capture_group, parse_name
 from .pills import Catalogue, Drug, annotation, make_catalogue, rng_for
@@ -497,7 +497,7 @@ def run_tasks(
     "Write photos; the bytes are the same on any number of processes."
     pixels, threads = sum(t.shot.width*t.shot.height for t in tasks), cv2.getNumThreads()
     n = min(os.cpu_count() or 1, 1+int(pixels/2e7)) if workers is None else workers
-    try: yield from tqdm(spread(write_task, [(str(out), t) for t in tasks], n), total=len(tasks), disable=not progress, unit="photo", desc="rendering")
+    try: yield from show_progress(spread(write_task, [(str(out), t) for t in tasks], n), len(tasks), "rendering", "photos", progress)
     finally: cv2.setNumThreads(threads)
 
 # %% ../../nbs/12b_data.synth.ipynb #9a1b3bf4
@@ -626,7 +626,7 @@ def write_labels(
     "Write every annotation of a delivery without photos."
     jobs, ledger = label_jobs(out, plan)
     n, hashes = workers or min(os.cpu_count() or 1, 1+ledger["files"]//20_000), {}
-    for part in tqdm(spread(write_drug_labels, jobs, n), total=len(jobs), disable=not progress, unit="drug", desc="labels"): hashes |= part
+    for part in show_progress(spread(write_drug_labels, jobs, n), len(jobs), "writing labels", "drugs", progress): hashes |= part
     return {**ledger, "digest": hashlib.sha256(canonical_json(hashes).encode()).hexdigest()}
 
 # %% ../../nbs/12b_data.synth.ipynb #412cd2c3

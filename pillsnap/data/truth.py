@@ -30,6 +30,7 @@ from fastcore.basics import patch
 # %% ../../nbs/11b_data.truth.ipynb #4901d3a1
 from ..core.errors import PillsnapError
 from ..core.files import save_json
+from ..core.log import progress as show_progress
 from ..core.processes import processes
 from .aihub import (DRUG_KEYS, Annotation, DrugRecord, Fault, PhotoRecord, Photos, Reason, edi_list, folder_codes, Reader, index_photos, known,
     label_files, refuse_sealed, unpack_hint)
@@ -387,12 +388,11 @@ def examine(
     workers:int|None=None    # processes; None = joblib's setting, else one per CPU when there is enough to read
 )->Evidence:
     "Read and judge every record of a tree (SPEC BX4, BM2)."
-    from tqdm import tqdm
     refuse_sealed(labels)
     files, faults = label_files(os.path.abspath(labels), ignore_hidden) # a worker may stand in another folder
     asked = joblib.effective_n_jobs(None)
     n = workers or (asked if asked > 1 else min(joblib.cpu_count(), len(files)//(2*PART)))
-    with tqdm(total=len(files), desc="labels", unit=" files", disable=not progress) as bar:
+    with show_progress(total=len(files), desc="reading labels", unit="files", show=progress) as bar:
         def seen(parts):
             for p in parts: bar.update(p.counts["files"]); yield p
         if n < 2: e = merge(seen(map(read_part, parts_of(files))))

@@ -499,6 +499,7 @@ class ExportJob(StageJob):
     "Checkpoints → ONNX, compared, bundled (SPEC EX1, EX2)."
     name:ClassVar[str] = "export"
     sections:ClassVar[tuple[str,...]] = ("data.default_mode", "data.classification", "data.detection", "data.progressive_validation.current_stage", "inference", "evaluation", "export", "train.seed")
+    needs:ClassVar[dict[str,str]] = {"artifacts/stage{stage}/splits.json": "splits"}
 
 # %% ../../nbs/52_deployment.export.ipynb #aa0630e7
 def _inputs(root:Path, stage:int)->list[Path]:

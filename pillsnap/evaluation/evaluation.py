@@ -723,6 +723,7 @@ class EvaluationJob(StageJob):
     remeasure:bool = True    # False: judge what an earlier run of these very checkpoints measured
     name:ClassVar[str] = "evaluation"
     sections:ClassVar[tuple[str,...]] = ("data.classification", "data.detection", "data.grayscale_policy", "data.rgba_policy", "data.progressive_validation", "evaluation", "train.seed")
+    needs:ClassVar[dict[str,str]] = {"artifacts/stage{stage}/splits.json": "splits"}
 
     def smoke(self, run:RunFolder, cfg:Config)->None: smoke_evaluation(run, cfg)
 

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PillLoaders', 'PillLearner', 'Unpack', 'Precision', 'ScaledStep', 'batch_mass', 'Accumulate', 'Mix', 'GradClip',
            'Ema', 'Validate', 'merge_metrics', 'mean_loss', 'History', 'early_stopping', 'monitored', 'EarlyStop',
-           'Clock', 'Pace', 'StepLog', 'audience', 'Bar', 'Progress']
+           'Clock', 'Pace', 'StepLog', 'Progress']
 
 # %% ../../nbs/30_training.callbacks.ipynb #da661880
-import logging, math, os, sys, threading, time
+import logging, math, os, threading, time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +26,7 @@ from torch import nn
 from ..core.device import cuda_mem_mb, needs_scaler
 from ..core.errors import PillsnapError
 from ..core.files import read_json, save_json
-from ..core.log import STEP_TAGS, VAL_TAGS, StepTimer, TBWriter, decide, step_line, tagged
+from ..core.log import STEP_TAGS, VAL_TAGS, LiveLine, StepTimer, TBWriter, decide, step_line, tagged
 from ..core.processes import memory_mb
 from ..models.metrics import macro_f1, topk_accuracy
 from ..models.mixing import Mixer, mixed_loss
@@ -395,42 +395,13 @@ def at(self:StepLog)->int:
     "Optimizer steps of the run, where TensorBoard puts a point."
     return int(self.learn.schedule.done) if getattr(self.learn, "schedule", None) else self.epoch*self.steps_all+self.steps_done
 
-# %% ../../nbs/30_training.callbacks.ipynb #2d7ba390
-def audience()->Literal["terminal","notebook","log"]: # who is looking
-    "Where progress is shown: a terminal, a notebook that a person runs, or a log."
-    if os.environ.get("PILLSNAP_NOTEBOOK"): return "log"   # papermill, started by `pillsnap run`
-    try: from IPython import get_ipython
-    except ImportError: get_ipython = lambda: None
-    if (shell := get_ipython()) is not None and hasattr(shell, "kernel"): return "notebook"
-    return "terminal" if sys.stdout.isatty() else "log"
-
-class Bar:
-    "A line of progress that is replaced in place, at most ten times a second."
-    def __init__(self,
-        where:Literal["terminal","notebook","log"] # as audience says
-    ): self.where, self.handle, self.at = where, None, 0.
-
-    @property
-    def due(self)->bool:
-        "Whether anybody would see a new line: making one waits for the GPU."
-        return self.where != "log" and time.monotonic()-self.at >= .1
-
-    def show(self, text:str)->None:
-        "Replace the line."
-        if self.where == "log": return
-        self.at = time.monotonic()
-        if self.where == "terminal": print("\r\x1b[2K"+text, end="", flush=True); return
-        from IPython.display import Pretty, display
-        if self.handle is None: self.handle = display(Pretty(text), display_id=True)
-        else: self.handle.update(Pretty(text))
-
 # %% ../../nbs/30_training.callbacks.ipynb #58e41b76
 class Progress(Callback):
-    "A bar inside the epoch where somebody watches, and a row per epoch everywhere."
+    "A live line inside the epoch, and a row per epoch."
     order = History.order+2
     def __init__(self, where:Literal["terminal","notebook","log"]|None=None, title:str="", show:Callable[[str],None]=print): self.where, self.title, self.show, self.began = where, title, show, False
 
-    def before_fit(self): self.bar, self.t_fit = Bar(self.where or audience()), time.perf_counter()
+    def before_fit(self): self.bar, self.t_fit = LiveLine(self.where), time.perf_counter()
     def after_batch(self):
         if not self.bar.due: return
         done, n = self.iter+1, self.n_iter
@@ -444,4 +415,4 @@ class Progress(Callback):
         if self.bar.where == "terminal": self.bar.show("")
         self.show(f"{self.title}{r['epoch']:>5} {r['train_loss']:7.4f} {c['loss']:7.4f} {c['acc']:7.4f} {c['macro_f1']:7.4f} {c['top5']:7.4f}{''.join(f'{v:10.4f}' for v in others.values())}  {r['lr']:8.2e} {r['seconds']:7.1f}")
     def after_fit(self):
-        if self.bar.where == "notebook": self.bar.show(f"{self.title}{self.learn.train_iter} batches in {time.perf_counter()-self.t_fit:.1f} s")
+        if self.bar.where == "notebook": self.bar.end(f"✓ {self.title}{self.learn.train_iter} batches in {time.perf_counter()-self.t_fit:.1f} s")

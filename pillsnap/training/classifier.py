@@ -371,6 +371,7 @@ class ClassifierJob(StageJob):
     sections:ClassVar[tuple[str,...]] = ("project.active_feature_set", "project.family", "narrow.drug_list", "data.classification", "data.augment.classification", "data.imbalance", "data.progressive_validation.current_stage",
         "dataloader", "pack", "optimization", "train.seed", "train.deterministic", "train.leak_gap", "train.stage_overrides", "train.classification")
     keys:ClassVar[dict[str,str]] = {"seed": "train.seed", "epochs": "train.classification.epochs"}
+    needs:ClassVar[dict[str,str]] = {"artifacts/stage{stage}/splits.json": "splits"}
 
     def smoke(self, run:RunFolder, cfg:Config)->None: smoke_splits(run, cfg)
 

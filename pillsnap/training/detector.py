@@ -611,6 +611,7 @@ class DetectorJob(StageJob):
     name:ClassVar[str] = "detector"
     sections:ClassVar[tuple[str,...]] = (*SHAPING, "dataloader")
     keys:ClassVar[dict[str,str]] = {"seed": "train.seed", "epochs": "train.detection.epochs"}
+    needs:ClassVar[dict[str,str]] = {"artifacts/stage{stage}/splits.json": "splits"}
 
     def smoke(self, run:RunFolder, cfg:Config)->None: smoke_splits(run, cfg)
 

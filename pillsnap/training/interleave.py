@@ -196,6 +196,7 @@ class InterleavedJob(StageJob):
     name:ClassVar[str] = "interleaved"
     sections:ClassVar[tuple[str,...]] = tuple(dict.fromkeys((*DetectorJob.sections, *ClassifierJob.sections, "train.interleave_ratio")))
     keys:ClassVar[dict[str,str]] = {"seed": "train.seed", "detector_epochs": "train.detection.epochs", "classifier_epochs": "train.classification.epochs"}
+    needs:ClassVar[dict[str,str]] = {"artifacts/stage{stage}/splits.json": "splits"}
 
     def smoke(self, run:RunFolder, cfg:Config)->None: smoke_splits(run, cfg)
 

@@ -195,6 +195,7 @@ class RetrievalJob(StageJob):
     sections:ClassVar[tuple[str,...]] = ("project.family", "data.classification", "data.augment.classification", "data.imbalance", "data.progressive_validation.current_stage", "dataloader", "pack", "optimization",
         "train.seed", "train.deterministic", "train.stage_overrides", "train.classification", "retrieval")
     keys:ClassVar[dict[str,str]] = {"seed": "train.seed", "epochs": "train.classification.epochs"}
+    needs:ClassVar[dict[str,str]] = {"artifacts/stage{stage}/splits.json": "splits"}
 
     def smoke(self, run:RunFolder, cfg:Config)->None: smoke_splits(run, cfg)
 
