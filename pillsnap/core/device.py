@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['set_seed', 'pick_device', 'cpu_has_bf16', 'select_amp_dtype', 'needs_scaler', 'enable_tf32', 'cuda_mem_mb',
-           'full_fp32', 'without_kernel_search', 'gpu_count']
+           'full_fp32', 'without_kernel_search', 'to_device', 'gpu_count']
 
 # %% ../../nbs/05_core.device.ipynb #0784b7f5
 import logging, os, random
@@ -120,6 +120,17 @@ def without_kernel_search()->Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.benchmark = before
+
+# %% ../../nbs/05_core.device.ipynb #c4b3b067
+def to_device(
+    t:torch.Tensor,            # on the host
+    device:torch.device|str    # where it is needed
+)->torch.Tensor:
+    "A host tensor on the device; the host does not wait for the copy."
+    device = torch.device(device)
+    if device.type == "cuda":
+        t = t.pin_memory()
+    return t.to(device, non_blocking=True)
 
 # %% ../../nbs/05_core.device.ipynb #d633acb7
 def gpu_count()->int: # 0 without a GPU or a driver

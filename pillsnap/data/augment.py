@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['LOOSE', 'COL', 'DRAWS', 'RATIO', 'GREY', 'build_transforms', 'crop_range', 'canvas_size', 'random_windows',
-           'randaugment_ops', 'places', 'sources', 'move', 'colours', 'turn_hue', 'TimmPolicy', 'dangers',
-           'BatchAugment', 'build_transforms_classification', 'build_transforms_detection']
+           'randaugment_ops', 'places', 'sources', 'moving', 'move', 'colours', 'turn_hue', 'TimmPolicy', 'dangers',
+           'BatchAugment', 'sent', 'build_transforms_classification', 'build_transforms_detection']
 
 # %% ../../nbs/18_data.augment.ipynb #bb34fda6
 import math
 import random
 import threading
+from collections.abc import Mapping
+from importlib.util import find_spec, module_from_spec
+from types import ModuleType
 from typing import Any
 
 # %% ../../nbs/18_data.augment.ipynb #81a28db4
@@ -18,10 +21,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
+from PIL import Image
 from torchvision.transforms import v2
 
 # %% ../../nbs/18_data.augment.ipynb #bbb76fd8
 from ..core.config import AugmentClassification, AugmentDetection
+from ..core.device import full_fp32, to_device
 from ..core.errors import PillsnapError
 from .images import IMAGENET_MEAN, IMAGENET_STD, normalise
 
@@ -105,17 +110,25 @@ def sources(
     across, down = theta[:, None, :, 0] * at[:, None], theta[:, None, :, 1] * at[:, None] + theta[:, None, :, 2]
     return across[:, None] + down[:, :, None]
 
+def moving(
+    theta:np.ndarray # [n, 2, 3], as places gives it
+)->np.ndarray:       # their rows, int64
+    "The photos whose matrix is not the identity."
+    change = np.abs(theta.astype(np.float32) - np.eye(2, 3, dtype=np.float32))
+    return np.flatnonzero(change.max((1, 2)) > 1e-6)
+
 def move(
-    x:torch.Tensor,    # [n, 3, S, S] float, 0-255, used up
-    theta:torch.Tensor # [n, 2, 3]
+    x:torch.Tensor,     # [n, 3, S, S] float, 0-255, used up
+    theta:torch.Tensor, # [k, 2, 3] of the photos that move
+    rows:torch.Tensor   # [k] which those are, int64
 )->torch.Tensor:
     "Resample once, bilinear; only the photos that move."
-    at = (theta - torch.eye(2, 3, device=x.device)).abs().amax((1, 2)) > 1e-6
-    if not at.any(): return x
-    some = x if at.all() else x[at]   # x itself where all move, as they do under a rotation: two copies less
-    out = F.grid_sample(some.sub_(GREY), sources(theta[at], x.shape[-1]), align_corners=False).add_(GREY)
-    if some is x: return out
-    x[at] = out
+    if not len(rows): return x
+    every = len(rows) == len(x)
+    some = x if every else x[rows]   # x itself where all move, as they do under a rotation: two copies less
+    out = F.grid_sample(some.sub_(GREY), sources(theta, x.shape[-1]), align_corners=False).add_(GREY)
+    if every: return out
+    x[rows] = out
     return x
 
 # %% ../../nbs/18_data.augment.ipynb #bbeda08c
@@ -161,27 +174,54 @@ def turn_hue(
     return y.clamp_(0, 1).mul_(spread[:, None]).add_(low[:, None])
 
 # %% ../../nbs/18_data.augment.ipynb #6395cf3b
+class _Dice(threading.local):
+    "The random generators of one thread."
+    def __init__(self): self.python, self.numpy = random.Random(), np.random.RandomState()
+
+_dice = _Dice()
+
+class _Random:
+    "Stands for the module random."
+    def __getattr__(self, name:str)->Any: return getattr(_dice.python, name)
+
+class _Numpy:
+    "Stands for numpy."
+    @property
+    def random(self)->np.random.RandomState: return _dice.numpy
+    def __getattr__(self, name:str)->Any: return getattr(np, name)
+
+def _timm_with_own_dice()->ModuleType:
+    "timm's module of policies, loaded once more; its random numbers come from the thread that runs it."
+    spec = find_spec("timm.data.auto_augment")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.random, module.np = _Random(), _Numpy()
+    return module
+
+# %% ../../nbs/18_data.augment.ipynb #afc4d9db
 class TimmPolicy:
-    "A timm auto-augment policy on uint8 pictures, reproducible from one number."
-    _alone = threading.Lock()   # Python's and numpy's generators belong to everybody
+    "A timm auto-augment policy on uint8 pictures, reproducible from one number; any thread may call it."
     def __init__(self,
         policy:str, # e.g. "rand-m8-n2-mstd0.5", "original", "augmix-m5"
         size:int    # side of the picture, pixels; translations depend on it
     ):
-        from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
-        make = rand_augment_transform if policy.startswith("rand") else augment_and_mix_transform if policy.startswith("augmix") else auto_augment_transform
+        self.name, self.size, timm = policy, size, _timm_with_own_dice()
+        if policy.startswith("rand"): make = timm.rand_augment_transform
+        elif policy.startswith("augmix"): make = timm.augment_and_mix_transform
+        else: make = timm.auto_augment_transform
         try: self.policy = make(policy, {"translate_const": int(size * .45), "img_mean": (128, 128, 128)})
         except (AssertionError, KeyError, ValueError, IndexError) as e: raise PillsnapError(f"timm has no policy {policy!r}", "data.augment.classification.auto_augment", "e.g. rand-m8-n2-mstd0.5") from e
 
+    def __reduce__(self)->tuple: return TimmPolicy, (self.name, self.size)   # a worker process loads timm by itself
+
     def __call__(self,
-        x:torch.Tensor, # [3, S, S] uint8
-        u:float         # number in [0, 1)
-    )->torch.Tensor:
-        with self._alone:
-            kept, seed = (random.getstate(), np.random.get_state()), int(u * 2**31)
-            random.seed(seed); np.random.seed(seed)
-            try: return v2.functional.pil_to_tensor(self.policy(v2.functional.to_pil_image(x)))
-            finally: random.setstate(kept[0]); np.random.set_state(kept[1])
+        x:np.ndarray, # [S, S, 3] uint8
+        u:float       # number in [0, 1)
+    )->np.ndarray:    # of the same kind
+        seed = int(u * 2**31)
+        _dice.python.seed(seed)
+        _dice.numpy.seed(seed)
+        return np.asarray(self.policy(Image.fromarray(np.ascontiguousarray(x))))
 
 # %% ../../nbs/18_data.augment.ipynb #d1e1b766
 def dangers(
@@ -201,11 +241,13 @@ class BatchAugment:
         size:int,                                # side of the network's input, pixels
         augment:AugmentClassification|None=None, # the configuration's block; None = its defaults
         train:bool=True,                         # False: normalisation and nothing else
-        padding:float=.1                         # margin of a served crop
+        padding:float=.1,                        # margin of a served crop
+        channels_last:bool=False                 # memory layout of batches on a GPU
     ):
         self.size, self.train, self.a = size, train, AugmentClassification() if augment is None else augment
         self.least = {v: crop_range(v, self.a.crop_scale_min, padding)[0] for v in ("whole", "crop")}
         self.policy = TimmPolicy(self.a.auto_augment, size) if train and self.a.auto_augment else None
+        self.channels_last = channels_last
 
     def windows(self, draws:np.ndarray, crops:np.ndarray)->np.ndarray: # [n, 4] part of the canvas that each photo shows
         return random_windows(draws, np.where(crops, self.least["crop"], self.least["whole"]))
@@ -213,43 +255,105 @@ class BatchAugment:
     def flips(self, draws:np.ndarray)->np.ndarray: # [n] bool: mirrored when the view is cut
         return (draws[:, COL["flip"]] < .5) & self.a.hflip
 
+    def apply_policy(self, out:np.ndarray, draws:np.ndarray)->None: # [S, S, 3] uint8, overwritten; [DRAWS] of this photo
+        "timm's policy, if there is one, on a picture that was just cut."
+        if self.policy: out[:] = self.policy(out, draws[COL["policy"]])
+
+# %% ../../nbs/18_data.augment.ipynb #199d95aa
+def sent(
+    arrays:Mapping[str,np.ndarray], # numbers, and rows as integers
+    device:torch.device|str         # where they are needed
+)->dict[str,torch.Tensor]:          # float32; integers as int64
+    "Arrays on the device, in one copy that the host does not wait for."
+    starts, size = {}, 0
+    for k, v in arrays.items():
+        starts[k] = size
+        size += -(-v.size // 16) * 16   # each begins at a multiple of 64 bytes
+    block = np.zeros(size, np.float32)
+    for k, v in arrays.items(): block[starts[k]:starts[k] + v.size] = v.ravel()
+    block = to_device(torch.from_numpy(block), device)
+    out = {k: block[starts[k]:starts[k] + v.size].view(v.shape) for k, v in arrays.items()}
+    return {k: out[k].long() if v.dtype.kind == "i" else out[k] for k, v in arrays.items()}
+
+# %% ../../nbs/18_data.augment.ipynb #afd5a54a
+@patch
+def numbers(self:BatchAugment,
+    draws:np.ndarray              # float [n, DRAWS]
+)->dict[str,np.ndarray]:          # what the operations need, by name
+    "All that is done to a batch, as numbers."
+    ops = randaugment_ops(draws, self.size) if self.a.randaugment and not self.policy else []
+    theta = places(ops, self.a.rotation * (2 * draws[:, COL["turn"]] - 1), self.size)
+    out = {"mean": np.array(IMAGENET_MEAN), "std": np.array(IMAGENET_STD)}
+    out["moving"], out["theta"] = moving(theta), theta[moving(theta)]
+    out["m"], out["n"] = colours(ops, draws, self.a.color_jitter[:3])
+    if hue := self.a.color_jitter[3]: out["hue"] = hue * (2 * draws[:, COL["hue"]] - 1)
+    for k, (name, v) in enumerate(ops):
+        few, sharp = np.flatnonzero(name == "Posterize"), np.flatnonzero(name == "Sharpness")
+        if len(few): out[f"few{k}"], out[f"step{k}"] = few, 2. ** (8 - v[few])
+        if len(sharp): out[f"sharp{k}"], out[f"factor{k}"] = sharp, 1 + v[sharp]
+    return out
+
 # %% ../../nbs/18_data.augment.ipynb #ffadede1
 @patch
 def __call__(self:BatchAugment,
-    images:torch.Tensor,       # [n, 3, S, S] uint8, cut and mirrored
+    images:torch.Tensor,       # [n, 3, S, S] uint8, cut and mirrored; under a timm policy after it
     draws:np.ndarray|None=None # float [n, DRAWS]; None in validation
 )->torch.Tensor:               # [n, 3, S, S] float32, normalised
-    "Places, neighbours, hue, colours, normalisation, erasing: in this order."
-    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-    if not self.train: return images.float().div_(255).sub_(mean).div_(std)
-    if self.policy: images = torch.stack([self.policy(x, u) for x, u in zip(images.cpu(), draws[:, COL["policy"]])]).to(images.device)
-    ops = randaugment_ops(draws, self.size) if self.a.randaugment and not self.policy else []
-    theta = places(ops, self.a.rotation * (2 * draws[:, COL["turn"]] - 1), self.size)
-    x = _neighbours(move(images.float(), torch.from_numpy(theta).float().to(images.device)), ops)
-    if hue := self.a.color_jitter[3]: x = turn_hue(x, torch.from_numpy(hue * (2 * draws[:, COL["hue"]] - 1)).float().to(images.device))
-    m, n = (torch.from_numpy(v).float().to(images.device) for v in colours(ops, draws, self.a.color_jitter[:3]))
-    return _erase(_paint(x, m, n, mean, std), draws, self.a.erasing)
+    "Bits, places, neighbours, hue, colours, normalisation, erasing: in this order."
+    if not self.train: return self.normalised(images)
+    p = sent(self.numbers(draws), images.device)
+    x = _sharpen(move(_drop_bits(images.float(), p), p["theta"], p["moving"]), p)
+    if "hue" in p: x = turn_hue(x, p["hue"])
+    return _erase(_paint(x, p, self.channels_last), draws, self.a.erasing)
 
-def _paint(x:torch.Tensor, m:torch.Tensor, n:torch.Tensor, mean:torch.Tensor, std:torch.Tensor)->torch.Tensor:
-    "Colours and normalisation in one product; black and white are where they end."
-    flat = x.flatten(2).contiguous()
-    offset = n @ flat.mean(2, keepdim=True) / 255 / std.view(3, 1) - (mean / std).view(3, 1)
-    y = torch.baddbmm(offset, m / 255 / std.view(3, 1), flat)
-    return y.clamp_(-(mean / std).view(3, 1), ((1 - mean) / std).view(3, 1)).view(x.shape)
+@patch
+def normalised(self:BatchAugment, images:torch.Tensor)->torch.Tensor:
+    "Validation's numbers."
+    p, x = sent({"mean": np.array(IMAGENET_MEAN), "std": np.array(IMAGENET_STD)}, images.device), images
+    layout = torch.channels_last if self.channels_last else torch.contiguous_format
+    if x.device.type != "cpu": x = x.contiguous(memory_format=layout)   # bytes: a quarter of what floats would cost
+    return x.float().div_(255).sub_(p["mean"].view(3, 1, 1)).div_(p["std"].view(3, 1, 1))
 
 # %% ../../nbs/18_data.augment.ipynb #98a171a7
-def _neighbours(x:torch.Tensor, ops:list[tuple[np.ndarray,np.ndarray]])->torch.Tensor:
-    "Sharpness and posterize, on the photos that drew them."
-    for name, v in ops:
-        sharp, few = np.flatnonzero(name == "Sharpness"), np.flatnonzero(name == "Posterize")
-        if len(sharp):
-            kernel = torch.tensor([[1., 1, 1], [1, 5, 1], [1, 1, 1]], device=x.device).div(13).expand(3, 1, 3, 3)
-            some = x[sharp]; soft = some.clone(); soft[..., 1:-1, 1:-1] = F.conv2d(some, kernel, groups=3)
-            x[sharp] = torch.lerp(soft, some, torch.from_numpy(1 + v[sharp]).float().to(x.device).view(-1, 1, 1, 1)).clamp_(0, 255)
-        if len(few):
-            step = torch.from_numpy(2. ** (8 - v[few])).float().to(x.device).view(-1, 1, 1, 1)
-            x[few] = (x[few] / step).floor() * step
+def _drop_bits(x:torch.Tensor, p:Mapping[str,torch.Tensor])->torch.Tensor:
+    "torchvision's posterize, on the photos that drew it."
+    for k in "01":
+        if (rows := p.get(f"few{k}")) is None: continue
+        step = p[f"step{k}"].view(-1, 1, 1, 1)
+        x[rows] = (x[rows] / step).floor() * step
     return x
+
+def _blurred(x:torch.Tensor)->torch.Tensor:
+    "The middle of each picture: every pixel five times and its eight neighbours once, over 13."
+    if x.device.type == "cpu":
+        kernel = torch.tensor([[1., 1, 1], [1, 5, 1], [1, 1, 1]]).div(13)
+        return F.conv2d(x, kernel.expand(3, 1, 3, 3), groups=3)
+    across = x[..., :-2] + x[..., 1:-1] + x[..., 2:]   # sums: cuDNN would search a kernel for each number of photos
+    return (across[..., :-2, :] + across[..., 1:-1, :] + across[..., 2:, :]).add_(x[..., 1:-1, 1:-1], alpha=4).div_(13)
+
+def _sharpen(x:torch.Tensor, p:Mapping[str,torch.Tensor])->torch.Tensor:
+    "torchvision's sharpness, on the photos that drew it."
+    for k in "01":
+        if (rows := p.get(f"sharp{k}")) is None: continue
+        some = x[rows]
+        soft = some.clone()
+        soft[..., 1:-1, 1:-1] = _blurred(some)
+        x[rows] = torch.lerp(soft, some, p[f"factor{k}"].view(-1, 1, 1, 1)).clamp_(0, 255)
+    return x
+
+# %% ../../nbs/18_data.augment.ipynb #585baa38
+def _paint(x:torch.Tensor, p:Mapping[str,torch.Tensor], channels_last:bool)->torch.Tensor:
+    "Colours and normalisation in one product; black and white are where they end."
+    flat, std = x.flatten(2), p["std"].view(3, 1)
+    black, white = -(p["mean"].view(3, 1) / std), (1 - p["mean"].view(3, 1)) / std
+    on_gpu = x.device.type != "cpu"
+    if not (on_gpu and channels_last): flat = flat.contiguous()
+    with full_fp32():
+        offset = p["n"] @ flat.mean(2, keepdim=True) / 255 / std + black
+        scale = p["m"] / 255 / std
+        if not (on_gpu and channels_last): return torch.baddbmm(offset, scale, flat).clamp_(black, white).view(x.shape)
+        y = torch.baddbmm(offset.mT, flat.mT, scale.mT)   # [n, S*S, 3]: the layout of the network, without another pass
+    return y.clamp_(black.mT, white.mT).view(len(x), *x.shape[2:], 3).permute(0, 3, 1, 2)
 
 def _erase(x:torch.Tensor, draws:np.ndarray, share:float)->torch.Tensor:
     "torchvision's RandomErasing: a rectangle of 2 to 33 % becomes the mean colour (SPEC TL19)."
@@ -265,10 +369,11 @@ def build_transforms_classification(
     size:int,                                 # side of the network's input, pixels
     augment:AugmentClassification|None=None,  # the configuration's block; None = its defaults
     train:bool=True,                          # False: normalisation and nothing else, the view itself is data.images'
-    padding:float=.1                          # margin of a served crop
+    padding:float=.1,                         # margin of a served crop
+    channels_last:bool=False                  # memory layout of batches on a GPU
 )->BatchAugment:
     "From bytes to the network's input (SPEC TL1, X52)."
-    return BatchAugment(size, augment, train, padding)
+    return BatchAugment(size, augment, train, padding, channels_last)
 
 build_transforms = build_transforms_classification   # the sources' other name (SPEC X36)
 

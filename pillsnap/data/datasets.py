@@ -230,7 +230,8 @@ class PillsnapClsDataset(Dataset):
         view:str="whole",            # validation's view: "whole" or "crop"
         seed:int=42,                 # of every sample's dice
         augment:AugmentClassification|None=None, # None = its defaults
-        padding:float=.1             # margin of a served crop
+        padding:float=.1,            # margin of a served crop
+        channels_last:bool=False     # memory layout of batches on a GPU
     ):
         col = lambda c, other: rows[c].fillna(other).tolist() if c in rows else [other] * len(rows)
         paths, bboxes, labels = rows["path"].tolist(), col("bbox", ""), [class_map.id(k) for k in rows["class_key"]]
@@ -241,7 +242,7 @@ class PillsnapClsDataset(Dataset):
         if train: self.numbers["id"] = torch.from_numpy(name_ids([f"{p}|{b}" for p, b in zip(paths, bboxes)]))
         self.source = root if isinstance(root, Source) else DeliverySource(root)
         self.size, self.train, self.crop_view_prob, self.view, self.seed, self.epoch = size, train, crop_view_prob, view, seed, 0
-        self.views, self.augment = dataset_views(size, train, augment, padding), BatchAugment(size, augment, train, padding)
+        self.views, self.augment = dataset_views(size, train, augment, padding), BatchAugment(size, augment, train, padding, channels_last)
 
     def __len__(self)->int: return len(self.paths)
 
@@ -291,7 +292,9 @@ def fetch(self:PillsnapClsDataset,
 def _one(self:PillsnapClsDataset, looks:Looks, k:int, out:np.ndarray)->dict|None:
     i, trains = int(looks.rows[k]), looks.windows is not None
     photo, view = self.photo(i), self.views["crop" if looks.crops[k] else "whole"]
-    try: got = self.source.view(photo, view, out, looks.windows[k] if trains else None, bool(looks.flips[k]) if trains else False)
+    try:
+        got = self.source.view(photo, view, out, looks.windows[k] if trains else None, bool(looks.flips[k]) if trains else False)
+        if trains and got is None: self.augment.apply_policy(out, looks.draws[k])
     except Exception as e: got = {"_skip": True, "error": f"{type(e).__name__}: {e}", "stage": "sample"}
     return got if got is None else {**got, "path": photo.path}
 

@@ -35,6 +35,7 @@ from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
 # %% ../../nbs/19a_data.loaders.ipynb #8489e453
 from ..core.config import Config
+from ..core.device import to_device
 from ..core.errors import PillsnapError
 from ..core.files import sha256_text
 from ..core.log import TBWriter, decide
@@ -86,7 +87,7 @@ class PhotoLoader:
         prefetch_factor:int|None=2,   # batches ahead; each process has as many of its own
         device:torch.device|str="cpu",# where augmentation runs and batches arrive
         pin_memory:bool=False,        # page-locked host batches
-        raw:bool=False,               # True: the bytes [B, 3, S, S] uint8, neither augmented nor normalised
+        raw:bool=False,               # True: the bytes [B, 3, S, S] uint8, neither augmented nor normalised; under a timm policy after it
         multiprocessing_context:str|None="spawn", # how processes start
         persistent_workers:bool=True, # processes outlive an epoch
         refill:bool=True              # training: photos that follow take the place of skipped ones; False where every rank needs as many batches
@@ -198,9 +199,10 @@ def _note(self:PhotoLoader, bad:list[dict])->None:
 @patch
 def _deliver(self:PhotoLoader, looks:Looks, images:torch.Tensor)->tuple[torch.Tensor,torch.Tensor,dict[str,list]]:
     "Send, finish, name."
-    images, labels = self._send(images.permute(0, 3, 1, 2)), self.labels[torch.from_numpy(looks.rows)]
+    images = self._send(images.permute(0, 3, 1, 2))
+    labels = to_device(self.labels[torch.from_numpy(looks.rows)], self.device)
     meta, self._carried = {"paths": [self.dataset.paths[i] for i in looks.rows], "skipped": self._carried}, []
-    return images if self.raw else self.dataset.finish(images, looks), labels.to(self.device), meta
+    return images if self.raw else self.dataset.finish(images, looks), labels, meta
 
 _log = logging.getLogger("pillsnap.loaders")
 
@@ -501,7 +503,7 @@ def source_of(
 def classification_set(
     rows:pd.DataFrame,      # manifest rows; combos only teach
     stage:StageData,        # class map and delivery
-    cfg:Config,             # data.classification, data.augment, train
+    cfg:Config,             # data.classification, data.augment, train, optimization.channels_last
     train:bool=False,       # augment, and mix the views
     view:str="whole",       # validation's view
     cache:bool|PhotoCache=True, # True: as the configuration says; False: none; or one that is there
@@ -510,7 +512,8 @@ def classification_set(
 )->PillsnapClsDataset:
     "The rows a classifier learns from, or is judged by, as a dataset with its source."
     c, a, rows = cfg.data.classification, cfg.data.augment.classification, teaching_rows(rows, stage, cfg) if train else rows[rows["kind"] == "single"]
-    d = PillsnapClsDataset(rows, stage.class_map, base_source(stage, cfg, log), c.img_size, train, cfg.train.classification.crop_view_prob, view, cfg.train.seed, a, c.crop_padding)
+    layout = cfg.train.classification.channels_last and cfg.optimization.channels_last
+    d = PillsnapClsDataset(rows, stage.class_map, base_source(stage, cfg, log), c.img_size, train, cfg.train.classification.crop_view_prob, view, cfg.train.seed, a, c.crop_padding, layout)
     keep = [v for k, v in d.views.items() if k == view or train and (k == "crop") <= (cfg.train.classification.crop_view_prob > 0)]
     d.source = source_of(d, rows, stage, cfg, keep, cache, workers, log)
     return d
