@@ -26,7 +26,7 @@ from fastcore.basics import patch
 from ..core.config import Config
 from ..core.files import read_json, save_json
 from ..core.log import progress as show_progress
-from ..core.plots import draw_boxes, save_fig, show_grid, use_house_style
+from ..core.plots import draw_boxes, drug_label, save_fig, show_grid, use_house_style
 from ..core.stages import RunFolder, StageJob, StageResult
 from .boxes import xywh_to_xyxy
 from .conversion import read_manifest, smoke_conversion
@@ -201,7 +201,7 @@ def plot_balance(
     for kind, side in (("single", -.2), ("combo", .2)): ax.bar(np.arange(len(n)) + side, n[kind], width=.4, label=f"{kind} photos, {n[kind].sum():,} pills")
     ax.set_yscale("log"); ax.set(ylabel="photos (log)", title=f"{len(n)} drugs; the commonest has {n.sum(axis=1).max()/max(1, n.sum(axis=1).min()):.1f} times the photos of the rarest")
     shown = range(len(n)) if len(n) <= 20 else [0, 1, 2, len(n) - 3, len(n) - 2, len(n) - 1]
-    ax.set_xticks(list(shown), [names.get(n.index[i], n.index[i])[:14] for i in shown], rotation=35, ha="right", fontsize=7); ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    ax.set_xticks(list(shown), [drug_label(n.index[i], names, 14) for i in shown], rotation=35, ha="right", fontsize=7); ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     ax.set_ylim(.8, 1.5 * max(1, n.to_numpy().max()))
     plt.close(fig)
     return fig
@@ -313,11 +313,12 @@ class AuditJob(StageJob):
 
 # %% ../../nbs/15_data.audit.ipynb #593db2f5
 def condition_of(
-    d:pd.DataFrame # the rows of one photo
+    d:pd.DataFrame,                  # the rows of one photo
+    names:Mapping[str,str]|None=None # K-code → name
 )->str:
     "How a photo was taken, in a few words."
     r = d.iloc[0]
-    pills = f"{len(d)} pills" if r["kind"] == "combo" else r["class_key"]
+    pills = f"{len(d)} pills" if r["kind"] == "combo" else drug_label(r["class_key"], names)
     return f"{pills}\nback {r['back']}, light {r['light']}, {r['latitude']}°"
 
 def audit_figures(
@@ -334,10 +335,10 @@ def audit_figures(
     worst = lambda d, most: (d["path"].tolist()[:most], [w if w == "at the edge" else f"{w}, {z:.1f} σ" for w, z in zip(d["what"][:most], d["z"])])
     out = {"balance": lambda: plot_balance(df, names), "sizes": lambda: plot_sizes(m)}
     if (df["back"] >= 0).any(): out["conditions"] = lambda: plot_conditions_grid(df, root)
-    if (df["bbox"] != "").any(): out["boxes"] = lambda: plot_boxed(df, some, [condition_of(df[df["path"] == p]) for p in some], root, names)
+    if (df["bbox"] != "").any(): out["boxes"] = lambda: plot_boxed(df, some, [condition_of(df[df["path"] == p], names) for p in some], root, names)
     if len(box): out["worst_boxes"] = lambda: plot_boxed(df, *worst(box, 8), root, names)
     if len(odd): out["outliers"] = lambda: plot_boxed(df, *worst(odd.drop_duplicates("path"), 8), root, names)
-    if dup.pairs or dup.conflicts: out["duplicates"] = lambda: plot_duplicates(dup, root)
+    if dup.pairs or dup.conflicts: out["duplicates"] = lambda: plot_duplicates(dup, root, names=names)
     return out
 
 # %% ../../nbs/15_data.audit.ipynb #4720b3db
@@ -349,7 +350,7 @@ def work(self:AuditJob, run:RunFolder, cfg:Config)->StageResult:
     mapping = read_json(meta) if meta.is_file() else None
     m = measure_photos(sample_photos(df, min(self.sample, 3000), cfg.train.seed), root)
     dup = known_duplicates(df, header, run.root/"artifacts", self.near_duplicates)
-    figures = [save_fig(draw(), reports/f"audit_{name}.png", dpi=110 if name in ("balance", "sizes") else 80) for name, draw in audit_figures(df, m, dup, root, drug_names(mapping)).items()]
+    figures = [save_fig(draw(), reports/f"audit_{name}.png") for name, draw in audit_figures(df, m, dup, root, drug_names(mapping)).items()]
     left_out = pd.read_csv(out, dtype=str)["path"].nunique() if out.is_file() else 0
     s = summarize_dataset(df, root, self.sample, cfg.train.seed, left_out, mapping, m)
     words, odd, box = overlap_words(header, run.root), photo_outliers(m), box_outliers(df)

@@ -800,17 +800,18 @@ def convert_coco_to_yolo(
 
 # %% ../../nbs/14_data.conversion.ipynb #760bed71
 def plot_balance(
-    df:pd.DataFrame # manifest rows
+    df:pd.DataFrame,                 # manifest rows
+    names:dict[str,str]|None=None    # drug code → name
 )->Any: # matplotlib Figure
     "Pills per drug, singles and combos, most first."
     import matplotlib.pyplot as plt
-    from pillsnap.core.plots import use_house_style
+    from pillsnap.core.plots import drug_label, use_house_style
     use_house_style()
     n = df.groupby(["kcode","kind"]).size().unstack(fill_value=0).reindex(columns=["single","combo"], fill_value=0)
     n = n.loc[n.sum(axis=1).sort_values(ascending=False, kind="stable").index]
     fig, ax = plt.subplots(figsize=(7, 2.6))
     ax.bar(range(len(n)), n.single, label="singles", width=.8); ax.bar(range(len(n)), n.combo, bottom=n.single, label="in combos", width=.8)
-    ax.set_xticks(range(len(n)) if len(n) <= 30 else [], n.index if len(n) <= 30 else [], rotation=90)
+    ax.set_xticks(range(len(n)) if len(n) <= 30 else [], [drug_label(k, names) for k in n.index] if len(n) <= 30 else [], rotation=90)
     total = n.sum(axis=1)
     ax.set_title(f"{len(n)} drugs, {total.min()} to {total.max()} pills each"); ax.set_ylabel("pills"); ax.legend(loc="center left", bbox_to_anchor=(1, .5))
     plt.close(fig); return fig
@@ -880,8 +881,8 @@ def draw_report(
 )->list[Path]: # reports/*.png
     "Write the conversion's pictures."
     from pillsnap.core.plots import save_fig
-    figures = dict(class_balance=plot_balance(c.rows), conditions=plot_conditions(c.rows), captures=plot_captures(c.rows, root), boxes=plot_boxes(c.rows, root, c.drugs))
-    return [save_fig(fig, c.out/"reports"/f"conversion_{name}.png", dpi=80) for name, fig in figures.items()]
+    figures = dict(class_balance=plot_balance(c.rows, {e["kcode"]: e["dl_name"] for e in c.drugs["drug_metadata"].values()}), conditions=plot_conditions(c.rows), captures=plot_captures(c.rows, root), boxes=plot_boxes(c.rows, root, c.drugs))
+    return [save_fig(fig, c.out/"reports"/f"conversion_{name}.png") for name, fig in figures.items()]
 
 # %% ../../nbs/14_data.conversion.ipynb #d8552423
 def prepare_delivery(

@@ -315,10 +315,14 @@ def check_knots(
 def plot_duplicates(
     dup:Duplicates, # what was found
     root:str|Path,  # the delivery
-    most:int=4      # pairs shown
+    most:int=4,     # pairs shown
+    names:Mapping[str,str]|None=None # K-code → name
 )->Any:             # matplotlib Figure
     "Pairs of photos that are one picture, conflicts last."
-    from pillsnap.core.plots import show_grid
+    from pillsnap.core.plots import drug_label, show_grid
     pairs = [p[:2] for p in dup.pairs[:most]] + dup.conflicts[:most]
     shots = [(p, open_image_safely(Path(root)/p).get("image")) for pair in pairs for p in pair]
-    return show_grid([i for _, i in shots if i is not None], [Path(p).stem.replace("_", " ", 1) for p, i in shots if i is not None], cols=4)
+    def title(path:str)->str:
+        drug, _, capture = Path(path).stem.partition("_")
+        return f"{drug_label(drug, names, 9)}\n{capture}"
+    return show_grid([i for _, i in shots if i is not None], [title(p) for p, i in shots if i is not None], cols=4)

@@ -35,8 +35,9 @@ from fastcore.basics import patch
 from ..core.config import Config
 from ..core.errors import PillsnapError
 from ..core.files import atomic_path, ensure_dir, read_json, save_json, save_text, sha256_file
-from ..core.plots import save_fig, show_grid, use_house_style
+from ..core.plots import drug_label, save_fig, show_grid, use_house_style
 from ..core.stages import RunFolder, StageJob, StageResult
+from .audit import drug_names
 from .capture import capture_group, parse_name
 from .classmap import ClassMap
 from .conversion import COLUMNS, read_manifest, smoke_conversion, write_manifest, write_yolo_tree
@@ -737,7 +738,8 @@ def roles_of(
 def plot_classes(
     splits:Splits,    # one stage
     df:pd.DataFrame,  # tidy records of the whole delivery
-    most:int=60       # drugs shown, the first by number
+    most:int=60,      # drugs shown, the first by number
+    names:Mapping[str,str]|None=None # class key → the drug's name
 )->Any:               # matplotlib Figure
     "Single photos per drug, stacked by what they are to this stage."
     import matplotlib.pyplot as plt
@@ -751,7 +753,7 @@ def plot_classes(
         bottom += n[role].to_numpy()
     ax.set(ylabel="single photos", title=f"{len(n)} of {len(splits.classes)} drugs", xlim=(-.6, len(n) - .4))
     ax.yaxis.get_major_locator().set_params(integer=True)
-    ax.set_xticks(range(len(n)), n.index, rotation=90, fontsize=7); ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    ax.set_xticks(range(len(n)), [drug_label(k, names) for k in n.index], rotation=90, fontsize=7); ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     plt.close(fig)
     return fig
 
@@ -759,7 +761,8 @@ def plot_classes(
 def plot_groups(
     splits:Splits,    # one stage
     df:pd.DataFrame,  # tidy records of the whole delivery, with side, back and light
-    most:int=24       # drugs shown
+    most:int=24,      # drugs shown
+    names:Mapping[str,str]|None=None # class key → the drug's name
 )->Any:               # matplotlib Figure
     "One row per drug, one cell per capture group: the colour of its role, the number of its photos in this stage."
     import matplotlib.pyplot as plt
@@ -775,7 +778,7 @@ def plot_groups(
     for (i, j), c in np.ndenumerate(count.to_numpy()):
         if np.isfinite(c): ax.text(j, i, f"{c:.0f}", ha="center", va="center", fontsize=6, color="white" if best.iat[i, j] in (0, 3) else "black")
     ax.grid(False)
-    ax.set_xticks(range(best.shape[1]), best.columns, rotation=90, fontsize=6); ax.set_yticks(range(len(best)), best.index, fontsize=7)
+    ax.set_xticks(range(best.shape[1]), best.columns, rotation=90, fontsize=6); ax.set_yticks(range(len(best)), [drug_label(k, names) for k in best.index], fontsize=7)
     ax.set_title("blue: train · orange: val · pale: pool · dark: sealed · grey: unused", fontsize=7)
     plt.close(fig)
     return fig
@@ -905,7 +908,7 @@ def _cut(self:SplitsJob,
     dup = known_duplicates(df, header, art, self.near_duplicates)
     df, decided = decide(df, run.root)
     if decided: dup = tie(df, dup.pairs, dup.conflicts)
-    if dup.pairs or dup.conflicts: save_fig(plot_duplicates(dup, header["root"]), run.sub("reports")/"splits_duplicates.png")
+    if dup.pairs or dup.conflicts: save_fig(plot_duplicates(dup, header["root"], names=_names(run)), run.sub("reports")/"splits_duplicates.png")
     check_knots(dup, art/"duplicates.json")
     df["dup_id"] = dup.dup_id
     splits = make_splits(df, None, family_ratios(cfg), cfg.train.seed, group_by=cfg.data.group_by, test_known_ratio=cfg.data.test_known_ratio, quotas=stage_quotas(cfg), stage=self.stage_n)
@@ -954,7 +957,7 @@ def work(self:SplitsJob, run:RunFolder, cfg:Config)->StageResult:
     folder, reports, art, root = run.root/"artifacts"/f"stage{self.stage_n}", run.sub("reports"), run.root/"artifacts", c.header["root"]
     views = [] if cfg.project.family == "two_stage" else write_family(c.splits, cfg, art/cfg.project.family)
     saving = storage_saving(root, pd.concat([c.splits.train, c.splits.val])["path"], folder)
-    figures = _pictures(c, reports)
+    figures = _pictures(c, reports, _names(run))
     notes = [*c.splits.notes, *c.notes, *other_records(c.splits, art), *_remarks(c.dup, saving, self.stage_n)]
     for note in notes[len(c.splits.notes):]: run.log.info(note)
     table = _table(c.splits)
@@ -962,10 +965,15 @@ def work(self:SplitsJob, run:RunFolder, cfg:Config)->StageResult:
     outputs = [*(folder/f for f in ("splits.json", "classes.json", *(f"manifest_{n}.csv" for n in PARTS))), art/"test_known.csv", *views, reports/"splits.json", *figures]
     return StageResult(_verdict(c.splits, self.stage_n), table, figures, [run.root/"manifest.csv", run.root/"manifest.json", run.root/OVERLAY], outputs, notes)
 
-def _pictures(c:Cut, reports:Path)->list[Path]:
+def _names(run:RunFolder)->dict[str,str]:
+    "The drugs' names by code, as the conversion has written them."
+    path = run.root/"drug_metadata.json"
+    return drug_names(read_json(path) if path.is_file() else None)
+
+def _pictures(c:Cut, reports:Path, names:dict[str,str])->list[Path]:
     "The figures of a cut."
-    root = c.header["root"]
-    out = [save_fig(fig, reports/f"splits_{name}.png") for name, fig in (("classes", plot_classes(c.splits, c.df)), ("groups", plot_groups(c.splits, c.df)), ("neighbours", plot_neighbours(c.df, root)))]
+    figures = {"classes": plot_classes(c.splits, c.df, names=names), "groups": plot_groups(c.splits, c.df, names=names), "neighbours": plot_neighbours(c.df, c.header["root"])}
+    out = [save_fig(fig, reports/f"splits_{name}.png") for name, fig in figures.items()]
     return out + [reports/"splits_duplicates.png"] * bool(c.dup.pairs or c.dup.conflicts)
 
 # %% ../../nbs/16_data.splits.ipynb #3c1cbf12

@@ -30,7 +30,7 @@ from ..core.config import Config
 from ..core.errors import PillsnapError
 from ..core.files import atomic_path, get_git_sha, read_json, save_json, sha256_file
 from ..core.log import decide
-from ..core.plots import COLOURS, draw_boxes, save_fig, show_grid, use_house_style
+from ..core.plots import COLOURS, colour_legend, draw_boxes, save_fig, show_grid, use_house_style
 from ..core.record import Provenance
 from ..core.stages import RunFolder, StageJob, StageResult, run_id
 from ..data.boxes import iou_matrix, letterbox, xywh_to_xyxy
@@ -366,7 +366,8 @@ def plot_both(
 )->Any: # matplotlib Figure
     "Boxes of both sides; where they agree only the upper one is seen."
     both = [draw_boxes(draw_boxes(im, a, colour=COLOURS[3]), b, colour=COLOURS[0]) for im,a,b in shown]
-    return show_grid(both, [f"torch {len(a)}, ONNX {len(b)}" for _,a,b in shown], cols=4, size=1.9)
+    fig = show_grid(both, [f"torch {len(a)}, ONNX {len(b)}" for _,a,b in shown], cols=4, size=1.9)
+    return colour_legend(fig, {"torch": COLOURS[3], "ONNX": COLOURS[0]})
 
 # %% ../../nbs/52_deployment.export.ipynb #cff0f929
 def plot_latency(

@@ -33,7 +33,7 @@ from ..core.device import cuda_mem_mb, pick_device, set_seed
 from ..core.errors import PillsnapError
 from ..core.files import atomic_path, read_json, save_json, save_text, sha256_file, sha256_text, canonical_json
 from ..core.log import decide
-from ..core.plots import save_fig, show_grid
+from ..core.plots import save_fig, show_grid, wrap_title
 from ..core.record import Metric, Provenance, hardware
 from ..core.stages import RunFolder, StageJob, StageResult, markdown_table, read_record, run_id
 
@@ -688,9 +688,9 @@ def plot_mistakes(
     "The surest wrong answers first; where there are none, the least sure right ones."
     p = softmax(s.scores.whole, s.calibration.temperature); said, conf = p.argmax(1), p.max(1)
     wrong = np.flatnonzero(said != s.scores.labels); pick = wrong[np.argsort(-conf[wrong])][:n] if len(wrong) else np.argsort(conf)[:n]
-    keys = [names.get(k, k) for k in s.data.class_map.keys]
+    keys = [wrap_title(names.get(k, k), 9, lines=1) for k in s.data.class_map.keys]
     images = [open_image_safely(s.data.root/s.scores.paths[i]).get("image") for i in pick]
-    titles = [f"{keys[s.scores.labels[i]][:8]}\n" + (f"→ {keys[said[i]][:8]} {conf[i]:.0%}" if said[i] != s.scores.labels[i] else f"right, {conf[i]:.0%} sure") for i in pick]
+    titles = [f"{keys[s.scores.labels[i]]}\n" + (f"→ {keys[said[i]]} · {conf[i]:.0%}" if said[i] != s.scores.labels[i] else f"right, {conf[i]:.0%} sure") for i in pick]
     return show_grid([whole_view(i, 160) for i in images], titles, cols=6, size=1.5)
 
 # %% ../../nbs/46_evaluation.evaluation.ipynb #acdb27ba
@@ -703,7 +703,7 @@ def draw(
     keys, out, sc = list(s.data.class_map.keys), run.sub("reports"), s.scores
     figs = {}
     if len(sc.labels):
-        figs["confusion"] = plot_confusion_matrix(sc.whole.argmax(1), sc.labels, keys, path=out/"confusions.csv")
+        figs["confusion"] = plot_confusion_matrix(sc.whole.argmax(1), sc.labels, keys, path=out/"confusions.csv", names=drug_names(run.root))
         figs["curves"] = plot_roc_pr_curves(softmax(sc.whole), sc.labels)
         test = ~fit_half(sc.groups, cfg.train.seed)
         if s.calibration.ece_after is not None: figs["reliability"] = plot_reliability(sc.whole[test], sc.labels[test], s.calibration.temperature)
@@ -713,7 +713,7 @@ def draw(
         strong = [(b[c >= cfg.data.detection.conf_threshold], c[c >= cfg.data.detection.conf_threshold]) for b, c in (s.boxes.preds[i] for i in pick)]
         figs["detection"] = plot_detection_results([open_image_safely(s.data.root/s.boxes.paths[i])["image"] for i in pick], strong, [s.boxes.truth[i] for i in pick])
     figs["latency"] = plot_latency(s.timings, hardware())
-    return [save_fig(f, out/f"evaluation_{name}.png", dpi=60 if name == "detection" else 80) for name, f in figs.items()]
+    return [save_fig(f, out/f"evaluation_{name}.png") for name, f in figs.items()]
 
 # %% ../../nbs/46_evaluation.evaluation.ipynb #ab552152
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import pandas as pd
 
 from ..core.errors import PillsnapError
 from ..core.files import atomic_path, read_json, save_json
-from ..core.plots import draw_boxes, show_grid, use_house_style
+from ..core.plots import colour_legend, draw_boxes, drug_label, show_grid, use_house_style
 from ..models.metrics import accuracy, confusion_pairs, ece, macro_f1, match_boxes, per_class, topk_accuracy
 from ..models.pipeline import softmax
 
@@ -55,22 +55,22 @@ def save_confusions(
 # %% ../../nbs/42_evaluation.reports.ipynb #ea052932
 DENSE_UP_TO = 40   # (ours) classes that still make a readable matrix
 
-def _matrix(ax, pred:np.ndarray, labels:np.ndarray, keys:Sequence[str])->None:
+def _matrix(ax, pred:np.ndarray, labels:np.ndarray, keys:Sequence[str], names:Mapping[str,str]|None)->None:
     "A dense matrix, rows true, as shares of the row."
     m = np.zeros((len(keys), len(keys)), int); np.add.at(m, (labels[pred >= 0], pred[pred >= 0]), 1)
     share = m/np.maximum(m.sum(1, keepdims=True), 1)
     ax.grid(False); ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
     for i, j in np.argwhere(m > 0):
         if len(keys) <= 20: ax.text(j, i, m[i, j], ha="center", va="center", fontsize=6, color="white" if share[i, j] > .5 else "#cf222e")
-    ax.set_xticks(range(len(keys)), keys, rotation=90, fontsize=6); ax.set_yticks(range(len(keys)), keys, fontsize=6)
+    ax.set_xticks(range(len(keys)), keys, rotation=90, fontsize=6); ax.set_yticks(range(len(keys)), [drug_label(k, names) for k in keys], fontsize=6)
     ax.set(xlabel="answered", ylabel="true")
 
 # %% ../../nbs/42_evaluation.reports.ipynb #87a176ec
-def _top_pairs(ax, pred:np.ndarray, labels:np.ndarray, keys:Sequence[str], top:int)->None:
+def _top_pairs(ax, pred:np.ndarray, labels:np.ndarray, keys:Sequence[str], top:int, names:Mapping[str,str]|None)->None:
     "The worst pairs as bars."
     pairs = confusion_pairs(pred, labels, keys, top)[::-1]
     ax.barh(range(len(pairs)), [p["n"] for p in pairs], color="#e45756")
-    ax.set_yticks(range(len(pairs)), [f"{p['true']} → {p['pred']}" for p in pairs], fontsize=7)
+    ax.set_yticks(range(len(pairs)), ["\n→ ".join(drug_label(p[k], names) for k in ("true", "pred")) for p in pairs], fontsize=6)
     for i, p in enumerate(pairs): ax.text(p["n"], i, f" {p['share']:.0%}", va="center", fontsize=7)
     ax.set(xlabel="photos", title="true → answered" if pairs else "no confusion at all")
 
@@ -80,7 +80,8 @@ def plot_confusion_matrix(
     labels:Sequence[int],         # true class ids [N]
     keys:Sequence[str],           # what the classes are called, in id order
     top:int=15,                   # pairs shown
-    path:str|os.PathLike|None=None# a .csv for the complete sparse counts
+    path:str|os.PathLike|None=None,# a .csv for the complete sparse counts
+    names:Mapping[str,str]|None=None # class key → the drug's name, to be read beside it
 ):                                # a matplotlib Figure
     "Dense matrix and worst pairs; at thousands of classes the pairs alone (SPEC EV1)."
     import matplotlib.pyplot as plt
@@ -89,8 +90,8 @@ def plot_confusion_matrix(
     if path is not None: save_confusions(pred, labels, keys, path)
     dense = len(keys) <= DENSE_UP_TO
     fig, axes = plt.subplots(1, 1 + dense, figsize=(9 if dense else 5.5, 4.2), squeeze=False)
-    if dense: _matrix(axes[0, 0], pred, labels, keys)
-    _top_pairs(axes[0, -1], pred, labels, keys, top)
+    if dense: _matrix(axes[0, 0], pred, labels, keys, names)
+    _top_pairs(axes[0, -1], pred, labels, keys, top, names)
     return fig
 
 # %% ../../nbs/42_evaluation.reports.ipynb #22720331
@@ -158,7 +159,8 @@ def plot_detection_results(
     "Photos with found (green), missed (red) and invented (orange) pills (SPEC EV1)."
     def title(p, g): t = match_boxes(p[0], g); return f"{(t >= 0).sum()} of {len(g)} found" + (f", {(t < 0).sum()} invented" if (t < 0).any() else "")
     marked = [mark_photo(i, b, g, [f"{c:.2f}" for c in conf]) for i, (b, conf), g in zip(images, preds, gts)]
-    return show_grid(marked, [title(p, g) for p, g in zip(preds, gts)], cols=cols, size=size)
+    fig = show_grid(marked, [title(p, g) for p, g in zip(preds, gts)], cols=cols, size=size)
+    return colour_legend(fig, {"found": FOUND, "missed": MISSED, "no pill there": INVENTED})
 
 # %% ../../nbs/42_evaluation.reports.ipynb #f5cbca91
 def dump_metrics_json(

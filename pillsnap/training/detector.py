@@ -31,7 +31,7 @@ from ..core.device import cuda_mem_mb, pick_device, select_amp_dtype
 from ..core.errors import PillsnapError
 from ..core.files import ensure_dir, save_json
 from ..core.log import STEP_TAGS, StepTimer, TBWriter, decide, step_line, tagged
-from ..core.plots import COLOURS, draw_boxes, save_fig, show_grid, use_house_style
+from ..core.plots import COLOURS, colour_legend, draw_boxes, save_fig, show_grid, use_house_style
 from ..core.record import Provenance
 from ..core.stages import RunFolder, StageJob, StageResult, fingerprint
 from ..data.boxes import from_yolo, xywh_to_xyxy
@@ -526,7 +526,7 @@ def draw_predictions(
     for _, _, p, boxes, scores, truth, _ in cells:
         im = open_image_safely(p)["image"]; k = side/im.shape[1]; im = resize(im, round(im.shape[0]*k), side)
         images.append(draw_boxes(draw_boxes(im, truth*k, colour=COLOURS[2]), boxes*k, [f"{s:.2f}" for s in scores], COLOURS[1]))
-    return show_grid(images, [c[-1] for c in cells], cols=6)
+    return colour_legend(show_grid(images, [c[-1] for c in cells], cols=6), {"found, with its score": COLOURS[1], "a pill is here": COLOURS[2]})
 
 # %% ../../nbs/36_training.detector.ipynb #2aa734f4
 def draw_curves(
@@ -654,7 +654,7 @@ def work(self:DetectorJob, run:RunFolder, cfg:Config, hooks:Mapping[str,Callable
     metrics = [prov.metric(f"detection_{k}", table[0][k], len(scored.photos), scored.seconds).to_dict() for k in ("mAP@0.5", "mAP@0.5:0.95", "precision", "recall")]
     settings = resolved_settings(cfg, trained.settings)
     save_json(dict(metrics=metrics, table=table, reckonings_differ_by=gap, best_epoch=best["epoch"], epochs=len(trained.history), stopped_early=trained.stopped, settings=settings, history=trained.history), reports/"detector.json")
-    figures = [save_fig(draw_predictions(scored, cfg.data.detection.conf_threshold), reports/"detector_predictions.png", dpi=90), save_fig(draw_curves(trained.history), reports/"detector_curves.png"), save_fig(draw_pr(scored, cfg.data.detection.conf_threshold), reports/"detector_pr.png")]
+    figures = [save_fig(draw_predictions(scored, cfg.data.detection.conf_threshold), reports/"detector_predictions.png"), save_fig(draw_curves(trained.history), reports/"detector_curves.png"), save_fig(draw_pr(scored, cfg.data.detection.conf_threshold), reports/"detector_pr.png")]
     outputs = [trained.folder/"best.pt", trained.folder/"last.pt", reports/"detector.json", reports/"metrics.json", *figures]
     return StageResult(_verdict(table, trained, best, gap), table, figures, [run.root/"yolo_data", run.root/"artifacts"/f"stage{stage.stage}"/"splits.json"], outputs, _notes(trained, settings, stage.header["source"]))
 
