@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PIPELINE', 'ASIDE', 'app', 'Overrides', 'ConfigOption', 'RunDir', 'SOURCE_OPTIONS', 'pipeline_of', 'run',
            'distributed', 'own_config', 'run_config', 'where_to_look', 'synth', 'pack', 'plan', 'networks', 'doctor',
-           'audit', 'index', 'extract', 'predict', 'train_stage', 'final_test', 'choose', 'show_config', 'arguments',
-           'main']
+           'audit', 'index', 'extract', 'predict', 'train_stage', 'final_test', 'choose', 'show_config', 'evaluate',
+           'decide', 'declare', 'arguments', 'main']
 
 # %% ../nbs/90_cli.ipynb #1eaae89f
 import logging, re, sys
@@ -265,9 +265,13 @@ def final_test(
     run_dir:Annotated[Path, typer.Option("--run-dir", "--run", help="the run folder")]=Path("_runs/two_stage"),
     reason:Annotated[str, typer.Option(help="why the sealed test is opened")]="",
     confirm:Annotated[str, typer.Option(help="the run's id, typed out")]="",
-    unseal:Annotated[bool, typer.Option("--unseal", help="open it again; recorded")]=False,
+    unseal:Annotated[bool, typer.Option("--unseal", help="open it again; recorded in the ledger")]=False,
 )->None:
-    "Open the sealed test, once, after stage 4."
+    """
+    Score the sealed photos, once, and write reports/final_test_results.json.
+
+    Needs stage 4 done, or a decision by `pillsnap decide`. "open" is written to ledger.jsonl before the first photo is read. Photos of drugs that Training does not hold are not scored by this version, so the recommendation is NEEDS_IMPROVEMENT.
+    """
     from pillsnap.evaluation.final import final_test_command
     final_test_command(run_dir, reason=reason, confirm=confirm, unseal=unseal)
 
@@ -289,6 +293,51 @@ def show_config(
     "Print every key, its value and its meaning."
     for k,v,doc in explain(cfg := load_config(config, overrides or [])): print(f"{k} = {v!r}  # {doc}")
     for n in cfg.notes: print(f"note: {n}")
+
+# %% ../nbs/90_cli.ipynb #4b45a65d
+@app.command()
+def evaluate(
+    run_dir:Annotated[Path, typer.Option("--run-dir", "--run", help="the run folder")]=Path("_runs/demo"),
+    split:Annotated[str, typer.Option(help="val | test; test is opened once, through the ledger")]="val",
+    checkpoint:Annotated[Optional[Path], typer.Option(help="a classifier or retrieval checkpoint; default: the run's best.pt")]=None,
+    reason:Annotated[str, typer.Option(help="test only: why it is opened")]="",
+    confirm:Annotated[str, typer.Option(help="test only: the run's id, typed out")]="",
+    unseal:Annotated[bool, typer.Option("--unseal", help="test only: open it again; recorded in the ledger")]=False,
+)->None:
+    """
+    Score one part of a run's split and write reports/evaluate_SPLIT.json.
+
+    A retrieval model looks each query up among the training photos; its nearest ones are kept in reports/evaluate_SPLIT/neighbours.csv.
+    """
+    from pillsnap.evaluation.heldout import evaluate_command
+    evaluate_command(run_dir, split, checkpoint or "", reason, confirm, unseal)
+
+@app.command()
+def decide(
+    by:Annotated[str, typer.Option(help="who decides")],
+    reason:Annotated[str, typer.Option(help="why stage 4 counts as done without a GO")],
+    run_dir:Annotated[Path, typer.Option("--run-dir", "--run", help="the run folder")]=Path("_runs/two_stage"),
+)->None:
+    "Record a person's decision that stage 4 counts as done; the sealed test may then be opened. It cannot be taken out of the ledger."
+    from pillsnap.evaluation.ledger import record_decision
+    run_config(run_dir)
+    entry = record_decision(run_dir, by, reason)
+    print(f"recorded as line {entry['seq']} of {run_dir}/ledger.jsonl: {entry['by']}, {entry['reason']}")
+
+@app.command()
+def declare(
+    check:Annotated[str, typer.Argument(help="a mandatory check that no file proves, as the advisor names it")],
+    by:Annotated[str, typer.Option(help="who says so")],
+    run_dir:Annotated[Path, typer.Option("--run-dir", "--run", help="the run folder")]=Path("_runs/two_stage"),
+    failed:Annotated[bool, typer.Option("--failed", help="declare that it failed")]=False,
+    note:Annotated[str, typer.Option(help="what was looked at")]="",
+)->None:
+    "Declare the outcome of a mandatory check, with name and date; the advisor reads it at the next evaluation."
+    from pillsnap.evaluation.checks import declare_check
+    run_config(run_dir)
+    path = declare_check(run_dir, check, by, not failed, note)
+    print(f"{check} {'failed' if failed else 'passed'}, declared by {by}: {path}")
+
 
 # %% ../nbs/90_cli.ipynb #7abd2f18
 SOURCE_OPTIONS = {"use_bf16": "retrieval.use_bf16", "num_workers": "retrieval.num_workers", "accum_steps": "retrieval.gradient_accumulation_steps"}   # SPEC RT7

@@ -227,7 +227,7 @@ def test_the_door_stays_shut_until_everything_holds(tmp_path):
         assert bool(stage_4_done(tmp_path)) == done, (stage, status)
     record_decision(tmp_path, "kim", "the gate cannot be measured on this machine")
     assert why_sealed(tmp_path, **ask) == [] and len(why_sealed(tmp_path)) == 2 and len(why_sealed(tmp_path, reason=" ", confirm="abcdef")) == 1
-    with pytest.raises(PillsnapError, match="no evaluation for it"): final_test_evaluation(tmp_path, **ask)
+    with pytest.raises(PillsnapError, match="no configuration"): final_test_evaluation(tmp_path, **ask)
     assert "open" not in {e["kind"] for e in read_ledger(tmp_path)} and not (tmp_path / "reports/final_test_results.json").exists()
 
 

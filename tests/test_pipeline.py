@@ -116,7 +116,7 @@ def test_the_sources_command_runs_the_same_pipeline(smoke_run):
     assert r.returncode == 0 and r.stdout.count("up to date") == 6, r.stdout+r.stderr
 
 
-@pytest.mark.parametrize("command", ["run", "synth", "audit", "predict", "final-test", "choose", "config"])
+@pytest.mark.parametrize("command", ["run", "synth", "audit", "predict", "evaluate", "decide", "declare", "final-test", "choose", "config"])
 def test_help_helps(command):
     r = pillsnap(command, "--help")
     assert r.returncode == 0 and "Usage" in r.stdout and len(r.stdout) > 300

@@ -93,6 +93,7 @@ class Check:
     evidence:str=""       # the file that proves it, relative to the run folder
     declared_by:str=""    # or the person who says so
     date:str=""           # and when
+    note:str=""           # what was looked at, or why there is no evidence
 
     @property
     def counts(self)->bool:

@@ -60,21 +60,23 @@ def declared_checks(
 )->dict[str,Check]:
     "What persons declared in reports/checks.json."
     p = root/"reports"/"checks.json"
-    return {k: Check(d.get("passed"), declared_by=d.get("by", ""), date=d.get("date", "")) for k, d in read_json(p).items()} if p.is_file() else {}
+    return {k: Check(d.get("passed"), declared_by=d.get("by", ""), date=d.get("date", ""), note=d.get("note", "")) for k, d in read_json(p).items()} if p.is_file() else {}
 
 # %% ../../nbs/44a_evaluation.checks.ipynb #295fb0f6
 def declare_check(
     root:str|os.PathLike, # run folder
     name:str,             # a mandatory check
     by:str,               # who says so
-    passed:bool=True      # and what
-)->Path:
-    "Declare a check that no file proves (SPEC SG5)."
+    passed:bool=True,     # and what
+    note:str=""           # what was looked at
+)->Path:                  # reports/checks.json
+    "Declare a check that no file proves, with name and date."
     known = {c for s in STAGE_TARGETS for c in get_stage_target(s).checks}
     if name not in known: raise PillsnapError(f"there is no mandatory check {name!r}", fix="one of " + ", ".join(sorted(known)))
+    if not by.strip(): raise PillsnapError("a declaration needs a name", fix="say who looked, with --by")
     p = Path(root)/"reports"/"checks.json"
     old = read_json(p) if p.is_file() else {}
-    return save_json({**old, name: {"passed": passed, "by": by, "date": datetime.now(timezone.utc).date().isoformat()}}, p)
+    return save_json({**old, name: {"passed": passed, "by": by.strip(), "date": datetime.now(timezone.utc).date().isoformat(), "note": note.strip()}}, p)
 
 # %% ../../nbs/44a_evaluation.checks.ipynb #912247cc
 def advisor_facts(

@@ -40,7 +40,7 @@ def read_ledger(
 # %% ../../nbs/43a_evaluation.ledger.ipynb #8d8071dd
 def append_ledger(
     run_dir:str|os.PathLike, # run folder
-    kind:str,                # gate | decision | open
+    kind:str,                # gate | decision | open | continue | result
     **kwargs:Any             # what happened, JSON types
 )->dict[str,Any]:            # the new entry
     "Add a line to the chain, atomically."
