@@ -127,7 +127,7 @@ def synth(
     out:Annotated[Path, typer.Option("--out", help="folder of the new delivery")],
     drugs:Annotated[int, typer.Option(help="drugs in Training", min=1)]=12,
     photos:Annotated[int, typer.Option(help="single photos a drug", min=1)]=72,
-    combos:Annotated[int, typer.Option(help="combinations, three photos each", min=0)]=40,
+    combos:Annotated[Optional[int], typer.Option(help="combinations, three photos each; default: 40, or as many as the drugs give", min=0)]=None,
     seed:Annotated[int, typer.Option(help="same seed, same bytes")]=42,
     faults:Annotated[bool, typer.Option("--faults", help="plant the faults of real deliveries, with a ledger")]=False,
     zip_parts:Annotated[bool, typer.Option("--zip", help="write archives with the Korean names")]=False,
@@ -166,7 +166,7 @@ def plan(
     run_dir:Annotated[Optional[Path], typer.Option("--run", "--run-dir", help="a run folder: its manifest, its configuration, its disk")]=None,
     gpu:Annotated[Optional[str], typer.Option(help="name of the GPU, for a declared rate")]=None,
     gpu_rate:Annotated[Optional[float], typer.Option(help="photos a second that the GPU trains, if you know it", min=0.1)]=None,
-    seconds:Annotated[float, typer.Option(help="for the measurements, in seconds", min=0.2, max=60)]=20.,
+    seconds:Annotated[float, typer.Option(help="for the measurements, with all that they need; the networks' memory is counted after that", min=0.2, max=60)]=20.,
     config:ConfigOption="two_stage",
 )->None:
     "Measure this machine and say what stages 1 to 4 will take: disk, memory, packing, hours per epoch."

@@ -202,6 +202,25 @@ def test_the_command_prints_and_writes(tmp_path, capsys):
     assert "missing_pills" in said and "not counted" in said and "K-000007" in said
 
 
+@pytest.mark.spec("BX4")
+def test_the_json_names_the_files_behind_each_count(tmp_path):
+    planted(tmp_path/"labels")
+    for lo in (0, 20): put(tmp_path/f"images/{A}_0_2_0_2_70_{lo:03d}_200.png", "x")
+    put(tmp_path/"images/extra.png", "x")
+    got = audit_command(tmp_path/"labels", tmp_path/"images", tmp_path/"audit.json")
+    assert got["image_without_json"]
+    out = json.loads((tmp_path/"audit.json").read_text(encoding="utf-8"))
+    files = out["files_of"]
+    assert out["labels"] == str(tmp_path/"labels")
+    counted = {k for k in ("unparsable", "incomplete_photos", "boxes_outside", "identical_box_photos", "overlapping_box_photos", "area_mismatch", "dl_idx_mismatch",
+                           "code_mismatch", "metadata_conflicts", "json_without_image", "image_without_json", "duplicate_annotations", "files_missing_keys", "unread_names") if got[k]}
+    assert len(counted) >= 8 and counted == set(files) & set(got), (counted, set(files))
+    for k in counted - {"boxes_outside", "area_mismatch"}: assert len(files[k]) == got[k], (k, files[k], got[k])
+    for k in ("code_mismatch", "dl_idx_mismatch", "area_mismatch", "boxes_outside", "json_without_image"):
+        assert files[k] and all((tmp_path/"labels"/f).is_file() for f in files[k]), k
+    assert audit_command(tmp_path/"labels") == audit(tmp_path/"labels")
+
+
 def test_nothing_to_audit_is_said(tmp_path):
     with pytest.raises(PillsnapError, match="does not exist"): audit(tmp_path/"none")
     with pytest.raises(PillsnapError, match="no JSON"): audit(tmp_path)

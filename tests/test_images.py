@@ -367,3 +367,22 @@ def test_a_photo_decoded_as_far_as_needed_gives_the_same_view(seed):
             show(*source.open(photo, view, reduce), view, window, flip, want)
             assert source.view(photo, view, got, window, flip) is None
             assert (got == want).all(), (w, h, box, kind, window, reduce)
+
+
+@pytest.mark.spec("DM10", "CF5")
+@pytest.mark.parametrize("content, kind, remedy", [
+    (b"\0\0\0\x24ftypheic\0\0\0\0mif1heic"+bytes(40), "a HEIC photo", "Most Compatible"), (b"\0\0\0\x18ftypmif1"+bytes(40), "a HEIC photo", "JPEG"),
+    (b"\0\0\0\x20ftypisom"+bytes(40), "a video", "one out of it"), (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", "a PDF document", "pdftoppm"), (b"PK\x03\x04"+bytes(60), "a ZIP archive", "unpack"),
+    ("복용법: 하루 세 번".encode(), "a text file", "the photo itself"), ("복용법: 하루 세 번".encode("cp949"), "a text file", "the photo itself"),
+    (("가"*3000).encode(), "a text file", "the photo itself"), (b"<html>404</html>", "a web page", "the photo itself")])
+def test_a_file_that_is_no_photo_is_named_by_its_first_bytes(tmp_path, content, kind, remedy):
+    (tmp_path/"photo.jpg").write_bytes(content)
+    got = open_image_safely(tmp_path/"photo.jpg")
+    assert got["stage"] == "final" and got["error"].startswith(f"this is {kind}") and remedy in got["fix"], got
+
+
+@pytest.mark.spec("DM10")
+def test_a_broken_photo_is_not_called_something_else():
+    for b in (*(b for n, (b, _) in BROKEN.items() if n.startswith("truncated")), bytes(100), b"\x89PNG\r\n\x1a\n"):
+        got = open_image_safely(b)
+        assert "fix" not in got and "PIL" in got["error"], got

@@ -1,6 +1,7 @@
 """The planner: what it foretells is what a small run then takes, and what it says of the rest is arithmetic on that."""
 import errno
 import os
+import re
 import subprocess
 import sys
 import time
@@ -159,3 +160,14 @@ def test_the_gpu_table_follows_the_settings(monkeypatch):
     assert "most that fit" not in vram_table(CFG, {"classifier": lambda n: n}) and gpu_bytes("RTX 5080")[1].startswith("declared") and gpu_bytes("RTX 9999") == (None, "unknown: no GPU here, none named")
     said = tell(CFG, STATION, *gpu_rate("RTX 5080"), t, gpu_bytes("RTX 5080")[1])
     assert "on no GPU measured" in said and "most that fit" in said and "most that fit" not in tell(CFG, STATION, *gpu_rate("RTX 5080"))
+
+
+@pytest.mark.spec("BX21")
+def test_what_is_measured_is_said_and_the_preparation_counts_into_the_seconds(tmp_path, monkeypatch):
+    said, shares = [], []
+    monkeypatch.setattr(L, "_everywhere", lambda job, *a, workers: (shares.append(a[-1]), (10., 1))[1])
+    monkeypatch.setattr(L, "processes", lambda n: list)   # none is started
+    seen = probe(CFG, run_root=tmp_path, seconds=30., workers=1, say=said.append)
+    assert [re.sub(r" for .*|^\d+ ", "", s) for s in said] == ["photos to try are prepared", "the disk is read", "a small pack is made", "processes start", "photos are opened", "pack records are made", "the pack is read"]
+    assert len(set(shares)) == 1 and sum(shares) <= 30 - seen.seconds + .5, (shares, seen.seconds)
+    assert "for" in said[-1]

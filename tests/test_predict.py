@@ -101,7 +101,8 @@ def test_bad_photo_is_refused(run, tmp_path, content, why):
 def test_bad_photo_on_the_command_line(run, tmp_path):
     (tmp_path/"letter.png").write_text("Dear pharmacist,")
     done = cli(tmp_path/"letter.png", "--run", run, "--json")
-    assert done.returncode != 0 and done.stdout == "" and "no photo that can be read" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
+    assert done.stderr.splitlines() == ["pillsnap: this is a text file, no photo that can be read", f"  where: {tmp_path/'letter.png'}", "  to do: give the photo itself"]
 
 
 @pytest.mark.spec("SV4")

@@ -445,3 +445,13 @@ def test_the_command_says_where_things_are(tmp_path, capsys):
     sheet = cv2.imread(str(tmp_path/"d"/"contact_sheet.png"))
     assert str(tmp_path/"d"/"contact_sheet.png") in said and "SYNTHETIC.json" in said and "1 twin pairs" in said
     assert sheet is not None and sheet.shape[0] > 300 and sheet.shape[1] > 800 and ledger["counts"]["train_single"] == 24
+
+
+@pytest.mark.parametrize("drugs, combos", [(1, 0), (2, 0), (3, 1), (4, 5), (7, 40)])
+def test_the_default_number_of_combinations_fits_the_drugs(tmp_path, capsys, drugs, combos):
+    from pillsnap.cli import main
+    with pytest.raises(SystemExit) as e: main(["synth", "--out", str(tmp_path/"d"), "--drugs", str(drugs), "--photos", "2", "--width", "98", "--height", "128", "--workers", "1"])
+    assert e.value.code == 0
+    ledger = json.loads((tmp_path/"d"/"SYNTHETIC.json").read_text(encoding="utf-8"))
+    assert ledger["combos"] == combos and ledger["counts"]["train_combo"] == 3*combos
+    assert (f"{combos} instead of 40, because {drugs} drugs give no more" in capsys.readouterr().out) == (combos < 40)

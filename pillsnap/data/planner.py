@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['TRAINER_BYTES', 'CUDA_BYTES', 'GPU_BYTES', 'GPU_RATES', 'walk_to_photos', 'render_samples', 'read_rate', 'Probe',
-           'unsealed', 'samples', 'probe', 'ram_plan', 'Footprint', 'kept_bytes', 'footprint', 'step_peak', 'gpu_bytes',
-           'vram_table', 'gpu_rate', 'StagePlan', 'plan_stage', 'make_plans', 'plot_plans', 'tell', 'plan_command']
+           'unsealed', 'samples', 'seconds_left', 'probe', 'ram_plan', 'Footprint', 'kept_bytes', 'footprint',
+           'step_peak', 'gpu_bytes', 'vram_table', 'gpu_rate', 'StagePlan', 'plan_stage', 'make_plans', 'plot_plans',
+           'tell', 'plan_command']
 
 # %% ../../nbs/19d_data.planner.ipynb #272fa644
-import json, os, random, shutil, time
+import json, os, random, shutil, sys, time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -28,6 +29,7 @@ from fastcore.basics import patch
 # %% ../../nbs/19d_data.planner.ipynb #b6e9c695
 from ..core.config import Config, load_config
 from ..core.errors import PillsnapError
+from ..core.log import progress as show_progress
 from ..core.processes import processes
 from ..core.record import hardware
 from .aihub import SEALED, refuse_sealed
@@ -160,26 +162,45 @@ def samples(
     return scratch, render_samples(scratch), "synthetic"
 
 # %% ../../nbs/19d_data.planner.ipynb #5589d9ad
+def seconds_left(
+    asked:float, # seconds for everything
+    spent:float  # seconds that the preparation took
+)->float:        # seconds for each of the three rates
+    "What a rate may take."
+    return max(.3, (asked - spent)/3)
+
 def probe(
     cfg:Config|None=None,         # what will be run; None = two_stage
     root:str|Path|None=None,      # a delivery
     run_root:str|Path|None=None,  # a run folder
-    seconds:float=20.,            # for the measurements, together
-    workers:int|None=None         # processes; None = the CPUs
+    seconds:float=20.,            # for all of it
+    workers:int|None=None,        # processes; None = the CPUs
+    say:Callable[[str],None]=lambda what: None # told what is done now
 )->Probe:
-    "Measure this machine (SPEC BX21)."
-    t0, cfg, cpus, each = time.perf_counter(), cfg or load_config("two_stage"), workers or joblib.cpu_count(), seconds/4
-    size, home = cfg.data.classification.img_size, next(p for p in (Path(run_root or ".").absolute(), *Path(run_root or ".").absolute().parents) if p.is_dir())
+    "Measure this machine."
+    t0, cfg, cpus = time.perf_counter(), cfg or load_config("two_stage"), workers or joblib.cpu_count()
+    start = Path(run_root or ".").absolute()
+    size, home = cfg.data.classification.img_size, next(p for p in (start, *start.parents) if p.is_dir())
     with TemporaryDirectory(dir=home, prefix=".plan-") as tmp:
-        (Path(tmp)/"photos").mkdir(); where, rows, data = samples(root, run_root, cfg, Path(tmp)/"photos")
+        say("photos to try are prepared")
+        (Path(tmp)/"photos").mkdir()
+        where, rows, data = samples(root, run_root, cfg, Path(tmp)/"photos")
         paths, plan = list(rows["path"].unique()), make_plan(rows, **pack_settings(cfg))
-        rate, photo_bytes = read_rate([where/p for p in paths], each)
+        say("the disk is read")
+        rate, photo_bytes = read_rate([where/p for p in paths], seconds/8)
+        say("a small pack is made")
         head = build_pack(rows, where, Path(tmp)/"pack", workers=1, progress=False, **pack_settings(cfg))
         good = [p for p in paths if not isinstance(Pack(Path(tmp)/"pack").photo(p), dict)]
-        processes(cpus)(joblib.delayed(_open)(where, good, size, 0) for _ in range(cpus))   # the processes start and import
-        (open_s, rss), (make_s, _), (pack_s, _) = (_everywhere(job, *a, each, workers=cpus) for job, *a in ((_open, where, good, size), (_make, where, plan), (_from_pack, Path(tmp)/"pack", good, size)))
-    ram = psutil.virtual_memory()
-    return Probe(cpus, ram.total, ram.available, shutil.disk_usage(home).free, len(paths), data, photo_bytes, rate, open_s, make_s, pack_s, sum(s["bytes"] for s in head["shards"])/len(paths), rss, time.perf_counter() - t0, hardware())
+        say(f"{cpus} processes start")
+        processes(cpus)(joblib.delayed(_open)(where, good, size, 0) for _ in range(cpus))   # they import what they need
+        each, got = seconds_left(seconds, time.perf_counter() - t0), []
+        jobs = (("photos are opened", _open, where, good, size), ("pack records are made", _make, where, plan), ("the pack is read", _from_pack, Path(tmp)/"pack", good, size))
+        for what, job, *args in jobs:
+            say(f"{what} for {each:.1f} s")
+            got.append(_everywhere(job, *args, each, workers=cpus))
+    (open_s, rss), (make_s, _), (pack_s, _) = got
+    ram, pack_bytes = psutil.virtual_memory(), sum(s["bytes"] for s in head["shards"])/len(paths)
+    return Probe(cpus, ram.total, ram.available, shutil.disk_usage(home).free, len(paths), data, photo_bytes, rate, open_s, make_s, pack_s, pack_bytes, rss, time.perf_counter() - t0, hardware())
 
 # %% ../../nbs/19d_data.planner.ipynb #8eaa48d5
 TRAINER_BYTES = 4 << 30   # declared: a training process with torch, its model on the GPU
@@ -278,12 +299,14 @@ def gpu_bytes(
 def vram_table(
     cfg:Config,                              # what will be run
     networks:Mapping[str,Callable[[int],Any]], # "classifier", "detector": what builds it for so many drugs
-    room:int|None=None                       # memory of the GPU, bytes
+    room:int|None=None,                      # memory of the GPU, bytes
+    say:Callable[[str],None]=lambda what: None # told what is done now
 )->pd.DataFrame:                             # stage, network, batch, GB; and the most photos that fit, where the room is known
     "GPU memory of stages 1 to 4 (SPEC BX21): estimated, on no GPU measured."
     rows, t, stages = [], cfg.train, [cfg.data.progressive_validation.stage(s) for s in (1, 2, 3, 4)]
     shape = {"classifier": (cfg.data.classification.img_size, t.classification.batch_size, t.classification.amp, t.classification.ema.enabled), "detector": (cfg.data.detection.img_size, t.detection.batch_size, True, True)}
     for name, build in networks.items():
+        say(f"the {name}'s memory is counted")
         size, batch, half, ema = shape[name]
         f = footprint(build(max(s.max_classes or 0 for s in stages)), size, half, ema)
         for s in (1, 2, 3, 4):
@@ -392,12 +415,22 @@ def plan_command(
     gpu:str|None=None,          # its name
     rate:float|None=None,       # its photos/s
     config:str="two_stage",     # a preset, or a YAML file
-    seconds:float=20.,          # for the measurements
+    seconds:float=20.,          # for the measurements, with all that they need
     networks:Callable[[Config],Mapping[str,Callable[[int],Any]]]|None=None # what will be trained; None = no word on GPU memory
 )->None:
     "What `pillsnap plan` does."
     if run_root and Path(run_root).is_file(): raise PillsnapError("this is a file, not a run folder", run_root, "name a run's folder, there or still to come")
     own = Path(run_root)/"config.yaml" if run_root else None
-    cfg, known, (room, whose) = load_config(own if own and own.exists() else config), gpu_rate(gpu, rate), gpu_bytes(gpu)
-    seen = probe(cfg, root, run_root, seconds)
-    print(tell(cfg, seen, *known, *(() if networks is None else (vram_table(cfg, networks(cfg), room), whose))))
+    cfg, known = load_config(own if own and own.exists() else config), gpu_rate(gpu, rate)
+    print(f"measuring for {seconds:g} s: the disk, opening photos, making and reading a pack" + ("" if networks is None else "; then the memory that the networks need is counted"), file=sys.stderr, flush=True)
+    with show_progress(total=7 if networks is None else 10, desc="plan", unit="steps") as bar:
+        def say(what:str)->None:
+            if bar.remark: bar.update()
+            bar.note(what)
+        seen, vram = probe(cfg, root, run_root, seconds, say=say), ()
+        if networks is not None:
+            say("torch and the networks are loaded")
+            room, whose = gpu_bytes(gpu)
+            vram = vram_table(cfg, networks(cfg), room, say), whose
+        bar.update()
+    print(tell(cfg, seen, *known, *vram))

@@ -11,7 +11,7 @@ __all__ = ['GROUPS', 'LATITUDES', 'LONGITUDES', 'PER_PART', 'SINGLE_FIELD', 'COM
            'check_settings', 'plan_delivery', 'claim', 'spread', 'run_tasks', 'pack_parts', 'render', 'label_template',
            'fill_label', 'guess_box', 'label_stems', 'write_drug_labels', 'label_jobs', 'write_labels',
            'write_delivery', 'read_part', 'photo_and_boxes', 'cut_out', 'caption', 'drug_card', 'contact_sheet',
-           'with_boxes', 'titled', 'synth_command']
+           'with_boxes', 'titled', 'possible_combos', 'synth_command']
 
 # %% ../../nbs/12b_data.synth.ipynb #b46fa591
 import hashlib, json, math, os, shutil, struct, time, zipfile, zlib
@@ -770,11 +770,17 @@ def titled(
     return np.asarray(head)
 
 # %% ../../nbs/12b_data.synth.ipynb #dd80837a
+def possible_combos(
+    drugs:int # to choose from
+)->int: # how many combinations of three or four there are
+    "The most combinations that so many drugs give."
+    return math.comb(drugs, 3)+math.comb(drugs, 4)
+
 def synth_command(
     out:str|Path,          # delivery folder
     drugs:int=12,          # drugs in train
     photos:int=72,         # single photos a drug
-    combos:int=40,         # combinations, three photos each
+    combos:int|None=None,  # combinations, three photos each; None = 40, or as many as the drugs give
     seed:int=42,           # same seed, same bytes
     faults:bool=False,     # plant the faults of real deliveries
     zip_parts:bool=False,  # archives with Korean names
@@ -786,6 +792,9 @@ def synth_command(
     labels_only:bool=False # annotations without photos
 )->dict: # the ledger
     "`pillsnap synth`: render a delivery, say where it is and what is in it, leave a contact sheet."
+    if combos is None:
+        combos = min(40, possible_combos(drugs))
+        if combos < 40: print(f"combinations   {combos} instead of 40, because {drugs} drugs give no more of three or four")
     began = time.perf_counter()
     ledger = write_delivery(out, drugs, photos, combos, seed, width, height, faults, val_drugs, zip_parts, domain, workers, labels_only=labels_only)
     sheet, n, seconds = Path(out)/"contact_sheet.png", ledger["counts"], time.perf_counter()-began

@@ -6,7 +6,7 @@
 __all__ = ['FAULTS', 'IDENTICAL', 'OVERLAPPING', 'FACT_KEYS', 'PLAIN', 'PART', 'MEANING', 'is_number', 'box_fault', 'is_outside',
            'box_iou', 'code_mismatch', 'dl_idx_mismatch', 'Pill', 'PhotoTruth', 'Drug', 'Evidence', 'sole_code',
            'is_plain', 'read_part', 'merge', 'parts_of', 'examine', 'labels_of', 'edi_counts', 'summary', 'further',
-           'audit', 'audit_table', 'audit_command']
+           'audit', 'audit_table', 'named_files', 'audit_command']
 
 # %% ../../nbs/11b_data.truth.ipynb #9406e1a3
 import json
@@ -212,6 +212,7 @@ class Evidence:
     tree:list[Fault] = field(default_factory=list)             # broken links, repeats, names that are no UTF-8
     conflicts:list[Fault] = field(default_factory=list)        # one per (drug, key)
     counts:Counter = field(default_factory=Counter)            # files, annotations and whatever is counted per file
+    named:dict[str,list[str]] = field(default_factory=dict)    # what is counted per file → the files
 
 PLAIN = pa.schema([("stem", pa.string()), ("file_name", pa.string()), ("label", pa.string()), ("kcode", pa.string()), *((k, pa.int32()) for k in ("x","y","w","h","width","height"))])
 
@@ -227,14 +228,26 @@ def photos(self:Evidence)->dict[str,PhotoTruth]: # by photo name without extensi
 
 # %% ../../nbs/11b_data.truth.ipynb #be82b784
 @patch
+def note(self:Evidence,
+    name:str,   # what is counted
+    path:str,   # the annotation file
+    wrong:bool  # whether this file has it
+)->None:
+    "Count something that is wrong with a file, and keep the file's name."
+    if wrong:
+        self.counts[name] += 1
+        self.named.setdefault(name, []).append(path)
+
+@patch
 def add(self:Evidence,
     a:Annotation # one record
 )->None:
     "Judge a record and put its boxes to its photo."
-    c, capture = self.counts, a.capture
-    code, idx = code_mismatch(a), dl_idx_mismatch(a)
-    c["code_mismatch"] += bool(code); c["dl_idx_mismatch"] += bool(idx); c["cp949"] += a.encoding == "cp949"
-    c["missing_keys"] += not a.typed and msgspec.UNSET in msgspec.structs.astuple(a.photo)+msgspec.structs.astuple(a.drug); c["unread_names"] += capture is None
+    capture, code, idx = a.capture, code_mismatch(a), dl_idx_mismatch(a)
+    lacking = not a.typed and msgspec.UNSET in msgspec.structs.astuple(a.photo)+msgspec.structs.astuple(a.drug)
+    for name, wrong in {"code_mismatch": code, "dl_idx_mismatch": idx, "missing_keys": lacking, "unread_names": capture is None}.items():
+        self.note(name, a.path, bool(wrong))
+    self.counts["cp949"] += a.encoding == "cp949"
     (self.disputed if code else self.drugs).setdefault(a.kcode, Drug()).hear(a.drug)
     photo = self.judged.setdefault(a.stem, PhotoTruth(a.file_name, capture.codes if capture else (), a.width, a.height))
     whole = (Reason.NAME, a.file_name) if capture is None else (Reason.CODE, code) if code else (Reason.DL_IDX, idx) if idx else (None, "")
@@ -250,12 +263,13 @@ def judge_box(self:Evidence,
     detail:str           # particulars of that
 )->Pill:
     "One box of a record."
-    c, own = self.counts, box_fault(bbox, a.width, a.height)
-    c["annotations"] += 1; c["boxes_outside"] += is_outside(bbox, a.width, a.height)
-    if own: c[str(own)] += 1
+    own = box_fault(bbox, a.width, a.height)
+    self.counts["annotations"] += 1
+    self.note("boxes_outside", a.path, is_outside(bbox, a.width, a.height))
+    self.note(str(own), a.path, bool(own))
     measurable = own in (None, Reason.BOX_OUTSIDE, Reason.BOX_FLOAT)
     area_ok = not measurable or (is_number(area) and area == bbox[2]*bbox[3])
-    c["area_mismatch"] += not area_ok
+    self.note("area_mismatch", a.path, not area_ok)
     if own and not fault: fault, detail = own, f"{str(bbox)[:80]} in {a.width}×{a.height}"
     return Pill(a.kcode, bbox, a.path, fault, detail, area_ok)
 
@@ -355,6 +369,7 @@ def merge(
     e, tables = Evidence(), []
     for p in parts:
         e.counts += p.counts; e.refused += p.refused; tables.append(p.plain)
+        for name, paths in p.named.items(): e.named.setdefault(name, []).extend(paths)
         for mine, theirs in ((e.drugs, p.drugs), (e.disputed, p.disputed)):
             for code, drug in theirs.items(): mine.setdefault(code, Drug()).said.update(drug.said)
         for stem, truth in p.judged.items(): _join(e.judged, stem, truth)
@@ -448,18 +463,26 @@ def further(
         image_without_json=None if photos is None else sum(s not in told for s in photos.paths))
 
 # %% ../../nbs/11b_data.truth.ipynb #1b140976
+def _evidence(labels:str|os.PathLike, images:str|os.PathLike|None, progress:bool)->tuple[Path,Evidence,Photos|None]:
+    "The tree that is read, what it says, and the photos if they are to be compared."
+    tree = labels_of(labels)
+    if images is not None and not Path(images).is_dir():
+        raise PillsnapError("the folder of photos does not exist", where=images, fix="name the folder of the photos that belong to these labels, or leave it out")
+    if images is not None:
+        refuse_sealed(images)
+    e = examine(tree, progress=progress)
+    if not e.counts["files"]:
+        raise PillsnapError("there are no JSON files in this folder", where=tree, fix=unpack_hint(tree) or "name a delivery, or the folder of its annotation files")
+    return tree, e, index_photos(images) if images is not None else None
+
 def audit(
     labels:str|os.PathLike,             # a tree of JSON files, or a delivery
     images:str|os.PathLike|None=None,   # the photos; None counts nothing about them
     progress:bool=False                 # show a progress bar
 )->dict[str,Any]: # counts by name; raises PillsnapError when there is nothing to count
-    "Count what a tree of labels holds and what is wrong with it (SPEC BX4)."
-    tree = labels_of(labels)
-    if images is not None and not Path(images).is_dir(): raise PillsnapError("the folder of photos does not exist", where=images, fix="name the folder of the photos that belong to these labels, or leave it out")
-    if images is not None: refuse_sealed(images)
-    e = examine(tree, progress=progress)
-    if not e.counts["files"]: raise PillsnapError("there are no JSON files in this folder", where=tree, fix=unpack_hint(tree) or "name a delivery, or the folder of its annotation files")
-    return summary(e, index_photos(images) if images is not None else None)
+    "Count what a tree of labels holds and what is wrong with it."
+    _, e, photos = _evidence(labels, images, progress)
+    return summary(e, photos)
 
 # %% ../../nbs/11b_data.truth.ipynb #0bb21627
 MEANING = {
@@ -481,13 +504,41 @@ def audit_table(
     return "\n".join(f"{k:<24}{say(v):>14}   {MEANING[k]}" for k,v in counts.items())
 
 # %% ../../nbs/11b_data.truth.ipynb #81878695
+def named_files(
+    e:Evidence,                  # what the labels say
+    photos:Photos|None,          # the photos, if they were given
+    tree:str|os.PathLike         # where the labels lie: names are told from here
+)->dict[str,list[str]]: # count → the files it counts; "file: particulars" where there are some
+    "The files behind each count of faults."
+    rel = lambda p: os.path.relpath(p, os.path.abspath(tree))
+    pairs = {n: list(p.close_pairs()) for n,p in e.judged.items()}
+    same = {n for n,found in pairs.items() if any(iou >= IDENTICAL for *_,iou in found)}
+    near = {n for n,found in pairs.items() if any(iou < IDENTICAL for *_,iou in found)}
+    told = {*e.judged, *e.plain["stem"].to_pylist(), *(Path(f.path).stem for f in e.refused)} if photos else ()
+    bare = () if photos is None else [l for s,l in zip(e.plain["stem"].to_pylist(), e.plain["label"].to_pylist()) if s not in photos.paths]
+    out = {
+        "unparsable": [f"{rel(f.path)}: {f.reason}" for f in e.refused],
+        "incomplete_photos": [f"{p.file_name}: {', '.join(m)}" for p in e.judged.values() if (m := p.missing())],
+        "identical_box_photos": [e.judged[n].file_name for n in same],
+        "overlapping_box_photos": [e.judged[n].file_name for n in near],
+        "duplicate_annotations": [rel(p.label) for t in e.judged.values() for p in t.pills if p.fault == Reason.DUPLICATE_JSON],
+        "metadata_conflicts": [f"{f.path}: {f.detail}" for f in e.conflicts],
+        "tree_faults": [f"{rel(f.path)}: {f.reason}" for f in e.tree],
+        "json_without_image": [rel(l) for l in bare]+[rel(l) for s,t in e.judged.items() if photos and s not in photos.paths for l in {p.label for p in t.pills}],
+        "image_without_json": [] if photos is None else [str(p) for s,paths in photos.paths.items() if s not in told for p in paths],
+    }
+    out |= {{"missing_keys": "files_missing_keys"}.get(k, k): [rel(p) for p in paths] for k,paths in e.named.items()}
+    return {k: sorted(set(v)) for k,v in sorted(out.items()) if v}
+
 def audit_command(
     labels:str|os.PathLike,            # a tree of JSON files, or a delivery
     images:str|os.PathLike|None=None,  # the photos, if they are to be compared
     out:str|os.PathLike|None=None      # JSON file to write
 )->dict[str,Any]: # the counts
-    "Audit a tree, print the table, write the JSON (SPEC BX4)."
-    counts = audit(labels, images)
+    "Audit a tree, print the table, write the counts and the files behind them as JSON."
+    tree, e, photos = _evidence(labels, images, True)
+    counts = summary(e, photos)
     print(audit_table(counts))
-    if out is not None: print(f"written to {save_json(counts, out)}")
+    if out is not None:
+        print(f"written to {save_json(counts | {'labels': str(tree), 'files_of': named_files(e, photos, tree)}, out)}")
     return counts

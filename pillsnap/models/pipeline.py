@@ -189,9 +189,11 @@ def read_photo(
     where = photo if isinstance(photo, (str, Path)) else "photo"
     if isinstance(photo, np.ndarray): image = photo
     else:
-        opened = open_image_safely(photo)
+        opened = open_image_safely(photo, say=False)
         if opened.get("_skip"):
-            raise PillsnapError(f"this is no photo that can be read: {opened['error']}", where=where, fix="give a PNG, JPEG, BMP or WebP photo of a pill")
+            known = opened.get("fix")
+            what = opened["error"] if known else f"this is no photo that can be read: {opened['error']}"
+            raise PillsnapError(what, where=where, fix=known or "give a PNG, JPEG, BMP or WebP photo of a pill")
         image = opened["image"]
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise PillsnapError(f"a photo is uint8 [height, width, 3], not {image.dtype} {list(image.shape)}", where=where)
