@@ -1,13 +1,17 @@
 """What can be shown of the GPU's path without one: the host never waits, numbers are the CPU's, the layout fits."""
 import pickle
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from gpu_stand_in import StandInGpu
+from fastai.callback.core import TrainEvalCallback
+from fastai.optimizer import OptimWrapper
+from gpu_stand_in import HostReads, StandInGpu
 from PIL import Image
+from torch import nn
 from torchvision.transforms import v2
 
 from pillsnap.core.config import AugmentClassification
@@ -17,6 +21,10 @@ from pillsnap.data.augment import COL, DRAWS, _OPS, TimmPolicy, build_transforms
 from pillsnap.data.classmap import ClassMap
 from pillsnap.data.images import IMAGENET_MEAN, IMAGENET_STD
 from pillsnap.data.sampling import EpochSampler
+from pillsnap.models.metrics import topk_accuracy
+from pillsnap.models.retrieval import embed_photos, nearest
+from pillsnap.training.callbacks import (Clock, History, LateNumber, PillLearner, PillLoaders, Unpack, Validate,
+    batch_mass)
 
 OFF = {"randaugment": False, "hflip": False, "color_jitter": (0., 0., 0., 0.)}
 SETTINGS = {
@@ -254,3 +262,186 @@ def test_the_loader_hands_batches_to_a_gpu_without_waiting(train, kw, monkeypatc
     assert gpu.waits == []
     for (x, y), (a, b) in zip(there, host, strict=True):
         assert (gpu.get(x) - a).abs().max() < 1e-4 and torch.equal(gpu.get(y), b)
+
+
+# Validation, the clock, the loop ------------------------------------------------------------------------------------
+
+def answers(sizes=(8, 8, 3), classes: int = 7, seed: int = 0) -> list:
+    "Scores and labels of a few batches, with ties and one NaN row."
+    g = torch.Generator().manual_seed(seed)
+    scores = [(3*torch.randn(n, classes, generator=g)).round() for n in sizes]
+    out = [(z, torch.randint(0, classes, (len(z),), generator=g)) for z in scores]
+    out[1][0][2] = float("nan")
+    return out
+
+
+def validated(batches, loss_func, put=lambda t: t) -> tuple:
+    "The scores and answers of a pass, and how many waits there were before its end."
+    learn = SimpleNamespace(meta={"paths": ["x"]}, loss_func=loss_func, num_classes=7)
+    cb = Validate()
+    cb.learn = learn
+    cb.before_validate()
+    for logits, y in batches:
+        learn.pred, learn.yb = put(logits), (put(y),)
+        cb.after_pred()
+    yield
+    cb.after_validate()
+    yield learn.scores, learn.answers
+
+
+@pytest.mark.spec("CT21")
+@pytest.mark.parametrize("weighted", [False, True])
+def test_validation_reads_the_gpu_at_its_end_and_not_before(weighted):
+    w = torch.tensor([1., .5, 2., 0., 1., 1., 3.]) if weighted else None
+    on_cpu = validated(answers(), nn.CrossEntropyLoss(w))
+    next(on_cpu)
+    scores, found = next(on_cpu)
+    with StandInGpu() as gpu:
+        loss = nn.CrossEntropyLoss(None)
+        loss.weight = None if w is None else gpu.put(w)
+        there = validated(answers(), loss, gpu.put)
+        next(there)
+        assert gpu.waits == []
+        scores_there, found_there = next(there)
+        assert len(gpu.waits) == 5, "one copy of each kind"   # labels, guesses, confidence, hits, losses
+    assert np.array_equal(found["pred"], found_there["pred"]) and np.array_equal(found["labels"], found_there["labels"])
+    for k, v in scores.items():
+        assert v == scores_there[k] or np.isnan(v), k
+
+
+@pytest.mark.spec("CT21")
+def test_validation_scores_are_those_of_all_photos_at_once():
+    batches = [(z.nan_to_num(0.), y) for z, y in answers()]
+    steps = validated(batches, nn.CrossEntropyLoss())
+    next(steps)
+    scores, _ = next(steps)
+    z, y = (torch.cat(v) for v in zip(*batches))
+    assert abs(scores["val_loss"] - nn.functional.cross_entropy(z, y).item()) < 1e-6
+    assert abs(scores["top5"] - topk_accuracy(z.numpy(), y.numpy(), 5)) < 1e-9 and scores["n"] == 19
+
+
+def test_the_clock_marks_drugs_without_waiting():
+    clock = Clock(1.)
+    clock.learn = SimpleNamespace(rows=[], num_classes=6, training=True)
+    clock.before_fit()
+    with StandInGpu() as gpu:
+        for labels in ([1, 3, 3], [4, 1, 1]):
+            clock.learn.yb = (gpu.put(torch.tensor(labels)),)
+            clock.after_batch()
+        assert gpu.waits == []
+    assert gpu.get(clock.drugs).tolist() == [False, True, False, True, True, False] and clock.photos == 6
+
+
+def test_the_weight_of_a_batch_is_made_on_the_gpu():
+    labels = torch.tensor([0, 2, 2])
+    with StandInGpu() as gpu:
+        plain, weighted = nn.CrossEntropyLoss(), nn.CrossEntropyLoss()
+        weighted.weight = gpu.put(torch.tensor([1., 2., 4.]))
+        got = [gpu.get(batch_mass(f, gpu.put(labels))) for f in (plain, weighted)]
+    assert gpu.waits == [] and [float(v) for v in got] == [3., 9.] and got[0].dtype == torch.float32
+
+
+def test_the_live_line_does_not_wait_for_its_loss(monkeypatch):
+    late = LateNumber()
+    with StandInGpu() as gpu, gpu.as_cuda(monkeypatch):
+        seen = [late.ask(gpu.put(torch.tensor(float(k)))) for k in range(4)]
+    assert gpu.waits == [] and np.isnan(seen[0]) and seen[1:] == [0., 1., 2.]
+
+
+@pytest.mark.spec("RT9")
+def test_vectors_are_read_once_a_pass():
+    class Plain(nn.Module):
+        def embed(self, x):
+            return x.flatten(1)
+
+    batches = [(torch.rand(4, 1, 1, 3), torch.arange(4), {"paths": list("abcd")}) for _ in range(5)]
+    want = embed_photos(Plain(), batches)
+    with StandInGpu() as gpu:
+        there = [(gpu.put(x), gpu.put(y), m) for x, y, m in batches]
+        got = embed_photos(Plain(), there, "cuda")
+    assert len(gpu.waits) == 1, "the labels, at the end"
+    assert torch.equal(gpu.get(got.vectors), want.vectors) and np.array_equal(got.labels, want.labels)
+
+
+@pytest.mark.spec("CT19")
+def test_no_step_of_a_training_reads_a_number():
+    "As many reads in an epoch of 18 batches as in one of 6: ours, fastai's and the optimizer's, in Python and in C++."
+    from test_engine import EVERYTHING, toy_learner
+
+    from pillsnap.core.log import build_logger
+    from pillsnap.training.callbacks import Progress, StepLog
+
+    def reads(batches: int) -> list:
+        learn = toy_learner(batches, *EVERYTHING)
+        learn.add_cbs([StepLog(1000, build_logger()), Progress("log", show=lambda line: None)])
+        with HostReads() as host:
+            learn.fit(1)
+        return host.waits
+
+    few, many = reads(6), reads(18)
+    assert len(few) == len(many), [w for w in many if many.count(w) != few.count(w)]
+
+
+# TF32 ---------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def tf32_training():
+    "TF32 as a training switches it on."
+    from pillsnap.core.device import enable_tf32
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    enable_tf32(True)
+    yield
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.allow_tf32 = before[1]
+
+
+class Watched(nn.Module):
+    "A network that writes down which precision it computes with."
+
+    def __init__(self):
+        super().__init__()
+        self.line, self.precisions = nn.Linear(4, 3), []
+
+    def forward(self, x):
+        self.precisions.append((self.training, torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
+        return self.line(x)
+
+    embed = forward
+
+
+TRUE_FP32, TF32 = ("highest", False), ("high", True)
+
+
+@pytest.mark.spec("CT6", "CT21")
+def test_training_may_use_tf32_and_validation_does_not(tf32_training):
+    data = [(torch.rand(4, 4), torch.randint(0, 3, (4,)), {"paths": list("abcd"), "skipped": []}) for _ in range(3)]
+    model = Watched()
+    opt_func = lambda params, lr: OptimWrapper(opt=torch.optim.SGD(params, lr))
+    cbs = [TrainEvalCallback(), Unpack(), Validate(), History()]
+    learn = PillLearner(PillLoaders(data, data), model, nn.CrossEntropyLoss(), opt_func, .1, cbs=cbs, default_cbs=False)
+    learn.num_classes = 3
+    learn.fit(2)
+    assert {s[1:] for s in model.precisions if s[0]} == {TF32}
+    assert {s[1:] for s in model.precisions if not s[0]} == {TRUE_FP32}
+    assert torch.get_float32_matmul_precision() == "high"
+
+
+@pytest.mark.spec("RT9")
+def test_vectors_and_their_search_do_not_use_tf32(tf32_training, monkeypatch):
+    model, seen = Watched(), []
+    embed_photos(model, [(torch.rand(2, 4), torch.arange(2), {"paths": ["a", "b"]})])
+    assert {s[1:] for s in model.precisions} == {TRUE_FP32}
+    matmul = torch.Tensor.__matmul__
+    watched = lambda a, b: (seen.append(torch.get_float32_matmul_precision()), matmul(a, b))[1]
+    monkeypatch.setattr(torch.Tensor, "__matmul__", watched)
+    nearest(torch.eye(4), torch.eye(4), 2)
+    assert seen == ["highest"] and torch.get_float32_matmul_precision() == "high"
+
+
+@pytest.mark.spec("TL1")
+def test_colours_do_not_use_tf32(tf32_training, monkeypatch):
+    seen, product = [], torch.baddbmm
+    watched = lambda *a: (seen.append(torch.get_float32_matmul_precision()), product(*a))[1]
+    monkeypatch.setattr(torch, "baddbmm", watched)
+    build_transforms_classification(16)(pictures(2, 16), draws_of(2))
+    assert seen == ["highest"]

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 # %% ../../nbs/25_models.retrieval.ipynb #20370389
+from ..core.device import full_fp32
 from ..core.errors import PillsnapError
 
 # %% ../../nbs/25_models.retrieval.ipynb #009b63b5
@@ -35,12 +36,15 @@ def embed_photos(
     was, parts, labels, paths = model.training, [], [], []
     model.eval()
     try:
-        for x, y, meta in loader:
-            if not len(y): continue
-            parts.append(F.normalize(model.embed(x.to(device)).float())); labels.append(y.cpu().numpy()); paths += meta["paths"]
+        with full_fp32():
+            for x, y, meta in loader:
+                if not len(y): continue
+                parts.append(F.normalize(model.embed(x.to(device)).float()))
+                labels.append(y)
+                paths += meta["paths"]
     finally: model.train(was)
     if not parts: raise PillsnapError("there was no photo to embed", fix="look at the quarantine list, or give the splits more photos")
-    return Vectors(torch.cat(parts), np.concatenate(labels), paths)
+    return Vectors(torch.cat(parts), torch.cat(labels).cpu().numpy(), paths)   # the one read of the device
 
 # %% ../../nbs/25_models.retrieval.ipynb #47c8a0bb
 def nearest(
@@ -51,7 +55,7 @@ def nearest(
 )->tuple[torch.Tensor,torch.Tensor]: # cosines [M, k] falling, rows of the gallery [M, k]
     "The k nearest, exactly (SPEC RT9, RT12)."
     if gallery.shape[1] != queries.shape[1]: raise PillsnapError(f"vectors of {queries.shape[1]} numbers cannot be looked up among vectors of {gallery.shape[1]}", fix="gallery and queries must come from one network")
-    got = [(q@gallery.T).topk(min(k, len(gallery)), dim=1) for q in queries.split(block)]
+    with full_fp32(): got = [(q@gallery.T).topk(min(k, len(gallery)), dim=1) for q in queries.split(block)]
     return torch.cat([g.values for g in got]), torch.cat([g.indices for g in got])
 
 # %% ../../nbs/25_models.retrieval.ipynb #68d799c8

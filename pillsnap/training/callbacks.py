@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PillLoaders', 'PillLearner', 'Unpack', 'Precision', 'ScaledStep', 'batch_mass', 'Accumulate', 'Mix', 'GradClip',
-           'Ema', 'Validate', 'merge_metrics', 'mean_loss', 'History', 'early_stopping', 'monitored', 'EarlyStop',
-           'Clock', 'Pace', 'StepLog', 'Progress']
+           'Ema', 'topk_hits', 'Validate', 'merge_metrics', 'mean_loss', 'History', 'early_stopping', 'monitored',
+           'EarlyStop', 'Clock', 'Pace', 'StepLog', 'LateNumber', 'Progress']
 
 # %% ../../nbs/30_training.callbacks.ipynb #da661880
 import logging, math, os, threading, time
@@ -23,12 +23,12 @@ from fastcore.basics import patch
 from torch import nn
 
 # %% ../../nbs/30_training.callbacks.ipynb #48537515
-from ..core.device import cuda_mem_mb, needs_scaler
+from ..core.device import cuda_mem_mb, full_fp32, needs_scaler, to_device
 from ..core.errors import PillsnapError
 from ..core.files import read_json, save_json
 from ..core.log import STEP_TAGS, VAL_TAGS, LiveLine, StepTimer, TBWriter, decide, step_line, tagged
 from ..core.processes import memory_mb
-from ..models.metrics import macro_f1, topk_accuracy
+from ..models.metrics import macro_f1
 from ..models.mixing import Mixer, mixed_loss
 
 # %% ../../nbs/30_training.callbacks.ipynb #cfafd7a3
@@ -50,6 +50,9 @@ class PillLearner(Learner):
         for self.epoch in range(self.first_epoch, self.n_epoch): self._with_events(self._do_epoch, "epoch", CancelEpochException)
 
     def _do_epoch_validate(self, ds_idx=1, dl=None):
+        with full_fp32(): self._validate_views(ds_idx, dl)   # TF32 is training's
+
+    def _validate_views(self, ds_idx=1, dl=None):
         if dl is not None or not getattr(self, "passes", None): return super()._do_epoch_validate(ds_idx, dl)
         self.by_view, self.answers_by_view = {}, {}
         for name, (loader, self.pass_weights) in self.passes.items():
@@ -113,7 +116,8 @@ def batch_mass(
 )->torch.Tensor: # scalar: what the mean loss was divided by
     "The denominator of a mean cross-entropy."
     w = getattr(loss_func, "weight", None)
-    return w[labels].sum() if w is not None else torch.tensor(float(len(labels)), device=labels.device)
+    if w is not None: return w[labels].sum()
+    return labels.new_full((), len(labels), dtype=torch.float32)   # made on the device: nothing is copied to it
 
 # %% ../../nbs/30_training.callbacks.ipynb #7213a282
 class Accumulate(Callback):
@@ -187,22 +191,43 @@ class Ema(Callback):
     def state_dict(self): return self.shadow
     def load_state_dict(self, s): self.shadow = {k: v.to(next(self.model.parameters()).device) for k,v in s.items()}; self.before_fit()
 
+# %% ../../nbs/30_training.callbacks.ipynb #a5d20dae
+def topk_hits(
+    logits:torch.Tensor, # [N, C]
+    labels:torch.Tensor, # class numbers [N]
+    k:int=5              # guesses that are allowed
+)->torch.Tensor:         # bool [N], on the same device
+    "Whether the right class is among the k best; ties go to the smaller number, NaN rows miss."
+    own = logits.gather(1, labels[:, None])
+    smaller = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
+    ahead = (logits > own) | ((logits == own) & smaller)
+    return (ahead.sum(1) < k) & ~logits.isnan().any(1)
+
 # %% ../../nbs/30_training.callbacks.ipynb #c9a18337
 class Validate(Callback):
     "Gather a validation pass into `learn.scores` and `learn.answers` (SPEC CT21, X65)."
     order, run_train = Precision.order+1, False
-    def before_validate(self): self.parts, self.loss_sum, self.mass, self.seen = [], 0., 0., []
+    def before_validate(self): self.waiting, self.parts, self.loss_sum, self.mass, self.seen = [], [], 0., 0., []
 
     def after_pred(self):
         logits, y = self.pred.float(), self.yb[0]
-        m = float(batch_mass(self.loss_func, y))
-        if m > 0: self.loss_sum += float(self.loss_func(logits, y))*m; self.mass += m
         conf, guess = logits.softmax(1).max(1)
-        hit5 = topk_accuracy(logits.cpu().numpy(), y.cpu().numpy(), 5)
-        self.parts.append((y.cpu().numpy(), guess.cpu().numpy(), conf.cpu().numpy(), hit5*len(y)))
+        loss = torch.stack([self.loss_func(logits, y), batch_mass(self.loss_func, y)])[None]
+        self.waiting.append((y, guess, conf, topk_hits(logits, y), loss))
         self.seen += list(self.learn.meta.get("paths", ()))
 
+    def fetch(self):
+        "Bring the numbers of this pass from the device to the host: one copy of each kind."
+        if not self.waiting: return
+        edges = np.cumsum([len(w[0]) for w in self.waiting])[:-1]
+        *columns, losses = (torch.cat(v).cpu().numpy() for v in zip(*self.waiting))
+        self.waiting = []
+        for y, guess, conf, hit in zip(*(np.split(v, edges) for v in columns)): self.parts.append((y, guess, conf, float(hit.mean())*len(y)))
+        for loss, mass in losses.tolist():
+            if mass > 0: self.loss_sum += loss*mass; self.mass += mass
+
     def after_validate(self):
+        self.fetch()
         if not self.parts: raise PillsnapError("validation had no photo to look at", fix="look at the quarantine list, or give the splits more photos per drug")
         y, guess, conf = (np.concatenate([r[i] for r in self.parts]) for i in range(3))
         self.learn.answers = dict(labels=y, pred=guess, confidence=conf, paths=self.seen)
@@ -314,8 +339,10 @@ class Clock(Callback):
 
     def after_batch(self):
         if not self.training: return
-        self.drugs = self.drugs.to(self.yb[0].device); self.drugs[self.yb[0]] = True   # on the device: nobody waits
-        self.photos += len(self.yb[0])
+        labels = self.yb[0]
+        if self.drugs.device != labels.device: self.drugs = to_device(self.drugs, labels.device)
+        self.drugs.index_fill_(0, labels, True)   # `drugs[labels] = True` would copy the True from the host, and wait
+        self.photos += len(labels)
         if getattr(self.learn, "in_parts", False) or self.spent < self.hours: return   # a batch that is cut for its memory ends first
         self.over = True
         decide(self.log, f"clock: {self.spent:.2f} hours are over, the limit is {self.hours:g}; epoch {self.epoch+1} ends after {self.iter+1} of {self.n_iter} batches")
@@ -395,18 +422,33 @@ def at(self:StepLog)->int:
     "Optimizer steps of the run, where TensorBoard puts a point."
     return int(self.learn.schedule.done) if getattr(self.learn, "schedule", None) else self.epoch*self.steps_all+self.steps_done
 
+# %% ../../nbs/30_training.callbacks.ipynb #dde1d021
+class LateNumber:
+    "The newest number of the device that has arrived on the host; nobody waits for it."
+    def __init__(self): self.value, self.coming, self.event = math.nan, None, None
+
+    def ask(self,
+        t:torch.Tensor # a scalar
+    )->float:          # the last one that is there; NaN before the first
+        if t.device.type == "cpu": return float(t)
+        if self.coming is not None and self.event.query(): self.value, self.coming = float(self.coming), None
+        if self.coming is None:
+            self.coming, self.event = t.to("cpu", non_blocking=True), torch.cuda.Event()
+            self.event.record()
+        return self.value
+
 # %% ../../nbs/30_training.callbacks.ipynb #58e41b76
 class Progress(Callback):
     "A live line inside the epoch, and a row per epoch."
     order = History.order+2
     def __init__(self, where:Literal["terminal","notebook","log"]|None=None, title:str="", show:Callable[[str],None]=print): self.where, self.title, self.show, self.began = where, title, show, False
 
-    def before_fit(self): self.bar, self.t_fit = LiveLine(self.where), time.perf_counter()
+    def before_fit(self): self.bar, self.t_fit, self.loss_now = LiveLine(self.where), time.perf_counter(), LateNumber()
     def after_batch(self):
         if not self.bar.due: return
         done, n = self.iter+1, self.n_iter
         left = (time.perf_counter()-self.t_fit)/max(1, self.learn.train_iter)*(len(self.dls.train)*(self.n_epoch-self.first_epoch)-self.learn.train_iter)
-        self.bar.show(f"{self.title}epoch {self.epoch+1}/{self.n_epoch} {'train' if self.training else 'val'} [{'█'*(20*done//n):·<20}] {done}/{n} · loss {float(self.loss.detach()):.3f} · about {left:.0f} s left")
+        self.bar.show(f"{self.title}epoch {self.epoch+1}/{self.n_epoch} {'train' if self.training else 'val'} [{'█'*(20*done//n):·<20}] {done}/{n} · loss {self.loss_now.ask(self.loss.detach()):.3f} · about {left:.0f} s left")
 
     def after_epoch(self):
         r = self.learn.rows[-1]; c = r["classification"]

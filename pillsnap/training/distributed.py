@@ -105,6 +105,7 @@ def gather_answers(
     device:torch.device|str  # where small sums are brought together
 )->None:
     "Bring the shares of a validation together, in every process."
+    v.fetch()
     v.parts, v.seen = gather_object(v.parts), gather_object(v.seen)
     v.loss_sum, v.mass = reduce(torch.tensor([v.loss_sum, v.mass], dtype=torch.float64 if str(device) == "cpu" else torch.float32, device=device), "sum").tolist()
 

@@ -36,6 +36,22 @@ MUTATIONS: list[Mutation] = [
              "tests/test_benchmarks.py::test_the_required_ratios_are_those_of_the_contract"),
     Mutation("a benchmark's bound on memory is raised", "benchmarks/harness.py", '"kb_per_epoch": 100.0', '"kb_per_epoch": 1000.0',
              "tests/test_benchmarks.py::test_the_required_ratios_are_those_of_the_contract"),
+    Mutation("copies to the GPU are waited for", "pillsnap/core/device.py", "return t.to(device, non_blocking=True)", "return t.to(device)",
+             "tests/test_gpu_path.py::test_the_loader_hands_batches_to_a_gpu_without_waiting"),
+    Mutation("augmentation on a GPU leaves the network's layout", "pillsnap/data/augment.py",
+             "if not (on_gpu and channels_last): return torch", "if True: return torch",
+             "tests/test_gpu_path.py::test_augmentation_on_a_gpu_waits_for_nothing_and_gives_the_cpus_numbers"),
+    Mutation("validation reads the GPU after each batch", "pillsnap/training/callbacks.py",
+             "self.waiting.append((y, guess, conf, topk_hits(logits, y), loss))",
+             "self.waiting.append((y, guess, conf, topk_hits(logits, y), loss)); float(loss[0, 0])",
+             "tests/test_gpu_path.py::test_validation_reads_the_gpu_at_its_end_and_not_before"),
+    Mutation("the clock marks drugs with a value from the host", "pillsnap/training/callbacks.py",
+             "self.drugs.index_fill_(0, labels, True)", "self.drugs[labels] = True",
+             "tests/test_gpu_path.py::test_the_clock_marks_drugs_without_waiting"),
+    Mutation("validation in TF32", "pillsnap/training/callbacks.py", "with full_fp32(): self._validate_views(ds_idx, dl)",
+             "self._validate_views(ds_idx, dl)", "tests/test_gpu_path.py::test_training_may_use_tf32_and_validation_does_not"),
+    Mutation("exact search in TF32", "pillsnap/models/retrieval.py", "with full_fp32(): got = [", "got = [",
+             "tests/test_gpu_path.py::test_vectors_and_their_search_do_not_use_tf32"),
 ]
 
 
