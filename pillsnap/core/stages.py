@@ -119,7 +119,7 @@ def somebody_looking()->bool:
     try: from IPython import get_ipython
     except ImportError: return False
     shell = get_ipython()
-    if shell is None or not hasattr(shell, "kernel"): return False
+    if shell is None: return False
     return bool(os.environ.get("JPY_SESSION_NAME") or os.environ.get("COLAB_RELEASE_TAG") or "__vsc_ipynb_file__" in shell.user_ns)
 
 # %% ../../nbs/08_core.stages.ipynb #48711545

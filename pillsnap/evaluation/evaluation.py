@@ -53,7 +53,7 @@ from .calibration import Calibration, calibrate, fit_half, plot_reliability
 from .ledger import append_ledger, read_ledger
 from .gates import GateResult, TimeCap, simple_stage_evaluation
 from .latency import Latency, latency_from_dict, latency_table, measure_latency, plot_latency
-from .menu import advisor_menu, percent, record_choice, write_advice
+from .menu import advisor_menu, advisor_word, gate_dot, percent, record_choice, write_advice
 from .reports import evaluate_classification_metrics, plot_confusion_matrix, plot_detection_results, plot_roc_pr_curves
 
 # %% ../../nbs/46_evaluation.evaluation.ipynb #2b9ad892
@@ -601,8 +601,9 @@ def scorecard_markdown(
     label = f" ({g['label']})" if g["label"] else ""
     lines = [f"# Scorecard, stage {card['stage']}{label}", "", f"run {card['run_id']} · {card['made']} · {card['hardware']}", ""]
     if card["data"] != "aihub": lines += [f"> **{card['data'].upper()} DATA.** These figures say that the machinery works. They are no statement about real pills and are never compared with AI Hub figures.", ""]
-    lines += [f"**Gate: {g['status']}**" + (f" · {', '.join(g['reasons'])}" if g["reasons"] else "") + (f" · not measured: {', '.join(g['not_measured'])}" if g["not_measured"] else "") + (f" · {'; '.join(g['notes'])}" if g["notes"] else ""), "",
-              f"**Advisor: {a['colour']} {a['recommendation']}** · {percent(a['performance_score'])} · {a['message']} · choice: {a['user_choice'] or 'no choice'}", ""]
+    reasons = [", ".join(g["reasons"]), f"not measured: {', '.join(g['not_measured'])}" if g["not_measured"] else "", "; ".join(g["notes"])]
+    lines += [" · ".join([f"**Gate: {gate_dot(g['status'])} {g['status']}**", *filter(None, reasons)]), ""]
+    lines += [f"{advisor_word(a, g)} · choice: {a['user_choice'] or 'no choice'}", ""]
     lines += [f"{i}. {s['do']} ({s['why']}): `{s['override']}`" for i, s in enumerate(a["suggestions"], 1)] + ([""] if a["suggestions"] else [])
     lines += [markdown_table(_trim(card["rows"])), "", "Latency, milliseconds:", "", markdown_table(card["latency"]), ""]
     return "\n".join([*lines, *(f"- {n}" for n in card["notes"]), ""])
@@ -625,7 +626,7 @@ def judge(
     gate = simple_stage_evaluation(doc["stage"], gate_facts(metrics, latency, best_before(root, metrics.get("accuracy"))), time_cap(root, cfg, facts.checks, doc["classes"]),
         wishes.target_accuracy, wishes.max_latency_ms)
     advice = evaluate_and_recommend(doc["stage"], facts, cfg.evaluation.advisor_thresholds)
-    return gate, advice, write_advice(root, advice, {"status": str(gate.status), "label": gate.label, "reasons": list(gate.reasons)})
+    return gate, advice, write_advice(root, advice, {"status": str(gate.status), "label": gate.label, "reasons": list(gate.reasons or gate.not_measured)})
 
 # %% ../../nbs/46_evaluation.evaluation.ipynb #ffc6aa00
 def latency_rows(
@@ -783,7 +784,7 @@ def _verdict(card:Mapping[str,Any])->str:
     v = {r["figure"]: r["value"] for r in card["rows"] if r["value"] is not None}
     parts = [f"{words} {v[k]:.3f}" for k, words in (("accuracy", "accuracy"), ("macro_f1", "macro-F1"), ("detection_map50", "detector mAP@.5"), ("combo_set_accuracy", "combo sets"), ("leak_gap", "leak gap")) if k in v]
     label = f" ({card['gate']['label']})" if card["gate"]["label"] else ""
-    return f"{card['gate']['status']} at stage {card['stage']}{label}: " + ", ".join(parts) + f"; advisor {card['advice']['recommendation']}"
+    return f"{card['gate']['status']} at stage {card['stage']}{label}: " + ", ".join(parts) + (f"; advisor {card['advice']['recommendation']}" if card["gate"]["status"] == "GO" else "")
 
 # %% ../../nbs/46_evaluation.evaluation.ipynb #b6688ad0
 def _notes(root:Path)->list[str]:
