@@ -23,7 +23,7 @@ demo: setup ## render synthetic pills, train, judge, export; prints the scorecar
 test: setup ## clean-check, export-check, every notebook, pytest
 	@scripts/core/in_step.sh clean
 	@scripts/core/in_step.sh export
-	@OMP_NUM_THREADS=1 nbdev_test --n_workers 2
+	@OMP_NUM_THREADS=1 JPY_SESSION_NAME=$(CURDIR)/nbs/as-in-the-lab.ipynb nbdev_test --n_workers 2  # as a person sees them; papermill runs the stages without
 	@OMP_NUM_THREADS=1 python -m pytest
 
 clean-check: setup ## the notebooks are as nbdev_clean leaves them

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PIPELINE', 'ASIDE', 'app', 'Overrides', 'ConfigOption', 'RunDir', 'SOURCE_OPTIONS', 'pipeline_of', 'run',
            'distributed', 'own_config', 'run_config', 'where_to_look', 'synth', 'pack', 'plan', 'networks', 'doctor',
-           'audit', 'index', 'extract', 'predict', 'train_stage', 'final_test', 'choose', 'show_config', 'evaluate',
-           'decide', 'declare', 'arguments', 'main']
+           'audit', 'index', 'extract', 'triage', 'predict', 'train_stage', 'final_test', 'choose', 'show_config',
+           'evaluate', 'decide', 'declare', 'arguments', 'main']
 
 # %% ../nbs/90_cli.ipynb #1eaae89f
 import logging, re, sys
@@ -226,6 +226,17 @@ def extract(
     "Unpack a zipped delivery into the English tree; what is there already is left alone."
     from pillsnap.data.aihub import extract_command
     extract_command(src, out, workers)
+
+# %% ../nbs/90_cli.ipynb #d3557eec
+@app.command()
+def triage(
+    run_dir:Annotated[Path, typer.Argument(metavar="RUN", help="a run folder whose conversion has run")],
+    who:Annotated[str, typer.Option("--who", help="written beside every decision; default: whoever is logged in")]="",
+    lab:Annotated[bool, typer.Option("--lab/--no-lab", help="open JupyterLab, where a terminal is attached")]=True,
+)->None:
+    "Open a page to go through doubtful labels: keep, drop or relabel; the delivery stays as it is."
+    from pillsnap.data.triage import triage_command
+    triage_command(run_dir, who, lab)
 
 # %% ../nbs/90_cli.ipynb #9d4eb9b6
 @app.command()

@@ -1,6 +1,8 @@
 """The advisor's rules, its menu's record, and the sealed test's door."""
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -16,6 +18,7 @@ from pillsnap.evaluation.ledger import append_ledger, read_ledger, record_decisi
 from pillsnap.evaluation.latency import Latency
 from pillsnap.evaluation.menu import advisor_menu, build_menu, read_advice, record_choice, somebody_looking, static_html, static_text, write_advice
 
+ROOT = Path(__file__).resolve().parents[1]
 AIHUB = Provenance(data="aihub", data_hash="d" * 64, class_map_hash="c" * 64)
 SYN = Provenance(data="synthetic", data_hash="d" * 64, class_map_hash="c" * 64)
 
@@ -179,6 +182,7 @@ def test_headless_prints_the_menu_and_records_no_choice(run, capsys):
     r = advisor_menu(run)
     assert r["user_choice"] is None and read_advice(run)["user_choice"] is None
     page, text = static_html(r), static_text(r)
+    assert page.index("Gate NO GO: ACC_BELOW_TARGET") < page.index(f"{int(100*r['performance_score'])} %") and text.startswith("🔴 gate NO GO")
     for part in (r["message"], r["suggestions"][0]["override"], *(o["label"] for o in r["user_options"])): assert part in page and part in text
     assert "no choice" in text.lower() and "No choice recorded" in page and "button" not in page
 
@@ -191,6 +195,35 @@ def test_a_kernel_of_jupyters_server_gets_buttons_and_the_runner_does_not(monkey
     assert somebody_looking()
     monkeypatch.setenv("PILLSNAP_NOTEBOOK", "sha"); assert not somebody_looking()
     monkeypatch.delenv("PILLSNAP_NOTEBOOK"); monkeypatch.delenv("JPY_SESSION_NAME"); assert not somebody_looking()
+
+
+@pytest.mark.parametrize("status, dot", [("GO", "🟢"), ("NO_GO", "🔴"), ("NOT_MEASURED", "⚪"), ("TIME_CAP_SUCCESS", "🟡")])
+def test_green_is_a_gate_that_is_go(status, dot):
+    "On the scorecard too the gate's word comes first, and the advisor's is no headline beside a gate that is not GO."
+    from pillsnap.evaluation.evaluation import scorecard_markdown
+    metrics = {"accuracy": rec(.95), "detection_map50": rec(.95), "class_coverage": rec(1.), "macro_f1": rec(.95)}
+    advice = evaluate_and_recommend(0, Facts(metrics, checked(0))).to_dict() | {"user_choice": None}
+    gate = {"status": status, "label": "demo", "reasons": [], "not_measured": [], "notes": []}
+    card = {"stage": 0, "run_id": "r", "made": "today", "hardware": "h", "data": "aihub", "gate": gate, "advice": advice, "rows": [], "latency": [], "notes": []}
+    page = scorecard_markdown(card)
+    assert advice["recommendation"] == "RECOMMEND_PROCEED" and f"**Gate: {dot} {status}**" in page
+    assert ("🟢" in page) == (status == "GO") and page.index("Gate: ") < page.index("RECOMMEND PROCEED")
+    assert ("the gate decides" in page) == (status != "GO")
+
+
+def test_make_test_runs_the_notebooks_as_a_person_sees_them(monkeypatch):
+    "nbdev_test's shell has no kernel: with the variable that `make test` sets, it is shown what JupyterLab shows."
+    recipe = next(line for line in (ROOT/"Makefile").read_text().splitlines() if "nbdev_test" in line)
+    name, = re.findall(r"\b(JPY_SESSION_NAME)=\S+ nbdev_test", recipe)
+
+    class Shell:
+        user_ns = {}
+    monkeypatch.setattr("IPython.get_ipython", lambda: Shell)
+    for other in ("PILLSNAP_NOTEBOOK", "PILLSNAP_HEADLESS", "COLAB_RELEASE_TAG", name):
+        monkeypatch.delenv(other, raising=False)
+    assert not somebody_looking()
+    monkeypatch.setenv(name, "notebook")
+    assert somebody_looking()
 
 
 @pytest.mark.spec("SG6")

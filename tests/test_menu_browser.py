@@ -141,18 +141,19 @@ def test_a_decision_on_the_triage_page_is_in_the_overlay(lab, page, delivery, tm
     "The photo and its comparisons are on the page; a click relabels, one line is written, the next issue appears."
     from pillsnap.data.conversion import convert_delivery
     from pillsnap.data.overlay import Overlay
+    from pillsnap.data.triage import triage_notebook
     url, work = lab
     convert_delivery(delivery, work / "triage")
-    cells = [new_markdown_cell("# Labels to look at"), new_code_cell("from pillsnap.data.triage import triage_page"), new_code_cell("desk = triage_page('triage', who='tester')")]
-    nbformat.write(new_notebook(cells=cells, metadata=KERNEL), work / "triage.ipynb")
-    open_and_run(page, url, "triage.ipynb")
+    assert triage_notebook(work / "triage", who="tester") == work / "triage/notebooks/triage.ipynb"   # what `pillsnap triage` opens
+    open_and_run(page, url, "triage/notebooks/triage.ipynb")
     shown = page.locator(".jp-OutputArea-output").filter(has=page.locator("button.jupyter-button")).first
     shown.get_by_text("1 of ").wait_for(timeout=240_000)
     page.wait_for_function("[...document.querySelectorAll('.jp-OutputArea-output img')].length >= 4 && [...document.querySelectorAll('.jp-OutputArea-output img')].every(i => i.complete && i.naturalWidth)")
     shot = Path(os.environ.get("PILLSNAP_SCREENSHOT") or tmp_path / "triage.png")
     shown.screenshot(path=shot)
     assert shot.stat().st_size > 10_000
-    suggested = shown.locator("input").input_value()
+    name, _, suggested = shown.locator("input").input_value().rpartition(" ")
+    assert name, "a person knows a drug by its name"
     shown.locator("button.jupyter-button", has_text="Relabel").click()
     page.get_by_text("Recorded:").wait_for(timeout=60_000)
     shown.get_by_text("2 of ").wait_for(timeout=60_000)

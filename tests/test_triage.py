@@ -140,3 +140,27 @@ def test_a_full_disk_loses_nothing(tmp_path):
     (tmp_path/"file").write_text("in the way")
     with pytest.raises(PillsnapError): o.add(Decision("a.png", "K-1", "keep"))
     assert (tmp_path/"file").read_text() == "in the way"
+
+
+@pytest.mark.spec("BX22")
+def test_the_command_writes_a_page_for_the_run(drugs, tmp_path, capsys):
+    "`pillsnap triage RUN` without a terminal: the page is in the run folder, runs there, and its command is printed."
+    import nbformat
+    import shutil
+    from nbclient import NotebookClient
+    from pillsnap.cli import main
+    run = tmp_path/"run"
+    run.mkdir()
+    for name in ("manifest.csv", "manifest.json", "drug_metadata.json"):
+        shutil.copy(drugs[0]/name, run)
+    with pytest.raises(SystemExit) as end:
+        main(["triage", str(run), "--who", "tester"])
+    page = run/"notebooks"/"triage.ipynb"
+    assert end.value.code in (0, None) and f"jupyter lab {page}" in capsys.readouterr().out
+    nb = nbformat.read(page, 4)
+    NotebookClient(nb, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(run)}}).execute()
+    shown = "".join(o.data.get("text/html", "") for c in nb.cells for o in c.get("outputs", []) if "data" in o)
+    assert "1 of " in shown and "<img" in shown and all(" alt='" in tag for tag in shown.split("<img")[1:])
+    with pytest.raises(SystemExit) as end:
+        main(["triage", str(tmp_path/"nowhere")])
+    assert end.value.code == 2 and "no manifest.csv" in capsys.readouterr().err

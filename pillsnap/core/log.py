@@ -44,7 +44,7 @@ class LiveLine:
     drawn:ClassVar["LiveLine|None"] = None   # what the terminal shows now
 
     def __init__(self,
-        where:Literal["terminal","notebook","log"]|None=None # None = as `audience` says
+        where:Literal["terminal","notebook","log"]|None=None # None = as audience says
     ):
         self.where, self.text, self.handle = where or audience(), "", None
         self.at = time.monotonic() if self.where == "log" else -math.inf
@@ -200,13 +200,13 @@ def close(self:ProgressBar,
 
 # %% ../../nbs/04_core.log.ipynb #b9878558
 def progress(
-    items:Iterable|None=None, # what is walked through; None = call `update` yourself
-    total:float|None=None,    # how many there are; None = as many as `items` has
+    items:Iterable|None=None, # what is walked through; None = call update yourself
+    total:float|None=None,    # how many there are; None = as many as items has
     desc:str="",              # what is done
     unit:str="",              # of what, "photos"; "B" for bytes
     show:bool=True,           # False: count in silence
     done:float=0              # how many were done before
-)->ProgressBar: # to be walked through, or used in a `with` statement
+)->ProgressBar: # to be walked through, or used in a with statement
     "One live line on a terminal, one output in a notebook, a line every 30 s in a log."
     if total is None and hasattr(items, "__len__"):
         total = len(items)

@@ -5,15 +5,18 @@
 # %% auto #0
 __all__ = ['KINDS', 'pill_features', 'feature_table', 'answers_of', 'cross_validated', 'read_predictions', 'suspects',
            'rank_issues', 'plain_answers', 'issues_of_run', 'still_open', 'references', 'picture', 'Desk', 'issue_html',
-           'build_page', 'static_page', 'triage_page']
+           'build_page', 'static_page', 'triage_page', 'triage_notebook', 'triage_command']
 
 # %% ../../nbs/15a_data.triage.ipynb #e77bee0d
 import base64
 import html
+import importlib.util
 import io
 import json
 import logging
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,8 +28,9 @@ import pandas as pd
 from PIL import Image
 
 # %% ../../nbs/15a_data.triage.ipynb #4aa273ab
+from ..core.config import resource_dir
 from ..core.errors import PillsnapError
-from ..core.files import read_json
+from ..core.files import read_json, save_json
 from ..core.stages import somebody_looking
 from .audit import box_outliers, drug_names, measure_photos, photo_outliers, sample_photos
 from .conversion import read_manifest
@@ -192,14 +196,15 @@ def references(
 def picture(
     path:str|Path,      # a photo
     bbox:str="",        # its box as the manifest has it; "" = the whole photo
-    side:int=170        # pixels
+    side:int=170,       # pixels
+    alt:str="photo"     # what is on it, for who cannot see it
 )->str:                 # an <img> element; a grey word when it does not open
     "The pill of a photo, small enough for a page."
     img = open_image_safely(path).get("image")
-    if img is None: return "<i style='color:#656d76'>does not open</i>"
+    if img is None: return "<i style='color:#57606a'>does not open</i>"
     x, y, w, h = json.loads(bbox) if bbox else (0, 0, img.shape[1], img.shape[0])
     out = io.BytesIO(); Image.fromarray(crop_view(img, np.array([x, y, x + w, y + h]), side, .25)).save(out, "JPEG", quality=88)
-    return f"<img src='data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}' width='{side}' height='{side}' style='border-radius:6px'>"
+    return f"<img src='data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}' alt='{html.escape(alt, quote=True)}' width='{side}' height='{side}' style='border-radius:6px'>"
 
 # %% ../../nbs/15a_data.triage.ipynb #a279e853
 class Desk:
@@ -218,6 +223,9 @@ class Desk:
 
     def drugs(self)->list[str]: return sorted(set(self.df["class_key"]))
     def name(self, kcode:str)->str: return f"{self.names.get(kcode, '')} {kcode}".strip()
+    def kcode_of(self, shown:str)->str:
+        "The code that a name and a code, or a code alone, stands for."
+        return {self.name(k): k for k in self.drugs()}.get(shown, shown)
 
 # %% ../../nbs/15a_data.triage.ipynb #81ed3d09
 def issue_html(
@@ -228,12 +236,12 @@ def issue_html(
     r, esc = desk.issues.iloc[i], html.escape
     box = desk.df.loc[(desk.df["path"] == r["path"]) & (desk.df["class_key"] == r["kcode"]), "bbox"].iloc[0]
     def row(title:str, kcode:str)->str:
-        shots = "".join(f"<span style='margin-right:6px'>{picture(desk.photos/p, b, 110)}</span>" for p, b in references(desk.df, r["path"], kcode))
-        return f"<div style='margin:0 0 8px'><div style='color:#656d76;font-size:12px;margin-bottom:3px'>{title} <b style='color:#1f2328'>{esc(desk.name(kcode))}</b></div>{shots or '<i>no photo of another series</i>'}</div>"
+        shots = "".join(f"<span style='margin-right:6px'>{picture(desk.photos/p, b, 110, f'a photo of {desk.name(kcode)}')}</span>" for p, b in references(desk.df, r["path"], kcode))
+        return f"<div style='margin:0 0 8px'><div style='color:#57606a;font-size:12px;margin-bottom:3px'>{title} <b style='color:#1f2328'>{esc(desk.name(kcode))}</b></div>{shots or '<i>no photo of another series</i>'}</div>"
     rows = row("labelled", r["kcode"]) + (row("perhaps", r["suggest"]) if r["suggest"] else "")
     return ("<div style='border:1px solid #d0d7de;border-radius:8px;background:#fff;color:#1f2328;max-width:760px;font-family:system-ui,sans-serif;font-size:13px;padding:12px 16px'>"
             f"<div style='margin-bottom:8px'><b>{i + 1} of {len(desk.issues)}</b> · {esc(KINDS[r['kind']])}: {esc(r['why'])}</div>"
-            f"<div style='display:flex;gap:18px'><div>{picture(desk.photos/r['path'], box, 220)}<div style='color:#656d76;font-size:11px;max-width:220px;overflow-wrap:anywhere'>{esc(Path(r['path']).name)}</div></div><div>{rows}</div></div></div>")
+            f"<div style='display:flex;flex-wrap:wrap;gap:18px'><div>{picture(desk.photos/r['path'], box, 220, 'the photo in question')}<div style='color:#57606a;font-size:11px;max-width:220px;overflow-wrap:anywhere'>{esc(Path(r['path']).name)}</div></div><div>{rows}</div></div></div>")
 
 # %% ../../nbs/15a_data.triage.ipynb #994b97ef
 def build_page(
@@ -242,26 +250,28 @@ def build_page(
     "Triage as a widget (SPEC BX22)."
     import ipywidgets as w
     at, card, said = [0], w.HTML(), w.HTML()
-    other = w.Combobox(options=desk.drugs(), placeholder="another drug", ensure_option=True, layout=w.Layout(width="150px"))
+    other = w.Combobox(options=[desk.name(k) for k in desk.drugs()], placeholder="another drug, by name or code", ensure_option=True, layout=w.Layout(width="260px"))
     keep, drop, relabel, back, on = (w.Button(description=t, layout=w.Layout(width="auto"), **kw) for t, kw in
         (("Keep", dict(button_style="success")), ("Drop", dict(button_style="danger")), ("Relabel", dict(button_style="warning")), ("◀ back", {}), ("skip ▶", {})))
+    def say(text:str)->None: said.value = f"<div style='background:#fff;color:#1f2328;padding:2px 8px'>{text}</div>"
     def show(step:int=0)->None:
         at[0] = min(max(0, at[0] + step), len(desk.issues))
         over = at[0] == len(desk.issues)
         card.value = f"<b>Nothing left to look at.</b> {len(desk.overlay)} decisions in {desk.overlay.path.name}." if over else issue_html(desk, at[0])
-        other.value = "" if over else desk.issues["suggest"].iloc[at[0]]
+        suggested = "" if over else desk.issues["suggest"].iloc[at[0]]
+        other.value = desk.name(suggested) if suggested else ""
         for b in (keep, drop, relabel, on): b.disabled = over
     def decide(decision:str)->Callable:
         def click(_:Any)->None:
             r = desk.issues.iloc[at[0]]
-            try: d = desk.overlay.add(Decision(r["path"], r["kcode"], decision, other.value if decision == "relabel" else "", r["why"], desk.who))
-            except PillsnapError as e: said.value = f"<span style='color:#cf222e'>{html.escape(str(e))}</span>"; return
-            said.value = f"<b>Recorded:</b> {html.escape(Path(d.path).name)}: {d.decision} {html.escape(d.to)} <span style='color:#656d76'>by {html.escape(d.who)}, {d.when}</span>"
+            try: d = desk.overlay.add(Decision(r["path"], r["kcode"], decision, desk.kcode_of(other.value) if decision == "relabel" else "", r["why"], desk.who))
+            except PillsnapError as e: say(f"<span style='color:#cf222e'>{html.escape(str(e))}</span>"); return
+            say(f"<b>Recorded:</b> {html.escape(Path(d.path).name)}: {d.decision} {html.escape(desk.name(d.to) if d.to else '')} <span style='color:#57606a'>by {html.escape(d.who)}, {d.when}</span>")
             show(1)
         return click
     for b, what in ((keep, "keep"), (drop, "drop"), (relabel, "relabel")): b.on_click(decide(what))
     back.on_click(lambda _: show(-1)); on.on_click(lambda _: show(1)); show()
-    return w.VBox([card, w.HBox([keep, drop, relabel, other, back, on]), said], layout=w.Layout(max_width="780px"))
+    return w.VBox([card, w.HBox([keep, drop, relabel, other, back, on], layout=w.Layout(flex_flow="row wrap")), said], layout=w.Layout(max_width="780px"))
 
 # %% ../../nbs/15a_data.triage.ipynb #7b022c53
 def static_page(
@@ -269,7 +279,7 @@ def static_page(
     most:int=4  # issues shown
 )->str:
     "The first issues without buttons: what a night run shows."
-    more = f"<p style='color:#656d76'>{len(desk.issues)} issues in all, {len(desk.overlay)} decided. Open this notebook in JupyterLab to decide about them.</p>"
+    more = f"<p style='background:#fff;color:#57606a;padding:4px 8px'>{len(desk.issues)} issues in all, {len(desk.overlay)} decided. Open this notebook in JupyterLab to decide about them.</p>"
     return "".join(issue_html(desk, i) + "<br>" for i in range(min(most, len(desk.issues)))) + more
 
 def triage_page(
@@ -284,3 +294,33 @@ def triage_page(
     if somebody_looking() if interactive is None else interactive: display(build_page(desk))
     else: display({"text/html": static_page(desk), "text/plain": desk.issues[["path", "kcode", "kind", "suggest", "why"]].head(10).to_string(index=False)}, raw=True)
     return desk
+
+# %% ../../nbs/15a_data.triage.ipynb #d4aef6ff
+def triage_notebook(
+    run_dir:str|os.PathLike, # run folder with a manifest
+    who:str=""               # written beside every decision; "" = whoever is logged in
+)->Path:                     # RUN/notebooks/triage.ipynb
+    "Write the triage page of a run: the cells of this notebook from its parameters on."
+    root = Path(run_dir).absolute()
+    if not (root/"manifest.csv").is_file():
+        raise PillsnapError("this folder has no manifest.csv, so there are no labels to look at", where=root, fix="name a run folder whose conversion has run")
+    nb = read_json(resource_dir("nbs")/"15a_data.triage.ipynb")
+    start = next(i for i, c in enumerate(nb["cells"]) if "parameters" in c["metadata"].get("tags", []))
+    title = {"cell_type": "markdown", "id": "7a1e0001", "metadata": {}, "source": f"# Which labels to look at\n\nRun `{root}`: Run → Run All Cells."}
+    cells = [title] + [c | ({"outputs": [], "execution_count": None} if c["cell_type"] == "code" else {}) for c in nb["cells"][start:]]
+    cells[1]["source"] = f"run_dir = {str(root)!r}  # run folder\nwho = {who!r}  # written beside every decision; \"\" = whoever is logged in"
+    return save_json(nb | {"cells": cells}, root/"notebooks"/"triage.ipynb")
+
+# %% ../../nbs/15a_data.triage.ipynb #bc57ec50
+def triage_command(
+    run_dir:str|os.PathLike, # run folder with a manifest
+    who:str="",              # written beside every decision
+    lab:bool=True            # open JupyterLab where a terminal is attached
+)->None:
+    "What `pillsnap triage` does: write the page, and open it or say where it is."
+    page = triage_notebook(run_dir, who)
+    print(f"triage page  {page}", flush=True)
+    if lab and sys.stdout.isatty() and importlib.util.find_spec("jupyterlab"):
+        subprocess.run([sys.executable, "-m", "jupyterlab", str(page)], check=False)
+    else:
+        print(f"open it with  jupyter lab {page}")
