@@ -81,7 +81,7 @@ def test_the_command_runs_it_aside(looked_at, tmp_path, capsys):
     head = json.loads((root/"manifest.json").read_text())
     (copy/"manifest.json").write_text(json.dumps(head | {"root": str((root.resolve()/head["root"]).resolve())}))
     settings = (copy/"config.yaml").read_text()
-    assert own_config("demo", copy) == str(copy/"config.yaml") and own_config("two_stage", copy) == "two_stage"
+    assert own_config("", copy) == str(copy/"config.yaml") and own_config("demo", copy) == "demo" and own_config("two_stage", copy) == "two_stage"
     with pytest.raises(SystemExit) as e: main(["run", "audit", "--run", str(copy), "-p", "sample=20"])
     assert e.value.code == 0 and read_record(copy, "audit")["status"] == "finished"
     assert json.loads((copy/"reports/audit.json").read_text())["sampled"] == 20

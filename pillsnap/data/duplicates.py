@@ -165,12 +165,13 @@ def _sketch(thumbs:np.ndarray)->np.ndarray: # [n, 16] float32
 
 def twin_pairs(
     thumbs:np.ndarray, # [n, THUMB, THUMB] uint8 of all drugs, may be memory-mapped
-    drug:np.ndarray    # [n] number of each one's drug, -1 where it is not asked for
+    drug:np.ndarray,    # [n] number of each one's drug, -1 where it is not asked for
+    progress:bool=False # show a progress bar
 )->list[tuple[int,int]]: # pairs of different drugs that show one picture: all where a photo has few, ENOUGH where it has many
     "Near-exact copies under two labels (SPEC BX1: reported, never linked)."
     h, sketch = (np.concatenate([f(thumbs[i:i + 4096]) for i in range(0, max(1, len(thumbs)), 4096)]) for f in (dhash, _sketch))
     found, partners = set(), np.zeros(len(h), int)
-    for run in _shared_words(h):
+    for run in show_progress(_shared_words(h), desc="copies across drugs", unit="groups", show=progress):
         run = run[drug[run] >= 0]
         if (drug[run] == drug[run[:1]]).all(): continue
         for n, i in enumerate(run[:-1]):
@@ -255,10 +256,10 @@ def same_pictures(
     s, at, thumbs = s[at >= 0], at[at >= 0], store.array()
     path, group, drug = (s[c].to_numpy() for c in ("path", "group_id", "class_key"))
     pairs = []
-    for rows in s.groupby("class_key", sort=True).indices.values():
+    for rows in show_progress(s.groupby("class_key", sort=True).indices.values(), desc="copies within a drug", unit="drugs", show=progress):
         if len(set(group[rows])) > 1: pairs += [(rows[i], rows[j]) for i, j in near_pairs(thumbs[at[rows]], group[rows])]
     mine = np.full(len(thumbs), -1); mine[at] = np.arange(len(at))
-    twins = _in_order(twin_pairs(thumbs, np.where(mine < 0, -1, pd.factorize(drug)[0][mine] if len(at) else -1)), mine)
+    twins = _in_order(twin_pairs(thumbs, np.where(mine < 0, -1, pd.factorize(drug)[0][mine] if len(at) else -1), progress), mine)
     for i, j in _equal([store.pixels[k] for k in at]): (pairs if drug[i] == drug[j] else twins).append((i, j))
     return [(path[i], path[j], "same picture") for i, j in sorted(set(pairs)) if group[i] != group[j]], [(path[i], path[j]) for i, j in sorted(set(twins))]
 

@@ -29,7 +29,7 @@ from torch import nn
 from ..core.config import Config
 from ..core.errors import PillsnapError
 from ..core.files import atomic_path, get_git_sha, read_json, save_json, sha256_file
-from ..core.log import decide
+from ..core.log import decide, progress as show_progress
 from ..core.plots import COLOURS, colour_legend, draw_boxes, save_fig, show_grid, use_house_style
 from ..core.record import Provenance
 from ..core.stages import RunFolder, StageJob, StageResult, run_id
@@ -512,10 +512,11 @@ def _inputs(root:Path, stage:int)->list[Path]:
 def _compare(run:RunFolder, cfg:Config, stage:StageData, cls:Written, det:Written|None, skipped:list[str])->tuple[Comparison,Comparison|None]:
     "Both models on both sides."
     d, seed, e = cfg.data.detection, cfg.train.seed, cfg.export
-    a = compare_classifiers(cls.torch, cls.onnx, open_photos(photo_order(stage, "single", seed), e.compare_photos, skipped), cfg.data.classification.crop_padding)
+    def photos(kind:str, n:int, model:str)->Iterable[Photo]:
+        return show_progress(open_photos(photo_order(stage, kind, seed), n, skipped), n, f"torch and ONNX: {model}", "photos")
+    a = compare_classifiers(cls.torch, cls.onnx, photos("single", e.compare_photos, "classifier"), cfg.data.classification.crop_padding)
     if det is None: return a, None
-    order = photo_order(stage, "combo", seed)
-    return a, compare_detectors(det.torch, det.onnx, open_photos(order, e.compare_detector_photos, skipped), d.conf_threshold, d.iou_threshold, d.max_detections)
+    return a, compare_detectors(det.torch, det.onnx, photos("combo", e.compare_detector_photos, "detector"), d.conf_threshold, d.iou_threshold, d.max_detections)
 
 # %% ../../nbs/52_deployment.export.ipynb #18a072c0
 def answering(
@@ -547,7 +548,13 @@ def work(self:ExportJob, run:RunFolder, cfg:Config)->StageResult:
     stage, report = load_stage(run.root, n), run.sub("reports")/"export.json"
     prov = Provenance(stage.header["source"], stage.header["data_hash"], stage.class_map.fingerprint)
     for old in (run.sub("export")/"bundle.json", report): old.unlink(missing_ok=True)
-    cls, det = write_classifier(run, stage.class_map, cfg), write_detector(run, cfg)
+    with show_progress(total=2, desc="writing ONNX", unit="models") as bar:
+        bar.note("classifier")
+        cls = write_classifier(run, stage.class_map, cfg)
+        bar.update()
+        bar.note("detector")
+        det = write_detector(run, cfg)
+        bar.update()
     a, b = _compare(run, cfg, stage, cls, det, skipped)
     said = verdict(a, b, (cfg.export.compare_photos, cfg.export.compare_detector_photos)); run.log.info(said)
     checks = [dict(model=m, **c.row()) for m, s in (("classifier", a), ("detector", b)) if s for c in s.checks]

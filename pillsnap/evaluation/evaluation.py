@@ -32,7 +32,7 @@ from ..core.config import Config
 from ..core.device import cuda_mem_mb, pick_device, set_seed
 from ..core.errors import PillsnapError
 from ..core.files import atomic_path, read_json, save_json, save_text, sha256_file, sha256_text, canonical_json
-from ..core.log import decide
+from ..core.log import decide, progress as show_progress
 from ..core.plots import save_fig, show_grid, wrap_title
 from ..core.record import Metric, Provenance, hardware
 from ..core.stages import RunFolder, StageJob, StageResult, markdown_table, read_record, run_id
@@ -85,13 +85,14 @@ def opened(
     todo:Sequence[Shot],      # photos to open
     cfg:Config,               # data.grayscale_policy, data.rgba_policy
     skipped:list[dict],       # gets {path, reason} of each photo that was left out
-    ahead:int=16              # photos decoded ahead
+    ahead:int=16,             # photos decoded ahead
+    what:str=""               # "the detector is asked": shows progress under this name
 )->Iterator[tuple[Shot,np.ndarray]]: # photo and its pixels, uint8 RGB
     "Open photos ahead of their use; never raises for a broken one."
     def one(s:Shot): return open_image_safely(root/s.path, grayscale_policy=cfg.data.grayscale_policy, rgba_policy=cfg.data.rgba_policy)
     with ThreadPoolExecutor(2) as pool:
         waiting = [(s, pool.submit(one, s)) for s in todo[:ahead]]
-        for i, s in enumerate(todo):
+        for i, s in enumerate(show_progress(todo, desc=what, unit="photos", show=bool(what))):
             got = waiting[i][1].result(); waiting[i] = (s, None)
             if i + ahead < len(todo): waiting.append((todo[i + ahead], pool.submit(one, todo[i + ahead])))
             if got.get("_skip"): skipped.append({"path": s.path, "reason": str(got.get("error", ""))[:200]}); continue
@@ -122,7 +123,7 @@ def score_singles(
     t0, kept, parts, views = time.perf_counter(), [], [], []
     def flush():
         if views: parts.append(classifier.logits(normalise(np.stack(views)))); views.clear()
-    for s, img in opened(root, todo, cfg, skipped):
+    for s, img in opened(root, todo, cfg, skipped, what="classifier"):
         kept.append(s); views += [whole_view(img, classifier.size), crop_view(img, s.boxes[0], classifier.size, cfg.data.classification.crop_padding)]
         if len(views) >= 2*batch: flush()
     flush()
@@ -148,7 +149,7 @@ def score_boxes(
 )->Boxes:
     "Boxes of every photo, for average precision (SPEC DT2)."
     t0, d, out = time.perf_counter(), cfg.data.detection, Boxes([], [], [], 0.)
-    for s, img in opened(root, todo, cfg, skipped):
+    for s, img in opened(root, todo, cfg, skipped, what="detector"):
         out.preds.append(detect(detector, img, conf=.001, iou=d.iou_threshold, max_det=d.max_detections)); out.truth.append(s.boxes); out.paths.append(s.path)
     out.seconds = time.perf_counter() - t0
     return out
@@ -222,7 +223,7 @@ def answer_combos(
 )->tuple[list[ComboAnswer],float]: # answers, seconds
     "Every combo photo through the pipeline that answers later (SPEC SV4)."
     t0, d, out = time.perf_counter(), cfg.data.detection, []
-    for s, img in opened(root, todo, cfg, skipped):
+    for s, img in opened(root, todo, cfg, skipped, what="combo photos"):
         answer = predict_pipeline(img, "combo", d.conf_threshold, classifier=classifier, detector=detector, class_map=class_map, temperature=temperature,
                                   padding=cfg.data.classification.crop_padding, iou=d.iou_threshold, max_det=d.max_detections)
         out.append(judge_combo(s, answer, class_map, d.iou_threshold))
@@ -373,10 +374,12 @@ def measure_scopes(
 )->tuple[list[Latency],dict[str,np.ndarray]]:
     "Time every scope by the protocol (SPEC EV6, X10)."
     half, rows, ms = getattr(device, "type", "cpu") == "cuda", [], {}
-    with torch.autocast("cuda", torch.float16, enabled=half):
+    with torch.autocast("cuda", torch.float16, enabled=half), show_progress(total=len(calls), desc="latency", unit="scopes") as bar:
         for scope, call in calls.items():
+            bar.note(scope)   # drawn between two measurements, never within one
             r, ms[scope] = measure_latency(call, scope, prov, cfg.evaluation.latency_warmup, cfg.evaluation.latency_runs, "fp16" if half else "fp32")
             rows += r
+            bar.update()
     return rows, ms
 
 # %% ../../nbs/46_evaluation.evaluation.ipynb #ece4fb23
@@ -714,7 +717,7 @@ def draw(
         strong = [(b[c >= cfg.data.detection.conf_threshold], c[c >= cfg.data.detection.conf_threshold]) for b, c in (s.boxes.preds[i] for i in pick)]
         figs["detection"] = plot_detection_results([open_image_safely(s.data.root/s.boxes.paths[i])["image"] for i in pick], strong, [s.boxes.truth[i] for i in pick])
     figs["latency"] = plot_latency(s.timings, hardware())
-    return [save_fig(f, out/f"evaluation_{name}.png") for name, f in figs.items()]
+    return [save_fig(f, out/f"evaluation_{name}.png") for name, f in show_progress(figs.items(), desc="drawing", unit="pictures")]
 
 # %% ../../nbs/46_evaluation.evaluation.ipynb #ab552152
 @dataclass(frozen=True)
