@@ -204,7 +204,8 @@ def test_green_is_a_gate_that_is_go(status, dot):
     metrics = {"accuracy": rec(.95), "detection_map50": rec(.95), "class_coverage": rec(1.), "macro_f1": rec(.95)}
     advice = evaluate_and_recommend(0, Facts(metrics, checked(0))).to_dict() | {"user_choice": None}
     gate = {"status": status, "label": "demo", "reasons": [], "not_measured": [], "notes": []}
-    card = {"stage": 0, "run_id": "r", "made": "today", "hardware": "h", "data": "aihub", "gate": gate, "advice": advice, "rows": [], "latency": [], "notes": []}
+    card = {"stage": 0, "run_id": "r", "made": "today", "hardware": "h", "data": "aihub", "gate": gate, "advice": advice, "rows": [], "latency": [], "notes": [],
+            "split": "group", "do_not_rely_on": [], "without_clean_photo": []}
     page = scorecard_markdown(card)
     assert advice["recommendation"] == "RECOMMEND_PROCEED" and f"**Gate: {dot} {status}**" in page
     assert ("🟢" in page) == (status == "GO") and page.index("Gate: ") < page.index("RECOMMEND PROCEED")
