@@ -235,3 +235,18 @@ def test_ultralytics_stays_behind_the_detectors_rooms():
                 if re.search(r"(from|import) ultralytics", line):
                     assert module_of(p) in ("models.yolo", "training.detector"), f"{p.stem} imports ultralytics"
                     assert line.startswith(" "), f"{p.stem} imports ultralytics when it is imported itself"
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)
+def test_pictures_have_words(path):
+    "Quarto gives an output picture no alt text of its own: `#| fig-alt:` at the top of the cell does; `![words](picture)` in prose."
+    for c in nbformat.read(path, 4).cells:
+        if c.cell_type == "markdown":
+            assert not re.search(r"!\[\s*\]\(", c.source), c.source[:200]
+            assert all("alt=" in tag for tag in re.findall(r"<img[^>]*>", c.source))
+        elif not c.source.startswith("#| hide"):
+            data = [o.data for o in c.outputs if "data" in o]
+            if any(kind.startswith("image/") for d in data for kind in d):
+                assert re.match(r'(#\|.*\n)*#\| fig-alt: "[^"]{10,}"\n', c.source), f"what is in the picture? {c.source[:200]}"
+            tags = [tag for d in data for tag in re.findall(r"<img[^>]*>", d.get("text/html", ""))]
+            assert all("alt=" in tag for tag in tags), c.source[:200]
