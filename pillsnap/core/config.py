@@ -49,16 +49,17 @@ class Project(Block):
     family:Literal["two_stage","narrow","retrieval"] = key("two_stage", "which preset family trains")
     active_feature_set:Literal["mvp","advanced","production"] = key("mvp", "which features are imported at all (SPEC CF3)")
 
+def _local_path(v:str)->str:
+    "A path with its variables filled in."
+    if re.match(r"[A-Za-z]:[\\/]", v): raise ValueError("drive letters are refused; use a path relative to the working folder")
+    return os.path.expanduser(os.path.expandvars(v))
+
 class Paths(Block):
     "Where things are; relative to the working folder."
     root:str = key("./data", "the AI Hub delivery: the folder that holds data/train")
     exp_dir:str = key("./_runs/exp01", "the run folder")
 
-    @field_validator("root", "exp_dir")
-    @classmethod
-    def _expand(cls, v:str)->str:
-        if re.match(r"[A-Za-z]:[\\/]", v): raise ValueError("drive letters are refused; use a path relative to the working folder")
-        return os.path.expanduser(os.path.expandvars(v))
+    _expand = field_validator("root", "exp_dir")(_local_path)
 
     @model_validator(mode="before")
     @classmethod
@@ -260,6 +261,8 @@ class TrainClassification(Block):
     backbone:str = key("tf_efficientnetv2_s", "a timm model name")
     pretrained:Literal["auto"]|bool = key("auto", "auto: local file, else download if it answers, else scratch")
     weights:str|None = key(None, "a local weights file (.pth or .safetensors)")
+    init_from:str|None = key(None, "a smaller stage's run folder or checkpoint: a fresh start copies its backbone and, "
+        "by class key, its head's rows; in place of pretrained")
     declared_classes:int|None = key(None, "printed beside the actual number; never used (X1)")
     epochs:int = key(30, "in total, also on resume", ge=1)
     lr:float = key(2e-4, "peak learning rate", gt=0)
@@ -297,6 +300,8 @@ class TrainClassification(Block):
     saving:Saving = key(Saving(), "checkpoints")
     stall_check:bool = key(True, "two validations alike to the last digit, or weights that did not move, are an error (BX10)")
     early_stopping:EarlyStopping = key(EarlyStopping(), "stop early")
+
+    _where = field_validator("init_from")(lambda v: v if v is None else _local_path(v))
 
     @model_validator(mode="after")
     def _one_drug_a_photo(self)->"TrainClassification":
@@ -358,6 +363,17 @@ class Train(Block):
     stage_overrides:dict[str,StageOverride] = key({}, "by stage_N")
     step_log_interval:int = key(50, "steps between log lines", ge=1)
     profile_interval:int = key(50, "steps between profile points", ge=1)
+
+    @model_validator(mode="after")
+    def _first_weights(self)->"Train":
+        c = self.classification
+        if c.init_from and (c.weights or c.pretrained is True):
+            raise ValueError("classification.init_from and pretrained weights are two sources of one network's first "
+                "weights; keep one")
+        if c.init_from and self.leak_gap:
+            raise ValueError("the leak gap trains a twin that is judged on photos which init_from's checkpoint has seen; "
+                "set train.leak_gap=false, or leave train.classification.init_from out")
+        return self
 
     @field_validator("stage_overrides", mode="before")
     @classmethod

@@ -228,12 +228,15 @@ def build_classification_model(
     declared:int|None=None,            # number of drugs somebody declared; only printed (SPEC X1)
     log:logging.Logger|None=None,      # where the decisions are said
     drop_path:float=0.,                # share of residual branches left out
-    head:Mapping[str,Any]|None=None    # of a cosine head: {"dim", "scale"}; None = linear
+    head:Mapping[str,Any]|None=None,   # of a cosine head: {"dim", "scale"}; None = linear
+    weights_later:bool=False           # the caller loads them; none are fetched here
 )->nn.Module: # with .weights_origin
     "A timm classifier with its origin attached (SPEC CT1, CT7)."
     check_backbone(backbone)
     if num_classes < 2: raise PillsnapError(f"a classifier needs at least two drugs, the class map has {num_classes}", fix="add drugs to the delivery, or raise max_classes")
-    model, origin = _make(backbone, num_classes, pretrained, weights, dropouts(backbone, drop_rate, drop_path, log), log)
+    drops = dropouts(backbone, drop_rate, drop_path, log)
+    if weights_later: model, origin = timm.create_model(backbone, num_classes=num_classes, **drops), WeightsOrigin("scratch")
+    else: model, origin = _make(backbone, num_classes, pretrained, weights, drops, log)
     model = with_head(model, num_classes, head)
     model.weights_origin = asdict(origin)
     if origin.sha256: decide(log, f"weights: {origin.source} {origin.path}, sha256 {origin.sha256[:12]}, {origin.share:.0%} of the network")

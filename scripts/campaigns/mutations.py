@@ -52,6 +52,19 @@ MUTATIONS: list[Mutation] = [
              "self._validate_views(ds_idx, dl)", "tests/test_gpu_path.py::test_training_may_use_tf32_and_validation_does_not"),
     Mutation("exact search in TF32", "pillsnap/models/retrieval.py", "with full_fp32(): got = [", "got = [",
              "tests/test_gpu_path.py::test_vectors_and_their_search_do_not_use_tf32"),
+    Mutation("a warm start copies the head's rows by number", "pillsnap/training/warmstart.py",
+             "source, target = [of.id(k) for k in shared], [to.id(k) for k in shared]",
+             "source = target = list(range(len(shared)))",
+             "tests/test_warm_start.py::test_rows_and_answers_of_the_shared_drugs_are_the_smaller_stages"),
+    Mutation("a warm start does not look at the photos that judge", "pillsnap/training/warmstart.py",
+             "if train is not None and (n := photos_in_common(train, data)):", "if False:",
+             "tests/test_warm_start.py::test_a_checkpoint_that_was_trained_on_judging_photos_is_refused"),
+    Mutation("a configuration lowers what a gate asks", "pillsnap/evaluation/gates.py",
+             "if target_accuracy is not None and target_accuracy < accuracy:", "if False:",
+             "tests/test_gates.py::test_a_configuration_makes_a_gate_stricter_and_never_laxer"),
+    Mutation("an export forgets the mode it was configured with", "pillsnap/deployment/export.py",
+             "return dict(mode=cfg.data.default_mode,", "return dict(mode=\"single\",",
+             "tests/test_export_compare.py::test_the_bundle_keeps_what_the_configuration_says_of_answering"),
 ]
 
 
