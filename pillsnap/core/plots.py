@@ -118,14 +118,42 @@ def drug_label(
     return kcode if name == kcode else f"{wrap_title(name, width, lines=1)}{between}{kcode}"
 
 # %% ../../nbs/07_core.plots.ipynb #7d95654f
-def _label(draw:ImageDraw.ImageDraw, xy:tuple[float,float], text:str, colour:str, px:int)->None:
-    "A word on a coloured ground, inside the photo."
-    font = ImageFont.truetype(str(font_path()), px)
-    l, t, r, b = draw.textbbox((0, 0), text, font=font)
-    w, h = r-l+px//2, b-t+px//2
-    x, y = max(0, min(xy[0], draw.im.size[0]-w-1)), max(0, xy[1]-h)
-    draw.rectangle((x, y, x+w, y+h), fill=colour)
-    draw.text((x+px//4-l, y+px//4-t), text, fill="white", font=font)
+def _overlap(a:tuple, b:tuple)->float:
+    "The area that two rectangles (left, top, right, bottom) share."
+    return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
+
+def _place(
+    size:tuple[int,int],     # of the label, pixels
+    box:tuple[float,...],    # the pill's, left to bottom
+    photo:tuple[int,int],    # width, height
+    taken:Sequence[tuple],   # labels that stand already
+    boxes:Sequence[tuple]    # of all pills
+)->tuple[float,...]: # left to bottom of the label
+    "Above, below or within the box: where the label covers no other label and as little of other boxes as can be."
+    (w, h), (x0, y0, x1, y1) = size, box
+    spots = [(x, y) for y in (y0 - h, y1, y0, y1 - h) for x in (x0, x1 - w)]
+    inside = [(max(0, min(x, photo[0] - w - 1)), max(0, min(y, photo[1] - h - 1))) for x, y in spots]
+    rects = [(x, y, x + w, y + h) for x, y in inside]
+    cost = lambda r: (sum(_overlap(r, t) for t in taken), sum(_overlap(r, b) for b in boxes if b is not box), _overlap(r, box))
+    return min(rects, key=cost)
+
+# %% ../../nbs/07_core.plots.ipynb #66a93a7f
+def _word(text:str, px:int, times:int=8)->Image.Image:
+    "A word's ink as a mask [grey], drawn larger and averaged down: Pillow hints small letters, and an 8 would look like a 0."
+    font = ImageFont.truetype(str(font_path()), px*times)
+    left, top, right, bottom = ImageDraw.Draw(Image.new("L", (1, 1))).textbbox((0, 0), text, font=font)
+    w, h = -(-(right - left)//times), -(-(bottom - top)//times)
+    ink = Image.new("L", (w*times, h*times))
+    ImageDraw.Draw(ink).text((-left, -top), text, fill=255, font=font)
+    return ink.resize((w, h), Image.Resampling.BOX)
+
+def _label(im:Image.Image, box:tuple, text:str, colour:str, px:int, taken:list, boxes:list)->None:
+    "A word on a coloured ground, inside the photo and beside the other words."
+    ink = _word(text, px)
+    rect = _place((ink.width + px//2, ink.height + px//2), box, im.size, taken, boxes)
+    taken.append(rect)
+    ImageDraw.Draw(im).rectangle(rect, fill=colour)
+    im.paste("white", (round(rect[0]) + px//4, round(rect[1]) + px//4), ink)
 
 # %% ../../nbs/07_core.plots.ipynb #b788a6da
 def draw_boxes(
@@ -138,10 +166,12 @@ def draw_boxes(
     im = Image.fromarray(np.ascontiguousarray(image)).convert("RGB"); draw = ImageDraw.Draw(im)
     boxes = np.asarray(xyxy, dtype=float).reshape(-1, 4)
     line, px = max(1, round(max(im.size)/240)), max(10, round(max(im.size)/30))
-    for i, (x0, y0, x1, y1) in enumerate(boxes):
-        c = colour if isinstance(colour, str) else colour[i]
-        draw.rectangle((min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1)), outline=c, width=line)
-        if labels is not None: _label(draw, (min(x0, x1), min(y0, y1)), str(labels[i]), c, px)
+    rects, taken = [(min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1)) for x0, y0, x1, y1 in boxes], []
+    colours = [colour]*len(rects) if isinstance(colour, str) else list(colour)
+    for rect, c in zip(rects, colours):
+        draw.rectangle(rect, outline=c, width=line)
+    for i, rect in enumerate(rects if labels is not None else []):
+        _label(im, rect, str(labels[i]), colours[i], px, taken, rects)
     return np.asarray(im).copy()
 
 # %% ../../nbs/07_core.plots.ipynb #9af1e1dd

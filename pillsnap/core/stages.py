@@ -25,7 +25,7 @@ from .config import Config, active_features, config_diff, load_config, resource_
 from .errors import PillsnapError
 from .files import FolderLock, ensure_dir, get_git_sha, read_json, save_json, save_text, sha256_file, sweep_partials, temp_dir
 from .log import DONE, FRAME, LiveLine, TBWriter, aside, build_logger
-from .record import hardware
+from .record import hardware, plain_number
 
 # %% ../../nbs/08_core.stages.ipynb #2aa8fa70
 SUBFOLDERS = ("logs", "tb", "reports", "checkpoints", "export", "notebooks", "hard_cases")
@@ -85,7 +85,7 @@ def markdown_table(
     "A GitHub table."
     if not rows: return ""
     cols = list(dict.fromkeys(k for r in rows for k in r))
-    cell = lambda v: "" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v).replace("|", "\\|").replace("\n", " ")
+    cell = lambda v: "" if v is None else plain_number(v) if isinstance(v, float) else str(v).replace("|", "\\|").replace("\n", " ")
     lines = ["| "+" | ".join(cols)+" |", "|"+"---|"*len(cols)]
     return "\n".join(lines+["| "+" | ".join(cell(r.get(c)) for c in cols)+" |" for r in rows])
 

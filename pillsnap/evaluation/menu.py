@@ -16,6 +16,7 @@ from typing import Any
 
 from ..core.errors import PillsnapError
 from ..core.files import canonical_json, read_json, save_json, sha256_text
+from ..core.record import plain_number
 from ..core.stages import somebody_looking
 from .advisor import Advice
 
@@ -144,7 +145,7 @@ def banner_html(
 # %% ../../nbs/45_evaluation.menu.ipynb #684ac28e
 def _value(v:float|None, unit:str)->str:
     "A figure with its unit, or a dash."
-    return "–" if v is None else f"{v:.3g} {unit}".strip()
+    return "–" if v is None else f"{plain_number(v, 3)} {unit}".strip()
 
 # %% ../../nbs/45_evaluation.menu.ipynb #eddd49b1
 def bars_html(
