@@ -27,7 +27,7 @@ def rec(v, n=300, prov=AIHUB): return prov.metric("m", v, n=n, seconds=60.)
 
 
 def on_protocol(ms):
-    return Latency("any", 95, 1, "fp16", 20, replace(rec(ms, 200), hardware="NVIDIA GeForce RTX 5080 16 GiB"))
+    return Latency("any", 95, 1, "fp16", 20, replace(rec(ms, 200), hardware="NVIDIA GeForce RTX 5080 16 GiB"), "torch cuda")
 
 
 def at_target(stage):

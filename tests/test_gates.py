@@ -19,7 +19,7 @@ def record(name, value, n=20_000, prov=AIHUB):
 
 
 def facts(acc=.95, p95=100., n=20_000, coverage=1., crashes=True, memory=True, base=None, prov=AIHUB, **change):
-    lat = Latency("single", 95, 1, "fp16", 20, replace(record("latency", p95, 200, prov), hardware=GPU))
+    lat = Latency("single", 95, 1, "fp16", 20, replace(record("latency", p95, 200, prov), hardware=GPU), "torch cuda")
     f = dict(accuracy=record("accuracy", acc, n, prov), latency_p95_ms=lat, n_eval_samples=record("n", n, n, prov), class_coverage=record("coverage", coverage, 50, prov),
              no_crashes=record("no_crashes", crashes, 4, prov), memory_stable=record("memory_stable", memory, 30, prov))
     if base is not None: f["baseline"] = record("accuracy", base, n, prov)

@@ -445,3 +445,128 @@ def test_colours_do_not_use_tf32(tf32_training, monkeypatch):
     monkeypatch.setattr(torch, "baddbmm", watched)
     build_transforms_classification(16)(pictures(2, 16), draws_of(2))
     assert seen == ["highest"]
+
+
+@pytest.mark.spec("RT2")
+def test_the_cosine_head_does_not_use_tf32_forwards_or_backwards(tf32_training, monkeypatch):
+    "As a GPU runs it: both products of the head, and the gradients of each."
+    import timm
+
+    from pillsnap.models import factory
+    seen, linear = [], nn.functional.linear
+    net = factory.CosineClassifier(timm.create_model("test_resnet", num_classes=7), 7, dim=16)
+    x = torch.rand(4, 3, 32, 32)
+    want = net.eval()(x)
+    watched = lambda *a: (seen.append(torch.get_float32_matmul_precision()), linear(*a))[1]
+    monkeypatch.setattr(factory.F, "linear", watched)
+    monkeypatch.setattr(factory, "linear_fp32", factory._linear_fp32)
+    got = net(x)
+    assert torch.equal(got, want) and seen == ["highest"]*2
+    got.sum().backward()
+    assert seen == ["highest"]*6 and torch.get_float32_matmul_precision() == "high"
+    assert net.directions.weight.grad.abs().sum() > 0 and net.neck[0].weight.grad.abs().sum() > 0
+
+
+@pytest.mark.spec("RT2")
+def test_a_gpu_takes_the_operator_and_a_cpu_the_plain_product(monkeypatch):
+    from pillsnap.models import factory
+    x, w = torch.rand(4, 5), torch.rand(3, 5)
+    calls, op = [], factory._linear_fp32
+    monkeypatch.setattr(factory, "_linear_fp32", lambda *a: (calls.append(1), op(*a))[1])
+    assert torch.equal(factory.linear_fp32(x, w), nn.functional.linear(x, w)) and not calls
+    with StandInGpu() as gpu:
+        got = factory.linear_fp32(gpu.put(x), gpu.put(w))
+    assert calls and not gpu.waits and torch.equal(gpu.get(got), nn.functional.linear(x, w))
+
+
+@pytest.mark.spec("X10")
+def test_the_evaluation_does_not_use_tf32(tf32_training):
+    from pillsnap.models.factory import TorchClassifier
+    net = Watched()
+    TorchClassifier(net, 2).logits(np.zeros((3, 4), np.float32))
+    assert {s[1:] for s in net.precisions} == {TRUE_FP32}
+
+
+# onnxruntime --------------------------------------------------------------------------------------------------------
+
+GPU_AND_CPU = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+
+class Session:
+    "onnxruntime's session, as far as providers go."
+
+    def __init__(self, model, options, providers):
+        self.providers = providers
+
+    def get_providers(self):
+        return self.providers
+
+
+@pytest.mark.spec("EX3")
+@pytest.mark.parametrize("device, asked", [("cuda", 1), ("auto", 1), ("cpu", 0)])
+def test_cudas_libraries_are_loaded_before_a_session_that_needs_them(device, asked, monkeypatch):
+    from pillsnap.deployment import predict as P
+    order = []
+    monkeypatch.setattr(P.ort, "get_available_providers", lambda: GPU_AND_CPU)
+    monkeypatch.setattr(P.ort, "preload_dlls", lambda: order.append("libraries"), raising=False)
+    monkeypatch.setattr(P.ort, "InferenceSession", lambda *a, **kw: (order.append("session"), Session(*a, **kw))[1])
+    session = P.open_session(b"", device)
+    assert order == ["libraries"]*asked + ["session"] and session.get_providers() == GPU_AND_CPU[1 - asked:]
+
+
+@pytest.fixture(scope="module")
+def small_onnx(tmp_path_factory) -> bytes:
+    "A classifier of five drugs at 32 pixels, exported."
+    import timm
+
+    from pillsnap.deployment.export import export_onnx
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("onnx")/"classifier.onnx"
+    export_onnx(timm.create_model("test_resnet", num_classes=5).eval(), 32, path)
+    return path.read_bytes()
+
+
+def test_a_float16_network_answers_as_the_float32_one_does(small_onnx):
+    from pillsnap.deployment.export import in_float16
+    from pillsnap.deployment.predict import OnnxClassifier
+    half = in_float16(small_onnx)
+    x = np.random.default_rng(0).standard_normal((4, 3, 32, 32)).astype(np.float32)
+    want, got = (OnnxClassifier(m, 32, "cpu").logits(x) for m in (small_onnx, half))
+    assert got.dtype == np.float32 and 0 < np.abs(got - want).max() < .02*np.abs(want).max()
+    assert len(half) < .6*len(small_onnx)
+
+
+@pytest.mark.spec("EV6")
+@pytest.mark.parametrize("there", [False, True])
+def test_the_export_is_timed_by_every_provider_and_says_by_which(there, small_onnx, monkeypatch):
+    "With and without CUDA in onnxruntime; the one that is played computes on the CPU and says that it is a GPU."
+    from pillsnap.core.record import Provenance, hardware
+    from pillsnap.deployment import export as E
+    from pillsnap.deployment import predict as P
+    from pillsnap.evaluation.latency import latency_table
+
+    class OnGpuAsItSays(P.OnnxClassifier):
+        provider = "CUDAExecutionProvider"
+        def __init__(self, model, size, device="cpu", **kw):
+            super().__init__(model, size, "cpu", **kw)
+
+    def bundle(runner):
+        entry = {"file": "classifier.onnx", "img_size": 32}
+        made = P.Bundle(None, {"classifier": entry}, ClassMap(["K-000001"]), runner(small_onnx, 32, "cpu"), None)
+        return made
+
+    monkeypatch.setattr(P.Bundle, "predict", lambda self, photo, mode: self.classifier.logits(np.zeros((1, 3, 32, 32))))
+    monkeypatch.setattr(E.ort, "get_available_providers", lambda: GPU_AND_CPU if there else GPU_AND_CPU[1:])
+    monkeypatch.setattr(E, "load_bundle", lambda folder, **kw: bundle(OnGpuAsItSays))
+    monkeypatch.setattr(E, "checked_bytes", lambda folder, entry: small_onnx)
+    monkeypatch.setattr(E, "OnnxClassifier", OnGpuAsItSays)
+    monkeypatch.setattr("pillsnap.core.record._gpu", lambda: "NVIDIA GeForce RTX 5080 16 GiB")
+    run = SimpleNamespace(evaluation=SimpleNamespace(latency_warmup=20, latency_runs=200))
+    rows, ms = E.time_bundle(bundle(P.OnnxClassifier), None, Provenance("synthetic", "0"*64, "1"*64), run)
+    found = [(r.provider, r.precision, r.metric.hardware) for r in rows if r.percentile == 95]
+    on_cpu = [("CPUExecutionProvider", "fp32", hardware(gpu=False))]
+    on_gpu = [("CUDAExecutionProvider", p, hardware()) for p in ("fp32", "fp16")]
+    assert "RTX" not in found[0][2] and found == on_cpu + (on_gpu if there else [])
+    assert list(ms) == ["onnx_single", "onnx_single, GPU fp32", "onnx_single, GPU fp16"][:len(found)]
+    verdicts = {(t["provider"], t["verdict"]) for t in latency_table(rows) if t["scope"] == "onnx_single"}
+    assert verdicts == {("CUDAExecutionProvider", "met") if there else ("CPUExecutionProvider", "NOT_COMPARABLE")}

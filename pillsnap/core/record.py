@@ -50,9 +50,11 @@ def _gpu()->str:
 @cache
 def _cpu_and_ram()->str: return f"{_cpu()}, {_ram()}"
 
-def hardware()->str: # "8× AMD Ryzen 7 9700X, 125 GiB, NVIDIA GeForce RTX 5080 16 GiB"
+def hardware(
+    gpu:bool=True # False: of a figure that the CPU alone made
+)->str: # "8× AMD Ryzen 7 9700X, 125 GiB, NVIDIA GeForce RTX 5080 16 GiB"
     "The machine in one line, without importing torch."
-    return f"{_cpu_and_ram()}, {_gpu()}"
+    return f"{_cpu_and_ram()}, {_gpu()}" if gpu else _cpu_and_ram()
 
 # %% ../../nbs/03_core.record.ipynb #31474585
 HOW = ("measured", "estimated", "declared")

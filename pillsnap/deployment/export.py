@@ -7,12 +7,12 @@ __all__ = ['LIMITS', 'Boxes', 'FAINT', 'export_onnx', 'open_axes', 'RawHead', 'l
            'judge_boxes', 'Photo', 'photo_order', 'open_photos', 'Comparison', 'compare_classifiers', 'detector_input',
            'raw_difference', 'compare_detectors', 'livened', 'plot_logits', 'plot_both', 'plot_latency', 'drug_records',
            'calibration', 'checkpoint', 'Written', 'write_classifier', 'write_detector', 'metrics_of', 'verdict',
-           'time_bundle', 'ExportJob', 'answering']
+           'in_float16', 'float16_bundle', 'timed_bundles', 'time_bundle', 'ExportJob', 'answering']
 
 # %% ../../nbs/52_deployment.export.ipynb #dbd8f063
 import copy, hashlib, json, math, os, shlex, time, warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 # %% ../../nbs/52_deployment.export.ipynb #32e5954b
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pandas as pd
 import torch
 from fastcore.basics import patch
@@ -37,9 +38,9 @@ from ..data.boxes import iou_matrix, letterbox, xywh_to_xyxy
 from ..data.classmap import ClassMap
 from ..data.images import crop_view, normalise, open_image_safely, whole_view
 from ..data.splits import StageData, load_stage
-from .predict import Bundle, OnnxClassifier, OnnxDetector, load_bundle, model_entry, write_bundle
+from .predict import Bundle, OnnxClassifier, OnnxDetector, checked_bytes, load_bundle, model_entry, write_bundle
 from ..evaluation.evaluation import judge
-from ..evaluation.latency import Latency, measure_latency, protocol_gap
+from ..evaluation.latency import Latency, measure_latency, on_gpu, protocol_gap
 from ..models.factory import TorchClassifier, load_classifier
 from ..models.metrics import detection_ap, match_boxes
 from ..models.pipeline import detect, softmax
@@ -480,18 +481,55 @@ def verdict(
     text = f"ONNX against torch: the classifier {said[cls.passed]}"+few(cls, asked[0])
     return text+(f", the detector {said[det.passed]}"+few(det, asked[1]) if det else ", no detector")
 
+# %% ../../nbs/52_deployment.export.ipynb #90dc8827
+def in_float16(
+    model:bytes # an ONNX file's content
+)->bytes:       # float16 inside, float32 at both ends
+    "The same network in half the precision."
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+    return convert_float_to_float16(onnx.load_from_string(model), keep_io_types=True).SerializeToString()
+
+def float16_bundle(
+    bundle:Bundle # on a GPU
+)->Bundle:        # the same drugs and thresholds
+    "A bundle whose networks compute in float16."
+    def half(runner:Any, entry:Mapping[str,Any])->Any:
+        return runner(in_float16(checked_bytes(bundle.folder, entry)), int(entry["img_size"]), "cuda", where=entry["file"])
+    detector = bundle.detector and half(OnnxDetector, bundle.meta["detector"])
+    return replace(bundle, classifier=half(OnnxClassifier, bundle.meta["classifier"]), detector=detector)
+
+# %% ../../nbs/52_deployment.export.ipynb #ad714e6e
+def timed_bundles(
+    bundle:Bundle,  # on the CPU
+    log:Any=None    # where it is said that one is left out
+)->list[tuple[Bundle,str]]: # with the precision of each
+    "The bundle on the CPU, and on a GPU in float32 and float16 where onnxruntime can use one."
+    out = [(bundle, "fp32")]
+    if "CUDAExecutionProvider" not in ort.get_available_providers(): return out
+    there = load_bundle(bundle.folder, device="cuda", lazy_load_detector=False, log=log)
+    if not on_gpu(there.classifier.provider): return out   # it did not start, which is said
+    out.append((there, "fp32"))
+    try: out.append((float16_bundle(there), "fp16"))
+    except Exception as e: decide(log, f"latency: float16 is not timed, {(str(e) or type(e).__name__).splitlines()[0]}")
+    return out
+
 # %% ../../nbs/52_deployment.export.ipynb #4277a4fe
 def time_bundle(
     bundle:Bundle,      # the export
     photo:Path,         # one photo, from its file
     prov:Provenance,    # data and class map
-    cfg:Config          # its evaluation block
+    cfg:Config,         # its evaluation block
+    log:Any=None        # where it is said what could not be timed
 )->tuple[list[Latency],dict[str,np.ndarray]]: # latency records, and the timings by scope
-    "From the photo's file to the answer, by the protocol (SPEC EV6)."
-    rows, ms = [], {}
-    for mode in ("single", "combo") if bundle.detector else ("single",):
-        found, ms[f"onnx_{mode}"] = measure_latency(lambda: bundle.predict(photo, mode), f"onnx_{mode}", prov, cfg.evaluation.latency_warmup, cfg.evaluation.latency_runs)
-        rows += found
+    "From the photo's file to the answer, by the protocol, on everything that can compute it (SPEC EV6)."
+    rows, ms, e = [], {}, cfg.evaluation
+    for b, precision in timed_bundles(bundle, log):
+        provider = b.classifier.provider
+        for mode in ("single", "combo") if b.detector else ("single",):
+            call = lambda: b.predict(photo, mode)
+            found, t = measure_latency(call, f"onnx_{mode}", prov, e.latency_warmup, e.latency_runs, precision, provider=provider)
+            ms[f"onnx_{mode}" + (f", GPU {precision}" if on_gpu(provider) else "")] = t
+            rows += found
     return rows, ms
 
 # %% ../../nbs/52_deployment.export.ipynb #0b02d6c8
@@ -572,12 +610,12 @@ def work(self:ExportJob, run:RunFolder, cfg:Config)->StageResult:
 def _finish_export(job:ExportJob, run:RunFolder, cfg:Config, stage:StageData, prov:Provenance, bundle:Bundle, facts:dict, figures:list[Path])->StageResult:
     "Time the bundle, write the report, hand back what was found."
     photo = next(open_photos(photo_order(stage, "combo" if bundle.detector else "single", cfg.train.seed), 1)).path
-    latency, ms = time_bundle(bundle, photo, prov, cfg)
-    figures.append(save_fig(plot_latency(ms, latency[0].metric.hardware), run.sub("reports")/"export_latency.png"))
+    latency, ms = time_bundle(bundle, photo, prov, cfg, run.log)
+    figures.append(save_fig(plot_latency(ms, latency[-1].metric.hardware), run.sub("reports")/"export_latency.png"))
     report = save_json({**facts, "latency": [r.to_dict() for r in latency], "bundle": bundle.meta["digest"], "timed_photo": str(photo), "temperature": bundle.meta["temperature"], "calibrated": bundle.meta["calibrated"]}, run.sub("reports")/"export.json")
     if (run.root/"reports"/"evaluation.json").is_file(): judge(run.root, cfg)   # stage 1 asks for a proven conversion, which nobody could show before now
     sizes = [f"{m}.onnx {(bundle.folder/f'{m}.onnx').stat().st_size/1e6:.1f} MB, opset {e['opset']}" for m,e in facts["models"].items()]
-    notes = [*sizes, *[f"{r.scope}: p{r.percentile} {r.metric.value:.1f} ms" + (f", NOT_COMPARABLE: {gap[0]}" if (gap := protocol_gap(r)) else "") for r in latency]]
+    notes = [*sizes, *[f"{r.scope} ({r.provider}, {r.precision}): p{r.percentile} {r.metric.value:.1f} ms" + (f", NOT_COMPARABLE: {gap[0]}" if (gap := protocol_gap(r)) else "") for r in latency]]
     if job.run_dir: notes.append("try it: "+shlex.join(["pillsnap", "predict", os.path.relpath(photo), "--mode", "combo" if bundle.detector else "single", "--run", os.path.relpath(run.root)]))
     if facts["skipped_photos"]: notes.append(f"{len(facts['skipped_photos'])} photos could not be read, the first: {facts['skipped_photos'][0]}")
     outputs = [bundle.folder/"bundle.json", *(bundle.folder/f"{m}.onnx" for m in facts["models"]), report, *figures]

@@ -54,6 +54,7 @@ def open_session(
     wanted, reason = choose_providers(device, ort.get_available_providers())
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
+    if "CUDAExecutionProvider" in wanted and hasattr(ort, "preload_dlls"): ort.preload_dlls()   # finds CUDA's libraries where pip has put them
     try: session = ort.InferenceSession(model, options, providers=wanted)
     except Exception as e:
         raise PillsnapError(f"onnxruntime cannot open this model: {str(e).splitlines()[0]}", where=where, fix="export it again: pillsnap run all --from export") from e
@@ -75,6 +76,11 @@ class OnnxModel:
     ):
         self.size, self.session = size, open_session(model, device, threads, where, log)
         self._in, self._out = self.session.get_inputs()[0].name, self.session.get_outputs()[0].name
+
+    @property
+    def provider(self)->str:
+        "What computes, in onnxruntime's words."
+        return self.session.get_providers()[0]
 
     def __call__(self, x:np.ndarray)->np.ndarray:
         "The output for a batch."

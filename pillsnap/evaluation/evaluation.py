@@ -373,11 +373,13 @@ def measure_scopes(
     device:Any              # where the networks compute
 )->tuple[list[Latency],dict[str,np.ndarray]]:
     "Time every scope by the protocol (SPEC EV6, X10)."
-    half, rows, ms = getattr(device, "type", "cpu") == "cuda", [], {}
+    kind, rows, ms = getattr(device, "type", "cpu"), [], {}
+    half = kind == "cuda"
     with torch.autocast("cuda", torch.float16, enabled=half), show_progress(total=len(calls), desc="latency", unit="scopes") as bar:
         for scope, call in calls.items():
             bar.note(scope)   # drawn between two measurements, never within one
-            r, ms[scope] = measure_latency(call, scope, prov, cfg.evaluation.latency_warmup, cfg.evaluation.latency_runs, "fp16" if half else "fp32")
+            r, ms[scope] = measure_latency(call, scope, prov, cfg.evaluation.latency_warmup, cfg.evaluation.latency_runs,
+                "fp16" if half else "fp32", provider=f"torch {kind}")
             rows += r
             bar.update()
     return rows, ms

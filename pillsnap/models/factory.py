@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_backbone', 'offline', 'weights_source', 'RemoteWeights', 'remote_weights', 'ask_size', 'fetch_weights',
-           'share_from', 'load_weights', 'CosineClassifier', 'with_head', 'WeightsOrigin', 'dropouts',
+           'share_from', 'load_weights', 'linear_fp32', 'CosineClassifier', 'with_head', 'WeightsOrigin', 'dropouts',
            'build_classification_model', 'load_classifier', 'fresh_classifier_checkpoint', 'TorchClassifier']
 
 # %% ../../nbs/20_models.factory.ipynb #a81aaf8f
@@ -23,6 +23,7 @@ from torch import nn
 
 # %% ../../nbs/20_models.factory.ipynb #6050a4cd
 from ..core.checkpoint import load_ckpt, save_ckpt
+from ..core.device import full_fp32
 from ..core.errors import PillsnapError
 from ..core.files import sha256_file
 from ..core.log import decide
@@ -129,6 +130,29 @@ def load_weights(
     if share < .5: raise PillsnapError(f"only {share:.0%} of {backbone} comes from this file: it holds another network's weights", where=path, fix=f"use a file made for {backbone}")
     return model, share
 
+# %% ../../nbs/20_models.factory.ipynb #2b8405bd
+@torch.library.custom_op("pillsnap::linear_fp32", mutates_args=())
+def _linear_fp32(x:torch.Tensor, weight:torch.Tensor)->torch.Tensor:
+    with full_fp32(): return F.linear(x, weight)
+
+@_linear_fp32.register_fake
+def _(x:torch.Tensor, weight:torch.Tensor)->torch.Tensor: return x.new_empty(*x.shape[:-1], len(weight))
+
+def _keep(ctx:Any, inputs:tuple, output:torch.Tensor)->None: ctx.save_for_backward(*inputs)
+
+def _gradients(ctx:Any, g:torch.Tensor)->tuple[torch.Tensor,torch.Tensor]:
+    x, weight = ctx.saved_tensors
+    return _linear_fp32(g, weight.T), _linear_fp32(g.T, x.T)
+
+_linear_fp32.register_autograd(_gradients, setup_context=_keep)
+
+def linear_fp32(
+    x:torch.Tensor,     # float32 [N, D]
+    weight:torch.Tensor # float32 [C, D]
+)->torch.Tensor:        # float32 [N, C]
+    "F.linear without TF32, gradients too."
+    return F.linear(x, weight) if x.device.type == "cpu" else _linear_fp32(x, weight)
+
 # %% ../../nbs/20_models.factory.ipynb #4e2014cb
 class CosineClassifier(nn.Module):
     "A timm network that answers with scaled cosines, and gives the vector behind them (SPEC RT1, RT2)."
@@ -147,11 +171,12 @@ class CosineClassifier(nn.Module):
 
     def embed(self, x:torch.Tensor)->torch.Tensor: # float32 [N, dim], before normalisation
         features = self.backbone(x)
-        with torch.autocast(features.device.type, enabled=False): return self.neck(features.float())
+        with torch.autocast(features.device.type, enabled=False): return self.neck[1](linear_fp32(features.float(), self.neck[0].weight))
 
     def forward(self, x:torch.Tensor)->torch.Tensor: # float32 [N, C]: scale x cosine
         e = self.embed(x)
-        with torch.autocast(e.device.type, enabled=False): return self.cosine_scale * F.linear(F.normalize(e), F.normalize(self.directions.weight.float()))
+        with torch.autocast(e.device.type, enabled=False):
+            return self.cosine_scale * linear_fp32(F.normalize(e), F.normalize(self.directions.weight.float()))
 
     def get_classifier(self)->nn.Module: return nn.ModuleList([self.neck, self.directions])   # as timm's networks have it
     def set_grad_checkpointing(self, enable:bool=True)->None: self.backbone.set_grad_checkpointing(enable)
@@ -291,5 +316,6 @@ class TorchClassifier:
     )->np.ndarray:   # float32 [N, C]
         "Scores before the softmax, in float32."
         device = next(self.model.parameters()).device
-        parts = [self.model(torch.from_numpy(np.ascontiguousarray(p)).to(device)).float().cpu().numpy() for p in np.array_split(x, max(1, -(-len(x)//self.batch)))]
+        parts = [torch.from_numpy(np.ascontiguousarray(p)) for p in np.array_split(x, max(1, -(-len(x)//self.batch)))]
+        with full_fp32(): parts = [self.model(p.to(device)).float().cpu().numpy() for p in parts]
         return np.concatenate(parts)

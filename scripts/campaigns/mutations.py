@@ -65,6 +65,12 @@ MUTATIONS: list[Mutation] = [
     Mutation("an export forgets the mode it was configured with", "pillsnap/deployment/export.py",
              "return dict(mode=cfg.data.default_mode,", "return dict(mode=\"single\",",
              "tests/test_export_compare.py::test_the_bundle_keeps_what_the_configuration_says_of_answering"),
+    Mutation("a CPU's latency under the GPU's name", "pillsnap/evaluation/latency.py", "hardware=hardware(on_gpu(provider))", "hardware=hardware()",
+             "tests/test_gpu_path.py::test_the_export_is_timed_by_every_provider_and_says_by_which"),
+    Mutation("the cosine head in TF32", "pillsnap/models/factory.py", "with full_fp32(): return F.linear(x, weight)", "return F.linear(x, weight)",
+             "tests/test_gpu_path.py::test_the_cosine_head_does_not_use_tf32_forwards_or_backwards"),
+    Mutation("onnxruntime looks for CUDA by itself", "pillsnap/deployment/predict.py", "ort.preload_dlls()   #", "pass   #",
+             "tests/test_gpu_path.py::test_cudas_libraries_are_loaded_before_a_session_that_needs_them"),
 ]
 
 
