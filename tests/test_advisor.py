@@ -40,7 +40,7 @@ def checked(stage): return {c: Check(True, evidence="reports/x.json") for c in A
 
 
 WANT = {
-    1: (dict(detection_map50=.30, detection_ms=50, accuracy=.40, classification_ms=10, gpu_memory_gb=14, loading_s=2), (),
+    1: (dict(detection_map50=.30, detection_ms=50, accuracy=.40, classification_ms=10, gpu_memory_gb=14, data_loading_s=2), (),
         ("pipeline_complete", "detection_model_loading", "classification_model_loading", "onnx_conversion_success")),
     2: (dict(detection_map50=.50, detection_map=.35, detection_precision=.45, detection_recall=.40, accuracy=.60, macro_f1=.55, top5=.80, batch_size=8, throughput=100,
              class_imbalance_ratio=10, convergence_stability=.1, memory_efficiency=1.5), ("class_imbalance_ratio", "convergence_stability", "memory_efficiency"),
@@ -51,7 +51,7 @@ WANT = {
     4: (dict(detection_map50=.85, detection_map=.65, detection_recall=.90, detection_precision=.85, accuracy=.92, macro_f1=.88, top5=.98, per_class_min_accuracy=.85,
              inference_ms=30, throughput=200, api_uptime=.999), ("api_uptime",), ("full_dataset_processing", "production_api_deployment", "cloudflare_tunnel_setup", "automated_monitoring")),
 }
-LOWER = {"detection_ms", "classification_ms", "gpu_memory_gb", "loading_s", "class_imbalance_ratio", "convergence_stability", "memory_efficiency", "api_response_time", "inference_ms"}
+LOWER = {"detection_ms", "classification_ms", "gpu_memory_gb", "data_loading_s", "class_imbalance_ratio", "convergence_stability", "memory_efficiency", "api_response_time", "inference_ms"}
 
 
 @pytest.mark.spec("SG2", "SG3", "SG4", "SG5")
@@ -130,34 +130,67 @@ def test_latency_off_the_protocols_hardware_scores_nothing():
     assert bars["detection_ms"].verdict == bars["classification_ms"].verdict == "NOT_COMPARABLE" and performance_score(list(bars.values())) == pytest.approx(4 / 6)
 
 
+FAR, MISSED = {"detection_map50": rec(.2)}, {"accuracy": rec(.35)}
+
+
 @pytest.mark.spec("SG6")
 @pytest.mark.parametrize("facts, override", [
     (dict(oom_events=1), "train.classification.batch_size=32"), (dict(vram_share=.91), "train.classification.channels_last=false"), (dict(gpu_memory_gb=14.1), "train.detection.batch_size=8"),
-    (dict(plateau=True), "train.classification.lr=2e-05"), (dict(val_drop=True), "train.classification.early_stopping.patience=10"), (dict(loading_s=3.1), "inference.lazy_load_detector=true"),
+    (dict(plateau=True), "train.classification.lr=2e-05"), (dict(val_drop=True), "train.classification.early_stopping.patience=10"), (dict(data_loading_s=3.1, cpus=12), "dataloader.num_workers=12"), (dict(data_loading_s=3.1, settings={"dataloader.num_workers": 8}), "dataloader.ram_optimization.cache_policy=lmdb"),
     (dict(metrics=dict(detection_map50=rec(.239))), "train.detection.epochs=100"), (dict(metrics=dict(accuracy=rec(.319))), "train.classification.epochs=60"),
-    (dict(oom_events=1, settings={"train.classification.batch_size": 6}), "train.classification.batch_size=3")])
+    (dict(oom_events=1, settings={"train.classification.batch_size": 6}), "train.classification.batch_size=3"),
+    (dict(detector_plateau=True, metrics=FAR), "train.detection.lr=0.005"), (dict(detector_plateau=True, metrics=FAR, settings={"train.detection.lr": .002}), "train.detection.lr=0.001"),
+    (dict(detector_overfit=True, metrics=FAR), "data.augment.detection.mosaic=1.0"), (dict(overfit=True, metrics=MISSED), "train.classification.drop_rate=0.2"),
+    (dict(overfit=True, metrics=MISSED, settings={"train.classification.drop_rate": .5, "train.classification.label_smoothing": 0.}), "train.classification.label_smoothing=0.1"),
+    (dict(metrics=MISSED | {"class_imbalance_ratio": rec(10.5)}), "data.imbalance.use_class_weights=false data.imbalance.use_weighted_sampler=true")])
 def test_each_rule_and_its_override(facts, override):
     s = generate_optimization_suggestions(1, Facts(**facts))
-    assert [x.override for x in s] == [override]
-    key, _, value = override.partition("=")
-    node = load_config("two_stage", [override]).to_dict()
-    for part in key.split("."): node = node[part]
-    assert str(node).lower() == value.lower() or float(node) == float(value)
+    assert override in [x.override for x in s] and all(x.rule in ("detector_far", "classifier_near", "keep_decoded", "more_workers") for x in s if x.override != override)
+    tree = load_config("two_stage", override.split()).to_dict()
+    for key, value in (o.split("=") for o in override.split()):
+        node = tree
+        for part in key.split("."): node = node[part]
+        assert str(node).lower() == value.lower() or float(node) == float(value)
 
 
 @pytest.mark.spec("SG6")
-@pytest.mark.parametrize("quiet", [dict(oom_events=1, settings={"train.classification.batch_size": 1}), dict(loading_s=9., settings={"inference.lazy_load_detector": True}), dict(oom_events=0), dict(vram_share=.90), dict(gpu_memory_gb=14.), dict(plateau=False), dict(val_drop=False), dict(loading_s=3.), {}])
+@pytest.mark.parametrize("quiet", [dict(oom_events=1, settings={"train.classification.batch_size": 1}), dict(data_loading_s=9., cpus=4, settings={"dataloader.num_workers": 4, "pack.enabled": True}), dict(data_loading_s=9., cpus=4, settings={"dataloader.num_workers": 4, "dataloader.ram_optimization.cache_policy": "hotset"}), dict(oom_events=0), dict(vram_share=.90), dict(gpu_memory_gb=14.), dict(plateau=False), dict(val_drop=False), dict(data_loading_s=3., cpus=16, settings={"dataloader.num_workers": 1}), dict(overfit=True, detector_plateau=True, detector_overfit=True), dict(metrics={"class_imbalance_ratio": rec(269.)}), dict(overfit=False, metrics={"accuracy": rec(.4), "class_imbalance_ratio": rec(269.)}), {}])
 def test_no_rule_fires_at_its_limit(quiet):
     assert generate_optimization_suggestions(1, Facts(**quiet)) == []
 
 
 @pytest.mark.spec("SG6")
 def test_at_most_three_are_shown_and_thresholds_can_be_set():
-    f = Facts(dict(detection_map50=rec(.1), accuracy=rec(.1)), oom_events=2, vram_share=.99, gpu_memory_gb=15., plateau=True, val_drop=True, loading_s=9.)
-    assert len(generate_optimization_suggestions(1, f)) == 8 and [s.rule for s in evaluate_and_recommend(1, f).suggestions] == ["repeated_oom", "vram_above_90", "gpu_above_14_gb"]
+    f = Facts(dict(detection_map50=rec(.1), accuracy=rec(.1)), oom_events=2, vram_share=.99, gpu_memory_gb=15., plateau=True, val_drop=True, data_loading_s=9., cpus=16)
+    assert len(generate_optimization_suggestions(1, f)) == 9 and [s.rule for s in evaluate_and_recommend(1, f).suggestions] == ["repeated_oom", "vram_above_90", "gpu_above_14_gb"]
     assert A.THRESHOLDS == (1.0, .7, .5) and A.OOM_LIMIT == 5 and A.CORRUPTION_LIMIT == .01 and A.MAX_SUGGESTIONS == 3
     f = Facts({"accuracy": rec(.9, prov=SYN), "detection_map50": rec(.9, prov=SYN), "class_coverage": rec(.4, prov=SYN)}, checked(0))
     assert OptimizationAdvisor().evaluate(0, f).reason == "sufficient_performance" and OptimizationAdvisor((1., .9, .85)).evaluate(0, f).reason == "performance_too_low"
+
+
+@pytest.mark.spec("SG6")
+@pytest.mark.parametrize("stage", ADVISOR_TARGETS)
+def test_what_a_family_cannot_have_is_listed_and_costs_nothing(stage):
+    "A family without a detector reaches PROCEED; a detector target that applies and is missing still costs its bar."
+    why, m = "this family has no detector", at_target(stage)
+    gone = {k: why for k in [*m, *ADVISOR_TARGETS[stage].checks] if k.startswith("detection_")}
+    left = {k: v for k, v in m.items() if k not in gone}, {k: v for k, v in checked(stage).items() if k not in gone}
+    a = evaluate_and_recommend(stage, Facts(*left, not_applicable=gone))
+    assert (a.recommendation, a.reason, a.performance_score) == ("RECOMMEND_PROCEED", "all_targets_met", 1.) and a.does_not_apply == gone and not set(gone) & {b.name for b in a.bars}
+    b = evaluate_and_recommend(stage, Facts(*left))
+    assert b.performance_score < 1 and set(b.not_measured) == {k for k in gone if k in m} and not b.does_not_apply
+
+
+@pytest.mark.spec("SG5", "SG6")
+def test_what_was_not_measured_is_named_with_its_reason_beside_the_score():
+    m = {k: v for k, v in at_target(2).items() if k not in ("batch_size", "memory_efficiency")} | {"macro_f1": replace(rec(.9), value=None, n=0, note="no photo")}
+    a = evaluate_and_recommend(2, Facts(m, checked(2)))
+    assert set(a.not_measured) == {"batch_size", "macro_f1"} and "batch_size, macro_f1" in a.message.replace("macro_f1, batch_size", "batch_size, macro_f1") and "2 of 9" in a.message
+    assert set(a.unmeasured) == {"batch_size", "macro_f1", "memory_efficiency"} and "no photo" in a.unmeasured["macro_f1"] and all(a.unmeasured.values())
+    checks = checked(2) | {"auto_batch_tuning_success": Check(None, note="the search needs a GPU"), "tensorboard_logging": Check(False, evidence="tb", note="no curve")}
+    a = evaluate_and_recommend(2, Facts(m, checks))
+    assert a.checks["auto_batch_tuning_success"] == "not measured: the search needs a GPU" and a.checks["tensorboard_logging"] == "failed: tb; no curve" and a.checks["class_balance_verification"].startswith("passed: ")
+    assert "auto_batch_tuning_success (not measured: the search needs a GPU)" in a.message and "class_balance_verification" not in a.message
 
 
 def test_the_advisor_changes_nothing():

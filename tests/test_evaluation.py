@@ -9,16 +9,19 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.files import read_json, save_json
 from pillsnap.core.record import Metric, Provenance
 from pillsnap.core.stages import RunFolder, record_path
 from pillsnap.data.classmap import ClassMap
+from pillsnap.data.splits import load_stage
 from pillsnap.evaluation import checks as K
 from pillsnap.evaluation import evaluation as E
+from pillsnap.evaluation.advisor import ADVISOR_TARGETS, evaluate_and_recommend
 from pillsnap.evaluation.ledger import read_ledger
 from pillsnap.evaluation.gates import simple_stage_evaluation
-from pillsnap.evaluation.menu import read_advice
+from pillsnap.evaluation.menu import advisor_word, read_advice
 from pillsnap.models.metrics import detection_ap
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -117,7 +120,7 @@ def test_the_scorecard_holds_both_columns_and_the_label(made):
     assert rows["leak_gap"]["how"] == "NOT_MEASURED"
     assert all(r["how"] == "measured" and r["data"] == "synthetic" and r["n"] for r in card["rows"] if r["value"] is not None)
     assert card["run_id"] == read_json(root / "run.json")["run_id"] and card["run_id"] in text
-    for part in (card["advice"]["recommendation"], "no choice", "NOT_COMPARABLE"): assert part in text
+    for part in (advisor_word(card["advice"], card["gate"]), "no choice", "NOT_COMPARABLE"): assert part in text
     assert str(rows["accuracy"]["value"]) in text and report["verdict"].startswith(card["gate"]["status"])
 
 
@@ -216,16 +219,121 @@ def test_memory_flat_leaking_and_unknown():
 
 @pytest.mark.spec("SG5")
 def test_checks_carry_their_evidence(copy):
-    doc = read_json(copy / "reports/evaluation.json")
-    c = K.found_checks(copy, doc)
-    assert c["classification_model_loading"].counts and c["detection_model_loading"].counts and not c["pipeline_complete"].counts and "onnx_conversion_success" not in c
+    doc, cfg = read_json(copy / "reports/evaluation.json"), load_config("smoke")
+    found = lambda: K.found_checks(copy, doc, cfg)
+    c = found()
+    assert c["classification_model_loading"].counts and c["detection_model_loading"].counts and not c["pipeline_complete"].counts and not c["onnx_conversion_success"].counts and c["onnx_conversion_success"].note
     sha = doc["inputs"]["checkpoints/classifier/best.pt"]
     for passed, checkpoint, want in ((True, sha, True), (False, sha, False), (None, sha, False), (True, "0" * 64, False)):
         save_json({"passed": passed, "models": {"classifier": {"checkpoint": checkpoint}}}, copy / "reports/export.json")
-        assert K.found_checks(copy, doc)["onnx_conversion_success"].counts == want
+        assert found()["onnx_conversion_success"].counts == want
     for s in E.BEFORE: save_json(dict(status="finished", seconds=3., settings={}), record_path(copy, s))
-    assert K.found_checks(copy, doc)["pipeline_complete"].counts
-    K.declare_check(copy, "automated_monitoring", by="kim"); assert K.found_checks(copy, doc)["automated_monitoring"].counts
+    assert found()["pipeline_complete"].counts
+    record_path(copy, "detector").unlink()
+    assert not found()["pipeline_complete"].counts and K.found_checks(copy, doc, load_config("smoke", ["project.active_feature_set=mvp"]))["pipeline_complete"].counts
+    K.declare_check(copy, "automated_monitoring", by="kim"); assert found()["automated_monitoring"].counts
+
+
+@pytest.mark.spec("SG3", "SG4", "SG5")
+def test_every_mandatory_check_is_measured_declared_or_says_why_not(copy):
+    doc, cfg = read_json(copy / "reports/evaluation.json"), load_config("smoke")
+    c = K.found_checks(copy, doc, cfg)
+    assert set(c) == {n for s in ADVISOR_TARGETS.values() for n in s.checks}
+    assert all((x.evidence and (copy / x.evidence).exists()) if x.passed is not None else x.note for x in c.values())
+    assert c["multi_batch_processing"].counts, "32 photos at once were answered as one by one"
+    for name in ("auto_batch_tuning_success", "tensorboard_logging", "stability_test_pass", "memory_leak_test", "full_dataset_processing", "production_api_deployment"): assert c[name].passed is None, name
+
+
+@pytest.mark.spec("SG3")
+@pytest.mark.parametrize("ratio, passed", [(1., True), (10., True), (10.01, False), (269., False), (None, None)])
+def test_class_balance_is_judged_by_its_ratio(copy, ratio, passed):
+    doc = read_json(copy / "reports/evaluation.json")
+    m = Metric.from_dict(doc["metrics"]["class_imbalance_ratio"])
+    doc["metrics"]["class_imbalance_ratio"] = replace(m, value=ratio, seconds=1.).to_dict()
+    assert K.found_checks(copy, doc, load_config("smoke"))["class_balance_verification"].passed is passed
+
+
+@pytest.mark.spec("SG3", "SG4")
+def test_tensorboards_files_are_read_and_not_only_there(copy):
+    from pillsnap.core.log import TBWriter
+    check = lambda: K.tensorboard_checks(copy)
+    TBWriter(copy / "tb/evaluation").add_scalar("eval/x", 1., 0)
+    assert check()["tensorboard_logging"].passed is None
+    tb = TBWriter(copy / "tb/classifier"); tb.add_scalar("train/loss", 1., 1); tb.close()
+    assert check()["tensorboard_logging"].passed is False and check()["auto_batch_tuning_success"].passed is None
+    tb = TBWriter(copy / "tb/classifier"); tb.add_scalar("val/loss", 1., 1); tb.add_scalar("perf/auto_batch_found", 32., 0); tb.close()
+    assert check()["tensorboard_logging"].counts and check()["auto_batch_tuning_success"].counts and (copy / check()["auto_batch_tuning_success"].evidence).is_file()
+
+
+@pytest.mark.spec("SG5")
+def test_the_full_data_set_is_counted(copy):
+    assert K.full_dataset_check(copy).passed is None
+    shutil.copytree(copy / "artifacts/stage0", copy / "artifacts/stage4")
+    head, table = read_json(copy / "artifacts/stage4/splits.json"), pd.read_csv(copy / "manifest.csv", dtype=str, keep_default_na=False)
+    left_out = K.full_dataset_check(copy)
+    used = {p for n in ("train", "val", "pool") for p in pd.read_csv(copy / f"artifacts/stage4/manifest_{n}.csv")["path"]} | set(table.loc[table["group_id"].isin(pd.read_csv(copy / "artifacts/test_known.csv")["group_id"]), "path"])
+    assert left_out.passed is False and head["classes"] == table.loc[table["kind"] == "single", "class_key"].nunique()
+    table[table["path"].isin(used)].to_csv(copy / "manifest.csv", index=False)
+    assert K.full_dataset_check(copy).counts
+
+
+@pytest.mark.spec("SG2")
+def test_data_loading_is_the_wait_for_the_first_batch(copy):
+    cfg = load_config("smoke", [f"paths.exp_dir={copy}"])
+    m = K.data_loading_record(copy, cfg, Provenance("synthetic", "a" * 64, "b" * 64))
+    assert m.measured and m.value == m.seconds and 0 < m.n <= cfg.train.classification.batch_size
+    doc, metrics, _ = E.read_evaluation(copy)
+    assert metrics["data_loading_s"].measured and metrics["model_loading_s"].value == doc["loading_s"] != metrics["data_loading_s"].value
+    assert K.advisor_facts(copy, cfg, doc, metrics, []).data_loading_s == metrics["data_loading_s"].value
+
+
+# ---- what the advisor is told of the training ----------------------------------------------------
+
+def trained_run(root, delivery, *overrides):
+    "A tiny run, converted and split, its classifier job, and its configuration."
+    from pillsnap.data.splits import smoke_splits
+    from pillsnap.training.classifier import ClassifierJob
+    root.mkdir(parents=True)
+    (root / "delivery").symlink_to(delivery)
+    job = ClassifierJob(run_dir=str(root), config="smoke", overrides=(*QUICK, "data.classification.img_size=48", "train.classification.warmup_steps=1", *overrides))
+    smoke_splits(RunFolder(root, "splits"), job.cfg_in(root))
+    return job, job.cfg_in(root)
+
+
+@pytest.mark.spec("SG6")
+def test_photos_that_training_cannot_open_are_critical(tmp_path, delivery):
+    own = tmp_path / "aihub"
+    shutil.copytree(delivery, own)
+    job, cfg = trained_run(tmp_path / "run", own)
+    stage = load_stage(tmp_path / "run", 0)
+    broken = stage.train.loc[stage.train["kind"] == "single", "path"].unique()[:4]
+    for p in broken: (stage.root / p).write_text("no photo")
+    job.run()
+    rows = read_json(tmp_path / "run/reports/metrics.json")["history"]
+    assert rows[-1]["skipped"] == len(broken) and rows[-1]["asked"] >= stage.train.loc[stage.train["kind"] == "single", "path"].nunique() and rows[-1]["batch"] == cfg.train.classification.batch_size
+    assert K.training_corruption(rows) == pytest.approx(len(broken) / rows[-1]["asked"]) and K.training_corruption(rows) > .01
+    doc = {"corruption": 0., "photos": {"singles": 1}, "absent": {}, "metrics": {}, "inputs": {}}
+    facts = K.advisor_facts(tmp_path / "run", cfg, doc, {}, [])
+    assert facts.corruption == K.training_corruption(rows)
+    assert evaluate_and_recommend(0, facts).reason == "data_corruption" and evaluate_and_recommend(0, replace(facts, corruption=.009)).reason != "data_corruption"
+    assert K.advisor_facts(tmp_path / "run", cfg, doc | {"corruption": .9}, {}, []).corruption == .9
+
+
+@pytest.mark.spec("SG6")
+def test_a_training_whose_loss_is_no_number_is_critical_by_its_code(tmp_path, delivery):
+    from fastai.callback.core import Callback
+    class Spoil(Callback):
+        def after_pred(self): self.learn.pred = self.pred*float("nan")
+    job, cfg = trained_run(tmp_path / "run", delivery)
+    with pytest.raises(PillsnapError): job.run(cbs=[Spoil()])
+    rec = read_json(record_path(tmp_path / "run", "classifier"))
+    assert rec["status"] == "failed" and rec["error_code"] == "NAN_LOSS"
+    save_json(rec | {"error": "it ended"}, record_path(tmp_path / "run", "classifier"))   # the words do not matter
+    doc = {"corruption": 0., "photos": {"singles": 1}, "absent": {}, "metrics": {}, "inputs": {}}
+    facts = K.advisor_facts(tmp_path / "run", cfg, doc, {}, [])
+    assert facts.nan_loss is True and evaluate_and_recommend(0, facts).reason == "nan_loss"
+    save_json(rec | {"error_code": "", "error": "the training loss became nan"}, record_path(tmp_path / "run", "classifier"))
+    assert K.advisor_facts(tmp_path / "run", cfg, doc, {}, []).nan_loss is False
 
 
 # ---- combos --------------------------------------------------------------------------------------

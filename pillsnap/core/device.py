@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['set_seed', 'pick_device', 'cpu_has_bf16', 'select_amp_dtype', 'needs_scaler', 'enable_tf32', 'cuda_mem_mb',
-           'full_fp32', 'without_kernel_search', 'to_device', 'gpu_count']
+           'cuda_mem_share', 'full_fp32', 'without_kernel_search', 'to_device', 'gpu_count']
 
 # %% ../../nbs/05_core.device.ipynb #0784b7f5
 import logging, os, random
@@ -97,6 +97,11 @@ def cuda_mem_mb(
     "GPU memory that torch's tensors take (SPEC CT19)."
     if not torch.cuda.is_available(): return 0.
     return (torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated())/1e6
+
+def cuda_mem_share()->float: # 0-1; 0 without a GPU
+    "The most of the GPU's memory that torch has held since the last reset."
+    if not torch.cuda.is_available(): return 0.
+    return torch.cuda.max_memory_reserved()/torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
 
 # %% ../../nbs/05_core.device.ipynb #75aba9c0
 @contextmanager

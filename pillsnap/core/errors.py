@@ -11,9 +11,10 @@ class PillsnapError(Exception):
     def __init__(self,
         what:str,            # what happened, in one sentence
         where:object=None,   # the file, key or stage it happened in
-        fix:str|None=None    # what to do about it
+        fix:str|None=None,   # what to do about it
+        code:str=""          # a word that programs recognise it by, such as NAN_LOSS; kept in the run record
     ):
-        self.what, self.where, self.fix = what, where, fix
+        self.what, self.where, self.fix, self.code = what, where, fix, code
         super().__init__(what)
 
     def __str__(self)->str:

@@ -256,7 +256,7 @@ def _begin(self:StageJob, run:RunFolder, cfg:Config)->dict[str,Any]:
     return dict(stage=self.name, status="running", run_id=run_id(run.root), started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         seconds=None, params={f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, settings=pick(cfg, self.sections),
         config_digest=cfg.digest(), git_sha=get_git_sha(), pillsnap=pillsnap.__version__, python=sys.version.split()[0], hardware=hardware(),
-        notebook=os.environ.get("PILLSNAP_NOTEBOOK"), in_sync=os.environ.get("PILLSNAP_IN_SYNC"), inputs={}, outputs={}, error=None)
+        notebook=os.environ.get("PILLSNAP_NOTEBOOK"), in_sync=os.environ.get("PILLSNAP_IN_SYNC"), inputs={}, outputs={}, error=None, error_code="")
 
 # %% ../../nbs/08_core.stages.ipynb #456abca1
 @patch
@@ -292,7 +292,7 @@ def attempt(self:StageJob,
         res = self.work(run, cfg, **how)
     except BaseException as e:
         save_json({**rec, "status": "interrupted" if isinstance(e, KeyboardInterrupt) else "failed", "seconds": time.perf_counter()-t0,
-                   "error": "".join(traceback.format_exception_only(e)).strip()}, record_path(run.root, self.name))
+                   "error": "".join(traceback.format_exception_only(e)).strip(), "error_code": getattr(e, "code", "")}, record_path(run.root, self.name))
         raise
     finally: run.close()
     res.smoke = not self.run_dir or self.config == "smoke"

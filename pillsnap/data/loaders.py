@@ -196,6 +196,11 @@ def _note(self:PhotoLoader, bad:list[dict])->None:
     self._carried += [{k: r.get(k, "") for k in ("path", "stage", "error")} for r in bad]
     self.skipped |= {r["path"]: r for r in self._carried}
 
+@patch(as_prop=True)
+def unreported(self:PhotoLoader)->int:
+    "Photos that were skipped and have not travelled with a batch yet: the epoch ended before one came."
+    return len(self._carried)
+
 @patch
 def _deliver(self:PhotoLoader, looks:Looks, images:torch.Tensor)->tuple[torch.Tensor,torch.Tensor,dict[str,list]]:
     "Send, finish, name."

@@ -29,7 +29,7 @@ from fastcore.basics import patch
 
 # %% ../../nbs/46_evaluation.evaluation.ipynb #3580b0e4
 from ..core.config import Config
-from ..core.device import cuda_mem_mb, pick_device, set_seed
+from ..core.device import pick_device, set_seed
 from ..core.errors import PillsnapError
 from ..core.files import atomic_path, read_json, save_json, save_text, sha256_file, sha256_text, canonical_json
 from ..core.log import decide, progress as show_progress
@@ -48,7 +48,7 @@ from ..models.pipeline import BADGE, combo_hints, detect, predict_pipeline, soft
 
 # %% ../../nbs/46_evaluation.evaluation.ipynb #ae48c97c
 from .advisor import Advice, Check, evaluate_and_recommend
-from .checks import BEFORE, advisor_facts
+from .checks import BEFORE, advisor_facts, batch_records, data_loading_record, first_views, long_run_record, service_records, training_records
 from .calibration import Calibration, calibrate, fit_half, plot_reliability
 from .ledger import append_ledger, read_ledger
 from .gates import GateResult, TimeCap, simple_stage_evaluation
@@ -465,6 +465,7 @@ def look(
     rec, table = single_records(scores, keys, prov)
     rec |= box_records(boxes, prov, absent.get("detector", "")) | combo_records(answers, seconds, prov, absent.get("detector", ""))
     latency, ms = measure_scopes(calls, prov, cfg, device)
+    rec |= batch_records(classifier, first_views(data.root, [s.path for s in singles], classifier.size, cfg), prov)
     seen = Seen(data, prov, scores, table, cal, boxes, answers, rec, latency, ms, list({s["path"]: s for s in skipped}.values()), absent, loading)
     return replace(seen, metrics=rec | other_records(run.root, seen, device, cfg))
 
@@ -484,10 +485,11 @@ def other_records(
     c, prov, p = s.calibration, s.prov, root/"reports"/"metrics.json"
     history = read_json(p).get("history", []) if p.is_file() else []
     rec = {"no_crashes": crash_record(root, prov), "memory_stable": memory_record(history, prov), "leak_gap": leak_record(root, prov), "class_imbalance_ratio": imbalance_record(s.data, prov),
-           "loading_s": prov.metric("loading_s", s.loading_s, len(s.timings), s.loading_s, note="from the checkpoints to the first answer of every scope"),
+           "model_loading_s": prov.metric("model_loading_s", s.loading_s, len(s.timings), s.loading_s, note="from the checkpoints to the first answer of every scope"),
+           "data_loading_s": data_loading_record(root, cfg, prov),
            "temperature": prov.metric("temperature", c.temperature, c.n_fit, s.scores.seconds, note=c.note) if c.n_fit else nothing(prov, "temperature", c.note)}
     rec["ece_calibrated"] = prov.metric("ece_calibrated", c.ece_after, c.n_test, s.scores.seconds, note=f"was {c.ece_before:.4f} on the same half") if c.ece_after is not None else nothing(prov, "ece_calibrated", c.note)
-    if device.type == "cuda": rec["gpu_memory_gb"] = prov.metric("gpu_memory_gb", cuda_mem_mb()/1e3, len(s.scores.paths), s.scores.seconds)
+    rec |= training_records(history, prov) | service_records(prov) | {"memory_stable_hours": long_run_record(rec["memory_stable"], history, prov)}
     asked = s.combos or []
     rec["mode_kept"] = prov.metric("mode_kept", float(np.mean([a.mode_used == a.mode_requested for a in asked])), len(asked), s.metrics["combo_invented"].seconds) if asked else nothing(prov, "mode_kept", "no combo was asked")
     return rec
@@ -610,6 +612,8 @@ def scorecard_markdown(
     lines += [" · ".join([f"**Gate: {gate_dot(g['status'])} {g['status']}**", *filter(None, reasons)]), ""]
     lines += [f"{advisor_word(a, g)} · choice: {a['user_choice'] or 'no choice'}", ""]
     lines += [f"{i}. {s['do']} ({s['why']}): `{s['override']}`" for i, s in enumerate(a["suggestions"], 1)] + ([""] if a["suggestions"] else [])
+    for title, found in (("Mandatory checks", a["checks"]), ("Targets that were not measured", a["unmeasured"]), ("Does not apply to this run", a["does_not_apply"])):
+        if found: lines += [f"{title}:", "", *(f"- {name}: {said}" for name, said in found.items()), ""]
     lines += [markdown_table(_trim(card["rows"])), "", "Latency, milliseconds:", "", markdown_table(card["latency"]), ""]
     return "\n".join([*lines, *(f"- {n}" for n in card["notes"]), ""])
 
@@ -658,7 +662,7 @@ def write_scorecard(
     doc, metrics, latency = read_evaluation(root)
     acc = metrics.get("accuracy")
     card = {"schema": "pillsnap.scorecard/1", "run_id": doc["run_id"], "made": doc["made"], "stage": doc["stage"], "data": doc["data"], "hardware": hardware(), "gate": gate.to_dict(),
-            "advice": {k: written[k] for k in ("recommendation", "colour", "reason", "message", "performance_score", "n_measured", "n_targets", "not_measured", "suggestions", "user_options", "user_choice")},
+            "advice": {k: written[k] for k in ("recommendation", "colour", "reason", "message", "performance_score", "n_measured", "n_targets", "not_measured", "unmeasured", "does_not_apply", "checks", "suggestions", "user_options", "user_choice")},
             "rows": scorecard_rows(metrics, gate, advice), "latency": latency_rows(latency, doc["stage"]), "notes": list(notes), "accuracy_record": acc.to_dict() if acc else None, "baseline": b.to_dict() if (b := best_before(root, acc)) else None}
     save_json(card, root/"reports"/"scorecard.json")
     save_text(scorecard_markdown(card), root/"reports"/"scorecard.md")

@@ -41,7 +41,7 @@ from ..data.splits import load_stage, smoke_splits, stage_tree
 from ..models.metrics import detection_ap, match_boxes, pr_curve
 from ..models.pipeline import DetectorRunner, detect
 from ..models.yolo import PILL, build_yolo_model, load_ultralytics, open_detector, yolo_name
-from .callbacks import early_stopping, merge_metrics
+from .callbacks import NAN_LOSS, early_stopping, merge_metrics
 from .presets import stage_settings
 
 # %% ../../nbs/36_training.detector.ipynb #66268a29
@@ -273,7 +273,7 @@ def auto_batch(self:PillTraining, *a:Any, **kw:Any)->int:
 def check_loss(self:PillTraining)->None:
     "Stop at a loss that is no number."
     if bool(torch.isfinite(self.loss).all()): return
-    raise PillsnapError(f"the detector's loss became {float(self.loss.detach().sum()):g} in epoch {self.epoch+1}", where="train.detection", fix="lower train.detection.lr; the last checkpoint is intact")
+    raise PillsnapError(f"the detector's loss became {float(self.loss.detach().sum()):g} in epoch {self.epoch+1}", where="train.detection", fix="lower train.detection.lr; the last checkpoint is intact", code=NAN_LOSS)
 
 @patch
 def _handle_nan_recovery(self:PillTraining, epoch:int)->bool: return False   # `check_loss` has raised before

@@ -71,6 +71,14 @@ MUTATIONS: list[Mutation] = [
              "tests/test_gpu_path.py::test_the_cosine_head_does_not_use_tf32_forwards_or_backwards"),
     Mutation("onnxruntime looks for CUDA by itself", "pillsnap/deployment/predict.py", "ort.preload_dlls()   #", "pass   #",
              "tests/test_gpu_path.py::test_cudas_libraries_are_loaded_before_a_session_that_needs_them"),
+    Mutation("nan_loss=False: a training that ended at NaN is not told to the advisor", "pillsnap/evaluation/checks.py", "nan_loss=not_a_number(root)", "nan_loss=False",
+             "tests/test_evaluation.py::test_a_training_whose_loss_is_no_number_is_critical_by_its_code"),
+    Mutation("corruption=0.: the advisor hears of no unreadable photo", "pillsnap/evaluation/checks.py", 'corruption=unreadable_share(doc["corruption"], training_corruption(history))', "corruption=0.",
+             "tests/test_evaluation.py::test_photos_that_training_cannot_open_are_critical"),
+    Mutation("corruption of training is left out", "pillsnap/evaluation/checks.py", 'unreadable_share(doc["corruption"], training_corruption(history))', 'unreadable_share(doc["corruption"], None)',
+             "tests/test_evaluation.py::test_photos_that_training_cannot_open_are_critical"),
+    Mutation("a sealed photo is read before the ledger says open", "pillsnap/evaluation/final.py", "        opening = open_sealed(root, look)\n", "        got = score_part(p)\n        opening = open_sealed(root, look)\n",
+             "tests/test_heldout.py::test_the_ledger_says_open_before_the_first_sealed_photo_is_read"),
 ]
 
 
