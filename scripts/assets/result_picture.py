@@ -2,40 +2,63 @@
 """The picture on the first page: photos of a finished run, answered by its exported models. usage: result_picture.py RUN [OUT]"""
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 from PIL import Image
 
-from pillsnap.core.plots import COLOURS, draw_boxes, save_fig, use_house_style, use_korean_font
+from pillsnap.core.plots import COLOURS, colour_legend, draw_boxes, save_fig, use_house_style, wrap_title
 from pillsnap.data.boxes import iou_matrix
 from pillsnap.data.caches import box_of
 from pillsnap.data.splits import load_stage
 from pillsnap.deployment.predict import load_bundle
 
 ROOT = Path(__file__).resolve().parents[2]
+RIGHT, WRONG = COLOURS[2], "#c62828"
+
+
+def chosen_photos(val: pd.DataFrame) -> tuple[list[str], list[str]]:
+    "Two validation photos of several pills and two of one pill, of different scenes and drugs."
+    combos = sorted(set(val[val.kind == "combo"].path))
+    singles = val[val.kind == "single"].groupby("class_key").path.first()
+    return combos[:4:3], list(singles.iloc[[1, min(6, len(singles) - 1)]])
+
+
+def named(item: dict[str, Any]) -> str:
+    "A pill's name, short enough for a label; its code where it has no name."
+    return wrap_title(item["name"] or item["kcode"], 14, lines=1)
+
+
+def answered_combo(photo: np.ndarray, items: list[dict[str, Any]], truth: pd.DataFrame) -> np.ndarray:
+    "The photo with a box and a name for each pill that was found; a wrong name is red."
+    if not items:
+        return photo
+    boxes = np.array([item["box"] for item in items])
+    true = truth.class_key.to_numpy()[iou_matrix(boxes, np.stack([box_of(b) for b in truth.bbox])).argmax(1)]
+    colours = [RIGHT if item["kcode"] == key else WRONG for item, key in zip(items, true)]
+    return draw_boxes(photo, boxes, [f"{named(item)} {item['confidence']:.0%}" for item in items], colours)
 
 
 def main(run: Path, out: Path) -> None:
-    "Two held-out combos in mode combo, wrong names in red, and two held-out singles in mode single with their first three drugs."
+    "Two combos in mode combo, wrong names in red, and two singles in mode single with their first three drugs."
     import matplotlib.pyplot as plt
-    use_house_style(); use_korean_font()
+    use_house_style()
     bundle, stage = load_bundle(run), load_stage(run, 0)
-    combos = sorted(set(stage.val[stage.val.kind == "combo"].path))[:4:3]
-    singles = stage.val[stage.val.kind == "single"].groupby("class_key").path.first().iloc[[1, 6]]
-    fig, axes = plt.subplots(1, 4, figsize=(11, 4.1), width_ratios=[1, 1, 1, 1])
+    combos, singles = chosen_photos(stage.val)
+    fig, axes = plt.subplots(1, len(combos) + len(singles), figsize=(11, 4.6))
     for ax, path in zip(axes, [*combos, *singles]):
         photo = np.asarray(Image.open(stage.root/path).convert("RGB"))
         answer = bundle.predict(photo, mode="combo" if path in combos else "single")
         if path in combos:
-            boxes, truth = np.array([i["box"] for i in answer["items"]]), stage.val[stage.val.path == path]
-            true = truth.class_key.to_numpy()[iou_matrix(boxes, np.stack([box_of(b) for b in truth.bbox])).argmax(1)]
-            right = [i["kcode"] == t for i, t in zip(answer["items"], true)]
-            photo = draw_boxes(photo, boxes, [f"{i['name'] or i['kcode']} {i['confidence']:.0%}{'' if ok else ', wrong'}" for i, ok in zip(answer["items"], right)], [COLOURS[2] if ok else "#c62828" for ok in right])
+            photo = answered_combo(photo, answer["items"], stage.val[stage.val.path == path])
         else:
-            ax.text(.5, -.03, "\n".join(f"{t['name'] or t['kcode']}  {t['confidence']:.0%}" for t in answer["items"][0]["top_k"][:3]),
-                    transform=ax.transAxes, ha="center", va="top", fontsize=8)
-        ax.imshow(photo); ax.set_axis_off(); ax.set_title(f"mode {answer['mode_used']}", fontsize=9)
-    save_fig(fig, out)
+            lines = [f"{wrap_title(t['name'] or t['kcode'], 26, lines=1)}  {t['confidence']:.0%}" for t in answer["items"][0]["top_k"][:3]]
+            ax.text(.5, -.03, "\n".join(lines), transform=ax.transAxes, ha="center", va="top", fontsize=8)
+        ax.imshow(photo)
+        ax.set_axis_off()
+        ax.set_title(f"mode {answer['mode_used']}", fontsize=9)
+    save_fig(colour_legend(fig, {"named rightly": RIGHT, "named wrongly": WRONG}), out)
 
 
 if __name__ == "__main__":

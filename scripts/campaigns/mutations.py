@@ -79,6 +79,12 @@ MUTATIONS: list[Mutation] = [
              "tests/test_evaluation.py::test_photos_that_training_cannot_open_are_critical"),
     Mutation("a sealed photo is read before the ledger says open", "pillsnap/evaluation/final.py", "        opening = open_sealed(root, look)\n", "        got = score_part(p)\n        opening = open_sealed(root, look)\n",
              "tests/test_heldout.py::test_the_ledger_says_open_before_the_first_sealed_photo_is_read"),
+    Mutation("letters of pictures are hinted, so that an 8 looks like a 0", "pillsnap/core/plots.py",
+             '"text.hinting": "none"', '"text.hinting": "default"', "tests/test_plots.py::test_letters_are_not_hinted"),
+    Mutation("a green light beside a gate that is not GO", "pillsnap/evaluation/menu.py",
+             'return "🟢" if status == "GO" else', 'return "🟢" if status else', "tests/test_advisor.py::test_green_is_a_gate_that_is_go"),
+    Mutation("menu letters too pale to be read", "pillsnap/evaluation/menu.py",
+             '"missed": "#9a6700"}', '"missed": "#d4a72c"}', "tests/test_colours.py::test_the_advisors_menu_can_be_read"),
 ]
 
 
