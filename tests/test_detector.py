@@ -1,9 +1,11 @@
 """The detector: two reckonings of its figures, what is left to the library, lazy loading, no network, and life without ultralytics."""
+import contextlib
 import importlib.util
 import os
 import subprocess
 import sys
 import textwrap
+import types
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +35,12 @@ def toy_tree(folder: Path, train: int, val: int, side: int = 128, seed: int = 0)
             Image.fromarray(im.clip(0, 255).astype(np.uint8)).save(folder/"images"/split/f"{name}.png")
             (folder/"labels"/split/f"{name}.txt").write_text("\n".join(rows)+"\n")
     return folder
+
+
+class Sized:
+    "A dataset of so many labels."
+    def __init__(self, labels): self.labels = labels
+    def __len__(self): return len(self.labels)
 
 
 def toy_plan(tree: Path, out: Path, size: int = 96, **args):
@@ -124,6 +132,45 @@ def test_no_batch_is_searched_unasked(tmp_path):
     on, off = load_config("two_stage"), load_config("two_stage", ["train.detection.auto_batch_tune=false"])
     batch = lambda cfg, device: detector_args(cfg, tmp_path, tmp_path, torch.device(device))["batch"]
     assert (batch(on, "cuda"), batch(off, "cuda"), batch(on, "cpu")) == (.88, 16, 16)
+
+
+@needs_ultralytics
+@pytest.mark.spec("X17")
+@pytest.mark.parametrize("why, device, found", [("a GPU is not there", "cpu", None), ("cuDNN searches for kernels", "cuda", 27), ("an error", "cuda", RuntimeError("CUDA error: unspecified launch failure"))])
+def test_a_default_batch_is_not_called_a_search(tmp_path, monkeypatch, caplog, why, device, found):
+    "The library's own fallback, as it stands in its source; only what was found is a point in TensorBoard."
+    import logging
+    import torch
+    from pillsnap.models.yolo import build_yolo_model, load_ultralytics
+    from pillsnap.training.detector import with_ultralytics
+    load_ultralytics(tmp_path)
+    from ultralytics.utils import autobatch
+    points = []
+    board = types.SimpleNamespace(add_scalar=lambda tag, v, step: points.append((tag, v)), add_text=lambda *a: None)
+    t = object.__new__(with_ultralytics("YoloPillTraining"))
+    t.plan = types.SimpleNamespace(log=logging.getLogger("pillsnap.toy"), tb=board, batch_cap=24)
+    t.args, t.batch_size, t.amp, t.stride, t.data = types.SimpleNamespace(batch=.88, imgsz=64, multi_scale=0., amp=False, cache=False), .88, False, 32, {"train": "x"}
+    t.model = build_yolo_model("yolo11n")
+    labels = [{"cls": [0, 0]}]*40
+    monkeypatch.setattr(type(t), "build_dataset", lambda self, *a, **kw: Sized(labels))
+    monkeypatch.setattr("ultralytics.models.yolo.detect.train.override_configs", lambda args, overrides: contextlib.nullcontext(args))
+    if device == "cuda":   # what the library asks of a GPU, answered for it
+        gpu = types.SimpleNamespace(get_device_properties=lambda d: types.SimpleNamespace(total_memory=16 << 30, name="toy"), memory_reserved=lambda d: 0, mem_get_info=lambda d: (16 << 30, 16 << 30), empty_cache=lambda: None)
+        monkeypatch.setattr(autobatch, "get_torch_device_backend", lambda d: gpu)
+        weight = types.SimpleNamespace(device=torch.device("cuda", 0))
+        monkeypatch.setattr(torch.nn.Module, "parameters", lambda self: iter([weight]))
+        monkeypatch.setattr(autobatch, "autocast", lambda **kw: contextlib.nullcontext())
+        def profile(imgs, *a, **kw):
+            if isinstance(found, Exception): raise found
+            return [(0, 0, len(x)*16*.88/found) for x in imgs]   # so many GB; the fit's answer is `found`
+        monkeypatch.setattr(autobatch, "profile_ops", profile)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", why == "cuDNN searches for kernels")   # another training of this process left it on
+    with caplog.at_level("INFO", "pillsnap.toy"): n = t.auto_batch()
+    if found == 27:
+        assert n == 24 and points == [("perf/auto_batch_found", 24)] and "found within 88% of the GPU's memory" in caplog.text
+    else:
+        assert n == 16 and not points and "not searched for: ultralytics' default of 16" in caplog.text
+        assert ("intended for GPU" if device == "cpu" else "unspecified launch failure") in caplog.text
 
 
 @needs_ultralytics

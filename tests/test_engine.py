@@ -1,9 +1,12 @@
 """The engine as a stage runs it: the clock, the stage's settings, the stage by its manifest, and nothing that stops a GPU at every step."""
+import dataclasses
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from fastai.callback.core import Callback
 from typer.testing import CliRunner
 
 from pillsnap.core.checkpoint import load_ckpt, save_ckpt
@@ -103,6 +106,31 @@ def test_a_stages_overrides_reach_the_training_and_not_the_record(run):
     assert load_ckpt(run/"ck"/"last.pt")["config_snapshot"]["train"]["classification"]["batch_size"] == 16   # what was asked for: a resumed run compares with that
 
 
+@pytest.mark.spec("CT2", "TL8")
+def test_class_weights_reach_the_loss_of_a_training(run):
+    "A stage in which one drug has two photos: each batch's loss is the cross-entropy with weights from these counts, and no other."
+    cfg = load_config("smoke", [*SMALL, f"paths.exp_dir={run}", "train.classification={epochs: 1, amp: false, label_smoothing: 0.1, combo_crops: false, crop_view_prob: 0.0}", "data.imbalance={use_class_weights: true, method: inv_freq}"])
+    stage = load_stage(run, 0)
+    single = stage.train[stage.train["kind"] == "single"]
+    rare = single["class_key"] == list(stage.class_map)[0]
+    stage = dataclasses.replace(stage, train=pd.concat([single[rare].head(2), single[~rare]], ignore_index=True))
+    learn, _ = prepare(stage, cfg, Outputs(quiet=True))
+    n = stage.train.groupby("class_key").size().reindex(list(stage.class_map)).to_numpy(float)
+    weights = n.sum()/(n+1)
+    weights = torch.tensor(weights/weights.mean(), dtype=torch.float32)
+    assert n[0] == 2 and weights[0] > 2*weights[1:].max()
+    told = []
+
+    class Check(Callback):
+        order, run_valid = 99, False
+        def after_loss(self):
+            loss = [torch.nn.functional.cross_entropy(self.pred, self.yb[0], w, label_smoothing=.1) for w in (weights, None)]
+            told.append((float(self.loss.detach()), *(float(v.detach()) for v in loss)))
+    learn.add_cb(Check())
+    learn.fit(1)
+    assert told and all(a == pytest.approx(b, rel=1e-5) for a, b, _ in told) and any(abs(a-c) > .01 for a, _, c in told)
+
+
 @pytest.mark.spec("CT25", "X1", "X30")
 def test_train_stage_runs_the_stages_job(run, monkeypatch):
     "The command of the sources, through the CLI; papermill is left out, the job is the real one."
@@ -111,7 +139,7 @@ def test_train_stage_runs_the_stages_job(run, monkeypatch):
     from pillsnap.core.stages import _remember   # a folder that ran before has its own configuration
     _remember(run, load_config("smoke", [*SMALL, f"paths.exp_dir={run}"]))
 
-    def in_process(stage, root, cfg, params=None, resume=""):
+    def in_process(stage, root, cfg, params=None, resume="", *_):
         source = root/"asked.yaml"
         import yaml
         source.write_text(yaml.safe_dump({"base": None, **cfg.to_dict()}, allow_unicode=True), encoding="utf-8")
@@ -146,7 +174,6 @@ EVERYTHING = ("train.classification.grad_accum_steps=2", "train.classification.e
 @pytest.mark.spec("CT19")
 def test_no_step_fetches_a_number(monkeypatch):
     "What would stop a GPU at every step (item, float, cpu, bool) is not called more often when an epoch has three times as many."
-    from fastai.callback.core import Callback
     from pillsnap.core.log import build_logger
     from pillsnap.training.callbacks import Progress, StepLog
     seen = []

@@ -40,6 +40,29 @@ def log_of(run: Path, side: str) -> str:
     return f.read_text(encoding="utf-8") if f.exists() else ""
 
 
+@pytest.mark.spec("IT1")
+@pytest.mark.parametrize("ratio, want", [([1, 1], "dcdcdcdcdcdc"), ([2, 1], "ddcddcddcccc"), ([1, 3], "dcccdcccdddd")])
+def test_steps_come_in_the_configured_ratio(tmp_path, monkeypatch, ratio, want):
+    "The job with two sides of six steps each that only write down their turns; where one has ended the other goes on."
+    from pillsnap.core.config import load_config
+    from pillsnap.core.stages import RunFolder, StageResult
+    from pillsnap.training.interleave import InterleavedJob
+    steps = []
+
+    def side(self, me, baton, run, cfg):
+        def work():
+            baton.begin(me, 0)
+            for _ in range(6):
+                steps.append(me[0])
+                baton.step_done(me)
+            return StageResult("done", [], [], [], [], [])
+        return work
+    monkeypatch.setattr(InterleavedJob, "_side", side)
+    res = InterleavedJob(run_dir=str(tmp_path)).work(RunFolder(tmp_path, "interleaved"), load_config("smoke", [f"train.interleave_ratio={ratio}"]))
+    assert "".join(steps) == want and f"Ratio {ratio[0]}:{ratio[1]}" in res.verdict
+    assert json.loads((tmp_path/"reports"/"interleaved.json").read_text())["ratio"] == ratio
+
+
 @needs_ultralytics
 @pytest.mark.spec("IT3", "BX10")
 def test_killed_in_turn_both_sides_end_where_their_solo_runs_end(tmp_path, delivery):
@@ -71,5 +94,7 @@ def test_killed_in_turn_both_sides_end_where_their_solo_runs_end(tmp_path, deliv
                 torch.testing.assert_close(a[part][k], v, rtol=1e-5, atol=1e-6, msg=lambda m: f"{side} {part} {k}: {m}")
         assert len(a["history"]) == len(b["history"]) == 2
     assert "resume: epoch 1 is done" in log_of(both, "detector")
-    sides = json.loads((both/"reports"/"interleaved.json").read_text())["sides"]
+    report = json.loads((both/"reports"/"interleaved.json").read_text())
+    sides = report["sides"]
+    assert report["ratio"] == [1, 2]
     assert [s["side"] for s in sides] in (["detector", "classifier"], ["detector"]) or sides[-1]["steps"] is None

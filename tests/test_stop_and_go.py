@@ -32,9 +32,11 @@ CM = ClassMap([f"K-{i:06d}" for i in range(3)])
 
 class Fatal(Painted):
     "Photos of which one kills the process that opens it, once: as long as a flag lies there."
-    def __init__(self, flag): self.flag = str(flag)
+    def __init__(self, flag, victim): self.flag, self.victim = str(flag), victim
     def open(self, photo, view, reduce=1):
-        if photo.path == "37.png" and os.path.exists(self.flag): os.unlink(self.flag); os._exit(9)
+        if photo.path == self.victim and os.path.exists(self.flag):
+            os.unlink(self.flag)
+            os._exit(9)
         return super().open(photo, view, reduce)
 
 
@@ -72,13 +74,23 @@ def straight(tmp_path_factory):
 
 @pytest.mark.spec("BX10", "CT15", "TL5")
 def test_a_worker_that_dies_costs_what_was_done_since_the_last_save(straight, tmp_path):
-    "In mid-epoch; with processes, whose start draws a random number, and dropout, which would notice."
+    "In mid-epoch, after a save; with processes, whose start draws a random number, and dropout, which would notice."
+    order = list(EpochSampler(PillsnapClsDataset(table(60), CM, Painted(), 16, True, seed=7), 7))
+    victim = f"{order[8*6+2]}.png"   # of the ninth batch, which is asked for when six have been worked on; the fourth was saved
     (tmp_path/"flag").touch()
-    crash = partial(learner, tmp_path/"ck", Fatal(tmp_path/"flag"), engine="processes", num_workers=1, multiprocessing_context="fork")
+    crash = partial(learner, tmp_path/"ck", Fatal(tmp_path/"flag", victim), engine="processes", num_workers=1, multiprocessing_context="fork")
     with pytest.raises(PillsnapError, match="process that opened photos is gone"): crash().fit(3)
-    where = load_ckpt(tmp_path/"ck"/"last.pt") if (tmp_path/"ck"/"last.pt").exists() else None
-    assert where is None or where["epoch"] == 0 and where["position"]["batch"] in (4, 8)
-    crash().fit(3)
+    where = load_ckpt(tmp_path/"ck"/"last.pt")
+    saved = where["position"]["batch"]
+    assert where["epoch"] == 0 and saved in (4, 8) and not (tmp_path/"flag").exists()
+
+    class Tally(Callback):
+        order, run_valid, batches = 99, False, 0
+        def after_batch(self): self.batches += 1
+    again, tally = crash(), Tally()
+    again.add_cb(tally)
+    again.fit(3)
+    assert tally.batches == 30-saved, "of three epochs of ten batches, those after the save"
     same(straight, load_ckpt(tmp_path/"ck"/"last.pt"))
 
 

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['AUTOTUNE_WARMUP', 'AUTOTUNE_STEPS', 'memory_efficient_loader', 'build_dataloaders', 'Buffers', 'PhotoLoader',
-           'init_worker', 'worker_count', 'worker_candidates', 'data_time', 'autotune_num_workers', 'policies_of',
-           'preload_count', 'teaching_rows', 'pack_of', 'base_source', 'hotset', 'preload_stage_data', 'database',
-           'source_of', 'classification_set', 'loader_options', 'batch_size_of', 'validation_loader', 'processes_of',
-           'photos_per_batch', 'training_order', 'tuned', 'build_classification_loaders', 'caches_of', 'balance_used',
-           'sealed_photos', 'loader_meta', 'summary', 'build_detection_loaders', 'build_dataloaders_by_mode',
-           'build_dataloaders_twostage']
+           'init_worker', 'worker_gone', 'worker_count', 'worker_candidates', 'data_time', 'autotune_num_workers',
+           'policies_of', 'preload_count', 'teaching_rows', 'pack_of', 'base_source', 'hotset', 'preload_stage_data',
+           'database', 'source_of', 'classification_set', 'loader_options', 'batch_size_of', 'validation_loader',
+           'processes_of', 'photos_per_batch', 'training_order', 'tuned', 'build_classification_loaders', 'caches_of',
+           'balance_used', 'sealed_photos', 'loader_meta', 'summary', 'build_detection_loaders',
+           'build_dataloaders_by_mode', 'build_dataloaders_twostage']
 
 # %% ../../nbs/19a_data.loaders.ipynb #4402d687
 import itertools
@@ -288,6 +288,13 @@ def init_worker(
     np.random.seed(seed); random.seed(seed)
     torch.set_num_threads(1); cv2.setNumThreads(0)
 
+def worker_gone(
+    e:BaseException # what torch raised
+)->PillsnapError:
+    "What a person is told when a process that opens photos has ended."
+    said = (str(e).strip() or type(e).__name__).splitlines()[-1].strip()
+    return PillsnapError(f"a process that opened photos is gone: {said}", where="dataloader", fix="the system may have ended it for its memory: fewer dataloader.num_workers, or dataloader.engine=threads; the same command goes on from the last save")
+
 @patch
 def _jobs(self:PhotoLoader, batches:list)->Iterator[tuple[Looks,torch.Tensor]]:
     "What is asked of the processes; what they fill is noted in the same order."
@@ -311,7 +318,7 @@ def _by_processes(self:PhotoLoader, batches:list)->Iterator[tuple[Looks,torch.Te
             yield looks, images, why
     except (RuntimeError, OSError, EOFError) as e:   # nothing that a photo can do raises here: a worker is gone
         self._loader = None
-        raise PillsnapError(f"a process that opened photos is gone: {(str(e).strip() or type(e).__name__).splitlines()[-1]}", where="dataloader", fix="the system may have ended it for its memory: fewer dataloader.num_workers, or dataloader.engine=threads; the same command goes on from the last save") from e
+        raise worker_gone(e) from e
 
 # %% ../../nbs/19a_data.loaders.ipynb #19279c72
 @patch

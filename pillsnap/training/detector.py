@@ -4,18 +4,18 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'SHAPING', 'SHOWN', 'evaluate_detection_metrics', 'label_of', 'read_label', 'photos_in', 'PillPhotos',
-           'with_ultralytics', 'TrainPlan', 'where_to_train', 'detector_args', 'PillTraining', 'best_epoch', 'is_done',
-           'Trained', 'train_detector', 'shaping', 'going_on', 'Scored', 'score_detector', 'shuffled', 'mistakes',
-           'draw_predictions', 'draw_curves', 'draw_pr', 'make_plan', 'resolved_settings', 'score_table', 'DetectorJob',
-           'train_detection_stage']
+           'with_ultralytics', 'TrainPlan', 'where_to_train', 'detector_args', 'PillTraining', 'WarningTexts',
+           'best_epoch', 'is_done', 'Trained', 'train_detector', 'shaping', 'going_on', 'Scored', 'score_detector',
+           'shuffled', 'mistakes', 'draw_predictions', 'draw_curves', 'draw_pr', 'make_plan', 'resolved_settings',
+           'score_table', 'DetectorJob', 'train_detection_stage']
 
 # %% ../../nbs/36_training.detector.ipynb #f116b0bb
-import functools, importlib, os, time
+import functools, importlib, os, re, time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from logging import Logger, getLogger
+from logging import WARNING, Handler, Logger, LogRecord, getLogger
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,7 +27,7 @@ from fastcore.basics import patch
 # %% ../../nbs/36_training.detector.ipynb #e5debbcd
 from ..core.checkpoint import load_ckpt, rng_state, save_ckpt, set_rng_state
 from ..core.config import Config, config_diff
-from ..core.device import cuda_mem_mb, pick_device, select_amp_dtype
+from ..core.device import cuda_mem_mb, pick_device, select_amp_dtype, without_kernel_search
 from ..core.errors import PillsnapError
 from ..core.files import ensure_dir, save_json
 from ..core.log import STEP_TAGS, StepTimer, TBWriter, decide, step_line, tagged
@@ -42,6 +42,7 @@ from ..models.metrics import detection_ap, match_boxes, pr_curve
 from ..models.pipeline import DetectorRunner, detect
 from ..models.yolo import PILL, build_yolo_model, load_ultralytics, open_detector, yolo_name
 from .callbacks import NAN_LOSS, early_stopping, merge_metrics
+from .memory import OomState, memory_points, memory_share, reset_peak
 from .presets import stage_settings
 
 # %% ../../nbs/36_training.detector.ipynb #66268a29
@@ -261,11 +262,27 @@ def resume_training(self:PillTraining, ckpt:Any)->None:
     if self.device.type == "cpu": self.amp = self.plan.amp is torch.bfloat16   # "bf16" in the library's words needs CUDA; a CPU's autocast is bf16 anyway
     if self.plan.ckpt is not None: self.restore(self.plan.ckpt)
 
+# %% ../../nbs/36_training.detector.ipynb #0574c0dd
+class WarningTexts(Handler):
+    "The texts of a logger's warnings, without colours."
+    def __init__(self): super().__init__(WARNING); self.texts = []
+    def emit(self, record:LogRecord)->None: self.texts.append(re.sub(r"\x1b\[[0-9;]*m", "", record.getMessage()).strip())
+
 @patch
 def auto_batch(self:PillTraining, *a:Any, **kw:Any)->int:
-    "The library's search, capped and said (SPEC X17)."
-    n = max(1, min(int(super(PillTraining, self).auto_batch(*a, **kw)), self.plan.batch_cap))
-    decide(self.plan.log, f"auto-batch: {n} photos per step, found within {self.args.batch:.0%} of the GPU's memory and capped at {self.plan.batch_cap}", self.plan.tb, "perf/auto_batch_found")
+    "The library's search, capped, and rounded down to a multiple of eight; or its default batch, called so (SPEC X17)."
+    heard, log, plan = WarningTexts(), getLogger("ultralytics"), self.plan
+    log.addHandler(heard)
+    try:
+        with without_kernel_search(): found = int(super(PillTraining, self).auto_batch(*a, **kw))
+    finally: log.removeHandler(heard)
+    n = max(1, min(found, plan.batch_cap))
+    if n > 8: n -= n%8
+    if failed := next((t for t in heard.texts if "using default batch-size" in t), None):
+        decide(plan.log, f"auto-batch: {n} photos per step, not searched for: ultralytics' default of {found}, capped at {plan.batch_cap} ({failed})", plan.tb)
+        return n
+    decide(plan.log, f"auto-batch: {n} photos per step, found within {self.args.batch:.0%} of the GPU's memory ({found}) and capped at {plan.batch_cap}", plan.tb)
+    if plan.tb: plan.tb.add_scalar("perf/auto_batch_found", n, 0)
     return n
 
 # %% ../../nbs/36_training.detector.ipynb #7926d3bd
@@ -334,6 +351,7 @@ def tell(self:PillTraining)->None:
     row = self.history[-1]; d = row["detection"]
     if self.plan.log: self.plan.log.info(f"[val] e={row['epoch']}/{self.epochs} mAP@0.5={d['mAP@0.5']:.3f} mAP@0.5:0.95={d['mAP@0.5:0.95']:.3f} precision={d['precision']:.3f} recall={d['recall']:.3f} loss={d['loss']:.3f} {d['seconds']:.1f}s")
     if self.plan.tb: self.plan.tb.add_scalars({"val/mAP50": d["mAP@0.5"], "val/mAP50-95": d["mAP@0.5:0.95"], "val/precision": d["precision"], "val/recall": d["recall"], "val/detection_loss": d["loss"]}, row["epoch"])
+    if self.plan.tb: self.plan.tb.add_scalars(memory_points(OomState(self.batch_size, self.window), memory_share()), row["epoch"])
     if self.plan.report: merge_metrics(self.plan.report, "detection", self.history)
 
 # %% ../../nbs/36_training.detector.ipynb #9a1beacc
@@ -376,7 +394,7 @@ def restore(self:PillTraining, ckpt:Mapping[str,Any])->None:
 @patch
 def begin_epoch(self:PillTraining)->None:
     "A fresh iterator, and on going on the states of the checkpoint."
-    self.train_loader.reset(); self.train_loader.dataset.forget()
+    self.train_loader.reset(); self.train_loader.dataset.forget(); reset_peak()
     if self.plan.ckpt is not None and self.epoch == self.start_epoch and int(os.environ.get("RANK", 0)) == 0:   # they are the first process's: with them the others would roll its dice
         set_rng_state(self.plan.ckpt["rng_state"]); self.train_loader.generator.set_state(self.plan.ckpt["sampler_state"]["generator"])
     self.batch_no, self.recent, self.started, self.timer = -1, [], time.perf_counter(), StepTimer(self.device)

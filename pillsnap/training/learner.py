@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Mode', 'try_torch_compile', 'FIRST_STEPS', 'SHAPING', 'FREE', 'build_optimizer', 'opt_func', 'total_steps',
-           'warmup_steps', 'build_scheduler', 'resolve_compile', 'resolve_graphs', 'checkpoint_gradients', 'rehearse',
-           'try_compile', 'OwnGradients', 'photos_at_once', 'speed_up', 'Outputs', 'training_callbacks',
-           'build_learner', 'validate_classification', 'shaping', 'read_last', 'is_done', 'goes_on', 'going_on',
-           'resolved_line']
+           'warmup_steps', 'build_scheduler', 'resolve_compile', 'resolve_graphs', 'checkpoint_gradients', 'Rehearsal',
+           'rehearse', 'compile_arguments', 'try_compile', 'OwnGradients', 'batch_sizes', 'wanted_mode', 'rehearsal',
+           'speed_up', 'Outputs', 'training_callbacks', 'build_learner', 'validate_classification', 'shaping',
+           'read_last', 'is_done', 'goes_on', 'going_on', 'resolved_line']
 
 # %% ../../nbs/32_training.learner.ipynb #929cd27a
 import logging, math
@@ -26,15 +26,15 @@ from torch import nn
 # %% ../../nbs/32_training.learner.ipynb #46d0121d
 from ..core.checkpoint import find_ckpt, load_ckpt
 from ..core.config import Config, config_diff
-from ..core.device import select_amp_dtype
+from ..core.device import full_fp32, release_memory, select_amp_dtype
 from ..core.errors import PillsnapError
 from ..core.log import TBWriter, decide
 from ..data.loaders import photos_per_batch
 from ..models.mixing import Mixer
-from .arcface import head_callbacks
+from .arcface import freeze_backbone, head_callbacks
 from .callbacks import (Accumulate, Clock, EarlyStop, Ema, GradClip, History, Mix, PillLearner, PillLoaders, Precision, Progress, ScaledStep,
     StepLog, Unpack, Validate, early_stopping, monitored)
-from .memory import OomGuard
+from .memory import OomGuard, compiler_said
 from .saving import Checkpoint, Stall, restore
 from .schedules import Plateau, Schedule, cosine_lr, onecycle_lr, restarts_lr, warm_up
 
@@ -133,38 +133,86 @@ def checkpoint_gradients(
     return not why
 
 # %% ../../nbs/32_training.learner.ipynb #fcbfc097
+@dataclass(frozen=True)
+class Rehearsal:
+    "What a network will be asked to compute."
+    train:tuple[int,...]                        # sizes of the training batches, the usual one first
+    valid:tuple[int,...] = ()                   # sizes of the validation batches
+    img_size:int = 384                          # side, pixels
+    dtype:torch.dtype|None = None               # of autocast; None = full precision
+    channels_last:bool = False                  # memory layout of the batches
+    phases:tuple[bool,...] = (False,)           # whether the backbone is frozen, phase by phase
+    device:torch.device = torch.device("cpu")   # where the run computes
+    repeats:int = 3                             # CUDA graphs: one run, one recording, one replay
+
+    def batch(self,
+        n:int # photos
+    )->torch.Tensor: # zeros [n, 3, S, S]
+        "A batch as the loader gives it, in the layout of training."
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        return torch.zeros(n, 3, self.img_size, self.img_size, device=self.device).to(memory_format=layout)
+
+# %% ../../nbs/32_training.learner.ipynb #eeddf066
 def rehearse(
-    model:nn.Module,         # in training mode or not
-    example:torch.Tensor,    # a batch of the run's size
-    dtype:torch.dtype|None   # of autocast; None = full precision
-)->None: # raises what the step raises
-    "One step forward and back that leaves no trace (SPEC CT8)."
-    kept, device, was = {k: v.clone() for k, v in model.named_buffers()}, example.device, model.training
+    model:nn.Module, # in training mode or not
+    plan:Rehearsal   # what will be asked of it
+)->None: # raises what a step raises
+    "Training steps and validations of every size, without a trace (SPEC CT8)."
+    kept, was = {k: v.clone() for k, v in model.named_buffers()}, model.training
+    trained = [(p, p.requires_grad) for p in model.parameters()]
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None): out = model(example)
-            out.float().sum().backward()
-            with torch.no_grad(): model.eval()(example)
+        with torch.random.fork_rng(devices=[plan.device] if plan.device.type == "cuda" else []):
+            for frozen in plan.phases:
+                for n in plan.train: _training_steps(model, plan, n, frozen)
+            for n in plan.valid: _validations(model, plan, n)
     finally:
+        for p, on in trained: p.requires_grad_(on)
         model.train(was).zero_grad(set_to_none=True)
         with torch.no_grad():
             for k, v in model.named_buffers(): v.copy_(kept[k])
 
+def _training_steps(model:nn.Module, plan:Rehearsal, n:int, frozen:bool)->None:
+    "Forward and back, as training does."
+    model.train()
+    if len(plan.phases) > 1: freeze_backbone(model, frozen)
+    x, labels = plan.batch(n), torch.zeros(n, dtype=torch.int64, device=plan.device)
+    for _ in range(plan.repeats):
+        model.zero_grad(set_to_none=True)
+        with torch.autocast(plan.device.type, dtype=plan.dtype or torch.bfloat16, enabled=plan.dtype is not None): out = model(x)
+        nn.functional.cross_entropy(out.float(), labels).backward()
+        del out
+
+@torch.no_grad()
+def _validations(model:nn.Module, plan:Rehearsal, n:int)->None:
+    "As validation does."
+    model.eval()
+    x = plan.batch(n)
+    for _ in range(plan.repeats):
+        with full_fp32(): model(x)
+
 # %% ../../nbs/32_training.learner.ipynb #fe7eb62e
+def compile_arguments(
+    mode:Mode # any but none
+)->dict[str,str]:
+    "The arguments of torch.compile for a mode."
+    return {"backend": mode} if mode == "cudagraphs" else {"mode": mode}
+
 def try_compile(
     model:nn.Module,              # compiled in place: its weights keep their names
     mode:Mode,                    # where to begin
-    example:torch.Tensor|None,    # a batch to try it on
-    log:logging.Logger|None=None, # where a fallback is said
-    dtype:torch.dtype|None=None   # of autocast
+    plan:Rehearsal|None=None,     # what training will ask of it; None only where the mode is none
+    log:logging.Logger|None=None  # where a fallback is said
 )->Mode: # what holds in the end
     "Compile, and fall back max-autotune → reduce-overhead → none (SPEC CT8, X57)."
     for m in {"none": [], "max-autotune": ["max-autotune", "reduce-overhead"]}.get(mode, [mode]):
         try:
-            model.compile(**({"backend": m} if m == "cudagraphs" else {"mode": m}))
-            rehearse(model, example, dtype)
+            model.compile(**compile_arguments(m))
+            rehearse(model, plan)
             return m
-        except Exception as e: decide(log, f"compile: {m} failed ({(str(e) or type(e).__name__).splitlines()[0][:120]})"); model._compiled_call_impl = None
+        except Exception as e: why = compiler_said(e)
+        decide(log, f"compile: {m} failed ({why})")
+        model._compiled_call_impl = None
+        release_memory(graphs=True)
     return "none"
 
 try_torch_compile = try_compile   # the sources' name (SPEC CT8)
@@ -180,13 +228,48 @@ class OwnGradients(Callback):
             if p.grad is not None: p.grad = p.grad.clone()
 
 # %% ../../nbs/32_training.learner.ipynb #9fabc643
-def photos_at_once(
-    train_dl:Any, # of training
-    cfg:Config    # its batch size, where the loader does not tell
-)->int:
-    "Photos of a batch that this process computes."
-    n = photos_per_batch(train_dl) if hasattr(train_dl, "batch_sampler") else cfg.train.classification.batch_size
-    return -(-n//getattr(train_dl, "world", 1))
+def batch_sizes(
+    loader:Any,   # of training or of validation
+    usual:int=64  # photos of a batch, where the loader does not tell
+)->tuple[int,...]: # the usual size first
+    "Sizes of the batches that a loader gives this process in an epoch."
+    if not hasattr(loader, "batch_sampler"): return tuple(dict.fromkeys(len(b[1]) for b in loader)) or (usual,)
+    n = photos_per_batch(loader)
+    sizes = [n]
+    if loader.batch_sampler is None:
+        photos = len(loader.sampler)
+        sizes = [n]*(photos >= n) + [photos % n]*(not loader.drop_last)
+    rank, world = getattr(loader, "rank", 0), getattr(loader, "world", 1)
+    shares = (s*(rank+1)//world - s*rank//world for s in sizes)   # as the loader cuts them
+    return tuple(dict.fromkeys(s for s in shares if s))
+
+# %% ../../nbs/32_training.learner.ipynb #c47d90a3
+def wanted_mode(
+    cfg:Config,                   # optimization, as the stage left it
+    device:torch.device|str,      # where the run computes
+    drop_last:bool,               # whether the training loader leaves out a short last batch
+    log:logging.Logger|None=None, # a line where CUDA graphs were asked for
+    tb:TBWriter|None=None         # and its tag
+)->tuple[Mode,str]: # the mode, and why
+    "How the network is to be compiled: by torch.compile, by CUDA graphs alone, or not."
+    mode, why = resolve_compile(cfg, device)
+    if not cfg.optimization.cuda_graphs: return mode, why
+    graphs, because = resolve_graphs(cfg, mode, device, drop_last)
+    decide(log, f"cuda_graphs: {because}", tb)
+    return ("cudagraphs", "graphs are recorded without a compiler") if graphs else (mode, why)
+
+def rehearsal(
+    cfg:Config,               # data.classification, train.classification, optimization
+    device:torch.device|str,  # where the run computes
+    dtype:torch.dtype|None,   # of autocast
+    train_dl:Any,             # loader of training
+    views:Mapping[str,Any]    # loaders of validation
+)->Rehearsal:
+    "What a training as configured asks of its network."
+    c = cfg.train.classification
+    valid = tuple(dict.fromkeys(s for dl in views.values() for s in batch_sizes(dl, c.batch_size)))
+    phases = (True, False) if 0 < c.freeze_backbone_epochs < c.epochs else (False,)
+    return Rehearsal(batch_sizes(train_dl, c.batch_size), valid, cfg.data.classification.img_size, dtype, c.channels_last and cfg.optimization.channels_last, phases, torch.device(device))
 
 # %% ../../nbs/32_training.learner.ipynb #ee97ee84
 def speed_up(
@@ -196,19 +279,14 @@ def speed_up(
     dtype:torch.dtype|None,       # of autocast
     train_dl:Any,                 # its batch size and drop_last
     log:logging.Logger|None=None, # a line per wish
-    tb:TBWriter|None=None         # and its tag
+    tb:TBWriter|None=None,        # and its tag
+    views:Mapping[str,Any]|None=None # validation loaders
 )->Mode: # what holds in the end
     "Gradient checkpoints, compilation, CUDA graphs: as asked for, or with the reason why not."
     if cfg.optimization.grad_checkpointing: checkpoint_gradients(model, log, tb)
-    mode, why = resolve_compile(cfg, device)
-    if cfg.optimization.cuda_graphs:
-        graphs, because = resolve_graphs(cfg, mode, device, getattr(train_dl, "drop_last", False) or getattr(train_dl, "batch_sampler", None) is not None)
-        decide(log, f"cuda_graphs: {because}", tb)
-        if graphs: mode, why = "cudagraphs", "graphs are recorded without a compiler"
+    mode, why = wanted_mode(cfg, device, getattr(train_dl, "drop_last", False) or getattr(train_dl, "batch_sampler", None) is not None, log, tb)
     if mode == "none": decide(log, f"compile: none, because {why}", tb); return mode
-    size = cfg.data.classification.img_size
-    example = torch.zeros(photos_at_once(train_dl, cfg), 3, size, size, device=device)
-    held = try_compile(model, mode, example, log, dtype)
+    held = try_compile(model, mode, rehearsal(cfg, device, dtype, train_dl, views or {}), log)
     decide(log, f"compile: {held}, because {why}" if held == mode else f"compile: {held}, because {mode} failed", tb)
     return held
 
@@ -237,6 +315,7 @@ def training_callbacks(
     "The callbacks that the configuration asks for, in order."
     c, stop, hours = cfg.train.classification, cfg.train.classification.early_stopping, cfg.data.progressive_validation.stage().time_limit_hours
     cbs = [TrainEvalCallback(), Unpack(c.channels_last and cfg.optimization.channels_last)]
+    if compiled != "none" and cbs[1].layout is None: cbs[1].layout = torch.contiguous_format   # one layout for all batches: another would be compiled anew
     if not out.quiet: cbs.append(StepLog(cfg.train.step_log_interval, out.log, out.tb, cfg.train.profile_interval, FIRST_STEPS if compiled == "none" else cfg.optimization.compile_warmup_steps))
     cbs.append(build_scheduler(cfg, steps))
     if (mixer := Mixer(c.mixing)).on: cbs.append(Mix(mixer))
@@ -270,7 +349,7 @@ def build_learner(
     "A Learner as configured (SPEC CT2-CT5, CT8-CT12, CT15-CT18)."
     c, out = cfg.train.classification, out or Outputs(quiet=True)
     dtype = select_amp_dtype(c.amp_dtype if c.amp else "fp32", torch.device(device), out.log, out.tb)
-    compiled = speed_up(model, cfg, device, dtype, train_dl, out.log, out.tb)
+    compiled = speed_up(model, cfg, device, dtype, train_dl, out.log, out.tb, views)
     cbs = training_callbacks(cfg, total_steps(len(train_dl), c.grad_accum_steps, c.epochs), dtype, fixed or {}, out, compiled)
     learn = PillLearner(PillLoaders(train_dl, next(iter(views.values())), device), model, criterion, opt_func=opt_func(cfg, out.log), lr=c.lr, default_cbs=False, cbs=cbs)
     which = {"raw": ["raw"], "ema": ["ema"], "both": ["ema", "raw"]}[c.ema.evaluate] if c.ema.enabled else ["raw"]

@@ -25,6 +25,7 @@ from ..core.checkpoint import load_ckpt, rng_state, save_ckpt, set_rng_state
 from ..core.config import Saving
 from ..core.errors import PillsnapError
 from ..core.log import decide
+from ..data.loaders import worker_gone
 from .callbacks import Accumulate, Clock, History, PillLearner, StepLog, Unpack, early_stopping, monitored
 
 # %% ../../nbs/31a_training.saving.ipynb #c2b55ddc
@@ -226,9 +227,13 @@ def all_batches(self:PillLearner)->None:
     if self.training and (ckpt := self.__dict__.pop("begun", None)):
         first, batches, dice = take_up(self, ckpt), rest_of(self, ckpt), ckpt["rng_state"]
         set_rng_state(dice)
-    for i, b in enumerate(batches, first):
-        if i == first and dice: set_rng_state(dice)
-        self.one_batch(i, b)
+    try:
+        for i, b in enumerate(batches, first):
+            if i == first and dice: set_rng_state(dice)
+            self.one_batch(i, b)
+    except RuntimeError as e:   # torch tells of a process that ended wherever the main thread is, also in the middle of a step
+        if "DataLoader worker (pid" in str(e): raise worker_gone(e) from e
+        raise
 
 def rest_of(
     learn:PillLearner,      # whose epoch has begun
