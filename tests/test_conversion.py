@@ -20,7 +20,7 @@ from pillsnap.core.files import read_json
 from pillsnap.data import conversion
 from pillsnap.data.aihub import DRUG_KEYS, IMAGE_KEYS, Reason
 from pillsnap.data.classmap import ClassMap
-from pillsnap.data.conversion import (COLUMNS, ConversionJob, build_drug_metadata_mapping, check_yolo_tree, convert_coco_to_yolo, convert_delivery, discover_dataset,
+from pillsnap.data.conversion import (COLUMNS, ConversionJob, build_drug_metadata_mapping, check_yolo_tree, convert_coco_to_yolo, convert_delivery,
     discover_detection_data, get_class_id_from_edi_code, get_drug_metadata_from_class_id, read_manifest, validate_bbox, write_manifest, write_yolo_tree)
 
 A, B, C, D = "K-000250", "K-000573", "K-002483", "K-006192"
@@ -254,7 +254,6 @@ def test_one_drug_is_enough(tmp_path):
 
 @pytest.mark.spec("DM6")
 def test_discovery_opens_photos_and_obeys_its_settings(small, tmp_path):
-    assert discover_dataset is discover_detection_data, "two names, one function (X36)"
     stem = add(small, [B], 40); photo_of(small, [B], stem).write_text("text")
     turned = add(small, [B], 60); exif = Image.Exif(); exif[0x0112] = 6
     p = photo_of(small, [B], turned); p.unlink(); paint(p.with_suffix(".jpg"), size=(120, 96)); Image.open(p.with_suffix(".jpg")).save(p.with_suffix(".jpg"), exif=exif)

@@ -15,7 +15,7 @@ from pillsnap.core.errors import PillsnapError
 from pillsnap.data import aihub, truth
 from pillsnap.data.aihub import Reason, archives_in, extract_archives, label_files, walk_tree
 from pillsnap.data.classmap import ClassMap
-from pillsnap.data.conversion import check_yolo_tree, convert_coco_to_yolo, convert_delivery, discover_dataset, index_labels
+from pillsnap.data.conversion import check_yolo_tree, convert_coco_to_yolo, convert_delivery, discover_detection_data, index_labels
 from pillsnap.data.index import COLUMNS, Index, read_index, read_manifest, write_index
 from pillsnap.data.synth import write_delivery
 from pillsnap.data.truth import audit, examine, merge, parts_of, read_part
@@ -89,12 +89,12 @@ def test_drugs_in_turn_and_words_in_other_places_are_read_as_alone(labels, tmp_p
 @pytest.mark.spec("BM2", "DM9")
 def test_plain_photos_and_looked_at_photos_give_the_same(faulty, monkeypatch):
     root, _, _ = faulty
-    quick, rows = audit(root, root/"data/train/images"), discover_dataset(root)
+    quick, rows = audit(root, root/"data/train/images"), discover_detection_data(root)
     assert len(examine(root/"data/train/labels").plain) > 20
     monkeypatch.setattr(truth, "is_plain", lambda *a: False)
     assert len(examine(root/"data/train/labels").plain) == 0
     assert audit(root, root/"data/train/images") == quick
-    assert discover_dataset(root).equals(rows)
+    assert discover_detection_data(root).equals(rows)
 
 
 @pytest.mark.spec("BM2")

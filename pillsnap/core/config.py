@@ -158,7 +158,7 @@ class Data(Block):
     source:Literal["aihub","synthetic"] = key("aihub", "synthetic: the conversion stage renders paths.root when it is not there")
     task:Literal["two_stage","classification","segmentation"] = key("two_stage", "what is trained")
     pipeline_strategy:Literal["user_controlled"] = key("user_controlled", "the only legal value")
-    default_mode:Literal["single","combo"] = key("single", "of an exported model and of build_dataloaders where a caller "
+    default_mode:Literal["single","combo"] = key("single", "of an exported model and of the loaders where a caller "
         "names no mode; single: whole photo to drug; combo: detect, crop, classify")
     auto_fallback:Literal[False] = key(False, "the only legal value")
     extensions:tuple[str,...] = key((".jpg",".jpeg",".png",".bmp",".webp"), "files taken for photos")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MUZZLE', 'INSTALL', 'PILL', 'NoUltralytics', 'load_ultralytics', 'yolo_name', 'Lazy', 'build_yolo_model',
-           'TorchDetector', 'fresh_detector_checkpoint', 'load_detector', 'open_detector']
+           'build_criterion_detection', 'TorchDetector', 'fresh_detector_checkpoint', 'load_detector', 'open_detector']
 
 # %% ../../nbs/26_models.yolo.ipynb #3288141a
 import importlib, logging, os, re, sys, warnings
@@ -113,6 +113,16 @@ def build_yolo_model(
     model = DetectionModel(f"{name}.yaml", nc=num_classes, verbose=False)
     model.names = {0: "pill"} if num_classes == 1 else {i: f"class {i}" for i in range(num_classes)}
     return model
+
+# %% ../../nbs/26_models.yolo.ipynb #0fae0217
+def build_criterion_detection(
+    model:nn.Module # a YOLO11 of build_yolo_model
+)->Callable[...,tuple[torch.Tensor,dict[str,torch.Tensor]]]: # (answers in train mode, labels) → parts times photos, parts
+    "The loss that trains a YOLO11: boxes, classes and box edges, with ultralytics' own gains."
+    load_ultralytics()
+    from ultralytics.cfg import get_cfg
+    model.args = get_cfg()
+    return model.init_criterion()
 
 # %% ../../nbs/26_models.yolo.ipynb #3dcb0771
 class TorchDetector:
