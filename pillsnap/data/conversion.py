@@ -851,7 +851,7 @@ def plot_captures(
     singles = df[df.kind == "single"]; pool = singles if len(singles) else df
     one = pool[pool.kcode == pool.kcode.value_counts().sort_index().idxmax()].drop_duplicates("path")
     one = one.assign(nth=one.groupby("group_id").cumcount()).sort_values(["nth","back","light","side","path"]).head(n).sort_values(["side","back","light","path"])
-    word = lambda r: f"{CONDITIONS['back'][1].get(r.back, r.back)}, {CONDITIONS['light'][1].get(r.light, r.light)}\n{'back' if r.side else 'front'} {r.latitude}° turn {r.longitude}°"
+    word = lambda r: f"{CONDITIONS['back'][1].get(r.back, r.back)}, {CONDITIONS['light'][1].get(r.light, r.light)}\n{'back' if r.side else 'front'} {r.latitude}° at {r.longitude}°"
     return show_grid([_photo(root, r.path) for r in one.itertuples()], [word(r) for r in one.itertuples()], cols=6, size=1.5)
 
 # %% ../../nbs/14_data.conversion.ipynb #c08c8d93
