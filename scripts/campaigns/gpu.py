@@ -100,6 +100,7 @@ CHECKS = (
         "≥ 95 % each",
         "gpu_checks.loop:busy",
         120,
+        (*BASE, "isal", "numba"),
     ),
     Check(
         "GP6",
@@ -324,8 +325,8 @@ def environment(work: Path) -> dict[str, str]:
     "What a check's process finds in its environment: the project without being installed, no network, own caches."
     paths = [*map(str, SEARCHED), *filter(None, [os.environ.get("PYTHONPATH")])]
     offline = {"PILLSNAP_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "YOLO_OFFLINE": "true"}
-    caches = {"TMPDIR": str(work), "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor")}
-    caches |= {"TRITON_CACHE_DIR": str(work / "triton"), "PYTHONPYCACHEPREFIX": str(work / "bytecode")}
+    caches = {"TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"), "TRITON_CACHE_DIR": str(work / "triton")}
+    caches["TMPDIR"] = str(work)
     return {**os.environ, **offline, **caches, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
 
 

@@ -141,6 +141,8 @@ def out_of_memory(device: str, tiny: bool, work: Path) -> tuple[list[Part], dict
 
 def fresh_compiler(gpu: Gpu) -> None:
     "Forget everything that torch.compile holds in this process; what it wrote to the disk stays."
+    import torch._dynamo
+
     torch._dynamo.reset()
     gpu.clear()
 
@@ -294,16 +296,20 @@ def train_compiled(s: Size, gpu: Gpu, mode: str, train: list, valid: list, epoch
 
 def compiled(device: str, tiny: bool, work: Path) -> tuple[list[Part], dict[str, Any]]:
     "GP7: the default classifier, eager and with reduce-overhead; the last batch of both validations is short."
+    from torch._dynamo.utils import counters
+
     s, gpu = Size(tiny), Gpu(device)
     steps, epochs, img, batch = s.of(20, 5), s.of(3, 2), s.of(384, 64), s.of(48, 4)
     enable_tf32(True)
     train = coloured_batches(steps, batch, img, gpu.device)
     valid = coloured_batches(2, batch, img, gpu.device, seed=1, last=batch // 3)
     if gpu.there:
-        torch._inductor.config.fallback_random = True  # the same dropout as eager, so that losses can be compared
+        from torch._inductor import config as inductor
+
+        inductor.fallback_random = True  # the same dropout as eager, so that losses can be compared
     eager = train_compiled(s, gpu, "none", train, valid, epochs)
     fast = train_compiled(s, gpu, s.of("reduce-overhead", "none"), train, valid, epochs)
-    graphs, skips = fast["graphs"], torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+    graphs, skips = fast["graphs"], counters["inductor"]["cudagraph_skips"]
     loss = 100 * abs(fast["loss"] / eager["loss"] - 1)
     out = [
         at_most("CUDA graphs", graphs[-1], 4),

@@ -381,7 +381,7 @@ class Skips(Callback):
 
 def train_in(s: Size, gpu: Gpu, precision: str, batches: list, steps: int) -> tuple[np.ndarray, int, str]:
     "The losses of a short training from the same weights, its skipped steps, and the type that autocast had."
-    over = ("train.classification.lr=0.001", "train.classification.tf32=false")
+    over = ("train.classification.lr=0.0005", "train.classification.epochs=1", "train.classification.tf32=false")
     cfg = settings(s, f"train.classification.amp_dtype={precision}", *over, img=128, batch=32)
     set_seed(42)
     enable_tf32(False)

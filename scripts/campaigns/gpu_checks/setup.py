@@ -295,8 +295,8 @@ def loader(
 ) -> PhotoLoader:
     "The project's training loader of whole photos with the configured augmentation."
     c, t = cfg.data.classification, cfg.train
-    augment = cfg.data.augment.classification
-    args = (rows, drug_keys(), source, c.img_size, True, 0.0, "whole", t.seed, augment, c.crop_padding)
+    augment, layout = cfg.data.augment.classification, t.classification.channels_last and cfg.optimization.channels_last
+    args = (rows, drug_keys(), source, c.img_size, True, 0.0, "whole", t.seed, augment, c.crop_padding, layout)
     data = PillsnapClsDataset(*args)
     there = dict(device=device, pin_memory=device.type == "cuda", drop_last=True)
     work = dict(engine=engine, num_workers=workers, prefetch_factor=ahead)
