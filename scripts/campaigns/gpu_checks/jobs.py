@@ -240,8 +240,10 @@ def train_yolo(root: Path, cfg: Any, memory: DetectorMemory | None = None) -> tu
 
 
 def searched_batch(lines: Sequence[str]) -> int | None:
-    "The batch that the log says was found."
-    return next((int(m[1]) for line in lines if (m := re.match(r"auto-batch: (\d+) photos", line))), None)
+    "The batch that the log says was found; None where the search fell back to a default."
+    return next(
+        (int(m[1]) for line in lines if (m := re.match(r"auto-batch: (\d+) photos per step, found", line))), None
+    )
 
 
 def detector(device: str, tiny: bool, work: Path) -> tuple[list[Part], dict[str, Any]]:

@@ -198,7 +198,7 @@ def out_of_memory_compiled(device: str, tiny: bool, work: Path) -> tuple[list[Pa
 
 
 def batch_search(device: str, tiny: bool, work: Path) -> tuple[list[Part], dict[str, Any]]:
-    """GP10: the search of a training job while another process holds all but 16 GB.
+    """GP10: the search of a training job while another process holds all but 24 GB.
 
     Then full steps with the loader, and the planner's figure for that batch.
     """
@@ -212,7 +212,7 @@ def batch_search(device: str, tiny: bool, work: Path) -> tuple[list[Part], dict[
     set_seed(42)
     enable_tf32(True)
     net, planned = network(cfg, gpu.device), footprint(network(cfg, torch.device("cpu")), img, True)
-    with Neighbour(gpu, min(16e9, 0.6 * gpu.free()), work) as beside:
+    with Neighbour(gpu, min(24e9, 0.6 * gpu.free()), work) as beside:
         n = chosen_batch(1, cfg, net, CLASSES, log=logger(), device=gpu.device)
         cfg = settings(s, *over, f"{c}.batch_size={n}")
         train = patch_loader(cfg, n * steps, gpu.device, workers=s.of(max(1, min(14, cores() - 2)), 1))
