@@ -9,6 +9,7 @@ from jsonschema import validate
 
 from pillsnap.core.errors import PillsnapError
 from pillsnap.data.classmap import ClassMap
+from pillsnap.models import pipeline as P
 from pillsnap.models.pipeline import ANSWERS, BADGE, LOW_CONFIDENCE, MODES, answer_schema, class_probabilities, detect, predict_pipeline
 
 KEYS = ("K-000001", "K-000002", "K-000003", "K-000004", "K-000005", "K-000006")
@@ -30,6 +31,19 @@ class FixedDetector:
 
 
 def sure(k, of=6): return [9. if i == k else 0. for i in range(of)]
+
+
+@pytest.mark.spec("SV4")
+def test_an_answer_says_which_branch_ran(monkeypatch):
+    "mode_used comes from the code that made the views; the request is not copied into it."
+    photo = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    det = FixedDetector([(32, 32, 20, 20, .9)])
+    made = {m: P.photo_views(photo, m, 32, det, conf=.3, iou=.5, max_det=9) for m in MODES}
+    assert {m: v.mode_used for m, v in made.items()} == {m: m for m in MODES} and det.calls == 1
+    assert made["single"].boxes == [None] and len(made["combo"].boxes) == 1
+    monkeypatch.setattr(P, "photo_views", lambda *a, **k: made["combo"])
+    answer = predict_pipeline(photo, "single", classifier=FixedClassifier(sure(0)), class_map=WORLD, detector=det)
+    assert (answer["mode_requested"], answer["mode_used"]) == ("single", "combo")
 
 
 photos = st.builds(lambda w, h, seed: np.random.default_rng(seed).integers(0, 256, (h, w, 3), np.uint8), st.integers(32, 90), st.integers(32, 90), st.integers(0, 99))

@@ -262,6 +262,16 @@ def test_the_duration_floor_is_twenty_microseconds_a_sample(n):
 
 
 @pytest.mark.spec("BX2")
+def test_what_opens_no_photo_is_exempt_by_kind_and_by_nothing_else():
+    "Counting the drugs of a table takes microseconds; saying so is no excuse for a figure without a duration."
+    counted = replace(GOOD, name="class_imbalance_ratio", n=5000, seconds=1e-5, kind="computed")
+    assert counted.measured and not replace(counted, kind="photos").measured
+    for seconds in (None, 0, -1., math.nan): assert not replace(counted, seconds=seconds).measured
+    assert GOOD.kind == "photos"
+    with pytest.raises(PillsnapError, match="one of photos, computed"): replace(GOOD, kind="known")
+
+
+@pytest.mark.spec("BX2")
 def test_honest_work_passes():
     "The cheapest thing this project does to a photo takes longer than the floor."
     from PIL import Image
@@ -279,7 +289,7 @@ def test_a_figure_keeps_its_provenance_through_json(tmp_path):
     assert (m.data, m.data_hash, m.class_map_hash, m.how, m.commit, m.hardware) == ("synthetic", H, "b"*64, "measured", get_git_sha(), hardware())
     assert type(m.n) is int and type(m.value) is float and m.measured
     back = Metric.from_dict(read_json(save_json(m.to_dict(), tmp_path/"m.json")))
-    assert back == m and set(m.to_dict()) == {"name", "value", "n", "how", "data", "data_hash", "class_map_hash", "commit", "seconds", "hardware", "note"}
+    assert back == m and set(m.to_dict()) == {"name", "value", "n", "how", "data", "data_hash", "class_map_hash", "commit", "seconds", "hardware", "note", "kind"}
     nan = p.metric("macro_f1", torch.tensor(math.nan), n=0, seconds=1.)
     assert not Metric.from_dict(read_json(save_json(nan.to_dict(), tmp_path/"m.json"))).measured
     for broken in ({"name": "x"}, [], "x", {**m.to_dict(), "measured": True}):
@@ -703,3 +713,48 @@ def test_a_smoke_runs_folder_lives_as_long_as_its_process(tmp_path):
     said = subprocess.run([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(tmp_path)}, capture_output=True, text=True, check=True).stdout.split()
     assert (Path(said[0]).parent, said[1]) == (tmp_path, "True")
     assert not list(tmp_path.glob("pillsnap_*"))
+
+
+JOB = """
+import os, signal, sys
+from pillsnap.core.errors import PillsnapError
+from pillsnap.core.stages import StageJob, StageResult
+class Job(StageJob):
+    def work(self, run, cfg):
+        how = sys.argv[2]
+        if how == "kill": os.kill(os.getpid(), signal.SIGKILL)
+        if how == "term": os.kill(os.getpid(), signal.SIGTERM)
+        if how == "interrupt": raise KeyboardInterrupt
+        if how == "refuse": raise PillsnapError("not like this")
+        if how == "crash": raise ValueError("no")
+        if how == "claim": return StageResult("done", outputs=[run.root/"nowhere.txt"])
+        return StageResult("done")
+Job(run_dir=sys.argv[1], config="smoke", overrides=sys.argv[3:]).run()
+"""
+
+
+@pytest.mark.spec("SG1")
+def test_a_record_keeps_every_attempt(tmp_path):
+    "Ctrl-C and SIGTERM interrupt; an exception fails; kill -9 dies without a word. What crashed under these settings is counted, however it ended later."
+    from pillsnap.core.stages import crashes, read_record
+    ends = {"interrupt": "interrupted", "term": "interrupted", "crash": "failed", "refuse": "failed", "claim": "failed", "kill": "died", "finish": "finished"}
+    for how in ends: python(JOB, tmp_path, how)
+    rec = read_record(tmp_path, "stage")
+    assert [a["status"] for a in rec["attempts"]] == list(ends.values()) and rec["status"] == "finished"
+    assert [a["raised"] for a in rec["attempts"]] == ["KeyboardInterrupt", "KeyboardInterrupt", "ValueError", "PillsnapError", "PillsnapError", "", ""]
+    assert all(a["started"] and (a["seconds"] is None) == (a["status"] == "died") for a in rec["attempts"]) and "no" in rec["attempts"][2]["error"]
+    assert [a["status"] for a in crashes(rec)] == ["failed"]*3 + ["died"]
+    python(JOB, tmp_path, "finish", "train.leak_gap=true")
+    assert len(read_record(tmp_path, "stage")["attempts"]) == 8 and crashes(read_record(tmp_path, "stage")) == []
+
+
+@pytest.mark.spec("SG1")
+def test_a_restart_of_the_machine_is_no_crash(tmp_path):
+    from pillsnap.core.stages import crashes, read_record, record_path
+    python(JOB, tmp_path, "kill")
+    rec = read_record(tmp_path, "stage")
+    assert rec["status"] == "running"
+    save_json({**rec, "attempts": [{**rec["attempts"][0], "boot": "another"}]}, record_path(tmp_path, "stage"))
+    python(JOB, tmp_path, "finish")
+    rec = read_record(tmp_path, "stage")
+    assert [a["status"] for a in rec["attempts"]] == ["restarted", "finished"] and crashes(rec) == []

@@ -85,7 +85,8 @@ def test_a_run_that_the_clock_stopped_counts_as_what_it_is(run, monkeypatch):
     checks = {k: Check(True, "somewhere") for k in ("pipeline_complete", "classification_model_loading")}
     prov = Provenance("synthetic", "d"*64, "c"*64)
     facts = {"accuracy": prov.metric("accuracy", .2, 300, 1.), "n_eval_samples": prov.metric("n_eval_samples", 300, 300, 1.), "class_coverage": prov.metric("class_coverage", 1., 300, 1.),
-             "no_crashes": prov.metric("no_crashes", 1., 4, 1.), "map50": prov.metric("map50", .95, 30, 1.)}
+             "no_crashes": prov.metric("no_crashes", 1., 4, 1.), "map50": prov.metric("map50", .95, 30, 1.),
+             "train_overlap": prov.metric("train_overlap", 0, 300, 1., kind="computed"), "split_by_group": prov.metric("split_by_group", True, 300, 1., kind="computed")}
     def verdict(least, **changed):
         cfg = load_config("smoke", [*SMALL, clock.format(least)])
         return simple_stage_evaluation(0, facts, time_cap(run, cfg, {**checks, **changed}, 6)).status

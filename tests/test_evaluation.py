@@ -11,14 +11,14 @@ from hypothesis import given, settings, strategies as st
 
 from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
-from pillsnap.core.files import read_json, save_json
+from pillsnap.core.files import read_json, save_json, sha256_file
 from pillsnap.core.record import Metric, Provenance
 from pillsnap.core.stages import RunFolder, record_path
 from pillsnap.data.classmap import ClassMap
-from pillsnap.data.splits import load_stage
+from pillsnap.data.splits import StageData, load_stage
 from pillsnap.evaluation import checks as K
 from pillsnap.evaluation import evaluation as E
-from pillsnap.evaluation.advisor import ADVISOR_TARGETS, evaluate_and_recommend
+from pillsnap.evaluation.advisor import ADVISOR_TARGETS, evaluate_and_recommend, get_stage_target
 from pillsnap.evaluation.ledger import read_ledger
 from pillsnap.evaluation.gates import simple_stage_evaluation
 from pillsnap.evaluation.menu import advisor_word, read_advice
@@ -86,15 +86,22 @@ def test_the_wing_does_not_know_the_training_wing():
 def test_figures_can_be_reckoned_again_from_the_predictions(made):
     root, _ = made
     doc, m, _ = E.read_evaluation(root)
-    t = pd.read_csv(root / "reports/predictions_single.csv")
-    assert len(t) == m["accuracy"].n == m["n_eval_samples"].value and t.path.is_unique
+    every = pd.read_csv(root / "reports/predictions_single.csv")
+    t = every[every.part == "clean"]
+    assert len(t) == m["accuracy"].n == m["n_eval_samples"].value == doc["parts"]["clean"] and every.path.is_unique
+    for part, name in (("val", "selection"), ("calib", "calibration")):
+        mine = every[every.part == part]
+        assert len(mine) == m[f"accuracy_{name}"].n == doc["parts"][part] > 0 and m[f"accuracy_{name}"].value == pytest.approx((mine.true == mine.answered).mean())
     assert m["accuracy"].value == pytest.approx((t.true == t.answered).mean()) == pytest.approx((t["rank"] == 1).mean())
     assert m["top5"].value == pytest.approx((t["rank"] <= 5).mean()) and m["accuracy_crop"].value == pytest.approx((t.true == t.answered_crop).mean())
     rows = [json.loads(l) for l in open(root / "reports/predictions_boxes.jsonl")]
+    assert {r["part"] for r in rows} == {"val", "clean"} and {s.path for s in E.shots(E.load_stage(root, 0)) if s.part != "calib"} == {r["path"] for r in rows}
+    rows = [r for r in rows if r["part"] == "clean"]
     ap = detection_ap([(np.array(r["boxes"]), np.array(r["confidence"])) for r in rows], [np.array(r["truth"]) for r in rows])
     assert m["detection_map50"].value == pytest.approx(ap["mAP@0.5"], abs=1e-3) and m["detection_map50"].n == len(rows)
     combos = [json.loads(l) for l in open(root / "reports/predictions_combo.jsonl")]
     assert len(combos) == doc["photos"]["combos"] and all(c["mode_used"] == c["mode_requested"] == "combo" for c in combos)
+    combos = [c for c in combos if c["part"] == "clean"]
     assert m["combo_pill_accuracy"].value == pytest.approx(sum(c["right"] for c in combos) / sum(c["pills"] for c in combos))
 
 
@@ -132,6 +139,152 @@ def test_the_badge_is_a_remark_and_the_mode_stays(made):
     assert len(lines) == doc["badges"] > 0 and all(l["mode_used"] == l["mode_requested"] == "single" and l["badge"] == "combo 권장" and l["single_confidence"] < .3 for l in lines)
     assert m["mode_kept"].value == 1. and "combo 권장" in (root / "logs/pillsnap.evaluation.log").read_text(encoding="utf-8")
     assert "combo 권장" not in json.dumps(read_advice(root), ensure_ascii=False) and not any("combo 권장" in json.dumps(r, ensure_ascii=False) for r in read_json(root / "reports/scorecard.json")["rows"])
+
+
+# ---- which photos ---------------------------------------------------------------------------------
+
+def name_the_training(root, **change):
+    "Records as the training jobs leave them: the split that they read, the checkpoints that they wrote."
+    split = "artifacts/stage0/splits.json"
+    for job in ("classifier", "detector"):
+        best = f"checkpoints/{job}/best.pt"
+        rec = dict(stage=job, status="finished", seconds=3., settings={}, inputs={split: sha256_file(root / split)}, outputs={best: sha256_file(root / best)})
+        save_json(rec | change, record_path(root, job))
+
+
+@pytest.mark.spec("X81", "X82", "BX1")
+def test_what_is_scored_is_the_evaluation_set_and_nothing_of_training(made):
+    "Exactly the pool; no path, capture group or near-duplicate of training; no group gives two kinds of figures."
+    root, _ = made
+    data, every = load_stage(root, 0), pd.read_csv(root / "reports/predictions_single.csv")
+    combos = [json.loads(l) for l in open(root / "reports/predictions_combo.jsonl")]
+    boxes = [json.loads(l) for l in open(root / "reports/predictions_boxes.jsonl")]
+    pool = data.pool.drop_duplicates("path").set_index("path")
+    scored = {**dict(zip(every.path, every.part)), **{c["path"]: c["part"] for c in combos}}
+    assert scored == pool["split"].to_dict() and set(scored.values()) == {"val", "calib", "clean"}
+    assert {b["path"]: b["part"] for b in boxes} == {p: k for p, k in scored.items() if k != "calib"}
+    assert {s.path for s in E.shots(data)} == set(pool.index)
+    mine = pool.loc[list(scored)]
+    assert not set(scored) & set(data.train["path"]) and not set(mine["group_id"]) & set(data.train["group_id"])
+    assert not (set(mine["dup_id"]) - {""}) & set(data.train["dup_id"])
+    assert mine.groupby("group_id")["split"].nunique().max() == 1
+
+
+@pytest.mark.spec("X81")
+@pytest.mark.parametrize("kind", ["path", "group_id", "dup_id"])
+def test_each_way_of_touching_training_is_found(made, kind):
+    data = load_stage(made[0], 0)
+    todo = E.shots(data)
+    assert E.touching(todo, data.train) == []
+    victim = next(s for s in todo if s.part == "clean")
+    row = data.train.iloc[:1].assign(**{kind: {"path": victim.path, "group_id": victim.group, "dup_id": "d9"}[kind]})
+    todo = [replace(s, dup="d9") if s is victim else s for s in todo]
+    assert victim.path in E.touching(todo, row) and victim.path not in E.touching(todo, data.train)
+
+
+@pytest.mark.spec("X81", "BX2")
+def test_an_evaluation_set_that_touches_training_was_not_measured(copy, monkeypatch):
+    "Whoever scores training photos gets NOT_MEASURED: LEAK, on the scorecard and in the ledger."
+    real = E.shots
+    name_the_training(copy)
+    again(copy)
+    doc, m, _ = E.read_evaluation(copy)
+    assert m["train_overlap"].measured and m["train_overlap"].value == 0 and m["train_overlap"].n == len(real(load_stage(copy, 0)))
+    monkeypatch.setattr(E, "shots", lambda data: real(replace(data, pool=pd.concat([data.train.assign(split="clean"), data.pool]))))
+    again(copy)
+    card = read_json(copy / "reports/scorecard.json")
+    assert (card["gate"]["status"], card["gate"]["reasons"]) == ("NOT_MEASURED", ["LEAK"]) and "accuracy" in card["gate"]["not_measured"]
+    assert "LEAK" in (copy / "reports/scorecard.md").read_text(encoding="utf-8") and any("LEAK" in n for n in card["notes"])
+    assert read_ledger(copy)[-1]["reasons"] == ["LEAK"]
+
+
+@pytest.mark.spec("X81", "BX2")
+def test_the_overlap_is_unknown_where_the_training_rows_are(copy):
+    "Without a record, after another split, or with another checkpoint nothing is claimed, and the gate stays shut."
+    data = load_stage(copy, 0)
+    record = lambda: E.overlap_record(copy, data, E.shots(data), Provenance("synthetic", "a" * 64, "b" * 64))
+    assert not record().measured and "does not say which split" in record().note
+    name_the_training(copy)
+    assert record().measured and record().value == 0
+    name_the_training(copy, inputs={"artifacts/stage0/splits.json": "0" * 64})
+    assert not record().measured and "another split" in record().note
+    name_the_training(copy, outputs={})
+    assert not record().measured and "is not the checkpoint" in record().note
+    assert "train_overlap" in simple_stage_evaluation(0, E.gate_facts({"train_overlap": record()}, [])).not_measured
+
+
+@pytest.mark.spec("X81")
+def test_an_image_split_is_named_and_never_goes(tmp_path, delivery):
+    "The whole stage on a split that deals photos one by one."
+    root = tmp_path / "run"
+    shutil.copytree(delivery, root / "delivery")
+    settings = (*QUICK, "data.group_by=image", "evaluation.calibration=false")
+    job = E.EvaluationJob(run_dir=str(root), config="smoke", overrides=settings)
+    E.smoke_evaluation(RunFolder(root, "evaluation"), job.cfg_in(root))
+    name_the_training(root)
+    again(root, overrides=settings)
+    card, text = read_json(root / "reports/scorecard.json"), (root / "reports/scorecard.md").read_text(encoding="utf-8")
+    assert card["gate"]["status"] == "NO_GO" and "LEAKY_SPLIT" in card["gate"]["reasons"] and card["split"] == "image"
+    assert "THIS SPLIT LEAKS" in text and "data.group_by=image" in text
+
+
+@pytest.mark.spec("SG3", "BX2")
+@pytest.mark.parametrize("drugs", [2, 1000, 4523])
+def test_the_imbalance_is_measured_whatever_the_number_of_drugs(drugs):
+    "Counted from a table in as long as it takes: no floor under the clock, and no photo that would have to be opened."
+    keys = [f"K-{i:06d}" for i in range(drugs)]
+    train = pd.DataFrame({"kind": "single", "class_key": [*keys, *keys[:1] * 4]})
+    m = E.imbalance_record(StageData(train, train, train, ClassMap(keys), {}, 0), Provenance("synthetic", "a" * 64, "b" * 64))
+    assert m.measured and m.kind == "computed" and m.value == 5. and 0 < m.seconds < 1 and m.seconds != 1e-3
+
+
+@pytest.mark.spec("SG8", "EV4")
+def test_the_mode_that_answered_is_what_is_reported(copy, monkeypatch):
+    "A single that takes combo's branch lowers mode_kept and stands as such in hard_cases."
+    real, n = E.photo_views, []
+    def switched(image, mode, *a, **k):
+        n.append(1)
+        return replace(real(image, mode, *a, **k), mode_used="combo" if len(n) % 2 else mode)
+    monkeypatch.setattr(E, "photo_views", switched)
+    again(copy)
+    doc, m, _ = E.read_evaluation(copy)
+    singles, combos = doc["photos"]["singles"], doc["photos"]["combos"]
+    assert m["mode_kept"].n == singles + combos and m["mode_kept"].value == pytest.approx((singles // 2 + combos) / (singles + combos))
+    lines = [json.loads(l) for l in open(copy / "hard_cases/single.jsonl")]
+    assert {l["mode_used"] for l in lines} == {"single", "combo"} and {l["mode_requested"] for l in lines} == {"single"}
+    assert any(f"{m['mode_kept'].value:.2%} of {m['mode_kept'].n} photos" in t for t in read_json(copy / "reports/scorecard.json")["notes"])
+
+
+@pytest.mark.spec("SG6", "X7")
+def test_the_thresholds_of_the_configuration_reach_the_advisor(copy):
+    for check in get_stage_target(0).checks: K.declare_check(copy, check, by="kim")
+    def advice(thresholds):
+        again(copy, remeasure=False, overrides=(*QUICK, f"evaluation.advisor_thresholds={list(thresholds)}"))
+        return read_advice(copy)
+    strict, lax = advice((1., .999, .998)), advice((1., .001, 0.))
+    assert strict["performance_score"] == lax["performance_score"] and 0 < lax["performance_score"] < .9
+    assert (strict["reason"], lax["reason"]) == ("performance_too_low", "sufficient_performance")
+
+
+@pytest.mark.spec("BX7")
+def test_a_drug_that_cannot_be_named_stands_on_the_scorecard(copy):
+    "Drug, name, what it is mistaken for, share and n, as the predictions of the clean photos have it."
+    t = pd.read_csv(copy / "reports/predictions_single.csv").query("part == 'clean'")
+    right = (t.true == t.answered).groupby(t.true).mean()
+    again(copy, remeasure=False)
+    card, text = read_json(copy / "reports/scorecard.json"), (copy / "reports/scorecard.md").read_text(encoding="utf-8")
+    rows = card["do_not_rely_on"]
+    assert {r["drug"] for r in rows} == set(right[right < E.RELIABLE].index) and rows and [r["right"] for r in rows] == sorted(r["right"] for r in rows)
+    for r in rows:
+        mine = t[t.true == r["drug"]]
+        wrong = mine.answered[mine.answered != r["drug"]].value_counts()
+        assert r["n"] == len(mine) and r["share"] == pytest.approx(wrong.max() / len(mine)) and wrong[r["mistaken_for"]] == wrong.max()
+        assert r["name"] and r["its_name"] and r["name"] in text
+    assert "## Do not rely on" in text
+    doc = read_json(copy / "reports/evaluation.json")
+    save_json(doc | {"unreliable": []}, copy / "reports/evaluation.json")
+    again(copy, remeasure=False)
+    assert "is named rightly in 75%" in (copy / "reports/scorecard.md").read_text(encoding="utf-8")
 
 
 # ---- judging -------------------------------------------------------------------------------------
@@ -183,6 +336,18 @@ def test_crashes_come_from_the_stage_records(tmp_path):
     assert not E.crash_record(tmp_path, prov).measured
     for s in E.BEFORE: save_json(dict(status="finished", seconds=3., settings={}), record_path(tmp_path, s))
     assert E.crash_record(tmp_path, prov).value is True and E.crash_record(tmp_path, prov).measured
+    attempt = lambda status, raised="", settings="a": dict(status=status, started="", seconds=1., error=f"{raised}: no", raised=raised, settings=settings, boot="")
+    def after(job, *attempts):
+        save_json(dict(status="finished", seconds=3., settings={}, attempts=[*attempts, attempt("finished")]), record_path(tmp_path, job))
+        m = E.crash_record(tmp_path, prov)
+        save_json(dict(status="finished", seconds=3., settings={}), record_path(tmp_path, job))
+        return m
+    m = after("classifier", attempt("finished"), attempt("failed", "ValueError"), attempt("died"))
+    assert m.value is False and "classifier: crashed 2 times" in m.note and "CRASH_DETECTED" in simple_stage_evaluation(0, {"no_crashes": m}).reasons
+    assert after("classifier", attempt("failed", "PillsnapError")).value is False, "a loss that is no number is a crash of the training"
+    assert after("conversion", attempt("failed", "PillsnapError")).value is True, "a delivery that is refused in words is no crash"
+    assert after("conversion", attempt("failed", "OSError")).value is False
+    assert after("detector", attempt("interrupted"), attempt("restarted"), attempt("failed", "ValueError", settings="b")).value is True
     save_json(dict(status="failed", seconds=3., settings={}), record_path(tmp_path, "detector"))
     m = E.crash_record(tmp_path, prov)
     assert m.value is False and "detector: failed" in m.note
@@ -270,6 +435,8 @@ def test_the_full_data_set_is_counted(copy):
     assert K.full_dataset_check(copy).passed is None
     shutil.copytree(copy / "artifacts/stage0", copy / "artifacts/stage4")
     head, table = read_json(copy / "artifacts/stage4/splits.json"), pd.read_csv(copy / "manifest.csv", dtype=str, keep_default_na=False)
+    pool = pd.read_csv(copy / "artifacts/stage4/manifest_pool.csv")
+    pool[pool["path"] != pool.loc[(pool["kind"] == "single") & (pool["split"] == "clean"), "path"].iloc[-1]].to_csv(copy / "artifacts/stage4/manifest_pool.csv", index=False)   # one photo stands in no part
     left_out = K.full_dataset_check(copy)
     used = {p for n in ("train", "val", "pool") for p in pd.read_csv(copy / f"artifacts/stage4/manifest_{n}.csv")["path"]} | set(table.loc[table["group_id"].isin(pd.read_csv(copy / "artifacts/test_known.csv")["group_id"]), "path"])
     assert left_out.passed is False and head["classes"] == table.loc[table["kind"] == "single", "class_key"].nunique()

@@ -11,7 +11,7 @@ from pillsnap.data.splits import SplitsJob, load_stage, smoke_splits
 
 SYNTH = dict(drugs=6, photos=48, combos=4, seed=42, width=160, height=208)
 # Only what a CPU needs: a small network, small photos, few epochs, a rate for few steps. All else is the preset's.
-TINY = ("data.source=synthetic", "data.progressive_validation.current_stage=0", "data.progressive_validation.stage_0.max_samples=null", "evaluation.min_eval_samples=6", "retrieval.min_image_size=64",
+TINY = ("data.source=synthetic", "data.progressive_validation.current_stage=0", "data.progressive_validation.stage_0.max_samples=null", "retrieval.min_image_size=64",
         "train.classification.backbone=test_resnet", "train.classification.pretrained=false", "data.classification.img_size=48", "train.classification.batch_size=16", "train.classification.amp_dtype=fp32",
         "train.classification.lr=0.003", "train.num_threads=1", "dataloader.num_workers=0", "dataloader.ram_optimization.cache_policy=hotset", *(f"synth.{k}={v}" for k, v in SYNTH.items()))
 
@@ -40,7 +40,7 @@ def crossed(stage):
 
 def test_two_stage_learns(pills, tmp_path):
     from pillsnap.training.classifier import ClassifierJob
-    given = split_for("two_stage", pills, tmp_path/"run", "train.classification.warmup_steps=10", "data.augment.classification.randaugment=false", "data.augment.classification.hflip=false")
+    given = split_for("two_stage", pills, tmp_path/"run", "evaluation.min_eval_samples=6", "train.classification.warmup_steps=10", "data.augment.classification.randaugment=false", "data.augment.classification.hflip=false")
     res = ClassifierJob(run_dir=str(tmp_path/"run"), config="two_stage", overrides=given, epochs=7).run()
     assert [r["view"][:5] for r in res.table] == ["whole", "box c"] and res.table[0]["accuracy"] >= .6
 

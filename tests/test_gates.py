@@ -9,6 +9,7 @@ from pillsnap.core.record import Metric, Provenance
 from pillsnap.evaluation.gates import EXCUSED_BY_CLOCK, STAGE_TARGETS, Reason, Status, TimeCap, simple_stage_evaluation, stage_gate
 from pillsnap.evaluation.latency import LATENCY_TARGETS, PROTOCOL_GPU, RUNS, WARMUP, Latency, latency_table, measure_latency, protocol_gap
 
+CAP = TimeCap(hours=2., stopped_early=True, samples=1000, classes=30, pipeline_complete=True, classification_model_loading=True)
 AIHUB = Provenance(data="aihub", data_hash="d" * 64, class_map_hash="c" * 64)
 GPU = "16× AMD Ryzen 7, 125 GiB, NVIDIA GeForce RTX 5080 16 GiB"
 WANT = {1: (.78, 220, .20, 2000, .02), 2: (.82, 220, .40, 5000, .02), 3: (.85, 200, .70, 10000, .01), 4: (.85, 200, .70, 10000, .01)}   # accuracy, p95, coverage, n, drop
@@ -18,10 +19,14 @@ def record(name, value, n=20_000, prov=AIHUB):
     return prov.metric(name, value, n=n, seconds=600.)
 
 
+def computed(name, value, n=20_000, prov=AIHUB):
+    return prov.metric(name, value, n=n, seconds=1e-4, kind="computed")
+
+
 def facts(acc=.95, p95=100., n=20_000, coverage=1., crashes=True, memory=True, base=None, prov=AIHUB, **change):
     lat = Latency("single", 95, 1, "fp16", 20, replace(record("latency", p95, 200, prov), hardware=GPU), "torch cuda")
     f = dict(accuracy=record("accuracy", acc, n, prov), latency_p95_ms=lat, n_eval_samples=record("n", n, n, prov), class_coverage=record("coverage", coverage, 50, prov),
-             no_crashes=record("no_crashes", crashes, 4, prov), memory_stable=record("memory_stable", memory, 30, prov))
+             no_crashes=record("no_crashes", crashes, 4, prov), memory_stable=record("memory_stable", memory, 30, prov), split_by_group=computed("split_by_group", True, n, prov), train_overlap=computed("train_overlap", 0, n, prov))
     if base is not None: f["baseline"] = record("accuracy", base, n, prov)
     return f | change
 
@@ -98,7 +103,7 @@ def test_reasons_come_in_the_contracts_order():
 
 @pytest.mark.spec("SG1", "BX2")
 @pytest.mark.parametrize("stage", [1, 2, 3, 4])
-@pytest.mark.parametrize("name", ["accuracy", "latency_p95_ms", "n_eval_samples", "class_coverage", "no_crashes", "memory_stable"])
+@pytest.mark.parametrize("name", ["accuracy", "latency_p95_ms", "n_eval_samples", "class_coverage", "no_crashes", "memory_stable", "train_overlap", "split_by_group"])
 def test_an_absent_key_fails_closed(stage, name):
     f = facts()
     assert simple_stage_evaluation(stage, f).status == Status.GO
@@ -116,6 +121,41 @@ def test_an_impossible_record_fails_closed(name, change):
     f = facts()
     r = simple_stage_evaluation(1, f | {name: replace(f[name], **change)})
     assert r.status != Status.GO, r
+
+
+@pytest.mark.spec("X81")
+@pytest.mark.parametrize("stage", [0, 1, 4])
+def test_one_photo_of_training_and_nothing_was_measured(stage):
+    "Not a NO_GO and no time cap: whatever else is wrong or right, the figures are none."
+    for change in (dict(), dict(acc=.1), dict(crashes=False)):
+        f = facts(**change) | {"train_overlap": computed("train_overlap", 1), "map50": record("map50", .99)}
+        r = simple_stage_evaluation(stage, f, CAP)
+        assert (r.status, r.reasons) == (Status.NOT_MEASURED, ("LEAK",)) and not r.unlocks_final_test
+        assert {"accuracy", "n_eval_samples", "no_crashes"} <= set(r.not_measured) and "train_overlap" not in r.not_measured
+        assert "1 of 20000 scored photos" in next(p.note for p in r.points if p.name == "accuracy")
+
+
+@pytest.mark.spec("X81")
+@pytest.mark.parametrize("overlap", [0, 19_000])
+def test_a_split_that_leaks_by_construction_is_no_go(overlap):
+    f = facts(acc=.999) | {"split_by_group": computed("split_by_group", False), "train_overlap": computed("train_overlap", overlap)}
+    assert (simple_stage_evaluation(1, f).status, simple_stage_evaluation(1, f).reasons) == (Status.NO_GO, ("LEAKY_SPLIT",))
+    assert simple_stage_evaluation(1, f | facts(acc=.749, n=20_000) | {k: f[k] for k in ("split_by_group", "train_overlap")}, CAP).status == Status.NO_GO
+
+
+@pytest.mark.spec("X81", "BX2")
+def test_an_overlap_that_was_checked_for_fewer_photos_is_none():
+    r = simple_stage_evaluation(1, facts() | {"train_overlap": computed("train_overlap", 0, 19_999)})
+    assert r.status == Status.NOT_MEASURED and "checked for 19999 photos" in r.points[0].note
+
+
+@pytest.mark.spec("BX2")
+@pytest.mark.parametrize("name", ["accuracy", "n_eval_samples", "class_coverage", "latency_p95_ms"])
+def test_figures_that_take_photos_cannot_be_computed(name):
+    f = facts()
+    dull = replace(f[name], metric=replace(f[name].metric, kind="computed")) if name == "latency_p95_ms" else replace(f[name], kind="computed", seconds=1e-4)
+    r = simple_stage_evaluation(1, f | {name: dull})
+    assert r.status == Status.NOT_MEASURED and name in r.not_measured
 
 
 @pytest.mark.spec("BX2")

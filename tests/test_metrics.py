@@ -5,7 +5,7 @@ from hypothesis import given, settings, strategies as st
 from sklearn import metrics as sk
 
 from pillsnap.core.errors import PillsnapError
-from pillsnap.evaluation.calibration import calibrate, fit_half, fit_temperature, nll
+from pillsnap.evaluation.calibration import calibrate, fit_temperature, nll
 from pillsnap.evaluation.reports import dump_metrics_json, evaluate_classification_metrics, plot_confusion_matrix, roc_pr_macro, save_confusions
 from pillsnap.models.metrics import accuracy, confusion_pairs, detection_ap, ece, macro_f1, match_boxes, per_class, topk_accuracy
 from pillsnap.models.pipeline import softmax
@@ -136,25 +136,21 @@ def test_temperature_is_the_minimum_that_scipy_finds(factor):
     assert fit_temperature(z, y) == pytest.approx(want, rel=1e-4)
 
 
-@pytest.mark.spec("EV3")
-def test_the_judging_half_is_not_the_fitting_half():
-    z, y = scores(6, 400)
-    groups = np.repeat([f"g{i}" for i in range(40)], 10)
-    half = fit_half(groups, 1)
-    c = calibrate(z * 5, y, groups, 1)
-    assert c.temperature == pytest.approx(fit_temperature(z[half] * 5, y[half]))
-    p = softmax(z[~half] * 5, c.temperature)
-    assert c.ece_after == pytest.approx(ece(p.max(1), p.argmax(1) == y[~half])) and c.ece_after < c.ece_before
-    poisoned = y.copy(); poisoned[~half] = (y[~half] + 1) % 7                       # labels of the judging half cannot move T
-    assert calibrate(z * 5, poisoned, groups, 1).temperature == c.temperature
-
-
-@given(st.lists(st.integers(0, 12), min_size=1, max_size=60), st.integers(0, 5))
-@settings(max_examples=60, deadline=None)
-def test_no_group_is_parted(groups, seed):
-    half = fit_half(groups, seed)
-    for g in set(groups): assert len({bool(h) for h, x in zip(half, groups) if x == g}) == 1
-    assert abs(len({g for g, h in zip(groups, half) if h}) - len(set(groups)) / 2) <= .5
+@pytest.mark.spec("EV3", "X82")
+def test_calibration_photos_fit_and_clean_photos_judge():
+    z, y = scores(6, 600)
+    number = np.repeat(np.arange(60), 10)
+    groups, parts = [f"g{i}" for i in number], np.array(["calib", "clean", "val"], object)[number % 3]
+    fit, judge = parts == "calib", parts == "clean"
+    c = calibrate(z * 5, y, groups, parts)
+    assert c.temperature == pytest.approx(fit_temperature(z[fit] * 5, y[fit]))
+    p = softmax(z[judge] * 5, c.temperature)
+    assert c.ece_after == pytest.approx(ece(p.max(1), p.argmax(1) == y[judge])) and c.ece_after < c.ece_before
+    assert (c.n_fit, c.n_test, c.groups_fit, c.groups_test) == (200, 200, 20, 20)
+    poisoned = np.where(fit, y, (y + 1) % 7)                                        # labels of other parts cannot move T
+    assert calibrate(z * 5, poisoned, groups, parts).temperature == c.temperature
+    with pytest.raises(PillsnapError, match="fit the temperature and judge it"): calibrate(z, y, ["one"] * 600, parts)
+    assert calibrate(z[:60], y[:60], groups[:60], parts[:60]).temperature == 1.
 
 
 # ---- boxes ---------------------------------------------------------------------------------------

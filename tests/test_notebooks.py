@@ -250,3 +250,11 @@ def test_pictures_have_words(path):
                 assert re.match(r'(#\|.*\n)*#\| fig-alt: "[^"]{10,}"\n', c.source), f"what is in the picture? {c.source[:200]}"
             tags = [tag for d in data for tag in re.findall(r"<img[^>]*>", d.get("text/html", ""))]
             assert all("alt=" in tag for tag in tags), c.source[:200]
+
+
+@BY_NAME
+def test_no_marker_stands_on_imports_alone(path):
+    "A cell that only imports proves no row of the contract."
+    for source in (c.source for c in cells(path) if c.source.startswith("# spec:")):
+        body = ast.parse(re.sub(r"^[%!].*$", "", source, flags=re.M)).body
+        assert not all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in body), source

@@ -59,7 +59,13 @@ def test_no_group_crosses(df, group_by, seed, ratio, samples, gate, stratified, 
     g = sides(sp, df, group_by)
     for a, b in combinations(("train", "val", "test"), 2): assert not g[a] & g[b], (a, b, g[a] & g[b])
     assert not g["pool"] & (g["train"] | g["test"])
-    assert set(sp.val["path"]) <= set(sp.pool["path"])
+    part = lambda name: sp.pool[sp.pool["split"] == name]
+    assert set(part("val")["path"]) == set(sp.val["path"]) and set(sp.pool["split"]) <= {"val", "calib", "clean"}
+    tidy = tidy_records(df)
+    of = dict(zip(tidy["path"], group_keys(tidy, group_by)))
+    names = {k: {of[p] for p in part(k)["path"]} for k in ("val", "calib", "clean")}
+    for a, b in combinations(names, 2): assert not names[a] & names[b], (a, b, names[a] & names[b])
+    if not gate: assert set(sp.pool["split"]) <= {"val"}
 
 
 @pytest.mark.spec("BX1")
@@ -86,7 +92,7 @@ def test_stages_nest(df, seed, steps):
     p = [{k: set(getattr(s, k)["path"]) for k in ("train", "val", "pool", "test")} for s in stages]
     for a, b in combinations(range(len(stages)), 2):
         assert set(stages[a].classes) <= set(stages[b].classes)
-        assert p[a]["train"] <= p[b]["train"] and p[a]["val"] <= p[b]["val"] and p[a]["test"] == p[b]["test"]
+        assert p[a]["train"] <= p[b]["train"] and p[a]["val"] <= p[b]["val"] and p[a]["pool"] <= p[b]["pool"] and p[a]["test"] == p[b]["test"]
     for a in range(len(stages)):
         singles = sum((getattr(stages[a], k)["kind"] == "single").sum() for k in ("train", "val"))
         assert singles <= quotas[a].max_samples and len(stages[a].classes) <= quotas[a].max_classes
@@ -178,13 +184,15 @@ def test_samples_count_singles_and_combos_come_whole():
 
 @pytest.mark.spec("SP10")
 def test_combos_have_a_nested_quota_of_their_own():
-    "Exactly so many photos, of any drug, with all their pills, .15 of them judging; the pool keeps every combo that judges; singles do not notice."
-    quotas = [Quota(1, 50, 3, 0, 20), Quota(2, 300, 10, 0, 60), Quota(3, 600, 20)]
+    "Exactly so many photos, of any drug, with all their pills, .15 of them validating; every stage has all clean combos in its pool; singles do not notice."
+    quotas = [Quota(1, 50, 3, 9, 20), Quota(2, 300, 10, 20, 60), Quota(3, 600, 20, 30)]
     s = [make_splits(full(combos=40), quotas=quotas, stage=q.stage) for q in quotas]
     combos = [{k: set(getattr(x, k).query("kind == 'combo'")["path"]) for k in ("train", "val", "pool", "test")} for x in s]
     assert [(len(c["train"]), len(c["val"])) for c in combos[:2]] == [(17, 3), (51, 9)]
-    assert len(combos[2]["train"] | combos[2]["val"] | combos[2]["test"]) == 120, "the last stage takes all"
-    for a, b in combinations(combos, 2): assert a["train"] < b["train"] and a["val"] < b["val"] and a["pool"] == b["pool"] == combos[2]["val"] and not a["train"] & b["pool"]
+    clean = set(s[0].pool.query("kind == 'combo' and split == 'clean'")["path"])
+    assert len(clean) == 18 and len(combos[2]["train"] | combos[2]["val"] | combos[2]["test"] | clean) == 120, "the last stage takes all"
+    for c in combos: assert c["pool"] == c["val"] | clean
+    for a, b in combinations(combos, 2): assert a["train"] < b["train"] and a["val"] < b["val"] and not (a["train"] | b["train"]) & (a["pool"] | b["pool"])
     assert (s[0].train.query("kind == 'combo'").groupby("path").size() == 3).all() and set(s[0].train.query("kind == 'combo'")["class_key"]) - set(s[0].classes)
     plain = make_splits(full(combos=40), quotas=[q._replace(max_combos=None) for q in quotas], stage=1)
     for k in ("train", "val", "pool", "test"): assert list(getattr(plain, k).query("kind == 'single'")["path"]) == list(getattr(s[0], k).query("kind == 'single'")["path"])
@@ -208,15 +216,22 @@ def test_seed_42_is_pinned():
     assert sorted(sp.val.query("kind == 'single'")["path"])[:2] == ["s/K-000002_13_2.png", "s/K-000010_15_2.png"]
 
 
-@pytest.mark.spec("SG1", "X71")
-def test_the_pool_grows_to_what_the_gate_asks():
-    "More unseen photos of the same drugs, outside max_samples; where there are none it is said."
+@pytest.mark.spec("SG1", "X71", "X82")
+def test_clean_photos_are_what_the_gate_asks_for():
+    "Photos of groups that neither train, select nor calibrate, outside max_samples; where there are too few it is said."
     sp = make_splits(full(), max_samples=600, max_classes=20, min_eval_samples=400)
-    pool = sp.pool.query("kind == 'single'")
-    assert len(pool) >= 400 and set(pool["class_key"]) == set(sp.classes) and not sp.notes
-    assert len(sp.train.query("kind == 'single'")) == 510 and not set(pool["group_id"]) & set(sp.train["group_id"])
+    clean, calib = (sp.pool.query(f"kind == 'single' and split == '{k}'") for k in ("clean", "calib"))
+    assert (len(clean), len(calib)) == (400, 200) and set(clean["class_key"]) == set(sp.classes) and not sp.notes
+    assert (len(sp.train.query("kind == 'single'")), len(sp.val.query("kind == 'single'"))) == (510, 90)
+    groups = [set(d["group_id"]) for d in (clean, calib, sp.train, sp.val, sp.test)]
+    assert all(groups) and not any(a & b for a, b in combinations(groups, 2))
     short = make_splits(full(), max_samples=1300, min_eval_samples=400)
-    assert "NOT_ENOUGH_SAMPLES: the gate asks for 400" in short.notes[0] and len(short.train.query("kind == 'single'")) >= 1100
+    clean = short.pool.query("kind == 'single' and split == 'clean'")
+    assert "NOT_ENOUGH_SAMPLES: the gate asks for 400 clean" in short.notes[0] and len(short.train.query("kind == 'single'")) >= 1000
+    assert clean.groupby("class_key")["group_id"].nunique().tolist() == [1] * 20, "one group of every drug, and no more than training can spare"
+    every = make_splits(full(), min_eval_samples=100)
+    n = {k: len(getattr(every, k).query("kind == 'single'")) for k in ("train", "val")}
+    assert (every.pool.query("kind == 'single'")["split"] == "clean").sum() == 100 and abs(n["val"] / (n["train"] + n["val"]) - .15) < .01
 
 
 @pytest.mark.spec("SP4", "X74")
@@ -274,7 +289,8 @@ def test_the_image_split_leaks_and_the_group_split_does_not():
     both = pd.concat([sp.train, sp.val])
     tr, va = image_split(both, (len(sp.train), len(sp.val)), 42)
     assert (len(tr), len(va)) == (len(sp.train), len(sp.val)) and not set(tr["path"]) & set(va["path"])
-    assert set(va["group_id"]) <= set(tr["group_id"]) | set(va["group_id"]) and len(set(va["group_id"]) & set(tr["group_id"])) > .9 * va["group_id"].nunique()
+    assert len(set(va["group_id"]) & set(tr["group_id"])) > .9 * va["group_id"].nunique()
+    assert set(tr["path"]) | set(va["path"]) == set(both["path"])
     assert va["class_key"].value_counts().between(9, 12).all()
     assert not set(sp.val["group_id"]) & set(sp.train["group_id"])
     pd.testing.assert_frame_equal(image_split(both.sample(frac=1, random_state=0), (.85, .15), 3)[1], image_split(both, (.85, .15), 3)[1])
@@ -403,6 +419,37 @@ def test_a_knot_of_duplicates_stops_and_shows(run, tmp_path):
     assert (tmp_path/"reports"/"splits_duplicates.png").stat().st_size > 1000
 
 
+def cut_again(run, to, *overrides):
+    "The shared run's manifest, cut in another folder by the job with other settings."
+    root, _ = run
+    shutil.copytree(root, to, symlinks=True, ignore=shutil.ignore_patterns("artifacts", "stages", "yolo_data", "tb", "reports"))
+    head = json.loads((root/"manifest.json").read_text())
+    (to/"manifest.json").write_text(json.dumps(head | {"root": str((root.resolve()/head["root"]).resolve())}))
+    res = S.SplitsJob(run_dir=str(to), config="smoke", overrides=overrides, near_duplicates=False).run()
+    return load_stage(to, 0), res
+
+
+@pytest.mark.spec("X46", "X81")
+def test_the_job_groups_by_what_the_configuration_says(run, tmp_path):
+    "capture: no group on two sides. image: groups are parted, and the job says so. drug: what validates is never trained."
+    capture, said = cut_again(run, tmp_path/"capture")
+    assert not set(capture.train["group_id"]) & set(capture.pool["group_id"]) and "no group is on two sides" in said.verdict
+    image, said = cut_again(run, tmp_path/"image", "data.group_by=image")
+    assert set(image.train["group_id"]) & set(image.pool["group_id"]) and not set(image.train["path"]) & set(image.pool["path"])
+    assert image.header["params"]["group_by"] == "image" and "leaks" in said.verdict
+    drug, _ = cut_again(run, tmp_path/"drug", "data.group_by=drug")
+    assert not set(drug.val.query("kind == 'single'")["class_key"]) & set(drug.train["class_key"])
+
+
+@pytest.mark.spec("X74")
+def test_the_job_seals_the_share_that_the_configuration_says(run, tmp_path):
+    for ratio in (0., .05, .3):
+        data, _ = cut_again(run, tmp_path/f"seal{ratio}", f"data.test_known_ratio={ratio}")
+        sealed = data.header["counts"]["test"]["singles"]
+        assert abs(sealed - ratio * 108) <= 3 and (ratio == 0) == (sealed == 0), (ratio, sealed)
+        assert len(S.sealed_groups(tmp_path/f"seal{ratio}")) == data.header["counts"]["test"]["groups"]
+
+
 @pytest.mark.spec("SP4")
 def test_nothing_below_data_val_is_opened(run, tmp_path):
     "The stage, run under an audit hook, never opens a file of the sealed tree."
@@ -484,7 +531,7 @@ def test_a_folder_of_ids_becomes_a_split(tmp_path):
         (tmp_path/"shop"/c).mkdir(parents=True)
         for i in range(20):
             for v in range(2): Image.fromarray(rng.integers(0, 255, (230, 100 if (i, v) == (7, 1) else 230, 3), dtype=np.uint8)).save(tmp_path/"shop"/c/f"{c[0]}{i:03d}_{v}.jpg")
-    job = lambda *more: S.SplitsJob(run_dir=str(tmp_path/"run"), config="smoke", overrides=("project.family=retrieval", f"paths.root={json.dumps(str(tmp_path/'shop'))}", *more))
+    job = lambda *more: S.SplitsJob(run_dir=str(tmp_path/"run"), config="smoke", overrides=("project.family=retrieval", "evaluation.min_eval_samples=null", f"paths.root={json.dumps(str(tmp_path/'shop'))}", *more))
     res = job().run()
     lists = json.loads((tmp_path/"run/artifacts/retrieval/splits.json").read_text())
     ids = {k: {S.id_of(r["path"]) for r in rows} for k, rows in lists.items()}
@@ -504,7 +551,7 @@ def test_the_narrow_family_writes_its_two_files(run, tmp_path):
     shutil.copytree(root, narrow, symlinks=True, ignore=shutil.ignore_patterns("artifacts", "stages", "yolo_data", "tb", "reports"))
     head = json.loads((root/"manifest.json").read_text())
     (narrow/"manifest.json").write_text(json.dumps(head | {"root": str((root.resolve()/head["root"]).resolve())}))
-    S.SplitsJob(run_dir=str(narrow), config="smoke", overrides=("project.family=narrow",), near_duplicates=False).run()
+    S.SplitsJob(run_dir=str(narrow), config="smoke", overrides=("project.family=narrow", "evaluation.min_eval_samples=null"), near_duplicates=False).run()
     lists, card = (json.loads((narrow/"artifacts/narrow"/f).read_text()) for f in ("splits.json", "manifest.json"))
     assert set(lists) == {"train", "val", "test"} and all(set(r) == {"path", "label", "kcode"} for rows in lists.values() for r in rows)
     assert {r["kcode"]: r["label"] for rows in lists.values() for r in rows} == {k: i for i, k in enumerate(sorted(set(card["class_distribution"])))}

@@ -412,8 +412,8 @@ class Synth(Block):
 
 class Evaluation(Block):
     "How a model is judged."
-    min_eval_samples:int|None = key(None, "size of the evaluation pool; null = what the stage's gate asks (X71)", ge=1)
-    calibration:bool = key(True, "fit a temperature on half of the val groups")
+    min_eval_samples:int|None = key(None, "clean photos set aside for the headline; null = as many as the stage's gate asks for", ge=1)
+    calibration:bool = key(True, "fit a temperature on the calibration photos that the splits set aside")
     advisor_thresholds:tuple[float,float,float] = key((1.0, 0.7, 0.5), "performance scores: all met, proceed, optimise (SPEC X7)")
     latency_warmup:int = key(20, "answers before the clock starts (EV6)", ge=0)
     latency_runs:int = key(200, "answers timed (EV6)", ge=1)

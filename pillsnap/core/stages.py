@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['SUBFOLDERS', 'SMOKE', 'RunFolder', 'StageResult', 'markdown_table', 'somebody_looking', 'fingerprint', 'record_path',
-           'read_record', 'pick', 'stale', 'StageJob', 'run_id', 'Stage', 'notebook_parameters', 'check_parameters',
-           'in_sync', 'StageFailed', 'resume_command', 'Relay', 'run_stage', 'choose', 'fresh_folder', 'run_pipeline']
+           'read_record', 'pick', 'stale', 'StageJob', 'run_id', 'crashes', 'Stage', 'notebook_parameters',
+           'check_parameters', 'in_sync', 'StageFailed', 'resume_command', 'Relay', 'run_stage', 'choose',
+           'fresh_folder', 'run_pipeline']
 
 # %% ../../nbs/08_core.stages.ipynb #21220317
-import ast, atexit, dataclasses, gc, hashlib, importlib, importlib.util, json, logging, os, re, sys, tempfile, time, traceback, uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import ast, atexit, dataclasses, gc, hashlib, importlib, importlib.util, json, logging, os, re, signal, sys, tempfile, threading, time, traceback, uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -23,7 +25,7 @@ from fastcore.basics import patch
 import pillsnap
 from .config import Config, active_features, config_diff, load_config, resource_dir
 from .errors import PillsnapError
-from .files import FolderLock, ensure_dir, get_git_sha, read_json, save_json, save_text, sha256_file, sweep_partials, temp_dir
+from .files import FolderLock, canonical_json, ensure_dir, get_git_sha, read_json, save_json, save_text, sha256_file, sha256_text, sweep_partials, temp_dir
 from .log import DONE, FRAME, LiveLine, TBWriter, aside, build_logger
 from .record import hardware, plain_number
 
@@ -249,14 +251,56 @@ def run_id(
     if not p.exists(): save_json({"run_id": uuid.uuid4().hex[:12], "created": datetime.now(timezone.utc).isoformat(timespec="seconds")}, p)
     return read_json(p)["run_id"]
 
+# %% ../../nbs/08_core.stages.ipynb #2ea6686d
+def _boot_id()->str:
+    "Another one after every start of the machine; empty where the system has none."
+    p = Path("/proc/sys/kernel/random/boot_id")
+    return p.read_text().strip() if p.is_file() else ""
+
+def _past_attempts(before:Mapping[str,Any]|None)->list[dict[str,Any]]:
+    "The attempts of an earlier record; one that never ended died, or the machine was restarted under it."
+    past = [dict(a) for a in (before or {}).get("attempts", [])]
+    if past and past[-1]["status"] == "running": past[-1]["status"] = "died" if past[-1]["boot"] == _boot_id() else "restarted"
+    return past
+
+def crashes(
+    rec:Mapping[str,Any] # a stage's record
+)->list[dict[str,Any]]:  # oldest first; empty = none
+    "The attempts that crashed under the settings of the last one: those that failed, and those that died without a word."
+    attempts = rec.get("attempts") or [{"status": rec["status"], "error": rec.get("error"), "raised": "", "settings": ""}]
+    return [a for a in attempts if a["settings"] == attempts[-1]["settings"] and a["status"] in ("failed", "died")]
+
+@contextmanager
+def _sigterm_interrupts()->Iterator[None]:
+    "Inside, SIGTERM ends the main thread's work as Ctrl-C does; processes forked here still end at once."
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    owner = os.getpid()
+    def stop(number:int, _:Any)->None:
+        if os.getpid() == owner: raise KeyboardInterrupt("SIGTERM")
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+    before = signal.signal(signal.SIGTERM, stop)
+    try: yield
+    finally: signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
 # %% ../../nbs/08_core.stages.ipynb #37ae5ee3
 @patch
 def _begin(self:StageJob, run:RunFolder, cfg:Config)->dict[str,Any]:
     "The record of a run that has only begun."
-    return dict(stage=self.name, status="running", run_id=run_id(run.root), started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        seconds=None, params={f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, settings=pick(cfg, self.sections),
+    started, settings = datetime.now(timezone.utc).isoformat(timespec="seconds"), pick(cfg, self.sections)
+    now = dict(status="running", started=started, seconds=None, error=None, raised="", settings=sha256_text(canonical_json(settings)), boot=_boot_id())
+    return dict(stage=self.name, status="running", run_id=run_id(run.root), started=started,
+        attempts=[*_past_attempts(read_record(run.root, self.name)), now],
+        seconds=None, params={f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, settings=settings,
         config_digest=cfg.digest(), git_sha=get_git_sha(), pillsnap=pillsnap.__version__, python=sys.version.split()[0], hardware=hardware(),
         notebook=os.environ.get("PILLSNAP_NOTEBOOK"), in_sync=os.environ.get("PILLSNAP_IN_SYNC"), inputs={}, outputs={}, error=None, error_code="")
+
+def _ended(rec:Mapping[str,Any], status:str, seconds:float, error:str|None=None, raised:str="", error_code:str="")->dict[str,Any]:
+    "The record with its last attempt closed."
+    end = dict(status=status, seconds=seconds, error=error, error_code=error_code)
+    return {**rec, **end, "attempts": [*rec["attempts"][:-1], {**rec["attempts"][-1], **end, "raised": raised}]}
 
 # %% ../../nbs/08_core.stages.ipynb #456abca1
 @patch
@@ -288,22 +332,24 @@ def attempt(self:StageJob,
     for note in cfg.notes: run.log.info(note)
     t0 = time.perf_counter()
     try:
-        if not self.run_dir: self.smoke(run, cfg)
-        res = self.work(run, cfg, **how)
+        with _sigterm_interrupts():
+            if not self.run_dir: self.smoke(run, cfg)
+            res = self.work(run, cfg, **how)
+            res.root, res.record = run.root, self._finish(rec, res, run.root, time.perf_counter()-t0)
     except BaseException as e:
-        save_json({**rec, "status": "interrupted" if isinstance(e, KeyboardInterrupt) else "failed", "seconds": time.perf_counter()-t0,
-                   "error": "".join(traceback.format_exception_only(e)).strip(), "error_code": getattr(e, "code", "")}, record_path(run.root, self.name))
+        status = "interrupted" if isinstance(e, KeyboardInterrupt) else "failed"
+        error = "".join(traceback.format_exception_only(e)).strip()
+        save_json(_ended(rec, status, time.perf_counter()-t0, error, type(e).__name__, getattr(e, "code", "")), record_path(run.root, self.name))
         raise
     finally: run.close()
     res.smoke = not self.run_dir or self.config == "smoke"
-    res.root, res.record = run.root, self._finish(rec, res, run.root, time.perf_counter()-t0)
     return res
 
 # %% ../../nbs/08_core.stages.ipynb #c67eddc4
 @patch
 def _finish(self:StageJob, rec:dict, res:StageResult, root:Path, seconds:float)->dict[str,Any]:
     "The record of a finished run, written last."
-    rec = {**rec, "status": "finished", "seconds": seconds, "verdict": res.verdict, "table": res.table, "notes": res.notes,
+    rec = {**_ended(rec, "finished", seconds), "verdict": res.verdict, "table": res.table, "notes": res.notes,
            "inputs": {_name(p, root): fingerprint(p) for p in res.inputs}, "outputs": {_name(p, root): fingerprint(p) for p in res.outputs}}
     if gone := [n for n,h in rec["outputs"].items() if h is None]: raise PillsnapError(f"stage {self.name} did not write what it names: {gone}", where=root)
     save_json(rec, record_path(root, self.name))

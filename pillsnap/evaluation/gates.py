@@ -8,7 +8,7 @@ __all__ = ['STAGE_TARGETS', 'EXCUSED_BY_CLOCK', 'Status', 'Reason', 'StageGate',
 
 # %% ../../nbs/43_evaluation.gates.ipynb #42625b1c
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any
@@ -36,13 +36,15 @@ class Reason(StrEnum):
     CRASH_DETECTED = "CRASH_DETECTED"
     MEMORY_UNSTABLE = "MEMORY_UNSTABLE"
     MAP_BELOW_TARGET = "MAP_BELOW_TARGET"   # stage 0 only
+    LEAKY_SPLIT = "LEAKY_SPLIT"             # the split parts capture groups by construction
+    LEAK = "LEAK"                           # the evaluation set touches training: nothing was measured
 
 # %% ../../nbs/43_evaluation.gates.ipynb #5c66da58
 @dataclass(frozen=True)
 class StageGate:
     "What one stage asks."
     accuracy:float                # least top-1 accuracy
-    n_eval_samples:int            # least photos in the evaluation pool
+    n_eval_samples:int            # least clean photos: they neither trained, selected nor calibrated
     class_coverage:float          # least share of the map's classes with an evaluated photo
     latency_p95_ms:float|None     # most milliseconds; None = no latency verdict
     max_drop:float|None           # most accuracy lost against the baseline; None = not asked
@@ -87,12 +89,14 @@ def why_unmeasured(
     m:Metric|None,         # a record
     data:tuple[str,...],   # provenances that count
     low:float=0.,          # least possible value
-    high:float=math.inf    # greatest possible value
+    high:float=math.inf,   # greatest possible value
+    computed:bool=False    # may the figure be computed from tables, without a photo?
 )->str:                    # "" = a measurement; else what is wrong with it
     "Why a record is no measurement (SPEC BX2: gates fail closed)."
     if m is None: return "no record"
     if not isinstance(m, Metric): return f"a bare {type(m).__name__} is not a measurement record"
     if not m.measured: return "; ".join(filter(None, [*m.doubts(), m.note]))
+    if m.kind == "computed" and not computed: return "it was computed from tables; this figure takes photos that were answered"
     if not low <= float(m.value) <= high: return f"impossible value {m.value}"
     if m.data not in data: return f"measured on {m.data} data; this stage is judged on {' or '.join(data)} data"
     return ""
@@ -110,11 +114,12 @@ class Point:
     note:str=""           # why it is not measured, or what else to know
 
 # %% ../../nbs/43_evaluation.gates.ipynb #c5d006d4
-_RANGE:dict[str,tuple[float,float]] = {"n_eval_samples": (1, math.inf), "latency_p95_ms": (1e-3, math.inf)}   # all others are shares, 0 to 1
+_RANGE:dict[str,tuple[float,float]] = {"n_eval_samples": (1, math.inf), "latency_p95_ms": (1e-3, math.inf), "train_overlap": (0, math.inf)}   # all others are shares, 0 to 1
+_COMPUTED = ("no_crashes", "memory_stable", "train_overlap", "split_by_group")   # from tables and records; every other figure takes photos
 
 def _point(name:str, asked:str, ok:Callable[[float],bool], reason:Reason, m:Metric|None, target:StageGate)->Point:
     "Judge one record: not measured, met, or missed for that reason."
-    if why := why_unmeasured(m, target.data, *_RANGE.get(name, (0., 1.))):
+    if why := why_unmeasured(m, target.data, *_RANGE.get(name, (0., 1.)), name in _COMPUTED):
         return Point(name, asked, Status.NOT_MEASURED, value=_finite(getattr(m, "value", None)), n=getattr(m, "n", None), note=why)
     v = float(m.value)
     return Point(name, asked, "met", v, m.n) if ok(v) else Point(name, asked, "missed", v, m.n, reason=str(reason))
@@ -158,6 +163,8 @@ def _belongs(facts:Mapping[str,Any])->str:
         if len({getattr(m, what) for m in records}) > 1: return f"the records differ in {what}: not one measurement"
     acc, n = facts.get("accuracy"), facts.get("n_eval_samples")
     if isinstance(acc, Metric) and isinstance(n, Metric) and acc.n != n.value: return f"the accuracy is of {acc.n} photos, not of the {n.value} that are claimed"
+    over = facts.get("train_overlap")
+    if isinstance(acc, Metric) and isinstance(over, Metric) and over.measured and over.n < acc.n: return f"the overlap with training was checked for {over.n} photos, the accuracy is of {acc.n}"
     return ""
 
 # %% ../../nbs/43_evaluation.gates.ipynb #7204d862
@@ -220,25 +227,41 @@ def gate_points(
                _point("no_crashes", "no stage crashed", lambda v: v == 1, Reason.CRASH_DETECTED, facts.get("no_crashes"), t)]
     if t.memory: points.append(_point("memory_stable", "flat memory over the run", lambda v: v == 1, Reason.MEMORY_UNSTABLE, facts.get("memory_stable"), t))
     if t.map50 is not None: points.append(_point("map50", f"detector mAP@.5 ≥ {t.map50:.2f}", lambda v: v >= t.map50, Reason.MAP_BELOW_TARGET, facts.get("map50"), t))
+    points += [_point("split_by_group", "no capture group is parted by the split", lambda v: v == 1, Reason.LEAKY_SPLIT, facts.get("split_by_group"), t),
+               _point("train_overlap", "no scored photo shares path, capture group or near-duplicates with training", lambda v: v == 0, Reason.LEAK, facts.get("train_overlap"), t)]
     return tuple(points)
 
 # %% ../../nbs/43_evaluation.gates.ipynb #35659827
+def _leaked(points:tuple[Point,...])->tuple[Point,...]:
+    "Points of a run whose evaluation set touches training: no figure of it is a measurement."
+    leak = next(p for p in points if p.name == "train_overlap")
+    why = f"{leak.value:.0f} of {leak.n} scored photos share a path, a capture group or a near-duplicate with training"
+    return tuple(p if p is leak else Point(p.name, p.asked, Status.NOT_MEASURED, p.value, p.n, note=why) for p in points)
+
+def _status(missed:set[str], unknown:Sequence[str])->Status:
+    "What the verdicts of the points add up to."
+    if Reason.LEAK in missed: return Status.NOT_MEASURED
+    if missed: return Status.NO_GO
+    return Status.NOT_MEASURED if unknown else Status.GO
+
 def simple_stage_evaluation(
     stage:int,                  # 0 demo, 1-4
-    facts:Mapping[str,Any],     # records: accuracy, latency_p95_ms (a Latency), n_eval_samples, class_coverage, no_crashes, memory_stable, baseline, map50
+    facts:Mapping[str,Any],     # records: accuracy, latency_p95_ms (a Latency), n_eval_samples, class_coverage, no_crashes, memory_stable, baseline, map50, split_by_group, train_overlap
     time_cap:TimeCap|None=None, # the clock, where the stage allows it to count
     target_accuracy:float|None=None, # the configuration's own wish; None = the stage's target
     max_latency_ms:float|None=None   # the same for the latency
 )->GateResult:                  # GO only when every point is measured and met
-    "Judge a stage: a pure function of measurement records (SPEC SG1, X6)."
+    "Judge a stage: a pure function of measurement records."
     if stage not in STAGE_TARGETS: raise PillsnapError(f"there is no stage {stage!r}", fix=f"stages are {', '.join(map(str, STAGE_TARGETS))}")
     target, ignored = stage_gate(stage, target_accuracy, max_latency_ms)
     points, apart = gate_points(target, facts), _belongs(facts)
     if apart: points = tuple(Point(p.name, p.asked, Status.NOT_MEASURED, p.value, p.n, note=apart) for p in points)
     missed = {p.reason for p in points if p.verdict == "missed"}
+    if Reason.LEAKY_SPLIT in missed: missed -= {Reason.LEAK}   # such a split touches training by construction
+    if Reason.LEAK in missed: points, missed = _leaked(points), {Reason.LEAK}
     reasons = tuple(str(r) for r in Reason if r in missed)
     unknown = tuple(p.name for p in points if p.verdict == Status.NOT_MEASURED)
-    status = Status.NO_GO if reasons else Status.NOT_MEASURED if unknown else Status.GO
+    status = _status(missed, unknown)
     notes = [*(p.note for p in points if p.note == "first run"), *ignored]
     if time_cap is not None and status == Status.NO_GO and not unknown and missed <= EXCUSED_BY_CLOCK:
         if todo := time_cap.missing(): notes.append("the clock does not excuse it: " + ", ".join(todo))

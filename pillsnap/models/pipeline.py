@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['CARD', 'MODES', 'ANSWERS', 'BADGE', 'LOW_CONFIDENCE', 'MIN_SIDE', 'ClassifierRunner', 'DetectorRunner', 'detect',
            'softmax', 'class_probabilities', 'known', 'drug_card', 'edi_codes', 'answer_kind', 'pill_item',
-           'combo_hints', 'preprocessing', 'read_photo', 'check_mode', 'predict_pipeline', 'answer_schema']
+           'combo_hints', 'preprocessing', 'read_photo', 'check_mode', 'Views', 'photo_views', 'predict_pipeline',
+           'answer_schema']
 
 # %% ../../nbs/28_models.pipeline.ipynb #98e6c1e4
 import hashlib, math, time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -225,11 +227,26 @@ class _Clock:
     def total(self)->dict[str,float]: return {k: round(v, 3) for k,v in {**self.ms, "total": (self.last-self.start)*1e3}.items()}
 
 # %% ../../nbs/28_models.pipeline.ipynb #4c29e673
-def _views(img:np.ndarray, mode:str, classifier:ClassifierRunner, detector:DetectorRunner|None, find:dict[str,Any], padding:float)->tuple[list,list,list]:
-    "What the classifier will see, with the box and the score of each view."
-    if mode == "single": return [whole_view(img, classifier.size)], [None], [None]
-    boxes, scores = detect(detector, img, **find)
-    return [crop_view(img, b, classifier.size, padding) for b in boxes], list(boxes), list(scores)
+@dataclass(frozen=True)
+class Views:
+    "What the classifier sees of one photo, and the branch that made it."
+    mode_used:str                # the branch that ran: single (whole photo) or combo (detector's boxes)
+    images:list[np.ndarray]      # [size, size, 3] uint8 each
+    boxes:list[np.ndarray|None]  # x0, y0, x1, y1 in photo pixels; None = the whole photo
+    scores:list[float|None]      # of the detector; None = no detector was asked
+
+def photo_views(
+    image:np.ndarray,             # [H, W, 3] uint8 RGB
+    mode:str,                     # single or combo
+    size:int,                     # side of a view, pixels
+    detector:DetectorRunner|None=None, # finds pills; single never touches it
+    padding:float=.1,             # margin around a box, as a share of its sides
+    **find:Any                    # what `detect` takes: conf, iou, max_det
+)->Views:
+    "The views of a photo: one of the whole photo in single mode, one per detected box in combo mode."
+    if mode == "single": return Views("single", [whole_view(image, size)], [None], [None])
+    boxes, scores = detect(detector, image, **find)
+    return Views("combo", [crop_view(image, b, size, padding) for b in boxes], list(boxes), list(scores))
 
 # %% ../../nbs/28_models.pipeline.ipynb #bd7f1eab
 def predict_pipeline(
@@ -256,11 +273,11 @@ def predict_pipeline(
         raise PillsnapError("combo finds the pills first, and there is no detector", where="mode=combo", fix="train and export a detector, or ask for mode=single")
     clock = _Clock()
     img = read_photo(image); clock("open")
-    views, boxes, scores = _views(img, mode, classifier, detector, dict(conf=conf_threshold, iou=iou, max_det=max_det), padding); clock("detect")
-    probs = class_probabilities(classifier, views, len(class_map), temperature); clock("classify")
-    items = [pill_item(p, class_map, metadata or {}, topk, b, s) for p,b,s in zip(probs, boxes, scores)]
+    views = photo_views(img, mode, classifier.size, detector, padding, conf=conf_threshold, iou=iou, max_det=max_det); clock("detect")
+    probs = class_probabilities(classifier, views.images, len(class_map), temperature); clock("classify")
+    items = [pill_item(p, class_map, metadata or {}, topk, b, s) for p,b,s in zip(probs, views.boxes, views.scores)]
     hints = combo_hints(mode, items[0]["confidence"] if items else None, box_count)
-    return dict(mode_requested=mode, mode_used=mode, answer=answer_kind(items), items=items, badge=BADGE if hints else None, hints=hints,
+    return dict(mode_requested=mode, mode_used=views.mode_used, answer=answer_kind(items), items=items, badge=BADGE if hints else None, hints=hints,
                 timings=clock.total(), hashes={"photo": _photo_hash(image), "class_map": class_map.fingerprint, **(hashes or {})})
 
 # %% ../../nbs/28_models.pipeline.ipynb #0cfbde37

@@ -346,7 +346,8 @@ def image_twin(
     one = lambda d: d[d["kind"] == "single"].drop_duplicates("path")
     train, val = one(stage.train), one(stage.val)
     a, b = image_split(pd.concat([train, val]), (len(train), len(val)), seed)
-    return dataclasses.replace(stage, train=pd.concat([a, stage.train[stage.train["kind"] == "combo"]], ignore_index=True), val=b)
+    header = {**stage.header, "params": {**stage.header["params"], "group_by": "image"}, "leak_gap_twin": True}
+    return dataclasses.replace(stage, header=header, train=pd.concat([a, stage.train[stage.train["kind"] == "combo"]], ignore_index=True), val=b)
 
 def groups_on_both_sides(
     stage:StageData # split in whatever way
