@@ -125,7 +125,7 @@ def where_to_look(
     return "\n".join(lines)
 
 # %% ../nbs/90_cli.ipynb #33dd146c
-@app.command(epilog="Example: `pillsnap synth --out OUT --drugs 4 --photos 12`")
+@app.command(epilog="Example: `pillsnap synth --out OUT --drugs 4 --photos 6 --width 488 --height 640`")
 def synth(
     out:Annotated[Path, typer.Option("--out", help="folder of the new delivery")],
     drugs:Annotated[int, typer.Option(help="drugs in Training", min=1)]=12,
@@ -231,7 +231,7 @@ def extract(
     extract_command(src, out, workers)
 
 # %% ../nbs/90_cli.ipynb #d3557eec
-@app.command()
+@app.command(epilog="Example: `pillsnap triage RUN`")
 def triage(
     run_dir:Annotated[Path, typer.Argument(metavar="RUN", help="a run folder whose conversion has run")],
     who:Annotated[str, typer.Option("--who", help="written beside every decision; default: whoever is logged in")]="",

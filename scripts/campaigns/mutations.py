@@ -145,6 +145,12 @@ MUTATIONS: list[Mutation] = [
              "tests/test_evaluation.py::test_the_imbalance_is_measured_whatever_the_number_of_drugs"),
     Mutation("calibration photos give the headline too", "pillsnap/evaluation/evaluation.py", "self.parts, object) == part)", "self.parts, object) != \"val\")",
              "tests/test_evaluation.py::test_figures_can_be_reckoned_again_from_the_predictions"),
+    Mutation("progress fills a log", "pillsnap/core/log.py", '"log": 30.}', '"log": .01}',
+             "tests/test_progress.py::test_in_a_log_seconds_of_work_are_silent"),
+    Mutation("a stage without its inputs makes its folder", "pillsnap/core/stages.py", "return stage.job_class().check_inputs(root, cfg)", "return None",
+             "tests/test_progress.py::test_a_stage_without_its_inputs_leaves_no_folder"),
+    Mutation("a frame of progress is a new output of the notebook", "pillsnap/core/log.py", "if self.handle is None:", "if True:",
+             "tests/test_progress.py::test_an_executed_notebook_keeps_the_last_frame_alone"),
 ]
 
 
