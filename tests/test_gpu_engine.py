@@ -5,6 +5,7 @@ from fastai.callback.core import Callback
 from torch import nn
 
 from pillsnap.core.config import load_config
+from pillsnap.core.device import enable_tf32
 from pillsnap.data.datasets import PillsnapClsDataset
 from pillsnap.data.loaders import PhotoLoader
 from pillsnap.data.sampling import EpochSampler
@@ -69,6 +70,21 @@ def test_training_compiles_nothing_that_was_not_rehearsed(compiled, monkeypatch,
     assert rehearsed >= 2, "training and validation are two graphs"
     learn.fit(2)
     assert len(compiled) == rehearsed and learn.rows[-1]["classification"]["n"] == 13
+
+
+@pytest.mark.spec("CT8", "CT21")
+def test_validation_is_rehearsed_without_tf32(compiled):
+    "Training may round to TF32 and validation may not; torch.compile makes a graph for each."
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    enable_tf32(True)
+    try:
+        learn = photo_learner()
+        rehearsed = len(compiled)
+        learn.fit(1)
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+    assert len(compiled) == rehearsed >= 2
 
 
 @pytest.mark.spec("CT8")
@@ -211,3 +227,51 @@ def test_the_search_measures_the_step_that_training_will_do(monkeypatch):
         cfg = load_config("two_stage", ["train.classification.amp=false", "optimization.grad_checkpointing=true", *over])
         assert classifier.chosen_batch(1, cfg, small_net(), 3, device=torch.device("cuda")) == 64
         assert (asked["compiled"], asked["grad_checkpointing"]) == (want, True)
+
+
+@pytest.mark.spec("CT14")
+def test_augmentation_that_does_not_fit_is_done_in_parts(monkeypatch, caplog):
+    "On a GPU it takes several times the batch, before the guard of the training step sees anything. Batches are the same, and the log says it once."
+    def loader(): return PhotoLoader(PillsnapClsDataset(table(26), CM, Painted(), 32, True, seed=7), 8)
+    calm = list(loader())
+    tight, finish, asked = loader(), PillsnapClsDataset.finish, []
+
+    def planted(self, images, looks):
+        asked.append(len(images))
+        if len(images) > 3: raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
+        return finish(self, images, looks)
+    monkeypatch.setattr(PillsnapClsDataset, "finish", planted)
+    with caplog.at_level("WARNING", "pillsnap.loaders"): got = list(tight)
+    assert asked[:2] == [8, 4] and max(asked[2:]) == 2 and len(got) == len(calm) == 4
+    for (a, b, m), (x, y, k) in zip(got, calm):
+        assert torch.equal(a, x) and torch.equal(b, y) and m["paths"] == k["paths"]
+    assert [r.getMessage() for r in caplog.records] == [f"out of memory: {b} photos at once are augmented instead of {a} (CUDA out of memory. Tried to allocate 1.00 GiB)" for a, b in ((8, 4), (4, 2))]
+    monkeypatch.setattr(PillsnapClsDataset, "finish", lambda *a: (_ for _ in ()).throw(RuntimeError("shapes do not fit")))
+    with pytest.raises(RuntimeError, match="shapes do not fit"): list(loader())
+
+
+def test_onnxruntime_on_a_gpu_neither_searches_nor_rounds(monkeypatch):
+    "By default its CUDA provider searches for kernels at every new number of crops and computes float32 in TF32."
+    from pillsnap.deployment import predict
+    asked = {}
+    class Session:
+        def __init__(self, model, options, providers): asked["providers"] = providers
+        def get_providers(self): return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(predict.ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr(predict.ort, "preload_dlls", lambda: None, raising=False)
+    monkeypatch.setattr(predict.ort, "InferenceSession", Session)
+    predict.open_session(b"", "cuda")
+    assert asked["providers"] == [("CUDAExecutionProvider", {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"}), "CPUExecutionProvider"]
+
+
+def test_a_detector_answers_without_a_search_and_in_full_fp32(monkeypatch):
+    "The number of photos in a pass changes; another training of the process may have left the search on."
+    from pillsnap.models.yolo import TorchDetector
+    seen = []
+    class Net(nn.Module):
+        def __init__(self): super().__init__(); self.w = nn.Parameter(torch.ones(1))
+        def forward(self, x): seen.append((torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32)); return x[:, :, 0]
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    TorchDetector(Net(), 8).raw(torch.zeros(3, 3, 8, 8).numpy())
+    assert seen == [(False, False)] and torch.backends.cudnn.benchmark and torch.backends.cudnn.allow_tf32

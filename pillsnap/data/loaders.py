@@ -16,6 +16,7 @@ import logging
 import math
 import os
 import random
+import sys
 import time
 import weakref
 from collections import deque
@@ -34,7 +35,7 @@ from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
 # %% ../../nbs/19a_data.loaders.ipynb #8489e453
 from ..core.config import Config
-from ..core.device import to_device
+from ..core.device import is_oom, oom_reason, release_memory, to_device
 from ..core.errors import PillsnapError
 from ..core.files import sha256_text
 from ..core.log import TBWriter, decide
@@ -103,7 +104,7 @@ class PhotoLoader:
         self.epoch, self.batch, self.row, self._start, self._carried = 0, 0, 0, (0, 0), []
         self._pool, self._loader, self._flying = None, None, deque(maxlen=2)
         self.buffers, self._lent = self._pool_of(batch_size if batch_sampler is None else 1), deque()
-        self.rank, self.world = 0, 1
+        self.rank, self.world, self.at_once = 0, 1, sys.maxsize   # the last: photos that the device augments at once
 
     def __len__(self)->int: # batches of an epoch
         if self.batch_sampler is not None: return len(self.batch_sampler)
@@ -201,12 +202,29 @@ def unreported(self:PhotoLoader)->int:
     return len(self._carried)
 
 @patch
+def _finish(self:PhotoLoader, images:torch.Tensor, looks:Looks)->torch.Tensor:
+    "Augment and normalise; in smaller parts from the first time on that the device has no room for all photos at once."
+    while len(looks):
+        n = min(self.at_once, len(looks))
+        try:
+            parts = [self.dataset.finish(images[k:k+n], looks.part(slice(k, k+n))) for k in range(0, len(looks), n)]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+        except Exception as e:
+            if not is_oom(e) or n == 1: raise
+            why = oom_reason(e)
+        parts = None
+        release_memory()
+        self.at_once = -(-n//2)
+        _log.warning("out of memory: %d photos at once are augmented instead of %d (%s)", self.at_once, n, why)
+    return self.dataset.finish(images, looks)
+
+@patch
 def _deliver(self:PhotoLoader, looks:Looks, images:torch.Tensor)->tuple[torch.Tensor,torch.Tensor,dict[str,list]]:
     "Send, finish, name."
     images = self._send(images.permute(0, 3, 1, 2))
     labels = to_device(self.labels[torch.from_numpy(looks.rows)], self.device)
     meta, self._carried = {"paths": [self.dataset.paths[i] for i in looks.rows], "skipped": self._carried}, []
-    return images if self.raw else self.dataset.finish(images, looks), labels, meta
+    return images if self.raw else self._finish(images, looks), labels, meta
 
 _log = logging.getLogger("pillsnap.loaders")
 

@@ -23,7 +23,7 @@ from torch import nn
 
 # %% ../../nbs/20_models.factory.ipynb #6050a4cd
 from ..core.checkpoint import load_ckpt, save_ckpt
-from ..core.device import full_fp32
+from ..core.device import full_fp32, without_kernel_search
 from ..core.errors import PillsnapError
 from ..core.files import sha256_file
 from ..core.log import decide
@@ -317,5 +317,5 @@ class TorchClassifier:
         "Scores before the softmax, in float32."
         device = next(self.model.parameters()).device
         parts = [torch.from_numpy(np.ascontiguousarray(p)) for p in np.array_split(x, max(1, -(-len(x)//self.batch)))]
-        with full_fp32(): parts = [self.model(p.to(device)).float().cpu().numpy() for p in parts]
+        with full_fp32(), without_kernel_search(): parts = [self.model(p.to(device)).float().cpu().numpy() for p in parts]
         return np.concatenate(parts)

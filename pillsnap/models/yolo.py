@@ -22,6 +22,7 @@ from torch import nn
 
 # %% ../../nbs/26_models.yolo.ipynb #67fca502
 from ..core.checkpoint import load_ckpt, save_ckpt
+from ..core.device import full_fp32, without_kernel_search
 from ..core.errors import PillsnapError
 from ..core.files import temp_dir
 from ..core.log import LogFile, build_logger
@@ -140,7 +141,7 @@ class TorchDetector:
         "The network's answer before any threshold, in float32."
         device = next(self.model.parameters()).device
         def ask(p): out = self.model(torch.from_numpy(np.ascontiguousarray(p)).to(device)); return (out[0] if isinstance(out, tuple) else out).float().cpu().numpy()
-        return np.concatenate([ask(x[i:i+self.batch]) for i in range(0, max(1, len(x)), self.batch)])
+        with full_fp32(), without_kernel_search(): return np.concatenate([ask(x[i:i+self.batch]) for i in range(0, max(1, len(x)), self.batch)])
 
 # %% ../../nbs/26_models.yolo.ipynb #8206a356
 PILL = ClassMap(["pill"], kind="detector")

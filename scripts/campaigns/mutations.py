@@ -151,6 +151,12 @@ MUTATIONS: list[Mutation] = [
              "tests/test_progress.py::test_a_stage_without_its_inputs_leaves_no_folder"),
     Mutation("a frame of progress is a new output of the notebook", "pillsnap/core/log.py", "if self.handle is None:", "if True:",
              "tests/test_progress.py::test_an_executed_notebook_keeps_the_last_frame_alone"),
+    Mutation("augmentation that does not fit ends the run", "pillsnap/data/loaders.py", "if not is_oom(e) or n == 1: raise", "raise",
+             "tests/test_gpu_engine.py::test_augmentation_that_does_not_fit_is_done_in_parts"),
+    Mutation("a kernel search for every number of crops", "pillsnap/models/yolo.py", "with full_fp32(), without_kernel_search(): return np", "with full_fp32(): return np",
+             "tests/test_gpu_engine.py::test_a_detector_answers_without_a_search_and_in_full_fp32"),
+    Mutation("one GPU is given to accelerate", "pillsnap/training/distributed.py", "if n == 1: return run_alone(", "if n == 0: return run_alone(",
+             "tests/test_distributed.py::test_one_gpu_trains_in_this_process"),
 ]
 
 
