@@ -454,6 +454,21 @@ def test_data_loading_is_the_wait_for_the_first_batch(copy):
     assert K.advisor_facts(copy, cfg, doc, metrics, []).data_loading_s == metrics["data_loading_s"].value
 
 
+@pytest.mark.spec("SG6")
+@pytest.mark.parametrize("change", [["project.family=narrow"], ["project.active_feature_set=mvp"], []])
+def test_a_run_without_a_detector_can_reach_proceed(copy, change):
+    "The checkpoint of the detector is gone and its figures are not measured; whether that counts is the configuration's to say."
+    doc = read_json(copy / "reports/evaluation.json")
+    acc = Metric.from_dict(doc["metrics"]["accuracy"])
+    doc["metrics"] |= {"accuracy": replace(acc, value=.95).to_dict(), "detection_map50": replace(acc, value=None, n=0, seconds=None, note="no detector was trained").to_dict()}
+    doc["absent"]["detector"] = "no detector was trained"
+    save_json(doc, copy / "reports/evaluation.json")
+    for s in ("conversion", "splits", "classifier"): save_json(dict(status="finished", seconds=3., settings={}), record_path(copy, s))
+    _, advice, written = E.judge(copy, load_config("smoke", [f"paths.exp_dir={copy}", *change]))
+    if change: assert (advice.recommendation, advice.performance_score) == ("RECOMMEND_PROCEED", 1.) and set(written["does_not_apply"]) == {"detection_map50", "detection_model_loading"}
+    else: assert advice.recommendation == "WARN_STOP" and "detection_map50" in written["unmeasured"] and advice.performance_score < 1
+
+
 # ---- what the advisor is told of the training ----------------------------------------------------
 
 def trained_run(root, delivery, *overrides):

@@ -266,6 +266,23 @@ def test_retrieval_looks_up_val_or_test_among_training_photos(delivery, tmp_path
     assert kinds(run.root) == (["decision", "open", "result"] if split == "test" else ["decision"])
 
 
+@pytest.mark.spec("SG6")
+def test_a_retrieval_run_can_reach_proceed(delivery, tmp_path):
+    from pillsnap.core.files import save_json
+    from pillsnap.core.stages import record_path
+    run, cfg, stage = retrieval_run(tmp_path/"run", delivery, "retrieval.recall_k_values=[1, 5]")
+    for job in ("splits", "retrieval"): save_json(dict(status="finished", seconds=3., error_code=""), record_path(run.root, job))
+    doc, got = H.evaluate_split(run.root, "val")
+    assert doc["advice"]["recommendation"] == read_json(run.root/"reports/advisor.json")["recommendation"] and set(doc["advice"]["does_not_apply"]) == {"detection_map50", "detection_model_loading"}
+    assert all(said.startswith("passed: ") for said in doc["advice"]["checks"].values()) and len(doc["advice"]["checks"]) == 2
+    p = H.replace(H.part_of(run, cfg, "val"))
+    good = H.replace(got, metrics=got.metrics | {"accuracy": H.replace(got.metrics["accuracy"], value=.95)})
+    advice = H.advise_retrieval(p, good)
+    assert (advice.recommendation, advice.reason) == ("RECOMMEND_PROCEED", "all_targets_met")
+    record_path(run.root, "retrieval").unlink()
+    assert H.advise_retrieval(p, good).reason == "mandatory_check_failed"
+
+
 @pytest.mark.spec("X80", "SP9")
 def test_a_folder_of_classes_without_boxes_can_take_the_final_test(tmp_path):
     from PIL import Image

@@ -186,13 +186,14 @@ BEFORE = ("conversion", "splits", "classifier", "detector")   # the jobs whose w
 
 def not_applicable(
     cfg:Config # project.family, project.active_feature_set
-)->dict[str,str]: # targets and checks about a detector, and why there is none; {} where there should be one
+)->dict[str,str]: # targets and checks, and why there is nothing to measure; {} for a run with a detector
     "What a run without a detector cannot have."
     if cfg.project.family != "two_stage": why = f"the {cfg.project.family} family has no detector"
     elif "combo_detection" not in active_features(cfg): why = f"the feature set {cfg.project.active_feature_set} has no detector"
     else: return {}
     names = {n for a in ADVISOR_TARGETS.values() for n in (*a.checks, *(t.name for t in a.targets))}
-    return {n: why for n in sorted(names) if n.startswith("detection_")}
+    out = {n: why for n in sorted(names) if n.startswith("detection_")}
+    return out | ({"onnx_conversion_success": "this version exports no retrieval model"} if cfg.project.family == "retrieval" else {})
 
 def jobs_before(
     cfg:Config # project.family, project.active_feature_set

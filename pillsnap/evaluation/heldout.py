@@ -6,7 +6,7 @@
 __all__ = ['SEALED', 'check_held_out', 'sealed_rows', 'closed_set', 'unfinished_opening', 'why_sealed', 'Look', 'refuse_sealed',
            'open_sealed', 'close_sealed', 'group_intervals', 'HeldOut', 'Part', 'temperature_of', 'score_classifier',
            'as_delivered', 'neighbour_table', 'score_retrieval', 'model_path', 'score_part', 'part_of', 'models_of',
-           'report_of', 'figures_of', 'evaluate_split', 'evaluate_command']
+           'advise_retrieval', 'report_of', 'figures_of', 'evaluate_split', 'evaluate_command']
 
 # %% ../../nbs/46a_evaluation.heldout.ipynb #5c66f45e
 import os
@@ -33,8 +33,11 @@ from ..data.loaders import validation_loader
 from ..data.splits import StageData, decide, load_stage, missing_photos, tidy_records
 
 # %% ../../nbs/46a_evaluation.heldout.ipynb #2343774f
+from .advisor import Advice, evaluate_and_recommend
+from .checks import advisor_facts, data_loading_record, training_records
 from .evaluation import answer_combos, box_records, combo_records, nothing, save_predictions, score_boxes, score_singles, shots, single_records, without_detector
 from .ledger import append_ledger, read_ledger, stage_4_done
+from .menu import write_advice
 from ..models.factory import TorchClassifier, load_classifier
 from ..models.metrics import accuracy, macro_f1
 from ..models.retrieval import embed_photos, nearest, recall_at_k
@@ -329,6 +332,26 @@ def models_of(
     if p.cfg.project.family == "two_stage" and not without_detector(root): names.append(root/"checkpoints"/"detector"/"best.pt")
     return {(n.relative_to(root).as_posix() if n.is_relative_to(root) else str(n)): sha256_file(n) for n in names}
 
+# %% ../../nbs/46a_evaluation.heldout.ipynb #0de2410b
+def advise_retrieval(
+    p:Part,      # validation photos and the model
+    got:HeldOut  # what was measured on them
+)->Advice:       # as written to reports/advisor.json
+    "The advisor's word on a retrieval run."
+    root, path, n = p.run.root, p.run.root/"reports"/"metrics.json", got.metrics["accuracy"].n
+    history = read_json(path).get("history", []) if path.is_file() else []
+    seen = p.rows.loc[p.rows["kind"] == "single", "class_key"].nunique()
+    counts = p.data.train.loc[p.data.train["kind"] == "single", "class_key"].value_counts()
+    took = got.metrics["accuracy"].seconds
+    own = {"class_coverage": p.prov.metric("class_coverage", seen/len(p.data.class_map), len(p.data.class_map), took), "data_loading_s": data_loading_record(root, p.cfg, p.prov),
+           "class_imbalance_ratio": p.prov.metric("class_imbalance_ratio", float(counts.max()/counts.min()), len(counts), took, note="train photos")}
+    if "recall@5" in got.metrics: own["top5"] = replace(got.metrics["recall@5"], name="top5")
+    metrics = got.metrics | training_records(history, p.prov) | own
+    doc = {"photos": {"singles": n}, "absent": got.absent, "inputs": {}, "metrics": {k: m.to_dict() for k, m in metrics.items()}, "corruption": len(got.skipped)/(n + len(got.skipped))}
+    advice = evaluate_and_recommend(p.data.stage, advisor_facts(root, p.cfg, doc, metrics, []), p.cfg.evaluation.advisor_thresholds)
+    write_advice(root, advice)
+    return advice
+
 # %% ../../nbs/46a_evaluation.heldout.ipynb #c325878a
 def report_of(
     p:Part,           # what was scored
@@ -374,6 +397,9 @@ def evaluate_split(
         got = score_part(p)
         note = "these photos chose the checkpoint: the figures are too good by an unknown amount" if split == "val" else "sealed photos, opened once"
         doc = {"schema": "pillsnap.heldout/1", "split": split, **report_of(p, got, look.models), "note": note, "opening": opening["seq"] if opening else None}
+        if split == "val" and cfg.project.family == "retrieval" and not checkpoint:
+            advice = advise_retrieval(p, got)
+            doc["advice"] = {k: getattr(advice, k) for k in ("recommendation", "performance_score", "message", "checks", "unmeasured", "does_not_apply")}
         save_json(doc, root/name)
         if opening: close_sealed(root, opening)
     run.close()
@@ -393,4 +419,5 @@ def evaluate_command(
     print(f"{split} of run {doc['run_id']}, stage {doc['stage']}, {doc['family']}" + (f" ({doc['label']})" if doc["label"] else ""))
     print(figures_of(got, doc["data"]))
     if doc["photos_of_other_drugs"]: print(f"  {doc['photos_of_other_drugs']} photos show drugs that training does not hold: not opened")
+    if "advice" in doc: print(f"  advisor: {doc['advice']['recommendation']}, score {doc['advice']['performance_score']:.2f}: {doc['advice']['message']}")
     print(f"  {doc['note']}\n  written to {Path(run_dir)/'reports'/f'evaluate_{split}.json'} and {', '.join(doc['files'])}")
