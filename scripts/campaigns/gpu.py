@@ -15,6 +15,9 @@
 | NOT_MEASURED | no GPU, a package that is missing, no time left, or GP1 did not pass; `error` says which |
 | REHEARSED | `--rehearse`: the code ran to its end; its figures mean nothing |
 
+It runs from a checkout that nobody installed; torch with CUDA and the packages of constraints.txt must be there.
+A check whose package is missing says its name. Rehearse first on a new machine: that takes two minutes.
+
 Exit status: 0, or 1 when a check was missed or failed, or 2 for wrong arguments.
 The JSON is written anew after every check, so that a campaign that is cut short keeps what it has.
 """

@@ -259,7 +259,7 @@ def detector(device: str, tiny: bool, work: Path) -> tuple[list[Part], dict[str,
     memory = DetectorMemory(gpu)
     plain, lines = train_yolo(calm, make(calm), memory)
     used, said = load_ckpt(last_of(calm, "detector"))["batch"], searched_batch(lines)
-    halved, more = train_yolo(short, make(short), DetectorMemory(gpu, 0.75 * memory.need))
+    halved, more = train_yolo(short, make(short), DetectorMemory(gpu, gpu.quarter_short(s, memory.need)))
     ended_with = load_ckpt(last_of(short, "detector"))["batch"]
     retries = sum(line.startswith("out of memory") for line in more)
     later, _ = train_yolo(short, make(short, "train.detection.epochs=2"))

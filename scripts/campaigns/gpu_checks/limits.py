@@ -127,7 +127,7 @@ def out_of_memory(device: str, tiny: bool, work: Path) -> tuple[list[Part], dict
         train_once(gpu, one, whole)  # libraries take their own memory the first time
     plain = train_once(gpu, one, whole)
     want = train_once(gpu, two, cut_in_halves(whole))
-    got = train_once(gpu, one, whole, short=0.75 * plain["need"])
+    got = train_once(gpu, one, whole, short=gpu.quarter_short(s, plain["need"]))
     names, moved = answers(got), relative(got["end"], want["end"], want["start"])
     left = (got["allocated"] - want["allocated"]) / 1e6
     done = names == ["S0 empty_cache", "S2 microbatching"]
@@ -164,7 +164,7 @@ def out_of_memory_compiled(device: str, tiny: bool, work: Path) -> tuple[list[Pa
     """
     s, gpu = Size(tiny), Gpu(device)
     batch, c = s.of(64, 4), "train.classification"
-    mode = f"optimization.torch_compile={s.of('reduce-overhead', 'none')}"
+    mode = f"optimization.torch_compile={'reduce-overhead' if gpu.there else 'none'}"
 
     def make(size: int, accum: int) -> Any:
         over = (mode, f"{c}.amp_dtype=bf16", f"{c}.grad_accum_steps={accum}", f"{c}.epochs=1000")
@@ -179,7 +179,8 @@ def out_of_memory_compiled(device: str, tiny: bool, work: Path) -> tuple[list[Pa
     whole = coloured_batches(s.of(8, 2), batch, s.of(224, 64), gpu.device)
     plain = train(batch, 1, whole)
     want = train(batch // 2, 2, cut_in_halves(whole))
-    got, share = first_shortage(lambda short: train(batch, 1, whole, short), max(plain["need"], 1))
+    need = s.of(plain["need"], max(plain["need"], 512e6))
+    got, share = first_shortage(lambda short: train(batch, 1, whole, short), need)
     names = answers(got)
     finite = all(bool(v.isfinite().all()) for v in got["end"].values() if v.is_floating_point())
     said = f"{got['batches']} of {len(whole)} batches, weights {'finite' if finite else 'not finite'}"
@@ -308,7 +309,7 @@ def compiled(device: str, tiny: bool, work: Path) -> tuple[list[Part], dict[str,
 
         inductor.fallback_random = True  # the same dropout as eager, so that losses can be compared
     eager = train_compiled(s, gpu, "none", train, valid, epochs)
-    fast = train_compiled(s, gpu, s.of("reduce-overhead", "none"), train, valid, epochs)
+    fast = train_compiled(s, gpu, "reduce-overhead" if gpu.there else "none", train, valid, epochs)
     graphs, skips = fast["graphs"], counters["inductor"]["cudagraph_skips"]
     loss = 100 * abs(fast["loss"] / eager["loss"] - 1)
     out = [
@@ -318,6 +319,6 @@ def compiled(device: str, tiny: bool, work: Path) -> tuple[list[Part], dict[str,
         at_most("training loss beside eager", loss, 1, "%", f"{fast['loss']:.4f} and {eager['loss']:.4f}, last epoch"),
         at_least("speed beside eager", eager["ms"] / fast["ms"], 1.1, "×", f"{fast['ms']:.1f}, {eager['ms']:.1f} ms"),
     ]
-    if gpu.there and not tiny:
+    if gpu.there:
         out.append(at_least("graphs are recorded at all", graphs[-1], 1))
     return out, dict(seconds_compiled=fast["seconds"], graphs_by_epoch=graphs)

@@ -296,6 +296,7 @@ def profiled(gpu: Gpu, learn: Any, first: int, last: int) -> tuple[float, int]:
     learn.remove_cb(watch)
     kind = DeviceType.CUDA if gpu.there else DeviceType.CPU
     events = [e for e in prof.profiler.kineto_results.events() if e.device_type() == kind]
+    events = [e for e in events if not e.is_user_annotation()]  # "Optimizer.step" spans pauses too
     return kernel_share([(e.name(), e.start_ns(), e.start_ns() + e.duration_ns()) for e in events], 0.5)
 
 
