@@ -84,7 +84,8 @@ def test_a_stage_on_a_terminal_and_its_executed_notebook(tmp_path):
 
 
 @pytest.mark.spec("CF5")
-@pytest.mark.parametrize("arguments", [["splits"], ["evaluation"], ["audit"], ["all", "--from", "export"], ["conversion", "--config", "two_stage", "paths.root=no/such/delivery"]])
+@pytest.mark.parametrize("arguments", [["splits"], ["evaluation"], ["audit"], ["all", "--from", "export"], ["conversion", "--config", "two_stage", "paths.root=no/such/delivery"],
+                                       ["all", "--config", "two_stage", "data.task=segmentation", "paths.root=no/such/masks"]])
 def test_a_stage_without_its_inputs_leaves_no_folder(arguments, tmp_path, monkeypatch, capsys):
     from pillsnap.cli import main
     monkeypatch.chdir(tmp_path)

@@ -386,6 +386,17 @@ class SegmentationJob(StageJob):
     def smoke(self, run: RunFolder, cfg: Config) -> None:
         "Nothing to prepare: a synthetic run renders its sample itself."
 
+# %% ../../nbs/38a_training.segmentation.ipynb #5e8df044
+@patch(cls_method=True)
+def check_inputs(
+    cls: SegmentationJob,
+    root: Path,  # the run folder; it need not exist
+    cfg: Config,  # data.source, paths.root
+) -> None:  # raises PillsnapError
+    "Photos and masks must be there, unless they are to be rendered."
+    if cfg.data.source != "synthetic":
+        find_pairs(cfg.paths.root)
+
 # %% ../../nbs/38a_training.segmentation.ipynb #14f3b77e
 def mask_folder(
     run: RunFolder,  # the run
