@@ -239,7 +239,7 @@ def deal_roles(
     ratio:Sequence[float],       # train, val; or train, val, test
     test_known_ratio:float,      # share of the photos that is sealed, where the ratio has no test part
     seed:int                     # the run's seed
-)->np.ndarray:                   # one of `ROLES` per group
+)->np.ndarray:                   # one of ROLES per group
     "Give every group its role, once for all stages."
     role = np.full(len(g), "train", object)
     whole, single = len(ratio) == 3, (g["kind"] == "single").to_numpy()
@@ -353,7 +353,7 @@ class Splits:
     train:pd.DataFrame                # rows that teach
     val:pd.DataFrame                  # rows that judge during training
     test:pd.DataFrame                 # rows of the sealed groups; no stage reads them
-    pool:pd.DataFrame                 # rows that are evaluated; `split` says val, calib or clean
+    pool:pd.DataFrame                 # rows that are evaluated; its column split says val, calib or clean
     classes:list[str]                 # the stage's drugs
     params:dict[str,Any] = field(default_factory=dict) # what was asked for, and the hash of the records
     notes:list[str] = field(default_factory=list)      # warnings in plain words
@@ -361,7 +361,7 @@ class Splits:
 # %% ../../nbs/16_data.splits.ipynb #ef0ed212
 def strictest(
     df:pd.DataFrame # records with group and role, split by drug
-)->pd.Series:       # per row the strictest role (the last of `ROLES`) of the drugs in its photo and of what is tied to it
+)->pd.Series:       # per row the strictest role (the last of ROLES) of the drugs in its photo and of what is tied to it
     "A combo that shows a left-out drug would teach it."
     order, single = ROLES, df["kind"] == "single"
     role, before = df["role"].map(order.index), None
@@ -739,7 +739,7 @@ class StageData:
     "One stage as the later rooms see it."
     train:pd.DataFrame   # manifest rows that teach: singles of the stage's drugs, its quota of combos of any
     val:pd.DataFrame     # rows that judge during training
-    pool:pd.DataFrame    # rows that are evaluated; `split` says val (selected the checkpoint), calib (fits the temperature) or clean (the headline)
+    pool:pd.DataFrame    # rows that are evaluated; its column split says val (selected the checkpoint), calib (fits the temperature) or clean (the headline)
     class_map:ClassMap   # the stage's drugs
     header:dict[str,Any] # splits.json, and root, source, data_hash of the delivery
     stage:int=0          # 0 demo, 1-4

@@ -241,7 +241,7 @@ def photo_views(
     size:int,                     # side of a view, pixels
     detector:DetectorRunner|None=None, # finds pills; single never touches it
     padding:float=.1,             # margin around a box, as a share of its sides
-    **find:Any                    # what `detect` takes: conf, iou, max_det
+    **find:Any                    # what detect takes: conf, iou, max_det
 )->Views:
     "The views of a photo: one of the whole photo in single mode, one per detected box in combo mode."
     if mode == "single": return Views("single", [whole_view(image, size)], [None], [None])
