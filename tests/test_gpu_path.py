@@ -496,7 +496,7 @@ class Session:
     "onnxruntime's session, as far as providers go."
 
     def __init__(self, model, options, providers):
-        self.providers = providers
+        self.providers = [p if isinstance(p, str) else p[0] for p in providers]   # a provider may stand with its options
 
     def get_providers(self):
         return self.providers
