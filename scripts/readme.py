@@ -15,7 +15,7 @@ def readme() -> str:
     nb = nbformat.read(ROOT/"nbs"/"index.ipynb", 4)
     nb.cells = [c for c in nb.cells if not (c.cell_type == "code" and c.source.lstrip().startswith("#| hide"))]
     text, _ = MarkdownExporter().from_notebook_node(nb)
-    for site, here in (("](images/", "](nbs/images/").replace("](results.ipynb)", "](nbs/results.ipynb)"), ('src="images/', 'src="nbs/images/'), (f"]({SOURCE}", "](")):
+    for site, here in (("](images/", "](nbs/images/"), ("](results.ipynb)", "](nbs/results.ipynb)"), ('src="images/', 'src="nbs/images/'), (f"]({SOURCE}", "](")):
         text = text.replace(site, here)
     lines = [line.rstrip() for line in text.splitlines()]
     head = "<!-- made from nbs/index.ipynb by scripts/readme.py; edit the notebook -->\n\n"
