@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,15 @@ def toy_tree(folder: Path, train: int, val: int, side: int = 128, seed: int = 0)
     return folder
 
 
+class Board:
+    "TensorBoard's points, in a list."
+    def __init__(self): self.points = []
+    def add_scalar(self, tag, value, step): self.points.append((tag, float(value), step))
+    def add_scalars(self, values, step): self.points += [(tag, float(value), step) for tag, value in values.items()]
+    def add_text(self, tag, text, step=0): pass
+    def of(self, tag): return [(value, step) for t, value, step in self.points if t == tag]
+
+
 class Sized:
     "A dataset of so many labels."
     def __init__(self, labels): self.labels = labels
@@ -59,22 +69,24 @@ def learned(tmp_path_factory):
     from pillsnap.models.yolo import open_detector
     from pillsnap.training.detector import photos_in, score_detector, train_detector
     tmp, threads = tmp_path_factory.mktemp("detector"), torch.get_num_threads()
+    board = Board()
     torch.set_num_threads(2)
     try:
         tree = toy_tree(tmp/"yolo_data", 96, 24)
-        trained = train_detector(toy_plan(tree, tmp/"detector", epochs=8, mosaic=0., mixup=0., warmup_epochs=1., scale=(.9, 1.1)))
+        plan = toy_plan(tree, tmp/"detector", epochs=8, mosaic=0., mixup=0., warmup_epochs=1., scale=(.9, 1.1))
+        trained = train_detector(replace(plan, tb=board))
         scored = score_detector(open_detector(tmp/"detector"/"best.pt", lazy=False), photos_in(tree/"images"/"val"))
     finally:
         torch.set_num_threads(threads)
     best = max(trained.history, key=lambda r: r["detection"]["mAP@0.5"])
-    return best["detection"], scored
+    return best["detection"], scored, board, plan
 
 
 @needs_ultralytics
 @pytest.mark.spec("DT2", "DT4")
 def test_two_reckonings_agree(learned):
     "ultralytics' loader, suppression and integration against ours, on a detector that is right only now and then."
-    theirs, scored = learned
+    theirs, scored, *_ = learned
     ours = scored.figures
     assert .2 < ours["mAP@0.5"] < .999, "the comparison would prove little"
     for k in ("mAP@0.5", "mAP@0.5:0.95"):
@@ -83,10 +95,21 @@ def test_two_reckonings_agree(learned):
 
 
 @needs_ultralytics
+@pytest.mark.spec("CT20")
+def test_memory_stands_beside_the_batch_size_in_each_epoch_of_the_detector(learned):
+    "One point an epoch: photos a step, batches summed, and the memory that these took."
+    _, _, board, plan = learned
+    size, used = board.of("memory/batch_size"), board.of("memory/used_mb")
+    assert size == [(float(plan.args["batch"]), e) for e in range(1, 9)]
+    assert [e for _, e in used] == list(range(1, 9)) and all(10 < mb < 1e5 for mb, _ in used)
+    assert [e for _, e in board.of("memory/grad_accum")] == list(range(1, 9))
+
+
+@needs_ultralytics
 @pytest.mark.spec("DT2")
 def test_shuffled_labels_are_worth_nothing(learned):
     from pillsnap.training.detector import shuffled
-    _, scored = learned
+    _, scored, *_ = learned
     assert shuffled(scored).figures["mAP@0.5"] < .05
     photos = scored.truth[1:]+scored.truth[:1]
     moved = type(scored)(scored.photos, scored.preds, photos, scored.seconds)

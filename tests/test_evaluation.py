@@ -228,6 +228,21 @@ def test_an_image_split_is_named_and_never_goes(tmp_path, delivery):
     assert "THIS SPLIT LEAKS" in text and "data.group_by=image" in text
 
 
+@pytest.mark.spec("X81")
+@pytest.mark.parametrize(
+    "group_by, twin, kept", [("capture", False, True), ("image", False, False), ("image", True, True), ("image", None, False)]
+)
+def test_only_the_leak_gap_twin_may_part_capture_groups(copy, group_by, twin, kept):
+    "The twin is trained on a leaking split on purpose; every other image-level split misses its gate point."
+    data = load_stage(copy, 0)
+    header = {**data.header, "params": {**data.header["params"], "group_by": group_by}}
+    header.update({} if twin is None else {"leak_gap_twin": twin})
+    record = E.split_record(replace(data, header=header), Provenance("synthetic", "a" * 64, "b" * 64))
+    assert record.measured and record.value == kept
+    gate = simple_stage_evaluation(0, E.gate_facts({"split_by_group": record}, []))
+    assert ("LEAKY_SPLIT" in gate.reasons) is not kept
+
+
 @pytest.mark.spec("SG3", "BX2")
 @pytest.mark.parametrize("drugs", [2, 1000, 4523])
 def test_the_imbalance_is_measured_whatever_the_number_of_drugs(drugs):

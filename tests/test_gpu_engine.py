@@ -219,14 +219,21 @@ def test_the_batch_that_is_found_is_a_point():
 
 
 def test_the_search_measures_the_step_that_training_will_do(monkeypatch):
-    "Compiled where training compiles, and with the blocks' inputs alone where training keeps no more."
+    "Candidates run eagerly; the answer is tried once more, compiled as training compiles it. Blocks keep their inputs alone where training keeps no more."
     from pillsnap.training import classifier
-    asked = {}
-    monkeypatch.setattr(classifier, "step_probe", lambda *a, **kw: asked.update(kw) or (lambda bs, fp16: .5))
-    for over, want in ((["optimization.torch_compile=none"], None), (["optimization.torch_compile=max-autotune"], {"mode": "max-autotune"}), (["optimization.torch_compile=none", "optimization.cuda_graphs=true"], {"backend": "cudagraphs"})):
+    probes = []
+
+    def probe(*args, grad_checkpointing, compiled=None, **kw):
+        mine = dict(compiled=compiled, grad_checkpointing=grad_checkpointing, tried=[])
+        probes.append(mine)
+        return lambda bs, fp16: mine["tried"].append(bs) or (bs/50 if compiled else .5)
+    monkeypatch.setattr(classifier, "step_probe", probe)
+    for over, arguments, found in ((["optimization.torch_compile=none"], None, 64), (["optimization.torch_compile=max-autotune"], {"mode": "max-autotune"}, 32), (["optimization.torch_compile=none", "optimization.cuda_graphs=true"], {"backend": "cudagraphs"}, 32)):
+        probes.clear()
         cfg = load_config("two_stage", ["train.classification.amp=false", "optimization.grad_checkpointing=true", *over])
-        assert classifier.chosen_batch(1, cfg, small_net(), 3, device=torch.device("cuda")) == 64
-        assert (asked["compiled"], asked["grad_checkpointing"]) == (want, True)
+        assert classifier.chosen_batch(1, cfg, small_net(), 3, device=torch.device("cuda")) == found
+        assert [p["compiled"] for p in probes] == [None, arguments][:1+(arguments is not None)] and all(p["grad_checkpointing"] for p in probes)
+        assert set(probes[0]["tried"]) == {64} and (arguments is None or set(probes[1]["tried"]) == {64, 48, 32})
 
 
 @pytest.mark.spec("CT14")

@@ -375,6 +375,7 @@ def auto_find_batch_size(
     headroom:float=.88,               # share of memory that a batch may hold (SPEC X18)
     warmup:int=10,                    # steps of each candidate
     multiple:int=8,                   # larger answers are rounded down to a multiple of it
+    compiled:Callable[[int,bool],float]|None=None, # the step as training compiles it; the answer is tried on it too
     log:logging.Logger|None=None,     # where the result is said
     tb:TBWriter|None=None             # perf/auto_batch_found
 )->tuple[int,list[dict[str,Any]]]:    # the batch, and every trial
@@ -389,9 +390,22 @@ def auto_find_batch_size(
     if low < min_bs: raise PillsnapError(f"not even {min_bs} photos fit ({table[-1]['error'] or format(table[-1]['share'], '.0%')+' of the memory'})", where="auto_find_batch_size", fix="optimization.grad_checkpointing=true, a smaller data.classification.img_size, or a GPU with more memory")
     fits, low = low, low-low%multiple if low > multiple else low
     rounded = f", rounded down from {fits} to a multiple of {multiple}" if low < fits else ""
+    fn = None   # with its copy of the network
+    if compiled: low = _fits_compiled(compiled, low, min_bs, multiple, amp_force_fp16, headroom, warmup, log)
     decide(log, f"batch: {low}{rounded}, found in {len(table)} trials of {warmup} steps, headroom {headroom:.0%}: " + ", ".join(f"{r['batch']} {'fits' if r['fits'] else 'does not'}" for r in table), tb)
     if tb: tb.add_scalar("perf/auto_batch_found", low, 0)
     return low, table
+
+def _fits_compiled(fn:Callable, n:int, least:int, multiple:int, fp16:bool, headroom:float, warmup:int, log:logging.Logger|None)->int:
+    "The batch, or three quarters of it, and so on, until the compiled step fits too."
+    while True:
+        share, why = _try(fn, n, fp16, warmup)
+        if share <= headroom: return n
+        said = why or f"{share:.0%} of the memory"
+        if n <= least: raise PillsnapError(f"not even {n} photos fit once the step is compiled ({said})", where="auto_find_batch_size", fix="optimization.torch_compile=none, or a smaller data.classification.img_size")
+        smaller = max(least, n*3//4//multiple*multiple or n//2)
+        decide(log, f"batch: {n} photos fit, but not once the step is compiled ({said}); {smaller} are tried")
+        n = smaller
 
 def _try(fn:Callable, bs:int, fp16:bool, warmup:int)->tuple[float,str|None]:
     "The peak of a few steps; infinite when memory ran out."
@@ -400,7 +414,7 @@ def _try(fn:Callable, bs:int, fp16:bool, warmup:int)->tuple[float,str|None]:
         if not is_oom(e): raise
         return float("inf"), reason(e)
     finally:
-        release(graphs=True)   # of this candidate; the next one has other shapes
+        release(graphs=True)   # of this candidate; the next one has another shape
         reset_peak()           # what was tried is no part of the training's own peak
 
 # %% ../../nbs/31_training.memory.ipynb #dbf2f88a

@@ -155,6 +155,12 @@ MUTATIONS: list[Mutation] = [
              "tests/test_gpu_engine.py::test_augmentation_that_does_not_fit_is_done_in_parts"),
     Mutation("a kernel search for every number of crops", "pillsnap/models/yolo.py", "with full_fp32(), without_kernel_search(): return np", "with full_fp32(): return np",
              "tests/test_gpu_engine.py::test_a_detector_answers_without_a_search_and_in_full_fp32"),
+    Mutation("the leak-gap twin is held to the rule it breaks on purpose", "pillsnap/evaluation/evaluation.py",
+             'or bool(data.header.get("leak_gap_twin"))', "or False",
+             "tests/test_evaluation.py::test_only_the_leak_gap_twin_may_part_capture_groups"),
+    Mutation("the detector says nothing of its memory", "pillsnap/training/detector.py",
+             "if self.plan.tb: self.plan.tb.add_scalars(memory_points(", "if False: self.plan.tb.add_scalars(memory_points(",
+             "tests/test_detector.py::test_memory_stands_beside_the_batch_size_in_each_epoch_of_the_detector"),
     Mutation("one GPU is given to accelerate", "pillsnap/training/distributed.py", "if n == 1: return run_alone(", "if n == 0: return run_alone(",
              "tests/test_distributed.py::test_one_gpu_trains_in_this_process"),
 ]
