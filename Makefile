@@ -39,12 +39,12 @@ docs: setup ## the notebooks as a web site in _docs (needs Quarto)
 	@command -v quarto >/dev/null || { echo "make docs needs Quarto, and there is no \`quarto\` on PATH: install it from https://quarto.org/docs/get-started/ and run this again"; exit 1; }
 	@touch README.md  # newer than index.ipynb: it has its own maker, Quarto leaves it alone
 	@nbdev_docs
-	@rm -f nbs/nbdev.yml nbs/sidebar.yml
+	@rm -f nbs/nbdev.yml
 	@echo "open _docs/index.html"
 
 bench: setup ## every benchmark against its peers, an hour on an idle machine; PEERS=folder adds further peers
 	@python benchmarks/run.py $(if $(PEERS),--peers $(PEERS))
 
 clean: ## remove what builds and tests leave; keeps .venv and _runs
-	@rm -rf _docs _proc build dist *.egg-info .pytest_cache .hypothesis nbs/nbdev.yml nbs/sidebar.yml
+	@rm -rf _docs _proc build dist *.egg-info .pytest_cache .hypothesis nbs/nbdev.yml
 	@find . -path ./$(VENV) -prune -o -path ./_runs -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -print0 | xargs -0 rm -rf

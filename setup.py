@@ -16,10 +16,13 @@ class BuildWithResources(build_py):
     def run(self):
         super().run()
         if getattr(self, "editable_mode", False): return  # a checkout reads nbs/ and configs/ themselves
-        for folder, pattern in (("nbs", "[0-9]*.ipynb"), ("configs", "*.yaml")):
+        for folder, pattern in (("nbs", "*/[0-9]*.ipynb"), ("configs", "*.yaml")):
             out = Path(self.build_lib)/"pillsnap"/"_resources"/folder
             out.mkdir(parents=True, exist_ok=True)
-            for p in sorted((here/folder).glob(pattern)): shutil.copy2(p, out/p.name)
+            for p in sorted((here/folder).glob(pattern)):
+                copy = out/p.relative_to(here/folder)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copy2(p, copy)
 
 
 setup(

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from harness import arguments, compare, finish, optional
 
-from pillsnap.data.aihub import Fault, label_files, Reader
-from pillsnap.data.synth import write_delivery
+from pillsnap.delivery.aihub import Fault, label_files, Reader
+from pillsnap.synth.writer import write_delivery
 
 
 def main() -> None:

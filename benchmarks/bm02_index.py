@@ -11,8 +11,8 @@ from pathlib import Path
 
 from harness import arguments, compare, finish
 
-from pillsnap.data.conversion import index_labels
-from pillsnap.data.synth import write_delivery
+from pillsnap.dataset.conversion import index_labels
+from pillsnap.synth.writer import write_delivery
 
 
 def naive(labels: Path, out: Path) -> int:

@@ -97,7 +97,7 @@ def peer(name: str, coco: Path, n: int, root: Path, other: str):
 
 def main() -> None:
     a = arguments(__doc__, n=5000, peers="", tmp="/dev/shm" if Path("/dev/shm").is_dir() else "")
-    from pillsnap.data.conversion import convert_coco_to_yolo
+    from pillsnap.dataset.conversion import convert_coco_to_yolo
     n = 60 if a.quick else a.n
     with tempfile.TemporaryDirectory(dir=a.tmp or None) as tmp:
         tmp = Path(tmp)

@@ -8,7 +8,7 @@ from loading import BATCH, SIZE, WORKERS, our_loader, still
 from photos import rows_only
 
 if __name__ == "__main__":
-    from pillsnap.data.datasets import Source
+    from pillsnap.dataset.datasets import Source
     a = arguments(__doc__, n=4096)
     n = 512 if a.quick else a.n
     still()

@@ -11,9 +11,9 @@ import numpy as np
 from harness import LIMITS, arguments, compare, finish
 from PIL import Image
 
-from pillsnap.data.images import open_image_safely, psnr, reduce_for, shrink, ssim, whole_view
-from pillsnap.data.pills import make_catalogue, rng_for
-from pillsnap.data.render import Shot, photograph, single_pose
+from pillsnap.photos.images import open_image_safely, psnr, reduce_for, shrink, ssim, whole_view
+from pillsnap.synth.catalogue import make_catalogue, rng_for
+from pillsnap.synth.renderer import Shot, photograph, single_pose
 
 SIZES = (384, 224, 160)
 

@@ -40,9 +40,9 @@ class Points:
 def pack_loader(size: int, batch: int, steps: int, workers: int) -> Any:
     "The project's loader over its pack, augmented and normalised, the same photos in the same order each time."
     from pillsnap.core.config import AugmentClassification
-    from pillsnap.data.classmap import ClassMap
-    from pillsnap.data.datasets import PillsnapClsDataset
-    from pillsnap.data.loaders import PhotoLoader
+    from pillsnap.delivery.classmap import ClassMap
+    from pillsnap.dataset.datasets import PillsnapClsDataset
+    from pillsnap.dataset.loaders import PhotoLoader
     root, rows = photo_tree("jpg", 1024)
     rows, source = rows.iloc[:steps*batch], pack_source(root, rows, "jpeg")
     data = PillsnapClsDataset(rows, ClassMap(sorted(set(rows["class_key"]))), source, size, train=True, crop_view_prob=0., augment=AugmentClassification())

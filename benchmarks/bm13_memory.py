@@ -22,10 +22,10 @@ from fastai.callback.core import Callback
 from harness import LIMITS, arguments, compare, finish
 from loading import still
 from pillsnap.core.config import load_config
-from pillsnap.data.classmap import ClassMap
-from pillsnap.data.datasets import DeliverySource, PillsnapClsDataset
-from pillsnap.data.loaders import PhotoLoader
-from pillsnap.data.sampling import EpochSampler
+from pillsnap.delivery.classmap import ClassMap
+from pillsnap.dataset.datasets import DeliverySource, PillsnapClsDataset
+from pillsnap.dataset.loaders import PhotoLoader
+from pillsnap.dataset.sampling import EpochSampler
 from pillsnap.evaluation.evaluation import theil_sen
 from pillsnap.training.learner import Outputs, build_learner
 from torch import nn

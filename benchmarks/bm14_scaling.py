@@ -14,13 +14,13 @@ from pathlib import Path
 
 from harness import LIMITS, arguments, finish, machine, save
 
-from pillsnap.data.synth import write_delivery
+from pillsnap.synth.writer import write_delivery
 
 SIZES = (10_000, 100_000, 500_000)
 SECONDS, BYTES, GROWTH = (LIMITS["BM14"][k] for k in ("seconds", "bytes", "growth"))
 CODE = """
 import json, sys, time
-from pillsnap.data.conversion import index_labels
+from pillsnap.dataset.conversion import index_labels
 t0 = time.perf_counter()
 head = index_labels(sys.argv[1], sys.argv[2], workers=int(sys.argv[3]) or None)
 print(json.dumps(dict(rows=head["rows"], seconds=time.perf_counter()-t0)))

@@ -12,10 +12,10 @@ BATCH, SIZE, WORKERS = 64, 384, 2
 def our_loader(source: Any, rows: pd.DataFrame, size: int = SIZE, workers: int = WORKERS, engine: str = "threads", **kw: Any) -> Any:
     "Random crop + mirror, bytes out, in a new order each epoch."
     from pillsnap.core.config import AugmentClassification
-    from pillsnap.data.classmap import ClassMap
-    from pillsnap.data.datasets import PillsnapClsDataset
-    from pillsnap.data.loaders import PhotoLoader
-    from pillsnap.data.sampling import EpochSampler
+    from pillsnap.delivery.classmap import ClassMap
+    from pillsnap.dataset.datasets import PillsnapClsDataset
+    from pillsnap.dataset.loaders import PhotoLoader
+    from pillsnap.dataset.sampling import EpochSampler
     data = PillsnapClsDataset(rows, ClassMap(sorted(set(rows["class_key"]))), source, size, train=True, crop_view_prob=0., augment=AugmentClassification(randaugment=False, color_jitter=(0, 0, 0, 0)))
     return PhotoLoader(data, BATCH, EpochSampler(data, 1), num_workers=workers, engine=engine, prefetch_factor=3, raw=True, **kw)
 
@@ -69,8 +69,8 @@ def dali(root: Path, rows: pd.DataFrame, n: int) -> Callable[[], None] | str:
 
 def pack_source(root: Path, rows: pd.DataFrame, codec: str) -> Any:
     "A pack of these photos, built once beside them."
-    from pillsnap.data.datasets import PackSource
-    from pillsnap.data.pack import Pack, build_pack
+    from pillsnap.dataset.datasets import PackSource
+    from pillsnap.photos.pack import Pack, build_pack
     out = root.parent/f"{root.name}-pack-{codec}"
     if not (out/"pack.json").exists():
         build_pack(rows.assign(bbox=""), root, out, codec=codec, workers=WORKERS, progress=False)

@@ -19,8 +19,8 @@ WIDTH, HEIGHT, DRUGS = 976, 1280, 12
 
 def rendered(k: int, seed: int = 3) -> tuple[np.ndarray, list[int]]:
     "One photo and its box, as the synthetic delivery has them."
-    from pillsnap.data.pills import make_catalogue, rng_for
-    from pillsnap.data.render import Shot, photograph, single_pose
+    from pillsnap.synth.catalogue import make_catalogue, rng_for
+    from pillsnap.synth.renderer import Shot, photograph, single_pose
     drug, rng = list(make_catalogue(DRUGS, seed))[k % DRUGS], rng_for(seed, k)
     shot = Shot(back=k % 3, light=k // 3 % 3, latitude=75, width=WIDTH, height=HEIGHT, field=28.6)
     img, extents = photograph([(drug, single_pose(0, 20*k, shot, rng))], shot, rng)

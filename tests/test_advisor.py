@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.files import save_json
-from pillsnap.core.record import Provenance
+from pillsnap.core.records import Provenance
 from pillsnap.evaluation import advisor as A
 from pillsnap.evaluation.advisor import ADVISOR_TARGETS, Check, Facts, OptimizationAdvisor, evaluate_and_recommend, generate_optimization_suggestions, performance_score, score_bars
 from pillsnap.evaluation.final import final_test_evaluation, why_sealed

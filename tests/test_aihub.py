@@ -13,11 +13,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from pillsnap.core.errors import PillsnapError
-from pillsnap.data import aihub, truth
-from pillsnap.data.aihub import IMAGE_KEYS, Annotation, Fault, Reason, extract_archives, find_delivery, index_photos, parse_archive, read_annotation, sealed_codes, walk_tree
-from pillsnap.data.capture import capture_group, parse_name
-from pillsnap.data.classmap import ClassMap, keys_fingerprint
-from pillsnap.data.truth import audit, audit_command, examine
+from pillsnap.delivery import aihub, truth
+from pillsnap.delivery.aihub import IMAGE_KEYS, Annotation, Fault, Reason, extract_archives, find_delivery, index_photos, parse_archive, read_annotation, sealed_codes, walk_tree
+from pillsnap.delivery.capture import capture_group, parse_name
+from pillsnap.delivery.classmap import ClassMap, keys_fingerprint
+from pillsnap.delivery.truth import audit, audit_command, examine
 
 A, B, C, D = "K-000250", "K-000573", "K-002483", "K-006192"
 APART = ([10, 10, 100, 90], [300, 40, 80, 80], [600, 900, 120, 110], [50, 700, 60, 70])
@@ -404,11 +404,11 @@ def test_links_bombs_repeats_and_damage_are_refused(tmp_path):
 
 @pytest.mark.spec("DM14")
 def test_a_synthetic_delivery_in_archives_is_the_same_delivery(tmp_path):
-    from pillsnap.data.synth import write_delivery
+    from pillsnap.synth.writer import write_delivery
     kw = dict(drugs=3, photos=2, combos=1, seed=1, width=64, height=80, progress=False, workers=1)
     write_delivery(tmp_path/"plain", **kw); write_delivery(tmp_path/"zips", zip_parts=True, **kw)
     with pytest.raises(PillsnapError, match="empty") as e:
-        from pillsnap.data.conversion import convert_delivery
+        from pillsnap.dataset.conversion import convert_delivery
         convert_delivery(tmp_path/"zips", tmp_path/"run")
     assert "unpack the 2 archives" in str(e.value)
     extract_archives(tmp_path/"zips", tmp_path/"zips")

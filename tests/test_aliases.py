@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from pillsnap import aliases as A
-from pillsnap.core.checkpoint import load_ckpt
+from pillsnap.core.checkpoints import load_ckpt
 from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
-from pillsnap.core.stages import RunFolder
-from pillsnap.data.caches import View, look
-from pillsnap.data.images import open_image_safely
-from pillsnap.data.splits import load_stage, smoke_splits
+from pillsnap.core.jobs import RunFolder
+from pillsnap.photos.caches import View, look
+from pillsnap.photos.images import open_image_safely
+from pillsnap.dataset.splits import load_stage, smoke_splits
 from pillsnap.training.learner import Outputs
 from pillsnap.training.memory import OomState
 
@@ -188,7 +188,7 @@ def test_the_stages_settings():
 
 @pytest.mark.spec("CT26")
 def test_the_advisor_answers_by_its_names():
-    from pillsnap.core.record import Provenance
+    from pillsnap.core.records import Provenance
     from pillsnap.evaluation.advisor import Facts
     m = lambda name, v: Provenance("aihub", "d"*64, "c"*64).metric(name, v, n=5000, seconds=60.)
     target = A.get_stage_target(1)

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from jsonschema import validate
 
 from pillsnap.core.errors import PillsnapError
-from pillsnap.data.classmap import ClassMap
+from pillsnap.delivery.classmap import ClassMap
 from pillsnap.models import pipeline as P
 from pillsnap.models.pipeline import ANSWERS, BADGE, LOW_CONFIDENCE, MODES, answer_schema, class_probabilities, detect, predict_pipeline
 

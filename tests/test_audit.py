@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 
 from pillsnap.core.errors import PillsnapError
-from pillsnap.core.stages import read_record
-from pillsnap.data.audit import AuditJob, box_measures, sample_photos, summarize_dataset
-from pillsnap.data.conversion import convert_delivery, read_manifest
+from pillsnap.core.jobs import read_record
+from pillsnap.dataset.audit import AuditJob, box_measures, sample_photos, summarize_dataset
+from pillsnap.dataset.conversion import convert_delivery, read_manifest
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def test_at_most_three_thousand_photos_are_opened_and_rare_drugs_among_them():
     assert len(sample_photos(df, 3000)) == 3000 and (sample_photos(df, 12)["class_key"] == "rare").sum() == 2
     opened = []
     def counting(rows, *_, **__): opened.append(len(rows)); raise InterruptedError
-    import pillsnap.data.audit as A
+    import pillsnap.dataset.audit as A
     real, A.measure_photos = A.measure_photos, counting
     try:
         with pytest.raises(InterruptedError): summarize_dataset(df, ".", sample=5000)
@@ -86,7 +86,7 @@ def test_the_command_runs_it_aside(looked_at, tmp_path, capsys):
     assert e.value.code == 0 and read_record(copy, "audit")["status"] == "finished"
     assert json.loads((copy/"reports/audit.json").read_text())["sampled"] == 20
     assert "synth" in settings and (copy/"config.yaml").read_text().split("paths:")[0] == settings.split("paths:")[0]
-    assert (copy/"notebooks/15_data.audit.ipynb").is_file() and "audit" not in {s.name for s in PIPELINE}
+    assert (copy/"notebooks/440_audit.ipynb").is_file() and "audit" not in {s.name for s in PIPELINE}
 
 
 @pytest.mark.spec("RS7")
@@ -95,7 +95,7 @@ def test_two_runs_on_one_folder(looked_at, tmp_path):
     import os
     import subprocess
     import sys
-    from pillsnap.data.splits import SplitsJob
+    from pillsnap.dataset.splits import SplitsJob
     root, _, _ = looked_at
     copy = tmp_path/"run"
     shutil.copytree(root, copy, symlinks=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pillsnap.core.record import Provenance
+from pillsnap.core.records import Provenance
 from pillsnap.evaluation.advisor import Facts, evaluate_and_recommend
 from pillsnap.evaluation.menu import static_html, write_advice
 

@@ -23,7 +23,7 @@ import pytest
 
 from pillsnap import cli
 from pillsnap.core.config import load_config
-from pillsnap.core.stages import check_parameters, choose
+from pillsnap.core.jobs import check_parameters, choose
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = ("pillsnap", "papermill", "accelerate", "make", "python -m pillsnap", "python scripts", "pip install")
@@ -33,7 +33,7 @@ COMMANDS = {c.name or c.callback.__name__.replace("_", "-"): c for c in cli.app.
 def pages() -> dict[str, str]:
     "Prose by file: README, and the Markdown cells of every notebook."
     out = {"README.md": (ROOT/"README.md").read_text(encoding="utf-8")}
-    for p in sorted((ROOT/"nbs").glob("*.ipynb")):
+    for p in sorted((ROOT/"nbs").rglob("*.ipynb")):
         out[p.name] = "\n\n".join(c.source for c in nbformat.read(p, 4).cells if c.cell_type == "markdown")
     return out
 
@@ -78,7 +78,7 @@ def words(line: str, desk: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory, smoke_run) -> Path:
     "A folder as the pages assume it: a zipped delivery in ./data, finished runs, a photo, a checkout's notebooks."
-    from pillsnap.data.synth import write_delivery
+    from pillsnap.synth.writer import write_delivery
     root = tmp_path_factory.mktemp("desk")
     write_delivery(root/"data", drugs=4, photos=6, combos=2, width=122, height=160, zip_parts=True, workers=1, progress=False)
     shutil.copytree(smoke_run, root/"RUN", symlinks=True)
@@ -92,15 +92,15 @@ def desk(tmp_path_factory, smoke_run) -> Path:
     shutil.copy2(sorted((root/"RUN"/"delivery").rglob("*_75_*.png"))[0], root/"photo.png")
     (root/"nbs").symlink_to(ROOT/"nbs")
     for stage in cli.PIPELINE:
-        (root/f"{stage.notebook}.ipynb").symlink_to(stage.path)
+        (root/stage.path.name).symlink_to(stage.path)
     return root
 
 
 @pytest.fixture
 def at_the_desk(desk, monkeypatch, request) -> Path:
     "In that folder, with the delivery unpacked (README's own line does it for those after it) and measurements cut short."
-    from pillsnap.data import planner
-    from pillsnap.data.aihub import extract_archives
+    from pillsnap import planner
+    from pillsnap.delivery.aihub import extract_archives
     monkeypatch.chdir(desk)
     if "extract" not in request.node.name and not list((desk/"data").rglob("*.json")):
         extract_archives(desk/"data", desk/"data")
@@ -154,7 +154,7 @@ def only_parsed(argv: list[str]) -> bool:
 
 def without_papermill(monkeypatch) -> None:
     "The runner, with the job of a notebook done in this process."
-    from pillsnap.core import stages
+    from pillsnap.core import jobs as stages
     monkeypatch.setattr(stages, "_execute", lambda stage, out, params, head: stage.job_class()(**params).run() and None)
 
 
@@ -164,7 +164,7 @@ def test_the_pages_are_read():
     "An extraction that finds nothing would prove nothing."
     texts = [line for line, _ in ALL]
     for must in ("pillsnap extract ./data", "pillsnap run evaluation --run-dir _runs/demo -p user_choice=1", "pillsnap predict PHOTO --mode combo --run DIR --json",
-                 "papermill nbs/16_data.splits.ipynb out.ipynb -p run_dir _runs/demo -p seed 42", "pillsnap train-stage --help"):
+                 "papermill nbs/dataset/460_splits.ipynb out.ipynb -p run_dir _runs/demo -p seed 42", "pillsnap train-stage --help"):
         assert must in texts, must
     assert len({p for _, p in ALL}) > 20 and len(set(texts)) == len(texts)
 

@@ -17,10 +17,10 @@ from PIL import Image
 from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.files import read_json
-from pillsnap.data import conversion
-from pillsnap.data.aihub import DRUG_KEYS, IMAGE_KEYS, Reason
-from pillsnap.data.classmap import ClassMap
-from pillsnap.data.conversion import (COLUMNS, ConversionJob, build_drug_metadata_mapping, check_yolo_tree, convert_coco_to_yolo, convert_delivery,
+from pillsnap.dataset import conversion
+from pillsnap.delivery.aihub import DRUG_KEYS, IMAGE_KEYS, Reason
+from pillsnap.delivery.classmap import ClassMap
+from pillsnap.dataset.conversion import (COLUMNS, ConversionJob, build_drug_metadata_mapping, check_yolo_tree, convert_coco_to_yolo, convert_delivery,
     discover_detection_data, get_class_id_from_edi_code, get_drug_metadata_from_class_id, read_manifest, validate_bbox, write_manifest, write_yolo_tree)
 
 A, B, C, D = "K-000250", "K-000573", "K-002483", "K-006192"
@@ -354,7 +354,7 @@ def test_killed_in_the_middle_it_goes_on(tmp_path):
     "kill -9 while photos are opened; the same call ends with the manifest of an undisturbed run."
     root = tmp_path/"d"
     for lo in range(0, 360, 20): add(root, [A], lo); add(root, [B], lo)
-    code = ("import sys, time; from pillsnap.data import conversion as c\nreal = c.look\ndef slow(p, **k): time.sleep(.05); return real(p, **k)\nc.look = slow; c.CHUNK = 4\n"
+    code = ("import sys, time; from pillsnap.dataset import conversion as c\nreal = c.look\ndef slow(p, **k): time.sleep(.05); return real(p, **k)\nc.look = slow; c.CHUNK = 4\n"
             "c.convert_delivery(sys.argv[1], sys.argv[2])")
     run = [sys.executable, "-c", code, str(root), str(tmp_path/"run")]
     seen = tmp_path/"run/artifacts/photos.seen"; p = subprocess.Popen(run)
@@ -370,7 +370,7 @@ def test_killed_in_the_middle_it_goes_on(tmp_path):
 def test_a_full_disk_is_said_and_nothing_half_is_left(small, tmp_path):
     import resource
     code = ("import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (700, 700)); import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-            "from pillsnap.data.conversion import convert_delivery; convert_delivery(sys.argv[1], sys.argv[2])")
+            "from pillsnap.dataset.conversion import convert_delivery; convert_delivery(sys.argv[1], sys.argv[2])")
     r = subprocess.run([sys.executable, "-B", "-c", code, str(small), str(tmp_path/"run")], capture_output=True, text=True)
     assert r.returncode != 0 and "PillsnapError" in r.stderr and "larger than this system allows" in r.stderr
     assert not (tmp_path/"run/manifest.csv").exists() and not list((tmp_path/"run").rglob("*.partial"))
@@ -407,7 +407,7 @@ def test_somebodys_data_is_not_rendered_over(small, tmp_path):
 
 
 def test_a_half_rendered_delivery_is_not_taken_for_whole(tmp_path):
-    from pillsnap.data.synth import plan_delivery, run_tasks, claim
+    from pillsnap.synth.writer import plan_delivery, run_tasks, claim
     kw = dict(drugs=3, photos=3, combos=1, seed=42, width=96, height=128)
     plan = plan_delivery(**kw); root = tmp_path/"delivery"
     claim(root, plan); list(run_tasks(root, plan.tasks[:4], 1, False))
@@ -418,8 +418,8 @@ def test_a_half_rendered_delivery_is_not_taken_for_whole(tmp_path):
 
 @pytest.mark.spec("BX4", "BX5")
 def test_the_renderers_faults_land_where_they_were_planted(tmp_path):
-    from pillsnap.data.synth import write_delivery
-    from pillsnap.data.truth import audit
+    from pillsnap.synth.writer import write_delivery
+    from pillsnap.delivery.truth import audit
     ledger = write_delivery(tmp_path/"d", drugs=4, photos=8, combos=4, seed=3, width=96, height=128, faults=True, progress=False, workers=1)
     planted = set(ledger["planted_faults"])
     c, a = convert_delivery(tmp_path/"d", tmp_path/"run"), audit(tmp_path/"d", tmp_path/"d/data/train/images")

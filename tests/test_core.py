@@ -24,14 +24,14 @@ import pytest
 import torch
 from torch import nn
 
-from pillsnap.core.checkpoint import FIELDS, class_map_difference, load_ckpt, plain, rng_state, save_ckpt, set_rng_state
+from pillsnap.core.checkpoints import FIELDS, class_map_difference, load_ckpt, plain, rng_state, save_ckpt, set_rng_state
 from pillsnap.core.config import load_config
 from pillsnap.core.device import cuda_mem_mb, enable_tf32, needs_scaler, pick_device, select_amp_dtype, set_seed
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.files import (PARTIAL, FolderLock, atomic_path, canonical_json, ensure_dir, get_git_sha, read_json, save_json, save_text,
                                  sha256_file, sha256_text, sweep_partials)
-from pillsnap.core.log import STEP_TAGS, VAL_TAGS, StepTimer, TBWriter, build_logger, decide, step_line, tagged
-from pillsnap.core.record import MIN_SECONDS_PER_SAMPLE, Metric, Provenance, hardware, metric_table
+from pillsnap.core.logs import STEP_TAGS, VAL_TAGS, StepTimer, TBWriter, build_logger, decide, step_line, tagged
+from pillsnap.core.records import MIN_SECONDS_PER_SAMPLE, Metric, Provenance, hardware, metric_table
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -309,14 +309,14 @@ def test_synthetic_real_and_quoted_figures_never_share_a_column():
 
 
 def test_the_hardware_line_knows_a_gpu_without_importing_torch(monkeypatch):
-    from pillsnap.core import record
+    from pillsnap.core import records as record
     assert re.match(r"\d+× \S.*, \d+ GiB, ", hardware())
     gpu = SimpleNamespace(name="NVIDIA GeForce RTX 5080", total_memory=16*2**30)
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: True, get_device_properties=lambda i: gpu)))
     assert hardware().endswith(", NVIDIA GeForce RTX 5080 16 GiB")
     monkeypatch.delitem(sys.modules, "torch")
     assert record._gpu() == "no GPU" or "NVIDIA" in record._gpu()
-    assert python("import sys, pillsnap.core.record as r; r.hardware(); sys.exit('torch' in sys.modules)").returncode == 0
+    assert python("import sys, pillsnap.core.records as r; r.hardware(); sys.exit('torch' in sys.modules)").returncode == 0
 
 
 # ---------------------------------------------------------------- log
@@ -357,7 +357,7 @@ def test_a_decision_without_a_logger_still_reaches_the_console(capsys):
 def test_a_full_disk_costs_the_log_file_and_nothing_else(tmp_path):
     r = python("""
         import resource, sys
-        from pillsnap.core.log import build_logger
+        from pillsnap.core.logs import build_logger
         log = build_logger(sys.argv[1], "demo")
         resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))
         for i in range(50): log.info(f"line {i} of the run")
@@ -646,7 +646,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     before = path.read_bytes()
     r = python("""
         import resource, sys, torch
-        from pillsnap.core.checkpoint import save_ckpt
+        from pillsnap.core.checkpoints import save_ckpt
         resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
         save_ckpt(sys.argv[1], model_state={"w": torch.zeros(1_000_000)}, epoch=2, best_metric=.9, config_snapshot={}, class_map={})
     """, path)
@@ -707,7 +707,7 @@ def test_boxes_are_drawn_on_a_copy():
 
 
 def test_a_smoke_runs_folder_lives_as_long_as_its_process(tmp_path):
-    code = ("from pillsnap.core.stages import StageJob, StageResult\n"
+    code = ("from pillsnap.core.jobs import StageJob, StageResult\n"
             "class Job(StageJob):\n    def work(self, run, cfg): return StageResult('done')\n"
             "root = Job().run().root; print(root, root.is_dir())\n")
     said = subprocess.run([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(tmp_path)}, capture_output=True, text=True, check=True).stdout.split()
@@ -718,7 +718,7 @@ def test_a_smoke_runs_folder_lives_as_long_as_its_process(tmp_path):
 JOB = """
 import os, signal, sys
 from pillsnap.core.errors import PillsnapError
-from pillsnap.core.stages import StageJob, StageResult
+from pillsnap.core.jobs import StageJob, StageResult
 class Job(StageJob):
     def work(self, run, cfg):
         how = sys.argv[2]
@@ -736,7 +736,7 @@ Job(run_dir=sys.argv[1], config="smoke", overrides=sys.argv[3:]).run()
 @pytest.mark.spec("SG1")
 def test_a_record_keeps_every_attempt(tmp_path):
     "Ctrl-C and SIGTERM interrupt; an exception fails; kill -9 dies without a word. What crashed under these settings is counted, however it ended later."
-    from pillsnap.core.stages import crashes, read_record
+    from pillsnap.core.jobs import crashes, read_record
     ends = {"interrupt": "interrupted", "term": "interrupted", "crash": "failed", "refuse": "failed", "claim": "failed", "kill": "died", "finish": "finished"}
     for how in ends: python(JOB, tmp_path, how)
     rec = read_record(tmp_path, "stage")
@@ -750,7 +750,7 @@ def test_a_record_keeps_every_attempt(tmp_path):
 
 @pytest.mark.spec("SG1")
 def test_a_restart_of_the_machine_is_no_crash(tmp_path):
-    from pillsnap.core.stages import crashes, read_record, record_path
+    from pillsnap.core.jobs import crashes, read_record, record_path
     python(JOB, tmp_path, "kill")
     rec = read_record(tmp_path, "stage")
     assert rec["status"] == "running"

@@ -17,16 +17,16 @@ from hypothesis import strategies as st
 
 from pillsnap.core.config import AugmentClassification, load_config
 from pillsnap.core.errors import PillsnapError
-from pillsnap.core.stages import RunFolder
-from pillsnap.data import caches as C
-from pillsnap.data import datasets as D
-from pillsnap.data import loaders as L
-from pillsnap.data.augment import DRAWS, build_transforms_classification, dangers, randaugment_ops
-from pillsnap.data.caches import PhotoCache, View, box_of, look
-from pillsnap.data.classmap import ClassMap
-from pillsnap.data.images import IMAGENET_MEAN, IMAGENET_STD, crop_view, normalise, open_image_safely, whole_view
-from pillsnap.data.sampling import EpochSampler, rare_more_often
-from pillsnap.data.splits import SplitsJob, load_stage
+from pillsnap.core.jobs import RunFolder
+from pillsnap.photos import caches as C
+from pillsnap.dataset import datasets as D
+from pillsnap.dataset import loaders as L
+from pillsnap.photos.augmentation import DRAWS, build_transforms_classification, dangers, randaugment_ops
+from pillsnap.photos.caches import PhotoCache, View, box_of, look
+from pillsnap.delivery.classmap import ClassMap
+from pillsnap.photos.images import IMAGENET_MEAN, IMAGENET_STD, crop_view, normalise, open_image_safely, whole_view
+from pillsnap.dataset.sampling import EpochSampler, rare_more_often
+from pillsnap.dataset.splits import SplitsJob, load_stage
 
 SMALL = ("pack.enabled=false", "data.progressive_validation.stage_0.max_samples=null", "evaluation.min_eval_samples=6", "data.classification.img_size=64")
 
@@ -37,7 +37,7 @@ MANY = pd.DataFrame({"path": ["a.jpg"]*5000})
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory, delivery):
     "The shared delivery, converted and split; every photo of the stage."
-    from pillsnap.data.conversion import convert_delivery
+    from pillsnap.dataset.conversion import convert_delivery
     root = tmp_path_factory.mktemp("datamin")/"run"
     convert_delivery(delivery, root)
     SplitsJob(near_duplicates=False)._cut(RunFolder(root), load_config("smoke", SMALL))

@@ -199,7 +199,7 @@ def test_a_default_batch_is_not_called_a_search(tmp_path, monkeypatch, caplog, w
 @needs_ultralytics
 @pytest.mark.spec("DT5", "X38")
 def test_single_mode_never_loads_the_detector(tmp_path):
-    from pillsnap.data.classmap import ClassMap
+    from pillsnap.delivery.classmap import ClassMap
     from pillsnap.models.pipeline import predict_pipeline
     from pillsnap.models.yolo import fresh_detector_checkpoint, open_detector
 

@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch import nn
 
-from pillsnap.core.checkpoint import load_ckpt
+from pillsnap.core.checkpoints import load_ckpt
 from pillsnap.core.config import load_config
 from pillsnap.core.files import read_json
-from pillsnap.core.stages import read_record, stale
-from pillsnap.data.datasets import PillsnapClsDataset
-from pillsnap.data.loaders import PhotoLoader
+from pillsnap.core.jobs import read_record, stale
+from pillsnap.dataset.datasets import PillsnapClsDataset
+from pillsnap.dataset.loaders import PhotoLoader
 from pillsnap.core.errors import PillsnapError
 from pillsnap.training import distributed
 from pillsnap.training.distributed import apart

@@ -9,13 +9,13 @@ import torch
 from fastai.callback.core import Callback
 from typer.testing import CliRunner
 
-from pillsnap.core.checkpoint import load_ckpt, save_ckpt
+from pillsnap.core.checkpoints import load_ckpt, save_ckpt
 from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.files import read_json, save_json
-from pillsnap.core.record import Provenance
-from pillsnap.core.stages import RunFolder, read_record, record_path
-from pillsnap.data.splits import load_stage, smoke_splits
+from pillsnap.core.records import Provenance
+from pillsnap.core.jobs import RunFolder, read_record, record_path
+from pillsnap.dataset.splits import load_stage, smoke_splits
 from pillsnap.evaluation.advisor import Check
 from pillsnap.evaluation.evaluation import time_cap
 from pillsnap.evaluation.gates import STAGE_TARGETS, Status, simple_stage_evaluation
@@ -136,8 +136,8 @@ def test_class_weights_reach_the_loss_of_a_training(run):
 def test_train_stage_runs_the_stages_job(run, monkeypatch):
     "The command of the sources, through the CLI; papermill is left out, the job is the real one."
     from pillsnap import cli
-    from pillsnap.core import stages
-    from pillsnap.core.stages import _remember   # a folder that ran before has its own configuration
+    from pillsnap.core import jobs as stages
+    from pillsnap.core.jobs import _remember   # a folder that ran before has its own configuration
     _remember(run, load_config("smoke", [*SMALL, f"paths.exp_dir={run}"]))
 
     def in_process(stage, root, cfg, params=None, resume="", *_):
@@ -175,7 +175,7 @@ EVERYTHING = ("train.classification.grad_accum_steps=2", "train.classification.e
 @pytest.mark.spec("CT19")
 def test_no_step_fetches_a_number(monkeypatch):
     "What would stop a GPU at every step (item, float, cpu, bool) is not called more often when an epoch has three times as many."
-    from pillsnap.core.log import build_logger
+    from pillsnap.core.logs import build_logger
     from pillsnap.training.callbacks import Progress, StepLog
     seen = []
     for name in ("item", "__float__", "__bool__", "__int__", "cpu", "tolist", "numpy"):

@@ -12,10 +12,10 @@ from hypothesis import given, settings, strategies as st
 from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.files import read_json, save_json, sha256_file
-from pillsnap.core.record import Metric, Provenance
-from pillsnap.core.stages import RunFolder, record_path
-from pillsnap.data.classmap import ClassMap
-from pillsnap.data.splits import StageData, load_stage
+from pillsnap.core.records import Metric, Provenance
+from pillsnap.core.jobs import RunFolder, record_path
+from pillsnap.delivery.classmap import ClassMap
+from pillsnap.dataset.splits import StageData, load_stage
 from pillsnap.evaluation import checks as K
 from pillsnap.evaluation import evaluation as E
 from pillsnap.evaluation.advisor import ADVISOR_TARGETS, evaluate_and_recommend, get_stage_target
@@ -435,7 +435,7 @@ def test_class_balance_is_judged_by_its_ratio(copy, ratio, passed):
 
 @pytest.mark.spec("SG3", "SG4")
 def test_tensorboards_files_are_read_and_not_only_there(copy):
-    from pillsnap.core.log import TBWriter
+    from pillsnap.core.logs import TBWriter
     check = lambda: K.tensorboard_checks(copy)
     TBWriter(copy / "tb/evaluation").add_scalar("eval/x", 1., 0)
     assert check()["tensorboard_logging"].passed is None
@@ -488,7 +488,7 @@ def test_a_run_without_a_detector_can_reach_proceed(copy, change):
 
 def trained_run(root, delivery, *overrides):
     "A tiny run, converted and split, its classifier job, and its configuration."
-    from pillsnap.data.splits import smoke_splits
+    from pillsnap.dataset.splits import smoke_splits
     from pillsnap.training.classifier import ClassifierJob
     root.mkdir(parents=True)
     (root / "delivery").symlink_to(delivery)
@@ -565,7 +565,7 @@ def test_papermill_gives_the_same_files_and_asks_nothing(copy, tmp_path):
     import papermill as pm
     before = read_json(copy / "reports/scorecard.json")
     out = tmp_path / "elsewhere" / "out.ipynb"; out.parent.mkdir()
-    pm.execute_notebook(str(ROOT / "nbs/46_evaluation.evaluation.ipynb"), str(out), parameters=dict(run_dir=str(copy), config="smoke", overrides=list(QUICK), remeasure=False), kernel_name="python3", progress_bar=False, cwd=str(out.parent))
+    pm.execute_notebook(str(ROOT / "nbs/evaluation/770_evaluation.ipynb"), str(out), parameters=dict(run_dir=str(copy), config="smoke", overrides=list(QUICK), remeasure=False), kernel_name="python3", progress_bar=False, cwd=str(out.parent))
     assert read_json(copy / "reports/scorecard.json")["rows"] == before["rows"] and read_advice(copy)["user_choice"] is None
     text = out.read_text(encoding="utf-8")
     assert before["run_id"] in text and "No choice recorded" in text and "widget-view" not in text and before["gate"]["status"] in text

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pillsnap.cli import PIPELINE, app
-from pillsnap.core.stages import check_parameters
+from pillsnap.core.jobs import check_parameters
 
 EXAMPLES = Path(__file__).resolve().parents[1]/"examples"
 

@@ -11,16 +11,16 @@ import pytest
 import timm
 import torch
 
-from pillsnap.core.checkpoint import load_ckpt, save_ckpt
+from pillsnap.core.checkpoints import load_ckpt, save_ckpt
 from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.files import read_json, save_json, sha256_file
-from pillsnap.core.record import Metric
-from pillsnap.core.stages import RunFolder
-from pillsnap.data.classmap import ClassMap
-from pillsnap.data.splits import load_stage
+from pillsnap.core.records import Metric
+from pillsnap.core.jobs import RunFolder
+from pillsnap.delivery.classmap import ClassMap
+from pillsnap.dataset.splits import load_stage
 from pillsnap.deployment import export as E
-from pillsnap.deployment.predict import OnnxClassifier, OnnxDetector, load_bundle
+from pillsnap.deployment.runtime import OnnxClassifier, OnnxDetector, load_bundle
 from pillsnap.models.factory import TorchClassifier, load_classifier
 from pillsnap.models.pipeline import predict_pipeline
 from pillsnap.models.yolo import TorchDetector, build_yolo_model, load_detector

@@ -2,12 +2,12 @@
 import pytest
 import torch
 
-from pillsnap.core.checkpoint import load_ckpt
+from pillsnap.core.checkpoints import load_ckpt
 from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.files import read_json, save_json
-from pillsnap.core.stages import RunFolder, read_record
-from pillsnap.data.splits import SplitsJob, load_stage, smoke_splits
+from pillsnap.core.jobs import RunFolder, read_record
+from pillsnap.dataset.splits import SplitsJob, load_stage, smoke_splits
 
 SYNTH = dict(drugs=6, photos=48, combos=4, seed=42, width=160, height=208)
 # Only what a CPU needs: a small network, small photos, few epochs, a rate for few steps. All else is the preset's.
@@ -19,7 +19,7 @@ TINY = ("data.source=synthetic", "data.progressive_validation.current_stage=0", 
 @pytest.fixture(scope="module")
 def pills(tmp_path_factory):
     "6 drugs with 48 small photos each. Read only."
-    from pillsnap.data.synth import write_delivery
+    from pillsnap.synth.writer import write_delivery
     out = tmp_path_factory.mktemp("families")/"aihub"
     write_delivery(out, **SYNTH, workers=2, progress=False)
     return out
@@ -74,7 +74,7 @@ def test_narrow_learns_as_its_source_states_it(pills, tmp_path):
 @pytest.mark.spec("RT2", "RT3", "RT8", "RT13", "SP9", "X32")
 def test_retrieval_learns_stops_and_goes_on(pills, tmp_path):
     from pillsnap.models.factory import load_classifier
-    from pillsnap.models.retrieval import embed_photos, recall_at_k
+    from pillsnap.models.neighbours import embed_photos, recall_at_k
     from pillsnap.training.retrieval import RetrievalJob, recall_callback
     root = tmp_path/"run"
     given = split_for("retrieval", pills, root, "retrieval.embedding_dim=64", "retrieval.warmup_epochs=2")

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from pillsnap.core.record import Metric, Provenance
+from pillsnap.core.records import Metric, Provenance
 from pillsnap.evaluation.gates import EXCUSED_BY_CLOCK, STAGE_TARGETS, Reason, Status, TimeCap, simple_stage_evaluation, stage_gate
 from pillsnap.evaluation.latency import LATENCY_TARGETS, PROTOCOL_GPU, RUNS, WARMUP, Latency, latency_table, measure_latency, protocol_gap
 

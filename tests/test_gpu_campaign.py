@@ -325,7 +325,7 @@ def as_before():
     import cv2
     import torch
 
-    from pillsnap.core.checkpoint import rng_state, set_rng_state
+    from pillsnap.core.checkpoints import rng_state, set_rng_state
 
     c, was = torch.backends.cudnn, rng_state()
     kept = (
@@ -450,7 +450,7 @@ def test_search_finds_what_fp64_finds(as_before, monkeypatch):
     import torch
     from gpu_checks import answers
 
-    from pillsnap.models import retrieval
+    from pillsnap.models import neighbours as retrieval
 
     run = lambda: answers.search_beside_fp64(answers.Size(True), answers.Gpu("cpu"))[0]
     assert run().passed

@@ -6,9 +6,9 @@ from torch import nn
 
 from pillsnap.core.config import load_config
 from pillsnap.core.device import enable_tf32
-from pillsnap.data.datasets import PillsnapClsDataset
-from pillsnap.data.loaders import PhotoLoader
-from pillsnap.data.sampling import EpochSampler
+from pillsnap.dataset.datasets import PillsnapClsDataset
+from pillsnap.dataset.loaders import PhotoLoader
+from pillsnap.dataset.sampling import EpochSampler
 from pillsnap.training import learner as learner_module
 from pillsnap.training.learner import Outputs, build_learner
 from test_memory import Painted, table
@@ -259,7 +259,7 @@ def test_augmentation_that_does_not_fit_is_done_in_parts(monkeypatch, caplog):
 
 def test_onnxruntime_on_a_gpu_neither_searches_nor_rounds(monkeypatch):
     "By default its CUDA provider searches for kernels at every new number of crops and computes float32 in TF32."
-    from pillsnap.deployment import predict
+    from pillsnap.deployment import runtime as predict
     asked = {}
     class Session:
         def __init__(self, model, options, providers): asked["providers"] = providers

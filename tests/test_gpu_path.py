@@ -15,14 +15,14 @@ from torch import nn
 from torchvision.transforms import v2
 
 from pillsnap.core.config import AugmentClassification
-from pillsnap.data import datasets as D
-from pillsnap.data import loaders as L
-from pillsnap.data.augment import COL, DRAWS, _OPS, TimmPolicy, build_transforms_classification, randaugment_ops
-from pillsnap.data.classmap import ClassMap
-from pillsnap.data.images import IMAGENET_MEAN, IMAGENET_STD
-from pillsnap.data.sampling import EpochSampler
+from pillsnap.dataset import datasets as D
+from pillsnap.dataset import loaders as L
+from pillsnap.photos.augmentation import COL, DRAWS, _OPS, TimmPolicy, build_transforms_classification, randaugment_ops
+from pillsnap.delivery.classmap import ClassMap
+from pillsnap.photos.images import IMAGENET_MEAN, IMAGENET_STD
+from pillsnap.dataset.sampling import EpochSampler
 from pillsnap.models.metrics import topk_accuracy
-from pillsnap.models.retrieval import embed_photos, nearest
+from pillsnap.models.neighbours import embed_photos, nearest
 from pillsnap.training.callbacks import (Clock, History, LateNumber, PillLearner, PillLoaders, Unpack, Validate,
     batch_mass)
 
@@ -368,7 +368,7 @@ def test_no_step_of_a_training_reads_a_number():
     "As many reads in an epoch of 18 batches as in one of 6: ours, fastai's and the optimizer's, in Python and in C++."
     from test_engine import EVERYTHING, toy_learner
 
-    from pillsnap.core.log import build_logger
+    from pillsnap.core.logs import build_logger
     from pillsnap.training.callbacks import Progress, StepLog
 
     def reads(batches: int) -> list:
@@ -505,7 +505,7 @@ class Session:
 @pytest.mark.spec("EX3")
 @pytest.mark.parametrize("device, asked", [("cuda", 1), ("auto", 1), ("cpu", 0)])
 def test_cudas_libraries_are_loaded_before_a_session_that_needs_them(device, asked, monkeypatch):
-    from pillsnap.deployment import predict as P
+    from pillsnap.deployment import runtime as P
     order = []
     monkeypatch.setattr(P.ort, "get_available_providers", lambda: GPU_AND_CPU)
     monkeypatch.setattr(P.ort, "preload_dlls", lambda: order.append("libraries"), raising=False)
@@ -528,7 +528,7 @@ def small_onnx(tmp_path_factory) -> bytes:
 
 def test_a_float16_network_answers_as_the_float32_one_does(small_onnx):
     from pillsnap.deployment.export import in_float16
-    from pillsnap.deployment.predict import OnnxClassifier
+    from pillsnap.deployment.runtime import OnnxClassifier
     half = in_float16(small_onnx)
     x = np.random.default_rng(0).standard_normal((4, 3, 32, 32)).astype(np.float32)
     want, got = (OnnxClassifier(m, 32, "cpu").logits(x) for m in (small_onnx, half))
@@ -540,9 +540,9 @@ def test_a_float16_network_answers_as_the_float32_one_does(small_onnx):
 @pytest.mark.parametrize("there", [False, True])
 def test_the_export_is_timed_by_every_provider_and_says_by_which(there, small_onnx, monkeypatch):
     "With and without CUDA in onnxruntime; the one that is played computes on the CPU and says that it is a GPU."
-    from pillsnap.core.record import Provenance, hardware
+    from pillsnap.core.records import Provenance, hardware
     from pillsnap.deployment import export as E
-    from pillsnap.deployment import predict as P
+    from pillsnap.deployment import runtime as P
     from pillsnap.evaluation.latency import latency_table
 
     class OnGpuAsItSays(P.OnnxClassifier):
@@ -560,7 +560,7 @@ def test_the_export_is_timed_by_every_provider_and_says_by_which(there, small_on
     monkeypatch.setattr(E, "load_bundle", lambda folder, **kw: bundle(OnGpuAsItSays))
     monkeypatch.setattr(E, "checked_bytes", lambda folder, entry: small_onnx)
     monkeypatch.setattr(E, "OnnxClassifier", OnGpuAsItSays)
-    monkeypatch.setattr("pillsnap.core.record._gpu", lambda: "NVIDIA GeForce RTX 5080 16 GiB")
+    monkeypatch.setattr("pillsnap.core.records._gpu", lambda: "NVIDIA GeForce RTX 5080 16 GiB")
     run = SimpleNamespace(evaluation=SimpleNamespace(latency_warmup=20, latency_runs=200))
     rows, ms = E.time_bundle(bundle(P.OnnxClassifier), None, Provenance("synthetic", "0"*64, "1"*64), run)
     found = [(r.provider, r.precision, r.metric.hardware) for r in rows if r.percentile == 95]

@@ -14,9 +14,9 @@ import yaml
 from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.files import read_json, save_text, sha256_file
-from pillsnap.core.record import Metric
-from pillsnap.core.stages import RunFolder, run_id
-from pillsnap.data.splits import SplitsJob, load_stage, smoke_splits
+from pillsnap.core.records import Metric
+from pillsnap.core.jobs import RunFolder, run_id
+from pillsnap.dataset.splits import SplitsJob, load_stage, smoke_splits
 from pillsnap.evaluation import heldout as H
 from pillsnap.evaluation.final import RESULTS, UNKNOWN_DRUGS, final_test_evaluation
 from pillsnap.evaluation.ledger import append_ledger, read_ledger, record_decision
@@ -211,7 +211,7 @@ def test_the_result_has_the_contracts_form(copy):
 @pytest.mark.spec("EV5")
 def test_the_gap_is_validation_minus_test_of_the_same_checkpoint(copy):
     from pillsnap.core.files import save_json
-    from pillsnap.core.record import Provenance
+    from pillsnap.core.records import Provenance
     data, models = load_stage(copy, 0), {"checkpoints/classifier/best.pt": sha256_file(copy/"checkpoints/classifier/best.pt")}
     prov = Provenance("synthetic", data.header["data_hash"], data.class_map.fingerprint)
     from pillsnap.evaluation.final import val_test_gap
@@ -231,8 +231,8 @@ SMALL = ("data.progressive_validation.current_stage=0", "data.progressive_valida
 def save_retrieval_model(root, cfg, stage):
     "An untrained embedding network."
     import torch
-    from pillsnap.core.checkpoint import save_ckpt
-    from pillsnap.models.arcface import head_spec
+    from pillsnap.core.checkpoints import save_ckpt
+    from pillsnap.models.heads import head_spec
     from pillsnap.models.factory import build_classification_model
     torch.manual_seed(0)
     model = build_classification_model("test_resnet", len(stage.class_map), pretrained=False, head=head_spec(cfg))
@@ -269,7 +269,7 @@ def test_retrieval_looks_up_val_or_test_among_training_photos(delivery, tmp_path
 @pytest.mark.spec("SG6")
 def test_a_retrieval_run_can_reach_proceed(delivery, tmp_path):
     from pillsnap.core.files import save_json
-    from pillsnap.core.stages import record_path
+    from pillsnap.core.jobs import record_path
     run, cfg, stage = retrieval_run(tmp_path/"run", delivery, "retrieval.recall_k_values=[1, 5]")
     for job in ("splits", "retrieval"): save_json(dict(status="finished", seconds=3., error_code=""), record_path(run.root, job))
     doc, got = H.evaluate_split(run.root, "val")

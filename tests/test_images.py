@@ -18,9 +18,9 @@ from torchvision.ops import nms as torch_nms
 from torchvision.transforms import v2
 
 from pillsnap.core.errors import PillsnapError
-from pillsnap.data import images as I
-from pillsnap.data.boxes import decode_yolo, from_yolo, iou_matrix, letterbox, nms, to_yolo, unletterbox, xywh_to_xyxy, xyxy_to_xywh
-from pillsnap.data.images import IMAGENET_MEAN, IMAGENET_STD, crop_square, crop_view, header_size, normalise, open_image_safely, whole_view
+from pillsnap.photos import images as I
+from pillsnap.photos.boxes import decode_yolo, from_yolo, iou_matrix, letterbox, nms, to_yolo, unletterbox, xywh_to_xyxy, xyxy_to_xywh
+from pillsnap.photos.images import IMAGENET_MEAN, IMAGENET_STD, crop_square, crop_view, header_size, normalise, open_image_safely, whole_view
 
 
 def picture(w=60, h=80) -> np.ndarray:
@@ -209,13 +209,13 @@ def test_the_quick_way_takes_what_is_plain_and_nothing_else(caplog):
     jpegs = {"progressive", "1x1 jpg", "jpg exif 1"}
     assert quick == jpegs | {"mode RGB", "1x1", "wide"}
     with pytest.MonkeyPatch.context() as m:
-        m.setitem(sys.modules, "pillsnap.data.png", None); I._png_decoder.cache_clear(); caplog.clear()
+        m.setitem(sys.modules, "pillsnap.photos.png", None); I._png_decoder.cache_clear(); caplog.clear()
         for _ in range(3): assert open_image_safely(enc(picture()))["stage"] == "PIL"
         assert len([x for x in caplog.messages if "PNG photos are read by Pillow" in x]) == 1, "a slower way is said, once"
     I._png_decoder.cache_clear()
     laced = bytearray(enc(picture())); laced[28] = 1
     assert not I._plain_png(bytes(laced)) and I._plain_png(enc(picture()))
-    from pillsnap.data.synth import png_bytes
+    from pillsnap.synth.writer import png_bytes
     filled = png_bytes(picture(), 20_000)
     assert I._plain_png(filled) and np.array_equal(open_image_safely(filled)["image"], picture()), "a rendered delivery takes the quick way"
 
@@ -337,7 +337,7 @@ def test_letterbox_and_back(w, h, size, seed):
 def test_neither_room_imports_torch():
     "The shipped program opens and cuts photos with numpy, Pillow and OpenCV alone."
     code = ("import sys\nfor m in ('torch', 'torchvision', 'fastai', 'ultralytics', 'timm', 'matplotlib', 'pandas'): sys.modules[m] = None\n"
-            "import numpy as np\nfrom pillsnap.data import images, boxes\n"
+            "import numpy as np\nfrom pillsnap.photos import images, boxes\n"
             "img = np.zeros((30, 20, 3), np.uint8)\nimages.normalise(images.whole_view(img, 16)[None]); images.crop_view(img, [2, 2, 9, 9], 16); boxes.decode_yolo(np.ones((5, 9))); boxes.letterbox(img, 32); images.open_image_safely(b'x')\nprint('free')")
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert out.returncode == 0 and "free" in out.stdout, out.stderr
@@ -348,8 +348,8 @@ def test_neither_room_imports_torch():
 @settings(max_examples=60, deadline=None)
 def test_a_photo_decoded_as_far_as_needed_gives_the_same_view(seed):
     "Windows near the bottom, boxes at every edge, every reduction, odd sizes: the view is that of the whole photo."
-    from pillsnap.data.caches import Photo, View
-    from pillsnap.data.datasets import DeliverySource, needed, show
+    from pillsnap.photos.caches import Photo, View
+    from pillsnap.dataset.datasets import DeliverySource, needed, show
     g = np.random.default_rng(seed)
     w, h = (int(g.integers(40, 200)) for _ in range(2))
     x, y = int(g.integers(0, w-8)), int(g.integers(0, h-8))

@@ -12,13 +12,13 @@ import pyarrow as pa
 import pytest
 
 from pillsnap.core.errors import PillsnapError
-from pillsnap.data import aihub, truth
-from pillsnap.data.aihub import Reason, archives_in, extract_archives, label_files, walk_tree
-from pillsnap.data.classmap import ClassMap
-from pillsnap.data.conversion import check_yolo_tree, convert_coco_to_yolo, convert_delivery, discover_detection_data, index_labels
-from pillsnap.data.index import COLUMNS, Index, read_index, read_manifest, write_index
-from pillsnap.data.synth import write_delivery
-from pillsnap.data.truth import audit, examine, merge, parts_of, read_part
+from pillsnap.delivery import aihub, truth
+from pillsnap.delivery.aihub import Reason, archives_in, extract_archives, label_files, walk_tree
+from pillsnap.delivery.classmap import ClassMap
+from pillsnap.dataset.conversion import check_yolo_tree, convert_coco_to_yolo, convert_delivery, discover_detection_data, index_labels
+from pillsnap.delivery.index import COLUMNS, Index, read_index, read_manifest, write_index
+from pillsnap.synth.writer import write_delivery
+from pillsnap.delivery.truth import audit, examine, merge, parts_of, read_part
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -120,7 +120,7 @@ def test_a_cluster_of_two_workers_gives_the_same(labels, tmp_path):
     want = index_labels(labels, tmp_path/"here.arrow", workers=1)
     with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None, local_directory=str(tmp_path)) as cluster, distributed.Client(cluster) as client:
         with joblib.parallel_config(backend="dask", n_jobs=2): got = index_labels(labels, tmp_path/"there.arrow")
-        seen = client.run(lambda: "pillsnap.data.truth" in sys.modules)
+        seen = client.run(lambda: "pillsnap.delivery.truth" in sys.modules)
     assert got["data_hash"] == want["data_hash"] and sum(seen.values()) >= 1, "the parts were read by the workers"
 
 
@@ -189,7 +189,7 @@ def test_labels_alone_are_a_delivery_without_photos(labels, tmp_path):
 
 @pytest.mark.spec("BX5")
 def test_a_plain_script_may_render_in_two_processes(tmp_path):
-    (tmp_path/"s.py").write_text(f"from pillsnap.data.synth import write_delivery\nprint(write_delivery({str(tmp_path/'d')!r}, drugs=3, photos=3, combos=0, width=64, height=80, progress=False, workers=2)['files'])")
+    (tmp_path/"s.py").write_text(f"from pillsnap.synth.writer import write_delivery\nprint(write_delivery({str(tmp_path/'d')!r}, drugs=3, photos=3, combos=0, width=64, height=80, progress=False, workers=2)['files'])")
     done = subprocess.run([sys.executable, str(tmp_path/"s.py")], capture_output=True, text=True, timeout=300, env=ENV, cwd=tmp_path)
     assert done.returncode == 0 and int(done.stdout) > 9, done.stderr[-2000:]
 

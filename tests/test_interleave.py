@@ -13,7 +13,7 @@ import pytest
 needs_ultralytics = pytest.mark.skipif(importlib.util.find_spec("ultralytics") is None, reason="ultralytics is not installed")
 OVER = ["data.detection.img_size=64", "data.classification.img_size=64", "train.num_threads=1", "train.classification.drop_rate=0.2", "train.interleave_ratio=[1,2]",
         "train.classification.epochs=2", "train.detection.epochs=2"]
-BOTH = "import sys; from pillsnap.training.interleave import InterleavedJob as J; J(run_dir=sys.argv[1], config='smoke', detector_epochs=2, classifier_epochs=2, overrides=tuple(sys.argv[2:])).run()"
+BOTH = "import sys; from pillsnap.training.interleaved import InterleavedJob as J; J(run_dir=sys.argv[1], config='smoke', detector_epochs=2, classifier_epochs=2, overrides=tuple(sys.argv[2:])).run()"
 SOLO = ("import sys; from pillsnap.training.detector import DetectorJob; from pillsnap.training.classifier import ClassifierJob\n"
         "for J in (ClassifierJob, DetectorJob): J(run_dir=sys.argv[1], config='smoke', epochs=2, overrides=tuple(sys.argv[2:])).run()")
 
@@ -21,7 +21,7 @@ SOLO = ("import sys; from pillsnap.training.detector import DetectorJob; from pi
 @pytest.mark.spec("X75")
 def test_one_key_puts_one_stage_in_the_place_of_two(tmp_path, monkeypatch, capsys):
     from pillsnap.cli import PIPELINE
-    from pillsnap.core import stages
+    from pillsnap.core import jobs as stages
     ran = []
     monkeypatch.setattr(stages, "run_stage", lambda s, *a: ran.append(s.name) or dict(verdict="done", seconds=0.))
     for way in ("sequential", "interleaved"):
@@ -45,8 +45,8 @@ def log_of(run: Path, side: str) -> str:
 def test_steps_come_in_the_configured_ratio(tmp_path, monkeypatch, ratio, want):
     "The job with two sides of six steps each that only write down their turns; where one has ended the other goes on."
     from pillsnap.core.config import load_config
-    from pillsnap.core.stages import RunFolder, StageResult
-    from pillsnap.training.interleave import InterleavedJob
+    from pillsnap.core.jobs import RunFolder, StageResult
+    from pillsnap.training.interleaved import InterleavedJob
     steps = []
 
     def side(self, me, baton, run, cfg):
@@ -67,10 +67,10 @@ def test_steps_come_in_the_configured_ratio(tmp_path, monkeypatch, ratio, want):
 @pytest.mark.spec("IT3", "BX10")
 def test_killed_in_turn_both_sides_end_where_their_solo_runs_end(tmp_path, delivery):
     import torch
-    from pillsnap.core.checkpoint import load_ckpt
+    from pillsnap.core.checkpoints import load_ckpt
     from pillsnap.core.config import load_config
-    from pillsnap.core.stages import RunFolder
-    from pillsnap.data.splits import smoke_splits
+    from pillsnap.core.jobs import RunFolder
+    from pillsnap.dataset.splits import smoke_splits
     both, solo = tmp_path/"both", tmp_path/"solo"
     for root in (both, solo):
         run = RunFolder(root, "splits")

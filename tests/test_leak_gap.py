@@ -6,11 +6,11 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
 from pillsnap.core.config import load_config
-from pillsnap.data.classmap import ClassMap
-from pillsnap.data.loaders import validation_loader
-from pillsnap.data.splits import StageData, make_splits
+from pillsnap.delivery.classmap import ClassMap
+from pillsnap.dataset.loaders import validation_loader
+from pillsnap.dataset.splits import StageData, make_splits
 from pillsnap.training.classifier import groups_on_both_sides, image_twin, leak_gap_record
-from pillsnap.core.record import Provenance
+from pillsnap.core.records import Provenance
 
 DRUGS, GROUPS, VIEWS, SIDE = 4, 18, 6, 12
 CFG = load_config("smoke", [f"data.classification.img_size={SIDE*3}", "dataloader.ram_optimization.cache_policy=labels_only", "pack.enabled=false"])

@@ -11,11 +11,11 @@ import torch
 
 from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
-from pillsnap.data.caches import LMDBImageCache, Photo, PhotoCache, SizedLRUCache, View, look
-from pillsnap.data.classmap import ClassMap
-from pillsnap.data.datasets import DeliverySource, MemorySource, PillsnapClsDataset, Source
-from pillsnap.data.loaders import Buffers, PhotoLoader, preload_count
-from pillsnap.data.sampling import EpochSampler
+from pillsnap.photos.caches import LMDBImageCache, Photo, PhotoCache, SizedLRUCache, View, look
+from pillsnap.delivery.classmap import ClassMap
+from pillsnap.dataset.datasets import DeliverySource, MemorySource, PillsnapClsDataset, Source
+from pillsnap.dataset.loaders import Buffers, PhotoLoader, preload_count
+from pillsnap.dataset.sampling import EpochSampler
 from pillsnap.training.learner import Outputs, build_learner
 
 VIEW = View("whole", 16)

@@ -6,8 +6,8 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from pillsnap.core.record import Provenance
-from pillsnap.core.stages import RunFolder
+from pillsnap.core.records import Provenance
+from pillsnap.core.jobs import RunFolder
 from pillsnap.evaluation.advisor import Check, Facts, evaluate_and_recommend, get_stage_target
 from pillsnap.evaluation.menu import advice_path, read_advice, write_advice
 
@@ -125,7 +125,7 @@ def test_the_evaluation_notebook_shows_a_finished_run_with_its_menu(lab, page, d
     smoke_evaluation(RunFolder(run, "evaluation"), job.cfg_in(run))
     job.run()
     assert read_advice(run)["user_choice"] is None
-    nb = nbformat.read(ROOT / "nbs/46_evaluation.evaluation.ipynb", 4)
+    nb = nbformat.read(ROOT / "nbs/evaluation/770_evaluation.ipynb", 4)
     cell, = [c for c in nb.cells if "parameters" in c.metadata.get("tags", [])]
     cell.source = f"run_dir = {str(run)!r}\nconfig = 'smoke'\noverrides = {QUICK!r}\nseed = 42\nuser_choice = ''\nremeasure = False"
     nb.cells = nb.cells[nb.cells.index(cell):]        # the stage as a person would use it: parameters, job, menu
@@ -139,9 +139,9 @@ def test_the_evaluation_notebook_shows_a_finished_run_with_its_menu(lab, page, d
 @pytest.mark.spec("BX22", "BX15")
 def test_a_decision_on_the_triage_page_is_in_the_overlay(lab, page, delivery, tmp_path):
     "The photo and its comparisons are on the page; a click relabels, one line is written, the next issue appears."
-    from pillsnap.data.conversion import convert_delivery
-    from pillsnap.data.overlay import Overlay
-    from pillsnap.data.triage import triage_notebook
+    from pillsnap.dataset.conversion import convert_delivery
+    from pillsnap.dataset.overlay import Overlay
+    from pillsnap.dataset.triage import triage_notebook
     url, work = lab
     convert_delivery(delivery, work / "triage")
     assert triage_notebook(work / "triage", who="tester") == work / "triage/notebooks/triage.ipynb"   # what `pillsnap triage` opens

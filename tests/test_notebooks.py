@@ -1,4 +1,4 @@
-"""The house rules, on the notebooks themselves (DESIGN: `examples/10_data.capture.ipynb` is the model)."""
+"""The house rules, on the notebooks themselves (DESIGN: `examples/delivery/100_capture.ipynb` is the model)."""
 import ast
 import io
 import json
@@ -14,10 +14,10 @@ import nbformat
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-NBS = sorted((ROOT/"nbs").glob("[0-9]*.ipynb"))
-PAGES = sorted((ROOT/"nbs").glob("*.ipynb"))   # the home page and the benchmarks too
-WINGS = {"0": "core", "1": "data", "2": "models", "3": "training", "4": "evaluation", "5": "deployment"}
-OPENED_ON_A_RUN = ("15a_data.triage",)   # no stages, but with parameters: a command opens them on a run
+NBS = sorted((ROOT/"nbs").rglob("[0-9]*.ipynb"))
+PAGES = sorted((ROOT/"nbs").rglob("*.ipynb"))   # the home page and the benchmarks too
+WINGS = ("core", "delivery", "synth", "photos", "dataset", "models", "training", "evaluation", "deployment")   # by the first digit; 9 is what stands above all wings
+OPENED_ON_A_RUN = ("450_triage",)   # no stages, but with parameters: a command opens them on a run
 BY_NAME = pytest.mark.parametrize("path", NBS, ids=lambda p: p.stem)
 
 
@@ -41,7 +41,8 @@ def code_lines(src: str) -> int:
 
 
 def module_of(path: Path) -> str:
-    return re.sub(r"^\d+[a-z]?_", "", path.stem)
+    wing = path.parent.relative_to(ROOT/"nbs").parts
+    return ".".join([*wing, re.sub(r"^\d+_", "", path.stem)])
 
 
 def number(path: Path) -> str:
@@ -52,8 +53,9 @@ def number(path: Path) -> str:
 def test_file_name_is_the_module(path):
     first = next(c.source for c in cells(path) if "default_exp" in c.source)
     assert re.search(r"#\|\s*default_exp\s+(\S+)", first)[1] == module_of(path)
-    wing = WINGS.get(path.stem[0])
-    assert wing is None or module_of(path).startswith(f"{wing}.")
+    assert re.fullmatch(r"\d{3}_[a-z]+", path.stem), "three digits, of which the first is the wing, and the module's name"
+    wing = int(path.stem[0])
+    assert path.parent == (ROOT/"nbs" if wing == len(WINGS) else ROOT/"nbs"/WINGS[wing])
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)
@@ -114,7 +116,7 @@ def test_a_stage_has_one_parameters_cell(path):
 def test_the_six_stages_are_the_pipeline_and_the_others_stand_aside():
     from pillsnap.cli import ASIDE, PIPELINE
     stages = {p.stem for p in NBS if any("## Stage job" in c.source for c in cells(p, "markdown"))}
-    assert stages == {s.notebook for s in PIPELINE + ASIDE} and [s.name for s in ASIDE] == ["audit", "retrieval", "segmentation"]
+    assert stages == {Path(s.notebook).name for s in PIPELINE + ASIDE} and [s.name for s in ASIDE] == ["audit", "retrieval", "segmentation"]
     assert len([s for s in PIPELINE if s.strategy in ("", "sequential")]) == 6
 
 
@@ -215,8 +217,8 @@ def test_export_leaves_the_package_unchanged(tmp_path):
 
 
 HEAVY = ("torch", "fastai", "ultralytics", "timm", "torchvision", "matplotlib", "papermill")
-LIGHT = ["pillsnap.core.config", "pillsnap.data.overlay", "pillsnap.data.duplicates", "pillsnap.data.splits", "pillsnap.data.audit", "pillsnap.data.triage", "pillsnap.core.record", "pillsnap.core.stages", "pillsnap.data.synth", "pillsnap.data.truth", "pillsnap.data.images",
-         "pillsnap.data.boxes", "pillsnap.models.pipeline", "pillsnap.deployment.predict", "pillsnap.evaluation.gates", "pillsnap.evaluation.advisor"]
+LIGHT = ["pillsnap.core.config", "pillsnap.dataset.overlay", "pillsnap.dataset.duplicates", "pillsnap.dataset.splits", "pillsnap.dataset.audit", "pillsnap.dataset.triage", "pillsnap.core.records", "pillsnap.core.jobs", "pillsnap.synth.writer", "pillsnap.delivery.truth", "pillsnap.photos.images",
+         "pillsnap.photos.boxes", "pillsnap.models.pipeline", "pillsnap.deployment.runtime", "pillsnap.evaluation.gates", "pillsnap.evaluation.advisor"]
 
 
 @pytest.mark.parametrize("module", LIGHT)

@@ -24,10 +24,10 @@ from PIL import Image
 from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.files import FolderLock
-from pillsnap.data import pack as P
-from pillsnap.data.classmap import ClassMap
-from pillsnap.data.images import crop_view, open_image_safely, psnr, shrink, ssim, whole_view
-from pillsnap.data.pack import Pack, build_pack, estimate_pack, make_plan
+from pillsnap.photos import pack as P
+from pillsnap.delivery.classmap import ClassMap
+from pillsnap.photos.images import crop_view, open_image_safely, psnr, shrink, ssim, whole_view
+from pillsnap.photos.pack import Pack, build_pack, estimate_pack, make_plan
 
 ENV = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")])}
 
@@ -120,7 +120,7 @@ def test_a_finished_pack_is_found_and_not_made_again(photos, built, monkeypatch)
 
 BUILD = textwrap.dedent("""
     import sys, pandas as pd
-    from pillsnap.data import pack
+    from pillsnap.photos import pack
     {before}
     pack.build_pack(pd.read_json(sys.argv[1]), sys.argv[2], sys.argv[3], workers={workers}, progress=False, manifest_hash="m" * 64)
 """)
@@ -221,7 +221,7 @@ def test_no_room_is_said_before_it_starts(photos, tmp_path, monkeypatch):
 
 @pytest.mark.spec("RS5")
 def test_opening_without_handles_is_said(built):
-    code = f"import resource\nfrom pillsnap.data.pack import Pack\nresource.setrlimit(resource.RLIMIT_NOFILE, (5, 5))\nPack({str(built)!r})"
+    code = f"import resource\nfrom pillsnap.photos.pack import Pack\nresource.setrlimit(resource.RLIMIT_NOFILE, (5, 5))\nPack({str(built)!r})"
     r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV)
     assert r.returncode == 1 and "PillsnapError" in r.stderr and "too many files are open" in r.stderr, r.stderr
 
@@ -285,7 +285,7 @@ def test_nothing_is_unpickled(built, photos, tmp_path):
         with pytest.raises(PillsnapError): Pack(copy)
     code = textwrap.dedent(f"""
         import sys
-        from pillsnap.data.pack import Pack
+        from pillsnap.photos.pack import Pack
         sys.addaudithook(lambda event, args: (_ for _ in ()).throw(SystemExit("unpickled")) if event.startswith(("pickle.", "marshal.")) else None)
         p = Pack({str(built)!r}); [p.photo(x) for x in p.table["path"].to_pylist()]; print("clean")""")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV).stdout == "clean\n" and not (tmp_path/"boom").exists()
@@ -348,8 +348,8 @@ def test_the_pack_block_is_the_builders_default():
 def test_the_command(delivery, tmp_path, capsys, monkeypatch):
     "Estimate, build, build again: by the command line, from a run's own splits and configuration."
     from pillsnap.cli import PIPELINE, main
-    from pillsnap.core.stages import run_pipeline
-    from pillsnap.data.splits import load_stage
+    from pillsnap.core.jobs import run_pipeline
+    from pillsnap.dataset.splits import load_stage
     run = tmp_path/"run"
     for stage in ("conversion", "splits"): run_pipeline(PIPELINE, "smoke", run_dir=run, only=stage)
     capsys.readouterr()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pillsnap.cli import PIPELINE
-from pillsnap.core.stages import read_record, run_id
+from pillsnap.core.jobs import read_record, run_id
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -20,7 +20,7 @@ def pillsnap(*args, cwd=None, timeout=300):
 @pytest.mark.spec("BX15")
 def test_every_stage_notebook_ran_and_holds_the_runs_id(smoke_run):
     for s in [s for s in PIPELINE if s.strategy in ("", "sequential")]:
-        text = (smoke_run/"notebooks"/f"{s.notebook}.ipynb").read_text(encoding="utf-8")
+        text = (smoke_run/"notebooks"/s.path.name).read_text(encoding="utf-8")
         assert run_id(smoke_run) in text, s.name
         rec = read_record(smoke_run, s.name)
         assert rec["status"] == "finished" and rec["in_sync"] == "true" and re.fullmatch(r"[0-9a-f]{64}", rec["notebook"])
@@ -30,7 +30,7 @@ def test_every_stage_notebook_ran_and_holds_the_runs_id(smoke_run):
 @pytest.mark.spec("BX15")
 def test_the_executed_notebook_holds_the_scorecards_figures(smoke_run):
     card = json.loads((smoke_run/"reports"/"scorecard.json").read_text(encoding="utf-8"))
-    text = (smoke_run/"notebooks"/"46_evaluation.evaluation.ipynb").read_text(encoding="utf-8")
+    text = (smoke_run/"notebooks"/"770_evaluation.ipynb").read_text(encoding="utf-8")
     found = re.findall(r'"value": (0\.\d+)', json.dumps(card))
     assert found and any(f"{float(v):.3f}".rstrip("0") in text or f"{float(v):.4g}" in text for v in found)
     assert "synthetic" in json.dumps(card)
@@ -93,7 +93,7 @@ def test_a_delivery_that_cannot_be_used_stops_the_first_stage(delivery, tmp_path
     r = pillsnap("run", "conversion", "--config", "smoke", "--run-dir", run, f"paths.root={root}", "data.source=aihub")
     assert r.returncode == 2 and "Traceback" not in r.stderr, r.stderr[-2000:]
     assert not (run/"manifest.csv").exists(), "nothing half-written"
-    if kind == "every photo broken": assert (run/"notebooks"/"14_data.conversion.ipynb").exists() and "--from conversion" in r.stderr
+    if kind == "every photo broken": assert (run/"notebooks"/"400_conversion.ipynb").exists() and "--from conversion" in r.stderr
     else: assert not run.exists() and "to do:" in r.stderr and str(root) in r.stderr, "nothing is made where there is nothing to read"
 
 

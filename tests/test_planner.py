@@ -14,10 +14,10 @@ import pytest
 
 from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
-from pillsnap.data import planner as L
-from pillsnap.data.images import whole_view
-from pillsnap.data.pack import Pack, build_pack
-from pillsnap.data.planner import Footprint, Probe, footprint, gpu_bytes, gpu_rate, make_plans, plan_stage, probe, ram_plan, render_samples, step_peak, tell, vram_table, walk_to_photos
+from pillsnap import planner as L
+from pillsnap.photos.images import whole_view
+from pillsnap.photos.pack import Pack, build_pack
+from pillsnap.planner import Footprint, Probe, footprint, gpu_bytes, gpu_rate, make_plans, plan_stage, probe, ram_plan, render_samples, step_peak, tell, vram_table, walk_to_photos
 
 STATION = Probe(cpus=8, ram=128 << 30, ram_free=120 << 30, disk_free=2 << 40, sampled=24, data="manifest", photo_bytes=1.86e6, read_bytes_s=400e6, open_s=520., make_s=320., pack_s=2400., pack_bytes=106e3, worker_bytes=400 << 20, seconds=20.)
 CFG = load_config("two_stage")
@@ -95,8 +95,8 @@ def test_a_sealed_root_is_refused_and_a_test_folder_passed_by(delivery, tmp_path
 @pytest.mark.spec("BX21", "SP4", "X74")
 def test_no_photo_of_a_sealed_group_is_opened(delivery, tmp_path):
     "The whole probe under an audit hook, with every unsealed photo asked for; then a run of which everything is sealed."
-    from pillsnap.data.conversion import convert_delivery, read_manifest
-    from pillsnap.data.splits import SplitsJob, sealed_groups
+    from pillsnap.dataset.conversion import convert_delivery, read_manifest
+    from pillsnap.dataset.splits import SplitsJob, sealed_groups
     run = tmp_path/"run"; convert_delivery(delivery, run)
     assert sealed_groups(run) == set() and len(L.unsealed(run)[0]) == len(read_manifest(run/"manifest.csv")[0]), "before the first split nothing is sealed"
     SplitsJob(run_dir=str(run), config="smoke", near_duplicates=False).run()
@@ -107,7 +107,7 @@ def test_no_photo_of_a_sealed_group_is_opened(delivery, tmp_path):
     assert set(rows["path"]) == set(df.loc[~shut, "path"]) and len(rows) == (~shut).sum(), "every pill of a photo, and no photo of a sealed group"
     code = ("import sys\nopened = []\n"
             "sys.addaudithook(lambda e, a: opened.append(str(a[0])) if e == 'open' else None)\n"
-            "from pillsnap.data import planner as L\nreal = L.samples\n"
+            "from pillsnap import planner as L\nreal = L.samples\n"
             "L.samples = lambda *a: real(*a, n=10**6)\nL._everywhere = lambda job, *a, workers: ((r := job(*a))[0]/r[1], r[2])\nL.processes = lambda n: lambda jobs: None\n"
             f"print(L.probe(L.load_config('smoke'), run_root={str(run)!r}, seconds=8., workers=1).sampled)\n"
             "print(*{p for p in opened if p.endswith('.png')}, sep='\\n')")

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_letters_are_not_hinted():
-    "The hinted font draws an 8 like a 0 in small labels; nbs/07_core.plots measures it."
+    "The hinted font draws an 8 like a 0 in small labels; nbs/core/070_plots measures it."
     with matplotlib.rc_context():
         matplotlib.rcParams["text.hinting"] = "default"
         use_house_style()
@@ -27,7 +27,7 @@ def test_every_picture_of_a_run_has_the_house_resolution(smoke_run):
     assert {name: dpi for name, dpi in low.items() if not dpi or round(dpi[0]) < 160} == {}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT/"nbs").glob("[0-9]*.ipynb")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted((ROOT/"nbs").rglob("[0-9]*.ipynb")), ids=lambda p: p.stem)
 def test_nobody_asks_for_a_coarser_picture(path):
     "`save_fig` knows the resolution; a `savefig` of one's own would miss the hinting and the date."
     for cell in nbformat.read(path, 4).cells:

@@ -15,8 +15,8 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from pillsnap.core.errors import PillsnapError
-from pillsnap.data.classmap import ClassMap
-from pillsnap.deployment import predict as P
+from pillsnap.delivery.classmap import ClassMap
+from pillsnap.deployment import runtime as P
 from pillsnap.models.pipeline import answer_schema
 
 KEYS = ("K-000010", "K-000020", "K-000030")

@@ -15,8 +15,8 @@ from pillsnap.core.processes import IDLE, processes
 WORK = """
 import psutil, sys, time
 from pathlib import Path
-from pillsnap.data.conversion import index_labels
-from pillsnap.data.synth import write_delivery
+from pillsnap.dataset.conversion import index_labels
+from pillsnap.synth.writer import write_delivery
 root = Path(sys.argv[1])
 write_delivery(root/"aihub", drugs=2, photos=2, combos=0, seed=1, width=244, height=320, workers=2, progress=False)
 index_labels(root/"aihub", root/"index.arrow", workers=2)

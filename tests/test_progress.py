@@ -14,7 +14,7 @@ from terminal import on_a_terminal, screen
 ROOT = Path(__file__).resolve().parents[1]
 LOOP = """
 import time
-from pillsnap.core.log import build_logger, progress
+from pillsnap.core.logs import build_logger, progress
 log = build_logger(name="bar")
 for i in progress(range(132), desc="rendering", unit="photos"):
     time.sleep(.02)
@@ -76,7 +76,7 @@ def test_a_stage_on_a_terminal_and_its_executed_notebook(tmp_path):
     assert left[0].startswith("[1/1] conversion: runs, because") and re.match(r"\[1/1\] conversion: 156 photos of 6 drugs", left[-1]), left
     assert len([line for line in left if "rendering" in line]) == 1 and len(left) <= 14, left
     assert not [line for line in left if "%|" in line], "somebody else's bar"
-    nb = nbformat.read(tmp_path/"run"/"notebooks"/"14_data.conversion.ipynb", 4)
+    nb = nbformat.read(tmp_path/"run"/"notebooks"/"400_conversion.ipynb", 4)
     outputs = [o for c in nb.cells for o in c.get("outputs", [])]
     assert not [o for o in outputs if o.output_type == "stream" and "\r" in o.text]
     frames = [o.data["text/plain"] for o in outputs if o.output_type == "display_data" and re.search("rendering|opening", o.data["text/plain"])]

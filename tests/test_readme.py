@@ -11,8 +11,9 @@ README = (ROOT/"README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.spec("OP4")
-def test_readme_is_the_index_notebook():
-    r = subprocess.run([sys.executable, str(ROOT/"scripts"/"readme.py"), "--check"], capture_output=True, text=True)
+@pytest.mark.parametrize("script", ["readme.py", "sidebar.py"])
+def test_what_scripts_make_of_the_notebooks_is_in_step(script):
+    r = subprocess.run([sys.executable, str(ROOT/"scripts"/script), "--check"], capture_output=True, text=True)
     assert r.returncode == 0, r.stderr
 
 

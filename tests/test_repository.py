@@ -140,7 +140,7 @@ def test_workflows_parse(name):
 @pytest.mark.spec("CF7")
 def test_no_path_of_this_machine_in_the_tree():
     "Neither this checkout's folder nor the home of whoever wrote it, nor a drive letter."
-    for p in sorted([*ROOT.glob("*.*"), *ROOT.glob("nbs/*.ipynb"), *ROOT.glob("pillsnap/**/*.py"), *ROOT.glob("scripts/**/*.sh"), *ROOT.glob("configs/*.yaml"), ROOT/"Makefile"]):
+    for p in sorted([*ROOT.glob("*.*"), *ROOT.glob("nbs/**/*.ipynb"), *ROOT.glob("pillsnap/**/*.py"), *ROOT.glob("scripts/**/*.sh"), *ROOT.glob("configs/*.yaml"), ROOT/"Makefile"]):
         if not p.is_file() or p.suffix == ".png": continue
         body = p.read_text(encoding="utf-8")
         assert f"{ROOT}/" not in body and f"{Path.home()}/" not in body, p

@@ -8,11 +8,11 @@ import time
 import pytest
 import torch
 
-from pillsnap.core.checkpoint import load_ckpt
+from pillsnap.core.checkpoints import load_ckpt
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.files import read_json
-from pillsnap.core.stages import read_record
-from pillsnap.data.splits import SplitsJob, load_stage
+from pillsnap.core.jobs import read_record
+from pillsnap.dataset.splits import SplitsJob, load_stage
 from pillsnap.training.classifier import ClassifierJob
 from test_smoke_train import split_folder
 

@@ -42,8 +42,8 @@ def log_of(run: Path) -> str:
 def prepared(tmp_path_factory, delivery) -> Path:
     "Two run folders, converted and split alike."
     from pillsnap.core.config import load_config
-    from pillsnap.core.stages import RunFolder
-    from pillsnap.data.splits import smoke_splits
+    from pillsnap.core.jobs import RunFolder
+    from pillsnap.dataset.splits import smoke_splits
     tmp = tmp_path_factory.mktemp("resume_detector")
     for name in ("killed", "straight"):
         run = RunFolder(tmp/name, "splits")
@@ -54,7 +54,7 @@ def prepared(tmp_path_factory, delivery) -> Path:
 
 @pytest.mark.spec("DT6", "X73")
 def test_killed_in_the_second_epoch(prepared):
-    from pillsnap.core.checkpoint import load_ckpt
+    from pillsnap.core.checkpoints import load_ckpt
     import torch
     run, straight = prepared/"killed", prepared/"straight"
     out = {n: prepared/f"{n}.txt" for n in ("straight", "killed", "resumed")}

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pillsnap.core.errors import PillsnapError
-from pillsnap.data.pills import make_catalogue
-from pillsnap.data.segmentation import IGNORE, CEDiceLoss, SegmentationDataset, albumentations, collate_masks, confusion_of, read_mask, segmentation_metrics, sync_transform, write_sample
+from pillsnap.synth.catalogue import make_catalogue
+from pillsnap.dataset.masks import IGNORE, CEDiceLoss, SegmentationDataset, albumentations, collate_masks, confusion_of, read_mask, segmentation_metrics, sync_transform, write_sample
 
 HAVE = importlib.util.find_spec("albumentations") is not None
 needs = pytest.mark.skipif(not HAVE, reason="albumentations is not installed")
@@ -73,7 +73,7 @@ def test_without_the_package_one_plain_error(monkeypatch):
 
 
 def test_the_room_does_not_import_the_package():
-    code = "import sys, pillsnap.data.segmentation; sys.exit('albumentations' in sys.modules)"
+    code = "import sys, pillsnap.dataset.masks; sys.exit('albumentations' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -141,7 +141,7 @@ def test_the_job_trains_a_network_that_finds_pills(tmp_path):
 def test_a_killed_training_of_masks_goes_on(tmp_path):
     "Killed after some epochs, the same command ends with the weights of the run that nobody disturbed."
     import os
-    from pillsnap.core.checkpoint import load_ckpt
+    from pillsnap.core.checkpoints import load_ckpt
     code = "import sys; from pillsnap.training.segmentation import SegmentationJob; SegmentationJob(run_dir=sys.argv[1], config='smoke', overrides=sys.argv[2:], epochs=12).run()"
     command = lambda where: [sys.executable, "-c", code, str(where), *SMALL]
     assert subprocess.run(command(tmp_path/"whole"), capture_output=True).returncode == 0

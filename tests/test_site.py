@@ -49,7 +49,7 @@ def site(tmp_path_factory) -> Path:
 
 
 def pages(site: Path) -> list[str]:
-    return sorted(p.name for p in (site/"nbs").glob("*.ipynb") if p.name != "zz_lost.ipynb")
+    return sorted(p.relative_to(site/"nbs").as_posix() for p in (site/"nbs").rglob("*.ipynb") if p.name != "zz_lost.ipynb")
 
 
 def read(path: Path) -> nbformat.NotebookNode:
@@ -128,6 +128,8 @@ def dead(site: Path, link: str, page: str, outputs: dict[str, str], known: dict[
         target = outputs.get(target.removeprefix(SITE), "no such page")
     elif re.match(r"\w+:", target):
         return False
+    elif target:
+        target = os.path.normpath(Path(page).parent/target)
     target = target or page
     if not (site/"_proc"/target).is_file() or target.endswith(".html"):
         return True
@@ -136,14 +138,19 @@ def dead(site: Path, link: str, page: str, outputs: dict[str, str], known: dict[
 
 def test_links_lead_somewhere(site):
     front = {name: yaml.safe_load(cells(site/"_proc"/name, "raw")[0].source.strip().strip("-")) for name in pages(site)}
-    outputs = {f["output-file"]: name for name, f in front.items()}
-    assert outputs["data.png.html"] == "12c_data.png.ipynb", "a page is not called as its notebook: link to the notebook"
+    outputs = {(Path(name).parent/f["output-file"]).as_posix(): name for name, f in front.items()}
+    assert outputs["photos/png.html"] == "photos/300_png.ipynb", "a page is not called as its notebook: link to the notebook"
     known = {name: anchors(site/"_proc"/name) for name in pages(site)}
     assert [(name, link) for name in pages(site) for link in sorted(links(site/"_proc"/name)) if dead(site, link, name, outputs, known)] == []
-    for wrong in ("LICENSE", "12c_data.png.html", "images/none.png", SITE+"core.config.html#nowhere", SOURCE+"none.py"):
+    for wrong in ("LICENSE", "photos/300_png.html", "images/none.png", SITE+"core/config.html#nowhere", SOURCE+"none.py"):
         assert dead(site, wrong, "index.ipynb", outputs, known), f"this test would not see {wrong}"
-    sidebar = yaml.safe_load((site/"nbs"/"sidebar.yml").read_text())["website"]["sidebar"]["contents"]
-    assert set(pages(site)) <= set(sidebar)
+
+
+def test_every_page_stands_in_the_sidebar_once(site):
+    contents = yaml.safe_load((site/"nbs"/"sidebar.yml").read_text())["website"]["sidebar"]["contents"]
+    entries = [e for c in contents for e in c.get("contents", [c])]
+    assert sorted(e["href"] for e in entries) == pages(site)
+    assert all(e["text"] for e in entries)
 
 
 def test_signatures_hold_no_links_and_no_annotations(site):
@@ -157,9 +164,9 @@ def test_signatures_hold_no_links_and_no_annotations(site):
 def test_the_command_line_page_shows_every_commands_help(site):
     import typer.main
     from pillsnap.cli import app
-    page = "\n".join(shown_texts(site/"_proc"/"90_cli.ipynb"))
+    page = "\n".join(shown_texts(site/"_proc"/"920_cli.ipynb"))
     for name, command in typer.main.get_command(app).commands.items():
         shown = re.search(rf"^### {name}\n\n```text\n(.*?)```", page, re.S | re.M)
-        assert shown, f"run nbs/90_cli.ipynb again: {name} is not on its page"
+        assert shown, f"run nbs/920_cli.ipynb again: {name} is not on its page"
         missing = [o for p in command.params for o in p.opts if o.startswith("--") and o not in shown[1]]
-        assert not missing, f"run nbs/90_cli.ipynb again: {name} has {missing} too"
+        assert not missing, f"run nbs/920_cli.ipynb again: {name} has {missing} too"

@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
-from pillsnap.core.checkpoint import load_ckpt
+from pillsnap.core.checkpoints import load_ckpt
 from pillsnap.core.config import load_config
 from pillsnap.core.files import read_json
-from pillsnap.core.record import Metric
-from pillsnap.core.stages import RunFolder, read_record
-from pillsnap.data.splits import load_stage, smoke_splits
+from pillsnap.core.records import Metric
+from pillsnap.core.jobs import RunFolder, read_record
+from pillsnap.dataset.splits import load_stage, smoke_splits
 from pillsnap.training.classifier import ClassifierJob
 
 FLAGS = ("data.classification.img_size=64", "train.num_threads=1", "train.classification.amp=true", "train.classification.amp_dtype=auto", "optimization.torch_compile=max-autotune",
@@ -78,7 +78,7 @@ def test_autocast_trains_and_validation_stays_in_full_precision(delivery, tmp_pa
 def test_one_drug_is_refused(delivery, tmp_path):
     "A classifier of one class would be right always and worth nothing."
     from pillsnap.core.errors import PillsnapError
-    from pillsnap.data.classmap import ClassMap
+    from pillsnap.delivery.classmap import ClassMap
     from pillsnap.training.classifier import prepare
     from pillsnap.training.learner import Outputs
     stage = load_stage(split_folder(tmp_path/"run", delivery), 0)

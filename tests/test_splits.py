@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pillsnap.core.errors import PillsnapError
-from pillsnap.data import splits as S
-from pillsnap.data.splits import Quota, group_keys, image_split, load_splits, load_stage, make_splits, tidy_records
+from pillsnap.dataset import splits as S
+from pillsnap.dataset.splits import Quota, group_keys, image_split, load_splits, load_stage, make_splits, tidy_records
 
 QUIET = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 logging.getLogger("pillsnap.splits").addFilter(lambda r: r.levelno > logging.WARNING)   # the notices are asserted as `notes`
@@ -311,7 +311,7 @@ def test_a_shrinking_stage_is_refused():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, delivery):
     "The shared delivery, converted and split for the demo's stage."
-    from pillsnap.data.conversion import convert_delivery
+    from pillsnap.dataset.conversion import convert_delivery
     root = tmp_path_factory.mktemp("splits")/"run"
     convert_delivery(delivery, root)
     job = S.SplitsJob(run_dir=str(root), config="smoke")
@@ -346,7 +346,7 @@ def test_no_photo_is_copied_and_the_saving_is_computed(run):
 @pytest.mark.spec("SP5", "SP6")
 def test_the_detector_sees_the_stage_and_only_it(run, tmp_path):
     "Its tree is a view made when it is asked for: linked, kept while the split stands, made anew after another."
-    from pillsnap.core.stages import RunFolder
+    from pillsnap.core.jobs import RunFolder
     copy = tmp_path/"run"
     shutil.copytree(run[0], copy, symlinks=True)
     head = json.loads((run[0]/"manifest.json").read_text())
@@ -398,7 +398,7 @@ def test_four_stages_in_one_folder(run):
 
 @pytest.mark.spec("CF5")
 def test_one_drug_alone_stops_in_words(run, tmp_path):
-    from pillsnap.data.conversion import read_manifest, write_manifest
+    from pillsnap.dataset.conversion import read_manifest, write_manifest
     root, _ = run
     df, head = read_manifest(root/"manifest.csv")
     write_manifest(df[(df["kind"] == "single") & (df["kcode"] == df["kcode"].min())], {k: v for k, v in head.items() if k not in ("data_hash", "rows", "columns")}, tmp_path/"manifest.csv")
@@ -409,7 +409,7 @@ def test_one_drug_alone_stops_in_words(run, tmp_path):
 @pytest.mark.spec("BX1")
 def test_a_knot_of_duplicates_stops_and_shows(run, tmp_path):
     "Every photo of one drug the same: its groups are tied, the stage stops, the picture is there."
-    from pillsnap.data.conversion import read_manifest, write_manifest
+    from pillsnap.dataset.conversion import read_manifest, write_manifest
     root, _ = run
     df, head = read_manifest(root/"manifest.csv")
     mine = (df["kcode"] == df["kcode"].min()) & (df["kind"] == "single")
@@ -457,7 +457,7 @@ def test_nothing_below_data_val_is_opened(run, tmp_path):
     root, _ = run
     code = ("import sys\nopened = []\n"
             "sys.addaudithook(lambda e, a: opened.append(str(a[0])) if e == 'open' else None)\n"
-            "from pillsnap.data.splits import SplitsJob\n"
+            "from pillsnap.dataset.splits import SplitsJob\n"
             f"SplitsJob(run_dir={str(tmp_path/'run')!r}, config='smoke').run()\n"
             "bad = [p for p in opened if '/data/val/' in p]\nassert opened and not bad, bad[:3]\nprint('clean', len(opened))")
     shutil.copytree(root, tmp_path/"run", symlinks=True, ignore=shutil.ignore_patterns("artifacts", "stages", "yolo_data", "tb"))
@@ -571,7 +571,7 @@ def test_the_narrow_family_writes_its_two_files(run, tmp_path):
 @pytest.fixture
 def decided(run, tmp_path):
     "A copy of the shared run's manifest, and what a stage cut of it with the decisions given."
-    from pillsnap.data.overlay import Decision, Overlay
+    from pillsnap.dataset.overlay import Decision, Overlay
     root, _ = run
     copy = tmp_path/"run"
     shutil.copytree(root, copy, symlinks=True, ignore=shutil.ignore_patterns("artifacts", "stages", "yolo_data", "tb", "reports"))
@@ -586,7 +586,7 @@ def decided(run, tmp_path):
 @pytest.mark.spec("BX22")
 def test_decisions_are_applied_before_the_split_and_counted(decided):
     "A dropped photo is in no part, a relabelled one carries its new drug, the manifest's file stays as it was, the stage is stale."
-    from pillsnap.core.stages import stale
+    from pillsnap.core.jobs import stale
     copy, _ = decided()
     cfg = S.SplitsJob(run_dir=str(copy)).cfg
     assert stale(copy, "splits", cfg) is None
@@ -604,7 +604,7 @@ def test_decisions_are_applied_before_the_split_and_counted(decided):
     S.SplitsJob(run_dir=str(copy), config="smoke", near_duplicates=False, stage_n=1).run()
     _, res = decided((two.path, two.class_key, "keep"))
     assert any("stage1 of this folder was cut from other photos or labels" in n for n in res.notes)
-    from pillsnap.data.overlay import Decision, Overlay
+    from pillsnap.dataset.overlay import Decision, Overlay
     Overlay(copy).add(Decision(two.path, two.class_key, "drop"))
     assert stale(copy, "splits", cfg) == ("its input overlay.jsonl changed", [])
 
@@ -613,7 +613,7 @@ def test_decisions_are_applied_before_the_split_and_counted(decided):
 def test_thumbnails_are_made_once(run, monkeypatch):
     "A second search of the same delivery opens no photo; a photo written anew is opened again."
     import os
-    from pillsnap.data import duplicates as D
+    from pillsnap.dataset import duplicates as D
     root, _ = run
     df = tidy_records(S.read_manifest(root/"manifest.csv")[0])
     singles, opened, real = df[df["kind"] == "single"], [], D.glance
@@ -630,7 +630,7 @@ def test_thumbnails_are_made_once(run, monkeypatch):
 
 def one_by_one(thumbs, drug):
     "Every pair of different drugs, held against each other."
-    from pillsnap.data import duplicates as D
+    from pillsnap.dataset import duplicates as D
     h = D.dhash(thumbs)
     return [(i, j) for i, j in combinations(range(len(thumbs)), 2) if drug[i] >= 0 <= drug[j] and drug[i] != drug[j]
             and np.bitwise_count(h[i] ^ h[j]).sum() <= D.SAME_BITS and D.alike(thumbs[i], thumbs[j], D.SAME_MEAN, D.SAME_TAIL)]
@@ -641,7 +641,7 @@ def one_by_one(thumbs, drug):
 @given(st.integers(0, 10**6), st.integers(1, 40))
 def test_pictures_under_two_drugs_are_those_of_all_pairs(seed, n):
     "Copies, near copies, plain and black photos: as long as no photo has many partners, the search gives what comparing all with all gives."
-    from pillsnap.data import duplicates as D
+    from pillsnap.dataset import duplicates as D
     rng = np.random.default_rng(seed)
     base = [rng.integers(0, 256, (16, 16)).repeat(4, 0).repeat(4, 1) if k % 2 else np.full((64, 64), 3*k) for k in range(max(1, n//3))]
     thumbs = np.stack([(base[rng.integers(len(base))] + rng.integers(0, rng.integers(1, 4), (64, 64))).clip(0, 255) for _ in range(n)]).astype(np.uint8)
@@ -654,7 +654,7 @@ def test_pictures_under_two_drugs_are_those_of_all_pairs(seed, n):
 @pytest.mark.spec("BX1", "BM14")
 def test_black_photos_cost_no_square(monkeypatch):
     "Fifteen hundred black photos under two hundred drugs, or a thousand of one drug and the rest of another: comparisons and pairs grow with the photos."
-    from pillsnap.data import duplicates as D
+    from pillsnap.dataset import duplicates as D
     looked, real = [], D.alike
     monkeypatch.setattr(D, "alike", lambda *a: looked.append(1) or real(*a))
     thumbs, at = np.zeros((1500, 64, 64), np.uint8), np.arange(1500)
@@ -666,7 +666,7 @@ def test_black_photos_cost_no_square(monkeypatch):
 @pytest.mark.spec("RS1")
 def test_thumbnails_survive_a_line_that_was_cut_off(run, tmp_path):
     "Kill -9 in the middle of an append, simulated at every byte of the last line: the next search gives what an undisturbed one gives."
-    from pillsnap.data import duplicates as D
+    from pillsnap.dataset import duplicates as D
     df, head = S.read_manifest(run[0]/"manifest.csv")
     few = df[df["kind"] == "single"].head(3)
     look = lambda: (D.look_at_thumbnails(few, head["root"], s := D.ThumbStore(tmp_path), workers=1, progress=False), s)
@@ -684,6 +684,6 @@ def test_thumbnails_survive_a_line_that_was_cut_off(run, tmp_path):
 @pytest.mark.spec("RS7")
 def test_two_searches_in_one_folder_do_not_mix(run, tmp_path):
     from pillsnap.core.files import FolderLock
-    from pillsnap.data import duplicates as D
+    from pillsnap.dataset import duplicates as D
     df, head = S.read_manifest(run[0]/"manifest.csv")
     with FolderLock(tmp_path), pytest.raises(PillsnapError, match="another run holds this folder"): D.find_duplicates(tidy_records(df).head(4), head["root"], tmp_path, progress=False)

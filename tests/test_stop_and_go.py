@@ -12,15 +12,15 @@ import torch
 from fastai.callback.core import Callback
 from torch import nn
 
-from pillsnap.core.checkpoint import load_ckpt, save_ckpt
+from pillsnap.core.checkpoints import load_ckpt, save_ckpt
 from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.files import read_json
-from pillsnap.core.stages import read_record
-from pillsnap.data.classmap import ClassMap
-from pillsnap.data.datasets import PillsnapClsDataset
-from pillsnap.data.loaders import PhotoLoader
-from pillsnap.data.sampling import BalancedBatchSampler, EpochSampler
+from pillsnap.core.jobs import read_record
+from pillsnap.delivery.classmap import ClassMap
+from pillsnap.dataset.datasets import PillsnapClsDataset
+from pillsnap.dataset.loaders import PhotoLoader
+from pillsnap.dataset.sampling import BalancedBatchSampler, EpochSampler
 from pillsnap.training.classifier import ClassifierJob
 from pillsnap.training.learner import Outputs, build_learner, going_on, read_last
 from pillsnap.training.saving import average_weights, restore

@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 
 from pillsnap.core.errors import PillsnapError
-from pillsnap.data.capture import capture_group, parse_name
-from pillsnap.data.pills import NULL_KEYS, make_catalogue, rng_for
-from pillsnap.data.render import LAMPS, Pose, Shot, photograph
-from pillsnap.data import synth
-from pillsnap.data.synth import IN_FILES, IN_LABEL, UNFINISHED, choose_combos, combo_tasks, loose_box, photo_and_boxes, plan_delivery, write_delivery
+from pillsnap.delivery.capture import capture_group, parse_name
+from pillsnap.synth.catalogue import NULL_KEYS, make_catalogue, rng_for
+from pillsnap.synth.renderer import LAMPS, Pose, Shot, photograph
+from pillsnap.synth import writer as synth
+from pillsnap.synth.writer import IN_FILES, IN_LABEL, UNFINISHED, choose_combos, combo_tasks, loose_box, photo_and_boxes, plan_delivery, write_delivery
 
 TINY = dict(drugs=4, photos=6, combos=2, seed=42, width=98, height=128)
 QUIET = dict(progress=False, workers=1)
@@ -161,7 +161,7 @@ def test_archives_hold_the_same_files(tiny, tmp_path):
 @pytest.mark.spec("BX5", "RS1")
 def test_killed_rendering_is_gone_on_with(tmp_path):
     spec = dict(drugs=3, photos=14, combos=1, seed=1, width=195, height=256)
-    code = f"from pillsnap.data.synth import write_delivery\nif __name__ == '__main__': write_delivery({str(tmp_path/'k')!r}, **{spec!r}, progress=False, workers=2)"
+    code = f"from pillsnap.synth.writer import write_delivery\nif __name__ == '__main__': write_delivery({str(tmp_path/'k')!r}, **{spec!r}, progress=False, workers=2)"
     script = tmp_path/"render.py"; script.write_text(code)
     p = subprocess.Popen([sys.executable, str(script)], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True)
     for _ in range(3000):
@@ -224,7 +224,7 @@ def test_shading_follows_the_lamp(dome):
         cx, cy, r = (x0+x1)//2, (y0+y1)//2, int(.3*(x1-x0))
         m = im[cy-r:cy+r, cx-r:cx+r].mean(-1)
         return np.array([m[:, r:].mean()-m[:, :r].mean(), m[r:].mean()-m[:r].mean()])
-    from pillsnap.data.render import towards
+    from pillsnap.synth.renderer import towards
     for light in range(3):
         t = tilt(*shot_of(dome, light))
         assert np.hypot(*t) > 2 and t@towards(LAMPS[light])[:2] > 0, "the flank towards the lamp is the bright one"
@@ -429,7 +429,7 @@ def test_nothing_else_is_wrong(spoilt):
 
 @pytest.mark.spec("BX4", "BX5")
 def test_the_truth_guard_counts_what_was_planted(spoilt):
-    from pillsnap.data.truth import audit
+    from pillsnap.delivery.truth import audit
     out, ledger = spoilt
     a = audit(out/"data/train/labels", out/"data/train/images")
     for key in ("unparsable", "incomplete_photos", "missing_pills", "boxes_outside", "identical_box_photos", "overlapping_box_photos", "area_mismatch", "dl_idx_mismatch", "code_mismatch",

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pillsnap.core.errors import PillsnapError
-from pillsnap.data.conversion import convert_delivery, read_manifest
-from pillsnap.data.overlay import Decision, Overlay, apply_overlay
-from pillsnap.data.triage import cross_validated, feature_table, issues_of_run, rank_issues, read_predictions, suspects
+from pillsnap.dataset.conversion import convert_delivery, read_manifest
+from pillsnap.dataset.overlay import Decision, Overlay, apply_overlay
+from pillsnap.dataset.triage import cross_validated, feature_table, issues_of_run, rank_issues, read_predictions, suspects
 
 FLOOR = .55   # precision among as many photos as were mislabelled; by chance it would be .02
 
@@ -20,7 +20,7 @@ FLOOR = .55   # precision among as many photos as were mislabelled; by chance it
 @pytest.fixture(scope="module")
 def drugs(tmp_path_factory):
     "Ten rendered drugs, 36 photos each: manifest rows and real features of their pills."
-    from pillsnap.data.synth import write_delivery
+    from pillsnap.synth.writer import write_delivery
     root = tmp_path_factory.mktemp("triage")
     write_delivery(root/"aihub", drugs=10, photos=36, combos=1, seed=5, width=244, height=320, workers=2, progress=False)
     convert_delivery(root/"aihub", root/"run")
@@ -78,7 +78,7 @@ def test_the_saved_predictions_are_used(drugs, tmp_path):
 def test_copies_under_two_drugs_blur_dark_and_boxes_are_listed(delivery, tmp_path):
     import shutil
     from PIL import Image, ImageFilter
-    from pillsnap.data.splits import SplitsJob
+    from pillsnap.dataset.splits import SplitsJob
     mine = tmp_path/"aihub"
     shutil.copytree(delivery, mine)
     photos = sorted(mine.glob("data/train/images/single/*/*/*.png"))
@@ -128,7 +128,7 @@ def test_the_overlay_is_append_only_and_applying_is_pure(tmp_path_factory, given
 def test_two_pages_write_at_once_and_no_line_is_torn(tmp_path):
     import subprocess
     import sys
-    code = "import sys\nfrom pillsnap.data.overlay import Decision, Overlay\no = Overlay(sys.argv[1])\nfor i in range(60): o.add(Decision(f'{sys.argv[2]}{i}.png', 'K-1', 'drop', why='왜'*300))"
+    code = "import sys\nfrom pillsnap.dataset.overlay import Decision, Overlay\no = Overlay(sys.argv[1])\nfor i in range(60): o.add(Decision(f'{sys.argv[2]}{i}.png', 'K-1', 'drop', why='왜'*300))"
     both = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path/"o.jsonl"), name], env=os.environ) for name in "ab"]
     assert [p.wait(60) for p in both] == [0, 0]
     assert len(Overlay(tmp_path/"o.jsonl").lines()) == len(Overlay(tmp_path/"o.jsonl")) == 120

@@ -4,12 +4,12 @@ import shutil
 import pytest
 import torch
 
-from pillsnap.core.checkpoint import load_ckpt, save_ckpt
+from pillsnap.core.checkpoints import load_ckpt, save_ckpt
 from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.files import read_json, sha256_file
-from pillsnap.core.stages import RunFolder, read_record
-from pillsnap.data.splits import load_stage, smoke_splits
+from pillsnap.core.jobs import RunFolder, read_record
+from pillsnap.dataset.splits import load_stage, smoke_splits
 from pillsnap.models.factory import load_classifier
 from pillsnap.training.classifier import ClassifierJob, prepare
 from pillsnap.training.learner import Outputs

@@ -40,6 +40,6 @@ def test_a_stage_runs_from_the_wheel_in_an_empty_folder(installed, tmp_path):
     r = subprocess.run([sys.executable, "-m", "pillsnap", "run", "all", "--config", "smoke", "--only", "conversion"], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert r.returncode == 0, r.stdout[-3000:]+r.stderr[-3000:]
     assert (tmp_path/"_runs"/"smoke"/"manifest.csv").exists()
-    nb = (tmp_path/"_runs"/"smoke"/"notebooks"/"14_data.conversion.ipynb").read_text(encoding="utf-8")
+    nb = (tmp_path/"_runs"/"smoke"/"notebooks"/"400_conversion.ipynb").read_text(encoding="utf-8")
     assert str(installed) in subprocess.run([sys.executable, "-c", "import pillsnap; print(pillsnap.__file__)"], cwd=tmp_path, env=env, capture_output=True, text=True).stdout
     assert '"parameters"' in nb

@@ -9,10 +9,10 @@ import pandas as pd
 from PIL import Image
 
 from pillsnap.core.plots import COLOURS, colour_legend, draw_boxes, save_fig, use_house_style, wrap_title
-from pillsnap.data.boxes import iou_matrix
-from pillsnap.data.caches import box_of
-from pillsnap.data.splits import load_stage
-from pillsnap.deployment.predict import load_bundle
+from pillsnap.photos.boxes import iou_matrix
+from pillsnap.photos.caches import box_of
+from pillsnap.dataset.splits import load_stage
+from pillsnap.deployment.runtime import load_bundle
 
 ROOT = Path(__file__).resolve().parents[2]
 RIGHT, WRONG = COLOURS[2], "#c62828"

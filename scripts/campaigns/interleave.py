@@ -14,11 +14,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]/"benchmarks"))
 from harness import arguments, finish, machine, save  # noqa: E402
 
 from pillsnap.core.config import load_config
-from pillsnap.core.stages import RunFolder
-from pillsnap.data.splits import smoke_splits
+from pillsnap.core.jobs import RunFolder
+from pillsnap.dataset.splits import smoke_splits
 from pillsnap.training.classifier import ClassifierJob
 from pillsnap.training.detector import DetectorJob
-from pillsnap.training.interleave import InterleavedJob
+from pillsnap.training.interleaved import InterleavedJob
 
 OVER = ("dataloader.ram_optimization.cache_policy=labels_only",)   # photos are opened for every batch: there must be something to wait for
 

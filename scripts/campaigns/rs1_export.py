@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]/"benchmarks"))
 from harness import arguments, finish, machine, save  # noqa: E402
 
 from pillsnap.core.files import read_json, sha256_file
-from pillsnap.core.stages import read_record
+from pillsnap.core.jobs import read_record
 from pillsnap.deployment.export import ExportJob
 
 FORK = multiprocessing.get_context("fork")

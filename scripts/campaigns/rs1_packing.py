@@ -23,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]/"benchmarks"))
 from harness import arguments, finish, machine, save  # noqa: E402
 
 from pillsnap.core.errors import PillsnapError
-from pillsnap.data.pack import Pack, build_pack
+from pillsnap.photos.pack import Pack, build_pack
 
-CHILD = "import sys, pandas as pd; from pillsnap.data.pack import build_pack; import joblib; print('go', flush=True); build_pack(pd.read_json(sys.argv[1]), sys.argv[2], sys.argv[3], workers=2, progress=False)"
+CHILD = "import sys, pandas as pd; from pillsnap.photos.pack import build_pack; import joblib; print('go', flush=True); build_pack(pd.read_json(sys.argv[1]), sys.argv[2], sys.argv[3], workers=2, progress=False)"
 
 
 def photos(folder: Path, n: int) -> pd.DataFrame:

@@ -22,11 +22,11 @@ import torch  # noqa: E402
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]/"benchmarks"))
 from harness import arguments, finish, machine, save  # noqa: E402
 
-from pillsnap.core.checkpoint import load_ckpt
+from pillsnap.core.checkpoints import load_ckpt
 from pillsnap.core.config import load_config
 from pillsnap.core.files import read_json
-from pillsnap.core.stages import RunFolder, read_record
-from pillsnap.data.splits import smoke_splits
+from pillsnap.core.jobs import RunFolder, read_record
+from pillsnap.dataset.splits import smoke_splits
 from pillsnap.training.classifier import ClassifierJob
 
 EPOCHS = 3

@@ -25,12 +25,12 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]/"benchmarks"))
 from harness import arguments, finish, machine, save  # noqa: E402
 
-from pillsnap.data.classmap import ClassMap  # noqa: E402
-from pillsnap.data.conversion import convert_delivery  # noqa: E402
-from pillsnap.data.datasets import PillsnapClsDataset  # noqa: E402
-from pillsnap.data.images import open_image_safely  # noqa: E402
-from pillsnap.data.loaders import PhotoLoader  # noqa: E402
-from pillsnap.data.synth import write_delivery  # noqa: E402
+from pillsnap.delivery.classmap import ClassMap  # noqa: E402
+from pillsnap.dataset.conversion import convert_delivery  # noqa: E402
+from pillsnap.dataset.datasets import PillsnapClsDataset  # noqa: E402
+from pillsnap.photos.images import open_image_safely  # noqa: E402
+from pillsnap.dataset.loaders import PhotoLoader  # noqa: E402
+from pillsnap.synth.writer import write_delivery  # noqa: E402
 
 TURNS = (None, Image.FLIP_LEFT_RIGHT, Image.ROTATE_180, Image.FLIP_TOP_BOTTOM, Image.TRANSPOSE, Image.ROTATE_90, Image.TRANSVERSE, Image.ROTATE_270)   # for EXIF 1 to 8
 EXACT, LOSSY = 0., 6.   # mean difference allowed, in levels of 255

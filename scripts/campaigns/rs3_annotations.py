@@ -13,11 +13,11 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from pillsnap.data import aihub
-from pillsnap.data.aihub import IMAGE_KEYS, Annotation, Fault, Reader, Reason
-from pillsnap.data.capture import parse_name
-from pillsnap.data.pills import annotation, make_catalogue
-from pillsnap.data.truth import Evidence
+from pillsnap.delivery import aihub
+from pillsnap.delivery.aihub import IMAGE_KEYS, Annotation, Fault, Reader, Reason
+from pillsnap.delivery.capture import parse_name
+from pillsnap.synth.catalogue import annotation, make_catalogue
+from pillsnap.delivery.truth import Evidence
 
 VALUES = (None, "", " ", 0, -1, 1.5, 10**20, 1e308, True, False, [], {}, [[]], "K-000001", "가나다", "\ud83d\ude00", "../x", "\\u0000", "NaN", [1, 2, 3, 4], {"a": [1]})
 BYTES = (b"", b"\x00", b"\xff", b"\xef\xbb\xbf", b'"', b"{", b"}", b"[", b"]", b",", b":", b"\\", b"\\ud800", b"NaN", b"-", b"1e999", b'"dl_idx"', b'"id"', "정".encode("cp949"), b"\n")

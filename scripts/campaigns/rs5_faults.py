@@ -24,11 +24,11 @@ from rs1_conversion import said  # noqa: E402
 
 from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
-from pillsnap.core.stages import RunFolder
-from pillsnap.data.conversion import convert_delivery
-from pillsnap.data.pack import stage_pack
-from pillsnap.data.splits import SplitsJob, load_stage
-from pillsnap.data.synth import write_delivery
+from pillsnap.core.jobs import RunFolder
+from pillsnap.dataset.conversion import convert_delivery
+from pillsnap.photos.pack import stage_pack
+from pillsnap.dataset.splits import SplitsJob, load_stage
+from pillsnap.synth.writer import write_delivery
 
 FAULTS = ("disk full", "read-only", "no handles")
 SETTINGS = ["data.progressive_validation.stage_0.max_samples=40", "evaluation.min_eval_samples=6", "pack.scale=1.0"]

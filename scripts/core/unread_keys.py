@@ -25,8 +25,8 @@ from pillsnap.core.config import Block, Config  # noqa: E402
 DECLARES = "core/config.py"
 METHODS = {("Progressive", "stage"): "StageSpec"}  # methods of a block, and the block that they return
 ELSEWHERE: dict[str, tuple[str, str]] = {  # key or block.* → the file that reads it, and a text that stands there
-    "pack.*": ("data/pack.py", "cfg.pack.model_dump(exclude={\"enabled\"})"),  # the recipe of a pack
-    "synth.*": ("data/conversion.py", "write_delivery(root, **cfg.synth.model_dump()"),
+    "pack.*": ("photos/pack.py", "cfg.pack.model_dump(exclude={\"enabled\"})"),  # the recipe of a pack
+    "synth.*": ("dataset/conversion.py", "write_delivery(root, **cfg.synth.model_dump()"),
     "train.detection.early_stopping.*": ("training/detector.py", "stop.model_dump(exclude={\"monitor\"})"),
     "retrieval.brightness": ("training/retrieval.py", "zip((\"brightness\", \"contrast\", \"saturation\", \"hue\")"),
     "retrieval.contrast": ("training/retrieval.py", "zip((\"brightness\", \"contrast\", \"saturation\", \"hue\")"),

@@ -50,7 +50,7 @@ def fresh_classifier(s: Size, work: Path, device: torch.device) -> tuple[nn.Modu
 
 def latency_pairs(s: Size, gpu: Gpu, work: Path) -> dict[tuple[str, bool], list[float]]:
     "Milliseconds of single calls by scope, and whether a synchronisation was added; both kinds take turns in blocks."
-    from pillsnap.core.record import Provenance
+    from pillsnap.core.records import Provenance
     from pillsnap.evaluation.evaluation import Shot, latency_calls, measure_scopes
     from pillsnap.models.factory import TorchClassifier
 
@@ -97,7 +97,7 @@ def onnx_beside_torch(s: Size, gpu: Gpu, work: Path) -> list[Part]:
 
     from pillsnap.core.device import full_fp32
     from pillsnap.deployment.export import export_onnx, logit_gap, open_axes
-    from pillsnap.deployment.predict import OnnxClassifier
+    from pillsnap.deployment.runtime import OnnxClassifier
 
     wanted, title = "CUDAExecutionProvider", "logits against torch, the worst of batches 1 to 8"
     there = ort.get_available_providers()
@@ -136,7 +136,7 @@ def hard_vectors(n: int, queries: int, dim: int = 512) -> tuple[torch.Tensor, to
 
 def search_beside_fp64(s: Size, gpu: Gpu) -> list[Part]:
     "The project's exact search where TF32 is switched on, as in a training process; TF32 cannot tell the twins apart."
-    from pillsnap.models.retrieval import nearest
+    from pillsnap.models.neighbours import nearest
 
     gallery, queries = hard_vectors(s.of(20_000, 64), s.of(512, 8))
     cosines = queries @ gallery.T

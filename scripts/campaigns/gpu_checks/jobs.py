@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pillsnap.core.checkpoint import load_ckpt
+from pillsnap.core.checkpoints import load_ckpt
 from pillsnap.core.config import load_config
 
 from .setup import (
@@ -225,7 +225,7 @@ class DetectorMemory:
 
 def train_yolo(root: Path, cfg: Any, memory: DetectorMemory | None = None) -> tuple[Any, list[str]]:
     "The detector's training of a run folder, and the lines of its log; it goes on where last.pt stands."
-    from pillsnap.core.stages import RunFolder
+    from pillsnap.core.jobs import RunFolder
     from pillsnap.training.detector import train_detection_stage
 
     run, kept = RunFolder(root, "detector"), Lines()

@@ -203,7 +203,7 @@ def batch_search(device: str, tiny: bool, work: Path) -> tuple[list[Part], dict[
 
     Then full steps with the loader, and the planner's figure for that batch.
     """
-    from pillsnap.data.planner import footprint
+    from pillsnap.planner import footprint
     from pillsnap.training.classifier import chosen_batch
 
     s, gpu, c = Size(tiny), Gpu(device), "train.classification"

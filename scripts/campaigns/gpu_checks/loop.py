@@ -302,7 +302,7 @@ def profiled(gpu: Gpu, learn: Any, first: int, last: int) -> tuple[float, int]:
 
 def busy(device: str, tiny: bool, work: Path) -> list[Part]:
     "GP4: the default classifier trains on PNGs as delivered and on the pack, opened by threads and by processes."
-    from pillsnap.data.datasets import DeliverySource
+    from pillsnap.dataset.datasets import DeliverySource
 
     s, gpu = Size(tiny), Gpu(device)
     cfg, workers, (first, last) = bench_settings(s), loader_workers(s), s.of((8, 56), (1, 3))

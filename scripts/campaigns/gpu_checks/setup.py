@@ -20,10 +20,10 @@ from fastai.callback.core import Callback
 from torch import nn
 
 from pillsnap.core.config import Config, load_config
-from pillsnap.data.classmap import ClassMap
-from pillsnap.data.datasets import PillsnapClsDataset, Source
-from pillsnap.data.loaders import PhotoLoader
-from pillsnap.data.sampling import EpochSampler
+from pillsnap.delivery.classmap import ClassMap
+from pillsnap.dataset.datasets import PillsnapClsDataset, Source
+from pillsnap.dataset.loaders import PhotoLoader
+from pillsnap.dataset.sampling import EpochSampler
 from pillsnap.models.factory import build_classification_model
 from pillsnap.models.losses import build_criterion
 from pillsnap.training.learner import Outputs, build_learner
@@ -389,9 +389,9 @@ SPLIT = threading.Lock()
 
 def split_run(work: Path, name: str, *over: str) -> Path:
     "A run folder whose small synthetic delivery is converted and split; the delivery is rendered once for all of them."
-    from pillsnap.core.stages import RunFolder
-    from pillsnap.data.splits import smoke_splits
-    from pillsnap.data.synth import write_delivery
+    from pillsnap.core.jobs import RunFolder
+    from pillsnap.dataset.splits import smoke_splits
+    from pillsnap.synth.writer import write_delivery
 
     with SPLIT:
         delivery = work / "delivery"
