@@ -2,6 +2,7 @@
 
 Every side opens each file and parses it; ours also checks all 50 keys and their types, and says why when it refuses.
 """
+
 import json
 import tempfile
 from itertools import groupby
@@ -18,10 +19,12 @@ def main() -> None:
     n = 400 if a.quick else a.n
     orjson = optional("orjson")
     with tempfile.TemporaryDirectory() as tmp:
-        write_delivery(tmp, drugs=max(n//500, 4), photos=min(500, n//4), combos=0, labels_only=True, progress=False)
-        files = label_files(Path(tmp)/"data/train/labels")[0][:n]
+        write_delivery(tmp, drugs=max(n // 500, 4), photos=min(500, n // 4), combos=0, labels_only=True, progress=False)
+        files = label_files(Path(tmp) / "data/train/labels")[0][:n]
 
-        folders = [(folder, [f.name for f in group]) for folder, group in groupby(map(Path, files), lambda f: str(f.parent))]
+        folders = [
+            (folder, [f.name for f in group]) for folder, group in groupby(map(Path, files), lambda f: str(f.parent))
+        ]
         paths = [[f"{folder}/{name}" for name in names] for folder, names in folders]
 
         def ours(part: int) -> None:
@@ -39,8 +42,21 @@ def main() -> None:
                     orjson.loads(io.read())
 
         assert not any(isinstance(got, Fault) for got in map(Reader(), files))  # and all sides find the files in memory
-        finish(compare("BM1", "annotation files read", {"pillsnap": ours}, {"json.load": with_json, "orjson": orjson if isinstance(orjson, str) else with_orjson},
-                       len(files), a.repeats, "files/s", "one process, files in the page cache, folder by folder in turn", quick=a.quick, out=a.out, parts=len(folders)))
+        finish(
+            compare(
+                "BM1",
+                "annotation files read",
+                {"pillsnap": ours},
+                {"json.load": with_json, "orjson": orjson if isinstance(orjson, str) else with_orjson},
+                len(files),
+                a.repeats,
+                "files/s",
+                "one process, files in the page cache, folder by folder in turn",
+                quick=a.quick,
+                out=a.out,
+                parts=len(folders),
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 Ours reads, judges, compares photos and drugs, quarantines, and writes a checked Arrow file. The naive way is what most scripts do: one process,
 `json.load` per file, a YOLO text per photo. Both begin with a folder and end with files on disk.
 """
+
 import json
 import os
 import tempfile
@@ -24,8 +25,8 @@ def naive(labels: Path, out: Path) -> int:
             record = json.load(f)
         image, (x, y, w, h) = record["images"][0], record["annotations"][0]["bbox"]
         W, H = image["width"], image["height"]
-        with open(out/(os.path.splitext(image["file_name"])[0]+".txt"), "a", encoding="utf-8") as f:
-            f.write(f"0 {(x+w/2)/W:.6f} {(y+h/2)/H:.6f} {w/W:.6f} {h/H:.6f}\n")
+        with open(out / (os.path.splitext(image["file_name"])[0] + ".txt"), "a", encoding="utf-8") as f:
+            f.write(f"0 {(x + w / 2) / W:.6f} {(y + h / 2) / H:.6f} {w / W:.6f} {h / H:.6f}\n")
         n += 1
     return n
 
@@ -35,21 +36,36 @@ def main() -> None:
     n = 600 if a.quick else a.n
     with tempfile.TemporaryDirectory() as tmp:
         tmp = Path(tmp)
-        ledger = write_delivery(tmp/"d", drugs=max(n//1000, 4), photos=min(1000, n//4), combos=0, labels_only=True, progress=False)
-        labels, files = tmp/"d/data/train/labels", ledger["counts"]["train_single"]
+        ledger = write_delivery(
+            tmp / "d", drugs=max(n // 1000, 4), photos=min(1000, n // 4), combos=0, labels_only=True, progress=False
+        )
+        labels, files = tmp / "d/data/train/labels", ledger["counts"]["train_single"]
 
         def ours() -> None:
-            assert index_labels(labels, tmp/"train.arrow", workers=a.workers or None)["rows"] == files
+            assert index_labels(labels, tmp / "train.arrow", workers=a.workers or None)["rows"] == files
 
         def one_process() -> None:
-            assert index_labels(labels, tmp/"train.arrow", workers=1)["rows"] == files
+            assert index_labels(labels, tmp / "train.arrow", workers=1)["rows"] == files
 
         rounds = count()
 
         def plain() -> None:
-            assert naive(labels, tmp/f"naive{next(rounds)}") == files
+            assert naive(labels, tmp / f"naive{next(rounds)}") == files
 
-        finish(compare("BM2", "annotations to one index", {"pillsnap": ours, "pillsnap, one process": one_process}, {"naive one-process json → txt": plain}, files, a.repeats, "annotations/s", "files in the page cache; processes started before the clock", quick=a.quick, out=a.out))
+        finish(
+            compare(
+                "BM2",
+                "annotations to one index",
+                {"pillsnap": ours, "pillsnap, one process": one_process},
+                {"naive one-process json → txt": plain},
+                files,
+                a.repeats,
+                "annotations/s",
+                "files in the page cache; processes started before the clock",
+                quick=a.quick,
+                out=a.out,
+            )
+        )
 
 
 if __name__ == "__main__":

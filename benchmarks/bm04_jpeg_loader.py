@@ -1,4 +1,5 @@
 """BM4: JPEG files to batches of 64 at 384 pixels, random crop + mirror, 2 workers."""
+
 from harness import arguments, compare, finish
 from loading import dali, epoch, ffcv, image_folder, our_loader, still
 from photos import photo_tree, size_note
@@ -8,7 +9,20 @@ if __name__ == "__main__":
     n = 128 if a.quick else a.n
     still()
     root, rows = photo_tree("jpg", n)
-    finish(compare("BM4", "JPEG loader, 384 pixels, batch 64, 2 workers, random crop + mirror",
-                   {"PhotoLoader, threads": epoch(our_loader(root, rows), n)},
-                   {"ImageFolder + v2": image_folder(root, n), "DALI CPU": dali(root, rows, n), "FFCV full JPEG": ffcv(root, n, "jpg")},
-                   n, a.repeats, note=size_note(root, rows), quick=a.quick, out=a.out))
+    finish(
+        compare(
+            "BM4",
+            "JPEG loader, 384 pixels, batch 64, 2 workers, random crop + mirror",
+            {"PhotoLoader, threads": epoch(our_loader(root, rows), n)},
+            {
+                "ImageFolder + v2": image_folder(root, n),
+                "DALI CPU": dali(root, rows, n),
+                "FFCV full JPEG": ffcv(root, n, "jpg"),
+            },
+            n,
+            a.repeats,
+            note=size_note(root, rows),
+            quick=a.quick,
+            out=a.out,
+        )
+    )

@@ -1,4 +1,5 @@
 """BM7: the raw pack (half scale, plain bytes) to batches of 64 at 384 pixels, random crop + mirror, 2 workers; the peers read the photos it was made of."""
+
 from harness import arguments, compare, finish
 from loading import epoch, ffcv, image_folder, our_loader, pack_source, still
 from photos import photo_tree, size_note
@@ -8,7 +9,16 @@ if __name__ == "__main__":
     n = 128 if a.quick else a.n
     still()
     root, rows = photo_tree("jpg", n)
-    finish(compare("BM7", "loader from the raw pack, 384 pixels, batch 64, 2 workers, random crop + mirror",
-                   {"PhotoLoader, raw pack": epoch(our_loader(pack_source(root, rows, "raw"), rows), n)},
-                   {"ImageFolder + v2": image_folder(root, n), "FFCV raw": ffcv(root, n, "raw", 640)},
-                   n, a.repeats, note=size_note(root, rows), quick=a.quick, out=a.out))
+    finish(
+        compare(
+            "BM7",
+            "loader from the raw pack, 384 pixels, batch 64, 2 workers, random crop + mirror",
+            {"PhotoLoader, raw pack": epoch(our_loader(pack_source(root, rows, "raw"), rows), n)},
+            {"ImageFolder + v2": image_folder(root, n), "FFCV raw": ffcv(root, n, "raw", 640)},
+            n,
+            a.repeats,
+            note=size_note(root, rows),
+            quick=a.quick,
+            out=a.out,
+        )
+    )

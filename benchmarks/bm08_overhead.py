@@ -1,4 +1,5 @@
 """BM8: what the loader itself costs a sample, over a source that only hands out bytes that are there; microseconds, 2 workers."""
+
 import time
 
 import numpy as np
@@ -9,6 +10,7 @@ from photos import rows_only
 
 if __name__ == "__main__":
     from pillsnap.dataset.datasets import Source
+
     a = arguments(__doc__, n=4096)
     n = 512 if a.quick else a.n
     still()
@@ -16,21 +18,42 @@ if __name__ == "__main__":
 
     class Ready(Source):
         "A picture that is in memory: nothing is left but the loader."
-        def view(self, photo, view, out, window=None, flip=False): np.copyto(out, picture)
+
+        def view(self, photo, view, out, window=None, flip=False):
+            np.copyto(out, picture)
 
     class Bytes(torch.utils.data.Dataset):
         "The same for torch's DataLoader."
-        def __len__(self): return n
-        def __getitem__(self, i): return torch.from_numpy(picture.copy()).permute(2, 0, 1), i % 12
+
+        def __len__(self):
+            return n
+
+        def __getitem__(self, i):
+            return torch.from_numpy(picture.copy()).permute(2, 0, 1), i % 12
 
     def micros(loader):
         def run() -> float:
             t0 = time.perf_counter()
             got = sum(len(b[1]) for b in loader)
             assert got == n
-            return (time.perf_counter()-t0)/n*1e6
+            return (time.perf_counter() - t0) / n * 1e6
+
         return run
 
-    theirs = torch.utils.data.DataLoader(Bytes(), BATCH, shuffle=True, num_workers=WORKERS, persistent_workers=True, prefetch_factor=3)
-    finish(compare("BM8", f"the loader's own cost at {SIZE} pixels, batch {BATCH}, {WORKERS} workers", {"PhotoLoader, threads": micros(our_loader(Ready(), rows_only(n)))},
-                   {"DataLoader, uint8": micros(theirs)}, n, a.repeats, unit="µs/photo", better="lower", quick=a.quick, out=a.out))
+    theirs = torch.utils.data.DataLoader(
+        Bytes(), BATCH, shuffle=True, num_workers=WORKERS, persistent_workers=True, prefetch_factor=3
+    )
+    finish(
+        compare(
+            "BM8",
+            f"the loader's own cost at {SIZE} pixels, batch {BATCH}, {WORKERS} workers",
+            {"PhotoLoader, threads": micros(our_loader(Ready(), rows_only(n)))},
+            {"DataLoader, uint8": micros(theirs)},
+            n,
+            a.repeats,
+            unit="µs/photo",
+            better="lower",
+            quick=a.quick,
+            out=a.out,
+        )
+    )

@@ -4,6 +4,7 @@ The bare loop is what everybody writes: forward, loss, backward, clip, step. The
 Judged are the engine's step (at most 1.05 times the loop's) and the share of it that waits for photos (under 5 %). Beside them stands how many photos a second the loader feeds by itself
 and how many the network eats when they are there: where the first is smaller, more workers help; where it is larger, they cannot.
 """
+
 import itertools
 import logging
 import statistics
@@ -18,9 +19,9 @@ from loading import pack_source, still
 from photos import DRUGS, photo_tree, size_note
 from torch import nn
 
-SHARE = LIMITS["BM10"]["waiting_percent"]   # percent of a step that may be spent waiting
-LEAST_MS = 100.  # of a step: a shorter one would measure the interpreter
-SMOOTHING, CLIP, RATE = .1, 1., 2e-4
+SHARE = LIMITS["BM10"]["waiting_percent"]  # percent of a step that may be spent waiting
+LEAST_MS = 100.0  # of a step: a shorter one would measure the interpreter
+SMOOTHING, CLIP, RATE = 0.1, 1.0, 2e-4
 
 
 class Points:
@@ -43,9 +44,18 @@ def pack_loader(size: int, batch: int, steps: int, workers: int) -> Any:
     from pillsnap.delivery.classmap import ClassMap
     from pillsnap.dataset.datasets import PillsnapClsDataset
     from pillsnap.dataset.loaders import PhotoLoader
+
     root, rows = photo_tree("jpg", 1024)
-    rows, source = rows.iloc[:steps*batch], pack_source(root, rows, "jpeg")
-    data = PillsnapClsDataset(rows, ClassMap(sorted(set(rows["class_key"]))), source, size, train=True, crop_view_prob=0., augment=AugmentClassification())
+    rows, source = rows.iloc[: steps * batch], pack_source(root, rows, "jpeg")
+    data = PillsnapClsDataset(
+        rows,
+        ClassMap(sorted(set(rows["class_key"]))),
+        source,
+        size,
+        train=True,
+        crop_view_prob=0.0,
+        augment=AugmentClassification(),
+    )
     pack_loader.note = size_note(root, rows)
     return PhotoLoader(data, batch, num_workers=workers, prefetch_factor=3)
 
@@ -58,26 +68,50 @@ def engine(make_net: Callable[[], nn.Module], batches: Iterable, size: int, poin
 
     class Watch(Callback):
         order = 200
-        def before_train(self): self.t0 = time.perf_counter()
-        def after_train(self): self.ms = (time.perf_counter()-self.t0)/len(self.dls.train)*1e3
+
+        def before_train(self):
+            self.t0 = time.perf_counter()
+
+        def after_train(self):
+            self.ms = (time.perf_counter() - self.t0) / len(self.dls.train) * 1e3
 
     log = logging.getLogger("bench.bm10")
     log.propagate, log.handlers = False, [logging.NullHandler()]
-    cfg = load_config("two_stage", [f"data.classification.img_size={size}", "data.progressive_validation.current_stage=1", "train.classification.epochs=1", "train.classification.amp=false",
-                                    "train.classification.channels_last=false", "train.step_log_interval=4", "train.profile_interval=4"])
+    cfg = load_config(
+        "two_stage",
+        [
+            f"data.classification.img_size={size}",
+            "data.progressive_validation.current_stage=1",
+            "train.classification.epochs=1",
+            "train.classification.amp=false",
+            "train.classification.channels_last=false",
+            "train.step_log_interval=4",
+            "train.profile_interval=4",
+        ],
+    )
     valid = [(x.clone(), y.clone(), m) for x, y, m in itertools.islice(batches, 1)]
 
     def run() -> float:
-        learn = build_learner(cfg, make_net(), nn.CrossEntropyLoss(label_smoothing=SMOOTHING), batches, {"whole": valid}, DRUGS, out=Outputs(log=log, tb=points))
-        learn.remove_cb(learn.progress)   # the table of epochs is no part of a step
+        learn = build_learner(
+            cfg,
+            make_net(),
+            nn.CrossEntropyLoss(label_smoothing=SMOOTHING),
+            batches,
+            {"whole": valid},
+            DRUGS,
+            out=Outputs(log=log, tb=points),
+        )
+        learn.remove_cb(learn.progress)  # the table of epochs is no part of a step
         learn.add_cb(watch := Watch())
         learn.fit(1)
         return watch.ms
+
     return run
 
 
 def bare(make_net: Callable[[], nn.Module], batches: Iterable) -> Callable[[], float]:
     "ms a step of the loop that everybody writes."
+
     def run() -> float:
         net, lf = make_net().train(), nn.CrossEntropyLoss(label_smoothing=SMOOTHING)
         opt, n = torch.optim.AdamW(net.parameters(), lr=RATE, weight_decay=1e-4, fused=True), 0
@@ -88,7 +122,8 @@ def bare(make_net: Callable[[], nn.Module], batches: Iterable) -> Callable[[], f
             opt.step()
             opt.zero_grad()
             n += 1
-        return (time.perf_counter()-t0)/n*1e3
+        return (time.perf_counter() - t0) / n * 1e3
+
     return run
 
 
@@ -96,7 +131,7 @@ def feeds(batches: Iterable) -> float:
     "Photos a second of the loader with nobody behind it."
     t0 = time.perf_counter()
     got = sum(len(b[1]) for b in batches)
-    return got/(time.perf_counter()-t0)
+    return got / (time.perf_counter() - t0)
 
 
 if __name__ == "__main__":
@@ -110,18 +145,45 @@ if __name__ == "__main__":
 
     dl, points = pack_loader(a.size, a.batch, steps, a.workers), Points()
     held = [(x.clone(), y.clone(), m) for x, y, m in itertools.islice(dl, 4)]
-    extra: dict[str, Any] = {"limit_share": SHARE, "feeds": statistics.median(feeds(dl) for _ in range(3)), "eats": 1e3*a.batch/bare(make_net, held)()}
+    extra: dict[str, Any] = {
+        "limit_share": SHARE,
+        "feeds": statistics.median(feeds(dl) for _ in range(3)),
+        "eats": 1e3 * a.batch / bare(make_net, held)(),
+    }
     ours = engine(make_net, dl, a.size, points)
 
     def noted() -> float:
         ms = ours()
         wait, work = (statistics.median(points.seen[k]) for k in ("perf/data_time", "perf/compute_time"))
-        extra.update(wait_ms=1e3*wait, compute_ms=1e3*work, share=100*wait/(wait+work), step_ms=ms)
+        extra.update(wait_ms=1e3 * wait, compute_ms=1e3 * work, share=100 * wait / (wait + work), step_ms=ms)
         return ms
 
-    missed = compare("BM10", f"a training step of {a.backbone} at {a.size} pixels, batch {a.batch}, from the pack, {a.workers} loader thread(s)", {"the engine": noted}, {"bare PyTorch loop": bare(make_net, dl)}, steps*a.batch, a.repeats, unit="ms/step", note=pack_loader.note, better="lower", quick=a.quick, out=a.out, extra=extra)
-    print(f"a step waits {extra['wait_ms']:.2f} ms for its photos, {extra['share']:.2f} % (at most {SHARE:g} %); the loader feeds {extra['feeds']:.0f} photos/s, the network eats {extra['eats']:.0f}")
+    missed = compare(
+        "BM10",
+        f"a training step of {a.backbone} at {a.size} pixels, batch {a.batch}, from the pack, {a.workers} loader thread(s)",
+        {"the engine": noted},
+        {"bare PyTorch loop": bare(make_net, dl)},
+        steps * a.batch,
+        a.repeats,
+        unit="ms/step",
+        note=pack_loader.note,
+        better="lower",
+        quick=a.quick,
+        out=a.out,
+        extra=extra,
+    )
+    print(
+        f"a step waits {extra['wait_ms']:.2f} ms for its photos, {extra['share']:.2f} % (at most {SHARE:g} %); the loader feeds {extra['feeds']:.0f} photos/s, the network eats {extra['eats']:.0f}"
+    )
     if not a.quick:
-        missed += [f"BM10: {extra['share']:.1f} % of a step waits for photos, at most {SHARE:g} %"] if extra["share"] >= SHARE else []
-        missed += [f"BM10: a step took {extra['step_ms']:.0f} ms, at least {LEAST_MS:g} ms are needed; take a larger --batch"] if extra["step_ms"] < LEAST_MS else []
+        missed += (
+            [f"BM10: {extra['share']:.1f} % of a step waits for photos, at most {SHARE:g} %"]
+            if extra["share"] >= SHARE
+            else []
+        )
+        missed += (
+            [f"BM10: a step took {extra['step_ms']:.0f} ms, at least {LEAST_MS:g} ms are needed; take a larger --batch"]
+            if extra["step_ms"] < LEAST_MS
+            else []
+        )
     finish(missed)

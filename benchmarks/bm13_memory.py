@@ -5,6 +5,7 @@ a leak counts epochs and batches, not pixels. After each epoch the memory of thi
 The first ten epochs are left out, in which pools fill and the allocator finds its size; the rest gives the slope: of each five epochs the smallest (what is under way at the moment comes and goes, 9 MB at a time), and of these the median of the slopes of all pairs (Theil-Sen).
 What may grow is the history, a few kB an epoch. `--leak 500` keeps so many kB an epoch on purpose: the run must then be missed.
 """
+
 import gc
 import logging
 import mmap
@@ -38,19 +39,19 @@ def photos(root: Path, n: int) -> pd.DataFrame:
     "So many photos of 96 x 128 pixels, a colour per drug under noise, and their rows."
     rng, rows = np.random.default_rng(0), []
     for k in range(n):
-        img = np.clip(rng.normal(40*(k % DRUGS)+20, 30, (128, 96, 3)), 0, 255).astype(np.uint8)
-        (root/f"{k}.jpg").write_bytes(simplejpeg.encode_jpeg(img, quality=90))
+        img = np.clip(rng.normal(40 * (k % DRUGS) + 20, 30, (128, 96, 3)), 0, 255).astype(np.uint8)
+        (root / f"{k}.jpg").write_bytes(simplejpeg.encode_jpeg(img, quality=90))
         rows.append(dict(path=f"{k}.jpg", class_key=f"K-{k % DRUGS:06d}", bbox="", width=96, height=128, kind="single"))
     return pd.DataFrame(rows)
 
 
 def held() -> tuple[float, int]:
     "kB of this process and its children, anonymous and shared memory, shared pages once; and how many children there are."
-    total, counted = 0., -1
+    total, counted = 0.0, -1
     for p in (me := psutil.Process(), *me.children(recursive=True)):
         try:
             told = Path(f"/proc/{p.pid}/smaps_rollup").read_text()
-        except (ProcessLookupError, FileNotFoundError):   # it has just ended
+        except (ProcessLookupError, FileNotFoundError):  # it has just ended
             continue
         counted += 1
         total += sum(float(kb) for kb in re.findall(r"^Pss_(?:Anon|Shmem): +(\d+) kB", told, re.M))
@@ -60,6 +61,7 @@ def held() -> tuple[float, int]:
 
 class Watch(Callback):
     "Memory after each epoch, when everything of it is written."
+
     order = 200
 
     def __init__(self, leak: int) -> None:
@@ -67,8 +69,8 @@ class Watch(Callback):
 
     def after_epoch(self) -> None:
         if self.leak:
-            self.kept.append(mmap.mmap(-1, 1000*self.leak))   # not from the heap, which has room to hide it
-            self.kept[-1].write(bytes([1])*1000*self.leak)
+            self.kept.append(mmap.mmap(-1, 1000 * self.leak))  # not from the heap, which has room to hide it
+            self.kept[-1].write(bytes([1]) * 1000 * self.leak)
         kb, children = held()
         self.kb.append(kb)
         self.children.append(children)
@@ -76,27 +78,52 @@ class Watch(Callback):
 
 def slope(kb: list[float]) -> float:
     "kB that an epoch adds."
-    return theil_sen([min(kb[k:k+BLOCK]) for k in range(0, len(kb)-BLOCK+1, BLOCK)])/BLOCK
+    return theil_sen([min(kb[k : k + BLOCK]) for k in range(0, len(kb) - BLOCK + 1, BLOCK)]) / BLOCK
 
 
 def training(root: Path, rows: pd.DataFrame, engine: str, epochs: int, leak: int) -> tuple[list[float], int]:
     "A training as a stage has it, on a network of a few thousand weights: kB after each epoch, and how many child processes were counted."
     log = logging.getLogger("bench.bm13")
     log.propagate, log.handlers = False, [logging.NullHandler()]
-    cfg = load_config("two_stage", [f"data.classification.img_size={SIZE}", "train.step_log_interval=4", f"train.classification={{epochs: {epochs}, lr: 0.01, amp: false, channels_last: false, ema: {{enabled: true, decay: 0.9}}, early_stopping: {{patience: 1000}}}}"])
+    cfg = load_config(
+        "two_stage",
+        [
+            f"data.classification.img_size={SIZE}",
+            "train.step_log_interval=4",
+            f"train.classification={{epochs: {epochs}, lr: 0.01, amp: false, channels_last: false, ema: {{enabled: true, decay: 0.9}}, early_stopping: {{patience: 1000}}}}",
+        ],
+    )
     classes = ClassMap(sorted(set(rows["class_key"])))
-    make = lambda part, train: PillsnapClsDataset(part, classes, DeliverySource(root), SIZE, train=train, augment=cfg.data.augment.classification, seed=1)
+    make = lambda part, train: PillsnapClsDataset(
+        part, classes, DeliverySource(root), SIZE, train=train, augment=cfg.data.augment.classification, seed=1
+    )
     options = dict(engine=engine, num_workers=WORKERS, prefetch_factor=2)
-    train, val = make(rows.iloc[len(rows)//4:], True), make(rows.iloc[:len(rows)//4], False)
+    train, val = make(rows.iloc[len(rows) // 4 :], True), make(rows.iloc[: len(rows) // 4], False)
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 16, 3, 4), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(256, DRUGS))
-    out = root.parent/engine
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 3, 4),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(4),
+        nn.Flatten(),
+        nn.Linear(256, DRUGS),
+    )
+    out = root.parent / engine
     fixed = dict(config_snapshot=cfg.to_dict(), class_map=classes.to_dict(), backbone="small", img_size=SIZE)
-    learn = build_learner(cfg, net, nn.CrossEntropyLoss(), PhotoLoader(train, BATCH, EpochSampler(train, 1), drop_last=True, **options), {"whole": PhotoLoader(val, BATCH, **options)}, DRUGS, fixed=fixed, out=Outputs(out, out/"metrics.json", log))
-    learn.remove_cb(learn.progress)   # its rows would stand between the figures
+    learn = build_learner(
+        cfg,
+        net,
+        nn.CrossEntropyLoss(),
+        PhotoLoader(train, BATCH, EpochSampler(train, 1), drop_last=True, **options),
+        {"whole": PhotoLoader(val, BATCH, **options)},
+        DRUGS,
+        fixed=fixed,
+        out=Outputs(out, out / "metrics.json", log),
+    )
+    learn.remove_cb(learn.progress)  # its rows would stand between the figures
     learn.add_cb(watch := Watch(leak))
     learn.fit(epochs)
-    assert (out/"last.pt").exists() and len(watch.kb) == len(learn.rows) == epochs
+    assert (out / "last.pt").exists() and len(watch.kb) == len(learn.rows) == epochs
     assert engine == "threads" or min(watch.children) >= WORKERS, "the worker processes are not there to be counted"
     return watch.kb, max(watch.children)
 
@@ -108,17 +135,40 @@ if __name__ == "__main__":
     runs: dict[str, tuple[list[float], int]] = {}
     t0 = time.time()
     with tempfile.TemporaryDirectory() as tmp:
-        root = Path(tmp)/"photos"
+        root = Path(tmp) / "photos"
         root.mkdir()
         rows = photos(root, n)
         for engine in ("processes", "threads"):
             runs[f"engine, 2 {engine}"] = training(root, rows, engine, epochs, a.leak)
-            gc.collect()   # a training's processes end with it
+            gc.collect()  # a training's processes end with it
     slopes = {k: slope(kb[warm:]) for k, (kb, _) in runs.items()}
     missed = [f"BM13: {v:+.0f} kB an epoch with {k}, at most {LIMIT:g}" for k, v in slopes.items() if v > LIMIT]
-    note = f"{n} photos of 96x128 at {SIZE} pixels, the first {warm} epochs left out; {time.time()-t0:.0f} s; at most {LIMIT:g} kB"+(f"; {a.leak} kB an epoch kept on purpose" if a.leak else "")
-    compare("BM13", f"memory of a training run over {epochs} epochs, workers included", {k: (lambda v=v: v) for k, v in slopes.items()}, {}, n, repeats=1, unit="kB an epoch", note=note, better="lower",
-            quick=a.quick or bool(a.leak), out=a.out, extra={"kb_after_epoch": {k: [round(x) for x in kb] for k, (kb, _) in runs.items()}, "children": {k: children for k, (_, children) in runs.items()}, "limit": LIMIT, "warm_up": warm, "missed_slope": missed})
+    note = (
+        f"{n} photos of 96x128 at {SIZE} pixels, the first {warm} epochs left out; {time.time() - t0:.0f} s; at most {LIMIT:g} kB"
+        + (f"; {a.leak} kB an epoch kept on purpose" if a.leak else "")
+    )
+    compare(
+        "BM13",
+        f"memory of a training run over {epochs} epochs, workers included",
+        {k: (lambda v=v: v) for k, v in slopes.items()},
+        {},
+        n,
+        repeats=1,
+        unit="kB an epoch",
+        note=note,
+        better="lower",
+        quick=a.quick or bool(a.leak),
+        out=a.out,
+        extra={
+            "kb_after_epoch": {k: [round(x) for x in kb] for k, (kb, _) in runs.items()},
+            "children": {k: children for k, (_, children) in runs.items()},
+            "limit": LIMIT,
+            "warm_up": warm,
+            "missed_slope": missed,
+        },
+    )
     for k, (kb, children) in runs.items():
-        print(f"{k}: {kb[warm]/1e3:.0f} MB after {warm+1} epochs, {kb[-1]/1e3:.0f} MB after {epochs}, {children} child processes counted")
+        print(
+            f"{k}: {kb[warm] / 1e3:.0f} MB after {warm + 1} epochs, {kb[-1] / 1e3:.0f} MB after {epochs}, {children} child processes counted"
+        )
     finish(missed if a.leak or not a.quick else [])

@@ -3,6 +3,7 @@
 Each size is indexed in a process of its own; its memory is the resident memory of that process and all its children, added up every 20 ms.
 At 500,000 there are ceilings: 45 seconds on two cores with the files in memory, 2 GB.
 """
+
 import json
 import os
 import subprocess
@@ -39,7 +40,7 @@ def family(pid: int) -> list[int]:
 def resident(pid: int) -> int:
     "Bytes of memory that a process holds."
     try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1])*os.sysconf("SC_PAGE_SIZE")
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, IndexError):
         return 0
 
@@ -47,45 +48,95 @@ def resident(pid: int) -> int:
 def indexed(labels: Path, out: Path, workers: int) -> dict:
     "Index a tree in a process of its own, and watch it."
     t0, peak = time.perf_counter(), 0
-    p = subprocess.Popen([sys.executable, "-c", CODE, str(labels), str(out), str(workers)], stdout=subprocess.PIPE, text=True)
+    p = subprocess.Popen(
+        [sys.executable, "-c", CODE, str(labels), str(out), str(workers)], stdout=subprocess.PIPE, text=True
+    )
     while p.poll() is None:
         peak = max(peak, sum(map(resident, family(p.pid))))
-        time.sleep(.02)
+        time.sleep(0.02)
     if p.returncode:
         sys.exit(f"indexing failed with status {p.returncode}")
-    return json.loads(p.stdout.read().splitlines()[-1]) | dict(wall=time.perf_counter()-t0, peak_bytes=peak, index_bytes=out.stat().st_size)
+    return json.loads(p.stdout.read().splitlines()[-1]) | dict(
+        wall=time.perf_counter() - t0, peak_bytes=peak, index_bytes=out.stat().st_size
+    )
 
 
 def record(sizes: list[dict], repeats: int, missed: list[str]) -> dict:
     "What is kept, in the shape of the other benchmarks."
+
     def line(r: dict) -> dict:
-        value, low, high = (1e6*s/r["rows"] for s in (r["seconds"], min(r["runs_seconds"]), max(r["runs_seconds"])))
-        return dict(name=f"{r['rows']:,} annotations, {r['wall']:.1f} s and {r['peak_bytes']/1e9:.2f} GB", ours=True, value=value, low=low, high=high, ratio=None, required=None, verdict="", missing="")
-    return dict(id="BM14", what="indexing at growing sizes", unit="µs each", better="lower", n=sizes[-1]["rows"], repeats=repeats, quick=False, note=f"files in the page cache; at most {SECONDS:g} s and {BYTES/1e9:g} GB at the last size",
-                rows=[line(r) for r in sizes], sizes=sizes, missed=missed, when=datetime.now(timezone.utc).isoformat(timespec="seconds"), machine=machine())
+        value, low, high = (1e6 * s / r["rows"] for s in (r["seconds"], min(r["runs_seconds"]), max(r["runs_seconds"])))
+        return dict(
+            name=f"{r['rows']:,} annotations, {r['wall']:.1f} s and {r['peak_bytes'] / 1e9:.2f} GB",
+            ours=True,
+            value=value,
+            low=low,
+            high=high,
+            ratio=None,
+            required=None,
+            verdict="",
+            missing="",
+        )
+
+    return dict(
+        id="BM14",
+        what="indexing at growing sizes",
+        unit="µs each",
+        better="lower",
+        n=sizes[-1]["rows"],
+        repeats=repeats,
+        quick=False,
+        note=f"files in the page cache; at most {SECONDS:g} s and {BYTES / 1e9:g} GB at the last size",
+        rows=[line(r) for r in sizes],
+        sizes=sizes,
+        missed=missed,
+        when=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        machine=machine(),
+    )
 
 
 def main() -> None:
     a = arguments(__doc__, workers=0, tmp="")
     rows, missed = [], []
-    for n in ((400, 1200) if a.quick else SIZES):
+    for n in (400, 1200) if a.quick else SIZES:
         with tempfile.TemporaryDirectory(dir=a.tmp or None) as tmp:
             t0 = time.perf_counter()
-            write_delivery(Path(tmp)/"d", drugs=max(n//1000, 4), photos=min(1000, n//4), combos=0, labels_only=True, progress=False)
-            written = time.perf_counter()-t0
-            runs = [indexed(Path(tmp)/"d/data/train/labels", Path(tmp)/"train.arrow", a.workers) for _ in range(1 if a.quick else a.repeats)]
-            best = sorted(runs, key=lambda r: r["wall"])[len(runs)//2] | dict(peak_bytes=max(r["peak_bytes"] for r in runs), written_seconds=written, runs_seconds=[r["seconds"] for r in runs])
+            write_delivery(
+                Path(tmp) / "d",
+                drugs=max(n // 1000, 4),
+                photos=min(1000, n // 4),
+                combos=0,
+                labels_only=True,
+                progress=False,
+            )
+            written = time.perf_counter() - t0
+            runs = [
+                indexed(Path(tmp) / "d/data/train/labels", Path(tmp) / "train.arrow", a.workers)
+                for _ in range(1 if a.quick else a.repeats)
+            ]
+            best = sorted(runs, key=lambda r: r["wall"])[len(runs) // 2] | dict(
+                peak_bytes=max(r["peak_bytes"] for r in runs),
+                written_seconds=written,
+                runs_seconds=[r["seconds"] for r in runs],
+            )
             rows.append(best)
-            print(f"{best['rows']:>9,} annotations   {best['wall']:7.1f} s in all, {best['seconds']:6.1f} s indexing   {1e6*best['seconds']/best['rows']:6.1f} µs each   "
-                  f"peak {best['peak_bytes']/1e6:7.0f} MB   index {best['index_bytes']/1e6:6.1f} MB   (tree written in {written:.0f} s)", flush=True)
+            print(
+                f"{best['rows']:>9,} annotations   {best['wall']:7.1f} s in all, {best['seconds']:6.1f} s indexing   {1e6 * best['seconds'] / best['rows']:6.1f} µs each   "
+                f"peak {best['peak_bytes'] / 1e6:7.0f} MB   index {best['index_bytes'] / 1e6:6.1f} MB   (tree written in {written:.0f} s)",
+                flush=True,
+            )
     if not a.quick:
         big, small = rows[-1], rows[1]
         if big["wall"] > SECONDS:
             missed.append(f"BM14: {big['wall']:.1f} s at {big['rows']:,} annotations, {SECONDS:g} s allowed")
         if big["peak_bytes"] > BYTES:
-            missed.append(f"BM14: {big['peak_bytes']/1e9:.2f} GB at {big['rows']:,} annotations, {BYTES/1e9:g} GB allowed")
-        if big["seconds"]/big["rows"] > GROWTH*small["seconds"]/small["rows"]:
-            missed.append(f"BM14: an annotation takes {big['seconds']/big['rows']*1e6:.0f} µs among {big['rows']:,} and {small['seconds']/small['rows']*1e6:.0f} µs among {small['rows']:,}")
+            missed.append(
+                f"BM14: {big['peak_bytes'] / 1e9:.2f} GB at {big['rows']:,} annotations, {BYTES / 1e9:g} GB allowed"
+            )
+        if big["seconds"] / big["rows"] > GROWTH * small["seconds"] / small["rows"]:
+            missed.append(
+                f"BM14: an annotation takes {big['seconds'] / big['rows'] * 1e6:.0f} µs among {big['rows']:,} and {small['seconds'] / small['rows'] * 1e6:.0f} µs among {small['rows']:,}"
+            )
         save(record(rows, a.repeats, missed), a.out)
     finish(missed)
 

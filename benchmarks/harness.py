@@ -21,6 +21,7 @@ A callable that returns a float gives its own figure instead of `n / seconds` (m
 | `--repeats N` | rounds, 5 |
 | `--out DIR` | where `<ID>.json` goes: `_runs/bench`. The documentation shows `benchmarks/results`; name that folder only to replace what is published |
 """
+
 import argparse
 import gc
 import importlib
@@ -39,7 +40,7 @@ from typing import Any
 
 import psutil
 
-OUT = Path("_runs/bench")   # below the working folder: a person's own run never replaces the published results
+OUT = Path("_runs/bench")  # below the working folder: a person's own run never replaces the published results
 
 # What each benchmark must reach, by peer: ours divided by the peer. The only place that holds these numbers.
 REQUIRED: dict[str, dict[str, float]] = {
@@ -53,25 +54,51 @@ REQUIRED: dict[str, dict[str, float]] = {
     "BM8": {"DataLoader, uint8": 4.0},
     "BM9": {"required: 48": 1.0},
     "BM9_ssim": {"required: 0.995": 1.0},
-    "BM10": {"bare PyTorch loop": 1/1.05},
+    "BM10": {"bare PyTorch loop": 1 / 1.05},
 }
 # Bounds that are no ratio, by benchmark.
 LIMITS: dict[str, dict[str, float]] = {
     "BM9": {"decibels": 48.0},
     "BM9_ssim": {"ssim": 0.995},
     "BM10": {"waiting_percent": 5.0},
-    "BM13": {"kb_per_epoch": 100.0},   # 300 epochs of a long run may then add 30 MB; one batch kept in each would be 786 kB
+    "BM13": {
+        "kb_per_epoch": 100.0
+    },  # 300 epochs of a long run may then add 30 MB; one batch kept in each would be 786 kB
     "BM14": {"seconds": 45.0, "bytes": 2e9, "growth": 1.25},
 }
-VERSIONS = ("pillsnap", "python", "numpy", "pandas", "pyarrow", "msgspec", "orjson", "joblib", "torch", "torchvision", "pillow", "opencv-python", "simplejpeg", "isal", "numba", "timm", "ultralytics", "datumaro", "globox", "pylabel", "nvidia-dali-cuda120", "ffcv")
+VERSIONS = (
+    "pillsnap",
+    "python",
+    "numpy",
+    "pandas",
+    "pyarrow",
+    "msgspec",
+    "orjson",
+    "joblib",
+    "torch",
+    "torchvision",
+    "pillow",
+    "opencv-python",
+    "simplejpeg",
+    "isal",
+    "numba",
+    "timm",
+    "ultralytics",
+    "datumaro",
+    "globox",
+    "pylabel",
+    "nvidia-dali-cuda120",
+    "ffcv",
+)
 
 
 @dataclass(frozen=True)
 class Peer:
     "Something to be measured against."
-    name: str                                # as the table shows it
-    fn: Callable[[], float | None] | None    # one call's work; None when it is absent
-    why_missing: str = ""                    # then: why
+
+    name: str  # as the table shows it
+    fn: Callable[[], float | None] | None  # one call's work; None when it is absent
+    why_missing: str = ""  # then: why
 
 
 def optional(module: str) -> Any | str:
@@ -89,7 +116,9 @@ def arguments(doc: str, **more: Any) -> argparse.Namespace:
     p.add_argument("--repeats", type=int, default=5, help="rounds")
     p.add_argument("--out", type=Path, default=OUT, help="folder of the JSON results (default: _runs/bench)")
     for name, default in more.items():
-        p.add_argument(f"--{name.replace('_', '-')}", type=type(default) if default is not None else str, default=default)
+        p.add_argument(
+            f"--{name.replace('_', '-')}", type=type(default) if default is not None else str, default=default
+        )
     a = p.parse_args()
     if a.quick:
         a.repeats = min(a.repeats, 2)
@@ -104,9 +133,19 @@ def machine() -> dict[str, Any]:
             versions[name] = platform.python_version() if name == "python" else importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             pass
-    cpu = next((line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
+    cpu = next(
+        (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
+        platform.processor(),
+    )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return dict(cpu=cpu, cores=cores, ram_gb=round(_ram()/2**30, 1), load=round(os.getloadavg()[0], 2), system=platform.platform(), versions=versions)
+    return dict(
+        cpu=cpu,
+        cores=cores,
+        ram_gb=round(_ram() / 2**30, 1),
+        load=round(os.getloadavg()[0], 2),
+        system=platform.platform(),
+        versions=versions,
+    )
 
 
 def _lines(path: str) -> list[str]:
@@ -118,7 +157,7 @@ def _lines(path: str) -> list[str]:
 
 def _ram() -> int:
     try:
-        return os.sysconf("SC_PAGE_SIZE")*os.sysconf("SC_PHYS_PAGES")
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError):
         return 0
 
@@ -138,25 +177,31 @@ class _Row:
 
 def _as_rows(ours: Mapping[str, Callable], peers: Mapping[str, Callable | str] | Iterable[Peer]) -> list[_Row]:
     rows = [_Row(k, f, True) for k, f in ours.items()]
-    pairs = peers.items() if isinstance(peers, Mapping) else [(p.name, p.fn or p.why_missing or "not installed") for p in peers]
-    return rows+[_Row(k, None, False, f) if isinstance(f, str) else _Row(k, f, False) for k, f in pairs]
+    pairs = (
+        peers.items()
+        if isinstance(peers, Mapping)
+        else [(p.name, p.fn or p.why_missing or "not installed") for p in peers]
+    )
+    return rows + [_Row(k, None, False, f) if isinstance(f, str) else _Row(k, f, False) for k, f in pairs]
 
 
-def _settle(most: float = 15.) -> None:
+def _settle(most: float = 15.0) -> None:
     "Wait until this process and its children rest: a loader that reads ahead after its epoch would do so in the next contender's time."
+
     def used() -> float:
-        total = 0.
+        total = 0.0
         for p in (me := psutil.Process(), *me.children(recursive=True)):
             try:
                 total += sum(p.cpu_times()[:2])
-            except psutil.Error:   # it has just ended
+            except psutil.Error:  # it has just ended
                 pass
         return total
-    end = time.monotonic()+most
+
+    end = time.monotonic() + most
     while time.monotonic() < end:
         before = used()
-        time.sleep(.3)
-        if used()-before < .03:
+        time.sleep(0.3)
+        if used() - before < 0.03:
             return
 
 
@@ -164,59 +209,84 @@ def _once(row: _Row, n: int) -> float:
     _settle()
     t0 = time.perf_counter()
     said = row.fn()
-    seconds = time.perf_counter()-t0
-    return said if isinstance(said, float) else n/max(seconds, 1e-9)
+    seconds = time.perf_counter() - t0
+    return said if isinstance(said, float) else n / max(seconds, 1e-9)
 
 
 def _in_parts(live: list[_Row], n: int, parts: int) -> list[float]:
     "One round in which all take turns part by part, each at another part, so that none finds warm what the one before it has just left."
-    seconds = [0.]*len(live)
+    seconds = [0.0] * len(live)
     for part in range(parts):
         for k, row in enumerate(live):
             t0 = time.perf_counter()
-            row.fn((part+k*parts//len(live)) % parts)
-            seconds[k] += time.perf_counter()-t0
-    return [n/max(s, 1e-9) for s in seconds]
+            row.fn((part + k * parts // len(live)) % parts)
+            seconds[k] += time.perf_counter() - t0
+    return [n / max(s, 1e-9) for s in seconds]
 
 
 def compare(
-    id: str,                                                # "BM1"
-    what: str,                                              # one line: what is done
-    ours: Mapping[str, Callable[[], float | None]],         # the first is judged
-    peers: Mapping[str, Callable | str] | Iterable[Peer],   # a string says why one is absent
-    n: int,                                                 # units in one call
-    repeats: int = 5,                                       # rounds after the warm-up
-    unit: str = "photos/s",                                 # of the figures
-    note: str = "",                                         # cache state, sizes, what differs
-    better: str = "higher",                                 # or "lower"
-    quick: bool = False,                                    # judge nothing, keep nothing
-    out: Path = OUT,                                        # folder of <id>.json
-    extra: Mapping[str, Any] | None = None,                 # further measured values for the JSON
-    parts: int = 0,                                         # of a round; then each callable is given a part's number and does that part alone
+    id: str,  # "BM1"
+    what: str,  # one line: what is done
+    ours: Mapping[str, Callable[[], float | None]],  # the first is judged
+    peers: Mapping[str, Callable | str] | Iterable[Peer],  # a string says why one is absent
+    n: int,  # units in one call
+    repeats: int = 5,  # rounds after the warm-up
+    unit: str = "photos/s",  # of the figures
+    note: str = "",  # cache state, sizes, what differs
+    better: str = "higher",  # or "lower"
+    quick: bool = False,  # judge nothing, keep nothing
+    out: Path = OUT,  # folder of <id>.json
+    extra: Mapping[str, Any] | None = None,  # further measured values for the JSON
+    parts: int = 0,  # of a round; then each callable is given a part's number and does that part alone
 ) -> list[str]:
     "Measure, print the table, write the JSON; returns what missed its ratio, in words."
     reach, rows = REQUIRED.get(id, {}), _as_rows(ours, peers)
-    if unknown := sorted(set(reach)-{r.name for r in rows}):
+    if unknown := sorted(set(reach) - {r.name for r in rows}):
         raise ValueError(f"{id} must be measured against {', '.join(unknown)}, and no contender has that name")
     live = [r for r in rows if r.fn]
     turn = (lambda: _in_parts(live, n, parts)) if parts else (lambda: [_once(r, n) for r in live])
     turn()
     gc.collect()
-    gc.freeze()   # what the contenders' libraries keep is not looked through again and again in somebody's time
+    gc.freeze()  # what the contenders' libraries keep is not looked through again and again in somebody's time
     for _ in range(repeats):
         for r, value in zip(live, turn()):
             r.values.append(value)
     first = rows[0].value
     lines, missed = [], []
     for r in rows:
-        ratio = None if r.ours or r.value is None else (first/r.value if better == "higher" else r.value/first)
+        ratio = None if r.ours or r.value is None else (first / r.value if better == "higher" else r.value / first)
         need = reach.get(r.name)
         verdict = "" if ratio is None or need is None else "reached" if ratio >= need else "missed"
         if verdict == "missed" and not quick:
             missed.append(f"{id}: {ratio:.2f}× of {r.name}, {need:g}× required")
-        lines.append(dict(name=r.name, ours=r.ours, value=r.value, low=min(r.values, default=None), high=max(r.values, default=None), ratio=ratio, required=need, verdict=verdict, missing=r.why))
-    record = dict(id=id, what=what, unit=unit, better=better, n=n, repeats=repeats, quick=quick, note=note, rows=lines, missed=missed,
-                  when=datetime.now(timezone.utc).isoformat(timespec="seconds"), machine=machine(), **(extra or {}))
+        lines.append(
+            dict(
+                name=r.name,
+                ours=r.ours,
+                value=r.value,
+                low=min(r.values, default=None),
+                high=max(r.values, default=None),
+                ratio=ratio,
+                required=need,
+                verdict=verdict,
+                missing=r.why,
+            )
+        )
+    record = dict(
+        id=id,
+        what=what,
+        unit=unit,
+        better=better,
+        n=n,
+        repeats=repeats,
+        quick=quick,
+        note=note,
+        rows=lines,
+        missed=missed,
+        when=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        machine=machine(),
+        **(extra or {}),
+    )
     show(record)
     if not quick:
         save(record, out)
@@ -227,24 +297,42 @@ def show(record: Mapping[str, Any]) -> None:
     "The table a person reads."
     from rich.console import Console
     from rich.table import Table
+
     m = record["machine"]
-    t = Table(title=f"{record['id']}: {record['what']}", caption=f"n = {record['n']:,} · median of {record['repeats']} interleaved rounds · {m['cores']} cores, {m['cpu']} · load {m['load']}"+(f" · {record['note']}" if record["note"] else ""))
-    for head, side in (("", "left"), (record["unit"], "right"), ("lowest to highest", "right"), ("ours is", "right"), ("required", "right"), ("", "left")):
+    t = Table(
+        title=f"{record['id']}: {record['what']}",
+        caption=f"n = {record['n']:,} · median of {record['repeats']} interleaved rounds · {m['cores']} cores, {m['cpu']} · load {m['load']}"
+        + (f" · {record['note']}" if record["note"] else ""),
+    )
+    for head, side in (
+        ("", "left"),
+        (record["unit"], "right"),
+        ("lowest to highest", "right"),
+        ("ours is", "right"),
+        ("required", "right"),
+        ("", "left"),
+    ):
         t.add_column(head, justify=side)
     for r in record["rows"]:
         if r["value"] is None:
             t.add_row(r["name"], r["missing"], "", "", f"{r['required']:g}×" if r["required"] else "", "")
             continue
-        t.add_row(("[bold]" if r["ours"] else "")+r["name"], f"{r['value']:,.4g}", f"{r['low']:,.4g} … {r['high']:,.4g}", f"{r['ratio']:.2f}×" if r["ratio"] else "",
-                  f"{r['required']:g}×" if r["required"] else "", "(quick)" if record["quick"] and r["verdict"] else r["verdict"])
+        t.add_row(
+            ("[bold]" if r["ours"] else "") + r["name"],
+            f"{r['value']:,.4g}",
+            f"{r['low']:,.4g} … {r['high']:,.4g}",
+            f"{r['ratio']:.2f}×" if r["ratio"] else "",
+            f"{r['required']:g}×" if r["required"] else "",
+            "(quick)" if record["quick"] and r["verdict"] else r["verdict"],
+        )
     Console(width=None if sys.stdout.isatty() else 150).print(t)
 
 
 def save(record: Mapping[str, Any], out: Path = OUT) -> Path:
     "Write `<id>.json`, whole or not at all, and say where."
     out.mkdir(parents=True, exist_ok=True)
-    path, tmp = out/f"{record['id']}.json", out/f".{record['id']}.{os.getpid()}"
-    tmp.write_text(json.dumps(record, indent=1, ensure_ascii=False)+"\n", encoding="utf-8")
+    path, tmp = out / f"{record['id']}.json", out / f".{record['id']}.{os.getpid()}"
+    tmp.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     tmp.replace(path)
     print(f"kept in {path}", flush=True)
     return path

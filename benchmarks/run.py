@@ -7,6 +7,7 @@
 
 A script that fails is a miss too. Exit status 1 names every miss.
 """
+
 import argparse
 import os
 import subprocess
@@ -20,7 +21,7 @@ HERE = Path(__file__).resolve().parent
 def scripts(wanted: list[str]) -> list[Path]:
     "The scripts of these rows, in the order of their numbers; all where none is named."
     by_id = [(f"BM{int(p.stem[2:4])}", p) for p in sorted(HERE.glob("bm[0-9][0-9]_*.py"))]
-    if unknown := sorted({w.upper() for w in wanted}-{i for i, _ in by_id}):
+    if unknown := sorted({w.upper() for w in wanted} - {i for i, _ in by_id}):
         sys.exit(f"no benchmark {', '.join(unknown)}; there are {', '.join(dict.fromkeys(i for i, _ in by_id))}")
     return [p for i, p in by_id if not wanted or i in {w.upper() for w in wanted}]
 
@@ -35,8 +36,10 @@ def main() -> int:
     o = a.parse_args()
     env, missed = dict(os.environ), []
     if o.peers:
-        env["PYTHONPATH"] = os.pathsep.join(filter(None, [env.get("PYTHONPATH"), str(o.peers.resolve())]))   # behind: a peer must not replace what PillSnap imports
-    more = (["--quick"] if o.quick else [])+(["--out", str(o.out)] if o.out else [])
+        env["PYTHONPATH"] = os.pathsep.join(
+            filter(None, [env.get("PYTHONPATH"), str(o.peers.resolve())])
+        )  # behind: a peer must not replace what PillSnap imports
+    more = (["--quick"] if o.quick else []) + (["--out", str(o.out)] if o.out else [])
     for p in scripts(o.ids):
         t0 = time.perf_counter()
         print(f"\n{p.name}", flush=True)
@@ -46,8 +49,8 @@ def main() -> int:
             print(r.stderr, file=sys.stderr)
             said = [f"{p.name} ended with status {r.returncode}"]
         missed += said
-        print(f"{p.name}: {time.perf_counter()-t0:.0f} s", flush=True)
-    print("\n"+("every required ratio was reached" if not missed else "missed:\n  "+"\n  ".join(missed)))
+        print(f"{p.name}: {time.perf_counter() - t0:.0f} s", flush=True)
+    print("\n" + ("every required ratio was reached" if not missed else "missed:\n  " + "\n  ".join(missed)))
     return 1 if missed else 0
 
 

@@ -2,6 +2,7 @@
 
 Classifier and detector do not need one another: with two GPUs they run at the same time, each in a run folder that has the splits.
 """
+
 import subprocess
 
 from prefect import flow, task

@@ -34,7 +34,12 @@ from .core.logs import StepTimer, TBWriter, build_logger
 from .photos.augmentation import build_transforms_classification, build_transforms_detection
 from .dataset.conversion import discover_detection_data
 from .dataset.datasets import CombinationPillDataset, PillsnapClsDataset, PillsnapDetDataset, SinglePillDataset
-from .dataset.datasets import UserControlledTwoStageDataset, lmdb_converter, safe_collate, safe_collate_detection
+from pillsnap.dataset.datasets import (
+    UserControlledTwoStageDataset,
+    lmdb_converter,
+    safe_collate,
+    safe_collate_detection,
+)
 from .dataset.loaders import autotune_num_workers, build_classification_loaders, build_dataloaders_by_mode
 from .dataset.loaders import build_dataloaders_twostage, preload_stage_data
 from .models.factory import build_classification_model
@@ -70,26 +75,67 @@ diagnose_and_suggest = generate_optimization_suggestions
 
 # %% ../nbs/930_aliases.ipynb #68e98bbd
 def validate_detection(
-    detector:DetectorRunner,  # torch or ONNX
-    photos:Sequence[Path],    # of a split's folder, with their labels beside them
-    conf:float=.001,          # boxes kept: average precision needs the whole curve
-    iou:float=.5,             # overlap above which the weaker box goes
-    max_det:int=100           # most boxes of a photo
-)->dict[str,Any]: # mAP@0.5, mAP@0.5:0.95, precision, recall, and what they rest on
+    detector: DetectorRunner,  # torch or ONNX
+    photos: Sequence[Path],  # of a split's folder, with their labels beside them
+    conf: float = 0.001,  # boxes kept: average precision needs the whole curve
+    iou: float = 0.5,  # overlap above which the weaker box goes
+    max_det: int = 100,  # most boxes of a photo
+) -> dict[str, Any]:  # mAP@0.5, mAP@0.5:0.95, precision, recall, and what they rest on
     "Ask a detector about photos whose boxes are known, and score its answers."
     scored = score_detector(detector, photos, conf, iou, max_det)
     return detection_ap(scored.preds, scored.truth)
 
 # %% ../nbs/930_aliases.ipynb #f9c8cb60
-_all_ = ["load_ckpt", "save_ckpt", "load_config", "cuda_mem_mb", "enable_tf32", "select_amp_dtype", "set_seed",
-    "ensure_dir", "get_git_sha", "read_json", "save_json", "StepTimer", "TBWriter", "build_logger",
-    "build_transforms_classification", "build_transforms_detection", "discover_detection_data", "CombinationPillDataset",
-    "PillsnapClsDataset", "PillsnapDetDataset", "SinglePillDataset", "UserControlledTwoStageDataset", "lmdb_converter",
-    "safe_collate", "safe_collate_detection", "autotune_num_workers", "build_dataloaders_by_mode",
-    "build_dataloaders_twostage", "preload_stage_data", "build_classification_model", "build_criterion",
-    "build_criterion_detection", "compute_class_weights", "build_yolo_model", "early_stopping",
-    "train_classification_stage", "train_detection_stage", "build_optimizer", "build_scheduler",
-    "validate_classification", "auto_find_batch_size", "oom_recovery_state_machine", "apply_stage_overrides",
-    "enable_large_dataset_optimizations", "enable_small_dataset_optimizations", "evaluate_and_recommend",
-    "get_stage_config", "get_stage_target", "final_test_evaluation", "simple_stage_evaluation",
-    "evaluate_classification_metrics"]
+_all_ = [
+    "load_ckpt",
+    "save_ckpt",
+    "load_config",
+    "cuda_mem_mb",
+    "enable_tf32",
+    "select_amp_dtype",
+    "set_seed",
+    "ensure_dir",
+    "get_git_sha",
+    "read_json",
+    "save_json",
+    "StepTimer",
+    "TBWriter",
+    "build_logger",
+    "build_transforms_classification",
+    "build_transforms_detection",
+    "discover_detection_data",
+    "CombinationPillDataset",
+    "PillsnapClsDataset",
+    "PillsnapDetDataset",
+    "SinglePillDataset",
+    "UserControlledTwoStageDataset",
+    "lmdb_converter",
+    "safe_collate",
+    "safe_collate_detection",
+    "autotune_num_workers",
+    "build_dataloaders_by_mode",
+    "build_dataloaders_twostage",
+    "preload_stage_data",
+    "build_classification_model",
+    "build_criterion",
+    "build_criterion_detection",
+    "compute_class_weights",
+    "build_yolo_model",
+    "early_stopping",
+    "train_classification_stage",
+    "train_detection_stage",
+    "build_optimizer",
+    "build_scheduler",
+    "validate_classification",
+    "auto_find_batch_size",
+    "oom_recovery_state_machine",
+    "apply_stage_overrides",
+    "enable_large_dataset_optimizations",
+    "enable_small_dataset_optimizations",
+    "evaluate_and_recommend",
+    "get_stage_config",
+    "get_stage_target",
+    "final_test_evaluation",
+    "simple_stage_evaluation",
+    "evaluate_classification_metrics",
+]

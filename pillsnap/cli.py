@@ -22,351 +22,534 @@ from .core.errors import PillsnapError
 from .core.jobs import Stage, run_pipeline
 
 # %% ../nbs/920_cli.ipynb #a81977f8
-PIPELINE:tuple[Stage,...] = (
+PIPELINE: tuple[Stage, ...] = (
     Stage("conversion", "dataset/400_conversion", "pillsnap.dataset.conversion:ConversionJob"),
     Stage("splits", "dataset/460_splits", "pillsnap.dataset.splits:SplitsJob"),
     Stage("classifier", "training/640_classifier", "pillsnap.training.classifier:ClassifierJob", strategy="sequential"),
-    Stage("detector", "training/650_detector", "pillsnap.training.detector:DetectorJob", "combo_detection", "sequential"),
-    Stage("interleaved", "training/660_interleaved", "pillsnap.training.interleaved:InterleavedJob", "combo_detection", "interleaved"),
+    Stage(
+        "detector", "training/650_detector", "pillsnap.training.detector:DetectorJob", "combo_detection", "sequential"
+    ),
+    Stage(
+        "interleaved",
+        "training/660_interleaved",
+        "pillsnap.training.interleaved:InterleavedJob",
+        "combo_detection",
+        "interleaved",
+    ),
     Stage("evaluation", "evaluation/770_evaluation", "pillsnap.evaluation.evaluation:EvaluationJob"),
     Stage("export", "deployment/810_export", "pillsnap.deployment.export:ExportJob"),
 )
 
-ASIDE:tuple[Stage,...] = (   # run by name; no other stage waits for them
+ASIDE: tuple[Stage, ...] = (  # run by name; no other stage waits for them
     Stage("audit", "dataset/440_audit", "pillsnap.dataset.audit:AuditJob"),
     Stage("retrieval", "training/670_retrieval", "pillsnap.training.retrieval:RetrievalJob"),
     Stage("segmentation", "training/680_segmentation", "pillsnap.training.segmentation:SegmentationJob"),
 )
 
+
 def pipeline_of(
-    cfg:Config # data.task, project.family, paths.root
-)->tuple[Stage,...]: # in order
+    cfg: Config,  # data.task, project.family, paths.root
+) -> tuple[Stage, ...]:  # in order
     "What `run all` runs for a task and a family; a folder of classes needs no conversion (SPEC SP9)."
-    if cfg.data.task == "segmentation": return tuple(s for s in ASIDE if s.name == "segmentation")
-    if cfg.project.family != "retrieval": return PIPELINE
-    delivery = cfg.data.source == "synthetic" or (Path(cfg.paths.root)/"data"/"train").is_dir()
-    return tuple(s for s in PIPELINE+ASIDE if s.name in ("splits", "retrieval") or s.name == "conversion" and delivery)
+    if cfg.data.task == "segmentation":
+        return tuple(s for s in ASIDE if s.name == "segmentation")
+    if cfg.project.family != "retrieval":
+        return PIPELINE
+    delivery = cfg.data.source == "synthetic" or (Path(cfg.paths.root) / "data" / "train").is_dir()
+    return tuple(
+        s for s in PIPELINE + ASIDE if s.name in ("splits", "retrieval") or s.name == "conversion" and delivery
+    )
 
 # %% ../nbs/920_cli.ipynb #f881d918
-app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False,
-    help="Turn Korea's AI Hub oral-drug photos into a pill identifier. `pillsnap run all` in an empty folder runs the whole demo on synthetic pills.")
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Turn Korea's AI Hub oral-drug photos into a pill identifier. `pillsnap run all` in an empty folder runs the whole demo on synthetic pills.",
+)
 
-Overrides = Annotated[Optional[list[str]], typer.Argument(help="dotted overrides, for example train.seed=7", metavar="[KEY=VALUE]...")]
-ConfigOption = Annotated[str, typer.Option("--config", "--cfg", "-c", help=f"a preset ({', '.join(preset_names())}) or a YAML file")]
-RunConfig = Annotated[str, typer.Option("--config", "--cfg", "-c", help=f"a preset ({', '.join(preset_names())}) or a YAML file; default: the run folder's own settings, or demo")]
-RunDir = Annotated[Optional[Path], typer.Option("--run-dir", "--run", help="the run folder; default: the configuration's paths.exp_dir")]
+Overrides = Annotated[
+    Optional[list[str]], typer.Argument(help="dotted overrides, for example train.seed=7", metavar="[KEY=VALUE]...")
+]
+ConfigOption = Annotated[
+    str, typer.Option("--config", "--cfg", "-c", help=f"a preset ({', '.join(preset_names())}) or a YAML file")
+]
+RunConfig = Annotated[
+    str,
+    typer.Option(
+        "--config",
+        "--cfg",
+        "-c",
+        help=f"a preset ({', '.join(preset_names())}) or a YAML file; default: the run folder's own settings, or demo",
+    ),
+]
+RunDir = Annotated[
+    Optional[Path],
+    typer.Option("--run-dir", "--run", help="the run folder; default: the configuration's paths.exp_dir"),
+]
 
 # %% ../nbs/920_cli.ipynb #0d9d641b
 @app.command(epilog="Example: `pillsnap run all --config two_stage paths.root=./data`")
 def run(
-    stage:Annotated[str, typer.Argument(help="conversion | splits | classifier | detector | interleaved | evaluation | export | all; aside: audit, retrieval, segmentation")],
-    overrides:Overrides=None,
-    config:RunConfig="",
-    run_dir:RunDir=None,
-    from_:Annotated[Optional[str], typer.Option("--from", help="begin at this stage")]=None,
-    only:Annotated[Optional[str], typer.Option("--only", help="run this stage alone")]=None,
-    force:Annotated[bool, typer.Option("--force", help="run again what is up to date, also with changed settings")]=False,
-    fresh:Annotated[bool, typer.Option("--fresh", help="begin a new folder beside the old one")]=False,
-    param:Annotated[Optional[list[str]], typer.Option("--param", "-p", help="a further parameter of a single stage's notebook, NAME=VALUE")]=None,
-)->None:
+    stage: Annotated[
+        str,
+        typer.Argument(
+            help="conversion | splits | classifier | detector | interleaved | evaluation | export | all; aside: audit, retrieval, segmentation"
+        ),
+    ],
+    overrides: Overrides = None,
+    config: RunConfig = "",
+    run_dir: RunDir = None,
+    from_: Annotated[Optional[str], typer.Option("--from", help="begin at this stage")] = None,
+    only: Annotated[Optional[str], typer.Option("--only", help="run this stage alone")] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="run again what is up to date, also with changed settings")
+    ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="begin a new folder beside the old one")] = False,
+    param: Annotated[
+        Optional[list[str]],
+        typer.Option("--param", "-p", help="a further parameter of a single stage's notebook, NAME=VALUE"),
+    ] = None,
+) -> None:
     "Run stage notebooks through papermill; what is up to date is not run again."
     import yaml
+
     single = only or (stage if stage != "all" else None)
-    if param and not single: raise PillsnapError("--param belongs to one stage", fix="name the stage, for example: pillsnap run evaluation -p user_choice=1")
+    if param and not single:
+        raise PillsnapError(
+            "--param belongs to one stage", fix="name the stage, for example: pillsnap run evaluation -p user_choice=1"
+        )
     for p in param or []:
-        if "=" not in p: raise PillsnapError(f"--param {p!r} has no value", where="--param", fix=f"write {p}=VALUE, without a space")
+        if "=" not in p:
+            raise PillsnapError(f"--param {p!r} has no value", where="--param", fix=f"write {p}=VALUE, without a space")
     config = own_config(config, run_dir)
-    params = {k: yaml.safe_load(v) for k,_,v in (p.partition("=") for p in param or [])}
-    run_pipeline(PIPELINE + ASIDE if single else pipeline_of(load_config(config, overrides or [])), config, overrides or [], run_dir, single, from_, force, fresh, params)
+    params = {k: yaml.safe_load(v) for k, _, v in (p.partition("=") for p in param or [])}
+    run_pipeline(
+        PIPELINE + ASIDE if single else pipeline_of(load_config(config, overrides or [])),
+        config,
+        overrides or [],
+        run_dir,
+        single,
+        from_,
+        force,
+        fresh,
+        params,
+    )
     exp = run_dir or Path(load_config(config, overrides or []).paths.exp_dir)
-    if not single: print(where_to_look(exp))
+    if not single:
+        print(where_to_look(exp))
 
 # %% ../nbs/920_cli.ipynb #1246104f
 @app.command(epilog="Example: `pillsnap distributed classifier --run-dir RUN --processes 2`")
 def distributed(
-    stage:Annotated[str, typer.Argument(help="classifier | detector (GPUs only)")],
-    overrides:Overrides=None,
-    run_dir:Annotated[Path, typer.Option("--run-dir", "--run", help="the run folder, converted and split")]=Path("_runs/two_stage"),
-    config:Annotated[str, typer.Option("--config", "--cfg", "-c", help="a preset or a YAML file; default: the folder's own")]="",
-    processes:Annotated[int, typer.Option(help="how many; 0 = one per GPU, two without", min=0)]=0,
-)->None:
+    stage: Annotated[str, typer.Argument(help="classifier | detector (GPUs only)")],
+    overrides: Overrides = None,
+    run_dir: Annotated[Path, typer.Option("--run-dir", "--run", help="the run folder, converted and split")] = Path(
+        "_runs/two_stage"
+    ),
+    config: Annotated[
+        str, typer.Option("--config", "--cfg", "-c", help="a preset or a YAML file; default: the folder's own")
+    ] = "",
+    processes: Annotated[int, typer.Option(help="how many; 0 = one per GPU, two without", min=0)] = 0,
+) -> None:
     "Train a stage in several processes; also what `accelerate launch -m pillsnap distributed …` runs in each."
     from pillsnap.training.distributed import distributed_command
-    if not config: run_config(run_dir)   # told here, once, and not by every process
+
+    if not config:
+        run_config(run_dir)  # told here, once, and not by every process
     distributed_command(stage, run_dir, processes, config, overrides or [])
 
 # %% ../nbs/920_cli.ipynb #fa4ed019
 def own_config(
-    config:str,          # what was asked for; "" = nothing
-    run_dir:Path|None    # the run folder
-)->str:                  # a preset or a YAML file
+    config: str,  # what was asked for; "" = nothing
+    run_dir: Path | None,  # the run folder
+) -> str:  # a preset or a YAML file
     "The settings of a run: those asked for, else the folder's own, else the demo's."
-    own = Path(run_dir or "")/"config.yaml"
+    own = Path(run_dir or "") / "config.yaml"
     return config or (str(own) if run_dir and own.is_file() else "demo")
 
 # %% ../nbs/920_cli.ipynb #0765adbe
 def run_config(
-    run_dir:Path # said to be a run folder
-)->Path:         # its config.yaml
+    run_dir: Path,  # said to be a run folder
+) -> Path:  # its config.yaml
     "The settings a run was made with."
-    own = Path(run_dir)/"config.yaml"
-    if own.is_file(): return own
-    raise PillsnapError("this is no run folder: it has no config.yaml" if Path(run_dir).is_dir() else "there is no run folder here", where=run_dir, fix="name a folder that `pillsnap run` has made, with --run")
+    own = Path(run_dir) / "config.yaml"
+    if own.is_file():
+        return own
+    raise PillsnapError(
+        "this is no run folder: it has no config.yaml" if Path(run_dir).is_dir() else "there is no run folder here",
+        where=run_dir,
+        fix="name a folder that `pillsnap run` has made, with --run",
+    )
 
 # %% ../nbs/920_cli.ipynb #f930944d
 def where_to_look(
-    run_dir:Path # a run folder
-)->str: # the scorecard, and where the rest lies
+    run_dir: Path,  # a run folder
+) -> str:  # the scorecard, and where the rest lies
     "What a finished run left."
-    card = Path(run_dir)/"reports"/"scorecard.md"
+    card = Path(run_dir) / "reports" / "scorecard.md"
     lines = [card.read_text(encoding="utf-8").rstrip()] if card.exists() else []
-    lines += ["", f"scorecard    {card}", f"notebooks    {Path(run_dir)/'notebooks'}/", f"models       {Path(run_dir)/'export'}/",
-              f"TensorBoard  tensorboard --logdir {Path(run_dir)/'tb'}"]
+    lines += [
+        "",
+        f"scorecard    {card}",
+        f"notebooks    {Path(run_dir) / 'notebooks'}/",
+        f"models       {Path(run_dir) / 'export'}/",
+        f"TensorBoard  tensorboard --logdir {Path(run_dir) / 'tb'}",
+    ]
     return "\n".join(lines)
 
 # %% ../nbs/920_cli.ipynb #33dd146c
 @app.command(epilog="Example: `pillsnap synth --out OUT --drugs 4 --photos 6 --width 488 --height 640`")
 def synth(
-    out:Annotated[Path, typer.Option("--out", help="folder of the new delivery")],
-    drugs:Annotated[int, typer.Option(help="drugs in Training", min=1)]=12,
-    photos:Annotated[int, typer.Option(help="single photos a drug", min=1)]=72,
-    combos:Annotated[Optional[int], typer.Option(help="combinations, three photos each; default: 40, or as many as the drugs give", min=0)]=None,
-    seed:Annotated[int, typer.Option(help="same seed, same bytes")]=42,
-    faults:Annotated[bool, typer.Option("--faults", help="plant the faults of real deliveries, with a ledger")]=False,
-    zip_parts:Annotated[bool, typer.Option("--zip", help="write archives with the Korean names")]=False,
-    val_drugs:Annotated[str, typer.Option(help="drugs of the Validation tree: new | same")]="new",
-    width:Annotated[int, typer.Option(help="of a photo, pixels")]=976,
-    height:Annotated[int, typer.Option(help="of a photo, pixels")]=1280,
-    domain:Annotated[str, typer.Option(help="studio | phone")]="studio",
-    workers:Annotated[Optional[int], typer.Option(help="processes; default: the CPU count", min=1)]=None,
-    labels_only:Annotated[bool, typer.Option("--labels-only", help="annotations without photos, to try a large delivery")]=False,
-)->None:
+    out: Annotated[Path, typer.Option("--out", help="folder of the new delivery")],
+    drugs: Annotated[int, typer.Option(help="drugs in Training", min=1)] = 12,
+    photos: Annotated[int, typer.Option(help="single photos a drug", min=1)] = 72,
+    combos: Annotated[
+        Optional[int],
+        typer.Option(help="combinations, three photos each; default: 40, or as many as the drugs give", min=0),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="same seed, same bytes")] = 42,
+    faults: Annotated[
+        bool, typer.Option("--faults", help="plant the faults of real deliveries, with a ledger")
+    ] = False,
+    zip_parts: Annotated[bool, typer.Option("--zip", help="write archives with the Korean names")] = False,
+    val_drugs: Annotated[str, typer.Option(help="drugs of the Validation tree: new | same")] = "new",
+    width: Annotated[int, typer.Option(help="of a photo, pixels")] = 976,
+    height: Annotated[int, typer.Option(help="of a photo, pixels")] = 1280,
+    domain: Annotated[str, typer.Option(help="studio | phone")] = "studio",
+    workers: Annotated[Optional[int], typer.Option(help="processes; default: the CPU count", min=1)] = None,
+    labels_only: Annotated[
+        bool, typer.Option("--labels-only", help="annotations without photos, to try a large delivery")
+    ] = False,
+) -> None:
     "Render a synthetic delivery in AI Hub's format."
     from pillsnap.synth.writer import synth_command
-    synth_command(out=out, drugs=drugs, photos=photos, combos=combos, seed=seed, faults=faults, zip_parts=zip_parts, val_drugs=val_drugs,
-                  width=width, height=height, domain=domain, workers=workers, labels_only=labels_only)
+
+    synth_command(
+        out=out,
+        drugs=drugs,
+        photos=photos,
+        combos=combos,
+        seed=seed,
+        faults=faults,
+        zip_parts=zip_parts,
+        val_drugs=val_drugs,
+        width=width,
+        height=height,
+        domain=domain,
+        workers=workers,
+        labels_only=labels_only,
+    )
 
 # %% ../nbs/920_cli.ipynb #dc6a234b
 @app.command(epilog="Example: `pillsnap pack --run RUN --estimate`")
 def pack(
-    run_dir:Annotated[Path, typer.Option("--run", "--run-dir", help="a run folder with splits")]=Path("_runs/demo"),
-    stage:Annotated[Optional[int], typer.Option(help="0-4; default: the run's current stage", min=0, max=4)]=None,
-    codec:Annotated[Optional[str], typer.Option(help="jpeg | raw; default: the run's pack.codec")]=None,
-    estimate:Annotated[bool, typer.Option("--estimate", help="say its size and time, and stop")]=False,
-    workers:Annotated[Optional[int], typer.Option(help="processes; default: the CPU count", min=1)]=None,
-)->None:
+    run_dir: Annotated[Path, typer.Option("--run", "--run-dir", help="a run folder with splits")] = Path("_runs/demo"),
+    stage: Annotated[Optional[int], typer.Option(help="0-4; default: the run's current stage", min=0, max=4)] = None,
+    codec: Annotated[Optional[str], typer.Option(help="jpeg | raw; default: the run's pack.codec")] = None,
+    estimate: Annotated[bool, typer.Option("--estimate", help="say its size and time, and stop")] = False,
+    workers: Annotated[Optional[int], typer.Option(help="processes; default: the CPU count", min=1)] = None,
+) -> None:
     "Open a stage's photos once and keep them small, in a few checked files; goes on where it was interrupted."
     from pillsnap.photos.pack import pack_command
     from pillsnap.dataset.splits import load_stage
+
     cfg = load_config(run_config(run_dir), [f"pack.codec={codec}"] if codec else [])
     n = cfg.data.progressive_validation.current_stage if stage is None else stage
     pack_command(load_stage(run_dir, n), run_dir, cfg, estimate, workers)
 
 # %% ../nbs/920_cli.ipynb #b2dde3aa
-@app.command(epilog="Example: `pillsnap plan --root ./data --gpu \"RTX 5080\" --seconds 10`")
+@app.command(epilog='Example: `pillsnap plan --root ./data --gpu "RTX 5080" --seconds 10`')
 def plan(
-    root:Annotated[Optional[Path], typer.Option("--root", help="a delivery to measure on; without it pills are rendered")]=None,
-    run_dir:Annotated[Optional[Path], typer.Option("--run", "--run-dir", help="a run folder: its manifest, its configuration, its disk")]=None,
-    gpu:Annotated[Optional[str], typer.Option(help="name of the GPU, for a declared rate")]=None,
-    gpu_rate:Annotated[Optional[float], typer.Option(help="photos a second that the GPU trains, if you know it", min=0.1)]=None,
-    seconds:Annotated[float, typer.Option(help="for the measurements, with all that they need; the networks' memory is counted after that", min=0.2, max=60)]=20.,
-    config:ConfigOption="two_stage",
-)->None:
+    root: Annotated[
+        Optional[Path], typer.Option("--root", help="a delivery to measure on; without it pills are rendered")
+    ] = None,
+    run_dir: Annotated[
+        Optional[Path],
+        typer.Option("--run", "--run-dir", help="a run folder: its manifest, its configuration, its disk"),
+    ] = None,
+    gpu: Annotated[Optional[str], typer.Option(help="name of the GPU, for a declared rate")] = None,
+    gpu_rate: Annotated[
+        Optional[float], typer.Option(help="photos a second that the GPU trains, if you know it", min=0.1)
+    ] = None,
+    seconds: Annotated[
+        float,
+        typer.Option(
+            help="for the measurements, with all that they need; the networks' memory is counted after that",
+            min=0.2,
+            max=60,
+        ),
+    ] = 20.0,
+    config: ConfigOption = "two_stage",
+) -> None:
     "Measure this machine and say what stages 1 to 4 will take: disk, memory, packing, hours per epoch."
     from pillsnap.planner import plan_command
+
     plan_command(root, run_dir, gpu, gpu_rate, config, seconds, networks)
 
+
 def networks(
-    cfg:object # the configuration
-)->dict: # name → what builds it for so many drugs
+    cfg: object,  # the configuration
+) -> dict:  # name → what builds it for so many drugs
     "What a run would train, untrained; without ultralytics, the classifier alone."
     from pillsnap.models.factory import build_classification_model
     from pillsnap.models.yolo import build_yolo_model, load_ultralytics
+
     quiet, c = logging.getLogger("pillsnap.plan"), cfg.train.classification
     own = {"classifier": lambda drugs: build_classification_model(c.backbone, drugs, pretrained=False, log=quiet)}
-    try: load_ultralytics()
-    except (ImportError, PillsnapError): return own
+    try:
+        load_ultralytics()
+    except (ImportError, PillsnapError):
+        return own
     return own | {"detector": lambda drugs: build_yolo_model(cfg.train.detection.model)}
 
 # %% ../nbs/920_cli.ipynb #15f9ff85
 @app.command(epilog="Example: `pillsnap doctor .`")
 def doctor(
-    folder:Annotated[Path, typer.Argument(help="where runs will be written")]=Path("."),
-)->None:
+    folder: Annotated[Path, typer.Argument(help="where runs will be written")] = Path("."),
+) -> None:
     "Look at this machine and say what would stop or slow a run, and what to do; exit status 1 if something would stop it."
     from pillsnap.doctor import doctor_command
-    if not folder.is_dir(): raise PillsnapError("there is no such folder", where=folder, fix="name the folder that runs will be written in, or one above it")
-    if not doctor_command(folder): raise typer.Exit(1)
+
+    if not folder.is_dir():
+        raise PillsnapError(
+            "there is no such folder", where=folder, fix="name the folder that runs will be written in, or one above it"
+        )
+    if not doctor_command(folder):
+        raise typer.Exit(1)
 
 # %% ../nbs/920_cli.ipynb #459201aa
 @app.command(epilog="Example: `pillsnap audit --labels ./data --json audit.json`")
 def audit(
-    labels:Annotated[Path, typer.Option("--labels", help="folder of annotation JSONs")],
-    images:Annotated[Optional[Path], typer.Option("--images", help="folder of photos, if there is one")]=None,
-    json_out:Annotated[Optional[Path], typer.Option("--json", help="write the counts here")]=None,
-)->None:
+    labels: Annotated[Path, typer.Option("--labels", help="folder of annotation JSONs")],
+    images: Annotated[Optional[Path], typer.Option("--images", help="folder of photos, if there is one")] = None,
+    json_out: Annotated[Optional[Path], typer.Option("--json", help="write the counts here")] = None,
+) -> None:
     "Count what is wrong with a tree of annotations."
     from pillsnap.delivery.truth import audit_command
+
     audit_command(labels, images, json_out)
+
 
 @app.command(epilog="Example: `pillsnap index ./data --out labels.arrow`")
 def index(
-    labels:Annotated[Path, typer.Argument(help="a delivery, or a folder of annotation JSONs")],
-    out:Annotated[Path, typer.Option("--out", help="the index to write, NAME.arrow")],
-    workers:Annotated[Optional[int], typer.Option(help="processes; default: the CPU count", min=1)]=None,
-    yolo:Annotated[Optional[Path], typer.Option("--yolo", help="also lay it out for a YOLO detector in this folder")]=None,
-)->None:
+    labels: Annotated[Path, typer.Argument(help="a delivery, or a folder of annotation JSONs")],
+    out: Annotated[Path, typer.Option("--out", help="the index to write, NAME.arrow")],
+    workers: Annotated[Optional[int], typer.Option(help="processes; default: the CPU count", min=1)] = None,
+    yolo: Annotated[
+        Optional[Path], typer.Option("--yolo", help="also lay it out for a YOLO detector in this folder")
+    ] = None,
+) -> None:
     "Turn a tree of annotations into one index file; photos are not needed."
     from pillsnap.dataset.conversion import index_command
+
     index_command(labels, out, workers, yolo)
+
 
 @app.command(epilog="Example: `pillsnap extract ./data`")
 def extract(
-    src:Annotated[Path, typer.Argument(help="a folder with AI Hub's archives, at any depth")],
-    out:Annotated[Optional[Path], typer.Option("--out", help="the delivery's root; default: the same folder")]=None,
-    workers:Annotated[Optional[int], typer.Option(help="archives at once; default: the CPU count", min=1)]=None,
-)->None:
+    src: Annotated[Path, typer.Argument(help="a folder with AI Hub's archives, at any depth")],
+    out: Annotated[Optional[Path], typer.Option("--out", help="the delivery's root; default: the same folder")] = None,
+    workers: Annotated[Optional[int], typer.Option(help="archives at once; default: the CPU count", min=1)] = None,
+) -> None:
     "Unpack a zipped delivery into the English tree; what is there already is left alone."
     from pillsnap.delivery.aihub import extract_command
+
     extract_command(src, out, workers)
 
 # %% ../nbs/920_cli.ipynb #d3557eec
 @app.command(epilog="Example: `pillsnap triage RUN`")
 def triage(
-    run_dir:Annotated[Path, typer.Argument(metavar="RUN", help="a run folder whose conversion has run")],
-    who:Annotated[str, typer.Option("--who", help="written beside every decision; default: whoever is logged in")]="",
-    lab:Annotated[bool, typer.Option("--lab/--no-lab", help="open JupyterLab, where a terminal is attached")]=True,
-)->None:
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder whose conversion has run")],
+    who: Annotated[
+        str, typer.Option("--who", help="written beside every decision; default: whoever is logged in")
+    ] = "",
+    lab: Annotated[bool, typer.Option("--lab/--no-lab", help="open JupyterLab, where a terminal is attached")] = True,
+) -> None:
     "Open a page to go through doubtful labels: keep, drop or relabel; the delivery stays as it is."
     from pillsnap.dataset.triage import triage_command
+
     triage_command(run_dir, who, lab)
 
 # %% ../nbs/920_cli.ipynb #9d4eb9b6
 @app.command(epilog="Example: `pillsnap predict photo.png --mode combo --run RUN --json`")
 def predict(
-    photo:Annotated[Path, typer.Argument(help="a photo")],
-    run_dir:Annotated[Path, typer.Option("--run", "--run-dir", help="a run folder with export/")]=Path("_runs/demo"),
-    mode:Annotated[Optional[str], typer.Option(help="single: the whole photo is one pill; combo: find the pills first; "
-        "default: data.default_mode of the run")]=None,
-    json_out:Annotated[bool, typer.Option("--json", help="print JSON instead of the card")]=False,
-    topk:Annotated[Optional[int], typer.Option(help="drugs listed; default: inference.top_k of the run", min=1)]=None,
-)->None:
+    photo: Annotated[Path, typer.Argument(help="a photo")],
+    run_dir: Annotated[Path, typer.Option("--run", "--run-dir", help="a run folder with export/")] = Path("_runs/demo"),
+    mode: Annotated[
+        Optional[str],
+        typer.Option(
+            help="single: the whole photo is one pill; combo: find the pills first; "
+            "default: data.default_mode of the run"
+        ),
+    ] = None,
+    json_out: Annotated[bool, typer.Option("--json", help="print JSON instead of the card")] = False,
+    topk: Annotated[
+        Optional[int], typer.Option(help="drugs listed; default: inference.top_k of the run", min=1)
+    ] = None,
+) -> None:
     "Name the pill in a photo, from the ONNX files alone."
     from pillsnap.deployment.runtime import predict_command
+
     predict_command(photo, mode, run_dir, json_out, topk)
 
 # %% ../nbs/920_cli.ipynb #cc439d1f
-@app.command("train-stage", epilog="Example: `pillsnap train-stage --manifest RUN/artifacts/stage1/manifest_train.csv --epochs 10`")
+@app.command(
+    "train-stage",
+    epilog="Example: `pillsnap train-stage --manifest RUN/artifacts/stage1/manifest_train.csv --epochs 10`",
+)
 def train_stage(
-    manifest:Annotated[Path, typer.Option("--manifest", help="a stage's manifest: RUN/artifacts/stageN/manifest_train.csv")],
-    overrides:Overrides=None,
-    num_classes:Annotated[Optional[int], typer.Option("--num-classes", help="drugs you expect; shown beside the class map's number and never used", min=1)]=None,
-    target_accuracy:Annotated[Optional[float], typer.Option("--target-accuracy", help="what the end is measured against, 0-1", min=0, max=1)]=None,
-    epochs:Annotated[Optional[int], typer.Option("--epochs", help="in total, also on resume", min=1)]=None,
-    batch_size:Annotated[Optional[int], typer.Option("--batch-size", help="photos per step; rules over the stage's own", min=1)]=None,
-    force:Annotated[bool, typer.Option("--force", help="also where it was trained with other settings")]=False,
-)->None:
+    manifest: Annotated[
+        Path, typer.Option("--manifest", help="a stage's manifest: RUN/artifacts/stageN/manifest_train.csv")
+    ],
+    overrides: Overrides = None,
+    num_classes: Annotated[
+        Optional[int],
+        typer.Option(
+            "--num-classes", help="drugs you expect; shown beside the class map's number and never used", min=1
+        ),
+    ] = None,
+    target_accuracy: Annotated[
+        Optional[float], typer.Option("--target-accuracy", help="what the end is measured against, 0-1", min=0, max=1)
+    ] = None,
+    epochs: Annotated[Optional[int], typer.Option("--epochs", help="in total, also on resume", min=1)] = None,
+    batch_size: Annotated[
+        Optional[int], typer.Option("--batch-size", help="photos per step; rules over the stage's own", min=1)
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="also where it was trained with other settings")] = False,
+) -> None:
     "Train the classifier of one stage, from its manifest; the same job as `pillsnap run classifier`."
     from pillsnap.training.presets import against_target, manifest_stage, stage_request
+
     root, stage = manifest_stage(manifest)
     wanted = [*stage_request(stage, num_classes, target_accuracy, epochs, batch_size), *(overrides or [])]
-    rec, = run_pipeline(PIPELINE, str(root/"config.yaml"), wanted, root, "classifier", force=force)
-    print(against_target(rec, load_config(str(root/"config.yaml"), wanted).data.progressive_validation.stage(stage).target_accuracy))
+    (rec,) = run_pipeline(PIPELINE, str(root / "config.yaml"), wanted, root, "classifier", force=force)
+    print(
+        against_target(
+            rec, load_config(str(root / "config.yaml"), wanted).data.progressive_validation.stage(stage).target_accuracy
+        )
+    )
 
 # %% ../nbs/920_cli.ipynb #85d64967
-@app.command("final-test", epilog="Example: `pillsnap final-test --run-dir RUN --reason \"stage 4 is accepted\" --confirm RUN_ID`")
+@app.command(
+    "final-test", epilog='Example: `pillsnap final-test --run-dir RUN --reason "stage 4 is accepted" --confirm RUN_ID`'
+)
 def final_test(
-    run_dir:Annotated[Path, typer.Option("--run-dir", "--run", help="the run folder")]=Path("_runs/two_stage"),
-    reason:Annotated[str, typer.Option(help="why the sealed test is opened")]="",
-    confirm:Annotated[str, typer.Option(help="the run's id, typed out")]="",
-    unseal:Annotated[bool, typer.Option("--unseal", help="open it again; recorded in the ledger")]=False,
-)->None:
+    run_dir: Annotated[Path, typer.Option("--run-dir", "--run", help="the run folder")] = Path("_runs/two_stage"),
+    reason: Annotated[str, typer.Option(help="why the sealed test is opened")] = "",
+    confirm: Annotated[str, typer.Option(help="the run's id, typed out")] = "",
+    unseal: Annotated[bool, typer.Option("--unseal", help="open it again; recorded in the ledger")] = False,
+) -> None:
     """
     Score the sealed photos, once, and write reports/final_test_results.json.
 
     Needs stage 4 done, or a decision by `pillsnap decide`. "open" is written to ledger.jsonl before the first photo is read. Photos of drugs that Training does not hold are not scored by this version, so the recommendation is NEEDS_IMPROVEMENT.
     """
     from pillsnap.evaluation.final import final_test_command
+
     final_test_command(run_dir, reason=reason, confirm=confirm, unseal=unseal)
+
 
 @app.command(epilog="Example: `pillsnap choose 1 --run-dir RUN`")
 def choose(
-    choice:Annotated[str, typer.Argument(help="an option's number or name, as the advisor printed it")],
-    run_dir:Annotated[Path, typer.Option("--run-dir", "--run", help="the run folder")]=Path("_runs/demo"),
-)->None:
+    choice: Annotated[str, typer.Argument(help="an option's number or name, as the advisor printed it")],
+    run_dir: Annotated[Path, typer.Option("--run-dir", "--run", help="the run folder")] = Path("_runs/demo"),
+) -> None:
     "Record which of the advisor's options you take; it starts nothing."
     from pillsnap.evaluation.menu import record_choice
+
     rec = record_choice(run_dir, choice, via="console")
     print(f"recorded in {run_dir}/reports/advisor.json: {rec['user_choice']}")
 
+
 @app.command("config", epilog="Example: `pillsnap config --config two_stage train.seed=7`")
 def show_config(
-    overrides:Overrides=None,
-    config:ConfigOption="demo",
-)->None:
+    overrides: Overrides = None,
+    config: ConfigOption = "demo",
+) -> None:
     "Print every key, its value and its meaning."
-    for k,v,doc in explain(cfg := load_config(config, overrides or [])): print(f"{k} = {v!r}  # {doc}")
-    for n in cfg.notes: print(f"note: {n}")
+    for k, v, doc in explain(cfg := load_config(config, overrides or [])):
+        print(f"{k} = {v!r}  # {doc}")
+    for n in cfg.notes:
+        print(f"note: {n}")
 
 # %% ../nbs/920_cli.ipynb #4b45a65d
 @app.command(epilog="Example: `pillsnap evaluate --run-dir RUN --split val`")
 def evaluate(
-    run_dir:Annotated[Path, typer.Option("--run-dir", "--run", help="the run folder")]=Path("_runs/demo"),
-    split:Annotated[str, typer.Option(help="val | test; test is opened once, through the ledger")]="val",
-    checkpoint:Annotated[Optional[Path], typer.Option(help="a classifier or retrieval checkpoint; default: the run's best.pt")]=None,
-    reason:Annotated[str, typer.Option(help="test only: why it is opened")]="",
-    confirm:Annotated[str, typer.Option(help="test only: the run's id, typed out")]="",
-    unseal:Annotated[bool, typer.Option("--unseal", help="test only: open it again; recorded in the ledger")]=False,
-)->None:
+    run_dir: Annotated[Path, typer.Option("--run-dir", "--run", help="the run folder")] = Path("_runs/demo"),
+    split: Annotated[str, typer.Option(help="val | test; test is opened once, through the ledger")] = "val",
+    checkpoint: Annotated[
+        Optional[Path], typer.Option(help="a classifier or retrieval checkpoint; default: the run's best.pt")
+    ] = None,
+    reason: Annotated[str, typer.Option(help="test only: why it is opened")] = "",
+    confirm: Annotated[str, typer.Option(help="test only: the run's id, typed out")] = "",
+    unseal: Annotated[bool, typer.Option("--unseal", help="test only: open it again; recorded in the ledger")] = False,
+) -> None:
     """
     Score one part of a run's split and write reports/evaluate_SPLIT.json.
 
     A retrieval model looks each query up among the training photos; its nearest ones are kept in reports/evaluate_SPLIT/neighbours.csv.
     """
     from pillsnap.evaluation.heldout import evaluate_command
+
     evaluate_command(run_dir, split, checkpoint or "", reason, confirm, unseal)
 
-@app.command(epilog="Example: `pillsnap decide --by \"A. Pharmacist\" --reason \"shown to the team\" --run-dir RUN`")
+
+@app.command(epilog='Example: `pillsnap decide --by "A. Pharmacist" --reason "shown to the team" --run-dir RUN`')
 def decide(
-    by:Annotated[str, typer.Option(help="who decides")],
-    reason:Annotated[str, typer.Option(help="why stage 4 counts as done without a GO")],
-    run_dir:Annotated[Path, typer.Option("--run-dir", "--run", help="the run folder")]=Path("_runs/two_stage"),
-)->None:
+    by: Annotated[str, typer.Option(help="who decides")],
+    reason: Annotated[str, typer.Option(help="why stage 4 counts as done without a GO")],
+    run_dir: Annotated[Path, typer.Option("--run-dir", "--run", help="the run folder")] = Path("_runs/two_stage"),
+) -> None:
     "Record a person's decision that stage 4 counts as done; the sealed test may then be opened. It cannot be taken out of the ledger."
     from pillsnap.evaluation.ledger import record_decision
+
     run_config(run_dir)
     entry = record_decision(run_dir, by, reason)
     print(f"recorded as line {entry['seq']} of {run_dir}/ledger.jsonl: {entry['by']}, {entry['reason']}")
 
-@app.command(epilog="Example: `pillsnap declare cloudflare_tunnel_setup --by \"A. Pharmacist\" --run-dir RUN`")
+
+@app.command(epilog='Example: `pillsnap declare cloudflare_tunnel_setup --by "A. Pharmacist" --run-dir RUN`')
 def declare(
-    check:Annotated[str, typer.Argument(help="a mandatory check that no file proves, as the advisor names it")],
-    by:Annotated[str, typer.Option(help="who says so")],
-    run_dir:Annotated[Path, typer.Option("--run-dir", "--run", help="the run folder")]=Path("_runs/two_stage"),
-    failed:Annotated[bool, typer.Option("--failed", help="declare that it failed")]=False,
-    note:Annotated[str, typer.Option(help="what was looked at")]="",
-)->None:
+    check: Annotated[str, typer.Argument(help="a mandatory check that no file proves, as the advisor names it")],
+    by: Annotated[str, typer.Option(help="who says so")],
+    run_dir: Annotated[Path, typer.Option("--run-dir", "--run", help="the run folder")] = Path("_runs/two_stage"),
+    failed: Annotated[bool, typer.Option("--failed", help="declare that it failed")] = False,
+    note: Annotated[str, typer.Option(help="what was looked at")] = "",
+) -> None:
     "Declare the outcome of a mandatory check, with name and date; the advisor reads it at the next evaluation."
     from pillsnap.evaluation.checks import declare_check
+
     run_config(run_dir)
     path = declare_check(run_dir, check, by, not failed, note)
     print(f"{check} {'failed' if failed else 'passed'}, declared by {by}: {path}")
 
 # %% ../nbs/920_cli.ipynb #7abd2f18
-SOURCE_OPTIONS = {"use_bf16": "retrieval.use_bf16", "num_workers": "retrieval.num_workers", "accum_steps": "retrieval.gradient_accumulation_steps"}   # SPEC RT7
+SOURCE_OPTIONS = {
+    "use_bf16": "retrieval.use_bf16",
+    "num_workers": "retrieval.num_workers",
+    "accum_steps": "retrieval.gradient_accumulation_steps",
+}  # SPEC RT7
+
 
 def arguments(
-    argv:list[str] # what follows the program's name
-)->list[str]: # the same as a subcommand
+    argv: list[str],  # what follows the program's name
+) -> list[str]:  # the same as a subcommand
     "Accept the sources' spelling (SPEC CF8)."
     names = {c.name or c.callback.__name__ for c in app.registered_commands}
-    argv = [f"{SOURCE_OPTIONS[m[1]]}={m[2]}" if (m := re.fullmatch(rf"--({'|'.join(SOURCE_OPTIONS)})=(.+)", a)) else a for a in argv]
-    if argv and argv[0] not in names|{"--help", "-h"} and (argv[0] in ("--cfg", "--config", "-c") or "=" in argv[0]): return ["run", "all", *argv]
+    argv = [
+        f"{SOURCE_OPTIONS[m[1]]}={m[2]}" if (m := re.fullmatch(rf"--({'|'.join(SOURCE_OPTIONS)})=(.+)", a)) else a
+        for a in argv
+    ]
+    if argv and argv[0] not in names | {"--help", "-h"} and (argv[0] in ("--cfg", "--config", "-c") or "=" in argv[0]):
+        return ["run", "all", *argv]
     return argv
 
+
 def main(
-    argv:list[str]|None=None # arguments; None = the process's own
-)->None:
+    argv: list[str] | None = None,  # arguments; None = the process's own
+) -> None:
     "Run a command; a `PillsnapError` becomes plain lines and exit status 2."
     logging.captureWarnings(True)
     try:
@@ -374,6 +557,7 @@ def main(
     except PillsnapError as e:
         print(f"pillsnap: {e}", file=sys.stderr)
         sys.exit(2)
-    except SystemExit as e:   # typer makes this of Ctrl-C
-        if e.code == 130: print("pillsnap: interrupted; the same command goes on", file=sys.stderr)
+    except SystemExit as e:  # typer makes this of Ctrl-C
+        if e.code == 130:
+            print("pillsnap: interrupted; the same command goes on", file=sys.stderr)
         raise

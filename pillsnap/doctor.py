@@ -15,63 +15,166 @@ from typing import Any, Literal
 import psutil
 
 # %% ../nbs/900_doctor.ipynb #a702ab11
-PACKAGES = ("torch", "torchvision", "isal", "numba", "simplejpeg", "lmdb", "albumentations", "opencv-python", "opencv-python-headless", "ultralytics", "onnxruntime", "onnxruntime-gpu")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "isal",
+    "numba",
+    "simplejpeg",
+    "lmdb",
+    "albumentations",
+    "opencv-python",
+    "opencv-python-headless",
+    "ultralytics",
+    "onnxruntime",
+    "onnxruntime-gpu",
+)
 
-def _version(name:str)->str|None: # None when it is not installed
-    try: return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError: return None
+
+def _version(name: str) -> str | None:  # None when it is not installed
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
 
 def collect_facts(
-    folder:str|Path="." # where runs will be written
-)->dict[str,Any]:
+    folder: str | Path = ".",  # where runs will be written
+) -> dict[str, Any]:
     "What there is; nothing heavy is imported but torch, and that only if it is there."
-    facts = dict(python=sys.version_info[:2], packages={p: _version(p) for p in PACKAGES}, open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0], cpus=len(os.sched_getaffinity(0)),
-        ram=psutil.virtual_memory().available, disk=shutil.disk_usage(folder).free, shm=shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else None, gpu=None, driver=bool(shutil.which("nvidia-smi")))
+    facts = dict(
+        python=sys.version_info[:2],
+        packages={p: _version(p) for p in PACKAGES},
+        open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        cpus=len(os.sched_getaffinity(0)),
+        ram=psutil.virtual_memory().available,
+        disk=shutil.disk_usage(folder).free,
+        shm=shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else None,
+        gpu=None,
+        driver=bool(shutil.which("nvidia-smi")),
+    )
     if importlib.util.find_spec("torch"):
         import torch
-        if torch.cuda.is_available(): facts["gpu"] = torch.cuda.get_device_name()
+
+        if torch.cuda.is_available():
+            facts["gpu"] = torch.cuda.get_device_name()
     return facts
 
 # %% ../nbs/900_doctor.ipynb #e1225a13
 @dataclass(frozen=True)
 class Finding:
     "One thing that was looked at."
-    what:str                              # its name
-    found:str                             # what is there
-    verdict:Literal["ok","slow","broken"] # slow: a run works, but could be faster; broken: it would stop
-    advice:str = ""                       # what to do; empty when nothing
 
-def _judge(what:str, found:Any, good:bool, advice:str, otherwise:Literal["slow","broken"]="slow")->Finding:
+    what: str  # its name
+    found: str  # what is there
+    verdict: Literal["ok", "slow", "broken"]  # slow: a run works, but could be faster; broken: it would stop
+    advice: str = ""  # what to do; empty when nothing
+
+
+def _judge(what: str, found: Any, good: bool, advice: str, otherwise: Literal["slow", "broken"] = "slow") -> Finding:
     return Finding(what, str(found), "ok" if good else otherwise, "" if good else advice)
 
 # %% ../nbs/900_doctor.ipynb #f56c9af1
 def examine(
-    facts:dict[str,Any] # of collect_facts
-)->list[Finding]:
+    facts: dict[str, Any],  # of collect_facts
+) -> list[Finding]:
     "Every fact with its judgement (SPEC TL18)."
     p, gb = facts["packages"], 1e9
-    pair = (p["torch"] or "").split("+")[0].startswith("2.11.") and (p["torchvision"] or "").split("+")[0].startswith("0.26.")
-    return [_judge("Python", ".".join(map(str, facts["python"])), facts["python"] in ((3, 11), (3, 12)), "use 3.11 or 3.12", "broken"),
-        _judge("torch and torchvision", f"{p['torch']}, {p['torchvision']}", pair, "pip install -c constraints.txt torch torchvision: 2.11 belongs to 0.26", "broken"),
-        _judge("GPU", facts["gpu"] or "none", bool(facts["gpu"]), "update the NVIDIA driver: there is one, and torch finds no GPU" if facts["driver"] else "training works on the CPU, slowly"),
-        _judge("OpenCV", ", ".join(k for k in ("opencv-python", "opencv-python-headless") if p[k]) or "none", bool(p["opencv-python"]) and not p["opencv-python-headless"], "keep opencv-python alone: pip uninstall opencv-python-headless; pip install --force-reinstall opencv-python", "broken" if not p["opencv-python"] else "slow"),
-        _judge("PNG decoder", f"isal {p['isal']}, numba {p['numba']}" if p["isal"] and p["numba"] else "Pillow", bool(p["isal"] and p["numba"]), "pip install isal numba: AI Hub's PNGs open about three times as fast (Pillow-SIMD, the old advice, is not needed then)"),
-        _judge("JPEG decoder", f"simplejpeg {p['simplejpeg']}", bool(p["simplejpeg"]), "pip install simplejpeg: the pack is made and read with it", "broken"),
-        _judge("open files", f"{facts['open_files']:,}", facts["open_files"] >= 4096, "ulimit -n 65536, in the shell that starts the run"),
-        _judge("shared memory", "none" if facts["shm"] is None else f"{facts['shm']/gb:.1f} GB free", facts["shm"] is not None and facts["shm"] > gb, "docker run --shm-size=16g, or loader workers stop with a bus error"),
-        _judge("memory", f"{facts['ram']/gb:.0f} GB free", facts["ram"] > 8*gb, "dataloader.num_workers=2 and a smaller batch; pillsnap plan says what needs how much"),
-        _judge("disk", f"{facts['disk']/gb:.0f} GB free", facts["disk"] > 5*gb, "a run of the demo takes 1 GB; pillsnap plan says what the stages take"),
-        _judge("CPUs", facts["cpus"], facts["cpus"] >= 4, "keep photos in a pack (pack.enabled=true) and raise dataloader.prefetch_factor 2 → 4 → 8 while data_time stays above a tenth of a step")]
+    pair = (p["torch"] or "").split("+")[0].startswith("2.11.") and (p["torchvision"] or "").split("+")[0].startswith(
+        "0.26."
+    )
+    return [
+        _judge(
+            "Python",
+            ".".join(map(str, facts["python"])),
+            facts["python"] in ((3, 11), (3, 12)),
+            "use 3.11 or 3.12",
+            "broken",
+        ),
+        _judge(
+            "torch and torchvision",
+            f"{p['torch']}, {p['torchvision']}",
+            pair,
+            "pip install -c constraints.txt torch torchvision: 2.11 belongs to 0.26",
+            "broken",
+        ),
+        _judge(
+            "GPU",
+            facts["gpu"] or "none",
+            bool(facts["gpu"]),
+            "update the NVIDIA driver: there is one, and torch finds no GPU"
+            if facts["driver"]
+            else "training works on the CPU, slowly",
+        ),
+        _judge(
+            "OpenCV",
+            ", ".join(k for k in ("opencv-python", "opencv-python-headless") if p[k]) or "none",
+            bool(p["opencv-python"]) and not p["opencv-python-headless"],
+            "keep opencv-python alone: pip uninstall opencv-python-headless; pip install --force-reinstall opencv-python",
+            "broken" if not p["opencv-python"] else "slow",
+        ),
+        _judge(
+            "PNG decoder",
+            f"isal {p['isal']}, numba {p['numba']}" if p["isal"] and p["numba"] else "Pillow",
+            bool(p["isal"] and p["numba"]),
+            "pip install isal numba: AI Hub's PNGs open about three times as fast (Pillow-SIMD, the old advice, is not needed then)",
+        ),
+        _judge(
+            "JPEG decoder",
+            f"simplejpeg {p['simplejpeg']}",
+            bool(p["simplejpeg"]),
+            "pip install simplejpeg: the pack is made and read with it",
+            "broken",
+        ),
+        _judge(
+            "open files",
+            f"{facts['open_files']:,}",
+            facts["open_files"] >= 4096,
+            "ulimit -n 65536, in the shell that starts the run",
+        ),
+        _judge(
+            "shared memory",
+            "none" if facts["shm"] is None else f"{facts['shm'] / gb:.1f} GB free",
+            facts["shm"] is not None and facts["shm"] > gb,
+            "docker run --shm-size=16g, or loader workers stop with a bus error",
+        ),
+        _judge(
+            "memory",
+            f"{facts['ram'] / gb:.0f} GB free",
+            facts["ram"] > 8 * gb,
+            "dataloader.num_workers=2 and a smaller batch; pillsnap plan says what needs how much",
+        ),
+        _judge(
+            "disk",
+            f"{facts['disk'] / gb:.0f} GB free",
+            facts["disk"] > 5 * gb,
+            "a run of the demo takes 1 GB; pillsnap plan says what the stages take",
+        ),
+        _judge(
+            "CPUs",
+            facts["cpus"],
+            facts["cpus"] >= 4,
+            "keep photos in a pack (pack.enabled=true) and raise dataloader.prefetch_factor 2 → 4 → 8 while data_time stays above a tenth of a step",
+        ),
+    ]
 
 # %% ../nbs/900_doctor.ipynb #28e3c7f5
 def doctor_command(
-    folder:str|Path="." # where runs will be written
-)->bool:                # nothing is broken
+    folder: str | Path = ".",  # where runs will be written
+) -> bool:  # nothing is broken
     "What `pillsnap doctor` prints."
     from rich.console import Console
     from rich.table import Table
+
     found, t = examine(collect_facts(folder)), Table(box=None)
-    for head in ("", "found", "", "what to do"): t.add_column(head)
-    for f in found: t.add_row(f.what, f.found, {"ok": "[green]ok", "slow": "[yellow]could be better", "broken": "[red]would stop a run"}[f.verdict], f.advice)
+    for head in ("", "found", "", "what to do"):
+        t.add_column(head)
+    for f in found:
+        t.add_row(
+            f.what,
+            f.found,
+            {"ok": "[green]ok", "slow": "[yellow]could be better", "broken": "[red]would stop a run"}[f.verdict],
+            f.advice,
+        )
     Console().print(t)
     return not any(f.verdict == "broken" for f in found)

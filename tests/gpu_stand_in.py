@@ -12,6 +12,7 @@ whose count decides a shape, copies from memory that is not page-locked, index l
 
 `HostReads` lists the same reads of a loop that runs on the CPU, where copies cannot be told apart.
 """
+
 import traceback
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,10 +24,22 @@ from torch.utils._pytree import tree_flatten, tree_map
 aten = torch.ops.aten
 ROOT = Path(__file__).resolve().parents[1]
 READS = {aten._local_scalar_dense.default: "a value is read", aten.equal.default: "two tensors are compared"}
-SHAPES = {aten.nonzero.default, aten.masked_select.default, aten._unique2.default, aten.unique_dim.default,
-          aten.unique_consecutive.default, aten.repeat_interleave.Tensor, aten.bincount.default}  # the GPU counts first
-INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._unsafe_index.Tensor,
-           aten._index_put_impl_.default}
+SHAPES = {
+    aten.nonzero.default,
+    aten.masked_select.default,
+    aten._unique2.default,
+    aten.unique_dim.default,
+    aten.unique_consecutive.default,
+    aten.repeat_interleave.Tensor,
+    aten.bincount.default,
+}  # the GPU counts first
+INDEXED = {
+    aten.index.Tensor,
+    aten.index_put.default,
+    aten.index_put_.default,
+    aten._unsafe_index.Tensor,
+    aten._index_put_impl_.default,
+}
 
 
 def where() -> str:
@@ -34,7 +47,7 @@ def where() -> str:
     stack = traceback.extract_stack()
     ours = [f for f in stack if f.filename.startswith(str(ROOT)) and f.filename != __file__]
     ours = [f for f in ours if "/.venv/" not in f.filename]
-    package = [f for f in ours if f.filename.startswith(str(ROOT/"pillsnap"))]
+    package = [f for f in ours if f.filename.startswith(str(ROOT / "pillsnap"))]
     f = (package or ours or stack)[-1]
     return f"{Path(f.filename).name}:{f.lineno} {f.line}"
 
@@ -101,12 +114,23 @@ class StandInGpu(TorchDispatchMode):
     @contextmanager
     def as_cuda(self, monkeypatch):
         "torch.cuda says that there is a GPU, and all its events have happened."
+
         class Event:
-            def __init__(self, **kwargs): pass
-            def record(self, stream=None): pass
-            def query(self): return True
-            def synchronize(self): pass
-            def elapsed_time(self, other): return 1.
+            def __init__(self, **kwargs):
+                pass
+
+            def record(self, stream=None):
+                pass
+
+            def query(self):
+                return True
+
+            def synchronize(self):
+                pass
+
+            def elapsed_time(self, other):
+                return 1.0
+
         with monkeypatch.context() as m:
             m.setattr(torch.cuda, "is_available", lambda: True)
             m.setattr(torch.cuda, "Event", Event)

@@ -1,4 +1,5 @@
 """A command run as a person runs it: on a terminal of its own, 100 columns wide."""
+
 import fcntl
 import os
 import pty
@@ -8,10 +9,14 @@ import subprocess
 import termios
 
 
-def on_a_terminal(command: list[str], cwd=None, env: dict[str, str] | None = None, timeout: float = 300) -> tuple[int, str]:
+def on_a_terminal(
+    command: list[str], cwd=None, env: dict[str, str] | None = None, timeout: float = 300
+) -> tuple[int, str]:
     "The exit status, and everything that was written to the terminal."
     ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))  # a size of 0 makes programs print no bar at all
+    fcntl.ioctl(
+        theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0)
+    )  # a size of 0 makes programs print no bar at all
     process = subprocess.Popen(command, cwd=cwd, env=env, stdin=theirs, stdout=theirs, stderr=theirs)
     os.close(theirs)
     written = b""

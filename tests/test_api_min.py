@@ -1,4 +1,5 @@
 "The Python API `predict_pipeline`: the mode is what was asked for, whatever is in the photo (SPEC SV4, X39)."
+
 import json
 import sys
 
@@ -10,7 +11,16 @@ from jsonschema import validate
 from pillsnap.core.errors import PillsnapError
 from pillsnap.delivery.classmap import ClassMap
 from pillsnap.models import pipeline as P
-from pillsnap.models.pipeline import ANSWERS, BADGE, LOW_CONFIDENCE, MODES, answer_schema, class_probabilities, detect, predict_pipeline
+from pillsnap.models.pipeline import (
+    ANSWERS,
+    BADGE,
+    LOW_CONFIDENCE,
+    MODES,
+    answer_schema,
+    class_probabilities,
+    detect,
+    predict_pipeline,
+)
 
 KEYS = ("K-000001", "K-000002", "K-000003", "K-000004", "K-000005", "K-000006")
 WORLD = ClassMap(KEYS)
@@ -18,27 +28,40 @@ WORLD = ClassMap(KEYS)
 
 class FixedClassifier:
     "The same logits for every view; remembers the views."
+
     size = 32
-    def __init__(self, logits): self.row, self.seen = np.asarray(logits, np.float32), []
-    def logits(self, x): self.seen.append(x); return np.repeat(self.row[None], len(x), 0)
+
+    def __init__(self, logits):
+        self.row, self.seen = np.asarray(logits, np.float32), []
+
+    def logits(self, x):
+        self.seen.append(x)
+        return np.repeat(self.row[None], len(x), 0)
 
 
 class FixedDetector:
     "The same raw boxes for every photo; counts the calls."
+
     size = 64
-    def __init__(self, boxes): self.boxes, self.calls = boxes, 0
-    def raw(self, x): self.calls += 1; return np.array(self.boxes, np.float32).reshape(-1, 5).T[None]
+
+    def __init__(self, boxes):
+        self.boxes, self.calls = boxes, 0
+
+    def raw(self, x):
+        self.calls += 1
+        return np.array(self.boxes, np.float32).reshape(-1, 5).T[None]
 
 
-def sure(k, of=6): return [9. if i == k else 0. for i in range(of)]
+def sure(k, of=6):
+    return [9.0 if i == k else 0.0 for i in range(of)]
 
 
 @pytest.mark.spec("SV4")
 def test_an_answer_says_which_branch_ran(monkeypatch):
     "mode_used comes from the code that made the views; the request is not copied into it."
     photo = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
-    det = FixedDetector([(32, 32, 20, 20, .9)])
-    made = {m: P.photo_views(photo, m, 32, det, conf=.3, iou=.5, max_det=9) for m in MODES}
+    det = FixedDetector([(32, 32, 20, 20, 0.9)])
+    made = {m: P.photo_views(photo, m, 32, det, conf=0.3, iou=0.5, max_det=9) for m in MODES}
     assert {m: v.mode_used for m, v in made.items()} == {m: m for m in MODES} and det.calls == 1
     assert made["single"].boxes == [None] and len(made["combo"].boxes) == 1
     monkeypatch.setattr(P, "photo_views", lambda *a, **k: made["combo"])
@@ -46,18 +69,44 @@ def test_an_answer_says_which_branch_ran(monkeypatch):
     assert (answer["mode_requested"], answer["mode_used"]) == ("single", "combo")
 
 
-photos = st.builds(lambda w, h, seed: np.random.default_rng(seed).integers(0, 256, (h, w, 3), np.uint8), st.integers(32, 90), st.integers(32, 90), st.integers(0, 99))
-boxes = st.lists(st.tuples(st.floats(0, 64), st.floats(0, 64), st.floats(1, 40), st.floats(1, 40), st.floats(0, 1)), min_size=1, max_size=9)
+photos = st.builds(
+    lambda w, h, seed: np.random.default_rng(seed).integers(0, 256, (h, w, 3), np.uint8),
+    st.integers(32, 90),
+    st.integers(32, 90),
+    st.integers(0, 99),
+)
+boxes = st.lists(
+    st.tuples(st.floats(0, 64), st.floats(0, 64), st.floats(1, 40), st.floats(1, 40), st.floats(0, 1)),
+    min_size=1,
+    max_size=9,
+)
 logits = st.lists(st.floats(-8, 8), min_size=6, max_size=6)
 
 
 @pytest.mark.spec("SV4", "CF6")
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(photo=photos, mode=st.sampled_from(MODES), found=boxes, scores=logits, count=st.one_of(st.none(), st.integers(0, 12)), conf=st.floats(0, 1), temperature=st.floats(.3, 5))
+@given(
+    photo=photos,
+    mode=st.sampled_from(MODES),
+    found=boxes,
+    scores=logits,
+    count=st.one_of(st.none(), st.integers(0, 12)),
+    conf=st.floats(0, 1),
+    temperature=st.floats(0.3, 5),
+)
 def test_mode_is_what_was_asked(photo, mode, found, scores, count, conf, temperature):
     "However many pills a photo hints at and however unsure the classifier is."
     det = FixedDetector(found)
-    a = predict_pipeline(photo, mode, conf, classifier=FixedClassifier(scores), detector=det, class_map=WORLD, box_count=count, temperature=temperature)
+    a = predict_pipeline(
+        photo,
+        mode,
+        conf,
+        classifier=FixedClassifier(scores),
+        detector=det,
+        class_map=WORLD,
+        box_count=count,
+        temperature=temperature,
+    )
     assert a["mode_used"] == a["mode_requested"] == mode
     assert det.calls == (mode == "combo"), "single must not even look for boxes, combo must"
     assert a["answer"] in ANSWERS and (mode == "combo" or a["answer"] == "drug")
@@ -81,11 +130,12 @@ def test_auto_is_refused_with_its_reason():
 
 @pytest.mark.spec("SV4")
 def test_signature_of_the_source():
-    "`predict_pipeline(image, mode=\"single\", conf_threshold=.3)`."
+    '`predict_pipeline(image, mode="single", conf_threshold=.3)`.'
     import inspect
+
     p = inspect.signature(predict_pipeline).parameters
     assert list(p)[:3] == ["image", "mode", "conf_threshold"]
-    assert (p["mode"].default, p["conf_threshold"].default) == ("single", .3)
+    assert (p["mode"].default, p["conf_threshold"].default) == ("single", 0.3)
 
 
 @pytest.mark.spec("SV4")
@@ -96,20 +146,23 @@ def test_combo_without_a_detector_stops():
 
 @pytest.mark.spec("SG8")
 def test_badge_changes_nothing_else():
-    photo, det = np.zeros((64, 64, 3), np.uint8), FixedDetector([[20, 20, 20, 20, .9], [45, 45, 18, 18, .9]])
+    photo, det = np.zeros((64, 64, 3), np.uint8), FixedDetector([[20, 20, 20, 20, 0.9], [45, 45, 18, 18, 0.9]])
     ask = dict(classifier=FixedClassifier(sure(2)), detector=det, class_map=WORLD)
     plain, hinted = predict_pipeline(photo, **ask), predict_pipeline(photo, box_count=2, **ask)
-    assert (plain["badge"], plain["hints"]) == (None, []) and (hinted["badge"], hinted["hints"]) == (BADGE, ["multi_object_hint"])
+    assert (plain["badge"], plain["hints"]) == (None, []) and (hinted["badge"], hinted["hints"]) == (
+        BADGE,
+        ["multi_object_hint"],
+    )
     drop = ("badge", "hints", "timings")
     assert {k: v for k, v in plain.items() if k not in drop} == {k: v for k, v in hinted.items() if k not in drop}
 
 
 @pytest.mark.spec("SG8")
-@pytest.mark.parametrize("logits, unsure", [(sure(1), False), ([0.]*6, True)])
+@pytest.mark.parametrize("logits, unsure", [(sure(1), False), ([0.0] * 6, True)])
 def test_low_confidence_gets_the_badge(logits, unsure):
     a = predict_pipeline(np.zeros((40, 40, 3), np.uint8), classifier=FixedClassifier(logits), class_map=WORLD)
-    assert LOW_CONFIDENCE == .30 and (a["items"][0]["confidence"] < .30) == unsure
-    assert (a["badge"] == "combo 권장") == unsure and a["hints"] == ["low_confidence"]*unsure
+    assert LOW_CONFIDENCE == 0.30 and (a["items"][0]["confidence"] < 0.30) == unsure
+    assert (a["badge"] == "combo 권장") == unsure and a["hints"] == ["low_confidence"] * unsure
 
 
 @pytest.mark.spec("TL11")
@@ -117,47 +170,61 @@ def test_combo_threshold_iou_and_limit():
     "conf .3, iou .5, at most 100: the defaults of the pipeline."
     photo = np.zeros((640, 640, 3), np.uint8)
     ask = dict(classifier=FixedClassifier(sure(0)), class_map=WORLD)
-    def count(found, **kw): return len(predict_pipeline(photo, "combo", detector=FixedDetector(found), **ask, **kw)["items"])
-    assert count([[10, 10, 8, 8, .29], [30, 30, 8, 8, .31]]) == 1
-    assert count([[10, 10, 8, 8, .29], [30, 30, 8, 8, .31]], conf_threshold=.2) == 2
-    assert count([[20, 20, 10, 10, .9], [23, 20, 10, 10, .8]]) == 1       # IoU .54
-    assert count([[20, 20, 10, 10, .9], [24, 20, 10, 10, .8]]) == 2       # IoU .43
-    assert count([[x, y, 2, 2, .9] for x in range(2, 62, 5) for y in range(2, 62, 5)]) == 100
+
+    def count(found, **kw):
+        return len(predict_pipeline(photo, "combo", detector=FixedDetector(found), **ask, **kw)["items"])
+
+    assert count([[10, 10, 8, 8, 0.29], [30, 30, 8, 8, 0.31]]) == 1
+    assert count([[10, 10, 8, 8, 0.29], [30, 30, 8, 8, 0.31]], conf_threshold=0.2) == 2
+    assert count([[20, 20, 10, 10, 0.9], [23, 20, 10, 10, 0.8]]) == 1  # IoU .54
+    assert count([[20, 20, 10, 10, 0.9], [24, 20, 10, 10, 0.8]]) == 2  # IoU .43
+    assert count([[x, y, 2, 2, 0.9] for x in range(2, 62, 5) for y in range(2, 62, 5)]) == 100
 
 
 @pytest.mark.spec("TL11")
 def test_crops_are_padded_by_a_tenth_and_square():
     "A red square on green: the margin of the crop is a twelfth of its side (.1 of 1.2) on each side."
-    photo = np.zeros((320, 320, 3), np.uint8); photo[..., 1] = 200
+    photo = np.zeros((320, 320, 3), np.uint8)
+    photo[..., 1] = 200
     photo[100:200, 120:220] = (200, 0, 0)
-    c = FixedClassifier(sure(0)); c.size = 120
-    predict_pipeline(photo, "combo", classifier=c, class_map=WORLD, detector=FixedDetector([[34, 30, 20, 20, .9]]))
+    c = FixedClassifier(sure(0))
+    c.size = 120
+    predict_pipeline(photo, "combo", classifier=c, class_map=WORLD, detector=FixedDetector([[34, 30, 20, 20, 0.9]]))
     red = c.seen[0][0, 0] > 0
     rows = np.flatnonzero(red[60])
-    assert red.shape == (120, 120) and abs(rows[0]-10) <= 1 and abs(rows[-1]-109) <= 1
+    assert red.shape == (120, 120) and abs(rows[0] - 10) <= 1 and abs(rows[-1] - 109) <= 1
 
 
 @pytest.mark.spec("DT4")
 def test_boxes_in_the_grey_margin_are_dropped():
     "A tall photo is letterboxed: what a detector sees in the margin lies outside the photo."
-    boxes, scores = detect(FixedDetector([[5, 32, 8, 8, .9], [32, 32, 8, 8, .8]]), np.zeros((640, 320, 3), np.uint8))
-    assert len(boxes) == 1 and scores[0] == pytest.approx(.8) and np.allclose(boxes[0], [120, 280, 200, 360], atol=1)
+    boxes, scores = detect(FixedDetector([[5, 32, 8, 8, 0.9], [32, 32, 8, 8, 0.8]]), np.zeros((640, 320, 3), np.uint8))
+    assert len(boxes) == 1 and scores[0] == pytest.approx(0.8) and np.allclose(boxes[0], [120, 280, 200, 360], atol=1)
 
 
 def test_temperature_keeps_the_order_and_the_sum():
     v = [np.zeros((32, 32, 3), np.uint8)]
-    cold, warm = (class_probabilities(FixedClassifier([1., 3., 2., 0., -1., 2.5]), v, 6, t)[0] for t in (.5, 4))
-    assert np.argsort(cold).tolist() == np.argsort(warm).tolist() and cold.max() > warm.max() and cold.sum() == pytest.approx(1)
+    cold, warm = (class_probabilities(FixedClassifier([1.0, 3.0, 2.0, 0.0, -1.0, 2.5]), v, 6, t)[0] for t in (0.5, 4))
+    assert (
+        np.argsort(cold).tolist() == np.argsort(warm).tolist()
+        and cold.max() > warm.max()
+        and cold.sum() == pytest.approx(1)
+    )
 
 
 @pytest.mark.spec("BX8")
 def test_another_number_of_drugs_stops():
     with pytest.raises(PillsnapError, match="knows 6 drugs and the class map 5"):
-        predict_pipeline(np.zeros((40, 40, 3), np.uint8), classifier=FixedClassifier(sure(0)), class_map=ClassMap(KEYS[:5]))
+        predict_pipeline(
+            np.zeros((40, 40, 3), np.uint8), classifier=FixedClassifier(sure(0)), class_map=ClassMap(KEYS[:5])
+        )
 
 
 def test_torch_free():
     "The pipeline's module needs neither torch nor anything that brings it."
     import subprocess
+
     code = "import sys, pillsnap.models.pipeline; print([m for m in ('torch', 'torchvision', 'fastai', 'timm', 'ultralytics', 'matplotlib') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )

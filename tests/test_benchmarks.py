@@ -1,5 +1,6 @@
 """The benchmark scripts run: ours and the peer that is always there get a figure of the same work. Ratios are measured by `make bench`, never here;
 what is published in `benchmarks/results` is held against what is required."""
+
 import ast
 import json
 import math
@@ -12,50 +13,118 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT/"benchmarks"))
+sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import harness  # noqa: E402
 
-RESULTS = ROOT/"benchmarks"/"results"
+RESULTS = ROOT / "benchmarks" / "results"
 ENV = {**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
 
 
-@pytest.mark.parametrize("script,peer", [
-    pytest.param("bm04_jpeg_loader", "ImageFolder + v2", marks=pytest.mark.spec("BM4")),
-    pytest.param("bm05_png_loader", "ImageFolder + v2", marks=pytest.mark.spec("BM5")),
-    pytest.param("bm08_overhead", "DataLoader, uint8", marks=pytest.mark.spec("BM8"))])
+@pytest.mark.parametrize(
+    "script,peer",
+    [
+        pytest.param("bm04_jpeg_loader", "ImageFolder + v2", marks=pytest.mark.spec("BM4")),
+        pytest.param("bm05_png_loader", "ImageFolder + v2", marks=pytest.mark.spec("BM5")),
+        pytest.param("bm08_overhead", "DataLoader, uint8", marks=pytest.mark.spec("BM8")),
+    ],
+)
 def test_a_loader_benchmark_measures_both_sides(script, peer, tmp_path):
-    r = subprocess.run([sys.executable, str(ROOT/"benchmarks"/f"{script}.py"), "--quick", "--repeats", "1", "--out", str(tmp_path)], capture_output=True, text=True, env=ENV, timeout=300)
+    r = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "benchmarks" / f"{script}.py"),
+            "--quick",
+            "--repeats",
+            "1",
+            "--out",
+            str(tmp_path),
+        ],
+        capture_output=True,
+        text=True,
+        env=ENV,
+        timeout=300,
+    )
     assert r.returncode == 0, r.stderr[-2000:]
-    rows = {x.split("│")[1].strip(): [c.strip() for c in x.split("│")[2:]] for x in r.stdout.splitlines() if x.startswith("│")}
+    rows = {
+        x.split("│")[1].strip(): [c.strip() for c in x.split("│")[2:]]
+        for x in r.stdout.splitlines()
+        if x.startswith("│")
+    }
     ours = next(v for k, v in rows.items() if k.startswith("PhotoLoader"))
     assert float(ours[0].replace(",", "")) > 0 and float(rows[peer][0].replace(",", "")) > 0
-    assert rows[peer][2].endswith("×") and not list(tmp_path.iterdir())   # a ratio, and nothing kept of a quick run
+    assert rows[peer][2].endswith("×") and not list(tmp_path.iterdir())  # a ratio, and nothing kept of a quick run
 
 
 @pytest.mark.spec("BM10")
 def test_the_engines_step_is_measured_beside_a_bare_loop(tmp_path):
-    r = subprocess.run([sys.executable, str(ROOT/"benchmarks"/"bm10_engine.py"), "--quick", "--repeats", "1", "--backbone", "test_resnet", "--size", "64", "--batch", "8", "--out", str(tmp_path)], capture_output=True, text=True, env=ENV, timeout=300)
+    r = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "benchmarks" / "bm10_engine.py"),
+            "--quick",
+            "--repeats",
+            "1",
+            "--backbone",
+            "test_resnet",
+            "--size",
+            "64",
+            "--batch",
+            "8",
+            "--out",
+            str(tmp_path),
+        ],
+        capture_output=True,
+        text=True,
+        env=ENV,
+        timeout=300,
+    )
     assert r.returncode == 0, r.stderr[-2000:]
-    rows = {x.split("│")[1].strip(): [c.strip() for c in x.split("│")[2:]] for x in r.stdout.splitlines() if x.startswith("│")}
+    rows = {
+        x.split("│")[1].strip(): [c.strip() for c in x.split("│")[2:]]
+        for x in r.stdout.splitlines()
+        if x.startswith("│")
+    }
     ours, loop = (float(rows[k][0].replace(",", "")) for k in ("the engine", "bare PyTorch loop"))
-    assert ours > 0 and loop > 0 and rows["bare PyTorch loop"][3] == "0.952381×"   # 1/1.05 of the loop's speed is required
-    said = re.search(r"waits ([\d.]+) ms for its photos, ([\d.]+) % \(at most 5 %\); the loader feeds (\d+) photos/s, the network eats (\d+)", r.stdout)
+    assert (
+        ours > 0 and loop > 0 and rows["bare PyTorch loop"][3] == "0.952381×"
+    )  # 1/1.05 of the loop's speed is required
+    said = re.search(
+        r"waits ([\d.]+) ms for its photos, ([\d.]+) % \(at most 5 %\); the loader feeds (\d+) photos/s, the network eats (\d+)",
+        r.stdout,
+    )
     assert said and 0 < float(said[1]) < ours and int(said[3]) > 0 and int(said[4]) > 0 and not list(tmp_path.iterdir())
 
 
 @pytest.mark.spec("BM13")
 def test_a_training_that_grows_is_told(tmp_path):
     "The whole engine with its worker processes; what is kept in each epoch on purpose is what the slope says, and misses the bound."
-    r = subprocess.run([sys.executable, str(ROOT/"benchmarks"/"bm13_memory.py"), "--quick", "--leak", "50000", "--out", str(tmp_path)], capture_output=True, text=True, env=ENV, timeout=300)
+    r = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "benchmarks" / "bm13_memory.py"),
+            "--quick",
+            "--leak",
+            "50000",
+            "--out",
+            str(tmp_path),
+        ],
+        capture_output=True,
+        text=True,
+        env=ENV,
+        timeout=300,
+    )
     assert r.returncode == 1 and not list(tmp_path.iterdir()), r.stderr[-2000:]
-    found = {k: int(v) for v, k in re.findall(r"missed  BM13: \+(\d+) kB an epoch with engine, 2 (\w+), at most 100", r.stderr)}
+    found = {
+        k: int(v)
+        for v, k in re.findall(r"missed  BM13: \+(\d+) kB an epoch with engine, 2 (\w+), at most 100", r.stderr)
+    }
     assert set(found) == {"processes", "threads"} and all(45_000 < v < 55_000 for v in found.values()), found
     assert re.search(r"2 processes: .* [2-9] child processes counted", r.stdout)
 
 
 def test_the_runner_knows_its_rows():
-    r = subprocess.run([sys.executable, str(ROOT/"benchmarks"/"run.py"), "BM99"], capture_output=True, text=True)
+    r = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "run.py"), "BM99"], capture_output=True, text=True)
     assert r.returncode != 0 and "no benchmark BM99" in r.stderr and "BM14" in r.stderr
 
 
@@ -71,15 +140,21 @@ ASKED = {
     "BM8": {"DataLoader, uint8": 4},
     "BM9": {"required: 48": 1},
     "BM9_ssim": {"required: 0.995": 1},
-    "BM10": {"bare PyTorch loop": 1/1.05},
+    "BM10": {"bare PyTorch loop": 1 / 1.05},
 }
-LIMITS = {"BM9": {"decibels": 48}, "BM9_ssim": {"ssim": .995}, "BM10": {"waiting_percent": 5}, "BM13": {"kb_per_epoch": 100}, "BM14": {"seconds": 45, "bytes": 2e9, "growth": 1.25}}
+LIMITS = {
+    "BM9": {"decibels": 48},
+    "BM9_ssim": {"ssim": 0.995},
+    "BM10": {"waiting_percent": 5},
+    "BM13": {"kb_per_epoch": 100},
+    "BM14": {"seconds": 45, "bytes": 2e9, "growth": 1.25},
+}
 LOADERS = ("BM4", "BM5", "BM6", "BM7", "BM8")
 TIMED = ("BM1", "BM2", "BM3", *LOADERS, "BM10", "BM14")
 
 
 def published(id: str) -> dict:
-    return json.loads((RESULTS/f"{id}.json").read_text(encoding="utf-8"))
+    return json.loads((RESULTS / f"{id}.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.spec("BM1", "BM2", "BM3", "BM4", "BM5", "BM6", "BM7", "BM8", "BM9", "BM10", "BM13", "BM14")
@@ -90,8 +165,12 @@ def test_the_required_ratios_are_those_of_the_contract():
 def test_no_script_has_a_bound_of_its_own():
     "`compare` takes the ratios from the table, by the benchmark's name; a script cannot hand it others, nor ask for a name that is not in it."
     named = set()
-    for path in sorted((ROOT/"benchmarks").glob("bm*.py")):
-        for call in (n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "compare"):
+    for path in sorted((ROOT / "benchmarks").glob("bm*.py")):
+        for call in (
+            n
+            for n in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "compare"
+        ):
             assert not any(k.arg in ("reach", "required") for k in call.keywords), path.name
             named |= {n.value for n in ast.walk(call.args[0]) if isinstance(n, ast.Constant)}
         named |= set(re.findall(r'"(BM\d+(?:_ssim)?)"', path.read_text(encoding="utf-8")))
@@ -107,8 +186,10 @@ def test_what_is_published_reaches_what_is_asked(id):
     ours = r["rows"][0]["value"]
     assert r["rows"][0]["ours"] and not r["quick"] and r["missed"] == []
     for peer, asked in ASKED[id].items():
-        ratio = ours/rows[peer]["value"] if r["better"] == "higher" else rows[peer]["value"]/ours
-        assert math.isclose(ratio, rows[peer]["ratio"], rel_tol=1e-6) and ratio >= asked, f"{id}: {ratio:.2f}× of {peer}, {asked}× asked"
+        ratio = ours / rows[peer]["value"] if r["better"] == "higher" else rows[peer]["value"] / ours
+        assert math.isclose(ratio, rows[peer]["ratio"], rel_tol=1e-6) and ratio >= asked, (
+            f"{id}: {ratio:.2f}× of {peer}, {asked}× asked"
+        )
         assert math.isclose(rows[peer]["required"], asked, rel_tol=1e-6)
 
 
@@ -123,14 +204,18 @@ def test_what_is_published_says_how_it_was_measured(id):
 @pytest.mark.spec("BM10")
 def test_the_published_step_does_not_wait():
     r = published("BM10")
-    assert r["share"] < LIMITS["BM10"]["waiting_percent"] and math.isclose(r["share"], 100*r["wait_ms"]/(r["wait_ms"]+r["compute_ms"]), rel_tol=1e-6)
+    assert r["share"] < LIMITS["BM10"]["waiting_percent"] and math.isclose(
+        r["share"], 100 * r["wait_ms"] / (r["wait_ms"] + r["compute_ms"]), rel_tol=1e-6
+    )
 
 
 @pytest.mark.spec("BM13")
 def test_the_published_trainings_stay_flat():
     r = published("BM13")
     grown = {x["name"]: x["value"] for x in r["rows"]}
-    assert len(grown) == 2 and all(v <= LIMITS["BM13"]["kb_per_epoch"] for v in grown.values()) and r["missed_slope"] == []
+    assert (
+        len(grown) == 2 and all(v <= LIMITS["BM13"]["kb_per_epoch"] for v in grown.values()) and r["missed_slope"] == []
+    )
     assert all(len(kb) == 50 for kb in r["kb_after_epoch"].values()) and min(r["children"].values()) >= 0
 
 
@@ -140,25 +225,31 @@ def test_the_published_indexing_grows_linearly():
     _, small, big = r["sizes"]
     assert [s["rows"] for s in r["sizes"]] == [10_000, 100_000, 500_000] and r["missed"] == []
     assert big["wall"] <= most["seconds"] and big["peak_bytes"] <= most["bytes"]
-    assert big["seconds"]/big["rows"] <= most["growth"]*small["seconds"]/small["rows"]
+    assert big["seconds"] / big["rows"] <= most["growth"] * small["seconds"] / small["rows"]
     assert all(len(s["runs_seconds"]) >= 5 for s in r["sizes"])
 
 
 def test_rows_without_a_script_have_no_result():
     "int8 inference and exact retrieval are not measured yet; nothing may stand in their place."
     for id in ("BM11", "BM12"):
-        assert not (RESULTS/f"{id}.json").exists() and not list((ROOT/"benchmarks").glob(f"{id.lower()}*.py"))
+        assert not (RESULTS / f"{id}.json").exists() and not list((ROOT / "benchmarks").glob(f"{id.lower()}*.py"))
 
 
 def test_a_persons_own_run_does_not_replace_what_is_published(tmp_path):
     before = {p.name: p.read_bytes() for p in RESULTS.iterdir()}
     code = "import harness; a = harness.arguments(''); harness.finish(harness.compare('BM0', 'nothing', {'a': lambda: 2.}, {'b': lambda: 1.}, 1, a.repeats, out=a.out))"
-    r = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**ENV, "PYTHONPATH": str(ROOT/"benchmarks")}, capture_output=True, text=True)
+    r = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**ENV, "PYTHONPATH": str(ROOT / "benchmarks")},
+        capture_output=True,
+        text=True,
+    )
     assert r.returncode == 0, r.stderr
-    assert (tmp_path/"_runs"/"bench"/"BM0.json").is_file() and "kept in _runs/bench/BM0.json" in r.stdout
+    assert (tmp_path / "_runs" / "bench" / "BM0.json").is_file() and "kept in _runs/bench/BM0.json" in r.stdout
     assert before == {p.name: p.read_bytes() for p in RESULTS.iterdir()}
 
 
 def test_a_contender_that_is_required_and_absent_is_an_error():
     with pytest.raises(ValueError, match="orjson"):
-        harness.compare("BM1", "", {"pillsnap": lambda: 1.}, {"json.load": lambda: 1.}, 1, repeats=1, quick=True)
+        harness.compare("BM1", "", {"pillsnap": lambda: 1.0}, {"json.load": lambda: 1.0}, 1, repeats=1, quick=True)

@@ -8,6 +8,7 @@ real run would take hours or needs what a test has not:
 - papermill on a training notebook: its parameters are checked and its job is made, but it is not trained;
 - `make`, `pip`, `accelerate` and the scripts: parsed by make, by pip's pins, by accelerate's own parser, by the script's `--help`.
 """
+
 import json
 import os
 import re
@@ -32,8 +33,8 @@ COMMANDS = {c.name or c.callback.__name__.replace("_", "-"): c for c in cli.app.
 
 def pages() -> dict[str, str]:
     "Prose by file: README, and the Markdown cells of every notebook."
-    out = {"README.md": (ROOT/"README.md").read_text(encoding="utf-8")}
-    for p in sorted((ROOT/"nbs").rglob("*.ipynb")):
+    out = {"README.md": (ROOT / "README.md").read_text(encoding="utf-8")}
+    for p in sorted((ROOT / "nbs").rglob("*.ipynb")):
         out[p.name] = "\n\n".join(c.source for c in nbformat.read(p, 4).cells if c.cell_type == "markdown")
     return out
 
@@ -70,29 +71,42 @@ ALL = [(line, page) for text, page in lines().items() for line in spelled_out(te
 
 def words(line: str, desk: Path) -> list[str]:
     "The words of a line, with the pages' stand-ins replaced by what lies on the desk."
-    run_id = json.loads((desk/"RUN"/"run.json").read_text())["run_id"]
-    stand_ins = {"DIR": "DIR", "PHOTO": "photo.png", "OUT": "out.json" if " audit " in line else "out", "F": "demo", "key=value": "train.seed=7", "RUN_ID": run_id}
-    return [stand_ins.get(w, w).replace("/where/the/delivery/is", str(desk/"data")).replace("/shared/run", "RUN") for w in shlex.split(line)]
+    run_id = json.loads((desk / "RUN" / "run.json").read_text())["run_id"]
+    stand_ins = {
+        "DIR": "DIR",
+        "PHOTO": "photo.png",
+        "OUT": "out.json" if " audit " in line else "out",
+        "F": "demo",
+        "key=value": "train.seed=7",
+        "RUN_ID": run_id,
+    }
+    return [
+        stand_ins.get(w, w).replace("/where/the/delivery/is", str(desk / "data")).replace("/shared/run", "RUN")
+        for w in shlex.split(line)
+    ]
 
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory, smoke_run) -> Path:
     "A folder as the pages assume it: a zipped delivery in ./data, finished runs, a photo, a checkout's notebooks."
     from pillsnap.synth.writer import write_delivery
+
     root = tmp_path_factory.mktemp("desk")
-    write_delivery(root/"data", drugs=4, photos=6, combos=2, width=122, height=160, zip_parts=True, workers=1, progress=False)
-    shutil.copytree(smoke_run, root/"RUN", symlinks=True)
+    write_delivery(
+        root / "data", drugs=4, photos=6, combos=2, width=122, height=160, zip_parts=True, workers=1, progress=False
+    )
+    shutil.copytree(smoke_run, root / "RUN", symlinks=True)
     for name in ("DIR", "_runs/demo", "_runs/two_stage", "_runs/x"):
-        (root/name).parent.mkdir(exist_ok=True)
-        shutil.copytree(smoke_run, root/name, symlinks=True, ignore=shutil.ignore_patterns("delivery"))
-        (root/name/"delivery").symlink_to(root/"RUN"/"delivery")
-    (root/"RUN"/"artifacts"/"stage1").mkdir()
-    for f in (root/"RUN"/"artifacts"/"stage0").glob("*"):
-        shutil.copy2(f, root/"RUN"/"artifacts"/"stage1"/f.name)
-    shutil.copy2(sorted((root/"RUN"/"delivery").rglob("*_75_*.png"))[0], root/"photo.png")
-    (root/"nbs").symlink_to(ROOT/"nbs")
+        (root / name).parent.mkdir(exist_ok=True)
+        shutil.copytree(smoke_run, root / name, symlinks=True, ignore=shutil.ignore_patterns("delivery"))
+        (root / name / "delivery").symlink_to(root / "RUN" / "delivery")
+    (root / "RUN" / "artifacts" / "stage1").mkdir()
+    for f in (root / "RUN" / "artifacts" / "stage0").glob("*"):
+        shutil.copy2(f, root / "RUN" / "artifacts" / "stage1" / f.name)
+    shutil.copy2(sorted((root / "RUN" / "delivery").rglob("*_75_*.png"))[0], root / "photo.png")
+    (root / "nbs").symlink_to(ROOT / "nbs")
     for stage in cli.PIPELINE:
-        (root/stage.path.name).symlink_to(stage.path)
+        (root / stage.path.name).symlink_to(stage.path)
     return root
 
 
@@ -101,10 +115,11 @@ def at_the_desk(desk, monkeypatch, request) -> Path:
     "In that folder, with the delivery unpacked (README's own line does it for those after it) and measurements cut short."
     from pillsnap import planner
     from pillsnap.delivery.aihub import extract_archives
+
     monkeypatch.chdir(desk)
-    if "extract" not in request.node.name and not list((desk/"data").rglob("*.json")):
-        extract_archives(desk/"data", desk/"data")
-    monkeypatch.setattr(planner, "seconds_left", lambda *a: .05)
+    if "extract" not in request.node.name and not list((desk / "data").rglob("*.json")):
+        extract_archives(desk / "data", desk / "data")
+    monkeypatch.setattr(planner, "seconds_left", lambda *a: 0.05)
     monkeypatch.setattr(cli, "networks", lambda cfg: {})
     return desk
 
@@ -121,6 +136,7 @@ def parsed(argv: list[str], monkeypatch, capsys) -> dict:
     "What the job would be called with: typer reads every option, the job itself is left out, its configuration is loaded."
     from pillsnap.evaluation import final, ledger
     from pillsnap.training import distributed
+
     seen = {}
 
     def pipeline(stages, config, overrides, run_dir=None, only=None, start=None, force=False, fresh=False, params=None):
@@ -131,12 +147,27 @@ def parsed(argv: list[str], monkeypatch, capsys) -> dict:
         return [{"table": [], "verdict": ""}]
 
     def several(stage, run_dir, processes, config, overrides):
-        seen.update(cfg=load_config(config or str(Path(run_dir)/"config.yaml"), overrides), jobs=[stage], processes=processes)
+        seen.update(
+            cfg=load_config(config or str(Path(run_dir) / "config.yaml"), overrides), jobs=[stage], processes=processes
+        )
+
     with monkeypatch.context() as m:
         m.setattr(cli, "run_pipeline", pipeline)
         m.setattr(distributed, "distributed_command", several)
-        m.setattr(final, "final_test_command", lambda run_dir, **how: seen.update(cfg=load_config(str(cli.run_config(run_dir))), jobs=["final-test"], **how))
-        m.setattr(ledger, "record_decision", lambda run_dir, by, reason: seen.update(cfg=None, jobs=["decide"]) or {"seq": 1, "by": by, "reason": reason})
+        m.setattr(
+            final,
+            "final_test_command",
+            lambda run_dir, **how: seen.update(
+                cfg=load_config(str(cli.run_config(run_dir))), jobs=["final-test"], **how
+            ),
+        )
+        m.setattr(
+            ledger,
+            "record_decision",
+            lambda run_dir, by, reason: (
+                seen.update(cfg=None, jobs=["decide"]) or {"seq": 1, "by": by, "reason": reason}
+            ),
+        )
         m.setattr("pillsnap.training.presets.against_target", lambda *a: "")
         status, _, err = typed(argv, capsys)
     assert status == 0, err
@@ -149,28 +180,37 @@ def only_parsed(argv: list[str]) -> bool:
     if argv[0] in ("train-stage", "distributed", "final-test", "decide"):
         return True
     presets = {"two_stage", "retrieval", "narrow"} & set(argv)
-    return argv[0] == "run" and (bool(presets) or argv[1] in ("all", "interleaved") or not {"--run", "--run-dir"} & set(argv))
+    return argv[0] == "run" and (
+        bool(presets) or argv[1] in ("all", "interleaved") or not {"--run", "--run-dir"} & set(argv)
+    )
 
 
 def without_papermill(monkeypatch) -> None:
     "The runner, with the job of a notebook done in this process."
     from pillsnap.core import jobs as stages
+
     monkeypatch.setattr(stages, "_execute", lambda stage, out, params, head: stage.job_class()(**params).run() and None)
 
 
 # ---- the lines themselves
 
+
 def test_the_pages_are_read():
     "An extraction that finds nothing would prove nothing."
     texts = [line for line, _ in ALL]
-    for must in ("pillsnap extract ./data", "pillsnap run evaluation --run-dir _runs/demo -p user_choice=1", "pillsnap predict PHOTO --mode combo --run DIR --json",
-                 "papermill nbs/dataset/460_splits.ipynb out.ipynb -p run_dir _runs/demo -p seed 42", "pillsnap train-stage --help"):
+    for must in (
+        "pillsnap extract ./data",
+        "pillsnap run evaluation --run-dir _runs/demo -p user_choice=1",
+        "pillsnap predict PHOTO --mode combo --run DIR --json",
+        "papermill nbs/dataset/460_splits.ipynb out.ipynb -p run_dir _runs/demo -p seed 42",
+        "pillsnap train-stage --help",
+    ):
         assert must in texts, must
     assert len({p for _, p in ALL}) > 20 and len(set(texts)) == len(texts)
 
 
 PILLSNAP = [(line, page) for line, page in ALL if line.startswith(("pillsnap", "python -m pillsnap"))]
-KERNEL = "pillsnap run evaluation --run-dir _runs/demo -p user_choice=1"   # of README; run as a person runs it, below
+KERNEL = "pillsnap run evaluation --run-dir _runs/demo -p user_choice=1"  # of README; run as a person runs it, below
 
 
 @pytest.mark.spec("OP4", "CF8")
@@ -178,18 +218,26 @@ KERNEL = "pillsnap run evaluation --run-dir _runs/demo -p user_choice=1"   # of 
 def test_the_program_takes_every_line(line, page, at_the_desk, monkeypatch, capsys):
     argv = cli.arguments(words(line.replace("python -m pillsnap", "pillsnap"), at_the_desk)[1:])
     if not argv:
-        assert typed([], capsys)[0] == 2   # help, and nothing was done
+        assert typed([], capsys)[0] == 2  # help, and nothing was done
     elif argv == [argv[0]] and any(p.required for p in params_of(argv[0])):
-        assert typed([*argv, "--help"], capsys)[0] == 0   # prose names the command; alone it would only miss its arguments
+        assert (
+            typed([*argv, "--help"], capsys)[0] == 0
+        )  # prose names the command; alone it would only miss its arguments
     elif "--help" not in argv and only_parsed(argv):
         parsed(argv, monkeypatch, capsys)
     elif argv[0] == "evaluate" and "test" in argv:
         status, _, err = typed(argv, capsys)
         assert status == 2 and "--reason" in err, "the sealed part is not opened without a reason"
     elif line == KERNEL:
-        done = subprocess.run([sys.executable, "-m", "pillsnap", *argv], cwd=at_the_desk, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout+done.stderr
-        advice = json.loads((at_the_desk/"_runs/demo/reports/advisor.json").read_text())
+        done = subprocess.run(
+            [sys.executable, "-m", "pillsnap", *argv],
+            cwd=at_the_desk,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        advice = json.loads((at_the_desk / "_runs/demo/reports/advisor.json").read_text())
         assert advice["user_choice"] == advice["user_options"][0]["id"] and advice["choice"]["via"] == "parameter"
     else:
         without_papermill(monkeypatch)
@@ -201,6 +249,7 @@ def test_the_program_takes_every_line(line, page, at_the_desk, monkeypatch, caps
 def params_of(name: str) -> list:
     "A command's parameters, as typer sees them."
     import typer
+
     return typer.main.get_command(cli.app).commands[name].params
 
 
@@ -215,8 +264,8 @@ def test_the_other_programs_take_every_line(line, page, at_the_desk, monkeypatch
         done = subprocess.run(["make", "--dry-run", *argv[1:]], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     elif argv[0] == "pip":
-        pins = (ROOT/"constraints.txt").read_text()
-        for name in argv[argv.index("constraints.txt")+1:]:
+        pins = (ROOT / "constraints.txt").read_text()
+        for name in argv[argv.index("constraints.txt") + 1 :]:
             assert re.search(rf"^{re.escape(name)}==", pins, re.M), name
     elif argv[0] == "python":
         help_ = subprocess.run([sys.executable, *argv[1:2], "--help"], cwd=ROOT, capture_output=True, text=True).stdout
@@ -224,6 +273,7 @@ def test_the_other_programs_take_every_line(line, page, at_the_desk, monkeypatch
             assert option in help_, f"{argv[1]} has no {option}"
     elif argv[0] == "accelerate":
         from accelerate.commands.launch import launch_command_parser
+
         launched = launch_command_parser().parse_args(argv[2:])
         assert argv[1] == "launch" and launched.module and launched.training_script == "pillsnap"
         seen = parsed(launched.training_script_args, monkeypatch, capsys)
@@ -235,26 +285,34 @@ def test_the_other_programs_take_every_line(line, page, at_the_desk, monkeypatch
 def papermill_takes(argv: list[str], desk: Path) -> None:
     "papermill's own parser reads the options; README's line is executed, a training is not."
     from papermill.cli import papermill as command
+
     context = command.make_context("papermill", list(argv[1:]))
     params = {k: int(v) if v.isdigit() else v for k, v in context.params["parameters"]}
-    check_parameters(desk/context.params["notebook_path"], params)
+    check_parameters(desk / context.params["notebook_path"], params)
     if context.params["notebook_path"].startswith("nbs/"):
-        done = subprocess.run([sys.executable, "-m", *argv], cwd=desk, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-m", *argv],
+            cwd=desk,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stderr[-2000:]
-        assert (desk/context.params["output_path"]).is_file()
+        assert (desk / context.params["output_path"]).is_file()
         return
     stage = next(s for s in cli.PIPELINE if s.path.name == Path(context.params["notebook_path"]).name)
     job = stage.job_class()(**params)
-    assert (desk/job.run_dir).is_dir() and job.cfg_in(desk/job.run_dir).train.seed == 42
+    assert (desk / job.run_dir).is_dir() and job.cfg_in(desk / job.run_dir).train.seed == 42
 
 
 # ---- help and exit statuses
+
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_help_helps(name, capsys):
     "A sentence, a word on every argument and option, an example."
     status, out, _ = typed([name, "--help"], capsys)
-    assert status == 0 and "Usage: pillsnap "+name in out and "Example:" in out
+    assert status == 0 and "Usage: pillsnap " + name in out and "Example:" in out
     command = COMMANDS[name]
     assert len((command.callback.__doc__ or "").strip()) > 20 and re.search(rf"`pillsnap {name}\b", command.epilog)
     for p in params_of(name):
@@ -262,14 +320,28 @@ def test_every_help_helps(name, capsys):
 
 
 @pytest.mark.spec("CF5")
-@pytest.mark.parametrize("argv, status", [(["--help"], 0), (["config"], 0), (["nosuch"], 2), (["run"], 2), (["config", "--nosuch"], 2), (["config", "train.sead=7"], 2), (["run", "splits", "--run-dir", "none"], 2),
-                                          (["run", "evaluation", "--run-dir", "_runs/demo", "-p", "user_choice", "1"], 2), (["run", "evalution"], 2), (["predict", "none.png"], 2), (["doctor", "none"], 2)])
+@pytest.mark.parametrize(
+    "argv, status",
+    [
+        (["--help"], 0),
+        (["config"], 0),
+        (["nosuch"], 2),
+        (["run"], 2),
+        (["config", "--nosuch"], 2),
+        (["config", "train.sead=7"], 2),
+        (["run", "splits", "--run-dir", "none"], 2),
+        (["run", "evaluation", "--run-dir", "_runs/demo", "-p", "user_choice", "1"], 2),
+        (["run", "evalution"], 2),
+        (["predict", "none.png"], 2),
+        (["doctor", "none"], 2),
+    ],
+)
 def test_exit_statuses(argv, status, at_the_desk, capsys):
     got, out, err = typed(argv, capsys)
     assert got == status and bool(err) == (status == 2), (out, err)
     if err.startswith("pillsnap:"):
         assert err.count("\n  where:") <= 1 and err.count("\n  to do:") <= 1 and "Traceback" not in err
-    assert not (at_the_desk/"none").exists()
+    assert not (at_the_desk / "none").exists()
 
 
 @pytest.mark.spec("CF5")
@@ -278,6 +350,7 @@ def test_ctrl_c_is_130_and_says_that_the_command_goes_on(monkeypatch, capsys):
 
     def stop(*a):
         raise KeyboardInterrupt
+
     monkeypatch.setattr(pillsnap.doctor, "doctor_command", stop)
     status, _, err = typed(["doctor"], capsys)
     assert status == 130 and err == "pillsnap: interrupted; the same command goes on\n"

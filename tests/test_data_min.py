@@ -1,4 +1,5 @@
 """The data path in five checks, on one small rendered delivery: splits, samples, batches, loaders, meta (SPEC TL21)."""
+
 import dataclasses
 import json
 import logging
@@ -28,63 +29,92 @@ from pillsnap.photos.images import IMAGENET_MEAN, IMAGENET_STD, crop_view, norma
 from pillsnap.dataset.sampling import EpochSampler, rare_more_often
 from pillsnap.dataset.splits import SplitsJob, load_stage
 
-SMALL = ("pack.enabled=false", "data.progressive_validation.stage_0.max_samples=null", "evaluation.min_eval_samples=6", "data.classification.img_size=64")
+SMALL = (
+    "pack.enabled=false",
+    "data.progressive_validation.stage_0.max_samples=null",
+    "evaluation.min_eval_samples=6",
+    "data.classification.img_size=64",
+)
 
 
-MANY = pd.DataFrame({"path": ["a.jpg"]*5000})
+MANY = pd.DataFrame({"path": ["a.jpg"] * 5000})
 
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory, delivery):
     "The shared delivery, converted and split; every photo of the stage."
     from pillsnap.dataset.conversion import convert_delivery
-    root = tmp_path_factory.mktemp("datamin")/"run"
+
+    root = tmp_path_factory.mktemp("datamin") / "run"
     convert_delivery(delivery, root)
     SplitsJob(near_duplicates=False)._cut(RunFolder(root), load_config("smoke", SMALL))
     return load_stage(root, 0)
 
 
 @pytest.fixture(scope="module")
-def cfg(): return load_config("smoke", SMALL)
+def cfg():
+    return load_config("smoke", SMALL)
 
 
 @pytest.fixture()
-def singles(stage): return stage.train[stage.train["kind"] == "single"].reset_index(drop=True)
+def singles(stage):
+    return stage.train[stage.train["kind"] == "single"].reset_index(drop=True)
 
 
 # 1 -----------------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.spec("TL21")
 def test_1_splits_are_there_and_apart(stage):
     assert len(stage.train) and len(stage.val) and set(stage.val["path"]) <= set(stage.pool["path"])
     assert not set(stage.train["group_id"]) & set(stage.pool["group_id"])
-    assert all((stage.root/p).is_file() for p in stage.train["path"])
+    assert all((stage.root / p).is_file() for p in stage.train["path"])
     assert set(stage.train.loc[stage.train["kind"] == "single", "class_key"]) == set(stage.class_map)
 
 
 # 2 -----------------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.spec("TL21", "TL3", "X72")
 def test_2_samples_are_what_is_served(stage, singles):
     "Validation shows exactly the two served views, with the class map's number."
-    img = open_image_safely(stage.root/singles.path[3])["image"]
-    for view, ref in (("whole", whole_view(img, 64)), ("crop", crop_view(img, box_of(singles.bbox[3]), 64, .1))):
+    img = open_image_safely(stage.root / singles.path[3])["image"]
+    for view, ref in (("whole", whole_view(img, 64)), ("crop", crop_view(img, box_of(singles.bbox[3]), 64, 0.1))):
         s = D.PillsnapClsDataset(singles, stage.class_map, stage.root, 64, view=view)[3]
-        assert set(s) == {"image", "label", "path"} and s["path"] == singles.path[3] and s["label"] == sorted(stage.class_map).index(singles.class_key[3])
+        assert (
+            set(s) == {"image", "label", "path"}
+            and s["path"] == singles.path[3]
+            and s["label"] == sorted(stage.class_map).index(singles.class_key[3])
+        )
         assert np.array_equal(s["image"].numpy(), normalise(ref[None])[0])
 
 
 @pytest.mark.spec("TL3")
 def test_2_a_dataset_never_raises_in_an_epoch(stage, singles, tmp_path):
-    (tmp_path/"text.png").write_text("no photo"); (tmp_path/"cut.png").write_bytes((stage.root/singles.path[0]).read_bytes()[:5000])
-    rows = pd.DataFrame([dict(path=p, class_key=singles.class_key[0], bbox=b) for p, b in (("gone.png", ""), ("text.png", ""), ("cut.png", ""), (str(stage.root/singles.path[0]), "[9000, 9000, 5, 5]"), (str(stage.root/singles.path[0]), "not json"))])
+    (tmp_path / "text.png").write_text("no photo")
+    (tmp_path / "cut.png").write_bytes((stage.root / singles.path[0]).read_bytes()[:5000])
+    rows = pd.DataFrame(
+        [
+            dict(path=p, class_key=singles.class_key[0], bbox=b)
+            for p, b in (
+                ("gone.png", ""),
+                ("text.png", ""),
+                ("cut.png", ""),
+                (str(stage.root / singles.path[0]), "[9000, 9000, 5, 5]"),
+                (str(stage.root / singles.path[0]), "not json"),
+            )
+        ]
+    )
     for train in (False, True):
-        d = D.PillsnapClsDataset(rows, stage.class_map, tmp_path, 64, train=train, view="crop", crop_view_prob=1.)
+        d = D.PillsnapClsDataset(rows, stage.class_map, tmp_path, 64, train=train, view="crop", crop_view_prob=1.0)
         got = [d[i] for i in range(len(d))]
         assert all(s["_skip"] and s["error"] and s["stage"] and s["path"] == p for s, p in zip(got, rows.path)), got
     det = D.PillsnapDetDataset(rows.assign(bbox="[1, 1, 5, 5]"), tmp_path, 64)
-    assert [("_skip" in det[i]) for i in range(len(det))] == [p in ("gone.png", "text.png", "cut.png") for p in det.paths]
-    with pytest.raises(PillsnapError, match="K-999999"): D.PillsnapClsDataset(rows.assign(class_key="K-999999"), stage.class_map, tmp_path, 64)
+    assert [("_skip" in det[i]) for i in range(len(det))] == [
+        p in ("gone.png", "text.png", "cut.png") for p in det.paths
+    ]
+    with pytest.raises(PillsnapError, match="K-999999"):
+        D.PillsnapClsDataset(rows.assign(class_key="K-999999"), stage.class_map, tmp_path, 64)
 
 
 @pytest.mark.spec("TL3")
@@ -94,11 +124,16 @@ def test_2_detection_boxes_move_with_the_letterbox(stage):
     d = D.PillsnapDetDataset(rows, stage.root, 160)
     s = d[0]
     want = np.array([box_of(b) for b in rows[rows["path"] == d.paths[0]]["bbox"]])
-    h, w = open_image_safely(stage.root/d.paths[0])["image"].shape[:2]
+    h, w = open_image_safely(stage.root / d.paths[0])["image"].shape[:2]
     scale, dx, dy = 160 / max(h, w), (160 - round(w * 160 / h)) // 2, 0
     c = s["label"][:, 1:].numpy() * 160
     got = (np.c_[c[:, :2] - c[:, 2:] / 2, c[:, :2] + c[:, 2:] / 2] - [dx, dy, dx, dy]) / scale
-    assert np.allclose(got, want, atol=.01) and s["image"].shape == (3, 160, 160) and 0 <= s["image"].min() and s["image"].max() <= 1
+    assert (
+        np.allclose(got, want, atol=0.01)
+        and s["image"].shape == (3, 160, 160)
+        and 0 <= s["image"].min()
+        and s["image"].max() <= 1
+    )
     assert len(want) >= 3
 
 
@@ -107,19 +142,42 @@ def test_2_training_views_are_augmented_bytes_then_normalised(stage, singles):
     "Crops keep the imprint, half are mirrored, colours change within their bounds and before normalisation; mirror and hue are warned of."
     a, draws = AugmentClassification(), np.random.default_rng(0).random((4000, DRAWS))
     tf = build_transforms_classification(64, a)
-    w = tf.windows(draws, np.zeros(len(draws), bool)); side = w[:, 2:] - w[:, :2]
-    assert .79 < side.prod(1).min() and (side[:, 0]/side[:, 1]).min() >= .9 and (side[:, 0]/side[:, 1]).max() <= 1.1 and 0 <= w.min() and w.max() <= 1
-    assert abs(tf.flips(draws).mean() - .5) < .03 and not build_transforms_classification(64, AugmentClassification(hflip=False)).flips(draws).any()
+    w = tf.windows(draws, np.zeros(len(draws), bool))
+    side = w[:, 2:] - w[:, :2]
+    assert (
+        0.79 < side.prod(1).min()
+        and (side[:, 0] / side[:, 1]).min() >= 0.9
+        and (side[:, 0] / side[:, 1]).max() <= 1.1
+        and 0 <= w.min()
+        and w.max() <= 1
+    )
+    assert (
+        abs(tf.flips(draws).mean() - 0.5) < 0.03
+        and not build_transforms_classification(64, AugmentClassification(hflip=False)).flips(draws).any()
+    )
     grey = torch.full((512, 3, 8, 8), 100, dtype=torch.uint8)
-    only = lambda **kw: build_transforms_classification(8, AugmentClassification(**{"randaugment": False, "hflip": False, "color_jitter": (0, 0, 0, 0), **kw}))
-    back = lambda x: x*torch.tensor(IMAGENET_STD).view(3, 1, 1) + torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
-    bright = back(only(color_jitter=(.2, 0, 0, 0))(grey, draws[:512]))[:, 0, 0, 0]*255
-    assert 80 <= bright.min() + .1 < 82 and 118 < bright.max() < 120.1            # brightness .8 to 1.2, on colours and not on normalised numbers
-    assert (back(only(color_jitter=(0, 0, 0, .05))(grey, draws[:512]))*255 - 100).abs().max() < .1   # hue leaves grey alone
-    white = back(only(color_jitter=(.9, .9, .9, .05))((torch.rand(64, 3, 8, 8)*255).byte(), draws[:64]))
+    only = lambda **kw: build_transforms_classification(
+        8, AugmentClassification(**{"randaugment": False, "hflip": False, "color_jitter": (0, 0, 0, 0), **kw})
+    )
+    back = lambda x: x * torch.tensor(IMAGENET_STD).view(3, 1, 1) + torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
+    bright = back(only(color_jitter=(0.2, 0, 0, 0))(grey, draws[:512]))[:, 0, 0, 0] * 255
+    assert (
+        80 <= bright.min() + 0.1 < 82 and 118 < bright.max() < 120.1
+    )  # brightness .8 to 1.2, on colours and not on normalised numbers
+    assert (
+        back(only(color_jitter=(0, 0, 0, 0.05))(grey, draws[:512])) * 255 - 100
+    ).abs().max() < 0.1  # hue leaves grey alone
+    white = back(only(color_jitter=(0.9, 0.9, 0.9, 0.05))((torch.rand(64, 3, 8, 8) * 255).byte(), draws[:64]))
     assert -1e-5 < white.min() and white.max() < 1 + 1e-5
-    assert torch.equal(only()(grey, draws[:512]), build_transforms_classification(8, train=False)(grey)) or (only()(grey, draws[:512]) - build_transforms_classification(8, train=False)(grey)).abs().max() < 1e-5
-    assert any("mirror" in x for x in dangers(a)) and any("hue" in x for x in dangers(a)) and not dangers(AugmentClassification(hflip=False, color_jitter=(0, 0, 0, 0)))
+    assert (
+        torch.equal(only()(grey, draws[:512]), build_transforms_classification(8, train=False)(grey))
+        or (only()(grey, draws[:512]) - build_transforms_classification(8, train=False)(grey)).abs().max() < 1e-5
+    )
+    assert (
+        any("mirror" in x for x in dangers(a))
+        and any("hue" in x for x in dangers(a))
+        and not dangers(AugmentClassification(hflip=False, color_jitter=(0, 0, 0, 0)))
+    )
     s = D.PillsnapClsDataset(singles, stage.class_map, stage.root, 64, train=True, augment=a)[0]["image"]
     assert s.dtype == torch.float32 and s.shape == (3, 64, 64) and -2.2 < s.min() and s.max() < 2.7
 
@@ -129,43 +187,77 @@ def test_2_randaugment_draws_two_operations_that_keep_the_colour():
     draws = np.random.default_rng(1).random((5000, DRAWS))
     ops = randaugment_ops(draws, 331)
     names = set(ops[0][0])
-    assert len(ops) == 2 and names == set(ops[1][0]) and not names & {"Solarize", "Equalize", "AutoContrast"} and {"Rotate", "ShearX", "Sharpness", "Contrast"} <= names
-    for name, full in (("Rotate", 30), ("ShearX", .3), ("Brightness", .9), ("TranslateX", 150.)):
+    assert (
+        len(ops) == 2
+        and names == set(ops[1][0])
+        and not names & {"Solarize", "Equalize", "AutoContrast"}
+        and {"Rotate", "ShearX", "Sharpness", "Contrast"} <= names
+    )
+    for name, full in (("Rotate", 30), ("ShearX", 0.3), ("Brightness", 0.9), ("TranslateX", 150.0)):
         m = np.abs(ops[0][1][ops[0][0] == name])
-        assert np.allclose(sorted(set(m.round(4))), [round(full*k/30, 4) for k in (7, 8, 9)], atol=1e-3), name
+        assert np.allclose(sorted(set(m.round(4))), [round(full * k / 30, 4) for k in (7, 8, 9)], atol=1e-3), name
 
 
 # 3 -----------------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.spec("TL21", "TL4")
 def test_3_collate_keeps_the_good_and_names_the_rest(caplog):
     good = [{"image": torch.full((3, 8, 8), float(i)), "label": i, "path": f"{i}.png"} for i in range(3)]
     bad = {"_skip": True, "error": "broken", "stage": "final", "path": "x.png"}
     images, labels, meta = D.safe_collate([good[0], bad, good[2]])
-    assert images[:, 0, 0, 0].tolist() == [0., 2.] and labels.tolist() == [0, 2] and labels.dtype == torch.int64
-    assert meta == {"paths": ["0.png", "2.png"], "skipped": [{"path": "x.png", "stage": "final", "error": "broken"}]} and not caplog.messages
+    assert images[:, 0, 0, 0].tolist() == [0.0, 2.0] and labels.tolist() == [0, 2] and labels.dtype == torch.int64
+    assert (
+        meta == {"paths": ["0.png", "2.png"], "skipped": [{"path": "x.png", "stage": "final", "error": "broken"}]}
+        and not caplog.messages
+    )
     images, labels, meta = D.safe_collate([bad, bad])
-    assert len(images) == len(labels) == 0 and meta["paths"] == [] and len(meta["skipped"]) == 2 and "all 2 photos of a batch were skipped" in caplog.text
+    assert (
+        len(images) == len(labels) == 0
+        and meta["paths"] == []
+        and len(meta["skipped"]) == 2
+        and "all 2 photos of a batch were skipped" in caplog.text
+    )
 
 
 @pytest.mark.spec("TL4")
-@pytest.mark.parametrize("box", ([0, .5, .5, 0., .1], [0, .5, .5, -.1, .1], [0, 1.2, .5, .1, .1], [0, float("nan"), .5, .1, .1]))
+@pytest.mark.parametrize(
+    "box",
+    ([0, 0.5, 0.5, 0.0, 0.1], [0, 0.5, 0.5, -0.1, 0.1], [0, 1.2, 0.5, 0.1, 0.1], [0, float("nan"), 0.5, 0.1, 0.1]),
+)
 def test_3_detection_collate_checks_boxes(box):
     img = torch.zeros(3, 8, 8)
-    ok = {"image": img, "label": torch.tensor([[0, .5, .5, .2, .2], [0, .1, .1, .1, .1]]), "path": "ok.png"}
-    images, boxes, meta = D.safe_collate_detection([{"image": img, "label": torch.tensor([box]), "path": "bad.png"}, ok, ok])
-    assert len(images) == 2 and boxes[:, 0].tolist() == [0, 0, 1, 1] and meta["paths"] == ["ok.png"] * 2 and meta["skipped"][0]["path"] == "bad.png"
+    ok = {"image": img, "label": torch.tensor([[0, 0.5, 0.5, 0.2, 0.2], [0, 0.1, 0.1, 0.1, 0.1]]), "path": "ok.png"}
+    images, boxes, meta = D.safe_collate_detection(
+        [{"image": img, "label": torch.tensor([box]), "path": "bad.png"}, ok, ok]
+    )
+    assert (
+        len(images) == 2
+        and boxes[:, 0].tolist() == [0, 0, 1, 1]
+        and meta["paths"] == ["ok.png"] * 2
+        and meta["skipped"][0]["path"] == "bad.png"
+    )
     images, boxes, meta = D.safe_collate_detection([{"image": img, "label": torch.tensor([box]), "path": "bad.png"}])
     assert len(images) == 0 and boxes.shape == (0, 6)
 
 
 # 4 -----------------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.spec("TL21", "TL6", "X66")
 @pytest.mark.parametrize("batch", (4, 5, 7, 500))
 def test_4_validation_drops_nothing_and_keeps_its_order(stage, batch):
     "Whatever the batch size, with drop_last: true and a weighted sampler asked for."
-    cfg = load_config("smoke", [*SMALL, f"train.classification.batch_size={batch}", "dataloader.drop_last=true", "data.imbalance.use_weighted_sampler=true", "data.imbalance.use_class_weights=false"])
+    cfg = load_config(
+        "smoke",
+        [
+            *SMALL,
+            f"train.classification.batch_size={batch}",
+            "dataloader.drop_last=true",
+            "data.imbalance.use_weighted_sampler=true",
+            "data.imbalance.use_class_weights=false",
+        ],
+    )
     train_dl, val_dl, _ = L.build_classification_loaders(stage, cfg)
     seen = [p for *_, m in val_dl for p in m["paths"]]
     assert seen == stage.val[stage.val["kind"] == "single"]["path"].tolist() and not val_dl.drop_last
@@ -189,13 +281,19 @@ def test_4_whoever_does_the_work_delivers_the_same(stage, cfg):
     cache = PhotoCache(rows, stage.root, list(none.views.values()), shared=True)
     assert cache.data.is_shared()
     many = L.classification_set(rows, stage, cfg, train=True, cache=cache)
-    ways = [(none, {}), (none, dict(num_workers=1)), (many, dict(num_workers=3, prefetch_factor=3)), (many, dict(num_workers=2, engine="processes"))]
+    ways = [
+        (none, {}),
+        (none, dict(num_workers=1)),
+        (many, dict(num_workers=3, prefetch_factor=3)),
+        (many, dict(num_workers=2, engine="processes")),
+    ]
     loaders = [L.PhotoLoader(d, 8, EpochSampler(d, 1), **kw) for d, kw in ways]
     epochs = []
     for _ in range(2):
-        (first, *others), = [[list(l) for l in loaders]]
+        ((first, *others),) = [[list(l) for l in loaders]]
         for other in others:
-            for (x, y, m), (x2, y2, m2) in zip(first, other, strict=True): assert m == m2 and torch.equal(x, x2) and torch.equal(y, y2)
+            for (x, y, m), (x2, y2, m2) in zip(first, other, strict=True):
+                assert m == m2 and torch.equal(x, x2) and torch.equal(y, y2)
         epochs.append({p: i for x, _, m in first for p, i in zip(m["paths"], x)})
     assert epochs[0].keys() == epochs[1].keys() and not any(torch.equal(epochs[0][p], epochs[1][p]) for p in epochs[0])
 
@@ -207,25 +305,35 @@ def test_4_a_position_in_mid_epoch_is_kept_exactly(stage, cfg, engine):
     d = L.classification_set(stage.train, stage, cfg, train=True)
     weights = rare_more_often(d.labels, len(stage.class_map))
     new = lambda **kw: L.PhotoLoader(d, 16, EpochSampler(d, 5, weights), **kw)
-    l = new(); straight = [x for _ in range(2) for x, *_ in l]
-    n = len(new()); assert n >= 4
-    for stop in ([1, n] if engine == "processes" else range(1, n + 1)):
+    l = new()
+    straight = [x for _ in range(2) for x, *_ in l]
+    n = len(new())
+    assert n >= 4
+    for stop in [1, n] if engine == "processes" else range(1, n + 1):
         a, before = new(num_workers=2), []
         for k, (x, *_) in enumerate(a, 1):
             before.append(x)
-            if k == stop: state = json.loads(json.dumps(a.state_dict())); break
-        b = new(num_workers=1, engine=engine); b.load_state_dict(state)
+            if k == stop:
+                state = json.loads(json.dumps(a.state_dict()))
+                break
+        b = new(num_workers=1, engine=engine)
+        b.load_state_dict(state)
         after = [x for x, *_ in b] + ([x for x, *_ in b] if stop < n else [])
-        assert len(before) + len(after) == 2*n
-        assert not [(k, float((x - y).abs().max())) for k, (x, y) in enumerate(zip(before + after, straight)) if not torch.equal(x, y)]
+        assert len(before) + len(after) == 2 * n
+        assert not [
+            (k, float((x - y).abs().max()))
+            for k, (x, y) in enumerate(zip(before + after, straight))
+            if not torch.equal(x, y)
+        ]
 
 
 @pytest.mark.spec("TL9")
 def test_4_a_photo_that_is_drawn_twice_looks_different(stage, cfg, singles):
     d = L.classification_set(singles, stage, cfg, train=True)
     seen = {}
-    for x, _, m in L.PhotoLoader(d, 16, EpochSampler(d, 5, [1.]*3 + [0.]*(len(d) - 3))):
-        for p, i in zip(m["paths"], x): seen.setdefault(p, []).append(i)
+    for x, _, m in L.PhotoLoader(d, 16, EpochSampler(d, 5, [1.0] * 3 + [0.0] * (len(d) - 3))):
+        for p, i in zip(m["paths"], x):
+            seen.setdefault(p, []).append(i)
     assert len(seen) == 3 and all(not torch.equal(v[0], v[1]) for v in seen.values())
 
 
@@ -237,22 +345,38 @@ def test_4_a_batch_of_broken_photos_stops_nobody(stage, cfg, tmp_path, workers, 
     l = L.PhotoLoader(D.PillsnapClsDataset(rows, stage.class_map, stage.root, 64), 3, num_workers=workers)
     got = list(l)
     assert [len(y) for _, y, _ in got] == [2, 3] and all(len(x) == len(y) == len(m["paths"]) for x, y, m in got)
-    assert [[s["path"] for s in m["skipped"]] for *_, m in got] == [["gone0.png"], ["gone3.png", "gone4.png", "gone5.png"]] and "all 3 photos" in caplog.text
+    assert [[s["path"] for s in m["skipped"]] for *_, m in got] == [
+        ["gone0.png"],
+        ["gone3.png", "gone4.png", "gone5.png"],
+    ] and "all 3 photos" in caplog.text
     assert [p for *_, m in got for p in m["paths"]] == [p for p in rows["path"] if "gone" not in p]
 
 
 class Numbered(D.Source):
     "Photos that show their own number; those of `gone` do not open."
-    def __init__(self, gone): self.gone = gone
+
+    def __init__(self, gone):
+        self.gone = gone
+
     def view(self, photo, view, out, window=None, flip=False):
         n = int(photo.path)
-        if n in self.gone: return {"_skip": True, "error": "gone", "stage": "open"}
+        if n in self.gone:
+            return {"_skip": True, "error": "gone", "stage": "open"}
         out[:] = n
 
 
 @pytest.mark.spec("TL4", "BX10")
 @settings(max_examples=150, deadline=None, derandomize=True)
-@given(n=st.integers(1, 60), batch=st.integers(1, 9), drop=st.booleans(), gone=st.sets(st.integers(0, 59)), seed=st.integers(0, 3), workers=st.sampled_from((0, 2)), train=st.booleans(), data=st.data())
+@given(
+    n=st.integers(1, 60),
+    batch=st.integers(1, 9),
+    drop=st.booleans(),
+    gone=st.sets(st.integers(0, 59)),
+    seed=st.integers(0, 3),
+    workers=st.sampled_from((0, 2)),
+    train=st.booleans(),
+    data=st.data(),
+)
 def test_4_skips_keep_training_batches_full_and_the_position_exact(n, batch, drop, gone, seed, workers, train, data):
     "Training: the photos that open, in the epoch's order, `batch` at a time. Validation: as cut. Both: a stop after any batch and another loader give the rest, and each skip is told once."
     rows = pd.DataFrame({"path": [str(i) for i in range(n)], "class_key": "K-000059"})
@@ -260,39 +384,71 @@ def test_4_skips_keep_training_batches_full_and_the_position_exact(n, batch, dro
     new = lambda: L.PhotoLoader(d, batch, EpochSampler(d, seed), drop_last=drop, num_workers=workers, raw=True)
     order = EpochSampler(range(n), seed)
     order = list(order)
-    cut = [order[k:k + batch] for k in range(0, n - n % batch if drop else n, batch)]
+    cut = [order[k : k + batch] for k in range(0, n - n % batch if drop else n, batch)]
     good = [i for i in (order if train else sum(cut, [])) if i not in gone]
-    want = [good[k:k + batch] for k in range(0, len(good), batch)] if train else [[i for i in c if i not in gone] for c in cut]
+    want = (
+        [good[k : k + batch] for k in range(0, len(good), batch)]
+        if train
+        else [[i for i in c if i not in gone] for c in cut]
+    )
     want = [w for w in want if w and not (train and drop and len(w) < batch)]
     a, got = new(), []
     for x, _, m in a:
-        got.append([int(i) for i in m["paths"]]); assert x[:, 0, 0, 0].tolist() == got[-1]
+        got.append([int(i) for i in m["paths"]])
+        assert x[:, 0, 0, 0].tolist() == got[-1]
     assert got == want and (train or set(a.skipped) == {str(i) for i in sum(cut, []) if i in gone})
     assert (a.state_dict()["epoch"], a.state_dict()["batch"], a.state_dict()["row"]) == (1, 0, 0)
-    if not want: return
+    if not want:
+        return
     stop, b, c, before, told = data.draw(st.integers(1, len(want))), new(), new(), [], []
     for _, _, m in b:
-        before.append([int(i) for i in m["paths"]]); told += m["skipped"]
-        if len(before) == stop: break
+        before.append([int(i) for i in m["paths"]])
+        told += m["skipped"]
+        if len(before) == stop:
+            break
     c.load_state_dict(json.loads(json.dumps(b.state_dict())))
-    if b.state_dict()["epoch"] == 1: assert stop == len(want); return
-    for _, _, m in c: before.append([int(i) for i in m["paths"]]); told += m["skipped"]
+    if b.state_dict()["epoch"] == 1:
+        assert stop == len(want)
+        return
+    for _, _, m in c:
+        before.append([int(i) for i in m["paths"]])
+        told += m["skipped"]
     assert before == want and len({t["path"] for t in told}) == len(told)
 
 
 @pytest.mark.spec("TL7", "X15")
 def test_4_the_number_of_workers_is_measured(stage, cfg, monkeypatch, tmp_path):
     "Slow photos in every thread: more threads wait less, the choice and its table reach meta, the log and TensorBoard."
-    assert [L.worker_candidates(c) for c in (1, 2, 7, 8, 16)] == [[0, 1], [0, 1, 2], list(range(8)), [4, 8], [4, 8, 12, 16]]
-    monkeypatch.setattr(L, "AUTOTUNE_WARMUP", 1); monkeypatch.setattr(L, "AUTOTUNE_STEPS", 3); monkeypatch.setattr(L.os, "sched_getaffinity", lambda _: range(2))
+    assert [L.worker_candidates(c) for c in (1, 2, 7, 8, 16)] == [
+        [0, 1],
+        [0, 1, 2],
+        list(range(8)),
+        [4, 8],
+        [4, 8, 12, 16],
+    ]
+    monkeypatch.setattr(L, "AUTOTUNE_WARMUP", 1)
+    monkeypatch.setattr(L, "AUTOTUNE_STEPS", 3)
+    monkeypatch.setattr(L.os, "sched_getaffinity", lambda _: range(2))
     slow = D.MemorySource.view
-    def late(self, *a, **kw): time.sleep(.004); return slow(self, *a, **kw)
-    monkeypatch.setattr(D.MemorySource, "view", late); monkeypatch.setattr(L, "worker_count", lambda *a: (1, "workers: 1"))
+
+    def late(self, *a, **kw):
+        time.sleep(0.004)
+        return slow(self, *a, **kw)
+
+    monkeypatch.setattr(D.MemorySource, "view", late)
+    monkeypatch.setattr(L, "worker_count", lambda *a: (1, "workers: 1"))
     tags = []
     tb = type("TB", (), {"add_scalar": lambda self, *a: tags.append(a), "add_text": lambda self, *a: None})()
-    train_dl, _, meta = L.build_classification_loaders(stage, load_config("smoke", [*SMALL, "dataloader.autotune_workers=true", "dataloader.num_workers=1"]), tb=tb)
+    train_dl, _, meta = L.build_classification_loaders(
+        stage, load_config("smoke", [*SMALL, "dataloader.autotune_workers=true", "dataloader.num_workers=1"]), tb=tb
+    )
     times = {r["workers"]: r["data_time"] for r in meta["autotune"]}
-    assert list(times) == [0, 1, 2] and times[2] < times[0] and train_dl.num_workers == meta["num_workers"] == min(times, key=times.get) and ("perf/num_workers", train_dl.num_workers, 0) in tags
+    assert (
+        list(times) == [0, 1, 2]
+        and times[2] < times[0]
+        and train_dl.num_workers == meta["num_workers"] == min(times, key=times.get)
+        and ("perf/num_workers", train_dl.num_workers, 0) in tags
+    )
     assert "autotune:" in L.summary(meta)[-1]
 
 
@@ -302,21 +458,36 @@ def test_4_a_worker_process_begins_with_generators_of_its_own():
     kept, threads, got = torch.get_rng_state(), torch.get_num_threads(), []
     try:
         for seed in (5, 6, 5):
-            torch.manual_seed(seed); L.init_worker(0)
+            torch.manual_seed(seed)
+            L.init_worker(0)
             got.append((np.random.rand(), random.random(), torch.get_num_threads()))
-    finally: torch.set_rng_state(kept); torch.set_num_threads(threads)
+    finally:
+        torch.set_rng_state(kept)
+        torch.set_num_threads(threads)
     assert got[0] == got[2] and got[0][0] != got[1][0] and got[0][1] != got[1][1] and got[0][2] == 1
 
 
 @pytest.mark.spec("TL5")
-@pytest.mark.parametrize("wanted, photos, cached, cpus, n", [(8, 10**6, False, 4, 4), (8, 10**6, False, 64, 8), (8, 600, True, 64, 0), (8, 100, False, 64, 0), (0, 10**6, False, 64, 0), (8, 10**6, True, 64, 8)])
+@pytest.mark.parametrize(
+    "wanted, photos, cached, cpus, n",
+    [
+        (8, 10**6, False, 4, 4),
+        (8, 10**6, False, 64, 8),
+        (8, 600, True, 64, 0),
+        (8, 100, False, 64, 0),
+        (0, 10**6, False, 64, 0),
+        (8, 10**6, True, 64, 8),
+    ],
+)
 def test_4_worker_policy(wanted, photos, cached, cpus, n):
     assert L.worker_count(wanted, photos, cached, cpus)[0] == n
 
 
 @pytest.mark.spec("TL5")
 def test_4_prefetch_per_stage_and_nothing_without_workers(monkeypatch):
-    cfg = load_config("two_stage", ["dataloader.num_workers=3", "train.stage_overrides={stage_2: {num_workers_override: 2}}"])
+    cfg = load_config(
+        "two_stage", ["dataloader.num_workers=3", "train.stage_overrides={stage_2: {num_workers_override: 2}}"]
+    )
     monkeypatch.setattr(L.os, "sched_getaffinity", lambda _: range(16))
     assert [L.loader_options(cfg, s, MANY, False)[0]["prefetch_factor"] for s in (1, 2, 3, 4)] == [4, 6, 8, 8]
     assert [L.loader_options(cfg, s, MANY, False)[0]["num_workers"] for s in (1, 2)] == [3, 2]
@@ -330,8 +501,14 @@ def test_4_prefetch_per_stage_and_nothing_without_workers(monkeypatch):
 def test_4_threads_open_the_photos_unless_processes_were_asked_for(path):
     "Every decoder leaves Python's lock while it works."
     rows = MANY.assign(path=path)
-    for asked, engine, why in (("auto", "threads", "lock"), ("threads", "threads", "as configured"), ("processes", "processes", "as configured")):
-        options, lines = L.loader_options(load_config("two_stage", ["dataloader.num_workers=1", f"dataloader.engine={asked}"]), 1, rows, False)
+    for asked, engine, why in (
+        ("auto", "threads", "lock"),
+        ("threads", "threads", "as configured"),
+        ("processes", "processes", "as configured"),
+    ):
+        options, lines = L.loader_options(
+            load_config("two_stage", ["dataloader.num_workers=1", f"dataloader.engine={asked}"]), 1, rows, False
+        )
         assert options["engine"] == engine and any(x.startswith(f"engine: {engine}") and why in x for x in lines)
 
 
@@ -343,63 +520,121 @@ def test_4_lightning_iterates_it_like_a_plain_loop(stage, cfg):
     seen = []
 
     class Loop(lightning.LightningModule):
-        def __init__(self): super().__init__(); self.net = torch.nn.Linear(1, len(stage.class_map))
-        def configure_optimizers(self): return torch.optim.SGD(self.parameters(), lr=.1)
+        def __init__(self):
+            super().__init__()
+            self.net = torch.nn.Linear(1, len(stage.class_map))
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
         def training_step(self, batch, i):
             images, labels, meta = batch
             seen.append((meta["paths"], images.clone()))
             return torch.nn.functional.cross_entropy(self.net(images.mean((1, 2, 3), keepdim=False)[:, None]), labels)
 
     loader.sampler.set_epoch(0)
-    lightning.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False).fit(Loop(), train_dataloaders=loader)
-    assert [p for p, _ in seen] == [p for p, _ in plain] and all(torch.equal(a, b) for (_, a), (_, b) in zip(seen, plain, strict=True))
+    lightning.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    ).fit(Loop(), train_dataloaders=loader)
+    assert [p for p, _ in seen] == [p for p, _ in plain] and all(
+        torch.equal(a, b) for (_, a), (_, b) in zip(seen, plain, strict=True)
+    )
 
 
 def test_4_resume_gives_the_same_epoch(stage, cfg):
     "Epoch 3 is epoch 3, whether or not epochs 0 to 2 were run before."
     train_dl, _, _ = L.build_classification_loaders(stage, cfg)
-    for _ in range(3): list(train_dl)
+    for _ in range(3):
+        list(train_dl)
     straight = list(train_dl)
     fresh, _, _ = L.build_classification_loaders(stage, cfg)
     fresh.sampler.set_epoch(3)
-    for (x, y, m), (x2, y2, m2) in zip(straight, list(fresh)): assert m == m2 and torch.equal(x, x2)
+    for (x, y, m), (x2, y2, m2) in zip(straight, list(fresh)):
+        assert m == m2 and torch.equal(x, x2)
 
 
 def test_4_the_dataset_leaves_torchs_generator_alone(stage, singles):
     d = D.PillsnapClsDataset(singles, stage.class_map, stage.root, 64, train=True)
-    torch.manual_seed(5); want = torch.rand(3)
-    torch.manual_seed(5); d[0]; [None for _ in L.PhotoLoader(d, 8, EpochSampler(d, 1), num_workers=2)]
+    torch.manual_seed(5)
+    want = torch.rand(3)
+    torch.manual_seed(5)
+    d[0]
+    [None for _ in L.PhotoLoader(d, 8, EpochSampler(d, 1), num_workers=2)]
     assert torch.equal(torch.rand(3), want)
 
 
 # 5 -----------------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.spec("TL21", "TL10")
 def test_5_meta_and_summary(stage, cfg, caplog):
-    log = logging.getLogger("pillsnap.test_meta"); log.setLevel("INFO")
+    log = logging.getLogger("pillsnap.test_meta")
+    log.setLevel("INFO")
     with caplog.at_level("INFO"):
         _, _, meta = L.build_classification_loaders(stage, cfg, log=log)
-    assert {"class_names", "class_to_idx", "train_count", "val_count", "test_count", "img_size", "splits_json", "test_usage_policy", "weights_used", "sampler_used", "skipped_files"} <= set(meta)
+    assert {
+        "class_names",
+        "class_to_idx",
+        "train_count",
+        "val_count",
+        "test_count",
+        "img_size",
+        "splits_json",
+        "test_usage_policy",
+        "weights_used",
+        "sampler_used",
+        "skipped_files",
+    } <= set(meta)
     n = {k: int((getattr(stage, k)["kind"] == "single").sum()) for k in ("train", "val")}
     pills = L.teaching_rows(stage.train, stage, cfg)
-    assert (meta["train_count"], meta["val_count"], meta["test_count"], meta["img_size"]) == (len(pills), n["val"], stage.header["counts"]["test"]["singles"], 64)
-    assert meta["combo_crops"] == int((pills["kind"] == "combo").sum()) > 0 and meta["train_count"] - meta["combo_crops"] == n["train"]
-    assert meta["class_names"] == sorted(stage.class_map) and meta["class_to_idx"] == {k: i for i, k in enumerate(sorted(stage.class_map))}
-    assert (meta["splits_json"], meta["test_usage_policy"], meta["weights_used"], meta["sampler_used"], meta["skipped_files"]) == ("artifacts/stage0/splits.json", "final_evaluation_only", "inv_freq", "none", [])
-    assert f"{len(pills):,} train samples ({meta['combo_crops']:,} of them pills of combos) and {n['val']:,} val photos of 6 drugs at 64 px" in caplog.text and "drop_last" in caplog.text and "prefetch" in caplog.text
+    assert (meta["train_count"], meta["val_count"], meta["test_count"], meta["img_size"]) == (
+        len(pills),
+        n["val"],
+        stage.header["counts"]["test"]["singles"],
+        64,
+    )
+    assert (
+        meta["combo_crops"] == int((pills["kind"] == "combo").sum()) > 0
+        and meta["train_count"] - meta["combo_crops"] == n["train"]
+    )
+    assert meta["class_names"] == sorted(stage.class_map) and meta["class_to_idx"] == {
+        k: i for i, k in enumerate(sorted(stage.class_map))
+    }
+    assert (
+        meta["splits_json"],
+        meta["test_usage_policy"],
+        meta["weights_used"],
+        meta["sampler_used"],
+        meta["skipped_files"],
+    ) == ("artifacts/stage0/splits.json", "final_evaluation_only", "inv_freq", "none", [])
+    assert (
+        f"{len(pills):,} train samples ({meta['combo_crops']:,} of them pills of combos) and {n['val']:,} val photos of 6 drugs at 64 px"
+        in caplog.text
+        and "drop_last" in caplog.text
+        and "prefetch" in caplog.text
+    )
 
 
 @pytest.mark.spec("TL10")
 def test_5_meta_has_the_types_that_other_programs_read(stage, cfg):
     "Counts are integers, what was used for the balance is named, and the whole survives JSON."
-    weighted = load_config("smoke", [*SMALL, "data.imbalance.use_class_weights=false", "data.imbalance.use_weighted_sampler=true"])
+    weighted = load_config(
+        "smoke", [*SMALL, "data.imbalance.use_class_weights=false", "data.imbalance.use_weighted_sampler=true"]
+    )
     effective = load_config("smoke", [*SMALL, "data.imbalance.method=effective_num"])
     by_class = load_config("smoke", [*SMALL, "project.family=retrieval", "data.imbalance.use_class_weights=false"])
     used = [("inv_freq", "none"), ("none", "weighted"), ("effective_num", "none"), ("none", "class_balanced")]
     for c, names in zip((cfg, weighted, effective, by_class), used):
         meta = L.build_classification_loaders(stage, c)[2]
         assert all(type(meta[k]) is int for k in ("train_count", "val_count", "test_count", "img_size")), meta
-        assert (meta["weights_used"], meta["sampler_used"]) == names and json.loads(json.dumps(meta))["class_to_idx"] == meta["class_to_idx"]
+        assert (meta["weights_used"], meta["sampler_used"]) == names and json.loads(json.dumps(meta))[
+            "class_to_idx"
+        ] == meta["class_to_idx"]
         assert f"class weights {names[0]}, sampler {names[1]};" in "\n".join(L.summary(meta))
     assert meta["test_count"] == stage.header["counts"]["test"]["singles"] > 0
 
@@ -407,12 +642,17 @@ def test_5_meta_has_the_types_that_other_programs_read(stage, cfg):
 @pytest.mark.spec("TL10")
 def test_5_skipped_files_are_named(stage, cfg, tmp_path):
     import shutil
+
     rows = stage.train[stage.train["kind"] == "single"]
-    for p in stage.train["path"].unique(): (tmp_path/p).parent.mkdir(parents=True, exist_ok=True); shutil.copy(stage.root/p, tmp_path/p)
-    (tmp_path/rows["path"].iloc[2]).write_bytes(b"lost")
+    for p in stage.train["path"].unique():
+        (tmp_path / p).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(stage.root / p, tmp_path / p)
+    (tmp_path / rows["path"].iloc[2]).write_bytes(b"lost")
     spoilt = dataclasses.replace(stage, val=rows.head(4), header=stage.header | {"root": str(tmp_path)})
     train_dl, val_dl, meta = L.build_classification_loaders(spoilt, cfg)
-    assert {e["path"] for e in meta["skipped_files"]} == {rows["path"].iloc[2]} and meta["skipped_files"][0]["stage"] == "final"
+    assert {e["path"] for e in meta["skipped_files"]} == {rows["path"].iloc[2]} and meta["skipped_files"][0][
+        "stage"
+    ] == "final"
     assert [len(m["skipped"]) for *_, m in val_dl] == [1]
 
 
@@ -423,10 +663,12 @@ def test_5_one_mode_gives_three_loaders_and_both_give_six(stage, cfg):
     *loaders, meta = L.build_dataloaders_twostage(stage, cfg)
     assert len(loaders) == 6 and loaders[2] is loaders[5] is None and {"det_train_count", "train_count"} <= set(meta)
     assert L.build_dataloaders_by_mode(stage, cfg, "combo")[3]["mode"] == "combo"
-    with pytest.raises(PillsnapError, match="not 'auto'"): L.build_dataloaders_by_mode(stage, cfg, "auto")
+    with pytest.raises(PillsnapError, match="not 'auto'"):
+        L.build_dataloaders_by_mode(stage, cfg, "auto")
 
 
 # memory ------------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.spec("TL12")
 def test_cached_and_fresh_samples_are_the_same_bytes(stage, cfg):
@@ -434,18 +676,23 @@ def test_cached_and_fresh_samples_are_the_same_bytes(stage, cfg):
         a, b = (L.classification_set(stage.train, stage, cfg, train=train, cache=c) for c in (True, False))
         assert a.source.kept is not None and b.source.kept is None
         for e in (0, 1):
-            a.set_epoch(e); b.set_epoch(e)
-            for i in range(0, len(a), 9): assert torch.equal(a[i]["image"], b[i]["image"])
+            a.set_epoch(e)
+            b.set_epoch(e)
+            for i in range(0, len(a), 9):
+                assert torch.equal(a[i]["image"], b[i]["image"])
 
 
 @pytest.mark.spec("BX14")
 def test_a_cache_that_does_not_fit_is_refused_and_said(stage, cfg, monkeypatch, caplog):
     "Before anything is allocated; the loaders then go on without it, with the reason in the log."
     rows = stage.train[stage.train["kind"] == "single"]
-    with pytest.raises(PillsnapError, match="hotset_size_images=3 fits"): PhotoCache(rows, stage.root, [View("whole", 64)], budget=3 * 64 * 64 * 3 + 5)
+    with pytest.raises(PillsnapError, match="hotset_size_images=3 fits"):
+        PhotoCache(rows, stage.root, [View("whole", 64)], budget=3 * 64 * 64 * 3 + 5)
     monkeypatch.setattr(C, "free_bytes", lambda shared: 1000)
-    log = logging.getLogger("pillsnap.test_cache"); log.setLevel("INFO")
-    with caplog.at_level("INFO"): train_dl, _, meta = L.build_classification_loaders(stage, cfg, log=log)
+    log = logging.getLogger("pillsnap.test_cache")
+    log.setLevel("INFO")
+    with caplog.at_level("INFO"):
+        train_dl, _, meta = L.build_classification_loaders(stage, cfg, log=log)
     assert train_dl.dataset.source.kept is None and meta["cached_bytes"] == 0 and "hotset: off" in caplog.text
 
 
@@ -465,21 +712,43 @@ def test_a_limited_cache_mixes_with_files(stage, cfg, singles):
 
 class Blank(D.Source):
     "No photo is opened: what is left is what a worker holds."
-    def view(self, photo, view, out, window=None, flip=False): out[:] = len(photo.path)
+
+    def view(self, photo, view, out, window=None, flip=False):
+        out[:] = len(photo.path)
 
 
 @pytest.mark.spec("TL5")
 def test_a_spawned_workers_memory_does_not_grow_with_the_rows():
     "What belongs to one worker alone, with 2,000 rows and with 300,000; the names alone are 30 MB."
+
     def alone(n):
-        names = [f"data/train/images/single/TS_{k % 81}_single/K-{k % 5000:06d}/K-{k % 5000:06d}_0_2_0_2_70_000_{k:06d}.png" for k in range(n)]
-        rows = pd.DataFrame({"path": names, "class_key": "K-000250", "bbox": "[100, 200, 300, 400]", "width": 976, "height": 1280, "kind": "single"})
-        loader = L.PhotoLoader(D.PillsnapClsDataset(rows, ClassMap(["K-000250"]), Blank(), 16, train=True), 1000, engine="processes", num_workers=1, raw=True)
+        names = [
+            f"data/train/images/single/TS_{k % 81}_single/K-{k % 5000:06d}/K-{k % 5000:06d}_0_2_0_2_70_000_{k:06d}.png"
+            for k in range(n)
+        ]
+        rows = pd.DataFrame(
+            {
+                "path": names,
+                "class_key": "K-000250",
+                "bbox": "[100, 200, 300, 400]",
+                "width": 976,
+                "height": 1280,
+                "kind": "single",
+            }
+        )
+        loader = L.PhotoLoader(
+            D.PillsnapClsDataset(rows, ClassMap(["K-000250"]), Blank(), 16, train=True),
+            1000,
+            engine="processes",
+            num_workers=1,
+            raw=True,
+        )
         before, it = {p.pid for p in psutil.Process().children()}, iter(loader)
         images, _, meta = next(it)
         assert [int(v) for v in images[:, 0, 0, 0]] == [len(p) for p in meta["paths"]]
         mine = [p.memory_full_info().uss for p in psutil.Process().children() if p.pid not in before]
         it.close()
-        return max(mine)/1e6
+        return max(mine) / 1e6
+
     few, many = alone(2_000), alone(300_000)
     assert many < few + 15, (few, many)

@@ -1,4 +1,5 @@
 """The detector: two reckonings of its figures, what is left to the library, lazy loading, no network, and life without ultralytics."""
+
 import contextlib
 import importlib.util
 import os
@@ -13,53 +14,76 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-needs_ultralytics = pytest.mark.skipif(importlib.util.find_spec("ultralytics") is None, reason="ultralytics is not installed")
+needs_ultralytics = pytest.mark.skipif(
+    importlib.util.find_spec("ultralytics") is None, reason="ultralytics is not installed"
+)
 
 
 def toy_tree(folder: Path, train: int, val: int, side: int = 128, seed: int = 0) -> Path:
     "Bright ellipses on a noisy ground, one to four a photo, under names that the delivery could have."
     from PIL import Image
+
     g = np.random.default_rng(seed)
     yy, xx = np.mgrid[:side, :side]
     for split, n in (("train", train), ("val", val)):
         for what in ("images", "labels"):
-            (folder/what/split).mkdir(parents=True)
+            (folder / what / split).mkdir(parents=True)
         for i in range(n):
             im, rows = g.normal(90, 8, (side, side, 3)), []
-            for q in g.permutation(4)[:g.integers(1, 5)]:
+            for q in g.permutation(4)[: g.integers(1, 5)]:
                 a, b = g.uniform(9, 15, 2)
-                x, y = side/4+side/2*(q % 2)+g.uniform(-14, 14), side/4+side/2*(q//2)+g.uniform(-14, 14)
-                im[((xx-x)/a)**2+((yy-y)/b)**2 < 1] = g.uniform(190, 250, 3)
-                rows.append(f"0 {x/side:.6f} {y/side:.6f} {2*a/side:.6f} {2*b/side:.6f}")
-            codes = "-".join(f"{100+k:06d}" for k in range(len(rows)))
-            name = f"K-{codes}_0_2_0_2_70_{i % 18*20:03d}_{200+i//18}"
-            Image.fromarray(im.clip(0, 255).astype(np.uint8)).save(folder/"images"/split/f"{name}.png")
-            (folder/"labels"/split/f"{name}.txt").write_text("\n".join(rows)+"\n")
+                x, y = (
+                    side / 4 + side / 2 * (q % 2) + g.uniform(-14, 14),
+                    side / 4 + side / 2 * (q // 2) + g.uniform(-14, 14),
+                )
+                im[((xx - x) / a) ** 2 + ((yy - y) / b) ** 2 < 1] = g.uniform(190, 250, 3)
+                rows.append(f"0 {x / side:.6f} {y / side:.6f} {2 * a / side:.6f} {2 * b / side:.6f}")
+            codes = "-".join(f"{100 + k:06d}" for k in range(len(rows)))
+            name = f"K-{codes}_0_2_0_2_70_{i % 18 * 20:03d}_{200 + i // 18}"
+            Image.fromarray(im.clip(0, 255).astype(np.uint8)).save(folder / "images" / split / f"{name}.png")
+            (folder / "labels" / split / f"{name}.txt").write_text("\n".join(rows) + "\n")
     return folder
 
 
 class Board:
     "TensorBoard's points, in a list."
-    def __init__(self): self.points = []
-    def add_scalar(self, tag, value, step): self.points.append((tag, float(value), step))
-    def add_scalars(self, values, step): self.points += [(tag, float(value), step) for tag, value in values.items()]
-    def add_text(self, tag, text, step=0): pass
-    def of(self, tag): return [(value, step) for t, value, step in self.points if t == tag]
+
+    def __init__(self):
+        self.points = []
+
+    def add_scalar(self, tag, value, step):
+        self.points.append((tag, float(value), step))
+
+    def add_scalars(self, values, step):
+        self.points += [(tag, float(value), step) for tag, value in values.items()]
+
+    def add_text(self, tag, text, step=0):
+        pass
+
+    def of(self, tag):
+        return [(value, step) for t, value, step in self.points if t == tag]
 
 
 class Sized:
     "A dataset of so many labels."
-    def __init__(self, labels): self.labels = labels
-    def __len__(self): return len(self.labels)
+
+    def __init__(self, labels):
+        self.labels = labels
+
+    def __len__(self):
+        return len(self.labels)
 
 
 def toy_plan(tree: Path, out: Path, size: int = 96, **args):
     from pillsnap.core.config import load_config
     from pillsnap.models.yolo import PILL
     from pillsnap.training.detector import TrainPlan, detector_args
+
     cfg = load_config("smoke", [f"data.detection.img_size={size}"])
-    fixed = dict(config_snapshot=cfg.to_dict(), class_map=PILL.to_dict(), backbone="yolo11n", img_size=size, data_hash="toy")
-    return TrainPlan("yolo11n", tree, out, {**detector_args(cfg, tree, out/"lib"), **args}, fixed)
+    fixed = dict(
+        config_snapshot=cfg.to_dict(), class_map=PILL.to_dict(), backbone="yolo11n", img_size=size, data_hash="toy"
+    )
+    return TrainPlan("yolo11n", tree, out, {**detector_args(cfg, tree, out / "lib"), **args}, fixed)
 
 
 @pytest.fixture(scope="module")
@@ -68,14 +92,17 @@ def learned(tmp_path_factory):
     import torch
     from pillsnap.models.yolo import open_detector
     from pillsnap.training.detector import photos_in, score_detector, train_detector
+
     tmp, threads = tmp_path_factory.mktemp("detector"), torch.get_num_threads()
     board = Board()
     torch.set_num_threads(2)
     try:
-        tree = toy_tree(tmp/"yolo_data", 96, 24)
-        plan = toy_plan(tree, tmp/"detector", epochs=8, mosaic=0., mixup=0., warmup_epochs=1., scale=(.9, 1.1))
+        tree = toy_tree(tmp / "yolo_data", 96, 24)
+        plan = toy_plan(tree, tmp / "detector", epochs=8, mosaic=0.0, mixup=0.0, warmup_epochs=1.0, scale=(0.9, 1.1))
         trained = train_detector(replace(plan, tb=board))
-        scored = score_detector(open_detector(tmp/"detector"/"best.pt", lazy=False), photos_in(tree/"images"/"val"))
+        scored = score_detector(
+            open_detector(tmp / "detector" / "best.pt", lazy=False), photos_in(tree / "images" / "val")
+        )
     finally:
         torch.set_num_threads(threads)
     best = max(trained.history, key=lambda r: r["detection"]["mAP@0.5"])
@@ -88,9 +115,9 @@ def test_two_reckonings_agree(learned):
     "ultralytics' loader, suppression and integration against ours, on a detector that is right only now and then."
     theirs, scored, *_ = learned
     ours = scored.figures
-    assert .2 < ours["mAP@0.5"] < .999, "the comparison would prove little"
+    assert 0.2 < ours["mAP@0.5"] < 0.999, "the comparison would prove little"
     for k in ("mAP@0.5", "mAP@0.5:0.95"):
-        assert abs(ours[k]-theirs[k]) <= .005, (k, ours[k], theirs[k])
+        assert abs(ours[k] - theirs[k]) <= 0.005, (k, ours[k], theirs[k])
     assert {"precision", "recall"} <= set(theirs)
 
 
@@ -109,11 +136,12 @@ def test_memory_stands_beside_the_batch_size_in_each_epoch_of_the_detector(learn
 @pytest.mark.spec("DT2")
 def test_shuffled_labels_are_worth_nothing(learned):
     from pillsnap.training.detector import shuffled
+
     _, scored, *_ = learned
-    assert shuffled(scored).figures["mAP@0.5"] < .05
-    photos = scored.truth[1:]+scored.truth[:1]
+    assert shuffled(scored).figures["mAP@0.5"] < 0.05
+    photos = scored.truth[1:] + scored.truth[:1]
     moved = type(scored)(scored.photos, scored.preds, photos, scored.seconds)
-    assert moved.figures["mAP@0.5"] < .05
+    assert moved.figures["mAP@0.5"] < 0.05
 
 
 @needs_ultralytics
@@ -121,6 +149,7 @@ def test_shuffled_labels_are_worth_nothing(learned):
 def test_the_aihub_preset_is_yolo11m_at_640_with_one_class():
     from pillsnap.core.config import load_config
     from pillsnap.models.yolo import build_yolo_model
+
     cfg = load_config("two_stage")
     net = build_yolo_model(cfg.train.detection.model)
     assert cfg.data.detection.img_size == 640 and net.names == {0: "pill"} and net.model[-1].nc == 1
@@ -133,17 +162,34 @@ def test_null_is_the_librarys_default_and_shown(tmp_path):
     from pillsnap.core.config import load_config
     from pillsnap.training.detector import detector_args, resolved_settings
     from pillsnap.models.yolo import load_ultralytics
+
     load_ultralytics(tmp_path)
     from ultralytics.cfg import get_cfg
     from ultralytics.utils import DEFAULT_CFG
-    free, set_ = load_config("two_stage"), load_config("two_stage", ["train.detection.lr=0.005", "train.detection.optimizer=SGD", "train.detection.warmup_epochs=1.5"])
-    assert free.train.detection.epochs == 50 and free.train.detection.auto_batch_max == 16 and free.train.detection.cos_lr
-    shown = [{r["setting"]: r for r in resolved_settings(c, vars(get_cfg(overrides=detector_args(c, tmp_path, tmp_path))))} for c in (free, set_)]
+
+    free, set_ = (
+        load_config("two_stage"),
+        load_config(
+            "two_stage",
+            ["train.detection.lr=0.005", "train.detection.optimizer=SGD", "train.detection.warmup_epochs=1.5"],
+        ),
+    )
+    assert (
+        free.train.detection.epochs == 50 and free.train.detection.auto_batch_max == 16 and free.train.detection.cos_lr
+    )
+    shown = [
+        {r["setting"]: r for r in resolved_settings(c, vars(get_cfg(overrides=detector_args(c, tmp_path, tmp_path))))}
+        for c in (free, set_)
+    ]
     for k in ("lr0", "warmup_epochs", "optimizer", "close_mosaic"):
         assert shown[0][k] == {"setting": k, "value": getattr(DEFAULT_CFG, k), "from": "ultralytics' default"}
-    assert (shown[1]["lr0"]["value"], shown[1]["lr0"]["from"], shown[1]["warmup_epochs"]["value"]) == (.005, "configuration", 1.5)
+    assert (shown[1]["lr0"]["value"], shown[1]["lr0"]["from"], shown[1]["warmup_epochs"]["value"]) == (
+        0.005,
+        "configuration",
+        1.5,
+    )
     augment = {k: shown[0][k]["value"] for k in ("mosaic", "mixup", "fliplr", "scale")}
-    assert augment == {"mosaic": .5, "mixup": .1, "fliplr": .5, "scale": (.5, 1.5)}, "SPEC TL2"
+    assert augment == {"mosaic": 0.5, "mixup": 0.1, "fliplr": 0.5, "scale": (0.5, 1.5)}, "SPEC TL2"
 
 
 @needs_ultralytics
@@ -152,45 +198,78 @@ def test_no_batch_is_searched_unasked(tmp_path):
     import torch
     from pillsnap.core.config import load_config
     from pillsnap.training.detector import detector_args
+
     on, off = load_config("two_stage"), load_config("two_stage", ["train.detection.auto_batch_tune=false"])
     batch = lambda cfg, device: detector_args(cfg, tmp_path, tmp_path, torch.device(device))["batch"]
-    assert (batch(on, "cuda"), batch(off, "cuda"), batch(on, "cpu")) == (.88, 16, 16)
+    assert (batch(on, "cuda"), batch(off, "cuda"), batch(on, "cpu")) == (0.88, 16, 16)
 
 
 @needs_ultralytics
 @pytest.mark.spec("X17")
-@pytest.mark.parametrize("why, device, found", [("a GPU is not there", "cpu", None), ("cuDNN searches for kernels", "cuda", 27), ("an error", "cuda", RuntimeError("CUDA error: unspecified launch failure"))])
+@pytest.mark.parametrize(
+    "why, device, found",
+    [
+        ("a GPU is not there", "cpu", None),
+        ("cuDNN searches for kernels", "cuda", 27),
+        ("an error", "cuda", RuntimeError("CUDA error: unspecified launch failure")),
+    ],
+)
 def test_a_default_batch_is_not_called_a_search(tmp_path, monkeypatch, caplog, why, device, found):
     "The library's own fallback, as it stands in its source; only what was found is a point in TensorBoard."
     import logging
     import torch
     from pillsnap.models.yolo import build_yolo_model, load_ultralytics
     from pillsnap.training.detector import with_ultralytics
+
     load_ultralytics(tmp_path)
     from ultralytics.utils import autobatch
+
     points = []
     board = types.SimpleNamespace(add_scalar=lambda tag, v, step: points.append((tag, v)), add_text=lambda *a: None)
     t = object.__new__(with_ultralytics("YoloPillTraining"))
     t.plan = types.SimpleNamespace(log=logging.getLogger("pillsnap.toy"), tb=board, batch_cap=24)
-    t.args, t.batch_size, t.amp, t.stride, t.data = types.SimpleNamespace(batch=.88, imgsz=64, multi_scale=0., amp=False, cache=False), .88, False, 32, {"train": "x"}
+    t.args, t.batch_size, t.amp, t.stride, t.data = (
+        types.SimpleNamespace(batch=0.88, imgsz=64, multi_scale=0.0, amp=False, cache=False),
+        0.88,
+        False,
+        32,
+        {"train": "x"},
+    )
     t.model = build_yolo_model("yolo11n")
-    labels = [{"cls": [0, 0]}]*40
+    labels = [{"cls": [0, 0]}] * 40
     monkeypatch.setattr(type(t), "build_dataset", lambda self, *a, **kw: Sized(labels))
-    monkeypatch.setattr("ultralytics.models.yolo.detect.train.override_configs", lambda args, overrides: contextlib.nullcontext(args))
-    if device == "cuda":   # what the library asks of a GPU, answered for it
-        gpu = types.SimpleNamespace(get_device_properties=lambda d: types.SimpleNamespace(total_memory=16 << 30, name="toy"), memory_reserved=lambda d: 0, mem_get_info=lambda d: (16 << 30, 16 << 30), empty_cache=lambda: None)
+    monkeypatch.setattr(
+        "ultralytics.models.yolo.detect.train.override_configs", lambda args, overrides: contextlib.nullcontext(args)
+    )
+    if device == "cuda":  # what the library asks of a GPU, answered for it
+        gpu = types.SimpleNamespace(
+            get_device_properties=lambda d: types.SimpleNamespace(total_memory=16 << 30, name="toy"),
+            memory_reserved=lambda d: 0,
+            mem_get_info=lambda d: (16 << 30, 16 << 30),
+            empty_cache=lambda: None,
+        )
         monkeypatch.setattr(autobatch, "get_torch_device_backend", lambda d: gpu)
         weight = types.SimpleNamespace(device=torch.device("cuda", 0))
         monkeypatch.setattr(torch.nn.Module, "parameters", lambda self: iter([weight]))
         monkeypatch.setattr(autobatch, "autocast", lambda **kw: contextlib.nullcontext())
+
         def profile(imgs, *a, **kw):
-            if isinstance(found, Exception): raise found
-            return [(0, 0, len(x)*16*.88/found) for x in imgs]   # so many GB; the fit's answer is `found`
+            if isinstance(found, Exception):
+                raise found
+            return [(0, 0, len(x) * 16 * 0.88 / found) for x in imgs]  # so many GB; the fit's answer is `found`
+
         monkeypatch.setattr(autobatch, "profile_ops", profile)
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", why == "cuDNN searches for kernels")   # another training of this process left it on
-    with caplog.at_level("INFO", "pillsnap.toy"): n = t.auto_batch()
+    monkeypatch.setattr(
+        torch.backends.cudnn, "benchmark", why == "cuDNN searches for kernels"
+    )  # another training of this process left it on
+    with caplog.at_level("INFO", "pillsnap.toy"):
+        n = t.auto_batch()
     if found == 27:
-        assert n == 24 and points == [("perf/auto_batch_found", 24)] and "found within 88% of the GPU's memory" in caplog.text
+        assert (
+            n == 24
+            and points == [("perf/auto_batch_found", 24)]
+            and "found within 88% of the GPU's memory" in caplog.text
+        )
     else:
         assert n == 16 and not points and "not searched for: ultralytics' default of 16" in caplog.text
         assert ("intended for GPU" if device == "cpu" else "unspecified launch failure") in caplog.text
@@ -205,11 +284,15 @@ def test_single_mode_never_loads_the_detector(tmp_path):
 
     class Classifier:
         size = 32
-        def logits(self, x): return np.zeros((len(x), 2), np.float32)
 
-    detector = open_detector(fresh_detector_checkpoint(tmp_path/"best.pt", "yolo11n", 64))
+        def logits(self, x):
+            return np.zeros((len(x), 2), np.float32)
+
+    detector = open_detector(fresh_detector_checkpoint(tmp_path / "best.pt", "yolo11n", 64))
     photo = np.full((80, 60, 3), 120, np.uint8)
-    ask = lambda mode: predict_pipeline(photo, mode, classifier=Classifier(), detector=detector, class_map=ClassMap(["K-000001", "K-000002"]))
+    ask = lambda mode: predict_pipeline(
+        photo, mode, classifier=Classifier(), detector=detector, class_map=ClassMap(["K-000001", "K-000002"])
+    )
     assert ask("single")["mode_used"] == "single" and not detector.loaded
     assert ask("combo")["mode_used"] == "combo" and detector.loaded
 
@@ -232,7 +315,9 @@ def test_everything_else_lives_without_ultralytics():
         try: build_yolo_model("11n")
         except PillsnapError as e: print(len(names), "pip install" in str(e), "single mode" in str(e), "ultralytics" in sys.modules)
     """)
-    r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    r = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert r.returncode == 0, r.stderr[-2000:]
     n, *rest = r.stdout.split()
     assert int(n) > 20 and rest == ["True", "True", "False"]
@@ -244,9 +329,24 @@ def test_loader_processes_find_the_dataset_by_name(tmp_path):
     import torch
     from pillsnap.models.yolo import load_ultralytics
     from pillsnap.training import detector
-    load_ultralytics(tmp_path/"lib")
+
+    load_ultralytics(tmp_path / "lib")
     from ultralytics.cfg import get_cfg
-    tree = toy_tree(tmp_path/"y", 8, 4)
-    ds = detector.YoloPillPhotos(img_path=str(tree/"images"/"train"), imgsz=64, augment=True, batch_size=4, hyp=get_cfg(overrides=toy_plan(tree, tmp_path).args), rect=False, stride=32, pad=0., task="detect", data={"names": {0: "pill"}, "nc": 1})
-    loader = torch.utils.data.DataLoader(ds, 4, num_workers=2, multiprocessing_context="spawn", collate_fn=ds.collate_fn)
+
+    tree = toy_tree(tmp_path / "y", 8, 4)
+    ds = detector.YoloPillPhotos(
+        img_path=str(tree / "images" / "train"),
+        imgsz=64,
+        augment=True,
+        batch_size=4,
+        hyp=get_cfg(overrides=toy_plan(tree, tmp_path).args),
+        rect=False,
+        stride=32,
+        pad=0.0,
+        task="detect",
+        data={"names": {0: "pill"}, "nc": 1},
+    )
+    loader = torch.utils.data.DataLoader(
+        ds, 4, num_workers=2, multiprocessing_context="spawn", collate_fn=ds.collate_fn
+    )
     assert sum(len(b["img"]) for b in loader) == 8

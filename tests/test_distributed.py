@@ -1,4 +1,5 @@
 """The classifier's stage in several gloo processes: one stage, whoever shares it, and whoever goes on with it."""
+
 import json
 import os
 import re
@@ -28,50 +29,127 @@ from test_smoke_train import split_folder
 from test_stop_and_go import CM
 
 # CUDA_VISIBLE_DEVICES: on a machine with a GPU these processes compute on the CPU too
-ENV = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE")} | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-together = pytest.mark.skipif(bool(apart()), reason=f"two processes of this machine cannot talk to each other: {apart()}")
-OVER = ["data.classification.img_size=64", "train.classification.epochs=1", "train.classification.batch_size=8", "train.num_threads=1"]
+ENV = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE")} | {
+    "OMP_NUM_THREADS": "1",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "ACCELERATE_USE_CPU": "true",
+    "CUDA_VISIBLE_DEVICES": "",
+}
+together = pytest.mark.skipif(
+    bool(apart()), reason=f"two processes of this machine cannot talk to each other: {apart()}"
+)
+OVER = [
+    "data.classification.img_size=64",
+    "train.classification.epochs=1",
+    "train.classification.batch_size=8",
+    "train.num_threads=1",
+]
 
 
 @together
 def test_two_processes_are_one_stage(tmp_path, delivery):
     "Started as `accelerate launch` starts them; the first alone writes."
-    run = split_folder(tmp_path/"run", delivery, *OVER)
-    r = subprocess.run([sys.executable, "-m", "pillsnap", "distributed", "classifier", "--run-dir", str(run), "--config", "smoke", "--processes", "2", *OVER], env=ENV, capture_output=True, text=True, timeout=580)
-    assert r.returncode == 0, (r.stdout+r.stderr)[-3000:]
-    log = (run/"logs"/"pillsnap.classifier.log").read_text(encoding="utf-8")
+    run = split_folder(tmp_path / "run", delivery, *OVER)
+    r = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pillsnap",
+            "distributed",
+            "classifier",
+            "--run-dir",
+            str(run),
+            "--config",
+            "smoke",
+            "--processes",
+            "2",
+            *OVER,
+        ],
+        env=ENV,
+        capture_output=True,
+        text=True,
+        timeout=580,
+    )
+    assert r.returncode == 0, (r.stdout + r.stderr)[-3000:]
+    log = (run / "logs" / "pillsnap.classifier.log").read_text(encoding="utf-8")
     steps = re.findall(r"\[train\] e=1/1 s=(\d+)/(\d+)", log)
     photos = int(re.search(r"loaders: (\d+) train samples", log)[1])
-    assert [int(a) for a, _ in steps] == list(range(1, photos//8+1)), "a batch is a batch, whoever shares it; one process logs"
-    assert load_ckpt(run/"checkpoints"/"classifier"/"last.pt")["epoch"] == 1
-    assert read_record(run, "classifier")["status"] == "finished" and stale(run, "classifier", load_config("smoke", [*OVER, f"paths.exp_dir={run}"])) is None
-    assert len(list((run/"tb").glob("*/events*"))) == len(list((run/"tb").iterdir())), "one TensorBoard file per stage"
+    assert [int(a) for a, _ in steps] == list(range(1, photos // 8 + 1)), (
+        "a batch is a batch, whoever shares it; one process logs"
+    )
+    assert load_ckpt(run / "checkpoints" / "classifier" / "last.pt")["epoch"] == 1
+    assert (
+        read_record(run, "classifier")["status"] == "finished"
+        and stale(run, "classifier", load_config("smoke", [*OVER, f"paths.exp_dir={run}"])) is None
+    )
+    assert len(list((run / "tb").glob("*/events*"))) == len(list((run / "tb").iterdir())), (
+        "one TensorBoard file per stage"
+    )
 
 
 @together
 @pytest.mark.spec("BX10", "CT15")
 def test_two_processes_save_when_they_are_asked_to_stop(tmp_path, delivery):
     "SIGTERM at the command, as a scheduler sends it: the first process saves in mid-epoch and says so."
-    run, over = split_folder(tmp_path/"run", delivery, *OVER), [*OVER[:1], *OVER[2:], "train.classification.epochs=500", "train.classification.saving.every_steps=2", "train.classification.early_stopping.patience=500"]
-    last = run/"checkpoints"/"classifier"/"last.pt"
-    p = subprocess.Popen([sys.executable, "-m", "pillsnap", "distributed", "classifier", "--run-dir", str(run), "--config", "smoke", "--processes", "2", *over], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    run, over = (
+        split_folder(tmp_path / "run", delivery, *OVER),
+        [
+            *OVER[:1],
+            *OVER[2:],
+            "train.classification.epochs=500",
+            "train.classification.saving.every_steps=2",
+            "train.classification.early_stopping.patience=500",
+        ],
+    )
+    last = run / "checkpoints" / "classifier" / "last.pt"
+    p = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "pillsnap",
+            "distributed",
+            "classifier",
+            "--run-dir",
+            str(run),
+            "--config",
+            "smoke",
+            "--processes",
+            "2",
+            *over,
+        ],
+        env=ENV,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     try:
-        end = time.monotonic()+240
-        while p.poll() is None and not last.exists() and time.monotonic() < end: time.sleep(.05)
+        end = time.monotonic() + 240
+        while p.poll() is None and not last.exists() and time.monotonic() < end:
+            time.sleep(0.05)
         p.send_signal(signal.SIGTERM)
         said = p.communicate(timeout=240)[0]
-    finally: p.kill()
-    log = (run/"logs"/"pillsnap.classifier.log").read_text(encoding="utf-8")
-    epoch, batches = re.search(r"stopped by SIGTERM in epoch (\d+), (?:after (\d+) batches|which is over)", log).groups()
-    assert p.returncode and "ended with status" in said and read_record(run, "classifier")["status"] == "interrupted", said[-2000:]
+    finally:
+        p.kill()
+    log = (run / "logs" / "pillsnap.classifier.log").read_text(encoding="utf-8")
+    epoch, batches = re.search(
+        r"stopped by SIGTERM in epoch (\d+), (?:after (\d+) batches|which is over)", log
+    ).groups()
+    assert p.returncode and "ended with status" in said and read_record(run, "classifier")["status"] == "interrupted", (
+        said[-2000:]
+    )
     ckpt = load_ckpt(last)
-    assert (ckpt["epoch"], ckpt["position"]["batch"]) == ((int(epoch)-1, int(batches)) if batches else (int(epoch), 0))
+    assert (ckpt["epoch"], ckpt["position"]["batch"]) == (
+        (int(epoch) - 1, int(batches)) if batches else (int(epoch), 0)
+    )
 
 
 # a network without batch statistics or dropout, plain SGD (AdamW would make a step of rounding errors), windows of two batches, a save after every batch
-WORLD = ["data.classification.img_size=64", "train.num_threads=1",
-         "train.classification={backbone: test_convnext, batch_size: 8, grad_accum_steps: 2, epochs: 2, amp: false, optimizer: sgd, lr: 0.02, drop_rate: 0.0, ema: {enabled: true, decay: 0.9}, saving: {every_minutes: 1.0e-9}}"]
-STOP = (1, 2)   # the third batch of the second epoch, in the middle of a window
+WORLD = [
+    "data.classification.img_size=64",
+    "train.num_threads=1",
+    "train.classification={backbone: test_convnext, batch_size: 8, grad_accum_steps: 2, epochs: 2, amp: false, optimizer: sgd, lr: 0.02, drop_rate: 0.0, ema: {enabled: true, decay: 0.9}, saving: {every_minutes: 1.0e-9}}",
+]
+STOP = (1, 2)  # the third batch of the second epoch, in the middle of a window
 STAGE = textwrap.dedent("""
     import json, os, sys
     from fastai.callback.core import Callback
@@ -106,12 +184,18 @@ STAGE = textwrap.dedent("""
 
 def stage(run: Path, world: int, stop=None) -> subprocess.CompletedProcess:
     "The classifier's stage in so many processes, in an interpreter of its own."
-    return subprocess.run([sys.executable, "-c", STAGE, str(run), str(world), json.dumps(stop), *WORLD], env=ENV, capture_output=True, text=True, timeout=580)
+    return subprocess.run(
+        [sys.executable, "-c", STAGE, str(run), str(world), json.dumps(stop), *WORLD],
+        env=ENV,
+        capture_output=True,
+        text=True,
+        timeout=580,
+    )
 
 
 def seen(run: Path, first=(0, 0), last=(9, 9)) -> list[tuple]:
     "Rows that were seen in batches `first` to `last`, with their epoch, in order."
-    rows = [json.loads(line) for line in (run/"seen.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (run / "seen.jsonl").read_text().splitlines()]
     return sorted((e, p) for e, i, paths in rows if first <= (e, i) <= last for p in paths)
 
 
@@ -119,10 +203,11 @@ def seen(run: Path, first=(0, 0), last=(9, 9)) -> list[tuple]:
 def killed(delivery, tmp_path_factory):
     "A stage of two processes whose first was killed in mid-epoch; and the same stage in one process, undisturbed."
     root = tmp_path_factory.mktemp("world")
-    for name in ("two", "straight"): split_folder(root/name, delivery, *WORLD)
-    r = stage(root/"two", 2, STOP)
+    for name in ("two", "straight"):
+        split_folder(root / name, delivery, *WORLD)
+    r = stage(root / "two", 2, STOP)
     assert r.returncode and re.search(r"PillsnapError: process [01] of 2 failed: ", r.stderr), r.stderr[-2000:]
-    r = stage(root/"straight", 1)
+    r = stage(root / "straight", 1)
     assert r.returncode == 0, r.stderr[-2000:]
     return root
 
@@ -132,31 +217,37 @@ def killed(delivery, tmp_path_factory):
 @pytest.mark.parametrize("world", [1, 3])
 def test_another_number_of_processes_goes_on(killed, tmp_path, world):
     "Begun by two, killed in the middle of an epoch and of a window, gone on with by one and by three: every photo once, the weights of one undisturbed process."
-    run = tmp_path/"run"
-    shutil.copytree(killed/"two", run, symlinks=True)
-    ckpt = load_ckpt(run/"checkpoints"/"classifier"/"last.pt")
+    run = tmp_path / "run"
+    shutil.copytree(killed / "two", run, symlinks=True)
+    ckpt = load_ckpt(run / "checkpoints" / "classifier" / "last.pt")
     assert (ckpt["epoch"], ckpt["position"]["batch"], ckpt["position"]["callbacks"]["accumulate"]["count"]) == (1, 3, 1)
     before = seen(run, last=STOP)
-    (run/"seen.jsonl").unlink()
+    (run / "seen.jsonl").unlink()
     r = stage(run, world)
-    assert r.returncode == 0 and "after epoch 1 of 2 and 3 batches of the next" in r.stdout+r.stderr, r.stderr[-2000:]
-    after, whole = seen(run), seen(killed/"straight")
-    assert after and sorted(before+after) == whole and seen(run, first=(STOP[0], STOP[1]+1)) == after
-    a, b = (load_ckpt(f/"checkpoints"/"classifier"/"last.pt") for f in (killed/"straight", run))
-    start = load_ckpt(killed/"two"/"checkpoints"/"classifier"/"last.pt")["model_state"]
-    moved = max((a["model_state"][k]-v).abs().max() for k, v in start.items())
+    assert r.returncode == 0 and "after epoch 1 of 2 and 3 batches of the next" in r.stdout + r.stderr, r.stderr[-2000:]
+    after, whole = seen(run), seen(killed / "straight")
+    assert after and sorted(before + after) == whole and seen(run, first=(STOP[0], STOP[1] + 1)) == after
+    a, b = (load_ckpt(f / "checkpoints" / "classifier" / "last.pt") for f in (killed / "straight", run))
+    start = load_ckpt(killed / "two" / "checkpoints" / "classifier" / "last.pt")["model_state"]
+    moved = max((a["model_state"][k] - v).abs().max() for k, v in start.items())
     for part in ("model_state", "ema_state"):
-        for k, v in a[part].items(): torch.testing.assert_close(b[part][k], v, rtol=1e-4, atol=1e-3*float(moved), msg=lambda m: f"{part} {k}: {m}")
-    one, other = (read_json(f/"reports"/"metrics.json")["history"] for f in (killed/"straight", run))
+        for k, v in a[part].items():
+            torch.testing.assert_close(
+                b[part][k], v, rtol=1e-4, atol=1e-3 * float(moved), msg=lambda m: f"{part} {k}: {m}"
+            )
+    one, other = (read_json(f / "reports" / "metrics.json")["history"] for f in (killed / "straight", run))
     assert [r["train_loss"] for r in other] == pytest.approx([r["train_loss"] for r in one], rel=1e-4)
     assert [r["classification"]["n"] for r in other] == [r["classification"]["n"] for r in one]
 
 
 class Torn(Painted):
     "Photos of which some cannot be opened."
+
     bad = {"0.png", "1.png", "2.png", "9.png"}
+
     def open(self, photo, view, reduce=1):
-        if photo.path in self.bad: raise OSError("torn")
+        if photo.path in self.bad:
+            raise OSError("torn")
         return super().open(photo, view, reduce)
 
 
@@ -175,40 +266,93 @@ def broken_share(folder: str) -> None:
     from pillsnap.training.distributed import Blank, Distributed
     from pillsnap.training.callbacks import Accumulate
     from pillsnap.training.learner import Outputs, build_learner
+
     torch.set_num_threads(1)
     me = PartialState(cpu=True)
-    cfg = load_config("smoke", ["train.classification={epochs: 2, lr: 0.01, amp: false, mixing: {mixup: 0.2, prob: 1.0}}"])
+    cfg = load_config(
+        "smoke", ["train.classification={epochs: 2, lr: 0.01, amp: false, mixing: {mixup: 0.2, prob: 1.0}}"]
+    )
     d = PillsnapClsDataset(table(25), CM, Torn(), 16, True, seed=7)
     train = PhotoLoader(d, 6, num_workers=2).shard(me.process_index, me.num_processes)
-    val = PhotoLoader(PillsnapClsDataset(table(13), CM, Painted(), 16), 6).shard(me.process_index, me.num_processes)   # a last batch of one photo
+    val = PhotoLoader(PillsnapClsDataset(table(13), CM, Painted(), 16), 6).shard(
+        me.process_index, me.num_processes
+    )  # a last batch of one photo
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 4, 3, stride=4), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(.3), nn.Flatten(), nn.Linear(64, 3))
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3, stride=4), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.3), nn.Flatten(), nn.Linear(64, 3)
+    )
     learn = build_learner(cfg, net, nn.CrossEntropyLoss(), train, {"whole": val}, 3, out=Outputs(quiet=True))
     learn.add_cbs([Blank(), Accumulate(), Distributed(Accelerator(cpu=True))])
     learn.fit(2)
-    torch.save(dict(weights=[p.detach() for p in net.parameters()], buffers=list(net.buffers()), rows=[(r["skipped"], r["classification"]["n"]) for r in learn.rows], losses=[r["train_loss"] for r in learn.rows], batches=int(learn.history.batches)), f"{folder}/{me.process_index}.pt")
+    torch.save(
+        dict(
+            weights=[p.detach() for p in net.parameters()],
+            buffers=list(net.buffers()),
+            rows=[(r["skipped"], r["classification"]["n"]) for r in learn.rows],
+            losses=[r["train_loss"] for r in learn.rows],
+            batches=int(learn.history.batches),
+        ),
+        f"{folder}/{me.process_index}.pt",
+    )
 
 
 def test_a_stage_that_does_not_exist_is_told_before_anything_is_started(tmp_path):
     "A message with the stages, no traceback of torch's; the same for a setting that is misspelt."
-    for stage, over, want in (("clasifier", [], "one of classifier, detector"), ("classifier", ["train.clasification.lr=1"], "train.clasification")):
-        r = subprocess.run([sys.executable, "-m", "pillsnap", "distributed", stage, "--run-dir", str(tmp_path), "--config", "smoke", *over], env=ENV, capture_output=True, text=True, timeout=240)
-        said = r.stdout+r.stderr
-        assert r.returncode and want in said and "Traceback" not in said and "ChildFailedError" not in said and len(said.splitlines()) < 8, said
+    for stage, over, want in (
+        ("clasifier", [], "one of classifier, detector"),
+        ("classifier", ["train.clasification.lr=1"], "train.clasification"),
+    ):
+        r = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pillsnap",
+                "distributed",
+                stage,
+                "--run-dir",
+                str(tmp_path),
+                "--config",
+                "smoke",
+                *over,
+            ],
+            env=ENV,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        said = r.stdout + r.stderr
+        assert (
+            r.returncode
+            and want in said
+            and "Traceback" not in said
+            and "ChildFailedError" not in said
+            and len(said.splitlines()) < 8
+        ), said
 
 
 @together
 @pytest.mark.spec("TL4")
 def test_a_share_without_a_readable_photo_keeps_nobody_waiting(tmp_path):
     "Nor one of a last batch that is too small for all; both processes end with the same weights."
-    r = subprocess.run([sys.executable, "-c", BROKEN, str(Path(__file__).parent), str(tmp_path)], env=ENV, capture_output=True, text=True, timeout=240)
+    r = subprocess.run(
+        [sys.executable, "-c", BROKEN, str(Path(__file__).parent), str(tmp_path)],
+        env=ENV,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert r.returncode == 0, r.stderr[-2000:]
-    a, b = (torch.load(tmp_path/f"{k}.pt", weights_only=True) for k in range(2))
-    for v, w in zip(a["weights"], b["weights"], strict=True): assert torch.equal(v, w)
+    a, b = (torch.load(tmp_path / f"{k}.pt", weights_only=True) for k in range(2))
+    for v, w in zip(a["weights"], b["weights"], strict=True):
+        assert torch.equal(v, w)
     assert all(torch.isfinite(v).all() for v in [*a["weights"], *a["buffers"], *b["buffers"]])
-    assert int(a["buffers"][-1]) == 2*3   # batches that batch norm has seen: five an epoch, two of them grey
-    assert a["batches"] == b["batches"] == 5 and a["losses"] == b["losses"]   # the two without a photo of the first process are in the loss that it tells
-    assert a["rows"] == b["rows"] == [(4, 13), (8, 13)]   # of both processes: skipped photos so far, and photos of the validation
+    assert int(a["buffers"][-1]) == 2 * 3  # batches that batch norm has seen: five an epoch, two of them grey
+    assert (
+        a["batches"] == b["batches"] == 5 and a["losses"] == b["losses"]
+    )  # the two without a photo of the first process are in the loss that it tells
+    assert (
+        a["rows"] == b["rows"] == [(4, 13), (8, 13)]
+    )  # of both processes: skipped photos so far, and photos of the validation
 
 
 @pytest.mark.spec("BX10")
@@ -218,7 +362,7 @@ def test_processes_go_on_where_one_left_off_within_a_batch():
     one = PhotoLoader(d, 6)
     first = next(iter(one))[2]
     state = one.state_dict()
-    assert state["row"] > 6 and len(first["paths"]) == 6   # three were broken on the way
+    assert state["row"] > 6 and len(first["paths"]) == 6  # three were broken on the way
     shares = [PhotoLoader(d, 6).shard(r, 2) for r in range(2)]
     rest, batches = [], set()
     for s in shares:
@@ -226,7 +370,9 @@ def test_processes_go_on_where_one_left_off_within_a_batch():
         got = [m for _, _, m in s]
         batches.add(len(got))
         rest += [p for m in got for p in [*m["paths"], *(b["path"] for b in m["skipped"])]]
-    assert len(batches) == 1 and sorted([*rest, *first["paths"], *(b["path"] for b in first["skipped"])]) == sorted(d.paths)
+    assert len(batches) == 1 and sorted([*rest, *first["paths"], *(b["path"] for b in first["skipped"])]) == sorted(
+        d.paths
+    )
 
 
 CLOSED = "import torch; from pillsnap.training.distributed import launch; launch(print)"
@@ -235,10 +381,15 @@ CLOSED = "import torch; from pillsnap.training.distributed import launch; launch
 def test_a_closed_loopback_is_said_in_one_line():
     "On a machine whose loopback interface is down nothing is started, and the first line says so."
     closed = ["unshare", "--net", "--map-root-user"]
-    if not shutil.which("unshare") or subprocess.run([*closed, "true"], capture_output=True).returncode: pytest.skip("this system makes no network of its own for a process (unshare)")
+    if not shutil.which("unshare") or subprocess.run([*closed, "true"], capture_output=True).returncode:
+        pytest.skip("this system makes no network of its own for a process (unshare)")
     r = subprocess.run([*closed, sys.executable, "-c", CLOSED], env=ENV, capture_output=True, text=True, timeout=240)
-    said = r.stderr[r.stderr.rindex("PillsnapError"):].splitlines()
-    assert r.returncode and "two processes of this machine cannot talk to each other: its loopback interface" in said[0] and "ip link set lo up" in said[2]
+    said = r.stderr[r.stderr.rindex("PillsnapError") :].splitlines()
+    assert (
+        r.returncode
+        and "two processes of this machine cannot talk to each other: its loopback interface" in said[0]
+        and "ip link set lo up" in said[2]
+    )
 
 
 GPU_LAUNCHER = textwrap.dedent("""
@@ -263,7 +414,9 @@ GPU_LAUNCHER = textwrap.dedent("""
 @together
 def test_the_launcher_of_gpus_forks_before_cuda_is_started(tmp_path):
     "accelerate's notebook launcher, with a driver that reports two GPUs: both processes start, and nothing asked CUDA itself."
-    r = subprocess.run([sys.executable, "-c", GPU_LAUNCHER, str(tmp_path)], env=ENV, capture_output=True, text=True, timeout=240)
+    r = subprocess.run(
+        [sys.executable, "-c", GPU_LAUNCHER, str(tmp_path)], env=ENV, capture_output=True, text=True, timeout=240
+    )
     assert r.returncode == 0, r.stderr[-2000:]
     assert "Launching training on 2" in r.stdout, "notebook_launcher says this, debug_launcher says nothing"
     assert {f.name: f.read_text() for f in tmp_path.iterdir()} == {"0": "2", "1": "2"}
@@ -278,7 +431,9 @@ def test_one_gpu_trains_in_this_process(monkeypatch, tmp_path):
     for kind in (distributed.ClassifierJob, distributed.DetectorJob):
         monkeypatch.setattr(kind, "run", lambda self: ran.append((type(self).__name__, self.seed, self.epochs)))
     for stage in ("classifier", "detector"):
-        distributed.distributed_command(stage, tmp_path, 0, "smoke", ["train.seed=7", "train.classification.epochs=3", "train.detection.epochs=2"])
+        distributed.distributed_command(
+            stage, tmp_path, 0, "smoke", ["train.seed=7", "train.classification.epochs=3", "train.detection.epochs=2"]
+        )
     assert ran == [("ClassifierJob", 7, 3), ("DetectorJob", 7, 2)]
     with pytest.raises(PillsnapError, match="2 processes need a GPU each, and this machine has 1"):
         distributed.distributed_command("classifier", tmp_path, 2, "smoke")
@@ -293,8 +448,8 @@ def test_one_process_per_gpu(monkeypatch, tmp_path, gpus, want):
     monkeypatch.setattr(distributed, "handing_on", lambda command: commands.append(command) or 0)
     monkeypatch.setattr(distributed, "check_loopback", lambda: None)
     distributed.distributed_command("classifier", tmp_path, 0, "smoke")
-    command, = commands
-    assert command[command.index("--num_processes")+1] == want and "--multi_gpu" in command
+    (command,) = commands
+    assert command[command.index("--num_processes") + 1] == want and "--multi_gpu" in command
 
 
 def test_the_time_is_asked_for_rarely(monkeypatch):
@@ -302,13 +457,27 @@ def test_the_time_is_asked_for_rarely(monkeypatch):
     from fastai.callback.core import TrainEvalCallback
     from accelerate import Accelerator
     from pillsnap.training.callbacks import Accumulate, Clock, History, PillLearner, PillLoaders, Unpack, Validate
+
     sent = []
     monkeypatch.setattr(distributed, "broadcast_object_list", lambda objects: sent.append(objects) or objects)
     batch = (torch.randn(4, 8), torch.tensor([0, 1, 2, 0]), {})
     seconds = iter(range(10**6))
-    cbs = [TrainEvalCallback(), Unpack(), Accumulate(), Validate(), History(), Clock(9., now=lambda: next(seconds)), distributed.Blank(), distributed.Distributed(Accelerator(cpu=True))]
-    learn = PillLearner(PillLoaders([batch]*120, [batch]), nn.Linear(8, 3), nn.CrossEntropyLoss(), default_cbs=False, cbs=cbs)
+    cbs = [
+        TrainEvalCallback(),
+        Unpack(),
+        Accumulate(),
+        Validate(),
+        History(),
+        Clock(9.0, now=lambda: next(seconds)),
+        distributed.Blank(),
+        distributed.Distributed(Accelerator(cpu=True)),
+    ]
+    learn = PillLearner(
+        PillLoaders([batch] * 120, [batch]), nn.Linear(8, 3), nn.CrossEntropyLoss(), default_cbs=False, cbs=cbs
+    )
     learn.num_classes = 3
     learn.fit(2)
-    assert len(sent) <= 2*(120//50+1)+2 and not learn.clock.over
-    assert learn.rows[-1]["clock"]["hours"] == pytest.approx((len(sent)-1)/3600), "the row of an epoch holds the time of its end"
+    assert len(sent) <= 2 * (120 // 50 + 1) + 2 and not learn.clock.over
+    assert learn.rows[-1]["clock"]["hours"] == pytest.approx((len(sent) - 1) / 3600), (
+        "the row of an epoch holds the time of its end"
+    )

@@ -1,4 +1,5 @@
 """The evaluation stage on a small synthetic run: what it reads, what it writes, and what it refuses."""
+
 import ast, json, os, shutil, subprocess, sys
 from collections import Counter
 from dataclasses import replace
@@ -27,7 +28,7 @@ from pillsnap.models.metrics import detection_ap
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ("evaluation.latency_warmup=1", "evaluation.latency_runs=4", "train.num_threads=1")
 
-HOOK = '''
+HOOK = """
 import json, os, sys
 opened = []
 def watch(event, args):
@@ -36,7 +37,7 @@ sys.addaudithook(watch)
 from pillsnap.evaluation.evaluation import EvaluationJob
 res = EvaluationJob(run_dir=sys.argv[1], config="smoke", overrides=json.loads(sys.argv[2])).run()
 print("REPORT", json.dumps({"sealed": [o for o in opened if "/data/val" in o[1]], "photos": sum("/data/train/images" in p for _, p in opened), "training": [m for m in sys.modules if m.startswith("pillsnap.training")], "verdict": res.verdict}))
-'''
+"""
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,13 @@ def made(tmp_path_factory, delivery):
     shutil.copytree(delivery, root / "delivery")
     job = E.EvaluationJob(run_dir=str(root), config="smoke", overrides=QUICK)
     E.smoke_evaluation(RunFolder(root, "evaluation"), job.cfg_in(root))
-    done = subprocess.run([sys.executable, "-c", HOOK, str(root), json.dumps(QUICK)], capture_output=True, text=True, cwd=root.parent, env={**os.environ, "PYTHONPATH": str(ROOT), "YOLO_CONFIG_DIR": str(root.parent)})
+    done = subprocess.run(
+        [sys.executable, "-c", HOOK, str(root), json.dumps(QUICK)],
+        capture_output=True,
+        text=True,
+        cwd=root.parent,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "YOLO_CONFIG_DIR": str(root.parent)},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(next(l for l in done.stdout.splitlines() if l.startswith("REPORT"))[7:])
     return root, report
@@ -66,6 +73,7 @@ def again(root, **change):
 
 # ---- what it reads -------------------------------------------------------------------------------
 
+
 @pytest.mark.spec("SP4", "SG1")
 def test_the_sealed_test_is_not_opened_and_training_is_not_imported(made):
     root, report = made
@@ -76,11 +84,18 @@ def test_the_sealed_test_is_not_opened_and_training_is_not_imported(made):
 def test_the_wing_does_not_know_the_training_wing():
     for path in (ROOT / "pillsnap/evaluation").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            name = node.module or "" if isinstance(node, ast.ImportFrom) else " ".join(a.name for a in node.names) if isinstance(node, ast.Import) else ""
+            name = (
+                node.module or ""
+                if isinstance(node, ast.ImportFrom)
+                else " ".join(a.name for a in node.names)
+                if isinstance(node, ast.Import)
+                else ""
+            )
             assert "training" not in name and "deployment" not in name, (path.name, name)
 
 
 # ---- what it writes ------------------------------------------------------------------------------
+
 
 @pytest.mark.spec("EV3", "DT2", "BX2")
 def test_figures_can_be_reckoned_again_from_the_predictions(made):
@@ -91,18 +106,30 @@ def test_figures_can_be_reckoned_again_from_the_predictions(made):
     assert len(t) == m["accuracy"].n == m["n_eval_samples"].value == doc["parts"]["clean"] and every.path.is_unique
     for part, name in (("val", "selection"), ("calib", "calibration")):
         mine = every[every.part == part]
-        assert len(mine) == m[f"accuracy_{name}"].n == doc["parts"][part] > 0 and m[f"accuracy_{name}"].value == pytest.approx((mine.true == mine.answered).mean())
+        assert len(mine) == m[f"accuracy_{name}"].n == doc["parts"][part] > 0 and m[
+            f"accuracy_{name}"
+        ].value == pytest.approx((mine.true == mine.answered).mean())
     assert m["accuracy"].value == pytest.approx((t.true == t.answered).mean()) == pytest.approx((t["rank"] == 1).mean())
-    assert m["top5"].value == pytest.approx((t["rank"] <= 5).mean()) and m["accuracy_crop"].value == pytest.approx((t.true == t.answered_crop).mean())
+    assert m["top5"].value == pytest.approx((t["rank"] <= 5).mean()) and m["accuracy_crop"].value == pytest.approx(
+        (t.true == t.answered_crop).mean()
+    )
     rows = [json.loads(l) for l in open(root / "reports/predictions_boxes.jsonl")]
-    assert {r["part"] for r in rows} == {"val", "clean"} and {s.path for s in E.shots(E.load_stage(root, 0)) if s.part != "calib"} == {r["path"] for r in rows}
+    assert {r["part"] for r in rows} == {"val", "clean"} and {
+        s.path for s in E.shots(E.load_stage(root, 0)) if s.part != "calib"
+    } == {r["path"] for r in rows}
     rows = [r for r in rows if r["part"] == "clean"]
-    ap = detection_ap([(np.array(r["boxes"]), np.array(r["confidence"])) for r in rows], [np.array(r["truth"]) for r in rows])
+    ap = detection_ap(
+        [(np.array(r["boxes"]), np.array(r["confidence"])) for r in rows], [np.array(r["truth"]) for r in rows]
+    )
     assert m["detection_map50"].value == pytest.approx(ap["mAP@0.5"], abs=1e-3) and m["detection_map50"].n == len(rows)
     combos = [json.loads(l) for l in open(root / "reports/predictions_combo.jsonl")]
-    assert len(combos) == doc["photos"]["combos"] and all(c["mode_used"] == c["mode_requested"] == "combo" for c in combos)
+    assert len(combos) == doc["photos"]["combos"] and all(
+        c["mode_used"] == c["mode_requested"] == "combo" for c in combos
+    )
     combos = [c for c in combos if c["part"] == "clean"]
-    assert m["combo_pill_accuracy"].value == pytest.approx(sum(c["right"] for c in combos) / sum(c["pills"] for c in combos))
+    assert m["combo_pill_accuracy"].value == pytest.approx(
+        sum(c["right"] for c in combos) / sum(c["pills"] for c in combos)
+    )
 
 
 @pytest.mark.spec("BX2", "EV6")
@@ -111,8 +138,11 @@ def test_every_figure_is_a_record(made):
     for name, m in metrics.items():
         assert m.data == "synthetic" and len(m.class_map_hash) == 64 and m.hardware and m.commit
         assert m.measured or m.note or m.value is None, name
-        if m.value is None: assert m.n == 0 and m.note, name
-    assert {r.scope for r in latency} == {"classifier", "detector", "single", "combo"} and {r.percentile for r in latency} == {50, 95}
+        if m.value is None:
+            assert m.n == 0 and m.note, name
+    assert {r.scope for r in latency} == {"classifier", "detector", "single", "combo"} and {
+        r.percentile for r in latency
+    } == {50, 95}
     assert all((r.batch, r.warmup, r.metric.n, r.precision) == (1, 1, 4, "fp32") for r in latency)
 
 
@@ -121,13 +151,25 @@ def test_the_scorecard_holds_both_columns_and_the_label(made):
     root, report = made
     card, text = read_json(root / "reports/scorecard.json"), (root / "reports/scorecard.md").read_text(encoding="utf-8")
     rows = {r["figure"]: r for r in card["rows"]}
-    assert card["gate"]["label"] == "demo, synthetic" and "demo, synthetic" in text and "SYNTHETIC DATA" in text and card["gate"]["status"] in ("NO_GO", "NOT_MEASURED")
-    assert rows["accuracy"]["gate"].startswith("≥ 0.90") and rows["accuracy"]["advisor"].startswith("≥ 0.9") and rows["accuracy"]["business"] == ""
+    assert (
+        card["gate"]["label"] == "demo, synthetic"
+        and "demo, synthetic" in text
+        and "SYNTHETIC DATA" in text
+        and card["gate"]["status"] in ("NO_GO", "NOT_MEASURED")
+    )
+    assert (
+        rows["accuracy"]["gate"].startswith("≥ 0.90")
+        and rows["accuracy"]["advisor"].startswith("≥ 0.9")
+        and rows["accuracy"]["business"] == ""
+    )
     assert rows["combo_set_accuracy"]["how"] == "NOT_MEASURED" and "30 are needed" in rows["combo_set_accuracy"]["note"]
     assert rows["leak_gap"]["how"] == "NOT_MEASURED"
-    assert all(r["how"] == "measured" and r["data"] == "synthetic" and r["n"] for r in card["rows"] if r["value"] is not None)
+    assert all(
+        r["how"] == "measured" and r["data"] == "synthetic" and r["n"] for r in card["rows"] if r["value"] is not None
+    )
     assert card["run_id"] == read_json(root / "run.json")["run_id"] and card["run_id"] in text
-    for part in (advisor_word(card["advice"], card["gate"]), "no choice", "NOT_COMPARABLE"): assert part in text
+    for part in (advisor_word(card["advice"], card["gate"]), "no choice", "NOT_COMPARABLE"):
+        assert part in text
     assert str(rows["accuracy"]["value"]) in text and report["verdict"].startswith(card["gate"]["status"])
 
 
@@ -136,19 +178,36 @@ def test_the_badge_is_a_remark_and_the_mode_stays(made):
     root, _ = made
     doc, m, _ = E.read_evaluation(root)
     lines = [json.loads(l) for l in open(root / "hard_cases/single.jsonl")]
-    assert len(lines) == doc["badges"] > 0 and all(l["mode_used"] == l["mode_requested"] == "single" and l["badge"] == "combo 권장" and l["single_confidence"] < .3 for l in lines)
-    assert m["mode_kept"].value == 1. and "combo 권장" in (root / "logs/pillsnap.evaluation.log").read_text(encoding="utf-8")
-    assert "combo 권장" not in json.dumps(read_advice(root), ensure_ascii=False) and not any("combo 권장" in json.dumps(r, ensure_ascii=False) for r in read_json(root / "reports/scorecard.json")["rows"])
+    assert len(lines) == doc["badges"] > 0 and all(
+        l["mode_used"] == l["mode_requested"] == "single"
+        and l["badge"] == "combo 권장"
+        and l["single_confidence"] < 0.3
+        for l in lines
+    )
+    assert m["mode_kept"].value == 1.0 and "combo 권장" in (root / "logs/pillsnap.evaluation.log").read_text(
+        encoding="utf-8"
+    )
+    assert "combo 권장" not in json.dumps(read_advice(root), ensure_ascii=False) and not any(
+        "combo 권장" in json.dumps(r, ensure_ascii=False) for r in read_json(root / "reports/scorecard.json")["rows"]
+    )
 
 
 # ---- which photos ---------------------------------------------------------------------------------
+
 
 def name_the_training(root, **change):
     "Records as the training jobs leave them: the split that they read, the checkpoints that they wrote."
     split = "artifacts/stage0/splits.json"
     for job in ("classifier", "detector"):
         best = f"checkpoints/{job}/best.pt"
-        rec = dict(stage=job, status="finished", seconds=3., settings={}, inputs={split: sha256_file(root / split)}, outputs={best: sha256_file(root / best)})
+        rec = dict(
+            stage=job,
+            status="finished",
+            seconds=3.0,
+            settings={},
+            inputs={split: sha256_file(root / split)},
+            outputs={best: sha256_file(root / best)},
+        )
         save_json(rec | change, record_path(root, job))
 
 
@@ -189,12 +248,22 @@ def test_an_evaluation_set_that_touches_training_was_not_measured(copy, monkeypa
     name_the_training(copy)
     again(copy)
     doc, m, _ = E.read_evaluation(copy)
-    assert m["train_overlap"].measured and m["train_overlap"].value == 0 and m["train_overlap"].n == len(real(load_stage(copy, 0)))
-    monkeypatch.setattr(E, "shots", lambda data: real(replace(data, pool=pd.concat([data.train.assign(split="clean"), data.pool]))))
+    assert (
+        m["train_overlap"].measured
+        and m["train_overlap"].value == 0
+        and m["train_overlap"].n == len(real(load_stage(copy, 0)))
+    )
+    monkeypatch.setattr(
+        E, "shots", lambda data: real(replace(data, pool=pd.concat([data.train.assign(split="clean"), data.pool])))
+    )
     again(copy)
     card = read_json(copy / "reports/scorecard.json")
-    assert (card["gate"]["status"], card["gate"]["reasons"]) == ("NOT_MEASURED", ["LEAK"]) and "accuracy" in card["gate"]["not_measured"]
-    assert "LEAK" in (copy / "reports/scorecard.md").read_text(encoding="utf-8") and any("LEAK" in n for n in card["notes"])
+    assert (card["gate"]["status"], card["gate"]["reasons"]) == ("NOT_MEASURED", ["LEAK"]) and "accuracy" in card[
+        "gate"
+    ]["not_measured"]
+    assert "LEAK" in (copy / "reports/scorecard.md").read_text(encoding="utf-8") and any(
+        "LEAK" in n for n in card["notes"]
+    )
     assert read_ledger(copy)[-1]["reasons"] == ["LEAK"]
 
 
@@ -230,7 +299,8 @@ def test_an_image_split_is_named_and_never_goes(tmp_path, delivery):
 
 @pytest.mark.spec("X81")
 @pytest.mark.parametrize(
-    "group_by, twin, kept", [("capture", False, True), ("image", False, False), ("image", True, True), ("image", None, False)]
+    "group_by, twin, kept",
+    [("capture", False, True), ("image", False, False), ("image", True, True), ("image", None, False)],
 )
 def test_only_the_leak_gap_twin_may_part_capture_groups(copy, group_by, twin, kept):
     "The twin is trained on a leaking split on purpose; every other image-level split misses its gate point."
@@ -249,35 +319,47 @@ def test_the_imbalance_is_measured_whatever_the_number_of_drugs(drugs):
     "Counted from a table in as long as it takes: no floor under the clock, and no photo that would have to be opened."
     keys = [f"K-{i:06d}" for i in range(drugs)]
     train = pd.DataFrame({"kind": "single", "class_key": [*keys, *keys[:1] * 4]})
-    m = E.imbalance_record(StageData(train, train, train, ClassMap(keys), {}, 0), Provenance("synthetic", "a" * 64, "b" * 64))
-    assert m.measured and m.kind == "computed" and m.value == 5. and 0 < m.seconds < 1 and m.seconds != 1e-3
+    m = E.imbalance_record(
+        StageData(train, train, train, ClassMap(keys), {}, 0), Provenance("synthetic", "a" * 64, "b" * 64)
+    )
+    assert m.measured and m.kind == "computed" and m.value == 5.0 and 0 < m.seconds < 1 and m.seconds != 1e-3
 
 
 @pytest.mark.spec("SG8", "EV4")
 def test_the_mode_that_answered_is_what_is_reported(copy, monkeypatch):
     "A single that takes combo's branch lowers mode_kept and stands as such in hard_cases."
     real, n = E.photo_views, []
+
     def switched(image, mode, *a, **k):
         n.append(1)
         return replace(real(image, mode, *a, **k), mode_used="combo" if len(n) % 2 else mode)
+
     monkeypatch.setattr(E, "photo_views", switched)
     again(copy)
     doc, m, _ = E.read_evaluation(copy)
     singles, combos = doc["photos"]["singles"], doc["photos"]["combos"]
-    assert m["mode_kept"].n == singles + combos and m["mode_kept"].value == pytest.approx((singles // 2 + combos) / (singles + combos))
+    assert m["mode_kept"].n == singles + combos and m["mode_kept"].value == pytest.approx(
+        (singles // 2 + combos) / (singles + combos)
+    )
     lines = [json.loads(l) for l in open(copy / "hard_cases/single.jsonl")]
     assert {l["mode_used"] for l in lines} == {"single", "combo"} and {l["mode_requested"] for l in lines} == {"single"}
-    assert any(f"{m['mode_kept'].value:.2%} of {m['mode_kept'].n} photos" in t for t in read_json(copy / "reports/scorecard.json")["notes"])
+    assert any(
+        f"{m['mode_kept'].value:.2%} of {m['mode_kept'].n} photos" in t
+        for t in read_json(copy / "reports/scorecard.json")["notes"]
+    )
 
 
 @pytest.mark.spec("SG6", "X7")
 def test_the_thresholds_of_the_configuration_reach_the_advisor(copy):
-    for check in get_stage_target(0).checks: K.declare_check(copy, check, by="kim")
+    for check in get_stage_target(0).checks:
+        K.declare_check(copy, check, by="kim")
+
     def advice(thresholds):
         again(copy, remeasure=False, overrides=(*QUICK, f"evaluation.advisor_thresholds={list(thresholds)}"))
         return read_advice(copy)
-    strict, lax = advice((1., .999, .998)), advice((1., .001, 0.))
-    assert strict["performance_score"] == lax["performance_score"] and 0 < lax["performance_score"] < .9
+
+    strict, lax = advice((1.0, 0.999, 0.998)), advice((1.0, 0.001, 0.0))
+    assert strict["performance_score"] == lax["performance_score"] and 0 < lax["performance_score"] < 0.9
     assert (strict["reason"], lax["reason"]) == ("performance_too_low", "sufficient_performance")
 
 
@@ -289,11 +371,19 @@ def test_a_drug_that_cannot_be_named_stands_on_the_scorecard(copy):
     again(copy, remeasure=False)
     card, text = read_json(copy / "reports/scorecard.json"), (copy / "reports/scorecard.md").read_text(encoding="utf-8")
     rows = card["do_not_rely_on"]
-    assert {r["drug"] for r in rows} == set(right[right < E.RELIABLE].index) and rows and [r["right"] for r in rows] == sorted(r["right"] for r in rows)
+    assert (
+        {r["drug"] for r in rows} == set(right[right < E.RELIABLE].index)
+        and rows
+        and [r["right"] for r in rows] == sorted(r["right"] for r in rows)
+    )
     for r in rows:
         mine = t[t.true == r["drug"]]
         wrong = mine.answered[mine.answered != r["drug"]].value_counts()
-        assert r["n"] == len(mine) and r["share"] == pytest.approx(wrong.max() / len(mine)) and wrong[r["mistaken_for"]] == wrong.max()
+        assert (
+            r["n"] == len(mine)
+            and r["share"] == pytest.approx(wrong.max() / len(mine))
+            and wrong[r["mistaken_for"]] == wrong.max()
+        )
         assert r["name"] and r["its_name"] and r["name"] in text
     assert "## Do not rely on" in text
     doc = read_json(copy / "reports/evaluation.json")
@@ -304,66 +394,114 @@ def test_a_drug_that_cannot_be_named_stands_on_the_scorecard(copy):
 
 # ---- judging -------------------------------------------------------------------------------------
 
+
 @pytest.mark.spec("BX15", "SG6")
 def test_a_kept_measurement_gives_the_same_card_and_a_choice_is_recorded(copy):
     before, lines = read_json(copy / "reports/scorecard.json"), len(read_ledger(copy))
     res = again(copy, remeasure=False, user_choice="2")
     card = read_json(copy / "reports/scorecard.json")
-    assert {k: v for k, v in card.items() if k not in ("advice", "baseline")} == {k: v for k, v in before.items() if k not in ("advice", "baseline")}
-    assert read_advice(copy)["user_choice"] == card["advice"]["user_choice"] == read_advice(copy)["user_options"][1]["id"]
+    assert {k: v for k, v in card.items() if k not in ("advice", "baseline")} == {
+        k: v for k, v in before.items() if k not in ("advice", "baseline")
+    }
+    assert (
+        read_advice(copy)["user_choice"] == card["advice"]["user_choice"] == read_advice(copy)["user_options"][1]["id"]
+    )
     assert len(read_ledger(copy)) == lines == 1 and res.figures
-    again(copy, remeasure=False); assert read_advice(copy)["choice"]["via"] == "parameter"       # the same advice keeps its choice
-    with pytest.raises(PillsnapError, match="no option"): again(copy, remeasure=False, user_choice="9")
+    again(copy, remeasure=False)
+    assert read_advice(copy)["choice"]["via"] == "parameter"  # the same advice keeps its choice
+    with pytest.raises(PillsnapError, match="no option"):
+        again(copy, remeasure=False, user_choice="9")
 
 
 @pytest.mark.spec("BX8")
 def test_other_checkpoints_are_not_judged_by_old_figures(copy):
     from pillsnap.models.factory import fresh_classifier_checkpoint
+
     made_at = read_json(copy / "reports/evaluation.json")["made"]
     best = copy / "checkpoints/classifier/best.pt"
     keys = read_json(copy / "artifacts/stage0/classes.json")["keys"]
     fresh_classifier_checkpoint(best, "test_resnet", ClassMap([*keys[:-1], "K-999999"]), 96)
-    with pytest.raises(PillsnapError, match="K-999999"): again(copy, remeasure=False)
+    with pytest.raises(PillsnapError, match="K-999999"):
+        again(copy, remeasure=False)
     (copy / "checkpoints/detector/best.pt").unlink()
     fresh_classifier_checkpoint(best, "test_resnet", ClassMap(keys), 96, seed=5)
     again(copy, remeasure=False)
     doc, m, latency = E.read_evaluation(copy)
-    assert doc["inputs"]["checkpoints/classifier/best.pt"] != read_json(record_path(copy, "evaluation"))["run_id"] and "no detector was trained" in doc["absent"]["detector"]
-    assert m["accuracy"].measured and not m["detection_map50"].measured and m["detection_map50"].note == m["combo_pill_accuracy"].note == doc["absent"]["detector"]
+    assert (
+        doc["inputs"]["checkpoints/classifier/best.pt"] != read_json(record_path(copy, "evaluation"))["run_id"]
+        and "no detector was trained" in doc["absent"]["detector"]
+    )
+    assert (
+        m["accuracy"].measured
+        and not m["detection_map50"].measured
+        and m["detection_map50"].note == m["combo_pill_accuracy"].note == doc["absent"]["detector"]
+    )
     assert {r.scope for r in latency} == {"classifier", "single"}
     card = read_json(copy / "reports/scorecard.json")
-    assert "map50" in card["gate"]["not_measured"] and card["advice"]["reason"] == "mandatory_check_failed" and "detection_model_loading" in card["advice"]["message"]
+    assert (
+        "map50" in card["gate"]["not_measured"]
+        and card["advice"]["reason"] == "mandatory_check_failed"
+        and "detection_model_loading" in card["advice"]["message"]
+    )
     assert made_at <= doc["made"]
 
 
 def test_without_ultralytics_the_single_mode_is_still_judged(copy, monkeypatch):
     import pillsnap.models.yolo as yolo
-    def gone(*a, **k): raise PillsnapError("the detector needs ultralytics, which cannot be imported here")
+
+    def gone(*a, **k):
+        raise PillsnapError("the detector needs ultralytics, which cannot be imported here")
+
     monkeypatch.setattr(yolo, "load_ultralytics", gone)
     again(copy)
     doc, m, _ = E.read_evaluation(copy)
-    assert "needs ultralytics" in doc["absent"]["detector"] and m["accuracy"].measured and "needs ultralytics" in m["detection_map50"].note
+    assert (
+        "needs ultralytics" in doc["absent"]["detector"]
+        and m["accuracy"].measured
+        and "needs ultralytics" in m["detection_map50"].note
+    )
 
 
 @pytest.mark.spec("SG1")
 def test_crashes_come_from_the_stage_records(tmp_path):
     prov = Provenance("synthetic", "a" * 64, "b" * 64)
     assert not E.crash_record(tmp_path, prov).measured
-    for s in E.BEFORE: save_json(dict(status="finished", seconds=3., settings={}), record_path(tmp_path, s))
+    for s in E.BEFORE:
+        save_json(dict(status="finished", seconds=3.0, settings={}), record_path(tmp_path, s))
     assert E.crash_record(tmp_path, prov).value is True and E.crash_record(tmp_path, prov).measured
-    attempt = lambda status, raised="", settings="a": dict(status=status, started="", seconds=1., error=f"{raised}: no", raised=raised, settings=settings, boot="")
+    attempt = lambda status, raised="", settings="a": dict(
+        status=status, started="", seconds=1.0, error=f"{raised}: no", raised=raised, settings=settings, boot=""
+    )
+
     def after(job, *attempts):
-        save_json(dict(status="finished", seconds=3., settings={}, attempts=[*attempts, attempt("finished")]), record_path(tmp_path, job))
+        save_json(
+            dict(status="finished", seconds=3.0, settings={}, attempts=[*attempts, attempt("finished")]),
+            record_path(tmp_path, job),
+        )
         m = E.crash_record(tmp_path, prov)
-        save_json(dict(status="finished", seconds=3., settings={}), record_path(tmp_path, job))
+        save_json(dict(status="finished", seconds=3.0, settings={}), record_path(tmp_path, job))
         return m
+
     m = after("classifier", attempt("finished"), attempt("failed", "ValueError"), attempt("died"))
-    assert m.value is False and "classifier: crashed 2 times" in m.note and "CRASH_DETECTED" in simple_stage_evaluation(0, {"no_crashes": m}).reasons
-    assert after("classifier", attempt("failed", "PillsnapError")).value is False, "a loss that is no number is a crash of the training"
-    assert after("conversion", attempt("failed", "PillsnapError")).value is True, "a delivery that is refused in words is no crash"
+    assert (
+        m.value is False
+        and "classifier: crashed 2 times" in m.note
+        and "CRASH_DETECTED" in simple_stage_evaluation(0, {"no_crashes": m}).reasons
+    )
+    assert after("classifier", attempt("failed", "PillsnapError")).value is False, (
+        "a loss that is no number is a crash of the training"
+    )
+    assert after("conversion", attempt("failed", "PillsnapError")).value is True, (
+        "a delivery that is refused in words is no crash"
+    )
     assert after("conversion", attempt("failed", "OSError")).value is False
-    assert after("detector", attempt("interrupted"), attempt("restarted"), attempt("failed", "ValueError", settings="b")).value is True
-    save_json(dict(status="failed", seconds=3., settings={}), record_path(tmp_path, "detector"))
+    assert (
+        after(
+            "detector", attempt("interrupted"), attempt("restarted"), attempt("failed", "ValueError", settings="b")
+        ).value
+        is True
+    )
+    save_json(dict(status="failed", seconds=3.0, settings={}), record_path(tmp_path, "detector"))
     m = E.crash_record(tmp_path, prov)
     assert m.value is False and "detector: failed" in m.note
     assert "CRASH_DETECTED" in simple_stage_evaluation(0, {"no_crashes": m}).reasons
@@ -372,13 +510,18 @@ def test_crashes_come_from_the_stage_records(tmp_path):
 @pytest.mark.spec("SG1")
 def test_the_baseline_is_the_best_there_was(tmp_path):
     prov = Provenance("aihub", "a" * 64, "b" * 64)
-    rec = lambda v, p=prov: p.metric("accuracy", v, n=3000, seconds=60.)
-    now = rec(.80)
+    rec = lambda v, p=prov: p.metric("accuracy", v, n=3000, seconds=60.0)
+    now = rec(0.80)
     assert E.best_before(tmp_path, now) is None
-    save_json({"accuracy_record": rec(.83).to_dict(), "baseline": rec(.87).to_dict()}, tmp_path / "reports/scorecard.json")
-    assert E.best_before(tmp_path, now).value == .87
-    assert "REGRESSION_TOO_LARGE" in simple_stage_evaluation(1, E.gate_facts({"accuracy": now}, [], E.best_before(tmp_path, now))).reasons
-    assert E.best_before(tmp_path, rec(.80, Provenance("aihub", "c" * 64, "b" * 64))) is None
+    save_json(
+        {"accuracy_record": rec(0.83).to_dict(), "baseline": rec(0.87).to_dict()}, tmp_path / "reports/scorecard.json"
+    )
+    assert E.best_before(tmp_path, now).value == 0.87
+    assert (
+        "REGRESSION_TOO_LARGE"
+        in simple_stage_evaluation(1, E.gate_facts({"accuracy": now}, [], E.best_before(tmp_path, now))).reasons
+    )
+    assert E.best_before(tmp_path, rec(0.80, Provenance("aihub", "c" * 64, "b" * 64))) is None
 
 
 @pytest.mark.spec("SG1")
@@ -392,7 +535,7 @@ def test_the_memory_slope_is_theil_sens(mb):
 @pytest.mark.spec("SG1")
 def test_memory_flat_leaking_and_unknown():
     prov = Provenance("synthetic", "a" * 64, "b" * 64)
-    m = lambda mb: E.memory_record([{"rss_mb": v, "seconds": 2.} for v in mb], prov)
+    m = lambda mb: E.memory_record([{"rss_mb": v, "seconds": 2.0} for v in mb], prov)
     assert m([800, 950, *[1000] * 8]).value is True and m([1000 + 5 * i for i in range(12)]).value is False
     assert m([1000] * 5).measured is False and E.memory_record([{"epoch": 1}] * 9, prov).measured is False
 
@@ -402,16 +545,36 @@ def test_checks_carry_their_evidence(copy):
     doc, cfg = read_json(copy / "reports/evaluation.json"), load_config("smoke")
     found = lambda: K.found_checks(copy, doc, cfg)
     c = found()
-    assert c["classification_model_loading"].counts and c["detection_model_loading"].counts and not c["pipeline_complete"].counts and not c["onnx_conversion_success"].counts and c["onnx_conversion_success"].note
+    assert (
+        c["classification_model_loading"].counts
+        and c["detection_model_loading"].counts
+        and not c["pipeline_complete"].counts
+        and not c["onnx_conversion_success"].counts
+        and c["onnx_conversion_success"].note
+    )
     sha = doc["inputs"]["checkpoints/classifier/best.pt"]
-    for passed, checkpoint, want in ((True, sha, True), (False, sha, False), (None, sha, False), (True, "0" * 64, False)):
-        save_json({"passed": passed, "models": {"classifier": {"checkpoint": checkpoint}}}, copy / "reports/export.json")
+    for passed, checkpoint, want in (
+        (True, sha, True),
+        (False, sha, False),
+        (None, sha, False),
+        (True, "0" * 64, False),
+    ):
+        save_json(
+            {"passed": passed, "models": {"classifier": {"checkpoint": checkpoint}}}, copy / "reports/export.json"
+        )
         assert found()["onnx_conversion_success"].counts == want
-    for s in E.BEFORE: save_json(dict(status="finished", seconds=3., settings={}), record_path(copy, s))
+    for s in E.BEFORE:
+        save_json(dict(status="finished", seconds=3.0, settings={}), record_path(copy, s))
     assert found()["pipeline_complete"].counts
     record_path(copy, "detector").unlink()
-    assert not found()["pipeline_complete"].counts and K.found_checks(copy, doc, load_config("smoke", ["project.active_feature_set=mvp"]))["pipeline_complete"].counts
-    K.declare_check(copy, "automated_monitoring", by="kim"); assert found()["automated_monitoring"].counts
+    assert (
+        not found()["pipeline_complete"].counts
+        and K.found_checks(copy, doc, load_config("smoke", ["project.active_feature_set=mvp"]))[
+            "pipeline_complete"
+        ].counts
+    )
+    K.declare_check(copy, "automated_monitoring", by="kim")
+    assert found()["automated_monitoring"].counts
 
 
 @pytest.mark.spec("SG3", "SG4", "SG5")
@@ -421,39 +584,64 @@ def test_every_mandatory_check_is_measured_declared_or_says_why_not(copy):
     assert set(c) == {n for s in ADVISOR_TARGETS.values() for n in s.checks}
     assert all((x.evidence and (copy / x.evidence).exists()) if x.passed is not None else x.note for x in c.values())
     assert c["multi_batch_processing"].counts, "32 photos at once were answered as one by one"
-    for name in ("auto_batch_tuning_success", "tensorboard_logging", "stability_test_pass", "memory_leak_test", "full_dataset_processing", "production_api_deployment"): assert c[name].passed is None, name
+    for name in (
+        "auto_batch_tuning_success",
+        "tensorboard_logging",
+        "stability_test_pass",
+        "memory_leak_test",
+        "full_dataset_processing",
+        "production_api_deployment",
+    ):
+        assert c[name].passed is None, name
 
 
 @pytest.mark.spec("SG3")
-@pytest.mark.parametrize("ratio, passed", [(1., True), (10., True), (10.01, False), (269., False), (None, None)])
+@pytest.mark.parametrize("ratio, passed", [(1.0, True), (10.0, True), (10.01, False), (269.0, False), (None, None)])
 def test_class_balance_is_judged_by_its_ratio(copy, ratio, passed):
     doc = read_json(copy / "reports/evaluation.json")
     m = Metric.from_dict(doc["metrics"]["class_imbalance_ratio"])
-    doc["metrics"]["class_imbalance_ratio"] = replace(m, value=ratio, seconds=1.).to_dict()
+    doc["metrics"]["class_imbalance_ratio"] = replace(m, value=ratio, seconds=1.0).to_dict()
     assert K.found_checks(copy, doc, load_config("smoke"))["class_balance_verification"].passed is passed
 
 
 @pytest.mark.spec("SG3", "SG4")
 def test_tensorboards_files_are_read_and_not_only_there(copy):
     from pillsnap.core.logs import TBWriter
+
     check = lambda: K.tensorboard_checks(copy)
-    TBWriter(copy / "tb/evaluation").add_scalar("eval/x", 1., 0)
+    TBWriter(copy / "tb/evaluation").add_scalar("eval/x", 1.0, 0)
     assert check()["tensorboard_logging"].passed is None
-    tb = TBWriter(copy / "tb/classifier"); tb.add_scalar("train/loss", 1., 1); tb.close()
+    tb = TBWriter(copy / "tb/classifier")
+    tb.add_scalar("train/loss", 1.0, 1)
+    tb.close()
     assert check()["tensorboard_logging"].passed is False and check()["auto_batch_tuning_success"].passed is None
-    tb = TBWriter(copy / "tb/classifier"); tb.add_scalar("val/loss", 1., 1); tb.add_scalar("perf/auto_batch_found", 32., 0); tb.close()
-    assert check()["tensorboard_logging"].counts and check()["auto_batch_tuning_success"].counts and (copy / check()["auto_batch_tuning_success"].evidence).is_file()
+    tb = TBWriter(copy / "tb/classifier")
+    tb.add_scalar("val/loss", 1.0, 1)
+    tb.add_scalar("perf/auto_batch_found", 32.0, 0)
+    tb.close()
+    assert (
+        check()["tensorboard_logging"].counts
+        and check()["auto_batch_tuning_success"].counts
+        and (copy / check()["auto_batch_tuning_success"].evidence).is_file()
+    )
 
 
 @pytest.mark.spec("SG5")
 def test_the_full_data_set_is_counted(copy):
     assert K.full_dataset_check(copy).passed is None
     shutil.copytree(copy / "artifacts/stage0", copy / "artifacts/stage4")
-    head, table = read_json(copy / "artifacts/stage4/splits.json"), pd.read_csv(copy / "manifest.csv", dtype=str, keep_default_na=False)
+    head, table = (
+        read_json(copy / "artifacts/stage4/splits.json"),
+        pd.read_csv(copy / "manifest.csv", dtype=str, keep_default_na=False),
+    )
     pool = pd.read_csv(copy / "artifacts/stage4/manifest_pool.csv")
-    pool[pool["path"] != pool.loc[(pool["kind"] == "single") & (pool["split"] == "clean"), "path"].iloc[-1]].to_csv(copy / "artifacts/stage4/manifest_pool.csv", index=False)   # one photo stands in no part
+    pool[pool["path"] != pool.loc[(pool["kind"] == "single") & (pool["split"] == "clean"), "path"].iloc[-1]].to_csv(
+        copy / "artifacts/stage4/manifest_pool.csv", index=False
+    )  # one photo stands in no part
     left_out = K.full_dataset_check(copy)
-    used = {p for n in ("train", "val", "pool") for p in pd.read_csv(copy / f"artifacts/stage4/manifest_{n}.csv")["path"]} | set(table.loc[table["group_id"].isin(pd.read_csv(copy / "artifacts/test_known.csv")["group_id"]), "path"])
+    used = {
+        p for n in ("train", "val", "pool") for p in pd.read_csv(copy / f"artifacts/stage4/manifest_{n}.csv")["path"]
+    } | set(table.loc[table["group_id"].isin(pd.read_csv(copy / "artifacts/test_known.csv")["group_id"]), "path"])
     assert left_out.passed is False and head["classes"] == table.loc[table["kind"] == "single", "class_key"].nunique()
     table[table["path"].isin(used)].to_csv(copy / "manifest.csv", index=False)
     assert K.full_dataset_check(copy).counts
@@ -465,7 +653,10 @@ def test_data_loading_is_the_wait_for_the_first_batch(copy):
     m = K.data_loading_record(copy, cfg, Provenance("synthetic", "a" * 64, "b" * 64))
     assert m.measured and m.value == m.seconds and 0 < m.n <= cfg.train.classification.batch_size
     doc, metrics, _ = E.read_evaluation(copy)
-    assert metrics["data_loading_s"].measured and metrics["model_loading_s"].value == doc["loading_s"] != metrics["data_loading_s"].value
+    assert (
+        metrics["data_loading_s"].measured
+        and metrics["model_loading_s"].value == doc["loading_s"] != metrics["data_loading_s"].value
+    )
     assert K.advisor_facts(copy, cfg, doc, metrics, []).data_loading_s == metrics["data_loading_s"].value
 
 
@@ -475,24 +666,42 @@ def test_a_run_without_a_detector_can_reach_proceed(copy, change):
     "The checkpoint of the detector is gone and its figures are not measured; whether that counts is the configuration's to say."
     doc = read_json(copy / "reports/evaluation.json")
     acc = Metric.from_dict(doc["metrics"]["accuracy"])
-    doc["metrics"] |= {"accuracy": replace(acc, value=.95).to_dict(), "detection_map50": replace(acc, value=None, n=0, seconds=None, note="no detector was trained").to_dict()}
+    doc["metrics"] |= {
+        "accuracy": replace(acc, value=0.95).to_dict(),
+        "detection_map50": replace(acc, value=None, n=0, seconds=None, note="no detector was trained").to_dict(),
+    }
     doc["absent"]["detector"] = "no detector was trained"
     save_json(doc, copy / "reports/evaluation.json")
-    for s in ("conversion", "splits", "classifier"): save_json(dict(status="finished", seconds=3., settings={}), record_path(copy, s))
+    for s in ("conversion", "splits", "classifier"):
+        save_json(dict(status="finished", seconds=3.0, settings={}), record_path(copy, s))
     _, advice, written = E.judge(copy, load_config("smoke", [f"paths.exp_dir={copy}", *change]))
-    if change: assert (advice.recommendation, advice.performance_score) == ("RECOMMEND_PROCEED", 1.) and set(written["does_not_apply"]) == {"detection_map50", "detection_model_loading"}
-    else: assert advice.recommendation == "WARN_STOP" and "detection_map50" in written["unmeasured"] and advice.performance_score < 1
+    if change:
+        assert (advice.recommendation, advice.performance_score) == ("RECOMMEND_PROCEED", 1.0) and set(
+            written["does_not_apply"]
+        ) == {"detection_map50", "detection_model_loading"}
+    else:
+        assert (
+            advice.recommendation == "WARN_STOP"
+            and "detection_map50" in written["unmeasured"]
+            and advice.performance_score < 1
+        )
 
 
 # ---- what the advisor is told of the training ----------------------------------------------------
+
 
 def trained_run(root, delivery, *overrides):
     "A tiny run, converted and split, its classifier job, and its configuration."
     from pillsnap.dataset.splits import smoke_splits
     from pillsnap.training.classifier import ClassifierJob
+
     root.mkdir(parents=True)
     (root / "delivery").symlink_to(delivery)
-    job = ClassifierJob(run_dir=str(root), config="smoke", overrides=(*QUICK, "data.classification.img_size=48", "train.classification.warmup_steps=1", *overrides))
+    job = ClassifierJob(
+        run_dir=str(root),
+        config="smoke",
+        overrides=(*QUICK, "data.classification.img_size=48", "train.classification.warmup_steps=1", *overrides),
+    )
     smoke_splits(RunFolder(root, "splits"), job.cfg_in(root))
     return job, job.cfg_in(root)
 
@@ -504,45 +713,71 @@ def test_photos_that_training_cannot_open_are_critical(tmp_path, delivery):
     job, cfg = trained_run(tmp_path / "run", own)
     stage = load_stage(tmp_path / "run", 0)
     broken = stage.train.loc[stage.train["kind"] == "single", "path"].unique()[:4]
-    for p in broken: (stage.root / p).write_text("no photo")
+    for p in broken:
+        (stage.root / p).write_text("no photo")
     job.run()
     rows = read_json(tmp_path / "run/reports/metrics.json")["history"]
-    assert rows[-1]["skipped"] == len(broken) and rows[-1]["asked"] >= stage.train.loc[stage.train["kind"] == "single", "path"].nunique() and rows[-1]["batch"] == cfg.train.classification.batch_size
-    assert K.training_corruption(rows) == pytest.approx(len(broken) / rows[-1]["asked"]) and K.training_corruption(rows) > .01
-    doc = {"corruption": 0., "photos": {"singles": 1}, "absent": {}, "metrics": {}, "inputs": {}}
+    assert (
+        rows[-1]["skipped"] == len(broken)
+        and rows[-1]["asked"] >= stage.train.loc[stage.train["kind"] == "single", "path"].nunique()
+        and rows[-1]["batch"] == cfg.train.classification.batch_size
+    )
+    assert (
+        K.training_corruption(rows) == pytest.approx(len(broken) / rows[-1]["asked"])
+        and K.training_corruption(rows) > 0.01
+    )
+    doc = {"corruption": 0.0, "photos": {"singles": 1}, "absent": {}, "metrics": {}, "inputs": {}}
     facts = K.advisor_facts(tmp_path / "run", cfg, doc, {}, [])
     assert facts.corruption == K.training_corruption(rows)
-    assert evaluate_and_recommend(0, facts).reason == "data_corruption" and evaluate_and_recommend(0, replace(facts, corruption=.009)).reason != "data_corruption"
-    assert K.advisor_facts(tmp_path / "run", cfg, doc | {"corruption": .9}, {}, []).corruption == .9
+    assert (
+        evaluate_and_recommend(0, facts).reason == "data_corruption"
+        and evaluate_and_recommend(0, replace(facts, corruption=0.009)).reason != "data_corruption"
+    )
+    assert K.advisor_facts(tmp_path / "run", cfg, doc | {"corruption": 0.9}, {}, []).corruption == 0.9
 
 
 @pytest.mark.spec("SG6")
 def test_a_training_whose_loss_is_no_number_is_critical_by_its_code(tmp_path, delivery):
     from fastai.callback.core import Callback
+
     class Spoil(Callback):
-        def after_pred(self): self.learn.pred = self.pred*float("nan")
+        def after_pred(self):
+            self.learn.pred = self.pred * float("nan")
+
     job, cfg = trained_run(tmp_path / "run", delivery)
-    with pytest.raises(PillsnapError): job.run(cbs=[Spoil()])
+    with pytest.raises(PillsnapError):
+        job.run(cbs=[Spoil()])
     rec = read_json(record_path(tmp_path / "run", "classifier"))
     assert rec["status"] == "failed" and rec["error_code"] == "NAN_LOSS"
-    save_json(rec | {"error": "it ended"}, record_path(tmp_path / "run", "classifier"))   # the words do not matter
-    doc = {"corruption": 0., "photos": {"singles": 1}, "absent": {}, "metrics": {}, "inputs": {}}
+    save_json(rec | {"error": "it ended"}, record_path(tmp_path / "run", "classifier"))  # the words do not matter
+    doc = {"corruption": 0.0, "photos": {"singles": 1}, "absent": {}, "metrics": {}, "inputs": {}}
     facts = K.advisor_facts(tmp_path / "run", cfg, doc, {}, [])
     assert facts.nan_loss is True and evaluate_and_recommend(0, facts).reason == "nan_loss"
-    save_json(rec | {"error_code": "", "error": "the training loss became nan"}, record_path(tmp_path / "run", "classifier"))
+    save_json(
+        rec | {"error_code": "", "error": "the training loss became nan"}, record_path(tmp_path / "run", "classifier")
+    )
     assert K.advisor_facts(tmp_path / "run", cfg, doc, {}, []).nan_loss is False
 
 
 # ---- combos --------------------------------------------------------------------------------------
 
+
 @pytest.mark.spec("SP10")
-@given(st.lists(st.sampled_from("abc"), min_size=1, max_size=4), st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 5)), max_size=6))
+@given(
+    st.lists(st.sampled_from("abc"), min_size=1, max_size=4),
+    st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 5)), max_size=6),
+)
 @settings(max_examples=200, deadline=None)
 def test_a_combo_is_right_as_a_set_or_not_at_all(truth, said):
     place = lambda i: [100 * i, 0, 100 * i + 60, 60]
     shot = E.Shot("x.png", "g", "combo", np.array([place(i) for i in range(len(truth))], float), tuple(truth))
-    items = [{"kcode": k, "confidence": .9, "box": place(i), "box_confidence": .9 - n / 100} for n, (k, i) in enumerate(said)]
-    a = E.judge_combo(shot, {"mode_requested": "combo", "mode_used": "combo", "items": items}, ClassMap(["a", "b", "c"]))
+    items = [
+        {"kcode": k, "confidence": 0.9, "box": place(i), "box_confidence": 0.9 - n / 100}
+        for n, (k, i) in enumerate(said)
+    ]
+    a = E.judge_combo(
+        shot, {"mode_requested": "combo", "mode_used": "combo", "items": items}, ClassMap(["a", "b", "c"])
+    )
     assert a.exact == (Counter(k for k, _ in said) == Counter(truth))
     assert 0 <= a.right <= a.found <= a.pills == len(truth) and a.found + a.invented == len(said)
 
@@ -552,25 +787,49 @@ def test_set_accuracy_needs_thirty_photos_of_known_drugs():
     prov = Provenance("synthetic", "a" * 64, "b" * 64)
     ok = E.ComboAnswer("x", True, True, 3, 3, 3, 0, "combo", "combo", [])
     assert E.LEAST_COMBOS == 30
-    assert E.combo_records([ok] * 30, 2., prov)["combo_set_accuracy"].value == 1. and not E.combo_records([ok] * 29, 2., prov)["combo_set_accuracy"].measured
-    mixed = E.combo_records([ok] * 30 + [replace(ok, known=False, exact=False, pills=2, right=1)] * 9, 2., prov)
-    assert (mixed["combo_set_accuracy"].value, mixed["combo_set_accuracy"].n) == (1., 30) and mixed["combo_pill_accuracy"].value == pytest.approx((90 + 9) / (90 + 18))
-    assert not E.combo_records([], 0., prov)["combo_set_accuracy"].measured
+    assert (
+        E.combo_records([ok] * 30, 2.0, prov)["combo_set_accuracy"].value == 1.0
+        and not E.combo_records([ok] * 29, 2.0, prov)["combo_set_accuracy"].measured
+    )
+    mixed = E.combo_records([ok] * 30 + [replace(ok, known=False, exact=False, pills=2, right=1)] * 9, 2.0, prov)
+    assert (mixed["combo_set_accuracy"].value, mixed["combo_set_accuracy"].n) == (1.0, 30) and mixed[
+        "combo_pill_accuracy"
+    ].value == pytest.approx((90 + 9) / (90 + 18))
+    assert not E.combo_records([], 0.0, prov)["combo_set_accuracy"].measured
 
 
 # ---- the notebook as a job -----------------------------------------------------------------------
 
+
 @pytest.mark.spec("BX15", "SG6")
 def test_papermill_gives_the_same_files_and_asks_nothing(copy, tmp_path):
     import papermill as pm
+
     before = read_json(copy / "reports/scorecard.json")
-    out = tmp_path / "elsewhere" / "out.ipynb"; out.parent.mkdir()
-    pm.execute_notebook(str(ROOT / "nbs/evaluation/770_evaluation.ipynb"), str(out), parameters=dict(run_dir=str(copy), config="smoke", overrides=list(QUICK), remeasure=False), kernel_name="python3", progress_bar=False, cwd=str(out.parent))
-    assert read_json(copy / "reports/scorecard.json")["rows"] == before["rows"] and read_advice(copy)["user_choice"] is None
+    out = tmp_path / "elsewhere" / "out.ipynb"
+    out.parent.mkdir()
+    pm.execute_notebook(
+        str(ROOT / "nbs/evaluation/770_evaluation.ipynb"),
+        str(out),
+        parameters=dict(run_dir=str(copy), config="smoke", overrides=list(QUICK), remeasure=False),
+        kernel_name="python3",
+        progress_bar=False,
+        cwd=str(out.parent),
+    )
+    assert (
+        read_json(copy / "reports/scorecard.json")["rows"] == before["rows"]
+        and read_advice(copy)["user_choice"] is None
+    )
     text = out.read_text(encoding="utf-8")
-    assert before["run_id"] in text and "No choice recorded" in text and "widget-view" not in text and before["gate"]["status"] in text
+    assert (
+        before["run_id"] in text
+        and "No choice recorded" in text
+        and "widget-view" not in text
+        and before["gate"]["status"] in text
+    )
 
 
 @pytest.mark.spec("SP4")
 def test_a_run_without_evaluation_says_so(tmp_path):
-    with pytest.raises(PillsnapError, match="has not been evaluated"): E.read_evaluation(tmp_path)
+    with pytest.raises(PillsnapError, match="has not been evaluated"):
+        E.read_evaluation(tmp_path)

@@ -1,4 +1,5 @@
 """The examples for schedulers name stages, notebooks, parameters and commands that exist."""
+
 import ast
 import re
 import shutil
@@ -10,7 +11,7 @@ import pytest
 from pillsnap.cli import PIPELINE, app
 from pillsnap.core.jobs import check_parameters
 
-EXAMPLES = Path(__file__).resolve().parents[1]/"examples"
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
 def literal(tree: ast.Module, name: str):
@@ -18,7 +19,7 @@ def literal(tree: ast.Module, name: str):
 
 
 def test_the_airflow_dag_runs_stage_notebooks_in_the_pipelines_order():
-    tree = ast.parse((EXAMPLES/"airflow_dag.py").read_text(encoding="utf-8"))
+    tree = ast.parse((EXAMPLES / "airflow_dag.py").read_text(encoding="utf-8"))
     stages = literal(tree, "STAGES")
     order = {s.notebook: (i, s) for i, s in enumerate(PIPELINE)}
     assert [order[s][0] for s in stages] == sorted(order[s][0] for s in stages) and len(stages) >= 5
@@ -28,14 +29,14 @@ def test_the_airflow_dag_runs_stage_notebooks_in_the_pipelines_order():
 
 
 def test_the_prefect_flow_runs_every_stage_of_the_sequential_strategy():
-    tree = ast.parse((EXAMPLES/"prefect_flow.py").read_text(encoding="utf-8"))
+    tree = ast.parse((EXAMPLES / "prefect_flow.py").read_text(encoding="utf-8"))
     loop = next(n for n in ast.walk(tree) if isinstance(n, ast.For))
     assert ast.literal_eval(loop.iter) == tuple(s.name for s in PIPELINE if s.strategy in ("", "sequential"))
     compile(tree, "prefect_flow.py", "exec")
 
 
 def test_the_slurm_script_is_bash_and_its_commands_exist():
-    path = EXAMPLES/"slurm_array.sh"
+    path = EXAMPLES / "slurm_array.sh"
     if shutil.which("bash") is None:
         pytest.skip("bash is not installed")
     assert subprocess.run(["bash", "-n", path]).returncode == 0

@@ -1,4 +1,5 @@
 "ONNX answers as torch does, or there is no bundle (SPEC EX1, EX2, X55, X56)."
+
 import copy
 import json
 import logging
@@ -25,7 +26,12 @@ from pillsnap.models.factory import TorchClassifier, load_classifier
 from pillsnap.models.pipeline import predict_pipeline
 from pillsnap.models.yolo import TorchDetector, build_yolo_model, load_detector
 
-FAST = ("evaluation.latency_warmup=1", "evaluation.latency_runs=3", "export.compare_photos=12", "export.compare_detector_photos=6")
+FAST = (
+    "evaluation.latency_warmup=1",
+    "evaluation.latency_runs=3",
+    "export.compare_photos=12",
+    "export.compare_detector_photos=6",
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,34 +45,41 @@ def ready(tmp_path_factory):
 @pytest.fixture
 def run(ready, tmp_path):
     "A copy to spoil; the photos stay where they are."
-    root = tmp_path/"run"
+    root = tmp_path / "run"
     shutil.copytree(ready, root, ignore=shutil.ignore_patterns("delivery", "yolo_data", "logs"))
-    (root/"delivery").symlink_to(ready/"delivery")
+    (root / "delivery").symlink_to(ready / "delivery")
     return root
 
 
 @pytest.fixture(scope="module")
 def exported(ready, tmp_path_factory):
     "One good export, and what it handed back."
-    root = tmp_path_factory.mktemp("exported")/"run"
-    shutil.copytree(ready, root, ignore=shutil.ignore_patterns("delivery", "yolo_data", "logs")); (root/"delivery").symlink_to(ready/"delivery")
-    save_json({"temperature": 2.5, "ece_after": .01, "class_map": load_stage(ready, 0).class_map.fingerprint}, root/"reports/calibration.json")
-    save_json({"rows": []}, root/"reports/scorecard.json")
+    root = tmp_path_factory.mktemp("exported") / "run"
+    shutil.copytree(ready, root, ignore=shutil.ignore_patterns("delivery", "yolo_data", "logs"))
+    (root / "delivery").symlink_to(ready / "delivery")
+    save_json(
+        {"temperature": 2.5, "ece_after": 0.01, "class_map": load_stage(ready, 0).class_map.fingerprint},
+        root / "reports/calibration.json",
+    )
+    save_json({"rows": []}, root / "reports/scorecard.json")
     return root, job(root, "inference.top_k=3", "inference.lazy_load_detector=false", "data.default_mode=combo").run()
 
 
-def job(root, *more): return E.ExportJob(run_dir=str(root), config="smoke", overrides=FAST+more)
+def job(root, *more):
+    return E.ExportJob(run_dir=str(root), config="smoke", overrides=FAST + more)
 
 
-def perturbed(model, share=.01):
+def perturbed(model, share=0.01):
     "Every weight a little off."
     m, g = copy.deepcopy(model), torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for p in m.parameters(): p.mul_(1+share*torch.randn(p.shape, generator=g))
+        for p in m.parameters():
+            p.mul_(1 + share * torch.randn(p.shape, generator=g))
     return m
 
 
 # ---- the file
+
 
 @pytest.mark.spec("EX1")
 @pytest.mark.parametrize("backbone, free", [("test_resnet", True), ("tf_efficientnetv2_b0", False)])
@@ -74,46 +87,69 @@ def test_opset_17_and_open_axes(tmp_path, backbone, free):
     "Batch always; height and width only where the architecture does not freeze them (X55)."
     torch.manual_seed(0)
     m = timm.create_model(backbone, num_classes=5, pretrained=False).eval()
-    assert E.export_onnx(m, 64, tmp_path/"m.onnx", E.open_axes(backbone, m)) == 17
-    f = onnx.load(tmp_path/"m.onnx")
+    assert E.export_onnx(m, 64, tmp_path / "m.onnx", E.open_axes(backbone, m)) == 17
+    f = onnx.load(tmp_path / "m.onnx")
     assert [o.version for o in f.opset_import if o.domain in ("", "ai.onnx")] == [17]
     dims = [d.dim_param or d.dim_value for d in f.graph.input[0].type.tensor_type.shape.dim]
     assert dims == (["batch", 3, "height", "width"] if free else ["batch", 3, 64, 64])
     x = np.random.default_rng(0).normal(size=(3, 3, 64, 64)).astype(np.float32)
-    assert np.allclose(OnnxClassifier((tmp_path/"m.onnx").read_bytes(), 64, "cpu").logits(x), TorchClassifier(m, 64).logits(x), atol=1e-4)
+    assert np.allclose(
+        OnnxClassifier((tmp_path / "m.onnx").read_bytes(), 64, "cpu").logits(x),
+        TorchClassifier(m, 64).logits(x),
+        atol=1e-4,
+    )
     assert not m.training and [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
 
 
 @pytest.mark.spec("EX1")
 def test_newer_exporter_at_18_with_a_reason(tmp_path, monkeypatch, caplog):
-    def fails(*a): raise RuntimeError("no such operator")
+    def fails(*a):
+        raise RuntimeError("no such operator")
+
     monkeypatch.setattr(E, "_trace", fails)
-    log = logging.getLogger("test.export"); m = timm.create_model("test_resnet", num_classes=3, pretrained=False).eval()
-    with caplog.at_level("INFO", "test.export"): assert E.export_onnx(m, 64, tmp_path/"m.onnx", log=log) == 18
+    log = logging.getLogger("test.export")
+    m = timm.create_model("test_resnet", num_classes=3, pretrained=False).eval()
+    with caplog.at_level("INFO", "test.export"):
+        assert E.export_onnx(m, 64, tmp_path / "m.onnx", log=log) == 18
     said = [r.getMessage() for r in caplog.records if r.name == "test.export"]
     assert len(said) == 1 and "opset 17 failed" in said[0] and "no such operator" in said[0] and "18" in said[0]
     monkeypatch.setattr(E, "_capture", fails)
-    with pytest.raises(PillsnapError, match="neither exporter"): E.export_onnx(m, 64, tmp_path/"n.onnx", log=log)
+    with pytest.raises(PillsnapError, match="neither exporter"):
+        E.export_onnx(m, 64, tmp_path / "n.onnx", log=log)
     assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
 
 
 # ---- the comparison
 
+
 @pytest.mark.spec("EX2")
 def test_limits_are_the_contracts():
-    assert {k: E.LIMITS[k] for k in ("mse", "max_dp", "relative", "iou", "map")} == dict(mse=1e-6, max_dp=1e-3, relative=1e-4, iou=.95, map=.01)
+    assert {k: E.LIMITS[k] for k in ("mse", "max_dp", "relative", "iou", "map")} == dict(
+        mse=1e-6, max_dp=1e-3, relative=1e-4, iou=0.95, map=0.01
+    )
     e = load_config("two_stage").export
     assert e.opset == 17 and e.compare_photos >= 200 and e.compare_detector_photos >= 100
 
 
 Z = np.random.default_rng(0).normal(size=(200, 30))
-def failing(gap): return {c.name for c in E.judge_logits(gap, 200) if not c.passed}
-GOOD = dict(mse_probability=0., mse_logits=0., max_dp=0., relative_error=0., top1_equal=1.)
+
+
+def failing(gap):
+    return {c.name for c in E.judge_logits(gap, 200) if not c.passed}
+
+
+GOOD = dict(mse_probability=0.0, mse_logits=0.0, max_dp=0.0, relative_error=0.0, top1_equal=1.0)
 
 
 @pytest.mark.spec("EX2")
-@pytest.mark.parametrize("figure, inside, outside, name", [
-    ("mse_probability", 1e-6, 1.1e-6, "probability MSE"), ("max_dp", 1e-3, 1.1e-3, "largest change of a probability"), ("top1_equal", 1., .9999, "top-1 equal")])
+@pytest.mark.parametrize(
+    "figure, inside, outside, name",
+    [
+        ("mse_probability", 1e-6, 1.1e-6, "probability MSE"),
+        ("max_dp", 1e-3, 1.1e-3, "largest change of a probability"),
+        ("top1_equal", 1.0, 0.9999, "top-1 equal"),
+    ],
+)
 def test_each_limit_decides_alone(figure, inside, outside, name):
     assert failing(GOOD | {figure: inside}) == set() and failing(GOOD | {figure: outside}) == {name}
 
@@ -123,8 +159,10 @@ def test_relative_error_decides_where_float32_ends():
     "X56: the figure is published, and ≤ 1e-4 decides."
     assert failing(GOOD | dict(mse_logits=1e-2, relative_error=1e-4)) == set()
     assert failing(GOOD | dict(mse_logits=1e-2, relative_error=1.1e-4)) == {"logit MSE"}
-    assert failing(GOOD | dict(mse_logits=1e-6, relative_error=1.)) == set()
-    check, = [c for c in E.judge_logits(GOOD | dict(mse_logits=1e-2, relative_error=1e-5), 1) if c.name == "logit MSE"]
+    assert failing(GOOD | dict(mse_logits=1e-6, relative_error=1.0)) == set()
+    (check,) = [
+        c for c in E.judge_logits(GOOD | dict(mse_logits=1e-2, relative_error=1e-5), 1) if c.name == "logit MSE"
+    ]
     assert check.value == 1e-2 and "relative error" in check.note
 
 
@@ -134,37 +172,45 @@ def test_probability_error_alone_would_pass_strangers():
     assert failing(E.logit_gap(a, b)) == {"logit MSE", "largest change of a probability", "top-1 equal"}
 
 
-B, S = np.array([[10., 10, 60, 60], [80, 80, 140, 150]]), np.array([.9, .8])
+B, S = np.array([[10.0, 10, 60, 60], [80, 80, 140, 150]]), np.array([0.9, 0.8])
 
 
-def box_verdicts(a, b, ap=(.9, .9), raw=0.): return {c.name: c.passed for c in E.judge_boxes(E.pair_boxes(a, b), ap, raw, len(a))}
+def box_verdicts(a, b, ap=(0.9, 0.9), raw=0.0):
+    return {c.name: c.passed for c in E.judge_boxes(E.pair_boxes(a, b), ap, raw, len(a))}
 
 
 @pytest.mark.spec("EX2")
 def test_box_limits():
-    good = {"smallest IoU of twin boxes": True, "boxes without a twin": True, "mAP@.5 difference": True, "head, largest relative difference": True}
+    good = {
+        "smallest IoU of twin boxes": True,
+        "boxes without a twin": True,
+        "mAP@.5 difference": True,
+        "head, largest relative difference": True,
+    }
     assert box_verdicts([(B, S)], [(B, S)]) == good
-    wide = B.copy(); wide[0, 2] += 2.5   # IoU 50/52.5 = .952
+    wide = B.copy()
+    wide[0, 2] += 2.5  # IoU 50/52.5 = .952
     assert box_verdicts([(B, S)], [(wide, S)]) == good
-    wide[0, 2] += .3                     # IoU 50/52.8 = .947
+    wide[0, 2] += 0.3  # IoU 50/52.8 = .947
     assert box_verdicts([(B, S)], [(wide, S)]) == good | {"smallest IoU of twin boxes": False}
     assert box_verdicts([(B, S)], [(B[:1], S[:1])]) == good | {"boxes without a twin": False}
     assert box_verdicts([(B[:1], S[:1])], [(B, S)]) == good | {"boxes without a twin": False}
     assert box_verdicts([(B[:0], S[:0])], [(B, S)])["boxes without a twin"] is False
-    assert box_verdicts([(B, S)], [(B, S)], ap=(.80, .8099)) == good
-    assert box_verdicts([(B, S)], [(B, S)], ap=(.80, .8101)) == good | {"mAP@.5 difference": False}
+    assert box_verdicts([(B, S)], [(B, S)], ap=(0.80, 0.8099)) == good
+    assert box_verdicts([(B, S)], [(B, S)], ap=(0.80, 0.8101)) == good | {"mAP@.5 difference": False}
 
 
 @pytest.mark.spec("EX2")
 def test_nothing_found_is_not_a_pass():
-    v = box_verdicts([(B[:0], S[:0])], [(B[:0], S[:0])], ap=(float("nan"),)*2)
-    assert [v[k] for k in ("smallest IoU of twin boxes", "boxes without a twin", "mAP@.5 difference")] == [None]*3
-    assert E.Comparison(checks=[E.Check("a", 1., "", 1, True), E.Check("b", None, "", 0, None)]).passed is None
+    v = box_verdicts([(B[:0], S[:0])], [(B[:0], S[:0])], ap=(float("nan"),) * 2)
+    assert [v[k] for k in ("smallest IoU of twin boxes", "boxes without a twin", "mAP@.5 difference")] == [None] * 3
+    assert E.Comparison(checks=[E.Check("a", 1.0, "", 1, True), E.Check("b", None, "", 0, None)]).passed is None
     assert E.Comparison().passed is None
 
 
 @pytest.fixture(scope="module")
-def photos(ready): return list(E.open_photos(E.photo_order(load_stage(ready, 0), "combo"), 16))
+def photos(ready):
+    return list(E.open_photos(E.photo_order(load_stage(ready, 0), "combo"), 16))
 
 
 @pytest.mark.spec("EX2", "CF6")
@@ -172,9 +218,11 @@ def test_classifier_passes_and_a_perturbed_one_fails(photos, tmp_path):
     torch.manual_seed(0)
     m = timm.create_model("test_resnet", num_classes=9, pretrained=False).eval()
     m.get_classifier().weight.data.mul_(100)
-    for model, passes in ((m, True), (perturbed(m, .001), False)):
-        E.export_onnx(model, 96, tmp_path/"m.onnx")
-        c = E.compare_classifiers(TorchClassifier(m, 96), OnnxClassifier((tmp_path/"m.onnx").read_bytes(), 96, "cpu"), photos)
+    for model, passes in ((m, True), (perturbed(m, 0.001), False)):
+        E.export_onnx(model, 96, tmp_path / "m.onnx")
+        c = E.compare_classifiers(
+            TorchClassifier(m, 96), OnnxClassifier((tmp_path / "m.onnx").read_bytes(), 96, "cpu"), photos
+        )
         assert c.passed is passes and c.n == 16 and len(c.torch[0]) == c.gap["views"] > 32, c.checks
 
 
@@ -182,9 +230,11 @@ def test_classifier_passes_and_a_perturbed_one_fails(photos, tmp_path):
 def test_detector_passes_and_a_perturbed_one_fails(photos, tmp_path):
     torch.manual_seed(0)
     m = E.livened(build_yolo_model("11n"), E.detector_input([p.image for p in photos[:8]], 96))
-    for model, passes in ((m, True), (perturbed(m, .001), False)):
-        E.export_onnx(E.RawHead(model), 96, tmp_path/"d.onnx", names=("image", "raw"))
-        c = E.compare_detectors(TorchDetector(m, 96), OnnxDetector((tmp_path/"d.onnx").read_bytes(), 96, "cpu"), photos, keep=4)
+    for model, passes in ((m, True), (perturbed(m, 0.001), False)):
+        E.export_onnx(E.RawHead(model), 96, tmp_path / "d.onnx", names=("image", "raw"))
+        c = E.compare_detectors(
+            TorchDetector(m, 96), OnnxDetector((tmp_path / "d.onnx").read_bytes(), 96, "cpu"), photos, keep=4
+        )
         assert c.passed is passes and c.gap["boxes"] >= 20 and c.n == 16 and len(c.shown) == 4, c.checks
 
 
@@ -194,12 +244,17 @@ def test_the_usual_mistakes_are_caught(photos, spoil):
     "On real photos; the runner stands for an export gone wrong."
     torch.manual_seed(0)
     ours = TorchClassifier(timm.create_model("test_resnet", num_classes=9, pretrained=False), 96)
+
     class Wrong:
         size = 96
+
         def logits(self, x):
-            if spoil == "BGR": return ours.logits(x[:, ::-1])
-            if spoil == "no normalisation": return ours.logits(x*.225+.45)
+            if spoil == "BGR":
+                return ours.logits(x[:, ::-1])
+            if spoil == "no normalisation":
+                return ours.logits(x * 0.225 + 0.45)
             return np.roll(ours.logits(x), 1, axis=1)
+
     assert E.compare_classifiers(ours, Wrong(), photos).passed is False
 
 
@@ -212,24 +267,36 @@ def test_photos_are_of_the_stage_and_never_sealed(ready):
 
 # ---- the stage
 
+
 @pytest.mark.spec("EX1", "EX2", "BX15")
 def test_stage_writes_bundle_and_report(exported):
     run, res = exported
-    for f in ("export/classifier.onnx", "export/detector.onnx", "export/bundle.json", "reports/export.json"): assert (run/f).is_file(), f
-    facts = read_json(run/"reports/export.json")
+    for f in ("export/classifier.onnx", "export/detector.onnx", "export/bundle.json", "reports/export.json"):
+        assert (run / f).is_file(), f
+    facts = read_json(run / "reports/export.json")
     assert facts["passed"] is True and {c["verdict"] for c in facts["checks"]} == {"PASS"}, facts["checks"]
     assert {c["model"] for c in facts["checks"]} == {"classifier", "detector"}
     metrics = {m["name"]: Metric.from_dict(m) for m in facts["metrics"]}
     stage = load_stage(run, 0)
     for name in ("export_classifier_mse_probability", "export_classifier_mse_logits", "export_detector_min_iou"):
         m = metrics[name]
-        assert m.measured and (m.data, m.data_hash, m.class_map_hash) == ("synthetic", stage.header["data_hash"], stage.class_map.fingerprint), m.doubts()
+        assert m.measured and (m.data, m.data_hash, m.class_map_hash) == (
+            "synthetic",
+            stage.header["data_hash"],
+            stage.class_map.fingerprint,
+        ), m.doubts()
     assert (metrics["export_classifier_top1_equal"].n, metrics["export_detector_boxes"].n) == (12, 6)
     scopes = {(r["scope"], r["percentile"]) for r in facts["latency"]}
     assert scopes == {(s, q) for s in ("onnx_single", "onnx_combo") for q in (50, 95)}
-    assert {f.name for f in res.figures} == {"export_logits.png", "export_boxes.png", "export_latency.png"} and all(f.is_file() for f in res.figures)
+    assert {f.name for f in res.figures} == {"export_logits.png", "export_boxes.png", "export_latency.png"} and all(
+        f.is_file() for f in res.figures
+    )
     b = load_bundle(run)
-    assert b.meta["digest"] == facts["bundle"] and b.meta["data"] == "synthetic" and b.meta["classifier"]["opset"] == b.meta["detector"]["opset"] == 17
+    assert (
+        b.meta["digest"] == facts["bundle"]
+        and b.meta["data"] == "synthetic"
+        and b.meta["classifier"]["opset"] == b.meta["detector"]["opset"] == 17
+    )
     assert list(b.class_map) == list(stage.class_map) and all(b.meta["drugs"][k]["dl_name"] for k in b.class_map)
 
 
@@ -238,24 +305,35 @@ def test_the_bundle_answers_as_torch_does(exported):
     "End to end: file, crop, class, name; in both modes."
     run, _ = exported
     b, stage = load_bundle(run), load_stage(run, 0)
-    model, cm, size, _ = load_classifier(run/"checkpoints/classifier/best.pt", stage.class_map)
-    det, det_size, _ = load_detector(run/"checkpoints/detector/best.pt")
-    ours = dict(classifier=TorchClassifier(model, size), detector=TorchDetector(det, det_size), class_map=cm, metadata=b.meta["drugs"], temperature=2.5)
+    model, cm, size, _ = load_classifier(run / "checkpoints/classifier/best.pt", stage.class_map)
+    det, det_size, _ = load_detector(run / "checkpoints/detector/best.pt")
+    ours = dict(
+        classifier=TorchClassifier(model, size),
+        detector=TorchDetector(det, det_size),
+        class_map=cm,
+        metadata=b.meta["drugs"],
+        temperature=2.5,
+    )
     for path, _ in E.photo_order(stage, "combo")[:3]:
         for mode in ("single", "combo"):
             x, y = predict_pipeline(path, mode, **ours), b.predict(path, mode)
             assert x["mode_used"] == y["mode_used"] == mode and x["answer"] == y["answer"]
-            assert [i["kcode"] for i in x["items"]] == [i["kcode"] for i in y["items"]] and [i["name"] for i in x["items"]] == [i["name"] for i in y["items"]]
+            assert [i["kcode"] for i in x["items"]] == [i["kcode"] for i in y["items"]] and [
+                i["name"] for i in x["items"]
+            ] == [i["name"] for i in y["items"]]
             for i, j in zip(x["items"], y["items"]):
-                assert i["confidence"] == pytest.approx(j["confidence"], abs=1e-4) and (i["box"] is None) == (mode == "single")
-                if i["box"]: assert i["box"] == pytest.approx(j["box"], abs=.1)
+                assert i["confidence"] == pytest.approx(j["confidence"], abs=1e-4) and (i["box"] is None) == (
+                    mode == "single"
+                )
+                if i["box"]:
+                    assert i["box"] == pytest.approx(j["box"], abs=0.1)
 
 
 def test_the_bundle_keeps_what_the_configuration_says_of_answering(exported):
     "`pillsnap predict` and a notebook answer as the run's configuration says where nobody names a mode or a number."
     b = load_bundle(exported[0])
     assert b.meta["answering"] == dict(mode="combo", top_k=3, lazy_load_detector=False) and b.detector.model is not None
-    answer = b.predict(read_json(exported[0]/"reports/export.json")["timed_photo"])
+    answer = b.predict(read_json(exported[0] / "reports/export.json")["timed_photo"])
     assert answer["mode_used"] == "combo" and all(len(i["top_k"]) == 3 for i in answer["items"])
 
 
@@ -263,54 +341,74 @@ def test_the_bundle_keeps_what_the_configuration_says_of_answering(exported):
 @pytest.mark.parametrize("model", ["classifier", "detector"])
 def test_no_bundle_for_a_model_that_differs(run, monkeypatch, model):
     "Also the bundle of an earlier, good export is gone."
-    (run/"export").mkdir(); (run/"export/bundle.json").write_text("{}")
+    (run / "export").mkdir()
+    (run / "export/bundle.json").write_text("{}")
     real = E.export_onnx
-    def wrong(m, size, path, *a, **kw): return real(perturbed(m) if model in path.name else m, size, path, *a, **kw)
+
+    def wrong(m, size, path, *a, **kw):
+        return real(perturbed(m) if model in path.name else m, size, path, *a, **kw)
+
     monkeypatch.setattr(E, "export_onnx", wrong)
-    with pytest.raises(PillsnapError, match=f"{model} DOES NOT AGREE"): job(run).run()
-    assert not (run/"export/bundle.json").exists()
-    facts = read_json(run/"reports/export.json")
-    assert facts["passed"] is False and facts["bundle"] is None and {c["model"] for c in facts["checks"] if c["verdict"] == "FAIL"} == {model}
-    with pytest.raises(PillsnapError, match="no exported model"): load_bundle(run)
+    with pytest.raises(PillsnapError, match=f"{model} DOES NOT AGREE"):
+        job(run).run()
+    assert not (run / "export/bundle.json").exists()
+    facts = read_json(run / "reports/export.json")
+    assert (
+        facts["passed"] is False
+        and facts["bundle"] is None
+        and {c["model"] for c in facts["checks"] if c["verdict"] == "FAIL"} == {model}
+    )
+    with pytest.raises(PillsnapError, match="no exported model"):
+        load_bundle(run)
 
 
 def test_without_a_detector(run, monkeypatch, capsys):
     "Single mode only, said in one line; ultralytics is not even imported."
-    (run/"checkpoints/detector/best.pt").unlink()
+    (run / "checkpoints/detector/best.pt").unlink()
     monkeypatch.setitem(sys.modules, "ultralytics", None)
     res = job(run).run()
-    assert "no detector" in res.verdict and not (run/"export/detector.onnx").exists()
-    assert "single mode only" in (run/"logs/pillsnap.export.log").read_text(encoding="utf-8")
+    assert "no detector" in res.verdict and not (run / "export/detector.onnx").exists()
+    assert "single mode only" in (run / "logs/pillsnap.export.log").read_text(encoding="utf-8")
     b = load_bundle(run)
-    assert b.detector is None and {r["scope"] for r in read_json(run/"reports/export.json")["latency"]} == {"onnx_single"}
-    with pytest.raises(PillsnapError, match="default mode is combo, and this run has no detector"): job(run, "data.default_mode=combo").run()
+    assert b.detector is None and {r["scope"] for r in read_json(run / "reports/export.json")["latency"]} == {
+        "onnx_single"
+    }
+    with pytest.raises(PillsnapError, match="default mode is combo, and this run has no detector"):
+        job(run, "data.default_mode=combo").run()
 
 
 @pytest.mark.spec("BX8")
 def test_checkpoint_of_another_class_map_stops(run):
-    path = run/"checkpoints/classifier/best.pt"
-    ckpt = load_ckpt(path); keys = list(ckpt["class_map"]["keys"]); keys[0] = "K-999999"
+    path = run / "checkpoints/classifier/best.pt"
+    ckpt = load_ckpt(path)
+    keys = list(ckpt["class_map"]["keys"])
+    keys[0] = "K-999999"
     save_ckpt(path, **{**ckpt, "class_map": ClassMap(keys).to_dict()})
-    with pytest.raises(PillsnapError, match="class map"): job(run).run()
-    assert not (run/"export/bundle.json").exists()
+    with pytest.raises(PillsnapError, match="class map"):
+        job(run).run()
+    assert not (run / "export/bundle.json").exists()
 
 
 def test_nothing_trained(run):
-    (run/"checkpoints/classifier/best.pt").unlink()
-    with pytest.raises(PillsnapError, match="no trained classifier"): job(run).run()
+    (run / "checkpoints/classifier/best.pt").unlink()
+    with pytest.raises(PillsnapError, match="no trained classifier"):
+        job(run).run()
 
 
 def test_temperature_and_scorecard_of_the_evaluation(exported):
     b = load_bundle(exported[0])
-    assert (b.meta["temperature"], b.meta["calibrated"]) == (2.5, True) and b.meta["scorecard"] == sha256_file(exported[0]/"reports/scorecard.json")
+    assert (b.meta["temperature"], b.meta["calibrated"]) == (2.5, True) and b.meta["scorecard"] == sha256_file(
+        exported[0] / "reports/scorecard.json"
+    )
 
 
 @pytest.mark.spec("BX8")
 def test_calibration_of_another_class_map_stops(run):
     cm = load_stage(run, 0).class_map
-    assert E.calibration(run, cm, None) == (1., False)
-    save_json({"temperature": 2.5, "ece_after": .01, "class_map": "0"*64}, run/"reports/calibration.json")
-    with pytest.raises(PillsnapError, match="another class map"): E.calibration(run, cm, None)
+    assert E.calibration(run, cm, None) == (1.0, False)
+    save_json({"temperature": 2.5, "ece_after": 0.01, "class_map": "0" * 64}, run / "reports/calibration.json")
+    with pytest.raises(PillsnapError, match="another class map"):
+        E.calibration(run, cm, None)
 
 
 def test_a_changed_parameter_changes_the_output(ready):

@@ -1,4 +1,5 @@
 """The training engine's GPU path, as far as a CPU can show it: injected errors, counted compilations, counted waits."""
+
 import pytest
 import torch
 from fastai.callback.core import Callback
@@ -17,20 +18,38 @@ from test_stop_and_go import CM
 
 class Board:
     "TensorBoard's points and remarks, in a list."
-    def __init__(self): self.points, self.remarks = [], []
-    def add_scalar(self, tag, value, step): self.points.append((tag, float(value), step))
-    def add_scalars(self, values, step): self.points += [(t, float(v), step) for t, v in values.items()]
-    def add_text(self, tag, text, step=0): self.remarks.append((tag, text))
-    def of(self, tag): return [(v, s) for t, v, s in self.points if t == tag]
+
+    def __init__(self):
+        self.points, self.remarks = [], []
+
+    def add_scalar(self, tag, value, step):
+        self.points.append((tag, float(value), step))
+
+    def add_scalars(self, values, step):
+        self.points += [(t, float(v), step) for t, v in values.items()]
+
+    def add_text(self, tag, text, step=0):
+        self.remarks.append((tag, text))
+
+    def of(self, tag):
+        return [(v, s) for t, v, s in self.points if t == tag]
 
 
 class SmallNet(nn.Module):
     "A convolution, batch norm, dropout and a head."
+
     def __init__(self):
         super().__init__()
-        self.body, self.head = nn.Sequential(nn.Conv2d(3, 4, 3, stride=4), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(.3), nn.Flatten()), nn.Linear(256, 3)
-    def forward(self, x): return self.head(self.body(x))
-    def get_classifier(self): return self.head
+        self.body, self.head = (
+            nn.Sequential(nn.Conv2d(3, 4, 3, stride=4), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.3), nn.Flatten()),
+            nn.Linear(256, 3),
+        )
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+    def get_classifier(self):
+        return self.head
 
 
 def small_net() -> nn.Module:
@@ -40,20 +59,38 @@ def small_net() -> nn.Module:
 
 def photo_learner(*overrides, net=None, tb=None, photos=26, val=13, device="cpu"):
     "A Learner as a training makes it: 26 photos in batches of eight, a validation of 13, whose last batch is short."
-    cfg = load_config("smoke", ["data.classification.img_size=32", "train.classification={epochs: 2, batch_size: 8, lr: 0.01, amp: false}", *overrides])
+    cfg = load_config(
+        "smoke",
+        [
+            "data.classification.img_size=32",
+            "train.classification={epochs: 2, batch_size: 8, lr: 0.01, amp: false}",
+            *overrides,
+        ],
+    )
     d = PillsnapClsDataset(table(photos), CM, Painted(), 32, True, seed=7)
     train = PhotoLoader(d, 8, EpochSampler(d, 1), drop_last=True)
     valid = PhotoLoader(PillsnapClsDataset(table(val), CM, Painted(), 32), 8)
-    return build_learner(cfg, net or small_net(), nn.CrossEntropyLoss(), train, {"whole": valid}, 3, device, out=Outputs(tb=tb, quiet=tb is None))
+    return build_learner(
+        cfg,
+        net or small_net(),
+        nn.CrossEntropyLoss(),
+        train,
+        {"whole": valid},
+        3,
+        device,
+        out=Outputs(tb=tb, quiet=tb is None),
+    )
 
 
 @pytest.fixture
 def compiled(monkeypatch):
     "Graphs that were compiled, in order; a CPU compiles too, with a compiler that only counts."
     graphs = []
+
     def counter(graph, inputs):
         graphs.append(tuple(inputs[-1].shape) if inputs else ())
         return graph.forward
+
     monkeypatch.setattr(learner_module, "resolve_compile", lambda cfg, device: ("reduce-overhead", "the test says so"))
     monkeypatch.setattr(learner_module, "compile_arguments", lambda mode: {"backend": counter})
     yield graphs
@@ -61,7 +98,14 @@ def compiled(monkeypatch):
 
 
 @pytest.mark.spec("CT8")
-@pytest.mark.parametrize("overrides", [(), ("train.classification.mixing={mixup: 0.4, prob: 1.0}", "train.classification.grad_accum_steps=2"), ("optimization.channels_last=false",)])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("train.classification.mixing={mixup: 0.4, prob: 1.0}", "train.classification.grad_accum_steps=2"),
+        ("optimization.channels_last=false",),
+    ],
+)
 def test_training_compiles_nothing_that_was_not_rehearsed(compiled, monkeypatch, overrides):
     "Layout, precision, sizes of batches and modes are those of the rehearsal, which stands inside the fallback; a compiler that fails later would end the run."
     monkeypatch.setattr(learner_module, "select_amp_dtype", lambda *a: torch.bfloat16)
@@ -99,9 +143,15 @@ def test_a_frozen_backbone_is_rehearsed_frozen_and_thawed(compiled):
 
 class Tight(SmallNet):
     "A network with room for so many photos; more fail in the forward pass, with an error of one's choice."
+
     def __init__(self, room, times=10**9, error=None):
         super().__init__()
-        self.room, self.times, self.error = room, times, error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        self.room, self.times, self.error = (
+            room,
+            times,
+            error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        )
+
     def forward(self, x):
         if self.training and len(x) > self.room and self.times > 0:
             self.times -= 1
@@ -112,16 +162,28 @@ class Tight(SmallNet):
 def tight_learner(*overrides, tb=None, room=4, times=10**9, error=None, epochs=1):
     "A Learner whose network has room for four of eight photos."
     torch.manual_seed(0)
-    learn = photo_learner("train.oom={max_retries: 4, max_grad_accum: 8, min_batch: 1, cooldown_sec: 2, escalate_to_fp16: false}", *overrides, net=Tight(room, times, error), tb=tb)
+    learn = photo_learner(
+        "train.oom={max_retries: 4, max_grad_accum: 8, min_batch: 1, cooldown_sec: 2, escalate_to_fp16: false}",
+        *overrides,
+        net=Tight(room, times, error),
+        tb=tb,
+    )
     learn.slept = []
     learn.oom_guard.sleep = learn.slept.append
     return learn
 
 
 # as torch 2.11, cuBLAS and cuDNN 9 word it
-FULL = ["CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR", "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
-        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED", "GET was unable to find an engine to execute this computation", "FIND was unable to find an engine to execute this computation",
-        "CUDA error: out of memory", "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 40000000000 bytes. Error code 12 (Cannot allocate memory)"]
+FULL = [
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR",
+    "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    "GET was unable to find an engine to execute this computation",
+    "FIND was unable to find an engine to execute this computation",
+    "CUDA error: out of memory",
+    "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 40000000000 bytes. Error code 12 (Cannot allocate memory)",
+]
 
 
 @pytest.mark.spec("CT14")
@@ -130,13 +192,21 @@ def test_every_way_to_say_that_memory_ran_out_is_understood(said):
     "The batch is tried again, and the log names the sentence."
     learn = tight_learner(times=1, error=RuntimeError(said))
     learn.fit(1)
-    event, = learn.oom_guard.events
+    (event,) = learn.oom_guard.events
     assert (event["action"], event["error"]) == ("empty_cache", said[:160])
 
 
-@pytest.mark.parametrize("said", ["mat1 and mat2 shapes cannot be multiplied (8x8 and 9x16)", "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_COMPILATION_FAILED", "CUDA error: device-side assert triggered"])
+@pytest.mark.parametrize(
+    "said",
+    [
+        "mat1 and mat2 shapes cannot be multiplied (8x8 and 9x16)",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_COMPILATION_FAILED",
+        "CUDA error: device-side assert triggered",
+    ],
+)
 def test_what_is_not_about_memory_ends_the_run(said):
-    with pytest.raises(RuntimeError, match=said.split("(")[0]): tight_learner(times=1, error=RuntimeError(said)).fit(1)
+    with pytest.raises(RuntimeError, match=said.split("(")[0]):
+        tight_learner(times=1, error=RuntimeError(said)).fit(1)
 
 
 @pytest.mark.spec("CT14")
@@ -146,40 +216,49 @@ def test_each_error_waits_and_is_a_point():
     learn = tight_learner(tb=board)
     learn.fit(1)
     assert [e["action"] for e in learn.oom_guard.events] == ["empty_cache", "microbatching"]
-    assert learn.slept == [2., 2.]
-    assert board.of("oom/retries") == [(0., 1), (1., 2)] and board.of("oom/state") == [(0., 1), (2., 2)]
+    assert learn.slept == [2.0, 2.0]
+    assert board.of("oom/retries") == [(0.0, 1), (1.0, 2)] and board.of("oom/state") == [(0.0, 1), (2.0, 2)]
 
 
 @pytest.mark.spec("CT14")
 def test_four_fifths_of_the_memory_is_a_warning_and_a_point():
     board = Board()
     learn = photo_learner(tb=board)
-    shares = iter([.5, .5, .85, .85])   # at the start and the end of two epochs
+    shares = iter([0.5, 0.5, 0.85, 0.85])  # at the start and the end of two epochs
     learn.oom_guard.share = lambda: next(shares)
     learn.fit(2)
-    assert board.of("oom/memory_warning") == [(.85, 2)]
+    assert board.of("oom/memory_warning") == [(0.85, 2)]
 
 
 @pytest.mark.spec("CT14")
-@pytest.mark.parametrize("mode, times", [("constant", 1.), ("declared", 2.)])
+@pytest.mark.parametrize("mode, times", [("constant", 1.0), ("declared", 2.0)])
 def test_a_smaller_step_scales_the_weight_decay_only_where_it_is_declared(mode, times):
     "Half the photos a step, half the rate, twice the steps: their product with the weight decay stays, unless the sources' scaling is asked for."
-    learn = tight_learner("train.classification.weight_decay=0.04", "train.oom.max_grad_accum=1", f"train.oom.wd_scale_mode={mode}", "train.classification.scheduler=reduce_on_plateau", "train.classification.warmup_steps=0")
+    learn = tight_learner(
+        "train.classification.weight_decay=0.04",
+        "train.oom.max_grad_accum=1",
+        f"train.oom.wd_scale_mode={mode}",
+        "train.classification.scheduler=reduce_on_plateau",
+        "train.classification.warmup_steps=0",
+    )
     learn.fit(1)
     assert [e["action"] for e in learn.oom_guard.events] == ["empty_cache", "global_batch_change"]
     h = learn.opt.hypers[-1]
-    assert (h["wd"], h["lr"]) == (pytest.approx(.04*times), pytest.approx(.005))
+    assert (h["wd"], h["lr"]) == (pytest.approx(0.04 * times), pytest.approx(0.005))
 
 
 @pytest.mark.spec("CT14")
 def test_recorded_graphs_go_before_the_batch_is_tried_again(compiled, monkeypatch):
     "empty_cache does not touch their pool, so the compiled code goes too and is made again; the weights are those of a run without the error."
+
     class Full(Callback):
         order, left = 9, 1
+
         def after_pred(self):
             if self.training and self.iter == 1 and self.left:
                 self.left = 0
                 raise torch.OutOfMemoryError("CUDA out of memory (planted)")
+
     calm = photo_learner()
     calm.fit(1)
     hit, resets, reset = photo_learner(), [], torch.compiler.reset
@@ -188,7 +267,8 @@ def test_recorded_graphs_go_before_the_batch_is_tried_again(compiled, monkeypatc
     hit.add_cb(Full())
     hit.fit(1)
     assert len(resets) == 1 and len(compiled) > resets[0], "what was compiled before is gone, and was compiled again"
-    for k, v in calm.model.state_dict().items(): assert torch.equal(v, hit.model.state_dict()[k]), k
+    for k, v in calm.model.state_dict().items():
+        assert torch.equal(v, hit.model.state_dict()[k]), k
 
 
 @pytest.mark.spec("CT14", "CT20")
@@ -197,87 +277,149 @@ def test_memory_stands_beside_the_batch_size_in_each_epoch(monkeypatch):
     board = Board()
     learn = tight_learner("train.classification.epochs=2", tb=board)
     learn.fit(2)
-    assert board.of("memory/batch_size") == [(4., 1), (4., 2)] and board.of("memory/grad_accum") == [(2., 1), (2., 2)]
+    assert board.of("memory/batch_size") == [(4.0, 1), (4.0, 2)] and board.of("memory/grad_accum") == [
+        (2.0, 1),
+        (2.0, 2),
+    ]
     used = board.of("memory/used_mb")
     assert [s for _, s in used] == [1, 2] and all(10 < v < 1e5 for v, _ in used)
     with monkeypatch.context() as m:
-        for name, value in dict(is_available=True, max_memory_allocated=3_000_000, max_memory_reserved=5_000_000).items(): m.setattr(torch.cuda, name, lambda *a, v=value: v)
+        for name, value in dict(
+            is_available=True, max_memory_allocated=3_000_000, max_memory_reserved=5_000_000
+        ).items():
+            m.setattr(torch.cuda, name, lambda *a, v=value: v)
         from pillsnap.training.memory import OomState, memory_points
-        assert memory_points(OomState(48), .4) == {"memory/batch_size": 48, "memory/grad_accum": 1, "memory/used_mb": 3., "memory/reserved_mb": 5., "memory/share": .4}
+
+        assert memory_points(OomState(48), 0.4) == {
+            "memory/batch_size": 48,
+            "memory/grad_accum": 1,
+            "memory/used_mb": 3.0,
+            "memory/reserved_mb": 5.0,
+            "memory/share": 0.4,
+        }
 
 
 @pytest.mark.spec("CT13", "CT20")
 def test_the_batch_that_is_found_is_a_point():
     "As a training asks for it, on a GPU whose memory holds 27 photos below the headroom: 24, a multiple of eight."
     from pillsnap.training.classifier import chosen_batch
+
     board, net = Board(), small_net()
     net.register_forward_pre_hook(lambda m, x: seen.append(len(x[0])))
     seen = []
-    cfg = load_config("smoke", ["data.classification.img_size=32", "train.classification={auto_batch_tune: true, auto_batch_max: 64, batch_size: 64, amp: false}", "optimization.torch_compile=none"])
-    n = chosen_batch(1, cfg, net, 3, tb=board, device=torch.device("cuda"), share=lambda: .88*seen[-1]/27)
-    assert n == 24 and board.of("perf/auto_batch_found") == [(24., 0)]
+    cfg = load_config(
+        "smoke",
+        [
+            "data.classification.img_size=32",
+            "train.classification={auto_batch_tune: true, auto_batch_max: 64, batch_size: 64, amp: false}",
+            "optimization.torch_compile=none",
+        ],
+    )
+    n = chosen_batch(1, cfg, net, 3, tb=board, device=torch.device("cuda"), share=lambda: 0.88 * seen[-1] / 27)
+    assert n == 24 and board.of("perf/auto_batch_found") == [(24.0, 0)]
 
 
 def test_the_search_measures_the_step_that_training_will_do(monkeypatch):
     "Candidates run eagerly; the answer is tried once more, compiled as training compiles it. Blocks keep their inputs alone where training keeps no more."
     from pillsnap.training import classifier
+
     probes = []
 
     def probe(*args, grad_checkpointing, compiled=None, **kw):
         mine = dict(compiled=compiled, grad_checkpointing=grad_checkpointing, tried=[])
         probes.append(mine)
-        return lambda bs, fp16: mine["tried"].append(bs) or (bs/50 if compiled else .5)
+        return lambda bs, fp16: mine["tried"].append(bs) or (bs / 50 if compiled else 0.5)
+
     monkeypatch.setattr(classifier, "step_probe", probe)
-    for over, arguments, found in ((["optimization.torch_compile=none"], None, 64), (["optimization.torch_compile=max-autotune"], {"mode": "max-autotune"}, 32), (["optimization.torch_compile=none", "optimization.cuda_graphs=true"], {"backend": "cudagraphs"}, 32)):
+    for over, arguments, found in (
+        (["optimization.torch_compile=none"], None, 64),
+        (["optimization.torch_compile=max-autotune"], {"mode": "max-autotune"}, 32),
+        (["optimization.torch_compile=none", "optimization.cuda_graphs=true"], {"backend": "cudagraphs"}, 32),
+    ):
         probes.clear()
-        cfg = load_config("two_stage", ["train.classification.amp=false", "optimization.grad_checkpointing=true", *over])
+        cfg = load_config(
+            "two_stage", ["train.classification.amp=false", "optimization.grad_checkpointing=true", *over]
+        )
         assert classifier.chosen_batch(1, cfg, small_net(), 3, device=torch.device("cuda")) == found
-        assert [p["compiled"] for p in probes] == [None, arguments][:1+(arguments is not None)] and all(p["grad_checkpointing"] for p in probes)
+        assert [p["compiled"] for p in probes] == [None, arguments][: 1 + (arguments is not None)] and all(
+            p["grad_checkpointing"] for p in probes
+        )
         assert set(probes[0]["tried"]) == {64} and (arguments is None or set(probes[1]["tried"]) == {64, 48, 32})
 
 
 @pytest.mark.spec("CT14")
 def test_augmentation_that_does_not_fit_is_done_in_parts(monkeypatch, caplog):
     "On a GPU it takes several times the batch, before the guard of the training step sees anything. Batches are the same, and the log says it once."
-    def loader(): return PhotoLoader(PillsnapClsDataset(table(26), CM, Painted(), 32, True, seed=7), 8)
+
+    def loader():
+        return PhotoLoader(PillsnapClsDataset(table(26), CM, Painted(), 32, True, seed=7), 8)
+
     calm = list(loader())
     tight, finish, asked = loader(), PillsnapClsDataset.finish, []
 
     def planted(self, images, looks):
         asked.append(len(images))
-        if len(images) > 3: raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
+        if len(images) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
         return finish(self, images, looks)
+
     monkeypatch.setattr(PillsnapClsDataset, "finish", planted)
-    with caplog.at_level("WARNING", "pillsnap.loaders"): got = list(tight)
+    with caplog.at_level("WARNING", "pillsnap.loaders"):
+        got = list(tight)
     assert asked[:2] == [8, 4] and max(asked[2:]) == 2 and len(got) == len(calm) == 4
     for (a, b, m), (x, y, k) in zip(got, calm):
         assert torch.equal(a, x) and torch.equal(b, y) and m["paths"] == k["paths"]
-    assert [r.getMessage() for r in caplog.records] == [f"out of memory: {b} photos at once are augmented instead of {a} (CUDA out of memory. Tried to allocate 1.00 GiB)" for a, b in ((8, 4), (4, 2))]
-    monkeypatch.setattr(PillsnapClsDataset, "finish", lambda *a: (_ for _ in ()).throw(RuntimeError("shapes do not fit")))
-    with pytest.raises(RuntimeError, match="shapes do not fit"): list(loader())
+    assert [r.getMessage() for r in caplog.records] == [
+        f"out of memory: {b} photos at once are augmented instead of {a} (CUDA out of memory. Tried to allocate 1.00 GiB)"
+        for a, b in ((8, 4), (4, 2))
+    ]
+    monkeypatch.setattr(
+        PillsnapClsDataset, "finish", lambda *a: (_ for _ in ()).throw(RuntimeError("shapes do not fit"))
+    )
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        list(loader())
 
 
 def test_onnxruntime_on_a_gpu_neither_searches_nor_rounds(monkeypatch):
     "By default its CUDA provider searches for kernels at every new number of crops and computes float32 in TF32."
     from pillsnap.deployment import runtime as predict
+
     asked = {}
+
     class Session:
-        def __init__(self, model, options, providers): asked["providers"] = providers
-        def get_providers(self): return ["CUDAExecutionProvider", "CPUExecutionProvider"]
-    monkeypatch.setattr(predict.ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+        def __init__(self, model, options, providers):
+            asked["providers"] = providers
+
+        def get_providers(self):
+            return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+    monkeypatch.setattr(
+        predict.ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    )
     monkeypatch.setattr(predict.ort, "preload_dlls", lambda: None, raising=False)
     monkeypatch.setattr(predict.ort, "InferenceSession", Session)
     predict.open_session(b"", "cuda")
-    assert asked["providers"] == [("CUDAExecutionProvider", {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"}), "CPUExecutionProvider"]
+    assert asked["providers"] == [
+        ("CUDAExecutionProvider", {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"}),
+        "CPUExecutionProvider",
+    ]
 
 
 def test_a_detector_answers_without_a_search_and_in_full_fp32(monkeypatch):
     "The number of photos in a pass changes; another training of the process may have left the search on."
     from pillsnap.models.yolo import TorchDetector
+
     seen = []
+
     class Net(nn.Module):
-        def __init__(self): super().__init__(); self.w = nn.Parameter(torch.ones(1))
-        def forward(self, x): seen.append((torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32)); return x[:, :, 0]
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(1))
+
+        def forward(self, x):
+            seen.append((torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32))
+            return x[:, :, 0]
+
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     TorchDetector(Net(), 8).raw(torch.zeros(3, 3, 8, 8).numpy())

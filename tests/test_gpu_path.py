@@ -1,4 +1,5 @@
 """What can be shown of the GPU's path without one: the host never waits, numbers are the CPU's, the layout fits."""
+
 import pickle
 import threading
 from types import SimpleNamespace
@@ -23,16 +24,25 @@ from pillsnap.photos.images import IMAGENET_MEAN, IMAGENET_STD
 from pillsnap.dataset.sampling import EpochSampler
 from pillsnap.models.metrics import topk_accuracy
 from pillsnap.models.neighbours import embed_photos, nearest
-from pillsnap.training.callbacks import (Clock, History, LateNumber, PillLearner, PillLoaders, Unpack, Validate,
-    batch_mass)
+from pillsnap.training.callbacks import (
+    Clock,
+    History,
+    LateNumber,
+    PillLearner,
+    PillLoaders,
+    Unpack,
+    Validate,
+    batch_mass,
+)
 
-OFF = {"randaugment": False, "hflip": False, "color_jitter": (0., 0., 0., 0.)}
+OFF = {"randaugment": False, "hflip": False, "color_jitter": (0.0, 0.0, 0.0, 0.0)}
 SETTINGS = {
     "default": {},
-    "all": {"rotation": 20., "erasing": .5},
-    "demo": {"randaugment": False, "color_jitter": (.2, .2, .2, 0.), "rotation": 30.},
-    "narrow": {"randaugment": False, "color_jitter": (.2, .2, .2, .1), "rotation": 30., "erasing": .2},
-    "nothing": OFF}
+    "all": {"rotation": 20.0, "erasing": 0.5},
+    "demo": {"randaugment": False, "color_jitter": (0.2, 0.2, 0.2, 0.0), "rotation": 30.0},
+    "narrow": {"randaugment": False, "color_jitter": (0.2, 0.2, 0.2, 0.1), "rotation": 30.0, "erasing": 0.2},
+    "nothing": OFF,
+}
 
 GOLDEN = {  # of the pixel (40, 20) of the fourth photo, its three numbers; means of the channels; standard deviation
     "default": (-0.734442, -0.762500, 0.654188, 0.018041, 0.165039, 0.484517, 0.988580),
@@ -47,8 +57,10 @@ def pictures(n: int, size: int, seed: int = 0) -> torch.Tensor:
     "Smooth colours with edges, uint8 [n, 3, size, size], laid out as the loader's buffers are."
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:size, :size] / size
-    waves = 128 + 80*np.sin(x[..., None]*rng.uniform(2, 7, (n, 1, 1, 3)) + y[..., None]*rng.uniform(2, 7, (n, 1, 1, 3)))
-    waves[:, size//3:size//2, size//4:size//2] += 40
+    waves = 128 + 80 * np.sin(
+        x[..., None] * rng.uniform(2, 7, (n, 1, 1, 3)) + y[..., None] * rng.uniform(2, 7, (n, 1, 1, 3))
+    )
+    waves[:, size // 3 : size // 2, size // 4 : size // 2] += 40
     return torch.from_numpy(waves.clip(0, 255).astype(np.uint8)).permute(0, 3, 1, 2)
 
 
@@ -59,11 +71,12 @@ def draws_of(n: int, seed: int = 1) -> np.ndarray:
 
 def number(op: str) -> float:
     "What must be drawn for an operation of RandAugment."
-    return (_OPS.index(op) + .5) / len(_OPS)
+    return (_OPS.index(op) + 0.5) / len(_OPS)
 
 
 class Drawn(D.Source):
     "Pictures that are in memory, a different one for each path."
+
     def view(self, photo, view, out, window=None, flip=False):
         np.copyto(out, pictures(1, len(out), int(photo.path[:-4]))[0].permute(1, 2, 0).numpy())
 
@@ -77,6 +90,7 @@ def photos(n: int, **kw) -> D.PillsnapClsDataset:
 
 # The stand-in itself ------------------------------------------------------------------------------------------------
 
+
 def test_the_stand_in_sees_every_kind_of_wait():
     "Each of these lines makes a host wait for a real GPU; the lines of the second part do not."
     rows = lambda x: x.long().clamp(0, 1)
@@ -88,44 +102,47 @@ def test_the_stand_in_sees_every_kind_of_wait():
         "cpu": lambda x: x.cpu(),
         "numpy": lambda x: x.cpu().numpy(),
         "mask": lambda x: x[x > 0],
-        "masked put": lambda x: x.__setitem__(x > 0, 1.),
+        "masked put": lambda x: x.__setitem__(x > 0, 1.0),
         "nonzero": lambda x: x.nonzero(),
         "masked_select": lambda x: x.masked_select(x > 0),
         "unique": lambda x: x.unique(),
         "host rows": lambda x: x[torch.tensor([0, 2])],
         "list of rows": lambda x: x[[0, 2]],
-        "scalar put": lambda x: x.__setitem__(rows(x), 1.),
-        "new tensor": lambda x: torch.tensor([1., 2.], device="cuda"),
+        "scalar put": lambda x: x.__setitem__(rows(x), 1.0),
+        "new tensor": lambda x: torch.tensor([1.0, 2.0], device="cuda"),
         "to": lambda x: torch.ones(3).to("cuda"),
         "pageable": lambda x: torch.ones(3).to("cuda", non_blocking=True),
         "pinned, but waits": lambda x: torch.ones(3).pin_memory().to("cuda"),
         "equal": lambda x: torch.equal(x, x),
         "copy_": lambda x: x.copy_(torch.ones(4)),
-        "fetch": lambda x: torch.zeros(4).copy_(x)}
+        "fetch": lambda x: torch.zeros(4).copy_(x),
+    }
     free = {
         "pinned": lambda x: torch.ones(3).pin_memory().to("cuda", non_blocking=True),
         "rows": lambda x: x[rows(x)],
         "rows put": lambda x: x.__setitem__(x.long(), x + 1),
-        "slice put": lambda x: x[1:3].__setitem__(slice(0, 1), 0.),
-        "masked_fill": lambda x: x.masked_fill_(x > 0, 2.),
-        "where": lambda x: torch.where(x > 0, x, 0.),
-        "full": lambda x: torch.full((2,), 3., device="cuda"),
-        "index_fill_": lambda x: x.index_fill_(0, rows(x), 1.),
+        "slice put": lambda x: x[1:3].__setitem__(slice(0, 1), 0.0),
+        "masked_fill": lambda x: x.masked_fill_(x > 0, 2.0),
+        "where": lambda x: torch.where(x > 0, x, 0.0),
+        "full": lambda x: torch.full((2,), 3.0, device="cuda"),
+        "index_fill_": lambda x: x.index_fill_(0, rows(x), 1.0),
         "arange": lambda x: torch.arange(4, device="cuda") + x,
-        "layout": lambda x: x.view(1, 1, 2, 2).contiguous(memory_format=torch.channels_last)}
+        "layout": lambda x: x.view(1, 1, 2, 2).contiguous(memory_format=torch.channels_last),
+    }
     for name, line in waits.items():
         with StandInGpu() as gpu:
-            line(gpu.put(torch.arange(4.)))
+            line(gpu.put(torch.arange(4.0)))
         assert gpu.waits, name
     for name, line in free.items():
         with StandInGpu() as gpu:
-            out = line(gpu.put(torch.arange(4.)))
+            out = line(gpu.put(torch.arange(4.0)))
         assert not gpu.waits and (out is None or out.device == torch.device("cuda:0")), (name, gpu.waits)
     with StandInGpu() as gpu, pytest.raises(RuntimeError, match="same device"):
         gpu.put(torch.ones(3)) + torch.ones(3)
 
 
 # Augmentation -------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.spec("TL1")
 @pytest.mark.parametrize("name", SETTINGS)
@@ -170,32 +187,32 @@ def test_augmented_batches_are_those_of_the_first_version():
 @pytest.mark.parametrize("op", _OPS)
 def test_each_operation_of_randaugment_is_torchvisions(op, magnitude, device):
     "Alone in the chain, with either sign; to the rounding down of bytes that torchvision works on."
-    size = 331   # where torchvision's shifts are whole pixels
+    size = 331  # where torchvision's shifts are whole pixels
     tf = build_transforms_classification(size, AugmentClassification(**{**OFF, "randaugment": True}))
     x = pictures(2, size)
-    draws = np.full((2, DRAWS), .999)
+    draws = np.full((2, DRAWS), 0.999)
     draws[:, COL["op1"]], draws[:, COL["op2"]] = number(op), number("Identity")
-    draws[:, COL["much1"]], draws[:, COL["sign1"]] = (magnitude - 6.5) / 3, [.2, .8]
+    draws[:, COL["much1"]], draws[:, COL["sign1"]] = (magnitude - 6.5) / 3, [0.2, 0.8]
     if device == "gpu":
         with StandInGpu() as gpu:
             got = gpu.get(tf(gpu.put(x), draws))
     else:
         got = tf(x.clone(memory_format=torch.preserve_format), draws)
-    got = (got*torch.tensor(IMAGENET_STD).view(3, 1, 1) + torch.tensor(IMAGENET_MEAN).view(3, 1, 1))*255
+    got = (got * torch.tensor(IMAGENET_STD).view(3, 1, 1) + torch.tensor(IMAGENET_MEAN).view(3, 1, 1)) * 255
     much, signed = v2.RandAugment._AUGMENTATION_SPACE[op]
-    level = float(much(31, size, size)[magnitude]) if much(31, size, size) is not None else 0.
+    level = float(much(31, size, size)[magnitude]) if much(31, size, size) is not None else 0.0
     for k, sign in enumerate((-1, 1)):
-        v = level*sign if signed else level
+        v = level * sign if signed else level
         if op.startswith("Translate"):
-            v = -v   # the same two signs in the other order
-        bilinear, grey = v2.InterpolationMode.BILINEAR, [128.]*3
+            v = -v  # the same two signs in the other order
+        bilinear, grey = v2.InterpolationMode.BILINEAR, [128.0] * 3
         want = v2.RandAugment()._apply_image_or_video_transform(x[k], op, v, bilinear, {torch.Tensor: grey})
-        if op.startswith("Shear"):   # about the middle, where torchvision keeps the corner
-            shear = [np.degrees(np.arctan(v)) if op == f"Shear{c}" else 0. for c in "XY"]
-            want = v2.functional.affine(x[k], 0., [0, 0], 1., shear, bilinear, grey)
+        if op.startswith("Shear"):  # about the middle, where torchvision keeps the corner
+            shear = [np.degrees(np.arctan(v)) if op == f"Shear{c}" else 0.0 for c in "XY"]
+            want = v2.functional.affine(x[k], 0.0, [0, 0], 1.0, shear, bilinear, grey)
         diff, turned = (got[k] - want).abs(), op in ("Rotate", "ShearX", "ShearY")
         if turned or op.startswith("Translate"):
-            diff = diff[..., 40:-40, 40:-40]   # the border is filled in another way
+            diff = diff[..., 40:-40, 40:-40]  # the border is filled in another way
         assert diff.max() <= (5 if turned else 1.5) and diff.mean() < 1, (op, v, diff.max(), diff.mean())
 
 
@@ -203,7 +220,7 @@ def test_a_turn_does_not_make_noise_of_dropped_bits():
     "A flat colour that is turned and posterized stays flat, on every device."
     tf = build_transforms_classification(64, AugmentClassification(**{**OFF, "randaugment": True}))
     x = torch.full((1, 3, 64, 64), 100, dtype=torch.uint8)
-    draws = np.full((1, DRAWS), .5)
+    draws = np.full((1, DRAWS), 0.5)
     draws[:, COL["op1"]], draws[:, COL["op2"]] = number("Rotate"), number("Posterize")
     middle = tf(x, draws)[0, 0, 16:-16, 16:-16]
     assert middle.max() - middle.min() < 1e-4
@@ -211,19 +228,21 @@ def test_a_turn_does_not_make_noise_of_dropped_bits():
 
 # timm's policies ----------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("name", ["rand-m8-n2-mstd0.5-inc1", "original", "augmix-m5-w2", "3a"])
 def test_a_policy_gives_timms_pictures_and_leaves_everybodys_dice_alone(name):
     import random
 
     from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
+
     makers = {"rand": rand_augment_transform, "augm": augment_and_mix_transform}
-    hparams = {"translate_const": int(64*.45), "img_mean": (128, 128, 128)}
+    hparams = {"translate_const": int(64 * 0.45), "img_mean": (128, 128, 128)}
     theirs = makers.get(name[:4], auto_augment_transform)(name, hparams)
     ours = pickle.loads(pickle.dumps(TimmPolicy(name, 64)))
     for k, x in enumerate(pictures(6, 64).permute(0, 2, 3, 1).numpy()):
-        u = (k + .5)/6
-        random.seed(int(u*2**31))
-        np.random.seed(int(u*2**31))
+        u = (k + 0.5) / 6
+        random.seed(int(u * 2**31))
+        np.random.seed(int(u * 2**31))
         want = np.asarray(theirs(Image.fromarray(np.ascontiguousarray(x))))
         before = random.getstate(), np.random.get_state()[1].copy()
         assert np.array_equal(ours(x, u), want)
@@ -239,7 +258,7 @@ def test_a_policy_runs_where_photos_are_opened_and_not_in_the_training_thread(mo
 
     monkeypatch.setattr(TimmPolicy, "__call__", watched)
     a = AugmentClassification(auto_augment="rand-m8-n2-mstd0.5", hflip=False)
-    d = photos(24, train=True, crop_view_prob=0., augment=a)
+    d = photos(24, train=True, crop_view_prob=0.0, augment=a)
     epoch = lambda **kw: torch.cat([x for x, _, _ in L.PhotoLoader(d, 8, EpochSampler(d, 1), **kw)])
     threads = epoch(num_workers=2)
     assert seen and threading.main_thread() not in seen
@@ -248,11 +267,12 @@ def test_a_policy_runs_where_photos_are_opened_and_not_in_the_training_thread(mo
 
 # The loader ---------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.spec("TL5")
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("kw", [{}, {"num_workers": 2}])
 def test_the_loader_hands_batches_to_a_gpu_without_waiting(train, kw, monkeypatch):
-    d = photos(20, train=train, channels_last=True, augment=AugmentClassification(rotation=10., erasing=.3))
+    d = photos(20, train=train, channels_last=True, augment=AugmentClassification(rotation=10.0, erasing=0.3))
     host = [(x, y) for x, y, _ in L.PhotoLoader(d, 8, EpochSampler(d, 1), **kw)]
     with StandInGpu() as gpu, gpu.as_cuda(monkeypatch):
         loader = L.PhotoLoader(d, 8, EpochSampler(d, 1), device="cuda", pin_memory=True, **kw)
@@ -266,10 +286,11 @@ def test_the_loader_hands_batches_to_a_gpu_without_waiting(train, kw, monkeypatc
 
 # Validation, the clock, the loop ------------------------------------------------------------------------------------
 
+
 def answers(sizes=(8, 8, 3), classes: int = 7, seed: int = 0) -> list:
     "Scores and labels of a few batches, with ties and one NaN row."
     g = torch.Generator().manual_seed(seed)
-    scores = [(3*torch.randn(n, classes, generator=g)).round() for n in sizes]
+    scores = [(3 * torch.randn(n, classes, generator=g)).round() for n in sizes]
     out = [(z, torch.randint(0, classes, (len(z),), generator=g)) for z in scores]
     out[1][0][2] = float("nan")
     return out
@@ -292,7 +313,7 @@ def validated(batches, loss_func, put=lambda t: t) -> tuple:
 @pytest.mark.spec("CT21")
 @pytest.mark.parametrize("weighted", [False, True])
 def test_validation_reads_the_gpu_at_its_end_and_not_before(weighted):
-    w = torch.tensor([1., .5, 2., 0., 1., 1., 3.]) if weighted else None
+    w = torch.tensor([1.0, 0.5, 2.0, 0.0, 1.0, 1.0, 3.0]) if weighted else None
     on_cpu = validated(answers(), nn.CrossEntropyLoss(w))
     next(on_cpu)
     scores, found = next(on_cpu)
@@ -303,7 +324,7 @@ def test_validation_reads_the_gpu_at_its_end_and_not_before(weighted):
         next(there)
         assert gpu.waits == []
         scores_there, found_there = next(there)
-        assert len(gpu.waits) == 5, "one copy of each kind"   # labels, guesses, confidence, hits, losses
+        assert len(gpu.waits) == 5, "one copy of each kind"  # labels, guesses, confidence, hits, losses
     assert np.array_equal(found["pred"], found_there["pred"]) and np.array_equal(found["labels"], found_there["labels"])
     for k, v in scores.items():
         assert v == scores_there[k] or np.isnan(v), k
@@ -311,7 +332,7 @@ def test_validation_reads_the_gpu_at_its_end_and_not_before(weighted):
 
 @pytest.mark.spec("CT21")
 def test_validation_scores_are_those_of_all_photos_at_once():
-    batches = [(z.nan_to_num(0.), y) for z, y in answers()]
+    batches = [(z.nan_to_num(0.0), y) for z, y in answers()]
     steps = validated(batches, nn.CrossEntropyLoss())
     next(steps)
     scores, _ = next(steps)
@@ -321,7 +342,7 @@ def test_validation_scores_are_those_of_all_photos_at_once():
 
 
 def test_the_clock_marks_drugs_without_waiting():
-    clock = Clock(1.)
+    clock = Clock(1.0)
     clock.learn = SimpleNamespace(rows=[], num_classes=6, training=True)
     clock.before_fit()
     with StandInGpu() as gpu:
@@ -336,16 +357,16 @@ def test_the_weight_of_a_batch_is_made_on_the_gpu():
     labels = torch.tensor([0, 2, 2])
     with StandInGpu() as gpu:
         plain, weighted = nn.CrossEntropyLoss(), nn.CrossEntropyLoss()
-        weighted.weight = gpu.put(torch.tensor([1., 2., 4.]))
+        weighted.weight = gpu.put(torch.tensor([1.0, 2.0, 4.0]))
         got = [gpu.get(batch_mass(f, gpu.put(labels))) for f in (plain, weighted)]
-    assert gpu.waits == [] and [float(v) for v in got] == [3., 9.] and got[0].dtype == torch.float32
+    assert gpu.waits == [] and [float(v) for v in got] == [3.0, 9.0] and got[0].dtype == torch.float32
 
 
 def test_the_live_line_does_not_wait_for_its_loss(monkeypatch):
     late = LateNumber()
     with StandInGpu() as gpu, gpu.as_cuda(monkeypatch):
         seen = [late.ask(gpu.put(torch.tensor(float(k)))) for k in range(4)]
-    assert gpu.waits == [] and np.isnan(seen[0]) and seen[1:] == [0., 1., 2.]
+    assert gpu.waits == [] and np.isnan(seen[0]) and seen[1:] == [0.0, 1.0, 2.0]
 
 
 @pytest.mark.spec("RT9")
@@ -384,10 +405,12 @@ def test_no_step_of_a_training_reads_a_number():
 
 # TF32 ---------------------------------------------------------------------------------------------------------------
 
+
 @pytest.fixture
 def tf32_training():
     "TF32 as a training switches it on."
     from pillsnap.core.device import enable_tf32
+
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     enable_tf32(True)
     yield
@@ -418,7 +441,9 @@ def test_training_may_use_tf32_and_validation_does_not(tf32_training):
     model = Watched()
     opt_func = lambda params, lr: OptimWrapper(opt=torch.optim.SGD(params, lr))
     cbs = [TrainEvalCallback(), Unpack(), Validate(), History()]
-    learn = PillLearner(PillLoaders(data, data), model, nn.CrossEntropyLoss(), opt_func, .1, cbs=cbs, default_cbs=False)
+    learn = PillLearner(
+        PillLoaders(data, data), model, nn.CrossEntropyLoss(), opt_func, 0.1, cbs=cbs, default_cbs=False
+    )
     learn.num_classes = 3
     learn.fit(2)
     assert {s[1:] for s in model.precisions if s[0]} == {TF32}
@@ -453,6 +478,7 @@ def test_the_cosine_head_does_not_use_tf32_forwards_or_backwards(tf32_training, 
     import timm
 
     from pillsnap.models import factory
+
     seen, linear = [], nn.functional.linear
     net = factory.CosineClassifier(timm.create_model("test_resnet", num_classes=7), 7, dim=16)
     x = torch.rand(4, 3, 32, 32)
@@ -461,15 +487,16 @@ def test_the_cosine_head_does_not_use_tf32_forwards_or_backwards(tf32_training, 
     monkeypatch.setattr(factory.F, "linear", watched)
     monkeypatch.setattr(factory, "linear_fp32", factory._linear_fp32)
     got = net(x)
-    assert torch.equal(got, want) and seen == ["highest"]*2
+    assert torch.equal(got, want) and seen == ["highest"] * 2
     got.sum().backward()
-    assert seen == ["highest"]*6 and torch.get_float32_matmul_precision() == "high"
+    assert seen == ["highest"] * 6 and torch.get_float32_matmul_precision() == "high"
     assert net.directions.weight.grad.abs().sum() > 0 and net.neck[0].weight.grad.abs().sum() > 0
 
 
 @pytest.mark.spec("RT2")
 def test_a_gpu_takes_the_operator_and_a_cpu_the_plain_product(monkeypatch):
     from pillsnap.models import factory
+
     x, w = torch.rand(4, 5), torch.rand(3, 5)
     calls, op = [], factory._linear_fp32
     monkeypatch.setattr(factory, "_linear_fp32", lambda *a: (calls.append(1), op(*a))[1])
@@ -482,6 +509,7 @@ def test_a_gpu_takes_the_operator_and_a_cpu_the_plain_product(monkeypatch):
 @pytest.mark.spec("X10")
 def test_the_evaluation_does_not_use_tf32(tf32_training):
     from pillsnap.models.factory import TorchClassifier
+
     net = Watched()
     TorchClassifier(net, 2).logits(np.zeros((3, 4), np.float32))
     assert {s[1:] for s in net.precisions} == {TRUE_FP32}
@@ -496,7 +524,7 @@ class Session:
     "onnxruntime's session, as far as providers go."
 
     def __init__(self, model, options, providers):
-        self.providers = [p if isinstance(p, str) else p[0] for p in providers]   # a provider may stand with its options
+        self.providers = [p if isinstance(p, str) else p[0] for p in providers]  # a provider may stand with its options
 
     def get_providers(self):
         return self.providers
@@ -506,12 +534,13 @@ class Session:
 @pytest.mark.parametrize("device, asked", [("cuda", 1), ("auto", 1), ("cpu", 0)])
 def test_cudas_libraries_are_loaded_before_a_session_that_needs_them(device, asked, monkeypatch):
     from pillsnap.deployment import runtime as P
+
     order = []
     monkeypatch.setattr(P.ort, "get_available_providers", lambda: GPU_AND_CPU)
     monkeypatch.setattr(P.ort, "preload_dlls", lambda: order.append("libraries"), raising=False)
     monkeypatch.setattr(P.ort, "InferenceSession", lambda *a, **kw: (order.append("session"), Session(*a, **kw))[1])
     session = P.open_session(b"", device)
-    assert order == ["libraries"]*asked + ["session"] and session.get_providers() == GPU_AND_CPU[1 - asked:]
+    assert order == ["libraries"] * asked + ["session"] and session.get_providers() == GPU_AND_CPU[1 - asked :]
 
 
 @pytest.fixture(scope="module")
@@ -520,8 +549,9 @@ def small_onnx(tmp_path_factory) -> bytes:
     import timm
 
     from pillsnap.deployment.export import export_onnx
+
     torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("onnx")/"classifier.onnx"
+    path = tmp_path_factory.mktemp("onnx") / "classifier.onnx"
     export_onnx(timm.create_model("test_resnet", num_classes=5).eval(), 32, path)
     return path.read_bytes()
 
@@ -529,11 +559,12 @@ def small_onnx(tmp_path_factory) -> bytes:
 def test_a_float16_network_answers_as_the_float32_one_does(small_onnx):
     from pillsnap.deployment.export import in_float16
     from pillsnap.deployment.runtime import OnnxClassifier
+
     half = in_float16(small_onnx)
     x = np.random.default_rng(0).standard_normal((4, 3, 32, 32)).astype(np.float32)
     want, got = (OnnxClassifier(m, 32, "cpu").logits(x) for m in (small_onnx, half))
-    assert got.dtype == np.float32 and 0 < np.abs(got - want).max() < .02*np.abs(want).max()
-    assert len(half) < .6*len(small_onnx)
+    assert got.dtype == np.float32 and 0 < np.abs(got - want).max() < 0.02 * np.abs(want).max()
+    assert len(half) < 0.6 * len(small_onnx)
 
 
 @pytest.mark.spec("EV6")
@@ -547,6 +578,7 @@ def test_the_export_is_timed_by_every_provider_and_says_by_which(there, small_on
 
     class OnGpuAsItSays(P.OnnxClassifier):
         provider = "CUDAExecutionProvider"
+
         def __init__(self, model, size, device="cpu", **kw):
             super().__init__(model, size, "cpu", **kw)
 
@@ -562,11 +594,11 @@ def test_the_export_is_timed_by_every_provider_and_says_by_which(there, small_on
     monkeypatch.setattr(E, "OnnxClassifier", OnGpuAsItSays)
     monkeypatch.setattr("pillsnap.core.records._gpu", lambda: "NVIDIA GeForce RTX 5080 16 GiB")
     run = SimpleNamespace(evaluation=SimpleNamespace(latency_warmup=20, latency_runs=200))
-    rows, ms = E.time_bundle(bundle(P.OnnxClassifier), None, Provenance("synthetic", "0"*64, "1"*64), run)
+    rows, ms = E.time_bundle(bundle(P.OnnxClassifier), None, Provenance("synthetic", "0" * 64, "1" * 64), run)
     found = [(r.provider, r.precision, r.metric.hardware) for r in rows if r.percentile == 95]
     on_cpu = [("CPUExecutionProvider", "fp32", hardware(gpu=False))]
     on_gpu = [("CUDAExecutionProvider", p, hardware()) for p in ("fp32", "fp16")]
     assert "RTX" not in found[0][2] and found == on_cpu + (on_gpu if there else [])
-    assert list(ms) == ["onnx_single", "onnx_single, GPU fp32", "onnx_single, GPU fp16"][:len(found)]
+    assert list(ms) == ["onnx_single", "onnx_single, GPU fp32", "onnx_single, GPU fp16"][: len(found)]
     verdicts = {(t["provider"], t["verdict"]) for t in latency_table(rows) if t["scope"] == "onnx_single"}
     assert verdicts == {("CUDAExecutionProvider", "met") if there else ("CPUExecutionProvider", "NOT_COMPARABLE")}

@@ -1,4 +1,5 @@
 """Sealed test photos: found without being opened, scored once, through the ledger."""
+
 import json
 import os
 import shutil
@@ -27,23 +28,38 @@ ROOT = Path(__file__).resolve().parents[1]
 def new_run(root, delivery, preset="smoke", *overrides):
     "A run folder, converted and split, with its configuration."
     root.mkdir(parents=True)
-    (root/"delivery").symlink_to(delivery)
-    run, cfg = RunFolder(root), load_config(preset, [f"paths.exp_dir={root}", f"paths.root={root/'delivery'}", "data.source=synthetic", "train.num_threads=1", *overrides])
+    (root / "delivery").symlink_to(delivery)
+    run, cfg = (
+        RunFolder(root),
+        load_config(
+            preset,
+            [
+                f"paths.exp_dir={root}",
+                f"paths.root={root / 'delivery'}",
+                "data.source=synthetic",
+                "train.num_threads=1",
+                *overrides,
+            ],
+        ),
+    )
     smoke_splits(run, cfg)
-    save_text(yaml.safe_dump({"base": None, **cfg.to_dict()}, allow_unicode=True), root/"config.yaml")
+    save_text(yaml.safe_dump({"base": None, **cfg.to_dict()}, allow_unicode=True), root / "config.yaml")
     return run, cfg
 
 
 def add_classifier(root, cfg, seed=0):
     from pillsnap.models.factory import fresh_classifier_checkpoint
+
     cm = load_stage(root, cfg.data.progressive_validation.current_stage).class_map
-    return fresh_classifier_checkpoint(root/"checkpoints"/"classifier"/"best.pt", "test_resnet", cm, 64, seed=seed)
+    return fresh_classifier_checkpoint(
+        root / "checkpoints" / "classifier" / "best.pt", "test_resnet", cm, 64, seed=seed
+    )
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, delivery):
     "A two-stage run with an untrained classifier and no detector."
-    root = tmp_path_factory.mktemp("heldout")/"run"
+    root = tmp_path_factory.mktemp("heldout") / "run"
     run, cfg = new_run(root, delivery)
     add_classifier(root, cfg)
     run_id(root)
@@ -52,9 +68,9 @@ def made(tmp_path_factory, delivery):
 
 @pytest.fixture
 def copy(made, tmp_path):
-    shutil.copytree(made[0], tmp_path/"run", symlinks=True)
-    record_decision(tmp_path/"run", "kim", "a rehearsal")
-    return tmp_path/"run"
+    shutil.copytree(made[0], tmp_path / "run", symlinks=True)
+    record_decision(tmp_path / "run", "kim", "a rehearsal")
+    return tmp_path / "run"
 
 
 def ask(root, **change):
@@ -67,14 +83,19 @@ def kinds(root):
 
 # ---- which photos ---------------------------------------------------------------------------------
 
+
 @pytest.mark.spec("X74", "X80", "SP4")
 def test_sealed_photos_are_those_that_no_part_holds(made):
     root, cfg = made
-    data, manifest = load_stage(root, 0), pd.read_csv(root/"manifest.csv", dtype=str, keep_default_na=False)
+    data, manifest = load_stage(root, 0), pd.read_csv(root / "manifest.csv", dtype=str, keep_default_na=False)
     rows = H.sealed_rows(root, data)
     read = set(pd.concat([data.train, data.val, data.pool])["path"])
-    names = set(pd.read_csv(root/"artifacts/test_known.csv")["group_id"])
-    assert len(rows) and set(rows["path"]) == set(manifest.loc[manifest["group_id"].isin(names), "path"]) and not set(rows["path"]) & read
+    names = set(pd.read_csv(root / "artifacts/test_known.csv")["group_id"])
+    assert (
+        len(rows)
+        and set(rows["path"]) == set(manifest.loc[manifest["group_id"].isin(names), "path"])
+        and not set(rows["path"]) & read
+    )
     assert not set(rows["group_id"]) & set(manifest.loc[manifest["path"].isin(read), "group_id"])
     known, others = H.closed_set(rows, data)
     assert others == 0 and len(known) == len(rows)
@@ -86,25 +107,28 @@ def test_sealed_photos_are_those_that_no_part_holds(made):
 
 @pytest.mark.spec("X80", "X81")
 def test_a_part_that_is_not_held_out_is_refused_and_stays_sealed(copy, delivery, tmp_path):
-    (copy/"artifacts"/"test_known.csv").rename(copy/"gone")
-    with pytest.raises(PillsnapError): final_test_evaluation(copy, **ask(copy))
-    (copy/"gone").rename(copy/"artifacts"/"test_known.csv")
-    overlay = copy/"artifacts"/"duplicates.json"
+    (copy / "artifacts" / "test_known.csv").rename(copy / "gone")
+    with pytest.raises(PillsnapError):
+        final_test_evaluation(copy, **ask(copy))
+    (copy / "gone").rename(copy / "artifacts" / "test_known.csv")
+    overlay = copy / "artifacts" / "duplicates.json"
     data = load_stage(copy, 0)
     pair = [H.sealed_rows(copy, data)["path"][0], data.train["path"][0], "same picture"]
     overlay.write_text(json.dumps(read_json(overlay) | {"pairs": [pair]} if overlay.exists() else {"pairs": [pair]}))
-    with pytest.raises(PillsnapError, match="LEAK"): final_test_evaluation(copy, **ask(copy))
+    with pytest.raises(PillsnapError, match="LEAK"):
+        final_test_evaluation(copy, **ask(copy))
     assert kinds(copy) == ["decision"]
-    run, cfg = new_run(tmp_path/"leaky", delivery, "smoke", "data.group_by=image")
+    run, cfg = new_run(tmp_path / "leaky", delivery, "smoke", "data.group_by=image")
     add_classifier(run.root, cfg)
     record_decision(run.root, "kim", "a rehearsal")
-    with pytest.raises(PillsnapError, match="LEAKY_SPLIT"): final_test_evaluation(run.root, **ask(run.root))
+    with pytest.raises(PillsnapError, match="LEAKY_SPLIT"):
+        final_test_evaluation(run.root, **ask(run.root))
     assert kinds(run.root) == ["decision"]
 
 
 # ---- the seal ------------------------------------------------------------------------------------
 
-HOOK = '''
+HOOK = """
 import json, os, sys
 events = []
 def watch(event, args):
@@ -114,20 +138,26 @@ sys.addaudithook(watch)
 from pillsnap.evaluation.final import final_test_command
 final_test_command(sys.argv[1], reason="release 1.0", confirm=sys.argv[2])
 print("REPORT", json.dumps({"events": events, "training": [m for m in sys.modules if m.startswith("pillsnap.training")]}))
-'''
+"""
 
 
 @pytest.mark.spec("X62", "X80", "EV5")
 def test_the_ledger_says_open_before_the_first_sealed_photo_is_read(copy):
     rows = H.sealed_rows(copy, load_stage(copy, 0))
-    sealed = {os.path.realpath(load_stage(copy, 0).root/p): kind for p, kind in zip(rows["path"], rows["kind"])}
+    sealed = {os.path.realpath(load_stage(copy, 0).root / p): kind for p, kind in zip(rows["path"], rows["kind"])}
     r = subprocess.run([sys.executable, "-c", HOOK, str(copy), run_id(copy)], capture_output=True, text=True, cwd=ROOT)
     assert r.returncode == 0, r.stderr[-3000:]
     report = json.loads(r.stdout.split("REPORT ")[1])
     photos = [i for i, (what, p) in enumerate(report["events"]) if what == "open" and p in sealed]
-    ledger = [i for i, (what, p) in enumerate(report["events"]) if what == "rename" and p == os.path.realpath(copy/"ledger.jsonl")]
+    ledger = [
+        i
+        for i, (what, p) in enumerate(report["events"])
+        if what == "rename" and p == os.path.realpath(copy / "ledger.jsonl")
+    ]
     assert photos and len(ledger) == 2 and ledger[0] < photos[0] and photos[-1] < ledger[1]
-    assert {report["events"][i][1] for i in photos} == {p for p, kind in sealed.items() if kind == "single"}, "without a detector no combo is read"
+    assert {report["events"][i][1] for i in photos} == {p for p, kind in sealed.items() if kind == "single"}, (
+        "without a detector no combo is read"
+    )
     assert kinds(copy) == ["decision", "open", "result"] and report["training"] == []
     assert not any("/data/val" in p for _, p in report["events"]), "the Validation tree is not opened"
     assert "SYNTHETIC" in r.stdout and "NEEDS_IMPROVEMENT (SYNTHETIC" in r.stdout
@@ -136,74 +166,123 @@ def test_the_ledger_says_open_before_the_first_sealed_photo_is_read(copy):
 @pytest.mark.spec("X62", "X80")
 def test_one_opening_for_both_commands_and_unseal_is_recorded(copy):
     H.evaluate_split(copy, "test", **ask(copy))
-    first = (copy/"reports/evaluate_test.json").read_text()
-    with pytest.raises(PillsnapError, match="second look needs --unseal"): final_test_evaluation(copy, **ask(copy))
-    with pytest.raises(PillsnapError, match="second look needs --unseal"): H.evaluate_split(copy, "test", **ask(copy))
+    first = (copy / "reports/evaluate_test.json").read_text()
+    with pytest.raises(PillsnapError, match="second look needs --unseal"):
+        final_test_evaluation(copy, **ask(copy))
+    with pytest.raises(PillsnapError, match="second look needs --unseal"):
+        H.evaluate_split(copy, "test", **ask(copy))
     assert kinds(copy) == ["decision", "open", "result"]
     doc, _ = final_test_evaluation(copy, **ask(copy, unseal=True))
     H.evaluate_split(copy, "test", **ask(copy, unseal=True))
     opened = [e for e in read_ledger(copy) if e["kind"] == "open"]
-    assert [(e["command"], e["unseal"]) for e in opened] == [("evaluate", False), ("final-test", True), ("evaluate", True)]
-    assert opened[1]["seq"] == doc["opening"] and opened[0]["reason"] == "release 1.0" and opened[0]["data"] == "synthetic"
-    assert opened[0]["models"] == {"checkpoints/classifier/best.pt": sha256_file(copy/"checkpoints/classifier/best.pt")}
-    kept = [p for p in (copy/"reports").glob("evaluate_test_before_*.json")]
+    assert [(e["command"], e["unseal"]) for e in opened] == [
+        ("evaluate", False),
+        ("final-test", True),
+        ("evaluate", True),
+    ]
+    assert (
+        opened[1]["seq"] == doc["opening"] and opened[0]["reason"] == "release 1.0" and opened[0]["data"] == "synthetic"
+    )
+    assert opened[0]["models"] == {
+        "checkpoints/classifier/best.pt": sha256_file(copy / "checkpoints/classifier/best.pt")
+    }
+    kept = [p for p in (copy / "reports").glob("evaluate_test_before_*.json")]
     assert len(kept) == 1 and kept[0].read_text() == first, "an earlier result is kept beside the new one"
 
 
 @pytest.mark.spec("X62", "X80")
 @pytest.mark.parametrize("change", ["none", "model", "command", "result"])
 def test_an_opening_that_was_cut_off_may_be_completed_by_the_same_look_alone(copy, made, monkeypatch, change):
-    def cut_off(*a, **k): raise KeyboardInterrupt
+    def cut_off(*a, **k):
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as m:
         m.setattr("pillsnap.evaluation.final.score_part", cut_off)
-        with pytest.raises(KeyboardInterrupt): final_test_evaluation(copy, **ask(copy))
-    assert kinds(copy) == ["decision", "open"] and not (copy/RESULTS).exists()
-    if change == "model": add_classifier(copy, made[1], seed=5)
-    if change == "result": save_text("{}", copy/RESULTS)
-    again = (lambda: H.evaluate_split(copy, "test", **ask(copy))) if change == "command" else (lambda: final_test_evaluation(copy, **ask(copy)))
+        with pytest.raises(KeyboardInterrupt):
+            final_test_evaluation(copy, **ask(copy))
+    assert kinds(copy) == ["decision", "open"] and not (copy / RESULTS).exists()
+    if change == "model":
+        add_classifier(copy, made[1], seed=5)
+    if change == "result":
+        save_text("{}", copy / RESULTS)
+    again = (
+        (lambda: H.evaluate_split(copy, "test", **ask(copy)))
+        if change == "command"
+        else (lambda: final_test_evaluation(copy, **ask(copy)))
+    )
     if change != "none":
-        with pytest.raises(PillsnapError, match="second look needs --unseal"): again()
+        with pytest.raises(PillsnapError, match="second look needs --unseal"):
+            again()
         return
     doc, _ = again()
     assert kinds(copy) == ["decision", "open", "continue", "result"] and doc["opening"] == 2
-    with pytest.raises(PillsnapError, match="second look needs --unseal"): again()
+    with pytest.raises(PillsnapError, match="second look needs --unseal"):
+        again()
 
 
 @pytest.mark.spec("SP4", "EV5")
 def test_without_stage_4_a_decision_a_model_a_reason_and_the_id_it_stays_closed(made, tmp_path):
-    root = tmp_path/"run"
+    root = tmp_path / "run"
     shutil.copytree(made[0], root, symlinks=True)
-    with pytest.raises(PillsnapError, match="stage 4 is not done"): final_test_evaluation(root, **ask(root))
+    with pytest.raises(PillsnapError, match="stage 4 is not done"):
+        final_test_evaluation(root, **ask(root))
     append_ledger(root, "gate", stage=4, status="TIME_CAP_SUCCESS", reasons=[], digest="")
-    with pytest.raises(PillsnapError, match="stage 4 is not done"): final_test_evaluation(root, **ask(root))
+    with pytest.raises(PillsnapError, match="stage 4 is not done"):
+        final_test_evaluation(root, **ask(root))
     append_ledger(root, "gate", stage=4, status="GO", reasons=[], digest="")
-    with pytest.raises(PillsnapError, match="no reason given"): final_test_evaluation(root, **ask(root, reason=""))
-    with pytest.raises(PillsnapError, match="not confirmed"): final_test_evaluation(root, **ask(root, confirm="yes"))
-    best = root/"checkpoints/classifier/best.pt"
-    best.rename(root/"away.pt")
-    with pytest.raises(PillsnapError, match="there is no model"): final_test_evaluation(root, **ask(root))
+    with pytest.raises(PillsnapError, match="no reason given"):
+        final_test_evaluation(root, **ask(root, reason=""))
+    with pytest.raises(PillsnapError, match="not confirmed"):
+        final_test_evaluation(root, **ask(root, confirm="yes"))
+    best = root / "checkpoints/classifier/best.pt"
+    best.rename(root / "away.pt")
+    with pytest.raises(PillsnapError, match="there is no model"):
+        final_test_evaluation(root, **ask(root))
     assert "open" not in kinds(root)
-    (root/"away.pt").rename(best)
+    (root / "away.pt").rename(best)
     final_test_evaluation(root, **ask(root))
 
 
 # ---- the result ----------------------------------------------------------------------------------
 
+
 @pytest.mark.spec("EV5", "X74", "BX2")
 def test_the_result_has_the_contracts_form(copy):
     doc, _ = final_test_evaluation(copy, **ask(copy))
-    assert doc == read_json(copy/RESULTS)
-    assert {"test_results", "business_goals", "recommendation", "ready_for_production", "improvements", "val_test_gap"} <= set(doc)
-    assert {"accuracy", "macro_f1"} <= set(doc["test_results"]["classification"]) and doc["test_results"]["detection"]["mAP_0.5"] is None
+    assert doc == read_json(copy / RESULTS)
+    assert {
+        "test_results",
+        "business_goals",
+        "recommendation",
+        "ready_for_production",
+        "improvements",
+        "val_test_gap",
+    } <= set(doc)
+    assert {"accuracy", "macro_f1"} <= set(doc["test_results"]["classification"]) and doc["test_results"]["detection"][
+        "mAP_0.5"
+    ] is None
     goals = doc["business_goals"]
-    assert {k: g["target"] for k, g in goals.items() if k != "overall_target_met"} == {"accuracy": .92, "macro_f1": .88, "detection_map50": .85} and goals["overall_target_met"] is False
-    assert doc["recommendation"] == "NEEDS_IMPROVEMENT" and doc["ready_for_production"] is False and set(UNKNOWN_DRUGS) <= set(doc["not_measured"])
+    assert {k: g["target"] for k, g in goals.items() if k != "overall_target_met"} == {
+        "accuracy": 0.92,
+        "macro_f1": 0.88,
+        "detection_map50": 0.85,
+    } and goals["overall_target_met"] is False
+    assert (
+        doc["recommendation"] == "NEEDS_IMPROVEMENT"
+        and doc["ready_for_production"] is False
+        and set(UNKNOWN_DRUGS) <= set(doc["not_measured"])
+    )
     assert any("synthetic" in line for line in doc["improvements"]) and "synthetic" in doc["label"]
     records = {k: Metric.from_dict(m) for k, m in doc["metrics"].items()}
-    table = pd.read_csv(copy/"reports/final_test/predictions_single.csv")
+    table = pd.read_csv(copy / "reports/final_test/predictions_single.csv")
     sealed = H.sealed_rows(copy, load_stage(copy, 0))
-    assert set(table["path"]) == set(sealed.loc[sealed["kind"] == "single", "path"]) and records["accuracy"].n == len(table)
-    assert records["accuracy"].value == pytest.approx((table["true"] == table["answered"]).mean()) and records["accuracy"].measured
+    assert set(table["path"]) == set(sealed.loc[sealed["kind"] == "single", "path"]) and records["accuracy"].n == len(
+        table
+    )
+    assert (
+        records["accuracy"].value == pytest.approx((table["true"] == table["answered"]).mean())
+        and records["accuracy"].measured
+    )
     low, high = doc["intervals_95"]["accuracy"]
     assert 0 <= low <= records["accuracy"].value <= high <= 1
 
@@ -212,20 +291,43 @@ def test_the_result_has_the_contracts_form(copy):
 def test_the_gap_is_validation_minus_test_of_the_same_checkpoint(copy):
     from pillsnap.core.files import save_json
     from pillsnap.core.records import Provenance
-    data, models = load_stage(copy, 0), {"checkpoints/classifier/best.pt": sha256_file(copy/"checkpoints/classifier/best.pt")}
+
+    data, models = (
+        load_stage(copy, 0),
+        {"checkpoints/classifier/best.pt": sha256_file(copy / "checkpoints/classifier/best.pt")},
+    )
     prov = Provenance("synthetic", data.header["data_hash"], data.class_map.fingerprint)
     from pillsnap.evaluation.final import val_test_gap
-    save_json({"inputs": models, "metrics": {"accuracy": prov.metric("accuracy", .9, 100, 2.).to_dict()}}, copy/"reports/evaluation.json")
-    test = {"accuracy": prov.metric("accuracy", .7, 50, 2.), "macro_f1": prov.metric("macro_f1", .6, 50, 2.)}
-    assert val_test_gap(copy, test, models)["accuracy"]["gap"] == pytest.approx(.2) and set(val_test_gap(copy, test, models)) == {"accuracy"}
-    assert "other checkpoints" in val_test_gap(copy, test, {k: "0"*64 for k in models})["note"]
+
+    save_json(
+        {"inputs": models, "metrics": {"accuracy": prov.metric("accuracy", 0.9, 100, 2.0).to_dict()}},
+        copy / "reports/evaluation.json",
+    )
+    test = {"accuracy": prov.metric("accuracy", 0.7, 50, 2.0), "macro_f1": prov.metric("macro_f1", 0.6, 50, 2.0)}
+    assert val_test_gap(copy, test, models)["accuracy"]["gap"] == pytest.approx(0.2) and set(
+        val_test_gap(copy, test, models)
+    ) == {"accuracy"}
+    assert "other checkpoints" in val_test_gap(copy, test, {k: "0" * 64 for k in models})["note"]
 
 
 # ---- the retrieval and the narrow family ---------------------------------------------------------
 
-SMALL = ("data.progressive_validation.current_stage=0", "data.progressive_validation.stage_0.max_samples=null", "evaluation.min_eval_samples=6", "retrieval.min_image_size=64", "data.classification.img_size=48",
-         "dataloader.num_workers=0", "train.classification.backbone=test_resnet", "train.classification.batch_size=16",
-         "synth.drugs=6", "synth.photos=18", "synth.combos=4", "synth.seed=42", "synth.width=244", "synth.height=320")
+SMALL = (
+    "data.progressive_validation.current_stage=0",
+    "data.progressive_validation.stage_0.max_samples=null",
+    "evaluation.min_eval_samples=6",
+    "retrieval.min_image_size=64",
+    "data.classification.img_size=48",
+    "dataloader.num_workers=0",
+    "train.classification.backbone=test_resnet",
+    "train.classification.batch_size=16",
+    "synth.drugs=6",
+    "synth.photos=18",
+    "synth.combos=4",
+    "synth.seed=42",
+    "synth.width=244",
+    "synth.height=320",
+)
 
 
 def save_retrieval_model(root, cfg, stage):
@@ -234,9 +336,20 @@ def save_retrieval_model(root, cfg, stage):
     from pillsnap.core.checkpoints import save_ckpt
     from pillsnap.models.heads import head_spec
     from pillsnap.models.factory import build_classification_model
+
     torch.manual_seed(0)
     model = build_classification_model("test_resnet", len(stage.class_map), pretrained=False, head=head_spec(cfg))
-    save_ckpt(root/"checkpoints"/"retrieval"/"best.pt", model_state=model.state_dict(), epoch=1, best_metric=0., config_snapshot=cfg.to_dict(), class_map=stage.class_map.to_dict(), backbone="test_resnet", img_size=48, head=head_spec(cfg))
+    save_ckpt(
+        root / "checkpoints" / "retrieval" / "best.pt",
+        model_state=model.state_dict(),
+        epoch=1,
+        best_metric=0.0,
+        config_snapshot=cfg.to_dict(),
+        class_map=stage.class_map.to_dict(),
+        backbone="test_resnet",
+        img_size=48,
+        head=head_spec(cfg),
+    )
 
 
 def retrieval_run(root, delivery, *overrides):
@@ -250,17 +363,24 @@ def retrieval_run(root, delivery, *overrides):
 @pytest.mark.spec("RT9", "X80")
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_retrieval_looks_up_val_or_test_among_training_photos(delivery, tmp_path, split):
-    run, cfg, stage = retrieval_run(tmp_path/"run", delivery, "retrieval.top_k=7", "retrieval.recall_k_values=[1, 3]")
+    run, cfg, stage = retrieval_run(tmp_path / "run", delivery, "retrieval.top_k=7", "retrieval.recall_k_values=[1, 3]")
     doc, got = H.evaluate_split(run.root, split, **(ask(run.root) if split == "test" else {}))
-    table = pd.read_csv(run.root/f"reports/evaluate_{split}/neighbours.csv")
+    table = pd.read_csv(run.root / f"reports/evaluate_{split}/neighbours.csv")
     part = stage.val if split == "val" else H.sealed_rows(run.root, stage)
     assert set(table["query"]) == set(part["path"]) and set(table["neighbour"]) <= set(stage.train["path"])
     assert (table.groupby("query").size() == 7).all(), "retrieval.top_k neighbours of each query"
     group = pd.concat([stage.train, part]).drop_duplicates("path").set_index("path")["group_id"]
     assert (table["query"].map(group) != table["neighbour"].map(group)).all(), "no neighbour of the query's own ID"
     hit = table["true"] == table["class"]
-    for k in (1, 3): assert got.metrics[f"recall@{k}"].value == pytest.approx(hit[table["rank"] <= k].groupby(table["query"]).any().mean())
-    assert got.metrics["recall@1"].n == part["path"].nunique() and got.metrics["recall@1"].measured and "recall@5" not in got.metrics
+    for k in (1, 3):
+        assert got.metrics[f"recall@{k}"].value == pytest.approx(
+            hit[table["rank"] <= k].groupby(table["query"]).any().mean()
+        )
+    assert (
+        got.metrics["recall@1"].n == part["path"].nunique()
+        and got.metrics["recall@1"].measured
+        and "recall@5" not in got.metrics
+    )
     assert got.metrics["accuracy"].value == got.metrics["recall@1"].value
     assert (table.sort_values(["query", "rank"]).groupby("query")["cosine"].diff().dropna() <= 1e-5).all()
     assert kinds(run.root) == (["decision", "open", "result"] if split == "test" else ["decision"])
@@ -270,13 +390,20 @@ def test_retrieval_looks_up_val_or_test_among_training_photos(delivery, tmp_path
 def test_a_retrieval_run_can_reach_proceed(delivery, tmp_path):
     from pillsnap.core.files import save_json
     from pillsnap.core.jobs import record_path
-    run, cfg, stage = retrieval_run(tmp_path/"run", delivery, "retrieval.recall_k_values=[1, 5]")
-    for job in ("splits", "retrieval"): save_json(dict(status="finished", seconds=3., error_code=""), record_path(run.root, job))
+
+    run, cfg, stage = retrieval_run(tmp_path / "run", delivery, "retrieval.recall_k_values=[1, 5]")
+    for job in ("splits", "retrieval"):
+        save_json(dict(status="finished", seconds=3.0, error_code=""), record_path(run.root, job))
     doc, got = H.evaluate_split(run.root, "val")
-    assert doc["advice"]["recommendation"] == read_json(run.root/"reports/advisor.json")["recommendation"] and set(doc["advice"]["does_not_apply"]) == {"detection_map50", "detection_model_loading"}
-    assert all(said.startswith("passed: ") for said in doc["advice"]["checks"].values()) and len(doc["advice"]["checks"]) == 2
+    assert doc["advice"]["recommendation"] == read_json(run.root / "reports/advisor.json")["recommendation"] and set(
+        doc["advice"]["does_not_apply"]
+    ) == {"detection_map50", "detection_model_loading"}
+    assert (
+        all(said.startswith("passed: ") for said in doc["advice"]["checks"].values())
+        and len(doc["advice"]["checks"]) == 2
+    )
     p = H.replace(H.part_of(run, cfg, "val"))
-    good = H.replace(got, metrics=got.metrics | {"accuracy": H.replace(got.metrics["accuracy"], value=.95)})
+    good = H.replace(got, metrics=got.metrics | {"accuracy": H.replace(got.metrics["accuracy"], value=0.95)})
     advice = H.advise_retrieval(p, good)
     assert (advice.recommendation, advice.reason) == ("RECOMMEND_PROCEED", "all_targets_met")
     record_path(run.root, "retrieval").unlink()
@@ -286,34 +413,52 @@ def test_a_retrieval_run_can_reach_proceed(delivery, tmp_path):
 @pytest.mark.spec("X80", "SP9")
 def test_a_folder_of_classes_without_boxes_can_take_the_final_test(tmp_path):
     from PIL import Image
+
     rng = np.random.default_rng(0)
     for c, colour in (("가", (200, 60, 60)), ("나", (60, 200, 60))):
-        (tmp_path/"data"/c).mkdir(parents=True)
+        (tmp_path / "data" / c).mkdir(parents=True)
         for i in range(8):
-            for s in range(2): Image.fromarray(np.clip(rng.normal(colour, 25, (40, 48, 3)), 0, 255).astype("uint8")).save(tmp_path/"data"/c/f"{c}{i}_{s}.jpg")
-    root = tmp_path/"run"
-    over = (*(o for o in SMALL if not o.startswith("retrieval")), "retrieval.min_image_size=32", "retrieval.embedding_dim=16", f"paths.root={tmp_path/'data'}", f"paths.exp_dir={root}", "train.num_threads=1")
+            for s in range(2):
+                Image.fromarray(np.clip(rng.normal(colour, 25, (40, 48, 3)), 0, 255).astype("uint8")).save(
+                    tmp_path / "data" / c / f"{c}{i}_{s}.jpg"
+                )
+    root = tmp_path / "run"
+    over = (
+        *(o for o in SMALL if not o.startswith("retrieval")),
+        "retrieval.min_image_size=32",
+        "retrieval.embedding_dim=16",
+        f"paths.root={tmp_path / 'data'}",
+        f"paths.exp_dir={root}",
+        "train.num_threads=1",
+    )
     SplitsJob(run_dir=str(root), config="retrieval", overrides=over, stage_n=0, near_duplicates=False).run()
-    cfg, stage = load_config(str(root/"config.yaml")), load_stage(root, 0)
+    cfg, stage = load_config(str(root / "config.yaml")), load_stage(root, 0)
     save_retrieval_model(root, cfg, stage)
     record_decision(root, "kim", "a rehearsal")
     doc, _ = final_test_evaluation(root, **ask(root))
-    assert doc["data"] == "other" and set(doc["business_goals"]) == {"accuracy", "macro_f1", "overall_target_met"} and set(doc["test_results"]) == {"classification", "retrieval"}
+    assert (
+        doc["data"] == "other"
+        and set(doc["business_goals"]) == {"accuracy", "macro_f1", "overall_target_met"}
+        and set(doc["test_results"]) == {"classification", "retrieval"}
+    )
     assert doc["metrics"]["accuracy"]["n"] == H.sealed_rows(root, stage)["path"].nunique()
 
 
 @pytest.mark.spec("X80", "EV5")
 def test_the_narrow_tenth_is_scored_without_a_detector(delivery, tmp_path):
-    run, cfg = new_run(tmp_path/"run", delivery, "narrow", *SMALL)
+    run, cfg = new_run(tmp_path / "run", delivery, "narrow", *SMALL)
     add_classifier(run.root, cfg)
     record_decision(run.root, "kim", "the narrow family has no stage 4")
     doc, got = final_test_evaluation(run.root, **ask(run.root))
     rows = H.sealed_rows(run.root, load_stage(run.root, 0))
     assert got.metrics["accuracy"].n == rows["path"].nunique() and set(rows["kind"]) == {"single"}
-    assert set(doc["business_goals"]) == {"accuracy", "macro_f1", "overall_target_met"}, "a goal about a detector does not apply"
+    assert set(doc["business_goals"]) == {"accuracy", "macro_f1", "overall_target_met"}, (
+        "a goal about a detector does not apply"
+    )
 
 
 # ---- the commands --------------------------------------------------------------------------------
+
 
 def pillsnap(*args):
     return subprocess.run([sys.executable, "-m", "pillsnap", *map(str, args)], capture_output=True, text=True, cwd=ROOT)
@@ -321,9 +466,9 @@ def pillsnap(*args):
 
 @pytest.mark.spec("X80", "EV5", "SG5")
 def test_decide_evaluate_declare_and_final_test_as_a_person_types_them(made, tmp_path):
-    root = tmp_path/"run"
+    root = tmp_path / "run"
     shutil.copytree(made[0], root, symlinks=True)
-    r = pillsnap("evaluate", "--run", root, "--split", "val", "--checkpoint", root/"checkpoints/classifier/best.pt")
+    r = pillsnap("evaluate", "--run", root, "--split", "val", "--checkpoint", root / "checkpoints/classifier/best.pt")
     assert r.returncode == 0 and "synthetic" in r.stdout and "chose the checkpoint" in r.stdout, r.stderr
     r = pillsnap("evaluate", "--run", root, "--split", "test", "--reason", "curiosity", "--confirm", run_id(root))
     assert r.returncode == 2 and "pillsnap decide" in r.stderr and "Traceback" not in r.stderr
@@ -332,10 +477,17 @@ def test_decide_evaluate_declare_and_final_test_as_a_person_types_them(made, tmp
     r = pillsnap("final-test", "--run", root, "--reason", "a rehearsal", "--confirm", run_id(root))
     assert r.returncode == 0 and "NEEDS_IMPROVEMENT (SYNTHETIC" in r.stdout, r.stderr
     assert pillsnap("final-test", "--run", root, "--reason", "again", "--confirm", run_id(root)).returncode == 2
-    r = pillsnap("declare", "cloudflare_tunnel_setup", "--run", root, "--by", "kim", "--note", "looked at the dashboard")
-    assert r.returncode == 0 and read_json(root/"reports/checks.json")["cloudflare_tunnel_setup"] | {"date": ""} == {"passed": True, "by": "kim", "date": "", "note": "looked at the dashboard"}
+    r = pillsnap(
+        "declare", "cloudflare_tunnel_setup", "--run", root, "--by", "kim", "--note", "looked at the dashboard"
+    )
+    assert r.returncode == 0 and read_json(root / "reports/checks.json")["cloudflare_tunnel_setup"] | {"date": ""} == {
+        "passed": True,
+        "by": "kim",
+        "date": "",
+        "note": "looked at the dashboard",
+    }
     assert pillsnap("declare", "cloudflare_tunnel_setup", "--run", root, "--by", "kim", "--failed").returncode == 0
-    assert read_json(root/"reports/checks.json")["cloudflare_tunnel_setup"]["passed"] is False
+    assert read_json(root / "reports/checks.json")["cloudflare_tunnel_setup"]["passed"] is False
     r = pillsnap("declare", "all_is_well", "--run", root, "--by", "kim")
     assert r.returncode == 2 and "no mandatory check" in r.stderr
     r = pillsnap("evaluate", "--run", root, "--split", "train")

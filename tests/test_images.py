@@ -1,4 +1,5 @@
 """The door for photos and the two views: upright, the right colours, bounded, and never an exception."""
+
 import io
 import struct
 import subprocess
@@ -19,8 +20,27 @@ from torchvision.transforms import v2
 
 from pillsnap.core.errors import PillsnapError
 from pillsnap.photos import images as I
-from pillsnap.photos.boxes import decode_yolo, from_yolo, iou_matrix, letterbox, nms, to_yolo, unletterbox, xywh_to_xyxy, xyxy_to_xywh
-from pillsnap.photos.images import IMAGENET_MEAN, IMAGENET_STD, crop_square, crop_view, header_size, normalise, open_image_safely, whole_view
+from pillsnap.photos.boxes import (
+    decode_yolo,
+    from_yolo,
+    iou_matrix,
+    letterbox,
+    nms,
+    to_yolo,
+    unletterbox,
+    xywh_to_xyxy,
+    xyxy_to_xywh,
+)
+from pillsnap.photos.images import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    crop_square,
+    crop_view,
+    header_size,
+    normalise,
+    open_image_safely,
+    whole_view,
+)
 
 
 def picture(w=60, h=80) -> np.ndarray:
@@ -30,17 +50,34 @@ def picture(w=60, h=80) -> np.ndarray:
 
 
 def enc(a, fmt="PNG", **k) -> bytes:
-    b = io.BytesIO(); (a if isinstance(a, Image.Image) else Image.fromarray(a)).save(b, fmt, **k)
+    b = io.BytesIO()
+    (a if isinstance(a, Image.Image) else Image.fromarray(a)).save(b, fmt, **k)
     return b.getvalue()
 
 
-def chunk(kind: bytes, body: bytes) -> bytes: return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
-def png_header(w, h) -> bytes: return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", w, h, 8, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(bytes(300))) + chunk(b"IEND", b"")
+def png_header(w, h) -> bytes:
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", w, h, 8, 2, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(bytes(300)))
+        + chunk(b"IEND", b"")
+    )
 
 
-TURNS = {1: None, 2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE, 6: Image.ROTATE_90, 7: Image.TRANSVERSE, 8: Image.ROTATE_270}
+TURNS = {
+    1: None,
+    2: Image.FLIP_LEFT_RIGHT,
+    3: Image.ROTATE_180,
+    4: Image.FLIP_TOP_BOTTOM,
+    5: Image.TRANSPOSE,
+    6: Image.ROTATE_90,
+    7: Image.TRANSVERSE,
+    8: Image.ROTATE_270,
+}
 
 
 @pytest.mark.spec("DM10")
@@ -52,13 +89,14 @@ def test_exif_is_applied(fmt, note):
     lying = up if TURNS[note] is None else up.transpose(TURNS[note])
     kw = {"JPEG": dict(quality=100, subsampling=0), "WEBP": dict(lossless=True)}.get(fmt, {})
     got = open_image_safely(enc(lying, fmt, exif=e, **kw))["image"].astype(int)
-    assert got.shape == (80, 60, 3) and np.abs(got - picture()).mean() < (3 if fmt == "JPEG" else .01)
+    assert got.shape == (80, 60, 3) and np.abs(got - picture()).mean() < (3 if fmt == "JPEG" else 0.01)
 
 
 @pytest.mark.spec("DM10")
 def test_exif_is_applied_by_the_second_decoder_too():
     "A broken side note sends a sideways photo to OpenCV: still upright, still RGB."
-    e = Image.Exif(); e[0x0112] = 6
+    e = Image.Exif()
+    e[0x0112] = 6
     good = enc(Image.fromarray(picture()).transpose(Image.ROTATE_90), "PNG", exif=e)
     note = chunk(b"tEXt", b"Comment\0x")
     r = open_image_safely(good[:33] + note[:-4] + b"\0\0\0\0" + good[33:])
@@ -69,19 +107,35 @@ def test_exif_is_applied_by_the_second_decoder_too():
 def test_pixel_formats():
     "Each way to store a picture gives its colours; 16 bit is scaled, not cut; alpha is dropped, not blended."
     a, im = picture(), Image.fromarray(picture())
-    alpha = im.copy(); alpha.putalpha(Image.linear_gradient("L").resize(im.size))
+    alpha = im.copy()
+    alpha.putalpha(Image.linear_gradient("L").resize(im.size))
     deep = cv2.imencode(".png", a[..., ::-1].astype(np.uint16) * 257)[1].tobytes()
-    for name, b in {"alpha": enc(alpha), "16-bit": deep, "bmp": enc(im, "BMP"), "tiff": enc(im, "TIFF"), "webp": enc(im, "WEBP", lossless=True)}.items():
+    for name, b in {
+        "alpha": enc(alpha),
+        "16-bit": deep,
+        "bmp": enc(im, "BMP"),
+        "tiff": enc(im, "TIFF"),
+        "webp": enc(im, "WEBP", lossless=True),
+    }.items():
         assert np.array_equal(open_image_safely(b)["image"], a), name
-    assert np.abs(open_image_safely(enc(im.convert("CMYK"), "JPEG", quality=100, subsampling=0))["image"].astype(int) - a).mean() < 2
-    pal = im.quantize(16); pal.info["transparency"] = 0
-    assert np.array_equal(open_image_safely(enc(pal, "PNG", transparency=0))["image"], np.asarray(im.quantize(16).convert("RGB")))
+    assert (
+        np.abs(
+            open_image_safely(enc(im.convert("CMYK"), "JPEG", quality=100, subsampling=0))["image"].astype(int) - a
+        ).mean()
+        < 2
+    )
+    pal = im.quantize(16)
+    pal.info["transparency"] = 0
+    assert np.array_equal(
+        open_image_safely(enc(pal, "PNG", transparency=0))["image"], np.asarray(im.quantize(16).convert("RGB"))
+    )
     grey16 = Image.fromarray(np.array([[0, 257, 32896, 65535]], np.uint16))
     assert open_image_safely(enc(grey16))["image"][0, :, 1].tolist() == [0, 1, 128, 255]
-    for mode in ("L", "1", "LA"): assert (np.ptp(open_image_safely(enc(im.convert(mode)))["image"], axis=2) == 0).all()
+    for mode in ("L", "1", "LA"):
+        assert (np.ptp(open_image_safely(enc(im.convert(mode)))["image"], axis=2) == 0).all()
     frames = enc(pal, "GIF", save_all=True, append_images=[pal.rotate(180)])
     assert open_image_safely(frames)["image"].shape == (80, 60, 3)
-    assert open_image_safely(enc(np.float32([[.5, 2.]]), "TIFF"))["stage"] == "policy"
+    assert open_image_safely(enc(np.float32([[0.5, 2.0]]), "TIFF"))["stage"] == "policy"
     assert open_image_safely(enc(Image.new("RGB", (1, 1), (1, 2, 3))))["image"].tolist() == [[[1, 2, 3]]]
 
 
@@ -98,14 +152,26 @@ def test_policies_skip_by_either_decoder():
 @pytest.mark.spec("DM10")
 def test_broken_files_are_records_with_a_stage(tmp_path, caplog):
     png, jpg = enc(picture()), enc(picture(), "JPEG")
-    bomb = PngImagePlugin.PngInfo(); bomb.add_text("x", "a" * (3 << 20), zip=True)
-    cases = {"missing": (tmp_path/"no.png", "read"), "folder": (tmp_path, "read"), "empty": (b"", "read"), "text": (b"just words", "final"), "half png": (png[:len(png)//2], "final"),
-             "half jpeg": (jpg[:len(jpg)//2], "final"), "header only": (png[:40], "final"), "broken data": (png[:60] + bytes(20) + png[80:], "final"), "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n", "final"),
-             "30,000 squared": (png_header(30_000, 30_000), "bound")}
+    bomb = PngImagePlugin.PngInfo()
+    bomb.add_text("x", "a" * (3 << 20), zip=True)
+    cases = {
+        "missing": (tmp_path / "no.png", "read"),
+        "folder": (tmp_path, "read"),
+        "empty": (b"", "read"),
+        "text": (b"just words", "final"),
+        "half png": (png[: len(png) // 2], "final"),
+        "half jpeg": (jpg[: len(jpg) // 2], "final"),
+        "header only": (png[:40], "final"),
+        "broken data": (png[:60] + bytes(20) + png[80:], "final"),
+        "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n", "final"),
+        "30,000 squared": (png_header(30_000, 30_000), "bound"),
+    }
     for name, (src, stage) in cases.items():
         r = open_image_safely(src)
         assert (r["_skip"], r["stage"]) == (True, stage) and r["error"] and "image" not in r, (name, r)
-    assert len([m for m in caplog.messages if "stage final" in m]) == 6 and any("PIL" in m and "OpenCV" in m for m in caplog.messages)
+    assert len([m for m in caplog.messages if "stage final" in m]) == 6 and any(
+        "PIL" in m and "OpenCV" in m for m in caplog.messages
+    )
     assert open_image_safely(enc(picture(), pnginfo=bomb))["stage"] == "OpenCV"
 
 
@@ -114,12 +180,14 @@ def test_broken_files_are_records_with_a_stage(tmp_path, caplog):
 def test_the_bound_reads_headers_and_decodes_nothing(monkeypatch, fmt):
     "Above the bound no decoder is called at all, for each format that OpenCV might be asked for."
     called = []
-    for f in ("_by_fast", "_by_pillow", "_by_opencv"): monkeypatch.setattr(I, f, lambda *a, f=f: called.append(f))
+    for f in ("_by_fast", "_by_pillow", "_by_opencv"):
+        monkeypatch.setattr(I, f, lambda *a, f=f: called.append(f))
     b = enc(picture(), fmt)
     assert header_size(b) == (60, 80)
     assert open_image_safely(b, max_pixels=60 * 80 - 1)["stage"] == "bound" and not called
     assert I.MAX_PIXELS == 64_000_000
-    if fmt == "PNG": assert open_image_safely(png_header(30_000, 30_000))["stage"] == "bound" and not called
+    if fmt == "PNG":
+        assert open_image_safely(png_header(30_000, 30_000))["stage"] == "bound" and not called
 
 
 def test_a_gif_or_tiff_is_bounded_too():
@@ -131,31 +199,82 @@ def test_a_gif_or_tiff_is_bounded_too():
 @given(st.data())
 def test_no_bytes_raise(data):
     "Random bytes, and photos with random damage."
-    base = data.draw(st.sampled_from([b"", enc(picture()), enc(picture(), "JPEG"), enc(picture(), "WEBP"), enc(picture(), "BMP"), enc(picture(), "GIF")]))
+    base = data.draw(
+        st.sampled_from(
+            [
+                b"",
+                enc(picture()),
+                enc(picture(), "JPEG"),
+                enc(picture(), "WEBP"),
+                enc(picture(), "BMP"),
+                enc(picture(), "GIF"),
+            ]
+        )
+    )
     b = bytearray(base or data.draw(st.binary(max_size=200)))
     for _ in range(data.draw(st.integers(0, 4))):
-        if b: b[data.draw(st.integers(0, min(len(b) - 1, 120)))] = data.draw(st.integers(0, 255))
-    r = open_image_safely(bytes(b[:data.draw(st.integers(0, len(b)))]), max_pixels=1_000_000)
-    assert ("image" in r and r["image"].dtype == np.uint8 and r["image"].shape[2] == 3) or (r["_skip"] and r["stage"] in ("read", "bound", "policy", "final"))
+        if b:
+            b[data.draw(st.integers(0, min(len(b) - 1, 120)))] = data.draw(st.integers(0, 255))
+    r = open_image_safely(bytes(b[: data.draw(st.integers(0, len(b)))]), max_pixels=1_000_000)
+    assert ("image" in r and r["image"].dtype == np.uint8 and r["image"].shape[2] == 3) or (
+        r["_skip"] and r["stage"] in ("read", "bound", "policy", "final")
+    )
 
 
 def broken_photos() -> dict[str, tuple[bytes, str | None]]:
     "SPEC RS2's list: bytes, and the stage that must refuse them (None: must be read right)."
-    a = picture(); im = Image.fromarray(a); png, jpg, webp = enc(a), enc(a, "JPEG", quality=95), enc(a, "WEBP", lossless=True)
-    alpha = im.copy(); alpha.putalpha(Image.linear_gradient("L").resize(im.size))
+    a = picture()
+    im = Image.fromarray(a)
+    png, jpg, webp = enc(a), enc(a, "JPEG", quality=95), enc(a, "WEBP", lossless=True)
+    alpha = im.copy()
+    alpha.putalpha(Image.linear_gradient("L").resize(im.size))
     pal = im.quantize(16)
-    out = {f"truncated {n} at {k}": (b[:int(len(b) * k)], "final") for n, b in (("png", png), ("jpg", jpg), ("webp", webp)) for k in (.02, .3, .7, .8)}
+    out = {
+        f"truncated {n} at {k}": (b[: int(len(b) * k)], "final")
+        for n, b in (("png", png), ("jpg", jpg), ("webp", webp))
+        for k in (0.02, 0.3, 0.7, 0.8)
+    }
     out |= {"a png without its end mark": (png[:-12], None)}
-    out |= {"empty": (b"", "read"), "text": (b"a note, not a photo", "final"), "json": (b'{"images": []}', "final"), "zip": (b"PK\3\4" + bytes(60), "final"), "html": (b"<!DOCTYPE html><html>404</html>", "final")}
-    out |= {"30,000 squared png": (png_header(30_000, 30_000), "bound"), "30,000 squared jpg": (b"\xff\xd8\xff\xc0\0\x11\x08" + struct.pack(">HH", 30_000, 30_000) + bytes(40), "bound")}
+    out |= {
+        "empty": (b"", "read"),
+        "text": (b"a note, not a photo", "final"),
+        "json": (b'{"images": []}', "final"),
+        "zip": (b"PK\3\4" + bytes(60), "final"),
+        "html": (b"<!DOCTYPE html><html>404</html>", "final"),
+    }
+    out |= {
+        "30,000 squared png": (png_header(30_000, 30_000), "bound"),
+        "30,000 squared jpg": (b"\xff\xd8\xff\xc0\0\x11\x08" + struct.pack(">HH", 30_000, 30_000) + bytes(40), "bound"),
+    }
     out |= {f"mode {m}": (enc(im.convert(m)), None) for m in ("RGB", "RGBA", "L", "LA", "1", "P")}
-    out |= {"16-bit rgb": (cv2.imencode(".png", a[..., ::-1].astype(np.uint16) * 257)[1].tobytes(), None), "16-bit grey": (enc(Image.fromarray(a[..., 0].astype(np.uint16) * 257)), None),
-            "cmyk": (enc(im.convert("CMYK"), "JPEG", quality=95), None), "grey jpg": (enc(im.convert("L"), "JPEG"), None), "rgb jpg": (enc(a, "JPEG", keep_rgb=True), None), "progressive": (enc(a, "JPEG", progressive=True), None),
-            "palette + alpha": (enc(pal, transparency=3), None), "rgb + transparent colour": (enc(im, transparency=(9, 6, 9)), None), "animated gif": (enc(pal, "GIF", save_all=True, append_images=[pal.rotate(90)]), None),
-            "animated png": (enc(im, save_all=True, append_images=[im.rotate(90)]), None), "1x1": (enc(im.crop((0, 0, 1, 1))), None), "1x1 jpg": (enc(im.crop((0, 0, 1, 1)), "JPEG"), None), "alpha": (enc(alpha), None), "wide": (enc(im.resize((5000, 1))), None)}
+    out |= {
+        "16-bit rgb": (cv2.imencode(".png", a[..., ::-1].astype(np.uint16) * 257)[1].tobytes(), None),
+        "16-bit grey": (enc(Image.fromarray(a[..., 0].astype(np.uint16) * 257)), None),
+        "cmyk": (enc(im.convert("CMYK"), "JPEG", quality=95), None),
+        "grey jpg": (enc(im.convert("L"), "JPEG"), None),
+        "rgb jpg": (enc(a, "JPEG", keep_rgb=True), None),
+        "progressive": (enc(a, "JPEG", progressive=True), None),
+        "palette + alpha": (enc(pal, transparency=3), None),
+        "rgb + transparent colour": (enc(im, transparency=(9, 6, 9)), None),
+        "animated gif": (enc(pal, "GIF", save_all=True, append_images=[pal.rotate(90)]), None),
+        "animated png": (enc(im, save_all=True, append_images=[im.rotate(90)]), None),
+        "1x1": (enc(im.crop((0, 0, 1, 1))), None),
+        "1x1 jpg": (enc(im.crop((0, 0, 1, 1)), "JPEG"), None),
+        "alpha": (enc(alpha), None),
+        "wide": (enc(im.resize((5000, 1))), None),
+    }
     for note, turn in TURNS.items():
-        e = Image.Exif(); e[0x0112] = note; lying = im if turn is None else im.transpose(turn)
-        out |= {f"{n} exif {note}": (enc(lying, f, exif=e, **k), None) for n, f, k in (("png", "PNG", {}), ("jpg", "JPEG", dict(quality=95)), ("webp", "WEBP", dict(lossless=True)))}
+        e = Image.Exif()
+        e[0x0112] = note
+        lying = im if turn is None else im.transpose(turn)
+        out |= {
+            f"{n} exif {note}": (enc(lying, f, exif=e, **k), None)
+            for n, f, k in (
+                ("png", "PNG", {}),
+                ("jpg", "JPEG", dict(quality=95)),
+                ("webp", "WEBP", dict(lossless=True)),
+            )
+        }
     return out
 
 
@@ -164,7 +283,10 @@ BROKEN = broken_photos()
 
 def patiently(src, m, **k) -> dict:
     "The same photo, with the quick decoders switched off."
-    def no(*a): raise I._NotPlain
+
+    def no(*a):
+        raise I._NotPlain
+
     with m.context() as c:
         c.setattr(I, "_by_fast", no)
         return open_image_safely(src, **k)
@@ -176,15 +298,22 @@ def patiently(src, m, **k) -> dict:
 def test_every_broken_photo_has_one_answer(tmp_path, monkeypatch, name, suffix):
     "Skipped by the stage that must refuse it, or read right; the quick way, the patient way, a path with the wrong ending and bytes all agree to the byte."
     b, stage = BROKEN[name]
-    (tmp_path/f"photo{suffix}").write_bytes(b)
-    got, slow, file = open_image_safely(b), patiently(b, monkeypatch), open_image_safely(tmp_path/f"photo{suffix}")
-    if stage: assert got["stage"] == slow["stage"] == file["stage"] == stage and got["error"] == slow["error"], (got, slow)
+    (tmp_path / f"photo{suffix}").write_bytes(b)
+    got, slow, file = open_image_safely(b), patiently(b, monkeypatch), open_image_safely(tmp_path / f"photo{suffix}")
+    if stage:
+        assert got["stage"] == slow["stage"] == file["stage"] == stage and got["error"] == slow["error"], (got, slow)
     else:
         with Image.open(io.BytesIO(b)) as im:
-            up = I.ImageOps.exif_transpose(im); want = np.asarray(up.convert("RGB")) if up.mode in ("RGB", "CMYK", "L", "P", "1") and "transparency" not in up.info else None
+            up = I.ImageOps.exif_transpose(im)
+            want = (
+                np.asarray(up.convert("RGB"))
+                if up.mode in ("RGB", "CMYK", "L", "P", "1") and "transparency" not in up.info
+                else None
+            )
         assert np.array_equal(got["image"], slow["image"]) and np.array_equal(got["image"], file["image"])
         assert want is None or np.array_equal(got["image"], want), name
-        if "exif" in name: assert np.abs(got["image"].astype(int) - picture()).mean() < (4 if "jpg" in name else .01)
+        if "exif" in name:
+            assert np.abs(got["image"].astype(int) - picture()).mean() < (4 if "jpg" in name else 0.01)
 
 
 @pytest.mark.spec("RS2")
@@ -194,11 +323,16 @@ def test_a_changed_byte_gives_the_picture_or_none(kind):
     b, rng = enc(Image.fromarray(picture()).convert(kind)), np.random.default_rng(0)
     want, noise = open_image_safely(b)["image"], 0
     for at in rng.integers(0, len(b), 150):
-        hurt = b[:at] + bytes([b[at] ^ int(rng.integers(1, 256))]) + b[at + 1:]
+        hurt = b[:at] + bytes([b[at] ^ int(rng.integers(1, 256))]) + b[at + 1 :]
         r = open_image_safely(hurt)
         assert "_skip" in r or np.array_equal(r["image"], want), at
-        try: noise += not np.array_equal(np.asarray(Image.open(io.BytesIO(hurt)).convert("RGBA").convert("RGB")), np.asarray(Image.open(io.BytesIO(b)).convert("RGBA").convert("RGB")))
-        except Exception: pass
+        try:
+            noise += not np.array_equal(
+                np.asarray(Image.open(io.BytesIO(hurt)).convert("RGBA").convert("RGB")),
+                np.asarray(Image.open(io.BytesIO(b)).convert("RGBA").convert("RGB")),
+            )
+        except Exception:
+            pass
     assert noise, "the danger is there"
 
 
@@ -209,15 +343,24 @@ def test_the_quick_way_takes_what_is_plain_and_nothing_else(caplog):
     jpegs = {"progressive", "1x1 jpg", "jpg exif 1"}
     assert quick == jpegs | {"mode RGB", "1x1", "wide"}
     with pytest.MonkeyPatch.context() as m:
-        m.setitem(sys.modules, "pillsnap.photos.png", None); I._png_decoder.cache_clear(); caplog.clear()
-        for _ in range(3): assert open_image_safely(enc(picture()))["stage"] == "PIL"
-        assert len([x for x in caplog.messages if "PNG photos are read by Pillow" in x]) == 1, "a slower way is said, once"
+        m.setitem(sys.modules, "pillsnap.photos.png", None)
+        I._png_decoder.cache_clear()
+        caplog.clear()
+        for _ in range(3):
+            assert open_image_safely(enc(picture()))["stage"] == "PIL"
+        assert len([x for x in caplog.messages if "PNG photos are read by Pillow" in x]) == 1, (
+            "a slower way is said, once"
+        )
     I._png_decoder.cache_clear()
-    laced = bytearray(enc(picture())); laced[28] = 1
+    laced = bytearray(enc(picture()))
+    laced[28] = 1
     assert not I._plain_png(bytes(laced)) and I._plain_png(enc(picture()))
     from pillsnap.synth.writer import png_bytes
+
     filled = png_bytes(picture(), 20_000)
-    assert I._plain_png(filled) and np.array_equal(open_image_safely(filled)["image"], picture()), "a rendered delivery takes the quick way"
+    assert I._plain_png(filled) and np.array_equal(open_image_safely(filled)["image"], picture()), (
+        "a rendered delivery takes the quick way"
+    )
 
 
 @pytest.mark.spec("BM9")
@@ -226,28 +369,41 @@ def test_the_quick_way_takes_what_is_plain_and_nothing_else(caplog):
 @pytest.mark.parametrize("r", (2, 4, 8))
 def test_opened_smaller_is_the_mean_of_its_blocks(fmt, note, r):
     "By every decoder, upright, for sides that do not divide; a JPEG's own half size is within a rounding of the same."
-    a = np.array(Image.fromarray(picture()).resize((607, 805), Image.BICUBIC)); e = Image.Exif(); e[0x0112] = note
+    a = np.array(Image.fromarray(picture()).resize((607, 805), Image.BICUBIC))
+    e = Image.Exif()
+    e[0x0112] = note
     lying = Image.fromarray(a) if TURNS[note] is None else Image.fromarray(a).transpose(TURNS[note])
     b = enc(lying, fmt, exif=e, **{"JPEG": dict(quality=100, subsampling=0), "WEBP": dict(lossless=True)}.get(fmt, {}))
     got, full = open_image_safely(b, reduce=r)["image"], open_image_safely(b)["image"]
     assert got.shape == (-(-805 // r), -(-607 // r), 3)
-    if fmt != "JPEG" or note != 1: assert np.array_equal(got, I.shrink(full, r))
-    else: assert I.psnr(got[1:-1, 1:-1], I.shrink(full, r)[1:-1, 1:-1]) > 40
+    if fmt != "JPEG" or note != 1:
+        assert np.array_equal(got, I.shrink(full, r))
+    else:
+        assert I.psnr(got[1:-1, 1:-1], I.shrink(full, r)[1:-1, 1:-1]) > 40
     h, w = 805 // r * r, 607 // r * r
-    assert np.abs(I.shrink(full, r)[:h // r, :w // r] - full[:h, :w].reshape(h // r, r, w // r, r, 3).mean((1, 3))).max() <= .51
+    assert (
+        np.abs(I.shrink(full, r)[: h // r, : w // r] - full[:h, :w].reshape(h // r, r, w // r, r, 3).mean((1, 3))).max()
+        <= 0.51
+    )
 
 
 @pytest.mark.spec("BM9")
 def test_the_yardsticks():
     "dB and SSIM against their definitions on small cases; reduce_for never leaves fewer pixels than the view."
-    a = np.array(Image.fromarray(picture()).resize((120, 90))); n = np.random.default_rng(0).integers(-9, 10, a.shape)
+    a = np.array(Image.fromarray(picture()).resize((120, 90)))
+    n = np.random.default_rng(0).integers(-9, 10, a.shape)
     b = np.clip(a.astype(int) + n, 0, 255).astype(np.uint8)
-    assert I.psnr(a, a) == np.inf and I.ssim(a, a) == 1 and abs(I.psnr(a, b) - 10 * np.log10(255 ** 2 / ((a.astype(float) - b) ** 2).mean())) < 1e-9
+    assert (
+        I.psnr(a, a) == np.inf
+        and I.ssim(a, a) == 1
+        and abs(I.psnr(a, b) - 10 * np.log10(255**2 / ((a.astype(float) - b) ** 2).mean())) < 1e-9
+    )
     noise = np.random.default_rng(1).integers(0, 256, a.shape, np.uint8)
-    assert I.ssim(a, noise) < .1 < .5 < I.ssim(a, b) < .999
+    assert I.ssim(a, noise) < 0.1 < 0.5 < I.ssim(a, b) < 0.999
     assert I.psnr(np.zeros((8, 8, 3), np.uint8), np.full((8, 8, 3), 255, np.uint8)) == 0
     for short in (100, 488, 976, 1280, 4000):
-        for size in (64, 224, 384, 430, 480): assert I.reduce_for(short, size) == 1 or short / I.reduce_for(short, size) >= 1.25 * size
+        for size in (64, 224, 384, 430, 480):
+            assert I.reduce_for(short, size) == 1 or short / I.reduce_for(short, size) >= 1.25 * size
 
 
 @pytest.mark.spec("TL1")
@@ -261,7 +417,9 @@ def test_whole_view_is_resize_and_centre_crop():
 
 @pytest.mark.spec("TL1")
 def test_resizing_does_not_alias():
-    stripes = np.repeat(np.where(np.arange(1000) % 2 == 0, 255, 0)[None, :, None].astype(np.uint8), 1000, 0).repeat(3, 2)
+    stripes = np.repeat(np.where(np.arange(1000) % 2 == 0, 255, 0)[None, :, None].astype(np.uint8), 1000, 0).repeat(
+        3, 2
+    )
     assert whole_view(stripes, 230).std() < 8
 
 
@@ -271,53 +429,73 @@ def test_crop_view_geometry():
     assert crop_square([100, 100, 200, 150], 976, 1280) == (90, 65, 120)
     img = picture()
     assert np.array_equal(crop_view(img, [20, 30, 40, 50], 24), img[28:52, 18:42])
-    got = crop_view(img, [0, 0, 10, 10], 14, padding=.2)
-    assert np.array_equal(got[2:, 2:], img[:12, :12]) and np.array_equal(got[0, 2:], img[0, :12]) and np.array_equal(got[2:, 0], img[:12, 0])
+    got = crop_view(img, [0, 0, 10, 10], 14, padding=0.2)
+    assert (
+        np.array_equal(got[2:, 2:], img[:12, :12])
+        and np.array_equal(got[0, 2:], img[0, :12])
+        and np.array_equal(got[2:, 0], img[:12, 0])
+    )
     for bad in ([70, 90, 80, 95], [5, 5, 5, 9], [np.nan, 0, 1, 1], [0, 0, np.inf, -1]):
-        with pytest.raises(PillsnapError, match="does not lie in the photo"): crop_view(img, bad, 8)
+        with pytest.raises(PillsnapError, match="does not lie in the photo"):
+            crop_view(img, bad, 8)
 
 
 @pytest.mark.spec("TL1")
 def test_normalise_is_torchvisions():
     x = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
-    ref = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([.485, .456, .406], [.229, .224, .225])])
+    ref = v2.Compose(
+        [
+            v2.ToImage(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+        ]
+    )
     assert np.allclose(normalise(x), np.stack([ref(i) for i in x]), atol=1e-6) and normalise(x).dtype == np.float32
-    assert (IMAGENET_MEAN, IMAGENET_STD) == ((.485, .456, .406), (.229, .224, .225))
+    assert (IMAGENET_MEAN, IMAGENET_STD) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 @pytest.mark.spec("DM1")
 def test_box_notations_are_inverse():
     b = np.random.default_rng(0).uniform(1, 400, (200, 4))
     assert np.allclose(xyxy_to_xywh(xywh_to_xyxy(b)), b) and np.allclose(from_yolo(to_yolo(b, 976, 1280), 976, 1280), b)
-    assert np.allclose(to_yolo([244, 320, 488, 640], 976, 1280), .5)
+    assert np.allclose(to_yolo([244, 320, 488, 640], 976, 1280), 0.5)
 
 
 @pytest.mark.spec("DT4")
 @settings(max_examples=150, deadline=None)
-@given(st.integers(0, 10**6), st.integers(1, 50), st.floats(.05, .95))
+@given(st.integers(0, 10**6), st.integers(1, 50), st.floats(0.05, 0.95))
 def test_nms_is_the_reference(seed, n, t):
     rng = np.random.default_rng(seed)
     b, s = xywh_to_xyxy(rng.uniform(1, 60, (n, 4))), rng.permutation(n) / n
     slow = []
     for i in np.argsort(-s):
-        if all(iou_matrix(b[i:i + 1], b[j:j + 1])[0, 0] <= t for j in slow): slow.append(i)
+        if all(iou_matrix(b[i : i + 1], b[j : j + 1])[0, 0] <= t for j in slow):
+            slow.append(i)
     assert nms(b, s, t).tolist() == slow == torch_nms(torch.tensor(b), torch.tensor(s), t).tolist()
 
 
 @pytest.mark.spec("DT4")
 def test_equal_scores_fall_in_order_and_twins_leave_one():
     b = np.array([[0, 0, 10, 10]] * 3 + [[50, 50, 60, 60]], float)
-    assert nms(b, np.array([.5, .5, .5, .5]), .5).tolist() == [0, 3]
+    assert nms(b, np.array([0.5, 0.5, 0.5, 0.5]), 0.5).tolist() == [0, 3]
 
 
 @pytest.mark.spec("DT4")
 def test_decode_yolo():
     "Centre and size in input pixels, the best class, the threshold inclusive, at most max_det, NaN is no box."
-    raw = np.array([[50, 50, 40, 20, .1, .6], [51, 50, 40, 20, .9, 0], [150, 80, 30, 30, .3, 0], [9, 9, 9, 9, .29, 0], [np.nan, 5, 5, 5, .99, 0]]).T
-    xyxy, conf = decode_yolo(raw, conf=.3, iou=.5)
-    assert np.allclose(xyxy, [[31, 40, 71, 60], [135, 65, 165, 95]]) and np.allclose(conf, [.9, .3])
+    raw = np.array(
+        [
+            [50, 50, 40, 20, 0.1, 0.6],
+            [51, 50, 40, 20, 0.9, 0],
+            [150, 80, 30, 30, 0.3, 0],
+            [9, 9, 9, 9, 0.29, 0],
+            [np.nan, 5, 5, 5, 0.99, 0],
+        ]
+    ).T
+    xyxy, conf = decode_yolo(raw, conf=0.3, iou=0.5)
+    assert np.allclose(xyxy, [[31, 40, 71, 60], [135, 65, 165, 95]]) and np.allclose(conf, [0.9, 0.3])
     assert xyxy.dtype == conf.dtype == np.float32
-    assert len(decode_yolo(raw, conf=.3, max_det=1)[0]) == 1 and decode_yolo(raw, conf=1.)[0].shape == (0, 4)
+    assert len(decode_yolo(raw, conf=0.3, max_det=1)[0]) == 1 and decode_yolo(raw, conf=1.0)[0].shape == (0, 4)
 
 
 @pytest.mark.spec("DT4")
@@ -331,35 +509,43 @@ def test_letterbox_and_back(w, h, size, seed):
     inside = (sq == 10).all(-1)
     assert sq.shape == (size, size, 3) and set(np.unique(sq)) <= {10, 114}
     rows, cols = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
-    assert (cols[0], rows[0]) == pad and max(len(rows), len(cols)) == size and abs(len(rows) - h * s) <= .51 + (h * s < 1) and abs(len(cols) - w * s) <= .51 + (w * s < 1)
+    assert (
+        (cols[0], rows[0]) == pad
+        and max(len(rows), len(cols)) == size
+        and abs(len(rows) - h * s) <= 0.51 + (h * s < 1)
+        and abs(len(cols) - w * s) <= 0.51 + (w * s < 1)
+    )
 
 
 def test_neither_room_imports_torch():
     "The shipped program opens and cuts photos with numpy, Pillow and OpenCV alone."
-    code = ("import sys\nfor m in ('torch', 'torchvision', 'fastai', 'ultralytics', 'timm', 'matplotlib', 'pandas'): sys.modules[m] = None\n"
-            "import numpy as np\nfrom pillsnap.photos import images, boxes\n"
-            "img = np.zeros((30, 20, 3), np.uint8)\nimages.normalise(images.whole_view(img, 16)[None]); images.crop_view(img, [2, 2, 9, 9], 16); boxes.decode_yolo(np.ones((5, 9))); boxes.letterbox(img, 32); images.open_image_safely(b'x')\nprint('free')")
+    code = (
+        "import sys\nfor m in ('torch', 'torchvision', 'fastai', 'ultralytics', 'timm', 'matplotlib', 'pandas'): sys.modules[m] = None\n"
+        "import numpy as np\nfrom pillsnap.photos import images, boxes\n"
+        "img = np.zeros((30, 20, 3), np.uint8)\nimages.normalise(images.whole_view(img, 16)[None]); images.crop_view(img, [2, 2, 9, 9], 16); boxes.decode_yolo(np.ones((5, 9))); boxes.letterbox(img, 32); images.open_image_safely(b'x')\nprint('free')"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert out.returncode == 0 and "free" in out.stdout, out.stderr
 
 
 @pytest.mark.spec("BM9", "DM10")
-@given(st.integers(0, 2**32-1))
+@given(st.integers(0, 2**32 - 1))
 @settings(max_examples=60, deadline=None)
 def test_a_photo_decoded_as_far_as_needed_gives_the_same_view(seed):
     "Windows near the bottom, boxes at every edge, every reduction, odd sizes: the view is that of the whole photo."
     from pillsnap.photos.caches import Photo, View
     from pillsnap.dataset.datasets import DeliverySource, needed, show
+
     g = np.random.default_rng(seed)
     w, h = (int(g.integers(40, 200)) for _ in range(2))
-    x, y = int(g.integers(0, w-8)), int(g.integers(0, h-8))
-    box = [x, y, int(g.integers(6, w-x)), int(g.integers(6, h-y))]
+    x, y = int(g.integers(0, w - 8)), int(g.integers(0, h - 8))
+    box = [x, y, int(g.integers(6, w - x)), int(g.integers(6, h - y))]
     img = g.integers(0, 256, (h, w, 3), np.uint8)
     with tempfile.TemporaryDirectory() as tmp:
-        Image.fromarray(img).save(Path(tmp)/"a.png")
+        Image.fromarray(img).save(Path(tmp) / "a.png")
         photo, source = Photo("a.png", str(box), w, h), DeliverySource(tmp)
         for kind in ("whole", "crop"):
-            view, size = View(kind, 48, .2), int(g.integers(4, 40))
+            view, size = View(kind, 48, 0.2), int(g.integers(4, 40))
             a, b = np.sort(g.uniform(0, 1, 2)), np.sort(g.uniform(0, 1, 2))
             window, flip = np.array([a[0], b[0], a[1], b[1]]), bool(g.integers(2))
             reduce, _ = needed(photo, view, window, size)
@@ -370,14 +556,23 @@ def test_a_photo_decoded_as_far_as_needed_gives_the_same_view(seed):
 
 
 @pytest.mark.spec("DM10", "CF5")
-@pytest.mark.parametrize("content, kind, remedy", [
-    (b"\0\0\0\x24ftypheic\0\0\0\0mif1heic"+bytes(40), "a HEIC photo", "Most Compatible"), (b"\0\0\0\x18ftypmif1"+bytes(40), "a HEIC photo", "JPEG"),
-    (b"\0\0\0\x20ftypisom"+bytes(40), "a video", "one out of it"), (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", "a PDF document", "pdftoppm"), (b"PK\x03\x04"+bytes(60), "a ZIP archive", "unpack"),
-    ("복용법: 하루 세 번".encode(), "a text file", "the photo itself"), ("복용법: 하루 세 번".encode("cp949"), "a text file", "the photo itself"),
-    (("가"*3000).encode(), "a text file", "the photo itself"), (b"<html>404</html>", "a web page", "the photo itself")])
+@pytest.mark.parametrize(
+    "content, kind, remedy",
+    [
+        (b"\0\0\0\x24ftypheic\0\0\0\0mif1heic" + bytes(40), "a HEIC photo", "Most Compatible"),
+        (b"\0\0\0\x18ftypmif1" + bytes(40), "a HEIC photo", "JPEG"),
+        (b"\0\0\0\x20ftypisom" + bytes(40), "a video", "one out of it"),
+        (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", "a PDF document", "pdftoppm"),
+        (b"PK\x03\x04" + bytes(60), "a ZIP archive", "unpack"),
+        ("복용법: 하루 세 번".encode(), "a text file", "the photo itself"),
+        ("복용법: 하루 세 번".encode("cp949"), "a text file", "the photo itself"),
+        (("가" * 3000).encode(), "a text file", "the photo itself"),
+        (b"<html>404</html>", "a web page", "the photo itself"),
+    ],
+)
 def test_a_file_that_is_no_photo_is_named_by_its_first_bytes(tmp_path, content, kind, remedy):
-    (tmp_path/"photo.jpg").write_bytes(content)
-    got = open_image_safely(tmp_path/"photo.jpg")
+    (tmp_path / "photo.jpg").write_bytes(content)
+    got = open_image_safely(tmp_path / "photo.jpg")
     assert got["stage"] == "final" and got["error"].startswith(f"this is {kind}") and remedy in got["fix"], got
 
 

@@ -1,4 +1,5 @@
 """Two trainings in turn: the stage's place in the pipeline, and kill -9 with both sides ending where their solo runs end."""
+
 import importlib.util
 import json
 import os
@@ -10,33 +11,63 @@ from pathlib import Path
 
 import pytest
 
-needs_ultralytics = pytest.mark.skipif(importlib.util.find_spec("ultralytics") is None, reason="ultralytics is not installed")
-OVER = ["data.detection.img_size=64", "data.classification.img_size=64", "train.num_threads=1", "train.classification.drop_rate=0.2", "train.interleave_ratio=[1,2]",
-        "train.classification.epochs=2", "train.detection.epochs=2"]
+needs_ultralytics = pytest.mark.skipif(
+    importlib.util.find_spec("ultralytics") is None, reason="ultralytics is not installed"
+)
+OVER = [
+    "data.detection.img_size=64",
+    "data.classification.img_size=64",
+    "train.num_threads=1",
+    "train.classification.drop_rate=0.2",
+    "train.interleave_ratio=[1,2]",
+    "train.classification.epochs=2",
+    "train.detection.epochs=2",
+]
 BOTH = "import sys; from pillsnap.training.interleaved import InterleavedJob as J; J(run_dir=sys.argv[1], config='smoke', detector_epochs=2, classifier_epochs=2, overrides=tuple(sys.argv[2:])).run()"
-SOLO = ("import sys; from pillsnap.training.detector import DetectorJob; from pillsnap.training.classifier import ClassifierJob\n"
-        "for J in (ClassifierJob, DetectorJob): J(run_dir=sys.argv[1], config='smoke', epochs=2, overrides=tuple(sys.argv[2:])).run()")
+SOLO = (
+    "import sys; from pillsnap.training.detector import DetectorJob; from pillsnap.training.classifier import ClassifierJob\n"
+    "for J in (ClassifierJob, DetectorJob): J(run_dir=sys.argv[1], config='smoke', epochs=2, overrides=tuple(sys.argv[2:])).run()"
+)
 
 
 @pytest.mark.spec("X75")
 def test_one_key_puts_one_stage_in_the_place_of_two(tmp_path, monkeypatch, capsys):
     from pillsnap.cli import PIPELINE
     from pillsnap.core import jobs as stages
+
     ran = []
-    monkeypatch.setattr(stages, "run_stage", lambda s, *a: ran.append(s.name) or dict(verdict="done", seconds=0.))
+    monkeypatch.setattr(stages, "run_stage", lambda s, *a: ran.append(s.name) or dict(verdict="done", seconds=0.0))
     for way in ("sequential", "interleaved"):
-        stages.run_pipeline(PIPELINE, "smoke", [f"train.strategy={way}"], tmp_path/way)
-    assert ran == ["conversion", "splits", "classifier", "detector", "evaluation", "export", "conversion", "splits", "interleaved", "evaluation", "export"]
+        stages.run_pipeline(PIPELINE, "smoke", [f"train.strategy={way}"], tmp_path / way)
+    assert ran == [
+        "conversion",
+        "splits",
+        "classifier",
+        "detector",
+        "evaluation",
+        "export",
+        "conversion",
+        "splits",
+        "interleaved",
+        "evaluation",
+        "export",
+    ]
     assert "interleaved: left out, because train.strategy is sequential" in capsys.readouterr().out
 
 
 def start(code: str, run: Path, out: Path) -> subprocess.Popen:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "MPLCONFIGDIR": str(out.parent/"mpl")}
-    return subprocess.Popen([sys.executable, "-c", code, str(run), *OVER], env=env, stdout=open(out, "w"), stderr=subprocess.STDOUT, start_new_session=True)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MPLCONFIGDIR": str(out.parent / "mpl")}
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(run), *OVER],
+        env=env,
+        stdout=open(out, "w"),
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
 
 
 def log_of(run: Path, side: str) -> str:
-    f = run/"logs"/f"pillsnap.{side}.log"
+    f = run / "logs" / f"pillsnap.{side}.log"
     return f.read_text(encoding="utf-8") if f.exists() else ""
 
 
@@ -47,6 +78,7 @@ def test_steps_come_in_the_configured_ratio(tmp_path, monkeypatch, ratio, want):
     from pillsnap.core.config import load_config
     from pillsnap.core.jobs import RunFolder, StageResult
     from pillsnap.training.interleaved import InterleavedJob
+
     steps = []
 
     def side(self, me, baton, run, cfg):
@@ -56,11 +88,15 @@ def test_steps_come_in_the_configured_ratio(tmp_path, monkeypatch, ratio, want):
                 steps.append(me[0])
                 baton.step_done(me)
             return StageResult("done", [], [], [], [], [])
+
         return work
+
     monkeypatch.setattr(InterleavedJob, "_side", side)
-    res = InterleavedJob(run_dir=str(tmp_path)).work(RunFolder(tmp_path, "interleaved"), load_config("smoke", [f"train.interleave_ratio={ratio}"]))
+    res = InterleavedJob(run_dir=str(tmp_path)).work(
+        RunFolder(tmp_path, "interleaved"), load_config("smoke", [f"train.interleave_ratio={ratio}"])
+    )
     assert "".join(steps) == want and f"Ratio {ratio[0]}:{ratio[1]}" in res.verdict
-    assert json.loads((tmp_path/"reports"/"interleaved.json").read_text())["ratio"] == ratio
+    assert json.loads((tmp_path / "reports" / "interleaved.json").read_text())["ratio"] == ratio
 
 
 @needs_ultralytics
@@ -71,30 +107,34 @@ def test_killed_in_turn_both_sides_end_where_their_solo_runs_end(tmp_path, deliv
     from pillsnap.core.config import load_config
     from pillsnap.core.jobs import RunFolder
     from pillsnap.dataset.splits import smoke_splits
-    both, solo = tmp_path/"both", tmp_path/"solo"
+
+    both, solo = tmp_path / "both", tmp_path / "solo"
     for root in (both, solo):
         run = RunFolder(root, "splits")
-        (root/"delivery").symlink_to(delivery)
+        (root / "delivery").symlink_to(delivery)
         smoke_splits(run, load_config("smoke", OVER))
-    other, p, t0 = start(SOLO, solo, tmp_path/"solo.txt"), start(BOTH, both, tmp_path/"killed.txt"), time.time()
-    while "e=2/2" not in log_of(both, "detector"):   # the detector's first epoch is saved, the second has begun
-        assert p.poll() is None and time.time()-t0 < 300, (tmp_path/"killed.txt").read_text()[-3000:]
-        time.sleep(.02)
+    other, p, t0 = start(SOLO, solo, tmp_path / "solo.txt"), start(BOTH, both, tmp_path / "killed.txt"), time.time()
+    while "e=2/2" not in log_of(both, "detector"):  # the detector's first epoch is saved, the second has begun
+        assert p.poll() is None and time.time() - t0 < 300, (tmp_path / "killed.txt").read_text()[-3000:]
+        time.sleep(0.02)
     os.killpg(p.pid, signal.SIGKILL)
     p.wait()
-    records = {s: json.loads((both/"stages"/f"{s}.json").read_text())["status"] for s in ("interleaved", "detector", "classifier")}
+    records = {
+        s: json.loads((both / "stages" / f"{s}.json").read_text())["status"]
+        for s in ("interleaved", "detector", "classifier")
+    }
     assert records["interleaved"] == records["detector"] == "running"
-    again = start(BOTH, both, tmp_path/"again.txt")
+    again = start(BOTH, both, tmp_path / "again.txt")
     codes = [q.wait(timeout=400) for q in (again, other)]
-    assert codes == [0, 0], [(tmp_path/f"{n}.txt").read_text()[-2500:] for n in ("again", "solo")]
+    assert codes == [0, 0], [(tmp_path / f"{n}.txt").read_text()[-2500:] for n in ("again", "solo")]
     for side, parts in (("detector", ("model_state", "ema_state")), ("classifier", ("model_state", "ema_state"))):
-        a, b = (load_ckpt(r/"checkpoints"/side/"last.pt") for r in (both, solo))
+        a, b = (load_ckpt(r / "checkpoints" / side / "last.pt") for r in (both, solo))
         for part in parts:
             for k, v in b[part].items():
                 torch.testing.assert_close(a[part][k], v, rtol=1e-5, atol=1e-6, msg=lambda m: f"{side} {part} {k}: {m}")
         assert len(a["history"]) == len(b["history"]) == 2
     assert "resume: epoch 1 is done" in log_of(both, "detector")
-    report = json.loads((both/"reports"/"interleaved.json").read_text())
+    report = json.loads((both / "reports" / "interleaved.json").read_text())
     sides = report["sides"]
     assert report["ratio"] == [1, 2]
     assert [s["side"] for s in sides] in (["detector", "classifier"], ["detector"]) or sides[-1]["steps"] is None

@@ -1,4 +1,5 @@
 """Every setting is read by some code, or refused with a sentence."""
+
 import importlib.util
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ from pillsnap.core.config import Config, Data, key, load_config
 from pillsnap.core.errors import PillsnapError
 
 ROOT = Path(__file__).resolve().parents[1]
-spec = importlib.util.spec_from_file_location("unread_keys", ROOT/"scripts"/"core"/"unread_keys.py")
+spec = importlib.util.spec_from_file_location("unread_keys", ROOT / "scripts" / "core" / "unread_keys.py")
 U = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(U)
 
@@ -30,20 +31,26 @@ def test_a_key_that_nothing_reads_is_found():
     assert set(U.unread_keys(tree=tree)) - set(U.unread_keys()) == {"data.colour_of_the_tray"}
 
 
-@pytest.mark.parametrize("dotted, decoy", [
-    ("train.leak_gap", ""),                                # read from the whole configuration
-    ("train.detection.close_mosaic", ""),                  # read from a block that has a short name
-    ("train.classification.saving.every_minutes", ""),     # read from a block that an object keeps
-    ("train.classification.grad_clip", "cfg.grad_clip"),   # the same word, but taken from a block that has no such key
-])
+@pytest.mark.parametrize(
+    "dotted, decoy",
+    [
+        ("train.leak_gap", ""),  # read from the whole configuration
+        ("train.detection.close_mosaic", ""),  # read from a block that has a short name
+        ("train.classification.saving.every_minutes", ""),  # read from a block that an object keeps
+        (
+            "train.classification.grad_clip",
+            "cfg.grad_clip",
+        ),  # the same word, but taken from a block that has no such key
+    ],
+)
 def test_a_key_whose_reader_goes_is_found(tmp_path, dotted, decoy):
     unneeded = shutil.ignore_patterns("__pycache__", "assets")
-    package = shutil.copytree(ROOT/"pillsnap", tmp_path/"pillsnap", ignore=unneeded)
+    package = shutil.copytree(ROOT / "pillsnap", tmp_path / "pillsnap", ignore=unneeded)
     name = dotted.rsplit(".", 1)[-1]
     for f in package.rglob("*.py"):
         if f.name != "config.py" and f".{name}" in (source := f.read_text(encoding="utf-8")):
             f.write_text(source.replace(f".{name}", ".nothing"), encoding="utf-8")
-    (package/"more.py").write_text(f"def f(cfg): return {decoy or 1}\n", encoding="utf-8")
+    (package / "more.py").write_text(f"def f(cfg): return {decoy or 1}\n", encoding="utf-8")
     assert set(U.unread_keys(package)) - set(U.unread_keys()) == {dotted}
 
 

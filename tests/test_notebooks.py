@@ -1,4 +1,5 @@
 """The house rules, on the notebooks themselves (DESIGN: `examples/delivery/100_capture.ipynb` is the model)."""
+
 import ast
 import io
 import json
@@ -14,10 +15,20 @@ import nbformat
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-NBS = sorted((ROOT/"nbs").rglob("[0-9]*.ipynb"))
-PAGES = sorted((ROOT/"nbs").rglob("*.ipynb"))   # the home page and the benchmarks too
-WINGS = ("core", "delivery", "synth", "photos", "dataset", "models", "training", "evaluation", "deployment")   # by the first digit; 9 is what stands above all wings
-OPENED_ON_A_RUN = ("450_triage",)   # no stages, but with parameters: a command opens them on a run
+NBS = sorted((ROOT / "nbs").rglob("[0-9]*.ipynb"))
+PAGES = sorted((ROOT / "nbs").rglob("*.ipynb"))  # the home page and the benchmarks too
+WINGS = (
+    "core",
+    "delivery",
+    "synth",
+    "photos",
+    "dataset",
+    "models",
+    "training",
+    "evaluation",
+    "deployment",
+)  # by the first digit; 9 is what stands above all wings
+OPENED_ON_A_RUN = ("450_triage",)  # no stages, but with parameters: a command opens them on a run
 BY_NAME = pytest.mark.parametrize("path", NBS, ids=lambda p: p.stem)
 
 
@@ -36,12 +47,14 @@ def code_lines(src: str) -> int:
         if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef)):
             free |= set(range(n.lineno, n.body[0].lineno))
         if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and ast.get_docstring(n):
-            free |= set(range(n.body[0].lineno, n.body[0].end_lineno+1))
-    return sum(1 for i, l in enumerate(src.splitlines(), 1) if i not in free and l.strip() and not l.lstrip().startswith("#"))
+            free |= set(range(n.body[0].lineno, n.body[0].end_lineno + 1))
+    return sum(
+        1 for i, l in enumerate(src.splitlines(), 1) if i not in free and l.strip() and not l.lstrip().startswith("#")
+    )
 
 
 def module_of(path: Path) -> str:
-    wing = path.parent.relative_to(ROOT/"nbs").parts
+    wing = path.parent.relative_to(ROOT / "nbs").parts
     return ".".join([*wing, re.sub(r"^\d+_", "", path.stem)])
 
 
@@ -53,9 +66,11 @@ def number(path: Path) -> str:
 def test_file_name_is_the_module(path):
     first = next(c.source for c in cells(path) if "default_exp" in c.source)
     assert re.search(r"#\|\s*default_exp\s+(\S+)", first)[1] == module_of(path)
-    assert re.fullmatch(r"\d{3}_[a-z]+", path.stem), "three digits, of which the first is the wing, and the module's name"
+    assert re.fullmatch(r"\d{3}_[a-z]+", path.stem), (
+        "three digits, of which the first is the wing, and the module's name"
+    )
     wing = int(path.stem[0])
-    assert path.parent == (ROOT/"nbs" if wing == len(WINGS) else ROOT/"nbs"/WINGS[wing])
+    assert path.parent == (ROOT / "nbs" if wing == len(WINGS) else ROOT / "nbs" / WINGS[wing])
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)
@@ -87,7 +102,11 @@ def test_imports_stand_alone(path):
     for c in cells(path):
         src = re.sub(r"^\s*[%!].*$", "", c.source, flags=re.M)
         body = ast.parse(src).body
-        kinds = {isinstance(n, (ast.Import, ast.ImportFrom)) for n in body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))}
+        kinds = {
+            isinstance(n, (ast.Import, ast.ImportFrom))
+            for n in body
+            if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))
+        }
         assert kinds != {True, False}, f"imports share a cell with code:\n{c.source[:300]}"
 
 
@@ -109,14 +128,19 @@ def test_a_stage_has_one_parameters_cell(path):
             assert re.match(r"\w+\s*:\s*[\w|. \[\]]+\s*=\s*.+#\s*\S", line), f"typed literal with a comment: {line!r}"
         tail = [c.source for c in nb.cells if c.cell_type == "code"]
         i = tail.index(tagged[0].source)
-        assert " as stage" in tail[i+1] and "job = stage." in tail[i+2] and "res = job.run()" in tail[i+3]
-        assert any("assert" in s or "test_" in s for s in tail[i+4:]), "the contract: assertions true at any scale"
+        assert " as stage" in tail[i + 1] and "job = stage." in tail[i + 2] and "res = job.run()" in tail[i + 3]
+        assert any("assert" in s or "test_" in s for s in tail[i + 4 :]), "the contract: assertions true at any scale"
 
 
 def test_the_six_stages_are_the_pipeline_and_the_others_stand_aside():
     from pillsnap.cli import ASIDE, PIPELINE
+
     stages = {p.stem for p in NBS if any("## Stage job" in c.source for c in cells(p, "markdown"))}
-    assert stages == {Path(s.notebook).name for s in PIPELINE + ASIDE} and [s.name for s in ASIDE] == ["audit", "retrieval", "segmentation"]
+    assert stages == {Path(s.notebook).name for s in PIPELINE + ASIDE} and [s.name for s in ASIDE] == [
+        "audit",
+        "retrieval",
+        "segmentation",
+    ]
     assert len([s for s in PIPELINE if s.strategy in ("", "sequential")]) == 6
 
 
@@ -148,7 +172,7 @@ def public_functions(path: Path):
 def test_public_functions_say_what_they_do(path):
     for node, src in public_functions(path):
         in_class = any(isinstance(n, ast.ClassDef) and node in ast.walk(n) for n in ast.walk(ast.parse(src)))
-        nested = "    def "+node.name in src
+        nested = "    def " + node.name in src
         if not (in_class or nested):
             assert ast.get_docstring(node), f"{node.name} has no docstring"
             for a in [*node.args.args, *node.args.kwonlyargs]:
@@ -160,15 +184,22 @@ def test_public_functions_say_what_they_do(path):
 def test_public_parameters_are_documented_where_they_stand(path):
     from fastcore.docments import docments
     import importlib
+
     if module_of(path) == "cli":
         return  # typer's options carry their help text
-    names = {n.name for n, src in public_functions(path) if src.lstrip("#| export\n").startswith(("def ", "async def "))}
+    names = {
+        n.name for n, src in public_functions(path) if src.lstrip("#| export\n").startswith(("def ", "async def "))
+    }
     mod = importlib.import_module(f"pillsnap.{module_of(path)}")
     for name in sorted(names):
         f = getattr(mod, name, None)
         if f is None or getattr(f, "__module__", None) != mod.__name__:
             continue
-        undocumented = [k for k, v in docments(f, full=True, returns=False).items() if not v["docment"] and k not in ("self", "cls", "args", "kwargs")]
+        undocumented = [
+            k
+            for k, v in docments(f, full=True, returns=False).items()
+            if not v["docment"] and k not in ("self", "cls", "args", "kwargs")
+        ]
         assert not undocumented, f"{name}: {undocumented} have no comment"
 
 
@@ -180,7 +211,7 @@ def comments_of_parameters(src: str) -> list[str]:
         if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef)):
             rows |= set(range(n.lineno, n.body[0].lineno))
         if isinstance(n, ast.ClassDef):
-            rows |= {line for b in n.body if isinstance(b, ast.AnnAssign) for line in range(b.lineno, b.end_lineno+1)}
+            rows |= {line for b in n.body if isinstance(b, ast.AnnAssign) for line in range(b.lineno, b.end_lineno + 1)}
     tokens = tokenize.generate_tokens(io.StringIO(code).readline)
     return [t.string for t in tokens if t.type == tokenize.COMMENT and t.start[0] in rows]
 
@@ -201,24 +232,47 @@ def test_committed_outputs_are_clean(path):
             assert o["output_type"] != "error"
             assert "application/vnd.jupyter.widget-view+json" not in o.get("data", {})
     assert path.stat().st_size < 1_500_000, "outputs are small"
-    here = [p for p in (Path.home(), ROOT, ROOT.parent) if p != Path(tempfile.gettempdir())]   # a checkout may lie in the folder that smoke runs write to
+    here = [
+        p for p in (Path.home(), ROOT, ROOT.parent) if p != Path(tempfile.gettempdir())
+    ]  # a checkout may lie in the folder that smoke runs write to
     assert not any(f"{p}/" in json.dumps(raw) for p in here), "no path of somebody's machine"
 
 
 def test_export_leaves_the_package_unchanged(tmp_path):
     "What nbdev would export is what is committed."
     from nbdev.export import nb_export
+
     for p in NBS:
-        nb_export(str(p), lib_path=str(tmp_path/"pillsnap"))
+        nb_export(str(p), lib_path=str(tmp_path / "pillsnap"))
     for p in NBS:
-        rel = module_of(p).replace(".", "/")+".py"
-        strip = lambda s: re.sub(r"# %% \S*?(nbs/\S+)", r"# %% \1", re.sub(r"File to edit: \S*?(nbs/\S+)", r"File to edit: \1", s))
-        assert strip((tmp_path/"pillsnap"/rel).read_text(encoding="utf-8")) == strip((ROOT/"pillsnap"/rel).read_text(encoding="utf-8")), f"{p.stem} was edited and not exported"
+        rel = module_of(p).replace(".", "/") + ".py"
+        strip = lambda s: re.sub(
+            r"# %% \S*?(nbs/\S+)", r"# %% \1", re.sub(r"File to edit: \S*?(nbs/\S+)", r"File to edit: \1", s)
+        )
+        assert strip((tmp_path / "pillsnap" / rel).read_text(encoding="utf-8")) == strip(
+            (ROOT / "pillsnap" / rel).read_text(encoding="utf-8")
+        ), f"{p.stem} was edited and not exported"
 
 
 HEAVY = ("torch", "fastai", "ultralytics", "timm", "torchvision", "matplotlib", "papermill")
-LIGHT = ["pillsnap.core.config", "pillsnap.dataset.overlay", "pillsnap.dataset.duplicates", "pillsnap.dataset.splits", "pillsnap.dataset.audit", "pillsnap.dataset.triage", "pillsnap.core.records", "pillsnap.core.jobs", "pillsnap.synth.writer", "pillsnap.delivery.truth", "pillsnap.photos.images",
-         "pillsnap.photos.boxes", "pillsnap.models.pipeline", "pillsnap.deployment.runtime", "pillsnap.evaluation.gates", "pillsnap.evaluation.advisor"]
+LIGHT = [
+    "pillsnap.core.config",
+    "pillsnap.dataset.overlay",
+    "pillsnap.dataset.duplicates",
+    "pillsnap.dataset.splits",
+    "pillsnap.dataset.audit",
+    "pillsnap.dataset.triage",
+    "pillsnap.core.records",
+    "pillsnap.core.jobs",
+    "pillsnap.synth.writer",
+    "pillsnap.delivery.truth",
+    "pillsnap.photos.images",
+    "pillsnap.photos.boxes",
+    "pillsnap.models.pipeline",
+    "pillsnap.deployment.runtime",
+    "pillsnap.evaluation.gates",
+    "pillsnap.evaluation.advisor",
+]
 
 
 @pytest.mark.parametrize("module", LIGHT)
@@ -226,7 +280,7 @@ def test_light_rooms_stay_light(module):
     "These import neither torch nor what stands on it (deployment runs without; the pure rules are pure)."
     code = f"import sys; import {module}; bad = [m for m in {HEAVY!r} if m in sys.modules]; print(bad); sys.exit(bool(bad))"
     r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert r.returncode == 0, r.stdout+r.stderr
+    assert r.returncode == 0, r.stdout + r.stderr
 
 
 def test_ultralytics_stays_behind_the_detectors_rooms():
@@ -249,7 +303,9 @@ def test_pictures_have_words(path):
         elif not c.source.startswith("#| hide"):
             data = [o.data for o in c.outputs if "data" in o]
             if any(kind.startswith("image/") for d in data for kind in d):
-                assert re.match(r'(#\|.*\n)*#\| fig-alt: "[^"]{10,}"\n', c.source), f"what is in the picture? {c.source[:200]}"
+                assert re.match(r'(#\|.*\n)*#\| fig-alt: "[^"]{10,}"\n', c.source), (
+                    f"what is in the picture? {c.source[:200]}"
+                )
             tags = [tag for d in data for tag in re.findall(r"<img[^>]*>", d.get("text/html", ""))]
             assert all("alt=" in tag for tag in tags), c.source[:200]
 

@@ -1,4 +1,5 @@
 """Pictures that a person reads figures and drug codes from."""
+
 import re
 from pathlib import Path
 
@@ -21,13 +22,13 @@ def test_letters_are_not_hinted():
 
 
 def test_every_picture_of_a_run_has_the_house_resolution(smoke_run):
-    pictures = sorted((smoke_run/"reports").glob("*.png"))
+    pictures = sorted((smoke_run / "reports").glob("*.png"))
     assert len(pictures) >= 10
     low = {p.name: Image.open(p).info.get("dpi") for p in pictures}
     assert {name: dpi for name, dpi in low.items() if not dpi or round(dpi[0]) < 160} == {}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT/"nbs").rglob("[0-9]*.ipynb")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "nbs").rglob("[0-9]*.ipynb")), ids=lambda p: p.stem)
 def test_nobody_asks_for_a_coarser_picture(path):
     "`save_fig` knows the resolution; a `savefig` of one's own would miss the hinting and the date."
     for cell in nbformat.read(path, 4).cells:

@@ -1,4 +1,5 @@
 """The processes that a command starts: gone soon after their work, also when the command itself was killed."""
+
 import os
 import signal
 import subprocess
@@ -27,12 +28,17 @@ print(*(p.pid for p in psutil.Process().children(recursive=True)), flush=True)
 def gone(pids: list[int], within: float) -> bool:
     "Whether none of them runs any more, at the latest after so many seconds."
     end = time.time() + within
-    while (left := [p for p in pids if psutil.pid_exists(p) and psutil.Process(p).status() != psutil.STATUS_ZOMBIE]) and time.time() < end: time.sleep(.2)
+    while (
+        left := [p for p in pids if psutil.pid_exists(p) and psutil.Process(p).status() != psutil.STATUS_ZOMBIE]
+    ) and time.time() < end:
+        time.sleep(0.2)
     return not left
 
 
 def start(code: str, tmp_path) -> tuple[subprocess.Popen, list[int]]:
-    p = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    p = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     pids = [int(w) for w in p.stdout.readline().split()]
     assert len(pids) >= 2, "it worked in two processes"
     return p, pids
@@ -46,19 +52,25 @@ def test_a_script_ends_at_once_and_leaves_nothing(tmp_path):
 def test_a_session_that_goes_on_gets_its_memory_back(tmp_path):
     p, pids = start(WORK + "time.sleep(600)", tmp_path)
     workers = [q for q in pids if "LokyProcess" in " ".join(psutil.Process(q).cmdline())]
-    try: assert len(workers) == 2 and gone(workers, IDLE + 60) and p.poll() is None
-    finally: p.kill(); p.wait()
+    try:
+        assert len(workers) == 2 and gone(workers, IDLE + 60) and p.poll() is None
+    finally:
+        p.kill()
+        p.wait()
 
 
 def test_processes_of_a_killed_parent_end(tmp_path):
     p, pids = start(WORK + "time.sleep(600)", tmp_path)
-    os.kill(p.pid, signal.SIGKILL); p.wait()
+    os.kill(p.pid, signal.SIGKILL)
+    p.wait()
     assert gone(pids, IDLE + 60)
 
 
 class Cluster(ThreadingBackend):
     "A backend from outside: it takes the work, and no argument it does not know."
+
     calls = []
+
     def configure(self, n_jobs=1, parallel=None, **kwargs):
         self.calls.append(kwargs)
         return super().configure(n_jobs, parallel, **kwargs)
@@ -69,13 +81,22 @@ def test_a_backend_from_outside_takes_the_work(default):
     Cluster.calls = []
     joblib.register_parallel_backend("cluster", Cluster)
     try:
-        if default: joblib.register_parallel_backend("cluster", Cluster, make_default=True); got = processes(2)(joblib.delayed(os.getpid)() for _ in range(4))
+        if default:
+            joblib.register_parallel_backend("cluster", Cluster, make_default=True)
+            got = processes(2)(joblib.delayed(os.getpid)() for _ in range(4))
         else:
-            with joblib.parallel_config(backend="cluster", n_jobs=2): got = processes()(joblib.delayed(os.getpid)() for _ in range(4))
-    finally: joblib.parallel.DEFAULT_BACKEND = "loky"; del joblib.parallel.BACKENDS["cluster"]
+            with joblib.parallel_config(backend="cluster", n_jobs=2):
+                got = processes()(joblib.delayed(os.getpid)() for _ in range(4))
+    finally:
+        joblib.parallel.DEFAULT_BACKEND = "loky"
+        del joblib.parallel.BACKENDS["cluster"]
     assert set(got) == {os.getpid()} and Cluster.calls and "idle_worker_timeout" not in Cluster.calls[0]
 
 
 def test_a_time_chosen_from_outside_stays():
-    with joblib.parallel_config(backend="loky", n_jobs=2, idle_worker_timeout=77): pool = processes()
-    assert "idle_worker_timeout" not in pool._backend_kwargs and processes(2)._backend_kwargs["idle_worker_timeout"] == IDLE
+    with joblib.parallel_config(backend="loky", n_jobs=2, idle_worker_timeout=77):
+        pool = processes()
+    assert (
+        "idle_worker_timeout" not in pool._backend_kwargs
+        and processes(2)._backend_kwargs["idle_worker_timeout"] == IDLE
+    )

@@ -1,4 +1,5 @@
 "The files around the notebooks agree with one another."
+
 import re
 import shlex
 import shutil
@@ -13,11 +14,13 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
-INI = ConfigParser(delimiters=["="]); INI.read(ROOT/"settings.ini", encoding="utf-8")
+INI = ConfigParser(delimiters=["="])
+INI.read(ROOT / "settings.ini", encoding="utf-8")
 SETTINGS = INI["DEFAULT"]
 
 
-def text(name): return (ROOT/name).read_text(encoding="utf-8")
+def text(name):
+    return (ROOT / name).read_text(encoding="utf-8")
 
 
 def pins():
@@ -30,13 +33,16 @@ def test_every_requirement_is_pinned_within_its_range(which):
     have = {canonicalize_name(n): v for n, _, v in (l.partition("==") for l in pins())}
     for r in map(Requirement, shlex.split(SETTINGS[which])):
         assert canonicalize_name(r.name) in have, f"{r.name} has no pin"
-        assert r.specifier.contains(have[canonicalize_name(r.name)]), f"{r} is pinned to {have[canonicalize_name(r.name)]}"
+        assert r.specifier.contains(have[canonicalize_name(r.name)]), (
+            f"{r} is pinned to {have[canonicalize_name(r.name)]}"
+        )
 
 
 def test_constraints_are_plain_pins():
     "Name and version alone: no address, no option, no local build; each name once."
     lines = pins()
-    for l in lines: assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*==[0-9][0-9A-Za-z.]*", l), l
+    for l in lines:
+        assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*==[0-9][0-9A-Za-z.]*", l), l
     names = [canonicalize_name(l.split("==")[0]) for l in lines]
     assert len(names) == len(set(names))
 
@@ -60,7 +66,9 @@ def test_setuptools_fits_torch():
 @pytest.mark.spec("CF7")
 def test_python_311_and_312():
     assert SETTINGS["min_python"] == "3.11" and "<3.13" in text("setup.py")
-    assert yaml.safe_load(text(".github/workflows/test.yml"))["jobs"]["test"]["strategy"]["matrix"]["python-version"] == ["3.11", "3.12"]
+    assert yaml.safe_load(text(".github/workflows/test.yml"))["jobs"]["test"]["strategy"]["matrix"][
+        "python-version"
+    ] == ["3.11", "3.12"]
 
 
 def test_nbdev_settings_that_matter():
@@ -76,20 +84,30 @@ TARGETS = {"demo", "test", "lab", "docs", "help", "clean"}
 def test_makefile_has_its_targets_and_lists_them():
     assert TARGETS <= set(re.findall(r"^([a-z-]+):", text("Makefile"), re.M))
     if shutil.which("make"):
-        out = subprocess.run(["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        out = subprocess.run(
+            ["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout
         assert TARGETS <= set(re.findall(r"^  make ([a-z-]+) ", out, re.M))
 
 
 def test_make_test_does_all_four_in_order():
     recipe = text("Makefile").partition("\ntest:")[2].partition("\n\n")[0]
-    at = [recipe.index(w) for w in ("in_step.sh clean", "in_step.sh export", "nbdev_test --n_workers 2", "python -m pytest")]
+    at = [
+        recipe.index(w)
+        for w in ("in_step.sh clean", "in_step.sh export", "nbdev_test --n_workers 2", "python -m pytest")
+    ]
     assert at == sorted(at) and recipe.splitlines()[-1].endswith("pytest"), "pytest's summary is the last line"
     assert recipe.count("OMP_NUM_THREADS=1") == 2
 
 
 def test_ci_runs_make_test_without_asking():
     ci = text(".ci/run")
-    assert ci.startswith("#!/usr/bin/env bash\n#") and "set -euo pipefail" in ci and "make --no-print-directory test </dev/null" in ci and "chromium" in ci
+    assert (
+        ci.startswith("#!/usr/bin/env bash\n#")
+        and "set -euo pipefail" in ci
+        and "make --no-print-directory test </dev/null" in ci
+        and "chromium" in ci
+    )
     assert "bash .ci/run" in text(".github/workflows/test.yml") and "make docs" in text(".github/workflows/docs.yml")
 
 
@@ -97,24 +115,37 @@ def test_ci_runs_make_test_without_asking():
 @pytest.mark.skipif(bool(shutil.which("quarto")), reason="quarto is installed: make docs would build the site")
 def test_make_docs_says_what_is_missing():
     "`-o setup`: as if the environment were ready."
-    done = subprocess.run(["make", "--no-print-directory", "-o", "setup", "docs"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        ["make", "--no-print-directory", "-o", "setup", "docs"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode != 0 and "quarto" in done.stdout and "quarto.org" in done.stdout
 
 
 @pytest.mark.spec("OP4")
 def test_commands_of_the_readme_exist():
-    if not (ROOT/"README.md").exists(): pytest.skip("README.md is not written yet")
+    if not (ROOT / "README.md").exists():
+        pytest.skip("README.md is not written yet")
     used = set(re.findall(r"^\s*(?:\$ )?make ([a-z-]+)\s*(?:#.*)?$|`make ([a-z-]+)`", text("README.md"), re.M))
     used = {a or b for a, b in used}
     assert {"demo", "test"} <= used and used <= set(re.findall(r"^([a-z-]+):", text("Makefile"), re.M)), used
-    for path in set(re.findall(r"(?<![\w/])(scripts/[\w/.]+\.sh)", text("README.md"))): assert (ROOT/path).is_file(), path
+    for path in set(re.findall(r"(?<![\w/])(scripts/[\w/.]+\.sh)", text("README.md"))):
+        assert (ROOT / path).is_file(), path
 
 
 # ---- licence, docs, changelog
 
+
 def test_licence_is_apache_with_a_plain_word_on_agpl():
     lic = text("LICENSE")
-    for part in ("Apache License\n                           Version 2.0, January 2004", "END OF TERMS AND CONDITIONS", "Grant of Patent License", "APPENDIX: How to apply", "ultralytics", "AGPL-3.0", "AI Hub"):
+    for part in (
+        "Apache License\n                           Version 2.0, January 2004",
+        "END OF TERMS AND CONDITIONS",
+        "Grant of Patent License",
+        "APPENDIX: How to apply",
+        "ultralytics",
+        "AGPL-3.0",
+        "AI Hub",
+    ):
         assert part in lic, part
     assert SETTINGS["license"] == "apache2" and 'license="Apache-2.0"' in text("setup.py")
 
@@ -124,11 +155,11 @@ def test_changelog_has_this_version():
 
 
 def test_quarto_file_is_at_the_root_and_linked():
-    link = ROOT/"nbs/_quarto.yml"
-    assert link.is_symlink() and link.readlink() == Path("../_quarto.yml") and link.resolve() == ROOT/"_quarto.yml"
+    link = ROOT / "nbs/_quarto.yml"
+    assert link.is_symlink() and link.readlink() == Path("../_quarto.yml") and link.resolve() == ROOT / "_quarto.yml"
     q = yaml.safe_load(text("_quarto.yml"))
     assert q["project"]["type"] == "website" and q["metadata-files"] == ["nbdev.yml", "sidebar.yml"]
-    assert (ROOT/"nbs"/q["format"]["html"]["css"]).is_file()
+    assert (ROOT / "nbs" / q["format"]["html"]["css"]).is_file()
 
 
 @pytest.mark.parametrize("name", ["test", "docs"])
@@ -140,8 +171,19 @@ def test_workflows_parse(name):
 @pytest.mark.spec("CF7")
 def test_no_path_of_this_machine_in_the_tree():
     "Neither this checkout's folder nor the home of whoever wrote it, nor a drive letter."
-    for p in sorted([*ROOT.glob("*.*"), *ROOT.glob("nbs/**/*.ipynb"), *ROOT.glob("pillsnap/**/*.py"), *ROOT.glob("scripts/**/*.sh"), *ROOT.glob("configs/*.yaml"), ROOT/"Makefile"]):
-        if not p.is_file() or p.suffix == ".png": continue
+    for p in sorted(
+        [
+            *ROOT.glob("*.*"),
+            *ROOT.glob("nbs/**/*.ipynb"),
+            *ROOT.glob("pillsnap/**/*.py"),
+            *ROOT.glob("scripts/**/*.sh"),
+            *ROOT.glob("configs/*.yaml"),
+            ROOT / "Makefile",
+        ]
+    ):
+        if not p.is_file() or p.suffix == ".png":
+            continue
         body = p.read_text(encoding="utf-8")
         assert f"{ROOT}/" not in body and f"{Path.home()}/" not in body, p
-        if p.suffix in (".sh", ".yaml", ".py"): assert not re.search(r"['\"][A-Za-z]:\\\\?[A-Za-z]", body), p
+        if p.suffix in (".sh", ".yaml", ".py"):
+            assert not re.search(r"['\"][A-Za-z]:\\\\?[A-Za-z]", body), p

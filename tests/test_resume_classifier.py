@@ -1,4 +1,5 @@
 """kill -9 in the middle of the classifier, then the same command (SPEC CT16, X73, BX8)."""
+
 import os
 import signal
 import subprocess
@@ -26,55 +27,68 @@ def command(root):
     return [sys.executable, "-c", code]
 
 
-def job(root, *more): return ClassifierJob(run_dir=str(root), config="smoke", overrides=(*OVERRIDES, *more), epochs=EPOCHS)
+def job(root, *more):
+    return ClassifierJob(run_dir=str(root), config="smoke", overrides=(*OVERRIDES, *more), epochs=EPOCHS)
 
 
 @pytest.fixture(scope="module")
 def killed(delivery, tmp_path_factory):
     "A run folder whose classifier was killed after its first epoch."
-    root = split_folder(tmp_path_factory.mktemp("killed")/"run", delivery)
-    last = root/"checkpoints"/"classifier"/"last.pt"
-    p = subprocess.Popen(command(root), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    root = split_folder(tmp_path_factory.mktemp("killed") / "run", delivery)
+    last = root / "checkpoints" / "classifier" / "last.pt"
+    p = subprocess.Popen(
+        command(root), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     try:
-        end = time.monotonic()+120
-        while not last.exists() and p.poll() is None and time.monotonic() < end: time.sleep(.01)
+        end = time.monotonic() + 120
+        while not last.exists() and p.poll() is None and time.monotonic() < end:
+            time.sleep(0.01)
         p.send_signal(signal.SIGKILL)
         err = p.communicate()[1].decode()
-    finally: p.kill()
+    finally:
+        p.kill()
     assert p.returncode == -signal.SIGKILL, err
     return root
 
 
 @pytest.mark.spec("CT15", "BX8")
 def test_a_checkpoint_of_something_else_is_refused_in_plain_words(killed):
-    done = load_ckpt(killed/"checkpoints"/"classifier"/"last.pt")["epoch"]
+    done = load_ckpt(killed / "checkpoints" / "classifier" / "last.pt")["epoch"]
     assert 1 <= done < EPOCHS and read_record(killed, "classifier")["status"] == "running"
-    with pytest.raises(PillsnapError, match="test_resnet.*test_byobnet"): job(killed, "train.classification.backbone=test_byobnet").run()
-    with pytest.raises(PillsnapError, match=r"lr: 0.003 -> 0.5"): job(killed, "train.classification.lr=0.5").run()
+    with pytest.raises(PillsnapError, match="test_resnet.*test_byobnet"):
+        job(killed, "train.classification.backbone=test_byobnet").run()
+    with pytest.raises(PillsnapError, match=r"lr: 0.003 -> 0.5"):
+        job(killed, "train.classification.lr=0.5").run()
     fewer = "data.progressive_validation.stage_0.max_classes=4"
     SplitsJob(run_dir=str(killed), config="smoke", overrides=(*OVERRIDES, fewer), near_duplicates=False).run()
-    with pytest.raises(PillsnapError, match="another class map.*6 classes in the checkpoint, 4 in the data"): job(killed, fewer).run()
+    with pytest.raises(PillsnapError, match="another class map.*6 classes in the checkpoint, 4 in the data"):
+        job(killed, fewer).run()
     SplitsJob(run_dir=str(killed), config="smoke", overrides=OVERRIDES, near_duplicates=False).run()
-    assert load_ckpt(killed/"checkpoints"/"classifier"/"last.pt")["epoch"] == done   # refusals leave everything as it was
+    assert (
+        load_ckpt(killed / "checkpoints" / "classifier" / "last.pt")["epoch"] == done
+    )  # refusals leave everything as it was
 
 
 @pytest.mark.spec("CT16", "CT22")
 def test_the_same_command_goes_on_and_ends_as_if_nothing_had_happened(killed, delivery, tmp_path):
-    done = load_ckpt(killed/"checkpoints"/"classifier"/"last.pt")["epoch"]
+    done = load_ckpt(killed / "checkpoints" / "classifier" / "last.pt")["epoch"]
     said = subprocess.run(command(killed), capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert said.returncode == 0, said.stderr[-2000:]
-    assert f"after epoch {done} of {EPOCHS}" in said.stdout+said.stderr
+    assert f"after epoch {done} of {EPOCHS}" in said.stdout + said.stderr
     assert read_record(killed, "classifier")["status"] == "finished"
-    rows = read_json(killed/"reports"/"metrics.json")["history"]
-    assert [r["epoch"] for r in rows] == list(range(1, EPOCHS+1))
+    rows = read_json(killed / "reports" / "metrics.json")["history"]
+    assert [r["epoch"] for r in rows] == list(range(1, EPOCHS + 1))
 
-    straight = split_folder(tmp_path/"straight", delivery)
+    straight = split_folder(tmp_path / "straight", delivery)
     res = job(straight).run()
     assert res.record["status"] == "finished" and load_stage(straight, 0).class_map == load_stage(killed, 0).class_map
-    a, b = (load_ckpt(r/"checkpoints"/"classifier"/"last.pt") for r in (straight, killed))
+    a, b = (load_ckpt(r / "checkpoints" / "classifier" / "last.pt") for r in (straight, killed))
     assert a["epoch"] == b["epoch"] == EPOCHS and a["best_metric"] == b["best_metric"]
-    for k, v in a["model_state"].items(): assert torch.allclose(v.float(), b["model_state"][k].float(), atol=1e-5), k
-    assert [r["classification"]["acc"] for r in rows] == [r["classification"]["acc"] for r in read_json(straight/"reports"/"metrics.json")["history"]]
+    for k, v in a["model_state"].items():
+        assert torch.allclose(v.float(), b["model_state"][k].float(), atol=1e-5), k
+    assert [r["classification"]["acc"] for r in rows] == [
+        r["classification"]["acc"] for r in read_json(straight / "reports" / "metrics.json")["history"]
+    ]
 
 
 @pytest.mark.spec("CT16")
@@ -82,4 +96,5 @@ def test_a_finished_run_is_begun_again_only_when_it_is_asked_for(killed):
     "After the end, `auto` begins anew and `last` has nothing left to train."
     again = job(killed, "train.resume=last").run()
     assert any("Training took 0 s" in n for n in again.notes)
-    with pytest.raises(PillsnapError, match="another configuration"): job(killed, "train.resume=last", "train.classification.label_smoothing=0.2").run()
+    with pytest.raises(PillsnapError, match="another configuration"):
+        job(killed, "train.resume=last", "train.classification.label_smoothing=0.2").run()

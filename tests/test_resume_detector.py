@@ -1,4 +1,5 @@
 """The detector is killed in the middle of an epoch; the same command goes on and ends where an undisturbed run ends."""
+
 import importlib.util
 import json
 import os
@@ -29,12 +30,23 @@ COMMAND = textwrap.dedent("""
 
 def command(run: Path, home: Path, out: Path) -> subprocess.Popen:
     home.mkdir(exist_ok=True)
-    env = {k: v for k, v in os.environ.items() if not k.startswith("YOLO_")} | {"HOME": str(home), "XDG_CONFIG_HOME": str(home), "MPLCONFIGDIR": str(home.parent/"mpl"), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", COMMAND, str(run)], env=env, stdout=open(out, "w"), stderr=subprocess.STDOUT, start_new_session=True)
+    env = {k: v for k, v in os.environ.items() if not k.startswith("YOLO_")} | {
+        "HOME": str(home),
+        "XDG_CONFIG_HOME": str(home),
+        "MPLCONFIGDIR": str(home.parent / "mpl"),
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", COMMAND, str(run)],
+        env=env,
+        stdout=open(out, "w"),
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
 
 
 def log_of(run: Path) -> str:
-    f = run/"logs"/"pillsnap.detector.log"
+    f = run / "logs" / "pillsnap.detector.log"
     return f.read_text(encoding="utf-8") if f.exists() else ""
 
 
@@ -44,10 +56,11 @@ def prepared(tmp_path_factory, delivery) -> Path:
     from pillsnap.core.config import load_config
     from pillsnap.core.jobs import RunFolder
     from pillsnap.dataset.splits import smoke_splits
+
     tmp = tmp_path_factory.mktemp("resume_detector")
     for name in ("killed", "straight"):
-        run = RunFolder(tmp/name, "splits")
-        (tmp/name/"delivery").symlink_to(delivery)
+        run = RunFolder(tmp / name, "splits")
+        (tmp / name / "delivery").symlink_to(delivery)
         smoke_splits(run, load_config("smoke", ["data.detection.img_size=64"]))
     return tmp
 
@@ -56,27 +69,28 @@ def prepared(tmp_path_factory, delivery) -> Path:
 def test_killed_in_the_second_epoch(prepared):
     from pillsnap.core.checkpoints import load_ckpt
     import torch
-    run, straight = prepared/"killed", prepared/"straight"
-    out = {n: prepared/f"{n}.txt" for n in ("straight", "killed", "resumed")}
-    other = command(straight, prepared/"home1", out["straight"])
-    p = command(run, prepared/"home2", out["killed"])
+
+    run, straight = prepared / "killed", prepared / "straight"
+    out = {n: prepared / f"{n}.txt" for n in ("straight", "killed", "resumed")}
+    other = command(straight, prepared / "home1", out["straight"])
+    p = command(run, prepared / "home2", out["killed"])
     t0 = time.time()
-    while "e=2/2" not in log_of(run):   # the first line of the second epoch: the first is in last.pt
-        assert p.poll() is None and time.time()-t0 < 240, out["killed"].read_text()[-3000:]
-        time.sleep(.02)
+    while "e=2/2" not in log_of(run):  # the first line of the second epoch: the first is in last.pt
+        assert p.poll() is None and time.time() - t0 < 240, out["killed"].read_text()[-3000:]
+        time.sleep(0.02)
     os.killpg(p.pid, signal.SIGKILL)
     p.wait()
-    at = load_ckpt(run/"checkpoints"/"detector"/"last.pt")
-    record = json.loads((run/"stages"/"detector.json").read_text())
+    at = load_ckpt(run / "checkpoints" / "detector" / "last.pt")
+    record = json.loads((run / "stages" / "detector.json").read_text())
     assert at["epoch"] == 1 and record["status"] == "running"
 
-    again = command(run, prepared/"home2", out["resumed"])
+    again = command(run, prepared / "home2", out["resumed"])
     codes = [q.wait(timeout=240) for q in (again, other)]
     assert codes == [0, 0], [out[n].read_text()[-2000:] for n in ("resumed", "straight")]
     assert "resume: epoch 1 is done, 1 of 2 to go" in log_of(run)
     result, undisturbed = (json.loads(out[n].read_text().split("RESULT ")[-1]) for n in ("resumed", "straight"))
 
-    a, b = (load_ckpt(r/"checkpoints"/"detector"/"last.pt") for r in (run, straight))
+    a, b = (load_ckpt(r / "checkpoints" / "detector" / "last.pt") for r in (run, straight))
     for part in ("model_state", "ema_state"):
         for k, v in b[part].items():
             torch.testing.assert_close(a[part][k], v, rtol=1e-5, atol=1e-6, msg=lambda m: f"{part} {k}: {m}")

@@ -1,4 +1,5 @@
 """The web site as Quarto gets it: nbdev's processed pages of a copy. Quarto itself is not needed."""
+
 import json
 import os
 import re
@@ -15,19 +16,35 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 ROOT = Path(__file__).resolve().parents[1]
 SITE = "https://pillsnap.github.io/pillsnap/"
 SOURCE = "https://github.com/pillsnap/pillsnap/blob/main/"
-COPIED = ("settings.ini", "setup.py", "pyproject.toml", "README.md", "LICENSE", "_quarto.yml", "nbs", "pillsnap", "configs")
+COPIED = (
+    "settings.ini",
+    "setup.py",
+    "pyproject.toml",
+    "README.md",
+    "LICENSE",
+    "_quarto.yml",
+    "nbs",
+    "pillsnap",
+    "configs",
+)
 LOST = "This sentence stands in the cell of the title."
 
 
 def process(copy: Path) -> None:
     "Run nbdev_proc_nbs on a copy. nbdev installs things where it finds no `quarto`: the one it finds here does nothing."
-    quarto = copy/"bin"/"quarto"
+    quarto = copy / "bin" / "quarto"
     quarto.parent.mkdir()
     quarto.write_text("#!/bin/sh\nexit 1\n")
     quarto.chmod(0o755)
     path = os.pathsep.join([str(quarto.parent), str(Path(sys.executable).parent), os.environ["PATH"]])
     env = {**os.environ, "PATH": path, "PYTHONPATH": str(copy), "PYTHONWARNINGS": "ignore"}
-    r = subprocess.run(["nbdev_proc_nbs", "--n_workers", "2", "--file_re", r"\.(?:ipynb|qmd|html)$"], cwd=copy, env=env, capture_output=True, text=True)
+    r = subprocess.run(
+        ["nbdev_proc_nbs", "--n_workers", "2", "--file_re", r"\.(?:ipynb|qmd|html)$"],
+        cwd=copy,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     assert r.returncode == 0, r.stderr[-3000:]
 
 
@@ -36,20 +53,24 @@ def site(tmp_path_factory) -> Path:
     "The processed pages, and one page more whose prose stands in the cell of the title."
     copy = tmp_path_factory.mktemp("site")
     for name in COPIED:
-        source = ROOT/name
+        source = ROOT / name
         if source.is_dir():
-            shutil.copytree(source, copy/name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+            shutil.copytree(
+                source, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+            )
         else:
-            shutil.copy(source, copy/name)
+            shutil.copy(source, copy / name)
     first = new_markdown_cell(f"# A page\n\n> What it is for.\n\n{LOST}")
     kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
-    nbformat.write(new_notebook(cells=[first, new_code_cell("1 + 1")], metadata=kernel), copy/"nbs"/"zz_lost.ipynb")
+    nbformat.write(new_notebook(cells=[first, new_code_cell("1 + 1")], metadata=kernel), copy / "nbs" / "zz_lost.ipynb")
     process(copy)
     return copy
 
 
 def pages(site: Path) -> list[str]:
-    return sorted(p.relative_to(site/"nbs").as_posix() for p in (site/"nbs").rglob("*.ipynb") if p.name != "zz_lost.ipynb")
+    return sorted(
+        p.relative_to(site / "nbs").as_posix() for p in (site / "nbs").rglob("*.ipynb") if p.name != "zz_lost.ipynb"
+    )
 
 
 def read(path: Path) -> nbformat.NotebookNode:
@@ -83,10 +104,12 @@ def lost_prose(source: Path, processed: Path) -> list[str]:
 
 def test_all_prose_reaches_the_site(site):
     "Introductions above all: nbdev takes the whole first cell of a notebook as front matter."
-    lost = {name: gone for name in pages(site) if (gone := lost_prose(site/"nbs"/name, site/"_proc"/name))}
+    lost = {name: gone for name in pages(site) if (gone := lost_prose(site / "nbs" / name, site / "_proc" / name))}
     assert lost == {}
-    assert lost_prose(site/"nbs"/"zz_lost.ipynb", site/"_proc"/"zz_lost.ipynb") == [LOST], "this test would not see a loss"
-    home = cells(site/"_proc"/"index.ipynb", "markdown")
+    assert lost_prose(site / "nbs" / "zz_lost.ipynb", site / "_proc" / "zz_lost.ipynb") == [LOST], (
+        "this test would not see a loss"
+    )
+    home = cells(site / "_proc" / "index.ipynb", "markdown")
     assert sum(len(c.source.split()) for c in home) > 500, "the home page is the README"
 
 
@@ -123,31 +146,46 @@ def dead(site: Path, link: str, page: str, outputs: dict[str, str], known: dict[
     "Whether a link of a page leads nowhere; addresses of other sites are not asked."
     target, _, anchor = link.partition("#")
     if link.startswith(SOURCE):
-        return not (ROOT/target.removeprefix(SOURCE)).exists()
+        return not (ROOT / target.removeprefix(SOURCE)).exists()
     if target.startswith(SITE):
         target = outputs.get(target.removeprefix(SITE), "no such page")
     elif re.match(r"\w+:", target):
         return False
     elif target:
-        target = os.path.normpath(Path(page).parent/target)
+        target = os.path.normpath(Path(page).parent / target)
     target = target or page
-    if not (site/"_proc"/target).is_file() or target.endswith(".html"):
+    if not (site / "_proc" / target).is_file() or target.endswith(".html"):
         return True
     return bool(anchor) and target.endswith(".ipynb") and anchor.lower() not in known[target]
 
 
 def test_links_lead_somewhere(site):
-    front = {name: yaml.safe_load(cells(site/"_proc"/name, "raw")[0].source.strip().strip("-")) for name in pages(site)}
-    outputs = {(Path(name).parent/f["output-file"]).as_posix(): name for name, f in front.items()}
-    assert outputs["photos/png.html"] == "photos/300_png.ipynb", "a page is not called as its notebook: link to the notebook"
-    known = {name: anchors(site/"_proc"/name) for name in pages(site)}
-    assert [(name, link) for name in pages(site) for link in sorted(links(site/"_proc"/name)) if dead(site, link, name, outputs, known)] == []
-    for wrong in ("LICENSE", "photos/300_png.html", "images/none.png", SITE+"core/config.html#nowhere", SOURCE+"none.py"):
+    front = {
+        name: yaml.safe_load(cells(site / "_proc" / name, "raw")[0].source.strip().strip("-")) for name in pages(site)
+    }
+    outputs = {(Path(name).parent / f["output-file"]).as_posix(): name for name, f in front.items()}
+    assert outputs["photos/png.html"] == "photos/300_png.ipynb", (
+        "a page is not called as its notebook: link to the notebook"
+    )
+    known = {name: anchors(site / "_proc" / name) for name in pages(site)}
+    assert [
+        (name, link)
+        for name in pages(site)
+        for link in sorted(links(site / "_proc" / name))
+        if dead(site, link, name, outputs, known)
+    ] == []
+    for wrong in (
+        "LICENSE",
+        "photos/300_png.html",
+        "images/none.png",
+        SITE + "core/config.html#nowhere",
+        SOURCE + "none.py",
+    ):
         assert dead(site, wrong, "index.ipynb", outputs, known), f"this test would not see {wrong}"
 
 
 def test_every_page_stands_in_the_sidebar_once(site):
-    contents = yaml.safe_load((site/"nbs"/"sidebar.yml").read_text())["website"]["sidebar"]["contents"]
+    contents = yaml.safe_load((site / "nbs" / "sidebar.yml").read_text())["website"]["sidebar"]["contents"]
     entries = [e for c in contents for e in c.get("contents", [c])]
     assert sorted(e["href"] for e in entries) == pages(site)
     assert all(e["text"] for e in entries)
@@ -156,7 +194,7 @@ def test_every_page_stands_in_the_sidebar_once(site):
 def test_signatures_hold_no_links_and_no_annotations(site):
     "What a reader would see as raw Markdown, or as `stage:Annotated`."
     for name in pages(site):
-        for text in shown_texts(site/"_proc"/name):
+        for text in shown_texts(site / "_proc" / name):
             for signature in re.findall(r"```python\n(.*?)```", text, re.S):
                 assert "](http" not in signature and "Annotated" not in signature, (name, signature)
 
@@ -164,7 +202,8 @@ def test_signatures_hold_no_links_and_no_annotations(site):
 def test_the_command_line_page_shows_every_commands_help(site):
     import typer.main
     from pillsnap.cli import app
-    page = "\n".join(shown_texts(site/"_proc"/"920_cli.ipynb"))
+
+    page = "\n".join(shown_texts(site / "_proc" / "920_cli.ipynb"))
     for name, command in typer.main.get_command(app).commands.items():
         shown = re.search(rf"^### {name}\n\n```text\n(.*?)```", page, re.S | re.M)
         assert shown, f"run nbs/920_cli.ipynb again: {name} is not on its page"

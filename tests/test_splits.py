@@ -1,4 +1,5 @@
 """Splits: what may not be parted stays together, whatever is fed in; stages nest; what is kept is checked."""
+
 import json
 import logging
 import shutil
@@ -16,18 +17,29 @@ from pillsnap.dataset import splits as S
 from pillsnap.dataset.splits import Quota, group_keys, image_split, load_splits, load_stage, make_splits, tidy_records
 
 QUIET = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
-logging.getLogger("pillsnap.splits").addFilter(lambda r: r.levelno > logging.WARNING)   # the notices are asserted as `notes`
+logging.getLogger("pillsnap.splits").addFilter(
+    lambda r: r.levelno > logging.WARNING
+)  # the notices are asserted as `notes`
 
 
 def delivery_of(drugs, combos, dups=()) -> pd.DataFrame:
     "Rows of a manifest: `drugs` lists the photos of each group of each drug."
-    rows = [dict(path=f"s/K-{d:06d}_{g}_{v}.png", class_key=f"K-{d:06d}", kind="single", group_id=f"K-{d:06d}_{g}")
-            for d, groups in enumerate(drugs) for g, n in enumerate(groups) for v in range(n)]
+    rows = [
+        dict(path=f"s/K-{d:06d}_{g}_{v}.png", class_key=f"K-{d:06d}", kind="single", group_id=f"K-{d:06d}_{g}")
+        for d, groups in enumerate(drugs)
+        for g, n in enumerate(groups)
+        for v in range(n)
+    ]
     for c in range(combos):
         code = f"K-c{c:03d}"
-        rows += [dict(path=f"c/{code}_{v}.png", class_key=f"K-{(c + k) % len(drugs):06d}", kind="combo", group_id=code) for v in range(3) for k in range(3)]
+        rows += [
+            dict(path=f"c/{code}_{v}.png", class_key=f"K-{(c + k) % len(drugs):06d}", kind="combo", group_id=code)
+            for v in range(3)
+            for k in range(3)
+        ]
     df = pd.DataFrame(rows).assign(dup_id="")
-    for name, a, b in dups: df.loc[[a % len(df), b % len(df)], "dup_id"] = f"d{name}"
+    for name, a, b in dups:
+        df.loc[[a % len(df), b % len(df)], "dup_id"] = f"d{name}"
     return df
 
 
@@ -51,21 +63,41 @@ def sides(sp, df, group_by):
 
 @pytest.mark.spec("BX1", "X46")
 @QUIET
-@given(deliveries(), st.sampled_from(["capture", "drug", "image"]), st.integers(0, 10**6), st.sampled_from([(.85, .15), (.8, .1, .1), (.7, .15, .15), (.5, .5)]),
-       st.one_of(st.none(), st.integers(2, 60)), st.integers(0, 40), st.booleans(), st.sampled_from([0., .05, .3]))
+@given(
+    deliveries(),
+    st.sampled_from(["capture", "drug", "image"]),
+    st.integers(0, 10**6),
+    st.sampled_from([(0.85, 0.15), (0.8, 0.1, 0.1), (0.7, 0.15, 0.15), (0.5, 0.5)]),
+    st.one_of(st.none(), st.integers(2, 60)),
+    st.integers(0, 40),
+    st.booleans(),
+    st.sampled_from([0.0, 0.05, 0.3]),
+)
 def test_no_group_crosses(df, group_by, seed, ratio, samples, gate, stratified, sealed):
     "No group lies on two sides, for every grouping, ratio, size and seed; the pool takes nothing that teaches."
-    sp = make_splits(df, split_ratio=ratio, seed=seed, group_by=group_by, max_samples=samples, min_eval_samples=gate, stratified=stratified, test_known_ratio=sealed)
+    sp = make_splits(
+        df,
+        split_ratio=ratio,
+        seed=seed,
+        group_by=group_by,
+        max_samples=samples,
+        min_eval_samples=gate,
+        stratified=stratified,
+        test_known_ratio=sealed,
+    )
     g = sides(sp, df, group_by)
-    for a, b in combinations(("train", "val", "test"), 2): assert not g[a] & g[b], (a, b, g[a] & g[b])
+    for a, b in combinations(("train", "val", "test"), 2):
+        assert not g[a] & g[b], (a, b, g[a] & g[b])
     assert not g["pool"] & (g["train"] | g["test"])
     part = lambda name: sp.pool[sp.pool["split"] == name]
     assert set(part("val")["path"]) == set(sp.val["path"]) and set(sp.pool["split"]) <= {"val", "calib", "clean"}
     tidy = tidy_records(df)
     of = dict(zip(tidy["path"], group_keys(tidy, group_by)))
     names = {k: {of[p] for p in part(k)["path"]} for k in ("val", "calib", "clean")}
-    for a, b in combinations(names, 2): assert not names[a] & names[b], (a, b, names[a] & names[b])
-    if not gate: assert set(sp.pool["split"]) <= {"val"}
+    for a, b in combinations(names, 2):
+        assert not names[a] & names[b], (a, b, names[a] & names[b])
+    if not gate:
+        assert set(sp.pool["split"]) <= {"val"}
 
 
 @pytest.mark.spec("BX1")
@@ -81,7 +113,13 @@ def test_duplicates_stay_together(df, seed):
 
 @pytest.mark.spec("BX20", "SP5", "SP10")
 @QUIET
-@given(deliveries(), st.integers(0, 99), st.lists(st.tuples(st.integers(1, 30), st.integers(1, 4), st.integers(0, 30), st.integers(1, 6)), min_size=2, max_size=4))
+@given(
+    deliveries(),
+    st.integers(0, 99),
+    st.lists(
+        st.tuples(st.integers(1, 30), st.integers(1, 4), st.integers(0, 30), st.integers(1, 6)), min_size=2, max_size=4
+    ),
+)
 def test_stages_nest(df, seed, steps):
     "Classes and samples of a small stage lie in every larger one; what judged never teaches."
     quotas, n, c, combos = [], 0, 0, 0
@@ -92,12 +130,21 @@ def test_stages_nest(df, seed, steps):
     p = [{k: set(getattr(s, k)["path"]) for k in ("train", "val", "pool", "test")} for s in stages]
     for a, b in combinations(range(len(stages)), 2):
         assert set(stages[a].classes) <= set(stages[b].classes)
-        assert p[a]["train"] <= p[b]["train"] and p[a]["val"] <= p[b]["val"] and p[a]["pool"] <= p[b]["pool"] and p[a]["test"] == p[b]["test"]
+        assert (
+            p[a]["train"] <= p[b]["train"]
+            and p[a]["val"] <= p[b]["val"]
+            and p[a]["pool"] <= p[b]["pool"]
+            and p[a]["test"] == p[b]["test"]
+        )
     for a in range(len(stages)):
         singles = sum((getattr(stages[a], k)["kind"] == "single").sum() for k in ("train", "val"))
         assert singles <= quotas[a].max_samples and len(stages[a].classes) <= quotas[a].max_classes
-        assert pd.concat([stages[a].train, stages[a].val]).query("kind == 'combo'")["path"].nunique() <= quotas[a].max_combos
-        for b in range(len(stages)): assert not p[a]["train"] & (p[b]["val"] | p[b]["pool"] | p[b]["test"])
+        assert (
+            pd.concat([stages[a].train, stages[a].val]).query("kind == 'combo'")["path"].nunique()
+            <= quotas[a].max_combos
+        )
+        for b in range(len(stages)):
+            assert not p[a]["train"] & (p[b]["val"] | p[b]["pool"] | p[b]["test"])
 
 
 @pytest.mark.spec("SP10")
@@ -105,9 +152,11 @@ def test_stages_nest(df, seed, steps):
 @given(deliveries(), st.integers(0, 99), st.randoms(use_true_random=False))
 def test_row_order_does_not_matter(df, seed, rnd):
     "The same seed gives the same tables, however the rows came in."
-    order = list(range(len(df))); rnd.shuffle(order)
+    order = list(range(len(df)))
+    rnd.shuffle(order)
     a, b = (make_splits(d, seed=seed, max_samples=20) for d in (df, df.iloc[order]))
-    for k in ("train", "val", "pool", "test"): pd.testing.assert_frame_equal(getattr(a, k), getattr(b, k))
+    for k in ("train", "val", "pool", "test"):
+        pd.testing.assert_frame_equal(getattr(a, k), getattr(b, k))
     assert a.params == b.params
 
 
@@ -118,7 +167,10 @@ def test_ratio_and_every_drug_judged(seed):
     sp, df = make_splits(full(), seed=seed), full()
     n = {k: len(getattr(sp, k).query("kind == 'single'")) for k in ("train", "val", "test")}
     assert sum(n.values()) == len(df.query("kind == 'single'")) and not sp.notes
-    assert abs(n["val"] / (n["train"] + n["val"]) - .15) < .005 and abs(n["test"] / len(df.query("kind == 'single'")) - .05) < .005
+    assert (
+        abs(n["val"] / (n["train"] + n["val"]) - 0.15) < 0.005
+        and abs(n["test"] / len(df.query("kind == 'single'")) - 0.05) < 0.005
+    )
     per = sp.val.query("kind == 'single'").groupby("class_key")["group_id"].nunique()
     assert set(per.index) == set(df["class_key"]) and per.between(2, 3).all()
 
@@ -135,21 +187,22 @@ def test_a_drug_with_two_groups_is_judged_and_taught(groups, seed):
         assert (sp.val["class_key"] == k).any() == (g > 1)
     single = [f"K-{i:06d}" for i, g in enumerate(groups) if g == 1]
     assert bool(single) == any("no photo in val" in n for n in sp.notes)
-    if single: assert single[0] in next(n for n in sp.notes if "no photo in val" in n)
+    if single:
+        assert single[0] in next(n for n in sp.notes if "no photo in val" in n)
 
 
 @pytest.mark.spec("SP1")
 def test_one_drug_falls_back_to_random_groups():
     sp = make_splits(delivery_of([[4] * 18], 0))
-    assert "only one drug" in sp.notes[0] and abs(len(sp.val) / (len(sp.train) + len(sp.val)) - .15) < .05
+    assert "only one drug" in sp.notes[0] and abs(len(sp.val) / (len(sp.train) + len(sp.val)) - 0.15) < 0.05
     assert not set(sp.val["group_id"]) & set(sp.train["group_id"])
 
 
 @pytest.mark.spec("SP1")
 def test_three_part_ratio_gives_a_test_of_its_own():
-    sp = make_splits(full(combos=0), split_ratio=(.8, .1, .1))
+    sp = make_splits(full(combos=0), split_ratio=(0.8, 0.1, 0.1))
     n = len(full(combos=0))
-    assert abs(len(sp.test) / n - .1) < .01 and abs(len(sp.val) / n - .1) < .01
+    assert abs(len(sp.test) / n - 0.1) < 0.01 and abs(len(sp.val) / n - 0.1) < 0.01
     assert set(sp.test["class_key"]) == set(full()["class_key"])
 
 
@@ -157,7 +210,7 @@ def test_three_part_ratio_gives_a_test_of_its_own():
 @pytest.mark.parametrize("n", (60, 333, 1000))
 def test_max_samples_is_exact_and_uniform(n):
     sp = make_splits(full(combos=0), max_samples=n)
-    assert (len(sp.train), len(sp.val)) == (n - round(.15 * n), round(.15 * n))
+    assert (len(sp.train), len(sp.val)) == (n - round(0.15 * n), round(0.15 * n))
     counts, have = (x.train["class_key"].value_counts().sort_index() for x in (sp, make_splits(full(combos=0))))
     assert len(counts) == 20 and (counts - have * len(sp.train) / have.sum()).abs().max() <= 1
 
@@ -187,25 +240,43 @@ def test_combos_have_a_nested_quota_of_their_own():
     "Exactly so many photos, of any drug, with all their pills, .15 of them validating; every stage has all clean combos in its pool; singles do not notice."
     quotas = [Quota(1, 50, 3, 9, 20), Quota(2, 300, 10, 20, 60), Quota(3, 600, 20, 30)]
     s = [make_splits(full(combos=40), quotas=quotas, stage=q.stage) for q in quotas]
-    combos = [{k: set(getattr(x, k).query("kind == 'combo'")["path"]) for k in ("train", "val", "pool", "test")} for x in s]
+    combos = [
+        {k: set(getattr(x, k).query("kind == 'combo'")["path"]) for k in ("train", "val", "pool", "test")} for x in s
+    ]
     assert [(len(c["train"]), len(c["val"])) for c in combos[:2]] == [(17, 3), (51, 9)]
     clean = set(s[0].pool.query("kind == 'combo' and split == 'clean'")["path"])
-    assert len(clean) == 18 and len(combos[2]["train"] | combos[2]["val"] | combos[2]["test"] | clean) == 120, "the last stage takes all"
-    for c in combos: assert c["pool"] == c["val"] | clean
-    for a, b in combinations(combos, 2): assert a["train"] < b["train"] and a["val"] < b["val"] and not (a["train"] | b["train"]) & (a["pool"] | b["pool"])
-    assert (s[0].train.query("kind == 'combo'").groupby("path").size() == 3).all() and set(s[0].train.query("kind == 'combo'")["class_key"]) - set(s[0].classes)
+    assert len(clean) == 18 and len(combos[2]["train"] | combos[2]["val"] | combos[2]["test"] | clean) == 120, (
+        "the last stage takes all"
+    )
+    for c in combos:
+        assert c["pool"] == c["val"] | clean
+    for a, b in combinations(combos, 2):
+        assert (
+            a["train"] < b["train"] and a["val"] < b["val"] and not (a["train"] | b["train"]) & (a["pool"] | b["pool"])
+        )
+    assert (s[0].train.query("kind == 'combo'").groupby("path").size() == 3).all() and set(
+        s[0].train.query("kind == 'combo'")["class_key"]
+    ) - set(s[0].classes)
     plain = make_splits(full(combos=40), quotas=[q._replace(max_combos=None) for q in quotas], stage=1)
-    for k in ("train", "val", "pool", "test"): assert list(getattr(plain, k).query("kind == 'single'")["path"]) == list(getattr(s[0], k).query("kind == 'single'")["path"])
-    with pytest.raises(PillsnapError, match="cannot hold the .* of the stage before"): make_splits(full(combos=40), quotas=[quotas[1], Quota(3, 600, 20, 0, 30)])
+    for k in ("train", "val", "pool", "test"):
+        assert list(getattr(plain, k).query("kind == 'single'")["path"]) == list(
+            getattr(s[0], k).query("kind == 'single'")["path"]
+        )
+    with pytest.raises(PillsnapError, match="cannot hold the .* of the stage before"):
+        make_splits(full(combos=40), quotas=[quotas[1], Quota(3, 600, 20, 0, 30)])
 
 
 @pytest.mark.spec("SP10", "SP5")
 def test_the_four_stages_bring_their_combos():
     from pillsnap.core.config import load_config
+
     of = lambda *more: [(q.stage, q.max_combos) for q in S.stage_quotas(load_config("two_stage", list(more)))]
     assert of() == [(1, 500), (2, 2500), (3, 10_000), (4, None)]
     assert of("data.progressive_validation.stage_2.max_combos=700")[1] == (2, 700)
-    for demo in ("demo", "smoke"): assert [(q.stage, q.max_combos) for q in S.stage_quotas(load_config(demo))] == [(0, None)], "the demo's combos are few and all teach"
+    for demo in ("demo", "smoke"):
+        assert [(q.stage, q.max_combos) for q in S.stage_quotas(load_config(demo))] == [(0, None)], (
+            "the demo's combos are few and all teach"
+        )
 
 
 @pytest.mark.spec("SP10")
@@ -227,11 +298,18 @@ def test_clean_photos_are_what_the_gate_asks_for():
     assert all(groups) and not any(a & b for a, b in combinations(groups, 2))
     short = make_splits(full(), max_samples=1300, min_eval_samples=400)
     clean = short.pool.query("kind == 'single' and split == 'clean'")
-    assert "NOT_ENOUGH_SAMPLES: the gate asks for 400 clean" in short.notes[0] and len(short.train.query("kind == 'single'")) >= 1000
-    assert clean.groupby("class_key")["group_id"].nunique().tolist() == [1] * 20, "one group of every drug, and no more than training can spare"
+    assert (
+        "NOT_ENOUGH_SAMPLES: the gate asks for 400 clean" in short.notes[0]
+        and len(short.train.query("kind == 'single'")) >= 1000
+    )
+    assert clean.groupby("class_key")["group_id"].nunique().tolist() == [1] * 20, (
+        "one group of every drug, and no more than training can spare"
+    )
     every = make_splits(full(), min_eval_samples=100)
     n = {k: len(getattr(every, k).query("kind == 'single'")) for k in ("train", "val")}
-    assert (every.pool.query("kind == 'single'")["split"] == "clean").sum() == 100 and abs(n["val"] / (n["train"] + n["val"]) - .15) < .01
+    assert (every.pool.query("kind == 'single'")["split"] == "clean").sum() == 100 and abs(
+        n["val"] / (n["train"] + n["val"]) - 0.15
+    ) < 0.01
 
 
 @pytest.mark.spec("SP4", "X74")
@@ -239,36 +317,41 @@ def test_sealed_groups_are_the_same_in_every_stage_and_hold_no_photo_name(tmp_pa
     quotas = [Quota(1, 50, 3), Quota(2, 300, 10)]
     seals = []
     for q in quotas:
-        S.write_splits(make_splits(full(), quotas=quotas, stage=q.stage), tmp_path/f"stage{q.stage}", sealed_in=tmp_path)
-        seals.append((tmp_path/"test_known.csv").read_text())
+        S.write_splits(
+            make_splits(full(), quotas=quotas, stage=q.stage), tmp_path / f"stage{q.stage}", sealed_in=tmp_path
+        )
+        seals.append((tmp_path / "test_known.csv").read_text())
     assert seals[0] == seals[1] and ".png" not in seals[0] and len(seals[0].splitlines()) > 15
-    with pytest.raises(PillsnapError, match="seal other groups"): S.seal(make_splits(full(), seed=7), tmp_path)
-    assert (tmp_path/"test_known.csv").read_text() == seals[0]
+    with pytest.raises(PillsnapError, match="seal other groups"):
+        S.seal(make_splits(full(), seed=7), tmp_path)
+    assert (tmp_path / "test_known.csv").read_text() == seals[0]
 
 
 @pytest.mark.spec("SP2")
 def test_kept_splits_are_reused_and_checked(tmp_path):
     "exists, count, labels agree: each, when broken, is named."
-    kept = tmp_path/"s"/"splits.json"
+    kept = tmp_path / "s" / "splits.json"
     make_splits(full(), persist_path=kept)
     files = {f.name: f.read_bytes() for f in kept.parent.iterdir()}
     again = make_splits(full(), persist_path=kept)
     assert {f.name: f.read_bytes() for f in kept.parent.iterdir()} == files
     assert len(again.test) and not set(again.test["path"]) & set(pd.concat([again.train, again.pool])["path"])
     for name in ("manifest_train.csv", "manifest_val.csv", "manifest_pool.csv", "classes.json", "test_known.csv"):
-        f = kept.parent/name
+        f = kept.parent / name
         f.write_bytes(files[name] + b" ")
-        with pytest.raises(PillsnapError, match="changed after it was written") as e: make_splits(full(), persist_path=kept)
+        with pytest.raises(PillsnapError, match="changed after it was written") as e:
+            make_splits(full(), persist_path=kept)
         assert name in str(e.value)
         f.unlink()
-        with pytest.raises(PillsnapError, match="is gone"): load_splits(kept.parent)
+        with pytest.raises(PillsnapError, match="is gone"):
+            load_splits(kept.parent)
         f.write_bytes(files[name])
     load_splits(kept.parent)
 
 
 @pytest.mark.spec("SP2")
 def test_other_photos_or_settings_are_cut_afresh(tmp_path):
-    kept = tmp_path/"splits.json"
+    kept = tmp_path / "splits.json"
     make_splits(full(), persist_path=kept)
     assert len(make_splits(full(), persist_path=kept, max_samples=100).train.query("kind == 'single'")) == 85
     assert len(make_splits(full().iloc[:-9], persist_path=kept).train) > 500
@@ -277,10 +360,18 @@ def test_other_photos_or_settings_are_cut_afresh(tmp_path):
 
 def test_an_interrupted_write_leaves_nothing_that_vouches(tmp_path, monkeypatch):
     "splits.json goes first and comes last: a half-written folder is no split."
-    make_splits(full(), persist_path=tmp_path/"splits.json")
-    monkeypatch.setattr(S, "_write_table", lambda df, path: (_ for _ in ()).throw(OSError("disk full")) if "val" in path.name else df.to_csv(path, index=False))
-    with pytest.raises(OSError): make_splits(full(), persist_path=tmp_path/"splits.json", max_samples=100)
-    with pytest.raises(PillsnapError, match="no finished split"): load_splits(tmp_path)
+    make_splits(full(), persist_path=tmp_path / "splits.json")
+    monkeypatch.setattr(
+        S,
+        "_write_table",
+        lambda df, path: (
+            (_ for _ in ()).throw(OSError("disk full")) if "val" in path.name else df.to_csv(path, index=False)
+        ),
+    )
+    with pytest.raises(OSError):
+        make_splits(full(), persist_path=tmp_path / "splits.json", max_samples=100)
+    with pytest.raises(PillsnapError, match="no finished split"):
+        load_splits(tmp_path)
 
 
 @pytest.mark.spec("BX1")
@@ -289,30 +380,39 @@ def test_the_image_split_leaks_and_the_group_split_does_not():
     both = pd.concat([sp.train, sp.val])
     tr, va = image_split(both, (len(sp.train), len(sp.val)), 42)
     assert (len(tr), len(va)) == (len(sp.train), len(sp.val)) and not set(tr["path"]) & set(va["path"])
-    assert len(set(va["group_id"]) & set(tr["group_id"])) > .9 * va["group_id"].nunique()
+    assert len(set(va["group_id"]) & set(tr["group_id"])) > 0.9 * va["group_id"].nunique()
     assert set(tr["path"]) | set(va["path"]) == set(both["path"])
     assert va["class_key"].value_counts().between(9, 12).all()
     assert not set(sp.val["group_id"]) & set(sp.train["group_id"])
-    pd.testing.assert_frame_equal(image_split(both.sample(frac=1, random_state=0), (.85, .15), 3)[1], image_split(both, (.85, .15), 3)[1])
+    pd.testing.assert_frame_equal(
+        image_split(both.sample(frac=1, random_state=0), (0.85, 0.15), 3)[1], image_split(both, (0.85, 0.15), 3)[1]
+    )
 
 
 @pytest.mark.spec("SP1")
-@pytest.mark.parametrize("records, said", [([], "no photos"), ([{"path": "a.png", "label": None}], "without a class"), (["a.png"], "without a class")])
+@pytest.mark.parametrize(
+    "records, said",
+    [([], "no photos"), ([{"path": "a.png", "label": None}], "without a class"), (["a.png"], "without a class")],
+)
 def test_bad_records_are_refused_in_words(records, said):
-    with pytest.raises(PillsnapError, match=said): make_splits(records)
+    with pytest.raises(PillsnapError, match=said):
+        make_splits(records)
 
 
 def test_a_shrinking_stage_is_refused():
-    with pytest.raises(PillsnapError, match="cannot hold"): make_splits(full(), quotas=[Quota(1, 500, 10), Quota(2, 50, 20)])
+    with pytest.raises(PillsnapError, match="cannot hold"):
+        make_splits(full(), quotas=[Quota(1, 500, 10), Quota(2, 50, 20)])
 
 
 # on a real, rendered delivery ---------------------------------------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, delivery):
     "The shared delivery, converted and split for the demo's stage."
     from pillsnap.dataset.conversion import convert_delivery
-    root = tmp_path_factory.mktemp("splits")/"run"
+
+    root = tmp_path_factory.mktemp("splits") / "run"
     convert_delivery(delivery, root)
     job = S.SplitsJob(run_dir=str(root), config="smoke")
     return root, job.run()
@@ -322,8 +422,11 @@ def run(tmp_path_factory, delivery):
 def test_planted_near_duplicates_are_found_and_nothing_else(run, delivery):
     "Every planted copy is linked to its source, no other pair is, and no pair is parted."
     root, _ = run
-    planted = {frozenset(Path(n[k]).name for k in ("source", "copy")) for n in json.loads((delivery/"SYNTHETIC.json").read_text())["near_duplicates"]}
-    report = json.loads((root/"artifacts"/"duplicates.json").read_text())
+    planted = {
+        frozenset(Path(n[k]).name for k in ("source", "copy"))
+        for n in json.loads((delivery / "SYNTHETIC.json").read_text())["near_duplicates"]
+    }
+    report = json.loads((root / "artifacts" / "duplicates.json").read_text())
     assert planted and {frozenset(Path(p).name for p in pair[:2]) for pair in report["pairs"]} == planted
     data = load_stage(root, 0)
     for pair in planted:
@@ -334,12 +437,15 @@ def test_planted_near_duplicates_are_found_and_nothing_else(run, delivery):
 @pytest.mark.spec("SP6")
 def test_no_photo_is_copied_and_the_saving_is_computed(run):
     root, res = run
-    assert not [p for p in (root/"artifacts").rglob("*") if p.suffix in (".png", ".jpg")]
-    assert not (root/"yolo_data").exists()
-    s = json.loads((root/"reports"/"splits.json").read_text())["storage"]
+    assert not [p for p in (root / "artifacts").rglob("*") if p.suffix in (".png", ".jpg")]
+    assert not (root / "yolo_data").exists()
+    s = json.loads((root / "reports" / "splits.json").read_text())["storage"]
     data = load_stage(root, 0)
     paths = set(pd.concat([data.train, data.val])["path"])
-    assert s["photos_bytes"] == sum((data.root/p).stat().st_size for p in paths) and abs(s["saved"] - (1 - s["lists_bytes"]/s["photos_bytes"])) < 1e-12
+    assert (
+        s["photos_bytes"] == sum((data.root / p).stat().st_size for p in paths)
+        and abs(s["saved"] - (1 - s["lists_bytes"] / s["photos_bytes"])) < 1e-12
+    )
     assert any(f"{s['saved']:.2%} saved" in n for n in res.notes)
 
 
@@ -347,20 +453,32 @@ def test_no_photo_is_copied_and_the_saving_is_computed(run):
 def test_the_detector_sees_the_stage_and_only_it(run, tmp_path):
     "Its tree is a view made when it is asked for: linked, kept while the split stands, made anew after another."
     from pillsnap.core.jobs import RunFolder
-    copy = tmp_path/"run"
+
+    copy = tmp_path / "run"
     shutil.copytree(run[0], copy, symlinks=True)
-    head = json.loads((run[0]/"manifest.json").read_text())
-    (copy/"manifest.json").write_text(json.dumps(head | {"root": str((run[0].resolve()/head["root"]).resolve())}))
+    head = json.loads((run[0] / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps(head | {"root": str((run[0].resolve() / head["root"]).resolve())}))
     folder = RunFolder(copy)
+
     def seen():
         y, data = S.stage_tree(folder, 0), load_stage(copy, 0)
         for part in ("train", "val"):
-            names = {p.stem for p in (y/"images"/part).iterdir()}
-            assert names == {Path(p).stem for p in getattr(data, part)["path"]} == {p.stem for p in (y/"labels"/part).iterdir()}
-        assert all(p.is_symlink() and p.exists() for p in (y/"images").rglob("*.png"))
-        return y.stat().st_ino, len(list((y/"images"/"train").iterdir()))
+            names = {p.stem for p in (y / "images" / part).iterdir()}
+            assert (
+                names
+                == {Path(p).stem for p in getattr(data, part)["path"]}
+                == {p.stem for p in (y / "labels" / part).iterdir()}
+            )
+        assert all(p.is_symlink() and p.exists() for p in (y / "images").rglob("*.png"))
+        return y.stat().st_ino, len(list((y / "images" / "train").iterdir()))
+
     (first, n), (again, _) = seen(), seen()
-    S.SplitsJob(run_dir=str(copy), config="smoke", overrides=("data.progressive_validation.stage_0.max_samples=60",), near_duplicates=False).run()
+    S.SplitsJob(
+        run_dir=str(copy),
+        config="smoke",
+        overrides=("data.progressive_validation.stage_0.max_samples=60",),
+        near_duplicates=False,
+    ).run()
     (other, fewer) = seen()
     assert first == again != other and fewer < n
 
@@ -368,15 +486,17 @@ def test_the_detector_sees_the_stage_and_only_it(run, tmp_path):
 @pytest.mark.spec("SP2")
 def test_load_stage_notices_a_new_conversion_and_lost_photos(run, tmp_path):
     root, _ = run
-    copy = tmp_path/"run"
+    copy = tmp_path / "run"
     shutil.copytree(root, copy, symlinks=True)
-    head = json.loads((copy/"manifest.json").read_text())
-    real = str((root.resolve()/head["root"]).resolve())
-    (copy/"manifest.json").write_text(json.dumps(head | {"root": real, "data_hash": "0"*64}))
-    with pytest.raises(PillsnapError, match="converted again"): load_stage(copy, 0)
-    (copy/"manifest.json").write_text(json.dumps(head | {"root": str(tmp_path)}))
-    with pytest.raises(PillsnapError, match="photos of this stage are gone"): load_stage(copy, 0)
-    (copy/"manifest.json").write_text(json.dumps(head | {"root": real}))
+    head = json.loads((copy / "manifest.json").read_text())
+    real = str((root.resolve() / head["root"]).resolve())
+    (copy / "manifest.json").write_text(json.dumps(head | {"root": real, "data_hash": "0" * 64}))
+    with pytest.raises(PillsnapError, match="converted again"):
+        load_stage(copy, 0)
+    (copy / "manifest.json").write_text(json.dumps(head | {"root": str(tmp_path)}))
+    with pytest.raises(PillsnapError, match="photos of this stage are gone"):
+        load_stage(copy, 0)
+    (copy / "manifest.json").write_text(json.dumps(head | {"root": real}))
     assert len(load_stage(copy, 0).train)
 
 
@@ -384,47 +504,72 @@ def test_load_stage_notices_a_new_conversion_and_lost_photos(run, tmp_path):
 def test_four_stages_in_one_folder(run):
     "Stages cut one after the other, as a user would; one cut with another seed is refused."
     root, _ = run
-    sizes = [f"data.progressive_validation.stage_{i}.{k}={v}" for i, (n, c) in enumerate(((20, 2), (40, 4), (80, 6), (90, 6)), 1) for k, v in (("max_samples", n), ("max_classes", c))]
-    cut = lambda stage, *more, **kw: S.SplitsJob(run_dir=str(root), config="smoke", overrides=(*sizes, "evaluation.min_eval_samples=8", *more), stage_n=stage, **kw).run()
-    for stage in (2, 1, 4): cut(stage)
+    sizes = [
+        f"data.progressive_validation.stage_{i}.{k}={v}"
+        for i, (n, c) in enumerate(((20, 2), (40, 4), (80, 6), (90, 6)), 1)
+        for k, v in (("max_samples", n), ("max_classes", c))
+    ]
+    cut = lambda stage, *more, **kw: S.SplitsJob(
+        run_dir=str(root),
+        config="smoke",
+        overrides=(*sizes, "evaluation.min_eval_samples=8", *more),
+        stage_n=stage,
+        **kw,
+    ).run()
+    for stage in (2, 1, 4):
+        cut(stage)
     d = {i: load_stage(root, i) for i in (1, 2, 4)}
     assert [len(d[i].class_map) for i in (1, 2, 4)] == [2, 4, 6]
     for a, b in ((1, 2), (2, 4)):
         assert set(d[a].train["path"]) <= set(d[b].train["path"]) and set(d[a].class_map) <= set(d[b].class_map)
         assert not set(d[a].pool["path"]) & set(d[b].train["path"])
-    with pytest.raises(PillsnapError, match="seal other groups|does not nest"): cut(2, seed=7)
-    with pytest.raises(PillsnapError, match="does not nest"): cut(2, "data.split_ratio=[0.5, 0.5]")
+    with pytest.raises(PillsnapError, match="seal other groups|does not nest"):
+        cut(2, seed=7)
+    with pytest.raises(PillsnapError, match="does not nest"):
+        cut(2, "data.split_ratio=[0.5, 0.5]")
 
 
 @pytest.mark.spec("CF5")
 def test_one_drug_alone_stops_in_words(run, tmp_path):
     from pillsnap.dataset.conversion import read_manifest, write_manifest
+
     root, _ = run
-    df, head = read_manifest(root/"manifest.csv")
-    write_manifest(df[(df["kind"] == "single") & (df["kcode"] == df["kcode"].min())], {k: v for k, v in head.items() if k not in ("data_hash", "rows", "columns")}, tmp_path/"manifest.csv")
-    with pytest.raises(PillsnapError, match="single photos of 1 drug: telling drugs apart needs two"): S.SplitsJob(run_dir=str(tmp_path), config="smoke").run()
-    assert not (tmp_path/"artifacts"/"stage0").exists()
+    df, head = read_manifest(root / "manifest.csv")
+    write_manifest(
+        df[(df["kind"] == "single") & (df["kcode"] == df["kcode"].min())],
+        {k: v for k, v in head.items() if k not in ("data_hash", "rows", "columns")},
+        tmp_path / "manifest.csv",
+    )
+    with pytest.raises(PillsnapError, match="single photos of 1 drug: telling drugs apart needs two"):
+        S.SplitsJob(run_dir=str(tmp_path), config="smoke").run()
+    assert not (tmp_path / "artifacts" / "stage0").exists()
 
 
 @pytest.mark.spec("BX1")
 def test_a_knot_of_duplicates_stops_and_shows(run, tmp_path):
     "Every photo of one drug the same: its groups are tied, the stage stops, the picture is there."
     from pillsnap.dataset.conversion import read_manifest, write_manifest
+
     root, _ = run
-    df, head = read_manifest(root/"manifest.csv")
+    df, head = read_manifest(root / "manifest.csv")
     mine = (df["kcode"] == df["kcode"].min()) & (df["kind"] == "single")
-    df.loc[mine, "sha1"] = "0"*40
-    write_manifest(df, {k: v for k, v in head.items() if k not in ("data_hash", "rows", "columns")}, tmp_path/"manifest.csv")
-    with pytest.raises(PillsnapError, match="duplicates tie 18 photos together"): S.SplitsJob(run_dir=str(tmp_path), config="smoke", near_duplicates=False).run()
-    assert (tmp_path/"reports"/"splits_duplicates.png").stat().st_size > 1000
+    df.loc[mine, "sha1"] = "0" * 40
+    write_manifest(
+        df, {k: v for k, v in head.items() if k not in ("data_hash", "rows", "columns")}, tmp_path / "manifest.csv"
+    )
+    with pytest.raises(PillsnapError, match="duplicates tie 18 photos together"):
+        S.SplitsJob(run_dir=str(tmp_path), config="smoke", near_duplicates=False).run()
+    assert (tmp_path / "reports" / "splits_duplicates.png").stat().st_size > 1000
 
 
 def cut_again(run, to, *overrides):
     "The shared run's manifest, cut in another folder by the job with other settings."
     root, _ = run
-    shutil.copytree(root, to, symlinks=True, ignore=shutil.ignore_patterns("artifacts", "stages", "yolo_data", "tb", "reports"))
-    head = json.loads((root/"manifest.json").read_text())
-    (to/"manifest.json").write_text(json.dumps(head | {"root": str((root.resolve()/head["root"]).resolve())}))
+    shutil.copytree(
+        root, to, symlinks=True, ignore=shutil.ignore_patterns("artifacts", "stages", "yolo_data", "tb", "reports")
+    )
+    head = json.loads((root / "manifest.json").read_text())
+    (to / "manifest.json").write_text(json.dumps(head | {"root": str((root.resolve() / head["root"]).resolve())}))
     res = S.SplitsJob(run_dir=str(to), config="smoke", overrides=overrides, near_duplicates=False).run()
     return load_stage(to, 0), res
 
@@ -432,37 +577,49 @@ def cut_again(run, to, *overrides):
 @pytest.mark.spec("X46", "X81")
 def test_the_job_groups_by_what_the_configuration_says(run, tmp_path):
     "capture: no group on two sides. image: groups are parted, and the job says so. drug: what validates is never trained."
-    capture, said = cut_again(run, tmp_path/"capture")
-    assert not set(capture.train["group_id"]) & set(capture.pool["group_id"]) and "no group is on two sides" in said.verdict
-    image, said = cut_again(run, tmp_path/"image", "data.group_by=image")
-    assert set(image.train["group_id"]) & set(image.pool["group_id"]) and not set(image.train["path"]) & set(image.pool["path"])
+    capture, said = cut_again(run, tmp_path / "capture")
+    assert (
+        not set(capture.train["group_id"]) & set(capture.pool["group_id"])
+        and "no group is on two sides" in said.verdict
+    )
+    image, said = cut_again(run, tmp_path / "image", "data.group_by=image")
+    assert set(image.train["group_id"]) & set(image.pool["group_id"]) and not set(image.train["path"]) & set(
+        image.pool["path"]
+    )
     assert image.header["params"]["group_by"] == "image" and "leaks" in said.verdict
-    drug, _ = cut_again(run, tmp_path/"drug", "data.group_by=drug")
+    drug, _ = cut_again(run, tmp_path / "drug", "data.group_by=drug")
     assert not set(drug.val.query("kind == 'single'")["class_key"]) & set(drug.train["class_key"])
 
 
 @pytest.mark.spec("X74")
 def test_the_job_seals_the_share_that_the_configuration_says(run, tmp_path):
-    for ratio in (0., .05, .3):
-        data, _ = cut_again(run, tmp_path/f"seal{ratio}", f"data.test_known_ratio={ratio}")
+    for ratio in (0.0, 0.05, 0.3):
+        data, _ = cut_again(run, tmp_path / f"seal{ratio}", f"data.test_known_ratio={ratio}")
         sealed = data.header["counts"]["test"]["singles"]
         assert abs(sealed - ratio * 108) <= 3 and (ratio == 0) == (sealed == 0), (ratio, sealed)
-        assert len(S.sealed_groups(tmp_path/f"seal{ratio}")) == data.header["counts"]["test"]["groups"]
+        assert len(S.sealed_groups(tmp_path / f"seal{ratio}")) == data.header["counts"]["test"]["groups"]
 
 
 @pytest.mark.spec("SP4")
 def test_nothing_below_data_val_is_opened(run, tmp_path):
     "The stage, run under an audit hook, never opens a file of the sealed tree."
     import subprocess, sys
+
     root, _ = run
-    code = ("import sys\nopened = []\n"
-            "sys.addaudithook(lambda e, a: opened.append(str(a[0])) if e == 'open' else None)\n"
-            "from pillsnap.dataset.splits import SplitsJob\n"
-            f"SplitsJob(run_dir={str(tmp_path/'run')!r}, config='smoke').run()\n"
-            "bad = [p for p in opened if '/data/val/' in p]\nassert opened and not bad, bad[:3]\nprint('clean', len(opened))")
-    shutil.copytree(root, tmp_path/"run", symlinks=True, ignore=shutil.ignore_patterns("artifacts", "stages", "yolo_data", "tb"))
-    head = json.loads((root/"manifest.json").read_text())
-    (tmp_path/"run"/"manifest.json").write_text(json.dumps(head | {"root": str((root.resolve()/head["root"]).resolve())}))
+    code = (
+        "import sys\nopened = []\n"
+        "sys.addaudithook(lambda e, a: opened.append(str(a[0])) if e == 'open' else None)\n"
+        "from pillsnap.dataset.splits import SplitsJob\n"
+        f"SplitsJob(run_dir={str(tmp_path / 'run')!r}, config='smoke').run()\n"
+        "bad = [p for p in opened if '/data/val/' in p]\nassert opened and not bad, bad[:3]\nprint('clean', len(opened))"
+    )
+    shutil.copytree(
+        root, tmp_path / "run", symlinks=True, ignore=shutil.ignore_patterns("artifacts", "stages", "yolo_data", "tb")
+    )
+    head = json.loads((root / "manifest.json").read_text())
+    (tmp_path / "run" / "manifest.json").write_text(
+        json.dumps(head | {"root": str((root.resolve() / head["root"]).resolve())})
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert out.returncode == 0 and "clean" in out.stdout, out.stderr[-2000:]
 
@@ -472,29 +629,41 @@ FEW = settings(QUIET, max_examples=25)
 
 # families, left-out drugs, decisions ---------------------------------------------------------------------------------
 
+
 @pytest.mark.spec("BX9", "X46")
 @FEW
-@given(deliveries(), st.integers(0, 99), st.sampled_from([.05, .3, .9]))
+@given(deliveries(), st.integers(0, 99), st.sampled_from([0.05, 0.3, 0.9]))
 def test_left_out_drugs_are_nowhere_else(df, seed, share):
     "No left-out drug in any known photo, combos included; nothing is lost; a larger share holds the smaller one's drugs."
-    if df["class_key"].nunique() < 2: return
-    try: known, out = S.leave_drugs_out(df, share, seed)
-    except PillsnapError as e: assert "one drug" in str(e); return
+    if df["class_key"].nunique() < 2:
+        return
+    try:
+        known, out = S.leave_drugs_out(df, share, seed)
+    except PillsnapError as e:
+        assert "one drug" in str(e)
+        return
     new = set(out.loc[out["kind"] == "single", "class_key"])
-    assert new and not new & set(known["class_key"]) and len(known) + len(out) == len(df) and not set(known["path"]) & set(out["path"])
-    assert new <= set(S.leave_drugs_out(df, .95, seed)[1]["class_key"])
+    assert (
+        new
+        and not new & set(known["class_key"])
+        and len(known) + len(out) == len(df)
+        and not set(known["path"]) & set(out["path"])
+    )
+    assert new <= set(S.leave_drugs_out(df, 0.95, seed)[1]["class_key"])
     tied = df[(df["kind"] == "single") & (df["dup_id"] != "")].groupby("dup_id")["class_key"].agg(set)
     assert all(not t & new or t <= new for t in tied)
 
 
 @pytest.mark.spec("BX1", "BX9")
 @FEW
-@given(deliveries(), st.integers(0, 99), st.sampled_from([(.85, .15), (.7, .15, .15)]))
+@given(deliveries(), st.integers(0, 99), st.sampled_from([(0.85, 0.15), (0.7, 0.15, 0.15)]))
 def test_by_drug_no_drug_is_judged_and_taught(df, seed, ratio):
     "group_by: drug. What val and test hold as singles appears in no teaching photo, not even in a combo."
     sp = make_splits(df, split_ratio=ratio, seed=seed, group_by="drug")
     drugs = lambda d: set(d.loc[d["kind"] == "single", "class_key"])
-    assert not drugs(sp.val) & set(sp.train["class_key"]) and not drugs(sp.test) & set(pd.concat([sp.train, sp.val])["class_key"])
+    assert not drugs(sp.val) & set(sp.train["class_key"]) and not drugs(sp.test) & set(
+        pd.concat([sp.train, sp.val])["class_key"]
+    )
 
 
 @st.composite
@@ -504,7 +673,16 @@ def id_folders(draw):
     for i in range(draw(st.integers(3, 14))):
         for v in range(draw(st.integers(1, 4))):
             c = f"c{draw(st.integers(0, 2))}" if draw(st.booleans()) else f"c{i % 3}"
-            rows.append(dict(path=f"{c}/{i:04d}_{v}.jpg", class_key=c, kind="single", group_id=S.id_of(f"{c}/{i:04d}_{v}.jpg"), width=draw(st.sampled_from([200, 224, 300])), height=400))
+            rows.append(
+                dict(
+                    path=f"{c}/{i:04d}_{v}.jpg",
+                    class_key=c,
+                    kind="single",
+                    group_id=S.id_of(f"{c}/{i:04d}_{v}.jpg"),
+                    width=draw(st.sampled_from([200, 224, 300])),
+                    height=400,
+                )
+            )
     return pd.DataFrame(rows).drop_duplicates("path", ignore_index=True)
 
 
@@ -515,71 +693,135 @@ def test_an_id_is_in_one_split_and_a_small_photo_takes_its_id_along(df, seed):
     kept, notes = S.leave_small_out(df, 224)
     small = set(df.loc[df["width"] < 224, "group_id"])
     assert set(kept["group_id"]) == set(df["group_id"]) - small and bool(notes) == bool(small)
-    if kept.empty: return
-    sp = make_splits(kept, split_ratio=(.7, .15, .15), seed=seed)
+    if kept.empty:
+        return
+    sp = make_splits(kept, split_ratio=(0.7, 0.15, 0.15), seed=seed)
     ids = [set(getattr(sp, k)["group_id"]) for k in ("train", "val", "test")]
     assert not (ids[0] & ids[1] or ids[0] & ids[2] or ids[1] & ids[2]) and set.union(*ids) == set(kept["group_id"])
 
 
 @pytest.mark.spec("SP9")
-@pytest.mark.filterwarnings("error:Glyph")      # Korean class names are drawn, not boxes
+@pytest.mark.filterwarnings("error:Glyph")  # Korean class names are drawn, not boxes
 def test_a_folder_of_ids_becomes_a_split(tmp_path):
     "70:15:15 by ID through the stage itself; class names are checked; the test part is listed, not loaded by any stage."
     from PIL import Image
+
     rng = np.random.default_rng(0)
     for c in ("가나정", "다라정"):
-        (tmp_path/"shop"/c).mkdir(parents=True)
+        (tmp_path / "shop" / c).mkdir(parents=True)
         for i in range(20):
-            for v in range(2): Image.fromarray(rng.integers(0, 255, (230, 100 if (i, v) == (7, 1) else 230, 3), dtype=np.uint8)).save(tmp_path/"shop"/c/f"{c[0]}{i:03d}_{v}.jpg")
-    job = lambda *more: S.SplitsJob(run_dir=str(tmp_path/"run"), config="smoke", overrides=("project.family=retrieval", "evaluation.min_eval_samples=null", f"paths.root={json.dumps(str(tmp_path/'shop'))}", *more))
+            for v in range(2):
+                Image.fromarray(rng.integers(0, 255, (230, 100 if (i, v) == (7, 1) else 230, 3), dtype=np.uint8)).save(
+                    tmp_path / "shop" / c / f"{c[0]}{i:03d}_{v}.jpg"
+                )
+    job = lambda *more: S.SplitsJob(
+        run_dir=str(tmp_path / "run"),
+        config="smoke",
+        overrides=(
+            "project.family=retrieval",
+            "evaluation.min_eval_samples=null",
+            f"paths.root={json.dumps(str(tmp_path / 'shop'))}",
+            *more,
+        ),
+    )
     res = job().run()
-    lists = json.loads((tmp_path/"run/artifacts/retrieval/splits.json").read_text())
+    lists = json.loads((tmp_path / "run/artifacts/retrieval/splits.json").read_text())
     ids = {k: {S.id_of(r["path"]) for r in rows} for k, rows in lists.items()}
-    assert {k: len(v) for k, v in ids.items()} == {"train": 26, "val": 6, "test": 6} and len(set.union(*ids.values())) == 38
+    assert {k: len(v) for k, v in ids.items()} == {"train": 26, "val": 6, "test": 6} and len(
+        set.union(*ids.values())
+    ) == 38
     assert any("smaller than 224 pixels" in n for n in res.notes) and not {"가007", "다007"} & set.union(*ids.values())
-    data = load_stage(tmp_path/"run", 0)
-    assert data.class_map.keys == ("가나정", "다라정") and not {S.id_of(p) for p in pd.concat([data.train, data.pool])["path"]} & ids["test"]
+    data = load_stage(tmp_path / "run", 0)
+    assert (
+        data.class_map.keys == ("가나정", "다라정")
+        and not {S.id_of(p) for p in pd.concat([data.train, data.pool])["path"]} & ids["test"]
+    )
     job("retrieval.min_image_size=64").run()
-    assert "가007" in {S.id_of(r["path"]) for rows in json.loads((tmp_path/"run/artifacts/retrieval/splits.json").read_text()).values() for r in rows}
-    with pytest.raises(PillsnapError, match="did you mean 가나정"): job('retrieval.class_names=["가나점","다라정"]').run()
+    assert "가007" in {
+        S.id_of(r["path"])
+        for rows in json.loads((tmp_path / "run/artifacts/retrieval/splits.json").read_text()).values()
+        for r in rows
+    }
+    with pytest.raises(PillsnapError, match="did you mean 가나정"):
+        job('retrieval.class_names=["가나점","다라정"]').run()
 
 
 @pytest.mark.spec("SP7", "SP8")
 def test_the_narrow_family_writes_its_two_files(run, tmp_path):
     root, _ = run
-    narrow = tmp_path/"run"
-    shutil.copytree(root, narrow, symlinks=True, ignore=shutil.ignore_patterns("artifacts", "stages", "yolo_data", "tb", "reports"))
-    head = json.loads((root/"manifest.json").read_text())
-    (narrow/"manifest.json").write_text(json.dumps(head | {"root": str((root.resolve()/head["root"]).resolve())}))
-    S.SplitsJob(run_dir=str(narrow), config="smoke", overrides=("project.family=narrow", "evaluation.min_eval_samples=null"), near_duplicates=False).run()
-    lists, card = (json.loads((narrow/"artifacts/narrow"/f).read_text()) for f in ("splits.json", "manifest.json"))
-    assert set(lists) == {"train", "val", "test"} and all(set(r) == {"path", "label", "kcode"} for rows in lists.values() for r in rows)
-    assert {r["kcode"]: r["label"] for rows in lists.values() for r in rows} == {k: i for i, k in enumerate(sorted(set(card["class_distribution"])))}
-    assert list(card) == ["dataset_name", "version", "created_date", "num_classes", "total_images", "splits", "class_distribution", "preprocessing", "augmentation"]
-    assert card["num_classes"] == 6 and card["total_images"] == 108 == sum(card["splits"].values()) and abs(card["splits"]["test"] - 10.8) <= 4
-    declared = {"rotation": 30.0, "color_jitter": [.2, .2, .2, .1], "crop_scale": [.8, 1.], "crop_ratio": [.9, 1.1], "blur_kernel": 5, "blur_sigma": [.1, 2.]}
+    narrow = tmp_path / "run"
+    shutil.copytree(
+        root, narrow, symlinks=True, ignore=shutil.ignore_patterns("artifacts", "stages", "yolo_data", "tb", "reports")
+    )
+    head = json.loads((root / "manifest.json").read_text())
+    (narrow / "manifest.json").write_text(json.dumps(head | {"root": str((root.resolve() / head["root"]).resolve())}))
+    S.SplitsJob(
+        run_dir=str(narrow),
+        config="smoke",
+        overrides=("project.family=narrow", "evaluation.min_eval_samples=null"),
+        near_duplicates=False,
+    ).run()
+    lists, card = (json.loads((narrow / "artifacts/narrow" / f).read_text()) for f in ("splits.json", "manifest.json"))
+    assert set(lists) == {"train", "val", "test"} and all(
+        set(r) == {"path", "label", "kcode"} for rows in lists.values() for r in rows
+    )
+    assert {r["kcode"]: r["label"] for rows in lists.values() for r in rows} == {
+        k: i for i, k in enumerate(sorted(set(card["class_distribution"])))
+    }
+    assert list(card) == [
+        "dataset_name",
+        "version",
+        "created_date",
+        "num_classes",
+        "total_images",
+        "splits",
+        "class_distribution",
+        "preprocessing",
+        "augmentation",
+    ]
+    assert (
+        card["num_classes"] == 6
+        and card["total_images"] == 108 == sum(card["splits"].values())
+        and abs(card["splits"]["test"] - 10.8) <= 4
+    )
+    declared = {
+        "rotation": 30.0,
+        "color_jitter": [0.2, 0.2, 0.2, 0.1],
+        "crop_scale": [0.8, 1.0],
+        "crop_ratio": [0.9, 1.1],
+        "blur_kernel": 5,
+        "blur_sigma": [0.1, 2.0],
+    }
     assert {k: v for k, v in card["augmentation"].items() if k != "applied"} == declared
-    for block in ("preprocessing", "augmentation"):   # every declared item says whether it is done, and if not, why
+    for block in ("preprocessing", "augmentation"):  # every declared item says whether it is done, and if not, why
         told = card[block]["applied"]
         assert set(told) == set(card[block]) - {"applied", "version"}
         assert all(v == {"applied": True} or (v["applied"] is False and len(v["why"]) > 10) for v in told.values())
-    undone = {k for block in ("preprocessing", "augmentation") for k, v in card[block]["applied"].items() if not v["applied"]}
+    undone = {
+        k for block in ("preprocessing", "augmentation") for k, v in card[block]["applied"].items() if not v["applied"]
+    }
     assert undone >= {"use_clahe", "crop_ratio", "blur_kernel", "blur_sigma"} and "mean" not in undone
-    assert not (narrow/"yolo_data").exists()
+    assert not (narrow / "yolo_data").exists()
 
 
 @pytest.fixture
 def decided(run, tmp_path):
     "A copy of the shared run's manifest, and what a stage cut of it with the decisions given."
     from pillsnap.dataset.overlay import Decision, Overlay
+
     root, _ = run
-    copy = tmp_path/"run"
-    shutil.copytree(root, copy, symlinks=True, ignore=shutil.ignore_patterns("artifacts", "stages", "yolo_data", "tb", "reports"))
-    head = json.loads((root/"manifest.json").read_text())
-    (copy/"manifest.json").write_text(json.dumps(head | {"root": str((root.resolve()/head["root"]).resolve())}))
+    copy = tmp_path / "run"
+    shutil.copytree(
+        root, copy, symlinks=True, ignore=shutil.ignore_patterns("artifacts", "stages", "yolo_data", "tb", "reports")
+    )
+    head = json.loads((root / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps(head | {"root": str((root.resolve() / head["root"]).resolve())}))
+
     def cut(*decisions):
-        for d in decisions: Overlay(copy).add(Decision(*d))
+        for d in decisions:
+            Overlay(copy).add(Decision(*d))
         return copy, S.SplitsJob(run_dir=str(copy), config="smoke", near_duplicates=False).run()
+
     return cut
 
 
@@ -587,15 +829,22 @@ def decided(run, tmp_path):
 def test_decisions_are_applied_before_the_split_and_counted(decided):
     "A dropped photo is in no part, a relabelled one carries its new drug, the manifest's file stays as it was, the stage is stale."
     from pillsnap.core.jobs import stale
+
     copy, _ = decided()
     cfg = S.SplitsJob(run_dir=str(copy)).cfg
     assert stale(copy, "splits", cfg) is None
-    raw, d = (copy/"manifest.csv").read_bytes(), load_stage(copy, 0)
+    raw, d = (copy / "manifest.csv").read_bytes(), load_stage(copy, 0)
     one, two = (r for r in d.train.query("kind == 'single'").drop_duplicates("class_key").head(2).itertuples())
     combo = d.train.query("kind == 'combo'").iloc[0]
-    _, res = decided((one.path, one.class_key, "drop"), (two.path, two.class_key, "relabel", one.class_key), (combo.path, combo.class_key, "drop"), ("gone.png", "K-000001", "drop"))
-    d = load_stage(copy, 0); everything = pd.concat([d.train, d.val, d.pool])
-    assert not {one.path, combo.path} & set(everything["path"]) and (copy/"manifest.csv").read_bytes() == raw
+    _, res = decided(
+        (one.path, one.class_key, "drop"),
+        (two.path, two.class_key, "relabel", one.class_key),
+        (combo.path, combo.class_key, "drop"),
+        ("gone.png", "K-000001", "drop"),
+    )
+    d = load_stage(copy, 0)
+    everything = pd.concat([d.train, d.val, d.pool])
+    assert not {one.path, combo.path} & set(everything["path"]) and (copy / "manifest.csv").read_bytes() == raw
     said = [n for n in res.notes if "overlay.jsonl" in n]
     assert said and "2 dropped (2 photos), 1 relabelled; 1 are about photos that are not in this delivery" in said[0]
     assert set(everything.loc[everything["path"] == two.path, "class_key"]) <= {one.class_key}
@@ -605,6 +854,7 @@ def test_decisions_are_applied_before_the_split_and_counted(decided):
     _, res = decided((two.path, two.class_key, "keep"))
     assert any("stage1 of this folder was cut from other photos or labels" in n for n in res.notes)
     from pillsnap.dataset.overlay import Decision, Overlay
+
     Overlay(copy).add(Decision(two.path, two.class_key, "drop"))
     assert stale(copy, "splits", cfg) == ("its input overlay.jsonl changed", [])
 
@@ -614,14 +864,17 @@ def test_thumbnails_are_made_once(run, monkeypatch):
     "A second search of the same delivery opens no photo; a photo written anew is opened again."
     import os
     from pillsnap.dataset import duplicates as D
+
     root, _ = run
-    df = tidy_records(S.read_manifest(root/"manifest.csv")[0])
+    df = tidy_records(S.read_manifest(root / "manifest.csv")[0])
     singles, opened, real = df[df["kind"] == "single"], [], D.glance
     monkeypatch.setattr(D, "glance", lambda p, b: opened.append(p) or real(p, b))
-    delivery_root = S.read_manifest(root/"manifest.csv")[1]["root"]
-    look = lambda: D.look_at_thumbnails(singles, delivery_root, D.ThumbStore(root/"artifacts"/"thumbnails"), progress=False)
+    delivery_root = S.read_manifest(root / "manifest.csv")[1]["root"]
+    look = lambda: D.look_at_thumbnails(
+        singles, delivery_root, D.ThumbStore(root / "artifacts" / "thumbnails"), progress=False
+    )
     assert (look() >= 0).all() and opened == []
-    first = Path(delivery_root)/singles["path"].iloc[0]
+    first = Path(delivery_root) / singles["path"].iloc[0]
     stamp = first.stat()
     os.utime(first, ns=(stamp.st_atime_ns, stamp.st_mtime_ns + 1))
     assert (look() >= 0).all() and opened == [first]
@@ -631,9 +884,16 @@ def test_thumbnails_are_made_once(run, monkeypatch):
 def one_by_one(thumbs, drug):
     "Every pair of different drugs, held against each other."
     from pillsnap.dataset import duplicates as D
+
     h = D.dhash(thumbs)
-    return [(i, j) for i, j in combinations(range(len(thumbs)), 2) if drug[i] >= 0 <= drug[j] and drug[i] != drug[j]
-            and np.bitwise_count(h[i] ^ h[j]).sum() <= D.SAME_BITS and D.alike(thumbs[i], thumbs[j], D.SAME_MEAN, D.SAME_TAIL)]
+    return [
+        (i, j)
+        for i, j in combinations(range(len(thumbs)), 2)
+        if drug[i] >= 0 <= drug[j]
+        and drug[i] != drug[j]
+        and np.bitwise_count(h[i] ^ h[j]).sum() <= D.SAME_BITS
+        and D.alike(thumbs[i], thumbs[j], D.SAME_MEAN, D.SAME_TAIL)
+    ]
 
 
 @pytest.mark.spec("BX1")
@@ -642,42 +902,57 @@ def one_by_one(thumbs, drug):
 def test_pictures_under_two_drugs_are_those_of_all_pairs(seed, n):
     "Copies, near copies, plain and black photos: as long as no photo has many partners, the search gives what comparing all with all gives."
     from pillsnap.dataset import duplicates as D
+
     rng = np.random.default_rng(seed)
-    base = [rng.integers(0, 256, (16, 16)).repeat(4, 0).repeat(4, 1) if k % 2 else np.full((64, 64), 3*k) for k in range(max(1, n//3))]
-    thumbs = np.stack([(base[rng.integers(len(base))] + rng.integers(0, rng.integers(1, 4), (64, 64))).clip(0, 255) for _ in range(n)]).astype(np.uint8)
+    base = [
+        rng.integers(0, 256, (16, 16)).repeat(4, 0).repeat(4, 1) if k % 2 else np.full((64, 64), 3 * k)
+        for k in range(max(1, n // 3))
+    ]
+    thumbs = np.stack(
+        [(base[rng.integers(len(base))] + rng.integers(0, rng.integers(1, 4), (64, 64))).clip(0, 255) for _ in range(n)]
+    ).astype(np.uint8)
     drug = rng.integers(-1, 9, n)
     want, got = one_by_one(thumbs, drug), D.twin_pairs(thumbs, drug)
-    if np.bincount(np.array(want, int).ravel(), minlength=1).max() <= D.ENOUGH: assert got == want
-    assert set(got) <= set(want) and all(sum(i in p for p in got) >= min(D.ENOUGH, sum(i in p for p in want)) for i in range(n))
+    if np.bincount(np.array(want, int).ravel(), minlength=1).max() <= D.ENOUGH:
+        assert got == want
+    assert set(got) <= set(want) and all(
+        sum(i in p for p in got) >= min(D.ENOUGH, sum(i in p for p in want)) for i in range(n)
+    )
 
 
 @pytest.mark.spec("BX1", "BM14")
 def test_black_photos_cost_no_square(monkeypatch):
     "Fifteen hundred black photos under two hundred drugs, or a thousand of one drug and the rest of another: comparisons and pairs grow with the photos."
     from pillsnap.dataset import duplicates as D
+
     looked, real = [], D.alike
     monkeypatch.setattr(D, "alike", lambda *a: looked.append(1) or real(*a))
     thumbs, at = np.zeros((1500, 64, 64), np.uint8), np.arange(1500)
     for drug in (at % 200, at // 1000):
-        looked.clear(); pairs = D.twin_pairs(thumbs, drug)
-        assert len(looked) == len(pairs) <= D.ENOUGH*1500 and len({i for p in pairs for i in p}) == 1500
+        looked.clear()
+        pairs = D.twin_pairs(thumbs, drug)
+        assert len(looked) == len(pairs) <= D.ENOUGH * 1500 and len({i for p in pairs for i in p}) == 1500
 
 
 @pytest.mark.spec("RS1")
 def test_thumbnails_survive_a_line_that_was_cut_off(run, tmp_path):
     "Kill -9 in the middle of an append, simulated at every byte of the last line: the next search gives what an undisturbed one gives."
     from pillsnap.dataset import duplicates as D
-    df, head = S.read_manifest(run[0]/"manifest.csv")
+
+    df, head = S.read_manifest(run[0] / "manifest.csv")
     few = df[df["kind"] == "single"].head(3)
     look = lambda: (D.look_at_thumbnails(few, head["root"], s := D.ThumbStore(tmp_path), workers=1, progress=False), s)
-    at, store = look(); whole, raw, thumbs = store.names.read_bytes(), store.raw.read_bytes(), store.array()[at].copy()
+    at, store = look()
+    whole, raw, thumbs = store.names.read_bytes(), store.raw.read_bytes(), store.array()[at].copy()
     last = whole[:-1].rindex(b"\n") + 1
     for cut in {*range(last, len(whole), 9), len(whole) - 1}:
-        store.names.write_bytes(whole[:cut]); store.raw.write_bytes(raw)
+        store.names.write_bytes(whole[:cut])
+        store.raw.write_bytes(raw)
         for _ in range(2):
             at, again = look()
             assert (again.array()[at] == thumbs).all() and again.names.read_bytes() == whole and len(again.pixels) == 3
-    store.names.write_bytes(whole.replace(b"\n", b"\0", 1)); at, again = look()
+    store.names.write_bytes(whole.replace(b"\n", b"\0", 1))
+    at, again = look()
     assert (again.array()[at] == thumbs).all(), "a line that is none ends the store, and what follows is made again"
 
 
@@ -685,5 +960,7 @@ def test_thumbnails_survive_a_line_that_was_cut_off(run, tmp_path):
 def test_two_searches_in_one_folder_do_not_mix(run, tmp_path):
     from pillsnap.core.files import FolderLock
     from pillsnap.dataset import duplicates as D
-    df, head = S.read_manifest(run[0]/"manifest.csv")
-    with FolderLock(tmp_path), pytest.raises(PillsnapError, match="another run holds this folder"): D.find_duplicates(tidy_records(df).head(4), head["root"], tmp_path, progress=False)
+
+    df, head = S.read_manifest(run[0] / "manifest.csv")
+    with FolderLock(tmp_path), pytest.raises(PillsnapError, match="another run holds this folder"):
+        D.find_duplicates(tidy_records(df).head(4), head["root"], tmp_path, progress=False)

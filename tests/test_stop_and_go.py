@@ -1,4 +1,5 @@
 """Stopped by whatever stops a run, the same command ends where the undisturbed run ends, to the last bit (SPEC BX10, CT14-CT16)."""
+
 import os
 import signal
 import subprocess
@@ -32,7 +33,10 @@ CM = ClassMap([f"K-{i:06d}" for i in range(3)])
 
 class Fatal(Painted):
     "Photos of which one kills the process that opens it, once: as long as a flag lies there."
-    def __init__(self, flag, victim): self.flag, self.victim = str(flag), victim
+
+    def __init__(self, flag, victim):
+        self.flag, self.victim = str(flag), victim
+
     def open(self, photo, view, reduce=1):
         if photo.path == self.victim and os.path.exists(self.flag):
             os.unlink(self.flag)
@@ -42,56 +46,98 @@ class Fatal(Painted):
 
 def net():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 4, 3, stride=4), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(.3), nn.Flatten(), nn.Linear(64, 3))
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, stride=4), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.3), nn.Flatten(), nn.Linear(64, 3)
+    )
 
 
 def learner(folder, source=None, balanced=False, n=60, **loader):
     "Sixty made-up photos in batches of six, windows of four, an average, a save after every step."
-    cfg = load_config("smoke", ["train.classification={epochs: 3, lr: 0.01, grad_accum_steps: 4, amp: false, ema: {enabled: true, decay: 0.8}, saving: {every_steps: 1}}"])
+    cfg = load_config(
+        "smoke",
+        [
+            "train.classification={epochs: 3, lr: 0.01, grad_accum_steps: 4, amp: false, ema: {enabled: true, decay: 0.8}, saving: {every_steps: 1}}"
+        ],
+    )
     rows = table(n)
     d = PillsnapClsDataset(rows, CM, source or Painted(), 16, True, seed=7)
-    order = dict(batch_sampler=BalancedBatchSampler(d.labels, None, 2, 7)) if balanced else dict(batch_size=6, sampler=EpochSampler(d, 7), drop_last=True)
+    order = (
+        dict(batch_sampler=BalancedBatchSampler(d.labels, None, 2, 7))
+        if balanced
+        else dict(batch_size=6, sampler=EpochSampler(d, 7), drop_last=True)
+    )
     val = PhotoLoader(PillsnapClsDataset(rows[:12], CM, Painted(), 16), 6)
-    fixed = dict(config_snapshot=cfg.to_dict(), class_map=CM.to_dict(), backbone=cfg.train.classification.backbone, img_size=16)
-    learn = build_learner(cfg, net(), nn.CrossEntropyLoss(), PhotoLoader(d, **order, **loader), {"whole": val}, 3, fixed=fixed, out=Outputs(folder, quiet=True))
-    if (folder/"last.pt").exists(): learn.first_epoch = restore(learn, read_last(folder/"last.pt", cfg, CM.to_dict()))
+    fixed = dict(
+        config_snapshot=cfg.to_dict(), class_map=CM.to_dict(), backbone=cfg.train.classification.backbone, img_size=16
+    )
+    learn = build_learner(
+        cfg,
+        net(),
+        nn.CrossEntropyLoss(),
+        PhotoLoader(d, **order, **loader),
+        {"whole": val},
+        3,
+        fixed=fixed,
+        out=Outputs(folder, quiet=True),
+    )
+    if (folder / "last.pt").exists():
+        learn.first_epoch = restore(learn, read_last(folder / "last.pt", cfg, CM.to_dict()))
     return learn
 
 
 def same(a, b):
-    for (k, v), w in zip(a["model_state"].items(), b["model_state"].values()): assert torch.equal(v, w), k
-    for k, v in a["ema_state"].items(): assert torch.equal(v, b["ema_state"][k]), k
-    assert [(r["train_loss"], r["classification"]) for r in a["history"]] == [(r["train_loss"], r["classification"]) for r in b["history"]]
-    assert torch.equal(a["rng_state"]["torch"], b["rng_state"]["torch"]) and a["sampler_state"] == b["sampler_state"] and a["scheduler_state"] == b["scheduler_state"]
+    for (k, v), w in zip(a["model_state"].items(), b["model_state"].values()):
+        assert torch.equal(v, w), k
+    for k, v in a["ema_state"].items():
+        assert torch.equal(v, b["ema_state"][k]), k
+    assert [(r["train_loss"], r["classification"]) for r in a["history"]] == [
+        (r["train_loss"], r["classification"]) for r in b["history"]
+    ]
+    assert (
+        torch.equal(a["rng_state"]["torch"], b["rng_state"]["torch"])
+        and a["sampler_state"] == b["sampler_state"]
+        and a["scheduler_state"] == b["scheduler_state"]
+    )
 
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     folder = tmp_path_factory.mktemp("straight")
     learner(folder).fit(3)
-    return load_ckpt(folder/"last.pt")
+    return load_ckpt(folder / "last.pt")
 
 
 @pytest.mark.spec("BX10", "CT15", "TL5")
 def test_a_worker_that_dies_costs_what_was_done_since_the_last_save(straight, tmp_path):
     "In mid-epoch, after a save; with processes, whose start draws a random number, and dropout, which would notice."
     order = list(EpochSampler(PillsnapClsDataset(table(60), CM, Painted(), 16, True, seed=7), 7))
-    victim = f"{order[8*6+2]}.png"   # of the ninth batch, which is asked for when six have been worked on; the fourth was saved
-    (tmp_path/"flag").touch()
-    crash = partial(learner, tmp_path/"ck", Fatal(tmp_path/"flag", victim), engine="processes", num_workers=1, multiprocessing_context="fork")
-    with pytest.raises(PillsnapError, match="process that opened photos is gone"): crash().fit(3)
-    where = load_ckpt(tmp_path/"ck"/"last.pt")
+    victim = f"{order[8 * 6 + 2]}.png"  # of the ninth batch, which is asked for when six have been worked on; the fourth was saved
+    (tmp_path / "flag").touch()
+    crash = partial(
+        learner,
+        tmp_path / "ck",
+        Fatal(tmp_path / "flag", victim),
+        engine="processes",
+        num_workers=1,
+        multiprocessing_context="fork",
+    )
+    with pytest.raises(PillsnapError, match="process that opened photos is gone"):
+        crash().fit(3)
+    where = load_ckpt(tmp_path / "ck" / "last.pt")
     saved = where["position"]["batch"]
-    assert where["epoch"] == 0 and saved in (4, 8) and not (tmp_path/"flag").exists()
+    assert where["epoch"] == 0 and saved in (4, 8) and not (tmp_path / "flag").exists()
 
     class Tally(Callback):
         order, run_valid, batches = 99, False, 0
-        def after_batch(self): self.batches += 1
+
+        def after_batch(self):
+            self.batches += 1
+
     again, tally = crash(), Tally()
     again.add_cb(tally)
     again.fit(3)
-    assert tally.batches == 30-saved, "of three epochs of ten batches, those after the save"
-    same(straight, load_ckpt(tmp_path/"ck"/"last.pt"))
+    assert tally.batches == 30 - saved, "of three epochs of ten batches, those after the save"
+    same(straight, load_ckpt(tmp_path / "ck" / "last.pt"))
 
 
 @pytest.mark.spec("BX10")
@@ -99,89 +145,151 @@ def test_a_worker_that_dies_costs_what_was_done_since_the_last_save(straight, tm
 def test_every_loader_and_sampler_goes_on_where_it_stood(straight, tmp_path, kind):
     "Photos prefetched by threads are not lost; batches of P drugs with K photos each are drawn on."
     make = partial(learner, num_workers=2, prefetch_factor=3) if kind == "threads" else partial(learner, balanced=True)
-    if kind == "balanced": make(tmp_path/"whole").fit(3)
+    if kind == "balanced":
+        make(tmp_path / "whole").fit(3)
 
     class Plug(Callback):
         order, name, run_valid = 99, "plug", False
+
         def after_batch(self):
-            if (self.epoch, self.iter) == (1, 6): raise SystemExit
-    run = make(tmp_path/"ck"); run.add_cb(Plug())
-    with pytest.raises(SystemExit): run.fit(3)
-    ckpt = load_ckpt(tmp_path/"ck"/"last.pt")
+            if (self.epoch, self.iter) == (1, 6):
+                raise SystemExit
+
+    run = make(tmp_path / "ck")
+    run.add_cb(Plug())
+    with pytest.raises(SystemExit):
+        run.fit(3)
+    ckpt = load_ckpt(tmp_path / "ck" / "last.pt")
     assert (ckpt["epoch"], ckpt["position"]["batch"], ckpt["sampler_state"]["batch"]) == (1, 4, 4)
-    make(tmp_path/"ck").fit(3)
-    same(straight if kind == "threads" else load_ckpt(tmp_path/"whole"/"last.pt"), load_ckpt(tmp_path/"ck"/"last.pt"))
+    make(tmp_path / "ck").fit(3)
+    same(
+        straight if kind == "threads" else load_ckpt(tmp_path / "whole" / "last.pt"),
+        load_ckpt(tmp_path / "ck" / "last.pt"),
+    )
 
 
 @pytest.mark.spec("CT16", "X73")
 def test_the_total_may_grow_and_nothing_else_may_change(straight, tmp_path):
-    save_ckpt(tmp_path/"last.pt", **straight)
-    ask = lambda *over: going_on(tmp_path/"last.pt", load_config("smoke", ["train.classification={epochs: 3, lr: 0.01, grad_accum_steps: 4, amp: false, ema: {enabled: true, decay: 0.8}, saving: {every_steps: 1}}", *over]), CM.to_dict(), True)
-    assert ask("train.classification.epochs=9")["epoch"] == 3 and ask("train.classification.saving.keep_best=3", "train.classification.stall_check=false")["epoch"] == 3
-    with pytest.raises(PillsnapError, match="grad_accum_steps: 4 -> 2"): ask("train.classification.grad_accum_steps=2", "train.classification.epochs=9")
+    save_ckpt(tmp_path / "last.pt", **straight)
+    ask = lambda *over: going_on(
+        tmp_path / "last.pt",
+        load_config(
+            "smoke",
+            [
+                "train.classification={epochs: 3, lr: 0.01, grad_accum_steps: 4, amp: false, ema: {enabled: true, decay: 0.8}, saving: {every_steps: 1}}",
+                *over,
+            ],
+        ),
+        CM.to_dict(),
+        True,
+    )
+    assert (
+        ask("train.classification.epochs=9")["epoch"] == 3
+        and ask("train.classification.saving.keep_best=3", "train.classification.stall_check=false")["epoch"] == 3
+    )
+    with pytest.raises(PillsnapError, match="grad_accum_steps: 4 -> 2"):
+        ask("train.classification.grad_accum_steps=2", "train.classification.epochs=9")
 
 
-EPOCHS, SET = 3, ("data.classification.img_size=48", "train.num_threads=1", "train.classification={lr: 0.003, batch_size: 8, saving: {every_steps: 1}}")
+EPOCHS, SET = (
+    3,
+    (
+        "data.classification.img_size=48",
+        "train.num_threads=1",
+        "train.classification={lr: 0.003, batch_size: 8, saving: {every_steps: 1}}",
+    ),
+)
 
 
 def command(root, *before):
     "The stage in a process of its own, as `pillsnap run classifier` would have it."
-    code = "; ".join([*before, f"from pillsnap.training.classifier import ClassifierJob; ClassifierJob(run_dir={str(root)!r}, config='smoke', overrides={SET!r}, epochs={EPOCHS}).run()"])
+    code = "; ".join(
+        [
+            *before,
+            f"from pillsnap.training.classifier import ClassifierJob; ClassifierJob(run_dir={str(root)!r}, config='smoke', overrides={SET!r}, epochs={EPOCHS}).run()",
+        ]
+    )
     return [sys.executable, "-c", code]
 
 
 def when(path, ready, p):
     "Wait for a checkpoint that is as it should be."
-    end = time.monotonic()+150
+    end = time.monotonic() + 150
     while p.poll() is None and time.monotonic() < end:
-        if path.exists() and ready(load_ckpt(path)): return
-        time.sleep(.005)
+        if path.exists() and ready(load_ckpt(path)):
+            return
+        time.sleep(0.005)
 
 
 @pytest.mark.spec("BX10", "CT15", "CT16", "RS1")
 def test_killed_and_asked_to_stop_in_mid_epoch_and_still_the_same(delivery, tmp_path):
     "kill -9 in the first epoch, SIGTERM in the second, then in peace: weights and figures of the undisturbed run."
-    root = split_folder(tmp_path/"run", delivery)
-    last, env = root/"checkpoints"/"classifier"/"last.pt", {**os.environ, "OMP_NUM_THREADS": "1"}
-    slowly = "import time; from pillsnap.training.callbacks import StepLog; one = StepLog.after_batch; StepLog.after_batch = lambda self: (time.sleep(.1), one(self))[1]"   # a signal must not come after the end
+    root = split_folder(tmp_path / "run", delivery)
+    last, env = root / "checkpoints" / "classifier" / "last.pt", {**os.environ, "OMP_NUM_THREADS": "1"}
+    slowly = "import time; from pillsnap.training.callbacks import StepLog; one = StepLog.after_batch; StepLog.after_batch = lambda self: (time.sleep(.1), one(self))[1]"  # a signal must not come after the end
     at = lambda c: (c["epoch"], c["position"]["batch"])
     for sig, epoch in ((signal.SIGKILL, 0), (signal.SIGTERM, 1)):
-        before = at(load_ckpt(last)) if last.exists() else (0, 0)   # what the one before left is no sign of life
+        before = at(load_ckpt(last)) if last.exists() else (0, 0)  # what the one before left is no sign of life
         p = subprocess.Popen(command(root, slowly), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=env)
         try:
             when(last, lambda c: at(c) > before and c["epoch"] >= epoch and c["position"]["batch"] > 1, p)
-            p.send_signal(sig); err = p.communicate(timeout=150)[1].decode()
-        finally: p.kill()
-        assert p.returncode == -signal.SIGKILL if sig == signal.SIGKILL else p.returncode and "KeyboardInterrupt: SIGTERM" in err, err
-    assert "stopped by SIGTERM in epoch" in (root/"logs"/"pillsnap.classifier.log").read_text(encoding="utf-8")
+            p.send_signal(sig)
+            err = p.communicate(timeout=150)[1].decode()
+        finally:
+            p.kill()
+        assert (
+            p.returncode == -signal.SIGKILL
+            if sig == signal.SIGKILL
+            else p.returncode and "KeyboardInterrupt: SIGTERM" in err
+        ), err
+    assert "stopped by SIGTERM in epoch" in (root / "logs" / "pillsnap.classifier.log").read_text(encoding="utf-8")
     assert read_record(root, "classifier")["status"] == "interrupted" and load_ckpt(last)["epoch"] < EPOCHS
     ClassifierJob(run_dir=str(root), config="smoke", overrides=SET, epochs=EPOCHS).run()
-    assert "batches of the next" in (root/"logs"/"pillsnap.classifier.log").read_text(encoding="utf-8")
-    calm = split_folder(tmp_path/"calm", delivery)
+    assert "batches of the next" in (root / "logs" / "pillsnap.classifier.log").read_text(encoding="utf-8")
+    calm = split_folder(tmp_path / "calm", delivery)
     ClassifierJob(run_dir=str(calm), config="smoke", overrides=SET, epochs=EPOCHS).run()
-    same(*(load_ckpt(r/"checkpoints"/"classifier"/"last.pt") for r in (calm, root)))
-    assert [r["classification"] for r in read_json(root/"reports"/"metrics.json")["history"]] == [r["classification"] for r in read_json(calm/"reports"/"metrics.json")["history"]]
+    same(*(load_ckpt(r / "checkpoints" / "classifier" / "last.pt") for r in (calm, root)))
+    assert [r["classification"] for r in read_json(root / "reports" / "metrics.json")["history"]] == [
+        r["classification"] for r in read_json(calm / "reports" / "metrics.json")["history"]
+    ]
 
 
 @pytest.mark.spec("CT14", "SG6", "BX23")
 def test_the_run_counts_its_memory_errors_and_judges_the_mean_of_its_best(delivery, tmp_path, monkeypatch):
     "Two planted errors in one batch: cache, then two halves; the advisor's number is 2. And averaged.pt lies there exactly if validation agreed."
     import fastai.learner
+
     real, calls = fastai.learner.Learner._do_one_batch, []
 
     def planted(self):
         calls.append(self.training)
-        if self.training and sum(calls) in (4, 5): raise torch.OutOfMemoryError("CUDA out of memory (planted)")
+        if self.training and sum(calls) in (4, 5):
+            raise torch.OutOfMemoryError("CUDA out of memory (planted)")
         return real(self)
+
     monkeypatch.setattr(fastai.learner.Learner, "_do_one_batch", planted)
-    root = split_folder(tmp_path/"run", delivery)
-    more = ("train.oom.cooldown_sec=0", "train.oom.escalate_to_fp16=false", "train.classification.saving.average_best=2")
+    root = split_folder(tmp_path / "run", delivery)
+    more = (
+        "train.oom.cooldown_sec=0",
+        "train.oom.escalate_to_fp16=false",
+        "train.classification.saving.average_best=2",
+    )
     res = ClassifierJob(run_dir=str(root), config="smoke", overrides=(*SET, *more), epochs=2).run()
-    report, log = read_json(root/"reports"/"classifier.json"), (root/"logs"/"pillsnap.classifier.log").read_text(encoding="utf-8")
-    assert read_json(root/"reports"/"metrics.json")["oom_events"] == 2 and [e["action"] for e in report["oom_events"]] == ["empty_cache", "microbatching"]
+    report, log = (
+        read_json(root / "reports" / "classifier.json"),
+        (root / "logs" / "pillsnap.classifier.log").read_text(encoding="utf-8"),
+    )
+    assert read_json(root / "reports" / "metrics.json")["oom_events"] == 2 and [
+        e["action"] for e in report["oom_events"]
+    ] == ["empty_cache", "microbatching"]
     assert "S2 microbatching" in log and any("Memory ran out 2 times" in n for n in res.notes)
-    mean, folder = report["averaged"], root/"checkpoints"/"classifier"
-    assert set(mean["epochs"]) == {1, 2} and mean["metric"] == "val_loss" and mean["kept"] == (mean["averaged"] <= mean["best"]) == (folder/"averaged.pt").exists()
-    states = [load_ckpt(folder/f"epoch_{e}.pt")["model_state"] for e in mean["epochs"]]
+    mean, folder = report["averaged"], root / "checkpoints" / "classifier"
+    assert (
+        set(mean["epochs"]) == {1, 2}
+        and mean["metric"] == "val_loss"
+        and mean["kept"] == (mean["averaged"] <= mean["best"]) == (folder / "averaged.pt").exists()
+    )
+    states = [load_ckpt(folder / f"epoch_{e}.pt")["model_state"] for e in mean["epochs"]]
     for k, v in average_weights(states).items():
-        if v.is_floating_point(): np.testing.assert_allclose(v, np.mean([s[k].numpy() for s in states], 0), atol=1e-6)
+        if v.is_floating_point():
+            np.testing.assert_allclose(v, np.mean([s[k].numpy() for s in states], 0), atol=1e-6)

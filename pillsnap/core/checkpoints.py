@@ -22,155 +22,245 @@ from .files import atomic_path, os_trouble
 from .logs import decide
 
 # %% ../../nbs/core/080_checkpoints.ipynb #458440ad
-def _tensor(t:torch.Tensor)->torch.Tensor:
+def _tensor(t: torch.Tensor) -> torch.Tensor:
     t = t.detach()
     return t if type(t) is torch.Tensor else t.as_subclass(torch.Tensor)
 
 # %% ../../nbs/core/080_checkpoints.ipynb #7b82b5e6
 def plain(
-    o:Any,     # tree of tensors, numbers, texts and containers
-    at:str=""  # its name, for the message
-)->Any:
+    o: Any,  # tree of tensors, numbers, texts and containers
+    at: str = "",  # its name, for the message
+) -> Any:
     "The same tree in values that `weights_only=True` can read."
-    if o is None or type(o) in (bool, int, float, str, bytes): return o
-    if isinstance(o, str): return str.__str__(o)  # an Enum of texts, for one
-    if isinstance(o, torch.Tensor): return _tensor(o)
-    if isinstance(o, np.generic): return o.item()
-    if isinstance(o, np.ndarray): return torch.from_numpy(o.copy()) if o.dtype.kind in "biuf" else plain(o.tolist(), at)
-    if isinstance(o, os.PathLike): return os.fspath(o)
-    if isinstance(o, Mapping): return {plain(k, f"{at} key"): plain(v, f"{at}.{k}") for k, v in o.items()}
-    if type(o) is tuple: return tuple(plain(v, f"{at}[{i}]") for i, v in enumerate(o))
-    if isinstance(o, Sequence) or type(o).__name__ == "L": return [plain(v, f"{at}[{i}]") for i, v in enumerate(o)]
-    raise PillsnapError(f"a {type(o).__name__} cannot be kept in a checkpoint", where=at.lstrip("."), fix="keep tensors, numbers, texts, lists and dictionaries")
+    if o is None or type(o) in (bool, int, float, str, bytes):
+        return o
+    if isinstance(o, str):
+        return str.__str__(o)  # an Enum of texts, for one
+    if isinstance(o, torch.Tensor):
+        return _tensor(o)
+    if isinstance(o, np.generic):
+        return o.item()
+    if isinstance(o, np.ndarray):
+        return torch.from_numpy(o.copy()) if o.dtype.kind in "biuf" else plain(o.tolist(), at)
+    if isinstance(o, os.PathLike):
+        return os.fspath(o)
+    if isinstance(o, Mapping):
+        return {plain(k, f"{at} key"): plain(v, f"{at}.{k}") for k, v in o.items()}
+    if type(o) is tuple:
+        return tuple(plain(v, f"{at}[{i}]") for i, v in enumerate(o))
+    if isinstance(o, Sequence) or type(o).__name__ == "L":
+        return [plain(v, f"{at}[{i}]") for i, v in enumerate(o)]
+    raise PillsnapError(
+        f"a {type(o).__name__} cannot be kept in a checkpoint",
+        where=at.lstrip("."),
+        fix="keep tensors, numbers, texts, lists and dictionaries",
+    )
 
 # %% ../../nbs/core/080_checkpoints.ipynb #ebc484f2
-FIELDS = ("model_state", "optimizer_state", "scheduler_state", "scaler_state", "epoch", "best_metric", "config_snapshot", "class_map", "rng_state", "sampler_state")
+FIELDS = (
+    "model_state",
+    "optimizer_state",
+    "scheduler_state",
+    "scaler_state",
+    "epoch",
+    "best_metric",
+    "config_snapshot",
+    "class_map",
+    "rng_state",
+    "sampler_state",
+)
 
 # %% ../../nbs/core/080_checkpoints.ipynb #a0afcd34
 class _Remembers:
     "A file whose first refusal can be asked for afterwards."
-    def __init__(self, f:Any): self.f, self.error = f, None
-    def write(self, b:Any)->int:
-        try: return self.f.write(b)
-        except OSError as e: self.error = self.error or e; raise
-    def flush(self)->None: self.f.flush()
+
+    def __init__(self, f: Any):
+        self.f, self.error = f, None
+
+    def write(self, b: Any) -> int:
+        try:
+            return self.f.write(b)
+        except OSError as e:
+            self.error = self.error or e
+            raise
+
+    def flush(self) -> None:
+        self.f.flush()
 
 # %% ../../nbs/core/080_checkpoints.ipynb #c82f7930
-def _write(state:dict[str,Any], path:Path)->None:
+def _write(state: dict[str, Any], path: Path) -> None:
     with open(path, "wb") as raw:
         f = _Remembers(raw)
-        try: torch.save(state, f)
-        except (RuntimeError, OSError) as e: raise f.error or e
+        try:
+            torch.save(state, f)
+        except (RuntimeError, OSError) as e:
+            raise f.error or e
 
 # %% ../../nbs/core/080_checkpoints.ipynb #e1efe0ee
 def save_ckpt(
-    path:str|os.PathLike,             # checkpoints/classifier/last.pt
+    path: str | os.PathLike,  # checkpoints/classifier/last.pt
     *,
-    model_state:Mapping,              # model.state_dict()
-    epoch:int,                        # epochs finished
-    best_metric:float,                # best validation figure so far; -inf before the first
-    config_snapshot:Mapping,          # cfg.to_dict()
-    class_map:Mapping,                # ClassMap.to_dict(): kind, keys, fingerprint
-    optimizer_state:Any=None,         # optimizer.state_dict()
-    scheduler_state:Any=None,         # of the learning rate's schedule
-    scaler_state:Any=None,            # of the GradScaler, fp16 only
-    rng_state:Mapping|None=None,      # what rng_state gave
-    sampler_state:Any=None,           # where the sampler stands
-    **kwargs:Any                      # more plain values: backbone, img_size, ema_state
-)->Path:
+    model_state: Mapping,  # model.state_dict()
+    epoch: int,  # epochs finished
+    best_metric: float,  # best validation figure so far; -inf before the first
+    config_snapshot: Mapping,  # cfg.to_dict()
+    class_map: Mapping,  # ClassMap.to_dict(): kind, keys, fingerprint
+    optimizer_state: Any = None,  # optimizer.state_dict()
+    scheduler_state: Any = None,  # of the learning rate's schedule
+    scaler_state: Any = None,  # of the GradScaler, fp16 only
+    rng_state: Mapping | None = None,  # what rng_state gave
+    sampler_state: Any = None,  # where the sampler stands
+    **kwargs: Any,  # more plain values: backbone, img_size, ema_state
+) -> Path:
     "Write a checkpoint whole or not at all (SPEC Annex 3, CT15)."
-    state = dict(model_state=model_state, optimizer_state=optimizer_state, scheduler_state=scheduler_state, scaler_state=scaler_state, epoch=epoch,
-                 best_metric=best_metric, config_snapshot=config_snapshot, class_map=class_map, rng_state=rng_state, sampler_state=sampler_state, **kwargs)
+    state = dict(
+        model_state=model_state,
+        optimizer_state=optimizer_state,
+        scheduler_state=scheduler_state,
+        scaler_state=scaler_state,
+        epoch=epoch,
+        best_metric=best_metric,
+        config_snapshot=config_snapshot,
+        class_map=class_map,
+        rng_state=rng_state,
+        sampler_state=sampler_state,
+        **kwargs,
+    )
     state = {k: plain(v, k) for k, v in state.items()}
-    with atomic_path(path) as tmp: _write(state, tmp)
+    with atomic_path(path) as tmp:
+        _write(state, tmp)
     return Path(path)
 
 # %% ../../nbs/core/080_checkpoints.ipynb #269fcdad
-def rng_state()->dict[str,Any]: # tensors, lists and numbers
+def rng_state() -> dict[str, Any]:  # tensors, lists and numbers
     "The states of Python's, numpy's and torch's generators."
     version, internal, gauss = random.getstate()
     name, keys, pos, has_gauss, cached = np.random.get_state()
-    return dict(python=[version, list(internal), gauss], numpy=[name, torch.from_numpy(keys.astype(np.int64)), int(pos), int(has_gauss), float(cached)],
-                torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
+    return dict(
+        python=[version, list(internal), gauss],
+        numpy=[name, torch.from_numpy(keys.astype(np.int64)), int(pos), int(has_gauss), float(cached)],
+        torch=torch.get_rng_state(),
+        cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    )
 
 # %% ../../nbs/core/080_checkpoints.ipynb #f91eebed
 def set_rng_state(
-    d:Mapping[str,Any] # what rng_state gave
-)->None:
+    d: Mapping[str, Any],  # what rng_state gave
+) -> None:
     "Put the generators back; a GPU that is not there any more is passed over."
     version, internal, gauss = d["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, pos, has_gauss, cached = d["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), pos, has_gauss, cached))
     torch.set_rng_state(d["torch"].cpu())
-    for i, s in enumerate(d["cuda"][:torch.cuda.device_count() if torch.cuda.is_available() else 0]): torch.cuda.set_rng_state(s.cpu(), i)
+    for i, s in enumerate(d["cuda"][: torch.cuda.device_count() if torch.cuda.is_available() else 0]):
+        torch.cuda.set_rng_state(s.cpu(), i)
 
 # %% ../../nbs/core/080_checkpoints.ipynb #a5d7e870
-def _read(path:Path)->Any:
+def _read(path: Path) -> Any:
     "The file's content on the CPU, never unpickled."
-    try: return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as e: raise os_trouble("the checkpoint cannot be read", path, e) from e
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as e:
+        raise os_trouble("the checkpoint cannot be read", path, e) from e
     except pickle.UnpicklingError as e:
-        raise PillsnapError("this file holds Python objects that could run code when read, so it was not read", where=path, fix="use a checkpoint that PillSnap wrote") from e
+        raise PillsnapError(
+            "this file holds Python objects that could run code when read, so it was not read",
+            where=path,
+            fix="use a checkpoint that PillSnap wrote",
+        ) from e
     except Exception as e:
-        raise PillsnapError("this file is no checkpoint, or it was cut short", where=path, fix="use another checkpoint, or train again") from e
+        raise PillsnapError(
+            "this file is no checkpoint, or it was cut short", where=path, fix="use another checkpoint, or train again"
+        ) from e
 
-def _first(text:Sequence[str], n:int=5)->str:
-    return ", ".join(text[:n])+(f" and {len(text)-n} more" if len(text) > n else "")
+
+def _first(text: Sequence[str], n: int = 5) -> str:
+    return ", ".join(text[:n]) + (f" and {len(text) - n} more" if len(text) > n else "")
 
 # %% ../../nbs/core/080_checkpoints.ipynb #f268c04f
 def class_map_difference(
-    saved:Mapping, # of the checkpoint: kind, keys, fingerprint
-    asked:Mapping  # of the data at hand
-)->str|None: # None when they are the same map
+    saved: Mapping,  # of the checkpoint: kind, keys, fingerprint
+    asked: Mapping,  # of the data at hand
+) -> str | None:  # None when they are the same map
     "What separates two class maps, in words (SPEC BX8)."
     a, b = list(saved.get("keys", [])), list(asked.get("keys", []))
     if a == b and saved.get("kind") == asked.get("kind"):
-        if saved.get("fingerprint") == asked.get("fingerprint"): return None
+        if saved.get("fingerprint") == asked.get("fingerprint"):
+            return None
         return "the keys are equal but the fingerprints are not: one of the two was altered"
-    if saved.get("kind") != asked.get("kind"): return f"the checkpoint's classes are of kind {saved.get('kind')!r}, the data's of {asked.get('kind')!r}"
+    if saved.get("kind") != asked.get("kind"):
+        return f"the checkpoint's classes are of kind {saved.get('kind')!r}, the data's of {asked.get('kind')!r}"
     gone, new = [k for k in a if k not in set(b)], [k for k in b if k not in set(a)]
-    if gone or new: return "; ".join(f"{what}: {_first(keys)}" for what, keys in (("only in the checkpoint", gone), ("only in the data", new)) if keys)
+    if gone or new:
+        return "; ".join(
+            f"{what}: {_first(keys)}"
+            for what, keys in (("only in the checkpoint", gone), ("only in the data", new))
+            if keys
+        )
     return f"the same {len(a)} classes in another order, from number {next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))} on"
 
 # %% ../../nbs/core/080_checkpoints.ipynb #92721b04
-def _check(ckpt:dict, path:Path, class_map:Mapping|None, backbone:str|None)->None:
+def _check(ckpt: dict, path: Path, class_map: Mapping | None, backbone: str | None) -> None:
     "Refuse a checkpoint of other classes or of another network."
     mine = ckpt["class_map"]
     if class_map is not None:
         if why := class_map_difference(mine, class_map):
-            sizes = f"{len(mine.get('keys', []))} classes in the checkpoint, {len(class_map.get('keys', []))} in the data"
-            raise PillsnapError(f"this checkpoint belongs to another class map ({sizes}): {why}", where=path, fix="use the data it was trained on, or train again (--fresh)")
+            sizes = (
+                f"{len(mine.get('keys', []))} classes in the checkpoint, {len(class_map.get('keys', []))} in the data"
+            )
+            raise PillsnapError(
+                f"this checkpoint belongs to another class map ({sizes}): {why}",
+                where=path,
+                fix="use the data it was trained on, or train again (--fresh)",
+            )
     was = ckpt.get("backbone")
     if backbone is not None and was is not None and was != backbone:
-        raise PillsnapError(f"this checkpoint holds a {was}, and the configuration asks for a {backbone}", where=path, fix=f"set train.classification.backbone={was}, or train again (--fresh)")
+        raise PillsnapError(
+            f"this checkpoint holds a {was}, and the configuration asks for a {backbone}",
+            where=path,
+            fix=f"set train.classification.backbone={was}, or train again (--fresh)",
+        )
 
 # %% ../../nbs/core/080_checkpoints.ipynb #e879be34
-OTHER_NAMES = {"best.pt": ("best_model", "best", "{task}_best", "../{task}_best"), "last.pt": ("latest_model", "last", "{task}_last", "../{task}_last")}
-_TASKS = {"classifier": "classification", "detector": "detection"}   # what D calls the two
+OTHER_NAMES = {
+    "best.pt": ("best_model", "best", "{task}_best", "../{task}_best"),
+    "last.pt": ("latest_model", "last", "{task}_last", "../{task}_last"),
+}
+_TASKS = {"classifier": "classification", "detector": "detection"}  # what D calls the two
+
 
 def find_ckpt(
-    path:str|os.PathLike # checkpoints/<model>/best.pt or last.pt
-)->Path: # that file, or the same under one of the sources' names
+    path: str | os.PathLike,  # checkpoints/<model>/best.pt or last.pt
+) -> Path:  # that file, or the same under one of the sources' names
     "A checkpoint under its own or another known name (SPEC X76, RT8)."
     path = Path(path)
-    if path.exists(): return path
+    if path.exists():
+        return path
     stems = [n.format(task=_TASKS.get(path.parent.name, path.parent.name)) for n in OTHER_NAMES.get(path.name, ())]
-    home = lambda n: path.parent.parent if n.startswith("../") else path.parent   # the model's own folder may be missing
-    there = [q for n in stems for e in (".pt", ".pth") if (q := home(n)/f"{n.removeprefix('../')}{e}").exists()]
-    if there: decide(None, f"checkpoint: {there[0]} is read as {path.name}, which is not there")
+    home = lambda n: path.parent.parent if n.startswith("../") else path.parent  # the model's own folder may be missing
+    there = [q for n in stems for e in (".pt", ".pth") if (q := home(n) / f"{n.removeprefix('../')}{e}").exists()]
+    if there:
+        decide(None, f"checkpoint: {there[0]} is read as {path.name}, which is not there")
     return there[0] if there else path
 
 # %% ../../nbs/core/080_checkpoints.ipynb #18d20585
 def load_ckpt(
-    path:str|os.PathLike,        # file that save_ckpt wrote
-    class_map:Mapping|None=None, # refuse a checkpoint of any other map
-    backbone:str|None=None       # refuse a checkpoint of any other network
-)->dict[str,Any]: # the fields of FIELDS, and the extras; tensors on the CPU
+    path: str | os.PathLike,  # file that save_ckpt wrote
+    class_map: Mapping | None = None,  # refuse a checkpoint of any other map
+    backbone: str | None = None,  # refuse a checkpoint of any other network
+) -> dict[str, Any]:  # the fields of FIELDS, and the extras; tensors on the CPU
     "Read a checkpoint without unpickling, and check that it fits (SPEC CT15, BX8, RS6)."
-    path = find_ckpt(path); ckpt = _read(path)
+    path = find_ckpt(path)
+    ckpt = _read(path)
     lacks = [f for f in FIELDS if f not in ckpt] if isinstance(ckpt, dict) else list(FIELDS)
-    if lacks: raise PillsnapError(f"this file is no PillSnap checkpoint: it lacks {_first(lacks)}", where=path, fix="use a checkpoint from a run's checkpoints folder")
-    if not isinstance(ckpt["class_map"], dict) or not isinstance(ckpt["model_state"], dict): raise PillsnapError("this file is no PillSnap checkpoint: its class map or its weights are missing", where=path)
+    if lacks:
+        raise PillsnapError(
+            f"this file is no PillSnap checkpoint: it lacks {_first(lacks)}",
+            where=path,
+            fix="use a checkpoint from a run's checkpoints folder",
+        )
+    if not isinstance(ckpt["class_map"], dict) or not isinstance(ckpt["model_state"], dict):
+        raise PillsnapError("this file is no PillSnap checkpoint: its class map or its weights are missing", where=path)
     _check(ckpt, path, class_map, backbone)
     return ckpt

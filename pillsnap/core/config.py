@@ -31,356 +31,471 @@ from .files import canonical_json, sha256_text
 # %% ../../nbs/core/020_config.ipynb #2feec161
 class Block(BaseModel):
     "A part of the configuration tree (SPEC Annex 1)."
+
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
 
+
 def key(
-    default:Any,     # what holds when nobody says anything; ... where a preset must say it
-    doc:str,         # what the key means, with its unit
-    **limits:Any     # pydantic's own limits: ge, le, gt, lt
-)->Any:
+    default: Any,  # what holds when nobody says anything; ... where a preset must say it
+    doc: str,  # what the key means, with its unit
+    **limits: Any,  # pydantic's own limits: ge, le, gt, lt
+) -> Any:
     "One documented key."
-    if isinstance(default, (list, dict)): return Field(default_factory=lambda: deepcopy(default), description=doc, **limits)
+    if isinstance(default, (list, dict)):
+        return Field(default_factory=lambda: deepcopy(default), description=doc, **limits)
     return Field(default, description=doc, **limits)
 
 # %% ../../nbs/core/020_config.ipynb #0cc5d26a
 class Project(Block):
     "What is being built."
-    name:str = key("pillsnap", "a label for logs and reports")
-    family:Literal["two_stage","narrow","retrieval"] = key("two_stage", "which preset family trains")
-    active_feature_set:Literal["mvp","advanced","production"] = key("mvp", "which features are imported at all (SPEC CF3)")
 
-def _local_path(v:str)->str:
+    name: str = key("pillsnap", "a label for logs and reports")
+    family: Literal["two_stage", "narrow", "retrieval"] = key("two_stage", "which preset family trains")
+    active_feature_set: Literal["mvp", "advanced", "production"] = key(
+        "mvp", "which features are imported at all (SPEC CF3)"
+    )
+
+
+def _local_path(v: str) -> str:
     "A path with its variables filled in."
-    if re.match(r"[A-Za-z]:[\\/]", v): raise ValueError("drive letters are refused; use a path relative to the working folder")
+    if re.match(r"[A-Za-z]:[\\/]", v):
+        raise ValueError("drive letters are refused; use a path relative to the working folder")
     return os.path.expanduser(os.path.expandvars(v))
+
 
 class Paths(Block):
     "Where things are; relative to the working folder."
-    root:str = key("./data", "the AI Hub delivery: the folder that holds data/train")
-    exp_dir:str = key("./_runs/exp01", "the run folder")
+
+    root: str = key("./data", "the AI Hub delivery: the folder that holds data/train")
+    exp_dir: str = key("./_runs/exp01", "the run folder")
 
     _expand = field_validator("root", "exp_dir")(_local_path)
 
     @model_validator(mode="before")
     @classmethod
-    def _inside(cls, v:Any)->Any:
+    def _inside(cls, v: Any) -> Any:
         "A root of `{exp_dir}/delivery` follows the run folder."
-        if isinstance(v, Mapping) and "{exp_dir}" in str(v.get("root", "")): return {**v, "root": v["root"].replace("{exp_dir}", str(v.get("exp_dir", "./_runs/exp01")))}
+        if isinstance(v, Mapping) and "{exp_dir}" in str(v.get("root", "")):
+            return {**v, "root": v["root"].replace("{exp_dir}", str(v.get("exp_dir", "./_runs/exp01")))}
         return v
 
 # %% ../../nbs/core/020_config.ipynb #58eafb57
 class StageSpec(Block):
     "How large one progressive stage is, and what may end it."
-    max_samples:int|None = key(None, "single photos in train and val together; null = all", ge=1)
-    max_classes:int|None = key(None, "drugs; null = all", ge=1)
-    max_combos:int|None = key(None, "combo photos in train and val together, of any drug; null = all", ge=1)
-    target_accuracy:float = key(0.85, "least accuracy, 0-1; may raise what the stage's gate asks, never lower it", ge=0, le=1)
-    max_latency_ms:float|None = key(None, "most ms of one answer, p95; may tighten what the stage's gate asks, "
-        "never loosen it; null = the gate's", gt=0)
-    allow_success_on_time_cap:bool = key(False, "a run stopped by the clock may count (SPEC SG7)")
-    time_limit_hours:float|None = key(None, "that clock, hours")
-    min_samples_required:int|None = key(None, "photos seen before the clock may count")
-    min_class_coverage:int|None = key(None, "drugs seen before the clock may count")
 
+    max_samples: int | None = key(None, "single photos in train and val together; null = all", ge=1)
+    max_classes: int | None = key(None, "drugs; null = all", ge=1)
+    max_combos: int | None = key(None, "combo photos in train and val together, of any drug; null = all", ge=1)
+    target_accuracy: float = key(
+        0.85, "least accuracy, 0-1; may raise what the stage's gate asks, never lower it", ge=0, le=1
+    )
+    max_latency_ms: float | None = key(
+        None,
+        "most ms of one answer, p95; may tighten what the stage's gate asks, never loosen it; null = the gate's",
+        gt=0,
+    )
+    allow_success_on_time_cap: bool = key(False, "a run stopped by the clock may count (SPEC SG7)")
+    time_limit_hours: float | None = key(None, "that clock, hours")
+    min_samples_required: int | None = key(None, "photos seen before the clock may count")
+    min_class_coverage: int | None = key(None, "drugs seen before the clock may count")
+
+# %% ../../nbs/core/020_config.ipynb #164df6e0
 class Progressive(Block):
     "The four growing stages and the demo's stage 0; one combo for ten singles until stage 4 takes all (ours; SPEC SP10)."
-    current_stage:int = key(1, "0 demo, 1-4", ge=0, le=4)
-    stage_0:StageSpec = key(StageSpec(max_samples=600, max_classes=50, target_accuracy=0.90), "demo, synthetic, outside the four")
-    stage_1:StageSpec = key(StageSpec(max_samples=5000, max_classes=50, max_combos=500, target_accuracy=0.78, allow_success_on_time_cap=True,
-        time_limit_hours=2, min_samples_required=1000, min_class_coverage=30), "5,000 photos of 50 drugs")
-    stage_2:StageSpec = key(StageSpec(max_samples=25000, max_classes=250, max_combos=2500, target_accuracy=0.82), "25,000 photos of 250 drugs")
-    stage_3:StageSpec = key(StageSpec(max_samples=100000, max_classes=1000, max_combos=10000, target_accuracy=0.85, max_latency_ms=200), "100,000 photos of 1,000 drugs")
-    stage_4:StageSpec = key(StageSpec(max_samples=500000, max_classes=4523, target_accuracy=0.85, max_latency_ms=200), "500,000 photos")
 
-    def stage(self,
-        n:int|None=None # 0-4; None for the current one
-    )->StageSpec:
+    current_stage: int = key(1, "0 demo, 1-4", ge=0, le=4)
+    stage_0: StageSpec = key(
+        StageSpec(max_samples=600, max_classes=50, target_accuracy=0.90), "demo, synthetic, outside the four"
+    )
+    stage_1: StageSpec = key(
+        StageSpec(
+            max_samples=5000,
+            max_classes=50,
+            max_combos=500,
+            target_accuracy=0.78,
+            allow_success_on_time_cap=True,
+            time_limit_hours=2,
+            min_samples_required=1000,
+            min_class_coverage=30,
+        ),
+        "5,000 photos of 50 drugs",
+    )
+    stage_2: StageSpec = key(
+        StageSpec(max_samples=25000, max_classes=250, max_combos=2500, target_accuracy=0.82),
+        "25,000 photos of 250 drugs",
+    )
+    stage_3: StageSpec = key(
+        StageSpec(max_samples=100000, max_classes=1000, max_combos=10000, target_accuracy=0.85, max_latency_ms=200),
+        "100,000 photos of 1,000 drugs",
+    )
+    stage_4: StageSpec = key(
+        StageSpec(max_samples=500000, max_classes=4523, target_accuracy=0.85, max_latency_ms=200), "500,000 photos"
+    )
+
+    def stage(
+        self,
+        n: int | None = None,  # 0-4; None for the current one
+    ) -> StageSpec:
         "The stage of that number."
         return getattr(self, f"stage_{self.current_stage if n is None else n}")
 
 # %% ../../nbs/core/020_config.ipynb #3f3e53ef
 class DetectionData(Block):
     "What the detector sees and answers."
-    img_size:int = key(640, "side of the square input, pixels", ge=32)
-    conf_threshold:float = key(0.3, "boxes below are dropped", ge=0, le=1)
-    iou_threshold:float = key(0.5, "boxes overlapping more are one pill", ge=0, le=1)
-    max_detections:int = key(100, "boxes kept per photo", ge=1)
+
+    img_size: int = key(640, "side of the square input, pixels", ge=32)
+    conf_threshold: float = key(0.3, "boxes below are dropped", ge=0, le=1)
+    iou_threshold: float = key(0.5, "boxes overlapping more are one pill", ge=0, le=1)
+    max_detections: int = key(100, "boxes kept per photo", ge=1)
+
 
 class ClassificationData(Block):
     "What the classifier sees."
-    img_size:int = key(384, "side of the square input, pixels", ge=32)
-    crop_padding:float = key(0.1, "margin around a box, as a share of its sides", ge=0, le=1)
+
+    img_size: int = key(384, "side of the square input, pixels", ge=32)
+    crop_padding: float = key(0.1, "margin around a box, as a share of its sides", ge=0, le=1)
+
 
 class AugmentDetection(Block):
     "Augmentation of the detector (SPEC TL2)."
-    randaugment:bool = key(False, "never for boxes")
-    mosaic:float = key(0.5, "probability", ge=0, le=1)
-    mixup:float = key(0.1, "probability", ge=0, le=1)
-    hflip:bool = key(True, "mirror half of the photos")
-    scale:tuple[float,float] = key((0.5, 1.5), "size jitter, factor")
+
+    randaugment: bool = key(False, "never for boxes")
+    mosaic: float = key(0.5, "probability", ge=0, le=1)
+    mixup: float = key(0.1, "probability", ge=0, le=1)
+    hflip: bool = key(True, "mirror half of the photos")
+    scale: tuple[float, float] = key((0.5, 1.5), "size jitter, factor")
+
 
 class AugmentClassification(Block):
     "Augmentation of the classifier (SPEC TL1, X52)."
-    randaugment:bool = key(True, "two random operations of magnitude 7-9")
-    color_jitter:tuple[float,float,float,float] = key((0.2, 0.2, 0.2, 0.05), "brightness, contrast, saturation, hue; hue changes the drug")
-    hflip:bool = key(True, "mirrors imprints: warned")
-    auto_augment:str|None = key(None, "a timm policy string instead of RandAugment")
-    rotation:float = key(0.0, "random turn, degrees either way; pills lie as they fall", ge=0, le=180)
-    erasing:float = key(0.0, "share of photos that lose a random rectangle (SPEC TL19)", ge=0, le=1)
-    crop_scale_min:float = key(0.8, "smallest random crop, share of the area", gt=0, le=1)
+
+    randaugment: bool = key(True, "two random operations of magnitude 7-9")
+    color_jitter: tuple[float, float, float, float] = key(
+        (0.2, 0.2, 0.2, 0.05), "brightness, contrast, saturation, hue; hue changes the drug"
+    )
+    hflip: bool = key(True, "mirrors imprints: warned")
+    auto_augment: str | None = key(None, "a timm policy string instead of RandAugment")
+    rotation: float = key(0.0, "random turn, degrees either way; pills lie as they fall", ge=0, le=180)
+    erasing: float = key(0.0, "share of photos that lose a random rectangle (SPEC TL19)", ge=0, le=1)
+    crop_scale_min: float = key(0.8, "smallest random crop, share of the area", gt=0, le=1)
+
 
 class Augment(Block):
     "Augmentation by task."
-    detection:AugmentDetection = key(AugmentDetection(), "detector")
-    classification:AugmentClassification = key(AugmentClassification(), "classifier")
+
+    detection: AugmentDetection = key(AugmentDetection(), "detector")
+    classification: AugmentClassification = key(AugmentClassification(), "classifier")
 
 # %% ../../nbs/core/020_config.ipynb #88a691b1
 class Imbalance(Block):
     "What is done about rare drugs (SPEC TL8, X33, X34)."
-    use_class_weights:bool = key(True, "weigh the loss")
-    method:Literal["inv_freq","effective_num"] = key("inv_freq", "how the weights follow the counts")
-    beta:float = key(0.9999, "effective_num's beta (Cui et al. 2019)", ge=0, lt=1)
-    use_weighted_sampler:bool = key(False, "draw rare drugs more often instead")
+
+    use_class_weights: bool = key(True, "weigh the loss")
+    method: Literal["inv_freq", "effective_num"] = key("inv_freq", "how the weights follow the counts")
+    beta: float = key(0.9999, "effective_num's beta (Cui et al. 2019)", ge=0, lt=1)
+    use_weighted_sampler: bool = key(False, "draw rare drugs more often instead")
 
     @model_validator(mode="after")
-    def _one_only(self)->"Imbalance":
-        if self.use_class_weights and self.use_weighted_sampler: raise ValueError("class weights and a weighted sampler correct the same thing twice; switch one off")
+    def _one_only(self) -> "Imbalance":
+        if self.use_class_weights and self.use_weighted_sampler:
+            raise ValueError("class weights and a weighted sampler correct the same thing twice; switch one off")
         return self
 
 # %% ../../nbs/core/020_config.ipynb #765a94ee
-def _adds_up(v:tuple[float,...])->tuple[float,...]:
+def _adds_up(v: tuple[float, ...]) -> tuple[float, ...]:
     "Shares of one whole."
-    if min(v) <= 0 or abs(sum(v)-1) > 1e-6: raise ValueError(f"the shares {v} must be positive and add up to 1")
+    if min(v) <= 0 or abs(sum(v) - 1) > 1e-6:
+        raise ValueError(f"the shares {v} must be positive and add up to 1")
     return v
+
 
 class Data(Block):
     "The delivery, its splits and its stages."
-    source:Literal["aihub","synthetic"] = key("aihub", "synthetic: the conversion stage renders paths.root when it is not there")
-    task:Literal["two_stage","classification","segmentation"] = key("two_stage", "what is trained")
-    pipeline_strategy:Literal["user_controlled"] = key("user_controlled", "the only legal value")
-    default_mode:Literal["single","combo"] = key("single", "of an exported model and of the loaders where a caller "
-        "names no mode; single: whole photo to drug; combo: detect, crop, classify")
-    auto_fallback:Literal[False] = key(False, "the only legal value")
-    extensions:tuple[str,...] = key((".jpg",".jpeg",".png",".bmp",".webp"), "files taken for photos")
-    ignore_hidden:bool = key(True, "skip ._* and dot files")
-    verify_on_build:bool = key(True, "open every photo once in conversion")
-    broken_policy:Literal["skip"] = key("skip", "the only legal value")
-    incomplete_combo:Literal["skip","keep"] = key("skip", "a photo that lacks a pill's label")
-    grayscale_policy:Literal["rgb","skip"] = key("rgb", "grey photos")
-    rgba_policy:Literal["drop_alpha","skip"] = key("drop_alpha", "photos with transparency")
-    split_ratio:tuple[float,float] = key((0.85, 0.15), "train and val, of AI Hub Training")
-    group_by:Literal["capture","drug","image"] = key("capture", "what a split may not part; image leaks, for the leak gap only")
-    test_known_ratio:float = key(0.05, "Training groups sealed as the closed-set test (X74)", ge=0, lt=0.5)
-    test_data_source:Literal["aihub_validation"] = key("aihub_validation",
-        "the open-set test, data/val of the delivery; the only legal value")
-    test_usage_policy:Literal["final_evaluation_only"] = key("final_evaluation_only", "the only legal value")
-    max_samples:int|None = key(None, "cap on single photos; null = the stage's", ge=1)
-    detection:DetectionData = key(DetectionData(), "detector input and answers")
-    classification:ClassificationData = key(ClassificationData(), "classifier input")
-    progressive_validation:Progressive = key(Progressive(), "the stages")
-    augment:Augment = key(Augment(), "augmentation")
-    imbalance:Imbalance = key(Imbalance(), "rare drugs")
+
+    source: Literal["aihub", "synthetic"] = key(
+        "aihub", "synthetic: the conversion stage renders paths.root when it is not there"
+    )
+    task: Literal["two_stage", "classification", "segmentation"] = key("two_stage", "what is trained")
+    pipeline_strategy: Literal["user_controlled"] = key("user_controlled", "the only legal value")
+    default_mode: Literal["single", "combo"] = key(
+        "single",
+        "of an exported model and of the loaders where a caller "
+        "names no mode; single: whole photo to drug; combo: detect, crop, classify",
+    )
+    auto_fallback: Literal[False] = key(False, "the only legal value")
+    extensions: tuple[str, ...] = key((".jpg", ".jpeg", ".png", ".bmp", ".webp"), "files taken for photos")
+    ignore_hidden: bool = key(True, "skip ._* and dot files")
+    verify_on_build: bool = key(True, "open every photo once in conversion")
+    broken_policy: Literal["skip"] = key("skip", "the only legal value")
+    incomplete_combo: Literal["skip", "keep"] = key("skip", "a photo that lacks a pill's label")
+    grayscale_policy: Literal["rgb", "skip"] = key("rgb", "grey photos")
+    rgba_policy: Literal["drop_alpha", "skip"] = key("drop_alpha", "photos with transparency")
+    split_ratio: tuple[float, float] = key((0.85, 0.15), "train and val, of AI Hub Training")
+    group_by: Literal["capture", "drug", "image"] = key(
+        "capture", "what a split may not part; image leaks, for the leak gap only"
+    )
+    test_known_ratio: float = key(0.05, "Training groups sealed as the closed-set test (X74)", ge=0, lt=0.5)
+    test_data_source: Literal["aihub_validation"] = key(
+        "aihub_validation", "the open-set test, data/val of the delivery; the only legal value"
+    )
+    test_usage_policy: Literal["final_evaluation_only"] = key("final_evaluation_only", "the only legal value")
+    max_samples: int | None = key(None, "cap on single photos; null = the stage's", ge=1)
+    detection: DetectionData = key(DetectionData(), "detector input and answers")
+    classification: ClassificationData = key(ClassificationData(), "classifier input")
+    progressive_validation: Progressive = key(Progressive(), "the stages")
+    augment: Augment = key(Augment(), "augmentation")
+    imbalance: Imbalance = key(Imbalance(), "rare drugs")
 
     _sums = field_validator("split_ratio")(_adds_up)
 
 # %% ../../nbs/core/020_config.ipynb #1207693c
 class RamOptimization(Block):
     "What is kept in memory (SPEC TL12)."
-    cache_policy:Literal["labels_only","hotset","lmdb"] = key("labels_only", "labels only; decoded photos in one shared buffer; LMDB")
-    cache_labels:Literal[True] = key(True, "labels are always in memory; the only legal value")
-    preload_samples:int|dict[str,int] = key(0, "photos decoded before training; a number, or one per stage_N")
-    hotset_size_images:int = key(0, "photos in the shared buffer; 0 = as many as the stage has", ge=0)
-    use_lmdb:bool = key(False, "read from LMDB")
+
+    cache_policy: Literal["labels_only", "hotset", "lmdb"] = key(
+        "labels_only", "labels only; decoded photos in one shared buffer; LMDB"
+    )
+    cache_labels: Literal[True] = key(True, "labels are always in memory; the only legal value")
+    preload_samples: int | dict[str, int] = key(0, "photos decoded before training; a number, or one per stage_N")
+    hotset_size_images: int = key(0, "photos in the shared buffer; 0 = as many as the stage has", ge=0)
+    use_lmdb: bool = key(False, "read from LMDB")
+
 
 class DataLoaderConfig(Block):
     "How photos reach the training step (SPEC TL5)."
-    source:Literal["auto","delivery","pack","memory"] = key("auto", "where photos come from; auto: the pack where pack.enabled, else the delivery; what is kept in memory is ram_optimization's")
-    engine:Literal["auto","threads","processes"] = key("auto", "who opens them; auto: threads, since the decoders let go of Python's lock")
-    num_workers:int = key(8, "threads or processes; capped by the CPU count", ge=0)
-    autotune_workers:bool = key(True, "measure and choose")
-    pin_memory:bool = key(True, "page-locked batches; without CUDA ignored, with a line")
-    pin_memory_device:str = key("cuda", "accepted; torch ignores it, with a line")
-    prefetch_factor:int|None = key(6, "batches ahead per worker")
-    prefetch_per_stage:dict[int,int] = key({1:4, 2:6, 3:8, 4:8}, "the same, by stage")
-    persistent_workers:bool = key(True, "workers outlive an epoch")
-    drop_last:bool = key(True, "train only; val and test drop nothing")
-    multiprocessing_context:Literal["spawn","fork","forkserver"] = key("spawn", "how workers start")
-    ram_optimization:RamOptimization = key(RamOptimization(), "memory policy")
+
+    source: Literal["auto", "delivery", "pack", "memory"] = key(
+        "auto",
+        "where photos come from; auto: the pack where pack.enabled, else the delivery; what is kept in memory is ram_optimization's",
+    )
+    engine: Literal["auto", "threads", "processes"] = key(
+        "auto", "who opens them; auto: threads, since the decoders let go of Python's lock"
+    )
+    num_workers: int = key(8, "threads or processes; capped by the CPU count", ge=0)
+    autotune_workers: bool = key(True, "measure and choose")
+    pin_memory: bool = key(True, "page-locked batches; without CUDA ignored, with a line")
+    pin_memory_device: str = key("cuda", "accepted; torch ignores it, with a line")
+    prefetch_factor: int | None = key(6, "batches ahead per worker")
+    prefetch_per_stage: dict[int, int] = key({1: 4, 2: 6, 3: 8, 4: 8}, "the same, by stage")
+    persistent_workers: bool = key(True, "workers outlive an epoch")
+    drop_last: bool = key(True, "train only; val and test drop nothing")
+    multiprocessing_context: Literal["spawn", "fork", "forkserver"] = key("spawn", "how workers start")
+    ram_optimization: RamOptimization = key(RamOptimization(), "memory policy")
 
 # %% ../../nbs/core/020_config.ipynb #75547004
 class PackConfig(Block):
     "The photos once more, small, in a few files (SPEC section 6)."
-    enabled:bool = key(False, "build it where training needs it and it is not there")
-    scale:float = key(0.5, "of both sides, for whole photos; 0.5 makes 488 x 640 of 976 x 1280", gt=0, le=1)
-    codec:Literal["jpeg","raw"] = key("jpeg", "jpeg: about 0.1 MB a photo; raw: ten times that, nothing to decode")
-    quality:int = key(95, "of the JPEG", ge=50, le=100)
-    crops:bool = key(True, "keep the surroundings of each box at full resolution")
+
+    enabled: bool = key(False, "build it where training needs it and it is not there")
+    scale: float = key(0.5, "of both sides, for whole photos; 0.5 makes 488 x 640 of 976 x 1280", gt=0, le=1)
+    codec: Literal["jpeg", "raw"] = key("jpeg", "jpeg: about 0.1 MB a photo; raw: ten times that, nothing to decode")
+    quality: int = key(95, "of the JPEG", ge=50, le=100)
+    crops: bool = key(True, "keep the surroundings of each box at full resolution")
 
 # %% ../../nbs/core/020_config.ipynb #75eca889
 class Ema(Block):
     "Exponential moving average of the weights."
-    enabled:bool = key(False, "keep one")
-    decay:float = key(0.9998, "per optimizer step", gt=0, lt=1)
-    evaluate:Literal["raw","ema","both"] = key("ema", "which weights are validated and saved")
+
+    enabled: bool = key(False, "keep one")
+    decay: float = key(0.9998, "per optimizer step", gt=0, lt=1)
+    evaluate: Literal["raw", "ema", "both"] = key("ema", "which weights are validated and saved")
+
 
 class Mixing(Block):
     "Two photos in one, with both answers (SPEC X53, NM8). Off under ArcFace."
-    mixup:float = key(0.0, "alpha of mixup's Beta; 0 = off", ge=0)
-    cutmix:float = key(0.0, "alpha of cutmix's Beta; 0 = off", ge=0)
-    cutmix_minmax:tuple[float,float]|None = key(None, "smallest and largest side of the pasted piece, share; rules over alpha")
-    prob:float = key(0.5, "share of batches that are mixed", ge=0, le=1)
+
+    mixup: float = key(0.0, "alpha of mixup's Beta; 0 = off", ge=0)
+    cutmix: float = key(0.0, "alpha of cutmix's Beta; 0 = off", ge=0)
+    cutmix_minmax: tuple[float, float] | None = key(
+        None, "smallest and largest side of the pasted piece, share; rules over alpha"
+    )
+    prob: float = key(0.5, "share of batches that are mixed", ge=0, le=1)
+
 
 class Saving(Block):
     "What is saved beside best.pt and last.pt, and how often (SPEC CT15, NM9, BX10, BX23)."
-    every_steps:int = key(500, "optimizer steps between saves inside an epoch", ge=1)
-    every_minutes:float = key(5.0, "or minutes, whichever comes first", gt=0)
-    every_epochs:int|None = key(None, "keep epoch_N.pt this often; null = none", ge=1)
-    keep_best:int = key(1, "best epochs kept: best.pt, best-2.pt, ...", ge=1)
-    average_best:int = key(0, "weights of the N best averaged into averaged.pt, if validation agrees; 0 = off", ge=0)
+
+    every_steps: int = key(500, "optimizer steps between saves inside an epoch", ge=1)
+    every_minutes: float = key(5.0, "or minutes, whichever comes first", gt=0)
+    every_epochs: int | None = key(None, "keep epoch_N.pt this often; null = none", ge=1)
+    keep_best: int = key(1, "best epochs kept: best.pt, best-2.pt, ...", ge=1)
+    average_best: int = key(0, "weights of the N best averaged into averaged.pt, if validation agrees; 0 = off", ge=0)
+
 
 class EarlyStopping(Block):
     "When to stop hoping."
-    monitor:str = key("macro_f1", "the metric watched")
-    mode:Literal["max","min"] = key("max", "which way is better")
-    patience:int = key(7, "validations without progress", ge=1)
-    min_delta:float = key(0.0, "smallest progress", ge=0)
+
+    monitor: str = key("macro_f1", "the metric watched")
+    mode: Literal["max", "min"] = key("max", "which way is better")
+    patience: int = key(7, "validations without progress", ge=1)
+    min_delta: float = key(0.0, "smallest progress", ge=0)
+
 
 class OomPolicy(Block):
     "What an out-of-memory error does (SPEC Annex 2). The first five must be stated."
-    max_retries:int = key(..., "retries before the emergency exit", ge=0)
-    max_grad_accum:int = key(..., "largest accumulation", ge=1)
-    min_batch:int = key(..., "smallest batch", ge=1)
-    cooldown_sec:float = key(..., "pause after the error, seconds", ge=0)
-    escalate_to_fp16:bool = key(..., "try 16-bit autocast once")
-    reset_after_clean_steps:int = key(200, "steps after which the retries are forgotten", ge=1)
-    wd_scale_mode:Literal["constant","declared"] = key("constant", "keep lr x wd x steps (X21)")
+
+    max_retries: int = key(..., "retries before the emergency exit", ge=0)
+    max_grad_accum: int = key(..., "largest accumulation", ge=1)
+    min_batch: int = key(..., "smallest batch", ge=1)
+    cooldown_sec: float = key(..., "pause after the error, seconds", ge=0)
+    escalate_to_fp16: bool = key(..., "try 16-bit autocast once")
+    reset_after_clean_steps: int = key(200, "steps after which the retries are forgotten", ge=1)
+    wd_scale_mode: Literal["constant", "declared"] = key("constant", "keep lr x wd x steps (X21)")
 
 # %% ../../nbs/core/020_config.ipynb #a4bff877
 class TrainClassification(Block):
     "The classifier's training (SPEC CT1-CT25)."
-    backbone:str = key("tf_efficientnetv2_s", "a timm model name")
-    pretrained:Literal["auto"]|bool = key("auto", "auto: local file, else download if it answers, else scratch")
-    weights:str|None = key(None, "a local weights file (.pth or .safetensors)")
-    init_from:str|None = key(None, "a smaller stage's run folder or checkpoint: a fresh start copies its backbone and, "
-        "by class key, its head's rows; in place of pretrained")
-    declared_classes:int|None = key(None, "printed beside the actual number; never used (X1)")
-    epochs:int = key(30, "in total, also on resume", ge=1)
-    lr:float = key(2e-4, "peak learning rate", gt=0)
-    weight_decay:float = key(1e-4, "decoupled", ge=0)
-    optimizer:Literal["adamw","sgd"] = key("adamw", "optimizer")
-    betas:tuple[float,float] = key((0.9, 0.999), "AdamW's two memories")
-    eps:float = key(1e-8, "AdamW's smallest denominator", gt=0)
-    scheduler:Literal["cosine","onecycle","cosine_min_lr","cosine_warm_restarts","reduce_on_plateau"] = key("cosine", "learning rate over the optimizer steps (SPEC X27)")
-    warmup_steps:int = key(500, "linear warm-up; at most a tenth of the run", ge=0)
-    warmup_epochs:float|None = key(None, "the same in epochs; rules over warmup_steps", ge=0)
-    warmup_factor:float = key(1e-3, "where the warm-up begins, share of lr", gt=0, le=1)
-    min_lr:float = key(1e-6, "where cosine_min_lr and each warm restart ends, and the least of reduce_on_plateau; cosine ends at 0", ge=0)
-    cosine_t0:int = key(10, "epochs of the first cosine with warm restarts", ge=1)
-    cosine_t_mult:int = key(2, "how much longer each next one is", ge=1)
-    plateau_patience:int = key(5, "validations without progress before the rate falls", ge=0)
-    plateau_factor:float = key(0.5, "by what it falls", gt=0, lt=1)
-    batch_size:int = key(64, "photos per step", ge=1)
-    auto_batch_tune:bool = key(True, "search the largest batch (CUDA only)")
-    auto_batch_max:int = key(64, "cap of that search", ge=1)
-    amp:bool = key(True, "mixed precision where the device has it")
-    amp_dtype:Literal["auto","bf16","fp16","fp32"] = key("auto", "auto: bf16 where supported, else fp16")
-    tf32:bool = key(True, "TF32 matrix products on CUDA")
-    channels_last:bool = key(True, "memory format")
-    grad_accum_steps:int = key(1, "batches per optimizer step", ge=1)
-    grad_clip:float|None = key(1.0, "gradient norm; null = off", gt=0)
-    label_smoothing:float = key(0.1, "share given to the other classes", ge=0, lt=1)
-    drop_rate:float = key(0.0, "dropout before the head", ge=0, lt=1)
-    drop_path_rate:float = key(0.0, "share of residual branches left out (stochastic depth)", ge=0, lt=1)
-    mixing:Mixing = key(Mixing(), "mixup and cutmix")
-    head:Literal["linear","arcface"] = key("linear", "what turns an embedding into classes")
-    freeze_backbone_epochs:int = key(0, "epochs in which the head alone learns", ge=0)
-    crop_view_prob:float = key(0.5, "share of training views that are box crops (X72)", ge=0, le=1)
-    combo_crops:bool = key(True, "boxed pills of training combos teach too, as crops (X72)")
-    ema:Ema = key(Ema(), "moving average")
-    saving:Saving = key(Saving(), "checkpoints")
-    stall_check:bool = key(True, "two validations alike to the last digit, or weights that did not move, are an error (BX10)")
-    early_stopping:EarlyStopping = key(EarlyStopping(), "stop early")
+
+    backbone: str = key("tf_efficientnetv2_s", "a timm model name")
+    pretrained: Literal["auto"] | bool = key("auto", "auto: local file, else download if it answers, else scratch")
+    weights: str | None = key(None, "a local weights file (.pth or .safetensors)")
+    init_from: str | None = key(
+        None,
+        "a smaller stage's run folder or checkpoint: a fresh start copies its backbone and, "
+        "by class key, its head's rows; in place of pretrained",
+    )
+    declared_classes: int | None = key(None, "printed beside the actual number; never used (X1)")
+    epochs: int = key(30, "in total, also on resume", ge=1)
+    lr: float = key(2e-4, "peak learning rate", gt=0)
+    weight_decay: float = key(1e-4, "decoupled", ge=0)
+    optimizer: Literal["adamw", "sgd"] = key("adamw", "optimizer")
+    betas: tuple[float, float] = key((0.9, 0.999), "AdamW's two memories")
+    eps: float = key(1e-8, "AdamW's smallest denominator", gt=0)
+    scheduler: Literal["cosine", "onecycle", "cosine_min_lr", "cosine_warm_restarts", "reduce_on_plateau"] = key(
+        "cosine", "learning rate over the optimizer steps (SPEC X27)"
+    )
+    warmup_steps: int = key(500, "linear warm-up; at most a tenth of the run", ge=0)
+    warmup_epochs: float | None = key(None, "the same in epochs; rules over warmup_steps", ge=0)
+    warmup_factor: float = key(1e-3, "where the warm-up begins, share of lr", gt=0, le=1)
+    min_lr: float = key(
+        1e-6,
+        "where cosine_min_lr and each warm restart ends, and the least of reduce_on_plateau; cosine ends at 0",
+        ge=0,
+    )
+    cosine_t0: int = key(10, "epochs of the first cosine with warm restarts", ge=1)
+    cosine_t_mult: int = key(2, "how much longer each next one is", ge=1)
+    plateau_patience: int = key(5, "validations without progress before the rate falls", ge=0)
+    plateau_factor: float = key(0.5, "by what it falls", gt=0, lt=1)
+    batch_size: int = key(64, "photos per step", ge=1)
+    auto_batch_tune: bool = key(True, "search the largest batch (CUDA only)")
+    auto_batch_max: int = key(64, "cap of that search", ge=1)
+    amp: bool = key(True, "mixed precision where the device has it")
+    amp_dtype: Literal["auto", "bf16", "fp16", "fp32"] = key("auto", "auto: bf16 where supported, else fp16")
+    tf32: bool = key(True, "TF32 matrix products on CUDA")
+    channels_last: bool = key(True, "memory format")
+    grad_accum_steps: int = key(1, "batches per optimizer step", ge=1)
+    grad_clip: float | None = key(1.0, "gradient norm; null = off", gt=0)
+    label_smoothing: float = key(0.1, "share given to the other classes", ge=0, lt=1)
+    drop_rate: float = key(0.0, "dropout before the head", ge=0, lt=1)
+    drop_path_rate: float = key(0.0, "share of residual branches left out (stochastic depth)", ge=0, lt=1)
+    mixing: Mixing = key(Mixing(), "mixup and cutmix")
+    head: Literal["linear", "arcface"] = key("linear", "what turns an embedding into classes")
+    freeze_backbone_epochs: int = key(0, "epochs in which the head alone learns", ge=0)
+    crop_view_prob: float = key(0.5, "share of training views that are box crops (X72)", ge=0, le=1)
+    combo_crops: bool = key(True, "boxed pills of training combos teach too, as crops (X72)")
+    ema: Ema = key(Ema(), "moving average")
+    saving: Saving = key(Saving(), "checkpoints")
+    stall_check: bool = key(
+        True, "two validations alike to the last digit, or weights that did not move, are an error (BX10)"
+    )
+    early_stopping: EarlyStopping = key(EarlyStopping(), "stop early")
 
     _where = field_validator("init_from")(lambda v: v if v is None else _local_path(v))
 
     @model_validator(mode="after")
-    def _one_drug_a_photo(self)->"TrainClassification":
-        if self.head == "arcface" and (self.mixing.mixup or self.mixing.cutmix): raise ValueError("an ArcFace margin belongs to one drug, and a mixed photo has two; switch mixing off, or take head=linear (X53)")
+    def _one_drug_a_photo(self) -> "TrainClassification":
+        if self.head == "arcface" and (self.mixing.mixup or self.mixing.cutmix):
+            raise ValueError(
+                "an ArcFace margin belongs to one drug, and a mixed photo has two; switch mixing off, or take head=linear (X53)"
+            )
         return self
 
 # %% ../../nbs/core/020_config.ipynb #d9873093
 class TrainDetection(Block):
     "The detector's training (SPEC DT1-DT3). A null key means the library's default."
-    model:str = key("yolo11m", "a YOLO11 size: yolo11n, s, m, l or x")
-    epochs:int = key(50, "in total, also on resume", ge=1)
-    batch_size:int = key(16, "photos per step", ge=1)
-    lr:float|None = key(None, "initial learning rate")
-    optimizer:str|None = key(None, "SGD, AdamW, ...")
-    warmup_epochs:float|None = key(None, "warm-up, epochs")
-    close_mosaic:int|None = key(None, "last epochs without mosaic")
-    cos_lr:bool = key(True, "cosine schedule")
-    amp_dtype:Literal["auto","bf16","fp16","fp32"] = key("auto", "auto: bf16 where supported, else fp16; fp32 on a CPU")
-    workers:int = key(0, "loader processes", ge=0)
-    auto_batch_tune:bool = key(True, "search the largest batch (CUDA only)")
-    auto_batch_max:int = key(16, "cap of that search", ge=1)
-    early_stopping:EarlyStopping = key(EarlyStopping(monitor="mAP@0.5"), "stop early")
+
+    model: str = key("yolo11m", "a YOLO11 size: yolo11n, s, m, l or x")
+    epochs: int = key(50, "in total, also on resume", ge=1)
+    batch_size: int = key(16, "photos per step", ge=1)
+    lr: float | None = key(None, "initial learning rate")
+    optimizer: str | None = key(None, "SGD, AdamW, ...")
+    warmup_epochs: float | None = key(None, "warm-up, epochs")
+    close_mosaic: int | None = key(None, "last epochs without mosaic")
+    cos_lr: bool = key(True, "cosine schedule")
+    amp_dtype: Literal["auto", "bf16", "fp16", "fp32"] = key(
+        "auto", "auto: bf16 where supported, else fp16; fp32 on a CPU"
+    )
+    workers: int = key(0, "loader processes", ge=0)
+    auto_batch_tune: bool = key(True, "search the largest batch (CUDA only)")
+    auto_batch_max: int = key(16, "cap of that search", ge=1)
+    early_stopping: EarlyStopping = key(EarlyStopping(monitor="mAP@0.5"), "stop early")
+
 
 class TrainSegmentation(Block):
     "Training on masks, where data.task is segmentation."
-    backbone:str = key("resnet18", "a timm model with five feature levels, the encoder of the U-Net")
-    img_size:int = key(256, "side of the square, pixels", ge=32, multiple_of=32)
-    epochs:int = key(30, "in total, also on resume", ge=1)
-    batch_size:int = key(8, "photos per step", ge=1)
-    lr:float = key(1e-3, "peak learning rate", gt=0)
-    weight_decay:float = key(0.01, "decoupled", ge=0)
-    dice_weight:float = key(1.0, "weight of the Dice term beside cross-entropy", ge=0)
-    val_share:float = key(0.2, "share of the groups that validates", gt=0, lt=1)
-    augment:bool = key(True, "turn, crop and light photos together with their masks; needs albumentations")
-    synthetic_photos:int = key(48, "photos rendered for a synthetic run", ge=4)
+
+    backbone: str = key("resnet18", "a timm model with five feature levels, the encoder of the U-Net")
+    img_size: int = key(256, "side of the square, pixels", ge=32, multiple_of=32)
+    epochs: int = key(30, "in total, also on resume", ge=1)
+    batch_size: int = key(8, "photos per step", ge=1)
+    lr: float = key(1e-3, "peak learning rate", gt=0)
+    weight_decay: float = key(0.01, "decoupled", ge=0)
+    dice_weight: float = key(1.0, "weight of the Dice term beside cross-entropy", ge=0)
+    val_share: float = key(0.2, "share of the groups that validates", gt=0, lt=1)
+    augment: bool = key(True, "turn, crop and light photos together with their masks; needs albumentations")
+    synthetic_photos: int = key(48, "photos rendered for a synthetic run", ge=4)
+
 
 class StageOverride(Block):
     "What one stage changes (SPEC CT23)."
-    batch_size_override:int|None = key(None, "photos per step", ge=1)
-    compile_mode:Literal["none","reduce-overhead","max-autotune"]|None = key(None, "torch.compile")
-    memory_format:Literal["channels_last","contiguous"]|None = key(None, "layout")
-    num_workers_override:int|None = key(None, "loader processes", ge=0)
+
+    batch_size_override: int | None = key(None, "photos per step", ge=1)
+    compile_mode: Literal["none", "reduce-overhead", "max-autotune"] | None = key(None, "torch.compile")
+    memory_format: Literal["channels_last", "contiguous"] | None = key(None, "layout")
+    num_workers_override: int | None = key(None, "loader processes", ge=0)
 
 # %% ../../nbs/core/020_config.ipynb #bca559cd
 class Train(Block):
     "Training as a whole."
-    seed:int = key(42, "every random choice hangs on it", ge=0)
-    deterministic:bool = key(False, "deterministic algorithms, slower")
-    num_threads:int|None = key(None, "CPU threads of torch; null = its own choice", ge=1)
-    strategy:Literal["sequential","interleaved"] = key("sequential", "one model after the other, or in turn (X75)")
-    interleave_ratio:tuple[int,int] = key((1, 1), "detection : classification")
-    resume:Literal["auto","last"]|None = key("auto", "continue from last.pt when there is one (X73)")
-    leak_gap:bool = key(False, "train an image-split twin and report the gap (BX1)")
-    classification:TrainClassification = key(TrainClassification(), "classifier")
-    detection:TrainDetection = key(TrainDetection(), "detector")
-    segmentation:TrainSegmentation = key(TrainSegmentation(), "masks")
-    auto_batch_vram_headroom:float = key(0.88, "share of GPU memory a batch may use", gt=0, le=1)
-    oom:OomPolicy = key(..., "out-of-memory policy")
-    stage_overrides:dict[str,StageOverride] = key({}, "by stage_N")
-    step_log_interval:int = key(50, "steps between log lines", ge=1)
-    profile_interval:int = key(50, "steps between profile points", ge=1)
+
+    seed: int = key(42, "every random choice hangs on it", ge=0)
+    deterministic: bool = key(False, "deterministic algorithms, slower")
+    num_threads: int | None = key(None, "CPU threads of torch; null = its own choice", ge=1)
+    strategy: Literal["sequential", "interleaved"] = key("sequential", "one model after the other, or in turn (X75)")
+    interleave_ratio: tuple[int, int] = key((1, 1), "detection : classification")
+    resume: Literal["auto", "last"] | None = key("auto", "continue from last.pt when there is one (X73)")
+    leak_gap: bool = key(False, "train an image-split twin and report the gap (BX1)")
+    classification: TrainClassification = key(TrainClassification(), "classifier")
+    detection: TrainDetection = key(TrainDetection(), "detector")
+    segmentation: TrainSegmentation = key(TrainSegmentation(), "masks")
+    auto_batch_vram_headroom: float = key(0.88, "share of GPU memory a batch may use", gt=0, le=1)
+    oom: OomPolicy = key(..., "out-of-memory policy")
+    stage_overrides: dict[str, StageOverride] = key({}, "by stage_N")
+    step_log_interval: int = key(50, "steps between log lines", ge=1)
+    profile_interval: int = key(50, "steps between profile points", ge=1)
 
     @model_validator(mode="after")
-    def _first_weights(self)->"Train":
+    def _first_weights(self) -> "Train":
         c = self.classification
         if c.init_from and (c.weights or c.pretrained is True):
-            raise ValueError("classification.init_from and pretrained weights are two sources of one network's first "
-                "weights; keep one")
+            raise ValueError(
+                "classification.init_from and pretrained weights are two sources of one network's first "
+                "weights; keep one"
+            )
         if c.init_from and self.leak_gap:
-            raise ValueError("the leak gap trains a twin that is judged on photos which init_from's checkpoint has seen; "
-                "set train.leak_gap=false, or leave train.classification.init_from out")
+            raise ValueError(
+                "the leak gap trains a twin that is judged on photos which init_from's checkpoint has seen; "
+                "set train.leak_gap=false, or leave train.classification.init_from out"
+            )
         return self
 
     @field_validator("stage_overrides", mode="before")
     @classmethod
-    def _stage_names(cls, v:Any)->Any:
-        if not isinstance(v, Mapping): return v
-        out:dict[str,Any] = {}
-        for k, o in v.items():   # 3 and stage_3 are one stage: a file may use one spelling and a command the other
+    def _stage_names(cls, v: Any) -> Any:
+        if not isinstance(v, Mapping):
+            return v
+        out: dict[str, Any] = {}
+        for k, o in v.items():  # 3 and stage_3 are one stage: a file may use one spelling and a command the other
             name = f"stage_{k}" if re.fullmatch(r"\d+", str(k)) else k
             out[name] = {**out[name], **o} if isinstance(o, Mapping) and isinstance(out.get(name), Mapping) else o
         return out
@@ -388,154 +503,189 @@ class Train(Block):
 # %% ../../nbs/core/020_config.ipynb #fe8f1030
 class Optimization(Block):
     "Speed switches."
-    torch_compile:Literal["auto","none","reduce-overhead","max-autotune"] = key("auto", "auto: by stage and feature set; none on CPU (X57)")
-    channels_last:bool = key(True, "memory format of the networks")
-    compile_warmup_steps:int = key(100, "first steps that do not count in the throughput of a compiled network (CT8)", ge=0)
-    cuda_graphs:bool = key(False, "needs fixed shapes")
-    grad_checkpointing:bool = key(False, "less memory, more time")
+
+    torch_compile: Literal["auto", "none", "reduce-overhead", "max-autotune"] = key(
+        "auto", "auto: by stage and feature set; none on CPU (X57)"
+    )
+    channels_last: bool = key(True, "memory format of the networks")
+    compile_warmup_steps: int = key(
+        100, "first steps that do not count in the throughput of a compiled network (CT8)", ge=0
+    )
+    cuda_graphs: bool = key(False, "needs fixed shapes")
+    grad_checkpointing: bool = key(False, "less memory, more time")
+
 
 class Inference(Block):
     "Answering."
-    lazy_load_detector:bool = key(True, "an exported model loads its detector with the first combo photo; false: at once")
-    top_k:int = key(5, "drugs that an exported model lists for each pill", ge=1)
+
+    lazy_load_detector: bool = key(
+        True, "an exported model loads its detector with the first combo photo; false: at once"
+    )
+    top_k: int = key(5, "drugs that an exported model lists for each pill", ge=1)
+
 
 class Synth(Block):
     "The synthetic delivery that stands in for AI Hub's (SPEC BX5)."
-    drugs:int = key(12, "drugs in Training", ge=1)
-    photos:int = key(72, "single photos a drug", ge=1)
-    combos:int = key(40, "combinations, three photos each", ge=0)
-    seed:int = key(42, "same seed, same bytes", ge=0)
-    width:int = key(976, "photo width, pixels", ge=64)
-    height:int = key(1280, "photo height, pixels", ge=64)
-    val_drugs:Literal["new","same"] = key("new", "drugs of the sealed Validation tree")
-    faults:bool = key(False, "plant the faults that real deliveries have")
+
+    drugs: int = key(12, "drugs in Training", ge=1)
+    photos: int = key(72, "single photos a drug", ge=1)
+    combos: int = key(40, "combinations, three photos each", ge=0)
+    seed: int = key(42, "same seed, same bytes", ge=0)
+    width: int = key(976, "photo width, pixels", ge=64)
+    height: int = key(1280, "photo height, pixels", ge=64)
+    val_drugs: Literal["new", "same"] = key("new", "drugs of the sealed Validation tree")
+    faults: bool = key(False, "plant the faults that real deliveries have")
+
 
 class Evaluation(Block):
     "How a model is judged."
-    min_eval_samples:int|None = key(None, "clean photos set aside for the headline; null = as many as the stage's gate asks for", ge=1)
-    calibration:bool = key(True, "fit a temperature on the calibration photos that the splits set aside")
-    advisor_thresholds:tuple[float,float,float] = key((1.0, 0.7, 0.5), "performance scores: all met, proceed, optimise (SPEC X7)")
-    latency_warmup:int = key(20, "answers before the clock starts (EV6)", ge=0)
-    latency_runs:int = key(200, "answers timed (EV6)", ge=1)
+
+    min_eval_samples: int | None = key(
+        None, "clean photos set aside for the headline; null = as many as the stage's gate asks for", ge=1
+    )
+    calibration: bool = key(True, "fit a temperature on the calibration photos that the splits set aside")
+    advisor_thresholds: tuple[float, float, float] = key(
+        (1.0, 0.7, 0.5), "performance scores: all met, proceed, optimise (SPEC X7)"
+    )
+    latency_warmup: int = key(20, "answers before the clock starts (EV6)", ge=0)
+    latency_runs: int = key(200, "answers timed (EV6)", ge=1)
+
 
 class Export(Block):
     "How a model leaves."
-    opset:int = key(17, "ONNX operator set (X55)", ge=13)
-    compare_photos:int = key(200, "photos on which torch and ONNX must agree", ge=1)
-    compare_detector_photos:int = key(100, "the same for the detector", ge=1)
+
+    opset: int = key(17, "ONNX operator set (X55)", ge=13)
+    compare_photos: int = key(200, "photos on which torch and ONNX must agree", ge=1)
+    compare_detector_photos: int = key(100, "the same for the detector", ge=1)
 
 # %% ../../nbs/core/020_config.ipynb #c015187e
 class NarrowPreprocessing(Block):
     "What every photo of the narrow family goes through (SPEC NM1)."
-    target_size:int = key(512, "side of the square input, pixels", ge=32)
-    use_clahe:bool = key(True, "even out the light on LAB's L channel")
-    clahe_clip_limit:float = key(2.0, "how far contrast may be raised", gt=0)
-    clahe_grid_size:int = key(8, "tiles a side", ge=1)
+
+    target_size: int = key(512, "side of the square input, pixels", ge=32)
+    use_clahe: bool = key(True, "even out the light on LAB's L channel")
+    clahe_clip_limit: float = key(2.0, "how far contrast may be raised", gt=0)
+    clahe_grid_size: int = key(8, "tiles a side", ge=1)
+
 
 class NarrowAugmentation(Block):
     "Augmentation as the narrow manifest states it (SPEC SP8)."
-    rotation:float = key(30.0, "degrees either way", ge=0, le=180)
-    color_jitter:tuple[float,float,float,float] = key((0.2, 0.2, 0.2, 0.1), "brightness, contrast, saturation, hue")
-    crop_scale:tuple[float,float] = key((0.8, 1.0), "share of the area")
-    crop_ratio:tuple[float,float] = key((0.9, 1.1), "width to height")
-    blur_kernel:int = key(5, "pixels", ge=1)
-    blur_sigma:tuple[float,float] = key((0.1, 2.0), "pixels")
+
+    rotation: float = key(30.0, "degrees either way", ge=0, le=180)
+    color_jitter: tuple[float, float, float, float] = key((0.2, 0.2, 0.2, 0.1), "brightness, contrast, saturation, hue")
+    crop_scale: tuple[float, float] = key((0.8, 1.0), "share of the area")
+    crop_ratio: tuple[float, float] = key((0.9, 1.1), "width to height")
+    blur_kernel: int = key(5, "pixels", ge=1)
+    blur_sigma: tuple[float, float] = key((0.1, 2.0), "pixels")
+
 
 class Narrow(Block):
     "The narrow family: a hundred drugs (SPEC SP7, SP8)."
-    split_ratio:tuple[float,float,float] = key((0.8, 0.1, 0.1), "train, val and test, by whole groups")
-    drug_list:str|None = key(None, "top_100_drugs.json: the drugs, and how much each counts (SPEC DM15); null = every drug, counting alike")
-    preprocessing:NarrowPreprocessing = key(NarrowPreprocessing(), "the one input of training, app and server")
-    augmentation:NarrowAugmentation = key(NarrowAugmentation(), "training only")
+
+    split_ratio: tuple[float, float, float] = key((0.8, 0.1, 0.1), "train, val and test, by whole groups")
+    drug_list: str | None = key(
+        None, "top_100_drugs.json: the drugs, and how much each counts (SPEC DM15); null = every drug, counting alike"
+    )
+    preprocessing: NarrowPreprocessing = key(NarrowPreprocessing(), "the one input of training, app and server")
+    augmentation: NarrowAugmentation = key(NarrowAugmentation(), "training only")
 
     _sums = field_validator("split_ratio")(_adds_up)
 
 # %% ../../nbs/core/020_config.ipynb #a23d1ff7
 class Retrieval(Block):
     "The retrieval family, under its source's own key names (SPEC SP9, RT1-RT9); those that mean an engine's setting are aliases of it."
-    train_ratio:float = key(0.70, "share of the IDs that teaches", gt=0, lt=1)
-    val_ratio:float = key(0.15, "share that judges", gt=0, lt=1)
-    test_ratio:float = key(0.15, "share that is kept for the end", gt=0, lt=1)
-    min_image_size:int = key(224, "an ID with a photo whose shorter side is smaller is left out, pixels", ge=1)
-    class_names:tuple[str,...]|None = key(None, "the classes to use; null = every folder there is")
-    embedding_dim:int = key(512, "length of the vector a photo becomes", ge=2)
-    arcface_s:float = key(64.0, "scale of the cosines (SPEC RT2); 48 is advised below ten classes", gt=0)
-    arcface_m_warmup:float = key(0.0, "margin while the backbone is frozen, radians", ge=0)
-    arcface_m_finetune:float = key(0.5, "margin afterwards, radians; 0.3 is advised below ten classes", ge=0)
-    brightness:float|None = key(None, "colour jitter's first number; null = as data.augment.classification.color_jitter has it", ge=0)
-    contrast:float|None = key(None, "its second", ge=0)
-    saturation:float|None = key(None, "its third", ge=0)
-    hue:float|None = key(None, "its fourth", ge=0, le=0.5)
-    num_classes_per_batch:int|None = key(None, "P of the P x K sampler; null = all (SPEC TL20)", ge=2)
-    samples_per_class:int = key(4, "its K", ge=1)
-    gradient_accumulation_steps:int|None = key(None, "null = by the GPU table (SPEC RT6)", ge=1)
-    use_bf16:bool|None = key(None, "null = where the GPU has it (SPEC X67)")
-    num_workers:int|None = key(None, "null = by the GPU table", ge=0)
-    recall_k_values:tuple[int,...] = key((1, 5), "K of Recall@K (SPEC RT9)")
-    top_k:int = key(20, "neighbours that are looked up", ge=1)
+
+    train_ratio: float = key(0.70, "share of the IDs that teaches", gt=0, lt=1)
+    val_ratio: float = key(0.15, "share that judges", gt=0, lt=1)
+    test_ratio: float = key(0.15, "share that is kept for the end", gt=0, lt=1)
+    min_image_size: int = key(224, "an ID with a photo whose shorter side is smaller is left out, pixels", ge=1)
+    class_names: tuple[str, ...] | None = key(None, "the classes to use; null = every folder there is")
+    embedding_dim: int = key(512, "length of the vector a photo becomes", ge=2)
+    arcface_s: float = key(64.0, "scale of the cosines (SPEC RT2); 48 is advised below ten classes", gt=0)
+    arcface_m_warmup: float = key(0.0, "margin while the backbone is frozen, radians", ge=0)
+    arcface_m_finetune: float = key(0.5, "margin afterwards, radians; 0.3 is advised below ten classes", ge=0)
+    brightness: float | None = key(
+        None, "colour jitter's first number; null = as data.augment.classification.color_jitter has it", ge=0
+    )
+    contrast: float | None = key(None, "its second", ge=0)
+    saturation: float | None = key(None, "its third", ge=0)
+    hue: float | None = key(None, "its fourth", ge=0, le=0.5)
+    num_classes_per_batch: int | None = key(None, "P of the P x K sampler; null = all (SPEC TL20)", ge=2)
+    samples_per_class: int = key(4, "its K", ge=1)
+    gradient_accumulation_steps: int | None = key(None, "null = by the GPU table (SPEC RT6)", ge=1)
+    use_bf16: bool | None = key(None, "null = where the GPU has it (SPEC X67)")
+    num_workers: int | None = key(None, "null = by the GPU table", ge=0)
+    recall_k_values: tuple[int, ...] = key((1, 5), "K of Recall@K (SPEC RT9)")
+    top_k: int = key(20, "neighbours that are looked up", ge=1)
 
     @model_validator(mode="after")
-    def _sums(self)->"Retrieval":
+    def _sums(self) -> "Retrieval":
         _adds_up((self.train_ratio, self.val_ratio, self.test_ratio))
         return self
 
 # %% ../../nbs/core/020_config.ipynb #847b4ee0
 class Config(Block):
     "All settings of a run (SPEC Annex 1)."
-    project:Project = key(Project(), "what is built")
-    paths:Paths = key(Paths(), "where things are")
-    data:Data = key(Data(), "the delivery")
-    dataloader:DataLoaderConfig = key(DataLoaderConfig(), "loading")
-    pack:PackConfig = key(PackConfig(), "the small copy of the photos")
-    train:Train = key(..., "training")
-    optimization:Optimization = key(Optimization(), "speed")
-    inference:Inference = key(Inference(), "answering")
-    synth:Synth = key(Synth(), "synthetic delivery")
-    evaluation:Evaluation = key(Evaluation(), "judging")
-    export:Export = key(Export(), "leaving")
-    narrow:Narrow = key(Narrow(), "the narrow family")
-    retrieval:Retrieval = key(Retrieval(), "the retrieval family")
-    _notes:list[str] = PrivateAttr(default_factory=list)
+
+    project: Project = key(Project(), "what is built")
+    paths: Paths = key(Paths(), "where things are")
+    data: Data = key(Data(), "the delivery")
+    dataloader: DataLoaderConfig = key(DataLoaderConfig(), "loading")
+    pack: PackConfig = key(PackConfig(), "the small copy of the photos")
+    train: Train = key(..., "training")
+    optimization: Optimization = key(Optimization(), "speed")
+    inference: Inference = key(Inference(), "answering")
+    synth: Synth = key(Synth(), "synthetic delivery")
+    evaluation: Evaluation = key(Evaluation(), "judging")
+    export: Export = key(Export(), "leaving")
+    narrow: Narrow = key(Narrow(), "the narrow family")
+    retrieval: Retrieval = key(Retrieval(), "the retrieval family")
+    _notes: list[str] = PrivateAttr(default_factory=list)
 
     @property
-    def notes(self)->list[str]:
+    def notes(self) -> list[str]:
         "One line for each alias or key that was accepted and rewritten."
         return list(self._notes)
 
-    def to_dict(self)->dict[str,Any]:
+    def to_dict(self) -> dict[str, Any]:
         "The resolved tree in plain JSON types."
         return self.model_dump(mode="json")
 
 # %% ../../nbs/core/020_config.ipynb #ab980f7c
-FEATURE_SETS:dict[str,tuple[str,...]] = {
+FEATURE_SETS: dict[str, tuple[str, ...]] = {
     "mvp": ("single_classification", "basic_api", "simple_export"),
     "advanced": ("combo_detection", "optimization", "monitoring"),
     "production": ("scaling", "security", "automation"),
 }
 
+
 def active_features(
-    cfg:Config # a configuration
-)->tuple[str,...]: # what its feature set allows, smaller sets first
+    cfg: Config,  # a configuration
+) -> tuple[str, ...]:  # what its feature set allows, smaller sets first
     "The features of the active set and of those below it (SPEC CF3)."
     names = list(FEATURE_SETS)
-    return tuple(f for n in names[:names.index(cfg.project.active_feature_set)+1] for f in FEATURE_SETS[n])
+    return tuple(f for n in names[: names.index(cfg.project.active_feature_set) + 1] for f in FEATURE_SETS[n])
 
 # %% ../../nbs/core/020_config.ipynb #7e2efc24
 def section_digest(
-    cfg:Config|Mapping[str,Any], # a configuration, or its plain tree
-    sections:Iterable[str]       # top-level blocks or dotted parts of them; paths never count
-)->str: # sha256, hexadecimal
+    cfg: Config | Mapping[str, Any],  # a configuration, or its plain tree
+    sections: Iterable[str],  # top-level blocks or dotted parts of them; paths never count
+) -> str:  # sha256, hexadecimal
     "Identity of a part of the configuration, whatever folder it runs in."
     tree = cfg.to_dict() if isinstance(cfg, Config) else cfg
-    def get(dotted:str)->Any:
+
+    def get(dotted: str) -> Any:
         node = tree
-        for part in dotted.split("."): node = node[part]
+        for part in dotted.split("."):
+            node = node[part]
         return node
+
     return sha256_text(canonical_json({s: get(s) for s in sections if s != "paths"}))
 
+
 def digest(
-    cfg:Config|Mapping[str,Any] # a configuration, or its plain tree
-)->str: # sha256, hexadecimal
+    cfg: Config | Mapping[str, Any],  # a configuration, or its plain tree
+) -> str:  # sha256, hexadecimal
     "Identity of the whole configuration, whatever folder it runs in."
     return section_digest(cfg, sorted(Config.model_fields))
 
@@ -544,139 +694,212 @@ Config.digest, Config.section_digest = digest, section_digest
 
 # %% ../../nbs/core/020_config.ipynb #d635d30d
 def resource_dir(
-    kind:str # "configs" or "nbs"
-)->Path: # the folder in the installed wheel, else in the checkout
+    kind: str,  # "configs" or "nbs"
+) -> Path:  # the folder in the installed wheel, else in the checkout
     "Where presets and stage notebooks live."
     package = Path(pillsnap.__file__).resolve().parent
-    for p in (package/"_resources"/kind, package.parent/kind):
-        if p.is_dir(): return p
+    for p in (package / "_resources" / kind, package.parent / kind):
+        if p.is_dir():
+            return p
     raise PillsnapError(f"the {kind} folder is missing from this installation", where=package, fix="reinstall pillsnap")
 
-def preset_names()->list[str]:
+
+def preset_names() -> list[str]:
     "The presets that can be named."
     return sorted(p.stem for p in resource_dir("configs").glob("*.yaml"))
 
+
 def preset_path(
-    source:str|os.PathLike # a preset's name, or a YAML file
-)->Path:
+    source: str | os.PathLike,  # a preset's name, or a YAML file
+) -> Path:
     "The file behind a preset's name."
     source = str(source)
-    if source.endswith((".yaml", ".yml")): p = Path(source)
-    else: p = resource_dir("configs")/f"{source}.yaml"
-    if p.is_file(): return p
+    if source.endswith((".yaml", ".yml")):
+        p = Path(source)
+    else:
+        p = resource_dir("configs") / f"{source}.yaml"
+    if p.is_file():
+        return p
     near = difflib.get_close_matches(source, preset_names(), 1)
     hint = f"did you mean {near[0]}? " if near else ""
-    raise PillsnapError(f"no preset or file called {source!r}", where=p, fix=f"{hint}presets: {', '.join(preset_names())}; or give a .yaml file")
+    raise PillsnapError(
+        f"no preset or file called {source!r}",
+        where=p,
+        fix=f"{hint}presets: {', '.join(preset_names())}; or give a .yaml file",
+    )
 
 # %% ../../nbs/core/020_config.ipynb #1b6e25a6
-def _merge(a:dict, b:Mapping)->dict:
+def _merge(a: dict, b: Mapping) -> dict:
     "`b` laid over `a`, block by block."
     out = dict(a)
-    for k,v in b.items(): out[k] = _merge(out[k], v) if isinstance(v, Mapping) and isinstance(out.get(k), dict) else deepcopy(v)
+    for k, v in b.items():
+        out[k] = _merge(out[k], v) if isinstance(v, Mapping) and isinstance(out.get(k), dict) else deepcopy(v)
     return out
+
 
 def default_tree(
-    block:type[Block]=Config # where to start
-)->dict[str,Any]: # every key that has a default; those that must be stated are missing
+    block: type[Block] = Config,  # where to start
+) -> dict[str, Any]:  # every key that has a default; those that must be stated are missing
     "What holds when nobody says anything, as a layer, so that a preset may say a part of a block."
-    out:dict[str,Any] = {}
+    out: dict[str, Any] = {}
     for name, f in block.model_fields.items():
         nested = isinstance(f.annotation, type) and issubclass(f.annotation, Block)
-        if f.is_required(): out |= {name: default_tree(f.annotation)} if nested else {}
-        else: v = f.get_default(call_default_factory=True); out[name] = v.model_dump() if isinstance(v, Block) else v
+        if f.is_required():
+            out |= {name: default_tree(f.annotation)} if nested else {}
+        else:
+            v = f.get_default(call_default_factory=True)
+            out[name] = v.model_dump() if isinstance(v, Block) else v
     return out
 
+
 def read_preset(
-    source:str|os.PathLike # a preset's name, or a YAML file
-)->dict[str,Any]: # its tree, bases merged, aliases resolved
+    source: str | os.PathLike,  # a preset's name, or a YAML file
+) -> dict[str, Any]:  # its tree, bases merged, aliases resolved
     "Read a preset with everything it stands on."
     p = preset_path(source)
-    try: tree = yaml.safe_load(p.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as e: raise PillsnapError(f"not a YAML file: {e}", where=p) from e
-    if not isinstance(tree, dict): raise PillsnapError("a configuration is a mapping of keys", where=p)
+    try:
+        tree = yaml.safe_load(p.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise PillsnapError(f"not a YAML file: {e}", where=p) from e
+    if not isinstance(tree, dict):
+        raise PillsnapError("a configuration is a mapping of keys", where=p)
     own = p.parent == resource_dir("configs")
     base = tree.pop("base", None if own else "two_stage")
     tree, notes = resolve_aliases(tree, where=p)
     under = read_preset(base) if base else {**default_tree(), "_notes": []}
-    return {**_merge(under, tree), "_notes": under["_notes"]+notes}
+    return {**_merge(under, tree), "_notes": under["_notes"] + notes}
 
 # %% ../../nbs/core/020_config.ipynb #f845e49c
 _TC = "train.classification"
-ALIASES:dict[str,str] = {
-    **{f"train.{k}": f"{_TC}.{k}" for k in ("batch_size","lr","weight_decay","optimizer","scheduler","grad_accum_steps","grad_clip","epochs",
-        "warmup_steps","label_smoothing","amp","amp_dtype","tf32","ema","early_stopping","backbone","pretrained","auto_batch_tune","auto_batch_max")},
-    "model.backbone": f"{_TC}.backbone", "model.num_classes": f"{_TC}.declared_classes",
-    "loss.label_smoothing": f"{_TC}.label_smoothing", "loss.use_class_weights": "data.imbalance.use_class_weights",
-    "data.root": "paths.root", "data.detection.coco_json_path": "paths.root", "data.detection.yolo_output_dir": "paths.exp_dir",
-    "data.pipeline_mode": "data.default_mode", "pipeline_mode": "data.default_mode",
+ALIASES: dict[str, str] = {
+    **{
+        f"train.{k}": f"{_TC}.{k}"
+        for k in (
+            "batch_size",
+            "lr",
+            "weight_decay",
+            "optimizer",
+            "scheduler",
+            "grad_accum_steps",
+            "grad_clip",
+            "epochs",
+            "warmup_steps",
+            "label_smoothing",
+            "amp",
+            "amp_dtype",
+            "tf32",
+            "ema",
+            "early_stopping",
+            "backbone",
+            "pretrained",
+            "auto_batch_tune",
+            "auto_batch_max",
+        )
+    },
+    "model.backbone": f"{_TC}.backbone",
+    "model.num_classes": f"{_TC}.declared_classes",
+    "loss.label_smoothing": f"{_TC}.label_smoothing",
+    "loss.use_class_weights": "data.imbalance.use_class_weights",
+    "data.root": "paths.root",
+    "data.detection.coco_json_path": "paths.root",
+    "data.detection.yolo_output_dir": "paths.exp_dir",
+    "data.pipeline_mode": "data.default_mode",
+    "pipeline_mode": "data.default_mode",
     "optimization.compile": "optimization.torch_compile",
-    "retrieval.image_size": "data.classification.img_size", "retrieval.total_epochs": f"{_TC}.epochs", "retrieval.learning_rate": f"{_TC}.lr",
-    "retrieval.warmup_epochs": f"{_TC}.freeze_backbone_epochs", "retrieval.early_stopping_patience": f"{_TC}.early_stopping.patience",
-    "retrieval.scheduler_type": f"{_TC}.scheduler", "retrieval.crop_scale_min": "data.augment.classification.crop_scale_min",
+    "retrieval.image_size": "data.classification.img_size",
+    "retrieval.total_epochs": f"{_TC}.epochs",
+    "retrieval.learning_rate": f"{_TC}.lr",
+    "retrieval.warmup_epochs": f"{_TC}.freeze_backbone_epochs",
+    "retrieval.early_stopping_patience": f"{_TC}.early_stopping.patience",
+    "retrieval.scheduler_type": f"{_TC}.scheduler",
+    "retrieval.crop_scale_min": "data.augment.classification.crop_scale_min",
     "retrieval.rotation_degrees": "data.augment.classification.rotation",
-    **{f"retrieval.{k}": f"{_TC}.{k}" for k in ("weight_decay","cosine_t0","cosine_t_mult","plateau_patience","plateau_factor")},
+    **{
+        f"retrieval.{k}": f"{_TC}.{k}"
+        for k in ("weight_decay", "cosine_t0", "cosine_t_mult", "plateau_patience", "plateau_factor")
+    },
 }
-RETIRED:dict[str,str] = {
+RETIRED: dict[str, str] = {
     "train.zero_grad_set_to_none": "gradients are always set to None",
     f"{_TC}.zero_grad_set_to_none": "gradients are always set to None",
     "data.class_names": "the class map comes from the manifest",
     "data.cache_meta_path": "splits are kept in the run folder, artifacts/stageN/splits.json",
     "data.drug_metadata_file": "written to the run folder as drug_metadata.json",
-    **{f"data.progressive_validation.stage_{n}.{k}": "a declared figure is never a baseline" for n in range(5) for k in ("achieved_accuracy","status")},
+    **{
+        f"data.progressive_validation.stage_{n}.{k}": "a declared figure is never a baseline"
+        for n in range(5)
+        for k in ("achieved_accuracy", "status")
+    },
 }
 
 # %% ../../nbs/core/020_config.ipynb #18e2d80c
-def _pop(tree:dict, dotted:str)->Any:
+def _pop(tree: dict, dotted: str) -> Any:
     "Take a dotted key out of the tree; Ellipsis when it is not there."
     *path, last = dotted.split(".")
     for part in path:
         tree = tree.get(part)
-        if not isinstance(tree, dict): return ...
+        if not isinstance(tree, dict):
+            return ...
     return tree.pop(last, ...)
 
-def _put(tree:dict, dotted:str, value:Any)->None:
+
+def _put(tree: dict, dotted: str, value: Any) -> None:
     "Set a dotted key, making the blocks on the way."
     *path, last = dotted.split(".")
     for part in path:
-        if not isinstance(tree.get(part), dict): tree[part] = {}
+        if not isinstance(tree.get(part), dict):
+            tree[part] = {}
         tree = tree[part]
     tree[last] = value
 
-def _drop_empty(tree:dict, dotted:str)->None:
+
+def _drop_empty(tree: dict, dotted: str) -> None:
     "Remove the block that an alias left empty."
     head = dotted.split(".")[0]
-    if tree.get(head) == {}: tree.pop(head)
+    if tree.get(head) == {}:
+        tree.pop(head)
 
 # %% ../../nbs/core/020_config.ipynb #916e1651
 def resolve_aliases(
-    tree:dict[str,Any], # one layer of settings
-    where:object=None   # where it came from, for the error
-)->tuple[dict[str,Any],list[str]]: # the layer in canonical keys, and a note per rewritten key
+    tree: dict[str, Any],  # one layer of settings
+    where: object = None,  # where it came from, for the error
+) -> tuple[dict[str, Any], list[str]]:  # the layer in canonical keys, and a note per rewritten key
     "Rewrite the sources' spellings (SPEC Annex 1, CF8); a key set twice with two values is an error (X33)."
     tree, notes = deepcopy(tree), []
     for old, new in ALIASES.items():
-        if (value := _pop(tree, old)) is ...: continue
+        if (value := _pop(tree, old)) is ...:
+            continue
         _drop_empty(tree, old)
         if (have := _pop(tree, new)) is not ... and have != value:
             if not (isinstance(have, dict) and isinstance(value, dict)):
-                raise PillsnapError(f"{old}={value!r} and {new}={have!r} say two things about one setting", where=where, fix=f"keep {new} only")
+                raise PillsnapError(
+                    f"{old}={value!r} and {new}={have!r} say two things about one setting",
+                    where=where,
+                    fix=f"keep {new} only",
+                )
             value = _merge(have, value)
-        _put(tree, new, value); notes.append(f"{old} is read as {new}")
+        _put(tree, new, value)
+        notes.append(f"{old} is read as {new}")
     for old, why in RETIRED.items():
-        if _pop(tree, old) is not ...: notes.append(f"{old} is accepted and not used: {why}"); _drop_empty(tree, old)
+        if _pop(tree, old) is not ...:
+            notes.append(f"{old} is accepted and not used: {why}")
+            _drop_empty(tree, old)
     return tree, notes
 
 # %% ../../nbs/core/020_config.ipynb #3ba1d72d
 def parse_overrides(
-    overrides:Iterable[str] # "train.seed=7", "data.split_ratio=[0.8,0.2]"
-)->dict[str,Any]: # a layer
+    overrides: Iterable[str],  # "train.seed=7", "data.split_ratio=[0.8,0.2]"
+) -> dict[str, Any]:  # a layer
     "Read dotted overrides (SPEC CF1)."
-    layer:dict[str,Any] = {}
+    layer: dict[str, Any] = {}
     for text in overrides:
         dotted, eq, value = text.partition("=")
-        if not eq or not dotted.strip(): raise PillsnapError(f"not an override: {text!r}", fix="write key=value, for example train.seed=7")
-        try: _put(layer, dotted.strip(), yaml.safe_load(value))
-        except yaml.YAMLError as e: raise PillsnapError(f"cannot read the value of {text!r}: {e}", where=dotted) from e
+        if not eq or not dotted.strip():
+            raise PillsnapError(f"not an override: {text!r}", fix="write key=value, for example train.seed=7")
+        try:
+            _put(layer, dotted.strip(), yaml.safe_load(value))
+        except yaml.YAMLError as e:
+            raise PillsnapError(f"cannot read the value of {text!r}: {e}", where=dotted) from e
     return layer
 
 # %% ../../nbs/core/020_config.ipynb #db4d3e37
@@ -687,76 +910,88 @@ _WHY = {
     "data.test_usage_policy": "the sealed test is opened once, by `pillsnap final-test`",
     "data.test_data_source": "the only open-set test is AI Hub Validation, data/val; no command of this version reads data/test",
     "dataloader.ram_optimization.cache_labels": "labels are always in memory, as one tensor of 8 bytes a photo; there is "
-        "no way to leave them on disk",
+    "no way to leave them on disk",
     "train.oom": "a run without a memory policy dies at its first out-of-memory error; every preset states one",
 }
 
+
 def all_keys(
-    block:type[Block]=Config, # where to start
-    prefix:str=""             # dotted path of that block
-)->list[str]: # every dotted key below
+    block: type[Block] = Config,  # where to start
+    prefix: str = "",  # dotted path of that block
+) -> list[str]:  # every dotted key below
     "The names of all settings."
     out = []
     for name, f in block.model_fields.items():
         dotted = f"{prefix}{name}"
         nested = f.annotation if isinstance(f.annotation, type) and issubclass(f.annotation, Block) else None
-        out += all_keys(nested, dotted+".") if nested else [dotted]
+        out += all_keys(nested, dotted + ".") if nested else [dotted]
     return out
 
 # %% ../../nbs/core/020_config.ipynb #ae11e512
 def did_you_mean(
-    dotted:str # a key that does not exist
-)->str|None: # the one that was probably meant
+    dotted: str,  # a key that does not exist
+) -> str | None:  # the one that was probably meant
     "The nearest key: in spelling as a whole, or by its last part."
-    keys = all_keys(); last = dotted.split(".")[-1]
-    if near := difflib.get_close_matches(dotted, keys, 1, 0.75): return near[0]
+    keys = all_keys()
+    last = dotted.split(".")[-1]
+    if near := difflib.get_close_matches(dotted, keys, 1, 0.75):
+        return near[0]
     tails = {k.split(".")[-1]: k for k in reversed(keys)}
     near = difflib.get_close_matches(last, tails, 1, 0.75)
     return tails[near[0]] if near else None
 
-def _explain(err:dict[str,Any])->str:
+
+def _explain(err: dict[str, Any]) -> str:
     "One line for one refused setting."
     dotted = ".".join(str(p) for p in err["loc"] if not str(p).startswith(("literal[", "bool", "tuple[", "union")))
     if err["type"] == "extra_forbidden":
         near = did_you_mean(dotted)
         return f"{dotted}: there is no such key" + (f"; did you mean {near}?" if near else "")
-    why = next((w for k,w in _WHY.items() if dotted == k or dotted.startswith(k+".")), "")
+    why = next((w for k, w in _WHY.items() if dotted == k or dotted.startswith(k + ".")), "")
     got = "nothing" if err["type"] == "missing" else repr(err.get("input"))
     return f"{dotted}: {err['msg'].removeprefix('Value error, ')} (got {got}" + (f"; {why})" if why else ")")
 
 # %% ../../nbs/core/020_config.ipynb #0062ca29
 def load_config(
-    source:str|os.PathLike="demo",  # a preset's name, or a YAML file
-    overrides:Iterable[str]=()      # dotted overrides, last word
-)->Config: # raises PillsnapError naming every refused key
+    source: str | os.PathLike = "demo",  # a preset's name, or a YAML file
+    overrides: Iterable[str] = (),  # dotted overrides, last word
+) -> Config:  # raises PillsnapError naming every refused key
     "Resolve a preset and overrides into one typed tree: overrides > YAML > its bases > defaults (SPEC CF1)."
     tree = read_preset(source)
     notes = tree.pop("_notes")
     layer, more = resolve_aliases(parse_overrides(overrides), where="overrides")
-    try: cfg = Config.model_validate(_merge(tree, layer))
+    try:
+        cfg = Config.model_validate(_merge(tree, layer))
     except ValidationError as e:
         lines = list(dict.fromkeys(_explain(x) for x in e.errors()))
-        raise PillsnapError("the configuration is refused:\n  "+"\n  ".join(lines), where=str(source), fix="`pillsnap config` prints all keys with their meaning") from None
-    cfg._notes.extend(dict.fromkeys(notes+more))
+        raise PillsnapError(
+            "the configuration is refused:\n  " + "\n  ".join(lines),
+            where=str(source),
+            fix="`pillsnap config` prints all keys with their meaning",
+        ) from None
+    cfg._notes.extend(dict.fromkeys(notes + more))
     return cfg
 
 # %% ../../nbs/core/020_config.ipynb #c7ec1f6d
 def flatten(
-    tree:Mapping[str,Any], # nested settings
-    prefix:str=""          # dotted path of the tree
-)->dict[str,Any]: # dotted key → value
+    tree: Mapping[str, Any],  # nested settings
+    prefix: str = "",  # dotted path of the tree
+) -> dict[str, Any]:  # dotted key → value
     "The tree as dotted keys."
     out = {}
-    for k,v in tree.items():
-        if isinstance(v, Mapping) and v: out |= flatten(v, f"{prefix}{k}.")
-        else: out[f"{prefix}{k}"] = v
+    for k, v in tree.items():
+        if isinstance(v, Mapping) and v:
+            out |= flatten(v, f"{prefix}{k}.")
+        else:
+            out[f"{prefix}{k}"] = v
     return out
 
+
 def config_diff(
-    a:Mapping[str,Any], # the tree that was
-    b:Mapping[str,Any], # the tree that is asked for
-    ignore:tuple[str,...]=("paths",) # top-level blocks that do not count
-)->list[str]: # "train.seed: 42 -> 7"
+    a: Mapping[str, Any],  # the tree that was
+    b: Mapping[str, Any],  # the tree that is asked for
+    ignore: tuple[str, ...] = ("paths",),  # top-level blocks that do not count
+) -> list[str]:  # "train.seed: 42 -> 7"
     "What differs between two configurations, line by line."
     fa, fb = flatten(a), flatten(b)
     keys = [k for k in dict.fromkeys([*fa, *fb]) if k.split(".")[0] not in ignore]
@@ -764,12 +999,14 @@ def config_diff(
 
 # %% ../../nbs/core/020_config.ipynb #c1ddf75e
 def explain(
-    cfg:Config|Block, # a configuration or a block of one
-    prefix:str=""     # dotted path of the block
-)->list[tuple[str,Any,str]]: # key, value, meaning
+    cfg: Config | Block,  # a configuration or a block of one
+    prefix: str = "",  # dotted path of the block
+) -> list[tuple[str, Any, str]]:  # key, value, meaning
     "Every key with its value and meaning."
     rows = []
     for name, f in type(cfg).model_fields.items():
         v = getattr(cfg, name)
-        rows += explain(v, f"{prefix}{name}.") if isinstance(v, Block) else [(f"{prefix}{name}", v, f.description or "")]
+        rows += (
+            explain(v, f"{prefix}{name}.") if isinstance(v, Block) else [(f"{prefix}{name}", v, f.description or "")]
+        )
     return rows

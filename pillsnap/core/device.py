@@ -23,68 +23,90 @@ from .logs import TBWriter, decide
 
 # %% ../../nbs/core/060_device.ipynb #b75acbb9
 def set_seed(
-    seed:int=42,            # for Python, numpy and torch (CPU and every GPU)
-    deterministic:bool=False # repeatable kernels; turns off cuDNN's search for the fastest
-)->None:
+    seed: int = 42,  # for Python, numpy and torch (CPU and every GPU)
+    deterministic: bool = False,  # repeatable kernels; turns off cuDNN's search for the fastest
+) -> None:
     "Seed every generator (SPEC CT22)."
-    random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
-    if deterministic: os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = deterministic, not deterministic
 
 # %% ../../nbs/core/060_device.ipynb #310a7d42
 def pick_device(
-    want:str="auto",               # auto, cpu, cuda or cuda:1
-    log:logging.Logger|None=None,  # where the choice is said
-    tb:TBWriter|None=None          # and tagged
-)->torch.device:
+    want: str = "auto",  # auto, cpu, cuda or cuda:1
+    log: logging.Logger | None = None,  # where the choice is said
+    tb: TBWriter | None = None,  # and tagged
+) -> torch.device:
     "The device to compute on, with one line that says why."
-    if want not in ("auto", "cpu") and not want.startswith("cuda"): raise PillsnapError(f"no such device: {want!r}", fix="auto, cpu or cuda")
+    if want not in ("auto", "cpu") and not want.startswith("cuda"):
+        raise PillsnapError(f"no such device: {want!r}", fix="auto, cpu or cuda")
     there = torch.cuda.is_available()
     if want.startswith("cuda") and not there:
-        raise PillsnapError("a GPU was asked for and torch finds none", where=f"torch {torch.__version__}", fix="install torch for CUDA and a driver (nvidia-smi must work), or say cpu")
+        raise PillsnapError(
+            "a GPU was asked for and torch finds none",
+            where=f"torch {torch.__version__}",
+            fix="install torch for CUDA and a driver (nvidia-smi must work), or say cpu",
+        )
     device = torch.device(want if want != "auto" else "cuda" if there else "cpu")
-    if device.type == "cuda": why = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
-    else: why = "it was asked for" if want == "cpu" else "torch finds no GPU" + ("" if torch.version.cuda else " (this is torch's CPU build)")
+    if device.type == "cuda":
+        why = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
+    else:
+        why = (
+            "it was asked for"
+            if want == "cpu"
+            else "torch finds no GPU" + ("" if torch.version.cuda else " (this is torch's CPU build)")
+        )
     decide(log, f"device: {device}, because {why}" if device.type == "cpu" else f"device: {device}, {why}", tb)
     return device
 
 # %% ../../nbs/core/060_device.ipynb #a7d99ebf
-def cpu_has_bf16()->bool:
+def cpu_has_bf16() -> bool:
     "Whether this CPU multiplies bf16 itself (AVX512-BF16 or AMX)."
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 # %% ../../nbs/core/060_device.ipynb #42a2d623
 def select_amp_dtype(
-    want:Literal["auto","bf16","fp16","fp32"], # train.classification.amp_dtype
-    device:torch.device,                       # where the run computes
-    log:logging.Logger|None=None,              # where the choice is said
-    tb:TBWriter|None=None                      # and tagged
-)->torch.dtype|None: # type for autocast; None = full precision
+    want: Literal["auto", "bf16", "fp16", "fp32"],  # train.classification.amp_dtype
+    device: torch.device,  # where the run computes
+    log: logging.Logger | None = None,  # where the choice is said
+    tb: TBWriter | None = None,  # and tagged
+) -> torch.dtype | None:  # type for autocast; None = full precision
     "bf16, else fp16; on a CPU fp32 unless bf16 is asked for and there (SPEC CT5, X10)."
     known = dict(auto=None, bf16=torch.bfloat16, fp16=torch.float16, fp32=None)
-    if want not in known: raise PillsnapError(f"no such precision: {want!r}", where="train.classification.amp_dtype", fix="one of "+", ".join(known))
+    if want not in known:
+        raise PillsnapError(
+            f"no such precision: {want!r}", where="train.classification.amp_dtype", fix="one of " + ", ".join(known)
+        )
     cuda = torch.device(device).type == "cuda"
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else cpu_has_bf16()
-    if want == "bf16" and not bf16 and not cuda: dtype, why = None, "this CPU would only emulate bf16"
-    elif want != "auto" and (bf16 or want != "bf16"): dtype, why = known[want], "it was asked for"
-    elif not cuda: dtype, why = None, "autocast pays on a CPU for some networks only"
-    elif bf16: dtype, why = torch.bfloat16, "this GPU has it"
-    else: dtype, why = torch.float16, "this GPU has no bf16"
+    if want == "bf16" and not bf16 and not cuda:
+        dtype, why = None, "this CPU would only emulate bf16"
+    elif want != "auto" and (bf16 or want != "bf16"):
+        dtype, why = known[want], "it was asked for"
+    elif not cuda:
+        dtype, why = None, "autocast pays on a CPU for some networks only"
+    elif bf16:
+        dtype, why = torch.bfloat16, "this GPU has it"
+    else:
+        dtype, why = torch.float16, "this GPU has no bf16"
     decide(log, f"precision: {str(dtype or torch.float32).removeprefix('torch.')}, because {why}", tb)
     return dtype
 
 # %% ../../nbs/core/060_device.ipynb #db178924
 def needs_scaler(
-    dtype:torch.dtype|None # what select_amp_dtype gave
-)->bool:
+    dtype: torch.dtype | None,  # what select_amp_dtype gave
+) -> bool:
     "Whether gradients must be scaled (SPEC CT5)."
     return dtype == torch.float16
 
 # %% ../../nbs/core/060_device.ipynb #5c3834e0
 def enable_tf32(
-    on:bool # train.classification.tf32
-)->str: # the precision of matrix products: "high" or "highest"
+    on: bool,  # train.classification.tf32
+) -> str:  # the precision of matrix products: "high" or "highest"
     "TF32 for matrix products and convolutions on the GPUs that have it; nothing elsewhere (SPEC CT6)."
     precision = "high" if on else "highest"
     torch.set_float32_matmul_precision(precision)
@@ -93,20 +115,23 @@ def enable_tf32(
 
 # %% ../../nbs/core/060_device.ipynb #74cdbfdc
 def cuda_mem_mb(
-    peak:bool=True # the most since the last reset; False = now
-)->float: # 10⁶ bytes; 0 without a GPU
+    peak: bool = True,  # the most since the last reset; False = now
+) -> float:  # 10⁶ bytes; 0 without a GPU
     "GPU memory that torch's tensors take (SPEC CT19)."
-    if not torch.cuda.is_available(): return 0.
-    return (torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated())/1e6
+    if not torch.cuda.is_available():
+        return 0.0
+    return (torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()) / 1e6
 
-def cuda_mem_share()->float: # 0-1; 0 without a GPU
+
+def cuda_mem_share() -> float:  # 0-1; 0 without a GPU
     "The most of the GPU's memory that torch has held since the last reset."
-    if not torch.cuda.is_available(): return 0.
-    return torch.cuda.max_memory_reserved()/torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    if not torch.cuda.is_available():
+        return 0.0
+    return torch.cuda.max_memory_reserved() / torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
 
 # %% ../../nbs/core/060_device.ipynb #75aba9c0
 @contextmanager
-def full_fp32()->Iterator[None]:
+def full_fp32() -> Iterator[None]:
     "Matrix products and convolutions of float32 tensors without TF32; the switches are put back on leaving."
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     enable_tf32(False)
@@ -118,7 +143,7 @@ def full_fp32()->Iterator[None]:
 
 # %% ../../nbs/core/060_device.ipynb #21487a01
 @contextmanager
-def without_kernel_search()->Iterator[None]:
+def without_kernel_search() -> Iterator[None]:
     "No search for the fastest convolution: for batches whose size changes."
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = False
@@ -129,9 +154,9 @@ def without_kernel_search()->Iterator[None]:
 
 # %% ../../nbs/core/060_device.ipynb #c4b3b067
 def to_device(
-    t:torch.Tensor,            # on the host
-    device:torch.device|str    # where it is needed
-)->torch.Tensor:
+    t: torch.Tensor,  # on the host
+    device: torch.device | str,  # where it is needed
+) -> torch.Tensor:
     "A host tensor on the device; the host does not wait for the copy."
     device = torch.device(device)
     if device.type == "cuda":
@@ -139,33 +164,41 @@ def to_device(
     return t.to(device, non_blocking=True)
 
 # %% ../../nbs/core/060_device.ipynb #d633acb7
-def gpu_count()->int: # 0 without a GPU or a driver
+def gpu_count() -> int:  # 0 without a GPU or a driver
     "Number of GPUs that this process may use; CUDA is not started, so it may fork afterwards."
     return torch.cuda.device_count()
 
 # %% ../../nbs/core/060_device.ipynb #5b210865
-OOM_SIGNS = re.compile(r"out of memory|can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED|unable to find an engine"
-    r"|CUDNN_STATUS_INTERNAL_ERROR(_(HOST|DEVICE)_ALLOCATION_FAILED)?\b", re.IGNORECASE)
+OOM_SIGNS = re.compile(
+    r"out of memory|can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED|unable to find an engine"
+    r"|CUDNN_STATUS_INTERNAL_ERROR(_(HOST|DEVICE)_ALLOCATION_FAILED)?\b",
+    re.IGNORECASE,
+)
+
 
 def is_oom(
-    e:BaseException # what a step raised
-)->bool:
+    e: BaseException,  # what a step raised
+) -> bool:
     "Whether memory ran out, on a GPU or on the host."
-    if isinstance(e, (torch.OutOfMemoryError, MemoryError)): return True
+    if isinstance(e, (torch.OutOfMemoryError, MemoryError)):
+        return True
     return isinstance(e, RuntimeError) and OOM_SIGNS.search(str(e)) is not None
 
+
 def oom_reason(
-    e:BaseException # an out-of-memory error
-)->str: # at most 160 characters
+    e: BaseException,  # an out-of-memory error
+) -> str:  # at most 160 characters
     "The line of the message that says so, for the log."
     lines = str(e).splitlines()
     return next((line for line in lines if OOM_SIGNS.search(line)), lines[0] if lines else type(e).__name__)[:160]
 
 # %% ../../nbs/core/060_device.ipynb #3e044ebb
 def release_memory(
-    graphs:bool=False # whether compiled code may have recorded CUDA graphs
-)->None:
+    graphs: bool = False,  # whether compiled code may have recorded CUDA graphs
+) -> None:
     "Give back what nobody uses; with `graphs`, also the recorded graphs and their pool (they are compiled and recorded anew)."
     gc.collect()
-    if graphs: torch.compiler.reset()
-    if torch.cuda.is_available(): torch.cuda.empty_cache()
+    if graphs:
+        torch.compiler.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

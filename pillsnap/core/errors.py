@@ -8,17 +8,21 @@ __all__ = ['PillsnapError']
 # %% ../../nbs/core/000_errors.ipynb #36a88160
 class PillsnapError(Exception):
     "A problem the user can mend (SPEC section 2: bad input gets a clear error)."
-    def __init__(self,
-        what:str,            # what happened, in one sentence
-        where:object=None,   # the file, key or stage it happened in
-        fix:str|None=None,   # what to do about it
-        code:str=""          # a word that programs recognise it by, such as NAN_LOSS; kept in the run record
+
+    def __init__(
+        self,
+        what: str,  # what happened, in one sentence
+        where: object = None,  # the file, key or stage it happened in
+        fix: str | None = None,  # what to do about it
+        code: str = "",  # a word that programs recognise it by, such as NAN_LOSS; kept in the run record
     ):
         self.what, self.where, self.fix, self.code = what, where, fix, code
         super().__init__(what)
 
-    def __str__(self)->str:
+    def __str__(self) -> str:
         lines = [self.what]
-        if self.where is not None: lines.append(f"  where: {self.where}")
-        if self.fix: lines.append(f"  to do: {self.fix}")
+        if self.where is not None:
+            lines.append(f"  where: {self.where}")
+        if self.fix:
+            lines.append(f"  to do: {self.fix}")
         return "\n".join(lines)

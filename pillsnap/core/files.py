@@ -25,7 +25,10 @@ from .errors import PillsnapError
 _REMEDY = {
     errno.ENOSPC: ("the disk is full", "free some space, or choose another disk, and run it again"),
     errno.EDQUOT: ("the disk quota is used up", "free some space, or choose another disk, and run it again"),
-    errno.EFBIG: ("the file would be larger than this system allows", "raise the file size limit (ulimit -f), or choose another disk"),
+    errno.EFBIG: (
+        "the file would be larger than this system allows",
+        "raise the file size limit (ulimit -f), or choose another disk",
+    ),
     errno.EROFS: ("the file system is read-only", "choose a folder that can be written"),
     errno.EACCES: ("permission denied", "choose another folder, or mend its permissions"),
     errno.EPERM: ("the operation is not permitted", "choose another folder, or mend its permissions"),
@@ -39,49 +42,62 @@ _REMEDY = {
 }
 
 # %% ../../nbs/core/010_files.ipynb #de2386b5
-MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)   # no file is to blame for these: they stop the work and are never noted against a photo or a label
+MACHINE = (
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+)  # no file is to blame for these: they stop the work and are never noted against a photo or a label
+
 
 def os_trouble(
-    what:str,              # what could not be done: "the file cannot be written"
-    where:str|os.PathLike, # the path meant, as the user knows it
-    e:OSError              # what the operating system said
-)->PillsnapError: # to be raised
+    what: str,  # what could not be done: "the file cannot be written"
+    where: str | os.PathLike,  # the path meant, as the user knows it
+    e: OSError,  # what the operating system said
+) -> PillsnapError:  # to be raised
     "An `OSError` as a message that names the path and what to do (SPEC CF5)."
     said, fix = _REMEDY.get(e.errno, (e.strerror or str(e), None))
     return PillsnapError(f"{what}: {said}", where=where, fix=fix)
 
 # %% ../../nbs/core/010_files.ipynb #ae381b72
 def ensure_dir(
-    p:str|os.PathLike # folder wanted
-)->Path:
+    p: str | os.PathLike,  # folder wanted
+) -> Path:
     "Make a folder, and those above it, unless it is there (SPEC CF2)."
     p = Path(p)
-    try: p.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise os_trouble("the folder cannot be made", p, e) from e
+    try:
+        p.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise os_trouble("the folder cannot be made", p, e) from e
     return p
 
 # %% ../../nbs/core/010_files.ipynb #f6052107
 def temp_dir(
-    what:str # what it is for; stands in its name
-)->Path: # pillsnap_<what>_…, in the system's folder for such things
+    what: str,  # what it is for; stands in its name
+) -> Path:  # pillsnap_<what>_…, in the system's folder for such things
     "A new folder that goes away with this process (a SIGKILL leaves it)."
     p = Path(tempfile.mkdtemp(prefix=f"pillsnap_{what}_"))
-    Finalize(None, shutil.rmtree, (p,), {"ignore_errors": True}, exitpriority=-100)   # after the child processes, which may still use it
+    Finalize(
+        None, shutil.rmtree, (p,), {"ignore_errors": True}, exitpriority=-100
+    )  # after the child processes, which may still use it
     return p
 
 # %% ../../nbs/core/010_files.ipynb #d6a7f9cf
 PARTIAL = ".partial"  # how an unfinished file's name ends
 
-def _sync(path:Path, flags:int=os.O_RDONLY)->None:
+
+def _sync(path: Path, flags: int = os.O_RDONLY) -> None:
     "Force a file or a folder to the disk; some network file systems cannot do that for a folder."
     fd = os.open(path, flags)
-    try: os.fsync(fd)
+    try:
+        os.fsync(fd)
     except OSError as e:
-        if e.errno not in (errno.EINVAL, errno.ENOTSUP): raise
-    finally: os.close(fd)
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(fd)
 
 # %% ../../nbs/core/010_files.ipynb #8a407071
-def _ours(e:OSError, tmp:Path)->bool:
+def _ours(e: OSError, tmp: Path) -> bool:
     "Whether an error is about the file being written, and not about something the caller read meanwhile."
     names = {str(n) for n in (e.filename, e.filename2) if n is not None}
     return e.errno in _REMEDY and e.errno != errno.ENOENT and (not names or bool(names & {str(tmp), str(tmp.parent)}))
@@ -89,171 +105,224 @@ def _ours(e:OSError, tmp:Path)->bool:
 # %% ../../nbs/core/010_files.ipynb #8f1dee79
 @contextmanager
 def atomic_path(
-    path:str|os.PathLike, # final name; its folder is made when missing
-    durable:bool=True     # also survive a power cut; False is faster for files that are cheap to make again
-)->Iterator[Path]: # a name to write to; give writers that go by the file's ending their format by argument
+    path: str | os.PathLike,  # final name; its folder is made when missing
+    durable: bool = True,  # also survive a power cut; False is faster for files that are cheap to make again
+) -> Iterator[Path]:  # a name to write to; give writers that go by the file's ending their format by argument
     "Write a file whole or not at all: a temporary name beside it, fsync, rename (SPEC section 2, RS1, RS5)."
     path = Path(path)
-    tmp = ensure_dir(path.parent)/f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}"
+    tmp = ensure_dir(path.parent) / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}"
     try:
         yield tmp
-        if durable: _sync(tmp)
+        if durable:
+            _sync(tmp)
         os.replace(tmp, path)
-        if durable: _sync(path.parent, os.O_RDONLY|os.O_DIRECTORY)
+        if durable:
+            _sync(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as e:
-        if not _ours(e, tmp): raise
+        if not _ours(e, tmp):
+            raise
         raise os_trouble("the file cannot be written", path, e) from e
     finally:
-        with suppress(OSError): tmp.unlink(missing_ok=True)
+        with suppress(OSError):
+            tmp.unlink(missing_ok=True)
 
 # %% ../../nbs/core/010_files.ipynb #25c603b3
 def sweep_partials(
-    folder:str|os.PathLike # searched with everything below it; nobody may be writing there
-)->int: # how many were removed
+    folder: str | os.PathLike,  # searched with everything below it; nobody may be writing there
+) -> int:  # how many were removed
     "Remove what killed writers left behind."
-    try: gone = [p for p in Path(folder).rglob(f".*{PARTIAL}") if p.is_file()]
-    except OSError as e: raise os_trouble("the folder cannot be read", folder, e) from e
+    try:
+        gone = [p for p in Path(folder).rglob(f".*{PARTIAL}") if p.is_file()]
+    except OSError as e:
+        raise os_trouble("the folder cannot be read", folder, e) from e
     for p in gone:
-        with suppress(OSError): p.unlink()
+        with suppress(OSError):
+            p.unlink()
     return len(gone)
 
 # %% ../../nbs/core/010_files.ipynb #2f5f5438
 def save_text(
-    text:str,             # what to write, as UTF-8
-    path:str|os.PathLike  # final name
-)->Path:
+    text: str,  # what to write, as UTF-8
+    path: str | os.PathLike,  # final name
+) -> Path:
     "Write a text file atomically."
-    with atomic_path(path) as tmp: tmp.write_text(text, encoding="utf-8", newline="\n")
+    with atomic_path(path) as tmp:
+        tmp.write_text(text, encoding="utf-8", newline="\n")
     return Path(path)
 
 # %% ../../nbs/core/010_files.ipynb #f47d6d02
-def _plain(o:Any)->Any:
+def _plain(o: Any) -> Any:
     "What JSON does not know: numpy's scalars and arrays, paths, mappings that are no dict."
-    if hasattr(o, "tolist"): return o.tolist()
-    if isinstance(o, os.PathLike): return os.fspath(o)
-    if isinstance(o, Mapping): return dict(o)
+    if hasattr(o, "tolist"):
+        return o.tolist()
+    if isinstance(o, os.PathLike):
+        return os.fspath(o)
+    if isinstance(o, Mapping):
+        return dict(o)
     raise TypeError(f"a {type(o).__name__} has no place in JSON")
 
 # %% ../../nbs/core/010_files.ipynb #e86511af
-def _not_numbers(o:Any, at:str="")->Iterator[str]:
+def _not_numbers(o: Any, at: str = "") -> Iterator[str]:
     "Where a tree holds NaN or infinity."
-    if isinstance(o, float) and not -float("inf") < o < float("inf"): yield f"{at or 'the value'} is {o}"
+    if isinstance(o, float) and not -float("inf") < o < float("inf"):
+        yield f"{at or 'the value'} is {o}"
     elif isinstance(o, Mapping):
-        for k,v in o.items(): yield from _not_numbers(v, f"{at}.{k}".lstrip("."))
+        for k, v in o.items():
+            yield from _not_numbers(v, f"{at}.{k}".lstrip("."))
     elif isinstance(o, (list, tuple)):
-        for i,v in enumerate(o): yield from _not_numbers(v, f"{at}[{i}]")
-    elif hasattr(o, "tolist"): yield from _not_numbers(o.tolist(), at)
+        for i, v in enumerate(o):
+            yield from _not_numbers(v, f"{at}[{i}]")
+    elif hasattr(o, "tolist"):
+        yield from _not_numbers(o.tolist(), at)
 
 # %% ../../nbs/core/010_files.ipynb #01c609ea
-def _dumps(obj:Any, where:object=None, **kw:Any)->str:
-    try: return json.dumps(obj, ensure_ascii=False, allow_nan=False, default=_plain, **kw)
+def _dumps(obj: Any, where: object = None, **kw: Any) -> str:
+    try:
+        return json.dumps(obj, ensure_ascii=False, allow_nan=False, default=_plain, **kw)
     except (TypeError, ValueError) as e:
         why = "; ".join(list(_not_numbers(obj))[:3]) or str(e)
-        raise PillsnapError(f"this cannot be written as JSON: {why}", where=where, fix="write null for what was not measured") from e
+        raise PillsnapError(
+            f"this cannot be written as JSON: {why}", where=where, fix="write null for what was not measured"
+        ) from e
 
 # %% ../../nbs/core/010_files.ipynb #b92b7f3f
 def save_json(
-    obj:Any,              # tree of plain values; numpy scalars and paths are converted
-    path:str|os.PathLike  # final name
-)->Path:
+    obj: Any,  # tree of plain values; numpy scalars and paths are converted
+    path: str | os.PathLike,  # final name
+) -> Path:
     "UTF-8, indented by two, Korean readable, NaN refused, atomic (SPEC CF2, DM3)."
-    return save_text(_dumps(obj, where=path, indent=2)+"\n", path)
+    return save_text(_dumps(obj, where=path, indent=2) + "\n", path)
 
 # %% ../../nbs/core/010_files.ipynb #5b33680c
 def canonical_json(
-    obj:Any # tree of plain values
-)->str: # the same for equal trees: keys sorted, no blanks
+    obj: Any,  # tree of plain values
+) -> str:  # the same for equal trees: keys sorted, no blanks
     "JSON made for hashing."
-    return _dumps(obj, sort_keys=True, separators=(",",":"))
+    return _dumps(obj, sort_keys=True, separators=(",", ":"))
 
 # %% ../../nbs/core/010_files.ipynb #decad04a
-def _no_constant(name:str)->None: raise ValueError(f"{name} is no JSON number")
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
 
 def read_json(
-    path:str|os.PathLike # file to read
-)->Any:
+    path: str | os.PathLike,  # file to read
+) -> Any:
     "Read a JSON file; missing, broken or NaN-ridden is a `PillsnapError` that names it (SPEC CF2)."
-    try: return json.loads(Path(path).read_bytes().decode("utf-8"), parse_constant=_no_constant)
-    except OSError as e: raise os_trouble("the file cannot be read", path, e) from e
-    except ValueError as e: raise PillsnapError(f"the file is not valid JSON: {e}", where=path, fix="make it again with the stage that writes it") from e
+    try:
+        return json.loads(Path(path).read_bytes().decode("utf-8"), parse_constant=_no_constant)
+    except OSError as e:
+        raise os_trouble("the file cannot be read", path, e) from e
+    except ValueError as e:
+        raise PillsnapError(
+            f"the file is not valid JSON: {e}", where=path, fix="make it again with the stage that writes it"
+        ) from e
 
 # %% ../../nbs/core/010_files.ipynb #4c80e2b1
 def sha256_text(
-    s:str # hashed as UTF-8
-)->str: # 64 hexadecimal digits
+    s: str,  # hashed as UTF-8
+) -> str:  # 64 hexadecimal digits
     "Name of a text."
     return hashlib.sha256(s.encode("utf-8")).hexdigest()
 
 # %% ../../nbs/core/010_files.ipynb #f41d8595
 def sha256_file(
-    path:str|os.PathLike # file of any size; read in pieces
-)->str: # 64 hexadecimal digits
+    path: str | os.PathLike,  # file of any size; read in pieces
+) -> str:  # 64 hexadecimal digits
     "Name of a file's content."
     try:
-        with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
-    except OSError as e: raise os_trouble("the file cannot be read", path, e) from e
+        with open(path, "rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest()
+    except OSError as e:
+        raise os_trouble("the file cannot be read", path, e) from e
 
 # %% ../../nbs/core/010_files.ipynb #eea76d21
-def _git(root:Path, *args:str)->str:
-    return subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, timeout=10, check=True, env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"}).stdout.strip()
+def _git(root: Path, *args: str) -> str:
+    return subprocess.run(
+        ["git", "-C", str(root), *args],
+        capture_output=True,
+        text=True,
+        timeout=10,
+        check=True,
+        env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
+    ).stdout.strip()
 
 # %% ../../nbs/core/010_files.ipynb #2074c05b
 @functools.cache
-def _sha_of(root:Path)->str:
+def _sha_of(root: Path) -> str:
     try:
-        if Path(_git(root, "rev-parse", "--show-toplevel")).resolve() != root.resolve(): return "nogit"
+        if Path(_git(root, "rev-parse", "--show-toplevel")).resolve() != root.resolve():
+            return "nogit"
         sha = _git(root, "rev-parse", "--verify", "HEAD")
         return sha + ("-dirty" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.SubprocessError, ValueError): return "nogit"
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return "nogit"
 
 # %% ../../nbs/core/010_files.ipynb #96c750f9
 def get_git_sha(
-    root:str|os.PathLike|None=None # a checkout's top folder; None = the one this package was imported from
-)->str: # 40 hexadecimal digits, with "-dirty" when files were edited; "nogit" outside a checkout
+    root: str | os.PathLike | None = None,  # a checkout's top folder; None = the one this package was imported from
+) -> str:  # 40 hexadecimal digits, with "-dirty" when files were edited; "nogit" outside a checkout
     "The commit of the running code, asked once per process (SPEC CF2)."
     return _sha_of(Path(root) if root is not None else Path(pillsnap.__file__).resolve().parents[1])
 
 # %% ../../nbs/core/010_files.ipynb #96df6a05
 class FolderLock:
     "Hold a folder for one run; the second is told who has it (SPEC RS7)."
-    _held:weakref.WeakSet = weakref.WeakSet()
-    def __init__(self,
-        path:str|os.PathLike # the folder
-    ): self.path, self.fd = Path(path), None
 
-    def __enter__(self)->"FolderLock":
-        f = ensure_dir(self.path)/".lock"
+    _held: weakref.WeakSet = weakref.WeakSet()
+
+    def __init__(
+        self,
+        path: str | os.PathLike,  # the folder
+    ):
+        self.path, self.fd = Path(path), None
+
+    def __enter__(self) -> "FolderLock":
+        f = ensure_dir(self.path) / ".lock"
         try:
-            self.fd = os.open(f, os.O_RDWR|os.O_CREAT, 0o644)
-            fcntl.flock(self.fd, fcntl.LOCK_EX|fcntl.LOCK_NB)
-            os.ftruncate(self.fd, 0); os.write(self.fd, f"{os.getpid()}\n".encode())
-        except OSError as e: raise self._refuse(e, f) from e
+            self.fd = os.open(f, os.O_RDWR | os.O_CREAT, 0o644)
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(self.fd, 0)
+            os.write(self.fd, f"{os.getpid()}\n".encode())
+        except OSError as e:
+            raise self._refuse(e, f) from e
         self._held.add(self)
         return self
 
-    def __exit__(self, *_:object)->None: self.close()
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 # %% ../../nbs/core/010_files.ipynb #63dfd75d
 @patch
-def close(self:FolderLock)->None:
+def close(self: FolderLock) -> None:
     "Let the folder go."
-    if self.fd is not None: os.close(self.fd); self.fd = None
+    if self.fd is not None:
+        os.close(self.fd)
+        self.fd = None
     self._held.discard(self)
 
 # %% ../../nbs/core/010_files.ipynb #fbcfea38
 @patch
-def _refuse(self:FolderLock, e:OSError, f:Path)->PillsnapError:
+def _refuse(self: FolderLock, e: OSError, f: Path) -> PillsnapError:
     "Who holds the folder, or why it cannot be locked at all."
     holder = ""
     if self.fd is not None:
-        with suppress(OSError): holder = os.pread(self.fd, 32, 0).decode(errors="replace").strip()
+        with suppress(OSError):
+            holder = os.pread(self.fd, 32, 0).decode(errors="replace").strip()
     self.close()
-    if e.errno != errno.EWOULDBLOCK: return os_trouble("the folder cannot be locked", f, e)
-    return PillsnapError(f"another run holds this folder (process {holder or 'unknown'})", where=self.path, fix="wait for it, stop it, or give this run a folder of its own")
+    if e.errno != errno.EWOULDBLOCK:
+        return os_trouble("the folder cannot be locked", f, e)
+    return PillsnapError(
+        f"another run holds this folder (process {holder or 'unknown'})",
+        where=self.path,
+        fix="wait for it, stop it, or give this run a folder of its own",
+    )
 
 # %% ../../nbs/core/010_files.ipynb #6c9fcc9b
-def _let_go()->None:
+def _let_go() -> None:
     "In a forked child: the parent's locks are not ours."
-    for lock in list(FolderLock._held): lock.close()
+    for lock in list(FolderLock._held):
+        lock.close()
+
 
 os.register_at_fork(after_in_child=_let_go)

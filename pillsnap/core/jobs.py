@@ -25,333 +25,484 @@ from fastcore.basics import patch
 import pillsnap
 from .config import Config, active_features, config_diff, load_config, resource_dir
 from .errors import PillsnapError
-from .files import FolderLock, canonical_json, ensure_dir, get_git_sha, read_json, save_json, save_text, sha256_file, sha256_text, sweep_partials, temp_dir
+from pillsnap.core.files import (
+    FolderLock,
+    canonical_json,
+    ensure_dir,
+    get_git_sha,
+    read_json,
+    save_json,
+    save_text,
+    sha256_file,
+    sha256_text,
+    sweep_partials,
+    temp_dir,
+)
 from .logs import DONE, FRAME, LiveLine, TBWriter, aside, build_logger
 from .records import hardware, plain_number
 
 # %% ../../nbs/core/090_jobs.ipynb #2aa8fa70
 SUBFOLDERS = ("logs", "tb", "reports", "checkpoints", "export", "notebooks", "hard_cases")
 
+
 class RunFolder:
     "The folder of one run: made when it is first used, refused when it cannot be written."
-    def __init__(self,
-        root:str|os.PathLike,  # the folder
-        stage:str="pillsnap"   # whose log this is
+
+    def __init__(
+        self,
+        root: str | os.PathLike,  # the folder
+        stage: str = "pillsnap",  # whose log this is
     ):
         self.root, self.stage, self.resuming = Path(root).absolute(), stage, False
         self._log, self._tb = None, None
         try:
             ensure_dir(self.root)
-            with tempfile.TemporaryFile(dir=self.root): pass
+            with tempfile.TemporaryFile(dir=self.root):
+                pass
         except OSError as e:
-            raise PillsnapError(f"the run folder cannot be written: {e.strerror or e}", where=self.root, fix="choose another with --run-dir, or mend its permissions") from e
+            raise PillsnapError(
+                f"the run folder cannot be written: {e.strerror or e}",
+                where=self.root,
+                fix="choose another with --run-dir, or mend its permissions",
+            ) from e
 
-    def sub(self, name:str)->Path:
+    def sub(self, name: str) -> Path:
         "A subfolder, made on demand."
-        return ensure_dir(self.root/name)
+        return ensure_dir(self.root / name)
 
     @property
-    def log(self)->logging.Logger:
+    def log(self) -> logging.Logger:
         "Console and `logs/<stage>.log`."
-        if self._log is None: self._log = build_logger(self.sub("logs"), f"pillsnap.{self.stage}")
+        if self._log is None:
+            self._log = build_logger(self.sub("logs"), f"pillsnap.{self.stage}")
         return self._log
 
     @property
-    def tb(self)->TBWriter:
+    def tb(self) -> TBWriter:
         "TensorBoard, in `tb/<stage>`."
-        if self._tb is None: self._tb = TBWriter(self.sub("tb")/self.stage)
+        if self._tb is None:
+            self._tb = TBWriter(self.sub("tb") / self.stage)
         return self._tb
 
-    def close(self)->None:
+    def close(self) -> None:
         "Flush TensorBoard."
-        if self._tb is not None: self._tb.close()
+        if self._tb is not None:
+            self._tb.close()
 
 # %% ../../nbs/core/090_jobs.ipynb #99773bf7
 @dataclass
 class StageResult:
     "What a stage found, read and wrote."
-    verdict:str                    # one sentence
-    table:list[dict[str,Any]] = field(default_factory=list)  # rows to show
-    figures:list[Path] = field(default_factory=list)         # pictures to show, PNG
-    inputs:list[Path] = field(default_factory=list)          # files and folders it read
-    outputs:list[Path] = field(default_factory=list)         # files it wrote
-    notes:list[str] = field(default_factory=list)            # what the reader should know
-    record:dict[str,Any]|None = None                         # filled in by the job
-    root:Path|None = None                                    # the run folder, filled in by the job
-    show:Callable[[],None]|None = None                       # a live widget to show after the figures
-    smoke:bool = False                                       # of a smoke run: its figures mean nothing; filled in by the job
+
+    verdict: str  # one sentence
+    table: list[dict[str, Any]] = field(default_factory=list)  # rows to show
+    figures: list[Path] = field(default_factory=list)  # pictures to show, PNG
+    inputs: list[Path] = field(default_factory=list)  # files and folders it read
+    outputs: list[Path] = field(default_factory=list)  # files it wrote
+    notes: list[str] = field(default_factory=list)  # what the reader should know
+    record: dict[str, Any] | None = None  # filled in by the job
+    root: Path | None = None  # the run folder, filled in by the job
+    show: Callable[[], None] | None = None  # a live widget to show after the figures
+    smoke: bool = False  # of a smoke run: its figures mean nothing; filled in by the job
+
 
 def markdown_table(
-    rows:Sequence[Mapping[str,Any]] # rows with the same keys
-)->str:
+    rows: Sequence[Mapping[str, Any]],  # rows with the same keys
+) -> str:
     "A GitHub table."
-    if not rows: return ""
+    if not rows:
+        return ""
     cols = list(dict.fromkeys(k for r in rows for k in r))
-    cell = lambda v: "" if v is None else plain_number(v) if isinstance(v, float) else str(v).replace("|", "\\|").replace("\n", " ")
-    lines = ["| "+" | ".join(cols)+" |", "|"+"---|"*len(cols)]
-    return "\n".join(lines+["| "+" | ".join(cell(r.get(c)) for c in cols)+" |" for r in rows])
+    cell = lambda v: (
+        "" if v is None else plain_number(v) if isinstance(v, float) else str(v).replace("|", "\\|").replace("\n", " ")
+    )
+    lines = ["| " + " | ".join(cols) + " |", "|" + "---|" * len(cols)]
+    return "\n".join(lines + ["| " + " | ".join(cell(r.get(c)) for c in cols) + " |" for r in rows])
 
 # %% ../../nbs/core/090_jobs.ipynb #21e7eee3
 SMOKE = "Smoke run: a few rendered photos and models that are hardly trained. Its figures mean nothing; it shows that the job works."
 
+
 @patch
-def _repr_markdown_(self:StageResult)->str:
+def _repr_markdown_(self: StageResult) -> str:
     run_id = f"\n\n`run {self.record['run_id']}` · {self.record['seconds']:.1f} s" if self.record else ""
     notes = "".join(f"\n- {n}" for n in self.notes)
     smoke = f"> {SMOKE}\n\n" if self.smoke else ""
     return f"{smoke}**{self.verdict}**{run_id}\n\n{markdown_table(self.table)}\n{notes}"
 
-@patch
-def __str__(self:StageResult)->str:
-    return self._repr_markdown_().replace("**", "")
 
 @patch
-def _ipython_display_(self:StageResult)->None:
+def __str__(self: StageResult) -> str:
+    return self._repr_markdown_().replace("**", "")
+
+
+@patch
+def _ipython_display_(self: StageResult) -> None:
     "Markdown, then pictures, then the widget if there is one."
     from IPython.display import Markdown, display
     from pillsnap.core.plots import shown_picture
+
     display(Markdown(self._repr_markdown_()))
-    for f in self.figures: display(shown_picture(f))
-    if self.show: self.show()
+    for f in self.figures:
+        display(shown_picture(f))
+    if self.show:
+        self.show()
 
 # %% ../../nbs/core/090_jobs.ipynb #eb7c424b
-def somebody_looking()->bool:
+def somebody_looking() -> bool:
     "True in JupyterLab, Notebook, VS Code and Colab; False under papermill, nbclient, a script and the runner."
-    if os.environ.get("PILLSNAP_HEADLESS") or os.environ.get("PILLSNAP_NOTEBOOK"): return False
-    try: from IPython import get_ipython
-    except ImportError: return False
+    if os.environ.get("PILLSNAP_HEADLESS") or os.environ.get("PILLSNAP_NOTEBOOK"):
+        return False
+    try:
+        from IPython import get_ipython
+    except ImportError:
+        return False
     shell = get_ipython()
-    if shell is None: return False
-    return bool(os.environ.get("JPY_SESSION_NAME") or os.environ.get("COLAB_RELEASE_TAG") or "__vsc_ipynb_file__" in shell.user_ns)
+    if shell is None:
+        return False
+    return bool(
+        os.environ.get("JPY_SESSION_NAME")
+        or os.environ.get("COLAB_RELEASE_TAG")
+        or "__vsc_ipynb_file__" in shell.user_ns
+    )
 
 # %% ../../nbs/core/090_jobs.ipynb #48711545
 def fingerprint(
-    path:str|os.PathLike # a file, or a folder of many
-)->str|None: # None when there is nothing
+    path: str | os.PathLike,  # a file, or a folder of many
+) -> str | None:  # None when there is nothing
     "Identity of an input: a file's sha256; for a folder the names and sizes below it, without opening anything."
     p = Path(path)
-    if p.is_file(): return sha256_file(p)
-    if not p.is_dir(): return None
+    if p.is_file():
+        return sha256_file(p)
+    if not p.is_dir():
+        return None
     h, stack = hashlib.sha256(), [p]
     while stack:
-        with os.scandir(stack.pop()) as it: entries = sorted(it, key=lambda e: e.name)
+        with os.scandir(stack.pop()) as it:
+            entries = sorted(it, key=lambda e: e.name)
         for e in entries:
-            if e.is_dir(follow_symlinks=False): stack.append(Path(e.path))
-            else: h.update(f"{os.path.relpath(e.path, p)}\0{e.stat(follow_symlinks=False).st_size}\n".encode("utf-8", "surrogateescape"))
+            if e.is_dir(follow_symlinks=False):
+                stack.append(Path(e.path))
+            else:
+                h.update(
+                    f"{os.path.relpath(e.path, p)}\0{e.stat(follow_symlinks=False).st_size}\n".encode(
+                        "utf-8", "surrogateescape"
+                    )
+                )
     return h.hexdigest()
 
-def _name(path:Path, root:Path)->str:
+
+def _name(path: Path, root: Path) -> str:
     "Relative inside the run folder, so that a moved folder keeps its records."
     p = Path(path).absolute()
     return p.relative_to(root).as_posix() if p.is_relative_to(root) else str(path)
 
 # %% ../../nbs/core/090_jobs.ipynb #c423e7cf
 def record_path(
-    root:str|os.PathLike, # run folder
-    stage:str             # its name
-)->Path:
+    root: str | os.PathLike,  # run folder
+    stage: str,  # its name
+) -> Path:
     "Where a stage's record lies."
-    return Path(root)/"stages"/f"{stage}.json"
+    return Path(root) / "stages" / f"{stage}.json"
+
 
 def read_record(
-    root:str|os.PathLike, # run folder
-    stage:str             # its name
-)->dict[str,Any]|None:
+    root: str | os.PathLike,  # run folder
+    stage: str,  # its name
+) -> dict[str, Any] | None:
     "A stage's record, or None when it never ran here."
     p = record_path(root, stage)
     return read_json(p) if p.exists() else None
 
 # %% ../../nbs/core/090_jobs.ipynb #62e34446
 def pick(
-    cfg:Config,             # a configuration
-    sections:Iterable[str]  # dotted keys or blocks: "data.split_ratio", "train.classification"
-)->dict[str,Any]: # section → value, in plain JSON types
+    cfg: Config,  # a configuration
+    sections: Iterable[str],  # dotted keys or blocks: "data.split_ratio", "train.classification"
+) -> dict[str, Any]:  # section → value, in plain JSON types
     "The settings that a stage reads."
     out = {}
     for dotted in sections:
-        node:Any = cfg.to_dict()
-        for part in dotted.split("."): node = node[part]
+        node: Any = cfg.to_dict()
+        for part in dotted.split("."):
+            node = node[part]
         out[dotted] = node
     return out
 
+
 def stale(
-    root:str|os.PathLike, # run folder
-    stage:str,            # its name
-    cfg:Config            # what is asked for now
-)->tuple[str,list[str]]|None: # None when up to date; else the reason, and the settings that differ
+    root: str | os.PathLike,  # run folder
+    stage: str,  # its name
+    cfg: Config,  # what is asked for now
+) -> tuple[str, list[str]] | None:  # None when up to date; else the reason, and the settings that differ
     "Why a stage must run (again)."
     rec = read_record(root, stage)
-    if rec is None: return "it has not run here yet", []
+    if rec is None:
+        return "it has not run here yet", []
     diff = config_diff(rec["settings"], pick(cfg, rec["settings"]))
-    if diff: return "its settings changed", diff
-    if rec["status"] != "finished": return f"its last run ended as {rec['status']!r}", []
+    if diff:
+        return "its settings changed", diff
+    if rec["status"] != "finished":
+        return f"its last run ended as {rec['status']!r}", []
     for name, was in rec["inputs"].items():
-        if fingerprint(Path(root)/name) != was: return f"its input {name} changed", []
+        if fingerprint(Path(root) / name) != was:
+            return f"its input {name} changed", []
     for name in rec["outputs"]:
-        if not (Path(root)/name).exists(): return f"its output {name} is gone", []
+        if not (Path(root) / name).exists():
+            return f"its output {name} is gone", []
     return None
 
 # %% ../../nbs/core/090_jobs.ipynb #9ac1cf48
 @dataclass(frozen=True)
 class StageJob:
     "What every stage job shares: parameters in, files and a record out (SPEC BX15)."
-    run_dir:str = ""       # run folder; "" makes a smoke run in a temporary one, gone with the process
-    config:str = ""        # preset or YAML; "" = the folder's own configuration, or the smoke preset
-    overrides:tuple = ()   # dotted overrides
-    seed:int = 42          # every random choice hangs on it
-    name:ClassVar[str] = "stage"
-    sections:ClassVar[tuple[str,...]] = ("project", "data", "train")  # the settings it reads; only these can make it stale
-    keys:ClassVar[dict[str,str]] = {"seed": "train.seed"}
-    needs:ClassVar[dict[str,str]] = {}   # file in the run folder → the stage job that writes it; {stage} is the current stage's number
+
+    run_dir: str = ""  # run folder; "" makes a smoke run in a temporary one, gone with the process
+    config: str = ""  # preset or YAML; "" = the folder's own configuration, or the smoke preset
+    overrides: tuple = ()  # dotted overrides
+    seed: int = 42  # every random choice hangs on it
+    name: ClassVar[str] = "stage"
+    sections: ClassVar[tuple[str, ...]] = (
+        "project",
+        "data",
+        "train",
+    )  # the settings it reads; only these can make it stale
+    keys: ClassVar[dict[str, str]] = {"seed": "train.seed"}
+    needs: ClassVar[
+        dict[str, str]
+    ] = {}  # file in the run folder → the stage job that writes it; {stage} is the current stage's number
 
     def __post_init__(self):
         object.__setattr__(self, "overrides", tuple(self.overrides))
         self.cfg_in(Path(self.run_dir or "."))  # a bad value stops here, before anything is made
 
-    def work(self, run:RunFolder, cfg:Config)->StageResult: raise NotImplementedError(f"{type(self).__name__}.work")
-    def smoke(self, run:RunFolder, cfg:Config)->None: "Make the inputs of a smoke run."
+    def work(self, run: RunFolder, cfg: Config) -> StageResult:
+        raise NotImplementedError(f"{type(self).__name__}.work")
+
+    def smoke(self, run: RunFolder, cfg: Config) -> None:
+        "Make the inputs of a smoke run."
 
 # %% ../../nbs/core/090_jobs.ipynb #fd04320a
 @patch
-def cfg_in(self:StageJob,
-    root:Path # the run folder
-)->Config:
+def cfg_in(
+    self: StageJob,
+    root: Path,  # the run folder
+) -> Config:
     "The configuration this job runs with."
-    own = root/"config.yaml"
+    own = root / "config.yaml"
     source = self.config or (str(own) if self.run_dir and own.is_file() else "smoke")
-    given = [f"{k}={json.dumps(getattr(self, f), ensure_ascii=False)}" for f,k in self.keys.items() if hasattr(self, f)]
+    given = [
+        f"{k}={json.dumps(getattr(self, f), ensure_ascii=False)}" for f, k in self.keys.items() if hasattr(self, f)
+    ]
     return load_config(source, [*self.overrides, *given, f"paths.exp_dir={json.dumps(str(root))}"])
 
+
 @patch(as_prop=True)
-def cfg(self:StageJob)->Config:
+def cfg(self: StageJob) -> Config:
     "The configuration this job runs with, as far as it is known before its folder is."
     return self.cfg_in(Path(self.run_dir or "."))
 
 # %% ../../nbs/core/090_jobs.ipynb #7515d118
 @patch(cls_method=True)
-def check_inputs(cls:StageJob,
-    root:str|os.PathLike, # the run folder; it need not exist
-    cfg:Config            # the job's configuration
-)->None: # raises PillsnapError naming the file and the job that writes it
+def check_inputs(
+    cls: StageJob,
+    root: str | os.PathLike,  # the run folder; it need not exist
+    cfg: Config,  # the job's configuration
+) -> None:  # raises PillsnapError naming the file and the job that writes it
     "Refuse to begin where another job's output is missing; nothing has been made then."
     for name, job in cls.needs.items():
-        path = Path(root)/name.format(stage=cfg.data.progressive_validation.current_stage)
+        path = Path(root) / name.format(stage=cfg.data.progressive_validation.current_stage)
         if not path.exists():
-            raise PillsnapError(f"there is no {path.name} here: {job} has not run in this folder", where=path.absolute(), fix=f"pillsnap run {job} --run-dir {root}")
+            raise PillsnapError(
+                f"there is no {path.name} here: {job} has not run in this folder",
+                where=path.absolute(),
+                fix=f"pillsnap run {job} --run-dir {root}",
+            )
 
-def _remember(root:Path, cfg:Config)->None:
+
+def _remember(root: Path, cfg: Config) -> None:
     "Keep the configuration in the folder, in a form that is its own preset."
-    save_text("# Resolved by PillSnap; this folder's own configuration.\n"+yaml.safe_dump({"base": None, **cfg.to_dict()}, allow_unicode=True, sort_keys=False), root/"config.yaml")
+    save_text(
+        "# Resolved by PillSnap; this folder's own configuration.\n"
+        + yaml.safe_dump({"base": None, **cfg.to_dict()}, allow_unicode=True, sort_keys=False),
+        root / "config.yaml",
+    )
+
 
 def run_id(
-    root:str|os.PathLike # run folder
-)->str: # 12 hexadecimal digits, the same for every stage of the folder
+    root: str | os.PathLike,  # run folder
+) -> str:  # 12 hexadecimal digits, the same for every stage of the folder
     "The folder's identity, made on first use."
-    p = Path(root)/"run.json"
-    if not p.exists(): save_json({"run_id": uuid.uuid4().hex[:12], "created": datetime.now(timezone.utc).isoformat(timespec="seconds")}, p)
+    p = Path(root) / "run.json"
+    if not p.exists():
+        save_json(
+            {"run_id": uuid.uuid4().hex[:12], "created": datetime.now(timezone.utc).isoformat(timespec="seconds")}, p
+        )
     return read_json(p)["run_id"]
 
 # %% ../../nbs/core/090_jobs.ipynb #2ea6686d
-def _boot_id()->str:
+def _boot_id() -> str:
     "Another one after every start of the machine; empty where the system has none."
     p = Path("/proc/sys/kernel/random/boot_id")
     return p.read_text().strip() if p.is_file() else ""
 
-def _past_attempts(before:Mapping[str,Any]|None)->list[dict[str,Any]]:
+
+def _past_attempts(before: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     "The attempts of an earlier record; one that never ended died, or the machine was restarted under it."
     past = [dict(a) for a in (before or {}).get("attempts", [])]
-    if past and past[-1]["status"] == "running": past[-1]["status"] = "died" if past[-1]["boot"] == _boot_id() else "restarted"
+    if past and past[-1]["status"] == "running":
+        past[-1]["status"] = "died" if past[-1]["boot"] == _boot_id() else "restarted"
     return past
 
+
 def crashes(
-    rec:Mapping[str,Any] # a stage's record
-)->list[dict[str,Any]]:  # oldest first; empty = none
+    rec: Mapping[str, Any],  # a stage's record
+) -> list[dict[str, Any]]:  # oldest first; empty = none
     "The attempts that crashed under the settings of the last one: those that failed, and those that died without a word."
-    attempts = rec.get("attempts") or [{"status": rec["status"], "error": rec.get("error"), "raised": "", "settings": ""}]
+    attempts = rec.get("attempts") or [
+        {"status": rec["status"], "error": rec.get("error"), "raised": "", "settings": ""}
+    ]
     return [a for a in attempts if a["settings"] == attempts[-1]["settings"] and a["status"] in ("failed", "died")]
 
+
 @contextmanager
-def _sigterm_interrupts()->Iterator[None]:
+def _sigterm_interrupts() -> Iterator[None]:
     "Inside, SIGTERM ends the main thread's work as Ctrl-C does; processes forked here still end at once."
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     owner = os.getpid()
-    def stop(number:int, _:Any)->None:
-        if os.getpid() == owner: raise KeyboardInterrupt("SIGTERM")
+
+    def stop(number: int, _: Any) -> None:
+        if os.getpid() == owner:
+            raise KeyboardInterrupt("SIGTERM")
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
+
     before = signal.signal(signal.SIGTERM, stop)
-    try: yield
-    finally: signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 # %% ../../nbs/core/090_jobs.ipynb #37ae5ee3
 @patch
-def _begin(self:StageJob, run:RunFolder, cfg:Config)->dict[str,Any]:
+def _begin(self: StageJob, run: RunFolder, cfg: Config) -> dict[str, Any]:
     "The record of a run that has only begun."
     started, settings = datetime.now(timezone.utc).isoformat(timespec="seconds"), pick(cfg, self.sections)
-    now = dict(status="running", started=started, seconds=None, error=None, raised="", settings=sha256_text(canonical_json(settings)), boot=_boot_id())
-    return dict(stage=self.name, status="running", run_id=run_id(run.root), started=started,
+    now = dict(
+        status="running",
+        started=started,
+        seconds=None,
+        error=None,
+        raised="",
+        settings=sha256_text(canonical_json(settings)),
+        boot=_boot_id(),
+    )
+    return dict(
+        stage=self.name,
+        status="running",
+        run_id=run_id(run.root),
+        started=started,
         attempts=[*_past_attempts(read_record(run.root, self.name)), now],
-        seconds=None, params={f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, settings=settings,
-        config_digest=cfg.digest(), git_sha=get_git_sha(), pillsnap=pillsnap.__version__, python=sys.version.split()[0], hardware=hardware(),
-        notebook=os.environ.get("PILLSNAP_NOTEBOOK"), in_sync=os.environ.get("PILLSNAP_IN_SYNC"), inputs={}, outputs={}, error=None, error_code="")
+        seconds=None,
+        params={f.name: getattr(self, f.name) for f in dataclasses.fields(self)},
+        settings=settings,
+        config_digest=cfg.digest(),
+        git_sha=get_git_sha(),
+        pillsnap=pillsnap.__version__,
+        python=sys.version.split()[0],
+        hardware=hardware(),
+        notebook=os.environ.get("PILLSNAP_NOTEBOOK"),
+        in_sync=os.environ.get("PILLSNAP_IN_SYNC"),
+        inputs={},
+        outputs={},
+        error=None,
+        error_code="",
+    )
 
-def _ended(rec:Mapping[str,Any], status:str, seconds:float, error:str|None=None, raised:str="", error_code:str="")->dict[str,Any]:
+
+def _ended(
+    rec: Mapping[str, Any],
+    status: str,
+    seconds: float,
+    error: str | None = None,
+    raised: str = "",
+    error_code: str = "",
+) -> dict[str, Any]:
     "The record with its last attempt closed."
     end = dict(status=status, seconds=seconds, error=error, error_code=error_code)
     return {**rec, **end, "attempts": [*rec["attempts"][:-1], {**rec["attempts"][-1], **end, "raised": raised}]}
 
 # %% ../../nbs/core/090_jobs.ipynb #456abca1
 @patch
-def run(self:StageJob,
-    **how:Any # what work takes besides
-)->StageResult:
+def run(
+    self: StageJob,
+    **how: Any,  # what work takes besides
+) -> StageResult:
     "Do the stage's work in its folder, alone, and leave a record whatever happens."
-    if "PILLSNAP_NOTEBOOK" in os.environ: atexit.register(gc.freeze)   # a kernel with torch in it would look through all its objects before it leaves: two seconds a stage
+    if "PILLSNAP_NOTEBOOK" in os.environ:
+        atexit.register(
+            gc.freeze
+        )  # a kernel with torch in it would look through all its objects before it leaves: two seconds a stage
     root = Path(self.run_dir).absolute() if self.run_dir else temp_dir(self.name)
     cfg = self.cfg_in(root)
     if self.run_dir:
         self.check_inputs(root, cfg)
     run = RunFolder(root, self.name)
     with FolderLock(root):
-        for sub in ("artifacts", "checkpoints", "export", "index", "reports", "stages"): sweep_partials(root/sub)  # what a killed run left
+        for sub in ("artifacts", "checkpoints", "export", "index", "reports", "stages"):
+            sweep_partials(root / sub)  # what a killed run left
         _remember(root, cfg)
         return self.attempt(run, cfg, **how)
 
+
 @patch
-def attempt(self:StageJob,
-    run:RunFolder, # a folder that nobody else works in
-    cfg:Config,    # as cfg_in gives it
-    **how:Any      # what work takes besides
-)->StageResult:
+def attempt(
+    self: StageJob,
+    run: RunFolder,  # a folder that nobody else works in
+    cfg: Config,  # as cfg_in gives it
+    **how: Any,  # what work takes besides
+) -> StageResult:
     "The work and its record, in a folder that is locked already."
     before, rec = read_record(run.root, self.name), self._begin(run, cfg)
     run.resuming = bool(before) and before["status"] != "finished" and before["settings"] == rec["settings"]
     save_json(rec, record_path(run.root, self.name))
-    for note in cfg.notes: run.log.info(note)
+    for note in cfg.notes:
+        run.log.info(note)
     t0 = time.perf_counter()
     try:
         with _sigterm_interrupts():
-            if not self.run_dir: self.smoke(run, cfg)
+            if not self.run_dir:
+                self.smoke(run, cfg)
             res = self.work(run, cfg, **how)
-            res.root, res.record = run.root, self._finish(rec, res, run.root, time.perf_counter()-t0)
+            res.root, res.record = run.root, self._finish(rec, res, run.root, time.perf_counter() - t0)
     except BaseException as e:
         status = "interrupted" if isinstance(e, KeyboardInterrupt) else "failed"
         error = "".join(traceback.format_exception_only(e)).strip()
-        save_json(_ended(rec, status, time.perf_counter()-t0, error, type(e).__name__, getattr(e, "code", "")), record_path(run.root, self.name))
+        save_json(
+            _ended(rec, status, time.perf_counter() - t0, error, type(e).__name__, getattr(e, "code", "")),
+            record_path(run.root, self.name),
+        )
         raise
-    finally: run.close()
+    finally:
+        run.close()
     res.smoke = not self.run_dir or self.config == "smoke"
     return res
 
 # %% ../../nbs/core/090_jobs.ipynb #c67eddc4
 @patch
-def _finish(self:StageJob, rec:dict, res:StageResult, root:Path, seconds:float)->dict[str,Any]:
+def _finish(self: StageJob, rec: dict, res: StageResult, root: Path, seconds: float) -> dict[str, Any]:
     "The record of a finished run, written last."
-    rec = {**_ended(rec, "finished", seconds), "verdict": res.verdict, "table": res.table, "notes": res.notes,
-           "inputs": {_name(p, root): fingerprint(p) for p in res.inputs}, "outputs": {_name(p, root): fingerprint(p) for p in res.outputs}}
-    if gone := [n for n,h in rec["outputs"].items() if h is None]: raise PillsnapError(f"stage {self.name} did not write what it names: {gone}", where=root)
+    rec = {
+        **_ended(rec, "finished", seconds),
+        "verdict": res.verdict,
+        "table": res.table,
+        "notes": res.notes,
+        "inputs": {_name(p, root): fingerprint(p) for p in res.inputs},
+        "outputs": {_name(p, root): fingerprint(p) for p in res.outputs},
+    }
+    if gone := [n for n, h in rec["outputs"].items() if h is None]:
+        raise PillsnapError(f"stage {self.name} did not write what it names: {gone}", where=root)
     save_json(rec, record_path(root, self.name))
     return rec
 
@@ -359,95 +510,130 @@ def _finish(self:StageJob, rec:dict, res:StageResult, root:Path, seconds:float)-
 @dataclass(frozen=True)
 class Stage:
     "One step of a pipeline."
-    name:str      # "splits"
-    notebook:str  # its place in nbs/ without extension, "dataset/460_splits"
-    job:str       # "pillsnap.dataset.splits:SplitsJob"
-    feature:str = "single_classification" # the feature it belongs to (SPEC CF3)
-    strategy:str = "" # the training strategy it belongs to; "" = every one (SPEC X75)
+
+    name: str  # "splits"
+    notebook: str  # its place in nbs/ without extension, "dataset/460_splits"
+    job: str  # "pillsnap.dataset.splits:SplitsJob"
+    feature: str = "single_classification"  # the feature it belongs to (SPEC CF3)
+    strategy: str = ""  # the training strategy it belongs to; "" = every one (SPEC X75)
 
     @property
-    def path(self)->Path:
+    def path(self) -> Path:
         "The notebook, in the checkout or in the wheel."
-        p = resource_dir("nbs")/f"{self.notebook}.ipynb"
-        if not p.is_file(): raise PillsnapError(f"the notebook of stage {self.name} is missing", where=p, fix="reinstall pillsnap")
+        p = resource_dir("nbs") / f"{self.notebook}.ipynb"
+        if not p.is_file():
+            raise PillsnapError(f"the notebook of stage {self.name} is missing", where=p, fix="reinstall pillsnap")
         return p
 
-    def job_class(self)->type[StageJob]:
+    def job_class(self) -> type[StageJob]:
         "Import the job; a stage that has nothing to do never gets here."
         module, cls = self.job.split(":")
         return getattr(importlib.import_module(module), cls)
 
 # %% ../../nbs/core/090_jobs.ipynb #450e570e
 def notebook_parameters(
-    path:str|os.PathLike # a stage notebook
-)->dict[str,Any]: # name → default
+    path: str | os.PathLike,  # a stage notebook
+) -> dict[str, Any]:  # name → default
     "The parameters of a notebook; an error without exactly one cell tagged `parameters`."
     import nbformat
+
     cells = [c.source for c in nbformat.read(path, 4).cells if "parameters" in c.metadata.get("tags", [])]
-    if len(cells) != 1: raise PillsnapError(f"{len(cells)} cells are tagged `parameters`, there must be one", where=path, fix="tag the cell in JupyterLab's property inspector; papermill would run the defaults in silence")
+    if len(cells) != 1:
+        raise PillsnapError(
+            f"{len(cells)} cells are tagged `parameters`, there must be one",
+            where=path,
+            fix="tag the cell in JupyterLab's property inspector; papermill would run the defaults in silence",
+        )
     out = {}
     for node in ast.parse(cells[0]).body:
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        )
         out |= {t.id: ast.literal_eval(node.value) for t in targets if isinstance(t, ast.Name)}
     return out
 
+
 def check_parameters(
-    path:str|os.PathLike,  # a stage notebook
-    given:Iterable[str]    # names that will be set
-)->None: # raises PillsnapError naming the nearest parameter
+    path: str | os.PathLike,  # a stage notebook
+    given: Iterable[str],  # names that will be set
+) -> None:  # raises PillsnapError naming the nearest parameter
     "Refuse parameters that the notebook does not have (papermill only warns)."
     import difflib
+
     known = notebook_parameters(path)
     for g in given:
-        if g in known: continue
+        if g in known:
+            continue
         near = difflib.get_close_matches(g, known, 1)
-        raise PillsnapError(f"the notebook has no parameter {g!r}" + (f"; did you mean {near[0]!r}?" if near else ""), where=path, fix=f"parameters: {', '.join(known)}")
+        raise PillsnapError(
+            f"the notebook has no parameter {g!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
+            where=path,
+            fix=f"parameters: {', '.join(known)}",
+        )
 
 # %% ../../nbs/core/090_jobs.ipynb #2fd75d7c
 def in_sync(
-    notebook:str|os.PathLike, # a stage notebook
-    module:str                # the module that it exports, "pillsnap.dataset.splits"
-)->bool: # whether every exported cell stands in the module
+    notebook: str | os.PathLike,  # a stage notebook
+    module: str,  # the module that it exports, "pillsnap.dataset.splits"
+) -> bool:  # whether every exported cell stands in the module
     "Does the package hold what the notebook says?"
     import nbformat
+
     spec = importlib.util.find_spec(module)
-    if spec is None or not spec.origin: return False
+    if spec is None or not spec.origin:
+        return False
     text = Path(spec.origin).read_text(encoding="utf-8")
     code = lambda s: "\n".join(l.rstrip() for l in s.splitlines() if not l.startswith("#|")).strip()
-    cells = [code(c.source) for c in nbformat.read(notebook, 4).cells if c.cell_type == "code" and re.match(r"#\|\s*export\b", c.source)]
+    cells = [
+        code(c.source)
+        for c in nbformat.read(notebook, 4).cells
+        if c.cell_type == "code" and re.match(r"#\|\s*export\b", c.source)
+    ]
     return all(c in text for c in cells if not re.search(r"^(from pillsnap|import pillsnap)", c, re.M))
 
 # %% ../../nbs/core/090_jobs.ipynb #02b3eaa1
 class StageFailed(PillsnapError):
     "A stage stopped; its notebook, executed so far, is kept."
 
+
 def resume_command(
-    config:str,       # preset or YAML
-    run_dir:Path,     # run folder
-    stage:str,        # where to go on
-    overrides:Iterable[str]=() # dotted overrides of the run
-)->str:
+    config: str,  # preset or YAML
+    run_dir: Path,  # run folder
+    stage: str,  # where to go on
+    overrides: Iterable[str] = (),  # dotted overrides of the run
+) -> str:
     "The command that goes on from here."
     import shlex
-    return shlex.join(["pillsnap", "run", "all", "--config", config, "--run-dir", str(run_dir), "--from", stage, *overrides])
+
+    return shlex.join(
+        ["pillsnap", "run", "all", "--config", config, "--run-dir", str(run_dir), "--from", stage, *overrides]
+    )
 
 # %% ../../nbs/core/090_jobs.ipynb #d9d61d11
 class Relay:
     "Passes on what a notebook's job prints and how far it is."
-    def __init__(self,
-        head:str,               # "[3/7] classifier"
-        first:int,              # number of the cell with the parameters, from 0
-        line:LiveLine|None=None # None = a terminal's or a log's
-    ): self.head, self.first, self.line = head, first, line or LiveLine()
 
-    def message(self,
-        msg:Mapping[str,Any], # of the kernel, in Jupyter's form
-        cell:int              # the cell it belongs to, from 0
-    )->None:
+    def __init__(
+        self,
+        head: str,  # "[3/7] classifier"
+        first: int,  # number of the cell with the parameters, from 0
+        line: LiveLine | None = None,  # None = a terminal's or a log's
+    ):
+        self.head, self.first, self.line = head, first, line or LiveLine()
+
+    def message(
+        self,
+        msg: Mapping[str, Any],  # of the kernel, in Jupyter's form
+        cell: int,  # the cell it belongs to, from 0
+    ) -> None:
         "Show a message of the kernel, if it is the job's."
         kind, content = msg["msg_type"], msg["content"]
         if kind == "execute_input" and self.line.due:
-            self.line.show(f"{self.head}: the notebook's explanations, cell {cell+1} of {self.first+1}" if cell < self.first else self.head)
+            self.line.show(
+                f"{self.head}: the notebook's explanations, cell {cell + 1} of {self.first + 1}"
+                if cell < self.first
+                else self.head
+            )
         elif cell > self.first and kind == "stream":
             self.say(content["text"])
         elif cell > self.first and "text/plain" in content.get("data", {}):
@@ -455,20 +641,23 @@ class Relay:
 
 # %% ../../nbs/core/090_jobs.ipynb #336e41fa
 @patch
-def say(self:Relay,
-    text:str # as printed
-)->None:
+def say(
+    self: Relay,
+    text: str,  # as printed
+) -> None:
     "Print what the job printed; of a line that is written over, its end."
     text = re.sub(r"[^\n]*\r(?!\n)", "", text).strip("\n")
     if text.strip():
         with aside():
             print(text, flush=True)
 
+
 @patch
-def display(self:Relay,
-    text:str,      # as plain text
-    display_id:str # its name
-)->None:
+def display(
+    self: Relay,
+    text: str,  # as plain text
+    display_id: str,  # its name
+) -> None:
     "Show a frame of progress on the live line, and another display as text if it is one."
     if not display_id.startswith(FRAME):
         if not re.match(r"<IPython|<Figure|<pillsnap", text):
@@ -478,42 +667,57 @@ def display(self:Relay,
     elif self.line.due:
         self.line.show(f"{self.head}: {text}")
 
+
 @patch
-def close(self:Relay)->None:
+def close(self: Relay) -> None:
     "Wipe the line."
     if self.line.text:
         self.line.show("")
 
 # %% ../../nbs/core/090_jobs.ipynb #ffe052e9
-def _engine(relay:Relay)->str:
+def _engine(relay: Relay) -> str:
     "The name under which papermill finds an engine that tells the relay every message."
     from papermill.clientwrap import PapermillNotebookClient
     from papermill.engines import NBClientEngine, papermill_engines
 
     class Client(PapermillNotebookClient):
-        def process_message(self, msg:dict, cell:Any, cell_index:int)->Any:
+        def process_message(self, msg: dict, cell: Any, cell_index: int) -> Any:
             relay.message(msg, cell_index)
             return super().process_message(msg, cell, cell_index)
 
     class Engine(NBClientEngine):
         @classmethod
-        def execute_managed_notebook(cls, nb_man:Any, kernel_name:str, start_timeout:int=60, **_:Any)->Any:
-            quiet = ["--IPKernelApp.log_level=50"]   # the kernel's own warnings are not the user's
-            return Client(nb_man, kernel_name=kernel_name, startup_timeout=start_timeout, extra_arguments=quiet).execute()
+        def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, start_timeout: int = 60, **_: Any) -> Any:
+            quiet = ["--IPKernelApp.log_level=50"]  # the kernel's own warnings are not the user's
+            return Client(
+                nb_man, kernel_name=kernel_name, startup_timeout=start_timeout, extra_arguments=quiet
+            ).execute()
 
     papermill_engines.register("pillsnap", Engine)
     return "pillsnap"
 
-def _execute(stage:Stage, out:Path, params:dict[str,Any], head:str)->None:
+
+def _execute(stage: Stage, out: Path, params: dict[str, Any], head: str) -> None:
     "papermill, with the kernel in the caller's folder and the notebook kept as far as it came."
     import nbformat
     import papermill as pm
-    first = next(i for i,c in enumerate(nbformat.read(stage.path, 4).cells) if "parameters" in c.metadata.get("tags", []))
-    relay = Relay(head, first+1)   # papermill puts the given parameters into a cell of their own
+
+    first = next(
+        i for i, c in enumerate(nbformat.read(stage.path, 4).cells) if "parameters" in c.metadata.get("tags", [])
+    )
+    relay = Relay(head, first + 1)  # papermill puts the given parameters into a cell of their own
     os.environ["PILLSNAP_NOTEBOOK"] = sha256_file(stage.path)
     os.environ["PILLSNAP_IN_SYNC"] = str(in_sync(stage.path, stage.job.split(":")[0])).lower()
     try:
-        pm.execute_notebook(str(stage.path), str(out), parameters=params, kernel_name="python3", engine_name=_engine(relay), progress_bar=False, request_save_on_cell_execute=True)
+        pm.execute_notebook(
+            str(stage.path),
+            str(out),
+            parameters=params,
+            kernel_name="python3",
+            engine_name=_engine(relay),
+            progress_bar=False,
+            request_save_on_cell_execute=True,
+        )
     finally:
         relay.close()
         os.environ.pop("PILLSNAP_NOTEBOOK", None)
@@ -521,101 +725,140 @@ def _execute(stage:Stage, out:Path, params:dict[str,Any], head:str)->None:
 
 # %% ../../nbs/core/090_jobs.ipynb #98eb52bf
 def run_stage(
-    stage:Stage,                    # what to run
-    run_dir:str|os.PathLike,        # run folder
-    cfg:Config,                     # resolved configuration
-    params:Mapping[str,Any]|None=None, # further notebook parameters
-    resume:str="",                  # the command to print when it fails
-    head:str=""                     # what stands before its progress, "[3/7] classifier"
-)->dict[str,Any]: # the stage's record
+    stage: Stage,  # what to run
+    run_dir: str | os.PathLike,  # run folder
+    cfg: Config,  # resolved configuration
+    params: Mapping[str, Any] | None = None,  # further notebook parameters
+    resume: str = "",  # the command to print when it fails
+    head: str = "",  # what stands before its progress, "[3/7] classifier"
+) -> dict[str, Any]:  # the stage's record
     "Execute one stage notebook into the run folder (SPEC BX15)."
     import papermill as pm
+
     root = Path(run_dir).absolute()
-    out = RunFolder(root, stage.name).sub("notebooks")/stage.path.name
-    values = {f: _get(cfg, k) for f,k in stage.job_class().keys.items()}
+    out = RunFolder(root, stage.name).sub("notebooks") / stage.path.name
+    values = {f: _get(cfg, k) for f, k in stage.job_class().keys.items()}
     # the resolved file carries CLI overrides too, so the notebook needs no other source
-    source = root/"stages"/"config.yaml"
-    ensure_dir(source.parent); save_text(yaml.safe_dump({"base": None, **cfg.to_dict()}, allow_unicode=True, sort_keys=False), source)
+    source = root / "stages" / "config.yaml"
+    ensure_dir(source.parent)
+    save_text(yaml.safe_dump({"base": None, **cfg.to_dict()}, allow_unicode=True, sort_keys=False), source)
     given = {"run_dir": str(root), "config": str(source), "overrides": [], **values, **(params or {})}
     check_parameters(stage.path, given)
-    try: _execute(stage, out, given, head or stage.name)
-    except pm.PapermillExecutionError as e: raise _failure(e, stage, out, resume) from None
+    try:
+        _execute(stage, out, given, head or stage.name)
+    except pm.PapermillExecutionError as e:
+        raise _failure(e, stage, out, resume) from None
     rec = read_record(root, stage.name)
-    if rec is None or rec["status"] != "finished": raise StageFailed(f"stage {stage.name} left no finished record", where=out)
+    if rec is None or rec["status"] != "finished":
+        raise StageFailed(f"stage {stage.name} left no finished record", where=out)
     return rec
 
-def _get(cfg:Config, dotted:str)->Any:
+
+def _get(cfg: Config, dotted: str) -> Any:
     "A setting by its dotted key."
-    node:Any = cfg
-    for part in dotted.split("."): node = getattr(node, part)
+    node: Any = cfg
+    for part in dotted.split("."):
+        node = getattr(node, part)
     return node
 
-def _failure(e:Exception, stage:Stage, out:Path, resume:str)->StageFailed:
+
+def _failure(e: Exception, stage: Stage, out: Path, resume: str) -> StageFailed:
     "What stopped the notebook, once, with its place and its remedy; then the notebook and the command that goes on."
     if e.ename not in ("PillsnapError", "StageFailed"):
         what, where, fix = f"{e.ename}: {e.evalue}", None, None
     else:
-        what, where, fix = (re.search(p, e.evalue, re.S|re.M) for p in (r"\A(.*?)(?=^  where: |^  to do: |\Z)", r"^  where: (.*?)$", r"^  to do: (.*)\Z"))
+        what, where, fix = (
+            re.search(p, e.evalue, re.S | re.M)
+            for p in (r"\A(.*?)(?=^  where: |^  to do: |\Z)", r"^  where: (.*?)$", r"^  to do: (.*)\Z")
+        )
         what, where, fix = (m and m[1].strip() for m in (what, where, fix))
     then = [fix, f"then go on with: {resume}" if resume else None]
-    return StageFailed(f"stage {stage.name} stopped: {what}\n  notebook: {out}", where=where, fix="\n         ".join(t for t in then if t) or None)
+    return StageFailed(
+        f"stage {stage.name} stopped: {what}\n  notebook: {out}",
+        where=where,
+        fix="\n         ".join(t for t in then if t) or None,
+    )
 
 # %% ../../nbs/core/090_jobs.ipynb #172e271c
 def choose(
-    stages:Sequence[Stage],   # the pipeline, in order
-    only:str|None=None,       # run this one
-    start:str|None=None       # run this one and those after it
-)->list[Stage]:
+    stages: Sequence[Stage],  # the pipeline, in order
+    only: str | None = None,  # run this one
+    start: str | None = None,  # run this one and those after it
+) -> list[Stage]:
     "Pick stages by name."
     import difflib
+
     names = [s.name for s in stages]
     for n in (only, start):
         if n and n not in names:
             near = difflib.get_close_matches(n, names, 1)
-            raise PillsnapError(f"there is no stage {n!r}" + (f"; did you mean {near[0]}?" if near else ""), fix=f"stages: {', '.join(names)}")
-    if only: return [stages[names.index(only)]]
-    return list(stages[names.index(start):]) if start else list(stages)
+            raise PillsnapError(
+                f"there is no stage {n!r}" + (f"; did you mean {near[0]}?" if near else ""),
+                fix=f"stages: {', '.join(names)}",
+            )
+    if only:
+        return [stages[names.index(only)]]
+    return list(stages[names.index(start) :]) if start else list(stages)
+
 
 def fresh_folder(
-    run_dir:str|os.PathLike # a folder that may be in use
-)->Path: # the first of run, run-2, run-3, … that is not
+    run_dir: str | os.PathLike,  # a folder that may be in use
+) -> Path:  # the first of run, run-2, run-3, … that is not
     "A new folder beside the old one."
     p, n = Path(run_dir), 2
-    while p.exists() and any(p.iterdir()): p, n = Path(f"{run_dir}-{n}"), n+1
+    while p.exists() and any(p.iterdir()):
+        p, n = Path(f"{run_dir}-{n}"), n + 1
     return p
 
 # %% ../../nbs/core/090_jobs.ipynb #03742776
 def run_pipeline(
-    stages:Sequence[Stage],          # the pipeline, in order
-    config:str="demo",               # preset or YAML
-    overrides:Sequence[str]=(),      # dotted overrides
-    run_dir:str|os.PathLike|None=None, # run folder; None = the configuration's
-    only:str|None=None,              # run this stage alone
-    start:str|None=None,             # run this stage and those after it
-    force:bool=False,                # run even what is up to date, and accept changed settings
-    fresh:bool=False,                # begin a new folder
-    params:Mapping[str,Any]|None=None # further parameters of a single stage
-)->list[dict[str,Any]]: # the stages' records
+    stages: Sequence[Stage],  # the pipeline, in order
+    config: str = "demo",  # preset or YAML
+    overrides: Sequence[str] = (),  # dotted overrides
+    run_dir: str | os.PathLike | None = None,  # run folder; None = the configuration's
+    only: str | None = None,  # run this stage alone
+    start: str | None = None,  # run this stage and those after it
+    force: bool = False,  # run even what is up to date, and accept changed settings
+    fresh: bool = False,  # begin a new folder
+    params: Mapping[str, Any] | None = None,  # further parameters of a single stage
+) -> list[dict[str, Any]]:  # the stages' records
     "Run the stages that are not up to date (SPEC X73)."
     cfg = load_config(config, [*overrides, *([f"paths.exp_dir={json.dumps(str(run_dir))}"] if run_dir else [])])
     root = Path(cfg.paths.exp_dir)
-    if fresh: root = fresh_folder(root)
+    if fresh:
+        root = fresh_folder(root)
     cfg = load_config(config, [*overrides, f"paths.exp_dir={json.dumps(str(root))}"])
-    chosen = choose(stages, only, start); records = []
+    chosen = choose(stages, only, start)
+    records = []
     _trains(stages, cfg)
     _check_first(chosen, root, cfg, bool(only), force or bool(params))
     with FolderLock(RunFolder(root).sub("stages")):
         for i, stage in enumerate(chosen, 1):
-            if left_out := _left_out(stage, cfg, bool(only)): print(f"[{i}/{len(chosen)}] {stage.name}: left out, because {left_out}"); continue
+            if left_out := _left_out(stage, cfg, bool(only)):
+                print(f"[{i}/{len(chosen)}] {stage.name}: left out, because {left_out}")
+                continue
             why = stale(root, stage.name, cfg)
-            if why is None and not force and not params: print(f"[{i}/{len(chosen)}] {stage.name}: up to date"); records.append(read_record(root, stage.name)); continue
-            if why and why[1] and not force: _refuse(stage, root, why[1])
+            if why is None and not force and not params:
+                print(f"[{i}/{len(chosen)}] {stage.name}: up to date")
+                records.append(read_record(root, stage.name))
+                continue
+            if why and why[1] and not force:
+                _refuse(stage, root, why[1])
             print(f"[{i}/{len(chosen)}] {stage.name}: runs, because {why[0] if why else 'you said so'}", flush=True)
-            rec = run_stage(stage, root, cfg, params, resume_command(config, root, stage.name, overrides), f"[{i}/{len(chosen)}] {stage.name}")
-            print(f"[{i}/{len(chosen)}] {stage.name}: {rec['verdict']} ({rec['seconds']:.0f} s)", flush=True); records.append(rec)
+            rec = run_stage(
+                stage,
+                root,
+                cfg,
+                params,
+                resume_command(config, root, stage.name, overrides),
+                f"[{i}/{len(chosen)}] {stage.name}",
+            )
+            print(f"[{i}/{len(chosen)}] {stage.name}: {rec['verdict']} ({rec['seconds']:.0f} s)", flush=True)
+            records.append(rec)
     return records
 
-def _left_out(stage:Stage, cfg:Config, only:bool)->str|None:
+# %% ../../nbs/core/090_jobs.ipynb #cab7c691
+def _left_out(stage: Stage, cfg: Config, only: bool) -> str | None:
     "Why a stage job of the pipeline is not run, or None."
     if stage.feature not in active_features(cfg):
         return f"{stage.feature} is not in feature set {cfg.project.active_feature_set}"
@@ -623,18 +866,29 @@ def _left_out(stage:Stage, cfg:Config, only:bool)->str|None:
         return f"train.strategy is {cfg.train.strategy}"
     return None
 
-def _check_first(chosen:Sequence[Stage], root:Path, cfg:Config, only:bool, force:bool)->None:
+
+def _check_first(chosen: Sequence[Stage], root: Path, cfg: Config, only: bool, force: bool) -> None:
     "Stop before a folder is made if the first job that runs lacks its inputs; the others find what those before them write."
     for stage in chosen:
         if _left_out(stage, cfg, only) is None and (force or stale(root, stage.name, cfg) is not None):
             return stage.job_class().check_inputs(root, cfg)
 
-def _trains(stages:Sequence[Stage], cfg:Config)->None:
+
+def _trains(stages: Sequence[Stage], cfg: Config) -> None:
     "Stop where the strategy's stages all stand outside the feature set: nothing would be trained."
     ways = {s.feature for s in stages if s.strategy == cfg.train.strategy}
-    if ways and not ways & set(active_features(cfg)): raise PillsnapError(f"train.strategy={cfg.train.strategy} needs {', '.join(sorted(ways))}, which is not in feature set {cfg.project.active_feature_set}", where="train.strategy", fix="project.active_feature_set=advanced, or train.strategy=sequential")
+    if ways and not ways & set(active_features(cfg)):
+        raise PillsnapError(
+            f"train.strategy={cfg.train.strategy} needs {', '.join(sorted(ways))}, which is not in feature set {cfg.project.active_feature_set}",
+            where="train.strategy",
+            fix="project.active_feature_set=advanced, or train.strategy=sequential",
+        )
 
-def _refuse(stage:Stage, root:Path, diff:list[str])->None:
+
+def _refuse(stage: Stage, root: Path, diff: list[str]) -> None:
     "Stop before another configuration's results are overwritten."
-    raise PillsnapError(f"stage {stage.name} was run in this folder with other settings:\n  "+"\n  ".join(diff[:12]), where=root,
-        fix="--fresh begins a new folder, --force runs it again here, or ask for the settings it had")
+    raise PillsnapError(
+        f"stage {stage.name} was run in this folder with other settings:\n  " + "\n  ".join(diff[:12]),
+        where=root,
+        fix="--fresh begins a new folder, --force runs it again here, or ask for the settings it had",
+    )

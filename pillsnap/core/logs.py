@@ -22,41 +22,46 @@ from fastcore.basics import patch
 from .files import ensure_dir, os_trouble
 
 # %% ../../nbs/core/040_logs.ipynb #ec6d1e07
-def _in_notebook()->bool:
+def _in_notebook() -> bool:
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     return shell is not None and hasattr(shell, "kernel")
 
-def audience()->Literal["terminal","notebook","log"]: # where progress is shown
+
+def audience() -> Literal["terminal", "notebook", "log"]:  # where progress is shown
     "A notebook's kernel, a terminal on stderr, or a log."
     if _in_notebook():
         return "notebook"
     if os.environ.get("PILLSNAP_NOTEBOOK"):
-        return "log"   # a process that a job started: the terminal belongs to `pillsnap run`
+        return "log"  # a process that a job started: the terminal belongs to `pillsnap run`
     return "terminal" if sys.stderr is not None and sys.stderr.isatty() else "log"
 
 # %% ../../nbs/core/040_logs.ipynb #145f8bf6
-EVERY = {"terminal": .1, "notebook": .5, "log": 30.}   # seconds from one frame to the next
-FRAME = "pillsnap-progress-"   # a display of this name is a frame of progress
-DONE = "✓ "                    # the last frame begins with this
+EVERY = {"terminal": 0.1, "notebook": 0.5, "log": 30.0}  # seconds from one frame to the next
+FRAME = "pillsnap-progress-"  # a display of this name is a frame of progress
+DONE = "✓ "  # the last frame begins with this
+
 
 class LiveLine:
     "A line of progress: replaced in place on a terminal and in a notebook, a line every 30 s in a log."
-    drawn:ClassVar["LiveLine|None"] = None   # what the terminal shows now
 
-    def __init__(self,
-        where:Literal["terminal","notebook","log"]|None=None # None = as audience says
+    drawn: ClassVar["LiveLine|None"] = None  # what the terminal shows now
+
+    def __init__(
+        self,
+        where: Literal["terminal", "notebook", "log"] | None = None,  # None = as audience says
     ):
         self.where, self.text, self.handle = where or audience(), "", None
         self.at = time.monotonic() if self.where == "log" else -math.inf
 
     @property
-    def due(self)->bool:
+    def due(self) -> bool:
         "Whether it is time for another frame; ask before making one that costs something."
-        return time.monotonic()-self.at >= EVERY[self.where]
+        return time.monotonic() - self.at >= EVERY[self.where]
 
-    def show(self,
-        text:str # one line; on a terminal, "" wipes it
-    )->None:
+    def show(
+        self,
+        text: str,  # one line; on a terminal, "" wipes it
+    ) -> None:
         "Replace the line."
         self.text, self.at = text, time.monotonic()
         if self.where == "terminal":
@@ -66,9 +71,10 @@ class LiveLine:
         elif text:
             print(text, file=sys.stderr, flush=True)
 
-    def end(self,
-        text:str # one line
-    )->None:
+    def end(
+        self,
+        text: str,  # one line
+    ) -> None:
         "Leave a last frame; a log gets it only if the work was mentioned there before."
         if self.where == "terminal":
             self.show("")
@@ -79,25 +85,27 @@ class LiveLine:
 
 # %% ../../nbs/core/040_logs.ipynb #396cccee
 @patch
-def _draw(self:LiveLine)->None:
+def _draw(self: LiveLine) -> None:
     "Write over the terminal's line."
     width = shutil.get_terminal_size().columns
-    sys.stderr.write("\r\x1b[2K"+self.text[:width-1])
+    sys.stderr.write("\r\x1b[2K" + self.text[: width - 1])
     sys.stderr.flush()
     LiveLine.drawn = self if self.text else None
 
+
 @patch
-def _display(self:LiveLine)->None:
+def _display(self: LiveLine) -> None:
     "Replace the notebook's output."
     from IPython.display import Pretty, display
+
     if self.handle is None:
-        self.handle = display(Pretty(self.text), display_id=FRAME+uuid.uuid4().hex)
+        self.handle = display(Pretty(self.text), display_id=FRAME + uuid.uuid4().hex)
     else:
         self.handle.update(Pretty(self.text))
 
 # %% ../../nbs/core/040_logs.ipynb #64ae7d43
 @contextmanager
-def aside()->Iterator[None]:
+def aside() -> Iterator[None]:
     "Wipe the terminal's live line while something else is printed, and draw it again."
     line = LiveLine.drawn
     if line is not None:
@@ -112,101 +120,118 @@ def aside()->Iterator[None]:
 
 # %% ../../nbs/core/040_logs.ipynb #77447b79
 def amount(
-    n:float,  # how much
-    unit:str  # "photos"; "B" is written as kB, MB or GB
-)->str:
+    n: float,  # how much
+    unit: str,  # "photos"; "B" is written as kB, MB or GB
+) -> str:
     "A number as a person reads it."
     if unit != "B":
         return f"{n:,.0f}"
     power = 3 if n >= 1e9 else 2 if n >= 1e6 else 1
-    return f"{n/1e3**power:,.1f} {('kB', 'MB', 'GB')[power-1]}"
+    return f"{n / 1e3**power:,.1f} {('kB', 'MB', 'GB')[power - 1]}"
+
 
 def progress_text(
-    desc:str,           # what is done
-    done:float,         # how much of it
-    total:float|None,   # of how much, if known
-    unit:str="",        # "photos"
-    seconds:float=0.,   # how long it has taken
-    fresh:float|None=None, # how much was done in that time; None = all
-    note:str=""         # what is done just now
-)->str:
+    desc: str,  # what is done
+    done: float,  # how much of it
+    total: float | None,  # of how much, if known
+    unit: str = "",  # "photos"
+    seconds: float = 0.0,  # how long it has taken
+    fresh: float | None = None,  # how much was done in that time; None = all
+    note: str = "",  # what is done just now
+) -> str:
     "A frame of progress: the bar, the count, the rate, the time left."
-    rate = (done if fresh is None else fresh)/seconds if seconds > 0 else 0.
-    bar = f"[{'█'*int(20*min(1, done/total)):·<20}] " if total else ""
-    count = amount(done, unit)+(f"/{amount(total, unit)}" if total else "")+(f" {unit}" if unit not in ("", "B") else "")
+    rate = (done if fresh is None else fresh) / seconds if seconds > 0 else 0.0
+    bar = f"[{'█' * int(20 * min(1, done / total)):·<20}] " if total else ""
+    count = (
+        amount(done, unit)
+        + (f"/{amount(total, unit)}" if total else "")
+        + (f" {unit}" if unit not in ("", "B") else "")
+    )
     parts = [f"{desc} {bar}{count}".strip()]
     if note:
         parts.append(note)
     elif rate > 0:
         parts.append(f"{amount(rate, unit) if unit == 'B' or rate >= 10 else f'{rate:.2g}'}/s")
     if rate > 0 and total and not note:
-        parts.append(f"about {max(0, total-done)/rate:.0f} s left")
+        parts.append(f"about {max(0, total - done) / rate:.0f} s left")
     return " · ".join(parts)
 
 # %% ../../nbs/core/040_logs.ipynb #520824e5
 class ProgressBar:
     "How far a piece of work is; `progress` makes it."
-    def __init__(self, items:Iterable|None, total:float|None, desc:str, unit:str, show:bool, done:float):
+
+    def __init__(self, items: Iterable | None, total: float | None, desc: str, unit: str, show: bool, done: float):
         self.items, self.total, self.desc, self.unit = items, total, desc, unit
         self.done, self.remark = done, ""
         self.line, self.began = (LiveLine() if show else None), time.monotonic()
-        self.first:tuple[float,float]|None = None   # when the first was done, and how many then: workers take seconds to start
+        self.first: tuple[float, float] | None = (
+            None  # when the first was done, and how many then: workers take seconds to start
+        )
 
-    def __iter__(self)->Iterator[Any]:
+    def __iter__(self) -> Iterator[Any]:
         with self:
             for x in self.items:
                 yield x
                 self.update()
 
-    def __enter__(self)->"ProgressBar": return self
-    def __exit__(self, kind:type|None, *_:Any)->None: self.close(failed=kind is not None)
+    def __enter__(self) -> "ProgressBar":
+        return self
 
-    def update(self,
-        n:float=1 # how much more is done
-    )->None:
+    def __exit__(self, kind: type | None, *_: Any) -> None:
+        self.close(failed=kind is not None)
+
+    def update(
+        self,
+        n: float = 1,  # how much more is done
+    ) -> None:
         "Count, and show it if it is time."
         self.done += n
         if self.first is None:
             self.first = time.monotonic(), self.done
-        if self.line is not None and self.line.due and time.monotonic()-self.began >= .5:
+        if self.line is not None and self.line.due and time.monotonic() - self.began >= 0.5:
             self.line.show(self.frame())
 
-    def frame(self)->str:
+    def frame(self) -> str:
         "What is shown now."
         since, then = self.first or (time.monotonic(), self.done)
-        return progress_text(self.desc, self.done, self.total, self.unit, time.monotonic()-since, self.done-then, self.remark)
+        return progress_text(
+            self.desc, self.done, self.total, self.unit, time.monotonic() - since, self.done - then, self.remark
+        )
 
 # %% ../../nbs/core/040_logs.ipynb #f268580e
 @patch
-def note(self:ProgressBar,
-    text:str # "photos are opened"
-)->None:
+def note(
+    self: ProgressBar,
+    text: str,  # "photos are opened"
+) -> None:
     "Say what is done now; a terminal and a notebook show it at once."
     self.remark = text
     if self.line is not None and (self.line.where != "log" or self.line.due):
         self.line.show(self.frame())
 
+
 @patch
-def close(self:ProgressBar,
-    failed:bool=False # the work did not come to its end
-)->None:
+def close(
+    self: ProgressBar,
+    failed: bool = False,  # the work did not come to its end
+) -> None:
     "Leave the last frame, if there was time for one."
-    seconds, line = time.monotonic()-self.began, self.line
+    seconds, line = time.monotonic() - self.began, self.line
     self.line = None
-    if line is None or not (line.text or seconds >= .5):
+    if line is None or not (line.text or seconds >= 0.5):
         return
     count = f"{amount(self.done, self.unit)}{f' {self.unit}' if self.unit not in ('', 'B') else ''}"
     line.end(f"{self.desc} stopped at {count}" if failed else f"{DONE}{self.desc}: {count} in {seconds:.1f} s")
 
 # %% ../../nbs/core/040_logs.ipynb #b9878558
 def progress(
-    items:Iterable|None=None, # what is walked through; None = call update yourself
-    total:float|None=None,    # how many there are; None = as many as items has
-    desc:str="",              # what is done
-    unit:str="",              # of what, "photos"; "B" for bytes
-    show:bool=True,           # False: count in silence
-    done:float=0              # how many were done before
-)->ProgressBar: # to be walked through, or used in a with statement
+    items: Iterable | None = None,  # what is walked through; None = call update yourself
+    total: float | None = None,  # how many there are; None = as many as items has
+    desc: str = "",  # what is done
+    unit: str = "",  # of what, "photos"; "B" for bytes
+    show: bool = True,  # False: count in silence
+    done: float = 0,  # how many were done before
+) -> ProgressBar:  # to be walked through, or used in a with statement
     "One live line on a terminal, one output in a notebook, a line every 30 s in a log."
     if total is None and hasattr(items, "__len__"):
         total = len(items)
@@ -215,7 +240,8 @@ def progress(
 # %% ../../nbs/core/040_logs.ipynb #a948d5e7
 class ConsoleHandler(logging.Handler):
     "Lines to the console of the moment, above a line of progress."
-    def emit(self, record:logging.LogRecord)->None:
+
+    def emit(self, record: logging.LogRecord) -> None:
         out = sys.stdout if _in_notebook() else sys.stderr
         try:
             with aside():
@@ -226,44 +252,61 @@ class ConsoleHandler(logging.Handler):
 # %% ../../nbs/core/040_logs.ipynb #373d8746
 class LogFile(logging.FileHandler):
     "Lines to a UTF-8 file; a file that can no longer be written is given up with one line."
-    def handleError(self, record:logging.LogRecord)->None:
-        self.setLevel(logging.CRITICAL+1)
-        print(f"pillsnap: the log file {self.baseFilename} can no longer be written ({sys.exc_info()[1]}); the run goes on without it", file=sys.stderr, flush=True)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        self.setLevel(logging.CRITICAL + 1)
+        print(
+            f"pillsnap: the log file {self.baseFilename} can no longer be written ({sys.exc_info()[1]}); the run goes on without it",
+            file=sys.stderr,
+            flush=True,
+        )
 
 # %% ../../nbs/core/040_logs.ipynb #966188bc
-def _log_file(log_dir:str|os.PathLike, name:str)->LogFile:
-    f = ensure_dir(log_dir)/f"{name}.log"
-    try: h = LogFile(f, encoding="utf-8")
-    except OSError as e: raise os_trouble("the log file cannot be opened", f, e) from e
+def _log_file(log_dir: str | os.PathLike, name: str) -> LogFile:
+    f = ensure_dir(log_dir) / f"{name}.log"
+    try:
+        h = LogFile(f, encoding="utf-8")
+    except OSError as e:
+        raise os_trouble("the log file cannot be opened", f, e) from e
     h.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     return h
 
 # %% ../../nbs/core/040_logs.ipynb #fb018164
 def build_logger(
-    log_dir:str|os.PathLike|None=None, # folder of the log file; None = console only
-    name:str="pillsnap",               # logger, and stem of the file
-    level:str="INFO"                   # DEBUG, INFO, WARNING or ERROR
-)->logging.Logger:
+    log_dir: str | os.PathLike | None = None,  # folder of the log file; None = console only
+    name: str = "pillsnap",  # logger, and stem of the file
+    level: str = "INFO",  # DEBUG, INFO, WARNING or ERROR
+) -> logging.Logger:
     "Console and `<log_dir>/<name>.log`; asked twice, it is the same logger with the same handlers (SPEC CF2, CF4)."
-    log = logging.getLogger(name); log.setLevel(level.upper()); log.propagate = False
-    if not any(isinstance(h, ConsoleHandler) for h in log.handlers): log.addHandler(ConsoleHandler())
-    if log_dir is None: return log
-    want = os.path.abspath(Path(log_dir)/f"{name}.log")
+    log = logging.getLogger(name)
+    log.setLevel(level.upper())
+    log.propagate = False
+    if not any(isinstance(h, ConsoleHandler) for h in log.handlers):
+        log.addHandler(ConsoleHandler())
+    if log_dir is None:
+        return log
+    want = os.path.abspath(Path(log_dir) / f"{name}.log")
     for h in [h for h in log.handlers if isinstance(h, LogFile)]:
-        if h.baseFilename == want and os.path.exists(want): return log
-        log.removeHandler(h); h.close()
+        if h.baseFilename == want and os.path.exists(want):
+            return log
+        log.removeHandler(h)
+        h.close()
     log.addHandler(_log_file(log_dir, name))
     return log
 
 # %% ../../nbs/core/040_logs.ipynb #678c267b
 class TBWriter:
     "TensorBoard's writer, made at the first figure; without the package it does nothing and says so once (SPEC CF2)."
-    def __init__(self,
-        dir:str|os.PathLike # event files go here
-    ): self.dir, self._writer = Path(dir), None
 
-    def _open(self)->Any:
-        try: from torch.utils.tensorboard import SummaryWriter
+    def __init__(
+        self,
+        dir: str | os.PathLike,  # event files go here
+    ):
+        self.dir, self._writer = Path(dir), None
+
+    def _open(self) -> Any:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
         except ImportError as e:
             logging.getLogger("pillsnap").warning(f"no TensorBoard: {e}; figures go to the log and the reports alone")
             return _Nothing()
@@ -271,157 +314,193 @@ class TBWriter:
 
 # %% ../../nbs/core/040_logs.ipynb #56bef254
 class _Nothing:
-    def __getattr__(self, name:str)->Callable: return lambda *a, **kw: None
+    def __getattr__(self, name: str) -> Callable:
+        return lambda *a, **kw: None
 
 # %% ../../nbs/core/040_logs.ipynb #382f0be5
 @patch
-def _safely(self:TBWriter, what:str, *args:Any)->None:
+def _safely(self: TBWriter, what: str, *args: Any) -> None:
     "Call the writer; a disk that fails it ends TensorBoard, not the run."
-    if self._writer is None: self._writer = self._open()
-    try: getattr(self._writer, what)(*args)
+    if self._writer is None:
+        self._writer = self._open()
+    try:
+        getattr(self._writer, what)(*args)
     except OSError as e:
         self._writer = _Nothing()
         logging.getLogger("pillsnap").warning(f"TensorBoard is given up: {e}; the run goes on without it")
 
 # %% ../../nbs/core/040_logs.ipynb #0d461c88
 @patch
-def add_scalar(self:TBWriter,
-    tag:str,     # "train/loss"
-    value:float, # a number
-    step:int     # optimizer step or epoch
-)->None:
+def add_scalar(
+    self: TBWriter,
+    tag: str,  # "train/loss"
+    value: float,  # a number
+    step: int,  # optimizer step or epoch
+) -> None:
     "One point of a curve."
     self._safely("add_scalar", tag, float(value), step)
 
 # %% ../../nbs/core/040_logs.ipynb #b9e25115
 @patch
-def add_scalars(self:TBWriter,
-    values:Mapping[str,float], # tag to value
-    step:int                   # optimizer step or epoch
-)->None:
+def add_scalars(
+    self: TBWriter,
+    values: Mapping[str, float],  # tag to value
+    step: int,  # optimizer step or epoch
+) -> None:
     "One point of each of several curves."
-    for tag, v in values.items(): self.add_scalar(tag, v, step)
+    for tag, v in values.items():
+        self.add_scalar(tag, v, step)
 
 # %% ../../nbs/core/040_logs.ipynb #f7c9cb98
 @patch
-def add_text(self:TBWriter,
-    tag:str,   # "decisions/workers"
-    text:str,  # Markdown
-    step:int=0 # optimizer step or epoch
-)->None:
+def add_text(
+    self: TBWriter,
+    tag: str,  # "decisions/workers"
+    text: str,  # Markdown
+    step: int = 0,  # optimizer step or epoch
+) -> None:
     "One remark."
     self._safely("add_text", tag, text, step)
 
 # %% ../../nbs/core/040_logs.ipynb #0dd43fa4
 @patch
-def close(self:TBWriter)->None:
+def close(self: TBWriter) -> None:
     "Write out what is held back; the next figure opens a new file."
-    if self._writer is not None: self._writer.close(); self._writer = None
+    if self._writer is not None:
+        self._writer.close()
+        self._writer = None
 
 # %% ../../nbs/core/040_logs.ipynb #f0659c42
 def decide(
-    log:logging.Logger|None, # None = the package's own logger
-    text:str,                # "workers: 2, because there are 2 CPUs"
-    tb:TBWriter|None=None,   # where the tag goes
-    tag:str|None=None,       # None = made from the words before the colon: "decisions/workers"
-    step:int=0               # optimizer step or epoch it was taken at
-)->str: # the line as logged
+    log: logging.Logger | None,  # None = the package's own logger
+    text: str,  # "workers: 2, because there are 2 CPUs"
+    tb: TBWriter | None = None,  # where the tag goes
+    tag: str | None = None,  # None = made from the words before the colon: "decisions/workers"
+    step: int = 0,  # optimizer step or epoch it was taken at
+) -> str:  # the line as logged
     "One decision, one line, one TensorBoard tag (SPEC section 2: nothing is decided in silence)."
     line = " ".join(text.split())
-    if log is None: log = logging.getLogger("pillsnap") if logging.getLogger("pillsnap").handlers else build_logger()
+    if log is None:
+        log = logging.getLogger("pillsnap") if logging.getLogger("pillsnap").handlers else build_logger()
     log.info(line)
-    if tb is not None: tb.add_text(tag or "decisions/"+(re.sub(r"\W+", "_", line.partition(":")[0].lower()).strip("_") or "other"), line, step)
+    if tb is not None:
+        tb.add_text(
+            tag or "decisions/" + (re.sub(r"\W+", "_", line.partition(":")[0].lower()).strip("_") or "other"),
+            line,
+            step,
+        )
     return line
 
 # %% ../../nbs/core/040_logs.ipynb #d2f5b4e8
 def step_line(
-    epoch:int,      # from 1
-    epochs:int,     # in all
-    step:int,       # optimizer step of this epoch, from 1
-    steps:int,      # of an epoch
-    loss:float,     # mean since the last line
-    lr:float,       # learning rate of the first group
-    data:float,     # seconds a step waited for data
-    comp:float,     # seconds a step computed
-    thr:float,      # samples per second
-    cuda:float=0.,  # MB (10⁶ bytes) of GPU memory; 0 without a GPU
-)->str:
+    epoch: int,  # from 1
+    epochs: int,  # in all
+    step: int,  # optimizer step of this epoch, from 1
+    steps: int,  # of an epoch
+    loss: float,  # mean since the last line
+    lr: float,  # learning rate of the first group
+    data: float,  # seconds a step waited for data
+    comp: float,  # seconds a step computed
+    thr: float,  # samples per second
+    cuda: float = 0.0,  # MB (10⁶ bytes) of GPU memory; 0 without a GPU
+) -> str:
     "The log line of a training step (SPEC CT18)."
     return f"[train] e={epoch}/{epochs} s={step}/{steps} loss={loss:.4f} lr={lr:.2e} data={data:.3f}s comp={comp:.3f}s thr={thr:.1f}/s cuda={cuda:.0f}MB"
 
 # %% ../../nbs/core/040_logs.ipynb #ad59a47a
-STEP_TAGS = dict(loss="train/loss", lr="train/lr", data="perf/data_time", comp="perf/compute_time", thr="perf/throughput", cuda="perf/cuda_mem")
+STEP_TAGS = dict(
+    loss="train/loss",
+    lr="train/lr",
+    data="perf/data_time",
+    comp="perf/compute_time",
+    thr="perf/throughput",
+    cuda="perf/cuda_mem",
+)
 VAL_TAGS = dict(val_loss="val/loss", acc="val/accuracy", macro_f1="val/macro_f1", top5="val/top5")
 
 # %% ../../nbs/core/040_logs.ipynb #7fa9e7cb
 def tagged(
-    facts:Mapping[str,Any],  # by the short names of step_line or of a validation; others are passed over
-    tags:Mapping[str,str]    # STEP_TAGS or VAL_TAGS
-)->dict[str,float]: # for TBWriter.add_scalars
+    facts: Mapping[str, Any],  # by the short names of step_line or of a validation; others are passed over
+    tags: Mapping[str, str],  # STEP_TAGS or VAL_TAGS
+) -> dict[str, float]:  # for TBWriter.add_scalars
     "Facts under their TensorBoard tags (SPEC CT20)."
     return {tag: float(facts[k]) for k, tag in tags.items() if facts.get(k) is not None}
 
 # %% ../../nbs/core/040_logs.ipynb #f6602a8e
 class _CudaClock:
     "Marks in the GPU's queue; read with one synchronisation."
-    def mark(self)->Any:
+
+    def mark(self) -> Any:
         import torch
-        e = torch.cuda.Event(enable_timing=True); e.record()
+
+        e = torch.cuda.Event(enable_timing=True)
+        e.record()
         return e
 
-    def seconds(self, marks:list[tuple[Any,Any,Any]])->tuple[float,float]:
+    def seconds(self, marks: list[tuple[Any, Any, Any]]) -> tuple[float, float]:
         marks[-1][-1].synchronize()
-        return sum(a.elapsed_time(b) for a,b,_ in marks)/1e3, sum(b.elapsed_time(c) for _,b,c in marks)/1e3
+        return sum(a.elapsed_time(b) for a, b, _ in marks) / 1e3, sum(b.elapsed_time(c) for _, b, c in marks) / 1e3
 
 # %% ../../nbs/core/040_logs.ipynb #a7d1e60c
 class _HostClock:
     "Marks on the computer's clock."
-    def __init__(self, now:Callable[[],float]): self.mark = now
-    def seconds(self, marks:list[tuple[float,float,float]])->tuple[float,float]:
-        return sum(b-a for a,b,_ in marks), sum(c-b for _,b,c in marks)
+
+    def __init__(self, now: Callable[[], float]):
+        self.mark = now
+
+    def seconds(self, marks: list[tuple[float, float, float]]) -> tuple[float, float]:
+        return sum(b - a for a, b, _ in marks), sum(c - b for _, b, c in marks)
 
 # %% ../../nbs/core/040_logs.ipynb #49f5f336
 class StepTimer:
     "Data time, compute time and throughput per optimizer step, over an interval (SPEC CT19)."
-    def __init__(self,
-        device:Any="cpu", # torch device or its name; CUDA is timed by events
-        now:Callable[[],float]=time.perf_counter # the computer's clock, seconds
+
+    def __init__(
+        self,
+        device: Any = "cpu",  # torch device or its name; CUDA is timed by events
+        now: Callable[[], float] = time.perf_counter,  # the computer's clock, seconds
     ):
         self.clock = _CudaClock() if str(device).startswith("cuda") else _HostClock(now)
         self.start()
 
-    def start(self)->None:
+    def start(self) -> None:
         "From here on, the next batch is waited for; forgets what was not read."
         self.marks, self.samples, self.steps, self._ready = [], 0, 0, None
         self._from = self.clock.mark()
 
-    def data_done(self)->None:
+    def data_done(self) -> None:
         "The batch is on the device."
         self._ready = self.clock.mark()
 
 # %% ../../nbs/core/040_logs.ipynb #6e3ed7d2
 @patch
-def compute_done(self:StepTimer,
-    samples:int,       # photos of this batch
-    stepped:bool=True  # False while gradients are only accumulated
-)->None:
+def compute_done(
+    self: StepTimer,
+    samples: int,  # photos of this batch
+    stepped: bool = True,  # False while gradients are only accumulated
+) -> None:
     "The batch has been worked on; the wait for the next begins."
     end = self.clock.mark()
     self.marks.append((self._from, self._from if self._ready is None else self._ready, end))
-    self.samples += samples; self.steps += stepped
+    self.samples += samples
+    self.steps += stepped
     self._from, self._ready = end, None
 
+
 @patch
-def wait_from_here(self:StepTimer)->None:
+def wait_from_here(self: StepTimer) -> None:
     "What passed since the last batch was somebody else's time; the wait for the next begins now."
     self._from = self.clock.mark()
 
 # %% ../../nbs/core/040_logs.ipynb #4001cb6b
 @patch
-def read(self:StepTimer)->dict[str,float]: # data and comp in seconds per optimizer step, thr in samples per second, steps
+def read(
+    self: StepTimer,
+) -> dict[str, float]:  # data and comp in seconds per optimizer step, thr in samples per second, steps
     "The means since the last reading, and a new interval."
-    if not self.marks: return dict(data=0., comp=0., thr=0., steps=0)
+    if not self.marks:
+        return dict(data=0.0, comp=0.0, thr=0.0, steps=0)
     data, comp = self.clock.seconds(self.marks)
-    steps, samples, busy = max(1, self.steps), self.samples, data+comp
+    steps, samples, busy = max(1, self.steps), self.samples, data + comp
     self.marks, self.samples, self.steps = [], 0, 0
-    return dict(data=data/steps, comp=comp/steps, thr=samples/busy if busy > 0 else 0., steps=steps)
+    return dict(data=data / steps, comp=comp / steps, thr=samples / busy if busy > 0 else 0.0, steps=steps)

@@ -24,17 +24,21 @@ from .files import atomic_path
 # %% ../../nbs/core/070_plots.ipynb #dffad6cd
 FONT_FAMILY = "PillSnap Gothic"
 
-def font_path()->Path: # a TrueType file
+
+def font_path() -> Path:  # a TrueType file
     "The bundled Hangul font, for matplotlib and Pillow alike."
-    p = Path(pillsnap.__file__).resolve().parent/"assets"/"PillSnapGothic.ttf"
-    if not p.is_file(): raise PillsnapError("the bundled font is missing", where=p, fix="reinstall pillsnap")
+    p = Path(pillsnap.__file__).resolve().parent / "assets" / "PillSnapGothic.ttf"
+    if not p.is_file():
+        raise PillsnapError("the bundled font is missing", where=p, fix="reinstall pillsnap")
     return p
 
 # %% ../../nbs/core/070_plots.ipynb #bcf8a5b7
-def use_korean_font()->str: # the family's name
+def use_korean_font() -> str:  # the family's name
     "Let matplotlib draw Hangul, unhinted; what the font lacks comes from DejaVu Sans."
     from matplotlib import font_manager, rcParams
-    if FONT_FAMILY not in font_manager.fontManager.get_font_names(): font_manager.fontManager.addfont(font_path())
+
+    if FONT_FAMILY not in font_manager.fontManager.get_font_names():
+        font_manager.fontManager.addfont(font_path())
     rcParams.update({"font.family": [FONT_FAMILY, "DejaVu Sans"], "axes.unicode_minus": False, "text.hinting": "none"})
     return FONT_FAMILY
 
@@ -42,132 +46,178 @@ def use_korean_font()->str: # the family's name
 HOUSE_DPI = 160  # of every saved figure: at this size 8, 0, 6 and 3 are told apart at a glance
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#999999", "#F0E442")
 
-def use_house_style()->None:
+
+def use_house_style() -> None:
     "Matplotlib as every figure here has it: Korean, quiet axes, eight colours told apart by everybody."
     from matplotlib import cycler, rcParams
+
     use_korean_font()
-    rcParams.update({"axes.prop_cycle": cycler(color=COLOURS), "axes.spines.top": False, "axes.spines.right": False,
-        "axes.edgecolor": "#666666", "axes.titlesize": 10, "axes.titlelocation": "left", "axes.labelsize": 9, "axes.labelcolor": "#333333",
-        "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True, "grid.color": "#E6E6E6", "xtick.color": "#666666", "ytick.color": "#666666",
-        "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.frameon": False, "legend.fontsize": 8, "figure.dpi": 100, "savefig.dpi": HOUSE_DPI,
-        "figure.constrained_layout.use": True})
+    rcParams.update(
+        {
+            "axes.prop_cycle": cycler(color=COLOURS),
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.edgecolor": "#666666",
+            "axes.titlesize": 10,
+            "axes.titlelocation": "left",
+            "axes.labelsize": 9,
+            "axes.labelcolor": "#333333",
+            "axes.grid": True,
+            "axes.grid.axis": "y",
+            "axes.axisbelow": True,
+            "grid.color": "#E6E6E6",
+            "xtick.color": "#666666",
+            "ytick.color": "#666666",
+            "xtick.labelsize": 8,
+            "ytick.labelsize": 8,
+            "legend.frameon": False,
+            "legend.fontsize": 8,
+            "figure.dpi": 100,
+            "savefig.dpi": HOUSE_DPI,
+            "figure.constrained_layout.use": True,
+        }
+    )
 
 # %% ../../nbs/core/070_plots.ipynb #07f8f38b
-def _room(s:str)->int: return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in s)
+def _room(s: str) -> int:
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in s)
 
-def _lines(text:str, width:int)->list[str]:
+
+def _lines(text: str, width: int) -> list[str]:
     "Words move down whole; one that is wider than a line is cut."
     out = [""]
     for word in re.findall(r"\n|[^\S\n]+|\S+", text):
-        if word == "\n" or _room(out[-1]+word) > width >= _room(word): out.append("")
+        if word == "\n" or _room(out[-1] + word) > width >= _room(word):
+            out.append("")
         for c in word.strip("\n"):
-            if _room(out[-1]+c) > width: out.append("")
+            if _room(out[-1] + c) > width:
+                out.append("")
             out[-1] += c
     return [s.strip() for s in out]
 
 # %% ../../nbs/core/070_plots.ipynb #ddf4958b
 def wrap_title(
-    text:str,     # existing line breaks stay
-    width:int,    # room in Latin letters; a Hangul syllable takes two
-    lines:int=2   # the last is cut with an ellipsis
-)->str:
+    text: str,  # existing line breaks stay
+    width: int,  # room in Latin letters; a Hangul syllable takes two
+    lines: int = 2,  # the last is cut with an ellipsis
+) -> str:
     "Break a title by the room that its letters take."
     out = _lines(text, width)
     if len(out) > lines:
-        last = out[lines-1]
-        while last and _room(last+"…") > width: last = last[:-1]
-        out = [*out[:lines-1], last+"…"]
+        last = out[lines - 1]
+        while last and _room(last + "…") > width:
+            last = last[:-1]
+        out = [*out[: lines - 1], last + "…"]
     return "\n".join(out)
 
 # %% ../../nbs/core/070_plots.ipynb #e6c776b4
-def _cell(ax:Any, image:Any, title:str, width:int)->None:
+def _cell(ax: Any, image: Any, title: str, width: int) -> None:
     ax.set_axis_off()
     if image is not None:
         a = np.asarray(image)
-        ax.imshow(a, cmap="gray" if a.ndim == 2 else None, interpolation="antialiased", **(dict(vmin=0, vmax=255) if a.dtype == np.uint8 else {}))
-    if title: ax.set_title(wrap_title(title, width), fontsize=7, loc="center", pad=3)
+        ax.imshow(
+            a,
+            cmap="gray" if a.ndim == 2 else None,
+            interpolation="antialiased",
+            **(dict(vmin=0, vmax=255) if a.dtype == np.uint8 else {}),
+        )
+    if title:
+        ax.set_title(wrap_title(title, width), fontsize=7, loc="center", pad=3)
 
 # %% ../../nbs/core/070_plots.ipynb #36c981f0
 def show_grid(
-    images:Sequence[np.ndarray],     # HWC uint8 (or HW for grey), of any sizes
-    titles:Sequence[str]|None=None,  # one each
-    cols:int=6,                      # in a row
-    size:float=1.6                   # width of a picture, inches
-)->Any: # matplotlib Figure; as a cell's last expression it shows itself once
+    images: Sequence[np.ndarray],  # HWC uint8 (or HW for grey), of any sizes
+    titles: Sequence[str] | None = None,  # one each
+    cols: int = 6,  # in a row
+    size: float = 1.6,  # width of a picture, inches
+) -> Any:  # matplotlib Figure; as a cell's last expression it shows itself once
     "Photos side by side, with titles."
     import matplotlib.pyplot as plt
+
     use_house_style()
     n, cols = len(images), max(1, min(cols, len(images) or 1))
-    rows, tall = -(-max(n, 1)//cols), max([np.shape(i)[0]/np.shape(i)[1] for i in images], default=.5)
-    fig, axes = plt.subplots(rows, cols, figsize=(cols*size, rows*(size*tall+(.32 if titles is not None else .05))), squeeze=False)
+    rows, tall = -(-max(n, 1) // cols), max([np.shape(i)[0] / np.shape(i)[1] for i in images], default=0.5)
+    fig, axes = plt.subplots(
+        rows, cols, figsize=(cols * size, rows * (size * tall + (0.32 if titles is not None else 0.05))), squeeze=False
+    )
     for i, ax in enumerate(axes.flat):
-        _cell(ax, images[i] if i < n else None, str(titles[i]) if titles is not None and i < n else "", int(size*12))
-    if not n: axes[0, 0].text(.5, .5, "nothing to show", ha="center", va="center", color="#666666", transform=axes[0, 0].transAxes)
+        _cell(ax, images[i] if i < n else None, str(titles[i]) if titles is not None and i < n else "", int(size * 12))
+    if not n:
+        axes[0, 0].text(
+            0.5, 0.5, "nothing to show", ha="center", va="center", color="#666666", transform=axes[0, 0].transAxes
+        )
     plt.close(fig)
     return fig
 
 # %% ../../nbs/core/070_plots.ipynb #af27d983
 def drug_label(
-    kcode:str,                          # the drug's code
-    names:Mapping[str,str]|None=None,   # code → name
-    width:int=16,                       # room of the name, in Latin letters; a Hangul syllable takes two
-    between:str=" "                     # what stands between name and code
-)->str:                                 # the code alone where no name is known
+    kcode: str,  # the drug's code
+    names: Mapping[str, str] | None = None,  # code → name
+    width: int = 16,  # room of the name, in Latin letters; a Hangul syllable takes two
+    between: str = " ",  # what stands between name and code
+) -> str:  # the code alone where no name is known
     "A drug's name, cut to a width, and its code."
     name = (names or {}).get(kcode) or kcode
     return kcode if name == kcode else f"{wrap_title(name, width, lines=1)}{between}{kcode}"
 
 # %% ../../nbs/core/070_plots.ipynb #7d95654f
-def _overlap(a:tuple, b:tuple)->float:
+def _overlap(a: tuple, b: tuple) -> float:
     "The area that two rectangles (left, top, right, bottom) share."
     return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
 
+
 def _place(
-    size:tuple[int,int],     # of the label, pixels
-    box:tuple[float,...],    # the pill's, left to bottom
-    photo:tuple[int,int],    # width, height
-    taken:Sequence[tuple],   # labels that stand already
-    boxes:Sequence[tuple]    # of all pills
-)->tuple[float,...]: # left to bottom of the label
+    size: tuple[int, int],  # of the label, pixels
+    box: tuple[float, ...],  # the pill's, left to bottom
+    photo: tuple[int, int],  # width, height
+    taken: Sequence[tuple],  # labels that stand already
+    boxes: Sequence[tuple],  # of all pills
+) -> tuple[float, ...]:  # left to bottom of the label
     "Above, below or within the box: where the label covers no other label and as little of other boxes as can be."
     (w, h), (x0, y0, x1, y1) = size, box
     spots = [(x, y) for y in (y0 - h, y1, y0, y1 - h) for x in (x0, x1 - w)]
     inside = [(max(0, min(x, photo[0] - w - 1)), max(0, min(y, photo[1] - h - 1))) for x, y in spots]
     rects = [(x, y, x + w, y + h) for x, y in inside]
-    cost = lambda r: (sum(_overlap(r, t) for t in taken), sum(_overlap(r, b) for b in boxes if b is not box), _overlap(r, box))
+    cost = lambda r: (
+        sum(_overlap(r, t) for t in taken),
+        sum(_overlap(r, b) for b in boxes if b is not box),
+        _overlap(r, box),
+    )
     return min(rects, key=cost)
 
 # %% ../../nbs/core/070_plots.ipynb #66a93a7f
-def _word(text:str, px:int, times:int=8)->Image.Image:
+def _word(text: str, px: int, times: int = 8) -> Image.Image:
     "A word's ink as a mask [grey], drawn larger and averaged down: Pillow hints small letters, and an 8 would look like a 0."
-    font = ImageFont.truetype(str(font_path()), px*times)
+    font = ImageFont.truetype(str(font_path()), px * times)
     left, top, right, bottom = ImageDraw.Draw(Image.new("L", (1, 1))).textbbox((0, 0), text, font=font)
-    w, h = -(-(right - left)//times), -(-(bottom - top)//times)
-    ink = Image.new("L", (w*times, h*times))
+    w, h = -(-(right - left) // times), -(-(bottom - top) // times)
+    ink = Image.new("L", (w * times, h * times))
     ImageDraw.Draw(ink).text((-left, -top), text, fill=255, font=font)
     return ink.resize((w, h), Image.Resampling.BOX)
 
-def _label(im:Image.Image, box:tuple, text:str, colour:str, px:int, taken:list, boxes:list)->None:
+
+def _label(im: Image.Image, box: tuple, text: str, colour: str, px: int, taken: list, boxes: list) -> None:
     "A word on a coloured ground, inside the photo and beside the other words."
     ink = _word(text, px)
-    rect = _place((ink.width + px//2, ink.height + px//2), box, im.size, taken, boxes)
+    rect = _place((ink.width + px // 2, ink.height + px // 2), box, im.size, taken, boxes)
     taken.append(rect)
     ImageDraw.Draw(im).rectangle(rect, fill=colour)
-    im.paste("white", (round(rect[0]) + px//4, round(rect[1]) + px//4), ink)
+    im.paste("white", (round(rect[0]) + px // 4, round(rect[1]) + px // 4), ink)
 
 # %% ../../nbs/core/070_plots.ipynb #b788a6da
 def draw_boxes(
-    image:np.ndarray,                # HWC uint8 RGB
-    xyxy:np.ndarray,                 # boxes [n,4] in pixels: left, top, right, bottom
-    labels:Sequence[str]|None=None,  # one each, Korean welcome
-    colour:str|Sequence[str]=COLOURS[3] # for all, or one each
-)->np.ndarray: # a new HWC uint8 image
+    image: np.ndarray,  # HWC uint8 RGB
+    xyxy: np.ndarray,  # boxes [n,4] in pixels: left, top, right, bottom
+    labels: Sequence[str] | None = None,  # one each, Korean welcome
+    colour: str | Sequence[str] = COLOURS[3],  # for all, or one each
+) -> np.ndarray:  # a new HWC uint8 image
     "A copy of a photo with its boxes."
-    im = Image.fromarray(np.ascontiguousarray(image)).convert("RGB"); draw = ImageDraw.Draw(im)
+    im = Image.fromarray(np.ascontiguousarray(image)).convert("RGB")
+    draw = ImageDraw.Draw(im)
     boxes = np.asarray(xyxy, dtype=float).reshape(-1, 4)
-    line, px = max(1, round(max(im.size)/240)), max(10, round(max(im.size)/30))
+    line, px = max(1, round(max(im.size) / 240)), max(10, round(max(im.size) / 30))
     rects, taken = [(min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1)) for x0, y0, x1, y1 in boxes], []
-    colours = [colour]*len(rects) if isinstance(colour, str) else list(colour)
+    colours = [colour] * len(rects) if isinstance(colour, str) else list(colour)
     for rect, c in zip(rects, colours):
         draw.rectangle(rect, outline=c, width=line)
     for i, rect in enumerate(rects if labels is not None else []):
@@ -176,37 +226,42 @@ def draw_boxes(
 
 # %% ../../nbs/core/070_plots.ipynb #9af1e1dd
 def colour_legend(
-    fig:Any,                     # matplotlib Figure
-    meaning:Mapping[str,str]     # what a colour stands for → the colour
-)->Any:                          # the same figure
+    fig: Any,  # matplotlib Figure
+    meaning: Mapping[str, str],  # what a colour stands for → the colour
+) -> Any:  # the same figure
     "Write below a figure what the colours of its boxes mean."
     from matplotlib.lines import Line2D
+
     lines = [Line2D([], [], color=colour, lw=3) for colour in meaning.values()]
     fig.legend(lines, list(meaning), loc="outside lower center", ncols=len(lines), fontsize=8, handlelength=1.2)
     return fig
 
 # %% ../../nbs/core/070_plots.ipynb #f9bac146
 def save_fig(
-    fig:Any,               # matplotlib Figure
-    path:str|os.PathLike   # final name, *.png
-)->Path:
+    fig: Any,  # matplotlib Figure
+    path: str | os.PathLike,  # final name, *.png
+) -> Path:
     "Write a figure as PNG of HOUSE_DPI, atomically and without a date, so that equal figures are equal files."
     import matplotlib.pyplot as plt
-    with atomic_path(path) as tmp: fig.savefig(tmp, format="png", dpi=HOUSE_DPI, bbox_inches="tight", pad_inches=.06, metadata={"Software": None})
+
+    with atomic_path(path) as tmp:
+        fig.savefig(tmp, format="png", dpi=HOUSE_DPI, bbox_inches="tight", pad_inches=0.06, metadata={"Software": None})
     plt.close(fig)
     return Path(path)
 
 # %% ../../nbs/core/070_plots.ipynb #a6f4ff50
-SHOWN_DPI, LARGE = 110, 100_000   # of a picture within a notebook; bytes
+SHOWN_DPI, LARGE = 110, 100_000  # of a picture within a notebook; bytes
+
 
 def shown_picture(
-    path:str|os.PathLike   # a PNG, as save_fig writes it
-)->Any:                    # an IPython Image
+    path: str | os.PathLike,  # a PNG, as save_fig writes it
+) -> Any:  # an IPython Image
     "A saved figure for a notebook, small in bytes."
     from IPython.display import Image as Shown
+
     im = Image.open(path)
-    scale = min(1, SHOWN_DPI/im.info.get("dpi", (SHOWN_DPI,))[0])
-    im = im.convert("RGB").resize((round(im.width*scale), round(im.height*scale)), Image.Resampling.LANCZOS)
+    scale = min(1, SHOWN_DPI / im.info.get("dpi", (SHOWN_DPI,))[0])
+    im = im.convert("RGB").resize((round(im.width * scale), round(im.height * scale)), Image.Resampling.LANCZOS)
     png, jpeg = io.BytesIO(), io.BytesIO()
     im.save(png, "PNG", optimize=True)
     im.save(jpeg, "JPEG", quality=90)

@@ -14,22 +14,25 @@ import psutil
 from joblib.parallel import get_active_backend
 
 # %% ../../nbs/core/050_processes.ipynb #7b6337ae
-IDLE = 10   # seconds without work after which a process ends: many times what starting one costs
+IDLE = 10  # seconds without work after which a process ends: many times what starting one costs
+
 
 def processes(
-    n:int|None=None, # how many; None = joblib's setting
-    **kwargs:Any     # of joblib.Parallel
-)->joblib.Parallel:
+    n: int | None = None,  # how many; None = joblib's setting
+    **kwargs: Any,  # of joblib.Parallel
+) -> joblib.Parallel:
     "`joblib.Parallel` on the backend chosen from outside; joblib's own processes end `IDLE` seconds after their last job."
     backend, _ = get_active_backend()
     ours = type(backend) is joblib.parallel.LokyBackend and "idle_worker_timeout" not in backend.backend_kwargs
     return joblib.Parallel(n_jobs=n, **kwargs, **({"idle_worker_timeout": IDLE} if ours else {}))
 
 # %% ../../nbs/core/050_processes.ipynb #22177b16
-def memory_mb()->float: # 10⁶ bytes
+def memory_mb() -> float:  # 10⁶ bytes
     "Resident memory of this process, and what all those that it has started hold for themselves (SPEC BM13)."
     total = (me := psutil.Process()).memory_info().rss
     for p in me.children(recursive=True):
-        try: total += p.memory_full_info().uss
-        except psutil.Error: pass   # it has just ended
-    return total/1e6
+        try:
+            total += p.memory_full_info().uss
+        except psutil.Error:
+            pass  # it has just ended
+    return total / 1e6

@@ -21,38 +21,44 @@ from .errors import PillsnapError
 from .files import get_git_sha
 
 # %% ../../nbs/core/030_records.ipynb #7c4f0406
-def _cpu()->str:
+def _cpu() -> str:
     "Model and usable cores."
     model = ""
-    try: model = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)[1]
+    try:
+        model = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)[1]
     except (OSError, TypeError):
         import platform
+
         model = platform.processor() or platform.machine()
     return f"{len(os.sched_getaffinity(0))}× {' '.join(model.split()) or 'unknown processor'}"
 
 # %% ../../nbs/core/030_records.ipynb #d75fbef0
-def _ram()->str:
-    return f"{os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES')/2**30:.0f} GiB"
+def _ram() -> str:
+    return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
 
 # %% ../../nbs/core/030_records.ipynb #6f71fb67
-def _gpu()->str:
+def _gpu() -> str:
     "The first GPU's name and memory, from torch if it is loaded, else from the driver."
     torch = sys.modules.get("torch")
     if torch is not None and hasattr(torch, "cuda"):
-        if not torch.cuda.is_available(): return "no GPU"
+        if not torch.cuda.is_available():
+            return "no GPU"
         p = torch.cuda.get_device_properties(0)
-        return f"{p.name} {p.total_memory/2**30:.0f} GiB"
+        return f"{p.name} {p.total_memory / 2**30:.0f} GiB"
     for f in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
-        if m := re.search(r"^Model:\s*(.+)$", f.read_text(), re.M): return m[1].strip()
+        if m := re.search(r"^Model:\s*(.+)$", f.read_text(), re.M):
+            return m[1].strip()
     return "no GPU"
 
 # %% ../../nbs/core/030_records.ipynb #41b913d9
 @cache
-def _cpu_and_ram()->str: return f"{_cpu()}, {_ram()}"
+def _cpu_and_ram() -> str:
+    return f"{_cpu()}, {_ram()}"
+
 
 def hardware(
-    gpu:bool=True # False: of a figure that the CPU alone made
-)->str: # "8× AMD Ryzen 7 9700X, 125 GiB, NVIDIA GeForce RTX 5080 16 GiB"
+    gpu: bool = True,  # False: of a figure that the CPU alone made
+) -> str:  # "8× AMD Ryzen 7 9700X, 125 GiB, NVIDIA GeForce RTX 5080 16 GiB"
     "The machine in one line, without importing torch."
     return f"{_cpu_and_ram()}, {_gpu()}" if gpu else _cpu_and_ram()
 
@@ -65,28 +71,32 @@ KIND = ("photos", "computed")
 @dataclass(frozen=True)
 class Metric:
     "A figure and all that is needed to judge it (SPEC section 2 and BX2)."
-    name:str                 # "macro_f1"
-    value:float|int|bool|None # None = it could not be had
-    n:int                    # samples it rests on
-    how:Literal["measured","estimated","declared"] # declared = quoted or set by a person
-    data:Literal["aihub","synthetic","other"]      # what it was taken on
-    data_hash:str            # sha256 of that data's manifest
-    class_map_hash:str       # the class map's fingerprint
-    commit:str               # of the code; "nogit" outside a checkout
-    seconds:float|None       # how long the measurement took
-    hardware:str             # where
-    note:str = ""            # what the reader should know
-    kind:Literal["photos","computed"] = "photos"   # photos = n photos were opened and answered; computed = from tables and records, no photo was opened
+
+    name: str  # "macro_f1"
+    value: float | int | bool | None  # None = it could not be had
+    n: int  # samples it rests on
+    how: Literal["measured", "estimated", "declared"]  # declared = quoted or set by a person
+    data: Literal["aihub", "synthetic", "other"]  # what it was taken on
+    data_hash: str  # sha256 of that data's manifest
+    class_map_hash: str  # the class map's fingerprint
+    commit: str  # of the code; "nogit" outside a checkout
+    seconds: float | None  # how long the measurement took
+    hardware: str  # where
+    note: str = ""  # what the reader should know
+    kind: Literal["photos", "computed"] = (
+        "photos"  # photos = n photos were opened and answered; computed = from tables and records, no photo was opened
+    )
 
     def __post_init__(self):
         for field, legal in (("how", HOW), ("data", DATA), ("kind", KIND)):
-            if (v := getattr(self, field)) not in legal: raise PillsnapError(f"{field} is {v!r}", where=f"metric {self.name}", fix="one of "+", ".join(legal))
+            if (v := getattr(self, field)) not in legal:
+                raise PillsnapError(f"{field} is {v!r}", where=f"metric {self.name}", fix="one of " + ", ".join(legal))
 
 # %% ../../nbs/core/030_records.ipynb #d63c48be
 def plain_number(
-    value:float,  # any number
-    digits:int=4  # that count
-)->str:
+    value: float,  # any number
+    digits: int = 4,  # that count
+) -> str:
     "A number in plain digits, thousands apart; below a ten-thousandth and from a billion on with a power of ten."
     if not math.isfinite(value) or value == 0 or not 1e-4 <= abs(value) < 1e9:
         return f"{value:.{digits}g}"
@@ -96,14 +106,14 @@ def plain_number(
 
 # %% ../../nbs/core/030_records.ipynb #484579df
 @patch
-def __str__(self:Metric)->str:
+def __str__(self: Metric) -> str:
     "The figure in a line; the rest of its provenance is in `to_dict`."
     v = plain_number(self.value) if isinstance(self.value, float) else str(self.value)
     took = "" if self.seconds is None else f", {self.seconds:.3g} s"
     return f"{self.name} {v} ({self.how}, {self.data}, n={self.n}{took})"
 
 # %% ../../nbs/core/030_records.ipynb #91506961
-def _py(v:Any)->Any:
+def _py(v: Any) -> Any:
     "numpy's and torch's scalars as Python's."
     return v.item() if hasattr(v, "item") else v
 
@@ -111,78 +121,112 @@ def _py(v:Any)->Any:
 @dataclass(frozen=True)
 class Provenance:
     "Where a run's figures come from."
-    data:Literal["aihub","synthetic","other"] # "synthetic" for anything rendered
-    data_hash:str       # sha256 of the manifest
-    class_map_hash:str  # fingerprint
 
-    def metric(self,
-        name:str,                # "accuracy"
-        value:float|None,        # the figure; None or NaN when it could not be had
-        n:int,                   # samples it rests on
-        seconds:float|None=None, # what the measurement took; a measurement needs it
-        how:Literal["measured","estimated","declared"]="measured", # how it was come by
-        note:str="",             # what the reader should know
-        kind:Literal["photos","computed"]="photos" # computed = no photo was opened for it
-    )->Metric:
+    data: Literal["aihub", "synthetic", "other"]  # "synthetic" for anything rendered
+    data_hash: str  # sha256 of the manifest
+    class_map_hash: str  # fingerprint
+
+    def metric(
+        self,
+        name: str,  # "accuracy"
+        value: float | None,  # the figure; None or NaN when it could not be had
+        n: int,  # samples it rests on
+        seconds: float | None = None,  # what the measurement took; a measurement needs it
+        how: Literal["measured", "estimated", "declared"] = "measured",  # how it was come by
+        note: str = "",  # what the reader should know
+        kind: Literal["photos", "computed"] = "photos",  # computed = no photo was opened for it
+    ) -> Metric:
         "A figure of this run, stamped with the commit and the machine."
-        return Metric(name, _py(value), _py(n), how, self.data, self.data_hash, self.class_map_hash, get_git_sha(), _py(seconds), hardware(), note, kind)
+        return Metric(
+            name,
+            _py(value),
+            _py(n),
+            how,
+            self.data,
+            self.data_hash,
+            self.class_map_hash,
+            get_git_sha(),
+            _py(seconds),
+            hardware(),
+            note,
+            kind,
+        )
 
 # %% ../../nbs/core/030_records.ipynb #9762f284
 MIN_SECONDS_PER_SAMPLE = 20e-6  # no model here answers 50,000 photos a second
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
-def _number(v:Any)->bool: return isinstance(v, (int, float)) and math.isfinite(v)
+
+def _number(v: Any) -> bool:
+    return isinstance(v, (int, float)) and math.isfinite(v)
 
 # %% ../../nbs/core/030_records.ipynb #36b9749d
 @patch
-def doubts(self:Metric)->list[str]: # empty when the figure was measured
+def doubts(self: Metric) -> list[str]:  # empty when the figure was measured
     "What speaks against this figure as a measurement (SPEC BX2)."
     n_ok = isinstance(self.n, int) and not isinstance(self.n, bool) and self.n > 0
     t_ok = _number(self.seconds) and not isinstance(self.seconds, bool) and self.seconds > 0
-    said = [(self.how == "measured", f"it was {self.how}"), (_number(self.value), f"the value is {self.value!r}"), (n_ok, f"n is {self.n!r}, not a count"),
-            (t_ok, f"it took {self.seconds!r} s"),
-            (self.kind == "computed" or not (n_ok and t_ok) or self.seconds >= self.n*MIN_SECONDS_PER_SAMPLE, f"{self.n} samples in {self.seconds} s is impossible"),
-            *((isinstance(h, str) and bool(_SHA256.fullmatch(h)), f"{what} is missing") for what, h in (("the data's hash", self.data_hash), ("the class map's hash", self.class_map_hash))),
-            (bool(self.commit), "the commit is missing"), (bool(self.hardware), "the hardware is missing")]
+    said = [
+        (self.how == "measured", f"it was {self.how}"),
+        (_number(self.value), f"the value is {self.value!r}"),
+        (n_ok, f"n is {self.n!r}, not a count"),
+        (t_ok, f"it took {self.seconds!r} s"),
+        (
+            self.kind == "computed" or not (n_ok and t_ok) or self.seconds >= self.n * MIN_SECONDS_PER_SAMPLE,
+            f"{self.n} samples in {self.seconds} s is impossible",
+        ),
+        *(
+            (isinstance(h, str) and bool(_SHA256.fullmatch(h)), f"{what} is missing")
+            for what, h in (("the data's hash", self.data_hash), ("the class map's hash", self.class_map_hash))
+        ),
+        (bool(self.commit), "the commit is missing"),
+        (bool(self.hardware), "the hardware is missing"),
+    ]
     return [why for ok, why in said if not ok]
 
 # %% ../../nbs/core/030_records.ipynb #e0b7b81a
 @patch(as_prop=True)
-def measured(self:Metric)->bool:
+def measured(self: Metric) -> bool:
     "Whether a gate may rely on it; fails closed."
     return not self.doubts()
 
 # %% ../../nbs/core/030_records.ipynb #b54f77ec
 @patch
-def to_dict(self:Metric)->dict[str,Any]:
+def to_dict(self: Metric) -> dict[str, Any]:
     "Plain values for JSON."
     d = dataclasses.asdict(self)
     for k in ("value", "seconds"):
-        if isinstance(d[k], float) and not math.isfinite(d[k]): d["note"] = f"{d['note']}; {k} was {d[k]}".lstrip("; "); d[k] = None
+        if isinstance(d[k], float) and not math.isfinite(d[k]):
+            d["note"] = f"{d['note']}; {k} was {d[k]}".lstrip("; ")
+            d[k] = None
     return d
 
 # %% ../../nbs/core/030_records.ipynb #4a7175b8
 @patch(cls_method=True)
-def from_dict(cls:Metric,
-    d:Mapping[str,Any] # what to_dict gave
-)->Metric:
+def from_dict(
+    cls: Metric,
+    d: Mapping[str, Any],  # what to_dict gave
+) -> Metric:
     "A figure from JSON; one with another set of fields is refused."
     fields = {f.name for f in dataclasses.fields(cls)}
     if not isinstance(d, Mapping) or set(d) != fields:
         odd = sorted(set(d) ^ fields) if isinstance(d, Mapping) else [type(d).__name__]
-        raise PillsnapError(f"this is no metric record: {', '.join(odd)}", fix="make the report again with the stage that writes it")
+        raise PillsnapError(
+            f"this is no metric record: {', '.join(odd)}", fix="make the report again with the stage that writes it"
+        )
     return cls(**d)
 
 # %% ../../nbs/core/030_records.ipynb #dc912096
 def metric_table(
-    metrics:Iterable[Metric] # of any provenance
-)->list[dict[str,Any]]: # one row per name; the columns are the kinds of data that occur, and "declared" and "estimated"
+    metrics: Iterable[Metric],  # of any provenance
+) -> list[dict[str, Any]]:  # one row per name; columns: the kinds of data, "declared", "estimated"
     "Figures in columns that never mix measured with quoted, or synthetic with real (SPEC section 2)."
-    rows:dict[str,dict[str,Any]] = {}
+    rows: dict[str, dict[str, Any]] = {}
     column = lambda m: m.data if m.measured else m.how if m.how != "measured" else None
     metrics = list(metrics)
     used = [c for c in (*DATA, "estimated", "declared") if c in {column(m) for m in metrics}]
     for m in metrics:
         row = rows.setdefault(m.name, {"metric": m.name, **dict.fromkeys(used)})
-        if c := column(m): row[c] = m.value
+        if c := column(m):
+            row[c] = m.value
     return list(rows.values())

@@ -35,244 +35,357 @@ from ..photos.images import open_image_safely, resize, whole_view
 
 # %% ../../nbs/dataset/440_audit.ipynb #70377a9a
 def pill_grey(
-    img:np.ndarray,            # [H, W, 3] uint8 photo
-    bbox:Sequence[float]|None, # x, y, w, h of the pill; None: the whole photo
-    most:int=320               # pixels a side at most
-)->np.ndarray:                 # [h, w] float32 grey levels
+    img: np.ndarray,  # [H, W, 3] uint8 photo
+    bbox: Sequence[float] | None,  # x, y, w, h of the pill; None: the whole photo
+    most: int = 320,  # pixels a side at most
+) -> np.ndarray:  # [h, w] float32 grey levels
     "The pill as it was photographed, grey."
     if bbox is not None:
         x, y, w, h = (int(round(v)) for v in bbox)
-        img = img[max(0, y):max(0, y) + max(1, h), max(0, x):max(0, x) + max(1, w)]
-    if (k := max(img.shape[:2]) / most) > 1: img = resize(img, max(1, round(img.shape[0] / k)), max(1, round(img.shape[1] / k)))
+        img = img[max(0, y) : max(0, y) + max(1, h), max(0, x) : max(0, x) + max(1, w)]
+    if (k := max(img.shape[:2]) / most) > 1:
+        img = resize(img, max(1, round(img.shape[0] / k)), max(1, round(img.shape[1] / k)))
     return img.mean(axis=-1, dtype=np.float32)
 
+
 def brightness_and_sharpness(
-    grey:np.ndarray # [h, w] grey levels
-)->tuple[float,float]: # mean grey level; standard deviation of the second differences, grey levels
+    grey: np.ndarray,  # [h, w] grey levels
+) -> tuple[float, float]:  # mean grey level; standard deviation of the second differences, grey levels
     "How bright and how sharp (variance of the Laplacian; Pech-Pacheco et al. 2000)."
-    if not grey.size: return np.nan, np.nan   # the box misses the photo
-    if min(grey.shape) < 3: return float(grey.mean()), 0.
+    if not grey.size:
+        return np.nan, np.nan  # the box misses the photo
+    if min(grey.shape) < 3:
+        return float(grey.mean()), 0.0
     lap = grey[1:-1, :-2] + grey[1:-1, 2:] + grey[:-2, 1:-1] + grey[2:, 1:-1] - 4 * grey[1:-1, 1:-1]
     return float(grey.mean()), float(lap.std())
 
 # %% ../../nbs/dataset/440_audit.ipynb #24955fb3
 def sample_photos(
-    df:pd.DataFrame, # manifest rows
-    most:int=2000,   # photos at most
-    seed:int=42      # which
-)->pd.DataFrame:     # one row per photo
+    df: pd.DataFrame,  # manifest rows
+    most: int = 2000,  # photos at most
+    seed: int = 42,  # which
+) -> pd.DataFrame:  # one row per photo
     "A draw of photos, every drug in turn so that rare ones are seen (SPEC DM11)."
     one = df.drop_duplicates("path").sample(frac=1, random_state=seed)
     turn = one.groupby("class_key").cumcount()
     return one.iloc[np.argsort(turn.to_numpy(), kind="stable")[:most]].sort_values("path", ignore_index=True)
 
+
 def measure_photos(
-    df:pd.DataFrame,       # rows with path and bbox, one per photo
-    root:str|Path,         # the delivery
-    workers:int|None=None, # threads; None = the number of CPUs, at most 8
-    progress:bool=True     # show a progress bar
-)->pd.DataFrame:           # the rows with opened, seen_width, seen_height, brightness, sharpness
+    df: pd.DataFrame,  # rows with path and bbox, one per photo
+    root: str | Path,  # the delivery
+    workers: int | None = None,  # threads; None = the number of CPUs, at most 8
+    progress: bool = True,  # show a progress bar
+) -> pd.DataFrame:  # the rows with opened, seen_width, seen_height, brightness, sharpness
     "Open each photo once and measure its pill."
-    def see(row:tuple[str,str])->tuple:
-        got = open_image_safely(Path(root)/row[0])
-        if "_skip" in got: return False, 0, 0, np.nan, np.nan
+
+    def see(row: tuple[str, str]) -> tuple:
+        got = open_image_safely(Path(root) / row[0])
+        if "_skip" in got:
+            return False, 0, 0, np.nan, np.nan
         img = got["image"]
-        return True, img.shape[1], img.shape[0], *brightness_and_sharpness(pill_grey(img, json.loads(row[1]) if row[1] else None))
-    with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool: rows = list(show_progress(pool.map(see, zip(df["path"], df["bbox"])), len(df), "measuring", "photos", progress))
-    return df.assign(**dict(zip(("opened", "seen_width", "seen_height", "brightness", "sharpness"), map(list, zip(*rows)))))
+        return (
+            True,
+            img.shape[1],
+            img.shape[0],
+            *brightness_and_sharpness(pill_grey(img, json.loads(row[1]) if row[1] else None)),
+        )
+
+    with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
+        rows = list(show_progress(pool.map(see, zip(df["path"], df["bbox"])), len(df), "measuring", "photos", progress))
+    return df.assign(
+        **dict(zip(("opened", "seen_width", "seen_height", "brightness", "sharpness"), map(list, zip(*rows))))
+    )
 
 # %% ../../nbs/dataset/440_audit.ipynb #795803a5
 def robust_z(
-    x:pd.Series,     # a measure, one per row
-    by:pd.Series,    # its drug
-    floor:float=.02, # smallest spread that counts, in the measure's unit
-    few:int=5        # drugs with fewer rows are compared with all
-)->pd.Series:        # distances from the drug's median, in robust standard deviations
+    x: pd.Series,  # a measure, one per row
+    by: pd.Series,  # its drug
+    floor: float = 0.02,  # smallest spread that counts, in the measure's unit
+    few: int = 5,  # drugs with fewer rows are compared with all
+) -> pd.Series:  # distances from the drug's median, in robust standard deviations
     "How unusual each value is among its own (Iglewicz and Hoaglin 1993)."
     by = by.where(by.map(by.value_counts()) >= few, "")
     mid = x.groupby(by).transform("median").where(by != "", x.median())
     spread = 1.4826 * (x - mid).abs().groupby(by).transform("median").where(by != "", (x - x.median()).abs().median())
     return (x - mid) / spread.clip(lower=floor)
 
+
 def photo_outliers(
-    m:pd.DataFrame,  # rows as measure_photos returns them
-    least:float=3.5  # robust standard deviations (Iglewicz and Hoaglin's own)
-)->pd.DataFrame:     # the unusual rows with what (dark, bright or blurred) and z, worst first
+    m: pd.DataFrame,  # rows as measure_photos returns them
+    least: float = 3.5,  # robust standard deviations (Iglewicz and Hoaglin's own)
+) -> pd.DataFrame:  # the unusual rows with what (dark, bright or blurred) and z, worst first
     "Photos darker, brighter or less sharp than the rest of their drug."
     m = m[m["opened"]]
     lit = np.log(m["brightness"] + 1)
-    dark = robust_z(lit - lit.groupby([m["back"], m["light"]]).transform("median"), m["class_key"], floor=.05)   # a black table and a warm lamp are no fault
-    soft = robust_z(np.log(m["sharpness"] + .1), m["class_key"], floor=.1)
-    rows = [m[z >= least].assign(what=name, z=z[z >= least]) for name, z in (("dark", -dark), ("bright", dark), ("blurred", -soft))]
+    dark = robust_z(
+        lit - lit.groupby([m["back"], m["light"]]).transform("median"), m["class_key"], floor=0.05
+    )  # a black table and a warm lamp are no fault
+    soft = robust_z(np.log(m["sharpness"] + 0.1), m["class_key"], floor=0.1)
+    rows = [
+        m[z >= least].assign(what=name, z=z[z >= least])
+        for name, z in (("dark", -dark), ("bright", dark), ("blurred", -soft))
+    ]
     return pd.concat(rows).sort_values("z", ascending=False, ignore_index=True)
 
 # %% ../../nbs/dataset/440_audit.ipynb #49c3b203
 def box_measures(
-    df:pd.DataFrame # manifest rows with bbox, width and height
-)->pd.DataFrame:    # x, y, w, h in pixels, share of the photo, aspect (w / h), edge (it touches one); index as given
+    df: pd.DataFrame,  # manifest rows with bbox, width and height
+) -> pd.DataFrame:  # x, y, w, h in pixels, share of the photo, aspect (w / h), edge (it touches one); index as given
     "The boxes in numbers; rows without a box are left out."
     d = df[df["bbox"] != ""]
     b = pd.DataFrame([json.loads(v) for v in d["bbox"]], index=d.index, columns=list("xywh"), dtype=float)
     edge = (b["x"] <= 0) | (b["y"] <= 0) | (b["x"] + b["w"] >= d["width"]) | (b["y"] + b["h"] >= d["height"])
     return b.assign(share=b["w"] * b["h"] / (d["width"] * d["height"]), aspect=b["w"] / b["h"], edge=edge)
 
+
 def box_outliers(
-    df:pd.DataFrame, # manifest rows
-    least:float=3.5  # robust standard deviations
-)->pd.DataFrame:     # the unusual rows with what and z, worst first
+    df: pd.DataFrame,  # manifest rows
+    least: float = 3.5,  # robust standard deviations
+) -> pd.DataFrame:  # the unusual rows with what and z, worst first
     "Boxes unlike the others of their drug."
     b = box_measures(df)
-    if b.empty: return df.iloc[:0].assign(what="", z=0.)
+    if b.empty:
+        return df.iloc[:0].assign(what="", z=0.0)
     own = df.loc[b.index, "class_key"] + df.loc[b.index, "kind"]
-    size, form = robust_z(np.log(b["share"]), own, .1), robust_z(np.log(b["aspect"]), own, .1)
-    checks = (("large", size), ("small", -size), ("wide", form), ("tall", -form), ("at the edge", b["edge"] * 99.))
+    size, form = robust_z(np.log(b["share"]), own, 0.1), robust_z(np.log(b["aspect"]), own, 0.1)
+    checks = (("large", size), ("small", -size), ("wide", form), ("tall", -form), ("at the edge", b["edge"] * 99.0))
     what = pd.Series(np.array([n for n, _ in checks])[np.argmax([z for _, z in checks], axis=0)], b.index)
     z = pd.concat([z for _, z in checks], axis=1).max(axis=1)
-    return df.loc[b.index].assign(what=what, z=z)[z >= least].sort_values("z", ascending=False, kind="stable").reset_index(drop=True)
+    return (
+        df.loc[b.index]
+        .assign(what=what, z=z)[z >= least]
+        .sort_values("z", ascending=False, kind="stable")
+        .reset_index(drop=True)
+    )
 
 # %% ../../nbs/dataset/440_audit.ipynb #75fac39b
 def spread(
-    x:pd.Series # numbers
-)->dict[str,float]:
+    x: pd.Series,  # numbers
+) -> dict[str, float]:
     "Mean, median, variance and range."
-    return {"mean": float(x.mean()), "median": float(x.median()), "var": float(x.var(ddof=0)), "min": float(x.min()), "max": float(x.max())}
+    return {
+        "mean": float(x.mean()),
+        "median": float(x.median()),
+        "var": float(x.var(ddof=0)),
+        "min": float(x.min()),
+        "max": float(x.max()),
+    }
+
 
 def mapping_state(
-    df:pd.DataFrame,            # manifest rows
-    mapping:Mapping[str,Any]|None # content of drug_metadata.json, if there is one
-)->dict[str,Any]:
+    df: pd.DataFrame,  # manifest rows
+    mapping: Mapping[str, Any] | None,  # content of drug_metadata.json, if there is one
+) -> dict[str, Any]:
     "Whether every drug has its metadata, a name and an EDI code (SPEC DM11)."
     drugs = sorted(set(df["kcode"]))
-    if mapping is None: return {"state": "missing", "drugs": len(drugs), "with_metadata": 0}
+    if mapping is None:
+        return {"state": "missing", "drugs": len(drugs), "with_metadata": 0}
     own = {e["kcode"]: e for e in mapping["drug_metadata"].values()}
     lack = [k for k in drugs if k not in own]
-    return {"state": "complete" if not lack else "incomplete", "drugs": len(drugs), "with_metadata": len(drugs) - len(lack), "without": lack[:10],
-            "without_name": sum(not own[k].get("dl_name") for k in drugs if k in own), "without_edi": sum(not own[k].get("edi_codes") for k in drugs if k in own)}
+    return {
+        "state": "complete" if not lack else "incomplete",
+        "drugs": len(drugs),
+        "with_metadata": len(drugs) - len(lack),
+        "without": lack[:10],
+        "without_name": sum(not own[k].get("dl_name") for k in drugs if k in own),
+        "without_edi": sum(not own[k].get("edi_codes") for k in drugs if k in own),
+    }
 
 # %% ../../nbs/dataset/440_audit.ipynb #8bd5dce9
-ASPECTS = np.arange(3, 34) / 10   # edges of the histogram, width / height
+ASPECTS = np.arange(3, 34) / 10  # edges of the histogram, width / height
+
 
 def aspect_histogram(
-    aspect:pd.Series # width / height, one per photo
-)->dict[str,int]:    # bins that are not empty, narrow to wide, with what lies beyond the edges
+    aspect: pd.Series,  # width / height, one per photo
+) -> dict[str, int]:  # bins that are not empty, narrow to wide, with what lies beyond the edges
     "How wide photos are for their height; none falls out (SPEC DM11)."
     n = np.bincount(np.digitize(aspect, ASPECTS), minlength=len(ASPECTS) + 1)
-    names = [f"under {ASPECTS[0]}", *(f"{a:.1f}-{b:.1f}" for a, b in zip(ASPECTS, ASPECTS[1:])), f"{ASPECTS[-1]} and over"]
+    names = [
+        f"under {ASPECTS[0]}",
+        *(f"{a:.1f}-{b:.1f}" for a, b in zip(ASPECTS, ASPECTS[1:])),
+        f"{ASPECTS[-1]} and over",
+    ]
     return {k: int(v) for k, v in zip(names, n) if v}
 
 # %% ../../nbs/dataset/440_audit.ipynb #adf3fad5
 def summarize_dataset(
-    df:pd.DataFrame,                     # manifest rows
-    root:str|Path,                       # the delivery
-    sample:int=2000,                     # photos opened, at most 3,000
-    seed:int=42,                         # which
-    left_out:int=0,                      # photos that the conversion put into quarantine
-    mapping:Mapping[str,Any]|None=None,  # content of drug_metadata.json
-    measured:pd.DataFrame|None=None      # from measure_photos, if they were opened already
-)->dict[str,Any]:
+    df: pd.DataFrame,  # manifest rows
+    root: str | Path,  # the delivery
+    sample: int = 2000,  # photos opened, at most 3,000
+    seed: int = 42,  # which
+    left_out: int = 0,  # photos that the conversion put into quarantine
+    mapping: Mapping[str, Any] | None = None,  # content of drug_metadata.json
+    measured: pd.DataFrame | None = None,  # from measure_photos, if they were opened already
+) -> dict[str, Any]:
     "Resolution, aspect, classes, broken and skipped photos, metadata and boxes, from a sample (SPEC DM11)."
-    m = measure_photos(sample_photos(df, min(sample, 3000), seed), root, progress=False) if measured is None else measured
+    m = (
+        measure_photos(sample_photos(df, min(sample, 3000), seed), root, progress=False)
+        if measured is None
+        else measured
+    )
     seen, photos, b = m[m["opened"]], df["path"].nunique(), box_measures(df)
     per_drug = df.groupby("class_key")["path"].nunique().sort_values(ascending=False, kind="stable")
-    return {"photos": photos, "pills": len(df), "drugs": len(per_drug), "sampled": len(m),
-            "resolution": {"width": spread(seen["seen_width"]), "height": spread(seen["seen_height"])},
-            "aspect_histogram": aspect_histogram(seen["seen_width"] / seen["seen_height"]),
-            "top_classes": [{"class": k, "photos": int(n)} for k, n in per_drug.head(10).items()], "photos_per_drug": spread(per_drug),
-            "broken_ratio": float(1 - m["opened"].mean()), "skip_ratio": left_out / (photos + left_out), "metadata_mapping": mapping_state(df, mapping),
-            "bbox": {"n": len(b), "outside_or_at_edge": int(b["edge"].sum()), **{k: spread(b[k]) for k in ("w", "h", "share", "aspect")}} if len(b) else {"n": 0}}
+    return {
+        "photos": photos,
+        "pills": len(df),
+        "drugs": len(per_drug),
+        "sampled": len(m),
+        "resolution": {"width": spread(seen["seen_width"]), "height": spread(seen["seen_height"])},
+        "aspect_histogram": aspect_histogram(seen["seen_width"] / seen["seen_height"]),
+        "top_classes": [{"class": k, "photos": int(n)} for k, n in per_drug.head(10).items()],
+        "photos_per_drug": spread(per_drug),
+        "broken_ratio": float(1 - m["opened"].mean()),
+        "skip_ratio": left_out / (photos + left_out),
+        "metadata_mapping": mapping_state(df, mapping),
+        "bbox": {
+            "n": len(b),
+            "outside_or_at_edge": int(b["edge"].sum()),
+            **{k: spread(b[k]) for k in ("w", "h", "share", "aspect")},
+        }
+        if len(b)
+        else {"n": 0},
+    }
 
 # %% ../../nbs/dataset/440_audit.ipynb #43375276
 def drug_names(
-    mapping:Mapping[str,Any]|None # content of drug_metadata.json
-)->dict[str,str]: # K-code → name
+    mapping: Mapping[str, Any] | None,  # content of drug_metadata.json
+) -> dict[str, str]:  # K-code → name
     "What people call the drugs."
-    return {e["kcode"]: e.get("dl_name") or e["kcode"] for e in (mapping or {"drug_metadata": {}})["drug_metadata"].values()}
+    return {
+        e["kcode"]: e.get("dl_name") or e["kcode"] for e in (mapping or {"drug_metadata": {}})["drug_metadata"].values()
+    }
+
 
 def plot_balance(
-    df:pd.DataFrame,        # manifest rows
-    names:Mapping[str,str]  # K-code → name
-)->Any:                     # matplotlib Figure
+    df: pd.DataFrame,  # manifest rows
+    names: Mapping[str, str],  # K-code → name
+) -> Any:  # matplotlib Figure
     "How many photos each drug has, from the commonest to the rarest, on a log scale; the ends by name."
     import matplotlib.pyplot as plt
+
     use_house_style()
-    n = df.groupby(["class_key", "kind"])["path"].nunique().unstack(fill_value=0).reindex(columns=["single", "combo"], fill_value=0)
+    n = (
+        df.groupby(["class_key", "kind"])["path"]
+        .nunique()
+        .unstack(fill_value=0)
+        .reindex(columns=["single", "combo"], fill_value=0)
+    )
     n = n.loc[n.sum(axis=1).sort_values(ascending=False, kind="stable").index]
     fig, ax = plt.subplots(figsize=(8, 2.8))
-    for kind, side in (("single", -.2), ("combo", .2)): ax.bar(np.arange(len(n)) + side, n[kind], width=.4, label=f"{kind} photos, {n[kind].sum():,} pills")
-    ax.set_yscale("log"); ax.set(ylabel="photos (log)", title=f"{len(n)} drugs; the commonest has {n.sum(axis=1).max()/max(1, n.sum(axis=1).min()):.1f} times the photos of the rarest")
+    for kind, side in (("single", -0.2), ("combo", 0.2)):
+        ax.bar(np.arange(len(n)) + side, n[kind], width=0.4, label=f"{kind} photos, {n[kind].sum():,} pills")
+    ax.set_yscale("log")
+    ax.set(
+        ylabel="photos (log)",
+        title=f"{len(n)} drugs; the commonest has {n.sum(axis=1).max() / max(1, n.sum(axis=1).min()):.1f} times the photos of the rarest",
+    )
     shown = range(len(n)) if len(n) <= 20 else [0, 1, 2, len(n) - 3, len(n) - 2, len(n) - 1]
-    ax.set_xticks(list(shown), [drug_label(n.index[i], names, 14) for i in shown], rotation=35, ha="right", fontsize=7); ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
-    ax.set_ylim(.8, 1.5 * max(1, n.to_numpy().max()))
+    ax.set_xticks(list(shown), [drug_label(n.index[i], names, 14) for i in shown], rotation=35, ha="right", fontsize=7)
+    ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    ax.set_ylim(0.8, 1.5 * max(1, n.to_numpy().max()))
     plt.close(fig)
     return fig
 
 # %% ../../nbs/dataset/440_audit.ipynb #24b436b8
 def plot_sizes(
-    m:pd.DataFrame # rows as measure_photos returns them
-)->Any:            # matplotlib Figure
+    m: pd.DataFrame,  # rows as measure_photos returns them
+) -> Any:  # matplotlib Figure
     "Photo sizes, their aspect, and the two measures of the pills."
     import matplotlib.pyplot as plt
+
     use_house_style()
     m = m[m["opened"]]
     fig, axs = plt.subplots(1, 4, figsize=(10, 2.3), layout="constrained")
     sizes = m.groupby(["seen_width", "seen_height"]).size().sort_values(ascending=False).head(6)
-    axs[0].barh([f"{w}×{h}" for w, h in sizes.index][::-1], sizes.to_numpy()[::-1], height=.6); axs[0].set_ylim(-.6, max(3, len(sizes)) - .4); axs[0].set_title("photo size, pixels"); axs[0].tick_params(labelsize=7)
-    for ax, x, title in zip(axs[1:], (m["seen_width"] / m["seen_height"], m["brightness"], m["sharpness"]), ("aspect, width / height", "brightness of the pill", "sharpness of the pill")):
+    axs[0].barh([f"{w}×{h}" for w, h in sizes.index][::-1], sizes.to_numpy()[::-1], height=0.6)
+    axs[0].set_ylim(-0.6, max(3, len(sizes)) - 0.4)
+    axs[0].set_title("photo size, pixels")
+    axs[0].tick_params(labelsize=7)
+    for ax, x, title in zip(
+        axs[1:],
+        (m["seen_width"] / m["seen_height"], m["brightness"], m["sharpness"]),
+        ("aspect, width / height", "brightness of the pill", "sharpness of the pill"),
+    ):
         lo, hi = float(x.min()), float(x.max())
-        ax.hist(x, bins=30, range=(lo - .05 * (hi - lo) - 1e-2, hi + .05 * (hi - lo) + 1e-2)); ax.set_title(title); ax.tick_params(labelsize=7)
+        ax.hist(x, bins=30, range=(lo - 0.05 * (hi - lo) - 1e-2, hi + 0.05 * (hi - lo) + 1e-2))
+        ax.set_title(title)
+        ax.tick_params(labelsize=7)
     plt.close(fig)
     return fig
 
 # %% ../../nbs/dataset/440_audit.ipynb #56161c94
 def plot_conditions_grid(
-    df:pd.DataFrame, # manifest rows
-    root:str|Path,   # the delivery
-    side:float=1.    # width of a picture, inches
-)->Any:              # matplotlib Figure
+    df: pd.DataFrame,  # manifest rows
+    root: str | Path,  # the delivery
+    side: float = 1.0,  # width of a picture, inches
+) -> Any:  # matplotlib Figure
     "A photo of every background, light and latitude, of as few drugs as possible."
     import matplotlib.pyplot as plt
+
     use_house_style()
     s = df[df["kind"] == "single"]
-    s = s.assign(n=s["class_key"].map(s["class_key"].value_counts())).sort_values(["n", "class_key", "side", "longitude", "path"], ascending=[False, True, True, True, True])
+    s = s.assign(n=s["class_key"].map(s["class_key"].value_counts())).sort_values(
+        ["n", "class_key", "side", "longitude", "path"], ascending=[False, True, True, True, True]
+    )
     one = s.drop_duplicates(["back", "light", "latitude"]).set_index(["back", "light", "latitude"])["path"]
     cols, rows = sorted({k[:2] for k in one.index}), sorted({k[2] for k in one.index})
-    fig, axs = plt.subplots(len(rows), len(cols), figsize=(len(cols)*side + .5, len(rows)*side + .4), squeeze=False, layout="constrained")
+    fig, axs = plt.subplots(
+        len(rows),
+        len(cols),
+        figsize=(len(cols) * side + 0.5, len(rows) * side + 0.4),
+        squeeze=False,
+        layout="constrained",
+    )
     for (r, la), (c, bl) in ((a, b) for a in enumerate(rows) for b in enumerate(cols)):
-        _condition(axs[r, c], Path(root)/one[(*bl, la)] if (*bl, la) in one.index else None)
-        if r == 0: axs[r, c].set_title(f"back {bl[0]}\nlight {bl[1]}", fontsize=7, loc="center")
-        if c == 0: axs[r, c].set_ylabel(f"{la}°", fontsize=8, rotation=0, ha="right", va="center")
+        _condition(axs[r, c], Path(root) / one[(*bl, la)] if (*bl, la) in one.index else None)
+        if r == 0:
+            axs[r, c].set_title(f"back {bl[0]}\nlight {bl[1]}", fontsize=7, loc="center")
+        if c == 0:
+            axs[r, c].set_ylabel(f"{la}°", fontsize=8, rotation=0, ha="right", va="center")
     plt.close(fig)
     return fig
 
-def _condition(ax:Any, path:Path|None)->None:
+
+def _condition(ax: Any, path: Path | None) -> None:
     "The middle of one photo, square; an empty frame where there is none."
-    ax.set_xticks([]); ax.set_yticks([]); ax.grid(False)
-    for s in ax.spines.values(): s.set_visible(path is None)
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.grid(False)
+    for s in ax.spines.values():
+        s.set_visible(path is None)
     img = open_image_safely(path).get("image") if path else None
-    if img is not None: ax.imshow(whole_view(img, 160))
+    if img is not None:
+        ax.imshow(whole_view(img, 160))
 
 # %% ../../nbs/dataset/440_audit.ipynb #666317c9
 def boxed(
-    d:pd.DataFrame,         # the rows of one photo
-    root:str|Path,          # the delivery
-    names:Mapping[str,str], # K-code → name
-    side:int=420            # pixels of the picture's longer side
-)->np.ndarray|None:         # uint8 picture; None when it does not open
+    d: pd.DataFrame,  # the rows of one photo
+    root: str | Path,  # the delivery
+    names: Mapping[str, str],  # K-code → name
+    side: int = 420,  # pixels of the picture's longer side
+) -> np.ndarray | None:  # uint8 picture; None when it does not open
     "A photo with its boxes, small."
-    img = open_image_safely(Path(root)/d["path"].iloc[0]).get("image")
-    if img is None: return None
+    img = open_image_safely(Path(root) / d["path"].iloc[0]).get("image")
+    if img is None:
+        return None
     k = side / max(img.shape[:2])
     has = d[d["bbox"] != ""]
     xyxy = xywh_to_xyxy(np.array([json.loads(b) for b in has["bbox"]], float).reshape(-1, 4)) * k
-    return draw_boxes(resize(img, round(img.shape[0]*k), round(img.shape[1]*k)), xyxy, [names.get(c, c)[:12] for c in has["class_key"]])
+    return draw_boxes(
+        resize(img, round(img.shape[0] * k), round(img.shape[1] * k)),
+        xyxy,
+        [names.get(c, c)[:12] for c in has["class_key"]],
+    )
+
 
 def plot_boxed(
-    df:pd.DataFrame,           # manifest rows
-    paths:Sequence[str],       # the photos to show
-    titles:Sequence[str],      # one each
-    root:str|Path,             # the delivery
-    names:Mapping[str,str]     # K-code → name
-)->Any:                        # matplotlib Figure
+    df: pd.DataFrame,  # manifest rows
+    paths: Sequence[str],  # the photos to show
+    titles: Sequence[str],  # one each
+    root: str | Path,  # the delivery
+    names: Mapping[str, str],  # K-code → name
+) -> Any:  # matplotlib Figure
     "Photos with their boxes, side by side."
     by = dict(list(df[df["path"].isin(paths)].groupby("path")))
     shots = [(boxed(by[p], root, names), t) for p, t in zip(paths, titles)]
@@ -280,82 +393,141 @@ def plot_boxed(
 
 # %% ../../nbs/dataset/440_audit.ipynb #f7ed88e2
 def parts_in_words(
-    folder:Path # artifacts/stageN
-)->str:
+    folder: Path,  # artifacts/stageN
+) -> str:
     "Which drugs of a stage are taught, judged, both or neither."
-    read = lambda n: set(pd.read_csv(folder/f"manifest_{n}.csv", usecols=["class_key", "kind"], dtype=str).query("kind == 'single'")["class_key"])
+    read = lambda n: set(
+        pd.read_csv(folder / f"manifest_{n}.csv", usecols=["class_key", "kind"], dtype=str).query("kind == 'single'")[
+            "class_key"
+        ]
+    )
     train, val = read("train"), read("val")
     both, unseen, unjudged = train & val, val - train, train - val
-    out = [f"{len(both)} of the {len(train)} drugs that {folder.name} teaches are also judged in val, on photos of other turntable series"]
-    if unjudged: out.append(f"{len(unjudged)} are taught and never judged ({', '.join(sorted(unjudged)[:5])}{' …' if len(unjudged) > 5 else ''}): no score says how well they are known")
-    if unseen: out.append(f"{len(unseen)} are judged and were never taught: a classifier must answer them wrongly")
+    out = [
+        f"{len(both)} of the {len(train)} drugs that {folder.name} teaches are also judged in val, on photos of other turntable series"
+    ]
+    if unjudged:
+        out.append(
+            f"{len(unjudged)} are taught and never judged ({', '.join(sorted(unjudged)[:5])}{' …' if len(unjudged) > 5 else ''}): no score says how well they are known"
+        )
+    if unseen:
+        out.append(f"{len(unseen)} are judged and were never taught: a classifier must answer them wrongly")
     return "; ".join(out) + "."
 
+
 def overlap_words(
-    header:Mapping[str,Any], # the manifest's header
-    root:Path                # run folder
-)->list[str]:                # sentences
+    header: Mapping[str, Any],  # the manifest's header
+    root: Path,  # run folder
+) -> list[str]:  # sentences
     "K-code overlap of Training with the sealed test, and of a stage's train with its val."
-    stages = sorted(p.parent for p in (root/"artifacts").glob("stage*/manifest_val.csv"))
-    return [header.get("sealed", {}).get("words", "This manifest says nothing of a sealed test."), *map(parts_in_words, stages)] + ([] if stages else ["No stage has been cut yet, so there is no train and no val to compare."])
+    stages = sorted(p.parent for p in (root / "artifacts").glob("stage*/manifest_val.csv"))
+    return [
+        header.get("sealed", {}).get("words", "This manifest says nothing of a sealed test."),
+        *map(parts_in_words, stages),
+    ] + ([] if stages else ["No stage has been cut yet, so there is no train and no val to compare."])
 
 # %% ../../nbs/dataset/440_audit.ipynb #9fce7374
 @dataclass(frozen=True)
 class AuditJob(StageJob):
     "Manifest in; pictures, words and reports/audit.json out. Nothing else is written, no stage waits for it (SPEC DM11)."
-    sample:int = 2000            # photos opened for size, brightness and sharpness, at most 3,000
-    near_duplicates:bool = True  # open every single photo once and compare; False: equal files only
-    name:ClassVar[str] = "audit"
-    sections:ClassVar[tuple[str,...]] = ("train.seed",)
-    needs:ClassVar[dict[str,str]] = {"manifest.csv": "conversion"}
 
-    def smoke(self, run:RunFolder, cfg:Config)->None: smoke_conversion(run, cfg)
+    sample: int = 2000  # photos opened for size, brightness and sharpness, at most 3,000
+    near_duplicates: bool = True  # open every single photo once and compare; False: equal files only
+    name: ClassVar[str] = "audit"
+    sections: ClassVar[tuple[str, ...]] = ("train.seed",)
+    needs: ClassVar[dict[str, str]] = {"manifest.csv": "conversion"}
+
+    def smoke(self, run: RunFolder, cfg: Config) -> None:
+        smoke_conversion(run, cfg)
 
 # %% ../../nbs/dataset/440_audit.ipynb #593db2f5
 def condition_of(
-    d:pd.DataFrame,                  # the rows of one photo
-    names:Mapping[str,str]|None=None # K-code → name
-)->str:
+    d: pd.DataFrame,  # the rows of one photo
+    names: Mapping[str, str] | None = None,  # K-code → name
+) -> str:
     "How a photo was taken, in a few words."
     r = d.iloc[0]
     pills = f"{len(d)} pills" if r["kind"] == "combo" else drug_label(r["class_key"], names)
     return f"{pills}\nback {r['back']}, light {r['light']}, {r['latitude']}°"
 
+
 def audit_figures(
-    df:pd.DataFrame,         # manifest rows
-    m:pd.DataFrame,          # the sampled photos, measured
-    dup:Duplicates,          # copies
-    root:str|Path,           # the delivery
-    names:Mapping[str,str]   # K-code → name
-)->dict[str,Callable[[],Any]]: # by name, drawn when asked for
+    df: pd.DataFrame,  # manifest rows
+    m: pd.DataFrame,  # the sampled photos, measured
+    dup: Duplicates,  # copies
+    root: str | Path,  # the delivery
+    names: Mapping[str, str],  # K-code → name
+) -> dict[str, Callable[[], Any]]:  # by name, drawn when asked for
     "Every picture of the audit, in the order of reading."
     odd, box = photo_outliers(m), box_outliers(df)
     combos, singles = (df.loc[df["kind"] == k, "path"].drop_duplicates().tolist() for k in ("combo", "single"))
-    some = combos[:: max(1, len(combos)//2)][:2] + singles[:: max(1, len(singles)//2)][:2]
-    worst = lambda d, most: (d["path"].tolist()[:most], [w if w == "at the edge" else f"{w}, {z:.1f} σ" for w, z in zip(d["what"][:most], d["z"])])
+    some = combos[:: max(1, len(combos) // 2)][:2] + singles[:: max(1, len(singles) // 2)][:2]
+    worst = lambda d, most: (
+        d["path"].tolist()[:most],
+        [w if w == "at the edge" else f"{w}, {z:.1f} σ" for w, z in zip(d["what"][:most], d["z"])],
+    )
     out = {"balance": lambda: plot_balance(df, names), "sizes": lambda: plot_sizes(m)}
-    if (df["back"] >= 0).any(): out["conditions"] = lambda: plot_conditions_grid(df, root)
-    if (df["bbox"] != "").any(): out["boxes"] = lambda: plot_boxed(df, some, [condition_of(df[df["path"] == p], names) for p in some], root, names)
-    if len(box): out["worst_boxes"] = lambda: plot_boxed(df, *worst(box, 8), root, names)
-    if len(odd): out["outliers"] = lambda: plot_boxed(df, *worst(odd.drop_duplicates("path"), 8), root, names)
-    if dup.pairs or dup.conflicts: out["duplicates"] = lambda: plot_duplicates(dup, root, names=names)
+    if (df["back"] >= 0).any():
+        out["conditions"] = lambda: plot_conditions_grid(df, root)
+    if (df["bbox"] != "").any():
+        out["boxes"] = lambda: plot_boxed(
+            df, some, [condition_of(df[df["path"] == p], names) for p in some], root, names
+        )
+    if len(box):
+        out["worst_boxes"] = lambda: plot_boxed(df, *worst(box, 8), root, names)
+    if len(odd):
+        out["outliers"] = lambda: plot_boxed(df, *worst(odd.drop_duplicates("path"), 8), root, names)
+    if dup.pairs or dup.conflicts:
+        out["duplicates"] = lambda: plot_duplicates(dup, root, names=names)
     return out
 
 # %% ../../nbs/dataset/440_audit.ipynb #4720b3db
 @patch
-def work(self:AuditJob, run:RunFolder, cfg:Config)->StageResult:
+def work(self: AuditJob, run: RunFolder, cfg: Config) -> StageResult:
     "Look, draw, and say."
-    df, header = read_manifest(run.root/"manifest.csv")
-    root, reports, meta, out = header["root"], run.sub("reports"), run.root/"drug_metadata.json", run.root/"quarantine.csv"
+    df, header = read_manifest(run.root / "manifest.csv")
+    root, reports, meta, out = (
+        header["root"],
+        run.sub("reports"),
+        run.root / "drug_metadata.json",
+        run.root / "quarantine.csv",
+    )
     mapping = read_json(meta) if meta.is_file() else None
     m = measure_photos(sample_photos(df, min(self.sample, 3000), cfg.train.seed), root)
-    dup = known_duplicates(df, header, run.root/"artifacts", self.near_duplicates)
-    figures = [save_fig(draw(), reports/f"audit_{name}.png") for name, draw in audit_figures(df, m, dup, root, drug_names(mapping)).items()]
+    dup = known_duplicates(df, header, run.root / "artifacts", self.near_duplicates)
+    figures = [
+        save_fig(draw(), reports / f"audit_{name}.png")
+        for name, draw in audit_figures(df, m, dup, root, drug_names(mapping)).items()
+    ]
     left_out = pd.read_csv(out, dtype=str)["path"].nunique() if out.is_file() else 0
     s = summarize_dataset(df, root, self.sample, cfg.train.seed, left_out, mapping, m)
     words, odd, box = overlap_words(header, run.root), photo_outliers(m), box_outliers(df)
     strange = sum(n for k, n in s["aspect_histogram"].items() if "-" not in k)
-    found = {"dark": int((odd["what"] == "dark").sum()), "bright": int((odd["what"] == "bright").sum()), "blurred": int((odd["what"] == "blurred").sum()), "narrower than 0.3 or wider than 3.3 times their height": strange, "unusual boxes": len(box), "pairs that are one picture": len(dup.pairs), "one picture under two drugs": len(dup.conflicts)}
-    save_json(s | {"overlap": words, "found": found, "outliers": odd[["path", "class_key", "what", "z"]].head(200).to_dict("records"), "box_outliers": box[["path", "class_key", "what", "z"]].head(200).to_dict("records")}, reports/"audit.json")
+    found = {
+        "dark": int((odd["what"] == "dark").sum()),
+        "bright": int((odd["what"] == "bright").sum()),
+        "blurred": int((odd["what"] == "blurred").sum()),
+        "narrower than 0.3 or wider than 3.3 times their height": strange,
+        "unusual boxes": len(box),
+        "pairs that are one picture": len(dup.pairs),
+        "one picture under two drugs": len(dup.conflicts),
+    }
+    save_json(
+        s
+        | {
+            "overlap": words,
+            "found": found,
+            "outliers": odd[["path", "class_key", "what", "z"]].head(200).to_dict("records"),
+            "box_outliers": box[["path", "class_key", "what", "z"]].head(200).to_dict("records"),
+        },
+        reports / "audit.json",
+    )
     verdict = f"{s['photos']:,} photos of {s['drugs']} drugs; of {s['sampled']:,} opened {s['broken_ratio']:.1%} are broken; {sum(found.values())} things to look at"
-    return StageResult(verdict, [{"what": k, "n": n} for k, n in found.items()], figures, [run.root/"manifest.csv"], [reports/"audit.json", *figures], words)
+    return StageResult(
+        verdict,
+        [{"what": k, "n": n} for k, n in found.items()],
+        figures,
+        [run.root / "manifest.csv"],
+        [reports / "audit.json", *figures],
+        words,
+    )

@@ -47,58 +47,103 @@ from fastcore.basics import patch
 import logging
 from ..core.config import Config, load_config
 from ..core.errors import PillsnapError
-from ..core.files import MACHINE, atomic_path, ensure_dir, os_trouble, read_json, save_json, save_text, sha256_file
+from pillsnap.core.files import (
+    MACHINE,
+    atomic_path,
+    ensure_dir,
+    os_trouble,
+    read_json,
+    save_json,
+    save_text,
+    sha256_file,
+)
 from ..core.logs import progress as show_progress
 from ..core.jobs import RunFolder, StageJob, StageResult
 
 # %% ../../nbs/dataset/400_conversion.ipynb #9e44bc2e
-from ..delivery.aihub import (DRUG_KEYS, Delivery, Fault, Photos, Reason, choose_photo, edi_list, find_delivery, index_photos,
-    overlap_in_words, printable, refuse_sealed, sealed_codes, sealed_folders, unpack_hint)
+from pillsnap.delivery.aihub import (
+    DRUG_KEYS,
+    Delivery,
+    Fault,
+    Photos,
+    Reason,
+    choose_photo,
+    edi_list,
+    find_delivery,
+    index_photos,
+    overlap_in_words,
+    printable,
+    refuse_sealed,
+    sealed_codes,
+    sealed_folders,
+    unpack_hint,
+)
 from ..delivery.classmap import ClassMap
 from ..photos.images import MAX_BYTES, MAX_PIXELS, open_image_safely
-from ..delivery.index import COLUMNS, INT_COLUMNS, gather_rows, photo_folder, plain_rows, read_index, read_manifest, truth_rows, write_index, write_manifest
+from pillsnap.delivery.index import (
+    COLUMNS,
+    INT_COLUMNS,
+    gather_rows,
+    photo_folder,
+    plain_rows,
+    read_index,
+    read_manifest,
+    truth_rows,
+    write_index,
+    write_manifest,
+)
 from ..delivery.truth import Drug, Evidence, Pill, PhotoTruth, examine, labels_of, summary
 
 # %% ../../nbs/dataset/400_conversion.ipynb #14d5ad2e
 def validate_bbox(
-    bbox:Any,    # [x, y, w, h] pixels, or whatever was found in its place
-    img_w:float, # photo width, pixels
-    img_h:float  # photo height, pixels
-)->bool:
+    bbox: Any,  # [x, y, w, h] pixels, or whatever was found in its place
+    img_w: float,  # photo width, pixels
+    img_h: float,  # photo height, pixels
+) -> bool:
     "Whether a pixel box becomes a label: 0 ≤ x, y and x+w, y+h within the photo, w, h > 0 (SPEC DM2)."
-    if not isinstance(bbox, (list, tuple, np.ndarray)) or len(bbox) != 4: return False
-    if not all(isinstance(v, (int, float, np.integer, np.floating)) and not isinstance(v, bool) and math.isfinite(v) for v in bbox): return False
+    if not isinstance(bbox, (list, tuple, np.ndarray)) or len(bbox) != 4:
+        return False
+    if not all(
+        isinstance(v, (int, float, np.integer, np.floating)) and not isinstance(v, bool) and math.isfinite(v)
+        for v in bbox
+    ):
+        return False
     x, y, w, h = bbox
-    return bool(w > 0 and h > 0 and x >= 0 and y >= 0 and x+w <= img_w and y+h <= img_h)
+    return bool(w > 0 and h > 0 and x >= 0 and y >= 0 and x + w <= img_w and y + h <= img_h)
 
 # %% ../../nbs/dataset/400_conversion.ipynb #3eab541e
-MIN_SIDE = 32 # pixels; a pill is about a quarter of a photo's side
+MIN_SIDE = 32  # pixels; a pill is about a quarter of a photo's side
+
 
 @dataclass(frozen=True, slots=True)
 class Seen:
     "What opening one photo told."
-    width:int       # pixels, upright; 0 when it did not open
-    height:int      # pixels, upright
-    sha1:str        # of the file's bytes
-    reason:str = "" # why it is left out; "" for a good photo
-    detail:str = "" # particulars of that
+
+    width: int  # pixels, upright; 0 when it did not open
+    height: int  # pixels, upright
+    sha1: str  # of the file's bytes
+    reason: str = ""  # why it is left out; "" for a good photo
+    detail: str = ""  # particulars of that
 
 # %% ../../nbs/dataset/400_conversion.ipynb #3d3a0631
 def look(
-    path:str|os.PathLike,         # one photo
-    grayscale_policy:str="rgb",   # "rgb" or "skip"
-    rgba_policy:str="drop_alpha", # "drop_alpha" or "skip"
-    max_pixels:int=MAX_PIXELS     # more is not decoded
-)->Seen: # never raises for a bad photo
+    path: str | os.PathLike,  # one photo
+    grayscale_policy: str = "rgb",  # "rgb" or "skip"
+    rgba_policy: str = "drop_alpha",  # "drop_alpha" or "skip"
+    max_pixels: int = MAX_PIXELS,  # more is not decoded
+) -> Seen:  # never raises for a bad photo
     "Open one photo (SPEC DM6, DM9)."
     try:
-        if os.path.getsize(path) > MAX_BYTES: return Seen(0, 0, "", Reason.TOO_LARGE, f"the file is larger than {MAX_BYTES >> 20} MB")
+        if os.path.getsize(path) > MAX_BYTES:
+            return Seen(0, 0, "", Reason.TOO_LARGE, f"the file is larger than {MAX_BYTES >> 20} MB")
         raw = Path(path).read_bytes()
     except OSError as e:
-        if e.errno in MACHINE: raise os_trouble("a photo cannot be read", path, e) from e
+        if e.errno in MACHINE:
+            raise os_trouble("a photo cannot be read", path, e) from e
         return Seen(0, 0, "", Reason.BROKEN, f"read: {e.strerror or e}")
     sha1, got = hashlib.sha1(raw).hexdigest(), open_image_safely(path, grayscale_policy, rgba_policy, max_pixels)
-    if got.get("errno") in MACHINE: raise os_trouble("a photo cannot be read", path, OSError(got["errno"], got["error"]))
+    if got.get("errno") in MACHINE:
+        raise os_trouble("a photo cannot be read", path, OSError(got["errno"], got["error"]))
     if "_skip" in got:
         reason = {"bound": Reason.TOO_LARGE, "policy": Reason.POLICY}.get(got["stage"], Reason.BROKEN)
         return Seen(0, 0, sha1, reason, f"{got['stage']}: {got['error']}"[:300])
@@ -109,140 +154,187 @@ def look(
 @dataclass
 class Journal:
     "What was seen of photos, on disk line by line."
-    path:Path|None        # a text file; None keeps nothing on disk
-    policy:str            # how photos are opened; another policy begins anew
-    known:dict[str,tuple[str,Seen]] = field(default_factory=dict) # relative path → size and time, what was seen
+
+    path: Path | None  # a text file; None keeps nothing on disk
+    policy: str  # how photos are opened; another policy begins anew
+    known: dict[str, tuple[str, Seen]] = field(default_factory=dict)  # relative path → size and time, what was seen
 
     def __post_init__(self):
-        if self.path is None: return
+        if self.path is None:
+            return
         lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n") if self.path.is_file() else []
-        if not lines or lines[0] != self.policy: save_text(self.policy+"\n", self.path); return
-        for parts in (l.split("\t") for l in lines[1:-1]): # what follows the last line break was cut off
-            if len(parts) == 7 and parts[2].isdigit() and parts[3].isdigit(): self.known[parts[0]] = (parts[1], Seen(int(parts[2]), int(parts[3]), *parts[4:]))
+        if not lines or lines[0] != self.policy:
+            save_text(self.policy + "\n", self.path)
+            return
+        for parts in (l.split("\t") for l in lines[1:-1]):  # what follows the last line break was cut off
+            if len(parts) == 7 and parts[2].isdigit() and parts[3].isdigit():
+                self.known[parts[0]] = (parts[1], Seen(int(parts[2]), int(parts[3]), *parts[4:]))
 
 # %% ../../nbs/dataset/400_conversion.ipynb #d2430ee4
-def _stamp(path:str)->str:
+def _stamp(path: str) -> str:
     "A file's size and time."
-    try: s = os.stat(path); return f"{s.st_size}-{s.st_mtime_ns}"
-    except OSError: return "gone"
+    try:
+        s = os.stat(path)
+        return f"{s.st_size}-{s.st_mtime_ns}"
+    except OSError:
+        return "gone"
 
 # %% ../../nbs/dataset/400_conversion.ipynb #882591eb
 @patch
-def note(self:Journal,
-    rows:Iterable[tuple[str,str,Seen]] # relative path, stamp, what was seen
-)->None:
+def note(
+    self: Journal,
+    rows: Iterable[tuple[str, str, Seen]],  # relative path, stamp, what was seen
+) -> None:
     "Append to the journal, beginning on a line of its own."
-    if self.path is None: return
+    if self.path is None:
+        return
     flat = lambda v: str(v).replace("\t", " ").replace("\n", " ").replace("\r", " ")
     try:
         with open(self.path, "a+b") as f:
-            if f.tell() and (f.seek(-1, 2), f.read(1))[1] != b"\n": f.write(b"\n")
-            f.write("".join("\t".join(map(flat, (p, stamp, s.width, s.height, s.sha1, s.reason, s.detail)))+"\n" for p,stamp,s in rows).encode("utf-8"))
-    except OSError as e: raise os_trouble("the journal of opened photos cannot be written", self.path, e) from e
+            if f.tell() and (f.seek(-1, 2), f.read(1))[1] != b"\n":
+                f.write(b"\n")
+            f.write(
+                "".join(
+                    "\t".join(map(flat, (p, stamp, s.width, s.height, s.sha1, s.reason, s.detail))) + "\n"
+                    for p, stamp, s in rows
+                ).encode("utf-8")
+            )
+    except OSError as e:
+        raise os_trouble("the journal of opened photos cannot be written", self.path, e) from e
 
 # %% ../../nbs/dataset/400_conversion.ipynb #04a47415
-CHUNK, MANY = 64, 2000 # photos: done between two notes on disk; below, starting processes takes longer than they save
+CHUNK, MANY = 64, 2000  # photos: done between two notes on disk; below, starting processes takes longer than they save
+
 
 def side_by_side(
-    work:Callable[[list],Any], # what to do with a chunk; a module's own function, so that a process can receive it
-    todo:list,                 # one entry per photo
-    workers:int|None=None      # processes, or threads for a few photos; None = the number of CPUs
-)->Iterator[tuple[list,Any]]:  # each chunk with what became of it, in order
+    work: Callable[[list], Any],  # what to do with a chunk; a module's own function, so that a process can receive it
+    todo: list,  # one entry per photo
+    workers: int | None = None,  # processes, or threads for a few photos; None = the number of CPUs
+) -> Iterator[tuple[list, Any]]:  # each chunk with what became of it, in order
     "Open photos on all CPUs: many by processes, since the PNG decoder holds Python's lock."
-    chunks = [todo[k:k+CHUNK] for k in range(0, len(todo), CHUNK)]
-    jobs = joblib.Parallel(n_jobs=min(workers or joblib.cpu_count(), max(1, len(chunks))), prefer="threads" if len(todo) < MANY else "processes", return_as="generator")
-    try: yield from zip(chunks, jobs(joblib.delayed(work)(c) for c in chunks))
-    except BrokenProcessPool as e: raise PillsnapError("a process that opens photos was lost: killed, or out of memory", fix="the same command goes on from the photos that were opened") from e
+    chunks = [todo[k : k + CHUNK] for k in range(0, len(todo), CHUNK)]
+    jobs = joblib.Parallel(
+        n_jobs=min(workers or joblib.cpu_count(), max(1, len(chunks))),
+        prefer="threads" if len(todo) < MANY else "processes",
+        return_as="generator",
+    )
+    try:
+        yield from zip(chunks, jobs(joblib.delayed(work)(c) for c in chunks))
+    except BrokenProcessPool as e:
+        raise PillsnapError(
+            "a process that opens photos was lost: killed, or out of memory",
+            fix="the same command goes on from the photos that were opened",
+        ) from e
 
 # %% ../../nbs/dataset/400_conversion.ipynb #cc8f801a
 def look_at_all(
-    root:Path,              # the delivery's root
-    paths:Iterable[str],    # photos, relative to it
-    journal:Journal,        # what is known already, and where to note more
-    workers:int|None=None,  # processes, or threads for a few photos; None = the number of CPUs
-    progress:bool=True,     # show a progress bar
-    policy:Mapping|None=None # further arguments of look
-)->dict[str,Seen]: # by relative path
+    root: Path,  # the delivery's root
+    paths: Iterable[str],  # photos, relative to it
+    journal: Journal,  # what is known already, and where to note more
+    workers: int | None = None,  # processes, or threads for a few photos; None = the number of CPUs
+    progress: bool = True,  # show a progress bar
+    policy: Mapping | None = None,  # further arguments of look
+) -> dict[str, Seen]:  # by relative path
     "Open every photo that the journal does not know (SPEC DM6, RS1)."
-    stamps = {p: _stamp(root/p) for p in paths}
-    seen = {p: journal.known[p][1] for p,s in stamps.items() if p in journal.known and journal.known[p][0] == s}
+    stamps = {p: _stamp(root / p) for p in paths}
+    seen = {p: journal.known[p][1] for p, s in stamps.items() if p in journal.known and journal.known[p][0] == s}
     todo = [p for p in stamps if p not in seen]
     with show_progress(total=len(stamps), desc="opening", unit="photos", show=progress, done=len(seen)) as bar:
         for _, got in side_by_side(partial(_look_at, root, policy or {}), todo, workers):
-            journal.note((p, stamps[p], s) for p,s in got.items()); seen |= got; bar.update(len(got))
+            journal.note((p, stamps[p], s) for p, s in got.items())
+            seen |= got
+            bar.update(len(got))
     return seen
 
-def _look_at(root:Path, policy:Mapping, paths:list[str])->dict[str,Seen]: return {p: look(root/p, **policy) for p in paths}
+
+def _look_at(root: Path, policy: Mapping, paths: list[str]) -> dict[str, Seen]:
+    return {p: look(root / p, **policy) for p in paths}
 
 # %% ../../nbs/dataset/400_conversion.ipynb #0ae6ade5
 @dataclass
 class Sieve:
     "What is left out, and what is kept with a remark."
-    out:list[Fault] = field(default_factory=list)     # quarantine.csv
-    remarks:list[Fault] = field(default_factory=list) # remarks.csv
 
-    def drop(self, path:str|os.PathLike, reason:Reason, detail:str="")->None: self.out.append(Fault(printable(path), reason, detail))
-    def remark(self, path:str|os.PathLike, reason:Reason, detail:str="")->None: self.remarks.append(Fault(printable(path), reason, detail))
+    out: list[Fault] = field(default_factory=list)  # quarantine.csv
+    remarks: list[Fault] = field(default_factory=list)  # remarks.csv
+
+    def drop(self, path: str | os.PathLike, reason: Reason, detail: str = "") -> None:
+        self.out.append(Fault(printable(path), reason, detail))
+
+    def remark(self, path: str | os.PathLike, reason: Reason, detail: str = "") -> None:
+        self.remarks.append(Fault(printable(path), reason, detail))
 
 # %% ../../nbs/dataset/400_conversion.ipynb #8a39207b
 @dataclass
 class Sample:
     "One photo with the pills that may be used."
-    path:str                 # of the photo, relative to the delivery's root
-    truth:PhotoTruth         # what its labels say
-    pills:list[Pill]         # those without a fault
-    sha1:str = ""            # of its bytes, once it was opened
+
+    path: str  # of the photo, relative to the delivery's root
+    truth: PhotoTruth  # what its labels say
+    pills: list[Pill]  # those without a fault
+    sha1: str = ""  # of its bytes, once it was opened
 
 # %% ../../nbs/dataset/400_conversion.ipynb #4f243be7
-def _relative(root:Path)->Callable[[str],str]:
+def _relative(root: Path) -> Callable[[str], str]:
     "Paths below the root, as the manifest writes them; folders are few."
     folder = lru_cache(None)(lambda f: Path(os.path.relpath(f, root)).as_posix())
     return lambda p: f"{folder(os.path.dirname(p))}/{os.path.basename(p)}"
 
+
 def pair_up(
-    d:Delivery,         # where things are
-    e:Evidence,         # the judged labels
-    photos:Photos|None, # the photos by name; None where there are none: each is taken to lie where it belongs
-    sieve:Sieve         # takes what finds no partner
-)->list[Sample]: # in the order of their names
+    d: Delivery,  # where things are
+    e: Evidence,  # the judged labels
+    photos: Photos | None,  # the photos by name; None where there are none: each is taken to lie where it belongs
+    sieve: Sieve,  # takes what finds no partner
+) -> list[Sample]:  # in the order of their names
     "Bring labels and photos together by name (SPEC DM1, DM9)."
     samples, rel = [], _relative(d.root)
     for stem, truth in sorted(e.judged.items()):
         for p in truth.pills:
-            if p.fault: sieve.drop(rel(p.label), p.fault, p.detail)
+            if p.fault:
+                sieve.drop(rel(p.label), p.fault, p.detail)
         usable, label = [p for p in truth.pills if not p.fault], truth.pills[0].label
-        if photos is None: samples.append(Sample(f"{photo_folder(os.path.dirname(rel(label)))}/{truth.file_name}", truth, usable)); continue
+        if photos is None:
+            samples.append(Sample(f"{photo_folder(os.path.dirname(rel(label)))}/{truth.file_name}", truth, usable))
+            continue
         photo = choose_photo(label, photos.paths.get(stem, []))
         for twin in photos.paths.get(stem, []):
-            if twin != photo: sieve.drop(rel(twin), Reason.DUPLICATE_PHOTO, f"{rel(photo)} is taken")
-        if photo: samples.append(Sample(rel(photo), truth, usable))
+            if twin != photo:
+                sieve.drop(rel(twin), Reason.DUPLICATE_PHOTO, f"{rel(photo)} is taken")
+        if photo:
+            samples.append(Sample(rel(photo), truth, usable))
         else:
-            for label in sorted({p.label for p in usable}): sieve.drop(rel(label), Reason.NO_IMAGE, truth.file_name)
+            for label in sorted({p.label for p in usable}):
+                sieve.drop(rel(label), Reason.NO_IMAGE, truth.file_name)
     return samples
 
 # %% ../../nbs/dataset/400_conversion.ipynb #8cfbe386
 def unlabelled(
-    d:Delivery,    # where things are
-    e:Evidence,    # the judged labels
-    photos:Photos, # the photos by name
-    sieve:Sieve    # takes them
-)->None:
+    d: Delivery,  # where things are
+    e: Evidence,  # the judged labels
+    photos: Photos,  # the photos by name
+    sieve: Sieve,  # takes them
+) -> None:
     "Photos that no label speaks of (SPEC DM9)."
     rel, told = _relative(d.root), {*e.judged, *e.plain["stem"].to_pylist(), *(Path(f.path).stem for f in e.refused)}
-    for stem in sorted(set(photos.paths)-told):
-        for path in photos.paths[stem]: sieve.drop(rel(path), Reason.NO_JSON)
+    for stem in sorted(set(photos.paths) - told):
+        for path in photos.paths[stem]:
+            sieve.drop(rel(path), Reason.NO_JSON)
 
 # %% ../../nbs/dataset/400_conversion.ipynb #a997e680
 def locate_plain(
-    d:Delivery,        # where things are
-    e:Evidence,        # its plain photos get a column path
-    photos:Photos|None # the photos by name; None where there are none
-)->None:
+    d: Delivery,  # where things are
+    e: Evidence,  # its plain photos get a column path
+    photos: Photos | None,  # the photos by name; None where there are none
+) -> None:
     "Find the photo of each plain label (SPEC DM1)."
     rel = _relative(d.root)
     if photos is None:
-        folder = lru_cache(None)(lambda f: photo_folder(os.path.dirname(rel(f+"/x"))))
-        paths = [f"{folder(l.rpartition(os.sep)[0])}/{n}" for l,n in zip(e.plain["label"].to_pylist(), e.plain["file_name"].to_pylist())]
+        folder = lru_cache(None)(lambda f: photo_folder(os.path.dirname(rel(f + "/x"))))
+        paths = [
+            f"{folder(l.rpartition(os.sep)[0])}/{n}"
+            for l, n in zip(e.plain["label"].to_pylist(), e.plain["file_name"].to_pylist())
+        ]
     else:
         found = [photos.paths.get(stem, ()) for stem in e.plain["stem"].to_pylist()]
         e.demote(pa.array([len(f) != 1 for f in found], pa.bool_()))
@@ -251,10 +343,10 @@ def locate_plain(
 
 # %% ../../nbs/dataset/400_conversion.ipynb #5554c0a8
 def complete_only(
-    samples:list[Sample], # photos with their usable pills
-    sieve:Sieve,          # takes what is left out
-    policy:str="skip"     # data.incomplete_combo: "skip" or "keep"
-)->list[Sample]:
+    samples: list[Sample],  # photos with their usable pills
+    sieve: Sieve,  # takes what is left out
+    policy: str = "skip",  # data.incomplete_combo: "skip" or "keep"
+) -> list[Sample]:
     "Leave out photos on which a pill has no usable label (SPEC BX4)."
     keep = []
     for s in samples:
@@ -262,651 +354,989 @@ def complete_only(
         kept = bool(s.pills) and (policy == "keep" or not lost)
         if len(s.truth.codes) > 1 and lost:
             tell = sieve.remark if kept else sieve.drop
-            tell(s.path, Reason.INCOMPLETE if unlabelled else Reason.PARTIAL, "no usable label for "+", ".join(lost))
-        if kept: keep.append(s)
+            tell(s.path, Reason.INCOMPLETE if unlabelled else Reason.PARTIAL, "no usable label for " + ", ".join(lost))
+        if kept:
+            keep.append(s)
     return keep
 
 # %% ../../nbs/dataset/400_conversion.ipynb #b6b7a200
 def open_samples(
-    samples:list[Sample], # photos with their usable pills
-    root:Path,            # the delivery's root
-    sieve:Sieve,          # takes what does not open
-    journal:Journal,      # what was opened before
-    progress:bool=True,   # show a progress bar
-    policy:Mapping|None=None # further arguments of look
-)->list[Sample]: # those that open, with what was seen
+    samples: list[Sample],  # photos with their usable pills
+    root: Path,  # the delivery's root
+    sieve: Sieve,  # takes what does not open
+    journal: Journal,  # what was opened before
+    progress: bool = True,  # show a progress bar
+    policy: Mapping | None = None,  # further arguments of look
+) -> list[Sample]:  # those that open, with what was seen
     "Open every photo that labels are kept for (SPEC DM6)."
-    if not samples: return []
+    if not samples:
+        return []
     seen, keep = look_at_all(root, [s.path for s in samples], journal, progress=progress, policy=policy), []
     for s in samples:
         v, t = seen[s.path], s.truth
-        if v.reason: sieve.drop(s.path, Reason(v.reason), v.detail)
-        elif (v.width, v.height) != (t.width, t.height): sieve.drop(s.path, Reason.SIZE, f"{v.width}×{v.height}, the JSON says {t.width}×{t.height}")
-        else: s.sha1 = v.sha1; keep.append(s)
+        if v.reason:
+            sieve.drop(s.path, Reason(v.reason), v.detail)
+        elif (v.width, v.height) != (t.width, t.height):
+            sieve.drop(s.path, Reason.SIZE, f"{v.width}×{v.height}, the JSON says {t.width}×{t.height}")
+        else:
+            s.sha1 = v.sha1
+            keep.append(s)
     return keep
 
 # %% ../../nbs/dataset/400_conversion.ipynb #e4787925
 def open_plain(
-    e:Evidence,           # its plain photos get a column sha1; those that do not open as they should are plain no longer
-    root:Path,            # the delivery's root
-    journal:Journal|None, # what was opened before; None = nothing is opened
-    progress:bool=True,   # show a progress bar
-    policy:Mapping|None=None # further arguments of look
-)->None:
+    e: Evidence,  # its plain photos get a column sha1; those that do not open as they should are plain no longer
+    root: Path,  # the delivery's root
+    journal: Journal | None,  # what was opened before; None = nothing is opened
+    progress: bool = True,  # show a progress bar
+    policy: Mapping | None = None,  # further arguments of look
+) -> None:
     "Open the photos of the plain labels (SPEC DM6)."
-    sha1 = [""]*len(e.plain)
+    sha1 = [""] * len(e.plain)
     if journal:
-        paths, w, h = (e.plain[k].to_pylist() for k in ("path","width","height"))
-        seen = look_at_all(root, paths, journal, progress=progress, policy=policy); seen = [seen[p] for p in paths]
-        bad = [bool(v.reason) or (v.width, v.height) != wh for v,wh in zip(seen, zip(w, h))]
-        e.demote(pa.array(bad, pa.bool_())); sha1 = [v.sha1 for v,b in zip(seen, bad) if not b]
+        paths, w, h = (e.plain[k].to_pylist() for k in ("path", "width", "height"))
+        seen = look_at_all(root, paths, journal, progress=progress, policy=policy)
+        seen = [seen[p] for p in paths]
+        bad = [bool(v.reason) or (v.width, v.height) != wh for v, wh in zip(seen, zip(w, h))]
+        e.demote(pa.array(bad, pa.bool_()))
+        sha1 = [v.sha1 for v, b in zip(seen, bad) if not b]
     e.plain = e.plain.append_column("sha1", pa.array(sha1, pa.string()))
 
 # %% ../../nbs/dataset/400_conversion.ipynb #a086a4e3
-def _drug_entry(class_id:int, kcode:str, d:Drug)->dict[str,Any]:
+def _drug_entry(class_id: int, kcode: str, d: Drug) -> dict[str, Any]:
     "Everything known of one drug; null where nothing is."
-    facts = {k: d.fact(k) for k in DRUG_KEYS} | {"drug_N": kcode, "dl_mapping_code": kcode, "dl_idx": str(int(kcode[2:])-1)}
+    facts = {k: d.fact(k) for k in DRUG_KEYS} | {
+        "drug_N": kcode,
+        "dl_mapping_code": kcode,
+        "dl_idx": str(int(kcode[2:]) - 1),
+    }
     edi = edi_list(facts["di_edi_code"])
-    return {"class_id": class_id, "kcode": kcode, "edi_code": edi[0] if edi else None, "edi_codes": edi, "drug_type": facts["di_etc_otc_code"], **facts}
+    return {
+        "class_id": class_id,
+        "kcode": kcode,
+        "edi_code": edi[0] if edi else None,
+        "edi_codes": edi,
+        "drug_type": facts["di_etc_otc_code"],
+        **facts,
+    }
 
 # %% ../../nbs/dataset/400_conversion.ipynb #2d2f867a
 def drug_mapping(
-    drugs:Mapping[str,Drug], # K-code → what its records say
-    class_map:ClassMap,      # the classes to list
-    sieve:Sieve|None=None    # takes remarks on EDI codes that two drugs share
-)->dict[str,Any]: # edi_to_class_id, drug_metadata, num_classes, created_at, class_map
+    drugs: Mapping[str, Drug],  # K-code → what its records say
+    class_map: ClassMap,  # the classes to list
+    sieve: Sieve | None = None,  # takes remarks on EDI codes that two drugs share
+) -> dict[str, Any]:  # edi_to_class_id, drug_metadata, num_classes, created_at, class_map
     "The content of drug_metadata.json (SPEC DM3, X2, X3)."
-    entries = {str(i): _drug_entry(i, k, drugs.get(k, Drug())) for i,k in enumerate(class_map)}
+    entries = {str(i): _drug_entry(i, k, drugs.get(k, Drug())) for i, k in enumerate(class_map)}
     edi = {}
     for i, e in entries.items():
         for code in e["edi_codes"]:
-            if code in edi and sieve: sieve.remark(e["kcode"], Reason.EDI_SHARED, f"{code} also belongs to {class_map.key(edi[code])}, which keeps it")
+            if code in edi and sieve:
+                sieve.remark(
+                    e["kcode"], Reason.EDI_SHARED, f"{code} also belongs to {class_map.key(edi[code])}, which keeps it"
+                )
             edi.setdefault(code, int(i))
-    return {"edi_to_class_id": edi, "drug_metadata": entries, "num_classes": len(class_map), "created_at": datetime.now(timezone.utc).isoformat(timespec="seconds"), "class_map": class_map.to_dict()}
+    return {
+        "edi_to_class_id": edi,
+        "drug_metadata": entries,
+        "num_classes": len(class_map),
+        "created_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "class_map": class_map.to_dict(),
+    }
 
 # %% ../../nbs/dataset/400_conversion.ipynb #2d62c600
 def save_drug_mapping(
-    mapping:dict[str,Any],       # from drug_mapping
-    output_path:str|os.PathLike, # drug_metadata.json
-    log:logging.Logger|None=None # where the line goes
-)->Path:
+    mapping: dict[str, Any],  # from drug_mapping
+    output_path: str | os.PathLike,  # drug_metadata.json
+    log: logging.Logger | None = None,  # where the line goes
+) -> Path:
     "Write drug_metadata.json: UTF-8, indent 2, Korean readable (SPEC DM3)."
     p = save_json(mapping, output_path)
-    (log or logging.getLogger("pillsnap.conversion")).info("Drug metadata mapping saved: %s (%d classes)", p.name, mapping["num_classes"])
+    (log or logging.getLogger("pillsnap.conversion")).info(
+        "Drug metadata mapping saved: %s (%d classes)", p.name, mapping["num_classes"]
+    )
     return p
 
 # %% ../../nbs/dataset/400_conversion.ipynb #5dedd59b
 def build_drug_metadata_mapping(
-    coco_annotations_dir:str|os.PathLike, # a tree of annotation files, or a delivery
-    output_path:str|os.PathLike           # drug_metadata.json
-)->dict[str,Any]: # its content
+    coco_annotations_dir: str | os.PathLike,  # a tree of annotation files, or a delivery
+    output_path: str | os.PathLike,  # drug_metadata.json
+) -> dict[str, Any]:  # its content
     "Collect what the annotations say of each drug, and write it (SPEC DM3)."
     e = examine(labels_of(coco_annotations_dir))
-    if not e.drugs: raise PillsnapError("no drug can be read from these annotations", where=coco_annotations_dir)
+    if not e.drugs:
+        raise PillsnapError("no drug can be read from these annotations", where=coco_annotations_dir)
     mapping = drug_mapping(e.drugs, ClassMap(e.drugs))
     save_drug_mapping(mapping, output_path)
     return mapping
 
 # %% ../../nbs/dataset/400_conversion.ipynb #8fc47493
 def get_class_id_from_edi_code(
-    edi_code:str,            # one code, or a drug's comma-separated list of them
-    mapping:dict[str,Any]    # content of drug_metadata.json
-)->int: # class number; -1 when unknown
+    edi_code: str,  # one code, or a drug's comma-separated list of them
+    mapping: dict[str, Any],  # content of drug_metadata.json
+) -> int:  # class number; -1 when unknown
     "The class that an EDI code belongs to (SPEC DM4)."
     return next((mapping["edi_to_class_id"][c] for c in edi_list(edi_code) if c in mapping["edi_to_class_id"]), -1)
 
 # %% ../../nbs/dataset/400_conversion.ipynb #1ba9d97c
 def get_drug_metadata_from_class_id(
-    class_id:int,            # class number
-    mapping:dict[str,Any]    # content of drug_metadata.json
-)->dict[str,Any]: # the drug's entry, or {'error': 'metadata_not_found', 'class_id': …}
+    class_id: int,  # class number
+    mapping: dict[str, Any],  # content of drug_metadata.json
+) -> dict[str, Any]:  # the drug's entry, or {'error': 'metadata_not_found', 'class_id': …}
     "Everything known of a class (SPEC DM5)."
     return mapping["drug_metadata"].get(str(class_id), {"error": "metadata_not_found", "class_id": class_id})
 
 # %% ../../nbs/dataset/400_conversion.ipynb #f8d3dc8e
-def _millionths(x:np.ndarray)->np.ndarray:
+def _millionths(x: np.ndarray) -> np.ndarray:
     "Fractions in whole millionths as Python's `%.6f` rounds them: a product of 53 and 20 bits is taken in two exact halves (Dekker 1971), so that ties are seen."
-    high, n = x.astype(np.float32).astype(float), np.floor(x*1e6)
-    above = (high*1e6-(n+.5)) + (x-high)*1e6
-    return (n+((above > 0) | (above == 0) & (n%2 == 1))).astype(np.uint32)
+    high, n = x.astype(np.float32).astype(float), np.floor(x * 1e6)
+    above = (high * 1e6 - (n + 0.5)) + (x - high) * 1e6
+    return (n + ((above > 0) | (above == 0) & (n % 2 == 1))).astype(np.uint32)
 
-def _six_places(rows:np.ndarray)->list[str]:
+
+def _six_places(rows: np.ndarray) -> list[str]:
     "Rows of four fractions to six decimals, all digits reckoned at once: formatting them one by one took longer than reading the file."
     n = _millionths(rows)
     text = np.tile(np.frombuffer(b" 0.000000", np.uint8), (len(rows), 4, 1))
-    for k in (8, 7, 6, 5, 4, 3, 1): text[..., k] += (n%10).astype(np.uint8); n //= 10
+    for k in (8, 7, 6, 5, 4, 3, 1):
+        text[..., k] += (n % 10).astype(np.uint8)
+        n //= 10
     lines = text.tobytes().decode("ascii")
-    return [lines[k:k+36] for k in range(0, len(lines), 36)]
+    return [lines[k : k + 36] for k in range(0, len(lines), 36)]
+
 
 def yolo_lines(
-    boxes:np.ndarray, # [n, 4] x, y, w, h, pixels
-    sizes:np.ndarray, # [n, 2] width and height of the photo of each, pixels
-    classes:Sequence[int]|None=None # class number of each; None = 0, a pill
-)->list[str]: # n
+    boxes: np.ndarray,  # [n, 4] x, y, w, h, pixels
+    sizes: np.ndarray,  # [n, 2] width and height of the photo of each, pixels
+    classes: Sequence[int] | None = None,  # class number of each; None = 0, a pill
+) -> list[str]:  # n
     "One line per box: class, centre, width and height in fractions (SPEC DM1)."
     boxes, sizes = np.asarray(boxes, float).reshape(-1, 4), np.asarray(sizes, float).reshape(-1, 2)
-    good = (boxes[:,2:] > 0).all(1) & (boxes[:,:2] >= 0).all(1) & (boxes[:,:2]+boxes[:,2:] <= sizes+1e-6).all(1)   # fractions of a pixel come from others' arithmetic
-    if not good.all(): raise PillsnapError(f"the manifest holds a box that is none: {boxes[i := good.argmin()]} in {sizes[i]}", fix="run the conversion again")
-    parts = _six_places(np.hstack([(boxes[:,:2]+boxes[:,2:]/2)/sizes, boxes[:,2:]/sizes]).clip(0, 1))
-    return [f"{c}{text}\n" for c,text in zip(classes if classes is not None else [0]*len(boxes), parts)]
+    good = (
+        (boxes[:, 2:] > 0).all(1) & (boxes[:, :2] >= 0).all(1) & (boxes[:, :2] + boxes[:, 2:] <= sizes + 1e-6).all(1)
+    )  # fractions of a pixel come from others' arithmetic
+    if not good.all():
+        raise PillsnapError(
+            f"the manifest holds a box that is none: {boxes[i := good.argmin()]} in {sizes[i]}",
+            fix="run the conversion again",
+        )
+    parts = _six_places(np.hstack([(boxes[:, :2] + boxes[:, 2:] / 2) / sizes, boxes[:, 2:] / sizes]).clip(0, 1))
+    return [f"{c}{text}\n" for c, text in zip(classes if classes is not None else [0] * len(boxes), parts)]
 
 # %% ../../nbs/dataset/400_conversion.ipynb #5d90b3e0
-def _quick_text(text:str, path:Path)->Path:
+def _quick_text(text: str, path: Path) -> Path:
     "A text that is cheap to make again: whole or absent, but not forced to the disk with thousands of fresh labels beside it."
-    with atomic_path(path, durable=False) as tmp: tmp.write_text(text, encoding="utf-8")
+    with atomic_path(path, durable=False) as tmp:
+        tmp.write_text(text, encoding="utf-8")
     return path
 
-_WRITERS, _AT_ONCE = 2, 512   # a file is made in the system and not in Python: while one thread waits for it, the other writes out its numbers
+
+_WRITERS, _AT_ONCE = (
+    2,
+    512,
+)  # a file is made in the system and not in Python: while one thread waits for it, the other writes out its numbers
+
 
 def write_labels(
-    folder:str|os.PathLike, # which exists
-    names:Sequence[str],    # of the photo of each box, without ending, sorted: equal ones are neighbours
-    boxes:np.ndarray,       # [n, 4] x, y, w, h, pixels
-    sizes:np.ndarray,       # [n, 2] width and height of the photo of each, pixels
-    classes:Sequence[int]|None=None # class number of each; None = 0, a pill
-)->int: # files
+    folder: str | os.PathLike,  # which exists
+    names: Sequence[str],  # of the photo of each box, without ending, sorted: equal ones are neighbours
+    boxes: np.ndarray,  # [n, 4] x, y, w, h, pixels
+    sizes: np.ndarray,  # [n, 2] width and height of the photo of each, pixels
+    classes: Sequence[int] | None = None,  # class number of each; None = 0, a pill
+) -> int:  # files
     "One text file per photo."
-    edges = [k for k in range(len(names)) if not k or names[k] != names[k-1]]+[len(names)]
-    def some(edges:list[int])->None:
+    edges = [k for k in range(len(names)) if not k or names[k] != names[k - 1]] + [len(names)]
+
+    def some(edges: list[int]) -> None:
         first, last = edges[0], edges[-1]
         lines = yolo_lines(boxes[first:last], sizes[first:last], classes and classes[first:last])
         for a, b in pairwise(edges):
-            fd = os.open(f"{folder}{os.sep}{names[a]}.txt", os.O_WRONLY|os.O_CREAT|os.O_TRUNC, 0o644)
-            try: os.write(fd, "".join(lines[a-first:b-first]).encode())
-            finally: os.close(fd)
-    n = len(edges)-1
+            fd = os.open(f"{folder}{os.sep}{names[a]}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+            try:
+                os.write(fd, "".join(lines[a - first : b - first]).encode())
+            finally:
+                os.close(fd)
+
+    n = len(edges) - 1
     try:
-        with ThreadPoolExecutor(_WRITERS) as pool: list(pool.map(some, [edges[k:k+_AT_ONCE+1] for k in range(0, n, _AT_ONCE)]))
-    except OSError as e: raise os_trouble("a label file cannot be written", folder, e) from e
+        with ThreadPoolExecutor(_WRITERS) as pool:
+            list(pool.map(some, [edges[k : k + _AT_ONCE + 1] for k in range(0, n, _AT_ONCE)]))
+    except OSError as e:
+        raise os_trouble("a label file cannot be written", folder, e) from e
     return n
 
 # %% ../../nbs/dataset/400_conversion.ipynb #d516af69
 class _CocoImage(msgspec.Struct, gc=False):
     "One photo of a COCO file."
-    id:int|str    # its number
-    file_name:str # its name
-    width:float   # pixels
-    height:float  # pixels
+
+    id: int | str  # its number
+    file_name: str  # its name
+    width: float  # pixels
+    height: float  # pixels
+
 
 class _CocoBox(msgspec.Struct, gc=False):
     "One annotation of a COCO file."
-    image_id:int|str  # the photo's number
-    category_id:int   # the category's number
-    bbox:tuple[float,...] # x, y, w, h
-    iscrowd:int=0     # 1: a region, no object
+
+    image_id: int | str  # the photo's number
+    category_id: int  # the category's number
+    bbox: tuple[float, ...]  # x, y, w, h
+    iscrowd: int = 0  # 1: a region, no object
+
 
 class _CocoCategory(msgspec.Struct, gc=False):
     "One class of a COCO file."
-    id:int     # its number
-    name:str   # its name
+
+    id: int  # its number
+    name: str  # its name
+
 
 class _Coco(msgspec.Struct, gc=False):
     "What is needed of a COCO file."
-    images:list[_CocoImage]         # photos
-    annotations:list[_CocoBox]      # boxes
-    categories:list[_CocoCategory]  # classes
+
+    images: list[_CocoImage]  # photos
+    annotations: list[_CocoBox]  # boxes
+    categories: list[_CocoCategory]  # classes
 
 # %% ../../nbs/dataset/400_conversion.ipynb #a6ca90fe
 def read_coco(
-    path:str|os.PathLike # a COCO file
-)->_Coco:
+    path: str | os.PathLike,  # a COCO file
+) -> _Coco:
     "Parse a COCO file; what is wrong with it is told with its place (SPEC DM1)."
-    try: return msgspec.json.decode(Path(path).read_bytes(), type=_Coco)
-    except OSError as e: raise os_trouble("the file cannot be read", path, e) from e
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e: raise PillsnapError(f"this is no COCO file: {e}", where=path, fix="it needs images, annotations and categories") from None
+    try:
+        return msgspec.json.decode(Path(path).read_bytes(), type=_Coco)
+    except OSError as e:
+        raise os_trouble("the file cannot be read", path, e) from e
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
+        raise PillsnapError(
+            f"this is no COCO file: {e}", where=path, fix="it needs images, annotations and categories"
+        ) from None
 
+# %% ../../nbs/dataset/400_conversion.ipynb #59c6157a
 def coco_to_yolo(
-    coco_json:str|os.PathLike, # a COCO file
-    out_dir:str|os.PathLike,   # gets labels/<photo>.txt and data.yaml; older labels of the same names are replaced
-    log:logging.Logger|None=None # one line on what was left out
-)->Path: # data.yaml
+    coco_json: str | os.PathLike,  # a COCO file
+    out_dir: str | os.PathLike,  # gets labels/<photo>.txt and data.yaml; older labels of the same names are replaced
+    log: logging.Logger | None = None,  # one line on what was left out
+) -> Path:  # data.yaml
     "COCO boxes to YOLO labels (SPEC DM1, BM3)."
-    c, folder, class_of = read_coco(coco_json), ensure_dir(Path(out_dir)/"labels"), {}
+    c, folder, class_of = read_coco(coco_json), ensure_dir(Path(out_dir) / "labels"), {}
     names = {k.id: k.name for k in sorted(c.categories, key=lambda k: k.id)}
-    for i,k in enumerate(names): class_of[k] = i
-    place_of, boxes = {im.id: i for i,im in enumerate(c.images)}, [b for b in c.annotations if not b.iscrowd and len(b.bbox) == 4]
-    photo, kind = np.array([place_of.get(b.image_id, -1) for b in boxes], int), np.array([class_of.get(b.category_id, -1) for b in boxes], int)
-    size = np.array([[im.width for im in c.images]+[0], [im.height for im in c.images]+[0]], float).T[photo]   # the last is nobody's
-    xywh = np.fromiter(chain.from_iterable(b.bbox for b in boxes), float, 4*len(boxes)).reshape(-1, 4)
-    good = (photo >= 0) & (kind >= 0) & (xywh[:,2:] > 0).all(1) & (xywh[:,:2] >= 0).all(1) & (xywh[:,:2]+xywh[:,2:] <= size+1e-6).all(1)
+    for i, k in enumerate(names):
+        class_of[k] = i
+    place_of, boxes = (
+        {im.id: i for i, im in enumerate(c.images)},
+        [b for b in c.annotations if not b.iscrowd and len(b.bbox) == 4],
+    )
+    photo, kind = (
+        np.array([place_of.get(b.image_id, -1) for b in boxes], int),
+        np.array([class_of.get(b.category_id, -1) for b in boxes], int),
+    )
+    size = np.array([[im.width for im in c.images] + [0], [im.height for im in c.images] + [0]], float).T[
+        photo
+    ]  # the last is nobody's
+    xywh = np.fromiter(chain.from_iterable(b.bbox for b in boxes), float, 4 * len(boxes)).reshape(-1, 4)
+    good = (
+        (photo >= 0)
+        & (kind >= 0)
+        & (xywh[:, 2:] > 0).all(1)
+        & (xywh[:, :2] >= 0).all(1)
+        & (xywh[:, :2] + xywh[:, 2:] <= size + 1e-6).all(1)
+    )
     order = np.flatnonzero(good)[np.argsort(photo[good], kind="stable")]
     stems = [(name := im.file_name.rpartition("/")[2]).rpartition(".")[0] or name for im in c.images]
-    if len(set(stems)) < len(stems): raise PillsnapError("two photos of this COCO file have one name", where=coco_json, fix="their labels would overwrite each other: rename them")
+    if len(set(stems)) < len(stems):
+        raise PillsnapError(
+            "two photos of this COCO file have one name",
+            where=coco_json,
+            fix="their labels would overwrite each other: rename them",
+        )
     write_labels(folder, [stems[i] for i in photo[order].tolist()], xywh[order], size[order], kind[order].tolist())
-    if lost := len(c.annotations)-len(order): (log or logging.getLogger("pillsnap.conversion")).warning("%d of %d annotations are no box within their photo, and were left out", lost, len(c.annotations))
-    return _quick_text(f"train: images\nval: images\nnc: {len(names)}\nnames: {json.dumps(list(names.values()), ensure_ascii=False)}\n", Path(out_dir)/"data.yaml")
+    if lost := len(c.annotations) - len(order):
+        (log or logging.getLogger("pillsnap.conversion")).warning(
+            "%d of %d annotations are no box within their photo, and were left out", lost, len(c.annotations)
+        )
+    return _quick_text(
+        f"train: images\nval: images\nnc: {len(names)}\nnames: {json.dumps(list(names.values()), ensure_ascii=False)}\n",
+        Path(out_dir) / "data.yaml",
+    )
 
 # %% ../../nbs/dataset/400_conversion.ipynb #ac58dd71
 @lru_cache(1024)
-def _way(folder:str, target:str)->str:
+def _way(folder: str, target: str) -> str:
     "From one folder to another, links resolved."
     return os.path.relpath(os.path.realpath(folder), os.path.realpath(target))
 
+
 def place(
-    photo:str|os.PathLike, # what is to be seen
-    target:str|os.PathLike # where
-)->str: # "symlink", "hardlink" or "copy"
+    photo: str | os.PathLike,  # what is to be seen
+    target: str | os.PathLike,  # where
+) -> str:  # "symlink", "hardlink" or "copy"
     "Show a photo in another folder, by a link where that is possible."
     photo, target = os.fspath(photo), os.fspath(target)
-    try: os.symlink(f"{_way(os.path.dirname(photo), os.path.dirname(target))}/{os.path.basename(photo)}", target); return "symlink"
-    except FileExistsError as e: raise os_trouble("a photo cannot be shown where another is", target, e) from e   # a copy would go through its link, into the delivery
-    except OSError: pass
-    try: os.link(photo, target); return "hardlink"
-    except OSError: pass
-    try: shutil.copy2(photo, target); return "copy"
-    except OSError as e: raise os_trouble("the photo can be neither linked nor copied", target, e) from e
+    try:
+        os.symlink(f"{_way(os.path.dirname(photo), os.path.dirname(target))}/{os.path.basename(photo)}", target)
+        return "symlink"
+    except FileExistsError as e:
+        raise os_trouble(
+            "a photo cannot be shown where another is", target, e
+        ) from e  # a copy would go through its link, into the delivery
+    except OSError:
+        pass
+    try:
+        os.link(photo, target)
+        return "hardlink"
+    except OSError:
+        pass
+    try:
+        shutil.copy2(photo, target)
+        return "copy"
+    except OSError as e:
+        raise os_trouble("the photo can be neither linked nor copied", target, e) from e
 
 # %% ../../nbs/dataset/400_conversion.ipynb #9394f924
 DATA_YAML = "train: images/train\nval: images/val\nnc: 1\nnames: [pill]\n"
 
 # %% ../../nbs/dataset/400_conversion.ipynb #19a38759
 def write_yolo_tree(
-    df:pd.DataFrame,                    # manifest rows
-    root:str|os.PathLike,               # the delivery's root
-    out_dir:str|os.PathLike,            # the folder to make: images/, labels/, data.yaml
-    split_of:Mapping[str,str]|None=None, # path → "train" or "val"; others are left out; None = all train
-    log:logging.Logger|None=None        # where a fallback is told
-)->Path: # data.yaml
+    df: pd.DataFrame,  # manifest rows
+    root: str | os.PathLike,  # the delivery's root
+    out_dir: str | os.PathLike,  # the folder to make: images/, labels/, data.yaml
+    split_of: Mapping[str, str] | None = None,  # path → "train" or "val"; others are left out; None = all train
+    log: logging.Logger | None = None,  # where a fallback is told
+) -> Path:  # data.yaml
     "Lay the manifest out for ultralytics; an older tree is replaced in one step (SPEC DM8)."
-    out, how = Path(out_dir), Counter(); new = out.with_name(f".{out.name}.new")
+    out, how = Path(out_dir), Counter()
+    new = out.with_name(f".{out.name}.new")
     names = pd.Series([os.path.splitext(os.path.basename(p))[0] for p in df.path.unique()], dtype=str)
-    if (twice := names[names.duplicated()]).size: raise PillsnapError(f"{len(twice)} photos have the name of another one, the first is {twice.iloc[0]}", where=root, fix="their labels would overwrite each other: rename them")
+    if (twice := names[names.duplicated()]).size:
+        raise PillsnapError(
+            f"{len(twice)} photos have the name of another one, the first is {twice.iloc[0]}",
+            where=root,
+            fix="their labels would overwrite each other: rename them",
+        )
     shutil.rmtree(new, ignore_errors=True)
-    folders = {(what, s): ensure_dir(new/what/s) for what in ("images","labels") for s in ("train","val")}
+    folders = {(what, s): ensure_dir(new / what / s) for what in ("images", "labels") for s in ("train", "val")}
     df = df.sort_values("path", kind="stable")
     side = df.path.map(split_of.get) if split_of is not None else pd.Series("train", df.index)
-    for split in ("train","val"):
-        rows = df[side == split]; stems = [os.path.splitext(os.path.basename(p))[0] for p in rows.path]
-        write_labels(folders["labels", split], stems, json.loads(f"[{','.join(rows.bbox)}]"), rows[["width","height"]].to_numpy())
-        for path in rows.path.unique(): how[place(f"{os.fspath(root)}/{path}", f"{folders['images', split]}/{os.path.basename(path)}")] += 1
-    _quick_text(DATA_YAML, new/"data.yaml")
-    if set(how) - {"symlink"}: (log or logging.getLogger("pillsnap.conversion")).warning("this file system makes no symbolic links: photos are shown by %s", dict(how))
+    for split in ("train", "val"):
+        rows = df[side == split]
+        stems = [os.path.splitext(os.path.basename(p))[0] for p in rows.path]
+        write_labels(
+            folders["labels", split],
+            stems,
+            json.loads(f"[{','.join(rows.bbox)}]"),
+            rows[["width", "height"]].to_numpy(),
+        )
+        for path in rows.path.unique():
+            how[place(f"{os.fspath(root)}/{path}", f"{folders['images', split]}/{os.path.basename(path)}")] += 1
+    _quick_text(DATA_YAML, new / "data.yaml")
+    if set(how) - {"symlink"}:
+        (log or logging.getLogger("pillsnap.conversion")).warning(
+            "this file system makes no symbolic links: photos are shown by %s", dict(how)
+        )
     _swap(new, out)
-    return out/"data.yaml"
+    return out / "data.yaml"
 
 # %% ../../nbs/dataset/400_conversion.ipynb #eb02778d
-def _swap(new:Path, out:Path)->None:
+def _swap(new: Path, out: Path) -> None:
     "Put a finished folder in the place of an older one."
     old = out.with_name(f".{out.name}.old")
     shutil.rmtree(old, ignore_errors=True)
-    if out.exists(): out.rename(old)
+    if out.exists():
+        out.rename(old)
     new.rename(out)
     shutil.rmtree(old, ignore_errors=True)
 
 # %% ../../nbs/dataset/400_conversion.ipynb #87955d2e
-def _line_fault(line:str)->str|None:
+def _line_fault(line: str) -> str | None:
     "What is wrong with one label line."
     parts = line.split()
-    if len(parts) != 5: return f"{len(parts)} values"
-    try: c, xc, yc, w, h = map(float, parts)
-    except ValueError: return "no number"
-    if c != 0: return f"class {parts[0]}"
-    if not all(0 <= v <= 1 for v in (xc, yc, w, h)) or w <= 0 or h <= 0: return "out of range"
-    return "beyond the photo" if min(xc-w/2, yc-h/2) < -1e-5 or max(xc+w/2, yc+h/2) > 1+1e-5 else None
+    if len(parts) != 5:
+        return f"{len(parts)} values"
+    try:
+        c, xc, yc, w, h = map(float, parts)
+    except ValueError:
+        return "no number"
+    if c != 0:
+        return f"class {parts[0]}"
+    if not all(0 <= v <= 1 for v in (xc, yc, w, h)) or w <= 0 or h <= 0:
+        return "out of range"
+    return "beyond the photo" if min(xc - w / 2, yc - h / 2) < -1e-5 or max(xc + w / 2, yc + h / 2) > 1 + 1e-5 else None
 
 # %% ../../nbs/dataset/400_conversion.ipynb #994ef4f3
 def check_yolo_tree(
-    out_dir:str|os.PathLike # the folder that holds images/ and labels/
-)->list[str]: # problems, one line each; [] for a good tree
+    out_dir: str | os.PathLike,  # the folder that holds images/ and labels/
+) -> list[str]:  # problems, one line each; [] for a good tree
     "Check label files: range, class index, orphans (SPEC DM13)."
     out, said = Path(out_dir), []
-    for s in ("train","val"):
-        images, labels = ({p.stem: p for p in (out/what/s).iterdir()} if (out/what/s).is_dir() else {} for what in ("images","labels"))
-        said += [f"{s}/{n}: a label without photo" for n in sorted(set(labels)-set(images))] + [f"{s}/{n}: a photo without label" for n in sorted(set(images)-set(labels))]
+    for s in ("train", "val"):
+        images, labels = (
+            {p.stem: p for p in (out / what / s).iterdir()} if (out / what / s).is_dir() else {}
+            for what in ("images", "labels")
+        )
+        said += [f"{s}/{n}: a label without photo" for n in sorted(set(labels) - set(images))] + [
+            f"{s}/{n}: a photo without label" for n in sorted(set(images) - set(labels))
+        ]
         for n, p in sorted(labels.items()):
             lines = p.read_text(encoding="utf-8").splitlines()
-            said += [f"{s}/{n}: empty"]*(not lines) + [f"{s}/{n} line {i}: {f}" for i,l in enumerate(lines, 1) if (f := _line_fault(l))]
+            said += [f"{s}/{n}: empty"] * (not lines) + [
+                f"{s}/{n} line {i}: {f}" for i, l in enumerate(lines, 1) if (f := _line_fault(l))
+            ]
     return said
 
 # %% ../../nbs/dataset/400_conversion.ipynb #7b3c7477
-def _policy(cfg:Config)->dict[str,Any]:
+def _policy(cfg: Config) -> dict[str, Any]:
     "How photos are opened."
     return dict(grayscale_policy=cfg.data.grayscale_policy, rgba_policy=cfg.data.rgba_policy)
 
 # %% ../../nbs/dataset/400_conversion.ipynb #e919c3d5
 def gather(
-    d:Delivery,                # where things are; without photos, they are taken to be there
-    cfg:Config,                # its data block is used
-    sieve:Sieve,               # takes what is left out
-    journal:Journal|None=None, # photos opened before; None opens all
-    progress:bool=True,        # show progress bars
-    workers:int|None=None,     # processes that read labels; None = joblib's setting, else one per CPU
-    domain:str="studio"        # where the photos were taken
-)->tuple[pa.Table,Evidence,Photos|None]: # the rows of the index; what the labels say; the photos by name
+    d: Delivery,  # where things are; without photos, they are taken to be there
+    cfg: Config,  # its data block is used
+    sieve: Sieve,  # takes what is left out
+    journal: Journal | None = None,  # photos opened before; None opens all
+    progress: bool = True,  # show progress bars
+    workers: int | None = None,  # processes that read labels; None = joblib's setting, else one per CPU
+    domain: str = "studio",  # where the photos were taken
+) -> tuple[pa.Table, Evidence, Photos | None]:  # the rows of the index; what the labels say; the photos by name
     "Read labels, list photos, bring them together, open what is kept (SPEC DM1, DM6, DM9)."
     photos = index_photos(d.images, cfg.data.extensions, cfg.data.ignore_hidden) if d.images else None
     e = examine(d.labels, cfg.data.ignore_hidden, progress, workers)
-    if not e.counts["files"]: raise PillsnapError("the delivery is empty: there are no annotation files", where=d.labels, fix=unpack_hint(d.labels) or "name a delivery (paths.root), or the folder of its annotation files")
-    if photos and not photos.paths: raise PillsnapError("the delivery is empty: there are no photos", where=d.images, fix=unpack_hint(d.images) or f"photos end in {', '.join(cfg.data.extensions)}")
-    for f in (*(photos.faults if photos else ()), *e.tree, *e.refused): sieve.drop(os.path.relpath(f.path, d.root), f.reason, f.detail)
+    if not e.counts["files"]:
+        raise PillsnapError(
+            "the delivery is empty: there are no annotation files",
+            where=d.labels,
+            fix=unpack_hint(d.labels) or "name a delivery (paths.root), or the folder of its annotation files",
+        )
+    if photos and not photos.paths:
+        raise PillsnapError(
+            "the delivery is empty: there are no photos",
+            where=d.images,
+            fix=unpack_hint(d.images) or f"photos end in {', '.join(cfg.data.extensions)}",
+        )
+    for f in (*(photos.faults if photos else ()), *e.tree, *e.refused):
+        sieve.drop(os.path.relpath(f.path, d.root), f.reason, f.detail)
     sieve.remarks += e.conflicts
     journal = (journal or Journal(None, "")) if photos and cfg.data.verify_on_build else None
-    locate_plain(d, e, photos); open_plain(e, d.root, journal, progress, _policy(cfg))
+    locate_plain(d, e, photos)
+    open_plain(e, d.root, journal, progress, _policy(cfg))
     samples = complete_only(pair_up(d, e, photos, sieve), sieve, cfg.data.incomplete_combo)
-    if photos: unlabelled(d, e, photos, sieve)
-    if journal: samples = open_samples(samples, d.root, sieve, journal, progress, _policy(cfg))
+    if photos:
+        unlabelled(d, e, photos, sieve)
+    if journal:
+        samples = open_samples(samples, d.root, sieve, journal, progress, _policy(cfg))
     remark_on(samples, sieve)
-    return gather_rows(plain_rows(e.plain, domain), [r for s in samples for r in truth_rows(s.path, s.truth, s.pills, s.sha1, domain)]), e, photos
+    return (
+        gather_rows(
+            plain_rows(e.plain, domain),
+            [r for s in samples for r in truth_rows(s.path, s.truth, s.pills, s.sha1, domain)],
+        ),
+        e,
+        photos,
+    )
 
 # %% ../../nbs/dataset/400_conversion.ipynb #4143df2f
 def remark_on(
-    samples:list[Sample], # opened photos with their pills
-    sieve:Sieve           # takes the remarks
-)->None:
+    samples: list[Sample],  # opened photos with their pills
+    sieve: Sieve,  # takes the remarks
+) -> None:
     "Note what is kept although it is odd: boxes that overlap, areas that are recomputed."
     for s in samples:
-        for a,b,iou in s.truth.close_pairs():
-            if not (a.fault or b.fault): sieve.remark(s.path, Reason.OVERLAP, f"{a.kcode} and {b.kcode}, IoU {iou:.2f}")
+        for a, b, iou in s.truth.close_pairs():
+            if not (a.fault or b.fault):
+                sieve.remark(s.path, Reason.OVERLAP, f"{a.kcode} and {b.kcode}, IoU {iou:.2f}")
         for p in s.pills:
-            if not p.area_ok: sieve.remark(s.path, Reason.AREA, f"{p.kcode}: recomputed as {p.bbox[2]*p.bbox[3]}")
+            if not p.area_ok:
+                sieve.remark(s.path, Reason.AREA, f"{p.kcode}: recomputed as {p.bbox[2] * p.bbox[3]}")
 
 # %% ../../nbs/dataset/400_conversion.ipynb #328326d9
 def discover_detection_data(
-    root:str|os.PathLike,                        # the delivery's root
-    coco_annotations:str|os.PathLike|None=None,  # a part of its labels; None = all
-    cfg:Config|None=None,                        # settings; None = the documented defaults
-    sieve:Sieve|None=None                        # takes what is left out
-)->pd.DataFrame: # manifest rows
+    root: str | os.PathLike,  # the delivery's root
+    coco_annotations: str | os.PathLike | None = None,  # a part of its labels; None = all
+    cfg: Config | None = None,  # settings; None = the documented defaults
+    sieve: Sieve | None = None,  # takes what is left out
+) -> pd.DataFrame:  # manifest rows
     "Find photos with their boxes, without writing anything (SPEC DM6)."
     d = find_delivery(root)
-    if coco_annotations is not None: d = Delivery(d.root, Path(coco_annotations), d.images, d.sealed)
+    if coco_annotations is not None:
+        d = Delivery(d.root, Path(coco_annotations), d.images, d.sealed)
     return gather(d, cfg or load_config("two_stage"), sieve or Sieve(), progress=False)[0].to_pandas()
 
 # %% ../../nbs/dataset/400_conversion.ipynb #807fb23d
 def write_faults(
-    faults:Iterable[Fault], # in any order
-    path:str|os.PathLike    # quarantine.csv
-)->Path:
+    faults: Iterable[Fault],  # in any order
+    path: str | os.PathLike,  # quarantine.csv
+) -> Path:
     "Write path, reason, detail, sorted (SPEC section 2, Annex 3)."
     with atomic_path(path) as tmp, open(tmp, "w", encoding="utf-8", newline="") as f:
-        w = csv.writer(f, lineterminator="\n"); w.writerow(("path", "reason", "detail"))
-        w.writerows(sorted({(x.path, str(x.reason), " ".join(x.detail.split()).encode("utf-8", "replace").decode()) for x in faults}))
+        w = csv.writer(f, lineterminator="\n")
+        w.writerow(("path", "reason", "detail"))
+        w.writerows(
+            sorted(
+                {
+                    (x.path, str(x.reason), " ".join(x.detail.split()).encode("utf-8", "replace").decode())
+                    for x in faults
+                }
+            )
+        )
     return Path(path)
 
 # %% ../../nbs/dataset/400_conversion.ipynb #7eb0907f
 @dataclass
 class Conversion:
     "What a conversion found and wrote."
-    out:Path             # run folder
-    rows:pd.DataFrame    # the manifest
-    header:dict[str,Any] # its header
-    report:dict[str,Any] # reports/conversion.json
-    sieve:Sieve          # what was left out or remarked upon
-    drugs:dict[str,Any]  # drug_metadata.json
+
+    out: Path  # run folder
+    rows: pd.DataFrame  # the manifest
+    header: dict[str, Any]  # its header
+    report: dict[str, Any]  # reports/conversion.json
+    sieve: Sieve  # what was left out or remarked upon
+    drugs: dict[str, Any]  # drug_metadata.json
 
 # %% ../../nbs/dataset/400_conversion.ipynb #7ec3ecca
-def _counts(df:pd.DataFrame)->dict[str,int]:
+def _counts(df: pd.DataFrame) -> dict[str, int]:
     "How much the manifest holds."
     photos = df.drop_duplicates("path")
-    return dict(photos=len(photos), singles=int((photos.kind == "single").sum()), combos=int((photos.kind == "combo").sum()), pills=len(df),
-        drugs=df.kcode.nunique(), groups=df.group_id.nunique(), identical_photos=int((photos.dup_id != "").sum()))
+    return dict(
+        photos=len(photos),
+        singles=int((photos.kind == "single").sum()),
+        combos=int((photos.kind == "combo").sum()),
+        pills=len(df),
+        drugs=df.kcode.nunique(),
+        groups=df.group_id.nunique(),
+        identical_photos=int((photos.dup_id != "").sum()),
+    )
 
-def _ledger(root:Path)->dict[str,Any]:
+
+def _ledger(root: Path) -> dict[str, Any]:
     "SYNTHETIC.json, or {} for a real delivery."
-    p = root/"SYNTHETIC.json"
+    p = root / "SYNTHETIC.json"
     return read_json(p) if p.is_file() else {}
 
 # %% ../../nbs/dataset/400_conversion.ipynb #98e32549
-def _nothing_left(d:Delivery, out:Path, sieve:Sieve)->PillsnapError:
+def _nothing_left(d: Delivery, out: Path, sieve: Sieve) -> PillsnapError:
     "Say why no photo is left; the list of reasons is written."
-    listed = write_faults(sieve.out, out/"quarantine.csv")
-    why = ", ".join(f"{n} × {r}" for r,n in Counter(str(f.reason) for f in sieve.out).most_common(4))
-    return PillsnapError(f"no usable photo is left of this delivery: {why}", where=d.root, fix=f"every file and its reason stand in {listed}")
+    listed = write_faults(sieve.out, out / "quarantine.csv")
+    why = ", ".join(f"{n} × {r}" for r, n in Counter(str(f.reason) for f in sieve.out).most_common(4))
+    return PillsnapError(
+        f"no usable photo is left of this delivery: {why}",
+        where=d.root,
+        fix=f"every file and its reason stand in {listed}",
+    )
 
 # %% ../../nbs/dataset/400_conversion.ipynb #5146c15e
 def convert(
-    d:Delivery,               # where things are
-    out_dir:str|os.PathLike,  # run folder
-    cfg:Config,               # its data block is used
-    log:logging.Logger,       # one line per decision
-    progress:bool=True        # show progress bars
-)->Conversion:
+    d: Delivery,  # where things are
+    out_dir: str | os.PathLike,  # run folder
+    cfg: Config,  # its data block is used
+    log: logging.Logger,  # one line per decision
+    progress: bool = True,  # show progress bars
+) -> Conversion:
     "Convert a delivery whose parts are known (SPEC DM1, DM7-DM9, DM14)."
     out, sieve, t0 = ensure_dir(out_dir), Sieve(), time.perf_counter()
-    journal = Journal(out/"artifacts"/"photos.seen", json.dumps(_policy(cfg), sort_keys=True))
+    journal = Journal(out / "artifacts" / "photos.seen", json.dumps(_policy(cfg), sort_keys=True))
     ledger = _ledger(d.root)
     rows, e, photos = gather(d, cfg, sieve, journal, progress, domain=ledger.get("domain", "studio"))
-    if not len(rows): raise _nothing_left(d, out, sieve)
-    df, seconds = rows.to_pandas(), time.perf_counter()-t0
+    if not len(rows):
+        raise _nothing_left(d, out, sieve)
+    df, seconds = rows.to_pandas(), time.perf_counter() - t0
     class_map, sealed = ClassMap(df.kcode), sealed_codes(d)
     drugs = drug_mapping(e.drugs, class_map, sieve)
     words = overlap_in_words(class_map, sealed)
-    header = dict(source="synthetic" if ledger else "aihub", root=d.root, class_map=class_map.to_dict(), counts=_counts(df), quarantine=tally(sieve.out), remarks=tally(sieve.remarks),
-        incomplete_combo=cfg.data.incomplete_combo, verified=cfg.data.verify_on_build, sealed=dict(drugs=len(sealed), known=len(sealed & set(class_map)), words=words))
+    header = dict(
+        source="synthetic" if ledger else "aihub",
+        root=d.root,
+        class_map=class_map.to_dict(),
+        counts=_counts(df),
+        quarantine=tally(sieve.out),
+        remarks=tally(sieve.remarks),
+        incomplete_combo=cfg.data.incomplete_combo,
+        verified=cfg.data.verify_on_build,
+        sealed=dict(drugs=len(sealed), known=len(sealed & set(class_map)), words=words),
+    )
     report = report_of(df, e, photos, header, seconds)
     header = write_all(out, d, df, header, drugs, sieve, report, log)
     return Conversion(out, df, header, report | {"data_hash": header["data_hash"]}, sieve, drugs)
 
 # %% ../../nbs/dataset/400_conversion.ipynb #7e52494c
 def sealed_rows(
-    d:Delivery # a delivery
-)->pd.DataFrame: # a row per folder and drug, COLUMNS
+    d: Delivery,  # a delivery
+) -> pd.DataFrame:  # a row per folder and drug, COLUMNS
     "What may be known of the sealed test before the final test: which drugs it holds (SPEC SP4)."
     rel, blank = _relative(d.root), dict.fromkeys(COLUMNS, "") | dict.fromkeys(INT_COLUMNS, -1)
-    return pd.DataFrame([blank | dict(sample_id=f"{(p := rel(f))}@{k}", path=p, kcode=k, class_key=k, kind="single" if len(codes) == 1 else "combo", split=d.sealed.name)
-        for f, codes in sealed_folders(d) for k in codes], columns=list(COLUMNS))
+    return pd.DataFrame(
+        [
+            blank
+            | dict(
+                sample_id=f"{(p := rel(f))}@{k}",
+                path=p,
+                kcode=k,
+                class_key=k,
+                kind="single" if len(codes) == 1 else "combo",
+                split=d.sealed.name,
+            )
+            for f, codes in sealed_folders(d)
+            for k in codes
+        ],
+        columns=list(COLUMNS),
+    )
 
 # %% ../../nbs/dataset/400_conversion.ipynb #140c8233
 def tally(
-    faults:Iterable[Fault] # in any order
-)->dict[str,int]:
+    faults: Iterable[Fault],  # in any order
+) -> dict[str, int]:
     "How many of each reason."
     return dict(sorted(Counter(str(f.reason) for f in faults).items()))
 
 # %% ../../nbs/dataset/400_conversion.ipynb #a75b7f8a
 def report_of(
-    df:pd.DataFrame,       # manifest rows
-    e:Evidence,            # what the labels say
-    photos:Photos,         # the photos by name
-    header:dict[str,Any],  # the manifest's header
-    seconds:float          # time it took to read everything
-)->dict[str,Any]:
+    df: pd.DataFrame,  # manifest rows
+    e: Evidence,  # what the labels say
+    photos: Photos,  # the photos by name
+    header: dict[str, Any],  # the manifest's header
+    seconds: float,  # time it took to read everything
+) -> dict[str, Any]:
     "reports/conversion.json: counts, faults, balance, conditions."
     per_drug = df.groupby("kcode").size()
-    conditions = {c: {str(k): int(n) for k,n in df.drop_duplicates("path")[c].value_counts().sort_index().items()} for c in ("kind","state","back","side","light","latitude","longitude","size")}
-    boxes = df.bbox.map(json.loads).map(lambda b: b[2]*b[3])/(df.width*df.height)
-    return dict(source=header["source"], counts=header["counts"], quarantine=header["quarantine"], remarks=header["remarks"], sealed=header["sealed"], class_map_hash=header["class_map"]["fingerprint"],
-        pills_per_drug=dict(min=int(per_drug.min()), median=float(per_drug.median()), max=int(per_drug.max()), skew=float(per_drug.max()/per_drug.min())),
-        box_share_of_photo={kind: {f"p{q}": float(np.percentile(boxes[df.kind == kind], q)) for q in (5,50,95)} for kind in sorted(set(df.kind))},
-        conditions=conditions, passed_over=dict(index_pictures=photos.index, hidden_files=photos.hidden), audit=summary(e, photos), seconds=seconds)
+    conditions = {
+        c: {str(k): int(n) for k, n in df.drop_duplicates("path")[c].value_counts().sort_index().items()}
+        for c in ("kind", "state", "back", "side", "light", "latitude", "longitude", "size")
+    }
+    boxes = df.bbox.map(json.loads).map(lambda b: b[2] * b[3]) / (df.width * df.height)
+    return dict(
+        source=header["source"],
+        counts=header["counts"],
+        quarantine=header["quarantine"],
+        remarks=header["remarks"],
+        sealed=header["sealed"],
+        class_map_hash=header["class_map"]["fingerprint"],
+        pills_per_drug=dict(
+            min=int(per_drug.min()),
+            median=float(per_drug.median()),
+            max=int(per_drug.max()),
+            skew=float(per_drug.max() / per_drug.min()),
+        ),
+        box_share_of_photo={
+            kind: {f"p{q}": float(np.percentile(boxes[df.kind == kind], q)) for q in (5, 50, 95)}
+            for kind in sorted(set(df.kind))
+        },
+        conditions=conditions,
+        passed_over=dict(index_pictures=photos.index, hidden_files=photos.hidden),
+        audit=summary(e, photos),
+        seconds=seconds,
+    )
 
 # %% ../../nbs/dataset/400_conversion.ipynb #b5e32047
 def write_all(
-    out:Path,              # run folder
-    d:Delivery,            # where things are
-    df:pd.DataFrame,       # manifest rows
-    header:dict[str,Any],  # the manifest's header
-    drugs:dict[str,Any],   # content of drug_metadata.json
-    sieve:Sieve,           # what was left out or remarked upon
-    report:dict[str,Any],  # content of reports/conversion.json
-    log:logging.Logger     # where lines go
-)->dict[str,Any]: # the header as written
+    out: Path,  # run folder
+    d: Delivery,  # where things are
+    df: pd.DataFrame,  # manifest rows
+    header: dict[str, Any],  # the manifest's header
+    drugs: dict[str, Any],  # content of drug_metadata.json
+    sieve: Sieve,  # what was left out or remarked upon
+    report: dict[str, Any],  # content of reports/conversion.json
+    log: logging.Logger,  # where lines go
+) -> dict[str, Any]:  # the header as written
     "Write every file of a conversion, the manifest last."
-    save_drug_mapping(drugs, out/"drug_metadata.json", log)
-    write_faults(sieve.out, out/"quarantine.csv"); write_faults(sieve.remarks, out/"reports"/"remarks.csv")
-    header = write_manifest(df, header, out/"manifest.csv")
-    write_index(df, header | dict(root=d.root), out/"index"/"train.arrow", home=out)
-    if d.sealed: write_index(sealed_rows(d), dict(source=header["source"], root=d.root, note="folder names alone: the sealed test was not opened"), out/"index"/"val.arrow", home=out)
-    save_json(report | {"data_hash": header["data_hash"]}, out/"reports"/"conversion.json")
-    for reason, n in header["quarantine"].items(): log.info("left out: %s × %d (quarantine.csv)", reason, n)
-    for reason, n in header["remarks"].items(): log.info("kept with a remark: %s × %d (reports/remarks.csv)", reason, n)
+    save_drug_mapping(drugs, out / "drug_metadata.json", log)
+    write_faults(sieve.out, out / "quarantine.csv")
+    write_faults(sieve.remarks, out / "reports" / "remarks.csv")
+    header = write_manifest(df, header, out / "manifest.csv")
+    write_index(df, header | dict(root=d.root), out / "index" / "train.arrow", home=out)
+    if d.sealed:
+        write_index(
+            sealed_rows(d),
+            dict(source=header["source"], root=d.root, note="folder names alone: the sealed test was not opened"),
+            out / "index" / "val.arrow",
+            home=out,
+        )
+    save_json(report | {"data_hash": header["data_hash"]}, out / "reports" / "conversion.json")
+    for reason, n in header["quarantine"].items():
+        log.info("left out: %s × %d (quarantine.csv)", reason, n)
+    for reason, n in header["remarks"].items():
+        log.info("kept with a remark: %s × %d (reports/remarks.csv)", reason, n)
     log.info("sealed test: %s", header["sealed"]["words"])
     return header
 
 # %% ../../nbs/dataset/400_conversion.ipynb #c4a9eb35
 def convert_delivery(
-    root:str|os.PathLike,         # the delivery: holds data/train
-    out_dir:str|os.PathLike,      # run folder
-    cfg:Config|None=None,         # settings; None = the documented defaults
-    log:logging.Logger|None=None, # one line per decision
-    progress:bool=False           # show progress bars
-)->Conversion:
+    root: str | os.PathLike,  # the delivery: holds data/train
+    out_dir: str | os.PathLike,  # run folder
+    cfg: Config | None = None,  # settings; None = the documented defaults
+    log: logging.Logger | None = None,  # one line per decision
+    progress: bool = False,  # show progress bars
+) -> Conversion:
     "Convert a delivery into a run folder (SPEC DM1, DM7-DM9)."
-    return convert(find_delivery(root), out_dir, cfg or load_config("two_stage"), log or logging.getLogger("pillsnap.conversion"), progress)
+    return convert(
+        find_delivery(root),
+        out_dir,
+        cfg or load_config("two_stage"),
+        log or logging.getLogger("pillsnap.conversion"),
+        progress,
+    )
 
 # %% ../../nbs/dataset/400_conversion.ipynb #2186f789
 def index_labels(
-    labels:str|os.PathLike,   # a delivery, or a tree of annotation files; photos are not looked for
-    path:str|os.PathLike,     # the index to write, <name>.arrow; what was left out goes beside it, <name>.quarantine.csv
-    cfg:Config|None=None,     # its data block is used; None = the documented defaults
-    workers:int|None=None,    # processes; None = joblib's setting, else one per CPU
-    progress:bool=False       # show a progress bar
-)->dict[str,Any]: # the header
+    labels: str | os.PathLike,  # a delivery, or a tree of annotation files; photos are not looked for
+    path: str | os.PathLike,  # the index to write, <name>.arrow; <name>.quarantine.csv lists what was left out
+    cfg: Config | None = None,  # its data block is used; None = the documented defaults
+    workers: int | None = None,  # processes; None = joblib's setting, else one per CPU
+    progress: bool = False,  # show a progress bar
+) -> dict[str, Any]:  # the header
     "Index the annotations of a delivery whose photos are elsewhere, or still to come (SPEC BM2)."
-    tree = labels_of(labels); root = next((p.parent for p in [tree, *tree.parents] if p.name == "data"), tree.parent)
+    tree = labels_of(labels)
+    root = next((p.parent for p in [tree, *tree.parents] if p.name == "data"), tree.parent)
     sieve, ledger = Sieve(), _ledger(root)
-    rows, e, _ = gather(Delivery(root, tree, None, None), cfg or load_config("two_stage"), sieve, progress=progress, workers=workers, domain=ledger.get("domain", "studio"))
+    rows, e, _ = gather(
+        Delivery(root, tree, None, None),
+        cfg or load_config("two_stage"),
+        sieve,
+        progress=progress,
+        workers=workers,
+        domain=ledger.get("domain", "studio"),
+    )
     listed = write_faults(sieve.out, Path(path).with_suffix(".quarantine.csv"))
-    if not len(rows): raise PillsnapError("no annotation of this tree can be used", where=tree, fix=f"every file and its reason stand in {listed}")
+    if not len(rows):
+        raise PillsnapError(
+            "no annotation of this tree can be used", where=tree, fix=f"every file and its reason stand in {listed}"
+        )
     codes = pc.unique(rows["kcode"]).to_pylist()
-    header = dict(source="synthetic" if ledger else "aihub", root=root, class_map=ClassMap(codes).to_dict(), quarantine=tally(sieve.out), remarks=tally(sieve.remarks), verified=False,
-        counts=dict(files=e.counts["files"], photos=pc.count_distinct(rows["path"]).as_py(), pills=len(rows), drugs=len(codes)))
+    header = dict(
+        source="synthetic" if ledger else "aihub",
+        root=root,
+        class_map=ClassMap(codes).to_dict(),
+        quarantine=tally(sieve.out),
+        remarks=tally(sieve.remarks),
+        verified=False,
+        counts=dict(
+            files=e.counts["files"], photos=pc.count_distinct(rows["path"]).as_py(), pills=len(rows), drugs=len(codes)
+        ),
+    )
     return write_index(rows, header, path)
 
+# %% ../../nbs/dataset/400_conversion.ipynb #9b52bf31
 def index_command(
-    labels:str|os.PathLike,   # a delivery, or a tree of annotation files
-    out:str|os.PathLike,      # the index to write
-    workers:int|None=None,    # processes
-    yolo:str|os.PathLike|None=None # a folder for the same boxes as the detector's library wants them
-)->dict[str,Any]: # the header
+    labels: str | os.PathLike,  # a delivery, or a tree of annotation files
+    out: str | os.PathLike,  # the index to write
+    workers: int | None = None,  # processes
+    yolo: str | os.PathLike | None = None,  # a folder for the same boxes as the detector's library wants them
+) -> dict[str, Any]:  # the header
     "`pillsnap index`: write it, say what is in it."
-    if Path(out).suffix != ".arrow": raise PillsnapError("an index is a file NAME.arrow", where=out, fix=f"for example --out {Path(out).with_suffix('.arrow').name}")
-    t0 = time.perf_counter(); h = index_labels(labels, out, workers=workers, progress=True); n = h["counts"]
-    print(f"index          {out}  ({os.path.getsize(out)/1e6:.0f} MB in {time.perf_counter()-t0:.0f} s)")
-    print(f"read           {n['files']:,} annotation files; kept {n['pills']:,} pills in {n['photos']:,} photos of {n['drugs']:,} drugs")
+    if Path(out).suffix != ".arrow":
+        raise PillsnapError(
+            "an index is a file NAME.arrow", where=out, fix=f"for example --out {Path(out).with_suffix('.arrow').name}"
+        )
+    t0 = time.perf_counter()
+    h = index_labels(labels, out, workers=workers, progress=True)
+    n = h["counts"]
+    print(f"index          {out}  ({os.path.getsize(out) / 1e6:.0f} MB in {time.perf_counter() - t0:.0f} s)")
+    print(
+        f"read           {n['files']:,} annotation files; kept {n['pills']:,} pills in {n['photos']:,} photos of {n['drugs']:,} drugs"
+    )
     print(f"left out       {sum(h['quarantine'].values()):,} entries  {Path(out).with_suffix('.quarantine.csv')}")
     if yolo:
         rows, head = read_index(out)
-        print(f"YOLO           {write_yolo_tree(rows, head['root'], yolo)}  (photos are linked where they lie, {head['root']})")
+        print(
+            f"YOLO           {write_yolo_tree(rows, head['root'], yolo)}  (photos are linked where they lie, {head['root']})"
+        )
     return h
 
 # %% ../../nbs/dataset/400_conversion.ipynb #53078f03
 def convert_coco_to_yolo(
-    coco_json_path:str|os.PathLike, # the labels of a delivery, a part of them, or the delivery; or one COCO file
-    output_dir:str|os.PathLike      # gets yolo_data/, drug_metadata.json, manifest and quarantine
-)->Path: # data.yaml
+    coco_json_path: str | os.PathLike,  # the labels of a delivery, a part of them, or the delivery; or one COCO file
+    output_dir: str | os.PathLike,  # gets yolo_data/, drug_metadata.json, manifest and quarantine
+) -> Path:  # data.yaml
     "The sources' name for the conversion with its YOLO tree; records are merged by file_name (SPEC DM1)."
-    if (p := Path(coco_json_path).absolute()).is_file(): return coco_to_yolo(p, output_dir)
+    if (p := Path(coco_json_path).absolute()).is_file():
+        return coco_to_yolo(p, output_dir)
     refuse_sealed(p)
     above = [p, *p.parents][:6]
-    root = next((q for q in above if (q/"data"/"train"/"labels").is_dir()), None) or next((q for q in above if (q/"labels").is_dir() and (q/"images").is_dir()), p)
+    root = next((q for q in above if (q / "data" / "train" / "labels").is_dir()), None) or next(
+        (q for q in above if (q / "labels").is_dir() and (q / "images").is_dir()), p
+    )
     d = find_delivery(root)
-    if p.is_relative_to(d.labels.absolute()): d = Delivery(d.root, p, d.images, d.sealed)
-    elif p not in (root, root/"data", d.labels.absolute().parent): raise PillsnapError("this is no part of the delivery's labels", where=p, fix=f"name a folder below {d.labels}, or the delivery {root}")
+    if p.is_relative_to(d.labels.absolute()):
+        d = Delivery(d.root, p, d.images, d.sealed)
+    elif p not in (root, root / "data", d.labels.absolute().parent):
+        raise PillsnapError(
+            "this is no part of the delivery's labels",
+            where=p,
+            fix=f"name a folder below {d.labels}, or the delivery {root}",
+        )
     c = convert(d, output_dir, load_config("two_stage"), logging.getLogger("pillsnap.conversion"), progress=False)
-    return write_yolo_tree(c.rows, d.root, Path(output_dir)/"yolo_data")
+    return write_yolo_tree(c.rows, d.root, Path(output_dir) / "yolo_data")
 
 # %% ../../nbs/dataset/400_conversion.ipynb #760bed71
 def plot_balance(
-    df:pd.DataFrame,                 # manifest rows
-    names:dict[str,str]|None=None    # drug code → name
-)->Any: # matplotlib Figure
+    df: pd.DataFrame,  # manifest rows
+    names: dict[str, str] | None = None,  # drug code → name
+) -> Any:  # matplotlib Figure
     "Pills per drug, singles and combos, most first."
     import matplotlib.pyplot as plt
     from pillsnap.core.plots import drug_label, use_house_style
+
     use_house_style()
-    n = df.groupby(["kcode","kind"]).size().unstack(fill_value=0).reindex(columns=["single","combo"], fill_value=0)
+    n = df.groupby(["kcode", "kind"]).size().unstack(fill_value=0).reindex(columns=["single", "combo"], fill_value=0)
     n = n.loc[n.sum(axis=1).sort_values(ascending=False, kind="stable").index]
     fig, ax = plt.subplots(figsize=(7, 2.6))
-    ax.bar(range(len(n)), n.single, label="singles", width=.8); ax.bar(range(len(n)), n.combo, bottom=n.single, label="in combos", width=.8)
-    ax.set_xticks(range(len(n)) if len(n) <= 30 else [], [drug_label(k, names) for k in n.index] if len(n) <= 30 else [], rotation=90)
+    ax.bar(range(len(n)), n.single, label="singles", width=0.8)
+    ax.bar(range(len(n)), n.combo, bottom=n.single, label="in combos", width=0.8)
+    ax.set_xticks(
+        range(len(n)) if len(n) <= 30 else [],
+        [drug_label(k, names) for k in n.index] if len(n) <= 30 else [],
+        rotation=90,
+    )
     total = n.sum(axis=1)
-    ax.set_title(f"{len(n)} drugs, {total.min()} to {total.max()} pills each"); ax.set_ylabel("pills"); ax.legend(loc="center left", bbox_to_anchor=(1, .5))
-    plt.close(fig); return fig
+    ax.set_title(f"{len(n)} drugs, {total.min()} to {total.max()} pills each")
+    ax.set_ylabel("pills")
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    plt.close(fig)
+    return fig
 
 # %% ../../nbs/dataset/400_conversion.ipynb #aeed8443
-CONDITIONS = {"back": ("background", {0:"black",1:"blue",2:"grey"}), "light": ("light", {0:"warm",1:"day",2:"white"}), "side": ("side", {0:"front",1:"back"}), "latitude": ("elevation", {}), "longitude": ("turn", {})}
+CONDITIONS = {
+    "back": ("background", {0: "black", 1: "blue", 2: "grey"}),
+    "light": ("light", {0: "warm", 1: "day", 2: "white"}),
+    "side": ("side", {0: "front", 1: "back"}),
+    "latitude": ("elevation", {}),
+    "longitude": ("turn", {}),
+}
 
 # %% ../../nbs/dataset/400_conversion.ipynb #d5c56891
 def plot_conditions(
-    df:pd.DataFrame # manifest rows
-)->Any: # matplotlib Figure
+    df: pd.DataFrame,  # manifest rows
+) -> Any:  # matplotlib Figure
     "Photos per background, light, side, elevation and turn."
     import matplotlib.pyplot as plt
     from pillsnap.core.plots import use_house_style
+
     use_house_style()
-    photos = df.drop_duplicates("path"); fig, axes = plt.subplots(1, 5, figsize=(9, 2.1), width_ratios=[3.4,3.6,2,4,9])
+    photos = df.drop_duplicates("path")
+    fig, axes = plt.subplots(1, 5, figsize=(9, 2.1), width_ratios=[3.4, 3.6, 2, 4, 9])
     for ax, (col, (title, words)) in zip(axes, CONDITIONS.items()):
-        n = photos.groupby([col,"kind"]).size().unstack(fill_value=0).reindex(columns=["single","combo"], fill_value=0)
-        ax.bar(range(len(n)), n.single); ax.bar(range(len(n)), n.combo, bottom=n.single)
-        ax.set_xticks(range(len(n)), [words.get(v, str(v)) for v in n.index], rotation=90 if len(n) > 6 else 0, fontsize=7); ax.set_title(title)
-    axes[0].set_ylabel("photos"); fig.legend(["singles","combos"], loc="outside right center")
-    plt.close(fig); return fig
+        n = (
+            photos.groupby([col, "kind"])
+            .size()
+            .unstack(fill_value=0)
+            .reindex(columns=["single", "combo"], fill_value=0)
+        )
+        ax.bar(range(len(n)), n.single)
+        ax.bar(range(len(n)), n.combo, bottom=n.single)
+        ax.set_xticks(
+            range(len(n)), [words.get(v, str(v)) for v in n.index], rotation=90 if len(n) > 6 else 0, fontsize=7
+        )
+        ax.set_title(title)
+    axes[0].set_ylabel("photos")
+    fig.legend(["singles", "combos"], loc="outside right center")
+    plt.close(fig)
+    return fig
 
 # %% ../../nbs/dataset/400_conversion.ipynb #e2969172
-def _photo(root:Path, path:str, side:int=320)->np.ndarray:
+def _photo(root: Path, path: str, side: int = 320) -> np.ndarray:
     "A photo for a picture of photos, not larger than needed."
     from PIL import Image
-    img = open_image_safely(Path(root)/path)["image"]
-    im = Image.fromarray(img); im.thumbnail((side, side)); return np.asarray(im)
+
+    img = open_image_safely(Path(root) / path)["image"]
+    im = Image.fromarray(img)
+    im.thumbnail((side, side))
+    return np.asarray(im)
 
 # %% ../../nbs/dataset/400_conversion.ipynb #f7621855
 def plot_captures(
-    df:pd.DataFrame,  # manifest rows
-    root:Path,        # the delivery's root
-    n:int=12          # photos
-)->Any:
+    df: pd.DataFrame,  # manifest rows
+    root: Path,  # the delivery's root
+    n: int = 12,  # photos
+) -> Any:
     "One drug under as many different conditions as it has."
     from pillsnap.core.plots import show_grid
-    singles = df[df.kind == "single"]; pool = singles if len(singles) else df
+
+    singles = df[df.kind == "single"]
+    pool = singles if len(singles) else df
     one = pool[pool.kcode == pool.kcode.value_counts().sort_index().idxmax()].drop_duplicates("path")
-    one = one.assign(nth=one.groupby("group_id").cumcount()).sort_values(["nth","back","light","side","path"]).head(n).sort_values(["side","back","light","path"])
-    word = lambda r: f"{CONDITIONS['back'][1].get(r.back, r.back)}, {CONDITIONS['light'][1].get(r.light, r.light)}\n{'back' if r.side else 'front'} {r.latitude}° at {r.longitude}°"
-    return show_grid([_photo(root, r.path) for r in one.itertuples()], [word(r) for r in one.itertuples()], cols=6, size=1.5)
+    one = (
+        one.assign(nth=one.groupby("group_id").cumcount())
+        .sort_values(["nth", "back", "light", "side", "path"])
+        .head(n)
+        .sort_values(["side", "back", "light", "path"])
+    )
+    word = lambda r: (
+        f"{CONDITIONS['back'][1].get(r.back, r.back)}, {CONDITIONS['light'][1].get(r.light, r.light)}\n{'back' if r.side else 'front'} {r.latitude}° at {r.longitude}°"
+    )
+    return show_grid(
+        [_photo(root, r.path) for r in one.itertuples()], [word(r) for r in one.itertuples()], cols=6, size=1.5
+    )
 
 # %% ../../nbs/dataset/400_conversion.ipynb #c08c8d93
 def plot_boxes(
-    df:pd.DataFrame,        # manifest rows
-    root:Path,              # the delivery's root
-    drugs:dict[str,Any],    # content of drug_metadata.json, for the names
-    n:int=6                 # photos
-)->Any:
+    df: pd.DataFrame,  # manifest rows
+    root: Path,  # the delivery's root
+    drugs: dict[str, Any],  # content of drug_metadata.json, for the names
+    n: int = 6,  # photos
+) -> Any:
     "Photos with their boxes and the drugs' names; combos first."
     from pillsnap.core.plots import draw_boxes, show_grid
+
     names = {e["kcode"]: e["dl_name"] or e["kcode"] for e in drugs["drug_metadata"].values()}
-    groups = df.drop_duplicates("group_id").sort_values(["kind","path"])  # "combo" sorts before "single"
-    spread = max(n, int((groups.kind == "combo").sum())); pictures = []
-    for path in groups.path.iloc[np.unique(np.linspace(0, min(len(groups), spread)-1, n).astype(int))]:
-        rows = df[df.path == path]; img = open_image_safely(Path(root)/path)["image"]
-        xyxy = [(x, y, x+w, y+h) for x,y,w,h in rows.bbox.map(json.loads)]
+    groups = df.drop_duplicates("group_id").sort_values(["kind", "path"])  # "combo" sorts before "single"
+    spread = max(n, int((groups.kind == "combo").sum()))
+    pictures = []
+    for path in groups.path.iloc[np.unique(np.linspace(0, min(len(groups), spread) - 1, n).astype(int))]:
+        rows = df[df.path == path]
+        img = open_image_safely(Path(root) / path)["image"]
+        xyxy = [(x, y, x + w, y + h) for x, y, w, h in rows.bbox.map(json.loads)]
         pictures.append(draw_boxes(img, np.array(xyxy), [names[k][:12] for k in rows.kcode]))
     return show_grid(pictures, cols=3, size=2)
 
 # %% ../../nbs/dataset/400_conversion.ipynb #a6135327
 def draw_report(
-    c:Conversion,  # what was converted
-    root:Path      # the delivery's root
-)->list[Path]: # reports/*.png
+    c: Conversion,  # what was converted
+    root: Path,  # the delivery's root
+) -> list[Path]:  # reports/*.png
     "Write the conversion's pictures."
     from pillsnap.core.plots import save_fig
-    figures = dict(class_balance=plot_balance(c.rows, {e["kcode"]: e["dl_name"] for e in c.drugs["drug_metadata"].values()}), conditions=plot_conditions(c.rows), captures=plot_captures(c.rows, root), boxes=plot_boxes(c.rows, root, c.drugs))
-    return [save_fig(fig, c.out/"reports"/f"conversion_{name}.png") for name, fig in figures.items()]
+
+    figures = dict(
+        class_balance=plot_balance(c.rows, {e["kcode"]: e["dl_name"] for e in c.drugs["drug_metadata"].values()}),
+        conditions=plot_conditions(c.rows),
+        captures=plot_captures(c.rows, root),
+        boxes=plot_boxes(c.rows, root, c.drugs),
+    )
+    return [save_fig(fig, c.out / "reports" / f"conversion_{name}.png") for name, fig in figures.items()]
 
 # %% ../../nbs/dataset/400_conversion.ipynb #d8552423
 def prepare_delivery(
-    root:str|os.PathLike,   # where the delivery is, or will be
-    cfg:Config,             # data.source and synth
-    log:logging.Logger,     # one line
-    progress:bool=True      # show a progress bar
-)->Path: # the root
+    root: str | os.PathLike,  # where the delivery is, or will be
+    cfg: Config,  # data.source and synth
+    log: logging.Logger,  # one line
+    progress: bool = True,  # show a progress bar
+) -> Path:  # the root
     "Render the delivery if the configuration asks for a synthetic one (SPEC BX5)."
     root = Path(root).absolute()
-    if cfg.data.source != "synthetic": return root
+    if cfg.data.source != "synthetic":
+        return root
     from pillsnap.synth.writer import write_delivery
-    was, t0 = (root/"SYNTHETIC.json").is_file(), time.perf_counter()
+
+    was, t0 = (root / "SYNTHETIC.json").is_file(), time.perf_counter()
     write_delivery(root, **cfg.synth.model_dump(), progress=progress)
-    log.info("the synthetic delivery %s", "is there already" if was else f"was rendered in {time.perf_counter()-t0:.0f} s")
+    log.info(
+        "the synthetic delivery %s", "is there already" if was else f"was rendered in {time.perf_counter() - t0:.0f} s"
+    )
     return root
 
 # %% ../../nbs/dataset/400_conversion.ipynb #47d2e233
-def _table(c:Conversion)->list[dict[str,Any]]:
+def _table(c: Conversion) -> list[dict[str, Any]]:
     "What was found, line by line."
     n, a = c.header["counts"], c.report["audit"]
-    rows = [("kept", k.replace("_", " "), v) for k,v in n.items()] + [("read", k.replace("_"," "), a[k]) for k in ("files","photos","annotations")]
-    rows += [("left out", k, v) for k,v in c.header["quarantine"].items()] + [("remark", k, v) for k,v in c.header["remarks"].items()]
-    return [dict(zip(("what","which","n"), r)) for r in rows]
+    rows = [("kept", k.replace("_", " "), v) for k, v in n.items()] + [
+        ("read", k.replace("_", " "), a[k]) for k in ("files", "photos", "annotations")
+    ]
+    rows += [("left out", k, v) for k, v in c.header["quarantine"].items()] + [
+        ("remark", k, v) for k, v in c.header["remarks"].items()
+    ]
+    return [dict(zip(("what", "which", "n"), r)) for r in rows]
 
-def _verdict(c:Conversion)->str:
+
+def _verdict(c: Conversion) -> str:
     n, out = c.header["counts"], sum(c.header["quarantine"].values())
     return f"{n['photos']} photos of {n['drugs']} drugs ({n['singles']} singles, {n['combos']} combos), {n['pills']} pills; {out} entries in quarantine; {c.header['source']} data {c.header['data_hash'][:12]}"
 
@@ -914,53 +1344,95 @@ def _verdict(c:Conversion)->str:
 @dataclass(frozen=True)
 class ConversionJob(StageJob):
     "Delivery in; manifest, index, drug metadata, quarantine and report out (SPEC DM1-DM9)."
-    name:ClassVar[str] = "conversion"
-    sections:ClassVar[tuple[str,...]] = ("data.source", "data.extensions", "data.ignore_hidden", "data.verify_on_build", "data.broken_policy",
-        "data.incomplete_combo", "data.grayscale_policy", "data.rgba_policy", "synth")
-    keys:ClassVar[dict[str,str]] = {"seed": "synth.seed"}
+
+    name: ClassVar[str] = "conversion"
+    sections: ClassVar[tuple[str, ...]] = (
+        "data.source",
+        "data.extensions",
+        "data.ignore_hidden",
+        "data.verify_on_build",
+        "data.broken_policy",
+        "data.incomplete_combo",
+        "data.grayscale_policy",
+        "data.rgba_policy",
+        "synth",
+    )
+    keys: ClassVar[dict[str, str]] = {"seed": "synth.seed"}
 
 # %% ../../nbs/dataset/400_conversion.ipynb #06d30238
 @patch(cls_method=True)
-def check_inputs(cls:ConversionJob,
-    root:str|os.PathLike, # the run folder; it need not exist
-    cfg:Config            # paths.root, data.source
-)->None: # raises PillsnapError
+def check_inputs(
+    cls: ConversionJob,
+    root: str | os.PathLike,  # the run folder; it need not exist
+    cfg: Config,  # paths.root, data.source
+) -> None:  # raises PillsnapError
     "The delivery must be there, unless it is to be rendered."
     if cfg.data.source != "synthetic":
         find_delivery(Path(cfg.paths.root).absolute())
 
 # %% ../../nbs/dataset/400_conversion.ipynb #2f579b35
 def convert_into(
-    run:RunFolder,     # the run
-    cfg:Config,        # its configuration
-    root:Path,         # the delivery
-    progress:bool=True # show progress bars
-)->Conversion:
+    run: RunFolder,  # the run
+    cfg: Config,  # its configuration
+    root: Path,  # the delivery
+    progress: bool = True,  # show progress bars
+) -> Conversion:
     "Render if asked to, then convert: what the stage does, and what a later stage's smoke run begins with."
     return convert(find_delivery(prepare_delivery(root, cfg, run.log, progress)), run.root, cfg, run.log, progress)
 
 # %% ../../nbs/dataset/400_conversion.ipynb #524812d8
 def smoke_conversion(
-    run:RunFolder,     # a temporary run
-    cfg:Config         # the smoke configuration
-)->dict[str,Any]: # the manifest's header
+    run: RunFolder,  # a temporary run
+    cfg: Config,  # the smoke configuration
+) -> dict[str, Any]:  # the manifest's header
     "The manifest of a small synthetic delivery, for the smoke runs of later stages."
-    return convert_into(run, cfg, run.root/"delivery", progress=False).header
+    return convert_into(run, cfg, run.root / "delivery", progress=False).header
 
 # %% ../../nbs/dataset/400_conversion.ipynb #9a105c61
 @patch
-def work(self:ConversionJob, run:RunFolder, cfg:Config)->StageResult:
+def work(self: ConversionJob, run: RunFolder, cfg: Config) -> StageResult:
     "Convert `paths.root` into the run folder."
-    root = Path(cfg.paths.root).absolute() if self.run_dir or cfg.data.source != "synthetic" else run.root/"delivery"
-    c = convert_into(run, cfg, root, progress=bool(self.run_dir)); figures = draw_report(c, root)
-    outputs = [run.root/n for n in ("manifest.csv","manifest.json","quarantine.csv","drug_metadata.json","index/train.arrow","reports/conversion.json","reports/remarks.csv")]
-    d = find_delivery(root); ledger = [p for p in (root/"SYNTHETIC.json",) if p.is_file()]
-    return StageResult(_verdict(c), _table(c), figures, inputs=[d.labels, d.images, *ledger], outputs=outputs+figures, notes=[c.header["sealed"]["words"], *_notes(c)])
+    root = Path(cfg.paths.root).absolute() if self.run_dir or cfg.data.source != "synthetic" else run.root / "delivery"
+    c = convert_into(run, cfg, root, progress=bool(self.run_dir))
+    figures = draw_report(c, root)
+    outputs = [
+        run.root / n
+        for n in (
+            "manifest.csv",
+            "manifest.json",
+            "quarantine.csv",
+            "drug_metadata.json",
+            "index/train.arrow",
+            "reports/conversion.json",
+            "reports/remarks.csv",
+        )
+    ]
+    d = find_delivery(root)
+    ledger = [p for p in (root / "SYNTHETIC.json",) if p.is_file()]
+    return StageResult(
+        _verdict(c),
+        _table(c),
+        figures,
+        inputs=[d.labels, d.images, *ledger],
+        outputs=outputs + figures,
+        notes=[c.header["sealed"]["words"], *_notes(c)],
+    )
 
 # %% ../../nbs/dataset/400_conversion.ipynb #4e07c5c4
-def _notes(c:Conversion)->list[str]:
+def _notes(c: Conversion) -> list[str]:
     "What the reader should know besides."
     skew = c.report["pills_per_drug"]
-    said = [f"The commonest drug has {skew['skew']:.1f} times the pills of the rarest: class weights and macro metrics are for this."] if skew["skew"] > 2 else []
-    if c.header["source"] == "synthetic": said.append("These photos are synthetic: no figure drawn from them stands beside one from AI Hub.")
-    return said + [f"{n} photos lack a usable label for one of their pills and were left out (data.incomplete_combo: keep would train on them)." for n in [sum(c.header["quarantine"].get(r, 0) for r in ("incomplete_combo","partial_combo"))] if n]
+    said = (
+        [
+            f"The commonest drug has {skew['skew']:.1f} times the pills of the rarest: class weights and macro metrics are for this."
+        ]
+        if skew["skew"] > 2
+        else []
+    )
+    if c.header["source"] == "synthetic":
+        said.append("These photos are synthetic: no figure drawn from them stands beside one from AI Hub.")
+    return said + [
+        f"{n} photos lack a usable label for one of their pills and were left out (data.incomplete_combo: keep would train on them)."
+        for n in [sum(c.header["quarantine"].get(r, 0) for r in ("incomplete_combo", "partial_combo"))]
+        if n
+    ]

@@ -35,346 +35,493 @@ from .sampling import dice, name_ids
 
 # %% ../../nbs/dataset/480_datasets.ipynb #20ba15fb
 def canvas_square(
-    h:int,                 # photo height, pixels
-    w:int,                 # photo width, pixels
-    box:np.ndarray|None,   # x0, y0, x1, y1 in photo pixels
-    view:View              # how to look
-)->tuple[int,int,int]:     # left, top, side in photo pixels; may reach outside
+    h: int,  # photo height, pixels
+    w: int,  # photo width, pixels
+    box: np.ndarray | None,  # x0, y0, x1, y1 in photo pixels
+    view: View,  # how to look
+) -> tuple[int, int, int]:  # left, top, side in photo pixels; may reach outside
     "Where in the photo a view's canvas lies."
-    if view.kind == "crop" and box is not None: return crop_square(box, w, h, view.padding)
+    if view.kind == "crop" and box is not None:
+        return crop_square(box, w, h, view.padding)
     side = min(h, w)
     return (w - side) // 2, (h - side) // 2, side
 
+
 def scale_into(
-    part:np.ndarray, # [h, w, 3] uint8
-    out:np.ndarray,  # [S, S, 3] uint8, overwritten
-    flip:bool=False  # mirror left and right
-)->None:
+    part: np.ndarray,  # [h, w, 3] uint8
+    out: np.ndarray,  # [S, S, 3] uint8, overwritten
+    flip: bool = False,  # mirror left and right
+) -> None:
     "Antialiased bilinear scaling of bytes, as Pillow does it (SPEC BM9)."
     if part.shape != out.shape:
         part = part if part.flags.c_contiguous and part.flags.writeable else part.copy()
         x, to = torch.from_numpy(part).permute(2, 0, 1)[None], out if not flip else np.empty_like(out)
-        torch.ops.aten._upsample_bilinear2d_aa.out(x, out.shape[:2], False, None, None, out=torch.from_numpy(to).permute(2, 0, 1)[None])   # F.interpolate without its output: that is no HWC, and costs three times the work again
+        torch.ops.aten._upsample_bilinear2d_aa.out(
+            x, out.shape[:2], False, None, None, out=torch.from_numpy(to).permute(2, 0, 1)[None]
+        )  # F.interpolate without its output: that is no HWC, and costs three times the work again
         part = to
-    if flip: cv2.flip(part, 1, dst=out)
-    elif part is not out: np.copyto(out, part)
+    if flip:
+        cv2.flip(part, 1, dst=out)
+    elif part is not out:
+        np.copyto(out, part)
 
 # %% ../../nbs/dataset/480_datasets.ipynb #dc7b8319
 def show(
-    img:np.ndarray,          # [H, W, 3] uint8 photo
-    box:np.ndarray|None,     # x0, y0, x1, y1 in it
-    view:View,               # how to look
-    window:np.ndarray|None,  # x0, y0, x1, y1 in shares of the canvas; None = as it is served
-    flip:bool,               # mirror
-    out:np.ndarray,          # [S, S, 3] uint8, overwritten
-    height:int|None=None     # rows of the whole photo, where img ends below the window
-)->None:
+    img: np.ndarray,  # [H, W, 3] uint8 photo
+    box: np.ndarray | None,  # x0, y0, x1, y1 in it
+    view: View,  # how to look
+    window: np.ndarray | None,  # x0, y0, x1, y1 in shares of the canvas; None = as it is served
+    flip: bool,  # mirror
+    out: np.ndarray,  # [S, S, 3] uint8, overwritten
+    height: int | None = None,  # rows of the whole photo, where img ends below the window
+) -> None:
     "Cut, scale, mirror: the photo's pixels are touched once (SPEC TL1)."
-    if window is None: np.copyto(out, look(img, box, view)); return
+    if window is None:
+        np.copyto(out, look(img, box, view))
+        return
     h, w = height or img.shape[0], img.shape[1]
     left, top, side = canvas_square(h, w, box, view)
     x0, y0, x1, y1 = (round(float(v) * side) for v in window)
     l, t, r, b = left + x0, top + y0, left + max(x1, x0 + 1), top + max(y1, y0 + 1)
     inside = l >= 0 and t >= 0 and r <= w and b <= h
-    scale_into(img[t:b, l:r] if inside else img[np.arange(t, b).clip(0, h - 1)[:, None], np.arange(l, r).clip(0, w - 1)], out, flip)
+    scale_into(
+        img[t:b, l:r] if inside else img[np.arange(t, b).clip(0, h - 1)[:, None], np.arange(l, r).clip(0, w - 1)],
+        out,
+        flip,
+    )
 
 # %% ../../nbs/dataset/480_datasets.ipynb #68bb8011
 class Source:
     "Where photos come from; `open` is all that differs."
-    def open(self, photo:Photo, view:View)->tuple[np.ndarray,np.ndarray|None]|dict: raise NotImplementedError
 
-    def view(self,
-        photo:Photo,             # which
-        view:View,               # how to look
-        out:np.ndarray,          # [S, S, 3] uint8, overwritten
-        window:np.ndarray|None=None, # x0, y0, x1, y1 in shares of the canvas; None = as it is served
-        flip:bool=False          # mirror
-    )->dict|None:                # None, or the record of a photo that gives no sample
+    def open(self, photo: Photo, view: View) -> tuple[np.ndarray, np.ndarray | None] | dict:
+        raise NotImplementedError
+
+    def view(
+        self,
+        photo: Photo,  # which
+        view: View,  # how to look
+        out: np.ndarray,  # [S, S, 3] uint8, overwritten
+        window: np.ndarray | None = None,  # x0, y0, x1, y1 in shares of the canvas; None = as it is served
+        flip: bool = False,  # mirror
+    ) -> dict | None:  # None, or the record of a photo that gives no sample
         "Write one view where it belongs."
         got = self.open(photo, view)
         return got if isinstance(got, dict) else show(*got, view, window, flip, out)
 
 # %% ../../nbs/dataset/480_datasets.ipynb #81f80f64
 def needed(
-    photo:Photo,            # its size decides
-    view:View,              # how to look
-    window:np.ndarray|None, # part of the canvas; None = as it is served
-    size:int                # pixels that are needed
-)->tuple[int,int|None]:     # 1, 2, 4 or 8, and rows of the photo, a multiple of 8; None = all
+    photo: Photo,  # its size decides
+    view: View,  # how to look
+    window: np.ndarray | None,  # part of the canvas; None = as it is served
+    size: int,  # pixels that are needed
+) -> tuple[int, int | None]:  # 1, 2, 4 or 8, and rows of the photo, a multiple of 8; None = all
     "How far a photo may be reduced while it is decoded, without enlarging anything afterwards, and where decoding may stop (SPEC BM9)."
-    if window is None or not photo.width: return 1, None   # what is served is decoded in full
-    try: _, top, side = canvas_square(photo.height, photo.width, box_of(photo.bbox) if view.kind == "crop" else None, view)
-    except (PillsnapError, ValueError): return 1, None
+    if window is None or not photo.width:
+        return 1, None  # what is served is decoded in full
+    try:
+        _, top, side = canvas_square(
+            photo.height, photo.width, box_of(photo.bbox) if view.kind == "crop" else None, view
+        )
+    except (PillsnapError, ValueError):
+        return 1, None
     least, end = side * min(window[2] - window[0], window[3] - window[1]), top + side * float(window[3])
-    rows = -8 * (int(-end - 16) // 8)   # two reduced rows to spare: a reduced window is rounded on its own
+    rows = -8 * (int(-end - 16) // 8)  # two reduced rows to spare: a reduced window is rounded on its own
     return next((r for r in (8, 4, 2) if least / r >= size), 1), rows if rows < photo.height else None
+
 
 class DeliverySource(Source):
     "The files as AI Hub delivers them."
-    def __init__(self,
-        root:str|Path,                       # the delivery
-        policies:Mapping[str,str]|None=None  # grayscale_policy, rgba_policy
-    ): self.root, self.policies = Path(root), dict(policies or {})
 
-    def open(self, photo:Photo, view:View, reduce:int=1, rows:int|None=None)->tuple[np.ndarray,np.ndarray|None]|dict: # photo and box in it, or a skip record
-        got = open_image_safely(self.root/photo.path, **self.policies, reduce=reduce, rows=rows)
-        if "_skip" in got: return got
+    def __init__(
+        self,
+        root: str | Path,  # the delivery
+        policies: Mapping[str, str] | None = None,  # grayscale_policy, rgba_policy
+    ):
+        self.root, self.policies = Path(root), dict(policies or {})
+
+    def open(
+        self, photo: Photo, view: View, reduce: int = 1, rows: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray | None] | dict:  # photo and box in it, or a skip record
+        got = open_image_safely(self.root / photo.path, **self.policies, reduce=reduce, rows=rows)
+        if "_skip" in got:
+            return got
         box = box_of(photo.bbox) if view.kind == "crop" else None
         return got["image"], box if box is None else box / reduce
 
-    def view(self, photo:Photo, view:View, out:np.ndarray, window:np.ndarray|None=None, flip:bool=False)->dict|None: # as every source
+    def view(
+        self, photo: Photo, view: View, out: np.ndarray, window: np.ndarray | None = None, flip: bool = False
+    ) -> dict | None:  # as every source
         reduce, rows = needed(photo, view, window, len(out))
         got = self.open(photo, view, reduce, rows)
-        if isinstance(got, dict): return got
+        if isinstance(got, dict):
+            return got
         cut = rows and len(got[0]) == rows // reduce
         show(*got, view, window, flip, out, -(-photo.height // reduce) if cut else None)
 
 # %% ../../nbs/dataset/480_datasets.ipynb #ae156e3c
 class PackSource(Source):
     "The pack: photos at half scale, box crops in full (SPEC section 6)."
-    def __init__(self,
-        pack:Any,              # data.pack.Pack
-        views:Sequence[View]=() # refused here, and not in the epoch, when the pack holds too few pixels for one
+
+    def __init__(
+        self,
+        pack: Any,  # data.pack.Pack
+        views: Sequence[View] = (),  # refused here, and not in the epoch, when the pack holds too few pixels for one
     ):
         self.pack = pack
         for v in views:
-            if not (why := pack.can_serve(v)): raise PillsnapError(f"the pack cannot serve the {v.kind} view: {why}", where="dataloader.source", fix="pack at a larger scale, or dataloader.source=delivery")
+            if not (why := pack.can_serve(v)):
+                raise PillsnapError(
+                    f"the pack cannot serve the {v.kind} view: {why}",
+                    where="dataloader.source",
+                    fix="pack at a larger scale, or dataloader.source=delivery",
+                )
 
-    def open(self, photo:Photo, view:View)->tuple[np.ndarray,np.ndarray|None]|dict: # photo and box in it, or a skip record
-        if view.kind == "crop" and photo.bbox: return self.pack.crop(photo.path, photo.bbox)
+    def open(
+        self, photo: Photo, view: View
+    ) -> tuple[np.ndarray, np.ndarray | None] | dict:  # photo and box in it, or a skip record
+        if view.kind == "crop" and photo.bbox:
+            return self.pack.crop(photo.path, photo.bbox)
         got = self.pack.photo(photo.path)
         return got if isinstance(got, dict) else (got, None)
 
 # %% ../../nbs/dataset/480_datasets.ipynb #e0c24c85
 class MemorySource(Source):
     "Canvases from memory, as far as they are there (SPEC TL12, TL15)."
-    def __init__(self,
-        behind:Source,                     # for what is not kept
-        kept:PhotoCache|LMDBImageCache|None=None, # the hotset's buffer, or the database
-        lru:SizedLRUCache|None=None        # what was used last
-    ): self.behind, self.kept, self.lru = behind, kept, lru
 
-    def process_cached(self, photo:Photo, view:View)->np.ndarray|dict: # [view.size, view.size, 3] uint8, or a skip record
+    def __init__(
+        self,
+        behind: Source,  # for what is not kept
+        kept: PhotoCache | LMDBImageCache | None = None,  # the hotset's buffer, or the database
+        lru: SizedLRUCache | None = None,  # what was used last
+    ):
+        self.behind, self.kept, self.lru = behind, kept, lru
+
+    def process_cached(
+        self, photo: Photo, view: View
+    ) -> np.ndarray | dict:  # [view.size, view.size, 3] uint8, or a skip record
         "LMDB or hotset → LRU → disk."
         for place in (self.kept, self.lru):
-            if place is not None and (got := place.get(photo.path, photo.bbox, view)) is not None: return got
+            if place is not None and (got := place.get(photo.path, photo.bbox, view)) is not None:
+                return got
         got = self.behind.open(photo, view)
-        if isinstance(got, dict): return got
+        if isinstance(got, dict):
+            return got
         canvas = look(*got, view)
-        if self.lru is not None: self.lru.put(photo.path, photo.bbox, view, canvas)
+        if self.lru is not None:
+            self.lru.put(photo.path, photo.bbox, view, canvas)
         return canvas
 
-    def view(self, photo:Photo, view:View, out:np.ndarray, window:np.ndarray|None=None, flip:bool=False)->dict|None: # as every source
+    def view(
+        self, photo: Photo, view: View, out: np.ndarray, window: np.ndarray | None = None, flip: bool = False
+    ) -> dict | None:  # as every source
         got = self.process_cached(photo, view)
-        if isinstance(got, dict): return got
-        if window is None: np.copyto(out, got)
-        else: show(got, None, view, window, flip, out)
+        if isinstance(got, dict):
+            return got
+        if window is None:
+            np.copyto(out, got)
+        else:
+            show(got, None, view, window, flip, out)
 
 # %% ../../nbs/dataset/480_datasets.ipynb #870c2689
 @dataclass
 class Looks:
     "What a batch will show, one entry per sample."
-    rows:np.ndarray              # int64 [n] rows of the dataset
-    crops:np.ndarray             # bool [n] box view or whole photo
-    draws:np.ndarray|None=None   # float [n, DRAWS]; None in validation
-    windows:np.ndarray|None=None # float [n, 4]
-    flips:np.ndarray|None=None   # bool [n]
 
-    def __len__(self)->int: return len(self.rows)
+    rows: np.ndarray  # int64 [n] rows of the dataset
+    crops: np.ndarray  # bool [n] box view or whole photo
+    draws: np.ndarray | None = None  # float [n, DRAWS]; None in validation
+    windows: np.ndarray | None = None  # float [n, 4]
+    flips: np.ndarray | None = None  # bool [n]
 
-    def part(self, which:slice|np.ndarray)->"Looks": # some of them
-        return Looks(*(v if v is None else v[which] for v in (self.rows, self.crops, self.draws, self.windows, self.flips)))
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def part(self, which: slice | np.ndarray) -> "Looks":  # some of them
+        return Looks(
+            *(v if v is None else v[which] for v in (self.rows, self.crops, self.draws, self.windows, self.flips))
+        )
 
     @staticmethod
-    def join(parts:Sequence["Looks"])->"Looks": # one after the other
-        return Looks(*(None if v[0] is None else np.concatenate(v) for v in zip(*((p.rows, p.crops, p.draws, p.windows, p.flips) for p in parts))))
+    def join(parts: Sequence["Looks"]) -> "Looks":  # one after the other
+        return Looks(
+            *(
+                None if v[0] is None else np.concatenate(v)
+                for v in zip(*((p.rows, p.crops, p.draws, p.windows, p.flips) for p in parts))
+            )
+        )
+
 
 def dataset_views(
-    size:int,                                 # side of the network's input, pixels
-    train:bool,                               # canvases, or exactly what is served
-    augment:AugmentClassification|None=None,  # None = its defaults
-    padding:float=.1                          # margin of a served crop
-)->dict[str,View]:                            # by "whole" and "crop"
+    size: int,  # side of the network's input, pixels
+    train: bool,  # canvases, or exactly what is served
+    augment: AugmentClassification | None = None,  # None = its defaults
+    padding: float = 0.1,  # margin of a served crop
+) -> dict[str, View]:  # by "whole" and "crop"
     "The two views a dataset asks for, and a cache should keep."
-    if not train: return {"whole": View("whole", size), "crop": View("crop", size, padding)}
+    if not train:
+        return {"whole": View("whole", size), "crop": View("crop", size, padding)}
     least = (AugmentClassification() if augment is None else augment).crop_scale_min
-    return {v: View(v, canvas_size(size, crop_range(v, least, padding)), LOOSE if v == "crop" else .1) for v in ("whole", "crop")}
+    return {
+        v: View(v, canvas_size(size, crop_range(v, least, padding)), LOOSE if v == "crop" else 0.1)
+        for v in ("whole", "crop")
+    }
 
 # %% ../../nbs/dataset/480_datasets.ipynb #95851324
 class Texts:
     "A list of strings in one tensor (Wu, *Demystify RAM usage in multi-process data loaders*, 2022)."
-    def __init__(self,
-        texts:Sequence[str] # what to hold
+
+    def __init__(
+        self,
+        texts: Sequence[str],  # what to hold
     ):
         parts = [t.encode() for t in texts]
-        self.bytes = torch.frombuffer(bytearray(b"".join(parts) or b" "), dtype=torch.uint8)   # a tensor needs one byte at least
+        self.bytes = torch.frombuffer(
+            bytearray(b"".join(parts) or b" "), dtype=torch.uint8
+        )  # a tensor needs one byte at least
         self.ends = torch.from_numpy(np.cumsum([0, *map(len, parts)], dtype=np.int64))
 
-    def __len__(self)->int: return len(self.ends) - 1
+    def __len__(self) -> int:
+        return len(self.ends) - 1
 
-    def __getitem__(self, i:int)->str:
-        ends = memoryview(self.ends.numpy())   # made anew each time: sharing a tensor moves what it holds
-        return str(memoryview(self.bytes.numpy())[ends[(i := i + len(self) if i < 0 else i)]:ends[i + 1]], "utf-8")
+    def __getitem__(self, i: int) -> str:
+        ends = memoryview(self.ends.numpy())  # made anew each time: sharing a tensor moves what it holds
+        return str(memoryview(self.bytes.numpy())[ends[(i := i + len(self) if i < 0 else i)] : ends[i + 1]], "utf-8")
 
 # %% ../../nbs/dataset/480_datasets.ipynb #79a9abb0
 class PillsnapClsDataset(Dataset):
     "Photos with one pill's label each; never raises while an epoch runs (SPEC TL3, X72)."
-    def __init__(self,
-        rows:pd.DataFrame,           # manifest rows: path, class_key, bbox, width, height
-        class_map:ClassMap,          # numbers of the classes
-        root:str|Path|Source,        # the delivery, or another source
-        size:int,                    # side of the network's input, pixels
-        train:bool=False,            # augment, and mix the two views
-        crop_view_prob:float=.5,     # share of box crops in training
-        view:str="whole",            # validation's view: "whole" or "crop"
-        seed:int=42,                 # of every sample's dice
-        augment:AugmentClassification|None=None, # None = its defaults
-        padding:float=.1,            # margin of a served crop
-        channels_last:bool=False     # memory layout of batches on a GPU
+
+    def __init__(
+        self,
+        rows: pd.DataFrame,  # manifest rows: path, class_key, bbox, width, height
+        class_map: ClassMap,  # numbers of the classes
+        root: str | Path | Source,  # the delivery, or another source
+        size: int,  # side of the network's input, pixels
+        train: bool = False,  # augment, and mix the two views
+        crop_view_prob: float = 0.5,  # share of box crops in training
+        view: str = "whole",  # validation's view: "whole" or "crop"
+        seed: int = 42,  # of every sample's dice
+        augment: AugmentClassification | None = None,  # None = its defaults
+        padding: float = 0.1,  # margin of a served crop
+        channels_last: bool = False,  # memory layout of batches on a GPU
     ):
         col = lambda c, other: rows[c].fillna(other).tolist() if c in rows else [other] * len(rows)
         paths, bboxes, labels = rows["path"].tolist(), col("bbox", ""), [class_map.id(k) for k in rows["class_key"]]
-        if -1 in labels: raise PillsnapError(f"a photo of {rows['class_key'].iloc[labels.index(-1)]} came to a classifier that does not know it", where=paths[labels.index(-1)], fix="keep to the rows of the stage the class map belongs to")
+        if -1 in labels:
+            raise PillsnapError(
+                f"a photo of {rows['class_key'].iloc[labels.index(-1)]} came to a classifier that does not know it",
+                where=paths[labels.index(-1)],
+                fix="keep to the rows of the stage the class map belongs to",
+            )
         self.paths, self.bboxes = Texts(paths), Texts(bboxes)
-        numbers = {"label": labels, "width": col("width", 0), "height": col("height", 0), "boxed": [k == "combo" for k in col("kind", "single")]}   # boxed: one of several pills, only its box can be shown under its name
-        self.numbers = {k: torch.tensor(v, dtype=torch.bool if k == "boxed" else torch.int64) for k, v in numbers.items()}
-        if train: self.numbers["id"] = torch.from_numpy(name_ids([f"{p}|{b}" for p, b in zip(paths, bboxes)]))
+        numbers = {
+            "label": labels,
+            "width": col("width", 0),
+            "height": col("height", 0),
+            "boxed": [k == "combo" for k in col("kind", "single")],
+        }  # boxed: one of several pills, only its box can be shown under its name
+        self.numbers = {
+            k: torch.tensor(v, dtype=torch.bool if k == "boxed" else torch.int64) for k, v in numbers.items()
+        }
+        if train:
+            self.numbers["id"] = torch.from_numpy(name_ids([f"{p}|{b}" for p, b in zip(paths, bboxes)]))
         self.source = root if isinstance(root, Source) else DeliverySource(root)
-        self.size, self.train, self.crop_view_prob, self.view, self.seed, self.epoch = size, train, crop_view_prob, view, seed, 0
-        self.views, self.augment = dataset_views(size, train, augment, padding), BatchAugment(size, augment, train, padding, channels_last)
+        self.size, self.train, self.crop_view_prob, self.view, self.seed, self.epoch = (
+            size,
+            train,
+            crop_view_prob,
+            view,
+            seed,
+            0,
+        )
+        self.views, self.augment = (
+            dataset_views(size, train, augment, padding),
+            BatchAugment(size, augment, train, padding, channels_last),
+        )
 
-    def __len__(self)->int: return len(self.paths)
+    def __len__(self) -> int:
+        return len(self.paths)
 
-    def set_epoch(self, epoch:int)->None: self.epoch = epoch   # the dice of the samples that are asked for one by one
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch  # the dice of the samples that are asked for one by one
 
 # %% ../../nbs/dataset/480_datasets.ipynb #d9295b77
 @patch(as_prop=True)
-def labels(self:PillsnapClsDataset)->np.ndarray: # int64 [n]
+def labels(self: PillsnapClsDataset) -> np.ndarray:  # int64 [n]
     "Class numbers of the rows."
     return self.numbers["label"].numpy().copy()
 
+
 @patch(as_prop=True)
-def boxed(self:PillsnapClsDataset)->np.ndarray: # bool [n]
+def boxed(self: PillsnapClsDataset) -> np.ndarray:  # bool [n]
     "Which rows are one of several pills in a photo."
     return self.numbers["boxed"].numpy().copy()
 
+
 @patch
-def photo(self:PillsnapClsDataset,
-    i:int # row
-)->Photo:
+def photo(
+    self: PillsnapClsDataset,
+    i: int,  # row
+) -> Photo:
     "A row, as far as opening it goes."
-    return Photo(self.paths[i], self.bboxes[i], int(self.numbers["width"].numpy()[i]), int(self.numbers["height"].numpy()[i]))
+    return Photo(
+        self.paths[i], self.bboxes[i], int(self.numbers["width"].numpy()[i]), int(self.numbers["height"].numpy()[i])
+    )
 
 # %% ../../nbs/dataset/480_datasets.ipynb #8e0db5ce
 @patch
-def looks(self:PillsnapClsDataset,
-    rows:Sequence[int],          # of one batch
-    epoch:int=0,                 # counted from 0
-    visits:np.ndarray|int=0      # how often each was drawn before in this epoch
-)->Looks:
+def looks(
+    self: PillsnapClsDataset,
+    rows: Sequence[int],  # of one batch
+    epoch: int = 0,  # counted from 0
+    visits: np.ndarray | int = 0,  # how often each was drawn before in this epoch
+) -> Looks:
     "What these rows will show in this epoch: a function of the seed, the epoch and the photos alone."
     rows = np.asarray(rows, np.int64)
-    if not self.train: return Looks(rows, np.full(len(rows), self.view == "crop"))
+    if not self.train:
+        return Looks(rows, np.full(len(rows), self.view == "crop"))
     draws = dice(self.seed, epoch, self.numbers["id"].numpy()[rows], DRAWS, visits)
     crops = (draws[:, COL["view"]] < self.crop_view_prob) | self.boxed[rows]
     return Looks(rows, crops, draws, self.augment.windows(draws, crops), self.augment.flips(draws))
 
+
 @patch
-def fetch(self:PillsnapClsDataset,
-    looks:Looks,    # of a batch, or of a part of one
-    out:np.ndarray  # [n, size, size, 3] uint8, overwritten
-)->list[dict|None]: # one per sample: None, or why there is none
+def fetch(
+    self: PillsnapClsDataset,
+    looks: Looks,  # of a batch, or of a part of one
+    out: np.ndarray,  # [n, size, size, 3] uint8, overwritten
+) -> list[dict | None]:  # one per sample: None, or why there is none
     "Open, cut, scale; never raises (SPEC TL3)."
     return [self._one(looks, k, out[k]) for k in range(len(looks))]
 
+
 @patch
-def _one(self:PillsnapClsDataset, looks:Looks, k:int, out:np.ndarray)->dict|None:
+def _one(self: PillsnapClsDataset, looks: Looks, k: int, out: np.ndarray) -> dict | None:
     i, trains = int(looks.rows[k]), looks.windows is not None
     photo, view = self.photo(i), self.views["crop" if looks.crops[k] else "whole"]
     try:
-        got = self.source.view(photo, view, out, looks.windows[k] if trains else None, bool(looks.flips[k]) if trains else False)
-        if trains and got is None: self.augment.apply_policy(out, looks.draws[k])
-    except Exception as e: got = {"_skip": True, "error": f"{type(e).__name__}: {e}", "stage": "sample"}
+        got = self.source.view(
+            photo, view, out, looks.windows[k] if trains else None, bool(looks.flips[k]) if trains else False
+        )
+        if trains and got is None:
+            self.augment.apply_policy(out, looks.draws[k])
+    except Exception as e:
+        got = {"_skip": True, "error": f"{type(e).__name__}: {e}", "stage": "sample"}
     return got if got is None else {**got, "path": photo.path}
 
 # %% ../../nbs/dataset/480_datasets.ipynb #e6f3c18e
 @patch
-def finish(self:PillsnapClsDataset,
-    images:torch.Tensor, # [n, 3, size, size] uint8, on any device
-    looks:Looks          # theirs
-)->torch.Tensor:         # [n, 3, size, size] float32
+def finish(
+    self: PillsnapClsDataset,
+    images: torch.Tensor,  # [n, 3, size, size] uint8, on any device
+    looks: Looks,  # theirs
+) -> torch.Tensor:  # [n, 3, size, size] float32
     "Augment and normalise, where the bytes are."
     return self.augment(images, looks.draws)
 
+
 @patch
-def __getitem__(self:PillsnapClsDataset,
-    i:int # row
-)->dict[str,Any]: # {"image": [3, size, size] float32, "label": int, "path": str}, or {"_skip": True, "error", "stage", "path"}
+def __getitem__(
+    self: PillsnapClsDataset,
+    i: int,  # row
+) -> dict[str, Any]:  # image, label and path; or _skip, error, stage and path
     "One sample, or the reason why there is none (SPEC TL3)."
     looks, out = self.looks([int(i)], self.epoch), np.empty((1, self.size, self.size, 3), np.uint8)
-    if (bad := self.fetch(looks, out)[0]) is not None: return bad
-    return {"image": self.finish(torch.from_numpy(out).permute(0, 3, 1, 2), looks)[0], "label": int(self.numbers["label"][int(i)]), "path": self.paths[int(i)]}
+    if (bad := self.fetch(looks, out)[0]) is not None:
+        return bad
+    return {
+        "image": self.finish(torch.from_numpy(out).permute(0, 3, 1, 2), looks)[0],
+        "label": int(self.numbers["label"][int(i)]),
+        "path": self.paths[int(i)],
+    }
 
 # %% ../../nbs/dataset/480_datasets.ipynb #53af3498
 _log = logging.getLogger("pillsnap.datasets")
 
+
 def safe_collate(
-    batch:Sequence[Mapping[str,Any]] # samples and skip records
-)->tuple[torch.Tensor,torch.Tensor,dict[str,list]]: # images [B, 3, S, S], labels [B] int64, {"paths", "skipped"}
+    batch: Sequence[Mapping[str, Any]],  # samples and skip records
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, list]]:  # images [B, 3, S, S], labels [B] int64, {"paths", "skipped"}
     "Samples to a batch, records aside; nothing left is an empty batch and a warning (SPEC TL4)."
     good, bad = [s for s in batch if "_skip" not in s], [s for s in batch if "_skip" in s]
-    meta = {"paths": [s["path"] for s in good], "skipped": [{k: s.get(k, "") for k in ("path", "stage", "error")} for s in bad]}
-    if good: return torch.stack([s["image"] for s in good]), torch.tensor([s["label"] for s in good], dtype=torch.int64), meta
-    _log.warning("all %d photos of a batch were skipped, the first because %s", len(bad), bad[0]["error"] if bad else "there were none")
+    meta = {
+        "paths": [s["path"] for s in good],
+        "skipped": [{k: s.get(k, "") for k in ("path", "stage", "error")} for s in bad],
+    }
+    if good:
+        return (
+            torch.stack([s["image"] for s in good]),
+            torch.tensor([s["label"] for s in good], dtype=torch.int64),
+            meta,
+        )
+    _log.warning(
+        "all %d photos of a batch were skipped, the first because %s",
+        len(bad),
+        bad[0]["error"] if bad else "there were none",
+    )
     return torch.empty(0, 3, 0, 0), torch.empty(0, dtype=torch.int64), meta
 
 # %% ../../nbs/dataset/480_datasets.ipynb #2fa385d5
 def lmdb_converter(
-    dataset:PillsnapClsDataset, # its rows
-    path:str|Path,              # the database's folder
-    views:Sequence[View]|None=None, # which; None = the dataset's own
-    map_size:int|str="500GB"    # address space, not disk space
-)->LMDBImageCache:
+    dataset: PillsnapClsDataset,  # its rows
+    path: str | Path,  # the database's folder
+    views: Sequence[View] | None = None,  # which; None = the dataset's own
+    map_size: int | str = "500GB",  # address space, not disk space
+) -> LMDBImageCache:
     "Write the canvases of a dataset's photos, broken ones with their reason; open it for reading (SPEC TL3, TL13)."
     source = dataset.source.behind if isinstance(dataset.source, MemorySource) else dataset.source
     writer = LMDBImageCache(path, readonly=False, map_size=map_size)
-    def records()->Any:
+
+    def records() -> Any:
         for p, b in zip(dataset.paths, dataset.bboxes):
             for v in views or dataset.views.values():
-                try: got = source.open(Photo(p, b), v); got = got if isinstance(got, dict) else look(*got, v)
-                except (PillsnapError, ValueError) as e: got = {"error": str(e), "stage": "crop"}
+                try:
+                    got = source.open(Photo(p, b), v)
+                    got = got if isinstance(got, dict) else look(*got, v)
+                except (PillsnapError, ValueError) as e:
+                    got = {"error": str(e), "stage": "crop"}
                 yield p, b, v, got
-    writer.put_many(records()); writer.close()
+
+    writer.put_many(records())
+    writer.close()
     return LMDBImageCache(path, map_size=map_size)
 
 # %% ../../nbs/dataset/480_datasets.ipynb #ce350bc1
 class PillsnapDetDataset(Dataset):
     "Photos with all their boxes; never raises while an epoch runs (SPEC TL3)."
-    def __init__(self,
-        rows:pd.DataFrame,  # manifest rows, one per pill
-        root:str|Path,      # the delivery
-        size:int=640,       # side of the square, pixels
-        policies:Mapping[str,str]|None=None # grayscale_policy, rgba_policy
+
+    def __init__(
+        self,
+        rows: pd.DataFrame,  # manifest rows, one per pill
+        root: str | Path,  # the delivery
+        size: int = 640,  # side of the square, pixels
+        policies: Mapping[str, str] | None = None,  # grayscale_policy, rgba_policy
     ):
         boxes = {p: [b for b in g if b] for p, g in rows.groupby("path", sort=True)["bbox"]}
         self.paths, self.boxes = list(boxes), list(boxes.values())
         self.root, self.size, self.policies = Path(root), size, dict(policies or {})
 
-    def __len__(self)->int: return len(self.paths)
+    def __len__(self) -> int:
+        return len(self.paths)
 
-    def __getitem__(self, i:int)->dict[str,Any]: # {"image": [3, size, size] float32 in 0..1, "label": [n, 5] float32 class, cx, cy, w, h in 0..1, "path"}
-        try: got = self._sample(int(i))
-        except Exception as e: got = {"_skip": True, "error": f"{type(e).__name__}: {e}", "stage": "sample"}
+    def __getitem__(self, i: int) -> dict[str, Any]:  # "image", "label", "path"
+        try:
+            got = self._sample(int(i))
+        except Exception as e:
+            got = {"_skip": True, "error": f"{type(e).__name__}: {e}", "stage": "sample"}
         return {**got, "path": self.paths[int(i)]}
 
 # %% ../../nbs/dataset/480_datasets.ipynb #9bcd7fbc
 @patch
-def _sample(self:PillsnapDetDataset,
-    i:int # photo
-)->dict[str,Any]: # image and label, or a skip record
+def _sample(
+    self: PillsnapDetDataset,
+    i: int,  # photo
+) -> dict[str, Any]:  # image and label, or a skip record
     "Open, letterbox, move the boxes along."
-    got = open_image_safely(self.root/self.paths[i], **self.policies)
-    if "_skip" in got: return got
+    got = open_image_safely(self.root / self.paths[i], **self.policies)
+    if "_skip" in got:
+        return got
     square, scale, pad = letterbox(got["image"], self.size)
     xyxy = np.array([box_of(b) for b in self.boxes[i]]).reshape(-1, 4) * scale + np.tile(pad, 2)
     label = np.c_[np.zeros(len(xyxy)), to_yolo(xyxy_to_xywh(xyxy), self.size, self.size)]
@@ -382,38 +529,87 @@ def _sample(self:PillsnapDetDataset,
 
 # %% ../../nbs/dataset/480_datasets.ipynb #527f712a
 def safe_collate_detection(
-    batch:Sequence[Mapping[str,Any]] # samples and skip records
-)->tuple[torch.Tensor,torch.Tensor,dict[str,list]]: # images [B, 3, S, S]; boxes [n, 6] photo number, class, cx, cy, w, h; {"paths", "skipped"}
+    batch: Sequence[Mapping[str, Any]],  # samples and skip records
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, list]]:  # images [B, 3, S, S]; boxes [n, 6]; {"paths", "skipped"}
     "As `safe_collate`; a photo with a box that is no box is left out as well (SPEC TL4)."
-    ok = lambda l: bool(torch.isfinite(l).all() and (l[:, 3:] > 0).all() and (l[:, 1:] >= 0).all() and (l[:, 1:] <= 1).all())
-    batch = [s if "_skip" in s or ok(s["label"]) else {"_skip": True, "path": s["path"], "stage": "boxes", "error": "a box lies outside the photo or has no area"} for s in batch]
+    ok = lambda l: bool(
+        torch.isfinite(l).all() and (l[:, 3:] > 0).all() and (l[:, 1:] >= 0).all() and (l[:, 1:] <= 1).all()
+    )
+    batch = [
+        s
+        if "_skip" in s or ok(s["label"])
+        else {
+            "_skip": True,
+            "path": s["path"],
+            "stage": "boxes",
+            "error": "a box lies outside the photo or has no area",
+        }
+        for s in batch
+    ]
     images, _, meta = safe_collate([s if "_skip" in s else {**s, "label": 0} for s in batch])
     good = [s for s in batch if "_skip" not in s]
-    return images, torch.cat([torch.empty(0, 6), *(torch.cat([torch.full((len(s["label"]), 1), float(k)), s["label"]], 1) for k, s in enumerate(good))]), meta
+    return (
+        images,
+        torch.cat(
+            [
+                torch.empty(0, 6),
+                *(torch.cat([torch.full((len(s["label"]), 1), float(k)), s["label"]], 1) for k, s in enumerate(good)),
+            ]
+        ),
+        meta,
+    )
 
 # %% ../../nbs/dataset/480_datasets.ipynb #39c91362
 class SinglePillDataset(PillsnapClsDataset):
     "Single photos at 384 (the sources' name)."
-    def __init__(self, rows:pd.DataFrame, class_map:ClassMap, root:str|Path|Source, size:int=384, **kwargs:Any): super().__init__(rows, class_map, root, size, **kwargs)
+
+    def __init__(
+        self, rows: pd.DataFrame, class_map: ClassMap, root: str | Path | Source, size: int = 384, **kwargs: Any
+    ):
+        super().__init__(rows, class_map, root, size, **kwargs)
+
 
 class CombinationPillDataset(PillsnapDetDataset):
     "Photos with boxes at 640 (the sources' name)."
 
-NARROW_AUGMENT = AugmentClassification(randaugment=False, hflip=False, color_jitter=(.2, .2, .2, .1), rotation=30., erasing=.2)
+
+NARROW_AUGMENT = AugmentClassification(
+    randaugment=False, hflip=False, color_jitter=(0.2, 0.2, 0.2, 0.1), rotation=30.0, erasing=0.2
+)
+
 
 class NarrowModelDataset(PillsnapClsDataset):
     "The narrow family's photos: turned by up to 30°, colours before normalisation, a fifth with a hole (SPEC TL19, X52)."
-    def __init__(self, rows:pd.DataFrame, class_map:ClassMap, root:str|Path|Source, size:int=512, train:bool=True, **kwargs:Any):
-        super().__init__(rows, class_map, root, size, train, **{"augment": NARROW_AUGMENT, "crop_view_prob": 0., **kwargs})
+
+    def __init__(
+        self,
+        rows: pd.DataFrame,
+        class_map: ClassMap,
+        root: str | Path | Source,
+        size: int = 512,
+        train: bool = True,
+        **kwargs: Any,
+    ):
+        super().__init__(
+            rows, class_map, root, size, train, **{"augment": NARROW_AUGMENT, "crop_view_prob": 0.0, **kwargs}
+        )
+
 
 class UserControlledTwoStageDataset(Dataset):
     "The dataset of the mode that was asked for (the sources' name; SPEC X39)."
-    def __init__(self,
-        mode:str,                      # "single" or "combo"
-        single:PillsnapClsDataset,     # the classifier's photos
-        combo:PillsnapDetDataset       # the detector's photos
+
+    def __init__(
+        self,
+        mode: str,  # "single" or "combo"
+        single: PillsnapClsDataset,  # the classifier's photos
+        combo: PillsnapDetDataset,  # the detector's photos
     ):
-        if mode not in ("single", "combo"): raise PillsnapError(f"a mode is single or combo, not {mode!r}", where="data.default_mode")
+        if mode not in ("single", "combo"):
+            raise PillsnapError(f"a mode is single or combo, not {mode!r}", where="data.default_mode")
         self.mode, self.part = mode, single if mode == "single" else combo
-    def __len__(self)->int: return len(self.part)
-    def __getitem__(self, i:int)->dict[str,Any]: return self.part[i]
+
+    def __len__(self) -> int:
+        return len(self.part)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return self.part[i]

@@ -33,297 +33,393 @@ from .conversion import side_by_side
 from ..photos.images import crop_view, open_image_safely, resize
 
 # %% ../../nbs/dataset/410_duplicates.ipynb #4129fb05
-THUMB, STEP = 64, 2.   # thumbnail side, pixels; grey levels below which two spots count as equal
+THUMB, STEP = 64, 2.0  # thumbnail side, pixels; grey levels below which two spots count as equal
+
 
 def glance(
-    path:str|Path,             # a photo
-    bbox:Sequence[float]|None  # x, y, w, h of its pill; None: the whole photo
-)->tuple[np.ndarray,str]|None: # [THUMB, THUMB] uint8 grey, and a digest of the photo's pixels; None when it does not open
+    path: str | Path,  # a photo
+    bbox: Sequence[float] | None,  # x, y, w, h of its pill; None: the whole photo
+) -> (
+    tuple[np.ndarray, str] | None
+):  # [THUMB, THUMB] uint8 grey, and a digest of the photo's pixels; None when it does not open
     "The pill, small and grey; and the photo's identity, however it was packed into a file."
     img = open_image_safely(path).get("image")
-    if img is None: return None
+    if img is None:
+        return None
     h, w = img.shape[:2]
     box = (0, 0, w, h) if bbox is None else (bbox[0], bbox[1], bbox[0] + bbox[2], bbox[1] + bbox[3])
-    return crop_view(img, np.array(box), THUMB, .0).mean(axis=-1).round().astype(np.uint8), blake2b(np.ascontiguousarray(img), digest_size=8).hexdigest()
+    return crop_view(img, np.array(box), THUMB, 0.0).mean(axis=-1).round().astype(np.uint8), blake2b(
+        np.ascontiguousarray(img), digest_size=8
+    ).hexdigest()
 
 # %% ../../nbs/dataset/410_duplicates.ipynb #24893c7b
 def dhash(
-    thumbs:np.ndarray # [n, THUMB, THUMB] uint8
-)->np.ndarray:        # [n, 4] uint64
+    thumbs: np.ndarray,  # [n, THUMB, THUMB] uint8
+) -> np.ndarray:  # [n, 4] uint64
     "256 bits a picture: is the right neighbour of each of 16 × 16 spots brighter (difference hash)?"
     n, cell = len(thumbs), THUMB // 16
     spots = thumbs.reshape(n, 16, cell, 16, cell).mean(axis=(2, 4))
-    bits = np.diff(spots, axis=2, append=spots[:, :, :1]) > STEP   # a plain difference would hash the noise of flat places
+    bits = (
+        np.diff(spots, axis=2, append=spots[:, :, :1]) > STEP
+    )  # a plain difference would hash the noise of flat places
     return np.packbits(bits.reshape(n, 256), axis=1).view(np.uint64)
 
 # %% ../../nbs/dataset/410_duplicates.ipynb #f580d461
-_LINE = re.compile(rb"[^\t]+\t\d+\t\d+\t[^\t]*\t[0-9a-f]{16}")   # a whole line: path, size, time, box, digest
+_LINE = re.compile(rb"[^\t]+\t\d+\t\d+\t[^\t]*\t[0-9a-f]{16}")  # a whole line: path, size, time, box, digest
+
 
 class ThumbStore:
     "Thumbnails and pixel digests on disk by (path, size, time, box), appended as they are made."
-    def __init__(self,
-        folder:str|os.PathLike # takes thumbnails.u8 and thumbnails.tsv
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,  # takes thumbnails.u8 and thumbnails.tsv
     ):
-        self.raw, self.names = ensure_dir(folder)/"thumbnails.u8", Path(folder)/"thumbnails.tsv"
+        self.raw, self.names = ensure_dir(folder) / "thumbnails.u8", Path(folder) / "thumbnails.tsv"
         text = self.names.read_bytes() if self.names.is_file() else b""
         most = self.raw.stat().st_size // THUMB**2 if self.raw.is_file() else 0
-        lines = list(takewhile(_LINE.fullmatch, islice(text.split(b"\n")[:-1], most)))   # what follows the last line break was cut off
-        if (size := sum(map(len, lines)) + len(lines)) < len(text): os.truncate(self.names, size)   # and is made again
+        lines = list(
+            takewhile(_LINE.fullmatch, islice(text.split(b"\n")[:-1], most))
+        )  # what follows the last line break was cut off
+        if (size := sum(map(len, lines)) + len(lines)) < len(text):
+            os.truncate(self.names, size)  # and is made again
         pairs = [l.decode().rpartition("\t")[::2] for l in lines]
         self.at, self.pixels = {k: i for i, (k, _) in enumerate(pairs)}, [d for _, d in pairs]
 
 # %% ../../nbs/dataset/410_duplicates.ipynb #a1fea002
 @patch
-def add(self:ThumbStore,
-    keys:Sequence[str],                    # one per photo, from thumb_keys
-    seen:Sequence[tuple[np.ndarray,str]]   # what glance saw of each
-)->None:
+def add(
+    self: ThumbStore,
+    keys: Sequence[str],  # one per photo, from thumb_keys
+    seen: Sequence[tuple[np.ndarray, str]],  # what glance saw of each
+) -> None:
     "Append: first the pixels, then the names that vouch for them."
     try:
         with open(self.raw, "r+b" if self.raw.is_file() else "wb") as f:
-            f.truncate(len(self.pixels) * THUMB**2); f.seek(0, os.SEEK_END); f.write(b"".join(t.tobytes() for t, _ in seen)); f.flush(); os.fsync(f.fileno())   # a power cut must not leave names without their pixels
-        with open(self.names, "a", encoding="utf-8") as f: f.write("".join(f"{k}\t{d}\n" for k, (_, d) in zip(keys, seen)))
-    except OSError as e: raise os_trouble("the thumbnails cannot be written", self.raw, e) from e
-    self.at |= {k: len(self.pixels) + i for i, k in enumerate(keys)}; self.pixels += [d for _, d in seen]
+            f.truncate(len(self.pixels) * THUMB**2)
+            f.seek(0, os.SEEK_END)
+            f.write(b"".join(t.tobytes() for t, _ in seen))
+            f.flush()
+            os.fsync(f.fileno())  # a power cut must not leave names without their pixels
+        with open(self.names, "a", encoding="utf-8") as f:
+            f.write("".join(f"{k}\t{d}\n" for k, (_, d) in zip(keys, seen)))
+    except OSError as e:
+        raise os_trouble("the thumbnails cannot be written", self.raw, e) from e
+    self.at |= {k: len(self.pixels) + i for i, k in enumerate(keys)}
+    self.pixels += [d for _, d in seen]
+
 
 @patch
-def array(self:ThumbStore)->np.ndarray: # [n, THUMB, THUMB] uint8, read-only
+def array(self: ThumbStore) -> np.ndarray:  # [n, THUMB, THUMB] uint8, read-only
     "All thumbnails, memory-mapped."
-    if not self.pixels: return np.zeros((0, THUMB, THUMB), np.uint8)
+    if not self.pixels:
+        return np.zeros((0, THUMB, THUMB), np.uint8)
     return np.memmap(self.raw, np.uint8, "r", shape=(len(self.pixels), THUMB, THUMB))
 
 # %% ../../nbs/dataset/410_duplicates.ipynb #a5209428
 def thumb_keys(
-    df:pd.DataFrame, # rows with path, and bbox if known
-    root:Path        # the delivery
-)->list[str]:        # path, size, time and box in one line; "" where the file is gone
+    df: pd.DataFrame,  # rows with path, and bbox if known
+    root: Path,  # the delivery
+) -> list[str]:  # path, size, time and box in one line; "" where the file is gone
     "What a thumbnail was made from."
-    def stamp(p:str)->str:
-        try: s = os.stat(root/p); return f"{s.st_size}\t{s.st_mtime_ns}"
-        except OSError: return ""
+
+    def stamp(p: str) -> str:
+        try:
+            s = os.stat(root / p)
+            return f"{s.st_size}\t{s.st_mtime_ns}"
+        except OSError:
+            return ""
+
     boxes = df["bbox"] if "bbox" in df else [""] * len(df)
     flat = str.maketrans("\t\n\r", "   ")
     return [f"{p.translate(flat)}\t{s}\t{b}" if (s := stamp(p)) else "" for p, b in zip(df["path"], boxes)]
 
+
 def look_at_thumbnails(
-    df:pd.DataFrame,       # rows with path, and bbox if known
-    root:str|Path,         # the delivery
-    store:ThumbStore,      # what is known, and where to keep more
-    workers:int|None=None, # processes, or threads for a few photos; None = the number of CPUs
-    progress:bool=True     # show a progress bar
-)->np.ndarray:             # [n] number of each row's thumbnail in the store, -1 where there is none
+    df: pd.DataFrame,  # rows with path, and bbox if known
+    root: str | Path,  # the delivery
+    store: ThumbStore,  # what is known, and where to keep more
+    workers: int | None = None,  # processes, or threads for a few photos; None = the number of CPUs
+    progress: bool = True,  # show a progress bar
+) -> np.ndarray:  # [n] number of each row's thumbnail in the store, -1 where there is none
     "Open every photo that the store does not know (SPEC BX1)."
     root, keys = Path(root), thumb_keys(df, Path(root))
     boxes = df["bbox"].tolist() if "bbox" in df else [""] * len(df)
     todo = [(k, p, b) for k, p, b in zip(keys, df["path"], boxes) if k and k not in store.at]
-    with show_progress(total=len(df), desc="comparing", unit="photos", show=progress, done=sum(k in store.at for k in keys)) as bar:
+    with show_progress(
+        total=len(df), desc="comparing", unit="photos", show=progress, done=sum(k in store.at for k in keys)
+    ) as bar:
         for chunk, seen in side_by_side(partial(_glances, root), todo, workers):
             got = [(k, t) for (k, _, _), t in zip(chunk, seen) if t is not None]
-            store.add([k for k, _ in got], [t for _, t in got]); bar.update(len(chunk))
+            store.add([k for k, _ in got], [t for _, t in got])
+            bar.update(len(chunk))
     return np.array([store.at.get(k, -1) for k in keys], int)
 
-def _glances(root:Path, chunk:list[tuple[str,str,str]])->list: return [glance(root/p, json.loads(b) if b else None) for _, p, b in chunk]
+
+def _glances(root: Path, chunk: list[tuple[str, str, str]]) -> list:
+    return [glance(root / p, json.loads(b) if b else None) for _, p, b in chunk]
 
 # %% ../../nbs/dataset/410_duplicates.ipynb #f9becf70
-MAX_BITS, MAX_MEAN, MAX_TAIL = 16, 2., 10.  # (ours) bits of 256 that may differ; grey levels that may: in the mean, at the 99th percentile
+MAX_BITS, MAX_MEAN, MAX_TAIL = (
+    16,
+    2.0,
+    10.0,
+)  # (ours) bits of 256 that may differ; grey levels that may: in the mean, at the 99th percentile
+
 
 def alike(
-    a:np.ndarray, # [THUMB, THUMB] uint8
-    b:np.ndarray, # [THUMB, THUMB] uint8
-    mean:float=MAX_MEAN, # grey levels they may differ by, in the mean
-    tail:float=MAX_TAIL  # and at the 99th percentile
-)->bool:
+    a: np.ndarray,  # [THUMB, THUMB] uint8
+    b: np.ndarray,  # [THUMB, THUMB] uint8
+    mean: float = MAX_MEAN,  # grey levels they may differ by, in the mean
+    tail: float = MAX_TAIL,  # and at the 99th percentile
+) -> bool:
     "Whether two thumbnails are one picture."
     d = np.abs(a.astype(np.int16) - b)
     return bool(d.mean() <= mean and (d.max() <= tail or np.percentile(d, 99) <= tail))
 
+
 def near_pairs(
-    thumbs:np.ndarray, # [n, THUMB, THUMB] uint8 of one drug
-    group:np.ndarray   # [n] capture group of each
-)->list[tuple[int,int]]: # pairs of different groups that show the same picture
+    thumbs: np.ndarray,  # [n, THUMB, THUMB] uint8 of one drug
+    group: np.ndarray,  # [n] capture group of each
+) -> list[tuple[int, int]]:  # pairs of different groups that show the same picture
     "Near-duplicates of one drug."
     h, out = dhash(thumbs), []
     for i in range(len(thumbs) - 1):
-        near = np.bitwise_count(h[i] ^ h[i + 1:]).sum(axis=1) <= MAX_BITS
-        out += [(i, int(j)) for j in np.flatnonzero(near & (group[i + 1:] != group[i])) + i + 1 if alike(thumbs[i], thumbs[j])]
+        near = np.bitwise_count(h[i] ^ h[i + 1 :]).sum(axis=1) <= MAX_BITS
+        out += [
+            (i, int(j))
+            for j in np.flatnonzero(near & (group[i + 1 :] != group[i])) + i + 1
+            if alike(thumbs[i], thumbs[j])
+        ]
     return out
 
 # %% ../../nbs/dataset/410_duplicates.ipynb #df34a667
-SAME_BITS, SAME_MEAN, SAME_TAIL = 3, .75, 4.   # (ours) the same across drugs: a copy saved once more, nothing else
-ENOUGH = 10   # (ours) partners of a photo; two photos that have as many are not compared any more
+SAME_BITS, SAME_MEAN, SAME_TAIL = 3, 0.75, 4.0  # (ours) the same across drugs: a copy saved once more, nothing else
+ENOUGH = 10  # (ours) partners of a photo; two photos that have as many are not compared any more
 
-def _shared_words(h:np.ndarray)->Iterator[np.ndarray]:
+
+def _shared_words(h: np.ndarray) -> Iterator[np.ndarray]:
     "Rows that share one of their four words, run by run."
     for k in range(h.shape[1]):
         order = np.argsort(h[:, k], kind="stable")
         ends = np.flatnonzero(np.diff(h[order, k])) + 1
         yield from (run for run in np.split(order, ends) if len(run) > 1)
 
-def _sketch(thumbs:np.ndarray)->np.ndarray: # [n, 16] float32
+
+def _sketch(thumbs: np.ndarray) -> np.ndarray:  # [n, 16] float32
     "Mean grey of 4 × 4 fields: two sketches never differ by more in the mean than the pictures do."
-    return thumbs.reshape(len(thumbs), 4, THUMB//4, 4, THUMB//4).mean(axis=(2, 4), dtype=np.float32).reshape(-1, 16)
+    return thumbs.reshape(len(thumbs), 4, THUMB // 4, 4, THUMB // 4).mean(axis=(2, 4), dtype=np.float32).reshape(-1, 16)
+
 
 def twin_pairs(
-    thumbs:np.ndarray, # [n, THUMB, THUMB] uint8 of all drugs, may be memory-mapped
-    drug:np.ndarray,    # [n] number of each one's drug, -1 where it is not asked for
-    progress:bool=False # show a progress bar
-)->list[tuple[int,int]]: # pairs of different drugs that show one picture: all where a photo has few, ENOUGH where it has many
+    thumbs: np.ndarray,  # [n, THUMB, THUMB] uint8 of all drugs, may be memory-mapped
+    drug: np.ndarray,  # [n] number of each one's drug, -1 where it is not asked for
+    progress: bool = False,  # show a progress bar
+) -> list[tuple[int, int]]:  # pairs of different drugs that show one picture; at most ENOUGH a photo
     "Near-exact copies under two labels (SPEC BX1: reported, never linked)."
-    h, sketch = (np.concatenate([f(thumbs[i:i + 4096]) for i in range(0, max(1, len(thumbs)), 4096)]) for f in (dhash, _sketch))
+    h, sketch = (
+        np.concatenate([f(thumbs[i : i + 4096]) for i in range(0, max(1, len(thumbs)), 4096)]) for f in (dhash, _sketch)
+    )
     found, partners = set(), np.zeros(len(h), int)
     for run in show_progress(_shared_words(h), desc="copies across drugs", unit="groups", show=progress):
         run = run[drug[run] >= 0]
-        if (drug[run] == drug[run[:1]]).all(): continue
+        if (drug[run] == drug[run[:1]]).all():
+            continue
         for n, i in enumerate(run[:-1]):
-            rest = run[n + 1:]
+            rest = run[n + 1 :]
             rest = rest[(drug[rest] != drug[i]) & ((partners[rest] < ENOUGH) | (partners[i] < ENOUGH))]
             rest = rest[np.bitwise_count(h[i] ^ h[rest]).sum(axis=1) <= SAME_BITS]
-            for j in rest[np.abs(sketch[i] - sketch[rest]).mean(axis=1) <= SAME_MEAN + .01]:
-                if min(partners[i], partners[j]) >= ENOUGH or (pair := (int(min(i, j)), int(max(i, j)))) in found: continue
-                if alike(thumbs[i], thumbs[j], SAME_MEAN, SAME_TAIL): found.add(pair); partners[[i, j]] += 1
+            for j in rest[np.abs(sketch[i] - sketch[rest]).mean(axis=1) <= SAME_MEAN + 0.01]:
+                if min(partners[i], partners[j]) >= ENOUGH or (pair := (int(min(i, j)), int(max(i, j)))) in found:
+                    continue
+                if alike(thumbs[i], thumbs[j], SAME_MEAN, SAME_TAIL):
+                    found.add(pair)
+                    partners[[i, j]] += 1
     return sorted(found)
 
 # %% ../../nbs/dataset/410_duplicates.ipynb #bf687f24
 def join_groups(
-    group:pd.Series, # group of every row
-    dup:pd.Series    # duplicate set of every row, "" where there is none
-)->pd.Series:        # group of every row, joined
+    group: pd.Series,  # group of every row
+    dup: pd.Series,  # duplicate set of every row, "" where there is none
+) -> pd.Series:  # group of every row, joined
     "Groups that share a duplicate become one (union-find)."
     links, parent = pd.DataFrame({"g": group, "d": dup})[dup != ""].drop_duplicates(), {}
-    def find(g:str)->str:
-        while parent.setdefault(g, g) != g: parent[g] = g = parent[parent[g]]
+
+    def find(g: str) -> str:
+        while parent.setdefault(g, g) != g:
+            parent[g] = g = parent[parent[g]]
         return g
+
     for _, members in links.groupby("d", sort=True)["g"]:
         first, *rest = sorted({find(g) for g in members})
-        for g in rest: parent[g] = first
+        for g in rest:
+            parent[g] = first
     return group.map({g: find(g) for g in list(parent)}).fillna(group) if parent else group
 
 # %% ../../nbs/dataset/410_duplicates.ipynb #d7725acc
 @dataclass
 class Duplicates:
     "What the search saw."
-    dup_id:pd.Series                 # per row of the records, "" where there is none
-    pairs:list[tuple[str,str,str]]   # path, path, "same file" or "same picture"
-    conflicts:list[tuple[str,str]]   # one picture under two drugs: a label is wrong
-    largest:tuple[str,int]           # the largest group after joining, and its photos
-    share:float                      # its share of the single photos
-    knotted:bool=False               # whether it is more than three of the largest plain groups together
+
+    dup_id: pd.Series  # per row of the records, "" where there is none
+    pairs: list[tuple[str, str, str]]  # path, path, "same file" or "same picture"
+    conflicts: list[tuple[str, str]]  # one picture under two drugs: a label is wrong
+    largest: tuple[str, int]  # the largest group after joining, and its photos
+    share: float  # its share of the single photos
+    knotted: bool = False  # whether it is more than three of the largest plain groups together
+
 
 def tie(
-    df:pd.DataFrame,                         # rows with path, class_key, kind, group_id and dup_id
-    pairs:Sequence[tuple[str,str,str]],      # links found
-    conflicts:Sequence[tuple[str,str]]       # one picture under two drugs, as delivered
-)->Duplicates:
+    df: pd.DataFrame,  # rows with path, class_key, kind, group_id and dup_id
+    pairs: Sequence[tuple[str, str, str]],  # links found
+    conflicts: Sequence[tuple[str, str]],  # one picture under two drugs, as delivered
+) -> Duplicates:
     "Name each knot after its first photo, measure the largest joined group; a conflict that a decision has settled is a link."
     of = dict(zip(df["path"], df["class_key"].where(df["kind"] == "single", df["group_id"])))
     settled = [(a, b, "same picture") for a, b in conflicts if a in of and of.get(a) == of.get(b)]
     pairs, conflicts = [*pairs, *settled], [(a, b) for a, b in conflicts if a in of and b in of and of[a] != of[b]]
     known = df.loc[df["dup_id"] != "", ["path", "dup_id"]].rename(columns={"dup_id": "k"})
-    links = pd.concat([known, pd.DataFrame([(p, f"{k}/") for k, pair in enumerate(pairs) for p in pair[:2]], columns=["path", "k"])]).drop_duplicates()
-    dup = df["path"].map(dict(zip(links["path"], file_names(join_groups(links["path"], links["k"]))))).fillna("") if len(links) else pd.Series("", df.index)
+    links = pd.concat(
+        [known, pd.DataFrame([(p, f"{k}/") for k, pair in enumerate(pairs) for p in pair[:2]], columns=["path", "k"])]
+    ).drop_duplicates()
+    dup = (
+        df["path"].map(dict(zip(links["path"], file_names(join_groups(links["path"], links["k"]))))).fillna("")
+        if len(links)
+        else pd.Series("", df.index)
+    )
     size = join_groups(df["group_id"], dup)[(single := df["kind"] == "single")].value_counts()
     largest = (str(size.index[0]), int(size.iloc[0])) if len(size) else ("", 0)
     alone = int(df.loc[single, "group_id"].value_counts().max()) if single.any() else 0
     return Duplicates(dup, pairs, conflicts, largest, largest[1] / max(1, int(size.sum())), largest[1] > 3 * alone)
 
+
 def file_names(
-    paths:pd.Series # of photos
-)->pd.Series:
+    paths: pd.Series,  # of photos
+) -> pd.Series:
     "Without their folders: archives may be unpacked elsewhere, names stay."
     return paths.str.rsplit("/", n=1).str[-1]
 
 # %% ../../nbs/dataset/410_duplicates.ipynb #3bcb750b
 def same_files(
-    df:pd.DataFrame # rows with path, class_key, kind, group_id, and sha1 if known
-)->tuple[list[tuple[str,str,str]],list[tuple[str,str]]]: # links, conflicts
+    df: pd.DataFrame,  # rows with path, class_key, kind, group_id, and sha1 if known
+) -> tuple[list[tuple[str, str, str]], list[tuple[str, str]]]:  # links, conflicts
     "Files of equal bytes: of one drug a link, of two a conflict."
     sha = df.drop_duplicates("path")[lambda d: d["sha1"].ne("")] if "sha1" in df else df.iloc[:0].assign(sha1="")
-    same = sha[sha.duplicated("sha1", keep=False)].assign(owner=lambda d: d["class_key"].where(d["kind"] == "single", d["group_id"]))
+    same = sha[sha.duplicated("sha1", keep=False)].assign(
+        owner=lambda d: d["class_key"].where(d["kind"] == "single", d["group_id"])
+    )
     pairs, conflicts = [], []
     for _, twin in same.groupby("sha1", sort=True):
         first, *others = twin[["path", "owner"]].itertuples(index=False)
-        for o in others: pairs.append((first.path, o.path, "same file")) if o.owner == first.owner else conflicts.append((first.path, o.path))
+        for o in others:
+            pairs.append((first.path, o.path, "same file")) if o.owner == first.owner else conflicts.append(
+                (first.path, o.path)
+            )
     return pairs, conflicts
 
+
 def same_pictures(
-    s:pd.DataFrame,    # single photos
-    root:str|Path,     # the delivery
-    folder:str|Path,   # where thumbnails are kept
-    progress:bool=True # show a progress bar
-)->tuple[list[tuple[str,str,str]],list[tuple[str,str]]]: # links, conflicts
+    s: pd.DataFrame,  # single photos
+    root: str | Path,  # the delivery
+    folder: str | Path,  # where thumbnails are kept
+    progress: bool = True,  # show a progress bar
+) -> tuple[list[tuple[str, str, str]], list[tuple[str, str]]]:  # links, conflicts
     "Near-exact pictures: across the groups of one drug a link, across drugs a conflict."
-    with FolderLock(folder): store = ThumbStore(folder); at = look_at_thumbnails(s, root, store, progress=progress)   # two that append would mix their pixels
+    with FolderLock(folder):
+        store = ThumbStore(folder)
+        at = look_at_thumbnails(s, root, store, progress=progress)  # two that append would mix their pixels
     s, at, thumbs = s[at >= 0], at[at >= 0], store.array()
     path, group, drug = (s[c].to_numpy() for c in ("path", "group_id", "class_key"))
     pairs = []
-    for rows in show_progress(s.groupby("class_key", sort=True).indices.values(), desc="copies within a drug", unit="drugs", show=progress):
-        if len(set(group[rows])) > 1: pairs += [(rows[i], rows[j]) for i, j in near_pairs(thumbs[at[rows]], group[rows])]
-    mine = np.full(len(thumbs), -1); mine[at] = np.arange(len(at))
-    twins = _in_order(twin_pairs(thumbs, np.where(mine < 0, -1, pd.factorize(drug)[0][mine] if len(at) else -1), progress), mine)
-    for i, j in _equal([store.pixels[k] for k in at]): (pairs if drug[i] == drug[j] else twins).append((i, j))
-    return [(path[i], path[j], "same picture") for i, j in sorted(set(pairs)) if group[i] != group[j]], [(path[i], path[j]) for i, j in sorted(set(twins))]
+    for rows in show_progress(
+        s.groupby("class_key", sort=True).indices.values(), desc="copies within a drug", unit="drugs", show=progress
+    ):
+        if len(set(group[rows])) > 1:
+            pairs += [(rows[i], rows[j]) for i, j in near_pairs(thumbs[at[rows]], group[rows])]
+    mine = np.full(len(thumbs), -1)
+    mine[at] = np.arange(len(at))
+    twins = _in_order(
+        twin_pairs(thumbs, np.where(mine < 0, -1, pd.factorize(drug)[0][mine] if len(at) else -1), progress), mine
+    )
+    for i, j in _equal([store.pixels[k] for k in at]):
+        (pairs if drug[i] == drug[j] else twins).append((i, j))
+    return [(path[i], path[j], "same picture") for i, j in sorted(set(pairs)) if group[i] != group[j]], [
+        (path[i], path[j]) for i, j in sorted(set(twins))
+    ]
 
-def _equal(digests:list[str])->list[tuple[int,int]]:
+
+def _equal(digests: list[str]) -> list[tuple[int, int]]:
     "Rows of equal digests, each with the first of them."
     first = {}
     return [(first[d], i) for i, d in enumerate(digests) if first.setdefault(d, i) != i]
 
-def _in_order(pairs:list[tuple[int,int]], mine:np.ndarray)->list[tuple[int,int]]:
+
+def _in_order(pairs: list[tuple[int, int]], mine: np.ndarray) -> list[tuple[int, int]]:
     "Store numbers as row numbers."
     return sorted(tuple(sorted((int(mine[i]), int(mine[j])))) for i, j in pairs)
 
 # %% ../../nbs/dataset/410_duplicates.ipynb #0f67250a
 def find_duplicates(
-    df:pd.DataFrame,      # rows with path, class_key, kind, group_id, dup_id; sha1 and bbox if known
-    root:str|Path,        # the delivery, below which the paths lie
-    folder:str|Path|None, # where thumbnails are kept; None: equal files only, no photo is opened
-    progress:bool=True    # show a progress bar
-)->Duplicates:
+    df: pd.DataFrame,  # rows with path, class_key, kind, group_id, dup_id; sha1 and bbox if known
+    root: str | Path,  # the delivery, below which the paths lie
+    folder: str | Path | None,  # where thumbnails are kept; None: equal files only, no photo is opened
+    progress: bool = True,  # show a progress bar
+) -> Duplicates:
     "Exact and near-exact copies across the groups of one drug, and pictures under two drugs (SPEC BX1)."
     pairs, conflicts = same_files(df)
     if folder is not None:
         more, twins = same_pictures(df[df["kind"] == "single"], root, folder, progress)
         said = {frozenset(p[:2]) for p in [*pairs, *conflicts]}
-        pairs += [p for p in more if frozenset(p[:2]) not in said]; conflicts += [c for c in twins if frozenset(c) not in said]
+        pairs += [p for p in more if frozenset(p[:2]) not in said]
+        conflicts += [c for c in twins if frozenset(c) not in said]
     return tie(df, sorted(set(pairs)), sorted(set(conflicts)))
 
 # %% ../../nbs/dataset/410_duplicates.ipynb #672de577
 def known_duplicates(
-    df:pd.DataFrame,         # rows as delivered
-    header:Mapping[str,Any], # the manifest's header, with its absolute root
-    folder:Path,             # artifacts
-    pictures:bool=True,      # open the photos and compare
-    progress:bool=True       # show a progress bar
-)->Duplicates:
+    df: pd.DataFrame,  # rows as delivered
+    header: Mapping[str, Any],  # the manifest's header, with its absolute root
+    folder: Path,  # artifacts
+    pictures: bool = True,  # open the photos and compare
+    progress: bool = True,  # show a progress bar
+) -> Duplicates:
     "What `find_duplicates` sees, kept in duplicates.json beside the hash of the manifest."
-    path, key = folder/"duplicates.json", {"data_hash": header["data_hash"], "pictures": pictures}
+    path, key = folder / "duplicates.json", {"data_hash": header["data_hash"], "pictures": pictures}
     kept = read_json(path) if path.exists() else {}
-    if {k: kept.get(k) for k in key} == key: return tie(df, [tuple(p) for p in kept["pairs"]], [tuple(c) for c in kept["conflicts"]])
-    dup = find_duplicates(df, header["root"], folder/"thumbnails" if pictures else None, progress)
+    if {k: kept.get(k) for k in key} == key:
+        return tie(df, [tuple(p) for p in kept["pairs"]], [tuple(c) for c in kept["conflicts"]])
+    dup = find_duplicates(df, header["root"], folder / "thumbnails" if pictures else None, progress)
     save_json(key | {"pairs": dup.pairs, "conflicts": dup.conflicts, "largest": dup.largest, "share": dup.share}, path)
     return dup
 
 # %% ../../nbs/dataset/410_duplicates.ipynb #7b94cfca
 def check_knots(
-    dup:Duplicates, # what was found
-    report:Path     # duplicates.json, for the message
-)->None:            # PillsnapError when duplicates tie too much together
+    dup: Duplicates,  # what was found
+    report: Path,  # duplicates.json, for the message
+) -> None:  # PillsnapError when duplicates tie too much together
     "More than 5 % of the photos in one joined group leaves nothing to split (SPEC BX1); up to three groups tied are no sign of it (ours)."
-    if dup.share <= .05 or not dup.knotted: return
-    raise PillsnapError(f"duplicates tie {dup.largest[1]:,} photos together, {dup.share:.0%} of all, around {dup.largest[0]}", where=report, fix="look at the pictures beside the report: are the photos copies, or was one drug delivered many times?")
+    if dup.share <= 0.05 or not dup.knotted:
+        return
+    raise PillsnapError(
+        f"duplicates tie {dup.largest[1]:,} photos together, {dup.share:.0%} of all, around {dup.largest[0]}",
+        where=report,
+        fix="look at the pictures beside the report: are the photos copies, or was one drug delivered many times?",
+    )
 
 # %% ../../nbs/dataset/410_duplicates.ipynb #22bd7363
 def plot_duplicates(
-    dup:Duplicates, # what was found
-    root:str|Path,  # the delivery
-    most:int=4,     # pairs shown
-    names:Mapping[str,str]|None=None # K-code → name
-)->Any:             # matplotlib Figure
+    dup: Duplicates,  # what was found
+    root: str | Path,  # the delivery
+    most: int = 4,  # pairs shown
+    names: Mapping[str, str] | None = None,  # K-code → name
+) -> Any:  # matplotlib Figure
     "Pairs of photos that are one picture, conflicts last."
     from pillsnap.core.plots import drug_label, show_grid
+
     pairs = [p[:2] for p in dup.pairs[:most]] + dup.conflicts[:most]
-    shots = [(p, open_image_safely(Path(root)/p).get("image")) for pair in pairs for p in pair]
-    def title(path:str)->str:
+    shots = [(p, open_image_safely(Path(root) / p).get("image")) for pair in pairs for p in pair]
+
+    def title(path: str) -> str:
         drug, _, capture = Path(path).stem.partition("_")
         return f"{drug_label(drug, names, 9)}\n{capture}"
+
     return show_grid([i for _, i in shots if i is not None], [title(p) for p, i in shots if i is not None], cols=4)

@@ -41,79 +41,139 @@ from ..core.files import sha256_text
 from ..core.logs import TBWriter, decide
 from ..photos.augmentation import dangers
 from ..photos.caches import LMDBImageCache, PhotoCache, SizedLRUCache, View, free_bytes
-from .datasets import DeliverySource, Looks, MemorySource, PackSource, PillsnapClsDataset, PillsnapDetDataset, Source, dataset_views, lmdb_converter, safe_collate_detection
+from pillsnap.dataset.datasets import (
+    DeliverySource,
+    Looks,
+    MemorySource,
+    PackSource,
+    PillsnapClsDataset,
+    PillsnapDetDataset,
+    Source,
+    dataset_views,
+    lmdb_converter,
+    safe_collate_detection,
+)
 from ..photos.pack import Pack, pack_settings, stage_pack
-from .sampling import BalancedBatchSampler, EpochSampler, earlier_visits, effective_batch, rare_more_often
+from pillsnap.dataset.sampling import (
+    BalancedBatchSampler,
+    EpochSampler,
+    earlier_visits,
+    effective_batch,
+    rare_more_often,
+)
 from .splits import StageData, family_ratios
 
 # %% ../../nbs/dataset/490_loaders.ipynb #eddef3bc
 class Buffers:
     "Uint8 batches that come back when nobody looks at them any more (SPEC BM8)."
-    def __init__(self,
-        batch:int,          # samples
-        size:int,           # side, pixels
-        pinned:bool=False,  # page-locked, for copies that overlap with computing
-        shared:bool=False,  # other processes write into them
-        spare:int=8         # most that wait for their next use
-    ): self.shape, self.pinned, self.shared, self.spare, self.free, self.made = (batch, size, size, 3), pinned, shared, spare, [], 0
 
-    def _new(self)->torch.Tensor:
+    def __init__(
+        self,
+        batch: int,  # samples
+        size: int,  # side, pixels
+        pinned: bool = False,  # page-locked, for copies that overlap with computing
+        shared: bool = False,  # other processes write into them
+        spare: int = 8,  # most that wait for their next use
+    ):
+        self.shape, self.pinned, self.shared, self.spare, self.free, self.made = (
+            (batch, size, size, 3),
+            pinned,
+            shared,
+            spare,
+            [],
+            0,
+        )
+
+    def _new(self) -> torch.Tensor:
         self.made += 1
-        if self.shared: return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(math.prod(self.shape))).view(self.shape)
+        if self.shared:
+            return (
+                torch.empty(0, dtype=torch.uint8)
+                .set_(torch.UntypedStorage._new_shared(math.prod(self.shape)))
+                .view(self.shape)
+            )
         return torch.empty(self.shape, dtype=torch.uint8, pin_memory=self.pinned)
 
-    def lend(self, n:int)->tuple[np.ndarray,torch.Tensor]: # [n, size, size, 3] uint8, whatever was in it, and the buffer in which it lies
+    def lend(self, n: int) -> tuple[np.ndarray, torch.Tensor]:  # [n, size, size, 3] uint8, and its buffer
         whole = self.free.pop() if self.free else self._new()
         out = whole.numpy()[:n]
         weakref.finalize(out, self._back, whole).atexit = False
         return out, whole
 
-    def take(self, n:int)->np.ndarray: return self.lend(n)[0]
+    def take(self, n: int) -> np.ndarray:
+        return self.lend(n)[0]
 
-    def _back(self, whole:torch.Tensor)->None:
-        if len(self.free) < self.spare: self.free.append(whole)
+    def _back(self, whole: torch.Tensor) -> None:
+        if len(self.free) < self.spare:
+            self.free.append(whole)
 
 # %% ../../nbs/dataset/490_loaders.ipynb #fa381be0
 class PhotoLoader:
     "Batches of (images, labels, meta) for any loop; exact in mid-epoch (SPEC TL3-TL6, BX10)."
-    def __init__(self,
-        dataset:PillsnapClsDataset,   # rows, class map, source, views, augmentation
-        batch_size:int=64,            # photos
-        sampler:Any=None,             # rows in order; None = as they stand
-        batch_sampler:Any=None,       # batches of rows instead, e.g. BalancedBatchSampler
-        drop_last:bool=False,         # leave out a last batch that is not full
-        engine:str="threads",         # "threads" or "processes"
-        num_workers:int=0,            # of them; 0 = the caller's thread
-        prefetch_factor:int|None=2,   # batches ahead; each process has as many of its own
-        device:torch.device|str="cpu",# where augmentation runs and batches arrive
-        pin_memory:bool=False,        # page-locked host batches
-        raw:bool=False,               # True: the bytes [B, 3, S, S] uint8, neither augmented nor normalised; under a timm policy after it
-        multiprocessing_context:str|None="spawn", # how processes start
-        persistent_workers:bool=True, # processes outlive an epoch
-        refill:bool=True              # training: photos that follow take the place of skipped ones; False where every rank needs as many batches
+
+    def __init__(
+        self,
+        dataset: PillsnapClsDataset,  # rows, class map, source, views, augmentation
+        batch_size: int = 64,  # photos
+        sampler: Any = None,  # rows in order; None = as they stand
+        batch_sampler: Any = None,  # batches of rows instead, e.g. BalancedBatchSampler
+        drop_last: bool = False,  # leave out a last batch that is not full
+        engine: str = "threads",  # "threads" or "processes"
+        num_workers: int = 0,  # of them; 0 = the caller's thread
+        prefetch_factor: int | None = 2,  # batches ahead; each process has as many of its own
+        device: torch.device | str = "cpu",  # where augmentation runs and batches arrive
+        pin_memory: bool = False,  # page-locked host batches
+        raw: bool = False,  # True: the bytes [B, 3, S, S] uint8, neither augmented nor normalised; under a timm policy after it
+        multiprocessing_context: str | None = "spawn",  # how processes start
+        persistent_workers: bool = True,  # processes outlive an epoch
+        refill: bool = True,  # training: photos that follow take the place of skipped ones; False where every rank needs as many batches
     ):
-        if engine not in ("threads", "processes"): raise PillsnapError(f"a loader works with threads or processes, not {engine!r}", where="dataloader.engine")
-        if sampler is not None and batch_sampler is not None: raise PillsnapError("a sampler of rows and one of batches cannot both decide", where="PhotoLoader", fix="give one of them")
-        self.dataset, self.drop_last, self.engine, self.num_workers, self.raw, self.batch_sampler = dataset, drop_last, engine, num_workers, raw, batch_sampler
-        self.sampler = SequentialSampler(dataset) if sampler is None and batch_sampler is None else batch_sampler if sampler is None else sampler
+        if engine not in ("threads", "processes"):
+            raise PillsnapError(f"a loader works with threads or processes, not {engine!r}", where="dataloader.engine")
+        if sampler is not None and batch_sampler is not None:
+            raise PillsnapError(
+                "a sampler of rows and one of batches cannot both decide", where="PhotoLoader", fix="give one of them"
+            )
+        self.dataset, self.drop_last, self.engine, self.num_workers, self.raw, self.batch_sampler = (
+            dataset,
+            drop_last,
+            engine,
+            num_workers,
+            raw,
+            batch_sampler,
+        )
+        self.sampler = (
+            SequentialSampler(dataset)
+            if sampler is None and batch_sampler is None
+            else batch_sampler
+            if sampler is None
+            else sampler
+        )
         self.batch_size = batch_size if batch_sampler is None else None
-        self.prefetch_factor, self.device, self.pin_memory = prefetch_factor or 2, torch.device(device), pin_memory and torch.cuda.is_available()
+        self.prefetch_factor, self.device, self.pin_memory = (
+            prefetch_factor or 2,
+            torch.device(device),
+            pin_memory and torch.cuda.is_available(),
+        )
         self.processes = dict(multiprocessing_context=multiprocessing_context, persistent_workers=persistent_workers)
         self.labels, self.skipped = torch.tensor(dataset.labels, dtype=torch.int64), {}
-        self.refills = refill and dataset.train and batch_sampler is None   # validation shows every photo once, P×K is a balance
+        self.refills = (
+            refill and dataset.train and batch_sampler is None
+        )  # validation shows every photo once, P×K is a balance
         self.epoch, self.batch, self.row, self._start, self._carried = 0, 0, 0, (0, 0), []
         self._pool, self._loader, self._flying = None, None, deque(maxlen=2)
         self.buffers, self._lent = self._pool_of(batch_size if batch_sampler is None else 1), deque()
-        self.rank, self.world, self.at_once = 0, 1, sys.maxsize   # the last: photos that the device augments at once
+        self.rank, self.world, self.at_once = 0, 1, sys.maxsize  # the last: photos that the device augments at once
 
-    def __len__(self)->int: # batches of an epoch
-        if self.batch_sampler is not None: return len(self.batch_sampler)
+    def __len__(self) -> int:  # batches of an epoch
+        if self.batch_sampler is not None:
+            return len(self.batch_sampler)
         n = len(self.sampler)
         return n // self.batch_size if self.drop_last else -(-n // self.batch_size)
 
 # %% ../../nbs/dataset/490_loaders.ipynb #6a0d61df
 @patch
-def _cut(self:PhotoLoader)->tuple[int,np.ndarray,np.ndarray]:
+def _cut(self: PhotoLoader) -> tuple[int, np.ndarray, np.ndarray]:
     "The epoch, its rows in order, and where its batches begin and end."
     s = self.sampler if self.batch_sampler is None else self.batch_sampler
     epoch = getattr(s, "epoch", 0)
@@ -123,617 +183,933 @@ def _cut(self:PhotoLoader)->tuple[int,np.ndarray,np.ndarray]:
     parts = [np.asarray(b, np.int64) for b in s]
     return epoch, np.concatenate([np.zeros(0, np.int64), *parts]), np.cumsum([0, *map(len, parts)])
 
-@patch
-def _chunks(self:PhotoLoader, order:np.ndarray, edges:np.ndarray)->Iterator[tuple[Looks,torch.Tensor,list]]:
-    "What is left of the order, opened piece by piece; its dropped remainder only when photos are missing."
-    visits, end = earlier_visits(order), edges[-1]
-    work = self._by_processes if self.engine == "processes" and self.num_workers else self._by_threads if self.num_workers else self._here
-    mine = lambda a, b: slice(a + (b-a)*self.rank//self.world, a + (b-a)*(self.rank + 1)//self.world)
-    pieces = lambda e: [(order[s], visits[s]) for s in itertools.starmap(mine, itertools.pairwise(e))]
-    yield from work(pieces(np.r_[np.arange(self.row, end, self.batch_size), end] if self.refills else np.r_[self.row, edges[edges > self.row]]))   # one process may have left off within a batch
-    if self.refills and end < len(order): yield from work(pieces([max(self.row, end), len(order)]))
 
 @patch
-def shard(self:PhotoLoader,
-    rank:int=0, # this process
-    world:int=1 # how many there are
-)->PhotoLoader:
+def _chunks(self: PhotoLoader, order: np.ndarray, edges: np.ndarray) -> Iterator[tuple[Looks, torch.Tensor, list]]:
+    "What is left of the order, opened piece by piece; its dropped remainder only when photos are missing."
+    visits, end = earlier_visits(order), edges[-1]
+    work = (
+        self._by_processes
+        if self.engine == "processes" and self.num_workers
+        else self._by_threads
+        if self.num_workers
+        else self._here
+    )
+    mine = lambda a, b: slice(a + (b - a) * self.rank // self.world, a + (b - a) * (self.rank + 1) // self.world)
+    pieces = lambda e: [(order[s], visits[s]) for s in itertools.starmap(mine, itertools.pairwise(e))]
+    yield from work(
+        pieces(
+            np.r_[np.arange(self.row, end, self.batch_size), end]
+            if self.refills
+            else np.r_[self.row, edges[edges > self.row]]
+        )
+    )  # one process may have left off within a batch
+    if self.refills and end < len(order):
+        yield from work(pieces([max(self.row, end), len(order)]))
+
+
+@patch
+def shard(
+    self: PhotoLoader,
+    rank: int = 0,  # this process
+    world: int = 1,  # how many there are
+) -> PhotoLoader:
     "Deliver this process's part of each batch; the batches, and a saved position, are those of one process (SPEC BX10)."
     self.rank, self.world = rank, world
-    self.refills = self.refills and world == 1   # every process must see as many batches
+    self.refills = self.refills and world == 1  # every process must see as many batches
     return self
 
 # %% ../../nbs/dataset/490_loaders.ipynb #476fbb30
 @patch
-def __iter__(self:PhotoLoader)->Iterator[tuple[torch.Tensor,torch.Tensor,dict[str,list]]]: # images, labels, {"paths", "skipped"}
+def __iter__(
+    self: PhotoLoader,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, dict[str, list]]]:  # images, labels, {"paths", "skipped"}
     "An epoch, or what is left of it after `load_state_dict`."
     (self.batch, self.row), self._start = self._start, (0, 0)
     self.epoch, order, edges = self._cut()
     self.count, self.rows = len(edges) - 1, int(edges[-1])
     for looks, images, bad, rows in (self._refilled if self.refills else self._as_cut)(self._chunks(order, edges)):
-        self.row = self.row + rows if self.refills else int(edges[edges > self.row][0])   # of all processes
+        self.row = self.row + rows if self.refills else int(edges[edges > self.row][0])  # of all processes
         self._note(bad)
-        if bad and not len(looks): _log.warning("all %d photos of a batch were skipped, the first because %s", rows, bad[0]["error"])
-        if not len(looks) and self.world == 1 or self.refills and self.drop_last and len(looks) < self.batch_size: continue
+        if bad and not len(looks):
+            _log.warning("all %d photos of a batch were skipped, the first because %s", rows, bad[0]["error"])
+        if not len(looks) and self.world == 1 or self.refills and self.drop_last and len(looks) < self.batch_size:
+            continue
         self.batch += 1
         yield self._deliver(looks, images)
-        if self.batch == self.count: return   # what a dropped remainder could still give is not asked for
-    if self.batch < self.count: _log.warning("epoch %d has %d batches instead of %d: %d photos that were skipped are missing", self.epoch, self.batch, self.count, len(self.skipped))
+        if self.batch == self.count:
+            return  # what a dropped remainder could still give is not asked for
+    if self.batch < self.count:
+        _log.warning(
+            "epoch %d has %d batches instead of %d: %d photos that were skipped are missing",
+            self.epoch,
+            self.batch,
+            self.count,
+            len(self.skipped),
+        )
 
 # %% ../../nbs/dataset/490_loaders.ipynb #6f864a2c
 @patch
-def _as_cut(self:PhotoLoader, chunks:Iterable)->Iterator[tuple[Looks,torch.Tensor,list[dict],int]]: # looks, images, records of what was skipped, rows used
+def _as_cut(
+    self: PhotoLoader, chunks: Iterable
+) -> Iterator[tuple[Looks, torch.Tensor, list[dict], int]]:  # looks, images, records of what was skipped, rows used
     "Every batch as it was cut, shorter by what gave no sample (SPEC TL4)."
     for looks, images, why in chunks:
         good = [k for k, r in enumerate(why) if r is None]
-        yield (looks, images, [], len(why)) if len(good) == len(why) else (looks.part(np.array(good, int)), images[good], [r for r in why if r], len(why))
+        yield (
+            (looks, images, [], len(why))
+            if len(good) == len(why)
+            else (looks.part(np.array(good, int)), images[good], [r for r in why if r], len(why))
+        )
+
 
 @patch
-def _refilled(self:PhotoLoader, chunks:Iterable)->Iterator[tuple[Looks,torch.Tensor,list[dict],int]]: # as _as_cut
+def _refilled(
+    self: PhotoLoader, chunks: Iterable
+) -> Iterator[tuple[Looks, torch.Tensor, list[dict], int]]:  # as _as_cut
     "Batches of the next `batch_size` photos that open, wherever a piece ends (SPEC TL4)."
     parts, bad, have, used = [], [], 0, 0
     for looks, images, why in chunks:
         good, at = np.array([k for k, r in enumerate(why) if r is None], int), 0
         while at < len(why):
-            take = good[good >= at][:self.batch_size - have]
+            take = good[good >= at][: self.batch_size - have]
             end = int(take[-1]) + 1 if have + len(take) == self.batch_size else len(why)
-            parts.append((looks, images) if len(take) == len(why) else (looks.part(take), images[torch.from_numpy(take)]))
-            bad += [r for r in why[at:end] if r]; have += len(take); used += end - at; at = end
-            if have == self.batch_size: yield *self._joined(parts, have), bad, used; parts, bad, have, used = [], [], 0, 0
-    if used: yield *self._joined(parts, have), bad, used
+            parts.append(
+                (looks, images) if len(take) == len(why) else (looks.part(take), images[torch.from_numpy(take)])
+            )
+            bad += [r for r in why[at:end] if r]
+            have += len(take)
+            used += end - at
+            at = end
+            if have == self.batch_size:
+                yield *self._joined(parts, have), bad, used
+                parts, bad, have, used = [], [], 0, 0
+    if used:
+        yield *self._joined(parts, have), bad, used
 
 # %% ../../nbs/dataset/490_loaders.ipynb #a1f88bc3
 @patch
-def _joined(self:PhotoLoader, parts:list[tuple[Looks,torch.Tensor]], n:int)->tuple[Looks,torch.Tensor]:
+def _joined(self: PhotoLoader, parts: list[tuple[Looks, torch.Tensor]], n: int) -> tuple[Looks, torch.Tensor]:
     "Parts of batches as one."
-    if len(parts) == 1: return parts[0]
+    if len(parts) == 1:
+        return parts[0]
     out = torch.from_numpy(self._buffer(n)[0])
     return Looks.join([looks for looks, _ in parts]), torch.cat([images for _, images in parts], out=out)
 
+
 @patch
-def _note(self:PhotoLoader, bad:list[dict])->None:
+def _note(self: PhotoLoader, bad: list[dict]) -> None:
     "What was skipped travels with the next batch, and is counted once."
     self._carried += [{k: r.get(k, "") for k in ("path", "stage", "error")} for r in bad]
     self.skipped |= {r["path"]: r for r in self._carried}
 
+
 @patch(as_prop=True)
-def unreported(self:PhotoLoader)->int:
+def unreported(self: PhotoLoader) -> int:
     "Photos that were skipped and have not travelled with a batch yet: the epoch ended before one came."
     return len(self._carried)
 
+
 @patch
-def _finish(self:PhotoLoader, images:torch.Tensor, looks:Looks)->torch.Tensor:
+def _finish(self: PhotoLoader, images: torch.Tensor, looks: Looks) -> torch.Tensor:
     "Augment and normalise; in smaller parts from the first time on that the device has no room for all photos at once."
     while len(looks):
         n = min(self.at_once, len(looks))
         try:
-            parts = [self.dataset.finish(images[k:k+n], looks.part(slice(k, k+n))) for k in range(0, len(looks), n)]
+            parts = [
+                self.dataset.finish(images[k : k + n], looks.part(slice(k, k + n))) for k in range(0, len(looks), n)
+            ]
             return parts[0] if len(parts) == 1 else torch.cat(parts)
         except Exception as e:
-            if not is_oom(e) or n == 1: raise
+            if not is_oom(e) or n == 1:
+                raise
             why = oom_reason(e)
         parts = None
         release_memory()
-        self.at_once = -(-n//2)
+        self.at_once = -(-n // 2)
         _log.warning("out of memory: %d photos at once are augmented instead of %d (%s)", self.at_once, n, why)
     return self.dataset.finish(images, looks)
 
+
 @patch
-def _deliver(self:PhotoLoader, looks:Looks, images:torch.Tensor)->tuple[torch.Tensor,torch.Tensor,dict[str,list]]:
+def _deliver(
+    self: PhotoLoader, looks: Looks, images: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, list]]:
     "Send, finish, name."
     images = self._send(images.permute(0, 3, 1, 2))
     labels = to_device(self.labels[torch.from_numpy(looks.rows)], self.device)
     meta, self._carried = {"paths": [self.dataset.paths[i] for i in looks.rows], "skipped": self._carried}, []
     return images if self.raw else self._finish(images, looks), labels, meta
 
+
 _log = logging.getLogger("pillsnap.loaders")
 
 # %% ../../nbs/dataset/490_loaders.ipynb #5cfb2c48
 @patch
-def _send(self:PhotoLoader, images:torch.Tensor)->torch.Tensor:
+def _send(self: PhotoLoader, images: torch.Tensor) -> torch.Tensor:
     "To the device, without waiting for it; a page-locked buffer is held until its copy has arrived."
-    if self.device.type == "cpu": return images
+    if self.device.type == "cpu":
+        return images
     out = images.to(self.device, non_blocking=self.pin_memory)
     if self.pin_memory:
-        if len(self._flying) == 2: self._flying[0][0].synchronize()
-        arrived = torch.cuda.Event(); arrived.record(); self._flying.append((arrived, images))
+        if len(self._flying) == 2:
+            self._flying[0][0].synchronize()
+        arrived = torch.cuda.Event()
+        arrived.record()
+        self._flying.append((arrived, images))
     return out
 
 # %% ../../nbs/dataset/490_loaders.ipynb #352419eb
 @patch
-def _here(self:PhotoLoader, batches:list)->Iterator[tuple[Looks,torch.Tensor,list]]:
+def _here(self: PhotoLoader, batches: list) -> Iterator[tuple[Looks, torch.Tensor, list]]:
     "No workers."
     for rows, visits in batches:
-        looks = self.dataset.looks(rows, self.epoch, visits); out, _ = self._buffer(len(rows))
+        looks = self.dataset.looks(rows, self.epoch, visits)
+        out, _ = self._buffer(len(rows))
         yield looks, torch.from_numpy(out), self.dataset.fetch(looks, out)
 
+
 @patch
-def _pool_of(self:PhotoLoader, n:int)->Buffers:
+def _pool_of(self: PhotoLoader, n: int) -> Buffers:
     "Buffers for batches of n photos, as many as can be on their way."
     far = self.engine == "processes" and self.num_workers > 0
-    return Buffers(n, self.dataset.size, self.pin_memory and not far, far, max(8, self.num_workers*self.prefetch_factor + 2))
+    return Buffers(
+        n, self.dataset.size, self.pin_memory and not far, far, max(8, self.num_workers * self.prefetch_factor + 2)
+    )
+
 
 @patch
-def _buffer(self:PhotoLoader, n:int)->tuple[np.ndarray,torch.Tensor]:
-    if n > self.buffers.shape[0]: self.buffers = self._pool_of(n)
+def _buffer(self: PhotoLoader, n: int) -> tuple[np.ndarray, torch.Tensor]:
+    if n > self.buffers.shape[0]:
+        self.buffers = self._pool_of(n)
     return self.buffers.lend(n)
 
+
 @patch
-def _by_threads(self:PhotoLoader, batches:list)->Iterator[tuple[Looks,torch.Tensor,list]]:
+def _by_threads(self: PhotoLoader, batches: list) -> Iterator[tuple[Looks, torch.Tensor, list]]:
     "A deque of batches in work, topped up as they leave it."
-    if self._pool is None: cv2.setNumThreads(1); self._pool = ThreadPoolExecutor(self.num_workers, "photos")
+    if self._pool is None:
+        cv2.setNumThreads(1)
+        self._pool = ThreadPoolExecutor(self.num_workers, "photos")
     todo, waiting = iter(batches), deque()
-    def put()->None:
+
+    def put() -> None:
         for rows, visits in itertools.islice(todo, 1):
-            looks, out, step = self.dataset.looks(rows, self.epoch, visits), self._buffer(len(rows))[0], max(1, -(-len(rows) // self.num_workers))
+            looks, out, step = (
+                self.dataset.looks(rows, self.epoch, visits),
+                self._buffer(len(rows))[0],
+                max(1, -(-len(rows) // self.num_workers)),
+            )
             cuts = [slice(k, k + step) for k in range(0, len(rows), step)]
             waiting.append((looks, out, [self._pool.submit(self.dataset.fetch, looks.part(c), out[c]) for c in cuts]))
+
     try:
-        for _ in range(max(2, self.prefetch_factor)): put()
+        for _ in range(max(2, self.prefetch_factor)):
+            put()
         while waiting:
             looks, out, parts = waiting.popleft()
             why = [r for p in parts for r in p.result()]
             put()
-            images = torch.from_numpy(out); del out
+            images = torch.from_numpy(out)
+            del out
             yield looks, images, why
-    finally:   # a loop that was left: nobody may write into a buffer that goes back
+    finally:  # a loop that was left: nobody may write into a buffer that goes back
         left = [p for *_, parts in waiting for p in parts]
         wait([p for p in left if not p.cancel()])
 
 # %% ../../nbs/dataset/490_loaders.ipynb #95978109
 class _Jobs(Dataset):
     "What a worker process does: looks and a buffer in, bytes in the buffer."
-    def __init__(self, dataset:PillsnapClsDataset, back:bool, keep:int): self.dataset, self.back, self.mapped = dataset, back, deque(maxlen=keep)
-    def __getitem__(self, job:tuple[Looks,torch.Tensor])->tuple[torch.Tensor|None,list[dict|None]]:
+
+    def __init__(self, dataset: PillsnapClsDataset, back: bool, keep: int):
+        self.dataset, self.back, self.mapped = dataset, back, deque(maxlen=keep)
+
+    def __getitem__(self, job: tuple[Looks, torch.Tensor]) -> tuple[torch.Tensor | None, list[dict | None]]:
         looks, whole = job
-        if all(whole.data_ptr() != w.data_ptr() for w in self.mapped): self.mapped.append(whole)   # a buffer that nobody holds here would be mapped anew, page by page, each time
-        out = whole[:len(looks)]
+        if all(whole.data_ptr() != w.data_ptr() for w in self.mapped):
+            self.mapped.append(whole)  # a buffer that nobody holds here would be mapped anew, page by page, each time
+        out = whole[: len(looks)]
         return out if self.back else None, self.dataset.fetch(looks, out.numpy())
+
 
 class _Requests:
     "The jobs of an epoch, as a sampler."
-    def __init__(self): self.jobs = ()
-    def __iter__(self)->Iterator[tuple[Looks,torch.Tensor]]: return iter(self.jobs)
 
-def _as_it_is(x:Any)->Any: return x
+    def __init__(self):
+        self.jobs = ()
+
+    def __iter__(self) -> Iterator[tuple[Looks, torch.Tensor]]:
+        return iter(self.jobs)
+
+
+def _as_it_is(x: Any) -> Any:
+    return x
+
 
 def init_worker(
-    worker:int # its number
-)->None:
+    worker: int,  # its number
+) -> None:
     "One thread per worker, and generators of its own: numpy's and Python's would start equal in all of them (SPEC TL5)."
     seed = torch.initial_seed() % 2**32
-    np.random.seed(seed); random.seed(seed)
-    torch.set_num_threads(1); cv2.setNumThreads(0)
+    np.random.seed(seed)
+    random.seed(seed)
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+
 
 def worker_gone(
-    e:BaseException # what torch raised
-)->PillsnapError:
+    e: BaseException,  # what torch raised
+) -> PillsnapError:
     "What a person is told when a process that opens photos has ended."
     said = (str(e).strip() or type(e).__name__).splitlines()[-1].strip()
-    return PillsnapError(f"a process that opened photos is gone: {said}", where="dataloader", fix="the system may have ended it for its memory: fewer dataloader.num_workers, or dataloader.engine=threads; the same command goes on from the last save")
+    return PillsnapError(
+        f"a process that opened photos is gone: {said}",
+        where="dataloader",
+        fix="the system may have ended it for its memory: fewer dataloader.num_workers, or dataloader.engine=threads; the same command goes on from the last save",
+    )
+
 
 @patch
-def _jobs(self:PhotoLoader, batches:list)->Iterator[tuple[Looks,torch.Tensor]]:
+def _jobs(self: PhotoLoader, batches: list) -> Iterator[tuple[Looks, torch.Tensor]]:
     "What is asked of the processes; what they fill is noted in the same order."
     for rows, visits in batches:
         looks, (out, whole) = self.dataset.looks(rows, self.epoch, visits), self._buffer(len(rows))
-        self._lent.append((looks, out)); del out
+        self._lent.append((looks, out))
+        del out
         yield looks, whole
 
+# %% ../../nbs/dataset/490_loaders.ipynb #5ba71b8e
 @patch
-def _by_processes(self:PhotoLoader, batches:list)->Iterator[tuple[Looks,torch.Tensor,list]]:
+def _by_processes(self: PhotoLoader, batches: list) -> Iterator[tuple[Looks, torch.Tensor, list]]:
     "torch's workers, one batch each, written where this process reads it."
     if self._loader is None:
-        self._loader = DataLoader(_Jobs(self.dataset, self.pin_memory, self.buffers.spare), batch_size=None, sampler=_Requests(), num_workers=self.num_workers, collate_fn=_as_it_is,
-            worker_init_fn=init_worker, pin_memory=self.pin_memory, prefetch_factor=self.prefetch_factor, **self.processes)
+        self._loader = DataLoader(
+            _Jobs(self.dataset, self.pin_memory, self.buffers.spare),
+            batch_size=None,
+            sampler=_Requests(),
+            num_workers=self.num_workers,
+            collate_fn=_as_it_is,
+            worker_init_fn=init_worker,
+            pin_memory=self.pin_memory,
+            prefetch_factor=self.prefetch_factor,
+            **self.processes,
+        )
     old, self._loader.sampler.jobs = len(self._lent), self._jobs(batches)
     try:
         for pinned, why in self._loader:
-            for _ in range(old): self._lent.popleft()   # of an epoch that was left: its processes wrote until this one began
+            for _ in range(old):
+                self._lent.popleft()  # of an epoch that was left: its processes wrote until this one began
             old, (looks, out) = 0, self._lent.popleft()
-            images = torch.from_numpy(out) if pinned is None else pinned; del out
+            images = torch.from_numpy(out) if pinned is None else pinned
+            del out
             yield looks, images, why
-    except (RuntimeError, OSError, EOFError) as e:   # nothing that a photo can do raises here: a worker is gone
+    except (RuntimeError, OSError, EOFError) as e:  # nothing that a photo can do raises here: a worker is gone
         self._loader = None
         raise worker_gone(e) from e
 
 # %% ../../nbs/dataset/490_loaders.ipynb #19279c72
 @patch
-def state_dict(self:PhotoLoader)->dict[str,int]:
+def state_dict(self: PhotoLoader) -> dict[str, int]:
     "Where the loop stands: after the batch that it holds now (SPEC BX10, Annex 3)."
     s = self.sampler if self.batch_sampler is None else self.batch_sampler
     mid = 0 < self.batch < getattr(self, "count", 0) and self.row < self.rows
     batch, row = (self.batch, self.row) if mid else self._start
     return {"epoch": self.epoch if mid else getattr(s, "epoch", 0), "batch": batch, "row": row, **self._identity()}
 
-@patch
-def _identity(self:PhotoLoader)->dict[str,int]:
-    return {"seed": self.dataset.seed, "photos": len(self.dataset), "batch_size": self.batch_size or 0, "batches": len(self)}
 
 @patch
-def load_state_dict(self:PhotoLoader,
-    state:Mapping[str,int] # of state_dict
-)->None:
+def _identity(self: PhotoLoader) -> dict[str, int]:
+    return {
+        "seed": self.dataset.seed,
+        "photos": len(self.dataset),
+        "batch_size": self.batch_size or 0,
+        "batches": len(self),
+    }
+
+
+@patch
+def load_state_dict(
+    self: PhotoLoader,
+    state: Mapping[str, int],  # of state_dict
+) -> None:
     "Go on after the batch at which it was saved (SPEC BX10)."
     if odd := [f"{k} {state.get(k)}, here {v}" for k, v in self._identity().items() if state.get(k) != v]:
-        raise PillsnapError("the saved position belongs to another loader: " + "; ".join(odd), where="sampler_state", fix="resume with the settings the run had")
+        raise PillsnapError(
+            "the saved position belongs to another loader: " + "; ".join(odd),
+            where="sampler_state",
+            fix="resume with the settings the run had",
+        )
     s = self.sampler if self.batch_sampler is None else self.batch_sampler
-    if hasattr(s, "set_epoch"): s.set_epoch(int(state["epoch"]))
+    if hasattr(s, "set_epoch"):
+        s.set_epoch(int(state["epoch"]))
     self.batch, self._start = 0, (int(state["batch"]), int(state["row"]))
 
 # %% ../../nbs/dataset/490_loaders.ipynb #23fe2a6f
 def worker_count(
-    wanted:int,          # dataloader.num_workers
-    photos:int,          # in the set
-    cached:bool,         # whether they are in memory
-    cpus:int|None=None   # None = this machine's
-)->tuple[int,str]:       # how many, and why
+    wanted: int,  # dataloader.num_workers
+    photos: int,  # in the set
+    cached: bool,  # whether they are in memory
+    cpus: int | None = None,  # None = this machine's
+) -> tuple[int, str]:  # how many, and why
     "Workers for a set (SPEC TL5, X15)."
     cpus = len(os.sched_getaffinity(0)) if cpus is None else cpus
-    if wanted and cached and photos < 20_000: return 0, f"workers: 0, the {photos:,} photos are in memory"
-    if wanted and photos < 256: return 0, f"workers: 0, {photos} photos do not pay for a process"
-    if wanted > cpus: return cpus, f"workers: {cpus}, because there are {cpus} CPUs ({wanted} were asked for)"
+    if wanted and cached and photos < 20_000:
+        return 0, f"workers: 0, the {photos:,} photos are in memory"
+    if wanted and photos < 256:
+        return 0, f"workers: 0, {photos} photos do not pay for a process"
+    if wanted > cpus:
+        return cpus, f"workers: {cpus}, because there are {cpus} CPUs ({wanted} were asked for)"
     return wanted, f"workers: {wanted}, as configured"
 
 # %% ../../nbs/dataset/490_loaders.ipynb #b2e5637a
 def worker_candidates(
-    cpus:int,                            # of this machine
-    wanted:Sequence[int]=(4, 8, 12, 16)  # the sources' list
-)->list[int]:
+    cpus: int,  # of this machine
+    wanted: Sequence[int] = (4, 8, 12, 16),  # the sources' list
+) -> list[int]:
     "What is worth measuring here; fewer than two left: every number from 0 to the CPUs (SPEC X15)."
     fit = [c for c in wanted if c <= cpus]
     return fit if len(fit) >= 2 else list(range(cpus + 1))
 
+
 def data_time(
-    loader:Iterable,                      # of batches; begun anew when it ends
-    warmup:int,                           # batches that are not counted
-    steps:int,                            # batches that are
-    step:Callable[[Any],Any]|None=None    # what is done with a batch meanwhile
-)->float:                                 # seconds a step waits, mean
+    loader: Iterable,  # of batches; begun anew when it ends
+    warmup: int,  # batches that are not counted
+    steps: int,  # batches that are
+    step: Callable[[Any], Any] | None = None,  # what is done with a batch meanwhile
+) -> float:  # seconds a step waits, mean
     "How long a training step waits for its photos (SPEC CT19)."
-    batches, waited = itertools.chain.from_iterable(itertools.repeat(loader)), 0.
+    batches, waited = itertools.chain.from_iterable(itertools.repeat(loader)), 0.0
     for k in range(warmup + steps):
-        t0 = time.perf_counter(); b = next(batches)
-        if k >= warmup: waited += time.perf_counter() - t0
-        if step is not None: step(b)
+        t0 = time.perf_counter()
+        b = next(batches)
+        if k >= warmup:
+            waited += time.perf_counter() - t0
+        if step is not None:
+            step(b)
     return waited / steps
 
 # %% ../../nbs/dataset/490_loaders.ipynb #98ebc769
 def autotune_num_workers(
-    make:Callable[[int],Iterable],            # a loader with so many workers
-    candidates:Sequence[int]|None=None,       # None = worker_candidates of this machine
-    warmup:int=30,                            # steps before the clock
-    steps:int=50,                             # steps on it
-    step:Callable[[Any],Any]|None=None,       # what is done with a batch meanwhile
-    log:logging.Logger|None=None,             # the table goes here
-    tb:TBWriter|None=None                     # and the choice, as perf/num_workers
-)->tuple[int,list[dict[str,Any]]]:            # the number, and the table
+    make: Callable[[int], Iterable],  # a loader with so many workers
+    candidates: Sequence[int] | None = None,  # None = worker_candidates of this machine
+    warmup: int = 30,  # steps before the clock
+    steps: int = 50,  # steps on it
+    step: Callable[[Any], Any] | None = None,  # what is done with a batch meanwhile
+    log: logging.Logger | None = None,  # the table goes here
+    tb: TBWriter | None = None,  # and the choice, as perf/num_workers
+) -> tuple[int, list[dict[str, Any]]]:  # the number, and the table
     "The number of workers with the least data_time, measured (SPEC TL7)."
     candidates = worker_candidates(len(os.sched_getaffinity(0))) if candidates is None else candidates
     table = [{"workers": n, "data_time": data_time(make(n), warmup, steps, step)} for n in candidates]
     best = min(table, key=lambda r: r["data_time"])["workers"]
-    decide(log, f"workers: {best}, measured over {steps} steps: " + ", ".join(f"{r['workers']} → {r['data_time']*1e3:.1f} ms" for r in table), tb)
-    if tb is not None: tb.add_scalar("perf/num_workers", best, 0)
+    decide(
+        log,
+        f"workers: {best}, measured over {steps} steps: "
+        + ", ".join(f"{r['workers']} → {r['data_time'] * 1e3:.1f} ms" for r in table),
+        tb,
+    )
+    if tb is not None:
+        tb.add_scalar("perf/num_workers", best, 0)
     return best, table
 
 # %% ../../nbs/dataset/490_loaders.ipynb #fcce450d
 def policies_of(
-    cfg:Config # data.grayscale_policy, data.rgba_policy
-)->dict[str,str]:
+    cfg: Config,  # data.grayscale_policy, data.rgba_policy
+) -> dict[str, str]:
     "What `open_image_safely` needs of the configuration."
     return {"grayscale_policy": cfg.data.grayscale_policy, "rgba_policy": cfg.data.rgba_policy}
 
+
 def preload_count(
-    cfg:Config, # dataloader.ram_optimization.preload_samples
-    stage:int   # 0-4
-)->int:
+    cfg: Config,  # dataloader.ram_optimization.preload_samples
+    stage: int,  # 0-4
+) -> int:
     "Photos to decode before training: one number, or one per stage (SPEC TL16)."
     n = cfg.dataloader.ram_optimization.preload_samples
     return n if isinstance(n, int) else int(n.get(f"stage_{stage}", 0))
 
+
 def teaching_rows(
-    rows:pd.DataFrame, # manifest rows
-    stage:StageData,   # its class map
-    cfg:Config         # train.classification.combo_crops, crop_view_prob
-)->pd.DataFrame:       # what a classifier may learn from
+    rows: pd.DataFrame,  # manifest rows
+    stage: StageData,  # its class map
+    cfg: Config,  # train.classification.combo_crops, crop_view_prob
+) -> pd.DataFrame:  # what a classifier may learn from
     "Single photos, and the boxed pills of combos whose drug it knows: it will answer for both (SPEC X72)."
     single, c = rows["kind"] == "single", cfg.train.classification
-    if not c.combo_crops or not c.crop_view_prob: return rows[single]
-    return rows[single | (rows["kind"] == "combo") & (rows["bbox"] != "") & rows["class_key"].isin(list(stage.class_map))]
+    if not c.combo_crops or not c.crop_view_prob:
+        return rows[single]
+    return rows[
+        single | (rows["kind"] == "combo") & (rows["bbox"] != "") & rows["class_key"].isin(list(stage.class_map))
+    ]
+
 
 def pack_of(
-    stage:StageData,       # one stage, or the same photos split in another way
-    cfg:Config             # pack, paths.exp_dir
-)->Pack:
+    stage: StageData,  # one stage, or the same photos split in another way
+    cfg: Config,  # pack, paths.exp_dir
+) -> Pack:
     "The stage's pack: one that is there, holds all a classifier needs and was made as configured; else it is built."
-    out, needed = Path(cfg.paths.exp_dir)/"artifacts"/f"stage{stage.stage}"/"pack", {*teaching_rows(stage.train, stage, cfg)["path"], *stage.val.loc[stage.val["kind"] == "single", "path"]}
-    if (out/"pack.json").is_file():
-        pack = Pack(out, stage.header["data_hash"], stage.class_map); made = pack.header | pack.header["decode"]
-        if all(made[k] == v for k, v in pack_settings(cfg).items()) and needed <= set(pack.table["path"].to_pylist()): return pack
+    out, needed = (
+        Path(cfg.paths.exp_dir) / "artifacts" / f"stage{stage.stage}" / "pack",
+        {*teaching_rows(stage.train, stage, cfg)["path"], *stage.val.loc[stage.val["kind"] == "single", "path"]},
+    )
+    if (out / "pack.json").is_file():
+        pack = Pack(out, stage.header["data_hash"], stage.class_map)
+        made = pack.header | pack.header["decode"]
+        if all(made[k] == v for k, v in pack_settings(cfg).items()) and needed <= set(pack.table["path"].to_pylist()):
+            return pack
     return stage_pack(stage, cfg.paths.exp_dir, cfg, progress=False)
 
+
 def base_source(
-    stage:StageData,       # the delivery
-    cfg:Config,            # dataloader.source, pack, paths.exp_dir
-    log:logging.Logger|None=None # a line about the pack
-)->Source:
+    stage: StageData,  # the delivery
+    cfg: Config,  # dataloader.source, pack, paths.exp_dir
+    log: logging.Logger | None = None,  # a line about the pack
+) -> Source:
     "The delivery, or the stage's pack, built in the run folder when it is not there (SPEC section 6)."
-    if not (cfg.dataloader.source == "pack" or cfg.dataloader.source == "auto" and cfg.pack.enabled): return DeliverySource(stage.root, policies_of(cfg))
+    if not (cfg.dataloader.source == "pack" or cfg.dataloader.source == "auto" and cfg.pack.enabled):
+        return DeliverySource(stage.root, policies_of(cfg))
     c, t0 = cfg.data.classification, time.perf_counter()
     pack = pack_of(stage, cfg)
-    decide(log, f"pack: {len(pack):,} photos at {pack.scale:g} of their size in {pack.path}, ready after {time.perf_counter()-t0:.1f} s")
-    return PackSource(pack, [v for train in (True, False) for v in dataset_views(c.img_size, train, cfg.data.augment.classification, c.crop_padding).values()])
+    decide(
+        log,
+        f"pack: {len(pack):,} photos at {pack.scale:g} of their size in {pack.path}, ready after {time.perf_counter() - t0:.1f} s",
+    )
+    return PackSource(
+        pack,
+        [
+            v
+            for train in (True, False)
+            for v in dataset_views(c.img_size, train, cfg.data.augment.classification, c.crop_padding).values()
+        ],
+    )
 
 # %% ../../nbs/dataset/490_loaders.ipynb #caa122c8
 def hotset(
-    rows:pd.DataFrame,     # of one set
-    source:Source,         # where photos come from
-    cfg:Config,            # dataloader.ram_optimization, data policies
-    views:Sequence[View],  # what to keep
-    shared:bool=False,     # worker processes will read it
-    limit:int=0,           # photos, the first ones; 0 = all
-    log:logging.Logger|None=None # one line when it does not fit
-)->PhotoCache|None:        # None where the machine cannot
+    rows: pd.DataFrame,  # of one set
+    source: Source,  # where photos come from
+    cfg: Config,  # dataloader.ram_optimization, data policies
+    views: Sequence[View],  # what to keep
+    shared: bool = False,  # worker processes will read it
+    limit: int = 0,  # photos, the first ones; 0 = all
+    log: logging.Logger | None = None,  # one line when it does not fit
+) -> PhotoCache | None:  # None where the machine cannot
     "The photos' canvases in one shared buffer (SPEC TL12, BX14)."
     where = source.root if type(source) is DeliverySource else source
-    try: return PhotoCache(rows, where, views, shared, limit=limit, policies=policies_of(cfg))
-    except PillsnapError as e: decide(log, f"hotset: off, {e.what}; photos are decoded in every epoch ({e.fix})")
+    try:
+        return PhotoCache(rows, where, views, shared, limit=limit, policies=policies_of(cfg))
+    except PillsnapError as e:
+        decide(log, f"hotset: off, {e.what}; photos are decoded in every epoch ({e.fix})")
+
 
 def preload_stage_data(
-    cfg:Config,        # dataloader.ram_optimization
-    stage:StageData    # its first training photos are kept
-)->PhotoCache|None:    # None where the configuration asks for none
+    cfg: Config,  # dataloader.ram_optimization
+    stage: StageData,  # its first training photos are kept
+) -> PhotoCache | None:  # None where the configuration asks for none
     "The first photos of a stage, decoded before training (SPEC TL16)."
     n, c = preload_count(cfg, stage.stage), cfg.data.classification
     rows = teaching_rows(stage.train, stage, cfg)
     views = dataset_views(c.img_size, True, cfg.data.augment.classification, c.crop_padding)
-    return hotset(rows, base_source(stage, cfg), cfg, list(views.values()), bool(cfg.dataloader.num_workers), min(n, len(rows))) if n else None
+    return (
+        hotset(
+            rows,
+            base_source(stage, cfg),
+            cfg,
+            list(views.values()),
+            bool(cfg.dataloader.num_workers),
+            min(n, len(rows)),
+        )
+        if n
+        else None
+    )
 
 # %% ../../nbs/dataset/490_loaders.ipynb #87c95904
 def database(
-    dataset:PillsnapClsDataset, # rows and source
-    stage:StageData,            # the delivery they are of
-    cfg:Config,                 # paths.exp_dir, data policies
-    views:Sequence[View],       # what is kept
-    log:logging.Logger|None=None # a line when it is built
-)->LMDBImageCache:
+    dataset: PillsnapClsDataset,  # rows and source
+    stage: StageData,  # the delivery they are of
+    cfg: Config,  # paths.exp_dir, data policies
+    views: Sequence[View],  # what is kept
+    log: logging.Logger | None = None,  # a line when it is built
+) -> LMDBImageCache:
     "The set's canvases in a database of the run folder, written the first time for these photos (SPEC TL13)."
-    made_of = dataset.source.pack.header["plan"] if isinstance(dataset.source, PackSource) else stage.header["data_hash"]   # photos that were replaced have their old names
-    name = sha256_text(repr((sorted(zip(dataset.paths, dataset.bboxes)), list(views), policies_of(cfg), type(dataset.source).__name__, made_of)))[:12]
-    path = Path(cfg.paths.exp_dir)/"cache"/f"canvases_{name}.lmdb"
+    made_of = (
+        dataset.source.pack.header["plan"] if isinstance(dataset.source, PackSource) else stage.header["data_hash"]
+    )  # photos that were replaced have their old names
+    name = sha256_text(
+        repr(
+            (
+                sorted(zip(dataset.paths, dataset.bboxes)),
+                list(views),
+                policies_of(cfg),
+                type(dataset.source).__name__,
+                made_of,
+            )
+        )
+    )[:12]
+    path = Path(cfg.paths.exp_dir) / "cache" / f"canvases_{name}.lmdb"
     if not path.is_dir():
         decide(log, f"lmdb: the canvases of {len(dataset):,} photos are written to {path}")
-        part = path.with_suffix(".part"); lmdb_converter(dataset, part, views); part.rename(path)
+        part = path.with_suffix(".part")
+        lmdb_converter(dataset, part, views)
+        part.rename(path)
     return LMDBImageCache(path)
 
 # %% ../../nbs/dataset/490_loaders.ipynb #7a177f52
 def source_of(
-    dataset:PillsnapClsDataset,  # rows, and the source without memory
-    rows:pd.DataFrame,           # its rows
-    stage:StageData,             # the delivery
-    cfg:Config,                  # dataloader
-    views:Sequence[View],        # what may be asked for
-    cache:bool|PhotoCache=True,  # True: as configured; False: nothing is kept; or a cache that is there
-    workers:int=0,               # processes among which a cache is shared
-    log:logging.Logger|None=None # one line per decision
-)->Source:
+    dataset: PillsnapClsDataset,  # rows, and the source without memory
+    rows: pd.DataFrame,  # its rows
+    stage: StageData,  # the delivery
+    cfg: Config,  # dataloader
+    views: Sequence[View],  # what may be asked for
+    cache: bool | PhotoCache = True,  # True: as configured; False: nothing is kept; or a cache that is there
+    workers: int = 0,  # processes among which a cache is shared
+    log: logging.Logger | None = None,  # one line per decision
+) -> Source:
     "The source with what is kept of it, by policy (SPEC TL12, TL15)."
     ram, base, n = cfg.dataloader.ram_optimization, dataset.source, preload_count(cfg, stage.stage)
-    if ram.use_lmdb and ram.cache_policy == "hotset": raise PillsnapError("use_lmdb and cache_policy=hotset keep the same canvases twice", "dataloader.ram_optimization", "choose one")
-    if ram.use_lmdb or ram.cache_policy == "lmdb": return MemorySource(base, database(dataset, stage, cfg, views, log) if cache is not False else None, SizedLRUCache(min(SizedLRUCache().budget, free_bytes(False)), workers))
+    if ram.use_lmdb and ram.cache_policy == "hotset":
+        raise PillsnapError(
+            "use_lmdb and cache_policy=hotset keep the same canvases twice", "dataloader.ram_optimization", "choose one"
+        )
+    if ram.use_lmdb or ram.cache_policy == "lmdb":
+        return MemorySource(
+            base,
+            database(dataset, stage, cfg, views, log) if cache is not False else None,
+            SizedLRUCache(min(SizedLRUCache().budget, free_bytes(False)), workers),
+        )
     if ram.cache_policy == "labels_only" and not (dataset.train and n):
-        if cfg.dataloader.source == "memory": raise PillsnapError("dataloader.source=memory needs a policy that keeps photos", "dataloader.ram_optimization.cache_policy", "hotset or lmdb")
+        if cfg.dataloader.source == "memory":
+            raise PillsnapError(
+                "dataloader.source=memory needs a policy that keeps photos",
+                "dataloader.ram_optimization.cache_policy",
+                "hotset or lmdb",
+            )
         return base
     limit = ram.hotset_size_images if ram.cache_policy == "hotset" else min(n, len(rows))
-    if cache is True: cache = hotset(rows, base, cfg, views, bool(workers), limit, log)
+    if cache is True:
+        cache = hotset(rows, base, cfg, views, bool(workers), limit, log)
     return MemorySource(base, cache or None)
 
 # %% ../../nbs/dataset/490_loaders.ipynb #987d3fab
 def classification_set(
-    rows:pd.DataFrame,      # manifest rows; combos only teach
-    stage:StageData,        # class map and delivery
-    cfg:Config,             # data.classification, data.augment, train, optimization.channels_last
-    train:bool=False,       # augment, and mix the views
-    view:str="whole",       # validation's view
-    cache:bool|PhotoCache=True, # True: as the configuration says; False: none; or one that is there
-    workers:int=0,          # processes that will read the cache
-    log:logging.Logger|None=None # one line per decision
-)->PillsnapClsDataset:
+    rows: pd.DataFrame,  # manifest rows; combos only teach
+    stage: StageData,  # class map and delivery
+    cfg: Config,  # data.classification, data.augment, train, optimization.channels_last
+    train: bool = False,  # augment, and mix the views
+    view: str = "whole",  # validation's view
+    cache: bool | PhotoCache = True,  # True: as the configuration says; False: none; or one that is there
+    workers: int = 0,  # processes that will read the cache
+    log: logging.Logger | None = None,  # one line per decision
+) -> PillsnapClsDataset:
     "The rows a classifier learns from, or is judged by, as a dataset with its source."
-    c, a, rows = cfg.data.classification, cfg.data.augment.classification, teaching_rows(rows, stage, cfg) if train else rows[rows["kind"] == "single"]
+    c, a, rows = (
+        cfg.data.classification,
+        cfg.data.augment.classification,
+        teaching_rows(rows, stage, cfg) if train else rows[rows["kind"] == "single"],
+    )
     layout = cfg.train.classification.channels_last and cfg.optimization.channels_last
-    d = PillsnapClsDataset(rows, stage.class_map, base_source(stage, cfg, log), c.img_size, train, cfg.train.classification.crop_view_prob, view, cfg.train.seed, a, c.crop_padding, layout)
-    keep = [v for k, v in d.views.items() if k == view or train and (k == "crop") <= (cfg.train.classification.crop_view_prob > 0)]
+    d = PillsnapClsDataset(
+        rows,
+        stage.class_map,
+        base_source(stage, cfg, log),
+        c.img_size,
+        train,
+        cfg.train.classification.crop_view_prob,
+        view,
+        cfg.train.seed,
+        a,
+        c.crop_padding,
+        layout,
+    )
+    keep = [
+        v
+        for k, v in d.views.items()
+        if k == view or train and (k == "crop") <= (cfg.train.classification.crop_view_prob > 0)
+    ]
     d.source = source_of(d, rows, stage, cfg, keep, cache, workers, log)
     return d
 
 # %% ../../nbs/dataset/490_loaders.ipynb #86ea175f
 def loader_options(
-    cfg:Config,         # dataloader, train.stage_overrides
-    stage:int,          # prefetching and workers may hang on it
-    rows:pd.DataFrame,  # of the set
-    cached:bool         # whether they are in memory
-)->tuple[dict[str,Any],list[str]]: # PhotoLoader's keyword arguments, and one line per decision
+    cfg: Config,  # dataloader, train.stage_overrides
+    stage: int,  # prefetching and workers may hang on it
+    rows: pd.DataFrame,  # of the set
+    cached: bool,  # whether they are in memory
+) -> tuple[dict[str, Any], list[str]]:  # PhotoLoader's keyword arguments, and one line per decision
     "The configuration's loader keys, as far as this machine can honour them (SPEC TL5, X14, X15)."
     d, over = cfg.dataloader, cfg.train.stage_overrides.get(f"stage_{stage}")
     wanted = d.num_workers if over is None or over.num_workers_override is None else over.num_workers_override
     (n, why), gpu = worker_count(wanted, len(rows), cached), torch.cuda.is_available()
-    engine, because = ("threads", "because the decoders let go of Python's lock") if d.engine == "auto" else (d.engine, "as configured")
+    engine, because = (
+        ("threads", "because the decoders let go of Python's lock")
+        if d.engine == "auto"
+        else (d.engine, "as configured")
+    )
     lines = [why] + ([f"engine: {engine}, {because}"] if n else [])
-    if d.pin_memory and not gpu: lines.append("pin_memory: off, there is no CUDA device")
-    if d.pin_memory and gpu: lines.append(f"pin_memory_device: {d.pin_memory_device} is not passed on, torch pins for the current device")
+    if d.pin_memory and not gpu:
+        lines.append("pin_memory: off, there is no CUDA device")
+    if d.pin_memory and gpu:
+        lines.append(f"pin_memory_device: {d.pin_memory_device} is not passed on, torch pins for the current device")
     prefetch = d.prefetch_per_stage.get(stage, d.prefetch_factor) if n else None
-    return dict(engine=engine, num_workers=n, pin_memory=d.pin_memory and gpu, prefetch_factor=prefetch, persistent_workers=bool(n) and d.persistent_workers, multiprocessing_context=d.multiprocessing_context if n else None), lines
+    return dict(
+        engine=engine,
+        num_workers=n,
+        pin_memory=d.pin_memory and gpu,
+        prefetch_factor=prefetch,
+        persistent_workers=bool(n) and d.persistent_workers,
+        multiprocessing_context=d.multiprocessing_context if n else None,
+    ), lines
 
 # %% ../../nbs/dataset/490_loaders.ipynb #11397283
 def batch_size_of(
-    cfg:Config, # train.classification, train.stage_overrides
-    stage:int   # 0-4
-)->int:
+    cfg: Config,  # train.classification, train.stage_overrides
+    stage: int,  # 0-4
+) -> int:
     "Photos per step: the stage's override above the classifier's own (SPEC CT23)."
     over = cfg.train.stage_overrides.get(f"stage_{stage}")
-    return cfg.train.classification.batch_size if over is None or over.batch_size_override is None else over.batch_size_override
+    return (
+        cfg.train.classification.batch_size
+        if over is None or over.batch_size_override is None
+        else over.batch_size_override
+    )
+
 
 def validation_loader(
-    rows:pd.DataFrame,    # manifest rows; combos are left out
-    stage:StageData,      # class map and delivery
-    cfg:Config,           # as above
-    view:str="whole",     # "whole" or "crop"
-    cache:bool|PhotoCache=True, # as the configuration says
-    log:logging.Logger|None=None, # one line per decision
-    device:torch.device|str="cpu" # where batches arrive
-)->PhotoLoader:
+    rows: pd.DataFrame,  # manifest rows; combos are left out
+    stage: StageData,  # class map and delivery
+    cfg: Config,  # as above
+    view: str = "whole",  # "whole" or "crop"
+    cache: bool | PhotoCache = True,  # as the configuration says
+    log: logging.Logger | None = None,  # one line per decision
+    device: torch.device | str = "cpu",  # where batches arrive
+) -> PhotoLoader:
     "Every photo once, in order, as served; nothing is dropped (SPEC TL6, X66)."
-    options, _ = loader_options(cfg, stage.stage, rows, cache is not False and cfg.dataloader.ram_optimization.cache_policy == "hotset")
+    options, _ = loader_options(
+        cfg, stage.stage, rows, cache is not False and cfg.dataloader.ram_optimization.cache_policy == "hotset"
+    )
     d = classification_set(rows, stage, cfg, False, view, cache, processes_of(options), log)
     return PhotoLoader(d, batch_size_of(cfg, stage.stage), device=device, **options)
 
+
 def processes_of(
-    options:Mapping[str,Any] # of loader_options
-)->int:
+    options: Mapping[str, Any],  # of loader_options
+) -> int:
     "Worker processes that a cache must be shared with; threads share by themselves."
     return options["num_workers"] if options["engine"] == "processes" else 0
 
 # %% ../../nbs/dataset/490_loaders.ipynb #ca8d6c76
 def photos_per_batch(
-    loader:PhotoLoader # of training
-)->int:
+    loader: PhotoLoader,  # of training
+) -> int:
     "Its batch size; P x K where batches are drawn by class."
-    return loader.batch_size or loader.batch_sampler.p*loader.batch_sampler.k
+    return loader.batch_size or loader.batch_sampler.p * loader.batch_sampler.k
+
 
 def training_order(
-    d:PillsnapClsDataset, # training rows
-    cfg:Config,           # project.family, data.imbalance, dataloader.drop_last, retrieval
-    batch:int             # photos of a batch, where they are not drawn by class
-)->tuple[dict[str,Any],list[str]]: # PhotoLoader's arguments that decide the order, and what to say
+    d: PillsnapClsDataset,  # training rows
+    cfg: Config,  # project.family, data.imbalance, dataloader.drop_last, retrieval
+    batch: int,  # photos of a batch, where they are not drawn by class
+) -> tuple[dict[str, Any], list[str]]:  # PhotoLoader's arguments that decide the order, and what to say
     "Each photo once in a new order; rare drugs more often; or, in the retrieval family, P drugs with K photos each (SPEC TL9, TL20)."
     if cfg.project.family == "retrieval":
-        s = BalancedBatchSampler(d.labels, cfg.retrieval.num_classes_per_batch, cfg.retrieval.samples_per_class, cfg.train.seed)
+        s = BalancedBatchSampler(
+            d.labels, cfg.retrieval.num_classes_per_batch, cfg.retrieval.samples_per_class, cfg.train.seed
+        )
         accum = cfg.train.classification.grad_accum_steps
-        return {"batch_sampler": s}, [f"sampler: {s.p} classes x {s.k} photos in a batch, {effective_batch(s.p, s.k, accum)} behind a step; train.classification.batch_size is for validation"]
-    s = EpochSampler(d, cfg.train.seed, rare_more_often(d.labels, max(d.labels)+1) if cfg.data.imbalance.use_weighted_sampler else None)
+        return {"batch_sampler": s}, [
+            f"sampler: {s.p} classes x {s.k} photos in a batch, {effective_batch(s.p, s.k, accum)} behind a step; train.classification.batch_size is for validation"
+        ]
+    s = EpochSampler(
+        d,
+        cfg.train.seed,
+        rare_more_often(d.labels, max(d.labels) + 1) if cfg.data.imbalance.use_weighted_sampler else None,
+    )
     drop = cfg.dataloader.drop_last and len(d) >= batch
-    said = [f"drop_last: off, there are {len(d)} photos and a batch has {batch}"] if cfg.dataloader.drop_last and not drop else []
+    said = (
+        [f"drop_last: off, there are {len(d)} photos and a batch has {batch}"]
+        if cfg.dataloader.drop_last and not drop
+        else []
+    )
     return {"batch_size": batch, "sampler": s, "drop_last": drop}, said
 
 # %% ../../nbs/dataset/490_loaders.ipynb #8c35919e
-AUTOTUNE_WARMUP, AUTOTUNE_STEPS = 30, 50   # SPEC TL7
+AUTOTUNE_WARMUP, AUTOTUNE_STEPS = 30, 50  # SPEC TL7
+
 
 def tuned(
-    loader:PhotoLoader,          # as configured
-    cfg:Config,                  # dataloader.autotune_workers
-    log:logging.Logger|None=None,# the table, or why there is none
-    tb:TBWriter|None=None        # perf/num_workers
-)->list[dict[str,Any]]:          # the table; [] when nothing was measured
+    loader: PhotoLoader,  # as configured
+    cfg: Config,  # dataloader.autotune_workers
+    log: logging.Logger | None = None,  # the table, or why there is none
+    tb: TBWriter | None = None,  # perf/num_workers
+) -> list[dict[str, Any]]:  # the table; [] when nothing was measured
     "Set the loader's number of workers to the one that waits least, where an epoch is long enough to measure it (SPEC TL7)."
-    if not (cfg.dataloader.autotune_workers and loader.num_workers): return []
-    if len(loader) < AUTOTUNE_WARMUP + AUTOTUNE_STEPS: decide(log, f"autotune: workers are chosen by rule, an epoch of {len(loader)} batches is too short to measure"); return []
-    make = lambda n: PhotoLoader(loader.dataset, photos_per_batch(loader), EpochSampler(loader.dataset, loader.dataset.seed), None, True, loader.engine, n, loader.prefetch_factor, loader.device, loader.pin_memory, **loader.processes)
+    if not (cfg.dataloader.autotune_workers and loader.num_workers):
+        return []
+    if len(loader) < AUTOTUNE_WARMUP + AUTOTUNE_STEPS:
+        decide(log, f"autotune: workers are chosen by rule, an epoch of {len(loader)} batches is too short to measure")
+        return []
+    make = lambda n: PhotoLoader(
+        loader.dataset,
+        photos_per_batch(loader),
+        EpochSampler(loader.dataset, loader.dataset.seed),
+        None,
+        True,
+        loader.engine,
+        n,
+        loader.prefetch_factor,
+        loader.device,
+        loader.pin_memory,
+        **loader.processes,
+    )
     loader.num_workers, table = autotune_num_workers(make, None, AUTOTUNE_WARMUP, AUTOTUNE_STEPS, None, log, tb)
     return table
 
 # %% ../../nbs/dataset/490_loaders.ipynb #d00e196f
 def build_classification_loaders(
-    stage:StageData,       # as load_stage gives it
-    cfg:Config,            # the run's configuration
-    cache:bool|PhotoCache=True, # False: decode in every epoch whatever the configuration says
-    log:logging.Logger|None=None, # where the summary goes; None = the package's
-    device:torch.device|str="cpu",# where batches arrive
-    tb:TBWriter|None=None  # decisions and perf/num_workers
-)->tuple[PhotoLoader,PhotoLoader,dict[str,Any]]: # train, val, meta (SPEC TL10)
+    stage: StageData,  # as load_stage gives it
+    cfg: Config,  # the run's configuration
+    cache: bool | PhotoCache = True,  # False: decode in every epoch whatever the configuration says
+    log: logging.Logger | None = None,  # where the summary goes; None = the package's
+    device: torch.device | str = "cpu",  # where batches arrive
+    tb: TBWriter | None = None,  # decisions and perf/num_workers
+) -> tuple[PhotoLoader, PhotoLoader, dict[str, Any]]:  # train, val, meta (SPEC TL10)
     "The classifier's loaders (SPEC TL5, TL6, TL9, TL10, TL22)."
     rows, batch = teaching_rows(stage.train, stage, cfg), batch_size_of(cfg, stage.stage)
-    if not (rows["kind"] == "single").any() or not (stage.val["kind"] == "single").any(): raise PillsnapError("a classifier needs single photos in train and in val", where=stage.root, fix="look at the splits stage: does every drug have two capture groups?")
-    options, lines = loader_options(cfg, stage.stage, rows, cache is not False and cfg.dataloader.ram_optimization.cache_policy == "hotset")
+    if not (rows["kind"] == "single").any() or not (stage.val["kind"] == "single").any():
+        raise PillsnapError(
+            "a classifier needs single photos in train and in val",
+            where=stage.root,
+            fix="look at the splits stage: does every drug have two capture groups?",
+        )
+    options, lines = loader_options(
+        cfg, stage.stage, rows, cache is not False and cfg.dataloader.ram_optimization.cache_policy == "hotset"
+    )
     d = classification_set(rows, stage, cfg, True, cache=cache, workers=processes_of(options), log=log)
     order, more = training_order(d, cfg, batch)
     train_dl = PhotoLoader(d, device=device, **order, **options)
     table = tuned(train_dl, cfg, log, tb)
     val_dl = validation_loader(stage.val, stage, cfg, "whole", cache, log, device)
     meta = loader_meta(stage, cfg, train_dl, val_dl, table)
-    for line in [*lines, *more, *dangers(cfg.data.augment.classification), *summary(meta)]: decide(log, line, tb)
+    for line in [*lines, *more, *dangers(cfg.data.augment.classification), *summary(meta)]:
+        decide(log, line, tb)
     return train_dl, val_dl, meta
 
 # %% ../../nbs/dataset/490_loaders.ipynb #905e5921
 def caches_of(
-    loader:PhotoLoader # of photos
-)->list[PhotoCache]:   # the hotset, if there is one
+    loader: PhotoLoader,  # of photos
+) -> list[PhotoCache]:  # the hotset, if there is one
     "What a loader keeps in memory."
     kept = getattr(loader.dataset.source, "kept", None)
     return [kept] if isinstance(kept, PhotoCache) else []
 
+
 def balance_used(
-    cfg:Config,           # data.imbalance
-    train_dl:PhotoLoader  # the training loader
-)->tuple[str,str]: # how the loss is weighted, and how photos are drawn
-    "Names of the class weights and of the sampler; \"none\" where there is none."
+    cfg: Config,  # data.imbalance
+    train_dl: PhotoLoader,  # the training loader
+) -> tuple[str, str]:  # how the loss is weighted, and how photos are drawn
+    'Names of the class weights and of the sampler; "none" where there is none.'
     weights = cfg.data.imbalance.method if cfg.data.imbalance.use_class_weights else "none"
-    if isinstance(train_dl.batch_sampler, BalancedBatchSampler): return weights, "class_balanced"
+    if isinstance(train_dl.batch_sampler, BalancedBatchSampler):
+        return weights, "class_balanced"
     return weights, "weighted" if cfg.data.imbalance.use_weighted_sampler else "none"
 
+
 def sealed_photos(
-    header:Mapping[str,Any] # of a stage, splits.json
-)->int:
+    header: Mapping[str, Any],  # of a stage, splits.json
+) -> int:
     "How many single photos the split has sealed; a count, no name."
     return int(header.get("counts", {}).get("test", {}).get("singles", 0))
 
+# %% ../../nbs/dataset/490_loaders.ipynb #7f37b2f1
 def loader_meta(
-    stage:StageData,         # classes and delivery
-    cfg:Config,              # the run's configuration
-    train_dl:PhotoLoader,    # the training loader
-    val_dl:PhotoLoader,      # the validation loader
-    table:Sequence[Mapping[str,Any]]=() # of autotune_num_workers
-)->dict[str,Any]:
+    stage: StageData,  # classes and delivery
+    cfg: Config,  # the run's configuration
+    train_dl: PhotoLoader,  # the training loader
+    val_dl: PhotoLoader,  # the validation loader
+    table: Sequence[Mapping[str, Any]] = (),  # of autotune_num_workers
+) -> dict[str, Any]:
     "What was built, in the sources' words (SPEC TL10)."
     caches = {id(c): c for l in (train_dl, val_dl) for c in caches_of(l)}.values()
     weights, sampler = balance_used(cfg, train_dl)
-    return {"class_names": list(stage.class_map), "class_to_idx": {k: i for i, k in enumerate(stage.class_map)},
-        "train_count": len(train_dl.dataset), "val_count": len(val_dl.dataset), "test_count": sealed_photos(stage.header), "combo_crops": int(train_dl.dataset.boxed.sum()) if hasattr(train_dl.dataset, "boxed") else 0, "img_size": cfg.data.classification.img_size,
-        "splits_json": f"artifacts/stage{stage.stage}/splits.json", "test_usage_policy": cfg.data.test_usage_policy,
-        "weights_used": weights, "sampler_used": sampler,
+    return {
+        "class_names": list(stage.class_map),
+        "class_to_idx": {k: i for i, k in enumerate(stage.class_map)},
+        "train_count": len(train_dl.dataset),
+        "val_count": len(val_dl.dataset),
+        "test_count": sealed_photos(stage.header),
+        "combo_crops": int(train_dl.dataset.boxed.sum()) if hasattr(train_dl.dataset, "boxed") else 0,
+        "img_size": cfg.data.classification.img_size,
+        "splits_json": f"artifacts/stage{stage.stage}/splits.json",
+        "test_usage_policy": cfg.data.test_usage_policy,
+        "weights_used": weights,
+        "sampler_used": sampler,
         "skipped_files": [{"path": p, **e} for c in caches for (p, _), e in c.errors.items()],
-        "batch_size": photos_per_batch(train_dl), "drop_last": train_dl.drop_last, "num_workers": train_dl.num_workers, "engine": train_dl.engine, "pin_memory": train_dl.pin_memory,
-        "prefetch_factor": train_dl.prefetch_factor if train_dl.num_workers else None, "persistent_workers": train_dl.processes["persistent_workers"], "split_ratio": list(family_ratios(cfg)),
-        "source": type(train_dl.dataset.source).__name__.removesuffix("Source").lower(), "autotune": list(table),
-        "max_samples": stage.header["params"]["quotas"], "cached_bytes": sum(c.nbytes for c in caches), "class_map": stage.class_map.fingerprint}
+        "batch_size": photos_per_batch(train_dl),
+        "drop_last": train_dl.drop_last,
+        "num_workers": train_dl.num_workers,
+        "engine": train_dl.engine,
+        "pin_memory": train_dl.pin_memory,
+        "prefetch_factor": train_dl.prefetch_factor if train_dl.num_workers else None,
+        "persistent_workers": train_dl.processes["persistent_workers"],
+        "split_ratio": list(family_ratios(cfg)),
+        "source": type(train_dl.dataset.source).__name__.removesuffix("Source").lower(),
+        "autotune": list(table),
+        "max_samples": stage.header["params"]["quotas"],
+        "cached_bytes": sum(c.nbytes for c in caches),
+        "class_map": stage.class_map.fingerprint,
+    }
 
+# %% ../../nbs/dataset/490_loaders.ipynb #a046cfac
 def summary(
-    meta:Mapping[str,Any] # as loader_meta gives it
-)->list[str]:
+    meta: Mapping[str, Any],  # as loader_meta gives it
+) -> list[str]:
     "The loaders in three lines, and the autotune table where there is one (SPEC TL22)."
     m = meta
-    tried = ["autotune: " + ", ".join(f"{r['workers']} workers {r['data_time']*1e3:.1f} ms" for r in m["autotune"])] if m["autotune"] else []
-    return [f"loaders: {m['train_count']:,} train samples ({m['combo_crops']:,} of them pills of combos) and {m['val_count']:,} val photos of {len(m['class_names'])} drugs at {m['img_size']} px, batches of {m['batch_size']}; ratio {m['split_ratio']}, at most {m['max_samples']}, test {m['test_usage_policy']}",
-        f"loading: from {m['source']} by {m['num_workers']} {m['engine']}, prefetch {m['prefetch_factor']}, persistent {m['persistent_workers']}, pinned {m['pin_memory']}, drop_last {m['drop_last']} (val: False), {m['cached_bytes']/1e6:.0f} MB in memory",
-        f"balance: class weights {m['weights_used']}, sampler {m['sampler_used']}; {len(m['skipped_files'])} photos skipped so far (data/skipped counts on)"] + tried
+    tried = (
+        ["autotune: " + ", ".join(f"{r['workers']} workers {r['data_time'] * 1e3:.1f} ms" for r in m["autotune"])]
+        if m["autotune"]
+        else []
+    )
+    return [
+        f"loaders: {m['train_count']:,} train samples ({m['combo_crops']:,} of them pills of combos) and {m['val_count']:,} val photos of {len(m['class_names'])} drugs at {m['img_size']} px, batches of {m['batch_size']}; ratio {m['split_ratio']}, at most {m['max_samples']}, test {m['test_usage_policy']}",
+        f"loading: from {m['source']} by {m['num_workers']} {m['engine']}, prefetch {m['prefetch_factor']}, persistent {m['persistent_workers']}, pinned {m['pin_memory']}, drop_last {m['drop_last']} (val: False), {m['cached_bytes'] / 1e6:.0f} MB in memory",
+        f"balance: class weights {m['weights_used']}, sampler {m['sampler_used']}; {len(m['skipped_files'])} photos skipped so far (data/skipped counts on)",
+    ] + tried
 
 # %% ../../nbs/dataset/490_loaders.ipynb #5659265e
 def build_detection_loaders(
-    stage:StageData, # as load_stage gives it
-    cfg:Config       # the run's configuration
-)->tuple[DataLoader,DataLoader,dict[str,Any]]: # train, val, meta
+    stage: StageData,  # as load_stage gives it
+    cfg: Config,  # the run's configuration
+) -> tuple[DataLoader, DataLoader, dict[str, Any]]:  # train, val, meta
     "Photos with boxes, unaugmented."
     size, batch = cfg.data.detection.img_size, cfg.train.detection.batch_size
     sets = [PillsnapDetDataset(d, stage.root, size, policies_of(cfg)) for d in (stage.train, stage.val)]
-    train_dl = DataLoader(sets[0], batch, sampler=EpochSampler(sets[0], cfg.train.seed), collate_fn=safe_collate_detection)
-    return train_dl, DataLoader(sets[1], batch, shuffle=False, drop_last=False, collate_fn=safe_collate_detection), {"det_train_count": len(sets[0]), "det_val_count": len(sets[1]), "det_img_size": size}
+    train_dl = DataLoader(
+        sets[0], batch, sampler=EpochSampler(sets[0], cfg.train.seed), collate_fn=safe_collate_detection
+    )
+    return (
+        train_dl,
+        DataLoader(sets[1], batch, shuffle=False, drop_last=False, collate_fn=safe_collate_detection),
+        {"det_train_count": len(sets[0]), "det_val_count": len(sets[1]), "det_img_size": size},
+    )
+
 
 def build_dataloaders_by_mode(
-    stage:StageData,   # as load_stage gives it
-    cfg:Config,        # the run's configuration
-    mode:str|None=None # "single" or "combo"; None = data.default_mode
-)->tuple[Any,Any,None,dict[str,Any]]: # train, val, test (sealed), meta
+    stage: StageData,  # as load_stage gives it
+    cfg: Config,  # the run's configuration
+    mode: str | None = None,  # "single" or "combo"; None = data.default_mode
+) -> tuple[Any, Any, None, dict[str, Any]]:  # train, val, test (sealed), meta
     "Three loaders and meta for one mode (SPEC X35, X37)."
     mode = cfg.data.default_mode if mode is None else mode
-    if mode not in ("single", "combo"): raise PillsnapError(f"a mode is single or combo, not {mode!r}", where="data.default_mode")
+    if mode not in ("single", "combo"):
+        raise PillsnapError(f"a mode is single or combo, not {mode!r}", where="data.default_mode")
     train_dl, val_dl, meta = (build_classification_loaders if mode == "single" else build_detection_loaders)(stage, cfg)
     return train_dl, val_dl, None, meta | {"mode": mode}
 
 # %% ../../nbs/dataset/490_loaders.ipynb #76f57919
 def build_dataloaders_twostage(
-    stage:StageData, # as load_stage gives it
-    cfg:Config       # the run's configuration
-)->tuple: # detection train, val, test (None); classification train, val, test (None); meta
+    stage: StageData,  # as load_stage gives it
+    cfg: Config,  # the run's configuration
+) -> tuple:  # detection train, val, test (None); classification train, val, test (None); meta
     "Six loaders and meta (SPEC X35, X37)."
     det, cls = build_detection_loaders(stage, cfg), build_classification_loaders(stage, cfg)
     return det[0], det[1], None, cls[0], cls[1], None, det[2] | cls[2]

@@ -32,175 +32,283 @@ from ..synth.renderer import Pose, Shot, draw, map_res, photograph, solid, stage
 
 # %% ../../nbs/dataset/495_masks.ipynb #8d93ab9a
 def pill_masks(
-    pills:Sequence[tuple[Drug,Pose]], # what lies on the table
-    shot:Shot,                        # how it is taken
-    rng:np.random.Generator           # in the state photograph got it in
-)->list[np.ndarray]: # [h, w] bool each
+    pills: Sequence[tuple[Drug, Pose]],  # what lies on the table
+    shot: Shot,  # how it is taken
+    rng: np.random.Generator,  # in the state photograph got it in
+) -> list[np.ndarray]:  # [h, w] bool each
     "What each pill covers, from the renderer's own transparency (SPEC DM12)."
     camera, lamp, exposure = stage(shot, rng)
     out = []
     for drug, pose in pills:
-        black, white = np.zeros((shot.height, shot.width, 3), np.float32), np.ones((shot.height, shot.width, 3), np.float32)
-        for table in (black, white): draw(table, solid(drug, pose.side, map_res(shot)), pose, camera, lamp, exposure, np.zeros(3, np.float32))
-        out.append(1 - (white - black).mean(axis=-1) > .5)
+        black, white = (
+            np.zeros((shot.height, shot.width, 3), np.float32),
+            np.ones((shot.height, shot.width, 3), np.float32),
+        )
+        for table in (black, white):
+            draw(table, solid(drug, pose.side, map_res(shot)), pose, camera, lamp, exposure, np.zeros(3, np.float32))
+        out.append(1 - (white - black).mean(axis=-1) > 0.5)
     return out
 
 # %% ../../nbs/dataset/495_masks.ipynb #395619cd
 def write_sample(
-    root:str|os.PathLike,  # takes images/ and masks/
-    drugs:Sequence[Drug],  # class 1, 2, ... in this order
-    n:int=24,              # photos
-    seed:int=42,           # same seed, same bytes
-    width:int=128,         # pixels
-    height:int=160         # pixels
-)->Path:
+    root: str | os.PathLike,  # takes images/ and masks/
+    drugs: Sequence[Drug],  # class 1, 2, ... in this order
+    n: int = 24,  # photos
+    seed: int = 42,  # same seed, same bytes
+    width: int = 128,  # pixels
+    height: int = 160,  # pixels
+) -> Path:
     "Photos of two pills with index masks, in the form that `find_pairs` reads."
-    root = Path(root); images, masks = ensure_dir(root/"images"), ensure_dir(root/"masks")
+    root = Path(root)
+    images, masks = ensure_dir(root / "images"), ensure_dir(root / "masks")
     for i in range(n):
-        r = rng_for(seed, "mask", i); c = r.choice(len(drugs), 2, replace=False)
-        shot = Shot(back=int(r.integers(3)), light=int(r.integers(3)), latitude=90, width=width, height=height, field=28.6)
-        pills = [(drugs[k], Pose(float(r.normal(0, 1.5)), float(y + r.normal(0, .8)), float(r.uniform(0, 360)), int(r.integers(2)))) for k, y in zip(c, (-9, 9))]
+        r = rng_for(seed, "mask", i)
+        c = r.choice(len(drugs), 2, replace=False)
+        shot = Shot(
+            back=int(r.integers(3)), light=int(r.integers(3)), latitude=90, width=width, height=height, field=28.6
+        )
+        pills = [
+            (
+                drugs[k],
+                Pose(
+                    float(r.normal(0, 1.5)), float(y + r.normal(0, 0.8)), float(r.uniform(0, 360)), int(r.integers(2))
+                ),
+            )
+            for k, y in zip(c, (-9, 9))
+        ]
         photo, _ = photograph(pills, shot, rng_for(seed, "light", i))
         mask = np.zeros(photo.shape[:2], np.uint8)
-        for k, m in zip(c, pill_masks(pills, shot, rng_for(seed, "light", i))): mask[m] = k + 1
-        for a, path in ((photo, images/f"{i:04d}.png"), (mask, masks/f"{i:04d}.png")):
-            with atomic_path(path) as tmp: Image.fromarray(a).save(tmp, "PNG")
+        for k, m in zip(c, pill_masks(pills, shot, rng_for(seed, "light", i))):
+            mask[m] = k + 1
+        for a, path in ((photo, images / f"{i:04d}.png"), (mask, masks / f"{i:04d}.png")):
+            with atomic_path(path) as tmp:
+                Image.fromarray(a).save(tmp, "PNG")
     return root
 
 # %% ../../nbs/dataset/495_masks.ipynb #8349d04b
 _log = logging.getLogger("pillsnap.segmentation")
+
+
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
+
 def find_pairs(
-    root:str|os.PathLike # holds images/ and masks/
-)->list[tuple[Path,Path]]: # photo and mask, by name
+    root: str | os.PathLike,  # holds images/ and masks/
+) -> list[tuple[Path, Path]]:  # photo and mask, by name
     "Photos with their masks; what has no partner is left out and said (SPEC DM12)."
     root = Path(root)
     for sub in ("images", "masks"):
-        if not (root/sub).is_dir(): raise PillsnapError(f"there is no folder {sub}", where=root, fix="a segmentation data set is images/ and masks/ with equal file names")
-    found = [p for p in sorted((root/"images").iterdir()) if p.suffix.lower() in EXTENSIONS and not p.name.startswith(".")]
+        if not (root / sub).is_dir():
+            raise PillsnapError(
+                f"there is no folder {sub}",
+                where=root,
+                fix="a segmentation data set is images/ and masks/ with equal file names",
+            )
+    found = [
+        p for p in sorted((root / "images").iterdir()) if p.suffix.lower() in EXTENSIONS and not p.name.startswith(".")
+    ]
     photos = {p.stem: p for p in found}
-    masks = {p.stem: p for p in sorted((root/"masks").iterdir()) if p.suffix.lower() == ".png" and not p.name.startswith(".")}
-    if len(photos) < len(found): raise PillsnapError(f"{len(found) - len(photos)} photos have the name of another one, with another ending", where=root/"images", fix="one mask belongs to one photo: rename them")
-    if alone := sorted(set(photos) ^ set(masks)): _log.warning("%d names have only a photo or only a mask and are left out, the first is %s", len(alone), alone[0])
-    if not set(photos) & set(masks): raise PillsnapError("no photo has a mask", where=root, fix="masks/NAME.png belongs to images/NAME.*")
+    masks = {
+        p.stem: p
+        for p in sorted((root / "masks").iterdir())
+        if p.suffix.lower() == ".png" and not p.name.startswith(".")
+    }
+    if len(photos) < len(found):
+        raise PillsnapError(
+            f"{len(found) - len(photos)} photos have the name of another one, with another ending",
+            where=root / "images",
+            fix="one mask belongs to one photo: rename them",
+        )
+    if alone := sorted(set(photos) ^ set(masks)):
+        _log.warning(
+            "%d names have only a photo or only a mask and are left out, the first is %s", len(alone), alone[0]
+        )
+    if not set(photos) & set(masks):
+        raise PillsnapError("no photo has a mask", where=root, fix="masks/NAME.png belongs to images/NAME.*")
     return [(photos[k], masks[k]) for k in sorted(set(photos) & set(masks))]
 
+# %% ../../nbs/dataset/495_masks.ipynb #f7185831
 def read_mask(
-    path:str|os.PathLike, # an index PNG
-    classes:int           # how many classes, background included
-)->np.ndarray:            # [h, w] uint8 class numbers; ValueError where it is no such thing
+    path: str | os.PathLike,  # an index PNG
+    classes: int,  # how many classes, background included
+) -> np.ndarray:  # [h, w] uint8 class numbers; ValueError where it is no such thing
     "The class of every pixel: grey or palette PNG, values as stored (SPEC DM12)."
     with Image.open(path, formats=("PNG",)) as im:
-        if im.width * im.height > MAX_PIXELS: raise ValueError(f"{im.width}×{im.height} pixels exceed the bound")
-        if im.mode not in ("L", "P", "1"): raise ValueError(f"a mask holds class numbers, this one has pixel mode {im.mode}")
+        if im.width * im.height > MAX_PIXELS:
+            raise ValueError(f"{im.width}×{im.height} pixels exceed the bound")
+        if im.mode not in ("L", "P", "1"):
+            raise ValueError(f"a mask holds class numbers, this one has pixel mode {im.mode}")
         m = np.array(im, np.uint8)
-    if m.max(initial=0) >= classes and (odd := set(np.unique(m)) - {*range(classes), IGNORE}): raise ValueError(f"classes {sorted(map(int, odd))[:3]} are not among 0-{classes - 1}")
+    if m.max(initial=0) >= classes and (odd := set(np.unique(m)) - {*range(classes), IGNORE}):
+        raise ValueError(f"classes {sorted(map(int, odd))[:3]} are not among 0-{classes - 1}")
     return m
 
-IGNORE = 255   # a pixel that belongs to no class and counts nowhere
+
+IGNORE = 255  # a pixel that belongs to no class and counts nowhere
 
 # %% ../../nbs/dataset/495_masks.ipynb #115763a5
-def albumentations()->Any: # the module
+def albumentations() -> Any:  # the module
     "The optional package, or one plain error (DESIGN section 3: its opencv-python-headless must not come along)."
-    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")   # it would ask the web for its newest version
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would ask the web for its newest version
     if importlib.util.find_spec("albumentations") is None:
-        raise PillsnapError("segmentation's augmentation needs albumentations, which is not installed", fix="pip install --no-deps albumentations==2.0.8 albucore==0.0.24 stringzilla simsimd  (--no-deps: its opencv-python-headless would overwrite opencv-python)")
+        raise PillsnapError(
+            "segmentation's augmentation needs albumentations, which is not installed",
+            fix="pip install --no-deps albumentations==2.0.8 albucore==0.0.24 stringzilla simsimd  (--no-deps: its opencv-python-headless would overwrite opencv-python)",
+        )
     import albumentations as A
+
     return A
 
+
 def sync_transform(
-    size:int=256,          # side of the square, pixels
-    train:bool=True,       # augment; False: resize alone
-    rotation:float=180.,   # degrees either way
-    crop_scale_min:float=.8, # smallest crop, share of the area
-    seed:int=42            # of its draws
-)->Callable:               # f(image=, mask=) → {"image", "mask"}
+    size: int = 256,  # side of the square, pixels
+    train: bool = True,  # augment; False: resize alone
+    rotation: float = 180.0,  # degrees either way
+    crop_scale_min: float = 0.8,  # smallest crop, share of the area
+    seed: int = 42,  # of its draws
+) -> Callable:  # f(image=, mask=) → {"image", "mask"}
     "Photo and mask by one draw: bilinear and nearest (SPEC DM12)."
-    A = albumentations(); import cv2
+    A = albumentations()
+    import cv2
+
     how = dict(interpolation=cv2.INTER_LINEAR, mask_interpolation=cv2.INTER_NEAREST)
-    if not train: return A.Compose([A.Resize(size, size, **how)])
-    return A.Compose([A.RandomResizedCrop((size, size), scale=(crop_scale_min, 1.), ratio=(.9, 1.1), **how), A.Rotate(rotation, border_mode=cv2.BORDER_REFLECT_101, **how), A.RandomBrightnessContrast(.2, .2)], seed=seed)
+    if not train:
+        return A.Compose([A.Resize(size, size, **how)])
+    return A.Compose(
+        [
+            A.RandomResizedCrop((size, size), scale=(crop_scale_min, 1.0), ratio=(0.9, 1.1), **how),
+            A.Rotate(rotation, border_mode=cv2.BORDER_REFLECT_101, **how),
+            A.RandomBrightnessContrast(0.2, 0.2),
+        ],
+        seed=seed,
+    )
+
 
 def resize_pair(
-    image:np.ndarray, # [H, W, 3] uint8
-    mask:np.ndarray,  # [H, W] uint8
-    size:int          # side of the square, pixels
-)->dict[str,np.ndarray]:
+    image: np.ndarray,  # [H, W, 3] uint8
+    mask: np.ndarray,  # [H, W] uint8
+    size: int,  # side of the square, pixels
+) -> dict[str, np.ndarray]:
     "Resize alone, without the package: antialiased photo, nearest mask."
-    return {"image": resize(image, size, size), "mask": np.asarray(Image.fromarray(mask).resize((size, size), Image.Resampling.NEAREST))}
+    return {
+        "image": resize(image, size, size),
+        "mask": np.asarray(Image.fromarray(mask).resize((size, size), Image.Resampling.NEAREST)),
+    }
 
 # %% ../../nbs/dataset/495_masks.ipynb #abe775ac
 class SegmentationDataset(Dataset):
     "Photos and index masks (SPEC DM12)."
-    def __init__(self,
-        root:str|os.PathLike,        # holds images/ and masks/
-        classes:int,                 # how many, background included
-        size:int=256,                # side of the square, pixels
-        transform:Callable|None=None # f(image=, mask=) → {"image", "mask"}, e.g. sync_transform(size); None resizes
+
+    def __init__(
+        self,
+        root: str | os.PathLike,  # holds images/ and masks/
+        classes: int,  # how many, background included
+        size: int = 256,  # side of the square, pixels
+        transform: Callable | None = None,  # f(image=, mask=), as sync_transform makes it; None resizes
     ):
         self.pairs, self.classes, self.size, self.transform = find_pairs(root), classes, size, transform
 
-    def __len__(self)->int: return len(self.pairs)
+    def __len__(self) -> int:
+        return len(self.pairs)
 
-    def __getitem__(self, i:int)->dict[str,Any]: # {"image" [3, S, S] float32, "mask" [S, S] int64, "path"} or {"_skip", "error", "path"}
+    def __getitem__(
+        self, i: int
+    ) -> dict[str, Any]:  # {"image" [3, S, S] float32, "mask" [S, S] int64, "path"} or {"_skip", "error", "path"}
         photo, mask = self.pairs[i]
         got = open_image_safely(photo)
-        if "_skip" in got: return got | {"path": str(photo)}
+        if "_skip" in got:
+            return got | {"path": str(photo)}
         try:
             m, img = read_mask(mask, self.classes), got["image"]
-            if m.shape != img.shape[:2]: raise ValueError(f"the mask is {m.shape[1]}×{m.shape[0]}, its photo {img.shape[1]}×{img.shape[0]}")
+            if m.shape != img.shape[:2]:
+                raise ValueError(f"the mask is {m.shape[1]}×{m.shape[0]}, its photo {img.shape[1]}×{img.shape[0]}")
             o = self.transform(image=img, mask=m) if self.transform else resize_pair(img, m, self.size)
-        except Exception as e: return {"_skip": True, "error": str(e), "stage": "mask", "path": str(photo)}
-        return {"image": torch.from_numpy(normalise(np.ascontiguousarray(o["image"])[None])[0]), "mask": torch.from_numpy(np.ascontiguousarray(o["mask"]).astype(np.int64)), "path": str(photo)}
+        except Exception as e:
+            return {"_skip": True, "error": str(e), "stage": "mask", "path": str(photo)}
+        return {
+            "image": torch.from_numpy(normalise(np.ascontiguousarray(o["image"])[None])[0]),
+            "mask": torch.from_numpy(np.ascontiguousarray(o["mask"]).astype(np.int64)),
+            "path": str(photo),
+        }
 
 # %% ../../nbs/dataset/495_masks.ipynb #2e78001c
 def collate_masks(
-    batch:Sequence[Mapping[str,Any]] # samples and skip records
-)->tuple[torch.Tensor,torch.Tensor,dict[str,list]]: # images [B, 3, S, S], masks [B, S, S], {"paths", "skipped"}
+    batch: Sequence[Mapping[str, Any]],  # samples and skip records
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, list]]:  # images [B, 3, S, S], masks [B, S, S], {"paths", "skipped"}
     "Samples to a batch, records aside; nothing left is an empty batch and a warning (SPEC TL4)."
     good, bad = [s for s in batch if "_skip" not in s], [s for s in batch if "_skip" in s]
-    meta = {"paths": [s["path"] for s in good], "skipped": [{k: s.get(k, "") for k in ("path", "stage", "error")} for s in bad]}
-    if good: return torch.stack([s["image"] for s in good]), torch.stack([s["mask"] for s in good]), meta
-    _log.warning("all %d photos of a batch were skipped, the first because %s", len(bad), bad[0]["error"] if bad else "there were none")
+    meta = {
+        "paths": [s["path"] for s in good],
+        "skipped": [{k: s.get(k, "") for k in ("path", "stage", "error")} for s in bad],
+    }
+    if good:
+        return torch.stack([s["image"] for s in good]), torch.stack([s["mask"] for s in good]), meta
+    _log.warning(
+        "all %d photos of a batch were skipped, the first because %s",
+        len(bad),
+        bad[0]["error"] if bad else "there were none",
+    )
     return torch.empty(0, 3, 0, 0), torch.empty(0, 0, 0, dtype=torch.int64), meta
 
 # %% ../../nbs/dataset/495_masks.ipynb #81e8aa74
 def dice_loss(
-    logits:torch.Tensor, # [B, C, H, W]
-    mask:torch.Tensor,   # [B, H, W] int64, IGNORE where nothing is known
-    smooth:float=1.      # keeps an absent class from dividing by nothing
-)->torch.Tensor:         # 0 perfect, or nothing known; 1 nothing right
+    logits: torch.Tensor,  # [B, C, H, W]
+    mask: torch.Tensor,  # [B, H, W] int64, IGNORE where nothing is known
+    smooth: float = 1.0,  # keeps an absent class from dividing by nothing
+) -> torch.Tensor:  # 0 perfect, or nothing known; 1 nothing right
     "1 − mean soft Dice over the classes that are there (Milletari et al. 2016)."
     known = (mask != IGNORE)[:, None]
     p, t = logits.softmax(1) * known, F.one_hot(mask.where(mask != IGNORE, 0), logits.shape[1]).movedim(-1, 1) * known
     both, size, there = (p * t).sum((0, 2, 3)), (p + t).sum((0, 2, 3)), t.sum((0, 2, 3)) > 0
     return ((1 - (2 * both + smooth) / (size + smooth)) * there).sum() / there.sum().clamp(min=1)
 
+
 class CEDiceLoss(nn.Module):
     "Cross-entropy plus Dice (SPEC DM12)."
-    def __init__(self,
-        dice:float=1. # weight of the Dice term
-    ): super().__init__(); self.dice = dice
-    def forward(self, logits:torch.Tensor, mask:torch.Tensor)->torch.Tensor:
-        return F.cross_entropy(logits, mask, ignore_index=IGNORE, reduction="sum") / (mask != IGNORE).sum().clamp(min=1) + self.dice * dice_loss(logits, mask)
+
+    def __init__(
+        self,
+        dice: float = 1.0,  # weight of the Dice term
+    ):
+        super().__init__()
+        self.dice = dice
+
+    def forward(self, logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(logits, mask, ignore_index=IGNORE, reduction="sum") / (mask != IGNORE).sum().clamp(
+            min=1
+        ) + self.dice * dice_loss(logits, mask)
 
 # %% ../../nbs/dataset/495_masks.ipynb #e16e0f07
 def confusion_of(
-    pred:np.ndarray, # class numbers, any shape
-    mask:np.ndarray, # the truth, the same shape
-    classes:int      # how many
-)->np.ndarray:       # [C, C] pixels, rows true
+    pred: np.ndarray,  # class numbers, any shape
+    mask: np.ndarray,  # the truth, the same shape
+    classes: int,  # how many
+) -> np.ndarray:  # [C, C] pixels, rows true
     "Pixels by true and answered class; IGNORE counts nowhere. Sums over batches add up."
     known = np.asarray(mask) != IGNORE
-    return np.bincount(np.asarray(mask)[known].astype(int) * classes + np.asarray(pred)[known], minlength=classes**2).reshape(classes, classes)
+    return np.bincount(
+        np.asarray(mask)[known].astype(int) * classes + np.asarray(pred)[known], minlength=classes**2
+    ).reshape(classes, classes)
+
 
 def segmentation_metrics(
-    confusion:np.ndarray # [C, C] pixels, rows true
-)->dict[str,Any]:        # mIoU, Dice, PixelAcc, n (pixels), per_class
+    confusion: np.ndarray,  # [C, C] pixels, rows true
+) -> dict[str, Any]:  # mIoU, Dice, PixelAcc, n (pixels), per_class
     "mIoU and Dice over the classes that are there or were answered, and the share of pixels that are right (SPEC DM12)."
     hit, true, said = np.diag(confusion).astype(float), confusion.sum(1), confusion.sum(0)
     seen, n = true + said > 0, int(confusion.sum())
-    iou, dice = (np.divide(k * hit, size, out=np.full(len(hit), np.nan), where=seen) for k, size in ((1, true + said - hit), (2, true + said)))
+    iou, dice = (
+        np.divide(k * hit, size, out=np.full(len(hit), np.nan), where=seen)
+        for k, size in ((1, true + said - hit), (2, true + said))
+    )
     mean = lambda v: float(v[seen].mean()) if n else float("nan")
-    return {"mIoU": mean(iou), "Dice": mean(dice), "PixelAcc": float(hit.sum() / n) if n else float("nan"), "n": n, "per_class": [{"class": i, "iou": float(a), "dice": float(b), "pixels": int(t)} for i, (a, b, t) in enumerate(zip(iou, dice, true))]}
+    return {
+        "mIoU": mean(iou),
+        "Dice": mean(dice),
+        "PixelAcc": float(hit.sum() / n) if n else float("nan"),
+        "n": n,
+        "per_class": [
+            {"class": i, "iou": float(a), "dice": float(b), "pixels": int(t)}
+            for i, (a, b, t) in enumerate(zip(iou, dice, true))
+        ],
+    }

@@ -21,80 +21,119 @@ from ..delivery.classmap import ClassMap
 @dataclass(frozen=True)
 class NarrowDrug:
     "One drug of the list (SPEC DM15)."
-    kcode:str                 # K-000573
-    drug_name:str=""          # as it is sold
-    manufacturer:str=""       # who makes it
-    form:str=""               # tablet, capsule, ...
-    training_weight:float=1.  # a mistake on it costs this much more
 
-def _drug(entry:Mapping[str,Any], where:Path)->NarrowDrug:
+    kcode: str  # K-000573
+    drug_name: str = ""  # as it is sold
+    manufacturer: str = ""  # who makes it
+    form: str = ""  # tablet, capsule, ...
+    training_weight: float = 1.0  # a mistake on it costs this much more
+
+
+def _drug(entry: Mapping[str, Any], where: Path) -> NarrowDrug:
     "One entry, checked."
-    try: kcode, weight = str(entry["kcode"]), float(entry.get("training_config", {}).get("weight", 1.))
-    except (AttributeError, KeyError, TypeError, ValueError): raise PillsnapError(f"this is no drug of a narrow list: {str(entry)[:80]}", where=where, fix='{"kcode": "K-000573", "drug_name": …, "manufacturer": …, "form": …, "training_config": {"weight": 1.0}}') from None
-    if not (math.isfinite(weight) and weight > 0): raise PillsnapError(f"{kcode} has a training weight of {weight:g}", where=where, fix="a positive number; 1 counts as usual")
+    try:
+        kcode, weight = str(entry["kcode"]), float(entry.get("training_config", {}).get("weight", 1.0))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise PillsnapError(
+            f"this is no drug of a narrow list: {str(entry)[:80]}",
+            where=where,
+            fix='{"kcode": "K-000573", "drug_name": …, "manufacturer": …, "form": …, "training_config": {"weight": 1.0}}',
+        ) from None
+    if not (math.isfinite(weight) and weight > 0):
+        raise PillsnapError(
+            f"{kcode} has a training weight of {weight:g}", where=where, fix="a positive number; 1 counts as usual"
+        )
     return NarrowDrug(kcode, *(str(entry.get(k) or "") for k in ("drug_name", "manufacturer", "form")), weight)
 
 # %% ../../nbs/dataset/430_narrow.ipynb #b772a5bc
 def read_drug_list(
-    path:str|Path # top_100_drugs.json: a list, or {"drugs": [...]}
-)->list[NarrowDrug]: # in the order of the class map
+    path: str | Path,  # top_100_drugs.json: a list, or {"drugs": [...]}
+) -> list[NarrowDrug]:  # in the order of the class map
     "The drugs of the narrow family (SPEC DM15)."
     path = Path(path)
-    try: got = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e: raise PillsnapError(f"the list of drugs cannot be read: {e}", where=path, fix="name the file in narrow.drug_list, or leave it null to take every drug") from None
+    try:
+        got = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise PillsnapError(
+            f"the list of drugs cannot be read: {e}",
+            where=path,
+            fix="name the file in narrow.drug_list, or leave it null to take every drug",
+        ) from None
     entries = got.get("drugs") if isinstance(got, dict) else got
-    if not isinstance(entries, list) or not entries: raise PillsnapError("there are no drugs in this list", where=path)
+    if not isinstance(entries, list) or not entries:
+        raise PillsnapError("there are no drugs in this list", where=path)
     drugs = [_drug(e, path) for e in entries]
-    if twice := sorted({d.kcode for d in drugs if sum(d.kcode == o.kcode for o in drugs) > 1}): raise PillsnapError(f"listed twice: {', '.join(twice[:5])}", where=path, fix="keep one line for each drug")
+    if twice := sorted({d.kcode for d in drugs if sum(d.kcode == o.kcode for o in drugs) > 1}):
+        raise PillsnapError(f"listed twice: {', '.join(twice[:5])}", where=path, fix="keep one line for each drug")
     return sorted(drugs, key=lambda d: d.kcode)
 
 # %% ../../nbs/dataset/430_narrow.ipynb #a8c75c29
 def class_mapping(
-    drugs:Sequence[NarrowDrug], # as read_drug_list gives them
-    classes:Iterable[str]       # the drugs that have photos, as the split keeps them
-)->dict[str,Any]:
+    drugs: Sequence[NarrowDrug],  # as read_drug_list gives them
+    classes: Iterable[str],  # the drugs that have photos, as the split keeps them
+) -> dict[str, Any]:
     "What the narrow family's programs read (SPEC DM15, X3)."
     known, keys = {d.kcode: d for d in drugs}, ClassMap(classes)
     told = {k: asdict(known.get(k, NarrowDrug(k))) for k in keys}
-    return {"version": "1.0.0", "class_to_idx": {k: i for i, k in enumerate(keys)}, "idx_to_class": {str(i): k for i, k in enumerate(keys)},
-            "metadata": {k: {"index": i, **{f: v for f, v in told[k].items() if f != "kcode"}} for i, k in enumerate(keys)}, "fingerprint": keys.fingerprint}
+    return {
+        "version": "1.0.0",
+        "class_to_idx": {k: i for i, k in enumerate(keys)},
+        "idx_to_class": {str(i): k for i, k in enumerate(keys)},
+        "metadata": {k: {"index": i, **{f: v for f, v in told[k].items() if f != "kcode"}} for i, k in enumerate(keys)},
+        "fingerprint": keys.fingerprint,
+    }
+
 
 def training_weights(
-    drugs:Sequence[NarrowDrug], # as read_drug_list gives them
-    keys:Sequence[str]          # class keys by number
-)->list[float]: # one per class; 1 for a drug that is not listed
+    drugs: Sequence[NarrowDrug],  # as read_drug_list gives them
+    keys: Sequence[str],  # class keys by number
+) -> list[float]:  # one per class; 1 for a drug that is not listed
     "How much each class counts besides its rarity (SPEC DM15)."
     known = {d.kcode: d.training_weight for d in drugs}
-    return [known.get(k, 1.) for k in keys]
+    return [known.get(k, 1.0) for k in keys]
 
 # %% ../../nbs/dataset/430_narrow.ipynb #6d79ed21
-def _item(applied:bool, otherwise:str)->dict[str,Any]:
+def _item(applied: bool, otherwise: str) -> dict[str, Any]:
     "One entry of an applied table."
     return {"applied": True} if applied else {"applied": False, "why": otherwise}
 
+
 def preprocessing_applied(
-    cfg:Config # narrow.preprocessing, and what the engine reads: data.classification
-)->dict[str,dict[str,Any]]: # item → applied, and why not
+    cfg: Config,  # narrow.preprocessing, and what the engine reads: data.classification
+) -> dict[str, dict[str, Any]]:  # item → applied, and why not
     "Which declared preprocessing is done to photos in training, validation and answers."
     p, size = cfg.narrow.preprocessing, cfg.data.classification.img_size
     off = "CLAHE is not built: the network sees photos without it" if p.use_clahe else "CLAHE is off"
-    return {"target_size": _item(p.target_size == size, f"the input is {size} pixels wide, data.classification.img_size"),
+    return {
+        "target_size": _item(p.target_size == size, f"the input is {size} pixels wide, data.classification.img_size"),
         "use_clahe": _item(not p.use_clahe, off),
         "clahe_clip_limit": _item(False, f"{off}; {p.clahe_clip_limit:g} has no effect"),
         "clahe_grid_size": _item(False, f"{off}; {p.clahe_grid_size} has no effect"),
         "crop": _item(True, ""),
-        "interpolation": _item(False, "photos are scaled by Pillow's antialiased bilinear filter, not by plain linear interpolation"),
-        "mean": _item(True, ""), "std": _item(True, "")}
+        "interpolation": _item(
+            False, "photos are scaled by Pillow's antialiased bilinear filter, not by plain linear interpolation"
+        ),
+        "mean": _item(True, ""),
+        "std": _item(True, ""),
+    }
+
 
 def augmentation_applied(
-    cfg:Config # narrow.augmentation, and what the engine reads: data.augment.classification
-)->dict[str,dict[str,Any]]: # item → applied, and why not
+    cfg: Config,  # narrow.augmentation, and what the engine reads: data.augment.classification
+) -> dict[str, dict[str, Any]]:  # item → applied, and why not
     "Which declared augmentation training does."
     n, a = cfg.narrow.augmentation, cfg.data.augment.classification
-    block, crop = "data.augment.classification", (a.crop_scale_min, 1.)
+    block, crop = "data.augment.classification", (a.crop_scale_min, 1.0)
     blur = f"blur is not built: a kernel of {n.blur_kernel} and sigmas of {list(n.blur_sigma)} have no effect"
-    return {"rotation": _item(n.rotation == a.rotation, f"training turns by up to {a.rotation:g} degrees, {block}.rotation"),
-        "color_jitter": _item(n.color_jitter == a.color_jitter, f"training uses {list(a.color_jitter)}, {block}.color_jitter"),
+    return {
+        "rotation": _item(
+            n.rotation == a.rotation, f"training turns by up to {a.rotation:g} degrees, {block}.rotation"
+        ),
+        "color_jitter": _item(
+            n.color_jitter == a.color_jitter, f"training uses {list(a.color_jitter)}, {block}.color_jitter"
+        ),
         "crop_scale": _item(n.crop_scale == crop, f"training crops {list(crop)} of the area, {block}.crop_scale_min"),
         "crop_ratio": _item(False, f"training crops in the engine's own range of ratios, not in {list(n.crop_ratio)}"),
-        "blur_kernel": _item(False, blur), "blur_sigma": _item(False, blur)}
+        "blur_kernel": _item(False, blur),
+        "blur_sigma": _item(False, blur),
+    }

@@ -26,61 +26,83 @@ from ..core.files import ensure_dir, os_trouble
 # %% ../../nbs/dataset/420_overlay.ipynb #2989a903
 DECISIONS = ("keep", "drop", "relabel")
 
+
 @dataclass(frozen=True)
 class Decision:
     "One line of the overlay (SPEC BX22)."
-    path:str       # the photo, as the manifest names it
-    kcode:str      # the drug it was delivered as
-    decision:str   # keep, drop or relabel
-    to:str = ""    # the right drug, for relabel alone
-    why:str = ""   # what the person saw
-    who:str = ""   # user name; "" = whoever is logged in
-    when:str = ""  # UTC; "" = now
+
+    path: str  # the photo, as the manifest names it
+    kcode: str  # the drug it was delivered as
+    decision: str  # keep, drop or relabel
+    to: str = ""  # the right drug, for relabel alone
+    why: str = ""  # what the person saw
+    who: str = ""  # user name; "" = whoever is logged in
+    when: str = ""  # UTC; "" = now
 
     def __post_init__(self):
-        if not (self.path and self.kcode): raise PillsnapError("a decision names a photo and the drug it was delivered as", where=self.path or None)
-        if self.decision not in DECISIONS: raise PillsnapError(f"there is no decision {self.decision!r}", where=self.path, fix="keep, drop or relabel")
-        if (self.decision == "relabel") != bool(self.to) or self.to == self.kcode: raise PillsnapError("relabel names another drug in `to`; keep and drop name none", where=self.path)
+        if not (self.path and self.kcode):
+            raise PillsnapError("a decision names a photo and the drug it was delivered as", where=self.path or None)
+        if self.decision not in DECISIONS:
+            raise PillsnapError(f"there is no decision {self.decision!r}", where=self.path, fix="keep, drop or relabel")
+        if (self.decision == "relabel") != bool(self.to) or self.to == self.kcode:
+            raise PillsnapError("relabel names another drug in `to`; keep and drop name none", where=self.path)
 
 # %% ../../nbs/dataset/420_overlay.ipynb #82c9dee0
-OVERLAY = "overlay.jsonl"   # its name in a run folder
+OVERLAY = "overlay.jsonl"  # its name in a run folder
+
 
 class Overlay:
     "Decisions on disk, the last about each pill holds (SPEC BX22)."
-    def __init__(self,
-        path:str|os.PathLike # overlay.jsonl, or the run folder it lies in; need not exist yet
-    ):
-        self.path = Path(path)/OVERLAY if Path(path).is_dir() else Path(path)
 
-    def __len__(self)->int: return len(self.decisions())
+    def __init__(
+        self,
+        path: str | os.PathLike,  # overlay.jsonl, or the run folder it lies in; need not exist yet
+    ):
+        self.path = Path(path) / OVERLAY if Path(path).is_dir() else Path(path)
+
+    def __len__(self) -> int:
+        return len(self.decisions())
 
 # %% ../../nbs/dataset/420_overlay.ipynb #44eb19d3
 @patch
-def lines(self:Overlay)->list[Decision]:
+def lines(self: Overlay) -> list[Decision]:
     "Every decision ever made, in order; an unfinished last line does not count."
-    if not self.path.is_file(): return []
+    if not self.path.is_file():
+        return []
     out = []
     for i, line in enumerate(self.path.read_bytes().split(b"\n")[:-1], 1):
-        if not line.strip(): continue
-        try: out.append(Decision(**json.loads(line)))
-        except (ValueError, TypeError) as e: raise PillsnapError(f"line {i} of the decisions cannot be read: {e}", where=self.path, fix="mend or remove that line; the others are whole") from e
+        if not line.strip():
+            continue
+        try:
+            out.append(Decision(**json.loads(line)))
+        except (ValueError, TypeError) as e:
+            raise PillsnapError(
+                f"line {i} of the decisions cannot be read: {e}",
+                where=self.path,
+                fix="mend or remove that line; the others are whole",
+            ) from e
     return out
 
+
 @patch
-def decisions(self:Overlay)->dict[tuple[str,str],Decision]: # by photo and delivered drug
+def decisions(self: Overlay) -> dict[tuple[str, str], Decision]:  # by photo and delivered drug
     "What holds now."
     return {(d.path, d.kcode): d for d in self.lines()}
 
 # %% ../../nbs/dataset/420_overlay.ipynb #e742b397
-def _login()->str:
+def _login() -> str:
     "The user's name; in a container without one, the number."
-    try: return getpass.getuser()
-    except (KeyError, OSError): return f"uid {os.getuid()}"
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return f"uid {os.getuid()}"
+
 
 @patch
-def add(self:Overlay,
-    decision:Decision # what was decided
-)->Decision:          # as written, with who and when
+def add(
+    self: Overlay,
+    decision: Decision,  # what was decided
+) -> Decision:  # as written, with who and when
     "Append one decision: one write, synced, on a line of its own."
     who, when = decision.who or _login(), decision.when or datetime.now(timezone.utc).isoformat(timespec="seconds")
     done = Decision(**(asdict(decision) | {"who": who, "when": when}))
@@ -89,15 +111,17 @@ def add(self:Overlay,
         ensure_dir(self.path.parent)
         with open(self.path, "a+b", buffering=0) as f:
             cut_off = f.tell() and (f.seek(-1, os.SEEK_END), f.read(1))[1] != b"\n"
-            f.write(b"\n"*bool(cut_off) + line); os.fsync(f.fileno())
-    except OSError as e: raise os_trouble("the decision cannot be written", self.path, e) from e
+            f.write(b"\n" * bool(cut_off) + line)
+            os.fsync(f.fileno())
+    except OSError as e:
+        raise os_trouble("the decision cannot be written", self.path, e) from e
     return done
 
 # %% ../../nbs/dataset/420_overlay.ipynb #5af312b6
 def apply_overlay(
-    df:pd.DataFrame,  # manifest rows: path, class_key, kind; kcode if there is one
-    overlay:Overlay   # the decisions
-)->pd.DataFrame:      # the rows that are left, with their new drugs; attrs["overlay"] counts what was done
+    df: pd.DataFrame,  # manifest rows: path, class_key, kind; kcode if there is one
+    overlay: Overlay,  # the decisions
+) -> pd.DataFrame:  # the rows that are left, with their new drugs; attrs["overlay"] counts what was done
     "The table as decided, without touching a file (SPEC BX22)."
     holds, known = overlay.decisions(), set(df["class_key"])
     key = list(zip(df["path"], df["class_key"]))
@@ -105,15 +129,27 @@ def apply_overlay(
     kind = what.map(lambda d: d.decision if d else "")
     _check_targets([d for d in what[kind == "relabel"]], known, overlay.path)
     new = what[kind == "relabel"].map(lambda d: d.to)
-    out = df.assign(**{c: df[c].where(kind != "relabel", new.reindex(df.index)) for c in ("class_key", "kcode") if c in df})
+    out = df.assign(
+        **{c: df[c].where(kind != "relabel", new.reindex(df.index)) for c in ("class_key", "kcode") if c in df}
+    )
     out = out[~out["path"].isin(set(df.loc[kind == "drop", "path"]))].reset_index(drop=True)
     counts = {d: int((kind == d).sum()) for d in DECISIONS}
-    out.attrs["overlay"] = counts | {"photos_dropped": df.loc[kind == "drop", "path"].nunique(), "without_a_photo": len(set(holds) - set(key))}
+    out.attrs["overlay"] = counts | {
+        "photos_dropped": df.loc[kind == "drop", "path"].nunique(),
+        "without_a_photo": len(set(holds) - set(key)),
+    }
     return out
 
-def _check_targets(relabels:list[Decision], known:set[str], where:Path)->None:
+
+def _check_targets(relabels: list[Decision], known: set[str], where: Path) -> None:
     "A new label must be a drug of the delivery."
     for d in relabels:
-        if d.to in known: continue
+        if d.to in known:
+            continue
         near = difflib.get_close_matches(d.to, sorted(known), 1)
-        raise PillsnapError(f"{d.path} is relabelled to {d.to}, which is no drug of this delivery" + (f"; did you mean {near[0]}?" if near else ""), where=where, fix="decide again about this photo")
+        raise PillsnapError(
+            f"{d.path} is relabelled to {d.to}, which is no drug of this delivery"
+            + (f"; did you mean {near[0]}?" if near else ""),
+            where=where,
+            fix="decide again about this photo",
+        )

@@ -22,49 +22,57 @@ from ..core.errors import PillsnapError
 # %% ../../nbs/dataset/470_sampling.ipynb #9f720639
 _STEP, _MIX1, _MIX2 = (np.uint64(v) for v in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
-def _mix(x:np.ndarray)->np.ndarray:
+
+def _mix(x: np.ndarray) -> np.ndarray:
     "SplitMix64's finaliser: each bit in moves half of the bits out."
     with np.errstate(over="ignore"):
         x = (x ^ (x >> np.uint64(30))) * _MIX1
         x = (x ^ (x >> np.uint64(27))) * _MIX2
         return x ^ (x >> np.uint64(31))
 
+
 def name_ids(
-    names:Sequence[str] # one per sample: path and box
-)->np.ndarray:          # uint64 [n]
+    names: Sequence[str],  # one per sample: path and box
+) -> np.ndarray:  # uint64 [n]
     "A number for each name, the same on every machine."
-    return np.fromiter((int.from_bytes(blake2b(n.encode(), digest_size=8).digest(), "little") for n in names), np.uint64, len(names))
+    return np.fromiter(
+        (int.from_bytes(blake2b(n.encode(), digest_size=8).digest(), "little") for n in names), np.uint64, len(names)
+    )
 
 # %% ../../nbs/dataset/470_sampling.ipynb #e4f7df62
 def dice(
-    seed:int,            # the run's
-    epoch:int,           # counted from 0
-    ids:np.ndarray,      # uint64 [n], as name_ids gives them
-    columns:int,         # numbers per sample
-    visits:np.ndarray|int=0 # how often each was drawn before in this epoch
-)->np.ndarray:           # float64 [n, columns] in [0, 1)
+    seed: int,  # the run's
+    epoch: int,  # counted from 0
+    ids: np.ndarray,  # uint64 [n], as name_ids gives them
+    columns: int,  # numbers per sample
+    visits: np.ndarray | int = 0,  # how often each was drawn before in this epoch
+) -> np.ndarray:  # float64 [n, columns] in [0, 1)
     "The same dice for the same photo, whoever opens it, and after a resume too (SPEC CT22, BX10)."
     with np.errstate(over="ignore"):
         key = _mix(np.uint64(seed) * _STEP + np.uint64(epoch + 1)) ^ _mix(np.asarray(visits).astype(np.uint64) + _STEP)
         x = _mix(ids ^ key)[:, None] + np.arange(1, columns + 1, dtype=np.uint64) * _STEP
-    return (_mix(x) >> np.uint64(11)) * 2.**-53
+    return (_mix(x) >> np.uint64(11)) * 2.0**-53
 
 # %% ../../nbs/dataset/470_sampling.ipynb #f8cc0bd9
 def epoch_order(
-    seed:int,                           # the run's
-    epoch:int,                          # counted from 0
-    n:int,                              # photos
-    weights:Sequence[float]|None=None   # one per photo: drawn with replacement; None = each once
-)->np.ndarray:                          # int64 [n]
+    seed: int,  # the run's
+    epoch: int,  # counted from 0
+    n: int,  # photos
+    weights: Sequence[float] | None = None,  # one per photo: drawn with replacement; None = each once
+) -> np.ndarray:  # int64 [n]
     "The rows of one epoch (SPEC TL9, BX10)."
-    g = torch.Generator().manual_seed(int(_mix(np.array([seed], np.uint64) * _STEP + np.uint64(epoch + 1))[0] >> np.uint64(1)))
-    if weights is None: return torch.randperm(n, generator=g).numpy()
-    edges = np.cumsum(np.asarray(weights, np.float64))   # torch.multinomial stops at 2^24 photos
+    g = torch.Generator().manual_seed(
+        int(_mix(np.array([seed], np.uint64) * _STEP + np.uint64(epoch + 1))[0] >> np.uint64(1))
+    )
+    if weights is None:
+        return torch.randperm(n, generator=g).numpy()
+    edges = np.cumsum(np.asarray(weights, np.float64))  # torch.multinomial stops at 2^24 photos
     return np.searchsorted(edges, torch.rand(n, generator=g, dtype=torch.float64).numpy() * edges[-1], side="right")
 
+
 def earlier_visits(
-    order:np.ndarray # rows of an epoch
-)->np.ndarray:       # int64, same length
+    order: np.ndarray,  # rows of an epoch
+) -> np.ndarray:  # int64, same length
     "How often each row stood in the order before: a photo that is drawn twice looks different the second time."
     by = np.argsort(order, kind="stable")
     starts = np.r_[True, order[by][1:] != order[by][:-1]] if len(order) else np.zeros(0, bool)
@@ -75,61 +83,93 @@ def earlier_visits(
 # %% ../../nbs/dataset/470_sampling.ipynb #fd1df6d6
 class EpochSampler(Sampler):
     "Each photo once per epoch in a new order, or draws by weight; the same for the same seed and epoch (SPEC TL9, BX10)."
-    def __init__(self,
-        dataset:Any,                      # its length, and its set_epoch if it has one
-        seed:int=42,                      # the run's
-        weights:Sequence[float]|None=None # one per row: rare drugs are drawn more often; None = every photo once
-    ): self.dataset, self.seed, self.weights, self.epoch, self.position = dataset, seed, weights, 0, 0
 
-    def __len__(self)->int: return len(self.dataset)
-    def set_epoch(self, epoch:int)->None: self.epoch = epoch
-    def state_dict(self)->dict[str,int]: return {"epoch": self.epoch, "position": self.position}
-    def load_state_dict(self, state:dict[str,int])->None: self.epoch, self.position = int(state["epoch"]), int(state["position"])
+    def __init__(
+        self,
+        dataset: Any,  # its length, and its set_epoch if it has one
+        seed: int = 42,  # the run's
+        weights: Sequence[float] | None = None,  # one per row: rare drugs are drawn more often; None = every photo once
+    ):
+        self.dataset, self.seed, self.weights, self.epoch, self.position = dataset, seed, weights, 0, 0
 
-    def __iter__(self)->Iterator[int]:
-        if hasattr(self.dataset, "set_epoch"): self.dataset.set_epoch(self.epoch)
-        order, self.position, self.epoch = epoch_order(self.seed, self.epoch, len(self), self.weights)[self.position:], 0, self.epoch + 1
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch, self.position = int(state["epoch"]), int(state["position"])
+
+    def __iter__(self) -> Iterator[int]:
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(self.epoch)
+        order, self.position, self.epoch = (
+            epoch_order(self.seed, self.epoch, len(self), self.weights)[self.position :],
+            0,
+            self.epoch + 1,
+        )
         return iter(order.tolist())
 
 # %% ../../nbs/dataset/470_sampling.ipynb #f2847a38
 def rare_more_often(
-    labels:Sequence[int], # class numbers
-    classes:int           # in the map
-)->list[float]:           # one weight per row; a drug's weights add up to 1
+    labels: Sequence[int],  # class numbers
+    classes: int,  # in the map
+) -> list[float]:  # one weight per row; a drug's weights add up to 1
     "Weights under which every drug is drawn equally often (SPEC TL9)."
     n = np.bincount(labels, minlength=classes)
-    return (1. / n[np.asarray(labels)]).tolist()
+    return (1.0 / n[np.asarray(labels)]).tolist()
 
 # %% ../../nbs/dataset/470_sampling.ipynb #b31d41f5
 class BalancedBatchSampler(Sampler):
     "Batches of P drugs with K photos each (SPEC TL20)."
-    def __init__(self,
-        labels:Sequence[int],         # class numbers of the rows
-        classes_per_batch:int|None=None, # P; None = all that occur
-        samples_per_class:int=4,      # K
-        seed:int=42                   # the run's
+
+    def __init__(
+        self,
+        labels: Sequence[int],  # class numbers of the rows
+        classes_per_batch: int | None = None,  # P; None = all that occur
+        samples_per_class: int = 4,  # K
+        seed: int = 42,  # the run's
     ):
         rows, n = np.argsort(labels, kind="stable"), np.unique(labels, return_counts=True)[1]
-        self.by, self.k, self.seed, self.epoch, self.n = np.split(rows, np.cumsum(n)[:-1]), samples_per_class, seed, 0, len(rows)
+        self.by, self.k, self.seed, self.epoch, self.n = (
+            np.split(rows, np.cumsum(n)[:-1]),
+            samples_per_class,
+            seed,
+            0,
+            len(rows),
+        )
         self.p = classes_per_batch or len(self.by)
-        if not 2 <= self.p <= len(self.by): raise PillsnapError(f"a batch of {self.p} drugs cannot be drawn from {len(self.by)}", where="num_classes_per_batch", fix=f"a number from 2 to {len(self.by)}, or null for all")
+        if not 2 <= self.p <= len(self.by):
+            raise PillsnapError(
+                f"a batch of {self.p} drugs cannot be drawn from {len(self.by)}",
+                where="num_classes_per_batch",
+                fix=f"a number from 2 to {len(self.by)}, or null for all",
+            )
 
-    def __len__(self)->int: return max(1, self.n // (self.p * self.k))
-    def set_epoch(self, epoch:int)->None: self.epoch = epoch
+    def __len__(self) -> int:
+        return max(1, self.n // (self.p * self.k))
 
-    def __iter__(self)->Iterator[np.ndarray]:
-        rng = np.random.default_rng([self.seed, self.epoch]); self.epoch += 1
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        rng = np.random.default_rng([self.seed, self.epoch])
+        self.epoch += 1
         rows, at = [rng.permutation(r) for r in self.by], np.zeros(len(self.by), np.int64)
         for b in range(len(self)):
-            chosen = rng.permutation(len(self.by))[:self.p]
+            chosen = rng.permutation(len(self.by))[: self.p]
             yield np.concatenate([np.take(rows[c], at[c] + np.arange(self.k), mode="wrap") for c in chosen])
             at[chosen] += self.k
 
 # %% ../../nbs/dataset/470_sampling.ipynb #1a9b10ad
 def effective_batch(
-    p:int,     # drugs per batch
-    k:int,     # photos per drug
-    accum:int  # batches per optimizer step
-)->int:
+    p: int,  # drugs per batch
+    k: int,  # photos per drug
+    accum: int,  # batches per optimizer step
+) -> int:
     "Photos behind one step: P·K·accum (SPEC TL20)."
     return p * k * accum

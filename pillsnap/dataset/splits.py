@@ -41,177 +41,243 @@ from .audit import drug_names
 from ..delivery.capture import capture_group, parse_name
 from ..delivery.classmap import ClassMap
 from .conversion import COLUMNS, read_manifest, smoke_conversion, write_manifest, write_yolo_tree
-from .duplicates import Duplicates, check_knots, file_names, join_groups, known_duplicates, plot_duplicates, tie
+from pillsnap.dataset.duplicates import (
+    Duplicates,
+    check_knots,
+    file_names,
+    join_groups,
+    known_duplicates,
+    plot_duplicates,
+    tie,
+)
 from ..photos.images import IMAGENET_MEAN, IMAGENET_STD, header_size, open_image_safely, resize
 from .narrow import augmentation_applied, class_mapping, preprocessing_applied, read_drug_list
 from .overlay import OVERLAY, Overlay, apply_overlay
 
 # %% ../../nbs/dataset/460_splits.ipynb #c965bd8b
 def lot(
-    names:Iterable[str], # one name per row; equal names draw equal lots
-    seed:int,            # the run's seed
-    salt:str=""          # what is being drawn for: other salt, other lots
-)->np.ndarray:           # uint64, one per name
+    names: Iterable[str],  # one name per row; equal names draw equal lots
+    seed: int,  # the run's seed
+    salt: str = "",  # what is being drawn for: other salt, other lots
+) -> np.ndarray:  # uint64, one per name
     "A number that hangs on the name and the seed alone (keyed BLAKE2b)."
     codes, uniq = pd.factorize(np.asarray(names, object))
     key = f"{seed}/{salt}".encode()[:64]
     draw = (int.from_bytes(blake2b(str(u).encode(), digest_size=8, key=key).digest(), "little") for u in uniq)
     return np.fromiter(draw, np.uint64, len(uniq))[codes]
 
+
 def share_lot(
-    names:Iterable[str], # one name per row
-    seed:int,            # the run's seed
-    salt:str=""          # what is being drawn for
-)->np.ndarray:           # float64 in [0, 1)
+    names: Iterable[str],  # one name per row
+    seed: int,  # the run's seed
+    salt: str = "",  # what is being drawn for
+) -> np.ndarray:  # float64 in [0, 1)
     "The same lot as a fraction."
     return (lot(names, seed, salt) >> np.uint64(11)) / 2.0**53
 
 # %% ../../nbs/dataset/460_splits.ipynb #18281a82
 _log = logging.getLogger("pillsnap.splits")
 
-def _group_of(path:str)->tuple[str,str]|None:
+
+def _group_of(path: str) -> tuple[str, str] | None:
     "Group and kind as a capture name tells them; None when it is none."
-    try: c = parse_name(Path(path).stem)
-    except ValueError: return None
+    try:
+        c = parse_name(Path(path).stem)
+    except ValueError:
+        return None
     return capture_group(c), "single" if len(c.codes) == 1 else "combo"
 
 # %% ../../nbs/dataset/460_splits.ipynb #4f45c564
 def tidy_records(
-    records:pd.DataFrame|Iterable[Mapping[str,Any]], # at least path; class_key (or label, kcode); the manifest's columns if it has them
-    annotations:Mapping[str,str]|None=None           # path → class key, where the records carry none
-)->pd.DataFrame: # one row per (photo, pill) with path, class_key, kind, group_id, dup_id, sorted by path, class and box
+    records: pd.DataFrame | Iterable[Mapping[str, Any]],  # path and class_key (or label, kcode) at least
+    annotations: Mapping[str, str] | None = None,  # path → class key, where the records carry none
+) -> pd.DataFrame:  # one row per (photo, pill), sorted by path, class and box
     "One shape for a manifest, a list of dictionaries or a list of paths (SPEC SP1)."
-    df = pd.DataFrame(records) if isinstance(records, pd.DataFrame) else pd.DataFrame([r if isinstance(r, Mapping) else {"path": str(r)} for r in records])
-    if df.empty: raise PillsnapError("there are no photos to split", fix="look at the conversion's report: what did it keep?")
-    if annotations is not None: df = df.assign(class_key=df["path"].map(dict(annotations)))
-    if "class_key" not in df: df = df.rename(columns={"kcode": "class_key"} if "kcode" in df else {"label": "class_key"})
-    if "class_key" not in df or df["class_key"].isna().any(): raise PillsnapError("a photo without a class cannot be split", fix="a missing label means no sample: leave the photo out")
-    if "group_id" not in df or "kind" not in df: df = _read_names(df)
+    df = (
+        pd.DataFrame(records)
+        if isinstance(records, pd.DataFrame)
+        else pd.DataFrame([r if isinstance(r, Mapping) else {"path": str(r)} for r in records])
+    )
+    if df.empty:
+        raise PillsnapError("there are no photos to split", fix="look at the conversion's report: what did it keep?")
+    if annotations is not None:
+        df = df.assign(class_key=df["path"].map(dict(annotations)))
+    if "class_key" not in df:
+        df = df.rename(columns={"kcode": "class_key"} if "kcode" in df else {"label": "class_key"})
+    if "class_key" not in df or df["class_key"].isna().any():
+        raise PillsnapError(
+            "a photo without a class cannot be split", fix="a missing label means no sample: leave the photo out"
+        )
+    if "group_id" not in df or "kind" not in df:
+        df = _read_names(df)
     df = df.assign(dup_id=df["dup_id"].fillna("") if "dup_id" in df else "")
-    key = (df["path"] + "\t" + df["class_key"] + "\t" + (df["bbox"] if "bbox" in df else "") + "\t" + df["dup_id"]).to_numpy(object)
+    key = (
+        df["path"] + "\t" + df["class_key"] + "\t" + (df["bbox"] if "bbox" in df else "") + "\t" + df["dup_id"]
+    ).to_numpy(object)
     return df.iloc[np.argsort(key, kind="stable")].reset_index(drop=True)
 
 # %% ../../nbs/dataset/460_splits.ipynb #e0d576a9
-def _read_names(df:pd.DataFrame)->pd.DataFrame:
+def _read_names(df: pd.DataFrame) -> pd.DataFrame:
     "Fill group and kind from the capture names; a photo without one is its own group."
     read = df["path"].map(_group_of)
-    if n := int(read.isna().sum()): _log.warning("%d of %d photos have no capture name: each is its own group, and photos of one scene may be parted", n, len(df))
-    group = df["group_id"] if "group_id" in df else pd.Series([p if r is None else r[0] for r, p in zip(read, df["path"])], df.index)
+    if n := int(read.isna().sum()):
+        _log.warning(
+            "%d of %d photos have no capture name: each is its own group, and photos of one scene may be parted",
+            n,
+            len(df),
+        )
+    group = (
+        df["group_id"]
+        if "group_id" in df
+        else pd.Series([p if r is None else r[0] for r, p in zip(read, df["path"])], df.index)
+    )
     kind = df["kind"] if "kind" in df else pd.Series(["single" if r is None else r[1] for r in read], df.index)
     return df.assign(group_id=group, kind=kind)
 
 # %% ../../nbs/dataset/460_splits.ipynb #0e80d594
 def group_keys(
-    df:pd.DataFrame,       # tidy records
-    group_by:str="capture" # "capture": turntable series; "drug": leave drugs out; "image": every photo alone, which leaks
-)->pd.Series:              # the name of what must stay together, one per row
+    df: pd.DataFrame,  # tidy records
+    group_by: str = "capture",  # "capture": turntable series; "drug": leave drugs out; "image": every photo alone, which leaks
+) -> pd.Series:  # the name of what must stay together, one per row
     "The unit of the split (SPEC BX1, X46)."
-    if group_by == "image": return df["path"]
-    if group_by not in ("capture", "drug"): raise PillsnapError(f"group_by must be capture, drug or image, not {group_by!r}", where="data.group_by")
+    if group_by == "image":
+        return df["path"]
+    if group_by not in ("capture", "drug"):
+        raise PillsnapError(f"group_by must be capture, drug or image, not {group_by!r}", where="data.group_by")
     key = df["group_id"] if group_by == "capture" else df["group_id"].where(df["kind"] == "combo", df["class_key"])
     return join_groups(key, df["dup_id"])
 
 # %% ../../nbs/dataset/460_splits.ipynb #3e8d121b
 def line_up(
-    df:pd.DataFrame,       # tidy records with their group
-    seed:int,              # the run's seed
-    stratified:bool=True   # one line per drug; False: one line for all singles
-)->pd.DataFrame:           # one row per group: stratum, class_key, kind, photos; in the order of the lines
+    df: pd.DataFrame,  # tidy records with their group
+    seed: int,  # the run's seed
+    stratified: bool = True,  # one line per drug; False: one line for all singles
+) -> pd.DataFrame:  # one row per group: stratum, class_key, kind, photos; in the order of the lines
     "The groups of every stratum, ordered by lot. Combos stand in a line of their own."
     p = df.drop_duplicates("path")[["group", "kind", "class_key"]]
-    g = p.sort_values(["group", "kind", "class_key"], kind="stable").drop_duplicates("group").set_index("group").assign(photos=p.groupby("group", sort=True).size())
+    g = (
+        p.sort_values(["group", "kind", "class_key"], kind="stable")
+        .drop_duplicates("group")
+        .set_index("group")
+        .assign(photos=p.groupby("group", sort=True).size())
+    )
     g["stratum"] = g["class_key"].where(g["kind"] == "single", "combo") if stratified else g["kind"]
     return g.assign(lot=lot(g.index, seed, "group")).sort_values(["stratum", "lot"], kind="stable")
 
+
 def places(
-    g:pd.DataFrame,  # groups as line_up gives them
-    seed:int,        # the run's seed
-    salt:str,        # what is being cut
-    first:int=1,     # groups at the head of each line that are always taken
-    last:int=1       # groups at its end that are never taken; they win where a line is short
-)->np.ndarray:       # in [0, 1); -1 always taken, 2 never
+    g: pd.DataFrame,  # groups as line_up gives them
+    seed: int,  # the run's seed
+    salt: str,  # what is being cut
+    first: int = 1,  # groups at the head of each line that are always taken
+    last: int = 1,  # groups at its end that are never taken; they win where a line is short
+) -> np.ndarray:  # in [0, 1); -1 always taken, 2 never
     "Where each group stands in its stratum's line."
     by = g.groupby("stratum", sort=False)["photos"]
     rank, size = by.cumcount().to_numpy(), by.transform("size").to_numpy()
-    x = ((by.cumsum() - g["photos"] + share_lot(g["stratum"], seed, salt) * g["photos"]) / by.transform("sum")).to_numpy(copy=True)
+    x = (
+        (by.cumsum() - g["photos"] + share_lot(g["stratum"], seed, salt) * g["photos"]) / by.transform("sum")
+    ).to_numpy(copy=True)
     x[rank < first] = -1
     x[rank >= size - last] = 2
     return x
 
 # %% ../../nbs/dataset/460_splits.ipynb #9756bb94
 def cut(
-    place:np.ndarray,  # of every group
-    photos:np.ndarray, # of every group
-    need:float         # photos to take
-)->float:              # groups with place < this hold at least need photos, if there are that many
+    place: np.ndarray,  # of every group
+    photos: np.ndarray,  # of every group
+    need: float,  # photos to take
+) -> float:  # groups with place < this hold at least need photos, if there are that many
     "Where to cut the lines."
     order = np.argsort(place, kind="stable")
     k = int(np.searchsorted(np.cumsum(photos[order]), need)) if need > 0 else -1
-    if k < 0: return 0.
-    return 2. if k == len(order) or place[order[k]] >= 2 else float(np.nextafter(place[order[k]], 9))
+    if k < 0:
+        return 0.0
+    return 2.0 if k == len(order) or place[order[k]] >= 2 else float(np.nextafter(place[order[k]], 9))
 
 # %% ../../nbs/dataset/460_splits.ipynb #6ed19426
-GATE_PHOTOS = {0: 200, 1: 2_000, 2: 5_000, 3: 10_000, 4: 10_000}   # clean photos that a stage's gate asks for
-CALIB_SHARE = .5   # (ours) calibration photos set aside for one clean photo
+GATE_PHOTOS = {0: 200, 1: 2_000, 2: 5_000, 3: 10_000, 4: 10_000}  # clean photos that a stage's gate asks for
+CALIB_SHARE = 0.5  # (ours) calibration photos set aside for one clean photo
 ROLES = ("train", "val", "calib", "clean", "test")
-ROLE_COLOURS = {"train": "#4c78a8", "val": "#f58518", "calib": "#b279a2", "clean": "#54a24b", "sealed": "#54504c", "unused": "#e4e4e4"}
+ROLE_COLOURS = {
+    "train": "#4c78a8",
+    "val": "#f58518",
+    "calib": "#b279a2",
+    "clean": "#54a24b",
+    "sealed": "#54504c",
+    "unused": "#e4e4e4",
+}
+
 
 class Quota(NamedTuple):
     "How large one stage is."
-    stage:int=0                 # 0 demo, 1-4
-    max_samples:int|None=None   # single photos in train and val together; None = all
-    max_classes:int|None=None   # drugs; None = all
-    min_eval:int=0              # clean photos wanted for the gate; 0 = none is set aside
-    max_combos:int|None=None    # combo photos in train and val together; None = all
+
+    stage: int = 0  # 0 demo, 1-4
+    max_samples: int | None = None  # single photos in train and val together; None = all
+    max_classes: int | None = None  # drugs; None = all
+    min_eval: int = 0  # clean photos wanted for the gate; 0 = none is set aside
+    max_combos: int | None = None  # combo photos in train and val together; None = all
 
 # %% ../../nbs/dataset/460_splits.ipynb #b1a48806
 def cut_within(
-    place:np.ndarray,  # of every group
-    photos:np.ndarray, # of every group
-    need:float,        # photos to take
-    spare:float        # photos that may be taken at most
-)->float:              # groups with place < this are taken
+    place: np.ndarray,  # of every group
+    photos: np.ndarray,  # of every group
+    need: float,  # photos to take
+    spare: float,  # photos that may be taken at most
+) -> float:  # groups with place < this are taken
     "Where to cut the lines for `need` photos without taking more than `spare`."
     at = cut(place, photos, min(need, spare))
-    if photos[place < at].sum() > spare: at = place[place < at].max(initial=0.)   # one group too many
+    if photos[place < at].sum() > spare:
+        at = place[place < at].max(initial=0.0)  # one group too many
     return at
 
+
 def held_share(
-    g:pd.DataFrame,           # groups that are not sealed, singles only
-    place:np.ndarray,         # their places
-    order:Sequence[str],      # drugs in the order in which stages take them
-    quotas:Sequence[Quota],   # every stage that will ever be cut from this delivery
-    val_ratio:float           # share of the photos that judges
-)->np.ndarray:                # where to cut each group's line
+    g: pd.DataFrame,  # groups that are not sealed, singles only
+    place: np.ndarray,  # their places
+    order: Sequence[str],  # drugs in the order in which stages take them
+    quotas: Sequence[Quota],  # every stage that will ever be cut from this delivery
+    val_ratio: float,  # share of the photos that judges
+) -> np.ndarray:  # where to cut each group's line
     "Hold out the ratio, or more of a stage's drugs where its val asks for it and its training does not need it."
     n = g["photos"].to_numpy()
     t = np.full(len(g), cut(place, n, val_ratio * n.sum()))
     for q in quotas:
-        if q.max_samples is None: continue
-        mine = g["class_key"].isin(order[:q.max_classes]).to_numpy()
+        if q.max_samples is None:
+            continue
+        mine = g["class_key"].isin(order[: q.max_classes]).to_numpy()
         judges = round(val_ratio * q.max_samples)
         need, spare = judges, n[mine].sum() - (q.max_samples - judges)
-        if n[mine & (place < t)].sum() >= need: continue
+        if n[mine & (place < t)].sum() >= need:
+            continue
         t[mine] = np.maximum(t[mine], cut_within(place[mine], n[mine], need, spare))
     return t
 
 # %% ../../nbs/dataset/460_splits.ipynb #2e0297f2
 def set_aside(
-    g:pd.DataFrame,          # groups that are not sealed: singles, or combos
-    order:Sequence[str],     # drugs in stage order
-    quotas:Sequence[Quota],  # every stage of this delivery
-    val_ratio:float,         # share of the photos that validates
-    seed:int                 # the run's seed
-)->np.ndarray:               # "clean", "calib" or "" (neither), one per group
+    g: pd.DataFrame,  # groups that are not sealed: singles, or combos
+    order: Sequence[str],  # drugs in stage order
+    quotas: Sequence[Quota],  # every stage of this delivery
+    val_ratio: float,  # share of the photos that validates
+    seed: int,  # the run's seed
+) -> np.ndarray:  # "clean", "calib" or "" (neither), one per group
     "Groups that neither train nor select: of singles for the gates and the calibration, of combos as many as validate."
     n, role = g["photos"].to_numpy(), np.full(len(g), "", object)
-    if not any(q.min_eval for q in quotas): return role
+    if not any(q.min_eval for q in quotas):
+        return role
     if (g["kind"] == "combo").all():
         x = places(g, seed, "clean", first=0, last=2)
         role[x < cut(x, n, val_ratio * n.sum())] = "clean"
         return role
-    spare = {q: n[_in_stage(g, order, q)].sum() * val_ratio if q.max_samples is None else n[_in_stage(g, order, q)].sum() - q.max_samples for q in quotas}
-    take = {q: q.min_eval if spare[q] >= q.min_eval else spare[q] / (1 + CALIB_SHARE) for q in quotas}   # the gate comes before the calibration
+    spare = {
+        q: n[_in_stage(g, order, q)].sum() * val_ratio
+        if q.max_samples is None
+        else n[_in_stage(g, order, q)].sum() - q.max_samples
+        for q in quotas
+    }
+    take = {
+        q: q.min_eval if spare[q] >= q.min_eval else spare[q] / (1 + CALIB_SHARE) for q in quotas
+    }  # the gate comes before the calibration
     role[_take_groups(g, order, take, spare, 1, seed, "clean")] = "clean"
     rest = role == ""
     left = {q: spare[q] - n[_in_stage(g, order, q) & ~rest].sum() for q in quotas}
@@ -219,11 +285,21 @@ def set_aside(
     role[np.flatnonzero(rest)[_take_groups(g[rest], order, take, left, 0, seed, "calib")]] = "calib"
     return role
 
-def _in_stage(g:pd.DataFrame, order:Sequence[str], q:Quota)->np.ndarray:
-    "Whether each group is of a drug of this stage."
-    return g["class_key"].isin(order[:q.max_classes]).to_numpy()
 
-def _take_groups(g:pd.DataFrame, order:Sequence[str], need:Mapping[Quota,float], spare:Mapping[Quota,float], first:int, seed:int, salt:str)->np.ndarray:
+def _in_stage(g: pd.DataFrame, order: Sequence[str], q: Quota) -> np.ndarray:
+    "Whether each group is of a drug of this stage."
+    return g["class_key"].isin(order[: q.max_classes]).to_numpy()
+
+
+def _take_groups(
+    g: pd.DataFrame,
+    order: Sequence[str],
+    need: Mapping[Quota, float],
+    spare: Mapping[Quota, float],
+    first: int,
+    seed: int,
+    salt: str,
+) -> np.ndarray:
     "Whether each group is taken: photos for every stage, never the last two groups of a drug."
     x, t, n = places(g, seed, salt, first=first, last=2), np.zeros(len(g)), g["photos"].to_numpy()
     for q in need:
@@ -233,19 +309,20 @@ def _take_groups(g:pd.DataFrame, order:Sequence[str], need:Mapping[Quota,float],
 
 # %% ../../nbs/dataset/460_splits.ipynb #1d296854
 def deal_roles(
-    g:pd.DataFrame,              # groups as line_up gives them
-    order:Sequence[str],         # drugs in stage order
-    quotas:Sequence[Quota],      # every stage of this delivery
-    ratio:Sequence[float],       # train, val; or train, val, test
-    test_known_ratio:float,      # share of the photos that is sealed, where the ratio has no test part
-    seed:int                     # the run's seed
-)->np.ndarray:                   # one of ROLES per group
+    g: pd.DataFrame,  # groups as line_up gives them
+    order: Sequence[str],  # drugs in stage order
+    quotas: Sequence[Quota],  # every stage of this delivery
+    ratio: Sequence[float],  # train, val; or train, val, test
+    test_known_ratio: float,  # share of the photos that is sealed, where the ratio has no test part
+    seed: int,  # the run's seed
+) -> np.ndarray:  # one of ROLES per group
     "Give every group its role, once for all stages."
     role = np.full(len(g), "train", object)
     whole, single = len(ratio) == 3, (g["kind"] == "single").to_numpy()
     val_ratio = ratio[1] / (ratio[0] + ratio[1])
     for part in (single, ~single):
-        if not part.any(): continue
+        if not part.any():
+            continue
         x, n = places(g[part], seed, "seal", first=int(whole), last=2), g["photos"].to_numpy()[part]
         own = np.where(x < cut(x, n, (ratio[2] if whole else test_known_ratio) * n.sum()), "test", "").astype(object)
         own[own == ""] = set_aside(g[part][own == ""], order, quotas, val_ratio, seed)
@@ -258,20 +335,26 @@ def deal_roles(
 
 # %% ../../nbs/dataset/460_splits.ipynb #10d15103
 def fill(
-    have:np.ndarray,   # photos there are, per drug, in stage order
-    least:np.ndarray,  # photos already taken by a smaller stage
-    total:int|None     # photos wanted; None = all
-)->np.ndarray:         # photos taken, per drug
+    have: np.ndarray,  # photos there are, per drug, in stage order
+    least: np.ndarray,  # photos already taken by a smaller stage
+    total: int | None,  # photos wanted; None = all
+) -> np.ndarray:  # photos taken, per drug
     "The same fraction of everything, in whole numbers, that adds up (largest remainders)."
-    if total is None or total >= have.sum(): return have.copy()
+    if total is None or total >= have.sum():
+        return have.copy()
     least = np.maximum(least, np.minimum(have, 1)) if total >= np.maximum(least, np.minimum(have, 1)).sum() else least
-    if least.sum() > total: raise PillsnapError(f"a stage of {total} photos cannot hold the {least.sum()} of the stage before it", where="data.progressive_validation", fix="max_samples, max_classes and max_combos must grow from stage to stage")
-    lo, hi = 0., 1.
+    if least.sum() > total:
+        raise PillsnapError(
+            f"a stage of {total} photos cannot hold the {least.sum()} of the stage before it",
+            where="data.progressive_validation",
+            fix="max_samples, max_classes and max_combos must grow from stage to stage",
+        )
+    lo, hi = 0.0, 1.0
     for _ in range(60):
         mid = (lo + hi) / 2
         lo, hi = (mid, hi) if np.maximum(least, np.floor(mid * have)).sum() <= total else (lo, mid)
     took = np.maximum(least, np.floor(lo * have)).astype(int)
-    more = np.argsort(-np.where(took < have, hi * have - took, -np.inf), kind="stable")[:total - took.sum()]
+    more = np.argsort(-np.where(took < have, hi * have - took, -np.inf), kind="stable")[: total - took.sum()]
     took[more] += 1
     return took
 
@@ -279,37 +362,45 @@ def fill(
 @dataclass(frozen=True)
 class StagePlan:
     "How many photos of each drug one stage takes, per drug in stage order."
-    quota:Quota        # the stage
-    train:np.ndarray   # photos that train
-    val:np.ndarray     # photos that select the checkpoint
-    calib:np.ndarray   # photos that calibrate
-    clean:np.ndarray   # photos of the headline
+
+    quota: Quota  # the stage
+    train: np.ndarray  # photos that train
+    val: np.ndarray  # photos that select the checkpoint
+    calib: np.ndarray  # photos that calibrate
+    clean: np.ndarray  # photos of the headline
+
 
 def plan_stages(
-    have:Mapping[str,np.ndarray], # role → photos there are, per drug in stage order
-    quotas:Sequence[Quota],       # stages from small to large
-    val_ratio:float               # share of a stage that validates
-)->list[StagePlan]:
+    have: Mapping[str, np.ndarray],  # role → photos there are, per drug in stage order
+    quotas: Sequence[Quota],  # stages from small to large
+    val_ratio: float,  # share of a stage that validates
+) -> list[StagePlan]:
     "Nested quotas: what a stage took, the next one takes too."
     plans, took = [], {r: np.zeros(len(have["train"]), int) for r in ROLES[:-1]}
     for q in quotas:
         inside = np.arange(len(have["train"])) < (len(have["train"]) if q.max_classes is None else q.max_classes)
         val = None if q.max_samples is None else round(val_ratio * q.max_samples)
         least = {r: int(took[r].sum()) for r in ("calib", "clean")}
-        wanted = {"train": None if val is None else q.max_samples - val, "val": val,
-                  "calib": max(round(CALIB_SHARE * q.min_eval), least["calib"]), "clean": max(q.min_eval, least["clean"])}
+        wanted = {
+            "train": None if val is None else q.max_samples - val,
+            "val": val,
+            "calib": max(round(CALIB_SHARE * q.min_eval), least["calib"]),
+            "clean": max(q.min_eval, least["clean"]),
+        }
         took = {r: fill(have[r] * inside, took[r], wanted[r]) for r in took}
         plans.append(StagePlan(q, **took))
     return plans
 
 # %% ../../nbs/dataset/460_splits.ipynb #dbc0236f
 def number_within(
-    p:pd.DataFrame, # photos with class_key, role and path
-    seed:int        # the run's seed
-)->np.ndarray:      # 0 for the first photo of its drug and role
+    p: pd.DataFrame,  # photos with class_key, role and path
+    seed: int,  # the run's seed
+) -> np.ndarray:  # 0 for the first photo of its drug and role
     "A photo's number in its drug's line, by the lot of its file name."
     line = p.groupby(["class_key", "role"], sort=False).ngroup().to_numpy()
-    order = np.lexsort((np.arange(len(p)), lot(file_names(p["path"]), seed, "photo"), line))   # equal names keep the order of their paths
+    order = np.lexsort(
+        (np.arange(len(p)), lot(file_names(p["path"]), seed, "photo"), line)
+    )  # equal names keep the order of their paths
     first = np.flatnonzero(np.diff(line[order], prepend=-1))
     number = np.empty(len(p), int)
     number[order] = np.arange(len(p)) - np.repeat(first, np.diff(first, append=len(p)))
@@ -317,12 +408,12 @@ def number_within(
 
 # %% ../../nbs/dataset/460_splits.ipynb #f3537c87
 def sample_stages(
-    p:pd.DataFrame,         # single photos with class_key, role and path
-    order:Sequence[str],    # drugs in stage order
-    quotas:Sequence[Quota], # stages from small to large
-    val_ratio:float,        # share of a stage that validates
-    seed:int                # the run's seed
-)->tuple[np.ndarray,np.ndarray]: # (smallest stage of each photo, smallest pool of each photo), 99 where none
+    p: pd.DataFrame,  # single photos with class_key, role and path
+    order: Sequence[str],  # drugs in stage order
+    quotas: Sequence[Quota],  # stages from small to large
+    val_ratio: float,  # share of a stage that validates
+    seed: int,  # the run's seed
+) -> tuple[np.ndarray, np.ndarray]:  # (smallest stage of each photo, smallest pool of each photo), 99 where none
     "Which stage each photo enters first."
     d = pd.Index(order).get_indexer(p["class_key"])
     role, number = p["role"].to_numpy(), number_within(p, seed)
@@ -336,11 +427,11 @@ def sample_stages(
 
 # %% ../../nbs/dataset/460_splits.ipynb #017fe1fd
 def combo_stages(
-    p:pd.DataFrame,         # rows of combos with role and path
-    quotas:Sequence[Quota], # stages from small to large
-    val_ratio:float,        # share of a stage that judges
-    seed:int                # the run's seed
-)->pd.Series:               # smallest stage of each row's photo, 99 where none
+    p: pd.DataFrame,  # rows of combos with role and path
+    quotas: Sequence[Quota],  # stages from small to large
+    val_ratio: float,  # share of a stage that judges
+    seed: int,  # the run's seed
+) -> pd.Series:  # smallest stage of each row's photo, 99 where none
     "The detector's nested quota of combos of any drug (SPEC SP10)."
     one = p.drop_duplicates("path").assign(class_key="combo")
     enters, _ = sample_stages(one, ["combo"], [Quota(q.stage, q.max_combos) for q in quotas], val_ratio, seed)
@@ -350,36 +441,39 @@ def combo_stages(
 @dataclass
 class Splits:
     "The parts of one stage, and how they came about."
-    train:pd.DataFrame                # rows that teach
-    val:pd.DataFrame                  # rows that judge during training
-    test:pd.DataFrame                 # rows of the sealed groups; no stage reads them
-    pool:pd.DataFrame                 # rows that are evaluated; its column split says val, calib or clean
-    classes:list[str]                 # the stage's drugs
-    params:dict[str,Any] = field(default_factory=dict) # what was asked for, and the hash of the records
-    notes:list[str] = field(default_factory=list)      # warnings in plain words
+
+    train: pd.DataFrame  # rows that teach
+    val: pd.DataFrame  # rows that judge during training
+    test: pd.DataFrame  # rows of the sealed groups; no stage reads them
+    pool: pd.DataFrame  # rows that are evaluated; its column split says val, calib or clean
+    classes: list[str]  # the stage's drugs
+    params: dict[str, Any] = field(default_factory=dict)  # what was asked for, and the hash of the records
+    notes: list[str] = field(default_factory=list)  # warnings in plain words
 
 # %% ../../nbs/dataset/460_splits.ipynb #ef0ed212
 def strictest(
-    df:pd.DataFrame # records with group and role, split by drug
-)->pd.Series:       # per row the strictest role (the last of ROLES) of the drugs in its photo and of what is tied to it
+    df: pd.DataFrame,  # records with group and role, split by drug
+) -> pd.Series:  # per row the strictest role (the last of ROLES) of the drugs in its photo and of what is tied to it
     "A combo that shows a left-out drug would teach it."
     order, single = ROLES, df["kind"] == "single"
     role, before = df["role"].map(order.index), None
     while before is None or not role.equals(before):
         before, of_drug = role, role[single].groupby(df["class_key"]).max()
-        role = np.maximum(role, df["class_key"].map(of_drug).fillna(0).astype(int)).groupby(df["group"]).transform("max")
+        role = (
+            np.maximum(role, df["class_key"].map(of_drug).fillna(0).astype(int)).groupby(df["group"]).transform("max")
+        )
     return role.map(dict(enumerate(order)))
 
 # %% ../../nbs/dataset/460_splits.ipynb #1f9a8954
 def split_records(
-    df:pd.DataFrame,                       # tidy records
-    ratio:Sequence[float]=(.85, .15),      # train, val; or train, val, test
-    seed:int=42,                           # every lot hangs on it
-    stratified:bool=True,                  # every drug for itself
-    group_by:str="capture",                # what must stay together
-    quotas:Sequence[Quota]=(Quota(),),     # every stage of this delivery, from small to large
-    test_known_ratio:float=.05             # share that is sealed (X74)
-)->pd.DataFrame: # the records with group, role, enters (smallest stage) and pooled (smallest pool)
+    df: pd.DataFrame,  # tidy records
+    ratio: Sequence[float] = (0.85, 0.15),  # train, val; or train, val, test
+    seed: int = 42,  # every lot hangs on it
+    stratified: bool = True,  # every drug for itself
+    group_by: str = "capture",  # what must stay together
+    quotas: Sequence[Quota] = (Quota(),),  # every stage of this delivery, from small to large
+    test_known_ratio: float = 0.05,  # share that is sealed (X74)
+) -> pd.DataFrame:  # the records with group, role, enters (smallest stage) and pooled (smallest pool)
     "The whole split as a pure function of the records (SPEC SP1, SP10, BX20)."
     df = df.assign(group=group_keys(df, group_by))
     singles = df["kind"] == "single"
@@ -387,10 +481,12 @@ def split_records(
     order = drugs[np.argsort(lot(drugs, seed, "drug"), kind="stable")]
     g = line_up(df, seed, stratified and group_by != "drug" and len(drugs) > 1)
     df["role"] = df["group"].map(dict(zip(g.index, deal_roles(g, order, quotas, ratio, test_known_ratio, seed))))
-    if group_by == "drug": df["role"] = strictest(df)
+    if group_by == "drug":
+        df["role"] = strictest(df)
     judging = ratio[1] / (ratio[0] + ratio[1])
     df["enters"], df["pooled"] = 99, np.where(df["role"].isin(["calib", "clean"]), quotas[0].stage, 99)
-    if singles.any(): df.loc[singles, "enters"], df.loc[singles, "pooled"] = sample_stages(df[singles], order, quotas, judging, seed)
+    if singles.any():
+        df.loc[singles, "enters"], df.loc[singles, "pooled"] = sample_stages(df[singles], order, quotas, judging, seed)
     if not singles.all():
         df.loc[~singles, "enters"] = combo_stages(df[~singles], quotas, judging, seed)
         selects = ~singles & (df["role"] == "val")
@@ -399,215 +495,332 @@ def split_records(
 
 # %% ../../nbs/dataset/460_splits.ipynb #202b8494
 def notices(
-    df:pd.DataFrame, # records as split_records returns them
-    quota:Quota,     # the stage that is cut
-    classes:Sequence[str], # its drugs
-    group_by:str="capture" # what was kept together
-)->list[str]:        # empty when all is well
+    df: pd.DataFrame,  # records as split_records returns them
+    quota: Quota,  # the stage that is cut
+    classes: Sequence[str],  # its drugs
+    group_by: str = "capture",  # what was kept together
+) -> list[str]:  # empty when all is well
     "What a reader of this split must know, in plain words."
     some = lambda ks: f"{', '.join(sorted(ks)[:5])}{' …' if len(ks) > 5 else ''}"
     s, out = df[(df["kind"] == "single") & df["class_key"].isin(classes)], []
-    if len(classes) == 1: out.append("only one drug: nothing to stratify, its groups are split at random")
+    if len(classes) == 1:
+        out.append("only one drug: nothing to stratify, its groups are split at random")
     unjudged = set(classes) - set(s.loc[s["role"].eq("val") & s["enters"].le(quota.stage), "class_key"])
-    if group_by == "drug": out.append(f"{len(classes) - len(unjudged)} of {len(classes)} drugs judge and were never taught: {some(set(classes) - unjudged)}")
-    elif unjudged: out.append(f"{len(unjudged)} of {len(classes)} drugs have no photo in val, most often because they have a single capture group: {some(unjudged)}")
+    if group_by == "drug":
+        out.append(
+            f"{len(classes) - len(unjudged)} of {len(classes)} drugs judge and were never taught: {some(set(classes) - unjudged)}"
+        )
+    elif unjudged:
+        out.append(
+            f"{len(unjudged)} of {len(classes)} drugs have no photo in val, most often because they have a single capture group: {some(unjudged)}"
+        )
     n = int((s["role"].eq("clean") & s["pooled"].le(quota.stage)).sum())
-    if n < quota.min_eval: out.append(f"NOT_ENOUGH_SAMPLES: the gate asks for {quota.min_eval:,} clean evaluation photos, there are {n:,}")
-    if alone := set(df["class_key"]) - set(df.loc[df["kind"] == "single", "class_key"]): out.append(f"{len(alone)} drugs appear in combos only and are no classes: {some(alone)}")
+    if n < quota.min_eval:
+        out.append(f"NOT_ENOUGH_SAMPLES: the gate asks for {quota.min_eval:,} clean evaluation photos, there are {n:,}")
+    if alone := set(df["class_key"]) - set(df.loc[df["kind"] == "single", "class_key"]):
+        out.append(f"{len(alone)} drugs appear in combos only and are no classes: {some(alone)}")
     return out
 
 # %% ../../nbs/dataset/460_splits.ipynb #e91ec479
 def records_hash(
-    df:pd.DataFrame # tidy records
-)->str:             # sha256 of every photo, class and group, whatever the order they came in
+    df: pd.DataFrame,  # tidy records
+) -> str:  # sha256 of every photo, class and group, whatever the order they came in
     "Identity of what was split."
     from hashlib import sha256
-    return sha256("\n".join((df["path"] + "\t" + df["class_key"] + "\t" + df["group_id"] + "\t" + df["dup_id"]).tolist()).encode()).hexdigest()
+
+    return sha256(
+        "\n".join((df["path"] + "\t" + df["class_key"] + "\t" + df["group_id"] + "\t" + df["dup_id"]).tolist()).encode()
+    ).hexdigest()
 
 # %% ../../nbs/dataset/460_splits.ipynb #d58c2d0c
 def make_splits(
-    records:pd.DataFrame|Iterable,         # manifest, dictionaries, or paths
-    annotations:Mapping[str,str]|None=None,# path → class key, where the records carry none
-    split_ratio:Sequence[float]=(.85, .15),# train, val (a part is sealed first); or train, val, test
-    seed:int=42,                           # every lot hangs on it
-    stratified:bool=True,                  # every drug for itself; one drug alone falls back to random groups
-    persist_path:str|Path|None=None,       # splits.json: reused when it fits, written when not (SP2)
-    max_samples:int|None=None,             # single photos in train and val; None = all
-    group_by:str="capture",                # capture | drug | image
-    max_classes:int|None=None,             # drugs; None = all
-    test_known_ratio:float=.05,            # sealed share (X74)
-    min_eval_samples:int=0,                # clean photos wanted for the gate; 0 = none is set aside
-    quotas:Sequence[Quota]|None=None,      # all stages, from small to large, instead of the three numbers above
-    stage:int|None=None                    # which of them; None = the last
-)->Splits:
+    records: pd.DataFrame | Iterable,  # manifest, dictionaries, or paths
+    annotations: Mapping[str, str] | None = None,  # path → class key, where the records carry none
+    split_ratio: Sequence[float] = (0.85, 0.15),  # train, val (a part is sealed first); or train, val, test
+    seed: int = 42,  # every lot hangs on it
+    stratified: bool = True,  # every drug for itself; one drug alone falls back to random groups
+    persist_path: str | Path | None = None,  # splits.json: reused when it fits, written when not (SP2)
+    max_samples: int | None = None,  # single photos in train and val; None = all
+    group_by: str = "capture",  # capture | drug | image
+    max_classes: int | None = None,  # drugs; None = all
+    test_known_ratio: float = 0.05,  # sealed share (X74)
+    min_eval_samples: int = 0,  # clean photos wanted for the gate; 0 = none is set aside
+    quotas: Sequence[Quota] | None = None,  # all stages, from small to large, instead of the three numbers above
+    stage: int | None = None,  # which of them; None = the last
+) -> Splits:
     "Group-aware, stratified, seeded, nested splits (SPEC SP1-SP3, SP10, BX1, BX20)."
     df = tidy_records(records, annotations)
     quotas = tuple(quotas or (Quota(0, max_samples, max_classes, min_eval_samples),))
     quota = next(q for q in quotas if q.stage == (quotas[-1].stage if stage is None else stage))
-    params = dict(ratio=list(split_ratio), seed=seed, stratified=stratified, group_by=group_by, test_known_ratio=test_known_ratio, quotas=[list(q) for q in quotas], stage=quota.stage, records=records_hash(df))
-    if persist_path is not None and (kept := reuse_splits(Path(persist_path), params, df)) is not None: return kept
+    params = dict(
+        ratio=list(split_ratio),
+        seed=seed,
+        stratified=stratified,
+        group_by=group_by,
+        test_known_ratio=test_known_ratio,
+        quotas=[list(q) for q in quotas],
+        stage=quota.stage,
+        records=records_hash(df),
+    )
+    if persist_path is not None and (kept := reuse_splits(Path(persist_path), params, df)) is not None:
+        return kept
     df = split_records(df, split_ratio, seed, stratified, group_by, quotas, test_known_ratio)
     splits = _parts(df, quota, params)
-    for note in splits.notes: _log.warning(note)
-    if persist_path is not None: write_splits(splits, Path(persist_path).parent)
+    for note in splits.notes:
+        _log.warning(note)
+    if persist_path is not None:
+        write_splits(splits, Path(persist_path).parent)
     return splits
 
 # %% ../../nbs/dataset/460_splits.ipynb #b9dd892b
 def _parts(
-    df:pd.DataFrame,      # records as split_records returns them
-    quota:Quota,          # the stage
-    params:dict[str,Any]  # what was asked for
-)->Splits:
+    df: pd.DataFrame,  # records as split_records returns them
+    quota: Quota,  # the stage
+    params: dict[str, Any],  # what was asked for
+) -> Splits:
     "Cut one stage out of the dealt records."
     drugs = df.loc[df["kind"] == "single", "class_key"].unique()
     order = drugs[np.argsort(lot(drugs, params["seed"], "drug"), kind="stable")]
-    classes = sorted(order[:quota.max_classes])
+    classes = sorted(order[: quota.max_classes])
     own = [c for c in df.columns if c not in ("group", "role", "enters", "pooled")]
-    def part(rows:pd.Series, name:str|pd.Series, stage:str="enters")->pd.DataFrame:
+
+    def part(rows: pd.Series, name: str | pd.Series, stage: str = "enters") -> pd.DataFrame:
         return df.loc[rows, own].assign(split=name, stage_min=df.loc[rows, stage]).reset_index(drop=True)
+
     here, pooled = df["enters"] <= quota.stage, df["pooled"] <= quota.stage
-    return Splits(part(here & (df["role"] == "train"), "train"), part(here & (df["role"] == "val"), "val"), part(df["role"] == "test", "test"),
-                  part(pooled, df.loc[pooled, "role"], "pooled"), classes, params, notices(df, quota, classes, params["group_by"]))
+    return Splits(
+        part(here & (df["role"] == "train"), "train"),
+        part(here & (df["role"] == "val"), "val"),
+        part(df["role"] == "test", "test"),
+        part(pooled, df.loc[pooled, "role"], "pooled"),
+        classes,
+        params,
+        notices(df, quota, classes, params["group_by"]),
+    )
 
 # %% ../../nbs/dataset/460_splits.ipynb #94f04cec
 def leave_drugs_out(
-    records:pd.DataFrame|Iterable, # manifest, dictionaries, or paths
-    share:float=.1,                # share of the drugs, at least one
-    seed:int=42                    # every lot hangs on it
-)->tuple[pd.DataFrame,pd.DataFrame]: # (known, left out): tidy records without a drug in common
+    records: pd.DataFrame | Iterable,  # manifest, dictionaries, or paths
+    share: float = 0.1,  # share of the drugs, at least one
+    seed: int = 42,  # every lot hangs on it
+) -> tuple[pd.DataFrame, pd.DataFrame]:  # (known, left out): tidy records without a drug in common
     "The unknown-drug protocol's first cut (SPEC BX9): no photo of a left-out drug, no combo that shows one, no duplicate of either."
     df = tidy_records(records)
     unit = join_groups(df["class_key"], df["dup_id"].where(df["kind"] == "single", ""))
     units = unit.unique()
-    if len(units) < 2: raise PillsnapError("there is one drug: none can be left out", fix="add drugs to the delivery")
+    if len(units) < 2:
+        raise PillsnapError("there is one drug: none can be left out", fix="add drugs to the delivery")
     order = units[np.argsort(lot(units, seed, "unknown"), kind="stable")]
-    out = unit.isin(order[:min(max(1, round(share * len(units))), len(units) - 1)])
+    out = unit.isin(order[: min(max(1, round(share * len(units))), len(units) - 1)])
     out = out.groupby(df["path"]).transform("any")
     return df[~out].reset_index(drop=True), df[out].reset_index(drop=True)
 
 # %% ../../nbs/dataset/460_splits.ipynb #c6392d4f
 def family_ratios(
-    cfg:Config # the run's configuration
-)->tuple[float,...]: # train, val; or train, val, test
+    cfg: Config,  # the run's configuration
+) -> tuple[float, ...]:  # train, val; or train, val, test
     "The shares of a family (SPEC X45)."
     r = cfg.retrieval
-    return {"two_stage": cfg.data.split_ratio, "narrow": cfg.narrow.split_ratio, "retrieval": (r.train_ratio, r.val_ratio, r.test_ratio)}[cfg.project.family]
+    return {
+        "two_stage": cfg.data.split_ratio,
+        "narrow": cfg.narrow.split_ratio,
+        "retrieval": (r.train_ratio, r.val_ratio, r.test_ratio),
+    }[cfg.project.family]
 
 # %% ../../nbs/dataset/460_splits.ipynb #02e233ea
 def id_of(
-    path:str # .../{ID}_{sequence}.jpg
-)->str:      # what stands before the last underscore; the whole stem where there is none
+    path: str,  # .../{ID}_{sequence}.jpg
+) -> str:  # what stands before the last underscore; the whole stem where there is none
     "The ID of a photo (SPEC SP9)."
     stem = Path(path).stem
     return stem.rpartition("_")[0] or stem
 
+
 def size_of(
-    path:str|Path # a photo
-)->tuple[int,int]|None: # width, height; None where it is no photo
+    path: str | Path,  # a photo
+) -> tuple[int, int] | None:  # width, height; None where it is no photo
     "A photo's size from its first bytes; the rest is read only where they do not tell."
     try:
-        with open(path, "rb") as f: got = header_size(f.read(1 << 16)) or header_size(Path(path).read_bytes())
-    except OSError: return None
+        with open(path, "rb") as f:
+            got = header_size(f.read(1 << 16)) or header_size(Path(path).read_bytes())
+    except OSError:
+        return None
     return tuple(map(int, got)) if got else None
 
 # %% ../../nbs/dataset/460_splits.ipynb #2d1421d1
 def read_id_folder(
-    root:str|Path,       # <root>/<class>/{ID}_{sequence}.jpg
-    extensions:Sequence[str]=(".jpg", ".jpeg", ".png", ".bmp", ".webp") # files taken for photos
-)->tuple[pd.DataFrame,list[str]]: # rows with path, class_key, kind, group_id, width, height; what was left out, in words
+    root: str | Path,  # <root>/<class>/{ID}_{sequence}.jpg
+    extensions: Sequence[str] = (".jpg", ".jpeg", ".png", ".bmp", ".webp"),  # files taken for photos
+) -> tuple[pd.DataFrame, list[str]]:  # rows; what was left out, in words
     "A folder data set as records (SPEC SP9, X2)."
     root = Path(root)
-    paths = sorted(p.relative_to(root).as_posix() for p in root.glob("*/*") if p.suffix.lower() in extensions and not (p.name.startswith(".") or p.parent.name.startswith(".")))
-    if not paths: raise PillsnapError("no photos here", where=root, fix="a retrieval data set is one folder per class, with photos named {ID}_{sequence}.jpg")
-    with ThreadPoolExecutor() as pool: sizes = list(pool.map(lambda p: size_of(root/p), paths))
-    rows = [dict(path=p, class_key=unicodedata.normalize("NFC", p.split("/")[0]), kind="single", group_id=id_of(p), width=s[0], height=s[1]) for p, s in zip(paths, sizes) if s]
+    paths = sorted(
+        p.relative_to(root).as_posix()
+        for p in root.glob("*/*")
+        if p.suffix.lower() in extensions and not (p.name.startswith(".") or p.parent.name.startswith("."))
+    )
+    if not paths:
+        raise PillsnapError(
+            "no photos here",
+            where=root,
+            fix="a retrieval data set is one folder per class, with photos named {ID}_{sequence}.jpg",
+        )
+    with ThreadPoolExecutor() as pool:
+        sizes = list(pool.map(lambda p: size_of(root / p), paths))
+    rows = [
+        dict(
+            path=p,
+            class_key=unicodedata.normalize("NFC", p.split("/")[0]),
+            kind="single",
+            group_id=id_of(p),
+            width=s[0],
+            height=s[1],
+        )
+        for p, s in zip(paths, sizes)
+        if s
+    ]
     bad = [p for p, s in zip(paths, sizes) if not s]
-    return pd.DataFrame(rows), [f"{len(bad)} files are no photos and were left out, the first is {bad[0]}"] if bad else []
+    return pd.DataFrame(rows), [
+        f"{len(bad)} files are no photos and were left out, the first is {bad[0]}"
+    ] if bad else []
 
 # %% ../../nbs/dataset/460_splits.ipynb #96306d67
 def leave_small_out(
-    df:pd.DataFrame,   # records with group_id, width and height
-    min_size:int=224   # pixels
-)->tuple[pd.DataFrame,list[str]]: # the rest; what was left out, in words
+    df: pd.DataFrame,  # records with group_id, width and height
+    min_size: int = 224,  # pixels
+) -> tuple[pd.DataFrame, list[str]]:  # the rest; what was left out, in words
     "A group with a photo whose shorter side is too small goes as a whole (SPEC SP9)."
     small = set(df.loc[df[["width", "height"]].min(axis=1) < min_size, "group_id"])
     out = df["group_id"].isin(small)
-    return df[~out].reset_index(drop=True), [f"{len(small)} groups with {int(out.sum())} photos were left out: a photo of each is smaller than {min_size} pixels"] if small else []
+    return df[~out].reset_index(drop=True), [
+        f"{len(small)} groups with {int(out.sum())} photos were left out: a photo of each is smaller than {min_size} pixels"
+    ] if small else []
+
 
 def choose_classes(
-    df:pd.DataFrame,              # records
-    names:Sequence[str]|None=None # the classes to use; None = all
-)->tuple[pd.DataFrame,list[str]]: # their rows; what was left out, in words
+    df: pd.DataFrame,  # records
+    names: Sequence[str] | None = None,  # the classes to use; None = all
+) -> tuple[pd.DataFrame, list[str]]:  # their rows; what was left out, in words
     "Class names, checked for typing errors and for what is not there (SPEC SP9)."
-    if names is None: return df, []
+    if names is None:
+        return df, []
     there, names = sorted(set(df["class_key"])), [unicodedata.normalize("NFC", n) for n in names]
     near = lambda n: f"{n} (did you mean {got[0]}?)" if (got := difflib.get_close_matches(n, there, 1)) else n
-    if missing := [near(n) for n in names if n not in there]: raise PillsnapError(f"{len(missing)} of {len(names)} classes have no photos: {', '.join(missing[:5])}", where="retrieval.class_names or narrow.drug_list", fix="mend the names, or leave the list null to take every class")
+    if missing := [near(n) for n in names if n not in there]:
+        raise PillsnapError(
+            f"{len(missing)} of {len(names)} classes have no photos: {', '.join(missing[:5])}",
+            where="retrieval.class_names or narrow.drug_list",
+            fix="mend the names, or leave the list null to take every class",
+        )
     mine = df["class_key"].isin(names)
-    return df[mine].reset_index(drop=True), [f"{len(there) - len(set(names))} classes are not asked for: {int((~mine).sum())} photos"] if not mine.all() else []
+    return df[mine].reset_index(drop=True), [
+        f"{len(there) - len(set(names))} classes are not asked for: {int((~mine).sum())} photos"
+    ] if not mine.all() else []
 
 # %% ../../nbs/dataset/460_splits.ipynb #c81733ef
 def manifest_of_ids(
-    root:str|Path, # the folder data set
-    cfg:Config,    # data.extensions
-    out:Path       # run folder
-)->list[str]:      # what was left out, in words
+    root: str | Path,  # the folder data set
+    cfg: Config,  # data.extensions
+    out: Path,  # run folder
+) -> list[str]:  # what was left out, in words
     "Write manifest.csv and its header for a folder of classes (SPEC SP9, X49)."
     df, notes = read_id_folder(root, cfg.data.extensions)
-    df = df.assign(sample_id=df["path"], kcode=df["class_key"], domain="other", view="whole", stage_min=-1, **{c: -1 for c in COLUMNS[-7:]}, **{c: "" for c in ("pack_ref", "bbox", "dup_id", "split", "sha1")})
-    write_manifest(df, {"source": "other", "root": Path(root), "class_map": ClassMap(sorted(set(df["class_key"])), "folder").to_dict(), "counts": {"photos": len(df)}, "notes": notes}, out/"manifest.csv")
+    df = df.assign(
+        sample_id=df["path"],
+        kcode=df["class_key"],
+        domain="other",
+        view="whole",
+        stage_min=-1,
+        **{c: -1 for c in COLUMNS[-7:]},
+        **{c: "" for c in ("pack_ref", "bbox", "dup_id", "split", "sha1")},
+    )
+    write_manifest(
+        df,
+        {
+            "source": "other",
+            "root": Path(root),
+            "class_map": ClassMap(sorted(set(df["class_key"])), "folder").to_dict(),
+            "counts": {"photos": len(df)},
+            "notes": notes,
+        },
+        out / "manifest.csv",
+    )
     return notes
 
 # %% ../../nbs/dataset/460_splits.ipynb #9503857f
 def family_lists(
-    splits:Splits # with a test part of its own
-)->dict[str,list[dict[str,Any]]]: # train, val and test, each a list of {path, label, kcode}
+    splits: Splits,  # with a test part of its own
+) -> dict[str, list[dict[str, Any]]]:  # train, val and test, each a list of {path, label, kcode}
     "splits.json as the narrow family has it (SPEC SP7)."
     number = {k: i for i, k in enumerate(splits.classes)}
-    rows = lambda d: [{"path": p, "label": number[k], "kcode": k} for p, k in zip(d["path"], d["class_key"]) if k in number]
+    rows = lambda d: [
+        {"path": p, "label": number[k], "kcode": k} for p, k in zip(d["path"], d["class_key"]) if k in number
+    ]
     return {name: rows(getattr(splits, name).query("kind == 'single'")) for name in ("train", "val", "test")}
 
+
 def preprocessing_config(
-    cfg:Config # its narrow block
-)->dict[str,Any]:
+    cfg: Config,  # its narrow block
+) -> dict[str, Any]:
     "What the narrow family declares of a photo's way to the network, and which of it the engine does."
-    return {"version": "1.0.0", **cfg.narrow.preprocessing.model_dump(mode="json"), "crop": "center", "interpolation": "linear",
-        "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD), "applied": preprocessing_applied(cfg)}
+    return {
+        "version": "1.0.0",
+        **cfg.narrow.preprocessing.model_dump(mode="json"),
+        "crop": "center",
+        "interpolation": "linear",
+        "mean": list(IMAGENET_MEAN),
+        "std": list(IMAGENET_STD),
+        "applied": preprocessing_applied(cfg),
+    }
 
 # %% ../../nbs/dataset/460_splits.ipynb #0b6509ec
 def narrow_manifest(
-    lists:Mapping[str,list], # from family_lists
-    classes:Sequence[str],   # the drugs, in the order of their numbers
-    cfg:Config               # its narrow block
-)->dict[str,Any]:
+    lists: Mapping[str, list],  # from family_lists
+    classes: Sequence[str],  # the drugs, in the order of their numbers
+    cfg: Config,  # its narrow block
+) -> dict[str, Any]:
     "The narrow data set in one file (SPEC SP8)."
     from datetime import date
+
     count = {k: {name: 0 for name in lists} for k in classes}
     for name, rows in lists.items():
-        for r in rows: count[r["kcode"]][name] += 1
-    return {"dataset_name": f"{cfg.project.name}_narrow", "version": "1.0.0", "created_date": date.today().isoformat(), "num_classes": len(classes), "total_images": sum(map(len, lists.values())),
-            "splits": {name: len(rows) for name, rows in lists.items()}, "class_distribution": {k: {**c, "total": sum(c.values())} for k, c in count.items()},
-            "preprocessing": preprocessing_config(cfg),
-            "augmentation": {**cfg.narrow.augmentation.model_dump(mode="json"), "applied": augmentation_applied(cfg)}}
+        for r in rows:
+            count[r["kcode"]][name] += 1
+    return {
+        "dataset_name": f"{cfg.project.name}_narrow",
+        "version": "1.0.0",
+        "created_date": date.today().isoformat(),
+        "num_classes": len(classes),
+        "total_images": sum(map(len, lists.values())),
+        "splits": {name: len(rows) for name, rows in lists.items()},
+        "class_distribution": {k: {**c, "total": sum(c.values())} for k, c in count.items()},
+        "preprocessing": preprocessing_config(cfg),
+        "augmentation": {**cfg.narrow.augmentation.model_dump(mode="json"), "applied": augmentation_applied(cfg)},
+    }
+
 
 def write_family(
-    splits:Splits, # with a test part of its own
-    cfg:Config,    # the run's configuration
-    folder:Path    # takes splits.json and, for the narrow family, manifest.json and class_mapping.json
-)->list[Path]:     # what was written
+    splits: Splits,  # with a test part of its own
+    cfg: Config,  # the run's configuration
+    folder: Path,  # takes splits.json and, for the narrow family, manifest.json and class_mapping.json
+) -> list[Path]:  # what was written
     "The views that narrow and retrieval programs read (SPEC SP7, SP8)."
     lists, folder = family_lists(splits), ensure_dir(folder)
-    out = [save_json(lists, folder/"splits.json")]
-    if cfg.project.family != "narrow": return out
+    out = [save_json(lists, folder / "splits.json")]
+    if cfg.project.family != "narrow":
+        return out
     drugs = read_drug_list(cfg.narrow.drug_list) if cfg.narrow.drug_list else []
-    return out + [save_json(narrow_manifest(lists, splits.classes, cfg), folder/"manifest.json"), save_json(class_mapping(drugs, splits.classes), folder/"class_mapping.json")]
+    return out + [
+        save_json(narrow_manifest(lists, splits.classes, cfg), folder / "manifest.json"),
+        save_json(class_mapping(drugs, splits.classes), folder / "class_mapping.json"),
+    ]
 
 # %% ../../nbs/dataset/460_splits.ipynb #08fd8c57
 def image_split(
-    df:pd.DataFrame,        # rows of single photos, e.g. a stage's train and val together
-    ratio:Sequence[float],  # train and val, as shares or as counts
-    seed:int                # the run's seed
-)->tuple[pd.DataFrame,pd.DataFrame]: # train, val; groups are parted on purpose
+    df: pd.DataFrame,  # rows of single photos, e.g. a stage's train and val together
+    ratio: Sequence[float],  # train and val, as shares or as counts
+    seed: int,  # the run's seed
+) -> tuple[pd.DataFrame, pd.DataFrame]:  # train, val; groups are parted on purpose
     "The image-level split of the literature, stratified by drug. It leaks: for the leak gap only (SPEC BX1)."
     df = df.sort_values("path", kind="stable", ignore_index=True)
     number = number_within(df.assign(role=""), seed)
@@ -619,117 +832,192 @@ def image_split(
 # %% ../../nbs/dataset/460_splits.ipynb #12980006
 PARTS = ("train", "val", "pool")
 
-def _part_file(folder:Path, name:str)->Path: return folder/f"manifest_{name}.csv"
 
-def _write_table(df:pd.DataFrame, path:Path)->None:
+def _part_file(folder: Path, name: str) -> Path:
+    return folder / f"manifest_{name}.csv"
+
+
+def _write_table(df: pd.DataFrame, path: Path) -> None:
     "A CSV in one fixed form."
-    with atomic_path(path) as tmp: df.to_csv(tmp, index=False, lineterminator="\n", encoding="utf-8")
+    with atomic_path(path) as tmp:
+        df.to_csv(tmp, index=False, lineterminator="\n", encoding="utf-8")
 
-def _read_table(path:Path)->pd.DataFrame:
+
+def _read_table(path: Path) -> pd.DataFrame:
     "Text as text, numbers as whole numbers."
     df = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
-    return df.astype({c: int for c in ("stage_min", "width", "height", "state", "back", "side", "light", "latitude", "longitude", "size") if c in df and len(df)})
+    return df.astype(
+        {
+            c: int
+            for c in ("stage_min", "width", "height", "state", "back", "side", "light", "latitude", "longitude", "size")
+            if c in df and len(df)
+        }
+    )
 
 # %% ../../nbs/dataset/460_splits.ipynb #5d2d9ce4
 def seal(
-    splits:Splits, # their sealed rows
-    folder:Path    # where test_known.csv and .json lie, one place for all stages
-)->Path:           # test_known.csv
+    splits: Splits,  # their sealed rows
+    folder: Path,  # where test_known.csv and .json lie, one place for all stages
+) -> Path:  # test_known.csv
     "Write the names of the sealed groups, once; another seal for the same photos is refused (SPEC SP4, X74)."
-    path = Path(folder)/"test_known.csv"
-    named = splits.test.drop_duplicates("path").groupby(["group_id", "kind"], sort=True).agg(photos=("path", "size")).reset_index()
-    vouch = {"records": splits.params["records"], "groups": len(named), "photos": int(named["photos"].sum()), "seed": splits.params["seed"]}
+    path = Path(folder) / "test_known.csv"
+    named = (
+        splits.test.drop_duplicates("path")
+        .groupby(["group_id", "kind"], sort=True)
+        .agg(photos=("path", "size"))
+        .reset_index()
+    )
+    vouch = {
+        "records": splits.params["records"],
+        "groups": len(named),
+        "photos": int(named["photos"].sum()),
+        "seed": splits.params["seed"],
+    }
     before = read_json(path.with_suffix(".json")) if path.with_suffix(".json").exists() else None
     _write_table(named, path.with_suffix(".new"))
     digest = sha256_file(path.with_suffix(".new"))
     if before and before["records"] == vouch["records"] and before["sha256"] != digest:
         path.with_suffix(".new").unlink()
-        raise PillsnapError("these settings would seal other groups than this folder's first split did: its test set would have been trained on", where=path, fix="use a fresh run folder for another seed or ratio")
+        raise PillsnapError(
+            "these settings would seal other groups than this folder's first split did: its test set would have been trained on",
+            where=path,
+            fix="use a fresh run folder for another seed or ratio",
+        )
     os.replace(path.with_suffix(".new"), path)
     save_json(vouch | {"sha256": digest}, path.with_suffix(".json"))
     return path
 
 # %% ../../nbs/dataset/460_splits.ipynb #17424e2f
 def sealed_groups(
-    run_root:str|Path # run folder
-)->set[str]:          # capture groups; none before the first split
+    run_root: str | Path,  # run folder
+) -> set[str]:  # capture groups; none before the first split
     "The groups that this run's splits have sealed, for whoever must pass them by (SPEC SP4, X74)."
-    path = Path(run_root)/"artifacts"/"test_known.csv"
+    path = Path(run_root) / "artifacts" / "test_known.csv"
     return set(_read_table(path)["group_id"]) if path.is_file() else set()
 
 # %% ../../nbs/dataset/460_splits.ipynb #f1ff1103
 def write_splits(
-    splits:Splits,            # one stage's parts
-    folder:str|Path,          # artifacts/stageN
-    sealed_in:str|Path|None=None, # where the sealed names go; None = the same folder
-    manifest:Mapping[str,Any]|None=None # what to remember of the delivery's manifest
-)->dict[str,Any]:             # splits.json as written
+    splits: Splits,  # one stage's parts
+    folder: str | Path,  # artifacts/stageN
+    sealed_in: str | Path | None = None,  # where the sealed names go; None = the same folder
+    manifest: Mapping[str, Any] | None = None,  # what to remember of the delivery's manifest
+) -> dict[str, Any]:  # splits.json as written
     "Write a stage's tables and what vouches for them (SPEC SP2, SP6)."
     folder = ensure_dir(folder)
     sealed = seal(splits, Path(sealed_in or folder))
-    (folder/"splits.json").unlink(missing_ok=True)   # from here until the last line nothing vouches for the folder
-    for name in PARTS: _write_table(getattr(splits, name), _part_file(folder, name))
-    save_json(ClassMap(splits.classes).to_dict(), folder/"classes.json")
-    files = [*(_part_file(folder, n) for n in PARTS), folder/"classes.json", sealed]
-    counts = {n: {"rows": len(d), "photos": int(d["path"].nunique()), "singles": int((d["kind"] == "single").sum()), "groups": int(d["group_id"].nunique())} for n, d in ((n, getattr(splits, n)) for n in (*PARTS, "test"))}
-    counts |= {r: {"singles": int((d["kind"] == "single").sum()), "photos": int(d["path"].nunique())} for r in ("calib", "clean") for d in [splits.pool[splits.pool["split"] == r]]}
-    head = {"schema": "pillsnap.splits/1", "params": splits.params, "classes": len(splits.classes), "class_map": ClassMap(splits.classes).fingerprint, "counts": counts, "notes": splits.notes,
-            "manifest": dict(manifest or {}), "sha256": {os.path.relpath(f, folder).replace(os.sep, "/"): sha256_file(f) for f in files}}
-    save_json(head, folder/"splits.json")
+    (folder / "splits.json").unlink(missing_ok=True)  # from here until the last line nothing vouches for the folder
+    for name in PARTS:
+        _write_table(getattr(splits, name), _part_file(folder, name))
+    save_json(ClassMap(splits.classes).to_dict(), folder / "classes.json")
+    files = [*(_part_file(folder, n) for n in PARTS), folder / "classes.json", sealed]
+    counts = {
+        n: {
+            "rows": len(d),
+            "photos": int(d["path"].nunique()),
+            "singles": int((d["kind"] == "single").sum()),
+            "groups": int(d["group_id"].nunique()),
+        }
+        for n, d in ((n, getattr(splits, n)) for n in (*PARTS, "test"))
+    }
+    counts |= {
+        r: {"singles": int((d["kind"] == "single").sum()), "photos": int(d["path"].nunique())}
+        for r in ("calib", "clean")
+        for d in [splits.pool[splits.pool["split"] == r]]
+    }
+    head = {
+        "schema": "pillsnap.splits/1",
+        "params": splits.params,
+        "classes": len(splits.classes),
+        "class_map": ClassMap(splits.classes).fingerprint,
+        "counts": counts,
+        "notes": splits.notes,
+        "manifest": dict(manifest or {}),
+        "sha256": {os.path.relpath(f, folder).replace(os.sep, "/"): sha256_file(f) for f in files},
+    }
+    save_json(head, folder / "splits.json")
     return head
 
 # %% ../../nbs/dataset/460_splits.ipynb #67035bb4
 def load_splits(
-    folder:str|Path # artifacts/stageN
-)->tuple[dict[str,pd.DataFrame],list[str],dict[str,Any]]: # tables by part, classes, splits.json
+    folder: str | Path,  # artifacts/stageN
+) -> tuple[dict[str, pd.DataFrame], list[str], dict[str, Any]]:  # tables by part, classes, splits.json
     "Read a stage's tables back, or say what does not fit (SPEC SP2)."
     folder = Path(folder)
-    if not (folder/"splits.json").exists(): raise PillsnapError("there is no finished split here", where=folder, fix="run the splits stage")
-    head = read_json(folder/"splits.json")
+    if not (folder / "splits.json").exists():
+        raise PillsnapError("there is no finished split here", where=folder, fix="run the splits stage")
+    head = read_json(folder / "splits.json")
     for name, was in head["sha256"].items():
-        if not (folder/name).is_file(): raise PillsnapError("a file of this split is gone", where=folder/name, fix="run the splits stage again")
-        if sha256_file(folder/name) != was: raise PillsnapError("a file of this split was changed after it was written", where=folder/name, fix="run the splits stage again; do not edit its files")
-    parts, classes = {n: _read_table(_part_file(folder, n)) for n in PARTS}, list(ClassMap.from_dict(read_json(folder/"classes.json"), where=folder/"classes.json"))
-    sealed = next(_read_table(folder/n) for n in head["sha256"] if n.endswith("test_known.csv"))
+        if not (folder / name).is_file():
+            raise PillsnapError("a file of this split is gone", where=folder / name, fix="run the splits stage again")
+        if sha256_file(folder / name) != was:
+            raise PillsnapError(
+                "a file of this split was changed after it was written",
+                where=folder / name,
+                fix="run the splits stage again; do not edit its files",
+            )
+    parts, classes = (
+        {n: _read_table(_part_file(folder, n)) for n in PARTS},
+        list(ClassMap.from_dict(read_json(folder / "classes.json"), where=folder / "classes.json")),
+    )
+    sealed = next(_read_table(folder / n) for n in head["sha256"] if n.endswith("test_known.csv"))
     check_parts(parts, classes, set(sealed["group_id"]), head, folder)
     return parts, classes, head
 
 # %% ../../nbs/dataset/460_splits.ipynb #7b54bc61
 def check_parts(
-    parts:Mapping[str,pd.DataFrame], # train, val and pool
-    classes:Sequence[str],           # the stage's drugs
-    sealed:set[str],                 # names of the sealed groups
-    head:Mapping[str,Any],           # splits.json
-    where:Path                       # for the message
-)->None:                             # PillsnapError where something does not agree
+    parts: Mapping[str, pd.DataFrame],  # train, val and pool
+    classes: Sequence[str],  # the stage's drugs
+    sealed: set[str],  # names of the sealed groups
+    head: Mapping[str, Any],  # splits.json
+    where: Path,  # for the message
+) -> None:  # PillsnapError where something does not agree
     "Counts, labels and sides (SPEC SP2, BX1)."
-    bad = [f"{n} has {len(d)} rows, {head['counts'][n]['rows']} were promised" for n, d in parts.items() if len(d) != head["counts"][n]["rows"]]
+    bad = [
+        f"{n} has {len(d)} rows, {head['counts'][n]['rows']} were promised"
+        for n, d in parts.items()
+        if len(d) != head["counts"][n]["rows"]
+    ]
     for n, d in parts.items():
-        if strange := set(d.loc[d["kind"] == "single", "class_key"]) - set(classes): bad.append(f"{n} holds drugs that are no classes: {sorted(strange)[:3]}")
-    if strange := set(parts["pool"]["split"]) - {"val", "calib", "clean"}: bad.append(f"pool holds photos that are neither val, calib nor clean: {sorted(strange)[:3]}")
-    if both := set(parts["train"]["path"]) & (set(parts["val"]["path"]) | set(parts["pool"]["path"])): bad.append(f"photos on two sides: {sorted(both)[:3]}")
+        if strange := set(d.loc[d["kind"] == "single", "class_key"]) - set(classes):
+            bad.append(f"{n} holds drugs that are no classes: {sorted(strange)[:3]}")
+    if strange := set(parts["pool"]["split"]) - {"val", "calib", "clean"}:
+        bad.append(f"pool holds photos that are neither val, calib nor clean: {sorted(strange)[:3]}")
+    if both := set(parts["train"]["path"]) & (set(parts["val"]["path"]) | set(parts["pool"]["path"])):
+        bad.append(f"photos on two sides: {sorted(both)[:3]}")
     if head["params"]["group_by"] != "image":
-        tables = {"train": parts["train"], "val": parts["val"], "pool": parts["pool"]} | {r: parts["pool"][parts["pool"]["split"] == r] for r in ("calib", "clean")}
+        tables = {"train": parts["train"], "val": parts["val"], "pool": parts["pool"]} | {
+            r: parts["pool"][parts["pool"]["split"] == r] for r in ("calib", "clean")
+        }
         side = {n: _group_names(d, head["params"]["group_by"]) for n, d in tables.items()}
-        crossed = side["train"] & (side["val"] | side["pool"]) | side["val"] & (side["calib"] | side["clean"]) | side["calib"] & side["clean"]
+        crossed = (
+            side["train"] & (side["val"] | side["pool"])
+            | side["val"] & (side["calib"] | side["clean"])
+            | side["calib"] & side["clean"]
+        )
         raw = sealed & set().union(*(set(d["group_id"]) for d in parts.values()))
-        if crossed or raw: bad.append(f"groups on two sides: {sorted(crossed | raw)[:3]}")
-    if bad: raise PillsnapError("this split does not agree with itself: " + "; ".join(bad), where=where, fix="run the splits stage again")
+        if crossed or raw:
+            bad.append(f"groups on two sides: {sorted(crossed | raw)[:3]}")
+    if bad:
+        raise PillsnapError(
+            "this split does not agree with itself: " + "; ".join(bad), where=where, fix="run the splits stage again"
+        )
 
-def _group_names(d:pd.DataFrame, group_by:str)->set[str]:
+
+def _group_names(d: pd.DataFrame, group_by: str) -> set[str]:
     "What may not be parted: the groups of these rows and their sets of duplicates."
     return set(group_keys(d, group_by)) | {f"duplicate {k}" for k in set(d["dup_id"]) - {""}} if len(d) else set()
 
 # %% ../../nbs/dataset/460_splits.ipynb #504ecd5f
 def reuse_splits(
-    path:Path,             # splits.json
-    params:Mapping[str,Any], # what is asked for now
-    df:pd.DataFrame        # tidy records
-)->Splits|None:            # None when there is none, or it was made for something else
+    path: Path,  # splits.json
+    params: Mapping[str, Any],  # what is asked for now
+    df: pd.DataFrame,  # tidy records
+) -> Splits | None:  # None when there is none, or it was made for something else
     "A kept split, if it is the one asked for and passes every check (SPEC SP2)."
-    if not path.exists() or read_json(path).get("params") != json.loads(json.dumps(params)): return None
+    if not path.exists() or read_json(path).get("params") != json.loads(json.dumps(params)):
+        return None
     parts, classes, head = load_splits(path.parent)
-    sealed = _read_table(next(path.parent/n for n in head["sha256"] if n.endswith("test_known.csv")))
+    sealed = _read_table(next(path.parent / n for n in head["sha256"] if n.endswith("test_known.csv")))
     test = df[df["group_id"].isin(set(sealed["group_id"]))].reset_index(drop=True)
     return Splits(parts["train"], parts["val"], test, parts["pool"], classes, dict(head["params"]), list(head["notes"]))
 
@@ -737,327 +1025,528 @@ def reuse_splits(
 @dataclass(frozen=True)
 class StageData:
     "One stage as the later rooms see it."
-    train:pd.DataFrame   # manifest rows that teach: singles of the stage's drugs, its quota of combos of any
-    val:pd.DataFrame     # rows that judge during training
-    pool:pd.DataFrame    # rows that are evaluated; its column split says val (selected the checkpoint), calib (fits the temperature) or clean (the headline)
-    class_map:ClassMap   # the stage's drugs
-    header:dict[str,Any] # splits.json, and root, source, data_hash of the delivery
-    stage:int=0          # 0 demo, 1-4
+
+    train: pd.DataFrame  # manifest rows that teach: singles of the stage's drugs, its quota of combos of any
+    val: pd.DataFrame  # rows that judge during training
+    pool: pd.DataFrame  # rows that are evaluated; its column split says val (selected the checkpoint), calib (fits the temperature) or clean (the headline)
+    class_map: ClassMap  # the stage's drugs
+    header: dict[str, Any]  # splits.json, and root, source, data_hash of the delivery
+    stage: int = 0  # 0 demo, 1-4
 
     @property
-    def root(self)->Path: return Path(self.header["root"])   # photos lie at root/row.path
+    def root(self) -> Path:
+        return Path(self.header["root"])  # photos lie at root/row.path
 
 # %% ../../nbs/dataset/460_splits.ipynb #441532a2
 def missing_photos(
-    root:str|Path,       # the delivery
-    paths:Iterable[str]  # relative to it
-)->list[str]:            # those that are not there
+    root: str | Path,  # the delivery
+    paths: Iterable[str],  # relative to it
+) -> list[str]:  # those that are not there
     "Which photos are gone; every folder is listed once instead of asking for every file."
     p = pd.Series(pd.unique(pd.Series(list(paths), dtype=str)))
-    if p.empty: return []
-    there = lambda folder: set(os.listdir(Path(root)/folder)) if (Path(root)/folder).is_dir() else set()
-    return [q for folder, files in p.groupby(p.str.rpartition("/")[0].to_numpy()) for have in [there(folder)] for q in files if q.rsplit("/", 1)[-1] not in have]
+    if p.empty:
+        return []
+    there = lambda folder: set(os.listdir(Path(root) / folder)) if (Path(root) / folder).is_dir() else set()
+    return [
+        q
+        for folder, files in p.groupby(p.str.rpartition("/")[0].to_numpy())
+        for have in [there(folder)]
+        for q in files
+        if q.rsplit("/", 1)[-1] not in have
+    ]
 
 # %% ../../nbs/dataset/460_splits.ipynb #ff74c114
 def load_stage(
-    run_root:str|Path, # the run folder
-    stage:int,         # 0 demo, 1-4
-    photos:bool=True   # look whether the photos are still there
-)->StageData:
+    run_root: str | Path,  # the run folder
+    stage: int,  # 0 demo, 1-4
+    photos: bool = True,  # look whether the photos are still there
+) -> StageData:
     "Read and check one stage (SPEC SP2, SP6)."
-    folder, manifest = Path(run_root)/"artifacts"/f"stage{stage}", Path(run_root)/"manifest.json"
+    folder, manifest = Path(run_root) / "artifacts" / f"stage{stage}", Path(run_root) / "manifest.json"
     parts, classes, head = load_splits(folder)
     now = read_json(manifest)
-    if now["data_hash"] != head["manifest"].get("data_hash"): raise PillsnapError("the delivery was converted again after it was split", where=manifest, fix="run the splits stage again")
-    root = (manifest.parent.resolve()/now["root"]).resolve()
+    if now["data_hash"] != head["manifest"].get("data_hash"):
+        raise PillsnapError(
+            "the delivery was converted again after it was split", where=manifest, fix="run the splits stage again"
+        )
+    root = (manifest.parent.resolve() / now["root"]).resolve()
     if photos and (gone := missing_photos(root, pd.concat([d["path"] for d in parts.values()]))):
-        raise PillsnapError(f"{len(gone)} photos of this stage are gone, the first is {gone[0]}", where=root, fix="bring them back, or run conversion and splits again")
-    return StageData(**parts, class_map=ClassMap(classes), header=head | {"root": str(root), "source": now.get("source", "other"), "data_hash": now["data_hash"]}, stage=stage)
+        raise PillsnapError(
+            f"{len(gone)} photos of this stage are gone, the first is {gone[0]}",
+            where=root,
+            fix="bring them back, or run conversion and splits again",
+        )
+    return StageData(
+        **parts,
+        class_map=ClassMap(classes),
+        header=head | {"root": str(root), "source": now.get("source", "other"), "data_hash": now["data_hash"]},
+        stage=stage,
+    )
 
 # %% ../../nbs/dataset/460_splits.ipynb #c40829ed
 def storage_saving(
-    root:str|Path,        # the delivery
-    paths:Iterable[str],  # the stage's photos
-    folder:str|Path       # artifacts/stageN
-)->dict[str,float]:       # bytes of the photos, bytes of the tables, share saved
+    root: str | Path,  # the delivery
+    paths: Iterable[str],  # the stage's photos
+    folder: str | Path,  # artifacts/stageN
+) -> dict[str, float]:  # bytes of the photos, bytes of the tables, share saved
     "A stage as a copy of its photos, and as a list of their names."
-    copy = sum(os.stat(Path(root)/p).st_size for p in set(paths))
+    copy = sum(os.stat(Path(root) / p).st_size for p in set(paths))
     lists = sum(f.stat().st_size for f in Path(folder).iterdir() if f.is_file())
-    return {"photos_bytes": copy, "lists_bytes": lists, "saved": 1 - lists/copy if copy else 0.}
+    return {"photos_bytes": copy, "lists_bytes": lists, "saved": 1 - lists / copy if copy else 0.0}
 
 # %% ../../nbs/dataset/460_splits.ipynb #2583cd14
 def roles_of(
-    splits:Splits,   # one stage
-    df:pd.DataFrame  # tidy records of the whole delivery
-)->pd.Series:        # per row: train, val, calib, clean, sealed or unused
+    splits: Splits,  # one stage
+    df: pd.DataFrame,  # tidy records of the whole delivery
+) -> pd.Series:  # per row: train, val, calib, clean, sealed or unused
     "What every photo of the delivery is to this stage."
     role = pd.Series("unused", df.index)
     pool = {r: d["path"] for r, d in splits.pool.groupby("split")}
-    for name, paths in (*pool.items(), ("val", splits.val["path"]), ("train", splits.train["path"]), ("sealed", splits.test["path"])): role[df["path"].isin(set(paths))] = name
+    for name, paths in (
+        *pool.items(),
+        ("val", splits.val["path"]),
+        ("train", splits.train["path"]),
+        ("sealed", splits.test["path"]),
+    ):
+        role[df["path"].isin(set(paths))] = name
     return role
 
 # %% ../../nbs/dataset/460_splits.ipynb #8756cf20
 def plot_classes(
-    splits:Splits,    # one stage
-    df:pd.DataFrame,  # tidy records of the whole delivery
-    most:int=60,      # drugs shown, the first by number
-    names:Mapping[str,str]|None=None # class key → the drug's name
-)->Any:               # matplotlib Figure
+    splits: Splits,  # one stage
+    df: pd.DataFrame,  # tidy records of the whole delivery
+    most: int = 60,  # drugs shown, the first by number
+    names: Mapping[str, str] | None = None,  # class key → the drug's name
+) -> Any:  # matplotlib Figure
     "Single photos per drug, stacked by what they are to this stage."
     import matplotlib.pyplot as plt
+
     use_house_style()
     d = df.assign(role=roles_of(splits, df))[(df["kind"] == "single") & df["class_key"].isin(splits.classes[:most])]
     n = d.groupby(["class_key", "role"]).size().unstack(fill_value=0).reindex(columns=list(ROLE_COLOURS), fill_value=0)
-    fig, ax = plt.subplots(figsize=(max(4, .22*len(n) + 2), 2.8))
+    fig, ax = plt.subplots(figsize=(max(4, 0.22 * len(n) + 2), 2.8))
     bottom = np.zeros(len(n))
     for role, colour in ROLE_COLOURS.items():
-        ax.bar(range(len(n)), n[role], bottom=bottom, color=colour, label=f"{role} {n[role].sum():,}", width=.8)
+        ax.bar(range(len(n)), n[role], bottom=bottom, color=colour, label=f"{role} {n[role].sum():,}", width=0.8)
         bottom += n[role].to_numpy()
-    ax.set(ylabel="single photos", title=f"{len(n)} of {len(splits.classes)} drugs", xlim=(-.6, len(n) - .4))
+    ax.set(ylabel="single photos", title=f"{len(n)} of {len(splits.classes)} drugs", xlim=(-0.6, len(n) - 0.4))
     ax.yaxis.get_major_locator().set_params(integer=True)
-    ax.set_xticks(range(len(n)), [drug_label(k, names) for k in n.index], rotation=90, fontsize=7); ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    ax.set_xticks(range(len(n)), [drug_label(k, names) for k in n.index], rotation=90, fontsize=7)
+    ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     plt.close(fig)
     return fig
 
 # %% ../../nbs/dataset/460_splits.ipynb #05ed7c2e
 def plot_groups(
-    splits:Splits,    # one stage
-    df:pd.DataFrame,  # tidy records of the whole delivery, with side, back and light
-    most:int=24,      # drugs shown
-    names:Mapping[str,str]|None=None # class key → the drug's name
-)->Any:               # matplotlib Figure
+    splits: Splits,  # one stage
+    df: pd.DataFrame,  # tidy records of the whole delivery, with side, back and light
+    most: int = 24,  # drugs shown
+    names: Mapping[str, str] | None = None,  # class key → the drug's name
+) -> Any:  # matplotlib Figure
     "One row per drug, one cell per capture group: the colour of its role, the number of its photos in this stage."
     import matplotlib.pyplot as plt
+
     use_house_style()
     from matplotlib.colors import ListedColormap
+
     d = df.assign(role=roles_of(splits, df))[(df["kind"] == "single") & df["class_key"].isin(splits.classes[:most])]
-    d = d.assign(series="side " + d["side"].astype(str) + " · back " + d["back"].astype(str) + " · light " + d["light"].astype(str))
+    d = d.assign(
+        series="side "
+        + d["side"].astype(str)
+        + " · back "
+        + d["back"].astype(str)
+        + " · light "
+        + d["light"].astype(str)
+    )
     rank = {r: i for i, r in enumerate(ROLE_COLOURS)}
     best = d["role"].map(rank).groupby([d["class_key"], d["series"]]).min().unstack()
     count = d[d["role"] != "unused"].groupby(["class_key", "series"]).size().unstack().reindex_like(best)
-    fig, ax = plt.subplots(figsize=(.36*best.shape[1] + 2.2, .26*len(best) + 1.6))
-    ax.imshow(best, cmap=ListedColormap(list(ROLE_COLOURS.values())), vmin=-.5, vmax=len(rank) - .5, aspect="auto")
+    fig, ax = plt.subplots(figsize=(0.36 * best.shape[1] + 2.2, 0.26 * len(best) + 1.6))
+    ax.imshow(best, cmap=ListedColormap(list(ROLE_COLOURS.values())), vmin=-0.5, vmax=len(rank) - 0.5, aspect="auto")
     for (i, j), c in np.ndenumerate(count.to_numpy()):
-        if np.isfinite(c): ax.text(j, i, f"{c:.0f}", ha="center", va="center", fontsize=6, color="white" if best.iat[i, j] in (rank["train"], rank["sealed"]) else "black")
+        if np.isfinite(c):
+            ax.text(
+                j,
+                i,
+                f"{c:.0f}",
+                ha="center",
+                va="center",
+                fontsize=6,
+                color="white" if best.iat[i, j] in (rank["train"], rank["sealed"]) else "black",
+            )
     ax.grid(False)
-    ax.set_xticks(range(best.shape[1]), best.columns, rotation=90, fontsize=6); ax.set_yticks(range(len(best)), [drug_label(k, names) for k in best.index], fontsize=7)
+    ax.set_xticks(range(best.shape[1]), best.columns, rotation=90, fontsize=6)
+    ax.set_yticks(range(len(best)), [drug_label(k, names) for k in best.index], fontsize=7)
     ax.set_title("blue: train · orange: val · purple: calib · green: clean · dark: sealed · grey: unused", fontsize=7)
     plt.close(fig)
     return fig
 
 # %% ../../nbs/dataset/460_splits.ipynb #98a55df6
 def plot_neighbours(
-    df:pd.DataFrame,  # tidy records, with latitude and longitude
-    root:str|Path,    # the delivery
-    side:int=200      # pixels of each picture
-)->Any:               # matplotlib Figure
+    df: pd.DataFrame,  # tidy records, with latitude and longitude
+    root: str | Path,  # the delivery
+    side: int = 200,  # pixels of each picture
+) -> Any:  # matplotlib Figure
     "Why a random draw leaks: four turns of one series, and the same drug in three other series."
     s = df[df["kind"] == "single"]
     biggest = s["group_id"].value_counts(sort=True).index[0]
     one = s[s["group_id"] == biggest].sort_values(["longitude", "latitude", "path"])
     other = s[(s["class_key"] == one["class_key"].iloc[0]) & (s["group_id"] != biggest)].drop_duplicates("group_id")
-    rows = pd.concat([one.head(4), other.iloc[:: max(1, len(other)//3)].head(3)])
-    opened = [(r, open_image_safely(Path(root)/r.path).get("image")) for r in rows.itertuples()]
+    rows = pd.concat([one.head(4), other.iloc[:: max(1, len(other) // 3)].head(3)])
+    opened = [(r, open_image_safely(Path(root) / r.path).get("image")) for r in rows.itertuples()]
     title = lambda r: f"{'same series' if r.group_id == biggest else 'another'}\n{r.longitude}°, {r.latitude}° up"
-    return show_grid([resize(i, round(i.shape[0]*side/i.shape[1]), side) for _, i in opened if i is not None], [title(r) for r, i in opened if i is not None], cols=7)
+    return show_grid(
+        [resize(i, round(i.shape[0] * side / i.shape[1]), side) for _, i in opened if i is not None],
+        [title(r) for r, i in opened if i is not None],
+        cols=7,
+    )
 
 # %% ../../nbs/dataset/460_splits.ipynb #96dd6262
 def stage_quotas(
-    cfg:Config # the run's configuration
-)->list[Quota]: # the current stage alone when it is the demo's, else all four
+    cfg: Config,  # the run's configuration
+) -> list[Quota]:  # the current stage alone when it is the demo's, else all four
     "The stages of a configuration as quotas (SPEC SP5, X71); the narrow and retrieval families have one."
     p, cap = cfg.data.progressive_validation, cfg.data.max_samples
-    if cfg.project.family != "two_stage": return [Quota(p.current_stage, cap, None, cfg.evaluation.min_eval_samples or 0)]
+    if cfg.project.family != "two_stage":
+        return [Quota(p.current_stage, cap, None, cfg.evaluation.min_eval_samples or 0)]
     capped = lambda n: n if cap is None else cap if n is None else min(n, cap)
     gate = lambda i: GATE_PHOTOS[i] if cfg.evaluation.min_eval_samples is None else cfg.evaluation.min_eval_samples
-    return [Quota(i, capped(p.stage(i).max_samples), p.stage(i).max_classes, gate(i), p.stage(i).max_combos) for i in ((0,) if p.current_stage == 0 else (1, 2, 3, 4))]
+    return [
+        Quota(i, capped(p.stage(i).max_samples), p.stage(i).max_classes, gate(i), p.stage(i).max_combos)
+        for i in ((0,) if p.current_stage == 0 else (1, 2, 3, 4))
+    ]
 
 # %% ../../nbs/dataset/460_splits.ipynb #98cd3d53
 def check_nested(
-    splits:Splits,  # the stage just cut
-    folder:Path     # artifacts
-)->None:            # PillsnapError where another stage of this folder contradicts it
+    splits: Splits,  # the stage just cut
+    folder: Path,  # artifacts
+) -> None:  # PillsnapError where another stage of this folder contradicts it
     "No stage's judge is another's teacher, and small lies in large (SPEC BX20)."
     n, mine = splits.params["stage"], {k: set(getattr(splits, k)["path"]) for k in PARTS}
     for other in range(1, 5) if n else ():
-        path = folder/f"stage{other}"/"splits.json"
-        if other == n or not path.exists() or read_json(path)["params"]["records"] != splits.params["records"]: continue
+        path = folder / f"stage{other}" / "splits.json"
+        if other == n or not path.exists() or read_json(path)["params"]["records"] != splits.params["records"]:
+            continue
         its = {k: set(d["path"]) for k, d in load_splits(path.parent)[0].items()}
         small, large = (its, mine) if other < n else (mine, its)
-        if mine["train"] & (its["val"] | its["pool"]) or its["train"] & (mine["val"] | mine["pool"]) or not small["train"] <= large["train"]:
-            raise PillsnapError(f"stage {other} of this folder was cut with other settings: it does not nest with stage {n}", where=path, fix="use a fresh run folder, or the settings stage "+str(other)+" had")
+        if (
+            mine["train"] & (its["val"] | its["pool"])
+            or its["train"] & (mine["val"] | mine["pool"])
+            or not small["train"] <= large["train"]
+        ):
+            raise PillsnapError(
+                f"stage {other} of this folder was cut with other settings: it does not nest with stage {n}",
+                where=path,
+                fix="use a fresh run folder, or the settings stage " + str(other) + " had",
+            )
 
 # %% ../../nbs/dataset/460_splits.ipynb #58a5d267
 def other_records(
-    splits:Splits,  # the stage just cut
-    folder:Path     # artifacts
-)->list[str]:       # one sentence, or none
+    splits: Splits,  # the stage just cut
+    folder: Path,  # artifacts
+) -> list[str]:  # one sentence, or none
     "Stages of this folder that were cut from other photos or labels, before a decision for example: they cannot nest."
     heads = {p.parent.name: read_json(p)["params"]["records"] for p in sorted(folder.glob("stage*/splits.json"))}
     old = [n for n, records in heads.items() if records != splits.params["records"]]
-    return [f"{', '.join(old)} of this folder {'was' if len(old) == 1 else 'were'} cut from other photos or labels: cut {'it' if len(old) == 1 else 'them'} again before the stages are compared"] if old else []
+    return (
+        [
+            f"{', '.join(old)} of this folder {'was' if len(old) == 1 else 'were'} cut from other photos or labels: cut {'it' if len(old) == 1 else 'them'} again before the stages are compared"
+        ]
+        if old
+        else []
+    )
 
 # %% ../../nbs/dataset/460_splits.ipynb #97bec6d3
 def seal_moves(
-    splits:Splits,  # the stage just cut, of other photos or labels than before
-    folder:Path     # artifacts, with the names that were sealed before
-)->list[str]:       # one sentence, or none
+    splits: Splits,  # the stage just cut, of other photos or labels than before
+    folder: Path,  # artifacts, with the names that were sealed before
+) -> list[str]:  # one sentence, or none
     "What a new delivery or a decision moved into the sealed part or out of it (SPEC X74)."
-    path, now = folder/"test_known.csv", set(splits.test["group_id"])
+    path, now = folder / "test_known.csv", set(splits.test["group_id"])
     before = set(_read_table(path)["group_id"]) if path.exists() else now
-    return [f"The sealed part is not what it was ({len(now - before)} groups are new in it, {len(before - now)} have left it): a model of the earlier split may have been taught by what is sealed now. Train again from the start."] if now != before else []
+    return (
+        [
+            f"The sealed part is not what it was ({len(now - before)} groups are new in it, {len(before - now)} have left it): a model of the earlier split may have been taught by what is sealed now. Train again from the start."
+        ]
+        if now != before
+        else []
+    )
 
 # %% ../../nbs/dataset/460_splits.ipynb #cd0f04b4
 @dataclass(frozen=True)
 class SplitsJob(StageJob):
     "Manifest in; one stage's train, val, pool and sealed groups out (SPEC SP1-SP10, BX1, BX20, BX22)."
-    stage_n:int = 0              # 0 demo, 1-4
-    near_duplicates:bool = True  # open every single photo once and compare; False: equal files only
-    name:ClassVar[str] = "splits"
-    sections:ClassVar[tuple[str,...]] = ("project.family", "data.split_ratio", "narrow.split_ratio", "narrow.drug_list", "retrieval", "data.group_by", "data.test_known_ratio", "data.max_samples", "data.progressive_validation", "evaluation.min_eval_samples", "train.seed")
-    keys:ClassVar[dict[str,str]] = {"seed": "train.seed", "stage_n": "data.progressive_validation.current_stage"}
-    needs:ClassVar[dict[str,str]] = {"manifest.csv": "conversion"}
 
-    def smoke(self, run:RunFolder, cfg:Config)->None: smoke_conversion(run, cfg)
+    stage_n: int = 0  # 0 demo, 1-4
+    near_duplicates: bool = True  # open every single photo once and compare; False: equal files only
+    name: ClassVar[str] = "splits"
+    sections: ClassVar[tuple[str, ...]] = (
+        "project.family",
+        "data.split_ratio",
+        "narrow.split_ratio",
+        "narrow.drug_list",
+        "retrieval",
+        "data.group_by",
+        "data.test_known_ratio",
+        "data.max_samples",
+        "data.progressive_validation",
+        "evaluation.min_eval_samples",
+        "train.seed",
+    )
+    keys: ClassVar[dict[str, str]] = {"seed": "train.seed", "stage_n": "data.progressive_validation.current_stage"}
+    needs: ClassVar[dict[str, str]] = {"manifest.csv": "conversion"}
+
+    def smoke(self, run: RunFolder, cfg: Config) -> None:
+        smoke_conversion(run, cfg)
 
 # %% ../../nbs/dataset/460_splits.ipynb #f3cb4abc
 @patch(cls_method=True)
-def check_inputs(cls:SplitsJob,
-    root:str|Path, # the run folder; it need not exist
-    cfg:Config     # the job's configuration
-)->None: # raises PillsnapError
+def check_inputs(
+    cls: SplitsJob,
+    root: str | Path,  # the run folder; it need not exist
+    cfg: Config,  # the job's configuration
+) -> None:  # raises PillsnapError
     "The manifest must be there; the retrieval family makes its own from a folder of IDs."
     if cfg.project.family != "retrieval" or not Path(cfg.paths.root).is_dir():
         super(SplitsJob, cls).check_inputs(root, cfg)
 
 # %% ../../nbs/dataset/460_splits.ipynb #e6895d6e
 @patch
-def _records(self:SplitsJob,
-    run:RunFolder, # the run
-    cfg:Config     # its configuration
-)->tuple[pd.DataFrame,dict[str,Any],list[str]]: # rows as delivered, the manifest's header, what was left out
+def _records(
+    self: SplitsJob,
+    run: RunFolder,  # the run
+    cfg: Config,  # its configuration
+) -> tuple[pd.DataFrame, dict[str, Any], list[str]]:  # rows as delivered, the manifest's header, what was left out
     "The manifest; a retrieval folder that has none yet gets one."
-    path, family, notes = run.root/"manifest.csv", cfg.project.family, []
-    if family == "retrieval" and not path.exists(): notes = manifest_of_ids(cfg.paths.root, cfg, run.root)
+    path, family, notes = run.root / "manifest.csv", cfg.project.family, []
+    if family == "retrieval" and not path.exists():
+        notes = manifest_of_ids(cfg.paths.root, cfg, run.root)
     df, header = read_manifest(path)
     if family == "retrieval":
-        for step, value in ((leave_small_out, cfg.retrieval.min_image_size), (choose_classes, cfg.retrieval.class_names)):
-            df, more = step(df, value); notes += more
+        for step, value in (
+            (leave_small_out, cfg.retrieval.min_image_size),
+            (choose_classes, cfg.retrieval.class_names),
+        ):
+            df, more = step(df, value)
+            notes += more
     if family == "narrow" and cfg.narrow.drug_list:
-        df, more = choose_classes(df[df["kind"] == "single"], [d.kcode for d in read_drug_list(cfg.narrow.drug_list)]); notes += more
+        df, more = choose_classes(df[df["kind"] == "single"], [d.kcode for d in read_drug_list(cfg.narrow.drug_list)])
+        notes += more
     df = tidy_records(df if family == "two_stage" else df[df["kind"] == "single"])
     if (n := df.loc[df["kind"] == "single", "class_key"].nunique()) < 2:
-        raise PillsnapError(f"there are single photos of {n} drug{'s' * (n != 1)}: telling drugs apart needs two", where=header["root"], fix="add drugs to the delivery, or look at quarantine.csv for what was left out")
+        raise PillsnapError(
+            f"there are single photos of {n} drug{'s' * (n != 1)}: telling drugs apart needs two",
+            where=header["root"],
+            fix="add drugs to the delivery, or look at quarantine.csv for what was left out",
+        )
     return df, header, notes
 
 # %% ../../nbs/dataset/460_splits.ipynb #942f7984
 @dataclass
 class Cut:
     "One stage, freshly cut."
-    splits:Splits          # its parts
-    df:pd.DataFrame        # all records, as decided
-    header:dict[str,Any]   # the manifest's header
-    dup:Duplicates         # what is one picture
-    notes:list[str]        # what was left out or decided, in words
+
+    splits: Splits  # its parts
+    df: pd.DataFrame  # all records, as decided
+    header: dict[str, Any]  # the manifest's header
+    dup: Duplicates  # what is one picture
+    notes: list[str]  # what was left out or decided, in words
+
 
 @patch
-def _cut(self:SplitsJob,
-    run:RunFolder, # the run
-    cfg:Config     # its configuration
-)->Cut:
+def _cut(
+    self: SplitsJob,
+    run: RunFolder,  # the run
+    cfg: Config,  # its configuration
+) -> Cut:
     "From the manifest to the written tables."
-    (df, header, notes), art = self._records(run, cfg), run.root/"artifacts"
+    (df, header, notes), art = self._records(run, cfg), run.root / "artifacts"
     dup = known_duplicates(df, header, art, self.near_duplicates)
     df, decided = decide(df, run.root)
-    if decided: dup = tie(df, dup.pairs, dup.conflicts)
-    if dup.pairs or dup.conflicts: save_fig(plot_duplicates(dup, header["root"], names=_names(run)), run.sub("reports")/"splits_duplicates.png")
-    check_knots(dup, art/"duplicates.json")
+    if decided:
+        dup = tie(df, dup.pairs, dup.conflicts)
+    if dup.pairs or dup.conflicts:
+        save_fig(plot_duplicates(dup, header["root"], names=_names(run)), run.sub("reports") / "splits_duplicates.png")
+    check_knots(dup, art / "duplicates.json")
     df["dup_id"] = dup.dup_id
-    splits = make_splits(df, None, family_ratios(cfg), cfg.train.seed, group_by=cfg.data.group_by, test_known_ratio=cfg.data.test_known_ratio, quotas=stage_quotas(cfg), stage=self.stage_n)
-    check_nested(splits, art); notes = notes + seal_moves(splits, art)
-    write_splits(splits, art/f"stage{self.stage_n}", sealed_in=art, manifest={k: header[k] for k in ("data_hash", "source", "rows")})
+    splits = make_splits(
+        df,
+        None,
+        family_ratios(cfg),
+        cfg.train.seed,
+        group_by=cfg.data.group_by,
+        test_known_ratio=cfg.data.test_known_ratio,
+        quotas=stage_quotas(cfg),
+        stage=self.stage_n,
+    )
+    check_nested(splits, art)
+    notes = notes + seal_moves(splits, art)
+    write_splits(
+        splits,
+        art / f"stage{self.stage_n}",
+        sealed_in=art,
+        manifest={k: header[k] for k in ("data_hash", "source", "rows")},
+    )
     return Cut(splits, df, header, dup, notes + decided)
 
 # %% ../../nbs/dataset/460_splits.ipynb #acacaddf
 def decide(
-    df:pd.DataFrame, # records as delivered
-    root:Path        # run folder; its overlay.jsonl holds a person's decisions, if there are any
-)->tuple[pd.DataFrame,list[str]]: # records as decided; one sentence, or none
+    df: pd.DataFrame,  # records as delivered
+    root: Path,  # run folder; its overlay.jsonl holds a person's decisions, if there are any
+) -> tuple[pd.DataFrame, list[str]]:  # records as decided; one sentence, or none
     "Apply the decisions about labels before anything is dealt (SPEC BX22)."
-    if not (root/OVERLAY).is_file(): return df, []
-    df = apply_overlay(df, Overlay(root/OVERLAY)); n = df.attrs.pop("overlay")
+    if not (root / OVERLAY).is_file():
+        return df, []
+    df = apply_overlay(df, Overlay(root / OVERLAY))
+    n = df.attrs.pop("overlay")
     words = f"Decisions of {OVERLAY} were applied: {n['keep']} kept, {n['drop']} dropped ({n['photos_dropped']} photos), {n['relabel']} relabelled"
-    return tidy_records(df), [words + (f"; {n['without_a_photo']} are about photos that are not in this delivery." if n["without_a_photo"] else ".")]
+    return tidy_records(df), [
+        words
+        + (f"; {n['without_a_photo']} are about photos that are not in this delivery." if n["without_a_photo"] else ".")
+    ]
 
 # %% ../../nbs/dataset/460_splits.ipynb #526ad4c3
 def stage_tree(
-    run:RunFolder, # its yolo_data is replaced where it shows another split
-    stage:int      # 0 demo, 1-4
-)->Path:           # yolo_data
+    run: RunFolder,  # its yolo_data is replaced where it shows another split
+    stage: int,  # 0 demo, 1-4
+) -> Path:  # yolo_data
     "The detector's folder: links to the stage's train and val photos, combos of any drug among them (SPEC SP10, DM8)."
-    tree, made = run.root/"yolo_data", sha256_file(run.root/"artifacts"/f"stage{stage}"/"splits.json")
-    if (tree/"made_of").is_file() and (tree/"made_of").read_text() == made: return tree
+    tree, made = run.root / "yolo_data", sha256_file(run.root / "artifacts" / f"stage{stage}" / "splits.json")
+    if (tree / "made_of").is_file() and (tree / "made_of").read_text() == made:
+        return tree
     data = load_stage(run.root, stage)
     side = dict.fromkeys(data.val["path"], "val") | dict.fromkeys(data.train["path"], "train")
     write_yolo_tree(pd.concat([data.train, data.val]), data.root, tree, side, run.log)
-    save_text(made, tree/"made_of")   # last: a tree without it is made anew
+    save_text(made, tree / "made_of")  # last: a tree without it is made anew
     return tree
 
+
 def smoke_splits(
-    run:RunFolder, # a temporary run
-    cfg:Config     # the smoke configuration
-)->None:
+    run: RunFolder,  # a temporary run
+    cfg: Config,  # the smoke configuration
+) -> None:
     "A small delivery, converted and split, for the smoke runs of later stages; no pictures, no search for copies."
     smoke_conversion(run, cfg)
     SplitsJob(stage_n=cfg.data.progressive_validation.current_stage, near_duplicates=False)._cut(run, cfg)
 
 # %% ../../nbs/dataset/460_splits.ipynb #812082d2
 @patch
-def work(self:SplitsJob, run:RunFolder, cfg:Config)->StageResult:
+def work(self: SplitsJob, run: RunFolder, cfg: Config) -> StageResult:
     "Cut the stage, write what others read of it, report."
     c = self._cut(run, cfg)
-    folder, reports, art, root = run.root/"artifacts"/f"stage{self.stage_n}", run.sub("reports"), run.root/"artifacts", c.header["root"]
-    views = [] if cfg.project.family == "two_stage" else write_family(c.splits, cfg, art/cfg.project.family)
+    folder, reports, art, root = (
+        run.root / "artifacts" / f"stage{self.stage_n}",
+        run.sub("reports"),
+        run.root / "artifacts",
+        c.header["root"],
+    )
+    views = [] if cfg.project.family == "two_stage" else write_family(c.splits, cfg, art / cfg.project.family)
     saving = storage_saving(root, pd.concat([c.splits.train, c.splits.val])["path"], folder)
     figures = _pictures(c, reports, _names(run))
     notes = [*c.splits.notes, *c.notes, *other_records(c.splits, art), *_remarks(c.dup, saving, self.stage_n)]
-    for note in notes[len(c.splits.notes):]: run.log.info(note)
+    for note in notes[len(c.splits.notes) :]:
+        run.log.info(note)
     table = _table(c.splits)
-    save_json({"stage": self.stage_n, "table": table, "storage": saving, "notes": notes, "largest_group": c.dup.largest, "duplicate_pairs": c.dup.pairs, "label_conflicts": c.dup.conflicts}, reports/"splits.json")
-    outputs = [*(folder/f for f in ("splits.json", "classes.json", *(f"manifest_{n}.csv" for n in PARTS))), art/"test_known.csv", *views, reports/"splits.json", *figures]
-    return StageResult(_verdict(c.splits, self.stage_n), table, figures, [run.root/"manifest.csv", run.root/"manifest.json", run.root/OVERLAY], outputs, notes)
+    save_json(
+        {
+            "stage": self.stage_n,
+            "table": table,
+            "storage": saving,
+            "notes": notes,
+            "largest_group": c.dup.largest,
+            "duplicate_pairs": c.dup.pairs,
+            "label_conflicts": c.dup.conflicts,
+        },
+        reports / "splits.json",
+    )
+    outputs = [
+        *(folder / f for f in ("splits.json", "classes.json", *(f"manifest_{n}.csv" for n in PARTS))),
+        art / "test_known.csv",
+        *views,
+        reports / "splits.json",
+        *figures,
+    ]
+    return StageResult(
+        _verdict(c.splits, self.stage_n),
+        table,
+        figures,
+        [run.root / "manifest.csv", run.root / "manifest.json", run.root / OVERLAY],
+        outputs,
+        notes,
+    )
 
-def _names(run:RunFolder)->dict[str,str]:
+# %% ../../nbs/dataset/460_splits.ipynb #99fbea81
+def _names(run: RunFolder) -> dict[str, str]:
     "The drugs' names by code, as the conversion has written them."
-    path = run.root/"drug_metadata.json"
+    path = run.root / "drug_metadata.json"
     return drug_names(read_json(path) if path.is_file() else None)
 
-def _pictures(c:Cut, reports:Path, names:dict[str,str])->list[Path]:
+
+def _pictures(c: Cut, reports: Path, names: dict[str, str]) -> list[Path]:
     "The figures of a cut."
-    figures = {"classes": plot_classes(c.splits, c.df, names=names), "groups": plot_groups(c.splits, c.df, names=names), "neighbours": plot_neighbours(c.df, c.header["root"])}
-    out = [save_fig(fig, reports/f"splits_{name}.png") for name, fig in figures.items()]
-    return out + [reports/"splits_duplicates.png"] * bool(c.dup.pairs or c.dup.conflicts)
+    figures = {
+        "classes": plot_classes(c.splits, c.df, names=names),
+        "groups": plot_groups(c.splits, c.df, names=names),
+        "neighbours": plot_neighbours(c.df, c.header["root"]),
+    }
+    out = [save_fig(fig, reports / f"splits_{name}.png") for name, fig in figures.items()]
+    return out + [reports / "splits_duplicates.png"] * bool(c.dup.pairs or c.dup.conflicts)
 
 # %% ../../nbs/dataset/460_splits.ipynb #3c1cbf12
-def _table(splits:Splits)->list[dict[str,Any]]:
+def _table(splits: Splits) -> list[dict[str, Any]]:
     "One row per part."
-    use = {"train": "trains", "val": "selects the checkpoint", "calib": "calibrates", "clean": "gives the headline", "test": "sealed, read by no stage job"}
+    use = {
+        "train": "trains",
+        "val": "selects the checkpoint",
+        "calib": "calibrates",
+        "clean": "gives the headline",
+        "test": "sealed, read by no stage job",
+    }
     pool, rows = splits.pool["split"], []
-    tables = {"train": splits.train, "val": splits.val, "calib": splits.pool[pool == "calib"], "clean": splits.pool[pool == "clean"], "test": splits.test}
+    tables = {
+        "train": splits.train,
+        "val": splits.val,
+        "calib": splits.pool[pool == "calib"],
+        "clean": splits.pool[pool == "clean"],
+        "test": splits.test,
+    }
     for name, what in use.items():
-        d = tables[name].drop_duplicates("path"); one = d["kind"] == "single"
-        rows.append({"part": "sealed" if name == "test" else name, "singles": int(one.sum()), "drugs": int(d.loc[one, "class_key"].nunique()), "combos": int((~one).sum()), "groups": int(d["group_id"].nunique()), "what for": what})
+        d = tables[name].drop_duplicates("path")
+        one = d["kind"] == "single"
+        rows.append(
+            {
+                "part": "sealed" if name == "test" else name,
+                "singles": int(one.sum()),
+                "drugs": int(d.loc[one, "class_key"].nunique()),
+                "combos": int((~one).sum()),
+                "groups": int(d["group_id"].nunique()),
+                "what for": what,
+            }
+        )
     return rows
 
-def _verdict(splits:Splits, stage:int)->str:
+# %% ../../nbs/dataset/460_splits.ipynb #ef6f9d95
+def _verdict(splits: Splits, stage: int) -> str:
     "One sentence."
     n = {r["part"]: r["singles"] for r in _table(splits)}
-    sides = "photos are dealt one by one, so groups are on two sides: this split leaks" if splits.params["group_by"] == "image" else "no group is on two sides"
+    sides = (
+        "photos are dealt one by one, so groups are on two sides: this split leaks"
+        if splits.params["group_by"] == "image"
+        else "no group is on two sides"
+    )
     return f"stage {stage}: {len(splits.classes)} drugs; {n['train']:,} photos train, {n['val']:,} validate, {n['calib']:,} calibrate, {n['clean']:,} are clean, {n['sealed']:,} are sealed; {sides}"
 
-def _remarks(dup:Duplicates, saving:Mapping[str,float], stage:int)->list[str]:
+
+def _remarks(dup: Duplicates, saving: Mapping[str, float], stage: int) -> list[str]:
     "What the reader should know about duplicates and storage."
-    out = [f"{len(dup.pairs)} pairs of photos are one picture; their groups were joined. The largest group holds {dup.largest[1]} photos, {dup.share:.1%} of the singles ({dup.largest[0]})."]
-    if dup.conflicts: out.append(f"{len(dup.conflicts)} pairs of photos are one picture under two drugs: at least one label is wrong, first {' and '.join(dup.conflicts[0])}.")
-    mb = lambda b: f"{b/1e9:.1f} GB" if b >= 1e9 else f"{b/1e6:.1f} MB"
-    return out + [f"Stage {stage} is a list of names: {mb(saving['lists_bytes'])} instead of a copy of {mb(saving['photos_bytes'])} of photos, {saving['saved']:.2%} saved."]
+    out = [
+        f"{len(dup.pairs)} pairs of photos are one picture; their groups were joined. The largest group holds {dup.largest[1]} photos, {dup.share:.1%} of the singles ({dup.largest[0]})."
+    ]
+    if dup.conflicts:
+        out.append(
+            f"{len(dup.conflicts)} pairs of photos are one picture under two drugs: at least one label is wrong, first {' and '.join(dup.conflicts[0])}."
+        )
+    mb = lambda b: f"{b / 1e9:.1f} GB" if b >= 1e9 else f"{b / 1e6:.1f} MB"
+    return out + [
+        f"Stage {stage} is a list of names: {mb(saving['lists_bytes'])} instead of a copy of {mb(saving['photos_bytes'])} of photos, {saving['saved']:.2%} saved."
+    ]

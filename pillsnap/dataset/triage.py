@@ -41,282 +41,470 @@ from .overlay import Decision, Overlay
 # %% ../../nbs/dataset/450_triage.ipynb #504c9993
 _log = logging.getLogger("pillsnap.triage")
 
+
 def pill_features(
-    img:np.ndarray,       # [H, W, 3] uint8 photo
-    bbox:Sequence[float]  # x, y, w, h of the pill
-)->np.ndarray:            # [27] float64
+    img: np.ndarray,  # [H, W, 3] uint8 photo
+    bbox: Sequence[float],  # x, y, w, h of the pill
+) -> np.ndarray:  # [27] float64
     "Colours from the middle outwards, their spread and ratios, size, and how much is imprinted; the same however the pill lies."
     x, y, w, h = bbox
-    c = crop_view(img, np.array([x, y, x + w, y + h]), 48, 0.).astype(np.float64)
+    c = crop_view(img, np.array([x, y, x + w, y + h]), 48, 0.0).astype(np.float64)
     r = np.hypot(*(np.mgrid[:48, :48] - 23.5)) / 24
-    rings = [c[(r >= a) & (r < a + .2)].mean(axis=0) for a in (0., .2, .4, .6)]
-    core = c[r < .5]; red, green, blue = core.mean(axis=0) + 1
-    edges = np.hypot(*np.gradient(c.mean(axis=-1)))[r < .5]
-    return np.concatenate([*rings, *np.percentile(core, [10, 50, 90], axis=0), [np.log(red/green), np.log(blue/green), np.log(max(w, h)), np.log(min(w, h)), edges.mean(), edges.std()]])
+    rings = [c[(r >= a) & (r < a + 0.2)].mean(axis=0) for a in (0.0, 0.2, 0.4, 0.6)]
+    core = c[r < 0.5]
+    red, green, blue = core.mean(axis=0) + 1
+    edges = np.hypot(*np.gradient(c.mean(axis=-1)))[r < 0.5]
+    return np.concatenate(
+        [
+            *rings,
+            *np.percentile(core, [10, 50, 90], axis=0),
+            [
+                np.log(red / green),
+                np.log(blue / green),
+                np.log(max(w, h)),
+                np.log(min(w, h)),
+                edges.mean(),
+                edges.std(),
+            ],
+        ]
+    )
+
 
 def feature_table(
-    df:pd.DataFrame,       # rows with path and bbox
-    root:str|Path,         # the delivery
-    workers:int|None=None  # threads; None = the number of CPUs, at most 8
-)->tuple[np.ndarray,np.ndarray]: # features [n, 27]; which rows have them
+    df: pd.DataFrame,  # rows with path and bbox
+    root: str | Path,  # the delivery
+    workers: int | None = None,  # threads; None = the number of CPUs, at most 8
+) -> tuple[np.ndarray, np.ndarray]:  # features [n, 27]; which rows have them
     "Features of many pills; a photo that does not open has none."
-    def see(row:tuple[str,str])->np.ndarray|None:
-        img = open_image_safely(Path(root)/row[0]).get("image")
-        if img is None: return None
+
+    def see(row: tuple[str, str]) -> np.ndarray | None:
+        img = open_image_safely(Path(root) / row[0]).get("image")
+        if img is None:
+            return None
         return pill_features(img, json.loads(row[1]) if row[1] else (0, 0, img.shape[1], img.shape[0]))
-    with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool: got = list(pool.map(see, zip(df["path"], df["bbox"])))
+
+    with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
+        got = list(pool.map(see, zip(df["path"], df["bbox"])))
     ok = np.array([g is not None for g in got], bool)
     return np.stack([g for g in got if g is not None]) if ok.any() else np.zeros((0, 27)), ok
 
 # %% ../../nbs/dataset/450_triage.ipynb #4848d6a4
 def answers_of(
-    p:np.ndarray,          # out-of-sample probabilities [n, C]
-    df:pd.DataFrame,       # their rows, with path and class_key
-    keys:Sequence[str]     # class keys, column by column
-)->pd.DataFrame:           # path, true, answered, confidence, own
+    p: np.ndarray,  # out-of-sample probabilities [n, C]
+    df: pd.DataFrame,  # their rows, with path and class_key
+    keys: Sequence[str],  # class keys, column by column
+) -> pd.DataFrame:  # path, true, answered, confidence, own
     "A table of opinions: the likeliest drug, how likely, and how likely the label that stands."
     y = pd.Index(keys).get_indexer(df["class_key"])
-    return pd.DataFrame({"path": df["path"].to_numpy(), "true": df["class_key"].to_numpy(), "answered": np.array(keys, object)[p.argmax(1)], "confidence": p.max(1), "own": p[np.arange(len(p)), y]})
+    return pd.DataFrame(
+        {
+            "path": df["path"].to_numpy(),
+            "true": df["class_key"].to_numpy(),
+            "answered": np.array(keys, object)[p.argmax(1)],
+            "confidence": p.max(1),
+            "own": p[np.arange(len(p)), y],
+        }
+    )
+
 
 def cross_validated(
-    x:np.ndarray,       # features [n, d]
-    df:pd.DataFrame,    # their rows: path, class_key, group_id
-    folds:int=5,        # parts, by whole capture groups
-    seed:int=42         # how they are dealt
-)->pd.DataFrame:        # as answers_of
+    x: np.ndarray,  # features [n, d]
+    df: pd.DataFrame,  # their rows: path, class_key, group_id
+    folds: int = 5,  # parts, by whole capture groups
+    seed: int = 42,  # how they are dealt
+) -> pd.DataFrame:  # as answers_of
     "What a plain model says of each photo when its whole capture group was kept from it (SPEC BX22)."
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedGroupKFold
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
+
     keys, p = sorted(set(df["class_key"])), np.zeros((len(df), df["class_key"].nunique()))
     y = pd.Index(keys).get_indexer(df["class_key"])
     folds = max(2, min(folds, int(df.groupby("class_key")["group_id"].nunique().min())))
     for taught, asked in StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(x, y, df["group_id"]):
-        m = make_pipeline(StandardScaler(), LogisticRegression(C=.3, max_iter=500)).fit(x[taught], y[taught])
+        m = make_pipeline(StandardScaler(), LogisticRegression(C=0.3, max_iter=500)).fit(x[taught], y[taught])
         p[np.ix_(asked, m.classes_)] = m.predict_proba(x[asked])
     return answers_of(p, df, keys)
 
 # %% ../../nbs/dataset/450_triage.ipynb #89e234ff
 def read_predictions(
-    run_dir:str|os.PathLike # run folder
-)->pd.DataFrame|None:       # as answers_of; None when nothing was evaluated here
+    run_dir: str | os.PathLike,  # run folder
+) -> pd.DataFrame | None:  # as answers_of; None when nothing was evaluated here
     "The evaluation stage's answers. It keeps the answer's confidence and the label's rank; `own` is then the most that the label can have."
-    path = Path(run_dir)/"reports"/"predictions_single.csv"
-    if not path.is_file(): return None
+    path = Path(run_dir) / "reports" / "predictions_single.csv"
+    if not path.is_file():
+        return None
     t = pd.read_csv(path, dtype={"path": str, "true": str, "answered": str}, keep_default_na=False)
-    others = (1 - t["confidence"]) / (t["rank"] - 1).clip(lower=1)   # rank 3 shares the rest with rank 2 at least
+    others = (1 - t["confidence"]) / (t["rank"] - 1).clip(lower=1)  # rank 3 shares the rest with rank 2 at least
     return t[["path", "true", "answered", "confidence"]].assign(own=t["confidence"].where(t["rank"] == 1, others))
 
 # %% ../../nbs/dataset/450_triage.ipynb #2dff66c0
 def suspects(
-    answers:pd.DataFrame # path, true, answered, confidence, own
-)->pd.DataFrame:         # path, kcode, suggest, score (0-1), sure; where the answer is another drug, worst first
+    answers: pd.DataFrame,  # path, true, answered, confidence, own
+) -> pd.DataFrame:  # path, kcode, suggest, score (0-1), sure; where the answer is another drug, worst first
     "Confident learning's off-diagonal, ranked by normalised margin (Northcutt et al. 2021; SPEC BX22)."
     usual = answers.groupby("true")["own"].mean()
     a = answers[answers["answered"] != answers["true"]]
-    sure = a["confidence"] >= a["answered"].map(usual).fillna(1.)
-    out = pd.DataFrame({"path": a["path"], "kcode": a["true"], "suggest": a["answered"], "score": (a["confidence"] - a["own"]).clip(0, 1), "sure": sure})
+    sure = a["confidence"] >= a["answered"].map(usual).fillna(1.0)
+    out = pd.DataFrame(
+        {
+            "path": a["path"],
+            "kcode": a["true"],
+            "suggest": a["answered"],
+            "score": (a["confidence"] - a["own"]).clip(0, 1),
+            "sure": sure,
+        }
+    )
     return out.sort_values(["sure", "score"], ascending=False, kind="stable", ignore_index=True)
 
 # %% ../../nbs/dataset/450_triage.ipynb #4d501495
-KINDS = {"conflict": "one picture under two drugs", "label": "a model is sure of another drug", "blurred": "less sharp than its drug's other photos", "dark": "darker than its drug's other photos", "bright": "brighter than its drug's other photos", "box": "its box is unlike the others of its drug"}
+KINDS = {
+    "conflict": "one picture under two drugs",
+    "label": "a model is sure of another drug",
+    "blurred": "less sharp than its drug's other photos",
+    "dark": "darker than its drug's other photos",
+    "bright": "brighter than its drug's other photos",
+    "box": "its box is unlike the others of its drug",
+}
+
 
 def rank_issues(
-    df:pd.DataFrame,                  # manifest rows
-    answers:pd.DataFrame|None=None,   # as answers_of
-    dup:Duplicates|None=None,         # copies
-    measured:pd.DataFrame|None=None   # from measure_photos
-)->pd.DataFrame: # path, kcode, kind, score (0-1), suggest, why; worst first, one row per photo, drug and kind
+    df: pd.DataFrame,  # manifest rows
+    answers: pd.DataFrame | None = None,  # as answers_of
+    dup: Duplicates | None = None,  # copies
+    measured: pd.DataFrame | None = None,  # from measure_photos
+) -> pd.DataFrame:  # path, kcode, kind, score (0-1), suggest, why; worst first, one row per photo, drug and kind
     "What somebody should look at (SPEC BX22)."
     of, rows = df[df["kind"] == "single"].set_index("path")["class_key"].to_dict(), []
     for a, b in dup.conflicts if dup else []:
-        rows += [(p, of[p], "conflict", 1., of[q], f"the same picture is {Path(q).name} of {of[q]}") for p, q in ((a, b), (b, a)) if p in of and q in of]
+        rows += [
+            (p, of[p], "conflict", 1.0, of[q], f"the same picture is {Path(q).name} of {of[q]}")
+            for p, q in ((a, b), (b, a))
+            if p in of and q in of
+        ]
     if answers is not None:
-        rows += [(r.path, r.kcode, "label", .5*r.sure + .49*r.score, r.suggest, f"the model leads with {r.suggest} by {r.score:.2f}") for r in suspects(answers).itertuples() if of.get(r.path) == r.kcode]
+        rows += [
+            (
+                r.path,
+                r.kcode,
+                "label",
+                0.5 * r.sure + 0.49 * r.score,
+                r.suggest,
+                f"the model leads with {r.suggest} by {r.score:.2f}",
+            )
+            for r in suspects(answers).itertuples()
+            if of.get(r.path) == r.kcode
+        ]
     if measured is not None:
-        rows += [(r.path, r.class_key, r.what, .5*(1 - 3.5/r.z), "", f"{r.z:.1f} standard deviations from its drug's median") for r in photo_outliers(measured).itertuples() if r.what in KINDS]
-    rows += [(r.path, r.class_key, "box", .5*(1 - 3.5/r.z), "", "the box touches the edge of the photo" if r.what == "at the edge" else f"the box is {r.what}, {r.z:.1f} standard deviations") for r in box_outliers(df).itertuples()]
+        rows += [
+            (
+                r.path,
+                r.class_key,
+                r.what,
+                0.5 * (1 - 3.5 / r.z),
+                "",
+                f"{r.z:.1f} standard deviations from its drug's median",
+            )
+            for r in photo_outliers(measured).itertuples()
+            if r.what in KINDS
+        ]
+    rows += [
+        (
+            r.path,
+            r.class_key,
+            "box",
+            0.5 * (1 - 3.5 / r.z),
+            "",
+            "the box touches the edge of the photo"
+            if r.what == "at the edge"
+            else f"the box is {r.what}, {r.z:.1f} standard deviations",
+        )
+        for r in box_outliers(df).itertuples()
+    ]
     out = pd.DataFrame(rows, columns=["path", "kcode", "kind", "score", "suggest", "why"])
-    return out.sort_values("score", ascending=False, kind="stable").drop_duplicates(["path", "kcode", "kind"], ignore_index=True)
+    return out.sort_values("score", ascending=False, kind="stable").drop_duplicates(
+        ["path", "kcode", "kind"], ignore_index=True
+    )
 
 # %% ../../nbs/dataset/450_triage.ipynb #87ffa55b
 def plain_answers(
-    singles:pd.DataFrame, # manifest rows of single photos
-    root:str|Path,        # the delivery
-    sample:int=2000,      # photos opened at most
-    seed:int=42,          # which
-    each:int=12           # photos a drug needs on average; where there are too many drugs, some are left for another seed
-)->pd.DataFrame|None:     # as answers_of; None where no two drugs can be told apart
+    singles: pd.DataFrame,  # manifest rows of single photos
+    root: str | Path,  # the delivery
+    sample: int = 2000,  # photos opened at most
+    seed: int = 42,  # which
+    each: int = 12,  # photos a drug needs on average; where there are too many drugs, some are left for another seed
+) -> pd.DataFrame | None:  # as answers_of; None where no two drugs can be told apart
     "The plain model's opinion where nothing was evaluated."
     several = singles.groupby("class_key")["group_id"].nunique()
-    drugs = several.index[several > 1].to_series().sample(frac=1, random_state=seed)[:max(2, sample // each)]
+    drugs = several.index[several > 1].to_series().sample(frac=1, random_state=seed)[: max(2, sample // each)]
     some = sample_photos(singles[singles["class_key"].isin(drugs)], sample, seed)
-    if len(drugs) < 2: return None
-    if len(drugs) < len(several): _log.info("no saved predictions: a plain model looked at %d photos of %d of the %d drugs", len(some), len(drugs), len(several))
+    if len(drugs) < 2:
+        return None
+    if len(drugs) < len(several):
+        _log.info(
+            "no saved predictions: a plain model looked at %d photos of %d of the %d drugs",
+            len(some),
+            len(drugs),
+            len(several),
+        )
     x, ok = feature_table(some, root)
     return cross_validated(x, some[ok].reset_index(drop=True), seed=seed)
 
 # %% ../../nbs/dataset/450_triage.ipynb #0823df15
 def issues_of_run(
-    run_dir:str|os.PathLike, # run folder with a manifest
-    sample:int=2000,         # photos opened for sharpness and brightness, and for the plain model where nothing was evaluated
-    seed:int=42              # which
-)->pd.DataFrame:             # as rank_issues
+    run_dir: str | os.PathLike,  # run folder with a manifest
+    sample: int = 2000,  # photos opened for sharpness and brightness, and for the plain model where nothing was evaluated
+    seed: int = 42,  # which
+) -> pd.DataFrame:  # as rank_issues
     "Everything a run knows about its labels; the search for copies is the splits stage's, if it ran."
-    root = Path(run_dir); df, head = read_manifest(root/"manifest.csv")
+    root = Path(run_dir)
+    df, head = read_manifest(root / "manifest.csv")
     singles, answers = df[df["kind"] == "single"], read_predictions(root)
-    if answers is None: answers = plain_answers(singles, head["root"], sample, seed)
-    seen = (root/"artifacts"/"duplicates.json").is_file() and read_json(root/"artifacts"/"duplicates.json")["pictures"]
-    dup = known_duplicates(df, head, root/"artifacts", pictures=True) if seen else None
-    return rank_issues(df, answers, dup, measure_photos(sample_photos(singles, sample, seed), head["root"], progress=False))
+    if answers is None:
+        answers = plain_answers(singles, head["root"], sample, seed)
+    seen = (root / "artifacts" / "duplicates.json").is_file() and read_json(root / "artifacts" / "duplicates.json")[
+        "pictures"
+    ]
+    dup = known_duplicates(df, head, root / "artifacts", pictures=True) if seen else None
+    return rank_issues(
+        df, answers, dup, measure_photos(sample_photos(singles, sample, seed), head["root"], progress=False)
+    )
+
 
 def still_open(
-    issues:pd.DataFrame, # as rank_issues
-    overlay:Overlay      # decisions so far
-)->pd.DataFrame:
+    issues: pd.DataFrame,  # as rank_issues
+    overlay: Overlay,  # decisions so far
+) -> pd.DataFrame:
     "Issues nobody has decided about."
     done = set(overlay.decisions())
     return issues[[k not in done for k in zip(issues["path"], issues["kcode"])]].reset_index(drop=True)
 
 # %% ../../nbs/dataset/450_triage.ipynb #e634a683
 def references(
-    df:pd.DataFrame,   # manifest rows
-    path:str,          # the photo in question
-    kcode:str,         # whose photos to show
-    most:int=3         # at most
-)->list[tuple[str,str]]: # path and bbox of each
+    df: pd.DataFrame,  # manifest rows
+    path: str,  # the photo in question
+    kcode: str,  # whose photos to show
+    most: int = 3,  # at most
+) -> list[tuple[str, str]]:  # path and bbox of each
     "Photos of a drug taken most like the one in question, of other capture groups."
     me = df[df["path"] == path].iloc[0]
     d = df[(df["kind"] == "single") & (df["class_key"] == kcode) & (df["group_id"] != me["group_id"])]
-    far = sum((d[c] != me[c]).astype(int) * w for c, w in (("side", 4), ("back", 2), ("light", 1))) + (d["latitude"] - me["latitude"]).abs() / 90
+    far = (
+        sum((d[c] != me[c]).astype(int) * w for c, w in (("side", 4), ("back", 2), ("light", 1)))
+        + (d["latitude"] - me["latitude"]).abs() / 90
+    )
     near = d.assign(far=far).sort_values(["far", "path"]).drop_duplicates("group_id").head(most)
     return list(zip(near["path"], near["bbox"]))
 
+
 def picture(
-    path:str|Path,      # a photo
-    bbox:str="",        # its box as the manifest has it; "" = the whole photo
-    side:int=170,       # pixels
-    alt:str="photo"     # what is on it, for who cannot see it
-)->str:                 # an <img> element; a grey word when it does not open
+    path: str | Path,  # a photo
+    bbox: str = "",  # its box as the manifest has it; "" = the whole photo
+    side: int = 170,  # pixels
+    alt: str = "photo",  # what is on it, for who cannot see it
+) -> str:  # an <img> element; a grey word when it does not open
     "The pill of a photo, small enough for a page."
     img = open_image_safely(path).get("image")
-    if img is None: return "<i style='color:#57606a'>does not open</i>"
+    if img is None:
+        return "<i style='color:#57606a'>does not open</i>"
     x, y, w, h = json.loads(bbox) if bbox else (0, 0, img.shape[1], img.shape[0])
-    out = io.BytesIO(); Image.fromarray(crop_view(img, np.array([x, y, x + w, y + h]), side, .25)).save(out, "JPEG", quality=88)
+    out = io.BytesIO()
+    Image.fromarray(crop_view(img, np.array([x, y, x + w, y + h]), side, 0.25)).save(out, "JPEG", quality=88)
     return f"<img src='data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}' alt='{html.escape(alt, quote=True)}' width='{side}' height='{side}' style='border-radius:6px'>"
 
 # %% ../../nbs/dataset/450_triage.ipynb #a279e853
 class Desk:
     "What a page needs: the issues of a run, its photos, its drugs' names, its overlay."
-    def __init__(self,
-        run_dir:str|os.PathLike,  # run folder
-        issues:pd.DataFrame|None=None, # as rank_issues; None = reckon them now
-        who:str=""                # written beside every decision; "" = whoever is logged in
+
+    def __init__(
+        self,
+        run_dir: str | os.PathLike,  # run folder
+        issues: pd.DataFrame | None = None,  # as rank_issues; None = reckon them now
+        who: str = "",  # written beside every decision; "" = whoever is logged in
     ):
         self.root, self.who = Path(run_dir), who
-        self.df, head = read_manifest(self.root/"manifest.csv")
+        self.df, head = read_manifest(self.root / "manifest.csv")
         self.photos, self.overlay = Path(head["root"]), Overlay(self.root)
-        meta = self.root/"drug_metadata.json"
+        meta = self.root / "drug_metadata.json"
         self.names = drug_names(read_json(meta) if meta.is_file() else None)
         self.issues = still_open(issues_of_run(run_dir) if issues is None else issues, self.overlay)
 
-    def drugs(self)->list[str]: return sorted(set(self.df["class_key"]))
-    def name(self, kcode:str)->str: return f"{self.names.get(kcode, '')} {kcode}".strip()
-    def kcode_of(self, shown:str)->str:
+    def drugs(self) -> list[str]:
+        return sorted(set(self.df["class_key"]))
+
+    def name(self, kcode: str) -> str:
+        return f"{self.names.get(kcode, '')} {kcode}".strip()
+
+    def kcode_of(self, shown: str) -> str:
         "The code that a name and a code, or a code alone, stands for."
         return {self.name(k): k for k in self.drugs()}.get(shown, shown)
 
 # %% ../../nbs/dataset/450_triage.ipynb #81ed3d09
 def issue_html(
-    desk:Desk,  # the run
-    i:int       # which issue
-)->str:
+    desk: Desk,  # the run
+    i: int,  # which issue
+) -> str:
     "One issue: the photo, why it is here, and photos to compare it with."
     r, esc = desk.issues.iloc[i], html.escape
     box = desk.df.loc[(desk.df["path"] == r["path"]) & (desk.df["class_key"] == r["kcode"]), "bbox"].iloc[0]
-    def row(title:str, kcode:str)->str:
-        shots = "".join(f"<span style='margin-right:6px'>{picture(desk.photos/p, b, 110, f'a photo of {desk.name(kcode)}')}</span>" for p, b in references(desk.df, r["path"], kcode))
+
+    def row(title: str, kcode: str) -> str:
+        shots = "".join(
+            f"<span style='margin-right:6px'>{picture(desk.photos / p, b, 110, f'a photo of {desk.name(kcode)}')}</span>"
+            for p, b in references(desk.df, r["path"], kcode)
+        )
         return f"<div style='margin:0 0 8px'><div style='color:#57606a;font-size:12px;margin-bottom:3px'>{title} <b style='color:#1f2328'>{esc(desk.name(kcode))}</b></div>{shots or '<i>no photo of another series</i>'}</div>"
+
     rows = row("labelled", r["kcode"]) + (row("perhaps", r["suggest"]) if r["suggest"] else "")
-    return ("<div style='border:1px solid #d0d7de;border-radius:8px;background:#fff;color:#1f2328;max-width:760px;font-family:system-ui,sans-serif;font-size:13px;padding:12px 16px'>"
-            f"<div style='margin-bottom:8px'><b>{i + 1} of {len(desk.issues)}</b> · {esc(KINDS[r['kind']])}: {esc(r['why'])}</div>"
-            f"<div style='display:flex;flex-wrap:wrap;gap:18px'><div>{picture(desk.photos/r['path'], box, 220, 'the photo in question')}<div style='color:#57606a;font-size:11px;max-width:220px;overflow-wrap:anywhere'>{esc(Path(r['path']).name)}</div></div><div>{rows}</div></div></div>")
+    return (
+        "<div style='border:1px solid #d0d7de;border-radius:8px;background:#fff;color:#1f2328;max-width:760px;font-family:system-ui,sans-serif;font-size:13px;padding:12px 16px'>"
+        f"<div style='margin-bottom:8px'><b>{i + 1} of {len(desk.issues)}</b> · {esc(KINDS[r['kind']])}: {esc(r['why'])}</div>"
+        f"<div style='display:flex;flex-wrap:wrap;gap:18px'><div>{picture(desk.photos / r['path'], box, 220, 'the photo in question')}<div style='color:#57606a;font-size:11px;max-width:220px;overflow-wrap:anywhere'>{esc(Path(r['path']).name)}</div></div><div>{rows}</div></div></div>"
+    )
 
 # %% ../../nbs/dataset/450_triage.ipynb #994b97ef
 def build_page(
-    desk:Desk # the run
-):            # an ipywidgets VBox
+    desk: Desk,  # the run
+):  # an ipywidgets VBox
     "Triage as a widget (SPEC BX22)."
     import ipywidgets as w
+
     at, card, said = [0], w.HTML(), w.HTML()
-    other = w.Combobox(options=[desk.name(k) for k in desk.drugs()], placeholder="another drug, by name or code", ensure_option=True, layout=w.Layout(width="260px"))
-    keep, drop, relabel, back, on = (w.Button(description=t, layout=w.Layout(width="auto"), **kw) for t, kw in
-        (("Keep", dict(button_style="success")), ("Drop", dict(button_style="danger")), ("Relabel", dict(button_style="warning")), ("◀ back", {}), ("skip ▶", {})))
-    def say(text:str)->None: said.value = f"<div style='background:#fff;color:#1f2328;padding:2px 8px'>{text}</div>"
-    def show(step:int=0)->None:
+    other = w.Combobox(
+        options=[desk.name(k) for k in desk.drugs()],
+        placeholder="another drug, by name or code",
+        ensure_option=True,
+        layout=w.Layout(width="260px"),
+    )
+    keep, drop, relabel, back, on = (
+        w.Button(description=t, layout=w.Layout(width="auto"), **kw)
+        for t, kw in (
+            ("Keep", dict(button_style="success")),
+            ("Drop", dict(button_style="danger")),
+            ("Relabel", dict(button_style="warning")),
+            ("◀ back", {}),
+            ("skip ▶", {}),
+        )
+    )
+
+    def say(text: str) -> None:
+        said.value = f"<div style='background:#fff;color:#1f2328;padding:2px 8px'>{text}</div>"
+
+    def show(step: int = 0) -> None:
         at[0] = min(max(0, at[0] + step), len(desk.issues))
         over = at[0] == len(desk.issues)
-        card.value = f"<b>Nothing left to look at.</b> {len(desk.overlay)} decisions in {desk.overlay.path.name}." if over else issue_html(desk, at[0])
+        card.value = (
+            f"<b>Nothing left to look at.</b> {len(desk.overlay)} decisions in {desk.overlay.path.name}."
+            if over
+            else issue_html(desk, at[0])
+        )
         suggested = "" if over else desk.issues["suggest"].iloc[at[0]]
         other.value = desk.name(suggested) if suggested else ""
-        for b in (keep, drop, relabel, on): b.disabled = over
-    def decide(decision:str)->Callable:
-        def click(_:Any)->None:
+        for b in (keep, drop, relabel, on):
+            b.disabled = over
+
+    def decide(decision: str) -> Callable:
+        def click(_: Any) -> None:
             r = desk.issues.iloc[at[0]]
-            try: d = desk.overlay.add(Decision(r["path"], r["kcode"], decision, desk.kcode_of(other.value) if decision == "relabel" else "", r["why"], desk.who))
-            except PillsnapError as e: say(f"<span style='color:#cf222e'>{html.escape(str(e))}</span>"); return
-            say(f"<b>Recorded:</b> {html.escape(Path(d.path).name)}: {d.decision} {html.escape(desk.name(d.to) if d.to else '')} <span style='color:#57606a'>by {html.escape(d.who)}, {d.when}</span>")
+            try:
+                d = desk.overlay.add(
+                    Decision(
+                        r["path"],
+                        r["kcode"],
+                        decision,
+                        desk.kcode_of(other.value) if decision == "relabel" else "",
+                        r["why"],
+                        desk.who,
+                    )
+                )
+            except PillsnapError as e:
+                say(f"<span style='color:#cf222e'>{html.escape(str(e))}</span>")
+                return
+            say(
+                f"<b>Recorded:</b> {html.escape(Path(d.path).name)}: {d.decision} {html.escape(desk.name(d.to) if d.to else '')} <span style='color:#57606a'>by {html.escape(d.who)}, {d.when}</span>"
+            )
             show(1)
+
         return click
-    for b, what in ((keep, "keep"), (drop, "drop"), (relabel, "relabel")): b.on_click(decide(what))
-    back.on_click(lambda _: show(-1)); on.on_click(lambda _: show(1)); show()
-    return w.VBox([card, w.HBox([keep, drop, relabel, other, back, on], layout=w.Layout(flex_flow="row wrap")), said], layout=w.Layout(max_width="780px"))
+
+    for b, what in ((keep, "keep"), (drop, "drop"), (relabel, "relabel")):
+        b.on_click(decide(what))
+    back.on_click(lambda _: show(-1))
+    on.on_click(lambda _: show(1))
+    show()
+    return w.VBox(
+        [card, w.HBox([keep, drop, relabel, other, back, on], layout=w.Layout(flex_flow="row wrap")), said],
+        layout=w.Layout(max_width="780px"),
+    )
 
 # %% ../../nbs/dataset/450_triage.ipynb #7b022c53
 def static_page(
-    desk:Desk,  # the run
-    most:int=4  # issues shown
-)->str:
+    desk: Desk,  # the run
+    most: int = 4,  # issues shown
+) -> str:
     "The first issues without buttons: what a night run shows."
     more = f"<p style='background:#fff;color:#57606a;padding:4px 8px'>{len(desk.issues)} issues in all, {len(desk.overlay)} decided. Open this notebook in JupyterLab to decide about them.</p>"
     return "".join(issue_html(desk, i) + "<br>" for i in range(min(most, len(desk.issues)))) + more
 
+
 def triage_page(
-    run_dir:str|os.PathLike,       # run folder
-    issues:pd.DataFrame|None=None, # as rank_issues; None = reckon them now
-    interactive:bool|None=None,    # None = find out whether somebody is looking
-    who:str=""                     # written beside every decision
-)->Desk:
+    run_dir: str | os.PathLike,  # run folder
+    issues: pd.DataFrame | None = None,  # as rank_issues; None = reckon them now
+    interactive: bool | None = None,  # None = find out whether somebody is looking
+    who: str = "",  # written beside every decision
+) -> Desk:
     "Show the page: buttons to a person, a static list to nobody. It never blocks (SPEC BX15, BX22)."
     from IPython.display import display
+
     desk = Desk(run_dir, issues, who)
-    if somebody_looking() if interactive is None else interactive: display(build_page(desk))
-    else: display({"text/html": static_page(desk), "text/plain": desk.issues[["path", "kcode", "kind", "suggest", "why"]].head(10).to_string(index=False)}, raw=True)
+    if somebody_looking() if interactive is None else interactive:
+        display(build_page(desk))
+    else:
+        display(
+            {
+                "text/html": static_page(desk),
+                "text/plain": desk.issues[["path", "kcode", "kind", "suggest", "why"]].head(10).to_string(index=False),
+            },
+            raw=True,
+        )
     return desk
 
 # %% ../../nbs/dataset/450_triage.ipynb #d4aef6ff
 def triage_notebook(
-    run_dir:str|os.PathLike, # run folder with a manifest
-    who:str=""               # written beside every decision; "" = whoever is logged in
-)->Path:                     # RUN/notebooks/triage.ipynb
+    run_dir: str | os.PathLike,  # run folder with a manifest
+    who: str = "",  # written beside every decision; "" = whoever is logged in
+) -> Path:  # RUN/notebooks/triage.ipynb
     "Write the triage page of a run: the cells of this notebook from its parameters on."
     root = Path(run_dir).absolute()
-    if not (root/"manifest.csv").is_file():
-        raise PillsnapError("this folder has no manifest.csv, so there are no labels to look at", where=root, fix="name a run folder whose conversion has run")
-    nb = read_json(resource_dir("nbs")/"dataset/450_triage.ipynb")
+    if not (root / "manifest.csv").is_file():
+        raise PillsnapError(
+            "this folder has no manifest.csv, so there are no labels to look at",
+            where=root,
+            fix="name a run folder whose conversion has run",
+        )
+    nb = read_json(resource_dir("nbs") / "dataset/450_triage.ipynb")
     start = next(i for i, c in enumerate(nb["cells"]) if "parameters" in c["metadata"].get("tags", []))
-    title = {"cell_type": "markdown", "id": "7a1e0001", "metadata": {}, "source": f"# Which labels to look at\n\nRun `{root}`: Run → Run All Cells."}
-    cells = [title] + [c | ({"outputs": [], "execution_count": None} if c["cell_type"] == "code" else {}) for c in nb["cells"][start:]]
-    cells[1]["source"] = f"run_dir = {str(root)!r}  # run folder\nwho = {who!r}  # written beside every decision; \"\" = whoever is logged in"
-    return save_json(nb | {"cells": cells}, root/"notebooks"/"triage.ipynb")
+    title = {
+        "cell_type": "markdown",
+        "id": "7a1e0001",
+        "metadata": {},
+        "source": f"# Which labels to look at\n\nRun `{root}`: Run → Run All Cells.",
+    }
+    cells = [title] + [
+        c | ({"outputs": [], "execution_count": None} if c["cell_type"] == "code" else {}) for c in nb["cells"][start:]
+    ]
+    cells[1]["source"] = (
+        f'run_dir = {str(root)!r}  # run folder\nwho = {who!r}  # written beside every decision; "" = whoever is logged in'
+    )
+    return save_json(nb | {"cells": cells}, root / "notebooks" / "triage.ipynb")
 
 # %% ../../nbs/dataset/450_triage.ipynb #bc57ec50
 def triage_command(
-    run_dir:str|os.PathLike, # run folder with a manifest
-    who:str="",              # written beside every decision
-    lab:bool=True            # open JupyterLab where a terminal is attached
-)->None:
+    run_dir: str | os.PathLike,  # run folder with a manifest
+    who: str = "",  # written beside every decision
+    lab: bool = True,  # open JupyterLab where a terminal is attached
+) -> None:
     "What `pillsnap triage` does: write the page, and open it or say where it is."
     page = triage_notebook(run_dir, who)
     print(f"triage page  {page}", flush=True)

@@ -43,111 +43,133 @@ from .capture import Capture, parse_name
 # %% ../../nbs/delivery/120_aihub.ipynb #def470d8
 class Reason(StrEnum):
     "Every reason for which a file, an annotation, a box or a photo is left out or remarked upon (SPEC BX4, RS3)."
+
     # a JSON file that cannot be used
-    UNREADABLE = "json_unreadable"         # the file system refuses it
-    ENCODING = "json_encoding"             # neither UTF-8 nor CP949
-    UNPARSABLE = "json_unparsable"         # no JSON
-    STRUCTURE = "json_structure"           # JSON, but not one image with its annotations
-    FIELD = "json_missing_field"           # file_name, drug_N, width or height absent or of the wrong type
-    NAME = "file_name"                     # file_name is no capture name
-    CODE = "code_mismatch"                 # drug_N, dl_mapping_code, folder and file name disagree
-    DL_IDX = "dl_idx_mismatch"             # dl_idx is not the K-number minus one
-    DUPLICATE_JSON = "duplicate_annotation" # the same drug twice in one photo
+    UNREADABLE = "json_unreadable"  # the file system refuses it
+    ENCODING = "json_encoding"  # neither UTF-8 nor CP949
+    UNPARSABLE = "json_unparsable"  # no JSON
+    STRUCTURE = "json_structure"  # JSON, but not one image with its annotations
+    FIELD = "json_missing_field"  # file_name, drug_N, width or height absent or of the wrong type
+    NAME = "file_name"  # file_name is no capture name
+    CODE = "code_mismatch"  # drug_N, dl_mapping_code, folder and file name disagree
+    DL_IDX = "dl_idx_mismatch"  # dl_idx is not the K-number minus one
+    DUPLICATE_JSON = "duplicate_annotation"  # the same drug twice in one photo
     # a box
-    BOX_EMPTY = "box_empty"                # null or []
-    BOX_SHORT = "box_short"                # not four values
-    BOX_STRING = "box_string"              # a value that is no number
-    BOX_FLOAT = "box_float"                # a value that is no whole number
-    BOX_NEGATIVE = "box_negative"          # negative width or height
-    BOX_ZERO = "box_zero"                  # no width or no height
-    BOX_OUTSIDE = "box_outside"            # a corner beyond the photo
-    BOX_IDENTICAL = "identical_boxes"      # two codes, one box: both are left out
+    BOX_EMPTY = "box_empty"  # null or []
+    BOX_SHORT = "box_short"  # not four values
+    BOX_STRING = "box_string"  # a value that is no number
+    BOX_FLOAT = "box_float"  # a value that is no whole number
+    BOX_NEGATIVE = "box_negative"  # negative width or height
+    BOX_ZERO = "box_zero"  # no width or no height
+    BOX_OUTSIDE = "box_outside"  # a corner beyond the photo
+    BOX_IDENTICAL = "identical_boxes"  # two codes, one box: both are left out
     # a photo
-    NO_IMAGE = "json_without_image"        # a label without its photo
-    NO_JSON = "image_without_json"         # a photo without its label
-    INCOMPLETE = "incomplete_combo"        # a pill of its name has no label
-    PARTIAL = "partial_combo"              # a pill of its name lost its label to another reason of this list
-    BROKEN = "photo_broken"                # cannot be opened
-    TOO_LARGE = "photo_too_large"          # more pixels than will be decoded
-    TOO_SMALL = "photo_too_small"          # too few pixels to show a pill
-    SIZE = "photo_size"                    # not the size its JSON gives
-    POLICY = "photo_policy"                # grey or transparent, and the configuration says skip
+    NO_IMAGE = "json_without_image"  # a label without its photo
+    NO_JSON = "image_without_json"  # a photo without its label
+    INCOMPLETE = "incomplete_combo"  # a pill of its name has no label
+    PARTIAL = "partial_combo"  # a pill of its name lost its label to another reason of this list
+    BROKEN = "photo_broken"  # cannot be opened
+    TOO_LARGE = "photo_too_large"  # more pixels than will be decoded
+    TOO_SMALL = "photo_too_small"  # too few pixels to show a pill
+    SIZE = "photo_size"  # not the size its JSON gives
+    POLICY = "photo_policy"  # grey or transparent, and the configuration says skip
     # a path
-    SYMLINK = "broken_symlink"             # points nowhere
-    DUPLICATE_PATH = "duplicate_path"      # the same file reached twice
-    DUPLICATE_PHOTO = "duplicate_photo"    # the same photo name in two folders
-    EXTENSION = "extension"                # not in data.extensions
-    PATH = "path_encoding"                 # a name that is not valid UTF-8
+    SYMLINK = "broken_symlink"  # points nowhere
+    DUPLICATE_PATH = "duplicate_path"  # the same file reached twice
+    DUPLICATE_PHOTO = "duplicate_photo"  # the same photo name in two folders
+    EXTENSION = "extension"  # not in data.extensions
+    PATH = "path_encoding"  # a name that is not valid UTF-8
     # kept, with a remark
-    OVERLAP = "overlapping_boxes"          # two codes, IoU .3 to .999
-    AREA = "area_mismatch"                 # area is not width times height: recomputed
-    CONFLICT = "metadata_conflict"         # one drug, two values
-    EDI_SHARED = "edi_shared"              # one EDI code, two drugs
+    OVERLAP = "overlapping_boxes"  # two codes, IoU .3 to .999
+    AREA = "area_mismatch"  # area is not width times height: recomputed
+    CONFLICT = "metadata_conflict"  # one drug, two values
+    EDI_SHARED = "edi_shared"  # one EDI code, two drugs
 
 # %% ../../nbs/delivery/120_aihub.ipynb #f2fbd107
 REMARKS = frozenset({Reason.OVERLAP, Reason.AREA, Reason.CONFLICT, Reason.EDI_SHARED})
 
+
 @dataclass(frozen=True, slots=True)
 class Fault:
     "One line of the quarantine list (SPEC Annex 3)."
-    path:str      # what it is about
-    reason:Reason # why
-    detail:str="" # particulars, free text
+
+    path: str  # what it is about
+    reason: Reason  # why
+    detail: str = ""  # particulars, free text
 
 # %% ../../nbs/delivery/120_aihub.ipynb #68b308ff
 def korean_name(
-    name:str # a file or folder name as the system gives it
-)->str:      # the name with its Korean readable, in NFC
+    name: str,  # a file or folder name as the system gives it
+) -> str:  # the name with its Korean readable, in NFC
     "Repair a name whose CP949 bytes were read as something else (SPEC DM14)."
-    if name.isascii(): return name
+    if name.isascii():
+        return name
     for wrong in ("utf-8", "cp437", "latin-1"):
-        try: said = name.encode(wrong, "surrogateescape").decode("cp949")
-        except UnicodeError: continue
-        if re.search("[가-힣]", said) and not re.search("[가-힣ᄀ-ᇿ]", name): return unicodedata.normalize("NFC", said)
+        try:
+            said = name.encode(wrong, "surrogateescape").decode("cp949")
+        except UnicodeError:
+            continue
+        if re.search("[가-힣]", said) and not re.search("[가-힣ᄀ-ᇿ]", name):
+            return unicodedata.normalize("NFC", said)
     return unicodedata.normalize("NFC", name)
 
 # %% ../../nbs/delivery/120_aihub.ipynb #7ef24364
 @dataclass(frozen=True)
 class Archive:
     "What the name of one archive of the delivery says."
-    split:str  # "train" or "val"
-    role:str   # "labels" or "images"
-    number:int # 1 to 81 seen; never assumed
-    kind:str   # "single" or "combination"
 
-_ARCHIVE = re.compile(r"([TV])([LS])_(\d{1,4})_(single|combo|combination|단일|조합)(?:\.zip)?", re.ASCII|re.IGNORECASE)
+    split: str  # "train" or "val"
+    role: str  # "labels" or "images"
+    number: int  # 1 to 81 seen; never assumed
+    kind: str  # "single" or "combination"
+
+
+_ARCHIVE = re.compile(
+    r"([TV])([LS])_(\d{1,4})_(single|combo|combination|단일|조합)(?:\.zip)?", re.ASCII | re.IGNORECASE
+)
 
 # %% ../../nbs/delivery/120_aihub.ipynb #7e43e457
 def parse_archive(
-    name:str # archive or folder name, Korean or English
-)->Archive|None: # None when it is no archive of the delivery
+    name: str,  # archive or folder name, Korean or English
+) -> Archive | None:  # None when it is no archive of the delivery
     "Read an archive's name in any of its spellings (SPEC DM7, DM14)."
     m = _ARCHIVE.fullmatch(korean_name(name))
-    if m is None: return None
-    return Archive("train" if m[1] in "Tt" else "val", "labels" if m[2] in "Ll" else "images", int(m[3]),
-        "single" if m[4].lower() in ("single","단일") else "combination")
+    if m is None:
+        return None
+    return Archive(
+        "train" if m[1] in "Tt" else "val",
+        "labels" if m[2] in "Ll" else "images",
+        int(m[3]),
+        "single" if m[4].lower() in ("single", "단일") else "combination",
+    )
 
 # %% ../../nbs/delivery/120_aihub.ipynb #9b3f4f60
-def _part_of(name:str)->tuple[int,Archive|None]:
+def _part_of(name: str) -> tuple[int, Archive | None]:
     "The place of a file in its archive, −1 for an archive in one file, and the archive; None when it is none of the delivery's."
-    m = re.fullmatch(r"(.+\.zip)(?:\.part(\d+))?", name, re.IGNORECASE|re.ASCII|re.DOTALL)
+    m = re.fullmatch(r"(.+\.zip)(?:\.part(\d+))?", name, re.IGNORECASE | re.ASCII | re.DOTALL)
     return (int(m[2] or -1), parse_archive(m[1])) if m else (-1, None)
 
+
 def archives_in(
-    files:Iterable[str] # paths of any files
-)->list[tuple[Archive,list[str]]]: # each archive with its pieces, in their order; where it lies beside them in one file, that file
+    files: Iterable[str],  # paths of any files
+) -> list[tuple[Archive, list[str]]]:  # each archive with its pieces in order, or with its one file
     "The delivery's archives among some files (SPEC DM7, RS4)."
     found = {}
     for f in files:
         place, a = _part_of(os.path.basename(f))
-        if a: found.setdefault((str(a.folder), _PIECE.sub("", f)), (a, []))[1].append((place, f))
-    return [(a, [f for _,f in sorted(pieces)][:1 if min(pieces)[0] < 0 else None]) for _,(a,pieces) in sorted(found.items())]
+        if a:
+            found.setdefault((str(a.folder), _PIECE.sub("", f)), (a, []))[1].append((place, f))
+    return [
+        (a, [f for _, f in sorted(pieces)][: 1 if min(pieces)[0] < 0 else None])
+        for _, (a, pieces) in sorted(found.items())
+    ]
 
-_PIECE = re.compile(r"\.part\d+$", re.IGNORECASE|re.ASCII)
+
+_PIECE = re.compile(r"\.part\d+$", re.IGNORECASE | re.ASCII)
 
 # %% ../../nbs/delivery/120_aihub.ipynb #ac811d6f
 @patch(as_prop=True)
-def folder(self:Archive)->PurePosixPath: # below the delivery's root
+def folder(self: Archive) -> PurePosixPath:  # below the delivery's root
     "Where the archive lies in the English tree."
     name = f"{self.split[0].upper()}{'L' if self.role == 'labels' else 'S'}_{self.number}_{'single' if self.kind == 'single' else 'combo'}"
     return PurePosixPath("data", self.split, self.role, self.kind, name)
@@ -155,9 +177,10 @@ def folder(self:Archive)->PurePosixPath: # below the delivery's root
 # %% ../../nbs/delivery/120_aihub.ipynb #8bd42e94
 _CODES = re.compile(r"K-(\d{6}(?:-\d{6})*)(?:_json)?", re.ASCII)
 
+
 def folder_codes(
-    name:str # a folder's name
-)->tuple[str,...]: # K-codes, () when the name has none
+    name: str,  # a folder's name
+) -> tuple[str, ...]:  # K-codes, () when the name has none
     "The K-codes that a folder is named after."
     m = _CODES.fullmatch(name)
     return tuple(f"K-{c}" for c in m[1].split("-")) if m else ()
@@ -166,321 +189,488 @@ def folder_codes(
 @dataclass
 class Walk:
     "The files of a tree, sorted, and what was met on the way."
-    files:list[str] = field(default_factory=list)    # paths of ordinary files
-    faults:list[Fault] = field(default_factory=list) # broken links, repeats, unreadable names
-    hidden:int = 0                                   # hidden files and folders passed over
-    sealed:list[str] = field(default_factory=list)   # folders of the sealed test, not entered
+
+    files: list[str] = field(default_factory=list)  # paths of ordinary files
+    faults: list[Fault] = field(default_factory=list)  # broken links, repeats, unreadable names
+    hidden: int = 0  # hidden files and folders passed over
+    sealed: list[str] = field(default_factory=list)  # folders of the sealed test, not entered
 
 # %% ../../nbs/delivery/120_aihub.ipynb #6180ad09
 def printable(
-    path:str|os.PathLike # any path the system gives
-)->str:
+    path: str | os.PathLike,  # any path the system gives
+) -> str:
     "A path that UTF-8 can hold, whatever bytes it is made of."
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 # %% ../../nbs/delivery/120_aihub.ipynb #23dc2f12
 SEALED = ("val", "test")
 
+
 def is_sealed(
-    path:str|os.PathLike # any path of a delivery
-)->bool: # it is, leads to, or lies in data/val, data/test, or such a folder beside a train
+    path: str | os.PathLike,  # any path of a delivery
+) -> bool:  # it is, leads to, or lies in data/val, data/test, or such a folder beside a train
     "Whether a path belongs to the sealed test (SPEC SP4, X47)."
     return any(map(_lies_sealed, {os.path.abspath(path), os.path.realpath(path)}))
 
-def _lies_sealed(path:str)->bool:
+
+def _lies_sealed(path: str) -> bool:
     for q in (p := Path(path), *p.parents):
-        if q.name == "train": return False # a delivery of its own, whatever the folders above it are called
-        if q.name in SEALED and (q.parent.name == "data" or (q.parent/"train").is_dir()): return True
+        if q.name == "train":
+            return False  # a delivery of its own, whatever the folders above it are called
+        if q.name in SEALED and (q.parent.name == "data" or (q.parent / "train").is_dir()):
+            return True
     return False
 
-def refuse_sealed(
-    path:str|os.PathLike, # a folder that somebody is about to read
-    fix:str="name the delivery's root, or data/train" # what to do instead
-)->None: # PillsnapError where it is sealed
-    "Nothing reads the sealed test before the final test (SPEC SP4)."
-    if is_sealed(path): raise PillsnapError("this is the sealed test: nothing reads it before the final test", where=path, fix=fix)
 
-def _scan(folder:str)->list[os.DirEntry]:
+def refuse_sealed(
+    path: str | os.PathLike,  # a folder that somebody is about to read
+    fix: str = "name the delivery's root, or data/train",  # what to do instead
+) -> None:  # PillsnapError where it is sealed
+    "Nothing reads the sealed test before the final test (SPEC SP4)."
+    if is_sealed(path):
+        raise PillsnapError("this is the sealed test: nothing reads it before the final test", where=path, fix=fix)
+
+
+def _scan(folder: str) -> list[os.DirEntry]:
     try:
-        with os.scandir(folder) as it: return sorted(it, key=lambda e: e.name)
-    except OSError as e: raise os_trouble("this folder cannot be read", folder, e) from None
+        with os.scandir(folder) as it:
+            return sorted(it, key=lambda e: e.name)
+    except OSError as e:
+        raise os_trouble("this folder cannot be read", folder, e) from None
 
 # %% ../../nbs/delivery/120_aihub.ipynb #915c07d0
 def walk_tree(
-    root:str|os.PathLike,    # where to start
-    ignore_hidden:bool=True, # pass over names that begin with a dot, and __MACOSX
-    sealed:bool=False        # enter the sealed test as well; only unpacking does
-)->Walk:
+    root: str | os.PathLike,  # where to start
+    ignore_hidden: bool = True,  # pass over names that begin with a dot, and __MACOSX
+    sealed: bool = False,  # enter the sealed test as well; only unpacking does
+) -> Walk:
     "All files below a folder; links are followed once (SPEC DM6, DM9)."
     w, links, stack, been = Walk(), [], [os.fspath(root)], {os.path.realpath(root)}
     while stack:
         folders, entries = [], _scan(stack.pop())
         names = {e.name for e in entries}
         for e in entries:
-            if ignore_hidden and (e.name.startswith(".") or e.name == "__MACOSX"): w.hidden += 1
-            elif e.is_symlink() and not os.path.exists(e.path): w.faults.append(Fault(printable(e.path), Reason.SYMLINK, f"points to {printable(os.readlink(e.path))}"))
+            if ignore_hidden and (e.name.startswith(".") or e.name == "__MACOSX"):
+                w.hidden += 1
+            elif e.is_symlink() and not os.path.exists(e.path):
+                w.faults.append(Fault(printable(e.path), Reason.SYMLINK, f"points to {printable(os.readlink(e.path))}"))
             elif e.is_dir():
-                if e.name in SEALED and "train" in names and not sealed: w.sealed.append(e.path)
-                else: folders.append(e)
-            elif e.is_file(): (links if e.is_symlink() else w.files).append(e.path)
+                if e.name in SEALED and "train" in names and not sealed:
+                    w.sealed.append(e.path)
+                else:
+                    folders.append(e)
+            elif e.is_file():
+                (links if e.is_symlink() else w.files).append(e.path)
         stack += reversed([e.path for e in folders if _first_visit(e, been, w)])
     _add_links(w, links)
     w.files = sorted(f for f in w.files if _nameable(f, w))
     return w
 
 # %% ../../nbs/delivery/120_aihub.ipynb #6615235f
-def _first_visit(e:os.DirEntry, been:set[str], w:Walk)->bool:
+def _first_visit(e: os.DirEntry, been: set[str], w: Walk) -> bool:
     "Whether a folder is entered for the first time; only a link can lead to one again."
-    if not e.is_symlink() and len(been) == 1: return True
+    if not e.is_symlink() and len(been) == 1:
+        return True
     real = os.path.realpath(e.path)
-    if e.is_symlink() and is_sealed(real): w.sealed.append(e.path); return False
+    if e.is_symlink() and is_sealed(real):
+        w.sealed.append(e.path)
+        return False
     nested = any(_within(real, b) or _within(b, real) for b in been) if e.is_symlink() else real in been
-    if nested: w.faults.append(Fault(printable(e.path), Reason.DUPLICATE_PATH, f"leads to {printable(real)} again")); return False
-    if e.is_symlink(): been.add(real)
+    if nested:
+        w.faults.append(Fault(printable(e.path), Reason.DUPLICATE_PATH, f"leads to {printable(real)} again"))
+        return False
+    if e.is_symlink():
+        been.add(real)
     return True
 
 # %% ../../nbs/delivery/120_aihub.ipynb #74bdeed2
-def _within(inner:str, outer:str)->bool:
+def _within(inner: str, outer: str) -> bool:
     "Whether one real path is another, or lies below it."
-    return inner == outer or inner.startswith(outer.rstrip(os.sep)+os.sep)
+    return inner == outer or inner.startswith(outer.rstrip(os.sep) + os.sep)
 
-def _add_links(w:Walk, links:list[str])->None:
+
+def _add_links(w: Walk, links: list[str]) -> None:
     "Take linked files whose target is not in the tree already."
     have = {os.path.realpath(f) for f in w.files} if links else set()
     for link in links:
         real = os.path.realpath(link)
-        if is_sealed(real): w.sealed.append(link)
-        elif real in have: w.faults.append(Fault(printable(link), Reason.DUPLICATE_PATH, f"leads to {printable(real)} again"))
-        else: have.add(real); w.files.append(link)
+        if is_sealed(real):
+            w.sealed.append(link)
+        elif real in have:
+            w.faults.append(Fault(printable(link), Reason.DUPLICATE_PATH, f"leads to {printable(real)} again"))
+        else:
+            have.add(real)
+            w.files.append(link)
 
 # %% ../../nbs/delivery/120_aihub.ipynb #e22fc52b
-def _nameable(path:str, w:Walk)->bool:
+def _nameable(path: str, w: Walk) -> bool:
     "Whether UTF-8 can write the path; a manifest could not hold it otherwise."
-    try: path.encode("utf-8"); return True
-    except UnicodeEncodeError: w.faults.append(Fault(printable(path), Reason.PATH, "rename it, for example with convmv -f cp949 -t utf-8")); return False
+    try:
+        path.encode("utf-8")
+        return True
+    except UnicodeEncodeError:
+        w.faults.append(Fault(printable(path), Reason.PATH, "rename it, for example with convmv -f cp949 -t utf-8"))
+        return False
 
 # %% ../../nbs/delivery/120_aihub.ipynb #a545c0f1
-PHOTO_KEYS = ("file_name","width","height","imgfile","drug_S","back_color","drug_dir","light_color","camera_la","camera_lo","size","id")
-DRUG_KEYS = ("drug_N","dl_idx","dl_mapping_code","dl_name","dl_name_en","img_key","dl_material","dl_material_en","dl_custom_shape","dl_company",
-    "dl_company_en","di_company_mf","di_company_mf_en","item_seq","di_item_permit_date","di_class_no","di_etc_otc_code","di_edi_code","chart",
-    "drug_shape","thick","leng_long","leng_short","print_front","print_back","color_class1","color_class2","line_front","line_back","img_regist_ts",
-    "form_code_name","mark_code_front_anal","mark_code_back_anal","mark_code_front_img","mark_code_back_img","mark_code_front","mark_code_back",
-    "change_date")
+PHOTO_KEYS = (
+    "file_name",
+    "width",
+    "height",
+    "imgfile",
+    "drug_S",
+    "back_color",
+    "drug_dir",
+    "light_color",
+    "camera_la",
+    "camera_lo",
+    "size",
+    "id",
+)
+DRUG_KEYS = (
+    "drug_N",
+    "dl_idx",
+    "dl_mapping_code",
+    "dl_name",
+    "dl_name_en",
+    "img_key",
+    "dl_material",
+    "dl_material_en",
+    "dl_custom_shape",
+    "dl_company",
+    "dl_company_en",
+    "di_company_mf",
+    "di_company_mf_en",
+    "item_seq",
+    "di_item_permit_date",
+    "di_class_no",
+    "di_etc_otc_code",
+    "di_edi_code",
+    "chart",
+    "drug_shape",
+    "thick",
+    "leng_long",
+    "leng_short",
+    "print_front",
+    "print_back",
+    "color_class1",
+    "color_class2",
+    "line_front",
+    "line_back",
+    "img_regist_ts",
+    "form_code_name",
+    "mark_code_front_anal",
+    "mark_code_back_anal",
+    "mark_code_front_img",
+    "mark_code_back_img",
+    "mark_code_front",
+    "mark_code_back",
+    "change_date",
+)
 IMAGE_KEYS = (*PHOTO_KEYS[:4], "drug_N", *PHOTO_KEYS[4:11], *DRUG_KEYS[1:], "id")
 
 # %% ../../nbs/delivery/120_aihub.ipynb #535f83ed
-_TYPES = {**dict.fromkeys(IMAGE_KEYS, str|None), **dict.fromkeys(("thick","leng_long","leng_short"), int|float|None),
-    **dict.fromkeys(("width","height","camera_la","camera_lo","size","item_seq","id"), int), "file_name": str, "drug_N": str}
+_TYPES = {
+    **dict.fromkeys(IMAGE_KEYS, str | None),
+    **dict.fromkeys(("thick", "leng_long", "leng_short"), int | float | None),
+    **dict.fromkeys(("width", "height", "camera_la", "camera_lo", "size", "item_seq", "id"), int),
+    "file_name": str,
+    "drug_N": str,
+}
 
-def _struct(name:str, doc:str, keys:Iterable[str], **kw:Any)->type:
-    return msgspec.defstruct(name, [(k, _TYPES[k]) for k in keys], namespace={"__doc__": doc}, module=__name__, gc=False, **kw)
 
-PhotoRecord = _struct("PhotoRecord", "What a record says of its photo, and which drug it is (SPEC DM3).", [k for k in IMAGE_KEYS if k in (*PHOTO_KEYS, "drug_N")], forbid_unknown_fields=True)
-DrugRecord = _struct("DrugRecord", "What a record says of its drug: the same in every file of that drug (SPEC DM3).", DRUG_KEYS[1:])
+def _struct(name: str, doc: str, keys: Iterable[str], **kw: Any) -> type:
+    return msgspec.defstruct(
+        name, [(k, _TYPES[k]) for k in keys], namespace={"__doc__": doc}, module=__name__, gc=False, **kw
+    )
+
+
+PhotoRecord = _struct(
+    "PhotoRecord",
+    "What a record says of its photo, and which drug it is (SPEC DM3).",
+    [k for k in IMAGE_KEYS if k in (*PHOTO_KEYS, "drug_N")],
+    forbid_unknown_fields=True,
+)
+DrugRecord = _struct(
+    "DrugRecord", "What a record says of its drug: the same in every file of that drug (SPEC DM3).", DRUG_KEYS[1:]
+)
 _Image = _struct("_Image", "images[0], all 50 keys.", IMAGE_KEYS)
 
 # %% ../../nbs/delivery/120_aihub.ipynb #dece66a2
 def known(
-    value:Any # a JSON value, or UNSET
-)->Any: # the value; None for null, for "" and for a missing key
+    value: Any,  # a JSON value, or UNSET
+) -> Any:  # the value; None for null, for "" and for a missing key
     "One spelling for what is not known."
     return None if value == "" or value is msgspec.UNSET else value
 
 # %% ../../nbs/delivery/120_aihub.ipynb #449f054d
 def edi_list(
-    value:Any # di_edi_code as delivered: "642500340,A01508511", one code, null, ""
-)->list[str]: # distinct codes, in their order
+    value: Any,  # di_edi_code as delivered: "642500340,A01508511", one code, null, ""
+) -> list[str]:  # distinct codes, in their order
     "The EDI codes of a drug (SPEC X2)."
-    if isinstance(value, (list, tuple)): value = ",".join(str(v) for v in value)
-    if isinstance(value, int) and not isinstance(value, bool): value = f"{value:09d}" if 0 <= value < 10**9 else ""
+    if isinstance(value, (list, tuple)):
+        value = ",".join(str(v) for v in value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = f"{value:09d}" if 0 <= value < 10**9 else ""
     return list(dict.fromkeys(c for c in (p.strip() for p in value.split(",")) if c)) if isinstance(value, str) else []
 
 # %% ../../nbs/delivery/120_aihub.ipynb #125963a6
 class Annotation(msgspec.Struct, frozen=True, gc=False):
     "One JSON file: one drug in one photo (SPEC DM1)."
-    path:str              # the file
-    photo:PhotoRecord     # images[0], the photo's keys and drug_N; UNSET where one is missing
-    drug:DrugRecord       # images[0], the drug's other keys; records of one drug may share this object
-    boxes:list[Any]       # bbox of each annotation as delivered, possibly broken
-    areas:list[Any]       # area of each annotation as delivered
-    width:int             # photo width the file gives, pixels
-    height:int            # photo height the file gives, pixels
-    encoding:str          # "utf-8" or "cp949"
-    typed:bool=False      # all 50 keys are there, and every value is of its type
+
+    path: str  # the file
+    photo: PhotoRecord  # images[0], the photo's keys and drug_N; UNSET where one is missing
+    drug: DrugRecord  # images[0], the drug's other keys; records of one drug may share this object
+    boxes: list[Any]  # bbox of each annotation as delivered, possibly broken
+    areas: list[Any]  # area of each annotation as delivered
+    width: int  # photo width the file gives, pixels
+    height: int  # photo height the file gives, pixels
+    encoding: str  # "utf-8" or "cp949"
+    typed: bool = False  # all 50 keys are there, and every value is of its type
 
 # %% ../../nbs/delivery/120_aihub.ipynb #4c28d250
 @patch(as_prop=True)
-def image(self:Annotation)->dict[str,Any]: # up to 50 keys, in their order
+def image(self: Annotation) -> dict[str, Any]:  # up to 50 keys, in their order
     "images[0] as delivered."
     said = msgspec.structs.asdict(self.drug) | msgspec.structs.asdict(self.photo)
     return {k: said[k] for k in IMAGE_KEYS if said[k] is not msgspec.UNSET}
 
+
 @patch(as_prop=True)
-def kcode(self:Annotation)->str:
+def kcode(self: Annotation) -> str:
     "The class key: drug_N."
     return self.photo.drug_N
 
 # %% ../../nbs/delivery/120_aihub.ipynb #f8420e78
 @patch(as_prop=True)
-def file_name(self:Annotation)->str:
+def file_name(self: Annotation) -> str:
     "The photo's file name, without folders: what the JSONs of one photo share."
     return re.split(r"[/\\]", self.photo.file_name)[-1]
 
+
 @patch(as_prop=True)
-def stem(self:Annotation)->str:
+def stem(self: Annotation) -> str:
     "The photo's name without its extension."
     return self.file_name.rpartition(".")[0] or self.file_name
 
 # %% ../../nbs/delivery/120_aihub.ipynb #f08c6302
 @patch(as_prop=True)
-def edi_codes(self:Annotation)->list[str]:
+def edi_codes(self: Annotation) -> list[str]:
     "The drug's EDI codes."
     return edi_list(self.drug.di_edi_code)
 
+
 @patch(as_prop=True)
-def capture(self:Annotation)->Capture|None:
+def capture(self: Annotation) -> Capture | None:
     "How the photo was taken, by its name; None when that is no capture name."
-    try: return parse_name(self.stem)
-    except ValueError: return None
+    try:
+        return parse_name(self.stem)
+    except ValueError:
+        return None
 
 # %% ../../nbs/delivery/120_aihub.ipynb #15838f67
 MAX_JSON_BYTES = 4_000_000
 
 # %% ../../nbs/delivery/120_aihub.ipynb #0e091a4b
 def read_bytes(
-    path:str|os.PathLike # a file
-)->bytes|Fault:
+    path: str | os.PathLike,  # a file
+) -> bytes | Fault:
     "A small file's bytes, or why not."
     try:
-        with open(path, "rb", buffering=0) as f: raw = f.read(MAX_JSON_BYTES+1)
+        with open(path, "rb", buffering=0) as f:
+            raw = f.read(MAX_JSON_BYTES + 1)
     except (OSError, ValueError) as e:
-        if getattr(e, "errno", None) in MACHINE: raise os_trouble("an annotation cannot be read", path, e) from e
+        if getattr(e, "errno", None) in MACHINE:
+            raise os_trouble("an annotation cannot be read", path, e) from e
         return Fault(printable(path), Reason.UNREADABLE, str(e))
-    return raw if len(raw) <= MAX_JSON_BYTES else Fault(printable(path), Reason.UNREADABLE, f"larger than {MAX_JSON_BYTES} bytes")
+    return (
+        raw
+        if len(raw) <= MAX_JSON_BYTES
+        else Fault(printable(path), Reason.UNREADABLE, f"larger than {MAX_JSON_BYTES} bytes")
+    )
 
-def _close(files:list[int])->None:
+
+def _close(files: list[int]) -> None:
     "Close files by their numbers; in one call where these follow each other, so that no number of somebody else's lies between."
-    if files and files == [*range(files[0], files[-1]+1)]: os.closerange(files[0], files[-1]+1)
+    if files and files == [*range(files[0], files[-1] + 1)]:
+        os.closerange(files[0], files[-1] + 1)
     else:
-        for f in files: os.close(f)
+        for f in files:
+            os.close(f)
+
 
 def read_lot(
-    names:Sequence[str],  # of files
-    folder:int|None=None  # the open folder in which they lie; None = they are paths
-)->list[bytes]:           # empty for a file that is empty, not there, or larger than four kilobytes: to be asked for by its path
+    names: Sequence[str],  # of files
+    folder: int | None = None,  # the open folder in which they lie; None = they are paths
+) -> list[bytes]:  # empty for a file that is empty, missing, or larger than 4 kB
     "Many small files' bytes, with as little as possible done for each."
     got, files, open_, read = None, [], os.open, os.read
     try:
-        for name in names: files.append(open_(name, os.O_RDONLY, dir_fd=folder))
+        for name in names:
+            files.append(open_(name, os.O_RDONLY, dir_fd=folder))
         got = [read(f, 4096) for f in files]
-    except (OSError, ValueError): pass   # because of one of them
-    finally: _close(files)
-    if got is None: return [b""] if len(names) == 1 else [raw for name in names for raw in read_lot([name], folder)]
+    except (OSError, ValueError):
+        pass  # because of one of them
+    finally:
+        _close(files)
+    if got is None:
+        return [b""] if len(names) == 1 else [raw for name in names for raw in read_lot([name], folder)]
     return got if max(map(len, got), default=0) < 4096 else [raw if len(raw) < 4096 else b"" for raw in got]
 
 # %% ../../nbs/delivery/120_aihub.ipynb #3744ec5f
 def decode_text(
-    raw:bytes # a file's content
-)->tuple[str,str]|None: # text and encoding; None when it is neither
+    raw: bytes,  # a file's content
+) -> tuple[str, str] | None:  # text and encoding; None when it is neither
     "UTF-8, else CP949 (SPEC BX4)."
     for encoding, name in (("utf-8-sig", "utf-8"), ("cp949", "cp949")):
-        try: return raw.decode(encoding), name
-        except UnicodeDecodeError: pass
+        try:
+            return raw.decode(encoding), name
+        except UnicodeDecodeError:
+            pass
 
 # %% ../../nbs/delivery/120_aihub.ipynb #ecc280d5
-def _refuse_const(name:str)->float: raise ValueError(f"{name} is no JSON number")
+def _refuse_const(name: str) -> float:
+    raise ValueError(f"{name} is no JSON number")
+
 
 def parse_json(
-    text:str # a file's text
-)->Any: # raises ValueError for whatever is wrong
+    text: str,  # a file's text
+) -> Any:  # raises ValueError for whatever is wrong
     "JSON without NaN, without lone surrogates, and without a depth that breaks the reader."
-    try: obj = json.loads(text, parse_constant=_refuse_const)
-    except RecursionError: raise ValueError("nested too deeply") from None
-    if "\\u" in text and re.search(r"\\u[dD][89a-fA-F]", text): json.dumps(obj, ensure_ascii=False).encode("utf-8")
+    try:
+        obj = json.loads(text, parse_constant=_refuse_const)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if "\\u" in text and re.search(r"\\u[dD][89a-fA-F]", text):
+        json.dumps(obj, ensure_ascii=False).encode("utf-8")
     return obj
 
 # %% ../../nbs/delivery/120_aihub.ipynb #2177d418
-def _is_size(v:Any)->bool: return isinstance(v, (int,float)) and not isinstance(v, bool) and v == v and 0 < v < 100_000 and v == int(v)
+def _is_size(v: Any) -> bool:
+    return isinstance(v, (int, float)) and not isinstance(v, bool) and v == v and 0 < v < 100_000 and v == int(v)
 
 # %% ../../nbs/delivery/120_aihub.ipynb #ae23f3db
 def check_record(
-    obj:Any # parsed JSON
-)->tuple[Reason,str]|None: # None when it is one image with its annotations
+    obj: Any,  # parsed JSON
+) -> tuple[Reason, str] | None:  # None when it is one image with its annotations
     "The structure that every delivered file has."
-    if not isinstance(obj, dict): return Reason.STRUCTURE, f"a {type(obj).__name__} at the top"
+    if not isinstance(obj, dict):
+        return Reason.STRUCTURE, f"a {type(obj).__name__} at the top"
     images, anns = obj.get("images"), obj.get("annotations")
-    if not isinstance(images, list) or len(images) != 1 or not isinstance(images[0], dict): return Reason.STRUCTURE, "images is not a list of one object"
-    if not isinstance(anns, list) or not anns or not all(isinstance(a, dict) for a in anns): return Reason.STRUCTURE, "annotations is not a list of objects"
+    if not isinstance(images, list) or len(images) != 1 or not isinstance(images[0], dict):
+        return Reason.STRUCTURE, "images is not a list of one object"
+    if not isinstance(anns, list) or not anns or not all(isinstance(a, dict) for a in anns):
+        return Reason.STRUCTURE, "annotations is not a list of objects"
     img = images[0]
-    if not isinstance(img.get("file_name"), str) or not img["file_name"].strip(): return Reason.FIELD, "file_name"
-    if not isinstance(img.get("drug_N"), str) or len(folder_codes(img["drug_N"])) != 1 or img["drug_N"].endswith("_json"): return Reason.FIELD, "drug_N"
+    if not isinstance(img.get("file_name"), str) or not img["file_name"].strip():
+        return Reason.FIELD, "file_name"
+    if (
+        not isinstance(img.get("drug_N"), str)
+        or len(folder_codes(img["drug_N"])) != 1
+        or img["drug_N"].endswith("_json")
+    ):
+        return Reason.FIELD, "drug_N"
     for k in ("width", "height"):
-        if not _is_size(img.get(k)): return Reason.FIELD, k
+        if not _is_size(img.get(k)):
+            return Reason.FIELD, k
 
 # %% ../../nbs/delivery/120_aihub.ipynb #2bb904de
-def _by_hand(path:str|os.PathLike, raw:bytes)->Annotation|Fault:
+def _by_hand(path: str | os.PathLike, raw: bytes) -> Annotation | Fault:
     "Read a file that is not just as AI Hub writes it, keeping whatever can be kept."
-    if (got := decode_text(raw)) is None: return Fault(printable(path), Reason.ENCODING, "neither UTF-8 nor CP949")
-    try: obj = parse_json(got[0])
-    except ValueError as e: return Fault(printable(path), Reason.UNPARSABLE, str(e)[:200])
-    if wrong := check_record(obj): return Fault(printable(path), *wrong)
+    if (got := decode_text(raw)) is None:
+        return Fault(printable(path), Reason.ENCODING, "neither UTF-8 nor CP949")
+    try:
+        obj = parse_json(got[0])
+    except ValueError as e:
+        return Fault(printable(path), Reason.UNPARSABLE, str(e)[:200])
+    if wrong := check_record(obj):
+        return Fault(printable(path), *wrong)
     img, anns = obj["images"][0], obj["annotations"]
     photo, drug = (t(**{k: img.get(k, msgspec.UNSET) for k in t.__struct_fields__}) for t in (PhotoRecord, DrugRecord))
-    return Annotation(os.fspath(path), photo, drug, [a.get("bbox") for a in anns], [a.get("area") for a in anns], int(img["width"]), int(img["height"]), got[1])
+    return Annotation(
+        os.fspath(path),
+        photo,
+        drug,
+        [a.get("bbox") for a in anns],
+        [a.get("area") for a in anns],
+        int(img["width"]),
+        int(img["height"]),
+        got[1],
+    )
 
 # %% ../../nbs/delivery/120_aihub.ipynb #54796e82
 class _Box(msgspec.Struct, gc=False):
     "What is needed of one annotation."
-    bbox:list[int] # x, y, w, h
-    area:int       # width times height
+
+    bbox: list[int]  # x, y, w, h
+    area: int  # width times height
+
 
 class _Whole(msgspec.Struct, gc=False):
     "What is needed of one file."
-    images:list[_Image]    # one
-    annotations:list[_Box] # one
+
+    images: list[_Image]  # one
+    annotations: list[_Box]  # one
+
 
 class _Rest(msgspec.Struct, gc=False):
     "The same without the drug's keys: one photo, one box."
-    images:tuple[PhotoRecord]
-    annotations:tuple[_Box]
 
-_whole, _rest, _KCODE = msgspec.json.Decoder(_Whole).decode, msgspec.json.Decoder(_Rest).decode, re.compile(r"K-\d{6}", re.ASCII)
+    images: tuple[PhotoRecord]
+    annotations: tuple[_Box]
+
+
+_whole, _rest, _KCODE = (
+    msgspec.json.Decoder(_Whole).decode,
+    msgspec.json.Decoder(_Rest).decode,
+    re.compile(r"K-\d{6}", re.ASCII),
+)
 _TROUBLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 # %% ../../nbs/delivery/120_aihub.ipynb #d98e5aa9
 class Reader:
     "Reads annotation files, each drug's words once (SPEC DM1, DM9, RS3, BM1)."
+
     def __init__(self):
-        self.known = {}           # '"dl_idx": "572", "dl_ma' → what stands from there to "id", what it tells, drug_N
+        self.known = {}  # '"dl_idx": "572", "dl_ma' → what stands from there to "id", what it tells, drug_N
         self.last = 0, *_NOTHING  # where the file before had it, and these three
 
-    def __call__(self,
-        path:str|os.PathLike # one JSON file
-    )->Annotation|Fault: # never raises, whatever the bytes are
+    def __call__(
+        self,
+        path: str | os.PathLike,  # one JSON file
+    ) -> Annotation | Fault:  # never raises, whatever the bytes are
         raw = read_bytes(path)
-        if isinstance(raw, Fault): return raw
+        if isinstance(raw, Fault):
+            return raw
         return self.read(os.fspath(path), raw) if raw else _by_hand(path, raw)
+
 
 _NOTHING, _BRACE, _STARTS = (b"\0", None, None), ord("}"), (b'{\n    "images"', b'{\n\t"images"', b'{"images"')
 
 # %% ../../nbs/delivery/120_aihub.ipynb #9575c2b8
 @patch
-def read(self:Reader,
-    path:str, # one JSON file
-    raw:bytes # its content
-)->Annotation|Fault: # never raises, whatever the bytes are
+def read(
+    self: Reader,
+    path: str,  # one JSON file
+    raw: bytes,  # its content
+) -> Annotation | Fault:  # never raises, whatever the bytes are
     "Compare the drug's words, parse the rest."
     at, words, drug, code = self.last
     if not raw.startswith(words, at):
-        at = raw.find(b'"dl_idx"', 200)   # the photo's keys come first, and take more
-        words, drug, code = self.known.get(raw[at:at+24], _NOTHING)
-        if not raw.startswith(words, at): return self.parse(path, raw, at)
+        at = raw.find(b'"dl_idx"', 200)  # the photo's keys come first, and take more
+        words, drug, code = self.known.get(raw[at : at + 24], _NOTHING)
+        if not raw.startswith(words, at):
+            return self.parse(path, raw, at)
         self.last = at, words, drug, code
-    head, tail = raw[:at], raw[at+len(words):]
+    head, tail = raw[:at], raw[at + len(words) :]
     try:
-        if not tail.isascii() or _BRACE in head or not head.startswith(_STARTS): (head+tail).decode()   # within images[0] every key is known and msgspec looks at each byte; elsewhere it skips
-        doc = _rest(head+tail)
-    except _TROUBLE: return self.parse(path, raw, at)
+        if not tail.isascii() or _BRACE in head or not head.startswith(_STARTS):
+            (
+                head + tail
+            ).decode()  # within images[0] every key is known and msgspec looks at each byte; elsewhere it skips
+        doc = _rest(head + tail)
+    except _TROUBLE:
+        return self.parse(path, raw, at)
     p, box = doc.images[0], doc.annotations[0]
     if p.drug_N == code and 0 < p.width < 100_000 and 0 < p.height < 100_000 and p.file_name.strip():
         return Annotation(path, p, drug, [box.bbox], [box.area], p.width, p.height, "utf-8", True)
@@ -488,51 +678,91 @@ def read(self:Reader,
 
 # %% ../../nbs/delivery/120_aihub.ipynb #c511351f
 @contextmanager
-def _opened(folder:str)->Iterator[int]:
+def _opened(folder: str) -> Iterator[int]:
     "A folder by a number; -1 where it cannot be opened, in which nothing is found."
-    try: at = os.open(folder, os.O_RDONLY)
-    except OSError: at = -1
-    try: yield at
+    try:
+        at = os.open(folder, os.O_RDONLY)
+    except OSError:
+        at = -1
+    try:
+        yield at
     finally:
-        if at >= 0: os.close(at)
+        if at >= 0:
+            os.close(at)
+
 
 @patch
-def folder(self:Reader,
-    folder:str,         # where they lie
-    names:Sequence[str],# of its files
-    ahead:int=64        # read before they are parsed
-)->Iterator[Annotation|Fault]: # in this order
+def folder(
+    self: Reader,
+    folder: str,  # where they lie
+    names: Sequence[str],  # of its files
+    ahead: int = 64,  # read before they are parsed
+) -> Iterator[Annotation | Fault]:  # in this order
     "A folder's files: reading and parsing by lots keeps each of them warm, and names in an open folder are found faster than long paths (SPEC BM1)."
-    start, few = folder+os.sep, len(names) < 8   # combinations have three files a folder: opening it would cost more than it saves
+    start, few = (
+        folder + os.sep,
+        len(names) < 8,
+    )  # combinations have three files a folder: opening it would cost more than it saves
     with nullcontext() if few else _opened(folder) as at:
         for k in range(0, len(names), ahead):
-            lot = names[k:k+ahead]; paths = [start+n for n in lot]
+            lot = names[k : k + ahead]
+            paths = [start + n for n in lot]
             raws = read_lot(paths if few else lot, at)
-            yield from map(self.read, paths, raws) if all(raws) else (self.read(p, raw) if raw else self(p) for p, raw in zip(paths, raws))
+            yield from (
+                map(self.read, paths, raws)
+                if all(raws)
+                else (self.read(p, raw) if raw else self(p) for p, raw in zip(paths, raws))
+            )
 
 # %% ../../nbs/delivery/120_aihub.ipynb #e2e3b256
 @patch
-def parse(self:Reader,
-    path:str, # one JSON file
-    raw:bytes,# its content
-    at:int    # where the drug's keys begin
-)->Annotation|Fault:
+def parse(
+    self: Reader,
+    path: str,  # one JSON file
+    raw: bytes,  # its content
+    at: int,  # where the drug's keys begin
+) -> Annotation | Fault:
     "Read a file as a whole, and remember what it says of its drug."
-    try: raw.decode(); doc = _whole(raw)
-    except _TROUBLE: return _by_hand(path, raw)
-    if len(doc.images) != 1 or not doc.annotations: return _by_hand(path, raw)
-    photo, drug = (t(*(getattr(doc.images[0], k) for k in t.__struct_fields__)) for t in (PhotoRecord, DrugRecord))
-    if not (0 < photo.width < 100_000 and 0 < photo.height < 100_000 and _KCODE.fullmatch(photo.drug_N) and photo.file_name.strip()): return _by_hand(path, raw)
-    words = raw[at:raw.find(b'"id"', at)]
     try:
-        if _rest(raw.replace(words, b"", 1)).images == (photo,) and msgspec.json.decode(b"{%b\"id\":1}" % words, type=DrugRecord) == drug: self.known[raw[at:at+24]] = (words, drug, photo.drug_N)
-    except _TROUBLE: pass
-    return Annotation(path, photo, drug, [b.bbox for b in doc.annotations], [b.area for b in doc.annotations], photo.width, photo.height, "utf-8", True)
+        raw.decode()
+        doc = _whole(raw)
+    except _TROUBLE:
+        return _by_hand(path, raw)
+    if len(doc.images) != 1 or not doc.annotations:
+        return _by_hand(path, raw)
+    photo, drug = (t(*(getattr(doc.images[0], k) for k in t.__struct_fields__)) for t in (PhotoRecord, DrugRecord))
+    if not (
+        0 < photo.width < 100_000
+        and 0 < photo.height < 100_000
+        and _KCODE.fullmatch(photo.drug_N)
+        and photo.file_name.strip()
+    ):
+        return _by_hand(path, raw)
+    words = raw[at : raw.find(b'"id"', at)]
+    try:
+        if (
+            _rest(raw.replace(words, b"", 1)).images == (photo,)
+            and msgspec.json.decode(b'{%b"id":1}' % words, type=DrugRecord) == drug
+        ):
+            self.known[raw[at : at + 24]] = (words, drug, photo.drug_N)
+    except _TROUBLE:
+        pass
+    return Annotation(
+        path,
+        photo,
+        drug,
+        [b.bbox for b in doc.annotations],
+        [b.area for b in doc.annotations],
+        photo.width,
+        photo.height,
+        "utf-8",
+        True,
+    )
 
 # %% ../../nbs/delivery/120_aihub.ipynb #ae8146f0
 def read_annotation(
-    path:str|os.PathLike # one JSON file
-)->Annotation|Fault: # never raises, whatever the bytes are
+    path: str | os.PathLike,  # one JSON file
+) -> Annotation | Fault:  # never raises, whatever the bytes are
     "Read one annotation file; for many, keep a `Reader`."
     return Reader()(path)
 
@@ -540,293 +770,422 @@ def read_annotation(
 @dataclass(frozen=True)
 class Delivery:
     "Where the parts of a delivery lie."
-    root:Path        # paths in the manifest are relative to it
-    labels:Path      # JSON files of Training
-    images:Path|None # photos of Training; None for a bare tree of labels
-    sealed:Path|None # AI Hub's Validation: folder names only
 
-def _train(root:Path)->Path|None:
+    root: Path  # paths in the manifest are relative to it
+    labels: Path  # JSON files of Training
+    images: Path | None  # photos of Training; None for a bare tree of labels
+    sealed: Path | None  # AI Hub's Validation: folder names only
+
+
+def _train(root: Path) -> Path | None:
     "The folder that holds labels and images."
-    return next((p for p in (root/"data"/"train", root/"train", root) if (p/"labels").is_dir()), None)
+    return next((p for p in (root / "data" / "train", root / "train", root) if (p / "labels").is_dir()), None)
 
 # %% ../../nbs/delivery/120_aihub.ipynb #d73400e5
 def unpack_hint(
-    folder:str|os.PathLike # where something was missed
-)->str: # "" where there are no archives
+    folder: str | os.PathLike,  # where something was missed
+) -> str:  # "" where there are no archives
     "What to do about archives that nobody has unpacked."
     zips = archives_in(walk_tree(folder).files)
     return f"unpack the {len(zips)} archives first: pillsnap extract {folder}" if zips else ""
 
 # %% ../../nbs/delivery/120_aihub.ipynb #e84dd5ec
 def find_delivery(
-    root:str|os.PathLike # the folder that holds data/train, train, or labels and images
-)->Delivery: # raises PillsnapError when there is none
+    root: str | os.PathLike,  # the folder that holds data/train, train, or labels and images
+) -> Delivery:  # raises PillsnapError when there is none
     "Find the parts of a delivery by their folders (SPEC DM7)."
     root = Path(root)
-    if not root.is_dir(): raise PillsnapError("the delivery's folder does not exist" if not root.exists() else "the delivery is not a folder", where=root, fix="set paths.root to the folder that holds data/train")
-    if (mark := root/"SYNTHETIC.unfinished.json").exists(): raise PillsnapError("this synthetic delivery was not rendered to its end", where=mark, fix="render it again into the same folder: it goes on where it stopped")
+    if not root.is_dir():
+        raise PillsnapError(
+            "the delivery's folder does not exist" if not root.exists() else "the delivery is not a folder",
+            where=root,
+            fix="set paths.root to the folder that holds data/train",
+        )
+    if (mark := root / "SYNTHETIC.unfinished.json").exists():
+        raise PillsnapError(
+            "this synthetic delivery was not rendered to its end",
+            where=mark,
+            fix="render it again into the same folder: it goes on where it stopped",
+        )
     if (train := _train(root)) is None:
-        raise PillsnapError("there is no delivery in this folder", where=root, fix=unpack_hint(root) or "the folder must hold data/train/labels and data/train/images")
-    refuse_sealed(train/"labels", "set paths.root to the delivery itself, the folder that holds data/train")
-    if not (train/"images").is_dir(): raise PillsnapError("this delivery has labels and no photos", where=train/"images", fix="`pillsnap audit` works on labels alone; conversion needs the photos")
-    sealed = next((train.parent/n for n in SEALED if (train != root or root.name == "train") and (train.parent/n).is_dir()), None)
-    return Delivery(root, train/"labels", train/"images", sealed)
+        raise PillsnapError(
+            "there is no delivery in this folder",
+            where=root,
+            fix=unpack_hint(root) or "the folder must hold data/train/labels and data/train/images",
+        )
+    refuse_sealed(train / "labels", "set paths.root to the delivery itself, the folder that holds data/train")
+    if not (train / "images").is_dir():
+        raise PillsnapError(
+            "this delivery has labels and no photos",
+            where=train / "images",
+            fix="`pillsnap audit` works on labels alone; conversion needs the photos",
+        )
+    sealed = next(
+        (train.parent / n for n in SEALED if (train != root or root.name == "train") and (train.parent / n).is_dir()),
+        None,
+    )
+    return Delivery(root, train / "labels", train / "images", sealed)
 
 # %% ../../nbs/delivery/120_aihub.ipynb #cabc2de8
-def _subfolders(folder:str)->list[os.DirEntry]: return [e for e in _scan(folder) if e.is_dir(follow_symlinks=False) and not e.name.startswith(".")]
+def _subfolders(folder: str) -> list[os.DirEntry]:
+    return [e for e in _scan(folder) if e.is_dir(follow_symlinks=False) and not e.name.startswith(".")]
+
 
 def sealed_folders(
-    d:Delivery # a delivery
-)->list[tuple[str,tuple[str,...]]]: # paths, and the K-codes they are named after
+    d: Delivery,  # a delivery
+) -> list[tuple[str, tuple[str, ...]]]:  # paths, and the K-codes they are named after
     "The sealed test's folders, by their names alone (SPEC SP4)."
     stack, found = [os.fspath(d.sealed)] if d.sealed else [], []
     while stack:
         for e in _subfolders(stack.pop()):
-            if got := folder_codes(e.name): found.append((e.path, got))
-            else: stack.append(e.path)
+            if got := folder_codes(e.name):
+                found.append((e.path, got))
+            else:
+                stack.append(e.path)
     return sorted(found)
 
+
 def sealed_codes(
-    d:Delivery # a delivery
-)->set[str]: # K-codes that the sealed test's folders are named after
+    d: Delivery,  # a delivery
+) -> set[str]:  # K-codes that the sealed test's folders are named after
     "The drugs of the sealed test (SPEC SP4)."
-    return {c for _,codes in sealed_folders(d) for c in codes}
+    return {c for _, codes in sealed_folders(d) for c in codes}
 
 # %% ../../nbs/delivery/120_aihub.ipynb #75486df1
 def overlap_in_words(
-    train:Iterable[str], # K-codes of Training
-    sealed:Iterable[str] # K-codes of the sealed test
-)->str:
+    train: Iterable[str],  # K-codes of Training
+    sealed: Iterable[str],  # K-codes of the sealed test
+) -> str:
     "What the sealed test can and cannot measure, in one sentence."
     train, sealed = set(train), set(sealed)
-    if not sealed: return "There is no sealed test in this delivery: the final test will say NOT_MEASURED."
+    if not sealed:
+        return "There is no sealed test in this delivery: the final test will say NOT_MEASURED."
     n = len(train & sealed)
-    if not n: return f"None of the {len(sealed)} drugs of the sealed test is among the {len(train)} of Training: a classifier cannot name any of them, so the closed-set row of the final test is NOT_MEASURED; they serve the open-set and the enrolment rows."
-    return f"{n} of the {len(sealed)} drugs of the sealed test are among the {len(train)} of Training; the other {len(sealed)-n} serve the open-set and the enrolment rows."
+    if not n:
+        return f"None of the {len(sealed)} drugs of the sealed test is among the {len(train)} of Training: a classifier cannot name any of them, so the closed-set row of the final test is NOT_MEASURED; they serve the open-set and the enrolment rows."
+    return f"{n} of the {len(sealed)} drugs of the sealed test are among the {len(train)} of Training; the other {len(sealed) - n} serve the open-set and the enrolment rows."
 
 # %% ../../nbs/delivery/120_aihub.ipynb #12c97e1b
 @dataclass
 class Photos:
     "The photos of a delivery, by name."
-    paths:dict[str,list[str]] = field(default_factory=dict) # name without extension → paths, sorted
-    faults:list[Fault] = field(default_factory=list)        # what was met on the way
-    index:int = 0                                           # *_index pictures passed over
-    hidden:int = 0                                          # hidden files passed over
+
+    paths: dict[str, list[str]] = field(default_factory=dict)  # name without extension → paths, sorted
+    faults: list[Fault] = field(default_factory=list)  # what was met on the way
+    index: int = 0  # *_index pictures passed over
+    hidden: int = 0  # hidden files passed over
 
 # %% ../../nbs/delivery/120_aihub.ipynb #c3a4d7a5
 def index_photos(
-    images:str|os.PathLike, # a tree of photos
-    extensions:Iterable[str]=(".jpg",".jpeg",".png",".bmp",".webp"), # files taken for photos
-    ignore_hidden:bool=True # pass over dot files
-)->Photos:
+    images: str | os.PathLike,  # a tree of photos
+    extensions: Iterable[str] = (".jpg", ".jpeg", ".png", ".bmp", ".webp"),  # files taken for photos
+    ignore_hidden: bool = True,  # pass over dot files
+) -> Photos:
     "Find every photo of a tree (SPEC DM6)."
-    w = walk_tree(images, ignore_hidden); out = Photos(faults=w.faults, hidden=w.hidden)
+    w = walk_tree(images, ignore_hidden)
+    out = Photos(faults=w.faults, hidden=w.hidden)
     wanted = {e.lower() for e in extensions}
     for path in w.files:
         stem, ext = os.path.splitext(os.path.basename(path))
-        if _part_of(os.path.basename(path))[1]: continue # unpacked beside it, or told by who misses it
-        if ext.lower() not in wanted: out.faults.append(Fault(path, Reason.EXTENSION, ext or "none"))
-        elif stem.endswith("_index"): out.index += 1
-        else: out.paths.setdefault(stem, []).append(path)
+        if _part_of(os.path.basename(path))[1]:
+            continue  # unpacked beside it, or told by who misses it
+        if ext.lower() not in wanted:
+            out.faults.append(Fault(path, Reason.EXTENSION, ext or "none"))
+        elif stem.endswith("_index"):
+            out.index += 1
+        else:
+            out.paths.setdefault(stem, []).append(path)
     return out
 
 # %% ../../nbs/delivery/120_aihub.ipynb #541cc119
-def _beside(path:str)->tuple:
+def _beside(path: str) -> tuple:
     "What a label's and its photo's folders have in common: archive and code folder."
     parts = Path(path).parent.parts
     archive = next((a for p in reversed(parts) if (a := parse_archive(p))), None)
-    codes = next((c for p in reversed(parts) if (c := folder_codes(p)) and (len(c) > 1 or not archive or archive.kind == "single")), ())
+    codes = next(
+        (
+            c
+            for p in reversed(parts)
+            if (c := folder_codes(p)) and (len(c) > 1 or not archive or archive.kind == "single")
+        ),
+        (),
+    )
     return ((archive.split, archive.kind, archive.number) if archive else None, codes)
 
 # %% ../../nbs/delivery/120_aihub.ipynb #36c0fe15
 def choose_photo(
-    label:str,          # path of the annotation
-    candidates:list[str] # photos of that name
-)->str|None:
+    label: str,  # path of the annotation
+    candidates: list[str],  # photos of that name
+) -> str | None:
     "The photo of a label: the only one, or the one in the folder beside it."
-    if len(candidates) < 2: return candidates[0] if candidates else None
+    if len(candidates) < 2:
+        return candidates[0] if candidates else None
     want = _beside(label)
-    return max(sorted(candidates), key=lambda c: sum(a == b for a,b in zip(_beside(c), want)))
+    return max(sorted(candidates), key=lambda c: sum(a == b for a, b in zip(_beside(c), want)))
 
 # %% ../../nbs/delivery/120_aihub.ipynb #f34f0dea
 def label_files(
-    labels:str|os.PathLike,  # a tree of JSON files
-    ignore_hidden:bool=True  # pass over dot files
-)->tuple[list[str],list[Fault]]: # paths, sorted; faults of the tree
+    labels: str | os.PathLike,  # a tree of JSON files
+    ignore_hidden: bool = True,  # pass over dot files
+) -> tuple[list[str], list[Fault]]:  # paths, sorted; faults of the tree
     "Every annotation file of a tree (SPEC DM1, DM7)."
     w = walk_tree(labels, ignore_hidden)
     return [f for f in w.files if f.lower().endswith(".json")], w.faults
 
 # %% ../../nbs/delivery/120_aihub.ipynb #9d5d96e8
-MAX_RATIO = 200                # unpacked : packed; annotations reach about 20, photos 1
+MAX_RATIO = 200  # unpacked : packed; annotations reach about 20, photos 1
 MAX_ENTRY_BYTES = 256_000_000  # a photo has 1.7 MB
 
 # %% ../../nbs/delivery/120_aihub.ipynb #52fb3a09
 def entry_name(
-    info:zipfile.ZipInfo # one entry
-)->str: # its path in the archive, Korean readable
+    info: zipfile.ZipInfo,  # one entry
+) -> str:  # its path in the archive, Korean readable
     "An entry's name: UTF-8 where the archive says so, else CP949 or UTF-8 by its bytes (SPEC RS4)."
-    if info.flag_bits & 0x800: return unicodedata.normalize("NFC", info.orig_filename)
+    if info.flag_bits & 0x800:
+        return unicodedata.normalize("NFC", info.orig_filename)
     raw = info.orig_filename.encode("cp437")
     for encoding in ("utf-8", "cp949"):
-        try: return unicodedata.normalize("NFC", raw.decode(encoding))
-        except UnicodeDecodeError: pass
+        try:
+            return unicodedata.normalize("NFC", raw.decode(encoding))
+        except UnicodeDecodeError:
+            pass
     return info.orig_filename
 
 # %% ../../nbs/delivery/120_aihub.ipynb #97604f1c
 def entry_fault(
-    info:zipfile.ZipInfo, # one entry
-    name:str              # its decoded name
-)->str|None: # what is wrong with it
+    info: zipfile.ZipInfo,  # one entry
+    name: str,  # its decoded name
+) -> str | None:  # what is wrong with it
     "Why an entry may not be unpacked (SPEC section 2, RS4)."
     parts, mode = PurePosixPath(name).parts, info.external_attr >> 16
-    if not name or "\0" in name or "\\" in name or re.match(r"[A-Za-z]:", name): return "its name is no relative path"
-    if name.startswith("/") or ".." in parts: return "its path leads out of the folder"
-    if any(len(p.encode("utf-8", "replace")) > 255 for p in parts): return "its name is too long"
-    if mode and stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR): return "it is a link or a device"
-    if info.flag_bits & 0x1: return "it is encrypted"
-    if info.file_size > MAX_ENTRY_BYTES: return f"it has {info.file_size} bytes"
-    if info.file_size > MAX_RATIO*max(info.compress_size, 100): return f"it swells from {info.compress_size} to {info.file_size} bytes"
+    if not name or "\0" in name or "\\" in name or re.match(r"[A-Za-z]:", name):
+        return "its name is no relative path"
+    if name.startswith("/") or ".." in parts:
+        return "its path leads out of the folder"
+    if any(len(p.encode("utf-8", "replace")) > 255 for p in parts):
+        return "its name is too long"
+    if mode and stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR):
+        return "it is a link or a device"
+    if info.flag_bits & 0x1:
+        return "it is encrypted"
+    if info.file_size > MAX_ENTRY_BYTES:
+        return f"it has {info.file_size} bytes"
+    if info.file_size > MAX_RATIO * max(info.compress_size, 100):
+        return f"it swells from {info.compress_size} to {info.file_size} bytes"
 
 # %% ../../nbs/delivery/120_aihub.ipynb #e9a45b22
-def _plan(path:Path, z:zipfile.ZipFile)->list[tuple[zipfile.ZipInfo,str]]:
+def _plan(path: Path, z: zipfile.ZipFile) -> list[tuple[zipfile.ZipInfo, str]]:
     "Entries with the path each will have; a folder named like the archive itself is dropped."
     mine, plan, seen = parse_archive(path.name), [], set()
-    if sum(i.compress_size for i in z.infolist()) > z.start_dir: raise zipfile.BadZipFile("its entries need more bytes than it has: a piece is missing, or they share them")
-    if (len(z.infolist()) - (said := zipfile._EndRecData(z.fp)[zipfile._ECD_ENTRIES_TOTAL])) % 65536: raise zipfile.BadZipFile(f"its directory holds {len(z.infolist()):,} entries and should hold {said:,}")
+    if sum(i.compress_size for i in z.infolist()) > z.start_dir:
+        raise zipfile.BadZipFile("its entries need more bytes than it has: a piece is missing, or they share them")
+    if (len(z.infolist()) - (said := zipfile._EndRecData(z.fp)[zipfile._ECD_ENTRIES_TOTAL])) % 65536:
+        raise zipfile.BadZipFile(f"its directory holds {len(z.infolist()):,} entries and should hold {said:,}")
     for info in z.infolist():
         name = entry_name(info)
-        if wrong := entry_fault(info, name): raise PillsnapError(f"this archive is refused: {wrong}", where=f"{path}: {name!r}", fix="fetch it again; if it comes so from AI Hub, unpack it by hand")
+        if wrong := entry_fault(info, name):
+            raise PillsnapError(
+                f"this archive is refused: {wrong}",
+                where=f"{path}: {name!r}",
+                fix="fetch it again; if it comes so from AI Hub, unpack it by hand",
+            )
         parts = PurePosixPath(name).parts
-        if parts and mine and parse_archive(parts[0]) == mine: parts = parts[1:]
-        if not parts or info.is_dir(): continue
+        if parts and mine and parse_archive(parts[0]) == mine:
+            parts = parts[1:]
+        if not parts or info.is_dir():
+            continue
         target = "/".join(parts)
-        if target.casefold() in seen: raise PillsnapError("this archive is refused: it holds one path twice", where=f"{path}: {name!r}")
-        seen.add(target.casefold()); plan.append((info, target))
+        if target.casefold() in seen:
+            raise PillsnapError("this archive is refused: it holds one path twice", where=f"{path}: {name!r}")
+        seen.add(target.casefold())
+        plan.append((info, target))
     return plan
 
 # %% ../../nbs/delivery/120_aihub.ipynb #7a2b06d8
 class Pieces(io.RawIOBase):
     "Files read one after the other as if they were one."
-    def __init__(self,
-        paths:list[str] # in their order
+
+    def __init__(
+        self,
+        paths: list[str],  # in their order
     ):
         self.files, self.at = [open(p, "rb", 0) for p in paths], 0
         self.starts = [0]
-        for p in paths: self.starts.append(self.starts[-1]+os.path.getsize(p))
+        for p in paths:
+            self.starts.append(self.starts[-1] + os.path.getsize(p))
 
-    def readable(self)->bool: return True
-    def seekable(self)->bool: return True
-    def tell(self)->int: return self.at
-    def close(self)->None:
-        for f in self.files: f.close()
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.at
+
+    def close(self) -> None:
+        for f in self.files:
+            f.close()
         super().close()
 
 # %% ../../nbs/delivery/120_aihub.ipynb #15cb5d29
 @patch
-def seek(self:Pieces,
-    offset:int, # bytes
-    whence:int=0 # 0 from the start, 1 from here, 2 from the end
-)->int:
+def seek(
+    self: Pieces,
+    offset: int,  # bytes
+    whence: int = 0,  # 0 from the start, 1 from here, 2 from the end
+) -> int:
     "Go to a place in the whole."
-    self.at = max(0, offset+(0, self.at, self.starts[-1])[whence]); return self.at
+    self.at = max(0, offset + (0, self.at, self.starts[-1])[whence])
+    return self.at
+
 
 @patch
-def readinto(self:Pieces,
-    buffer:Any # filled, up to the end of a piece
-)->int: # bytes read
+def readinto(
+    self: Pieces,
+    buffer: Any,  # filled, up to the end of a piece
+) -> int:  # bytes read
     "Read on."
-    i = next((i for i,s in enumerate(self.starts[1:]) if self.at < s), None)
-    if i is None: return 0
-    self.files[i].seek(self.at-self.starts[i])
-    n = self.files[i].readinto(memoryview(buffer)[:self.starts[i+1]-self.at]); self.at += n
+    i = next((i for i, s in enumerate(self.starts[1:]) if self.at < s), None)
+    if i is None:
+        return 0
+    self.files[i].seek(self.at - self.starts[i])
+    n = self.files[i].readinto(memoryview(buffer)[: self.starts[i + 1] - self.at])
+    self.at += n
     return n
 
 # %% ../../nbs/delivery/120_aihub.ipynb #e0c8ce0e
-def _copy_entry(z:zipfile.ZipFile, info:zipfile.ZipInfo, target:Path, half:Path)->None:
+def _copy_entry(z: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path, half: Path) -> None:
     "Unpack one entry, never more bytes than it declared; its name appears when it is whole."
     target.parent.mkdir(parents=True, exist_ok=True)
     with z.open(info) as src, open(half, "wb") as dst:
         left = info.file_size
-        while chunk := src.read(min(1<<20, left+1)):
+        while chunk := src.read(min(1 << 20, left + 1)):
             left -= len(chunk)
-            if left < 0: raise zipfile.BadZipFile(f"{info.filename} is longer than it declared")
+            if left < 0:
+                raise zipfile.BadZipFile(f"{info.filename} is longer than it declared")
             dst.write(chunk)
     half.rename(target)
 
-def _resume(part:Path, pieces:list[str])->None:
+
+def _resume(part: Path, pieces: list[str]) -> None:
     "Keep what was unpacked of this very archive; begin anew for another one."
-    mark, said = part/".source", "\n".join(f"{os.path.basename(p)} {(s := os.stat(p)).st_size} {s.st_mtime_ns}" for p in pieces)
-    if mark.is_file() and mark.read_text(encoding="utf-8", errors="surrogateescape") == said: return
+    mark, said = (
+        part / ".source",
+        "\n".join(f"{os.path.basename(p)} {(s := os.stat(p)).st_size} {s.st_mtime_ns}" for p in pieces),
+    )
+    if mark.is_file() and mark.read_text(encoding="utf-8", errors="surrogateescape") == said:
+        return
     for p in part.iterdir():
-        if p.is_dir(): shutil.rmtree(p)
-        elif p.name != ".lock": p.unlink()
+        if p.is_dir():
+            shutil.rmtree(p)
+        elif p.name != ".lock":
+            p.unlink()
     mark.write_text(said, encoding="utf-8", errors="surrogateescape")
 
 # %% ../../nbs/delivery/120_aihub.ipynb #ac64a457
-def _unpack(z:zipfile.ZipFile, plan:list[tuple[zipfile.ZipInfo,str]], part:Path, target:Path, advance:Callable[[int],Any])->None:
+def _unpack(
+    z: zipfile.ZipFile, plan: list[tuple[zipfile.ZipInfo, str]], part: Path, target: Path, advance: Callable[[int], Any]
+) -> None:
     "Unpack what is not there yet, and give the folder its name."
-    todo = [(i,n) for i,n in plan if not (os.path.isfile(part/n) and os.path.getsize(part/n) == i.file_size)]
-    need, free = sum(i.file_size for i,_ in todo), shutil.disk_usage(part).free
-    if need > free: raise PillsnapError(f"unpacking needs {need:,} bytes and {free:,} are free", where=target, fix="free some space, or unpack to another disk; it goes on from here")
-    advance(sum(i.file_size for i,_ in plan)-need)
-    for info, n in todo: _copy_entry(z, info, part/n, part/".half"); advance(info.file_size)
-    for mark in (".source", ".half", ".lock"): (part/mark).unlink(missing_ok=True)
+    todo = [(i, n) for i, n in plan if not (os.path.isfile(part / n) and os.path.getsize(part / n) == i.file_size)]
+    need, free = sum(i.file_size for i, _ in todo), shutil.disk_usage(part).free
+    if need > free:
+        raise PillsnapError(
+            f"unpacking needs {need:,} bytes and {free:,} are free",
+            where=target,
+            fix="free some space, or unpack to another disk; it goes on from here",
+        )
+    advance(sum(i.file_size for i, _ in plan) - need)
+    for info, n in todo:
+        _copy_entry(z, info, part / n, part / ".half")
+        advance(info.file_size)
+    for mark in (".source", ".half", ".lock"):
+        (part / mark).unlink(missing_ok=True)
     part.rename(target)
 
-def _incomplete(pieces:list[str])->str|None:
+
+def _incomplete(pieces: list[str]) -> str | None:
     "Where a piece is missing or short: a piece is named after its place, in bytes or by counting."
     places, sizes = [_part_of(os.path.basename(p))[0] for p in pieces], [os.path.getsize(p) for p in pieces]
-    if places[0] < 0 or places in (list(range(len(places))), list(range(1, len(places)+1))): return None
-    wrong = next((p for p,place,at in zip(pieces, places, accumulate(sizes, initial=0)) if place != at), None)
+    if places[0] < 0 or places in (list(range(len(places))), list(range(1, len(places) + 1))):
+        return None
+    wrong = next((p for p, place, at in zip(pieces, places, accumulate(sizes, initial=0)) if place != at), None)
     return f"a piece is missing or incomplete before {os.path.basename(wrong)}" if wrong else None
 
 # %% ../../nbs/delivery/120_aihub.ipynb #052f6d6b
 def extract_archive(
-    pieces:list[str],       # one zip, or the pieces of one
-    target:str|os.PathLike, # the folder it becomes
-    advance:Callable[[int],Any]=lambda n: None # told the bytes of each file as it is done
-)->int: # files unpacked; 0 when the folder was there already
+    pieces: list[str],  # one zip, or the pieces of one
+    target: str | os.PathLike,  # the folder it becomes
+    advance: Callable[[int], Any] = lambda n: None,  # told the bytes of each file as it is done
+) -> int:  # files unpacked; 0 when the folder was there already
     "Unpack one archive, wholly or not at all; a second call goes on where the first was stopped (SPEC RS4)."
-    target, name = Path(target), Path(pieces[0]); part = target.with_name(f".{target.name}.part")
-    if target.exists(): return 0
+    target, name = Path(target), Path(pieces[0])
+    part = target.with_name(f".{target.name}.part")
+    if target.exists():
+        return 0
     try:
-        if gap := _incomplete(pieces): raise zipfile.BadZipFile(gap)
-        with zipfile.ZipFile(io.BufferedReader(Pieces(pieces), 1<<20)) as z:
+        if gap := _incomplete(pieces):
+            raise zipfile.BadZipFile(gap)
+        with zipfile.ZipFile(io.BufferedReader(Pieces(pieces), 1 << 20)) as z:
             plan = _plan(Path(_PIECE.sub("", str(name))), z)
             with FolderLock(part):
-                if target.exists(): shutil.rmtree(part); return 0 # another run was quicker
-                _resume(part, pieces); _unpack(z, plan, part, target, advance)
+                if target.exists():
+                    shutil.rmtree(part)
+                    return 0  # another run was quicker
+                _resume(part, pieces)
+                _unpack(z, plan, part, target, advance)
     except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, EOFError, ValueError, zlib.error) as e:
-        raise PillsnapError(f"this archive is broken: {e}", where=name, fix="fetch it again"+(", all pieces into one folder" if _PIECE.search(pieces[0]) else "")) from None
-    except OSError as e: raise os_trouble("unpacking failed", target, e) from None
+        raise PillsnapError(
+            f"this archive is broken: {e}",
+            where=name,
+            fix="fetch it again" + (", all pieces into one folder" if _PIECE.search(pieces[0]) else ""),
+        ) from None
+    except OSError as e:
+        raise os_trouble("unpacking failed", target, e) from None
     return len(plan)
 
 # %% ../../nbs/delivery/120_aihub.ipynb #4fe82826
 def extract_archives(
-    src:str|os.PathLike,     # a folder with AI Hub's archives, at any depth
-    dst:str|os.PathLike,     # the delivery's root; archives become data/{train,val}/{labels,images}/…
-    workers:int|None=None,   # archives at once; None = one per CPU
-    progress:bool=False      # show a progress bar
-)->dict[str,int]: # folder of each archive → files unpacked, 0 when it was there
+    src: str | os.PathLike,  # a folder with AI Hub's archives, at any depth
+    dst: str | os.PathLike,  # the delivery's root; archives become data/{train,val}/{labels,images}/…
+    workers: int | None = None,  # archives at once; None = one per CPU
+    progress: bool = False,  # show a progress bar
+) -> dict[str, int]:  # folder of each archive → files unpacked, 0 when it was there
     "Unpack a delivery into the English tree (SPEC DM14, RS4)."
-    if not Path(src).is_dir(): raise PillsnapError("the folder of archives is a file" if Path(src).exists() else "the folder of archives does not exist", where=src, fix="name the folder that the archives lie in")
+    if not Path(src).is_dir():
+        raise PillsnapError(
+            "the folder of archives is a file" if Path(src).exists() else "the folder of archives does not exist",
+            where=src,
+            fix="name the folder that the archives lie in",
+        )
     found = archives_in(walk_tree(src, sealed=True).files)
-    for (a,f),(b,g) in pairwise(found):
-        if a.folder == b.folder: raise PillsnapError(f"two archives would become {a.folder}", where=f"{f[0]} and {g[0]}", fix="keep the right one here")
-    if not found: raise PillsnapError("there are no archives of the delivery here", where=src, fix="their names look like TL_1_단일.zip or TS_1_조합.zip")
+    for (a, f), (b, g) in pairwise(found):
+        if a.folder == b.folder:
+            raise PillsnapError(
+                f"two archives would become {a.folder}", where=f"{f[0]} and {g[0]}", fix="keep the right one here"
+            )
+    if not found:
+        raise PillsnapError(
+            "there are no archives of the delivery here",
+            where=src,
+            fix="their names look like TL_1_단일.zip or TS_1_조합.zip",
+        )
     with show_progress(desc="unpacking", unit="B", show=progress) as bar:
-        done = joblib.Parallel(n_jobs=workers or min(joblib.cpu_count(), len(found)), backend="threading")(joblib.delayed(extract_archive)(f, Path(dst)/a.folder, bar.update) for a,f in found)
-    return {str(a.folder): n for (a,_),n in zip(found, done)}
+        done = joblib.Parallel(n_jobs=workers or min(joblib.cpu_count(), len(found)), backend="threading")(
+            joblib.delayed(extract_archive)(f, Path(dst) / a.folder, bar.update) for a, f in found
+        )
+    return {str(a.folder): n for (a, _), n in zip(found, done)}
 
 # %% ../../nbs/delivery/120_aihub.ipynb #f8bfadfb
 def extract_command(
-    src:str|os.PathLike,          # a folder with archives
-    out:str|os.PathLike|None=None, # the delivery's root; None = the same folder
-    workers:int|None=None         # archives at once
-)->dict[str,int]: # folder of each archive → files unpacked
+    src: str | os.PathLike,  # a folder with archives
+    out: str | os.PathLike | None = None,  # the delivery's root; None = the same folder
+    workers: int | None = None,  # archives at once
+) -> dict[str, int]:  # folder of each archive → files unpacked
     "`pillsnap extract`: unpack, say what there is now."
     done = extract_archives(src, out or src, workers, progress=True)
-    for folder, n in done.items(): print(f"{n:>9,}  {folder}" if n else f"    there  {folder}")
-    print(f"{sum(done.values()):,} files of {len(done)} archives unpacked into {Path(out or src)/'data'}")
+    for folder, n in done.items():
+        print(f"{n:>9,}  {folder}" if n else f"    there  {folder}")
+    print(f"{sum(done.values()):,} files of {len(done)} archives unpacked into {Path(out or src) / 'data'}")
     return done

@@ -16,43 +16,48 @@ from fastcore.basics import patch
 @dataclass(frozen=True)
 class Capture:
     "How one photo was taken, as its file name tells it (SPEC DM7)."
-    codes:tuple[str,...] # K-codes in the photo, as the name lists them; one for a single
-    state:int            # 0 intact pill
-    back:int             # background: 0 black, 1 blue, 2 light grey
-    side:int             # 0 front, 1 back
-    light:int            # 0 warm, 1 daylight, 2 neutral white
-    latitude:int         # camera elevation, degrees: 60, 70, 75 or 90
-    longitude:int        # turntable angle, degrees: 0 to 340 in steps of 20
-    size:int             # camera setting, 200
+
+    codes: tuple[str, ...]  # K-codes in the photo, as the name lists them; one for a single
+    state: int  # 0 intact pill
+    back: int  # background: 0 black, 1 blue, 2 light grey
+    side: int  # 0 front, 1 back
+    light: int  # 0 warm, 1 daylight, 2 neutral white
+    latitude: int  # camera elevation, degrees: 60, 70, 75 or 90
+    longitude: int  # turntable angle, degrees: 0 to 340 in steps of 20
+    size: int  # camera setting, 200
 
 # %% ../../nbs/delivery/100_capture.ipynb #7778eebc
 TOKENS = r"_(\d)_(\d)_(\d)_(\d)_(\d{2})_(\d{3})_(0|[1-9]\d{0,3})"  # state, back, side, light, latitude, longitude, size
-_NAME = re.compile(r"K-(\d{6}(?:-\d{6})*)"+TOKENS, re.ASCII)
+_NAME = re.compile(r"K-(\d{6}(?:-\d{6})*)" + TOKENS, re.ASCII)
+
 
 def parse_name(
-    stem:str # file name without its extension
-)->Capture:  # raises ValueError, naming the stem, when it does not fit
+    stem: str,  # file name without its extension
+) -> Capture:  # raises ValueError, naming the stem, when it does not fit
     "Read a `Capture` from a photo's or an annotation's file name."
     m = _NAME.fullmatch(stem)
-    if m is None: raise ValueError(f"not a capture name: {stem!r}")
+    if m is None:
+        raise ValueError(f"not a capture name: {stem!r}")
     codes, *rest = m.groups()
     return Capture(tuple(f"K-{c}" for c in codes.split("-")), *map(int, rest))
 
 # %% ../../nbs/delivery/100_capture.ipynb #45ee3f6d
 @patch(as_prop=True)
-def code(self:Capture)->str: # "K-000573", or "K-000250-000573" for a combo
+def code(self: Capture) -> str:  # "K-000573", or "K-000250-000573" for a combo
     "The drugs as folder and file names write them."
-    return "K-"+"-".join(k.removeprefix("K-") for k in self.codes)
+    return "K-" + "-".join(k.removeprefix("K-") for k in self.codes)
+
 
 @patch
-def stem(self:Capture)->str: # file name without its extension
+def stem(self: Capture) -> str:  # file name without its extension
     "The capture's file name; the inverse of `parse_name`."
     return f"{self.code}_{self.state}_{self.back}_{self.side}_{self.light}_{self.latitude:02d}_{self.longitude:03d}_{self.size}"
 
 # %% ../../nbs/delivery/100_capture.ipynb #4fa5ca85
 def capture_group(
-    c:Capture # a photo's capture
-)->str: # equal for photos that must not be split apart
+    c: Capture,  # a photo's capture
+) -> str:  # equal for photos that must not be split apart
     "The leak boundary (SPEC BX1): one turntable series of a single, all photos of a combo."
-    if len(c.codes) > 1: return "K-"+"-".join(sorted(k.removeprefix("K-") for k in c.codes))
+    if len(c.codes) > 1:
+        return "K-" + "-".join(sorted(k.removeprefix("K-") for k in c.codes))
     return f"{c.codes[0]}_{c.side}_{c.back}_{c.light}"

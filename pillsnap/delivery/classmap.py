@@ -22,88 +22,112 @@ from ..core.files import canonical_json, sha256_text
 @dataclass(frozen=True)
 class ClassMap:
     "Class number ↔ class key: sorted, unique, immutable (SPEC section 2, X3, BX8)."
-    keys:tuple[str,...]   # class keys; any iterable is taken, sorted and freed of repeats
-    kind:str="kcode"      # what a key is: "kcode", or "folder" for folder data sets
-    _ids:dict[str,int] = field(init=False, repr=False, compare=False, default_factory=dict)
+
+    keys: tuple[str, ...]  # class keys; any iterable is taken, sorted and freed of repeats
+    kind: str = "kcode"  # what a key is: "kcode", or "folder" for folder data sets
+    _ids: dict[str, int] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self):
         keys = tuple(sorted({unicodedata.normalize("NFC", k) for k in self.keys}))
-        if not keys or not keys[0].strip(): raise PillsnapError("a class map needs at least one key, and no empty ones", where="class map")
+        if not keys or not keys[0].strip():
+            raise PillsnapError("a class map needs at least one key, and no empty ones", where="class map")
         object.__setattr__(self, "keys", keys)
-        object.__setattr__(self, "_ids", {k:i for i,k in enumerate(keys)})
+        object.__setattr__(self, "_ids", {k: i for i, k in enumerate(keys)})
 
-    def __len__(self)->int: return len(self.keys)
-    def __iter__(self): return iter(self.keys)
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __iter__(self):
+        return iter(self.keys)
 
 # %% ../../nbs/delivery/110_classmap.ipynb #c4b6f8f1
 @patch
-def id(self:ClassMap,
-    key:str # a class key
-)->int: # its number, -1 when it is not in the map
+def id(
+    self: ClassMap,
+    key: str,  # a class key
+) -> int:  # its number, -1 when it is not in the map
     "The number of a key."
     return self._ids.get(unicodedata.normalize("NFC", key), -1)
 
 # %% ../../nbs/delivery/110_classmap.ipynb #b0c35ef2
 @patch
-def key(self:ClassMap,
-    i:int # a class number
-)->str:
+def key(
+    self: ClassMap,
+    i: int,  # a class number
+) -> str:
     "The key of a number; an unknown one raises PillsnapError."
-    if not 0 <= i < len(self.keys): raise PillsnapError(f"class number {i} is not in this map of {len(self.keys)}", fix="the number comes from another class map")
+    if not 0 <= i < len(self.keys):
+        raise PillsnapError(
+            f"class number {i} is not in this map of {len(self.keys)}", fix="the number comes from another class map"
+        )
     return self.keys[i]
 
 # %% ../../nbs/delivery/110_classmap.ipynb #430478e8
 def keys_fingerprint(
-    keys:Iterable[str], # class keys, in the order that counts
-    kind:str="kcode"    # what a key is
-)->str: # sha256, hexadecimal
+    keys: Iterable[str],  # class keys, in the order that counts
+    kind: str = "kcode",  # what a key is
+) -> str:  # sha256, hexadecimal
     "Identity of an ordered list of class keys."
     return sha256_text(canonical_json({"kind": kind, "keys": list(keys)}))
 
+
 @patch(as_prop=True)
-def fingerprint(self:ClassMap)->str: # sha256, hexadecimal
+def fingerprint(self: ClassMap) -> str:  # sha256, hexadecimal
     "Identity of this map; equal only where every number means the same key."
     return keys_fingerprint(self.keys, self.kind)
 
 # %% ../../nbs/delivery/110_classmap.ipynb #25ceb7be
 @patch
-def to_dict(self:ClassMap)->dict[str,Any]: # plain JSON types
+def to_dict(self: ClassMap) -> dict[str, Any]:  # plain JSON types
     "What manifest, checkpoint, index and bundle store."
     return {"kind": self.kind, "keys": list(self.keys), "fingerprint": self.fingerprint}
 
 # %% ../../nbs/delivery/110_classmap.ipynb #ea29c436
 @patch(cls_method=True)
-def from_dict(cls:ClassMap,
-    d:Mapping[str,Any], # what to_dict gave
-    where:object=None   # the file it was read from, for the error
-)->ClassMap:
+def from_dict(
+    cls: ClassMap,
+    d: Mapping[str, Any],  # what to_dict gave
+    where: object = None,  # the file it was read from, for the error
+) -> ClassMap:
     "Read a stored map; a list that does not fit its fingerprint is refused."
-    try: keys, kind, stored = [str(k) for k in d["keys"]], str(d["kind"]), d["fingerprint"]
-    except (KeyError, TypeError) as e: raise PillsnapError(f"this is no class map: {e} is missing", where=where) from None
+    try:
+        keys, kind, stored = [str(k) for k in d["keys"]], str(d["kind"]), d["fingerprint"]
+    except (KeyError, TypeError) as e:
+        raise PillsnapError(f"this is no class map: {e} is missing", where=where) from None
     if keys_fingerprint(keys, kind) != stored or list(cls(keys, kind).keys) != keys:
-        raise PillsnapError("the class map does not fit its own fingerprint: keys were moved, added or removed", where=where, fix="take the file from the run that made it; do not edit it")
+        raise PillsnapError(
+            "the class map does not fit its own fingerprint: keys were moved, added or removed",
+            where=where,
+            fix="take the file from the run that made it; do not edit it",
+        )
     return cls(keys, kind)
 
 # %% ../../nbs/delivery/110_classmap.ipynb #bcb7fa09
 def map_difference(
-    a:ClassMap, # the map that is here
-    b:ClassMap  # the map that came in
-)->str: # "" when they are one
+    a: ClassMap,  # the map that is here
+    b: ClassMap,  # the map that came in
+) -> str:  # "" when they are one
     "In words, how two class maps differ."
-    if a.kind != b.kind: return f"its keys are {b.kind} and not {a.kind}"
-    gone, new = sorted(set(a.keys)-set(b.keys)), sorted(set(b.keys)-set(a.keys))
-    some = lambda ks: ", ".join(ks[:3])+(f" and {len(ks)-3} more" if len(ks) > 3 else "")
-    said = [f"it lacks {some(gone)}"]*bool(gone) + [f"it has {some(new)} besides"]*bool(new)
+    if a.kind != b.kind:
+        return f"its keys are {b.kind} and not {a.kind}"
+    gone, new = sorted(set(a.keys) - set(b.keys)), sorted(set(b.keys) - set(a.keys))
+    some = lambda ks: ", ".join(ks[:3]) + (f" and {len(ks) - 3} more" if len(ks) > 3 else "")
+    said = [f"it lacks {some(gone)}"] * bool(gone) + [f"it has {some(new)} besides"] * bool(new)
     return " and ".join(said)
 
 # %% ../../nbs/delivery/110_classmap.ipynb #c65bda3d
 @patch
-def check(self:ClassMap,
-    other:"ClassMap|Mapping[str,Any]", # the map that came with a file, as it was stored
-    where:str                          # what the other belongs to, e.g. the checkpoint's path
-)->None: # raises PillsnapError in plain language
+def check(
+    self: ClassMap,
+    other: "ClassMap|Mapping[str,Any]",  # the map that came with a file, as it was stored
+    where: str,  # what the other belongs to, e.g. the checkpoint's path
+) -> None:  # raises PillsnapError in plain language
     "Stop unless every number means the same drug on both sides (SPEC BX8)."
     other = other if isinstance(other, ClassMap) else ClassMap.from_dict(other, where=where)
-    if other.fingerprint == self.fingerprint: return
-    raise PillsnapError(f"this file was made for another class map of {len(other)} drugs (here: {len(self)}): {map_difference(self, other)}",
-        where=where, fix="use the file of this run, or train again for these drugs")
+    if other.fingerprint == self.fingerprint:
+        return
+    raise PillsnapError(
+        f"this file was made for another class map of {len(other)} drugs (here: {len(self)}): {map_difference(self, other)}",
+        where=where,
+        fix="use the file of this run, or train again for these drugs",
+    )

@@ -32,9 +32,32 @@ from .classmap import ClassMap
 from .truth import PLAIN, Pill, PhotoTruth
 
 # %% ../../nbs/delivery/140_index.ipynb #116bd60e
-COLUMNS = ("sample_id","path","pack_ref","kcode","class_key","domain","kind","view","bbox","group_id","dup_id","split","stage_min",
-           "width","height","sha1","state","back","side","light","latitude","longitude","size")
-INT_COLUMNS = ("stage_min","width","height","state","back","side","light","latitude","longitude","size")
+COLUMNS = (
+    "sample_id",
+    "path",
+    "pack_ref",
+    "kcode",
+    "class_key",
+    "domain",
+    "kind",
+    "view",
+    "bbox",
+    "group_id",
+    "dup_id",
+    "split",
+    "stage_min",
+    "width",
+    "height",
+    "sha1",
+    "state",
+    "back",
+    "side",
+    "light",
+    "latitude",
+    "longitude",
+    "size",
+)
+INT_COLUMNS = ("stage_min", "width", "height", "state", "back", "side", "light", "latitude", "longitude", "size")
 SCHEMA = "pillsnap.manifest/1"
 INDEX_SCHEMA = "pillsnap.index/1"
 
@@ -42,77 +65,132 @@ _TYPES = pa.schema([(c, pa.int64() if c in INT_COLUMNS else pa.string()) for c i
 
 # %% ../../nbs/delivery/140_index.ipynb #889c458d
 def truth_rows(
-    path:str,         # of the photo, relative to the delivery's root
-    truth:PhotoTruth, # what its labels say
-    pills:list[Pill], # those that may be used
-    sha1:str,         # of the photo's bytes, "" when nobody looked
-    domain:str        # where the photo was taken
-)->list[dict[str,Any]]: # one for each pill
+    path: str,  # of the photo, relative to the delivery's root
+    truth: PhotoTruth,  # what its labels say
+    pills: list[Pill],  # those that may be used
+    sha1: str,  # of the photo's bytes, "" when nobody looked
+    domain: str,  # where the photo was taken
+) -> list[dict[str, Any]]:  # one for each pill
     "The rows of one photo."
-    stem = Path(truth.file_name).stem; c = parse_name(stem); single, rows, n = len(c.codes) == 1, [], Counter()
+    stem = Path(truth.file_name).stem
+    c = parse_name(stem)
+    single, rows, n = len(c.codes) == 1, [], Counter()
     for p in sorted(pills, key=lambda p: (p.kcode, list(p.bbox))):
         n[p.kcode] += 1
-        rows.append(dict(sample_id=f"{Path(path).stem}@{p.kcode}"+(f".{n[p.kcode]}" if n[p.kcode] > 1 else ""), path=path, pack_ref="", kcode=p.kcode, class_key=p.kcode,
-            domain=domain, kind="single" if single else "combo", view="whole" if single else "crop", bbox=json.dumps(list(p.bbox)), group_id=capture_group(c), dup_id="",
-            split="", stage_min=-1, width=truth.width, height=truth.height, sha1=sha1, state=c.state, back=c.back, side=c.side, light=c.light,
-            latitude=c.latitude, longitude=c.longitude, size=c.size))
+        rows.append(
+            dict(
+                sample_id=f"{Path(path).stem}@{p.kcode}" + (f".{n[p.kcode]}" if n[p.kcode] > 1 else ""),
+                path=path,
+                pack_ref="",
+                kcode=p.kcode,
+                class_key=p.kcode,
+                domain=domain,
+                kind="single" if single else "combo",
+                view="whole" if single else "crop",
+                bbox=json.dumps(list(p.bbox)),
+                group_id=capture_group(c),
+                dup_id="",
+                split="",
+                stage_min=-1,
+                width=truth.width,
+                height=truth.height,
+                sha1=sha1,
+                state=c.state,
+                back=c.back,
+                side=c.side,
+                light=c.light,
+                latitude=c.latitude,
+                longitude=c.longitude,
+                size=c.size,
+            )
+        )
     return rows
 
 # %% ../../nbs/delivery/140_index.ipynb #71521b1e
-_NAMES = ("state","back","side","light","latitude","longitude","size")
-_STEM = "^K-\\d{6}"+"".join(f"_(?P<{n}>"+t for n,t in zip(_NAMES, TOKENS.split("_(")[1:]))+"$"
+_NAMES = ("state", "back", "side", "light", "latitude", "longitude", "size")
+_STEM = "^K-\\d{6}" + "".join(f"_(?P<{n}>" + t for n, t in zip(_NAMES, TOKENS.split("_(")[1:])) + "$"
+
 
 def plain_rows(
-    plain:pa.Table, # photos of one pill: Evidence.plain with path, relative to the delivery's root, and sha1, "" when nobody looked
-    domain:str      # where they were taken
-)->pa.Table: # COLUMNS
+    plain: pa.Table,  # photos of one pill: Evidence.plain with path, relative to the delivery's root, and sha1, "" when nobody looked
+    domain: str,  # where they were taken
+) -> pa.Table:  # COLUMNS
     "The rows of photos of one pill."
     stem, code, n, join = plain["stem"], plain["kcode"], len(plain), lambda *a: pc.binary_join_element_wise(*a)
     tokens, text = pc.extract_regex(stem, pattern=_STEM), {k: plain[k].cast(pa.string()) for k in "xywh"}
     token = {k: pc.struct_field(tokens, k) for k in _NAMES}
     same = lambda v: pa.repeat(pa.scalar(v), n)
-    cols = dict(sample_id=join(stem, code, "@"), path=plain["path"], pack_ref=same(""), kcode=code, class_key=code, domain=same(domain), kind=same("single"), view=same("whole"),
-        bbox=join("[", join(*text.values(), ", "), "]", ""), group_id=join(code, token["side"], token["back"], token["light"], "_"), dup_id=same(""), split=same(""),
-        stage_min=same(-1), width=plain["width"], height=plain["height"], sha1=plain["sha1"], **token)
+    cols = dict(
+        sample_id=join(stem, code, "@"),
+        path=plain["path"],
+        pack_ref=same(""),
+        kcode=code,
+        class_key=code,
+        domain=same(domain),
+        kind=same("single"),
+        view=same("whole"),
+        bbox=join("[", join(*text.values(), ", "), "]", ""),
+        group_id=join(code, token["side"], token["back"], token["light"], "_"),
+        dup_id=same(""),
+        split=same(""),
+        stage_min=same(-1),
+        width=plain["width"],
+        height=plain["height"],
+        sha1=plain["sha1"],
+        **token,
+    )
     return pa.table({c: cols[c] for c in COLUMNS}).cast(_TYPES)
 
 # %% ../../nbs/delivery/140_index.ipynb #68ce9b4e
 def gather_rows(
-    plain:pa.Table,              # from plain_rows
-    others:Sequence[dict[str,Any]] # from truth_rows
-)->pa.Table: # COLUMNS, sorted by path and sample; the same for the same delivery
+    plain: pa.Table,  # from plain_rows
+    others: Sequence[dict[str, Any]],  # from truth_rows
+) -> pa.Table:  # COLUMNS, sorted by path and sample; the same for the same delivery
     "All rows of a split; photos of identical bytes share a dup_id (SPEC Annex 3)."
-    t = pa.concat_tables([plain, pa.Table.from_pylist(list(others), schema=_TYPES)]).sort_by([("path","ascending"),("sample_id","ascending")])
-    n = t.filter(pc.not_equal(t["sha1"], "")).group_by("sha1").aggregate([("path","count_distinct")])
+    t = pa.concat_tables([plain, pa.Table.from_pylist(list(others), schema=_TYPES)]).sort_by(
+        [("path", "ascending"), ("sample_id", "ascending")]
+    )
+    n = t.filter(pc.not_equal(t["sha1"], "")).group_by("sha1").aggregate([("path", "count_distinct")])
     twins = n.filter(pc.greater(n["path_count_distinct"], 1))["sha1"]
     dup = pc.if_else(pc.is_in(t["sha1"], twins), pc.utf8_slice_codeunits(t["sha1"], 0, 12), "")
     return t.set_column(COLUMNS.index("dup_id"), "dup_id", dup)
 
 # %% ../../nbs/delivery/140_index.ipynb #e3689b69
 def photo_folder(
-    folder:str # of annotations, below a tree labels
-)->str: # of their photos, below images
+    folder: str,  # of annotations, below a tree labels
+) -> str:  # of their photos, below images
     "Where AI Hub puts the photos of a folder of annotations (SPEC DM7, DM14)."
     parts = list(PurePosixPath(folder).parts)
-    for i in range(len(parts)-1, -1, -1):
+    for i in range(len(parts) - 1, -1, -1):
         codes = folder_codes(parts[i])
-        if codes and i and len(codes) == 1 and len(folder_codes(parts[i-1])) > 1: del parts[i]   # a combination's folder for each drug
-        elif codes: parts[i] = parts[i].removesuffix("_json")
-        elif a := parse_archive(parts[i]): parts[i] = a.folder.name.replace("L_", "S_", 1)
-        elif parts[i] == "labels": parts[i] = "images"; break
+        if codes and i and len(codes) == 1 and len(folder_codes(parts[i - 1])) > 1:
+            del parts[i]  # a combination's folder for each drug
+        elif codes:
+            parts[i] = parts[i].removesuffix("_json")
+        elif a := parse_archive(parts[i]):
+            parts[i] = a.folder.name.replace("L_", "S_", 1)
+        elif parts[i] == "labels":
+            parts[i] = "images"
+            break
     return "/".join(parts)
 
 # %% ../../nbs/delivery/140_index.ipynb #d32f0b30
 def as_table(
-    df:pd.DataFrame|pa.Table # rows, the columns of COLUMNS in any order, more may follow
-)->pa.Table: # COLUMNS first
+    df: pd.DataFrame | pa.Table,  # rows, the columns of COLUMNS in any order, more may follow
+) -> pa.Table:  # COLUMNS first
     "Rows in the order and the types of the index."
     t = df if isinstance(df, pa.Table) else pa.Table.from_pandas(df, preserve_index=False)
-    if lack := [c for c in COLUMNS if c not in t.column_names]: raise PillsnapError(f"the manifest's rows lack {', '.join(lack)}", where="manifest")
+    if lack := [c for c in COLUMNS if c not in t.column_names]:
+        raise PillsnapError(f"the manifest's rows lack {', '.join(lack)}", where="manifest")
     more = [c for c in t.column_names if c not in COLUMNS]
-    return t.select([*COLUMNS, *more]).cast(pa.schema([*_TYPES, *(t.schema.field(c) for c in more)])).replace_schema_metadata(None)
+    return (
+        t.select([*COLUMNS, *more])
+        .cast(pa.schema([*_TYPES, *(t.schema.field(c) for c in more)]))
+        .replace_schema_metadata(None)
+    )
 
-def _stored_root(root:Path, folder:Path, home:Path)->str:
+
+def _stored_root(root: Path, folder: Path, home: Path) -> str:
     "The delivery's root as a header in `folder` keeps it: relative where both lie in one run."
     root, folder, home = (Path(p).resolve() for p in (root, folder, home))
     return Path(os.path.relpath(root, folder)).as_posix() if root.is_relative_to(home) else root.as_posix()
@@ -120,154 +198,225 @@ def _stored_root(root:Path, folder:Path, home:Path)->str:
 # %% ../../nbs/delivery/140_index.ipynb #02cbf3cd
 class _Sha:
     "A file that hashes what is written to it and keeps nothing."
-    closed = False
-    def __init__(self): self.sum = hashlib.sha256()
-    def write(self, raw): self.sum.update(raw); return len(raw)
-    def flush(self): pass
-    def close(self): pass
 
-def _csv(t:pa.Table, to:Any)->None:
+    closed = False
+
+    def __init__(self):
+        self.sum = hashlib.sha256()
+
+    def write(self, raw):
+        self.sum.update(raw)
+        return len(raw)
+
+    def flush(self):
+        pass
+
+    def close(self):
+        pass
+
+
+def _csv(t: pa.Table, to: Any) -> None:
     "The rows as text."
     pa.csv.write_csv(t, to, pa.csv.WriteOptions(quoting_style="needed", batch_size=8192))
 
+
 def rows_hash(
-    t:pa.Table # from as_table
-)->str: # sha256, hexadecimal: of the manifest CSV that these rows make
+    t: pa.Table,  # from as_table
+) -> str:  # sha256, hexadecimal: of the manifest CSV that these rows make
     "The name of the rows."
-    _csv(t, sink := _Sha()); return sink.sum.hexdigest()
+    _csv(t, sink := _Sha())
+    return sink.sum.hexdigest()
 
 # %% ../../nbs/delivery/140_index.ipynb #8ff270b9
-def _head(t:pa.Table, header:dict[str,Any], schema:str, data_hash:str)->dict[str,Any]:
+def _head(t: pa.Table, header: dict[str, Any], schema: str, data_hash: str) -> dict[str, Any]:
     "A header with what it must say of the rows."
-    return {"schema": schema, "created": datetime.now(timezone.utc).isoformat(timespec="seconds")} | {k: v for k,v in header.items() if k not in ("schema","digest")} | \
-        {"rows": len(t), "columns": t.column_names, "data_hash": data_hash}
+    return (
+        {"schema": schema, "created": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+        | {k: v for k, v in header.items() if k not in ("schema", "digest")}
+        | {"rows": len(t), "columns": t.column_names, "data_hash": data_hash}
+    )
 
-def _digest(header:dict[str,Any], batches:Iterable[pa.RecordBatch])->str:
+
+def _digest(header: dict[str, Any], batches: Iterable[pa.RecordBatch]) -> str:
     "The sha256 of header and batches as they lie in a file."
-    total = hashlib.sha256(canonical_json({k: v for k,v in header.items() if k != "digest"}).encode())
-    for b in batches: total.update(b.serialize())
+    total = hashlib.sha256(canonical_json({k: v for k, v in header.items() if k != "digest"}).encode())
+    for b in batches:
+        total.update(b.serialize())
     return total.hexdigest()
 
-def _laid_out(t:pa.Table)->list[pa.RecordBatch]:
+
+def _laid_out(t: pa.Table) -> list[pa.RecordBatch]:
     "Batches with buffers of their own, as a reader of the file will see them; a slice of a larger buffer would hash otherwise."
     out = []
-    for b in t.combine_chunks().to_batches(max_chunksize=1<<16):
+    for b in t.combine_chunks().to_batches(max_chunksize=1 << 16):
         with pa.BufferOutputStream() as sink:
-            with pa.ipc.new_stream(sink, t.schema) as w: w.write_batch(b)
+            with pa.ipc.new_stream(sink, t.schema) as w:
+                w.write_batch(b)
             out.append(pa.ipc.open_stream(sink.getvalue()).read_next_batch())
     return out
 
 # %% ../../nbs/delivery/140_index.ipynb #a295320e
 def write_index(
-    df:pd.DataFrame|pa.Table,   # one row per (photo, pill)
-    header:dict[str,Any],       # source, root, class_map, counts and whatever else is known
-    path:str|os.PathLike,       # <run>/index/<split>.arrow
-    home:str|os.PathLike|None=None # the run folder; a root inside it is kept relative, so that the run may be moved
-)->dict[str,Any]: # the header as written, with schema, rows, columns, data_hash and digest
+    df: pd.DataFrame | pa.Table,  # one row per (photo, pill)
+    header: dict[str, Any],  # source, root, class_map, counts and whatever else is known
+    path: str | os.PathLike,  # <run>/index/<split>.arrow
+    home: str | os.PathLike | None = None,  # the run folder; a root inside it is kept relative
+) -> dict[str, Any]:  # the header as written, with schema, rows, columns, data_hash and digest
     "Write an index, whole or not at all (SPEC X49, BM2)."
     path, t = Path(path), as_table(df)
     header = _head(t, header, INDEX_SCHEMA, header.get("data_hash") or rows_hash(t))
-    if "root" in header: header["root"] = _stored_root(header["root"], path.parent, home or path.parent)
+    if "root" in header:
+        header["root"] = _stored_root(header["root"], path.parent, home or path.parent)
     header["digest"] = _digest(header, batches := _laid_out(t))
     schema = t.schema.with_metadata({b"pillsnap": canonical_json(header).encode()})
     with atomic_path(path) as tmp, pa.OSFile(str(tmp), "wb") as f, pa.ipc.new_file(f, schema) as w:
-        for b in batches: w.write_batch(b.replace_schema_metadata(schema.metadata))
+        for b in batches:
+            w.write_batch(b.replace_schema_metadata(schema.metadata))
     return header
 
 # %% ../../nbs/delivery/140_index.ipynb #0bddfe50
 class Index:
     "An index, opened by memory map: nothing is read that is not asked for."
-    def __init__(self,
-        path:str|os.PathLike,         # <split>.arrow
-        class_map:ClassMap|None=None, # the map it must fit; None asks for nothing
-        verify:bool=True              # compare the digest: reads the file once
+
+    def __init__(
+        self,
+        path: str | os.PathLike,  # <split>.arrow
+        class_map: ClassMap | None = None,  # the map it must fit; None asks for nothing
+        verify: bool = True,  # compare the digest: reads the file once
     ):
         self.path = Path(path)
-        try: reader = pa.ipc.open_file(pa.memory_map(str(self.path))); self.header = json.loads(reader.schema.metadata[b"pillsnap"])
-        except OSError as e: raise PillsnapError(f"the index cannot be opened: {e}", where=self.path, fix="run the conversion") from None
-        except (pa.ArrowException, KeyError, TypeError, ValueError) as e: raise PillsnapError(f"this is no index: {e}", where=self.path, fix="run the conversion again") from None
-        if not isinstance(self.header, dict) or self.header.get("schema") != INDEX_SCHEMA: raise PillsnapError(f"this index has another form than {INDEX_SCHEMA!r}, which this version reads", where=self.path, fix="run the conversion again")
+        try:
+            reader = pa.ipc.open_file(pa.memory_map(str(self.path)))
+            self.header = json.loads(reader.schema.metadata[b"pillsnap"])
+        except OSError as e:
+            raise PillsnapError(f"the index cannot be opened: {e}", where=self.path, fix="run the conversion") from None
+        except (pa.ArrowException, KeyError, TypeError, ValueError) as e:
+            raise PillsnapError(f"this is no index: {e}", where=self.path, fix="run the conversion again") from None
+        if not isinstance(self.header, dict) or self.header.get("schema") != INDEX_SCHEMA:
+            raise PillsnapError(
+                f"this index has another form than {INDEX_SCHEMA!r}, which this version reads",
+                where=self.path,
+                fix="run the conversion again",
+            )
         self._batches = _batches(reader, self.path)
-        if verify and _digest(self.header, self._batches) != self.header.get("digest"): raise PillsnapError("the index does not fit its own digest: its rows were changed or damaged", where=self.path, fix="run the conversion again")
-        if class_map is not None: class_map.check(self.header["class_map"], str(self.path))
+        if verify and _digest(self.header, self._batches) != self.header.get("digest"):
+            raise PillsnapError(
+                "the index does not fit its own digest: its rows were changed or damaged",
+                where=self.path,
+                fix="run the conversion again",
+            )
+        if class_map is not None:
+            class_map.check(self.header["class_map"], str(self.path))
 
-    def __len__(self)->int: return self.header["rows"]
+    def __len__(self) -> int:
+        return self.header["rows"]
 
-def _batches(reader:pa.RecordBatchFileReader, path:Path)->list[pa.RecordBatch]:
+
+def _batches(reader: pa.RecordBatchFileReader, path: Path) -> list[pa.RecordBatch]:
     "All batches, as views of the file."
-    try: return [reader.get_batch(i) for i in range(reader.num_record_batches)]
-    except (pa.ArrowException, OSError, ValueError) as e: raise PillsnapError(f"the index is damaged: {e}", where=path, fix="run the conversion again") from None
+    try:
+        return [reader.get_batch(i) for i in range(reader.num_record_batches)]
+    except (pa.ArrowException, OSError, ValueError) as e:
+        raise PillsnapError(f"the index is damaged: {e}", where=path, fix="run the conversion again") from None
 
 # %% ../../nbs/delivery/140_index.ipynb #5045e0ea
 @patch
-def table(self:Index,
-    columns:Sequence[str]|None=None # None = all
-)->pa.Table: # a view of the file, no copy
+def table(
+    self: Index,
+    columns: Sequence[str] | None = None,  # None = all
+) -> pa.Table:  # a view of the file, no copy
     "The rows, column by column."
     batches = self._batches if columns is None else [b.select(list(columns)) for b in self._batches]
     t = pa.Table.from_batches(batches, None if batches else pa.schema([]))
     return t.replace_schema_metadata(None)
 
+
 @patch(as_prop=True)
-def root(self:Index)->Path|None: # absolute
+def root(self: Index) -> Path | None:  # absolute
     "The delivery that the paths are relative to."
-    return (self.path.parent.resolve()/self.header["root"]).resolve() if "root" in self.header else None
+    return (self.path.parent.resolve() / self.header["root"]).resolve() if "root" in self.header else None
 
 # %% ../../nbs/delivery/140_index.ipynb #a059616a
 def read_index(
-    path:str|os.PathLike,            # <split>.arrow
-    columns:Sequence[str]|None=None, # None = all
-    class_map:ClassMap|None=None     # the map it must fit
-)->tuple[pd.DataFrame,dict[str,Any]]: # rows, header; header["root"] is absolute
+    path: str | os.PathLike,  # <split>.arrow
+    columns: Sequence[str] | None = None,  # None = all
+    class_map: ClassMap | None = None,  # the map it must fit
+) -> tuple[pd.DataFrame, dict[str, Any]]:  # rows, header; header["root"] is absolute
     "Read an index into a frame."
     i = Index(path, class_map)
     return i.table(columns).to_pandas(), i.header | ({"root": str(i.root)} if i.root else {})
 
 # %% ../../nbs/delivery/140_index.ipynb #9accb0cc
 def write_manifest(
-    df:pd.DataFrame|pa.Table, # one row per (photo, pill), the columns of COLUMNS in any order, more may follow
-    header:dict[str,Any],     # source, root, class_map, counts and whatever else is known
-    path:str|os.PathLike      # <name>.csv; the header is written beside it as <name>.json
-)->dict[str,Any]: # the header as written, with schema, rows, columns and data_hash
+    df: pd.DataFrame | pa.Table,  # one row per (photo, pill), the columns of COLUMNS in any order, more may follow
+    header: dict[str, Any],  # source, root, class_map, counts and whatever else is known
+    path: str | os.PathLike,  # <name>.csv; the header is written beside it as <name>.json
+) -> dict[str, Any]:  # the header as written, with schema, rows, columns and data_hash
     "Write the view for people: a CSV for the rows, a JSON header that vouches for it (SPEC X49, Annex 3)."
     path, t = Path(path), as_table(df)
-    with atomic_path(path) as tmp: _csv(t, str(tmp))
+    with atomic_path(path) as tmp:
+        _csv(t, str(tmp))
     header = _head(t, header, SCHEMA, sha256_file(path))
-    if "root" in header: header["root"] = _stored_root(header["root"], path.parent, path.parent)
+    if "root" in header:
+        header["root"] = _stored_root(header["root"], path.parent, path.parent)
     save_json(header, path.with_suffix(".json"))
     return header
 
 # %% ../../nbs/delivery/140_index.ipynb #935de0c1
-def _typed(df:pd.DataFrame)->pd.DataFrame:
+def _typed(df: pd.DataFrame) -> pd.DataFrame:
     "Text as text, numbers as numbers."
     return df.astype({c: int for c in INT_COLUMNS if c in df.columns})
 
-def _foreign_rows(obj:Any)->list[dict]|None:
+
+def _foreign_rows(obj: Any) -> list[dict] | None:
     "Rows of a foreign JSON manifest; None when it is none."
-    if isinstance(obj, dict) and isinstance(obj.get("splits"), dict): obj = obj["splits"]
-    if isinstance(obj, dict) and obj and all(isinstance(v, list) for v in obj.values()): obj = [{**r, "split": s} for s,rows in obj.items() for r in rows if isinstance(r, dict)]
-    if not isinstance(obj, list) or not obj or not all(isinstance(r, dict) and "path" in r for r in obj): return None
+    if isinstance(obj, dict) and isinstance(obj.get("splits"), dict):
+        obj = obj["splits"]
+    if isinstance(obj, dict) and obj and all(isinstance(v, list) for v in obj.values()):
+        obj = [{**r, "split": s} for s, rows in obj.items() for r in rows if isinstance(r, dict)]
+    if not isinstance(obj, list) or not obj or not all(isinstance(r, dict) and "path" in r for r in obj):
+        return None
     return [{**r, "kcode": str(r.get("kcode", r.get("label", ""))), "split": r.get("split", "")} for r in obj]
 
 # %% ../../nbs/delivery/140_index.ipynb #0029de75
-def _read_csv(path:Path, columns:Sequence[str])->pd.DataFrame:
+def _read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     "A manifest's rows; repeated words are one object each."
-    options = pa.csv.ConvertOptions(column_types={c: pa.int64() if c in INT_COLUMNS else pa.string() for c in columns}, strings_can_be_null=False)
-    try: return pa.csv.read_csv(path, parse_options=pa.csv.ParseOptions(newlines_in_values=True), convert_options=options).to_pandas()
-    except pa.ArrowInvalid as e: raise PillsnapError(f"the manifest's rows cannot be read: {e}", where=path, fix="run the conversion again") from None
+    options = pa.csv.ConvertOptions(
+        column_types={c: pa.int64() if c in INT_COLUMNS else pa.string() for c in columns}, strings_can_be_null=False
+    )
+    try:
+        return pa.csv.read_csv(
+            path, parse_options=pa.csv.ParseOptions(newlines_in_values=True), convert_options=options
+        ).to_pandas()
+    except pa.ArrowInvalid as e:
+        raise PillsnapError(
+            f"the manifest's rows cannot be read: {e}", where=path, fix="run the conversion again"
+        ) from None
+
 
 def read_manifest(
-    path:str|os.PathLike # <name>.csv or its header <name>.json, an index <name>.arrow, or a foreign JSON of {path, kcode} rows
-)->tuple[pd.DataFrame,dict[str,Any]]: # rows, header; header["root"] is absolute
+    path: str | os.PathLike,  # <name>.csv, <name>.json, <name>.arrow, or a JSON list of {path, kcode}
+) -> tuple[pd.DataFrame, dict[str, Any]]:  # rows, header; header["root"] is absolute
     "Read the rows in any of their forms, refusing those that do not fit their header (SPEC X49)."
     path = Path(path)
-    if path.suffix == ".arrow": return read_index(path)
-    if not path.with_suffix(".json").is_file(): raise PillsnapError("there is no manifest here", where=path, fix="run the conversion stage first: pillsnap run conversion")
+    if path.suffix == ".arrow":
+        return read_index(path)
+    if not path.with_suffix(".json").is_file():
+        raise PillsnapError(
+            "there is no manifest here", where=path, fix="run the conversion stage first: pillsnap run conversion"
+        )
     header = read_json(path.with_suffix(".json"))
     if not (isinstance(header, dict) and header.get("schema") == SCHEMA):
-        if (rows := _foreign_rows(header)) is None: raise PillsnapError("this is no manifest", where=path, fix="run the conversion stage")
+        if (rows := _foreign_rows(header)) is None:
+            raise PillsnapError("this is no manifest", where=path, fix="run the conversion stage")
         return _typed(pd.DataFrame(rows)), {"schema": None, "root": str(path.parent.resolve()), "rows": len(rows)}
     path = path.with_suffix(".csv")
     if header.get("data_hash") != sha256_file(path):
-        raise PillsnapError("the manifest's rows do not fit its header: one of the two was changed", where=path, fix="run the conversion again")
-    return _read_csv(path, header["columns"]), header | {"root": str((path.parent.resolve()/header["root"]).resolve())}
+        raise PillsnapError(
+            "the manifest's rows do not fit its header: one of the two was changed",
+            where=path,
+            fix="run the conversion again",
+        )
+    return _read_csv(path, header["columns"]), header | {
+        "root": str((path.parent.resolve() / header["root"]).resolve())
+    }

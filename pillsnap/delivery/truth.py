@@ -32,283 +32,391 @@ from ..core.errors import PillsnapError
 from ..core.files import save_json
 from ..core.logs import progress as show_progress
 from ..core.processes import processes
-from .aihub import (DRUG_KEYS, Annotation, DrugRecord, Fault, PhotoRecord, Photos, Reason, edi_list, folder_codes, Reader, index_photos, known,
-    label_files, refuse_sealed, unpack_hint)
+from pillsnap.delivery.aihub import (
+    DRUG_KEYS,
+    Annotation,
+    DrugRecord,
+    Fault,
+    PhotoRecord,
+    Photos,
+    Reason,
+    edi_list,
+    folder_codes,
+    Reader,
+    index_photos,
+    known,
+    label_files,
+    refuse_sealed,
+    unpack_hint,
+)
 from .capture import TOKENS
 
 # %% ../../nbs/delivery/130_truth.ipynb #7b803a25
-FAULTS:tuple[Reason,...] = tuple(Reason) # the closed list of reasons (SPEC BX4)
+FAULTS: tuple[Reason, ...] = tuple(Reason)  # the closed list of reasons (SPEC BX4)
+
 
 def is_number(
-    v:Any # a JSON value
-)->bool:
+    v: Any,  # a JSON value
+) -> bool:
     "A finite number; True and False are none."
-    return isinstance(v, (int,float)) and not isinstance(v, bool) and abs(v) < float("inf")
+    return isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < float("inf")
 
 # %% ../../nbs/delivery/130_truth.ipynb #24c57b1b
 def box_fault(
-    bbox:Any,  # as delivered, expected [x, y, w, h] in whole pixels
-    width:int, # of the photo, pixels
-    height:int # of the photo, pixels
-)->Reason|None: # None for a good box
+    bbox: Any,  # as delivered, expected [x, y, w, h] in whole pixels
+    width: int,  # of the photo, pixels
+    height: int,  # of the photo, pixels
+) -> Reason | None:  # None for a good box
     "What is wrong with a box (SPEC BX4, DATA: negative, zero, float, string, short, empty, outside)."
-    if bbox is None or bbox == [] or bbox == "": return Reason.BOX_EMPTY
-    if not isinstance(bbox, (list,tuple)): return Reason.BOX_STRING if isinstance(bbox, str) else Reason.BOX_SHORT
-    if not all(is_number(v) for v in bbox): return Reason.BOX_STRING
-    if len(bbox) != 4: return Reason.BOX_SHORT
-    if not all(isinstance(v, int) for v in bbox): return Reason.BOX_FLOAT
-    if bbox[2] < 0 or bbox[3] < 0: return Reason.BOX_NEGATIVE
-    if bbox[2] == 0 or bbox[3] == 0: return Reason.BOX_ZERO
+    if bbox is None or bbox == [] or bbox == "":
+        return Reason.BOX_EMPTY
+    if not isinstance(bbox, (list, tuple)):
+        return Reason.BOX_STRING if isinstance(bbox, str) else Reason.BOX_SHORT
+    if not all(is_number(v) for v in bbox):
+        return Reason.BOX_STRING
+    if len(bbox) != 4:
+        return Reason.BOX_SHORT
+    if not all(isinstance(v, int) for v in bbox):
+        return Reason.BOX_FLOAT
+    if bbox[2] < 0 or bbox[3] < 0:
+        return Reason.BOX_NEGATIVE
+    if bbox[2] == 0 or bbox[3] == 0:
+        return Reason.BOX_ZERO
     return Reason.BOX_OUTSIDE if is_outside(bbox, width, height) else None
 
 # %% ../../nbs/delivery/130_truth.ipynb #8cf73120
 def is_outside(
-    bbox:Any,  # as delivered
-    width:int, # of the photo, pixels
-    height:int # of the photo, pixels
-)->bool: # False as well for what is no box at all
+    bbox: Any,  # as delivered
+    width: int,  # of the photo, pixels
+    height: int,  # of the photo, pixels
+) -> bool:  # False as well for what is no box at all
     "Whether a box with some width and height has any corner beyond the photo."
-    if not isinstance(bbox, (list,tuple)) or len(bbox) != 4 or not all(is_number(v) for v in bbox): return False
+    if not isinstance(bbox, (list, tuple)) or len(bbox) != 4 or not all(is_number(v) for v in bbox):
+        return False
     x, y, w, h = bbox
-    return w > 0 and h > 0 and (x < 0 or y < 0 or x+w > width or y+h > height)
+    return w > 0 and h > 0 and (x < 0 or y < 0 or x + w > width or y + h > height)
 
 # %% ../../nbs/delivery/130_truth.ipynb #234f75ce
-IDENTICAL, OVERLAPPING = .999, .3 # IoU of two codes in one photo
+IDENTICAL, OVERLAPPING = 0.999, 0.3  # IoU of two codes in one photo
+
 
 def box_iou(
-    a:Iterable[float], # [x, y, w, h]
-    b:Iterable[float]  # [x, y, w, h]
-)->float: # 0 to 1; 0 when either has no area
+    a: Iterable[float],  # [x, y, w, h]
+    b: Iterable[float],  # [x, y, w, h]
+) -> float:  # 0 to 1; 0 when either has no area
     "Intersection over union of two boxes."
-    (ax,ay,aw,ah), (bx,by,bw,bh) = a, b
-    if min(aw, ah, bw, bh) <= 0: return 0.
-    inter = max(0, min(ax+aw, bx+bw)-max(ax, bx))*max(0, min(ay+ah, by+bh)-max(ay, by))
-    return inter/(aw*ah+bw*bh-inter)
+    (ax, ay, aw, ah), (bx, by, bw, bh) = a, b
+    if min(aw, ah, bw, bh) <= 0:
+        return 0.0
+    inter = max(0, min(ax + aw, bx + bw) - max(ax, bx)) * max(0, min(ay + ah, by + bh) - max(ay, by))
+    return inter / (aw * ah + bw * bh - inter)
 
 # %% ../../nbs/delivery/130_truth.ipynb #b9a2636e
 def code_mismatch(
-    a:Annotation # one record
-)->str: # what disagrees, "" when all agree
+    a: Annotation,  # one record
+) -> str:  # what disagrees, "" when all agree
     "Whether drug_N, dl_mapping_code, the folders and the file name tell of one drug (SPEC BX4)."
     said, k, capture = [], a.kcode, a.capture
-    if (m := known(a.drug.dl_mapping_code)) is not None and m != k: said.append(f"dl_mapping_code {m}")
-    if capture and k not in capture.codes: said.append(f"file_name {a.file_name}")
+    if (m := known(a.drug.dl_mapping_code)) is not None and m != k:
+        said.append(f"dl_mapping_code {m}")
+    if capture and k not in capture.codes:
+        said.append(f"file_name {a.file_name}")
     for folder in (p := Path(a.path)).parent.parts[-2:]:
         codes = folder_codes(folder)
-        if codes and (k not in codes or (capture and not set(codes) <= set(capture.codes))): said.append(f"folder {folder}")
+        if codes and (k not in codes or (capture and not set(codes) <= set(capture.codes))):
+            said.append(f"folder {folder}")
     own = folder_codes(p.stem.split("_")[0])
-    if own and capture and set(own) != set(capture.codes): said.append(f"its own name {p.name}")
+    if own and capture and set(own) != set(capture.codes):
+        said.append(f"its own name {p.name}")
     return f"drug_N {k}, but {', '.join(said)}" if said else ""
 
 # %% ../../nbs/delivery/130_truth.ipynb #3cd74fa1
 def dl_idx_mismatch(
-    a:Annotation # one record
-)->str: # what is wrong, "" when it fits or is not given
+    a: Annotation,  # one record
+) -> str:  # what is wrong, "" when it fits or is not given
     "Whether dl_idx is the K-number minus one (SPEC BX4)."
     idx = known(a.drug.dl_idx)
-    return "" if idx is None or str(idx) == str(int(a.kcode[2:])-1) else f"dl_idx {idx!r} with {a.kcode}"
+    return "" if idx is None or str(idx) == str(int(a.kcode[2:]) - 1) else f"dl_idx {idx!r} with {a.kcode}"
 
 # %% ../../nbs/delivery/130_truth.ipynb #e8138e7b
 @dataclass(slots=True)
 class Pill:
     "One box of one record, with what is wrong about it."
-    kcode:str                # the drug
-    bbox:Any                 # [x, y, w, h] pixels, as delivered
-    label:str                # the JSON file
-    fault:Reason|None = None # why it is left out
-    detail:str = ""          # particulars of that
-    area_ok:bool = True      # area is width times height
+
+    kcode: str  # the drug
+    bbox: Any  # [x, y, w, h] pixels, as delivered
+    label: str  # the JSON file
+    fault: Reason | None = None  # why it is left out
+    detail: str = ""  # particulars of that
+    area_ok: bool = True  # area is width times height
 
 # %% ../../nbs/delivery/130_truth.ipynb #a9356368
 @dataclass(slots=True)
 class PhotoTruth:
     "Everything that the labels say of one photo."
-    file_name:str             # as the records give it
-    codes:tuple[str,...]      # K-codes in its name; () when that is no capture name
-    width:int                 # pixels, as the records give it
-    height:int                # pixels
-    pills:list[Pill] = field(default_factory=list)
+
+    file_name: str  # as the records give it
+    codes: tuple[str, ...]  # K-codes in its name; () when that is no capture name
+    width: int  # pixels, as the records give it
+    height: int  # pixels
+    pills: list[Pill] = field(default_factory=list)
 
 # %% ../../nbs/delivery/130_truth.ipynb #3e3c4713
 @patch
-def missing(self:PhotoTruth,
-    usable:bool=False # count only pills without a fault as present
-)->list[str]: # K-codes
+def missing(
+    self: PhotoTruth,
+    usable: bool = False,  # count only pills without a fault as present
+) -> list[str]:  # K-codes
     "Pills of the name that no record describes."
     have = {p.kcode for p in self.pills if not (usable and p.fault)}
     return [c for c in dict.fromkeys(self.codes) if c not in have]
 
 # %% ../../nbs/delivery/130_truth.ipynb #e4ad8051
 @patch
-def close_pairs(self:PhotoTruth)->Iterator[tuple[Pill,Pill,float]]: # the two and their IoU, .3 and more
+def close_pairs(self: PhotoTruth) -> Iterator[tuple[Pill, Pill, float]]:  # the two and their IoU, .3 and more
     "Pairs of different codes whose boxes overlap."
-    whole = [p for p in self.pills if isinstance(p.bbox, (list,tuple)) and len(p.bbox) == 4 and all(is_number(v) for v in p.bbox)]
-    for a,b in combinations(whole, 2):
-        if a.kcode != b.kcode and (iou := box_iou(a.bbox, b.bbox)) >= OVERLAPPING: yield a, b, iou
+    whole = [
+        p
+        for p in self.pills
+        if isinstance(p.bbox, (list, tuple)) and len(p.bbox) == 4 and all(is_number(v) for v in p.bbox)
+    ]
+    for a, b in combinations(whole, 2):
+        if a.kcode != b.kcode and (iou := box_iou(a.bbox, b.bbox)) >= OVERLAPPING:
+            yield a, b, iou
 
 # %% ../../nbs/delivery/130_truth.ipynb #db527e3b
-FACT_KEYS = tuple(k for k in DRUG_KEYS if k not in ("drug_N","dl_mapping_code","dl_idx"))
+FACT_KEYS = tuple(k for k in DRUG_KEYS if k not in ("drug_N", "dl_mapping_code", "dl_idx"))
+
 
 @dataclass(slots=True)
 class Drug:
     "What the records say of one drug: each wording once, with the number of its files."
-    said:Counter = field(default_factory=Counter) # values of FACT_KEYS → files; None for null, UNSET where a key is missing
+
+    said: Counter = field(
+        default_factory=Counter
+    )  # values of FACT_KEYS → files; None for null, UNSET where a key is missing
+
 
 _facts_of = attrgetter(*FACT_KEYS)
 
-def _countable(v:Any)->Any:
+
+def _countable(v: Any) -> Any:
     "A value as a Counter's key; a list or an object as text."
-    return json.dumps(v, ensure_ascii=False, sort_keys=True) if isinstance(v, (list,dict)) else v
+    return json.dumps(v, ensure_ascii=False, sort_keys=True) if isinstance(v, (list, dict)) else v
 
 # %% ../../nbs/delivery/130_truth.ipynb #2d192906
 @patch
-def hear(self:Drug,
-    record:DrugRecord, # what a record says
-    times:int=1        # files that say the same
-)->None:
+def hear(
+    self: Drug,
+    record: DrugRecord,  # what a record says
+    times: int = 1,  # files that say the same
+) -> None:
     "Take a record's word about its drug."
     facts = _facts_of(record)
-    try: self.said[facts] += times
-    except TypeError: self.said[tuple(map(_countable, facts))] += times
+    try:
+        self.said[facts] += times
+    except TypeError:
+        self.said[tuple(map(_countable, facts))] += times
+
 
 @patch(as_prop=True)
-def nulls(self:Drug)->set[str]: # keys
+def nulls(self: Drug) -> set[str]:  # keys
     "What is null in every record."
-    return {k for k,*told in zip(FACT_KEYS, *self.said) if all(v is None for v in told)} if self.said else set()
+    return {k for k, *told in zip(FACT_KEYS, *self.said) if all(v is None for v in told)} if self.said else set()
 
 # %% ../../nbs/delivery/130_truth.ipynb #a8d96699
 @patch(as_prop=True)
-def values(self:Drug)->dict[str,Counter]: # key → values with their counts; "" for null
+def values(self: Drug) -> dict[str, Counter]:  # key → values with their counts; "" for null
     "The records' words, key by key."
     out = {}
     for facts, n in self.said.items():
         for k, v in zip(FACT_KEYS, facts):
-            if v is not msgspec.UNSET: out.setdefault(k, Counter())["" if v is None else v] += n
+            if v is not msgspec.UNSET:
+                out.setdefault(k, Counter())["" if v is None else v] += n
     return out
 
 # %% ../../nbs/delivery/130_truth.ipynb #fee54425
 @patch
-def fact(self:Drug,
-    key:str # one of FACT_KEYS
-)->Any: # what most records say, the smaller one in a tie; None when nothing is known
+def fact(
+    self: Drug,
+    key: str,  # one of FACT_KEYS
+) -> Any:  # what most records say, the smaller one in a tie; None when nothing is known
     "The value of a key."
     said = self.values.get(key)
     return known(min(said, key=lambda v: (-said[v], str(v)))) if said else None
 
+
 @patch(as_prop=True)
-def conflicts(self:Drug)->dict[str,Counter]: # key → its values
+def conflicts(self: Drug) -> dict[str, Counter]:  # key → its values
     "Keys on which the records differ."
-    return {k:c for k,c in self.values.items() if len(c) > 1}
+    return {k: c for k, c in self.values.items() if len(c) > 1}
 
 # %% ../../nbs/delivery/130_truth.ipynb #8f978c57
 @dataclass
 class Evidence:
     "What the labels of a delivery say, with everything that is wrong with them."
-    judged:dict[str,PhotoTruth] = field(default_factory=dict)  # photo name without extension → its truth: all but the plain ones
-    plain:pa.Table = field(default_factory=lambda: PLAIN.empty_table()) # photos of one pill with nothing to say against them, a row each
-    drugs:dict[str,Drug] = field(default_factory=dict)         # K-code → what its undisputed records say
-    disputed:dict[str,Drug] = field(default_factory=dict)      # the same of records whose codes disagree
-    refused:list[Fault] = field(default_factory=list)          # JSON files that cannot be used
-    tree:list[Fault] = field(default_factory=list)             # broken links, repeats, names that are no UTF-8
-    conflicts:list[Fault] = field(default_factory=list)        # one per (drug, key)
-    counts:Counter = field(default_factory=Counter)            # files, annotations and whatever is counted per file
-    named:dict[str,list[str]] = field(default_factory=dict)    # what is counted per file → the files
 
-PLAIN = pa.schema([("stem", pa.string()), ("file_name", pa.string()), ("label", pa.string()), ("kcode", pa.string()), *((k, pa.int32()) for k in ("x","y","w","h","width","height"))])
+    judged: dict[str, PhotoTruth] = field(
+        default_factory=dict
+    )  # photo name without extension → its truth: all but the plain ones
+    plain: pa.Table = field(
+        default_factory=lambda: PLAIN.empty_table()
+    )  # photos of one pill with nothing to say against them, a row each
+    drugs: dict[str, Drug] = field(default_factory=dict)  # K-code → what its undisputed records say
+    disputed: dict[str, Drug] = field(default_factory=dict)  # the same of records whose codes disagree
+    refused: list[Fault] = field(default_factory=list)  # JSON files that cannot be used
+    tree: list[Fault] = field(default_factory=list)  # broken links, repeats, names that are no UTF-8
+    conflicts: list[Fault] = field(default_factory=list)  # one per (drug, key)
+    counts: Counter = field(default_factory=Counter)  # files, annotations and whatever is counted per file
+    named: dict[str, list[str]] = field(default_factory=dict)  # what is counted per file → the files
+
+
+PLAIN = pa.schema(
+    [
+        ("stem", pa.string()),
+        ("file_name", pa.string()),
+        ("label", pa.string()),
+        ("kcode", pa.string()),
+        *((k, pa.int32()) for k in ("x", "y", "w", "h", "width", "height")),
+    ]
+)
 
 # %% ../../nbs/delivery/130_truth.ipynb #201fd877
-def _each(rows:pa.Table)->Iterator[tuple[str,PhotoTruth]]:
+def _each(rows: pa.Table) -> Iterator[tuple[str, PhotoTruth]]:
     "Plain photos in the form of the others, by stem."
-    for r in rows.to_pylist(): yield r["stem"], PhotoTruth(r["file_name"], (r["kcode"],), r["width"], r["height"], [Pill(r["kcode"], [r[k] for k in "xywh"], r["label"])])
+    for r in rows.to_pylist():
+        yield (
+            r["stem"],
+            PhotoTruth(
+                r["file_name"],
+                (r["kcode"],),
+                r["width"],
+                r["height"],
+                [Pill(r["kcode"], [r[k] for k in "xywh"], r["label"])],
+            ),
+        )
+
 
 @patch(as_prop=True)
-def photos(self:Evidence)->dict[str,PhotoTruth]: # by photo name without extension
+def photos(self: Evidence) -> dict[str, PhotoTruth]:  # by photo name without extension
     "Every photo, one object each: for looking at, not for half a million."
     return {**dict(_each(self.plain)), **self.judged}
 
 # %% ../../nbs/delivery/130_truth.ipynb #be82b784
 @patch
-def note(self:Evidence,
-    name:str,   # what is counted
-    path:str,   # the annotation file
-    wrong:bool  # whether this file has it
-)->None:
+def note(
+    self: Evidence,
+    name: str,  # what is counted
+    path: str,  # the annotation file
+    wrong: bool,  # whether this file has it
+) -> None:
     "Count something that is wrong with a file, and keep the file's name."
     if wrong:
         self.counts[name] += 1
         self.named.setdefault(name, []).append(path)
 
+
 @patch
-def add(self:Evidence,
-    a:Annotation # one record
-)->None:
+def add(
+    self: Evidence,
+    a: Annotation,  # one record
+) -> None:
     "Judge a record and put its boxes to its photo."
     capture, code, idx = a.capture, code_mismatch(a), dl_idx_mismatch(a)
-    lacking = not a.typed and msgspec.UNSET in msgspec.structs.astuple(a.photo)+msgspec.structs.astuple(a.drug)
-    for name, wrong in {"code_mismatch": code, "dl_idx_mismatch": idx, "missing_keys": lacking, "unread_names": capture is None}.items():
+    lacking = not a.typed and msgspec.UNSET in msgspec.structs.astuple(a.photo) + msgspec.structs.astuple(a.drug)
+    for name, wrong in {
+        "code_mismatch": code,
+        "dl_idx_mismatch": idx,
+        "missing_keys": lacking,
+        "unread_names": capture is None,
+    }.items():
         self.note(name, a.path, bool(wrong))
     self.counts["cp949"] += a.encoding == "cp949"
     (self.disputed if code else self.drugs).setdefault(a.kcode, Drug()).hear(a.drug)
     photo = self.judged.setdefault(a.stem, PhotoTruth(a.file_name, capture.codes if capture else (), a.width, a.height))
-    whole = (Reason.NAME, a.file_name) if capture is None else (Reason.CODE, code) if code else (Reason.DL_IDX, idx) if idx else (None, "")
-    for bbox, area in zip(a.boxes, a.areas): photo.pills.append(self.judge_box(a, bbox, area, *whole))
+    whole = (
+        (Reason.NAME, a.file_name)
+        if capture is None
+        else (Reason.CODE, code)
+        if code
+        else (Reason.DL_IDX, idx)
+        if idx
+        else (None, "")
+    )
+    for bbox, area in zip(a.boxes, a.areas):
+        photo.pills.append(self.judge_box(a, bbox, area, *whole))
 
 # %% ../../nbs/delivery/130_truth.ipynb #ad08b9ed
 @patch
-def judge_box(self:Evidence,
-    a:Annotation,        # its record
-    bbox:Any,            # as delivered
-    area:Any,            # as delivered
-    fault:Reason|None,   # what is wrong with the whole record
-    detail:str           # particulars of that
-)->Pill:
+def judge_box(
+    self: Evidence,
+    a: Annotation,  # its record
+    bbox: Any,  # as delivered
+    area: Any,  # as delivered
+    fault: Reason | None,  # what is wrong with the whole record
+    detail: str,  # particulars of that
+) -> Pill:
     "One box of a record."
     own = box_fault(bbox, a.width, a.height)
     self.counts["annotations"] += 1
     self.note("boxes_outside", a.path, is_outside(bbox, a.width, a.height))
     self.note(str(own), a.path, bool(own))
     measurable = own in (None, Reason.BOX_OUTSIDE, Reason.BOX_FLOAT)
-    area_ok = not measurable or (is_number(area) and area == bbox[2]*bbox[3])
+    area_ok = not measurable or (is_number(area) and area == bbox[2] * bbox[3])
     self.note("area_mismatch", a.path, not area_ok)
-    if own and not fault: fault, detail = own, f"{str(bbox)[:80]} in {a.width}×{a.height}"
+    if own and not fault:
+        fault, detail = own, f"{str(bbox)[:80]} in {a.width}×{a.height}"
     return Pill(a.kcode, bbox, a.path, fault, detail, area_ok)
 
 # %% ../../nbs/delivery/130_truth.ipynb #e2a9ab53
-def _repeats(pills:list[Pill])->Iterator[tuple[Pill,str]]:
+def _repeats(pills: list[Pill]) -> Iterator[tuple[Pill, str]]:
     "Boxes of a drug that another file has told already."
     for k in {p.kcode for p in pills}:
         same = [p for p in pills if p.kcode == k]
-        if len({p.label for p in same}) < 2: continue
+        if len({p.label for p in same}) < 2:
+            continue
         first, agree = same[0], all(list(p.bbox) == list(same[0].bbox) for p in same)
-        for p in same[1:] if agree else same: yield p, f"{k} is also in {first.label if p is not first else same[-1].label}"
+        for p in same[1:] if agree else same:
+            yield p, f"{k} is also in {first.label if p is not first else same[-1].label}"
 
 # %% ../../nbs/delivery/130_truth.ipynb #144ebce4
 @patch
-def compare(self:Evidence,
-    photo:PhotoTruth # a photo with all its records
-)->None:
+def compare(
+    self: Evidence,
+    photo: PhotoTruth,  # a photo with all its records
+) -> None:
     "Set aside what contradicts another box of the photo."
-    for a,b,iou in photo.close_pairs():
-        for p,other in ((a,b),(b,a)):
-            if iou >= IDENTICAL and not p.fault: p.fault, p.detail = Reason.BOX_IDENTICAL, f"{p.kcode} and {other.kcode} have one box, {list(p.bbox)}"
-    for p, why in list(_repeats([p for p in photo.pills if not p.fault])): p.fault, p.detail = Reason.DUPLICATE_JSON, why
+    for a, b, iou in photo.close_pairs():
+        for p, other in ((a, b), (b, a)):
+            if iou >= IDENTICAL and not p.fault:
+                p.fault, p.detail = Reason.BOX_IDENTICAL, f"{p.kcode} and {other.kcode} have one box, {list(p.bbox)}"
+    for p, why in list(_repeats([p for p in photo.pills if not p.fault])):
+        p.fault, p.detail = Reason.DUPLICATE_JSON, why
 
 # %% ../../nbs/delivery/130_truth.ipynb #0a27e628
 @patch
-def close(self:Evidence)->"Evidence": # itself
+def close(self: Evidence) -> "Evidence":  # itself
     "Compare within photos and within drugs, once every record is in."
-    for name in sorted(self.judged): self.compare(self.judged[name])
+    for name in sorted(self.judged):
+        self.compare(self.judged[name])
     for k in sorted(self.drugs):
         for key, said in sorted(self.drugs[k].conflicts.items()):
-            self.conflicts.append(Fault(k, Reason.CONFLICT, f"{key}: "+"; ".join(f"{str(v)[:40]!r} in {n} files" for v,n in said.most_common(3))))
+            self.conflicts.append(
+                Fault(
+                    k,
+                    Reason.CONFLICT,
+                    f"{key}: " + "; ".join(f"{str(v)[:40]!r} in {n} files" for v, n in said.most_common(3)),
+                )
+            )
     return self
 
 # %% ../../nbs/delivery/130_truth.ipynb #4c94d092
-_VIEW, _ENDINGS = re.compile(TOKENS, re.ASCII), frozenset((".png",".jpg",".jpeg",".bmp",".webp"))
+_VIEW, _ENDINGS = re.compile(TOKENS, re.ASCII), frozenset((".png", ".jpg", ".jpeg", ".bmp", ".webp"))
+
 
 def sole_code(
-    folder:str # where annotations lie
-)->str|None:
+    folder: str,  # where annotations lie
+) -> str | None:
     "The drug of a folder of singles."
     above, own = Path(folder).parts[-2:] if len(Path(folder).parts) > 1 else ("", folder)
     codes = folder_codes(own)
@@ -316,225 +424,341 @@ def sole_code(
 
 # %% ../../nbs/delivery/130_truth.ipynb #3164236e
 def is_plain(
-    a:Annotation, # one record
-    code:str,     # the drug its folder is named after
-    stem:str      # its own name without .json
-)->bool:
+    a: Annotation,  # one record
+    code: str,  # the drug its folder is named after
+    stem: str,  # its own name without .json
+) -> bool:
     "Whether nothing can be said against a photo of one pill, whatever else the delivery holds."
     name, drug = a.photo.file_name, a.drug
-    if not (a.typed and a.photo.drug_N == code == drug.dl_mapping_code and drug.dl_idx == str(int(code[2:])-1)): return False
-    if name[:len(stem)] != stem or name[len(stem):] not in _ENDINGS or stem[:8] != code or not _VIEW.fullmatch(stem, 8): return False
-    if len(a.boxes) != 1 or len(a.boxes[0]) != 4: return False
+    if not (a.typed and a.photo.drug_N == code == drug.dl_mapping_code and drug.dl_idx == str(int(code[2:]) - 1)):
+        return False
+    if (
+        name[: len(stem)] != stem
+        or name[len(stem) :] not in _ENDINGS
+        or stem[:8] != code
+        or not _VIEW.fullmatch(stem, 8)
+    ):
+        return False
+    if len(a.boxes) != 1 or len(a.boxes[0]) != 4:
+        return False
     x, y, w, h = a.boxes[0]
-    return w > 0 and h > 0 and x >= 0 and y >= 0 and x+w <= a.width and y+h <= a.height and a.areas[0] == w*h
+    return w > 0 and h > 0 and x >= 0 and y >= 0 and x + w <= a.width and y + h <= a.height and a.areas[0] == w * h
 
 # %% ../../nbs/delivery/130_truth.ipynb #da4db5aa
 def read_part(
-    files:list[tuple[str,list[str]]] # folders, and the annotation files in each
-)->Evidence: # not yet compared with other parts
+    files: list[tuple[str, list[str]]],  # folders, and the annotation files in each
+) -> Evidence:  # not yet compared with other parts
     "Read and judge some of a delivery's files: a pure function, for whichever process or machine (SPEC BM2)."
     e, rows, read = Evidence(), [], Reader()
     for folder, names in files:
         code, wordings = sole_code(folder), []
         for name, a in zip(names, read.folder(folder, names)):
             stem = name[:-5]
-            if isinstance(a, Fault): e.refused.append(a)
-            elif code and is_plain(a, code, stem): rows.append((stem, a.photo.file_name, a.path, code, *a.boxes[0], a.width, a.height)); wordings.append(a.drug)
-            else: e.add(a)
-        for _, same in groupby(wordings, id): e.drugs.setdefault(code, Drug()).hear((same := list(same))[0], len(same))
-    e.counts["files"] += sum(len(names) for _,names in files); e.counts["annotations"] += len(rows)
-    if rows: e.plain = pa.Table.from_arrays([pa.array(c, t) for c,t in zip(zip(*rows), PLAIN.types)], schema=PLAIN)
+            if isinstance(a, Fault):
+                e.refused.append(a)
+            elif code and is_plain(a, code, stem):
+                rows.append((stem, a.photo.file_name, a.path, code, *a.boxes[0], a.width, a.height))
+                wordings.append(a.drug)
+            else:
+                e.add(a)
+        for _, same in groupby(wordings, id):
+            e.drugs.setdefault(code, Drug()).hear((same := list(same))[0], len(same))
+    e.counts["files"] += sum(len(names) for _, names in files)
+    e.counts["annotations"] += len(rows)
+    if rows:
+        e.plain = pa.Table.from_arrays([pa.array(c, t) for c, t in zip(zip(*rows), PLAIN.types)], schema=PLAIN)
     return e
 
 # %% ../../nbs/delivery/130_truth.ipynb #d71b44da
-def _join(into:dict[str,PhotoTruth], stem:str, more:PhotoTruth)->None:
+def _join(into: dict[str, PhotoTruth], stem: str, more: PhotoTruth) -> None:
     "Put what two parts say of one photo together, in the order of the files."
-    if (had := into.get(stem)) is None: into[stem] = more; return
+    if (had := into.get(stem)) is None:
+        into[stem] = more
+        return
     first, last = sorted((had, more), key=lambda t: t.pills[0].label)
-    into[stem] = first; first.pills = sorted(first.pills+last.pills, key=lambda p: p.label)
+    into[stem] = first
+    first.pills = sorted(first.pills + last.pills, key=lambda p: p.label)
+
 
 @patch
-def demote(self:Evidence,
-    which:pa.Array # of booleans, one for each plain photo
-)->None:
+def demote(
+    self: Evidence,
+    which: pa.Array,  # of booleans, one for each plain photo
+) -> None:
     "Plain photos that deserve a closer look."
-    for stem, truth in _each(self.plain.filter(which)): _join(self.judged, stem, truth)
+    for stem, truth in _each(self.plain.filter(which)):
+        _join(self.judged, stem, truth)
     self.plain = self.plain.filter(pc.invert(which))
 
 # %% ../../nbs/delivery/130_truth.ipynb #7c67eb71
 def merge(
-    parts:Iterable[Evidence] # of one delivery, in the order of their paths
-)->Evidence: # compared within photos and within drugs
+    parts: Iterable[Evidence],  # of one delivery, in the order of their paths
+) -> Evidence:  # compared within photos and within drugs
     "Put parts together (SPEC BX4)."
     e, tables = Evidence(), []
     for p in parts:
-        e.counts += p.counts; e.refused += p.refused; tables.append(p.plain)
-        for name, paths in p.named.items(): e.named.setdefault(name, []).extend(paths)
+        e.counts += p.counts
+        e.refused += p.refused
+        tables.append(p.plain)
+        for name, paths in p.named.items():
+            e.named.setdefault(name, []).extend(paths)
         for mine, theirs in ((e.drugs, p.drugs), (e.disputed, p.disputed)):
-            for code, drug in theirs.items(): mine.setdefault(code, Drug()).said.update(drug.said)
-        for stem, truth in p.judged.items(): _join(e.judged, stem, truth)
-    if tables: e.plain = pa.concat_tables(tables)
+            for code, drug in theirs.items():
+                mine.setdefault(code, Drug()).said.update(drug.said)
+        for stem, truth in p.judged.items():
+            _join(e.judged, stem, truth)
+    if tables:
+        e.plain = pa.concat_tables(tables)
     told = e.plain["stem"].value_counts()
     twice = told.filter(pc.greater(told.field("counts"), 1)).field("values")
     e.demote(pc.is_in(e.plain["stem"], pa.concat_arrays([twice, pa.array(e.judged, pa.string())])))
     return e.close()
 
 # %% ../../nbs/delivery/130_truth.ipynb #48de5f02
-PART = 2000 # files; 200 ms
+PART = 2000  # files; 200 ms
+
 
 def parts_of(
-    files:Iterable[str], # annotation files, sorted
-    size:int=PART        # files in a part
-)->Iterator[list[tuple[str,list[str]]]]: # arguments of read_part
+    files: Iterable[str],  # annotation files, sorted
+    size: int = PART,  # files in a part
+) -> Iterator[list[tuple[str, list[str]]]]:  # arguments of read_part
     "Deal files into parts of one size, folder by folder."
     part, room = [], size
     for folder, paths in groupby(files, lambda p: p.rpartition(os.sep)[0]):
-        names = [p[len(folder)+1:] for p in paths]
+        names = [p[len(folder) + 1 :] for p in paths]
         while names:
-            part.append((folder, names[:room])); room -= len(names[:room]); names = names[len(part[-1][1]):]
-            if not room: yield part; part, room = [], size
-    if part: yield part
+            part.append((folder, names[:room]))
+            room -= len(names[:room])
+            names = names[len(part[-1][1]) :]
+            if not room:
+                yield part
+                part, room = [], size
+    if part:
+        yield part
 
 # %% ../../nbs/delivery/130_truth.ipynb #6a07a892
 def examine(
-    labels:str|os.PathLike,  # a tree of JSON files
-    ignore_hidden:bool=True, # pass over dot files
-    progress:bool=False,     # show a progress bar
-    workers:int|None=None    # processes; None = joblib's setting, else one per CPU when there is enough to read
-)->Evidence:
+    labels: str | os.PathLike,  # a tree of JSON files
+    ignore_hidden: bool = True,  # pass over dot files
+    progress: bool = False,  # show a progress bar
+    workers: int | None = None,  # processes; None = joblib's setting, else one per CPU when there is enough to read
+) -> Evidence:
     "Read and judge every record of a tree (SPEC BX4, BM2)."
     refuse_sealed(labels)
-    files, faults = label_files(os.path.abspath(labels), ignore_hidden) # a worker may stand in another folder
+    files, faults = label_files(os.path.abspath(labels), ignore_hidden)  # a worker may stand in another folder
     asked = joblib.effective_n_jobs(None)
-    n = workers or (asked if asked > 1 else min(joblib.cpu_count(), len(files)//(2*PART)))
+    n = workers or (asked if asked > 1 else min(joblib.cpu_count(), len(files) // (2 * PART)))
     with show_progress(total=len(files), desc="reading labels", unit="files", show=progress) as bar:
+
         def seen(parts):
-            for p in parts: bar.update(p.counts["files"]); yield p
-        if n < 2: e = merge(seen(map(read_part, parts_of(files))))
-        else: e = merge(seen(processes(n, return_as="generator")(joblib.delayed(read_part)(p) for p in parts_of(files))))
+            for p in parts:
+                bar.update(p.counts["files"])
+                yield p
+
+        if n < 2:
+            e = merge(seen(map(read_part, parts_of(files))))
+        else:
+            e = merge(seen(processes(n, return_as="generator")(joblib.delayed(read_part)(p) for p in parts_of(files))))
     e.tree = faults
     return e
 
 # %% ../../nbs/delivery/130_truth.ipynb #83e7d8f4
 def labels_of(
-    folder:str|os.PathLike # a tree of JSON files, or a delivery
-)->Path: # raises PillsnapError when it is missing or sealed
+    folder: str | os.PathLike,  # a tree of JSON files, or a delivery
+) -> Path:  # raises PillsnapError when it is missing or sealed
     "The tree that an audit reads."
     folder = Path(folder)
-    if not folder.is_dir(): raise PillsnapError("the folder of labels is a file" if folder.exists() else "the folder of labels does not exist", where=folder, fix="name a delivery, or the folder of its annotation files")
+    if not folder.is_dir():
+        raise PillsnapError(
+            "the folder of labels is a file" if folder.exists() else "the folder of labels does not exist",
+            where=folder,
+            fix="name a delivery, or the folder of its annotation files",
+        )
     refuse_sealed(folder)
-    return next((p for p in (folder/"data"/"train"/"labels", folder/"train"/"labels") if p.is_dir()), folder)
+    return next((p for p in (folder / "data" / "train" / "labels", folder / "train" / "labels") if p.is_dir()), folder)
 
 # %% ../../nbs/delivery/130_truth.ipynb #528c7eec
 def edi_counts(
-    e:Evidence # what the labels say
-)->dict[int,int]: # number of codes → number of drugs
+    e: Evidence,  # what the labels say
+) -> dict[int, int]:  # number of codes → number of drugs
     "How many drugs have none, one, two … EDI codes."
     drugs = e.disputed | e.drugs
     return dict(sorted(Counter(len(edi_list(d.fact("di_edi_code"))) for d in drugs.values()).items()))
 
 # %% ../../nbs/delivery/130_truth.ipynb #1184c0df
 def summary(
-    e:Evidence,              # what the labels say
-    photos:Photos|None=None  # the photos, if they were given
-)->dict[str,Any]:
+    e: Evidence,  # what the labels say
+    photos: Photos | None = None,  # the photos, if they were given
+) -> dict[str, Any]:
     "The audit's counts, in their fixed order; further ones follow at the end."
-    c, truths = e.counts, e.judged.values() # what is counted of these is nought for a plain photo
+    c, truths = e.counts, e.judged.values()  # what is counted of these is nought for a plain photo
     lacking = [m for p in truths if (m := p.missing())]
-    ious = [[iou for *_,iou in p.close_pairs()] for p in truths]
-    bare = None if photos is None else sum(s not in photos.paths for s in e.plain["stem"].to_pylist())+sum(len({x.label for x in p.pills}) for stem,p in e.judged.items() if stem not in photos.paths)
-    return dict(files=c["files"], unparsable=len(e.refused), photos=len(e.judged)+len(e.plain), annotations=c["annotations"], drugs=len(e.disputed | e.drugs),
-        incomplete_photos=len(lacking), missing_pills=sum(map(len, lacking)), boxes_outside=c["boxes_outside"],
-        identical_box_photos=sum(any(i >= IDENTICAL for i in x) for x in ious), overlapping_box_photos=sum(any(i < IDENTICAL for i in x) for x in ious),
-        area_mismatch=c["area_mismatch"], dl_idx_mismatch=c["dl_idx_mismatch"], code_mismatch=c["code_mismatch"], metadata_conflicts=len(e.conflicts),
-        json_without_image=bare, edi_codes_per_drug=edi_counts(e), null_metadata_drugs=sorted(k for k,d in e.drugs.items() if d.nulls)) | further(e, photos)
+    ious = [[iou for *_, iou in p.close_pairs()] for p in truths]
+    bare = (
+        None
+        if photos is None
+        else sum(s not in photos.paths for s in e.plain["stem"].to_pylist())
+        + sum(len({x.label for x in p.pills}) for stem, p in e.judged.items() if stem not in photos.paths)
+    )
+    return dict(
+        files=c["files"],
+        unparsable=len(e.refused),
+        photos=len(e.judged) + len(e.plain),
+        annotations=c["annotations"],
+        drugs=len(e.disputed | e.drugs),
+        incomplete_photos=len(lacking),
+        missing_pills=sum(map(len, lacking)),
+        boxes_outside=c["boxes_outside"],
+        identical_box_photos=sum(any(i >= IDENTICAL for i in x) for x in ious),
+        overlapping_box_photos=sum(any(i < IDENTICAL for i in x) for x in ious),
+        area_mismatch=c["area_mismatch"],
+        dl_idx_mismatch=c["dl_idx_mismatch"],
+        code_mismatch=c["code_mismatch"],
+        metadata_conflicts=len(e.conflicts),
+        json_without_image=bare,
+        edi_codes_per_drug=edi_counts(e),
+        null_metadata_drugs=sorted(k for k, d in e.drugs.items() if d.nulls),
+    ) | further(e, photos)
 
 # %% ../../nbs/delivery/130_truth.ipynb #8a291e1d
 def further(
-    e:Evidence,         # what the labels say
-    photos:Photos|None  # the photos, if they were given
-)->dict[str,Any]:
+    e: Evidence,  # what the labels say
+    photos: Photos | None,  # the photos, if they were given
+) -> dict[str, Any]:
     "What else can be counted."
     told = {*e.judged, *e.plain["stem"].to_pylist(), *(Path(f.path).stem for f in e.refused)} if photos else ()
     bad = {str(r): e.counts[str(r)] for r in FAULTS if str(r).startswith("box_") and e.counts[str(r)]}
-    return dict(box_faults=bad, refused=dict(Counter(str(f.reason) for f in e.refused)), tree_faults=dict(Counter(str(f.reason) for f in e.tree)),
-        duplicate_annotations=sum(p.fault == Reason.DUPLICATE_JSON for x in e.judged.values() for p in x.pills), cp949_files=e.counts["cp949"],
-        files_missing_keys=e.counts["missing_keys"], unread_names=e.counts["unread_names"],
-        image_without_json=None if photos is None else sum(s not in told for s in photos.paths))
+    return dict(
+        box_faults=bad,
+        refused=dict(Counter(str(f.reason) for f in e.refused)),
+        tree_faults=dict(Counter(str(f.reason) for f in e.tree)),
+        duplicate_annotations=sum(p.fault == Reason.DUPLICATE_JSON for x in e.judged.values() for p in x.pills),
+        cp949_files=e.counts["cp949"],
+        files_missing_keys=e.counts["missing_keys"],
+        unread_names=e.counts["unread_names"],
+        image_without_json=None if photos is None else sum(s not in told for s in photos.paths),
+    )
 
 # %% ../../nbs/delivery/130_truth.ipynb #1b140976
-def _evidence(labels:str|os.PathLike, images:str|os.PathLike|None, progress:bool)->tuple[Path,Evidence,Photos|None]:
+def _evidence(
+    labels: str | os.PathLike, images: str | os.PathLike | None, progress: bool
+) -> tuple[Path, Evidence, Photos | None]:
     "The tree that is read, what it says, and the photos if they are to be compared."
     tree = labels_of(labels)
     if images is not None and not Path(images).is_dir():
-        raise PillsnapError("the folder of photos does not exist", where=images, fix="name the folder of the photos that belong to these labels, or leave it out")
+        raise PillsnapError(
+            "the folder of photos does not exist",
+            where=images,
+            fix="name the folder of the photos that belong to these labels, or leave it out",
+        )
     if images is not None:
         refuse_sealed(images)
     e = examine(tree, progress=progress)
     if not e.counts["files"]:
-        raise PillsnapError("there are no JSON files in this folder", where=tree, fix=unpack_hint(tree) or "name a delivery, or the folder of its annotation files")
+        raise PillsnapError(
+            "there are no JSON files in this folder",
+            where=tree,
+            fix=unpack_hint(tree) or "name a delivery, or the folder of its annotation files",
+        )
     return tree, e, index_photos(images) if images is not None else None
 
+
 def audit(
-    labels:str|os.PathLike,             # a tree of JSON files, or a delivery
-    images:str|os.PathLike|None=None,   # the photos; None counts nothing about them
-    progress:bool=False                 # show a progress bar
-)->dict[str,Any]: # counts by name; raises PillsnapError when there is nothing to count
+    labels: str | os.PathLike,  # a tree of JSON files, or a delivery
+    images: str | os.PathLike | None = None,  # the photos; None counts nothing about them
+    progress: bool = False,  # show a progress bar
+) -> dict[str, Any]:  # counts by name; raises PillsnapError when there is nothing to count
     "Count what a tree of labels holds and what is wrong with it."
     _, e, photos = _evidence(labels, images, progress)
     return summary(e, photos)
 
 # %% ../../nbs/delivery/130_truth.ipynb #0bb21627
 MEANING = {
-    "files": "annotation files", "unparsable": "files that cannot be used", "photos": "photos they speak of", "annotations": "boxes", "drugs": "drugs",
-    "incomplete_photos": "photos that lack a label of their own name", "missing_pills": "labels lacking on them", "boxes_outside": "boxes with a corner beyond the photo",
-    "identical_box_photos": "photos with one box for two drugs", "overlapping_box_photos": "photos with boxes of two drugs at IoU .3 to .999", "area_mismatch": "areas that are not width × height",
-    "dl_idx_mismatch": "dl_idx that is not the K-number − 1", "code_mismatch": "files whose drug codes disagree", "metadata_conflicts": "(drug, field) with two values",
-    "json_without_image": "files without their photo", "edi_codes_per_drug": "drugs by number of EDI codes", "null_metadata_drugs": "drugs with fields that are null throughout",
-    "box_faults": "boxes that are none, by reason", "refused": "files that cannot be used, by reason", "tree_faults": "broken links and names",
-    "duplicate_annotations": "labels told twice", "cp949_files": "files in CP949", "files_missing_keys": "files without all 50 keys", "unread_names": "files with a name that is no capture name",
-    "image_without_json": "photos without a file"}
+    "files": "annotation files",
+    "unparsable": "files that cannot be used",
+    "photos": "photos they speak of",
+    "annotations": "boxes",
+    "drugs": "drugs",
+    "incomplete_photos": "photos that lack a label of their own name",
+    "missing_pills": "labels lacking on them",
+    "boxes_outside": "boxes with a corner beyond the photo",
+    "identical_box_photos": "photos with one box for two drugs",
+    "overlapping_box_photos": "photos with boxes of two drugs at IoU .3 to .999",
+    "area_mismatch": "areas that are not width × height",
+    "dl_idx_mismatch": "dl_idx that is not the K-number − 1",
+    "code_mismatch": "files whose drug codes disagree",
+    "metadata_conflicts": "(drug, field) with two values",
+    "json_without_image": "files without their photo",
+    "edi_codes_per_drug": "drugs by number of EDI codes",
+    "null_metadata_drugs": "drugs with fields that are null throughout",
+    "box_faults": "boxes that are none, by reason",
+    "refused": "files that cannot be used, by reason",
+    "tree_faults": "broken links and names",
+    "duplicate_annotations": "labels told twice",
+    "cp949_files": "files in CP949",
+    "files_missing_keys": "files without all 50 keys",
+    "unread_names": "files with a name that is no capture name",
+    "image_without_json": "photos without a file",
+}
 
 # %% ../../nbs/delivery/130_truth.ipynb #1ea52ce6
 def audit_table(
-    counts:dict[str,Any] # from audit
-)->str: # lines of a console table
+    counts: dict[str, Any],  # from audit
+) -> str:  # lines of a console table
     "The counts in a form to read."
-    say = lambda v: "not counted" if v is None else ", ".join(f"{k}: {n}" for k,n in v.items()) or "none" if isinstance(v, dict) else ", ".join(v[:6])+(f" and {len(v)-6} more" if len(v) > 6 else "") or "none" if isinstance(v, list) else f"{v:,}"
-    return "\n".join(f"{k:<24}{say(v):>14}   {MEANING[k]}" for k,v in counts.items())
+    say = lambda v: (
+        "not counted"
+        if v is None
+        else ", ".join(f"{k}: {n}" for k, n in v.items()) or "none"
+        if isinstance(v, dict)
+        else ", ".join(v[:6]) + (f" and {len(v) - 6} more" if len(v) > 6 else "") or "none"
+        if isinstance(v, list)
+        else f"{v:,}"
+    )
+    return "\n".join(f"{k:<24}{say(v):>14}   {MEANING[k]}" for k, v in counts.items())
 
 # %% ../../nbs/delivery/130_truth.ipynb #81878695
 def named_files(
-    e:Evidence,                  # what the labels say
-    photos:Photos|None,          # the photos, if they were given
-    tree:str|os.PathLike         # where the labels lie: names are told from here
-)->dict[str,list[str]]: # count → the files it counts; "file: particulars" where there are some
+    e: Evidence,  # what the labels say
+    photos: Photos | None,  # the photos, if they were given
+    tree: str | os.PathLike,  # where the labels lie: names are told from here
+) -> dict[str, list[str]]:  # count → the files it counts; "file: particulars" where there are some
     "The files behind each count of faults."
     rel = lambda p: os.path.relpath(p, os.path.abspath(tree))
-    pairs = {n: list(p.close_pairs()) for n,p in e.judged.items()}
-    same = {n for n,found in pairs.items() if any(iou >= IDENTICAL for *_,iou in found)}
-    near = {n for n,found in pairs.items() if any(iou < IDENTICAL for *_,iou in found)}
+    pairs = {n: list(p.close_pairs()) for n, p in e.judged.items()}
+    same = {n for n, found in pairs.items() if any(iou >= IDENTICAL for *_, iou in found)}
+    near = {n for n, found in pairs.items() if any(iou < IDENTICAL for *_, iou in found)}
     told = {*e.judged, *e.plain["stem"].to_pylist(), *(Path(f.path).stem for f in e.refused)} if photos else ()
-    bare = () if photos is None else [l for s,l in zip(e.plain["stem"].to_pylist(), e.plain["label"].to_pylist()) if s not in photos.paths]
+    bare = (
+        ()
+        if photos is None
+        else [l for s, l in zip(e.plain["stem"].to_pylist(), e.plain["label"].to_pylist()) if s not in photos.paths]
+    )
     out = {
         "unparsable": [f"{rel(f.path)}: {f.reason}" for f in e.refused],
         "incomplete_photos": [f"{p.file_name}: {', '.join(m)}" for p in e.judged.values() if (m := p.missing())],
         "identical_box_photos": [e.judged[n].file_name for n in same],
         "overlapping_box_photos": [e.judged[n].file_name for n in near],
-        "duplicate_annotations": [rel(p.label) for t in e.judged.values() for p in t.pills if p.fault == Reason.DUPLICATE_JSON],
+        "duplicate_annotations": [
+            rel(p.label) for t in e.judged.values() for p in t.pills if p.fault == Reason.DUPLICATE_JSON
+        ],
         "metadata_conflicts": [f"{f.path}: {f.detail}" for f in e.conflicts],
         "tree_faults": [f"{rel(f.path)}: {f.reason}" for f in e.tree],
-        "json_without_image": [rel(l) for l in bare]+[rel(l) for s,t in e.judged.items() if photos and s not in photos.paths for l in {p.label for p in t.pills}],
-        "image_without_json": [] if photos is None else [str(p) for s,paths in photos.paths.items() if s not in told for p in paths],
+        "json_without_image": [rel(l) for l in bare]
+        + [rel(l) for s, t in e.judged.items() if photos and s not in photos.paths for l in {p.label for p in t.pills}],
+        "image_without_json": []
+        if photos is None
+        else [str(p) for s, paths in photos.paths.items() if s not in told for p in paths],
     }
-    out |= {{"missing_keys": "files_missing_keys"}.get(k, k): [rel(p) for p in paths] for k,paths in e.named.items()}
-    return {k: sorted(set(v)) for k,v in sorted(out.items()) if v}
+    out |= {{"missing_keys": "files_missing_keys"}.get(k, k): [rel(p) for p in paths] for k, paths in e.named.items()}
+    return {k: sorted(set(v)) for k, v in sorted(out.items()) if v}
+
 
 def audit_command(
-    labels:str|os.PathLike,            # a tree of JSON files, or a delivery
-    images:str|os.PathLike|None=None,  # the photos, if they are to be compared
-    out:str|os.PathLike|None=None      # JSON file to write
-)->dict[str,Any]: # the counts
+    labels: str | os.PathLike,  # a tree of JSON files, or a delivery
+    images: str | os.PathLike | None = None,  # the photos, if they are to be compared
+    out: str | os.PathLike | None = None,  # JSON file to write
+) -> dict[str, Any]:  # the counts
     "Audit a tree, print the table, write the counts and the files behind them as JSON."
     tree, e, photos = _evidence(labels, images, True)
     counts = summary(e, photos)

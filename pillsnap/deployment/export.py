@@ -38,7 +38,15 @@ from ..photos.boxes import iou_matrix, letterbox, xywh_to_xyxy
 from ..delivery.classmap import ClassMap
 from ..photos.images import crop_view, normalise, open_image_safely, whole_view
 from ..dataset.splits import StageData, load_stage
-from .runtime import Bundle, OnnxClassifier, OnnxDetector, checked_bytes, load_bundle, model_entry, write_bundle
+from pillsnap.deployment.runtime import (
+    Bundle,
+    OnnxClassifier,
+    OnnxDetector,
+    checked_bytes,
+    load_bundle,
+    model_entry,
+    write_bundle,
+)
 from ..evaluation.evaluation import judge
 from ..evaluation.latency import Latency, measure_latency, on_gpu, protocol_gap
 from ..models.factory import TorchClassifier, load_classifier
@@ -47,44 +55,73 @@ from ..models.pipeline import detect, softmax
 from ..models.yolo import TorchDetector, load_detector
 
 # %% ../../nbs/deployment/810_export.ipynb #c3b6f8a8
-def _trace(model:nn.Module, size:int, path:Path, axes:dict[int,str], names:tuple[str,str], opset:int)->None:
+def _trace(model: nn.Module, size: int, path: Path, axes: dict[int, str], names: tuple[str, str], opset: int) -> None:
     "The older exporter (TorchScript)."
     spec = {names[0]: axes, names[1]: {0: "batch"}}
-    torch.onnx.export(model, (torch.zeros(1, 3, size, size),), str(path), opset_version=opset, dynamo=False, input_names=[names[0]], output_names=[names[1]], dynamic_axes=spec)
+    torch.onnx.export(
+        model,
+        (torch.zeros(1, 3, size, size),),
+        str(path),
+        opset_version=opset,
+        dynamo=False,
+        input_names=[names[0]],
+        output_names=[names[1]],
+        dynamic_axes=spec,
+    )
 
-def _capture(model:nn.Module, size:int, path:Path, axes:dict[int,str], names:tuple[str,str], opset:int)->None:
+
+def _capture(model: nn.Module, size: int, path: Path, axes: dict[int, str], names: tuple[str, str], opset: int) -> None:
     "The newer exporter (torch.export)."
     dims = {i: torch.export.Dim.DYNAMIC for i in axes}
-    torch.onnx.export(model, (torch.zeros(2, 3, size, size),), str(path), opset_version=opset, dynamo=True, external_data=False, verbose=False,
-                      input_names=[names[0]], output_names=[names[1]], dynamic_shapes=(dims,))
+    torch.onnx.export(
+        model,
+        (torch.zeros(2, 3, size, size),),
+        str(path),
+        opset_version=opset,
+        dynamo=True,
+        external_data=False,
+        verbose=False,
+        input_names=[names[0]],
+        output_names=[names[1]],
+        dynamic_shapes=(dims,),
+    )
 
 # %% ../../nbs/deployment/810_export.ipynb #fecc11a3
 def export_onnx(
-    model:nn.Module,       # takes [N, 3, size, size]
-    size:int,              # side of the input, pixels
-    path:str|Path,         # the file
-    axes:Mapping[int,str]|None=None, # input axes that stay open; None = the batch alone
-    names:tuple[str,str]=("image", "logits"), # of input and output
-    opset:int=17,          # ONNX operator set
-    log:Any=None           # where a retry is said
-)->int: # the operator set that it became
+    model: nn.Module,  # takes [N, 3, size, size]
+    size: int,  # side of the input, pixels
+    path: str | Path,  # the file
+    axes: Mapping[int, str] | None = None,  # input axes that stay open; None = the batch alone
+    names: tuple[str, str] = ("image", "logits"),  # of input and output
+    opset: int = 17,  # ONNX operator set
+    log: Any = None,  # where a retry is said
+) -> int:  # the operator set that it became
     "Write a model as ONNX, whole or not at all (SPEC EX1, X55)."
     model = copy.deepcopy(model).float().cpu().eval().to(memory_format=torch.contiguous_format)
     args = (model, size), (dict(axes or {0: "batch"}), names)
     with atomic_path(path) as tmp, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try: _trace(*args[0], tmp, *args[1], opset)
+        try:
+            _trace(*args[0], tmp, *args[1], opset)
         except Exception as first:
             opset = max(18, opset)
-            decide(log, f"export: opset 17 failed ({type(first).__name__}: {first}); trying the newer exporter at opset {opset}")
-            try: _capture(*args[0], tmp, *args[1], opset)
+            decide(
+                log,
+                f"export: opset 17 failed ({type(first).__name__}: {first}); trying the newer exporter at opset {opset}",
+            )
+            try:
+                _capture(*args[0], tmp, *args[1], opset)
             except Exception as e:
-                raise PillsnapError(f"neither exporter can write this model: {type(e).__name__}: {str(e).splitlines()[0]}", where=path, fix="use another backbone") from e
+                raise PillsnapError(
+                    f"neither exporter can write this model: {type(e).__name__}: {str(e).splitlines()[0]}",
+                    where=path,
+                    fix="use another backbone",
+                ) from e
         got = _check_file(tmp)
     return got
 
 # %% ../../nbs/deployment/810_export.ipynb #64e6e856
-def _check_file(path:Path)->int:
+def _check_file(path: Path) -> int:
     "The file's operator set; an error when ONNX's own checker objects."
     m = onnx.load(path)
     onnx.checker.check_model(m)
@@ -92,9 +129,9 @@ def _check_file(path:Path)->int:
 
 # %% ../../nbs/deployment/810_export.ipynb #5b334cdb
 def open_axes(
-    backbone:str,         # a timm model name
-    model:nn.Module       # that model
-)->dict[int,str]: # input axis → name
+    backbone: str,  # a timm model name
+    model: nn.Module,  # that model
+) -> dict[int, str]:  # input axis → name
     "Which axes of the input may vary (SPEC X55)."
     fixed = backbone.startswith("tf_") or getattr(model, "pretrained_cfg", {}).get("fixed_input_size", False)
     return {0: "batch"} if fixed else {0: "batch", 2: "height", 3: "width"}
@@ -102,163 +139,237 @@ def open_axes(
 # %% ../../nbs/deployment/810_export.ipynb #9dd31120
 class RawHead(nn.Module):
     "A detector reduced to its decoded head: [N, 3, S, S] → [N, 5, A]."
-    def __init__(self,
-        model:nn.Module # as load_detector gives it
-    ): super().__init__(); self.model = model; self.eval()
 
-    def forward(self, x:torch.Tensor)->torch.Tensor:
+    def __init__(
+        self,
+        model: nn.Module,  # as load_detector gives it
+    ):
+        super().__init__()
+        self.model = model
+        self.eval()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.model(x)
         return y[0] if isinstance(y, (tuple, list)) else y
 
 # %% ../../nbs/deployment/810_export.ipynb #df53d070
-LIMITS = dict(mse=1e-6, max_dp=1e-3, relative=1e-4, iou=.95, map=.01, raw=1e-3)   # SPEC EX2, X56; raw is ours
+LIMITS = dict(mse=1e-6, max_dp=1e-3, relative=1e-4, iou=0.95, map=0.01, raw=1e-3)  # SPEC EX2, X56; raw is ours
 
 # %% ../../nbs/deployment/810_export.ipynb #6f26925f
 def logit_gap(
-    a:np.ndarray, # [N, C] logits of torch
-    b:np.ndarray  # [N, C] logits of ONNX for the same views
-)->dict[str,float]:
+    a: np.ndarray,  # [N, C] logits of torch
+    b: np.ndarray,  # [N, C] logits of ONNX for the same views
+) -> dict[str, float]:
     "How far two classifiers are apart (SPEC X56)."
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    dp = softmax(a)-softmax(b)
-    return dict(mse_probability=float((dp**2).mean()), mse_logits=float(((a-b)**2).mean()), max_dp=float(np.abs(dp).max()),
-                relative_error=float(np.linalg.norm(a-b)/max(np.linalg.norm(a), 1e-12)), top1_equal=float((a.argmax(1) == b.argmax(1)).mean()))
+    dp = softmax(a) - softmax(b)
+    return dict(
+        mse_probability=float((dp**2).mean()),
+        mse_logits=float(((a - b) ** 2).mean()),
+        max_dp=float(np.abs(dp).max()),
+        relative_error=float(np.linalg.norm(a - b) / max(np.linalg.norm(a), 1e-12)),
+        top1_equal=float((a.argmax(1) == b.argmax(1)).mean()),
+    )
 
 # %% ../../nbs/deployment/810_export.ipynb #31b11b93
 @dataclass(frozen=True)
 class Check:
     "One comparison and what became of it."
-    name:str             # what was compared
-    value:float|None     # the figure; None when there was nothing to compare
-    limit:str            # what it is held against, in words
-    n:int                # photos (or boxes) behind it
-    passed:bool|None     # None = NOT_MEASURED
-    note:str = ""        # what the reader should know
 
-    def row(self)->dict[str,Any]:
+    name: str  # what was compared
+    value: float | None  # the figure; None when there was nothing to compare
+    limit: str  # what it is held against, in words
+    n: int  # photos (or boxes) behind it
+    passed: bool | None  # None = NOT_MEASURED
+    note: str = ""  # what the reader should know
+
+    def row(self) -> dict[str, Any]:
         "For a table."
-        return dict(check=self.name, value=self.value, limit=self.limit, n=self.n, verdict={True: "PASS", False: "FAIL", None: "NOT_MEASURED"}[self.passed], note=self.note)
+        return dict(
+            check=self.name,
+            value=self.value,
+            limit=self.limit,
+            n=self.n,
+            verdict={True: "PASS", False: "FAIL", None: "NOT_MEASURED"}[self.passed],
+            note=self.note,
+        )
 
 # %% ../../nbs/deployment/810_export.ipynb #a7f36e02
 def judge_logits(
-    gap:Mapping[str,float], # from logit_gap
-    n:int                   # photos behind it
-)->list[Check]:
+    gap: Mapping[str, float],  # from logit_gap
+    n: int,  # photos behind it
+) -> list[Check]:
     "Hold a classifier's gap against the limits (SPEC EX2, X56)."
     exact, close = gap["mse_logits"] <= LIMITS["mse"], gap["relative_error"] <= LIMITS["relative"]
-    note = "" if exact else f"float32 does not reach {LIMITS['mse']:g}; the relative error {gap['relative_error']:.2g} decides (≤ {LIMITS['relative']:g})"
-    return [Check("probability MSE", gap["mse_probability"], f"≤ {LIMITS['mse']:g}", n, gap["mse_probability"] <= LIMITS["mse"]),
-            Check("logit MSE", gap["mse_logits"], f"≤ {LIMITS['mse']:g}", n, exact or close, note),
-            Check("largest change of a probability", gap["max_dp"], f"≤ {LIMITS['max_dp']:g}", n, gap["max_dp"] <= LIMITS["max_dp"]),
-            Check("top-1 equal", gap["top1_equal"], "= 1", n, gap["top1_equal"] == 1)]
+    note = (
+        ""
+        if exact
+        else f"float32 does not reach {LIMITS['mse']:g}; the relative error {gap['relative_error']:.2g} decides (≤ {LIMITS['relative']:g})"
+    )
+    return [
+        Check(
+            "probability MSE",
+            gap["mse_probability"],
+            f"≤ {LIMITS['mse']:g}",
+            n,
+            gap["mse_probability"] <= LIMITS["mse"],
+        ),
+        Check("logit MSE", gap["mse_logits"], f"≤ {LIMITS['mse']:g}", n, exact or close, note),
+        Check(
+            "largest change of a probability",
+            gap["max_dp"],
+            f"≤ {LIMITS['max_dp']:g}",
+            n,
+            gap["max_dp"] <= LIMITS["max_dp"],
+        ),
+        Check("top-1 equal", gap["top1_equal"], "= 1", n, gap["top1_equal"] == 1),
+    ]
 
 # %% ../../nbs/deployment/810_export.ipynb #9ec6fdce
-Boxes = tuple[np.ndarray,np.ndarray]   # [n, 4] x0, y0, x1, y1 and [n] score
+Boxes = tuple[np.ndarray, np.ndarray]  # [n, 4] x0, y0, x1, y1 and [n] score
 
 # %% ../../nbs/deployment/810_export.ipynb #ab8fa7c8
 def pair_boxes(
-    a:Sequence[Boxes], # torch, per photo
-    b:Sequence[Boxes]  # ONNX, per photo
-)->dict[str,Any]: # boxes, unmatched, min_iou (None without a pair)
+    a: Sequence[Boxes],  # torch, per photo
+    b: Sequence[Boxes],  # ONNX, per photo
+) -> dict[str, Any]:  # boxes, unmatched, min_iou (None without a pair)
     "Match two detectors' boxes one to one (SPEC EX2)."
     ious, unmatched, total = [], 0, 0
     for (ba, _), (bb, _) in zip(a, b, strict=True):
-        took = match_boxes(ba, bb, .5)
-        ious += [float(iou_matrix(ba[i:i+1], bb[j:j+1])[0, 0]) for i,j in enumerate(took) if j >= 0]
-        hits = int((took >= 0).sum()); unmatched += len(ba)+len(bb)-2*hits; total += len(ba)
+        took = match_boxes(ba, bb, 0.5)
+        ious += [float(iou_matrix(ba[i : i + 1], bb[j : j + 1])[0, 0]) for i, j in enumerate(took) if j >= 0]
+        hits = int((took >= 0).sum())
+        unmatched += len(ba) + len(bb) - 2 * hits
+        total += len(ba)
     return dict(boxes=total, unmatched=unmatched, min_iou=min(ious, default=None))
 
 # %% ../../nbs/deployment/810_export.ipynb #aa1372d6
 def judge_boxes(
-    pairs:Mapping[str,Any],  # from pair_boxes
-    ap:tuple[float,float],   # mAP@.5 of torch and of ONNX, NaN without true boxes
-    raw:float,               # largest relative difference of the two heads
-    n:int                    # photos behind it
-)->list[Check]:
+    pairs: Mapping[str, Any],  # from pair_boxes
+    ap: tuple[float, float],  # mAP@.5 of torch and of ONNX, NaN without true boxes
+    raw: float,  # largest relative difference of the two heads
+    n: int,  # photos behind it
+) -> list[Check]:
     "Hold a detector's gap against the limits; without a box it is NOT_MEASURED (SPEC EX2)."
     some, known = pairs["boxes"] > 0 or pairs["unmatched"] > 0, all(map(math.isfinite, ap))
     why = "" if some else "neither side found a box above the threshold"
-    gap = abs(ap[0]-ap[1]) if known else None
+    gap = abs(ap[0] - ap[1]) if known else None
     close = pairs["min_iou"] is not None and pairs["min_iou"] >= LIMITS["iou"]
-    return [Check("smallest IoU of twin boxes", pairs["min_iou"], f"≥ {LIMITS['iou']:g}", pairs["boxes"], close if some else None, why),
-            Check("boxes without a twin", pairs["unmatched"] if some else None, "= 0", pairs["boxes"], pairs["unmatched"] == 0 if some else None, why),
-            Check("mAP@.5 difference", gap, f"≤ {LIMITS['map']:g}", n, gap <= LIMITS["map"] if known else None, "" if known else "no true box in these photos"),
-            Check("head, largest relative difference", raw, f"≤ {LIMITS['raw']:g}", n, raw <= LIMITS["raw"], "ours")]
+    return [
+        Check(
+            "smallest IoU of twin boxes",
+            pairs["min_iou"],
+            f"≥ {LIMITS['iou']:g}",
+            pairs["boxes"],
+            close if some else None,
+            why,
+        ),
+        Check(
+            "boxes without a twin",
+            pairs["unmatched"] if some else None,
+            "= 0",
+            pairs["boxes"],
+            pairs["unmatched"] == 0 if some else None,
+            why,
+        ),
+        Check(
+            "mAP@.5 difference",
+            gap,
+            f"≤ {LIMITS['map']:g}",
+            n,
+            gap <= LIMITS["map"] if known else None,
+            "" if known else "no true box in these photos",
+        ),
+        Check("head, largest relative difference", raw, f"≤ {LIMITS['raw']:g}", n, raw <= LIMITS["raw"], "ours"),
+    ]
 
 # %% ../../nbs/deployment/810_export.ipynb #266af122
 @dataclass(frozen=True)
 class Photo:
     "A decoded photo with its pills."
-    path:Path         # the file
-    image:np.ndarray  # [H, W, 3] uint8 RGB
-    boxes:np.ndarray  # [n, 4] x0, y0, x1, y1
+
+    path: Path  # the file
+    image: np.ndarray  # [H, W, 3] uint8 RGB
+    boxes: np.ndarray  # [n, 4] x0, y0, x1, y1
 
 # %% ../../nbs/deployment/810_export.ipynb #06aa9cae
 def photo_order(
-    stage:StageData,     # a stage's tables
-    first:str="single",  # kind that comes first: single or combo
-    seed:int=42          # another order
-)->list[tuple[Path,np.ndarray]]: # file and true boxes, each photo once
+    stage: StageData,  # a stage's tables
+    first: str = "single",  # kind that comes first: single or combo
+    seed: int = 42,  # another order
+) -> list[tuple[Path, np.ndarray]]:  # file and true boxes, each photo once
     "Every photo of a stage, val before pool before train."
     lot = lambda p: hashlib.sha256(f"{seed}/{p}".encode()).hexdigest()
     done, out = set(), {True: [], False: []}
     for df in (stage.val, stage.pool, stage.train):
-        groups = {p: g for p,g in df.groupby("path", sort=False) if p not in done}
+        groups = {p: g for p, g in df.groupby("path", sort=False) if p not in done}
         for p in sorted(groups, key=lot):
-            g = groups[p]; done.add(p)
-            boxes = xywh_to_xyxy(np.array([json.loads(v) if isinstance(v, str) else v for v in g.bbox], float).reshape(-1, 4))
-            out[g.kind.iloc[0] == first].append((Path(stage.header["root"])/p, boxes))
-    return out[True]+out[False]
+            g = groups[p]
+            done.add(p)
+            boxes = xywh_to_xyxy(
+                np.array([json.loads(v) if isinstance(v, str) else v for v in g.bbox], float).reshape(-1, 4)
+            )
+            out[g.kind.iloc[0] == first].append((Path(stage.header["root"]) / p, boxes))
+    return out[True] + out[False]
 
 # %% ../../nbs/deployment/810_export.ipynb #c839d699
 def open_photos(
-    order:Iterable[tuple[Path,np.ndarray]], # from photo_order
-    n:int,                                  # how many are wanted
-    skipped:list[str]|None=None             # takes the names of those that could not be read
-)->Iterator[Photo]:
+    order: Iterable[tuple[Path, np.ndarray]],  # from photo_order
+    n: int,  # how many are wanted
+    skipped: list[str] | None = None,  # takes the names of those that could not be read
+) -> Iterator[Photo]:
     "Decode until there are enough; what cannot be read is passed over and named."
     for path, boxes in order:
-        if n <= 0: return
+        if n <= 0:
+            return
         opened = open_image_safely(path)
         if opened.get("_skip"):
-            if skipped is not None: skipped.append(f"{path.name}: {opened['error']}")
+            if skipped is not None:
+                skipped.append(f"{path.name}: {opened['error']}")
             continue
-        n -= 1; yield Photo(path, opened["image"], boxes)
+        n -= 1
+        yield Photo(path, opened["image"], boxes)
 
 # %% ../../nbs/deployment/810_export.ipynb #9af378b7
 @dataclass
 class Comparison:
     "What both sides answered."
-    n:int = 0                                            # photos
-    seconds:float = 0.                                   # both sides together
-    torch:list[Any] = field(default_factory=list)        # answers of torch
-    onnx:list[Any] = field(default_factory=list)         # answers of ONNX
-    shown:list[Any] = field(default_factory=list)        # material for the picture
-    checks:list[Check] = field(default_factory=list)     # the verdicts
-    gap:dict[str,Any] = field(default_factory=dict)      # the figures
+
+    n: int = 0  # photos
+    seconds: float = 0.0  # both sides together
+    torch: list[Any] = field(default_factory=list)  # answers of torch
+    onnx: list[Any] = field(default_factory=list)  # answers of ONNX
+    shown: list[Any] = field(default_factory=list)  # material for the picture
+    checks: list[Check] = field(default_factory=list)  # the verdicts
+    gap: dict[str, Any] = field(default_factory=dict)  # the figures
 
     @property
-    def passed(self)->bool|None:
+    def passed(self) -> bool | None:
         "False if anything failed; None if nothing failed but something could not be compared."
         said = [c.passed for c in self.checks]
         return False if False in said else None if None in said or not said else True
 
 # %% ../../nbs/deployment/810_export.ipynb #b9df5637
 def compare_classifiers(
-    ours:Any,                 # torch runner
-    theirs:Any,               # ONNX runner
-    photos:Iterable[Photo],   # decoded photos
-    padding:float=.1,         # margin of a crop
-    most:int=4                # crops of one photo
-)->Comparison:
+    ours: Any,  # torch runner
+    theirs: Any,  # ONNX runner
+    photos: Iterable[Photo],  # decoded photos
+    padding: float = 0.1,  # margin of a crop
+    most: int = 4,  # crops of one photo
+) -> Comparison:
     "Show both classifiers the same views (SPEC EX2)."
     c, t0 = Comparison(), time.perf_counter()
     for p in photos:
-        views = [whole_view(p.image, ours.size)]+[crop_view(p.image, b, ours.size, padding) for b in p.boxes[:most]]
-        x = normalise(np.stack(views)); c.n += 1
-        c.torch.append(ours.logits(x)); c.onnx.append(theirs.logits(x))
-    if not c.n: raise PillsnapError("there is no photo to compare the classifiers on", fix="look at the quarantine of the conversion")
-    c.seconds = time.perf_counter()-t0
+        views = [whole_view(p.image, ours.size)] + [crop_view(p.image, b, ours.size, padding) for b in p.boxes[:most]]
+        x = normalise(np.stack(views))
+        c.n += 1
+        c.torch.append(ours.logits(x))
+        c.onnx.append(theirs.logits(x))
+    if not c.n:
+        raise PillsnapError(
+            "there is no photo to compare the classifiers on", fix="look at the quarantine of the conversion"
+        )
+    c.seconds = time.perf_counter() - t0
     a, b = np.concatenate(c.torch), np.concatenate(c.onnx)
     c.gap = logit_gap(a, b) | {"views": len(a)}
     c.checks, c.torch, c.onnx = judge_logits(c.gap, c.n), [a], [b]
@@ -266,193 +377,230 @@ def compare_classifiers(
 
 # %% ../../nbs/deployment/810_export.ipynb #4ae9d85d
 def detector_input(
-    images:Iterable[np.ndarray], # [H, W, 3] uint8 photos
-    size:int                     # side of the input, pixels
-)->np.ndarray: # float32 [N, 3, size, size] in 0..1
+    images: Iterable[np.ndarray],  # [H, W, 3] uint8 photos
+    size: int,  # side of the input, pixels
+) -> np.ndarray:  # float32 [N, 3, size, size] in 0..1
     "Photos as a detector takes them."
-    return np.stack([letterbox(i, size)[0].transpose(2, 0, 1) for i in images]).astype(np.float32)/255
+    return np.stack([letterbox(i, size)[0].transpose(2, 0, 1) for i in images]).astype(np.float32) / 255
 
 # %% ../../nbs/deployment/810_export.ipynb #94d14576
 class _Said:
     "A runner that repeats what a head said, so that one pass serves two thresholds."
-    def __init__(self, raw:np.ndarray, size:int): self.out, self.size = raw, size
-    def raw(self, x:np.ndarray)->np.ndarray: return self.out
 
-FAINT = .001   # mAP counts boxes down to here
+    def __init__(self, raw: np.ndarray, size: int):
+        self.out, self.size = raw, size
+
+    def raw(self, x: np.ndarray) -> np.ndarray:
+        return self.out
+
+
+FAINT = 0.001  # mAP counts boxes down to here
 
 # %% ../../nbs/deployment/810_export.ipynb #de0ab8c1
 def raw_difference(
-    a:np.ndarray, # [N, 5, A] head of torch
-    b:np.ndarray  # [N, 5, A] head of ONNX
-)->float:
+    a: np.ndarray,  # [N, 5, A] head of torch
+    b: np.ndarray,  # [N, 5, A] head of ONNX
+) -> float:
     "Largest difference, boxes relative to the input's size and scores as they are."
-    side = max(float(np.abs(a[:, :4]).max()), 1.)
-    return float(max(np.abs(a[:, :4]-b[:, :4]).max()/side, np.abs(a[:, 4:]-b[:, 4:]).max()))
+    side = max(float(np.abs(a[:, :4]).max()), 1.0)
+    return float(max(np.abs(a[:, :4] - b[:, :4]).max() / side, np.abs(a[:, 4:] - b[:, 4:]).max()))
 
 # %% ../../nbs/deployment/810_export.ipynb #2e241458
 def compare_detectors(
-    ours:Any,                # torch runner
-    theirs:Any,              # ONNX runner
-    photos:Iterable[Photo],  # decoded photos with their true boxes
-    conf:float=.3,           # boxes below are not answered
-    iou:float=.5,            # boxes overlapping more are one pill
-    max_det:int=100,         # boxes kept
-    keep:int=4               # photos kept for the picture
-)->Comparison:
+    ours: Any,  # torch runner
+    theirs: Any,  # ONNX runner
+    photos: Iterable[Photo],  # decoded photos with their true boxes
+    conf: float = 0.3,  # boxes below are not answered
+    iou: float = 0.5,  # boxes overlapping more are one pill
+    max_det: int = 100,  # boxes kept
+    keep: int = 4,  # photos kept for the picture
+) -> Comparison:
     "Show both detectors the same photos (SPEC EX2)."
-    c, t0, faint, truth, raw = Comparison(), time.perf_counter(), ([], []), [], 0.
+    c, t0, faint, truth, raw = Comparison(), time.perf_counter(), ([], []), [], 0.0
     for p in photos:
         x = detector_input([p.image], ours.size)
         said = [r.raw(x) for r in (ours, theirs)]
-        raw = max(raw, raw_difference(*said)); c.n += 1; truth.append(p.boxes)
+        raw = max(raw, raw_difference(*said))
+        c.n += 1
+        truth.append(p.boxes)
         for out, low, s in zip((c.torch, c.onnx), faint, said):
-            out.append(detect(_Said(s, ours.size), p.image, conf, iou, max_det)); low.append(detect(_Said(s, ours.size), p.image, FAINT, iou, max_det))
-        if len(c.shown) < keep and len(c.torch[-1][0]): c.shown.append((p.image, c.torch[-1][0], c.onnx[-1][0]))
-    if not c.n: raise PillsnapError("there is no photo to compare the detectors on", fix="look at the quarantine of the conversion")
-    ap = tuple(detection_ap(low, truth, (.5,))["mAP@0.5"] for low in faint)
-    c.seconds, pairs = time.perf_counter()-t0, pair_boxes(c.torch, c.onnx)
+            out.append(detect(_Said(s, ours.size), p.image, conf, iou, max_det))
+            low.append(detect(_Said(s, ours.size), p.image, FAINT, iou, max_det))
+        if len(c.shown) < keep and len(c.torch[-1][0]):
+            c.shown.append((p.image, c.torch[-1][0], c.onnx[-1][0]))
+    if not c.n:
+        raise PillsnapError(
+            "there is no photo to compare the detectors on", fix="look at the quarantine of the conversion"
+        )
+    ap = tuple(detection_ap(low, truth, (0.5,))["mAP@0.5"] for low in faint)
+    c.seconds, pairs = time.perf_counter() - t0, pair_boxes(c.torch, c.onnx)
     c.gap, c.checks = pairs | dict(map_torch=ap[0], map_onnx=ap[1], raw=raw), judge_boxes(pairs, ap, raw, c.n)
     return c
 
 # %% ../../nbs/deployment/810_export.ipynb #2cb33d0d
-def _inputs_of(layers:Sequence[nn.Module], ask:Callable[[],Any])->list[torch.Tensor]:
+def _inputs_of(layers: Sequence[nn.Module], ask: Callable[[], Any]) -> list[torch.Tensor]:
     "What flows into each layer while a model is asked: [channels, everything else]."
     seen = {}
-    hooks = [l.register_forward_pre_hook(lambda mod, a: seen.__setitem__(mod, a[0].transpose(0, 1).flatten(1))) for l in layers]
-    try: ask()
+    hooks = [
+        l.register_forward_pre_hook(lambda mod, a: seen.__setitem__(mod, a[0].transpose(0, 1).flatten(1)))
+        for l in layers
+    ]
+    try:
+        ask()
     finally:
-        for h in hooks: h.remove()
+        for h in hooks:
+            h.remove()
     return [seen[l] for l in layers]
 
 # %% ../../nbs/deployment/810_export.ipynb #44cdba11
 @torch.no_grad()
 def livened(
-    model:nn.Module,   # an untrained YOLO11
-    x:np.ndarray,      # from detector_input
-    seed:int=0         # another last layer
-)->nn.Module: # a copy in eval mode that answers with boxes of many scores and sizes
+    model: nn.Module,  # an untrained YOLO11
+    x: np.ndarray,  # from detector_input
+    seed: int = 0,  # another last layer
+) -> nn.Module:  # a copy in eval mode that answers with boxes of many scores and sizes
     "An untrained detector with something to say, for checks that need boxes and no sense."
     m, g = copy.deepcopy(model).eval(), torch.Generator().manual_seed(seed)
     head = m.model[-1]
     lasts = [branch[-1] for part in (head.cv2, head.cv3) for branch in part]
     for l, f in zip(lasts, _inputs_of(lasts, lambda: m(torch.from_numpy(x)))):
         n, c = l.weight.shape[:2]
-        w = torch.randn(n, c, generator=g)/f.std(1).clamp_min(1e-12)/c**.5
-        lean = torch.tensor([-3.]) if n == 1 else -.6*torch.arange(n//4).repeat(4)   # few pills, small boxes
-        l.weight.copy_(w[..., None, None]); l.bias.copy_(lean-w@f.mean(1))
+        w = torch.randn(n, c, generator=g) / f.std(1).clamp_min(1e-12) / c**0.5
+        lean = torch.tensor([-3.0]) if n == 1 else -0.6 * torch.arange(n // 4).repeat(4)  # few pills, small boxes
+        l.weight.copy_(w[..., None, None])
+        l.bias.copy_(lean - w @ f.mean(1))
     return m
 
 # %% ../../nbs/deployment/810_export.ipynb #15495e0c
 def plot_logits(
-    a:np.ndarray,   # [N, C] torch
-    b:np.ndarray,   # [N, C] ONNX
-    most:int=4000   # points drawn
-)->Any: # matplotlib Figure
+    a: np.ndarray,  # [N, C] torch
+    b: np.ndarray,  # [N, C] ONNX
+    most: int = 4000,  # points drawn
+) -> Any:  # matplotlib Figure
     "Logits of both sides, and how far they are apart."
     import matplotlib.pyplot as plt
+
     use_house_style()
     x, y = a.ravel(), b.ravel()
     pick = np.random.default_rng(0).permutation(x.size)[:most]
     fig, (l, r) = plt.subplots(1, 2, figsize=(7, 3))
-    l.plot([x.min(), x.max()], [x.min(), x.max()], lw=.8, color="#999999"); l.scatter(x[pick], y[pick], s=3, alpha=.4)
+    l.plot([x.min(), x.max()], [x.min(), x.max()], lw=0.8, color="#999999")
+    l.scatter(x[pick], y[pick], s=3, alpha=0.4)
     l.set(xlabel="torch logit", ylabel="ONNX logit", title="on one line")
-    r.hist(np.log10(np.maximum(np.abs(x-y), 1e-12)), bins=40, color=COLOURS[0])
-    r.set(xlabel="log10 |difference|, equal ones at −12", ylabel="logits", title=f"largest {np.abs(x-y).max():.1e}")
+    r.hist(np.log10(np.maximum(np.abs(x - y), 1e-12)), bins=40, color=COLOURS[0])
+    r.set(xlabel="log10 |difference|, equal ones at −12", ylabel="logits", title=f"largest {np.abs(x - y).max():.1e}")
     plt.close(fig)
     return fig
 
 # %% ../../nbs/deployment/810_export.ipynb #b81f8728
 def plot_both(
-    shown:Sequence[tuple[np.ndarray,np.ndarray,np.ndarray]] # photo, torch's boxes, ONNX's boxes
-)->Any: # matplotlib Figure
+    shown: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],  # photo, torch's boxes, ONNX's boxes
+) -> Any:  # matplotlib Figure
     "Boxes of both sides; where they agree only the upper one is seen."
-    both = [draw_boxes(draw_boxes(im, a, colour=COLOURS[3]), b, colour=COLOURS[0]) for im,a,b in shown]
-    fig = show_grid(both, [f"torch {len(a)}, ONNX {len(b)}" for _,a,b in shown], cols=4, size=1.9)
+    both = [draw_boxes(draw_boxes(im, a, colour=COLOURS[3]), b, colour=COLOURS[0]) for im, a, b in shown]
+    fig = show_grid(both, [f"torch {len(a)}, ONNX {len(b)}" for _, a, b in shown], cols=4, size=1.9)
     return colour_legend(fig, {"torch": COLOURS[3], "ONNX": COLOURS[0]})
 
 # %% ../../nbs/deployment/810_export.ipynb #cff0f929
 def plot_latency(
-    ms:Mapping[str,np.ndarray], # scope → timings in ms
-    hardware:str                # the machine
-)->Any: # matplotlib Figure
+    ms: Mapping[str, np.ndarray],  # scope → timings in ms
+    hardware: str,  # the machine
+) -> Any:  # matplotlib Figure
     "How long an answer takes, with its p50 and p95."
     import matplotlib.pyplot as plt
+
     use_house_style()
     fig, ax = plt.subplots(figsize=(6, 2.6))
-    top = max(np.percentile(v, 99) for v in ms.values())*1.1
-    for i,(name, v) in enumerate(ms.items()):
-        ax.hist(v, bins=np.linspace(0, top, 60), alpha=.6, color=COLOURS[i], label=f"{name}: p50 {np.percentile(v, 50):.1f}, p95 {np.percentile(v, 95):.1f} ms")
-    ax.set(xlabel="ms per photo, from the file to the answer", ylabel="answers", title=hardware); ax.legend()
+    top = max(np.percentile(v, 99) for v in ms.values()) * 1.1
+    for i, (name, v) in enumerate(ms.items()):
+        ax.hist(
+            v,
+            bins=np.linspace(0, top, 60),
+            alpha=0.6,
+            color=COLOURS[i],
+            label=f"{name}: p50 {np.percentile(v, 50):.1f}, p95 {np.percentile(v, 95):.1f} ms",
+        )
+    ax.set(xlabel="ms per photo, from the file to the answer", ylabel="answers", title=hardware)
+    ax.legend()
     plt.close(fig)
     return fig
 
 # %% ../../nbs/deployment/810_export.ipynb #7f1f3d4a
 def drug_records(
-    root:Path # run folder
-)->dict[str,dict[str,Any]]: # K-code → record
+    root: Path,  # run folder
+) -> dict[str, dict[str, Any]]:  # K-code → record
     "What is known of each drug."
-    mapping = read_json(root/"drug_metadata.json")
+    mapping = read_json(root / "drug_metadata.json")
     return {e["kcode"]: e for e in mapping["drug_metadata"].values()}
 
 # %% ../../nbs/deployment/810_export.ipynb #0600641f
 def calibration(
-    root:Path,          # run folder
-    class_map:ClassMap, # the stage's drugs
-    log:Any             # where its absence is said
-)->tuple[float,bool]: # temperature, and whether it was measured
+    root: Path,  # run folder
+    class_map: ClassMap,  # the stage's drugs
+    log: Any,  # where its absence is said
+) -> tuple[float, bool]:  # temperature, and whether it was measured
     "The temperature of the evaluation, or 1 with a line (SPEC BX3, BX8)."
-    p = root/"reports"/"calibration.json"
-    if not p.is_file(): decide(log, "export: no reports/calibration.json, so the temperature is 1 and confidences are not calibrated"); return 1., False
-    c = read_json(p); t = c.get("temperature")
+    p = root / "reports" / "calibration.json"
+    if not p.is_file():
+        decide(log, "export: no reports/calibration.json, so the temperature is 1 and confidences are not calibrated")
+        return 1.0, False
+    c = read_json(p)
+    t = c.get("temperature")
     if not (isinstance(t, (int, float)) and math.isfinite(t) and t > 0):
         raise PillsnapError(f"the calibration holds no temperature but {t!r}", where=p, fix="run the evaluation again")
     if c.get("class_map", class_map.fingerprint) != class_map.fingerprint:
         raise PillsnapError("the calibration was made for another class map", where=p, fix="run the evaluation again")
     fitted = c.get("ece_after") is not None
-    if not fitted: decide(log, f"export: confidences are not calibrated: {c.get('note') or 'nothing was fitted'}")
+    if not fitted:
+        decide(log, f"export: confidences are not calibrated: {c.get('note') or 'nothing was fitted'}")
     return float(t), fitted
 
 # %% ../../nbs/deployment/810_export.ipynb #20690995
 def checkpoint(
-    root:Path, # run folder
-    model:str  # classifier or detector
-)->Path:
+    root: Path,  # run folder
+    model: str,  # classifier or detector
+) -> Path:
     "Where a model's best weights lie (SPEC X76)."
-    return root/"checkpoints"/model/"best.pt"
+    return root / "checkpoints" / model / "best.pt"
 
 # %% ../../nbs/deployment/810_export.ipynb #b3691bff
 @dataclass
 class Written:
     "One model, on both sides."
-    path:Path       # the ONNX file
-    entry:dict      # for the bundle
-    torch:Any       # its torch runner
-    onnx:Any        # its ONNX runner
+
+    path: Path  # the ONNX file
+    entry: dict  # for the bundle
+    torch: Any  # its torch runner
+    onnx: Any  # its ONNX runner
 
 # %% ../../nbs/deployment/810_export.ipynb #870fe736
 def write_classifier(
-    run:RunFolder,        # the run
-    class_map:ClassMap,   # the stage's drugs
-    cfg:Config            # its export block
-)->Written: # raises PillsnapError for a checkpoint of another class map (BX8)
+    run: RunFolder,  # the run
+    class_map: ClassMap,  # the stage's drugs
+    cfg: Config,  # its export block
+) -> Written:  # raises PillsnapError for a checkpoint of another class map (BX8)
     "best.pt → classifier.onnx (SPEC EX1)."
-    src, out = checkpoint(run.root, "classifier"), run.sub("export")/"classifier.onnx"
-    if not src.is_file(): raise PillsnapError("there is no trained classifier", where=src, fix="run the classifier stage first")
+    src, out = checkpoint(run.root, "classifier"), run.sub("export") / "classifier.onnx"
+    if not src.is_file():
+        raise PillsnapError("there is no trained classifier", where=src, fix="run the classifier stage first")
     model, _, size, ckpt = load_classifier(src, class_map)
-    opset = export_onnx(model, size, out, open_axes(ckpt["backbone"], model), ("image", "logits"), cfg.export.opset, run.log)
+    opset = export_onnx(
+        model, size, out, open_axes(ckpt["backbone"], model), ("image", "logits"), cfg.export.opset, run.log
+    )
     entry = model_entry(out, size, ckpt["backbone"], opset, checkpoint=sha256_file(src))
     return Written(out, entry, TorchClassifier(model, size), OnnxClassifier(out.read_bytes(), size, "cpu", where=out))
 
 # %% ../../nbs/deployment/810_export.ipynb #4cb56af0
 def write_detector(
-    run:RunFolder, # the run
-    cfg:Config     # its export block
-)->Written|None: # None when no detector was trained
+    run: RunFolder,  # the run
+    cfg: Config,  # its export block
+) -> Written | None:  # None when no detector was trained
     "best.pt → detector.onnx (SPEC EX1)."
-    src, out = checkpoint(run.root, "detector"), run.sub("export")/"detector.onnx"
+    src, out = checkpoint(run.root, "detector"), run.sub("export") / "detector.onnx"
     if not src.is_file():
         out.unlink(missing_ok=True)
-        decide(run.log, "export: no detector was trained, so the bundle answers in single mode only"); return None
+        decide(run.log, "export: no detector was trained, so the bundle answers in single mode only")
+        return None
     model, size, ckpt = load_detector(src)
     opset = export_onnx(RawHead(model), size, out, names=("image", "raw"), opset=cfg.export.opset, log=run.log)
     entry = model_entry(out, size, ckpt["backbone"], opset, checkpoint=sha256_file(src))
@@ -460,74 +608,91 @@ def write_detector(
 
 # %% ../../nbs/deployment/810_export.ipynb #21fe7c6d
 def metrics_of(
-    prov:Provenance,             # data and class map
-    cls:Comparison,              # the classifiers
-    det:Comparison|None          # the detectors, if there are any
-)->list[dict[str,Any]]: # metric records (SPEC BX2)
+    prov: Provenance,  # data and class map
+    cls: Comparison,  # the classifiers
+    det: Comparison | None,  # the detectors, if there are any
+) -> list[dict[str, Any]]:  # metric records (SPEC BX2)
     "Every figure of the comparison, with where it came from."
-    out = [prov.metric(f"export_classifier_{k}", v, cls.n, cls.seconds, note=f"{cls.gap['views']} views") for k,v in cls.gap.items() if k != "views"]
-    if det: out += [prov.metric(f"export_detector_{k}", v, det.n, det.seconds) for k,v in det.gap.items()]
+    out = [
+        prov.metric(f"export_classifier_{k}", v, cls.n, cls.seconds, note=f"{cls.gap['views']} views")
+        for k, v in cls.gap.items()
+        if k != "views"
+    ]
+    if det:
+        out += [prov.metric(f"export_detector_{k}", v, det.n, det.seconds) for k, v in det.gap.items()]
     return [m.to_dict() for m in out]
 
 # %% ../../nbs/deployment/810_export.ipynb #377e7f2c
 def verdict(
-    cls:Comparison,         # the classifiers
-    det:Comparison|None,    # the detectors, if there are any
-    asked:tuple[int,int]    # photos asked for
-)->str: # one sentence
+    cls: Comparison,  # the classifiers
+    det: Comparison | None,  # the detectors, if there are any
+    asked: tuple[int, int],  # photos asked for
+) -> str:  # one sentence
     "What was found, with n."
     said = {True: "agrees", False: "DOES NOT AGREE", None: "could not be compared in full"}
     few = lambda c, n: f" ({c.n} photos" + (f", {n} were asked for)" if c.n < n else ")")
-    text = f"ONNX against torch: the classifier {said[cls.passed]}"+few(cls, asked[0])
-    return text+(f", the detector {said[det.passed]}"+few(det, asked[1]) if det else ", no detector")
+    text = f"ONNX against torch: the classifier {said[cls.passed]}" + few(cls, asked[0])
+    return text + (f", the detector {said[det.passed]}" + few(det, asked[1]) if det else ", no detector")
 
 # %% ../../nbs/deployment/810_export.ipynb #90dc8827
 def in_float16(
-    model:bytes # an ONNX file's content
-)->bytes:       # float16 inside, float32 at both ends
+    model: bytes,  # an ONNX file's content
+) -> bytes:  # float16 inside, float32 at both ends
     "The same network in half the precision."
     from onnxruntime.transformers.float16 import convert_float_to_float16
+
     return convert_float_to_float16(onnx.load_from_string(model), keep_io_types=True).SerializeToString()
 
+
 def float16_bundle(
-    bundle:Bundle # on a GPU
-)->Bundle:        # the same drugs and thresholds
+    bundle: Bundle,  # on a GPU
+) -> Bundle:  # the same drugs and thresholds
     "A bundle whose networks compute in float16."
-    def half(runner:Any, entry:Mapping[str,Any])->Any:
-        return runner(in_float16(checked_bytes(bundle.folder, entry)), int(entry["img_size"]), "cuda", where=entry["file"])
+
+    def half(runner: Any, entry: Mapping[str, Any]) -> Any:
+        return runner(
+            in_float16(checked_bytes(bundle.folder, entry)), int(entry["img_size"]), "cuda", where=entry["file"]
+        )
+
     detector = bundle.detector and half(OnnxDetector, bundle.meta["detector"])
     return replace(bundle, classifier=half(OnnxClassifier, bundle.meta["classifier"]), detector=detector)
 
 # %% ../../nbs/deployment/810_export.ipynb #ad714e6e
 def timed_bundles(
-    bundle:Bundle,  # on the CPU
-    log:Any=None    # where it is said that one is left out
-)->list[tuple[Bundle,str]]: # with the precision of each
+    bundle: Bundle,  # on the CPU
+    log: Any = None,  # where it is said that one is left out
+) -> list[tuple[Bundle, str]]:  # with the precision of each
     "The bundle on the CPU, and on a GPU in float32 and float16 where onnxruntime can use one."
     out = [(bundle, "fp32")]
-    if "CUDAExecutionProvider" not in ort.get_available_providers(): return out
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        return out
     there = load_bundle(bundle.folder, device="cuda", lazy_load_detector=False, log=log)
-    if not on_gpu(there.classifier.provider): return out   # it did not start, which is said
+    if not on_gpu(there.classifier.provider):
+        return out  # it did not start, which is said
     out.append((there, "fp32"))
-    try: out.append((float16_bundle(there), "fp16"))
-    except Exception as e: decide(log, f"latency: float16 is not timed, {(str(e) or type(e).__name__).splitlines()[0]}")
+    try:
+        out.append((float16_bundle(there), "fp16"))
+    except Exception as e:
+        decide(log, f"latency: float16 is not timed, {(str(e) or type(e).__name__).splitlines()[0]}")
     return out
 
 # %% ../../nbs/deployment/810_export.ipynb #4277a4fe
 def time_bundle(
-    bundle:Bundle,      # the export
-    photo:Path,         # one photo, from its file
-    prov:Provenance,    # data and class map
-    cfg:Config,         # its evaluation block
-    log:Any=None        # where it is said what could not be timed
-)->tuple[list[Latency],dict[str,np.ndarray]]: # latency records, and the timings by scope
+    bundle: Bundle,  # the export
+    photo: Path,  # one photo, from its file
+    prov: Provenance,  # data and class map
+    cfg: Config,  # its evaluation block
+    log: Any = None,  # where it is said what could not be timed
+) -> tuple[list[Latency], dict[str, np.ndarray]]:  # latency records, and the timings by scope
     "From the photo's file to the answer, by the protocol, on everything that can compute it (SPEC EV6)."
     rows, ms, e = [], {}, cfg.evaluation
     for b, precision in timed_bundles(bundle, log):
         provider = b.classifier.provider
         for mode in ("single", "combo") if b.detector else ("single",):
             call = lambda: b.predict(photo, mode)
-            found, t = measure_latency(call, f"onnx_{mode}", prov, e.latency_warmup, e.latency_runs, precision, provider=provider)
+            found, t = measure_latency(
+                call, f"onnx_{mode}", prov, e.latency_warmup, e.latency_runs, precision, provider=provider
+            )
             ms[f"onnx_{mode}" + (f", GPU {precision}" if on_gpu(provider) else "")] = t
             rows += found
     return rows, ms
@@ -536,56 +701,117 @@ def time_bundle(
 @dataclass(frozen=True)
 class ExportJob(StageJob):
     "Checkpoints → ONNX, compared, bundled (SPEC EX1, EX2)."
-    name:ClassVar[str] = "export"
-    sections:ClassVar[tuple[str,...]] = ("data.default_mode", "data.classification", "data.detection", "data.progressive_validation.current_stage", "inference", "evaluation", "export", "train.seed")
-    needs:ClassVar[dict[str,str]] = {"artifacts/stage{stage}/splits.json": "splits"}
+
+    name: ClassVar[str] = "export"
+    sections: ClassVar[tuple[str, ...]] = (
+        "data.default_mode",
+        "data.classification",
+        "data.detection",
+        "data.progressive_validation.current_stage",
+        "inference",
+        "evaluation",
+        "export",
+        "train.seed",
+    )
+    needs: ClassVar[dict[str, str]] = {"artifacts/stage{stage}/splits.json": "splits"}
 
 # %% ../../nbs/deployment/810_export.ipynb #aa0630e7
-def _inputs(root:Path, stage:int)->list[Path]:
+def _inputs(root: Path, stage: int) -> list[Path]:
     "Everything this stage reads; what is not there yet counts too, for when it comes."
-    parts = [root/"artifacts"/f"stage{stage}"/f for f in ("splits.json", "manifest_train.csv", "manifest_val.csv", "manifest_pool.csv", "classes.json")]
-    return [checkpoint(root, "classifier"), checkpoint(root, "detector"), root/"manifest.csv", *parts, root/"drug_metadata.json", root/"reports"/"calibration.json", root/"reports"/"scorecard.json"]
+    parts = [
+        root / "artifacts" / f"stage{stage}" / f
+        for f in ("splits.json", "manifest_train.csv", "manifest_val.csv", "manifest_pool.csv", "classes.json")
+    ]
+    return [
+        checkpoint(root, "classifier"),
+        checkpoint(root, "detector"),
+        root / "manifest.csv",
+        *parts,
+        root / "drug_metadata.json",
+        root / "reports" / "calibration.json",
+        root / "reports" / "scorecard.json",
+    ]
 
 # %% ../../nbs/deployment/810_export.ipynb #fe69ff92
-def _compare(run:RunFolder, cfg:Config, stage:StageData, cls:Written, det:Written|None, skipped:list[str])->tuple[Comparison,Comparison|None]:
+def _compare(
+    run: RunFolder, cfg: Config, stage: StageData, cls: Written, det: Written | None, skipped: list[str]
+) -> tuple[Comparison, Comparison | None]:
     "Both models on both sides."
     d, seed, e = cfg.data.detection, cfg.train.seed, cfg.export
-    def photos(kind:str, n:int, model:str)->Iterable[Photo]:
-        return show_progress(open_photos(photo_order(stage, kind, seed), n, skipped), n, f"torch and ONNX: {model}", "photos")
-    a = compare_classifiers(cls.torch, cls.onnx, photos("single", e.compare_photos, "classifier"), cfg.data.classification.crop_padding)
-    if det is None: return a, None
-    return a, compare_detectors(det.torch, det.onnx, photos("combo", e.compare_detector_photos, "detector"), d.conf_threshold, d.iou_threshold, d.max_detections)
+
+    def photos(kind: str, n: int, model: str) -> Iterable[Photo]:
+        return show_progress(
+            open_photos(photo_order(stage, kind, seed), n, skipped), n, f"torch and ONNX: {model}", "photos"
+        )
+
+    a = compare_classifiers(
+        cls.torch, cls.onnx, photos("single", e.compare_photos, "classifier"), cfg.data.classification.crop_padding
+    )
+    if det is None:
+        return a, None
+    return a, compare_detectors(
+        det.torch,
+        det.onnx,
+        photos("combo", e.compare_detector_photos, "detector"),
+        d.conf_threshold,
+        d.iou_threshold,
+        d.max_detections,
+    )
 
 # %% ../../nbs/deployment/810_export.ipynb #18a072c0
 def answering(
-    cfg:Config,         # data.default_mode, inference
-    has_detector:bool   # whether the bundle will hold one
-)->dict[str,Any]:
+    cfg: Config,  # data.default_mode, inference
+    has_detector: bool,  # whether the bundle will hold one
+) -> dict[str, Any]:
     "What the bundle does where a caller names no mode and no number of drugs."
     if cfg.data.default_mode == "combo" and not has_detector:
-        raise PillsnapError("the default mode is combo, and this run has no detector to find the pills",
-            where="data.default_mode", fix="train a detector, or set data.default_mode=single")
+        raise PillsnapError(
+            "the default mode is combo, and this run has no detector to find the pills",
+            where="data.default_mode",
+            fix="train a detector, or set data.default_mode=single",
+        )
     i = cfg.inference
     return dict(mode=cfg.data.default_mode, top_k=i.top_k, lazy_load_detector=i.lazy_load_detector)
 
-def _bundle(run:RunFolder, cfg:Config, stage:StageData, cls:Written, det:Written|None)->Bundle:
+
+def _bundle(run: RunFolder, cfg: Config, stage: StageData, cls: Written, det: Written | None) -> Bundle:
     "Write the bundle, then read it as a stranger would."
     t, calibrated = calibration(run.root, stage.class_map, run.log)
-    card, d = run.root/"reports"/"scorecard.json", cfg.data.detection
-    limits = dict(conf=float(d.conf_threshold), iou=float(d.iou_threshold), max_det=int(d.max_detections), crop_padding=float(cfg.data.classification.crop_padding))
-    write_bundle(run.sub("export"), stage.class_map, cls.entry, det and det.entry, limits, drug_records(run.root), t, calibrated, answering(cfg, det is not None),
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"), git_sha=get_git_sha(), run_id=run_id(run.root), data=stage.header["source"],
-        data_hash=stage.header["data_hash"], scorecard=sha256_file(card) if card.is_file() else None)
+    card, d = run.root / "reports" / "scorecard.json", cfg.data.detection
+    limits = dict(
+        conf=float(d.conf_threshold),
+        iou=float(d.iou_threshold),
+        max_det=int(d.max_detections),
+        crop_padding=float(cfg.data.classification.crop_padding),
+    )
+    write_bundle(
+        run.sub("export"),
+        stage.class_map,
+        cls.entry,
+        det and det.entry,
+        limits,
+        drug_records(run.root),
+        t,
+        calibrated,
+        answering(cfg, det is not None),
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        git_sha=get_git_sha(),
+        run_id=run_id(run.root),
+        data=stage.header["source"],
+        data_hash=stage.header["data_hash"],
+        scorecard=sha256_file(card) if card.is_file() else None,
+    )
     return load_bundle(run.root, device="cpu", log=run.log)
 
 # %% ../../nbs/deployment/810_export.ipynb #fb1319db
 @patch
-def work(self:ExportJob, run:RunFolder, cfg:Config)->StageResult:
+def work(self: ExportJob, run: RunFolder, cfg: Config) -> StageResult:
     "Write, compare, judge, bundle, time, report."
     n, skipped = cfg.data.progressive_validation.current_stage, []
-    stage, report = load_stage(run.root, n), run.sub("reports")/"export.json"
+    stage, report = load_stage(run.root, n), run.sub("reports") / "export.json"
     prov = Provenance(stage.header["source"], stage.header["data_hash"], stage.class_map.fingerprint)
-    for old in (run.sub("export")/"bundle.json", report): old.unlink(missing_ok=True)
+    for old in (run.sub("export") / "bundle.json", report):
+        old.unlink(missing_ok=True)
     with show_progress(total=2, desc="writing ONNX", unit="models") as bar:
         bar.note("classifier")
         cls = write_classifier(run, stage.class_map, cfg)
@@ -594,49 +820,122 @@ def work(self:ExportJob, run:RunFolder, cfg:Config)->StageResult:
         det = write_detector(run, cfg)
         bar.update()
     a, b = _compare(run, cfg, stage, cls, det, skipped)
-    said = verdict(a, b, (cfg.export.compare_photos, cfg.export.compare_detector_photos)); run.log.info(said)
+    said = verdict(a, b, (cfg.export.compare_photos, cfg.export.compare_detector_photos))
+    run.log.info(said)
     checks = [dict(model=m, **c.row()) for m, s in (("classifier", a), ("detector", b)) if s for c in s.checks]
-    passed = False if False in (a.passed, b and b.passed) else None if None in (a.passed, b.passed if b else True) else True
-    facts = dict(schema="pillsnap-export/1", created=datetime.now(timezone.utc).isoformat(timespec="seconds"), verdict=said, passed=passed, checks=checks,
-        metrics=metrics_of(prov, a, b), models={w.path.stem: w.entry for w in (cls, det) if w}, skipped_photos=skipped)
-    figures = [save_fig(plot_logits(a.torch[0], a.onnx[0]), run.sub("reports")/"export_logits.png")]
-    if b and b.shown: figures.append(save_fig(plot_both(b.shown), run.sub("reports")/"export_boxes.png"))
+    passed = (
+        False if False in (a.passed, b and b.passed) else None if None in (a.passed, b.passed if b else True) else True
+    )
+    facts = dict(
+        schema="pillsnap-export/1",
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        verdict=said,
+        passed=passed,
+        checks=checks,
+        metrics=metrics_of(prov, a, b),
+        models={w.path.stem: w.entry for w in (cls, det) if w},
+        skipped_photos=skipped,
+    )
+    figures = [save_fig(plot_logits(a.torch[0], a.onnx[0]), run.sub("reports") / "export_logits.png")]
+    if b and b.shown:
+        figures.append(save_fig(plot_both(b.shown), run.sub("reports") / "export_boxes.png"))
     if passed is False:
         save_json({**facts, "latency": [], "bundle": None}, report)
-        raise PillsnapError(f"{said}; no bundle was written", where=report, fix="look at the checks there; another opset or onnxruntime may answer better")
+        raise PillsnapError(
+            f"{said}; no bundle was written",
+            where=report,
+            fix="look at the checks there; another opset or onnxruntime may answer better",
+        )
     return _finish_export(self, run, cfg, stage, prov, _bundle(run, cfg, stage, cls, det), facts, figures)
 
 # %% ../../nbs/deployment/810_export.ipynb #5ec2ecea
-def _finish_export(job:ExportJob, run:RunFolder, cfg:Config, stage:StageData, prov:Provenance, bundle:Bundle, facts:dict, figures:list[Path])->StageResult:
+def _finish_export(
+    job: ExportJob,
+    run: RunFolder,
+    cfg: Config,
+    stage: StageData,
+    prov: Provenance,
+    bundle: Bundle,
+    facts: dict,
+    figures: list[Path],
+) -> StageResult:
     "Time the bundle, write the report, hand back what was found."
     photo = next(open_photos(photo_order(stage, "combo" if bundle.detector else "single", cfg.train.seed), 1)).path
     latency, ms = time_bundle(bundle, photo, prov, cfg, run.log)
-    figures.append(save_fig(plot_latency(ms, latency[-1].metric.hardware), run.sub("reports")/"export_latency.png"))
-    report = save_json({**facts, "latency": [r.to_dict() for r in latency], "bundle": bundle.meta["digest"], "timed_photo": str(photo), "temperature": bundle.meta["temperature"], "calibrated": bundle.meta["calibrated"]}, run.sub("reports")/"export.json")
-    if (run.root/"reports"/"evaluation.json").is_file(): judge(run.root, cfg)   # stage 1 asks for a proven conversion, which nobody could show before now
-    sizes = [f"{m}.onnx {(bundle.folder/f'{m}.onnx').stat().st_size/1e6:.1f} MB, opset {e['opset']}" for m,e in facts["models"].items()]
-    notes = [*sizes, *[f"{r.scope} ({r.provider}, {r.precision}): p{r.percentile} {r.metric.value:.1f} ms" + (f", NOT_COMPARABLE: {gap[0]}" if (gap := protocol_gap(r)) else "") for r in latency]]
-    if job.run_dir: notes.append("try it: "+shlex.join(["pillsnap", "predict", os.path.relpath(photo), "--mode", "combo" if bundle.detector else "single", "--run", os.path.relpath(run.root)]))
-    if facts["skipped_photos"]: notes.append(f"{len(facts['skipped_photos'])} photos could not be read, the first: {facts['skipped_photos'][0]}")
-    outputs = [bundle.folder/"bundle.json", *(bundle.folder/f"{m}.onnx" for m in facts["models"]), report, *figures]
-    return StageResult(facts["verdict"], facts["checks"], figures, inputs=_inputs(run.root, stage.stage), outputs=outputs, notes=notes)
+    figures.append(save_fig(plot_latency(ms, latency[-1].metric.hardware), run.sub("reports") / "export_latency.png"))
+    report = save_json(
+        {
+            **facts,
+            "latency": [r.to_dict() for r in latency],
+            "bundle": bundle.meta["digest"],
+            "timed_photo": str(photo),
+            "temperature": bundle.meta["temperature"],
+            "calibrated": bundle.meta["calibrated"],
+        },
+        run.sub("reports") / "export.json",
+    )
+    if (run.root / "reports" / "evaluation.json").is_file():
+        judge(run.root, cfg)  # stage 1 asks for a proven conversion, which nobody could show before now
+    sizes = [
+        f"{m}.onnx {(bundle.folder / f'{m}.onnx').stat().st_size / 1e6:.1f} MB, opset {e['opset']}"
+        for m, e in facts["models"].items()
+    ]
+    notes = [
+        *sizes,
+        *[
+            f"{r.scope} ({r.provider}, {r.precision}): p{r.percentile} {r.metric.value:.1f} ms"
+            + (f", NOT_COMPARABLE: {gap[0]}" if (gap := protocol_gap(r)) else "")
+            for r in latency
+        ],
+    ]
+    if job.run_dir:
+        notes.append(
+            "try it: "
+            + shlex.join(
+                [
+                    "pillsnap",
+                    "predict",
+                    os.path.relpath(photo),
+                    "--mode",
+                    "combo" if bundle.detector else "single",
+                    "--run",
+                    os.path.relpath(run.root),
+                ]
+            )
+        )
+    if facts["skipped_photos"]:
+        notes.append(
+            f"{len(facts['skipped_photos'])} photos could not be read, the first: {facts['skipped_photos'][0]}"
+        )
+    outputs = [bundle.folder / "bundle.json", *(bundle.folder / f"{m}.onnx" for m in facts["models"]), report, *figures]
+    return StageResult(
+        facts["verdict"], facts["checks"], figures, inputs=_inputs(run.root, stage.stage), outputs=outputs, notes=notes
+    )
 
 # %% ../../nbs/deployment/810_export.ipynb #3885ec83
 @patch
-def smoke(self:ExportJob, run:RunFolder, cfg:Config)->None:
+def smoke(self: ExportJob, run: RunFolder, cfg: Config) -> None:
     "A small delivery and untrained models."
     from pillsnap.dataset.splits import smoke_splits
     from pillsnap.models.factory import fresh_classifier_checkpoint
+
     smoke_splits(run, cfg)
     cm = load_stage(run.root, cfg.data.progressive_validation.current_stage).class_map
-    fresh_classifier_checkpoint(checkpoint(run.root, "classifier"), cfg.train.classification.backbone, cm, cfg.data.classification.img_size, cfg.to_dict())
+    fresh_classifier_checkpoint(
+        checkpoint(run.root, "classifier"),
+        cfg.train.classification.backbone,
+        cm,
+        cfg.data.classification.img_size,
+        cfg.to_dict(),
+    )
     _smoke_detector(run, cfg)
 
 # %% ../../nbs/deployment/810_export.ipynb #fe796cdf
-def _smoke_detector(run:RunFolder, cfg:Config)->None:
+def _smoke_detector(run: RunFolder, cfg: Config) -> None:
     "An untrained detector that sees boxes, so that the smoke run has something to compare."
     from pillsnap.core.checkpoints import save_ckpt
     from pillsnap.models.yolo import fresh_detector_checkpoint
+
     path, size = checkpoint(run.root, "detector"), cfg.data.detection.img_size
     model, _, ckpt = load_detector(fresh_detector_checkpoint(path, cfg.train.detection.model, size, cfg.to_dict()))
     stage = load_stage(run.root, cfg.data.progressive_validation.current_stage)

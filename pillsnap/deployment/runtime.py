@@ -32,313 +32,457 @@ _WANTED = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "C
 
 # %% ../../nbs/deployment/800_runtime.ipynb #01958291
 def choose_providers(
-    device:str,              # auto, cpu or cuda
-    available:Sequence[str]  # what this onnxruntime was built with
-)->tuple[list[str],str|None]: # providers in order of preference, and what had to be given up
+    device: str,  # auto, cpu or cuda
+    available: Sequence[str],  # what this onnxruntime was built with
+) -> tuple[list[str], str | None]:  # providers in order of preference, and what had to be given up
     "Pick execution providers; a missing one falls back to the CPU with a reason (SPEC EX3)."
-    if device == "auto": device = "cuda" if "CUDAExecutionProvider" in available else "cpu"
-    if device not in _WANTED: raise PillsnapError(f"there is no device {device!r}", where="device", fix=f"one of auto, {', '.join(_WANTED)}")
+    if device == "auto":
+        device = "cuda" if "CUDAExecutionProvider" in available else "cpu"
+    if device not in _WANTED:
+        raise PillsnapError(f"there is no device {device!r}", where="device", fix=f"one of auto, {', '.join(_WANTED)}")
     gone = [p for p in _WANTED[device] if p not in available]
-    reason = f"onnxruntime: {gone[0]} was asked for and is not in this build ({', '.join(available)}); running on the CPU" if gone else None
+    reason = (
+        f"onnxruntime: {gone[0]} was asked for and is not in this build ({', '.join(available)}); running on the CPU"
+        if gone
+        else None
+    )
     return [p for p in _WANTED[device] if p in available], reason
 
 # %% ../../nbs/deployment/800_runtime.ipynb #f827d098
 # by default it searches for the fastest convolution at every new number of crops, and rounds float32 to TF32
 CUDA_OPTIONS = {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"}
 
+
 def open_session(
-    model:bytes,             # an ONNX file's content
-    device:str="auto",       # auto, cpu or cuda
-    threads:int=0,           # of one operator; 0 = onnxruntime's own choice
-    where:object=None,       # the file, for errors
-    log:logging.Logger|None=None # where a fallback is said; None = the console
-)->ort.InferenceSession:
+    model: bytes,  # an ONNX file's content
+    device: str = "auto",  # auto, cpu or cuda
+    threads: int = 0,  # of one operator; 0 = onnxruntime's own choice
+    where: object = None,  # the file, for errors
+    log: logging.Logger | None = None,  # where a fallback is said; None = the console
+) -> ort.InferenceSession:
     "An onnxruntime session, on the best device there is (SPEC EX3)."
     wanted, reason = choose_providers(device, ort.get_available_providers())
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
-    if "CUDAExecutionProvider" in wanted and hasattr(ort, "preload_dlls"): ort.preload_dlls()   # finds CUDA's libraries where pip has put them
-    try: session = ort.InferenceSession(model, options, providers=[(p, CUDA_OPTIONS) if p == "CUDAExecutionProvider" else p for p in wanted])
+    if "CUDAExecutionProvider" in wanted and hasattr(ort, "preload_dlls"):
+        ort.preload_dlls()  # finds CUDA's libraries where pip has put them
+    try:
+        session = ort.InferenceSession(
+            model, options, providers=[(p, CUDA_OPTIONS) if p == "CUDAExecutionProvider" else p for p in wanted]
+        )
     except Exception as e:
-        raise PillsnapError(f"onnxruntime cannot open this model: {str(e).splitlines()[0]}", where=where, fix="export it again: pillsnap run all --from export") from e
+        raise PillsnapError(
+            f"onnxruntime cannot open this model: {str(e).splitlines()[0]}",
+            where=where,
+            fix="export it again: pillsnap run all --from export",
+        ) from e
     used = session.get_providers()
-    if lost := [p for p in wanted if p not in used]: reason = f"onnxruntime: {lost[0]} did not start; running on {used[0]}"
-    if reason: decide(log, reason)
+    if lost := [p for p in wanted if p not in used]:
+        reason = f"onnxruntime: {lost[0]} did not start; running on {used[0]}"
+    if reason:
+        decide(log, reason)
     return session
 
 # %% ../../nbs/deployment/800_runtime.ipynb #408dc1ae
 class OnnxModel:
     "An ONNX file with one input and one output."
-    def __init__(self,
-        model:bytes,        # the file's content
-        size:int,           # side of the square input, pixels
-        device:str="auto",  # auto, cpu or cuda
-        threads:int=0,      # of one operator; 0 = onnxruntime's own choice
-        where:object=None,  # the file, for errors
-        log:logging.Logger|None=None # where a fallback is said; None = the console
+
+    def __init__(
+        self,
+        model: bytes,  # the file's content
+        size: int,  # side of the square input, pixels
+        device: str = "auto",  # auto, cpu or cuda
+        threads: int = 0,  # of one operator; 0 = onnxruntime's own choice
+        where: object = None,  # the file, for errors
+        log: logging.Logger | None = None,  # where a fallback is said; None = the console
     ):
         self.size, self.session = size, open_session(model, device, threads, where, log)
         self._in, self._out = self.session.get_inputs()[0].name, self.session.get_outputs()[0].name
 
     @property
-    def provider(self)->str:
+    def provider(self) -> str:
         "What computes, in onnxruntime's words."
         return self.session.get_providers()[0]
 
-    def __call__(self, x:np.ndarray)->np.ndarray:
+    def __call__(self, x: np.ndarray) -> np.ndarray:
         "The output for a batch."
         return self.session.run([self._out], {self._in: np.ascontiguousarray(x, dtype=np.float32)})[0]
 
 # %% ../../nbs/deployment/800_runtime.ipynb #49a3747c
 class OnnxClassifier(OnnxModel):
     "A classifier's runner."
-    def logits(self, x:np.ndarray)->np.ndarray: return self(x)
+
+    def logits(self, x: np.ndarray) -> np.ndarray:
+        return self(x)
+
 
 class OnnxDetector(OnnxModel):
     "A detector's runner."
-    def raw(self, x:np.ndarray)->np.ndarray: return self(x)
+
+    def raw(self, x: np.ndarray) -> np.ndarray:
+        return self(x)
 
 # %% ../../nbs/deployment/800_runtime.ipynb #d4ad2d9a
 SCHEMA = "pillsnap-bundle/1"
-REQUIRED = dict(schema=str, created=str, git_sha=str, data=str, data_hash=str, class_map=dict, preprocessing=dict, classifier=dict,
-                temperature=float, calibrated=bool, thresholds=dict, drugs=dict, digest=str)   # `detector` and `scorecard` may be null
+REQUIRED = dict(
+    schema=str,
+    created=str,
+    git_sha=str,
+    data=str,
+    data_hash=str,
+    class_map=dict,
+    preprocessing=dict,
+    classifier=dict,
+    temperature=float,
+    calibrated=bool,
+    thresholds=dict,
+    drugs=dict,
+    digest=str,
+)  # `detector` and `scorecard` may be null
 THRESHOLDS = dict(conf=float, iou=float, max_det=int, crop_padding=float)
-ANSWERING = dict(mode=str, top_k=int, lazy_load_detector=bool)   # what holds where a caller says nothing
-DEFAULTS = dict(mode="single", top_k=5, lazy_load_detector=True) # of a bundle that does not say it
+ANSWERING = dict(mode=str, top_k=int, lazy_load_detector=bool)  # what holds where a caller says nothing
+DEFAULTS = dict(mode="single", top_k=5, lazy_load_detector=True)  # of a bundle that does not say it
 MODEL = dict(file=str, sha256=str, img_size=int, name=str, opset=int)
 
 # %% ../../nbs/deployment/800_runtime.ipynb #f2c02644
 def bundle_digest(
-    meta:Mapping[str,Any] # a bundle's content
-)->str: # sha256 over all of it but itself
+    meta: Mapping[str, Any],  # a bundle's content
+) -> str:  # sha256 over all of it but itself
     "Identity of a bundle; one changed character is another identity."
-    return sha256_text(canonical_json({k: v for k,v in meta.items() if k != "digest"}))
+    return sha256_text(canonical_json({k: v for k, v in meta.items() if k != "digest"}))
 
 # %% ../../nbs/deployment/800_runtime.ipynb #dc40c41a
 def model_entry(
-    path:str|Path,  # an ONNX file in the export folder
-    img_size:int,   # side of its input, pixels
-    name:str,       # architecture
-    opset:int,      # ONNX operator set
-    **kwargs:Any    # what else is worth knowing
-)->dict[str,Any]:
+    path: str | Path,  # an ONNX file in the export folder
+    img_size: int,  # side of its input, pixels
+    name: str,  # architecture
+    opset: int,  # ONNX operator set
+    **kwargs: Any,  # what else is worth knowing
+) -> dict[str, Any]:
     "What a bundle says of one of its files."
     return dict(file=Path(path).name, sha256=sha256_file(path), img_size=img_size, name=name, opset=opset, **kwargs)
 
 # %% ../../nbs/deployment/800_runtime.ipynb #11598496
 def write_bundle(
-    folder:str|Path,                # the export folder, with the ONNX files in it
-    class_map:ClassMap,             # output number → K-code
-    classifier:Mapping[str,Any],    # from model_entry
-    detector:Mapping[str,Any]|None, # from model_entry; None = single mode only
-    thresholds:Mapping[str,Any],    # conf, iou, max_det, crop_padding
-    drugs:Mapping[str,Mapping[str,Any]], # K-code → record
-    temperature:float=1.,           # from the calibration
-    calibrated:bool=False,          # whether it was measured
-    answering:Mapping[str,Any]|None=None, # mode, top_k, lazy_load_detector of a caller that names none; None = DEFAULTS
-    **kwargs:Any                    # created, git_sha, data, data_hash, run_id, scorecard, …
-)->Path: # bundle.json
+    folder: str | Path,  # the export folder, with the ONNX files in it
+    class_map: ClassMap,  # output number → K-code
+    classifier: Mapping[str, Any],  # from model_entry
+    detector: Mapping[str, Any] | None,  # from model_entry; None = single mode only
+    thresholds: Mapping[str, Any],  # conf, iou, max_det, crop_padding
+    drugs: Mapping[str, Mapping[str, Any]],  # K-code → record
+    temperature: float = 1.0,  # from the calibration
+    calibrated: bool = False,  # whether it was measured
+    answering: Mapping[str, Any] | None = None,  # mode, top_k, lazy_load_detector; None = DEFAULTS
+    **kwargs: Any,  # created, git_sha, data, data_hash, run_id, scorecard, …
+) -> Path:  # bundle.json
     "Write the bundle, last and in one piece, so that an interrupted export has none."
     prep = preprocessing(classifier["img_size"], detector and detector["img_size"], thresholds["crop_padding"])
-    meta = dict(schema=SCHEMA, **kwargs, class_map=class_map.to_dict(), preprocessing=prep, classifier=dict(classifier), detector=detector and dict(detector),
-                temperature=float(temperature), calibrated=calibrated, thresholds=dict(thresholds),
-                answering={**DEFAULTS, **(answering or {})}, drugs={k: dict(drugs.get(k, {})) for k in class_map})
-    return save_json({**meta, "digest": bundle_digest(meta)}, Path(folder)/"bundle.json")
+    meta = dict(
+        schema=SCHEMA,
+        **kwargs,
+        class_map=class_map.to_dict(),
+        preprocessing=prep,
+        classifier=dict(classifier),
+        detector=detector and dict(detector),
+        temperature=float(temperature),
+        calibrated=calibrated,
+        thresholds=dict(thresholds),
+        answering={**DEFAULTS, **(answering or {})},
+        drugs={k: dict(drugs.get(k, {})) for k in class_map},
+    )
+    return save_json({**meta, "digest": bundle_digest(meta)}, Path(folder) / "bundle.json")
 
 # %% ../../nbs/deployment/800_runtime.ipynb #66dd2f2e
 _AGAIN = "export again: pillsnap run all --from export"
 
+
 def find_bundle(
-    folder:str|Path # a run folder, or its export folder
-)->Path: # bundle.json
+    folder: str | Path,  # a run folder, or its export folder
+) -> Path:  # bundle.json
     "The bundle of a run."
-    for p in (Path(folder)/"bundle.json", Path(folder)/"export"/"bundle.json"):
-        if p.is_file(): return p
-    raise PillsnapError("there is no exported model here", where=folder, fix="run the stages first: pillsnap run all; or name the run folder with --run")
+    for p in (Path(folder) / "bundle.json", Path(folder) / "export" / "bundle.json"):
+        if p.is_file():
+            return p
+    raise PillsnapError(
+        "there is no exported model here",
+        where=folder,
+        fix="run the stages first: pillsnap run all; or name the run folder with --run",
+    )
 
 # %% ../../nbs/deployment/800_runtime.ipynb #205c0e6d
-def _fields(part:Mapping[str,Any], need:Mapping[str,type], where:Path)->None:
+def _fields(part: Mapping[str, Any], need: Mapping[str, type], where: Path) -> None:
     "Every field there, and of its kind."
-    for k,t in need.items():
+    for k, t in need.items():
         v = part.get(k) if isinstance(part, Mapping) else None
         if not isinstance(v, (int, float) if t is float else t) or (t in (int, float) and isinstance(v, bool)):
-            raise PillsnapError(f"this is no bundle that can be read: {k} is missing or not of its kind", where=where, fix=_AGAIN)
+            raise PillsnapError(
+                f"this is no bundle that can be read: {k} is missing or not of its kind", where=where, fix=_AGAIN
+            )
 
 # %% ../../nbs/deployment/800_runtime.ipynb #ade08c76
 def check_bundle(
-    meta:Mapping[str,Any], # a bundle's content
-    path:Path              # where it was read, for errors
-)->ClassMap: # the class map, verified
+    meta: Mapping[str, Any],  # a bundle's content
+    path: Path,  # where it was read, for errors
+) -> ClassMap:  # the class map, verified
     "Refuse what is not a bundle, or not the one that was written (SPEC RS6, BX8)."
-    _fields(meta, REQUIRED, path); _fields(meta["thresholds"], THRESHOLDS, path)
+    _fields(meta, REQUIRED, path)
+    _fields(meta["thresholds"], THRESHOLDS, path)
     if "answering" in meta:
         _fields(meta["answering"], ANSWERING, path)
         check_mode(meta["answering"]["mode"])
     for part in ("classifier", "detector"):
-        if meta.get(part) is not None: _fields(meta[part], MODEL, path)
-    if meta["schema"] != SCHEMA: raise PillsnapError(f"this bundle has the layout {meta['schema']!r}, and this PillSnap reads {SCHEMA!r}", where=path, fix=_AGAIN)
-    if bundle_digest(meta) != meta["digest"]: raise PillsnapError("the bundle was changed after it was written", where=path, fix=_AGAIN)
+        if meta.get(part) is not None:
+            _fields(meta[part], MODEL, path)
+    if meta["schema"] != SCHEMA:
+        raise PillsnapError(
+            f"this bundle has the layout {meta['schema']!r}, and this PillSnap reads {SCHEMA!r}", where=path, fix=_AGAIN
+        )
+    if bundle_digest(meta) != meta["digest"]:
+        raise PillsnapError("the bundle was changed after it was written", where=path, fix=_AGAIN)
     det = meta.get("detector")
     now = preprocessing(meta["classifier"]["img_size"], det and det["img_size"], meta["thresholds"]["crop_padding"])
-    if now["id"] != meta["preprocessing"].get("id"): raise PillsnapError("the bundle was made for another preprocessing than this PillSnap has", where=path, fix=_AGAIN)
+    if now["id"] != meta["preprocessing"].get("id"):
+        raise PillsnapError(
+            "the bundle was made for another preprocessing than this PillSnap has", where=path, fix=_AGAIN
+        )
     return ClassMap.from_dict(meta["class_map"], where=path)
 
 # %% ../../nbs/deployment/800_runtime.ipynb #fc768f0e
 def checked_bytes(
-    folder:Path,              # the export folder
-    entry:Mapping[str,Any]    # what the bundle says of the file
-)->bytes: # the content, exactly the one that was hashed
+    folder: Path,  # the export folder
+    entry: Mapping[str, Any],  # what the bundle says of the file
+) -> bytes:  # the content, exactly the one that was hashed
     "An ONNX file that is the one the bundle speaks of."
-    p = folder/Path(entry["file"]).name   # a name, never a way out of the folder
-    try: data = p.read_bytes()
-    except OSError as e: raise PillsnapError(f"a file of the bundle cannot be read: {e.strerror or e}", where=p, fix=_AGAIN) from e
-    if hashlib.sha256(data).hexdigest() != entry["sha256"]: raise PillsnapError("this file is not the one the bundle was written for: its sha256 differs", where=p, fix=_AGAIN)
+    p = folder / Path(entry["file"]).name  # a name, never a way out of the folder
+    try:
+        data = p.read_bytes()
+    except OSError as e:
+        raise PillsnapError(f"a file of the bundle cannot be read: {e.strerror or e}", where=p, fix=_AGAIN) from e
+    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+        raise PillsnapError(
+            "this file is not the one the bundle was written for: its sha256 differs", where=p, fix=_AGAIN
+        )
     return data
 
 # %% ../../nbs/deployment/800_runtime.ipynb #22bc2bfd
 class LazyDetector:
     "A detector's runner that opens its file when it is first asked (SPEC X38)."
-    def __init__(self,
-        folder:Path,             # the export folder
-        entry:Mapping[str,Any],  # what the bundle says of the file
-        **session:Any            # device, threads, log of the session
-    ): self.folder, self.entry, self.session, self.size, self.model = folder, entry, session, int(entry["img_size"]), None
 
-    def open(self)->OnnxDetector:
+    def __init__(
+        self,
+        folder: Path,  # the export folder
+        entry: Mapping[str, Any],  # what the bundle says of the file
+        **session: Any,  # device, threads, log of the session
+    ):
+        self.folder, self.entry, self.session, self.size, self.model = (
+            folder,
+            entry,
+            session,
+            int(entry["img_size"]),
+            None,
+        )
+
+    def open(self) -> OnnxDetector:
         "The runner, made once."
-        if self.model is None: self.model = OnnxDetector(checked_bytes(self.folder, self.entry), self.size, where=self.folder/self.entry["file"], **self.session)
+        if self.model is None:
+            self.model = OnnxDetector(
+                checked_bytes(self.folder, self.entry),
+                self.size,
+                where=self.folder / self.entry["file"],
+                **self.session,
+            )
         return self.model
 
-    def raw(self, x:np.ndarray)->np.ndarray: return self.open().raw(x)
+    def raw(self, x: np.ndarray) -> np.ndarray:
+        return self.open().raw(x)
 
 # %% ../../nbs/deployment/800_runtime.ipynb #cdc6a828
 @dataclass(frozen=True)
 class Bundle:
     "An exported pill identifier, verified and ready to answer."
-    folder:Path               # the export folder
-    meta:dict                 # bundle.json
-    class_map:ClassMap        # output number → K-code
-    classifier:OnnxClassifier # names a pill
-    detector:LazyDetector|None # finds pills; None = single mode only
+
+    folder: Path  # the export folder
+    meta: dict  # bundle.json
+    class_map: ClassMap  # output number → K-code
+    classifier: OnnxClassifier  # names a pill
+    detector: LazyDetector | None  # finds pills; None = single mode only
 
 # %% ../../nbs/deployment/800_runtime.ipynb #0378da42
 def load_bundle(
-    folder:str|Path,            # a run folder, or its export folder
-    device:str="auto",          # auto, cpu or cuda
-    threads:int=0,              # of one operator; 0 = onnxruntime's own choice
-    lazy_load_detector:bool|None=None, # open the detector with the first combo photo; None = as the bundle says
-    log:logging.Logger|None=None  # where a fallback is said
-)->Bundle: # raises PillsnapError for anything that does not fit
+    folder: str | Path,  # a run folder, or its export folder
+    device: str = "auto",  # auto, cpu or cuda
+    threads: int = 0,  # of one operator; 0 = onnxruntime's own choice
+    lazy_load_detector: bool | None = None,  # open the detector with the first combo photo; None = as the bundle says
+    log: logging.Logger | None = None,  # where a fallback is said
+) -> Bundle:  # raises PillsnapError for anything that does not fit
     "Read and verify an export (SPEC BX8, RS6)."
     path = find_bundle(folder)
     meta = read_json(path)
     cm, session = check_bundle(meta, path), dict(device=device, threads=threads, log=log)
     entry = meta["classifier"]
-    names = OnnxClassifier(checked_bytes(path.parent, entry), int(entry["img_size"]), where=path.parent/entry["file"], **session)
+    names = OnnxClassifier(
+        checked_bytes(path.parent, entry), int(entry["img_size"]), where=path.parent / entry["file"], **session
+    )
     finds = meta.get("detector") and LazyDetector(path.parent, meta["detector"], **session)
-    if finds: checked_bytes(path.parent, meta["detector"])
+    if finds:
+        checked_bytes(path.parent, meta["detector"])
     own = meta.get("answering", DEFAULTS)
     lazy = own["lazy_load_detector"] if lazy_load_detector is None else lazy_load_detector
-    if finds and not lazy: finds.open()
+    if finds and not lazy:
+        finds.open()
     return Bundle(path.parent, meta, cm, names, finds)
 
 # %% ../../nbs/deployment/800_runtime.ipynb #a3b22896
 @patch
-def predict(self:Bundle,
-    photo:np.ndarray|str|Path|bytes, # [H, W, 3] uint8 RGB, a file, or a file's content
-    mode:str|None=None,         # single: the whole photo is one pill; combo: find the pills first; None = the bundle's
-    topk:int|None=None,         # drugs listed for each pill; None = the bundle's
-    conf_threshold:float|None=None, # boxes below are dropped; None = the bundle's
-    box_count:int|None=None     # pills that somebody counted: a hint for the badge
-)->dict[str,Any]: # the predict JSON
+def predict(
+    self: Bundle,
+    photo: np.ndarray | str | Path | bytes,  # [H, W, 3] uint8 RGB, a file, or a file's content
+    mode: str | None = None,  # single: the whole photo is one pill; combo: find the pills first; None = the bundle's
+    topk: int | None = None,  # drugs listed for each pill; None = the bundle's
+    conf_threshold: float | None = None,  # boxes below are dropped; None = the bundle's
+    box_count: int | None = None,  # pills that somebody counted: a hint for the badge
+) -> dict[str, Any]:  # the predict JSON
     "Answer for one photo, in the mode that was asked for (SPEC SV4)."
     t, m, own = self.meta["thresholds"], self.meta, self.meta.get("answering", DEFAULTS)
     mode = own["mode"] if mode is None else mode
     topk = own["top_k"] if topk is None else topk
     hashes = dict(bundle=m["digest"], classifier=m["classifier"]["sha256"], preprocessing=m["preprocessing"]["id"])
-    if m.get("detector"): hashes["detector"] = m["detector"]["sha256"]
-    return predict_pipeline(photo, mode, t["conf"] if conf_threshold is None else conf_threshold, classifier=self.classifier, class_map=self.class_map,
-        detector=self.detector, metadata=m["drugs"], temperature=m["temperature"], topk=topk, padding=t["crop_padding"], iou=t["iou"], max_det=t["max_det"],
-        box_count=box_count, hashes=hashes)
+    if m.get("detector"):
+        hashes["detector"] = m["detector"]["sha256"]
+    return predict_pipeline(
+        photo,
+        mode,
+        t["conf"] if conf_threshold is None else conf_threshold,
+        classifier=self.classifier,
+        class_map=self.class_map,
+        detector=self.detector,
+        metadata=m["drugs"],
+        temperature=m["temperature"],
+        topk=topk,
+        padding=t["crop_padding"],
+        iou=t["iou"],
+        max_det=t["max_det"],
+        box_count=box_count,
+        hashes=hashes,
+    )
 
 # %% ../../nbs/deployment/800_runtime.ipynb #a8348e2c
 MISSING = "정보 없음"
 _MODE = {"single": "단일 (사진 전체가 한 알)", "combo": "조합 (알약을 먼저 찾음)"}
 
+
 def card_value(
-    field:str, # of CARD
-    value:Any  # as in the answer
-)->str: # Korean text
+    field: str,  # of CARD
+    value: Any,  # as in the answer
+) -> str:  # Korean text
     "One fact of a drug, or that it is missing."
-    if field == "size_mm" and value: return " × ".join("?" if v is None else f"{v:g}" for v in value)+" mm (긴 쪽 × 짧은 쪽 × 두께)"
+    if field == "size_mm" and value:
+        return " × ".join("?" if v is None else f"{v:g}" for v in value) + " mm (긴 쪽 × 짧은 쪽 × 두께)"
     return MISSING if value in (None, [], "") else str(value)
 
 # %% ../../nbs/deployment/800_runtime.ipynb #9be684ea
-def _facts(item:Mapping[str,Any])->Any:
+def _facts(item: Mapping[str, Any]) -> Any:
     "A drug's facts as a two-column table."
     from rich.table import Table
     from rich.text import Text
-    t = Table.grid(padding=(0, 2)); t.add_column(style="dim", no_wrap=True); t.add_column()
-    t.add_row("품목코드", item["kcode"]); t.add_row("보험코드(EDI)", ", ".join(item["edi_codes"]) or MISSING)
-    for f,(label,_) in CARD.items(): t.add_row(label, Text(card_value(f, item["card"][f])))
-    if item["box"]: t.add_row("위치", "{:.0f}, {:.0f} – {:.0f}, {:.0f} px".format(*item["box"]))
+
+    t = Table.grid(padding=(0, 2))
+    t.add_column(style="dim", no_wrap=True)
+    t.add_column()
+    t.add_row("품목코드", item["kcode"])
+    t.add_row("보험코드(EDI)", ", ".join(item["edi_codes"]) or MISSING)
+    for f, (label, _) in CARD.items():
+        t.add_row(label, Text(card_value(f, item["card"][f])))
+    if item["box"]:
+        t.add_row("위치", "{:.0f}, {:.0f} – {:.0f}, {:.0f} px".format(*item["box"]))
     return t
 
 # %% ../../nbs/deployment/800_runtime.ipynb #34dea7ae
-def _others(item:Mapping[str,Any])->Any:
+def _others(item: Mapping[str, Any]) -> Any:
     "The runners-up with a bar for each."
     from rich.table import Table
     from rich.text import Text
-    t = Table.grid(padding=(0, 2)); t.add_column(justify="right", style="dim"); t.add_column(no_wrap=True); t.add_column(justify="right"); t.add_column()
-    for n,c in enumerate(item["top_k"], 1): t.add_row(f"{n}", Text(c["name"] or f"{c['kcode']} ({MISSING})"), f"{c['confidence']:.1%}", "█"*round(20*c["confidence"]))
+
+    t = Table.grid(padding=(0, 2))
+    t.add_column(justify="right", style="dim")
+    t.add_column(no_wrap=True)
+    t.add_column(justify="right")
+    t.add_column()
+    for n, c in enumerate(item["top_k"], 1):
+        t.add_row(
+            f"{n}",
+            Text(c["name"] or f"{c['kcode']} ({MISSING})"),
+            f"{c['confidence']:.1%}",
+            "█" * round(20 * c["confidence"]),
+        )
     return t
 
 # %% ../../nbs/deployment/800_runtime.ipynb #7a9325a5
 _HINT = {"multi_object_hint": "알약이 여러 개로 보입니다", "low_confidence": "신뢰도가 낮습니다"}
-_DATA = {"synthetic": "⚠ 실제 약품 사진으로 학습한 모델이 아닙니다. 시연용이며 복약 판단에 쓸 수 없습니다.", "other": "⚠ AI Hub 자료로 학습한 모델이 아닙니다."}
+_DATA = {
+    "synthetic": "⚠ 실제 약품 사진으로 학습한 모델이 아닙니다. 시연용이며 복약 판단에 쓸 수 없습니다.",
+    "other": "⚠ AI Hub 자료로 학습한 모델이 아닙니다.",
+}
+
 
 def card_notes(
-    answer:Mapping[str,Any],  # the predict JSON
-    meta:Mapping[str,Any]     # the bundle it came from
-)->list[str]: # Korean lines
+    answer: Mapping[str, Any],  # the predict JSON
+    meta: Mapping[str, Any],  # the bundle it came from
+) -> list[str]:  # Korean lines
     "What must be read beside an answer: mode, how far to trust the figure, the badge, the data."
     sure = f"보정된 확률 (온도 {meta['temperature']:.2f})" if meta["calibrated"] else "보정되지 않은 확률"
     notes = [f"모드 {_MODE[answer['mode_used']]} · 신뢰도는 {sure} · {answer['timings']['total']:.0f} ms"]
-    if answer["badge"]: notes.append(f"💡 {answer['badge']}: "+", ".join(_HINT[h] for h in answer["hints"]))
-    if meta["data"] != "aihub": notes.append(_DATA.get(meta["data"], _DATA["other"]))
+    if answer["badge"]:
+        notes.append(f"💡 {answer['badge']}: " + ", ".join(_HINT[h] for h in answer["hints"]))
+    if meta["data"] != "aihub":
+        notes.append(_DATA.get(meta["data"], _DATA["other"]))
     return notes
 
 # %% ../../nbs/deployment/800_runtime.ipynb #84213fc1
 def answer_card(
-    answer:Mapping[str,Any],  # the predict JSON
-    meta:Mapping[str,Any]     # the bundle it came from
-)->Any: # a rich renderable
+    answer: Mapping[str, Any],  # the predict JSON
+    meta: Mapping[str, Any],  # the bundle it came from
+) -> Any:  # a rich renderable
     "An answer for a person, in Korean (SPEC BX11)."
     from rich.console import Group
     from rich.markup import escape
     from rich.panel import Panel
     from rich.text import Text
+
     title = lambda n, i: f"[bold]{n}. {escape(i['name'] or i['kcode'])}[/]  {i['confidence']:.1%}"
-    parts = [Panel(Group(_facts(i), Text(""), _others(i)), title=title(n, i), title_align="left") for n,i in enumerate(answer["items"], 1)]
-    if not parts: parts = [Panel("알약을 찾지 못했습니다. 사진을 확인하거나 단일 모드로 다시 시도하세요.", title="결과 없음", title_align="left")]
+    parts = [
+        Panel(Group(_facts(i), Text(""), _others(i)), title=title(n, i), title_align="left")
+        for n, i in enumerate(answer["items"], 1)
+    ]
+    if not parts:
+        parts = [
+            Panel(
+                "알약을 찾지 못했습니다. 사진을 확인하거나 단일 모드로 다시 시도하세요.",
+                title="결과 없음",
+                title_align="left",
+            )
+        ]
     return Group(*parts, Text("\n".join(card_notes(answer, meta)), style="dim"))
 
 # %% ../../nbs/deployment/800_runtime.ipynb #8ed8267d
 def predict_command(
-    photo:str|Path,       # a photo
-    mode:str|None=None,   # single or combo; None = the bundle's
-    run_dir:str|Path="_runs/demo", # a run folder, or its export folder
-    json_out:bool=False,  # print the predict JSON instead of the card
-    topk:int|None=None,   # drugs listed for each pill; None = the bundle's
-    device:str="auto"     # auto, cpu or cuda
-)->dict[str,Any]: # the predict JSON
+    photo: str | Path,  # a photo
+    mode: str | None = None,  # single or combo; None = the bundle's
+    run_dir: str | Path = "_runs/demo",  # a run folder, or its export folder
+    json_out: bool = False,  # print the predict JSON instead of the card
+    topk: int | None = None,  # drugs listed for each pill; None = the bundle's
+    device: str = "auto",  # auto, cpu or cuda
+) -> dict[str, Any]:  # the predict JSON
     "Name the pill in a photo, from the ONNX files alone (SPEC SV4)."
-    if mode is not None: check_mode(mode)
-    read_photo(photo)   # a bad photo is refused before a model is opened
+    if mode is not None:
+        check_mode(mode)
+    read_photo(photo)  # a bad photo is refused before a model is opened
     bundle = load_bundle(run_dir, device=device)
     answer = bundle.predict(photo, mode, topk)
-    if json_out: print(json.dumps(answer, ensure_ascii=False, indent=2))
+    if json_out:
+        print(json.dumps(answer, ensure_ascii=False, indent=2))
     else:
         from rich.console import Console
+
         Console().print(answer_card(answer, bundle.meta))
     return answer

@@ -25,64 +25,129 @@ from .latency import Latency, protocol_gap
 @dataclass(frozen=True)
 class Target:
     "One figure that a stage would like to see."
-    name:str           # the metric's name
-    value:float        # at least, or at most where lower
-    lower:bool=False   # lower is better
-    unit:str=""        # ms, GB, s, img/s, h
-    scored:bool=True   # counts in the performance score; False = an advanced metric, shown only
 
-    def met(self, v:float)->bool:
+    name: str  # the metric's name
+    value: float  # at least, or at most where lower
+    lower: bool = False  # lower is better
+    unit: str = ""  # ms, GB, s, img/s, h
+    scored: bool = True  # counts in the performance score; False = an advanced metric, shown only
+
+    def met(self, v: float) -> bool:
         "Does a measured value reach it?"
         return v <= self.value if self.lower else v >= self.value
 
-    def share(self, v:float)->float:
+    def share(self, v: float) -> float:
         "How much of the target is reached, 0 to 1 (SPEC Annex 3)."
-        return min(1., (self.value/v if v > 0 else 0.) if self.lower else v/self.value)
+        return min(1.0, (self.value / v if v > 0 else 0.0) if self.lower else v / self.value)
 
 # %% ../../nbs/evaluation/750_advisor.ipynb #7e9215a1
 @dataclass(frozen=True)
 class AdvisorTargets:
     "What the advisor looks at in one stage."
-    targets:tuple[Target,...] # performance targets and advanced metrics
-    checks:tuple[str,...]     # mandatory checks, each with evidence
-    data:tuple[str,...]=("aihub",) # provenances that count
+
+    targets: tuple[Target, ...]  # performance targets and advanced metrics
+    checks: tuple[str, ...]  # mandatory checks, each with evidence
+    data: tuple[str, ...] = ("aihub",)  # provenances that count
 
 # %% ../../nbs/evaluation/750_advisor.ipynb #a4fb9d39
-def _up(**kw:float)->tuple[Target,...]: return tuple(Target(k, v) for k, v in kw.items())
+def _up(**kw: float) -> tuple[Target, ...]:
+    return tuple(Target(k, v) for k, v in kw.items())
 
 # %% ../../nbs/evaluation/750_advisor.ipynb #c17c3e13
-def _ms(**kw:float)->tuple[Target,...]: return tuple(Target(k, v, lower=True, unit="ms") for k, v in kw.items())
+def _ms(**kw: float) -> tuple[Target, ...]:
+    return tuple(Target(k, v, lower=True, unit="ms") for k, v in kw.items())
 
-ADVISOR_TARGETS:dict[int,AdvisorTargets] = {
-    0: AdvisorTargets(_up(accuracy=.90, detection_map50=.90, class_coverage=1.), ("pipeline_complete", "classification_model_loading", "detection_model_loading"), ("synthetic", "other", "aihub")),
-    1: AdvisorTargets(_up(detection_map50=.30, accuracy=.40) + _ms(detection_ms=50, classification_ms=10)
+
+ADVISOR_TARGETS: dict[int, AdvisorTargets] = {
+    0: AdvisorTargets(
+        _up(accuracy=0.90, detection_map50=0.90, class_coverage=1.0),
+        ("pipeline_complete", "classification_model_loading", "detection_model_loading"),
+        ("synthetic", "other", "aihub"),
+    ),
+    1: AdvisorTargets(
+        _up(detection_map50=0.30, accuracy=0.40)
+        + _ms(detection_ms=50, classification_ms=10)
         + (Target("gpu_memory_gb", 14, lower=True, unit="GB"), Target("data_loading_s", 2, lower=True, unit="s")),
-        ("pipeline_complete", "detection_model_loading", "classification_model_loading", "onnx_conversion_success")),
-    2: AdvisorTargets(_up(detection_map50=.50, detection_map=.35, detection_precision=.45, detection_recall=.40, accuracy=.60, macro_f1=.55, top5=.80, batch_size=8)
-        + (Target("throughput", 100, unit="img/s"),) + tuple(Target(n, v, lower=True, scored=False) for n, v in (("class_imbalance_ratio", 10), ("convergence_stability", .1), ("memory_efficiency", 1.5))),
-        ("auto_batch_tuning_success", "tensorboard_logging", "class_balance_verification", "memory_optimization_working"))}
+        ("pipeline_complete", "detection_model_loading", "classification_model_loading", "onnx_conversion_success"),
+    ),
+    2: AdvisorTargets(
+        _up(
+            detection_map50=0.50,
+            detection_map=0.35,
+            detection_precision=0.45,
+            detection_recall=0.40,
+            accuracy=0.60,
+            macro_f1=0.55,
+            top5=0.80,
+            batch_size=8,
+        )
+        + (Target("throughput", 100, unit="img/s"),)
+        + tuple(
+            Target(n, v, lower=True, scored=False)
+            for n, v in (("class_imbalance_ratio", 10), ("convergence_stability", 0.1), ("memory_efficiency", 1.5))
+        ),
+        (
+            "auto_batch_tuning_success",
+            "tensorboard_logging",
+            "class_balance_verification",
+            "memory_optimization_working",
+        ),
+    ),
+}
 
 # %% ../../nbs/evaluation/750_advisor.ipynb #d252eda7
 ADVISOR_TARGETS |= {
-    3: AdvisorTargets(_up(detection_map50=.70, detection_map=.50, detection_recall=.75, detection_precision=.70, accuracy=.75, macro_f1=.70, top5=.90, per_class_min_f1=.30)
-        + (Target("multi_batch_size", 32, scored=False), Target("memory_stable_hours", 12, unit="h", scored=False), Target("api_response_time", 100, lower=True, unit="ms", scored=False)),
-        ("scalability_test_pass", "multi_batch_processing", "memory_leak_test", "stability_test_pass")),
-    4: AdvisorTargets(_up(detection_map50=.85, detection_map=.65, detection_recall=.90, detection_precision=.85, accuracy=.92, macro_f1=.88, top5=.98, per_class_min_accuracy=.85)
-        + _ms(inference_ms=30) + (Target("throughput", 200, unit="img/s"), Target("api_uptime", .999, scored=False)),
-        ("full_dataset_processing", "production_api_deployment", "cloudflare_tunnel_setup", "automated_monitoring"))}
+    3: AdvisorTargets(
+        _up(
+            detection_map50=0.70,
+            detection_map=0.50,
+            detection_recall=0.75,
+            detection_precision=0.70,
+            accuracy=0.75,
+            macro_f1=0.70,
+            top5=0.90,
+            per_class_min_f1=0.30,
+        )
+        + (
+            Target("multi_batch_size", 32, scored=False),
+            Target("memory_stable_hours", 12, unit="h", scored=False),
+            Target("api_response_time", 100, lower=True, unit="ms", scored=False),
+        ),
+        ("scalability_test_pass", "multi_batch_processing", "memory_leak_test", "stability_test_pass"),
+    ),
+    4: AdvisorTargets(
+        _up(
+            detection_map50=0.85,
+            detection_map=0.65,
+            detection_recall=0.90,
+            detection_precision=0.85,
+            accuracy=0.92,
+            macro_f1=0.88,
+            top5=0.98,
+            per_class_min_accuracy=0.85,
+        )
+        + _ms(inference_ms=30)
+        + (Target("throughput", 200, unit="img/s"), Target("api_uptime", 0.999, scored=False)),
+        ("full_dataset_processing", "production_api_deployment", "cloudflare_tunnel_setup", "automated_monitoring"),
+    ),
+}
+
 
 def get_stage_target(
-    stage:int # 0-4
-)->AdvisorTargets:
+    stage: int,  # 0-4
+) -> AdvisorTargets:
     "What the advisor asks of a stage (SPEC SG2-SG5, CT26)."
-    if stage not in ADVISOR_TARGETS: raise PillsnapError(f"there is no stage {stage!r}", fix=f"stages are {', '.join(map(str, sorted(ADVISOR_TARGETS)))}")
+    if stage not in ADVISOR_TARGETS:
+        raise PillsnapError(
+            f"there is no stage {stage!r}", fix=f"stages are {', '.join(map(str, sorted(ADVISOR_TARGETS)))}"
+        )
     return ADVISOR_TARGETS[stage]
 
 # %% ../../nbs/evaluation/750_advisor.ipynb #78cac809
 def get_stage_config(
-    stage:int, # 0-4
-    cfg:Config # the configuration in force
-)->StageSpec:  # samples, classes, clock
+    stage: int,  # 0-4
+    cfg: Config,  # the configuration in force
+) -> StageSpec:  # samples, classes, clock
     "How large a stage is, by the configuration (SPEC CT26)."
     return cfg.data.progressive_validation.stage(stage)
 
@@ -90,14 +155,15 @@ def get_stage_config(
 @dataclass(frozen=True)
 class Check:
     "A mandatory check with its evidence (SPEC SG5)."
-    passed:bool|None=None # None = not looked at
-    evidence:str=""       # the file that proves it, relative to the run folder
-    declared_by:str=""    # or the person who says so
-    date:str=""           # and when
-    note:str=""           # what was looked at, or why there is no evidence
+
+    passed: bool | None = None  # None = not looked at
+    evidence: str = ""  # the file that proves it, relative to the run folder
+    declared_by: str = ""  # or the person who says so
+    date: str = ""  # and when
+    note: str = ""  # what was looked at, or why there is no evidence
 
     @property
-    def counts(self)->bool:
+    def counts(self) -> bool:
         "Passed, and something stands behind it."
         return self.passed is True and bool(self.evidence or (self.declared_by and self.date))
 
@@ -105,336 +171,525 @@ class Check:
 @dataclass(frozen=True)
 class Facts:
     "Everything the advisor may know about a run."
-    metrics:Mapping[str,Metric|Latency]=field(default_factory=dict) # records by target name
-    checks:Mapping[str,Check]=field(default_factory=dict)           # mandatory checks
-    oom_events:int|None=None     # out-of-memory errors of the whole run, every one counted
-    nan_loss:bool|None=None      # did a training end because its loss was no number?
-    corruption:float|None=None   # share of photos that could not be opened, of training or of evaluation, whichever is larger; 0-1
-    vram_share:float|None=None   # peak GPU memory / GPU memory, 0-1
-    gpu_memory_gb:float|None=None# peak GPU memory
-    data_loading_s:float|None=None # from opening the split to the first batch, seconds
-    plateau:bool|None=None       # did the monitored metric stop moving?
-    val_drop:bool|None=None      # did it fall from its best while the training loss fell on?
-    overfit:bool|None=None       # did the validation loss rise from its lowest while the training loss fell on?
-    detector_plateau:bool|None=None # did the detector's mAP stop moving?
-    detector_overfit:bool|None=None # did the detector's validation loss rise while its training loss fell on?
-    cpus:int|None=None           # usable cores
-    not_applicable:Mapping[str,str]=field(default_factory=dict) # targets and checks that this run cannot have, and why
-    settings:Mapping[str,Any]=field(default_factory=dict) # dotted configuration keys in force
+
+    metrics: Mapping[str, Metric | Latency] = field(default_factory=dict)  # records by target name
+    checks: Mapping[str, Check] = field(default_factory=dict)  # mandatory checks
+    oom_events: int | None = None  # out-of-memory errors of the whole run, every one counted
+    nan_loss: bool | None = None  # did a training end because its loss was no number?
+    corruption: float | None = (
+        None  # share of photos that could not be opened, of training or of evaluation, whichever is larger; 0-1
+    )
+    vram_share: float | None = None  # peak GPU memory / GPU memory, 0-1
+    gpu_memory_gb: float | None = None  # peak GPU memory
+    data_loading_s: float | None = None  # from opening the split to the first batch, seconds
+    plateau: bool | None = None  # did the monitored metric stop moving?
+    val_drop: bool | None = None  # did it fall from its best while the training loss fell on?
+    overfit: bool | None = None  # did the validation loss rise from its lowest while the training loss fell on?
+    detector_plateau: bool | None = None  # did the detector's mAP stop moving?
+    detector_overfit: bool | None = None  # did the detector's validation loss rise while its training loss fell on?
+    cpus: int | None = None  # usable cores
+    not_applicable: Mapping[str, str] = field(
+        default_factory=dict
+    )  # targets and checks that this run cannot have, and why
+    settings: Mapping[str, Any] = field(default_factory=dict)  # dotted configuration keys in force
 
 # %% ../../nbs/evaluation/750_advisor.ipynb #dcc3be99
 @dataclass(frozen=True)
 class Bar:
     "One target beside its measurement: a line of the menu."
-    name:str           # metric
-    target:float       # asked
-    lower:bool         # lower is better
-    unit:str           # unit of both
-    scored:bool        # in the performance score?
-    value:float|None   # measured, also when it may not be judged
-    n:int|None         # on how many
-    share:float        # 0-1; 0 where not measured
-    verdict:str        # met | missed | NOT_MEASURED | NOT_COMPARABLE
-    why:str=""         # why it may not be judged
+
+    name: str  # metric
+    target: float  # asked
+    lower: bool  # lower is better
+    unit: str  # unit of both
+    scored: bool  # in the performance score?
+    value: float | None  # measured, also when it may not be judged
+    n: int | None  # on how many
+    share: float  # 0-1; 0 where not measured
+    verdict: str  # met | missed | NOT_MEASURED | NOT_COMPARABLE
+    why: str = ""  # why it may not be judged
 
 # %% ../../nbs/evaluation/750_advisor.ipynb #3209410b
-def _bar(t:Target, m:Metric|Latency|None, data:tuple[str,...])->Bar:
+def _bar(t: Target, m: Metric | Latency | None, data: tuple[str, ...]) -> Bar:
     "Hold one record against its target."
     rec = m.metric if isinstance(m, Latency) else m
-    shown = dict(value=None, n=None) if rec is None or not isinstance(rec, Metric) or not rec.measured else dict(value=float(rec.value), n=rec.n)
+    shown = (
+        dict(value=None, n=None)
+        if rec is None or not isinstance(rec, Metric) or not rec.measured
+        else dict(value=float(rec.value), n=rec.n)
+    )
     base = dict(name=t.name, target=t.value, lower=t.lower, unit=t.unit, scored=t.scored, **shown)
-    if why := why_unmeasured(rec, data): return Bar(**base, share=0., verdict="NOT_MEASURED", why=why)
+    if why := why_unmeasured(rec, data):
+        return Bar(**base, share=0.0, verdict="NOT_MEASURED", why=why)
     if t.unit == "ms" and (gap := protocol_gap(m) if isinstance(m, Latency) else ["no protocol with the figure"]):
-        return Bar(**base, share=0., verdict="NOT_COMPARABLE", why="; ".join(gap))
+        return Bar(**base, share=0.0, verdict="NOT_COMPARABLE", why="; ".join(gap))
     v = float(rec.value)
     return Bar(**base, share=t.share(v), verdict="met" if t.met(v) else "missed")
 
 # %% ../../nbs/evaluation/750_advisor.ipynb #5f131e77
 def score_bars(
-    stage:int,   # 0-4
-    facts:Facts  # what was measured
-)->list[Bar]:
+    stage: int,  # 0-4
+    facts: Facts,  # what was measured
+) -> list[Bar]:
     "Every target that applies to this run, beside its measurement."
     want = get_stage_target(stage)
     return [_bar(t, facts.metrics.get(t.name), want.data) for t in want.targets if t.name not in facts.not_applicable]
 
 # %% ../../nbs/evaluation/750_advisor.ipynb #70905861
 def performance_score(
-    bars:Sequence[Bar] # from score_bars
-)->float:              # 0-1; 1 only when every scored target is measured and met
+    bars: Sequence[Bar],  # from score_bars
+) -> float:  # 0-1; 1 only when every scored target is measured and met
     "Mean share over the performance targets (SPEC Annex 3)."
     scored = [b for b in bars if b.scored]
-    return sum(b.share for b in scored)/len(scored) if scored else 0.
+    return sum(b.share for b in scored) / len(scored) if scored else 0.0
 
 # %% ../../nbs/evaluation/750_advisor.ipynb #3c519e3c
 @dataclass(frozen=True)
 class Suggestion:
     "A rule that fired."
-    rule:str     # its name
-    why:str      # the fact behind it
-    do:str       # in words
-    override:str # paste-ready: key=value, or several with a space between
+
+    rule: str  # its name
+    why: str  # the fact behind it
+    do: str  # in words
+    override: str  # paste-ready: key=value, or several with a space between
 
     @property
-    def settings(self)->dict[str,str]:
+    def settings(self) -> dict[str, str]:
         "The overrides as key and value."
         return dict(o.split("=", 1) for o in self.override.split())
 
 # %% ../../nbs/evaluation/750_advisor.ipynb #8f4604ee
-Rule = Callable[[Facts, Mapping[str,Bar]], "Suggestion|None"]
-RULES:list[Rule] = []
+Rule = Callable[[Facts, Mapping[str, Bar]], "Suggestion|None"]
+RULES: list[Rule] = []
 
-def _get(f:Facts, key:str, default:Any)->Any: return f.settings.get(key, default)
-def _halved(f:Facts, key:str, default:int)->str: return f"{key}={max(1, int(_get(f, key, default))//2)}"
-def _far(bars:Mapping[str,Bar], name:str, part:float=.8)->bool:
+
+def _get(f: Facts, key: str, default: Any) -> Any:
+    return f.settings.get(key, default)
+
+
+def _halved(f: Facts, key: str, default: int) -> str:
+    return f"{key}={max(1, int(_get(f, key, default)) // 2)}"
+
+
+def _far(bars: Mapping[str, Bar], name: str, part: float = 0.8) -> bool:
     "Measured, and below that part of its target."
     b = bars.get(name)
-    return b is not None and b.value is not None and not b.lower and b.verdict in ("met", "missed") and b.value < part*b.target
+    return (
+        b is not None
+        and b.value is not None
+        and not b.lower
+        and b.verdict in ("met", "missed")
+        and b.value < part * b.target
+    )
 
 # %% ../../nbs/evaluation/750_advisor.ipynb #d8f005ca
-def _content(bars:Mapping[str,Bar])->bool:
+def _content(bars: Mapping[str, Bar]) -> bool:
     "The classifier reaches what is asked: how its curve ended does not matter then."
-    return bool(named := [b for n in ("accuracy", "macro_f1", "top5") if (b := bars.get(n))]) and all(b.verdict == "met" for b in named)
+    return bool(named := [b for n in ("accuracy", "macro_f1", "top5") if (b := bars.get(n))]) and all(
+        b.verdict == "met" for b in named
+    )
 
 # %% ../../nbs/evaluation/750_advisor.ipynb #a60244fd
 def rule(
-    f:Rule # facts and bars to a suggestion, or None
-)->Rule: # the same
+    f: Rule,  # facts and bars to a suggestion, or None
+) -> Rule:  # the same
     "Register a rule; the order of registration is the order of urgency."
     RULES.append(f)
     return f
 
+
 @rule
-def _repeated_oom(f:Facts, bars:Mapping[str,Bar])->Suggestion|None:
+def _repeated_oom(f: Facts, bars: Mapping[str, Bar]) -> Suggestion | None:
     "Every out-of-memory error of the run counts."
-    if not f.oom_events: return None
-    return Suggestion("repeated_oom", f"{f.oom_events} out-of-memory error{'s' if f.oom_events > 1 else ''}", "halve the batch", _halved(f, "train.classification.batch_size", 64))
+    if not f.oom_events:
+        return None
+    return Suggestion(
+        "repeated_oom",
+        f"{f.oom_events} out-of-memory error{'s' if f.oom_events > 1 else ''}",
+        "halve the batch",
+        _halved(f, "train.classification.batch_size", 64),
+    )
 
 # %% ../../nbs/evaluation/750_advisor.ipynb #a9a3e8ef
 @rule
-def _vram_above_90(f:Facts, bars:Mapping[str,Bar])->Suggestion|None:
+def _vram_above_90(f: Facts, bars: Mapping[str, Bar]) -> Suggestion | None:
     "GPU memory almost full."
-    if f.vram_share is None or f.vram_share <= .90: return None
-    return Suggestion("vram_above_90", f"{f.vram_share:.0%} of the GPU's memory in use", "plain memory format", "train.classification.channels_last=false")
+    if f.vram_share is None or f.vram_share <= 0.90:
+        return None
+    return Suggestion(
+        "vram_above_90",
+        f"{f.vram_share:.0%} of the GPU's memory in use",
+        "plain memory format",
+        "train.classification.channels_last=false",
+    )
 
 # %% ../../nbs/evaluation/750_advisor.ipynb #edf57621
 @rule
-def _gpu_above_14_gb(f:Facts, bars:Mapping[str,Bar])->Suggestion|None:
+def _gpu_above_14_gb(f: Facts, bars: Mapping[str, Bar]) -> Suggestion | None:
     "More than the target machine has to spare."
-    if f.gpu_memory_gb is None or f.gpu_memory_gb <= 14: return None
-    return Suggestion("gpu_above_14_gb", f"{f.gpu_memory_gb:.1f} GB of GPU memory, 14 are planned", "halve the detector's batch", _halved(f, "train.detection.batch_size", 16))
+    if f.gpu_memory_gb is None or f.gpu_memory_gb <= 14:
+        return None
+    return Suggestion(
+        "gpu_above_14_gb",
+        f"{f.gpu_memory_gb:.1f} GB of GPU memory, 14 are planned",
+        "halve the detector's batch",
+        _halved(f, "train.detection.batch_size", 16),
+    )
 
 # %% ../../nbs/evaluation/750_advisor.ipynb #e249f422
 @rule
-def _plateau(f:Facts, bars:Mapping[str,Bar])->Suggestion|None:
+def _plateau(f: Facts, bars: Mapping[str, Bar]) -> Suggestion | None:
     "The monitored metric stopped moving."
-    if not f.plateau or _content(bars): return None
-    lr = float(_get(f, "train.classification.lr", 2e-4))*.1
-    return Suggestion("plateau", "the validation metric has stopped moving", "a tenth of the learning rate", f"train.classification.lr={lr:.3g}")
+    if not f.plateau or _content(bars):
+        return None
+    lr = float(_get(f, "train.classification.lr", 2e-4)) * 0.1
+    return Suggestion(
+        "plateau",
+        "the validation metric has stopped moving",
+        "a tenth of the learning rate",
+        f"train.classification.lr={lr:.3g}",
+    )
 
 # %% ../../nbs/evaluation/750_advisor.ipynb #4b582f3a
 @rule
-def _validation_drop(f:Facts, bars:Mapping[str,Bar])->Suggestion|None:
+def _validation_drop(f: Facts, bars: Mapping[str, Bar]) -> Suggestion | None:
     "Worse than its own best."
-    if not f.val_drop or _content(bars): return None
+    if not f.val_drop or _content(bars):
+        return None
     p = int(_get(f, "train.classification.early_stopping.patience", 7))
-    return Suggestion("validation_drop", "the validation metric fell from its best", "wait longer before stopping", f"train.classification.early_stopping.patience={p + 3}")
+    return Suggestion(
+        "validation_drop",
+        "the validation metric fell from its best",
+        "wait longer before stopping",
+        f"train.classification.early_stopping.patience={p + 3}",
+    )
 
 # %% ../../nbs/evaluation/750_advisor.ipynb #1129411a
 @rule
-def _detector_lr(f:Facts, bars:Mapping[str,Bar])->Suggestion|None:
+def _detector_lr(f: Facts, bars: Mapping[str, Bar]) -> Suggestion | None:
     "mAP far below its target, and no longer rising."
-    if not (f.detector_plateau and _far(bars, "detection_map50")): return None
-    lr = float(_get(f, "train.detection.lr", None) or .01)*.5   # .01 is the library's own
-    return Suggestion("detector_lr", f"detector mAP@.5 stopped at {bars['detection_map50'].value:.2f}", "half the detector's learning rate", f"train.detection.lr={lr:.3g}")
+    if not (f.detector_plateau and _far(bars, "detection_map50")):
+        return None
+    lr = float(_get(f, "train.detection.lr", None) or 0.01) * 0.5  # .01 is the library's own
+    return Suggestion(
+        "detector_lr",
+        f"detector mAP@.5 stopped at {bars['detection_map50'].value:.2f}",
+        "half the detector's learning rate",
+        f"train.detection.lr={lr:.3g}",
+    )
 
 # %% ../../nbs/evaluation/750_advisor.ipynb #add163e6
 @rule
-def _detector_augmentation(f:Facts, bars:Mapping[str,Bar])->Suggestion|None:
+def _detector_augmentation(f: Facts, bars: Mapping[str, Bar]) -> Suggestion | None:
     "mAP far below its target, and the detector learns its training photos by heart."
-    if not (f.detector_overfit and _far(bars, "detection_map50")): return None
-    return Suggestion("detector_augmentation", "the detector's validation loss rises while its training loss falls", "a mosaic of four photos every time", "data.augment.detection.mosaic=1.0")
+    if not (f.detector_overfit and _far(bars, "detection_map50")):
+        return None
+    return Suggestion(
+        "detector_augmentation",
+        "the detector's validation loss rises while its training loss falls",
+        "a mosaic of four photos every time",
+        "data.augment.detection.mosaic=1.0",
+    )
 
 # %% ../../nbs/evaluation/750_advisor.ipynb #5c873887
-def _behind(bars:Mapping[str,Bar])->bool:
+def _behind(bars: Mapping[str, Bar]) -> bool:
     "Accuracy or macro-F1 is measured and missed."
     return any(b is not None and b.verdict == "missed" for b in (bars.get("accuracy"), bars.get("macro_f1")))
 
+
 @rule
-def _dropout(f:Facts, bars:Mapping[str,Bar])->Suggestion|None:
+def _dropout(f: Facts, bars: Mapping[str, Bar]) -> Suggestion | None:
     "The classifier learns its training photos by heart."
-    p = float(_get(f, "train.classification.drop_rate", 0.))
-    if not (f.overfit and _behind(bars)) or p >= .5: return None
-    return Suggestion("dropout", "the validation loss rises while the training loss falls", "more dropout before the head", f"train.classification.drop_rate={min(.5, p + .2):.2g}")
+    p = float(_get(f, "train.classification.drop_rate", 0.0))
+    if not (f.overfit and _behind(bars)) or p >= 0.5:
+        return None
+    return Suggestion(
+        "dropout",
+        "the validation loss rises while the training loss falls",
+        "more dropout before the head",
+        f"train.classification.drop_rate={min(0.5, p + 0.2):.2g}",
+    )
 
 # %% ../../nbs/evaluation/750_advisor.ipynb #43066932
 @rule
-def _label_smoothing(f:Facts, bars:Mapping[str,Bar])->Suggestion|None:
+def _label_smoothing(f: Facts, bars: Mapping[str, Bar]) -> Suggestion | None:
     "The same, and the labels are taken at their word."
-    if not (f.overfit and _behind(bars)) or float(_get(f, "train.classification.label_smoothing", .1)) >= .1 or _get(f, "train.classification.head", "linear") == "arcface": return None
-    return Suggestion("label_smoothing", "the validation loss rises while the training loss falls, and labels are not smoothed", "smooth the labels", "train.classification.label_smoothing=0.1")
+    if (
+        not (f.overfit and _behind(bars))
+        or float(_get(f, "train.classification.label_smoothing", 0.1)) >= 0.1
+        or _get(f, "train.classification.head", "linear") == "arcface"
+    ):
+        return None
+    return Suggestion(
+        "label_smoothing",
+        "the validation loss rises while the training loss falls, and labels are not smoothed",
+        "smooth the labels",
+        "train.classification.label_smoothing=0.1",
+    )
 
 # %% ../../nbs/evaluation/750_advisor.ipynb #ace2212c
-IMBALANCE_LIMIT = 10   # commonest to rarest drug: what a stage may have before it is called unbalanced
+IMBALANCE_LIMIT = 10  # commonest to rarest drug: what a stage may have before it is called unbalanced
+
 
 @rule
-def _weighted_sampling(f:Facts, bars:Mapping[str,Bar])->Suggestion|None:
+def _weighted_sampling(f: Facts, bars: Mapping[str, Bar]) -> Suggestion | None:
     "Rare drugs are seen too seldom."
     m = f.metrics.get("class_imbalance_ratio")
-    if not (isinstance(m, Metric) and m.measured and m.value > IMBALANCE_LIMIT and _behind(bars)): return None
-    return Suggestion("weighted_sampling", f"the commonest drug has {m.value:.0f} times the photos of the rarest", "draw rare drugs more often, instead of weighing the loss", "data.imbalance.use_class_weights=false data.imbalance.use_weighted_sampler=true")
+    if not (isinstance(m, Metric) and m.measured and m.value > IMBALANCE_LIMIT and _behind(bars)):
+        return None
+    return Suggestion(
+        "weighted_sampling",
+        f"the commonest drug has {m.value:.0f} times the photos of the rarest",
+        "draw rare drugs more often, instead of weighing the loss",
+        "data.imbalance.use_class_weights=false data.imbalance.use_weighted_sampler=true",
+    )
 
 # %% ../../nbs/evaluation/750_advisor.ipynb #1603bc35
 @rule
-def _detector_far(f:Facts, bars:Mapping[str,Bar])->Suggestion|None:
+def _detector_far(f: Facts, bars: Mapping[str, Bar]) -> Suggestion | None:
     "mAP below .8 of its target."
-    if not _far(bars, "detection_map50"): return None
+    if not _far(bars, "detection_map50"):
+        return None
     b, n = bars["detection_map50"], int(_get(f, "train.detection.epochs", 50))
-    return Suggestion("detector_far", f"detector mAP@.5 is {b.value:.2f}, asked are {b.target:.2f}", "train the detector twice as long", f"train.detection.epochs={2*n}")
+    return Suggestion(
+        "detector_far",
+        f"detector mAP@.5 is {b.value:.2f}, asked are {b.target:.2f}",
+        "train the detector twice as long",
+        f"train.detection.epochs={2 * n}",
+    )
 
 # %% ../../nbs/evaluation/750_advisor.ipynb #d53e12f2
 @rule
-def _classifier_far(f:Facts, bars:Mapping[str,Bar])->Suggestion|None:
+def _classifier_far(f: Facts, bars: Mapping[str, Bar]) -> Suggestion | None:
     "Accuracy below .8 of its target."
-    if not _far(bars, "accuracy"): return None
+    if not _far(bars, "accuracy"):
+        return None
     b, n = bars["accuracy"], int(_get(f, "train.classification.epochs", 30))
-    return Suggestion("classifier_far", f"accuracy is {b.value:.2f}, asked are {b.target:.2f}", "train the classifier twice as long", f"train.classification.epochs={2*n}")
+    return Suggestion(
+        "classifier_far",
+        f"accuracy is {b.value:.2f}, asked are {b.target:.2f}",
+        "train the classifier twice as long",
+        f"train.classification.epochs={2 * n}",
+    )
 
 # %% ../../nbs/evaluation/750_advisor.ipynb #abdb712a
 @rule
-def _more_workers(f:Facts, bars:Mapping[str,Bar])->Suggestion|None:
+def _more_workers(f: Facts, bars: Mapping[str, Bar]) -> Suggestion | None:
     "The first batch takes long, and there are idle cores."
-    if f.data_loading_s is None or f.data_loading_s <= 3: return None
+    if f.data_loading_s is None or f.data_loading_s <= 3:
+        return None
     now, cpus = int(_get(f, "dataloader.num_workers", 8)), f.cpus or 0
-    if now >= cpus: return None
-    return Suggestion("more_workers", f"the first batch takes {f.data_loading_s:.1f} s, with {now} workers on {cpus} cores", "one worker a core", f"dataloader.num_workers={cpus}")
+    if now >= cpus:
+        return None
+    return Suggestion(
+        "more_workers",
+        f"the first batch takes {f.data_loading_s:.1f} s, with {now} workers on {cpus} cores",
+        "one worker a core",
+        f"dataloader.num_workers={cpus}",
+    )
 
 # %% ../../nbs/evaluation/750_advisor.ipynb #5fecaa98
 @rule
-def _keep_decoded(f:Facts, bars:Mapping[str,Bar])->Suggestion|None:
+def _keep_decoded(f: Facts, bars: Mapping[str, Bar]) -> Suggestion | None:
     "The first batch takes long, and every photo is decoded in every epoch."
-    if f.data_loading_s is None or f.data_loading_s <= 3: return None
-    kept = _get(f, "dataloader.ram_optimization.cache_policy", "labels_only") != "labels_only" or _get(f, "dataloader.ram_optimization.use_lmdb", False) or _get(f, "pack.enabled", False)
-    if kept: return None
-    return Suggestion("keep_decoded", f"the first batch takes {f.data_loading_s:.1f} s, and photos are decoded anew in every epoch", "keep the decoded photos in LMDB", "dataloader.ram_optimization.cache_policy=lmdb")
+    if f.data_loading_s is None or f.data_loading_s <= 3:
+        return None
+    kept = (
+        _get(f, "dataloader.ram_optimization.cache_policy", "labels_only") != "labels_only"
+        or _get(f, "dataloader.ram_optimization.use_lmdb", False)
+        or _get(f, "pack.enabled", False)
+    )
+    if kept:
+        return None
+    return Suggestion(
+        "keep_decoded",
+        f"the first batch takes {f.data_loading_s:.1f} s, and photos are decoded anew in every epoch",
+        "keep the decoded photos in LMDB",
+        "dataloader.ram_optimization.cache_policy=lmdb",
+    )
 
 # %% ../../nbs/evaluation/750_advisor.ipynb #5d0704ed
 @rule
-def _classifier_near(f:Facts, bars:Mapping[str,Bar])->Suggestion|None:
+def _classifier_near(f: Facts, bars: Mapping[str, Bar]) -> Suggestion | None:
     "Accuracy missed, but within reach."
     b = bars.get("accuracy")
-    if b is None or b.verdict != "missed" or _far(bars, "accuracy"): return None
+    if b is None or b.verdict != "missed" or _far(bars, "accuracy"):
+        return None
     n = int(_get(f, "train.classification.epochs", 30))
-    return Suggestion("classifier_near", f"accuracy is {b.value:.3f}, {b.target - b.value:.3f} short", "half as many epochs again", f"train.classification.epochs={math.ceil(1.5*n)}")
+    return Suggestion(
+        "classifier_near",
+        f"accuracy is {b.value:.3f}, {b.target - b.value:.3f} short",
+        "half as many epochs again",
+        f"train.classification.epochs={math.ceil(1.5 * n)}",
+    )
 
 # %% ../../nbs/evaluation/750_advisor.ipynb #67b6b061
 @rule
-def _detector_near(f:Facts, bars:Mapping[str,Bar])->Suggestion|None:
+def _detector_near(f: Facts, bars: Mapping[str, Bar]) -> Suggestion | None:
     "mAP missed, but within reach."
     b = bars.get("detection_map50")
-    if b is None or b.verdict != "missed" or _far(bars, "detection_map50"): return None
+    if b is None or b.verdict != "missed" or _far(bars, "detection_map50"):
+        return None
     n = int(_get(f, "train.detection.epochs", 50))
-    return Suggestion("detector_near", f"detector mAP@.5 is {b.value:.3f}, {b.target - b.value:.3f} short", "half as many epochs again", f"train.detection.epochs={math.ceil(1.5*n)}")
+    return Suggestion(
+        "detector_near",
+        f"detector mAP@.5 is {b.value:.3f}, {b.target - b.value:.3f} short",
+        "half as many epochs again",
+        f"train.detection.epochs={math.ceil(1.5 * n)}",
+    )
 
 # %% ../../nbs/evaluation/750_advisor.ipynb #4285a191
 @rule
-def _rare_drugs(f:Facts, bars:Mapping[str,Bar])->Suggestion|None:
+def _rare_drugs(f: Facts, bars: Mapping[str, Bar]) -> Suggestion | None:
     "Common drugs right, rare ones wrong."
     b, a = bars.get("macro_f1"), bars.get("accuracy")
-    if b is None or a is None or b.value is None or a.value is None or b.verdict != "missed" or a.value - b.value < .05: return None
-    return Suggestion("rare_drugs", f"macro-F1 {b.value:.2f} lies below the accuracy {a.value:.2f}: rare drugs suffer", "weigh them by effective number", "data.imbalance.method=effective_num")
+    if (
+        b is None
+        or a is None
+        or b.value is None
+        or a.value is None
+        or b.verdict != "missed"
+        or a.value - b.value < 0.05
+    ):
+        return None
+    return Suggestion(
+        "rare_drugs",
+        f"macro-F1 {b.value:.2f} lies below the accuracy {a.value:.2f}: rare drugs suffer",
+        "weigh them by effective number",
+        "data.imbalance.method=effective_num",
+    )
 
 # %% ../../nbs/evaluation/750_advisor.ipynb #0e66fc6e
 def generate_optimization_suggestions(
-    stage:int,   # 0-4
-    facts:Facts  # what was measured
-)->list[Suggestion]: # most urgent first; no setting twice
+    stage: int,  # 0-4
+    facts: Facts,  # what was measured
+) -> list[Suggestion]:  # most urgent first; no setting twice
     "Every rule that fires and would change something."
     bars, out, taken = {b.name: b for b in score_bars(stage, facts)}, [], set()
     in_force = {k: str(v).lower() for k, v in facts.settings.items()}
     for s in (s for r in RULES if (s := r(facts, bars)) is not None):
-        if taken & set(s.settings) or all(in_force.get(k) == v for k, v in s.settings.items()): continue
+        if taken & set(s.settings) or all(in_force.get(k) == v for k, v in s.settings.items()):
+            continue
         taken |= set(s.settings)
         out.append(s)
     return out
 
 # %% ../../nbs/evaluation/750_advisor.ipynb #abce85a1
-OOM_LIMIT, CORRUPTION_LIMIT = 5, .01         # more than these is critical (SPEC SG6)
-THRESHOLDS = (1.0, .7, .5)                   # proceed · proceed with what there is · optimise (SPEC X7)
+OOM_LIMIT, CORRUPTION_LIMIT = 5, 0.01  # more than these is critical (SPEC SG6)
+THRESHOLDS = (1.0, 0.7, 0.5)  # proceed · proceed with what there is · optimise (SPEC X7)
 GREEN, YELLOW, RED = "🟢", "🟡", "🔴"
 MAX_SUGGESTIONS = 3
 
+
 def critical(
-    f:Facts # what was measured
-)->list[str]: # what must be fixed first; [] = nothing
+    f: Facts,  # what was measured
+) -> list[str]:  # what must be fixed first; [] = nothing
     "Conditions under which no score is worth reading."
     found = []
-    if f.oom_events is not None and f.oom_events > OOM_LIMIT: found.append(f"repeated_oom: {f.oom_events} out-of-memory errors")
-    if f.nan_loss: found.append("nan_loss: a training ended because its loss was no number")
-    if f.corruption is not None and f.corruption > CORRUPTION_LIMIT: found.append(f"data_corruption: {f.corruption:.1%} of the photos could not be opened")
+    if f.oom_events is not None and f.oom_events > OOM_LIMIT:
+        found.append(f"repeated_oom: {f.oom_events} out-of-memory errors")
+    if f.nan_loss:
+        found.append("nan_loss: a training ended because its loss was no number")
+    if f.corruption is not None and f.corruption > CORRUPTION_LIMIT:
+        found.append(f"data_corruption: {f.corruption:.1%} of the photos could not be opened")
     return found
 
 # %% ../../nbs/evaluation/750_advisor.ipynb #cfa8ce42
-_OPTIONS:dict[str,tuple[tuple[str,str],...]] = {
+_OPTIONS: dict[str, tuple[tuple[str, str], ...]] = {
     "CRITICAL": (("fix_first", "Fix this first"),),
-    "all_targets_met": (("next_stage", "Next stage"), ("optimise_here", "Optimise more here"), ("report", "Detailed report")),
-    "sufficient_performance": (("go_on", "Go on with what there is"), ("apply_and_retry", "Apply the advice and retry"), ("by_hand", "Set hyper-parameters by hand")),
-    "performance_below_target": (("apply_and_retry", "Apply the advice and retry"), ("go_on", "Go on (at risk)"), ("debug", "Detailed debugging")),
-    "performance_too_low": (("strong_retry", "Strong optimisation and retry"), ("architecture", "Review the architecture"), ("check_data", "Check the data"))}
+    "all_targets_met": (
+        ("next_stage", "Next stage"),
+        ("optimise_here", "Optimise more here"),
+        ("report", "Detailed report"),
+    ),
+    "sufficient_performance": (
+        ("go_on", "Go on with what there is"),
+        ("apply_and_retry", "Apply the advice and retry"),
+        ("by_hand", "Set hyper-parameters by hand"),
+    ),
+    "performance_below_target": (
+        ("apply_and_retry", "Apply the advice and retry"),
+        ("go_on", "Go on (at risk)"),
+        ("debug", "Detailed debugging"),
+    ),
+    "performance_too_low": (
+        ("strong_retry", "Strong optimisation and retry"),
+        ("architecture", "Review the architecture"),
+        ("check_data", "Check the data"),
+    ),
+}
 _OPTIONS["mandatory_check_failed"] = _OPTIONS["performance_too_low"]
+
 
 @dataclass(frozen=True)
 class Advice:
     "A recommendation, as Annex 3 of the contract has it."
-    stage:int                            # 0-4
-    recommendation:str                   # CRITICAL | RECOMMEND_PROCEED | SUGGEST_OPTIMIZE | WARN_STOP
-    colour:str                           # 🟢 🟡 🔴
-    reason:str                           # the rule that decided
-    message:str                          # one sentence
-    performance_score:float              # 0-1
-    n_measured:int                       # scored targets with a measurement that may be judged
-    n_targets:int                        # scored targets
-    not_measured:tuple[str,...]          # those without
-    unmeasured:dict[str,str]             # every target without a measurement, shown or scored, and why
-    does_not_apply:dict[str,str]         # targets and checks that this run cannot have, and why
-    checks:dict[str,str]                 # mandatory checks: "passed", or what is wrong, with the evidence
-    bars:tuple[Bar,...]                  # every target
-    suggestions:tuple[Suggestion,...]    # at most three
-    user_options:tuple[tuple[str,str],...] # id and label; three, or one where something is broken
-    user_choice:str|None=None            # what the person chose; None = no choice
 
-    def to_dict(self)->dict[str,Any]:
+    stage: int  # 0-4
+    recommendation: str  # CRITICAL | RECOMMEND_PROCEED | SUGGEST_OPTIMIZE | WARN_STOP
+    colour: str  # 🟢 🟡 🔴
+    reason: str  # the rule that decided
+    message: str  # one sentence
+    performance_score: float  # 0-1
+    n_measured: int  # scored targets with a measurement that may be judged
+    n_targets: int  # scored targets
+    not_measured: tuple[str, ...]  # those without
+    unmeasured: dict[str, str]  # every target without a measurement, shown or scored, and why
+    does_not_apply: dict[str, str]  # targets and checks that this run cannot have, and why
+    checks: dict[str, str]  # mandatory checks: "passed", or what is wrong, with the evidence
+    bars: tuple[Bar, ...]  # every target
+    suggestions: tuple[Suggestion, ...]  # at most three
+    user_options: tuple[tuple[str, str], ...]  # id and label; three, or one where something is broken
+    user_choice: str | None = None  # what the person chose; None = no choice
+
+    def to_dict(self) -> dict[str, Any]:
         "Plain JSON types."
         return {**asdict(self), "user_options": [{"id": i, "label": l} for i, l in self.user_options]}
 
 # %% ../../nbs/evaluation/750_advisor.ipynb #e056c693
-def _decide(score:float, all_met:bool, failed:Sequence[str], broken:Sequence[str], thresholds:Sequence[float])->tuple[str,str,str,str]:
+def _decide(
+    score: float, all_met: bool, failed: Sequence[str], broken: Sequence[str], thresholds: Sequence[float]
+) -> tuple[str, str, str, str]:
     "recommendation, colour, reason, message: the table of Annex 3, from the top."
     full, enough, some = thresholds
-    if broken: return "CRITICAL", RED, broken[0].split(":")[0], "Fix this first: " + "; ".join(broken)
-    if failed: return "WARN_STOP", RED, "mandatory_check_failed", "A mandatory check failed or was not measured: " + ", ".join(failed)
-    if all_met and score >= full - 1e-9: return "RECOMMEND_PROCEED", GREEN, "all_targets_met", "Every target of this stage is measured and met"
-    if score >= enough - 1e-9: return "RECOMMEND_PROCEED", GREEN, "sufficient_performance", "Good enough to go on with what there is"
-    if score >= some - 1e-9: return "SUGGEST_OPTIMIZE", YELLOW, "performance_below_target", "Below target: optimise before going on"
+    if broken:
+        return "CRITICAL", RED, broken[0].split(":")[0], "Fix this first: " + "; ".join(broken)
+    if failed:
+        return (
+            "WARN_STOP",
+            RED,
+            "mandatory_check_failed",
+            "A mandatory check failed or was not measured: " + ", ".join(failed),
+        )
+    if all_met and score >= full - 1e-9:
+        return "RECOMMEND_PROCEED", GREEN, "all_targets_met", "Every target of this stage is measured and met"
+    if score >= enough - 1e-9:
+        return "RECOMMEND_PROCEED", GREEN, "sufficient_performance", "Good enough to go on with what there is"
+    if score >= some - 1e-9:
+        return "SUGGEST_OPTIMIZE", YELLOW, "performance_below_target", "Below target: optimise before going on"
     return "WARN_STOP", RED, "performance_too_low", "Far from the targets: going on would waste the next stage"
 
 # %% ../../nbs/evaluation/750_advisor.ipynb #c1ff57a7
 def check_state(
-    c:Check|None # a mandatory check, as it was looked up
-)->str:          # begins with passed, failed or not measured
+    c: Check | None,  # a mandatory check, as it was looked up
+) -> str:  # begins with passed, failed or not measured
     "What stands behind a check."
-    if c is None: return "not measured: nobody looked"
+    if c is None:
+        return "not measured: nobody looked"
     proof = c.evidence or (f"declared by {c.declared_by}, {c.date}" if c.declared_by and c.date else "")
     said = "; ".join(filter(None, [proof, c.note]))
-    if c.passed is None: return f"not measured: {c.note or 'nobody looked'}"
-    if not c.passed: return f"failed: {said}" if said else "failed"
+    if c.passed is None:
+        return f"not measured: {c.note or 'nobody looked'}"
+    if not c.passed:
+        return f"failed: {said}" if said else "failed"
     return f"passed: {said}" if proof else "not measured: no evidence file and no person stands behind it"
 
+
 def evaluate_and_recommend(
-    stage:int,                                # 0-4
-    facts:Facts,                              # what was measured
-    thresholds:Sequence[float]=THRESHOLDS     # proceed, proceed with what there is, optimise
-)->Advice:                                    # a recommendation; nothing is applied
+    stage: int,  # 0-4
+    facts: Facts,  # what was measured
+    thresholds: Sequence[float] = THRESHOLDS,  # proceed, proceed with what there is, optimise
+) -> Advice:  # a recommendation; nothing is applied
     "Facts to recommendation: a pure function."
     want, bars = get_stage_target(stage), score_bars(stage, facts)
     scored = [b for b in bars if b.scored]
@@ -442,21 +697,42 @@ def evaluate_and_recommend(
     checks = {c: check_state(facts.checks.get(c)) for c in want.checks if c not in facts.not_applicable}
     failed = [f"{c} ({said})" for c, said in checks.items() if not facts.checks.get(c, Check()).counts]
     score, named = performance_score(bars), {*want.checks, *(t.name for t in want.targets)}
-    rec, colour, reason, message = _decide(score, all(b.verdict == "met" for b in scored), failed, critical(facts), thresholds)
-    if unknown: message += f"; {len(unknown)} of {len(scored)} targets were not measured and count nothing: {', '.join(unknown)}"
-    return Advice(stage, rec, colour, reason, message, score, len(scored) - len(unknown), len(scored), unknown, {b.name: b.why for b in bars if b.verdict not in ("met", "missed")},
-                  {k: why for k, why in facts.not_applicable.items() if k in named}, checks, tuple(bars),
-                  tuple(generate_optimization_suggestions(stage, facts)[:MAX_SUGGESTIONS]), _OPTIONS["CRITICAL" if rec == "CRITICAL" else reason])
+    rec, colour, reason, message = _decide(
+        score, all(b.verdict == "met" for b in scored), failed, critical(facts), thresholds
+    )
+    if unknown:
+        message += (
+            f"; {len(unknown)} of {len(scored)} targets were not measured and count nothing: {', '.join(unknown)}"
+        )
+    return Advice(
+        stage,
+        rec,
+        colour,
+        reason,
+        message,
+        score,
+        len(scored) - len(unknown),
+        len(scored),
+        unknown,
+        {b.name: b.why for b in bars if b.verdict not in ("met", "missed")},
+        {k: why for k, why in facts.not_applicable.items() if k in named},
+        checks,
+        tuple(bars),
+        tuple(generate_optimization_suggestions(stage, facts)[:MAX_SUGGESTIONS]),
+        _OPTIONS["CRITICAL" if rec == "CRITICAL" else reason],
+    )
 
 # %% ../../nbs/evaluation/750_advisor.ipynb #452ba15c
 @dataclass(frozen=True)
 class OptimizationAdvisor:
     "The sources' name for it: thresholds kept, rules shared (SPEC SG6, CT26)."
-    thresholds:tuple[float,float,float]=THRESHOLDS # proceed, proceed with what there is, optimise
 
-    def evaluate(self,
-        stage:int,  # 0-4
-        facts:Facts # what was measured
-    )->Advice:
+    thresholds: tuple[float, float, float] = THRESHOLDS  # proceed, proceed with what there is, optimise
+
+    def evaluate(
+        self,
+        stage: int,  # 0-4
+        facts: Facts,  # what was measured
+    ) -> Advice:
         "The recommendation for a stage."
         return evaluate_and_recommend(stage, facts, self.thresholds)

@@ -19,97 +19,146 @@ from ..models.pipeline import softmax
 
 # %% ../../nbs/evaluation/700_calibration.ipynb #986ea154
 def nll(
-    logits:np.ndarray,     # scores [N, C]
-    labels:Sequence[int],  # true class ids [N]
-    temperature:float=1.   # divides the logits
-)->float:                  # mean negative log-likelihood, nats
+    logits: np.ndarray,  # scores [N, C]
+    labels: Sequence[int],  # true class ids [N]
+    temperature: float = 1.0,  # divides the logits
+) -> float:  # mean negative log-likelihood, nats
     "What temperature scaling minimises."
-    z = np.asarray(logits, np.float64)/temperature
+    z = np.asarray(logits, np.float64) / temperature
     z = z - z.max(-1, keepdims=True)
     return float((np.log(np.exp(z).sum(-1)) - z[np.arange(len(z)), np.asarray(labels)]).mean())
 
 # %% ../../nbs/evaluation/700_calibration.ipynb #5b34d9ea
-T_MIN, T_MAX = .05, 20.   # beyond these a temperature is a symptom, not a correction
+T_MIN, T_MAX = 0.05, 20.0  # beyond these a temperature is a symptom, not a correction
 
-def _slope(z:np.ndarray, own:np.ndarray, beta:float)->float:
+
+def _slope(z: np.ndarray, own: np.ndarray, beta: float) -> float:
     "d NLL / d beta: expected score minus the true class's score."
-    return float(((softmax(z, 1/beta)*z).sum(-1) - own).mean())
+    return float(((softmax(z, 1 / beta) * z).sum(-1) - own).mean())
 
 # %% ../../nbs/evaluation/700_calibration.ipynb #64b241ec
 def fit_temperature(
-    logits:np.ndarray,    # scores [N, C]
-    labels:Sequence[int]  # true class ids [N]
-)->float:                 # T in [.05, 20]
+    logits: np.ndarray,  # scores [N, C]
+    labels: Sequence[int],  # true class ids [N]
+) -> float:  # T in [.05, 20]
     "The temperature of least NLL, by bisection (Guo et al. 2017)."
     z, y = np.asarray(logits, np.float64), np.asarray(labels)
-    if not len(z) or len(z) != len(y): raise PillsnapError(f"cannot fit a temperature to {len(z)} scores and {len(y)} labels")
-    if not np.isfinite(z).all(): raise PillsnapError("the scores hold NaN or infinity", fix="the model is broken; look at its training log")
-    own, lo, hi = z[np.arange(len(y)), y], 1/T_MAX, 1/T_MIN
-    if _slope(z, own, hi) < 0: return T_MIN
-    if _slope(z, own, lo) > 0: return T_MAX
+    if not len(z) or len(z) != len(y):
+        raise PillsnapError(f"cannot fit a temperature to {len(z)} scores and {len(y)} labels")
+    if not np.isfinite(z).all():
+        raise PillsnapError("the scores hold NaN or infinity", fix="the model is broken; look at its training log")
+    own, lo, hi = z[np.arange(len(y)), y], 1 / T_MAX, 1 / T_MIN
+    if _slope(z, own, hi) < 0:
+        return T_MIN
+    if _slope(z, own, lo) > 0:
+        return T_MAX
     for _ in range(60):
-        mid = (lo + hi)/2
+        mid = (lo + hi) / 2
         lo, hi = (lo, mid) if _slope(z, own, mid) > 0 else (mid, hi)
-    return float(2/(lo + hi))
+    return float(2 / (lo + hi))
 
 # %% ../../nbs/evaluation/700_calibration.ipynb #f03f87e2
-LEAST = 30   # photos in either part; with fewer nothing is fitted
+LEAST = 30  # photos in either part; with fewer nothing is fitted
+
 
 @dataclass(frozen=True)
 class Calibration:
     "A temperature, and whether it helped where it was not fitted."
-    temperature:float        # 1 = left alone
-    n_fit:int                # photos that fitted it
-    n_test:int               # photos that judged it
-    groups_fit:int           # groups behind them
-    groups_test:int          # groups behind them
-    ece_before:float|None    # on the clean photos, T = 1
-    ece_after:float|None     # on the clean photos, with T
-    nll_before:float|None    # likewise
-    nll_after:float|None     # likewise
-    note:str=""              # why it was left alone, or what to know
 
-    def to_dict(self)->dict[str,Any]:
+    temperature: float  # 1 = left alone
+    n_fit: int  # photos that fitted it
+    n_test: int  # photos that judged it
+    groups_fit: int  # groups behind them
+    groups_test: int  # groups behind them
+    ece_before: float | None  # on the clean photos, T = 1
+    ece_after: float | None  # on the clean photos, with T
+    nll_before: float | None  # likewise
+    nll_after: float | None  # likewise
+    note: str = ""  # why it was left alone, or what to know
+
+    def to_dict(self) -> dict[str, Any]:
         "Plain JSON types."
         return asdict(self)
 
 # %% ../../nbs/evaluation/700_calibration.ipynb #2647765c
 def calibrate(
-    logits:np.ndarray,     # scores [N, C] of photos that were not trained on
-    labels:Sequence[int],  # true class ids [N]
-    groups:Sequence[str],  # capture group of each photo [N]
-    parts:Sequence[str]    # calib photos fit T, clean photos judge it, others are ignored [N]
-)->Calibration:            # T = 1 with a note where there is too little to fit
+    logits: np.ndarray,  # scores [N, C] of photos that were not trained on
+    labels: Sequence[int],  # true class ids [N]
+    groups: Sequence[str],  # capture group of each photo [N]
+    parts: Sequence[str],  # calib photos fit T, clean photos judge it, others are ignored [N]
+) -> Calibration:  # T = 1 with a note where there is too little to fit
     "Fit a temperature on the calibration photos, judge it on the clean ones."
-    z, y, groups, parts = np.asarray(logits, np.float64), np.asarray(labels), np.asarray(groups, object), np.asarray(parts, object)
-    if not len(z) == len(y) == len(groups) == len(parts): raise PillsnapError(f"{len(z)} scores, {len(y)} labels, {len(groups)} groups and {len(parts)} parts do not belong together")
+    z, y, groups, parts = (
+        np.asarray(logits, np.float64),
+        np.asarray(labels),
+        np.asarray(groups, object),
+        np.asarray(parts, object),
+    )
+    if not len(z) == len(y) == len(groups) == len(parts):
+        raise PillsnapError(
+            f"{len(z)} scores, {len(y)} labels, {len(groups)} groups and {len(parts)} parts do not belong together"
+        )
     fit, judge = parts == "calib", parts == "clean"
-    if both := set(groups[fit]) & set(groups[judge]): raise PillsnapError(f"groups fit the temperature and judge it: {sorted(both)[:3]}", fix="run the splits stage again")
-    counts = dict(n_fit=int(fit.sum()), n_test=int(judge.sum()), groups_fit=len(set(groups[fit])), groups_test=len(set(groups[judge])))
+    if both := set(groups[fit]) & set(groups[judge]):
+        raise PillsnapError(
+            f"groups fit the temperature and judge it: {sorted(both)[:3]}", fix="run the splits stage again"
+        )
+    counts = dict(
+        n_fit=int(fit.sum()),
+        n_test=int(judge.sum()),
+        groups_fit=len(set(groups[fit])),
+        groups_test=len(set(groups[judge])),
+    )
     if min(counts["n_fit"], counts["n_test"]) < LEAST:
-        return Calibration(1., **counts, ece_before=None, ece_after=None, nll_before=None, nll_after=None, note=f"left at 1: {counts['n_fit']} calibration and {counts['n_test']} clean photos, {LEAST} of each are needed")
+        return Calibration(
+            1.0,
+            **counts,
+            ece_before=None,
+            ece_after=None,
+            nll_before=None,
+            nll_after=None,
+            note=f"left at 1: {counts['n_fit']} calibration and {counts['n_test']} clean photos, {LEAST} of each are needed",
+        )
     T = fit_temperature(z[fit], y[fit])
     z, y = z[judge], y[judge]
-    def honest(t:float)->float: return ece((p := softmax(z, t)).max(1), p.argmax(1) == y)
+
+    def honest(t: float) -> float:
+        return ece((p := softmax(z, t)).max(1), p.argmax(1) == y)
+
     note = "at its bound: the calibration photos are almost perfectly separated" if T in (T_MIN, T_MAX) else ""
-    return Calibration(T, **counts, ece_before=honest(1.), ece_after=honest(T), nll_before=nll(z, y), nll_after=nll(z, y, T), note=note)
+    return Calibration(
+        T,
+        **counts,
+        ece_before=honest(1.0),
+        ece_after=honest(T),
+        nll_before=nll(z, y),
+        nll_after=nll(z, y, T),
+        note=note,
+    )
 
 # %% ../../nbs/evaluation/700_calibration.ipynb #7013064a
 def plot_reliability(
-    logits:np.ndarray,       # scores [N, C] of the judging photos
-    labels:Sequence[int],    # true class ids [N]
-    temperature:float=1.,    # the fitted T
-    bins:int=10              # bars over 0…1
-):                           # a matplotlib Figure
+    logits: np.ndarray,  # scores [N, C] of the judging photos
+    labels: Sequence[int],  # true class ids [N]
+    temperature: float = 1.0,  # the fitted T
+    bins: int = 10,  # bars over 0…1
+):  # a matplotlib Figure
     "Reliability diagram before and after (Guo et al. 2017)."
     import matplotlib.pyplot as plt
+
     use_house_style()
     y = np.asarray(labels)
     fig, axes = plt.subplots(2, 2, figsize=(7, 3.6), sharex=True, gridspec_kw=dict(height_ratios=(3, 1)))
-    for (top, low), (name, t) in zip(axes.T, (("as trained", 1.), (f"T = {temperature:.2f}", temperature))):
-        p = softmax(logits, t); conf, right = p.max(1), p.argmax(1) == y
-        r = reliability(conf, right, bins); x, w = (r.low + r.high)/2, .9/bins
-        top.bar(x, r.accuracy, w, color="#4c78a8"); top.plot([0, 1], [0, 1], color="#999999", lw=1, ls="--")
-        top.vlines(x, r.accuracy, r.confidence, color="#e45756", lw=1); top.hlines(r.confidence, x - w/2, x + w/2, color="#e45756", lw=2)
-        top.set(title=f"{name}: ECE {ece(conf, right):.3f}", ylabel="right", ylim=(0, 1)); low.bar(x, r.n, w, color="#bbbbbb"); low.set(xlabel="confidence", ylabel="photos")
+    for (top, low), (name, t) in zip(axes.T, (("as trained", 1.0), (f"T = {temperature:.2f}", temperature))):
+        p = softmax(logits, t)
+        conf, right = p.max(1), p.argmax(1) == y
+        r = reliability(conf, right, bins)
+        x, w = (r.low + r.high) / 2, 0.9 / bins
+        top.bar(x, r.accuracy, w, color="#4c78a8")
+        top.plot([0, 1], [0, 1], color="#999999", lw=1, ls="--")
+        top.vlines(x, r.accuracy, r.confidence, color="#e45756", lw=1)
+        top.hlines(r.confidence, x - w / 2, x + w / 2, color="#e45756", lw=2)
+        top.set(title=f"{name}: ECE {ece(conf, right):.3f}", ylabel="right", ylim=(0, 1))
+        low.bar(x, r.n, w, color="#bbbbbb")
+        low.set(xlabel="confidence", ylabel="photos")
     return fig

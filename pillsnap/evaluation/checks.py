@@ -37,104 +37,141 @@ from .latency import Latency
 
 # %% ../../nbs/evaluation/755_checks.ipynb #78ef76e1
 def trends(
-    history:Sequence[Mapping[str,Any]], # rows of metrics.json
-    patience:int,                       # epochs without progress that count
-    least:float=.005                    # smallest progress
-)->tuple[bool|None,bool|None]:          # has macro-F1 stopped moving? has it fallen from its best?
+    history: Sequence[Mapping[str, Any]],  # rows of metrics.json
+    patience: int,  # epochs without progress that count
+    least: float = 0.005,  # smallest progress
+) -> tuple[bool | None, bool | None]:  # has macro-F1 stopped moving? has it fallen from its best?
     "What the learning curve ends like; None where it is too short to say."
-    f1 = [r["classification"]["macro_f1"] for r in history if (r.get("classification") or {}).get("macro_f1") is not None]
-    if len(f1) <= patience: return None, None
-    return max(f1[-patience:]) < max(f1[:-patience]) + least, f1[-1] < max(f1) - .05
+    f1 = [
+        r["classification"]["macro_f1"] for r in history if (r.get("classification") or {}).get("macro_f1") is not None
+    ]
+    if len(f1) <= patience:
+        return None, None
+    return max(f1[-patience:]) < max(f1[:-patience]) + least, f1[-1] < max(f1) - 0.05
 
 # %% ../../nbs/evaluation/755_checks.ipynb #54f6d0a2
 def overfits(
-    train:Sequence[float], # training loss, one per epoch
-    val:Sequence[float],   # validation loss, one per epoch
-    patience:int           # epochs below which nothing is said
-)->bool|None:              # None where the curve is too short
+    train: Sequence[float],  # training loss, one per epoch
+    val: Sequence[float],  # validation loss, one per epoch
+    patience: int,  # epochs below which nothing is said
+) -> bool | None:  # None where the curve is too short
     "Does the validation loss rise while the training loss falls on?"
-    if len(val) <= patience or len(val) != len(train): return None
+    if len(val) <= patience or len(val) != len(train):
+        return None
     best = int(np.argmin(val))
-    return bool(val[-1] > 1.1*val[best] and train[-1] < train[best])
+    return bool(val[-1] > 1.1 * val[best] and train[-1] < train[best])
+
 
 def detector_trends(
-    history:Sequence[Mapping[str,Any]], # rows of metrics.json
-    patience:int,                       # epochs without progress that count
-    least:float=.005                    # smallest progress
-)->tuple[bool|None,bool|None]:          # has mAP@.5 stopped moving? does the detector overfit?
+    history: Sequence[Mapping[str, Any]],  # rows of metrics.json
+    patience: int,  # epochs without progress that count
+    least: float = 0.005,  # smallest progress
+) -> tuple[bool | None, bool | None]:  # has mAP@.5 stopped moving? does the detector overfit?
     "How the detector's curve ends; None where it is too short to say."
     rows = [r["detection"] for r in history if (r.get("detection") or {}).get("mAP@0.5") is not None]
     ap = [r["mAP@0.5"] for r in rows]
-    if len(ap) <= patience: return None, None
-    return max(ap[-patience:]) < max(ap[:-patience]) + least, overfits([r["train_loss"] for r in rows], [r["loss"] for r in rows], patience)
+    if len(ap) <= patience:
+        return None, None
+    return max(ap[-patience:]) < max(ap[:-patience]) + least, overfits(
+        [r["train_loss"] for r in rows], [r["loss"] for r in rows], patience
+    )
 
 # %% ../../nbs/evaluation/755_checks.ipynb #e0dc3f4d
-LEAST_EPOCHS = 5   # epochs below which a variance or a peak says nothing
+LEAST_EPOCHS = 5  # epochs below which a variance or a peak says nothing
 STABLE_HOURS = 12  # what the third stage asks of a long run
 
+
 def absent(
-    prov:Provenance, # data and class map
-    name:str,        # the figure
-    why:str          # why it could not be had
-)->Metric:
+    prov: Provenance,  # data and class map
+    name: str,  # the figure
+    why: str,  # why it could not be had
+) -> Metric:
     "A figure that is not there, with its reason."
     return prov.metric(name, None, 0, None, note=why)
 
+
 def classifier_rows(
-    history:Sequence[Mapping[str,Any]] # rows of metrics.json
-)->list[Mapping[str,Any]]:
+    history: Sequence[Mapping[str, Any]],  # rows of metrics.json
+) -> list[Mapping[str, Any]]:
     "The classifier's epochs; a detector that trained longer has rows of its own."
     return [r for r in history if r.get("train_loss") is not None]
 
 # %% ../../nbs/evaluation/755_checks.ipynb #d1e3dc65
 def training_records(
-    history:Sequence[Mapping[str,Any]], # rows of metrics.json
-    prov:Provenance                     # data and class map
-)->dict[str,Metric]: # batch_size, convergence_stability, memory_efficiency, gpu_memory_gb
+    history: Sequence[Mapping[str, Any]],  # rows of metrics.json
+    prov: Provenance,  # data and class map
+) -> dict[str, Metric]:  # batch_size, convergence_stability, memory_efficiency, gpu_memory_gb
     "Figures of the classifier's training."
     rows = classifier_rows(history)
     n, took = len(rows), float(sum(r.get("seconds") or 0 for r in rows))
     rec = lambda name, value, n, note="": prov.metric(name, value, n, took, note=note)
     few = f"{n} epochs in the training's history, {LEAST_EPOCHS} are needed"
-    batch, mb, gpu = (rows[-1].get("batch") if rows else None), [r["rss_mb"] for r in rows if r.get("rss_mb")], [r["cuda_mb"] for r in rows if r.get("cuda_mb")]
-    late = [r["train_loss"] for r in rows][-max(LEAST_EPOCHS, n//3):]
-    return {"batch_size": rec("batch_size", batch, n, "photos per step, at the end") if batch else absent(prov, "batch_size", "the training's history does not hold it"),
-            "convergence_stability": rec("convergence_stability", float(np.var(late)), len(late), "variance of the training loss over the last epochs") if n >= LEAST_EPOCHS else absent(prov, "convergence_stability", few),
-            "memory_efficiency": rec("memory_efficiency", max(mb)/float(np.mean(mb)), len(mb), "peak over mean of the process's memory") if len(mb) >= LEAST_EPOCHS else absent(prov, "memory_efficiency", few),
-            "gpu_memory_gb": rec("gpu_memory_gb", max(gpu)/1e3, len(gpu), "peak while training") if gpu else absent(prov, "gpu_memory_gb", "the training used no GPU")}
+    batch, mb, gpu = (
+        (rows[-1].get("batch") if rows else None),
+        [r["rss_mb"] for r in rows if r.get("rss_mb")],
+        [r["cuda_mb"] for r in rows if r.get("cuda_mb")],
+    )
+    late = [r["train_loss"] for r in rows][-max(LEAST_EPOCHS, n // 3) :]
+    return {
+        "batch_size": rec("batch_size", batch, n, "photos per step, at the end")
+        if batch
+        else absent(prov, "batch_size", "the training's history does not hold it"),
+        "convergence_stability": rec(
+            "convergence_stability",
+            float(np.var(late)),
+            len(late),
+            "variance of the training loss over the last epochs",
+        )
+        if n >= LEAST_EPOCHS
+        else absent(prov, "convergence_stability", few),
+        "memory_efficiency": rec(
+            "memory_efficiency", max(mb) / float(np.mean(mb)), len(mb), "peak over mean of the process's memory"
+        )
+        if len(mb) >= LEAST_EPOCHS
+        else absent(prov, "memory_efficiency", few),
+        "gpu_memory_gb": rec("gpu_memory_gb", max(gpu) / 1e3, len(gpu), "peak while training")
+        if gpu
+        else absent(prov, "gpu_memory_gb", "the training used no GPU"),
+    }
 
 # %% ../../nbs/evaluation/755_checks.ipynb #a3ddd6ab
 def long_run_record(
-    stable:Metric,                      # memory_stable
-    history:Sequence[Mapping[str,Any]], # rows of metrics.json
-    prov:Provenance                     # data and class map
-)->Metric:
+    stable: Metric,  # memory_stable
+    history: Sequence[Mapping[str, Any]],  # rows of metrics.json
+    prov: Provenance,  # data and class map
+) -> Metric:
     "The hours over which memory stayed flat; NOT_MEASURED below twelve."
-    hours = sum(r.get("seconds") or 0 for r in classifier_rows(history))/3600
-    if hours < STABLE_HOURS: return absent(prov, "memory_stable_hours", f"the training ran {hours:.1f} h, {STABLE_HOURS} are needed")
-    if not stable.measured: return absent(prov, "memory_stable_hours", f"memory_stable: {stable.note}")
-    return prov.metric("memory_stable_hours", hours if stable.value else 0., stable.n, hours*3600, note=stable.note)
+    hours = sum(r.get("seconds") or 0 for r in classifier_rows(history)) / 3600
+    if hours < STABLE_HOURS:
+        return absent(prov, "memory_stable_hours", f"the training ran {hours:.1f} h, {STABLE_HOURS} are needed")
+    if not stable.measured:
+        return absent(prov, "memory_stable_hours", f"memory_stable: {stable.note}")
+    return prov.metric("memory_stable_hours", hours if stable.value else 0.0, stable.n, hours * 3600, note=stable.note)
+
 
 def service_records(
-    prov:Provenance # data and class map
-)->dict[str,Metric]:
+    prov: Provenance,  # data and class map
+) -> dict[str, Metric]:
     "The figures of a running service."
-    return {k: absent(prov, k, "this version runs no service; nothing was monitored") for k in ("api_response_time", "api_uptime")}
+    return {
+        k: absent(prov, k, "this version runs no service; nothing was monitored")
+        for k in ("api_response_time", "api_uptime")
+    }
 
 # %% ../../nbs/evaluation/755_checks.ipynb #c12056ca
 def training_corruption(
-    history:Sequence[Mapping[str,Any]] # rows of metrics.json
-)->float|None:                         # 0-1; None where the history does not count
+    history: Sequence[Mapping[str, Any]],  # rows of metrics.json
+) -> float | None:  # 0-1; None where the history does not count
     "The share of the photos that training asked for and could not open."
     rows = [r for r in classifier_rows(history) if r.get("asked")]
-    return min(1., rows[-1]["skipped"]/sum(r["asked"] for r in rows)) if rows else None
+    return min(1.0, rows[-1]["skipped"] / sum(r["asked"] for r in rows)) if rows else None
 
 # %% ../../nbs/evaluation/755_checks.ipynb #d1d2da8a
 def data_loading_record(
-    run_dir:str|os.PathLike, # run folder
-    cfg:Config,              # the run's configuration
-    prov:Provenance          # data and class map
-)->Metric:
+    run_dir: str | os.PathLike,  # run folder
+    cfg: Config,  # the run's configuration
+    prov: Provenance,  # data and class map
+) -> Metric:
     "Seconds from opening the split to the first batch."
     tree = cfg.to_dict()
     tree["pack"]["enabled"], tree["dataloader"]["source"] = False, "delivery"
@@ -143,221 +180,364 @@ def data_loading_record(
     loader = validation_loader(data.val, data, Config.model_validate(tree), cache=False)
     _, labels, _ = next(iter(loader), (None, (), None))
     took = time.perf_counter() - t0
-    return prov.metric("data_loading_s", took if len(labels) else None, len(labels), took, note=f"from opening the split to the first batch, {loader.num_workers} workers")
+    return prov.metric(
+        "data_loading_s",
+        took if len(labels) else None,
+        len(labels),
+        took,
+        note=f"from opening the split to the first batch, {loader.num_workers} workers",
+    )
 
 # %% ../../nbs/evaluation/755_checks.ipynb #ccea3997
-BATCHES = (1, 8, 32)   # photos answered at once
+BATCHES = (1, 8, 32)  # photos answered at once
+
 
 def first_views(
-    root:Path,           # the delivery
-    paths:Sequence[str], # single photos
-    size:int,            # side, pixels
-    cfg:Config,          # policies of reading
-    n:int=BATCHES[-1]    # how many; fewer photos take turns
-)->np.ndarray:           # float32 [n, 3, size, size]; empty where none can be opened
+    root: Path,  # the delivery
+    paths: Sequence[str],  # single photos
+    size: int,  # side, pixels
+    cfg: Config,  # policies of reading
+    n: int = BATCHES[-1],  # how many; fewer photos take turns
+) -> np.ndarray:  # float32 [n, 3, size, size]; empty where none can be opened
     "Whole photos as the classifier takes them."
-    opened = (open_image_safely(Path(root)/p, **policies_of(cfg)) for p in paths[:n])
+    opened = (open_image_safely(Path(root) / p, **policies_of(cfg)) for p in paths[:n])
     views = [whole_view(o["image"], size) for o in opened if "image" in o]
-    return normalise(np.stack([views[i % len(views)] for i in range(n)])) if views else np.zeros((0, 3, size, size), np.float32)
+    return (
+        normalise(np.stack([views[i % len(views)] for i in range(n)]))
+        if views
+        else np.zeros((0, 3, size, size), np.float32)
+    )
 
 # %% ../../nbs/evaluation/755_checks.ipynb #2c3826f5
 def batch_records(
-    classifier:Any,   # runner with a method logits
-    views:np.ndarray, # float32 [32, 3, S, S]
-    prov:Provenance   # data and class map
-)->dict[str,Metric]:  # multi_batch_size, batch_speedup
+    classifier: Any,  # runner with a method logits
+    views: np.ndarray,  # float32 [32, 3, S, S]
+    prov: Provenance,  # data and class map
+) -> dict[str, Metric]:  # multi_batch_size, batch_speedup
     "Are photos answered alike in a batch, and faster?"
-    if not len(views): return {k: absent(prov, k, "no single photo could be opened") for k in ("multi_batch_size", "batch_speedup")}
-    classifier.logits(views[:1])   # the first call warms up
+    if not len(views):
+        return {k: absent(prov, k, "no single photo could be opened") for k in ("multi_batch_size", "batch_speedup")}
+    classifier.logits(views[:1])  # the first call warms up
     took, same, alone, t0 = {}, 0, None, time.perf_counter()
     for b in BATCHES:
         t1 = time.perf_counter()
-        z = np.concatenate([classifier.logits(views[i:i + b]) for i in range(0, len(views), b)])
+        z = np.concatenate([classifier.logits(views[i : i + b]) for i in range(0, len(views), b)])
         took[b] = time.perf_counter() - t1
         alone = z if alone is None else alone
-        if np.abs(z - alone).max() > .02*max(1., np.abs(alone).max()): break
+        if np.abs(z - alone).max() > 0.02 * max(1.0, np.abs(alone).max()):
+            break
         same = b
     whole, n = time.perf_counter() - t0, len(views)
-    largest = prov.metric("multi_batch_size", same, n, whole, note=f"answers as one by one, tried {', '.join(map(str, took))}")
-    return {"multi_batch_size": largest, "batch_speedup": prov.metric("batch_speedup", took[1]/took[BATCHES[-1]], n, whole, note="time of a photo alone over its time in a batch of 32") if BATCHES[-1] in took else absent(prov, "batch_speedup", "a batch of 32 answers otherwise than its photos one by one")}
+    largest = prov.metric(
+        "multi_batch_size", same, n, whole, note=f"answers as one by one, tried {', '.join(map(str, took))}"
+    )
+    return {
+        "multi_batch_size": largest,
+        "batch_speedup": prov.metric(
+            "batch_speedup",
+            took[1] / took[BATCHES[-1]],
+            n,
+            whole,
+            note="time of a photo alone over its time in a batch of 32",
+        )
+        if BATCHES[-1] in took
+        else absent(prov, "batch_speedup", "a batch of 32 answers otherwise than its photos one by one"),
+    }
 
 # %% ../../nbs/evaluation/755_checks.ipynb #1749b850
-BEFORE = ("conversion", "splits", "classifier", "detector")   # the jobs whose work is evaluated
+BEFORE = ("conversion", "splits", "classifier", "detector")  # the jobs whose work is evaluated
+
 
 def not_applicable(
-    cfg:Config # project.family, project.active_feature_set
-)->dict[str,str]: # targets and checks, and why there is nothing to measure; {} for a run with a detector
+    cfg: Config,  # project.family, project.active_feature_set
+) -> dict[str, str]:  # targets and checks, and why there is nothing to measure; {} for a run with a detector
     "What a run without a detector cannot have."
-    if cfg.project.family != "two_stage": why = f"the {cfg.project.family} family has no detector"
-    elif "combo_detection" not in active_features(cfg): why = f"the feature set {cfg.project.active_feature_set} has no detector"
-    else: return {}
+    if cfg.project.family != "two_stage":
+        why = f"the {cfg.project.family} family has no detector"
+    elif "combo_detection" not in active_features(cfg):
+        why = f"the feature set {cfg.project.active_feature_set} has no detector"
+    else:
+        return {}
     names = {n for a in ADVISOR_TARGETS.values() for n in (*a.checks, *(t.name for t in a.targets))}
     out = {n: why for n in sorted(names) if n.startswith("detection_")}
-    return out | ({"onnx_conversion_success": "this version exports no retrieval model"} if cfg.project.family == "retrieval" else {})
+    return out | (
+        {"onnx_conversion_success": "this version exports no retrieval model"}
+        if cfg.project.family == "retrieval"
+        else {}
+    )
+
 
 def jobs_before(
-    cfg:Config # project.family, project.active_feature_set
-)->tuple[str,...]:
+    cfg: Config,  # project.family, project.active_feature_set
+) -> tuple[str, ...]:
     "The jobs that must have finished before an evaluation."
-    if cfg.project.family == "retrieval": return "splits", "retrieval"
+    if cfg.project.family == "retrieval":
+        return "splits", "retrieval"
     return tuple(j for j in BEFORE if j != "detector" or not not_applicable(cfg))
 
 # %% ../../nbs/evaluation/755_checks.ipynb #3ffdd930
 def tensorboard_tags(
-    run_dir:str|os.PathLike, # run folder
-    job:str                  # classifier | detector | ...
-)->dict[str,str]:            # tag → the event file that holds it, relative to the run folder
+    run_dir: str | os.PathLike,  # run folder
+    job: str,  # classifier | detector | ...
+) -> dict[str, str]:  # tag → the event file that holds it, relative to the run folder
     "The curves that a job has written for TensorBoard."
     root, tags = Path(run_dir), {}
-    files = sorted((root/"tb"/job).glob("events*")) if (root/"tb"/job).is_dir() else []
-    if not files: return tags
-    try: from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-    except ImportError: return tags
+    files = sorted((root / "tb" / job).glob("events*")) if (root / "tb" / job).is_dir() else []
+    if not files:
+        return tags
+    try:
+        from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+    except ImportError:
+        return tags
     for f in files:
         for event in EventFileLoader(str(f)).Load():
-            for v in event.summary.value: tags.setdefault(v.tag, f.relative_to(root).as_posix())
+            for v in event.summary.value:
+                tags.setdefault(v.tag, f.relative_to(root).as_posix())
     return tags
 
+
 def tensorboard_checks(
-    run_dir:str|os.PathLike # run folder
-)->dict[str,Check]:
+    run_dir: str | os.PathLike,  # run folder
+) -> dict[str, Check]:
     "The two checks that TensorBoard's files prove."
     tags = tensorboard_tags(run_dir, "classifier")
     curves, found = [t for t in ("train/loss", "val/loss") if t in tags], tags | tensorboard_tags(run_dir, "detector")
-    return {"tensorboard_logging": Check(len(curves) == 2, tags.get("val/loss", ""), note="train/loss and val/loss") if tags else Check(note="there are no curves of the classifier in tb/classifier"),
-            "auto_batch_tuning_success": Check(True, found["perf/auto_batch_found"], note="perf/auto_batch_found") if "perf/auto_batch_found" in found else Check(note="no search for the largest batch was run; it needs a GPU and auto_batch_tune")}
+    return {
+        "tensorboard_logging": Check(len(curves) == 2, tags.get("val/loss", ""), note="train/loss and val/loss")
+        if tags
+        else Check(note="there are no curves of the classifier in tb/classifier"),
+        "auto_batch_tuning_success": Check(True, found["perf/auto_batch_found"], note="perf/auto_batch_found")
+        if "perf/auto_batch_found" in found
+        else Check(note="no search for the largest batch was run; it needs a GPU and auto_batch_tune"),
+    }
 
 # %% ../../nbs/evaluation/755_checks.ipynb #daafb442
 EVALUATION = "reports/evaluation.json"
 
+
 def by_record(
-    m:Mapping[str,Any]|None, # a record of evaluation.json
-    passes:Any,              # of its value
-    words:str                # what passes, for the note
-)->Check:
+    m: Mapping[str, Any] | None,  # a record of evaluation.json
+    passes: Any,  # of its value
+    words: str,  # what passes, for the note
+) -> Check:
     "A check that rests on a measured figure."
     rec = Metric.from_dict(m) if m else None
-    if rec is None or not rec.measured: return Check(note=f"{words}: {rec.note if rec and rec.note else 'no record'}")
+    if rec is None or not rec.measured:
+        return Check(note=f"{words}: {rec.note if rec and rec.note else 'no record'}")
     return Check(bool(passes(rec.value)), EVALUATION, note=f"{rec.name} {float(rec.value):.4g}, {words}")
 
+
 def measured_checks(
-    doc:Mapping[str,Any] # evaluation.json
-)->dict[str,Check]:
+    doc: Mapping[str, Any],  # evaluation.json
+) -> dict[str, Check]:
     "The checks that the evaluation's figures prove."
     m = doc["metrics"]
-    hours, crashes = by_record(m.get("memory_stable_hours"), lambda v: v >= STABLE_HOURS, f"{STABLE_HOURS} h asked"), m.get("no_crashes") or {}
-    stable = hours if hours.passed is not True else Check(crashes.get("value") in (True, 1), EVALUATION, note=f"{hours.note}; crashes: {crashes.get('note', 'no record')}")
-    return {"class_balance_verification": by_record(m.get("class_imbalance_ratio"), lambda v: v <= IMBALANCE_LIMIT, f"at most {IMBALANCE_LIMIT} asked"),
-            "scalability_test_pass": by_record(m.get("batch_speedup"), lambda v: v >= 1, "at least 1 asked"), "multi_batch_processing": by_record(m.get("multi_batch_size"), lambda v: v >= BATCHES[-1], f"{BATCHES[-1]} asked"),
-            "memory_leak_test": by_record(m.get("memory_stable"), lambda v: v == 1, "flat memory asked"), "stability_test_pass": stable}
+    hours, crashes = (
+        by_record(m.get("memory_stable_hours"), lambda v: v >= STABLE_HOURS, f"{STABLE_HOURS} h asked"),
+        m.get("no_crashes") or {},
+    )
+    stable = (
+        hours
+        if hours.passed is not True
+        else Check(
+            crashes.get("value") in (True, 1),
+            EVALUATION,
+            note=f"{hours.note}; crashes: {crashes.get('note', 'no record')}",
+        )
+    )
+    return {
+        "class_balance_verification": by_record(
+            m.get("class_imbalance_ratio"), lambda v: v <= IMBALANCE_LIMIT, f"at most {IMBALANCE_LIMIT} asked"
+        ),
+        "scalability_test_pass": by_record(m.get("batch_speedup"), lambda v: v >= 1, "at least 1 asked"),
+        "multi_batch_processing": by_record(
+            m.get("multi_batch_size"), lambda v: v >= BATCHES[-1], f"{BATCHES[-1]} asked"
+        ),
+        "memory_leak_test": by_record(m.get("memory_stable"), lambda v: v == 1, "flat memory asked"),
+        "stability_test_pass": stable,
+    }
 
 # %% ../../nbs/evaluation/755_checks.ipynb #9485fa09
 def memory_check(
-    run_dir:str|os.PathLike, # run folder
-    doc:Mapping[str,Any]     # evaluation.json
-)->Check:
+    run_dir: str | os.PathLike,  # run folder
+    doc: Mapping[str, Any],  # evaluation.json
+) -> Check:
     "Did the training stay within its memory?"
-    path, rec = Path(run_dir)/"reports"/"metrics.json", doc["metrics"].get("memory_efficiency")
+    path, rec = Path(run_dir) / "reports" / "metrics.json", doc["metrics"].get("memory_efficiency")
     trained = read_json(path) if path.is_file() else {}
-    if not rec or not Metric.from_dict(rec).measured or trained.get("oom_events") is None: return Check(note=f"memory_efficiency: {(rec or {}).get('note') or 'no record'}")
-    share = max((r.get("cuda_share") or 0. for r in trained["history"]), default=0.)
-    ok = rec["value"] <= 1.5 and trained["oom_events"] == 0 and share <= .9
-    return Check(bool(ok), "reports/metrics.json", note=f"peak over mean {rec['value']:.2f}, {trained['oom_events']} out-of-memory errors, GPU {share:.0%} full")
+    if not rec or not Metric.from_dict(rec).measured or trained.get("oom_events") is None:
+        return Check(note=f"memory_efficiency: {(rec or {}).get('note') or 'no record'}")
+    share = max((r.get("cuda_share") or 0.0 for r in trained["history"]), default=0.0)
+    ok = rec["value"] <= 1.5 and trained["oom_events"] == 0 and share <= 0.9
+    return Check(
+        bool(ok),
+        "reports/metrics.json",
+        note=f"peak over mean {rec['value']:.2f}, {trained['oom_events']} out-of-memory errors, GPU {share:.0%} full",
+    )
+
 
 def full_dataset_check(
-    run_dir:str|os.PathLike # run folder
-)->Check:
+    run_dir: str | os.PathLike,  # run folder
+) -> Check:
     "Does stage 4 hold every single photo and every drug of the manifest?"
     root = Path(run_dir)
-    head, table = root/"artifacts"/"stage4"/"splits.json", root/"manifest.csv"
-    if not (head.is_file() and table.is_file()): return Check(note="stage 4 was not cut in this run")
+    head, table = root / "artifacts" / "stage4" / "splits.json", root / "manifest.csv"
+    if not (head.is_file() and table.is_file()):
+        return Check(note="stage 4 was not cut in this run")
     rows = pd.read_csv(table, usecols=["path", "class_key", "kind"], dtype=str, keep_default_na=False)
     singles, doc = rows[rows["kind"] == "single"], read_json(head)
-    parts = pd.concat([pd.read_csv(head.parent/f"manifest_{n}.csv", usecols=["path", "kind"], dtype=str) for n in ("train", "val", "pool")])
+    parts = pd.concat(
+        [
+            pd.read_csv(head.parent / f"manifest_{n}.csv", usecols=["path", "kind"], dtype=str)
+            for n in ("train", "val", "pool")
+        ]
+    )
     used = parts.loc[parts["kind"] == "single", "path"].nunique() + doc["counts"]["test"]["singles"]
     ok = used == singles["path"].nunique() and doc["classes"] == singles["class_key"].nunique()
-    return Check(ok, "artifacts/stage4/splits.json", note=f"{used} of {singles['path'].nunique()} single photos, {doc['classes']} of {singles['class_key'].nunique()} drugs")
+    return Check(
+        ok,
+        "artifacts/stage4/splits.json",
+        note=f"{used} of {singles['path'].nunique()} single photos, {doc['classes']} of {singles['class_key'].nunique()} drugs",
+    )
 
 # %% ../../nbs/evaluation/755_checks.ipynb #dbabafb5
 def found_checks(
-    root:Path,               # run folder
-    doc:Mapping[str,Any],    # evaluation.json
-    cfg:Config               # project: which jobs belong to the run
-)->dict[str,Check]:
+    root: Path,  # run folder
+    doc: Mapping[str, Any],  # evaluation.json
+    cfg: Config,  # project: which jobs belong to the run
+) -> dict[str, Check]:
     "Every mandatory check with the file that proves it, or why nothing does."
-    export, answered = root/"reports"/"export.json", bool(doc["photos"]["singles"])
+    export, answered = root / "reports" / "export.json", bool(doc["photos"]["singles"])
     unfinished = [j for j in jobs_before(cfg) if (read_record(root, j) or {}).get("status") != "finished"]
-    out = {"pipeline_complete": Check(not unfinished and answered, EVALUATION if unfinished else f"stages/{jobs_before(cfg)[-1]}.json", note=f"not finished: {', '.join(unfinished)}" if unfinished else ""),
-           "classification_model_loading": Check(answered, EVALUATION), "detection_model_loading": Check("detector" not in doc["absent"], EVALUATION, note=doc["absent"].get("detector", ""))}
-    out |= measured_checks(doc) | tensorboard_checks(root) | {"memory_optimization_working": memory_check(root, doc), "full_dataset_processing": full_dataset_check(root)}
+    out = {
+        "pipeline_complete": Check(
+            not unfinished and answered,
+            EVALUATION if unfinished else f"stages/{jobs_before(cfg)[-1]}.json",
+            note=f"not finished: {', '.join(unfinished)}" if unfinished else "",
+        ),
+        "classification_model_loading": Check(answered, EVALUATION),
+        "detection_model_loading": Check(
+            "detector" not in doc["absent"], EVALUATION, note=doc["absent"].get("detector", "")
+        ),
+    }
+    out |= (
+        measured_checks(doc)
+        | tensorboard_checks(root)
+        | {"memory_optimization_working": memory_check(root, doc), "full_dataset_processing": full_dataset_check(root)}
+    )
     if export.is_file():
         e = read_json(export)
-        same = e.get("models", {}).get("classifier", {}).get("checkpoint") == doc["inputs"].get("checkpoints/classifier/best.pt")
-        out["onnx_conversion_success"] = Check(e.get("passed") is True and same, "reports/export.json", note="" if same else "of another checkpoint")
-    else: out["onnx_conversion_success"] = Check(note="this run was not exported")
-    only_declared = {n: Check(note="a person must declare it: pillsnap declare") for n in ("production_api_deployment", "cloudflare_tunnel_setup", "automated_monitoring")}
+        same = e.get("models", {}).get("classifier", {}).get("checkpoint") == doc["inputs"].get(
+            "checkpoints/classifier/best.pt"
+        )
+        out["onnx_conversion_success"] = Check(
+            e.get("passed") is True and same, "reports/export.json", note="" if same else "of another checkpoint"
+        )
+    else:
+        out["onnx_conversion_success"] = Check(note="this run was not exported")
+    only_declared = {
+        n: Check(note="a person must declare it: pillsnap declare")
+        for n in ("production_api_deployment", "cloudflare_tunnel_setup", "automated_monitoring")
+    }
     return out | only_declared | declared_checks(root)
 
 # %% ../../nbs/evaluation/755_checks.ipynb #ce92bb7f
 def declared_checks(
-    root:Path # run folder
-)->dict[str,Check]:
+    root: Path,  # run folder
+) -> dict[str, Check]:
     "What persons declared in reports/checks.json."
-    p = root/"reports"/"checks.json"
-    return {k: Check(d.get("passed"), declared_by=d.get("by", ""), date=d.get("date", ""), note=d.get("note", "")) for k, d in read_json(p).items()} if p.is_file() else {}
+    p = root / "reports" / "checks.json"
+    return (
+        {
+            k: Check(d.get("passed"), declared_by=d.get("by", ""), date=d.get("date", ""), note=d.get("note", ""))
+            for k, d in read_json(p).items()
+        }
+        if p.is_file()
+        else {}
+    )
 
 # %% ../../nbs/evaluation/755_checks.ipynb #295fb0f6
 def declare_check(
-    root:str|os.PathLike, # run folder
-    name:str,             # a mandatory check
-    by:str,               # who says so
-    passed:bool=True,     # and what
-    note:str=""           # what was looked at
-)->Path:                  # reports/checks.json
+    root: str | os.PathLike,  # run folder
+    name: str,  # a mandatory check
+    by: str,  # who says so
+    passed: bool = True,  # and what
+    note: str = "",  # what was looked at
+) -> Path:  # reports/checks.json
     "Declare a check that no file proves, with name and date."
     known = {c for s in STAGE_TARGETS for c in get_stage_target(s).checks}
-    if name not in known: raise PillsnapError(f"there is no mandatory check {name!r}", fix="one of " + ", ".join(sorted(known)))
-    if not by.strip(): raise PillsnapError("a declaration needs a name", fix="say who looked, with --by")
-    p = Path(root)/"reports"/"checks.json"
+    if name not in known:
+        raise PillsnapError(f"there is no mandatory check {name!r}", fix="one of " + ", ".join(sorted(known)))
+    if not by.strip():
+        raise PillsnapError("a declaration needs a name", fix="say who looked, with --by")
+    p = Path(root) / "reports" / "checks.json"
     old = read_json(p) if p.is_file() else {}
-    return save_json({**old, name: {"passed": passed, "by": by.strip(), "date": datetime.now(timezone.utc).date().isoformat(), "note": note.strip()}}, p)
+    return save_json(
+        {
+            **old,
+            name: {
+                "passed": passed,
+                "by": by.strip(),
+                "date": datetime.now(timezone.utc).date().isoformat(),
+                "note": note.strip(),
+            },
+        },
+        p,
+    )
 
 # %% ../../nbs/evaluation/755_checks.ipynb #912247cc
 def not_a_number(
-    run_dir:str|os.PathLike, # run folder
-    jobs:Sequence[str]=("classifier", "detector", "retrieval") # that train
-)->bool|None:                # None where none has run
+    run_dir: str | os.PathLike,  # run folder
+    jobs: Sequence[str] = ("classifier", "detector", "retrieval"),  # that train
+) -> bool | None:  # None where none has run
     "Did a training end because its loss was no number? The run record says it by a reason code."
     records = [r for j in jobs if (r := read_record(run_dir, j)) is not None]
     return any(r.get("error_code") == "NAN_LOSS" for r in records) if records else None
 
+
 def unreadable_share(
-    evaluation:float|None, # share of the evaluation's photos that could not be opened
-    training:float|None    # the same of training
-)->float|None:
+    evaluation: float | None,  # share of the evaluation's photos that could not be opened
+    training: float | None,  # the same of training
+) -> float | None:
     "The larger of the two shares: one per cent of either is too much."
     return max((s for s in (evaluation, training) if s is not None), default=None)
 
+
 def advisor_facts(
-    root:Path,                     # run folder
-    cfg:Config,                    # settings in force
-    doc:Mapping[str,Any],          # evaluation.json
-    metrics:Mapping[str,Metric],   # its records
-    latency:Sequence[Latency]      # its latencies
-)->Facts:
+    root: Path,  # run folder
+    cfg: Config,  # settings in force
+    doc: Mapping[str, Any],  # evaluation.json
+    metrics: Mapping[str, Metric],  # its records
+    latency: Sequence[Latency],  # its latencies
+) -> Facts:
     "Everything the advisor may know about a run."
-    path = root/"reports"/"metrics.json"
+    path = root / "reports" / "metrics.json"
     trained = read_json(path) if path.is_file() else {}
     history, c = trained.get("history", []), cfg.train.classification
     scope, rows = {r.scope: r for r in latency if r.percentile == 95}, classifier_rows(history)
-    named = {k: scope[v] for k, v in (("detection_ms", "detector"), ("classification_ms", "classifier"), ("inference_ms", "single")) if v in scope}
+    named = {
+        k: scope[v]
+        for k, v in (("detection_ms", "detector"), ("classification_ms", "classifier"), ("inference_ms", "single"))
+        if v in scope
+    }
     plateau, drop = trends(history, c.early_stopping.patience)
     det_plateau, det_overfit = detector_trends(history, cfg.train.detection.early_stopping.patience)
     value = lambda name: metrics[name].value if name in metrics and metrics[name].measured else None
     return Facts(
-        metrics=dict(metrics) | named, checks=found_checks(root, doc, cfg), oom_events=trained.get("oom_events"),
+        metrics=dict(metrics) | named,
+        checks=found_checks(root, doc, cfg),
+        oom_events=trained.get("oom_events"),
         nan_loss=not_a_number(root),
         corruption=unreadable_share(doc["corruption"], training_corruption(history)),
-        vram_share=max((r["cuda_share"] for r in rows if r.get("cuda_share")), default=None), gpu_memory_gb=value("gpu_memory_gb"), data_loading_s=value("data_loading_s"),
-        plateau=plateau, val_drop=drop, overfit=overfits([r["train_loss"] for r in rows], [r["val_loss"] for r in rows], c.early_stopping.patience),
-        detector_plateau=det_plateau, detector_overfit=det_overfit, cpus=len(os.sched_getaffinity(0)), not_applicable=not_applicable(cfg), settings=flatten(cfg.to_dict()))
+        vram_share=max((r["cuda_share"] for r in rows if r.get("cuda_share")), default=None),
+        gpu_memory_gb=value("gpu_memory_gb"),
+        data_loading_s=value("data_loading_s"),
+        plateau=plateau,
+        val_drop=drop,
+        overfit=overfits([r["train_loss"] for r in rows], [r["val_loss"] for r in rows], c.early_stopping.patience),
+        detector_plateau=det_plateau,
+        detector_overfit=det_overfit,
+        cpus=len(os.sched_getaffinity(0)),
+        not_applicable=not_applicable(cfg),
+        settings=flatten(cfg.to_dict()),
+    )

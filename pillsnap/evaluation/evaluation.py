@@ -37,7 +37,16 @@ from ..core.files import atomic_path, read_json, save_json, save_text, sha256_fi
 from ..core.logs import decide, progress as show_progress
 from ..core.plots import save_fig, show_grid, wrap_title
 from ..core.records import Metric, Provenance, hardware
-from ..core.jobs import RunFolder, StageJob, StageResult, crashes, markdown_table, read_record, record_path, run_id
+from pillsnap.core.jobs import (
+    RunFolder,
+    StageJob,
+    StageResult,
+    crashes,
+    markdown_table,
+    read_record,
+    record_path,
+    run_id,
+)
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #23c9d76d
 from ..photos.boxes import xywh_to_xyxy
@@ -50,667 +59,1131 @@ from ..models.pipeline import BADGE, combo_hints, detect, photo_views, predict_p
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #ae48c97c
 from .advisor import Advice, Check, evaluate_and_recommend
-from .checks import BEFORE, advisor_facts, batch_records, data_loading_record, first_views, long_run_record, service_records, training_records
+from pillsnap.evaluation.checks import (
+    BEFORE,
+    advisor_facts,
+    batch_records,
+    data_loading_record,
+    first_views,
+    long_run_record,
+    service_records,
+    training_records,
+)
 from .calibration import Calibration, calibrate, plot_reliability
 from .ledger import append_ledger, read_ledger
 from .gates import GateResult, TimeCap, simple_stage_evaluation
 from .latency import Latency, latency_from_dict, latency_table, measure_latency, plot_latency
 from .menu import advisor_menu, advisor_word, gate_dot, percent, record_choice, write_advice
-from .reports import evaluate_classification_metrics, plot_confusion_matrix, plot_detection_results, plot_roc_pr_curves
+from pillsnap.evaluation.reports import (
+    evaluate_classification_metrics,
+    plot_confusion_matrix,
+    plot_detection_results,
+    plot_roc_pr_curves,
+)
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #2b9ad892
 @dataclass(frozen=True)
 class Shot:
     "One photo of the evaluation set, with its truth."
-    path:str                # relative to the delivery
-    group:str               # its capture group or combination code
-    kind:str                # single | combo
-    boxes:np.ndarray        # true boxes xyxy, pixels [m, 4]
-    keys:tuple[str,...]     # the class key in each box
-    part:str="clean"        # val selected the checkpoint, calib fits the temperature, clean gives the headline
-    dup:str=""              # its set of near-duplicates; empty = it has none
+
+    path: str  # relative to the delivery
+    group: str  # its capture group or combination code
+    kind: str  # single | combo
+    boxes: np.ndarray  # true boxes xyxy, pixels [m, 4]
+    keys: tuple[str, ...]  # the class key in each box
+    part: str = "clean"  # val selected the checkpoint, calib fits the temperature, clean gives the headline
+    dup: str = ""  # its set of near-duplicates; empty = it has none
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #552b0ece
 def shots(
-    data:StageData # one stage
-)->list[Shot]:     # in the order of the table
+    data: StageData,  # one stage
+) -> list[Shot]:  # in the order of the table
     "The evaluation set: every photo of the pool, once."
     out = []
     for path, g in data.pool.groupby("path", sort=False):
         g = g.drop_duplicates(["class_key", "bbox"])
         boxes = xywh_to_xyxy(np.array([json.loads(b) for b in g["bbox"]], float).reshape(-1, 4))
-        out.append(Shot(path, g["group_id"].iloc[0], g["kind"].iloc[0], boxes, tuple(g["class_key"]), g["split"].iloc[0], g["dup_id"].iloc[0]))
+        out.append(
+            Shot(
+                path,
+                g["group_id"].iloc[0],
+                g["kind"].iloc[0],
+                boxes,
+                tuple(g["class_key"]),
+                g["split"].iloc[0],
+                g["dup_id"].iloc[0],
+            )
+        )
     return out
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #1d23485c
 def touching(
-    todo:Sequence[Shot], # photos that are scored
-    train:pd.DataFrame   # rows that trained, combos included
-)->list[str]:            # paths of scored photos
+    todo: Sequence[Shot],  # photos that are scored
+    train: pd.DataFrame,  # rows that trained, combos included
+) -> list[str]:  # paths of scored photos
     "Scored photos that share a path, a capture group or a set of near-duplicates with training."
     paths, groups, dups = (set(train[c]) for c in ("path", "group_id", "dup_id"))
     return [s.path for s in todo if s.path in paths or s.group in groups or (s.dup and s.dup in dups)]
 
+
 def training_unknown(
-    root:Path, # run folder
-    stage:int  # 0-4
-)->str:        # "" = the split that lies here is the one that the checkpoints were trained on
+    root: Path,  # run folder
+    stage: int,  # 0-4
+) -> str:  # "" = the split that lies here is the one that the checkpoints were trained on
     "Why it is not known which rows trained the checkpoints of this run."
-    split = root/"artifacts"/f"stage{stage}"/"splits.json"
+    split = root / "artifacts" / f"stage{stage}" / "splits.json"
     for job in ("classifier", "detector"):
-        best, rec = root/"checkpoints"/job/"best.pt", read_record(root, job) or {}
-        if not best.is_file(): continue
+        best, rec = root / "checkpoints" / job / "best.pt", read_record(root, job) or {}
+        if not best.is_file():
+            continue
         name = lambda p: p.relative_to(root).as_posix()
-        if name(split) not in rec.get("inputs", {}): return f"the record of the {job} job does not say which split it trained on"
-        if rec["inputs"][name(split)] != sha256_file(split): return f"the {job} was trained on another split than the one that lies here"
-        if rec["outputs"].get(name(best)) != sha256_file(best): return f"{name(best)} is not the checkpoint that the {job} job wrote"
+        if name(split) not in rec.get("inputs", {}):
+            return f"the record of the {job} job does not say which split it trained on"
+        if rec["inputs"][name(split)] != sha256_file(split):
+            return f"the {job} was trained on another split than the one that lies here"
+        if rec["outputs"].get(name(best)) != sha256_file(best):
+            return f"{name(best)} is not the checkpoint that the {job} job wrote"
     return ""
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #d2f3a527
 def overlap_record(
-    root:Path,           # run folder
-    data:StageData,      # one stage
-    todo:Sequence[Shot], # photos that are scored
-    prov:Provenance      # data and class map
-)->Metric:               # photos that touch training; 0 is what the gate asks
+    root: Path,  # run folder
+    data: StageData,  # one stage
+    todo: Sequence[Shot],  # photos that are scored
+    prov: Provenance,  # data and class map
+) -> Metric:  # photos that touch training; 0 is what the gate asks
     "How many scored photos training has seen, or a near copy of them."
     t0 = time.perf_counter()
-    if why := training_unknown(root, data.stage): return nothing(prov, "train_overlap", why)
+    if why := training_unknown(root, data.stage):
+        return nothing(prov, "train_overlap", why)
     seen = touching(todo, data.train)
     first = f", the first is {seen[0]}" if seen else ""
-    return prov.metric("train_overlap", len(seen), len(todo), time.perf_counter() - t0, note=f"of {len(todo)} scored photos, against {data.train['path'].nunique()} training photos{first}", kind="computed")
+    return prov.metric(
+        "train_overlap",
+        len(seen),
+        len(todo),
+        time.perf_counter() - t0,
+        note=f"of {len(todo)} scored photos, against {data.train['path'].nunique()} training photos{first}",
+        kind="computed",
+    )
+
 
 def split_record(
-    data:StageData, # one stage
-    prov:Provenance # data and class map
-)->Metric:          # False where the split leaks by construction
+    data: StageData,  # one stage
+    prov: Provenance,  # data and class map
+) -> Metric:  # False where the split leaks by construction
     "Does the split keep capture groups together? The twin that measures the leak gap may part them."
     t0, by = time.perf_counter(), data.header["params"]["group_by"]
     kept = by != "image" or bool(data.header.get("leak_gap_twin"))
-    return prov.metric("split_by_group", kept, max(1, len(data.pool)), time.perf_counter() - t0, note=f"data.group_by={by}", kind="computed")
+    return prov.metric(
+        "split_by_group",
+        kept,
+        max(1, len(data.pool)),
+        time.perf_counter() - t0,
+        note=f"data.group_by={by}",
+        kind="computed",
+    )
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #42cf478c
 def opened(
-    root:Path,                # the delivery
-    todo:Sequence[Shot],      # photos to open
-    cfg:Config,               # data.grayscale_policy, data.rgba_policy
-    skipped:list[dict],       # gets {path, reason} of each photo that was left out
-    ahead:int=16,             # photos decoded ahead
-    what:str=""               # "the detector is asked": shows progress under this name
-)->Iterator[tuple[Shot,np.ndarray]]: # photo and its pixels, uint8 RGB
+    root: Path,  # the delivery
+    todo: Sequence[Shot],  # photos to open
+    cfg: Config,  # data.grayscale_policy, data.rgba_policy
+    skipped: list[dict],  # gets {path, reason} of each photo that was left out
+    ahead: int = 16,  # photos decoded ahead
+    what: str = "",  # "the detector is asked": shows progress under this name
+) -> Iterator[tuple[Shot, np.ndarray]]:  # photo and its pixels, uint8 RGB
     "Open photos ahead of their use; never raises for a broken one."
-    def one(s:Shot): return open_image_safely(root/s.path, grayscale_policy=cfg.data.grayscale_policy, rgba_policy=cfg.data.rgba_policy)
+
+    def one(s: Shot):
+        return open_image_safely(
+            root / s.path, grayscale_policy=cfg.data.grayscale_policy, rgba_policy=cfg.data.rgba_policy
+        )
+
     with ThreadPoolExecutor(2) as pool:
         waiting = [(s, pool.submit(one, s)) for s in todo[:ahead]]
         for i, s in enumerate(show_progress(todo, desc=what, unit="photos", show=bool(what))):
-            got = waiting[i][1].result(); waiting[i] = (s, None)
-            if i + ahead < len(todo): waiting.append((todo[i + ahead], pool.submit(one, todo[i + ahead])))
-            if got.get("_skip"): skipped.append({"path": s.path, "reason": str(got.get("error", ""))[:200]}); continue
+            got = waiting[i][1].result()
+            waiting[i] = (s, None)
+            if i + ahead < len(todo):
+                waiting.append((todo[i + ahead], pool.submit(one, todo[i + ahead])))
+            if got.get("_skip"):
+                skipped.append({"path": s.path, "reason": str(got.get("error", ""))[:200]})
+                continue
             yield s, got["image"]
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #98b7a1ce
 @dataclass
 class Scores:
     "What a classifier said about the singles."
-    whole:np.ndarray      # logits of the view that single mode makes [N, C]
-    crop:np.ndarray       # logits of the box crop [N, C]
-    labels:np.ndarray     # true ids [N]
-    groups:list[str]      # capture group of each
-    paths:list[str]       # photo of each
-    parts:list[str]       # val, calib or clean, of each
-    modes:list[str]       # the branch of the pipeline that made the view of each
-    seconds:float         # opening, preparing and answering both views
 
-    def of(self,
-        part:str # val, calib or clean
-    )->"Scores":
+    whole: np.ndarray  # logits of the view that single mode makes [N, C]
+    crop: np.ndarray  # logits of the box crop [N, C]
+    labels: np.ndarray  # true ids [N]
+    groups: list[str]  # capture group of each
+    paths: list[str]  # photo of each
+    parts: list[str]  # val, calib or clean, of each
+    modes: list[str]  # the branch of the pipeline that made the view of each
+    seconds: float  # opening, preparing and answering both views
+
+    def of(
+        self,
+        part: str,  # val, calib or clean
+    ) -> "Scores":
         "The photos of one part, with their share of the time."
         at = np.flatnonzero(np.asarray(self.parts, object) == part)
         lists = {k: [getattr(self, k)[i] for i in at] for k in ("groups", "paths", "parts", "modes")}
-        return Scores(self.whole[at], self.crop[at], self.labels[at], **lists, seconds=self.seconds*len(at)/max(1, len(self.parts)))
+        return Scores(
+            self.whole[at],
+            self.crop[at],
+            self.labels[at],
+            **lists,
+            seconds=self.seconds * len(at) / max(1, len(self.parts)),
+        )
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #f14f4283
 def score_singles(
-    classifier:TorchClassifier, # runner
-    root:Path,                  # the delivery
-    todo:Sequence[Shot],        # single photos of known drugs
-    class_map:ClassMap,         # the stage's drugs
-    cfg:Config,                 # policies and padding
-    skipped:list[dict],         # gets what could not be opened
-    batch:int=32,               # photos per pass
-    detector:Any=None           # runner; single mode never touches it
-)->Scores:
+    classifier: TorchClassifier,  # runner
+    root: Path,  # the delivery
+    todo: Sequence[Shot],  # single photos of known drugs
+    class_map: ClassMap,  # the stage's drugs
+    cfg: Config,  # policies and padding
+    skipped: list[dict],  # gets what could not be opened
+    batch: int = 32,  # photos per pass
+    detector: Any = None,  # runner; single mode never touches it
+) -> Scores:
     "Logits of both views of every single photo."
     t0, kept, modes, parts, views = time.perf_counter(), [], [], [], []
+
     def flush():
-        if views: parts.append(classifier.logits(normalise(np.stack(views)))); views.clear()
+        if views:
+            parts.append(classifier.logits(normalise(np.stack(views))))
+            views.clear()
+
     for s, img in opened(root, todo, cfg, skipped, what="classifier"):
         asked = photo_views(img, "single", classifier.size, detector, cfg.data.classification.crop_padding)
         whole = asked.images[0] if asked.images else whole_view(img, classifier.size)
         kept.append(s)
         modes.append(asked.mode_used)
         views += [whole, crop_view(img, s.boxes[0], classifier.size, cfg.data.classification.crop_padding)]
-        if len(views) >= 2*batch: flush()
+        if len(views) >= 2 * batch:
+            flush()
     flush()
     z = np.concatenate(parts) if parts else np.zeros((0, len(class_map)), np.float32)
     labels = np.array([class_map.id(s.keys[0]) for s in kept], int)
-    return Scores(z[0::2], z[1::2], labels, [s.group for s in kept], [s.path for s in kept], [s.part for s in kept], modes, time.perf_counter() - t0)
+    return Scores(
+        z[0::2],
+        z[1::2],
+        labels,
+        [s.group for s in kept],
+        [s.path for s in kept],
+        [s.part for s in kept],
+        modes,
+        time.perf_counter() - t0,
+    )
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #e0003394
 @dataclass
 class Boxes:
     "What a detector found."
-    preds:list            # per photo (xyxy [n, 4], confidence [n])
-    truth:list            # per photo true xyxy [m, 4]
-    paths:list[str]       # photo of each
-    parts:list[str]       # val or clean, of each
-    seconds:float         # opening and answering
 
-    def of(self,
-        part:str # val or clean
-    )->"Boxes":
+    preds: list  # per photo (xyxy [n, 4], confidence [n])
+    truth: list  # per photo true xyxy [m, 4]
+    paths: list[str]  # photo of each
+    parts: list[str]  # val or clean, of each
+    seconds: float  # opening and answering
+
+    def of(
+        self,
+        part: str,  # val or clean
+    ) -> "Boxes":
         "The photos of one part, with their share of the time."
         at = [i for i, p in enumerate(self.parts) if p == part]
         lists = {k: [getattr(self, k)[i] for i in at] for k in ("preds", "truth", "paths", "parts")}
-        return Boxes(**lists, seconds=self.seconds*len(at)/max(1, len(self.parts)))
+        return Boxes(**lists, seconds=self.seconds * len(at) / max(1, len(self.parts)))
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #7a3a89cc
 def score_boxes(
-    detector:Any,          # runner
-    root:Path,             # the delivery
-    todo:Sequence[Shot],   # photos, all labelled in full
-    cfg:Config,            # iou_threshold, max_detections
-    skipped:list[dict]     # gets what could not be opened
-)->Boxes:
+    detector: Any,  # runner
+    root: Path,  # the delivery
+    todo: Sequence[Shot],  # photos, all labelled in full
+    cfg: Config,  # iou_threshold, max_detections
+    skipped: list[dict],  # gets what could not be opened
+) -> Boxes:
     "Boxes of every photo, for average precision."
-    t0, d, out = time.perf_counter(), cfg.data.detection, Boxes([], [], [], [], 0.)
+    t0, d, out = time.perf_counter(), cfg.data.detection, Boxes([], [], [], [], 0.0)
     for s, img in opened(root, todo, cfg, skipped, what="detector"):
-        out.preds.append(detect(detector, img, conf=.001, iou=d.iou_threshold, max_det=d.max_detections)); out.truth.append(s.boxes); out.paths.append(s.path); out.parts.append(s.part)
+        out.preds.append(detect(detector, img, conf=0.001, iou=d.iou_threshold, max_det=d.max_detections))
+        out.truth.append(s.boxes)
+        out.paths.append(s.path)
+        out.parts.append(s.part)
     out.seconds = time.perf_counter() - t0
     return out
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #82812a06
 def without_detector(
-    run_root:Path # run folder
-)->str:           # "" = there is one, and the library to run it
+    run_root: Path,  # run folder
+) -> str:  # "" = there is one, and the library to run it
     "Why this run has no detector that can be asked."
-    if not (run_root/"checkpoints"/"detector"/"best.pt").is_file(): return "no detector was trained in this run (checkpoints/detector/best.pt)"
+    if not (run_root / "checkpoints" / "detector" / "best.pt").is_file():
+        return "no detector was trained in this run (checkpoints/detector/best.pt)"
     try:
         from pillsnap.models.yolo import load_ultralytics
+
         load_ultralytics()
-    except (ImportError, PillsnapError) as e: return str(getattr(e, "what", e))
+    except (ImportError, PillsnapError) as e:
+        return str(getattr(e, "what", e))
     return ""
 
+
 def open_models(
-    run_root:Path,        # run folder
-    class_map:ClassMap,   # the stage's drugs; another map in a checkpoint stops here (BX8)
-    device:Any,           # where they compute
-    detector:bool=True    # open that one as well
-)->tuple[TorchClassifier,Any]: # classifier, detector or None
+    run_root: Path,  # run folder
+    class_map: ClassMap,  # the stage's drugs; another map in a checkpoint stops here (BX8)
+    device: Any,  # where they compute
+    detector: bool = True,  # open that one as well
+) -> tuple[TorchClassifier, Any]:  # classifier, detector or None
     "The two runners from their checkpoints."
-    model, _, size, _ = load_classifier(run_root/"checkpoints"/"classifier"/"best.pt", class_map, device)
-    if not detector: return TorchClassifier(model, size), None
+    model, _, size, _ = load_classifier(run_root / "checkpoints" / "classifier" / "best.pt", class_map, device)
+    if not detector:
+        return TorchClassifier(model, size), None
     from pillsnap.models.yolo import open_detector
-    return TorchClassifier(model, size), open_detector(run_root/"checkpoints"/"detector"/"best.pt", lazy=False, device=device)
+
+    return TorchClassifier(model, size), open_detector(
+        run_root / "checkpoints" / "detector" / "best.pt", lazy=False, device=device
+    )
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #55d394ef
-LEAST_COMBOS = 30   # photos below which the set accuracy says NOT_MEASURED (SPEC SP10)
+LEAST_COMBOS = 30  # photos below which the set accuracy says NOT_MEASURED (SPEC SP10)
+
 
 @dataclass(frozen=True)
 class ComboAnswer:
     "One combo photo, answered."
-    path:str             # the photo
-    known:bool           # are all its drugs in the class map?
-    exact:bool           # the set of drugs is right, none invented
-    pills:int            # pills of known drugs
-    found:int            # of these, boxed
-    right:int            # of these, boxed and rightly named
-    invented:int         # boxes where no pill is
-    mode_requested:str   # what was asked
-    mode_used:str        # what answered
-    items:list           # drugs with confidence and box
-    part:str="clean"     # val selected the detector's checkpoint, clean gives the headline
+
+    path: str  # the photo
+    known: bool  # are all its drugs in the class map?
+    exact: bool  # the set of drugs is right, none invented
+    pills: int  # pills of known drugs
+    found: int  # of these, boxed
+    right: int  # of these, boxed and rightly named
+    invented: int  # boxes where no pill is
+    mode_requested: str  # what was asked
+    mode_used: str  # what answered
+    items: list  # drugs with confidence and box
+    part: str = "clean"  # val selected the detector's checkpoint, clean gives the headline
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #80fc47b4
 def judge_combo(
-    s:Shot,                   # the photo's truth
-    answer:Mapping[str,Any],  # from predict_pipeline
-    class_map:ClassMap,       # known drugs
-    iou:float=.5              # least overlap of a hit
-)->ComboAnswer:
+    s: Shot,  # the photo's truth
+    answer: Mapping[str, Any],  # from predict_pipeline
+    class_map: ClassMap,  # known drugs
+    iou: float = 0.5,  # least overlap of a hit
+) -> ComboAnswer:
     "Compare an answer with the truth, as a set and pill by pill."
     items = sorted(answer["items"], key=lambda i: -(i["box_confidence"] or 0))
     taken = match_boxes(np.array([i["box"] for i in items], float).reshape(-1, 4), s.boxes, iou)
     ours = {j for j, k in enumerate(s.keys) if class_map.id(k) >= 0}
     right = sum(1 for i, j in zip(items, taken) if j in ours and i["kcode"] == s.keys[j])
-    return ComboAnswer(s.path, len(ours) == len(s.keys), Counter(i["kcode"] for i in items) == Counter(s.keys), len(ours), sum(int(j) in ours for j in taken), right, int((taken < 0).sum()),
-                       answer["mode_requested"], answer["mode_used"], [{"kcode": i["kcode"], "confidence": round(i["confidence"], 4), "box": i["box"]} for i in items], s.part)
+    return ComboAnswer(
+        s.path,
+        len(ours) == len(s.keys),
+        Counter(i["kcode"] for i in items) == Counter(s.keys),
+        len(ours),
+        sum(int(j) in ours for j in taken),
+        right,
+        int((taken < 0).sum()),
+        answer["mode_requested"],
+        answer["mode_used"],
+        [{"kcode": i["kcode"], "confidence": round(i["confidence"], 4), "box": i["box"]} for i in items],
+        s.part,
+    )
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #59d9ea79
 def answer_combos(
-    classifier:TorchClassifier, # runner
-    detector:Any,               # runner
-    root:Path,                  # the delivery
-    todo:Sequence[Shot],        # combo photos
-    class_map:ClassMap,         # the stage's drugs
-    cfg:Config,                 # thresholds
-    temperature:float,          # of the calibration
-    skipped:list[dict]          # gets what could not be opened
-)->tuple[list[ComboAnswer],float]: # answers, seconds
+    classifier: TorchClassifier,  # runner
+    detector: Any,  # runner
+    root: Path,  # the delivery
+    todo: Sequence[Shot],  # combo photos
+    class_map: ClassMap,  # the stage's drugs
+    cfg: Config,  # thresholds
+    temperature: float,  # of the calibration
+    skipped: list[dict],  # gets what could not be opened
+) -> tuple[list[ComboAnswer], float]:  # answers, seconds
     "Every combo photo through the pipeline that answers later (SPEC SV4)."
     t0, d, out = time.perf_counter(), cfg.data.detection, []
     for s, img in opened(root, todo, cfg, skipped, what="combo photos"):
-        answer = predict_pipeline(img, "combo", d.conf_threshold, classifier=classifier, detector=detector, class_map=class_map, temperature=temperature,
-                                  padding=cfg.data.classification.crop_padding, iou=d.iou_threshold, max_det=d.max_detections)
+        answer = predict_pipeline(
+            img,
+            "combo",
+            d.conf_threshold,
+            classifier=classifier,
+            detector=detector,
+            class_map=class_map,
+            temperature=temperature,
+            padding=cfg.data.classification.crop_padding,
+            iou=d.iou_threshold,
+            max_det=d.max_detections,
+        )
         out.append(judge_combo(s, answer, class_map, d.iou_threshold))
     return out, time.perf_counter() - t0
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #6f8b41d2
 def single_records(
-    s:Scores,            # what the classifier said about the clean photos
-    keys:Sequence[str],  # class keys in id order
-    prov:Provenance      # data and class map
-)->tuple[dict[str,Metric],pd.DataFrame]: # records by name, the per-class table
+    s: Scores,  # what the classifier said about the clean photos
+    keys: Sequence[str],  # class keys in id order
+    prov: Provenance,  # data and class map
+) -> tuple[dict[str, Metric], pd.DataFrame]:  # records by name, the per-class table
     "The classifier's figures (SPEC EV3)."
-    n, half = len(s.labels), s.seconds/2
+    n, half = len(s.labels), s.seconds / 2
     m, c = (evaluate_classification_metrics(z, s.labels, keys) for z in (s.whole, s.crop))
-    t = m["per_class"]; seen = t[t.n > 0]
+    t = m["per_class"]
+    seen = t[t.n > 0]
     rec = {k: prov.metric(k, m[k], n, half) for k in ("accuracy", "macro_f1", "top5", "confidence", "ece")}
-    rec |= {f"{k}_crop": prov.metric(f"{k}_crop", c[k], n, half, note="crop around the true box") for k in ("accuracy", "macro_f1")}
+    rec |= {
+        f"{k}_crop": prov.metric(f"{k}_crop", c[k], n, half, note="crop around the true box")
+        for k in ("accuracy", "macro_f1")
+    }
     rec["n_eval_samples"] = prov.metric("n_eval_samples", n, n, half)
-    rec["class_coverage"] = prov.metric("class_coverage", m["classes_seen"]/len(keys), len(keys), half)
+    rec["class_coverage"] = prov.metric("class_coverage", m["classes_seen"] / len(keys), len(keys), half)
     rec["per_class_min_f1"] = prov.metric("per_class_min_f1", seen.f1.min() if len(seen) else None, len(seen), half)
-    rec["per_class_min_accuracy"] = prov.metric("per_class_min_accuracy", seen.recall.min() if len(seen) else None, len(seen), half)
-    rec["throughput"] = prov.metric("throughput", n/s.seconds if n else None, n, s.seconds, note="photos per second, opened, two views each")
+    rec["per_class_min_accuracy"] = prov.metric(
+        "per_class_min_accuracy", seen.recall.min() if len(seen) else None, len(seen), half
+    )
+    rec["throughput"] = prov.metric(
+        "throughput", n / s.seconds if n else None, n, s.seconds, note="photos per second, opened, two views each"
+    )
     return rec, t
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #4ed73045
 def nothing(
-    prov:Provenance, # data and class map
-    name:str,        # the figure
-    why:str          # why it could not be had
-)->Metric:
+    prov: Provenance,  # data and class map
+    name: str,  # the figure
+    why: str,  # why it could not be had
+) -> Metric:
     "A figure that is not there, with its reason."
     return prov.metric(name, None, 0, None, note=why)
 
+
 def part_records(
-    s:Scores,        # all singles that were scored
-    boxes:Boxes|None,# what the detector found; None = there is no detector
-    combos:Sequence[ComboAnswer]|None, # all combos that were answered
-    prov:Provenance  # data and class map
-)->dict[str,Metric]:
+    s: Scores,  # all singles that were scored
+    boxes: Boxes | None,  # what the detector found; None = there is no detector
+    combos: Sequence[ComboAnswer] | None,  # all combos that were answered
+    prov: Provenance,  # data and class map
+) -> dict[str, Metric]:
     "The photos that selected and those that calibrate, beside the headline."
     rec = {}
-    for part, name, what in (("val", "selection", "selected the checkpoint"), ("calib", "calibration", "fit the temperature")):
+    for part, name, what in (
+        ("val", "selection", "selected the checkpoint"),
+        ("calib", "calibration", "fit the temperature"),
+    ):
         mine = s.of(part)
         value = float((mine.whole.argmax(1) == mine.labels).mean()) if len(mine.labels) else None
-        rec[f"accuracy_{name}"] = prov.metric(f"accuracy_{name}", value, len(mine.labels), mine.seconds/2, note=f"photos that {what}")
-    if boxes is None: return rec
+        rec[f"accuracy_{name}"] = prov.metric(
+            f"accuracy_{name}", value, len(mine.labels), mine.seconds / 2, note=f"photos that {what}"
+        )
+    if boxes is None:
+        return rec
     mine, name = boxes.of("val"), "detection_map50_selection"
-    rec[name] = prov.metric(name, detection_ap(mine.preds, mine.truth)["mAP@0.5"], len(mine.paths), mine.seconds, note="photos that selected the detector's checkpoint") if mine.paths else nothing(prov, name, "no photo selected the detector's checkpoint")
+    rec[name] = (
+        prov.metric(
+            name,
+            detection_ap(mine.preds, mine.truth)["mAP@0.5"],
+            len(mine.paths),
+            mine.seconds,
+            note="photos that selected the detector's checkpoint",
+        )
+        if mine.paths
+        else nothing(prov, name, "no photo selected the detector's checkpoint")
+    )
     pills, name = [a for a in combos or [] if a.part == "val"], "combo_pill_accuracy_selection"
     n = sum(a.pills for a in pills)
-    rec[name] = prov.metric(name, sum(a.right for a in pills)/n, n, mine.seconds, note="combos that selected the detector's checkpoint") if n else nothing(prov, name, "no combo selected the detector's checkpoint")
+    rec[name] = (
+        prov.metric(
+            name,
+            sum(a.right for a in pills) / n,
+            n,
+            mine.seconds,
+            note="combos that selected the detector's checkpoint",
+        )
+        if n
+        else nothing(prov, name, "no combo selected the detector's checkpoint")
+    )
     return rec
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #34d03d1b
 def box_records(
-    b:Boxes|None,      # what the detector found; None = there is no detector
-    prov:Provenance,   # data and class map
-    why:str=""         # why there is none
-)->dict[str,Metric]:
+    b: Boxes | None,  # what the detector found; None = there is no detector
+    prov: Provenance,  # data and class map
+    why: str = "",  # why there is none
+) -> dict[str, Metric]:
     "The detector's figures (SPEC DT2)."
-    names = {"detection_map50": "mAP@0.5", "detection_map": "mAP@0.5:0.95", "detection_precision": "precision", "detection_recall": "recall"}
-    if b is None or not b.paths: return {k: nothing(prov, k, why or "there are no clean photos") for k in names}
+    names = {
+        "detection_map50": "mAP@0.5",
+        "detection_map": "mAP@0.5:0.95",
+        "detection_precision": "precision",
+        "detection_recall": "recall",
+    }
+    if b is None or not b.paths:
+        return {k: nothing(prov, k, why or "there are no clean photos") for k in names}
     m = detection_ap(b.preds, b.truth)
     note = f"{m['n_boxes']} pills"
-    return {k: prov.metric(k, m[v], m["n_photos"], b.seconds, note=note + (f", at confidence {m['conf']:.3f}" if k.endswith(("precision", "recall")) else "")) for k, v in names.items()}
+    return {
+        k: prov.metric(
+            k,
+            m[v],
+            m["n_photos"],
+            b.seconds,
+            note=note + (f", at confidence {m['conf']:.3f}" if k.endswith(("precision", "recall")) else ""),
+        )
+        for k, v in names.items()
+    }
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #118bf4e1
 def combo_records(
-    answers:Sequence[ComboAnswer]|None, # None = there is no detector
-    seconds:float,                      # what answering took
-    prov:Provenance,                    # data and class map
-    why:str=""                          # why there are none
-)->dict[str,Metric]:
+    answers: Sequence[ComboAnswer] | None,  # None = there is no detector
+    seconds: float,  # what answering took
+    prov: Provenance,  # data and class map
+    why: str = "",  # why there are none
+) -> dict[str, Metric]:
     "Combos as sets and pill by pill (SPEC SP10)."
     names = ("combo_set_accuracy", "combo_pill_accuracy", "combo_pills_found", "combo_invented")
-    if not answers: return {k: nothing(prov, k, why or "there are no clean combo photos") for k in names}
+    if not answers:
+        return {k: nothing(prov, k, why or "there are no clean combo photos") for k in names}
     whole, pills = [a for a in answers if a.known], sum(a.pills for a in answers)
     few = len(whole) < LEAST_COMBOS
-    share = lambda k: sum(getattr(a, k) for a in answers)/pills if pills else None
-    return {"combo_set_accuracy": nothing(prov, names[0], f"{len(whole)} photos with known drugs only, {LEAST_COMBOS} are needed") if few else
-                prov.metric(names[0], sum(a.exact for a in whole)/len(whole), len(whole), seconds, note="all pills right and none invented"),
-            "combo_pill_accuracy": prov.metric(names[1], share("right"), pills, seconds, note="found and rightly named"),
-            "combo_pills_found": prov.metric(names[2], share("found"), pills, seconds),
-            "combo_invented": prov.metric(names[3], sum(a.invented for a in answers)/len(answers), len(answers), seconds, note="boxes on no pill, per photo")}
+    share = lambda k: sum(getattr(a, k) for a in answers) / pills if pills else None
+    return {
+        "combo_set_accuracy": nothing(
+            prov, names[0], f"{len(whole)} photos with known drugs only, {LEAST_COMBOS} are needed"
+        )
+        if few
+        else prov.metric(
+            names[0],
+            sum(a.exact for a in whole) / len(whole),
+            len(whole),
+            seconds,
+            note="all pills right and none invented",
+        ),
+        "combo_pill_accuracy": prov.metric(names[1], share("right"), pills, seconds, note="found and rightly named"),
+        "combo_pills_found": prov.metric(names[2], share("found"), pills, seconds),
+        "combo_invented": prov.metric(
+            names[3],
+            sum(a.invented for a in answers) / len(answers),
+            len(answers),
+            seconds,
+            note="boxes on no pill, per photo",
+        ),
+    }
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #0ba91e91
-FLAT = .01   # (ours) memory may grow by this share of its size over the last two thirds of a training
-LEAST_POINTS = 6   # epochs below which a slope says nothing
+FLAT = 0.01  # (ours) memory may grow by this share of its size over the last two thirds of a training
+LEAST_POINTS = 6  # epochs below which a slope says nothing
+
 
 def theil_sen(
-    y:Sequence[float] # one value per step
-)->float:             # units per step
+    y: Sequence[float],  # one value per step
+) -> float:  # units per step
     "The median slope of all pairs of points (Sen 1968)."
-    y = np.asarray(y, float); i, j = np.triu_indices(len(y), 1)
-    return float(np.median((y[j] - y[i])/(j - i))) if len(i) else float("nan")
+    y = np.asarray(y, float)
+    i, j = np.triu_indices(len(y), 1)
+    return float(np.median((y[j] - y[i]) / (j - i))) if len(i) else float("nan")
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #08fa68e9
 def memory_record(
-    history:Sequence[Mapping[str,Any]], # rows of metrics.json
-    prov:Provenance                     # data and class map
-)->Metric:
+    history: Sequence[Mapping[str, Any]],  # rows of metrics.json
+    prov: Provenance,  # data and class map
+) -> Metric:
     "Did the training's memory stay flat? (SPEC SG1, BM13)"
     mb = [r["rss_mb"] for r in history if r.get("rss_mb")]
-    if len(mb) < LEAST_POINTS: return nothing(prov, "memory_stable", f"{len(mb)} memory points in the training's history, {LEAST_POINTS} are needed")
-    late = mb[len(mb)//3:]; grown = theil_sen(late)*len(late)/late[0]
-    return prov.metric("memory_stable", grown <= FLAT, len(late), float(sum(r.get("seconds") or 0 for r in history)), note=f"grew by {grown:.2%} over {len(late)} epochs")
+    if len(mb) < LEAST_POINTS:
+        return nothing(
+            prov, "memory_stable", f"{len(mb)} memory points in the training's history, {LEAST_POINTS} are needed"
+        )
+    late = mb[len(mb) // 3 :]
+    grown = theil_sen(late) * len(late) / late[0]
+    return prov.metric(
+        "memory_stable",
+        grown <= FLAT,
+        len(late),
+        float(sum(r.get("seconds") or 0 for r in history)),
+        note=f"grew by {grown:.2%} over {len(late)} epochs",
+    )
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #2b107d82
 def crash_record(
-    root:Path,        # run folder
-    prov:Provenance   # data and class map
-)->Metric:
+    root: Path,  # run folder
+    prov: Provenance,  # data and class map
+) -> Metric:
     "Did a job of this run crash, in its last attempt or before? From the jobs' records."
     recs = {s: r for s in BEFORE if (r := read_record(root, s)) is not None}
-    if not recs: return nothing(prov, "no_crashes", "no stage has left a record in this folder")
+    if not recs:
+        return nothing(prov, "no_crashes", "no stage has left a record in this folder")
     bad = [f"{s}: {r['status']}" for s, r in recs.items() if r["status"] != "finished"]
     for s, r in recs.items():
         crashed = [a for a in crashes(r) if s not in ("conversion", "splits") or a["raised"] != PillsnapError.__name__]
-        if crashed and r["status"] == "finished": bad.append(f"{s}: crashed {len(crashed)} times before it finished, last: {(crashed[-1]['error'] or crashed[-1]['status']).splitlines()[0]}")
-    seconds = sum(r["seconds"] or 0. for r in recs.values()) or None
-    return prov.metric("no_crashes", not bad, len(recs), seconds, note="; ".join(bad) or f"{', '.join(recs)} finished", kind="computed")
+        if crashed and r["status"] == "finished":
+            bad.append(
+                f"{s}: crashed {len(crashed)} times before it finished, last: {(crashed[-1]['error'] or crashed[-1]['status']).splitlines()[0]}"
+            )
+    seconds = sum(r["seconds"] or 0.0 for r in recs.values()) or None
+    return prov.metric(
+        "no_crashes", not bad, len(recs), seconds, note="; ".join(bad) or f"{', '.join(recs)} finished", kind="computed"
+    )
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #60056b9a
 def imbalance_record(
-    data:StageData,  # one stage
-    prov:Provenance  # data and class map
-)->Metric:
+    data: StageData,  # one stage
+    prov: Provenance,  # data and class map
+) -> Metric:
     "Commonest against rarest drug among the training photos; counted from a table, no photo is opened."
     t0, n = time.perf_counter(), data.train.loc[data.train["kind"] == "single", "class_key"].value_counts()
-    return prov.metric("class_imbalance_ratio", float(n.max()/n.min()) if len(n) else None, len(n), time.perf_counter() - t0, note="train singles", kind="computed")
+    return prov.metric(
+        "class_imbalance_ratio",
+        float(n.max() / n.min()) if len(n) else None,
+        len(n),
+        time.perf_counter() - t0,
+        note="train singles",
+        kind="computed",
+    )
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #42e4fd1d
 def leak_record(
-    root:Path,        # run folder
-    prov:Provenance   # data and class map
-)->Metric:
+    root: Path,  # run folder
+    prov: Provenance,  # data and class map
+) -> Metric:
     "The leak gap that the classifier stage measured (SPEC BX1)."
-    p = root/"reports"/"leak_gap.json"
-    if not p.is_file(): return nothing(prov, "leak_gap", "no image-split twin was trained (train.leak_gap)")
+    p = root / "reports" / "leak_gap.json"
+    if not p.is_file():
+        return nothing(prov, "leak_gap", "no image-split twin was trained (train.leak_gap)")
     d = read_json(p)
     rec = d.get("leak_gap", d)
-    if isinstance(rec, dict) and "how" in rec: return Metric.from_dict(rec)
+    if isinstance(rec, dict) and "how" in rec:
+        return Metric.from_dict(rec)
     return nothing(prov, "leak_gap", "reports/leak_gap.json holds no metric record")
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #de5bbd88
-RELIABLE = .75   # (ours) share of a drug's clean photos that must be named rightly
+RELIABLE = 0.75  # (ours) share of a drug's clean photos that must be named rightly
+
 
 def unreliable(
-    s:Scores,           # the clean photos
-    keys:Sequence[str]  # class keys in id order
-)->list[dict[str,Any]]: # drug, right, mistaken_for, share, n; worst first
+    s: Scores,  # the clean photos
+    keys: Sequence[str],  # class keys in id order
+) -> list[dict[str, Any]]:  # drug, right, mistaken_for, share, n; worst first
     "Drugs not to rely on."
     said, out = s.whole.argmax(1) if len(s.labels) else s.labels, []
     for i in np.unique(s.labels):
         answers = Counter(said[s.labels == i].tolist())
         n = answers.total()
-        if (right := answers.pop(int(i), 0)) >= RELIABLE*n: continue
+        if (right := answers.pop(int(i), 0)) >= RELIABLE * n:
+            continue
         other, times = answers.most_common(1)[0]
-        out.append({"drug": keys[i], "right": right/n, "mistaken_for": keys[other], "share": times/n, "n": n})
+        out.append({"drug": keys[i], "right": right / n, "mistaken_for": keys[other], "share": times / n, "n": n})
     return sorted(out, key=lambda r: (r["right"], r["drug"]))
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #5de8e95b
 def latency_calls(
-    classifier:TorchClassifier, # runner
-    detector:Any|None,          # runner
-    root:Path,                  # the delivery
-    todo:Sequence[Shot],        # photos that take turns
-    class_map:ClassMap,         # the stage's drugs
-    cfg:Config                  # thresholds
-)->dict[str,Any]:               # scope → a call that answers once
+    classifier: TorchClassifier,  # runner
+    detector: Any | None,  # runner
+    root: Path,  # the delivery
+    todo: Sequence[Shot],  # photos that take turns
+    class_map: ClassMap,  # the stage's drugs
+    cfg: Config,  # thresholds
+) -> dict[str, Any]:  # scope → a call that answers once
     "What is timed, by scope."
-    bytes_ = {k: [(root/s.path).read_bytes() for s in todo if s.kind == k][:8] for k in ("single", "combo")}
+    bytes_ = {k: [(root / s.path).read_bytes() for s in todo if s.kind == k][:8] for k in ("single", "combo")}
     d, turn = cfg.data.detection, Counter()
-    def ask(mode:str):
-        turn[mode] += 1; photos = bytes_[mode]
-        return predict_pipeline(photos[turn[mode] % len(photos)], mode, d.conf_threshold, classifier=classifier, detector=detector, class_map=class_map, iou=d.iou_threshold, max_det=d.max_detections)
+
+    def ask(mode: str):
+        turn[mode] += 1
+        photos = bytes_[mode]
+        return predict_pipeline(
+            photos[turn[mode] % len(photos)],
+            mode,
+            d.conf_threshold,
+            classifier=classifier,
+            detector=detector,
+            class_map=class_map,
+            iou=d.iou_threshold,
+            max_det=d.max_detections,
+        )
+
     view = np.zeros((1, 3, classifier.size, classifier.size), np.float32)
-    calls = {"classifier": lambda: classifier.logits(view)} | ({"single": lambda: ask("single")} if bytes_["single"] else {})
-    if detector is None: return calls
+    calls = {"classifier": lambda: classifier.logits(view)} | (
+        {"single": lambda: ask("single")} if bytes_["single"] else {}
+    )
+    if detector is None:
+        return calls
     square = np.zeros((1, 3, detector.size, detector.size), np.float32)
-    return calls | {"detector": lambda: detector.raw(square)} | ({"combo": lambda: ask("combo")} if bytes_["combo"] else {})
+    return (
+        calls
+        | {"detector": lambda: detector.raw(square)}
+        | ({"combo": lambda: ask("combo")} if bytes_["combo"] else {})
+    )
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #368d0362
 def measure_scopes(
-    calls:Mapping[str,Any], # scope → call
-    prov:Provenance,        # data and class map
-    cfg:Config,             # evaluation.latency_warmup, latency_runs
-    device:Any              # where the networks compute
-)->tuple[list[Latency],dict[str,np.ndarray]]:
+    calls: Mapping[str, Any],  # scope → call
+    prov: Provenance,  # data and class map
+    cfg: Config,  # evaluation.latency_warmup, latency_runs
+    device: Any,  # where the networks compute
+) -> tuple[list[Latency], dict[str, np.ndarray]]:
     "Time every scope by the protocol (SPEC EV6, X10)."
     kind, rows, ms = getattr(device, "type", "cpu"), [], {}
     half = kind == "cuda"
-    with torch.autocast("cuda", torch.float16, enabled=half), show_progress(total=len(calls), desc="latency", unit="scopes") as bar:
+    with (
+        torch.autocast("cuda", torch.float16, enabled=half),
+        show_progress(total=len(calls), desc="latency", unit="scopes") as bar,
+    ):
         for scope, call in calls.items():
-            bar.note(scope)   # drawn between two measurements, never within one
-            r, ms[scope] = measure_latency(call, scope, prov, cfg.evaluation.latency_warmup, cfg.evaluation.latency_runs,
-                "fp16" if half else "fp32", provider=f"torch {kind}")
+            bar.note(scope)  # drawn between two measurements, never within one
+            r, ms[scope] = measure_latency(
+                call,
+                scope,
+                prov,
+                cfg.evaluation.latency_warmup,
+                cfg.evaluation.latency_runs,
+                "fp16" if half else "fp32",
+                provider=f"torch {kind}",
+            )
             rows += r
             bar.update()
     return rows, ms
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #ece4fb23
 def save_predictions(
-    folder:Path,                         # reports/
-    s:Scores,                            # singles
-    keys:Sequence[str],                  # class keys in id order
-    temperature:float,                   # of the calibration
-    boxes:Boxes|None,                    # detector
-    combos:Sequence[ComboAnswer]|None    # combos
-)->list[Path]:
+    folder: Path,  # reports/
+    s: Scores,  # singles
+    keys: Sequence[str],  # class keys in id order
+    temperature: float,  # of the calibration
+    boxes: Boxes | None,  # detector
+    combos: Sequence[ComboAnswer] | None,  # combos
+) -> list[Path]:
     "What was answered to every photo, as CSV and JSON lines."
     p, n = softmax(s.whole, temperature) if len(s.whole) else s.whole, np.arange(len(s.labels))
     order = (-s.whole).argsort(1, kind="stable") if len(s.whole) else np.zeros((0, 1), int)
-    table = pd.DataFrame({"path": s.paths, "group": s.groups, "true": [keys[i] for i in s.labels], "answered": [keys[i] for i in order[:, 0]], "confidence": p[n, order[:, 0]].round(6) if len(n) else [],
-                          "part": s.parts, "rank": [int(np.flatnonzero(order[i] == s.labels[i])[0]) + 1 for i in n], "answered_crop": [keys[i] for i in s.crop.argmax(1)] if len(n) else []})
-    with atomic_path(folder/"predictions_single.csv") as tmp: table.to_csv(tmp, index=False, lineterminator="\n")
-    out = [folder/"predictions_single.csv"]
-    lines = {"predictions_boxes.jsonl": [{"path": q, "part": part, "truth": t.tolist(), "boxes": np.round(b, 2).tolist(), "confidence": np.round(c, 5).tolist()} for q, part, t, (b, c) in zip(boxes.paths, boxes.parts, boxes.truth, boxes.preds)] if boxes else [],
-             "predictions_combo.jsonl": [asdict(a) for a in combos or []]}
-    return out + [save_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in rows), folder/name) for name, rows in lines.items()]
+    table = pd.DataFrame(
+        {
+            "path": s.paths,
+            "group": s.groups,
+            "true": [keys[i] for i in s.labels],
+            "answered": [keys[i] for i in order[:, 0]],
+            "confidence": p[n, order[:, 0]].round(6) if len(n) else [],
+            "part": s.parts,
+            "rank": [int(np.flatnonzero(order[i] == s.labels[i])[0]) + 1 for i in n],
+            "answered_crop": [keys[i] for i in s.crop.argmax(1)] if len(n) else [],
+        }
+    )
+    with atomic_path(folder / "predictions_single.csv") as tmp:
+        table.to_csv(tmp, index=False, lineterminator="\n")
+    out = [folder / "predictions_single.csv"]
+    lines = {
+        "predictions_boxes.jsonl": [
+            {
+                "path": q,
+                "part": part,
+                "truth": t.tolist(),
+                "boxes": np.round(b, 2).tolist(),
+                "confidence": np.round(c, 5).tolist(),
+            }
+            for q, part, t, (b, c) in zip(boxes.paths, boxes.parts, boxes.truth, boxes.preds)
+        ]
+        if boxes
+        else [],
+        "predictions_combo.jsonl": [asdict(a) for a in combos or []],
+    }
+    return out + [
+        save_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in rows), folder / name)
+        for name, rows in lines.items()
+    ]
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #5500e558
 def hard_cases(
-    run:RunFolder,                      # the run
-    s:Scores,                           # singles
-    keys:Sequence[str],                 # class keys in id order
-    temperature:float                   # of the calibration
-)->tuple[Path,int,int]:                 # the file, its lines, badges shown
+    run: RunFolder,  # the run
+    s: Scores,  # singles
+    keys: Sequence[str],  # class keys in id order
+    temperature: float,  # of the calibration
+) -> tuple[Path, int, int]:  # the file, its lines, badges shown
     "Singles below .30 with what was asked and which branch answered; the badge changes nothing."
     p, lines, badges = softmax(s.whole, temperature) if len(s.whole) else s.whole, [], 0
     for path, part, mode, y, row in zip(s.paths, s.parts, s.modes, s.labels, p):
         hints = combo_hints("single", float(row.max()))
-        if not hints: continue
+        if not hints:
+            continue
         badges += 1
-        lines.append({"path": path, "part": part, "mode_requested": "single", "mode_used": mode, "single_confidence": round(float(row.max()), 4), "gating_score": None, "fallback_reason": None,
-                      "hints": hints, "badge": BADGE, "true": keys[y], "answered": keys[int(row.argmax())]})
-    run.log.info(f"badge \"{BADGE}\": {badges} of {len(s.labels)} single photos; {sum(m == 'single' for m in s.modes)} were answered in single mode, as asked")
+        lines.append(
+            {
+                "path": path,
+                "part": part,
+                "mode_requested": "single",
+                "mode_used": mode,
+                "single_confidence": round(float(row.max()), 4),
+                "gating_score": None,
+                "fallback_reason": None,
+                "hints": hints,
+                "badge": BADGE,
+                "true": keys[y],
+                "answered": keys[int(row.argmax())],
+            }
+        )
+    run.log.info(
+        f'badge "{BADGE}": {badges} of {len(s.labels)} single photos; {sum(m == "single" for m in s.modes)} were answered in single mode, as asked'
+    )
     run.tb.add_scalar("eval/badges", badges, 0)
-    return save_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines), run.sub("hard_cases")/"single.jsonl"), len(lines), badges
+    return (
+        save_text(
+            "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines), run.sub("hard_cases") / "single.jsonl"
+        ),
+        len(lines),
+        badges,
+    )
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #b0241f10
 @dataclass
 class Seen:
     "Everything one evaluation looked at."
-    data:StageData                       # the stage
-    prov:Provenance                      # data and class map
-    shots:list[Shot]                     # the evaluation set
-    scores:Scores                        # singles, of every part
-    table:pd.DataFrame                   # per class, clean photos
-    calibration:Calibration              # temperature and its judgement
-    boxes:Boxes|None                     # detector, val and clean photos
-    combos:list[ComboAnswer]|None        # answers
-    metrics:dict[str,Metric]             # every record
-    latency:list[Latency]                # every scope
-    timings:dict[str,np.ndarray]         # milliseconds by scope
-    skipped:list[dict]                   # photos left out
-    absent:dict[str,str]                 # what could not be measured, and why
-    loading_s:float                      # from the checkpoints to the first answer
+
+    data: StageData  # the stage
+    prov: Provenance  # data and class map
+    shots: list[Shot]  # the evaluation set
+    scores: Scores  # singles, of every part
+    table: pd.DataFrame  # per class, clean photos
+    calibration: Calibration  # temperature and its judgement
+    boxes: Boxes | None  # detector, val and clean photos
+    combos: list[ComboAnswer] | None  # answers
+    metrics: dict[str, Metric]  # every record
+    latency: list[Latency]  # every scope
+    timings: dict[str, np.ndarray]  # milliseconds by scope
+    skipped: list[dict]  # photos left out
+    absent: dict[str, str]  # what could not be measured, and why
+    loading_s: float  # from the checkpoints to the first answer
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #74b1f437
 def look(
-    run:RunFolder, # the run
-    cfg:Config     # its configuration
-)->Seen:
+    run: RunFolder,  # the run
+    cfg: Config,  # its configuration
+) -> Seen:
     "Answer every photo of the evaluation set and reckon every figure; the headline is on the clean ones."
     data = load_stage(run.root, cfg.data.progressive_validation.current_stage)
-    prov, keys, skipped = Provenance(data.header["source"], data.header["data_hash"], data.class_map.fingerprint), list(data.class_map.keys), []
+    prov, keys, skipped = (
+        Provenance(data.header["source"], data.header["data_hash"], data.class_map.fingerprint),
+        list(data.class_map.keys),
+        [],
+    )
     todo, device = shots(data), pick_device(log=run.log, tb=run.tb)
-    if cfg.train.num_threads: torch.set_num_threads(cfg.train.num_threads)
-    singles, combos = [s for s in todo if s.kind == "single" and data.class_map.id(s.keys[0]) >= 0], [s for s in todo if s.kind == "combo"]
+    if cfg.train.num_threads:
+        torch.set_num_threads(cfg.train.num_threads)
+    singles, combos = (
+        [s for s in todo if s.kind == "single" and data.class_map.id(s.keys[0]) >= 0],
+        [s for s in todo if s.kind == "combo"],
+    )
     absent = {"detector": why} if (why := without_detector(run.root)) else {}
-    for what, why in absent.items(): decide(run.log, f"evaluation: no {what}, because {why}", run.tb)
-    t0 = time.perf_counter(); classifier, detector = open_models(run.root, data.class_map, device, not absent)
+    for what, why in absent.items():
+        decide(run.log, f"evaluation: no {what}, because {why}", run.tb)
+    t0 = time.perf_counter()
+    classifier, detector = open_models(run.root, data.class_map, device, not absent)
     calls = latency_calls(classifier, detector, data.root, [*singles[:8], *combos[:8]], data.class_map, cfg)
-    for call in calls.values(): call()
+    for call in calls.values():
+        call()
     loading = time.perf_counter() - t0
     scores = score_singles(classifier, data.root, singles, data.class_map, cfg, skipped, detector=detector)
-    cal = calibrate(scores.whole, scores.labels, scores.groups, scores.parts) if cfg.evaluation.calibration else _uncalibrated()
-    boxes = score_boxes(detector, data.root, [s for s in [*combos, *singles] if s.part != "calib"], cfg, skipped) if detector else None
-    answers, seconds = answer_combos(classifier, detector, data.root, combos, data.class_map, cfg, cal.temperature, skipped) if detector else (None, 0.)
+    cal = (
+        calibrate(scores.whole, scores.labels, scores.groups, scores.parts)
+        if cfg.evaluation.calibration
+        else _uncalibrated()
+    )
+    boxes = (
+        score_boxes(detector, data.root, [s for s in [*combos, *singles] if s.part != "calib"], cfg, skipped)
+        if detector
+        else None
+    )
+    answers, seconds = (
+        answer_combos(classifier, detector, data.root, combos, data.class_map, cfg, cal.temperature, skipped)
+        if detector
+        else (None, 0.0)
+    )
     rec, table = single_records(scores.of("clean"), keys, prov)
     clean = [a for a in answers or [] if a.part == "clean"]
-    rec |= box_records(boxes and boxes.of("clean"), prov, absent.get("detector", "")) | combo_records(clean, seconds*len(clean)/max(1, len(answers or [])), prov, absent.get("detector", ""))
+    rec |= box_records(boxes and boxes.of("clean"), prov, absent.get("detector", "")) | combo_records(
+        clean, seconds * len(clean) / max(1, len(answers or [])), prov, absent.get("detector", "")
+    )
     rec |= part_records(scores, boxes, answers, prov)
     latency, ms = measure_scopes(calls, prov, cfg, device)
     rec |= batch_records(classifier, first_views(data.root, [s.path for s in singles], classifier.size, cfg), prov)
-    seen = Seen(data, prov, todo, scores, table, cal, boxes, answers, rec, latency, ms, list({s["path"]: s for s in skipped}.values()), absent, loading)
+    seen = Seen(
+        data,
+        prov,
+        todo,
+        scores,
+        table,
+        cal,
+        boxes,
+        answers,
+        rec,
+        latency,
+        ms,
+        list({s["path"]: s for s in skipped}.values()),
+        absent,
+        loading,
+    )
     return replace(seen, metrics=rec | other_records(run.root, seen, device, cfg))
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #05db4ddd
-def _uncalibrated()->Calibration:
+def _uncalibrated() -> Calibration:
     "Calibration that was switched off."
-    return Calibration(1., 0, 0, 0, 0, None, None, None, None, note="switched off (evaluation.calibration)")
+    return Calibration(1.0, 0, 0, 0, 0, None, None, None, None, note="switched off (evaluation.calibration)")
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #e5ba623e
 def other_records(
-    root:Path,    # run folder
-    s:Seen,       # what was seen
-    device:Any,   # where the networks computed
-    cfg:Config    # the configuration
-)->dict[str,Metric]:
+    root: Path,  # run folder
+    s: Seen,  # what was seen
+    device: Any,  # where the networks computed
+    cfg: Config,  # the configuration
+) -> dict[str, Metric]:
     "Figures that come from the run rather than from one pass over the photos."
-    c, prov, p = s.calibration, s.prov, root/"reports"/"metrics.json"
+    c, prov, p = s.calibration, s.prov, root / "reports" / "metrics.json"
     history = read_json(p).get("history", []) if p.is_file() else []
-    rec = {"no_crashes": crash_record(root, prov), "memory_stable": memory_record(history, prov), "leak_gap": leak_record(root, prov), "class_imbalance_ratio": imbalance_record(s.data, prov),
-           "model_loading_s": prov.metric("model_loading_s", s.loading_s, len(s.timings), s.loading_s, note="from the checkpoints to the first answer of every scope"),
-           "data_loading_s": data_loading_record(root, cfg, prov),
-           "temperature": prov.metric("temperature", c.temperature, c.n_fit, s.scores.seconds, note=c.note) if c.n_fit else nothing(prov, "temperature", c.note)}
-    rec["ece_calibrated"] = prov.metric("ece_calibrated", c.ece_after, c.n_test, s.scores.seconds, note=f"was {c.ece_before:.4f} on the same photos") if c.ece_after is not None else nothing(prov, "ece_calibrated", c.note)
-    rec |= training_records(history, prov) | service_records(prov) | {"memory_stable_hours": long_run_record(rec["memory_stable"], history, prov)}
+    rec = {
+        "no_crashes": crash_record(root, prov),
+        "memory_stable": memory_record(history, prov),
+        "leak_gap": leak_record(root, prov),
+        "class_imbalance_ratio": imbalance_record(s.data, prov),
+        "model_loading_s": prov.metric(
+            "model_loading_s",
+            s.loading_s,
+            len(s.timings),
+            s.loading_s,
+            note="from the checkpoints to the first answer of every scope",
+        ),
+        "data_loading_s": data_loading_record(root, cfg, prov),
+        "temperature": prov.metric("temperature", c.temperature, c.n_fit, s.scores.seconds, note=c.note)
+        if c.n_fit
+        else nothing(prov, "temperature", c.note),
+    }
+    rec["ece_calibrated"] = (
+        prov.metric(
+            "ece_calibrated", c.ece_after, c.n_test, s.scores.seconds, note=f"was {c.ece_before:.4f} on the same photos"
+        )
+        if c.ece_after is not None
+        else nothing(prov, "ece_calibrated", c.note)
+    )
+    rec |= (
+        training_records(history, prov)
+        | service_records(prov)
+        | {"memory_stable_hours": long_run_record(rec["memory_stable"], history, prov)}
+    )
     rec |= {"train_overlap": overlap_record(root, s.data, s.shots, prov), "split_by_group": split_record(s.data, prov)}
     kept = [m == "single" for m in s.scores.modes] + [a.mode_used == a.mode_requested for a in s.combos or []]
     note = "share of photos that the branch of the requested mode answered"
-    rec["mode_kept"] = prov.metric("mode_kept", float(np.mean(kept)), len(kept), s.scores.seconds, note=note) if kept else nothing(prov, "mode_kept", "no photo was asked")
+    rec["mode_kept"] = (
+        prov.metric("mode_kept", float(np.mean(kept)), len(kept), s.scores.seconds, note=note)
+        if kept
+        else nothing(prov, "mode_kept", "no photo was asked")
+    )
     return rec
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #b3213337
 def inputs_of(
-    root:Path, # run folder
-    stage:int  # 0-4
-)->list[Path]: # files this stage reads, whether they are there or not
+    root: Path,  # run folder
+    stage: int,  # 0-4
+) -> list[Path]:  # files this stage reads, whether they are there or not
     "What an evaluation depends on."
-    parts = [root/"artifacts"/f"stage{stage}"/f for f in ("splits.json", "classes.json", "manifest_train.csv", "manifest_val.csv", "manifest_pool.csv")]
-    return [root/"checkpoints"/"classifier"/"best.pt", root/"checkpoints"/"detector"/"best.pt", root/"manifest.json", *parts, root/"reports"/"leak_gap.json", *(record_path(root, job) for job in ("classifier", "detector"))]
+    parts = [
+        root / "artifacts" / f"stage{stage}" / f
+        for f in ("splits.json", "classes.json", "manifest_train.csv", "manifest_val.csv", "manifest_pool.csv")
+    ]
+    return [
+        root / "checkpoints" / "classifier" / "best.pt",
+        root / "checkpoints" / "detector" / "best.pt",
+        root / "manifest.json",
+        *parts,
+        root / "reports" / "leak_gap.json",
+        *(record_path(root, job) for job in ("classifier", "detector")),
+    ]
 
-def _hashes(root:Path, stage:int)->dict[str,str]:
+
+def _hashes(root: Path, stage: int) -> dict[str, str]:
     return {p.relative_to(root).as_posix(): sha256_file(p) for p in inputs_of(root, stage) if p.is_file()}
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #9a917d0c
 def write_evaluation(
-    run:RunFolder, # the run
-    cfg:Config,    # its configuration
-    s:Seen         # what was seen
-)->list[Path]:     # files written, evaluation.json last
+    run: RunFolder,  # the run
+    cfg: Config,  # its configuration
+    s: Seen,  # what was seen
+) -> list[Path]:  # files written, evaluation.json last
     "Keep what was measured (SPEC section 2)."
-    reports, stage, keys = run.sub("reports"), cfg.data.progressive_validation.current_stage, list(s.data.class_map.keys)
-    cal = save_json({**s.calibration.to_dict(), "data": s.prov.data, "data_hash": s.prov.data_hash, "class_map": s.prov.class_map_hash}, reports/"calibration.json")
-    with atomic_path(reports/"per_class.csv") as tmp: s.table.to_csv(tmp, index=False, lineterminator="\n")
+    reports, stage, keys = (
+        run.sub("reports"),
+        cfg.data.progressive_validation.current_stage,
+        list(s.data.class_map.keys),
+    )
+    cal = save_json(
+        {
+            **s.calibration.to_dict(),
+            "data": s.prov.data,
+            "data_hash": s.prov.data_hash,
+            "class_map": s.prov.class_map_hash,
+        },
+        reports / "calibration.json",
+    )
+    with atomic_path(reports / "per_class.csv") as tmp:
+        s.table.to_csv(tmp, index=False, lineterminator="\n")
     hard, n_hard, badges = hard_cases(run, s.scores, keys, s.calibration.temperature)
     kept = save_predictions(reports, s.scores, keys, s.calibration.temperature, s.boxes, s.combos)
     looked = len(s.scores.paths) + len(s.combos or []) + len(s.skipped)
-    doc = {"schema": "pillsnap.evaluation/1", "run_id": run_id(run.root), "made": datetime.now(timezone.utc).isoformat(timespec="seconds"), "stage": stage, "data": s.prov.data, "inputs": _hashes(run.root, stage),
-           "metrics": {k: m.to_dict() for k, m in s.metrics.items()}, "latency": [r.to_dict() for r in s.latency], "loading_s": s.loading_s, "skipped": s.skipped, "corruption": len(s.skipped)/looked if looked else None,
-           "absent": s.absent, "hard_cases": n_hard, "badges": badges, "classes": len(keys), "photos": {"singles": len(s.scores.paths), "combos": len(s.combos or [])},
-           "parts": {p: s.scores.parts.count(p) for p in ("val", "calib", "clean")}, "split": s.data.header["params"]["group_by"], "unreliable": unreliable(s.scores.of("clean"), keys),
-           "without_clean_photo": [k for i, k in enumerate(keys) if i not in set(s.scores.of("clean").labels.tolist())]}
-    return [cal, reports/"per_class.csv", hard, *kept, save_json(doc, reports/"evaluation.json")]
+    doc = {
+        "schema": "pillsnap.evaluation/1",
+        "run_id": run_id(run.root),
+        "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "stage": stage,
+        "data": s.prov.data,
+        "inputs": _hashes(run.root, stage),
+        "metrics": {k: m.to_dict() for k, m in s.metrics.items()},
+        "latency": [r.to_dict() for r in s.latency],
+        "loading_s": s.loading_s,
+        "skipped": s.skipped,
+        "corruption": len(s.skipped) / looked if looked else None,
+        "absent": s.absent,
+        "hard_cases": n_hard,
+        "badges": badges,
+        "classes": len(keys),
+        "photos": {"singles": len(s.scores.paths), "combos": len(s.combos or [])},
+        "parts": {p: s.scores.parts.count(p) for p in ("val", "calib", "clean")},
+        "split": s.data.header["params"]["group_by"],
+        "unreliable": unreliable(s.scores.of("clean"), keys),
+        "without_clean_photo": [k for i, k in enumerate(keys) if i not in set(s.scores.of("clean").labels.tolist())],
+    }
+    return [cal, reports / "per_class.csv", hard, *kept, save_json(doc, reports / "evaluation.json")]
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #1d133a36
 def read_evaluation(
-    root:str|os.PathLike # run folder
-)->tuple[dict[str,Any],dict[str,Metric],list[Latency]]: # the document, its records, its latencies
+    root: str | os.PathLike,  # run folder
+) -> tuple[dict[str, Any], dict[str, Metric], list[Latency]]:  # the document, its records, its latencies
     "What was measured in a run."
-    p = Path(root)/"reports"/"evaluation.json"
-    if not p.is_file(): raise PillsnapError("this run has not been evaluated", where=p, fix="run the evaluation stage")
+    p = Path(root) / "reports" / "evaluation.json"
+    if not p.is_file():
+        raise PillsnapError("this run has not been evaluated", where=p, fix="run the evaluation stage")
     doc = read_json(p)
-    return doc, {k: Metric.from_dict(m) for k, m in doc["metrics"].items()}, [latency_from_dict(r) for r in doc["latency"]]
+    return (
+        doc,
+        {k: Metric.from_dict(m) for k, m in doc["metrics"].items()},
+        [latency_from_dict(r) for r in doc["latency"]],
+    )
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #1755cd73
 def gate_facts(
-    metrics:Mapping[str,Metric],   # records by name
-    latency:Sequence[Latency],     # by scope and percentile
-    baseline:Metric|None=None      # accuracy to fall behind of
-)->dict[str,Any]:
+    metrics: Mapping[str, Metric],  # records by name
+    latency: Sequence[Latency],  # by scope and percentile
+    baseline: Metric | None = None,  # accuracy to fall behind of
+) -> dict[str, Any]:
     "The gate's inputs (SPEC SG1)."
-    names = {n: n for n in ("accuracy", "n_eval_samples", "class_coverage", "no_crashes", "memory_stable", "train_overlap", "split_by_group")} | {"map50": "detection_map50"}
+    names = {
+        n: n
+        for n in (
+            "accuracy",
+            "n_eval_samples",
+            "class_coverage",
+            "no_crashes",
+            "memory_stable",
+            "train_overlap",
+            "split_by_group",
+        )
+    } | {"map50": "detection_map50"}
     p95 = next((r for r in latency if (r.scope, r.percentile) == ("single", 95)), None)
     return {k: metrics.get(v) for k, v in names.items()} | {"latency_p95_ms": p95, "baseline": baseline}
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #157ce97d
 def best_before(
-    root:Path,       # run folder
-    acc:Metric|None  # the accuracy that was measured now
-)->Metric|None:      # the best accuracy this folder's scorecards know, of the same data and class map
+    root: Path,  # run folder
+    acc: Metric | None,  # the accuracy that was measured now
+) -> Metric | None:  # the best accuracy this folder's scorecards know, of the same data and class map
     "The baseline: the best there was, so that a slow slide over many runs is seen as well."
-    p = root/"reports"/"scorecard.json"
-    if acc is None or not p.is_file(): return None
+    p = root / "reports" / "scorecard.json"
+    if acc is None or not p.is_file():
+        return None
     old = read_json(p)
     known = [Metric.from_dict(d) for d in (old.get("accuracy_record"), old.get("baseline")) if d]
-    same = [m for m in known if m.measured and (m.data_hash, m.class_map_hash) == (acc.data_hash, acc.class_map_hash) and m != acc]
+    same = [
+        m
+        for m in known
+        if m.measured and (m.data_hash, m.class_map_hash) == (acc.data_hash, acc.class_map_hash) and m != acc
+    ]
     return max(same, key=lambda m: m.value, default=None)
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #5fd0e88a
 def time_cap(
-    root:Path,                 # run folder
-    cfg:Config,                # the stage's clock
-    checks:Mapping[str,Check], # mandatory checks
-    n_classes:int              # size of the map
-)->TimeCap|None:
+    root: Path,  # run folder
+    cfg: Config,  # the stage's clock
+    checks: Mapping[str, Check],  # mandatory checks
+    n_classes: int,  # size of the map
+) -> TimeCap | None:
     "The clock, where the stage lets it count (SPEC SG7)."
-    spec, p = cfg.data.progressive_validation.stage(), root/"reports"/"classifier.json"
-    clock = read_json(p)["history"][-1].get("clock") if p.is_file() else None   # of the last epoch; none where there was no limit
-    if not spec.allow_success_on_time_cap or clock is None: return None
-    train = read_json(root/"artifacts"/f"stage{cfg.data.progressive_validation.current_stage}"/"splits.json")["counts"]["train"]["singles"]
-    return TimeCap(spec.time_limit_hours, spec.min_samples_required, spec.min_class_coverage, hours=clock["hours"], stopped_early=clock["stopped"], samples=min(train, clock["photos"]), classes=min(n_classes, len(clock["drugs"])),
-                   pipeline_complete=checks["pipeline_complete"].passed if "pipeline_complete" in checks else None, classification_model_loading=checks["classification_model_loading"].passed if "classification_model_loading" in checks else None)
+    spec, p = cfg.data.progressive_validation.stage(), root / "reports" / "classifier.json"
+    clock = (
+        read_json(p)["history"][-1].get("clock") if p.is_file() else None
+    )  # of the last epoch; none where there was no limit
+    if not spec.allow_success_on_time_cap or clock is None:
+        return None
+    train = read_json(root / "artifacts" / f"stage{cfg.data.progressive_validation.current_stage}" / "splits.json")[
+        "counts"
+    ]["train"]["singles"]
+    return TimeCap(
+        spec.time_limit_hours,
+        spec.min_samples_required,
+        spec.min_class_coverage,
+        hours=clock["hours"],
+        stopped_early=clock["stopped"],
+        samples=min(train, clock["photos"]),
+        classes=min(n_classes, len(clock["drugs"])),
+        pipeline_complete=checks["pipeline_complete"].passed if "pipeline_complete" in checks else None,
+        classification_model_loading=checks["classification_model_loading"].passed
+        if "classification_model_loading" in checks
+        else None,
+    )
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #c31b6a58
-BUSINESS = {"accuracy": .92, "macro_f1": .88, "detection_map50": .85}   # SPEC X4, EV5: reported, never a gate
+BUSINESS = {"accuracy": 0.92, "macro_f1": 0.88, "detection_map50": 0.85}  # SPEC X4, EV5: reported, never a gate
 _GATE_ROW = {"map50": "detection_map50", "latency_p95_ms": "single p95 ms", "regression": "regression"}
-_SHOWN = ("accuracy", "accuracy_selection", "accuracy_calibration", "macro_f1", "top5", "ece", "ece_calibrated", "accuracy_crop", "macro_f1_crop", "n_eval_samples", "class_coverage", "per_class_min_f1", "detection_map50", "detection_map50_selection", "detection_map", "detection_precision", "detection_recall",
-          "combo_set_accuracy", "combo_pill_accuracy", "combo_pill_accuracy_selection", "combo_pills_found", "combo_invented", "leak_gap", "mode_kept", "train_overlap", "split_by_group", "no_crashes", "memory_stable")
+_SHOWN = (
+    "accuracy",
+    "accuracy_selection",
+    "accuracy_calibration",
+    "macro_f1",
+    "top5",
+    "ece",
+    "ece_calibrated",
+    "accuracy_crop",
+    "macro_f1_crop",
+    "n_eval_samples",
+    "class_coverage",
+    "per_class_min_f1",
+    "detection_map50",
+    "detection_map50_selection",
+    "detection_map",
+    "detection_precision",
+    "detection_recall",
+    "combo_set_accuracy",
+    "combo_pill_accuracy",
+    "combo_pill_accuracy_selection",
+    "combo_pills_found",
+    "combo_invented",
+    "leak_gap",
+    "mode_kept",
+    "train_overlap",
+    "split_by_group",
+    "no_crashes",
+    "memory_stable",
+)
 
-def _word(asked:str, verdict:str)->str: return f"{asked}: {verdict}" if asked else ""
+
+def _word(asked: str, verdict: str) -> str:
+    return f"{asked}: {verdict}" if asked else ""
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #49576da1
 def scorecard_rows(
-    metrics:Mapping[str,Metric], # records by name
-    gate:GateResult,             # its points
-    advice:Advice                # its bars
-)->list[dict[str,Any]]:          # figure, value, n, how, data, gate, advisor, business, note
+    metrics: Mapping[str, Metric],  # records by name
+    gate: GateResult,  # its points
+    advice: Advice,  # its bars
+) -> list[dict[str, Any]]:  # figure, value, n, how, data, gate, advisor, business, note
     "Gate and advisor side by side, figure by figure (SPEC BX7, X5)."
     points, bars = {_GATE_ROW.get(p.name, p.name): p for p in gate.points}, {b.name: b for b in advice.bars}
     rows = []
@@ -718,234 +1191,480 @@ def scorecard_rows(
         m, p, b = metrics.get(name), points.get(name), bars.get(name)
         ok = m is not None and m.measured
         value = m.value if ok else p.value if p else b.value if b else None
-        rows.append({"figure": name, "value": round(float(value), 4) if value is not None else None, "n": m.n if ok else p.n if p else None, "how": m.how if ok else "" if value is not None else "NOT_MEASURED", "data": m.data if m else "",
-                     "gate": _word(p.asked, p.verdict if p.verdict != "missed" else p.reason) if p else "", "advisor": _word(f"{'≤' if b.lower else '≥'} {b.target:g}", b.verdict) if b else "",
-                     "business": f"≥ {BUSINESS[name]:.2f}: {'met' if value >= BUSINESS[name] else 'missed'}" if name in BUSINESS and ok and m.data == "aihub" else "", "note": (m.note if m else "") or (p.note if p else "")})
+        rows.append(
+            {
+                "figure": name,
+                "value": round(float(value), 4) if value is not None else None,
+                "n": m.n if ok else p.n if p else None,
+                "how": m.how if ok else "" if value is not None else "NOT_MEASURED",
+                "data": m.data if m else "",
+                "gate": _word(p.asked, p.verdict if p.verdict != "missed" else p.reason) if p else "",
+                "advisor": _word(f"{'≤' if b.lower else '≥'} {b.target:g}", b.verdict) if b else "",
+                "business": f"≥ {BUSINESS[name]:.2f}: {'met' if value >= BUSINESS[name] else 'missed'}"
+                if name in BUSINESS and ok and m.data == "aihub"
+                else "",
+                "note": (m.note if m else "") or (p.note if p else ""),
+            }
+        )
     return list({r["figure"]: r for r in rows}.values())
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #df6b42c3
 def scorecard_markdown(
-    card:Mapping[str,Any] # scorecard.json
-)->str:
+    card: Mapping[str, Any],  # scorecard.json
+) -> str:
     "The scorecard for people."
     g, a = card["gate"], card["advice"]
     label = f" ({g['label']})" if g["label"] else ""
-    lines = [f"# Scorecard, stage {card['stage']}{label}", "", f"run {card['run_id']} · {card['made']} · {card['hardware']}", ""]
-    if card["data"] != "aihub": lines += [f"> **{card['data'].upper()} DATA.** These figures say that the machinery works. They are no statement about real pills and are never compared with AI Hub figures.", ""]
-    if card["split"] == "image": lines += ["> **THIS SPLIT LEAKS** (`data.group_by=image`). Photos of one capture group stand on both sides, so the figures are higher than on new photos. Its gate is never a GO.", ""]
-    reasons = [", ".join(g["reasons"]), f"not measured: {', '.join(g['not_measured'])}" if g["not_measured"] else "", "; ".join(g["notes"])]
+    lines = [
+        f"# Scorecard, stage {card['stage']}{label}",
+        "",
+        f"run {card['run_id']} · {card['made']} · {card['hardware']}",
+        "",
+    ]
+    if card["data"] != "aihub":
+        lines += [
+            f"> **{card['data'].upper()} DATA.** These figures say that the machinery works. They are no statement about real pills and are never compared with AI Hub figures.",
+            "",
+        ]
+    if card["split"] == "image":
+        lines += [
+            "> **THIS SPLIT LEAKS** (`data.group_by=image`). Photos of one capture group stand on both sides, so the figures are higher than on new photos. Its gate is never a GO.",
+            "",
+        ]
+    reasons = [
+        ", ".join(g["reasons"]),
+        f"not measured: {', '.join(g['not_measured'])}" if g["not_measured"] else "",
+        "; ".join(g["notes"]),
+    ]
     lines += [" · ".join([f"**Gate: {gate_dot(g['status'])} {g['status']}**", *filter(None, reasons)]), ""]
     lines += [f"{advisor_word(a, g)} · choice: {a['user_choice'] or 'no choice'}", ""]
-    lines += [f"{i}. {s['do']} ({s['why']}): `{s['override']}`" for i, s in enumerate(a["suggestions"], 1)] + ([""] if a["suggestions"] else [])
-    for title, found in (("Mandatory checks", a["checks"]), ("Targets that were not measured", a["unmeasured"]), ("Does not apply to this run", a["does_not_apply"])):
-        if found: lines += [f"{title}:", "", *(f"- {name}: {said}" for name, said in found.items()), ""]
-    lines += [markdown_table(_trim(card["rows"])), "", *_do_not_rely(card), "Latency, milliseconds:", "", markdown_table(card["latency"]), ""]
+    lines += [f"{i}. {s['do']} ({s['why']}): `{s['override']}`" for i, s in enumerate(a["suggestions"], 1)] + (
+        [""] if a["suggestions"] else []
+    )
+    for title, found in (
+        ("Mandatory checks", a["checks"]),
+        ("Targets that were not measured", a["unmeasured"]),
+        ("Does not apply to this run", a["does_not_apply"]),
+    ):
+        if found:
+            lines += [f"{title}:", "", *(f"- {name}: {said}" for name, said in found.items()), ""]
+    lines += [
+        markdown_table(_trim(card["rows"])),
+        "",
+        *_do_not_rely(card),
+        "Latency, milliseconds:",
+        "",
+        markdown_table(card["latency"]),
+        "",
+    ]
     return "\n".join([*lines, *(f"- {n}" for n in card["notes"]), ""])
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #9e5cbeb8
-def _trim(rows:Sequence[Mapping[str,Any]])->list[dict[str,Any]]:
+def _trim(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     "Without columns that are empty in every row."
     used = [k for k in rows[0] if any(r[k] not in ("", None) for r in rows)] if rows else []
     return [{k: r[k] for k in used} for r in rows]
 
-MOST_LISTED = 20   # drugs in the scorecard's table; per_class.csv has all
 
-def _do_not_rely(card:Mapping[str,Any])->list[str]:
+MOST_LISTED = 20  # drugs in the scorecard's table; per_class.csv has all
+
+
+def _do_not_rely(card: Mapping[str, Any]) -> list[str]:
     "The drugs that the classifier cannot name, as lines of Markdown."
     bad, unseen, head = card["do_not_rely_on"], card["without_clean_photo"], ["## Do not rely on", ""]
     if bad:
         rows = [{**r, "right": f"{r['right']:.0%}", "share": f"{r['share']:.0%}"} for r in bad[:MOST_LISTED]]
-        head += [f"Drugs of which fewer than {RELIABLE:.0%} of the clean photos are named rightly" + (f", the worst {MOST_LISTED} of {len(bad)}" if len(bad) > MOST_LISTED else "") + ":", "", markdown_table(rows), ""]
-    elif card["rows"] and any(r["figure"] == "accuracy" and r["n"] for r in card["rows"]): head += [f"Every drug with clean photos is named rightly in {RELIABLE:.0%} of them or more.", ""]
-    else: head += ["Nothing is known: there are no clean photos.", ""]
-    return head + ([f"{len(unseen)} drugs have no clean photo, so nothing is known about them: {', '.join(unseen[:5])}{' …' if len(unseen) > 5 else ''}", ""] if unseen else [])
+        head += [
+            f"Drugs of which fewer than {RELIABLE:.0%} of the clean photos are named rightly"
+            + (f", the worst {MOST_LISTED} of {len(bad)}" if len(bad) > MOST_LISTED else "")
+            + ":",
+            "",
+            markdown_table(rows),
+            "",
+        ]
+    elif card["rows"] and any(r["figure"] == "accuracy" and r["n"] for r in card["rows"]):
+        head += [f"Every drug with clean photos is named rightly in {RELIABLE:.0%} of them or more.", ""]
+    else:
+        head += ["Nothing is known: there are no clean photos.", ""]
+    return head + (
+        [
+            f"{len(unseen)} drugs have no clean photo, so nothing is known about them: {', '.join(unseen[:5])}{' …' if len(unseen) > 5 else ''}",
+            "",
+        ]
+        if unseen
+        else []
+    )
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #10c24cf4
 def judge(
-    root:str|os.PathLike, # run folder with an evaluation.json
-    cfg:Config            # its configuration
-)->tuple[GateResult,Advice,dict[str,Any]]: # gate, advice, and the advisor's record as written
+    root: str | os.PathLike,  # run folder with an evaluation.json
+    cfg: Config,  # its configuration
+) -> tuple[GateResult, Advice, dict[str, Any]]:  # gate, advice, and the advisor's record as written
     "Gate and advice from what was measured; advisor.json is written, nothing else."
     root = Path(root)
     doc, metrics, latency = read_evaluation(root)
     facts, wishes = advisor_facts(root, cfg, doc, metrics, latency), cfg.data.progressive_validation.stage(doc["stage"])
-    gate = simple_stage_evaluation(doc["stage"], gate_facts(metrics, latency, best_before(root, metrics.get("accuracy"))), time_cap(root, cfg, facts.checks, doc["classes"]),
-        wishes.target_accuracy, wishes.max_latency_ms)
+    gate = simple_stage_evaluation(
+        doc["stage"],
+        gate_facts(metrics, latency, best_before(root, metrics.get("accuracy"))),
+        time_cap(root, cfg, facts.checks, doc["classes"]),
+        wishes.target_accuracy,
+        wishes.max_latency_ms,
+    )
     advice = evaluate_and_recommend(doc["stage"], facts, cfg.evaluation.advisor_thresholds)
-    return gate, advice, write_advice(root, advice, {"status": str(gate.status), "label": gate.label, "reasons": list(gate.reasons or gate.not_measured)})
+    return (
+        gate,
+        advice,
+        write_advice(
+            root,
+            advice,
+            {"status": str(gate.status), "label": gate.label, "reasons": list(gate.reasons or gate.not_measured)},
+        ),
+    )
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #ffc6aa00
 def latency_rows(
-    latency:Sequence[Latency], # what was measured
-    stage:int                  # 0-4
-)->list[dict[str,Any]]:
+    latency: Sequence[Latency],  # what was measured
+    stage: int,  # 0-4
+) -> list[dict[str, Any]]:
     "Measured scopes, then the targets that are written for them (SPEC X9)."
     p = {(r.scope, r.percentile): r for r in latency}
-    rows = [{"scope": s, "p50": round(p[(s, 50)].metric.value, 2), "p95": round(p[(s, 95)].metric.value, 2), "batch": p[(s, 95)].batch, "precision": p[(s, 95)].precision, "n": p[(s, 95)].metric.n, "target": "", "verdict": ""} for s in dict.fromkeys(r.scope for r in latency)]
+    rows = [
+        {
+            "scope": s,
+            "p50": round(p[(s, 50)].metric.value, 2),
+            "p95": round(p[(s, 95)].metric.value, 2),
+            "batch": p[(s, 95)].batch,
+            "precision": p[(s, 95)].precision,
+            "n": p[(s, 95)].metric.n,
+            "target": "",
+            "verdict": "",
+        }
+        for s in dict.fromkeys(r.scope for r in latency)
+    ]
     for t in latency_table(latency, stage if stage else None):
-        if t["stage"] not in (None, stage): continue
-        rows.append({"scope": t["scope"], "p50": None, "p95": round(t["measured_ms"], 2) if t["measured_ms"] is not None else None, "batch": None, "precision": t["precision"], "n": None, "target": f"{t['source']}: ≤ {t['ms']:g}", "verdict": t["verdict"]})
+        if t["stage"] not in (None, stage):
+            continue
+        rows.append(
+            {
+                "scope": t["scope"],
+                "p50": None,
+                "p95": round(t["measured_ms"], 2) if t["measured_ms"] is not None else None,
+                "batch": None,
+                "precision": t["precision"],
+                "n": None,
+                "target": f"{t['source']}: ≤ {t['ms']:g}",
+                "verdict": t["verdict"],
+            }
+        )
     return rows
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #505f9fe8
 def write_scorecard(
-    root:Path,                # run folder
-    gate:GateResult,          # verdict
-    advice:Advice,            # recommendation
-    written:Mapping[str,Any], # advisor.json
-    notes:Sequence[str]=()    # what else to know
-)->dict[str,Any]:
+    root: Path,  # run folder
+    gate: GateResult,  # verdict
+    advice: Advice,  # recommendation
+    written: Mapping[str, Any],  # advisor.json
+    notes: Sequence[str] = (),  # what else to know
+) -> dict[str, Any]:
     "scorecard.json and scorecard.md (SPEC BX7)."
     doc, metrics, latency = read_evaluation(root)
     acc = metrics.get("accuracy")
     names = drug_names(root)
-    bad = [{"drug": r["drug"], "name": names.get(r["drug"], ""), "right": r["right"], "mistaken_for": r["mistaken_for"], "its_name": names.get(r["mistaken_for"], ""), "share": r["share"], "n": r["n"]} for r in doc["unreliable"]]
-    card = {"schema": "pillsnap.scorecard/1", "run_id": doc["run_id"], "made": doc["made"], "stage": doc["stage"], "data": doc["data"], "hardware": hardware(), "gate": gate.to_dict(),
-            "advice": {k: written[k] for k in ("recommendation", "colour", "reason", "message", "performance_score", "n_measured", "n_targets", "not_measured", "unmeasured", "does_not_apply", "checks", "suggestions", "user_options", "user_choice")},
-            "rows": scorecard_rows(metrics, gate, advice), "latency": latency_rows(latency, doc["stage"]), "split": doc["split"], "do_not_rely_on": bad, "without_clean_photo": doc["without_clean_photo"],
-            "notes": list(notes), "accuracy_record": acc.to_dict() if acc else None, "baseline": b.to_dict() if (b := best_before(root, acc)) else None}
-    save_json(card, root/"reports"/"scorecard.json")
-    save_text(scorecard_markdown(card), root/"reports"/"scorecard.md")
+    bad = [
+        {
+            "drug": r["drug"],
+            "name": names.get(r["drug"], ""),
+            "right": r["right"],
+            "mistaken_for": r["mistaken_for"],
+            "its_name": names.get(r["mistaken_for"], ""),
+            "share": r["share"],
+            "n": r["n"],
+        }
+        for r in doc["unreliable"]
+    ]
+    card = {
+        "schema": "pillsnap.scorecard/1",
+        "run_id": doc["run_id"],
+        "made": doc["made"],
+        "stage": doc["stage"],
+        "data": doc["data"],
+        "hardware": hardware(),
+        "gate": gate.to_dict(),
+        "advice": {
+            k: written[k]
+            for k in (
+                "recommendation",
+                "colour",
+                "reason",
+                "message",
+                "performance_score",
+                "n_measured",
+                "n_targets",
+                "not_measured",
+                "unmeasured",
+                "does_not_apply",
+                "checks",
+                "suggestions",
+                "user_options",
+                "user_choice",
+            )
+        },
+        "rows": scorecard_rows(metrics, gate, advice),
+        "latency": latency_rows(latency, doc["stage"]),
+        "split": doc["split"],
+        "do_not_rely_on": bad,
+        "without_clean_photo": doc["without_clean_photo"],
+        "notes": list(notes),
+        "accuracy_record": acc.to_dict() if acc else None,
+        "baseline": b.to_dict() if (b := best_before(root, acc)) else None,
+    }
+    save_json(card, root / "reports" / "scorecard.json")
+    save_text(scorecard_markdown(card), root / "reports" / "scorecard.md")
     return card
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #85b02257
 def note_gate(
-    root:Path,         # run folder
-    gate:GateResult    # the verdict
-)->bool:               # whether a line was added
+    root: Path,  # run folder
+    gate: GateResult,  # the verdict
+) -> bool:  # whether a line was added
     "Write the gate's verdict to the ledger when it is news."
-    digest = sha256_text(canonical_json({"stage": gate.stage, "status": str(gate.status), "reasons": list(gate.reasons), "points": [[p.name, p.verdict] for p in gate.points]}))
+    digest = sha256_text(
+        canonical_json(
+            {
+                "stage": gate.stage,
+                "status": str(gate.status),
+                "reasons": list(gate.reasons),
+                "points": [[p.name, p.verdict] for p in gate.points],
+            }
+        )
+    )
     last = next((e for e in reversed(read_ledger(root)) if e["kind"] == "gate"), None)
-    if last and last["stage"] == gate.stage and last["digest"] == digest: return False
+    if last and last["stage"] == gate.stage and last["digest"] == digest:
+        return False
     append_ledger(root, "gate", stage=gate.stage, status=str(gate.status), reasons=list(gate.reasons), digest=digest)
     return True
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #638e8bdd
 def drug_names(
-    root:Path # run folder
-)->dict[str,str]: # class key → the drug's name, where there is one
+    root: Path,  # run folder
+) -> dict[str, str]:  # class key → the drug's name, where there is one
     "Names to read beside the keys."
-    p = root/"drug_metadata.json"
+    p = root / "drug_metadata.json"
     found = read_json(p)["drug_metadata"].values() if p.is_file() else []
     return {e["kcode"]: e["dl_name"] for e in found if e.get("dl_name")}
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #f2e33ef7
 def plot_mistakes(
-    s:Seen,                  # what was seen
-    names:Mapping[str,str],  # class key → name
-    n:int=12                 # pictures
-):                           # a matplotlib Figure
+    s: Seen,  # what was seen
+    names: Mapping[str, str],  # class key → name
+    n: int = 12,  # pictures
+):  # a matplotlib Figure
     "The surest wrong answers first; where there are none, the least sure right ones."
     scores = s.scores.of("clean")
-    p = softmax(scores.whole, s.calibration.temperature); said, conf = p.argmax(1), p.max(1)
-    wrong = np.flatnonzero(said != scores.labels); pick = wrong[np.argsort(-conf[wrong])][:n] if len(wrong) else np.argsort(conf)[:n]
+    p = softmax(scores.whole, s.calibration.temperature)
+    said, conf = p.argmax(1), p.max(1)
+    wrong = np.flatnonzero(said != scores.labels)
+    pick = wrong[np.argsort(-conf[wrong])][:n] if len(wrong) else np.argsort(conf)[:n]
     keys = [wrap_title(names.get(k, k), 9, lines=1) for k in s.data.class_map.keys]
-    images = [open_image_safely(s.data.root/scores.paths[i]).get("image") for i in pick]
-    titles = [f"{keys[scores.labels[i]]}\n" + (f"→ {keys[said[i]]} · {conf[i]:.0%}" if said[i] != scores.labels[i] else f"right, {conf[i]:.0%} sure") for i in pick]
+    images = [open_image_safely(s.data.root / scores.paths[i]).get("image") for i in pick]
+    titles = [
+        f"{keys[scores.labels[i]]}\n"
+        + (f"→ {keys[said[i]]} · {conf[i]:.0%}" if said[i] != scores.labels[i] else f"right, {conf[i]:.0%} sure")
+        for i in pick
+    ]
     return show_grid([whole_view(i, 160) for i in images], titles, cols=6, size=1.5)
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #acdb27ba
 def draw(
-    run:RunFolder, # the run
-    cfg:Config,    # its configuration
-    s:Seen         # what was seen
-)->list[Path]:     # PNG files in reports/
+    run: RunFolder,  # the run
+    cfg: Config,  # its configuration
+    s: Seen,  # what was seen
+) -> list[Path]:  # PNG files in reports/
     "Confusions, curves, reliability, mistakes and boxes of the clean photos; latency."
-    keys, out, sc, boxes = list(s.data.class_map.keys), run.sub("reports"), s.scores.of("clean"), s.boxes and s.boxes.of("clean")
+    keys, out, sc, boxes = (
+        list(s.data.class_map.keys),
+        run.sub("reports"),
+        s.scores.of("clean"),
+        s.boxes and s.boxes.of("clean"),
+    )
     figs = {}
     if len(sc.labels):
-        figs["confusion"] = plot_confusion_matrix(sc.whole.argmax(1), sc.labels, keys, path=out/"confusions.csv", names=drug_names(run.root))
+        figs["confusion"] = plot_confusion_matrix(
+            sc.whole.argmax(1), sc.labels, keys, path=out / "confusions.csv", names=drug_names(run.root)
+        )
         figs["curves"] = plot_roc_pr_curves(softmax(sc.whole), sc.labels)
-        if s.calibration.ece_after is not None: figs["reliability"] = plot_reliability(sc.whole, sc.labels, s.calibration.temperature)
+        if s.calibration.ece_after is not None:
+            figs["reliability"] = plot_reliability(sc.whole, sc.labels, s.calibration.temperature)
         figs["mistakes"] = plot_mistakes(s, drug_names(run.root))
     if boxes and boxes.paths:
         pick = [i for i, t in enumerate(boxes.truth) if len(t) > 1][:8] or list(range(min(8, len(boxes.paths))))
-        strong = [(b[c >= cfg.data.detection.conf_threshold], c[c >= cfg.data.detection.conf_threshold]) for b, c in (boxes.preds[i] for i in pick)]
-        figs["detection"] = plot_detection_results([open_image_safely(s.data.root/boxes.paths[i])["image"] for i in pick], strong, [boxes.truth[i] for i in pick])
+        strong = [
+            (b[c >= cfg.data.detection.conf_threshold], c[c >= cfg.data.detection.conf_threshold])
+            for b, c in (boxes.preds[i] for i in pick)
+        ]
+        figs["detection"] = plot_detection_results(
+            [open_image_safely(s.data.root / boxes.paths[i])["image"] for i in pick],
+            strong,
+            [boxes.truth[i] for i in pick],
+        )
     figs["latency"] = plot_latency(s.timings, hardware())
-    return [save_fig(f, out/f"evaluation_{name}.png") for name, f in show_progress(figs.items(), desc="drawing", unit="pictures")]
+    return [
+        save_fig(f, out / f"evaluation_{name}.png")
+        for name, f in show_progress(figs.items(), desc="drawing", unit="pictures")
+    ]
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #ab552152
 @dataclass(frozen=True)
 class EvaluationJob(StageJob):
     "Checkpoints and pool in; figures, gate, advice and scorecard out (SPEC EV1-EV6, SG1-SG8)."
-    user_choice:str = ""     # what to do next, by number or name; "" = ask, or record no choice
-    remeasure:bool = True    # False: judge what an earlier run of these very checkpoints measured
-    name:ClassVar[str] = "evaluation"
-    sections:ClassVar[tuple[str,...]] = ("data.classification", "data.detection", "data.grayscale_policy", "data.rgba_policy", "data.progressive_validation", "evaluation", "train.seed")
-    needs:ClassVar[dict[str,str]] = {"artifacts/stage{stage}/splits.json": "splits"}
 
-    def smoke(self, run:RunFolder, cfg:Config)->None: smoke_evaluation(run, cfg)
+    user_choice: str = ""  # what to do next, by number or name; "" = ask, or record no choice
+    remeasure: bool = True  # False: judge what an earlier run of these very checkpoints measured
+    name: ClassVar[str] = "evaluation"
+    sections: ClassVar[tuple[str, ...]] = (
+        "data.classification",
+        "data.detection",
+        "data.grayscale_policy",
+        "data.rgba_policy",
+        "data.progressive_validation",
+        "evaluation",
+        "train.seed",
+    )
+    needs: ClassVar[dict[str, str]] = {"artifacts/stage{stage}/splits.json": "splits"}
+
+    def smoke(self, run: RunFolder, cfg: Config) -> None:
+        smoke_evaluation(run, cfg)
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #a725b8f2
 def smoke_evaluation(
-    run:RunFolder, # a temporary run
-    cfg:Config     # the smoke configuration
-)->None:
+    run: RunFolder,  # a temporary run
+    cfg: Config,  # the smoke configuration
+) -> None:
     "A small synthetic delivery, its split, and two untrained models: figures that mean nothing."
     from pillsnap.dataset.splits import smoke_splits
     from pillsnap.models.factory import fresh_classifier_checkpoint
+
     smoke_splits(run, cfg)
     cm = load_stage(run.root, cfg.data.progressive_validation.current_stage).class_map
-    fresh_classifier_checkpoint(run.root/"checkpoints"/"classifier"/"best.pt", cfg.train.classification.backbone, cm, cfg.data.classification.img_size, cfg.to_dict())
+    fresh_classifier_checkpoint(
+        run.root / "checkpoints" / "classifier" / "best.pt",
+        cfg.train.classification.backbone,
+        cm,
+        cfg.data.classification.img_size,
+        cfg.to_dict(),
+    )
     try:
         from pillsnap.models.yolo import fresh_detector_checkpoint
-        fresh_detector_checkpoint(run.root/"checkpoints"/"detector"/"best.pt", cfg.train.detection.model, cfg.data.detection.img_size, cfg.to_dict())
-    except (ImportError, PillsnapError) as e: decide(run.log, f"detector: none in this smoke run, because {getattr(e, 'what', e)}")
+
+        fresh_detector_checkpoint(
+            run.root / "checkpoints" / "detector" / "best.pt",
+            cfg.train.detection.model,
+            cfg.data.detection.img_size,
+            cfg.to_dict(),
+        )
+    except (ImportError, PillsnapError) as e:
+        decide(run.log, f"detector: none in this smoke run, because {getattr(e, 'what', e)}")
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #0ba7a32d
 @patch
-def work(self:EvaluationJob, run:RunFolder, cfg:Config)->StageResult:
+def work(self: EvaluationJob, run: RunFolder, cfg: Config) -> StageResult:
     "Measure, judge, write, show."
     set_seed(cfg.train.seed)
     figures, outputs = self._measured(run, cfg)
     gate, advice, written = judge(run.root, cfg)
-    if self.user_choice.strip(): written = record_choice(run.root, self.user_choice)
+    if self.user_choice.strip():
+        written = record_choice(run.root, self.user_choice)
     notes = _notes(run.root)
     card = write_scorecard(run.root, gate, advice, written, notes)
     news = note_gate(run.root, gate)
-    run.log.info(f"gate: {gate.status}" + (f" ({', '.join(gate.reasons or gate.not_measured)})" if gate.status != "GO" else "") + ("" if news else ", as before"))
+    run.log.info(
+        f"gate: {gate.status}"
+        + (f" ({', '.join(gate.reasons or gate.not_measured)})" if gate.status != "GO" else "")
+        + ("" if news else ", as before")
+    )
     run.log.info(f"advisor: {advice.recommendation} ({advice.reason}), {percent(advice.performance_score)}")
-    outputs += [run.root/"reports"/f for f in ("scorecard.json", "scorecard.md", "advisor.json")]
-    return StageResult(_verdict(card), _trim([r for r in card["rows"] if r["value"] is not None or r["gate"] or r["advisor"]]), figures, inputs_of(run.root, gate.stage), outputs, notes,
-                       show=lambda: advisor_menu(run.root))
+    outputs += [run.root / "reports" / f for f in ("scorecard.json", "scorecard.md", "advisor.json")]
+    return StageResult(
+        _verdict(card),
+        _trim([r for r in card["rows"] if r["value"] is not None or r["gate"] or r["advisor"]]),
+        figures,
+        inputs_of(run.root, gate.stage),
+        outputs,
+        notes,
+        show=lambda: advisor_menu(run.root),
+    )
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #5b6ad3c1
 @patch
-def _measured(self:EvaluationJob, run:RunFolder, cfg:Config)->tuple[list[Path],list[Path]]:
+def _measured(self: EvaluationJob, run: RunFolder, cfg: Config) -> tuple[list[Path], list[Path]]:
     "Figures and files of a measurement, new or kept."
-    old, stage = run.root/"reports"/"evaluation.json", cfg.data.progressive_validation.current_stage
+    old, stage = run.root / "reports" / "evaluation.json", cfg.data.progressive_validation.current_stage
     if not self.remeasure and old.is_file():
         if (doc := read_json(old))["inputs"] == _hashes(run.root, stage) and doc["stage"] == stage:
-            decide(run.log, f"evaluation: kept, because checkpoints, photos and split are those measured at {doc['made']}")
-            return sorted((run.root/"reports").glob("evaluation_*.png")), [old, run.root/"reports"/"calibration.json"]
+            decide(
+                run.log, f"evaluation: kept, because checkpoints, photos and split are those measured at {doc['made']}"
+            )
+            return sorted((run.root / "reports").glob("evaluation_*.png")), [
+                old,
+                run.root / "reports" / "calibration.json",
+            ]
         decide(run.log, "evaluation: measured again, because its inputs changed")
     seen = look(run, cfg)
     for name, m in seen.metrics.items():
-        if m.measured: run.tb.add_scalar(f"eval/{name}", float(m.value), 0)
+        if m.measured:
+            run.tb.add_scalar(f"eval/{name}", float(m.value), 0)
     files = write_evaluation(run, cfg, seen)
     figures = draw(run, cfg, seen)
     return figures, [*files, *figures]
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #5fb1c71d
-def _verdict(card:Mapping[str,Any])->str:
+def _verdict(card: Mapping[str, Any]) -> str:
     "One sentence with the figures that matter."
     v = {r["figure"]: r["value"] for r in card["rows"] if r["value"] is not None}
-    parts = [f"{words} {v[k]:.3f}" for k, words in (("accuracy", "accuracy"), ("macro_f1", "macro-F1"), ("detection_map50", "detector mAP@.5"), ("combo_set_accuracy", "combo sets"), ("leak_gap", "leak gap")) if k in v]
+    parts = [
+        f"{words} {v[k]:.3f}"
+        for k, words in (
+            ("accuracy", "accuracy"),
+            ("macro_f1", "macro-F1"),
+            ("detection_map50", "detector mAP@.5"),
+            ("combo_set_accuracy", "combo sets"),
+            ("leak_gap", "leak gap"),
+        )
+        if k in v
+    ]
     label = f" ({card['gate']['label']})" if card["gate"]["label"] else ""
-    return f"{card['gate']['status']} at stage {card['stage']}{label}: " + ", ".join(parts) + (f"; advisor {card['advice']['recommendation']}" if card["gate"]["status"] == "GO" else "")
+    return (
+        f"{card['gate']['status']} at stage {card['stage']}{label}: "
+        + ", ".join(parts)
+        + (f"; advisor {card['advice']['recommendation']}" if card["gate"]["status"] == "GO" else "")
+    )
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #b6688ad0
-def _notes(root:Path)->list[str]:
+def _notes(root: Path) -> list[str]:
     "What the reader should know besides the figures."
     doc, m, _ = read_evaluation(root)
     said = [f"{k}: {why}" for k, why in doc["absent"].items()]
-    if m["ece_calibrated"].measured: said.append(f"temperature {m['temperature'].value:.3f}: calibration error {m['ece_calibrated'].note.removeprefix('was ').split(' ')[0]} before, {m['ece_calibrated'].value:.4f} after, on {m['ece_calibrated'].n} clean photos; {m['temperature'].n} calibration photos fitted it")
-    elif m["temperature"].note: said.append(f"temperature: {m['temperature'].note}")
-    if doc["skipped"]: said.append(f"{len(doc['skipped'])} photos could not be opened ({doc['corruption']:.2%}), the first: {doc['skipped'][0]['path']}: {doc['skipped'][0]['reason']}")
+    if m["ece_calibrated"].measured:
+        said.append(
+            f"temperature {m['temperature'].value:.3f}: calibration error {m['ece_calibrated'].note.removeprefix('was ').split(' ')[0]} before, {m['ece_calibrated'].value:.4f} after, on {m['ece_calibrated'].n} clean photos; {m['temperature'].n} calibration photos fitted it"
+        )
+    elif m["temperature"].note:
+        said.append(f"temperature: {m['temperature'].note}")
+    if doc["skipped"]:
+        said.append(
+            f"{len(doc['skipped'])} photos could not be opened ({doc['corruption']:.2%}), the first: {doc['skipped'][0]['path']}: {doc['skipped'][0]['reason']}"
+        )
     parts, kept = doc["parts"], m["mode_kept"]
-    said.append(f"single photos: {parts['clean']} clean ones give the headline, {parts['val']} selected the checkpoint, {parts['calib']} calibrate")
-    if doc["split"] == "image": said.append("data.group_by=image parts capture groups: this split leaks, and its gate is never a GO")
-    if m["train_overlap"].value: said.append(f"LEAK: {m['train_overlap'].value} {m['train_overlap'].note}")
-    if kept.measured: said.append(f"badge \"{BADGE}\" on {doc['badges']} of {doc['photos']['singles']} single photos; {kept.value:.2%} of {kept.n} photos were answered by the branch of the mode that was asked")
+    said.append(
+        f"single photos: {parts['clean']} clean ones give the headline, {parts['val']} selected the checkpoint, {parts['calib']} calibrate"
+    )
+    if doc["split"] == "image":
+        said.append("data.group_by=image parts capture groups: this split leaks, and its gate is never a GO")
+    if m["train_overlap"].value:
+        said.append(f"LEAK: {m['train_overlap'].value} {m['train_overlap'].note}")
+    if kept.measured:
+        said.append(
+            f'badge "{BADGE}" on {doc["badges"]} of {doc["photos"]["singles"]} single photos; {kept.value:.2%} of {kept.n} photos were answered by the branch of the mode that was asked'
+        )
     return said

@@ -23,72 +23,126 @@ from ..core.files import FolderLock, read_json, save_json
 from ..core.records import Metric, Provenance
 from ..core.jobs import RunFolder
 from .evaluation import BUSINESS, nothing
-from .heldout import HeldOut, Look, Part, close_sealed, figures_of, model_path, models_of, open_sealed, part_of, refuse_sealed, report_of, score_part, why_sealed
+from pillsnap.evaluation.heldout import (
+    HeldOut,
+    Look,
+    Part,
+    close_sealed,
+    figures_of,
+    model_path,
+    models_of,
+    open_sealed,
+    part_of,
+    refuse_sealed,
+    report_of,
+    score_part,
+    why_sealed,
+)
 
 # %% ../../nbs/evaluation/790_final.ipynb #2ca65bd2
 def business_goals(
-    metrics:Mapping[str,Metric], # records of the test part
-    detector:bool=True           # does the run's feature set have a detector?
-)->dict[str,Any]:                # per goal: target, value, met, note; and overall_target_met
+    metrics: Mapping[str, Metric],  # records of the test part
+    detector: bool = True,  # does the run's feature set have a detector?
+) -> dict[str, Any]:  # per goal: target, value, met, note; and overall_target_met
     "The goals beside what was measured."
     goals = {}
     for name, target in BUSINESS.items():
-        if name == "detection_map50" and not detector: continue
+        if name == "detection_map50" and not detector:
+            continue
         m = metrics.get(name)
         measured = m is not None and m.measured
-        goals[name] = {"target": target, "value": float(m.value) if measured else None, "met": bool(measured and m.value >= target),
-                       "note": "" if measured else "NOT_MEASURED: " + (m.note if m is not None else "no record")}
+        goals[name] = {
+            "target": target,
+            "value": float(m.value) if measured else None,
+            "met": bool(measured and m.value >= target),
+            "note": "" if measured else "NOT_MEASURED: " + (m.note if m is not None else "no record"),
+        }
     return goals | {"overall_target_met": all(g["met"] for g in goals.values())}
 
 # %% ../../nbs/evaluation/790_final.ipynb #add4acac
-UNKNOWN_DRUGS = {"unknown_refused": "how often a drug that Training does not hold is refused", "enrolled_recall@1": "how often such a drug is found after a few reference photos were enrolled"}
+UNKNOWN_DRUGS = {
+    "unknown_refused": "how often a drug that Training does not hold is refused",
+    "enrolled_recall@1": "how often such a drug is found after a few reference photos were enrolled",
+}
+
 
 def unknown_drug_records(
-    prov:Provenance # data and class map
-)->dict[str,Metric]:
+    prov: Provenance,  # data and class map
+) -> dict[str, Metric]:
     "The rows about AI Hub's Validation drugs, which this version does not measure."
-    return {k: nothing(prov, k, f"{what}: this version has no evaluation for it, and opens no photo of the Validation tree") for k, what in UNKNOWN_DRUGS.items()}
+    return {
+        k: nothing(prov, k, f"{what}: this version has no evaluation for it, and opens no photo of the Validation tree")
+        for k, what in UNKNOWN_DRUGS.items()
+    }
+
 
 def recommend(
-    goals:Mapping[str,Any],      # from business_goals
-    unknown:Mapping[str,Metric], # records about unknown drugs
-    data:str                     # aihub | synthetic | other
-)->dict[str,Any]:                # recommendation, ready_for_production, improvements
+    goals: Mapping[str, Any],  # from business_goals
+    unknown: Mapping[str, Metric],  # records about unknown drugs
+    data: str,  # aihub | synthetic | other
+) -> dict[str, Any]:  # recommendation, ready_for_production, improvements
     "READY_FOR_PRODUCTION or NEEDS_IMPROVEMENT, with what is missing."
     todo = []
     for name, g in goals.items():
-        if name == "overall_target_met" or g["met"]: continue
-        todo.append(f"{name}: {g['value']:.3f} measured, {g['target']:.2f} asked" if g["value"] is not None else f"{name}: {g['note']}")
+        if name == "overall_target_met" or g["met"]:
+            continue
+        todo.append(
+            f"{name}: {g['value']:.3f} measured, {g['target']:.2f} asked"
+            if g["value"] is not None
+            else f"{name}: {g['note']}"
+        )
     todo += [f"{k}: NOT_MEASURED: {m.note}" for k, m in unknown.items() if not m.measured]
-    if data != "aihub": todo.append(f"the photos are {data}: a model of AI Hub photos must be tested on AI Hub photos")
-    return {"recommendation": "NEEDS_IMPROVEMENT" if todo else "READY_FOR_PRODUCTION", "ready_for_production": not todo, "improvements": todo}
+    if data != "aihub":
+        todo.append(f"the photos are {data}: a model of AI Hub photos must be tested on AI Hub photos")
+    return {
+        "recommendation": "NEEDS_IMPROVEMENT" if todo else "READY_FOR_PRODUCTION",
+        "ready_for_production": not todo,
+        "improvements": todo,
+    }
 
 # %% ../../nbs/evaluation/790_final.ipynb #b665ec35
 def val_test_gap(
-    run_dir:str|os.PathLike,     # run folder
-    metrics:Mapping[str,Metric], # records of the test part
-    models:Mapping[str,str]      # checkpoints of the test, by path with their sha256
-)->dict[str,Any]:                # per figure {val, test, gap}, or {note} where there is no comparison
+    run_dir: str | os.PathLike,  # run folder
+    metrics: Mapping[str, Metric],  # records of the test part
+    models: Mapping[str, str],  # checkpoints of the test, by path with their sha256
+) -> dict[str, Any]:  # per figure {val, test, gap}, or {note} where there is no comparison
     "How much better the evaluation photos looked than the sealed ones."
-    path = Path(run_dir)/"reports"/"evaluation.json"
-    if not path.is_file(): return {"note": "NOT_MEASURED: this run has no evaluation.json"}
+    path = Path(run_dir) / "reports" / "evaluation.json"
+    if not path.is_file():
+        return {"note": "NOT_MEASURED: this run has no evaluation.json"}
     doc = read_json(path)
-    if any(doc["inputs"].get(k) != v for k, v in models.items()): return {"note": "NOT_MEASURED: evaluation.json was measured with other checkpoints"}
+    if any(doc["inputs"].get(k) != v for k, v in models.items()):
+        return {"note": "NOT_MEASURED: evaluation.json was measured with other checkpoints"}
     val, out = {k: Metric.from_dict(m) for k, m in doc["metrics"].items()}, {}
     for name in BUSINESS:
         a, b = val.get(name), metrics.get(name)
-        if a is None or b is None or not (a.measured and b.measured): continue
-        out[name] = {"val": float(a.value), "test": float(b.value), "gap": float(a.value) - float(b.value), "n_val": a.n, "n_test": b.n}
+        if a is None or b is None or not (a.measured and b.measured):
+            continue
+        out[name] = {
+            "val": float(a.value),
+            "test": float(b.value),
+            "gap": float(a.value) - float(b.value),
+            "n_val": a.n,
+            "n_test": b.n,
+        }
     return out
 
 # %% ../../nbs/evaluation/790_final.ipynb #f7e38405
-_NAMES = {"classification": {"accuracy": "accuracy", "macro_f1": "macro_f1", "top5": "top5"},
-          "detection": {"mAP_0.5": "detection_map50", "mAP_0.5:0.95": "detection_map", "precision": "detection_precision", "recall": "detection_recall"},
-          "combos": {"set_accuracy": "combo_set_accuracy", "pill_accuracy": "combo_pill_accuracy"}}
+_NAMES = {
+    "classification": {"accuracy": "accuracy", "macro_f1": "macro_f1", "top5": "top5"},
+    "detection": {
+        "mAP_0.5": "detection_map50",
+        "mAP_0.5:0.95": "detection_map",
+        "precision": "detection_precision",
+        "recall": "detection_recall",
+    },
+    "combos": {"set_accuracy": "combo_set_accuracy", "pill_accuracy": "combo_pill_accuracy"},
+}
+
 
 def test_results(
-    metrics:Mapping[str,Metric], # every record
-)->dict[str,dict[str,float|None]]: # classification, detection, combos, retrieval; None = not measured
+    metrics: Mapping[str, Metric],  # every record
+) -> dict[str, dict[str, float | None]]:  # classification, detection, combos, retrieval; None = not measured
     "The figures by their plain names."
     value = lambda m: float(m.value) if m is not None and m.measured else None
     out = {part: {k: value(metrics.get(v)) for k, v in names.items() if v in metrics} for part, names in _NAMES.items()}
@@ -98,58 +152,82 @@ def test_results(
 # %% ../../nbs/evaluation/790_final.ipynb #b5259c55
 RESULTS = "reports/final_test_results.json"
 
+
 def final_report(
-    p:Part,            # what was scored
-    got:HeldOut,       # what was measured
-    opening:Mapping[str,Any], # the ledger's entry
-    models:Mapping[str,str]   # checkpoints with their sha256
-)->dict[str,Any]:      # final_test_results.json
+    p: Part,  # what was scored
+    got: HeldOut,  # what was measured
+    opening: Mapping[str, Any],  # the ledger's entry
+    models: Mapping[str, str],  # checkpoints with their sha256
+) -> dict[str, Any]:  # final_test_results.json
     "The whole result, as JSON types."
-    unknown, detector = unknown_drug_records(p.prov), "combo_detection" in active_features(p.cfg) and p.cfg.project.family == "two_stage"
+    unknown, detector = (
+        unknown_drug_records(p.prov),
+        "combo_detection" in active_features(p.cfg) and p.cfg.project.family == "two_stage",
+    )
     goals = business_goals(got.metrics, detector)
     doc = report_of(p, replace(got, metrics=got.metrics | unknown), models)
-    return {"schema": "pillsnap.final_test/1", **doc, "opening": opening["seq"], "reason": opening["reason"], "test_results": test_results(got.metrics), "business_goals": goals,
-            "val_test_gap": val_test_gap(p.run.root, got.metrics, models), "not_measured": {k: m.note for k, m in (got.metrics | unknown).items() if not m.measured}, **recommend(goals, unknown, p.prov.data)}
+    return {
+        "schema": "pillsnap.final_test/1",
+        **doc,
+        "opening": opening["seq"],
+        "reason": opening["reason"],
+        "test_results": test_results(got.metrics),
+        "business_goals": goals,
+        "val_test_gap": val_test_gap(p.run.root, got.metrics, models),
+        "not_measured": {k: m.note for k, m in (got.metrics | unknown).items() if not m.measured},
+        **recommend(goals, unknown, p.prov.data),
+    }
 
 # %% ../../nbs/evaluation/790_final.ipynb #fe56194e
 def final_test_evaluation(
-    run_dir:str|os.PathLike, # run folder
-    reason:str="",           # why the sealed test is opened; kept in the ledger
-    confirm:str="",          # the run's id, typed out
-    unseal:bool=False        # open it again; recorded
-)->tuple[dict[str,Any],HeldOut]: # final_test_results.json as written, and what was measured
+    run_dir: str | os.PathLike,  # run folder
+    reason: str = "",  # why the sealed test is opened; kept in the ledger
+    confirm: str = "",  # the run's id, typed out
+    unseal: bool = False,  # open it again; recorded
+) -> tuple[dict[str, Any], HeldOut]:  # final_test_results.json as written, and what was measured
     "Open the sealed photos, score them, and say what follows."
     root, look = Path(run_dir).absolute(), Look("final-test", RESULTS, reason, confirm, unseal)
-    cfg = load_config(str(root/"config.yaml")) if (root/"config.yaml").is_file() else None
+    cfg = load_config(str(root / "config.yaml")) if (root / "config.yaml").is_file() else None
     refuse_sealed(root, look, model_path(cfg) if cfg else "checkpoints/classifier/best.pt")
-    if cfg is None: raise PillsnapError("this run folder has no configuration", where=root/"config.yaml", fix="name a folder that `pillsnap run` has made, with --run")
+    if cfg is None:
+        raise PillsnapError(
+            "this run folder has no configuration",
+            where=root / "config.yaml",
+            fix="name a folder that `pillsnap run` has made, with --run",
+        )
     run = RunFolder(root, "final_test")
     with FolderLock(root):
         p = replace(part_of(run, cfg, "test"), name="final_test")
         look = replace(look, data=p.prov.data, models=models_of(p))
         opening = open_sealed(root, look)
-        if cfg.train.num_threads: torch.set_num_threads(cfg.train.num_threads)
+        if cfg.train.num_threads:
+            torch.set_num_threads(cfg.train.num_threads)
         got = score_part(p)
         doc = final_report(p, got, opening, look.models)
-        save_json(doc, root/RESULTS)
+        save_json(doc, root / RESULTS)
         close_sealed(root, opening)
     run.close()
     return doc, got
 
 # %% ../../nbs/evaluation/790_final.ipynb #ba17b3d6
 def final_test_command(
-    run_dir:str|os.PathLike, # run folder
-    reason:str="",           # why
-    confirm:str="",          # the run's id, typed out
-    unseal:bool=False        # open it again
-)->None:                     # raises PillsnapError
+    run_dir: str | os.PathLike,  # run folder
+    reason: str = "",  # why
+    confirm: str = "",  # the run's id, typed out
+    unseal: bool = False,  # open it again
+) -> None:  # raises PillsnapError
     "What `pillsnap final-test` does."
     doc, got = final_test_evaluation(run_dir, reason=reason, confirm=confirm, unseal=unseal)
     kind = "" if doc["data"] == "aihub" else f" ({doc['label'].upper()})"
     print(f"final test of run {doc['run_id']}, stage {doc['stage']}, {doc['family']}{kind}")
     print(figures_of(got, doc["data"]))
     for name, g in doc["val_test_gap"].items():
-        print(f"  {name}: validation {g['val']:.4f}, test {g['test']:.4f}, gap {g['gap']:+.4f}" if isinstance(g, dict) else f"  gap: {g}")
+        print(
+            f"  {name}: validation {g['val']:.4f}, test {g['test']:.4f}, gap {g['gap']:+.4f}"
+            if isinstance(g, dict)
+            else f"  gap: {g}"
+        )
     print(f"{doc['recommendation']}{kind}, overall_target_met: {doc['business_goals']['overall_target_met']}")
-    for line in doc["improvements"]: print(f"  - {line}")
-    print(f"written to {Path(run_dir)/RESULTS}; the opening is line {doc['opening']} of ledger.jsonl")
+    for line in doc["improvements"]:
+        print(f"  - {line}")
+    print(f"written to {Path(run_dir) / RESULTS}; the opening is line {doc['opening']} of ledger.jsonl")

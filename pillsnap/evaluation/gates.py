@@ -20,6 +20,7 @@ from .latency import Latency, protocol_gap
 # %% ../../nbs/evaluation/730_gates.ipynb #54da5d56
 class Status(StrEnum):
     "What a gate says (SPEC X6)."
+
     GO = "GO"
     NO_GO = "NO_GO"
     TIME_CAP_SUCCESS = "TIME_CAP_SUCCESS"
@@ -28,6 +29,7 @@ class Status(StrEnum):
 # %% ../../nbs/evaluation/730_gates.ipynb #c58a4b6b
 class Reason(StrEnum):
     "Why a gate says no (SPEC SG1)."
+
     LATENCY_P95_TOO_HIGH = "LATENCY_P95_TOO_HIGH"
     NOT_ENOUGH_SAMPLES = "NOT_ENOUGH_SAMPLES"
     COVERAGE_TOO_LOW = "COVERAGE_TOO_LOW"
@@ -35,38 +37,52 @@ class Reason(StrEnum):
     ACC_BELOW_TARGET = "ACC_BELOW_TARGET"
     CRASH_DETECTED = "CRASH_DETECTED"
     MEMORY_UNSTABLE = "MEMORY_UNSTABLE"
-    MAP_BELOW_TARGET = "MAP_BELOW_TARGET"   # stage 0 only
-    LEAKY_SPLIT = "LEAKY_SPLIT"             # the split parts capture groups by construction
-    LEAK = "LEAK"                           # the evaluation set touches training: nothing was measured
+    MAP_BELOW_TARGET = "MAP_BELOW_TARGET"  # stage 0 only
+    LEAKY_SPLIT = "LEAKY_SPLIT"  # the split parts capture groups by construction
+    LEAK = "LEAK"  # the evaluation set touches training: nothing was measured
 
 # %% ../../nbs/evaluation/730_gates.ipynb #5c66da58
 @dataclass(frozen=True)
 class StageGate:
     "What one stage asks."
-    accuracy:float                # least top-1 accuracy
-    n_eval_samples:int            # least clean photos: they neither trained, selected nor calibrated
-    class_coverage:float          # least share of the map's classes with an evaluated photo
-    latency_p95_ms:float|None     # most milliseconds; None = no latency verdict
-    max_drop:float|None           # most accuracy lost against the baseline; None = not asked
-    epsilon:float=.002            # tolerance on the accuracy
-    map50:float|None=None         # least detector mAP@.5; stage 0 only
-    memory:bool=True              # is a flat memory slope asked?
-    label:str=""                  # printed beside the verdict, always
-    data:tuple[str,...]=("aihub",)# provenances that count as a measurement here
 
-STAGE_TARGETS:dict[int,StageGate] = {
-    0: StageGate(.90, 200, 1.0, None, None, epsilon=0., map50=.90, memory=False, label="demo, synthetic", data=("synthetic", "other", "aihub")),
-    1: StageGate(.78, 2000, .20, 220., .02),
-    2: StageGate(.82, 5000, .40, 220., .02),
-    3: StageGate(.85, 10000, .70, 200., .01),
-    4: StageGate(.85, 10000, .70, 200., .01)}
+    accuracy: float  # least top-1 accuracy
+    n_eval_samples: int  # least clean photos: they neither trained, selected nor calibrated
+    class_coverage: float  # least share of the map's classes with an evaluated photo
+    latency_p95_ms: float | None  # most milliseconds; None = no latency verdict
+    max_drop: float | None  # most accuracy lost against the baseline; None = not asked
+    epsilon: float = 0.002  # tolerance on the accuracy
+    map50: float | None = None  # least detector mAP@.5; stage 0 only
+    memory: bool = True  # is a flat memory slope asked?
+    label: str = ""  # printed beside the verdict, always
+    data: tuple[str, ...] = ("aihub",)  # provenances that count as a measurement here
+
+
+STAGE_TARGETS: dict[int, StageGate] = {
+    0: StageGate(
+        0.90,
+        200,
+        1.0,
+        None,
+        None,
+        epsilon=0.0,
+        map50=0.90,
+        memory=False,
+        label="demo, synthetic",
+        data=("synthetic", "other", "aihub"),
+    ),
+    1: StageGate(0.78, 2000, 0.20, 220.0, 0.02),
+    2: StageGate(0.82, 5000, 0.40, 220.0, 0.02),
+    3: StageGate(0.85, 10000, 0.70, 200.0, 0.01),
+    4: StageGate(0.85, 10000, 0.70, 200.0, 0.01),
+}
 
 # %% ../../nbs/evaluation/730_gates.ipynb #e86e8d44
 def stage_gate(
-    stage:int,                       # 0 demo, 1-4
-    target_accuracy:float|None=None, # of the configuration; None = the stage's own
-    max_latency_ms:float|None=None   # of the configuration; None = the stage's own
-)->tuple[StageGate,list[str]]: # what is asked, and a sentence for each wish that would have lowered it
+    stage: int,  # 0 demo, 1-4
+    target_accuracy: float | None = None,  # of the configuration; None = the stage's own
+    max_latency_ms: float | None = None,  # of the configuration; None = the stage's own
+) -> tuple[StageGate, list[str]]:  # what is asked, and a sentence for each wish that would have lowered it
     "The stage's targets, made stricter by the configuration where it asks for more."
     own, ignored = STAGE_TARGETS[stage], []
     accuracy, latency = own.accuracy, own.latency_p95_ms
@@ -80,112 +96,174 @@ def stage_gate(
         latency = max_latency_ms
     return replace(own, accuracy=accuracy, latency_p95_ms=latency), ignored
 
-def _share(v:float)->str:
+
+def _share(v: float) -> str:
     "Two digits, or as many as there are."
     return f"{v:.2f}" if round(v, 2) == v else f"{v:g}"
 
 # %% ../../nbs/evaluation/730_gates.ipynb #f914e30e
 def why_unmeasured(
-    m:Metric|None,         # a record
-    data:tuple[str,...],   # provenances that count
-    low:float=0.,          # least possible value
-    high:float=math.inf,   # greatest possible value
-    computed:bool=False    # may the figure be computed from tables, without a photo?
-)->str:                    # "" = a measurement; else what is wrong with it
+    m: Metric | None,  # a record
+    data: tuple[str, ...],  # provenances that count
+    low: float = 0.0,  # least possible value
+    high: float = math.inf,  # greatest possible value
+    computed: bool = False,  # may the figure be computed from tables, without a photo?
+) -> str:  # "" = a measurement; else what is wrong with it
     "Why a record is no measurement (SPEC BX2: gates fail closed)."
-    if m is None: return "no record"
-    if not isinstance(m, Metric): return f"a bare {type(m).__name__} is not a measurement record"
-    if not m.measured: return "; ".join(filter(None, [*m.doubts(), m.note]))
-    if m.kind == "computed" and not computed: return "it was computed from tables; this figure takes photos that were answered"
-    if not low <= float(m.value) <= high: return f"impossible value {m.value}"
-    if m.data not in data: return f"measured on {m.data} data; this stage is judged on {' or '.join(data)} data"
+    if m is None:
+        return "no record"
+    if not isinstance(m, Metric):
+        return f"a bare {type(m).__name__} is not a measurement record"
+    if not m.measured:
+        return "; ".join(filter(None, [*m.doubts(), m.note]))
+    if m.kind == "computed" and not computed:
+        return "it was computed from tables; this figure takes photos that were answered"
+    if not low <= float(m.value) <= high:
+        return f"impossible value {m.value}"
+    if m.data not in data:
+        return f"measured on {m.data} data; this stage is judged on {' or '.join(data)} data"
     return ""
 
 # %% ../../nbs/evaluation/730_gates.ipynb #104fed88
 @dataclass(frozen=True)
 class Point:
     "One line of a gate."
-    name:str              # the gate input
-    asked:str             # what the stage asks, in words
-    verdict:str           # met | missed | NOT_MEASURED
-    value:float|None=None # what was measured
-    n:int|None=None       # on how many
-    reason:str=""         # the reason code of a miss
-    note:str=""           # why it is not measured, or what else to know
+
+    name: str  # the gate input
+    asked: str  # what the stage asks, in words
+    verdict: str  # met | missed | NOT_MEASURED
+    value: float | None = None  # what was measured
+    n: int | None = None  # on how many
+    reason: str = ""  # the reason code of a miss
+    note: str = ""  # why it is not measured, or what else to know
 
 # %% ../../nbs/evaluation/730_gates.ipynb #c5d006d4
-_RANGE:dict[str,tuple[float,float]] = {"n_eval_samples": (1, math.inf), "latency_p95_ms": (1e-3, math.inf), "train_overlap": (0, math.inf)}   # all others are shares, 0 to 1
-_COMPUTED = ("no_crashes", "memory_stable", "train_overlap", "split_by_group")   # from tables and records; every other figure takes photos
+_RANGE: dict[str, tuple[float, float]] = {
+    "n_eval_samples": (1, math.inf),
+    "latency_p95_ms": (1e-3, math.inf),
+    "train_overlap": (0, math.inf),
+}  # all others are shares, 0 to 1
+_COMPUTED = (
+    "no_crashes",
+    "memory_stable",
+    "train_overlap",
+    "split_by_group",
+)  # from tables and records; every other figure takes photos
 
-def _point(name:str, asked:str, ok:Callable[[float],bool], reason:Reason, m:Metric|None, target:StageGate)->Point:
+
+def _point(
+    name: str, asked: str, ok: Callable[[float], bool], reason: Reason, m: Metric | None, target: StageGate
+) -> Point:
     "Judge one record: not measured, met, or missed for that reason."
-    if why := why_unmeasured(m, target.data, *_RANGE.get(name, (0., 1.)), name in _COMPUTED):
-        return Point(name, asked, Status.NOT_MEASURED, value=_finite(getattr(m, "value", None)), n=getattr(m, "n", None), note=why)
+    if why := why_unmeasured(m, target.data, *_RANGE.get(name, (0.0, 1.0)), name in _COMPUTED):
+        return Point(
+            name,
+            asked,
+            Status.NOT_MEASURED,
+            value=_finite(getattr(m, "value", None)),
+            n=getattr(m, "n", None),
+            note=why,
+        )
     v = float(m.value)
     return Point(name, asked, "met", v, m.n) if ok(v) else Point(name, asked, "missed", v, m.n, reason=str(reason))
 
 # %% ../../nbs/evaluation/730_gates.ipynb #891b0161
-def _finite(v:Any)->float|None:
+def _finite(v: Any) -> float | None:
     "A number that JSON can hold, or None."
-    try: return float(v) if v is not None and math.isfinite(float(v)) else None
-    except (TypeError, ValueError): return None
+    try:
+        return float(v) if v is not None and math.isfinite(float(v)) else None
+    except (TypeError, ValueError):
+        return None
 
 # %% ../../nbs/evaluation/730_gates.ipynb #26d0c8f3
-def _latency_point(row:Latency|None, target:StageGate)->Point:
+def _latency_point(row: Latency | None, target: StageGate) -> Point:
     "Judge a p95 only when it was measured by the protocol (SPEC X9)."
     asked = f"p95 ≤ {target.latency_p95_ms:.0f} ms (single, batch 1, fp16)"
     m = row.metric if isinstance(row, Latency) else row
     p = _point("latency_p95_ms", asked, lambda v: v <= target.latency_p95_ms, Reason.LATENCY_P95_TOO_HIGH, m, target)
-    if p.verdict == Status.NOT_MEASURED: return p
+    if p.verdict == Status.NOT_MEASURED:
+        return p
     gap = protocol_gap(row) if isinstance(row, Latency) else ["no protocol with the figure"]
     if gap or (row.scope, row.percentile) != ("single", 95):
-        return Point(p.name, asked, Status.NOT_MEASURED, p.value, p.n, note="NOT_COMPARABLE: " + "; ".join(gap or [f"scope {row.scope} p{row.percentile}"]))
+        return Point(
+            p.name,
+            asked,
+            Status.NOT_MEASURED,
+            p.value,
+            p.n,
+            note="NOT_COMPARABLE: " + "; ".join(gap or [f"scope {row.scope} p{row.percentile}"]),
+        )
     return p
 
 # %% ../../nbs/evaluation/730_gates.ipynb #c503b5f7
-def _regression_point(acc:Metric|None, base:Metric|None, target:StageGate)->Point:
+def _regression_point(acc: Metric | None, base: Metric | None, target: StageGate) -> Point:
     "Accuracy lost against the baseline (SPEC X6: a first run passes and says so)."
     asked = f"at most {target.max_drop:g} below the baseline"
-    if base is None: return Point("regression", asked, "met", note="first run")
-    if why := why_unmeasured(acc, target.data, 0, 1): return Point("regression", asked, Status.NOT_MEASURED, note=f"accuracy: {why}")
-    if why := why_unmeasured(base, target.data, 0, 1): return Point("regression", asked, Status.NOT_MEASURED, note=f"baseline: {why}")
+    if base is None:
+        return Point("regression", asked, "met", note="first run")
+    if why := why_unmeasured(acc, target.data, 0, 1):
+        return Point("regression", asked, Status.NOT_MEASURED, note=f"accuracy: {why}")
+    if why := why_unmeasured(base, target.data, 0, 1):
+        return Point("regression", asked, Status.NOT_MEASURED, note=f"baseline: {why}")
     if (base.data_hash, base.class_map_hash) != (acc.data_hash, acc.class_map_hash):
-        return Point("regression", asked, Status.NOT_MEASURED, note="the baseline was measured on other data or another class map")
+        return Point(
+            "regression",
+            asked,
+            Status.NOT_MEASURED,
+            note="the baseline was measured on other data or another class map",
+        )
     drop = float(base.value) - float(acc.value)
-    return Point("regression", asked, "met", drop, acc.n) if drop <= target.max_drop + 1e-9 else Point("regression", asked, "missed", drop, acc.n, str(Reason.REGRESSION_TOO_LARGE))
+    return (
+        Point("regression", asked, "met", drop, acc.n)
+        if drop <= target.max_drop + 1e-9
+        else Point("regression", asked, "missed", drop, acc.n, str(Reason.REGRESSION_TOO_LARGE))
+    )
 
 # %% ../../nbs/evaluation/730_gates.ipynb #d145ef7f
-def _belongs(facts:Mapping[str,Any])->str:
+def _belongs(facts: Mapping[str, Any]) -> str:
     "What keeps the records from being one measurement; empty = nothing (SPEC BX2)."
     records = [m.metric if isinstance(m, Latency) else m for k, m in facts.items() if k != "baseline" and m is not None]
     records = [m for m in records if isinstance(m, Metric)]
     for what in ("data_hash", "class_map_hash", "data"):
-        if len({getattr(m, what) for m in records}) > 1: return f"the records differ in {what}: not one measurement"
+        if len({getattr(m, what) for m in records}) > 1:
+            return f"the records differ in {what}: not one measurement"
     acc, n = facts.get("accuracy"), facts.get("n_eval_samples")
-    if isinstance(acc, Metric) and isinstance(n, Metric) and acc.n != n.value: return f"the accuracy is of {acc.n} photos, not of the {n.value} that are claimed"
+    if isinstance(acc, Metric) and isinstance(n, Metric) and acc.n != n.value:
+        return f"the accuracy is of {acc.n} photos, not of the {n.value} that are claimed"
     over = facts.get("train_overlap")
-    if isinstance(acc, Metric) and isinstance(over, Metric) and over.measured and over.n < acc.n: return f"the overlap with training was checked for {over.n} photos, the accuracy is of {acc.n}"
+    if isinstance(acc, Metric) and isinstance(over, Metric) and over.measured and over.n < acc.n:
+        return f"the overlap with training was checked for {over.n} photos, the accuracy is of {acc.n}"
     return ""
 
 # %% ../../nbs/evaluation/730_gates.ipynb #7204d862
 @dataclass(frozen=True)
 class TimeCap:
     "The rule and the facts of a run that the clock stopped (SPEC SG7)."
-    limit_hours:float|None=2.         # the limit
-    min_samples:int|None=1000         # photos seen, at least
-    min_classes:int|None=30           # drugs seen, at least
-    hours:float|None=None             # how long it ran
-    stopped_early:bool|None=None      # was it stopped by the limit?
-    samples:int|None=None             # photos seen
-    classes:int|None=None             # drugs seen
-    pipeline_complete:bool|None=None            # mandatory check
-    classification_model_loading:bool|None=None # mandatory check
 
-    def missing(self)->list[str]:
+    limit_hours: float | None = 2.0  # the limit
+    min_samples: int | None = 1000  # photos seen, at least
+    min_classes: int | None = 30  # drugs seen, at least
+    hours: float | None = None  # how long it ran
+    stopped_early: bool | None = None  # was it stopped by the limit?
+    samples: int | None = None  # photos seen
+    classes: int | None = None  # drugs seen
+    pipeline_complete: bool | None = None  # mandatory check
+    classification_model_loading: bool | None = None  # mandatory check
+
+    def missing(self) -> list[str]:
         "What is not fulfilled; empty = the clock excuses the run."
-        def least(v, lim): return v is not None and lim is not None and v >= lim
-        todo = {"limit reached": least(self.hours, self.limit_hours), "stopped early": self.stopped_early is True, "samples": least(self.samples, self.min_samples),
-                "classes": least(self.classes, self.min_classes), "pipeline_complete": self.pipeline_complete is True, "classification_model_loading": self.classification_model_loading is True}
+
+        def least(v, lim):
+            return v is not None and lim is not None and v >= lim
+
+        todo = {
+            "limit reached": least(self.hours, self.limit_hours),
+            "stopped early": self.stopped_early is True,
+            "samples": least(self.samples, self.min_samples),
+            "classes": least(self.classes, self.min_classes),
+            "pipeline_complete": self.pipeline_complete is True,
+            "classification_model_loading": self.classification_model_loading is True,
+        }
         return [k for k, ok in todo.items() if not ok]
 
 # %% ../../nbs/evaluation/730_gates.ipynb #0ee44e19
@@ -195,75 +273,156 @@ EXCUSED_BY_CLOCK = frozenset({Reason.ACC_BELOW_TARGET, Reason.NOT_ENOUGH_SAMPLES
 @dataclass(frozen=True)
 class GateResult:
     "A verdict with everything it rests on."
-    stage:int                 # 0-4
-    status:Status             # the verdict
-    label:str                 # "demo, synthetic" at stage 0
-    points:tuple[Point,...]   # every line
-    reasons:tuple[str,...]    # reason codes, in the contract's order
-    not_measured:tuple[str,...]=()      # inputs that no measurement stands behind
-    notes:tuple[str,...]=()             # first run, what the clock did not excuse
+
+    stage: int  # 0-4
+    status: Status  # the verdict
+    label: str  # "demo, synthetic" at stage 0
+    points: tuple[Point, ...]  # every line
+    reasons: tuple[str, ...]  # reason codes, in the contract's order
+    not_measured: tuple[str, ...] = ()  # inputs that no measurement stands behind
+    notes: tuple[str, ...] = ()  # first run, what the clock did not excuse
 
     @property
-    def unlocks_final_test(self)->bool:
+    def unlocks_final_test(self) -> bool:
         "Only a GO at stage 4 does (SPEC X6, X62)."
         return self.stage == 4 and self.status == Status.GO
 
-    def to_dict(self)->dict[str,Any]:
+    def to_dict(self) -> dict[str, Any]:
         "Plain JSON types."
-        return {**asdict(self), "status": str(self.status), "points": [asdict(p) for p in self.points], "unlocks_final_test": self.unlocks_final_test}
+        return {
+            **asdict(self),
+            "status": str(self.status),
+            "points": [asdict(p) for p in self.points],
+            "unlocks_final_test": self.unlocks_final_test,
+        }
 
 # %% ../../nbs/evaluation/730_gates.ipynb #c4241dfb
 def gate_points(
-    target:StageGate,      # what the stage asks
-    facts:Mapping[str,Any] # records by input name
-)->tuple[Point,...]:
+    target: StageGate,  # what the stage asks
+    facts: Mapping[str, Any],  # records by input name
+) -> tuple[Point, ...]:
     "Every point of a gate, in the order of its reasons (SPEC SG1)."
     acc, t = facts.get("accuracy"), target
     points = [_latency_point(facts.get("latency_p95_ms"), t)] if t.latency_p95_ms is not None else []
-    points += [_point("n_eval_samples", f"≥ {t.n_eval_samples} photos", lambda v: v >= t.n_eval_samples, Reason.NOT_ENOUGH_SAMPLES, facts.get("n_eval_samples"), t),
-               _point("class_coverage", f"≥ {t.class_coverage:.2f} of the classes", lambda v: v >= t.class_coverage - 1e-9, Reason.COVERAGE_TOO_LOW, facts.get("class_coverage"), t)]
-    if t.max_drop is not None: points.append(_regression_point(acc, facts.get("baseline"), t))
-    points += [_point("accuracy", f"≥ {_share(t.accuracy)}" + (f" (ε {t.epsilon:g})" if t.epsilon else ""), lambda v: v >= t.accuracy - t.epsilon - 1e-9, Reason.ACC_BELOW_TARGET, acc, t),
-               _point("no_crashes", "no stage crashed", lambda v: v == 1, Reason.CRASH_DETECTED, facts.get("no_crashes"), t)]
-    if t.memory: points.append(_point("memory_stable", "flat memory over the run", lambda v: v == 1, Reason.MEMORY_UNSTABLE, facts.get("memory_stable"), t))
-    if t.map50 is not None: points.append(_point("map50", f"detector mAP@.5 ≥ {t.map50:.2f}", lambda v: v >= t.map50, Reason.MAP_BELOW_TARGET, facts.get("map50"), t))
-    points += [_point("split_by_group", "no capture group is parted by the split", lambda v: v == 1, Reason.LEAKY_SPLIT, facts.get("split_by_group"), t),
-               _point("train_overlap", "no scored photo shares path, capture group or near-duplicates with training", lambda v: v == 0, Reason.LEAK, facts.get("train_overlap"), t)]
+    points += [
+        _point(
+            "n_eval_samples",
+            f"≥ {t.n_eval_samples} photos",
+            lambda v: v >= t.n_eval_samples,
+            Reason.NOT_ENOUGH_SAMPLES,
+            facts.get("n_eval_samples"),
+            t,
+        ),
+        _point(
+            "class_coverage",
+            f"≥ {t.class_coverage:.2f} of the classes",
+            lambda v: v >= t.class_coverage - 1e-9,
+            Reason.COVERAGE_TOO_LOW,
+            facts.get("class_coverage"),
+            t,
+        ),
+    ]
+    if t.max_drop is not None:
+        points.append(_regression_point(acc, facts.get("baseline"), t))
+    points += [
+        _point(
+            "accuracy",
+            f"≥ {_share(t.accuracy)}" + (f" (ε {t.epsilon:g})" if t.epsilon else ""),
+            lambda v: v >= t.accuracy - t.epsilon - 1e-9,
+            Reason.ACC_BELOW_TARGET,
+            acc,
+            t,
+        ),
+        _point("no_crashes", "no stage crashed", lambda v: v == 1, Reason.CRASH_DETECTED, facts.get("no_crashes"), t),
+    ]
+    if t.memory:
+        points.append(
+            _point(
+                "memory_stable",
+                "flat memory over the run",
+                lambda v: v == 1,
+                Reason.MEMORY_UNSTABLE,
+                facts.get("memory_stable"),
+                t,
+            )
+        )
+    if t.map50 is not None:
+        points.append(
+            _point(
+                "map50",
+                f"detector mAP@.5 ≥ {t.map50:.2f}",
+                lambda v: v >= t.map50,
+                Reason.MAP_BELOW_TARGET,
+                facts.get("map50"),
+                t,
+            )
+        )
+    points += [
+        _point(
+            "split_by_group",
+            "no capture group is parted by the split",
+            lambda v: v == 1,
+            Reason.LEAKY_SPLIT,
+            facts.get("split_by_group"),
+            t,
+        ),
+        _point(
+            "train_overlap",
+            "no scored photo shares path, capture group or near-duplicates with training",
+            lambda v: v == 0,
+            Reason.LEAK,
+            facts.get("train_overlap"),
+            t,
+        ),
+    ]
     return tuple(points)
 
 # %% ../../nbs/evaluation/730_gates.ipynb #35659827
-def _leaked(points:tuple[Point,...])->tuple[Point,...]:
+def _leaked(points: tuple[Point, ...]) -> tuple[Point, ...]:
     "Points of a run whose evaluation set touches training: no figure of it is a measurement."
     leak = next(p for p in points if p.name == "train_overlap")
     why = f"{leak.value:.0f} of {leak.n} scored photos share a path, a capture group or a near-duplicate with training"
-    return tuple(p if p is leak else Point(p.name, p.asked, Status.NOT_MEASURED, p.value, p.n, note=why) for p in points)
+    return tuple(
+        p if p is leak else Point(p.name, p.asked, Status.NOT_MEASURED, p.value, p.n, note=why) for p in points
+    )
 
-def _status(missed:set[str], unknown:Sequence[str])->Status:
+
+def _status(missed: set[str], unknown: Sequence[str]) -> Status:
     "What the verdicts of the points add up to."
-    if Reason.LEAK in missed: return Status.NOT_MEASURED
-    if missed: return Status.NO_GO
+    if Reason.LEAK in missed:
+        return Status.NOT_MEASURED
+    if missed:
+        return Status.NO_GO
     return Status.NOT_MEASURED if unknown else Status.GO
 
+
 def simple_stage_evaluation(
-    stage:int,                  # 0 demo, 1-4
-    facts:Mapping[str,Any],     # records: accuracy, latency_p95_ms (a Latency), n_eval_samples, class_coverage, no_crashes, memory_stable, baseline, map50, split_by_group, train_overlap
-    time_cap:TimeCap|None=None, # the clock, where the stage allows it to count
-    target_accuracy:float|None=None, # the configuration's own wish; None = the stage's target
-    max_latency_ms:float|None=None   # the same for the latency
-)->GateResult:                  # GO only when every point is measured and met
+    stage: int,  # 0 demo, 1-4
+    facts: Mapping[str, Any],  # records by name: accuracy, latency_p95_ms (a Latency), n_eval_samples, ...
+    time_cap: TimeCap | None = None,  # the clock, where the stage allows it to count
+    target_accuracy: float | None = None,  # the configuration's own wish; None = the stage's target
+    max_latency_ms: float | None = None,  # the same for the latency
+) -> GateResult:  # GO only when every point is measured and met
     "Judge a stage: a pure function of measurement records."
-    if stage not in STAGE_TARGETS: raise PillsnapError(f"there is no stage {stage!r}", fix=f"stages are {', '.join(map(str, STAGE_TARGETS))}")
+    if stage not in STAGE_TARGETS:
+        raise PillsnapError(f"there is no stage {stage!r}", fix=f"stages are {', '.join(map(str, STAGE_TARGETS))}")
     target, ignored = stage_gate(stage, target_accuracy, max_latency_ms)
     points, apart = gate_points(target, facts), _belongs(facts)
-    if apart: points = tuple(Point(p.name, p.asked, Status.NOT_MEASURED, p.value, p.n, note=apart) for p in points)
+    if apart:
+        points = tuple(Point(p.name, p.asked, Status.NOT_MEASURED, p.value, p.n, note=apart) for p in points)
     missed = {p.reason for p in points if p.verdict == "missed"}
-    if Reason.LEAKY_SPLIT in missed: missed -= {Reason.LEAK}   # such a split touches training by construction
-    if Reason.LEAK in missed: points, missed = _leaked(points), {Reason.LEAK}
+    if Reason.LEAKY_SPLIT in missed:
+        missed -= {Reason.LEAK}  # such a split touches training by construction
+    if Reason.LEAK in missed:
+        points, missed = _leaked(points), {Reason.LEAK}
     reasons = tuple(str(r) for r in Reason if r in missed)
     unknown = tuple(p.name for p in points if p.verdict == Status.NOT_MEASURED)
     status = _status(missed, unknown)
     notes = [*(p.note for p in points if p.note == "first run"), *ignored]
     if time_cap is not None and status == Status.NO_GO and not unknown and missed <= EXCUSED_BY_CLOCK:
-        if todo := time_cap.missing(): notes.append("the clock does not excuse it: " + ", ".join(todo))
-        else: status = Status.TIME_CAP_SUCCESS; notes.append("stopped by the clock; not a GO and does not unlock the final test")
+        if todo := time_cap.missing():
+            notes.append("the clock does not excuse it: " + ", ".join(todo))
+        else:
+            status = Status.TIME_CAP_SUCCESS
+            notes.append("stopped by the clock; not a GO and does not unlock the final test")
     return GateResult(stage, status, target.label, points, reasons, unknown, tuple(notes))

@@ -35,7 +35,18 @@ from ..dataset.splits import StageData, decide, load_stage, missing_photos, tidy
 # %% ../../nbs/evaluation/780_heldout.ipynb #2343774f
 from .advisor import Advice, evaluate_and_recommend
 from .checks import advisor_facts, data_loading_record, training_records
-from .evaluation import answer_combos, box_records, combo_records, nothing, save_predictions, score_boxes, score_singles, shots, single_records, without_detector
+from pillsnap.evaluation.evaluation import (
+    answer_combos,
+    box_records,
+    combo_records,
+    nothing,
+    save_predictions,
+    score_boxes,
+    score_singles,
+    shots,
+    single_records,
+    without_detector,
+)
 from .ledger import append_ledger, read_ledger, stage_4_done
 from .menu import write_advice
 from ..models.factory import TorchClassifier, load_classifier
@@ -43,46 +54,67 @@ from ..models.metrics import accuracy, macro_f1
 from ..models.neighbours import embed_photos, nearest, recall_at_k
 
 # %% ../../nbs/evaluation/780_heldout.ipynb #52ce040e
-SEALED = Path("artifacts")/"test_known.csv"
+SEALED = Path("artifacts") / "test_known.csv"
+
 
 def check_held_out(
-    rows:pd.DataFrame, # rows of the sealed groups
-    data:StageData,    # the parts that training and validation read
-    pairs:Sequence[Sequence[str]]=() # photos that are one picture: path, path, ...
-)->None:               # PillsnapError where the test part is not held out
+    rows: pd.DataFrame,  # rows of the sealed groups
+    data: StageData,  # the parts that training and validation read
+    pairs: Sequence[Sequence[str]] = (),  # photos that are one picture: path, path, ...
+) -> None:  # PillsnapError where the test part is not held out
     "No path, no group and no copy of a sealed photo stands in another part."
     if data.header["params"]["group_by"] == "image":
-        raise PillsnapError("LEAKY_SPLIT: photos were split one by one, so the sealed photos have siblings in training", where="data.group_by", fix="split again with data.group_by=capture in a fresh run folder")
+        raise PillsnapError(
+            "LEAKY_SPLIT: photos were split one by one, so the sealed photos have siblings in training",
+            where="data.group_by",
+            fix="split again with data.group_by=capture in a fresh run folder",
+        )
     read, sealed = pd.concat([data.train, data.val, data.pool]), set(rows["path"])
     used = set(read["path"])
     shared = sorted(sealed & used) + sorted(set(rows["group_id"]) & set(read["group_id"]))
     shared += [a for a, b, *_ in pairs if (a in sealed and b in used) or (b in sealed and a in used)]
     if shared:
-        raise PillsnapError(f"LEAK: {len(shared)} sealed photos or groups are read by training or validation, the first is {shared[0]}", where=SEALED, fix="run the splits job again in a fresh run folder, and train there")
+        raise PillsnapError(
+            f"LEAK: {len(shared)} sealed photos or groups are read by training or validation, the first is {shared[0]}",
+            where=SEALED,
+            fix="run the splits job again in a fresh run folder, and train there",
+        )
 
 # %% ../../nbs/evaluation/780_heldout.ipynb #ccd4adfc
 def sealed_rows(
-    run_dir:str|os.PathLike, # run folder
-    data:StageData           # one stage of it
-)->pd.DataFrame:             # rows of every sealed group, combos among them
+    run_dir: str | os.PathLike,  # run folder
+    data: StageData,  # one stage of it
+) -> pd.DataFrame:  # rows of every sealed group, combos among them
     "The test part's rows, checked and not opened."
-    root, copies = Path(run_dir), Path(run_dir)/"artifacts"/"duplicates.json"
-    if not (root/SEALED).is_file(): raise PillsnapError("this run has sealed no test part", where=root/SEALED, fix="run the splits job with data.test_known_ratio above 0")
-    sealed = pd.read_csv(root/SEALED, dtype=str, keep_default_na=False).set_index("group_id")
-    rows, _ = decide(read_manifest(root/"manifest.csv")[0], root)
+    root, copies = Path(run_dir), Path(run_dir) / "artifacts" / "duplicates.json"
+    if not (root / SEALED).is_file():
+        raise PillsnapError(
+            "this run has sealed no test part",
+            where=root / SEALED,
+            fix="run the splits job with data.test_known_ratio above 0",
+        )
+    sealed = pd.read_csv(root / SEALED, dtype=str, keep_default_na=False).set_index("group_id")
+    rows, _ = decide(read_manifest(root / "manifest.csv")[0], root)
     rows = tidy_records(rows[rows["group_id"].isin(sealed.index)].assign(split="test"))
     found = rows.groupby("group_id")["path"].nunique().reindex(sealed.index, fill_value=0)
     if (fewer := found < sealed["photos"].astype(int)).any():
-        raise PillsnapError(f"{int(fewer.sum())} sealed groups have lost photos since the split", where=root/SEALED, fix="bring the delivery and overlay.jsonl back to what was split")
+        raise PillsnapError(
+            f"{int(fewer.sum())} sealed groups have lost photos since the split",
+            where=root / SEALED,
+            fix="bring the delivery and overlay.jsonl back to what was split",
+        )
     check_held_out(rows, data, read_json(copies)["pairs"] if copies.is_file() else ())
-    if gone := missing_photos(data.root, rows["path"]): raise PillsnapError(f"{len(gone)} sealed photos are gone, the first is {gone[0]}", where=data.root, fix="bring them back")
+    if gone := missing_photos(data.root, rows["path"]):
+        raise PillsnapError(
+            f"{len(gone)} sealed photos are gone, the first is {gone[0]}", where=data.root, fix="bring them back"
+        )
     return rows
 
 # %% ../../nbs/evaluation/780_heldout.ipynb #899299d7
 def closed_set(
-    rows:pd.DataFrame, # rows of a part
-    data:StageData     # what the model was trained on
-)->tuple[pd.DataFrame,int]: # singles of drugs that training holds, and every combo; photos of other drugs
+    rows: pd.DataFrame,  # rows of a part
+    data: StageData,  # what the model was trained on
+) -> tuple[pd.DataFrame, int]:  # singles of drugs that training holds, and every combo; photos of other drugs
     "The photos that a closed-set figure may count."
     single = rows["kind"] == "single"
     trained = set(data.train.loc[data.train["kind"] == "single", "class_key"]) & set(data.class_map.keys)
@@ -91,95 +123,131 @@ def closed_set(
 
 # %% ../../nbs/evaluation/780_heldout.ipynb #dfd51dc4
 def unfinished_opening(
-    run_dir:str|os.PathLike,  # run folder
-    command:str,              # evaluate | final-test
-    models:Mapping[str,str]|None=None # checkpoints by path, with their sha256; None = whichever
-)->dict[str,Any]|None:        # its entry in the ledger
+    run_dir: str | os.PathLike,  # run folder
+    command: str,  # evaluate | final-test
+    models: Mapping[str, str] | None = None,  # checkpoints by path, with their sha256; None = whichever
+) -> dict[str, Any] | None:  # its entry in the ledger
     "The last opening, where it was cut off before any result was written and the same command asks for the same models."
     entries = read_ledger(run_dir)
     last = next((e for e in reversed(entries) if e["kind"] == "open"), None)
-    if last is None or last.get("command") != command: return None
-    if models is not None and last.get("models") != dict(models): return None
-    if any(e["kind"] == "result" and e["opening"] == last["seq"] for e in entries): return None
-    return None if (Path(run_dir)/last["report"]).is_file() else last
+    if last is None or last.get("command") != command:
+        return None
+    if models is not None and last.get("models") != dict(models):
+        return None
+    if any(e["kind"] == "result" and e["opening"] == last["seq"] for e in entries):
+        return None
+    return None if (Path(run_dir) / last["report"]).is_file() else last
 
 # %% ../../nbs/evaluation/780_heldout.ipynb #675a0c4b
 def why_sealed(
-    run_dir:str|os.PathLike, # run folder
-    reason:str="",           # why it is to be opened
-    confirm:str="",          # the run's id, typed out
-    unseal:bool=False,       # open it again
-    checkpoint:str|os.PathLike="checkpoints/classifier/best.pt", # the model that is scored, relative to the run folder
-    unfinished:Mapping[str,Any]|None=None # an opening that may be completed
-)->list[str]:                # what stands in the way; [] = it may be opened
+    run_dir: str | os.PathLike,  # run folder
+    reason: str = "",  # why it is to be opened
+    confirm: str = "",  # the run's id, typed out
+    unseal: bool = False,  # open it again
+    checkpoint: str | os.PathLike = "checkpoints/classifier/best.pt",  # the scored model, relative to run_dir
+    unfinished: Mapping[str, Any] | None = None,  # an opening that may be completed
+) -> list[str]:  # what stands in the way; [] = it may be opened
     "Everything that must hold before a sealed photo is opened."
     root = Path(run_dir)
-    if not (root/"run.json").is_file(): return [f"{root} is not a run folder"]
-    rid, todo = read_json(root/"run.json")["run_id"], []
-    if not stage_4_done(root): todo.append("stage 4 is not done: no GO in the ledger and no recorded human decision (pillsnap decide)")
-    if not (root/checkpoint).is_file(): todo.append(f"there is no model: {checkpoint} is missing")
+    if not (root / "run.json").is_file():
+        return [f"{root} is not a run folder"]
+    rid, todo = read_json(root / "run.json")["run_id"], []
+    if not stage_4_done(root):
+        todo.append("stage 4 is not done: no GO in the ledger and no recorded human decision (pillsnap decide)")
+    if not (root / checkpoint).is_file():
+        todo.append(f"there is no model: {checkpoint} is missing")
     opened = [e for e in read_ledger(root) if e["kind"] == "open"]
-    if opened and not unseal and unfinished is None: todo.append(f"it was opened on {opened[-1]['at']} ({opened[-1]['reason']}); a second look needs --unseal")
-    if not reason.strip(): todo.append("no reason given: say why with --reason")
-    if confirm != rid: todo.append(f"not confirmed: repeat the command with --confirm {rid}")
+    if opened and not unseal and unfinished is None:
+        todo.append(f"it was opened on {opened[-1]['at']} ({opened[-1]['reason']}); a second look needs --unseal")
+    if not reason.strip():
+        todo.append("no reason given: say why with --reason")
+    if confirm != rid:
+        todo.append(f"not confirmed: repeat the command with --confirm {rid}")
     return todo
 
 # %% ../../nbs/evaluation/780_heldout.ipynb #8c22cf45
 @dataclass(frozen=True)
 class Look:
     "Who looks at the sealed photos, with what, and why."
-    command:str             # evaluate | final-test
-    report:str              # the result's file, relative to the run folder
-    reason:str=""           # why; kept in the ledger
-    confirm:str=""          # the run's id, typed out
-    unseal:bool=False       # look again
-    data:str=""             # aihub | synthetic | other
-    models:dict[str,str]|None=None # checkpoints by path, with their sha256; None = not yet known
+
+    command: str  # evaluate | final-test
+    report: str  # the result's file, relative to the run folder
+    reason: str = ""  # why; kept in the ledger
+    confirm: str = ""  # the run's id, typed out
+    unseal: bool = False  # look again
+    data: str = ""  # aihub | synthetic | other
+    models: dict[str, str] | None = None  # checkpoints by path, with their sha256; None = not yet known
+
 
 def refuse_sealed(
-    run_dir:str|os.PathLike, # run folder
-    look:Look,               # who looks, and why
-    checkpoint:str|os.PathLike="checkpoints/classifier/best.pt" # the model that is scored
-)->dict[str,Any]|None:       # PillsnapError where it stays closed; else the opening that may be completed, if there is one
+    run_dir: str | os.PathLike,  # run folder
+    look: Look,  # who looks, and why
+    checkpoint: str | os.PathLike = "checkpoints/classifier/best.pt",  # the model that is scored
+) -> (
+    dict[str, Any] | None
+):  # PillsnapError where it stays closed; else the opening that may be completed, if there is one
     "Say everything that keeps the sealed part closed, before anything is loaded."
     kept = unfinished_opening(run_dir, look.command, look.models)
     if todo := why_sealed(run_dir, look.reason, look.confirm, look.unseal, checkpoint, kept):
-        raise PillsnapError("the sealed test stays closed:\n  - " + "\n  - ".join(todo), where=run_dir, fix="it opens once, after stage 4; until then the evaluation job reads validation photos")
+        raise PillsnapError(
+            "the sealed test stays closed:\n  - " + "\n  - ".join(todo),
+            where=run_dir,
+            fix="it opens once, after stage 4; until then the evaluation job reads validation photos",
+        )
     return kept
 
+
 def open_sealed(
-    run_dir:str|os.PathLike, # run folder, locked by the caller
-    look:Look                # who looks, and why
-)->dict[str,Any]:            # the ledger's entry of this opening
+    run_dir: str | os.PathLike,  # run folder, locked by the caller
+    look: Look,  # who looks, and why
+) -> dict[str, Any]:  # the ledger's entry of this opening
     "Break the seal, in writing."
     root, kept = Path(run_dir), refuse_sealed(run_dir, look, next(iter(look.models)))
     if kept and not look.unseal:
         append_ledger(root, "continue", opening=kept["seq"], reason=look.reason)
         return kept
-    if (old := root/look.report).is_file(): os.replace(old, old.with_name(f"{old.stem}_before_{len(read_ledger(root)) + 1}{old.suffix}"))
-    return append_ledger(root, "open", command=look.command, reason=look.reason, unseal=look.unseal, data=look.data, sealed=sha256_file(root/SEALED), models=look.models, report=look.report)
+    if (old := root / look.report).is_file():
+        os.replace(old, old.with_name(f"{old.stem}_before_{len(read_ledger(root)) + 1}{old.suffix}"))
+    return append_ledger(
+        root,
+        "open",
+        command=look.command,
+        reason=look.reason,
+        unseal=look.unseal,
+        data=look.data,
+        sealed=sha256_file(root / SEALED),
+        models=look.models,
+        report=look.report,
+    )
 
 # %% ../../nbs/evaluation/780_heldout.ipynb #8551659c
 def close_sealed(
-    run_dir:str|os.PathLike,   # run folder
-    opening:Mapping[str,Any]   # the ledger's entry, from open_sealed
-)->dict[str,Any]:              # the ledger's entry
+    run_dir: str | os.PathLike,  # run folder
+    opening: Mapping[str, Any],  # the ledger's entry, from open_sealed
+) -> dict[str, Any]:  # the ledger's entry
     "Note that the opening has its result; from here on only --unseal opens again."
-    return append_ledger(run_dir, "result", opening=opening["seq"], report=opening["report"], sha256=sha256_file(Path(run_dir)/opening["report"]))
+    return append_ledger(
+        run_dir,
+        "result",
+        opening=opening["seq"],
+        report=opening["report"],
+        sha256=sha256_file(Path(run_dir) / opening["report"]),
+    )
 
 # %% ../../nbs/evaluation/780_heldout.ipynb #544fb2bb
 def group_intervals(
-    answers:Sequence[int], # class ids [N]
-    labels:Sequence[int],  # true class ids [N]
-    groups:Sequence[str],  # capture group of each photo [N]
-    num_classes:int,       # size of the class map
-    seed:int=42,           # of the draws
-    draws:int=500          # how many
-)->dict[str,tuple[float,float]]: # accuracy and macro_f1, 95 %; empty for fewer than two groups
+    answers: Sequence[int],  # class ids [N]
+    labels: Sequence[int],  # true class ids [N]
+    groups: Sequence[str],  # capture group of each photo [N]
+    num_classes: int,  # size of the class map
+    seed: int = 42,  # of the draws
+    draws: int = 500,  # how many
+) -> dict[str, tuple[float, float]]:  # accuracy and macro_f1, 95 %; empty for fewer than two groups
     "Bootstrap over capture groups."
     answers, labels = np.asarray(answers, int), np.asarray(labels, int)
     codes, names = pd.factorize(np.asarray(groups, object))
-    if len(names) < 2: return {}
+    if len(names) < 2:
+        return {}
     members = [np.flatnonzero(codes == g) for g in range(len(names))]
     dice, got = np.random.default_rng(seed), {"accuracy": [], "macro_f1": []}
     for _ in range(draws):
@@ -192,232 +260,341 @@ def group_intervals(
 @dataclass
 class HeldOut:
     "What was measured on one part."
-    metrics:dict[str,Metric]                     # records by name
-    intervals:dict[str,tuple[float,float]]=field(default_factory=dict) # 95 %, by group
-    absent:dict[str,str]=field(default_factory=dict)      # what could not be measured, and why
-    skipped:list[dict]=field(default_factory=list)        # photos that could not be opened
-    other_drugs:int=0                            # photos of drugs that training does not hold; not opened
-    files:list[Path]=field(default_factory=list) # predictions, neighbours
+
+    metrics: dict[str, Metric]  # records by name
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)  # 95 %, by group
+    absent: dict[str, str] = field(default_factory=dict)  # what could not be measured, and why
+    skipped: list[dict] = field(default_factory=list)  # photos that could not be opened
+    other_drugs: int = 0  # photos of drugs that training does not hold; not opened
+    files: list[Path] = field(default_factory=list)  # predictions, neighbours
+
 
 @dataclass(frozen=True)
 class Part:
     "Rows to score, and with what."
-    run:RunFolder      # the run
-    cfg:Config         # its configuration
-    data:StageData     # the stage
-    rows:pd.DataFrame  # photos to score
-    checkpoint:Path    # of the classifier or the retrieval model
-    name:str           # val | test | final_test; names the files
+
+    run: RunFolder  # the run
+    cfg: Config  # its configuration
+    data: StageData  # the stage
+    rows: pd.DataFrame  # photos to score
+    checkpoint: Path  # of the classifier or the retrieval model
+    name: str  # val | test | final_test; names the files
 
     @property
-    def prov(self)->Provenance:
+    def prov(self) -> Provenance:
         "Data and class map of every record."
         return Provenance(self.data.header["source"], self.data.header["data_hash"], self.data.class_map.fingerprint)
 
 # %% ../../nbs/evaluation/780_heldout.ipynb #b1f53114
 def temperature_of(
-    run_dir:str|os.PathLike, # run folder
-    class_map_hash:str       # fingerprint of the class map
-)->float:                    # 1 where nothing was calibrated
+    run_dir: str | os.PathLike,  # run folder
+    class_map_hash: str,  # fingerprint of the class map
+) -> float:  # 1 where nothing was calibrated
     "The temperature that the evaluation job fitted on validation photos."
-    path = Path(run_dir)/"reports"/"calibration.json"
+    path = Path(run_dir) / "reports" / "calibration.json"
     kept = read_json(path) if path.is_file() else {}
-    return float(kept["temperature"]) if kept.get("class_map") == class_map_hash else 1.
+    return float(kept["temperature"]) if kept.get("class_map") == class_map_hash else 1.0
+
 
 def score_classifier(
-    p:Part # rows and model
-)->HeldOut:
+    p: Part,  # rows and model
+) -> HeldOut:
     "Singles, boxes and combos of one part, by the evaluation job's own functions."
     root, cm, device, skipped = p.run.root, p.data.class_map, pick_device(log=p.run.log), []
     todo = shots(replace(p.data, val=p.rows.iloc[:0], pool=p.rows))
     singles, combos = [s for s in todo if s.kind == "single"], [s for s in todo if s.kind == "combo"]
     model, _, size, _ = load_classifier(p.checkpoint, cm, device)
     scores = score_singles(TorchClassifier(model, size), p.data.root, singles, cm, p.cfg, skipped)
-    why, boxes, answers, seconds = without_detector(root), None, None, 0.
+    why, boxes, answers, seconds = without_detector(root), None, None, 0.0
     temperature = temperature_of(root, cm.fingerprint)
     if not why:
         from pillsnap.models.yolo import open_detector
-        detector = open_detector(root/"checkpoints"/"detector"/"best.pt", lazy=False, device=device)
+
+        detector = open_detector(root / "checkpoints" / "detector" / "best.pt", lazy=False, device=device)
         boxes = score_boxes(detector, p.data.root, [*combos, *singles], p.cfg, skipped)
-        answers, seconds = answer_combos(TorchClassifier(model, size), detector, p.data.root, combos, cm, p.cfg, temperature, skipped)
+        answers, seconds = answer_combos(
+            TorchClassifier(model, size), detector, p.data.root, combos, cm, p.cfg, temperature, skipped
+        )
     metrics, _ = single_records(scores, list(cm.keys), p.prov)
     metrics |= box_records(boxes, p.prov, why) | combo_records(answers, seconds, p.prov, why)
-    files = save_predictions(ensure_dir(root/"reports"/p.name), scores, list(cm.keys), temperature, boxes, answers)
-    sure = group_intervals(scores.whole.argmax(1), scores.labels, scores.groups, len(cm), p.cfg.train.seed) if len(scores.labels) else {}
-    return HeldOut(metrics, sure, {"detector": why} if why else {}, list({s["path"]: s for s in skipped}.values()), files=files)
+    files = save_predictions(ensure_dir(root / "reports" / p.name), scores, list(cm.keys), temperature, boxes, answers)
+    sure = (
+        group_intervals(scores.whole.argmax(1), scores.labels, scores.groups, len(cm), p.cfg.train.seed)
+        if len(scores.labels)
+        else {}
+    )
+    return HeldOut(
+        metrics, sure, {"detector": why} if why else {}, list({s["path"]: s for s in skipped}.values()), files=files
+    )
 
 # %% ../../nbs/evaluation/780_heldout.ipynb #6725fef0
 def as_delivered(
-    cfg:Config # the run's configuration
-)->Config:
+    cfg: Config,  # the run's configuration
+) -> Config:
     "The same photos from the delivery itself: a stage's pack holds no sealed photo."
     tree = cfg.to_dict()
     tree["pack"]["enabled"], tree["dataloader"]["source"] = False, "delivery"
-    if cfg.retrieval.num_workers is not None: tree["dataloader"]["num_workers"] = cfg.retrieval.num_workers
+    if cfg.retrieval.num_workers is not None:
+        tree["dataloader"]["num_workers"] = cfg.retrieval.num_workers
     return Config.model_validate(tree)
 
+
 def neighbour_table(
-    gallery:Any,  # vectors of training photos
-    queries:Any,  # vectors of the part
-    keys:Sequence[str], # class keys in id order
-    k:int         # neighbours of each query: retrieval.top_k
-)->pd.DataFrame:  # query, true, rank, neighbour, class, cosine
+    gallery: Any,  # vectors of training photos
+    queries: Any,  # vectors of the part
+    keys: Sequence[str],  # class keys in id order
+    k: int,  # neighbours of each query: retrieval.top_k
+) -> pd.DataFrame:  # query, true, rank, neighbour, class, cosine
     "The k nearest training photos of every query, nearest first."
     cosines, rows = (t.cpu().numpy() for t in nearest(gallery.vectors, queries.vectors, k))
     key, n = np.asarray(keys, object), rows.shape[1]
-    return pd.DataFrame({"query": np.repeat(queries.paths, n), "true": np.repeat(key[queries.labels], n), "rank": np.tile(np.arange(1, n + 1), len(rows)),
-                         "neighbour": np.asarray(gallery.paths, object)[rows.ravel()], "class": key[gallery.labels[rows.ravel()]], "cosine": cosines.ravel().round(5)})
+    return pd.DataFrame(
+        {
+            "query": np.repeat(queries.paths, n),
+            "true": np.repeat(key[queries.labels], n),
+            "rank": np.tile(np.arange(1, n + 1), len(rows)),
+            "neighbour": np.asarray(gallery.paths, object)[rows.ravel()],
+            "class": key[gallery.labels[rows.ravel()]],
+            "cosine": cosines.ravel().round(5),
+        }
+    )
 
 # %% ../../nbs/evaluation/780_heldout.ipynb #c4999936
 def score_retrieval(
-    p:Part # rows and model
-)->HeldOut:
+    p: Part,  # rows and model
+) -> HeldOut:
     "Recall@K of one part among the training photos."
     import time
+
     cm, r, device, t0 = p.data.class_map, p.cfg.retrieval, pick_device(log=p.run.log), time.perf_counter()
     model, _, _, _ = load_classifier(p.checkpoint, cm, device)
-    loaders = [validation_loader(rows, p.data, as_delivered(p.cfg), cache=False, log=p.run.log, device=device) for rows in (p.data.train, p.rows)]
+    loaders = [
+        validation_loader(rows, p.data, as_delivered(p.cfg), cache=False, log=p.run.log, device=device)
+        for rows in (p.data.train, p.rows)
+    ]
     gallery, queries = (embed_photos(model, dl, device) for dl in loaders)
     group = dict(zip(p.data.train["path"], p.data.train["group_id"])) | dict(zip(p.rows["path"], p.rows["group_id"]))
-    found = recall_at_k(gallery, queries, r.recall_k_values, ([group[q] for q in gallery.paths], [group[q] for q in queries.paths]))
+    found = recall_at_k(
+        gallery, queries, r.recall_k_values, ([group[q] for q in gallery.paths], [group[q] for q in queries.paths])
+    )
     table = neighbour_table(gallery, queries, list(cm.keys), r.top_k)
-    answers, took, note = gallery.labels[nearest(gallery.vectors, queries.vectors, 1)[1].cpu().numpy()[:, 0]], time.perf_counter() - t0, f"among {len(gallery.labels)} training photos, exact search"
+    answers, took, note = (
+        gallery.labels[nearest(gallery.vectors, queries.vectors, 1)[1].cpu().numpy()[:, 0]],
+        time.perf_counter() - t0,
+        f"among {len(gallery.labels)} training photos, exact search",
+    )
     rec = lambda name, value: p.prov.metric(name, value, found["n"], took, note=note)
     metrics = {f"recall@{k}": rec(f"recall@{k}", found[f"recall@{k}"]) for k in r.recall_k_values}
-    metrics |= {"accuracy": rec("accuracy", accuracy(answers, queries.labels)), "macro_f1": rec("macro_f1", macro_f1(answers, queries.labels, len(cm)))}
-    path = ensure_dir(p.run.root/"reports"/p.name)/"neighbours.csv"
-    with atomic_path(path) as tmp: table.to_csv(tmp, index=False, lineterminator="\n")
+    metrics |= {
+        "accuracy": rec("accuracy", accuracy(answers, queries.labels)),
+        "macro_f1": rec("macro_f1", macro_f1(answers, queries.labels, len(cm))),
+    }
+    path = ensure_dir(p.run.root / "reports" / p.name) / "neighbours.csv"
+    with atomic_path(path) as tmp:
+        table.to_csv(tmp, index=False, lineterminator="\n")
     sure = group_intervals(answers, queries.labels, [group[q] for q in queries.paths], len(cm), p.cfg.train.seed)
-    return HeldOut(metrics, sure, {"detector": "the retrieval family has none"}, list(loaders[1].skipped.values()), files=[path])
+    return HeldOut(
+        metrics, sure, {"detector": "the retrieval family has none"}, list(loaders[1].skipped.values()), files=[path]
+    )
 
 # %% ../../nbs/evaluation/780_heldout.ipynb #40a52410
 def model_path(
-    cfg:Config # project.family
-)->str:        # relative to the run folder
+    cfg: Config,  # project.family
+) -> str:  # relative to the run folder
     "The checkpoint that answers for a family."
     return "checkpoints/retrieval/best.pt" if cfg.project.family == "retrieval" else "checkpoints/classifier/best.pt"
 
+
 def score_part(
-    p:Part # rows and model
-)->HeldOut:
+    p: Part,  # rows and model
+) -> HeldOut:
     "Score the closed-set photos of a part; photos of drugs that training does not hold are counted and not opened."
     known, others = closed_set(p.rows, p.data)
-    if p.cfg.project.family != "two_stage": known = known[known["kind"] == "single"].reset_index(drop=True)
+    if p.cfg.project.family != "two_stage":
+        known = known[known["kind"] == "single"].reset_index(drop=True)
     if not (known["kind"] == "single").any():
-        raise PillsnapError("no single photo of this part shows a drug that training holds: a closed-set figure cannot be measured", where=p.run.root, fix="a split by drug has none; split by capture group")
+        raise PillsnapError(
+            "no single photo of this part shows a drug that training holds: a closed-set figure cannot be measured",
+            where=p.run.root,
+            fix="a split by drug has none; split by capture group",
+        )
     p = replace(p, rows=known)
     got = score_retrieval(p) if p.cfg.project.family == "retrieval" else score_classifier(p)
     return replace(got, other_drugs=others)
 
 # %% ../../nbs/evaluation/780_heldout.ipynb #2de8e06d
 def part_of(
-    run:RunFolder,  # the run
-    cfg:Config,     # its configuration
-    split:str,      # val | test
-    checkpoint:str|os.PathLike="" # "" = best.pt of the family
-)->Part:
+    run: RunFolder,  # the run
+    cfg: Config,  # its configuration
+    split: str,  # val | test
+    checkpoint: str | os.PathLike = "",  # "" = best.pt of the family
+) -> Part:
     "Rows and model of one part; no photo is opened."
-    if split not in ("val", "test"): raise PillsnapError(f"there is no split {split!r} to evaluate", fix="--split val or --split test")
+    if split not in ("val", "test"):
+        raise PillsnapError(f"there is no split {split!r} to evaluate", fix="--split val or --split test")
     data = load_stage(run.root, cfg.data.progressive_validation.current_stage)
     rows = data.val if split == "val" else sealed_rows(run.root, data)
-    path = Path(checkpoint) if checkpoint else run.root/model_path(cfg)
-    if not path.is_file(): raise PillsnapError("there is no such checkpoint", where=path, fix="train the run first, or name a file with --checkpoint")
+    path = Path(checkpoint) if checkpoint else run.root / model_path(cfg)
+    if not path.is_file():
+        raise PillsnapError(
+            "there is no such checkpoint", where=path, fix="train the run first, or name a file with --checkpoint"
+        )
     return Part(run, cfg, data, rows, path.absolute(), f"evaluate_{split}")
 
+
 def models_of(
-    p:Part # with its checkpoint
-)->dict[str,str]: # path relative to the run folder where it lies there → sha256
+    p: Part,  # with its checkpoint
+) -> dict[str, str]:  # path relative to the run folder where it lies there → sha256
     "Every model that will answer, by its content."
     root, names = p.run.root, [p.checkpoint]
-    if p.cfg.project.family == "two_stage" and not without_detector(root): names.append(root/"checkpoints"/"detector"/"best.pt")
+    if p.cfg.project.family == "two_stage" and not without_detector(root):
+        names.append(root / "checkpoints" / "detector" / "best.pt")
     return {(n.relative_to(root).as_posix() if n.is_relative_to(root) else str(n)): sha256_file(n) for n in names}
 
 # %% ../../nbs/evaluation/780_heldout.ipynb #0de2410b
 def advise_retrieval(
-    p:Part,      # validation photos and the model
-    got:HeldOut  # what was measured on them
-)->Advice:       # as written to reports/advisor.json
+    p: Part,  # validation photos and the model
+    got: HeldOut,  # what was measured on them
+) -> Advice:  # as written to reports/advisor.json
     "The advisor's word on a retrieval run."
-    root, path, n = p.run.root, p.run.root/"reports"/"metrics.json", got.metrics["accuracy"].n
+    root, path, n = p.run.root, p.run.root / "reports" / "metrics.json", got.metrics["accuracy"].n
     history = read_json(path).get("history", []) if path.is_file() else []
     seen = p.rows.loc[p.rows["kind"] == "single", "class_key"].nunique()
     counts = p.data.train.loc[p.data.train["kind"] == "single", "class_key"].value_counts()
     took = got.metrics["accuracy"].seconds
-    own = {"class_coverage": p.prov.metric("class_coverage", seen/len(p.data.class_map), len(p.data.class_map), took), "data_loading_s": data_loading_record(root, p.cfg, p.prov),
-           "class_imbalance_ratio": p.prov.metric("class_imbalance_ratio", float(counts.max()/counts.min()), len(counts), took, note="train photos")}
-    if "recall@5" in got.metrics: own["top5"] = replace(got.metrics["recall@5"], name="top5")
+    own = {
+        "class_coverage": p.prov.metric("class_coverage", seen / len(p.data.class_map), len(p.data.class_map), took),
+        "data_loading_s": data_loading_record(root, p.cfg, p.prov),
+        "class_imbalance_ratio": p.prov.metric(
+            "class_imbalance_ratio", float(counts.max() / counts.min()), len(counts), took, note="train photos"
+        ),
+    }
+    if "recall@5" in got.metrics:
+        own["top5"] = replace(got.metrics["recall@5"], name="top5")
     metrics = got.metrics | training_records(history, p.prov) | own
-    doc = {"photos": {"singles": n}, "absent": got.absent, "inputs": {}, "metrics": {k: m.to_dict() for k, m in metrics.items()}, "corruption": len(got.skipped)/(n + len(got.skipped))}
-    advice = evaluate_and_recommend(p.data.stage, advisor_facts(root, p.cfg, doc, metrics, []), p.cfg.evaluation.advisor_thresholds)
+    doc = {
+        "photos": {"singles": n},
+        "absent": got.absent,
+        "inputs": {},
+        "metrics": {k: m.to_dict() for k, m in metrics.items()},
+        "corruption": len(got.skipped) / (n + len(got.skipped)),
+    }
+    advice = evaluate_and_recommend(
+        p.data.stage, advisor_facts(root, p.cfg, doc, metrics, []), p.cfg.evaluation.advisor_thresholds
+    )
     write_advice(root, advice)
     return advice
 
 # %% ../../nbs/evaluation/780_heldout.ipynb #c325878a
 def report_of(
-    p:Part,           # what was scored
-    got:HeldOut,      # what was measured
-    models:Mapping[str,str] # checkpoints with their sha256
-)->dict[str,Any]:     # JSON types
+    p: Part,  # what was scored
+    got: HeldOut,  # what was measured
+    models: Mapping[str, str],  # checkpoints with their sha256
+) -> dict[str, Any]:  # JSON types
     "The fields that every report of a part has."
-    return {"run_id": run_id(p.run.root), "made": datetime.now(timezone.utc).isoformat(timespec="seconds"), "family": p.cfg.project.family, "stage": p.data.stage, "data": p.prov.data,
-            "label": "" if p.prov.data == "aihub" else f"{p.prov.data} data: no statement about real pills", "models": dict(models), "metrics": {k: m.to_dict() for k, m in got.metrics.items()},
-            "intervals_95": {k: list(v) for k, v in got.intervals.items()}, "absent": got.absent, "skipped": got.skipped, "photos_of_other_drugs": got.other_drugs, "files": [f.relative_to(p.run.root).as_posix() for f in got.files]}
+    return {
+        "run_id": run_id(p.run.root),
+        "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "family": p.cfg.project.family,
+        "stage": p.data.stage,
+        "data": p.prov.data,
+        "label": "" if p.prov.data == "aihub" else f"{p.prov.data} data: no statement about real pills",
+        "models": dict(models),
+        "metrics": {k: m.to_dict() for k, m in got.metrics.items()},
+        "intervals_95": {k: list(v) for k, v in got.intervals.items()},
+        "absent": got.absent,
+        "skipped": got.skipped,
+        "photos_of_other_drugs": got.other_drugs,
+        "files": [f.relative_to(p.run.root).as_posix() for f in got.files],
+    }
+
 
 def figures_of(
-    got:HeldOut, # what was measured
-    data:str     # aihub | synthetic | other
-)->str:
+    got: HeldOut,  # what was measured
+    data: str,  # aihub | synthetic | other
+) -> str:
     "One line per figure: value, interval, n, and what it was measured on."
-    def line(m:Metric)->str:
-        if not m.measured: return f"  {m.name:<22} NOT_MEASURED ({m.note or '; '.join(m.doubts())})"
+
+    def line(m: Metric) -> str:
+        if not m.measured:
+            return f"  {m.name:<22} NOT_MEASURED ({m.note or '; '.join(m.doubts())})"
         sure = "" if m.name not in got.intervals else " [{:.3f}, {:.3f}]".format(*got.intervals[m.name])
         return f"  {m.name:<22} {float(m.value):.4f}{sure}, n={m.n}, {data}"
+
     return "\n".join(line(m) for m in got.metrics.values())
 
 # %% ../../nbs/evaluation/780_heldout.ipynb #36889398
 def evaluate_split(
-    run_dir:str|os.PathLike, # run folder
-    split:str="val",         # val | test
-    checkpoint:str|os.PathLike="", # "" = best.pt of the family
-    reason:str="",           # test only: why it is opened; kept in the ledger
-    confirm:str="",          # test only: the run's id, typed out
-    unseal:bool=False        # test only: open it again; recorded
-)->tuple[dict[str,Any],HeldOut]: # the report as written, and what was measured
+    run_dir: str | os.PathLike,  # run folder
+    split: str = "val",  # val | test
+    checkpoint: str | os.PathLike = "",  # "" = best.pt of the family
+    reason: str = "",  # test only: why it is opened; kept in the ledger
+    confirm: str = "",  # test only: the run's id, typed out
+    unseal: bool = False,  # test only: open it again; recorded
+) -> tuple[dict[str, Any], HeldOut]:  # the report as written, and what was measured
     "Score one part of a run's split and write reports/evaluate_SPLIT.json."
     root, name = Path(run_dir).absolute(), f"reports/evaluate_{split}.json"
-    if not (root/"config.yaml").is_file(): raise PillsnapError("this is not a run folder", where=root, fix="name a folder that `pillsnap run` has made, with --run")
-    cfg, look = load_config(str(root/"config.yaml")), Look("evaluate", name, reason, confirm, unseal)
-    if split == "test": refuse_sealed(root, look, Path(checkpoint).absolute() if checkpoint else model_path(cfg))
+    if not (root / "config.yaml").is_file():
+        raise PillsnapError(
+            "this is not a run folder", where=root, fix="name a folder that `pillsnap run` has made, with --run"
+        )
+    cfg, look = load_config(str(root / "config.yaml")), Look("evaluate", name, reason, confirm, unseal)
+    if split == "test":
+        refuse_sealed(root, look, Path(checkpoint).absolute() if checkpoint else model_path(cfg))
     run = RunFolder(root, "evaluate")
     with FolderLock(root):
         p = part_of(run, cfg, split, checkpoint)
         look = replace(look, data=p.prov.data, models=models_of(p))
         opening = open_sealed(root, look) if split == "test" else None
-        if cfg.train.num_threads: torch.set_num_threads(cfg.train.num_threads)
+        if cfg.train.num_threads:
+            torch.set_num_threads(cfg.train.num_threads)
         got = score_part(p)
-        note = "these photos chose the checkpoint: the figures are too good by an unknown amount" if split == "val" else "sealed photos, opened once"
-        doc = {"schema": "pillsnap.heldout/1", "split": split, **report_of(p, got, look.models), "note": note, "opening": opening["seq"] if opening else None}
+        note = (
+            "these photos chose the checkpoint: the figures are too good by an unknown amount"
+            if split == "val"
+            else "sealed photos, opened once"
+        )
+        doc = {
+            "schema": "pillsnap.heldout/1",
+            "split": split,
+            **report_of(p, got, look.models),
+            "note": note,
+            "opening": opening["seq"] if opening else None,
+        }
         if split == "val" and cfg.project.family == "retrieval" and not checkpoint:
             advice = advise_retrieval(p, got)
-            doc["advice"] = {k: getattr(advice, k) for k in ("recommendation", "performance_score", "message", "checks", "unmeasured", "does_not_apply")}
-        save_json(doc, root/name)
-        if opening: close_sealed(root, opening)
+            doc["advice"] = {
+                k: getattr(advice, k)
+                for k in ("recommendation", "performance_score", "message", "checks", "unmeasured", "does_not_apply")
+            }
+        save_json(doc, root / name)
+        if opening:
+            close_sealed(root, opening)
     run.close()
     return doc, got
 
 # %% ../../nbs/evaluation/780_heldout.ipynb #399b277f
 def evaluate_command(
-    run_dir:str|os.PathLike, # run folder
-    split:str="val",         # val | test
-    checkpoint:str|os.PathLike="", # "" = best.pt of the family
-    reason:str="",           # test only: why it is opened
-    confirm:str="",          # test only: the run's id, typed out
-    unseal:bool=False        # test only: open it again
-)->None:
+    run_dir: str | os.PathLike,  # run folder
+    split: str = "val",  # val | test
+    checkpoint: str | os.PathLike = "",  # "" = best.pt of the family
+    reason: str = "",  # test only: why it is opened
+    confirm: str = "",  # test only: the run's id, typed out
+    unseal: bool = False,  # test only: open it again
+) -> None:
     "What `pillsnap evaluate` does."
     doc, got = evaluate_split(run_dir, split, checkpoint, reason, confirm, unseal)
-    print(f"{split} of run {doc['run_id']}, stage {doc['stage']}, {doc['family']}" + (f" ({doc['label']})" if doc["label"] else ""))
+    print(
+        f"{split} of run {doc['run_id']}, stage {doc['stage']}, {doc['family']}"
+        + (f" ({doc['label']})" if doc["label"] else "")
+    )
     print(figures_of(got, doc["data"]))
-    if doc["photos_of_other_drugs"]: print(f"  {doc['photos_of_other_drugs']} photos show drugs that training does not hold: not opened")
-    if "advice" in doc: print(f"  advisor: {doc['advice']['recommendation']}, score {doc['advice']['performance_score']:.2f}: {doc['advice']['message']}")
-    print(f"  {doc['note']}\n  written to {Path(run_dir)/'reports'/f'evaluate_{split}.json'} and {', '.join(doc['files'])}")
+    if doc["photos_of_other_drugs"]:
+        print(f"  {doc['photos_of_other_drugs']} photos show drugs that training does not hold: not opened")
+    if "advice" in doc:
+        print(
+            f"  advisor: {doc['advice']['recommendation']}, score {doc['advice']['performance_score']:.2f}: {doc['advice']['message']}"
+        )
+    print(
+        f"  {doc['note']}\n  written to {Path(run_dir) / 'reports' / f'evaluate_{split}.json'} and {', '.join(doc['files'])}"
+    )

@@ -20,141 +20,189 @@ from ..core.plots import use_house_style
 from ..core.records import Metric, Provenance, hardware
 
 # %% ../../nbs/evaluation/710_latency.ipynb #04ea333b
-WARMUP, RUNS, BATCH, PRECISION = 20, 200, 1, "fp16"   # SPEC EV6, X10
-PROTOCOL_GPU = "RTX 5080"                             # the hardware the sources' targets speak of
+WARMUP, RUNS, BATCH, PRECISION = 20, 200, 1, "fp16"  # SPEC EV6, X10
+PROTOCOL_GPU = "RTX 5080"  # the hardware the sources' targets speak of
 PERCENTILES = (50, 95)
 
 # %% ../../nbs/evaluation/710_latency.ipynb #20ff5aa2
 @dataclass(frozen=True)
 class Latency:
     "One percentile of one scope, with everything that makes it comparable."
-    scope:str      # what was timed, such as "single" (a photo's bytes to its answer)
-    percentile:int # 50 or 95
-    batch:int      # photos per call
-    precision:str  # fp16, bf16 or fp32, as the model really ran
-    warmup:int     # untimed calls before
-    metric:Metric  # the figure in ms; n = timed calls, hardware inside
-    provider:str="" # what computed it: "torch cuda", "CPUExecutionProvider"; "" = not recorded
 
-    def to_dict(self)->dict[str,Any]:
+    scope: str  # what was timed, such as "single" (a photo's bytes to its answer)
+    percentile: int  # 50 or 95
+    batch: int  # photos per call
+    precision: str  # fp16, bf16 or fp32, as the model really ran
+    warmup: int  # untimed calls before
+    metric: Metric  # the figure in ms; n = timed calls, hardware inside
+    provider: str = ""  # what computed it: "torch cuda", "CPUExecutionProvider"; "" = not recorded
+
+    def to_dict(self) -> dict[str, Any]:
         "Plain JSON types."
         return {**asdict(self), "metric": self.metric.to_dict()}
 
 # %% ../../nbs/evaluation/710_latency.ipynb #97472779
 def on_gpu(
-    provider:str # of a Latency
-)->bool:
+    provider: str,  # of a Latency
+) -> bool:
     "Whether all of it was computed by a GPU."
     return "cuda" in provider.lower() and "CPU" not in provider
 
 # %% ../../nbs/evaluation/710_latency.ipynb #9b685cee
 def latency_from_dict(
-    d:dict # what Latency.to_dict wrote
-)->Latency:
+    d: dict,  # what Latency.to_dict wrote
+) -> Latency:
     "The record back from JSON."
     return Latency(**{**d, "metric": Metric.from_dict(d["metric"])})
 
 # %% ../../nbs/evaluation/710_latency.ipynb #e5496293
 def time_calls(
-    answer:Callable[[],Any], # one complete answer; must return host data
-    warmup:int=WARMUP,       # untimed calls
-    runs:int=RUNS            # timed calls
-)->np.ndarray:               # milliseconds per call [runs]
+    answer: Callable[[], Any],  # one complete answer; must return host data
+    warmup: int = WARMUP,  # untimed calls
+    runs: int = RUNS,  # timed calls
+) -> np.ndarray:  # milliseconds per call [runs]
     "Time single calls, after a warm-up (SPEC EV6)."
-    for _ in range(warmup): answer()
+    for _ in range(warmup):
+        answer()
     ms, was_on = np.empty(runs), gc.isenabled()
-    gc.collect(); gc.disable()
+    gc.collect()
+    gc.disable()
     try:
         for i in range(runs):
-            t = time.perf_counter(); answer()
-            ms[i] = (time.perf_counter() - t)*1e3
+            t = time.perf_counter()
+            answer()
+            ms[i] = (time.perf_counter() - t) * 1e3
     finally:
-        if was_on: gc.enable()
+        if was_on:
+            gc.enable()
     return ms
 
 # %% ../../nbs/evaluation/710_latency.ipynb #e93b62db
 def measure_latency(
-    answer:Callable[[],Any], # one complete answer; must return host data
-    scope:str,               # what that call does
-    prov:Provenance,         # data and class map of the photos answered
-    warmup:int=WARMUP,       # untimed calls
-    runs:int=RUNS,           # timed calls
-    precision:str="fp32",    # as the model really runs
-    batch:int=BATCH,         # photos per call
-    provider:str="torch cpu" # what computes: torch and its device, or onnxruntime's provider
-)->tuple[list[Latency],np.ndarray]: # p50 and p95, and every timing in ms
+    answer: Callable[[], Any],  # one complete answer; must return host data
+    scope: str,  # what that call does
+    prov: Provenance,  # data and class map of the photos answered
+    warmup: int = WARMUP,  # untimed calls
+    runs: int = RUNS,  # timed calls
+    precision: str = "fp32",  # as the model really runs
+    batch: int = BATCH,  # photos per call
+    provider: str = "torch cpu",  # what computes: torch and its device, or onnxruntime's provider
+) -> tuple[list[Latency], np.ndarray]:  # p50 and p95, and every timing in ms
     "Measure one scope by the protocol (SPEC EV6)."
-    if runs < 1: raise PillsnapError("a latency needs at least one timed call", where="evaluation.latency_runs")
+    if runs < 1:
+        raise PillsnapError("a latency needs at least one timed call", where="evaluation.latency_runs")
     ms = time_calls(answer, warmup, runs)
-    def row(q:int)->Latency:
+
+    def row(q: int) -> Latency:
         note = f"batch {batch}, {precision}, {provider}, {warmup} warm-up"
-        m = prov.metric(f"latency_{scope}_p{q}_ms", float(np.percentile(ms, q)), n=runs, seconds=float(ms.sum()/1e3), note=note)
+        m = prov.metric(
+            f"latency_{scope}_p{q}_ms", float(np.percentile(ms, q)), n=runs, seconds=float(ms.sum() / 1e3), note=note
+        )
         return Latency(scope, q, batch, precision, warmup, replace(m, hardware=hardware(on_gpu(provider))), provider)
+
     return [row(q) for q in PERCENTILES], ms
 
 # %% ../../nbs/evaluation/710_latency.ipynb #49d9ec7b
 def protocol_gap(
-    row:Latency # a measurement
-)->list[str]:   # what departs from the protocol, in words; [] = comparable
+    row: Latency,  # a measurement
+) -> list[str]:  # what departs from the protocol, in words; [] = comparable
     "Why a latency may not be judged (SPEC EV6, X9, X10)."
     gap = []
     if PROTOCOL_GPU not in row.metric.hardware or not on_gpu(row.provider):
         by = row.provider or "an unrecorded provider"
-        gap.append(f"measured on {row.metric.hardware or 'unnamed hardware'} by {by}, the targets are for an {PROTOCOL_GPU}")
-    if row.precision != PRECISION: gap.append(f"ran in {row.precision}, the protocol says {PRECISION}")
-    if row.batch != BATCH: gap.append(f"batch {row.batch}, the protocol says {BATCH}")
-    if row.warmup < WARMUP: gap.append(f"{row.warmup} warm-up calls, the protocol says {WARMUP}")
-    if (row.metric.n or 0) < RUNS: gap.append(f"{row.metric.n or 0} timed calls, the protocol says {RUNS}")
+        gap.append(
+            f"measured on {row.metric.hardware or 'unnamed hardware'} by {by}, the targets are for an {PROTOCOL_GPU}"
+        )
+    if row.precision != PRECISION:
+        gap.append(f"ran in {row.precision}, the protocol says {PRECISION}")
+    if row.batch != BATCH:
+        gap.append(f"batch {row.batch}, the protocol says {BATCH}")
+    if row.warmup < WARMUP:
+        gap.append(f"{row.warmup} warm-up calls, the protocol says {WARMUP}")
+    if (row.metric.n or 0) < RUNS:
+        gap.append(f"{row.metric.n or 0} timed calls, the protocol says {RUNS}")
     return gap
 
 # %% ../../nbs/evaluation/710_latency.ipynb #ea97f439
 @dataclass(frozen=True)
 class LatencyTarget:
     "A latency that a source asks for."
-    source:str          # which source document
-    scope:str           # single, combo, detector, classifier, api, onnx_single
-    percentile:int      # the percentile held against it
-    ms:float            # at most, milliseconds
-    stage:int|None=None # a stage 1-4; None = at any
-    gate:bool=False     # decides the stage gate
 
-LATENCY_TARGETS:tuple[LatencyTarget,...] = (
-    *(LatencyTarget("D-12", "single", 95, ms, stage, gate=True) for stage, ms in ((1, 220.), (2, 220.), (3, 200.), (4, 200.))),
-    LatencyTarget("A", "single", 95, 150.), LatencyTarget("A, I/O note", "single", 95, 50.),
-    LatencyTarget("C", "single", 95, 200., 3), LatencyTarget("C", "single", 95, 200., 4),
-    LatencyTarget("D-14", "detector", 95, 50., 1), LatencyTarget("D-14", "classifier", 95, 10., 1),
-    LatencyTarget("D-14", "api", 95, 100., 3), LatencyTarget("D-14", "single", 95, 30., 4),
-    LatencyTarget("N, target", "onnx_single", 95, 50.), LatencyTarget("N, minimum", "onnx_single", 95, 100.))
+    source: str  # which source document
+    scope: str  # single, combo, detector, classifier, api, onnx_single
+    percentile: int  # the percentile held against it
+    ms: float  # at most, milliseconds
+    stage: int | None = None  # a stage 1-4; None = at any
+    gate: bool = False  # decides the stage gate
+
+
+LATENCY_TARGETS: tuple[LatencyTarget, ...] = (
+    *(
+        LatencyTarget("D-12", "single", 95, ms, stage, gate=True)
+        for stage, ms in ((1, 220.0), (2, 220.0), (3, 200.0), (4, 200.0))
+    ),
+    LatencyTarget("A", "single", 95, 150.0),
+    LatencyTarget("A, I/O note", "single", 95, 50.0),
+    LatencyTarget("C", "single", 95, 200.0, 3),
+    LatencyTarget("C", "single", 95, 200.0, 4),
+    LatencyTarget("D-14", "detector", 95, 50.0, 1),
+    LatencyTarget("D-14", "classifier", 95, 10.0, 1),
+    LatencyTarget("D-14", "api", 95, 100.0, 3),
+    LatencyTarget("D-14", "single", 95, 30.0, 4),
+    LatencyTarget("N, target", "onnx_single", 95, 50.0),
+    LatencyTarget("N, minimum", "onnx_single", 95, 100.0),
+)
 
 # %% ../../nbs/evaluation/710_latency.ipynb #fa2280ef
 def latency_table(
-    measured:Iterable[Latency], # what was measured
-    stage:int|None=None         # keep the targets of this stage and those of any; None = all
-)->list[dict[str,Any]]:         # one row per target: source, scope, target_ms, measured_ms, verdict, why
+    measured: Iterable[Latency],  # what was measured
+    stage: int | None = None,  # keep the targets of this stage and those of any; None = all
+) -> list[dict[str, Any]]:  # one row per target: source, scope, target_ms, measured_ms, verdict, why
     "Every target beside the measurement of its scope (SPEC X9)."
-    nearest_last = sorted(measured, key=lambda r: -len(protocol_gap(r)))   # of several of one scope: the CPU, the GPU, in fp32, in fp16
+    nearest_last = sorted(
+        measured, key=lambda r: -len(protocol_gap(r))
+    )  # of several of one scope: the CPU, the GPU, in fp32, in fp16
     have, rows = {(r.scope, r.percentile): r for r in nearest_last}, []
     for t in LATENCY_TARGETS:
-        if stage is not None and t.stage not in (None, stage): continue
+        if stage is not None and t.stage not in (None, stage):
+            continue
         r = have.get((t.scope, t.percentile))
         ok = r is not None and r.metric.measured
         gap = protocol_gap(r) if ok else [f"nothing measured for {t.scope} p{t.percentile}"]
-        verdict = ("NOT_MEASURED" if not ok else "NOT_COMPARABLE" if gap else "met" if r.metric.value <= t.ms else "missed")
-        rows.append({**asdict(t), "measured_ms": r.metric.value if ok else None, "precision": r.precision if ok else None, "provider": r.provider if ok else None, "verdict": verdict, "why": "; ".join(gap)})
+        verdict = (
+            "NOT_MEASURED" if not ok else "NOT_COMPARABLE" if gap else "met" if r.metric.value <= t.ms else "missed"
+        )
+        rows.append(
+            {
+                **asdict(t),
+                "measured_ms": r.metric.value if ok else None,
+                "precision": r.precision if ok else None,
+                "provider": r.provider if ok else None,
+                "verdict": verdict,
+                "why": "; ".join(gap),
+            }
+        )
     return rows
 
 # %% ../../nbs/evaluation/710_latency.ipynb #c4cae005
 def plot_latency(
-    timings:dict[str,np.ndarray], # scope → milliseconds per call
-    hardware:str=""               # written under the title
-):                                # a matplotlib Figure
+    timings: dict[str, np.ndarray],  # scope → milliseconds per call
+    hardware: str = "",  # written under the title
+):  # a matplotlib Figure
     "Histogram of each scope with its p50 and p95 (SPEC EV6)."
     import matplotlib.pyplot as plt
+
     use_house_style()
-    fig, axes = plt.subplots(1, max(len(timings), 1), figsize=(3.1*max(len(timings), 1), 2.5), squeeze=False)
+    fig, axes = plt.subplots(1, max(len(timings), 1), figsize=(3.1 * max(len(timings), 1), 2.5), squeeze=False)
     for ax, (scope, ms) in zip(axes[0], timings.items()):
         ax.hist(ms[ms <= np.percentile(ms, 99)], bins=30, color="#4c78a8")
-        for q, style in zip(PERCENTILES, ("--", "-")): ax.axvline(np.percentile(ms, q), color="#e45756", ls=style, lw=1.2, label=f"p{q} {np.percentile(ms, q):.3g} ms")
-        ax.locator_params(axis="x", nbins=4); ax.set(title=scope, xlabel="ms per answer", yticks=[]); ax.legend(fontsize=7, frameon=False)
-    if hardware: fig.suptitle(hardware, fontsize=7)
+        for q, style in zip(PERCENTILES, ("--", "-")):
+            ax.axvline(
+                np.percentile(ms, q), color="#e45756", ls=style, lw=1.2, label=f"p{q} {np.percentile(ms, q):.3g} ms"
+            )
+        ax.locator_params(axis="x", nbins=4)
+        ax.set(title=scope, xlabel="ms per answer", yticks=[])
+        ax.legend(fontsize=7, frameon=False)
+    if hardware:
+        fig.suptitle(hardware, fontsize=7)
     return fig

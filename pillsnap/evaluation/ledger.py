@@ -16,54 +16,71 @@ from ..core.files import atomic_path, canonical_json, sha256_text
 
 # %% ../../nbs/evaluation/740_ledger.ipynb #f41ea9e5
 LEDGER = "ledger.jsonl"
-_START = "0"*64
+_START = "0" * 64
 
-def _sealed(entry:dict[str,Any])->str:
+
+def _sealed(entry: dict[str, Any]) -> str:
     "The hash of a line, over everything in it but itself."
     return sha256_text(canonical_json({k: v for k, v in entry.items() if k != "hash"}))
 
 # %% ../../nbs/evaluation/740_ledger.ipynb #e9cf9989
 def read_ledger(
-    run_dir:str|os.PathLike # run folder
-)->list[dict[str,Any]]:     # the entries, oldest first
+    run_dir: str | os.PathLike,  # run folder
+) -> list[dict[str, Any]]:  # the entries, oldest first
     "Read the ledger and check its chain (SPEC BX7); a broken one is refused."
-    path, prev, entries = Path(run_dir)/LEDGER, _START, []
-    if not path.exists(): return []
+    path, prev, entries = Path(run_dir) / LEDGER, _START, []
+    if not path.exists():
+        return []
     for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try: e = json.loads(line)
-        except json.JSONDecodeError: e = {}
+        try:
+            e = json.loads(line)
+        except json.JSONDecodeError:
+            e = {}
         if e.get("prev") != prev or e.get("seq") != n or e.get("hash") != _sealed(e):
-            raise PillsnapError(f"the ledger was altered at line {n}", where=path, fix="restore it from a copy; a run whose ledger is broken cannot open the sealed test")
-        entries.append(e); prev = e["hash"]
+            raise PillsnapError(
+                f"the ledger was altered at line {n}",
+                where=path,
+                fix="restore it from a copy; a run whose ledger is broken cannot open the sealed test",
+            )
+        entries.append(e)
+        prev = e["hash"]
     return entries
 
 # %% ../../nbs/evaluation/740_ledger.ipynb #8d8071dd
 def append_ledger(
-    run_dir:str|os.PathLike, # run folder
-    kind:str,                # gate | decision | open | continue | result
-    **kwargs:Any             # what happened, JSON types
-)->dict[str,Any]:            # the new entry
+    run_dir: str | os.PathLike,  # run folder
+    kind: str,  # gate | decision | open | continue | result
+    **kwargs: Any,  # what happened, JSON types
+) -> dict[str, Any]:  # the new entry
     "Add a line to the chain, atomically."
     entries = read_ledger(run_dir)
-    e = {"seq": len(entries) + 1, "at": datetime.now(timezone.utc).isoformat(timespec="seconds"), "kind": kind, **kwargs, "prev": entries[-1]["hash"] if entries else _START}
+    e = {
+        "seq": len(entries) + 1,
+        "at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "kind": kind,
+        **kwargs,
+        "prev": entries[-1]["hash"] if entries else _START,
+    }
     e["hash"] = _sealed(e)
-    with atomic_path(Path(run_dir)/LEDGER) as tmp: tmp.write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in [*entries, e]), encoding="utf-8")
+    with atomic_path(Path(run_dir) / LEDGER) as tmp:
+        tmp.write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in [*entries, e]), encoding="utf-8")
     return e
 
 # %% ../../nbs/evaluation/740_ledger.ipynb #39144a4d
 def record_decision(
-    run_dir:str|os.PathLike, # run folder
-    by:str,                  # who decides
-    reason:str               # why stage 4 counts as done without a GO
-)->dict[str,Any]:            # the ledger's entry
+    run_dir: str | os.PathLike,  # run folder
+    by: str,  # who decides
+    reason: str,  # why stage 4 counts as done without a GO
+) -> dict[str, Any]:  # the ledger's entry
     "A person takes responsibility (SPEC EV5)."
-    if not by.strip() or not reason.strip(): raise PillsnapError("a decision needs a name and a reason", fix="say who decides, and why")
+    if not by.strip() or not reason.strip():
+        raise PillsnapError("a decision needs a name and a reason", fix="say who decides, and why")
     return append_ledger(run_dir, "decision", stage=4, by=by.strip(), reason=reason.strip())
 
 # %% ../../nbs/evaluation/740_ledger.ipynb #269fc9a0
 def stage_4_done(
-    run_dir:str|os.PathLike # run folder
-)->dict[str,Any]|None:      # the entry that says so
+    run_dir: str | os.PathLike,  # run folder
+) -> dict[str, Any] | None:  # the entry that says so
     "The last word about stage 4: a GO, or a recorded human decision."
     about = [e for e in read_ledger(run_dir) if e.get("stage") == 4 and e["kind"] in ("gate", "decision")]
     last = about[-1] if about else None

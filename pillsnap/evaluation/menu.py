@@ -22,50 +22,71 @@ from .advisor import Advice
 
 # %% ../../nbs/evaluation/760_menu.ipynb #5a0c4620
 def advice_path(
-    run_dir:str|os.PathLike # run folder
-)->Path:
+    run_dir: str | os.PathLike,  # run folder
+) -> Path:
     "Where the advice and the choice are kept."
-    return Path(run_dir)/"reports"/"advisor.json"
+    return Path(run_dir) / "reports" / "advisor.json"
 
 # %% ../../nbs/evaluation/760_menu.ipynb #b630ea28
 def read_advice(
-    run_dir:str|os.PathLike # run folder
-)->dict[str,Any]:
+    run_dir: str | os.PathLike,  # run folder
+) -> dict[str, Any]:
     "The advice of a run, and what was chosen."
-    if not advice_path(run_dir).is_file(): raise PillsnapError("this run has no advice yet", where=advice_path(run_dir), fix="run the evaluation stage first")
+    if not advice_path(run_dir).is_file():
+        raise PillsnapError(
+            "this run has no advice yet", where=advice_path(run_dir), fix="run the evaluation stage first"
+        )
     return read_json(advice_path(run_dir))
 
 # %% ../../nbs/evaluation/760_menu.ipynb #be6256dc
 def write_advice(
-    run_dir:str|os.PathLike,  # run folder
-    advice:Advice,            # from evaluate_and_recommend
-    gate:Mapping[str,Any]|None=None # the gate's verdict, to be shown beside it
-)->dict[str,Any]:             # what was written
+    run_dir: str | os.PathLike,  # run folder
+    advice: Advice,  # from evaluate_and_recommend
+    gate: Mapping[str, Any] | None = None,  # the gate's verdict, to be shown beside it
+) -> dict[str, Any]:  # what was written
     "Write the advice; a choice made on the same advice is kept (SPEC Annex 3)."
     new = {**advice.to_dict(), "gate": dict(gate or {})}
     digest = sha256_text(canonical_json(new))
     old = read_json(advice_path(run_dir)) if advice_path(run_dir).is_file() else {}
     same, earlier = old.get("advice_digest") == digest, list(old.get("earlier_choices", []))
-    if old.get("choice") and not same: earlier.append(old["choice"])
+    if old.get("choice") and not same:
+        earlier.append(old["choice"])
     choice = old.get("choice") if same else None
-    new |= {"advice_digest": digest, "user_choice": choice["id"] if choice else None, "choice": choice, "earlier_choices": earlier}
+    new |= {
+        "advice_digest": digest,
+        "user_choice": choice["id"] if choice else None,
+        "choice": choice,
+        "earlier_choices": earlier,
+    }
     save_json(new, advice_path(run_dir))
     return new
 
 # %% ../../nbs/evaluation/760_menu.ipynb #e58798f0
 def record_choice(
-    run_dir:str|os.PathLike, # run folder
-    choice:str|int,          # an option's id, or its number from 1
-    via:str="parameter"      # widget | parameter | console
-)->dict[str,Any]:            # the record with the choice
+    run_dir: str | os.PathLike,  # run folder
+    choice: str | int,  # an option's id, or its number from 1
+    via: str = "parameter",  # widget | parameter | console
+) -> dict[str, Any]:  # the record with the choice
     "Write down what the person chose (SPEC X8)."
     rec = read_advice(run_dir)
     options = {o["id"]: o["label"] for o in rec["user_options"]}
     text = str(choice).strip()
     key = list(options)[int(text) - 1] if text.isdigit() and 1 <= int(text) <= len(options) else text
-    if key not in options: raise PillsnapError(f"there is no option {choice!r}", where="user_choice", fix="choose " + ", ".join(f"{i} or {k}" for i, k in enumerate(options, 1)))
-    chosen = {"id": key, "label": options[key], "via": via, "at": datetime.now(timezone.utc).isoformat(timespec="seconds"), "advice_digest": rec["advice_digest"]}
-    if rec["choice"]: rec["earlier_choices"].append(rec["choice"])
+    if key not in options:
+        raise PillsnapError(
+            f"there is no option {choice!r}",
+            where="user_choice",
+            fix="choose " + ", ".join(f"{i} or {k}" for i, k in enumerate(options, 1)),
+        )
+    chosen = {
+        "id": key,
+        "label": options[key],
+        "via": via,
+        "at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "advice_digest": rec["advice_digest"],
+    }
+    if rec["choice"]:
+        rec["earlier_choices"].append(rec["choice"])
     rec |= {"user_choice": key, "choice": chosen}
     save_json(rec, advice_path(run_dir))
     return rec
@@ -74,48 +95,60 @@ def record_choice(
 _INK = {"RECOMMEND_PROCEED": "#1a7f37", "SUGGEST_OPTIMIZE": "#9a6700", "WARN_STOP": "#cf222e", "CRITICAL": "#a40e26"}
 _LIGHT = {"RECOMMEND_PROCEED": "#4ac26b", "SUGGEST_OPTIMIZE": "#eac54f", "WARN_STOP": "#ff8182", "CRITICAL": "#ff8182"}
 _BAR = {"met": "#2da44e", "missed": "#d4a72c", "NOT_MEASURED": "#afb8c1", "NOT_COMPARABLE": "#afb8c1"}
-_GREY, _PAPER = "#57606a", "background:#fff;color:#1f2328"   # what the theme of a page must not change
-_WORD = {"met": "#1a7f37", "missed": "#9a6700"}   # the bars' colours in letters, dark enough for white paper; others are grey
-_GATE = {"NO_GO": ("#cf222e", "🔴"), "NOT_MEASURED": (_GREY, "⚪"), "TIME_CAP_SUCCESS": ("#9a6700", "🟡")}   # GO has the advisor's colour
+_GREY, _PAPER = "#57606a", "background:#fff;color:#1f2328"  # what the theme of a page must not change
+_WORD = {
+    "met": "#1a7f37",
+    "missed": "#9a6700",
+}  # the bars' colours in letters, dark enough for white paper; others are grey
+_GATE = {
+    "NO_GO": ("#cf222e", "🔴"),
+    "NOT_MEASURED": (_GREY, "⚪"),
+    "TIME_CAP_SUCCESS": ("#9a6700", "🟡"),
+}  # GO has the advisor's colour
 _MONO = "font-family:ui-monospace,Menlo,Consolas,monospace;font-size:12px;background:#f6f8fa;color:#1f2328"
 _MUTED = f"color:{_GREY};font-size:12px"
 
-def _esc(x:Any)->str: return html.escape(str(x))
+
+def _esc(x: Any) -> str:
+    return html.escape(str(x))
 
 # %% ../../nbs/evaluation/760_menu.ipynb #550a5c12
 def percent(
-    share:float # 0-1
-)->str:         # rounded down: 100 % is said only when it is reached
+    share: float,  # 0-1
+) -> str:  # rounded down: 100 % is said only when it is reached
     "A share as per cent."
-    return f"{int(share*100 + 1e-9)} %"
+    return f"{int(share * 100 + 1e-9)} %"
 
-def _dot(colour:str)->str:
+
+def _dot(colour: str) -> str:
     "A round signal light: an emoji needs a font that not every machine has."
     return f"<span style='display:inline-block;width:11px;height:11px;border-radius:50%;background:{colour};border:2px solid #fff;margin-right:6px'></span>"
 
 # %% ../../nbs/evaluation/760_menu.ipynb #cc96a4d8
-def _chip(text:str, ink:str)->str:
+def _chip(text: str, ink: str) -> str:
     "A small rounded label."
     return f"<span style='display:inline-block;padding:1px 8px;border-radius:10px;border:1px solid {ink};color:{ink};font-size:11px;line-height:1.5;white-space:nowrap'>{_esc(text)}</span>"
 
 # %% ../../nbs/evaluation/760_menu.ipynb #24db4974
 def gate_dot(
-    status:str # of a gate
-)->str:
+    status: str,  # of a gate
+) -> str:
     "A coloured dot for a gate's verdict; green is GO alone."
     return "🟢" if status == "GO" else _GATE.get(status, _GATE["NOT_MEASURED"])[1]
 
+
 def gate_word(
-    gate:Mapping[str,Any] # its status and reasons
-)->str:                   # empty where no gate was asked
+    gate: Mapping[str, Any],  # its status and reasons
+) -> str:  # empty where no gate was asked
     "A gate's verdict and its reasons, in one line."
     status, why = str(gate.get("status") or ""), ", ".join(gate.get("reasons", []))
     return status.replace("_", " ") + (f": {why}" if why else "")
 
+
 def advisor_word(
-    r:Mapping[str,Any],   # the record
-    gate:Mapping[str,Any] # the gate's status
-)->str:
+    r: Mapping[str, Any],  # the record
+    gate: Mapping[str, Any],  # the gate's status
+) -> str:
     "What the advisor says; where the gate is not GO, it also says whose word counts."
     said, score = r["recommendation"].replace("_", " "), percent(r["performance_score"])
     if gate.get("status") in (None, "", "GO"):
@@ -123,122 +156,203 @@ def advisor_word(
     return f"the gate decides; the advisor's own score is {score} ({said}: {r['message']})"
 
 # %% ../../nbs/evaluation/760_menu.ipynb #f7615ed2
-def _capital(text:str)->str: return text[:1].upper() + text[1:]
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
 
 def banner_html(
-    r:Mapping[str,Any] # the record
-)->str:
+    r: Mapping[str, Any],  # the record
+) -> str:
     "The gate's verdict in its colour, then the advisor's; green only where the gate is GO, or was not asked."
     gate, said = r.get("gate") or {}, r["recommendation"].replace("_", " ")
     if gate.get("status") in (None, "", "GO"):
-        ink, dot, large, size, head = _INK[r["recommendation"]], _LIGHT[r["recommendation"]], percent(r["performance_score"]), 34, said
+        ink, dot, large, size, head = (
+            _INK[r["recommendation"]],
+            _LIGHT[r["recommendation"]],
+            percent(r["performance_score"]),
+            34,
+            said,
+        )
         below = r["message"] + (f". Gate {gate_word(gate)}" if gate.get("status") else "")
     else:
         ink, dot, size = _GATE.get(gate["status"], _GATE["NOT_MEASURED"])[0], "#ffffff", 26
-        large, head, below = gate["status"].replace("_", " "), f"Gate {gate_word(gate)}", _capital(advisor_word(r, gate))
+        large, head, below = (
+            gate["status"].replace("_", " "),
+            f"Gate {gate_word(gate)}",
+            _capital(advisor_word(r, gate)),
+        )
     chips = [c for c in (gate.get("label", ""), f"{r['n_measured']} of {r['n_targets']} targets measured") if c]
-    return (f"<div style='background:{ink};color:#fff;border-radius:8px 8px 0 0;padding:14px 18px;display:flex;flex-wrap:wrap;align-items:center;gap:8px 18px'>"
-            f"<div style='font-size:{size}px;font-weight:600;line-height:1;white-space:nowrap'>{_esc(large)}</div>"
-            f"<div style='line-height:1.45;flex:1 1 240px'><div style='font-size:16px;font-weight:600;overflow-wrap:anywhere'>{_dot(dot)}{_esc(head)}</div>"
-            f"<div>{_esc(below)}</div><div style='margin-top:5px'>{' '.join(_chip(c, '#ffffff') for c in chips)}</div></div></div>")
+    return (
+        f"<div style='background:{ink};color:#fff;border-radius:8px 8px 0 0;padding:14px 18px;display:flex;flex-wrap:wrap;align-items:center;gap:8px 18px'>"
+        f"<div style='font-size:{size}px;font-weight:600;line-height:1;white-space:nowrap'>{_esc(large)}</div>"
+        f"<div style='line-height:1.45;flex:1 1 240px'><div style='font-size:16px;font-weight:600;overflow-wrap:anywhere'>{_dot(dot)}{_esc(head)}</div>"
+        f"<div>{_esc(below)}</div><div style='margin-top:5px'>{' '.join(_chip(c, '#ffffff') for c in chips)}</div></div></div>"
+    )
 
 # %% ../../nbs/evaluation/760_menu.ipynb #684ac28e
-def _value(v:float|None, unit:str)->str:
+def _value(v: float | None, unit: str) -> str:
     "A figure with its unit, or a dash."
     return "–" if v is None else f"{plain_number(v, 3)} {unit}".strip()
 
 # %% ../../nbs/evaluation/760_menu.ipynb #eddd49b1
 def bars_html(
-    r:Mapping[str,Any] # the record
-)->str:
+    r: Mapping[str, Any],  # the record
+) -> str:
     "One bar per target: how much of it is reached, and what was measured."
-    def row(b:Mapping[str,Any])->str:
+
+    def row(b: Mapping[str, Any]) -> str:
         track = f"<div style='background:#eaeef2;border-radius:4px;height:10px;width:180px'><div style='background:{_BAR[b['verdict']]};border-radius:4px;height:10px;width:{b['share']:.0%}'></div></div>"
-        name = _esc(b["name"].replace("_", " ")) + ("" if b["scored"] else f" <span style='{_MUTED}'>(shown, not scored)</span>")
+        name = _esc(b["name"].replace("_", " ")) + (
+            "" if b["scored"] else f" <span style='{_MUTED}'>(shown, not scored)</span>"
+        )
         asked, n = ("≤ " if b["lower"] else "≥ ") + _value(b["target"], b["unit"]), f"n = {b['n']}" if b["n"] else ""
-        cells = (name, track, f"<b>{_value(b['value'], b['unit'])}</b>", asked, f"<span style='{_MUTED}'>{n}</span>", _chip(b["verdict"].replace("_", " "), _WORD.get(b["verdict"], _GREY)))
-        return f"<tr title='{_esc(b['why'])}' style='{_PAPER}'>" + "".join(f"<td style='padding:4px 14px 4px 0;border:0;text-align:left;white-space:nowrap;{_PAPER}'>{c}</td>" for c in cells) + "</tr>"
-    return "<div style='overflow-x:auto'><table style='border-collapse:collapse;margin:0;font-size:13px'>" + "".join(map(row, r["bars"])) + "</table></div>"
+        cells = (
+            name,
+            track,
+            f"<b>{_value(b['value'], b['unit'])}</b>",
+            asked,
+            f"<span style='{_MUTED}'>{n}</span>",
+            _chip(b["verdict"].replace("_", " "), _WORD.get(b["verdict"], _GREY)),
+        )
+        return (
+            f"<tr title='{_esc(b['why'])}' style='{_PAPER}'>"
+            + "".join(
+                f"<td style='padding:4px 14px 4px 0;border:0;text-align:left;white-space:nowrap;{_PAPER}'>{c}</td>"
+                for c in cells
+            )
+            + "</tr>"
+        )
+
+    return (
+        "<div style='overflow-x:auto'><table style='border-collapse:collapse;margin:0;font-size:13px'>"
+        + "".join(map(row, r["bars"]))
+        + "</table></div>"
+    )
 
 # %% ../../nbs/evaluation/760_menu.ipynb #8bbae79b
 def suggestions_html(
-    r:Mapping[str,Any] # the record
-)->str:
+    r: Mapping[str, Any],  # the record
+) -> str:
     "Up to three suggestions, each with the override to paste."
-    if not r["suggestions"]: return f"<div style='{_MUTED}'>No rule has anything to suggest.</div>"
-    def card(i:int, s:Mapping[str,Any])->str:
-        return (f"<div style='margin:0 0 8px 0;line-height:1.8'><b>{i}. {_esc(_capital(s['do']))}</b> <span style='{_MUTED}'>{_esc(s['why'])}</span><br>"
-                f"<code style='{_MONO};border:1px solid #d0d7de;border-radius:4px;padding:2px 8px;user-select:all;overflow-wrap:anywhere'>{_esc(s['override'])}</code></div>")
+    if not r["suggestions"]:
+        return f"<div style='{_MUTED}'>No rule has anything to suggest.</div>"
+
+    def card(i: int, s: Mapping[str, Any]) -> str:
+        return (
+            f"<div style='margin:0 0 8px 0;line-height:1.8'><b>{i}. {_esc(_capital(s['do']))}</b> <span style='{_MUTED}'>{_esc(s['why'])}</span><br>"
+            f"<code style='{_MONO};border:1px solid #d0d7de;border-radius:4px;padding:2px 8px;user-select:all;overflow-wrap:anywhere'>{_esc(s['override'])}</code></div>"
+        )
+
     return "".join(card(i, s) for i, s in enumerate(r["suggestions"], 1))
 
 # %% ../../nbs/evaluation/760_menu.ipynb #509a7f90
-def _section(title:str, body:str)->str:
+def _section(title: str, body: str) -> str:
     return f"<div style='padding:10px 18px'><div style='{_MUTED};text-transform:uppercase;letter-spacing:.06em;margin-bottom:6px'>{_esc(title)}</div>{body}</div>"
 
+
 def choice_html(
-    r:Mapping[str,Any] # the record
-)->str:
+    r: Mapping[str, Any],  # the record
+) -> str:
     "What was chosen, or that nothing was."
     c = r.get("choice")
-    return f"<b>Recorded:</b> {_esc(c['label'])} <span style='{_MUTED}'>by {_esc(c['via'])}, {_esc(c['at'])}</span>" if c else f"<span style='{_MUTED}'>No choice recorded.</span>"
+    return (
+        f"<b>Recorded:</b> {_esc(c['label'])} <span style='{_MUTED}'>by {_esc(c['via'])}, {_esc(c['at'])}</span>"
+        if c
+        else f"<span style='{_MUTED}'>No choice recorded.</span>"
+    )
 
 # %% ../../nbs/evaluation/760_menu.ipynb #9c5b30f9
-def _card(*parts:str)->str:
+def _card(*parts: str) -> str:
     "A white card, whatever the theme."
-    return f"<div style='border:1px solid #d0d7de;border-radius:8px;{_PAPER};max-width:760px;font-family:system-ui,sans-serif;font-size:13px'>" + "".join(parts) + "</div>"
+    return (
+        f"<div style='border:1px solid #d0d7de;border-radius:8px;{_PAPER};max-width:760px;font-family:system-ui,sans-serif;font-size:13px'>"
+        + "".join(parts)
+        + "</div>"
+    )
 
 # %% ../../nbs/evaluation/760_menu.ipynb #def4314f
 def static_html(
-    r:Mapping[str,Any] # the record
-)->str:
+    r: Mapping[str, Any],  # the record
+) -> str:
     "The whole menu without buttons: what a night run prints."
-    options = "".join(f"<li>{_esc(o['label'])} <code style='{_MONO}'>{_esc(o['id'])}</code></li>" for o in r["user_options"])
-    return _card(banner_html(r), _section("Targets", bars_html(r)), _section("Suggestions, applied by nobody but you", suggestions_html(r)),
-                 _section("Your options", f"<ol style='margin:0 0 6px 18px;padding:0'>{options}</ol>{choice_html(r)}"))
+    options = "".join(
+        f"<li>{_esc(o['label'])} <code style='{_MONO}'>{_esc(o['id'])}</code></li>" for o in r["user_options"]
+    )
+    return _card(
+        banner_html(r),
+        _section("Targets", bars_html(r)),
+        _section("Suggestions, applied by nobody but you", suggestions_html(r)),
+        _section("Your options", f"<ol style='margin:0 0 6px 18px;padding:0'>{options}</ol>{choice_html(r)}"),
+    )
 
 # %% ../../nbs/evaluation/760_menu.ipynb #5b8eaf2f
 def static_text(
-    r:Mapping[str,Any] # the record
-)->str:
+    r: Mapping[str, Any],  # the record
+) -> str:
     "The same for a console."
     gate = r.get("gate") or {}
     lines = [f"{gate_dot(gate['status'])} gate {gate_word(gate)}"] if gate.get("status") else [r["colour"]]
     lines += [advisor_word(r, gate), ""]
-    lines += [f"  {b['name']:<24} {_value(b['value'], b['unit']):>10}  {'≤' if b['lower'] else '≥'} {_value(b['target'], b['unit']):<8} {b['verdict']}" for b in r["bars"]] + [""]
+    lines += [
+        f"  {b['name']:<24} {_value(b['value'], b['unit']):>10}  {'≤' if b['lower'] else '≥'} {_value(b['target'], b['unit']):<8} {b['verdict']}"
+        for b in r["bars"]
+    ] + [""]
     lines += [f"  {i}. {s['do']} ({s['why']}): {s['override']}" for i, s in enumerate(r["suggestions"], 1)] + [""]
     lines += [f"  [{i}] {o['label']}" for i, o in enumerate(r["user_options"], 1)]
     return "\n".join([*lines, f"  choice: {r['user_choice'] or 'no choice'}"])
 
 # %% ../../nbs/evaluation/760_menu.ipynb #5de801a7
 def build_menu(
-    run_dir:str|os.PathLike # run folder with an advisor.json
-):                          # an ipywidgets VBox
+    run_dir: str | os.PathLike,  # run folder with an advisor.json
+):  # an ipywidgets VBox
     "The menu as a widget (SPEC SG6, X8)."
     import ipywidgets as w
+
     r = read_advice(run_dir)
     strip = lambda text: _card(f"<div style='padding:4px 10px'>{text}</div>")
     said, buttons = w.HTML(strip(choice_html(r))), []
-    def show(rec:Mapping[str,Any])->None:
+
+    def show(rec: Mapping[str, Any]) -> None:
         said.value = strip(choice_html(rec))
-        for b, o in zip(buttons, rec["user_options"]): b.icon, b.button_style = ("check", "success") if o["id"] == rec["user_choice"] else ("", "")
-    def on_click(option:str)->Callable:
+        for b, o in zip(buttons, rec["user_options"]):
+            b.icon, b.button_style = ("check", "success") if o["id"] == rec["user_choice"] else ("", "")
+
+    def on_click(option: str) -> Callable:
         return lambda _: show(record_choice(run_dir, option, via="widget"))
+
     for o in r["user_options"]:
-        b = w.Button(description=o["label"], tooltip=o["id"], layout=w.Layout(width="auto", height="34px")); b.on_click(on_click(o["id"])); buttons.append(b)
+        b = w.Button(description=o["label"], tooltip=o["id"], layout=w.Layout(width="auto", height="34px"))
+        b.on_click(on_click(o["id"]))
+        buttons.append(b)
     show(r)
-    top = w.HTML(_card(banner_html(r), _section("Targets", bars_html(r)), _section("Suggestions, applied by nobody but you", suggestions_html(r))))
-    ask = w.HTML(strip(f"<span style='{_MUTED}'>Your choice goes to {_esc(advice_path(run_dir).name)} and starts nothing:</span>"))
-    return w.VBox([top, ask, w.HBox(buttons, layout=w.Layout(flex_flow="row wrap")), said], layout=w.Layout(max_width="760px"))
+    top = w.HTML(
+        _card(
+            banner_html(r),
+            _section("Targets", bars_html(r)),
+            _section("Suggestions, applied by nobody but you", suggestions_html(r)),
+        )
+    )
+    ask = w.HTML(
+        strip(
+            f"<span style='{_MUTED}'>Your choice goes to {_esc(advice_path(run_dir).name)} and starts nothing:</span>"
+        )
+    )
+    return w.VBox(
+        [top, ask, w.HBox(buttons, layout=w.Layout(flex_flow="row wrap")), said], layout=w.Layout(max_width="760px")
+    )
 
 # %% ../../nbs/evaluation/760_menu.ipynb #6281be0d
 def advisor_menu(
-    run_dir:str|os.PathLike,     # run folder with an advisor.json
-    user_choice:str|int="",      # an option's id or number; recorded at once
-    interactive:bool|None=None   # None = find out whether somebody is looking
-)->dict[str,Any]:                # the record as it now stands
+    run_dir: str | os.PathLike,  # run folder with an advisor.json
+    user_choice: str | int = "",  # an option's id or number; recorded at once
+    interactive: bool | None = None,  # None = find out whether somebody is looking
+) -> dict[str, Any]:  # the record as it now stands
     "Show the menu: buttons to a person, a static table to nobody. It never blocks (SPEC X8)."
     from IPython.display import display
+
     r = record_choice(run_dir, user_choice) if str(user_choice).strip() else read_advice(run_dir)
-    if somebody_looking() if interactive is None else interactive: display(build_menu(run_dir))
-    else: display({"text/html": static_html(r), "text/plain": static_text(r)}, raw=True)
+    if somebody_looking() if interactive is None else interactive:
+        display(build_menu(run_dir))
+    else:
+        display({"text/html": static_html(r), "text/plain": static_text(r)}, raw=True)
     return r

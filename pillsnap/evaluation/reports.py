@@ -24,151 +24,215 @@ from ..models.pipeline import softmax
 
 # %% ../../nbs/evaluation/720_reports.ipynb #6d67f933
 def evaluate_classification_metrics(
-    logits:np.ndarray,        # scores before the softmax [N, C]
-    labels:Sequence[int],     # true class ids [N]
-    keys:Sequence[str],       # class keys in id order [C]
-    topk:Sequence[int]=(1, 5),# how many guesses; top1 is the accuracy
-    temperature:float=1.      # divides the logits; the confidence and its error depend on it, nothing else
-)->dict[str,Any]:             # accuracy, acc, top1, top5, macro_f1, confidence, ece, n, classes, per_class (a table)
+    logits: np.ndarray,  # scores before the softmax [N, C]
+    labels: Sequence[int],  # true class ids [N]
+    keys: Sequence[str],  # class keys in id order [C]
+    topk: Sequence[int] = (1, 5),  # how many guesses; top1 is the accuracy
+    temperature: float = 1.0,  # divides the logits; the confidence and its error depend on it, nothing else
+) -> dict[str, Any]:  # accuracy, acc, top1, top5, macro_f1, confidence, ece, n, classes, per_class (a table)
     "Every figure of a classifier from its saved scores (SPEC EV3)."
     z, y = np.asarray(logits, np.float64).reshape(-1, len(keys)), np.asarray(labels, int)
     p = softmax(z, temperature) if len(z) else z
     pred = p.argmax(1) if len(z) else np.zeros(0, int)
     conf = p.max(1) if len(z) else np.zeros(0)
     acc = accuracy(pred, y)
-    return {"accuracy": acc, "acc": acc, **{f"top{k}": topk_accuracy(z, y, k) for k in topk}, "macro_f1": macro_f1(pred, y, len(keys)),
-            "confidence": float(conf.mean()) if len(z) else float("nan"), "ece": ece(conf, pred == y), "n": len(y), "classes": len(keys),
-            "classes_seen": len(set(y.tolist())), "per_class": per_class(pred, y, len(keys), keys)}
+    return {
+        "accuracy": acc,
+        "acc": acc,
+        **{f"top{k}": topk_accuracy(z, y, k) for k in topk},
+        "macro_f1": macro_f1(pred, y, len(keys)),
+        "confidence": float(conf.mean()) if len(z) else float("nan"),
+        "ece": ece(conf, pred == y),
+        "n": len(y),
+        "classes": len(keys),
+        "classes_seen": len(set(y.tolist())),
+        "per_class": per_class(pred, y, len(keys), keys),
+    }
 
 # %% ../../nbs/evaluation/720_reports.ipynb #1081df29
 def save_confusions(
-    pred:Sequence[int],        # predicted class ids [N]
-    labels:Sequence[int],      # true class ids [N]
-    keys:Sequence[str],        # class keys in id order
-    path:str|os.PathLike       # a .csv
-)->Path:
+    pred: Sequence[int],  # predicted class ids [N]
+    labels: Sequence[int],  # true class ids [N]
+    keys: Sequence[str],  # class keys in id order
+    path: str | os.PathLike,  # a .csv
+) -> Path:
     "Every confusion as a sparse table true,pred,n,share (SPEC EV1)."
-    table = pd.DataFrame(confusion_pairs(pred, labels, keys, top=None), columns=["true", "pred", "true_id", "pred_id", "n", "share"])
-    with atomic_path(path) as tmp: table.to_csv(tmp, index=False, lineterminator="\n")
+    table = pd.DataFrame(
+        confusion_pairs(pred, labels, keys, top=None), columns=["true", "pred", "true_id", "pred_id", "n", "share"]
+    )
+    with atomic_path(path) as tmp:
+        table.to_csv(tmp, index=False, lineterminator="\n")
     return Path(path)
 
 # %% ../../nbs/evaluation/720_reports.ipynb #ea052932
-DENSE_UP_TO = 40   # (ours) classes that still make a readable matrix
+DENSE_UP_TO = 40  # (ours) classes that still make a readable matrix
 
-def _matrix(ax, pred:np.ndarray, labels:np.ndarray, keys:Sequence[str], names:Mapping[str,str]|None)->None:
+
+def _matrix(ax, pred: np.ndarray, labels: np.ndarray, keys: Sequence[str], names: Mapping[str, str] | None) -> None:
     "A dense matrix, rows true, as shares of the row."
-    m = np.zeros((len(keys), len(keys)), int); np.add.at(m, (labels[pred >= 0], pred[pred >= 0]), 1)
-    share = m/np.maximum(m.sum(1, keepdims=True), 1)
-    ax.grid(False); ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    m = np.zeros((len(keys), len(keys)), int)
+    np.add.at(m, (labels[pred >= 0], pred[pred >= 0]), 1)
+    share = m / np.maximum(m.sum(1, keepdims=True), 1)
+    ax.grid(False)
+    ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
     for i, j in np.argwhere(m > 0):
-        if len(keys) <= 20: ax.text(j, i, m[i, j], ha="center", va="center", fontsize=6, color="white" if share[i, j] > .5 else "#cf222e")
-    ax.set_xticks(range(len(keys)), keys, rotation=90, fontsize=6); ax.set_yticks(range(len(keys)), [drug_label(k, names) for k in keys], fontsize=6)
+        if len(keys) <= 20:
+            ax.text(
+                j, i, m[i, j], ha="center", va="center", fontsize=6, color="white" if share[i, j] > 0.5 else "#cf222e"
+            )
+    ax.set_xticks(range(len(keys)), keys, rotation=90, fontsize=6)
+    ax.set_yticks(range(len(keys)), [drug_label(k, names) for k in keys], fontsize=6)
     ax.set(xlabel="answered", ylabel="true")
 
 # %% ../../nbs/evaluation/720_reports.ipynb #87a176ec
-def _top_pairs(ax, pred:np.ndarray, labels:np.ndarray, keys:Sequence[str], top:int, names:Mapping[str,str]|None)->None:
+def _top_pairs(
+    ax, pred: np.ndarray, labels: np.ndarray, keys: Sequence[str], top: int, names: Mapping[str, str] | None
+) -> None:
     "The worst pairs as bars."
     pairs = confusion_pairs(pred, labels, keys, top)[::-1]
     ax.barh(range(len(pairs)), [p["n"] for p in pairs], color="#e45756")
-    ax.set_yticks(range(len(pairs)), ["\n→ ".join(drug_label(p[k], names) for k in ("true", "pred")) for p in pairs], fontsize=6)
-    for i, p in enumerate(pairs): ax.text(p["n"], i, f" {p['share']:.0%}", va="center", fontsize=7)
+    ax.set_yticks(
+        range(len(pairs)), ["\n→ ".join(drug_label(p[k], names) for k in ("true", "pred")) for p in pairs], fontsize=6
+    )
+    for i, p in enumerate(pairs):
+        ax.text(p["n"], i, f" {p['share']:.0%}", va="center", fontsize=7)
     ax.set(xlabel="photos", title="true → answered" if pairs else "no confusion at all")
 
 # %% ../../nbs/evaluation/720_reports.ipynb #ec339206
 def plot_confusion_matrix(
-    pred:Sequence[int],           # predicted class ids [N]; -1 = no answer
-    labels:Sequence[int],         # true class ids [N]
-    keys:Sequence[str],           # what the classes are called, in id order
-    top:int=15,                   # pairs shown
-    path:str|os.PathLike|None=None,# a .csv for the complete sparse counts
-    names:Mapping[str,str]|None=None # class key → the drug's name, to be read beside it
-):                                # a matplotlib Figure
+    pred: Sequence[int],  # predicted class ids [N]; -1 = no answer
+    labels: Sequence[int],  # true class ids [N]
+    keys: Sequence[str],  # what the classes are called, in id order
+    top: int = 15,  # pairs shown
+    path: str | os.PathLike | None = None,  # a .csv for the complete sparse counts
+    names: Mapping[str, str] | None = None,  # class key → the drug's name, to be read beside it
+):  # a matplotlib Figure
     "Dense matrix and worst pairs; at thousands of classes the pairs alone (SPEC EV1)."
     import matplotlib.pyplot as plt
+
     use_house_style()
     pred, labels = np.asarray(pred, int), np.asarray(labels, int)
-    if path is not None: save_confusions(pred, labels, keys, path)
+    if path is not None:
+        save_confusions(pred, labels, keys, path)
     dense = len(keys) <= DENSE_UP_TO
     fig, axes = plt.subplots(1, 1 + dense, figsize=(9 if dense else 5.5, 4.2), squeeze=False)
-    if dense: _matrix(axes[0, 0], pred, labels, keys, names)
+    if dense:
+        _matrix(axes[0, 0], pred, labels, keys, names)
     _top_pairs(axes[0, -1], pred, labels, keys, top, names)
     return fig
 
 # %% ../../nbs/evaluation/720_reports.ipynb #22720331
-def _grid_mean(curves:Sequence[tuple[np.ndarray,np.ndarray]], grid:np.ndarray)->np.ndarray:
+def _grid_mean(curves: Sequence[tuple[np.ndarray, np.ndarray]], grid: np.ndarray) -> np.ndarray:
     "Mean of step curves on a common grid."
     return np.mean([np.interp(grid, x, y) for x, y in curves], axis=0)
 
 # %% ../../nbs/evaluation/720_reports.ipynb #3d45115c
 def roc_pr_macro(
-    probs:np.ndarray,    # probabilities [N, C]
-    labels:Sequence[int] # true class ids [N]
-)->dict[str,Any]:        # auroc, ap (macro), n_classes, and the mean curves roc and pr as [2, 201]
+    probs: np.ndarray,  # probabilities [N, C]
+    labels: Sequence[int],  # true class ids [N]
+) -> dict[str, Any]:  # auroc, ap (macro), n_classes, and the mean curves roc and pr as [2, 201]
     "Macro one-vs-rest ROC and precision-recall (SPEC EV1)."
     from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
+
     y, grid, roc, pr, auc, ap = np.asarray(labels), np.linspace(0, 1, 201), [], [], [], []
     for c in np.unique(y):
         own, score = y == c, probs[:, c]
-        if own.all(): continue
-        fpr, tpr, _ = roc_curve(own, score); roc.append((fpr, tpr)); auc.append(roc_auc_score(own, score))
-        precision, recall, _ = precision_recall_curve(own, score); pr.append((recall[::-1], precision[::-1])); ap.append(average_precision_score(own, score))
-    if not roc: return {"auroc": float("nan"), "ap": float("nan"), "n_classes": 0, "roc": None, "pr": None}
-    return {"auroc": float(np.mean(auc)), "ap": float(np.mean(ap)), "n_classes": len(roc),
-            "roc": np.stack([grid, _grid_mean(roc, grid)]), "pr": np.stack([grid, _grid_mean(pr, grid)])}
+        if own.all():
+            continue
+        fpr, tpr, _ = roc_curve(own, score)
+        roc.append((fpr, tpr))
+        auc.append(roc_auc_score(own, score))
+        precision, recall, _ = precision_recall_curve(own, score)
+        pr.append((recall[::-1], precision[::-1]))
+        ap.append(average_precision_score(own, score))
+    if not roc:
+        return {"auroc": float("nan"), "ap": float("nan"), "n_classes": 0, "roc": None, "pr": None}
+    return {
+        "auroc": float(np.mean(auc)),
+        "ap": float(np.mean(ap)),
+        "n_classes": len(roc),
+        "roc": np.stack([grid, _grid_mean(roc, grid)]),
+        "pr": np.stack([grid, _grid_mean(pr, grid)]),
+    }
 
 # %% ../../nbs/evaluation/720_reports.ipynb #f9b7ce38
 def plot_roc_pr_curves(
-    probs:np.ndarray,    # probabilities [N, C]
-    labels:Sequence[int] # true class ids [N]
-):                       # a matplotlib Figure
+    probs: np.ndarray,  # probabilities [N, C]
+    labels: Sequence[int],  # true class ids [N]
+):  # a matplotlib Figure
     "Macro one-vs-rest curves (SPEC EV1)."
     import matplotlib.pyplot as plt
+
     use_house_style()
     m = roc_pr_macro(np.asarray(probs), labels)
     fig, axes = plt.subplots(1, 2, figsize=(7, 2.9))
-    for ax, key, score, x, y in ((axes[0], "roc", "auroc", "false alarms", "found"), (axes[1], "pr", "ap", "recall", "precision")):
-        if m[key] is not None: ax.plot(*m[key], color="#4c78a8")
-        ax.set(title=f"{'AUROC' if key == 'roc' else 'AP'} {m[score]:.4f}, mean of {m['n_classes']} drugs", xlabel=x, ylabel=y, xlim=(-.02, 1.02), ylim=(0, 1.03))
+    for ax, key, score, x, y in (
+        (axes[0], "roc", "auroc", "false alarms", "found"),
+        (axes[1], "pr", "ap", "recall", "precision"),
+    ):
+        if m[key] is not None:
+            ax.plot(*m[key], color="#4c78a8")
+        ax.set(
+            title=f"{'AUROC' if key == 'roc' else 'AP'} {m[score]:.4f}, mean of {m['n_classes']} drugs",
+            xlabel=x,
+            ylabel=y,
+            xlim=(-0.02, 1.02),
+            ylim=(0, 1.03),
+        )
     return fig
 
 # %% ../../nbs/evaluation/720_reports.ipynb #44578543
 FOUND, MISSED, INVENTED = "#2da44e", "#cf222e", "#e68c14"
 
+
 def mark_photo(
-    image:np.ndarray,  # [H, W, 3] uint8
-    boxes:np.ndarray,  # predicted xyxy [n, 4], surest first
-    truth:np.ndarray,  # true xyxy [m, 4]
-    labels:Sequence[str]|None=None, # one text per predicted box
-    iou:float=.5       # least overlap of a hit
-)->np.ndarray:         # a marked copy
+    image: np.ndarray,  # [H, W, 3] uint8
+    boxes: np.ndarray,  # predicted xyxy [n, 4], surest first
+    truth: np.ndarray,  # true xyxy [m, 4]
+    labels: Sequence[str] | None = None,  # one text per predicted box
+    iou: float = 0.5,  # least overlap of a hit
+) -> np.ndarray:  # a marked copy
     "Found, missed and invented pills in three colours."
     boxes, truth = np.asarray(boxes, float).reshape(-1, 4), np.asarray(truth, float).reshape(-1, 4)
     taken = match_boxes(boxes, truth, iou)
     lost = truth[np.setdiff1d(np.arange(len(truth)), taken)]
-    text = [*(labels if labels is not None else ["found" if t >= 0 else "invented" for t in taken]), *["missed"]*len(lost)]
-    return draw_boxes(image, np.concatenate([boxes, lost]), text, colour=[FOUND if t >= 0 else INVENTED for t in taken] + [MISSED]*len(lost))
+    text = [
+        *(labels if labels is not None else ["found" if t >= 0 else "invented" for t in taken]),
+        *["missed"] * len(lost),
+    ]
+    return draw_boxes(
+        image,
+        np.concatenate([boxes, lost]),
+        text,
+        colour=[FOUND if t >= 0 else INVENTED for t in taken] + [MISSED] * len(lost),
+    )
 
 # %% ../../nbs/evaluation/720_reports.ipynb #1b017089
 def plot_detection_results(
-    images:Sequence[np.ndarray], # photos [H, W, 3] uint8
-    preds:Sequence,              # per photo (boxes xyxy [n, 4], confidence [n])
-    gts:Sequence,                # per photo true boxes xyxy [m, 4]
-    cols:int=4,                  # photos in a row
-    size:float=2.4               # inches per photo
-):                               # a matplotlib Figure
+    images: Sequence[np.ndarray],  # photos [H, W, 3] uint8
+    preds: Sequence,  # per photo (boxes xyxy [n, 4], confidence [n])
+    gts: Sequence,  # per photo true boxes xyxy [m, 4]
+    cols: int = 4,  # photos in a row
+    size: float = 2.4,  # inches per photo
+):  # a matplotlib Figure
     "Photos with found (green), missed (red) and invented (orange) pills (SPEC EV1)."
-    def title(p, g): t = match_boxes(p[0], g); return f"{(t >= 0).sum()} of {len(g)} found" + (f", {(t < 0).sum()} invented" if (t < 0).any() else "")
+
+    def title(p, g):
+        t = match_boxes(p[0], g)
+        return f"{(t >= 0).sum()} of {len(g)} found" + (f", {(t < 0).sum()} invented" if (t < 0).any() else "")
+
     marked = [mark_photo(i, b, g, [f"{c:.2f}" for c in conf]) for i, (b, conf), g in zip(images, preds, gts)]
     fig = show_grid(marked, [title(p, g) for p, g in zip(preds, gts)], cols=cols, size=size)
     return colour_legend(fig, {"found": FOUND, "missed": MISSED, "no pill there": INVENTED})
 
 # %% ../../nbs/evaluation/720_reports.ipynb #f5cbca91
 def dump_metrics_json(
-    epoch:Mapping[str,Any],   # {epoch, val_loss, classification {acc, macro_f1, top5, loss}, detection {mAP@0.5, mAP@0.5:0.95}}
-    path:str|os.PathLike      # reports/metrics.json
-)->dict[str,Any]:             # {history, latest}
+    epoch: Mapping[str, Any],  # epoch, val_loss, classification and detection figures
+    path: str | os.PathLike,  # reports/metrics.json
+) -> dict[str, Any]:  # {history, latest}
     "Add an epoch to the history, atomically (SPEC EV2, Annex 3)."
-    if "epoch" not in epoch: raise PillsnapError("metrics without an epoch", where=path, fix="pass {'epoch': …, 'classification': {…}}")
+    if "epoch" not in epoch:
+        raise PillsnapError("metrics without an epoch", where=path, fix="pass {'epoch': …, 'classification': {…}}")
     old = read_json(path) if Path(path).is_file() else {}
     history = [e for e in old.get("history", []) if e["epoch"] != epoch["epoch"]] + [dict(epoch)]
     history.sort(key=lambda e: e["epoch"])

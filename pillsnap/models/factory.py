@@ -31,49 +31,66 @@ from ..delivery.classmap import ClassMap
 
 # %% ../../nbs/models/500_factory.ipynb #acbfcde1
 def check_backbone(
-    backbone:str # a timm model name, e.g. tf_efficientnetv2_s
-)->str: # the same name; PillsnapError with the nearest names otherwise
+    backbone: str,  # a timm model name, e.g. tf_efficientnetv2_s
+) -> str:  # the same name; PillsnapError with the nearest names otherwise
     "Refuse a name that timm does not know (SPEC CF5)."
     import difflib
-    if timm.is_model(backbone): return backbone
-    near = difflib.get_close_matches(backbone, timm.list_models(), 3, .5)
-    raise PillsnapError(f"timm has no model {backbone!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""),
-        where="train.classification.backbone", fix="timm.list_models() lists every name")
+
+    if timm.is_model(backbone):
+        return backbone
+    near = difflib.get_close_matches(backbone, timm.list_models(), 3, 0.5)
+    raise PillsnapError(
+        f"timm has no model {backbone!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""),
+        where="train.classification.backbone",
+        fix="timm.list_models() lists every name",
+    )
 
 # %% ../../nbs/models/500_factory.ipynb #57644c27
-def offline()->bool: # whether the network is out of bounds
+def offline() -> bool:  # whether the network is out of bounds
     "PILLSNAP_OFFLINE=1 in the environment."
     return os.environ.get("PILLSNAP_OFFLINE", "0").lower() not in ("", "0", "false", "no")
 
+
 def weights_source(
-    pretrained:Literal["auto"]|bool, # auto: file, else download, else scratch
-    weights:str|None,                # a configured local weights file
-    no_network:bool                  # PILLSNAP_OFFLINE
-)->Literal["file","download","scratch"]: # what is tried first
+    pretrained: Literal["auto"] | bool,  # auto: file, else download, else scratch
+    weights: str | None,  # a configured local weights file
+    no_network: bool,  # PILLSNAP_OFFLINE
+) -> Literal["file", "download", "scratch"]:  # what is tried first
     "Decide where weights come from (SPEC section 2: offline is normal)."
-    if pretrained is False: return "scratch"
-    if weights: return "file"
-    if not no_network: return "download"
-    if pretrained is True: raise PillsnapError("pretrained weights are asked for, no file is configured, and PILLSNAP_OFFLINE forbids a download",
-        where="train.classification.pretrained", fix="put the weights on this machine and name the file in train.classification.weights, or set pretrained=false")
+    if pretrained is False:
+        return "scratch"
+    if weights:
+        return "file"
+    if not no_network:
+        return "download"
+    if pretrained is True:
+        raise PillsnapError(
+            "pretrained weights are asked for, no file is configured, and PILLSNAP_OFFLINE forbids a download",
+            where="train.classification.pretrained",
+            fix="put the weights on this machine and name the file in train.classification.weights, or set pretrained=false",
+        )
     return "scratch"
 
 # %% ../../nbs/models/500_factory.ipynb #f4da130c
 @dataclass(frozen=True)
 class RemoteWeights:
     "The library's own weights of one backbone: where, and how large."
-    url:str              # full address
-    size:int|None=None   # bytes, None when nobody answered
-    repo:str|None=None   # hub repository
-    file:str|None=None   # file in it
+
+    url: str  # full address
+    size: int | None = None  # bytes, None when nobody answered
+    repo: str | None = None  # hub repository
+    file: str | None = None  # file in it
+
 
 def remote_weights(
-    backbone:str # a timm model name
-)->RemoteWeights|None: # None when the library has none for this architecture
+    backbone: str,  # a timm model name
+) -> RemoteWeights | None:  # None when the library has none for this architecture
     "Address of the library's weights; nothing is opened."
     from huggingface_hub import hf_hub_url
+
     cfg = timm.get_pretrained_cfg(backbone)
-    if cfg is None: return None
+    if cfg is None:
+        return None
     if cfg.hf_hub_id:
         file = cfg.hf_hub_filename or "model.safetensors"
         return RemoteWeights(hf_hub_url(cfg.hf_hub_id, file), None, cfg.hf_hub_id, file)
@@ -81,112 +98,155 @@ def remote_weights(
 
 # %% ../../nbs/models/500_factory.ipynb #6038abd8
 def ask_size(
-    remote:RemoteWeights, # what to ask for
-    timeout:float=5.      # seconds
-)->int|None: # bytes; None when the server does not say; OSError when it does not answer
+    remote: RemoteWeights,  # what to ask for
+    timeout: float = 5.0,  # seconds
+) -> int | None:  # bytes; None when the server does not say; OSError when it does not answer
     "The size of a download, by a request without a body."
     import urllib.request
-    req = urllib.request.Request(remote.url, method="HEAD", headers={"User-Agent": "pillsnap", "Accept-Encoding": "identity"})
-    with urllib.request.urlopen(req, timeout=timeout) as r: return int(n) if (n := r.headers.get("X-Linked-Size") or r.headers.get("Content-Length")) else None
+
+    req = urllib.request.Request(
+        remote.url, method="HEAD", headers={"User-Agent": "pillsnap", "Accept-Encoding": "identity"}
+    )
+    with urllib.request.urlopen(req, timeout=timeout) as r:
+        return int(n) if (n := r.headers.get("X-Linked-Size") or r.headers.get("Content-Length")) else None
+
 
 def fetch_weights(
-    remote:RemoteWeights # what to fetch
-)->Path: # the file in the library's cache
+    remote: RemoteWeights,  # what to fetch
+) -> Path:  # the file in the library's cache
     "Download through the library's own client and cache."
     if remote.repo:
         from huggingface_hub import hf_hub_download
+
         return Path(hf_hub_download(remote.repo, remote.file))
     from timm.models._hub import download_cached_file
+
     return Path(download_cached_file(remote.url))
 
 # %% ../../nbs/models/500_factory.ipynb #9e646b63
-def _mark(t:torch.Tensor)->tuple: return (t.numel(), round(float(t.double().sum()), 6), round(float(t.double().abs().sum()), 6))
+def _mark(t: torch.Tensor) -> tuple:
+    return (t.numel(), round(float(t.double().sum()), 6), round(float(t.double().abs().sum()), 6))
+
 
 def share_from(
-    model:nn.Module,               # a network that was loaded
-    state:dict[str,torch.Tensor]   # what the file held
-)->float: # 0…1, by count of numbers, without the head
+    model: nn.Module,  # a network that was loaded
+    state: dict[str, torch.Tensor],  # what the file held
+) -> float:  # 0…1, by count of numbers, without the head
     "How much of a network came from a file; names of layers do not matter."
     have = {_mark(v) for v in state.values() if torch.is_tensor(v) and v.is_floating_point()}
     head = {id(p) for p in model.get_classifier().parameters()}
     body = [p for p in model.parameters() if id(p) not in head]
-    return sum(p.numel() for p in body if _mark(p) in have)/max(1, sum(p.numel() for p in body))
+    return sum(p.numel() for p in body if _mark(p) in have) / max(1, sum(p.numel() for p in body))
 
 # %% ../../nbs/models/500_factory.ipynb #bd53e0ec
 def load_weights(
-    backbone:str,      # a timm model name
-    num_classes:int,   # outputs
-    path:Path,         # a weights file (.safetensors, .pth)
-    **kwargs           # timm's drop_rate and drop_path_rate
-)->tuple[nn.Module,float]: # the network, and the share of it that came from the file
+    backbone: str,  # a timm model name
+    num_classes: int,  # outputs
+    path: Path,  # a weights file (.safetensors, .pth)
+    **kwargs,  # timm's drop_rate and drop_path_rate
+) -> tuple[nn.Module, float]:  # the network, and the share of it that came from the file
     "Make a network from a file; a file that is not of this backbone is refused."
     from timm.models import load_state_dict
-    if not Path(path).is_file(): raise PillsnapError("the weights file is not there", where=path, fix="name an existing file in train.classification.weights")
+
+    if not Path(path).is_file():
+        raise PillsnapError(
+            "the weights file is not there", where=path, fix="name an existing file in train.classification.weights"
+        )
     try:
         state = load_state_dict(str(path))
-        model = timm.create_model(backbone, pretrained=True, num_classes=num_classes, pretrained_cfg_overlay=dict(file=str(path)), **kwargs)
-    except Exception as e: raise PillsnapError(f"these weights cannot be loaded into {backbone}: {str(e).splitlines()[0]}", where=path) from None
+        model = timm.create_model(
+            backbone, pretrained=True, num_classes=num_classes, pretrained_cfg_overlay=dict(file=str(path)), **kwargs
+        )
+    except Exception as e:
+        raise PillsnapError(
+            f"these weights cannot be loaded into {backbone}: {str(e).splitlines()[0]}", where=path
+        ) from None
     share = share_from(model, state)
-    if share < .5: raise PillsnapError(f"only {share:.0%} of {backbone} comes from this file: it holds another network's weights", where=path, fix=f"use a file made for {backbone}")
+    if share < 0.5:
+        raise PillsnapError(
+            f"only {share:.0%} of {backbone} comes from this file: it holds another network's weights",
+            where=path,
+            fix=f"use a file made for {backbone}",
+        )
     return model, share
 
 # %% ../../nbs/models/500_factory.ipynb #2b8405bd
 @torch.library.custom_op("pillsnap::linear_fp32", mutates_args=())
-def _linear_fp32(x:torch.Tensor, weight:torch.Tensor)->torch.Tensor:
-    with full_fp32(): return F.linear(x, weight)
+def _linear_fp32(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    with full_fp32():
+        return F.linear(x, weight)
+
 
 @_linear_fp32.register_fake
-def _(x:torch.Tensor, weight:torch.Tensor)->torch.Tensor: return x.new_empty(*x.shape[:-1], len(weight))
+def _(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], len(weight))
 
-def _keep(ctx:Any, inputs:tuple, output:torch.Tensor)->None: ctx.save_for_backward(*inputs)
 
-def _gradients(ctx:Any, g:torch.Tensor)->tuple[torch.Tensor,torch.Tensor]:
+def _keep(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     x, weight = ctx.saved_tensors
     return _linear_fp32(g, weight.T), _linear_fp32(g.T, x.T)
 
+
 _linear_fp32.register_autograd(_gradients, setup_context=_keep)
 
+
 def linear_fp32(
-    x:torch.Tensor,     # float32 [N, D]
-    weight:torch.Tensor # float32 [C, D]
-)->torch.Tensor:        # float32 [N, C]
+    x: torch.Tensor,  # float32 [N, D]
+    weight: torch.Tensor,  # float32 [C, D]
+) -> torch.Tensor:  # float32 [N, C]
     "F.linear without TF32, gradients too."
     return F.linear(x, weight) if x.device.type == "cpu" else _linear_fp32(x, weight)
 
 # %% ../../nbs/models/500_factory.ipynb #4e2014cb
 class CosineClassifier(nn.Module):
     "A timm network that answers with scaled cosines, and gives the vector behind them (SPEC RT1, RT2)."
-    def __init__(self,
-        backbone:nn.Module, # a timm network; its own head is taken off
-        num_classes:int,    # directions
-        dim:int=512,        # length of the vector a photo becomes
-        scale:float=64.     # of the cosines
+
+    def __init__(
+        self,
+        backbone: nn.Module,  # a timm network; its own head is taken off
+        num_classes: int,  # directions
+        dim: int = 512,  # length of the vector a photo becomes
+        scale: float = 64.0,  # of the cosines
     ):
         super().__init__()
         backbone.reset_classifier(0)
-        self.backbone, self.cosine_scale = backbone, float(scale)   # a Learner shows its model's attributes as its own: no common name
-        self.neck = nn.Sequential(nn.Linear(getattr(backbone, "head_hidden_size", None) or backbone.num_features, dim, bias=False), nn.BatchNorm1d(dim))
+        self.backbone, self.cosine_scale = (
+            backbone,
+            float(scale),
+        )  # a Learner shows its model's attributes as its own: no common name
+        self.neck = nn.Sequential(
+            nn.Linear(getattr(backbone, "head_hidden_size", None) or backbone.num_features, dim, bias=False),
+            nn.BatchNorm1d(dim),
+        )
         self.directions = nn.Linear(dim, num_classes, bias=False)
         nn.init.xavier_uniform_(self.directions.weight)
 
-    def embed(self, x:torch.Tensor)->torch.Tensor: # float32 [N, dim], before normalisation
+    def embed(self, x: torch.Tensor) -> torch.Tensor:  # float32 [N, dim], before normalisation
         features = self.backbone(x)
-        with torch.autocast(features.device.type, enabled=False): return self.neck[1](linear_fp32(features.float(), self.neck[0].weight))
+        with torch.autocast(features.device.type, enabled=False):
+            return self.neck[1](linear_fp32(features.float(), self.neck[0].weight))
 
-    def forward(self, x:torch.Tensor)->torch.Tensor: # float32 [N, C]: scale x cosine
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # float32 [N, C]: scale x cosine
         e = self.embed(x)
         with torch.autocast(e.device.type, enabled=False):
             return self.cosine_scale * linear_fp32(F.normalize(e), F.normalize(self.directions.weight.float()))
 
-    def get_classifier(self)->nn.Module: return nn.ModuleList([self.neck, self.directions])   # as timm's networks have it
-    def set_grad_checkpointing(self, enable:bool=True)->None: self.backbone.set_grad_checkpointing(enable)
+    def get_classifier(self) -> nn.Module:
+        return nn.ModuleList([self.neck, self.directions])  # as timm's networks have it
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.backbone.set_grad_checkpointing(enable)
 
 # %% ../../nbs/models/500_factory.ipynb #cabb1129
 def with_head(
-    model:nn.Module,                # a timm network
-    num_classes:int,                # outputs
-    head:Mapping[str,Any]|None=None # {"dim", "scale"} of a cosine head, as a checkpoint keeps it; None = the network's own
-)->nn.Module:
+    model: nn.Module,  # a timm network
+    num_classes: int,  # outputs
+    head: Mapping[str, Any] | None = None,  # dim and scale of a cosine head; None = the network's own
+) -> nn.Module:
     "The head that a checkpoint or a configuration names (SPEC RT1)."
     return model if head is None else CosineClassifier(model, num_classes, head["dim"], head["scale"])
 
@@ -194,24 +254,36 @@ def with_head(
 @dataclass(frozen=True)
 class WeightsOrigin:
     "Where a network's first weights came from."
-    source:str           # scratch, file or download
-    path:str|None=None   # the file that was read
-    url:str|None=None    # where that was fetched
-    sha256:str|None=None # of the file
-    share:float=0.       # share of the network that came from it
 
-def _download(backbone:str, num_classes:int, drops:dict[str,float], log:logging.Logger|None)->tuple[nn.Module,WeightsOrigin]:
+    source: str  # scratch, file or download
+    path: str | None = None  # the file that was read
+    url: str | None = None  # where that was fetched
+    sha256: str | None = None  # of the file
+    share: float = 0.0  # share of the network that came from it
+
+
+def _download(
+    backbone: str, num_classes: int, drops: dict[str, float], log: logging.Logger | None
+) -> tuple[nn.Module, WeightsOrigin]:
     "Say what will be fetched, fetch it, load it; raises when nothing answers."
     remote = remote_weights(backbone)
-    if remote is None: raise PillsnapError(f"there are no published weights for {backbone}")
+    if remote is None:
+        raise PillsnapError(f"there are no published weights for {backbone}")
     size = ask_size(remote)
-    decide(log, f"weights: loading {remote.url} ({f'{size/1e6:.1f} MB' if size else 'size not told'})")
+    decide(log, f"weights: loading {remote.url} ({f'{size / 1e6:.1f} MB' if size else 'size not told'})")
     path = fetch_weights(remote)
     model, share = load_weights(backbone, num_classes, path, **drops)
     return model, WeightsOrigin("download", str(path), remote.url, sha256_file(path), share)
 
 # %% ../../nbs/models/500_factory.ipynb #975cf41c
-def _make(backbone:str, num_classes:int, pretrained:Literal["auto"]|bool, weights:str|None, drops:dict[str,float], log:logging.Logger|None)->tuple[nn.Module,WeightsOrigin]:
+def _make(
+    backbone: str,
+    num_classes: int,
+    pretrained: Literal["auto"] | bool,
+    weights: str | None,
+    drops: dict[str, float],
+    log: logging.Logger | None,
+) -> tuple[nn.Module, WeightsOrigin]:
     "Follow `weights_source`, with a plain line for every way it can go."
     source = weights_source(pretrained, weights, offline())
     if source == "file":
@@ -219,103 +291,146 @@ def _make(backbone:str, num_classes:int, pretrained:Literal["auto"]|bool, weight
         return model, WeightsOrigin("file", str(weights), None, sha256_file(weights), share)
     why = "pretrained is false" if pretrained is False else "PILLSNAP_OFFLINE is set and no weights file is configured"
     if source == "download":
-        try: return _download(backbone, num_classes, drops, log)
+        try:
+            return _download(backbone, num_classes, drops, log)
         except Exception as e:
             why = f"the download did not work ({str(e).splitlines()[0] if str(e) else type(e).__name__})"
-            if pretrained is True: raise PillsnapError(f"pretrained weights are asked for and cannot be had: {why}", where=getattr(remote_weights(backbone), "url", backbone),
-                fix="fetch the file by hand and name it in train.classification.weights, or set pretrained=auto or false") from e
+            if pretrained is True:
+                raise PillsnapError(
+                    f"pretrained weights are asked for and cannot be had: {why}",
+                    where=getattr(remote_weights(backbone), "url", backbone),
+                    fix="fetch the file by hand and name it in train.classification.weights, or set pretrained=auto or false",
+                ) from e
     decide(log, f"weights: from scratch, because {why}")
     return timm.create_model(backbone, pretrained=False, num_classes=num_classes, **drops), WeightsOrigin("scratch")
 
 # %% ../../nbs/models/500_factory.ipynb #713494cb
 def dropouts(
-    backbone:str,                # a timm model name
-    drop_rate:float=0.,          # dropout before the head
-    drop_path:float=0.,          # share of residual branches left out, the deepest most
-    log:logging.Logger|None=None # where it is said when a network has no branches
-)->dict[str,float]: # timm's arguments
+    backbone: str,  # a timm model name
+    drop_rate: float = 0.0,  # dropout before the head
+    drop_path: float = 0.0,  # share of residual branches left out, the deepest most
+    log: logging.Logger | None = None,  # where it is said when a network has no branches
+) -> dict[str, float]:  # timm's arguments
     "What timm is told of dropout (SPEC NM6)."
-    if not drop_path: return {"drop_rate": drop_rate}
+    if not drop_path:
+        return {"drop_rate": drop_rate}
     try:
-        with torch.device("meta"): timm.create_model(backbone, drop_path_rate=drop_path)
+        with torch.device("meta"):
+            timm.create_model(backbone, drop_path_rate=drop_path)
     except TypeError:
-        decide(log, f"drop_path_rate: does not apply, {backbone} has no residual branches to leave out"); return {"drop_rate": drop_rate}
+        decide(log, f"drop_path_rate: does not apply, {backbone} has no residual branches to leave out")
+        return {"drop_rate": drop_rate}
     return {"drop_rate": drop_rate, "drop_path_rate": drop_path}
 
 # %% ../../nbs/models/500_factory.ipynb #31fb5b3b
 def build_classification_model(
-    backbone:str,                      # a timm model name
-    num_classes:int,                   # outputs: the length of the class map
-    channels_last:bool=False,          # memory format (SPEC CT7)
-    pretrained:Literal["auto"]|bool="auto", # auto: configured file, else download, else scratch
-    drop_rate:float=0.,                # dropout before the head
-    weights:str|None=None,             # a local weights file
-    declared:int|None=None,            # number of drugs somebody declared; only printed (SPEC X1)
-    log:logging.Logger|None=None,      # where the decisions are said
-    drop_path:float=0.,                # share of residual branches left out
-    head:Mapping[str,Any]|None=None,   # of a cosine head: {"dim", "scale"}; None = linear
-    weights_later:bool=False           # the caller loads them; none are fetched here
-)->nn.Module: # with .weights_origin
+    backbone: str,  # a timm model name
+    num_classes: int,  # outputs: the length of the class map
+    channels_last: bool = False,  # memory format (SPEC CT7)
+    pretrained: Literal["auto"] | bool = "auto",  # auto: configured file, else download, else scratch
+    drop_rate: float = 0.0,  # dropout before the head
+    weights: str | None = None,  # a local weights file
+    declared: int | None = None,  # number of drugs somebody declared; only printed (SPEC X1)
+    log: logging.Logger | None = None,  # where the decisions are said
+    drop_path: float = 0.0,  # share of residual branches left out
+    head: Mapping[str, Any] | None = None,  # of a cosine head: {"dim", "scale"}; None = linear
+    weights_later: bool = False,  # the caller loads them; none are fetched here
+) -> nn.Module:  # with .weights_origin
     "A timm classifier with its origin attached (SPEC CT1, CT7)."
     check_backbone(backbone)
-    if num_classes < 2: raise PillsnapError(f"a classifier needs at least two drugs, the class map has {num_classes}", fix="add drugs to the delivery, or raise max_classes")
+    if num_classes < 2:
+        raise PillsnapError(
+            f"a classifier needs at least two drugs, the class map has {num_classes}",
+            fix="add drugs to the delivery, or raise max_classes",
+        )
     drops = dropouts(backbone, drop_rate, drop_path, log)
-    if weights_later: model, origin = timm.create_model(backbone, num_classes=num_classes, **drops), WeightsOrigin("scratch")
-    else: model, origin = _make(backbone, num_classes, pretrained, weights, drops, log)
+    if weights_later:
+        model, origin = timm.create_model(backbone, num_classes=num_classes, **drops), WeightsOrigin("scratch")
+    else:
+        model, origin = _make(backbone, num_classes, pretrained, weights, drops, log)
     model = with_head(model, num_classes, head)
     model.weights_origin = asdict(origin)
-    if origin.sha256: decide(log, f"weights: {origin.source} {origin.path}, sha256 {origin.sha256[:12]}, {origin.share:.0%} of the network")
-    decide(log, f"model: {backbone}, {sum(p.numel() for p in model.parameters())/1e6:.2f} M numbers, {num_classes} drugs in the class map" + (f", {declared} declared" if declared else ""))
+    if origin.sha256:
+        decide(
+            log,
+            f"weights: {origin.source} {origin.path}, sha256 {origin.sha256[:12]}, {origin.share:.0%} of the network",
+        )
+    decide(
+        log,
+        f"model: {backbone}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M numbers, {num_classes} drugs in the class map"
+        + (f", {declared} declared" if declared else ""),
+    )
     return model.to(memory_format=torch.channels_last) if channels_last else model
 
 # %% ../../nbs/models/500_factory.ipynb #bf64498a
 def load_classifier(
-    ckpt_path:str|os.PathLike,     # best.pt or last.pt
-    class_map:ClassMap|None=None,  # the map that is expected; None takes the checkpoint's
-    device:str|torch.device="cpu"  # where to put it
-)->tuple[nn.Module,ClassMap,int,dict[str,Any]]: # the network in eval mode, its map, its input size, the whole checkpoint
+    ckpt_path: str | os.PathLike,  # best.pt or last.pt
+    class_map: ClassMap | None = None,  # the map that is expected; None takes the checkpoint's
+    device: str | torch.device = "cpu",  # where to put it
+) -> tuple[nn.Module, ClassMap, int, dict[str, Any]]:  # network in eval mode, class map, input size, checkpoint
     "A trained classifier from its checkpoint (SPEC CT15, BX8)."
     ckpt = load_ckpt(ckpt_path, class_map=None if class_map is None else class_map.to_dict())
     cm = ClassMap.from_dict(ckpt["class_map"], where=ckpt_path)
     try:
-        model = with_head(timm.create_model(check_backbone(ckpt["backbone"]), pretrained=False, num_classes=len(cm)), len(cm), ckpt.get("head"))
+        model = with_head(
+            timm.create_model(check_backbone(ckpt["backbone"]), pretrained=False, num_classes=len(cm)),
+            len(cm),
+            ckpt.get("head"),
+        )
         model.load_state_dict(ckpt["model_state"])
     except (KeyError, RuntimeError) as e:
-        raise PillsnapError(f"this checkpoint does not hold a {ckpt.get('backbone', 'classifier')}: {str(e).splitlines()[0]}", where=ckpt_path, fix="train again, or name another file") from None
+        raise PillsnapError(
+            f"this checkpoint does not hold a {ckpt.get('backbone', 'classifier')}: {str(e).splitlines()[0]}",
+            where=ckpt_path,
+            fix="train again, or name another file",
+        ) from None
     return model.eval().to(device, memory_format=torch.channels_last), cm, int(ckpt["img_size"]), ckpt
 
 # %% ../../nbs/models/500_factory.ipynb #a9f85c12
 def fresh_classifier_checkpoint(
-    path:str|os.PathLike,  # where to write
-    backbone:str,          # a timm model name
-    class_map:ClassMap,    # the drugs
-    img_size:int,          # input side, pixels
-    config_snapshot:dict|None=None, # the configuration; {} when None
-    seed:int=0             # of the random weights
-)->Path:
+    path: str | os.PathLike,  # where to write
+    backbone: str,  # a timm model name
+    class_map: ClassMap,  # the drugs
+    img_size: int,  # input side, pixels
+    config_snapshot: dict | None = None,  # the configuration; {} when None
+    seed: int = 0,  # of the random weights
+) -> Path:
     "An untrained classifier in a checkpoint: what a smoke run of a later stage starts from."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = timm.create_model(check_backbone(backbone), pretrained=False, num_classes=len(class_map))
-    save_ckpt(path, model_state=model.state_dict(), epoch=0, best_metric=float("-inf"), config_snapshot=config_snapshot or {},
-        class_map=class_map.to_dict(), backbone=backbone, img_size=img_size)
+    save_ckpt(
+        path,
+        model_state=model.state_dict(),
+        epoch=0,
+        best_metric=float("-inf"),
+        config_snapshot=config_snapshot or {},
+        class_map=class_map.to_dict(),
+        backbone=backbone,
+        img_size=img_size,
+    )
     return Path(path)
 
 # %% ../../nbs/models/500_factory.ipynb #f57b57f4
 class TorchClassifier:
     "A torch network behind the runner's interface: `.size` and `.logits` (SPEC SV4)."
-    def __init__(self,
-        model:nn.Module,  # a classifier
-        size:int,         # its input side, pixels
-        batch:int=64      # photos per pass
-    ): self.model, self.size, self.batch = model.eval(), size, batch
+
+    def __init__(
+        self,
+        model: nn.Module,  # a classifier
+        size: int,  # its input side, pixels
+        batch: int = 64,  # photos per pass
+    ):
+        self.model, self.size, self.batch = model.eval(), size, batch
 
     @torch.inference_mode()
-    def logits(self,
-        x:np.ndarray # normalised photos, float32 [N, 3, S, S]
-    )->np.ndarray:   # float32 [N, C]
+    def logits(
+        self,
+        x: np.ndarray,  # normalised photos, float32 [N, 3, S, S]
+    ) -> np.ndarray:  # float32 [N, C]
         "Scores before the softmax, in float32."
         device = next(self.model.parameters()).device
-        parts = [torch.from_numpy(np.ascontiguousarray(p)) for p in np.array_split(x, max(1, -(-len(x)//self.batch)))]
-        with full_fp32(), without_kernel_search(): parts = [self.model(p.to(device)).float().cpu().numpy() for p in parts]
+        parts = [torch.from_numpy(np.ascontiguousarray(p)) for p in np.array_split(x, max(1, -(-len(x) // self.batch)))]
+        with full_fp32(), without_kernel_search():
+            parts = [self.model(p.to(device)).float().cpu().numpy() for p in parts]
         return np.concatenate(parts)

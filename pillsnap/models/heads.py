@@ -18,57 +18,74 @@ from ..core.config import Config
 from ..core.logs import decide
 
 # %% ../../nbs/models/510_heads.ipynb #c23fdc97
-SAFE = 1-1e-6   # the largest cosine whose arc has a finite slope in fp32
+SAFE = 1 - 1e-6  # the largest cosine whose arc has a finite slope in fp32
+
 
 class ArcFaceCriterion(nn.CrossEntropyLoss):
     "Cross-entropy on scaled cosines, with an angular margin where gradients flow (SPEC RT2; Deng et al. 2019)."
-    def __init__(self,
-        scale:float=64.,                # of the cosines, as the network has it
-        margin:float=.5,                # radians; a callback may move it
-        weight:torch.Tensor|None=None,  # of the classes
-        label_smoothing:float=0.        # share given to the other classes
+
+    def __init__(
+        self,
+        scale: float = 64.0,  # of the cosines, as the network has it
+        margin: float = 0.5,  # radians; a callback may move it
+        weight: torch.Tensor | None = None,  # of the classes
+        label_smoothing: float = 0.0,  # share given to the other classes
     ):
         super().__init__(weight=weight, label_smoothing=label_smoothing)
-        from pytorch_metric_learning.losses import ArcFaceLoss   # seconds; the other families do without
-        self.scale, self._arc = float(scale), [ArcFaceLoss(1, 1, margin=math.degrees(margin), scale=scale)]   # in a list: its own weights are not ours
+        from pytorch_metric_learning.losses import ArcFaceLoss  # seconds; the other families do without
+
+        self.scale, self._arc = (
+            float(scale),
+            [ArcFaceLoss(1, 1, margin=math.degrees(margin), scale=scale)],
+        )  # in a list: its own weights are not ours
 
     @property
-    def margin(self)->float: return float(self._arc[0].margin)   # it keeps radians
-    @margin.setter
-    def margin(self, radians:float)->None: self._arc[0].margin = float(radians)
+    def margin(self) -> float:
+        return float(self._arc[0].margin)  # it keeps radians
 
-    def forward(self, logits:torch.Tensor, labels:torch.Tensor)->torch.Tensor:
+    @margin.setter
+    def margin(self, radians: float) -> None:
+        self._arc[0].margin = float(radians)
+
+    def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return super().forward(self.harder(logits, labels) if self.margin and logits.requires_grad else logits, labels)
 
-    def harder(self, logits:torch.Tensor, labels:torch.Tensor)->torch.Tensor: # the same, each photo further from its own class
+    def harder(
+        self, logits: torch.Tensor, labels: torch.Tensor
+    ) -> torch.Tensor:  # the same, each photo further from its own class
         own = labels[:, None]
-        cosine = (logits.gather(1, own)/self.scale).clamp(-SAFE, SAFE)
-        return logits.scatter(1, own, self.scale*self._arc[0].modify_cosine_of_target_classes(cosine))
+        cosine = (logits.gather(1, own) / self.scale).clamp(-SAFE, SAFE)
+        return logits.scatter(1, own, self.scale * self._arc[0].modify_cosine_of_target_classes(cosine))
 
 # %% ../../nbs/models/510_heads.ipynb #b93a3c38
 def margin_at(
-    epoch:int,          # from 0
-    frozen:int=5,       # epochs in which the head alone learns
-    warm:float=0.,      # margin in them, radians
-    full:float=.5       # margin afterwards
-)->float:
+    epoch: int,  # from 0
+    frozen: int = 5,  # epochs in which the head alone learns
+    warm: float = 0.0,  # margin in them, radians
+    full: float = 0.5,  # margin afterwards
+) -> float:
     "The margin of an epoch (SPEC RT2, RT3)."
     return warm if epoch < frozen else full
 
+
 def head_spec(
-    cfg:Config # train.classification.head, retrieval
-)->dict[str,Any]|None: # what a checkpoint remembers of the head; None = linear
+    cfg: Config,  # train.classification.head, retrieval
+) -> dict[str, Any] | None:  # what a checkpoint remembers of the head; None = linear
     "The configured head (SPEC RT1, RT2)."
     r = cfg.retrieval
     return {"dim": r.embedding_dim, "scale": r.arcface_s} if cfg.train.classification.head == "arcface" else None
 
 # %% ../../nbs/models/510_heads.ipynb #11979d7b
 def few_classes_advice(
-    num_classes:int,             # length of the class map
-    cfg:Config,                  # retrieval.arcface_s, arcface_m_finetune
-    log:logging.Logger|None=None # where it is said
-)->str|None: # the line, or None where there is nothing to advise
+    num_classes: int,  # length of the class map
+    cfg: Config,  # retrieval.arcface_s, arcface_m_finetune
+    log: logging.Logger | None = None,  # where it is said
+) -> str | None:  # the line, or None where there is nothing to advise
     "What the source advises below ten classes; nothing is changed (SPEC RT2)."
     r = cfg.retrieval
-    if num_classes >= 10 or (r.arcface_s, r.arcface_m_finetune) == (48., .3): return None
-    return decide(log, f"arcface: {num_classes} classes are few; retrieval.arcface_s=48 retrieval.arcface_m_finetune=0.3 is advised below ten, {r.arcface_s:g} and {r.arcface_m_finetune:g} stay")
+    if num_classes >= 10 or (r.arcface_s, r.arcface_m_finetune) == (48.0, 0.3):
+        return None
+    return decide(
+        log,
+        f"arcface: {num_classes} classes are few; retrieval.arcface_s=48 retrieval.arcface_m_finetune=0.3 is advised below ten, {r.arcface_s:g} and {r.arcface_m_finetune:g} stay",
+    )

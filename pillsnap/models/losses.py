@@ -25,55 +25,76 @@ from .heads import ArcFaceCriterion
 
 # %% ../../nbs/models/520_losses.ipynb #07c50009
 def class_counts(
-    labels:Sequence[int], # class numbers of the training photos
-    num_classes:int       # length of the class map
-)->np.ndarray: # int64 [C]
+    labels: Sequence[int],  # class numbers of the training photos
+    num_classes: int,  # length of the class map
+) -> np.ndarray:  # int64 [C]
     "Photos per class, zeros included."
     labels = np.asarray(labels, dtype=np.int64)
     if len(labels) and not (0 <= labels.min() and labels.max() < num_classes):
-        raise PillsnapError(f"labels run from {labels.min()} to {labels.max()}, the class map has {num_classes} classes", fix="make the splits again: the map and the manifest do not belong together")
+        raise PillsnapError(
+            f"labels run from {labels.min()} to {labels.max()}, the class map has {num_classes} classes",
+            fix="make the splits again: the map and the manifest do not belong together",
+        )
     return np.bincount(labels, minlength=num_classes)
 
 # %% ../../nbs/models/520_losses.ipynb #370cf6cf
 def compute_class_weights(
-    counts:Sequence[int],                                  # photos per class
-    method:Literal["inv_freq","effective_num"]="inv_freq", # formula
-    beta:float=.9999,                                      # of effective_num
-    smooth:float=1.,                                       # added to each count of inv_freq
-    keys:Sequence[str]|None=None,                          # class keys, for the log
-    log:logging.Logger|None=None                           # where absent classes are named
-)->torch.Tensor: # float32 [C]; mean 1 over the classes that occur, 0 for those that do not
+    counts: Sequence[int],  # photos per class
+    method: Literal["inv_freq", "effective_num"] = "inv_freq",  # formula
+    beta: float = 0.9999,  # of effective_num
+    smooth: float = 1.0,  # added to each count of inv_freq
+    keys: Sequence[str] | None = None,  # class keys, for the log
+    log: logging.Logger | None = None,  # where absent classes are named
+) -> torch.Tensor:  # float32 [C]; mean 1 over the classes that occur, 0 for those that do not
     "Weight of each class in the loss (SPEC TL8, X33)."
     n = np.asarray(counts, dtype=np.float64)
-    if not (n > 0).any(): raise PillsnapError("there is no training photo at all", fix="look at the quarantine list of the conversion")
-    if method == "inv_freq": w = n.sum()/(n+smooth)
-    elif method == "effective_num": w = (1-beta)/(1-np.power(beta, np.maximum(n, 1)))
-    else: raise PillsnapError(f"no such class weighting: {method!r}", where="data.imbalance.method", fix="inv_freq or effective_num")
-    w = np.where(n > 0, w, 0.); w /= w[n > 0].mean()
-    if (gone := np.flatnonzero(n == 0)).size: decide(log, f"class weights: {gone.size} of {n.size} classes have no training photo and weigh 0: {_some(gone, keys)}")
+    if not (n > 0).any():
+        raise PillsnapError("there is no training photo at all", fix="look at the quarantine list of the conversion")
+    if method == "inv_freq":
+        w = n.sum() / (n + smooth)
+    elif method == "effective_num":
+        w = (1 - beta) / (1 - np.power(beta, np.maximum(n, 1)))
+    else:
+        raise PillsnapError(
+            f"no such class weighting: {method!r}", where="data.imbalance.method", fix="inv_freq or effective_num"
+        )
+    w = np.where(n > 0, w, 0.0)
+    w /= w[n > 0].mean()
+    if (gone := np.flatnonzero(n == 0)).size:
+        decide(
+            log,
+            f"class weights: {gone.size} of {n.size} classes have no training photo and weigh 0: {_some(gone, keys)}",
+        )
     return torch.tensor(w, dtype=torch.float32)
 
-def _some(ids:np.ndarray, keys:Sequence[str]|None, most:int=5)->str:
+
+def _some(ids: np.ndarray, keys: Sequence[str] | None, most: int = 5) -> str:
     names = [keys[i] if keys is not None else str(i) for i in ids[:most]]
-    return ", ".join(names) + (f" and {len(ids)-most} more" if len(ids) > most else "")
+    return ", ".join(names) + (f" and {len(ids) - most} more" if len(ids) > most else "")
 
 # %% ../../nbs/models/520_losses.ipynb #f7fb288c
 def build_criterion(
-    cfg:Config,                   # train.classification and data.imbalance are read
-    counts:Sequence[int],         # training photos per class
-    keys:Sequence[str]|None=None, # class keys, for the log
-    log:logging.Logger|None=None  # where the decision is said
-)->nn.CrossEntropyLoss:
+    cfg: Config,  # train.classification and data.imbalance are read
+    counts: Sequence[int],  # training photos per class
+    keys: Sequence[str] | None = None,  # class keys, for the log
+    log: logging.Logger | None = None,  # where the decision is said
+) -> nn.CrossEntropyLoss:
     "The classifier's loss as configured (SPEC CT2, X33, X34)."
     im, smoothing = cfg.data.imbalance, cfg.train.classification.label_smoothing
     weight = compute_class_weights(counts, im.method, im.beta, keys=keys, log=log) if im.use_class_weights else None
     if cfg.project.family == "narrow" and cfg.narrow.drug_list and keys is not None:
         listed = torch.tensor(training_weights(read_drug_list(cfg.narrow.drug_list), keys))
-        weight = listed if weight is None else weight*listed
-        decide(log, f"loss: training weights of {Path(cfg.narrow.drug_list).name}, {listed.min():g} to {listed.max():g}, times the class weights")
+        weight = listed if weight is None else weight * listed
+        decide(
+            log,
+            f"loss: training weights of {Path(cfg.narrow.drug_list).name}, {listed.min():g} to {listed.max():g}, times the class weights",
+        )
     said = "none" if weight is None else f"{im.method}, {weight[weight > 0].min():.2f} to {weight.max():.2f}"
     if cfg.train.classification.head == "arcface":
-        decide(log, f"loss: ArcFace, scale {cfg.retrieval.arcface_s:g}, margin {cfg.retrieval.arcface_m_finetune:g} radians, label smoothing {smoothing:g}, class weights {said}")
+        decide(
+            log,
+            f"loss: ArcFace, scale {cfg.retrieval.arcface_s:g}, margin {cfg.retrieval.arcface_m_finetune:g} radians, label smoothing {smoothing:g}, class weights {said}",
+        )
         return ArcFaceCriterion(cfg.retrieval.arcface_s, cfg.retrieval.arcface_m_finetune, weight, smoothing)
     decide(log, f"loss: cross-entropy, label smoothing {smoothing:g}, class weights {said}")
     return nn.CrossEntropyLoss(weight=weight, label_smoothing=smoothing)

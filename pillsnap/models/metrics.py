@@ -17,40 +17,52 @@ from ..core.errors import PillsnapError
 from ..photos.boxes import iou_matrix
 
 # %% ../../nbs/models/540_metrics.ipynb #aeea0f81
-def _np(x)->np.ndarray:
+def _np(x) -> np.ndarray:
     "A numpy array from an array, a list, or a torch tensor on any device."
-    return np.asarray(x.detach().float().cpu() if hasattr(x, "detach") and x.is_floating_point()
-                      else x.detach().cpu() if hasattr(x, "detach") else x)
+    return np.asarray(
+        x.detach().float().cpu()
+        if hasattr(x, "detach") and x.is_floating_point()
+        else x.detach().cpu()
+        if hasattr(x, "detach")
+        else x
+    )
 
-def _paired(a, b, what:str)->tuple[np.ndarray, np.ndarray]:
+
+def _paired(a, b, what: str) -> tuple[np.ndarray, np.ndarray]:
     a, b = _np(a), _np(b)
-    if len(a) != len(b): raise PillsnapError(f"{what}: {len(a)} predictions but {len(b)} labels", fix="pass one label per prediction, in the same order")
+    if len(a) != len(b):
+        raise PillsnapError(
+            f"{what}: {len(a)} predictions but {len(b)} labels", fix="pass one label per prediction, in the same order"
+        )
     return a, b
 
 # %% ../../nbs/models/540_metrics.ipynb #620b5444
 def accuracy(
-    pred:Sequence[int],   # predicted class ids [N]; -1 = no answer
-    labels:Sequence[int]  # true class ids [N]
-)->float:                 # share of hits; NaN when there is nothing to score
+    pred: Sequence[int],  # predicted class ids [N]; -1 = no answer
+    labels: Sequence[int],  # true class ids [N]
+) -> float:  # share of hits; NaN when there is nothing to score
     "Top-1 accuracy from class ids (SPEC EV3)."
     pred, labels = _paired(pred, labels, "accuracy")
     return float((pred == labels).mean()) if len(labels) else float("nan")
 
 # %% ../../nbs/models/540_metrics.ipynb #313bad6f
-def _check_ids(ids:np.ndarray, num_classes:int, what:str, least:int=0)->None:
+def _check_ids(ids: np.ndarray, num_classes: int, what: str, least: int = 0) -> None:
     if len(ids) and (ids.min() < least or ids.max() >= num_classes):
-        raise PillsnapError(f"{what} hold class id {int(ids.max() if ids.max() >= num_classes else ids.min())}, outside {least}…{num_classes-1}",
-                            fix="score only samples whose key is in the class map")
+        raise PillsnapError(
+            f"{what} hold class id {int(ids.max() if ids.max() >= num_classes else ids.min())}, outside {least}…{num_classes - 1}",
+            fix="score only samples whose key is in the class map",
+        )
 
 # %% ../../nbs/models/540_metrics.ipynb #109d42c9
 def topk_accuracy(
-    logits:np.ndarray,    # scores [N, C], logits or probabilities: only their order counts
-    labels:Sequence[int], # true class ids [N]
-    k:int=5               # how many guesses are allowed; k ≥ C always hits
-)->float:                 # share of rows whose label is among the k best; NaN for N = 0
+    logits: np.ndarray,  # scores [N, C], logits or probabilities: only their order counts
+    labels: Sequence[int],  # true class ids [N]
+    k: int = 5,  # how many guesses are allowed; k ≥ C always hits
+) -> float:  # share of rows whose label is among the k best; NaN for N = 0
     "Top-k accuracy; ties go to the smaller id, NaN rows miss (SPEC EV3)."
     logits, labels = _paired(logits, labels, "topk_accuracy")
-    if not len(labels): return float("nan")
+    if not len(labels):
+        return float("nan")
     _check_ids(labels, logits.shape[1], "labels")
     own = logits[np.arange(len(labels)), labels][:, None]
     ahead = (logits > own) | ((logits == own) & (np.arange(logits.shape[1]) < labels[:, None]))
@@ -58,137 +70,182 @@ def topk_accuracy(
 
 # %% ../../nbs/models/540_metrics.ipynb #88434ebf
 def macro_f1(
-    pred:Sequence[int],   # predicted class ids [N]; -1 = no answer
-    labels:Sequence[int], # true class ids [N]
-    num_classes:int       # size of the class map; ids beyond it are refused
-)->float:                 # NaN for N = 0
+    pred: Sequence[int],  # predicted class ids [N]; -1 = no answer
+    labels: Sequence[int],  # true class ids [N]
+    num_classes: int,  # size of the class map; ids beyond it are refused
+) -> float:  # NaN for N = 0
     "Unweighted mean of the per-class F1, over classes that occur (SPEC EV3)."
     pred, labels = _paired(pred, labels, "macro_f1")
-    _check_ids(labels, num_classes, "labels"); _check_ids(pred, num_classes, "predictions", least=-1)
+    _check_ids(labels, num_classes, "labels")
+    _check_ids(pred, num_classes, "predictions", least=-1)
     seen = np.setdiff1d(np.union1d(pred, labels), [-1])
     return float(f1_score(labels, pred, labels=seen, average="macro", zero_division=0)) if len(labels) else float("nan")
 
 # %% ../../nbs/models/540_metrics.ipynb #736d0d26
 def per_class(
-    pred:Sequence[int],        # predicted class ids [N]; -1 = no answer
-    labels:Sequence[int],      # true class ids [N]
-    num_classes:int,           # size of the class map: the number of rows
-    keys:Sequence[str]|None=None # class keys in id order, shown as column key
-)->pd.DataFrame:               # class_id, key, n (photos), predicted, precision, recall, f1
+    pred: Sequence[int],  # predicted class ids [N]; -1 = no answer
+    labels: Sequence[int],  # true class ids [N]
+    num_classes: int,  # size of the class map: the number of rows
+    keys: Sequence[str] | None = None,  # class keys in id order, shown as column key
+) -> pd.DataFrame:  # class_id, key, n (photos), predicted, precision, recall, f1
     "Precision, recall and F1 of every class of the map (SPEC EV3)."
     pred, labels = _paired(pred, labels, "per_class")
-    _check_ids(labels, num_classes, "labels"); _check_ids(pred, num_classes, "predictions", least=-1)
+    _check_ids(labels, num_classes, "labels")
+    _check_ids(pred, num_classes, "predictions", least=-1)
     ids = np.arange(num_classes)
-    p, r, f, n = precision_recall_fscore_support(labels, pred, labels=ids, zero_division=0) if len(labels) else [np.zeros(num_classes)]*4
+    p, r, f, n = (
+        precision_recall_fscore_support(labels, pred, labels=ids, zero_division=0)
+        if len(labels)
+        else [np.zeros(num_classes)] * 4
+    )
     said = np.bincount(pred[pred >= 0], minlength=num_classes) if len(pred) else np.zeros(num_classes, int)
-    t = pd.DataFrame({"class_id": ids, "key": list(keys) if keys is not None else [str(i) for i in ids], "n": np.asarray(n, int), "predicted": said,
-                      "precision": np.where(said > 0, p, np.nan), "recall": np.where(np.asarray(n) > 0, r, np.nan)})
+    t = pd.DataFrame(
+        {
+            "class_id": ids,
+            "key": list(keys) if keys is not None else [str(i) for i in ids],
+            "n": np.asarray(n, int),
+            "predicted": said,
+            "precision": np.where(said > 0, p, np.nan),
+            "recall": np.where(np.asarray(n) > 0, r, np.nan),
+        }
+    )
     return t.assign(f1=np.where((t.n > 0) | (t.predicted > 0), f, np.nan))
 
 # %% ../../nbs/models/540_metrics.ipynb #c7755e47
 def confusion_pairs(
-    pred:Sequence[int],          # predicted class ids [N]; -1 = no answer, not a confusion
-    labels:Sequence[int],        # true class ids [N]
-    keys:Sequence[str]|None=None,# class keys in id order; None = the ids as text
-    top:int|None=20              # how many pairs, worst first; None = all
-)->list[dict]:                   # {true, pred, true_id, pred_id, n, share of that class's photos}
+    pred: Sequence[int],  # predicted class ids [N]; -1 = no answer, not a confusion
+    labels: Sequence[int],  # true class ids [N]
+    keys: Sequence[str] | None = None,  # class keys in id order; None = the ids as text
+    top: int | None = 20,  # how many pairs, worst first; None = all
+) -> list[dict]:  # {true, pred, true_id, pred_id, n, share of that class's photos}
     "The most confused pairs of classes, worst first (SPEC EV1)."
     pred, labels = _paired(pred, labels, "confusion_pairs")
     wrong = (pred != labels) & (pred >= 0)
-    if not wrong.any(): return []
+    if not wrong.any():
+        return []
     pairs, n = np.unique(np.stack([labels[wrong], pred[wrong]], 1), axis=0, return_counts=True)
     support = np.bincount(labels)
     key = (lambda i: str(keys[i])) if keys is not None else str
     order = np.lexsort((pairs[:, 1], pairs[:, 0], -n))[:top]
-    return [dict(true=key(a), pred=key(b), true_id=int(a), pred_id=int(b), n=int(n[i]), share=float(n[i]/support[a])) for i in order for a, b in [pairs[i]]]
+    return [
+        dict(true=key(a), pred=key(b), true_id=int(a), pred_id=int(b), n=int(n[i]), share=float(n[i] / support[a]))
+        for i in order
+        for a, b in [pairs[i]]
+    ]
 
 # %% ../../nbs/models/540_metrics.ipynb #7de38c44
 def reliability(
-    conf:Sequence[float],  # confidence of each answer [N], 0…1
-    correct:Sequence[bool],# whether that answer was right [N]
-    bins:int=15            # equal-width bins over 0…1
-)->pd.DataFrame:           # per bin: low, high, n, confidence (mean said), accuracy (mean so); NaN where n = 0
+    conf: Sequence[float],  # confidence of each answer [N], 0…1
+    correct: Sequence[bool],  # whether that answer was right [N]
+    bins: int = 15,  # equal-width bins over 0…1
+) -> pd.DataFrame:  # per bin: low, high, n, confidence (mean said), accuracy (mean so); NaN where n = 0
     "Confidence against accuracy, bin by bin: the reliability diagram as a table."
     conf, correct = _paired(conf, correct, "reliability")
-    if len(conf) and not (np.nanmin(conf) >= 0 and np.nanmax(conf) <= 1 + 1e-6): raise PillsnapError("confidences must lie in 0…1", fix="pass probabilities, not logits")
-    which = np.clip(np.ceil(conf*bins).astype(int) - 1, 0, bins - 1) if len(conf) else np.zeros(0, int)
+    if len(conf) and not (np.nanmin(conf) >= 0 and np.nanmax(conf) <= 1 + 1e-6):
+        raise PillsnapError("confidences must lie in 0…1", fix="pass probabilities, not logits")
+    which = np.clip(np.ceil(conf * bins).astype(int) - 1, 0, bins - 1) if len(conf) else np.zeros(0, int)
     n = np.bincount(which, minlength=bins)
-    def mean(v): return np.divide(np.bincount(which, weights=v.astype(float), minlength=bins), n, out=np.full(bins, np.nan), where=n > 0)
+
+    def mean(v):
+        return np.divide(
+            np.bincount(which, weights=v.astype(float), minlength=bins), n, out=np.full(bins, np.nan), where=n > 0
+        )
+
     edges = np.linspace(0, 1, bins + 1)
-    return pd.DataFrame({"low": edges[:-1], "high": edges[1:], "n": n, "confidence": mean(conf), "accuracy": mean(correct)})
+    return pd.DataFrame(
+        {"low": edges[:-1], "high": edges[1:], "n": n, "confidence": mean(conf), "accuracy": mean(correct)}
+    )
 
 # %% ../../nbs/models/540_metrics.ipynb #d90e1cd8
 def ece(
-    conf:Sequence[float],  # confidence of each answer [N], 0…1
-    correct:Sequence[bool],# whether that answer was right [N]
-    bins:int=15            # equal-width bins over 0…1
-)->float:                  # 0 = honest, 1 = always sure and always wrong; NaN for N = 0
+    conf: Sequence[float],  # confidence of each answer [N], 0…1
+    correct: Sequence[bool],  # whether that answer was right [N]
+    bins: int = 15,  # equal-width bins over 0…1
+) -> float:  # 0 = honest, 1 = always sure and always wrong; NaN for N = 0
     "Expected calibration error (Guo et al. 2017, 15 equal-width bins)."
     t = reliability(conf, correct, bins)
     gap = (t.confidence - t.accuracy).abs().fillna(0)
-    return float((gap*t.n).sum()/t.n.sum()) if t.n.sum() else float("nan")
+    return float((gap * t.n).sum() / t.n.sum()) if t.n.sum() else float("nan")
 
 # %% ../../nbs/models/540_metrics.ipynb #ebb184df
 def match_boxes(
-    boxes:np.ndarray, # predicted boxes xyxy [n, 4] of one photo, surest first
-    truth:np.ndarray, # true boxes xyxy [m, 4]
-    iou:float=.5      # least overlap of a hit
-)->np.ndarray:        # [n] index of the pill each box takes, -1 = a false alarm
+    boxes: np.ndarray,  # predicted boxes xyxy [n, 4] of one photo, surest first
+    truth: np.ndarray,  # true boxes xyxy [m, 4]
+    iou: float = 0.5,  # least overlap of a hit
+) -> np.ndarray:  # [n] index of the pill each box takes, -1 = a false alarm
     "Greedy one-to-one matching in order of confidence (COCO)."
     taken = np.full(len(boxes), -1)
-    if not len(boxes) or not len(truth): return taken
+    if not len(boxes) or not len(truth):
+        return taken
     m = np.array(iou_matrix(boxes, truth), float)
     for i in range(len(boxes)):
         j = int(m[i].argmax())
-        if m[i, j] >= iou: taken[i], m[:, j] = j, -1
+        if m[i, j] >= iou:
+            taken[i], m[:, j] = j, -1
     return taken
 
 # %% ../../nbs/models/540_metrics.ipynb #50fb680b
-def _hits(preds, gts, iou:float)->tuple[np.ndarray, np.ndarray]:
+def _hits(preds, gts, iou: float) -> tuple[np.ndarray, np.ndarray]:
     "Confidence and hit of every predicted box of all photos, surest first."
     conf, hit = [np.zeros(0)], [np.zeros(0, bool)]
     for (boxes, c), truth in zip(preds, gts):
         boxes, c, truth = _np(boxes).reshape(-1, 4), _np(c).reshape(-1), _np(truth).reshape(-1, 4)
         order = np.argsort(-c, kind="stable")
-        conf.append(c[order]); hit.append(match_boxes(boxes[order], truth, iou) >= 0)
+        conf.append(c[order])
+        hit.append(match_boxes(boxes[order], truth, iou) >= 0)
     conf, hit = np.concatenate(conf), np.concatenate(hit)
     order = np.argsort(-conf, kind="stable")
     return conf[order], hit[order]
 
 # %% ../../nbs/models/540_metrics.ipynb #9cbb61b0
-def _area(recall:np.ndarray, precision:np.ndarray)->float:
+def _area(recall: np.ndarray, precision: np.ndarray) -> float:
     "Area under the precision envelope at 101 recalls, as ultralytics integrates it."
-    r = np.concatenate([[0.], recall, [recall[-1], 1.]]); p = np.concatenate([[1.], precision, [0., 0.]])   # nothing beyond the last recall
+    r = np.concatenate([[0.0], recall, [recall[-1], 1.0]])
+    p = np.concatenate([[1.0], precision, [0.0, 0.0]])  # nothing beyond the last recall
     p = np.maximum.accumulate(p[::-1])[::-1]
     x = np.linspace(0, 1, 101)
     return float(np.trapezoid(np.interp(x, r, p), x))
 
 # %% ../../nbs/models/540_metrics.ipynb #7c070593
 def pr_curve(
-    preds:Sequence,  # per photo (boxes xyxy [n, 4], confidence [n]), unthresholded
-    gts:Sequence,    # per photo true boxes xyxy [m, 4]
-    iou:float=.5     # least overlap of a hit
-)->pd.DataFrame:     # conf, precision, recall, f1 after each box, surest first; attrs: ap, n_boxes
+    preds: Sequence,  # per photo (boxes xyxy [n, 4], confidence [n]), unthresholded
+    gts: Sequence,  # per photo true boxes xyxy [m, 4]
+    iou: float = 0.5,  # least overlap of a hit
+) -> pd.DataFrame:  # conf, precision, recall, f1 after each box, surest first; attrs: ap, n_boxes
     "Precision and recall at every confidence, and the area under them."
-    if len(preds) != len(gts): raise PillsnapError(f"boxes of {len(preds)} photos but truth of {len(gts)}", fix="pass one entry per photo, empty where nothing was found")
+    if len(preds) != len(gts):
+        raise PillsnapError(
+            f"boxes of {len(preds)} photos but truth of {len(gts)}",
+            fix="pass one entry per photo, empty where nothing was found",
+        )
     n = sum(len(_np(g).reshape(-1, 4)) for g in gts)
     conf, hit = _hits(preds, gts, iou)
     tp, k = hit.cumsum(), np.arange(1, len(hit) + 1)
-    recall, precision = tp/max(n, 1), tp/k
-    t = pd.DataFrame({"conf": conf, "precision": precision, "recall": recall, "f1": 2*tp/(k + n)})
-    t.attrs = {"ap": _area(recall, precision) if n and len(hit) else (0. if n else float("nan")), "n_boxes": n}
+    recall, precision = tp / max(n, 1), tp / k
+    t = pd.DataFrame({"conf": conf, "precision": precision, "recall": recall, "f1": 2 * tp / (k + n)})
+    t.attrs = {"ap": _area(recall, precision) if n and len(hit) else (0.0 if n else float("nan")), "n_boxes": n}
     return t
 
 # %% ../../nbs/models/540_metrics.ipynb #16762455
 def detection_ap(
-    preds:Sequence,  # per photo (boxes xyxy [n, 4], confidence [n]), kept down to a low confidence (.001)
-    gts:Sequence,    # per photo true boxes xyxy [m, 4], [0, 4] for an empty photo
-    thresholds:Sequence[float]=tuple(np.arange(.5, 1, .05).round(2)) # overlaps the mean runs over
-)->dict:             # mAP@0.5, mAP@0.5:0.95, precision, recall, conf (the last three at the best F1), ap per threshold, n_photos, n_boxes
+    preds: Sequence,  # per photo (boxes xyxy [n, 4], confidence [n]), kept down to a low confidence (.001)
+    gts: Sequence,  # per photo true boxes xyxy [m, 4], [0, 4] for an empty photo
+    thresholds: Sequence[float] = tuple(np.arange(0.5, 1, 0.05).round(2)),  # overlaps the mean runs over
+) -> dict:  # mAP@0.5, mAP@0.5:0.95, precision, recall, conf (the last three at the best F1), ap per threshold, n_photos, n_boxes
     "Average precision of a one-class detector; all NaN without a true box (SPEC DT2)."
-    first = pr_curve(preds, gts, .5)
+    first = pr_curve(preds, gts, 0.5)
     ap = {float(t): pr_curve(preds, gts, t).attrs["ap"] for t in thresholds}
     n = first.attrs["n_boxes"]
-    best = first.loc[first.f1.idxmax()] if n and len(first) else dict.fromkeys(("precision", "recall", "conf"), 0. if n else float("nan"))
-    return {"mAP@0.5": first.attrs["ap"], "mAP@0.5:0.95": float(np.mean(list(ap.values()))), **{k: float(best[k]) for k in ("precision", "recall", "conf")},
-            "ap": ap, "n_photos": len(gts), "n_boxes": n}
+    best = (
+        first.loc[first.f1.idxmax()]
+        if n and len(first)
+        else dict.fromkeys(("precision", "recall", "conf"), 0.0 if n else float("nan"))
+    )
+    return {
+        "mAP@0.5": first.attrs["ap"],
+        "mAP@0.5:0.95": float(np.mean(list(ap.values()))),
+        **{k: float(best[k]) for k in ("precision", "recall", "conf")},
+        "ap": ap,
+        "n_photos": len(gts),
+        "n_boxes": n,
+    }

@@ -19,24 +19,27 @@ from ..core.config import Mixing
 # %% ../../nbs/models/530_mixing.ipynb #82a47bb0
 class Mixer(Mixup):
     "timm's mixup and cutmix of a whole batch with its own reverse, of any length (SPEC NM8; Zhang et al. 2017, Yun et al. 2019)."
-    def __init__(self,
-        mixing:Mixing # train.classification.mixing
+
+    def __init__(
+        self,
+        mixing: Mixing,  # train.classification.mixing
     ):
         self.on = mixing.mixup > 0 or mixing.cutmix > 0
         super().__init__(mixing.mixup, mixing.cutmix, mixing.cutmix_minmax if mixing.cutmix > 0 else None, mixing.prob)
 
-    def __call__(self,
-        x:torch.Tensor # photos [N, C, H, W]; left as they are
-    )->tuple[torch.Tensor,float]: # mixed photos, and the share of each photo's own pixels
+    def __call__(
+        self,
+        x: torch.Tensor,  # photos [N, C, H, W]; left as they are
+    ) -> tuple[torch.Tensor, float]:  # mixed photos, and the share of each photo's own pixels
         x = x.clone()
         return x, float(self._mix_batch(x))
 
 # %% ../../nbs/models/530_mixing.ipynb #8334cb13
 def mixed_loss(
-    loss_func:nn.Module, # a mean cross-entropy, with or without class weights and smoothing
-    logits:torch.Tensor, # of the mixed photos [N, C]
-    labels:torch.Tensor, # of the photos before they were mixed [N]
-    lam:float            # share of each photo's own pixels
-)->torch.Tensor: # scalar
+    loss_func: nn.Module,  # a mean cross-entropy, with or without class weights and smoothing
+    logits: torch.Tensor,  # of the mixed photos [N, C]
+    labels: torch.Tensor,  # of the photos before they were mixed [N]
+    lam: float,  # share of each photo's own pixels
+) -> torch.Tensor:  # scalar
     "The loss of both answers (Zhang et al. 2017)."
-    return lam*loss_func(logits, labels) + (1-lam)*loss_func(logits, labels.flip(0))
+    return lam * loss_func(logits, labels) + (1 - lam) * loss_func(logits, labels.flip(0))

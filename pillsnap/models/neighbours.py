@@ -22,52 +22,72 @@ from ..core.errors import PillsnapError
 # %% ../../nbs/models/550_neighbours.ipynb #009b63b5
 class Vectors(NamedTuple):
     "Photos as unit vectors."
-    vectors:torch.Tensor   # float32 [N, D], length one
-    labels:np.ndarray      # int64 [N] class numbers
-    paths:list[str]        # of the photos
+
+    vectors: torch.Tensor  # float32 [N, D], length one
+    labels: np.ndarray  # int64 [N] class numbers
+    paths: list[str]  # of the photos
+
 
 @torch.no_grad()
 def embed_photos(
-    model:nn.Module,              # with embed
-    loader:Iterable,              # of (images, labels, meta)
-    device:torch.device|str="cpu" # where the pass runs
-)->Vectors:
+    model: nn.Module,  # with embed
+    loader: Iterable,  # of (images, labels, meta)
+    device: torch.device | str = "cpu",  # where the pass runs
+) -> Vectors:
     "Every photo of a loader as a unit vector (SPEC RT9)."
     was, parts, labels, paths = model.training, [], [], []
     model.eval()
     try:
         with full_fp32():
             for x, y, meta in loader:
-                if not len(y): continue
+                if not len(y):
+                    continue
                 parts.append(F.normalize(model.embed(x.to(device)).float()))
                 labels.append(y)
                 paths += meta["paths"]
-    finally: model.train(was)
-    if not parts: raise PillsnapError("there was no photo to embed", fix="look at the quarantine list, or give the splits more photos")
-    return Vectors(torch.cat(parts), torch.cat(labels).cpu().numpy(), paths)   # the one read of the device
+    finally:
+        model.train(was)
+    if not parts:
+        raise PillsnapError(
+            "there was no photo to embed", fix="look at the quarantine list, or give the splits more photos"
+        )
+    return Vectors(torch.cat(parts), torch.cat(labels).cpu().numpy(), paths)  # the one read of the device
 
 # %% ../../nbs/models/550_neighbours.ipynb #47c8a0bb
 def nearest(
-    gallery:torch.Tensor,  # float32 [N, D], unit vectors
-    queries:torch.Tensor,  # float32 [M, D], unit vectors
-    k:int=20,              # neighbours; fewer where the gallery is smaller
-    block:int=1024         # queries at once
-)->tuple[torch.Tensor,torch.Tensor]: # cosines [M, k] falling, rows of the gallery [M, k]
+    gallery: torch.Tensor,  # float32 [N, D], unit vectors
+    queries: torch.Tensor,  # float32 [M, D], unit vectors
+    k: int = 20,  # neighbours; fewer where the gallery is smaller
+    block: int = 1024,  # queries at once
+) -> tuple[torch.Tensor, torch.Tensor]:  # cosines [M, k] falling, rows of the gallery [M, k]
     "The k nearest, exactly (SPEC RT9, RT12)."
-    if gallery.shape[1] != queries.shape[1]: raise PillsnapError(f"vectors of {queries.shape[1]} numbers cannot be looked up among vectors of {gallery.shape[1]}", fix="gallery and queries must come from one network")
-    with full_fp32(): got = [(q@gallery.T).topk(min(k, len(gallery)), dim=1) for q in queries.split(block)]
+    if gallery.shape[1] != queries.shape[1]:
+        raise PillsnapError(
+            f"vectors of {queries.shape[1]} numbers cannot be looked up among vectors of {gallery.shape[1]}",
+            fix="gallery and queries must come from one network",
+        )
+    with full_fp32():
+        got = [(q @ gallery.T).topk(min(k, len(gallery)), dim=1) for q in queries.split(block)]
     return torch.cat([g.values for g in got]), torch.cat([g.indices for g in got])
 
 # %% ../../nbs/models/550_neighbours.ipynb #68d799c8
 def recall_at_k(
-    gallery:Vectors,                  # what is known
-    queries:Vectors,                  # what is asked
-    ks:Sequence[int]=(1, 5),          # retrieval.recall_k_values
-    groups:tuple[Sequence[str],Sequence[str]]|None=None # the ID of every gallery photo and of every query
-)->dict[str,float]: # "recall@1", ...; n queries; unknown, the queries whose class is not in the gallery
+    gallery: Vectors,  # what is known
+    queries: Vectors,  # what is asked
+    ks: Sequence[int] = (1, 5),  # retrieval.recall_k_values
+    groups: tuple[Sequence[str], Sequence[str]] | None = None,  # the ID of every gallery photo and of every query
+) -> dict[str, float]:  # "recall@1", ...; n queries; unknown, the queries whose class is not in the gallery
     "How often the right class is among the K nearest (SPEC RT9)."
-    if groups and (shared := sorted(set(groups[0]) & set(groups[1]))): raise PillsnapError(f"{len(shared)} groups stand in the gallery and among the queries, the first is {shared[0]}: their photos would find themselves", fix="make the splits again; gallery is train, queries are val or test")
+    if groups and (shared := sorted(set(groups[0]) & set(groups[1]))):
+        raise PillsnapError(
+            f"{len(shared)} groups stand in the gallery and among the queries, the first is {shared[0]}: their photos would find themselves",
+            fix="make the splits again; gallery is train, queries are val or test",
+        )
     _, rows = nearest(gallery.vectors, queries.vectors, max(ks))
     hit = gallery.labels[rows.cpu().numpy()] == queries.labels[:, None]
     unknown = int((~np.isin(queries.labels, gallery.labels)).sum())
-    return {**{f"recall@{k}": float(hit[:, :k].any(1).mean()) for k in ks}, "n": len(queries.labels), "unknown": unknown}
+    return {
+        **{f"recall@{k}": float(hit[:, :k].any(1).mean()) for k in ks},
+        "n": len(queries.labels),
+        "unknown": unknown,
+    }

@@ -28,94 +28,123 @@ from ..photos.images import IMAGENET_MEAN, IMAGENET_STD, crop_view, normalise, o
 # %% ../../nbs/models/570_pipeline.ipynb #c97a4674
 class ClassifierRunner(Protocol):
     "Names a pill (SPEC SV4)."
-    size:int # side of its square input, pixels
-    def logits(self,
-        x:np.ndarray # normalised views, float32 [N, 3, size, size]
-    )->np.ndarray: ... # float32 [N, C], scores before the softmax
+
+    size: int  # side of its square input, pixels
+
+    def logits(
+        self,
+        x: np.ndarray,  # normalised views, float32 [N, 3, size, size]
+    ) -> np.ndarray: ...  # float32 [N, C], scores before the softmax
 
 # %% ../../nbs/models/570_pipeline.ipynb #fee3507b
 class DetectorRunner(Protocol):
     "Finds pills (SPEC DT4)."
-    size:int # side of its square input, pixels
-    def raw(self,
-        x:np.ndarray # letterboxed photos, RGB in 0..1, float32 [N, 3, size, size]
-    )->np.ndarray: ... # float32 [N, 4 + 1, A]: centre x, y, width, height in input pixels, score
+
+    size: int  # side of its square input, pixels
+
+    def raw(
+        self,
+        x: np.ndarray,  # letterboxed photos, RGB in 0..1, float32 [N, 3, size, size]
+    ) -> np.ndarray: ...  # float32 [N, 4 + 1, A]: centre x, y, width, height in input pixels, score
 
 # %% ../../nbs/models/570_pipeline.ipynb #000169e3
 def detect(
-    detector:DetectorRunner, # finds pills
-    image:np.ndarray,        # [H, W, 3] uint8 RGB photo
-    conf:float=.3,           # boxes below are dropped
-    iou:float=.5,            # boxes overlapping more are one pill
-    max_det:int=100          # boxes kept, surest first
-)->tuple[np.ndarray,np.ndarray]: # ([n, 4] float32 x0, y0, x1, y1 in photo pixels, [n] float32 score)
+    detector: DetectorRunner,  # finds pills
+    image: np.ndarray,  # [H, W, 3] uint8 RGB photo
+    conf: float = 0.3,  # boxes below are dropped
+    iou: float = 0.5,  # boxes overlapping more are one pill
+    max_det: int = 100,  # boxes kept, surest first
+) -> tuple[np.ndarray, np.ndarray]:  # ([n, 4] float32 x0, y0, x1, y1 in photo pixels, [n] float32 score)
     "Boxes of the pills in a photo (SPEC TL11, DT4)."
     square, scale, pad = letterbox(image, detector.size)
-    raw = np.asarray(detector.raw(square.transpose(2, 0, 1)[None].astype(np.float32)/255))[0]
+    raw = np.asarray(detector.raw(square.transpose(2, 0, 1)[None].astype(np.float32) / 255))[0]
     boxes, scores = decode_yolo(raw, conf, iou, max_det)
     h, w = image.shape[:2]
     boxes = unletterbox(boxes, scale, pad, w, h)
-    real = (boxes[:, 2:]-boxes[:, :2] >= 1).all(axis=1)  # what lay in the grey margin has no area in the photo
+    real = (boxes[:, 2:] - boxes[:, :2] >= 1).all(axis=1)  # what lay in the grey margin has no area in the photo
     return boxes[real], scores[real]
 
 # %% ../../nbs/models/570_pipeline.ipynb #83b7419a
 def softmax(
-    logits:np.ndarray,   # [N, C]
-    temperature:float=1. # > 0; above 1 is more modest
-)->np.ndarray: # float64 [N, C], rows sum to 1
+    logits: np.ndarray,  # [N, C]
+    temperature: float = 1.0,  # > 0; above 1 is more modest
+) -> np.ndarray:  # float64 [N, C], rows sum to 1
     "Probabilities at a temperature (Guo et al. 2017)."
-    if not (temperature > 0 and math.isfinite(temperature)): raise PillsnapError(f"a temperature is a number above 0, not {temperature!r}", where="temperature")
-    z = np.asarray(logits, np.float64)/temperature
-    e = np.exp(z-z.max(axis=1, keepdims=True))
-    return e/e.sum(axis=1, keepdims=True)
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise PillsnapError(f"a temperature is a number above 0, not {temperature!r}", where="temperature")
+    z = np.asarray(logits, np.float64) / temperature
+    e = np.exp(z - z.max(axis=1, keepdims=True))
+    return e / e.sum(axis=1, keepdims=True)
 
 # %% ../../nbs/models/570_pipeline.ipynb #ca77ee32
 def class_probabilities(
-    classifier:ClassifierRunner, # names a pill
-    views:Sequence[np.ndarray],  # [size, size, 3] uint8 each
-    num_classes:int,             # length of the class map
-    temperature:float=1.,        # from the calibration
-    batch:int=16                 # views per pass; bounds the memory of a crowded photo
-)->np.ndarray: # float64 [len(views), num_classes]
+    classifier: ClassifierRunner,  # names a pill
+    views: Sequence[np.ndarray],  # [size, size, 3] uint8 each
+    num_classes: int,  # length of the class map
+    temperature: float = 1.0,  # from the calibration
+    batch: int = 16,  # views per pass; bounds the memory of a crowded photo
+) -> np.ndarray:  # float64 [len(views), num_classes]
     "Probabilities of every view; a model with another number of drugs is refused (SPEC BX8)."
-    if not len(views): return np.zeros((0, num_classes))
-    parts = [np.asarray(classifier.logits(normalise(np.stack(views[i:i+batch])))) for i in range(0, len(views), batch)]
+    if not len(views):
+        return np.zeros((0, num_classes))
+    parts = [
+        np.asarray(classifier.logits(normalise(np.stack(views[i : i + batch])))) for i in range(0, len(views), batch)
+    ]
     z = np.concatenate(parts)
     if z.shape != (len(views), num_classes):
-        raise PillsnapError(f"the classifier knows {z.shape[-1]} drugs and the class map {num_classes}", where="classifier", fix="use the classifier and the class map of one run")
+        raise PillsnapError(
+            f"the classifier knows {z.shape[-1]} drugs and the class map {num_classes}",
+            where="classifier",
+            fix="use the classifier and the class map of one run",
+        )
     if not np.isfinite(z).all():
-        raise PillsnapError("the classifier answered with numbers that are not finite", where="classifier", fix="look at its training: the weights are broken")
+        raise PillsnapError(
+            "the classifier answered with numbers that are not finite",
+            where="classifier",
+            fix="look at its training: the weights are broken",
+        )
     return softmax(z, temperature)
 
 # %% ../../nbs/models/570_pipeline.ipynb #a464b677
-CARD = dict( # field → (Korean label, keys of the delivery's record)
-    name_en=("영문명", ("dl_name_en",)), maker=("제조사", ("dl_company", "di_company_mf")), form=("제형", ("form_code_name", "dl_custom_shape")),
-    imprint_front=("앞면 표시", ("print_front",)), imprint_back=("뒷면 표시", ("print_back",)),
-    score_front=("앞면 분할선", ("line_front",)), score_back=("뒷면 분할선", ("line_back",)),
-    shape=("모양", ("drug_shape",)), size_mm=("크기", ("leng_long", "leng_short", "thick")),
-    colour_front=("색상 앞", ("color_class1",)), colour_back=("색상 뒤", ("color_class2",)), rx_otc=("구분", ("di_etc_otc_code",)))
+CARD = dict(  # field → (Korean label, keys of the delivery's record)
+    name_en=("영문명", ("dl_name_en",)),
+    maker=("제조사", ("dl_company", "di_company_mf")),
+    form=("제형", ("form_code_name", "dl_custom_shape")),
+    imprint_front=("앞면 표시", ("print_front",)),
+    imprint_back=("뒷면 표시", ("print_back",)),
+    score_front=("앞면 분할선", ("line_front",)),
+    score_back=("뒷면 분할선", ("line_back",)),
+    shape=("모양", ("drug_shape",)),
+    size_mm=("크기", ("leng_long", "leng_short", "thick")),
+    colour_front=("색상 앞", ("color_class1",)),
+    colour_back=("색상 뒤", ("color_class2",)),
+    rx_otc=("구분", ("di_etc_otc_code",)),
+)
 
 # %% ../../nbs/models/570_pipeline.ipynb #ab5b9d99
 def known(
-    value:Any # what a record holds
-)->Any: # None for null, "", blanks and NaN
+    value: Any,  # what a record holds
+) -> Any:  # None for null, "", blanks and NaN
     "One spelling of not known (DATA traps: null and the empty string alike)."
-    if isinstance(value, str): return value.strip() or None
+    if isinstance(value, str):
+        return value.strip() or None
     return None if value is None or (isinstance(value, float) and not math.isfinite(value)) else value
 
 # %% ../../nbs/models/570_pipeline.ipynb #0a4ec82d
 def drug_card(
-    record:Mapping[str,Any] # a drug's record in the delivery's own keys
-)->dict[str,Any]: # CARD's fields, None where not known; size_mm is [long, short, thick] or None
+    record: Mapping[str, Any],  # a drug's record in the delivery's own keys
+) -> dict[str, Any]:  # CARD's fields, None where not known; size_mm is [long, short, thick] or None
     "What an answer shows of a drug (SPEC BX11)."
-    card = {f: next((v for k in keys if (v := known(record.get(k))) is not None), None) for f,(_,keys) in CARD.items()}
-    size = [v if (v := known(record.get(k))) and v > 0 else None for k in CARD["size_mm"][1]]   # 0 mm is no size
+    card = {
+        f: next((v for k in keys if (v := known(record.get(k))) is not None), None) for f, (_, keys) in CARD.items()
+    }
+    size = [v if (v := known(record.get(k))) and v > 0 else None for k in CARD["size_mm"][1]]  # 0 mm is no size
     return {**card, "size_mm": size if any(v is not None for v in size) else None}
 
 # %% ../../nbs/models/570_pipeline.ipynb #d7e5dbcb
 def edi_codes(
-    record:Mapping[str,Any] # a drug's record
-)->list[str]: # never empty strings
+    record: Mapping[str, Any],  # a drug's record
+) -> list[str]:  # never empty strings
     "The reimbursement codes as a list (SPEC X2: metadata, never a class key)."
     raw = record.get("edi_codes") or record.get("di_edi_code") or record.get("edi_code") or ""
     return [c for v in (raw.split(",") if isinstance(raw, str) else raw) if (c := str(v).strip())]
@@ -130,66 +159,84 @@ ANSWERS = {
 
 # %% ../../nbs/models/570_pipeline.ipynb #eda7813b
 def answer_kind(
-    items:Sequence[Any] # the pills of an answer
-)->str: # a key of ANSWERS
+    items: Sequence[Any],  # the pills of an answer
+) -> str:  # a key of ANSWERS
     "Which kind of answer this is."
     return ("no_pill", "drug")[len(items)] if len(items) < 2 else "drugs"
 
 # %% ../../nbs/models/570_pipeline.ipynb #2e81c86a
-def _candidate(k:str, p:float, metadata:Mapping[str,Mapping[str,Any]])->dict[str,Any]:
+def _candidate(k: str, p: float, metadata: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     "One drug of a ranking."
     record = metadata.get(k, {})
     return dict(kcode=k, edi_codes=edi_codes(record), name=known(record.get("dl_name")), confidence=float(p))
 
 # %% ../../nbs/models/570_pipeline.ipynb #12f1913d
 def pill_item(
-    p:np.ndarray,          # [C] probabilities of one pill
-    class_map:ClassMap,    # class number → K-code
-    metadata:Mapping[str,Mapping[str,Any]], # K-code → record; a drug may be absent
-    topk:int=5,            # drugs listed
-    box:np.ndarray|None=None, # x0, y0, x1, y1 in photo pixels; None = the whole photo
-    box_score:float|None=None # the detector's score
-)->dict[str,Any]:
+    p: np.ndarray,  # [C] probabilities of one pill
+    class_map: ClassMap,  # class number → K-code
+    metadata: Mapping[str, Mapping[str, Any]],  # K-code → record; a drug may be absent
+    topk: int = 5,  # drugs listed
+    box: np.ndarray | None = None,  # x0, y0, x1, y1 in photo pixels; None = the whole photo
+    box_score: float | None = None,  # the detector's score
+) -> dict[str, Any]:
     "One pill of an answer: its drug, its box, and the runners-up."
-    order = np.argsort(-p, kind="stable")[:max(1, min(topk, len(p)))]
+    order = np.argsort(-p, kind="stable")[: max(1, min(topk, len(p)))]
     top = [_candidate(class_map.key(int(i)), p[i], metadata) for i in order]
-    return dict(top[0], box=None if box is None else [round(float(v), 2) for v in box], box_confidence=None if box_score is None else float(box_score),
-                card=drug_card(metadata.get(top[0]["kcode"], {})), top_k=top)
+    return dict(
+        top[0],
+        box=None if box is None else [round(float(v), 2) for v in box],
+        box_confidence=None if box_score is None else float(box_score),
+        card=drug_card(metadata.get(top[0]["kcode"], {})),
+        top_k=top,
+    )
 
 # %% ../../nbs/models/570_pipeline.ipynb #e1705d09
-BADGE, LOW_CONFIDENCE = "combo 권장", .30   # SPEC EV4: single and below .30
+BADGE, LOW_CONFIDENCE = "combo 권장", 0.30  # SPEC EV4: single and below .30
+
 
 def combo_hints(
-    mode:str,                 # the mode that was asked for
-    confidence:float|None,    # of the best drug, None when there is none
-    box_count:int|None=None   # pills that somebody counted in the photo
-)->list[str]: # the log's words: multi_object_hint, low_confidence
+    mode: str,  # the mode that was asked for
+    confidence: float | None,  # of the best drug, None when there is none
+    box_count: int | None = None,  # pills that somebody counted in the photo
+) -> list[str]:  # the log's words: multi_object_hint, low_confidence
     "Why combo might be the better choice; never in combo itself (SPEC SG8)."
-    if mode != "single": return []
-    return ["multi_object_hint"]*bool(box_count and box_count > 1)+["low_confidence"]*(confidence is not None and confidence < LOW_CONFIDENCE)
+    if mode != "single":
+        return []
+    return ["multi_object_hint"] * bool(box_count and box_count > 1) + ["low_confidence"] * (
+        confidence is not None and confidence < LOW_CONFIDENCE
+    )
 
 # %% ../../nbs/models/570_pipeline.ipynb #ea7369ef
 def preprocessing(
-    classifier_size:int,           # side of the classifier's input, pixels
-    detector_size:int|None=None,   # side of the detector's input, pixels
-    crop_padding:float=.1          # margin around a box, as a share of its sides
-)->dict[str,Any]: # plain JSON types, with an id
+    classifier_size: int,  # side of the classifier's input, pixels
+    detector_size: int | None = None,  # side of the detector's input, pixels
+    crop_padding: float = 0.1,  # margin around a box, as a share of its sides
+) -> dict[str, Any]:  # plain JSON types, with an id
     "How a photo becomes a model's input, in words that can be compared (SPEC section 2)."
-    d = dict(version=1, colour="RGB", orientation="EXIF applied", filter="Pillow bilinear, antialiased", mean=list(IMAGENET_MEAN), std=list(IMAGENET_STD),
-             whole=dict(size=classifier_size, fit="short side, centre"), crop=dict(size=classifier_size, padding=crop_padding, fit="square, edges repeated"),
-             letterbox=None if detector_size is None else dict(size=detector_size, fill=114, scale="1/255"))
+    d = dict(
+        version=1,
+        colour="RGB",
+        orientation="EXIF applied",
+        filter="Pillow bilinear, antialiased",
+        mean=list(IMAGENET_MEAN),
+        std=list(IMAGENET_STD),
+        whole=dict(size=classifier_size, fit="short side, centre"),
+        crop=dict(size=classifier_size, padding=crop_padding, fit="square, edges repeated"),
+        letterbox=None if detector_size is None else dict(size=detector_size, fill=114, scale="1/255"),
+    )
     return {**d, "id": sha256_text(canonical_json(d))}
 
 # %% ../../nbs/models/570_pipeline.ipynb #e9607cb3
-MIN_SIDE = 32   # (ours) pixels; no imprint fits into less
+MIN_SIDE = 32  # (ours) pixels; no imprint fits into less
 
 # %% ../../nbs/models/570_pipeline.ipynb #a833710a
 def read_photo(
-    photo:np.ndarray|str|Path|bytes # [H, W, 3] uint8 RGB, a file, or a file's content
-)->np.ndarray: # [H, W, 3] uint8 RGB; PillsnapError with the reason otherwise
+    photo: np.ndarray | str | Path | bytes,  # [H, W, 3] uint8 RGB, a file, or a file's content
+) -> np.ndarray:  # [H, W, 3] uint8 RGB; PillsnapError with the reason otherwise
     "Open a photo, or say why not (SPEC CF5)."
     where = photo if isinstance(photo, (str, Path)) else "photo"
-    if isinstance(photo, np.ndarray): image = photo
+    if isinstance(photo, np.ndarray):
+        image = photo
     else:
         opened = open_image_safely(photo, say=False)
         if opened.get("_skip"):
@@ -200,104 +247,168 @@ def read_photo(
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise PillsnapError(f"a photo is uint8 [height, width, 3], not {image.dtype} {list(image.shape)}", where=where)
     if min(image.shape[:2]) < MIN_SIDE:
-        raise PillsnapError(f"a photo of {image.shape[1]}×{image.shape[0]} pixels cannot show a pill", where=where, fix=f"both sides need at least {MIN_SIDE} pixels")
+        raise PillsnapError(
+            f"a photo of {image.shape[1]}×{image.shape[0]} pixels cannot show a pill",
+            where=where,
+            fix=f"both sides need at least {MIN_SIDE} pixels",
+        )
     return image
 
 # %% ../../nbs/models/570_pipeline.ipynb #be1e69cc
-def _photo_hash(photo:np.ndarray|str|Path|bytes)->str:
+def _photo_hash(photo: np.ndarray | str | Path | bytes) -> str:
     "sha256 of the file, or of the pixels of an array."
-    if isinstance(photo, (str, Path)): return sha256_file(photo)
-    return hashlib.sha256(np.ascontiguousarray(photo).tobytes() if isinstance(photo, np.ndarray) else bytes(photo)).hexdigest()
+    if isinstance(photo, (str, Path)):
+        return sha256_file(photo)
+    return hashlib.sha256(
+        np.ascontiguousarray(photo).tobytes() if isinstance(photo, np.ndarray) else bytes(photo)
+    ).hexdigest()
 
 # %% ../../nbs/models/570_pipeline.ipynb #42b39fdb
 def check_mode(
-    mode:str # what was asked for
-)->str: # the same; PillsnapError for anything else
+    mode: str,  # what was asked for
+) -> str:  # the same; PillsnapError for anything else
     "Refuse what is not a mode; there is no automatic one (SPEC X39)."
-    if mode in MODES: return mode
-    why = "there is no automatic mode: the person chooses, and the program never switches" if mode == "auto" else f"{mode!r} is not a mode"
-    raise PillsnapError(why, where="mode", fix="ask for single (the whole photo is one pill) or combo (find the pills first)")
+    if mode in MODES:
+        return mode
+    why = (
+        "there is no automatic mode: the person chooses, and the program never switches"
+        if mode == "auto"
+        else f"{mode!r} is not a mode"
+    )
+    raise PillsnapError(
+        why, where="mode", fix="ask for single (the whole photo is one pill) or combo (find the pills first)"
+    )
 
 # %% ../../nbs/models/570_pipeline.ipynb #f0e7e3c7
 class _Clock:
     "Milliseconds per step."
-    def __init__(self): self.start = self.last = time.perf_counter(); self.ms:dict[str,float] = {}
-    def __call__(self, step:str)->None:
-        now = time.perf_counter(); self.ms[step], self.last = (now-self.last)*1e3, now
-    def total(self)->dict[str,float]: return {k: round(v, 3) for k,v in {**self.ms, "total": (self.last-self.start)*1e3}.items()}
+
+    def __init__(self):
+        self.start = self.last = time.perf_counter()
+        self.ms: dict[str, float] = {}
+
+    def __call__(self, step: str) -> None:
+        now = time.perf_counter()
+        self.ms[step], self.last = (now - self.last) * 1e3, now
+
+    def total(self) -> dict[str, float]:
+        return {k: round(v, 3) for k, v in {**self.ms, "total": (self.last - self.start) * 1e3}.items()}
 
 # %% ../../nbs/models/570_pipeline.ipynb #4c29e673
 @dataclass(frozen=True)
 class Views:
     "What the classifier sees of one photo, and the branch that made it."
-    mode_used:str                # the branch that ran: single (whole photo) or combo (detector's boxes)
-    images:list[np.ndarray]      # [size, size, 3] uint8 each
-    boxes:list[np.ndarray|None]  # x0, y0, x1, y1 in photo pixels; None = the whole photo
-    scores:list[float|None]      # of the detector; None = no detector was asked
+
+    mode_used: str  # the branch that ran: single (whole photo) or combo (detector's boxes)
+    images: list[np.ndarray]  # [size, size, 3] uint8 each
+    boxes: list[np.ndarray | None]  # x0, y0, x1, y1 in photo pixels; None = the whole photo
+    scores: list[float | None]  # of the detector; None = no detector was asked
+
 
 def photo_views(
-    image:np.ndarray,             # [H, W, 3] uint8 RGB
-    mode:str,                     # single or combo
-    size:int,                     # side of a view, pixels
-    detector:DetectorRunner|None=None, # finds pills; single never touches it
-    padding:float=.1,             # margin around a box, as a share of its sides
-    **find:Any                    # what detect takes: conf, iou, max_det
-)->Views:
+    image: np.ndarray,  # [H, W, 3] uint8 RGB
+    mode: str,  # single or combo
+    size: int,  # side of a view, pixels
+    detector: DetectorRunner | None = None,  # finds pills; single never touches it
+    padding: float = 0.1,  # margin around a box, as a share of its sides
+    **find: Any,  # what detect takes: conf, iou, max_det
+) -> Views:
     "The views of a photo: one of the whole photo in single mode, one per detected box in combo mode."
-    if mode == "single": return Views("single", [whole_view(image, size)], [None], [None])
+    if mode == "single":
+        return Views("single", [whole_view(image, size)], [None], [None])
     boxes, scores = detect(detector, image, **find)
     return Views("combo", [crop_view(image, b, size, padding) for b in boxes], list(boxes), list(scores))
 
 # %% ../../nbs/models/570_pipeline.ipynb #bd7f1eab
 def predict_pipeline(
-    image:np.ndarray|str|Path|bytes, # [H, W, 3] uint8 RGB, a file, or a file's content
-    mode:str="single",            # single: the whole photo is one pill; combo: find the pills first
-    conf_threshold:float=.3,      # boxes below are dropped; single ignores it
+    image: np.ndarray | str | Path | bytes,  # [H, W, 3] uint8 RGB, a file, or a file's content
+    mode: str = "single",  # single: the whole photo is one pill; combo: find the pills first
+    conf_threshold: float = 0.3,  # boxes below are dropped; single ignores it
     *,
-    classifier:ClassifierRunner,  # names a pill
-    class_map:ClassMap,           # class number → K-code
-    detector:DetectorRunner|None=None, # finds pills; combo needs one, single never touches it
-    metadata:Mapping[str,Mapping[str,Any]]|None=None, # K-code → record of the drug
-    temperature:float=1.,         # from the calibration
-    topk:int=5,                   # drugs listed for each pill
-    padding:float=.1,             # margin around a box, as a share of its sides
-    iou:float=.5,                 # boxes overlapping more are one pill
-    max_det:int=100,              # boxes kept
-    box_count:int|None=None,      # pills that somebody counted: a hint for the badge
-    hashes:Mapping[str,str]|None=None # what else identifies the models; added to the answer
-)->dict[str,Any]: # the predict JSON of answer_schema
+    classifier: ClassifierRunner,  # names a pill
+    class_map: ClassMap,  # class number → K-code
+    detector: DetectorRunner | None = None,  # finds pills; combo needs one, single never touches it
+    metadata: Mapping[str, Mapping[str, Any]] | None = None,  # K-code → record of the drug
+    temperature: float = 1.0,  # from the calibration
+    topk: int = 5,  # drugs listed for each pill
+    padding: float = 0.1,  # margin around a box, as a share of its sides
+    iou: float = 0.5,  # boxes overlapping more are one pill
+    max_det: int = 100,  # boxes kept
+    box_count: int | None = None,  # pills that somebody counted: a hint for the badge
+    hashes: Mapping[str, str] | None = None,  # what else identifies the models; added to the answer
+) -> dict[str, Any]:  # the predict JSON of answer_schema
     "Answer for one photo, in the mode that was asked for and no other (SPEC SV4, X39)."
     check_mode(mode)
-    if not 0 <= conf_threshold <= 1: raise PillsnapError(f"a threshold lies between 0 and 1, not at {conf_threshold!r}", where="conf_threshold")
+    if not 0 <= conf_threshold <= 1:
+        raise PillsnapError(f"a threshold lies between 0 and 1, not at {conf_threshold!r}", where="conf_threshold")
     if mode == "combo" and detector is None:
-        raise PillsnapError("combo finds the pills first, and there is no detector", where="mode=combo", fix="train and export a detector, or ask for mode=single")
+        raise PillsnapError(
+            "combo finds the pills first, and there is no detector",
+            where="mode=combo",
+            fix="train and export a detector, or ask for mode=single",
+        )
     clock = _Clock()
-    img = read_photo(image); clock("open")
-    views = photo_views(img, mode, classifier.size, detector, padding, conf=conf_threshold, iou=iou, max_det=max_det); clock("detect")
-    probs = class_probabilities(classifier, views.images, len(class_map), temperature); clock("classify")
-    items = [pill_item(p, class_map, metadata or {}, topk, b, s) for p,b,s in zip(probs, views.boxes, views.scores)]
+    img = read_photo(image)
+    clock("open")
+    views = photo_views(img, mode, classifier.size, detector, padding, conf=conf_threshold, iou=iou, max_det=max_det)
+    clock("detect")
+    probs = class_probabilities(classifier, views.images, len(class_map), temperature)
+    clock("classify")
+    items = [pill_item(p, class_map, metadata or {}, topk, b, s) for p, b, s in zip(probs, views.boxes, views.scores)]
     hints = combo_hints(mode, items[0]["confidence"] if items else None, box_count)
-    return dict(mode_requested=mode, mode_used=views.mode_used, answer=answer_kind(items), items=items, badge=BADGE if hints else None, hints=hints,
-                timings=clock.total(), hashes={"photo": _photo_hash(image), "class_map": class_map.fingerprint, **(hashes or {})})
+    return dict(
+        mode_requested=mode,
+        mode_used=views.mode_used,
+        answer=answer_kind(items),
+        items=items,
+        badge=BADGE if hints else None,
+        hints=hints,
+        timings=clock.total(),
+        hashes={"photo": _photo_hash(image), "class_map": class_map.fingerprint, **(hashes or {})},
+    )
 
 # %% ../../nbs/models/570_pipeline.ipynb #0cfbde37
-_PROB, _TEXT, _CODES = {"type": "number", "minimum": 0, "maximum": 1}, {"type": ["string", "null"]}, {"type": "array", "items": {"type": "string", "minLength": 1}}
+_PROB, _TEXT, _CODES = (
+    {"type": "number", "minimum": 0, "maximum": 1},
+    {"type": ["string", "null"]},
+    {"type": "array", "items": {"type": "string", "minLength": 1}},
+)
 _NAMED = dict(kcode={"type": "string"}, edi_codes=_CODES, name=_TEXT, confidence=_PROB)
 
-def _object(**props:Any)->dict[str,Any]:
+
+def _object(**props: Any) -> dict[str, Any]:
     "A closed JSON object, every key required."
     return {"type": "object", "properties": props, "required": list(props), "additionalProperties": False}
 
 # %% ../../nbs/models/570_pipeline.ipynb #8c2f852a
-def answer_schema(
-)->dict[str,Any]: # JSON Schema, draft 2020-12
+def answer_schema() -> dict[str, Any]:  # JSON Schema, draft 2020-12
     "The predict JSON (SPEC Annex 3)."
-    box = {"oneOf": [{"type": "null"}, {"type": "array", "items": {"type": "number", "minimum": 0}, "minItems": 4, "maxItems": 4}]}
+    box = {
+        "oneOf": [
+            {"type": "null"},
+            {"type": "array", "items": {"type": "number", "minimum": 0}, "minItems": 4, "maxItems": 4},
+        ]
+    }
     top = {"type": "array", "items": _object(**_NAMED), "minItems": 1}
-    item = _object(**_NAMED, box=box, box_confidence={**_PROB, "type": ["number", "null"]}, card=_object(**{f: {} for f in CARD}), top_k=top)
+    item = _object(
+        **_NAMED,
+        box=box,
+        box_confidence={**_PROB, "type": ["number", "null"]},
+        card=_object(**{f: {} for f in CARD}),
+        top_k=top,
+    )
     steps = _object(**{s: {"type": "number", "minimum": 0} for s in ("open", "detect", "classify", "total")})
     mode = {"enum": list(MODES)}
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema",
-            **_object(mode_requested=mode, mode_used=mode, answer={"enum": list(ANSWERS)}, items={"type": "array", "items": item}, badge={"enum": [BADGE, None]},
-                      hints={"type": "array", "items": {"enum": ["multi_object_hint", "low_confidence"]}}, timings=steps,
-                      hashes={"type": "object", "additionalProperties": {"type": "string"}, "required": ["photo", "class_map"]})}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **_object(
+            mode_requested=mode,
+            mode_used=mode,
+            answer={"enum": list(ANSWERS)},
+            items={"type": "array", "items": item},
+            badge={"enum": [BADGE, None]},
+            hints={"type": "array", "items": {"enum": ["multi_object_hint", "low_confidence"]}},
+            timings=steps,
+            hashes={"type": "object", "additionalProperties": {"type": "string"}, "required": ["photo", "class_map"]},
+        ),
+    }

@@ -30,162 +30,234 @@ from ..delivery.classmap import ClassMap
 
 # %% ../../nbs/models/560_yolo.ipynb #0cc43162
 MUZZLE = {"YOLO_OFFLINE": "1", "YOLO_AUTOINSTALL": "0", "YOLO_VERBOSE": "0", "ULTRALYTICS_SAFE_LOAD": "1"}
-INSTALL = "pip install 'ultralytics>=8.4,<8.5' (its licence is AGPL-3.0), or work without a detector: single mode needs none"
+INSTALL = (
+    "pip install 'ultralytics>=8.4,<8.5' (its licence is AGPL-3.0), or work without a detector: single mode needs none"
+)
 
-def _home(folder:str|os.PathLike|None)->str:
+
+def _home(folder: str | os.PathLike | None) -> str:
     "Where ultralytics may keep its settings: anywhere but the user's home."
     return str(temp_dir("yolo") if folder is None else Path(folder).absolute())
 
 # %% ../../nbs/models/560_yolo.ipynb #f2eb12aa
 @contextmanager
-def _left_alone()->Iterator[None]:
+def _left_alone() -> Iterator[None]:
     "Undo what an import changes for the whole process."
     opened, printing, env = Image.open, np.get_printoptions(), dict(os.environ)
-    with warnings.catch_warnings(): yield
-    Image.open = opened; torch.set_printoptions(profile="default"); np.set_printoptions(**printing)
-    for k in set(os.environ)-set(env): del os.environ[k]
+    with warnings.catch_warnings():
+        yield
+    Image.open = opened
+    torch.set_printoptions(profile="default")
+    np.set_printoptions(**printing)
+    for k in set(os.environ) - set(env):
+        del os.environ[k]
 
 # %% ../../nbs/models/560_yolo.ipynb #c17573a7
-def _listen(folder:str|os.PathLike|None)->None:
+def _listen(folder: str | os.PathLike | None) -> None:
     "Send the library's messages to `<folder>/ultralytics.log`, and warnings to the console too."
     log = logging.getLogger("ultralytics")
-    for h in [h for h in log.handlers if h.name == "ultralytics.utils.set_logging"]: log.removeHandler(h)
+    for h in [h for h in log.handlers if h.name == "ultralytics.utils.set_logging"]:
+        log.removeHandler(h)
     build_logger(folder, "ultralytics")
     for h in log.handlers:
-        if not isinstance(h, LogFile): h.setLevel(logging.WARNING)
+        if not isinstance(h, LogFile):
+            h.setLevel(logging.WARNING)
 
 # %% ../../nbs/models/560_yolo.ipynb #c8ea06ce
 class NoUltralytics(PillsnapError, ImportError):
     "The detector's library is not there."
 
+
 def load_ultralytics(
-    folder:str|os.PathLike|None=None # for its settings and its log; only the first import can choose the settings' place. None = temporary
-)->ModuleType:
+    folder: str | os.PathLike | None = None,  # for its settings and its log, at the first import; None = temporary
+) -> ModuleType:
     "Import ultralytics offline and quietly; NoUltralytics where it is not installed (SPEC section 2, CF5)."
-    if "ultralytics" not in sys.modules: os.environ |= {"YOLO_CONFIG_DIR": os.environ.get("YOLO_CONFIG_DIR") or _home(folder), **MUZZLE}
+    if "ultralytics" not in sys.modules:
+        os.environ |= {"YOLO_CONFIG_DIR": os.environ.get("YOLO_CONFIG_DIR") or _home(folder), **MUZZLE}
     try:
-        with _left_alone(): yolo = importlib.import_module("ultralytics"); importlib.import_module("ultralytics.nn.tasks")
+        with _left_alone():
+            yolo = importlib.import_module("ultralytics")
+            importlib.import_module("ultralytics.nn.tasks")
     except ImportError as e:
-        raise NoUltralytics("the detector needs ultralytics, which cannot be imported here" + ("" if getattr(e, "name", "") == "ultralytics" else f": {e}"), fix=INSTALL) from None
+        raise NoUltralytics(
+            "the detector needs ultralytics, which cannot be imported here"
+            + ("" if getattr(e, "name", "") == "ultralytics" else f": {e}"),
+            fix=INSTALL,
+        ) from None
     # in memory only: a settings file that somebody else made stays as it is
-    dict.update(yolo.settings, {k: False for k in ("sync", "clearml", "comet", "dvc", "mlflow", "raytune", "tensorboard", "wandb", "vscode_msg")})
-    yolo.utils.VERBOSE = False   # its progress bars ask this at the moment they are made
+    dict.update(
+        yolo.settings,
+        {
+            k: False
+            for k in ("sync", "clearml", "comet", "dvc", "mlflow", "raytune", "tensorboard", "wandb", "vscode_msg")
+        },
+    )
+    yolo.utils.VERBOSE = False  # its progress bars ask this at the moment they are made
     _listen(folder)
     return yolo
 
 # %% ../../nbs/models/560_yolo.ipynb #144638da
 def yolo_name(
-    model_size:str # "11n", "yolo11m", "YOLOv11s", or the letter alone
-)->str: # ultralytics' name, "yolo11n"
+    model_size: str,  # "11n", "yolo11m", "YOLOv11s", or the letter alone
+) -> str:  # ultralytics' name, "yolo11n"
     "One spelling for a YOLO11 size (SPEC X42)."
     m = re.fullmatch(r"(?:yolo)?v?(?:11)?([nsmlx])", str(model_size).strip().lower())
-    if m: return f"yolo11{m[1]}"
-    raise PillsnapError(f"there is no YOLO11 called {model_size!r}", where="train.detection.model", fix="yolo11n, yolo11s, yolo11m, yolo11l or yolo11x")
+    if m:
+        return f"yolo11{m[1]}"
+    raise PillsnapError(
+        f"there is no YOLO11 called {model_size!r}",
+        where="train.detection.model",
+        fix="yolo11n, yolo11s, yolo11m, yolo11l or yolo11x",
+    )
 
 # %% ../../nbs/models/560_yolo.ipynb #f6f8053c
 class Lazy:
     "Stands in for an object until something of it is used (SPEC DT5)."
-    def __init__(self, make:Callable[[], Any]): self._make, self._made = make, None
-    @property
-    def loaded(self)->bool: return self._made is not None
 
-    def _real(self)->Any:
-        if self._made is None: self._made = self._make()
+    def __init__(self, make: Callable[[], Any]):
+        self._make, self._made = make, None
+
+    @property
+    def loaded(self) -> bool:
+        return self._made is not None
+
+    def _real(self) -> Any:
+        if self._made is None:
+            self._made = self._make()
         return self._made
 
-    def __getattr__(self, name:str)->Any:
-        if name.startswith("__"): raise AttributeError(name)   # copy and pickle ask; they get no model
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)  # copy and pickle ask; they get no model
         return getattr(self._real(), name)
 
-    def __call__(self, *a:Any, **kw:Any)->Any: return self._real()(*a, **kw)
+    def __call__(self, *a: Any, **kw: Any) -> Any:
+        return self._real()(*a, **kw)
 
 # %% ../../nbs/models/560_yolo.ipynb #ed954bb0
 def build_yolo_model(
-    model_size:str="11m",     # "11n" … "11x", in any of the sources' spellings
-    num_classes:int=1,        # 1: a pill is a pill; which one is the classifier's affair
-    lazy_load:bool=False      # a stand-in that builds on first use (SPEC DT5)
-)->nn.Module|Lazy: # random weights from torch's generator, train mode
+    model_size: str = "11m",  # "11n" … "11x", in any of the sources' spellings
+    num_classes: int = 1,  # 1: a pill is a pill; which one is the classifier's affair
+    lazy_load: bool = False,  # a stand-in that builds on first use (SPEC DT5)
+) -> nn.Module | Lazy:  # random weights from torch's generator, train mode
     "YOLO11 from the recipe (YAML) that ultralytics ships; no weights are fetched (SPEC DT1)."
     name = yolo_name(model_size)
-    if num_classes < 1: raise PillsnapError(f"a detector needs at least one class, not {num_classes}")
-    if lazy_load: return Lazy(lambda: build_yolo_model(name, num_classes))
+    if num_classes < 1:
+        raise PillsnapError(f"a detector needs at least one class, not {num_classes}")
+    if lazy_load:
+        return Lazy(lambda: build_yolo_model(name, num_classes))
     load_ultralytics()
     from ultralytics.nn.tasks import DetectionModel
+
     model = DetectionModel(f"{name}.yaml", nc=num_classes, verbose=False)
     model.names = {0: "pill"} if num_classes == 1 else {i: f"class {i}" for i in range(num_classes)}
     return model
 
 # %% ../../nbs/models/560_yolo.ipynb #0fae0217
 def build_criterion_detection(
-    model:nn.Module # a YOLO11 of build_yolo_model
-)->Callable[...,tuple[torch.Tensor,dict[str,torch.Tensor]]]: # (answers in train mode, labels) → parts times photos, parts
+    model: nn.Module,  # a YOLO11 of build_yolo_model
+) -> Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]:  # (outputs, labels) → parts times photos, parts
     "The loss that trains a YOLO11: boxes, classes and box edges, with ultralytics' own gains."
     load_ultralytics()
     from ultralytics.cfg import get_cfg
+
     model.args = get_cfg()
     return model.init_criterion()
 
 # %% ../../nbs/models/560_yolo.ipynb #3dcb0771
 class TorchDetector:
     "A torch detector behind the runner's interface: `.size` and `.raw` (SPEC DT4)."
-    def __init__(self,
-        model:nn.Module,  # a YOLO11, or anything that answers alike
-        size:int,         # side of its square input, pixels
-        batch:int=16      # photos per pass
-    ): self.model, self.size, self.batch = model.eval(), size, batch
+
+    def __init__(
+        self,
+        model: nn.Module,  # a YOLO11, or anything that answers alike
+        size: int,  # side of its square input, pixels
+        batch: int = 16,  # photos per pass
+    ):
+        self.model, self.size, self.batch = model.eval(), size, batch
 
     @torch.inference_mode()
-    def raw(self,
-        x:np.ndarray # letterboxed photos, RGB in 0..1, float32 [N, 3, S, S]
-    )->np.ndarray:   # float32 [N, 4 + 1, A]: centre x, y, width, height in input pixels, score
+    def raw(
+        self,
+        x: np.ndarray,  # letterboxed photos, RGB in 0..1, float32 [N, 3, S, S]
+    ) -> np.ndarray:  # float32 [N, 4 + 1, A]: centre x, y, width, height in input pixels, score
         "The network's answer before any threshold, in float32."
         device = next(self.model.parameters()).device
-        def ask(p): out = self.model(torch.from_numpy(np.ascontiguousarray(p)).to(device)); return (out[0] if isinstance(out, tuple) else out).float().cpu().numpy()
-        with full_fp32(), without_kernel_search(): return np.concatenate([ask(x[i:i+self.batch]) for i in range(0, max(1, len(x)), self.batch)])
+
+        def ask(p):
+            out = self.model(torch.from_numpy(np.ascontiguousarray(p)).to(device))
+            return (out[0] if isinstance(out, tuple) else out).float().cpu().numpy()
+
+        with full_fp32(), without_kernel_search():
+            return np.concatenate([ask(x[i : i + self.batch]) for i in range(0, max(1, len(x)), self.batch)])
 
 # %% ../../nbs/models/560_yolo.ipynb #8206a356
 PILL = ClassMap(["pill"], kind="detector")
 
+
 def fresh_detector_checkpoint(
-    path:str|os.PathLike,      # where to write
-    model:str="yolo11n",       # YOLO11 size
-    img_size:int=224,          # input side, pixels; a multiple of 32
-    config_snapshot:dict|None=None, # the configuration; {} when None
-    seed:int=0                 # of the random weights
-)->Path:
+    path: str | os.PathLike,  # where to write
+    model: str = "yolo11n",  # YOLO11 size
+    img_size: int = 224,  # input side, pixels; a multiple of 32
+    config_snapshot: dict | None = None,  # the configuration; {} when None
+    seed: int = 0,  # of the random weights
+) -> Path:
     "An untrained detector in a checkpoint: what a smoke run of a later stage starts from."
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed); net = build_yolo_model(model)
-    save_ckpt(path, model_state=net.state_dict(), epoch=0, best_metric=float("-inf"), config_snapshot=config_snapshot or {}, class_map=PILL.to_dict(),
-              backbone=yolo_name(model), img_size=int(img_size), weights="raw")
+        torch.manual_seed(seed)
+        net = build_yolo_model(model)
+    save_ckpt(
+        path,
+        model_state=net.state_dict(),
+        epoch=0,
+        best_metric=float("-inf"),
+        config_snapshot=config_snapshot or {},
+        class_map=PILL.to_dict(),
+        backbone=yolo_name(model),
+        img_size=int(img_size),
+        weights="raw",
+    )
     return Path(path)
 
 # %% ../../nbs/models/560_yolo.ipynb #c6678dd3
 def load_detector(
-    ckpt_path:str|os.PathLike,     # best.pt or last.pt of a detector
-    device:str|torch.device="cpu"  # where to put it
-)->tuple[nn.Module,int,dict[str,Any]]: # the network in eval mode, its input side in pixels, the whole checkpoint
+    ckpt_path: str | os.PathLike,  # best.pt or last.pt of a detector
+    device: str | torch.device = "cpu",  # where to put it
+) -> tuple[nn.Module, int, dict[str, Any]]:  # the network in eval mode, its input side in pixels, the whole checkpoint
     "A trained detector from our checkpoint, fp32, with the averaged weights where there are any (SPEC DT6)."
     ckpt = load_ckpt(ckpt_path)
-    try: PILL.check(ckpt["class_map"], where=str(ckpt_path))
-    except PillsnapError: raise PillsnapError(f"this checkpoint is not a detector's: it knows {len(ckpt['class_map'].get('keys', []))} drugs", where=ckpt_path, fix="name a file of checkpoints/detector/") from None
+    try:
+        PILL.check(ckpt["class_map"], where=str(ckpt_path))
+    except PillsnapError:
+        raise PillsnapError(
+            f"this checkpoint is not a detector's: it knows {len(ckpt['class_map'].get('keys', []))} drugs",
+            where=ckpt_path,
+            fix="name a file of checkpoints/detector/",
+        ) from None
     try:
         net = build_yolo_model(ckpt["backbone"])
         net.load_state_dict(ckpt.get("ema_state") or ckpt["model_state"])
     except (KeyError, RuntimeError) as e:
-        raise PillsnapError(f"this checkpoint does not hold a {ckpt.get('backbone', 'detector')}: {str(e).splitlines()[0]}", where=ckpt_path, fix="train again, or name another file") from None
+        raise PillsnapError(
+            f"this checkpoint does not hold a {ckpt.get('backbone', 'detector')}: {str(e).splitlines()[0]}",
+            where=ckpt_path,
+            fix="train again, or name another file",
+        ) from None
     return net.eval().requires_grad_(False).to(device), int(ckpt["img_size"]), ckpt
 
 # %% ../../nbs/models/560_yolo.ipynb #fe4ceeec
 def open_detector(
-    ckpt_path:str|os.PathLike,     # best.pt of a detector
-    lazy:bool=True,                # cfg.inference.lazy_load_detector
-    device:str|torch.device="cpu", # where it computes
-    batch:int=16                   # photos per pass
-)->TorchDetector|Lazy: # a runner for detect and predict_pipeline
+    ckpt_path: str | os.PathLike,  # best.pt of a detector
+    lazy: bool = True,  # cfg.inference.lazy_load_detector
+    device: str | torch.device = "cpu",  # where it computes
+    batch: int = 16,  # photos per pass
+) -> TorchDetector | Lazy:  # a runner for detect and predict_pipeline
     "A detector ready to answer, read at once or on first use (SPEC DT5, X38)."
+
     def make():
         model, size, _ = load_detector(ckpt_path, device)
         return TorchDetector(model.fuse(verbose=False).to(memory_format=torch.channels_last), size, batch)
-    if lazy and not Path(ckpt_path).is_file(): raise PillsnapError("there is no detector here", where=ckpt_path, fix="run the detector stage first")
+
+    if lazy and not Path(ckpt_path).is_file():
+        raise PillsnapError("there is no detector here", where=ckpt_path, fix="run the detector stage first")
     return Lazy(make) if lazy else make()

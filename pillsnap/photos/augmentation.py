@@ -31,110 +31,159 @@ from ..core.errors import PillsnapError
 from .images import IMAGENET_MEAN, IMAGENET_STD, normalise
 
 # %% ../../nbs/photos/350_augmentation.ipynb #4058925c
-LOOSE = .25   # margin of the box canvas on each side, in box widths (ours); a served crop has .1
+LOOSE = 0.25  # margin of the box canvas on each side, in box widths (ours); a served crop has .1
+
 
 def crop_range(
-    view:str,              # "whole" or "crop"
-    crop_scale_min:float,  # smallest random crop of the whole photo, share of the area
-    padding:float=.1       # margin of a served crop
-)->tuple[float,float]:     # smallest and largest crop, share of the canvas' area
+    view: str,  # "whole" or "crop"
+    crop_scale_min: float,  # smallest random crop of the whole photo, share of the area
+    padding: float = 0.1,  # margin of a served crop
+) -> tuple[float, float]:  # smallest and largest crop, share of the canvas' area
     "How much of its canvas a training view shows."
-    if view == "whole": return crop_scale_min, 1.
-    served = (1 + 2 * padding) / (1 + 2 * LOOSE)   # side of a served crop on the loose canvas
-    return min(1., served ** 2 * crop_scale_min), 1.
+    if view == "whole":
+        return crop_scale_min, 1.0
+    served = (1 + 2 * padding) / (1 + 2 * LOOSE)  # side of a served crop on the loose canvas
+    return min(1.0, served**2 * crop_scale_min), 1.0
+
 
 def canvas_size(
-    size:int,                 # side of the network's input, pixels
-    scale:tuple[float,float]  # as crop_range gives it
-)->int:                       # side of the canvas, pixels
+    size: int,  # side of the network's input, pixels
+    scale: tuple[float, float],  # as crop_range gives it
+) -> int:  # side of the canvas, pixels
     "Large enough that the smallest crop still has `size` pixels."
     return math.ceil(size / math.sqrt(scale[0]))
 
 # %% ../../nbs/photos/350_augmentation.ipynb #1ecd479f
-_COLUMNS = ("view", "area", "ratio", "x", "y", "flip", "turn", "order", "bright", "contrast", "colour", "hue", "op1", "much1", "sign1", "op2", "much2", "sign2",
-            "erase", "erase_area", "erase_ratio", "erase_x", "erase_y", "policy")
-COL = {name: i for i, name in enumerate(_COLUMNS)}   # column of `draws`
-DRAWS = len(_COLUMNS)                                # numbers per sample
-RATIO = (.9, 1.1)   # aspect of a random crop (SPEC SP8): torchvision's 3:4 to 4:3 would make round pills oval
+_COLUMNS = (
+    "view",
+    "area",
+    "ratio",
+    "x",
+    "y",
+    "flip",
+    "turn",
+    "order",
+    "bright",
+    "contrast",
+    "colour",
+    "hue",
+    "op1",
+    "much1",
+    "sign1",
+    "op2",
+    "much2",
+    "sign2",
+    "erase",
+    "erase_area",
+    "erase_ratio",
+    "erase_x",
+    "erase_y",
+    "policy",
+)
+COL = {name: i for i, name in enumerate(_COLUMNS)}  # column of `draws`
+DRAWS = len(_COLUMNS)  # numbers per sample
+RATIO = (0.9, 1.1)  # aspect of a random crop (SPEC SP8): torchvision's 3:4 to 4:3 would make round pills oval
+
 
 def random_windows(
-    draws:np.ndarray, # float [n, DRAWS]
-    least:np.ndarray  # [n] smallest share of the canvas' area
-)->np.ndarray:        # [n, 4] x0, y0, x1, y1 as shares of the canvas
+    draws: np.ndarray,  # float [n, DRAWS]
+    least: np.ndarray,  # [n] smallest share of the canvas' area
+) -> np.ndarray:  # [n, 4] x0, y0, x1, y1 as shares of the canvas
     "torchvision's RandomResizedCrop: an area, an aspect, a place (SPEC TL1)."
     area, place = least + (1 - least) * draws[:, COL["area"]], draws[:, [COL["x"], COL["y"]]]
     aspect = np.exp(math.log(RATIO[0]) + (math.log(RATIO[1]) - math.log(RATIO[0])) * draws[:, COL["ratio"]])
-    side = np.minimum(1., np.sqrt(np.c_[area * aspect, area / aspect]))
+    side = np.minimum(1.0, np.sqrt(np.c_[area * aspect, area / aspect]))
     return np.c_[place * (1 - side), place * (1 - side) + side]
 
 # %% ../../nbs/photos/350_augmentation.ipynb #01143c92
-GREY = 128.   # fills what a turn uncovers
+GREY = 128.0  # fills what a turn uncovers
 _OPS = tuple(k for k in v2.RandAugment._AUGMENTATION_SPACE if k not in ("Solarize", "Equalize", "AutoContrast"))
 _MAGNITUDES = (7, 8, 9)
 
+
 def randaugment_ops(
-    draws:np.ndarray, # float [n, DRAWS]
-    size:int          # side of the picture, pixels
-)->list[tuple[np.ndarray,np.ndarray]]: # two times: names [n], signed magnitudes [n] in torchvision's units
+    draws: np.ndarray,  # float [n, DRAWS]
+    size: int,  # side of the picture, pixels
+) -> list[tuple[np.ndarray, np.ndarray]]:  # two times: names [n], signed magnitudes [n] in torchvision's units
     "Two operations per photo, without those that repaint the pill (SPEC TL1, X52)."
-    space = {k: (much(31, size, size), signed) for k, (much, signed) in v2.RandAugment._AUGMENTATION_SPACE.items() if k in _OPS}
-    table = np.array([[float(m[k]) if m is not None else 0. for k in _MAGNITUDES] for m, _ in space.values()])
+    space = {
+        k: (much(31, size, size), signed)
+        for k, (much, signed) in v2.RandAugment._AUGMENTATION_SPACE.items()
+        if k in _OPS
+    }
+    table = np.array([[float(m[k]) if m is not None else 0.0 for k in _MAGNITUDES] for m, _ in space.values()])
     signed, out = np.array([s for _, s in space.values()]), []
     for k in "12":
-        op, much = (draws[:, COL["op"+k]] * len(_OPS)).astype(int), (draws[:, COL["much"+k]] * len(_MAGNITUDES)).astype(int)
-        out.append((np.array(_OPS)[op], table[op, much] * np.where(signed[op] & (draws[:, COL["sign"+k]] < .5), -1, 1)))
+        op, much = (
+            (draws[:, COL["op" + k]] * len(_OPS)).astype(int),
+            (draws[:, COL["much" + k]] * len(_MAGNITUDES)).astype(int),
+        )
+        out.append(
+            (np.array(_OPS)[op], table[op, much] * np.where(signed[op] & (draws[:, COL["sign" + k]] < 0.5), -1, 1))
+        )
     return out
 
 # %% ../../nbs/photos/350_augmentation.ipynb #5549734a
 def places(
-    ops:list[tuple[np.ndarray,np.ndarray]], # as randaugment_ops gives them; [] for none
-    turn:np.ndarray,                        # [n] degrees
-    size:int                                # side of the picture, pixels
-)->np.ndarray:                              # [n, 2, 3] for affine_grid: where each output pixel comes from
+    ops: list[tuple[np.ndarray, np.ndarray]],  # as randaugment_ops gives them; [] for none
+    turn: np.ndarray,  # [n] degrees
+    size: int,  # side of the picture, pixels
+) -> np.ndarray:  # [n, 2, 3] for affine_grid: where each output pixel comes from
     "Rotation, shears and shifts of each photo as one matrix."
-    def step(name:np.ndarray, v:np.ndarray)->np.ndarray:
-        a = np.deg2rad(np.where(name == "Rotate", v, 0)); m = np.tile(np.eye(3), (len(v), 1, 1))
-        m[:, 0, 0] = m[:, 1, 1] = np.cos(a); m[:, 0, 1], m[:, 1, 0] = np.where(name == "ShearX", v, -np.sin(a)), np.where(name == "ShearY", v, np.sin(a))
+
+    def step(name: np.ndarray, v: np.ndarray) -> np.ndarray:
+        a = np.deg2rad(np.where(name == "Rotate", v, 0))
+        m = np.tile(np.eye(3), (len(v), 1, 1))
+        m[:, 0, 0] = m[:, 1, 1] = np.cos(a)
+        m[:, 0, 1], m[:, 1, 0] = np.where(name == "ShearX", v, -np.sin(a)), np.where(name == "ShearY", v, np.sin(a))
         m[:, 0, 2], m[:, 1, 2] = (np.where(name == k, 2 * v / size, 0) for k in ("TranslateX", "TranslateY"))
         return m
+
     out = step(np.full(len(turn), "Rotate"), turn)
-    for op in ops: out = out @ step(*op)
+    for op in ops:
+        out = out @ step(*op)
     return out[:, :2]
 
+
 def sources(
-    theta:torch.Tensor, # [n, 2, 3]
-    size:int            # side of the picture, pixels
-)->torch.Tensor:        # [n, S, S, 2] where each pixel comes from, -1 to 1
+    theta: torch.Tensor,  # [n, 2, 3]
+    size: int,  # side of the picture, pixels
+) -> torch.Tensor:  # [n, S, S, 2] where each pixel comes from, -1 to 1
     "`affine_grid` by sums: its matrix products take longer on a CPU than the resampling that follows."
-    at = (2*torch.arange(size, device=theta.device) + 1) / size - 1   # the middles of the pixels
+    at = (2 * torch.arange(size, device=theta.device) + 1) / size - 1  # the middles of the pixels
     across, down = theta[:, None, :, 0] * at[:, None], theta[:, None, :, 1] * at[:, None] + theta[:, None, :, 2]
     return across[:, None] + down[:, :, None]
 
+
 def moving(
-    theta:np.ndarray # [n, 2, 3], as places gives it
-)->np.ndarray:       # their rows, int64
+    theta: np.ndarray,  # [n, 2, 3], as places gives it
+) -> np.ndarray:  # their rows, int64
     "The photos whose matrix is not the identity."
     change = np.abs(theta.astype(np.float32) - np.eye(2, 3, dtype=np.float32))
     return np.flatnonzero(change.max((1, 2)) > 1e-6)
 
+
 def move(
-    x:torch.Tensor,     # [n, 3, S, S] float, 0-255, used up
-    theta:torch.Tensor, # [k, 2, 3] of the photos that move
-    rows:torch.Tensor   # [k] which those are, int64
-)->torch.Tensor:
+    x: torch.Tensor,  # [n, 3, S, S] float, 0-255, used up
+    theta: torch.Tensor,  # [k, 2, 3] of the photos that move
+    rows: torch.Tensor,  # [k] which those are, int64
+) -> torch.Tensor:
     "Resample once, bilinear; only the photos that move."
-    if not len(rows): return x
+    if not len(rows):
+        return x
     every = len(rows) == len(x)
-    some = x if every else x[rows]   # x itself where all move, as they do under a rotation: two copies less
+    some = x if every else x[rows]  # x itself where all move, as they do under a rotation: two copies less
     out = F.grid_sample(some.sub_(GREY), sources(theta, x.shape[-1]), align_corners=False).add_(GREY)
-    if every: return out
+    if every:
+        return out
     x[rows] = out
     return x
 
 # %% ../../nbs/photos/350_augmentation.ipynb #bbeda08c
-_GREYS = np.array([.299, .587, .114])
+_GREYS = np.array([0.299, 0.587, 0.114])
 
-def _colour_step(name:np.ndarray, f:np.ndarray, m:np.ndarray, n:np.ndarray)->tuple[np.ndarray,np.ndarray]:
+
+def _colour_step(name: np.ndarray, f: np.ndarray, m: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "One operation per photo, applied to (M, N); a name that is no colour changes nothing."
     f3, mix = f[:, None, None], np.tile(_GREYS, (3, 1))
     a = np.where((name == "Brightness")[:, None, None], f3 * np.eye(3), np.eye(3))
@@ -142,55 +191,73 @@ def _colour_step(name:np.ndarray, f:np.ndarray, m:np.ndarray, n:np.ndarray)->tup
     is_contrast = (name == "Contrast")[:, None, None]
     return np.where(is_contrast, f3 * m, a @ m), np.where(is_contrast, f3 * n + (1 - f3) * (mix @ (m + n)), a @ n)
 
+
 def colours(
-    ops:list[tuple[np.ndarray,np.ndarray]], # operations of RandAugment, [] for none; their magnitudes are distances from 1
-    draws:np.ndarray,                       # float [n, DRAWS]
-    jitter:tuple[float,float,float]         # brightness, contrast, saturation
-)->tuple[np.ndarray,np.ndarray]:            # M, N [n, 3, 3]: a pixel p of a photo of mean colour µ becomes M p + N µ
+    ops: list[tuple[np.ndarray, np.ndarray]],  # operations of RandAugment and their magnitudes, distances from 1
+    draws: np.ndarray,  # float [n, DRAWS]
+    jitter: tuple[float, float, float],  # brightness, contrast, saturation
+) -> tuple[np.ndarray, np.ndarray]:  # M, N [n, 3, 3]: a pixel p of a photo of mean colour µ becomes M p + N µ
     "Everything that changes colours but the hue, in one matrix each (SPEC TL1)."
-    n, names, u = len(draws), np.array(["Brightness", "Contrast", "Color"]), draws[:, COL["bright"]:COL["colour"] + 1]
+    n, names, u = len(draws), np.array(["Brightness", "Contrast", "Color"]), draws[:, COL["bright"] : COL["colour"] + 1]
     mn = np.tile(np.eye(3), (n, 1, 1)), np.zeros((n, 3, 3))
-    for name, v in ops: mn = _colour_step(name, 1 + v, *mn)
+    for name, v in ops:
+        mn = _colour_step(name, 1 + v, *mn)
     factors = 1 + np.array(jitter) * (2 * u - 1)
-    turns = np.argsort(_mixed(draws[:, COL["order"]]), 1)   # each photo has its own sequence, as in v2.ColorJitter
-    for k in range(3): mn = _colour_step(names[turns[:, k]], np.take_along_axis(factors, turns[:, k:k+1], 1)[:, 0], *mn)
+    turns = np.argsort(_mixed(draws[:, COL["order"]]), 1)  # each photo has its own sequence, as in v2.ColorJitter
+    for k in range(3):
+        mn = _colour_step(names[turns[:, k]], np.take_along_axis(factors, turns[:, k : k + 1], 1)[:, 0], *mn)
     return mn
 
-def _mixed(u:np.ndarray)->np.ndarray:
+
+def _mixed(u: np.ndarray) -> np.ndarray:
     "Three numbers out of one: [n] → [n, 3]."
     return u[:, None] * np.array([1e3, 1e5, 1e7]) % 1
 
 # %% ../../nbs/photos/350_augmentation.ipynb #4d4b031a
 def turn_hue(
-    x:torch.Tensor,    # [n, 3, S, S] float, 0-255
-    shift:torch.Tensor # [n] turns, -.5 to .5
-)->torch.Tensor:      # of the same shape
+    x: torch.Tensor,  # [n, 3, S, S] float, 0-255
+    shift: torch.Tensor,  # [n] turns, -.5 to .5
+) -> torch.Tensor:  # of the same shape
     "torchvision's `adjust_hue`, each photo by its own shift (SPEC TL1)."
     (r, g, b), top, low = x.unbind(1), x.amax(1), x.amin(1)
     spread = top - low
     sixth = torch.where(top == r, g - b, torch.where(top == g, b - r + 2 * spread, r - g + 4 * spread))
-    sixth = sixth.div_(spread.clamp(min=1e-6)).add_(6 * shift.view(-1, 1, 1)).remainder_(6)   # red lies at 0, green at 2, blue at 4
+    sixth = (
+        sixth.div_(spread.clamp(min=1e-6)).add_(6 * shift.view(-1, 1, 1)).remainder_(6)
+    )  # red lies at 0, green at 2, blue at 4
     y = torch.stack([(sixth - 3).abs_().sub_(1), 2 - (sixth - 2).abs_(), 2 - (sixth - 4).abs_()], 1)
     return y.clamp_(0, 1).mul_(spread[:, None]).add_(low[:, None])
 
 # %% ../../nbs/photos/350_augmentation.ipynb #6395cf3b
 class _Dice(threading.local):
     "The random generators of one thread."
-    def __init__(self): self.python, self.numpy = random.Random(), np.random.RandomState()
+
+    def __init__(self):
+        self.python, self.numpy = random.Random(), np.random.RandomState()
+
 
 _dice = _Dice()
 
+
 class _Random:
     "Stands for the module random."
-    def __getattr__(self, name:str)->Any: return getattr(_dice.python, name)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(_dice.python, name)
+
 
 class _Numpy:
     "Stands for numpy."
-    @property
-    def random(self)->np.random.RandomState: return _dice.numpy
-    def __getattr__(self, name:str)->Any: return getattr(np, name)
 
-def _timm_with_own_dice()->ModuleType:
+    @property
+    def random(self) -> np.random.RandomState:
+        return _dice.numpy
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
+
+
+def _timm_with_own_dice() -> ModuleType:
     "timm's module of policies, loaded once more; its random numbers come from the thread that runs it."
     spec = find_spec("timm.data.auto_augment")
     module = module_from_spec(spec)
@@ -201,23 +268,34 @@ def _timm_with_own_dice()->ModuleType:
 # %% ../../nbs/photos/350_augmentation.ipynb #afc4d9db
 class TimmPolicy:
     "A timm auto-augment policy on uint8 pictures, reproducible from one number; any thread may call it."
-    def __init__(self,
-        policy:str, # e.g. "rand-m8-n2-mstd0.5", "original", "augmix-m5"
-        size:int    # side of the picture, pixels; translations depend on it
+
+    def __init__(
+        self,
+        policy: str,  # e.g. "rand-m8-n2-mstd0.5", "original", "augmix-m5"
+        size: int,  # side of the picture, pixels; translations depend on it
     ):
         self.name, self.size, timm = policy, size, _timm_with_own_dice()
-        if policy.startswith("rand"): make = timm.rand_augment_transform
-        elif policy.startswith("augmix"): make = timm.augment_and_mix_transform
-        else: make = timm.auto_augment_transform
-        try: self.policy = make(policy, {"translate_const": int(size * .45), "img_mean": (128, 128, 128)})
-        except (AssertionError, KeyError, ValueError, IndexError) as e: raise PillsnapError(f"timm has no policy {policy!r}", "data.augment.classification.auto_augment", "e.g. rand-m8-n2-mstd0.5") from e
+        if policy.startswith("rand"):
+            make = timm.rand_augment_transform
+        elif policy.startswith("augmix"):
+            make = timm.augment_and_mix_transform
+        else:
+            make = timm.auto_augment_transform
+        try:
+            self.policy = make(policy, {"translate_const": int(size * 0.45), "img_mean": (128, 128, 128)})
+        except (AssertionError, KeyError, ValueError, IndexError) as e:
+            raise PillsnapError(
+                f"timm has no policy {policy!r}", "data.augment.classification.auto_augment", "e.g. rand-m8-n2-mstd0.5"
+            ) from e
 
-    def __reduce__(self)->tuple: return TimmPolicy, (self.name, self.size)   # a worker process loads timm by itself
+    def __reduce__(self) -> tuple:
+        return TimmPolicy, (self.name, self.size)  # a worker process loads timm by itself
 
-    def __call__(self,
-        x:np.ndarray, # [S, S, 3] uint8
-        u:float       # number in [0, 1)
-    )->np.ndarray:    # of the same kind
+    def __call__(
+        self,
+        x: np.ndarray,  # [S, S, 3] uint8
+        u: float,  # number in [0, 1)
+    ) -> np.ndarray:  # of the same kind
         seed = int(u * 2**31)
         _dice.python.seed(seed)
         _dice.numpy.seed(seed)
@@ -225,116 +303,142 @@ class TimmPolicy:
 
 # %% ../../nbs/photos/350_augmentation.ipynb #d1e1b766
 def dangers(
-    augment:AugmentClassification # the configuration's block
-)->list[str]:                     # one line each, empty when there are none
+    augment: AugmentClassification,  # the configuration's block
+) -> list[str]:  # one line each, empty when there are none
     "Settings that may change the drug (SPEC X52)."
     out = []
-    if augment.hflip: out.append("augment: hflip mirrors imprints, b becomes d; data.augment.classification.hflip=false is safer")
-    if augment.color_jitter[3] > 0: out.append(f"augment: a hue shift of {augment.color_jitter[3]} changes the colour that tells drugs apart; 0 is safer")
-    if augment.crop_scale_min < .5: out.append(f"augment: crops of {augment.crop_scale_min:.0%} of the photo may cut the imprint away")
+    if augment.hflip:
+        out.append("augment: hflip mirrors imprints, b becomes d; data.augment.classification.hflip=false is safer")
+    if augment.color_jitter[3] > 0:
+        out.append(
+            f"augment: a hue shift of {augment.color_jitter[3]} changes the colour that tells drugs apart; 0 is safer"
+        )
+    if augment.crop_scale_min < 0.5:
+        out.append(f"augment: crops of {augment.crop_scale_min:.0%} of the photo may cut the imprint away")
     return out
 
 # %% ../../nbs/photos/350_augmentation.ipynb #47d49443
 class BatchAugment:
     "A batch of bytes to the network's input, on whatever device the bytes are (SPEC TL1, X52)."
-    def __init__(self,
-        size:int,                                # side of the network's input, pixels
-        augment:AugmentClassification|None=None, # the configuration's block; None = its defaults
-        train:bool=True,                         # False: normalisation and nothing else
-        padding:float=.1,                        # margin of a served crop
-        channels_last:bool=False                 # memory layout of batches on a GPU
+
+    def __init__(
+        self,
+        size: int,  # side of the network's input, pixels
+        augment: AugmentClassification | None = None,  # the configuration's block; None = its defaults
+        train: bool = True,  # False: normalisation and nothing else
+        padding: float = 0.1,  # margin of a served crop
+        channels_last: bool = False,  # memory layout of batches on a GPU
     ):
         self.size, self.train, self.a = size, train, AugmentClassification() if augment is None else augment
         self.least = {v: crop_range(v, self.a.crop_scale_min, padding)[0] for v in ("whole", "crop")}
         self.policy = TimmPolicy(self.a.auto_augment, size) if train and self.a.auto_augment else None
         self.channels_last = channels_last
 
-    def windows(self, draws:np.ndarray, crops:np.ndarray)->np.ndarray: # [n, 4] part of the canvas that each photo shows
+    def windows(
+        self, draws: np.ndarray, crops: np.ndarray
+    ) -> np.ndarray:  # [n, 4] part of the canvas that each photo shows
         return random_windows(draws, np.where(crops, self.least["crop"], self.least["whole"]))
 
-    def flips(self, draws:np.ndarray)->np.ndarray: # [n] bool: mirrored when the view is cut
-        return (draws[:, COL["flip"]] < .5) & self.a.hflip
+    def flips(self, draws: np.ndarray) -> np.ndarray:  # [n] bool: mirrored when the view is cut
+        return (draws[:, COL["flip"]] < 0.5) & self.a.hflip
 
-    def apply_policy(self, out:np.ndarray, draws:np.ndarray)->None: # [S, S, 3] uint8, overwritten; [DRAWS] of this photo
+    def apply_policy(
+        self, out: np.ndarray, draws: np.ndarray
+    ) -> None:  # [S, S, 3] uint8, overwritten; [DRAWS] of this photo
         "timm's policy, if there is one, on a picture that was just cut."
-        if self.policy: out[:] = self.policy(out, draws[COL["policy"]])
+        if self.policy:
+            out[:] = self.policy(out, draws[COL["policy"]])
 
 # %% ../../nbs/photos/350_augmentation.ipynb #199d95aa
 def sent(
-    arrays:Mapping[str,np.ndarray], # numbers, and rows as integers
-    device:torch.device|str         # where they are needed
-)->dict[str,torch.Tensor]:          # float32; integers as int64
+    arrays: Mapping[str, np.ndarray],  # numbers, and rows as integers
+    device: torch.device | str,  # where they are needed
+) -> dict[str, torch.Tensor]:  # float32; integers as int64
     "Arrays on the device, in one copy that the host does not wait for."
     starts, size = {}, 0
     for k, v in arrays.items():
         starts[k] = size
-        size += -(-v.size // 16) * 16   # each begins at a multiple of 64 bytes
+        size += -(-v.size // 16) * 16  # each begins at a multiple of 64 bytes
     block = np.zeros(size, np.float32)
-    for k, v in arrays.items(): block[starts[k]:starts[k] + v.size] = v.ravel()
+    for k, v in arrays.items():
+        block[starts[k] : starts[k] + v.size] = v.ravel()
     block = to_device(torch.from_numpy(block), device)
-    out = {k: block[starts[k]:starts[k] + v.size].view(v.shape) for k, v in arrays.items()}
+    out = {k: block[starts[k] : starts[k] + v.size].view(v.shape) for k, v in arrays.items()}
     return {k: out[k].long() if v.dtype.kind == "i" else out[k] for k, v in arrays.items()}
 
 # %% ../../nbs/photos/350_augmentation.ipynb #afd5a54a
 @patch
-def numbers(self:BatchAugment,
-    draws:np.ndarray              # float [n, DRAWS]
-)->dict[str,np.ndarray]:          # what the operations need, by name
+def numbers(
+    self: BatchAugment,
+    draws: np.ndarray,  # float [n, DRAWS]
+) -> dict[str, np.ndarray]:  # what the operations need, by name
     "All that is done to a batch, as numbers."
     ops = randaugment_ops(draws, self.size) if self.a.randaugment and not self.policy else []
     theta = places(ops, self.a.rotation * (2 * draws[:, COL["turn"]] - 1), self.size)
     out = {"mean": np.array(IMAGENET_MEAN), "std": np.array(IMAGENET_STD)}
     out["moving"], out["theta"] = moving(theta), theta[moving(theta)]
     out["m"], out["n"] = colours(ops, draws, self.a.color_jitter[:3])
-    if hue := self.a.color_jitter[3]: out["hue"] = hue * (2 * draws[:, COL["hue"]] - 1)
+    if hue := self.a.color_jitter[3]:
+        out["hue"] = hue * (2 * draws[:, COL["hue"]] - 1)
     for k, (name, v) in enumerate(ops):
         few, sharp = np.flatnonzero(name == "Posterize"), np.flatnonzero(name == "Sharpness")
-        if len(few): out[f"few{k}"], out[f"step{k}"] = few, 2. ** (8 - v[few])
-        if len(sharp): out[f"sharp{k}"], out[f"factor{k}"] = sharp, 1 + v[sharp]
+        if len(few):
+            out[f"few{k}"], out[f"step{k}"] = few, 2.0 ** (8 - v[few])
+        if len(sharp):
+            out[f"sharp{k}"], out[f"factor{k}"] = sharp, 1 + v[sharp]
     return out
 
 # %% ../../nbs/photos/350_augmentation.ipynb #ffadede1
 @patch
-def __call__(self:BatchAugment,
-    images:torch.Tensor,       # [n, 3, S, S] uint8, cut and mirrored; under a timm policy after it
-    draws:np.ndarray|None=None # float [n, DRAWS]; None in validation
-)->torch.Tensor:               # [n, 3, S, S] float32, normalised
+def __call__(
+    self: BatchAugment,
+    images: torch.Tensor,  # [n, 3, S, S] uint8, cut and mirrored; under a timm policy after it
+    draws: np.ndarray | None = None,  # float [n, DRAWS]; None in validation
+) -> torch.Tensor:  # [n, 3, S, S] float32, normalised
     "Bits, places, neighbours, hue, colours, normalisation, erasing: in this order."
-    if not self.train: return self.normalised(images)
+    if not self.train:
+        return self.normalised(images)
     p = sent(self.numbers(draws), images.device)
     x = _sharpen(move(_drop_bits(images.float(), p), p["theta"], p["moving"]), p)
-    if "hue" in p: x = turn_hue(x, p["hue"])
+    if "hue" in p:
+        x = turn_hue(x, p["hue"])
     return _erase(_paint(x, p, self.channels_last), draws, self.a.erasing)
 
+
 @patch
-def normalised(self:BatchAugment, images:torch.Tensor)->torch.Tensor:
+def normalised(self: BatchAugment, images: torch.Tensor) -> torch.Tensor:
     "Validation's numbers."
     p, x = sent({"mean": np.array(IMAGENET_MEAN), "std": np.array(IMAGENET_STD)}, images.device), images
     layout = torch.channels_last if self.channels_last else torch.contiguous_format
-    if x.device.type != "cpu": x = x.contiguous(memory_format=layout)   # bytes: a quarter of what floats would cost
+    if x.device.type != "cpu":
+        x = x.contiguous(memory_format=layout)  # bytes: a quarter of what floats would cost
     return x.float().div_(255).sub_(p["mean"].view(3, 1, 1)).div_(p["std"].view(3, 1, 1))
 
 # %% ../../nbs/photos/350_augmentation.ipynb #98a171a7
-def _drop_bits(x:torch.Tensor, p:Mapping[str,torch.Tensor])->torch.Tensor:
+def _drop_bits(x: torch.Tensor, p: Mapping[str, torch.Tensor]) -> torch.Tensor:
     "torchvision's posterize, on the photos that drew it."
     for k in "01":
-        if (rows := p.get(f"few{k}")) is None: continue
+        if (rows := p.get(f"few{k}")) is None:
+            continue
         step = p[f"step{k}"].view(-1, 1, 1, 1)
         x[rows] = (x[rows] / step).floor() * step
     return x
 
-def _blurred(x:torch.Tensor)->torch.Tensor:
+
+def _blurred(x: torch.Tensor) -> torch.Tensor:
     "The middle of each picture: every pixel five times and its eight neighbours once, over 13."
     if x.device.type == "cpu":
-        kernel = torch.tensor([[1., 1, 1], [1, 5, 1], [1, 1, 1]]).div(13)
+        kernel = torch.tensor([[1.0, 1, 1], [1, 5, 1], [1, 1, 1]]).div(13)
         return F.conv2d(x, kernel.expand(3, 1, 3, 3), groups=3)
-    across = x[..., :-2] + x[..., 1:-1] + x[..., 2:]   # sums: cuDNN would search a kernel for each number of photos
+    across = x[..., :-2] + x[..., 1:-1] + x[..., 2:]  # sums: cuDNN would search a kernel for each number of photos
     return (across[..., :-2, :] + across[..., 1:-1, :] + across[..., 2:, :]).add_(x[..., 1:-1, 1:-1], alpha=4).div_(13)
 
-def _sharpen(x:torch.Tensor, p:Mapping[str,torch.Tensor])->torch.Tensor:
+
+def _sharpen(x: torch.Tensor, p: Mapping[str, torch.Tensor]) -> torch.Tensor:
     "torchvision's sharpness, on the photos that drew it."
     for k in "01":
-        if (rows := p.get(f"sharp{k}")) is None: continue
+        if (rows := p.get(f"sharp{k}")) is None:
+            continue
         some = x[rows]
         soft = some.clone()
         soft[..., 1:-1, 1:-1] = _blurred(some)
@@ -342,44 +446,61 @@ def _sharpen(x:torch.Tensor, p:Mapping[str,torch.Tensor])->torch.Tensor:
     return x
 
 # %% ../../nbs/photos/350_augmentation.ipynb #585baa38
-def _paint(x:torch.Tensor, p:Mapping[str,torch.Tensor], channels_last:bool)->torch.Tensor:
+def _paint(x: torch.Tensor, p: Mapping[str, torch.Tensor], channels_last: bool) -> torch.Tensor:
     "Colours and normalisation in one product; black and white are where they end."
     flat, std = x.flatten(2), p["std"].view(3, 1)
     black, white = -(p["mean"].view(3, 1) / std), (1 - p["mean"].view(3, 1)) / std
     on_gpu = x.device.type != "cpu"
-    if not (on_gpu and channels_last): flat = flat.contiguous()
+    if not (on_gpu and channels_last):
+        flat = flat.contiguous()
     with full_fp32():
         offset = p["n"] @ flat.mean(2, keepdim=True) / 255 / std + black
         scale = p["m"] / 255 / std
-        if not (on_gpu and channels_last): return torch.baddbmm(offset, scale, flat).clamp_(black, white).view(x.shape)
-        y = torch.baddbmm(offset.mT, flat.mT, scale.mT)   # [n, S*S, 3]: the layout of the network, without another pass
+        if not (on_gpu and channels_last):
+            return torch.baddbmm(offset, scale, flat).clamp_(black, white).view(x.shape)
+        y = torch.baddbmm(offset.mT, flat.mT, scale.mT)  # [n, S*S, 3]: the layout of the network, without another pass
     return y.clamp_(black.mT, white.mT).view(len(x), *x.shape[2:], 3).permute(0, 3, 1, 2)
 
-def _erase(x:torch.Tensor, draws:np.ndarray, share:float)->torch.Tensor:
+
+def _erase(x: torch.Tensor, draws: np.ndarray, share: float) -> torch.Tensor:
     "torchvision's RandomErasing: a rectangle of 2 to 33 % becomes the mean colour (SPEC TL19)."
     hit = np.flatnonzero(draws[:, COL["erase"]] < share)
-    area, r = .02 + .31 * draws[hit, COL["erase_area"]], np.exp(math.log(.3) * (1 - 2 * draws[hit, COL["erase_ratio"]]))
+    area, r = (
+        0.02 + 0.31 * draws[hit, COL["erase_area"]],
+        np.exp(math.log(0.3) * (1 - 2 * draws[hit, COL["erase_ratio"]])),
+    )
     side = (np.minimum(1, np.sqrt(np.c_[area / r, area * r])) * x.shape[-1]).round().astype(int)
     at = (draws[hit][:, [COL["erase_y"], COL["erase_x"]]] * (x.shape[-1] - side + 1)).astype(int)
-    for i, (top, left), (h, w) in zip(hit.tolist(), at.tolist(), side.tolist()): x[i, :, top:top + h, left:left + w] = 0.
+    for i, (top, left), (h, w) in zip(hit.tolist(), at.tolist(), side.tolist()):
+        x[i, :, top : top + h, left : left + w] = 0.0
     return x
 
 # %% ../../nbs/photos/350_augmentation.ipynb #0e9d2918
 def build_transforms_classification(
-    size:int,                                 # side of the network's input, pixels
-    augment:AugmentClassification|None=None,  # the configuration's block; None = its defaults
-    train:bool=True,                          # False: normalisation and nothing else, the view itself is photos.images'
-    padding:float=.1,                         # margin of a served crop
-    channels_last:bool=False                  # memory layout of batches on a GPU
-)->BatchAugment:
+    size: int,  # side of the network's input, pixels
+    augment: AugmentClassification | None = None,  # the configuration's block; None = its defaults
+    train: bool = True,  # False: normalisation and nothing else, the view itself is photos.images'
+    padding: float = 0.1,  # margin of a served crop
+    channels_last: bool = False,  # memory layout of batches on a GPU
+) -> BatchAugment:
     "From bytes to the network's input (SPEC TL1, X52)."
     return BatchAugment(size, augment, train, padding, channels_last)
 
 # %% ../../nbs/photos/350_augmentation.ipynb #1d38853f
 def build_transforms_detection(
-    augment:AugmentDetection|None=None # the configuration's block; None = its defaults
-)->dict[str,float]:                    # keyword arguments of the detector's trainer
+    augment: AugmentDetection | None = None,  # the configuration's block; None = its defaults
+) -> dict[str, float]:  # keyword arguments of the detector's trainer
     "Mosaic, mixup, mirror and scale in YOLO's words (SPEC TL2); a scale of .5 to 1.5 is a gain of .5."
     a = AugmentDetection() if augment is None else augment
-    if a.randaugment: raise PillsnapError("RandAugment moves pills away from their boxes", "data.augment.detection.randaugment", "leave it false; mosaic and scale do the work")
-    return {"mosaic": a.mosaic, "mixup": a.mixup, "fliplr": .5 if a.hflip else 0., "scale": max(1 - a.scale[0], a.scale[1] - 1)}
+    if a.randaugment:
+        raise PillsnapError(
+            "RandAugment moves pills away from their boxes",
+            "data.augment.detection.randaugment",
+            "leave it false; mosaic and scale do the work",
+        )
+    return {
+        "mosaic": a.mosaic,
+        "mixup": a.mixup,
+        "fliplr": 0.5 if a.hflip else 0.0,
+        "scale": max(1 - a.scale[0], a.scale[1] - 1),
+    }

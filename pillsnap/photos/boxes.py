@@ -11,43 +11,45 @@ from .images import resize
 
 # %% ../../nbs/photos/320_boxes.ipynb #4dafb2ae
 def xywh_to_xyxy(
-    boxes:np.ndarray # [..., 4] x, y, width, height (x, y = top left corner)
-)->np.ndarray:       # [..., 4] x0, y0, x1, y1
+    boxes: np.ndarray,  # [..., 4] x, y, width, height (x, y = top left corner)
+) -> np.ndarray:  # [..., 4] x0, y0, x1, y1
     "Corner and size to two corners (the delivery's notation to ours)."
     b = np.asarray(boxes, np.float64)
     return np.concatenate([b[..., :2], b[..., :2] + b[..., 2:]], axis=-1)
 
+
 def xyxy_to_xywh(
-    boxes:np.ndarray # [..., 4] x0, y0, x1, y1
-)->np.ndarray:       # [..., 4] x, y, width, height
+    boxes: np.ndarray,  # [..., 4] x0, y0, x1, y1
+) -> np.ndarray:  # [..., 4] x, y, width, height
     "Two corners to corner and size: the inverse of `xywh_to_xyxy`."
     b = np.asarray(boxes, np.float64)
     return np.concatenate([b[..., :2], b[..., 2:] - b[..., :2]], axis=-1)
 
 # %% ../../nbs/photos/320_boxes.ipynb #3ccb84f9
 def to_yolo(
-    bbox:np.ndarray, # [..., 4] x, y, width, height in pixels
-    w:int,           # photo width, pixels
-    h:int            # photo height, pixels
-)->np.ndarray:       # [..., 4] centre x, centre y, width, height in 0..1
+    bbox: np.ndarray,  # [..., 4] x, y, width, height in pixels
+    w: int,  # photo width, pixels
+    h: int,  # photo height, pixels
+) -> np.ndarray:  # [..., 4] centre x, centre y, width, height in 0..1
     "Pixels to the fractions of a YOLO label (SPEC DM1)."
     b = np.asarray(bbox, np.float64)
     return np.concatenate([b[..., :2] + b[..., 2:] / 2, b[..., 2:]], axis=-1) / np.array([w, h, w, h], np.float64)
 
+
 def from_yolo(
-    label:np.ndarray, # [..., 4] centre x, centre y, width, height in 0..1
-    w:int,            # photo width, pixels
-    h:int             # photo height, pixels
-)->np.ndarray:        # [..., 4] x, y, width, height in pixels
+    label: np.ndarray,  # [..., 4] centre x, centre y, width, height in 0..1
+    w: int,  # photo width, pixels
+    h: int,  # photo height, pixels
+) -> np.ndarray:  # [..., 4] x, y, width, height in pixels
     "The fractions of a YOLO label back to pixels: the inverse of `to_yolo`."
     b = np.asarray(label, np.float64) * np.array([w, h, w, h], np.float64)
     return np.concatenate([b[..., :2] - b[..., 2:] / 2, b[..., 2:]], axis=-1)
 
 # %% ../../nbs/photos/320_boxes.ipynb #1cfc01b9
 def iou_matrix(
-    a:np.ndarray, # [n, 4] x0, y0, x1, y1
-    b:np.ndarray  # [m, 4] x0, y0, x1, y1
-)->np.ndarray:    # [n, m] intersection over union, 0 where a box has no area
+    a: np.ndarray,  # [n, 4] x0, y0, x1, y1
+    b: np.ndarray,  # [m, 4] x0, y0, x1, y1
+) -> np.ndarray:  # [n, m] intersection over union, 0 where a box has no area
     "Overlap of every pair of boxes (Jaccard index)."
     a, b = (np.asarray(v, np.float64).reshape(-1, 4) for v in (a, b))
     area = [np.prod((v[:, 2:] - v[:, :2]).clip(0), axis=1) for v in (a, b)]
@@ -58,12 +60,16 @@ def iou_matrix(
 
 # %% ../../nbs/photos/320_boxes.ipynb #0e8f7e24
 def nms(
-    boxes:np.ndarray,  # [n, 4] x0, y0, x1, y1
-    scores:np.ndarray, # [n] certainty, higher wins
-    iou:float=.5       # drop a box that overlaps a better one by more than this
-)->np.ndarray:         # [k] int64, kept rows, best first
+    boxes: np.ndarray,  # [n, 4] x0, y0, x1, y1
+    scores: np.ndarray,  # [n] certainty, higher wins
+    iou: float = 0.5,  # drop a box that overlaps a better one by more than this
+) -> np.ndarray:  # [k] int64, kept rows, best first
     "Greedy non-maximum suppression, the one of torch and ONNX alike (SPEC DT4)."
-    boxes, order, keep = np.asarray(boxes, np.float64).reshape(-1, 4), np.argsort(-np.asarray(scores), kind="stable"), []
+    boxes, order, keep = (
+        np.asarray(boxes, np.float64).reshape(-1, 4),
+        np.argsort(-np.asarray(scores), kind="stable"),
+        [],
+    )
     while len(order):
         best, rest = order[0], order[1:]
         keep.append(best)
@@ -72,37 +78,37 @@ def nms(
 
 # %% ../../nbs/photos/320_boxes.ipynb #806c4516
 def letterbox(
-    img:np.ndarray, # [H, W, 3] uint8 photo
-    size:int        # side of the square, pixels
-)->tuple[np.ndarray,float,tuple[int,int]]: # ([size, size, 3] uint8, photo-to-square scale, (left, top) padding in pixels)
+    img: np.ndarray,  # [H, W, 3] uint8 photo
+    size: int,  # side of the square, pixels
+) -> tuple[np.ndarray, float, tuple[int, int]]:  # [size, size, 3] uint8, scale, (left, top) padding in pixels
     "Fit a photo into a grey square without distorting it (YOLO's convention, grey 114)."
     h, w = img.shape[:2]
     scale = min(size / h, size / w)
     nh, nw = max(1, round(h * scale)), max(1, round(w * scale))
     dx, dy = (size - nw) // 2, (size - nh) // 2
     out = np.full((size, size, 3), 114, np.uint8)
-    out[dy:dy + nh, dx:dx + nw] = resize(img, nh, nw)
+    out[dy : dy + nh, dx : dx + nw] = resize(img, nh, nw)
     return out, scale, (dx, dy)
 
 # %% ../../nbs/photos/320_boxes.ipynb #3de63693
 def unletterbox(
-    boxes:np.ndarray,   # [n, 4] x0, y0, x1, y1 in pixels of the square
-    scale:float,        # as letterbox returned it
-    pad:tuple[int,int], # (left, top) padding, as letterbox returned it
-    w:int,              # photo width, pixels
-    h:int               # photo height, pixels
-)->np.ndarray:          # [n, 4] float32 x0, y0, x1, y1 in photo pixels, inside the photo
+    boxes: np.ndarray,  # [n, 4] x0, y0, x1, y1 in pixels of the square
+    scale: float,  # as letterbox returned it
+    pad: tuple[int, int],  # (left, top) padding, as letterbox returned it
+    w: int,  # photo width, pixels
+    h: int,  # photo height, pixels
+) -> np.ndarray:  # [n, 4] float32 x0, y0, x1, y1 in photo pixels, inside the photo
     "From the square back to the photo: the inverse of `letterbox`, clipped to the photo."
     b = (np.asarray(boxes, np.float64).reshape(-1, 4) - np.tile(pad, 2)) / scale
     return b.clip(0, np.tile([w, h], 2)).astype(np.float32)
 
 # %% ../../nbs/photos/320_boxes.ipynb #3057b24c
 def decode_yolo(
-    raw:np.ndarray,   # [4 + nc, A] centre x, centre y, width, height in input pixels, then class scores in 0..1
-    conf:float=.3,    # least score of the best class
-    iou:float=.5,     # overlap above which the weaker box goes
-    max_det:int=100   # most boxes to return
-)->tuple[np.ndarray,np.ndarray]: # ([n, 4] float32 x0, y0, x1, y1 in input pixels, [n] float32 score), best first
+    raw: np.ndarray,  # [4 + nc, A] centre x, centre y, width, height in input pixels, then class scores in 0..1
+    conf: float = 0.3,  # least score of the best class
+    iou: float = 0.5,  # overlap above which the weaker box goes
+    max_det: int = 100,  # most boxes to return
+) -> tuple[np.ndarray, np.ndarray]:  # ([n, 4] float32 x0, y0, x1, y1 in input pixels, [n] float32 score), best first
     "Boxes and scores from one raw YOLO head (SPEC DT4, TL11)."
     raw = np.asarray(raw, np.float32)
     score = raw[4:].max(axis=0)

@@ -36,223 +36,305 @@ from .images import crop_view, open_image_safely, whole_view
 # %% ../../nbs/photos/340_caches.ipynb #2d33a3c9
 class View(NamedTuple):
     "One way to look at a photo."
-    kind:str         # "whole" or "crop"
-    size:int         # side of the square, pixels
-    padding:float=.1 # margin around the box, in box widths; crop only
+
+    kind: str  # "whole" or "crop"
+    size: int  # side of the square, pixels
+    padding: float = 0.1  # margin around the box, in box widths; crop only
 
     @property
-    def nbytes(self)->int:
+    def nbytes(self) -> int:
         "Bytes of one such picture."
         return self.size * self.size * 3
 
+
 class Photo(NamedTuple):
     "One row of a manifest, as far as opening it goes."
-    path:str       # below the delivery
-    bbox:str=""    # "[x, y, w, h]", or ""
-    width:int=0    # pixels; 0 = not known
-    height:int=0   # pixels
+
+    path: str  # below the delivery
+    bbox: str = ""  # "[x, y, w, h]", or ""
+    width: int = 0  # pixels; 0 = not known
+    height: int = 0  # pixels
+
 
 def box_of(
-    bbox:str|Sequence[float]|None # "[x, y, w, h]" as the manifest writes it, or four numbers
-)->np.ndarray|None:               # x0, y0, x1, y1; None where there is no box
+    bbox: str | Sequence[float] | None,  # "[x, y, w, h]" as the manifest writes it, or four numbers
+) -> np.ndarray | None:  # x0, y0, x1, y1; None where there is no box
     "A manifest's box as two corners."
-    if bbox is None or isinstance(bbox, str) and not bbox: return None
+    if bbox is None or isinstance(bbox, str) and not bbox:
+        return None
     x, y, w, h = json.loads(bbox) if isinstance(bbox, str) else bbox
     return np.array([x, y, x + w, y + h], np.float64)
 
 # %% ../../nbs/photos/340_caches.ipynb #595c66b9
 def look(
-    img:np.ndarray,     # [H, W, 3] uint8 photo
-    box:np.ndarray|None,# x0, y0, x1, y1; None shows the whole photo
-    view:View           # how to look
-)->np.ndarray:          # [size, size, 3] uint8
+    img: np.ndarray,  # [H, W, 3] uint8 photo
+    box: np.ndarray | None,  # x0, y0, x1, y1; None shows the whole photo
+    view: View,  # how to look
+) -> np.ndarray:  # [size, size, 3] uint8
     "The view of a photo, cached or not (SPEC X72)."
-    if view.kind == "whole" or box is None: return whole_view(img, view.size)
+    if view.kind == "whole" or box is None:
+        return whole_view(img, view.size)
     return crop_view(img, box, view.size, view.padding)
 
 # %% ../../nbs/photos/340_caches.ipynb #9eca7fe3
 def free_bytes(
-    shared:bool # the buffer must be visible to workers
-)->int:         # bytes a cache may use: half of the free memory, and of the shared memory if that is needed
+    shared: bool,  # the buffer must be visible to workers
+) -> int:  # bytes a cache may use: half of the free memory, and of the shared memory if that is needed
     "What this machine can spare now (SPEC BX14)."
     free = psutil.virtual_memory().available
-    if shared and Path("/dev/shm").is_dir(): free = min(free, shutil.disk_usage("/dev/shm").free)
+    if shared and Path("/dev/shm").is_dir():
+        free = min(free, shutil.disk_usage("/dev/shm").free)
     return free // 2
 
 # %% ../../nbs/photos/340_caches.ipynb #6076fe02
 class PhotoCache:
     "Views of photos in one uint8 buffer; photos that do not open keep their reason."
-    def __init__(self,
-        rows:pd.DataFrame,         # manifest rows: path, and bbox where there is one
-        root:str|Path|Any,         # the delivery, or a source of dataset.datasets
-        views:Sequence[View],      # what to keep of each
-        shared:bool=False,         # loader workers will read it
-        budget:int|None=None,      # bytes it may use; None = free_bytes
-        limit:int=0,               # photos to keep, the first ones; 0 = all
-        policies:dict|None=None,   # grayscale_policy, rgba_policy
-        progress:bool=False        # show a bar
+
+    def __init__(
+        self,
+        rows: pd.DataFrame,  # manifest rows: path, and bbox where there is one
+        root: str | Path | Any,  # the delivery, or a source of dataset.datasets
+        views: Sequence[View],  # what to keep of each
+        shared: bool = False,  # loader workers will read it
+        budget: int | None = None,  # bytes it may use; None = free_bytes
+        limit: int = 0,  # photos to keep, the first ones; 0 = all
+        policies: dict | None = None,  # grayscale_policy, rgba_policy
+        progress: bool = False,  # show a bar
     ):
         rows = rows.iloc[:limit] if limit else rows
         self.views, self.row_bytes, self.errors = tuple(views), sum(v.nbytes for v in views), {}
         need, budget = len(rows) * self.row_bytes, free_bytes(shared) if budget is None else budget
-        if need > budget: raise PillsnapError(f"a cache of {len(rows):,} photos needs {need/1e9:.2f} GB, and {budget/1e9:.2f} GB may be used", where="dataloader.ram_optimization", fix=f"hotset_size_images={budget//self.row_bytes} fits; or cache_policy=labels_only")
+        if need > budget:
+            raise PillsnapError(
+                f"a cache of {len(rows):,} photos needs {need / 1e9:.2f} GB, and {budget / 1e9:.2f} GB may be used",
+                where="dataloader.ram_optimization",
+                fix=f"hotset_size_images={budget // self.row_bytes} fits; or cache_policy=labels_only",
+            )
         self.slot = {k: i for i, k in enumerate(_keys(rows))}
         self.data = torch.zeros(len(rows), self.row_bytes, dtype=torch.uint8)
-        if shared: self.data.share_memory_()
+        if shared:
+            self.data.share_memory_()
         self._fill(rows, Path(root) if isinstance(root, str) else root, policies or {}, progress)
 
-def _keys(rows:pd.DataFrame)->list[tuple[str,str]]:
+
+def _keys(rows: pd.DataFrame) -> list[tuple[str, str]]:
     "A photo and its box: a combo photo has one row per pill."
     return list(zip(rows["path"], rows["bbox"] if "bbox" in rows else [""] * len(rows)))
 
 # %% ../../nbs/photos/340_caches.ipynb #ef627809
 @patch
-def _fill(self:PhotoCache,
-    rows:pd.DataFrame, # one slot each
-    root:Path|Any,     # the delivery, or a source
-    policies:dict,     # of open_image_safely
-    progress:bool      # show a bar
-)->None:
+def _fill(
+    self: PhotoCache,
+    rows: pd.DataFrame,  # one slot each
+    root: Path | Any,  # the delivery, or a source
+    policies: dict,  # of open_image_safely
+    progress: bool,  # show a bar
+) -> None:
     "Open every photo once and cut its views."
-    def one(i:int, path:str, bbox:str)->None:
-        try: got = self._views(root, path, bbox, policies)
-        except (PillsnapError, ValueError) as e: got = {"_skip": True, "error": str(e), "stage": "crop"}
-        if isinstance(got, dict): self.errors[path, bbox] = {k: got[k] for k in ("error", "stage")}
-        else: self.data[i] = torch.from_numpy(np.concatenate([v.ravel() for v in got]))
+
+    def one(i: int, path: str, bbox: str) -> None:
+        try:
+            got = self._views(root, path, bbox, policies)
+        except (PillsnapError, ValueError) as e:
+            got = {"_skip": True, "error": str(e), "stage": "crop"}
+        if isinstance(got, dict):
+            self.errors[path, bbox] = {k: got[k] for k in ("error", "stage")}
+        else:
+            self.data[i] = torch.from_numpy(np.concatenate([v.ravel() for v in got]))
+
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         jobs = [pool.submit(one, i, *k) for k, i in self.slot.items()]
-        for j in show_progress(jobs, desc="photos into memory", unit="photos", show=progress): j.result()
+        for j in show_progress(jobs, desc="photos into memory", unit="photos", show=progress):
+            j.result()
+
 
 @patch
-def _views(self:PhotoCache, root:Path|Any, path:str, bbox:str, policies:dict)->list[np.ndarray]|dict:
+def _views(self: PhotoCache, root: Path | Any, path: str, bbox: str, policies: dict) -> list[np.ndarray] | dict:
     "All views of one photo, or why there are none."
     if isinstance(root, Path):
-        got = open_image_safely(root/path, **policies)
+        got = open_image_safely(root / path, **policies)
         return got if "_skip" in got else [look(got["image"], box_of(bbox), v) for v in self.views]
     got = [root.open(Photo(path, bbox), v) for v in self.views]
     return next((g for g in got if isinstance(g, dict)), None) or [look(*g, v) for g, v in zip(got, self.views)]
 
 # %% ../../nbs/photos/340_caches.ipynb #5e9ab39b
 @patch
-def get(self:PhotoCache,
-    path:str,   # of the manifest row
-    bbox:str,   # of the manifest row
-    view:View   # one of views
-)->np.ndarray|dict|None: # [size, size, 3] uint8; the error of a photo that did not open; None when it is not kept
+def get(
+    self: PhotoCache,
+    path: str,  # of the manifest row
+    bbox: str,  # of the manifest row
+    view: View,  # one of views
+) -> (
+    np.ndarray | dict | None
+):  # [size, size, 3] uint8; the error of a photo that did not open; None when it is not kept
     "A view, without copying it."
-    if (path, bbox) in self.errors: return {"_skip": True, **self.errors[path, bbox]}
+    if (path, bbox) in self.errors:
+        return {"_skip": True, **self.errors[path, bbox]}
     i = self.slot.get((path, bbox))
-    if i is None or view not in self.views: return None
+    if i is None or view not in self.views:
+        return None
     k = self.views.index(view)
     at = sum(v.nbytes for v in self.views[:k])
-    return self.data[i, at:at + view.nbytes].numpy().reshape(view.size, view.size, 3)
+    return self.data[i, at : at + view.nbytes].numpy().reshape(view.size, view.size, 3)
+
 
 @patch
-def __len__(self:PhotoCache)->int: return len(self.slot)
+def __len__(self: PhotoCache) -> int:
+    return len(self.slot)
+
 
 @patch(as_prop=True)
-def nbytes(self:PhotoCache)->int:
+def nbytes(self: PhotoCache) -> int:
     "Bytes of the buffer."
     return self.data.numel()
 
 # %% ../../nbs/photos/340_caches.ipynb #caf3c8d0
 class SizedLRUCache:
     "Pictures by key, the least recently used forgotten first (SPEC TL14); safe among threads."
-    def __init__(self,
-        budget:int=34_359_738_368, # bytes of the whole job
-        workers:int=1              # worker processes that keep one each
-    ): self.budget, self.nbytes, self._kept, self._lock = budget // max(1, workers), 0, OrderedDict(), threading.Lock()
 
-    def __len__(self)->int: return len(self._kept)
+    def __init__(
+        self,
+        budget: int = 34_359_738_368,  # bytes of the whole job
+        workers: int = 1,  # worker processes that keep one each
+    ):
+        self.budget, self.nbytes, self._kept, self._lock = budget // max(1, workers), 0, OrderedDict(), threading.Lock()
 
-    def get(self, path:str, bbox:str, view:View)->np.ndarray|None: # the picture, now the most recent
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def get(self, path: str, bbox: str, view: View) -> np.ndarray | None:  # the picture, now the most recent
         with self._lock:
-            if (got := self._kept.get((path, bbox, view))) is not None: self._kept.move_to_end((path, bbox, view))
+            if (got := self._kept.get((path, bbox, view))) is not None:
+                self._kept.move_to_end((path, bbox, view))
             return got
 
-    def put(self, path:str, bbox:str, view:View, img:np.ndarray)->None:
-        if img.nbytes > self.budget: return
+    def put(self, path: str, bbox: str, view: View, img: np.ndarray) -> None:
+        if img.nbytes > self.budget:
+            return
         with self._lock:
-            if (old := self._kept.pop((path, bbox, view), None)) is not None: self.nbytes -= old.nbytes
-            while self.nbytes + img.nbytes > self.budget: self.nbytes -= self._kept.popitem(last=False)[1].nbytes
-            self._kept[path, bbox, view] = img; self.nbytes += img.nbytes
+            if (old := self._kept.pop((path, bbox, view), None)) is not None:
+                self.nbytes -= old.nbytes
+            while self.nbytes + img.nbytes > self.budget:
+                self.nbytes -= self._kept.popitem(last=False)[1].nbytes
+            self._kept[path, bbox, view] = img
+            self.nbytes += img.nbytes
 
-    def __getstate__(self)->dict[str,Any]: return {"budget": self.budget}   # a worker begins with an empty one
-    def __setstate__(self, s:dict[str,Any])->None: self.__init__(s["budget"])
+    def __getstate__(self) -> dict[str, Any]:
+        return {"budget": self.budget}  # a worker begins with an empty one
+
+    def __setstate__(self, s: dict[str, Any]) -> None:
+        self.__init__(s["budget"])
 
 # %% ../../nbs/photos/340_caches.ipynb #71fb0bf1
-_HEAD = struct.Struct("<4sBHHBI")   # magic, kind (0 picture, 1 skip record), height, width, channels, crc32 of what follows
+_HEAD = struct.Struct(
+    "<4sBHHBI"
+)  # magic, kind (0 picture, 1 skip record), height, width, channels, crc32 of what follows
 _MAGIC = b"PSv1"
 
+
 def pack_record(
-    got:np.ndarray|Mapping[str,Any] # [H, W, C] uint8 picture, or the record of a photo that gives none
-)->bytes:
+    got: np.ndarray | Mapping[str, Any],  # [H, W, C] uint8 picture, or the record of a photo that gives none
+) -> bytes:
     "Header and raw bytes (SPEC TL13)."
     skip = isinstance(got, Mapping)
-    body = json.dumps({k: str(got[k]) for k in ("error", "stage")}).encode() if skip else np.ascontiguousarray(got, np.uint8).tobytes()
+    body = (
+        json.dumps({k: str(got[k]) for k in ("error", "stage")}).encode()
+        if skip
+        else np.ascontiguousarray(got, np.uint8).tobytes()
+    )
     return _HEAD.pack(_MAGIC, skip, *((0, 0, 0) if skip else got.shape), crc32(body)) + body
 
+
 def unpack_record(
-    raw:bytes|memoryview # as pack_record wrote it
-)->np.ndarray|dict:      # a copy; PillsnapError when it is damaged
+    raw: bytes | memoryview,  # as pack_record wrote it
+) -> np.ndarray | dict:  # a copy; PillsnapError when it is damaged
     "What `pack_record` was given."
-    head, body = raw[:_HEAD.size], raw[_HEAD.size:]
+    head, body = raw[: _HEAD.size], raw[_HEAD.size :]
     magic, skip, h, w, c, check = _HEAD.unpack(head) if len(head) == _HEAD.size else (b"", 0, 0, 0, 0, 0)
-    if magic != _MAGIC or check != crc32(body) or not skip and len(body) != h * w * c: raise PillsnapError("a record of the photo database is damaged", fix="delete the database; the next run builds it again")
+    if magic != _MAGIC or check != crc32(body) or not skip and len(body) != h * w * c:
+        raise PillsnapError(
+            "a record of the photo database is damaged", fix="delete the database; the next run builds it again"
+        )
     return {"_skip": True, **json.loads(bytes(body))} if skip else np.frombuffer(body, np.uint8).reshape(h, w, c).copy()
 
 # %% ../../nbs/photos/340_caches.ipynb #80adf647
 def parse_bytes(
-    size:int|str # 500000000000, or "500GB", "64 MiB"
-)->int:
+    size: int | str,  # 500000000000, or "500GB", "64 MiB"
+) -> int:
     "A size as people write it."
     m = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)[bB]?\s*", str(size))
-    if m is None: raise PillsnapError(f"{size!r} is no size in bytes", fix="such as 500GB")
+    if m is None:
+        raise PillsnapError(f"{size!r} is no size in bytes", fix="such as 500GB")
     return int(float(m[1]) * (1024 if m[3] else 1000) ** " KMGT".index(m[2].upper() or " "))
+
 
 class LMDBImageCache:
     "Pictures in a memory-mapped file that many processes read (SPEC TL13)."
-    def __init__(self,
-        path:str|Path,              # the database's folder
-        readonly:bool=True,         # False: to fill it
-        map_size:int|str="500GB",   # address space, not disk space
-        max_readers:int=512,        # read transactions at once
-        readahead:bool=True         # let the system read ahead
+
+    def __init__(
+        self,
+        path: str | Path,  # the database's folder
+        readonly: bool = True,  # False: to fill it
+        map_size: int | str = "500GB",  # address space, not disk space
+        max_readers: int = 512,  # read transactions at once
+        readahead: bool = True,  # let the system read ahead
     ):
         self.path, self.readonly = Path(path), readonly
-        self.options = dict(readonly=readonly, lock=not readonly, readahead=readahead, max_readers=max_readers, map_size=parse_bytes(map_size), meminit=False)
-        if readonly and not (self.path/"data.mdb").is_file(): raise PillsnapError("there is no photo database", where=self.path, fix="lmdb_converter writes one")
+        self.options = dict(
+            readonly=readonly,
+            lock=not readonly,
+            readahead=readahead,
+            max_readers=max_readers,
+            map_size=parse_bytes(map_size),
+            meminit=False,
+        )
+        if readonly and not (self.path / "data.mdb").is_file():
+            raise PillsnapError("there is no photo database", where=self.path, fix="lmdb_converter writes one")
 
 # %% ../../nbs/photos/340_caches.ipynb #1c9109cb
-def _key(path:str, bbox:str, view:View)->bytes:
+def _key(path: str, bbox: str, view: View) -> bytes:
     "Of fixed length: LMDB's keys have at most 511 bytes."
     return blake2b(f"{path}\0{bbox}\0{tuple(view)}".encode(), digest_size=16).digest()
 
-_OPEN:dict[tuple[int,str,bool],Any] = {}   # environments by process, path and mode
+
+_OPEN: dict[tuple[int, str, bool], Any] = {}  # environments by process, path and mode
+
 
 @patch(as_prop=True)
-def env(self:LMDBImageCache)->Any: # lmdb.Environment
+def env(self: LMDBImageCache) -> Any:  # lmdb.Environment
     "This process's own."
     key = os.getpid(), str(self.path.absolute()), self.readonly
     if key not in _OPEN:
-        for k in [k for k in _OPEN if k[0] != key[0] and k[1:] == key[1:]]: _OPEN.pop(k).close()   # a fork's inheritance: LMDB opens a path once
-        try: import lmdb
-        except ImportError as e: raise PillsnapError("cache_policy=lmdb needs the package lmdb", "dataloader.ram_optimization", "pip install lmdb, or cache_policy=labels_only") from e
-        if not self.readonly: self.path.mkdir(parents=True, exist_ok=True)
+        for k in [k for k in _OPEN if k[0] != key[0] and k[1:] == key[1:]]:
+            _OPEN.pop(k).close()  # a fork's inheritance: LMDB opens a path once
+        try:
+            import lmdb
+        except ImportError as e:
+            raise PillsnapError(
+                "cache_policy=lmdb needs the package lmdb",
+                "dataloader.ram_optimization",
+                "pip install lmdb, or cache_policy=labels_only",
+            ) from e
+        if not self.readonly:
+            self.path.mkdir(parents=True, exist_ok=True)
         _OPEN[key] = lmdb.open(str(self.path), **self.options)
     return _OPEN[key]
 
-@patch
-def close(self:LMDBImageCache)->None:
-    "Let go of the file; the next question opens it again."
-    if (env := _OPEN.pop((os.getpid(), str(self.path.absolute()), self.readonly), None)) is not None: env.close()
 
 @patch
-def get(self:LMDBImageCache,
-    path:str,   # of the manifest row
-    bbox:str,   # of the manifest row
-    view:View   # which view
-)->np.ndarray|dict|None: # picture; skip record; None when it is not there
+def close(self: LMDBImageCache) -> None:
+    "Let go of the file; the next question opens it again."
+    if (env := _OPEN.pop((os.getpid(), str(self.path.absolute()), self.readonly), None)) is not None:
+        env.close()
+
+
+@patch
+def get(
+    self: LMDBImageCache,
+    path: str,  # of the manifest row
+    bbox: str,  # of the manifest row
+    view: View,  # which view
+) -> np.ndarray | dict | None:  # picture; skip record; None when it is not there
     "One record, checked."
     with self.env.begin(buffers=True) as t:
         raw = t.get(_key(path, bbox, view))
@@ -260,21 +342,34 @@ def get(self:LMDBImageCache,
 
 # %% ../../nbs/photos/340_caches.ipynb #48bee6b9
 @patch
-def put_many(self:LMDBImageCache,
-    records:Iterator[tuple[str,str,View,Any]] # path, bbox, view, picture or skip record
-)->int: # how many
+def put_many(
+    self: LMDBImageCache,
+    records: Iterator[tuple[str, str, View, Any]],  # path, bbox, view, picture or skip record
+) -> int:  # how many
     "Write in transactions of 256; what is committed survives a kill."
     env, n = self.env, 0
     import lmdb
+
     t = env.begin(write=True)
     try:
         try:
             for path, bbox, view, got in records:
-                t.put(_key(path, bbox, view), pack_record(got)); n += 1
-                if n % 256 == 0: t.commit(); t = env.begin(write=True)
-        finally: t.commit()
-    except lmdb.Error as e: raise PillsnapError(f"the photo database cannot be written: {e}", where=self.path, fix="free some space, or cache_policy=labels_only; it goes on from the last 256 photos") from None
+                t.put(_key(path, bbox, view), pack_record(got))
+                n += 1
+                if n % 256 == 0:
+                    t.commit()
+                    t = env.begin(write=True)
+        finally:
+            t.commit()
+    except lmdb.Error as e:
+        raise PillsnapError(
+            f"the photo database cannot be written: {e}",
+            where=self.path,
+            fix="free some space, or cache_policy=labels_only; it goes on from the last 256 photos",
+        ) from None
     return n
 
+
 @patch
-def __len__(self:LMDBImageCache)->int: return self.env.stat()["entries"]
+def __len__(self: LMDBImageCache) -> int:
+    return self.env.stat()["entries"]

@@ -28,192 +28,261 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ..core.errors import PillsnapError
 
 # %% ../../nbs/photos/310_images.ipynb #0f954762
-MAX_PIXELS = 64_000_000   # (ours) fifty of the delivery's photos; a 64 MP phone picture still passes
-MAX_BYTES = 256 << 20     # (ours) no photo file is larger
+MAX_PIXELS = 64_000_000  # (ours) fifty of the delivery's photos; a 64 MP phone picture still passes
+MAX_BYTES = 256 << 20  # (ours) no photo file is larger
 
 # %% ../../nbs/photos/310_images.ipynb #c4bcbe45
-def _webp_size(b:bytes)->tuple[int,int]|None:
+def _webp_size(b: bytes) -> tuple[int, int] | None:
     "Width and height of a WebP file: lossy, lossless or extended."
     kind = b[12:16]
-    if kind == b"VP8 ": return tuple(v & 0x3fff for v in struct.unpack_from("<HH", b, 26))
-    if kind == b"VP8X": return tuple(int.from_bytes(b[k:k + 3], "little") + 1 for k in (24, 27))
-    if kind != b"VP8L": return None
+    if kind == b"VP8 ":
+        return tuple(v & 0x3FFF for v in struct.unpack_from("<HH", b, 26))
+    if kind == b"VP8X":
+        return tuple(int.from_bytes(b[k : k + 3], "little") + 1 for k in (24, 27))
+    if kind != b"VP8L":
+        return None
     v = int.from_bytes(b[21:25], "little")
-    return (v & 0x3fff) + 1, (v >> 14 & 0x3fff) + 1
+    return (v & 0x3FFF) + 1, (v >> 14 & 0x3FFF) + 1
 
 # %% ../../nbs/photos/310_images.ipynb #e1f61baf
-def _jpeg_size(b:bytes)->tuple[int,int]|None:
+def _jpeg_size(b: bytes) -> tuple[int, int] | None:
     "Width and height of a JPEG file, from its start-of-frame segment."
     k = 2
     while k + 9 <= len(b) and b[k] == 0xFF:
         mark = b[k + 1]
-        if mark == 0xFF or 0xD0 <= mark <= 0xD8: k += 1 if mark == 0xFF else 2; continue   # fill byte, or a marker without a body
-        if 0xC0 <= mark <= 0xCF and mark not in (0xC4, 0xC8, 0xCC): return struct.unpack_from(">HH", b, k + 5)[::-1]
+        if mark == 0xFF or 0xD0 <= mark <= 0xD8:
+            k += 1 if mark == 0xFF else 2
+            continue  # fill byte, or a marker without a body
+        if 0xC0 <= mark <= 0xCF and mark not in (0xC4, 0xC8, 0xCC):
+            return struct.unpack_from(">HH", b, k + 5)[::-1]
         k += 2 + struct.unpack_from(">H", b, k + 2)[0]
     return None
 
 # %% ../../nbs/photos/310_images.ipynb #917e1aa2
 def header_size(
-    data:bytes # the file's content, or its first part
-)->tuple[int,int]|None: # (width, height) as stored, None when the format is not PNG, JPEG, BMP or WebP or the header is cut off
+    data: bytes,  # the file's content, or its first part
+) -> (
+    tuple[int, int] | None
+):  # (width, height) as stored, None when the format is not PNG, JPEG, BMP or WebP or the header is cut off
     "A photo's size from its header alone: nothing is decoded."
     try:
-        if data[:8] == b"\x89PNG\r\n\x1a\n": return struct.unpack_from(">II", data, 16)
-        if data[:2] == b"\xff\xd8": return _jpeg_size(data)
-        if data[:2] == b"BM": return struct.unpack_from("<HH", data, 18) if data[14] == 12 else tuple(map(abs, struct.unpack_from("<ii", data, 18)))
-        if data[:4] == b"RIFF" and data[8:12] == b"WEBP": return _webp_size(data)
-    except (struct.error, IndexError): pass
+        if data[:8] == b"\x89PNG\r\n\x1a\n":
+            return struct.unpack_from(">II", data, 16)
+        if data[:2] == b"\xff\xd8":
+            return _jpeg_size(data)
+        if data[:2] == b"BM":
+            return (
+                struct.unpack_from("<HH", data, 18)
+                if data[14] == 12
+                else tuple(map(abs, struct.unpack_from("<ii", data, 18)))
+            )
+        if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+            return _webp_size(data)
+    except (struct.error, IndexError):
+        pass
     return None
 
 # %% ../../nbs/photos/310_images.ipynb #8813d009
 class _Refused(Exception):
     "A photo that a policy or the pixel bound turns away: no other decoder is asked."
-    def __init__(self, stage:str, why:str): super().__init__(why); self.stage = stage
 
-def _deep_grey(im:Image.Image)->Image.Image:
+    def __init__(self, stage: str, why: str):
+        super().__init__(why)
+        self.stage = stage
+
+
+def _deep_grey(im: Image.Image) -> Image.Image:
     "A 16-bit grey picture as an 8-bit one, scaled so that white stays white."
     a = np.asarray(im).astype(np.float64)
-    if im.mode == "F" or a.min() < 0 or a.max() > 65535: raise _Refused("policy", f"pixel mode {im.mode} has no known white point")
+    if im.mode == "F" or a.min() < 0 or a.max() > 65535:
+        raise _Refused("policy", f"pixel mode {im.mode} has no known white point")
     return Image.fromarray(np.round(a / 257).astype(np.uint8))
 
 # %% ../../nbs/photos/310_images.ipynb #8da40130
 def _to_rgb(
-    im:Image.Image,        # any of Pillow's modes
-    grayscale_policy:str,  # "rgb" or "skip"
-    rgba_policy:str        # "drop_alpha" or "skip"
-)->Image.Image:            # mode RGB
+    im: Image.Image,  # any of Pillow's modes
+    grayscale_policy: str,  # "rgb" or "skip"
+    rgba_policy: str,  # "drop_alpha" or "skip"
+) -> Image.Image:  # mode RGB
     "Three 8-bit channels, within the two policies (SPEC DM10)."
-    if im.mode == "P": im = im.convert("RGBA" if "transparency" in im.info else "RGB")
-    if im.mode[0] in "IF": im = _deep_grey(im)
+    if im.mode == "P":
+        im = im.convert("RGBA" if "transparency" in im.info else "RGB")
+    if im.mode[0] in "IF":
+        im = _deep_grey(im)
     if im.mode in ("RGBA", "LA", "PA"):
-        if rgba_policy == "skip": raise _Refused("policy", "the photo has an alpha channel (rgba_policy: skip)")
+        if rgba_policy == "skip":
+            raise _Refused("policy", "the photo has an alpha channel (rgba_policy: skip)")
         bands = (im.convert("RGBA") if im.mode == "PA" else im).split()[:-1]
         im = Image.merge("RGB", bands) if len(bands) == 3 else bands[0]
-    if im.mode in ("1", "L") and grayscale_policy == "skip": raise _Refused("policy", "the photo is grey (grayscale_policy: skip)")
+    if im.mode in ("1", "L") and grayscale_policy == "skip":
+        raise _Refused("policy", "the photo is grey (grayscale_policy: skip)")
     return im.convert("RGB")
 
 # %% ../../nbs/photos/310_images.ipynb #280db2ac
 def shrink(
-    img:np.ndarray, # [H, W, 3] uint8
-    factor:int      # 1, 2, 4 or 8
-)->np.ndarray:      # [ceil(H/factor), ceil(W/factor), 3] uint8
+    img: np.ndarray,  # [H, W, 3] uint8
+    factor: int,  # 1, 2, 4 or 8
+) -> np.ndarray:  # [ceil(H/factor), ceil(W/factor), 3] uint8
     "Each block of factor × factor pixels becomes its mean; a cut block at the edge repeats its last row or column (SPEC BM9)."
-    if factor == 1: return img
+    if factor == 1:
+        return img
     import cv2
+
     h, w = img.shape[:2]
-    if h % factor or w % factor: img = cv2.copyMakeBorder(img, 0, -h % factor, 0, -w % factor, cv2.BORDER_REPLICATE)
+    if h % factor or w % factor:
+        img = cv2.copyMakeBorder(img, 0, -h % factor, 0, -w % factor, cv2.BORDER_REPLICATE)
     return cv2.resize(img, (img.shape[1] // factor, img.shape[0] // factor), interpolation=cv2.INTER_AREA)
 
 # %% ../../nbs/photos/310_images.ipynb #f7992d81
-_PLAIN = frozenset((b"IHDR", b"IDAT", b"sRGB", b"gAMA", b"cHRM", b"pHYs", b"sBIT", b"bKGD", b"tIME"))   # nothing that turns or recolours
-_FRAMES = (b"acTL", b"fcTL", b"fdAT")   # an animation's, private by their letters
+_PLAIN = frozenset(
+    (b"IHDR", b"IDAT", b"sRGB", b"gAMA", b"cHRM", b"pHYs", b"sBIT", b"bKGD", b"tIME")
+)  # nothing that turns or recolours
+_FRAMES = (b"acTL", b"fcTL", b"fdAT")  # an animation's, private by their letters
 
-def _plain_png(b:bytes)->bool:
+
+def _plain_png(b: bytes) -> bool:
     "Whether a PNG holds three 8-bit channels, not interlaced, and no chunk that could change the picture; private chunks cannot (two small letters)."
     k = 8
-    if b[24:29] != b"\x08\x02\0\0\0": return False
-    while (kind := b[k + 4:k + 8]) in _PLAIN or len(kind) == 4 and kind[0] & kind[1] & 32 and kind not in _FRAMES: k += 12 + int.from_bytes(b[k:k + 4], "big")
+    if b[24:29] != b"\x08\x02\0\0\0":
+        return False
+    while (kind := b[k + 4 : k + 8]) in _PLAIN or len(kind) == 4 and kind[0] & kind[1] & 32 and kind not in _FRAMES:
+        k += 12 + int.from_bytes(b[k : k + 4], "big")
     return kind == b"IEND"
 
 # %% ../../nbs/photos/310_images.ipynb #e227274a
-def _plain_jpeg(b:bytes)->bool:
+def _plain_jpeg(b: bytes) -> bool:
     "Whether a JPEG is upright and in colour."
-    if simplejpeg.decode_jpeg_header(b)[2] != "YCbCr": return False
-    if b"\xff\xe1" not in b[:b.find(b"\xff\xda")]: return True   # no EXIF or XMP segment
-    with Image.open(io.BytesIO(b), formats=("JPEG",)) as im: return im.getexif().get(0x0112, 1) == 1
+    if simplejpeg.decode_jpeg_header(b)[2] != "YCbCr":
+        return False
+    if b"\xff\xe1" not in b[: b.find(b"\xff\xda")]:
+        return True  # no EXIF or XMP segment
+    with Image.open(io.BytesIO(b), formats=("JPEG",)) as im:
+        return im.getexif().get(0x0112, 1) == 1
 
 # %% ../../nbs/photos/310_images.ipynb #1051963d
 _log = logging.getLogger("pillsnap.images")
 
+
 class _NotPlain(Exception):
     "A photo for the patient way."
 
+
 @cache
-def _png_decoder()->Callable|None:
+def _png_decoder() -> Callable | None:
     "The quick decoder, where it can be had here; else one line in the log says why Pillow reads every PNG."
-    try: from pillsnap.photos.png import unpack_png
-    except Exception as e:   # a package is missing, or too old for another; or the compiler found nowhere to keep its work
+    try:
+        from pillsnap.photos.png import unpack_png
+    except (
+        Exception
+    ) as e:  # a package is missing, or too old for another; or the compiler found nowhere to keep its work
         _log.warning("PNG photos are read by Pillow, with the same pixels, two to three times slower: %s", e)
         return None
     return unpack_png
 
-def _by_fast(b:bytes, max_pixels:int, grayscale_policy:str, rgba_policy:str, reduce:int, rows:int|None=None)->np.ndarray:
+
+def _by_fast(
+    b: bytes, max_pixels: int, grayscale_policy: str, rgba_policy: str, reduce: int, rows: int | None = None
+) -> np.ndarray:
     "Decode a plain photo; the bound was checked by its header, and no policy can concern it."
-    if (size := header_size(b)) is None: raise _NotPlain
+    if (size := header_size(b)) is None:
+        raise _NotPlain
     if b[:2] == b"\xff\xd8" and _plain_jpeg(b):
         w, h = (-(-n // reduce) for n in size)
         img = simplejpeg.decode_jpeg(b, min_height=h, min_width=w, strict=True)
-        if img.shape == (h, w, 3): return img
+        if img.shape == (h, w, 3):
+            return img
     elif b[:4] == b"\x89PNG" and _plain_png(b):
-        if unpack := _png_decoder(): return shrink(unpack(b, rows), reduce)
+        if unpack := _png_decoder():
+            return shrink(unpack(b, rows), reduce)
     raise _NotPlain
 
 # %% ../../nbs/photos/310_images.ipynb #11790cbc
 @cache
 def steady_heap(
-    keep:int=64<<20 # bytes that glibc may hold on to, per thread
-)->bool:            # whether anything was set: not where another C library rules, or the environment does
+    keep: int = 64 << 20,  # bytes that glibc may hold on to, per thread
+) -> bool:  # whether anything was set: not where another C library rules, or the environment does
     "Stop glibc from returning each photo's memory to the system (mallopt(3)); once per process."
-    if platform.libc_ver()[0] != "glibc" or {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD"} & os.environ.keys(): return False
-    trim, mmap = -1, -3   # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    if (
+        platform.libc_ver()[0] != "glibc"
+        or {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD"} & os.environ.keys()
+    ):
+        return False
+    trim, mmap = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
     set_ = ctypes.CDLL(None).mallopt
-    return bool(set_(mmap, keep//2) and set_(trim, keep))
+    return bool(set_(mmap, keep // 2) and set_(trim, keep))
 
 # %% ../../nbs/photos/310_images.ipynb #cdc12c17
-_NOTES = (b"tEXt", b"zTXt", b"iTXt", b"tIME", b"pHYs")   # say something about the picture and change nothing in it
+_NOTES = (b"tEXt", b"zTXt", b"iTXt", b"tIME", b"pHYs")  # say something about the picture and change nothing in it
 
-def _png_fault(b:bytes)->str:
+
+def _png_fault(b: bytes) -> str:
     "Why a PNG is not whole: a part that is cut off or has a wrong checksum (a note may), or no end; empty when it is."
     k = 8
     while k + 12 <= len(b):
-        kind, end = b[k + 4:k + 8], k + 12 + int.from_bytes(b[k:k + 4], "big")
-        if end > len(b): return f"its part {kind.decode('latin-1')!r} is cut off"
-        if kind not in _NOTES and zlib.crc32(b[k + 4:end - 4]) != int.from_bytes(b[end - 4:end], "big"): return f"the checksum of its part {kind.decode('latin-1')!r} is wrong"
-        if kind == b"IEND": return ""
+        kind, end = b[k + 4 : k + 8], k + 12 + int.from_bytes(b[k : k + 4], "big")
+        if end > len(b):
+            return f"its part {kind.decode('latin-1')!r} is cut off"
+        if kind not in _NOTES and zlib.crc32(b[k + 4 : end - 4]) != int.from_bytes(b[end - 4 : end], "big"):
+            return f"the checksum of its part {kind.decode('latin-1')!r} is wrong"
+        if kind == b"IEND":
+            return ""
         k = end
     return "no end"
 
-def _complete(b:bytes)->bool:
+
+def _complete(b: bytes) -> bool:
     "Whether a PNG is whole and a JPEG reaches its end marker; other formats are left to their decoder."
-    if b[:2] == b"\xff\xd8": return b.rfind(b"\xff\xd9") > b.find(b"\xff\xda") > 0
+    if b[:2] == b"\xff\xd8":
+        return b.rfind(b"\xff\xd9") > b.find(b"\xff\xda") > 0
     return b[:4] != b"\x89PNG" or not _png_fault(b)
 
 # %% ../../nbs/photos/310_images.ipynb #2c074709
-def _by_pillow(b:bytes, max_pixels:int, grayscale_policy:str, rgba_policy:str, reduce:int)->np.ndarray:
+def _by_pillow(b: bytes, max_pixels: int, grayscale_policy: str, rgba_policy: str, reduce: int) -> np.ndarray:
     "Decode with Pillow: first frame, upright, RGB. It notices what is missing, but not always what was changed."
-    if b[:4] == b"\x89PNG" and (why := _png_fault(b)) not in ("", "no end"): raise ValueError(why)
+    if b[:4] == b"\x89PNG" and (why := _png_fault(b)) not in ("", "no end"):
+        raise ValueError(why)
     with Image.open(io.BytesIO(b), formats=("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF")) as im:
         _bound(im.size, max_pixels)
         return shrink(np.array(_to_rgb(ImageOps.exif_transpose(im), grayscale_policy, rgba_policy)), reduce)
 
-def _bound(size:tuple[int,int]|None, max_pixels:int)->None:
+
+def _bound(size: tuple[int, int] | None, max_pixels: int) -> None:
     "Refuse a photo by the size its header states."
     w, h = size or (0, 0)
-    if w * h > max_pixels: raise _Refused("bound", f"{w}×{h} pixels exceed the bound of {max_pixels:,}")
+    if w * h > max_pixels:
+        raise _Refused("bound", f"{w}×{h} pixels exceed the bound of {max_pixels:,}")
 
 # %% ../../nbs/photos/310_images.ipynb #b8ff8e5e
-def _by_opencv(b:bytes, max_pixels:int, grayscale_policy:str, rgba_policy:str, reduce:int)->np.ndarray:
+def _by_opencv(b: bytes, max_pixels: int, grayscale_policy: str, rgba_policy: str, reduce: int) -> np.ndarray:
     "Decode with OpenCV, which turns the photo upright itself; bound and policies hold here too."
     import cv2
-    if header_size(b) is None or not _complete(b): raise ValueError("not asked, the file is no complete PNG, JPEG, BMP or WebP")
+
+    if header_size(b) is None or not _complete(b):
+        raise ValueError("not asked, the file is no complete PNG, JPEG, BMP or WebP")
     raw = np.frombuffer(b, np.uint8)
     if "skip" in (grayscale_policy, rgba_policy):
         kept = cv2.imdecode(raw, cv2.IMREAD_UNCHANGED)
-        if kept is not None and kept.ndim == 2 and grayscale_policy == "skip": raise _Refused("policy", "the photo is grey (grayscale_policy: skip)")
-        if kept is not None and kept.shape[2:] == (4,) and rgba_policy == "skip": raise _Refused("policy", "the photo has an alpha channel (rgba_policy: skip)")
+        if kept is not None and kept.ndim == 2 and grayscale_policy == "skip":
+            raise _Refused("policy", "the photo is grey (grayscale_policy: skip)")
+        if kept is not None and kept.shape[2:] == (4,) and rgba_policy == "skip":
+            raise _Refused("policy", "the photo has an alpha channel (rgba_policy: skip)")
     img = cv2.imdecode(raw, cv2.IMREAD_COLOR)
-    if img is None: raise ValueError("no picture came out")
+    if img is None:
+        raise ValueError("no picture came out")
     return shrink(np.ascontiguousarray(img[..., ::-1]), reduce)
 
 # %% ../../nbs/photos/310_images.ipynb #979aa2f8
-def _read(src:str|Path|bytes, max_pixels:int)->bytes:
+def _read(src: str | Path | bytes, max_pixels: int) -> bytes:
     "The photo's bytes, refused when there are none, far too many, or they promise too many pixels."
     if not isinstance(src, (bytes, bytearray, memoryview)):
         src = Path(src)
-        if not src.is_file(): raise FileNotFoundError("no such file")
-        if src.stat().st_size > MAX_BYTES: raise OSError(f"the file is larger than {MAX_BYTES >> 20} MB")
+        if not src.is_file():
+            raise FileNotFoundError("no such file")
+        if src.stat().st_size > MAX_BYTES:
+            raise OSError(f"the file is larger than {MAX_BYTES >> 20} MB")
         src = src.read_bytes()
-    if not len(src): raise OSError("the file is empty")
+    if not len(src):
+        raise OSError("the file is empty")
     b = bytes(src)
     _bound(header_size(b), max_pixels)
     return b
@@ -222,8 +291,11 @@ def _read(src:str|Path|bytes, max_pixels:int)->bytes:
 _MAKE_JPEG = "make a JPEG of it, for example with `magick photo photo.jpg`"
 _HEIC = "make a JPEG of it: on an iPhone choose Settings, Camera, Formats, Most Compatible, or share the photo as JPEG; on a computer, `heif-convert photo.heic photo.jpg`"
 _PDF = "take the picture out of it: `pdftoppm -jpeg -r 200 file.pdf photo`"
-_KINDS:tuple[tuple[int,bytes,str,str],...] = (   # from which byte, these bytes, what it is, what to do
-    *((4, b"ftyp" + brand, "a HEIC photo", _HEIC) for brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")),
+_KINDS: tuple[tuple[int, bytes, str, str], ...] = (  # from which byte, these bytes, what it is, what to do
+    *(
+        (4, b"ftyp" + brand, "a HEIC photo", _HEIC)
+        for brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
+    ),
     (4, b"ftypavif", "an AVIF photo", _MAKE_JPEG),
     (4, b"ftyp", "a video", "give a photo; `ffmpeg -i video -frames:v 1 photo.jpg` takes one out of it"),
     (0, b"%PDF-", "a PDF document", _PDF),
@@ -237,34 +309,45 @@ _KINDS:tuple[tuple[int,bytes,str,str],...] = (   # from which byte, these bytes,
     (0, b"7z\xbc\xaf", "a 7-Zip archive", "unpack it, and give one photo"),
 )
 
-_PHOTOS = (b"\x89PNG", b"\xff\xd8", b"BM", b"RIFF", b"GIF8", b"II*\0", b"MM\0*")   # PNG, JPEG, BMP, WebP, GIF, TIFF
+_PHOTOS = (b"\x89PNG", b"\xff\xd8", b"BM", b"RIFF", b"GIF8", b"II*\0", b"MM\0*")  # PNG, JPEG, BMP, WebP, GIF, TIFF
+
 
 def file_kind(
-    data:bytes # the file's content, or its first part
-)->tuple[str,str]|None: # what it is and what to do, when it is no photo that can be read here but something else that is known
+    data: bytes,  # the file's content, or its first part
+) -> (
+    tuple[str, str] | None
+):  # what it is and what to do, when it is no photo that can be read here but something else that is known
     "Name a file by its first bytes."
     for at, magic, kind, remedy in _KINDS:
-        if data[at:at + len(magic)] == magic:
+        if data[at : at + len(magic)] == magic:
             return kind, remedy
     head = data[:4096]
-    if any(head.startswith(p) or p.startswith(head) for p in _PHOTOS) or re.search(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]", head):   # a broken photo; no text holds these
+    if any(head.startswith(p) or p.startswith(head) for p in _PHOTOS) or re.search(
+        rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]", head
+    ):  # a broken photo; no text holds these
         return None
     for encoding in ("utf-8", "cp949"):
         with suppress(UnicodeDecodeError):
-            text = codecs.getincrementaldecoder(encoding)().decode(head, final=len(data) <= len(head)).lstrip("\ufeff").lower()
+            text = (
+                codecs.getincrementaldecoder(encoding)()
+                .decode(head, final=len(data) <= len(head))
+                .lstrip("\ufeff")
+                .lower()
+            )
             markup = "<svg" in text[:400] or text.lstrip().startswith(("<!doctype", "<html", "<?xml"))
             return ("a web page or a drawing in text" if markup else "a text file"), "give the photo itself"
     return None
 
 # %% ../../nbs/photos/310_images.ipynb #e3a7cc62
-def _skip(src:object, stage:str, error:object, say:bool=True)->dict:
+def _skip(src: object, stage: str, error: object, say: bool = True) -> dict:
     "The record of a photo that gives no sample, with one line in the log."
     name = "bytes" if isinstance(src, (bytes, bytearray, memoryview)) else src
     _log.log(logging.WARNING if say else logging.DEBUG, "no photo from %s: stage %s: %s", name, stage, error)
     no = errno.ENOMEM if isinstance(error, MemoryError) else getattr(error, "errno", None)
     return {"_skip": True, "error": str(error) or type(error).__name__, "stage": stage} | ({"errno": no} if no else {})
 
-def _unreadable(src:object, b:bytes, why:list[str], say:bool)->dict:
+
+def _unreadable(src: object, b: bytes, why: list[str], say: bool) -> dict:
     "The record of a file that no decoder takes: what it is if that is known, else what each decoder said."
     kind, remedy = file_kind(b) or (None, None)
     if kind is None:
@@ -273,114 +356,133 @@ def _unreadable(src:object, b:bytes, why:list[str], say:bool)->dict:
 
 # %% ../../nbs/photos/310_images.ipynb #5e606bfe
 def open_image_safely(
-    src:str|Path|bytes,           # path of a photo, or its bytes
-    grayscale_policy:str="rgb",   # "rgb": grey becomes three equal channels; "skip": no sample
-    rgba_policy:str="drop_alpha", # "drop_alpha": the colours as stored; "skip": no sample
-    max_pixels:int=MAX_PIXELS,    # more than this is refused by the header, before decoding
-    reduce:int=1,                 # 1, 2, 4 or 8: open at 1/reduce of both sides, antialiased
-    rows:int|None=None,           # a multiple of reduce: no more rows are needed, and a decoder that can stop there does
-    say:bool=True                 # False: no line in the log, the caller tells what failed
-)->dict: # {"image": [ceil(H/reduce), ceil(W/reduce), 3] uint8 upright RGB, "stage": decoder} or {"_skip": True, "error", "stage": "read" | "bound" | "policy" | "final"}, with the "errno" where the machine failed and not the photo, and a "fix" where the file is known to be something else
+    src: str | Path | bytes,  # path of a photo, or its bytes
+    grayscale_policy: str = "rgb",  # "rgb": grey becomes three equal channels; "skip": no sample
+    rgba_policy: str = "drop_alpha",  # "drop_alpha": the colours as stored; "skip": no sample
+    max_pixels: int = MAX_PIXELS,  # more than this is refused by the header, before decoding
+    reduce: int = 1,  # 1, 2, 4 or 8: open at 1/reduce of both sides, antialiased
+    rows: int | None = None,  # a multiple of reduce: no more rows are needed, and a decoder that can stop there does
+    say: bool = True,  # False: no line in the log, the caller tells what failed
+) -> dict:  # {"image": [ceil(H/reduce), ceil(W/reduce), 3] uint8 upright RGB, "stage": decoder} or {"_skip": True, "error", "stage": "read" | "bound" | "policy" | "final"}, with the "errno" where the machine failed and not the photo, and a "fix" where the file is known to be something else
     "Open any photo and never raise: a picture, or the step that failed and why."
     steady_heap()
-    try: b = _read(src, max_pixels)
-    except Exception as e: return _skip(src, getattr(e, "stage", "read"), e, say)
+    try:
+        b = _read(src, max_pixels)
+    except Exception as e:
+        return _skip(src, getattr(e, "stage", "read"), e, say)
     why = []
     for stage, decode in (("fast", partial(_by_fast, rows=rows)), ("PIL", _by_pillow), ("OpenCV", _by_opencv)):
-        try: img = decode(b, max_pixels, grayscale_policy, rgba_policy, reduce)
-        except (_Refused, MemoryError) as e: return _skip(src, getattr(e, "stage", stage), e, say)
+        try:
+            img = decode(b, max_pixels, grayscale_policy, rgba_policy, reduce)
+        except (_Refused, MemoryError) as e:
+            return _skip(src, getattr(e, "stage", stage), e, say)
         except Exception as e:
-            if stage != "fast": why.append(f"{stage}: {'not a photo' if isinstance(e, UnidentifiedImageError) else e or type(e).__name__}")
+            if stage != "fast":
+                why.append(
+                    f"{stage}: {'not a photo' if isinstance(e, UnidentifiedImageError) else e or type(e).__name__}"
+                )
             continue
-        if why: _log.warning("OpenCV read a photo that Pillow could not (%s)", why[0])
+        if why:
+            _log.warning("OpenCV read a photo that Pillow could not (%s)", why[0])
         return {"image": img, "stage": stage}
     return _unreadable(src, b, why, say)
 
 # %% ../../nbs/photos/310_images.ipynb #743c0a37
 def resize(
-    img:np.ndarray, # [H, W, 3] uint8
-    h:int,          # new height, pixels
-    w:int           # new width, pixels
-)->np.ndarray:      # [h, w, 3] uint8
+    img: np.ndarray,  # [H, W, 3] uint8
+    h: int,  # new height, pixels
+    w: int,  # new width, pixels
+) -> np.ndarray:  # [h, w, 3] uint8
     "Antialiased bilinear resize (Pillow's widening triangle filter; SPEC BM9)."
-    if img.shape[:2] == (h, w): return img
-    return np.array(Image.fromarray(np.ascontiguousarray(img)).resize((w, h), Image.Resampling.BILINEAR))   # a copy: Pillow's own memory is read-only
+    if img.shape[:2] == (h, w):
+        return img
+    return np.array(
+        Image.fromarray(np.ascontiguousarray(img)).resize((w, h), Image.Resampling.BILINEAR)
+    )  # a copy: Pillow's own memory is read-only
 
 # %% ../../nbs/photos/310_images.ipynb #983e7b1d
 def whole_view(
-    img:np.ndarray, # [H, W, 3] uint8 photo
-    size:int        # side of the view, pixels
-)->np.ndarray:      # [size, size, 3] uint8
+    img: np.ndarray,  # [H, W, 3] uint8 photo
+    size: int,  # side of the view, pixels
+) -> np.ndarray:  # [size, size, 3] uint8
     "The whole photo as a square: short side to `size`, centre kept (SPEC TL1, X72)."
     h, w = img.shape[:2]
     side = min(h, w)
     y, x = (h - side) // 2, (w - side) // 2
-    return resize(img[y:y + side, x:x + side], size, size)
+    return resize(img[y : y + side, x : x + side], size, size)
 
 # %% ../../nbs/photos/310_images.ipynb #9319120c
 def crop_square(
-    box_xyxy:np.ndarray, # x0, y0, x1, y1 in photo pixels
-    w:int,               # photo width, pixels
-    h:int,               # photo height, pixels
-    padding:float=.1     # margin on each side, in box widths and heights
-)->tuple[int,int,int]:   # (left, top, side) in photo pixels; may reach outside; PillsnapError where the box misses the photo
+    box_xyxy: np.ndarray,  # x0, y0, x1, y1 in photo pixels
+    w: int,  # photo width, pixels
+    h: int,  # photo height, pixels
+    padding: float = 0.1,  # margin on each side, in box widths and heights
+) -> tuple[int, int, int]:  # (left, top, side) in photo pixels; may reach outside
     "The square that `crop_view` looks at: the padded box, widened about its centre."
     b = np.asarray(box_xyxy, np.float64).reshape(4)
     x0, y0, x1, y1 = b.clip(0, [w, h, w, h])
-    if not (np.isfinite(b).all() and x1 > x0 and y1 > y0): raise PillsnapError("the box does not lie in the photo", f"box {b.tolist()}, photo {w}×{h}", "look at the quarantine of the conversion")
+    if not (np.isfinite(b).all() and x1 > x0 and y1 > y0):
+        raise PillsnapError(
+            "the box does not lie in the photo",
+            f"box {b.tolist()}, photo {w}×{h}",
+            "look at the quarantine of the conversion",
+        )
     side = max(1, round(max(x1 - x0, y1 - y0) * (1 + 2 * padding)))
     return round((x0 + x1 - side) / 2), round((y0 + y1 - side) / 2), side
 
 # %% ../../nbs/photos/310_images.ipynb #c7989907
 def crop_view(
-    img:np.ndarray,      # [H, W, 3] uint8 photo
-    box_xyxy:np.ndarray, # x0, y0, x1, y1 in photo pixels
-    size:int,            # side of the view, pixels
-    padding:float=.1     # margin on each side, in box widths and heights
-)->np.ndarray:           # [size, size, 3] uint8
+    img: np.ndarray,  # [H, W, 3] uint8 photo
+    box_xyxy: np.ndarray,  # x0, y0, x1, y1 in photo pixels
+    size: int,  # side of the view, pixels
+    padding: float = 0.1,  # margin on each side, in box widths and heights
+) -> np.ndarray:  # [size, size, 3] uint8
     "One pill as a square: padded, about the box's centre, edges repeated (SPEC TL11, X72)."
     h, w = img.shape[:2]
     x, y, side = crop_square(box_xyxy, w, h, padding)
     rows, cols = (np.arange(k, k + side).clip(0, n - 1) for k, n in ((y, h), (x, w)))
     inside = x >= 0 and y >= 0 and x + side <= w and y + side <= h
-    return resize(img[y:y + side, x:x + side] if inside else img[rows[:, None], cols], size, size)
+    return resize(img[y : y + side, x : x + side] if inside else img[rows[:, None], cols], size, size)
 
 # %% ../../nbs/photos/310_images.ipynb #4ed8f65a
 def psnr(
-    a:np.ndarray, # [H, W, 3] uint8
-    b:np.ndarray  # the same shape
-)->float:         # dB; infinite where they are equal
+    a: np.ndarray,  # [H, W, 3] uint8
+    b: np.ndarray,  # the same shape
+) -> float:  # dB; infinite where they are equal
     "Peak signal-to-noise ratio of two pictures (SPEC BM9)."
-    mse = np.mean((a.astype(np.float64) - b)**2)
+    mse = np.mean((a.astype(np.float64) - b) ** 2)
     return float(10 * np.log10(255**2 / mse)) if mse else float("inf")
 
+
 def ssim(
-    a:np.ndarray, # [H, W, 3] uint8
-    b:np.ndarray  # the same shape
-)->float:         # 1 where they are equal
+    a: np.ndarray,  # [H, W, 3] uint8
+    b: np.ndarray,  # the same shape
+) -> float:  # 1 where they are equal
     "Structural similarity, mean over pixels and channels (Wang et al. 2004; SPEC BM9)."
     import cv2
+
     blur = lambda x: cv2.GaussianBlur(x, (11, 11), 1.5)
     a, b = a.astype(np.float64), b.astype(np.float64)
     ma, mb = blur(a), blur(b)
-    va, vb, ab = blur(a*a) - ma*ma, blur(b*b) - mb*mb, blur(a*b) - ma*mb
-    c1, c2 = (.01*255)**2, (.03*255)**2
-    return float(np.mean((2*ma*mb + c1)*(2*ab + c2) / ((ma*ma + mb*mb + c1)*(va + vb + c2))))
+    va, vb, ab = blur(a * a) - ma * ma, blur(b * b) - mb * mb, blur(a * b) - ma * mb
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    return float(np.mean((2 * ma * mb + c1) * (2 * ab + c2) / ((ma * ma + mb * mb + c1) * (va + vb + c2))))
 
 # %% ../../nbs/photos/310_images.ipynb #7ea4193e
 def reduce_for(
-    short:int, # the photo's short side, pixels
-    size:int   # side of the view that will be cut from it, pixels
-)->int:        # 1, 2, 4 or 8, for open_image_safely
+    short: int,  # the photo's short side, pixels
+    size: int,  # side of the view that will be cut from it, pixels
+) -> int:  # 1, 2, 4 or 8, for open_image_safely
     "The smallest scale at which a photo may be opened for a view (SPEC BM9)."
     return max(r for r in (1, 2, 4, 8) if r == 1 or short >= r * size * 1.25)
 
 # %% ../../nbs/photos/310_images.ipynb #27fd3df8
-IMAGENET_MEAN, IMAGENET_STD = (.485, .456, .406), (.229, .224, .225)   # of RGB in 0..1
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in 0..1
+
 
 def normalise(
-    batch:np.ndarray # [N, S, S, 3] uint8 views
-)->np.ndarray:       # [N, 3, S, S] float32
+    batch: np.ndarray,  # [N, S, S, 3] uint8 views
+) -> np.ndarray:  # [N, 3, S, S] float32
     "Views to the network's input: channels first, ImageNet mean and spread (SPEC TL1)."
     x = np.ascontiguousarray(batch.transpose(0, 3, 1, 2), dtype=np.float32)
     mean, std = (np.array(v, np.float32).reshape(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))

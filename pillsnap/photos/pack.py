@@ -29,7 +29,18 @@ from fastcore.basics import patch
 import pillsnap
 from ..core.config import Config
 from ..core.errors import PillsnapError
-from ..core.files import FolderLock, atomic_path, canonical_json, ensure_dir, os_trouble, read_json, save_json, sha256_file, sha256_text, sweep_partials
+from pillsnap.core.files import (
+    FolderLock,
+    atomic_path,
+    canonical_json,
+    ensure_dir,
+    os_trouble,
+    read_json,
+    save_json,
+    sha256_file,
+    sha256_text,
+    sweep_partials,
+)
 from ..core.logs import progress as show_progress
 from ..core.processes import processes
 from ..delivery.classmap import ClassMap
@@ -37,444 +48,678 @@ from .images import MAX_PIXELS, crop_square, open_image_safely, resize, shrink, 
 
 # %% ../../nbs/photos/330_pack.ipynb #8daec40c
 SCHEMA, MAGIC = "pillsnap.pack/1", b"PILLPACK1\n"
-LOOSE = .25         # margin kept around a box on each side, in box widths: a training crop jitters that far
+LOOSE = 0.25  # margin kept around a box on each side, in box widths: a training crop jitters that far
 _log = logging.getLogger("pillsnap.pack")
+
 
 @dataclass(frozen=True)
 class Plan:
     "What a pack holds and how it is made; equal plans make equal bytes."
-    photos:dict[str,list]        # path → its boxes [x, y, w, h] in photo pixels, sorted
-    scale:float=.5               # of both sides, for whole photos
-    codec:str="jpeg"             # jpeg | raw
-    quality:int=95               # JPEG quality
-    crops:bool=True              # keep the surroundings of each box at full resolution
-    manifest_hash:str=""         # data_hash of the manifest the rows are from
-    class_map:str=""             # fingerprint of the class map
-    grayscale_policy:str="rgb"   # of open_image_safely
-    rgba_policy:str="drop_alpha" # of open_image_safely
-    sha1:dict[str,str] = field(default_factory=dict) # path → of the photo's bytes when it was converted; a part of manifest_hash, and not of the digest
+
+    photos: dict[str, list]  # path → its boxes [x, y, w, h] in photo pixels, sorted
+    scale: float = 0.5  # of both sides, for whole photos
+    codec: str = "jpeg"  # jpeg | raw
+    quality: int = 95  # JPEG quality
+    crops: bool = True  # keep the surroundings of each box at full resolution
+    manifest_hash: str = ""  # data_hash of the manifest the rows are from
+    class_map: str = ""  # fingerprint of the class map
+    grayscale_policy: str = "rgb"  # of open_image_safely
+    rgba_policy: str = "drop_alpha"  # of open_image_safely
+    sha1: dict[str, str] = field(
+        default_factory=dict
+    )  # path → of the photo's bytes when it was converted; a part of manifest_hash, and not of the digest
 
     @cached_property
-    def digest(self)->str: # sha256: the plan's name
+    def digest(self) -> str:  # sha256: the plan's name
         return sha256_text(canonical_json({f.name: getattr(self, f.name) for f in fields(self) if f.name != "sha1"}))
 
 # %% ../../nbs/photos/330_pack.ipynb #5102f0e0
 def box_list(
-    bbox:str|Sequence[float]|None # "[x, y, w, h]" as the manifest writes it, or four numbers
-)->list[float]|None:              # four numbers; None where there is no box
+    bbox: str | Sequence[float] | None,  # "[x, y, w, h]" as the manifest writes it, or four numbers
+) -> list[float] | None:  # four numbers; None where there is no box
     "One spelling for a box, since it is a part of a record's name."
-    if bbox is None or isinstance(bbox, str) and not bbox: return None
+    if bbox is None or isinstance(bbox, str) and not bbox:
+        return None
     return [float(v) for v in (json.loads(bbox) if isinstance(bbox, str) else bbox)]
 
+
 def make_plan(
-    rows:pd.DataFrame,  # path, and bbox and sha1 where there are any
-    **kwargs:Any          # the fields of Plan
-)->Plan:
+    rows: pd.DataFrame,  # path, and bbox and sha1 where there are any
+    **kwargs: Any,  # the fields of Plan
+) -> Plan:
     "The photos of some manifest rows, each once, with all their boxes."
-    photos:dict[str,list] = {p: [] for p in sorted(set(rows["path"]))}
+    photos: dict[str, list] = {p: [] for p in sorted(set(rows["path"]))}
     if "bbox" in rows and kwargs.get("crops", True):
         for p, b in zip(rows["path"], rows["bbox"]):
-            if (b := box_list(b)) is not None and b not in photos[p]: photos[p].append(b)
+            if (b := box_list(b)) is not None and b not in photos[p]:
+                photos[p].append(b)
     sums = {p: s for p, s in zip(rows["path"], rows["sha1"]) if s} if "sha1" in rows else {}
     plan = Plan({p: sorted(b) for p, b in photos.items()}, **kwargs, sha1=sums)
-    if plan.codec not in ("jpeg", "raw"): raise PillsnapError(f"no codec {plan.codec!r}", "pack.codec", "jpeg or raw")
-    if not 0 < plan.scale <= 1: raise PillsnapError(f"a pack's scale lies between 0 and 1, not at {plan.scale}", "pack.scale")
-    if not plan.photos: raise PillsnapError("there is no photo to pack")
+    if plan.codec not in ("jpeg", "raw"):
+        raise PillsnapError(f"no codec {plan.codec!r}", "pack.codec", "jpeg or raw")
+    if not 0 < plan.scale <= 1:
+        raise PillsnapError(f"a pack's scale lies between 0 and 1, not at {plan.scale}", "pack.scale")
+    if not plan.photos:
+        raise PillsnapError("there is no photo to pack")
     return plan
 
 # %% ../../nbs/photos/330_pack.ipynb #b10f42fc
 @patch
-def shards(self:Plan)->list[list[str]]: # paths by shard
+def shards(self: Plan) -> list[list[str]]:  # paths by shard
     "The photos in pieces of 32 to 4,096: the unit of work, and of what a kill may cost."
-    paths = list(self.photos); n = min(4096, max(32, math.ceil(len(paths)/32)))
-    return [paths[k:k + n] for k in range(0, len(paths), n)]
+    paths = list(self.photos)
+    n = min(4096, max(32, math.ceil(len(paths) / 32)))
+    return [paths[k : k + n] for k in range(0, len(paths), n)]
+
 
 @patch
-def part(self:Plan,
-    paths:Iterable[str] # some of its photos
-)->Plan:
+def part(
+    self: Plan,
+    paths: Iterable[str],  # some of its photos
+) -> Plan:
     "The plan of one shard, which is all that its worker is sent."
     photos = {p: self.photos[p] for p in paths}
     return replace(self, photos=photos, sha1={p: self.sha1[p] for p in photos if p in self.sha1})
 
 # %% ../../nbs/photos/330_pack.ipynb #d165df2c
-_COLUMNS = {"key": pa.uint64(), "path": pa.string(), "shard": pa.int32(), "offset": pa.int64(), "length": pa.int32(), "crc": pa.uint32(), "height": pa.int32(), "width": pa.int32(),
-            "left": pa.int32(), "top": pa.int32(), "photo_height": pa.int32(), "photo_width": pa.int32(), "box": pa.string(), "error": pa.string()}
+_COLUMNS = {
+    "key": pa.uint64(),
+    "path": pa.string(),
+    "shard": pa.int32(),
+    "offset": pa.int64(),
+    "length": pa.int32(),
+    "crc": pa.uint32(),
+    "height": pa.int32(),
+    "width": pa.int32(),
+    "left": pa.int32(),
+    "top": pa.int32(),
+    "photo_height": pa.int32(),
+    "photo_width": pa.int32(),
+    "box": pa.string(),
+    "error": pa.string(),
+}
+
 
 def record_key(
-    path:str,                   # of the photo
-    bbox:Sequence[float]|None=None # a crop's box; None for the photo
-)->int:                         # 64 bits
+    path: str,  # of the photo
+    bbox: Sequence[float] | None = None,  # a crop's box; None for the photo
+) -> int:  # 64 bits
     "A record's name as a number, so that half a million of them are searched where they lie, without a dict per worker."
     name = path if bbox is None else f"{path}\0{bbox}"
     return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
 
 # %% ../../nbs/photos/330_pack.ipynb #3097a9ca
-def _encode(img:np.ndarray, plan:Plan)->bytes:
+def _encode(img: np.ndarray, plan: Plan) -> bytes:
     "A picture as its record's bytes; colour at full resolution, since colour tells drugs apart."
     img = np.ascontiguousarray(img)
-    return img.tobytes() if plan.codec == "raw" else simplejpeg.encode_jpeg(img, quality=plan.quality, colorsubsampling="444")
+    return (
+        img.tobytes()
+        if plan.codec == "raw"
+        else simplejpeg.encode_jpeg(img, quality=plan.quality, colorsubsampling="444")
+    )
 
-def _smaller(img:np.ndarray, scale:float)->np.ndarray:
+
+def _smaller(img: np.ndarray, scale: float) -> np.ndarray:
     "The photo at the pack's scale, antialiased."
-    if scale in (1, .5, .25, .125): return shrink(img, round(1/scale))
-    return resize(img, *(max(1, round(n*scale)) for n in img.shape[:2]))
+    if scale in (1, 0.5, 0.25, 0.125):
+        return shrink(img, round(1 / scale))
+    return resize(img, *(max(1, round(n * scale)) for n in img.shape[:2]))
 
 # %% ../../nbs/photos/330_pack.ipynb #2b601cd2
-_PHOTO = (None, errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)   # not there; everything else is the machine's trouble
+_PHOTO = (
+    None,
+    errno.ENOENT,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.ENAMETOOLONG,
+)  # not there; everything else is the machine's trouble
+
 
 def photo_records(
-    root:str|Path, # the delivery
-    path:str,      # below it
-    plan:Plan      # how
-)->Iterator[tuple[dict,bytes]]: # (index row, bytes); a photo or box that gives none has an error instead
+    root: str | Path,  # the delivery
+    path: str,  # below it
+    plan: Plan,  # how
+) -> Iterator[tuple[dict, bytes]]:  # (index row, bytes); a photo or box that gives none has an error instead
     "Open a photo once and cut what the pack keeps of it (SPEC section 6, DM10)."
-    reduce = round(1/plan.scale) if not plan.photos[path] and plan.scale in (1, .5, .25, .125) else 1
-    got = open_image_safely(Path(root)/path, plan.grayscale_policy, plan.rgba_policy, reduce=reduce)
-    if got.get("errno") not in _PHOTO: raise os_trouble("a photo cannot be read", Path(root)/path, OSError(got["errno"], got["error"]))
-    if "_skip" not in got and _changed(Path(root)/path, plan.sha1.get(path)): got = _skip("read", "not the photo that was converted: its bytes have changed")
-    if "_skip" in got: yield dict(key=record_key(path), path=path, error=f"{got['stage']}: {got['error']}"), b""; return
+    reduce = round(1 / plan.scale) if not plan.photos[path] and plan.scale in (1, 0.5, 0.25, 0.125) else 1
+    got = open_image_safely(Path(root) / path, plan.grayscale_policy, plan.rgba_policy, reduce=reduce)
+    if got.get("errno") not in _PHOTO:
+        raise os_trouble("a photo cannot be read", Path(root) / path, OSError(got["errno"], got["error"]))
+    if "_skip" not in got and _changed(Path(root) / path, plan.sha1.get(path)):
+        got = _skip("read", "not the photo that was converted: its bytes have changed")
+    if "_skip" in got:
+        yield dict(key=record_key(path), path=path, error=f"{got['stage']}: {got['error']}"), b""
+        return
     h, w = got["image"].shape[:2]
     small = got["image"] if reduce > 1 else _smaller(got["image"], plan.scale)
-    full = dict(path=path, photo_height=h*reduce, photo_width=w*reduce, left=0, top=0)
+    full = dict(path=path, photo_height=h * reduce, photo_width=w * reduce, left=0, top=0)
     yield full | dict(key=record_key(path), height=small.shape[0], width=small.shape[1]), _encode(small, plan)
-    for box in plan.photos[path]: yield _crop_record(got["image"], box, full, plan)
+    for box in plan.photos[path]:
+        yield _crop_record(got["image"], box, full, plan)
 
-def _changed(path:Path, sha1:str|None)->bool:
+
+def _changed(path: Path, sha1: str | None) -> bool:
     "Whether a file is another one than the conversion saw."
-    if not sha1: return False
+    if not sha1:
+        return False
     try:
-        with open(path, "rb") as f: return hashlib.file_digest(f, "sha1").hexdigest() != sha1
-    except OSError as e: raise os_trouble("a photo cannot be read", path, e) from e
+        with open(path, "rb") as f:
+            return hashlib.file_digest(f, "sha1").hexdigest() != sha1
+    except OSError as e:
+        raise os_trouble("a photo cannot be read", path, e) from e
 
 # %% ../../nbs/photos/330_pack.ipynb #1f9d3481
-def _crop_record(img:np.ndarray, box:list[float], row:dict, plan:Plan)->tuple[dict,bytes]:
+def _crop_record(img: np.ndarray, box: list[float], row: dict, plan: Plan) -> tuple[dict, bytes]:
     "The surroundings of one box at full resolution."
-    h, w = img.shape[:2]; x, y, bw, bh = box
+    h, w = img.shape[:2]
+    x, y, bw, bh = box
     row = row | dict(key=record_key(row["path"], box), box=json.dumps(box))
-    try: left, top, side = crop_square(np.array([x, y, x + bw, y + bh]), w, h, LOOSE)
-    except PillsnapError as e: return row | dict(error=f"crop: {e.what}"), b""
-    l, t, r, b = max(0, left) & ~1, max(0, top) & ~1, min(w, left + side), min(h, top + side)   # even corners: a half rounds the same way in the crop and on the photo
+    try:
+        left, top, side = crop_square(np.array([x, y, x + bw, y + bh]), w, h, LOOSE)
+    except PillsnapError as e:
+        return row | dict(error=f"crop: {e.what}"), b""
+    l, t, r, b = (
+        max(0, left) & ~1,
+        max(0, top) & ~1,
+        min(w, left + side),
+        min(h, top + side),
+    )  # even corners: a half rounds the same way in the crop and on the photo
     return row | dict(left=l, top=t, height=b - t, width=r - l), _encode(img[t:b, l:r], plan)
 
 # %% ../../nbs/photos/330_pack.ipynb #a06d8982
-def _shard_name(k:int)->str: return f"shard_{k:05}.bin"
-def _part_name(k:int)->str: return f"parts/shard_{k:05}.arrow"
+def _shard_name(k: int) -> str:
+    return f"shard_{k:05}.bin"
 
-def _table(rows:Iterable[Mapping[str,Any]], meta:Mapping[str,str])->pa.Table:
+
+def _part_name(k: int) -> str:
+    return f"parts/shard_{k:05}.arrow"
+
+
+def _table(rows: Iterable[Mapping[str, Any]], meta: Mapping[str, str]) -> pa.Table:
     "Index rows as an Arrow table with a note."
     rows = list(rows)
-    return pa.table({c: pa.array([r.get(c, None if t == pa.string() else 0) for r in rows], t) for c, t in _COLUMNS.items()}).replace_schema_metadata(dict(meta))
+    return pa.table(
+        {c: pa.array([r.get(c, None if t == pa.string() else 0) for r in rows], t) for c, t in _COLUMNS.items()}
+    ).replace_schema_metadata(dict(meta))
 
-def _write_arrow(table:pa.Table, path:Path)->None:
+
+def _write_arrow(table: pa.Table, path: Path) -> None:
     "One uncompressed Arrow file, which can be searched where it lies."
-    with atomic_path(path) as p, pa.OSFile(str(p), "wb") as f, pa.ipc.new_file(f, table.schema) as out: out.write_table(table, max_chunksize=max(1, len(table)))
+    with atomic_path(path) as p, pa.OSFile(str(p), "wb") as f, pa.ipc.new_file(f, table.schema) as out:
+        out.write_table(table, max_chunksize=max(1, len(table)))
 
 # %% ../../nbs/photos/330_pack.ipynb #969461c2
 def write_shard(
-    part:Plan,       # of this shard's photos
-    digest:str,      # of the whole plan
-    k:int,           # the shard's number
-    root:str|Path,   # the delivery
-    out:str|Path     # the pack's folder
-)->int:              # photos
+    part: Plan,  # of this shard's photos
+    digest: str,  # of the whole plan
+    k: int,  # the shard's number
+    root: str | Path,  # the delivery
+    out: str | Path,  # the pack's folder
+) -> int:  # photos
     "Write one shard and its part of the index: a pure function, for any process on any machine (SPEC RS1)."
     rows, sha, at = [], hashlib.sha256(MAGIC), len(MAGIC)
-    with atomic_path(Path(out)/_shard_name(k)) as tmp, open(tmp, "wb") as f:
+    with atomic_path(Path(out) / _shard_name(k)) as tmp, open(tmp, "wb") as f:
         f.write(MAGIC)
         for path in part.photos:
             for row, data in photo_records(root, path, part):
                 rows.append(dict(offset=at, length=len(data), crc=zlib.crc32(data), shard=k) | row)
-                f.write(data); sha.update(data); at += len(data)
-    _write_arrow(_table(rows, {"plan": digest, "bytes": str(at), "sha256": sha.hexdigest()}), Path(out)/_part_name(k))
+                f.write(data)
+                sha.update(data)
+                at += len(data)
+    _write_arrow(_table(rows, {"plan": digest, "bytes": str(at), "sha256": sha.hexdigest()}), Path(out) / _part_name(k))
     return len(part.photos)
 
 # %% ../../nbs/photos/330_pack.ipynb #99bc0602
-def _read_arrow(path:Path)->pa.Table:
+def _read_arrow(path: Path) -> pa.Table:
     "An Arrow file, mapped; anything else is refused."
     try:
-        with pa.memory_map(str(path)) as f: return pa.ipc.open_file(f).read_all()
-    except FileNotFoundError as e: raise os_trouble("the file cannot be read", path, e) from e
-    except (pa.ArrowInvalid, OSError) as e: raise PillsnapError(f"this is no index: {e}", path, "build the pack again") from e
+        with pa.memory_map(str(path)) as f:
+            return pa.ipc.open_file(f).read_all()
+    except FileNotFoundError as e:
+        raise os_trouble("the file cannot be read", path, e) from e
+    except (pa.ArrowInvalid, OSError) as e:
+        raise PillsnapError(f"this is no index: {e}", path, "build the pack again") from e
+
 
 def finished(
-    digest:str,    # of the plan that is being carried out
-    k:int,         # shard
-    out:str|Path   # the pack's folder
-)->bool:
+    digest: str,  # of the plan that is being carried out
+    k: int,  # shard
+    out: str | Path,  # the pack's folder
+) -> bool:
     "Whether a shard and its part are there, whole, and of this plan."
-    part, shard = Path(out)/_part_name(k), Path(out)/_shard_name(k)
-    if not (part.is_file() and shard.is_file()): return False
+    part, shard = Path(out) / _part_name(k), Path(out) / _shard_name(k)
+    if not (part.is_file() and shard.is_file()):
+        return False
     meta = _read_arrow(part).schema.metadata
     return meta[b"plan"].decode() == digest and int(meta[b"bytes"]) == shard.stat().st_size
 
 # %% ../../nbs/photos/330_pack.ipynb #b2bcc685
 def estimate_pack(
-    rows:pd.DataFrame|Plan, # manifest rows, or a plan
-    root:str|Path,          # the delivery
-    workers:int|None=None,  # processes; None = the CPUs
-    sample:int=24,          # photos to try
-    seed:int=0,             # which
-    **kwargs:Any              # the fields of Plan
-)->dict[str,Any]:           # bytes, seconds, photos, sampled, workers, photos_per_s of one worker, how
+    rows: pd.DataFrame | Plan,  # manifest rows, or a plan
+    root: str | Path,  # the delivery
+    workers: int | None = None,  # processes; None = the CPUs
+    sample: int = 24,  # photos to try
+    seed: int = 0,  # which
+    **kwargs: Any,  # the fields of Plan
+) -> dict[str, Any]:  # bytes, seconds, photos, sampled, workers, photos_per_s of one worker, how
     "Size and time of a pack, from a sample (SPEC section 6)."
     plan = rows if isinstance(rows, Plan) else make_plan(rows, **kwargs)
     paths, n = random.Random(seed).sample(list(plan.photos), min(sample, len(plan.photos))), len(plan.photos)
     t0 = time.perf_counter()
     tried = [r for p in paths for r in photo_records(root, p, plan)]
     size = sum(len(data) for _, data in tried)
-    if not size: raise PillsnapError(f"none of {len(paths)} photos opens; the first: {tried[0][0]['error']}", root, "point paths.root at the delivery of this manifest")
-    rate, workers = len(paths)/(time.perf_counter() - t0), min(workers or joblib.cpu_count(), len(plan.shards()))
-    return {"bytes": round(size/len(paths)*n), "seconds": n/rate/workers, "photos": n, "sampled": len(paths), "workers": workers, "photos_per_s": rate, "how": "estimated"}
+    if not size:
+        raise PillsnapError(
+            f"none of {len(paths)} photos opens; the first: {tried[0][0]['error']}",
+            root,
+            "point paths.root at the delivery of this manifest",
+        )
+    rate, workers = len(paths) / (time.perf_counter() - t0), min(workers or joblib.cpu_count(), len(plan.shards()))
+    return {
+        "bytes": round(size / len(paths) * n),
+        "seconds": n / rate / workers,
+        "photos": n,
+        "sampled": len(paths),
+        "workers": workers,
+        "photos_per_s": rate,
+        "how": "estimated",
+    }
 
 # %% ../../nbs/photos/330_pack.ipynb #adbb3feb
 def build_pack(
-    rows:pd.DataFrame,         # manifest rows: path, and bbox where there is one
-    root:str|Path,             # the delivery
-    out:str|Path,              # the pack's folder
-    scale:float=.5,            # of both sides, for whole photos
-    codec:str="jpeg",          # jpeg | raw
-    quality:int=95,            # JPEG quality
-    crops:bool=True,           # keep the surroundings of each box at full resolution
-    workers:int|None=None,     # processes; None = the CPUs
-    progress:bool=True,        # show a bar
-    manifest_hash:str="",      # data_hash of the manifest the rows are from
-    class_map:ClassMap|None=None, # the class map they belong to
-    grayscale_policy:str="rgb",   # of open_image_safely
-    rgba_policy:str="drop_alpha"  # of open_image_safely
-)->dict[str,Any]:              # the header
+    rows: pd.DataFrame,  # manifest rows: path, and bbox where there is one
+    root: str | Path,  # the delivery
+    out: str | Path,  # the pack's folder
+    scale: float = 0.5,  # of both sides, for whole photos
+    codec: str = "jpeg",  # jpeg | raw
+    quality: int = 95,  # JPEG quality
+    crops: bool = True,  # keep the surroundings of each box at full resolution
+    workers: int | None = None,  # processes; None = the CPUs
+    progress: bool = True,  # show a bar
+    manifest_hash: str = "",  # data_hash of the manifest the rows are from
+    class_map: ClassMap | None = None,  # the class map they belong to
+    grayscale_policy: str = "rgb",  # of open_image_safely
+    rgba_policy: str = "drop_alpha",  # of open_image_safely
+) -> dict[str, Any]:  # the header
     "Build a pack, or finish one, or find it there already (SPEC section 6, RS1, RS5, RS7)."
-    plan = make_plan(rows, scale=scale, codec=codec, quality=quality, crops=crops, manifest_hash=manifest_hash, class_map=class_map.fingerprint if class_map else "",
-                     grayscale_policy=grayscale_policy, rgba_policy=rgba_policy)
+    plan = make_plan(
+        rows,
+        scale=scale,
+        codec=codec,
+        quality=quality,
+        crops=crops,
+        manifest_hash=manifest_hash,
+        class_map=class_map.fingerprint if class_map else "",
+        grayscale_policy=grayscale_policy,
+        rgba_policy=rgba_policy,
+    )
     out = Path(out)
     with FolderLock(out):
         sweep_partials(out)
         if not _claimed(plan, out):
             _make_shards(plan, Path(root), out, workers or joblib.cpu_count(), progress)
             _close(plan, out)
-        shutil.rmtree(out/"parts", ignore_errors=True)
+        shutil.rmtree(out / "parts", ignore_errors=True)
     return Pack(out).header
 
 # %% ../../nbs/photos/330_pack.ipynb #7fe3f768
-def _claimed(plan:Plan, out:Path)->bool:
+def _claimed(plan: Plan, out: Path) -> bool:
     "Whether the folder holds this pack, finished; a folder that holds another one is refused."
-    done, note = (out/"pack.json").exists(), out/"plan.json"
-    if not note.exists() and not done: save_json({"schema": SCHEMA, "plan": plan.digest}, note)
-    if read_json(out/"pack.json" if done else note).get("plan") != plan.digest:
-        raise PillsnapError("this folder holds a pack of other photos, or of other settings", out, "choose another folder, or remove this one")
+    done, note = (out / "pack.json").exists(), out / "plan.json"
+    if not note.exists() and not done:
+        save_json({"schema": SCHEMA, "plan": plan.digest}, note)
+    if read_json(out / "pack.json" if done else note).get("plan") != plan.digest:
+        raise PillsnapError(
+            "this folder holds a pack of other photos, or of other settings",
+            out,
+            "choose another folder, or remove this one",
+        )
     return done
 
 # %% ../../nbs/photos/330_pack.ipynb #bda95a54
-def _make_shards(plan:Plan, root:Path, out:Path, workers:int, progress:bool)->None:
+def _make_shards(plan: Plan, root: Path, out: Path, workers: int, progress: bool) -> None:
     "The shards that are not there yet."
     shards = plan.shards()
     todo = [k for k in range(len(shards)) if not finished(plan.digest, k, out)]
     left = sum(len(shards[k]) for k in todo)
-    if not todo: return
+    if not todo:
+        return
     _room(plan.part(p for k in todo for p in shards[k]), root, out, workers)
-    if len(todo) < len(shards): _log.info("pack: %d of %d shards are there already", len(shards) - len(todo), len(shards))
+    if len(todo) < len(shards):
+        _log.info("pack: %d of %d shards are there already", len(shards) - len(todo), len(shards))
     jobs = (joblib.delayed(write_shard)(plan.part(shards[k]), plan.digest, k, root, out) for k in todo)
-    with show_progress(total=len(plan.photos), desc="packing", unit="photos", show=progress, done=len(plan.photos) - left) as bar:
+    with show_progress(
+        total=len(plan.photos), desc="packing", unit="photos", show=progress, done=len(plan.photos) - left
+    ) as bar:
         try:
-            for n in processes(min(workers, len(todo)), return_as="generator_unordered", pre_dispatch="2*n_jobs")(jobs): bar.update(n)
+            for n in processes(min(workers, len(todo)), return_as="generator_unordered", pre_dispatch="2*n_jobs")(jobs):
+                bar.update(n)
         except BrokenProcessPool as e:
-            raise PillsnapError("a worker was lost: killed, or out of memory", out, "the same command goes on from the finished shards; fewer workers need less memory") from e
+            raise PillsnapError(
+                "a worker was lost: killed, or out of memory",
+                out,
+                "the same command goes on from the finished shards; fewer workers need less memory",
+            ) from e
 
 # %% ../../nbs/photos/330_pack.ipynb #ecc4caff
-def _room(plan:Plan, root:Path, out:Path, workers:int)->None:
+def _room(plan: Plan, root: Path, out: Path, workers: int) -> None:
     "Say what it will cost; refuse what the disk cannot hold."
-    est, free = estimate_pack(plan, root, workers, sample=min(24, 1 + len(plan.photos)//8)), shutil.disk_usage(out).free
-    _log.info("pack: %d photos, about %.2f GB and %.0f s with %d workers (estimated from %d photos)", est["photos"], est["bytes"]/1e9, est["seconds"], est["workers"], est["sampled"])
-    if est["bytes"]*1.05 > free: raise PillsnapError(f"the pack needs about {est['bytes']/1e9:.2f} GB and {free/1e9:.2f} GB are free", out, "choose another disk, or pack.scale, pack.quality or pack.crops")
+    est, free = (
+        estimate_pack(plan, root, workers, sample=min(24, 1 + len(plan.photos) // 8)),
+        shutil.disk_usage(out).free,
+    )
+    _log.info(
+        "pack: %d photos, about %.2f GB and %.0f s with %d workers (estimated from %d photos)",
+        est["photos"],
+        est["bytes"] / 1e9,
+        est["seconds"],
+        est["workers"],
+        est["sampled"],
+    )
+    if est["bytes"] * 1.05 > free:
+        raise PillsnapError(
+            f"the pack needs about {est['bytes'] / 1e9:.2f} GB and {free / 1e9:.2f} GB are free",
+            out,
+            "choose another disk, or pack.scale, pack.quality or pack.crops",
+        )
 
 # %% ../../nbs/photos/330_pack.ipynb #3c7bdf0a
-def _close(plan:Plan, out:Path)->None:
+def _close(plan: Plan, out: Path) -> None:
     "Join the parts to one sorted index and write the header, which closes over it."
-    parts = [_read_arrow(out/_part_name(k)) for k in range(len(plan.shards()))]
+    parts = [_read_arrow(out / _part_name(k)) for k in range(len(plan.shards()))]
     table = pa.concat_tables([p.replace_schema_metadata(None) for p in parts]).sort_by("key").combine_chunks()
-    if (np.diff(table["key"].to_numpy()) == 0).any(): raise PillsnapError("two records have the same key", out, "this is a chance of one in ten million; rename a photo")
-    _write_arrow(table, out/"index.arrow")
+    if (np.diff(table["key"].to_numpy()) == 0).any():
+        raise PillsnapError(
+            "two records have the same key", out, "this is a chance of one in ten million; rename a photo"
+        )
+    _write_arrow(table, out / "index.arrow")
     broken = table.filter(table["error"].is_valid())
-    head = {"schema": SCHEMA, "plan": plan.digest, "made": datetime.now(timezone.utc).isoformat(timespec="seconds"), "source": {"manifest": plan.manifest_hash, "class_map": plan.class_map},
-            "decode": {"grayscale_policy": plan.grayscale_policy, "rgba_policy": plan.rgba_policy, "exif": "applied", "max_pixels": MAX_PIXELS},
-            "codec": plan.codec, "quality": plan.quality, "scale": plan.scale, "crops": plan.crops, "margin": LOOSE, "photos": len(plan.photos), "records": len(table), "skipped": len(broken),
-            "shards": [{"name": _shard_name(k), "bytes": int(p.schema.metadata[b"bytes"]), "sha256": p.schema.metadata[b"sha256"].decode()} for k, p in enumerate(parts)],
-            "index": sha256_file(out/"index.arrow"), "versions": _versions()}
-    save_json(head | {"sha256": sha256_text(canonical_json(head))}, out/"pack.json")
+    head = {
+        "schema": SCHEMA,
+        "plan": plan.digest,
+        "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "source": {"manifest": plan.manifest_hash, "class_map": plan.class_map},
+        "decode": {
+            "grayscale_policy": plan.grayscale_policy,
+            "rgba_policy": plan.rgba_policy,
+            "exif": "applied",
+            "max_pixels": MAX_PIXELS,
+        },
+        "codec": plan.codec,
+        "quality": plan.quality,
+        "scale": plan.scale,
+        "crops": plan.crops,
+        "margin": LOOSE,
+        "photos": len(plan.photos),
+        "records": len(table),
+        "skipped": len(broken),
+        "shards": [
+            {
+                "name": _shard_name(k),
+                "bytes": int(p.schema.metadata[b"bytes"]),
+                "sha256": p.schema.metadata[b"sha256"].decode(),
+            }
+            for k, p in enumerate(parts)
+        ],
+        "index": sha256_file(out / "index.arrow"),
+        "versions": _versions(),
+    }
+    save_json(head | {"sha256": sha256_text(canonical_json(head))}, out / "pack.json")
 
 # %% ../../nbs/photos/330_pack.ipynb #414121c6
-def _versions()->dict[str,str]:
+def _versions() -> dict[str, str]:
     "The libraries that had a hand in the bytes."
     there = {"pillsnap": pillsnap.__version__}
     for name in ("simplejpeg", "isal", "numba", "pillow", "opencv-python", "numpy", "pyarrow"):
-        try: there[name] = version(name)
-        except PackageNotFoundError: there[name] = "absent"
+        try:
+            there[name] = version(name)
+        except PackageNotFoundError:
+            there[name] = "absent"
     return there
 
 # %% ../../nbs/photos/330_pack.ipynb #e05130aa
 class Pack:
     "A pack of photos, mapped and checked (SPEC section 6, RS6); safe for threads, and sent to workers by its path."
-    def __init__(self,
-        path:str|Path,                # the pack's folder
-        manifest_hash:str|None=None,  # refuse a pack of another manifest; None = any
-        class_map:ClassMap|None=None  # refuse a pack of another class map; None = any
+
+    def __init__(
+        self,
+        path: str | Path,  # the pack's folder
+        manifest_hash: str | None = None,  # refuse a pack of another manifest; None = any
+        class_map: ClassMap | None = None,  # refuse a pack of another class map; None = any
     ):
         steady_heap()
         self.path, self.asked = Path(path), (manifest_hash, class_map)
         self.header = _header(self.path, manifest_hash, class_map)
         self.codec, self.scale = self.header["codec"], self.header["scale"]
-        if sha256_file(self.path/"index.arrow") != self.header["index"]: raise _spoilt(self.path/"index.arrow")
-        self.table = _read_arrow(self.path/"index.arrow")
+        if sha256_file(self.path / "index.arrow") != self.header["index"]:
+            raise _spoilt(self.path / "index.arrow")
+        self.table = _read_arrow(self.path / "index.arrow")
         self._col = {c: self.table[c].to_numpy() for c, t in _COLUMNS.items() if t != pa.string()}
-        self._maps = [_map(self.path/s["name"], s["bytes"]) for s in self.header["shards"]]
+        self._maps = [_map(self.path / s["name"], s["bytes"]) for s in self.header["shards"]]
         self._sound = np.zeros(len(self.table), bool)
 
-    def __getstate__(self)->tuple: return self.path, self.asked
-    def __setstate__(self, state:tuple)->None: self.__init__(state[0], *state[1])
+    def __getstate__(self) -> tuple:
+        return self.path, self.asked
+
+    def __setstate__(self, state: tuple) -> None:
+        self.__init__(state[0], *state[1])
 
 # %% ../../nbs/photos/330_pack.ipynb #0ac4ee8a
-def _spoilt(path:Path)->PillsnapError: return PillsnapError("the pack was changed after it was built", path, "remove it and build it again")
+def _spoilt(path: Path) -> PillsnapError:
+    return PillsnapError("the pack was changed after it was built", path, "remove it and build it again")
 
-def _header(path:Path, manifest_hash:str|None, class_map:ClassMap|None)->dict[str,Any]:
+
+def _header(path: Path, manifest_hash: str | None, class_map: ClassMap | None) -> dict[str, Any]:
     "The header, if it is whole and fits what the reader has."
-    if not (path/"pack.json").exists(): raise PillsnapError("there is no finished pack", path, "pillsnap pack builds it, and goes on where it was interrupted")
-    head = read_json(path/"pack.json")
-    if not isinstance(head, dict) or head.get("schema") != SCHEMA: raise PillsnapError("this is no pack of this version", path/"pack.json", "build it again")
-    if sha256_text(canonical_json({k: v for k, v in head.items() if k != "sha256"})) != head.get("sha256"): raise _spoilt(path/"pack.json")
-    for what, asked, has in (("manifest", manifest_hash, head["source"]["manifest"]), ("class map", class_map and class_map.fingerprint, head["source"]["class_map"])):
-        if asked is not None and asked != has: raise PillsnapError(f"this pack was made from another {what} ({has[:12] or 'none'}, here {asked[:12]})", path, "build a pack for this run: pillsnap pack")
+    if not (path / "pack.json").exists():
+        raise PillsnapError(
+            "there is no finished pack", path, "pillsnap pack builds it, and goes on where it was interrupted"
+        )
+    head = read_json(path / "pack.json")
+    if not isinstance(head, dict) or head.get("schema") != SCHEMA:
+        raise PillsnapError("this is no pack of this version", path / "pack.json", "build it again")
+    if sha256_text(canonical_json({k: v for k, v in head.items() if k != "sha256"})) != head.get("sha256"):
+        raise _spoilt(path / "pack.json")
+    for what, asked, has in (
+        ("manifest", manifest_hash, head["source"]["manifest"]),
+        ("class map", class_map and class_map.fingerprint, head["source"]["class_map"]),
+    ):
+        if asked is not None and asked != has:
+            raise PillsnapError(
+                f"this pack was made from another {what} ({has[:12] or 'none'}, here {asked[:12]})",
+                path,
+                "build a pack for this run: pillsnap pack",
+            )
     return head
 
 # %% ../../nbs/photos/330_pack.ipynb #94f23edd
-def _map(path:Path, size:int)->memoryview:
+def _map(path: Path, size: int) -> memoryview:
     "One shard, mapped for reading at random."
     try:
-        with open(path, "rb") as f: m = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError as e: raise os_trouble("the pack cannot be opened", path, e) from e
-    except ValueError as e: raise _spoilt(path) from e
-    if len(m) != size or m[:len(MAGIC)] != MAGIC: raise _spoilt(path)
+        with open(path, "rb") as f:
+            m = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as e:
+        raise os_trouble("the pack cannot be opened", path, e) from e
+    except ValueError as e:
+        raise _spoilt(path) from e
+    if len(m) != size or m[: len(MAGIC)] != MAGIC:
+        raise _spoilt(path)
     m.madvise(mmap.MADV_RANDOM)
     return memoryview(m)
 
 # %% ../../nbs/photos/330_pack.ipynb #82d2d1fd
 @patch
-def _find(self:Pack, key:int)->int:
+def _find(self: Pack, key: int) -> int:
     "A record's row in the index, −1 where there is none."
     i = int(np.searchsorted(self._col["key"], np.uint64(key)))
     return i if i < len(self._sound) and int(self._col["key"][i]) == key else -1
 
+
 @patch
-def _row(self:Pack, i:int)->dict[str,int]: return {c: int(v[i]) for c, v in self._col.items()}
+def _row(self: Pack, i: int) -> dict[str, int]:
+    return {c: int(v[i]) for c, v in self._col.items()}
 
 # %% ../../nbs/photos/330_pack.ipynb #55f2407f
 @patch
-def _picture(self:Pack, i:int, what:str, reduce:int=1)->np.ndarray|dict:
+def _picture(self: Pack, i: int, what: str, reduce: int = 1) -> np.ndarray | dict:
     "A record's picture, or the record of why there is none."
-    if i < 0: return _skip("pack", f"{what} is not in this pack")
+    if i < 0:
+        return _skip("pack", f"{what} is not in this pack")
     r = self._row(i)
-    if not r["length"]: return _skip(*self.table["error"][i].as_py().split(": ", 1))
-    data = self._maps[r["shard"]][r["offset"]:r["offset"] + r["length"]]
+    if not r["length"]:
+        return _skip(*self.table["error"][i].as_py().split(": ", 1))
+    data = self._maps[r["shard"]][r["offset"] : r["offset"] + r["length"]]
     if not self._sound[i]:
-        if zlib.crc32(data) != r["crc"]: return _skip("pack", f"{what} does not fit its checksum")
+        if zlib.crc32(data) != r["crc"]:
+            return _skip("pack", f"{what} does not fit its checksum")
         self._sound[i] = True
-    if self.codec == "raw": return shrink(np.frombuffer(data, np.uint8).reshape(r["height"], r["width"], 3), reduce)
-    try: return simplejpeg.decode_jpeg(data, min_height=-(-r["height"]//reduce), min_width=-(-r["width"]//reduce))
-    except ValueError as e: return _skip("pack", f"{what}: {e}")
+    if self.codec == "raw":
+        return shrink(np.frombuffer(data, np.uint8).reshape(r["height"], r["width"], 3), reduce)
+    try:
+        return simplejpeg.decode_jpeg(data, min_height=-(-r["height"] // reduce), min_width=-(-r["width"] // reduce))
+    except ValueError as e:
+        return _skip("pack", f"{what}: {e}")
 
-def _skip(stage:str, error:str)->dict:
+
+def _skip(stage: str, error: str) -> dict:
     "As `open_image_safely` says it."
     return {"_skip": True, "error": error, "stage": stage}
 
 # %% ../../nbs/photos/330_pack.ipynb #2ddc1169
 @patch
-def photo(self:Pack,
-    path:str,    # as the manifest has it
-    reduce:int=1 # 1, 2, 4 or 8: decode at 1/reduce of what is stored, antialiased
-)->np.ndarray|dict: # [h, w, 3] uint8 at the pack's scale, perhaps read-only; or {"_skip": True, "error", "stage"}
+def photo(
+    self: Pack,
+    path: str,  # as the manifest has it
+    reduce: int = 1,  # 1, 2, 4 or 8: decode at 1/reduce of what is stored, antialiased
+) -> np.ndarray | dict:  # [h, w, 3] uint8 at the pack's scale, perhaps read-only; or {"_skip": True, "error", "stage"}
     "A whole photo; never an exception for what is broken."
     return self._picture(self._find(record_key(path)), path, reduce)
 
+
 @patch
-def crop(self:Pack,
-    path:str,                      # as the manifest has it
-    bbox:str|Sequence[float]       # the box, [x, y, w, h] in photo pixels, as the manifest has it
-)->tuple[np.ndarray,np.ndarray]|dict: # [h, w, 3] uint8 at full resolution and the box in it, x0 y0 x1 y1; or {"_skip": …}
+def crop(
+    self: Pack,
+    path: str,  # as the manifest has it
+    bbox: str | Sequence[float],  # the box, [x, y, w, h] in photo pixels, as the manifest has it
+) -> (
+    tuple[np.ndarray, np.ndarray] | dict
+):  # [h, w, 3] uint8 at full resolution and the box in it, x0 y0 x1 y1; or {"_skip": …}
     "The surroundings of a box, for `crop_view` with any padding up to the pack's margin."
     i = self._find(record_key(path, box := box_list(bbox)))
-    if isinstance(img := self._picture(i, f"{path}, box {box},"), dict): return img
-    x, y, w, h = box; r = self._row(i)
+    if isinstance(img := self._picture(i, f"{path}, box {box},"), dict):
+        return img
+    x, y, w, h = box
+    r = self._row(i)
     return img, np.array([x, y, x + w, y + h]) - np.tile([r["left"], r["top"]], 2)
 
 # %% ../../nbs/photos/330_pack.ipynb #4f86f12f
 @patch
-def __len__(self:Pack)->int: return self.header["photos"]
+def __len__(self: Pack) -> int:
+    return self.header["photos"]
+
 
 @patch(as_prop=True)
-def skipped(self:Pack)->pd.DataFrame:
+def skipped(self: Pack) -> pd.DataFrame:
     "The photos and boxes that gave no record, with their reasons."
     return self.table.filter(self.table["error"].is_valid()).select(["path", "box", "error"]).to_pandas()
 
+
 @patch
-def verify(self:Pack)->list[str]: # shards that are not what they were
+def verify(self: Pack) -> list[str]:  # shards that are not what they were
     "Read every byte again and compare it with the header."
-    return [s["name"] for s, m in zip(self.header["shards"], self._maps) if hashlib.sha256(m).hexdigest() != s["sha256"]]
+    return [
+        s["name"] for s, m in zip(self.header["shards"], self._maps) if hashlib.sha256(m).hexdigest() != s["sha256"]
+    ]
 
 # %% ../../nbs/photos/330_pack.ipynb #f670b835
 class No(str):
     "A reason that is false."
-    def __bool__(self)->bool: return False
+
+    def __bool__(self) -> bool:
+        return False
+
 
 @patch
-def can_serve(self:Pack,
-    view:Any # kind "whole" or "crop", size in pixels, padding in box widths
-)->bool|No: # True, or why not
+def can_serve(
+    self: Pack,
+    view: Any,  # kind "whole" or "crop", size in pixels, padding in box widths
+) -> bool | No:  # True, or why not
     "Whether a view can be cut from what is stored without enlarging it."
     if view.kind == "crop":
-        if not self.header["crops"]: return No("this pack holds no crops at full resolution (pack.crops: false)")
-        return view.padding <= self.header["margin"] or No(f"a margin of {view.padding} is asked for and {self.header['margin']} is stored")
+        if not self.header["crops"]:
+            return No("this pack holds no crops at full resolution (pack.crops: false)")
+        return view.padding <= self.header["margin"] or No(
+            f"a margin of {view.padding} is asked for and {self.header['margin']} is stored"
+        )
     whole = (self._col["length"] > 0) & self.table["box"].is_null().to_numpy()
-    stored, was = (np.minimum(self._col[a], self._col[b])[whole] for a, b in (("height", "width"), ("photo_height", "photo_width")))
+    stored, was = (
+        np.minimum(self._col[a], self._col[b])[whole] for a, b in (("height", "width"), ("photo_height", "photo_width"))
+    )
     poor = stored[stored < np.minimum(was, view.size)]
-    return not len(poor) or No(f"{view.size} pixels are asked for, and the short side of {len(poor)} photos is stored with {poor.min()} (pack.scale: {self.scale})")
+    return not len(poor) or No(
+        f"{view.size} pixels are asked for, and the short side of {len(poor)} photos is stored with {poor.min()} (pack.scale: {self.scale})"
+    )
 
 # %% ../../nbs/photos/330_pack.ipynb #e38ec543
 def stage_pack(
-    stage:Any,            # StageData: train and pool rows, class_map, header, root, number
-    run_root:str|Path,    # the run folder
-    cfg:Config,           # its pack block and the photo policies
-    workers:int|None=None,# processes; None = the CPUs
-    progress:bool=True    # show a bar
-)->Pack:
+    stage: Any,  # StageData: train and pool rows, class_map, header, root, number
+    run_root: str | Path,  # the run folder
+    cfg: Config,  # its pack block and the photo policies
+    workers: int | None = None,  # processes; None = the CPUs
+    progress: bool = True,  # show a bar
+) -> Pack:
     "The pack of a stage's photos, built where it is not there (SPEC section 6)."
-    out = Path(run_root)/"artifacts"/f"stage{stage.stage}"/"pack"
-    build_pack(stage_rows(stage), stage.root, out, **pack_settings(cfg), workers=workers, progress=progress, manifest_hash=stage.header["data_hash"], class_map=stage.class_map)
+    out = Path(run_root) / "artifacts" / f"stage{stage.stage}" / "pack"
+    build_pack(
+        stage_rows(stage),
+        stage.root,
+        out,
+        **pack_settings(cfg),
+        workers=workers,
+        progress=progress,
+        manifest_hash=stage.header["data_hash"],
+        class_map=stage.class_map,
+    )
     return Pack(out, stage.header["data_hash"], stage.class_map)
 
+
 def stage_rows(
-    stage:Any # StageData
-)->pd.DataFrame:
+    stage: Any,  # StageData
+) -> pd.DataFrame:
     "All rows that training and its gate will look at."
     rows = pd.concat([stage.train, stage.val, stage.pool])
     return rows[[c for c in ("path", "bbox", "sha1") if c in rows]].drop_duplicates()
 
+
 def pack_settings(
-    cfg:Config # a configuration
-)->dict[str,Any]:
+    cfg: Config,  # a configuration
+) -> dict[str, Any]:
     "What decides a pack's bytes."
-    return cfg.pack.model_dump(exclude={"enabled"}) | dict(grayscale_policy=cfg.data.grayscale_policy, rgba_policy=cfg.data.rgba_policy)
+    return cfg.pack.model_dump(exclude={"enabled"}) | dict(
+        grayscale_policy=cfg.data.grayscale_policy, rgba_policy=cfg.data.rgba_policy
+    )
 
 # %% ../../nbs/photos/330_pack.ipynb #2396df88
 def pack_command(
-    stage:Any,             # StageData
-    run_root:str|Path,     # the run folder
-    cfg:Config,            # its configuration
-    estimate:bool=False,   # say what it would cost, and stop
-    workers:int|None=None  # processes; None = the CPUs
-)->None:
+    stage: Any,  # StageData
+    run_root: str | Path,  # the run folder
+    cfg: Config,  # its configuration
+    estimate: bool = False,  # say what it would cost, and stop
+    workers: int | None = None,  # processes; None = the CPUs
+) -> None:
     "What `pillsnap pack` does."
     est = estimate_pack(stage_rows(stage), stage.root, workers, **pack_settings(cfg))
-    print(f"stage {stage.stage}: {est['photos']:,} photos, about {est['bytes']/1e9:.2f} GB and {est['seconds']/60:.1f} min with {est['workers']} workers (estimated from {est['sampled']} photos)")
-    if estimate: return
+    print(
+        f"stage {stage.stage}: {est['photos']:,} photos, about {est['bytes'] / 1e9:.2f} GB and {est['seconds'] / 60:.1f} min with {est['workers']} workers (estimated from {est['sampled']} photos)"
+    )
+    if estimate:
+        return
     pack = stage_pack(stage, run_root, cfg, workers)
-    print(f"{pack.path}: {len(pack):,} photos, {sum(s['bytes'] for s in pack.header['shards'])/1e9:.2f} GB in {len(pack.header['shards'])} shards, {pack.header['skipped']:,} without a record")
-    if pack.header["skipped"]: print(pack.skipped.head(10).to_string(index=False), f"\n… all of them: Pack({str(pack.path)!r}).skipped"*(len(pack.skipped) > 10))
+    print(
+        f"{pack.path}: {len(pack):,} photos, {sum(s['bytes'] for s in pack.header['shards']) / 1e9:.2f} GB in {len(pack.header['shards'])} shards, {pack.header['skipped']:,} without a record"
+    )
+    if pack.header["skipped"]:
+        print(
+            pack.skipped.head(10).to_string(index=False),
+            f"\n… all of them: Pack({str(pack.path)!r}).skipped" * (len(pack.skipped) > 10),
+        )

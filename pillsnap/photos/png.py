@@ -13,69 +13,85 @@ from numba import njit
 
 # %% ../../nbs/photos/300_png.ipynb #f0d9bfad
 @njit(nogil=True, inline="always")
-def _paeth(left:int, above:int, corner:int)->int:
+def _paeth(left: int, above: int, corner: int) -> int:
     "Paeth's predictor (1991), without a branch."
     a, b, c = abs(above - corner), abs(left - corner), abs(left + above - corner - corner)
-    v = corner + (above - corner)*(b <= c)
-    return v + (left - v)*((a <= b) & (a <= c))
+    v = corner + (above - corner) * (b <= c)
+    return v + (left - v) * ((a <= b) & (a <= c))
 
 # %% ../../nbs/photos/300_png.ipynb #c7c419db
-_1, _2, _3 = np.uint64(1), np.uint64(2), np.uint64(3)   # a place that can be negative costs numba a comparison
+_1, _2, _3 = np.uint64(1), np.uint64(2), np.uint64(3)  # a place that can be negative costs numba a comparison
+
 
 @njit(nogil=True, cache=True)
-def _unfilter(packed:np.ndarray, out:np.ndarray)->None:
+def _unfilter(packed: np.ndarray, out: np.ndarray) -> None:
     "uint8 [h, 1 + w], the filter before each row → uint8 [1 + h, w], a row of zeros before them; w is three times the pixels."
-    pixels = np.uint64(out.shape[1]//3)
+    pixels = np.uint64(out.shape[1] // 3)
     for y in range(len(packed)):
         kind, d, up, to = packed[y, 0], packed[y], out[y], out[y + 1]
         r = g = b = ru = gu = bu = 0
         if kind == 0:
-            for k in range(len(to)): to[k] = d[k + 1]
+            for k in range(len(to)):
+                to[k] = d[k + 1]
         elif kind == 2:
-            for k in range(len(to)): to[k] = d[k + 1] + up[k]
+            for k in range(len(to)):
+                to[k] = d[k + 1] + up[k]
         elif kind == 1:
             for k in range(pixels):
-                x = np.uint64(k*_3)
+                x = np.uint64(k * _3)
                 r, g, b = (d[x + _1] + r) & 255, (d[x + _2] + g) & 255, (d[x + _3] + b) & 255
                 to[x], to[x + _1], to[x + _2] = r, g, b
         elif kind == 3:
             for k in range(pixels):
-                x = np.uint64(k*_3)
-                r, g, b = (d[x + _1] + (r + up[x])//2) & 255, (d[x + _2] + (g + up[x + _1])//2) & 255, (d[x + _3] + (b + up[x + _2])//2) & 255
+                x = np.uint64(k * _3)
+                r, g, b = (
+                    (d[x + _1] + (r + up[x]) // 2) & 255,
+                    (d[x + _2] + (g + up[x + _1]) // 2) & 255,
+                    (d[x + _3] + (b + up[x + _2]) // 2) & 255,
+                )
                 to[x], to[x + _1], to[x + _2] = r, g, b
         else:
             for k in range(pixels):
-                x = np.uint64(k*_3)
+                x = np.uint64(k * _3)
                 rv, gv, bv = np.int64(up[x]), np.int64(up[x + _1]), np.int64(up[x + _2])
-                r, g, b = (d[x + _1] + _paeth(r, rv, ru)) & 255, (d[x + _2] + _paeth(g, gv, gu)) & 255, (d[x + _3] + _paeth(b, bv, bu)) & 255
+                r, g, b = (
+                    (d[x + _1] + _paeth(r, rv, ru)) & 255,
+                    (d[x + _2] + _paeth(g, gv, gu)) & 255,
+                    (d[x + _3] + _paeth(b, bv, bu)) & 255,
+                )
                 to[x], to[x + _1], to[x + _2] = r, g, b
                 ru, gu, bu = rv, gv, bv
 
 # %% ../../nbs/photos/300_png.ipynb #db5cdae5
-def _packed(b:bytes)->bytes:
+def _packed(b: bytes) -> bytes:
     "The packed pixels; ValueError where a part is cut off or its checksum is wrong."
     found, k, m = [], 8, memoryview(b)
-    while (kind := b[k + 4:k + 8]) != b"IEND":
-        end = k + 8 + int.from_bytes(b[k:k + 4], "big")
-        if end + 4 > len(b): raise ValueError("cut off")
-        if isal_zlib.crc32(m[k + 4:end]) != int.from_bytes(b[end:end + 4], "big"): raise ValueError(f"the checksum of its part {kind.decode('latin-1')!r} is wrong")
-        if kind == b"IDAT": found.append(m[k + 8:end])
+    while (kind := b[k + 4 : k + 8]) != b"IEND":
+        end = k + 8 + int.from_bytes(b[k : k + 4], "big")
+        if end + 4 > len(b):
+            raise ValueError("cut off")
+        if isal_zlib.crc32(m[k + 4 : end]) != int.from_bytes(b[end : end + 4], "big"):
+            raise ValueError(f"the checksum of its part {kind.decode('latin-1')!r} is wrong")
+        if kind == b"IDAT":
+            found.append(m[k + 8 : end])
         k = end + 4
     return b"".join(found)
 
 # %% ../../nbs/photos/300_png.ipynb #9676c7b7
 def unpack_png(
-    b:bytes,           # a PNG of three 8-bit channels, not interlaced
-    rows:int|None=None # no more rows are needed; None = all
-)->np.ndarray:         # [rows, W, 3] uint8, as stored
+    b: bytes,  # a PNG of three 8-bit channels, not interlaced
+    rows: int | None = None,  # no more rows are needed; None = all
+) -> np.ndarray:  # [rows, W, 3] uint8, as stored
     "A PNG's pixels; ValueError, or isal's error, where the file is not whole (PNG specification, third edition; SPEC BM5)."
     w, h = struct.unpack_from(">II", b, 16)
     n = min(rows or h, h)
-    size, unpack = n*(3*w + 1), igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_ZLIB)
+    size, unpack = n * (3 * w + 1), igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_ZLIB)
     raw = unpack.decompress(_packed(b), size + (n == h))
-    if len(raw) != size or n == h and not unpack.eof: raise ValueError("its pixels end too early, or too late")
-    lines, out = np.frombuffer(raw, np.uint8).reshape(n, 3*w + 1), np.empty((n + 1, 3*w), np.uint8)
-    if lines[:, 0].max() > 4: raise ValueError("a row has a filter that does not exist")
+    if len(raw) != size or n == h and not unpack.eof:
+        raise ValueError("its pixels end too early, or too late")
+    lines, out = np.frombuffer(raw, np.uint8).reshape(n, 3 * w + 1), np.empty((n + 1, 3 * w), np.uint8)
+    if lines[:, 0].max() > 4:
+        raise ValueError("a row has a filter that does not exist")
     out[0] = 0
     _unfilter(lines, out)
     return out[1:].reshape(n, w, 3)

@@ -22,9 +22,9 @@ from ..core.errors import PillsnapError
 
 # %% ../../nbs/synth/200_catalogue.ipynb #670a0b30
 def rng_for(
-    seed:int, # seed of the whole delivery
-    *words    # what the draws are for, e.g. "drug", 573
-)->np.random.Generator: # the same for the same seed and words, on every machine
+    seed: int,  # seed of the whole delivery
+    *words,  # what the draws are for, e.g. "drug", 573
+) -> np.random.Generator:  # the same for the same seed and words, on every machine
     "A generator named by its purpose (SPEC BX5: bytes fixed by the seed)."
     text = "/".join(map(str, (seed, *words)))
     return np.random.default_rng(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little"))
@@ -33,51 +33,60 @@ def rng_for(
 @dataclass(frozen=True)
 class Body:
     "A pill without its imprint: what twins share."
-    form:str                # "tablet", "capsule" (hard, two halves) or "gel" (soft capsule)
-    shape:str               # outline in the record's words: 원형, 타원형, 장방형, …
-    colours:tuple[str,...]  # one colour word, or two: capsule halves, layers
-    clear:bool              # translucent shell ("노랑, 투명")
-    long_mm:float           # longest side of the outline
-    short_mm:float          # shortest side of the outline
-    thick_mm:float          # height of the pill as it lies
-    profile:str             # tablet's face: "convex", "deep" or "flat" (bevelled edge)
-    coat:str                # "film", "plain" (uncoated) or "sugar"
-    score:tuple[str,str]    # score line of front and back: "", "-" or "+"
-    grain:int               # seed of colour shade, speckles and surface texture
+
+    form: str  # "tablet", "capsule" (hard, two halves) or "gel" (soft capsule)
+    shape: str  # outline in the record's words: 원형, 타원형, 장방형, …
+    colours: tuple[str, ...]  # one colour word, or two: capsule halves, layers
+    clear: bool  # translucent shell ("노랑, 투명")
+    long_mm: float  # longest side of the outline
+    short_mm: float  # shortest side of the outline
+    thick_mm: float  # height of the pill as it lies
+    profile: str  # tablet's face: "convex", "deep" or "flat" (bevelled edge)
+    coat: str  # "film", "plain" (uncoated) or "sugar"
+    score: tuple[str, str]  # score line of front and back: "", "-" or "+"
+    grain: int  # seed of colour shade, speckles and surface texture
 
 # %% ../../nbs/synth/200_catalogue.ipynb #19a09d4f
 @dataclass(frozen=True)
 class Imprint:
     "What is written on a pill, in the record's own notation."
-    front:str          # e.g. "M분할선10": letters left and right of a score line
-    back:str           # e.g. "마크" (a maker's mark), "" for a blank side
-    ink:str            # "" debossed into the body, or the colour word of the print
-    font:str           # typeface family of the glyphs
-    mark:int           # which of the invented makers' marks "마크" stands for
+
+    front: str  # e.g. "M분할선10": letters left and right of a score line
+    back: str  # e.g. "마크" (a maker's mark), "" for a blank side
+    ink: str  # "" debossed into the body, or the colour word of the print
+    font: str  # typeface family of the glyphs
+    mark: int  # which of the invented makers' marks "마크" stands for
 
 # %% ../../nbs/synth/200_catalogue.ipynb #b3227df6
 @dataclass(frozen=True)
 class Drug:
     "One invented drug."
-    number:int         # K-number
-    body:Body          # its shape and colour
-    imprint:Imprint    # its two sides
-    record:dict = field(repr=False, compare=False) # the per-drug keys of its record, in their order
+
+    number: int  # K-number
+    body: Body  # its shape and colour
+    imprint: Imprint  # its two sides
+    record: dict = field(repr=False, compare=False)  # the per-drug keys of its record, in their order
 
     @property
-    def kcode(self)->str: return kcode(self.number) # the stable class key
+    def kcode(self) -> str:
+        return kcode(self.number)  # the stable class key
+
     @property
-    def name(self)->str: return self.record["dl_name"] # Korean product name
+    def name(self) -> str:
+        return self.record["dl_name"]  # Korean product name
+
 
 def kcode(
-    number:int # K-number
-)->str: # "K-000573"
+    number: int,  # K-number
+) -> str:  # "K-000573"
     "The class key of a drug."
     return f"K-{number:06d}"
 
 # %% ../../nbs/synth/200_catalogue.ipynb #68f8cfae
 # Korean name, English name, class, 전문(Rx) or 일반(OTC), strengths in mg
-INGREDIENTS = tuple(tuple(l.split("|")) for l in """\
+INGREDIENTS = tuple(
+    tuple(l.split("|"))
+    for l in """\
 가바펜틴|Gabapentin|[01130]항전간제|전문|100 300 600 800
 토피라메이트|Topiramate|[01130]항전간제|전문|25 50 100
 아세트아미노펜|Acetaminophen|[01140]해열.진통.소염제|일반|160 325 500 650
@@ -103,11 +112,14 @@ INGREDIENTS = tuple(tuple(l.split("|")) for l in """\
 세티리진염산염|Cetirizine Hydrochloride|[01410]항히스타민제|일반|5 10
 은행엽건조엑스|Ginkgo Leaf Dried Extract|[02190]기타의 순환계용약|일반|40 80 120
 티아민질산염|Thiamine Nitrate|[03160]혼합비타민제(비타민AD 혼합제제를 제외)|일반|50 100
-우르소데옥시콜산|Ursodeoxycholic Acid|[02360]이담제|일반|100 200""".splitlines())
+우르소데옥시콜산|Ursodeoxycholic Acid|[02360]이담제|일반|100 200""".splitlines()
+)
 
 # %% ../../nbs/synth/200_catalogue.ipynb #6b0766ae
 # Korean name, English name, letters on its pills, first digits of its EDI codes
-MAKERS = tuple(tuple(l.split("|")) for l in """\
+MAKERS = tuple(
+    tuple(l.split("|"))
+    for l in """\
 한빛샘제약(주)|Hanbitsaem|HB|6421
 (주)두루온바이오|Duruon Bio|DRO|6435
 새길약품(주)|Saegil|SG|6447
@@ -123,388 +135,664 @@ MAKERS = tuple(tuple(l.split("|")) for l in """\
 (주)씨밀레코리아|Cimile Korea|CMK|6559
 도담약품공업(주)|Dodam|DD|6563
 윤슬제약(주)|Yunseul|YS|6575
-(주)별하메디|Byeolha Medi|BH|6586""".splitlines())
+(주)별하메디|Byeolha Medi|BH|6586""".splitlines()
+)
 
 # %% ../../nbs/synth/200_catalogue.ipynb #970e4a8c
-SYLLABLES = dict(zip(
-    "라 모 세 노 벨 피 가 디 루 카 오 유 네 토 로 메 비 클 프 트 에 솔 듀 스 타 나 조 리 베 지 코 데".split(),
-    "ra mo se no bel pi ga di ru ka o yu ne to ro me bi kl pu tr e sol dyu s ta na jo ri be ji ko de".split()))
-ENDINGS = dict(zip("펜 린 정온 탄 딘 맥 셀 큐 반 돈 빌 론 핀 젠 담 잔".split(),
-    "pen rin jeon tan din mac cel q ban don bil ron pin zen dam zan".split()))
+SYLLABLES = dict(
+    zip(
+        "라 모 세 노 벨 피 가 디 루 카 오 유 네 토 로 메 비 클 프 트 에 솔 듀 스 타 나 조 리 베 지 코 데".split(),
+        "ra mo se no bel pi ga di ru ka o yu ne to ro me bi kl pu tr e sol dyu s ta na jo ri be ji ko de".split(),
+    )
+)
+ENDINGS = dict(
+    zip(
+        "펜 린 정온 탄 딘 맥 셀 큐 반 돈 빌 론 핀 젠 담 잔".split(),
+        "pen rin jeon tan din mac cel q ban don bil ron pin zen dam zan".split(),
+    )
+)
 
 # %% ../../nbs/synth/200_catalogue.ipynb #554a6458
-COLOURS = {"하양":.34, "노랑":.20, "분홍":.15, "갈색":.08, "주황":.08, "빨강":.03, "초록":.03, "연두":.03, "파랑":.025, "자주":.015, "보라":.01, "회색":.01}
-KINDS = {("tablet","원형"):.44, ("tablet","타원형"):.22, ("gel","타원형"):.05, ("tablet","장방형"):.12, ("capsule","장방형"):.07, ("tablet","팔각형"):.02,
-    ("tablet","육각형"):.02, ("tablet","삼각형"):.015, ("tablet","사각형"):.01, ("tablet","마름모형"):.01, ("tablet","오각형"):.01, ("tablet","기타"):.015}
-INKS  = ("검정", "남색", "갈색", "빨강")
+COLOURS = {
+    "하양": 0.34,
+    "노랑": 0.20,
+    "분홍": 0.15,
+    "갈색": 0.08,
+    "주황": 0.08,
+    "빨강": 0.03,
+    "초록": 0.03,
+    "연두": 0.03,
+    "파랑": 0.025,
+    "자주": 0.015,
+    "보라": 0.01,
+    "회색": 0.01,
+}
+KINDS = {
+    ("tablet", "원형"): 0.44,
+    ("tablet", "타원형"): 0.22,
+    ("gel", "타원형"): 0.05,
+    ("tablet", "장방형"): 0.12,
+    ("capsule", "장방형"): 0.07,
+    ("tablet", "팔각형"): 0.02,
+    ("tablet", "육각형"): 0.02,
+    ("tablet", "삼각형"): 0.015,
+    ("tablet", "사각형"): 0.01,
+    ("tablet", "마름모형"): 0.01,
+    ("tablet", "오각형"): 0.01,
+    ("tablet", "기타"): 0.015,
+}
+INKS = ("검정", "남색", "갈색", "빨강")
 FONTS = ("DejaVuSans-Bold", "DejaVuSans", "DejaVuSansMono-Bold", "DejaVuSerif-Bold")
 
 # %% ../../nbs/synth/200_catalogue.ipynb #aea2311c
 def deal(
-    table:dict,              # card → share
-    n:int,                   # how many to deal
-    rng:np.random.Generator  # decides order and the fractional cards
-)->list: # n cards whose counts are within one of their shares
+    table: dict,  # card → share
+    n: int,  # how many to deal
+    rng: np.random.Generator,  # decides order and the fractional cards
+) -> list:  # n cards whose counts are within one of their shares
     "Stratified draw: one point in each of n equal slices of the cumulative shares."
     edges, cards = np.cumsum(list(table.values())), list(table)
-    points = (np.arange(n)+rng.random())/n
-    return [cards[min(int(np.searchsorted(edges, p)), len(cards)-1)] for p in rng.permutation(points)]
+    points = (np.arange(n) + rng.random()) / n
+    return [cards[min(int(np.searchsorted(edges, p)), len(cards) - 1)] for p in rng.permutation(points)]
 
 # %% ../../nbs/synth/200_catalogue.ipynb #1ab6148c
 def deal_kinds(
-    n:int,                   # drugs
-    rng:np.random.Generator # source of chance
-)->list[tuple[str,str]]: # form and outline of each
+    n: int,  # drugs
+    rng: np.random.Generator,  # source of chance
+) -> list[tuple[str, str]]:  # form and outline of each
     "A deck of kinds with at least one capsule and one gel."
     cards = deal(KINDS, n, rng)
-    for rare in (("capsule","장방형"), ("gel","타원형")):
-        if n >= 8 and rare not in cards: cards[cards.index(max(KINDS, key=lambda k: (cards.count(k), KINDS[k])))] = rare
+    for rare in (("capsule", "장방형"), ("gel", "타원형")):
+        if n >= 8 and rare not in cards:
+            cards[cards.index(max(KINDS, key=lambda k: (cards.count(k), KINDS[k])))] = rare
     return cards
 
 # %% ../../nbs/synth/200_catalogue.ipynb #e5191f16
-CAPSULES = ((21.7,7.6), (19.4,6.9), (18.0,6.4), (15.9,5.8), (14.3,5.3)) # hard capsule sizes 0 to 4: length, width in mm
-_RATIO = {"팔각형":1.0, "육각형":1.0, "삼각형":1.0, "사각형":1.0, "오각형":1.0, "마름모형":1.35, "기타":1.12} # long over short
+CAPSULES = (
+    (21.7, 7.6),
+    (19.4, 6.9),
+    (18.0, 6.4),
+    (15.9, 5.8),
+    (14.3, 5.3),
+)  # hard capsule sizes 0 to 4: length, width in mm
+_RATIO = {
+    "팔각형": 1.0,
+    "육각형": 1.0,
+    "삼각형": 1.0,
+    "사각형": 1.0,
+    "오각형": 1.0,
+    "마름모형": 1.35,
+    "기타": 1.12,
+}  # long over short
+
 
 def outline_mm(
-    form:str,                # "tablet", "capsule" or "gel"
-    shape:str,               # outline word
-    rng:np.random.Generator # source of chance
-)->tuple[float,float]: # long and short side, mm
+    form: str,  # "tablet", "capsule" or "gel"
+    shape: str,  # outline word
+    rng: np.random.Generator,  # source of chance
+) -> tuple[float, float]:  # long and short side, mm
     "Sizes like those of the records: round 5 to 12.6 mm, oval and oblong 8 to 21 mm."
-    if form == "capsule": return CAPSULES[rng.choice(5, p=(.1,.2,.3,.25,.15))]
-    if form == "gel": return (long := float(np.clip(rng.normal(15.5,2), 11, 20))), long/rng.uniform(1.65,1.9)
-    if shape == "원형": return (d := float(np.clip(rng.normal(7.8,1.5), 5.8, 12.6))), d
-    if shape in ("타원형","장방형"):
-        long = float(np.clip(rng.normal(16.8,4), 8, 21))
-        return long, long/(rng.uniform(1.75,2.2) if shape == "타원형" else rng.uniform(1.9,2.55))
-    long = float(np.clip(rng.normal(7.9,1.1), 6, 11))
-    return long, long/_RATIO[shape]
+    if form == "capsule":
+        return CAPSULES[rng.choice(5, p=(0.1, 0.2, 0.3, 0.25, 0.15))]
+    if form == "gel":
+        return (long := float(np.clip(rng.normal(15.5, 2), 11, 20))), long / rng.uniform(1.65, 1.9)
+    if shape == "원형":
+        return (d := float(np.clip(rng.normal(7.8, 1.5), 5.8, 12.6))), d
+    if shape in ("타원형", "장방형"):
+        long = float(np.clip(rng.normal(16.8, 4), 8, 21))
+        return long, long / (rng.uniform(1.75, 2.2) if shape == "타원형" else rng.uniform(1.9, 2.55))
+    long = float(np.clip(rng.normal(7.9, 1.1), 6, 11))
+    return long, long / _RATIO[shape]
 
 # %% ../../nbs/synth/200_catalogue.ipynb #8155b843
 def as_mm(
-    x:float,                 # millimetres
-    rng:np.random.Generator # source of chance
-)->int|float: # rounded as the records round
+    x: float,  # millimetres
+    rng: np.random.Generator,  # source of chance
+) -> int | float:  # rounded as the records round
     "An int a third of the time, else one decimal, now and then two."
-    digits = rng.choice(3, p=(.3,.55,.15))
+    digits = rng.choice(3, p=(0.3, 0.55, 0.15))
     value = round(float(x), int(digits))
     return int(value) if value == int(value) else value
 
 # %% ../../nbs/synth/200_catalogue.ipynb #eaf1d020
 def make_body(
-    form:str,                # "tablet", "capsule" or "gel"
-    shape:str,               # outline word
-    colour:str,              # main colour word
-    rng:np.random.Generator # source of chance
-)->Body:
+    form: str,  # "tablet", "capsule" or "gel"
+    shape: str,  # outline word
+    colour: str,  # main colour word
+    rng: np.random.Generator,  # source of chance
+) -> Body:
     "A body of the given kind and colour."
     long, short = (as_mm(x, rng) for x in outline_mm(form, shape, rng))
-    if shape == "원형" or _RATIO.get(shape) == 1: short = long
-    profile = str(rng.choice(("convex","deep","flat"), p=(.6,.2,.2)))
-    coat = str(rng.choice(("film","plain","sugar"), p=(.7,.25,.05))) if profile != "flat" else str(rng.choice(("film","plain"), p=(.4,.6)))
-    plump = {"convex":(.42,.54), "deep":(.55,.66), "flat":(.36,.46)}[profile]
-    thick = min(short, long)*(1 if form != "tablet" else rng.uniform(*plump)+(.14 if long/short > 1.5 else 0))   # long tablets are thicker for their width
-    if form == "gel": colour = str(rng.choice(("노랑","갈색","주황","빨강","초록"), p=(.4,.3,.12,.1,.08)))
-    return Body(form, shape, two_colours(form, colour, rng), form == "gel" and bool(rng.random() < .7), long, short,
-        as_mm(max(thick, 2.2), rng), profile, coat if form == "tablet" else "film", pick_score(form, profile, rng), int(rng.integers(1<<31)))
+    if shape == "원형" or _RATIO.get(shape) == 1:
+        short = long
+    profile = str(rng.choice(("convex", "deep", "flat"), p=(0.6, 0.2, 0.2)))
+    coat = (
+        str(rng.choice(("film", "plain", "sugar"), p=(0.7, 0.25, 0.05)))
+        if profile != "flat"
+        else str(rng.choice(("film", "plain"), p=(0.4, 0.6)))
+    )
+    plump = {"convex": (0.42, 0.54), "deep": (0.55, 0.66), "flat": (0.36, 0.46)}[profile]
+    thick = min(short, long) * (
+        1 if form != "tablet" else rng.uniform(*plump) + (0.14 if long / short > 1.5 else 0)
+    )  # long tablets are thicker for their width
+    if form == "gel":
+        colour = str(rng.choice(("노랑", "갈색", "주황", "빨강", "초록"), p=(0.4, 0.3, 0.12, 0.1, 0.08)))
+    return Body(
+        form,
+        shape,
+        two_colours(form, colour, rng),
+        form == "gel" and bool(rng.random() < 0.7),
+        long,
+        short,
+        as_mm(max(thick, 2.2), rng),
+        profile,
+        coat if form == "tablet" else "film",
+        pick_score(form, profile, rng),
+        int(rng.integers(1 << 31)),
+    )
 
 # %% ../../nbs/synth/200_catalogue.ipynb #04d8608c
 def two_colours(
-    form:str,                # "tablet", "capsule" or "gel"
-    colour:str,              # main colour word
-    rng:np.random.Generator # source of chance
-)->tuple[str,...]: # one or two colour words
+    form: str,  # "tablet", "capsule" or "gel"
+    colour: str,  # main colour word
+    rng: np.random.Generator,  # source of chance
+) -> tuple[str, ...]:  # one or two colour words
     "A second colour for most capsules and a few layered tablets."
-    share = {"capsule":.7, "tablet":.03, "gel":0}[form]
-    if rng.random() >= share: return (colour,)
-    others = [c for c in ("하양","노랑","주황","초록","파랑","빨강","회색") if c != colour]
+    share = {"capsule": 0.7, "tablet": 0.03, "gel": 0}[form]
+    if rng.random() >= share:
+        return (colour,)
+    others = [c for c in ("하양", "노랑", "주황", "초록", "파랑", "빨강", "회색") if c != colour]
     return (colour, str(rng.choice(others)))
 
+
 def pick_score(
-    form:str,                # "tablet", "capsule" or "gel"
-    profile:str,             # tablet's face
-    rng:np.random.Generator # source of chance
-)->tuple[str,str]: # score of front and back
+    form: str,  # "tablet", "capsule" or "gel"
+    profile: str,  # tablet's face
+    rng: np.random.Generator,  # source of chance
+) -> tuple[str, str]:  # score of front and back
     "Score lines: '-' on about a fifth of the tablets, '+' rarely."
-    if form != "tablet" or profile == "deep": return ("", "")
-    return (("",""), ("-",""), ("","-"), ("-","-"), ("","+"))[rng.choice(5, p=(.72,.11,.11,.03,.03))]
+    if form != "tablet" or profile == "deep":
+        return ("", "")
+    return (("", ""), ("-", ""), ("", "-"), ("-", "-"), ("", "+"))[rng.choice(5, p=(0.72, 0.11, 0.11, 0.03, 0.03))]
 
 # %% ../../nbs/synth/200_catalogue.ipynb #c69be702
 LETTERS = "ABCDEFGHJKLMNPRSTUVWXYZ"
 
+
 def side_text(
-    score:str,               # this side's score line
-    words:tuple[str,...],    # texts to choose from, best first
-    rng:np.random.Generator # source of chance
-)->str: # in the record's notation
+    score: str,  # this side's score line
+    words: tuple[str, ...],  # texts to choose from, best first
+    rng: np.random.Generator,  # source of chance
+) -> str:  # in the record's notation
     "One side's imprint; '분할선' stands where the score line runs."
     word = str(rng.choice(words))
-    if score == "+": return "십자분할선"
-    if score == "": return word
+    if score == "+":
+        return "십자분할선"
+    if score == "":
+        return word
     short = [w for w in words if 0 < len(w) <= 2 and w != "마크"] or [""]
     left = str(rng.choice(short))
-    right = str(rng.choice([""]+[w for w in short if w[:2] != left[:2]]))
+    right = str(rng.choice([""] + [w for w in short if w[:2] != left[:2]]))
     return f"{left[:2]}분할선{right[:2]}"
 
 # %% ../../nbs/synth/200_catalogue.ipynb #56ebe485
-DARK = ("갈색","빨강","자주","초록","파랑","보라")
+DARK = ("갈색", "빨강", "자주", "초록", "파랑", "보라")
+
 
 def pick_ink(
-    body:Body,               # what is printed on
-    rng:np.random.Generator # source of chance
-)->str: # colour word
+    body: Body,  # what is printed on
+    rng: np.random.Generator,  # source of chance
+) -> str:  # colour word
     "Dark ink on light shells, white ink on dark ones, black where a capsule has both."
     dark = [c in DARK for c in body.colours]
     return str(rng.choice(INKS)) if not any(dark) else "하양" if all(dark) else "검정"
 
 # %% ../../nbs/synth/200_catalogue.ipynb #602766e8
 def make_imprint(
-    body:Body,               # its form and score decide the layout
-    maker:tuple,             # a row of MAKERS
-    dose:str,                # strength in mg
-    rng:np.random.Generator # source of chance
-)->Imprint:
+    body: Body,  # its form and score decide the layout
+    maker: tuple,  # a row of MAKERS
+    dose: str,  # strength in mg
+    rng: np.random.Generator,  # source of chance
+) -> Imprint:
     "Front: maker's letters or mark; back: number, strength or nothing."
     own = "".join(rng.choice(list(LETTERS), 2))
-    number, dose = str(rng.choice((rng.integers(10,100), rng.integers(100,1000)))), dose.replace(".", "")
-    roomy = body.long_mm/body.short_mm > 1.5 and body.form == "tablet"
+    number, dose = str(rng.choice((rng.integers(10, 100), rng.integers(100, 1000)))), dose.replace(".", "")
+    roomy = body.long_mm / body.short_mm > 1.5 and body.form == "tablet"
     fronts, backs = texts(maker[2], own, number, dose, body.form, roomy)
-    printed = body.form != "tablet" or (body.coat != "plain" and rng.random() < .14)
+    printed = body.form != "tablet" or (body.coat != "plain" and rng.random() < 0.14)
     front, back = side_text(body.score[0], fronts, rng), side_text(body.score[1], backs, rng)
-    return Imprint(front, back, pick_ink(body, rng) if printed else "", str(rng.choice(FONTS, p=(.6,.15,.1,.15))), int(rng.integers(12)))
+    return Imprint(
+        front,
+        back,
+        pick_ink(body, rng) if printed else "",
+        str(rng.choice(FONTS, p=(0.6, 0.15, 0.1, 0.15))),
+        int(rng.integers(12)),
+    )
+
 
 def texts(
-    maker:str,   # the maker's letters
-    own:str,     # the product's letters
-    number:str,  # a number of two or three digits
-    dose:str,    # strength without its point
-    form:str,    # "tablet", "capsule" or "gel"
-    roomy:bool   # a long tablet
-)->tuple[tuple[str,...],tuple[str,...]]: # to choose from: fronts, backs
+    maker: str,  # the maker's letters
+    own: str,  # the product's letters
+    number: str,  # a number of two or three digits
+    dose: str,  # strength without its point
+    form: str,  # "tablet", "capsule" or "gel"
+    roomy: bool,  # a long tablet
+) -> tuple[tuple[str, ...], tuple[str, ...]]:  # to choose from: fronts, backs
     "What makers write: letters, marks, numbers, strengths, blanks in between."
-    if form == "capsule": return (f"{maker} {own}", f"{own}   {number}", f"{maker}{number[:2]}"), (number[:2], dose, "")
-    if form == "gel": return (maker[:2], own, "마크"), (own[0]+number[0], dose, "")
-    if roomy: return (maker, "마크", f"마크{number}", f"{maker}{number[:2]}", f"{own} {dose}", own.replace("A","Λ")+maker.replace("A","Λ")), (number[:2], dose, number, own[0]+number)
-    return (maker, own, "마크", own, f"{own} {number[:2]}"), (number[:2], dose if len(dose) < 4 else number[:2], own[0]+number[0])
+    if form == "capsule":
+        return (f"{maker} {own}", f"{own}   {number}", f"{maker}{number[:2]}"), (number[:2], dose, "")
+    if form == "gel":
+        return (maker[:2], own, "마크"), (own[0] + number[0], dose, "")
+    if roomy:
+        return (
+            maker,
+            "마크",
+            f"마크{number}",
+            f"{maker}{number[:2]}",
+            f"{own} {dose}",
+            own.replace("A", "Λ") + maker.replace("A", "Λ"),
+        ), (number[:2], dose, number, own[0] + number)
+    return (maker, own, "마크", own, f"{own} {number[:2]}"), (
+        number[:2],
+        dose if len(dose) < 4 else number[:2],
+        own[0] + number[0],
+    )
 
 # %% ../../nbs/synth/200_catalogue.ipynb #2bd49865
 def twin_imprints(
-    which:int, # running number of the pair
-    font:str   # typeface of both
-)->tuple[Imprint,Imprint]: # equally styled, unlike on both sides
+    which: int,  # running number of the pair
+    font: str,  # typeface of both
+) -> tuple[Imprint, Imprint]:  # equally styled, unlike on both sides
     "Two imprints that differ clearly on the front and on the back."
-    rng, n = rng_for(0, "twin letters", which), 1+which%2
+    rng, n = rng_for(0, "twin letters", which), 1 + which % 2
     word = lambda letters, k: "".join(rng.choice(list(letters), k, replace=False))
-    return (Imprint(word("AKMNTVWXYZ", n), word("147", 2), "", font, 0), Imprint(word("BCDGPRS", n), word("035689", 2), "", font, 0))
+    return (
+        Imprint(word("AKMNTVWXYZ", n), word("147", 2), "", font, 0),
+        Imprint(word("BCDGPRS", n), word("035689", 2), "", font, 0),
+    )
 
 # %% ../../nbs/synth/200_catalogue.ipynb #a5a6ca80
-SHOT_KEYS = ("file_name","width","height","imgfile","drug_N","drug_S","back_color","drug_dir","light_color","camera_la","camera_lo","size")
-DRUG_KEYS = ("dl_idx","dl_mapping_code","dl_name","dl_name_en","img_key","dl_material","dl_material_en","dl_custom_shape","dl_company","dl_company_en",
-    "di_company_mf","di_company_mf_en","item_seq","di_item_permit_date","di_class_no","di_etc_otc_code","di_edi_code","chart","drug_shape","thick",
-    "leng_long","leng_short","print_front","print_back","color_class1","color_class2","line_front","line_back","img_regist_ts","form_code_name",
-    "mark_code_front_anal","mark_code_back_anal","mark_code_front_img","mark_code_back_img","mark_code_front","mark_code_back","change_date")
+SHOT_KEYS = (
+    "file_name",
+    "width",
+    "height",
+    "imgfile",
+    "drug_N",
+    "drug_S",
+    "back_color",
+    "drug_dir",
+    "light_color",
+    "camera_la",
+    "camera_lo",
+    "size",
+)
+DRUG_KEYS = (
+    "dl_idx",
+    "dl_mapping_code",
+    "dl_name",
+    "dl_name_en",
+    "img_key",
+    "dl_material",
+    "dl_material_en",
+    "dl_custom_shape",
+    "dl_company",
+    "dl_company_en",
+    "di_company_mf",
+    "di_company_mf_en",
+    "item_seq",
+    "di_item_permit_date",
+    "di_class_no",
+    "di_etc_otc_code",
+    "di_edi_code",
+    "chart",
+    "drug_shape",
+    "thick",
+    "leng_long",
+    "leng_short",
+    "print_front",
+    "print_back",
+    "color_class1",
+    "color_class2",
+    "line_front",
+    "line_back",
+    "img_regist_ts",
+    "form_code_name",
+    "mark_code_front_anal",
+    "mark_code_back_anal",
+    "mark_code_front_img",
+    "mark_code_back_img",
+    "mark_code_front",
+    "mark_code_back",
+    "change_date",
+)
 IMAGE_KEYS = (*SHOT_KEYS, *DRUG_KEYS, "id")
 
 # %% ../../nbs/synth/200_catalogue.ipynb #09fc6ccf
 def invent_name(
-    form:str,                # dosage form decides 정 or 캡슐
-    dose:str,                # strength in mg
-    rng:np.random.Generator # source of chance
-)->tuple[str,str]: # Korean and English product name
+    form: str,  # dosage form decides 정 or 캡슐
+    dose: str,  # strength in mg
+    rng: np.random.Generator,  # source of chance
+) -> tuple[str, str]:  # Korean and English product name
     "A product name from syllables; it belongs to nobody that we know of."
-    syllables = rng.choice(list(SYLLABLES), int(rng.integers(2,4)), replace=False)
+    syllables = rng.choice(list(SYLLABLES), int(rng.integers(2, 4)), replace=False)
     end = str(rng.choice(list(ENDINGS)))
-    korean = "".join(syllables)+end
-    english = ("".join(SYLLABLES[s] for s in syllables)+ENDINGS[end]).capitalize()
-    kind = {"tablet":("정","Tab."), "capsule":("캡슐","Cap."), "gel":("연질캡슐","Soft Cap.")}[form]
+    korean = "".join(syllables) + end
+    english = ("".join(SYLLABLES[s] for s in syllables) + ENDINGS[end]).capitalize()
+    kind = {"tablet": ("정", "Tab."), "capsule": ("캡슐", "Cap."), "gel": ("연질캡슐", "Soft Cap.")}[form]
     return f"{korean}{kind[0]} {dose}밀리그램", f"{english} {kind[1]} {dose}mg"
 
 # %% ../../nbs/synth/200_catalogue.ipynb #dd543407
 def edi_codes(
-    maker:tuple,             # a row of MAKERS
-    rng:np.random.Generator # source of chance
-)->str: # "642500340,A01508511"
+    maker: tuple,  # a row of MAKERS
+    rng: np.random.Generator,  # source of chance
+) -> str:  # "642500340,A01508511"
     "EDI code list with the counts seen in the records: 1 and 2 are common, 3 and 4 rare."
-    n = 1 + int(rng.choice(4, p=(.45,.51,.02,.02)))
+    n = 1 + int(rng.choice(4, p=(0.45, 0.51, 0.02, 0.02)))
     codes = [f"{maker[3]}{rng.integers(10_000):04d}0"]
-    codes += [f"{rng.choice(('A','E','W'), p=(.8,.17,.03))}{rng.integers(100_000_000):08d}" for _ in range(n-1)]
+    codes += [
+        f"{rng.choice(('A', 'E', 'W'), p=(0.8, 0.17, 0.03))}{rng.integers(100_000_000):08d}" for _ in range(n - 1)
+    ]
     return ",".join(codes)
 
 # %% ../../nbs/synth/200_catalogue.ipynb #2f0cf466
 def form_words(
-    body:Body # the body
-)->tuple[str,str]: # form_code_name, dl_custom_shape
+    body: Body,  # the body
+) -> tuple[str, str]:  # form_code_name, dl_custom_shape
     "The two fields that say what kind of pill it is."
-    if body.form == "capsule": return "경질캡슐제, 산제", "경질캡슐제"
-    if body.form == "gel": return "연질캡슐제, 액상", "연질캡슐제"
-    if len(body.colours) > 1: return "다층정", "정제, 저작정"
-    return {"film":"필름코팅정", "plain":"나정", "sugar":"당의정"}[body.coat], "정제, 저작정"
+    if body.form == "capsule":
+        return "경질캡슐제, 산제", "경질캡슐제"
+    if body.form == "gel":
+        return "연질캡슐제, 액상", "연질캡슐제"
+    if len(body.colours) > 1:
+        return "다층정", "정제, 저작정"
+    return {"film": "필름코팅정", "plain": "나정", "sugar": "당의정"}[body.coat], "정제, 저작정"
+
 
 def describe(
-    body:Body,               # the body
-    colour:str               # main colour word
-)->str: # the chart field
+    body: Body,  # the body
+    colour: str,  # main colour word
+) -> str:  # the chart field
     "One Korean sentence about the look of a pill."
     score = "한 면에 분할선이 있는 " if any(body.score) else ""
-    what = {"capsule":"경질캡슐제", "gel":"연질캡슐제"}.get(body.form) or ("양면이 볼록한 " if body.profile != "flat" else "")+form_words(body)[0]
+    what = {"capsule": "경질캡슐제", "gel": "연질캡슐제"}.get(body.form) or (
+        "양면이 볼록한 " if body.profile != "flat" else ""
+    ) + form_words(body)[0]
     return f"{colour}색의 {score}{body.shape} {what}"
 
 # %% ../../nbs/synth/200_catalogue.ipynb #d69af36d
-_LOGOS = ("집","원,점","삼각형","십자","잎","별","물방울","마름모","육각형","물결","하트","달")
+_LOGOS = ("집", "원,점", "삼각형", "십자", "잎", "별", "물방울", "마름모", "육각형", "물결", "하트", "달")
+
 
 def look_fields(
-    body:Body,       # its look
-    imprint:Imprint  # its sides
-)->dict: # the fields that describe a pill's look
+    body: Body,  # its look
+    imprint: Imprint,  # its sides
+) -> dict:  # the fields that describe a pill's look
     "What a record says of a body and its imprint."
     form, custom = form_words(body)
-    first = body.colours[0]+(", 투명" if body.clear else "")
+    first = body.colours[0] + (", 투명" if body.clear else "")
     marks = [_LOGOS[imprint.mark] if "마크" in side else "" for side in (imprint.front, imprint.back)]
-    return dict(dl_custom_shape=custom, chart=describe(body, first), drug_shape=body.shape, thick=body.thick_mm, leng_long=body.long_mm, leng_short=body.short_mm,
-        print_front=imprint.front, print_back=imprint.back, color_class1=first, color_class2=body.colours[1] if len(body.colours) > 1 else "",
-        line_front=body.score[0], line_back=body.score[1], form_code_name=form, mark_code_front_anal=marks[0], mark_code_back_anal=marks[1],
-        mark_code_front_img="", mark_code_back_img="", mark_code_front="", mark_code_back="")
+    return dict(
+        dl_custom_shape=custom,
+        chart=describe(body, first),
+        drug_shape=body.shape,
+        thick=body.thick_mm,
+        leng_long=body.long_mm,
+        leng_short=body.short_mm,
+        print_front=imprint.front,
+        print_back=imprint.back,
+        color_class1=first,
+        color_class2=body.colours[1] if len(body.colours) > 1 else "",
+        line_front=body.score[0],
+        line_back=body.score[1],
+        form_code_name=form,
+        mark_code_front_anal=marks[0],
+        mark_code_back_anal=marks[1],
+        mark_code_front_img="",
+        mark_code_back_img="",
+        mark_code_front="",
+        mark_code_back="",
+    )
 
 # %% ../../nbs/synth/200_catalogue.ipynb #d27d42d9
 def word_fields(
-    number:int,              # K-number
-    form:str,                # "tablet", "capsule" or "gel"
-    maker:tuple,             # a row of MAKERS
-    ingredient:tuple,        # a row of INGREDIENTS
-    dose:str,                # strength in mg
-    rng:np.random.Generator # source of chance
-)->dict: # the fields that do not hang on its look
+    number: int,  # K-number
+    form: str,  # "tablet", "capsule" or "gel"
+    maker: tuple,  # a row of MAKERS
+    ingredient: tuple,  # a row of INGREDIENTS
+    dose: str,  # strength in mg
+    rng: np.random.Generator,  # source of chance
+) -> dict:  # the fields that do not hang on its look
     "Names, codes and dates (trap: dl_idx is K−1, as a string)."
-    (korean, english), year, outsourced = invent_name(form, dose, rng), int(rng.integers(1986, 2021)), rng.random() < .2
-    date = lambda y: f"{y}{rng.integers(1,13):02d}{rng.integers(1,29):02d}"
-    return dict(dl_idx=str(number-1), dl_mapping_code=kcode(number), dl_name=korean, dl_name_en=english,
-        img_key=f"http://example.org/design/img/drug/{rng.integers(10**17,10**18)}.jpg", dl_material=ingredient[0], dl_material_en=ingredient[1],
-        dl_company=maker[0], dl_company_en=maker[1], di_company_mf=maker[0] if outsourced else "", di_company_mf_en=maker[1] if outsourced else "",
-        item_seq=year*100_000+int(rng.integers(1,3000)), di_item_permit_date=date(year), di_class_no=ingredient[2], di_etc_otc_code=ingredient[3]+"의약품",
-        di_edi_code=edi_codes(maker, rng), img_regist_ts=date(min(year+2,2021)), change_date=date(2021))
+    (korean, english), year, outsourced = (
+        invent_name(form, dose, rng),
+        int(rng.integers(1986, 2021)),
+        rng.random() < 0.2,
+    )
+    date = lambda y: f"{y}{rng.integers(1, 13):02d}{rng.integers(1, 29):02d}"
+    return dict(
+        dl_idx=str(number - 1),
+        dl_mapping_code=kcode(number),
+        dl_name=korean,
+        dl_name_en=english,
+        img_key=f"http://example.org/design/img/drug/{rng.integers(10**17, 10**18)}.jpg",
+        dl_material=ingredient[0],
+        dl_material_en=ingredient[1],
+        dl_company=maker[0],
+        dl_company_en=maker[1],
+        di_company_mf=maker[0] if outsourced else "",
+        di_company_mf_en=maker[1] if outsourced else "",
+        item_seq=year * 100_000 + int(rng.integers(1, 3000)),
+        di_item_permit_date=date(year),
+        di_class_no=ingredient[2],
+        di_etc_otc_code=ingredient[3] + "의약품",
+        di_edi_code=edi_codes(maker, rng),
+        img_regist_ts=date(min(year + 2, 2021)),
+        change_date=date(2021),
+    )
+
 
 def in_order(
-    fields:dict # in any order
-)->dict:
+    fields: dict,  # in any order
+) -> dict:
     "DRUG_KEYS in their order; a missing or surplus field is a bug."
-    if fields.keys() != set(DRUG_KEYS): raise KeyError(f"record fields: {fields.keys() ^ set(DRUG_KEYS)}")
+    if fields.keys() != set(DRUG_KEYS):
+        raise KeyError(f"record fields: {fields.keys() ^ set(DRUG_KEYS)}")
     return {k: fields[k] for k in DRUG_KEYS}
 
 # %% ../../nbs/synth/200_catalogue.ipynb #dd59eb5e
-NULL_KEYS = ("img_key","chart","drug_shape","print_front","print_back","color_class1","color_class2","line_front","line_back","img_regist_ts","form_code_name",
-    "mark_code_front_anal","mark_code_back_anal","mark_code_front_img","mark_code_back_img","mark_code_front","mark_code_back","change_date")
+NULL_KEYS = (
+    "img_key",
+    "chart",
+    "drug_shape",
+    "print_front",
+    "print_back",
+    "color_class1",
+    "color_class2",
+    "line_front",
+    "line_back",
+    "img_regist_ts",
+    "form_code_name",
+    "mark_code_front_anal",
+    "mark_code_back_anal",
+    "mark_code_front_img",
+    "mark_code_back_img",
+    "mark_code_front",
+    "mark_code_back",
+    "change_date",
+)
+
 
 def blank_record(
-    record:dict # DRUG_KEYS
-)->dict: # the same drug with its eighteen null keys, and no sizes
+    record: dict,  # DRUG_KEYS
+) -> dict:  # the same drug with its eighteen null keys, and no sizes
     "A record as registries leave them: nothing known of the look."
-    return {**record, **dict.fromkeys(NULL_KEYS), **dict.fromkeys(("thick","leng_long","leng_short"), 0)}
+    return {**record, **dict.fromkeys(NULL_KEYS), **dict.fromkeys(("thick", "leng_long", "leng_short"), 0)}
 
 # %% ../../nbs/synth/200_catalogue.ipynb #dbedf680
 def make_drug(
-    number:int,           # K-number
-    kind:tuple[str,str],  # form and outline
-    colour:str,           # colour word
-    seed:int,             # of the delivery
-    look:tuple|None=None  # body and imprint, where they are given (twins)
-)->Drug:
+    number: int,  # K-number
+    kind: tuple[str, str],  # form and outline
+    colour: str,  # colour word
+    seed: int,  # of the delivery
+    look: tuple | None = None,  # body and imprint, where they are given (twins)
+) -> Drug:
     "One drug; everything about it hangs on the seed and its K-number."
     rng = rng_for(seed, "drug", number)
     maker, ingredient = MAKERS[rng.integers(len(MAKERS))], INGREDIENTS[rng.integers(len(INGREDIENTS))]
     dose = str(rng.choice(ingredient[4].split()))
     body = look[0] if look else make_body(*kind, colour, rng)
     imprint = look[1] if look else make_imprint(body, maker, dose, rng)
-    return Drug(number, body, imprint, in_order(word_fields(number, body.form, maker, ingredient, dose, rng) | look_fields(body, imprint)))
+    return Drug(
+        number,
+        body,
+        imprint,
+        in_order(word_fields(number, body.form, maker, ingredient, dose, rng) | look_fields(body, imprint)),
+    )
 
 # %% ../../nbs/synth/200_catalogue.ipynb #767984ac
 def twin_looks(
-    which:int, # running number of the pair
-    seed:int   # of the delivery
-)->list[tuple[Body,Imprint]]: # two looks
+    which: int,  # running number of the pair
+    seed: int,  # of the delivery
+) -> list[tuple[Body, Imprint]]:  # two looks
     "One body, two imprints: round and oval pairs in turn, white and yellow first."
-    long, rng = which%2 == 1, rng_for(seed, "twins", which)
-    size = (14,7.5,5.2) if long else (9,9,4.2)
-    if which > 1: size = tuple(round(float(x), 1) for x in np.array(size)*rng.uniform(.8,1.2))
-    colour = ("하양","노랑","하양","분홍","하양","주황")[which%6]
-    body = Body("tablet", "타원형" if long else "원형", (colour,), False, *size, "convex", "film", ("",""), int(rng.integers(1<<31)))
+    long, rng = which % 2 == 1, rng_for(seed, "twins", which)
+    size = (14, 7.5, 5.2) if long else (9, 9, 4.2)
+    if which > 1:
+        size = tuple(round(float(x), 1) for x in np.array(size) * rng.uniform(0.8, 1.2))
+    colour = ("하양", "노랑", "하양", "분홍", "하양", "주황")[which % 6]
+    body = Body(
+        "tablet",
+        "타원형" if long else "원형",
+        (colour,),
+        False,
+        *size,
+        "convex",
+        "film",
+        ("", ""),
+        int(rng.integers(1 << 31)),
+    )
     return [(body, imprint) for imprint in twin_imprints(which, FONTS[0])]
 
 # %% ../../nbs/synth/200_catalogue.ipynb #797707f8
 def distinct_imprints(
-    drugs:list[Drug], # a catalogue in the making
-    twins:set[int],   # positions whose imprints are given
-    seed:int          # of the delivery
-)->list[Drug]: # the same drugs, no two with equal front and back
+    drugs: list[Drug],  # a catalogue in the making
+    twins: set[int],  # positions whose imprints are given
+    seed: int,  # of the delivery
+) -> list[Drug]:  # the same drugs, no two with equal front and back
     "Only planted twins may be hard to tell apart: an imprint met before is drawn again."
     seen, out = {(drugs[i].imprint.front, drugs[i].imprint.back) for i in twins}, list(drugs)
-    for i,d in enumerate(drugs):
-        if i in twins: continue
+    for i, d in enumerate(drugs):
+        if i in twins:
+            continue
         for turn in range(50):
-            if (d.imprint.front, d.imprint.back) not in seen: break
+            if (d.imprint.front, d.imprint.back) not in seen:
+                break
             rng = rng_for(seed, "again", d.number, turn)
-            imprint = make_imprint(d.body, MAKERS[rng.integers(len(MAKERS))], str(rng.integers(1,1000)), rng)
+            imprint = make_imprint(d.body, MAKERS[rng.integers(len(MAKERS))], str(rng.integers(1, 1000)), rng)
             d = replace(d, imprint=imprint, record=in_order(d.record | look_fields(d.body, imprint)))
-        seen.add((d.imprint.front, d.imprint.back)); out[i] = d
+        seen.add((d.imprint.front, d.imprint.back))
+        out[i] = d
     return out
 
 # %% ../../nbs/synth/200_catalogue.ipynb #53a03299
 @dataclass(frozen=True)
 class Catalogue:
     "Invented drugs, ascending by K-code, and what was planted among them."
-    drugs:tuple[Drug,...]                # ascending by K-number
-    twins:tuple[tuple[str,str],...] = () # pairs of K-codes that differ in the imprint only
-    blank:tuple[str,...] = ()            # K-codes whose record has the eighteen null keys
 
-    def __len__(self)->int: return len(self.drugs)
-    def __iter__(self): return iter(self.drugs)
-    def __getitem__(self, k:str)->Drug: return next(d for d in self.drugs if d.kcode == k) # by K-code
+    drugs: tuple[Drug, ...]  # ascending by K-number
+    twins: tuple[tuple[str, str], ...] = ()  # pairs of K-codes that differ in the imprint only
+    blank: tuple[str, ...] = ()  # K-codes whose record has the eighteen null keys
+
+    def __len__(self) -> int:
+        return len(self.drugs)
+
+    def __iter__(self):
+        return iter(self.drugs)
+
+    def __getitem__(self, k: str) -> Drug:
+        return next(d for d in self.drugs if d.kcode == k)  # by K-code
 
 # %% ../../nbs/synth/200_catalogue.ipynb #d0a040c8
 def make_catalogue(
-    n:int=12,             # how many drugs
-    seed:int=42,          # of the delivery
-    twins:int|None=None,  # twin pairs; None: one for every 24 drugs, at least one
-    blank:bool=True,      # give one drug the eighteen null keys
-    avoid:tuple=()        # K-numbers that must not appear
-)->Catalogue:
+    n: int = 12,  # how many drugs
+    seed: int = 42,  # of the delivery
+    twins: int | None = None,  # twin pairs; None: one for every 24 drugs, at least one
+    blank: bool = True,  # give one drug the eighteen null keys
+    avoid: tuple = (),  # K-numbers that must not appear
+) -> Catalogue:
     "N invented drugs with planted twins (SPEC BX5, DATA.md section 3)."
-    if not 1 <= n <= 20_000: raise PillsnapError(f"a catalogue holds 1 to 20,000 drugs, not {n}", where="drugs")
+    if not 1 <= n <= 20_000:
+        raise PillsnapError(f"a catalogue holds 1 to 20,000 drugs, not {n}", where="drugs")
     rng = rng_for(seed, "catalogue", n, *sorted(avoid))
     numbers = np.sort(rng.choice(np.setdiff1d(np.arange(59, 44_200), np.array(sorted(avoid), int)), n, replace=False))
     kinds, colours = deal_kinds(n, rng), deal(COLOURS, n, rng)
     places = by_rarity(kinds, rng)
-    pairs = min(max(1, n//24) if twins is None else twins, n//2)
-    looks = {places[2*i+k]: look for i in range(pairs) for k,look in enumerate(twin_looks(i, seed))}
-    drugs = distinct_imprints([make_drug(int(k), kinds[i], colours[i], seed, looks.get(i)) for i,k in enumerate(numbers)], set(looks), seed)
-    blanks = [places[-1]] if blank and n > 2*pairs else []
-    for i in blanks: drugs[i] = replace(drugs[i], record=blank_record(drugs[i].record))
-    return Catalogue(tuple(drugs), tuple(tuple(sorted(drugs[places[2*i+k]].kcode for k in (0,1))) for i in range(pairs)), tuple(drugs[i].kcode for i in blanks))
+    pairs = min(max(1, n // 24) if twins is None else twins, n // 2)
+    looks = {places[2 * i + k]: look for i in range(pairs) for k, look in enumerate(twin_looks(i, seed))}
+    drugs = distinct_imprints(
+        [make_drug(int(k), kinds[i], colours[i], seed, looks.get(i)) for i, k in enumerate(numbers)], set(looks), seed
+    )
+    blanks = [places[-1]] if blank and n > 2 * pairs else []
+    for i in blanks:
+        drugs[i] = replace(drugs[i], record=blank_record(drugs[i].record))
+    return Catalogue(
+        tuple(drugs),
+        tuple(tuple(sorted(drugs[places[2 * i + k]].kcode for k in (0, 1))) for i in range(pairs)),
+        tuple(drugs[i].kcode for i in blanks),
+    )
 
 # %% ../../nbs/synth/200_catalogue.ipynb #c67415a9
 def by_rarity(
-    kinds:list[tuple[str,str]], # of each drug
-    rng:np.random.Generator # source of chance
-)->list[int]: # positions, those of common kinds first
+    kinds: list[tuple[str, str]],  # of each drug
+    rng: np.random.Generator,  # source of chance
+) -> list[int]:  # positions, those of common kinds first
     "Shuffled positions; whatever occurs least comes last."
     return sorted(map(int, rng.permutation(len(kinds))), key=lambda i: -KINDS[kinds[i]])
 
 # %% ../../nbs/synth/200_catalogue.ipynb #6ded6dbd
-BACKS  = ("검은색 배경", "파란색 배경", "연회색 배경") # words of the name's background token
-LIGHTS = ("전구색", "주광색", "주백색")               # words of the light token
-SIDES  = ("앞면", "뒷면")                             # words of the side token
+BACKS = ("검은색 배경", "파란색 배경", "연회색 배경")  # words of the name's background token
+LIGHTS = ("전구색", "주광색", "주백색")  # words of the light token
+SIDES = ("앞면", "뒷면")  # words of the side token
 
 # %% ../../nbs/synth/200_catalogue.ipynb #5ba24ba8
 def annotation(
-    drug:Drug,                          # whose pill the box holds
-    stem:str,                           # the photo's name without .png
-    box:tuple[int,int,int,int],         # x, y, w, h in pixels
-    width:int,                          # of the photo, pixels
-    height:int                          # of the photo, pixels
-)->dict: # the JSON's content, 50 image keys in their order
+    drug: Drug,  # whose pill the box holds
+    stem: str,  # the photo's name without .png
+    box: tuple[int, int, int, int],  # x, y, w, h in pixels
+    width: int,  # of the photo, pixels
+    height: int,  # of the photo, pixels
+) -> dict:  # the JSON's content, 50 image keys in their order
     "A delivery's annotation of one pill in one photo (DATA.md section 3)."
     _, _, back, side, light, latitude, longitude, size = stem.split("_")
-    shot = (f"{stem}.png", width, height, f"{stem}.png", drug.kcode, "정상알약", BACKS[int(back)], SIDES[int(side)], LIGHTS[int(light)], int(latitude), int(longitude), int(size))
+    shot = (
+        f"{stem}.png",
+        width,
+        height,
+        f"{stem}.png",
+        drug.kcode,
+        "정상알약",
+        BACKS[int(back)],
+        SIDES[int(side)],
+        LIGHTS[int(light)],
+        int(latitude),
+        int(longitude),
+        int(size),
+    )
     x, y, w, h = map(int, box)
-    return {"images": [{**dict(zip(SHOT_KEYS, shot, strict=True)), **drug.record, "id": 1}], "type": "instances",
-        "annotations": [{"area": w*h, "iscrowd": 0, "bbox": [x,y,w,h], "category_id": 1, "ignore": 0, "segmentation": [], "id": 1, "image_id": 1}],
-        "categories": [{"supercategory": "pill", "id": 1, "name": "Drug"}]}
+    return {
+        "images": [{**dict(zip(SHOT_KEYS, shot, strict=True)), **drug.record, "id": 1}],
+        "type": "instances",
+        "annotations": [
+            {
+                "area": w * h,
+                "iscrowd": 0,
+                "bbox": [x, y, w, h],
+                "category_id": 1,
+                "ignore": 0,
+                "segmentation": [],
+                "id": 1,
+                "image_id": 1,
+            }
+        ],
+        "categories": [{"supercategory": "pill", "id": 1, "name": "Drug"}],
+    }

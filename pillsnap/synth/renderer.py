@@ -30,327 +30,408 @@ from .catalogue import Body, Drug, Imprint, rng_for
 # %% ../../nbs/synth/210_renderer.ipynb #3d5cb8b9
 f32 = np.float32
 
+
 def smoothstep(
-    a:float,      # where it begins to rise
-    b:float,      # where it has risen
-    x:np.ndarray  # any shape
-)->np.ndarray: # 0 below a, 1 above b
+    a: float,  # where it begins to rise
+    b: float,  # where it has risen
+    x: np.ndarray,  # any shape
+) -> np.ndarray:  # 0 below a, 1 above b
     "The usual soft threshold."
-    t = np.clip((x-f32(a))/f32(b-a), 0, 1)
-    return t*t*(3-2*t)
+    t = np.clip((x - f32(a)) / f32(b - a), 0, 1)
+    return t * t * (3 - 2 * t)
+
 
 def blur(
-    x:np.ndarray, # image or map
-    sigma:float   # pixels
-)->np.ndarray:
+    x: np.ndarray,  # image or map
+    sigma: float,  # pixels
+) -> np.ndarray:
     "Gaussian blur that tolerates a sigma of nothing."
-    return cv2.GaussianBlur(x, (0,0), sigma, borderType=cv2.BORDER_REPLICATE) if sigma > .2 else x
+    return cv2.GaussianBlur(x, (0, 0), sigma, borderType=cv2.BORDER_REPLICATE) if sigma > 0.2 else x
 
 # %% ../../nbs/synth/210_renderer.ipynb #1b82e659
 def montage(
-    images:list[np.ndarray], # uint8 RGB, of one size
-    cols:int,                # pictures in a row
-    gap:int=4,               # pixels between them
-    paper:int=255            # grey of the paper
-)->np.ndarray: # uint8 RGB
+    images: list[np.ndarray],  # uint8 RGB, of one size
+    cols: int,  # pictures in a row
+    gap: int = 4,  # pixels between them
+    paper: int = 255,  # grey of the paper
+) -> np.ndarray:  # uint8 RGB
     "Pictures side by side on paper."
     h, w = images[0].shape[:2]
-    rows = -(-len(images)//cols)
-    out = np.full((rows*(h+gap)+gap, cols*(w+gap)+gap, 3), paper, np.uint8)
-    for i,im in enumerate(images):
-        y, x = gap+i//cols*(h+gap), gap+i%cols*(w+gap)
-        out[y:y+h, x:x+w] = im
+    rows = -(-len(images) // cols)
+    out = np.full((rows * (h + gap) + gap, cols * (w + gap) + gap, 3), paper, np.uint8)
+    for i, im in enumerate(images):
+        y, x = gap + i // cols * (h + gap), gap + i % cols * (w + gap)
+        out[y : y + h, x : x + w] = im
     return out
 
 # %% ../../nbs/synth/210_renderer.ipynb #dbac7d8a
 def polygon_distance(
-    u:np.ndarray,      # coordinates along the long side, mm
-    v:np.ndarray,      # across, mm
-    corners:np.ndarray # [n,2] corner points in order, mm
-)->np.ndarray: # distance to the edge, mm: positive inside
+    u: np.ndarray,  # coordinates along the long side, mm
+    v: np.ndarray,  # across, mm
+    corners: np.ndarray,  # [n,2] corner points in order, mm
+) -> np.ndarray:  # distance to the edge, mm: positive inside
     "Signed distance to a polygon (I. Quilez, 2D distance functions)."
     best, inside = np.full(u.shape, 1e9, f32), np.ones(u.shape, f32)
-    for (x0,y0),(x1,y1) in zip(corners, np.roll(corners, -1, 0)):
-        ex, ey = x1-x0, y1-y0
-        wx, wy = u-x0, v-y0
-        t = np.clip((wx*ex+wy*ey)/(ex*ex+ey*ey), 0, 1)
-        best = np.minimum(best, (wx-ex*t)**2+(wy-ey*t)**2)
-        c = np.stack([v >= y0, v < y1, ex*wy > ey*wx])
+    for (x0, y0), (x1, y1) in zip(corners, np.roll(corners, -1, 0)):
+        ex, ey = x1 - x0, y1 - y0
+        wx, wy = u - x0, v - y0
+        t = np.clip((wx * ex + wy * ey) / (ex * ex + ey * ey), 0, 1)
+        best = np.minimum(best, (wx - ex * t) ** 2 + (wy - ey * t) ** 2)
+        c = np.stack([v >= y0, v < y1, ex * wy > ey * wx])
         inside = np.where(c.all(0) | (~c).all(0), -inside, inside)
-    return -np.sqrt(best)*inside
+    return -np.sqrt(best) * inside
 
 # %% ../../nbs/synth/210_renderer.ipynb #7f083945
 def fit_corners(
-    points:np.ndarray, # [n,2] in any units
-    long:float,        # extent along u, mm
-    short:float        # extent along v, mm
-)->np.ndarray: # [n,2] mm, centred
+    points: np.ndarray,  # [n,2] in any units
+    long: float,  # extent along u, mm
+    short: float,  # extent along v, mm
+) -> np.ndarray:  # [n,2] mm, centred
     "Stretch a polygon to the size in the record."
-    p = points-(points.max(0)+points.min(0))/2
-    return p/np.ptp(p,0)*(long, short)
+    p = points - (points.max(0) + points.min(0)) / 2
+    return p / np.ptp(p, 0) * (long, short)
+
 
 def regular_corners(
-    sides:int,  # number of corners
-    turn:float  # degrees
-)->np.ndarray: # [sides,2] on the unit circle
+    sides: int,  # number of corners
+    turn: float,  # degrees
+) -> np.ndarray:  # [sides,2] on the unit circle
     "Corners of a regular polygon."
-    a = np.deg2rad(turn)+np.arange(sides)*2*np.pi/sides
+    a = np.deg2rad(turn) + np.arange(sides) * 2 * np.pi / sides
     return np.stack([np.cos(a), np.sin(a)], 1)
 
 # %% ../../nbs/synth/210_renderer.ipynb #976ae367
 def odd_corners(
-    kind:int # 0 half round, 1 clover, 2 bean
-)->np.ndarray: # [64,2]
+    kind: int,  # 0 half round, 1 clover, 2 bean
+) -> np.ndarray:  # [64,2]
     "Three outlines that records call 기타."
-    t = np.linspace(0, 2*np.pi, 64, endpoint=False)
+    t = np.linspace(0, 2 * np.pi, 64, endpoint=False)
     x, y = np.cos(t), np.sin(t)
-    if kind == 0: y = np.maximum(y, -.25)
-    if kind == 1: x, y = x*(1+.13*np.cos(4*t)), y*(1+.13*np.cos(4*t))
-    if kind == 2: y = y-.42*np.exp(-(x/.45)**2)*(y < 0)*-y
-    return np.stack([x,y], 1)
+    if kind == 0:
+        y = np.maximum(y, -0.25)
+    if kind == 1:
+        x, y = x * (1 + 0.13 * np.cos(4 * t)), y * (1 + 0.13 * np.cos(4 * t))
+    if kind == 2:
+        y = y - 0.42 * np.exp(-((x / 0.45) ** 2)) * (y < 0) * -y
+    return np.stack([x, y], 1)
 
 # %% ../../nbs/synth/210_renderer.ipynb #eddda511
-_CORNERS = {"삼각형":(3,-90,.16), "사각형":(4,45,.12), "오각형":(5,-90,.12), "육각형":(6,0,.08), "팔각형":(8,22.5,.06), "마름모형":(4,0,.12)}
+_CORNERS = {
+    "삼각형": (3, -90, 0.16),
+    "사각형": (4, 45, 0.12),
+    "오각형": (5, -90, 0.12),
+    "육각형": (6, 0, 0.08),
+    "팔각형": (8, 22.5, 0.06),
+    "마름모형": (4, 0, 0.12),
+}
+
 
 def edge_distance(
-    body:Body,     # whose outline
-    u:np.ndarray,  # along the longest side, mm
-    v:np.ndarray   # across, mm
-)->np.ndarray: # mm from the edge, positive inside
+    body: Body,  # whose outline
+    u: np.ndarray,  # along the longest side, mm
+    v: np.ndarray,  # across, mm
+) -> np.ndarray:  # mm from the edge, positive inside
     "Distance to a pill's outline seen from above."
-    a, b = body.long_mm/2, body.short_mm/2
-    if body.form == "gel": return gel_distance(a, b, u, v)
-    if body.form == "capsule" or body.shape == "장방형": return box_distance(a, b, b if body.form == "capsule" or body.grain%3 else .55*b, u, v)
+    a, b = body.long_mm / 2, body.short_mm / 2
+    if body.form == "gel":
+        return gel_distance(a, b, u, v)
+    if body.form == "capsule" or body.shape == "장방형":
+        return box_distance(a, b, b if body.form == "capsule" or body.grain % 3 else 0.55 * b, u, v)
     if body.shape in _CORNERS or body.shape == "기타":
-        sides, turn, r = _CORNERS.get(body.shape, (0, 0, .06))
+        sides, turn, r = _CORNERS.get(body.shape, (0, 0, 0.06))
         r *= body.short_mm
-        points = regular_corners(sides, turn) if sides else odd_corners(body.grain%3)
-        return r+polygon_distance(u, v, fit_corners(points, 2*a-2*r, 2*b-2*r))
-    k0, k1 = np.hypot(u/a, v/b), np.hypot(u/a**2, v/b**2)
-    return np.where(k1 > 1e-6, k0*(1-k0)/np.maximum(k1, 1e-6), b)
+        points = regular_corners(sides, turn) if sides else odd_corners(body.grain % 3)
+        return r + polygon_distance(u, v, fit_corners(points, 2 * a - 2 * r, 2 * b - 2 * r))
+    k0, k1 = np.hypot(u / a, v / b), np.hypot(u / a**2, v / b**2)
+    return np.where(k1 > 1e-6, k0 * (1 - k0) / np.maximum(k1, 1e-6), b)
 
 # %% ../../nbs/synth/210_renderer.ipynb #dd0fe8e0
 def box_distance(
-    a:float,       # half length, mm
-    b:float,       # half width, mm
-    r:float,       # corner radius, mm
-    u:np.ndarray,  # mm
-    v:np.ndarray   # mm
-)->np.ndarray: # mm, positive inside
+    a: float,  # half length, mm
+    b: float,  # half width, mm
+    r: float,  # corner radius, mm
+    u: np.ndarray,  # mm
+    v: np.ndarray,  # mm
+) -> np.ndarray:  # mm, positive inside
     "Rounded box; with r = b a stadium."
-    qu, qv = np.abs(u)-(a-r), np.abs(v)-(b-r)
-    return r-np.hypot(np.maximum(qu,0), np.maximum(qv,0))-np.minimum(np.maximum(qu,qv), 0)
+    qu, qv = np.abs(u) - (a - r), np.abs(v) - (b - r)
+    return r - np.hypot(np.maximum(qu, 0), np.maximum(qv, 0)) - np.minimum(np.maximum(qu, qv), 0)
+
 
 def gel_distance(
-    a:float,       # half length, mm
-    b:float,       # half width, mm
-    u:np.ndarray,  # mm
-    v:np.ndarray   # mm
-)->np.ndarray: # mm near the edge, positive inside
+    a: float,  # half length, mm
+    b: float,  # half width, mm
+    u: np.ndarray,  # mm
+    v: np.ndarray,  # mm
+) -> np.ndarray:  # mm near the edge, positive inside
     "A soft gel is a little fuller than an ellipse."
-    f = 1-np.abs(u/a)**2.3-(v/b)**2
-    return f/np.maximum(np.hypot(2.3*np.abs(u/a)**1.3/a, 2*v/b**2), .35/b)
+    f = 1 - np.abs(u / a) ** 2.3 - (v / b) ** 2
+    return f / np.maximum(np.hypot(2.3 * np.abs(u / a) ** 1.3 / a, 2 * v / b**2), 0.35 / b)
 
 # %% ../../nbs/synth/210_renderer.ipynb #65dc0d3e
 def inflate(
-    inside:np.ndarray, # [h,w] bool mask of the outline
-    rounds:int=220     # relaxation sweeps
-)->np.ndarray: # float32, 0 at the edge, 1 at the top
+    inside: np.ndarray,  # [h,w] bool mask of the outline
+    rounds: int = 220,  # relaxation sweeps
+) -> np.ndarray:  # float32, 0 at the edge, 1 at the top
     "A soap film over any outline: solves Δh = −1 on a 64-pixel grid."
     h, w = inside.shape
-    s = 64/max(h,w)
+    s = 64 / max(h, w)
     small = cv2.resize(inside.astype(f32), None, fx=s, fy=s, interpolation=cv2.INTER_AREA)
-    m, d = (small > .5).astype(f32), np.zeros_like(small)
-    k = np.array([[.05,.2,.05],[.2,0,.2],[.05,.2,.05]], f32)
-    for _ in range(rounds): d = (cv2.filter2D(d, -1, k, borderType=cv2.BORDER_CONSTANT)+f32(.3))*m
-    d = cv2.resize(d/max(float(d.max()), 1e-6), (w,h), interpolation=cv2.INTER_LINEAR)
-    return np.clip(blur(d, .9/s), 0, 1)
+    m, d = (small > 0.5).astype(f32), np.zeros_like(small)
+    k = np.array([[0.05, 0.2, 0.05], [0.2, 0, 0.2], [0.05, 0.2, 0.05]], f32)
+    for _ in range(rounds):
+        d = (cv2.filter2D(d, -1, k, borderType=cv2.BORDER_CONSTANT) + f32(0.3)) * m
+    d = cv2.resize(d / max(float(d.max()), 1e-6), (w, h), interpolation=cv2.INTER_LINEAR)
+    return np.clip(blur(d, 0.9 / s), 0, 1)
+
 
 def dome(
-    body:Body,     # outline
-    u:np.ndarray,  # mm
-    v:np.ndarray,  # mm
-    d:np.ndarray   # mm from the edge
-)->np.ndarray: # 0 at the edge, 1 at the top
+    body: Body,  # outline
+    u: np.ndarray,  # mm
+    v: np.ndarray,  # mm
+    d: np.ndarray,  # mm from the edge
+) -> np.ndarray:  # 0 at the edge, 1 at the top
     "The film over an ellipse is known exactly; other outlines are relaxed."
-    if body.shape in ("원형","타원형"): return np.clip(1-(2*u/body.long_mm)**2-(2*v/body.short_mm)**2, 0, 1)
+    if body.shape in ("원형", "타원형"):
+        return np.clip(1 - (2 * u / body.long_mm) ** 2 - (2 * v / body.short_mm) ** 2, 0, 1)
     return inflate(d > 0)
 
 # %% ../../nbs/synth/210_renderer.ipynb #127cb55e
 def tablet_height(
-    body:Body,     # profile and thickness
-    u:np.ndarray,  # mm
-    v:np.ndarray,  # mm
-    d:np.ndarray   # mm from the edge
-)->np.ndarray: # mm of the upper face above the equator
+    body: Body,  # profile and thickness
+    u: np.ndarray,  # mm
+    v: np.ndarray,  # mm
+    d: np.ndarray,  # mm from the edge
+) -> np.ndarray:  # mm of the upper face above the equator
     "A pressed tablet: a vertical band, then a dome (convex, deep) or a bevelled flat face."
     t = body.thick_mm
     if body.profile == "flat":
-        bevel = min(.55, .12*body.short_mm)
-        return t/2-.45*bevel*np.maximum(1-d/bevel, 0)**1.6
-    rise = t*{"convex":.27, "deep":.36}[body.profile]
-    rounded = dome(body, u, v, d)**(.85 if body.profile == "convex" else .7)
-    return t/2-rise+rise*rounded+.08*(smoothstep(0, .3, d)-1)
+        bevel = min(0.55, 0.12 * body.short_mm)
+        return t / 2 - 0.45 * bevel * np.maximum(1 - d / bevel, 0) ** 1.6
+    rise = t * {"convex": 0.27, "deep": 0.36}[body.profile]
+    rounded = dome(body, u, v, d) ** (0.85 if body.profile == "convex" else 0.7)
+    return t / 2 - rise + rise * rounded + 0.08 * (smoothstep(0, 0.3, d) - 1)
+
 
 def round_height(
-    body:Body,     # capsule or gel
-    u:np.ndarray,  # mm
-    v:np.ndarray   # mm
-)->np.ndarray: # mm above the equator
+    body: Body,  # capsule or gel
+    u: np.ndarray,  # mm
+    v: np.ndarray,  # mm
+) -> np.ndarray:  # mm above the equator
     "A lying capsule is a cylinder with half-sphere ends, its cap a little wider than its body; a soft gel is an ellipsoid."
-    a, b, t = body.long_mm/2, body.short_mm/2, body.thick_mm/2
-    if body.form == "gel": return t*np.sqrt(np.clip(1-np.abs(u/a)**2.3-(v/b)**2, 0, 1))
-    r = np.where(u < .08*a, b, b*.955)
-    q = np.hypot(np.maximum(np.abs(u)-(a-b), 0), v)
-    return t/b*np.sqrt(np.clip(r**2-q**2, 0, None))
+    a, b, t = body.long_mm / 2, body.short_mm / 2, body.thick_mm / 2
+    if body.form == "gel":
+        return t * np.sqrt(np.clip(1 - np.abs(u / a) ** 2.3 - (v / b) ** 2, 0, 1))
+    r = np.where(u < 0.08 * a, b, b * 0.955)
+    q = np.hypot(np.maximum(np.abs(u) - (a - b), 0), v)
+    return t / b * np.sqrt(np.clip(r**2 - q**2, 0, None))
 
 # %% ../../nbs/synth/210_renderer.ipynb #92ba0e49
 @lru_cache(64)
 def font_at(
-    name:str,  # DejaVu file name without its ending
-    size:int   # pixels
-)->ImageFont.FreeTypeFont:
+    name: str,  # DejaVu file name without its ending
+    size: int,  # pixels
+) -> ImageFont.FreeTypeFont:
     "A typeface of matplotlib's."
     from matplotlib import get_data_path
-    return ImageFont.truetype(Path(get_data_path())/"fonts"/"ttf"/f"{name}.ttf", size)
+
+    return ImageFont.truetype(Path(get_data_path()) / "fonts" / "ttf" / f"{name}.ttf", size)
+
 
 def text_mask(
-    text:str,   # what to write
-    font:str,   # DejaVu typeface
-    height:int  # of a capital letter, pixels
-)->np.ndarray: # float32 mask in 0..1, cropped to its ink
+    text: str,  # what to write
+    font: str,  # DejaVu typeface
+    height: int,  # of a capital letter, pixels
+) -> np.ndarray:  # float32 mask in 0..1, cropped to its ink
     "Glyphs as a mask."
-    f = font_at(font, max(int(height/.73), 4))
+    f = font_at(font, max(int(height / 0.73), 4))
     x0, y0, x1, y1 = f.getbbox(text)
-    im = Image.new("L", (int(x1-x0)+4, int(y1-y0)+4))
-    ImageDraw.Draw(im).text((2-x0, 2-y0), text, font=f, fill=255)
-    return np.asarray(im, f32)/255
+    im = Image.new("L", (int(x1 - x0) + 4, int(y1 - y0) + 4))
+    ImageDraw.Draw(im).text((2 - x0, 2 - y0), text, font=f, fill=255)
+    return np.asarray(im, f32) / 255
 
 # %% ../../nbs/synth/210_renderer.ipynb #e33ebce7
-def _wave(y:float)->list: return [(x, y+.09*np.sin(12*x)) for x in np.linspace(.05, .95, 20)]
-def _arc(x:float, y:float, r:float, a:float=0, b:float=360)->list: return [(x+r*np.cos(t), y+r*np.sin(t)) for t in np.linspace(np.deg2rad(a), np.deg2rad(b), 33)]
-_STAR  = [(.5+.46*(1,.42)[k%2]*np.sin(k*np.pi/5), .5-.46*(1,.42)[k%2]*np.cos(k*np.pi/5)) for k in range(11)]
-_HEART = [(.5+.43*np.sin(t)**3, .47-.027*(13*np.cos(t)-5*np.cos(2*t)-2*np.cos(3*t)-np.cos(4*t))) for t in np.linspace(0, 2*np.pi, 40)]
-_LEAF  = [(.15+.7*t+k*.19*np.sin(np.pi*t), .85-.7*t+k*.19*np.sin(np.pi*t)) for k,ts in ((1,np.linspace(0,1,16)),(-1,np.linspace(1,0,16))) for t in ts]
-STROKES = ([[(.1,.5),(.5,.1),(.9,.5),(.9,.9),(.1,.9),(.1,.5)]],                   # 집
-           [_arc(.5,.5,.42), _arc(.5,.5,.08)],                                    # 원,점
-           [[(.5,.1),(.92,.88),(.08,.88),(.5,.1)]],                               # 삼각형
-           [[(.5,.1),(.5,.9)], [(.1,.5),(.9,.5)], _arc(.5,.5,.42)],               # 십자
-           [_LEAF, [(.05,.95),(.72,.28)]],                                        # 잎
-           [_STAR],                                                               # 별
-           [_arc(.5,.62,.3,-30,210)+[(.5,.06),(.76,.47)]],                        # 물방울
-           [[(.5,.05),(.88,.5),(.5,.95),(.12,.5),(.5,.05)], [(.32,.5),(.68,.5)]], # 마름모
-           [[(.5+.44*np.cos(t), .5+.44*np.sin(t)) for t in np.linspace(0,2*np.pi,7)]], # 육각형
-           [_wave(.28), _wave(.5), _wave(.72)],                                   # 물결
-           [_HEART],                                                              # 하트
-           [_arc(.5,.5,.42,40,320)+_arc(.64,.5,.3,300,60)])                       # 달
+def _wave(y: float) -> list:
+    return [(x, y + 0.09 * np.sin(12 * x)) for x in np.linspace(0.05, 0.95, 20)]
+
+
+def _arc(x: float, y: float, r: float, a: float = 0, b: float = 360) -> list:
+    return [(x + r * np.cos(t), y + r * np.sin(t)) for t in np.linspace(np.deg2rad(a), np.deg2rad(b), 33)]
+
+
+_STAR = [
+    (0.5 + 0.46 * (1, 0.42)[k % 2] * np.sin(k * np.pi / 5), 0.5 - 0.46 * (1, 0.42)[k % 2] * np.cos(k * np.pi / 5))
+    for k in range(11)
+]
+_HEART = [
+    (
+        0.5 + 0.43 * np.sin(t) ** 3,
+        0.47 - 0.027 * (13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)),
+    )
+    for t in np.linspace(0, 2 * np.pi, 40)
+]
+_LEAF = [
+    (0.15 + 0.7 * t + k * 0.19 * np.sin(np.pi * t), 0.85 - 0.7 * t + k * 0.19 * np.sin(np.pi * t))
+    for k, ts in ((1, np.linspace(0, 1, 16)), (-1, np.linspace(1, 0, 16)))
+    for t in ts
+]
+STROKES = (
+    [[(0.1, 0.5), (0.5, 0.1), (0.9, 0.5), (0.9, 0.9), (0.1, 0.9), (0.1, 0.5)]],  # 집
+    [_arc(0.5, 0.5, 0.42), _arc(0.5, 0.5, 0.08)],  # 원,점
+    [[(0.5, 0.1), (0.92, 0.88), (0.08, 0.88), (0.5, 0.1)]],  # 삼각형
+    [[(0.5, 0.1), (0.5, 0.9)], [(0.1, 0.5), (0.9, 0.5)], _arc(0.5, 0.5, 0.42)],  # 십자
+    [_LEAF, [(0.05, 0.95), (0.72, 0.28)]],  # 잎
+    [_STAR],  # 별
+    [_arc(0.5, 0.62, 0.3, -30, 210) + [(0.5, 0.06), (0.76, 0.47)]],  # 물방울
+    [[(0.5, 0.05), (0.88, 0.5), (0.5, 0.95), (0.12, 0.5), (0.5, 0.05)], [(0.32, 0.5), (0.68, 0.5)]],  # 마름모
+    [[(0.5 + 0.44 * np.cos(t), 0.5 + 0.44 * np.sin(t)) for t in np.linspace(0, 2 * np.pi, 7)]],  # 육각형
+    [_wave(0.28), _wave(0.5), _wave(0.72)],  # 물결
+    [_HEART],  # 하트
+    [_arc(0.5, 0.5, 0.42, 40, 320) + _arc(0.64, 0.5, 0.3, 300, 60)],
+)  # 달
+
 
 def mark_mask(
-    which:int,  # 0 to 11
-    size:int    # pixels
-)->np.ndarray: # [size,size] float32 mask
+    which: int,  # 0 to 11
+    size: int,  # pixels
+) -> np.ndarray:  # [size,size] float32 mask
     "An invented maker's emblem."
     n = max(size, 12)
-    im = np.zeros((n,n), np.uint8)
-    for stroke in STROKES[which]: cv2.polylines(im, [np.round(np.array(stroke)*(n-1)*16).astype(np.int32)], False, 255, max(n//9, 1), cv2.LINE_AA, 4)
-    return im.astype(f32)/255
+    im = np.zeros((n, n), np.uint8)
+    for stroke in STROKES[which]:
+        cv2.polylines(
+            im, [np.round(np.array(stroke) * (n - 1) * 16).astype(np.int32)], False, 255, max(n // 9, 1), cv2.LINE_AA, 4
+        )
+    return im.astype(f32) / 255
 
 # %% ../../nbs/synth/210_renderer.ipynb #fce896fe
 def word_mask(
-    word:str,        # letters, digits, blanks, perhaps "마크"
-    imprint:Imprint, # typeface and emblem
-    height:int       # of a capital letter, pixels
-)->np.ndarray: # float32 mask
+    word: str,  # letters, digits, blanks, perhaps "마크"
+    imprint: Imprint,  # typeface and emblem
+    height: int,  # of a capital letter, pixels
+) -> np.ndarray:  # float32 mask
     "A word of an imprint; '마크' becomes the maker's emblem."
     parts = []
-    for i,p in enumerate(word.split("마크")):
-        if i: parts.append(mark_mask(imprint.mark, int(height*1.5)))
-        if p.strip(): parts.append(text_mask(p, imprint.font, height))
-    if not parts: return np.zeros((2,2), f32)
+    for i, p in enumerate(word.split("마크")):
+        if i:
+            parts.append(mark_mask(imprint.mark, int(height * 1.5)))
+        if p.strip():
+            parts.append(text_mask(p, imprint.font, height))
+    if not parts:
+        return np.zeros((2, 2), f32)
     tall = max(p.shape[0] for p in parts)
-    pad = lambda p: cv2.copyMakeBorder(p, (tall-p.shape[0])//2, tall-p.shape[0]-(tall-p.shape[0])//2, 2, height//5, cv2.BORDER_CONSTANT)
+    pad = lambda p: cv2.copyMakeBorder(
+        p, (tall - p.shape[0]) // 2, tall - p.shape[0] - (tall - p.shape[0]) // 2, 2, height // 5, cv2.BORDER_CONSTANT
+    )
     return np.concatenate([pad(p) for p in parts], 1)
 
+
 def stamp(
-    canvas:np.ndarray,           # float32 map, changed in place
-    mask:np.ndarray,             # float32 glyph mask
-    centre:tuple[float,float],   # x, y on the canvas, pixels
-    room:tuple[float,float]      # width and height it must fit, pixels
-)->None:
+    canvas: np.ndarray,  # float32 map, changed in place
+    mask: np.ndarray,  # float32 glyph mask
+    centre: tuple[float, float],  # x, y on the canvas, pixels
+    room: tuple[float, float],  # width and height it must fit, pixels
+) -> None:
     "Scale a mask into its room and lay it on the canvas."
-    s = min(room[0]/mask.shape[1], room[1]/mask.shape[0])
-    m = cv2.resize(mask, (max(int(mask.shape[1]*s),1), max(int(mask.shape[0]*s),1)), interpolation=cv2.INTER_AREA)
-    y, x = (max(int(round(centre[k]-m.shape[1-k]/2)), 0) for k in (1,0))
-    view = canvas[y:y+m.shape[0], x:x+m.shape[1]]
-    np.maximum(view, m[:view.shape[0], :view.shape[1]], out=view)
+    s = min(room[0] / mask.shape[1], room[1] / mask.shape[0])
+    m = cv2.resize(mask, (max(int(mask.shape[1] * s), 1), max(int(mask.shape[0] * s), 1)), interpolation=cv2.INTER_AREA)
+    y, x = (max(int(round(centre[k] - m.shape[1 - k] / 2)), 0) for k in (1, 0))
+    view = canvas[y : y + m.shape[0], x : x + m.shape[1]]
+    np.maximum(view, m[: view.shape[0], : view.shape[1]], out=view)
 
 # %% ../../nbs/synth/210_renderer.ipynb #82813d88
 def text_room(
-    body:Body # its form and proportions
-)->tuple[float,float]: # width and height, mm
+    body: Body,  # its form and proportions
+) -> tuple[float, float]:  # width and height, mm
     "How much of a side the imprint may take."
     long, short = body.long_mm, body.short_mm
-    if body.form == "capsule": return .66*long, .36*short
-    if body.form == "gel": return .58*long, .36*short
-    if body.shape == "삼각형": return .50*short, .34*short
-    return (.66*short, .46*short) if long/short < 1.3 else (.68*long, .54*short)
+    if body.form == "capsule":
+        return 0.66 * long, 0.36 * short
+    if body.form == "gel":
+        return 0.58 * long, 0.36 * short
+    if body.shape == "삼각형":
+        return 0.50 * short, 0.34 * short
+    return (0.66 * short, 0.46 * short) if long / short < 1.3 else (0.68 * long, 0.54 * short)
+
 
 def score_lines(
-    score:str,            # "", "-" or "+"
-    size:tuple[int,int],  # map height and width, pixels
-    res:float             # pixels per mm
-)->np.ndarray: # float32 mask
+    score: str,  # "", "-" or "+"
+    size: tuple[int, int],  # map height and width, pixels
+    res: float,  # pixels per mm
+) -> np.ndarray:  # float32 mask
     "Where a score line runs: across the long side, and for '+' along it too."
     h, w = size
-    out, width = np.zeros(size, f32), max(int(.3*res), 1)
-    if score: cv2.line(out, (w//2,0), (w//2,h), 1, width, cv2.LINE_AA)
-    if score == "+": cv2.line(out, (0,h//2), (w,h//2), 1, width, cv2.LINE_AA)
+    out, width = np.zeros(size, f32), max(int(0.3 * res), 1)
+    if score:
+        cv2.line(out, (w // 2, 0), (w // 2, h), 1, width, cv2.LINE_AA)
+    if score == "+":
+        cv2.line(out, (0, h // 2), (w, h // 2), 1, width, cv2.LINE_AA)
     return out
 
 # %% ../../nbs/synth/210_renderer.ipynb #66d39c07
 def glyph_mask(
-    drug:Drug,            # body and imprint
-    side:int,             # 0 front, 1 back
-    size:tuple[int,int],  # map height and width, pixels
-    res:float             # pixels per mm
-)->np.ndarray: # float32 mask
+    drug: Drug,  # body and imprint
+    side: int,  # 0 front, 1 back
+    size: tuple[int, int],  # map height and width, pixels
+    res: float,  # pixels per mm
+) -> np.ndarray:  # float32 mask
     "This side's letters in the pill's own frame, read off the record's notation."
     body, text = drug.body, (drug.imprint.front, drug.imprint.back)[side]
-    out, (cy, cx) = np.zeros(size, f32), (size[0]/2, size[1]/2)
-    wide, tall = (x*res for x in text_room(body))
-    words = text.replace("십자","").split("분할선")
+    out, (cy, cx) = np.zeros(size, f32), (size[0] / 2, size[1] / 2)
+    wide, tall = (x * res for x in text_room(body))
+    words = text.replace("십자", "").split("분할선")
     big = max(int(tall), 6)
-    if len(words) > 1: spots = [(w, cx+k*.29*wide, cy, .40*wide, .85*tall) for w,k in zip(words, (-1,1))]
-    elif len(lines := text.split()) > 1 and body.long_mm < 1.3*body.short_mm: spots = [(w, cx, cy+(k-(len(lines)-1)/2)*.62*tall, wide*.9, .5*tall) for k,w in enumerate(lines)]
-    else: spots = [(text, cx, cy, wide, tall*(1.25 if text == "마크" else 1))]
-    for w,x,y,width,height in spots: stamp(out, word_mask(w, drug.imprint, big), (x,y), (width,height))
+    if len(words) > 1:
+        spots = [(w, cx + k * 0.29 * wide, cy, 0.40 * wide, 0.85 * tall) for w, k in zip(words, (-1, 1))]
+    elif len(lines := text.split()) > 1 and body.long_mm < 1.3 * body.short_mm:
+        spots = [
+            (w, cx, cy + (k - (len(lines) - 1) / 2) * 0.62 * tall, wide * 0.9, 0.5 * tall) for k, w in enumerate(lines)
+        ]
+    else:
+        spots = [(text, cx, cy, wide, tall * (1.25 if text == "마크" else 1))]
+    for w, x, y, width, height in spots:
+        stamp(out, word_mask(w, drug.imprint, big), (x, y), (width, height))
     return out
 
 # %% ../../nbs/synth/210_renderer.ipynb #d3f2caff
-PALETTE = {"하양":((246,245,241),(238,234,222)), "노랑":((244,226,158),(232,186,70)), "분홍":((244,202,198),(222,138,140)), "갈색":((178,122,84),(112,64,42)),
-    "주황":((244,186,130),(222,122,58)), "빨강":((206,84,74),(160,38,42)), "초록":((108,166,120),(46,104,70)), "연두":((208,222,158),(160,190,96)),
-    "파랑":((142,180,214),(66,108,172)), "자주":((166,84,112),(112,40,70)), "보라":((184,158,202),(118,86,148)), "회색":((186,186,182),(136,136,136)),
-    "검정":((44,42,44),(34,32,34)), "남색":((44,56,112),(32,42,92))} # palest and deepest sRGB of a colour word
+PALETTE = {
+    "하양": ((246, 245, 241), (238, 234, 222)),
+    "노랑": ((244, 226, 158), (232, 186, 70)),
+    "분홍": ((244, 202, 198), (222, 138, 140)),
+    "갈색": ((178, 122, 84), (112, 64, 42)),
+    "주황": ((244, 186, 130), (222, 122, 58)),
+    "빨강": ((206, 84, 74), (160, 38, 42)),
+    "초록": ((108, 166, 120), (46, 104, 70)),
+    "연두": ((208, 222, 158), (160, 190, 96)),
+    "파랑": ((142, 180, 214), (66, 108, 172)),
+    "자주": ((166, 84, 112), (112, 40, 70)),
+    "보라": ((184, 158, 202), (118, 86, 148)),
+    "회색": ((186, 186, 182), (136, 136, 136)),
+    "검정": ((44, 42, 44), (34, 32, 34)),
+    "남색": ((44, 56, 112), (32, 42, 92)),
+}  # palest and deepest sRGB of a colour word
+
 
 def linear(
-    rgb:tuple # sRGB, 0..255
-)->np.ndarray: # linear light, 0..1
+    rgb: tuple,  # sRGB, 0..255
+) -> np.ndarray:  # linear light, 0..1
     "sRGB to linear light (IEC 61966-2-1)."
-    x = np.asarray(rgb, f32)/255
-    return np.where(x <= .04045, x/12.92, ((x+.055)/1.055)**2.4).astype(f32)
+    x = np.asarray(rgb, f32) / 255
+    return np.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4).astype(f32)
 
 # %% ../../nbs/synth/210_renderer.ipynb #187395f7
 def shade_of(
-    word:str,                # colour word
-    rng:np.random.Generator  # the drug's own
-)->np.ndarray: # linear RGB
+    word: str,  # colour word
+    rng: np.random.Generator,  # the drug's own
+) -> np.ndarray:  # linear RGB
     "One shade within a colour word's range."
     pale, deep = map(linear, PALETTE[word])
-    return np.clip((pale+(deep-pale)*f32(rng.random()))*rng.normal(1, .03, 3), 0, .93).astype(f32)
+    return np.clip((pale + (deep - pale) * f32(rng.random())) * rng.normal(1, 0.03, 3), 0, 0.93).astype(f32)
+
 
 def layers(
-    body:Body # its colour words
-)->list[np.ndarray]: # linear RGB of each
+    body: Body,  # its colour words
+) -> list[np.ndarray]:  # linear RGB of each
     "A body's colours: capsule halves, or the two layers of a pressed tablet."
     rng = rng_for(body.grain, "shade")
     return [shade_of(c, rng) for c in body.colours]
@@ -359,276 +440,333 @@ def layers(
 @dataclass(frozen=True)
 class Solid:
     "One side of a pill, u along its longest side, v across."
-    res:float                 # map pixels per mm
-    centre:tuple[float,float] # map position of the pill's axis, pixels
-    shell:np.ndarray          # [h,w,4] mm: upper and lower surface above the table; distance inside the outline, twice
-    slope:np.ndarray          # [h,w,4] gradient of the upper face; direction to the outline
-    colour:np.ndarray         # [h,w,4] linear RGB; ambient occlusion
-    thick:float               # mm
-    gloss:float               # 0 chalk .. 1 gelatin
-    clear:float               # 0 opaque .. 1 translucent
-    round:bool                # capsule or gel: slope holds minus the normal's horizontal part
-    tint:np.ndarray           # linear RGB of the light that comes through
-    layer:np.ndarray|None     # linear RGB of the lower layer of a layered tablet
+
+    res: float  # map pixels per mm
+    centre: tuple[float, float]  # map position of the pill's axis, pixels
+    shell: np.ndarray  # [h,w,4] mm: upper and lower surface above the table; distance inside the outline, twice
+    slope: np.ndarray  # [h,w,4] gradient of the upper face; direction to the outline
+    colour: np.ndarray  # [h,w,4] linear RGB; ambient occlusion
+    thick: float  # mm
+    gloss: float  # 0 chalk .. 1 gelatin
+    clear: float  # 0 opaque .. 1 translucent
+    round: bool  # capsule or gel: slope holds minus the normal's horizontal part
+    tint: np.ndarray  # linear RGB of the light that comes through
+    layer: np.ndarray | None  # linear RGB of the lower layer of a layered tablet
 
     @cached_property
-    def rim(self)->np.ndarray: # [n,2] mm
+    def rim(self) -> np.ndarray:  # [n,2] mm
         "Points on the outline: each row's and column's first and last point inside."
-        inside = self.shell[...,2] > 0
+        inside = self.shell[..., 2] > 0
         (h, w), rows, cols = inside.shape, np.nonzero(inside.any(1))[0][::4], np.nonzero(inside.any(0))[0][::4]
-        x = np.r_[inside[rows].argmax(1), w-1-inside[rows,::-1].argmax(1), cols, cols]
-        y = np.r_[rows, rows, inside[:,cols].argmax(0), h-1-inside[::-1,cols].argmax(0)]
-        return (np.stack([x,y],1)-self.centre)/self.res
+        x = np.r_[inside[rows].argmax(1), w - 1 - inside[rows, ::-1].argmax(1), cols, cols]
+        y = np.r_[rows, rows, inside[:, cols].argmax(0), h - 1 - inside[::-1, cols].argmax(0)]
+        return (np.stack([x, y], 1) - self.centre) / self.res
 
 # %% ../../nbs/synth/210_renderer.ipynb #0fc26bc5
 def relief(
-    drug:Drug,                # how rough, debossed or printed
-    glyphs:np.ndarray,        # letters mask
-    lines:np.ndarray,         # score mask
-    d:np.ndarray,             # mm from the edge
-    res:float,                # pixels per mm
-    rng:np.random.Generator   # roughness
-)->np.ndarray: # mm to add to the smooth face
+    drug: Drug,  # how rough, debossed or printed
+    glyphs: np.ndarray,  # letters mask
+    lines: np.ndarray,  # score mask
+    d: np.ndarray,  # mm from the edge
+    res: float,  # pixels per mm
+    rng: np.random.Generator,  # roughness
+) -> np.ndarray:  # mm to add to the smooth face
     "Debossed letters, score grooves and the roughness of the surface."
-    z = -.55*blur(lines, .13*res)
-    if not drug.imprint.ink: z -= .34*blur(glyphs, .05*res)*smoothstep(.1, .4, d)
-    if drug.body.form != "tablet": return z
+    z = -0.55 * blur(lines, 0.13 * res)
+    if not drug.imprint.ink:
+        z -= 0.34 * blur(glyphs, 0.05 * res) * smoothstep(0.1, 0.4, d)
+    if drug.body.form != "tablet":
+        return z
     n = rng.standard_normal(d.shape, f32)
-    rough = {"film":.0084, "plain":.022, "sugar":.0042}[drug.body.coat]
-    return z+f32(rough)*(blur(n, .08*res)*f32(.08*res)+blur(n, .3*res)*f32(.3*res))
+    rough = {"film": 0.0084, "plain": 0.022, "sugar": 0.0042}[drug.body.coat]
+    return z + f32(rough) * (blur(n, 0.08 * res) * f32(0.08 * res) + blur(n, 0.3 * res) * f32(0.3 * res))
+
 
 def occlusion(
-    top:np.ndarray, # heights of the upper face, mm
-    d:np.ndarray,   # mm from the edge
-    res:float       # pixels per mm
-)->np.ndarray: # 1 open .. 0 hidden
+    top: np.ndarray,  # heights of the upper face, mm
+    d: np.ndarray,  # mm from the edge
+    res: float,  # pixels per mm
+) -> np.ndarray:  # 1 open .. 0 hidden
     "A point below the average of its surroundings sees less sky: grooves and letters go dark."
-    dip = sum(np.maximum(blur(top, r*res)-top, 0)*f32(k) for r,k in ((.12,4.2),(.35,2.2)))
-    return np.clip(1-dip*smoothstep(.1, .5, d), .25, 1)
+    dip = sum(np.maximum(blur(top, r * res) - top, 0) * f32(k) for r, k in ((0.12, 4.2), (0.35, 2.2)))
+    return np.clip(1 - dip * smoothstep(0.1, 0.5, d), 0.25, 1)
 
 # %% ../../nbs/synth/210_renderer.ipynb #8b5b7fca
 def slopes(
-    z:np.ndarray, # heights, mm
-    res:float     # pixels per mm
-)->tuple[np.ndarray,np.ndarray]: # dz/du, dz/dv
+    z: np.ndarray,  # heights, mm
+    res: float,  # pixels per mm
+) -> tuple[np.ndarray, np.ndarray]:  # dz/du, dz/dv
     "Gradient of a height map."
-    return cv2.Scharr(z, cv2.CV_32F, 1, 0, scale=res/32), cv2.Scharr(z, cv2.CV_32F, 0, 1, scale=res/32)
+    return cv2.Scharr(z, cv2.CV_32F, 1, 0, scale=res / 32), cv2.Scharr(z, cv2.CV_32F, 0, 1, scale=res / 32)
+
 
 def outward(
-    body:Body,     # capsule or gel
-    u:np.ndarray,  # mm
-    v:np.ndarray   # mm
-)->tuple[np.ndarray,np.ndarray]: # minus the horizontal part of a normal whose vertical part is the height over the equator
+    body: Body,  # capsule or gel
+    u: np.ndarray,  # mm
+    v: np.ndarray,  # mm
+) -> tuple[np.ndarray, np.ndarray]:  # minus the horizontal part of the normal
     "Exact normals for round bodies: finite differences fail at a rim that falls away vertically."
-    a, b, t = body.long_mm/2, body.short_mm/2, body.thick_mm/2
-    if body.form == "gel": return -np.sign(u)*1.15*np.abs(u/a)**1.3/a*t*t, -v/b**2*t*t
-    return -np.sign(u)*np.maximum(np.abs(u)-(a-b), 0)*(t/b), -v*(t/b)
+    a, b, t = body.long_mm / 2, body.short_mm / 2, body.thick_mm / 2
+    if body.form == "gel":
+        return -np.sign(u) * 1.15 * np.abs(u / a) ** 1.3 / a * t * t, -v / b**2 * t * t
+    return -np.sign(u) * np.maximum(np.abs(u) - (a - b), 0) * (t / b), -v * (t / b)
+
 
 def joints(
-    body:Body,    # a capsule
-    u:np.ndarray  # mm along it
-)->np.ndarray: # factor
+    body: Body,  # a capsule
+    u: np.ndarray,  # mm along it
+) -> np.ndarray:  # factor
     "Darkness at the rim of the cap, and at the ring that locks it."
-    a = body.long_mm/2
-    return 1-.45*np.exp(-((u-.08*a)/.07)**2)-.10*np.exp(-((u+.12*a)/.12)**2)
+    a = body.long_mm / 2
+    return 1 - 0.45 * np.exp(-(((u - 0.08 * a) / 0.07) ** 2)) - 0.10 * np.exp(-(((u + 0.12 * a) / 0.12) ** 2))
 
 # %% ../../nbs/synth/210_renderer.ipynb #24e23bec
 def paint(
-    drug:Drug,                # colours, ink
-    side:int,                 # 0 front, 1 back
-    glyphs:np.ndarray,        # letters mask
-    u:np.ndarray,             # mm along the long side
-    d:np.ndarray,             # mm from the edge
-    res:float,                # pixels per mm
-    rng:np.random.Generator   # mottling
-)->np.ndarray: # [h,w,3] linear RGB
+    drug: Drug,  # colours, ink
+    side: int,  # 0 front, 1 back
+    glyphs: np.ndarray,  # letters mask
+    u: np.ndarray,  # mm along the long side
+    d: np.ndarray,  # mm from the edge
+    res: float,  # pixels per mm
+    rng: np.random.Generator,  # mottling
+) -> np.ndarray:  # [h,w,3] linear RGB
     "Body colour, second half, mottling, speckles, printed ink."
     b, n = drug.body, rng.standard_normal(u.shape, f32)
     two, colours = len(b.colours) > 1, layers(b)
-    out = np.broadcast_to(colours[side if b.form == "tablet" and two else 0], (*u.shape,3)).copy()
-    if b.form == "capsule" and two: out[u > .08*b.long_mm/2] = colours[1]
-    amount = {"film":.012, "plain":.035, "sugar":.008}[b.coat] if b.form == "tablet" else .006
-    mottle = 1+f32(amount)*(blur(n, .06*res)*f32(.084*res)+blur(n, .5*res)*f32(res))
-    if b.form == "tablet" and b.coat == "plain" and b.grain%10 < 3: mottle *= 1-.5*smoothstep(1.6, 2.6, blur(rng.standard_normal(u.shape, f32), .09*res)*.3*res)*smoothstep(.15, .4, d)
-    out *= mottle[...,None]
+    out = np.broadcast_to(colours[side if b.form == "tablet" and two else 0], (*u.shape, 3)).copy()
+    if b.form == "capsule" and two:
+        out[u > 0.08 * b.long_mm / 2] = colours[1]
+    amount = {"film": 0.012, "plain": 0.035, "sugar": 0.008}[b.coat] if b.form == "tablet" else 0.006
+    mottle = 1 + f32(amount) * (blur(n, 0.06 * res) * f32(0.084 * res) + blur(n, 0.5 * res) * f32(res))
+    if b.form == "tablet" and b.coat == "plain" and b.grain % 10 < 3:
+        mottle *= 1 - 0.5 * smoothstep(
+            1.6, 2.6, blur(rng.standard_normal(u.shape, f32), 0.09 * res) * 0.3 * res
+        ) * smoothstep(0.15, 0.4, d)
+    out *= mottle[..., None]
     if drug.imprint.ink:
-        m = f32(.88)*blur(glyphs, .03*res)[...,None]
-        out = out*(1-m)+m*linear(PALETTE[drug.imprint.ink][1])
-    return np.clip(out, .004, .95)
+        m = f32(0.88) * blur(glyphs, 0.03 * res)[..., None]
+        out = out * (1 - m) + m * linear(PALETTE[drug.imprint.ink][1])
+    return np.clip(out, 0.004, 0.95)
 
 # %% ../../nbs/synth/210_renderer.ipynb #f009c8c2
-GLOSS = {"film":.42, "plain":.08, "sugar":.8}
+GLOSS = {"film": 0.42, "plain": 0.08, "sugar": 0.8}
+
 
 @lru_cache(256)
 def solid(
-    drug:Drug,  # body and imprint
-    side:int,   # 0 front, 1 back
-    res:float   # map pixels per mm
-)->Solid:
+    drug: Drug,  # body and imprint
+    side: int,  # 0 front, 1 back
+    res: float,  # map pixels per mm
+) -> Solid:
     "A side's maps; kept, since a drug is photographed many times."
     b = drug.body
-    w, h = (int(np.ceil((x/2+.1)*res))+3 for x in (b.long_mm, b.short_mm))
-    u, v = np.meshgrid((np.arange(2*w+1)-w).astype(f32)/f32(res), (np.arange(2*h+1)-h).astype(f32)/f32(res))
+    w, h = (int(np.ceil((x / 2 + 0.1) * res)) + 3 for x in (b.long_mm, b.short_mm))
+    u, v = np.meshgrid(
+        (np.arange(2 * w + 1) - w).astype(f32) / f32(res), (np.arange(2 * h + 1) - h).astype(f32) / f32(res)
+    )
     d, tablet = edge_distance(b, u, v).astype(f32), b.form == "tablet"
     smooth = tablet_height(b, u, v, d) if tablet else round_height(b, u, v)
     glyphs, lines = glyph_mask(drug, side, d.shape, res), score_lines(b.score[side], d.shape, res)
     rng = rng_for(b.grain, "surface", side)
-    top = (smooth+relief(drug, glyphs, lines, d, res, rng)).astype(f32)
+    top = (smooth + relief(drug, glyphs, lines, d, res, rng)).astype(f32)
     slope = np.stack([*(slopes(top, res) if tablet else outward(b, u, v)), *slopes(-blur(d, 1), res)], -1).astype(f32)
-    ao = occlusion(top, d, res)*(joints(b, u) if b.form == "capsule" else 1)
-    mid = b.thick_mm/2
-    shell = np.stack([mid+top, mid-smooth, d, d], -1).astype(f32)       # OpenCV reads four channels faster than three
-    layer = layers(b)[1-side] if tablet and len(b.colours) > 1 else None
-    return Solid(res, (w,h), shell, slope, np.dstack([paint(drug, side, glyphs, u, d, res, rng), ao]).astype(f32), float(b.thick_mm),
-        GLOSS[b.coat] if tablet else 1., float(b.clear), not tablet, layers(b)[0], layer)
+    ao = occlusion(top, d, res) * (joints(b, u) if b.form == "capsule" else 1)
+    mid = b.thick_mm / 2
+    shell = np.stack([mid + top, mid - smooth, d, d], -1).astype(f32)  # OpenCV reads four channels faster than three
+    layer = layers(b)[1 - side] if tablet and len(b.colours) > 1 else None
+    return Solid(
+        res,
+        (w, h),
+        shell,
+        slope,
+        np.dstack([paint(drug, side, glyphs, u, d, res, rng), ao]).astype(f32),
+        float(b.thick_mm),
+        GLOSS[b.coat] if tablet else 1.0,
+        float(b.clear),
+        not tablet,
+        layers(b)[0],
+        layer,
+    )
 
 # %% ../../nbs/synth/210_renderer.ipynb #af6e44ea
 @dataclass(frozen=True)
 class Camera:
     "A pinhole camera on an arm."
-    latitude:float     # degrees above the table; 90 looks straight down
-    width:int          # photo, pixels
-    height:int         # photo, pixels
-    field:float        # mm across the photo at the table's middle
-    distance:float=260 # mm to the table's middle
-    roll:float=0       # degrees, tilt of a hand-held camera
+
+    latitude: float  # degrees above the table; 90 looks straight down
+    width: int  # photo, pixels
+    height: int  # photo, pixels
+    field: float  # mm across the photo at the table's middle
+    distance: float = 260  # mm to the table's middle
+    roll: float = 0  # degrees, tilt of a hand-held camera
 
     @property
-    def scale(self)->float: return self.width/self.field # pixels per mm
+    def scale(self) -> float:
+        return self.width / self.field  # pixels per mm
+
     @property
-    def eye(self)->np.ndarray: # position, mm
+    def eye(self) -> np.ndarray:  # position, mm
         a = np.deg2rad(self.latitude)
-        return self.distance*np.array([0, np.cos(a), np.sin(a)])
+        return self.distance * np.array([0, np.cos(a), np.sin(a)])
+
     @property
-    def _turns(self)->list: # cosines and sines of latitude and roll
+    def _turns(self) -> list:  # cosines and sines of latitude and roll
         return [f32(g(np.deg2rad(a))) for a in (self.latitude, self.roll) for g in (np.cos, np.sin)]
 
 # %% ../../nbs/synth/210_renderer.ipynb #c43d99c6
 def ground(
-    camera:Camera, # where it is seen from
-    px:np.ndarray, # pixel columns
-    py:np.ndarray  # pixel rows
-)->tuple[np.ndarray,np.ndarray]: # x, y on the table, mm
+    camera: Camera,  # where it is seen from
+    px: np.ndarray,  # pixel columns
+    py: np.ndarray,  # pixel rows
+) -> tuple[np.ndarray, np.ndarray]:  # x, y on the table, mm
     "Where the rays through pixels meet the table."
     (c, s, p, q), D = camera._turns, f32(camera.distance)
-    a, b = (px-f32(camera.width/2-.5))/f32(camera.scale), (py-f32(camera.height/2-.5))/f32(camera.scale)
-    if camera.roll: a, b = a*p-b*q, a*q+b*p
-    t = D*s/(D*s+b*c)
-    return t*a, D*c+t*(b*s-D*c)
+    a, b = (
+        (px - f32(camera.width / 2 - 0.5)) / f32(camera.scale),
+        (py - f32(camera.height / 2 - 0.5)) / f32(camera.scale),
+    )
+    if camera.roll:
+        a, b = a * p - b * q, a * q + b * p
+    t = D * s / (D * s + b * c)
+    return t * a, D * c + t * (b * s - D * c)
+
 
 def project(
-    camera:Camera, # where it is seen from
-    x:np.ndarray, # mm
-    y:np.ndarray, # mm
-    z:np.ndarray  # mm
-)->tuple[np.ndarray,np.ndarray]: # pixel columns and rows
+    camera: Camera,  # where it is seen from
+    x: np.ndarray,  # mm
+    y: np.ndarray,  # mm
+    z: np.ndarray,  # mm
+) -> tuple[np.ndarray, np.ndarray]:  # pixel columns and rows
     "Where points of the world appear."
     c, s, p, q = camera._turns
-    k = camera.distance/(camera.distance-(y*c+z*s))
-    a, b = k*x, k*(y*s-z*c)
-    a, b = a*p+b*q, b*p-a*q
-    return a*camera.scale+camera.width/2-.5, b*camera.scale+camera.height/2-.5
+    k = camera.distance / (camera.distance - (y * c + z * s))
+    a, b = k * x, k * (y * s - z * c)
+    a, b = a * p + b * q, b * p - a * q
+    return a * camera.scale + camera.width / 2 - 0.5, b * camera.scale + camera.height / 2 - 0.5
 
 # %% ../../nbs/synth/210_renderer.ipynb #6e4342a9
 @dataclass(frozen=True)
 class Lamp:
     "One of the lights of the file name."
-    azimuth:float  # degrees; 0 from the right, 90 from the camera's side, -90 from behind
-    height:float   # degrees above the table
-    size:float     # half width as a tangent: a large lamp is soft
-    colour:tuple[float,float,float] # after the camera's white balance
-    key:float      # strength of the direct light
-    sky:float      # strength of the light from all around
 
-LAMPS = (Lamp(-125, 46, .34, (1.09,.985,.83), .86, .36),  # 0 전구색: a warm lamp, lowest and hardest
-         Lamp( -60, 58, .50, (.95,1.0,1.065), .74, .44),  # 1 주광색: daylight, bluish
-         Lamp(-100, 66, .70, (1.0,1.0,.99),   .66, .50))  # 2 주백색: neutral, from high up, softest
-PANEL = np.array([.04,-.12,.99])/np.linalg.norm([.04,-.12,.99]) # direction of the photo box's lit ceiling
+    azimuth: float  # degrees; 0 from the right, 90 from the camera's side, -90 from behind
+    height: float  # degrees above the table
+    size: float  # half width as a tangent: a large lamp is soft
+    colour: tuple[float, float, float]  # after the camera's white balance
+    key: float  # strength of the direct light
+    sky: float  # strength of the light from all around
+
+
+LAMPS = (
+    Lamp(-125, 46, 0.34, (1.09, 0.985, 0.83), 0.86, 0.36),  # 0 전구색: a warm lamp, lowest and hardest
+    Lamp(-60, 58, 0.50, (0.95, 1.0, 1.065), 0.74, 0.44),  # 1 주광색: daylight, bluish
+    Lamp(-100, 66, 0.70, (1.0, 1.0, 0.99), 0.66, 0.50),
+)  # 2 주백색: neutral, from high up, softest
+PANEL = np.array([0.04, -0.12, 0.99]) / np.linalg.norm([0.04, -0.12, 0.99])  # direction of the photo box's lit ceiling
+
 
 def towards(
-    lamp:Lamp # where the light comes from
-)->np.ndarray: # unit vector
+    lamp: Lamp,  # where the light comes from
+) -> np.ndarray:  # unit vector
     "Direction of a lamp."
     a, h = np.deg2rad(lamp.azimuth), np.deg2rad(lamp.height)
-    return np.array([np.cos(h)*np.cos(a), np.cos(h)*np.sin(a), np.sin(h)])
+    return np.array([np.cos(h) * np.cos(a), np.cos(h) * np.sin(a), np.sin(h)])
 
 # %% ../../nbs/synth/210_renderer.ipynb #aabb6e90
 @dataclass(frozen=True)
 class Pose:
     "Where a pill lies."
-    x:float=0    # mm
-    y:float=0    # mm
-    turn:float=0 # degrees about the vertical
-    side:int=0   # 0 front up, 1 back up
+
+    x: float = 0  # mm
+    y: float = 0  # mm
+    turn: float = 0  # degrees about the vertical
+    side: int = 0  # 0 front up, 1 back up
+
 
 def into_frame(
-    pose:Pose, # where it lies
-    x:np.ndarray, # world, mm
-    y:np.ndarray  # world, mm
-)->tuple[np.ndarray,np.ndarray]: # u, v, mm
+    pose: Pose,  # where it lies
+    x: np.ndarray,  # world, mm
+    y: np.ndarray,  # world, mm
+) -> tuple[np.ndarray, np.ndarray]:  # u, v, mm
     "World to pill coordinates."
     c, s = f32(np.cos(np.deg2rad(pose.turn))), f32(np.sin(np.deg2rad(pose.turn)))
-    x, y = x-f32(pose.x), y-f32(pose.y)
-    return c*x+s*y, c*y-s*x
+    x, y = x - f32(pose.x), y - f32(pose.y)
+    return c * x + s * y, c * y - s * x
+
 
 def turned(
-    pose:Pose, # where it lies
-    d:np.ndarray  # direction in the world
-)->np.ndarray: # the same in the pill's frame
+    pose: Pose,  # where it lies
+    d: np.ndarray,  # direction in the world
+) -> np.ndarray:  # the same in the pill's frame
     "World to pill direction."
     c, s = np.cos(np.deg2rad(pose.turn)), np.sin(np.deg2rad(pose.turn))
-    return np.array([c*d[0]+s*d[1], c*d[1]-s*d[0], d[2]])
+    return np.array([c * d[0] + s * d[1], c * d[1] - s * d[0], d[2]])
 
 # %% ../../nbs/synth/210_renderer.ipynb #3cc3d487
 def window(
-    camera:Camera, # where it is seen from
-    s:Solid, # the pill's maps
-    pose:Pose, # where it lies
-    reach:float=0 # mm more around, for shadows
-)->tuple[int,int,int,int]: # x0, y0, x1, y1 in pixels, inside the photo
+    camera: Camera,  # where it is seen from
+    s: Solid,  # the pill's maps
+    pose: Pose,  # where it lies
+    reach: float = 0,  # mm more around, for shadows
+) -> tuple[int, int, int, int]:  # x0, y0, x1, y1 in pixels, inside the photo
     "The part of the photo a pill can touch; the rest is never traced."
     c, q = np.cos(np.deg2rad(pose.turn)), np.sin(np.deg2rad(pose.turn))
-    rx, ry = s.rim@(c,-q), s.rim@(q,c)
-    x, y = pose.x+np.array([rx.min()-reach, rx.max()+reach]), pose.y+np.array([ry.min()-reach, ry.max()+reach])
+    rx, ry = s.rim @ (c, -q), s.rim @ (q, c)
+    x, y = (
+        pose.x + np.array([rx.min() - reach, rx.max() + reach]),
+        pose.y + np.array([ry.min() - reach, ry.max() + reach]),
+    )
     x, y = project(camera, *(a.ravel() for a in np.meshgrid(x, y, (0, s.thick))))
-    return (int(np.clip(x.min()-3, 0, camera.width)), int(np.clip(y.min()-3, 0, camera.height)),
-        int(np.clip(x.max()+4, 0, camera.width)), int(np.clip(y.max()+4, 0, camera.height)))
+    return (
+        int(np.clip(x.min() - 3, 0, camera.width)),
+        int(np.clip(y.min() - 3, 0, camera.height)),
+        int(np.clip(x.max() + 4, 0, camera.width)),
+        int(np.clip(y.max() + 4, 0, camera.height)),
+    )
 
 # %% ../../nbs/synth/210_renderer.ipynb #fc4088f1
 def at_points(
-    maps:np.ndarray, # a solid's maps
-    s:Solid, # the pill's maps
-    uv:np.ndarray    # [2,n] mm
-)->np.ndarray: # [n,channels]
+    maps: np.ndarray,  # a solid's maps
+    s: Solid,  # the pill's maps
+    uv: np.ndarray,  # [2,n] mm
+) -> np.ndarray:  # [n,channels]
     "Read maps at scattered points (OpenCV's remap takes no more than 32,767 columns, so they are folded)."
     n, wide = uv.shape[1], 1024
-    at = np.zeros((2, -(-max(n, 1)//wide)*wide), f32)
-    at[:,:n] = uv*f32(s.res)+np.array(s.centre, f32)[:,None]
-    return cv2.remap(maps, *at.reshape(2, -1, wide), cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE).reshape(at.shape[1], -1)[:n]
+    at = np.zeros((2, -(-max(n, 1) // wide) * wide), f32)
+    at[:, :n] = uv * f32(s.res) + np.array(s.centre, f32)[:, None]
+    return cv2.remap(maps, *at.reshape(2, -1, wide), cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE).reshape(
+        at.shape[1], -1
+    )[:n]
 
 # %% ../../nbs/synth/210_renderer.ipynb #8cf74100
 def march(
-    s:Solid, # the pill's maps
-    uv:np.ndarray,   # [2,n] where rays meet the table, pill frame, mm
-    lean:np.ndarray, # [2,1] how far a ray moves per mm of height, pill frame
-    steps:int=9,     # samples on the way down
-    halvings:int=5   # refinements of the first hit
-)->tuple[np.ndarray,np.ndarray]: # [n] height of the first hit, [n] hit or not
+    s: Solid,  # the pill's maps
+    uv: np.ndarray,  # [2,n] where rays meet the table, pill frame, mm
+    lean: np.ndarray,  # [2,1] how far a ray moves per mm of height, pill frame
+    steps: int = 9,  # samples on the way down
+    halvings: int = 5,  # refinements of the first hit
+) -> tuple[np.ndarray, np.ndarray]:  # [n] height of the first hit, [n] hit or not
     "Walk rays down through the pill's layer, then bisect between the last miss and the first hit."
+
     def inside(uv, z):
-        t = at_points(s.shell, s, uv+z*lean)
-        return (z <= t[:,0]) & (z >= t[:,1]) & (t[:,2] > 0)
-    top, dz = f32(s.thick), f32(s.thick/steps)
-    z, above, rest = np.full(uv.shape[1], -1, f32), np.arange(uv.shape[1]), uv   # a ray that has hit is followed no further
-    for k in range(steps+1):
-        new = inside(rest, top-k*dz)
-        z[above[new]] = top-k*dz
-        above, rest = above[~new], rest[:,~new]
+        t = at_points(s.shell, s, uv + z * lean)
+        return (z <= t[:, 0]) & (z >= t[:, 1]) & (t[:, 2] > 0)
+
+    top, dz = f32(s.thick), f32(s.thick / steps)
+    z, above, rest = (
+        np.full(uv.shape[1], -1, f32),
+        np.arange(uv.shape[1]),
+        uv,
+    )  # a ray that has hit is followed no further
+    for k in range(steps + 1):
+        new = inside(rest, top - k * dz)
+        z[above[new]] = top - k * dz
+        above, rest = above[~new], rest[:, ~new]
     hit = z > -1
-    low, uv = z[hit], uv[:,hit]
-    outer = low+dz
+    low, uv = z[hit], uv[:, hit]
+    outer = low + dz
     for _ in range(halvings):
-        mid = (low+outer)/2
+        mid = (low + outer) / 2
         ins = inside(uv, mid)
         low, outer = np.where(ins, mid, low), np.where(ins, outer, mid)
     z[hit] = low
@@ -636,370 +774,467 @@ def march(
 
 # %% ../../nbs/synth/210_renderer.ipynb #0a789059
 def polish(
-    s:Solid, # the pill's maps
-    uv:np.ndarray,   # [2,n] rays as in march
-    lean:np.ndarray, # as in march
-    high:np.ndarray, # [n] a height outside the pill, if the guess was right
-    low:np.ndarray,  # [n] a height inside it, if the guess was right
-    rounds:int=3 # refinements
-)->tuple[np.ndarray,np.ndarray]: # [n] heights, [n] whether the surface lay between
+    s: Solid,  # the pill's maps
+    uv: np.ndarray,  # [2,n] rays as in march
+    lean: np.ndarray,  # as in march
+    high: np.ndarray,  # [n] a height outside the pill, if the guess was right
+    low: np.ndarray,  # [n] a height inside it, if the guess was right
+    rounds: int = 3,  # refinements
+) -> tuple[np.ndarray, np.ndarray]:  # [n] heights, [n] whether the surface lay between
     "False position on the depth under the surface: three rounds do what bisection does in seven."
+
     def depth(uv, z):
-        t = at_points(s.shell, s, uv+z*lean)
-        return np.minimum(np.minimum(t[:,0]-z, z-t[:,1]), t[:,2])
+        t = at_points(s.shell, s, uv + z * lean)
+        return np.minimum(np.minimum(t[:, 0] - z, z - t[:, 1]), t[:, 2])
+
     a, b, z = depth(uv, high), depth(uv, low), low.copy()
     ok = (a < 0) & (b >= 0)
-    a, b, high, low, uv = a[ok], b[ok], high[ok], low[ok], uv[:,ok]
+    a, b, high, low, uv = a[ok], b[ok], high[ok], low[ok], uv[:, ok]
     for _ in range(rounds):
-        mid = low+(high-low)*np.clip(b/(b-a), .06, .94)
+        mid = low + (high - low) * np.clip(b / (b - a), 0.06, 0.94)
         m = depth(uv, mid)
         ins = m >= 0
-        low, b, high, a = np.where(ins, mid, low), np.where(ins, m, b*f32(.6)), np.where(ins, high, mid), np.where(ins, a*f32(.6), m)
+        low, b, high, a = (
+            np.where(ins, mid, low),
+            np.where(ins, m, b * f32(0.6)),
+            np.where(ins, high, mid),
+            np.where(ins, a * f32(0.6), m),
+        )
     z[ok] = low
     return z, ok
 
 # %% ../../nbs/synth/210_renderer.ipynb #08c95748
 def trace(
-    s:Solid, # the pill's maps
-    rays:Callable,   # pixel coordinates → [2,n] where their rays meet the table, pill frame, mm
-    xs:np.ndarray,   # pixel columns to look at
-    ys:np.ndarray,   # pixel rows to look at
-    lean:np.ndarray, # as in march
-    coarse:int=4     # the first pass looks at every coarse-th ray
-)->tuple[np.ndarray,np.ndarray,np.ndarray,np.ndarray]: # rows, columns, positions [2,n] and heights of the hits
+    s: Solid,  # the pill's maps
+    rays: Callable,  # pixel coordinates → [2,n] where their rays meet the table, pill frame, mm
+    xs: np.ndarray,  # pixel columns to look at
+    ys: np.ndarray,  # pixel rows to look at
+    lean: np.ndarray,  # as in march
+    coarse: int = 4,  # the first pass looks at every coarse-th ray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:  # rows, columns, positions [2,n] and heights of the hits
     "Find the surface coarsely, then near that guess, and by the long way wherever the guess was wrong."
-    cx, cy = np.meshgrid(xs[coarse//2::coarse], ys[coarse//2::coarse])
+    cx, cy = np.meshgrid(xs[coarse // 2 :: coarse], ys[coarse // 2 :: coarse])
     z, hit = march(s, rays(cx.ravel(), cy.ravel()), lean, 9, 3)
     guess = np.where(hit, z, -1).astype(f32).reshape(cx.shape)
-    for _ in range(2): guess = np.where(guess < 0, cv2.dilate(guess, np.ones((3,3), np.uint8)), guess)
-    guess = np.pad(np.repeat(np.repeat(guess, coarse, 0), coarse, 1), ((0,coarse),(0,coarse)), mode="edge")[:len(ys), :len(xs)]
+    for _ in range(2):
+        guess = np.where(guess < 0, cv2.dilate(guess, np.ones((3, 3), np.uint8)), guess)
+    guess = np.pad(np.repeat(np.repeat(guess, coarse, 0), coarse, 1), ((0, coarse), (0, coarse)), mode="edge")[
+        : len(ys), : len(xs)
+    ]
     iy, ix = np.nonzero(guess >= 0)
-    uv, g, near = rays(xs[ix], ys[iy]), guess[iy,ix], f32(.07*s.thick)
-    z, hit = polish(s, uv, lean, g+near, g-near)
+    uv, g, near = rays(xs[ix], ys[iy]), guess[iy, ix], f32(0.07 * s.thick)
+    z, hit = polish(s, uv, lean, g + near, g - near)
     lost = np.nonzero(~hit)[0]
-    z[lost], hit[lost] = march(s, uv[:,lost], lean, 30, 4)     # finely: near the rim a ray may only clip a corner
-    return iy[hit], ix[hit], (uv+z*lean)[:,hit], z[hit]
+    z[lost], hit[lost] = march(s, uv[:, lost], lean, 30, 4)  # finely: near the rim a ray may only clip a corner
+    return iy[hit], ix[hit], (uv + z * lean)[:, hit], z[hit]
 
 # %% ../../nbs/synth/210_renderer.ipynb #73c7e893
 def unit(
-    n:np.ndarray # [3,k], changed in place
-)->np.ndarray:
+    n: np.ndarray,  # [3,k], changed in place
+) -> np.ndarray:
     "Vectors of length one."
-    n /= np.sqrt(np.maximum(n[0]*n[0]+n[1]*n[1]+n[2]*n[2], 1e-12))
+    n /= np.sqrt(np.maximum(n[0] * n[0] + n[1] * n[1] + n[2] * n[2], 1e-12))
     return n
 
+
 def along(
-    n:np.ndarray, # [3,k] vectors
-    d:np.ndarray  # [3] one direction
-)->np.ndarray: # [k]
+    n: np.ndarray,  # [3,k] vectors
+    d: np.ndarray,  # [3] one direction
+) -> np.ndarray:  # [k]
     "Dot products, term by term: the bytes must not depend on how a BLAS splits a sum."
-    return n[0]*f32(d[0])+n[1]*f32(d[1])+n[2]*f32(d[2])
+    return n[0] * f32(d[0]) + n[1] * f32(d[1]) + n[2] * f32(d[2])
 
 # %% ../../nbs/synth/210_renderer.ipynb #281f401c
 def normals(
-    s:Solid, # the pill's maps
-    slope:np.ndarray, # [4,k] slopes and edge direction at the hits
-    shell:np.ndarray, # [4,k] surfaces at the hits
-    z:np.ndarray      # [k] heights of the hits
-)->np.ndarray: # [3,k] unit normals
+    s: Solid,  # the pill's maps
+    slope: np.ndarray,  # [4,k] slopes and edge direction at the hits
+    shell: np.ndarray,  # [4,k] surfaces at the hits
+    z: np.ndarray,  # [k] heights of the hits
+) -> np.ndarray:  # [3,k] unit normals
     "Normal of the face, the side wall or the underside, whichever was hit."
-    if s.round: return unit(np.stack([-slope[0], -slope[1], z-f32(s.thick/2)]))
-    under = z < shell[1]+.03
+    if s.round:
+        return unit(np.stack([-slope[0], -slope[1], z - f32(s.thick / 2)]))
+    under = z < shell[1] + 0.03
     n = unit(np.stack([-slope[0], -slope[1], np.where(under, f32(-1), f32(1))]))
-    wall = smoothstep(.03, .12, shell[0]-z)*smoothstep(.02, .08, z-shell[1])
-    n *= 1-wall
-    n[:2] += slope[2:]*(wall/np.maximum(np.hypot(slope[2], slope[3]), 1e-4))
+    wall = smoothstep(0.03, 0.12, shell[0] - z) * smoothstep(0.02, 0.08, z - shell[1])
+    n *= 1 - wall
+    n[:2] += slope[2:] * (wall / np.maximum(np.hypot(slope[2], slope[3]), 1e-4))
     return unit(n)
 
 # %% ../../nbs/synth/210_renderer.ipynb #ced2f7d4
 def softbox(
-    n:np.ndarray,     # [3,k] normals
-    nv:np.ndarray,    # [k] their cosine with the view
-    view:np.ndarray,  # unit vector to the camera
-    light:np.ndarray, # unit vector to the middle of the lamp
-    size:float,       # its half width as a tangent
-    rough:float       # blur of the mirror image
-)->np.ndarray: # [k] 0..1
+    n: np.ndarray,  # [3,k] normals
+    nv: np.ndarray,  # [k] their cosine with the view
+    view: np.ndarray,  # unit vector to the camera
+    light: np.ndarray,  # unit vector to the middle of the lamp
+    size: float,  # its half width as a tangent
+    rough: float,  # blur of the mirror image
+) -> np.ndarray:  # [k] 0..1
     "How much of a square lamp is mirrored at each point."
-    a = np.cross(light, (0,0,1)); a = a/np.linalg.norm(a)
-    mirrored = lambda d: 2*nv*along(n, d)-f32(view[0]*d[0]+view[1]*d[1]+view[2]*d[2])
+    a = np.cross(light, (0, 0, 1))
+    a = a / np.linalg.norm(a)
+    mirrored = lambda d: 2 * nv * along(n, d) - f32(view[0] * d[0] + view[1] * d[1] + view[2] * d[2])
     far = mirrored(light)
-    k = np.maximum(far, .05)
-    edge = lambda d: 1-smoothstep(size-rough*.6, size+rough, np.abs(mirrored(d))/k)
-    return edge(a)*edge(np.cross(light, a))*(far > .05)
+    k = np.maximum(far, 0.05)
+    edge = lambda d: 1 - smoothstep(size - rough * 0.6, size + rough, np.abs(mirrored(d)) / k)
+    return edge(a) * edge(np.cross(light, a)) * (far > 0.05)
 
 # %% ../../nbs/synth/210_renderer.ipynb #62e477bb
 def glow(
-    out:np.ndarray,    # [3,k] shaded as if opaque
-    albedo:np.ndarray, # [3,k]
-    n:np.ndarray,      # [3,k] normals
-    light:np.ndarray,  # unit vector to the lamp, pill frame
-    lamp:Lamp, # where the light comes from
-    table:np.ndarray   # linear RGB of the background
-)->np.ndarray: # [3,k]
+    out: np.ndarray,  # [3,k] shaded as if opaque
+    albedo: np.ndarray,  # [3,k]
+    n: np.ndarray,  # [3,k] normals
+    light: np.ndarray,  # unit vector to the lamp, pill frame
+    lamp: Lamp,  # where the light comes from
+    table: np.ndarray,  # linear RGB of the background
+) -> np.ndarray:  # [3,k]
     "Light that went through a soft gel leaves on the side away from the lamp."
-    far = smoothstep(-.55, 1.0, -(n[0]*f32(light[0])+n[1]*f32(light[1]))/f32(np.hypot(light[0], light[1])))
-    through = albedo**f32(1.35)*(f32(lamp.key)*(f32(.12)+f32(1.25)*far)+f32(lamp.sky*.35))+f32(.30)*table[:,None]*albedo
-    return f32(.30)*out+f32(.72)*through
+    far = smoothstep(-0.55, 1.0, -(n[0] * f32(light[0]) + n[1] * f32(light[1])) / f32(np.hypot(light[0], light[1])))
+    through = (
+        albedo ** f32(1.35) * (f32(lamp.key) * (f32(0.12) + f32(1.25) * far) + f32(lamp.sky * 0.35))
+        + f32(0.30) * table[:, None] * albedo
+    )
+    return f32(0.30) * out + f32(0.72) * through
 
 # %% ../../nbs/synth/210_renderer.ipynb #420afb60
 def shade(
-    s:Solid, # the pill's maps
-    n:np.ndarray,       # [3,k] normals, pill frame
-    colour:np.ndarray,  # [4,k] albedo and occlusion
-    z:np.ndarray,       # [k] height, mm
-    light:np.ndarray,   # unit vector to the lamp, pill frame
-    ceiling:np.ndarray, # unit vector to the lit ceiling, pill frame
-    view:np.ndarray,    # unit vector to the camera, pill frame
-    lamp:Lamp, # where the light comes from
-    table:np.ndarray    # linear RGB of the background: bounces into the flanks
-)->np.ndarray: # [3,k] linear RGB before white balance
+    s: Solid,  # the pill's maps
+    n: np.ndarray,  # [3,k] normals, pill frame
+    colour: np.ndarray,  # [4,k] albedo and occlusion
+    z: np.ndarray,  # [k] height, mm
+    light: np.ndarray,  # unit vector to the lamp, pill frame
+    ceiling: np.ndarray,  # unit vector to the lit ceiling, pill frame
+    view: np.ndarray,  # unit vector to the camera, pill frame
+    lamp: Lamp,  # where the light comes from
+    table: np.ndarray,  # linear RGB of the background: bounces into the flanks
+) -> np.ndarray:  # [3,k] linear RGB before white balance
     "Wrapped Lambert, light from sky and table, occlusion, mirrored lamps with Schlick's Fresnel term."
     albedo, ao = colour[:3], colour[3]
-    if s.layer is not None: albedo = np.where(z < .42*s.thick, s.layer[:,None], albedo)
+    if s.layer is not None:
+        albedo = np.where(z < 0.42 * s.thick, s.layer[:, None], albedo)
     nl, nv = along(n, light), np.maximum(along(n, view), 0)
-    direct = np.maximum((nl+f32(.18))/f32(1.18), 0)*np.sqrt(ao)
-    near = smoothstep(0, .8*s.thick, z)                       # low flanks see less sky
-    sky = (.5+.5*n[2])*(.45+.55*near)*ao
-    bounce = (.5-.5*n[2])*(.25+.5*near)*f32(.75)
-    out = albedo*(f32(lamp.key)*direct+f32(lamp.sky)*sky+bounce*table[:,None])
-    if s.clear: out = glow(out, albedo, n, light, lamp, table)
-    fresnel = f32(.04)+f32(.96)*(1-np.minimum(nv, 1))**5
-    shine = softbox(n, nv, view, light, lamp.size*.6, .75-.62*s.gloss)*f32(1.6+3*s.gloss+9*s.gloss**4)
-    panel = softbox(n, nv, view, ceiling, .34, .26+.5*(1-s.gloss))*f32(lamp.sky*(2*s.gloss+4*s.gloss**4))
-    haze = f32(s.gloss*.3*lamp.sky)*np.maximum(n[2]+f32(.2), 0)
-    return out+(shine+panel+haze)*fresnel*np.sqrt(ao)
+    direct = np.maximum((nl + f32(0.18)) / f32(1.18), 0) * np.sqrt(ao)
+    near = smoothstep(0, 0.8 * s.thick, z)  # low flanks see less sky
+    sky = (0.5 + 0.5 * n[2]) * (0.45 + 0.55 * near) * ao
+    bounce = (0.5 - 0.5 * n[2]) * (0.25 + 0.5 * near) * f32(0.75)
+    out = albedo * (f32(lamp.key) * direct + f32(lamp.sky) * sky + bounce * table[:, None])
+    if s.clear:
+        out = glow(out, albedo, n, light, lamp, table)
+    fresnel = f32(0.04) + f32(0.96) * (1 - np.minimum(nv, 1)) ** 5
+    shine = softbox(n, nv, view, light, lamp.size * 0.6, 0.75 - 0.62 * s.gloss) * f32(
+        1.6 + 3 * s.gloss + 9 * s.gloss**4
+    )
+    panel = softbox(n, nv, view, ceiling, 0.34, 0.26 + 0.5 * (1 - s.gloss)) * f32(
+        lamp.sky * (2 * s.gloss + 4 * s.gloss**4)
+    )
+    haze = f32(s.gloss * 0.3 * lamp.sky) * np.maximum(n[2] + f32(0.2), 0)
+    return out + (shine + panel + haze) * fresnel * np.sqrt(ao)
 
 # %% ../../nbs/synth/210_renderer.ipynb #d1245bfc
 def shadow(
-    s:Solid, # the pill's maps
-    light:np.ndarray, # unit vector to the lamp, pill frame
-    size:float,       # lamp size
-    res:float=6,      # map pixels per mm
-    levels:int=7      # slices
-)->tuple[np.ndarray,tuple[float,float]]: # [h,w,2] cast and contact darkness 0..1, position of the pill's axis
+    s: Solid,  # the pill's maps
+    light: np.ndarray,  # unit vector to the lamp, pill frame
+    size: float,  # lamp size
+    res: float = 6,  # map pixels per mm
+    levels: int = 7,  # slices
+) -> tuple[np.ndarray, tuple[float, float]]:  # [h,w,2] cast and contact darkness 0..1, position of the pill's axis
     "A pill's shadow on the table, in its own frame."
     h, w = s.shell.shape[:2]
-    pad = s.thick/np.tan(np.arcsin(light[2]))+1.5+s.thick*size
-    W, H = (int(2*np.ceil((n/2/s.res+pad)*res)) for n in (w,h))
-    k = res/s.res
-    lay = lambda m: cv2.warpAffine(m, np.array([[k,0,W/2-k*s.centre[0]],[0,k,H/2-k*s.centre[1]]], f32), (W,H), flags=cv2.INTER_AREA, borderMode=cv2.BORDER_CONSTANT)
-    inside = s.shell[...,2] > 0
-    foot, top, low = lay(inside.astype(f32)), lay(np.where(inside, s.shell[...,0], 0)), lay(np.where(inside, s.shell[...,1], 9))
-    dark = np.zeros((H,W), f32)
-    for z in np.linspace(.06, .95, levels)*s.thick:
-        slice_ = ((top >= z) & (low <= z) & (foot > .5)).astype(f32)
-        push = np.array([[1,0,-light[0]/light[2]*z*res],[0,1,-light[1]/light[2]*z*res]], f32)
-        dark = np.maximum(dark, blur(cv2.warpAffine(slice_, push, (W,H)), max(size*z*.55*res, .6)))
-    return np.stack([dark, blur(foot, .5*res)*.6+blur(foot, 1.4*res)*.4], -1), (W/2, H/2)
+    pad = s.thick / np.tan(np.arcsin(light[2])) + 1.5 + s.thick * size
+    W, H = (int(2 * np.ceil((n / 2 / s.res + pad) * res)) for n in (w, h))
+    k = res / s.res
+    lay = lambda m: cv2.warpAffine(
+        m,
+        np.array([[k, 0, W / 2 - k * s.centre[0]], [0, k, H / 2 - k * s.centre[1]]], f32),
+        (W, H),
+        flags=cv2.INTER_AREA,
+        borderMode=cv2.BORDER_CONSTANT,
+    )
+    inside = s.shell[..., 2] > 0
+    foot, top, low = (
+        lay(inside.astype(f32)),
+        lay(np.where(inside, s.shell[..., 0], 0)),
+        lay(np.where(inside, s.shell[..., 1], 9)),
+    )
+    dark = np.zeros((H, W), f32)
+    for z in np.linspace(0.06, 0.95, levels) * s.thick:
+        slice_ = ((top >= z) & (low <= z) & (foot > 0.5)).astype(f32)
+        push = np.array([[1, 0, -light[0] / light[2] * z * res], [0, 1, -light[1] / light[2] * z * res]], f32)
+        dark = np.maximum(dark, blur(cv2.warpAffine(slice_, push, (W, H)), max(size * z * 0.55 * res, 0.6)))
+    return np.stack([dark, blur(foot, 0.5 * res) * 0.6 + blur(foot, 1.4 * res) * 0.4], -1), (W / 2, H / 2)
 
 # %% ../../nbs/synth/210_renderer.ipynb #6b902fba
-TABLES = (linear((24,24,26)), linear((46,92,164)), linear((204,205,205))) # black, blue, light grey
+TABLES = (linear((24, 24, 26)), linear((46, 92, 164)), linear((204, 205, 205)))  # black, blue, light grey
+
 
 @lru_cache(8)
 def table_grain(
-    back:int,   # background token
-    width:int,  # photo
-    height:int  # photo
-)->np.ndarray: # [height+64,width+64] factor around 1
+    back: int,  # background token
+    width: int,  # photo
+    height: int,  # photo
+) -> np.ndarray:  # [height+64,width+64] factor around 1
     "A sheet's texture."
-    rng, k = rng_for(0, "table", back, width, height), width/976
+    rng, k = rng_for(0, "table", back, width, height), width / 976
+
     def n(sigma):
-        x = blur(rng.standard_normal((height+64, width+64), f32), max(sigma*k, .3))
-        return x/x.std()
-    return 1+f32((.012,.008,.005)[back])*n(1.2)+f32((.006,.008,.004)[back])*n(5)+f32(.006)*n(40)
+        x = blur(rng.standard_normal((height + 64, width + 64), f32), max(sigma * k, 0.3))
+        return x / x.std()
+
+    return 1 + f32((0.012, 0.008, 0.005)[back]) * n(1.2) + f32((0.006, 0.008, 0.004)[back]) * n(5) + f32(0.006) * n(40)
+
 
 def table_light(
-    width:int,               # photo
-    height:int,              # photo
-    lamp:Lamp, # where the light comes from
-    rng:np.random.Generator  # this photo's unevenness
-)->np.ndarray: # [height,width] factor
+    width: int,  # photo
+    height: int,  # photo
+    lamp: Lamp,  # where the light comes from
+    rng: np.random.Generator,  # this photo's unevenness
+) -> np.ndarray:  # [height,width] factor
     "Fall-off across the table and vignette."
     gy, gx = np.mgrid[0:9, 0:7].astype(f32)
-    x, y, d = gx/3-1, gy/4-1, towards(lamp)
-    fall = 1+f32(.075*d[0]+rng.normal(0,.012))*x+f32(.075*d[1]+rng.normal(0,.012))*y
-    return cv2.resize(fall*(1-f32(.055)*(x*x+y*y)), (width, height), interpolation=cv2.INTER_CUBIC)
+    x, y, d = gx / 3 - 1, gy / 4 - 1, towards(lamp)
+    fall = 1 + f32(0.075 * d[0] + rng.normal(0, 0.012)) * x + f32(0.075 * d[1] + rng.normal(0, 0.012)) * y
+    return cv2.resize(fall * (1 - f32(0.055) * (x * x + y * y)), (width, height), interpolation=cv2.INTER_CUBIC)
 
 # %% ../../nbs/synth/210_renderer.ipynb #35cce24f
-TOPS = ((176,138,98), (120,84,58), (214,210,200), (96,100,104), (150,160,152), (226,222,214)) # wood, paper, stone, cloth: sRGB
+TOPS = (
+    (176, 138, 98),
+    (120, 84, 58),
+    (214, 210, 200),
+    (96, 100, 104),
+    (150, 160, 152),
+    (226, 222, 214),
+)  # wood, paper, stone, cloth: sRGB
+
 
 def clutter(
-    width:int,               # photo
-    height:int,              # photo
-    rng:np.random.Generator  # this photo's table
-)->np.ndarray: # [height,width,3] linear RGB
+    width: int,  # photo
+    height: int,  # photo
+    rng: np.random.Generator,  # this photo's table
+) -> np.ndarray:  # [height,width,3] linear RGB
     "Some table top with blurred things on it."
-    w, h = width//4, height//4
-    stripes, blotch = (cv2.GaussianBlur(rng.standard_normal((h,w), f32), (0,0), sigmaX=a*w, sigmaY=b*w) for a,b in ((.2,.006),(.06,.06)))
-    out = linear(TOPS[rng.integers(len(TOPS))])*(1+f32(rng.uniform(0,.16))*(stripes/stripes.std())+f32(.05)*(blotch/blotch.std()))[...,None]
-    if rng.random() < .5: out = out.transpose(1,0,2)
-    out = np.ascontiguousarray(cv2.resize(out, (w,h)))
-    for _ in range(rng.integers(0,4)):
-        x, y, r = rng.uniform(0,w), rng.uniform(0,h), rng.uniform(.08,.3)*w
-        box = cv2.boxPoints(((float(x),float(y)), (float(2*r),float(r*rng.uniform(.6,2))), float(rng.uniform(0,180))))
-        cv2.fillPoly(out, [np.round(box).astype(np.int32)], [float(c) for c in linear(tuple(rng.integers(30,235,3)))])
-    return cv2.resize(blur(out, .012*w+.8), (width,height), interpolation=cv2.INTER_CUBIC).clip(.004, .9)
+    w, h = width // 4, height // 4
+    stripes, blotch = (
+        cv2.GaussianBlur(rng.standard_normal((h, w), f32), (0, 0), sigmaX=a * w, sigmaY=b * w)
+        for a, b in ((0.2, 0.006), (0.06, 0.06))
+    )
+    out = (
+        linear(TOPS[rng.integers(len(TOPS))])
+        * (1 + f32(rng.uniform(0, 0.16)) * (stripes / stripes.std()) + f32(0.05) * (blotch / blotch.std()))[..., None]
+    )
+    if rng.random() < 0.5:
+        out = out.transpose(1, 0, 2)
+    out = np.ascontiguousarray(cv2.resize(out, (w, h)))
+    for _ in range(rng.integers(0, 4)):
+        x, y, r = rng.uniform(0, w), rng.uniform(0, h), rng.uniform(0.08, 0.3) * w
+        box = cv2.boxPoints(
+            ((float(x), float(y)), (float(2 * r), float(r * rng.uniform(0.6, 2))), float(rng.uniform(0, 180)))
+        )
+        cv2.fillPoly(out, [np.round(box).astype(np.int32)], [float(c) for c in linear(tuple(rng.integers(30, 235, 3)))])
+    return cv2.resize(blur(out, 0.012 * w + 0.8), (width, height), interpolation=cv2.INTER_CUBIC).clip(0.004, 0.9)
 
 # %% ../../nbs/synth/210_renderer.ipynb #7469bce9
 @lru_cache(4)
 def noise_bank(
-    width:int,  # photo
-    height:int  # photo
-)->np.ndarray: # [height+97,width+97,3] standard normal
+    width: int,  # photo
+    height: int,  # photo
+) -> np.ndarray:  # [height+97,width+97,3] standard normal
     "Sensor noise to cut pieces from: drawing a million normals for each photo would cost more than its pill."
-    return rng_for(0, "noise", width, height).standard_normal((height+97, width+97, 3), f32)
+    return rng_for(0, "noise", width, height).standard_normal((height + 97, width + 97, 3), f32)
+
 
 @lru_cache(1)
-def tone_curve()->np.ndarray: # [4096] uint8
+def tone_curve() -> np.ndarray:  # [4096] uint8
     "Linear light from 0 to 1.6 to sRGB with a soft shoulder."
     x = np.linspace(0, 1.6, 4096)
-    y = np.where(x < .7, x, .7+.3*np.tanh((x-.7)/.3))
-    return np.clip(255*np.where(y <= .0031308, 12.92*y, 1.055*y**(1/2.4)-.055)+.5, 0, 255).astype(np.uint8)
+    y = np.where(x < 0.7, x, 0.7 + 0.3 * np.tanh((x - 0.7) / 0.3))
+    return np.clip(255 * np.where(y <= 0.0031308, 12.92 * y, 1.055 * y ** (1 / 2.4) - 0.055) + 0.5, 0, 255).astype(
+        np.uint8
+    )
 
 # %% ../../nbs/synth/210_renderer.ipynb #77940508
 def develop(
-    light:np.ndarray,        # [h,w,3] linear RGB, used up
-    rng:np.random.Generator, # which piece of noise
-    gain:float=1.            # a phone in the evening has more noise
-)->np.ndarray: # uint8 RGB
+    light: np.ndarray,  # [h,w,3] linear RGB, used up
+    rng: np.random.Generator,  # which piece of noise
+    gain: float = 1.0,  # a phone in the evening has more noise
+) -> np.ndarray:  # uint8 RGB
     "Read and shot noise, tone curve, 8 bits."
     h, w = light.shape[:2]
     y, x = rng.integers(0, 97, 2)
-    light += noise_bank(w, h)[y:y+h, x:x+w]*(f32(.0012*gain)+f32(.016*gain)*light)
-    light *= f32(4095/1.6)
+    light += noise_bank(w, h)[y : y + h, x : x + w] * (f32(0.0012 * gain) + f32(0.016 * gain) * light)
+    light *= f32(4095 / 1.6)
     return tone_curve()[np.clip(light, 0, 4095, out=light).astype(np.uint16)]
 
 # %% ../../nbs/synth/210_renderer.ipynb #9db00c6d
 @dataclass(frozen=True)
 class Shot:
     "How one photo is taken."
-    back:int=2          # background token
-    light:int=2         # light token
-    latitude:int=90     # degrees
-    width:int=976       # pixels
-    height:int=1280     # pixels
-    field:float=40.     # mm across
-    domain:str="studio" # or "phone"
+
+    back: int = 2  # background token
+    light: int = 2  # light token
+    latitude: int = 90  # degrees
+    width: int = 976  # pixels
+    height: int = 1280  # pixels
+    field: float = 40.0  # mm across
+    domain: str = "studio"  # or "phone"
 
 # %% ../../nbs/synth/210_renderer.ipynb #817b1b47
 def stage(
-    shot:Shot, # how the photo is taken
-    rng:np.random.Generator # this photo's camera, lamp and exposure
-)->tuple[Camera,Lamp,np.ndarray]: # camera, lamp, exposure × white balance
+    shot: Shot,  # how the photo is taken
+    rng: np.random.Generator,  # this photo's camera, lamp and exposure
+) -> tuple[Camera, Lamp, np.ndarray]:  # camera, lamp, exposure × white balance
     "Set up camera and lamp: a studio repeats itself, a phone does not."
     camera, lamp = Camera(shot.latitude, shot.width, shot.height, shot.field), LAMPS[shot.light]
     if shot.domain == "studio":
-        lamp = replace(lamp, azimuth=lamp.azimuth+rng.normal(0,4))
-        return camera, lamp, np.array(lamp.colour, f32)*f32(rng.normal(1,.035))*rng.normal(1,.012,3).astype(f32)
-    camera = replace(camera, latitude=float(np.clip(shot.latitude+rng.normal(0,5), 50, 90)), field=shot.field*rng.uniform(.9,1.25), distance=150, roll=rng.normal(0,8))
-    lamp = replace(lamp, azimuth=rng.uniform(-180,180), height=rng.uniform(35,70), size=rng.uniform(.2,.8))
-    return camera, lamp, np.array(lamp.colour, f32)*f32(rng.normal(.95,.12))*np.exp(rng.normal(0,.07,3)).astype(f32)
+        lamp = replace(lamp, azimuth=lamp.azimuth + rng.normal(0, 4))
+        return (
+            camera,
+            lamp,
+            np.array(lamp.colour, f32) * f32(rng.normal(1, 0.035)) * rng.normal(1, 0.012, 3).astype(f32),
+        )
+    camera = replace(
+        camera,
+        latitude=float(np.clip(shot.latitude + rng.normal(0, 5), 50, 90)),
+        field=shot.field * rng.uniform(0.9, 1.25),
+        distance=150,
+        roll=rng.normal(0, 8),
+    )
+    lamp = replace(lamp, azimuth=rng.uniform(-180, 180), height=rng.uniform(35, 70), size=rng.uniform(0.2, 0.8))
+    return (
+        camera,
+        lamp,
+        np.array(lamp.colour, f32) * f32(rng.normal(0.95, 0.12)) * np.exp(rng.normal(0, 0.07, 3)).astype(f32),
+    )
 
 # %% ../../nbs/synth/210_renderer.ipynb #fa887c44
 def empty_table(
-    shot:Shot, # how the photo is taken
-    lamp:Lamp, # where the light comes from
-    exposure:np.ndarray,     # exposure × white balance
-    rng:np.random.Generator  # this photo's piece of table
-)->tuple[np.ndarray,np.ndarray]: # [h,w,3] linear RGB, and the table's colour
+    shot: Shot,  # how the photo is taken
+    lamp: Lamp,  # where the light comes from
+    exposure: np.ndarray,  # exposure × white balance
+    rng: np.random.Generator,  # this photo's piece of table
+) -> tuple[np.ndarray, np.ndarray]:  # [h,w,3] linear RGB, and the table's colour
     "The photo before there is a pill in it."
     oy, ox = rng.integers(0, 64, 2)
-    level = table_grain(shot.back, shot.width, shot.height)[oy:oy+shot.height, ox:ox+shot.width]*table_light(shot.width, shot.height, lamp, rng)
-    strength = f32(lamp.key*towards(lamp)[2]+lamp.sky)
-    if shot.domain == "studio": return level[...,None]*(TABLES[shot.back]*exposure*strength), TABLES[shot.back]
+    level = table_grain(shot.back, shot.width, shot.height)[oy : oy + shot.height, ox : ox + shot.width] * table_light(
+        shot.width, shot.height, lamp, rng
+    )
+    strength = f32(lamp.key * towards(lamp)[2] + lamp.sky)
+    if shot.domain == "studio":
+        return level[..., None] * (TABLES[shot.back] * exposure * strength), TABLES[shot.back]
     top = clutter(shot.width, shot.height, rng)
-    return top*level[...,None]*(exposure*strength), top.mean((0,1))
+    return top * level[..., None] * (exposure * strength), top.mean((0, 1))
 
 # %% ../../nbs/synth/210_renderer.ipynb #37a419d9
 def cast(
-    photo:np.ndarray, # [h,w,3] linear RGB, darkened in place
-    s:Solid, # the pill's maps
-    pose:Pose, # where it lies
-    camera:Camera, # where it is seen from
-    lamp:Lamp # where the light comes from
-)->None:
+    photo: np.ndarray,  # [h,w,3] linear RGB, darkened in place
+    s: Solid,  # the pill's maps
+    pose: Pose,  # where it lies
+    camera: Camera,  # where it is seen from
+    lamp: Lamp,  # where the light comes from
+) -> None:
     "Lay a pill's shadow on the table; through a clear gel it is coloured light."
     light = turned(pose, towards(lamp))
-    dark, (cx,cy) = shadow(s, light, lamp.size, 6)
-    x0, y0, x1, y1 = window(camera, s, pose, s.thick*1.6+2)
-    if x1 <= x0 or y1 <= y0: return
-    xs, ys = (np.arange(a, b, 2, dtype=f32)+f32(.5) for a,b in ((x0,x1),(y0,y1)))    # shadows are soft: every second pixel will do
+    dark, (cx, cy) = shadow(s, light, lamp.size, 6)
+    x0, y0, x1, y1 = window(camera, s, pose, s.thick * 1.6 + 2)
+    if x1 <= x0 or y1 <= y0:
+        return
+    xs, ys = (
+        np.arange(a, b, 2, dtype=f32) + f32(0.5) for a, b in ((x0, x1), (y0, y1))
+    )  # shadows are soft: every second pixel will do
     u, v = into_frame(pose, *ground(camera, *np.meshgrid(xs, ys)))
-    m = cv2.remap(dark, u*f32(6)+f32(cx), v*f32(6)+f32(cy), cv2.INTER_LINEAR)
-    m = cv2.resize(m, (2*len(xs), 2*len(ys)), interpolation=cv2.INTER_LINEAR)[:y1-y0, :x1-x0]
-    direct = lamp.key*light[2]/(lamp.key*light[2]+lamp.sky)
-    k = (1-m[...,0]*f32(direct*.92)-m[...,1]*f32((1-direct)*(.8-.25*s.clear)))[...,None]
-    if s.clear: k = k+(m[...,:1]**2*f32(direct*1.25))*s.tint
+    m = cv2.remap(dark, u * f32(6) + f32(cx), v * f32(6) + f32(cy), cv2.INTER_LINEAR)
+    m = cv2.resize(m, (2 * len(xs), 2 * len(ys)), interpolation=cv2.INTER_LINEAR)[: y1 - y0, : x1 - x0]
+    direct = lamp.key * light[2] / (lamp.key * light[2] + lamp.sky)
+    k = (1 - m[..., 0] * f32(direct * 0.92) - m[..., 1] * f32((1 - direct) * (0.8 - 0.25 * s.clear)))[..., None]
+    if s.clear:
+        k = k + (m[..., :1] ** 2 * f32(direct * 1.25)) * s.tint
     photo[y0:y1, x0:x1] *= k
 
 # %% ../../nbs/synth/210_renderer.ipynb #d1ea593c
 def draw(
-    photo:np.ndarray,    # [h,w,3] linear RGB, painted in place
-    s:Solid, # the pill's maps
-    pose:Pose, # where it lies
-    camera:Camera, # where it is seen from
-    lamp:Lamp, # where the light comes from
-    exposure:np.ndarray, # exposure × white balance
-    table:np.ndarray,    # background's linear RGB
-    ss:int=2             # rays per pixel and direction
-)->tuple[int,int,int,int]: # extent x0, y0, x1, y1 in pixels
+    photo: np.ndarray,  # [h,w,3] linear RGB, painted in place
+    s: Solid,  # the pill's maps
+    pose: Pose,  # where it lies
+    camera: Camera,  # where it is seen from
+    lamp: Lamp,  # where the light comes from
+    exposure: np.ndarray,  # exposure × white balance
+    table: np.ndarray,  # background's linear RGB
+    ss: int = 2,  # rays per pixel and direction
+) -> tuple[int, int, int, int]:  # extent x0, y0, x1, y1 in pixels
     "Trace, shade and lay one pill over the photo."
     x0, y0, x1, y1 = window(camera, s, pose)
-    if x1 <= x0 or y1 <= y0: return (0,0,0,0)
-    xs, ys = (((np.arange(a*ss, b*ss)+.5)/ss-.5).astype(f32) for a,b in ((x0,x1),(y0,y1)))
+    if x1 <= x0 or y1 <= y0:
+        return (0, 0, 0, 0)
+    xs, ys = (((np.arange(a * ss, b * ss) + 0.5) / ss - 0.5).astype(f32) for a, b in ((x0, x1), (y0, y1)))
     rays = lambda px, py: np.stack(into_frame(pose, *ground(camera, px, py)))
-    eye = camera.eye-np.array([pose.x, pose.y, s.thick/2])
-    view = turned(pose, eye/np.linalg.norm(eye))
-    iy, ix, uv, z = trace(s, rays, xs, ys, (view[:2,None]/view[2]).astype(f32))
-    if not len(z): return (0,0,0,0)
+    eye = camera.eye - np.array([pose.x, pose.y, s.thick / 2])
+    view = turned(pose, eye / np.linalg.norm(eye))
+    iy, ix, uv, z = trace(s, rays, xs, ys, (view[:2, None] / view[2]).astype(f32))
+    if not len(z):
+        return (0, 0, 0, 0)
     pick = lambda m: np.ascontiguousarray(at_points(m, s, uv).T)
-    rgb = shade(s, normals(s, pick(s.slope), pick(s.shell), z), pick(s.colour), z, turned(pose, towards(lamp)), turned(pose, PANEL), view, lamp, table)
-    patch, dots = np.zeros((len(ys),len(xs),4), f32), np.ones((len(z),4), f32)
-    dots[:,:3] = (rgb*exposure[:,None]).T
-    patch[iy,ix] = dots
-    patch = blur(cv2.resize(patch, (x1-x0, y1-y0), interpolation=cv2.INTER_AREA), .65)                # the lens is not perfectly sharp
-    photo[y0:y1, x0:x1] = photo[y0:y1, x0:x1]*(1-patch[...,3:])+patch[...,:3]
-    rows, cols = (np.nonzero((patch[...,3] > .35).any(k))[0] for k in (1,0))
-    if not len(rows): return (0,0,0,0)
-    return (int(x0+cols[0]), int(y0+rows[0]), int(x0+cols[-1]+1), int(y0+rows[-1]+1))
+    rgb = shade(
+        s,
+        normals(s, pick(s.slope), pick(s.shell), z),
+        pick(s.colour),
+        z,
+        turned(pose, towards(lamp)),
+        turned(pose, PANEL),
+        view,
+        lamp,
+        table,
+    )
+    patch, dots = np.zeros((len(ys), len(xs), 4), f32), np.ones((len(z), 4), f32)
+    dots[:, :3] = (rgb * exposure[:, None]).T
+    patch[iy, ix] = dots
+    patch = blur(
+        cv2.resize(patch, (x1 - x0, y1 - y0), interpolation=cv2.INTER_AREA), 0.65
+    )  # the lens is not perfectly sharp
+    photo[y0:y1, x0:x1] = photo[y0:y1, x0:x1] * (1 - patch[..., 3:]) + patch[..., :3]
+    rows, cols = (np.nonzero((patch[..., 3] > 0.35).any(k))[0] for k in (1, 0))
+    if not len(rows):
+        return (0, 0, 0, 0)
+    return (int(x0 + cols[0]), int(y0 + rows[0]), int(x0 + cols[-1] + 1), int(y0 + rows[-1] + 1))
 
 # %% ../../nbs/synth/210_renderer.ipynb #5dcd627b
 def map_res(
-    shot:Shot # how the photo is taken
-)->float: # map pixels per mm
+    shot: Shot,  # how the photo is taken
+) -> float:  # map pixels per mm
     "Maps about as fine as the supersampled photo."
-    return round(float(np.clip(shot.width/shot.field*1.5, 6, 52)), 2)
+    return round(float(np.clip(shot.width / shot.field * 1.5, 6, 52)), 2)
+
 
 def phone_finish(
-    photo:np.ndarray,        # linear RGB
-    rng:np.random.Generator  # focus, noise, compression
-)->np.ndarray: # uint8 RGB
+    photo: np.ndarray,  # linear RGB
+    rng: np.random.Generator,  # focus, noise, compression
+) -> np.ndarray:  # uint8 RGB
     "Out of focus, noisy, and once through a JPEG."
-    out = develop(blur(photo, rng.uniform(.3,1.5)*photo.shape[1]/488), rng, rng.uniform(1.5,3))
-    return cv2.imdecode(cv2.imencode(".jpg", out, [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(60,93))])[1], cv2.IMREAD_COLOR)
+    out = develop(blur(photo, rng.uniform(0.3, 1.5) * photo.shape[1] / 488), rng, rng.uniform(1.5, 3))
+    return cv2.imdecode(
+        cv2.imencode(".jpg", out, [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(60, 93))])[1], cv2.IMREAD_COLOR
+    )
 
 # %% ../../nbs/synth/210_renderer.ipynb #177736f1
 def photograph(
-    pills:list[tuple[Drug,Pose]], # what lies on the table
-    shot:Shot,                    # how it is taken
-    rng:np.random.Generator       # this photo's light, exposure and noise
-)->tuple[np.ndarray,list[tuple[int,int,int,int]]]: # uint8 RGB, and each pill's extent x0, y0, x1, y1 in pixels
+    pills: list[tuple[Drug, Pose]],  # what lies on the table
+    shot: Shot,  # how it is taken
+    rng: np.random.Generator,  # this photo's light, exposure and noise
+) -> tuple[np.ndarray, list[tuple[int, int, int, int]]]:  # uint8 RGB, and each pill's extent x0, y0, x1, y1 in pixels
     "Render a table with pills (SPEC BX5)."
     camera, lamp, exposure = stage(shot, rng)
     photo, table = empty_table(shot, lamp, exposure, rng)
-    solids = [(solid(d, p.side, map_res(shot)), p) for d,p in pills]
-    for s,p in solids: cast(photo, s, p, camera, lamp)
-    extents = [draw(photo, s, p, camera, lamp, exposure, table) for s,p in solids]
+    solids = [(solid(d, p.side, map_res(shot)), p) for d, p in pills]
+    for s, p in solids:
+        cast(photo, s, p, camera, lamp)
+    extents = [draw(photo, s, p, camera, lamp, exposure, table) for s, p in solids]
     return (develop if shot.domain == "studio" else phone_finish)(photo, rng), extents
 
 # %% ../../nbs/synth/210_renderer.ipynb #24c49dc2
 def single_pose(
-    side:int,                # 0 front, 1 back
-    longitude:int,           # degrees on the turntable
-    shot:Shot, # how the photo is taken
-    rng:np.random.Generator  # where exactly it was put down
-)->Pose:
+    side: int,  # 0 front, 1 back
+    longitude: int,  # degrees on the turntable
+    shot: Shot,  # how the photo is taken
+    rng: np.random.Generator,  # where exactly it was put down
+) -> Pose:
     "Near the middle, turned by the longitude; nothing in it hangs on the drug."
-    x, y = rng.normal(0, .025, 2)*shot.field
-    return Pose(float(x), float(y), float(longitude+rng.normal(0, 2.5)), side)
+    x, y = rng.normal(0, 0.025, 2) * shot.field
+    return Pose(float(x), float(y), float(longitude + rng.normal(0, 2.5)), side)

@@ -36,31 +36,36 @@ from .catalogue import Catalogue, Drug, annotation, make_catalogue, rng_for
 from .renderer import Pose, Shot, montage, photograph, single_pose
 
 # %% ../../nbs/synth/220_writer.ipynb #372462ea
-GROUPS = tuple(product((0,1), (0,1,2), (0,1,2)))      # side, background, light
-LATITUDES, LONGITUDES = (60,70,75,90), tuple(range(0,360,20))
+GROUPS = tuple(product((0, 1), (0, 1, 2), (0, 1, 2)))  # side, background, light
+LATITUDES, LONGITUDES = (60, 70, 75, 90), tuple(range(0, 360, 20))
+
 
 def capture_grid(
-    n:int,                   # photos wanted, at most 1,296
-    rng:np.random.Generator  # order of the groups, first view of each
-)->list[tuple[int,...]]: # (side, background, light, latitude, longitude), no two alike
+    n: int,  # photos wanted, at most 1,296
+    rng: np.random.Generator,  # order of the groups, first view of each
+) -> list[tuple[int, ...]]:  # (side, background, light, latitude, longitude), no two alike
     "n photos spread evenly over the 18 capture groups and over each group's 72 views."
-    if not 1 <= n <= len(GROUPS)*72: raise PillsnapError(f"a drug has 1 to 1,296 different photos, not {n}", where="photos")
+    if not 1 <= n <= len(GROUPS) * 72:
+        raise PillsnapError(f"a drug has 1 to 1,296 different photos, not {n}", where="photos")
     shots = []
-    order = np.stack([rng.permutation(9), 9+rng.permutation(9)], 1).ravel()     # front and back in turn: two photos show both
-    for rank,g in enumerate(order):
-        m, start = n//18+(rank < n%18), int(rng.integers(72))
-        views = [start+k*72//m for k in range(m)]             # four latitudes at each of the eighteen longitudes
-        shots += [(*GROUPS[g], LATITUDES[(v+k)%4], LONGITUDES[v//4%18]) for k,v in enumerate(views)]
+    order = np.stack(
+        [rng.permutation(9), 9 + rng.permutation(9)], 1
+    ).ravel()  # front and back in turn: two photos show both
+    for rank, g in enumerate(order):
+        m, start = n // 18 + (rank < n % 18), int(rng.integers(72))
+        views = [start + k * 72 // m for k in range(m)]  # four latitudes at each of the eighteen longitudes
+        shots += [(*GROUPS[g], LATITUDES[(v + k) % 4], LONGITUDES[v // 4 % 18]) for k, v in enumerate(views)]
     return all_different(shots)
 
+
 def all_different(
-    shots:list[tuple[int,...]] # perhaps with repeats
-)->list[tuple[int,...]]: # as many
+    shots: list[tuple[int, ...]],  # perhaps with repeats
+) -> list[tuple[int, ...]]:  # as many
     "Move a repeated view to the next free one of its group."
-    views, seen, out = [(a,o) for o in LONGITUDES for a in LATITUDES], set(), []
-    for *g,la,lo in shots:
-        i = views.index((la,lo))
-        out.append(next(s for v in views[i:]+views[:i] if (s := (*g,*v)) not in seen))
+    views, seen, out = [(a, o) for o in LONGITUDES for a in LATITUDES], set(), []
+    for *g, la, lo in shots:
+        i = views.index((la, lo))
+        out.append(next(s for v in views[i:] + views[:i] if (s := (*g, *v)) not in seen))
         seen.add(out[-1])
     return out
 
@@ -68,299 +73,442 @@ def all_different(
 @dataclass(frozen=True)
 class Task:
     "One photo with its labels."
-    image:str                           # photo, relative to the delivery
-    labels:tuple[tuple[str,int],...]    # label files, and which pill each describes
-    pills:tuple[tuple[Drug,Pose],...]   # what lies on the table
-    shot:Shot                           # how it is taken
-    words:tuple                         # names the generators of this photo's chance
-    faults:tuple[tuple[str,int],...]=() # planted faults, and the pill they hit
-    shift:tuple[int,int]=(0,0)          # displacement of a near-duplicate, pixels
+
+    image: str  # photo, relative to the delivery
+    labels: tuple[tuple[str, int], ...]  # label files, and which pill each describes
+    pills: tuple[tuple[Drug, Pose], ...]  # what lies on the table
+    shot: Shot  # how it is taken
+    words: tuple  # names the generators of this photo's chance
+    faults: tuple[tuple[str, int], ...] = ()  # planted faults, and the pill they hit
+    shift: tuple[int, int] = (0, 0)  # displacement of a near-duplicate, pixels
 
     @property
-    def stem(self)->str: return Path(self.image).stem # photo name without .png
+    def stem(self) -> str:
+        return Path(self.image).stem  # photo name without .png
 
 # %% ../../nbs/synth/220_writer.ipynb #d9d7a889
-PER_PART = {"single":50, "combo":625}  # drugs or combinations in one archive
-_LETTERS = {"train":("TL","TS"), "val":("VL","VS")}
+PER_PART = {"single": 50, "combo": 625}  # drugs or combinations in one archive
+_LETTERS = {"train": ("TL", "TS"), "val": ("VL", "VS")}
+
 
 def part_folder(
-    split:str,  # "train" or "val"
-    what:str,   # "labels" or "images"
-    kind:str,   # "single" or "combo"
-    i:int       # running number of the drug or combination
-)->str: # e.g. data/train/labels/single/TL_1_single
+    split: str,  # "train" or "val"
+    what: str,  # "labels" or "images"
+    kind: str,  # "single" or "combo"
+    i: int,  # running number of the drug or combination
+) -> str:  # e.g. data/train/labels/single/TL_1_single
     "The delivery's folder of one archive (DATA.md section 1)."
-    return f"data/{split}/{what}/{'single' if kind == 'single' else 'combination'}/{_LETTERS[split][what == 'images']}_{i//PER_PART[kind]+1}_{kind}"
+    return f"data/{split}/{what}/{'single' if kind == 'single' else 'combination'}/{_LETTERS[split][what == 'images']}_{i // PER_PART[kind] + 1}_{kind}"
 
 # %% ../../nbs/synth/220_writer.ipynb #b04f1c73
-SINGLE_FIELD, COMBO_FIELD = 31.0, 40.0   # mm across the photo
+SINGLE_FIELD, COMBO_FIELD = 31.0, 40.0  # mm across the photo
+
 
 def single_tasks(
-    drug:Drug,  # whose photos
-    i:int,      # running number of the drug
-    n:int,      # photos
-    split:str,  # "train" or "val"
-    base:Shot,  # size and domain
-    seed:int    # of the delivery
-)->list[Task]:
+    drug: Drug,  # whose photos
+    i: int,  # running number of the drug
+    n: int,  # photos
+    split: str,  # "train" or "val"
+    base: Shot,  # size and domain
+    seed: int,  # of the delivery
+) -> list[Task]:
     "A drug's photos on the turntable."
     tasks = []
-    for side,back,light,la,lo in capture_grid(n, rng_for(seed, split, "grid", drug.number)):
+    for side, back, light, la, lo in capture_grid(n, rng_for(seed, split, "grid", drug.number)):
         stem = Capture((drug.kcode,), 0, back, side, light, la, lo, 200).stem()
-        shot, words = replace(base, back=back, light=light, latitude=la, field=SINGLE_FIELD), (seed, split, base.domain, stem)
+        shot, words = (
+            replace(base, back=back, light=light, latitude=la, field=SINGLE_FIELD),
+            (seed, split, base.domain, stem),
+        )
         pose = single_pose(side, lo, shot, rng_for(*words, "pose"))
-        tasks.append(Task(f"{part_folder(split,'images','single',i)}/{drug.kcode}/{stem}.png",
-            ((f"{part_folder(split,'labels','single',i)}/{drug.kcode}_json/{stem}.json", 0),), ((drug,pose),), shot, words))
+        tasks.append(
+            Task(
+                f"{part_folder(split, 'images', 'single', i)}/{drug.kcode}/{stem}.png",
+                ((f"{part_folder(split, 'labels', 'single', i)}/{drug.kcode}_json/{stem}.json", 0),),
+                ((drug, pose),),
+                shot,
+                words,
+            )
+        )
     return tasks
 
 # %% ../../nbs/synth/220_writer.ipynb #cdf75d2a
 def choose_combos(
-    n_drugs:int,             # drugs to choose from
-    n:int,                   # combinations wanted
-    rng:np.random.Generator # source of chance
-)->list[tuple[int,...]]: # indices, ascending, all different
+    n_drugs: int,  # drugs to choose from
+    n: int,  # combinations wanted
+    rng: np.random.Generator,  # source of chance
+) -> list[tuple[int, ...]]:  # indices, ascending, all different
     "Combinations of three or four; the least used drugs go first."
-    if n and n_drugs < 3: raise PillsnapError(f"a combination needs 3 drugs, and there are {n_drugs}", where="combos", fix="give more drugs, or combos=0")
-    sizes = (3,4) if n_drugs > 3 else (3,)
+    if n and n_drugs < 3:
+        raise PillsnapError(
+            f"a combination needs 3 drugs, and there are {n_drugs}", where="combos", fix="give more drugs, or combos=0"
+        )
+    sizes = (3, 4) if n_drugs > 3 else (3,)
     possible = sum(math.comb(n_drugs, k) for k in sizes)
-    if n > possible: raise PillsnapError(f"{n_drugs} drugs give {possible} combinations of 3 or 4, not {n}", where="combos", fix=f"combos={possible}, or more drugs")
+    if n > possible:
+        raise PillsnapError(
+            f"{n_drugs} drugs give {possible} combinations of 3 or 4, not {n}",
+            where="combos",
+            fix=f"combos={possible}, or more drugs",
+        )
     used, out = np.zeros(n_drugs), {}
     for tries in range(1_000_000):
-        if len(out) == n: return sorted(out)
-        first = np.argsort(used+rng.random(n_drugs)*(1+tries/50), kind="stable")[:int(rng.choice(sizes))]
+        if len(out) == n:
+            return sorted(out)
+        first = np.argsort(used + rng.random(n_drugs) * (1 + tries / 50), kind="stable")[: int(rng.choice(sizes))]
         pick = tuple(sorted(first.tolist()))
-        if pick not in out: out[pick] = None; used[list(pick)] += 1
-    raise PillsnapError(f"no {n} different combinations of {n_drugs} drugs were found", where="combos", fix="ask for fewer")
+        if pick not in out:
+            out[pick] = None
+            used[list(pick)] += 1
+    raise PillsnapError(
+        f"no {n} different combinations of {n_drugs} drugs were found", where="combos", fix="ask for fewer"
+    )
 
 # %% ../../nbs/synth/220_writer.ipynb #05cfc102
 def reach(
-    p:Pose, # where it lies
-    d:Drug  # what lies there
-)->tuple[float,float]: # mm
+    p: Pose,  # where it lies
+    d: Drug,  # what lies there
+) -> tuple[float, float]:  # mm
     "Half extents of a turned pill; its height counts towards the camera."
     c, s = abs(math.cos(math.radians(p.turn))), abs(math.sin(math.radians(p.turn)))
-    a, b = d.body.long_mm/2, d.body.short_mm/2
-    return math.hypot(a*c, b*s)+.3, math.hypot(a*s, b*c)+.3+.2*d.body.thick_mm
+    a, b = d.body.long_mm / 2, d.body.short_mm / 2
+    return math.hypot(a * c, b * s) + 0.3, math.hypot(a * s, b * c) + 0.3 + 0.2 * d.body.thick_mm
+
 
 def apart(
-    p:Pose, # one pill
-    a:Drug, # what the first is
-    q:Pose, # another
-    b:Drug # what the other is
-)->bool:
+    p: Pose,  # one pill
+    a: Drug,  # what the first is
+    q: Pose,  # another
+    b: Drug,  # what the other is
+) -> bool:
     "Whether two pills keep a millimetre between them."
-    (w,h), (v,g) = reach(p,a), reach(q,b)
-    return abs(p.x-q.x) > w+v+1 or abs(p.y-q.y) > h+g+1
+    (w, h), (v, g) = reach(p, a), reach(q, b)
+    return abs(p.x - q.x) > w + v + 1 or abs(p.y - q.y) > h + g + 1
 
 # %% ../../nbs/synth/220_writer.ipynb #2260d129
 def scatter(
-    drugs:list[Drug],        # three or four
-    field:float,             # mm across the photo
-    tall:float,              # mm down the photo
-    side:int,                # which face is up
-    rng:np.random.Generator # source of chance
-)->tuple[Pose,...]: # one each
+    drugs: list[Drug],  # three or four
+    field: float,  # mm across the photo
+    tall: float,  # mm down the photo
+    side: int,  # which face is up
+    rng: np.random.Generator,  # source of chance
+) -> tuple[Pose, ...]:  # one each
     "Lay pills about the four quarters of the table until none is near another; long ones end up lengthwise."
     for loose in np.linspace(1, 0, 80):
-        spots = [(x+rng.uniform(-.09,.09)*loose, y+rng.uniform(-.09,.09)*loose) for x,y in rng.permutation([(-.25,-.25),(.25,-.25),(-.25,.25),(.25,.25)])]
-        turns = [float(rng.uniform(0,360)) if loose > .3 else float(90+180*rng.integers(2)+rng.normal(0,90*loose)) for _ in drugs]
-        poses = tuple(Pose(float(x*field), float(y*tall), t, side) for (x,y),t,_ in zip(spots, turns, drugs))
-        inside = all(abs(p.x)+reach(p,d)[0] < field/2 and abs(p.y)+reach(p,d)[1] < tall/2 for p,d in zip(poses,drugs))
-        if inside and all(apart(p,a,q,b) for (p,a),(q,b) in combinations(zip(poses,drugs), 2)): break
+        spots = [
+            (x + rng.uniform(-0.09, 0.09) * loose, y + rng.uniform(-0.09, 0.09) * loose)
+            for x, y in rng.permutation([(-0.25, -0.25), (0.25, -0.25), (-0.25, 0.25), (0.25, 0.25)])
+        ]
+        turns = [
+            float(rng.uniform(0, 360)) if loose > 0.3 else float(90 + 180 * rng.integers(2) + rng.normal(0, 90 * loose))
+            for _ in drugs
+        ]
+        poses = tuple(Pose(float(x * field), float(y * tall), t, side) for (x, y), t, _ in zip(spots, turns, drugs))
+        inside = all(
+            abs(p.x) + reach(p, d)[0] < field / 2 and abs(p.y) + reach(p, d)[1] < tall / 2 for p, d in zip(poses, drugs)
+        )
+        if inside and all(apart(p, a, q, b) for (p, a), (q, b) in combinations(zip(poses, drugs), 2)):
+            break
     return poses
 
 # %% ../../nbs/synth/220_writer.ipynb #b90e0b55
 def combo_tasks(
-    drugs:list[Drug],  # three or four, ascending
-    i:int,             # running number of the combination
-    split:str,         # "train" or "val"
-    base:Shot,         # size and domain
-    seed:int           # of the delivery
-)->list[Task]:
+    drugs: list[Drug],  # three or four, ascending
+    i: int,  # running number of the combination
+    split: str,  # "train" or "val"
+    base: Shot,  # size and domain
+    seed: int,  # of the delivery
+) -> list[Task]:
     "The three photos of a combination: one scene, three elevations."
     codes = tuple(d.kcode for d in drugs)
     name, tasks = Capture(codes, 0, 2, 0, 2, 90, 0, 200).code, []
     rng = rng_for(seed, split, "scene", name)
-    side = int(rng.random() < .02)                # few: 13 of the 4,526 real combination labels show the back
-    poses = scatter(drugs, COMBO_FIELD*.97, COMBO_FIELD*.93*base.height/base.width, side, rng)
-    for la in (70,75,90):
+    side = int(rng.random() < 0.02)  # few: 13 of the 4,526 real combination labels show the back
+    poses = scatter(drugs, COMBO_FIELD * 0.97, COMBO_FIELD * 0.93 * base.height / base.width, side, rng)
+    for la in (70, 75, 90):
         stem = Capture(codes, 0, 2, side, 2, la, 0, 200).stem()
-        labels = tuple((f"{part_folder(split,'labels','combo',i)}/{name}_json/{d.kcode}/{stem}.json", k) for k,d in enumerate(drugs))
-        tasks.append(Task(f"{part_folder(split,'images','combo',i)}/{name}/{stem}.png", labels, tuple(zip(drugs,poses)),
-            replace(base, back=2, light=2, latitude=la, field=COMBO_FIELD), (seed, split, base.domain, stem)))
+        labels = tuple(
+            (f"{part_folder(split, 'labels', 'combo', i)}/{name}_json/{d.kcode}/{stem}.json", k)
+            for k, d in enumerate(drugs)
+        )
+        tasks.append(
+            Task(
+                f"{part_folder(split, 'images', 'combo', i)}/{name}/{stem}.png",
+                labels,
+                tuple(zip(drugs, poses)),
+                replace(base, back=2, light=2, latitude=la, field=COMBO_FIELD),
+                (seed, split, base.domain, stem),
+            )
+        )
     return tasks
 
 # %% ../../nbs/synth/220_writer.ipynb #c2e97cbe
 def loose_box(
-    extent:tuple[int,int,int,int], # x0, y0, x1, y1 of the pill, pixels
-    shot:Shot,                     # scale and size of the photo
-    rng:np.random.Generator        # margins
-)->tuple[int,int,int,int]: # x, y, w, h in whole pixels, inside the photo
+    extent: tuple[int, int, int, int],  # x0, y0, x1, y1 of the pill, pixels
+    shot: Shot,  # scale and size of the photo
+    rng: np.random.Generator,  # margins
+) -> tuple[int, int, int, int]:  # x, y, w, h in whole pixels, inside the photo
     "A hand-drawn box: .1 to .4 mm of air on each side."
-    air = rng.uniform(.1, .4, 4)*shot.width/shot.field
-    x0, y0 = (max(math.floor(extent[k]-air[k]), 0) for k in (0,1))
-    x1, y1 = (min(math.ceil(extent[k]+air[k]), n) for k,n in ((2,shot.width),(3,shot.height)))
-    return x0, y0, max(x1-x0, 1), max(y1-y0, 1)
+    air = rng.uniform(0.1, 0.4, 4) * shot.width / shot.field
+    x0, y0 = (max(math.floor(extent[k] - air[k]), 0) for k in (0, 1))
+    x1, y1 = (min(math.ceil(extent[k] + air[k]), n) for k, n in ((2, shot.width), (3, shot.height)))
+    return x0, y0, max(x1 - x0, 1), max(y1 - y0, 1)
 
 # %% ../../nbs/synth/220_writer.ipynb #ee021dcc
 def png_bytes(
-    image:np.ndarray, # uint8 RGB
-    length:int=0      # bytes wanted; as they come where the photo needs more
-)->bytes:
+    image: np.ndarray,  # uint8 RGB
+    length: int = 0,  # bytes wanted; as they come where the photo needs more
+) -> bytes:
     "PNG at a fast setting, filled up with a private chunk (SPEC section 8: sizes must not tell the drug)."
-    raw = cv2.imencode(".png", image[...,::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_HUFFMAN_ONLY, cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_AVG])[1].tobytes()
-    gap = length-len(raw)-12
-    if gap < 0: return raw
-    body = b"fiLl"+bytes(gap)
-    return raw[:-12]+struct.pack(">I", gap)+body+struct.pack(">I", zlib.crc32(body))+raw[-12:]
+    raw = cv2.imencode(
+        ".png",
+        image[..., ::-1],
+        [
+            cv2.IMWRITE_PNG_COMPRESSION,
+            1,
+            cv2.IMWRITE_PNG_STRATEGY,
+            cv2.IMWRITE_PNG_STRATEGY_HUFFMAN_ONLY,
+            cv2.IMWRITE_PNG_FILTER,
+            cv2.IMWRITE_PNG_FILTER_AVG,
+        ],
+    )[1].tobytes()
+    gap = length - len(raw) - 12
+    if gap < 0:
+        return raw
+    body = b"fiLl" + bytes(gap)
+    return raw[:-12] + struct.pack(">I", gap) + body + struct.pack(">I", zlib.crc32(body)) + raw[-12:]
+
 
 def file_length(
-    width:int,               # of the photo
-    height:int,              # of the photo
-    rng:np.random.Generator # source of chance
-)->int: # bytes
+    width: int,  # of the photo
+    height: int,  # of the photo
+    rng: np.random.Generator,  # source of chance
+) -> int:  # bytes
     "A length drawn without knowing the photo, above what such photos need; 1.9 MB at full size (AI Hub's: about 1.7)."
-    return int(width*height*3*rng.normal(.50, .006)+2500)
+    return int(width * height * 3 * rng.normal(0.50, 0.006) + 2500)
 
 # %% ../../nbs/synth/220_writer.ipynb #1317fddc
 def json_bytes(
-    record:dict # an annotation
-)->bytes:
+    record: dict,  # an annotation
+) -> bytes:
     "A label file's content."
     return json.dumps(record, ensure_ascii=False, indent="\t").encode()
 
 # %% ../../nbs/synth/220_writer.ipynb #c20c362a
 def nudged(
-    image:np.ndarray,     # uint8 RGB
-    boxes:list[tuple],    # x, y, w, h
-    shift:tuple[int,int]  # pixels right and down
-)->tuple[np.ndarray,list[tuple]]:
+    image: np.ndarray,  # uint8 RGB
+    boxes: list[tuple],  # x, y, w, h
+    shift: tuple[int, int],  # pixels right and down
+) -> tuple[np.ndarray, list[tuple]]:
     "A near-duplicate: the same picture, moved a little and once through a JPEG."
-    (dx,dy), (h,w) = shift, image.shape[:2]
-    moved = cv2.warpAffine(image, np.array([[1,0,dx],[0,1,dy]], np.float32), (w,h), borderMode=cv2.BORDER_REPLICATE)
+    (dx, dy), (h, w) = shift, image.shape[:2]
+    moved = cv2.warpAffine(
+        image, np.array([[1, 0, dx], [0, 1, dy]], np.float32), (w, h), borderMode=cv2.BORDER_REPLICATE
+    )
     moved = cv2.imdecode(cv2.imencode(".jpg", moved, [cv2.IMWRITE_JPEG_QUALITY, 92])[1], cv2.IMREAD_COLOR)
-    return moved, [(min(max(x+dx,0),w-bw), min(max(y+dy,0),h-bh), bw, bh) for x,y,bw,bh in boxes]
+    return moved, [(min(max(x + dx, 0), w - bw), min(max(y + dy, 0), h - bh), bw, bh) for x, y, bw, bh in boxes]
 
 # %% ../../nbs/synth/220_writer.ipynb #7913a121
 def slid(
-    box:tuple[int,int,int,int], # x, y, w, h
-    shot:Shot # how the photo is taken
-)->list[int]:
+    box: tuple[int, int, int, int],  # x, y, w, h
+    shot: Shot,  # how the photo is taken
+) -> list[int]:
     "The same box moved sideways until IoU is about .4."
     x, y, w, h = box
-    step = round(w*.43)
-    return [x-step if x+w+step > shot.width else x+step, y, w, h]
+    step = round(w * 0.43)
+    return [x - step if x + w + step > shot.width else x + step, y, w, h]
 
-BOX_FAULTS = {"box_negative": lambda x,y,w,h: [x,y,-w,h], "box_zero": lambda x,y,w,h: [x,y,0,h], "box_float": lambda x,y,w,h: [x+.5,y,w,h],
-    "box_string": lambda x,y,w,h: [str(x),y,w,h], "box_short": lambda x,y,w,h: [x,y,w], "box_empty": lambda x,y,w,h: []} # spelling of a box
+
+BOX_FAULTS = {
+    "box_negative": lambda x, y, w, h: [x, y, -w, h],
+    "box_zero": lambda x, y, w, h: [x, y, 0, h],
+    "box_float": lambda x, y, w, h: [x + 0.5, y, w, h],
+    "box_string": lambda x, y, w, h: [str(x), y, w, h],
+    "box_short": lambda x, y, w, h: [x, y, w],
+    "box_empty": lambda x, y, w, h: [],
+}  # spelling of a box
+
 
 def spoil_record(
-    record:dict,       # the annotation, changed in place
-    fault:str,         # its name in the ledger
-    boxes:list[tuple], # all true boxes of the photo
-    k:int,             # which pill
-    shot:Shot # how the photo is taken
-)->None:
+    record: dict,  # the annotation, changed in place
+    fault: str,  # its name in the ledger
+    boxes: list[tuple],  # all true boxes of the photo
+    k: int,  # which pill
+    shot: Shot,  # how the photo is taken
+) -> None:
     "Write one fault of DATA.md section 4 into an annotation."
-    note, image, (x,y,w,h) = record["annotations"][0], record["images"][0], boxes[k]
-    def put(box): note["bbox"], note["area"] = box, box[2]*box[3]
-    if fault in BOX_FAULTS: note["bbox"] = BOX_FAULTS[fault](x,y,w,h)
-    elif fault == "box_outside": put([x+6*shot.width, y, w, h])
-    elif fault == "identical_boxes": put(list(boxes[k-1]))
-    elif fault == "overlapping_boxes": put(slid(boxes[k-1], shot))
-    elif fault == "area_mismatch": note["area"] = w*h+w
-    elif fault == "dl_idx_mismatch": image["dl_idx"] = str(int(image["dl_idx"])+1)
-    elif fault == "code_mismatch": image["dl_mapping_code"] = f"K-{int(image['drug_N'][2:])+1:06d}"
-    elif fault == "metadata_conflict": image["dl_company"] += " (지점)"
+    note, image, (x, y, w, h) = record["annotations"][0], record["images"][0], boxes[k]
+
+    def put(box):
+        note["bbox"], note["area"] = box, box[2] * box[3]
+
+    if fault in BOX_FAULTS:
+        note["bbox"] = BOX_FAULTS[fault](x, y, w, h)
+    elif fault == "box_outside":
+        put([x + 6 * shot.width, y, w, h])
+    elif fault == "identical_boxes":
+        put(list(boxes[k - 1]))
+    elif fault == "overlapping_boxes":
+        put(slid(boxes[k - 1], shot))
+    elif fault == "area_mismatch":
+        note["area"] = w * h + w
+    elif fault == "dl_idx_mismatch":
+        image["dl_idx"] = str(int(image["dl_idx"]) + 1)
+    elif fault == "code_mismatch":
+        image["dl_mapping_code"] = f"K-{int(image['drug_N'][2:]) + 1:06d}"
+    elif fault == "metadata_conflict":
+        image["dl_company"] += " (지점)"
 
 # %% ../../nbs/synth/220_writer.ipynb #2738fd01
-IN_LABEL = (*BOX_FAULTS, "box_outside", "identical_boxes", "overlapping_boxes", "area_mismatch", "dl_idx_mismatch", "code_mismatch", "metadata_conflict")
-IN_FILES = ("json_unparsable", "json_cp949", "json_without_image", "image_without_json", "photo_truncated", "photo_is_text", "hidden_file", "index_picture", "incomplete_combo",
-    "duplicate_annotation", "duplicate_photo")
-ON_COMBO = ("box_outside", "identical_boxes", "overlapping_boxes", "incomplete_combo", "index_picture")  # need several pills in the photo
+IN_LABEL = (
+    *BOX_FAULTS,
+    "box_outside",
+    "identical_boxes",
+    "overlapping_boxes",
+    "area_mismatch",
+    "dl_idx_mismatch",
+    "code_mismatch",
+    "metadata_conflict",
+)
+
+
+IN_FILES = (
+    "json_unparsable",
+    "json_cp949",
+    "json_without_image",
+    "image_without_json",
+    "photo_truncated",
+    "photo_is_text",
+    "hidden_file",
+    "index_picture",
+    "incomplete_combo",
+    "duplicate_annotation",
+    "duplicate_photo",
+)
+
+
+ON_COMBO = (
+    "box_outside",
+    "identical_boxes",
+    "overlapping_boxes",
+    "incomplete_combo",
+    "index_picture",
+)  # need several pills in the photo
+
 
 def another_part(
-    path:str # a file of the delivery
-)->str:
+    path: str,  # a file of the delivery
+) -> str:
     "The same file in a further archive's folder."
     return path.replace("_1_", "_99_", 1)
 
+# %% ../../nbs/synth/220_writer.ipynb #d901a7ce
 def spoil_files(
-    task:Task,             # what is being written
-    files:dict[str,bytes]  # path → content, changed in place
-)->None:
+    task: Task,  # what is being written
+    files: dict[str, bytes],  # path → content, changed in place
+) -> None:
     "Faults of files rather than of fields."
     photo = task.image
-    for fault,k in task.faults:
+    for fault, k in task.faults:
         label = task.labels[k][0]
-        if fault == "json_unparsable": files[label] = files[label][:len(files[label])//2]
-        elif fault == "json_cp949": files[label] = files[label].decode().encode("cp949")
-        elif fault == "json_without_image": del files[photo]
-        elif fault in ("image_without_json", "incomplete_combo"): del files[label]
-        elif fault == "photo_truncated": files[photo] = files[photo][:len(files[photo])//3]
-        elif fault == "photo_is_text": files[photo] = "이 파일은 사진이 아닙니다.\n".encode()*40
-        elif fault == "hidden_file": files[str(Path(photo).with_name("._"+Path(photo).name))] = b"\x00\x05\x16\x07"+bytes(116)
-        elif fault == "index_picture": files[photo.replace(".png","_index.png")] = files[photo]
-        elif fault == "duplicate_annotation": files[another_part(label)] = files[label]
-        elif fault == "duplicate_photo": files[another_part(photo)] = files[photo]
+        if fault == "json_unparsable":
+            files[label] = files[label][: len(files[label]) // 2]
+        elif fault == "json_cp949":
+            files[label] = files[label].decode().encode("cp949")
+        elif fault == "json_without_image":
+            del files[photo]
+        elif fault in ("image_without_json", "incomplete_combo"):
+            del files[label]
+        elif fault == "photo_truncated":
+            files[photo] = files[photo][: len(files[photo]) // 3]
+        elif fault == "photo_is_text":
+            files[photo] = "이 파일은 사진이 아닙니다.\n".encode() * 40
+        elif fault == "hidden_file":
+            files[str(Path(photo).with_name("._" + Path(photo).name))] = b"\x00\x05\x16\x07" + bytes(116)
+        elif fault == "index_picture":
+            files[photo.replace(".png", "_index.png")] = files[photo]
+        elif fault == "duplicate_annotation":
+            files[another_part(label)] = files[label]
+        elif fault == "duplicate_photo":
+            files[another_part(photo)] = files[photo]
 
 # %% ../../nbs/synth/220_writer.ipynb #ecec94f2
 def take(
-    task:Task # one photo
-)->dict[str,bytes]: # path → content of every file it makes
+    task: Task,  # one photo
+) -> dict[str, bytes]:  # path → content of every file it makes
     "Render a photo, write its labels, plant its faults: a pure function of the task."
     image, extents = photograph(list(task.pills), task.shot, rng_for(*task.words, "photo"))
     rng = rng_for(*task.words, "box")
     boxes = [loose_box(e, task.shot, rng) for e in extents]
-    if task.shift != (0,0): image, boxes = nudged(image, boxes, task.shift)
+    if task.shift != (0, 0):
+        image, boxes = nudged(image, boxes, task.shift)
     files = {}
-    for path,k in task.labels:
+    for path, k in task.labels:
         record = annotation(task.pills[k][0], Path(path).stem, boxes[k], task.shot.width, task.shot.height)
-        for fault,hit in task.faults:
-            if hit == k: spoil_record(record, fault, boxes, k, task.shot)
+        for fault, hit in task.faults:
+            if hit == k:
+                spoil_record(record, fault, boxes, k, task.shot)
         files[path] = json_bytes(record)
-    files[task.image] = png_bytes(image, file_length(task.shot.width, task.shot.height, rng_for(*task.words, "length", task.stem)))
+    files[task.image] = png_bytes(
+        image, file_length(task.shot.width, task.shot.height, rng_for(*task.words, "length", task.stem))
+    )
     spoil_files(task, files)
     return files
 
 # %% ../../nbs/synth/220_writer.ipynb #7c55a89e
 def is_done(
-    out:Path,  # delivery
-    task:Task # what should be there
-)->bool:
+    out: Path,  # delivery
+    task: Task,  # what should be there
+) -> bool:
     "Whether an unspoilt photo and its labels are there."
     try:
-        with open(out/task.image, "rb") as f: head = f.read(24)
-    except OSError: return False
-    right = head[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">II", head[16:24]) == (task.shot.width, task.shot.height)
-    return not task.faults and right and all((out/l).is_file() for l,_ in task.labels)
+        with open(out / task.image, "rb") as f:
+            head = f.read(24)
+    except OSError:
+        return False
+    right = head[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">II", head[16:24]) == (
+        task.shot.width,
+        task.shot.height,
+    )
+    return not task.faults and right and all((out / l).is_file() for l, _ in task.labels)
+
 
 def write_task(
-    job:tuple[str,Task] # delivery folder, photo
-)->dict[str,str]: # path → sha256 of what lies there
+    job: tuple[str, Task],  # delivery folder, photo
+) -> dict[str, str]:  # path → sha256 of what lies there
     "Take a photo and write its files, unless they are there."
     out, task = Path(job[0]), job[1]
-    if is_done(out, task): return {p: hashlib.sha256((out/p).read_bytes()).hexdigest() for p in (task.image, *(l for l,_ in task.labels))}
+    if is_done(out, task):
+        return {
+            p: hashlib.sha256((out / p).read_bytes()).hexdigest() for p in (task.image, *(l for l, _ in task.labels))
+        }
     cv2.setNumThreads(1)
     files = take(task)
     for path in sorted(files, key=lambda p: (p == task.image, p)):
-        with atomic_path(out/path, durable=False) as tmp: tmp.write_bytes(files[path])
-    return {p: hashlib.sha256(b).hexdigest() for p,b in files.items()}
+        with atomic_path(out / path, durable=False) as tmp:
+            tmp.write_bytes(files[path])
+    return {p: hashlib.sha256(b).hexdigest() for p, b in files.items()}
 
 # %% ../../nbs/synth/220_writer.ipynb #5f46dcbf
 def plant_near_duplicates(
-    tasks:list[Task],  # training singles
-    n:int,             # pairs wanted
-    seed:int           # of the delivery
-)->tuple[list[Task],list[dict]]: # tasks with copies, ledger
+    tasks: list[Task],  # training singles
+    n: int,  # pairs wanted
+    seed: int,  # of the delivery
+) -> tuple[list[Task], list[dict]]:  # tasks with copies, ledger
     "Make some photos copies of another photo of the same drug in another capture group (SPEC BX1)."
     rng, tasks, ledger, used = rng_for(seed, "near"), list(tasks), [], set()
     group = [capture_group(parse_name(t.stem)) for t in tasks]
     for i in map(int, rng.permutation(len(tasks))):
-        if len(ledger) == n: break
-        others = [j for j,t in enumerate(tasks) if t.pills[0][0] == tasks[i].pills[0][0] and group[j] != group[i] and j not in used]
-        if i in used or not others: continue
-        j, shift = int(rng.choice(others)), (int(rng.integers(1,4)), int(rng.integers(-3,4)))
+        if len(ledger) == n:
+            break
+        others = [
+            j
+            for j, t in enumerate(tasks)
+            if t.pills[0][0] == tasks[i].pills[0][0] and group[j] != group[i] and j not in used
+        ]
+        if i in used or not others:
+            continue
+        j, shift = int(rng.choice(others)), (int(rng.integers(1, 4)), int(rng.integers(-3, 4)))
         used |= {i, j}
         tasks[j] = replace(tasks[i], image=tasks[j].image, labels=tasks[j].labels, shift=shift)
         ledger.append({"source": tasks[i].image, "copy": tasks[j].image, "shift": list(shift)})
@@ -368,22 +516,27 @@ def plant_near_duplicates(
 
 # %% ../../nbs/synth/220_writer.ipynb #e5eff20e
 def plant_faults(
-    singles:list[Task], # training photos of one pill
-    combos:list[Task],  # training photos of several
-    spare:set[str],     # photos that must stay as they are
-    seed:int            # of the delivery
-)->tuple[list[Task],list[Task],dict[str,list[str]]]: # tasks with faults, ledger: fault → the file it is in
+    singles: list[Task],  # training photos of one pill
+    combos: list[Task],  # training photos of several
+    spare: set[str],  # photos that must stay as they are
+    seed: int,  # of the delivery
+) -> tuple[list[Task], list[Task], dict[str, list[str]]]:  # tasks with faults, ledger: fault → the file it is in
     "Each fault once, each on a photo of its own; combos carry those that need several pills."
     rng, ledger, lists = rng_for(seed, "faults"), {}, {"single": list(singles), "combo": list(combos)}
-    free = {k: [int(i) for i in rng.permutation(len(v)) if v[i].image not in spare] for k,v in lists.items()}
+    free = {k: [int(i) for i in rng.permutation(len(v)) if v[i].image not in spare] for k, v in lists.items()}
     for fault in (*IN_LABEL, *IN_FILES):
         kind = "combo" if fault in ON_COMBO else "single"
-        if not free[kind]: raise PillsnapError(f"there are too few photos to plant {fault} on one of its own", where="faults", fix="more photos, or more combos")
+        if not free[kind]:
+            raise PillsnapError(
+                f"there are too few photos to plant {fault} on one of its own",
+                where="faults",
+                fix="more photos, or more combos",
+            )
         i = free[kind].pop()
         task = lists[kind][i]
-        k = len(task.labels)-1
-        lists[kind][i] = replace(task, faults=((fault,k),))
-        of_photo = fault.startswith(("photo_","image_","hidden","index","duplicate_photo"))
+        k = len(task.labels) - 1
+        lists[kind][i] = replace(task, faults=((fault, k),))
+        of_photo = fault.startswith(("photo_", "image_", "hidden", "index", "duplicate_photo"))
         ledger[fault] = [task.image if of_photo else task.labels[k][0]]
     return lists["single"], lists["combo"], ledger
 
@@ -391,418 +544,613 @@ def plant_faults(
 @dataclass(frozen=True)
 class Plan:
     "A delivery before the first photo is taken."
-    settings:dict          # what was asked for
-    tasks:tuple[Task,...]  # every photo, in order
-    ledger:dict            # what was planted
+
+    settings: dict  # what was asked for
+    tasks: tuple[Task, ...]  # every photo, in order
+    ledger: dict  # what was planted
+
 
 def split_tasks(
-    catalogue:Catalogue, # drugs
-    photos:int,          # single photos a drug
-    combos:int,          # combinations
-    split:str,           # "train" or "val"
-    base:Shot,           # size and domain
-    seed:int             # of the delivery
-)->tuple[list[Task],list[Task]]: # singles, combos
+    catalogue: Catalogue,  # drugs
+    photos: int,  # single photos a drug
+    combos: int,  # combinations
+    split: str,  # "train" or "val"
+    base: Shot,  # size and domain
+    seed: int,  # of the delivery
+) -> tuple[list[Task], list[Task]]:  # singles, combos
     "All photos of train or val."
     drugs = list(catalogue)
     codes = choose_combos(len(drugs), combos, rng_for(seed, split, "combos"))
-    return ([t for i,d in enumerate(drugs) for t in single_tasks(d, i, photos, split, base, seed)],
-        [t for i,c in enumerate(codes) for t in combo_tasks([drugs[k] for k in c], i, split, base, seed)])
+    return (
+        [t for i, d in enumerate(drugs) for t in single_tasks(d, i, photos, split, base, seed)],
+        [t for i, c in enumerate(codes) for t in combo_tasks([drugs[k] for k in c], i, split, base, seed)],
+    )
 
 # %% ../../nbs/synth/220_writer.ipynb #9cfba0f8
 def val_catalogue(
-    train:Catalogue, # drugs of train
-    val_drugs:str,   # "new" or "same"
-    seed:int         # of the delivery
-)->Catalogue:
+    train: Catalogue,  # drugs of train
+    val_drugs: str,  # "new" or "same"
+    seed: int,  # of the delivery
+) -> Catalogue:
     "A quarter as many drugs, at least three; new ones, or the first of train's."
-    n = max(3, len(train)//4)
-    if val_drugs == "same": return Catalogue(train.drugs[:n])
-    return make_catalogue(n, seed+1, twins=0, blank=False, avoid=tuple(d.number for d in train))
+    n = max(3, len(train) // 4)
+    if val_drugs == "same":
+        return Catalogue(train.drugs[:n])
+    return make_catalogue(n, seed + 1, twins=0, blank=False, avoid=tuple(d.number for d in train))
+
 
 def check_settings(
-    s:dict # settings of a delivery
-)->None:
+    s: dict,  # settings of a delivery
+) -> None:
     "Refuse what cannot be drawn."
-    for key,words in {"val_drugs": ("new","same"), "domain": ("studio","phone")}.items():
-        if s[key] not in words: raise PillsnapError(f"{key} is {words[0]!r} or {words[1]!r}, not {s[key]!r}", where=key)
+    for key, words in {"val_drugs": ("new", "same"), "domain": ("studio", "phone")}.items():
+        if s[key] not in words:
+            raise PillsnapError(f"{key} is {words[0]!r} or {words[1]!r}, not {s[key]!r}", where=key)
     if not 64 <= min(s["width"], s["height"]) <= max(s["width"], s["height"]) <= 8192:
-        raise PillsnapError(f"photos of {s['width']}×{s['height']} pixels cannot be drawn", where="width, height", fix="64 to 8192 pixels a side")
-    if s["labels_only"] and (s["faults"] or s["zip_parts"]): raise PillsnapError("a delivery of labels alone has no faults planted and no archives", where="labels_only", fix="leave out --faults and --zip")
-    if s["combos"] < 0: raise PillsnapError("there cannot be fewer than no combinations", where="combos")
+        raise PillsnapError(
+            f"photos of {s['width']}×{s['height']} pixels cannot be drawn",
+            where="width, height",
+            fix="64 to 8192 pixels a side",
+        )
+    if s["labels_only"] and (s["faults"] or s["zip_parts"]):
+        raise PillsnapError(
+            "a delivery of labels alone has no faults planted and no archives",
+            where="labels_only",
+            fix="leave out --faults and --zip",
+        )
+    if s["combos"] < 0:
+        raise PillsnapError("there cannot be fewer than no combinations", where="combos")
 
 # %% ../../nbs/synth/220_writer.ipynb #df63505a
 def plan_delivery(
-    drugs:int=12,          # as in write_delivery, and so are the others
-    photos:int=72,         # single photos a drug
-    combos:int=40,         # combinations
-    seed:int=42,           # same seed, same bytes
-    width:int=976,         # pixels
-    height:int=1280,       # pixels
-    faults:bool=False,     # plant faults
-    val_drugs:str="new",   # "new" or "same"
-    zip_parts:bool=False,  # archives
-    domain:str="studio",   # or "phone"
-    labels_only:bool=False # annotations without photos
-)->Plan:
+    drugs: int = 12,  # as in write_delivery, and so are the others
+    photos: int = 72,  # single photos a drug
+    combos: int = 40,  # combinations
+    seed: int = 42,  # same seed, same bytes
+    width: int = 976,  # pixels
+    height: int = 1280,  # pixels
+    faults: bool = False,  # plant faults
+    val_drugs: str = "new",  # "new" or "same"
+    zip_parts: bool = False,  # archives
+    domain: str = "studio",  # or "phone"
+    labels_only: bool = False,  # annotations without photos
+) -> Plan:
     "Decide everything; nothing is drawn or written."
     check_settings(settings := dict(locals()))
-    if labels_only: return Plan(settings, (), {"schema": "pillsnap.synthetic/1", **settings})
+    if labels_only:
+        return Plan(settings, (), {"schema": "pillsnap.synthetic/1", **settings})
     base, train = Shot(width=width, height=height, domain=domain), make_catalogue(drugs, seed)
     val = val_catalogue(train, val_drugs, seed)
     singles, mixed = split_tasks(train, photos, combos, "train", base, seed)
-    tests = split_tasks(val, max(photos//6, 1), min(combos//10+bool(combos), 6) if len(val) > 3 else min(combos, 1) if len(val) == 3 else 0, "val", base, seed)
-    singles, near = plant_near_duplicates(singles, max(2, len(singles)//150), seed)
+    tests = split_tasks(
+        val,
+        max(photos // 6, 1),
+        min(combos // 10 + bool(combos), 6) if len(val) > 3 else min(combos, 1) if len(val) == 3 else 0,
+        "val",
+        base,
+        seed,
+    )
+    singles, near = plant_near_duplicates(singles, max(2, len(singles) // 150), seed)
     spoilt = {}
-    if faults: singles, mixed, spoilt = plant_faults(singles, mixed, {n[k] for n in near for k in ("source","copy")}, seed)
-    ledger = {"schema": "pillsnap.synthetic/1", **settings, "counts": {"train_single": len(singles), "train_combo": len(mixed), "val_single": len(tests[0]), "val_combo": len(tests[1])},
-        "train_codes": [d.kcode for d in train], "val_codes": [d.kcode for d in val], "twins": [list(t) for t in train.twins], "null_metadata": list(train.blank),
-        "near_duplicates": near, "planted_faults": spoilt}
+    if faults:
+        singles, mixed, spoilt = plant_faults(singles, mixed, {n[k] for n in near for k in ("source", "copy")}, seed)
+    ledger = {
+        "schema": "pillsnap.synthetic/1",
+        **settings,
+        "counts": {
+            "train_single": len(singles),
+            "train_combo": len(mixed),
+            "val_single": len(tests[0]),
+            "val_combo": len(tests[1]),
+        },
+        "train_codes": [d.kcode for d in train],
+        "val_codes": [d.kcode for d in val],
+        "twins": [list(t) for t in train.twins],
+        "null_metadata": list(train.blank),
+        "near_duplicates": near,
+        "planted_faults": spoilt,
+    }
     return Plan(settings, (*singles, *mixed, *tests[0], *tests[1]), ledger)
 
 # %% ../../nbs/synth/220_writer.ipynb #173818c3
 UNFINISHED = "SYNTHETIC.unfinished.json"  # what a rendering in progress was asked for
 
+
 def claim(
-    out:Path,  # delivery folder
-    plan:Plan # what is to be rendered
-)->dict|None: # the ledger when just this delivery is there already
+    out: Path,  # delivery folder
+    plan: Plan,  # what is to be rendered
+) -> dict | None:  # the ledger when just this delivery is there already
     "Never write into somebody's data, over a finished delivery, or on top of another half-finished one."
-    for f in (out/"SYNTHETIC.json", out/UNFINISHED):
-        if not f.is_file(): continue
+    for f in (out / "SYNTHETIC.json", out / UNFINISHED):
+        if not f.is_file():
+            continue
         old = read_json(f)
-        differ = {k: old.get(k) for k,v in plan.settings.items() if old.get(k) != v}
-        if differ: raise PillsnapError("another synthetic delivery is in this folder: "+", ".join(f"{k}={v}" for k,v in differ.items()), where=f, fix="choose an empty folder, or remove that delivery")
+        differ = {k: old.get(k) for k, v in plan.settings.items() if old.get(k) != v}
+        if differ:
+            raise PillsnapError(
+                "another synthetic delivery is in this folder: " + ", ".join(f"{k}={v}" for k, v in differ.items()),
+                where=f,
+                fix="choose an empty folder, or remove that delivery",
+            )
         return old if f.name == "SYNTHETIC.json" else None
-    if (out/"data").exists(): raise PillsnapError("the folder holds data that was not rendered here", where=out/"data", fix="choose an empty folder")
-    save_json(plan.settings, out/UNFINISHED)
+    if (out / "data").exists():
+        raise PillsnapError(
+            "the folder holds data that was not rendered here", where=out / "data", fix="choose an empty folder"
+        )
+    save_json(plan.settings, out / UNFINISHED)
 
 # %% ../../nbs/synth/220_writer.ipynb #7be37c83
 def spread(
-    work:Callable[[tuple],dict[str,str]], # one job's files, path → sha256
-    jobs:Iterable[tuple], # arguments of work
-    n:int                 # processes; 1: this one
-)->Iterator[dict[str,str]]: # as they are ready
+    work: Callable[[tuple], dict[str, str]],  # one job's files, path → sha256
+    jobs: Iterable[tuple],  # arguments of work
+    n: int,  # processes; 1: this one
+) -> Iterator[dict[str, str]]:  # as they are ready
     "Do jobs here, or in processes of one thread each; joblib's can be started from any script, also one without a `__main__` guard."
-    if n < 2: yield from map(work, jobs); return
-    with joblib.parallel_config(backend="loky", inner_max_num_threads=1): pool = processes(n, return_as="generator_unordered")
+    if n < 2:
+        yield from map(work, jobs)
+        return
+    with joblib.parallel_config(backend="loky", inner_max_num_threads=1):
+        pool = processes(n, return_as="generator_unordered")
     yield from pool(joblib.delayed(work)(j) for j in jobs)
 
+
 def run_tasks(
-    out:Path,               # delivery folder
-    tasks:tuple[Task,...],  # photos
-    workers:int|None=None,  # processes; None: one per core when it pays
-    progress:bool=True      # show a bar
-)->Iterator[dict[str,str]]: # path → sha256, photo by photo
+    out: Path,  # delivery folder
+    tasks: tuple[Task, ...],  # photos
+    workers: int | None = None,  # processes; None: one per core when it pays
+    progress: bool = True,  # show a bar
+) -> Iterator[dict[str, str]]:  # path → sha256, photo by photo
     "Write photos; the bytes are the same on any number of processes."
-    pixels, threads = sum(t.shot.width*t.shot.height for t in tasks), cv2.getNumThreads()
-    n = min(os.cpu_count() or 1, 1+int(pixels/2e7)) if workers is None else workers
-    try: yield from show_progress(spread(write_task, [(str(out), t) for t in tasks], n), len(tasks), "rendering", "photos", progress)
-    finally: cv2.setNumThreads(threads)
+    pixels, threads = sum(t.shot.width * t.shot.height for t in tasks), cv2.getNumThreads()
+    n = min(os.cpu_count() or 1, 1 + int(pixels / 2e7)) if workers is None else workers
+    try:
+        yield from show_progress(
+            spread(write_task, [(str(out), t) for t in tasks], n), len(tasks), "rendering", "photos", progress
+        )
+    finally:
+        cv2.setNumThreads(threads)
 
 # %% ../../nbs/synth/220_writer.ipynb #9a1b3bf4
-KOREAN = {"single":"단일", "combo":"조합"}  # as the original archives are called
+KOREAN = {"single": "단일", "combo": "조합"}  # as the original archives are called
+
 
 def pack_parts(
-    out:Path # delivery whose folders are complete
-)->None:
+    out: Path,  # delivery whose folders are complete
+) -> None:
     "Turn every part folder into an archive with its Korean name, then remove the folder."
-    for folder in sorted(p for p in (out/"data").glob("*/*/*/*") if p.is_dir()):
+    for folder in sorted(p for p in (out / "data").glob("*/*/*/*") if p.is_dir()):
         letters, n, kind = folder.name.split("_")
-        with atomic_path(folder.with_name(f"{letters}_{n}_{KOREAN[kind]}.zip"), durable=False) as tmp, zipfile.ZipFile(tmp, "w") as z:
+        with (
+            atomic_path(folder.with_name(f"{letters}_{n}_{KOREAN[kind]}.zip"), durable=False) as tmp,
+            zipfile.ZipFile(tmp, "w") as z,
+        ):
             for f in sorted(p for p in folder.rglob("*") if p.is_file()):
-                info = zipfile.ZipInfo(f.relative_to(folder).as_posix(), (2021,1,1,0,0,0))
+                info = zipfile.ZipInfo(f.relative_to(folder).as_posix(), (2021, 1, 1, 0, 0, 0))
                 info.compress_type = zipfile.ZIP_STORED if f.suffix == ".png" else zipfile.ZIP_DEFLATED
                 z.writestr(info, f.read_bytes())
         shutil.rmtree(folder)
 
 # %% ../../nbs/synth/220_writer.ipynb #8b0dc99b
 def render(
-    out:Path,          # delivery folder
-    plan:Plan,         # what is to be there
-    workers:int|None,  # processes
-    progress:bool      # show a bar
-)->dict: # the ledger
+    out: Path,  # delivery folder
+    plan: Plan,  # what is to be there
+    workers: int | None,  # processes
+    progress: bool,  # show a bar
+) -> dict:  # the ledger
     "Write every photo with its labels."
     hashes = {}
-    for part in run_tasks(out, plan.tasks, workers, progress): hashes |= part
-    if plan.settings["zip_parts"]: pack_parts(out)
+    for part in run_tasks(out, plan.tasks, workers, progress):
+        hashes |= part
+    if plan.settings["zip_parts"]:
+        pack_parts(out)
     return {**plan.ledger, "files": len(hashes), "digest": hashlib.sha256(canonical_json(hashes).encode()).hexdigest()}
 
 # %% ../../nbs/synth/220_writer.ipynb #c94b24d3
-_SLOTS = ("file_name","imgfile","back_color","drug_dir","light_color","camera_la","camera_lo")
+_SLOTS = ("file_name", "imgfile", "back_color", "drug_dir", "light_color", "camera_la", "camera_lo")
+
 
 def label_template(
-    drug:Drug,  # what is described
-    width:int,  # of the photos
-    height:int  # of the photos
-)->str: # text with %-slots
+    drug: Drug,  # what is described
+    width: int,  # of the photos
+    height: int,  # of the photos
+) -> str:  # text with %-slots
     "A drug's annotation with blanks for what differs from photo to photo."
-    record = annotation(drug, f"{drug.kcode}_0_0_0_0_60_000_200", (0,0,1,1), width, height)
+    record = annotation(drug, f"{drug.kcode}_0_0_0_0_60_000_200", (0, 0, 1, 1), width, height)
     record["images"][0] |= {k: f"@{k}@" for k in _SLOTS}
     record["annotations"][0] |= {"area": "@area@", "bbox": [f"@{k}@" for k in "xywh"]}
     text = json_bytes(record).decode().replace("%", "%%")
-    for k in ("file_name","imgfile","back_color","drug_dir","light_color"): text = text.replace(f"@{k}@", f"%({k})s")
-    for k in ("camera_la","camera_lo","area",*"xywh"): text = text.replace(f'"@{k}@"', f"%({k})d")
+    for k in ("file_name", "imgfile", "back_color", "drug_dir", "light_color"):
+        text = text.replace(f"@{k}@", f"%({k})s")
+    for k in ("camera_la", "camera_lo", "area", *"xywh"):
+        text = text.replace(f'"@{k}@"', f"%({k})d")
     return text
 
+
 def fill_label(
-    template:str,              # from label_template
-    drug:Drug,                 # what is described
-    stem:str,                  # the photo's name
-    box:tuple[int,int,int,int] # x, y, w, h
-)->bytes:
+    template: str,  # from label_template
+    drug: Drug,  # what is described
+    stem: str,  # the photo's name
+    box: tuple[int, int, int, int],  # x, y, w, h
+) -> bytes:
     "One annotation file."
-    image, (x,y,w,h) = annotation(drug, stem, box, 0, 0)["images"][0], box
-    return (template % {**{k: image[k] for k in _SLOTS}, "x": x, "y": y, "w": w, "h": h, "area": w*h}).encode()
+    image, (x, y, w, h) = annotation(drug, stem, box, 0, 0)["images"][0], box
+    return (template % {**{k: image[k] for k in _SLOTS}, "x": x, "y": y, "w": w, "h": h, "area": w * h}).encode()
 
 # %% ../../nbs/synth/220_writer.ipynb #9a0647b3
 def guess_box(
-    drug:Drug,               # how large it is
-    centre:tuple[int,int],   # where it lies, pixels
-    shot:Shot,               # scale and size of the photo
-    rng:np.random.Generator # turn and margins
-)->tuple[int,int,int,int]: # x, y, w, h inside the photo
+    drug: Drug,  # how large it is
+    centre: tuple[int, int],  # where it lies, pixels
+    shot: Shot,  # scale and size of the photo
+    rng: np.random.Generator,  # turn and margins
+) -> tuple[int, int, int, int]:  # x, y, w, h inside the photo
     "A box that a pill of this size may have."
-    turn, k = rng.uniform(0, math.pi), shot.width/shot.field
-    c, s, a, b = abs(math.cos(turn)), abs(math.sin(turn)), drug.body.long_mm+.5, drug.body.short_mm+.5
-    w, h = (min(max(round((a*p+b*q)*k), 2), n) for p,q,n in ((c,s,shot.width),(s,c,shot.height)))
-    x, y = (min(max(m-v//2+int(rng.integers(-6,7)), 0), n-v) for m,v,n in zip(centre, (w,h), (shot.width,shot.height)))
+    turn, k = rng.uniform(0, math.pi), shot.width / shot.field
+    c, s, a, b = abs(math.cos(turn)), abs(math.sin(turn)), drug.body.long_mm + 0.5, drug.body.short_mm + 0.5
+    w, h = (min(max(round((a * p + b * q) * k), 2), n) for p, q, n in ((c, s, shot.width), (s, c, shot.height)))
+    x, y = (
+        min(max(m - v // 2 + int(rng.integers(-6, 7)), 0), n - v)
+        for m, v, n in zip(centre, (w, h), (shot.width, shot.height))
+    )
     return x, y, w, h
 
 # %% ../../nbs/synth/220_writer.ipynb #64c68e1c
 def label_stems(
-    drugs:tuple[Drug,...], # one, or those of a combination
-    n:int,                 # photos of a single
-    split:str,             # "train" or "val"
-    seed:int               # of the delivery
-)->list[str]:
+    drugs: tuple[Drug, ...],  # one, or those of a combination
+    n: int,  # photos of a single
+    split: str,  # "train" or "val"
+    seed: int,  # of the delivery
+) -> list[str]:
     "The names of their photos: those of a rendered delivery of the same seed."
-    if len(drugs) > 1: return [Capture(tuple(d.kcode for d in drugs), 0, 2, 0, 2, la, 0, 200).stem() for la in (70,75,90)]
+    if len(drugs) > 1:
+        return [Capture(tuple(d.kcode for d in drugs), 0, 2, 0, 2, la, 0, 200).stem() for la in (70, 75, 90)]
     grid = capture_grid(n, rng_for(seed, split, "grid", drugs[0].number))
-    return [Capture((drugs[0].kcode,), 0, back, side, light, la, lo, 200).stem() for side,back,light,la,lo in grid]
+    return [Capture((drugs[0].kcode,), 0, back, side, light, la, lo, 200).stem() for side, back, light, la, lo in grid]
+
 
 def write_drug_labels(
-    job:tuple[str,tuple[Drug,...],int,int,str,Shot,int] # delivery, drugs, running number, photos, split, shot, seed
-)->dict[str,str]: # folder → sha256 of all that lies there
+    job: tuple[str, tuple[Drug, ...], int, int, str, Shot, int],  # delivery, drugs, number, photos, split, shot, seed
+) -> dict[str, str]:  # folder → sha256 of all that lies there
     "The annotations of a drug or of a combination: a pure function of the job."
     out, drugs, i, n, split, shot, seed = job
-    kind, name = ("single", drugs[0].kcode) if len(drugs) == 1 else ("combo", Capture(tuple(d.kcode for d in drugs), 0, 2, 0, 2, 90, 0, 200).code)
+    kind, name = (
+        ("single", drugs[0].kcode)
+        if len(drugs) == 1
+        else ("combo", Capture(tuple(d.kcode for d in drugs), 0, 2, 0, 2, 90, 0, 200).code)
+    )
     stems, hashes, w, h = label_stems(drugs, n, split, seed), {}, shot.width, shot.height
-    spots = [(w//2, h//2)] if len(drugs) == 1 else [(w//4,h//4), (3*w//4,h//4), (w//4,3*h//4), (3*w//4,3*h//4)]
+    spots = (
+        [(w // 2, h // 2)]
+        if len(drugs) == 1
+        else [(w // 4, h // 4), (3 * w // 4, h // 4), (w // 4, 3 * h // 4), (3 * w // 4, 3 * h // 4)]
+    )
     for d, centre in zip(drugs, spots):
-        folder = f"{part_folder(split,'labels',kind,i)}/{name}_json"+(f"/{d.kcode}" if len(drugs) > 1 else "")
-        where, words, rng, said = Path(out)/folder, label_template(d, w, h), rng_for(seed, split, "labels", name, d.number), hashlib.sha256()
+        folder = f"{part_folder(split, 'labels', kind, i)}/{name}_json" + (f"/{d.kcode}" if len(drugs) > 1 else "")
+        where, words, rng, said = (
+            Path(out) / folder,
+            label_template(d, w, h),
+            rng_for(seed, split, "labels", name, d.number),
+            hashlib.sha256(),
+        )
         where.mkdir(parents=True, exist_ok=True)
         for stem in stems:
-            raw = fill_label(words, d, stem, guess_box(d, centre, shot, rng)); said.update(stem.encode()+raw)
-            with open(f"{where}/{stem}.json", "wb", 0) as f: f.write(raw)
+            raw = fill_label(words, d, stem, guess_box(d, centre, shot, rng))
+            said.update(stem.encode() + raw)
+            with open(f"{where}/{stem}.json", "wb", 0) as f:
+                f.write(raw)
         hashes[folder] = said.hexdigest()
     return hashes
 
 # %% ../../nbs/synth/220_writer.ipynb #612f91ed
 def label_jobs(
-    out:Path,    # delivery folder
-    plan:Plan    # what is to be there
-)->tuple[list[tuple],dict]: # arguments of write_drug_labels, ledger
+    out: Path,  # delivery folder
+    plan: Plan,  # what is to be there
+) -> tuple[list[tuple], dict]:  # arguments of write_drug_labels, ledger
     "Everything that a delivery of labels alone consists of."
-    s = plan.settings; train = make_catalogue(s["drugs"], s["seed"]); val, jobs, counts = val_catalogue(train, s["val_drugs"], s["seed"]), [], {}
-    for split, drugs, photos, combos in (("train", list(train), s["photos"], s["combos"]), ("val", list(val), max(s["photos"]//6, 1), 0)):
-        chosen = [(d,) for d in drugs]+[tuple(drugs[k] for k in c) for c in choose_combos(len(drugs), combos, rng_for(s["seed"], split, "combos"))]
-        for kind, field, group in (("single", SINGLE_FIELD, [c for c in chosen if len(c) == 1]), ("combo", COMBO_FIELD, [c for c in chosen if len(c) > 1])):
+    s = plan.settings
+    train = make_catalogue(s["drugs"], s["seed"])
+    val, jobs, counts = val_catalogue(train, s["val_drugs"], s["seed"]), [], {}
+    for split, drugs, photos, combos in (
+        ("train", list(train), s["photos"], s["combos"]),
+        ("val", list(val), max(s["photos"] // 6, 1), 0),
+    ):
+        chosen = [(d,) for d in drugs] + [
+            tuple(drugs[k] for k in c) for c in choose_combos(len(drugs), combos, rng_for(s["seed"], split, "combos"))
+        ]
+        for kind, field, group in (
+            ("single", SINGLE_FIELD, [c for c in chosen if len(c) == 1]),
+            ("combo", COMBO_FIELD, [c for c in chosen if len(c) > 1]),
+        ):
             shot = Shot(width=s["width"], height=s["height"], domain=s["domain"], field=field)
-            jobs += [(str(out), c, i, photos, split, shot, s["seed"]) for i,c in enumerate(group)]
-            counts[f"{split}_{kind}"] = len(group)*(photos if kind == "single" else 3)
-    files = sum(len(c)*(photos if len(c) == 1 else 3) for _,c,_,photos,*_ in jobs)
-    return jobs, {**plan.ledger, "counts": counts, "files": files, "train_codes": [d.kcode for d in train], "val_codes": [d.kcode for d in val],
-        "twins": [list(t) for t in train.twins], "null_metadata": list(train.blank), "near_duplicates": [], "planted_faults": {}}
+            jobs += [(str(out), c, i, photos, split, shot, s["seed"]) for i, c in enumerate(group)]
+            counts[f"{split}_{kind}"] = len(group) * (photos if kind == "single" else 3)
+    files = sum(len(c) * (photos if len(c) == 1 else 3) for _, c, _, photos, *_ in jobs)
+    return jobs, {
+        **plan.ledger,
+        "counts": counts,
+        "files": files,
+        "train_codes": [d.kcode for d in train],
+        "val_codes": [d.kcode for d in val],
+        "twins": [list(t) for t in train.twins],
+        "null_metadata": list(train.blank),
+        "near_duplicates": [],
+        "planted_faults": {},
+    }
+
 
 def write_labels(
-    out:Path,          # delivery folder
-    plan:Plan,         # what is to be there
-    workers:int|None,  # processes; None: one per core when it pays
-    progress:bool      # show a bar
-)->dict: # the ledger
+    out: Path,  # delivery folder
+    plan: Plan,  # what is to be there
+    workers: int | None,  # processes; None: one per core when it pays
+    progress: bool,  # show a bar
+) -> dict:  # the ledger
     "Write every annotation of a delivery without photos."
     jobs, ledger = label_jobs(out, plan)
-    n, hashes = workers or min(os.cpu_count() or 1, 1+ledger["files"]//20_000), {}
-    for part in show_progress(spread(write_drug_labels, jobs, n), len(jobs), "writing labels", "drugs", progress): hashes |= part
+    n, hashes = workers or min(os.cpu_count() or 1, 1 + ledger["files"] // 20_000), {}
+    for part in show_progress(spread(write_drug_labels, jobs, n), len(jobs), "writing labels", "drugs", progress):
+        hashes |= part
     return {**ledger, "digest": hashlib.sha256(canonical_json(hashes).encode()).hexdigest()}
 
 # %% ../../nbs/synth/220_writer.ipynb #412cd2c3
 def write_delivery(
-    out:str|Path,            # delivery folder: data/train, data/val and SYNTHETIC.json go here
-    drugs:int=12,            # drugs in train
-    photos:int=72,           # single photos a drug
-    combos:int=40,           # combinations, three photos each
-    seed:int=42,             # same seed, same bytes
-    width:int=976,           # pixels
-    height:int=1280,         # pixels
-    faults:bool=False,       # plant every fault of the data notes, once each
-    val_drugs:str="new",     # "new": val holds other drugs, as AI Hub's does; "same": some of train's
-    zip_parts:bool=False,    # archives with Korean names instead of folders
-    domain:str="studio",     # or "phone"
-    workers:int|None=None,   # processes; None: one per core when it pays
-    progress:bool=True,      # show a progress bar
-    labels_only:bool=False   # annotations without photos: half a million in minutes
-)->dict: # the ledger, as in SYNTHETIC.json
+    out: str | Path,  # delivery folder: data/train, data/val and SYNTHETIC.json go here
+    drugs: int = 12,  # drugs in train
+    photos: int = 72,  # single photos a drug
+    combos: int = 40,  # combinations, three photos each
+    seed: int = 42,  # same seed, same bytes
+    width: int = 976,  # pixels
+    height: int = 1280,  # pixels
+    faults: bool = False,  # plant every fault of the data notes, once each
+    val_drugs: str = "new",  # "new": val holds other drugs, as AI Hub's does; "same": some of train's
+    zip_parts: bool = False,  # archives with Korean names instead of folders
+    domain: str = "studio",  # or "phone"
+    workers: int | None = None,  # processes; None: one per core when it pays
+    progress: bool = True,  # show a progress bar
+    labels_only: bool = False,  # annotations without photos: half a million in minutes
+) -> dict:  # the ledger, as in SYNTHETIC.json
     "Render a delivery in AI Hub's format (SPEC BX5); an interrupted one is gone on with, a finished one is left alone."
-    out = Path(out).absolute() # a worker may stand in another folder
+    out = Path(out).absolute()  # a worker may stand in another folder
     plan = plan_delivery(drugs, photos, combos, seed, width, height, faults, val_drugs, zip_parts, domain, labels_only)
-    if (out/"SYNTHETIC.json").is_file(): return claim(out, plan)
+    if (out / "SYNTHETIC.json").is_file():
+        return claim(out, plan)
     with FolderLock(out):
-        if (done := claim(out, plan)) is not None: return done
+        if (done := claim(out, plan)) is not None:
+            return done
         sweep_partials(out)
         ledger = write_labels(out, plan, workers, progress) if labels_only else render(out, plan, workers, progress)
-        save_json(ledger, out/"SYNTHETIC.json")
-        (out/UNFINISHED).unlink(missing_ok=True)
+        save_json(ledger, out / "SYNTHETIC.json")
+        (out / UNFINISHED).unlink(missing_ok=True)
     return ledger
 
 # %% ../../nbs/synth/220_writer.ipynb #8b53f47c
 def read_part(
-    out:Path,  # delivery
-    path:str   # file, relative, as in a plan
-)->bytes:
+    out: Path,  # delivery
+    path: str,  # file, relative, as in a plan
+) -> bytes:
     "A file of the delivery, from its folder or from its archive."
-    if (out/path).is_file(): return (out/path).read_bytes()
+    if (out / path).is_file():
+        return (out / path).read_bytes()
     top, rest = path.split("/")[:5], "/".join(path.split("/")[5:])
     letters, n, kind = top[4].split("_")
-    with zipfile.ZipFile(out/"/".join(top[:4])/f"{letters}_{n}_{KOREAN[kind]}.zip") as z: return z.read(rest)
+    with zipfile.ZipFile(out / "/".join(top[:4]) / f"{letters}_{n}_{KOREAN[kind]}.zip") as z:
+        return z.read(rest)
+
 
 def photo_and_boxes(
-    out:Path,  # delivery
-    task:Task  # an unspoilt photo
-)->tuple[np.ndarray,list[tuple]]: # uint8 RGB, x, y, w, h of each pill
+    out: Path,  # delivery
+    task: Task,  # an unspoilt photo
+) -> tuple[np.ndarray, list[tuple]]:  # uint8 RGB, x, y, w, h of each pill
     "A photo of the delivery with its labels."
-    image = cv2.imdecode(np.frombuffer(read_part(out, task.image), np.uint8), cv2.IMREAD_COLOR)[...,::-1]
-    return image, [tuple(json.loads(read_part(out, l))["annotations"][0]["bbox"]) for l,_ in task.labels]
+    image = cv2.imdecode(np.frombuffer(read_part(out, task.image), np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+    return image, [tuple(json.loads(read_part(out, l))["annotations"][0]["bbox"]) for l, _ in task.labels]
 
 # %% ../../nbs/synth/220_writer.ipynb #79e54010
 def cut_out(
-    image:np.ndarray,           # uint8 RGB
-    box:tuple[int,int,int,int], # x, y, w, h
-    size:int                    # of the square, pixels
-)->np.ndarray:
+    image: np.ndarray,  # uint8 RGB
+    box: tuple[int, int, int, int],  # x, y, w, h
+    size: int,  # of the square, pixels
+) -> np.ndarray:
     "A square around a pill."
     x, y, w, h = box
-    side = int(min(max(w,h)*1.5, *image.shape[:2]))
-    x0 = min(max(x+w//2-side//2, 0), image.shape[1]-side); y0 = min(max(y+h//2-side//2, 0), image.shape[0]-side)
-    return cv2.resize(image[y0:y0+side, x0:x0+side], (size,size), interpolation=cv2.INTER_AREA if side > size else cv2.INTER_CUBIC)
+    side = int(min(max(w, h) * 1.5, *image.shape[:2]))
+    x0 = min(max(x + w // 2 - side // 2, 0), image.shape[1] - side)
+    y0 = min(max(y + h // 2 - side // 2, 0), image.shape[0] - side)
+    return cv2.resize(
+        image[y0 : y0 + side, x0 : x0 + side],
+        (size, size),
+        interpolation=cv2.INTER_AREA if side > size else cv2.INTER_CUBIC,
+    )
+
 
 def caption(
-    draw:ImageDraw.ImageDraw, # sheet
-    xy:tuple[int,int],        # upper left corner
-    text:str,                 # Korean welcome
-    px:int,                   # letter height
-    width:int,                # room, pixels
-    colour:str="black"        # of the letters
-)->None:
+    draw: ImageDraw.ImageDraw,  # sheet
+    xy: tuple[int, int],  # upper left corner
+    text: str,  # Korean welcome
+    px: int,  # letter height
+    width: int,  # room, pixels
+    colour: str = "black",  # of the letters
+) -> None:
     "One line of text, cut where the room ends."
     from pillsnap.core.plots import font_path
+
     font = ImageFont.truetype(str(font_path()), px)
-    while text and draw.textlength(text, font=font) > width: text = text[:-2].rstrip("…")+"…"
+    while text and draw.textlength(text, font=font) > width:
+        text = text[:-2].rstrip("…") + "…"
     draw.text(xy, text, font=font, fill=colour)
 
 # %% ../../nbs/synth/220_writer.ipynb #bf7f4c7e
 def drug_card(
-    out:Path,           # delivery
-    drug:Drug,          # whose card
-    tasks:list[Task],   # its unspoilt photos
-    note:str,           # "쌍둥이" and the like
-    size:int=128        # of a cut-out, pixels
-)->np.ndarray: # uint8 RGB
+    out: Path,  # delivery
+    drug: Drug,  # whose card
+    tasks: list[Task],  # its unspoilt photos
+    note: str,  # "쌍둥이" and the like
+    size: int = 128,  # of a cut-out, pixels
+) -> np.ndarray:  # uint8 RGB
     "Front and back, name, maker and record of one drug."
-    card = Image.new("RGB", (2*size+12, size+52), "#ffffff")
-    for k in (0,1):
-        best = sorted((t for t in tasks if t.pills[0][1].side == k), key=lambda t: (t.shot.back != 2, t.shot.light != 2, -t.shot.latitude))[:1]
+    card = Image.new("RGB", (2 * size + 12, size + 52), "#ffffff")
+    for k in (0, 1):
+        best = sorted(
+            (t for t in tasks if t.pills[0][1].side == k),
+            key=lambda t: (t.shot.back != 2, t.shot.light != 2, -t.shot.latitude),
+        )[:1]
         for t in best:
             image, boxes = photo_and_boxes(out, t)
-            card.paste(Image.fromarray(cut_out(image, boxes[0], size)), (4+k*(size+4), 4))
+            card.paste(Image.fromarray(cut_out(image, boxes[0], size)), (4 + k * (size + 4), 4))
     draw, b, r = ImageDraw.Draw(card), drug.body, drug.record
-    caption(draw, (5, size+8), r["dl_name"], 13, 2*size)
-    caption(draw, (5, size+24), f"{r['dl_company']} · {b.shape} · {', '.join(b.colours)} · {b.long_mm}×{b.short_mm} mm", 10, 2*size, "dimgray")
-    caption(draw, (5, size+37), f"{drug.kcode}  {note}", 10, 2*size, "firebrick" if note else "gray")
+    caption(draw, (5, size + 8), r["dl_name"], 13, 2 * size)
+    caption(
+        draw,
+        (5, size + 24),
+        f"{r['dl_company']} · {b.shape} · {', '.join(b.colours)} · {b.long_mm}×{b.short_mm} mm",
+        10,
+        2 * size,
+        "dimgray",
+    )
+    caption(draw, (5, size + 37), f"{drug.kcode}  {note}", 10, 2 * size, "firebrick" if note else "gray")
     return np.asarray(card)
 
 # %% ../../nbs/synth/220_writer.ipynb #30cbf9e5
 def contact_sheet(
-    out:str|Path,    # a finished delivery
-    ledger:dict,     # its ledger
-    most:int=24      # drugs to show
-)->np.ndarray: # uint8 RGB
+    out: str | Path,  # a finished delivery
+    ledger: dict,  # its ledger
+    most: int = 24,  # drugs to show
+) -> np.ndarray:  # uint8 RGB
     "Drugs with names, front and back, and combinations with their boxes."
-    plan = plan_delivery(**{k: ledger[k] for k in ("drugs","photos","combos","seed","width","height","faults","val_drugs","zip_parts","domain")})
-    whole = [t for t in plan.tasks if not t.faults and t.shift == (0,0) and t.image.startswith("data/train")]
+    plan = plan_delivery(
+        **{
+            k: ledger[k]
+            for k in (
+                "drugs",
+                "photos",
+                "combos",
+                "seed",
+                "width",
+                "height",
+                "faults",
+                "val_drugs",
+                "zip_parts",
+                "domain",
+            )
+        }
+    )
+    whole = [t for t in plan.tasks if not t.faults and t.shift == (0, 0) and t.image.startswith("data/train")]
     drugs = {t.pills[0][0].kcode: t.pills[0][0] for t in whole if len(t.pills) == 1}
-    notes = {k: f"쌍둥이: {b if k == a else a}" for a,b in ledger["twins"] for k in (a,b)} | {k: "기록이 빈 약" for k in ledger["null_metadata"]}
+    notes = {k: f"쌍둥이: {b if k == a else a}" for a, b in ledger["twins"] for k in (a, b)} | {
+        k: "기록이 빈 약" for k in ledger["null_metadata"]
+    }
     first = sorted(drugs, key=lambda k: (k not in notes, k))[:most]
-    cards = [drug_card(Path(out), drugs[k], [t for t in whole if len(t.pills) == 1 and t.pills[0][0].kcode == k], notes.get(k,"")) for k in sorted(first)]
+    cards = [
+        drug_card(
+            Path(out), drugs[k], [t for t in whole if len(t.pills) == 1 and t.pills[0][0].kcode == k], notes.get(k, "")
+        )
+        for k in sorted(first)
+    ]
     combos = [t for t in whole if len(t.pills) > 1 and t.shot.latitude == 75]
-    combos = [combos[int(i)] for i in np.unique(np.linspace(0, len(combos)-1, 5).astype(int))] if combos else []
+    combos = [combos[int(i)] for i in np.unique(np.linspace(0, len(combos) - 1, 5).astype(int))] if combos else []
     rows = [montage(cards, 4, gap=6)]
     if combos:
-        w = (rows[0].shape[1]-6*6)//5
+        w = (rows[0].shape[1] - 6 * 6) // 5
         rows.append(montage([with_boxes(*photo_and_boxes(Path(out), t), w) for t in combos], 5, gap=6))
     wide = max(r.shape[1] for r in rows)
-    return np.concatenate([titled(ledger, wide)]+[np.pad(r, ((0,0),(0,wide-r.shape[1]),(0,0)), constant_values=255) for r in rows])
+    return np.concatenate(
+        [titled(ledger, wide)]
+        + [np.pad(r, ((0, 0), (0, wide - r.shape[1]), (0, 0)), constant_values=255) for r in rows]
+    )
 
 # %% ../../nbs/synth/220_writer.ipynb #a9ef4632
 def with_boxes(
-    image:np.ndarray,   # uint8 RGB
-    boxes:list[tuple],  # x, y, w, h
-    width:int           # wanted, pixels
-)->np.ndarray: # uint8 RGB
+    image: np.ndarray,  # uint8 RGB
+    boxes: list[tuple],  # x, y, w, h
+    width: int,  # wanted, pixels
+) -> np.ndarray:  # uint8 RGB
     "A photo made small, its boxes drawn."
-    k = width/image.shape[1]
-    small = cv2.resize(image, (width, round(image.shape[0]*k)), interpolation=cv2.INTER_AREA)
-    for x,y,w,h in boxes: cv2.rectangle(small, (round(x*k), round(y*k)), (round((x+w)*k), round((y+h)*k)), (0,158,115), 2, cv2.LINE_AA)
+    k = width / image.shape[1]
+    small = cv2.resize(image, (width, round(image.shape[0] * k)), interpolation=cv2.INTER_AREA)
+    for x, y, w, h in boxes:
+        cv2.rectangle(
+            small, (round(x * k), round(y * k)), (round((x + w) * k), round((y + h) * k)), (0, 158, 115), 2, cv2.LINE_AA
+        )
     return small
 
+
 def titled(
-    ledger:dict, # what the sheet shows
-    width:int    # pixels
-)->np.ndarray: # uint8 RGB
+    ledger: dict,  # what the sheet shows
+    width: int,  # pixels
+) -> np.ndarray:  # uint8 RGB
     "The sheet's heading."
     head, n = Image.new("RGB", (width, 54), "#ffffff"), ledger["counts"]
     draw = ImageDraw.Draw(head)
-    caption(draw, (10, 8), "합성 알약 — 실제 의약품이 아닙니다", 20, width-20)
-    caption(draw, (10, 34), f"PillSnap synthetic delivery · seed {ledger['seed']} · {ledger['drugs']} drugs · {n['train_single']:,} single and {n['train_combo']:,} combination photos · {ledger['width']}×{ledger['height']} · {ledger['domain']}", 11, width-20, "dimgray")
+    caption(draw, (10, 8), "합성 알약 — 실제 의약품이 아닙니다", 20, width - 20)
+    caption(
+        draw,
+        (10, 34),
+        f"PillSnap synthetic delivery · seed {ledger['seed']} · {ledger['drugs']} drugs · {n['train_single']:,} single and {n['train_combo']:,} combination photos · {ledger['width']}×{ledger['height']} · {ledger['domain']}",
+        11,
+        width - 20,
+        "dimgray",
+    )
     return np.asarray(head)
 
 # %% ../../nbs/synth/220_writer.ipynb #dd80837a
 def possible_combos(
-    drugs:int # to choose from
-)->int: # how many combinations of three or four there are
+    drugs: int,  # to choose from
+) -> int:  # how many combinations of three or four there are
     "The most combinations that so many drugs give."
-    return math.comb(drugs, 3)+math.comb(drugs, 4)
+    return math.comb(drugs, 3) + math.comb(drugs, 4)
 
+# %% ../../nbs/synth/220_writer.ipynb #cad6a838
 def synth_command(
-    out:str|Path,          # delivery folder
-    drugs:int=12,          # drugs in train
-    photos:int=72,         # single photos a drug
-    combos:int|None=None,  # combinations, three photos each; None = 40, or as many as the drugs give
-    seed:int=42,           # same seed, same bytes
-    faults:bool=False,     # plant the faults of real deliveries
-    zip_parts:bool=False,  # archives with Korean names
-    val_drugs:str="new",   # or "same"
-    width:int=976,         # pixels
-    height:int=1280,       # pixels
-    domain:str="studio",   # or "phone"
-    workers:int|None=None, # processes; None: one per core
-    labels_only:bool=False # annotations without photos
-)->dict: # the ledger
+    out: str | Path,  # delivery folder
+    drugs: int = 12,  # drugs in train
+    photos: int = 72,  # single photos a drug
+    combos: int | None = None,  # combinations, three photos each; None = 40, or as many as the drugs give
+    seed: int = 42,  # same seed, same bytes
+    faults: bool = False,  # plant the faults of real deliveries
+    zip_parts: bool = False,  # archives with Korean names
+    val_drugs: str = "new",  # or "same"
+    width: int = 976,  # pixels
+    height: int = 1280,  # pixels
+    domain: str = "studio",  # or "phone"
+    workers: int | None = None,  # processes; None: one per core
+    labels_only: bool = False,  # annotations without photos
+) -> dict:  # the ledger
     "`pillsnap synth`: render a delivery, say where it is and what is in it, leave a contact sheet."
     if combos is None:
         combos = min(40, possible_combos(drugs))
-        if combos < 40: print(f"combinations   {combos} instead of 40, because {drugs} drugs give no more of three or four")
+        if combos < 40:
+            print(f"combinations   {combos} instead of 40, because {drugs} drugs give no more of three or four")
     began = time.perf_counter()
-    ledger = write_delivery(out, drugs, photos, combos, seed, width, height, faults, val_drugs, zip_parts, domain, workers, labels_only=labels_only)
-    sheet, n, seconds = Path(out)/"contact_sheet.png", ledger["counts"], time.perf_counter()-began
-    if labels_only: print(f"labels         {Path(out)/'data'}  ({ledger['files']:,} annotations of {ledger['drugs']} drugs in {seconds:.0f} s, {sum(n.values()):,} photos are not there)"); return ledger
-    with atomic_path(sheet, durable=False) as tmp: tmp.write_bytes(cv2.imencode(".png", contact_sheet(out, ledger)[...,::-1])[1].tobytes())
-    print(f"delivery       {Path(out)/'data'}  ({sum(n.values()):,} photos in {seconds:.0f} s)")
-    print(f"train          {ledger['drugs']} drugs, {n['train_single']:,} single and {n['train_combo']:,} combination photos")
-    print(f"val, sealed    {len(ledger['val_codes'])} {'other' if val_drugs == 'new' else 'of the same'} drugs, {n['val_single']:,} single and {n['val_combo']:,} combination photos")
-    print(f"ledger         {Path(out)/'SYNTHETIC.json'}  ({len(ledger['twins'])} twin pairs, {len(ledger['near_duplicates'])} near-duplicates, {len(ledger['planted_faults'])} faults)")
+    ledger = write_delivery(
+        out,
+        drugs,
+        photos,
+        combos,
+        seed,
+        width,
+        height,
+        faults,
+        val_drugs,
+        zip_parts,
+        domain,
+        workers,
+        labels_only=labels_only,
+    )
+    sheet, n, seconds = Path(out) / "contact_sheet.png", ledger["counts"], time.perf_counter() - began
+    if labels_only:
+        print(
+            f"labels         {Path(out) / 'data'}  ({ledger['files']:,} annotations of {ledger['drugs']} drugs in {seconds:.0f} s, {sum(n.values()):,} photos are not there)"
+        )
+        return ledger
+    with atomic_path(sheet, durable=False) as tmp:
+        tmp.write_bytes(cv2.imencode(".png", contact_sheet(out, ledger)[..., ::-1])[1].tobytes())
+    print(f"delivery       {Path(out) / 'data'}  ({sum(n.values()):,} photos in {seconds:.0f} s)")
+    print(
+        f"train          {ledger['drugs']} drugs, {n['train_single']:,} single and {n['train_combo']:,} combination photos"
+    )
+    print(
+        f"val, sealed    {len(ledger['val_codes'])} {'other' if val_drugs == 'new' else 'of the same'} drugs, {n['val_single']:,} single and {n['val_combo']:,} combination photos"
+    )
+    print(
+        f"ledger         {Path(out) / 'SYNTHETIC.json'}  ({len(ledger['twins'])} twin pairs, {len(ledger['near_duplicates'])} near-duplicates, {len(ledger['planted_faults'])} faults)"
+    )
     print(f"contact sheet  {sheet}")
     return ledger

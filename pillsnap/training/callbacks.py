@@ -16,7 +16,14 @@ from typing import Any, Literal
 # %% ../../nbs/training/600_callbacks.ipynb #c8ea73dc
 import numpy as np
 import torch
-from fastai.callback.core import Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException
+from fastai.callback.core import (
+    Callback,
+    CancelBatchException,
+    CancelEpochException,
+    CancelFitException,
+    CancelStepException,
+    CancelTrainException,
+)
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastcore.basics import patch
@@ -35,26 +42,36 @@ from ..models.mixing import Mixer, mixed_loss
 # %% ../../nbs/training/600_callbacks.ipynb #cfafd7a3
 class PillLoaders(DataLoaders):
     "A training and a validation loader of (images, labels, meta), and the device they go to."
-    def __init__(self,
-        train:Any,             # torch DataLoader, or a list of batches
-        valid:Any,             # the same, for validation
-        device:torch.device|str="cpu" # where batches are sent
+
+    def __init__(
+        self,
+        train: Any,  # torch DataLoader, or a list of batches
+        valid: Any,  # the same, for validation
+        device: torch.device | str = "cpu",  # where batches are sent
     ):
         super().__init__(train, valid)
-        self._device, self.n_inp = torch.device(device), 1   # fastai's setter asks each loader to move, and torch's cannot
+        self._device, self.n_inp = (
+            torch.device(device),
+            1,
+        )  # fastai's setter asks each loader to move, and torch's cannot
 
 # %% ../../nbs/training/600_callbacks.ipynb #1927deb0
 class PillLearner(Learner):
     "fastai's Learner, able to begin at a later epoch and to validate more than one view."
+
     first_epoch = 0
+
     def _do_fit(self):
-        for self.epoch in range(self.first_epoch, self.n_epoch): self._with_events(self._do_epoch, "epoch", CancelEpochException)
+        for self.epoch in range(self.first_epoch, self.n_epoch):
+            self._with_events(self._do_epoch, "epoch", CancelEpochException)
 
     def _do_epoch_validate(self, ds_idx=1, dl=None):
-        with full_fp32(): self._validate_views(ds_idx, dl)   # TF32 is training's
+        with full_fp32():
+            self._validate_views(ds_idx, dl)  # TF32 is training's
 
     def _validate_views(self, ds_idx=1, dl=None):
-        if dl is not None or not getattr(self, "passes", None): return super()._do_epoch_validate(ds_idx, dl)
+        if dl is not None or not getattr(self, "passes", None):
+            return super()._do_epoch_validate(ds_idx, dl)
         self.by_view, self.answers_by_view = {}, {}
         for name, (loader, self.pass_weights) in self.passes.items():
             super()._do_epoch_validate(dl=loader)
@@ -63,141 +80,208 @@ class PillLearner(Learner):
 # %% ../../nbs/training/600_callbacks.ipynb #6ff52b41
 class Unpack(Callback):
     "Images to the model, labels to the loss, the rest to `learn.meta`; an empty batch is skipped (SPEC TL4)."
-    order = -9   # right after TrainEvalCallback (-10): everybody else sees clean batches
-    def __init__(self, channels_last:bool=False): self.layout, self.empty, self.lost = torch.channels_last if channels_last else None, 0, 0
+
+    order = -9  # right after TrainEvalCallback (-10): everybody else sees clean batches
+
+    def __init__(self, channels_last: bool = False):
+        self.layout, self.empty, self.lost = torch.channels_last if channels_last else None, 0, 0
 
     def before_batch(self):
         labels, *rest = self.yb
         self.learn.meta = rest[0] if rest else {}
         self.learn.yb = (labels,)
         self.lost += len(self.learn.meta.get("skipped", ()))
-        self.learn.counted = len(labels) > 0   # in the mean losses that are told; a tensor where asking would wait for the GPU
-        if not self.learn.counted: self.empty += 1; raise CancelBatchException()
-        if self.layout is not None: self.learn.xb = tuple(x.to(memory_format=self.layout) for x in self.xb)
+        self.learn.counted = (
+            len(labels) > 0
+        )  # in the mean losses that are told; a tensor where asking would wait for the GPU
+        if not self.learn.counted:
+            self.empty += 1
+            raise CancelBatchException()
+        if self.layout is not None:
+            self.learn.xb = tuple(x.to(memory_format=self.layout) for x in self.xb)
 
 # %% ../../nbs/training/600_callbacks.ipynb #6ae93591
 class Precision(Callback):
     "Autocast in training, a gradient scaler for fp16 only, validation in fp32 (SPEC CT5, X10)."
-    order, run_valid, inside = 10, False, threading.local()   # the autocast that this thread is in: one that was broken off would keep 16-bit copies of old weights
-    def __init__(self, dtype:torch.dtype|None=None): self.dtype, self.scaler, self.cast = dtype, None, None
+
+    order, run_valid, inside = (
+        10,
+        False,
+        threading.local(),
+    )  # the autocast that this thread is in: one that was broken off would keep 16-bit copies of old weights
+
+    def __init__(self, dtype: torch.dtype | None = None):
+        self.dtype, self.scaler, self.cast = dtype, None, None
 
     def before_fit(self):
         self.leave()
         device = next(self.model.parameters()).device.type
         self.cast = torch.autocast(device, dtype=self.dtype or torch.bfloat16, enabled=self.dtype is not None)
-        if needs_scaler(self.dtype) and self.scaler is None: self.scaler = torch.amp.GradScaler(device)
+        if needs_scaler(self.dtype) and self.scaler is None:
+            self.scaler = torch.amp.GradScaler(device)
 
-    def before_batch(self): self.cast.__enter__(); self.inside.cast = self.cast
+    def before_batch(self):
+        self.cast.__enter__()
+        self.inside.cast = self.cast
+
     def after_pred(self):
         self.leave()
         self.learn.pred = self.pred.float()
+
     def leave(self):
-        if (cast := self.inside.__dict__.pop("cast", None)) is not None: cast.__exit__(None, None, None)
+        if (cast := self.inside.__dict__.pop("cast", None)) is not None:
+            cast.__exit__(None, None, None)
+
     def before_backward(self):
-        if self.scaler: self.learn.loss_grad = self.scaler.scale(self.loss_grad)
+        if self.scaler:
+            self.learn.loss_grad = self.scaler.scale(self.loss_grad)
+
     def before_step(self):
-        if self.scaler: self.scaler.unscale_(self.opt.opt)
-    def state_dict(self): return self.scaler.state_dict() if self.scaler else None
+        if self.scaler:
+            self.scaler.unscale_(self.opt.opt)
+
+    def state_dict(self):
+        return self.scaler.state_dict() if self.scaler else None
+
     def load_state_dict(self, s):
-        if s and needs_scaler(self.dtype): self.scaler = torch.amp.GradScaler(next(self.model.parameters()).device.type); self.scaler.load_state_dict(s)
+        if s and needs_scaler(self.dtype):
+            self.scaler = torch.amp.GradScaler(next(self.model.parameters()).device.type)
+            self.scaler.load_state_dict(s)
 
 # %% ../../nbs/training/600_callbacks.ipynb #157c1411
 class ScaledStep(Callback):
     "Let the gradient scaler step the optimizer, after everybody has seen the true gradients (SPEC X25)."
-    order, run_valid = Precision.order+9, False
+
+    order, run_valid = Precision.order + 9, False
+
     def before_step(self):
-        if (scaler := self.precision.scaler) is None: return
-        scaler.step(self.opt.opt); scaler.update()
+        if (scaler := self.precision.scaler) is None:
+            return
+        scaler.step(self.opt.opt)
+        scaler.update()
         raise CancelStepException()
 
 # %% ../../nbs/training/600_callbacks.ipynb #d068fc3e
 def batch_mass(
-    loss_func:nn.Module,  # the criterion, with or without class weights
-    labels:torch.Tensor   # class numbers [N]
-)->torch.Tensor: # scalar: what the mean loss was divided by
+    loss_func: nn.Module,  # the criterion, with or without class weights
+    labels: torch.Tensor,  # class numbers [N]
+) -> torch.Tensor:  # scalar: what the mean loss was divided by
     "The denominator of a mean cross-entropy."
     w = getattr(loss_func, "weight", None)
-    if w is not None: return w[labels].sum()
-    return labels.new_full((), len(labels), dtype=torch.float32)   # made on the device: nothing is copied to it
+    if w is not None:
+        return w[labels].sum()
+    return labels.new_full((), len(labels), dtype=torch.float32)  # made on the device: nothing is copied to it
 
 # %% ../../nbs/training/600_callbacks.ipynb #7213a282
 class Accumulate(Callback):
     "Step once per `every` batches with the gradient of all of them as one batch (SPEC CT12)."
-    order, run_valid = Precision.order-1, False   # divides before unscale and clip see the gradients
-    def __init__(self, every:int=1): self.every, self.count, self.mass, self.flush = every, 0, 0., False
+
+    order, run_valid = Precision.order - 1, False  # divides before unscale and clip see the gradients
+
+    def __init__(self, every: int = 1):
+        self.every, self.count, self.mass, self.flush = every, 0, 0.0, False
 
     def after_loss(self):
         m = batch_mass(self.loss_func, self.yb[0])
-        self.learn.loss_grad = self.loss_grad*m
-        self.count += 1; self.mass = self.mass + m
+        self.learn.loss_grad = self.loss_grad * m
+        self.count += 1
+        self.mass = self.mass + m
 
     def before_step(self):
-        if self.count < self.every and not self.flush: raise CancelBatchException()
+        if self.count < self.every and not self.flush:
+            raise CancelBatchException()
         torch._foreach_div_([p.grad for p in self.model.parameters() if p.grad is not None], self.mass)
-        self.count, self.mass = 0, 0.
+        self.count, self.mass = 0, 0.0
 
     def after_train(self):
-        if not self.count: return
-        self.flush = True   # the short window at the end of an epoch
-        self.learn._with_events(self.learn._step, "step", CancelStepException); self.learn.opt.zero_grad()
+        if not self.count:
+            return
+        self.flush = True  # the short window at the end of an epoch
+        self.learn._with_events(self.learn._step, "step", CancelStepException)
+        self.learn.opt.zero_grad()
         self.flush = False
 
 # %% ../../nbs/training/600_callbacks.ipynb #5ae5692d
 class Mix(Callback):
     "Mixup and cutmix of training batches (SPEC NM8, X53)."
-    order, run_valid = Accumulate.order-1, False
-    def __init__(self, mixer:Mixer): self.mixer, self.lam = mixer, 1.
+
+    order, run_valid = Accumulate.order - 1, False
+
+    def __init__(self, mixer: Mixer):
+        self.mixer, self.lam = mixer, 1.0
 
     def before_batch(self):
         x, self.lam = self.mixer(*self.xb)
         self.learn.xb = (x,)
 
     def after_loss(self):
-        if self.lam == 1.: return
+        if self.lam == 1.0:
+            return
         self.learn.loss_grad = mixed_loss(self.loss_func, self.pred, self.yb[0], self.lam)
         self.learn.loss = self.loss_grad.clone()
 
 # %% ../../nbs/training/600_callbacks.ipynb #bcf72e25
 class GradClip(Callback):
     "Bound the norm of the whole gradient, unscaled (SPEC CT12, X25)."
-    order, run_valid = Precision.order+1, False
-    def __init__(self, max_norm:float): self.max_norm, self.grad_norm = max_norm, None
-    def before_step(self): self.grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)
+
+    order, run_valid = Precision.order + 1, False
+
+    def __init__(self, max_norm: float):
+        self.max_norm, self.grad_norm = max_norm, None
+
+    def before_step(self):
+        self.grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)
 
 # %% ../../nbs/training/600_callbacks.ipynb #2d171750
 class Ema(Callback):
     "Exponential moving average of weights and buffers, as timm's ModelEmaV2 (SPEC CT11)."
-    order, run_valid = ScaledStep.order+1, False
-    def __init__(self, decay:float=.9998, evaluate:Literal["raw","ema","both"]="ema"): self.decay, self.evaluate, self.shadow = decay, evaluate, None
+
+    order, run_valid = ScaledStep.order + 1, False
+
+    def __init__(self, decay: float = 0.9998, evaluate: Literal["raw", "ema", "both"] = "ema"):
+        self.decay, self.evaluate, self.shadow = decay, evaluate, None
 
     def before_fit(self):
-        now = self.model.state_dict()   # views of the weights: asked for once, not at every step
-        if self.shadow is None: self.shadow = {k: v.detach().clone() for k,v in now.items()}
-        self.pairs = [(self.shadow[k], v) for k,v in now.items()]
+        now = self.model.state_dict()  # views of the weights: asked for once, not at every step
+        if self.shadow is None:
+            self.shadow = {k: v.detach().clone() for k, v in now.items()}
+        self.pairs = [(self.shadow[k], v) for k, v in now.items()]
         self.smooth, self.counts = ([p for p in self.pairs if p[1].is_floating_point() == f] for f in (True, False))
 
     @torch.no_grad()
     def after_step(self):
-        torch._foreach_lerp_([a for a,_ in self.smooth], [v for _,v in self.smooth], 1-self.decay)
-        for a,v in self.counts: a.copy_(v)
+        torch._foreach_lerp_([a for a, _ in self.smooth], [v for _, v in self.smooth], 1 - self.decay)
+        for a, v in self.counts:
+            a.copy_(v)
 
     @torch.no_grad()
     def swap(self):
         "Exchange the average and the training weights, in place."
-        for a,v in self.pairs: held = v.clone(); v.copy_(a); a.copy_(held)
+        for a, v in self.pairs:
+            held = v.clone()
+            v.copy_(a)
+            a.copy_(held)
 
     def before_validate(self):
-        if getattr(self.learn, "pass_weights", self.evaluate) != "raw": self.swap()
-    def after_validate(self): self.before_validate()
-    def state_dict(self): return self.shadow
-    def load_state_dict(self, s): self.shadow = {k: v.to(next(self.model.parameters()).device) for k,v in s.items()}; self.before_fit()
+        if getattr(self.learn, "pass_weights", self.evaluate) != "raw":
+            self.swap()
+
+    def after_validate(self):
+        self.before_validate()
+
+    def state_dict(self):
+        return self.shadow
+
+    def load_state_dict(self, s):
+        self.shadow = {k: v.to(next(self.model.parameters()).device) for k, v in s.items()}
+        self.before_fit()
 
 # %% ../../nbs/training/600_callbacks.ipynb #a5d20dae
 def topk_hits(
-    logits:torch.Tensor, # [N, C]
-    labels:torch.Tensor, # class numbers [N]
-    k:int=5              # guesses that are allowed
-)->torch.Tensor:         # bool [N], on the same device
+    logits: torch.Tensor,  # [N, C]
+    labels: torch.Tensor,  # class numbers [N]
+    k: int = 5,  # guesses that are allowed
+) -> torch.Tensor:  # bool [N], on the same device
     "Whether the right class is among the k best; ties go to the smaller number, NaN rows miss."
     own = logits.gather(1, labels[:, None])
     smaller = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
@@ -207,8 +291,11 @@ def topk_hits(
 # %% ../../nbs/training/600_callbacks.ipynb #c9a18337
 class Validate(Callback):
     "Gather a validation pass into `learn.scores` and `learn.answers` (SPEC CT21, X65)."
-    order, run_train = Precision.order+1, False
-    def before_validate(self): self.waiting, self.parts, self.loss_sum, self.mass, self.seen = [], [], 0., 0., []
+
+    order, run_train = Precision.order + 1, False
+
+    def before_validate(self):
+        self.waiting, self.parts, self.loss_sum, self.mass, self.seen = [], [], 0.0, 0.0, []
 
     def after_pred(self):
         logits, y = self.pred.float(), self.yb[0]
@@ -219,231 +306,394 @@ class Validate(Callback):
 
     def fetch(self):
         "Bring the numbers of this pass from the device to the host: one copy of each kind."
-        if not self.waiting: return
+        if not self.waiting:
+            return
         edges = np.cumsum([len(w[0]) for w in self.waiting])[:-1]
         *columns, losses = (torch.cat(v).cpu().numpy() for v in zip(*self.waiting))
         self.waiting = []
-        for y, guess, conf, hit in zip(*(np.split(v, edges) for v in columns)): self.parts.append((y, guess, conf, float(hit.mean())*len(y)))
+        for y, guess, conf, hit in zip(*(np.split(v, edges) for v in columns)):
+            self.parts.append((y, guess, conf, float(hit.mean()) * len(y)))
         for loss, mass in losses.tolist():
-            if mass > 0: self.loss_sum += loss*mass; self.mass += mass
+            if mass > 0:
+                self.loss_sum += loss * mass
+                self.mass += mass
 
     def after_validate(self):
         self.fetch()
-        if not self.parts: raise PillsnapError("validation had no photo to look at", fix="look at the quarantine list, or give the splits more photos per drug")
+        if not self.parts:
+            raise PillsnapError(
+                "validation had no photo to look at",
+                fix="look at the quarantine list, or give the splits more photos per drug",
+            )
         y, guess, conf = (np.concatenate([r[i] for r in self.parts]) for i in range(3))
         self.learn.answers = dict(labels=y, pred=guess, confidence=conf, paths=self.seen)
         acc = float((y == guess).mean())
-        self.learn.scores = dict(val_loss=self.loss_sum/self.mass if self.mass else float("nan"), acc=acc, top1=acc, macro_f1=macro_f1(guess, y, self.learn.num_classes),
-            top5=float(sum(r[3] for r in self.parts)/len(y)), confidence=float(conf.mean()), n=len(y))
+        self.learn.scores = dict(
+            val_loss=self.loss_sum / self.mass if self.mass else float("nan"),
+            acc=acc,
+            top1=acc,
+            macro_f1=macro_f1(guess, y, self.learn.num_classes),
+            top5=float(sum(r[3] for r in self.parts) / len(y)),
+            confidence=float(conf.mean()),
+            n=len(y),
+        )
 
 # %% ../../nbs/training/600_callbacks.ipynb #4ece220f
 def merge_metrics(
-    path:str|os.PathLike,               # reports/metrics.json
-    task:Literal["classification","detection"], # whose part of the rows
-    rows:Sequence[Mapping[str,Any]]     # {epoch, task: {...}, and what else belongs to the row}
-)->Path:
+    path: str | os.PathLike,  # reports/metrics.json
+    task: Literal["classification", "detection"],  # whose part of the rows
+    rows: Sequence[Mapping[str, Any]],  # {epoch, task: {...}, and what else belongs to the row}
+) -> Path:
     "Epoch history and latest of both models in one file (SPEC EV2, Annex 3)."
-    before = read_json(path) if Path(path).exists() else {}; old = before.get("history", [])
+    before = read_json(path) if Path(path).exists() else {}
+    old = before.get("history", [])
     theirs = (lambda k: k != "detection") if task == "detection" else (lambda k: k in ("epoch", "detection"))
-    other = {r["epoch"]: {k: v for k,v in r.items() if theirs(k)} for r in old}
-    keep = {e: r for e,r in other.items() if len(r) > 1}
-    merged = [{**keep.get(e, {}), **next((dict(r) for r in rows if r["epoch"] == e), {"epoch": e})} for e in sorted({*keep, *(r["epoch"] for r in rows)})]
+    other = {r["epoch"]: {k: v for k, v in r.items() if theirs(k)} for r in old}
+    keep = {e: r for e, r in other.items() if len(r) > 1}
+    merged = [
+        {**keep.get(e, {}), **next((dict(r) for r in rows if r["epoch"] == e), {"epoch": e})}
+        for e in sorted({*keep, *(r["epoch"] for r in rows)})
+    ]
     latest = {k: next(r[k] for r in reversed(merged) if k in r) for k in dict.fromkeys(k for r in merged for k in r)}
     return save_json({**before, "latest": latest, "history": merged}, path)
 
 # %% ../../nbs/training/600_callbacks.ipynb #53de2db4
 def mean_loss(
-    total:torch.Tensor|float,  # losses of the batches that count, added up
-    batches:torch.Tensor|int   # how many those are
-)->float: # NaN where none counts
+    total: torch.Tensor | float,  # losses of the batches that count, added up
+    batches: torch.Tensor | int,  # how many those are
+) -> float:  # NaN where none counts
     "The loss that is told, fetched from the device."
-    return float(total)/n if (n := float(batches)) else math.nan
+    return float(total) / n if (n := float(batches)) else math.nan
 
 # %% ../../nbs/training/600_callbacks.ipynb #d34b2aa7
-NAN_LOSS = "NAN_LOSS"   # the reason code in the run record of a training whose loss is no number
+NAN_LOSS = "NAN_LOSS"  # the reason code in the run record of a training whose loss is no number
+
 
 class History(Callback):
     "Collect `learn.rows`, one row per epoch (SPEC EV2)."
-    order = Ema.order+10
-    def __init__(self, report:Path|None=None, tb:TBWriter|None=None): self.report, self.tb, self.total = report, tb, None
 
-    def before_fit(self): self.learn.rows = getattr(self.learn, "rows", [])
-    def before_epoch(self): self.total, self.batches, self.opened, self.t0 = 0., 0, False, time.perf_counter()
+    order = Ema.order + 10
+
+    def __init__(self, report: Path | None = None, tb: TBWriter | None = None):
+        self.report, self.tb, self.total = report, tb, None
+
+    def before_fit(self):
+        self.learn.rows = getattr(self.learn, "rows", [])
+
+    def before_epoch(self):
+        self.total, self.batches, self.opened, self.t0 = 0.0, 0, False, time.perf_counter()
+
     def after_batch(self):
-        if not self.training or self.learn.counted is False: return
+        if not self.training or self.learn.counted is False:
+            return
         self.opened = True
-        self.total, self.batches = self.total + self.loss.detach()*self.learn.counted, self.batches + self.learn.counted
+        self.total, self.batches = (
+            self.total + self.loss.detach() * self.learn.counted,
+            self.batches + self.learn.counted,
+        )
 
     def after_train(self):
         self.train_loss = mean_loss(self.total, self.batches)
-        if not float(self.batches): raise PillsnapError(f"no batch of epoch {self.epoch+1} had a photo and a loss that is a number", where="train.classification", fix="the log names the photos that cannot be opened; with photos, lower train.classification.lr or train with amp=false; the last checkpoint is intact", code=NAN_LOSS if self.opened else "")
-        if not math.isfinite(self.train_loss): raise PillsnapError(f"the training loss became {self.train_loss} in epoch {self.epoch+1}", where="train.classification", fix="lower train.classification.lr, or train with amp=false; the last checkpoint is intact", code=NAN_LOSS)
+        if not float(self.batches):
+            raise PillsnapError(
+                f"no batch of epoch {self.epoch + 1} had a photo and a loss that is a number",
+                where="train.classification",
+                fix="the log names the photos that cannot be opened; with photos, lower train.classification.lr or train with amp=false; the last checkpoint is intact",
+                code=NAN_LOSS if self.opened else "",
+            )
+        if not math.isfinite(self.train_loss):
+            raise PillsnapError(
+                f"the training loss became {self.train_loss} in epoch {self.epoch + 1}",
+                where="train.classification",
+                fix="lower train.classification.lr, or train with amp=false; the last checkpoint is intact",
+                code=NAN_LOSS,
+            )
 
     def after_epoch(self):
         views = getattr(self.learn, "by_view", None) or {"whole": self.learn.scores}
         s = next(iter(views.values()))
-        self.learn.rows.append(dict(epoch=self.epoch+1, train_loss=self.train_loss, val_loss=s["val_loss"], lr=self.opt.hypers[-1]["lr"], seconds=time.perf_counter()-self.t0,
-            **self.load(), classification={**s, "loss": s["val_loss"]}, views=views))
-        if self.tb: self.tb.add_scalars(tagged(s, VAL_TAGS) | {"data/skipped": float(self.learn.rows[-1]["skipped"])}, self.epoch+1)
-        if self.report: merge_metrics(self.report, "classification", self.learn.rows)
+        self.learn.rows.append(
+            dict(
+                epoch=self.epoch + 1,
+                train_loss=self.train_loss,
+                val_loss=s["val_loss"],
+                lr=self.opt.hypers[-1]["lr"],
+                seconds=time.perf_counter() - self.t0,
+                **self.load(),
+                classification={**s, "loss": s["val_loss"]},
+                views=views,
+            )
+        )
+        if self.tb:
+            self.tb.add_scalars(
+                tagged(s, VAL_TAGS) | {"data/skipped": float(self.learn.rows[-1]["skipped"])}, self.epoch + 1
+            )
+        if self.report:
+            merge_metrics(self.report, "classification", self.learn.rows)
 
-    def load(self)->dict[str,float|int|None]:
+    def load(self) -> dict[str, float | int | None]:
         "What the epoch asked of the machine: photos, batch size, memory."
         train, passes = self.dls.train, getattr(self.learn, "passes", None) or {}
         loaders = [train, *(dl for dl, _ in passes.values())]
-        late = sum(getattr(dl, "unreported", 0) for dl in loaders if getattr(dl, "world", 1) == 1)   # several processes add up what travelled with batches
-        return dict(asked=sum(int(getattr(dl, "row", 0)) for dl in loaders), skipped=self.unpack.lost + late, batch=photos_per_batch(train) if hasattr(train, "batch_sampler") else None,
-            rss_mb=memory_mb(), cuda_mb=cuda_mem_mb(), cuda_share=cuda_mem_share())
+        late = sum(
+            getattr(dl, "unreported", 0) for dl in loaders if getattr(dl, "world", 1) == 1
+        )  # several processes add up what travelled with batches
+        return dict(
+            asked=sum(int(getattr(dl, "row", 0)) for dl in loaders),
+            skipped=self.unpack.lost + late,
+            batch=photos_per_batch(train) if hasattr(train, "batch_sampler") else None,
+            rss_mb=memory_mb(),
+            cuda_mb=cuda_mem_mb(),
+            cuda_share=cuda_mem_share(),
+        )
 
 # %% ../../nbs/training/600_callbacks.ipynb #c34249b0
 def early_stopping(
-    values:Sequence[float],           # the monitored metric, one per validation
-    patience:int=7,                   # validations without progress
-    min_delta:float=0.,               # smallest progress
-    mode:Literal["max","min"]="max"   # which way is better
-)->tuple[bool,float]: # stop now?, and the best value
+    values: Sequence[float],  # the monitored metric, one per validation
+    patience: int = 7,  # validations without progress
+    min_delta: float = 0.0,  # smallest progress
+    mode: Literal["max", "min"] = "max",  # which way is better
+) -> tuple[bool, float]:  # stop now?, and the best value
     "Whether hope is gone, and the best so far (SPEC CT17)."
     sign = 1 if mode == "max" else -1
     best, waited = -math.inf, 0
     for v in values:
-        if sign*v > best+min_delta: best, waited = sign*v, 0
-        else: waited += 1   # NaN is no progress
-    return waited >= patience, sign*best
+        if sign * v > best + min_delta:
+            best, waited = sign * v, 0
+        else:
+            waited += 1  # NaN is no progress
+    return waited >= patience, sign * best
 
 # %% ../../nbs/training/600_callbacks.ipynb #0bd25b9a
 def monitored(
-    row:Mapping[str,Any], # a row of the history
-    name:str              # macro_f1, acc, top5, val_loss, or crop.macro_f1
-)->float:
+    row: Mapping[str, Any],  # a row of the history
+    name: str,  # macro_f1, acc, top5, val_loss, or crop.macro_f1
+) -> float:
     "The metric that decides, from a row; a view's name may stand before it."
     view, _, key = name.rpartition(".")
     scores = row["views"].get(view) if view else row["classification"]
-    if scores is None or key not in scores: raise PillsnapError(f"there is no validation metric {name!r}", where="train.classification.early_stopping.monitor", fix=f"one of {', '.join(row['classification'])}, or <view>.<metric> with a view of {', '.join(row['views'])}")
+    if scores is None or key not in scores:
+        raise PillsnapError(
+            f"there is no validation metric {name!r}",
+            where="train.classification.early_stopping.monitor",
+            fix=f"one of {', '.join(row['classification'])}, or <view>.<metric> with a view of {', '.join(row['views'])}",
+        )
     return scores[key]
 
 # %% ../../nbs/training/600_callbacks.ipynb #0fc0e35e
 class EarlyStop(Callback):
     "End the fit when the monitored metric has stopped improving (SPEC CT17, X31, X32)."
-    order = History.order+3   # after the checkpoint and the printed row of this epoch: it ends the row of callbacks
-    def __init__(self, monitor:str="macro_f1", patience:int=7, min_delta:float=0., mode:Literal["max","min"]="max", log:logging.Logger|None=None):
+
+    order = History.order + 3  # after the checkpoint and the printed row of this epoch: it ends the row of callbacks
+
+    def __init__(
+        self,
+        monitor: str = "macro_f1",
+        patience: int = 7,
+        min_delta: float = 0.0,
+        mode: Literal["max", "min"] = "max",
+        log: logging.Logger | None = None,
+    ):
         self.monitor, self.rule, self.log = monitor, dict(patience=patience, min_delta=min_delta, mode=mode), log
 
     def after_epoch(self):
         stop, best = early_stopping([monitored(r, self.monitor) for r in self.learn.rows], **self.rule)
         self.learn.stopped_early = stop
-        if not stop: return
-        decide(self.log, f"early stopping after epoch {self.epoch+1}: {self.monitor} has not passed {best:.4f} for {self.rule['patience']} validations")
+        if not stop:
+            return
+        decide(
+            self.log,
+            f"early stopping after epoch {self.epoch + 1}: {self.monitor} has not passed {best:.4f} for {self.rule['patience']} validations",
+        )
         raise CancelFitException()
 
 # %% ../../nbs/training/600_callbacks.ipynb #fda66463
 class Clock(Callback):
     "Stop when the stage's time is over (SPEC SG7)."
-    order = History.order+.5   # after the row is there, before it is saved
-    def __init__(self, hours:float, log:logging.Logger|None=None, now:Callable[[],float]=time.perf_counter): self.hours, self.log, self.now = hours, log, now
+
+    order = History.order + 0.5  # after the row is there, before it is saved
+
+    def __init__(self, hours: float, log: logging.Logger | None = None, now: Callable[[], float] = time.perf_counter):
+        self.hours, self.log, self.now = hours, log, now
 
     def before_fit(self):
         was = next((r["clock"] for r in reversed(self.learn.rows) if "clock" in r), dict(photos=0, drugs=[]))
-        self.over, self.t0, self.before, self.photos = False, self.now(), sum(r["seconds"] for r in self.learn.rows)/3600, was["photos"]
-        self.drugs = torch.zeros(self.learn.num_classes, dtype=torch.bool); self.drugs[was["drugs"]] = True
+        self.over, self.t0, self.before, self.photos = (
+            False,
+            self.now(),
+            sum(r["seconds"] for r in self.learn.rows) / 3600,
+            was["photos"],
+        )
+        self.drugs = torch.zeros(self.learn.num_classes, dtype=torch.bool)
+        self.drugs[was["drugs"]] = True
         self.told = self.before
+
     def before_epoch(self):
-        if self.over: raise CancelFitException()
+        if self.over:
+            raise CancelFitException()
 
     def after_batch(self):
-        if not self.training: return
+        if not self.training:
+            return
         labels = self.yb[0]
-        if self.drugs.device != labels.device: self.drugs = to_device(self.drugs, labels.device)
-        self.drugs.index_fill_(0, labels, True)   # `drugs[labels] = True` would copy the True from the host, and wait
+        if self.drugs.device != labels.device:
+            self.drugs = to_device(self.drugs, labels.device)
+        self.drugs.index_fill_(0, labels, True)  # `drugs[labels] = True` would copy the True from the host, and wait
         self.photos += len(labels)
-        if getattr(self.learn, "in_parts", False) or self.spent < self.hours: return   # a batch that is cut for its memory ends first
+        if getattr(self.learn, "in_parts", False) or self.spent < self.hours:
+            return  # a batch that is cut for its memory ends first
         self.over = True
-        decide(self.log, f"clock: {self.spent:.2f} hours are over, the limit is {self.hours:g}; epoch {self.epoch+1} ends after {self.iter+1} of {self.n_iter} batches")
+        decide(
+            self.log,
+            f"clock: {self.spent:.2f} hours are over, the limit is {self.hours:g}; epoch {self.epoch + 1} ends after {self.iter + 1} of {self.n_iter} batches",
+        )
         raise CancelTrainException()
 
-    def after_epoch(self): self.learn.rows[-1]["clock"] = dict(hours=self.spent, limit=self.hours, stopped=self.over, photos=self.photos, drugs=self.drugs.nonzero().flatten().tolist())
+    def after_epoch(self):
+        self.learn.rows[-1]["clock"] = dict(
+            hours=self.spent,
+            limit=self.hours,
+            stopped=self.over,
+            photos=self.photos,
+            drugs=self.drugs.nonzero().flatten().tolist(),
+        )
 
     @property
-    def spent(self)->float:
-        self.told = self.before+(self.now()-self.t0)/3600   # kept for the checkpoint: with several processes a look at the clock is a word to all of them
+    def spent(self) -> float:
+        self.told = (
+            self.before + (self.now() - self.t0) / 3600
+        )  # kept for the checkpoint: with several processes a look at the clock is a word to all of them
         return self.told
 
 # %% ../../nbs/training/600_callbacks.ipynb #4f1af6ca
 class Pace:
     "Seconds and photos of optimizer steps, added up (SPEC CT19)."
-    def __init__(self): self.clear()
-    def clear(self): self.data, self.comp, self.samples, self.steps = 0., 0., 0., 0
 
-    def add(self,
-        t:Mapping[str,float] # as StepTimer.read gives it
+    def __init__(self):
+        self.clear()
+
+    def clear(self):
+        self.data, self.comp, self.samples, self.steps = 0.0, 0.0, 0.0, 0
+
+    def add(
+        self,
+        t: Mapping[str, float],  # as StepTimer.read gives it
     ):
         n = t["steps"]
-        self.data += t["data"]*n; self.comp += t["comp"]*n; self.samples += t["thr"]*(t["data"]+t["comp"])*n; self.steps += n
+        self.data += t["data"] * n
+        self.comp += t["comp"] * n
+        self.samples += t["thr"] * (t["data"] + t["comp"]) * n
+        self.steps += n
 
-    def take(self)->dict[str,float]: # data and comp in seconds a step, thr in photos a second
+    def take(self) -> dict[str, float]:  # data and comp in seconds a step, thr in photos a second
         "The means, and a new beginning."
-        n, busy = max(1, self.steps), self.data+self.comp
-        out = dict(data=self.data/n, comp=self.comp/n, thr=self.samples/busy if busy > 0 else 0.)
+        n, busy = max(1, self.steps), self.data + self.comp
+        out = dict(data=self.data / n, comp=self.comp / n, thr=self.samples / busy if busy > 0 else 0.0)
         self.clear()
         return out
 
 # %% ../../nbs/training/600_callbacks.ipynb #9974aa58
 class StepLog(Callback):
     "The log line and TensorBoard points of training steps (SPEC CT18-CT20, CT24)."
-    order, run_valid = Unpack.order+1, False   # the batch is on the device and clean: data time ends here
-    def __init__(self, every:int=50, log:logging.Logger|None=None, tb:TBWriter|None=None, profile_every:int=50, warmup:int=0):
+
+    order, run_valid = Unpack.order + 1, False  # the batch is on the device and clean: data time ends here
+
+    def __init__(
+        self,
+        every: int = 50,
+        log: logging.Logger | None = None,
+        tb: TBWriter | None = None,
+        profile_every: int = 50,
+        warmup: int = 0,
+    ):
         self.every, self.log, self.tb, self.profile_every, self.warmup = every, log, tb, profile_every, warmup
 
-    def before_fit(self): self.line, self.point, self.cold = Pace(), Pace(), self.warmup
+    def before_fit(self):
+        self.line, self.point, self.cold = Pace(), Pace(), self.warmup
+
     def before_train(self):
         self.timer = StepTimer(next(self.model.parameters()).device)
-        self.steps_done, self.fresh, self.sum, self.batches = 0, False, 0., 0
-        self.steps_all = math.ceil(len(self.dls.train)/getattr(getattr(self.learn, "accumulate", None), "every", 1))
-    def before_batch(self): self.timer.data_done()
-    def after_step(self): self.steps_done += 1; self.fresh = True
+        self.steps_done, self.fresh, self.sum, self.batches = 0, False, 0.0, 0
+        self.steps_all = math.ceil(len(self.dls.train) / getattr(getattr(self.learn, "accumulate", None), "every", 1))
+
+    def before_batch(self):
+        self.timer.data_done()
+
+    def after_step(self):
+        self.steps_done += 1
+        self.fresh = True
 
     def after_batch(self):
-        if self.learn.counted is False: return
+        if self.learn.counted is False:
+            return
         self.timer.compute_done(len(self.yb[0]), self.fresh)
-        self.sum, self.batches = self.sum + self.loss.detach()*self.learn.counted, self.batches + self.learn.counted
-        if self.fresh: self.look()
+        self.sum, self.batches = self.sum + self.loss.detach() * self.learn.counted, self.batches + self.learn.counted
+        if self.fresh:
+            self.look()
         self.fresh = False
 
-    def after_train(self): self.cold = 0   # only the first epoch has a warm-up
+    def after_train(self):
+        self.cold = 0  # only the first epoch has a warm-up
 
 # %% ../../nbs/training/600_callbacks.ipynb #3b222135
 @patch
-def look(self:StepLog):
+def look(self: StepLog):
     "Read the clock where something is due."
-    line, point, warm = self.steps_done % self.every == 0, self.steps_done % self.profile_every == 0, self.steps_done == self.cold
-    if not (line or point or warm): return
-    t = self.timer.read(); self.line.add(t); self.point.add(t)
-    if line: self.say()
-    if self.steps_done <= self.cold: self.point.clear()
-    elif point and self.tb: self.tb.add_scalars(tagged(self.point.take() | {"cuda": cuda_mem_mb()}, STEP_TAGS), self.at)
+    line, point, warm = (
+        self.steps_done % self.every == 0,
+        self.steps_done % self.profile_every == 0,
+        self.steps_done == self.cold,
+    )
+    if not (line or point or warm):
+        return
+    t = self.timer.read()
+    self.line.add(t)
+    self.point.add(t)
+    if line:
+        self.say()
+    if self.steps_done <= self.cold:
+        self.point.clear()
+    elif point and self.tb:
+        self.tb.add_scalars(tagged(self.point.take() | {"cuda": cuda_mem_mb()}, STEP_TAGS), self.at)
+
 
 @patch
-def say(self:StepLog):
+def say(self: StepLog):
     "A line for a person, and two points."
     facts = dict(loss=mean_loss(self.sum, self.batches), lr=self.opt.hypers[0]["lr"], cuda=cuda_mem_mb())
-    self.sum, self.batches = 0., 0
-    if self.log: self.log.info(step_line(self.epoch+1, self.n_epoch, self.steps_done, self.steps_all, **facts, **self.line.take()))
-    if self.tb: self.tb.add_scalars(tagged({k: facts[k] for k in ("loss", "lr")}, STEP_TAGS), self.at)
+    self.sum, self.batches = 0.0, 0
+    if self.log:
+        self.log.info(
+            step_line(self.epoch + 1, self.n_epoch, self.steps_done, self.steps_all, **facts, **self.line.take())
+        )
+    if self.tb:
+        self.tb.add_scalars(tagged({k: facts[k] for k in ("loss", "lr")}, STEP_TAGS), self.at)
+
 
 @patch(as_prop=True)
-def at(self:StepLog)->int:
+def at(self: StepLog) -> int:
     "Optimizer steps of the run, where TensorBoard puts a point."
-    return int(self.learn.schedule.done) if getattr(self.learn, "schedule", None) else self.epoch*self.steps_all+self.steps_done
+    return (
+        int(self.learn.schedule.done)
+        if getattr(self.learn, "schedule", None)
+        else self.epoch * self.steps_all + self.steps_done
+    )
 
 # %% ../../nbs/training/600_callbacks.ipynb #dde1d021
 class LateNumber:
     "The newest number of the device that has arrived on the host; nobody waits for it."
-    def __init__(self): self.value, self.coming, self.event = math.nan, None, None
 
-    def ask(self,
-        t:torch.Tensor # a scalar
-    )->float:          # the last one that is there; NaN before the first
-        if t.device.type == "cpu": return float(t)
-        if self.coming is not None and self.event.query(): self.value, self.coming = float(self.coming), None
+    def __init__(self):
+        self.value, self.coming, self.event = math.nan, None, None
+
+    def ask(
+        self,
+        t: torch.Tensor,  # a scalar
+    ) -> float:  # the last one that is there; NaN before the first
+        if t.device.type == "cpu":
+            return float(t)
+        if self.coming is not None and self.event.query():
+            self.value, self.coming = float(self.coming), None
         if self.coming is None:
             self.coming, self.event = t.to("cpu", non_blocking=True), torch.cuda.Event()
             self.event.record()
@@ -452,21 +702,48 @@ class LateNumber:
 # %% ../../nbs/training/600_callbacks.ipynb #58e41b76
 class Progress(Callback):
     "A live line inside the epoch, and a row per epoch."
-    order = History.order+2
-    def __init__(self, where:Literal["terminal","notebook","log"]|None=None, title:str="", show:Callable[[str],None]=print): self.where, self.title, self.show, self.began = where, title, show, False
 
-    def before_fit(self): self.bar, self.t_fit, self.loss_now = LiveLine(self.where), time.perf_counter(), LateNumber()
+    order = History.order + 2
+
+    def __init__(
+        self,
+        where: Literal["terminal", "notebook", "log"] | None = None,
+        title: str = "",
+        show: Callable[[str], None] = print,
+    ):
+        self.where, self.title, self.show, self.began = where, title, show, False
+
+    def before_fit(self):
+        self.bar, self.t_fit, self.loss_now = LiveLine(self.where), time.perf_counter(), LateNumber()
+
     def after_batch(self):
-        if not self.bar.due: return
-        done, n = self.iter+1, self.n_iter
-        left = (time.perf_counter()-self.t_fit)/max(1, self.learn.train_iter)*(len(self.dls.train)*(self.n_epoch-self.first_epoch)-self.learn.train_iter)
-        self.bar.show(f"{self.title}epoch {self.epoch+1}/{self.n_epoch} {'train' if self.training else 'val'} [{'█'*(20*done//n):·<20}] {done}/{n} · loss {self.loss_now.ask(self.loss.detach()):.3f} · about {left:.0f} s left")
+        if not self.bar.due:
+            return
+        done, n = self.iter + 1, self.n_iter
+        left = (
+            (time.perf_counter() - self.t_fit)
+            / max(1, self.learn.train_iter)
+            * (len(self.dls.train) * (self.n_epoch - self.first_epoch) - self.learn.train_iter)
+        )
+        self.bar.show(
+            f"{self.title}epoch {self.epoch + 1}/{self.n_epoch} {'train' if self.training else 'val'} [{'█' * (20 * done // n):·<20}] {done}/{n} · loss {self.loss_now.ask(self.loss.detach()):.3f} · about {left:.0f} s left"
+        )
 
     def after_epoch(self):
-        r = self.learn.rows[-1]; c = r["classification"]
-        others = {k: v["acc"] for k,v in list(r["views"].items())[1:]}
-        if not self.began: self.show(f"{self.title}epoch   train     val     acc      F1    top5{''.join(f'{k+chr(32)+chr(97)+chr(99)+chr(99):>10}' for k in others)}        lr       s"); self.began = True
-        if self.bar.where == "terminal": self.bar.show("")
-        self.show(f"{self.title}{r['epoch']:>5} {r['train_loss']:7.4f} {c['loss']:7.4f} {c['acc']:7.4f} {c['macro_f1']:7.4f} {c['top5']:7.4f}{''.join(f'{v:10.4f}' for v in others.values())}  {r['lr']:8.2e} {r['seconds']:7.1f}")
+        r = self.learn.rows[-1]
+        c = r["classification"]
+        others = {k: v["acc"] for k, v in list(r["views"].items())[1:]}
+        if not self.began:
+            self.show(
+                f"{self.title}epoch   train     val     acc      F1    top5{''.join(f'{k + chr(32) + chr(97) + chr(99) + chr(99):>10}' for k in others)}        lr       s"
+            )
+            self.began = True
+        if self.bar.where == "terminal":
+            self.bar.show("")
+        self.show(
+            f"{self.title}{r['epoch']:>5} {r['train_loss']:7.4f} {c['loss']:7.4f} {c['acc']:7.4f} {c['macro_f1']:7.4f} {c['top5']:7.4f}{''.join(f'{v:10.4f}' for v in others.values())}  {r['lr']:8.2e} {r['seconds']:7.1f}"
+        )
+
     def after_fit(self):
-        if self.bar.where == "notebook": self.bar.end(f"✓ {self.title}{self.learn.train_iter} batches in {time.perf_counter()-self.t_fit:.1f} s")
+        if self.bar.where == "notebook":
+            self.bar.end(f"✓ {self.title}{self.learn.train_iter} batches in {time.perf_counter() - self.t_fit:.1f} s")

@@ -38,7 +38,15 @@ from ..core.records import Metric, Provenance
 from ..core.jobs import RunFolder, StageJob, StageResult
 from ..photos.caches import PhotoCache, box_of
 from ..dataset.datasets import dataset_views
-from ..dataset.loaders import base_source, batch_size_of, build_classification_loaders, hotset, photos_per_batch, teaching_rows, validation_loader
+from pillsnap.dataset.loaders import (
+    base_source,
+    batch_size_of,
+    build_classification_loaders,
+    hotset,
+    photos_per_batch,
+    teaching_rows,
+    validation_loader,
+)
 from ..photos.images import IMAGENET_MEAN, IMAGENET_STD, crop_view, open_image_safely
 from ..dataset.splits import StageData, image_split, load_stage, smoke_splits
 from ..models.heads import head_spec
@@ -49,128 +57,219 @@ from .callbacks import PillLearner, early_stopping, monitored
 from .memory import auto_find_batch_size, memory_share, step_probe
 from .presets import stage_settings
 from .saving import average_weights, kept_epochs, refresh_batchnorm, restore, stoppable
-from .learner import Outputs, build_learner, build_optimizer, compile_arguments, going_on, is_done, resolved_line, total_steps, validate_classification, wanted_mode
+from pillsnap.training.learner import (
+    Outputs,
+    build_learner,
+    build_optimizer,
+    compile_arguments,
+    going_on,
+    is_done,
+    resolved_line,
+    total_steps,
+    validate_classification,
+    wanted_mode,
+)
 from .warmstart import warm_start
 
 # %% ../../nbs/training/640_classifier.ipynb #e8dbe83c
 def settle(
-    cfg:Config,                     # train, optimization
-    stage:int,                      # 0-4
-    log:logging.Logger|None=None,   # where the lines go
-    tb:TBWriter|None=None           # and their tags
-)->torch.device:
+    cfg: Config,  # train, optimization
+    stage: int,  # 0-4
+    log: logging.Logger | None = None,  # where the lines go
+    tb: TBWriter | None = None,  # and their tags
+) -> torch.device:
     "Device, seeds, threads and speed switches (SPEC CT5, CT6, CT22)."
     c = cfg.train.classification
     device = pick_device("auto", log, tb)
     set_seed(cfg.train.seed, cfg.train.deterministic)
-    if cfg.train.num_threads: torch.set_num_threads(cfg.train.num_threads)
+    if cfg.train.num_threads:
+        torch.set_num_threads(cfg.train.num_threads)
     said = []
-    if device.type == "cuda": said.append(f"tf32: {enable_tf32(c.tf32)} precision of matrix products")
-    for line in said: decide(log, line, tb)
+    if device.type == "cuda":
+        said.append(f"tf32: {enable_tf32(c.tf32)} precision of matrix products")
+    for line in said:
+        decide(log, line, tb)
     return device
 
 # %% ../../nbs/training/640_classifier.ipynb #09b2f7b4
 def chosen_batch(
-    stage:int,                         # 0-4
-    cfg:Config,                        # train.classification, train.stage_overrides, train.auto_batch_vram_headroom
-    model:nn.Module,                   # on its device
-    num_classes:int,                   # of the head
-    had:int|None=None,                 # photos a step of the run that goes on
-    log:logging.Logger|None=None,      # one line
-    tb:TBWriter|None=None,             # perf/auto_batch_found
-    device:torch.device|None=None,     # None = the model's
-    share:Callable[[],float]=memory_share, # share of the GPU's memory that was held
-    world:int=1                        # processes that have one batch between them
-)->int:
+    stage: int,  # 0-4
+    cfg: Config,  # train.classification, train.stage_overrides, train.auto_batch_vram_headroom
+    model: nn.Module,  # on its device
+    num_classes: int,  # of the head
+    had: int | None = None,  # photos a step of the run that goes on
+    log: logging.Logger | None = None,  # one line
+    tb: TBWriter | None = None,  # perf/auto_batch_found
+    device: torch.device | None = None,  # None = the model's
+    share: Callable[[], float] = memory_share,  # share of the GPU's memory that was held
+    world: int = 1,  # processes that have one batch between them
+) -> int:
     "Photos per step (SPEC CT13, X17, X18, X30)."
     c, asked, device = cfg.train.classification, batch_size_of(cfg, stage), device or next(model.parameters()).device
-    if had: decide(log, f"batch: {had}, as before the interruption", tb); return had
-    if not c.auto_batch_tune: return asked
+    if had:
+        decide(log, f"batch: {had}, as before the interruption", tb)
+        return had
+    if not c.auto_batch_tune:
+        return asked
     over = cfg.train.stage_overrides.get(f"stage_{stage}")
-    why = ("the search for the largest needs a GPU" if device.type == "cpu" else f"{world} processes share it, and each would find another" if world > 1 else f"stage_{stage}'s override stands above the search" if over is not None and over.batch_size_override
-        else "it was asked for, which stands above the search" if c.batch_size != TrainClassification.model_fields["batch_size"].default else None)
-    if why: decide(log, f"batch: {asked}, {why}", tb); return asked
+    why = (
+        "the search for the largest needs a GPU"
+        if device.type == "cpu"
+        else f"{world} processes share it, and each would find another"
+        if world > 1
+        else f"stage_{stage}'s override stands above the search"
+        if over is not None and over.batch_size_override
+        else "it was asked for, which stands above the search"
+        if c.batch_size != TrainClassification.model_fields["batch_size"].default
+        else None
+    )
+    if why:
+        decide(log, f"batch: {asked}, {why}", tb)
+        return asked
     dtype = select_amp_dtype(c.amp_dtype if c.amp else "fp32", device, log, tb)
-    probe = partial(step_probe, model, nn.CrossEntropyLoss(), num_classes, cfg.data.classification.img_size, lambda p: build_optimizer(p, c.lr, c.weight_decay, c.optimizer), dtype,
-        c.ema.enabled, c.channels_last and cfg.optimization.channels_last, share, grad_checkpointing=cfg.optimization.grad_checkpointing, log=log)
+    probe = partial(
+        step_probe,
+        model,
+        nn.CrossEntropyLoss(),
+        num_classes,
+        cfg.data.classification.img_size,
+        lambda p: build_optimizer(p, c.lr, c.weight_decay, c.optimizer),
+        dtype,
+        c.ema.enabled,
+        c.channels_last and cfg.optimization.channels_last,
+        share,
+        grad_checkpointing=cfg.optimization.grad_checkpointing,
+        log=log,
+    )
     arguments = compiled_as(cfg, device)
-    compiled = Lazily(lambda: probe(compiled=arguments)) if arguments else None   # its copy of the network comes when the other's is gone
-    return auto_find_batch_size(probe(), min(asked, c.auto_batch_max), max_bs=c.auto_batch_max, headroom=cfg.train.auto_batch_vram_headroom, log=log, tb=tb, compiled=compiled)[0]
+    compiled = (
+        Lazily(lambda: probe(compiled=arguments)) if arguments else None
+    )  # its copy of the network comes when the other's is gone
+    return auto_find_batch_size(
+        probe(),
+        min(asked, c.auto_batch_max),
+        max_bs=c.auto_batch_max,
+        headroom=cfg.train.auto_batch_vram_headroom,
+        log=log,
+        tb=tb,
+        compiled=compiled,
+    )[0]
 
+# %% ../../nbs/training/640_classifier.ipynb #92eaa5e0
 class Lazily:
     "A function that is made at its first call."
-    def __init__(self,
-        make:Callable[[],Callable] # makes it
-    ): self.make, self.made = make, None
-    def __call__(self, *args:Any)->Any:
-        if self.made is None: self.made = self.make()
+
+    def __init__(
+        self,
+        make: Callable[[], Callable],  # makes it
+    ):
+        self.make, self.made = make, None
+
+    def __call__(self, *args: Any) -> Any:
+        if self.made is None:
+            self.made = self.make()
         return self.made(*args)
 
+
 def compiled_as(
-    cfg:Config,                # optimization, dataloader.drop_last
-    device:torch.device|str    # where the run computes
-)->dict[str,str]|None: # arguments of torch.compile; None = training does not compile
+    cfg: Config,  # optimization, dataloader.drop_last
+    device: torch.device | str,  # where the run computes
+) -> dict[str, str] | None:  # arguments of torch.compile; None = training does not compile
     "How training will compile its network."
     mode, _ = wanted_mode(cfg, device, cfg.dataloader.drop_last)
     return None if mode == "none" else compile_arguments(mode)
 
+
 def with_batch(
-    cfg:Config, # as configured
-    stage:int,  # 0-4
-    n:int       # photos per step
-)->Config: # for the loaders; the run's own stays what was asked for
+    cfg: Config,  # as configured
+    stage: int,  # 0-4
+    n: int,  # photos per step
+) -> Config:  # for the loaders; the run's own stays what was asked for
     "The same configuration with that batch in that stage."
     over = cfg.train.stage_overrides.get(f"stage_{stage}") or StageOverride()
-    return cfg.model_copy(update={"train": cfg.train.model_copy(update={"stage_overrides": {**cfg.train.stage_overrides, f"stage_{stage}": over.model_copy(update={"batch_size_override": n})}})})
+    return cfg.model_copy(
+        update={
+            "train": cfg.train.model_copy(
+                update={
+                    "stage_overrides": {
+                        **cfg.train.stage_overrides,
+                        f"stage_{stage}": over.model_copy(update={"batch_size_override": n}),
+                    }
+                }
+            )
+        }
+    )
 
 # %% ../../nbs/training/640_classifier.ipynb #e819b1d2
 def shared_cache(
-    stage:StageData,             # one stage
-    cfg:Config,                  # data.classification, dataloader.ram_optimization
-    log:logging.Logger|None=None # where a cache that does not fit is said
-)->PhotoCache|bool: # the cache; True leaves it to the loaders
+    stage: StageData,  # one stage
+    cfg: Config,  # data.classification, dataloader.ram_optimization
+    log: logging.Logger | None = None,  # where a cache that does not fit is said
+) -> PhotoCache | bool:  # the cache; True leaves it to the loaders
     "Every view of every photo of the stage, for both trainings."
     ram, c = cfg.dataloader.ram_optimization, cfg.data.classification
-    if ram.cache_policy != "hotset" or not cfg.train.leak_gap or cfg.dataloader.num_workers: return True
-    rows = pd.concat([teaching_rows(stage.train, stage, cfg), stage.val[stage.val["kind"] == "single"]]).drop_duplicates(["path", "bbox"])
-    views = dict.fromkeys([*dataset_views(c.img_size, True, cfg.data.augment.classification, c.crop_padding).values(), *dataset_views(c.img_size, False, padding=c.crop_padding).values()])
+    if ram.cache_policy != "hotset" or not cfg.train.leak_gap or cfg.dataloader.num_workers:
+        return True
+    rows = pd.concat(
+        [teaching_rows(stage.train, stage, cfg), stage.val[stage.val["kind"] == "single"]]
+    ).drop_duplicates(["path", "bbox"])
+    views = dict.fromkeys(
+        [
+            *dataset_views(c.img_size, True, cfg.data.augment.classification, c.crop_padding).values(),
+            *dataset_views(c.img_size, False, padding=c.crop_padding).values(),
+        ]
+    )
     t0 = time.perf_counter()
     cache = hotset(rows, base_source(stage, cfg, log), cfg, list(views), log=log)
-    if cache is None: return True   # one training's views may fit
-    decide(log, f"photos: {len(rows)} in memory, {cache.nbytes/1e6:.0f} MB, read in {time.perf_counter()-t0:.1f} s")
+    if cache is None:
+        return True  # one training's views may fit
+    decide(log, f"photos: {len(rows)} in memory, {cache.nbytes / 1e6:.0f} MB, read in {time.perf_counter() - t0:.1f} s")
     return cache
 
 # %% ../../nbs/training/640_classifier.ipynb #84d55f46
 @dataclass
 class Trained:
     "A training that came to its end."
-    learn:PillLearner            # with its rows and answers
-    ckpt:dict[str,Any]           # best.pt
-    seconds:float                # of training in this process
-    resumed:int = 0              # epochs that an earlier process had done
-    weights:dict[str,Any] = field(default_factory=dict) # where the first weights came from
-    averaged:dict[str,Any]|None = None # what the mean of the best epochs scored, where one was asked for
+
+    learn: PillLearner  # with its rows and answers
+    ckpt: dict[str, Any]  # best.pt
+    seconds: float  # of training in this process
+    resumed: int = 0  # epochs that an earlier process had done
+    weights: dict[str, Any] = field(default_factory=dict)  # where the first weights came from
+    averaged: dict[str, Any] | None = None  # what the mean of the best epochs scored, where one was asked for
 
     @property
-    def best(self)->dict[str,Any]: # a row of the history
+    def best(self) -> dict[str, Any]:  # a row of the history
         "The row of the epoch that is kept."
         return next(r for r in self.learn.rows if r["epoch"] == self.ckpt["epoch"])
 
 # %% ../../nbs/training/640_classifier.ipynb #a770f524
 def first_network(
-    stage:StageData,   # photos and class map
-    cfg:Config,        # as the stage left it
-    out:Outputs,       # its checkpoints' folder and its log
-    ckpt:Mapping[str,Any]|None=None # of the run that goes on; its weights are put back later
-)->nn.Module: # with its weights_origin
+    stage: StageData,  # photos and class map
+    cfg: Config,  # as the stage left it
+    out: Outputs,  # its checkpoints' folder and its log
+    ckpt: Mapping[str, Any] | None = None,  # of the run that goes on; its weights are put back later
+) -> nn.Module:  # with its weights_origin
     "The network that training begins with: fresh, from published weights, or from a smaller stage's checkpoint."
     c = cfg.train.classification
     head, layout = head_spec(cfg), c.channels_last and cfg.optimization.channels_last
-    model = build_classification_model(c.backbone, len(stage.class_map), layout, c.pretrained, c.drop_rate, c.weights,
-        c.declared_classes, out.log, c.drop_path_rate, head, weights_later=c.init_from is not None)
+    model = build_classification_model(
+        c.backbone,
+        len(stage.class_map),
+        layout,
+        c.pretrained,
+        c.drop_rate,
+        c.weights,
+        c.declared_classes,
+        out.log,
+        c.drop_path_rate,
+        head,
+        weights_later=c.init_from is not None,
+    )
     if ckpt is not None:
         model.weights_origin = ckpt.get("weights_origin", model.weights_origin)
-        if c.init_from: decide(out.log, "init_from: not read again, this run goes on from its own last.pt", out.tb)
+        if c.init_from:
+            decide(out.log, "init_from: not read again, this run goes on from its own last.pt", out.tb)
     elif c.init_from:
         done = warm_start(model, c.init_from, stage, c.backbone, head, out.checkpoints, out.log, out.tb)
         model.weights_origin = done.to_dict()
@@ -178,321 +277,646 @@ def first_network(
 
 # %% ../../nbs/training/640_classifier.ipynb #7269d4d7
 def prepare(
-    stage:StageData,   # photos and class map
-    cfg:Config,        # how
-    out:Outputs,       # where to
-    cache:PhotoCache|bool=True, # as shared_cache gives it
-    share:tuple[int,int]=(0, 1),# this process and how many: which part of each batch is its own
-    ckpt:Mapping[str,Any]|None=None # of the run that goes on
-)->tuple[PillLearner,dict[str,Any]]: # a Learner that has not begun, and the first weights' origin
+    stage: StageData,  # photos and class map
+    cfg: Config,  # how
+    out: Outputs,  # where to
+    cache: PhotoCache | bool = True,  # as shared_cache gives it
+    share: tuple[int, int] = (0, 1),  # this process and how many: which part of each batch is its own
+    ckpt: Mapping[str, Any] | None = None,  # of the run that goes on
+) -> tuple[PillLearner, dict[str, Any]]:  # a Learner that has not begun, and the first weights' origin
     "Photos, network, loss and callbacks of one training."
-    fixed = dict(config_snapshot=cfg.to_dict(), class_map=stage.class_map.to_dict(), backbone=cfg.train.classification.backbone, img_size=cfg.data.classification.img_size, data_hash=stage.header["data_hash"])
-    cfg = stage_settings(cfg, stage.stage, out.log, out.tb)   # from here on: what holds in this stage
-    if share[0]: out = Outputs(log=out.log, quiet=True)   # of several processes the first alone writes
+    fixed = dict(
+        config_snapshot=cfg.to_dict(),
+        class_map=stage.class_map.to_dict(),
+        backbone=cfg.train.classification.backbone,
+        img_size=cfg.data.classification.img_size,
+        data_hash=stage.header["data_hash"],
+    )
+    cfg = stage_settings(cfg, stage.stage, out.log, out.tb)  # from here on: what holds in this stage
+    if share[0]:
+        out = Outputs(log=out.log, quiet=True)  # of several processes the first alone writes
     c, n, keys = cfg.train.classification, len(stage.class_map), list(stage.class_map)
     device = settle(cfg, stage.stage, out.log, out.tb)
     model = first_network(stage, cfg, out, ckpt).to(device)
-    fed = with_batch(cfg, stage.stage, chosen_batch(stage.stage, cfg, model, n, ckpt and ckpt["sampler_state"].get("batch_size"), out.log, out.tb, world=share[1]))
+    fed = with_batch(
+        cfg,
+        stage.stage,
+        chosen_batch(
+            stage.stage,
+            cfg,
+            model,
+            n,
+            ckpt and ckpt["sampler_state"].get("batch_size"),
+            out.log,
+            out.tb,
+            world=share[1],
+        ),
+    )
     train_dl, val_dl, _ = build_classification_loaders(stage, fed, cache, out.log, device, out.tb)
-    views = {"whole": val_dl} | ({"crop": validation_loader(stage.val, stage, fed, "crop", cache, out.log, device)} if c.crop_view_prob else {})   # a view that is never taught is not judged
-    for dl in (train_dl, *views.values()): dl.shard(*share)
+    views = {"whole": val_dl} | (
+        {"crop": validation_loader(stage.val, stage, fed, "crop", cache, out.log, device)} if c.crop_view_prob else {}
+    )  # a view that is never taught is not judged
+    for dl in (train_dl, *views.values()):
+        dl.shard(*share)
     criterion = build_criterion(cfg, class_counts(train_dl.dataset.labels, n), keys, out.log)
-    learn = build_learner(cfg, model, criterion, train_dl, views, n, device, {**fixed, "weights_origin": model.weights_origin, "head": head_spec(cfg)}, out)
-    decide(out.log, resolved_line(cfg, n, total_steps(len(train_dl), c.grad_accum_steps, c.epochs), device, learn.precision.dtype, photos_per_batch(train_dl)), out.tb)
+    learn = build_learner(
+        cfg,
+        model,
+        criterion,
+        train_dl,
+        views,
+        n,
+        device,
+        {**fixed, "weights_origin": model.weights_origin, "head": head_spec(cfg)},
+        out,
+    )
+    decide(
+        out.log,
+        resolved_line(
+            cfg,
+            n,
+            total_steps(len(train_dl), c.grad_accum_steps, c.epochs),
+            device,
+            learn.precision.dtype,
+            photos_per_batch(train_dl),
+        ),
+        out.tb,
+    )
     return learn, model.weights_origin
 
 # %% ../../nbs/training/640_classifier.ipynb #e283e4eb
 def mean_of_the_best(
-    learn:PillLearner, # after its last epoch
-    cfg:Config,        # train.classification.saving.average_best
-    out:Outputs        # its checkpoints
-)->dict[str,Any]|None: # epochs, metric, best, averaged, kept; None when nothing was asked for
+    learn: PillLearner,  # after its last epoch
+    cfg: Config,  # train.classification.saving.average_best
+    out: Outputs,  # its checkpoints
+) -> dict[str, Any] | None:  # epochs, metric, best, averaged, kept; None when nothing was asked for
     "Average the best epochs' weights, if validation agrees (SPEC BX23)."
-    c, n, path = cfg.train.classification, cfg.train.classification.saving.average_best, out.checkpoints/"averaged.pt"
+    c, n, path = cfg.train.classification, cfg.train.classification.saving.average_best, out.checkpoints / "averaged.pt"
     path.unlink(missing_ok=True)
     values = [monitored(r, c.early_stopping.monitor) for r in learn.rows]
-    wanted, _ = kept_epochs(values, c.early_stopping.mode, n); epochs = [e for e in wanted if (out.checkpoints/f"epoch_{e}.pt").exists()]
-    if gone := [e for e in wanted if e not in epochs and n > 1]: decide(out.log, f"average: epochs {gone} are left out, they were not kept: saving.average_best was smaller when they ended, or their files are gone", out.tb)
+    wanted, _ = kept_epochs(values, c.early_stopping.mode, n)
+    epochs = [e for e in wanted if (out.checkpoints / f"epoch_{e}.pt").exists()]
+    if gone := [e for e in wanted if e not in epochs and n > 1]:
+        decide(
+            out.log,
+            f"average: epochs {gone} are left out, they were not kept: saving.average_best was smaller when they ended, or their files are gone",
+            out.tb,
+        )
     if n < 2 or len(epochs) < 2:
-        if n: decide(out.log, f"average: does not apply, it needs two epochs or more ({n} asked for, {len(epochs)} there)", out.tb)
+        if n:
+            decide(
+                out.log,
+                f"average: does not apply, it needs two epochs or more ({n} asked for, {len(epochs)} there)",
+                out.tb,
+            )
         return None
-    best, device = [load_ckpt(out.checkpoints/f"epoch_{e}.pt") for e in epochs], next(learn.model.parameters()).device
-    model = deepcopy(learn.model); model.load_state_dict(average_weights([b["model_state"] for b in best]))
+    best, device = [load_ckpt(out.checkpoints / f"epoch_{e}.pt") for e in epochs], next(learn.model.parameters()).device
+    model = deepcopy(learn.model)
+    model.load_state_dict(average_weights([b["model_state"] for b in best]))
     norms = refresh_batchnorm(model, learn.dls.train)
-    views = {v: validate_classification(model, dl.shard(), learn.num_classes, learn.loss_func, device) for v, (dl, _) in learn.passes.items()}
-    got, was = monitored(dict(views=views, classification=next(iter(views.values()))), c.early_stopping.monitor), values[wanted[0]-1]
+    views = {
+        v: validate_classification(model, dl.shard(), learn.num_classes, learn.loss_func, device)
+        for v, (dl, _) in learn.passes.items()
+    }
+    got, was = (
+        monitored(dict(views=views, classification=next(iter(views.values()))), c.early_stopping.monitor),
+        values[wanted[0] - 1],
+    )
     kept = got >= was if c.early_stopping.mode == "max" else got <= was
-    if kept: save_ckpt(path, **{**best[0], "model_state": model.state_dict(), "best_metric": got, "weights": "averaged", "epochs_averaged": epochs})
-    decide(out.log, f"average: epochs {epochs} give {c.early_stopping.monitor} {got:.4f}, the best alone {was:.4f}: {'kept as averaged.pt' if kept else 'not kept'}; statistics of {norms} batch norms taken anew", out.tb)
+    if kept:
+        save_ckpt(
+            path,
+            **{
+                **best[0],
+                "model_state": model.state_dict(),
+                "best_metric": got,
+                "weights": "averaged",
+                "epochs_averaged": epochs,
+            },
+        )
+    decide(
+        out.log,
+        f"average: epochs {epochs} give {c.early_stopping.monitor} {got:.4f}, the best alone {was:.4f}: {'kept as averaged.pt' if kept else 'not kept'}; statistics of {norms} batch norms taken anew",
+        out.tb,
+    )
     return dict(epochs=epochs, metric=c.early_stopping.monitor, best=was, averaged=got, kept=kept)
 
 # %% ../../nbs/training/640_classifier.ipynb #f55dd02c
 def as_it_ended(
-    learn:PillLearner,     # restored
-    ckpt:Mapping[str,Any], # last.pt of a training that had come to its end
-    cfg:Config             # of early stopping
-)->None:
+    learn: PillLearner,  # restored
+    ckpt: Mapping[str, Any],  # last.pt of a training that had come to its end
+    cfg: Config,  # of early stopping
+) -> None:
     "What the report asks a Learner that did not train in this process."
     stop = cfg.train.classification.early_stopping
-    learn.stopped_early = early_stopping([monitored(r, stop.monitor) for r in learn.rows], stop.patience, stop.min_delta, stop.mode)[0]
-    if guard := ckpt["position"]["callbacks"].get("oom_guard"): learn.oom_guard.events = list(guard["events"])
+    learn.stopped_early = early_stopping(
+        [monitored(r, stop.monitor) for r in learn.rows], stop.patience, stop.min_delta, stop.mode
+    )[0]
+    if guard := ckpt["position"]["callbacks"].get("oom_guard"):
+        learn.oom_guard.events = list(guard["events"])
 
 # %% ../../nbs/training/640_classifier.ipynb #6c3a172c
 def train_classification_stage(
-    stage:StageData,           # photos and class map
-    cfg:Config,                # how
-    out:Outputs,               # where to; it needs a folder for checkpoints
-    resuming:bool=False,       # the stage did not finish the last time
-    cache:PhotoCache|bool=True,# photos in memory
-    cbs:Sequence[Callback]=(), # further callbacks of the training
-    share:tuple[int,int]=(0, 1)# this process and how many: which part of each batch is its own
-)->Trained:
+    stage: StageData,  # photos and class map
+    cfg: Config,  # how
+    out: Outputs,  # where to; it needs a folder for checkpoints
+    resuming: bool = False,  # the stage did not finish the last time
+    cache: PhotoCache | bool = True,  # photos in memory
+    cbs: Sequence[Callback] = (),  # further callbacks of the training
+    share: tuple[int, int] = (0, 1),  # this process and how many: which part of each batch is its own
+) -> Trained:
     "Train, or go on training, one classifier (SPEC CT1-CT22, CT26)."
-    ckpt = going_on(out.checkpoints/"last.pt", cfg, stage.class_map.to_dict(), resuming, out.log)   # before the photos are read: a refusal should not cost a minute
-    if ckpt is not None and ckpt.get("data_hash", stage.header["data_hash"]) != stage.header["data_hash"]: raise PillsnapError("the checkpoint learned from other photos: the delivery has changed since", where=out.checkpoints/"last.pt", fix="begin a new folder (--fresh), or set train.resume=null to overwrite it")
+    ckpt = going_on(
+        out.checkpoints / "last.pt", cfg, stage.class_map.to_dict(), resuming, out.log
+    )  # before the photos are read: a refusal should not cost a minute
+    if ckpt is not None and ckpt.get("data_hash", stage.header["data_hash"]) != stage.header["data_hash"]:
+        raise PillsnapError(
+            "the checkpoint learned from other photos: the delivery has changed since",
+            where=out.checkpoints / "last.pt",
+            fix="begin a new folder (--fresh), or set train.resume=null to overwrite it",
+        )
     learn, origin = prepare(stage, cfg, out, cache, share, ckpt)
     learn.add_cbs(cbs)
-    if ckpt is not None: learn.first_epoch, origin = restore(learn, ckpt), ckpt.get("weights_origin", origin)
+    if ckpt is not None:
+        learn.first_epoch, origin = restore(learn, ckpt), ckpt.get("weights_origin", origin)
     t0 = time.perf_counter()
     if ckpt is None or not is_done(ckpt, cfg):
-        with nullcontext() if share[0] else stoppable(learn.checkpoint, out.log): learn.fit(cfg.train.classification.epochs)
-    else: as_it_ended(learn, ckpt, cfg)
-    averaged, seconds = None if share[0] else mean_of_the_best(learn, cfg, out), time.perf_counter()-t0
-    return Trained(learn, load_ckpt(out.checkpoints/"best.pt"), seconds, learn.first_epoch, origin, averaged)
+        with nullcontext() if share[0] else stoppable(learn.checkpoint, out.log):
+            learn.fit(cfg.train.classification.epochs)
+    else:
+        as_it_ended(learn, ckpt, cfg)
+    averaged, seconds = None if share[0] else mean_of_the_best(learn, cfg, out), time.perf_counter() - t0
+    return Trained(learn, load_ckpt(out.checkpoints / "best.pt"), seconds, learn.first_epoch, origin, averaged)
 
 # %% ../../nbs/training/640_classifier.ipynb #30e9fa41
 def draw_curves(
-    rows:Sequence[Mapping[str,Any]], # the history
-    best:int                         # epoch that was kept
-)->Any: # matplotlib Figure
+    rows: Sequence[Mapping[str, Any]],  # the history
+    best: int,  # epoch that was kept
+) -> Any:  # matplotlib Figure
     "Loss, accuracy and macro-F1 per view, and the learning rate, over the epochs."
     import matplotlib.pyplot as plt
+
     use_house_style()
-    fig, (a, b, c) = plt.subplots(1, 3, figsize=(9.6, 2.6)); x = [r["epoch"] for r in rows]; dot = "o-" if len(x) < 3 else "-"
-    for k, name in (("train_loss", "train"), ("val_loss", "val, whole photo")): a.plot(x, [r[k] for r in rows], dot, label=name)
+    fig, (a, b, c) = plt.subplots(1, 3, figsize=(9.6, 2.6))
+    x = [r["epoch"] for r in rows]
+    dot = "o-" if len(x) < 3 else "-"
+    for k, name in (("train_loss", "train"), ("val_loss", "val, whole photo")):
+        a.plot(x, [r[k] for r in rows], dot, label=name)
     for i, v in enumerate(rows[-1]["views"]):
-        for k, style in (("acc", "-"), ("macro_f1", ":")): b.plot(x, [r["views"][v][k] for r in rows], style, marker="o" if len(x) < 3 else None, color=COLOURS[i], label=f"{v} {dict(acc='accuracy', macro_f1='macro-F1')[k]}")
-    c.plot(x, [r["lr"] for r in rows], dot); c.yaxis.set_major_formatter(lambda v, _: f"{v:.1e}"); c.set_ylim(0)
-    for ax, title in ((a, "loss"), (b, "on held-out groups"), (c, "learning rate at the end of the epoch")): ax.set_title(title); ax.set_xlabel("epoch"); ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1); ax.set_xlim(x[0]-.5, x[-1]+.5); ax.axvline(best, color="#999999", lw=.8, ls="--")
-    b.set_ylim(0, 1.02); a.legend(); b.legend(fontsize=7)
+        for k, style in (("acc", "-"), ("macro_f1", ":")):
+            b.plot(
+                x,
+                [r["views"][v][k] for r in rows],
+                style,
+                marker="o" if len(x) < 3 else None,
+                color=COLOURS[i],
+                label=f"{v} {dict(acc='accuracy', macro_f1='macro-F1')[k]}",
+            )
+    c.plot(x, [r["lr"] for r in rows], dot)
+    c.yaxis.set_major_formatter(lambda v, _: f"{v:.1e}")
+    c.set_ylim(0)
+    for ax, title in ((a, "loss"), (b, "on held-out groups"), (c, "learning rate at the end of the epoch")):
+        ax.set_title(title)
+        ax.set_xlabel("epoch")
+        ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        ax.set_xlim(x[0] - 0.5, x[-1] + 0.5)
+        ax.axvline(best, color="#999999", lw=0.8, ls="--")
+    b.set_ylim(0, 1.02)
+    a.legend()
+    b.legend(fontsize=7)
     return fig
 
 # %% ../../nbs/training/640_classifier.ipynb #9c446bde
 def name_of(
-    key:str,                 # K-code
-    names:Mapping[str,str]   # K-code → Korean name
-)->str: # "가나정 (K-000573)"
+    key: str,  # K-code
+    names: Mapping[str, str],  # K-code → Korean name
+) -> str:  # "가나정 (K-000573)"
     "A drug as a person reads it."
     return f"{names[key]} ({key})" if names.get(key) else key
 
+
 def draw_recall(
-    tables:Mapping[str,pd.DataFrame], # per view, as per_class gives it
-    names:Mapping[str,str],           # K-code → Korean name
-    most:int=40                       # drugs shown, the worst first
-)->Any: # matplotlib Figure
+    tables: Mapping[str, pd.DataFrame],  # per view, as per_class gives it
+    names: Mapping[str, str],  # K-code → Korean name
+    most: int = 40,  # drugs shown, the worst first
+) -> Any:  # matplotlib Figure
     "Recall of every drug on whole photos and on crops, worst first."
     import matplotlib.pyplot as plt
+
     use_house_style()
-    first = next(iter(tables.values())); order = first[first.n > 0].sort_values(["recall", "key"]).head(most)
-    fig, ax = plt.subplots(figsize=(7.2, .9+.24*len(order))); y = np.arange(len(order)); h = .8/len(tables)
-    for i, (view, t) in enumerate(tables.items()): ax.barh(y+(i-(len(tables)-1)/2)*h, t.set_index("key").loc[order.key, "recall"], h*.9, label=view, color=COLOURS[i])
-    ax.set_yticks(y, [f"{name_of(k, names)}  n={n}" for k, n in zip(order.key, order.n)], fontsize=7); ax.invert_yaxis()
-    ax.set_xlim(0, 1); ax.set_xlabel("recall"); ax.grid(axis="x"); ax.grid(False, axis="y"); ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(tables))
-    ax.set_title(f"the {len(order)} hardest of {int((first.n > 0).sum())} drugs" if len(order) < (first.n > 0).sum() else f"all {len(order)} drugs")
+    first = next(iter(tables.values()))
+    order = first[first.n > 0].sort_values(["recall", "key"]).head(most)
+    fig, ax = plt.subplots(figsize=(7.2, 0.9 + 0.24 * len(order)))
+    y = np.arange(len(order))
+    h = 0.8 / len(tables)
+    for i, (view, t) in enumerate(tables.items()):
+        ax.barh(
+            y + (i - (len(tables) - 1) / 2) * h,
+            t.set_index("key").loc[order.key, "recall"],
+            h * 0.9,
+            label=view,
+            color=COLOURS[i],
+        )
+    ax.set_yticks(y, [f"{name_of(k, names)}  n={n}" for k, n in zip(order.key, order.n)], fontsize=7)
+    ax.invert_yaxis()
+    ax.set_xlim(0, 1)
+    ax.set_xlabel("recall")
+    ax.grid(axis="x")
+    ax.grid(False, axis="y")
+    ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(tables))
+    ax.set_title(
+        f"the {len(order)} hardest of {int((first.n > 0).sum())} drugs"
+        if len(order) < (first.n > 0).sum()
+        else f"all {len(order)} drugs"
+    )
     return fig
 
 # %% ../../nbs/training/640_classifier.ipynb #ae01e52b
 def pill_picture(
-    rows:pd.DataFrame,   # manifest rows
-    path:str,            # the photo
-    root:Path,           # the delivery
-    size:int=128         # side, pixels
-)->np.ndarray: # [size, size, 3] uint8
+    rows: pd.DataFrame,  # manifest rows
+    path: str,  # the photo
+    root: Path,  # the delivery
+    size: int = 128,  # side, pixels
+) -> np.ndarray:  # [size, size, 3] uint8
     "The pill of a photo, cut out for looking."
-    got, box = open_image_safely(root/path), box_of(rows.loc[rows["path"] == path, "bbox"].iloc[0])
-    if "_skip" in got: return np.full((size, size, 3), 230, np.uint8)
+    got, box = open_image_safely(root / path), box_of(rows.loc[rows["path"] == path, "bbox"].iloc[0])
+    if "_skip" in got:
+        return np.full((size, size, 3), 230, np.uint8)
     h, w = got["image"].shape[:2]
-    return crop_view(got["image"], np.array([0., 0., w, h]) if box is None else box, size, .15)
+    return crop_view(got["image"], np.array([0.0, 0.0, w, h]) if box is None else box, size, 0.15)
+
 
 def draw_confusions(
-    stage:StageData,             # photos and class map
-    answers:Mapping[str,Any],    # of the whole-photo validation, photo by photo
-    names:Mapping[str,str],      # K-code → Korean name
-    most:int=4                   # pairs
-)->Any: # matplotlib Figure
+    stage: StageData,  # photos and class map
+    answers: Mapping[str, Any],  # of the whole-photo validation, photo by photo
+    names: Mapping[str, str],  # K-code → Korean name
+    most: int = 4,  # pairs
+) -> Any:  # matplotlib Figure
     "The most confused pairs: what was seen, and what it was taken for (SPEC EV1)."
     keys, pics, titles = list(stage.class_map), [], []
     for p in confusion_pairs(answers["pred"], answers["labels"], keys, most):
-        wrong = np.flatnonzero((answers["labels"] == p["true_id"]) & (answers["pred"] == p["pred_id"])); i = wrong[np.argmax(answers["confidence"][wrong])]
+        wrong = np.flatnonzero((answers["labels"] == p["true_id"]) & (answers["pred"] == p["pred_id"]))
+        i = wrong[np.argmax(answers["confidence"][wrong])]
         like = stage.train.loc[(stage.train["class_key"] == p["pred"]) & (stage.train["kind"] == "single"), "path"]
-        pics += [pill_picture(stage.val, answers["paths"][i], stage.root), pill_picture(stage.train, like.iloc[0], stage.root) if len(like) else np.full((128, 128, 3), 230, np.uint8)]
+        pics += [
+            pill_picture(stage.val, answers["paths"][i], stage.root),
+            pill_picture(stage.train, like.iloc[0], stage.root) if len(like) else np.full((128, 128, 3), 230, np.uint8),
+        ]
         titles += [f"{p['n']}× {names.get(p['true']) or p['true']}", f"→ {names.get(p['pred']) or p['pred']}"]
     return show_grid(pics, titles, cols=4, size=1.5) if pics else show_grid([])
 
 # %% ../../nbs/training/640_classifier.ipynb #c28b0b6a
 def draw_batch(
-    learn:PillLearner,      # its training loader is asked for one batch
-    keys:Sequence[str],     # class keys by number
-    names:Mapping[str,str], # K-code → Korean name
-    n:int=6                 # pictures
-)->Any: # matplotlib Figure
+    learn: PillLearner,  # its training loader is asked for one batch
+    keys: Sequence[str],  # class keys by number
+    names: Mapping[str, str],  # K-code → Korean name
+    n: int = 6,  # pictures
+) -> Any:  # matplotlib Figure
     "What the network is shown: augmented whole photos and crops."
     d = learn.dls.train.dataset
-    got = [s for s in (d[i] for i in np.linspace(0, len(d)-1, min(n, len(d)), dtype=int)) if "_skip" not in s]
-    back = lambda x: ((x.permute(1, 2, 0)*torch.tensor(IMAGENET_STD)+torch.tensor(IMAGENET_MEAN)).clamp(0, 1)*255).byte().numpy()
-    return show_grid([back(s["image"]) for s in got], [names.get(keys[s["label"]]) or keys[s["label"]] for s in got], cols=6, size=1.3)
+    got = [s for s in (d[i] for i in np.linspace(0, len(d) - 1, min(n, len(d)), dtype=int)) if "_skip" not in s]
+    back = lambda x: (
+        ((x.permute(1, 2, 0) * torch.tensor(IMAGENET_STD) + torch.tensor(IMAGENET_MEAN)).clamp(0, 1) * 255)
+        .byte()
+        .numpy()
+    )
+    return show_grid(
+        [back(s["image"]) for s in got],
+        [names.get(keys[s["label"]]) or keys[s["label"]] for s in got],
+        cols=6,
+        size=1.3,
+    )
 
 # %% ../../nbs/training/640_classifier.ipynb #298aef35
 def drug_names(
-    root:Path # run folder
-)->dict[str,str]: # K-code → Korean name, where there is one
+    root: Path,  # run folder
+) -> dict[str, str]:  # K-code → Korean name, where there is one
     "Names to read beside the keys, from drug_metadata.json."
-    p = root/"drug_metadata.json"
-    return {e["kcode"]: e["dl_name"] for e in read_json(p)["drug_metadata"].values() if e.get("dl_name")} if p.is_file() else {}
+    p = root / "drug_metadata.json"
+    return (
+        {e["kcode"]: e["dl_name"] for e in read_json(p)["drug_metadata"].values() if e.get("dl_name")}
+        if p.is_file()
+        else {}
+    )
 
 # %% ../../nbs/training/640_classifier.ipynb #398ee07b
 def image_twin(
-    stage:StageData, # one stage, split by group
-    seed:int         # of the dealing
-)->StageData: # the same single photos, as many on each side, dealt photo by photo; the same combos teach
+    stage: StageData,  # one stage, split by group
+    seed: int,  # of the dealing
+) -> StageData:  # the same single photos, as many on each side, dealt photo by photo; the same combos teach
     "The leaky split of the same photos."
     one = lambda d: d[d["kind"] == "single"].drop_duplicates("path")
     train, val = one(stage.train), one(stage.val)
     a, b = image_split(pd.concat([train, val]), (len(train), len(val)), seed)
     header = {**stage.header, "params": {**stage.header["params"], "group_by": "image"}, "leak_gap_twin": True}
-    return dataclasses.replace(stage, header=header, train=pd.concat([a, stage.train[stage.train["kind"] == "combo"]], ignore_index=True), val=b)
+    return dataclasses.replace(
+        stage,
+        header=header,
+        train=pd.concat([a, stage.train[stage.train["kind"] == "combo"]], ignore_index=True),
+        val=b,
+    )
+
 
 def groups_on_both_sides(
-    stage:StageData # split in whatever way
-)->float: # share of the judging photos whose turntable series also teaches
+    stage: StageData,  # split in whatever way
+) -> float:  # share of the judging photos whose turntable series also teaches
     "How much a split leaks."
     one = stage.val[stage.val["kind"] == "single"]
-    return float(one["group_id"].isin(set(stage.train["group_id"])).mean()) if len(one) else 0.
+    return float(one["group_id"].isin(set(stage.train["group_id"])).mean()) if len(one) else 0.0
 
 # %% ../../nbs/training/640_classifier.ipynb #b9497e91
 def leak_gap_record(
-    group:Mapping[str,Any],  # scores of the group split: acc, n
-    image:Mapping[str,Any],  # scores of the image split
-    prov:Provenance,         # data and class map
-    seconds:Sequence[float], # of the two trainings
-    shared:float             # share of the image split's judging photos with a sibling that teaches
-)->dict[str,Any]: # what reports/leak_gap.json holds
+    group: Mapping[str, Any],  # scores of the group split: acc, n
+    image: Mapping[str, Any],  # scores of the image split
+    prov: Provenance,  # data and class map
+    seconds: Sequence[float],  # of the two trainings
+    shared: float,  # share of the image split's judging photos with a sibling that teaches
+) -> dict[str, Any]:  # what reports/leak_gap.json holds
     "Two accuracies and their difference, with provenance (SPEC BX1, BX2)."
     a, b = image["acc"], group["acc"]
     metric = lambda name, v, n, s, note: prov.metric(name, v, n, max(s, 1e-3), note=note).to_dict()
-    return {"leak_gap": metric("leak_gap", a-b, min(image["n"], group["n"]), sum(seconds), "accuracy of the image split minus accuracy of the group split, whole photos, two trainings of equal size"),
-        "image_split": metric("accuracy_image_split", a, image["n"], seconds[1], f"leaky on purpose: {shared:.0%} of its photos have a sibling among those that teach"),
-        "group_split": metric("accuracy_group_split", b, group["n"], seconds[0], "no capture group on both sides")}
+    return {
+        "leak_gap": metric(
+            "leak_gap",
+            a - b,
+            min(image["n"], group["n"]),
+            sum(seconds),
+            "accuracy of the image split minus accuracy of the group split, whole photos, two trainings of equal size",
+        ),
+        "image_split": metric(
+            "accuracy_image_split",
+            a,
+            image["n"],
+            seconds[1],
+            f"leaky on purpose: {shared:.0%} of its photos have a sibling among those that teach",
+        ),
+        "group_split": metric("accuracy_group_split", b, group["n"], seconds[0], "no capture group on both sides"),
+    }
 
 # %% ../../nbs/training/640_classifier.ipynb #5a63d95c
 def measure_leak_gap(
-    stage:StageData,    # one stage
-    cfg:Config,         # the same for both trainings
-    trained:Trained,    # on the group split
-    run:RunFolder,      # reports/leak_gap.json goes here
-    prov:Provenance,    # data and class map
-    cache:PhotoCache|bool # photos in memory
-)->dict[str,Any]:
+    stage: StageData,  # one stage
+    cfg: Config,  # the same for both trainings
+    trained: Trained,  # on the group split
+    run: RunFolder,  # reports/leak_gap.json goes here
+    prov: Provenance,  # data and class map
+    cache: PhotoCache | bool,  # photos in memory
+) -> dict[str, Any]:
     "Train the twin on the leaky split and write down the difference (SPEC BX1)."
-    path, folder = run.sub("reports")/"leak_gap.json", run.sub("checkpoints")/"image_split_twin"
+    path, folder = run.sub("reports") / "leak_gap.json", run.sub("checkpoints") / "image_split_twin"
     took = sum(r["seconds"] for r in trained.learn.rows)
-    if run.resuming and path.exists() and not folder.exists() and (rec := read_json(path))["group_split"]["seconds"] == max(took, 1e-3): return rec   # measured before the interruption, and of this very training
+    if (
+        run.resuming
+        and path.exists()
+        and not folder.exists()
+        and (rec := read_json(path))["group_split"]["seconds"] == max(took, 1e-3)
+    ):
+        return rec  # measured before the interruption, and of this very training
     twin = image_twin(stage, cfg.train.seed)
-    decide(run.log, f"leak gap: a twin is trained on an image-level split of the same {len(twin.train)}+{len(twin.val)} samples", run.tb)
-    other = train_classification_stage(twin, cfg, Outputs(folder, None, run.log, None, title="twin "), run.resuming, cache)
-    rec = leak_gap_record(trained.best["classification"], other.best["classification"], prov, [took, sum(r["seconds"] for r in other.learn.rows)], groups_on_both_sides(twin))
+    decide(
+        run.log,
+        f"leak gap: a twin is trained on an image-level split of the same {len(twin.train)}+{len(twin.val)} samples",
+        run.tb,
+    )
+    other = train_classification_stage(
+        twin, cfg, Outputs(folder, None, run.log, None, title="twin "), run.resuming, cache
+    )
+    rec = leak_gap_record(
+        trained.best["classification"],
+        other.best["classification"],
+        prov,
+        [took, sum(r["seconds"] for r in other.learn.rows)],
+        groups_on_both_sides(twin),
+    )
     save_json(rec, path)
-    shutil.rmtree(folder)   # a model that was trained to leak must not be mistaken for one
+    shutil.rmtree(folder)  # a model that was trained to leak must not be mistaken for one
     return rec
 
 # %% ../../nbs/training/640_classifier.ipynb #8f226a18
 @dataclass(frozen=True)
 class ClassifierJob(StageJob):
     "Split photos in; a classifier, its curves, its confusions and the leak gap out (SPEC CT1-CT22, BX1)."
-    epochs:int = 1   # in total, also on resume
-    name:ClassVar[str] = "classifier"
-    sections:ClassVar[tuple[str,...]] = ("project.active_feature_set", "project.family", "narrow.drug_list", "data.classification", "data.augment.classification", "data.imbalance", "data.progressive_validation.current_stage",
-        "dataloader", "pack", "optimization", "train.seed", "train.deterministic", "train.leak_gap", "train.stage_overrides", "train.classification")
-    keys:ClassVar[dict[str,str]] = {"seed": "train.seed", "epochs": "train.classification.epochs"}
-    needs:ClassVar[dict[str,str]] = {"artifacts/stage{stage}/splits.json": "splits"}
 
-    def smoke(self, run:RunFolder, cfg:Config)->None: smoke_splits(run, cfg)
+    epochs: int = 1  # in total, also on resume
+    name: ClassVar[str] = "classifier"
+    sections: ClassVar[tuple[str, ...]] = (
+        "project.active_feature_set",
+        "project.family",
+        "narrow.drug_list",
+        "data.classification",
+        "data.augment.classification",
+        "data.imbalance",
+        "data.progressive_validation.current_stage",
+        "dataloader",
+        "pack",
+        "optimization",
+        "train.seed",
+        "train.deterministic",
+        "train.leak_gap",
+        "train.stage_overrides",
+        "train.classification",
+    )
+    keys: ClassVar[dict[str, str]] = {"seed": "train.seed", "epochs": "train.classification.epochs"}
+    needs: ClassVar[dict[str, str]] = {"artifacts/stage{stage}/splits.json": "splits"}
+
+    def smoke(self, run: RunFolder, cfg: Config) -> None:
+        smoke_splits(run, cfg)
 
 # %% ../../nbs/training/640_classifier.ipynb #9b6ff41a
 def score_table(
-    best:Mapping[str,Any] # row of the epoch that is kept
-)->list[dict[str,Any]]: # one row per view
+    best: Mapping[str, Any],  # row of the epoch that is kept
+) -> list[dict[str, Any]]:  # one row per view
     "The figures of the kept epoch."
     said = {"whole": "whole photo (single)", "crop": "box crop (combo)"}
-    return [{"view": said.get(v, v), "n": s["n"], "accuracy": s["acc"], "macro-F1": s["macro_f1"], "top-5": s["top5"], "loss": s["val_loss"], "confidence": s["confidence"]} for v, s in best["views"].items()]
+    return [
+        {
+            "view": said.get(v, v),
+            "n": s["n"],
+            "accuracy": s["acc"],
+            "macro-F1": s["macro_f1"],
+            "top-5": s["top5"],
+            "loss": s["val_loss"],
+            "confidence": s["confidence"],
+        }
+        for v, s in best["views"].items()
+    ]
+
 
 def stage_verdict(
-    trained:Trained,           # the training
-    drugs:int,                 # length of the class map
-    gap:Mapping[str,Any]|None  # what leak_gap.json holds
-)->str:
+    trained: Trained,  # the training
+    drugs: int,  # length of the class map
+    gap: Mapping[str, Any] | None,  # what leak_gap.json holds
+) -> str:
     "The stage in one sentence."
     b, rows = trained.best["classification"], trained.learn.rows
-    stopped = ", stopped by the clock" if rows[-1].get("clock", {}).get("stopped") else ", stopped early" if getattr(trained.learn, "stopped_early", False) else ""
-    return (f"Accuracy {b['acc']:.3f}, macro-F1 {b['macro_f1']:.3f} on {b['n']} photos of {drugs} drugs from held-out groups; best of {len(rows)} epochs is number {trained.ckpt['epoch']}{stopped}"
-        + (f"; an image-level split would have claimed {gap['image_split']['value']:.3f}, leak gap {gap['leak_gap']['value']:+.3f}" if gap else ""))
+    stopped = (
+        ", stopped by the clock"
+        if rows[-1].get("clock", {}).get("stopped")
+        else ", stopped early"
+        if getattr(trained.learn, "stopped_early", False)
+        else ""
+    )
+    return (
+        f"Accuracy {b['acc']:.3f}, macro-F1 {b['macro_f1']:.3f} on {b['n']} photos of {drugs} drugs from held-out groups; best of {len(rows)} epochs is number {trained.ckpt['epoch']}{stopped}"
+        + (
+            f"; an image-level split would have claimed {gap['image_split']['value']:.3f}, leak gap {gap['leak_gap']['value']:+.3f}"
+            if gap
+            else ""
+        )
+    )
 
 # %% ../../nbs/training/640_classifier.ipynb #9de1f063
 @patch
-def _draw(self:ClassifierJob, run:RunFolder, stage:StageData, trained:Trained, answers:Mapping[str,Mapping])->list[Path]:
+def _draw(
+    self: ClassifierJob, run: RunFolder, stage: StageData, trained: Trained, answers: Mapping[str, Mapping]
+) -> list[Path]:
     "The stage's pictures."
     keys, names, reports = list(stage.class_map), drug_names(run.root), run.sub("reports")
     tables = {v: per_class(a["pred"], a["labels"], len(keys), keys) for v, a in answers.items()}
-    figures = dict(curves=draw_curves(trained.learn.rows, trained.ckpt["epoch"]), recall=draw_recall(tables, names), confusions=draw_confusions(stage, answers["whole"], names), batch=draw_batch(trained.learn, keys, names))
-    return [save_fig(f, reports/f"classifier_{k}.png") for k, f in figures.items()]
+    figures = dict(
+        curves=draw_curves(trained.learn.rows, trained.ckpt["epoch"]),
+        recall=draw_recall(tables, names),
+        confusions=draw_confusions(stage, answers["whole"], names),
+        batch=draw_batch(trained.learn, keys, names),
+    )
+    return [save_fig(f, reports / f"classifier_{k}.png") for k, f in figures.items()]
+
 
 def rows_copied(
-    weights:Mapping[str,Any] # a training's weights_origin
-)->str:
+    weights: Mapping[str, Any],  # a training's weights_origin
+) -> str:
     "What a warm start did to the head, for a sentence; empty for any other origin."
-    if weights["source"] != "init_from": return ""
+    if weights["source"] != "init_from":
+        return ""
     return f"; head rows by class key: {weights['copied']} copied, {weights['new']} new, {weights['dropped']} dropped"
 
+
 @patch
-def _notes(self:ClassifierJob, stage:StageData, trained:Trained, pairs:Sequence[Mapping], names:Mapping[str,str])->list[str]:
+def _notes(
+    self: ClassifierJob, stage: StageData, trained: Trained, pairs: Sequence[Mapping], names: Mapping[str, str]
+) -> list[str]:
     "What the reader should know besides."
     t, w = trained, trained.weights
-    out = [f"First weights: {w['source']}" + (f", {w['path']}, sha256 {w['sha256'][:12]}" if w.get("sha256") else "") + rows_copied(w) + "."]
-    out.append(f"Training took {t.seconds:.0f} s in this process" + (f"; the first {t.resumed} epochs were done before it was interrupted." if t.resumed else "."))
-    if t.averaged: out.append(f"The mean of epochs {t.averaged['epochs']} scores {t.averaged['averaged']:.3f} where the best alone scores {t.averaged['best']:.3f} ({t.averaged['metric']}), and is {'kept as averaged.pt' if t.averaged['kept'] else 'not kept'}.")
-    if n := t.learn.oom_guard.errors: out.append(f"Memory ran out {n} times; what was done about it is in classifier.json.")
-    if pairs: out.append(f"Most confused: {name_of(pairs[0]['true'], names)} taken for {name_of(pairs[0]['pred'], names)}, {pairs[0]['n']} times.")
-    return out + (["These photos are synthetic: no figure drawn from them stands beside one from AI Hub."] if stage.header["source"] == "synthetic" else [])
+    out = [
+        f"First weights: {w['source']}"
+        + (f", {w['path']}, sha256 {w['sha256'][:12]}" if w.get("sha256") else "")
+        + rows_copied(w)
+        + "."
+    ]
+    out.append(
+        f"Training took {t.seconds:.0f} s in this process"
+        + (f"; the first {t.resumed} epochs were done before it was interrupted." if t.resumed else ".")
+    )
+    if t.averaged:
+        out.append(
+            f"The mean of epochs {t.averaged['epochs']} scores {t.averaged['averaged']:.3f} where the best alone scores {t.averaged['best']:.3f} ({t.averaged['metric']}), and is {'kept as averaged.pt' if t.averaged['kept'] else 'not kept'}."
+        )
+    if n := t.learn.oom_guard.errors:
+        out.append(f"Memory ran out {n} times; what was done about it is in classifier.json.")
+    if pairs:
+        out.append(
+            f"Most confused: {name_of(pairs[0]['true'], names)} taken for {name_of(pairs[0]['pred'], names)}, {pairs[0]['n']} times."
+        )
+    return out + (
+        ["These photos are synthetic: no figure drawn from them stands beside one from AI Hub."]
+        if stage.header["source"] == "synthetic"
+        else []
+    )
 
 # %% ../../nbs/training/640_classifier.ipynb #f3c8a220
 @patch
-def work(self:ClassifierJob, run:RunFolder, cfg:Config, cbs:Sequence[Callback]=(), share:tuple[int,int]=(0, 1))->StageResult:
+def work(
+    self: ClassifierJob, run: RunFolder, cfg: Config, cbs: Sequence[Callback] = (), share: tuple[int, int] = (0, 1)
+) -> StageResult:
     "Train the classifier of this run, look at it, and measure the leak gap."
     stage = load_stage(run.root, cfg.data.progressive_validation.current_stage)
     prov = Provenance(stage.header["source"], stage.header["data_hash"], stage.class_map.fingerprint)
-    cache, folder, reports, before = shared_cache(stage, cfg, run.log), run.sub("checkpoints")/"classifier", run.sub("reports"), torch.get_num_threads()
+    cache, folder, reports, before = (
+        shared_cache(stage, cfg, run.log),
+        run.sub("checkpoints") / "classifier",
+        run.sub("reports"),
+        torch.get_num_threads(),
+    )
     try:
-        trained = train_classification_stage(stage, cfg, Outputs(folder, reports/"metrics.json", run.log, run.tb), run.resuming, cache, cbs, share)
+        trained = train_classification_stage(
+            stage, cfg, Outputs(folder, reports / "metrics.json", run.log, run.tb), run.resuming, cache, cbs, share
+        )
         t0 = time.perf_counter()
-        model, _, _, _ = load_classifier(folder/"best.pt", stage.class_map, next(trained.learn.model.parameters()).device)
-        answers = {v: validate_classification(model, dl.shard(), len(stage.class_map), trained.learn.loss_func, next(model.parameters()).device)["answers"] for v, (dl, w) in trained.learn.passes.items() if w == next(iter(trained.learn.passes.values()))[1]}   # best.pt holds the first weights alone
-        seconds = time.perf_counter()-t0
+        model, _, _, _ = load_classifier(
+            folder / "best.pt", stage.class_map, next(trained.learn.model.parameters()).device
+        )
+        answers = {
+            v: validate_classification(
+                model, dl.shard(), len(stage.class_map), trained.learn.loss_func, next(model.parameters()).device
+            )["answers"]
+            for v, (dl, w) in trained.learn.passes.items()
+            if w == next(iter(trained.learn.passes.values()))[1]
+        }  # best.pt holds the first weights alone
+        seconds = time.perf_counter() - t0
         gap = measure_leak_gap(stage, cfg, trained, run, prov, cache) if cfg.train.leak_gap else None
-    finally: torch.set_num_threads(before)
+    finally:
+        torch.set_num_threads(before)
     return self._report(run, stage, trained, answers, gap, prov, seconds)
 
 # %% ../../nbs/training/640_classifier.ipynb #4baf8ddc
 @patch
-def _report(self:ClassifierJob, run:RunFolder, stage:StageData, trained:Trained, answers:Mapping[str,Mapping], gap:Mapping|None, prov:Provenance, seconds:float)->StageResult:
+def _report(
+    self: ClassifierJob,
+    run: RunFolder,
+    stage: StageData,
+    trained: Trained,
+    answers: Mapping[str, Mapping],
+    gap: Mapping | None,
+    prov: Provenance,
+    seconds: float,
+) -> StageResult:
     "Files and the stage's result."
     keys, names, reports, best = list(stage.class_map), drug_names(run.root), run.sub("reports"), trained.best
     pairs = confusion_pairs(answers["whole"]["pred"], answers["whole"]["labels"], keys, 20)
-    metrics = [prov.metric(f"classification_{k}_{v}", s[k], s["n"], seconds).to_dict() for v, s in best["views"].items() for k in ("acc", "macro_f1", "top5")]
-    save_json(dict(metrics=metrics, best_epoch=trained.ckpt["epoch"], epochs=len(trained.learn.rows), stopped_early=bool(getattr(trained.learn, "stopped_early", False)), resumed_after=trained.resumed, confusions=pairs,
-        weights=trained.weights, averaged=trained.averaged, oom_events=trained.learn.oom_guard.events, per_class={v: per_class(a["pred"], a["labels"], len(keys), keys).replace({np.nan: None}).to_dict("records") for v, a in answers.items()}, history=trained.learn.rows), reports/"classifier.json")
-    save_json({**read_json(reports/"metrics.json"), "oom_events": trained.learn.oom_guard.errors}, reports/"metrics.json")   # the advisor counts them (SPEC SG6)
+    metrics = [
+        prov.metric(f"classification_{k}_{v}", s[k], s["n"], seconds).to_dict()
+        for v, s in best["views"].items()
+        for k in ("acc", "macro_f1", "top5")
+    ]
+    save_json(
+        dict(
+            metrics=metrics,
+            best_epoch=trained.ckpt["epoch"],
+            epochs=len(trained.learn.rows),
+            stopped_early=bool(getattr(trained.learn, "stopped_early", False)),
+            resumed_after=trained.resumed,
+            confusions=pairs,
+            weights=trained.weights,
+            averaged=trained.averaged,
+            oom_events=trained.learn.oom_guard.events,
+            per_class={
+                v: per_class(a["pred"], a["labels"], len(keys), keys).replace({np.nan: None}).to_dict("records")
+                for v, a in answers.items()
+            },
+            history=trained.learn.rows,
+        ),
+        reports / "classifier.json",
+    )
+    save_json(
+        {**read_json(reports / "metrics.json"), "oom_events": trained.learn.oom_guard.errors}, reports / "metrics.json"
+    )  # the advisor counts them (SPEC SG6)
     figures = self._draw(run, stage, trained, answers)
-    folder, art = run.root/"checkpoints"/"classifier", run.root/"artifacts"/f"stage{stage.stage}"
+    folder, art = run.root / "checkpoints" / "classifier", run.root / "artifacts" / f"stage{stage.stage}"
     init = [Path(trained.weights["path"]).absolute()] if trained.weights.get("source") == "init_from" else []
-    outputs = [folder/"best.pt", folder/"last.pt", *([folder/"averaged.pt"] if trained.averaged and trained.averaged["kept"] else []), reports/"metrics.json", reports/"classifier.json", *([reports/"leak_gap.json"] if gap else []), *figures]
-    return StageResult(stage_verdict(trained, len(keys), gap), score_table(best), figures, [art/"splits.json", art/"manifest_train.csv", art/"manifest_val.csv", *init], outputs, self._notes(stage, trained, pairs, names))
+    outputs = [
+        folder / "best.pt",
+        folder / "last.pt",
+        *([folder / "averaged.pt"] if trained.averaged and trained.averaged["kept"] else []),
+        reports / "metrics.json",
+        reports / "classifier.json",
+        *([reports / "leak_gap.json"] if gap else []),
+        *figures,
+    ]
+    return StageResult(
+        stage_verdict(trained, len(keys), gap),
+        score_table(best),
+        figures,
+        [art / "splits.json", art / "manifest_train.csv", art / "manifest_val.csv", *init],
+        outputs,
+        self._notes(stage, trained, pairs, names),
+    )

@@ -47,643 +47,1199 @@ from .presets import stage_settings
 
 # %% ../../nbs/training/650_detector.ipynb #66268a29
 def label_of(
-    photo:str|Path # …/images/<split>/<name>
-)->Path:           # …/labels/<split>/<stem>.txt
+    photo: str | Path,  # …/images/<split>/<name>
+) -> Path:  # …/labels/<split>/<stem>.txt
     "Where a photo's boxes are written."
     p = Path(photo)
-    return p.parents[2]/"labels"/p.parent.name/f"{p.stem}.txt"
+    return p.parents[2] / "labels" / p.parent.name / f"{p.stem}.txt"
+
 
 def read_label(
-    photo:str|Path # …/images/<split>/<name>
-)->np.ndarray:     # float32 [n, 4] centre x, centre y, width, height in 0..1
+    photo: str | Path,  # …/images/<split>/<name>
+) -> np.ndarray:  # float32 [n, 4] centre x, centre y, width, height in 0..1
     "The boxes of a photo; a photo without a label file is an error, an empty one has no pill."
-    try: rows = [l.split() for l in label_of(photo).read_text(encoding="utf-8").splitlines() if l.strip()]
-    except OSError: raise PillsnapError("a photo of the detector's folder has no label file", where=photo, fix="run the splits stage again") from None
-    try: return np.array([r[1:] for r in rows], np.float32).reshape(-1, 4)
-    except ValueError: raise PillsnapError("a label file of the detector's folder is no list of boxes", where=label_of(photo), fix="run the splits stage again") from None
+    try:
+        rows = [l.split() for l in label_of(photo).read_text(encoding="utf-8").splitlines() if l.strip()]
+    except OSError:
+        raise PillsnapError(
+            "a photo of the detector's folder has no label file", where=photo, fix="run the splits stage again"
+        ) from None
+    try:
+        return np.array([r[1:] for r in rows], np.float32).reshape(-1, 4)
+    except ValueError:
+        raise PillsnapError(
+            "a label file of the detector's folder is no list of boxes",
+            where=label_of(photo),
+            fix="run the splits stage again",
+        ) from None
+
 
 def photos_in(
-    folder:str|Path # …/images/<split>
-)->list[Path]: # by name
+    folder: str | Path,  # …/images/<split>
+) -> list[Path]:  # by name
     "The photos of a split."
     found = sorted(p for p in Path(folder).iterdir() if not p.name.startswith(".")) if Path(folder).is_dir() else []
-    if not found: raise PillsnapError(f"there is no photo in the detector's {Path(folder).name} folder", where=folder, fix="run the splits stage; a stage with few combinations needs more of them")
+    if not found:
+        raise PillsnapError(
+            f"there is no photo in the detector's {Path(folder).name} folder",
+            where=folder,
+            fix="run the splits stage; a stage with few combinations needs more of them",
+        )
     return found
 
 # %% ../../nbs/training/650_detector.ipynb #8ee97473
 class PillPhotos:
     "What this project changes in ultralytics' dataset."
-    def get_img_files(self, img_path:str)->list[str]: return [str(p) for p in photos_in(img_path)]
 
-    def get_labels(self)->list[dict[str,Any]]:
+    def get_img_files(self, img_path: str) -> list[str]:
+        return [str(p) for p in photos_in(img_path)]
+
+    def get_labels(self) -> list[dict[str, Any]]:
         boxes = [read_label(f) for f in self.im_files]
-        return [dict(im_file=f, shape=None, cls=np.zeros((len(b), 1), np.float32), bboxes=b, segments=[], keypoints=None, normalized=True, bbox_format="xywh") for f, b in zip(self.im_files, boxes)]
+        return [
+            dict(
+                im_file=f,
+                shape=None,
+                cls=np.zeros((len(b), 1), np.float32),
+                bboxes=b,
+                segments=[],
+                keypoints=None,
+                normalized=True,
+                bbox_format="xywh",
+            )
+            for f, b in zip(self.im_files, boxes)
+        ]
 
-    def load_image(self, i:int, rect_mode:bool=True, resize_short:bool=False)->tuple[np.ndarray,tuple[int,int],tuple[int,int]]:
-        if self.ims[i] is not None: return self.ims[i], self.im_hw0[i], self.im_hw[i]
+    def load_image(
+        self, i: int, rect_mode: bool = True, resize_short: bool = False
+    ) -> tuple[np.ndarray, tuple[int, int], tuple[int, int]]:
+        if self.ims[i] is not None:
+            return self.ims[i], self.im_hw0[i], self.im_hw[i]
         got = open_image_safely(self.im_files[i])
-        if "image" not in got: raise PillsnapError(f"a photo can no longer be read: {got['error']}", where=self.im_files[i], fix="mend the disk, or run conversion and splits again")
-        h, w = got["image"].shape[:2]; scale = self.imgsz/max(h, w)
-        im = np.ascontiguousarray(resize(got["image"], max(1, round(h*scale)), max(1, round(w*scale)))[..., ::-1])   # BGR, as the library expects
+        if "image" not in got:
+            raise PillsnapError(
+                f"a photo can no longer be read: {got['error']}",
+                where=self.im_files[i],
+                fix="mend the disk, or run conversion and splits again",
+            )
+        h, w = got["image"].shape[:2]
+        scale = self.imgsz / max(h, w)
+        im = np.ascontiguousarray(
+            resize(got["image"], max(1, round(h * scale)), max(1, round(w * scale)))[..., ::-1]
+        )  # BGR, as the library expects
         self.remember(i, im, (h, w))
         return im, (h, w), im.shape[:2]
 
 # %% ../../nbs/training/650_detector.ipynb #72b56120
 @patch
-def remember(self:PillPhotos, i:int, im:np.ndarray, size:tuple[int,int])->None:
+def remember(self: PillPhotos, i: int, im: np.ndarray, size: tuple[int, int]) -> None:
     "Keep the latest photos for mosaics, as ultralytics does; with `cache='ram'` it keeps all by itself."
-    if not self.augment or self.cache == "ram": return
+    if not self.augment or self.cache == "ram":
+        return
     self.ims[i], self.im_hw0[i], self.im_hw[i] = im, size, im.shape[:2]
     self.buffer.append(i)
     if 1 < len(self.buffer) >= self.max_buffer_length:
-        j = self.buffer.pop(0); self.ims[j], self.im_hw0[j], self.im_hw[j] = None, None, None
+        j = self.buffer.pop(0)
+        self.ims[j], self.im_hw0[j], self.im_hw[j] = None, None, None
+
 
 @patch
-def cache_images(self:PillPhotos)->None:
+def cache_images(self: PillPhotos) -> None:
     "Decode every photo once, in threads, into one buffer (`cache_policy: hotset`)."
-    with ThreadPoolExecutor(os.cpu_count()) as pool: got = list(pool.map(self.load_image, range(self.ni)))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        got = list(pool.map(self.load_image, range(self.ni)))
     self.ims, self.im_hw0, self.im_hw = map(list, zip(*got))
     self.ims = self._ImageCache(self.ims)
 
+
 @patch
-def forget(self:PillPhotos)->None:
+def forget(self: PillPhotos) -> None:
     "Empty the store of mosaics."
-    if self.cache == "ram": return
+    if self.cache == "ram":
+        return
     self.buffer.clear()
-    self.ims, self.im_hw0, self.im_hw = ([None]*self.ni for _ in range(3))
+    self.ims, self.im_hw0, self.im_hw = ([None] * self.ni for _ in range(3))
 
 # %% ../../nbs/training/650_detector.ipynb #0bf985f3
-_BASES = {"YoloPillPhotos": ("PillPhotos", "ultralytics.data.dataset.YOLODataset"), "YoloPillTraining": ("PillTraining", "ultralytics.models.yolo.detect.DetectionTrainer")}
+_BASES = {
+    "YoloPillPhotos": ("PillPhotos", "ultralytics.data.dataset.YOLODataset"),
+    "YoloPillTraining": ("PillTraining", "ultralytics.models.yolo.detect.DetectionTrainer"),
+}
+
 
 @functools.cache
 def with_ultralytics(
-    name:str # "YoloPillPhotos" or "YoloPillTraining"
-)->type:
+    name: str,  # "YoloPillPhotos" or "YoloPillTraining"
+) -> type:
     "Our changes on top of ultralytics' class, made on first use."
     mine, (module, _, base) = _BASES[name][0], _BASES[name][1].rpartition(".")
     load_ultralytics()
-    return type(name, (globals()[mine], getattr(importlib.import_module(module), base)), {"__module__": "pillsnap.training.detector", "__doc__": globals()[mine].__doc__})
+    return type(
+        name,
+        (globals()[mine], getattr(importlib.import_module(module), base)),
+        {"__module__": "pillsnap.training.detector", "__doc__": globals()[mine].__doc__},
+    )
 
-def __getattr__(name:str)->type:
-    if name in _BASES: return with_ultralytics(name)
+
+def __getattr__(name: str) -> type:
+    if name in _BASES:
+        return with_ultralytics(name)
     raise AttributeError(f"module 'pillsnap.training.detector' has no attribute {name!r}")
 
 # %% ../../nbs/training/650_detector.ipynb #6ad6bdea
 @dataclass
 class TrainPlan:
     "One detector training."
-    model:str                 # YOLO11 size, "yolo11n"
-    tree:Path                 # images/{train,val}, labels/{train,val}
-    folder:Path               # where best.pt and last.pt go
-    args:dict[str,Any]        # settings for ultralytics
-    fixed:dict[str,Any]       # what every checkpoint carries: config_snapshot, class_map, backbone, img_size, data_hash
-    rule:dict[str,Any] = field(default_factory=lambda: dict(patience=7, min_delta=0., mode="max")) # early stopping
-    monitor:str = "mAP@0.5"   # the figure that decides
-    ckpt:dict[str,Any]|None = None # last.pt to go on from
-    log:Logger|None = None    # decisions and progress
-    tb:TBWriter|None = None   # curves
-    report:Path|None = None   # reports/metrics.json
-    every:int = 50            # batches between step lines
-    amp:torch.dtype|None = None # autocast type; None = full precision
-    batch_cap:int = 16        # most photos per step that the search may choose
-    least_steps:int = 400     # optimizer steps below which gradients are not summed over batches
-    short:int = 10            # epochs below which the learning rate falls batch by batch
+
+    model: str  # YOLO11 size, "yolo11n"
+    tree: Path  # images/{train,val}, labels/{train,val}
+    folder: Path  # where best.pt and last.pt go
+    args: dict[str, Any]  # settings for ultralytics
+    fixed: dict[str, Any]  # what every checkpoint carries: config_snapshot, class_map, backbone, img_size, data_hash
+    rule: dict[str, Any] = field(default_factory=lambda: dict(patience=7, min_delta=0.0, mode="max"))  # early stopping
+    monitor: str = "mAP@0.5"  # the figure that decides
+    ckpt: dict[str, Any] | None = None  # last.pt to go on from
+    log: Logger | None = None  # decisions and progress
+    tb: TBWriter | None = None  # curves
+    report: Path | None = None  # reports/metrics.json
+    every: int = 50  # batches between step lines
+    amp: torch.dtype | None = None  # autocast type; None = full precision
+    batch_cap: int = 16  # most photos per step that the search may choose
+    least_steps: int = 400  # optimizer steps below which gradients are not summed over batches
+    short: int = 10  # epochs below which the learning rate falls batch by batch
 
 # %% ../../nbs/training/650_detector.ipynb #b0ccbe65
 def where_to_train(
-    device:torch.device # of this process
-)->str: # "cpu", "0", or "0,1,2,3" for one process each
+    device: torch.device,  # of this process
+) -> str:  # "cpu", "0", or "0,1,2,3" for one process each
     "The device list in ultralytics' words; several where this process was launched as one of several."
-    if device.type == "cpu": return "cpu"
-    n = int(os.environ.get("WORLD_SIZE", 1)); here = int(os.environ.get("LOCAL_WORLD_SIZE", n))
-    if here != n: raise PillsnapError(f"ultralytics trains on the GPUs of one machine, and {n-here} of {n} processes run on another", where="pillsnap distributed detector", fix="start it on one machine; the classifier trains on several")
+    if device.type == "cpu":
+        return "cpu"
+    n = int(os.environ.get("WORLD_SIZE", 1))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", n))
+    if here != n:
+        raise PillsnapError(
+            f"ultralytics trains on the GPUs of one machine, and {n - here} of {n} processes run on another",
+            where="pillsnap distributed detector",
+            fix="start it on one machine; the classifier trains on several",
+        )
     return ",".join(map(str, range(n))) if n > 1 else str(device.index or 0)
 
 # %% ../../nbs/training/650_detector.ipynb #bfc818b5
 def detector_args(
-    cfg:Config,                     # the run's configuration
-    tree:Path,                      # the detector's folder of photos and labels
-    work:Path,                      # where the library may leave its notes
-    device:torch.device=torch.device("cpu"), # where to train
-    amp:torch.dtype|None=None       # autocast type
-)->dict[str,Any]:
+    cfg: Config,  # the run's configuration
+    tree: Path,  # the detector's folder of photos and labels
+    work: Path,  # where the library may leave its notes
+    device: torch.device = torch.device("cpu"),  # where to train
+    amp: torch.dtype | None = None,  # autocast type
+) -> dict[str, Any]:
     "The configuration in ultralytics' words (SPEC DT3, TL2)."
     d, a = cfg.train.detection, cfg.data.augment.detection
     given = dict(lr0=d.lr, optimizer=d.optimizer, warmup_epochs=d.warmup_epochs, close_mosaic=d.close_mosaic)
-    if d.lr is not None and d.optimizer is None: raise PillsnapError(f"the learning rate {d.lr:g} would not be used: without an optimizer ultralytics chooses both", where="train.detection.optimizer", fix="name one beside train.detection.lr (SGD, AdamW, MuSGD), or leave both null")
-    if device.type == "cpu" and amp is torch.float16: raise PillsnapError("the detector has no fp16 on a CPU", where="train.detection.amp_dtype", fix="bf16 where the CPU has it, or fp32")
+    if d.lr is not None and d.optimizer is None:
+        raise PillsnapError(
+            f"the learning rate {d.lr:g} would not be used: without an optimizer ultralytics chooses both",
+            where="train.detection.optimizer",
+            fix="name one beside train.detection.lr (SGD, AdamW, MuSGD), or leave both null",
+        )
+    if device.type == "cpu" and amp is torch.float16:
+        raise PillsnapError(
+            "the detector has no fp16 on a CPU",
+            where="train.detection.amp_dtype",
+            fix="bf16 where the CPU has it, or fp32",
+        )
     search = d.auto_batch_tune and device.type == "cuda" and "," not in where_to_train(device)
-    return dict({k: v for k, v in given.items() if v is not None}, model=f"{yolo_name(d.model)}.yaml", data=str(tree/"data.yaml"), epochs=d.epochs, imgsz=cfg.data.detection.img_size,
-        batch=cfg.train.auto_batch_vram_headroom if search else d.batch_size, cos_lr=d.cos_lr, mosaic=a.mosaic, mixup=a.mixup, fliplr=.5*a.hflip, scale=tuple(a.scale), augmentations=[],
-        seed=cfg.train.seed, deterministic=cfg.train.deterministic, workers=d.workers, device=where_to_train(device), amp="bf16" if amp is not None and device.type == "cuda" else False, channels_last=None if cfg.optimization.channels_last else False,
-        cache="ram" if cfg.dataloader.ram_optimization.cache_policy == "hotset" else False, iou=cfg.data.detection.iou_threshold, max_det=cfg.data.detection.max_detections,
-        patience=0, pretrained=False, plots=False, save=True, verbose=False, exist_ok=True, save_dir=str(work), project=str(work.parent), name=work.name)
+    return dict(
+        {k: v for k, v in given.items() if v is not None},
+        model=f"{yolo_name(d.model)}.yaml",
+        data=str(tree / "data.yaml"),
+        epochs=d.epochs,
+        imgsz=cfg.data.detection.img_size,
+        batch=cfg.train.auto_batch_vram_headroom if search else d.batch_size,
+        cos_lr=d.cos_lr,
+        mosaic=a.mosaic,
+        mixup=a.mixup,
+        fliplr=0.5 * a.hflip,
+        scale=tuple(a.scale),
+        augmentations=[],
+        seed=cfg.train.seed,
+        deterministic=cfg.train.deterministic,
+        workers=d.workers,
+        device=where_to_train(device),
+        amp="bf16" if amp is not None and device.type == "cuda" else False,
+        channels_last=None if cfg.optimization.channels_last else False,
+        cache="ram" if cfg.dataloader.ram_optimization.cache_policy == "hotset" else False,
+        iou=cfg.data.detection.iou_threshold,
+        max_det=cfg.data.detection.max_detections,
+        patience=0,
+        pretrained=False,
+        plots=False,
+        save=True,
+        verbose=False,
+        exist_ok=True,
+        save_dir=str(work),
+        project=str(work.parent),
+        name=work.name,
+    )
 
 # %% ../../nbs/training/650_detector.ipynb #a62227c1
 class PillTraining:
     "What this project changes in ultralytics' trainer (SPEC DT2, DT6)."
-    def __init__(self, plan:TrainPlan):
+
+    def __init__(self, plan: TrainPlan):
         self.plan, self.history, self.waiting, self.batch_no = plan, [], 0, -1
-        try: super().__init__(overrides=dict(plan.args))
-        except (ValueError, TypeError) as e: raise PillsnapError(f"ultralytics refuses a setting: {str(e).splitlines()[0]}", where="train.detection") from None
-        self.callbacks = defaultdict(list, on_train_epoch_start=[PillTraining.begin_epoch], on_train_batch_start=[PillTraining.begin_batch], on_train_batch_end=[PillTraining.end_batch])
+        try:
+            super().__init__(overrides=dict(plan.args))
+        except (ValueError, TypeError) as e:
+            raise PillsnapError(
+                f"ultralytics refuses a setting: {str(e).splitlines()[0]}", where="train.detection"
+            ) from None
+        self.callbacks = defaultdict(
+            list,
+            on_train_epoch_start=[PillTraining.begin_epoch],
+            on_train_batch_start=[PillTraining.begin_batch],
+            on_train_batch_end=[PillTraining.end_batch],
+        )
 
-    def get_dataset(self)->dict[str,Any]:
-        return dict(path=self.plan.tree, train=str(self.plan.tree/"images"/"train"), val=str(self.plan.tree/"images"/"val"), nc=1, names={0: "pill"}, channels=3)
+    def get_dataset(self) -> dict[str, Any]:
+        return dict(
+            path=self.plan.tree,
+            train=str(self.plan.tree / "images" / "train"),
+            val=str(self.plan.tree / "images" / "val"),
+            nc=1,
+            names={0: "pill"},
+            channels=3,
+        )
 
-    def setup_model(self)->None: self.model = build_yolo_model(self.plan.model).to(memory_format=self.layout())
+    def setup_model(self) -> None:
+        self.model = build_yolo_model(self.plan.model).to(memory_format=self.layout())
 
-    def preprocess_batch(self, batch:dict[str,Any])->dict[str,Any]:
+    def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
         out = super().preprocess_batch(batch)
         return out | {"img": out["img"].contiguous(memory_format=self.layout())}
 
-    def layout(self)->torch.memory_format: # on a CPU; on CUDA the library sees to it
-        return torch.channels_last if self.device.type == "cpu" and self.args.channels_last is not False else torch.contiguous_format
+    def layout(self) -> torch.memory_format:  # on a CPU; on CUDA the library sees to it
+        return (
+            torch.channels_last
+            if self.device.type == "cpu" and self.args.channels_last is not False
+            else torch.contiguous_format
+        )
 
-    def build_dataset(self, img_path:str, mode:str="train", batch:int|None=None)->Any:
-        return with_ultralytics("YoloPillPhotos")(img_path=img_path, imgsz=self.args.imgsz, batch_size=batch, augment=mode == "train", hyp=self.args, rect=False, cache=self.args.cache or None, stride=32, pad=0., task="detect", data=self.data)
+    def build_dataset(self, img_path: str, mode: str = "train", batch: int | None = None) -> Any:
+        return with_ultralytics("YoloPillPhotos")(
+            img_path=img_path,
+            imgsz=self.args.imgsz,
+            batch_size=batch,
+            augment=mode == "train",
+            hyp=self.args,
+            rect=False,
+            cache=self.args.cache or None,
+            stride=32,
+            pad=0.0,
+            task="detect",
+            data=self.data,
+        )
 
     # checkpoints, curves and the last word are ours
-    def save_metrics(self, metrics:dict)->None: pass
-    def final_eval(self)->None: pass
+    def save_metrics(self, metrics: dict) -> None:
+        pass
+
+    def final_eval(self) -> None:
+        pass
 
 # %% ../../nbs/training/650_detector.ipynb #a6a53a62
 @patch
-def _build_train_pipeline(self:PillTraining)->None:
+def _build_train_pipeline(self: PillTraining) -> None:
     super(PillTraining, self)._build_train_pipeline()
-    if getattr(self, "_oom_retries", 0): decide(self.plan.log, f"out of memory: the detector goes on with {self.batch_size} photos a step, epoch {self.epoch+1} begins anew", self.plan.tb)   # the library halves the batch, and tells its own log alone
-    batches = len(self.train_loader)*self.epochs; most = max(1, batches//self.plan.least_steps)
-    if most < self.accumulate: decide(self.plan.log, f"accumulation: a step per {most} batches instead of {self.accumulate}, because the run has {batches} batches in all", self.plan.tb)
+    if getattr(self, "_oom_retries", 0):
+        decide(
+            self.plan.log,
+            f"out of memory: the detector goes on with {self.batch_size} photos a step, epoch {self.epoch + 1} begins anew",
+            self.plan.tb,
+        )  # the library halves the batch, and tells its own log alone
+    batches = len(self.train_loader) * self.epochs
+    most = max(1, batches // self.plan.least_steps)
+    if most < self.accumulate:
+        decide(
+            self.plan.log,
+            f"accumulation: a step per {most} batches instead of {self.accumulate}, because the run has {batches} batches in all",
+            self.plan.tb,
+        )
     self.window, self.accumulate, self.waiting = min(most, self.accumulate), 1, 0
 
+
 @patch
-def build_optimizer(self:PillTraining, *args:Any, iterations:float=1e5, **kwargs:Any)->torch.optim.Optimizer:
+def build_optimizer(self: PillTraining, *args: Any, iterations: float = 1e5, **kwargs: Any) -> torch.optim.Optimizer:
     "The library chooses by the length of the run; one that goes on keeps what it began with, however long it is now."
     self.iterations = (self.plan.ckpt or {}).get("iterations", iterations)
     return super(PillTraining, self).build_optimizer(*args, iterations=self.iterations, **kwargs)
 
-@patch
-def due(self:PillTraining)->bool:
-    "Whether a window of gradients is full; it grows during warm-up, as in the library's loop."
-    batches = len(self.train_loader); done = self.batch_no+batches*self.epoch; warm = self._get_warmup_iterations(batches)
-    window = max(1, round(float(np.interp(done, [0, warm], [1, self.window])))) if warm and done <= warm else self.window
-    return self.waiting >= window or self.batch_no == batches-1
 
 @patch
-def optimizer_step(self:PillTraining)->None:
+def due(self: PillTraining) -> bool:
+    "Whether a window of gradients is full; it grows during warm-up, as in the library's loop."
+    batches = len(self.train_loader)
+    done = self.batch_no + batches * self.epoch
+    warm = self._get_warmup_iterations(batches)
+    window = (
+        max(1, round(float(np.interp(done, [0, warm], [1, self.window])))) if warm and done <= warm else self.window
+    )
+    return self.waiting >= window or self.batch_no == batches - 1
+
+
+@patch
+def optimizer_step(self: PillTraining) -> None:
     "Step when the window is full."
     self.waiting += 1
-    if not self.due(): return
+    if not self.due():
+        return
     super(PillTraining, self).optimizer_step()
     self.waiting = 0
 
 # %% ../../nbs/training/650_detector.ipynb #df1fa211
 @patch
-def fall(self:PillTraining)->None:
+def fall(self: PillTraining) -> None:
     "The library's curve, at the place in the epoch; warm-up is the library's own."
-    batches = len(self.train_loader); done = self.batch_no+batches*self.epoch
-    if self.epochs >= self.plan.short or done <= self._get_warmup_iterations(batches): return
-    for g in self.optimizer.param_groups: g["lr"] = g["initial_lr"]*self.lf(done/batches)
+    batches = len(self.train_loader)
+    done = self.batch_no + batches * self.epoch
+    if self.epochs >= self.plan.short or done <= self._get_warmup_iterations(batches):
+        return
+    for g in self.optimizer.param_groups:
+        g["lr"] = g["initial_lr"] * self.lf(done / batches)
 
 # %% ../../nbs/training/650_detector.ipynb #3950bfad
 @patch
-def _setup_train(self:PillTraining)->None:
+def _setup_train(self: PillTraining) -> None:
     self.scaler = None
     super(PillTraining, self)._setup_train()
     o = self.optimizer.param_groups[0]
-    decide(self.plan.log, f"optimizer: {type(self.optimizer).__name__}, lr {o['initial_lr']:g}, weight decay {max(g['weight_decay'] for g in self.optimizer.param_groups):g}, "
-           f"batch {self.batch_size}, a step per {self.window} batches, {len(self.train_loader.dataset)} photos teach and {len(self.test_loader.dataset)} judge", self.plan.tb)
-    if self.epochs < self.plan.short: decide(self.plan.log, f"learning rate: falls batch by batch, because {self.epochs} epochs would be as many steps down", self.plan.tb)
+    decide(
+        self.plan.log,
+        f"optimizer: {type(self.optimizer).__name__}, lr {o['initial_lr']:g}, weight decay {max(g['weight_decay'] for g in self.optimizer.param_groups):g}, "
+        f"batch {self.batch_size}, a step per {self.window} batches, {len(self.train_loader.dataset)} photos teach and {len(self.test_loader.dataset)} judge",
+        self.plan.tb,
+    )
+    if self.epochs < self.plan.short:
+        decide(
+            self.plan.log,
+            f"learning rate: falls batch by batch, because {self.epochs} epochs would be as many steps down",
+            self.plan.tb,
+        )
+
 
 @patch
-def resume_training(self:PillTraining, ckpt:Any)->None:
+def resume_training(self: PillTraining, ckpt: Any) -> None:
     "The library's hook for going on, called with everything built; what it would load is not what we saved."
-    if self.plan.amp is torch.float16: self.args.amp, self.scaler = True, torch.amp.GradScaler("cuda")
-    if self.device.type == "cpu": self.amp = self.plan.amp is torch.bfloat16   # "bf16" in the library's words needs CUDA; a CPU's autocast is bf16 anyway
-    if self.plan.ckpt is not None: self.restore(self.plan.ckpt)
+    if self.plan.amp is torch.float16:
+        self.args.amp, self.scaler = True, torch.amp.GradScaler("cuda")
+    if self.device.type == "cpu":
+        self.amp = (
+            self.plan.amp is torch.bfloat16
+        )  # "bf16" in the library's words needs CUDA; a CPU's autocast is bf16 anyway
+    if self.plan.ckpt is not None:
+        self.restore(self.plan.ckpt)
 
 # %% ../../nbs/training/650_detector.ipynb #0574c0dd
 class WarningTexts(Handler):
     "The texts of a logger's warnings, without colours."
-    def __init__(self): super().__init__(WARNING); self.texts = []
-    def emit(self, record:LogRecord)->None: self.texts.append(re.sub(r"\x1b\[[0-9;]*m", "", record.getMessage()).strip())
+
+    def __init__(self):
+        super().__init__(WARNING)
+        self.texts = []
+
+    def emit(self, record: LogRecord) -> None:
+        self.texts.append(re.sub(r"\x1b\[[0-9;]*m", "", record.getMessage()).strip())
+
 
 @patch
-def auto_batch(self:PillTraining, *a:Any, **kw:Any)->int:
+def auto_batch(self: PillTraining, *a: Any, **kw: Any) -> int:
     "The library's search, capped, and rounded down to a multiple of eight; or its default batch, called so (SPEC X17)."
     heard, log, plan = WarningTexts(), getLogger("ultralytics"), self.plan
     log.addHandler(heard)
     try:
-        with without_kernel_search(): found = int(super(PillTraining, self).auto_batch(*a, **kw))
-    finally: log.removeHandler(heard)
+        with without_kernel_search():
+            found = int(super(PillTraining, self).auto_batch(*a, **kw))
+    finally:
+        log.removeHandler(heard)
     n = max(1, min(found, plan.batch_cap))
-    if n > 8: n -= n%8
+    if n > 8:
+        n -= n % 8
     if failed := next((t for t in heard.texts if "using default batch-size" in t), None):
-        decide(plan.log, f"auto-batch: {n} photos per step, not searched for: ultralytics' default of {found}, capped at {plan.batch_cap} ({failed})", plan.tb)
+        decide(
+            plan.log,
+            f"auto-batch: {n} photos per step, not searched for: ultralytics' default of {found}, capped at {plan.batch_cap} ({failed})",
+            plan.tb,
+        )
         return n
-    decide(plan.log, f"auto-batch: {n} photos per step, found within {self.args.batch:.0%} of the GPU's memory ({found}) and capped at {plan.batch_cap}", plan.tb)
-    if plan.tb: plan.tb.add_scalar("perf/auto_batch_found", n, 0)
+    decide(
+        plan.log,
+        f"auto-batch: {n} photos per step, found within {self.args.batch:.0%} of the GPU's memory ({found}) and capped at {plan.batch_cap}",
+        plan.tb,
+    )
+    if plan.tb:
+        plan.tb.add_scalar("perf/auto_batch_found", n, 0)
     return n
 
 # %% ../../nbs/training/650_detector.ipynb #7926d3bd
 @patch
-def check_loss(self:PillTraining)->None:
+def check_loss(self: PillTraining) -> None:
     "Stop at a loss that is no number."
-    if bool(torch.isfinite(self.loss).all()): return
-    raise PillsnapError(f"the detector's loss became {float(self.loss.detach().sum()):g} in epoch {self.epoch+1}", where="train.detection", fix="lower train.detection.lr; the last checkpoint is intact", code=NAN_LOSS)
+    if bool(torch.isfinite(self.loss).all()):
+        return
+    raise PillsnapError(
+        f"the detector's loss became {float(self.loss.detach().sum()):g} in epoch {self.epoch + 1}",
+        where="train.detection",
+        fix="lower train.detection.lr; the last checkpoint is intact",
+        code=NAN_LOSS,
+    )
+
 
 @patch
-def _handle_nan_recovery(self:PillTraining, epoch:int)->bool: return False   # `check_loss` has raised before
+def _handle_nan_recovery(self: PillTraining, epoch: int) -> bool:
+    return False  # `check_loss` has raised before
 
 # %% ../../nbs/training/650_detector.ipynb #5b0b6311
-NAMES = {"mAP@0.5": "metrics/mAP50(B)", "mAP@0.5:0.95": "metrics/mAP50-95(B)", "precision": "metrics/precision(B)", "recall": "metrics/recall(B)"}
+NAMES = {
+    "mAP@0.5": "metrics/mAP50(B)",
+    "mAP@0.5:0.95": "metrics/mAP50-95(B)",
+    "precision": "metrics/precision(B)",
+    "recall": "metrics/recall(B)",
+}
+
 
 @patch
-def validate(self:PillTraining)->tuple[dict[str,float],float]:
+def validate(self: PillTraining) -> tuple[dict[str, float], float]:
     "Judge the averaged weights in full precision: all figures, and the one that decides (SPEC DT2)."
     self.check_loss()
     t0, amp, self.amp = time.perf_counter(), self.amp, False
-    try: out, _ = super(PillTraining, self).validate()   # of several processes all judge with the first one's batch statistics
-    finally: self.amp = amp
-    if out is None: return None, None   # of several processes the first alone has the figures
+    try:
+        out, _ = super(
+            PillTraining, self
+        ).validate()  # of several processes all judge with the first one's batch statistics
+    finally:
+        self.amp = amp
+    if out is None:
+        return None, None  # of several processes the first alone has the figures
     scores = {k: out[v] for k, v in NAMES.items()} | {"loss": sum(v for k, v in out.items() if k.startswith("val/"))}
-    if self.plan.monitor not in scores: raise PillsnapError(f"the detector is not judged by {self.plan.monitor!r}", where="train.detection.early_stopping.monitor", fix=f"one of {', '.join(scores)}")
-    self.history.append(dict(epoch=self.epoch+1, detection={**scores, "train_loss": self.epoch_loss(), "lr": self.rate(), "seconds": time.perf_counter()-self.started, "val_seconds": time.perf_counter()-t0}))
+    if self.plan.monitor not in scores:
+        raise PillsnapError(
+            f"the detector is not judged by {self.plan.monitor!r}",
+            where="train.detection.early_stopping.monitor",
+            fix=f"one of {', '.join(scores)}",
+        )
+    self.history.append(
+        dict(
+            epoch=self.epoch + 1,
+            detection={
+                **scores,
+                "train_loss": self.epoch_loss(),
+                "lr": self.rate(),
+                "seconds": time.perf_counter() - self.started,
+                "val_seconds": time.perf_counter() - t0,
+            },
+        )
+    )
     self.tell()
     return out, scores[self.plan.monitor]
 
+# %% ../../nbs/training/650_detector.ipynb #7e430bbc
 @patch
-def values(self:PillTraining)->list[float]:
+def values(self: PillTraining) -> list[float]:
     "The figure that decides, one per epoch."
     return [r["detection"][self.plan.monitor] for r in self.history]
 
+
 @patch
-def epoch_loss(self:PillTraining)->float:
+def epoch_loss(self: PillTraining) -> float:
     "Mean training loss of the epoch so far."
     return float(sum((self.tloss or {}).values()))
 
+
 @patch
-def rate(self:PillTraining)->float:
+def rate(self: PillTraining) -> float:
     "The learning rate of the weights."
-    return next((g["lr"] for g in self.optimizer.param_groups if g.get("param_group") == "weight"), self.optimizer.param_groups[0]["lr"])
+    return next(
+        (g["lr"] for g in self.optimizer.param_groups if g.get("param_group") == "weight"),
+        self.optimizer.param_groups[0]["lr"],
+    )
 
 # %% ../../nbs/training/650_detector.ipynb #6db10cb2
 @patch
-def begin_batch(self:PillTraining)->None:
+def begin_batch(self: PillTraining) -> None:
     "The batch is here."
-    self.batch_no += 1; self.fall()
+    self.batch_no += 1
+    self.fall()
     self.timer.data_done()
 
-@patch
-def end_batch(self:PillTraining)->None:
-    "The batch is done; every so often a line (SPEC CT18)."
-    self.recent.append(sum(v.detach() for v in self.loss_items.values()))   # stays on the device until a line is due
-    self.timer.compute_done(self.batch_size, stepped=self.waiting == 0)
-    n, last = self.batch_no+1, len(self.train_loader)
-    if n % self.plan.every and n != last: return
-    facts = dict(loss=float(sum(self.recent)/len(self.recent)), lr=self.rate(), cuda=cuda_mem_mb(), **{k: v for k, v in self.timer.read().items() if k != "steps"}); self.recent = []
-    if self.plan.log: self.plan.log.info(step_line(self.epoch+1, self.epochs, n, last, **facts))
-    if self.plan.tb: self.plan.tb.add_scalars(tagged(facts, STEP_TAGS), n+last*self.epoch)
 
 @patch
-def tell(self:PillTraining)->None:
+def end_batch(self: PillTraining) -> None:
+    "The batch is done; every so often a line (SPEC CT18)."
+    self.recent.append(sum(v.detach() for v in self.loss_items.values()))  # stays on the device until a line is due
+    self.timer.compute_done(self.batch_size, stepped=self.waiting == 0)
+    n, last = self.batch_no + 1, len(self.train_loader)
+    if n % self.plan.every and n != last:
+        return
+    facts = dict(
+        loss=float(sum(self.recent) / len(self.recent)),
+        lr=self.rate(),
+        cuda=cuda_mem_mb(),
+        **{k: v for k, v in self.timer.read().items() if k != "steps"},
+    )
+    self.recent = []
+    if self.plan.log:
+        self.plan.log.info(step_line(self.epoch + 1, self.epochs, n, last, **facts))
+    if self.plan.tb:
+        self.plan.tb.add_scalars(tagged(facts, STEP_TAGS), n + last * self.epoch)
+
+# %% ../../nbs/training/650_detector.ipynb #7c838001
+@patch
+def tell(self: PillTraining) -> None:
     "One line and one row per epoch."
-    row = self.history[-1]; d = row["detection"]
-    if self.plan.log: self.plan.log.info(f"[val] e={row['epoch']}/{self.epochs} mAP@0.5={d['mAP@0.5']:.3f} mAP@0.5:0.95={d['mAP@0.5:0.95']:.3f} precision={d['precision']:.3f} recall={d['recall']:.3f} loss={d['loss']:.3f} {d['seconds']:.1f}s")
-    if self.plan.tb: self.plan.tb.add_scalars({"val/mAP50": d["mAP@0.5"], "val/mAP50-95": d["mAP@0.5:0.95"], "val/precision": d["precision"], "val/recall": d["recall"], "val/detection_loss": d["loss"]}, row["epoch"])
-    if self.plan.tb: self.plan.tb.add_scalars(memory_points(OomState(self.batch_size, self.window), memory_share()), row["epoch"])
-    if self.plan.report: merge_metrics(self.plan.report, "detection", self.history)
+    row = self.history[-1]
+    d = row["detection"]
+    if self.plan.log:
+        self.plan.log.info(
+            f"[val] e={row['epoch']}/{self.epochs} mAP@0.5={d['mAP@0.5']:.3f} mAP@0.5:0.95={d['mAP@0.5:0.95']:.3f} precision={d['precision']:.3f} recall={d['recall']:.3f} loss={d['loss']:.3f} {d['seconds']:.1f}s"
+        )
+    if self.plan.tb:
+        self.plan.tb.add_scalars(
+            {
+                "val/mAP50": d["mAP@0.5"],
+                "val/mAP50-95": d["mAP@0.5:0.95"],
+                "val/precision": d["precision"],
+                "val/recall": d["recall"],
+                "val/detection_loss": d["loss"],
+            },
+            row["epoch"],
+        )
+    if self.plan.tb:
+        self.plan.tb.add_scalars(memory_points(OomState(self.batch_size, self.window), memory_share()), row["epoch"])
+    if self.plan.report:
+        merge_metrics(self.plan.report, "detection", self.history)
 
 # %% ../../nbs/training/650_detector.ipynb #9a1beacc
 def best_epoch(
-    history:Sequence[Mapping[str,Any]], # one row per epoch
-    monitor:str="mAP@0.5",              # the figure that decides
-    mode:str="max"                      # which way is better
-)->int: # number of the epoch, from 1
+    history: Sequence[Mapping[str, Any]],  # one row per epoch
+    monitor: str = "mAP@0.5",  # the figure that decides
+    mode: str = "max",  # which way is better
+) -> int:  # number of the epoch, from 1
     "The epoch whose weights answer: the best figure, ties going to the tighter boxes, then to the earlier epoch."
     sign = 1 if mode == "max" else -1
-    return max(history, key=lambda r: (sign*r["detection"][monitor], r["detection"]["mAP@0.5:0.95"], -r["epoch"]))["epoch"]
+    return max(history, key=lambda r: (sign * r["detection"][monitor], r["detection"]["mAP@0.5:0.95"], -r["epoch"]))[
+        "epoch"
+    ]
 
 # %% ../../nbs/training/650_detector.ipynb #fd72c9d4
 @patch
-def save_model(self:PillTraining)->bool:
+def save_model(self: PillTraining) -> bool:
     "Write best.pt where this epoch is the best, then last.pt (SPEC DT6)."
-    values = self.values(); _, best = early_stopping(values, mode=self.plan.rule["mode"])
+    values = self.values()
+    _, best = early_stopping(values, mode=self.plan.rule["mode"])
     net, ema = self.network.state_dict(), self.ema.ema.state_dict()
-    state = dict(optimizer_state=self.optimizer.state_dict(), scheduler_state=self.scheduler.state_dict(), scaler_state=self.scaler.state_dict() or None, epoch=self.epoch+1, best_metric=best, monitor=self.plan.monitor,
-                 ema_updates=self.ema.updates, rng_state=rng_state(), sampler_state={"epoch": self.epoch+1, "generator": self.train_loader.generator.get_state()}, history=self.history, batch=self.batch_size, iterations=self.iterations, **self.plan.fixed)
-    if best_epoch(self.history, self.plan.monitor, self.plan.rule["mode"]) == self.epoch+1: save_ckpt(self.plan.folder/"best.pt", model_state=ema, weights="ema", **state)
-    save_ckpt(self.plan.folder/"last.pt", model_state=net, ema_state=ema, weights="raw", **state)
+    state = dict(
+        optimizer_state=self.optimizer.state_dict(),
+        scheduler_state=self.scheduler.state_dict(),
+        scaler_state=self.scaler.state_dict() or None,
+        epoch=self.epoch + 1,
+        best_metric=best,
+        monitor=self.plan.monitor,
+        ema_updates=self.ema.updates,
+        rng_state=rng_state(),
+        sampler_state={"epoch": self.epoch + 1, "generator": self.train_loader.generator.get_state()},
+        history=self.history,
+        batch=self.batch_size,
+        iterations=self.iterations,
+        **self.plan.fixed,
+    )
+    if best_epoch(self.history, self.plan.monitor, self.plan.rule["mode"]) == self.epoch + 1:
+        save_ckpt(self.plan.folder / "best.pt", model_state=ema, weights="ema", **state)
+    save_ckpt(self.plan.folder / "last.pt", model_state=net, ema_state=ema, weights="raw", **state)
     return True
 
+
 @patch(as_prop=True)
-def network(self:PillTraining)->torch.nn.Module:
+def network(self: PillTraining) -> torch.nn.Module:
     "The detector itself, where several processes train it inside a wrapper."
     return getattr(self.model, "module", self.model)
 
+
 @patch
-def restore(self:PillTraining, ckpt:Mapping[str,Any])->None:
+def restore(self: PillTraining, ckpt: Mapping[str, Any]) -> None:
     "Put everything back where it was at the end of an epoch."
-    self.network.load_state_dict(ckpt["model_state"]); self.ema.ema.load_state_dict(ckpt["ema_state"]); self.ema.updates = int(ckpt["ema_updates"])
+    self.network.load_state_dict(ckpt["model_state"])
+    self.ema.ema.load_state_dict(ckpt["ema_state"])
+    self.ema.updates = int(ckpt["ema_updates"])
     self.optimizer.load_state_dict(ckpt["optimizer_state"])
-    if ckpt["scaler_state"]: self.scaler.load_state_dict(ckpt["scaler_state"])
+    if ckpt["scaler_state"]:
+        self.scaler.load_state_dict(ckpt["scaler_state"])
     self.history, self.start_epoch = list(ckpt["history"]), int(ckpt["epoch"])
-    decide(self.plan.log, f"resume: epoch {self.start_epoch} is done, {self.epochs-self.start_epoch} of {self.epochs} to go", self.plan.tb)
+    decide(
+        self.plan.log,
+        f"resume: epoch {self.start_epoch} is done, {self.epochs - self.start_epoch} of {self.epochs} to go",
+        self.plan.tb,
+    )
 
 # %% ../../nbs/training/650_detector.ipynb #b159dde8
 @patch
-def begin_epoch(self:PillTraining)->None:
+def begin_epoch(self: PillTraining) -> None:
     "A fresh iterator, and on going on the states of the checkpoint."
-    self.train_loader.reset(); self.train_loader.dataset.forget(); reset_peak()
-    if self.plan.ckpt is not None and self.epoch == self.start_epoch and int(os.environ.get("RANK", 0)) == 0:   # they are the first process's: with them the others would roll its dice
-        set_rng_state(self.plan.ckpt["rng_state"]); self.train_loader.generator.set_state(self.plan.ckpt["sampler_state"]["generator"])
+    self.train_loader.reset()
+    self.train_loader.dataset.forget()
+    reset_peak()
+    if (
+        self.plan.ckpt is not None and self.epoch == self.start_epoch and int(os.environ.get("RANK", 0)) == 0
+    ):  # they are the first process's: with them the others would roll its dice
+        set_rng_state(self.plan.ckpt["rng_state"])
+        self.train_loader.generator.set_state(self.plan.ckpt["sampler_state"]["generator"])
     self.batch_no, self.recent, self.started, self.timer = -1, [], time.perf_counter(), StepTimer(self.device)
+
 
 class _Stopper:
     "Early stopping in the shape that the library's loop expects."
+
     possible_stop = False
-    def __init__(self, training:PillTraining): self.training = training
-    def __call__(self, epoch:int, fitness:float)->bool: return early_stopping(self.training.values(), **self.training.plan.rule)[0]
+
+    def __init__(self, training: PillTraining):
+        self.training = training
+
+    def __call__(self, epoch: int, fitness: float) -> bool:
+        return early_stopping(self.training.values(), **self.training.plan.rule)[0]
 
 # %% ../../nbs/training/650_detector.ipynb #8527e48f
 def is_done(
-    history:Sequence[Mapping[str,Any]], # one row per epoch
-    epochs:int,                         # in total
-    monitor:str,                        # the figure that decides
-    rule:Mapping[str,Any]               # of early stopping
-)->tuple[bool,bool]: # whether training has come to its end, and whether early
+    history: Sequence[Mapping[str, Any]],  # one row per epoch
+    epochs: int,  # in total
+    monitor: str,  # the figure that decides
+    rule: Mapping[str, Any],  # of early stopping
+) -> tuple[bool, bool]:  # whether training has come to its end, and whether early
     "Epochs are counted from the first process on (SPEC DT2)."
     early = early_stopping([r["detection"][monitor] for r in history], **rule)[0]
     return early or len(history) >= epochs, early
 
+
 @dataclass
 class Trained:
     "What a training left behind."
-    folder:Path                # best.pt, last.pt
-    history:list[dict]         # one row per epoch
-    settings:dict[str,Any]     # of ultralytics, resolved
-    seconds:float              # in this process
-    stopped:bool               # early
+
+    folder: Path  # best.pt, last.pt
+    history: list[dict]  # one row per epoch
+    settings: dict[str, Any]  # of ultralytics, resolved
+    seconds: float  # in this process
+    stopped: bool  # early
 
 # %% ../../nbs/training/650_detector.ipynb #7465c1ad
 def train_detector(
-    plan:TrainPlan, # what, from where, to where
-    hooks:Mapping[str,Callable[[Any],None]]|None=None # further callbacks, by ultralytics' name of the event
-)->Trained:
+    plan: TrainPlan,  # what, from where, to where
+    hooks: Mapping[str, Callable[[Any], None]] | None = None,  # further callbacks, by ultralytics' name of the event
+) -> Trained:
     "Train, or go on training, to the plan's total of epochs (SPEC DT2)."
-    t0 = time.perf_counter(); ensure_dir(plan.folder)
+    t0 = time.perf_counter()
+    ensure_dir(plan.folder)
     done = plan.ckpt["history"] if plan.ckpt else []
-    if plan.ckpt: plan.args["batch"] = plan.ckpt["batch"]
+    if plan.ckpt:
+        plan.args["batch"] = plan.ckpt["batch"]
     over, early = is_done(done, plan.args["epochs"], plan.monitor, plan.rule)
-    if over: return Trained(plan.folder, done, dict(plan.args), 0., early)
+    if over:
+        return Trained(plan.folder, done, dict(plan.args), 0.0, early)
     run = with_ultralytics("YoloPillTraining")(plan)
     # the loop asks this object whether to stop; it is made before the loop begins
     run.callbacks["on_pretrain_routine_end"] = [lambda t: setattr(t, "stopper", _Stopper(t))]
-    for event, hook in (hooks or {}).items(): run.callbacks[event].append(hook)
+    for event, hook in (hooks or {}).items():
+        run.callbacks[event].append(hook)
     run.train()
     stopped = early_stopping(run.values(), **plan.rule)[0]
-    if stopped: decide(plan.log, f"early stopping after epoch {len(run.history)}: {plan.monitor} has not passed {early_stopping(run.values(), mode=plan.rule['mode'])[1]:.4f} for {plan.rule['patience']} epochs", plan.tb)
-    return Trained(plan.folder, run.history, vars(run.args), time.perf_counter()-t0, stopped)
+    if stopped:
+        decide(
+            plan.log,
+            f"early stopping after epoch {len(run.history)}: {plan.monitor} has not passed {early_stopping(run.values(), mode=plan.rule['mode'])[1]:.4f} for {plan.rule['patience']} epochs",
+            plan.tb,
+        )
+    return Trained(plan.folder, run.history, vars(run.args), time.perf_counter() - t0, stopped)
 
 # %% ../../nbs/training/650_detector.ipynb #f3f5d0d1
-SHAPING = ("data.detection", "data.augment.detection", "data.progressive_validation.current_stage", "train.seed", "train.deterministic", "train.detection")   # what shapes a detector; paths, logging and the classifier do not
+SHAPING = (
+    "data.detection",
+    "data.augment.detection",
+    "data.progressive_validation.current_stage",
+    "train.seed",
+    "train.deterministic",
+    "train.detection",
+)  # what shapes a detector; paths, logging and the classifier do not
+
 
 def shaping(
-    tree:Mapping[str,Any] # a configuration as a plain tree
-)->dict[str,Any]: # only what changes the detector
+    tree: Mapping[str, Any],  # a configuration as a plain tree
+) -> dict[str, Any]:  # only what changes the detector
     "The settings that must agree for a run to be the same run; it may grow longer."
     got = {s: functools.reduce(lambda node, part: node[part], s.split("."), tree) for s in SHAPING}
-    return {s: {k: v for k, v in node.items() if f"{s}.{k}" != "train.detection.epochs"} if isinstance(node, Mapping) else node for s, node in got.items()}
+    return {
+        s: {k: v for k, v in node.items() if f"{s}.{k}" != "train.detection.epochs"}
+        if isinstance(node, Mapping)
+        else node
+        for s, node in got.items()
+    }
 
+# %% ../../nbs/training/650_detector.ipynb #0ca5c18f
 def going_on(
-    last:Path,                # checkpoints/detector/last.pt
-    cfg:Config,               # what is asked for now
-    data_hash:str,            # of the photos and labels at hand
-    resuming:bool,            # whether the last run in this folder was cut short
-    log:Logger|None=None      # where the answer is said
-)->dict[str,Any]|None: # the checkpoint to go on from; None to begin
+    last: Path,  # checkpoints/detector/last.pt
+    cfg: Config,  # what is asked for now
+    data_hash: str,  # of the photos and labels at hand
+    resuming: bool,  # whether the last run in this folder was cut short
+    log: Logger | None = None,  # where the answer is said
+) -> dict[str, Any] | None:  # the checkpoint to go on from; None to begin
     "Where to begin (SPEC X73, CT16)."
     mode = cfg.train.resume
     if not last.exists():
-        if mode == "last" or resuming: (log or getLogger("pillsnap")).warning("resume: there is no last.pt of a detector yet, training begins at the first epoch")
+        if mode == "last" or resuming:
+            (log or getLogger("pillsnap")).warning(
+                "resume: there is no last.pt of a detector yet, training begins at the first epoch"
+            )
         return None
-    if mode is None: decide(log, "resume: no, because train.resume is null; training begins at the first epoch"); return None
+    if mode is None:
+        decide(log, "resume: no, because train.resume is null; training begins at the first epoch")
+        return None
     d, ckpt = cfg.train.detection, load_ckpt(last, class_map=PILL.to_dict())
-    if mode == "auto" and not resuming and is_done(ckpt["history"], d.epochs, d.early_stopping.monitor, d.early_stopping.model_dump(exclude={"monitor"}))[0]:
-        decide(log, "resume: no, because the run in this folder had come to its end; training begins at the first epoch"); return None
-    diff = config_diff(shaping(ckpt["config_snapshot"]), shaping(cfg.to_dict())) + (["the photos or their labels"] if ckpt["data_hash"] != data_hash else [])
-    if diff: raise PillsnapError("the detector's checkpoint comes from another run:\n  "+"\n  ".join(diff[:12]), where=last, fix="ask for the settings it had, begin a new folder (--fresh), or set train.resume=null to overwrite it")
-    if (was := ckpt["config_snapshot"]["train"]["detection"]["epochs"]) != d.epochs: decide(log, f"resume: {d.epochs} epochs in all instead of {was}; from here on the learning rate follows the schedule of {d.epochs}")
+    if (
+        mode == "auto"
+        and not resuming
+        and is_done(
+            ckpt["history"], d.epochs, d.early_stopping.monitor, d.early_stopping.model_dump(exclude={"monitor"})
+        )[0]
+    ):
+        decide(
+            log, "resume: no, because the run in this folder had come to its end; training begins at the first epoch"
+        )
+        return None
+    diff = config_diff(shaping(ckpt["config_snapshot"]), shaping(cfg.to_dict())) + (
+        ["the photos or their labels"] if ckpt["data_hash"] != data_hash else []
+    )
+    if diff:
+        raise PillsnapError(
+            "the detector's checkpoint comes from another run:\n  " + "\n  ".join(diff[:12]),
+            where=last,
+            fix="ask for the settings it had, begin a new folder (--fresh), or set train.resume=null to overwrite it",
+        )
+    if (was := ckpt["config_snapshot"]["train"]["detection"]["epochs"]) != d.epochs:
+        decide(
+            log,
+            f"resume: {d.epochs} epochs in all instead of {was}; from here on the learning rate follows the schedule of {d.epochs}",
+        )
     return ckpt
 
 # %% ../../nbs/training/650_detector.ipynb #1834db21
 @dataclass
 class Scored:
     "What a detector found on some photos, and what is there."
-    photos:list[Path]
-    preds:list[tuple[np.ndarray,np.ndarray]] # per photo boxes [n, 4] x0, y0, x1, y1 in photo pixels, and scores [n]
-    truth:list[np.ndarray]                   # per photo boxes [m, 4]
-    seconds:float                            # for all of it, reading included
+
+    photos: list[Path]
+    preds: list[tuple[np.ndarray, np.ndarray]]  # per photo boxes [n, 4] x0, y0, x1, y1 in photo pixels, and scores [n]
+    truth: list[np.ndarray]  # per photo boxes [m, 4]
+    seconds: float  # for all of it, reading included
 
     @property
-    def figures(self)->dict[str,Any]: return detection_ap(self.preds, self.truth)
-    def only(self, keep:Sequence[bool])->"Scored":
+    def figures(self) -> dict[str, Any]:
+        return detection_ap(self.preds, self.truth)
+
+    def only(self, keep: Sequence[bool]) -> "Scored":
         pick = lambda xs: [x for x, k in zip(xs, keep) if k]
-        return Scored(pick(self.photos), pick(self.preds), pick(self.truth), self.seconds*sum(keep)/max(1, len(keep)))
+        return Scored(
+            pick(self.photos), pick(self.preds), pick(self.truth), self.seconds * sum(keep) / max(1, len(keep))
+        )
 
 # %% ../../nbs/training/650_detector.ipynb #f40e54a7
 def score_detector(
-    detector:DetectorRunner,  # torch or ONNX
-    photos:Sequence[Path],    # of a split's folder
-    conf:float=.001,          # boxes kept: average precision needs the whole curve
-    iou:float=.5,             # overlap above which the weaker box goes
-    max_det:int=100           # most boxes of a photo
-)->Scored:
+    detector: DetectorRunner,  # torch or ONNX
+    photos: Sequence[Path],  # of a split's folder
+    conf: float = 0.001,  # boxes kept: average precision needs the whole curve
+    iou: float = 0.5,  # overlap above which the weaker box goes
+    max_det: int = 100,  # most boxes of a photo
+) -> Scored:
     "Ask a detector about photos whose boxes are known (SPEC DT2, DT4)."
-    t0, out = time.perf_counter(), Scored([], [], [], 0.)
+    t0, out = time.perf_counter(), Scored([], [], [], 0.0)
     for p in photos:
         got = open_image_safely(p)
-        if "image" not in got: raise PillsnapError(f"a photo can no longer be read: {got['error']}", where=p, fix="mend the disk, or run conversion and splits again")
+        if "image" not in got:
+            raise PillsnapError(
+                f"a photo can no longer be read: {got['error']}",
+                where=p,
+                fix="mend the disk, or run conversion and splits again",
+            )
         h, w = got["image"].shape[:2]
-        out.photos.append(p); out.preds.append(detect(detector, got["image"], conf, iou, max_det)); out.truth.append(xywh_to_xyxy(from_yolo(read_label(p), w, h)))
-    out.seconds = time.perf_counter()-t0
+        out.photos.append(p)
+        out.preds.append(detect(detector, got["image"], conf, iou, max_det))
+        out.truth.append(xywh_to_xyxy(from_yolo(read_label(p), w, h)))
+    out.seconds = time.perf_counter() - t0
     return out
 
+
 def shuffled(
-    scored:Scored,  # real predictions and labels
-    seed:int=42     # of the shuffle
-)->Scored:
+    scored: Scored,  # real predictions and labels
+    seed: int = 42,  # of the shuffle
+) -> Scored:
     "The same boxes, each moved to another place in its photo: what blind luck is worth."
     g = np.random.default_rng(seed)
     room = lambda p: np.array(open_image_safely(p)["image"].shape[1::-1])
-    def move(p:Path, t:np.ndarray)->np.ndarray: size = t[:, 2:]-t[:, :2]; at = g.uniform(0, 1, size.shape)*(room(p)-size); return np.concatenate([at, at+size], 1)
-    return Scored(scored.photos, scored.preds, [move(p, t) for p, t in zip(scored.photos, scored.truth)], scored.seconds)
+
+    def move(p: Path, t: np.ndarray) -> np.ndarray:
+        size = t[:, 2:] - t[:, :2]
+        at = g.uniform(0, 1, size.shape) * (room(p) - size)
+        return np.concatenate([at, at + size], 1)
+
+    return Scored(
+        scored.photos, scored.preds, [move(p, t) for p, t in zip(scored.photos, scored.truth)], scored.seconds
+    )
 
 # %% ../../nbs/training/650_detector.ipynb #ef6948e2
 def mistakes(
-    boxes:np.ndarray,  # found, above the product's threshold [n, 4]
-    truth:np.ndarray   # there [m, 4]
-)->tuple[int,int]: # pills missed, boxes too many
+    boxes: np.ndarray,  # found, above the product's threshold [n, 4]
+    truth: np.ndarray,  # there [m, 4]
+) -> tuple[int, int]:  # pills missed, boxes too many
     "What is wrong in one photo at IoU .5."
-    hit = (match_boxes(boxes, truth, .5) >= 0).sum()
-    return int(len(truth)-hit), int(len(boxes)-hit)
+    hit = (match_boxes(boxes, truth, 0.5) >= 0).sum()
+    return int(len(truth) - hit), int(len(boxes) - hit)
+
 
 def draw_predictions(
-    scored:Scored,    # what was found
-    conf:float=.3,    # the product's threshold
-    most:int=12,      # photos shown
-    side:int=200      # pixels of each picture's width
-)->Any: # matplotlib Figure
+    scored: Scored,  # what was found
+    conf: float = 0.3,  # the product's threshold
+    most: int = 12,  # photos shown
+    side: int = 200,  # pixels of each picture's width
+) -> Any:  # matplotlib Figure
     "Found (orange, with its score) over there (green), the worst photos first."
     cells = []
     for p, (boxes, scores), truth in zip(scored.photos, scored.preds, scored.truth):
-        keep = scores >= conf; missed, extra = mistakes(boxes[keep], truth)
-        cells.append((-(missed+extra), p.name, p, boxes[keep], scores[keep], truth, f"missed {missed}, extra {extra}" if missed+extra else f"{len(truth)} of {len(truth)}"))
-    cells.sort(key=lambda c: c[:2]); cells = cells[:most//2]+cells[most//2::max(1, (len(cells)-most//2)//max(1, most-most//2))][:most-most//2]
+        keep = scores >= conf
+        missed, extra = mistakes(boxes[keep], truth)
+        cells.append(
+            (
+                -(missed + extra),
+                p.name,
+                p,
+                boxes[keep],
+                scores[keep],
+                truth,
+                f"missed {missed}, extra {extra}" if missed + extra else f"{len(truth)} of {len(truth)}",
+            )
+        )
+    cells.sort(key=lambda c: c[:2])
+    cells = (
+        cells[: most // 2]
+        + cells[most // 2 :: max(1, (len(cells) - most // 2) // max(1, most - most // 2))][: most - most // 2]
+    )
     images = []
     for _, _, p, boxes, scores, truth, _ in cells:
-        im = open_image_safely(p)["image"]; k = side/im.shape[1]; im = resize(im, round(im.shape[0]*k), side)
-        images.append(draw_boxes(draw_boxes(im, truth*k, colour=COLOURS[2]), boxes*k, [f"{s:.2f}" for s in scores], COLOURS[1]))
-    return colour_legend(show_grid(images, [c[-1] for c in cells], cols=6), {"found, with its score": COLOURS[1], "a pill is here": COLOURS[2]})
+        im = open_image_safely(p)["image"]
+        k = side / im.shape[1]
+        im = resize(im, round(im.shape[0] * k), side)
+        images.append(
+            draw_boxes(
+                draw_boxes(im, truth * k, colour=COLOURS[2]), boxes * k, [f"{s:.2f}" for s in scores], COLOURS[1]
+            )
+        )
+    return colour_legend(
+        show_grid(images, [c[-1] for c in cells], cols=6),
+        {"found, with its score": COLOURS[1], "a pill is here": COLOURS[2]},
+    )
 
 # %% ../../nbs/training/650_detector.ipynb #2aa734f4
 def draw_curves(
-    history:Sequence[Mapping[str,Any]] # one row per epoch
-)->Any: # matplotlib Figure
+    history: Sequence[Mapping[str, Any]],  # one row per epoch
+) -> Any:  # matplotlib Figure
     "Losses and average precision by epoch."
     import matplotlib.pyplot as plt
+
     use_house_style()
     e, d = [r["epoch"] for r in history], [r["detection"] for r in history]
     fig, (a, b) = plt.subplots(1, 2, figsize=(8, 2.6))
-    for k, words in (("train_loss", "training"), ("loss", "validation")): a.plot(e, [r[k] for r in d], ".-", label=words)
-    for k in ("mAP@0.5", "mAP@0.5:0.95"): b.plot(e, [r[k] for r in d], ".-", label=k)
-    a.set(title="loss (box + class + distribution)", xlabel="epoch", ylim=(0, None)); b.set(title="average precision, validation", xlabel="epoch", ylim=(0, 1.02))
-    for ax in (a, b): ax.legend(); ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1); ax.set_xlim(e[0]-.5, e[-1]+.5)
+    for k, words in (("train_loss", "training"), ("loss", "validation")):
+        a.plot(e, [r[k] for r in d], ".-", label=words)
+    for k in ("mAP@0.5", "mAP@0.5:0.95"):
+        b.plot(e, [r[k] for r in d], ".-", label=k)
+    a.set(title="loss (box + class + distribution)", xlabel="epoch", ylim=(0, None))
+    b.set(title="average precision, validation", xlabel="epoch", ylim=(0, 1.02))
+    for ax in (a, b):
+        ax.legend()
+        ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        ax.set_xlim(e[0] - 0.5, e[-1] + 0.5)
     plt.close(fig)
     return fig
 
+
 def draw_pr(
-    scored:Scored, # what was found
-    conf:float=.3  # the product's threshold
-)->Any: # matplotlib Figure
+    scored: Scored,  # what was found
+    conf: float = 0.3,  # the product's threshold
+) -> Any:  # matplotlib Figure
     "Precision over recall at three overlaps, and where the product stands."
     import matplotlib.pyplot as plt
+
     use_house_style()
     fig, ax = plt.subplots(figsize=(3.6, 3))
-    for iou in (.5, .75, .9):
+    for iou in (0.5, 0.75, 0.9):
         t = pr_curve(scored.preds, scored.truth, iou)
         ax.plot([0, *t["recall"]], [1, *t["precision"]], label=f"IoU {iou}: {t.attrs['ap']:.3f}")
         at = t[t["conf"] >= conf].tail(1)
-        if len(at): ax.plot(at["recall"], at["precision"], "o", ms=5, color=ax.lines[-1].get_color())
-    ax.set(xlabel="recall", ylabel="precision", xlim=(0, 1.02), ylim=(0, 1.05), title=f"area under the curve; dots: score {conf}"); ax.legend(loc="lower left")
+        if len(at):
+            ax.plot(at["recall"], at["precision"], "o", ms=5, color=ax.lines[-1].get_color())
+    ax.set(
+        xlabel="recall",
+        ylabel="precision",
+        xlim=(0, 1.02),
+        ylim=(0, 1.05),
+        title=f"area under the curve; dots: score {conf}",
+    )
+    ax.legend(loc="lower left")
     plt.close(fig)
     return fig
 
 # %% ../../nbs/training/650_detector.ipynb #3a937b63
 def make_plan(
-    run:RunFolder,  # the run
-    cfg:Config      # its configuration
-)->TrainPlan:
+    run: RunFolder,  # the run
+    cfg: Config,  # its configuration
+) -> TrainPlan:
     "What a run's configuration means for its photos and this machine."
-    fixed = dict(config_snapshot=cfg.to_dict(), class_map=PILL.to_dict(), backbone=yolo_name(cfg.train.detection.model), img_size=cfg.data.detection.img_size)
-    cfg = stage_settings(cfg, cfg.data.progressive_validation.current_stage, run.log, run.tb)   # from here on: what holds in this stage (SPEC X17, X18)
-    d, tree, work = cfg.train.detection, stage_tree(run, cfg.data.progressive_validation.current_stage), ensure_dir(run.sub("logs")/"ultralytics")
-    photos_in(tree/"images"/"train"); photos_in(tree/"images"/"val")
-    device = pick_device("auto", run.log, run.tb); amp = select_amp_dtype(d.amp_dtype, device, run.log, run.tb)
+    fixed = dict(
+        config_snapshot=cfg.to_dict(),
+        class_map=PILL.to_dict(),
+        backbone=yolo_name(cfg.train.detection.model),
+        img_size=cfg.data.detection.img_size,
+    )
+    cfg = stage_settings(
+        cfg, cfg.data.progressive_validation.current_stage, run.log, run.tb
+    )  # from here on: what holds in this stage (SPEC X17, X18)
+    d, tree, work = (
+        cfg.train.detection,
+        stage_tree(run, cfg.data.progressive_validation.current_stage),
+        ensure_dir(run.sub("logs") / "ultralytics"),
+    )
+    photos_in(tree / "images" / "train")
+    photos_in(tree / "images" / "val")
+    device = pick_device("auto", run.log, run.tb)
+    amp = select_amp_dtype(d.amp_dtype, device, run.log, run.tb)
     load_ultralytics(work)
-    args, data_hash, folder, stop = detector_args(cfg, tree, work, device, amp), fingerprint(tree), run.sub("checkpoints")/"detector", d.early_stopping
-    if d.auto_batch_tune and args["batch"] >= 1: decide(run.log, f"batch: {d.batch_size} as configured, because {'ultralytics searches on one GPU alone' if ',' in args['device'] else 'there is no GPU memory to search'}", run.tb)
-    return TrainPlan(d.model, tree, folder, args, {**fixed, "data_hash": data_hash}, stop.model_dump(exclude={"monitor"}), stop.monitor,
-        going_on(folder/"last.pt", cfg, data_hash, run.resuming, run.log), run.log, run.tb, run.sub("reports")/"metrics.json", cfg.train.step_log_interval, amp, d.auto_batch_max)
+    args, data_hash, folder, stop = (
+        detector_args(cfg, tree, work, device, amp),
+        fingerprint(tree),
+        run.sub("checkpoints") / "detector",
+        d.early_stopping,
+    )
+    if d.auto_batch_tune and args["batch"] >= 1:
+        decide(
+            run.log,
+            f"batch: {d.batch_size} as configured, because {'ultralytics searches on one GPU alone' if ',' in args['device'] else 'there is no GPU memory to search'}",
+            run.tb,
+        )
+    return TrainPlan(
+        d.model,
+        tree,
+        folder,
+        args,
+        {**fixed, "data_hash": data_hash},
+        stop.model_dump(exclude={"monitor"}),
+        stop.monitor,
+        going_on(folder / "last.pt", cfg, data_hash, run.resuming, run.log),
+        run.log,
+        run.tb,
+        run.sub("reports") / "metrics.json",
+        cfg.train.step_log_interval,
+        amp,
+        d.auto_batch_max,
+    )
 
 # %% ../../nbs/training/650_detector.ipynb #bf883a74
-SHOWN = ("optimizer", "lr0", "lrf", "momentum", "weight_decay", "cos_lr", "warmup_epochs", "batch", "nbs", "imgsz", "mosaic", "mixup", "close_mosaic", "fliplr", "scale", "translate", "hsv_h", "hsv_s", "hsv_v", "iou", "max_det", "cache", "amp", "workers")
+SHOWN = (
+    "optimizer",
+    "lr0",
+    "lrf",
+    "momentum",
+    "weight_decay",
+    "cos_lr",
+    "warmup_epochs",
+    "batch",
+    "nbs",
+    "imgsz",
+    "mosaic",
+    "mixup",
+    "close_mosaic",
+    "fliplr",
+    "scale",
+    "translate",
+    "hsv_h",
+    "hsv_s",
+    "hsv_v",
+    "iou",
+    "max_det",
+    "cache",
+    "amp",
+    "workers",
+)
+
 
 def resolved_settings(
-    cfg:Config,                 # the run's configuration
-    settings:Mapping[str,Any]   # of ultralytics, after training
-)->list[dict[str,Any]]: # setting, value, whence
+    cfg: Config,  # the run's configuration
+    settings: Mapping[str, Any],  # of ultralytics, after training
+) -> list[dict[str, Any]]:  # setting, value, whence
     "Which value every setting had, and who chose it (SPEC DT3)."
     d = cfg.train.detection
-    null = {k for k, v in dict(lr0=d.lr, optimizer=d.optimizer, warmup_epochs=d.warmup_epochs, close_mosaic=d.close_mosaic).items() if v is None}
+    null = {
+        k
+        for k, v in dict(
+            lr0=d.lr, optimizer=d.optimizer, warmup_epochs=d.warmup_epochs, close_mosaic=d.close_mosaic
+        ).items()
+        if v is None
+    }
     ours = set(detector_args(cfg, Path("."), Path("."))) - null
-    return [{"setting": k, "value": settings[k], "from": "configuration" if k in ours else "ultralytics' default"} for k in SHOWN if k in settings]
+    return [
+        {"setting": k, "value": settings[k], "from": "configuration" if k in ours else "ultralytics' default"}
+        for k in SHOWN
+        if k in settings
+    ]
 
 # %% ../../nbs/training/650_detector.ipynb #ddc45187
 def score_table(
-    scored:Scored,                 # of the saved model
-    row:Mapping[str,Any]           # the library's figures of the same epoch
-)->list[dict[str,Any]]: # one row per kind of photo, and one of the library
+    scored: Scored,  # of the saved model
+    row: Mapping[str, Any],  # the library's figures of the same epoch
+) -> list[dict[str, Any]]:  # one row per kind of photo, and one of the library
     "Average precision by kind of photo, in our reckoning and in ultralytics'."
     combo = [len(parse_name(p.stem).codes) > 1 for p in scored.photos]
-    parts = {"all photos": [True]*len(combo), "several pills": combo, "one pill": [not c for c in combo]}
+    parts = {"all photos": [True] * len(combo), "several pills": combo, "one pill": [not c for c in combo]}
     names = ("mAP@0.5", "mAP@0.5:0.95", "precision", "recall")
-    out = [{"photos": k, "n": sum(keep), "pills": sum(len(t) for t, x in zip(scored.truth, keep) if x), **{m: f[m] for m in names}} for k, keep in parts.items() if any(keep) for f in [scored.only(keep).figures]]
-    return out+[{"photos": "all, in ultralytics' reckoning", "n": len(combo), "pills": out[0]["pills"], **{m: row[m] for m in names}}]
+    out = [
+        {
+            "photos": k,
+            "n": sum(keep),
+            "pills": sum(len(t) for t, x in zip(scored.truth, keep) if x),
+            **{m: f[m] for m in names},
+        }
+        for k, keep in parts.items()
+        if any(keep)
+        for f in [scored.only(keep).figures]
+    ]
+    return out + [
+        {
+            "photos": "all, in ultralytics' reckoning",
+            "n": len(combo),
+            "pills": out[0]["pills"],
+            **{m: row[m] for m in names},
+        }
+    ]
 
 # %% ../../nbs/training/650_detector.ipynb #68e1d19a
 @dataclass(frozen=True)
 class DetectorJob(StageJob):
     "Photos with boxes in, a detector and its figures out (SPEC DT1-DT6)."
-    epochs:int = 1   # in total, also on resume
-    name:ClassVar[str] = "detector"
-    sections:ClassVar[tuple[str,...]] = (*SHAPING, "dataloader")
-    keys:ClassVar[dict[str,str]] = {"seed": "train.seed", "epochs": "train.detection.epochs"}
-    needs:ClassVar[dict[str,str]] = {"artifacts/stage{stage}/splits.json": "splits"}
 
-    def smoke(self, run:RunFolder, cfg:Config)->None: smoke_splits(run, cfg)
+    epochs: int = 1  # in total, also on resume
+    name: ClassVar[str] = "detector"
+    sections: ClassVar[tuple[str, ...]] = (*SHAPING, "dataloader")
+    keys: ClassVar[dict[str, str]] = {"seed": "train.seed", "epochs": "train.detection.epochs"}
+    needs: ClassVar[dict[str, str]] = {"artifacts/stage{stage}/splits.json": "splits"}
+
+    def smoke(self, run: RunFolder, cfg: Config) -> None:
+        smoke_splits(run, cfg)
 
 # %% ../../nbs/training/650_detector.ipynb #6ef880bf
 def train_detection_stage(
-    run:RunFolder,  # the run: its splits are read, its checkpoints written
-    cfg:Config,     # train.detection, data.detection
-    hooks:Mapping[str,Callable]|None=None # further callbacks, by ultralytics' names
-)->Trained:
+    run: RunFolder,  # the run: its splits are read, its checkpoints written
+    cfg: Config,  # train.detection, data.detection
+    hooks: Mapping[str, Callable] | None = None,  # further callbacks, by ultralytics' names
+) -> Trained:
     "The sources' name for a detector's training, from its configuration (SPEC DT2, CT26)."
     return train_detector(make_plan(run, cfg), hooks)
 
 # %% ../../nbs/training/650_detector.ipynb #3d02ee67
 @patch
-def _train(self:DetectorJob, run:RunFolder, cfg:Config, hooks:Mapping[str,Callable]|None=None)->tuple[Trained,Scored,dict[str,Any]]:
+def _train(
+    self: DetectorJob, run: RunFolder, cfg: Config, hooks: Mapping[str, Callable] | None = None
+) -> tuple[Trained, Scored, dict[str, Any]]:
     "Train, then score what was saved."
     before = torch.get_num_threads()
-    if cfg.train.num_threads: torch.set_num_threads(cfg.train.num_threads)
+    if cfg.train.num_threads:
+        torch.set_num_threads(cfg.train.num_threads)
     try:
         trained = train_detection_stage(run, cfg, hooks)
         where, d = where_to_train(pick_device()), cfg.data.detection
-        runner = open_detector(trained.folder/"best.pt", lazy=False, device=where if where == "cpu" else f"cuda:{where.split(',')[0]}")
-        scored = score_detector(runner, photos_in(run.root/"yolo_data"/"images"/"val"), .001, d.iou_threshold, d.max_detections)
-    finally: torch.set_num_threads(before)
-    best = load_ckpt(trained.folder/"best.pt")["epoch"]
+        runner = open_detector(
+            trained.folder / "best.pt", lazy=False, device=where if where == "cpu" else f"cuda:{where.split(',')[0]}"
+        )
+        scored = score_detector(
+            runner, photos_in(run.root / "yolo_data" / "images" / "val"), 0.001, d.iou_threshold, d.max_detections
+        )
+    finally:
+        torch.set_num_threads(before)
+    best = load_ckpt(trained.folder / "best.pt")["epoch"]
     return trained, scored, next(r for r in trained.history if r["epoch"] == best)
 
 # %% ../../nbs/training/650_detector.ipynb #81e75ef5
 @patch
-def work(self:DetectorJob, run:RunFolder, cfg:Config, hooks:Mapping[str,Callable]|None=None)->StageResult:
+def work(self: DetectorJob, run: RunFolder, cfg: Config, hooks: Mapping[str, Callable] | None = None) -> StageResult:
     "Train the detector of this run and judge it on photos held out by group."
     stage = load_stage(run.root, cfg.data.progressive_validation.current_stage, photos=False)
     trained, scored, best = self._train(run, cfg, hooks)
     table, reports = score_table(scored, best["detection"]), run.sub("reports")
-    gap = max(abs(table[0][k]-best["detection"][k]) for k in ("mAP@0.5", "mAP@0.5:0.95"))
-    if gap > .005: run.log.warning(f"the two reckonings of average precision differ by {gap:.4f}: one of them is wrong")
+    gap = max(abs(table[0][k] - best["detection"][k]) for k in ("mAP@0.5", "mAP@0.5:0.95"))
+    if gap > 0.005:
+        run.log.warning(f"the two reckonings of average precision differ by {gap:.4f}: one of them is wrong")
     prov = Provenance(stage.header["source"], stage.header["data_hash"], PILL.fingerprint)
-    metrics = [prov.metric(f"detection_{k}", table[0][k], len(scored.photos), scored.seconds).to_dict() for k in ("mAP@0.5", "mAP@0.5:0.95", "precision", "recall")]
+    metrics = [
+        prov.metric(f"detection_{k}", table[0][k], len(scored.photos), scored.seconds).to_dict()
+        for k in ("mAP@0.5", "mAP@0.5:0.95", "precision", "recall")
+    ]
     settings = resolved_settings(cfg, trained.settings)
-    save_json(dict(metrics=metrics, table=table, reckonings_differ_by=gap, best_epoch=best["epoch"], epochs=len(trained.history), stopped_early=trained.stopped, settings=settings, history=trained.history), reports/"detector.json")
-    figures = [save_fig(draw_predictions(scored, cfg.data.detection.conf_threshold), reports/"detector_predictions.png"), save_fig(draw_curves(trained.history), reports/"detector_curves.png"), save_fig(draw_pr(scored, cfg.data.detection.conf_threshold), reports/"detector_pr.png")]
-    outputs = [trained.folder/"best.pt", trained.folder/"last.pt", reports/"detector.json", reports/"metrics.json", *figures]
-    return StageResult(_verdict(table, trained, best, gap), table, figures, [run.root/"yolo_data", run.root/"artifacts"/f"stage{stage.stage}"/"splits.json"], outputs, _notes(trained, settings, stage.header["source"]))
+    save_json(
+        dict(
+            metrics=metrics,
+            table=table,
+            reckonings_differ_by=gap,
+            best_epoch=best["epoch"],
+            epochs=len(trained.history),
+            stopped_early=trained.stopped,
+            settings=settings,
+            history=trained.history,
+        ),
+        reports / "detector.json",
+    )
+    figures = [
+        save_fig(draw_predictions(scored, cfg.data.detection.conf_threshold), reports / "detector_predictions.png"),
+        save_fig(draw_curves(trained.history), reports / "detector_curves.png"),
+        save_fig(draw_pr(scored, cfg.data.detection.conf_threshold), reports / "detector_pr.png"),
+    ]
+    outputs = [
+        trained.folder / "best.pt",
+        trained.folder / "last.pt",
+        reports / "detector.json",
+        reports / "metrics.json",
+        *figures,
+    ]
+    return StageResult(
+        _verdict(table, trained, best, gap),
+        table,
+        figures,
+        [run.root / "yolo_data", run.root / "artifacts" / f"stage{stage.stage}" / "splits.json"],
+        outputs,
+        _notes(trained, settings, stage.header["source"]),
+    )
 
 # %% ../../nbs/training/650_detector.ipynb #10e2db1d
-def _verdict(table:list[dict], trained:Trained, best:Mapping[str,Any], gap:float)->str:
+def _verdict(table: list[dict], trained: Trained, best: Mapping[str, Any], gap: float) -> str:
     t = table[0]
-    return (f"mAP@0.5 {t['mAP@0.5']:.3f} (0.5:0.95 {t['mAP@0.5:0.95']:.3f}) on {t['n']} held-out photos with {t['pills']} pills; best of {len(trained.history)} epochs is number {best['epoch']}"
-            +(", stopped early" if trained.stopped else "")+f"; the two reckonings differ by {gap:.4f}")
+    return (
+        f"mAP@0.5 {t['mAP@0.5']:.3f} (0.5:0.95 {t['mAP@0.5:0.95']:.3f}) on {t['n']} held-out photos with {t['pills']} pills; best of {len(trained.history)} epochs is number {best['epoch']}"
+        + (", stopped early" if trained.stopped else "")
+        + f"; the two reckonings differ by {gap:.4f}"
+    )
 
-def _notes(trained:Trained, settings:list[dict], source:str)->list[str]:
+
+def _notes(trained: Trained, settings: list[dict], source: str) -> list[str]:
     "What the reader should know."
     left = ", ".join(f"{s['setting']} {s['value']}" for s in settings if s["from"] != "configuration")
     out = [f"Left to ultralytics: {left}."] if left else []
-    if trained.seconds: out.append(f"Training took {trained.seconds:.0f} s in this process.")
-    else: out.append("Training had come to its end before; only the figures were made again.")
-    return out+(["These photos are synthetic: no figure drawn from them stands beside one from AI Hub."] if source == "synthetic" else [])
+    if trained.seconds:
+        out.append(f"Training took {trained.seconds:.0f} s in this process.")
+    else:
+        out.append("Training had come to its end before; only the figures were made again.")
+    return out + (
+        ["These photos are synthetic: no figure drawn from them stands beside one from AI Hub."]
+        if source == "synthetic"
+        else []
+    )

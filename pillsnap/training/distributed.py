@@ -39,17 +39,20 @@ from .detector import DetectorJob, make_plan, train_detector
 from .learner import Outputs
 
 # %% ../../nbs/training/690_distributed.ipynb #552c34db
-CLOCK_EVERY = 50   # batches between two messages about the time
+CLOCK_EVERY = 50  # batches between two messages about the time
+
 
 class SharedClock:
     "The first process's clock in every process; fetched at the first of every so many readings."
-    def __init__(self,
-        own:Callable[[],float],   # this process's clock, seconds
-        every:int=CLOCK_EVERY     # readings that one message serves
-    ):
-        self.own, self.every, self.read, self.told = own, every, 0, 0.
 
-    def __call__(self)->float: # seconds
+    def __init__(
+        self,
+        own: Callable[[], float],  # this process's clock, seconds
+        every: int = CLOCK_EVERY,  # readings that one message serves
+    ):
+        self.own, self.every, self.read, self.told = own, every, 0, 0.0
+
+    def __call__(self) -> float:  # seconds
         if self.read % self.every == 0:
             self.told = float(broadcast_object_list([self.own()])[0])
         self.read += 1
@@ -58,160 +61,265 @@ class SharedClock:
 # %% ../../nbs/training/690_distributed.ipynb #a2fdeaa5
 class Distributed(Callback):
     "Gradients and figures of all processes as those of one (PyTorch DDP, Li et al. 2020; through accelerate)."
-    order, whole, ddp, trained = Accumulate.order-1, None, None, None   # hears of a batch before its weight is added
-    def __init__(self, accelerator:Accelerator, seed:int=42, clock_every:int=CLOCK_EVERY): self.accelerator, self.seed, self.clock_every, self.time = accelerator, seed, clock_every, None
+
+    order, whole, ddp, trained = Accumulate.order - 1, None, None, None  # hears of a batch before its weight is added
+
+    def __init__(self, accelerator: Accelerator, seed: int = 42, clock_every: int = CLOCK_EVERY):
+        self.accelerator, self.seed, self.clock_every, self.time = accelerator, seed, clock_every, None
 
     def before_fit(self):
-        if guard := self.learn.__dict__.get("oom_guard"): guard.shared = self.accelerator.num_processes > 1
-        if clock := self.learn.__dict__.get("clock"): clock.now = self.time = SharedClock(clock.now, self.clock_every)
+        if guard := self.learn.__dict__.get("oom_guard"):
+            guard.shared = self.accelerator.num_processes > 1
+        if clock := self.learn.__dict__.get("clock"):
+            clock.now = self.time = SharedClock(clock.now, self.clock_every)
 
     def before_epoch(self):
-        if rank := self.accelerator.process_index: torch.manual_seed(self.seed+1_000_003*rank+self.epoch)   # each its own dropout; the first has the run's
+        if rank := self.accelerator.process_index:
+            torch.manual_seed(
+                self.seed + 1_000_003 * rank + self.epoch
+            )  # each its own dropout; the first has the run's
 
     def before_train(self):
-        now = [p.requires_grad for p in self.model.parameters()]   # a frozen backbone thaws: the wrapper must hear of it
-        if now != self.trained: self.whole, self.ddp, self.trained = self.model, self.accelerator.prepare_model(self.model, device_placement=False), now   # it is where it belongs; moved from cpu to "cpu:0" its weights would not be those that the average follows
+        now = [p.requires_grad for p in self.model.parameters()]  # a frozen backbone thaws: the wrapper must hear of it
+        if now != self.trained:
+            self.whole, self.ddp, self.trained = (
+                self.model,
+                self.accelerator.prepare_model(self.model, device_placement=False),
+                now,
+            )  # it is where it belongs; moved from cpu to "cpu:0" its weights would not be those that the average follows
 
     def before_batch(self):
-        if self.training: self.learn.model = self.ddp
-    def after_pred(self): self.unwrap()
+        if self.training:
+            self.learn.model = self.ddp
+
+    def after_pred(self):
+        self.unwrap()
+
     def unwrap(self):
-        if self.whole is not None: self.learn.model = self.whole
-    def after_loss(self): self.had = self.learn.accumulate.mass
-    def before_backward(self): bring_together(self.learn, self.had, self.accelerator)
-    def after_validate(self): gather_answers(self.learn.validate, self.accelerator.device)
+        if self.whole is not None:
+            self.learn.model = self.whole
+
+    def after_loss(self):
+        self.had = self.learn.accumulate.mass
+
+    def before_backward(self):
+        bring_together(self.learn, self.had, self.accelerator)
+
+    def after_validate(self):
+        gather_answers(self.learn.validate, self.accelerator.device)
+
     def after_epoch(self):
-        if self.time is not None: self.time.read = 0   # every process has come to the end of its epoch: asking costs no wait
-        if self.learn.blank.had is not None: count_together(self.learn, self.learn.blank.had)
-    def after_fit(self): self.accelerator.wait_for_everyone()
+        if self.time is not None:
+            self.time.read = 0  # every process has come to the end of its epoch: asking costs no wait
+        if self.learn.blank.had is not None:
+            count_together(self.learn, self.learn.blank.had)
+
+    def after_fit(self):
+        self.accelerator.wait_for_everyone()
 
 # %% ../../nbs/training/690_distributed.ipynb #9f8e467e
 def bring_together(
-    learn:Any,               # between the loss of its share and the gradients
-    had:torch.Tensor|float,  # weight of the window before this batch, of all processes
-    accelerator:Accelerator  # who they are
-)->None:
+    learn: Any,  # between the loss of its share and the gradients
+    had: torch.Tensor | float,  # weight of the window before this batch, of all processes
+    accelerator: Accelerator,  # who they are
+) -> None:
     "Loss and weight of the whole batch, and gradients that will be summed."
     here = float(not learn.blank.on)
-    m = here*batch_mass(learn.loss_func, learn.yb[0])
-    loss, mass = reduce(torch.stack([learn.loss.detach()*m, m]).to(accelerator.device), "sum")
-    learn.loss, learn.accumulate.mass = loss/mass.clamp_min(1e-9), had+mass.clamp_min(1e-9)   # nobody has a photo: nothing is divided by nothing
-    learn.counted = mass > 0   # whoever has the photos
-    learn.loss_grad = learn.loss_grad*(here*accelerator.num_processes)   # the wrapper divides by as many
+    m = here * batch_mass(learn.loss_func, learn.yb[0])
+    loss, mass = reduce(torch.stack([learn.loss.detach() * m, m]).to(accelerator.device), "sum")
+    learn.loss, learn.accumulate.mass = (
+        loss / mass.clamp_min(1e-9),
+        had + mass.clamp_min(1e-9),
+    )  # nobody has a photo: nothing is divided by nothing
+    learn.counted = mass > 0  # whoever has the photos
+    learn.loss_grad = learn.loss_grad * (here * accelerator.num_processes)  # the wrapper divides by as many
 
 # %% ../../nbs/training/690_distributed.ipynb #ee8454ea
 def gather_answers(
-    v:Any,                   # a Validate callback that has seen its share
-    device:torch.device|str  # where small sums are brought together
-)->None:
+    v: Any,  # a Validate callback that has seen its share
+    device: torch.device | str,  # where small sums are brought together
+) -> None:
     "Bring the shares of a validation together, in every process."
     v.fetch()
     v.parts, v.seen = gather_object(v.parts), gather_object(v.seen)
-    v.loss_sum, v.mass = reduce(torch.tensor([v.loss_sum, v.mass], dtype=torch.float64 if str(device) == "cpu" else torch.float32, device=device), "sum").tolist()
+    v.loss_sum, v.mass = reduce(
+        torch.tensor(
+            [v.loss_sum, v.mass], dtype=torch.float64 if str(device) == "cpu" else torch.float32, device=device
+        ),
+        "sum",
+    ).tolist()
+
 
 def count_together(
-    learn:Any,          # at the end of an epoch
-    had:tuple[int,int]  # photos lost and photos seen before it, of all processes
-)->None:
+    learn: Any,  # at the end of an epoch
+    had: tuple[int, int],  # photos lost and photos seen before it, of all processes
+) -> None:
     "Photos and drugs of all processes, where the history and the stage's clock count them."
-    clock = learn.__dict__.get("clock"); own = (learn.unpack.lost-had[0], (clock.photos if clock else 0)-had[1], clock and clock.drugs.cpu())
+    clock = learn.__dict__.get("clock")
+    own = (learn.unpack.lost - had[0], (clock.photos if clock else 0) - had[1], clock and clock.drugs.cpu())
     lost, photos, drugs = zip(*gather_object([own]))
-    learn.unpack.lost = had[0]+sum(lost)
-    if clock: clock.photos, clock.drugs = had[1]+sum(photos), torch.stack(drugs).any(0)
+    learn.unpack.lost = had[0] + sum(lost)
+    if clock:
+        clock.photos, clock.drugs = had[1] + sum(photos), torch.stack(drugs).any(0)
 
 # %% ../../nbs/training/690_distributed.ipynb #900bce4d
 class Blank(Callback):
     "Two grey pictures of no weight for a share without a photo: the others wait for this process's gradients."
-    order, run_valid, on, had = Unpack.order-.5, False, False, (0, 0)
-    def before_train(self): self.had = None
+
+    order, run_valid, on, had = Unpack.order - 0.5, False, False, (0, 0)
+
+    def before_train(self):
+        self.had = None
+
     def before_batch(self):
-        if self.had is None: self.had = (self.unpack.lost, getattr(self.learn.__dict__.get("clock"), "photos", 0))   # a run that goes on knows what it had by now
-        labels, *rest = self.yb; self.on = not len(labels)
-        if not self.on: return
-        self.learn.xb, self.learn.yb = tuple(x.new_zeros(2, *x.shape[1:]) for x in self.xb), (labels.new_zeros(2), *rest)
-        self.modes = [(m, m.training) for m in self.model.modules()]; self.model.eval()   # running statistics have not seen them
+        if self.had is None:
+            self.had = (
+                self.unpack.lost,
+                getattr(self.learn.__dict__.get("clock"), "photos", 0),
+            )  # a run that goes on knows what it had by now
+        labels, *rest = self.yb
+        self.on = not len(labels)
+        if not self.on:
+            return
+        self.learn.xb, self.learn.yb = (
+            tuple(x.new_zeros(2, *x.shape[1:]) for x in self.xb),
+            (labels.new_zeros(2), *rest),
+        )
+        self.modes = [(m, m.training) for m in self.model.modules()]
+        self.model.eval()  # running statistics have not seen them
+
     def after_batch(self):
-        if not self.on: return
-        for m, training in self.modes: m.training = training
-        self.learn.yb, self.on = (self.yb[0][:0],), False   # nobody counts these two; the batch's loss is that of the others
+        if not self.on:
+            return
+        for m, training in self.modes:
+            m.training = training
+        self.learn.yb, self.on = (
+            (self.yb[0][:0],),
+            False,
+        )  # nobody counts these two; the batch's loss is that of the others
 
 # %% ../../nbs/training/690_distributed.ipynb #c8f0a19a
-def apart()->str: # "" = they can
+def apart() -> str:  # "" = they can
     "Why two processes of this machine cannot talk to each other; they do so by the loopback interface."
-    if not any(a.address == "127.0.0.1" for of in psutil.net_if_addrs().values() for a in of): return "its loopback interface has no address"
+    if not any(a.address == "127.0.0.1" for of in psutil.net_if_addrs().values() for a in of):
+        return "its loopback interface has no address"
     try:
-        with socket.create_server(("127.0.0.1", 0)) as s, socket.create_connection(s.getsockname(), 5): return ""
-    except OSError as e: return f"its loopback interface takes no connection ({e})"
+        with socket.create_server(("127.0.0.1", 0)) as s, socket.create_connection(s.getsockname(), 5):
+            return ""
+    except OSError as e:
+        return f"its loopback interface takes no connection ({e})"
 
-def check_loopback()->None:
+
+def check_loopback() -> None:
     "Refuse to start processes that could only wait for each other."
-    if why := apart(): raise PillsnapError(f"two processes of this machine cannot talk to each other: {why}", where="127.0.0.1", fix="ip link set lo up; or train in one process: pillsnap run classifier")
+    if why := apart():
+        raise PillsnapError(
+            f"two processes of this machine cannot talk to each other: {why}",
+            where="127.0.0.1",
+            fix="ip link set lo up; or train in one process: pillsnap run classifier",
+        )
 
 # %% ../../nbs/training/690_distributed.ipynb #4de6b660
 ROOM = "make room on the disk, or set TMPDIR, where the processes have their meeting-point, to another"
-LACKS = {"No space left": ROOM, "No usable temporary directory": ROOM, "start new thread": "the system allows no more threads: ulimit -u, or fewer dataloader.num_workers",
-    "Resource temporarily unavailable": "the system allows no more processes or threads: ulimit -u, or fewer processes", "Too many open files": "ulimit -n", "Cannot allocate memory": "free memory, or fewer processes"}
+LACKS = {
+    "No space left": ROOM,
+    "No usable temporary directory": ROOM,
+    "start new thread": "the system allows no more threads: ulimit -u, or fewer dataloader.num_workers",
+    "Resource temporarily unavailable": "the system allows no more processes or threads: ulimit -u, or fewer processes",
+    "Too many open files": "ulimit -n",
+    "Cannot allocate memory": "free memory, or fewer processes",
+}
+
 
 def child_failed(
-    e:BaseException, # what a launcher raised
-    processes:int    # that were started
-)->PillsnapError|None: # None: it is not about a process
+    e: BaseException,  # what a launcher raised
+    processes: int,  # that were started
+) -> PillsnapError | None:  # None: it is not about a process
     "Which process failed, and its own last line."
-    while e is not None and not isinstance(e, (ProcessException, ChildFailedError)): e = e.__cause__ or e.__context__   # the launcher may have tripped afterwards
-    if e is None: return None
-    rank, said = (e.error_index, e.msg) if isinstance(e, ProcessException) else (lambda r, f: (r, f.message))(*e.get_first_failure())
+    while e is not None and not isinstance(e, (ProcessException, ChildFailedError)):
+        e = e.__cause__ or e.__context__  # the launcher may have tripped afterwards
+    if e is None:
+        return None
+    rank, said = (
+        (e.error_index, e.msg)
+        if isinstance(e, ProcessException)
+        else (lambda r, f: (r, f.message))(*e.get_first_failure())
+    )
     lines = said.strip().splitlines()
-    own = next((i for i in range(len(lines)-1, -1, -1) if lines[i].strip() and not lines[i].startswith(" ")), 0)   # what is indented below it is its where and to do
-    more = dict(l.strip().split(": ", 1) for l in lines[own+1:] if ": " in l)
+    own = next(
+        (i for i in range(len(lines) - 1, -1, -1) if lines[i].strip() and not lines[i].startswith(" ")), 0
+    )  # what is indented below it is its where and to do
+    more = dict(l.strip().split(": ", 1) for l in lines[own + 1 :] if ": " in l)
     fix = more.get("to do") or next((v for k, v in LACKS.items() if k in said), "its traceback stands above")
-    return PillsnapError(f"process {rank} of {processes} failed: {lines[own].removeprefix('pillsnap.core.errors.PillsnapError: ')}", where=more.get("where"), fix=fix)
+    return PillsnapError(
+        f"process {rank} of {processes} failed: {lines[own].removeprefix('pillsnap.core.errors.PillsnapError: ')}",
+        where=more.get("where"),
+        fix=fix,
+    )
 
 # %% ../../nbs/training/690_distributed.ipynb #cab0b135
 def gpus_for(
-    processes:int # that are wanted
-)->int: # GPUs of this machine; 0 = the processes compute on the CPU
+    processes: int,  # that are wanted
+) -> int:  # GPUs of this machine; 0 = the processes compute on the CPU
     "Refuse more processes than GPUs; CUDA is not started."
     n = gpu_count()
     if 0 < n < processes:
-        raise PillsnapError(f"{processes} processes need a GPU each, and this machine has {n}", where="CUDA_VISIBLE_DEVICES", fix=f"start {n}" if n > 1 else "train in one process: pillsnap run classifier")
+        raise PillsnapError(
+            f"{processes} processes need a GPU each, and this machine has {n}",
+            where="CUDA_VISIBLE_DEVICES",
+            fix=f"start {n}" if n > 1 else "train in one process: pillsnap run classifier",
+        )
     return n
 
 # %% ../../nbs/training/690_distributed.ipynb #10e0c76c
 def fork(
-    train:Callable[...,Any],  # what each process does
-    args:Sequence[Any],       # with which arguments
-    processes:int             # how many
-)->None:
+    train: Callable[..., Any],  # what each process does
+    args: Sequence[Any],  # with which arguments
+    processes: int,  # how many
+) -> None:
     "Start processes as copies of this one."
-    try: (notebook_launcher if gpus_for(processes) else debug_launcher)(train, tuple(args), num_processes=processes)
+    try:
+        (notebook_launcher if gpus_for(processes) else debug_launcher)(train, tuple(args), num_processes=processes)
     except Exception as e:
-        if said := child_failed(e, processes): raise said from e
-        if isinstance(e, FileNotFoundError) and e.filename and Path(e.filename).parent.is_dir(): return   # all went well, and took the meeting-point away
-        if isinstance(e, OSError): raise PillsnapError(f"{processes} processes cannot be started: {e}", fix=next((v for k, v in LACKS.items() if k in str(e)), None)) from e
+        if said := child_failed(e, processes):
+            raise said from e
+        if isinstance(e, FileNotFoundError) and e.filename and Path(e.filename).parent.is_dir():
+            return  # all went well, and took the meeting-point away
+        if isinstance(e, OSError):
+            raise PillsnapError(
+                f"{processes} processes cannot be started: {e}",
+                fix=next((v for k, v in LACKS.items() if k in str(e)), None),
+            ) from e
         raise
 
 # %% ../../nbs/training/690_distributed.ipynb #66c1b00c
 def launch(
-    train:Callable[...,Any],  # what each process does
-    args:Sequence[Any]=(),    # with which arguments
-    processes:int=2           # how many
-)->None:
+    train: Callable[..., Any],  # what each process does
+    args: Sequence[Any] = (),  # with which arguments
+    processes: int = 2,  # how many
+) -> None:
     "Start processes from a notebook: one per GPU, or gloo processes on the CPU."
     check_loopback()
-    fresh(2)([joblib.delayed(fork)(train, tuple(args), processes)])   # one job; joblib does a single process's jobs in the caller
+    fresh(2)(
+        [joblib.delayed(fork)(train, tuple(args), processes)]
+    )  # one job; joblib does a single process's jobs in the caller
 
 # %% ../../nbs/training/690_distributed.ipynb #05963ba6
 class Follower(RunFolder):
     "A run folder as the other processes see it: they read."
+
     tb = None
+
     @property
-    def log(self)->logging.Logger:
-        log = logging.getLogger("pillsnap.follower"); log.setLevel(logging.ERROR)
+    def log(self) -> logging.Logger:
+        log = logging.getLogger("pillsnap.follower")
+        log.setLevel(logging.ERROR)
         return log
 
+
 def resuming_as_the_first(
-    run:RunFolder|None=None # of the first process; None = of another
-)->bool:
+    run: RunFolder | None = None,  # of the first process; None = of another
+) -> bool:
     "Whether the first process goes on; the others hear it."
     said = [run.resuming if run else None]
     return bool(broadcast_object_list(said)[0])
@@ -220,107 +328,175 @@ def resuming_as_the_first(
 @dataclass(frozen=True)
 class SharedClassifierJob(ClassifierJob):
     "The classifier's stage, in several processes."
-    def work(self, run:RunFolder, cfg:Config)->StageResult:
+
+    def work(self, run: RunFolder, cfg: Config) -> StageResult:
         resuming_as_the_first(run)
         return super().work(run, cfg, *shared(cfg))
+
 
 @dataclass(frozen=True)
 class SharedDetectorJob(DetectorJob):
     "The detector's stage, in several processes; ultralytics brings its own way to bring gradients together."
-    def work(self, run:RunFolder, cfg:Config)->StageResult:
-        resuming_as_the_first(run); PartialState().destroy_process_group()   # ultralytics makes its own
+
+    def work(self, run: RunFolder, cfg: Config) -> StageResult:
+        resuming_as_the_first(run)
+        PartialState().destroy_process_group()  # ultralytics makes its own
         return super().work(run, cfg)
 
+
 def shared(
-    cfg:Config # train
-)->tuple[list[Callback],tuple[int,int]]: # callbacks, and this process of how many
+    cfg: Config,  # train
+) -> tuple[list[Callback], tuple[int, int]]:  # callbacks, and this process of how many
     "What a training needs besides when it is shared."
     a = Accelerator(cpu=not torch.cuda.is_available())
-    return [Blank(), Distributed(a, cfg.train.seed), *([Accumulate()] if cfg.train.classification.grad_accum_steps == 1 else [])], (a.process_index, a.num_processes)
+    return [
+        Blank(),
+        Distributed(a, cfg.train.seed),
+        *([Accumulate()] if cfg.train.classification.grad_accum_steps == 1 else []),
+    ], (a.process_index, a.num_processes)
 
 # %% ../../nbs/training/690_distributed.ipynb #e532d5d4
 def follow(
-    job:StageJob # as the first process has it
-)->None:
+    job: StageJob,  # as the first process has it
+) -> None:
     "Train along with the first process, and write nothing."
-    for asked in (signal.SIGINT, signal.SIGTERM): signal.signal(asked, signal.SIG_IGN)   # the first hears it, saves and ends; without it nobody goes on
-    root = Path(job.run_dir).absolute(); cfg, run = job.cfg_in(root), Follower(root, job.name)
+    for asked in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(asked, signal.SIG_IGN)  # the first hears it, saves and ends; without it nobody goes on
+    root = Path(job.run_dir).absolute()
+    cfg, run = job.cfg_in(root), Follower(root, job.name)
     run.resuming = resuming_as_the_first()
-    if isinstance(job, SharedDetectorJob): PartialState().destroy_process_group(); train_detector(make_plan(run, cfg)); return
-    stage = load_stage(root, cfg.data.progressive_validation.current_stage); cbs, share = shared(cfg)
-    train_classification_stage(stage, cfg, Outputs(root/"checkpoints"/"classifier", log=run.log), run.resuming, cbs=cbs, share=share)
+    if isinstance(job, SharedDetectorJob):
+        PartialState().destroy_process_group()
+        train_detector(make_plan(run, cfg))
+        return
+    stage = load_stage(root, cfg.data.progressive_validation.current_stage)
+    cbs, share = shared(cfg)
+    train_classification_stage(
+        stage, cfg, Outputs(root / "checkpoints" / "classifier", log=run.log), run.resuming, cbs=cbs, share=share
+    )
+
 
 JOBS = {"classifier": SharedClassifierJob, "detector": SharedDetectorJob}
 
+
 def check_shared(
-    stage:str # "classifier" or "detector"
-)->None:
+    stage: str,  # "classifier" or "detector"
+) -> None:
     "Refuse what does not train in several processes before any is started."
-    if stage not in JOBS: raise PillsnapError(f"{stage!r} is no stage that trains in several processes", fix=f"one of {', '.join(JOBS)}")
-    if stage == "detector" and not gpu_count(): raise PillsnapError("the detector trains in several processes on GPUs only: ultralytics knows no other way", fix="pillsnap run detector")
+    if stage not in JOBS:
+        raise PillsnapError(f"{stage!r} is no stage that trains in several processes", fix=f"one of {', '.join(JOBS)}")
+    if stage == "detector" and not gpu_count():
+        raise PillsnapError(
+            "the detector trains in several processes on GPUs only: ultralytics knows no other way",
+            fix="pillsnap run detector",
+        )
+
 
 def make_job(
-    kind:type[ClassifierJob|DetectorJob], # which job
-    run_dir:str,                          # the run folder, converted and split
-    config:str="",                        # preset or YAML; "" = the folder's own
-    overrides:Sequence[str]=()            # dotted overrides
-)->ClassifierJob|DetectorJob:
+    kind: type[ClassifierJob | DetectorJob],  # which job
+    run_dir: str,  # the run folder, converted and split
+    config: str = "",  # preset or YAML; "" = the folder's own
+    overrides: Sequence[str] = (),  # dotted overrides
+) -> ClassifierJob | DetectorJob:
     "The job with the seed and the epochs of its configuration."
-    c = load_config(config or Path(run_dir)/"config.yaml", list(overrides)).train
+    c = load_config(config or Path(run_dir) / "config.yaml", list(overrides)).train
     epochs = (c.detection if issubclass(kind, DetectorJob) else c.classification).epochs
     return kind(run_dir=run_dir, config=config, overrides=tuple(overrides), seed=c.seed, epochs=epochs)
 
+
 def run_here(
-    stage:str,                # "classifier" or "detector"
-    run_dir:str,              # the run folder, converted and split
-    config:str="",            # preset or YAML; "" = the folder's own
-    overrides:Sequence[str]=()# dotted overrides
-)->None:
+    stage: str,  # "classifier" or "detector"
+    run_dir: str,  # the run folder, converted and split
+    config: str = "",  # preset or YAML; "" = the folder's own
+    overrides: Sequence[str] = (),  # dotted overrides
+) -> None:
     "One of several processes: the first is the stage, the others follow."
     check_shared(stage)
-    first = PartialState(cpu=stage == "detector" or not torch.cuda.is_available()).is_main_process   # ultralytics makes the group of the GPUs; a second nccl group after a first one is not supported by torch
-    if stage == "detector": torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    first = (
+        PartialState(cpu=stage == "detector" or not torch.cuda.is_available()).is_main_process
+    )  # ultralytics makes the group of the GPUs; a second nccl group after a first one is not supported by torch
+    if stage == "detector":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     job = make_job(JOBS[stage], run_dir, config, overrides)
     print(job.run()) if first else follow(job)
 
 # %% ../../nbs/training/690_distributed.ipynb #4e690edc
 def handing_on(
-    command:Sequence[str] # program and arguments
-)->int: # its status
+    command: Sequence[str],  # program and arguments
+) -> int:  # its status
     "Run a command that hears what this process is asked to do."
     with subprocess.Popen(command) as p:
-        before = {signal.SIGTERM: signal.signal(signal.SIGTERM, lambda asked, _: p.send_signal(asked)), signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN)}   # Ctrl-C has reached it already
-        try: return p.wait()
+        before = {
+            signal.SIGTERM: signal.signal(signal.SIGTERM, lambda asked, _: p.send_signal(asked)),
+            signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),
+        }  # Ctrl-C has reached it already
+        try:
+            return p.wait()
         finally:
-            for asked, handler in before.items(): signal.signal(asked, handler)
+            for asked, handler in before.items():
+                signal.signal(asked, handler)
 
 # %% ../../nbs/training/690_distributed.ipynb #d3949c2f
 def run_alone(
-    stage:str,                 # "classifier" or "detector"
-    run_dir:str,               # the run folder, converted and split
-    config:str="",             # preset or YAML; "" = the folder's own
-    overrides:Sequence[str]=() # dotted overrides
-)->None:
+    stage: str,  # "classifier" or "detector"
+    run_dir: str,  # the run folder, converted and split
+    config: str = "",  # preset or YAML; "" = the folder's own
+    overrides: Sequence[str] = (),  # dotted overrides
+) -> None:
     "The plain job in this process: accelerate starts two processes or more."
     decide(None, f"processes: 1, so nothing is shared; the same as pillsnap run {stage}")
     print(make_job({"classifier": ClassifierJob, "detector": DetectorJob}[stage], run_dir, config, overrides).run())
 
 # %% ../../nbs/training/690_distributed.ipynb #f24620d2
 def distributed_command(
-    stage:str,                 # "classifier" or "detector"
-    run_dir:Path,              # the run folder, converted and split
-    processes:int,             # how many; 0 = one per GPU, two on a CPU
-    config:str="",             # preset or YAML; "" = the folder's own
-    overrides:Sequence[str]=() # dotted overrides
-)->None:
+    stage: str,  # "classifier" or "detector"
+    run_dir: Path,  # the run folder, converted and split
+    processes: int,  # how many; 0 = one per GPU, two on a CPU
+    config: str = "",  # preset or YAML; "" = the folder's own
+    overrides: Sequence[str] = (),  # dotted overrides
+) -> None:
     "Be one of several processes, or start them (`accelerate launch`)."
-    check_shared(stage); load_config(config or Path(run_dir)/"config.yaml", list(overrides))   # what is misspelt is told here, once, and not by every process
-    if "LOCAL_RANK" in os.environ: return run_here(stage, str(run_dir), config, overrides)
-    if "ACCELERATE_MIXED_PRECISION" in os.environ: raise PillsnapError("accelerate launch started one process only", fix="accelerate launch --multi_gpu --num_processes 2 …; the flag is needed on a CPU too")
+    check_shared(stage)
+    load_config(
+        config or Path(run_dir) / "config.yaml", list(overrides)
+    )  # what is misspelt is told here, once, and not by every process
+    if "LOCAL_RANK" in os.environ:
+        return run_here(stage, str(run_dir), config, overrides)
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:
+        raise PillsnapError(
+            "accelerate launch started one process only",
+            fix="accelerate launch --multi_gpu --num_processes 2 …; the flag is needed on a CPU too",
+        )
     n = processes or gpu_count() or 2
     gpus_for(n)
-    if n == 1: return run_alone(stage, str(run_dir), config, overrides)
+    if n == 1:
+        return run_alone(stage, str(run_dir), config, overrides)
     check_loopback()
     given = ["--run-dir", str(run_dir), *(["--config", config] if config else []), *overrides]
-    status = handing_on([sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(n), "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "pillsnap", "distributed", stage, *given])
-    if status: raise PillsnapError(f"a process of {n} ended with status {status}", where=run_dir, fix="its message stands above; the same command goes on")
+    status = handing_on(
+        [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--multi_gpu",
+            "--num_processes",
+            str(n),
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+            "-m",
+            "pillsnap",
+            "distributed",
+            stage,
+            *given,
+        ]
+    )
+    if status:
+        raise PillsnapError(
+            f"a process of {n} ended with status {status}",
+            where=run_dir,
+            fix="its message stands above; the same command goes on",
+        )

@@ -33,201 +33,312 @@ from .detector import DetectorJob
 # %% ../../nbs/training/660_interleaved.ipynb #6e460de9
 SIDES = ("detector", "classifier")
 
+
 def whose_turn(
-    step:int,             # steps that both have done, together
-    ratio:tuple[int,int]  # detector : classifier
-)->str: # a name of SIDES
+    step: int,  # steps that both have done, together
+    ratio: tuple[int, int],  # detector : classifier
+) -> str:  # a name of SIDES
     "The side that does the next step (SPEC IT1)."
     d, c = ratio
-    return SIDES[0] if step % (d+c) < d else SIDES[1]
+    return SIDES[0] if step % (d + c) < d else SIDES[1]
 
 # %% ../../nbs/training/660_interleaved.ipynb #2effff8a
-def process_state()->dict[str,Any]: # generators and switches
+def process_state() -> dict[str, Any]:  # generators and switches
     "What both sides would otherwise share without knowing (SPEC IT3)."
     c = torch.backends.cudnn
-    return dict(rng=rng_state(), precision=torch.get_float32_matmul_precision(), cudnn=(c.benchmark, c.deterministic, c.allow_tf32), deterministic=(torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()))
+    return dict(
+        rng=rng_state(),
+        precision=torch.get_float32_matmul_precision(),
+        cudnn=(c.benchmark, c.deterministic, c.allow_tf32),
+        deterministic=(
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+        ),
+    )
+
 
 def set_process_state(
-    s:Mapping[str,Any] # what process_state gave
-)->None:
+    s: Mapping[str, Any],  # what process_state gave
+) -> None:
     "Put generators and switches back."
-    set_rng_state(s["rng"]); torch.set_float32_matmul_precision(s["precision"])
-    c = torch.backends.cudnn; c.benchmark, c.deterministic, c.allow_tf32 = s["cudnn"]
-    on, warn = s["deterministic"]; torch.use_deterministic_algorithms(on, warn_only=warn)
+    set_rng_state(s["rng"])
+    torch.set_float32_matmul_precision(s["precision"])
+    c = torch.backends.cudnn
+    c.benchmark, c.deterministic, c.allow_tf32 = s["cudnn"]
+    on, warn = s["deterministic"]
+    torch.use_deterministic_algorithms(on, warn_only=warn)
 
 # %% ../../nbs/training/660_interleaved.ipynb #0d47b200
 class Ended(Exception):
     "The other side has failed; this one stops where it stands."
 
+
 @dataclass
 class Side:
     "One of the two."
-    steps:int = 0       # done, those before an interruption included
-    passes:int = 0      # over its photos, begun in this process (SPEC IT2)
-    busy:float = 0.     # seconds it held the baton
-    waited:float = 0.   # seconds it waited for the other
-    since:float = 0.    # when it got the baton
-    state:dict[str,Any] = field(default_factory=process_state) # its generators and switches
+
+    steps: int = 0  # done, those before an interruption included
+    passes: int = 0  # over its photos, begun in this process (SPEC IT2)
+    busy: float = 0.0  # seconds it held the baton
+    waited: float = 0.0  # seconds it waited for the other
+    since: float = 0.0  # when it got the baton
+    state: dict[str, Any] = field(default_factory=process_state)  # its generators and switches
 
 # %% ../../nbs/training/660_interleaved.ipynb #81a72364
 class Baton:
     "One side runs at a time, in the ratio of their steps (SPEC IT1-IT3)."
-    def __init__(self,
-        ratio:tuple[int,int]=(1, 1),    # detector : classifier
-        names:tuple[str,...]=SIDES      # who takes part
+
+    def __init__(
+        self,
+        ratio: tuple[int, int] = (1, 1),  # detector : classifier
+        names: tuple[str, ...] = SIDES,  # who takes part
     ):
-        if min(ratio) < 1: raise PillsnapError(f"neither side can have no turn: {list(ratio)}", where="train.interleave_ratio", fix="two numbers from 1")
+        if min(ratio) < 1:
+            raise PillsnapError(
+                f"neither side can have no turn: {list(ratio)}",
+                where="train.interleave_ratio",
+                fix="two numbers from 1",
+            )
         self.ratio, self.sides, self.present = tuple(ratio), {n: Side() for n in names}, set(names)
         self.news, self.error, self.holder, self.begun = threading.Condition(), None, names[0], set()
 
-    def turn(self)->str: # who is next; the one that is left when the other has come to its end
+    def turn(self) -> str:  # who is next; the one that is left when the other has come to its end
         "Whose step is next."
         due = whose_turn(sum(s.steps for s in self.sides.values()), self.ratio)
         return due if due in self.present else next(iter(self.present))
 
 # %% ../../nbs/training/660_interleaved.ipynb #6d9219af
 @patch
-def take(self:Baton,
-    me:str # a side
-)->None:
+def take(
+    self: Baton,
+    me: str,  # a side
+) -> None:
     "Wait for the baton."
     s, t0 = self.sides[me], time.perf_counter()
-    with self.news: self.news.wait_for(lambda: self.holder == me or self.error is not None)
-    if self.error is not None: raise Ended(f"the {me} stopped because the other side did")
-    s.since = time.perf_counter(); s.waited += s.since-t0
+    with self.news:
+        self.news.wait_for(lambda: self.holder == me or self.error is not None)
+    if self.error is not None:
+        raise Ended(f"the {me} stopped because the other side did")
+    s.since = time.perf_counter()
+    s.waited += s.since - t0
     set_process_state(s.state)
 
-@patch
-def begin(self:Baton,
-    me:str,   # a side that is about to do its first step
-    steps:int # that lie behind it
-)->None:
-    "Let the other get as far, then begin with whoever is due."
-    self.sides[me].steps = steps; self.begun.add(me)
-    to = next(iter(self.present-self.begun), None) or self.turn()
-    if to != me: self.give(me, to); self.take(me)
 
 @patch
-def step_done(self:Baton,
-    me:str # the side that did a step
-)->bool: # whether the other has run in between
+def begin(
+    self: Baton,
+    me: str,  # a side that is about to do its first step
+    steps: int,  # that lie behind it
+) -> None:
+    "Let the other get as far, then begin with whoever is due."
+    self.sides[me].steps = steps
+    self.begun.add(me)
+    to = next(iter(self.present - self.begun), None) or self.turn()
+    if to != me:
+        self.give(me, to)
+        self.take(me)
+
+
+@patch
+def step_done(
+    self: Baton,
+    me: str,  # the side that did a step
+) -> bool:  # whether the other has run in between
     "Count a step, and hand the baton on where that is due."
     self.sides[me].steps += 1
-    if self.error is not None: raise Ended(f"the {me} stopped because the other side did")
-    if (to := self.turn()) == me: return False
-    self.give(me, to); self.take(me)
+    if self.error is not None:
+        raise Ended(f"the {me} stopped because the other side did")
+    if (to := self.turn()) == me:
+        return False
+    self.give(me, to)
+    self.take(me)
     return True
 
 # %% ../../nbs/training/660_interleaved.ipynb #d6995f44
 @patch
-def give(self:Baton,
-    me:str,      # who has it
-    to:str|None  # who gets it
-)->None:
+def give(
+    self: Baton,
+    me: str,  # who has it
+    to: str | None,  # who gets it
+) -> None:
     "Hand the baton on."
-    s = self.sides[me]; s.state, s.busy = process_state(), s.busy+time.perf_counter()-s.since
-    with self.news: self.holder = to; self.news.notify_all()
+    s = self.sides[me]
+    s.state, s.busy = process_state(), s.busy + time.perf_counter() - s.since
+    with self.news:
+        self.holder = to
+        self.news.notify_all()
+
 
 @patch
-def leave(self:Baton,
-    me:str,                        # a side that has come to its end
-    error:BaseException|None=None  # or failed
-)->None:
+def leave(
+    self: Baton,
+    me: str,  # a side that has come to its end
+    error: BaseException | None = None,  # or failed
+) -> None:
     "Go; the other goes on alone, or ends too."
     self.present.discard(me)
-    if not isinstance(error, Ended): self.error = self.error or error
-    if self.holder == me: self.give(me, next(iter(self.present), None))
+    if not isinstance(error, Ended):
+        self.error = self.error or error
+    if self.holder == me:
+        self.give(me, next(iter(self.present), None))
     else:
-        with self.news: self.news.notify_all()
+        with self.news:
+            self.news.notify_all()
 
 # %% ../../nbs/training/660_interleaved.ipynb #d6107534
 def in_turn(
-    baton:Baton,                           # decides
-    work:Mapping[str,Callable[[],Any]]     # side → all that it does
-)->dict[str,Any]: # side → what it gave
+    baton: Baton,  # decides
+    work: Mapping[str, Callable[[], Any]],  # side → all that it does
+) -> dict[str, Any]:  # side → what it gave
     "Run both sides to their end, one at a time (SPEC IT3)."
     out = {}
-    def run(me:str)->None:
-        try: baton.take(me); out[me] = work[me](); baton.leave(me)
-        except BaseException as e: baton.leave(me, e)
+
+    def run(me: str) -> None:
+        try:
+            baton.take(me)
+            out[me] = work[me]()
+            baton.leave(me)
+        except BaseException as e:
+            baton.leave(me, e)
+
     *others, mine = baton.sides
     threads = [threading.Thread(target=run, args=(n,), name=n, daemon=True) for n in others]
-    for t in threads: t.start()
+    for t in threads:
+        t.start()
     run(mine)
     for t in threads:
         while t.is_alive():
-            try: t.join()
-            except BaseException as e: baton.leave(mine, e)
-    if baton.error is not None: raise baton.error
+            try:
+                t.join()
+            except BaseException as e:
+                baton.leave(mine, e)
+    if baton.error is not None:
+        raise baton.error
     return out
 
 # %% ../../nbs/training/660_interleaved.ipynb #60ad7e9d
 class InTurn(Callback):
     "Hand the baton on after each training batch (SPEC IT1)."
-    order, run_valid = EarlyStop.order+10, False   # after everything that belongs to a batch, its log line included
-    def __init__(self, baton:Baton, me:str="classifier"): self.baton, self.me = baton, me
+
+    order, run_valid = EarlyStop.order + 10, False  # after everything that belongs to a batch, its log line included
+
+    def __init__(self, baton: Baton, me: str = "classifier"):
+        self.baton, self.me = baton, me
 
     def before_fit(self):
-        dl = self.dls.train; at = dl.state_dict() if hasattr(dl, "state_dict") else {}
-        self.baton.begin(self.me, at.get("epoch", self.learn.first_epoch)*len(dl)+at.get("batch", 0))   # done before an interruption
-    def before_train(self): self.baton.sides[self.me].passes += 1
+        dl = self.dls.train
+        at = dl.state_dict() if hasattr(dl, "state_dict") else {}
+        self.baton.begin(
+            self.me, at.get("epoch", self.learn.first_epoch) * len(dl) + at.get("batch", 0)
+        )  # done before an interruption
+
+    def before_train(self):
+        self.baton.sides[self.me].passes += 1
+
     def after_batch(self):
-        if self.baton.step_done(self.me) and hasattr(self.learn, "step_log"): self.learn.step_log.timer.wait_from_here()
+        if self.baton.step_done(self.me) and hasattr(self.learn, "step_log"):
+            self.learn.step_log.timer.wait_from_here()
 
 # %% ../../nbs/training/660_interleaved.ipynb #dcc5e857
 def in_turn_hooks(
-    baton:Baton,       # shared with the other side
-    me:str="detector"  # this side
-)->dict[str,Callable[[Any],None]]: # for train_detector
+    baton: Baton,  # shared with the other side
+    me: str = "detector",  # this side
+) -> dict[str, Callable[[Any], None]]:  # for train_detector
     "The same for ultralytics' loop, by its names of the events (SPEC IT1)."
     side = baton.sides[me]
-    def begin(t:Any)->None: baton.begin(me, t.start_epoch*len(t.train_loader))
-    def begin_pass(t:Any)->None: side.passes += 1
-    def done(t:Any)->None:
-        if baton.step_done(me): t.timer.wait_from_here()
+
+    def begin(t: Any) -> None:
+        baton.begin(me, t.start_epoch * len(t.train_loader))
+
+    def begin_pass(t: Any) -> None:
+        side.passes += 1
+
+    def done(t: Any) -> None:
+        if baton.step_done(me):
+            t.timer.wait_from_here()
+
     return dict(on_train_start=begin, on_train_epoch_start=begin_pass, on_train_batch_end=done)
 
 # %% ../../nbs/training/660_interleaved.ipynb #0ad9f79b
 @dataclass(frozen=True)
 class InterleavedJob(StageJob):
     "Detector and classifier in turn, each as its own stage (SPEC IT1-IT3)."
-    detector_epochs:int = 1     # in total, also on resume
-    classifier_epochs:int = 1   # in total, also on resume
-    name:ClassVar[str] = "interleaved"
-    sections:ClassVar[tuple[str,...]] = tuple(dict.fromkeys((*DetectorJob.sections, *ClassifierJob.sections, "train.interleave_ratio")))
-    keys:ClassVar[dict[str,str]] = {"seed": "train.seed", "detector_epochs": "train.detection.epochs", "classifier_epochs": "train.classification.epochs"}
-    needs:ClassVar[dict[str,str]] = {"artifacts/stage{stage}/splits.json": "splits"}
 
-    def smoke(self, run:RunFolder, cfg:Config)->None: smoke_splits(run, cfg)
+    detector_epochs: int = 1  # in total, also on resume
+    classifier_epochs: int = 1  # in total, also on resume
+    name: ClassVar[str] = "interleaved"
+    sections: ClassVar[tuple[str, ...]] = tuple(
+        dict.fromkeys((*DetectorJob.sections, *ClassifierJob.sections, "train.interleave_ratio"))
+    )
+    keys: ClassVar[dict[str, str]] = {
+        "seed": "train.seed",
+        "detector_epochs": "train.detection.epochs",
+        "classifier_epochs": "train.classification.epochs",
+    }
+    needs: ClassVar[dict[str, str]] = {"artifacts/stage{stage}/splits.json": "splits"}
+
+    def smoke(self, run: RunFolder, cfg: Config) -> None:
+        smoke_splits(run, cfg)
 
 # %% ../../nbs/training/660_interleaved.ipynb #32901677
 @patch
-def _side(self:InterleavedJob, me:str, baton:Baton, run:RunFolder, cfg:Config)->Callable[[],StageResult]:
+def _side(self: InterleavedJob, me: str, baton: Baton, run: RunFolder, cfg: Config) -> Callable[[], StageResult]:
     "All that one side does: its stage."
-    job, how = {"detector": (DetectorJob, lambda: dict(hooks=in_turn_hooks(baton))), "classifier": (ClassifierJob, lambda: dict(cbs=[InTurn(baton)]))}[me]
+    job, how = {
+        "detector": (DetectorJob, lambda: dict(hooks=in_turn_hooks(baton))),
+        "classifier": (ClassifierJob, lambda: dict(cbs=[InTurn(baton)])),
+    }[me]
     own = job(run_dir=str(run.root), seed=self.seed, epochs=getattr(self, f"{me}_epochs"))
     return lambda: own.attempt(RunFolder(run.root, me), cfg, **how())
 
+
 @patch
-def work(self:InterleavedJob, run:RunFolder, cfg:Config)->StageResult:
+def work(self: InterleavedJob, run: RunFolder, cfg: Config) -> StageResult:
     "Train both, one step of each at a time."
     done = {n: read_record(run.root, n) for n in SIDES if run.resuming and stale(run.root, n, cfg) is None}
-    for n in done: decide(run.log, f"interleaved: the {n} had come to its end before the interruption", run.tb)
+    for n in done:
+        decide(run.log, f"interleaved: the {n} had come to its end before the interruption", run.tb)
     baton, before = Baton(cfg.train.interleave_ratio, tuple(n for n in SIDES if n not in done)), torch.get_num_threads()
-    if cfg.train.num_threads: torch.set_num_threads(cfg.train.num_threads)   # for both, and before either: each would put the other's number back
+    if cfg.train.num_threads:
+        torch.set_num_threads(
+            cfg.train.num_threads
+        )  # for both, and before either: each would put the other's number back
     t0 = time.perf_counter()
-    try: res = in_turn(baton, {n: self._side(n, baton, run, cfg) for n in baton.sides}) if baton.sides else {}
-    finally: torch.set_num_threads(before)
-    return self._report(run, baton, res, done, time.perf_counter()-t0)
+    try:
+        res = in_turn(baton, {n: self._side(n, baton, run, cfg) for n in baton.sides}) if baton.sides else {}
+    finally:
+        torch.set_num_threads(before)
+    return self._report(run, baton, res, done, time.perf_counter() - t0)
 
 # %% ../../nbs/training/660_interleaved.ipynb #a7636c6c
 @patch
-def _report(self:InterleavedJob, run:RunFolder, baton:Baton, res:Mapping[str,StageResult], done:Mapping[str,Mapping], seconds:float)->StageResult:
+def _report(
+    self: InterleavedJob,
+    run: RunFolder,
+    baton: Baton,
+    res: Mapping[str, StageResult],
+    done: Mapping[str, Mapping],
+    seconds: float,
+) -> StageResult:
     "Both results in one."
-    table = [{"side": n, "steps": s.steps, "passes": s.passes, "its own seconds": s.busy, "seconds waited": s.waited} for n, s in baton.sides.items()]
-    table += [{"side": n, "steps": None, "passes": 0, "its own seconds": 0., "seconds waited": 0.} for n in done]
-    path = save_json(dict(ratio=list(baton.ratio), seconds=seconds, sides=table), run.sub("reports")/"interleaved.json")
-    files = lambda what: [p for n in SIDES for p in (getattr(res[n], what) if n in res else [run.root/f for f in done[n][what]])]
+    table = [
+        {"side": n, "steps": s.steps, "passes": s.passes, "its own seconds": s.busy, "seconds waited": s.waited}
+        for n, s in baton.sides.items()
+    ]
+    table += [{"side": n, "steps": None, "passes": 0, "its own seconds": 0.0, "seconds waited": 0.0} for n in done]
+    path = save_json(
+        dict(ratio=list(baton.ratio), seconds=seconds, sides=table), run.sub("reports") / "interleaved.json"
+    )
+    files = lambda what: [
+        p for n in SIDES for p in (getattr(res[n], what) if n in res else [run.root / f for f in done[n][what]])
+    ]
     verdict = " ".join(f"{n.capitalize()}: {res[n].verdict if n in res else done[n]['verdict']}." for n in SIDES)
     notes = [f"{n}: {t}" for n in SIDES for t in (res[n].notes if n in res else done[n]["notes"])]
-    return StageResult(f"Ratio {baton.ratio[0]}:{baton.ratio[1]} in {seconds:.0f} s. {verdict}", table, [f for n in res for f in res[n].figures if "curves" in f.name], list(dict.fromkeys(files("inputs"))), [path, *dict.fromkeys(files("outputs"))], notes)
+    return StageResult(
+        f"Ratio {baton.ratio[0]}:{baton.ratio[1]} in {seconds:.0f} s. {verdict}",
+        table,
+        [f for n in res for f in res[n].figures if "curves" in f.name],
+        list(dict.fromkeys(files("inputs"))),
+        [path, *dict.fromkeys(files("outputs"))],
+        notes,
+    )

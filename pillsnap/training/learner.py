@@ -32,184 +32,250 @@ from ..core.logs import TBWriter, decide
 from ..dataset.loaders import photos_per_batch
 from ..models.mixing import Mixer
 from .margins import freeze_backbone, head_callbacks
-from .callbacks import (Accumulate, Clock, EarlyStop, Ema, GradClip, History, Mix, PillLearner, PillLoaders, Precision, Progress, ScaledStep,
-    StepLog, Unpack, Validate, early_stopping, monitored)
+from pillsnap.training.callbacks import (
+    Accumulate,
+    Clock,
+    EarlyStop,
+    Ema,
+    GradClip,
+    History,
+    Mix,
+    PillLearner,
+    PillLoaders,
+    Precision,
+    Progress,
+    ScaledStep,
+    StepLog,
+    Unpack,
+    Validate,
+    early_stopping,
+    monitored,
+)
 from .memory import OomGuard, compiler_said
 from .saving import Checkpoint, Stall, restore
 from .schedules import Plateau, Schedule, cosine_lr, onecycle_lr, restarts_lr, warm_up
 
 # %% ../../nbs/training/630_learner.ipynb #c555d5f2
 def build_optimizer(
-    params:Iterable[nn.Parameter],         # what is trained
-    lr:float=2e-4,                         # peak learning rate; the schedule moves it
-    weight_decay:float=1e-4,               # decoupled
-    name:Literal["adamw","sgd"]="adamw",   # which
-    log:logging.Logger|None=None,          # where a fallback is said
-    betas:tuple[float,float]=(.9, .999),   # AdamW's two memories
-    eps:float=1e-8                         # AdamW's smallest denominator
-)->torch.optim.Optimizer:
+    params: Iterable[nn.Parameter],  # what is trained
+    lr: float = 2e-4,  # peak learning rate; the schedule moves it
+    weight_decay: float = 1e-4,  # decoupled
+    name: Literal["adamw", "sgd"] = "adamw",  # which
+    log: logging.Logger | None = None,  # where a fallback is said
+    betas: tuple[float, float] = (0.9, 0.999),  # AdamW's two memories
+    eps: float = 1e-8,  # AdamW's smallest denominator
+) -> torch.optim.Optimizer:
     "AdamW, fused with a fallback, or SGD with momentum (SPEC CT3, NM7, X28)."
     params = list(params)
-    if name == "sgd": return torch.optim.SGD(params, lr=lr, momentum=.9, nesterov=True, weight_decay=weight_decay)
-    if name != "adamw": raise PillsnapError(f"no such optimizer: {name!r}", where="train.classification.optimizer", fix="adamw or sgd")
-    try: return torch.optim.AdamW(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+    if name == "sgd":
+        return torch.optim.SGD(params, lr=lr, momentum=0.9, nesterov=True, weight_decay=weight_decay)
+    if name != "adamw":
+        raise PillsnapError(f"no such optimizer: {name!r}", where="train.classification.optimizer", fix="adamw or sgd")
+    try:
+        return torch.optim.AdamW(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
     except (RuntimeError, TypeError) as e:
         decide(log, f"optimizer: AdamW without the fused kernel, because {str(e).splitlines()[0]}")
         return torch.optim.AdamW(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
+
 def opt_func(
-    cfg:Config,                  # train.classification
-    log:logging.Logger|None=None # where a fallback is said
-)->Callable[...,OptimWrapper]:
+    cfg: Config,  # train.classification
+    log: logging.Logger | None = None,  # where a fallback is said
+) -> Callable[..., OptimWrapper]:
     "The same, as a Learner asks for it."
     c = cfg.train.classification
-    return lambda params, lr: OptimWrapper(opt=build_optimizer(params, lr, c.weight_decay, c.optimizer, log, c.betas, c.eps))
+    return lambda params, lr: OptimWrapper(
+        opt=build_optimizer(params, lr, c.weight_decay, c.optimizer, log, c.betas, c.eps)
+    )
 
 # %% ../../nbs/training/630_learner.ipynb #4d91e594
 def total_steps(
-    batches:int,  # of one epoch
-    accum:int,    # batches per optimizer step
-    epochs:int    # in all
-)->int:
+    batches: int,  # of one epoch
+    accum: int,  # batches per optimizer step
+    epochs: int,  # in all
+) -> int:
     "Optimizer steps of a run."
-    return max(1, math.ceil(batches/accum)*epochs)
+    return max(1, math.ceil(batches / accum) * epochs)
+
 
 def warmup_steps(
-    cfg:Config, # train.classification is read
-    steps:int   # optimizer steps of the run
-)->int:
+    cfg: Config,  # train.classification is read
+    steps: int,  # optimizer steps of the run
+) -> int:
     "Optimizer steps of the warm-up (SPEC X26)."
     c = cfg.train.classification
-    return min(c.warmup_steps, steps//10) if c.warmup_epochs is None else min(steps, round(c.warmup_epochs*steps/c.epochs))
+    return (
+        min(c.warmup_steps, steps // 10)
+        if c.warmup_epochs is None
+        else min(steps, round(c.warmup_epochs * steps / c.epochs))
+    )
+
 
 def build_scheduler(
-    cfg:Config, # train.classification is read
-    steps:int   # optimizer steps of the run
-)->Schedule:
+    cfg: Config,  # train.classification is read
+    steps: int,  # optimizer steps of the run
+) -> Schedule:
     "The configured learning-rate schedule as a callback (SPEC CT4, X26, X27)."
     c, low = cfg.train.classification, min(cfg.train.classification.min_lr, cfg.train.classification.lr)
     common = dict(peak=c.lr, warmup=warmup_steps(cfg, steps), start=c.warmup_factor)
-    rules = {"cosine": partial(cosine_lr, total=steps, **common), "cosine_min_lr": partial(cosine_lr, total=steps, low=low, **common), "onecycle": partial(onecycle_lr, total=steps, peak=c.lr),
-        "cosine_warm_restarts": partial(restarts_lr, first=c.cosine_t0*steps//c.epochs, mult=c.cosine_t_mult, low=low, **common),
-        "reduce_on_plateau": lambda step: warm_up(step, **common) if step < common["warmup"] else c.lr}
+    rules = {
+        "cosine": partial(cosine_lr, total=steps, **common),
+        "cosine_min_lr": partial(cosine_lr, total=steps, low=low, **common),
+        "onecycle": partial(onecycle_lr, total=steps, peak=c.lr),
+        "cosine_warm_restarts": partial(
+            restarts_lr, first=c.cosine_t0 * steps // c.epochs, mult=c.cosine_t_mult, low=low, **common
+        ),
+        "reduce_on_plateau": lambda step: warm_up(step, **common) if step < common["warmup"] else c.lr,
+    }
     return Schedule(rules[c.scheduler])
 
 # %% ../../nbs/training/630_learner.ipynb #36e1355e
-Mode = Literal["none","reduce-overhead","max-autotune","cudagraphs"]
+Mode = Literal["none", "reduce-overhead", "max-autotune", "cudagraphs"]
+
 
 def resolve_compile(
-    cfg:Config,                 # optimization and project, as the stage left them
-    device:torch.device|str     # where the run computes
-)->tuple[Mode,str]: # the mode, and why
+    cfg: Config,  # optimization and project, as the stage left them
+    device: torch.device | str,  # where the run computes
+) -> tuple[Mode, str]:  # the mode, and why
     "Which compile mode holds (SPEC X57)."
     key = cfg.optimization.torch_compile
-    if torch.device(device).type == "cpu": return "none", "this is a CPU"
-    if key != "auto": return key, "optimization.torch_compile says so"
-    return "reduce-overhead" if cfg.project.active_feature_set == "mvp" else "max-autotune", f"the feature set is {cfg.project.active_feature_set}"
+    if torch.device(device).type == "cpu":
+        return "none", "this is a CPU"
+    if key != "auto":
+        return key, "optimization.torch_compile says so"
+    return (
+        "reduce-overhead" if cfg.project.active_feature_set == "mvp" else "max-autotune",
+        f"the feature set is {cfg.project.active_feature_set}",
+    )
 
 # %% ../../nbs/training/630_learner.ipynb #6a241b7c
 def resolve_graphs(
-    cfg:Config,              # optimization.cuda_graphs
-    mode:Mode,               # of torch.compile
-    device:torch.device|str, # where the run computes
-    drop_last:bool           # whether the training loader leaves out a short last batch
-)->tuple[bool,str]: # whether they are recorded, and why or why not
+    cfg: Config,  # optimization.cuda_graphs
+    mode: Mode,  # of torch.compile
+    device: torch.device | str,  # where the run computes
+    drop_last: bool,  # whether the training loader leaves out a short last batch
+) -> tuple[bool, str]:  # whether they are recorded, and why or why not
     "Whether CUDA graphs apply (SPEC CT9)."
-    if torch.device(device).type != "cuda": return False, "does not apply, there is no CUDA device"
-    if mode != "none": return False, f"does not apply, torch.compile's {mode} records graphs itself"
-    if not drop_last: return False, "does not apply, the last batch of an epoch is smaller; dataloader.drop_last=true leaves it out"
+    if torch.device(device).type != "cuda":
+        return False, "does not apply, there is no CUDA device"
+    if mode != "none":
+        return False, f"does not apply, torch.compile's {mode} records graphs itself"
+    if not drop_last:
+        return False, "does not apply, the last batch of an epoch is smaller; dataloader.drop_last=true leaves it out"
     return True, "recorded, all training batches have one size"
 
 # %% ../../nbs/training/630_learner.ipynb #26e0589f
 def checkpoint_gradients(
-    model:nn.Module,              # a timm network, changed in place
-    log:logging.Logger|None=None, # where it is said
-    tb:TBWriter|None=None         # and tagged
-)->bool: # whether the network can
+    model: nn.Module,  # a timm network, changed in place
+    log: logging.Logger | None = None,  # where it is said
+    tb: TBWriter | None = None,  # and tagged
+) -> bool:  # whether the network can
     "Less memory for more time, where the network can (SPEC CT10)."
-    try: model.set_grad_checkpointing(True); why = ""
-    except (AttributeError, AssertionError) as e: why = str(e).splitlines()[0] if str(e) else type(e).__name__
-    decide(log, f"grad_checkpointing: does not apply, {type(model).__name__} cannot ({why})" if why else "grad_checkpointing: on, blocks are computed twice; batch statistics move twice a step", tb)
+    try:
+        model.set_grad_checkpointing(True)
+        why = ""
+    except (AttributeError, AssertionError) as e:
+        why = str(e).splitlines()[0] if str(e) else type(e).__name__
+    decide(
+        log,
+        f"grad_checkpointing: does not apply, {type(model).__name__} cannot ({why})"
+        if why
+        else "grad_checkpointing: on, blocks are computed twice; batch statistics move twice a step",
+        tb,
+    )
     return not why
 
 # %% ../../nbs/training/630_learner.ipynb #fcbfc097
 @dataclass(frozen=True)
 class Rehearsal:
     "What a network will be asked to compute."
-    train:tuple[int,...]                        # sizes of the training batches, the usual one first
-    valid:tuple[int,...] = ()                   # sizes of the validation batches
-    img_size:int = 384                          # side, pixels
-    dtype:torch.dtype|None = None               # of autocast; None = full precision
-    channels_last:bool = False                  # memory layout of the batches
-    phases:tuple[bool,...] = (False,)           # whether the backbone is frozen, phase by phase
-    device:torch.device = torch.device("cpu")   # where the run computes
-    repeats:int = 3                             # CUDA graphs: one run, one recording, one replay
 
-    def batch(self,
-        n:int # photos
-    )->torch.Tensor: # zeros [n, 3, S, S]
+    train: tuple[int, ...]  # sizes of the training batches, the usual one first
+    valid: tuple[int, ...] = ()  # sizes of the validation batches
+    img_size: int = 384  # side, pixels
+    dtype: torch.dtype | None = None  # of autocast; None = full precision
+    channels_last: bool = False  # memory layout of the batches
+    phases: tuple[bool, ...] = (False,)  # whether the backbone is frozen, phase by phase
+    device: torch.device = torch.device("cpu")  # where the run computes
+    repeats: int = 3  # CUDA graphs: one run, one recording, one replay
+
+    def batch(
+        self,
+        n: int,  # photos
+    ) -> torch.Tensor:  # zeros [n, 3, S, S]
         "A batch as the loader gives it, in the layout of training."
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         return torch.zeros(n, 3, self.img_size, self.img_size, device=self.device).to(memory_format=layout)
 
 # %% ../../nbs/training/630_learner.ipynb #eeddf066
 def rehearse(
-    model:nn.Module, # in training mode or not
-    plan:Rehearsal   # what will be asked of it
-)->None: # raises what a step raises
+    model: nn.Module,  # in training mode or not
+    plan: Rehearsal,  # what will be asked of it
+) -> None:  # raises what a step raises
     "Training steps and validations of every size, without a trace (SPEC CT8)."
     kept, was = {k: v.clone() for k, v in model.named_buffers()}, model.training
     trained = [(p, p.requires_grad) for p in model.parameters()]
     try:
         with torch.random.fork_rng(devices=[plan.device] if plan.device.type == "cuda" else []):
             for frozen in plan.phases:
-                for n in plan.train: _training_steps(model, plan, n, frozen)
-            for n in plan.valid: _validations(model, plan, n)
+                for n in plan.train:
+                    _training_steps(model, plan, n, frozen)
+            for n in plan.valid:
+                _validations(model, plan, n)
     finally:
-        for p, on in trained: p.requires_grad_(on)
+        for p, on in trained:
+            p.requires_grad_(on)
         model.train(was).zero_grad(set_to_none=True)
         with torch.no_grad():
-            for k, v in model.named_buffers(): v.copy_(kept[k])
+            for k, v in model.named_buffers():
+                v.copy_(kept[k])
 
-def _training_steps(model:nn.Module, plan:Rehearsal, n:int, frozen:bool)->None:
+
+def _training_steps(model: nn.Module, plan: Rehearsal, n: int, frozen: bool) -> None:
     "Forward and back, as training does."
     model.train()
-    if len(plan.phases) > 1: freeze_backbone(model, frozen)
+    if len(plan.phases) > 1:
+        freeze_backbone(model, frozen)
     x, labels = plan.batch(n), torch.zeros(n, dtype=torch.int64, device=plan.device)
     for _ in range(plan.repeats):
         model.zero_grad(set_to_none=True)
-        with torch.autocast(plan.device.type, dtype=plan.dtype or torch.bfloat16, enabled=plan.dtype is not None): out = model(x)
+        with torch.autocast(plan.device.type, dtype=plan.dtype or torch.bfloat16, enabled=plan.dtype is not None):
+            out = model(x)
         nn.functional.cross_entropy(out.float(), labels).backward()
         del out
 
+
 @torch.no_grad()
-def _validations(model:nn.Module, plan:Rehearsal, n:int)->None:
+def _validations(model: nn.Module, plan: Rehearsal, n: int) -> None:
     "As validation does."
     model.eval()
     x = plan.batch(n)
     for _ in range(plan.repeats):
-        with full_fp32(): model(x)
+        with full_fp32():
+            model(x)
 
 # %% ../../nbs/training/630_learner.ipynb #fe7eb62e
 def compile_arguments(
-    mode:Mode # any but none
-)->dict[str,str]:
+    mode: Mode,  # any but none
+) -> dict[str, str]:
     "The arguments of torch.compile for a mode."
     return {"backend": mode} if mode == "cudagraphs" else {"mode": mode}
 
+
 def try_compile(
-    model:nn.Module,              # compiled in place: its weights keep their names
-    mode:Mode,                    # where to begin
-    plan:Rehearsal|None=None,     # what training will ask of it; None only where the mode is none
-    log:logging.Logger|None=None  # where a fallback is said
-)->Mode: # what holds in the end
+    model: nn.Module,  # compiled in place: its weights keep their names
+    mode: Mode,  # where to begin
+    plan: Rehearsal | None = None,  # what training will ask of it; None only where the mode is none
+    log: logging.Logger | None = None,  # where a fallback is said
+) -> Mode:  # what holds in the end
     "Compile, and fall back max-autotune → reduce-overhead → none (SPEC CT8, X57)."
     for m in {"none": [], "max-autotune": ["max-autotune", "reduce-overhead"]}.get(mode, [mode]):
         try:
             model.compile(**compile_arguments(m))
             rehearse(model, plan)
             return m
-        except Exception as e: why = compiler_said(e)
+        except Exception as e:
+            why = compiler_said(e)
         decide(log, f"compile: {m} failed ({why})")
         model._compiled_call_impl = None
         release_memory(graphs=True)
@@ -218,72 +284,96 @@ def try_compile(
 # %% ../../nbs/training/630_learner.ipynb #a123ce9c
 class OwnGradients(Callback):
     "Gradients that wait for another batch leave the memory of recorded graphs (pytorch#169545)."
+
     order, run_valid = Accumulate.order, False
+
     def after_backward(self):
-        window = getattr(self.learn, "accumulate", None)   # the guard of memory may bring one on the way
-        if window is None or window.every == 1 or window.count != 1: return
+        window = getattr(self.learn, "accumulate", None)  # the guard of memory may bring one on the way
+        if window is None or window.every == 1 or window.count != 1:
+            return
         for p in self.model.parameters():
-            if p.grad is not None: p.grad = p.grad.clone()
+            if p.grad is not None:
+                p.grad = p.grad.clone()
 
 # %% ../../nbs/training/630_learner.ipynb #9fabc643
 def batch_sizes(
-    loader:Any,   # of training or of validation
-    usual:int=64  # photos of a batch, where the loader does not tell
-)->tuple[int,...]: # the usual size first
+    loader: Any,  # of training or of validation
+    usual: int = 64,  # photos of a batch, where the loader does not tell
+) -> tuple[int, ...]:  # the usual size first
     "Sizes of the batches that a loader gives this process in an epoch."
-    if not hasattr(loader, "batch_sampler"): return tuple(dict.fromkeys(len(b[1]) for b in loader)) or (usual,)
+    if not hasattr(loader, "batch_sampler"):
+        return tuple(dict.fromkeys(len(b[1]) for b in loader)) or (usual,)
     n = photos_per_batch(loader)
     sizes = [n]
     if loader.batch_sampler is None:
         photos = len(loader.sampler)
-        sizes = [n]*(photos >= n) + [photos % n]*(not loader.drop_last)
+        sizes = [n] * (photos >= n) + [photos % n] * (not loader.drop_last)
     rank, world = getattr(loader, "rank", 0), getattr(loader, "world", 1)
-    shares = (s*(rank+1)//world - s*rank//world for s in sizes)   # as the loader cuts them
+    shares = (s * (rank + 1) // world - s * rank // world for s in sizes)  # as the loader cuts them
     return tuple(dict.fromkeys(s for s in shares if s))
 
 # %% ../../nbs/training/630_learner.ipynb #c47d90a3
 def wanted_mode(
-    cfg:Config,                   # optimization, as the stage left it
-    device:torch.device|str,      # where the run computes
-    drop_last:bool,               # whether the training loader leaves out a short last batch
-    log:logging.Logger|None=None, # a line where CUDA graphs were asked for
-    tb:TBWriter|None=None         # and its tag
-)->tuple[Mode,str]: # the mode, and why
+    cfg: Config,  # optimization, as the stage left it
+    device: torch.device | str,  # where the run computes
+    drop_last: bool,  # whether the training loader leaves out a short last batch
+    log: logging.Logger | None = None,  # a line where CUDA graphs were asked for
+    tb: TBWriter | None = None,  # and its tag
+) -> tuple[Mode, str]:  # the mode, and why
     "How the network is to be compiled: by torch.compile, by CUDA graphs alone, or not."
     mode, why = resolve_compile(cfg, device)
-    if not cfg.optimization.cuda_graphs: return mode, why
+    if not cfg.optimization.cuda_graphs:
+        return mode, why
     graphs, because = resolve_graphs(cfg, mode, device, drop_last)
     decide(log, f"cuda_graphs: {because}", tb)
     return ("cudagraphs", "graphs are recorded without a compiler") if graphs else (mode, why)
 
+
 def rehearsal(
-    cfg:Config,               # data.classification, train.classification, optimization
-    device:torch.device|str,  # where the run computes
-    dtype:torch.dtype|None,   # of autocast
-    train_dl:Any,             # loader of training
-    views:Mapping[str,Any]    # loaders of validation
-)->Rehearsal:
+    cfg: Config,  # data.classification, train.classification, optimization
+    device: torch.device | str,  # where the run computes
+    dtype: torch.dtype | None,  # of autocast
+    train_dl: Any,  # loader of training
+    views: Mapping[str, Any],  # loaders of validation
+) -> Rehearsal:
     "What a training as configured asks of its network."
     c = cfg.train.classification
     valid = tuple(dict.fromkeys(s for dl in views.values() for s in batch_sizes(dl, c.batch_size)))
     phases = (True, False) if 0 < c.freeze_backbone_epochs < c.epochs else (False,)
-    return Rehearsal(batch_sizes(train_dl, c.batch_size), valid, cfg.data.classification.img_size, dtype, c.channels_last and cfg.optimization.channels_last, phases, torch.device(device))
+    return Rehearsal(
+        batch_sizes(train_dl, c.batch_size),
+        valid,
+        cfg.data.classification.img_size,
+        dtype,
+        c.channels_last and cfg.optimization.channels_last,
+        phases,
+        torch.device(device),
+    )
 
 # %% ../../nbs/training/630_learner.ipynb #ee97ee84
 def speed_up(
-    model:nn.Module,              # changed in place
-    cfg:Config,                   # optimization, as the stage left it
-    device:torch.device|str,      # where the run computes
-    dtype:torch.dtype|None,       # of autocast
-    train_dl:Any,                 # its batch size and drop_last
-    log:logging.Logger|None=None, # a line per wish
-    tb:TBWriter|None=None,        # and its tag
-    views:Mapping[str,Any]|None=None # validation loaders
-)->Mode: # what holds in the end
+    model: nn.Module,  # changed in place
+    cfg: Config,  # optimization, as the stage left it
+    device: torch.device | str,  # where the run computes
+    dtype: torch.dtype | None,  # of autocast
+    train_dl: Any,  # its batch size and drop_last
+    log: logging.Logger | None = None,  # a line per wish
+    tb: TBWriter | None = None,  # and its tag
+    views: Mapping[str, Any] | None = None,  # validation loaders
+) -> Mode:  # what holds in the end
     "Gradient checkpoints, compilation, CUDA graphs: as asked for, or with the reason why not."
-    if cfg.optimization.grad_checkpointing: checkpoint_gradients(model, log, tb)
-    mode, why = wanted_mode(cfg, device, getattr(train_dl, "drop_last", False) or getattr(train_dl, "batch_sampler", None) is not None, log, tb)
-    if mode == "none": decide(log, f"compile: none, because {why}", tb); return mode
+    if cfg.optimization.grad_checkpointing:
+        checkpoint_gradients(model, log, tb)
+    mode, why = wanted_mode(
+        cfg,
+        device,
+        getattr(train_dl, "drop_last", False) or getattr(train_dl, "batch_sampler", None) is not None,
+        log,
+        tb,
+    )
+    if mode == "none":
+        decide(log, f"compile: none, because {why}", tb)
+        return mode
     held = try_compile(model, mode, rehearsal(cfg, device, dtype, train_dl, views or {}), log)
     decide(log, f"compile: {held}, because {why}" if held == mode else f"compile: {held}, because {mode} failed", tb)
     return held
@@ -292,155 +382,269 @@ def speed_up(
 @dataclass
 class Outputs:
     "Where a training run writes; None means nowhere."
-    checkpoints:Path|None=None      # folder of best.pt and last.pt
-    metrics:Path|None=None          # reports/metrics.json
-    log:logging.Logger|None=None    # console and file
-    tb:TBWriter|None=None           # TensorBoard
-    title:str=""                    # printed before each row of progress
-    quiet:bool=False                # no step lines and no rows
+
+    checkpoints: Path | None = None  # folder of best.pt and last.pt
+    metrics: Path | None = None  # reports/metrics.json
+    log: logging.Logger | None = None  # console and file
+    tb: TBWriter | None = None  # TensorBoard
+    title: str = ""  # printed before each row of progress
+    quiet: bool = False  # no step lines and no rows
 
 # %% ../../nbs/training/630_learner.ipynb #184dd884
-FIRST_STEPS = 3   # of a process: memory is found, kernels are chosen; they stand in no curve (SPEC CT24)
+FIRST_STEPS = 3  # of a process: memory is found, kernels are chosen; they stand in no curve (SPEC CT24)
+
 
 def training_callbacks(
-    cfg:Config,                  # train.classification
-    steps:int,                   # optimizer steps of the run
-    dtype:torch.dtype|None,      # of autocast; None = full precision
-    fixed:Mapping[str,Any],      # what a checkpoint says besides the state: config_snapshot, class_map, backbone, img_size
-    out:Outputs,                 # where things are written
-    compiled:Mode="none"         # how the network was compiled
-)->list:
+    cfg: Config,  # train.classification
+    steps: int,  # optimizer steps of the run
+    dtype: torch.dtype | None,  # of autocast; None = full precision
+    fixed: Mapping[str, Any],  # what every checkpoint carries besides the state
+    out: Outputs,  # where things are written
+    compiled: Mode = "none",  # how the network was compiled
+) -> list:
     "The callbacks that the configuration asks for, in order."
-    c, stop, hours = cfg.train.classification, cfg.train.classification.early_stopping, cfg.data.progressive_validation.stage().time_limit_hours
+    c, stop, hours = (
+        cfg.train.classification,
+        cfg.train.classification.early_stopping,
+        cfg.data.progressive_validation.stage().time_limit_hours,
+    )
     cbs = [TrainEvalCallback(), Unpack(c.channels_last and cfg.optimization.channels_last)]
-    if compiled != "none" and cbs[1].layout is None: cbs[1].layout = torch.contiguous_format   # one layout for all batches: another would be compiled anew
-    if not out.quiet: cbs.append(StepLog(cfg.train.step_log_interval, out.log, out.tb, cfg.train.profile_interval, FIRST_STEPS if compiled == "none" else cfg.optimization.compile_warmup_steps))
+    if compiled != "none" and cbs[1].layout is None:
+        cbs[1].layout = torch.contiguous_format  # one layout for all batches: another would be compiled anew
+    if not out.quiet:
+        cbs.append(
+            StepLog(
+                cfg.train.step_log_interval,
+                out.log,
+                out.tb,
+                cfg.train.profile_interval,
+                FIRST_STEPS if compiled == "none" else cfg.optimization.compile_warmup_steps,
+            )
+        )
     cbs.append(build_scheduler(cfg, steps))
-    if (mixer := Mixer(c.mixing)).on: cbs.append(Mix(mixer))
-    if c.grad_accum_steps > 1: cbs.append(Accumulate(c.grad_accum_steps))
-    if compiled != "none": cbs.append(OwnGradients())
+    if (mixer := Mixer(c.mixing)).on:
+        cbs.append(Mix(mixer))
+    if c.grad_accum_steps > 1:
+        cbs.append(Accumulate(c.grad_accum_steps))
+    if compiled != "none":
+        cbs.append(OwnGradients())
     cbs.append(Precision(dtype))
     cbs += head_callbacks(cfg, out.log, out.tb)
-    if c.grad_clip is not None: cbs.append(GradClip(c.grad_clip))
+    if c.grad_clip is not None:
+        cbs.append(GradClip(c.grad_clip))
     cbs.append(ScaledStep())
-    if c.ema.enabled: cbs.append(Ema(c.ema.decay, c.ema.evaluate))
+    if c.ema.enabled:
+        cbs.append(Ema(c.ema.decay, c.ema.evaluate))
     cbs += [Validate(), History(out.metrics, out.tb), OomGuard(cfg.train.oom, out.log, out.tb)]
-    if hours is not None: cbs.append(Clock(hours, out.log))
-    if c.scheduler == "reduce_on_plateau": cbs.append(Plateau(c.plateau_patience, c.plateau_factor, min(1., c.min_lr/c.lr), stop.monitor, stop.mode, out.log))
-    if c.stall_check: cbs.append(Stall())
-    if out.checkpoints is not None: cbs.append(Checkpoint(out.checkpoints, fixed, stop.monitor, stop.mode, c.saving, out.log))
-    if not out.quiet: cbs.append(Progress(title=out.title))
+    if hours is not None:
+        cbs.append(Clock(hours, out.log))
+    if c.scheduler == "reduce_on_plateau":
+        cbs.append(
+            Plateau(c.plateau_patience, c.plateau_factor, min(1.0, c.min_lr / c.lr), stop.monitor, stop.mode, out.log)
+        )
+    if c.stall_check:
+        cbs.append(Stall())
+    if out.checkpoints is not None:
+        cbs.append(Checkpoint(out.checkpoints, fixed, stop.monitor, stop.mode, c.saving, out.log))
+    if not out.quiet:
+        cbs.append(Progress(title=out.title))
     return cbs + [EarlyStop(stop.monitor, stop.patience, stop.min_delta, stop.mode, out.log)]
 
 # %% ../../nbs/training/630_learner.ipynb #854738e6
 def build_learner(
-    cfg:Config,                       # train.classification, optimization, as the stage left them
-    model:nn.Module,                  # as many outputs as there are drugs
-    criterion:nn.Module,              # the loss
-    train_dl:Any,                     # loader of (images, labels, meta)
-    views:Mapping[str,Any],           # validation loaders by view; the first one decides
-    num_classes:int,                  # length of the class map
-    device:torch.device|str="cpu",    # where the run computes
-    fixed:Mapping[str,Any]|None=None, # what a checkpoint says besides the state
-    out:Outputs|None=None             # where things are written
-)->PillLearner:
+    cfg: Config,  # train.classification, optimization, as the stage left them
+    model: nn.Module,  # as many outputs as there are drugs
+    criterion: nn.Module,  # the loss
+    train_dl: Any,  # loader of (images, labels, meta)
+    views: Mapping[str, Any],  # validation loaders by view; the first one decides
+    num_classes: int,  # length of the class map
+    device: torch.device | str = "cpu",  # where the run computes
+    fixed: Mapping[str, Any] | None = None,  # what a checkpoint says besides the state
+    out: Outputs | None = None,  # where things are written
+) -> PillLearner:
     "A Learner as configured (SPEC CT2-CT5, CT8-CT12, CT15-CT18)."
     c, out = cfg.train.classification, out or Outputs(quiet=True)
     dtype = select_amp_dtype(c.amp_dtype if c.amp else "fp32", torch.device(device), out.log, out.tb)
     compiled = speed_up(model, cfg, device, dtype, train_dl, out.log, out.tb, views)
-    cbs = training_callbacks(cfg, total_steps(len(train_dl), c.grad_accum_steps, c.epochs), dtype, fixed or {}, out, compiled)
-    learn = PillLearner(PillLoaders(train_dl, next(iter(views.values())), device), model, criterion, opt_func=opt_func(cfg, out.log), lr=c.lr, default_cbs=False, cbs=cbs)
+    cbs = training_callbacks(
+        cfg, total_steps(len(train_dl), c.grad_accum_steps, c.epochs), dtype, fixed or {}, out, compiled
+    )
+    learn = PillLearner(
+        PillLoaders(train_dl, next(iter(views.values())), device),
+        model,
+        criterion,
+        opt_func=opt_func(cfg, out.log),
+        lr=c.lr,
+        default_cbs=False,
+        cbs=cbs,
+    )
     which = {"raw": ["raw"], "ema": ["ema"], "both": ["ema", "raw"]}[c.ema.evaluate] if c.ema.enabled else ["raw"]
-    learn.num_classes, learn.passes = num_classes, {v if w == which[0] else f"{v} ({w})": (dl, w) for w in which for v, dl in views.items()}
+    learn.num_classes, learn.passes = (
+        num_classes,
+        {v if w == which[0] else f"{v} ({w})": (dl, w) for w in which for v, dl in views.items()},
+    )
     return learn
 
 # %% ../../nbs/training/630_learner.ipynb #1a63e41b
 def validate_classification(
-    model:nn.Module,               # a classifier
-    loader:Any,                    # of (images, labels, meta)
-    num_classes:int,               # length of the class map
-    criterion:nn.Module|None=None, # the loss that is reported; plain cross-entropy when None
-    device:torch.device|str="cpu"  # where the pass runs
-)->dict[str,Any]: # val_loss, acc (= top1), macro_f1, top5, confidence, n, and answers photo by photo
+    model: nn.Module,  # a classifier
+    loader: Any,  # of (images, labels, meta)
+    num_classes: int,  # length of the class map
+    criterion: nn.Module | None = None,  # the loss that is reported; plain cross-entropy when None
+    device: torch.device | str = "cpu",  # where the pass runs
+) -> dict[str, Any]:  # val_loss, acc (= top1), macro_f1, top5, confidence, n, and answers photo by photo
     "One validation pass: fp32, no gradients, nothing dropped (SPEC CT21, X10)."
-    learn = PillLearner(PillLoaders(loader, loader, device), model.to(device), (criterion or nn.CrossEntropyLoss()).to(device), default_cbs=False, cbs=[TrainEvalCallback(), Unpack(), Validate()])
+    learn = PillLearner(
+        PillLoaders(loader, loader, device),
+        model.to(device),
+        (criterion or nn.CrossEntropyLoss()).to(device),
+        default_cbs=False,
+        cbs=[TrainEvalCallback(), Unpack(), Validate()],
+    )
     learn.num_classes = num_classes
     learn._do_epoch_validate(dl=loader)
     return {**learn.scores, "answers": learn.answers}
 
 # %% ../../nbs/training/630_learner.ipynb #b246f515
-SHAPING = ("data", "train.seed", "train.deterministic", "train.classification", "train.stage_overrides",
-    *(f"retrieval.{k}" for k in ("embedding_dim", "arcface_s", "arcface_m_warmup", "arcface_m_finetune", "num_classes_per_batch", "samples_per_class")))   # what shapes a classifier; paths, logging and the detector do not
-FREE = ("train.classification.epochs", "train.classification.saving", "train.classification.stall_check")   # of these, what may change on the way
+SHAPING = (
+    "data",
+    "train.seed",
+    "train.deterministic",
+    "train.classification",
+    "train.stage_overrides",
+    *(
+        f"retrieval.{k}"
+        for k in (
+            "embedding_dim",
+            "arcface_s",
+            "arcface_m_warmup",
+            "arcface_m_finetune",
+            "num_classes_per_batch",
+            "samples_per_class",
+        )
+    ),
+)  # what shapes a classifier; paths, logging and the detector do not
+
+
+FREE = (
+    "train.classification.epochs",
+    "train.classification.saving",
+    "train.classification.stall_check",
+)  # of these, what may change on the way
+
 
 def shaping(
-    tree:Mapping[str,Any] # a configuration as a plain tree
-)->dict[str,Any]: # only what changes the classifier
+    tree: Mapping[str, Any],  # a configuration as a plain tree
+) -> dict[str, Any]:  # only what changes the classifier
     "The settings that must agree for a run to be the same run."
-    def get(node:Any, dotted:str)->Any:
-        for part in dotted.split("."): node = node[part]
-        return node
-    return {s: {k: v for k, v in node.items() if f"{s}.{k}" not in FREE} if isinstance(node := get(tree, s), Mapping) else node for s in SHAPING}
 
+    def get(node: Any, dotted: str) -> Any:
+        for part in dotted.split("."):
+            node = node[part]
+        return node
+
+    return {
+        s: {k: v for k, v in node.items() if f"{s}.{k}" not in FREE}
+        if isinstance(node := get(tree, s), Mapping)
+        else node
+        for s in SHAPING
+    }
+
+# %% ../../nbs/training/630_learner.ipynb #28063fc8
 def read_last(
-    path:Path,                  # checkpoints/classifier/last.pt
-    cfg:Config,                 # what is asked for now
-    class_map:Mapping[str,Any], # of the data at hand
-    log:logging.Logger|None=None # where a missing file is said
-)->dict[str,Any]|None: # the checkpoint; None when there is none
+    path: Path,  # checkpoints/classifier/last.pt
+    cfg: Config,  # what is asked for now
+    class_map: Mapping[str, Any],  # of the data at hand
+    log: logging.Logger | None = None,  # where a missing file is said
+) -> dict[str, Any] | None:  # the checkpoint; None when there is none
     "A checkpoint that may be continued (SPEC CT16, X73, BX8)."
     if not find_ckpt(path).exists():
-        (log or logging.getLogger("pillsnap")).warning(f"resume: there is no {Path(path).name} yet, training begins at the first epoch"); return None
+        (log or logging.getLogger("pillsnap")).warning(
+            f"resume: there is no {Path(path).name} yet, training begins at the first epoch"
+        )
+        return None
     ckpt = load_ckpt(path, class_map=class_map, backbone=cfg.train.classification.backbone)
     if diff := config_diff(shaping(ckpt["config_snapshot"]), shaping(cfg.to_dict())):
-        raise PillsnapError("the checkpoint comes from another configuration:\n  "+"\n  ".join(diff[:12]), where=path, fix="ask for the settings it had, begin a new folder (--fresh), or set train.resume=null to overwrite it")
-    if (was := ckpt["config_snapshot"]["train"]["classification"]["epochs"]) != (now := cfg.train.classification.epochs):
-        decide(log, f"resume: {now} epochs in all instead of {was}; from here on the learning rate follows the schedule of {now}")
+        raise PillsnapError(
+            "the checkpoint comes from another configuration:\n  " + "\n  ".join(diff[:12]),
+            where=path,
+            fix="ask for the settings it had, begin a new folder (--fresh), or set train.resume=null to overwrite it",
+        )
+    if (was := ckpt["config_snapshot"]["train"]["classification"]["epochs"]) != (
+        now := cfg.train.classification.epochs
+    ):
+        decide(
+            log,
+            f"resume: {now} epochs in all instead of {was}; from here on the learning rate follows the schedule of {now}",
+        )
     return ckpt
 
 # %% ../../nbs/training/630_learner.ipynb #44261700
 def is_done(
-    ckpt:Mapping[str,Any], # last.pt
-    cfg:Config             # what is asked for
-)->bool:
+    ckpt: Mapping[str, Any],  # last.pt
+    cfg: Config,  # what is asked for
+) -> bool:
     "Whether training has come to its end."
     c, stop = cfg.train.classification, cfg.train.classification.early_stopping
-    return ckpt["epoch"] >= c.epochs or any(r.get("clock", {}).get("stopped", False) for r in ckpt["history"][-1:]) or early_stopping([monitored(r, stop.monitor) for r in ckpt["history"]], stop.patience, stop.min_delta, stop.mode)[0]
+    return (
+        ckpt["epoch"] >= c.epochs
+        or any(r.get("clock", {}).get("stopped", False) for r in ckpt["history"][-1:])
+        or early_stopping(
+            [monitored(r, stop.monitor) for r in ckpt["history"]], stop.patience, stop.min_delta, stop.mode
+        )[0]
+    )
+
 
 def goes_on(
-    path:Path,    # checkpoints/classifier/last.pt
-    cfg:Config,   # train.resume decides: auto, last or null
-    resuming:bool # the stage did not finish the last time
-)->bool:
+    path: Path,  # checkpoints/classifier/last.pt
+    cfg: Config,  # train.resume decides: auto, last or null
+    resuming: bool,  # the stage did not finish the last time
+) -> bool:
     "Whether a run goes on from a checkpoint if there is one, or begins (SPEC X73)."
-    if cfg.train.resume != "auto": return cfg.train.resume == "last"
-    return find_ckpt(path).exists() and (resuming or not is_done(load_ckpt(path), cfg))   # a finished run that is asked for again begins anew
+    if cfg.train.resume != "auto":
+        return cfg.train.resume == "last"
+    return find_ckpt(path).exists() and (
+        resuming or not is_done(load_ckpt(path), cfg)
+    )  # a finished run that is asked for again begins anew
+
 
 def going_on(
-    path:Path,                   # checkpoints/classifier/last.pt
-    cfg:Config,                  # train.resume decides: auto, last or null
-    class_map:Mapping[str,Any],  # of the data at hand
-    resuming:bool,               # the stage did not finish the last time
-    log:logging.Logger|None=None # where it is said
-)->dict[str,Any]|None: # the checkpoint to continue, or None to begin
+    path: Path,  # checkpoints/classifier/last.pt
+    cfg: Config,  # train.resume decides: auto, last or null
+    class_map: Mapping[str, Any],  # of the data at hand
+    resuming: bool,  # the stage did not finish the last time
+    log: logging.Logger | None = None,  # where it is said
+) -> dict[str, Any] | None:  # the checkpoint to continue, or None to begin
     "Begin or go on (SPEC CT16, X73, X76)."
     if goes_on(path, cfg, resuming) and (ckpt := read_last(path, cfg, class_map, log)) is not None:
         within = f" and {n} batches of the next" if (n := ckpt["position"]["batch"]) else ""
-        decide(log, f"resume: going on from {path} after epoch {ckpt['epoch']} of {cfg.train.classification.epochs}{within}")
+        decide(
+            log,
+            f"resume: going on from {path} after epoch {ckpt['epoch']} of {cfg.train.classification.epochs}{within}",
+        )
         return ckpt
 
 # %% ../../nbs/training/630_learner.ipynb #c8a56fd6
 def resolved_line(
-    cfg:Config,               # the configuration
-    num_classes:int,          # length of the class map
-    steps:int,                # optimizer steps of the run
-    device:torch.device|str,  # where
-    dtype:torch.dtype|None,   # of autocast
-    batch:int|None=None       # photos per batch, when a stage overrides it
-)->str:
+    cfg: Config,  # the configuration
+    num_classes: int,  # length of the class map
+    steps: int,  # optimizer steps of the run
+    device: torch.device | str,  # where
+    dtype: torch.dtype | None,  # of autocast
+    batch: int | None = None,  # photos per batch, when a stage overrides it
+) -> str:
     "The training in one line."
     c = cfg.train.classification
-    parts = [f"{c.backbone} for {num_classes} drugs", f"{cfg.data.classification.img_size} px", f"{c.epochs} epochs, {steps} steps of {batch or c.batch_size}" + (f"×{c.grad_accum_steps}" if c.grad_accum_steps > 1 else ""),
-        f"{c.optimizer} lr {c.lr:g} wd {c.weight_decay:g}", c.scheduler if c.scheduler == "onecycle" else f"{c.scheduler} with {warmup_steps(cfg, steps)} steps of warm-up",
-        f"clip {c.grad_clip:g}" if c.grad_clip else "no clipping", f"smoothing {c.label_smoothing:g}", f"average {c.ema.decay:g}" if c.ema.enabled else "no average", f"{str(dtype or torch.float32).removeprefix('torch.')} on {device}"]
+    parts = [
+        f"{c.backbone} for {num_classes} drugs",
+        f"{cfg.data.classification.img_size} px",
+        f"{c.epochs} epochs, {steps} steps of {batch or c.batch_size}"
+        + (f"×{c.grad_accum_steps}" if c.grad_accum_steps > 1 else ""),
+        f"{c.optimizer} lr {c.lr:g} wd {c.weight_decay:g}",
+        c.scheduler if c.scheduler == "onecycle" else f"{c.scheduler} with {warmup_steps(cfg, steps)} steps of warm-up",
+        f"clip {c.grad_clip:g}" if c.grad_clip else "no clipping",
+        f"smoothing {c.label_smoothing:g}",
+        f"average {c.ema.decay:g}" if c.ema.enabled else "no average",
+        f"{str(dtype or torch.float32).removeprefix('torch.')} on {device}",
+    ]
     return "training: " + " · ".join(parts)

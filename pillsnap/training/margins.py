@@ -22,83 +22,140 @@ from .callbacks import Precision, Unpack
 
 # %% ../../nbs/training/610_margins.ipynb #858a172b
 def freeze_backbone(
-    model:nn.Module, # in training mode; has get_classifier, as timm's networks
-    frozen:bool      # whether the head alone learns
-)->None:
+    model: nn.Module,  # in training mode; has get_classifier, as timm's networks
+    frozen: bool,  # whether the head alone learns
+) -> None:
     "Everything but the head keeps still, batch statistics too; or everything learns."
     head = model.get_classifier()
-    for p in model.parameters(): p.requires_grad_(not frozen)
-    for p in head.parameters(): p.requires_grad_(True)
-    if not frozen: return
+    for p in model.parameters():
+        p.requires_grad_(not frozen)
+    for p in head.parameters():
+        p.requires_grad_(True)
+    if not frozen:
+        return
     model.eval()
     head.train()
 
+
 class FreezeBackbone(Callback):
     "The head alone learns in the first epochs (SPEC RT3)."
-    order, run_valid = Unpack.order+1, False   # after the Learner has set the mode of the network
-    def __init__(self,
-        epochs:int,                     # in which the backbone keeps still
-        log:logging.Logger|None=None,   # where the change is said
-        tb:TBWriter|None=None           # and tagged
-    ): self.epochs, self.log, self.tb = epochs, log, tb
+
+    order, run_valid = Unpack.order + 1, False  # after the Learner has set the mode of the network
+
+    def __init__(
+        self,
+        epochs: int,  # in which the backbone keeps still
+        log: logging.Logger | None = None,  # where the change is said
+        tb: TBWriter | None = None,  # and tagged
+    ):
+        self.epochs, self.log, self.tb = epochs, log, tb
 
     def before_train(self):
         frozen = self.epoch < self.epochs
         freeze_backbone(self.model, frozen)
         if self.epoch == getattr(self.learn, "first_epoch", 0) or self.epoch == self.epochs:
             still = sum(p.numel() for p in self.model.parameters() if not p.requires_grad)
-            decide(self.log, f"backbone: frozen, {still/1e6:.2f} M numbers keep still until epoch {self.epochs+1}" if frozen else "backbone: every number learns from here on", self.tb, step=self.epoch)
+            decide(
+                self.log,
+                f"backbone: frozen, {still / 1e6:.2f} M numbers keep still until epoch {self.epochs + 1}"
+                if frozen
+                else "backbone: every number learns from here on",
+                self.tb,
+                step=self.epoch,
+            )
 
     def after_fit(self):
-        for p in self.model.parameters(): p.requires_grad_(True)
+        for p in self.model.parameters():
+            p.requires_grad_(True)
 
 # %% ../../nbs/training/610_margins.ipynb #49d04c7e
 class Margin(Callback):
     "ArcFace's margin, epoch by epoch (SPEC RT2, RT3)."
-    order, run_valid = FreezeBackbone.order+1, False
-    def __init__(self,
-        frozen:int=5,                   # epochs of warm-up
-        warm:float=0.,                  # margin in them, radians
-        full:float=.5,                  # margin afterwards
-        log:logging.Logger|None=None,   # where a change is said
-        tb:TBWriter|None=None           # train/margin
-    ): self.rule, self.log, self.tb, self.last = dict(frozen=frozen, warm=warm, full=full), log, tb, None
+
+    order, run_valid = FreezeBackbone.order + 1, False
+
+    def __init__(
+        self,
+        frozen: int = 5,  # epochs of warm-up
+        warm: float = 0.0,  # margin in them, radians
+        full: float = 0.5,  # margin afterwards
+        log: logging.Logger | None = None,  # where a change is said
+        tb: TBWriter | None = None,  # train/margin
+    ):
+        self.rule, self.log, self.tb, self.last = dict(frozen=frozen, warm=warm, full=full), log, tb, None
 
     def before_train(self):
         m = self.learn.loss_func.margin = margin_at(self.epoch, **self.rule)
-        if self.tb: self.tb.add_scalar("train/margin", m, self.epoch+1)
-        if m != self.last: decide(self.log, f"margin: {m:g} radians from epoch {self.epoch+1}", self.tb, step=self.epoch)
+        if self.tb:
+            self.tb.add_scalar("train/margin", m, self.epoch + 1)
+        if m != self.last:
+            decide(self.log, f"margin: {m:g} radians from epoch {self.epoch + 1}", self.tb, step=self.epoch)
         self.last = m
 
 # %% ../../nbs/training/610_margins.ipynb #8b2c6793
 class NanGuard(Callback):
     "Leave out a step whose gradients are not finite; ten in a row end the run (SPEC RT2)."
-    order, run_valid = Precision.order+.5, False   # after unscaling, before clipping divides by the norm
-    def __init__(self,
-        patience:int=10,                # bad steps in a row that end the run
-        log:logging.Logger|None=None,   # where each is said
-        tb:TBWriter|None=None           # and tagged
-    ): self.patience, self.log, self.tb, self.skipped, self.row = patience, log, tb, 0, 0
 
-    def before_fit(self): self.now = list(self.model.buffers()); self.good = [b.clone() for b in self.now]
-    def before_backward(self): self.learn.counted, self.learn.loss = self.learn.counted & self.loss.isfinite(), self.loss.nan_to_num(0., 0., 0.)   # what is told; the gradient is of another, and several processes have brought theirs together by now
+    order, run_valid = Precision.order + 0.5, False  # after unscaling, before clipping divides by the norm
+
+    def __init__(
+        self,
+        patience: int = 10,  # bad steps in a row that end the run
+        log: logging.Logger | None = None,  # where each is said
+        tb: TBWriter | None = None,  # and tagged
+    ):
+        self.patience, self.log, self.tb, self.skipped, self.row = patience, log, tb, 0, 0
+
+    def before_fit(self):
+        self.now = list(self.model.buffers())
+        self.good = [b.clone() for b in self.now]
+
+    def before_backward(self):
+        self.learn.counted, self.learn.loss = (
+            self.learn.counted & self.loss.isfinite(),
+            self.loss.nan_to_num(0.0, 0.0, 0.0),
+        )  # what is told; the gradient is of another, and several processes have brought theirs together by now
+
     def before_step(self):
-        grads, scaled = [p.grad for p in self.model.parameters() if p.grad is not None], self.precision.scaler is not None
+        grads, scaled = (
+            [p.grad for p in self.model.parameters() if p.grad is not None],
+            self.precision.scaler is not None,
+        )
         fine = bool(torch.stack(torch._foreach_norm(grads)).isfinite().all())
-        if self.now: torch._foreach_copy_(*((self.good, self.now) if fine else (self.now, self.good)))
-        if fine: self.row = 0; return
-        self.skipped += 1; self.row += 1
-        if not scaled: decide(self.log, f"nan: a step of epoch {self.epoch+1} was left out, its gradients are not finite ({self.skipped} so far)", self.tb, step=self.learn.train_iter)
-        if self.row >= self.patience*(3 if scaled else 1): raise PillsnapError(f"{self.row} steps in a row had gradients that are not finite", where="train.classification", fix="lower train.classification.lr, or train with amp=false; the last checkpoint is intact")
-        if not scaled: raise CancelStepException()
+        if self.now:
+            torch._foreach_copy_(*((self.good, self.now) if fine else (self.now, self.good)))
+        if fine:
+            self.row = 0
+            return
+        self.skipped += 1
+        self.row += 1
+        if not scaled:
+            decide(
+                self.log,
+                f"nan: a step of epoch {self.epoch + 1} was left out, its gradients are not finite ({self.skipped} so far)",
+                self.tb,
+                step=self.learn.train_iter,
+            )
+        if self.row >= self.patience * (3 if scaled else 1):
+            raise PillsnapError(
+                f"{self.row} steps in a row had gradients that are not finite",
+                where="train.classification",
+                fix="lower train.classification.lr, or train with amp=false; the last checkpoint is intact",
+            )
+        if not scaled:
+            raise CancelStepException()
 
 # %% ../../nbs/training/610_margins.ipynb #9a3bc1c7
 def head_callbacks(
-    cfg:Config,                     # train.classification.head, freeze_backbone_epochs; retrieval
-    log:logging.Logger|None=None,   # where they speak
-    tb:TBWriter|None=None           # and tag
-)->list[Callback]:
+    cfg: Config,  # train.classification.head, freeze_backbone_epochs; retrieval
+    log: logging.Logger | None = None,  # where they speak
+    tb: TBWriter | None = None,  # and tag
+) -> list[Callback]:
     "What a head needs besides (SPEC RT2, RT3)."
     c, r = cfg.train.classification, cfg.retrieval
     frozen = [FreezeBackbone(c.freeze_backbone_epochs, log, tb)] if c.freeze_backbone_epochs else []
-    return frozen + ([Margin(c.freeze_backbone_epochs, r.arcface_m_warmup, r.arcface_m_finetune, log, tb), NanGuard(log=log, tb=tb)] if c.head == "arcface" else [])
+    return frozen + (
+        [Margin(c.freeze_backbone_epochs, r.arcface_m_warmup, r.arcface_m_finetune, log, tb), NanGuard(log=log, tb=tb)]
+        if c.head == "arcface"
+        else []
+    )

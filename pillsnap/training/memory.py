@@ -36,94 +36,147 @@ from .callbacks import Accumulate, PillLearner
 @dataclass(frozen=True)
 class OomState:
     "What may be given up when memory runs out (SPEC Annex 2)."
-    batch_size:int                              # photos computed at once
-    grad_accum:int = 1                          # such batches per optimizer step
-    amp:Literal["fp32","bf16","fp16"] = "fp32"  # precision of autocast
-    emptied:bool = False                        # the cache has been emptied, and it was not enough
-    did_amp_escalate:bool = False               # fp16 has been thought of
+
+    batch_size: int  # photos computed at once
+    grad_accum: int = 1  # such batches per optimizer step
+    amp: Literal["fp32", "bf16", "fp16"] = "fp32"  # precision of autocast
+    emptied: bool = False  # the cache has been emptied, and it was not enough
+    did_amp_escalate: bool = False  # fp16 has been thought of
 
     @property
-    def global_batch(self)->int: # photos behind one optimizer step
+    def global_batch(self) -> int:  # photos behind one optimizer step
         "G of Annex 2."
-        return self.batch_size*self.grad_accum
+        return self.batch_size * self.grad_accum
 
 # %% ../../nbs/training/620_memory.ipynb #e96f4c3c
 @dataclass(frozen=True)
 class OomAction:
     "One answer of the rule."
-    state:Literal["S0","S1","S2","S3","end"]    # which row of Annex 2
-    name:Literal["empty_cache","amp_fp16","microbatching","global_batch_change","emergency_exit"] # what is done
-    next_state:OomState                         # what holds from here on
-    retries:int                                 # spent, this one included
-    why:str                                     # for the log
-    replay_batch:bool = True                    # try the same photos again
-    preserve_schedules:bool = True              # learning rate and its steps stay as they are
-    lr_scale:float = 1.                         # times the learning rate
-    wd_scale:float = 1.                         # times the weight decay
+
+    state: Literal["S0", "S1", "S2", "S3", "end"]  # which row of Annex 2
+    name: Literal["empty_cache", "amp_fp16", "microbatching", "global_batch_change", "emergency_exit"]  # what is done
+    next_state: OomState  # what holds from here on
+    retries: int  # spent, this one included
+    why: str  # for the log
+    replay_batch: bool = True  # try the same photos again
+    preserve_schedules: bool = True  # learning rate and its steps stay as they are
+    lr_scale: float = 1.0  # times the learning rate
+    wd_scale: float = 1.0  # times the weight decay
 
 # %% ../../nbs/training/620_memory.ipynb #085d2d07
 def oom_recovery_state_machine(
-    retries:int,       # spent so far
-    state:OomState,    # what held when memory ran out
-    policy:OomPolicy   # train.oom
-)->OomAction:
+    retries: int,  # spent so far
+    state: OomState,  # what held when memory ran out
+    policy: OomPolicy,  # train.oom
+) -> OomAction:
     "What to try next after an out-of-memory error (SPEC CT14, CT26, X19-X24, Annex 2)."
-    b, G, small = state.batch_size, state.global_batch, max(policy.min_batch, state.batch_size//2)
-    if not state.emptied: return OomAction("S0", "empty_cache", replace(state, emptied=True), retries, "the first error: the cache is emptied and the batch tried again")
+    b, G, small = state.batch_size, state.global_batch, max(policy.min_batch, state.batch_size // 2)
+    if not state.emptied:
+        return OomAction(
+            "S0",
+            "empty_cache",
+            replace(state, emptied=True),
+            retries,
+            "the first error: the cache is emptied and the batch tried again",
+        )
     if policy.escalate_to_fp16 and not state.did_amp_escalate:
         known = replace(state, did_amp_escalate=True)
-        if state.amp != "fp32": return OomAction("S1", "amp_fp16", known, retries, f"does not apply: autocast is {state.amp} already, 16 bits as well", replay_batch=False)
-        if retries < policy.max_retries: return OomAction("S1", "amp_fp16", replace(known, amp="fp16"), retries+1, "fp16 autocast with a gradient scaler from here on")
-    if retries >= policy.max_retries: return OomAction("end", "emergency_exit", state, retries, f"all {policy.max_retries} retries are spent", replay_batch=False)
-    if b <= policy.min_batch: return OomAction("end", "emergency_exit", state, retries, f"a batch of {b} cannot be cut any further", replay_batch=False)
-    if G % small == 0 and G//small <= policy.max_grad_accum:
-        return OomAction("S2", "microbatching", replace(state, batch_size=small, grad_accum=G//small), retries+1, f"{small} photos at once and {G//small} such batches a step: still {G} photos a step")
+        if state.amp != "fp32":
+            return OomAction(
+                "S1",
+                "amp_fp16",
+                known,
+                retries,
+                f"does not apply: autocast is {state.amp} already, 16 bits as well",
+                replay_batch=False,
+            )
+        if retries < policy.max_retries:
+            return OomAction(
+                "S1",
+                "amp_fp16",
+                replace(known, amp="fp16"),
+                retries + 1,
+                "fp16 autocast with a gradient scaler from here on",
+            )
+    if retries >= policy.max_retries:
+        return OomAction(
+            "end", "emergency_exit", state, retries, f"all {policy.max_retries} retries are spent", replay_batch=False
+        )
+    if b <= policy.min_batch:
+        return OomAction(
+            "end", "emergency_exit", state, retries, f"a batch of {b} cannot be cut any further", replay_batch=False
+        )
+    if G % small == 0 and G // small <= policy.max_grad_accum:
+        return OomAction(
+            "S2",
+            "microbatching",
+            replace(state, batch_size=small, grad_accum=G // small),
+            retries + 1,
+            f"{small} photos at once and {G // small} such batches a step: still {G} photos a step",
+        )
     return _smaller_step(retries, state, policy, small)
 
 # %% ../../nbs/training/620_memory.ipynb #21b6518c
-def _smaller_step(retries:int, state:OomState, policy:OomPolicy, small:int)->OomAction:
+def _smaller_step(retries: int, state: OomState, policy: OomPolicy, small: int) -> OomAction:
     "S3: fewer photos a step, at a rate as much lower."
     G = state.global_batch
-    accum = max(1, min(policy.max_grad_accum, G//small)); new = small*accum
-    return OomAction("S3", "global_batch_change", replace(state, batch_size=small, grad_accum=accum), retries+1, f"{small} photos at once, {accum} such batches a step: {new} photos a step instead of {G}, learning rate × {new/G:.3g}, schedule by samples",
-        preserve_schedules=False, lr_scale=new/G, wd_scale=G/new if policy.wd_scale_mode == "declared" else 1.)
+    accum = max(1, min(policy.max_grad_accum, G // small))
+    new = small * accum
+    return OomAction(
+        "S3",
+        "global_batch_change",
+        replace(state, batch_size=small, grad_accum=accum),
+        retries + 1,
+        f"{small} photos at once, {accum} such batches a step: {new} photos a step instead of {G}, learning rate × {new / G:.3g}, schedule by samples",
+        preserve_schedules=False,
+        lr_scale=new / G,
+        wd_scale=G / new if policy.wd_scale_mode == "declared" else 1.0,
+    )
 
 # %% ../../nbs/training/620_memory.ipynb #52f7880c
-def memory_share()->float: # 0-1; 0 without a GPU
+def memory_share() -> float:  # 0-1; 0 without a GPU
     "The GPU's memory that was in use at this process's peak since the last reset, other processes included."
-    if not torch.cuda.is_available(): return 0.
+    if not torch.cuda.is_available():
+        return 0.0
     free, total = torch.cuda.mem_get_info()
-    others = max(0, total-free-torch.cuda.memory_reserved())
-    return (others+torch.cuda.max_memory_reserved())/total
+    others = max(0, total - free - torch.cuda.memory_reserved())
+    return (others + torch.cuda.max_memory_reserved()) / total
 
-def reset_peak()->None:
+
+def reset_peak() -> None:
     "From here on, the peak is counted anew."
-    if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
 
 # %% ../../nbs/training/620_memory.ipynb #3c64f494
 class Copies:
     "Copies of tensors, in memory that is taken once and written again and again."
-    def __init__(self): self.tensors, self.held = [], []
+
+    def __init__(self):
+        self.tensors, self.held = [], []
 
     @torch.no_grad()
-    def keep(self,
-        tensors:Sequence[torch.Tensor] # as they are now
-    )->None:
+    def keep(
+        self,
+        tensors: Sequence[torch.Tensor],  # as they are now
+    ) -> None:
         "Copy them."
         form = lambda ts: [(t.shape, t.dtype, t.device) for t in ts]
-        if form(tensors) != form(self.held): self.held = [torch.empty_like(t) for t in tensors]
+        if form(tensors) != form(self.held):
+            self.held = [torch.empty_like(t) for t in tensors]
         self.tensors = list(tensors)
         copy_all(self.held, self.tensors)
 
     @torch.no_grad()
-    def put_back(self)->None:
+    def put_back(self) -> None:
         "Write the copies where they came from."
         copy_all(self.tensors, self.held)
 
+
 def copy_all(
-    to:Sequence[torch.Tensor],   # written
-    what:Sequence[torch.Tensor]  # read; as many, of the same shapes and types
-)->None:
+    to: Sequence[torch.Tensor],  # written
+    what: Sequence[torch.Tensor],  # read; as many, of the same shapes and types
+) -> None:
     "Copy many tensors with one kernel for each type of number."
     for dtype in {t.dtype for t in to}:
         pairs = [(a, b) for a, b in zip(to, what, strict=True) if a.dtype == dtype]
@@ -132,12 +185,14 @@ def copy_all(
 # %% ../../nbs/training/620_memory.ipynb #942b43b0
 class Moment:
     "What a failed batch may have spoilt: the open window's gradients, running statistics, the random generators."
-    def __init__(self): self.buffers, self.grads = Copies(), Copies()
 
-    def keep(self, learn:PillLearner)->"Moment":
+    def __init__(self):
+        self.buffers, self.grads = Copies(), Copies()
+
+    def keep(self, learn: PillLearner) -> "Moment":
         "As it is now."
         guard, window = learn.oom_guard, getattr(learn, "accumulate", None)
-        self.window, self.unit = (window.count, window.mass) if window is not None else (0, 0.), guard.state.batch_size
+        self.window, self.unit = (window.count, window.mass) if window is not None else (0, 0.0), guard.state.batch_size
         self.open = [p for p in guard.all_params if p.grad is not None] if self.window[0] else []
         self.grads.keep([p.grad for p in self.open])
         self.buffers.keep(guard.all_buffers)
@@ -145,324 +200,511 @@ class Moment:
         return self
 
     @torch.no_grad()
-    def put_back(self, learn:PillLearner)->None:
+    def put_back(self, learn: PillLearner) -> None:
         "As if the batch had not been tried."
         learn.xb, learn.yb, learn.pred, learn.loss, learn.loss_grad = (None,), (None,), None, None, None
-        for p in learn.oom_guard.all_params: p.grad = None
-        for p, g in zip(self.open, self.grads.held): p.grad = g.clone()
+        for p in learn.oom_guard.all_params:
+            p.grad = None
+        for p, g in zip(self.open, self.grads.held):
+            p.grad = g.clone()
         self.buffers.put_back()
-        if getattr(learn, "accumulate", None) is not None: learn.accumulate.count, learn.accumulate.mass = round(self.window[0]*self.unit/learn.oom_guard.state.batch_size), self.window[1]   # windows count batches of today's size
-        if getattr(learn, "precision", None): learn.precision.leave()   # the forward pass may not have come to its end
-        if getattr(learn, "distributed", None): learn.distributed.unwrap()   # neither there
+        if getattr(learn, "accumulate", None) is not None:
+            learn.accumulate.count, learn.accumulate.mass = (
+                round(self.window[0] * self.unit / learn.oom_guard.state.batch_size),
+                self.window[1],
+            )  # windows count batches of today's size
+        if getattr(learn, "precision", None):
+            learn.precision.leave()  # the forward pass may not have come to its end
+        if getattr(learn, "distributed", None):
+            learn.distributed.unwrap()  # neither there
         learn.unpack.lost = self.lost
         set_rng_state(self.dice)
 
 # %% ../../nbs/training/620_memory.ipynb #ce906af8
 def cut(
-    batch:Sequence[Any], # images [B, ...], labels [B], and perhaps a dictionary of lists
-    size:int             # photos of a part, at most
-)->list[tuple]:
+    batch: Sequence[Any],  # images [B, ...], labels [B], and perhaps a dictionary of lists
+    size: int,  # photos of a part, at most
+) -> list[tuple]:
     "A batch in parts (microbatching)."
-    images, labels, *rest = batch; n = len(labels)
-    if n <= size: return [tuple(batch)]
-    edges = np.linspace(0, n, -(-n//size)+1).round().astype(int)
+    images, labels, *rest = batch
+    n = len(labels)
+    if n <= size:
+        return [tuple(batch)]
+    edges = np.linspace(0, n, -(-n // size) + 1).round().astype(int)
     part = lambda v, a, b: v[a:b] if isinstance(v, (list, torch.Tensor)) and len(v) == n else v if a == 0 else type(v)()
-    return [(images[a:b], labels[a:b], *({k: part(v, a, b) for k, v in m.items()} for m in rest)) for a, b in zip(edges, edges[1:])]
+    return [
+        (images[a:b], labels[a:b], *({k: part(v, a, b) for k, v in m.items()} for m in rest))
+        for a, b in zip(edges, edges[1:])
+    ]
 
 # %% ../../nbs/training/620_memory.ipynb #46aabb58
 def memory_points(
-    state:OomState|None, # batch size and window of the epoch; None = no batch was seen
-    share:float          # of the GPU's memory, as memory_share gives it
-)->dict[str,float]: # TensorBoard tag to value
+    state: OomState | None,  # batch size and window of the epoch; None = no batch was seen
+    share: float,  # of the GPU's memory, as memory_share gives it
+) -> dict[str, float]:  # TensorBoard tag to value
     "Memory at the epoch's peak and the batch size it belongs to; without a GPU the memory of the processes."
     out = {"memory/batch_size": state.batch_size, "memory/grad_accum": state.grad_accum} if state else {}
-    if not torch.cuda.is_available(): return out | {"memory/used_mb": memory_mb()}
+    if not torch.cuda.is_available():
+        return out | {"memory/used_mb": memory_mb()}
     used, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-    return out | {"memory/used_mb": used/1e6, "memory/reserved_mb": reserved/1e6, "memory/share": share}
+    return out | {"memory/used_mb": used / 1e6, "memory/reserved_mb": reserved / 1e6, "memory/share": share}
 
 # %% ../../nbs/training/620_memory.ipynb #206bca05
 class OomGuard(Callback):
     "Tries a batch again that did not fit, in the order of Annex 2 (SPEC CT14, BX13)."
-    order, run_valid, shared = Accumulate.order+.5, False, False   # when it hears of a step, the window is full; `shared`: other processes wait for this one
-    def __init__(self, policy:OomPolicy, log:logging.Logger|None=None, tb:TBWriter|None=None, sleep:Callable[[float],None]=time.sleep, share:Callable[[],float]=memory_share):
+
+    order, run_valid, shared = (
+        Accumulate.order + 0.5,
+        False,
+        False,
+    )  # when it hears of a step, the window is full; `shared`: other processes wait for this one
+
+    def __init__(
+        self,
+        policy: OomPolicy,
+        log: logging.Logger | None = None,
+        tb: TBWriter | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+        share: Callable[[], float] = memory_share,
+    ):
         self.policy, self.log, self.tb, self.sleep, self.share = policy, log, tb, sleep, share
-        self.state, self.retries, self.clean, self.lr_scale, self.events, self.moved = None, 0, 0, 1., [], False
+        self.state, self.retries, self.clean, self.lr_scale, self.events, self.moved = None, 0, 0, 1.0, [], False
 
     def before_fit(self):
-        self.all_params, self.all_buffers = list(self.model.parameters()), list(self.model.buffers())   # asked for once: to walk a large network takes milliseconds
+        self.all_params, self.all_buffers = (
+            list(self.model.parameters()),
+            list(self.model.buffers()),
+        )  # asked for once: to walk a large network takes milliseconds
         self.whole, self.part = Moment(), Moment()
 
     def before_epoch(self):
         s = self.share()
         reset_peak()
-        if s <= .8: return
-        decide(self.log, f"memory: {s:.0%} of the GPU's is in use before epoch {self.epoch+1}; above 80 % the next larger photo may not fit", self.tb)
-        if self.tb: self.tb.add_scalar("oom/memory_warning", s, self.epoch+1)
+        if s <= 0.8:
+            return
+        decide(
+            self.log,
+            f"memory: {s:.0%} of the GPU's is in use before epoch {self.epoch + 1}; above 80 % the next larger photo may not fit",
+            self.tb,
+        )
+        if self.tb:
+            self.tb.add_scalar("oom/memory_warning", s, self.epoch + 1)
 
     def after_epoch(self):
-        if self.tb: self.tb.add_scalars(memory_points(self.state, self.share()), self.epoch+1)
+        if self.tb:
+            self.tb.add_scalars(memory_points(self.state, self.share()), self.epoch + 1)
 
     def before_batch(self):
-        if self.lr_scale != 1. and getattr(self.learn, "schedule", None): self.opt.set_hyper("lr", [h["lr"]*self.lr_scale for h in self.opt.hypers])   # the schedule has just set it
-    def before_step(self): self.moved = self.stepped = True
+        if self.lr_scale != 1.0 and getattr(self.learn, "schedule", None):
+            self.opt.set_hyper("lr", [h["lr"] * self.lr_scale for h in self.opt.hypers])  # the schedule has just set it
+
+    def before_step(self):
+        self.moved = self.stepped = True
+
     def after_step(self):
         self.clean += 1
-        if self.lr_scale != 1. and getattr(self.learn, "schedule", None): self.learn.schedule.done += self.lr_scale-1   # by samples
-        if self.clean == self.policy.reset_after_clean_steps and self.state and (self.retries or self.state.emptied): self.forget()
+        if self.lr_scale != 1.0 and getattr(self.learn, "schedule", None):
+            self.learn.schedule.done += self.lr_scale - 1  # by samples
+        if self.clean == self.policy.reset_after_clean_steps and self.state and (self.retries or self.state.emptied):
+            self.forget()
 
 # %% ../../nbs/training/620_memory.ipynb #cbc7f9af
 @patch
-def forget(self:OomGuard)->None:
+def forget(self: OomGuard) -> None:
     "Enough went well: the retries count from nothing again (SPEC X22)."
     decide(self.log, f"memory: {self.clean} steps went well, the {self.retries} retries are forgotten", self.tb)
     self.retries, self.state = 0, replace(self.state, emptied=False)
 
+
 @patch(as_prop=True)
-def errors(self:OomGuard)->int:
+def errors(self: OomGuard) -> int:
     "How often memory ran out in this run; an answer that does not apply is not another error."
     return sum(e["again"] or e["state"] == "end" for e in self.events)
 
-@patch
-def state_dict(self:OomGuard)->dict[str,Any]:
-    "What has been given up so far."
-    cast, rate = getattr(self.learn, "precision", None), getattr(self.learn, "schedule", None)
-    return dict(state=asdict(self.state) if self.state else None, lr_scale=self.lr_scale, events=self.events, steps=rate.done if rate else 0, scaler=cast.state_dict() if cast else None)
 
 @patch
-def load_state_dict(self:OomGuard, s:Mapping[str,Any])->None:
+def state_dict(self: OomGuard) -> dict[str, Any]:
+    "What has been given up so far."
+    cast, rate = getattr(self.learn, "precision", None), getattr(self.learn, "schedule", None)
+    return dict(
+        state=asdict(self.state) if self.state else None,
+        lr_scale=self.lr_scale,
+        events=self.events,
+        steps=rate.done if rate else 0,
+        scaler=cast.state_dict() if cast else None,
+    )
+
+
+@patch
+def load_state_dict(self: OomGuard, s: Mapping[str, Any]) -> None:
     "What was given up stays given up; retries and cache begin anew in a new process."
     self.events = list(s["events"])
-    if not s["state"]: return
+    if not s["state"]:
+        return
     self.state, self.lr_scale = replace(OomState(**s["state"]), emptied=False), s["lr_scale"]
-    self.carry_out(); self.slow_average(self.lr_scale)
-    if s["scaler"]: self.learn.precision.load_state_dict(s["scaler"])   # fp16 may have come by S1 alone
-    if self.lr_scale != 1. and getattr(self.learn, "schedule", None): self.learn.schedule.done = s["steps"]
+    self.carry_out()
+    self.slow_average(self.lr_scale)
+    if s["scaler"]:
+        self.learn.precision.load_state_dict(s["scaler"])  # fp16 may have come by S1 alone
+    if self.lr_scale != 1.0 and getattr(self.learn, "schedule", None):
+        self.learn.schedule.done = s["steps"]
 
 # %% ../../nbs/training/620_memory.ipynb #c231ea94
 @patch
-def slow_average(self:OomGuard,
-    share:float # photos of a step now, of those of a step before
-)->None:
+def slow_average(
+    self: OomGuard,
+    share: float,  # photos of a step now, of those of a step before
+) -> None:
     "The average reaches back over as many photos as before (Busbridge et al. 2023, How to Scale Your EMA: decay ** share)."
-    if getattr(self.learn, "ema", None): self.learn.ema.decay **= share
+    if getattr(self.learn, "ema", None):
+        self.learn.ema.decay **= share
+
 
 @patch
-def carry_out(self:OomGuard)->None:
+def carry_out(self: OomGuard) -> None:
     "Make the Learner what the state says."
     cast, window = getattr(self.learn, "precision", None), getattr(self.learn, "accumulate", None)
-    if self.state.amp == "fp16" and cast is not None and cast.dtype != torch.float16: cast.dtype = torch.float16; cast.before_fit()
-    if window is None and self.state.grad_accum > 1: self.learn.add_cb(Accumulate(self.state.grad_accum))
-    elif window is not None: window.every = self.state.grad_accum
+    if self.state.amp == "fp16" and cast is not None and cast.dtype != torch.float16:
+        cast.dtype = torch.float16
+        cast.before_fit()
+    if window is None and self.state.grad_accum > 1:
+        self.learn.add_cb(Accumulate(self.state.grad_accum))
+    elif window is not None:
+        window.every = self.state.grad_accum
+
 
 @patch
-def asked(self:OomGuard, batch:Sequence[Any])->OomState:
+def asked(self: OomGuard, batch: Sequence[Any]) -> OomState:
     "The state of a run that has not met an error yet."
     dtype = getattr(getattr(self.learn, "precision", None), "dtype", None)
     size = getattr(self.learn.dls.train, "batch_size", None) or len(batch[1])
-    return OomState(size, getattr(getattr(self.learn, "accumulate", None), "every", 1), {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, "fp32"))
+    return OomState(
+        size,
+        getattr(getattr(self.learn, "accumulate", None), "every", 1),
+        {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, "fp32"),
+    )
 
 # %% ../../nbs/training/620_memory.ipynb #029718ee
 def is_compiled(
-    model:nn.Module # a network
-)->bool:
+    model: nn.Module,  # a network
+) -> bool:
     "Whether torch.compile is at work in it, which may have recorded CUDA graphs."
     return getattr(model, "_compiled_call_impl", None) is not None
 
 # %% ../../nbs/training/620_memory.ipynb #5b7cfac1
 @patch
-def train(self:OomGuard,
-    i:int,               # number of the batch in its epoch
-    batch:Sequence[Any]  # as the loader gave it
-)->None:
+def train(
+    self: OomGuard,
+    i: int,  # number of the batch in its epoch
+    batch: Sequence[Any],  # as the loader gave it
+) -> None:
     "One batch, whole or in parts, until it is done or the rule gives up."
-    if self.state is None: self.state = self.asked(batch)
+    if self.state is None:
+        self.state = self.asked(batch)
     whole, todo, self.stepped = self.whole.keep(self.learn), deque(cut(batch, self.state.batch_size)), False
     before = whole
     while todo:
         self.learn.in_parts, self.moved = len(todo) > 1, False
-        try: Learner.one_batch(self.learn, i, todo[0])
+        try:
+            Learner.one_batch(self.learn, i, todo[0])
         except Exception as e:
-            if not is_oom(e): raise
+            if not is_oom(e):
+                raise
             said = reason(e)
         else:
             todo.popleft()
             before = self.part.keep(self.learn) if todo else None
             continue
-        if self.moved: self.give_up("memory ran out in the optimizer's step or after it, and a step cannot be undone")
-        before.put_back(self.learn); release(graphs=is_compiled(self.model))
+        if self.moved:
+            self.give_up("memory ran out in the optimizer's step or after it, and a step cannot be undone")
+        before.put_back(self.learn)
+        release(graphs=is_compiled(self.model))
         self.recover(i, said, whole, sum(len(p[1]) for p in todo))
         todo = deque(q for p in todo for q in cut(p, self.state.batch_size))
 
 # %% ../../nbs/training/620_memory.ipynb #b77607f1
 @patch
-def recover(self:OomGuard, i:int, said:str, whole:Moment, left:int)->None:
+def recover(self: OomGuard, i: int, said: str, whole: Moment, left: int) -> None:
     "Ask the rule until it says to try again, and write down each answer."
-    if self.shared: self.give_up("one of several processes has no room, and the others cannot wait until it has tried again", whole, left)
+    if self.shared:
+        self.give_up(
+            "one of several processes has no room, and the others cannot wait until it has tried again", whole, left
+        )
     self.sleep(self.policy.cooldown_sec)
     while True:
         old, act = self.state, oom_recovery_state_machine(self.retries, self.state, self.policy)
-        self.events.append(dict(epoch=self.learn.epoch+1, batch=i+1, error=said, state=act.state, action=act.name, G_old=old.global_batch, G_new=act.next_state.global_batch, lr_scale=act.lr_scale, retries=act.retries, again=act.replay_batch))
-        decide(self.log, f"out of memory: epoch {self.learn.epoch+1}, batch {i+1}: {act.state} {act.name}, {act.why} ({act.retries} of {self.policy.max_retries} retries; {said})", self.tb)
-        if self.tb: self.tb.add_scalars({"oom/retries": act.retries, "oom/state": float(("S0", "S1", "S2", "S3", "end").index(act.state))}, len(self.events))
-        if act.name == "emergency_exit": self.give_up(f"{act.why} ({said})", whole, left)
+        self.events.append(
+            dict(
+                epoch=self.learn.epoch + 1,
+                batch=i + 1,
+                error=said,
+                state=act.state,
+                action=act.name,
+                G_old=old.global_batch,
+                G_new=act.next_state.global_batch,
+                lr_scale=act.lr_scale,
+                retries=act.retries,
+                again=act.replay_batch,
+            )
+        )
+        decide(
+            self.log,
+            f"out of memory: epoch {self.learn.epoch + 1}, batch {i + 1}: {act.state} {act.name}, {act.why} ({act.retries} of {self.policy.max_retries} retries; {said})",
+            self.tb,
+        )
+        if self.tb:
+            self.tb.add_scalars(
+                {"oom/retries": act.retries, "oom/state": float(("S0", "S1", "S2", "S3", "end").index(act.state))},
+                len(self.events),
+            )
+        if act.name == "emergency_exit":
+            self.give_up(f"{act.why} ({said})", whole, left)
         self.take(act, old)
-        if act.replay_batch: return
+        if act.replay_batch:
+            return
 
+# %% ../../nbs/training/620_memory.ipynb #03853298
 @patch
-def take(self:OomGuard, act:OomAction, old:OomState)->None:
+def take(self: OomGuard, act: OomAction, old: OomState) -> None:
     "From here on the answer holds."
     self.state, self.retries, self.clean = act.next_state, act.retries, 0
     self.lr_scale *= act.lr_scale
-    if act.wd_scale != 1.: self.opt.set_hyper("wd", [h["wd"]*act.wd_scale for h in self.opt.hypers])
+    if act.wd_scale != 1.0:
+        self.opt.set_hyper("wd", [h["wd"] * act.wd_scale for h in self.opt.hypers])
     self.slow_average(act.lr_scale)
-    if act.lr_scale != 1. and getattr(self.learn, "schedule", None) is None: self.opt.set_hyper("lr", [h["lr"]*act.lr_scale for h in self.opt.hypers])
+    if act.lr_scale != 1.0 and getattr(self.learn, "schedule", None) is None:
+        self.opt.set_hyper("lr", [h["lr"] * act.lr_scale for h in self.opt.hypers])
     self.carry_out()
-    if getattr(self.learn, "accumulate", None) is not None: self.learn.accumulate.count = round(self.learn.accumulate.count*old.batch_size/self.state.batch_size)
+    if getattr(self.learn, "accumulate", None) is not None:
+        self.learn.accumulate.count = round(self.learn.accumulate.count * old.batch_size / self.state.batch_size)
 
 # %% ../../nbs/training/620_memory.ipynb #5e2029dd
 @patch
-def give_up(self:OomGuard,
-    why:str,               # for the person
-    whole:Moment|None=None,# before this batch; None when weights have moved and nothing may be saved
-    left:int=0             # photos of the batch that were not reached
-)->None:
+def give_up(
+    self: OomGuard,
+    why: str,  # for the person
+    whole: Moment | None = None,  # before this batch; None when weights have moved and nothing may be saved
+    left: int = 0,  # photos of the batch that were not reached
+) -> None:
     "Save what can be saved, and end with what to change."
     saver, rest = getattr(self.learn, "checkpoint", None), ""
     if saver and whole:
-        if self.stepped: saver.mark(); rest = f"; {left} photos of this batch are not seen in this epoch"
-        else: whole.put_back(self.learn)
-        saver.save_last(); rest = f"; saved in {saver.folder/'last.pt'}{rest}"
-    raise PillsnapError(f"out of memory: {why}{rest}", where=f"epoch {self.learn.epoch+1}, {self.state.batch_size} photos at once",
-        fix=f"free the GPU's memory of other processes and give the same command again; or optimization.grad_checkpointing=true; or begin anew with train.classification.batch_size={max(1, self.state.batch_size//2)} or a smaller data.classification.img_size")
+        if self.stepped:
+            saver.mark()
+            rest = f"; {left} photos of this batch are not seen in this epoch"
+        else:
+            whole.put_back(self.learn)
+        saver.save_last()
+        rest = f"; saved in {saver.folder / 'last.pt'}{rest}"
+    raise PillsnapError(
+        f"out of memory: {why}{rest}",
+        where=f"epoch {self.learn.epoch + 1}, {self.state.batch_size} photos at once",
+        fix=f"free the GPU's memory of other processes and give the same command again; or optimization.grad_checkpointing=true; or begin anew with train.classification.batch_size={max(1, self.state.batch_size // 2)} or a smaller data.classification.img_size",
+    )
 
 # %% ../../nbs/training/620_memory.ipynb #8e29d61c
 @patch
-def judge(self:OomGuard,
-    i:int,               # number of the batch in its pass
-    batch:Sequence[Any]  # as the loader gave it
-)->None:
+def judge(
+    self: OomGuard,
+    i: int,  # number of the batch in its pass
+    batch: Sequence[Any],  # as the loader gave it
+) -> None:
     "A batch of a validation, in as many parts as it takes."
     todo = deque([tuple(batch)])
     while todo:
         self.learn.in_parts, n = len(todo) > 1, len(todo[0][1])
-        try: Learner.one_batch(self.learn, i, todo[0])
+        try:
+            Learner.one_batch(self.learn, i, todo[0])
         except Exception as e:
-            if not is_oom(e) or n == 1: raise
+            if not is_oom(e) or n == 1:
+                raise
             why = reason(e)
-        else: todo.popleft(); continue
-        self.learn.pred = self.learn.loss = None; release(graphs=is_compiled(self.model))
-        decide(self.log, f"out of memory: validation in batches of {-(-n//2)} instead of {n} ({why})", self.tb)
-        self.events.append(dict(epoch=self.learn.epoch+1, batch=i+1, error=why, state="S2", action="microbatching in validation", G_old=n, G_new=n, lr_scale=1., retries=self.retries, again=True))
-        todo.extendleft(reversed(cut(todo.popleft(), -(-n//2))))
+        else:
+            todo.popleft()
+            continue
+        self.learn.pred = self.learn.loss = None
+        release(graphs=is_compiled(self.model))
+        decide(self.log, f"out of memory: validation in batches of {-(-n // 2)} instead of {n} ({why})", self.tb)
+        self.events.append(
+            dict(
+                epoch=self.learn.epoch + 1,
+                batch=i + 1,
+                error=why,
+                state="S2",
+                action="microbatching in validation",
+                G_old=n,
+                G_new=n,
+                lr_scale=1.0,
+                retries=self.retries,
+                again=True,
+            )
+        )
+        todo.extendleft(reversed(cut(todo.popleft(), -(-n // 2))))
 
 # %% ../../nbs/training/620_memory.ipynb #eafbd9f8
-PillLearner.in_parts = False   # whether more of this batch is to come
+PillLearner.in_parts = False  # whether more of this batch is to come
+
 
 @patch
-def one_batch(self:PillLearner, i:int, b:Sequence[Any])->None:
+def one_batch(self: PillLearner, i: int, b: Sequence[Any]) -> None:
     "fastai's, under the guard where there is one."
     guard = self.__dict__.get("oom_guard")
-    if guard is None: Learner.one_batch(self, i, b)
-    else: (guard.train if self.training else guard.judge)(i, b)
+    if guard is None:
+        Learner.one_batch(self, i, b)
+    else:
+        (guard.train if self.training else guard.judge)(i, b)
 
 # %% ../../nbs/training/620_memory.ipynb #5207b945
 def auto_find_batch_size(
-    fn:Callable[[int,bool],float],    # photos, whether fp16 is forced → share of memory held at the peak; raises when there is none
-    init_bs:int,                      # where to begin
-    min_bs:int=1,                     # smallest batch
-    max_bs:int|None=None,             # largest one; None = init_bs
-    amp_force_fp16:bool=False,        # measure under fp16 whatever the configuration says
-    headroom:float=.88,               # share of memory that a batch may hold (SPEC X18)
-    warmup:int=10,                    # steps of each candidate
-    multiple:int=8,                   # larger answers are rounded down to a multiple of it
-    compiled:Callable[[int,bool],float]|None=None, # the step as training compiles it; the answer is tried on it too
-    log:logging.Logger|None=None,     # where the result is said
-    tb:TBWriter|None=None             # perf/auto_batch_found
-)->tuple[int,list[dict[str,Any]]]:    # the batch, and every trial
+    fn: Callable[[int, bool], float],  # (photos, force fp16) → share of memory at the peak
+    init_bs: int,  # where to begin
+    min_bs: int = 1,  # smallest batch
+    max_bs: int | None = None,  # largest one; None = init_bs
+    amp_force_fp16: bool = False,  # measure under fp16 whatever the configuration says
+    headroom: float = 0.88,  # share of memory that a batch may hold (SPEC X18)
+    warmup: int = 10,  # steps of each candidate
+    multiple: int = 8,  # larger answers are rounded down to a multiple of it
+    compiled: Callable[[int, bool], float] | None = None,  # the compiled step; the answer is tried on it too
+    log: logging.Logger | None = None,  # where the result is said
+    tb: TBWriter | None = None,  # perf/auto_batch_found
+) -> tuple[int, list[dict[str, Any]]]:  # the batch, and every trial
     "The largest batch that fits, by bisection (SPEC CT13, X17, X18)."
-    table, low, high = [], min_bs-1, max_bs or init_bs
+    table, low, high = [], min_bs - 1, max_bs or init_bs
     bs = min(max(init_bs, min_bs), high)
     while low < high:
         share, why = _try(fn, bs, amp_force_fp16, warmup)
         table.append(dict(batch=bs, share=share, fits=share <= headroom, error=why))
-        low, high = (bs, high) if share <= headroom else (low, bs-1)
-        bs = (low+high+1)//2
-    if low < min_bs: raise PillsnapError(f"not even {min_bs} photos fit ({table[-1]['error'] or format(table[-1]['share'], '.0%')+' of the memory'})", where="auto_find_batch_size", fix="optimization.grad_checkpointing=true, a smaller data.classification.img_size, or a GPU with more memory")
-    fits, low = low, low-low%multiple if low > multiple else low
+        low, high = (bs, high) if share <= headroom else (low, bs - 1)
+        bs = (low + high + 1) // 2
+    if low < min_bs:
+        raise PillsnapError(
+            f"not even {min_bs} photos fit ({table[-1]['error'] or format(table[-1]['share'], '.0%') + ' of the memory'})",
+            where="auto_find_batch_size",
+            fix="optimization.grad_checkpointing=true, a smaller data.classification.img_size, or a GPU with more memory",
+        )
+    fits, low = low, low - low % multiple if low > multiple else low
     rounded = f", rounded down from {fits} to a multiple of {multiple}" if low < fits else ""
-    fn = None   # with its copy of the network
-    if compiled: low = _fits_compiled(compiled, low, min_bs, multiple, amp_force_fp16, headroom, warmup, log)
-    decide(log, f"batch: {low}{rounded}, found in {len(table)} trials of {warmup} steps, headroom {headroom:.0%}: " + ", ".join(f"{r['batch']} {'fits' if r['fits'] else 'does not'}" for r in table), tb)
-    if tb: tb.add_scalar("perf/auto_batch_found", low, 0)
+    fn = None  # with its copy of the network
+    if compiled:
+        low = _fits_compiled(compiled, low, min_bs, multiple, amp_force_fp16, headroom, warmup, log)
+    decide(
+        log,
+        f"batch: {low}{rounded}, found in {len(table)} trials of {warmup} steps, headroom {headroom:.0%}: "
+        + ", ".join(f"{r['batch']} {'fits' if r['fits'] else 'does not'}" for r in table),
+        tb,
+    )
+    if tb:
+        tb.add_scalar("perf/auto_batch_found", low, 0)
     return low, table
 
-def _fits_compiled(fn:Callable, n:int, least:int, multiple:int, fp16:bool, headroom:float, warmup:int, log:logging.Logger|None)->int:
+# %% ../../nbs/training/620_memory.ipynb #95644230
+def _fits_compiled(
+    fn: Callable,
+    n: int,
+    least: int,
+    multiple: int,
+    fp16: bool,
+    headroom: float,
+    warmup: int,
+    log: logging.Logger | None,
+) -> int:
     "The batch, or three quarters of it, and so on, until the compiled step fits too."
     while True:
         share, why = _try(fn, n, fp16, warmup)
-        if share <= headroom: return n
+        if share <= headroom:
+            return n
         said = why or f"{share:.0%} of the memory"
-        if n <= least: raise PillsnapError(f"not even {n} photos fit once the step is compiled ({said})", where="auto_find_batch_size", fix="optimization.torch_compile=none, or a smaller data.classification.img_size")
-        smaller = max(least, n*3//4//multiple*multiple or n//2)
+        if n <= least:
+            raise PillsnapError(
+                f"not even {n} photos fit once the step is compiled ({said})",
+                where="auto_find_batch_size",
+                fix="optimization.torch_compile=none, or a smaller data.classification.img_size",
+            )
+        smaller = max(least, n * 3 // 4 // multiple * multiple or n // 2)
         decide(log, f"batch: {n} photos fit, but not once the step is compiled ({said}); {smaller} are tried")
         n = smaller
 
-def _try(fn:Callable, bs:int, fp16:bool, warmup:int)->tuple[float,str|None]:
+
+def _try(fn: Callable, bs: int, fp16: bool, warmup: int) -> tuple[float, str | None]:
     "The peak of a few steps; infinite when memory ran out."
-    try: return max(fn(bs, fp16) for _ in range(warmup)), None
+    try:
+        return max(fn(bs, fp16) for _ in range(warmup)), None
     except Exception as e:
-        if not is_oom(e): raise
+        if not is_oom(e):
+            raise
         return float("inf"), reason(e)
     finally:
-        release(graphs=True)   # of this candidate; the next one has another shape
-        reset_peak()           # what was tried is no part of the training's own peak
+        release(graphs=True)  # of this candidate; the next one has another shape
+        reset_peak()  # what was tried is no part of the training's own peak
 
 # %% ../../nbs/training/620_memory.ipynb #dbf2f88a
 def compiler_said(
-    e:BaseException # what torch.compile raised
-)->str: # at most 120 characters
+    e: BaseException,  # what torch.compile raised
+) -> str:  # at most 120 characters
     "Its first two lines in one: the first often names the backend alone."
     return " ".join((str(e) or type(e).__name__).splitlines()[:2])[:120]
 
 # %% ../../nbs/training/620_memory.ipynb #a63dd5c8
 def step_probe(
-    model:nn.Module,                  # as it will be trained, on its device
-    criterion:nn.Module,              # the loss
-    num_classes:int,                  # of the head
-    img_size:int,                     # side, pixels
-    optimizer:Callable[[Any],torch.optim.Optimizer], # parameters → optimizer
-    dtype:torch.dtype|None=None,      # of autocast
-    ema:bool=False,                   # whether an average is kept
-    channels_last:bool=False,         # memory format
-    share:Callable[[],float]=memory_share, # how much was held
-    compiled:Mapping[str,str]|None=None,   # arguments of torch.compile; None = training does not compile
-    grad_checkpointing:bool=False,         # whether training keeps the inputs of blocks alone
-    log:logging.Logger|None=None           # where a compiler that fails is said
-)->Callable[[int,bool],float]:
+    model: nn.Module,  # as it will be trained, on its device
+    criterion: nn.Module,  # the loss
+    num_classes: int,  # of the head
+    img_size: int,  # side, pixels
+    optimizer: Callable[[Any], torch.optim.Optimizer],  # parameters → optimizer
+    dtype: torch.dtype | None = None,  # of autocast
+    ema: bool = False,  # whether an average is kept
+    channels_last: bool = False,  # memory format
+    share: Callable[[], float] = memory_share,  # how much was held
+    compiled: Mapping[str, str] | None = None,  # arguments of torch.compile; None = training does not compile
+    grad_checkpointing: bool = False,  # whether training keeps the inputs of blocks alone
+    log: logging.Logger | None = None,  # where a compiler that fails is said
+) -> Callable[[int, bool], float]:
     "The worst case of one training step, for `auto_find_batch_size` (SPEC CT13)."
     device, net, dice = next(model.parameters()).device, deepcopy(model), rng_state()
     if grad_checkpointing:
-        with suppress(AttributeError, AssertionError): net.set_grad_checkpointing(True)   # a network that cannot is told so later
-    if compiled: net.compile(**compiled)
-    if ema: net.average = [v.detach().clone() for v in model.state_dict().values()]   # held, as training will hold it
+        with suppress(AttributeError, AssertionError):
+            net.set_grad_checkpointing(True)  # a network that cannot is told so later
+    if compiled:
+        net.compile(**compiled)
+    if ema:
+        net.average = [v.detach().clone() for v in model.state_dict().values()]  # held, as training will hold it
     opt, layout = optimizer(net.parameters()), torch.channels_last if channels_last else torch.contiguous_format
-    def step(bs:int, fp16:bool)->None:
-        x, y = torch.randn(bs, 3, img_size, img_size, device=device).to(memory_format=layout), torch.randint(0, num_classes, (bs,), device=device)
-        with torch.autocast(device.type, torch.float16 if fp16 else dtype or torch.bfloat16, enabled=fp16 or dtype is not None): out = net.train()(x)
-        criterion(out.float(), y).backward(); opt.step(); opt.zero_grad()
-        with torch.no_grad(), full_fp32(): net.eval()(x)
-    def step_as_compiled(bs:int, fp16:bool)->None:
-        try: step(bs, fp16)
+
+    def step(bs: int, fp16: bool) -> None:
+        x, y = (
+            torch.randn(bs, 3, img_size, img_size, device=device).to(memory_format=layout),
+            torch.randint(0, num_classes, (bs,), device=device),
+        )
+        with torch.autocast(
+            device.type, torch.float16 if fp16 else dtype or torch.bfloat16, enabled=fp16 or dtype is not None
+        ):
+            out = net.train()(x)
+        criterion(out.float(), y).backward()
+        opt.step()
+        opt.zero_grad()
+        with torch.no_grad(), full_fp32():
+            net.eval()(x)
+
+    def step_as_compiled(bs: int, fp16: bool) -> None:
+        try:
+            step(bs, fp16)
         except Exception as e:
-            if is_oom(e) or not is_compiled(net): raise
+            if is_oom(e) or not is_compiled(net):
+                raise
             why = compiler_said(e)
-        else: return
+        else:
+            return
         decide(log, f"batch: the search measures steps that are not compiled, because the compiler failed ({why})")
         net._compiled_call_impl = None
         step(bs, fp16)
-    def measured(bs:int, fp16:bool)->float:
+
+    def measured(bs: int, fp16: bool) -> float:
         reset_peak()
-        try: step_as_compiled(bs, fp16)
-        finally: set_rng_state(dice); opt.zero_grad()
+        try:
+            step_as_compiled(bs, fp16)
+        finally:
+            set_rng_state(dice)
+            opt.zero_grad()
         return share()
+
     return measured

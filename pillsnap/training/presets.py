@@ -18,104 +18,154 @@ from ..core.errors import PillsnapError
 from ..core.logs import TBWriter, decide
 
 # %% ../../nbs/training/615_presets.ipynb #cfa9a772
-def _set(block:Block, dotted:str, value:Any)->Block:
+def _set(block: Block, dotted: str, value: Any) -> Block:
     "A copy with one key changed."
     head, _, rest = dotted.partition(".")
     return block.model_copy(update={head: _set(getattr(block, head), rest, value) if rest else value})
 
-def _get(block:Block, dotted:str)->Any:
-    for part in dotted.split("."): block = getattr(block, part)
+
+def _get(block: Block, dotted: str) -> Any:
+    for part in dotted.split("."):
+        block = getattr(block, part)
     return block
 
+
 def changed(
-    cfg:Config,                  # as it is
-    changes:Mapping[str,Any],    # dotted key → value
-    why:str,                     # who wants it
-    log:logging.Logger|None=None,# one line
-    tb:TBWriter|None=None        # and its tag
-)->Config:
+    cfg: Config,  # as it is
+    changes: Mapping[str, Any],  # dotted key → value
+    why: str,  # who wants it
+    log: logging.Logger | None = None,  # one line
+    tb: TBWriter | None = None,  # and its tag
+) -> Config:
     "The configuration with these keys changed, in one line."
     moved = {k: v for k, v in changes.items() if _get(cfg, k) != v}
     said = ", ".join(f"{k.split('.', 1)[1]} {_get(cfg, k)} → {v}" for k, v in moved.items())
     decide(log, f"{why}: {said or 'changes nothing, all is so already'}", tb)
-    for k, v in moved.items(): cfg = _set(cfg, k, v)
+    for k, v in moved.items():
+        cfg = _set(cfg, k, v)
     return cfg
 
 # %% ../../nbs/training/615_presets.ipynb #ef0d702b
 def enable_small_dataset_optimizations(
-    cfg:Config,                  # as it is
-    log:logging.Logger|None=None,# one line
-    tb:TBWriter|None=None        # and its tag
-)->Config:
+    cfg: Config,  # as it is
+    log: logging.Logger | None = None,  # one line
+    tb: TBWriter | None = None,  # and its tag
+) -> Config:
     "Stages 1 and 2 (SPEC CT23, X17)."
-    caps = {"train.detection.auto_batch_max": min(64, cfg.train.detection.auto_batch_max), "train.classification.auto_batch_max": min(96, cfg.train.classification.auto_batch_max)}
+    caps = {
+        "train.detection.auto_batch_max": min(64, cfg.train.detection.auto_batch_max),
+        "train.classification.auto_batch_max": min(96, cfg.train.classification.auto_batch_max),
+    }
     return changed(cfg, {**caps, **_compiled(cfg, "reduce-overhead")}, "small stage", log, tb)
 
-def _compiled(cfg:Config, mode:str)->dict[str,str]:
+
+def _compiled(cfg: Config, mode: str) -> dict[str, str]:
     "`auto` leaves the choice to the stage; anything else was chosen by a person (SPEC X57)."
     return {"optimization.torch_compile": mode} if cfg.optimization.torch_compile == "auto" else {}
 
 # %% ../../nbs/training/615_presets.ipynb #315ce421
 def enable_large_dataset_optimizations(
-    cfg:Config,                  # as it is
-    log:logging.Logger|None=None,# one line
-    tb:TBWriter|None=None        # and its tag
-)->Config:
+    cfg: Config,  # as it is
+    log: logging.Logger | None = None,  # one line
+    tb: TBWriter | None = None,  # and its tag
+) -> Config:
     "Stages 3 and 4 (SPEC CT23, X18)."
-    room = {"train.auto_batch_vram_headroom": .92} if cfg.train.auto_batch_vram_headroom < .90 else {}
+    room = {"train.auto_batch_vram_headroom": 0.92} if cfg.train.auto_batch_vram_headroom < 0.90 else {}
     layout = {"train.classification.channels_last": True, "optimization.channels_last": True}
     return changed(cfg, {**layout, **room, **_compiled(cfg, "max-autotune")}, "large stage", log, tb)
 
 # %% ../../nbs/training/615_presets.ipynb #3951fec4
 def apply_stage_overrides(
-    cfg:Config,                  # train.stage_overrides is read
-    stage:int,                   # 0-4
-    log:logging.Logger|None=None,# one line
-    tb:TBWriter|None=None        # and its tag
-)->Config:
+    cfg: Config,  # train.stage_overrides is read
+    stage: int,  # 0-4
+    log: logging.Logger | None = None,  # one line
+    tb: TBWriter | None = None,  # and its tag
+) -> Config:
     "What a person wants of one stage (SPEC CT23, X57, X58)."
-    if (o := cfg.train.stage_overrides.get(f"stage_{stage}")) is None: return cfg
-    layout = {} if o.memory_format is None else dict.fromkeys(("train.classification.channels_last", "optimization.channels_last"), o.memory_format == "channels_last")
-    plain = {"train.classification.batch_size": o.batch_size_override, "optimization.torch_compile": o.compile_mode, "dataloader.num_workers": o.num_workers_override}
-    return changed(cfg, {**layout, **{k: v for k, v in plain.items() if v is not None}}, f"train.stage_overrides.stage_{stage}", log, tb)
+    if (o := cfg.train.stage_overrides.get(f"stage_{stage}")) is None:
+        return cfg
+    layout = (
+        {}
+        if o.memory_format is None
+        else dict.fromkeys(
+            ("train.classification.channels_last", "optimization.channels_last"), o.memory_format == "channels_last"
+        )
+    )
+    plain = {
+        "train.classification.batch_size": o.batch_size_override,
+        "optimization.torch_compile": o.compile_mode,
+        "dataloader.num_workers": o.num_workers_override,
+    }
+    return changed(
+        cfg,
+        {**layout, **{k: v for k, v in plain.items() if v is not None}},
+        f"train.stage_overrides.stage_{stage}",
+        log,
+        tb,
+    )
+
 
 def stage_settings(
-    cfg:Config,                  # as configured
-    stage:int,                   # 0-4; the demo's 0 stands outside
-    log:logging.Logger|None=None,# one line per rule
-    tb:TBWriter|None=None        # and its tag
-)->Config: # what holds in this stage
+    cfg: Config,  # as configured
+    stage: int,  # 0-4; the demo's 0 stands outside
+    log: logging.Logger | None = None,  # one line per rule
+    tb: TBWriter | None = None,  # and its tag
+) -> Config:  # what holds in this stage
     "The stage's rule, then the person's own word (SPEC CT23)."
-    by_size = {1: enable_small_dataset_optimizations, 2: enable_small_dataset_optimizations, 3: enable_large_dataset_optimizations, 4: enable_large_dataset_optimizations}
+    by_size = {
+        1: enable_small_dataset_optimizations,
+        2: enable_small_dataset_optimizations,
+        3: enable_large_dataset_optimizations,
+        4: enable_large_dataset_optimizations,
+    }
     return apply_stage_overrides(by_size[stage](cfg, log, tb) if stage in by_size else cfg, stage, log, tb)
 
 # %% ../../nbs/training/615_presets.ipynb #e98af86f
 def manifest_stage(
-    manifest:str|Path # RUN/artifacts/stageN/manifest_train.csv
-)->tuple[Path,int]: # the run folder, and N
+    manifest: str | Path,  # RUN/artifacts/stageN/manifest_train.csv
+) -> tuple[Path, int]:  # the run folder, and N
     "Which stage of which run a manifest belongs to (SPEC CT25, SP6)."
     p = Path(manifest).absolute()
     n = re.fullmatch(r"stage([0-4])", p.parent.name)
-    if not p.is_file(): raise PillsnapError("there is no such manifest", where=p, fix="`pillsnap run splits` makes RUN/artifacts/stageN/manifest_train.csv")
-    if n is None or p.parent.parent.name != "artifacts": raise PillsnapError("this manifest is not a stage of a run folder", where=p, fix="name RUN/artifacts/stageN/manifest_train.csv; a stage is more than its manifest: class map, splits and configuration lie beside it")
+    if not p.is_file():
+        raise PillsnapError(
+            "there is no such manifest",
+            where=p,
+            fix="`pillsnap run splits` makes RUN/artifacts/stageN/manifest_train.csv",
+        )
+    if n is None or p.parent.parent.name != "artifacts":
+        raise PillsnapError(
+            "this manifest is not a stage of a run folder",
+            where=p,
+            fix="name RUN/artifacts/stageN/manifest_train.csv; a stage is more than its manifest: class map, splits and configuration lie beside it",
+        )
     return p.parents[2], int(n[1])
 
+
 def stage_request(
-    stage:int,                          # 0-4
-    num_classes:int|None=None,          # drugs somebody expects; shown, never used (SPEC X1)
-    target_accuracy:float|None=None,    # what the end is measured against
-    epochs:int|None=None,               # in total
-    batch_size:int|None=None            # photos per step
-)->list[str]: # dotted overrides
+    stage: int,  # 0-4
+    num_classes: int | None = None,  # drugs somebody expects; shown, never used (SPEC X1)
+    target_accuracy: float | None = None,  # what the end is measured against
+    epochs: int | None = None,  # in total
+    batch_size: int | None = None,  # photos per step
+) -> list[str]:  # dotted overrides
     "The command's options as settings (SPEC CT25, X30)."
-    said = {"train.classification.declared_classes": num_classes, f"data.progressive_validation.stage_{stage}.target_accuracy": target_accuracy,
-            "train.classification.epochs": epochs, f"train.stage_overrides.stage_{stage}.batch_size_override": batch_size}
-    return [f"data.progressive_validation.current_stage={stage}", *(f"{k}={v}" for k, v in said.items() if v is not None)]
+    said = {
+        "train.classification.declared_classes": num_classes,
+        f"data.progressive_validation.stage_{stage}.target_accuracy": target_accuracy,
+        "train.classification.epochs": epochs,
+        f"train.stage_overrides.stage_{stage}.batch_size_override": batch_size,
+    }
+    return [
+        f"data.progressive_validation.current_stage={stage}",
+        *(f"{k}={v}" for k, v in said.items() if v is not None),
+    ]
+
 
 def against_target(
-    rec:Mapping[str,Any], # the classifier's stage record
-    target:float          # 0-1
-)->str:
+    rec: Mapping[str, Any],  # the classifier's stage record
+    target: float,  # 0-1
+) -> str:
     "What was asked, and what was measured."
     row = rec["table"][0]
     return f"target accuracy {target:.3f}: {'reached' if row['accuracy'] >= target else 'not reached'}, {row['accuracy']:.3f} of {row['n']} photos, {row['view']}"

@@ -42,196 +42,367 @@ from .learner import Outputs, goes_on
 # %% ../../nbs/training/670_retrieval.ipynb #fe958972
 class Gpu(NamedTuple):
     "What the table asks of a card."
-    name:str     # "NVIDIA GeForce RTX 5080"
-    gb:float     # memory, 10⁹ bytes
-    bf16:bool    # whether it multiplies bf16 itself
+
+    name: str  # "NVIDIA GeForce RTX 5080"
+    gb: float  # memory, 10⁹ bytes
+    bf16: bool  # whether it multiplies bf16 itself
+
 
 class GpuSettings(NamedTuple):
     "How to use it."
-    amp_dtype:str       # bf16 | fp16
-    workers:int|None    # None = as configured
-    accum:int|None      # batches per step; None = as configured
-    why:str             # one line
 
-GPU_TABLE = (("A100", 60, "bf16", 16, 1), ("A100", 0, "bf16", 8, 2), ("3090", 0, "fp16", 4, 4))   # part of the name, least memory, what the table says
+    amp_dtype: str  # bf16 | fp16
+    workers: int | None  # None = as configured
+    accum: int | None  # batches per step; None = as configured
+    why: str  # one line
+
+
+GPU_TABLE = (
+    ("A100", 60, "bf16", 16, 1),
+    ("A100", 0, "bf16", 8, 2),
+    ("3090", 0, "fp16", 4, 4),
+)  # part of the name, least memory, what the table says
 
 # %% ../../nbs/training/670_retrieval.ipynb #12654c18
 def gpu_settings(
-    gpu:Gpu # the card
-)->GpuSettings:
+    gpu: Gpu,  # the card
+) -> GpuSettings:
     "The source's table, with the card's ability as the ruler (SPEC RT6, X67)."
     ability = "bf16" if gpu.bf16 else "fp16"
     row = next((r for r in GPU_TABLE if r[0] in gpu.name and gpu.gb >= r[1]), None)
     said, workers, accum = row[2:] if row else ("bf16", None, None) if gpu.bf16 else ("fp16", 4, 4)
     odd = f"; the table says {said}, the card can do {ability}" if said != ability else ""
-    return GpuSettings(ability, workers, accum, f"{gpu.name}, {gpu.gb:.0f} GB, is {'in the table' if row else 'another card' + (' with bf16' if gpu.bf16 else ' without bf16')}{odd}")
+    return GpuSettings(
+        ability,
+        workers,
+        accum,
+        f"{gpu.name}, {gpu.gb:.0f} GB, is {'in the table' if row else 'another card' + (' with bf16' if gpu.bf16 else ' without bf16')}{odd}",
+    )
 
-def this_gpu()->Gpu|None: # None without CUDA
+
+def this_gpu() -> Gpu | None:  # None without CUDA
     "The card that torch computes on."
-    if not torch.cuda.is_available(): return None
+    if not torch.cuda.is_available():
+        return None
     p = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return Gpu(p.name, p.total_memory/1e9, torch.cuda.is_bf16_supported(including_emulation=False))
+    return Gpu(p.name, p.total_memory / 1e9, torch.cuda.is_bf16_supported(including_emulation=False))
 
 # %% ../../nbs/training/670_retrieval.ipynb #7cee8c7a
-def _first(*values:Any)->Any: return next(v for v in values if v is not None)
+def _first(*values: Any) -> Any:
+    return next(v for v in values if v is not None)
+
 
 def as_begun(
-    cfg:Config,             # what is asked for now
-    own:tuple[int,str],     # batches per step and precision that this machine would have
-    was:Mapping[str,Any]    # configuration in the checkpoint, resolved
-)->tuple[int,str]:
+    cfg: Config,  # what is asked for now
+    own: tuple[int, str],  # batches per step and precision that this machine would have
+    was: Mapping[str, Any],  # configuration in the checkpoint, resolved
+) -> tuple[int, str]:
     "What the run began with, where nobody asks for anything else."
     r, c, before = cfg.retrieval, cfg.train.classification, was["train"]["classification"]
-    alike = lambda key, engine: was["retrieval"][key] == getattr(r, key) and getattr(c, engine) == type(c).model_fields[engine].default
-    return tuple(before[engine] if alike(key, engine) else mine for (key, engine), mine in zip((("gradient_accumulation_steps", "grad_accum_steps"), ("use_bf16", "amp_dtype")), own))
+    alike = lambda key, engine: (
+        was["retrieval"][key] == getattr(r, key) and getattr(c, engine) == type(c).model_fields[engine].default
+    )
+    return tuple(
+        before[engine] if alike(key, engine) else mine
+        for (key, engine), mine in zip(
+            (("gradient_accumulation_steps", "grad_accum_steps"), ("use_bf16", "amp_dtype")), own
+        )
+    )
 
+# %% ../../nbs/training/670_retrieval.ipynb #549e3b75
 def engine_config(
-    cfg:Config,         # of the retrieval family
-    gpu:Gpu|None=None,  # None = a CPU
-    was:Mapping[str,Any]|None=None # configuration in the checkpoint of a run that goes on
-)->tuple[Config,list[str]]: # what the engine runs with, and one line per decision
+    cfg: Config,  # of the retrieval family
+    gpu: Gpu | None = None,  # None = a CPU
+    was: Mapping[str, Any] | None = None,  # configuration in the checkpoint of a run that goes on
+) -> tuple[Config, list[str]]:  # what the engine runs with, and one line per decision
     "The source's nullable keys resolved (SPEC RT5, RT6, RT7, RT12)."
     r, c, d, table = cfg.retrieval, cfg.train.classification, cfg.dataloader, gpu_settings(gpu) if gpu else None
     said = lambda block, name, value: value if value != block.model_fields[name].default else None
-    workers = _first(r.num_workers, said(DataLoaderConfig, "num_workers", d.num_workers), table and table.workers, d.num_workers)
-    accum = _first(r.gradient_accumulation_steps, said(TrainClassification, "grad_accum_steps", c.grad_accum_steps), table and table.accum, c.grad_accum_steps)
-    dtype = c.amp_dtype if gpu is None else {None: table.amp_dtype if c.amp_dtype == "auto" else c.amp_dtype, True: "bf16", False: "fp16"}[r.use_bf16]
+    workers = _first(
+        r.num_workers, said(DataLoaderConfig, "num_workers", d.num_workers), table and table.workers, d.num_workers
+    )
+    accum = _first(
+        r.gradient_accumulation_steps,
+        said(TrainClassification, "grad_accum_steps", c.grad_accum_steps),
+        table and table.accum,
+        c.grad_accum_steps,
+    )
+    dtype = (
+        c.amp_dtype
+        if gpu is None
+        else {None: table.amp_dtype if c.amp_dtype == "auto" else c.amp_dtype, True: "bf16", False: "fp16"}[r.use_bf16]
+    )
     (accum, dtype), own = as_begun(cfg, (accum, dtype), was) if was else (accum, dtype), (accum, dtype)
-    kept = [f"resume: {accum} batches per step and precision {dtype}, as the run began; this machine alone would take {own[0]} and {own[1]}"]*((accum, dtype) != own)
-    jitter = tuple(_first(getattr(r, k), v) for k, v in zip(("brightness", "contrast", "saturation", "hue"), cfg.data.augment.classification.color_jitter))
+    kept = [
+        f"resume: {accum} batches per step and precision {dtype}, as the run began; this machine alone would take {own[0]} and {own[1]}"
+    ] * ((accum, dtype) != own)
+    jitter = tuple(
+        _first(getattr(r, k), v)
+        for k, v in zip(("brightness", "contrast", "saturation", "hue"), cfg.data.augment.classification.color_jitter)
+    )
     tree = cfg.to_dict()
     tree["dataloader"]["num_workers"], tree["data"]["augment"]["classification"]["color_jitter"] = workers, jitter
     tree["train"]["classification"] |= dict(grad_accum_steps=accum, amp_dtype=dtype)
-    return Config.model_validate(tree), [f"hardware: {table.why if table else 'no GPU, so the table does not apply and use_bf16 has no meaning'}", f"retrieval: {workers} workers, {accum} batches per step, precision {dtype}", *kept,
-        f"cudnn.benchmark: {'off, the run is deterministic' if cfg.train.deterministic else f'on, every batch is {cfg.data.classification.img_size} px'}"]
+    return Config.model_validate(tree), [
+        f"hardware: {table.why if table else 'no GPU, so the table does not apply and use_bf16 has no meaning'}",
+        f"retrieval: {workers} workers, {accum} batches per step, precision {dtype}",
+        *kept,
+        f"cudnn.benchmark: {'off, the run is deterministic' if cfg.train.deterministic else f'on, every batch is {cfg.data.classification.img_size} px'}",
+    ]
 
 # %% ../../nbs/training/670_retrieval.ipynb #3c34fef2
 class Recall(Callback):
     "Recall@K of validation photos among training photos, in `learn.scores` (SPEC RT9, X32)."
-    order = Validate.order+1   # before the average gives the weights back
-    def __init__(self,
-        gallery:Any,                    # loader of training photos, as served
-        queries:Any,                    # loader of validation photos
-        groups:Mapping[str,str],        # path → ID
-        ks:Sequence[int]=(1, 5),        # retrieval.recall_k_values
-        log:logging.Logger|None=None,   # one line per epoch
-        tb:TBWriter|None=None           # val/recall@1, ...
-    ): self.gallery, self.queries, self.groups, self.ks, self.log, self.tb = gallery, queries, groups, tuple(ks), log, tb
+
+    order = Validate.order + 1  # before the average gives the weights back
+
+    def __init__(
+        self,
+        gallery: Any,  # loader of training photos, as served
+        queries: Any,  # loader of validation photos
+        groups: Mapping[str, str],  # path → ID
+        ks: Sequence[int] = (1, 5),  # retrieval.recall_k_values
+        log: logging.Logger | None = None,  # one line per epoch
+        tb: TBWriter | None = None,  # val/recall@1, ...
+    ):
+        self.gallery, self.queries, self.groups, self.ks, self.log, self.tb = (
+            gallery,
+            queries,
+            groups,
+            tuple(ks),
+            log,
+            tb,
+        )
 
     def after_validate(self):
         device, dice = next(self.model.parameters()).device, rng_state()
         g, q = (embed_photos(self.model, dl, device) for dl in (self.gallery, self.queries))
         found = recall_at_k(g, q, self.ks, tuple([self.groups[p] for p in v.paths] for v in (g, q)))
-        set_rng_state(dice)   # a loader's processes are seeded with a throw, in a run that goes on once more than in one that never stopped
+        set_rng_state(
+            dice
+        )  # a loader's processes are seeded with a throw, in a run that goes on once more than in one that never stopped
         self.learn.scores |= {f"recall@{k}": found[f"recall@{k}"] for k in self.ks}
-        if self.log: self.log.info(f"retrieval: epoch {self.epoch+1}, " + ", ".join(f"recall@{k} {found[f'recall@{k}']:.4f}" for k in self.ks) + f" of {found['n']} photos among {len(g.labels)}")
-        if self.tb: self.tb.add_scalars({f"val/recall@{k}": found[f"recall@{k}"] for k in self.ks}, self.epoch+1)
+        if self.log:
+            self.log.info(
+                f"retrieval: epoch {self.epoch + 1}, "
+                + ", ".join(f"recall@{k} {found[f'recall@{k}']:.4f}" for k in self.ks)
+                + f" of {found['n']} photos among {len(g.labels)}"
+            )
+        if self.tb:
+            self.tb.add_scalars({f"val/recall@{k}": found[f"recall@{k}"] for k in self.ks}, self.epoch + 1)
+
 
 def recall_callback(
-    stage:StageData,                # gallery and queries
-    cfg:Config,                     # retrieval.recall_k_values, loading
-    device:torch.device|str="cpu",  # where batches arrive
-    log:logging.Logger|None=None,   # where it speaks
-    tb:TBWriter|None=None           # and tags
-)->Recall:
+    stage: StageData,  # gallery and queries
+    cfg: Config,  # retrieval.recall_k_values, loading
+    device: torch.device | str = "cpu",  # where batches arrive
+    log: logging.Logger | None = None,  # where it speaks
+    tb: TBWriter | None = None,  # and tags
+) -> Recall:
     "The callback for one stage."
-    gallery, queries = (validation_loader(rows, stage, cfg, log=log, device=device) for rows in (stage.train, stage.val))
+    gallery, queries = (
+        validation_loader(rows, stage, cfg, log=log, device=device) for rows in (stage.train, stage.val)
+    )
     return Recall(gallery, queries, id_by_path(stage), cfg.retrieval.recall_k_values, log, tb)
 
+
 def id_by_path(
-    stage:StageData # its train and val
-)->dict[str,str]:   # path → group
+    stage: StageData,  # its train and val
+) -> dict[str, str]:  # path → group
     "The ID of every photo (SPEC SP9)."
     rows = pd.concat([stage.train, stage.val])
     return dict(zip(rows["path"], rows["group_id"]))
 
 # %% ../../nbs/training/670_retrieval.ipynb #e6b9015e
 def draw_recall_curves(
-    rows:Sequence[Mapping[str,Any]], # the history
-    best:int,                        # epoch that was kept
-    frozen:int=0,                    # epochs of warm-up
-    ks:Sequence[int]=(1, 5)          # retrieval.recall_k_values
-)->Any: # matplotlib Figure
+    rows: Sequence[Mapping[str, Any]],  # the history
+    best: int,  # epoch that was kept
+    frozen: int = 0,  # epochs of warm-up
+    ks: Sequence[int] = (1, 5),  # retrieval.recall_k_values
+) -> Any:  # matplotlib Figure
     "Loss, Recall@K and learning rate over the epochs."
     import matplotlib.pyplot as plt
+
     use_house_style()
-    fig, (a, b, c) = plt.subplots(1, 3, figsize=(9.6, 2.6)); x = [r["epoch"] for r in rows]; dot = "o-" if len(x) < 3 else "-"
-    for k, name in (("train_loss", "train, with margin"), ("val_loss", "val, without")): a.plot(x, [r[k] for r in rows], dot, label=name)
-    for i, k in enumerate(ks): b.plot(x, [r["classification"][f"recall@{k}"] for r in rows], dot, color=COLOURS[i], label=f"recall@{k}")
+    fig, (a, b, c) = plt.subplots(1, 3, figsize=(9.6, 2.6))
+    x = [r["epoch"] for r in rows]
+    dot = "o-" if len(x) < 3 else "-"
+    for k, name in (("train_loss", "train, with margin"), ("val_loss", "val, without")):
+        a.plot(x, [r[k] for r in rows], dot, label=name)
+    for i, k in enumerate(ks):
+        b.plot(x, [r["classification"][f"recall@{k}"] for r in rows], dot, color=COLOURS[i], label=f"recall@{k}")
     b.plot(x, [r["classification"]["acc"] for r in rows], ":", color=COLOURS[len(ks)], label="accuracy of the head")
-    c.plot(x, [r["lr"] for r in rows], dot); c.set_ylim(0)
+    c.plot(x, [r["lr"] for r in rows], dot)
+    c.set_ylim(0)
     for ax, title in ((a, "loss"), (b, "on held-out IDs"), (c, "learning rate at the end of the epoch")):
-        ax.set_title(title); ax.set_xlabel("epoch"); ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1); ax.set_xlim(x[0]-.5, x[-1]+.5); ax.axvline(best, color="#999999", lw=.8, ls="--")
-        if frozen: ax.axvspan(.5, frozen+.5, color="#eeeeee", zorder=0)
-    b.set_ylim(0, 1.02); a.legend(); b.legend(fontsize=7)
+        ax.set_title(title)
+        ax.set_xlabel("epoch")
+        ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        ax.set_xlim(x[0] - 0.5, x[-1] + 0.5)
+        ax.axvline(best, color="#999999", lw=0.8, ls="--")
+        if frozen:
+            ax.axvspan(0.5, frozen + 0.5, color="#eeeeee", zorder=0)
+    b.set_ylim(0, 1.02)
+    a.legend()
+    b.legend(fontsize=7)
     return fig
 
 # %% ../../nbs/training/670_retrieval.ipynb #77bd2836
 def draw_neighbours(
-    root:Path,                # the delivery
-    gallery:Vectors,          # what is known
-    queries:Vectors,          # what is asked
-    names:Sequence[str],      # of the classes, by number
-    most:int=3,               # queries, the missed ones first
-    k:int=5                   # neighbours of each
-)->Any: # matplotlib Figure
+    root: Path,  # the delivery
+    gallery: Vectors,  # what is known
+    queries: Vectors,  # what is asked
+    names: Sequence[str],  # of the classes, by number
+    most: int = 3,  # queries, the missed ones first
+    k: int = 5,  # neighbours of each
+) -> Any:  # matplotlib Figure
     "Queries and what lies nearest to them."
     cosines, rows = (t.cpu().numpy() for t in nearest(gallery.vectors, queries.vectors, k))
     hit = gallery.labels[rows] == queries.labels[:, None]
     chosen = np.argsort(hit[:, 0], kind="stable")[:most]
-    def picture(path:str)->np.ndarray: got = open_image_safely(root/path); return np.full((96, 96, 3), 230, np.uint8) if "_skip" in got else whole_view(got["image"], 96)
+
+    def picture(path: str) -> np.ndarray:
+        got = open_image_safely(root / path)
+        return np.full((96, 96, 3), 230, np.uint8) if "_skip" in got else whole_view(got["image"], 96)
+
     pics, titles = [], []
     for i in chosen:
         pics += [picture(queries.paths[i]), *(picture(gallery.paths[j]) for j in rows[i])]
-        titles += [f"? {names[queries.labels[i]]}", *(f"{'=' if h else '≠'} {c:.2f} {names[gallery.labels[j]]}" for j, h, c in zip(rows[i], hit[i], cosines[i]))]
-    return show_grid(pics, titles, cols=rows.shape[1]+1, size=1.1)
+        titles += [
+            f"? {names[queries.labels[i]]}",
+            *(
+                f"{'=' if h else '≠'} {c:.2f} {names[gallery.labels[j]]}"
+                for j, h, c in zip(rows[i], hit[i], cosines[i])
+            ),
+        ]
+    return show_grid(pics, titles, cols=rows.shape[1] + 1, size=1.1)
 
 # %% ../../nbs/training/670_retrieval.ipynb #fbfeb330
 @dataclass(frozen=True)
 class RetrievalJob(StageJob):
     "Photos split by ID in; an embedding network, its recall and its neighbours out (SPEC RT1-RT8, RT13)."
-    epochs:int = 1   # in total, also on resume
-    name:ClassVar[str] = "retrieval"
-    sections:ClassVar[tuple[str,...]] = ("project.family", "data.classification", "data.augment.classification", "data.imbalance", "data.progressive_validation.current_stage", "dataloader", "pack", "optimization",
-        "train.seed", "train.deterministic", "train.stage_overrides", "train.classification", "retrieval")
-    keys:ClassVar[dict[str,str]] = {"seed": "train.seed", "epochs": "train.classification.epochs"}
-    needs:ClassVar[dict[str,str]] = {"artifacts/stage{stage}/splits.json": "splits"}
 
-    def smoke(self, run:RunFolder, cfg:Config)->None: smoke_splits(run, cfg)
+    epochs: int = 1  # in total, also on resume
+    name: ClassVar[str] = "retrieval"
+    sections: ClassVar[tuple[str, ...]] = (
+        "project.family",
+        "data.classification",
+        "data.augment.classification",
+        "data.imbalance",
+        "data.progressive_validation.current_stage",
+        "dataloader",
+        "pack",
+        "optimization",
+        "train.seed",
+        "train.deterministic",
+        "train.stage_overrides",
+        "train.classification",
+        "retrieval",
+    )
+    keys: ClassVar[dict[str, str]] = {"seed": "train.seed", "epochs": "train.classification.epochs"}
+    needs: ClassVar[dict[str, str]] = {"artifacts/stage{stage}/splits.json": "splits"}
+
+    def smoke(self, run: RunFolder, cfg: Config) -> None:
+        smoke_splits(run, cfg)
 
 # %% ../../nbs/training/670_retrieval.ipynb #8ef39ed1
 @patch
-def work(self:RetrievalJob, run:RunFolder, cfg:Config)->StageResult:
+def work(self: RetrievalJob, run: RunFolder, cfg: Config) -> StageResult:
     "Train the retrieval model of this run, look up its validation photos, and show what lies nearest."
-    if cfg.project.family != "retrieval" or cfg.train.classification.head != "arcface": raise PillsnapError(f"this stage trains the retrieval family with an ArcFace head, and the configuration says {cfg.project.family} with {cfg.train.classification.head}", fix="--config retrieval")
-    stage, reports, folder = load_stage(run.root, cfg.data.progressive_validation.current_stage), run.sub("reports"), run.sub("checkpoints")/"retrieval"
-    goes = goes_on(folder/"last.pt", cfg, run.resuming) and find_ckpt(folder/"last.pt").exists()
-    cfg, said = engine_config(cfg, this_gpu(), load_ckpt(folder/"last.pt")["config_snapshot"] if goes else None)
-    for line in said: decide(run.log, line, run.tb)
+    if cfg.project.family != "retrieval" or cfg.train.classification.head != "arcface":
+        raise PillsnapError(
+            f"this stage trains the retrieval family with an ArcFace head, and the configuration says {cfg.project.family} with {cfg.train.classification.head}",
+            fix="--config retrieval",
+        )
+    stage, reports, folder = (
+        load_stage(run.root, cfg.data.progressive_validation.current_stage),
+        run.sub("reports"),
+        run.sub("checkpoints") / "retrieval",
+    )
+    goes = goes_on(folder / "last.pt", cfg, run.resuming) and find_ckpt(folder / "last.pt").exists()
+    cfg, said = engine_config(cfg, this_gpu(), load_ckpt(folder / "last.pt")["config_snapshot"] if goes else None)
+    for line in said:
+        decide(run.log, line, run.tb)
     few_classes_advice(len(stage.class_map), cfg, run.log)
     device, before = "cuda" if torch.cuda.is_available() else "cpu", torch.get_num_threads()
     try:
         recall = recall_callback(stage, cfg, device, run.log, run.tb)
-        trained = train_classification_stage(stage, cfg, Outputs(folder, reports/"metrics.json", run.log, run.tb), run.resuming, cbs=[recall])
+        trained = train_classification_stage(
+            stage, cfg, Outputs(folder, reports / "metrics.json", run.log, run.tb), run.resuming, cbs=[recall]
+        )
         t0 = time.perf_counter()
-        model, _, _, _ = load_classifier(folder/"best.pt", stage.class_map, device)
+        model, _, _, _ = load_classifier(folder / "best.pt", stage.class_map, device)
         vectors = tuple(embed_photos(model, dl, device) for dl in (recall.gallery, recall.queries))
         found = recall_at_k(*vectors, recall.ks, tuple([recall.groups[p] for p in v.paths] for v in vectors))
-    finally: torch.set_num_threads(before)
-    return self._report(run, cfg, stage, trained, vectors, found, time.perf_counter()-t0)
+    finally:
+        torch.set_num_threads(before)
+    return self._report(run, cfg, stage, trained, vectors, found, time.perf_counter() - t0)
 
 # %% ../../nbs/training/670_retrieval.ipynb #f8f19917
 @patch
-def _report(self:RetrievalJob, run:RunFolder, cfg:Config, stage:StageData, trained:Trained, vectors:tuple[Vectors,Vectors], found:Mapping[str,float], seconds:float)->StageResult:
+def _report(
+    self: RetrievalJob,
+    run: RunFolder,
+    cfg: Config,
+    stage: StageData,
+    trained: Trained,
+    vectors: tuple[Vectors, Vectors],
+    found: Mapping[str, float],
+    seconds: float,
+) -> StageResult:
     "Files and the stage's result."
     reports, ks, names = run.sub("reports"), cfg.retrieval.recall_k_values, drug_names(run.root)
     prov = Provenance(stage.header["source"], stage.header["data_hash"], stage.class_map.fingerprint)
-    metrics = [prov.metric(f"retrieval_recall@{k}", found[f"recall@{k}"], found["n"], seconds, note=f"gallery: {len(vectors[0].labels)} training photos, exact search").to_dict() for k in ks]
-    save_json(dict(metrics=metrics, best_epoch=trained.ckpt["epoch"], epochs=len(trained.learn.rows), unknown_queries=found["unknown"], weights=trained.weights, history=trained.learn.rows), reports/"retrieval.json")
-    pictures = dict(curves=draw_recall_curves(trained.learn.rows, trained.ckpt["epoch"], cfg.train.classification.freeze_backbone_epochs, ks), neighbours=draw_neighbours(stage.root, *vectors, [names.get(k) or k for k in stage.class_map]))
-    figures = [save_fig(f, reports/f"retrieval_{k}.png") for k, f in pictures.items()]
-    table = [{"figure": f"Recall@{k}", "value": found[f"recall@{k}"], "n": found["n"]} for k in ks]+[{"figure": "accuracy of the head", "value": trained.best["classification"]["acc"], "n": trained.best["classification"]["n"]}]
-    verdict = ", ".join(f"Recall@{k} {found[f'recall@{k}']:.3f}" for k in ks) + f" of {found['n']} photos of {len(stage.class_map)} classes from held-out IDs among {len(vectors[0].labels)}; best of {len(trained.learn.rows)} epochs is number {trained.ckpt['epoch']}"
-    notes = [f"{found['unknown']} queries are of classes that the gallery lacks: they count as missed."]*bool(found["unknown"]) + ["These photos are synthetic: no figure drawn from them stands beside one from AI Hub."]*(stage.header["source"] == "synthetic")
-    folder, art = run.root/"checkpoints"/"retrieval", run.root/"artifacts"/f"stage{stage.stage}"
-    return StageResult(verdict, table, figures, [art/"splits.json", art/"manifest_train.csv", art/"manifest_val.csv"], [folder/"best.pt", folder/"last.pt", reports/"metrics.json", reports/"retrieval.json", *figures], notes)
+    metrics = [
+        prov.metric(
+            f"retrieval_recall@{k}",
+            found[f"recall@{k}"],
+            found["n"],
+            seconds,
+            note=f"gallery: {len(vectors[0].labels)} training photos, exact search",
+        ).to_dict()
+        for k in ks
+    ]
+    save_json(
+        dict(
+            metrics=metrics,
+            best_epoch=trained.ckpt["epoch"],
+            epochs=len(trained.learn.rows),
+            unknown_queries=found["unknown"],
+            weights=trained.weights,
+            history=trained.learn.rows,
+        ),
+        reports / "retrieval.json",
+    )
+    pictures = dict(
+        curves=draw_recall_curves(
+            trained.learn.rows, trained.ckpt["epoch"], cfg.train.classification.freeze_backbone_epochs, ks
+        ),
+        neighbours=draw_neighbours(stage.root, *vectors, [names.get(k) or k for k in stage.class_map]),
+    )
+    figures = [save_fig(f, reports / f"retrieval_{k}.png") for k, f in pictures.items()]
+    table = [{"figure": f"Recall@{k}", "value": found[f"recall@{k}"], "n": found["n"]} for k in ks] + [
+        {
+            "figure": "accuracy of the head",
+            "value": trained.best["classification"]["acc"],
+            "n": trained.best["classification"]["n"],
+        }
+    ]
+    verdict = (
+        ", ".join(f"Recall@{k} {found[f'recall@{k}']:.3f}" for k in ks)
+        + f" of {found['n']} photos of {len(stage.class_map)} classes from held-out IDs among {len(vectors[0].labels)}; best of {len(trained.learn.rows)} epochs is number {trained.ckpt['epoch']}"
+    )
+    notes = [f"{found['unknown']} queries are of classes that the gallery lacks: they count as missed."] * bool(
+        found["unknown"]
+    ) + ["These photos are synthetic: no figure drawn from them stands beside one from AI Hub."] * (
+        stage.header["source"] == "synthetic"
+    )
+    folder, art = run.root / "checkpoints" / "retrieval", run.root / "artifacts" / f"stage{stage.stage}"
+    return StageResult(
+        verdict,
+        table,
+        figures,
+        [art / "splits.json", art / "manifest_train.csv", art / "manifest_val.csv"],
+        [folder / "best.pt", folder / "last.pt", reports / "metrics.json", reports / "retrieval.json", *figures],
+        notes,
+    )

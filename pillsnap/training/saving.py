@@ -26,274 +26,432 @@ from ..core.config import Saving
 from ..core.errors import PillsnapError
 from ..core.logs import decide
 from ..dataset.loaders import worker_gone
-from .callbacks import Accumulate, Clock, History, PillLearner, StepLog, Unpack, early_stopping, monitored
+from pillsnap.training.callbacks import (
+    Accumulate,
+    Clock,
+    History,
+    PillLearner,
+    StepLog,
+    Unpack,
+    early_stopping,
+    monitored,
+)
 
 # %% ../../nbs/training/625_saving.ipynb #c2b55ddc
 @patch
-def state_dict(self:History)->dict[str,Any]:
+def state_dict(self: History) -> dict[str, Any]:
     "The sums behind this epoch's figures."
-    return dict(total=self.total, batches=self.batches, seconds=time.perf_counter()-self.t0)
-@patch
-def load_state_dict(self:History, s:Mapping[str,Any])->None:
-    "Go on adding."
-    self.total, self.batches, self.t0 = s["total"], s["batches"], time.perf_counter()-s["seconds"]
+    return dict(total=self.total, batches=self.batches, seconds=time.perf_counter() - self.t0)
+
 
 @patch
-def state_dict(self:StepLog)->dict[str,Any]:
+def load_state_dict(self: History, s: Mapping[str, Any]) -> None:
+    "Go on adding."
+    self.total, self.batches, self.t0 = s["total"], s["batches"], time.perf_counter() - s["seconds"]
+
+
+@patch
+def state_dict(self: StepLog) -> dict[str, Any]:
     "The sums behind the next line."
     return dict(steps=self.steps_done, sum=self.sum, batches=self.batches)
-@patch
-def load_state_dict(self:StepLog, s:Mapping[str,Any])->None:
-    "Go on adding."
-    self.steps_done, self.sum, self.batches = s["steps"], s["sum"], s["batches"]
-    self.cold += self.steps_done   # this process has a warm-up of its own
+
 
 @patch
-def state_dict(self:Unpack)->dict[str,int]:
+def load_state_dict(self: StepLog, s: Mapping[str, Any]) -> None:
+    "Go on adding."
+    self.steps_done, self.sum, self.batches = s["steps"], s["sum"], s["batches"]
+    self.cold += self.steps_done  # this process has a warm-up of its own
+
+
+@patch
+def state_dict(self: Unpack) -> dict[str, int]:
     "Photos and batches that were lost."
     return dict(empty=self.empty, lost=self.lost)
+
+
 @patch
-def load_state_dict(self:Unpack, s:Mapping[str,int])->None:
+def load_state_dict(self: Unpack, s: Mapping[str, int]) -> None:
     "Go on counting."
     self.empty, self.lost = s["empty"], s["lost"]
 
 # %% ../../nbs/training/625_saving.ipynb #65d59b62
 @patch
-def state_dict(self:Clock)->dict[str,Any]:
+def state_dict(self: Clock) -> dict[str, Any]:
     "Time, photos and drugs so far, those of the epoch in work included."
     return dict(hours=self.told, photos=self.photos, drugs=self.drugs.nonzero().flatten().tolist(), over=self.over)
+
+
 @patch
-def load_state_dict(self:Clock, s:Mapping[str,Any])->None:
+def load_state_dict(self: Clock, s: Mapping[str, Any]) -> None:
     "Go on counting."
-    self.before, self.t0, self.photos, self.over = s["hours"], self.now(), s["photos"], s.get("over", False); self.drugs[s["drugs"]] = True
+    self.before, self.t0, self.photos, self.over = s["hours"], self.now(), s["photos"], s.get("over", False)
+    self.drugs[s["drugs"]] = True
 
 # %% ../../nbs/training/625_saving.ipynb #ae979f9c
 @patch
-def state_dict(self:Accumulate)->dict[str,Any]:
+def state_dict(self: Accumulate) -> dict[str, Any]:
     "The open window, gradients included."
     grads = {n: p.grad for n, p in self.learn.model.named_parameters() if p.grad is not None} if self.count else {}
     return dict(count=self.count, mass=self.mass, grads=grads)
 
+
 @patch
-def load_state_dict(self:Accumulate, s:Mapping[str,Any])->None:
+def load_state_dict(self: Accumulate, s: Mapping[str, Any]) -> None:
     "Open the window where it stood."
-    self.count, self.mass = s["count"], torch.as_tensor(s["mass"]).to(next(self.learn.model.parameters()).device)   # a window may be closed before another batch comes
+    self.count, self.mass = (
+        s["count"],
+        torch.as_tensor(s["mass"]).to(next(self.learn.model.parameters()).device),
+    )  # a window may be closed before another batch comes
     for n, p in self.learn.model.named_parameters():
-        if n in s["grads"]: p.grad = s["grads"][n].to(p.device)
+        if n in s["grads"]:
+            p.grad = s["grads"][n].to(p.device)
 
 # %% ../../nbs/training/625_saving.ipynb #0cd2653d
-OWN_KEYS = ("schedule", "precision", "ema")         # have keys of their own in Annex 3
-OF_AN_EPOCH = ("history", "step_log", "accumulate") # begin anew with each
+OWN_KEYS = ("schedule", "precision", "ema")  # have keys of their own in Annex 3
+OF_AN_EPOCH = ("history", "step_log", "accumulate")  # begin anew with each
+
 
 def standing(
-    learn:PillLearner, # in training, or after it
-    done:int           # batches of this epoch that are behind it
-)->dict[str,int]: # what load_state_dict of the loader takes
+    learn: PillLearner,  # in training, or after it
+    done: int,  # batches of this epoch that are behind it
+) -> dict[str, int]:  # what load_state_dict of the loader takes
     "Where the training loader stands (SPEC BX10, Annex 3)."
     loader = learn.dls.train
-    if hasattr(loader, "state_dict"): return loader.state_dict()
+    if hasattr(loader, "state_dict"):
+        return loader.state_dict()
     over = done >= len(loader)
-    return {"epoch": learn.epoch+over, "batch": 0 if over else done}
+    return {"epoch": learn.epoch + over, "batch": 0 if over else done}
+
 
 def training_state(
-    learn:PillLearner,                   # with the callbacks of these rooms
-    done:int|None=None,                  # batches of the epoch in work; None = it is over, validation too
-    sampler:Mapping[str,int]|None=None   # where the loader stood then; None = where it stands
-)->dict[str,Any]: # the arguments of save_ckpt that depend on the moment
+    learn: PillLearner,  # with the callbacks of these rooms
+    done: int | None = None,  # batches of the epoch in work; None = it is over, validation too
+    sampler: Mapping[str, int] | None = None,  # where the loader stood then; None = where it stands
+) -> dict[str, Any]:  # the arguments of save_ckpt that depend on the moment
     "All that a run needs to go on, at any moment (SPEC CT15, BX10, Annex 3)."
     has, over = lambda n: getattr(learn, n, None), done is None
-    kept = {cb.name: cb.state_dict() for cb in learn.cbs if hasattr(type(cb), "state_dict") and cb.name not in OWN_KEYS and not (over and cb.name in OF_AN_EPOCH)}
-    return dict(model_state=learn.model.state_dict(), optimizer_state=learn.opt.state_dict(), scheduler_state=has("schedule") and learn.schedule.state_dict(),
-        scaler_state=has("precision") and learn.precision.state_dict(), ema_state=has("ema") and learn.ema.state_dict(), epoch=learn.epoch+over, history=learn.rows,
-        rng_state=rng_state(), sampler_state=sampler or standing(learn, done or len(learn.dls.train)), position=dict(batch=done or 0, callbacks=kept))
+    kept = {
+        cb.name: cb.state_dict()
+        for cb in learn.cbs
+        if hasattr(type(cb), "state_dict") and cb.name not in OWN_KEYS and not (over and cb.name in OF_AN_EPOCH)
+    }
+    return dict(
+        model_state=learn.model.state_dict(),
+        optimizer_state=learn.opt.state_dict(),
+        scheduler_state=has("schedule") and learn.schedule.state_dict(),
+        scaler_state=has("precision") and learn.precision.state_dict(),
+        ema_state=has("ema") and learn.ema.state_dict(),
+        epoch=learn.epoch + over,
+        history=learn.rows,
+        rng_state=rng_state(),
+        sampler_state=sampler or standing(learn, done or len(learn.dls.train)),
+        position=dict(batch=done or 0, callbacks=kept),
+    )
 
 # %% ../../nbs/training/625_saving.ipynb #25016019
 def kept_epochs(
-    values:Sequence[float],            # the monitored metric of epochs 1, 2, ...
-    mode:Literal["max","min"]="max",   # which way is better
-    best:int=1,                        # how many of the best
-    every:int|None=None                # and each so many; None = no others
-)->tuple[list[int],set[int]]: # the best epochs, best first; those that need a file of their own beside best.pt
+    values: Sequence[float],  # the monitored metric of epochs 1, 2, ...
+    mode: Literal["max", "min"] = "max",  # which way is better
+    best: int = 1,  # how many of the best
+    every: int | None = None,  # and each so many; None = no others
+) -> tuple[list[int], set[int]]:  # the best epochs, best first; those that need a file of their own beside best.pt
     "Which epochs stay (SPEC CT15, NM9)."
     sign = -1 if mode == "max" else 1
-    ranked = sorted(range(1, len(values)+1), key=lambda e: (math.isnan(values[e-1]), sign*values[e-1], e))[:best]
-    return ranked, set(ranked if best > 1 else ()) | {e for e in range(1, len(values)+1) if every and e % every == 0}
+    ranked = sorted(range(1, len(values) + 1), key=lambda e: (math.isnan(values[e - 1]), sign * values[e - 1], e))[
+        :best
+    ]
+    return ranked, set(ranked if best > 1 else ()) | {e for e in range(1, len(values) + 1) if every and e % every == 0}
 
 # %% ../../nbs/training/625_saving.ipynb #d77d6ce7
 class Checkpoint(Callback):
     "last.pt in time, best.pt on progress, and the epochs that are kept; each atomically (SPEC CT15, NM9, BX10)."
-    order = History.order+1
-    def __init__(self, folder:Path, fixed:Mapping[str,Any], monitor:str="macro_f1", mode:Literal["max","min"]="max", saving:Saving|None=None, log:logging.Logger|None=None):
-        self.folder, self.fixed, self.monitor, self.mode, self.rule, self.log, self.asked = Path(folder), dict(fixed), monitor, mode, saving or Saving(), log, None
 
-    def before_train(self): self.mark(getattr(self.learn, "begun_at", 0))
-    def mark(self, done:int|None=None): self.done = self.iter+1 if done is None else done; self.stands = standing(self.learn, self.done)
-    def after_step(self): self.steps += 1
-    def before_fit(self): self.steps, self.saved = 0, time.monotonic()
-    def after_cancel_train(self): self.mark(); self.stands |= dict(epoch=self.epoch+1, batch=0, row=0)   # the clock has ended this epoch with a batch that `after_batch` did not hear of; only the validation is left
+    order = History.order + 1
+
+    def __init__(
+        self,
+        folder: Path,
+        fixed: Mapping[str, Any],
+        monitor: str = "macro_f1",
+        mode: Literal["max", "min"] = "max",
+        saving: Saving | None = None,
+        log: logging.Logger | None = None,
+    ):
+        self.folder, self.fixed, self.monitor, self.mode, self.rule, self.log, self.asked = (
+            Path(folder),
+            dict(fixed),
+            monitor,
+            mode,
+            saving or Saving(),
+            log,
+            None,
+        )
+
+    def before_train(self):
+        self.mark(getattr(self.learn, "begun_at", 0))
+
+    def mark(self, done: int | None = None):
+        self.done = self.iter + 1 if done is None else done
+        self.stands = standing(self.learn, self.done)
+
+    def after_step(self):
+        self.steps += 1
+
+    def before_fit(self):
+        self.steps, self.saved = 0, time.monotonic()
+
+    def after_cancel_train(self):
+        self.mark()
+        self.stands |= dict(
+            epoch=self.epoch + 1, batch=0, row=0
+        )  # the clock has ended this epoch with a batch that `after_batch` did not hear of; only the validation is left
 
     def after_batch(self):
-        if self.learn.in_parts: return   # half a batch is no place to go on from
-        if self.training: self.mark()
-        if self.asked: self.stop()
-        elif self.training and (self.steps >= self.rule.every_steps or time.monotonic()-self.saved >= 60*self.rule.every_minutes): self.save_last()
+        if self.learn.in_parts:
+            return  # half a batch is no place to go on from
+        if self.training:
+            self.mark()
+        if self.asked:
+            self.stop()
+        elif self.training and (
+            self.steps >= self.rule.every_steps or time.monotonic() - self.saved >= 60 * self.rule.every_minutes
+        ):
+            self.save_last()
 
     def after_epoch(self):
-        values, n = [monitored(r, self.monitor) for r in self.learn.rows], self.epoch+1
-        best, keep = kept_epochs(values, self.mode, max(self.rule.keep_best, self.rule.average_best), self.rule.every_epochs)
+        values, n = [monitored(r, self.monitor) for r in self.learn.rows], self.epoch + 1
+        best, keep = kept_epochs(
+            values, self.mode, max(self.rule.keep_best, self.rule.average_best), self.rule.every_epochs
+        )
         scored = {**self.state(), "model_state": self.scored(), "weights": self.weights}
-        if n in keep: save_ckpt(self.folder/f"epoch_{n}.pt", **scored)
-        if n == best[0]: save_ckpt(self.folder/"best.pt", **scored)
+        if n in keep:
+            save_ckpt(self.folder / f"epoch_{n}.pt", **scored)
+        if n == best[0]:
+            save_ckpt(self.folder / "best.pt", **scored)
         self.save_last(over=True)
         for p in self.folder.glob("epoch_*.pt"):
-            if int(p.stem[6:]) not in keep: p.unlink()
-        if self.asked: self.stop(saved=True)
+            if int(p.stem[6:]) not in keep:
+                p.unlink()
+        if self.asked:
+            self.stop(saved=True)
 
 # %% ../../nbs/training/625_saving.ipynb #42d8ba70
 @patch
-def state(self:Checkpoint, done:int|None=None, stands:Mapping[str,int]|None=None)->dict[str,Any]:
+def state(self: Checkpoint, done: int | None = None, stands: Mapping[str, int] | None = None) -> dict[str, Any]:
     "What a file holds."
     _, best = early_stopping([monitored(r, self.monitor) for r in self.learn.rows], mode=self.mode)
     return {**training_state(self.learn, done, stands), **self.fixed, "best_metric": best, "monitor": self.monitor}
 
+
 @patch
-def save_last(self:Checkpoint, over:bool=False)->Path:
+def save_last(self: Checkpoint, over: bool = False) -> Path:
     "last.pt, of the moment or of an epoch that is over; never of weights that are no numbers any more."
     weights = [p for p in self.learn.model.parameters() if p.is_floating_point()]
-    if not torch.stack(torch._foreach_norm(weights)).isfinite().all(): raise PillsnapError(f"a weight is no number any more in epoch {self.learn.epoch+1}", where=self.folder/"last.pt", fix="lower train.classification.lr, or train with amp=false; the last checkpoint is intact")
+    if not torch.stack(torch._foreach_norm(weights)).isfinite().all():
+        raise PillsnapError(
+            f"a weight is no number any more in epoch {self.learn.epoch + 1}",
+            where=self.folder / "last.pt",
+            fix="lower train.classification.lr, or train with amp=false; the last checkpoint is intact",
+        )
     self.steps, self.saved = 0, time.monotonic()
-    return save_ckpt(self.folder/"last.pt", **(self.state() if over else self.state(self.done, self.stands)), weights="raw")
+    return save_ckpt(
+        self.folder / "last.pt", **(self.state() if over else self.state(self.done, self.stands)), weights="raw"
+    )
+
 
 @patch(as_prop=True)
-def weights(self:Checkpoint)->str:
+def weights(self: Checkpoint) -> str:
     "Which weights the figures belong to."
     return "ema" if getattr(self.learn, "ema", None) and self.learn.ema.evaluate != "raw" else "raw"
+
+
 @patch
-def scored(self:Checkpoint)->Mapping[str,torch.Tensor]:
+def scored(self: Checkpoint) -> Mapping[str, torch.Tensor]:
     "Those weights."
     return self.learn.ema.shadow if self.weights == "ema" else self.learn.model.state_dict()
 
 # %% ../../nbs/training/625_saving.ipynb #4e28b825
 @patch
-def stop(self:Checkpoint, saved:bool=False)->None:
+def stop(self: Checkpoint, saved: bool = False) -> None:
     "End the fit because a signal asked for it, with everything in last.pt."
     if not saved:
-        if not self.training and getattr(self.learn, "ema", None): self.learn.ema.after_validate()
+        if not self.training and getattr(self.learn, "ema", None):
+            self.learn.ema.after_validate()
         self.save_last()
-    decide(self.log, f"stopped by {self.asked} in epoch {self.epoch+1}, {'which is over' if saved else f'after {self.done} batches'}: everything is in {self.folder/'last.pt'}, the same command goes on")
+    decide(
+        self.log,
+        f"stopped by {self.asked} in epoch {self.epoch + 1}, {'which is over' if saved else f'after {self.done} batches'}: everything is in {self.folder / 'last.pt'}, the same command goes on",
+    )
     raise KeyboardInterrupt(self.asked)
+
 
 @contextmanager
 def stoppable(
-    saver:Checkpoint,              # of the Learner that will fit
-    log:logging.Logger|None=None   # where it is said if signals cannot be heard
-)->Iterator[None]:
+    saver: Checkpoint,  # of the Learner that will fit
+    log: logging.Logger | None = None,  # where it is said if signals cannot be heard
+) -> Iterator[None]:
     "Inside, SIGTERM and Ctrl-C save before they end the fit (SPEC BX10)."
-    def ask(number:int, _:Any)->None:
-        if saver.asked: raise KeyboardInterrupt(saver.asked)
+
+    def ask(number: int, _: Any) -> None:
+        if saver.asked:
+            raise KeyboardInterrupt(saver.asked)
         saver.asked = signal.Signals(number).name
+
     if threading.current_thread() is not threading.main_thread():
-        decide(log, "signals: not heard, training does not run in the main thread; a kill costs what was done since the last save"); yield; return
+        decide(
+            log,
+            "signals: not heard, training does not run in the main thread; a kill costs what was done since the last save",
+        )
+        yield
+        return
     before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
-        if saver.asked: raise KeyboardInterrupt(saver.asked)   # it came after the last look, and everything is saved
+        if saver.asked:
+            raise KeyboardInterrupt(saver.asked)  # it came after the last look, and everything is saved
     finally:
         saver.asked = None
-        for s, handler in before.items(): signal.signal(s, handler)
+        for s, handler in before.items():
+            signal.signal(s, handler)
 
 # %% ../../nbs/training/625_saving.ipynb #7a1e9bf0
 def restore(
-    learn:PillLearner,          # that has not trained yet
-    ckpt:Mapping[str,Any]       # last.pt, loaded and checked
-)->int: # epochs that are done
+    learn: PillLearner,  # that has not trained yet
+    ckpt: Mapping[str, Any],  # last.pt, loaded and checked
+) -> int:  # epochs that are done
     "Continue a run from its checkpoint (SPEC CT16, BX10)."
     learn.model.load_state_dict(ckpt["model_state"])
-    if not learn.opt: learn.create_opt()
+    if not learn.opt:
+        learn.create_opt()
     learn.opt.load_state_dict(ckpt["optimizer_state"])
     for name, key in dict(schedule="scheduler_state", precision="scaler_state", ema="ema_state").items():
-        if getattr(learn, name, None) is not None and ckpt.get(key) is not None: getattr(learn, name).load_state_dict(ckpt[key])
-    if hasattr(learn.dls.train, "load_state_dict"): learn.dls.train.load_state_dict(ckpt["sampler_state"])
+        if getattr(learn, name, None) is not None and ckpt.get(key) is not None:
+            getattr(learn, name).load_state_dict(ckpt[key])
+    if hasattr(learn.dls.train, "load_state_dict"):
+        learn.dls.train.load_state_dict(ckpt["sampler_state"])
     learn.rows, learn.begun, learn.begun_at = list(ckpt["history"]), ckpt, ckpt["position"]["batch"]
     set_rng_state(ckpt["rng_state"])
     return int(ckpt["epoch"])
 
 # %% ../../nbs/training/625_saving.ipynb #512ec587
 @patch
-def all_batches(self:PillLearner)->None:
+def all_batches(self: PillLearner) -> None:
     "An epoch, or what is left of it (SPEC BX10)."
     self.n_iter, first, batches = len(self.dl), 0, self.dl
-    dice = rng_state() if hasattr(self.dl, "load_state_dict") else None   # a validation's loader too
+    dice = rng_state() if hasattr(self.dl, "load_state_dict") else None  # a validation's loader too
     if self.training and (ckpt := self.__dict__.pop("begun", None)):
         first, batches, dice = take_up(self, ckpt), rest_of(self, ckpt), ckpt["rng_state"]
         set_rng_state(dice)
     try:
         for i, b in enumerate(batches, first):
-            if i == first and dice: set_rng_state(dice)
+            if i == first and dice:
+                set_rng_state(dice)
             self.one_batch(i, b)
-    except RuntimeError as e:   # torch tells of a process that ended wherever the main thread is, also in the middle of a step
-        if "DataLoader worker (pid" in str(e): raise worker_gone(e) from e
+    except (
+        RuntimeError
+    ) as e:  # torch tells of a process that ended wherever the main thread is, also in the middle of a step
+        if "DataLoader worker (pid" in str(e):
+            raise worker_gone(e) from e
         raise
 
+
 def rest_of(
-    learn:PillLearner,      # whose epoch has begun
-    ckpt:Mapping[str,Any]   # what restore was given
-)->Any: # batches
+    learn: PillLearner,  # whose epoch has begun
+    ckpt: Mapping[str, Any],  # what restore was given
+) -> Any:  # batches
     "What the epoch has left: nothing, when the file was written in the validation."
     loader, at = learn.dls.train, ckpt["sampler_state"]
-    if at["epoch"] > learn.epoch: return ()
+    if at["epoch"] > learn.epoch:
+        return ()
     return loader if hasattr(loader, "load_state_dict") else itertools.islice(loader, at["batch"], None)
 
+
 def take_up(
-    learn:PillLearner,      # whose epoch has begun
-    ckpt:Mapping[str,Any]   # what restore was given
-)->int: # number of the next batch
+    learn: PillLearner,  # whose epoch has begun
+    ckpt: Mapping[str, Any],  # what restore was given
+) -> int:  # number of the next batch
     "Put back what the callbacks knew in mid-epoch."
     for name, state in ckpt["position"]["callbacks"].items():
-        if (cb := learn.__dict__.get(name)) is not None: cb.load_state_dict(state)
-    learn.opt.set_hyper("lr", [g["lr"] for g in ckpt["optimizer_state"]["param_groups"]])   # fit has set the peak; a window that only waits for its step needs its own
+        if (cb := learn.__dict__.get(name)) is not None:
+            cb.load_state_dict(state)
+    learn.opt.set_hyper(
+        "lr", [g["lr"] for g in ckpt["optimizer_state"]["param_groups"]]
+    )  # fit has set the peak; a window that only waits for its step needs its own
     learn.begun_at = 0
     return ckpt["position"]["batch"]
 
 # %% ../../nbs/training/625_saving.ipynb #9650e778
 def weights_checksum(
-    model:nn.Module # any
-)->torch.Tensor: # int64, one per tensor that is trained
+    model: nn.Module,  # any
+) -> torch.Tensor:  # int64, one per tensor that is trained
     "The sums of the weights' bits: any change shows, however small."
     whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return torch.stack([p.detach().view(whole[p.element_size()]).sum(dtype=torch.int64) for p in model.parameters() if p.requires_grad])
+    return torch.stack(
+        [p.detach().view(whole[p.element_size()]).sum(dtype=torch.int64) for p in model.parameters() if p.requires_grad]
+    )
+
 
 class Stall(Callback):
     "An error when weights do not move, or two validations are alike to the last digit (SPEC BX10)."
-    order = History.order+.5   # before the checkpoint: a stalled epoch is not kept
-    def before_train(self): self.was, self.steps = weights_checksum(self.model), 0
-    def after_step(self): self.steps += 1
+
+    order = History.order + 0.5  # before the checkpoint: a stalled epoch is not kept
+
+    def before_train(self):
+        self.was, self.steps = weights_checksum(self.model), 0
+
+    def after_step(self):
+        self.steps += 1
+
     def after_train(self):
-        scaler = getattr(getattr(self.learn, "precision", None), "scaler", None)   # the first fp16 steps may all be left out while a scale is sought
-        if self.steps and scaler is None and torch.equal(self.was, weights_checksum(self.model)): self.fail(f"{self.steps} steps of epoch {self.epoch+1} moved no weight")
+        scaler = getattr(
+            getattr(self.learn, "precision", None), "scaler", None
+        )  # the first fp16 steps may all be left out while a scale is sought
+        if self.steps and scaler is None and torch.equal(self.was, weights_checksum(self.model)):
+            self.fail(f"{self.steps} steps of epoch {self.epoch + 1} moved no weight")
+
     def after_epoch(self):
         told = [{k: v for k, v in r["classification"].items()} for r in self.learn.rows[-2:]]
-        if len(told) == 2 and told[0] == told[1]: self.fail(f"the validations of epochs {self.epoch} and {self.epoch+1} are alike to the last digit (loss {told[1]['loss']!r})")
-    def fail(self, what:str): raise PillsnapError(f"training stands still: {what}", where="train.classification", fix="is the learning rate above nothing, and does the optimizer have the parameters that are trained? train.classification.stall_check=false goes on regardless")
+        if len(told) == 2 and told[0] == told[1]:
+            self.fail(
+                f"the validations of epochs {self.epoch} and {self.epoch + 1} are alike to the last digit (loss {told[1]['loss']!r})"
+            )
+
+    def fail(self, what: str):
+        raise PillsnapError(
+            f"training stands still: {what}",
+            where="train.classification",
+            fix="is the learning rate above nothing, and does the optimizer have the parameters that are trained? train.classification.stall_check=false goes on regardless",
+        )
 
 # %% ../../nbs/training/625_saving.ipynb #de0d871d
 def average_weights(
-    states:Sequence[Mapping[str,torch.Tensor]] # of the same network, the best first
-)->dict[str,torch.Tensor]:
+    states: Sequence[Mapping[str, torch.Tensor]],  # of the same network, the best first
+) -> dict[str, torch.Tensor]:
     "The mean of floating weights; counters are the best one's (SPEC BX23)."
-    return {k: torch.stack([s[k].double() for s in states]).mean(0).to(v.dtype) if v.is_floating_point() else v.clone() for k, v in states[0].items()}
+    return {
+        k: torch.stack([s[k].double() for s in states]).mean(0).to(v.dtype) if v.is_floating_point() else v.clone()
+        for k, v in states[0].items()
+    }
+
 
 @torch.no_grad()
 def refresh_batchnorm(
-    model:nn.Module,  # changed in place
-    loader:Any,       # training batches (images, labels, meta)
-    batches:int=100   # at most
-)->int: # how many such layers there are
+    model: nn.Module,  # changed in place
+    loader: Any,  # training batches (images, labels, meta)
+    batches: int = 100,  # at most
+) -> int:  # how many such layers there are
     "Take the running statistics of batch norm anew, as plain means (SPEC BX23)."
     norms = {m: m.momentum for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats}
-    if not norms: return 0
+    if not norms:
+        return 0
     model.eval()
-    for m in norms: m.reset_running_stats(); m.momentum = None; m.train()
-    for x, *_ in itertools.islice(loader, batches): model(x.to(next(model.parameters()).device))
-    for m, was in norms.items(): m.momentum = was; m.eval()
+    for m in norms:
+        m.reset_running_stats()
+        m.momentum = None
+        m.train()
+    for x, *_ in itertools.islice(loader, batches):
+        model(x.to(next(model.parameters()).device))
+    for m, was in norms.items():
+        m.momentum = was
+        m.eval()
     return len(norms)

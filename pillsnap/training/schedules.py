@@ -19,92 +19,132 @@ from .callbacks import History, Precision, monitored
 
 # %% ../../nbs/training/605_schedules.ipynb #444ea9eb
 def warm_up(
-    step:float,      # optimizer steps done
-    peak:float,      # highest rate
-    warmup:int,      # steps of the warm-up
-    start:float=1e-3 # first rate, as a share of the peak
-)->float:
+    step: float,  # optimizer steps done
+    peak: float,  # highest rate
+    warmup: int,  # steps of the warm-up
+    start: float = 1e-3,  # first rate, as a share of the peak
+) -> float:
     "The rate of a linear warm-up (Goyal et al. 2017; SPEC X26)."
-    return peak*(start + (1-start)*step/warmup)
+    return peak * (start + (1 - start) * step / warmup)
 
 # %% ../../nbs/training/605_schedules.ipynb #82a4aae7
 def cosine_lr(
-    step:float,      # optimizer steps done
-    total:int,       # optimizer steps of the run
-    peak:float,      # highest rate
-    warmup:int=0,    # steps of linear warm-up
-    low:float=0.,    # where the cosine ends
-    start:float=1e-3 # first rate, as a share of the peak
-)->float:
+    step: float,  # optimizer steps done
+    total: int,  # optimizer steps of the run
+    peak: float,  # highest rate
+    warmup: int = 0,  # steps of linear warm-up
+    low: float = 0.0,  # where the cosine ends
+    start: float = 1e-3,  # first rate, as a share of the peak
+) -> float:
     "Linear warm-up, then half a cosine over what is left (SPEC CT4, X27; Loshchilov & Hutter 2016)."
-    if step < warmup: return warm_up(step, peak, warmup, start)
-    t = min(1., (step-warmup)/max(1, total-warmup))
-    return low + .5*(peak-low)*(1+math.cos(math.pi*t))
+    if step < warmup:
+        return warm_up(step, peak, warmup, start)
+    t = min(1.0, (step - warmup) / max(1, total - warmup))
+    return low + 0.5 * (peak - low) * (1 + math.cos(math.pi * t))
 
 # %% ../../nbs/training/605_schedules.ipynb #acec51bf
 def onecycle_lr(
-    step:float,      # optimizer steps done
-    total:int,       # optimizer steps of the run
-    peak:float,      # highest rate
-    rise:float=.3,   # share of the run before the peak
-    div:float=25.,   # first rate is peak/div
-    final:float=1e4  # last rate is peak/div/final
-)->float:
+    step: float,  # optimizer steps done
+    total: int,  # optimizer steps of the run
+    peak: float,  # highest rate
+    rise: float = 0.3,  # share of the run before the peak
+    div: float = 25.0,  # first rate is peak/div
+    final: float = 1e4,  # last rate is peak/div/final
+) -> float:
     "Up and down on two half cosines (SPEC CT4; Smith 2018, as in torch's OneCycleLR without its momentum)."
-    up, last = rise*total-1, total-1
-    ease = lambda a, b, p: b + (a-b)/2*(1+math.cos(math.pi*min(1., p)))
-    return ease(peak/div, peak, step/up) if step <= up else ease(peak, peak/div/final, (step-up)/max(1e-9, last-up))
+    up, last = rise * total - 1, total - 1
+    ease = lambda a, b, p: b + (a - b) / 2 * (1 + math.cos(math.pi * min(1.0, p)))
+    return (
+        ease(peak / div, peak, step / up)
+        if step <= up
+        else ease(peak, peak / div / final, (step - up) / max(1e-9, last - up))
+    )
 
 # %% ../../nbs/training/605_schedules.ipynb #d7b6c584
 def restarts_lr(
-    step:float,      # optimizer steps done
-    first:int,       # steps of the first cosine
-    mult:int,        # how much longer each next one is
-    peak:float,      # rate at every restart
-    warmup:int=0,    # steps of linear warm-up before the first
-    low:float=0.,    # where each cosine ends
-    start:float=1e-3 # first rate, as a share of the peak
-)->float:
+    step: float,  # optimizer steps done
+    first: int,  # steps of the first cosine
+    mult: int,  # how much longer each next one is
+    peak: float,  # rate at every restart
+    warmup: int = 0,  # steps of linear warm-up before the first
+    low: float = 0.0,  # where each cosine ends
+    start: float = 1e-3,  # first rate, as a share of the peak
+) -> float:
     "Cosines with warm restarts (SPEC X27, RT4; Loshchilov & Hutter 2016)."
-    if step < warmup: return warm_up(step, peak, warmup, start)
-    t, length = step-warmup, first
-    while t >= length: t, length = t-length, length*mult
-    return low + .5*(peak-low)*(1+math.cos(math.pi*t/length))
+    if step < warmup:
+        return warm_up(step, peak, warmup, start)
+    t, length = step - warmup, first
+    while t >= length:
+        t, length = t - length, length * mult
+    return low + 0.5 * (peak - low) * (1 + math.cos(math.pi * t / length))
 
 # %% ../../nbs/training/605_schedules.ipynb #6fd85ead
 class Schedule(Callback):
     "Set the rate before each batch from the number of optimizer steps done (SPEC CT4, X26)."
-    order, run_valid = Precision.order-5, False
-    def __init__(self, rule:Callable[[float],float]): self.rule, self.done, self.scale = rule, 0, 1.
-    def before_batch(self): self.opt.set_hyper("lr", self.scale*self.rule(self.done))
-    def after_step(self): self.done += 1
-    def state_dict(self): return {"steps": self.done, "scale": self.scale}
-    def load_state_dict(self, s): self.done, self.scale = s["steps"], s["scale"]
+
+    order, run_valid = Precision.order - 5, False
+
+    def __init__(self, rule: Callable[[float], float]):
+        self.rule, self.done, self.scale = rule, 0, 1.0
+
+    def before_batch(self):
+        self.opt.set_hyper("lr", self.scale * self.rule(self.done))
+
+    def after_step(self):
+        self.done += 1
+
+    def state_dict(self):
+        return {"steps": self.done, "scale": self.scale}
+
+    def load_state_dict(self, s):
+        self.done, self.scale = s["steps"], s["scale"]
 
 # %% ../../nbs/training/605_schedules.ipynb #24e725b9
 def plateau_cuts(
-    values:Sequence[float],          # the monitored figure, one per validation
-    patience:int=5,                  # validations without progress that are borne
-    mode:Literal["max","min"]="max", # which way is better
-    least:float=1e-4                 # smallest progress, as a share of the best so far
-)->int:
+    values: Sequence[float],  # the monitored figure, one per validation
+    patience: int = 5,  # validations without progress that are borne
+    mode: Literal["max", "min"] = "max",  # which way is better
+    least: float = 1e-4,  # smallest progress, as a share of the best so far
+) -> int:
     "How often the rate falls (SPEC X27, RT4; torch's ReduceLROnPlateau)."
     best, waited, cuts = -math.inf if mode == "max" else math.inf, 0, 0
     for v in values:
-        better = v > best*(1+least) if mode == "max" else v < best*(1-least)
-        best, waited = (v, 0) if better else (best, waited+1)
-        if waited > patience: cuts, waited = cuts+1, 0
+        better = v > best * (1 + least) if mode == "max" else v < best * (1 - least)
+        best, waited = (v, 0) if better else (best, waited + 1)
+        if waited > patience:
+            cuts, waited = cuts + 1, 0
     return cuts
 
 # %% ../../nbs/training/605_schedules.ipynb #46d2435c
 class Plateau(Callback):
     "Lower the schedule when validation stands still (SPEC X27, RT4)."
-    order = History.order+.5   # the row is there, and the checkpoint of this epoch is not yet written
-    def __init__(self, patience:int=5, factor:float=.5, low:float=0., monitor:str="macro_f1", mode:Literal["max","min"]="max", log:logging.Logger|None=None):
-        self.patience, self.factor, self.low, self.monitor, self.mode, self.log = patience, factor, low, monitor, mode, log
+
+    order = History.order + 0.5  # the row is there, and the checkpoint of this epoch is not yet written
+
+    def __init__(
+        self,
+        patience: int = 5,
+        factor: float = 0.5,
+        low: float = 0.0,
+        monitor: str = "macro_f1",
+        mode: Literal["max", "min"] = "max",
+        log: logging.Logger | None = None,
+    ):
+        self.patience, self.factor, self.low, self.monitor, self.mode, self.log = (
+            patience,
+            factor,
+            low,
+            monitor,
+            mode,
+            log,
+        )
 
     def after_epoch(self):
         values, s = [monitored(r, self.monitor) for r in self.learn.rows], self.learn.schedule
-        if plateau_cuts(values, self.patience, self.mode) == plateau_cuts(values[:-1], self.patience, self.mode): return
-        was, s.scale = s.scale, max(s.scale*self.factor, self.low)   # low: of the peak
-        decide(self.log, f"plateau: {self.monitor} has not improved for {self.patience+1} validations, the rate falls to {s.scale/was:g} of what it was")
+        if plateau_cuts(values, self.patience, self.mode) == plateau_cuts(values[:-1], self.patience, self.mode):
+            return
+        was, s.scale = s.scale, max(s.scale * self.factor, self.low)  # low: of the peak
+        decide(
+            self.log,
+            f"plateau: {self.monitor} has not improved for {self.patience + 1} validations, the rate falls to {s.scale / was:g} of what it was",
+        )

@@ -174,9 +174,7 @@ class KeepEpochs(Callback):
     def __init__(
         self,
         folder: Path,  # checkpoints/segmentation
-        fixed: Mapping[
-            str, Any
-        ],  # what is the same in every checkpoint: config_snapshot, class_map, backbone, img_size
+        fixed: Mapping[str, Any],  # what every checkpoint carries besides the state
         report: Callable[[dict], None] = lambda row: None,  # told of each epoch
     ):
         self.folder, self.fixed, self.report, self.rows, self.best = folder, dict(fixed), report, [], -1.0

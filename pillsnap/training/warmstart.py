@@ -29,25 +29,32 @@ from ..models.factory import CosineClassifier
 
 # %% ../../nbs/training/635_warmstart.ipynb #80cb3939
 def init_checkpoint(
-    init_from:str|Path,       # a run folder, or a checkpoint in one
-    own:Path|None=None        # the folder that this training writes its checkpoints to
-)->Path: # the checkpoint's file
+    init_from: str | Path,  # a run folder, or a checkpoint in one
+    own: Path | None = None,  # the folder that this training writes its checkpoints to
+) -> Path:  # the checkpoint's file
     "The checkpoint that a setting names; PillsnapError when there is none, or when it is the run's own."
     path = Path(init_from)
-    if path.is_dir(): path = path/"checkpoints"/"classifier"/"best.pt"
+    if path.is_dir():
+        path = path / "checkpoints" / "classifier" / "best.pt"
     path = find_ckpt(path)
     if not path.is_file():
-        raise PillsnapError("there is no checkpoint to start from", where=path,
-            fix="name a run folder whose classifier is trained, or the file checkpoints/classifier/best.pt in it")
+        raise PillsnapError(
+            "there is no checkpoint to start from",
+            where=path,
+            fix="name a run folder whose classifier is trained, or the file checkpoints/classifier/best.pt in it",
+        )
     if own is not None and path.resolve().parent == Path(own).resolve():
-        raise PillsnapError("train.classification.init_from names this run's own checkpoint, which the first epoch overwrites",
-            where=path, fix="train the larger stage in a run folder of its own")
+        raise PillsnapError(
+            "train.classification.init_from names this run's own checkpoint, which the first epoch overwrites",
+            where=path,
+            fix="train the larger stage in a run folder of its own",
+        )
     return path
 
 # %% ../../nbs/training/635_warmstart.ipynb #da1be438
 def class_rows(
-    model:nn.Module # a classifier of models.factory
-)->set[str]: # keys of its state_dict
+    model: nn.Module,  # a classifier of models.factory
+) -> set[str]:  # keys of its state_dict
     "Names of the tensors that hold one row per class."
     layer = model.directions if isinstance(model, CosineClassifier) else model.get_classifier()
     mine = {id(p) for p in layer.parameters()}
@@ -57,52 +64,64 @@ def class_rows(
 @dataclass(frozen=True)
 class CopiedRows:
     "What became of the head's rows."
-    share:float             # of the network's numbers that were copied
-    copied:tuple[str,...]   # keys of both class maps
-    new:tuple[str,...]      # keys that the checkpoint does not know; initialised as ever
-    dropped:tuple[str,...]  # keys of the checkpoint that this run does not have
+
+    share: float  # of the network's numbers that were copied
+    copied: tuple[str, ...]  # keys of both class maps
+    new: tuple[str, ...]  # keys that the checkpoint does not know; initialised as ever
+    dropped: tuple[str, ...]  # keys of the checkpoint that this run does not have
+
 
 def copy_by_key(
-    model:nn.Module,                      # changed in place
-    saved:Mapping[str,torch.Tensor],      # a checkpoint's model_state
-    of:ClassMap,                          # the checkpoint's classes
-    to:ClassMap                           # the model's classes
-)->CopiedRows:
+    model: nn.Module,  # changed in place
+    saved: Mapping[str, torch.Tensor],  # a checkpoint's model_state
+    of: ClassMap,  # the checkpoint's classes
+    to: ClassMap,  # the model's classes
+) -> CopiedRows:
     "Copy a network's weights; the head's rows go where their class key is."
     state, rows = model.state_dict(), class_rows(model)
     shared = [k for k in to if of.id(k) >= 0]
     source, target = [of.id(k) for k in shared], [to.id(k) for k in shared]
     shape = lambda name, t: t.shape[1:] if name in rows else t.shape
     if set(state) != set(saved) or any(shape(k, v) != shape(k, saved[k]) for k, v in state.items()):
-        raise PillsnapError("the checkpoint's weights do not fit this network", where="train.classification.init_from",
-            fix="start from a checkpoint of the same backbone, head and embedding_dim")
+        raise PillsnapError(
+            "the checkpoint's weights do not fit this network",
+            where="train.classification.init_from",
+            fix="start from a checkpoint of the same backbone, head and embedding_dim",
+        )
     for name, t in state.items():
-        if name not in rows: t.copy_(saved[name])
-        elif shared: t[target] = saved[name][source].to(t.dtype)
+        if name not in rows:
+            t.copy_(saved[name])
+        elif shared:
+            t[target] = saved[name][source].to(t.dtype)
     total = sum(p.numel() for p in model.parameters())
-    fresh = sum(state[name].numel() for name in rows)*(1 - len(shared)/len(to))
+    fresh = sum(state[name].numel() for name in rows) * (1 - len(shared) / len(to))
     new, dropped = [k for k in to if of.id(k) < 0], [k for k in of if to.id(k) < 0]
-    return CopiedRows(1 - fresh/total, tuple(shared), tuple(new), tuple(dropped))
+    return CopiedRows(1 - fresh / total, tuple(shared), tuple(new), tuple(dropped))
 
 # %% ../../nbs/training/635_warmstart.ipynb #03e13db8
 def trained_on(
-    path:Path,              # the checkpoint
-    ckpt:Mapping[str,Any]   # its content
-)->tuple[pd.DataFrame|None,str]: # training rows, or None and why they are not known
+    path: Path,  # the checkpoint
+    ckpt: Mapping[str, Any],  # its content
+) -> tuple[pd.DataFrame | None, str]:  # training rows, or None and why they are not known
     "The photos that a checkpoint was trained on, from the run folder that it lies in."
     run = path.resolve().parents[2] if len(path.resolve().parents) > 2 else path.parent
     stage = ckpt["config_snapshot"].get("data", {}).get("progressive_validation", {}).get("current_stage")
-    folder = run/"artifacts"/f"stage{stage}"
-    if not (folder/"splits.json").is_file(): return None, f"the split it was trained on is not beside it ({folder})"
-    try: parts, _, head = load_splits(folder)
-    except PillsnapError as e: return None, f"the split beside it cannot be read ({e.what})"
-    if head["manifest"].get("data_hash") != ckpt.get("data_hash"): return None, "the split beside it is of another delivery"
+    folder = run / "artifacts" / f"stage{stage}"
+    if not (folder / "splits.json").is_file():
+        return None, f"the split it was trained on is not beside it ({folder})"
+    try:
+        parts, _, head = load_splits(folder)
+    except PillsnapError as e:
+        return None, f"the split beside it cannot be read ({e.what})"
+    if head["manifest"].get("data_hash") != ckpt.get("data_hash"):
+        return None, "the split beside it is of another delivery"
     return parts["train"], ""
 
+
 def photos_in_common(
-    train:pd.DataFrame,  # rows that the checkpoint was trained on
-    data:StageData       # whose validation and evaluation photos are looked at
-)->int:
+    train: pd.DataFrame,  # rows that the checkpoint was trained on
+    data: StageData,  # whose validation and evaluation photos are looked at
+) -> int:
     "How many photos that judge this run belong to a group that trained the checkpoint."
     column = "path" if data.header["params"]["group_by"] == "image" else "group_id"
     judging = pd.concat([data.val, data.pool]).drop_duplicates("path")
@@ -110,73 +129,101 @@ def photos_in_common(
 
 # %% ../../nbs/training/635_warmstart.ipynb #77f1a967
 def refuse_unfit(
-    ckpt:Mapping[str,Any],        # a checkpoint
-    path:Path,                    # its file
-    backbone:str,                 # of this run
-    head:Mapping[str,Any]|None,   # of this run: {"dim", "scale"} of a cosine head
-    kind:str                      # what this run's class keys are
-)->None: # PillsnapError
+    ckpt: Mapping[str, Any],  # a checkpoint
+    path: Path,  # its file
+    backbone: str,  # of this run
+    head: Mapping[str, Any] | None,  # of this run: {"dim", "scale"} of a cosine head
+    kind: str,  # what this run's class keys are
+) -> None:  # PillsnapError
     "Stop where the weights cannot be carried over."
     drop = "or leave train.classification.init_from out"
     if (was := ckpt.get("backbone")) != backbone:
-        raise PillsnapError(f"init_from holds a {was}, and this run trains a {backbone}: weights of one network do not fit another",
-            where=path, fix=f"set train.classification.backbone={was}, {drop}")
+        raise PillsnapError(
+            f"init_from holds a {was}, and this run trains a {backbone}: weights of one network do not fit another",
+            where=path,
+            fix=f"set train.classification.backbone={was}, {drop}",
+        )
     shape = lambda h: "a linear head" if h is None else f"a cosine head of {h['dim']} numbers"
     if shape(was := ckpt.get("head")) != shape(head):
-        raise PillsnapError(f"init_from has {shape(was)}, and this run {shape(head)}", where=path,
-            fix=f"choose the same train.classification.head and retrieval.embedding_dim, {drop}")
+        raise PillsnapError(
+            f"init_from has {shape(was)}, and this run {shape(head)}",
+            where=path,
+            fix=f"choose the same train.classification.head and retrieval.embedding_dim, {drop}",
+        )
     if (was := ckpt["class_map"].get("kind")) != kind:
-        raise PillsnapError(f"init_from knows its classes by {was}, and this run by {kind}: no row can be matched", where=path,
-            fix=f"start from a run on the same kind of data, {drop}")
+        raise PillsnapError(
+            f"init_from knows its classes by {was}, and this run by {kind}: no row can be matched",
+            where=path,
+            fix=f"start from a run on the same kind of data, {drop}",
+        )
 
 # %% ../../nbs/training/635_warmstart.ipynb #724ca662
 @dataclass(frozen=True)
 class WarmStart:
     "Where a fresh run's first weights came from."
-    path:str             # the checkpoint
-    sha256:str           # of its file
-    epoch:int            # it had finished
-    weights:str          # raw, ema or averaged
-    class_map_from:str   # fingerprint of its class map
-    class_map_to:str     # fingerprint of this run's
-    copied:int           # head rows that were copied, by class key
-    new:int              # head rows of drugs that it does not know
-    dropped:int          # its drugs that this run does not have
-    source:str = "init_from" # beside scratch, file and download
-    url:str|None = None
-    share:float = 0.     # of the network's numbers that were copied
 
-    def to_dict(self)->dict[str,Any]:
+    path: str  # the checkpoint
+    sha256: str  # of its file
+    epoch: int  # it had finished
+    weights: str  # raw, ema or averaged
+    class_map_from: str  # fingerprint of its class map
+    class_map_to: str  # fingerprint of this run's
+    copied: int  # head rows that were copied, by class key
+    new: int  # head rows of drugs that it does not know
+    dropped: int  # its drugs that this run does not have
+    source: str = "init_from"  # beside scratch, file and download
+    url: str | None = None
+    share: float = 0.0  # of the network's numbers that were copied
+
+    def to_dict(self) -> dict[str, Any]:
         "Plain JSON types, for the checkpoint and the report."
         return dataclasses.asdict(self)
 
 # %% ../../nbs/training/635_warmstart.ipynb #a6a92101
 def warm_start(
-    model:nn.Module,                # changed in place
-    init_from:str|Path,             # a run folder or a checkpoint
-    data:StageData,                 # this run's photos and class map
-    backbone:str,                   # of this run
-    head:Mapping[str,Any]|None=None,# of this run
-    own:Path|None=None,             # where this run writes its checkpoints
-    log:logging.Logger|None=None,   # what was copied
-    tb:TBWriter|None=None           # and its tags
-)->WarmStart: # PillsnapError where it cannot be done
+    model: nn.Module,  # changed in place
+    init_from: str | Path,  # a run folder or a checkpoint
+    data: StageData,  # this run's photos and class map
+    backbone: str,  # of this run
+    head: Mapping[str, Any] | None = None,  # of this run
+    own: Path | None = None,  # where this run writes its checkpoints
+    log: logging.Logger | None = None,  # what was copied
+    tb: TBWriter | None = None,  # and its tags
+) -> WarmStart:  # PillsnapError where it cannot be done
     "Start from another run's classifier, the head's rows by class key."
     path = init_checkpoint(init_from, own)
     ckpt = load_ckpt(path)
     of, to = ClassMap.from_dict(ckpt["class_map"], where=path), data.class_map
     refuse_unfit(ckpt, path, backbone, head, to.kind)
     train, unknown = trained_on(path, ckpt)
-    if train is not None and ckpt.get("data_hash") != data.header["data_hash"]: train, unknown = None, "it was trained on another delivery"
+    if train is not None and ckpt.get("data_hash") != data.header["data_hash"]:
+        train, unknown = None, "it was trained on another delivery"
     if train is not None and (n := photos_in_common(train, data)):
-        raise PillsnapError(f"{n} photos that judge this run share a capture group with photos that trained the checkpoint", where=path,
-            fix="split both runs with the same seed, split_ratio and group_by: a smaller stage then never trains on what judges a larger one")
+        raise PillsnapError(
+            f"{n} photos that judge this run share a capture group with photos that trained the checkpoint",
+            where=path,
+            fix="split both runs with the same seed, split_ratio and group_by: a smaller stage then never trains on what judges a larger one",
+        )
     rows = copy_by_key(model, ckpt["model_state"], of, to)
-    done = WarmStart(str(path), sha256_file(path), int(ckpt["epoch"]), str(ckpt.get("weights", "raw")), of.fingerprint, to.fingerprint,
-        len(rows.copied), len(rows.new), len(rows.dropped), share=rows.share)
+    done = WarmStart(
+        str(path),
+        sha256_file(path),
+        int(ckpt["epoch"]),
+        str(ckpt.get("weights", "raw")),
+        of.fingerprint,
+        to.fingerprint,
+        len(rows.copied),
+        len(rows.new),
+        len(rows.dropped),
+        share=rows.share,
+    )
     decide(log, f"init_from: {path}, sha256 {done.sha256[:12]}, after epoch {done.epoch}, {done.weights} weights", tb)
-    decide(log, f"init_from rows: class map {of.fingerprint[:12]} of {len(of)} to {to.fingerprint[:12]} of {len(to)}: "
-        f"{done.copied} head rows copied by key, {done.new} new, {done.dropped} dropped", tb)
+    decide(
+        log,
+        f"init_from rows: class map {of.fingerprint[:12]} of {len(of)} to {to.fingerprint[:12]} of {len(to)}: "
+        f"{done.copied} head rows copied by key, {done.new} new, {done.dropped} dropped",
+        tb,
+    )
     seen = "none of this run's judging photos trained it" if train is not None else f"not known, {unknown}"
     decide(log, f"init_from photos: {seen}", tb)
     return done

@@ -1,5 +1,6 @@
 #!/usr/bin/env python
 """The picture on the first page: photos of a finished run, answered by its exported models. usage: result_picture.py RUN [OUT]"""
+
 import sys
 from pathlib import Path
 from typing import Any
@@ -43,18 +44,22 @@ def answered_combo(photo: np.ndarray, items: list[dict[str, Any]], truth: pd.Dat
 def main(run: Path, out: Path) -> None:
     "Two combos in mode combo, wrong names in red, and two singles in mode single with their first three drugs."
     import matplotlib.pyplot as plt
+
     use_house_style()
     bundle, stage = load_bundle(run), load_stage(run, 0)
     combos, singles = chosen_photos(stage.val)
     fig, axes = plt.subplots(1, len(combos) + len(singles), figsize=(11, 4.6))
     for ax, path in zip(axes, [*combos, *singles]):
-        photo = np.asarray(Image.open(stage.root/path).convert("RGB"))
+        photo = np.asarray(Image.open(stage.root / path).convert("RGB"))
         answer = bundle.predict(photo, mode="combo" if path in combos else "single")
         if path in combos:
             photo = answered_combo(photo, answer["items"], stage.val[stage.val.path == path])
         else:
-            lines = [f"{wrap_title(t['name'] or t['kcode'], 26, lines=1)}  {t['confidence']:.0%}" for t in answer["items"][0]["top_k"][:3]]
-            ax.text(.5, -.03, "\n".join(lines), transform=ax.transAxes, ha="center", va="top", fontsize=8)
+            lines = [
+                f"{wrap_title(t['name'] or t['kcode'], 26, lines=1)}  {t['confidence']:.0%}"
+                for t in answer["items"][0]["top_k"][:3]
+            ]
+            ax.text(0.5, -0.03, "\n".join(lines), transform=ax.transAxes, ha="center", va="top", fontsize=8)
         ax.imshow(photo)
         ax.set_axis_off()
         ax.set_title(f"mode {answer['mode_used']}", fontsize=9)
@@ -62,4 +67,4 @@ def main(run: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else ROOT/"nbs"/"images"/"result.png")
+    main(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else ROOT / "nbs" / "images" / "result.png")

@@ -6,6 +6,7 @@
 
 The same run gives the same bytes. Pictures of an earlier run are removed.
 """
+
 import argparse
 import hashlib
 import json
@@ -43,9 +44,11 @@ PICTURES = {  # file in reports/ → what it shows
 
 def read(run: Path, name: str) -> dict[str, Any]:
     "A report of the run."
-    path = run/"reports"/f"{name}.json"
+    path = run / "reports" / f"{name}.json"
     if not path.is_file():
-        raise PillsnapError(f"this run has no {path.name}", where=path, fix="name a run folder that `pillsnap run all` has finished")
+        raise PillsnapError(
+            f"this run has no {path.name}", where=path, fix="name a run folder that `pillsnap run all` has finished"
+        )
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -59,17 +62,25 @@ def the_run(run: Path, card: Mapping[str, Any]) -> str:
     "When and where the run was made, and what each job took."
     records = {name: record for name in JOBS if (record := read_record(run, name))}
     seconds = sum(record["seconds"] for record in records.values())
-    rows = [{"job": name, "result": record["verdict"], "seconds": f"{record['seconds']:.0f}"} for name, record in records.items()]
+    rows = [
+        {"job": name, "result": record["verdict"], "seconds": f"{record['seconds']:.0f}"}
+        for name, record in records.items()
+    ]
     version = next(iter(records.values()))["pillsnap"]
-    return (f"Run `{card['run_id']}`, finished on {card['made'][:10]} with PillSnap {version} on {card['hardware']}. "
-            f"The jobs took {seconds:.0f} s together.\n\n{markdown_table(rows)}")
+    return (
+        f"Run `{card['run_id']}`, finished on {card['made'][:10]} with PillSnap {version} on {card['hardware']}. "
+        f"The jobs took {seconds:.0f} s together.\n\n{markdown_table(rows)}"
+    )
 
 
 def the_verdict(card: Mapping[str, Any]) -> str:
     "The gate with its points, then what the advisor says."
     gate, advice = card["gate"], card["advice"]
     label = f" ({gate['label']})" if gate["label"] else ""
-    points = table(gate["points"], {"name": "point", "asked": "asked", "value": "value", "n": "n", "verdict": "verdict", "reason": "reason"})
+    points = table(
+        gate["points"],
+        {"name": "point", "asked": "asked", "value": "value", "n": "n", "verdict": "verdict", "reason": "reason"},
+    )
     said = advisor_word(advice, gate)
     return f"{gate_dot(gate['status'])} **Gate: {gate['status']}**{label}\n\n{points}\n\n{said[:1].upper()}{said[1:]}."
 
@@ -78,10 +89,18 @@ def do_not_rely_on(run: Path, drugs: Sequence[Mapping[str, Any]]) -> str:
     "The drugs that the classifier cannot name, by name and code; nothing where there is none."
     if not drugs:
         return ""
-    path = run/"drug_metadata.json"
+    path = run / "drug_metadata.json"
     names = drug_names(json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None)
-    rows = [{"drug": drug_label(d["drug"], names, 30), "named rightly": f"{d['right']:.0%}", "mistaken for": drug_label(d["mistaken_for"], names, 30),
-             "share": f"{d['share']:.0%}", "n": d["n"]} for d in drugs]
+    rows = [
+        {
+            "drug": drug_label(d["drug"], names, 30),
+            "named rightly": f"{d['right']:.0%}",
+            "mistaken for": drug_label(d["mistaken_for"], names, 30),
+            "share": f"{d['share']:.0%}",
+            "n": d["n"],
+        }
+        for d in drugs
+    ]
     return "Drugs of which too few photos are named rightly, and what they are mistaken for.\n\n" + markdown_table(rows)
 
 
@@ -93,19 +112,31 @@ def sections(run: Path) -> dict[str, str]:
         "The verdict": the_verdict(card),
         "Figures": table(card["rows"], {"figure": "figure", "value": "value", "n": "n", "how": "how", "note": "note"}),
         "Do not rely on": do_not_rely_on(run, card.get("do_not_rely_on", [])),
-        "Exported models": export["verdict"] + "\n\n" + table(export["checks"], {"model": "model", "check": "check", "value": "value", "limit": "limit", "n": "n", "verdict": "verdict"}),
-        "Latency": "Milliseconds an answer.\n\n" + table(card["latency"], {k: k for k in ("scope", "p50", "p95", "batch", "precision", "n", "target", "verdict")}),
+        "Exported models": export["verdict"]
+        + "\n\n"
+        + table(
+            export["checks"],
+            {"model": "model", "check": "check", "value": "value", "limit": "limit", "n": "n", "verdict": "verdict"},
+        ),
+        "Latency": "Milliseconds an answer.\n\n"
+        + table(
+            card["latency"], {k: k for k in ("scope", "p50", "p95", "batch", "precision", "n", "target", "verdict")}
+        ),
     }
     return {heading: text for heading, text in page.items() if text}
 
 
 def introduction(card: Mapping[str, Any]) -> str:
     "Where the figures come from, and what they are not."
-    text = ("Every figure and every picture on this page comes from the reports of one run. `python scripts/assets/results_page.py RUN` makes the page; "
-            "nothing on it is typed by hand. The notebooks of the jobs show smoke runs instead, whose models are hardly trained.")
+    text = (
+        "Every figure and every picture on this page comes from the reports of one run. `python scripts/assets/results_page.py RUN` makes the page; "
+        "nothing on it is typed by hand. The notebooks of the jobs show smoke runs instead, whose models are hardly trained."
+    )
     if card["data"] != "aihub":
-        text += (f"\n\n> **{card['data'].upper()} DATA.** These figures say that the machinery works. "
-                 "They are no statement about real pills and are never compared with figures on AI Hub's photos.")
+        text += (
+            f"\n\n> **{card['data'].upper()} DATA.** These figures say that the machinery works. "
+            "They are no statement about real pills and are never compared with figures on AI Hub's photos."
+        )
     return text
 
 
@@ -115,10 +146,10 @@ def save_pictures(run: Path, folder: Path) -> dict[str, str]:
     folder.mkdir(parents=True)
     shown = {}
     for name, words in PICTURES.items():
-        source = run/"reports"/f"{name}.png"
+        source = run / "reports" / f"{name}.png"
         if source.is_file():
             picture = shown_picture(source)
-            target = folder/f"{name}.{'jpg' if picture.format == 'jpeg' else 'png'}"
+            target = folder / f"{name}.{'jpg' if picture.format == 'jpeg' else 'png'}"
             target.write_bytes(picture.data)
             shown[words] = f"![{words.rstrip('.')}](images/{folder.name}/{target.name})"
     return shown
@@ -127,12 +158,17 @@ def save_pictures(run: Path, folder: Path) -> dict[str, str]:
 def write_page(run: Path, nbs: Path) -> Path:
     "Write results.ipynb and its pictures into a folder of notebooks."
     card = read(run, "scorecard")
-    texts = ["# Results of the demo\n\n> What one finished run measured, made from its run folder by a script.", introduction(card)]
+    texts = [
+        "# Results of the demo\n\n> What one finished run measured, made from its run folder by a script.",
+        introduction(card),
+    ]
     texts += [f"## {heading}\n\n{text}" for heading, text in sections(run).items()]
-    texts += ["## Pictures"] + [f"{words}  \n{picture}" for words, picture in save_pictures(run, nbs/"images"/"results").items()]
+    texts += ["## Pictures"] + [
+        f"{words}  \n{picture}" for words, picture in save_pictures(run, nbs / "images" / "results").items()
+    ]
     cells = [new_markdown_cell(text, id=hashlib.sha256(text[:60].encode()).hexdigest()[:8]) for text in texts]
     kernel = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
-    path = nbs/"results.ipynb"
+    path = nbs / "results.ipynb"
     nbformat.write(new_notebook(cells=cells, metadata=kernel), path)
     return path
 
@@ -140,12 +176,17 @@ def write_page(run: Path, nbs: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="a finished run folder")
-    parser.add_argument("--nbs", type=Path, help="folder for results.ipynb and images/results; the home page's picture is then left alone")
+    parser.add_argument(
+        "--nbs",
+        type=Path,
+        help="folder for results.ipynb and images/results; the home page's picture is then left alone",
+    )
     asked = parser.parse_args()
-    print(write_page(asked.run, asked.nbs or ROOT/"nbs"))
+    print(write_page(asked.run, asked.nbs or ROOT / "nbs"))
     if not asked.nbs:
         import result_picture
-        picture = ROOT/"nbs"/"images"/"result.png"
+
+        picture = ROOT / "nbs" / "images" / "result.png"
         result_picture.main(asked.run, picture)
         print(picture)
 

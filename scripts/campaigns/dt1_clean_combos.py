@@ -6,18 +6,19 @@ several pills that were held out by group. Figures go to `results/DT1_clean_comb
 
 usage: dt1_clean_combos.py [--quick] [--epochs 4] [--out FOLDER]
 """
+
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]/"benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from harness import arguments, finish, machine, save  # noqa: E402
 
 from pillsnap.core.files import read_json
 
-ASKED = .95
+ASKED = 0.95
 
 
 def main() -> None:
@@ -26,15 +27,45 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as tmp:
         t0 = time.perf_counter()
         for stage in ("conversion", "splits", "detector"):
-            subprocess.run([sys.executable, "-m", "pillsnap", "run", stage, "--config", config, f"paths.exp_dir={tmp}/run", f"train.detection.epochs={epochs}"], check=True)
-        got = read_json(Path(tmp)/"run/reports/detector.json")
+            subprocess.run(
+                [
+                    sys.executable,
+                    "-m",
+                    "pillsnap",
+                    "run",
+                    stage,
+                    "--config",
+                    config,
+                    f"paths.exp_dir={tmp}/run",
+                    f"train.detection.epochs={epochs}",
+                ],
+                check=True,
+            )
+        got = read_json(Path(tmp) / "run/reports/detector.json")
     rows = {r["photos"]: r for r in got["table"]}
     several = rows["several pills"]
-    missed = [] if a.quick or several["mAP@0.5"] >= ASKED else [f"DT1: mAP@.5 {several['mAP@0.5']:.3f} on clean combos, {ASKED} required"]
+    missed = (
+        []
+        if a.quick or several["mAP@0.5"] >= ASKED
+        else [f"DT1: mAP@.5 {several['mAP@0.5']:.3f} on clean combos, {ASKED} required"]
+    )
     if not a.quick:
-        save(dict(id="DT1_clean_combos", what="mAP of a small detector on clean synthetic combos", epochs=epochs, photos=several["n"], pills=several["pills"], required=ASKED,
-                  **{k: round(several[k], 4) for k in ("mAP@0.5", "mAP@0.5:0.95", "precision", "recall")}, all_photos=round(rows["all photos"]["mAP@0.5"], 4),
-                  reckonings_differ_by=round(got["reckonings_differ_by"], 5), seconds=round(time.perf_counter()-t0), machine=machine()), a.out)
+        save(
+            dict(
+                id="DT1_clean_combos",
+                what="mAP of a small detector on clean synthetic combos",
+                epochs=epochs,
+                photos=several["n"],
+                pills=several["pills"],
+                required=ASKED,
+                **{k: round(several[k], 4) for k in ("mAP@0.5", "mAP@0.5:0.95", "precision", "recall")},
+                all_photos=round(rows["all photos"]["mAP@0.5"], 4),
+                reckonings_differ_by=round(got["reckonings_differ_by"], 5),
+                seconds=round(time.perf_counter() - t0),
+                machine=machine(),
+            ),
+            a.out,
+        )
     finish(missed)
 
 

@@ -3,6 +3,7 @@
 Each round trains detector and classifier one after the other and in turn, in folders with the same photos and settings, in alternating
 order. Waiting is what the step lines say: data / (data + comp) over all steps of both sides. Figures go to `results/IT1_interleave.json`.
 """
+
 import re
 import statistics
 import sys
@@ -10,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]/"benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from harness import arguments, finish, machine, save  # noqa: E402
 
 from pillsnap.core.config import load_config
@@ -20,14 +21,18 @@ from pillsnap.training.classifier import ClassifierJob
 from pillsnap.training.detector import DetectorJob
 from pillsnap.training.interleaved import InterleavedJob
 
-OVER = ("dataloader.ram_optimization.cache_policy=labels_only",)   # photos are opened for every batch: there must be something to wait for
+OVER = (
+    "dataloader.ram_optimization.cache_policy=labels_only",
+)  # photos are opened for every batch: there must be something to wait for
 
 
 def waiting(root: Path) -> float:
     "Share of the step time in which a side waited for photos."
-    text = "".join((root/"logs"/f"pillsnap.{side}.log").read_text(encoding="utf-8") for side in ("detector", "classifier"))
+    text = "".join(
+        (root / "logs" / f"pillsnap.{side}.log").read_text(encoding="utf-8") for side in ("detector", "classifier")
+    )
     pairs = [(float(d), float(c)) for d, c in re.findall(r"\[train\].* data=([\d.]+)s comp=([\d.]+)s", text)]
-    return sum(d for d, _ in pairs)/sum(d+c for d, c in pairs)
+    return sum(d for d, _ in pairs) / sum(d + c for d, c in pairs)
 
 
 def sequential(root: Path, epochs: int) -> None:
@@ -36,7 +41,9 @@ def sequential(root: Path, epochs: int) -> None:
 
 
 def in_turn(root: Path, epochs: int) -> None:
-    InterleavedJob(run_dir=str(root), config="smoke", overrides=OVER, detector_epochs=epochs, classifier_epochs=epochs).run()
+    InterleavedJob(
+        run_dir=str(root), config="smoke", overrides=OVER, detector_epochs=epochs, classifier_epochs=epochs
+    ).run()
 
 
 def main() -> None:
@@ -44,26 +51,45 @@ def main() -> None:
     epochs, rounds = (1 if a.quick else a.epochs), []
     with tempfile.TemporaryDirectory() as tmp:
         delivery = None
-        for k in range(-1, a.repeats):   # round -1 pays for imports and is not counted
+        for k in range(-1, a.repeats):  # round -1 pays for imports and is not counted
             row = {}
-            for name, train in ((("sequential", sequential), ("interleaved", in_turn)) if k % 2 else (("interleaved", in_turn), ("sequential", sequential))):
-                root = Path(tmp)/f"{name}{k}"
+            for name, train in (
+                (("sequential", sequential), ("interleaved", in_turn))
+                if k % 2
+                else (("interleaved", in_turn), ("sequential", sequential))
+            ):
+                root = Path(tmp) / f"{name}{k}"
                 run = RunFolder(root, "splits")
                 if delivery is not None:
-                    (root/"delivery").symlink_to(delivery)
+                    (root / "delivery").symlink_to(delivery)
                 smoke_splits(run, load_config("smoke", [*OVER, f"paths.exp_dir={root}"]))
-                delivery = delivery or root/"delivery"
+                delivery = delivery or root / "delivery"
                 t0 = time.perf_counter()
                 train(root, epochs)
-                row[name] = dict(seconds=round(time.perf_counter()-t0, 2), waiting=round(waiting(root), 3))
+                row[name] = dict(seconds=round(time.perf_counter() - t0, 2), waiting=round(waiting(root), 3))
             if k >= 0:
                 rounds.append(row)
                 print(row, flush=True)
     mid = lambda name, key: statistics.median(r[name][key] for r in rounds)
-    ratio = statistics.median(r["interleaved"]["seconds"]/r["sequential"]["seconds"] for r in rounds)
-    print(f"in turn / one after the other: {ratio:.2f}; waiting {mid('sequential', 'waiting'):.0%} -> {mid('interleaved', 'waiting'):.0%}")
-    save(dict(id="IT1_interleave", what="detector and classifier in turn against one after the other", claim="idle 50 -> 10 %, time -30 %", epochs=epochs, rounds=rounds, time_ratio=round(ratio, 3),
-              waiting_sequential=mid("sequential", "waiting"), waiting_interleaved=mid("interleaved", "waiting"), quick=a.quick, machine=machine()), a.out)
+    ratio = statistics.median(r["interleaved"]["seconds"] / r["sequential"]["seconds"] for r in rounds)
+    print(
+        f"in turn / one after the other: {ratio:.2f}; waiting {mid('sequential', 'waiting'):.0%} -> {mid('interleaved', 'waiting'):.0%}"
+    )
+    save(
+        dict(
+            id="IT1_interleave",
+            what="detector and classifier in turn against one after the other",
+            claim="idle 50 -> 10 %, time -30 %",
+            epochs=epochs,
+            rounds=rounds,
+            time_ratio=round(ratio, 3),
+            waiting_sequential=mid("sequential", "waiting"),
+            waiting_interleaved=mid("interleaved", "waiting"),
+            quick=a.quick,
+            machine=machine(),
+        ),
+        a.out,
+    )
     finish([])
 
 

@@ -6,6 +6,7 @@
 
 Each breakage is applied to a copy of the checkout. Its test must pass on the untouched copy and fail on the broken one.
 """
+
 import argparse
 import os
 import shutil
@@ -17,165 +18,491 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-COPIED = ("pillsnap", "nbs", "tests", "configs", "scripts", "benchmarks", "examples", "README.md", "CHANGELOG.md", "LICENSE",
-          "Makefile", "settings.ini", "setup.py", "pyproject.toml", "constraints.txt", "_quarto.yml", ".gitignore")
+COPIED = (
+    "pillsnap",
+    "nbs",
+    "tests",
+    "configs",
+    "scripts",
+    "benchmarks",
+    "examples",
+    "README.md",
+    "CHANGELOG.md",
+    "LICENSE",
+    "Makefile",
+    "settings.ini",
+    "setup.py",
+    "pyproject.toml",
+    "constraints.txt",
+    "_quarto.yml",
+    ".gitignore",
+)
 
 
 @dataclass(frozen=True)
 class Mutation:
     "One deliberate breakage."
-    name: str   # what is broken, in words
-    file: str   # the file it is in, from the repository's root
-    old: str    # the text that stands there; exactly once
-    new: str    # what it is replaced by
-    test: str   # the pytest node that must fail
+
+    name: str  # what is broken, in words
+    file: str  # the file it is in, from the repository's root
+    old: str  # the text that stands there; exactly once
+    new: str  # what it is replaced by
+    test: str  # the pytest node that must fail
 
 
 MUTATIONS: list[Mutation] = [
-    Mutation("a benchmark's required ratio is lowered", "benchmarks/harness.py", '"BM1": {"json.load": 3.5,', '"BM1": {"json.load": 3.0,',
-             "tests/test_benchmarks.py::test_the_required_ratios_are_those_of_the_contract"),
-    Mutation("a benchmark's bound on memory is raised", "benchmarks/harness.py", '"kb_per_epoch": 100.0', '"kb_per_epoch": 1000.0',
-             "tests/test_benchmarks.py::test_the_required_ratios_are_those_of_the_contract"),
-    Mutation("copies to the GPU are waited for", "pillsnap/core/device.py", "return t.to(device, non_blocking=True)", "return t.to(device)",
-             "tests/test_gpu_path.py::test_the_loader_hands_batches_to_a_gpu_without_waiting"),
-    Mutation("augmentation on a GPU leaves the network's layout", "pillsnap/photos/augmentation.py",
-             "if not (on_gpu and channels_last): return torch", "if True: return torch",
-             "tests/test_gpu_path.py::test_augmentation_on_a_gpu_waits_for_nothing_and_gives_the_cpus_numbers"),
-    Mutation("validation reads the GPU after each batch", "pillsnap/training/callbacks.py",
-             "self.waiting.append((y, guess, conf, topk_hits(logits, y), loss))",
-             "self.waiting.append((y, guess, conf, topk_hits(logits, y), loss)); float(loss[0, 0])",
-             "tests/test_gpu_path.py::test_validation_reads_the_gpu_at_its_end_and_not_before"),
-    Mutation("the clock marks drugs with a value from the host", "pillsnap/training/callbacks.py",
-             "self.drugs.index_fill_(0, labels, True)", "self.drugs[labels] = True",
-             "tests/test_gpu_path.py::test_the_clock_marks_drugs_without_waiting"),
-    Mutation("validation in TF32", "pillsnap/training/callbacks.py", "with full_fp32(): self._validate_views(ds_idx, dl)",
-             "self._validate_views(ds_idx, dl)", "tests/test_gpu_path.py::test_training_may_use_tf32_and_validation_does_not"),
-    Mutation("exact search in TF32", "pillsnap/models/neighbours.py", "with full_fp32(): got = [", "got = [",
-             "tests/test_gpu_path.py::test_vectors_and_their_search_do_not_use_tf32"),
-    Mutation("a warm start copies the head's rows by number", "pillsnap/training/warmstart.py",
-             "source, target = [of.id(k) for k in shared], [to.id(k) for k in shared]",
-             "source = target = list(range(len(shared)))",
-             "tests/test_warm_start.py::test_rows_and_answers_of_the_shared_drugs_are_the_smaller_stages"),
-    Mutation("a warm start does not look at the photos that judge", "pillsnap/training/warmstart.py",
-             "if train is not None and (n := photos_in_common(train, data)):", "if False:",
-             "tests/test_warm_start.py::test_a_checkpoint_that_was_trained_on_judging_photos_is_refused"),
-    Mutation("a configuration lowers what a gate asks", "pillsnap/evaluation/gates.py",
-             "if target_accuracy is not None and target_accuracy < accuracy:", "if False:",
-             "tests/test_gates.py::test_a_configuration_makes_a_gate_stricter_and_never_laxer"),
-    Mutation("an export forgets the mode it was configured with", "pillsnap/deployment/export.py",
-             "return dict(mode=cfg.data.default_mode,", "return dict(mode=\"single\",",
-             "tests/test_export_compare.py::test_the_bundle_keeps_what_the_configuration_says_of_answering"),
-    Mutation("a CPU's latency under the GPU's name", "pillsnap/evaluation/latency.py", "hardware=hardware(on_gpu(provider))", "hardware=hardware()",
-             "tests/test_gpu_path.py::test_the_export_is_timed_by_every_provider_and_says_by_which"),
-    Mutation("the cosine head in TF32", "pillsnap/models/factory.py", "with full_fp32(): return F.linear(x, weight)", "return F.linear(x, weight)",
-             "tests/test_gpu_path.py::test_the_cosine_head_does_not_use_tf32_forwards_or_backwards"),
-    Mutation("onnxruntime looks for CUDA by itself", "pillsnap/deployment/runtime.py", "ort.preload_dlls()   #", "pass   #",
-             "tests/test_gpu_path.py::test_cudas_libraries_are_loaded_before_a_session_that_needs_them"),
-    Mutation("nan_loss=False: a training that ended at NaN is not told to the advisor", "pillsnap/evaluation/checks.py", "nan_loss=not_a_number(root)", "nan_loss=False",
-             "tests/test_evaluation.py::test_a_training_whose_loss_is_no_number_is_critical_by_its_code"),
-    Mutation("corruption=0.: the advisor hears of no unreadable photo", "pillsnap/evaluation/checks.py", 'corruption=unreadable_share(doc["corruption"], training_corruption(history))', "corruption=0.",
-             "tests/test_evaluation.py::test_photos_that_training_cannot_open_are_critical"),
-    Mutation("corruption of training is left out", "pillsnap/evaluation/checks.py", 'unreadable_share(doc["corruption"], training_corruption(history))', 'unreadable_share(doc["corruption"], None)',
-             "tests/test_evaluation.py::test_photos_that_training_cannot_open_are_critical"),
-    Mutation("a sealed photo is read before the ledger says open", "pillsnap/evaluation/final.py", "        opening = open_sealed(root, look)\n", "        got = score_part(p)\n        opening = open_sealed(root, look)\n",
-             "tests/test_heldout.py::test_the_ledger_says_open_before_the_first_sealed_photo_is_read"),
-    Mutation("letters of pictures are hinted, so that an 8 looks like a 0", "pillsnap/core/plots.py",
-             '"text.hinting": "none"', '"text.hinting": "default"', "tests/test_plots.py::test_letters_are_not_hinted"),
-    Mutation("a green light beside a gate that is not GO", "pillsnap/evaluation/menu.py",
-             'return "🟢" if status == "GO" else', 'return "🟢" if status else', "tests/test_advisor.py::test_green_is_a_gate_that_is_go"),
-    Mutation("menu letters too pale to be read", "pillsnap/evaluation/menu.py",
-             '"missed": "#9a6700"}', '"missed": "#d4a72c"}', "tests/test_colours.py::test_the_advisors_menu_can_be_read"),
-    Mutation("class counts that are all alike", "pillsnap/training/classifier.py", "class_counts(train_dl.dataset.labels, n), keys", "class_counts(train_dl.dataset.labels, n)*0+1, keys",
-             "tests/test_engine.py::test_class_weights_reach_the_loss_of_a_training"),
-    Mutation("turns in the ratio 1:1 whatever is configured", "pillsnap/training/interleaved.py", "Baton(cfg.train.interleave_ratio,", "Baton((1, 1),",
-             "tests/test_interleave.py::test_steps_come_in_the_configured_ratio"),
-    Mutation("weight decay that is always scaled", "pillsnap/training/memory.py", 'wd_scale=G/new if policy.wd_scale_mode == "declared" else 1.', "wd_scale=G/new",
-             "tests/test_gpu_engine.py::test_a_smaller_step_scales_the_weight_decay_only_where_it_is_declared"),
-    Mutation("weight decay that is never scaled", "pillsnap/training/memory.py", 'wd_scale=G/new if policy.wd_scale_mode == "declared" else 1.', "wd_scale=1.",
-             "tests/test_gpu_engine.py::test_a_smaller_step_scales_the_weight_decay_only_where_it_is_declared"),
-    Mutation("no wait after an out-of-memory error", "pillsnap/training/memory.py", "self.sleep(self.policy.cooldown_sec)", "pass",
-             "tests/test_gpu_engine.py::test_each_error_waits_and_is_a_point"),
-    Mutation("no oom points in TensorBoard", "pillsnap/training/memory.py", 'if self.tb: self.tb.add_scalars({"oom/retries"', 'if False: self.tb.add_scalars({"oom/retries"',
-             "tests/test_gpu_engine.py::test_each_error_waits_and_is_a_point"),
-    Mutation("no memory warning in TensorBoard", "pillsnap/training/memory.py", 'if self.tb: self.tb.add_scalar("oom/memory_warning"', 'if False: self.tb.add_scalar("oom/memory_warning"',
-             "tests/test_gpu_engine.py::test_four_fifths_of_the_memory_is_a_warning_and_a_point"),
-    Mutation("the batch that is found is no point in TensorBoard", "pillsnap/training/memory.py", 'if tb: tb.add_scalar("perf/auto_batch_found"', 'if False: tb.add_scalar("perf/auto_batch_found"',
-             "tests/test_gpu_engine.py::test_the_batch_that_is_found_is_a_point"),
-    Mutation("memory is no point in TensorBoard", "pillsnap/training/memory.py", "if self.tb: self.tb.add_scalars(memory_points(", "if False: self.tb.add_scalars(memory_points(",
-             "tests/test_gpu_engine.py::test_memory_stands_beside_the_batch_size_in_each_epoch"),
-    Mutation("a resumed run begins its epoch anew", "pillsnap/training/saving.py", 'if hasattr(learn.dls.train, "load_state_dict"): learn.dls.train.load', 'if False: learn.dls.train.load',
-             "tests/test_stop_and_go.py::test_a_worker_that_dies_costs_what_was_done_since_the_last_save"),
-    Mutation("the rehearsal compiles another memory layout", "pillsnap/training/learner.py", "torch.channels_last if self.channels_last else torch.contiguous_format", "torch.contiguous_format",
-             "tests/test_gpu_engine.py::test_training_compiles_nothing_that_was_not_rehearsed"),
-    Mutation("recorded graphs stay when memory ran out", "pillsnap/core/device.py", "if graphs: torch.compiler.reset()", "pass",
-             "tests/test_gpu_engine.py::test_recorded_graphs_go_before_the_batch_is_tried_again"),
-    Mutation("CUDA is started before a notebook forks", "pillsnap/core/device.py", "return torch.cuda.device_count()", "return torch.cuda.device_count() if torch.cuda.is_available() else 0",
-             "tests/test_distributed.py::test_the_launcher_of_gpus_forks_before_cuda_is_started"),
-    Mutation("the time is broadcast at every batch", "pillsnap/training/distributed.py", "if self.read % self.every == 0:", "if True:",
-             "tests/test_distributed.py::test_the_time_is_asked_for_rarely"),
-    Mutation("cuDNN's internal error is not about memory", "pillsnap/core/device.py", '|CUDNN_STATUS_INTERNAL_ERROR(_', '|CUDNN_STATUS_NEVER(_',
-             "tests/test_gpu_engine.py::test_every_way_to_say_that_memory_ran_out_is_understood"),
-    Mutation("ultralytics' default batch is called found", "pillsnap/training/detector.py", '"using default batch-size" in t', '"no such words" in t',
-             "tests/test_detector.py::test_a_default_batch_is_not_called_a_search"),
-    Mutation("the splits job always groups by capture", "pillsnap/dataset/splits.py", "group_by=cfg.data.group_by", 'group_by="capture"',
-             "tests/test_splits.py::test_the_job_groups_by_what_the_configuration_says"),
-    Mutation("the splits job seals nothing", "pillsnap/dataset/splits.py", "test_known_ratio=cfg.data.test_known_ratio", "test_known_ratio=0.",
-             "tests/test_splits.py::test_the_job_seals_the_share_that_the_configuration_says"),
-    Mutation("an image split is cut by group", "pillsnap/dataset/splits.py", "number_within(df.assign(role=\"\"), seed)",
-             "number_within(df.assign(role=\"\", path=df[\"group_id\"]), seed)", "tests/test_splits.py::test_the_image_split_leaks_and_the_group_split_does_not"),
-    Mutation("training photos are scored", "pillsnap/evaluation/evaluation.py", "in data.pool.groupby(\"path\"", "in pd.concat([data.train, data.pool]).groupby(\"path\"",
-             "tests/test_evaluation.py::test_what_is_scored_is_the_evaluation_set_and_nothing_of_training"),
-    Mutation("the headline counts photos that selected the checkpoint", "pillsnap/evaluation/evaluation.py", "single_records(scores.of(\"clean\"), keys, prov)", "single_records(scores, keys, prov)",
-             "tests/test_evaluation.py::test_figures_can_be_reckoned_again_from_the_predictions"),
-    Mutation("scored photos are not compared with training", "pillsnap/evaluation/evaluation.py", "seen = touching(todo, data.train)", "seen = []",
-             "tests/test_evaluation.py::test_an_evaluation_set_that_touches_training_was_not_measured"),
-    Mutation("the gate forgives an evaluation set that touches training", "pillsnap/evaluation/gates.py", "lambda v: v == 0, Reason.LEAK", "lambda v: v >= 0, Reason.LEAK",
-             "tests/test_gates.py::test_one_photo_of_training_and_nothing_was_measured"),
-    Mutation("an image split may earn a GO", "pillsnap/evaluation/evaluation.py", "kept = by != \"image\" or", "kept = True or",
-             "tests/test_evaluation.py::test_an_image_split_is_named_and_never_goes"),
-    Mutation("the advisor's thresholds are not passed on", "pillsnap/evaluation/evaluation.py", "facts, cfg.evaluation.advisor_thresholds)", "facts)",
-             "tests/test_evaluation.py::test_the_thresholds_of_the_configuration_reach_the_advisor"),
-    Mutation("hard cases copy the mode that was asked", "pillsnap/evaluation/evaluation.py", "\"mode_used\": mode, \"single_confidence\"", "\"mode_used\": \"single\", \"single_confidence\"",
-             "tests/test_evaluation.py::test_the_mode_that_answered_is_what_is_reported"),
-    Mutation("an answer copies the mode that was asked", "pillsnap/models/pipeline.py", "mode_used=views.mode_used", "mode_used=mode",
-             "tests/test_api_min.py::test_an_answer_says_which_branch_ran"),
-    Mutation("a crash is forgotten after the next attempt", "pillsnap/core/jobs.py", "attempts=[*_past_attempts(read_record(run.root, self.name)), now]", "attempts=[now]",
-             "tests/test_core.py::test_a_record_keeps_every_attempt"),
-    Mutation("the imbalance has a floor under its clock", "pillsnap/evaluation/evaluation.py", "len(n), time.perf_counter() - t0, note=\"train singles\", kind=\"computed\")", "len(n), 1e-3, note=\"train singles\")",
-             "tests/test_evaluation.py::test_the_imbalance_is_measured_whatever_the_number_of_drugs"),
-    Mutation("calibration photos give the headline too", "pillsnap/evaluation/evaluation.py", "self.parts, object) == part)", "self.parts, object) != \"val\")",
-             "tests/test_evaluation.py::test_figures_can_be_reckoned_again_from_the_predictions"),
-    Mutation("progress fills a log", "pillsnap/core/logs.py", '"log": 30.}', '"log": .01}',
-             "tests/test_progress.py::test_in_a_log_seconds_of_work_are_silent"),
-    Mutation("a stage without its inputs makes its folder", "pillsnap/core/jobs.py", "return stage.job_class().check_inputs(root, cfg)", "return None",
-             "tests/test_progress.py::test_a_stage_without_its_inputs_leaves_no_folder"),
-    Mutation("a frame of progress is a new output of the notebook", "pillsnap/core/logs.py", "if self.handle is None:", "if True:",
-             "tests/test_progress.py::test_an_executed_notebook_keeps_the_last_frame_alone"),
-    Mutation("augmentation that does not fit ends the run", "pillsnap/dataset/loaders.py", "if not is_oom(e) or n == 1: raise", "raise",
-             "tests/test_gpu_engine.py::test_augmentation_that_does_not_fit_is_done_in_parts"),
-    Mutation("a kernel search for every number of crops", "pillsnap/models/yolo.py", "with full_fp32(), without_kernel_search(): return np", "with full_fp32(): return np",
-             "tests/test_gpu_engine.py::test_a_detector_answers_without_a_search_and_in_full_fp32"),
-    Mutation("the leak-gap twin is held to the rule it breaks on purpose", "pillsnap/evaluation/evaluation.py",
-             'or bool(data.header.get("leak_gap_twin"))', "or False",
-             "tests/test_evaluation.py::test_only_the_leak_gap_twin_may_part_capture_groups"),
-    Mutation("the detector says nothing of its memory", "pillsnap/training/detector.py",
-             "if self.plan.tb: self.plan.tb.add_scalars(memory_points(", "if False: self.plan.tb.add_scalars(memory_points(",
-             "tests/test_detector.py::test_memory_stands_beside_the_batch_size_in_each_epoch_of_the_detector"),
-    Mutation("one GPU is given to accelerate", "pillsnap/training/distributed.py", "if n == 1: return run_alone(", "if n == 0: return run_alone(",
-             "tests/test_distributed.py::test_one_gpu_trains_in_this_process"),
+    Mutation(
+        "a benchmark's required ratio is lowered",
+        "benchmarks/harness.py",
+        '"BM1": {"json.load": 3.5,',
+        '"BM1": {"json.load": 3.0,',
+        "tests/test_benchmarks.py::test_the_required_ratios_are_those_of_the_contract",
+    ),
+    Mutation(
+        "a benchmark's bound on memory is raised",
+        "benchmarks/harness.py",
+        '"kb_per_epoch": 100.0',
+        '"kb_per_epoch": 1000.0',
+        "tests/test_benchmarks.py::test_the_required_ratios_are_those_of_the_contract",
+    ),
+    Mutation(
+        "copies to the GPU are waited for",
+        "pillsnap/core/device.py",
+        "return t.to(device, non_blocking=True)",
+        "return t.to(device)",
+        "tests/test_gpu_path.py::test_the_loader_hands_batches_to_a_gpu_without_waiting",
+    ),
+    Mutation(
+        "augmentation on a GPU leaves the network's layout",
+        "pillsnap/photos/augmentation.py",
+        "        if not (on_gpu and channels_last):",
+        "        if True:",
+        "tests/test_gpu_path.py::test_augmentation_on_a_gpu_waits_for_nothing_and_gives_the_cpus_numbers",
+    ),
+    Mutation(
+        "validation reads the GPU after each batch",
+        "pillsnap/training/callbacks.py",
+        "self.waiting.append((y, guess, conf, topk_hits(logits, y), loss))",
+        "self.waiting.append((y, guess, conf, topk_hits(logits, y), loss)); float(loss[0, 0])",
+        "tests/test_gpu_path.py::test_validation_reads_the_gpu_at_its_end_and_not_before",
+    ),
+    Mutation(
+        "the clock marks drugs with a value from the host",
+        "pillsnap/training/callbacks.py",
+        "self.drugs.index_fill_(0, labels, True)",
+        "self.drugs[labels] = True",
+        "tests/test_gpu_path.py::test_the_clock_marks_drugs_without_waiting",
+    ),
+    Mutation(
+        "validation in TF32",
+        "pillsnap/training/callbacks.py",
+        "        with full_fp32():\n            self._validate_views(ds_idx, dl)  # TF32 is training's",
+        "        self._validate_views(ds_idx, dl)  # TF32 is training's",
+        "tests/test_gpu_path.py::test_training_may_use_tf32_and_validation_does_not",
+    ),
+    Mutation(
+        "exact search in TF32",
+        "pillsnap/models/neighbours.py",
+        "    with full_fp32():\n        got = [(q @ gallery.T).topk(min(k, len(gallery)), dim=1) for q in queries.split(block)]",
+        "    got = [(q @ gallery.T).topk(min(k, len(gallery)), dim=1) for q in queries.split(block)]",
+        "tests/test_gpu_path.py::test_vectors_and_their_search_do_not_use_tf32",
+    ),
+    Mutation(
+        "a warm start copies the head's rows by number",
+        "pillsnap/training/warmstart.py",
+        "source, target = [of.id(k) for k in shared], [to.id(k) for k in shared]",
+        "source = target = list(range(len(shared)))",
+        "tests/test_warm_start.py::test_rows_and_answers_of_the_shared_drugs_are_the_smaller_stages",
+    ),
+    Mutation(
+        "a warm start does not look at the photos that judge",
+        "pillsnap/training/warmstart.py",
+        "if train is not None and (n := photos_in_common(train, data)):",
+        "if False:",
+        "tests/test_warm_start.py::test_a_checkpoint_that_was_trained_on_judging_photos_is_refused",
+    ),
+    Mutation(
+        "a configuration lowers what a gate asks",
+        "pillsnap/evaluation/gates.py",
+        "if target_accuracy is not None and target_accuracy < accuracy:",
+        "if False:",
+        "tests/test_gates.py::test_a_configuration_makes_a_gate_stricter_and_never_laxer",
+    ),
+    Mutation(
+        "an export forgets the mode it was configured with",
+        "pillsnap/deployment/export.py",
+        "return dict(mode=cfg.data.default_mode,",
+        'return dict(mode="single",',
+        "tests/test_export_compare.py::test_the_bundle_keeps_what_the_configuration_says_of_answering",
+    ),
+    Mutation(
+        "a CPU's latency under the GPU's name",
+        "pillsnap/evaluation/latency.py",
+        "hardware=hardware(on_gpu(provider))",
+        "hardware=hardware()",
+        "tests/test_gpu_path.py::test_the_export_is_timed_by_every_provider_and_says_by_which",
+    ),
+    Mutation(
+        "the cosine head in TF32",
+        "pillsnap/models/factory.py",
+        "    with full_fp32():\n        return F.linear(x, weight)",
+        "    return F.linear(x, weight)",
+        "tests/test_gpu_path.py::test_the_cosine_head_does_not_use_tf32_forwards_or_backwards",
+    ),
+    Mutation(
+        "onnxruntime looks for CUDA by itself",
+        "pillsnap/deployment/runtime.py",
+        "        ort.preload_dlls()  # finds CUDA's libraries where pip has put them",
+        "        pass  # finds CUDA's libraries where pip has put them",
+        "tests/test_gpu_path.py::test_cudas_libraries_are_loaded_before_a_session_that_needs_them",
+    ),
+    Mutation(
+        "nan_loss=False: a training that ended at NaN is not told to the advisor",
+        "pillsnap/evaluation/checks.py",
+        "nan_loss=not_a_number(root)",
+        "nan_loss=False",
+        "tests/test_evaluation.py::test_a_training_whose_loss_is_no_number_is_critical_by_its_code",
+    ),
+    Mutation(
+        "corruption=0.: the advisor hears of no unreadable photo",
+        "pillsnap/evaluation/checks.py",
+        'corruption=unreadable_share(doc["corruption"], training_corruption(history))',
+        "corruption=0.",
+        "tests/test_evaluation.py::test_photos_that_training_cannot_open_are_critical",
+    ),
+    Mutation(
+        "corruption of training is left out",
+        "pillsnap/evaluation/checks.py",
+        'unreadable_share(doc["corruption"], training_corruption(history))',
+        'unreadable_share(doc["corruption"], None)',
+        "tests/test_evaluation.py::test_photos_that_training_cannot_open_are_critical",
+    ),
+    Mutation(
+        "a sealed photo is read before the ledger says open",
+        "pillsnap/evaluation/final.py",
+        "        opening = open_sealed(root, look)\n",
+        "        got = score_part(p)\n        opening = open_sealed(root, look)\n",
+        "tests/test_heldout.py::test_the_ledger_says_open_before_the_first_sealed_photo_is_read",
+    ),
+    Mutation(
+        "letters of pictures are hinted, so that an 8 looks like a 0",
+        "pillsnap/core/plots.py",
+        '"text.hinting": "none"',
+        '"text.hinting": "default"',
+        "tests/test_plots.py::test_letters_are_not_hinted",
+    ),
+    Mutation(
+        "a green light beside a gate that is not GO",
+        "pillsnap/evaluation/menu.py",
+        'return "🟢" if status == "GO" else',
+        'return "🟢" if status else',
+        "tests/test_advisor.py::test_green_is_a_gate_that_is_go",
+    ),
+    Mutation(
+        "menu letters too pale to be read",
+        "pillsnap/evaluation/menu.py",
+        '    "missed": "#9a6700",',
+        '    "missed": "#d4a72c",',
+        "tests/test_colours.py::test_the_advisors_menu_can_be_read",
+    ),
+    Mutation(
+        "class counts that are all alike",
+        "pillsnap/training/classifier.py",
+        "class_counts(train_dl.dataset.labels, n), keys",
+        "class_counts(train_dl.dataset.labels, n)*0+1, keys",
+        "tests/test_engine.py::test_class_weights_reach_the_loss_of_a_training",
+    ),
+    Mutation(
+        "turns in the ratio 1:1 whatever is configured",
+        "pillsnap/training/interleaved.py",
+        "Baton(cfg.train.interleave_ratio,",
+        "Baton((1, 1),",
+        "tests/test_interleave.py::test_steps_come_in_the_configured_ratio",
+    ),
+    Mutation(
+        "weight decay that is always scaled",
+        "pillsnap/training/memory.py",
+        '        wd_scale=G / new if policy.wd_scale_mode == "declared" else 1.0,',
+        "        wd_scale=G / new,",
+        "tests/test_gpu_engine.py::test_a_smaller_step_scales_the_weight_decay_only_where_it_is_declared",
+    ),
+    Mutation(
+        "weight decay that is never scaled",
+        "pillsnap/training/memory.py",
+        '        wd_scale=G / new if policy.wd_scale_mode == "declared" else 1.0,',
+        "        wd_scale=1.0,",
+        "tests/test_gpu_engine.py::test_a_smaller_step_scales_the_weight_decay_only_where_it_is_declared",
+    ),
+    Mutation(
+        "no wait after an out-of-memory error",
+        "pillsnap/training/memory.py",
+        "self.sleep(self.policy.cooldown_sec)",
+        "pass",
+        "tests/test_gpu_engine.py::test_each_error_waits_and_is_a_point",
+    ),
+    Mutation(
+        "no oom points in TensorBoard",
+        "pillsnap/training/memory.py",
+        '            f"out of memory: epoch {self.learn.epoch + 1}, batch {i + 1}: {act.state} {act.name}, {act.why} ({act.retries} of {self.policy.max_retries} retries; {said})",\n            self.tb,\n        )\n        if self.tb:',
+        '            f"out of memory: epoch {self.learn.epoch + 1}, batch {i + 1}: {act.state} {act.name}, {act.why} ({act.retries} of {self.policy.max_retries} retries; {said})",\n            self.tb,\n        )\n        if False:',
+        "tests/test_gpu_engine.py::test_each_error_waits_and_is_a_point",
+    ),
+    Mutation(
+        "no memory warning in TensorBoard",
+        "pillsnap/training/memory.py",
+        '            f"memory: {s:.0%} of the GPU\'s is in use before epoch {self.epoch + 1}; above 80 % the next larger photo may not fit",\n            self.tb,\n        )\n        if self.tb:',
+        '            f"memory: {s:.0%} of the GPU\'s is in use before epoch {self.epoch + 1}; above 80 % the next larger photo may not fit",\n            self.tb,\n        )\n        if False:',
+        "tests/test_gpu_engine.py::test_four_fifths_of_the_memory_is_a_warning_and_a_point",
+    ),
+    Mutation(
+        "the batch that is found is no point in TensorBoard",
+        "pillsnap/training/memory.py",
+        "    if tb:",
+        "    if False:",
+        "tests/test_gpu_engine.py::test_the_batch_that_is_found_is_a_point",
+    ),
+    Mutation(
+        "memory is no point in TensorBoard",
+        "pillsnap/training/memory.py",
+        "    def after_epoch(self):\n        if self.tb:",
+        "    def after_epoch(self):\n        if False:",
+        "tests/test_gpu_engine.py::test_memory_stands_beside_the_batch_size_in_each_epoch",
+    ),
+    Mutation(
+        "a resumed run begins its epoch anew",
+        "pillsnap/training/saving.py",
+        '    if hasattr(learn.dls.train, "load_state_dict"):',
+        "    if False:",
+        "tests/test_stop_and_go.py::test_a_worker_that_dies_costs_what_was_done_since_the_last_save",
+    ),
+    Mutation(
+        "the rehearsal compiles another memory layout",
+        "pillsnap/training/learner.py",
+        "torch.channels_last if self.channels_last else torch.contiguous_format",
+        "torch.contiguous_format",
+        "tests/test_gpu_engine.py::test_training_compiles_nothing_that_was_not_rehearsed",
+    ),
+    Mutation(
+        "recorded graphs stay when memory ran out",
+        "pillsnap/core/device.py",
+        "    if graphs:\n        torch.compiler.reset()",
+        "    pass",
+        "tests/test_gpu_engine.py::test_recorded_graphs_go_before_the_batch_is_tried_again",
+    ),
+    Mutation(
+        "CUDA is started before a notebook forks",
+        "pillsnap/core/device.py",
+        "return torch.cuda.device_count()",
+        "return torch.cuda.device_count() if torch.cuda.is_available() else 0",
+        "tests/test_distributed.py::test_the_launcher_of_gpus_forks_before_cuda_is_started",
+    ),
+    Mutation(
+        "the time is broadcast at every batch",
+        "pillsnap/training/distributed.py",
+        "if self.read % self.every == 0:",
+        "if True:",
+        "tests/test_distributed.py::test_the_time_is_asked_for_rarely",
+    ),
+    Mutation(
+        "cuDNN's internal error is not about memory",
+        "pillsnap/core/device.py",
+        "|CUDNN_STATUS_INTERNAL_ERROR(_",
+        "|CUDNN_STATUS_NEVER(_",
+        "tests/test_gpu_engine.py::test_every_way_to_say_that_memory_ran_out_is_understood",
+    ),
+    Mutation(
+        "ultralytics' default batch is called found",
+        "pillsnap/training/detector.py",
+        '"using default batch-size" in t',
+        '"no such words" in t',
+        "tests/test_detector.py::test_a_default_batch_is_not_called_a_search",
+    ),
+    Mutation(
+        "the splits job always groups by capture",
+        "pillsnap/dataset/splits.py",
+        "group_by=cfg.data.group_by",
+        'group_by="capture"',
+        "tests/test_splits.py::test_the_job_groups_by_what_the_configuration_says",
+    ),
+    Mutation(
+        "the splits job seals nothing",
+        "pillsnap/dataset/splits.py",
+        "test_known_ratio=cfg.data.test_known_ratio",
+        "test_known_ratio=0.",
+        "tests/test_splits.py::test_the_job_seals_the_share_that_the_configuration_says",
+    ),
+    Mutation(
+        "an image split is cut by group",
+        "pillsnap/dataset/splits.py",
+        'number_within(df.assign(role=""), seed)',
+        'number_within(df.assign(role="", path=df["group_id"]), seed)',
+        "tests/test_splits.py::test_the_image_split_leaks_and_the_group_split_does_not",
+    ),
+    Mutation(
+        "training photos are scored",
+        "pillsnap/evaluation/evaluation.py",
+        'in data.pool.groupby("path"',
+        'in pd.concat([data.train, data.pool]).groupby("path"',
+        "tests/test_evaluation.py::test_what_is_scored_is_the_evaluation_set_and_nothing_of_training",
+    ),
+    Mutation(
+        "the headline counts photos that selected the checkpoint",
+        "pillsnap/evaluation/evaluation.py",
+        'single_records(scores.of("clean"), keys, prov)',
+        "single_records(scores, keys, prov)",
+        "tests/test_evaluation.py::test_figures_can_be_reckoned_again_from_the_predictions",
+    ),
+    Mutation(
+        "scored photos are not compared with training",
+        "pillsnap/evaluation/evaluation.py",
+        "seen = touching(todo, data.train)",
+        "seen = []",
+        "tests/test_evaluation.py::test_an_evaluation_set_that_touches_training_was_not_measured",
+    ),
+    Mutation(
+        "the gate forgives an evaluation set that touches training",
+        "pillsnap/evaluation/gates.py",
+        "            lambda v: v == 0,",
+        "            lambda v: v >= 0,",
+        "tests/test_gates.py::test_one_photo_of_training_and_nothing_was_measured",
+    ),
+    Mutation(
+        "an image split may earn a GO",
+        "pillsnap/evaluation/evaluation.py",
+        'kept = by != "image" or',
+        "kept = True or",
+        "tests/test_evaluation.py::test_an_image_split_is_named_and_never_goes",
+    ),
+    Mutation(
+        "the advisor's thresholds are not passed on",
+        "pillsnap/evaluation/evaluation.py",
+        "facts, cfg.evaluation.advisor_thresholds)",
+        "facts)",
+        "tests/test_evaluation.py::test_the_thresholds_of_the_configuration_reach_the_advisor",
+    ),
+    Mutation(
+        "hard cases copy the mode that was asked",
+        "pillsnap/evaluation/evaluation.py",
+        '                "mode_used": mode,',
+        '                "mode_used": "single",',
+        "tests/test_evaluation.py::test_the_mode_that_answered_is_what_is_reported",
+    ),
+    Mutation(
+        "an answer copies the mode that was asked",
+        "pillsnap/models/pipeline.py",
+        "mode_used=views.mode_used",
+        "mode_used=mode",
+        "tests/test_api_min.py::test_an_answer_says_which_branch_ran",
+    ),
+    Mutation(
+        "a crash is forgotten after the next attempt",
+        "pillsnap/core/jobs.py",
+        "attempts=[*_past_attempts(read_record(run.root, self.name)), now]",
+        "attempts=[now]",
+        "tests/test_core.py::test_a_record_keeps_every_attempt",
+    ),
+    Mutation(
+        "the imbalance has a floor under its clock",
+        "pillsnap/evaluation/evaluation.py",
+        '        "class_imbalance_ratio",\n        float(n.max() / n.min()) if len(n) else None,\n        len(n),\n        time.perf_counter() - t0,\n        note="train singles",\n        kind="computed",',
+        '        "class_imbalance_ratio", float(n.max() / n.min()) if len(n) else None, len(n), 1e-3, note="train singles"',
+        "tests/test_evaluation.py::test_the_imbalance_is_measured_whatever_the_number_of_drugs",
+    ),
+    Mutation(
+        "calibration photos give the headline too",
+        "pillsnap/evaluation/evaluation.py",
+        "self.parts, object) == part)",
+        'self.parts, object) != "val")',
+        "tests/test_evaluation.py::test_figures_can_be_reckoned_again_from_the_predictions",
+    ),
+    Mutation(
+        "progress fills a log",
+        "pillsnap/core/logs.py",
+        'EVERY = {"terminal": 0.1, "notebook": 0.5, "log": 30.0}  # seconds from one frame to the next',
+        'EVERY = {"terminal": 0.1, "notebook": 0.5, "log": 0.01}  # seconds from one frame to the next',
+        "tests/test_progress.py::test_in_a_log_seconds_of_work_are_silent",
+    ),
+    Mutation(
+        "a stage without its inputs makes its folder",
+        "pillsnap/core/jobs.py",
+        "return stage.job_class().check_inputs(root, cfg)",
+        "return None",
+        "tests/test_progress.py::test_a_stage_without_its_inputs_leaves_no_folder",
+    ),
+    Mutation(
+        "a frame of progress is a new output of the notebook",
+        "pillsnap/core/logs.py",
+        "if self.handle is None:",
+        "if True:",
+        "tests/test_progress.py::test_an_executed_notebook_keeps_the_last_frame_alone",
+    ),
+    Mutation(
+        "augmentation that does not fit ends the run",
+        "pillsnap/dataset/loaders.py",
+        "            if not is_oom(e) or n == 1:\n                raise",
+        "            raise",
+        "tests/test_gpu_engine.py::test_augmentation_that_does_not_fit_is_done_in_parts",
+    ),
+    Mutation(
+        "a kernel search for every number of crops",
+        "pillsnap/models/yolo.py",
+        "        with full_fp32(), without_kernel_search():",
+        "        with full_fp32():",
+        "tests/test_gpu_engine.py::test_a_detector_answers_without_a_search_and_in_full_fp32",
+    ),
+    Mutation(
+        "the leak-gap twin is held to the rule it breaks on purpose",
+        "pillsnap/evaluation/evaluation.py",
+        'or bool(data.header.get("leak_gap_twin"))',
+        "or False",
+        "tests/test_evaluation.py::test_only_the_leak_gap_twin_may_part_capture_groups",
+    ),
+    Mutation(
+        "the detector says nothing of its memory",
+        "pillsnap/training/detector.py",
+        '            row["epoch"],\n        )\n    if self.plan.tb:',
+        '            row["epoch"],\n        )\n    if False:',
+        "tests/test_detector.py::test_memory_stands_beside_the_batch_size_in_each_epoch_of_the_detector",
+    ),
+    Mutation(
+        "one GPU is given to accelerate",
+        "pillsnap/training/distributed.py",
+        "    if n == 1:",
+        "    if n == 0:",
+        "tests/test_distributed.py::test_one_gpu_trains_in_this_process",
+    ),
 ]
 
 
 def run_test(copy: Path, test: str, timeout: float) -> tuple[bool, str]:
     "Whether the test passes in a copy of the checkout, and the end of what pytest printed."
-    env = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "PILLSNAP_OFFLINE": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-o", "addopts=--strict-markers", "-p", "no:cacheprovider", test]
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(copy),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PILLSNAP_OFFLINE": "1",
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-o",
+        "addopts=--strict-markers",
+        "-p",
+        "no:cacheprovider",
+        test,
+    ]
     try:
         r = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:
         return False, f"no end within {timeout:.0f} s"
     if r.returncode not in (0, 1):  # 1: tests failed; others: pytest could not run them
-        sys.exit(f"{test} could not be run (pytest's exit status {r.returncode}):\n{r.stdout[-2000:]}{r.stderr[-2000:]}")
+        sys.exit(
+            f"{test} could not be run (pytest's exit status {r.returncode}):\n{r.stdout[-2000:]}{r.stderr[-2000:]}"
+        )
     if r.returncode == 0 and " passed" not in r.stdout:
         sys.exit(f"{test} was skipped, so it proves nothing here:\n{r.stdout[-2000:]}")
     return r.returncode == 0, r.stdout[-800:]
@@ -183,7 +510,7 @@ def run_test(copy: Path, test: str, timeout: float) -> tuple[bool, str]:
 
 def broken(copy: Path, m: Mutation) -> str:
     "Apply one breakage; returns the text before it."
-    path = copy/m.file
+    path = copy / m.file
     before = path.read_text(encoding="utf-8")
     if before.count(m.old) != 1:
         sys.exit(f"{m.name}: {m.file} holds {m.old!r} {before.count(m.old)} times; it must stand there once")
@@ -206,14 +533,19 @@ def main() -> int:
         sys.exit(f"no breakage has {o.only!r} in its name")
     missed, healthy = [], set()
     with tempfile.TemporaryDirectory() as tmp:
-        copy = Path(tmp)/"pillsnap"
+        copy = Path(tmp) / "pillsnap"
         copy.mkdir()
         for name in COPIED:
-            source = ROOT/name
+            source = ROOT / name
             if source.is_dir():
-                shutil.copytree(source, copy/name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+                shutil.copytree(
+                    source,
+                    copy / name,
+                    symlinks=True,
+                    ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"),
+                )
             elif source.exists():
-                shutil.copy2(source, copy/name)
+                shutil.copy2(source, copy / name)
         for m in chosen:
             t0 = time.perf_counter()
             if m.test not in healthy:
@@ -223,10 +555,13 @@ def main() -> int:
                 healthy.add(m.test)
             before = broken(copy, m)
             passed, said = run_test(copy, m.test, o.timeout)
-            (copy/m.file).write_text(before, encoding="utf-8")
-            print(f"{'NOT CAUGHT' if passed else 'caught    '}  {m.name:60}  {m.test}  {time.perf_counter()-t0:.0f} s", flush=True)
+            (copy / m.file).write_text(before, encoding="utf-8")
+            print(
+                f"{'NOT CAUGHT' if passed else 'caught    '}  {m.name:60}  {m.test}  {time.perf_counter() - t0:.0f} s",
+                flush=True,
+            )
             missed += [m.name] if passed else []
-    print(f"\n{len(chosen)-len(missed)} of {len(chosen)} caught" + (": not " + "; ".join(missed) if missed else ""))
+    print(f"\n{len(chosen) - len(missed)} of {len(chosen)} caught" + (": not " + "; ".join(missed) if missed else ""))
     return 1 if missed else 0
 
 

@@ -3,6 +3,7 @@
 
 usage: rs1_conversion.py [--kills 20] [--seed 1] [--out FILE.json]
 """
+
 import argparse
 import hashlib
 import json
@@ -42,26 +43,34 @@ def said(p: Path) -> bytes:
 def result(run: Path) -> str:
     "A hash of everything a conversion leaves; the journal of opened photos is its own business, and so is what a killed writer left hidden."
     total = hashlib.sha256()
-    for p in sorted(p for p in run.rglob("*") if (p.is_file() or p.is_symlink()) and p.name != "photos.seen" and not p.name.startswith(".")):
-        total.update(p.relative_to(run).as_posix().encode()+b"\0"+said(p)+b"\0")
+    for p in sorted(
+        p
+        for p in run.rglob("*")
+        if (p.is_file() or p.is_symlink()) and p.name != "photos.seen" and not p.name.startswith(".")
+    ):
+        total.update(p.relative_to(run).as_posix().encode() + b"\0" + said(p) + b"\0")
     return total.hexdigest()
 
 
 def whole(run: Path) -> list[str]:
     "Files that are under their final names; each must be readable as what it is."
     found = []
-    for p in sorted(p for p in run.rglob("*") if p.is_file() and not any(q.startswith(".") for q in p.relative_to(run).parts)):
+    for p in sorted(
+        p for p in run.rglob("*") if p.is_file() and not any(q.startswith(".") for q in p.relative_to(run).parts)
+    ):
         if p.suffix in (".json", ".arrow"):
             said(p)
         found.append(p.name)
-    if (run/"manifest.json").exists():
-        read_manifest(run/"manifest.csv")
+    if (run / "manifest.json").exists():
+        read_manifest(run / "manifest.csv")
     return found
 
 
 def begin(delivery: Path, run: Path) -> subprocess.Popen:
     "A conversion that has loaded its code and begins."
-    p = subprocess.Popen([sys.executable, "-c", CODE, str(delivery), str(run)], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    p = subprocess.Popen(
+        [sys.executable, "-c", CODE, str(delivery), str(run)], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
     p.stdout.readline()
     return p
 
@@ -71,25 +80,45 @@ def campaign(kills: int, seed: int = 1) -> dict:
     rng, t0 = random.Random(seed), time.perf_counter()
     with tempfile.TemporaryDirectory() as tmp:
         tmp = Path(tmp)
-        write_delivery(tmp/"d", drugs=4, photos=18, combos=4, seed=3, width=244, height=320, faults=True, progress=False, workers=1)
+        write_delivery(
+            tmp / "d",
+            drugs=4,
+            photos=18,
+            combos=4,
+            seed=3,
+            width=244,
+            height=320,
+            faults=True,
+            progress=False,
+            workers=1,
+        )
         began = time.perf_counter()
-        if begin(tmp/"d", tmp/"straight").wait():
+        if begin(tmp / "d", tmp / "straight").wait():
             sys.exit("the undisturbed conversion failed")
-        takes, want, states = time.perf_counter()-began, result(tmp/"straight"), []
+        takes, want, states = time.perf_counter() - began, result(tmp / "straight"), []
         while sum(not s["finished"] for s in states) < kills:
             i = len(states)
-            run = tmp/f"run{i//5}"  # five kills on one folder: each goes on from the one before
-            p = begin(tmp/"d", run)
-            time.sleep(rng.uniform(0, .8*takes))
+            run = tmp / f"run{i // 5}"  # five kills on one folder: each goes on from the one before
+            p = begin(tmp / "d", run)
+            time.sleep(rng.uniform(0, 0.8 * takes))
             os.killpg(p.pid, signal.SIGKILL)
             states.append(dict(finished=p.wait() == 0, files=len(whole(run))))
             if i % 5 == 4 or sum(not s["finished"] for s in states) == kills:
-                if begin(tmp/"d", run).wait():
+                if begin(tmp / "d", run).wait():
                     sys.exit("the rerun failed")
                 if result(run) != want:
-                    sys.exit(f"after kill {i+1} of seed {seed} the rerun differs from the undisturbed run: {run}")
-    return dict(id="RS1_conversion", what="kill -9 in a conversion", seed=seed, trials=sum(not s["finished"] for s in states), too_late=sum(s["finished"] for s in states),
-                undisturbed_seconds=round(takes, 2), seconds=round(time.perf_counter()-t0, 1), failed=0, states=states)
+                    sys.exit(f"after kill {i + 1} of seed {seed} the rerun differs from the undisturbed run: {run}")
+    return dict(
+        id="RS1_conversion",
+        what="kill -9 in a conversion",
+        seed=seed,
+        trials=sum(not s["finished"] for s in states),
+        too_late=sum(s["finished"] for s in states),
+        undisturbed_seconds=round(takes, 2),
+        seconds=round(time.perf_counter() - t0, 1),
+        failed=0,
+        states=states,
+    )
 
 
 if __name__ == "__main__":
@@ -98,7 +127,7 @@ if __name__ == "__main__":
     a.add_argument("--seed", type=int, default=1)
     a.add_argument("--out", type=Path)
     a = a.parse_args()
-    text = json.dumps(campaign(a.kills, a.seed), indent=1)+"\n"
+    text = json.dumps(campaign(a.kills, a.seed), indent=1) + "\n"
     print(text, end="")
     if a.out:
         a.out.write_text(text, encoding="utf-8")

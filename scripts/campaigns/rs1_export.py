@@ -6,6 +6,7 @@ it, up to five times in one folder; then it may finish. After each kill, whateve
 
 usage: rs1_export.py [--quick] [--kills 20] [--seed 0] [--out FOLDER]
 """
+
 import multiprocessing
 import os
 import random
@@ -17,11 +18,11 @@ import tempfile
 import time
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"   # children are forked: a pool of threads would not come with them
+os.environ["OMP_NUM_THREADS"] = "1"  # children are forked: a pool of threads would not come with them
 import onnxruntime  # noqa: E402
 import torch  # noqa: E402, F401
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]/"benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from harness import arguments, finish, machine, save  # noqa: E402
 
 from pillsnap.core.files import read_json, sha256_file
@@ -48,7 +49,7 @@ def child(root: Path) -> multiprocessing.Process:
 
 def opened(root: Path) -> list[str]:
     "What lies under its final name, each of it opened."
-    there = sorted((root/"export").glob("*")) if (root/"export").exists() else []
+    there = sorted((root / "export").glob("*")) if (root / "export").exists() else []
     for p in there:
         if p.suffix == ".onnx":
             onnxruntime.InferenceSession(str(p), providers=["CPUExecutionProvider"])
@@ -60,7 +61,7 @@ def opened(root: Path) -> list[str]:
 
 def answer(root: Path) -> dict[str, str]:
     "The exported networks, byte for byte, and what the comparison with torch said of them."
-    said = {p.name: sha256_file(p) for p in sorted((root/"export").glob("*.onnx"))}
+    said = {p.name: sha256_file(p) for p in sorted((root / "export").glob("*.onnx"))}
     return said | {"verdict": (read_record(root, "export") or {}).get("verdict", "")}
 
 
@@ -68,17 +69,32 @@ def main() -> None:
     a = arguments(__doc__, kills=20, seed=0)
     kills, rng, t0, trials, bad = 2 if a.quick else a.kills, random.Random(a.seed), time.perf_counter(), [], []
     with tempfile.TemporaryDirectory() as tmp:
-        base = Path(tmp)/"base"
+        base = Path(tmp) / "base"
         for stage in STAGES:
-            subprocess.run([sys.executable, "-m", "pillsnap", "run", stage, "--config", "smoke", f"paths.exp_dir={base}", "train.num_threads=1"], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            subprocess.run(
+                [
+                    sys.executable,
+                    "-m",
+                    "pillsnap",
+                    "run",
+                    stage,
+                    "--config",
+                    "smoke",
+                    f"paths.exp_dir={base}",
+                    "train.num_threads=1",
+                ],
+                check=True,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
 
         def copy(name: str) -> Path:
-            return Path(shutil.copytree(base, Path(tmp)/name))
+            return Path(shutil.copytree(base, Path(tmp) / name))
 
         straight = copy("straight")
         began = time.perf_counter()
         child(straight).join()
-        span = time.perf_counter()-began
+        span = time.perf_counter() - began
         if (read_record(straight, "export") or {}).get("status") != "finished":
             sys.exit("the undisturbed export failed")
         while sum(not t["too_late"] for t in trials) < kills:
@@ -101,7 +117,20 @@ def main() -> None:
     live = [t for t in trials if not t["too_late"]]
     print(f"RS1 export: {len(live)} kills in {span:.1f} s of work; {len(bad)} folders ended otherwise than undisturbed")
     if not a.quick:
-        save(dict(id="RS1_export", what="kill −9 while exporting, then again", seed=a.seed, kills=len(live), span_s=round(span, 2), seconds=round(time.perf_counter()-t0, 1), failed=len(bad), trials=trials, machine=machine()), a.out)
+        save(
+            dict(
+                id="RS1_export",
+                what="kill −9 while exporting, then again",
+                seed=a.seed,
+                kills=len(live),
+                span_s=round(span, 2),
+                seconds=round(time.perf_counter() - t0, 1),
+                failed=len(bad),
+                trials=trials,
+                machine=machine(),
+            ),
+            a.out,
+        )
     finish(f"RS1 export: {b}" for b in bad)
 
 

@@ -7,6 +7,7 @@ kill, whatever lies under a final name must open.
 
 usage: rs1_training.py [--quick] [--kills 20] [--seed 0] [--out FOLDER]
 """
+
 import multiprocessing
 import os
 import random
@@ -16,10 +17,10 @@ import tempfile
 import time
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"   # children are forked: a pool of threads would not come with them
+os.environ["OMP_NUM_THREADS"] = "1"  # children are forked: a pool of threads would not come with them
 import torch  # noqa: E402
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]/"benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from harness import arguments, finish, machine, save  # noqa: E402
 
 from pillsnap.core.checkpoints import load_ckpt
@@ -30,8 +31,20 @@ from pillsnap.dataset.splits import smoke_splits
 from pillsnap.training.classifier import ClassifierJob
 
 EPOCHS = 3
-DATA = ("synth.drugs=3", "synth.photos=36", "synth.combos=0", "synth.width=122", "synth.height=160", "data.classification.img_size=48", "data.progressive_validation.stage_0.max_samples=108")
-TRAIN = (*DATA, "train.num_threads=1", "train.classification={batch_size: 8, grad_accum_steps: 2, ema: {enabled: true, decay: 0.8}, saving: {every_steps: 1, keep_best: 2}}")
+DATA = (
+    "synth.drugs=3",
+    "synth.photos=36",
+    "synth.combos=0",
+    "synth.width=122",
+    "synth.height=160",
+    "data.classification.img_size=48",
+    "data.progressive_validation.stage_0.max_samples=108",
+)
+TRAIN = (
+    *DATA,
+    "train.num_threads=1",
+    "train.classification={batch_size: 8, grad_accum_steps: 2, ema: {enabled: true, decay: 0.8}, saving: {every_steps: 1, keep_best: 2}}",
+)
 FORK = multiprocessing.get_context("fork")
 
 
@@ -59,7 +72,7 @@ def child(what, root: Path) -> multiprocessing.Process:
 
 def opened(root: Path) -> str:
     "Open everything that lies under its final name; how far the training has come."
-    folder, at = root/"checkpoints"/"classifier", "nothing saved"
+    folder, at = root / "checkpoints" / "classifier", "nothing saved"
     for p in sorted(folder.glob("*.pt")) if folder.exists() else ():
         ckpt = load_ckpt(p)
         if p.name == "last.pt":
@@ -74,14 +87,18 @@ def difference(a: Path, b: Path) -> str | None:
     "What separates two finished runs."
     if (read_record(b, "classifier") or {}).get("status") != "finished":
         return "the same command did not come to its end"
-    if {p.name for p in (a/"checkpoints"/"classifier").glob("*.pt")} != {p.name for p in (b/"checkpoints"/"classifier").glob("*.pt")}:
+    if {p.name for p in (a / "checkpoints" / "classifier").glob("*.pt")} != {
+        p.name for p in (b / "checkpoints" / "classifier").glob("*.pt")
+    }:
         return "other files were kept"
-    for p in sorted((a/"checkpoints"/"classifier").glob("*.pt")):
-        x, y = load_ckpt(p), load_ckpt(b/p.relative_to(a))
+    for p in sorted((a / "checkpoints" / "classifier").glob("*.pt")):
+        x, y = load_ckpt(p), load_ckpt(b / p.relative_to(a))
         for part in ("model_state", "ema_state"):
             if odd := [k for k, v in x[part].items() if not torch.equal(v, y[part][k])]:
                 return f"{p.name}: {part} differs, {odd[0]} first"
-        if [(r["train_loss"], r["classification"]) for r in x["history"]] != [(r["train_loss"], r["classification"]) for r in y["history"]]:
+        if [(r["train_loss"], r["classification"]) for r in x["history"]] != [
+            (r["train_loss"], r["classification"]) for r in y["history"]
+        ]:
             return f"{p.name}: the history differs"
     return None
 
@@ -90,18 +107,18 @@ def main() -> None:
     a = arguments(__doc__, kills=20, seed=0)
     kills, rng, t0, trials, bad = 2 if a.quick else a.kills, random.Random(a.seed), time.perf_counter(), [], []
     with tempfile.TemporaryDirectory() as tmp:
-        straight = Path(tmp)/"straight"
+        straight = Path(tmp) / "straight"
         child(splits, straight).join()
         began = time.perf_counter()
         child(train, straight).join()
-        span = time.perf_counter()-began
+        span = time.perf_counter() - began
         if (read_record(straight, "classifier") or {}).get("status") != "finished":
             sys.exit("the undisturbed training failed")
         while sum(not t["too_late"] for t in trials) < kills:
-            root = Path(tmp)/f"run{len(trials)}"
+            root = Path(tmp) / f"run{len(trials)}"
             child(splits, root).join()
             for _ in range(5):
-                p, after = child(train, root), rng.uniform(0, span/2)
+                p, after = child(train, root), rng.uniform(0, span / 2)
                 time.sleep(after)
                 os.kill(p.pid, signal.SIGKILL)
                 p.join()
@@ -115,9 +132,24 @@ def main() -> None:
             if why := difference(straight, root):
                 bad.append(f"after {len(trials)} kills of seed {a.seed}: {why}")
     live = [t for t in trials if not t["too_late"]]
-    print(f"RS1 training: {len(live)} kills in {span:.1f} s of work; {len(bad)} folders ended otherwise than undisturbed")
+    print(
+        f"RS1 training: {len(live)} kills in {span:.1f} s of work; {len(bad)} folders ended otherwise than undisturbed"
+    )
     if not a.quick:
-        save(dict(id="RS1_training", what="kill −9 while training, then again", seed=a.seed, kills=len(live), span_s=round(span, 2), seconds=round(time.perf_counter()-t0, 1), failed=len(bad), trials=trials, machine=machine()), a.out)
+        save(
+            dict(
+                id="RS1_training",
+                what="kill −9 while training, then again",
+                seed=a.seed,
+                kills=len(live),
+                span_s=round(span, 2),
+                seconds=round(time.perf_counter() - t0, 1),
+                failed=len(bad),
+                trials=trials,
+                machine=machine(),
+            ),
+            a.out,
+        )
     finish(f"RS1 training: {b}" for b in bad)
 
 

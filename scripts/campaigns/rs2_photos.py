@@ -6,6 +6,7 @@ of its own opens them with `open_image_safely`, so that a decoder that dies is s
 the undamaged picture or none; the other formats carry no checksum, so changed bytes must only not break anything. Then the same files lie in a delivery that is
 converted, and in one whose photos break after its conversion and which is loaded. usage: rs2_photos.py [--cases 20000] [--seed 1] [--quick] [--out FOLDER]
 """
+
 import io
 import logging
 import os
@@ -22,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]/"benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from harness import arguments, finish, machine, save  # noqa: E402
 
 from pillsnap.delivery.classmap import ClassMap  # noqa: E402
@@ -32,8 +33,17 @@ from pillsnap.photos.images import open_image_safely  # noqa: E402
 from pillsnap.dataset.loaders import PhotoLoader  # noqa: E402
 from pillsnap.synth.writer import write_delivery  # noqa: E402
 
-TURNS = (None, Image.FLIP_LEFT_RIGHT, Image.ROTATE_180, Image.FLIP_TOP_BOTTOM, Image.TRANSPOSE, Image.ROTATE_90, Image.TRANSVERSE, Image.ROTATE_270)   # for EXIF 1 to 8
-EXACT, LOSSY = 0., 6.   # mean difference allowed, in levels of 255
+TURNS = (
+    None,
+    Image.FLIP_LEFT_RIGHT,
+    Image.ROTATE_180,
+    Image.FLIP_TOP_BOTTOM,
+    Image.TRANSPOSE,
+    Image.ROTATE_90,
+    Image.TRANSVERSE,
+    Image.ROTATE_270,
+)  # for EXIF 1 to 8
+EXACT, LOSSY = 0.0, 6.0  # mean difference allowed, in levels of 255
 SUFFIXES = (".png", ".jpg", ".bmp", ".webp", "")
 
 
@@ -41,7 +51,9 @@ def picture(rng: random.Random, w: int = 0, h: int = 0) -> np.ndarray:
     "No two corners, rows or channels alike, smooth enough for a lossy format."
     w, h = w or rng.randint(24, 120), h or rng.randint(24, 120)
     y, x = np.mgrid[:h, :w]
-    return np.stack([x*200//w + 20, y*200//h + 20, (x + 2*y)*200//(w + 2*h) + rng.randrange(50)], -1).astype(np.uint8)
+    return np.stack(
+        [x * 200 // w + 20, y * 200 // h + 20, (x + 2 * y) * 200 // (w + 2 * h) + rng.randrange(50)], -1
+    ).astype(np.uint8)
 
 
 def enc(im: Image.Image | np.ndarray, kind: str = "PNG", **k) -> bytes:
@@ -50,32 +62,62 @@ def enc(im: Image.Image | np.ndarray, kind: str = "PNG", **k) -> bytes:
     return out.getvalue()
 
 
-def chunk(kind: bytes, body: bytes) -> bytes: return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-def png(head: bytes, rows: bytes) -> bytes: return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def png(head: bytes, rows: bytes) -> bytes:
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 def readable(a: np.ndarray) -> dict[str, tuple[bytes, np.ndarray, float]]:
     "One picture in every way that must be read: bytes, the pixels that must come out, the mean difference allowed."
     im, h, w = Image.fromarray(a), *a.shape[:2]
-    grey = np.round(a @ (.299, .587, .114)).astype(np.uint8)
+    grey = np.round(a @ (0.299, 0.587, 0.114)).astype(np.uint8)
     three = lambda g: np.repeat(g[..., None], 3, -1)
     indexed = im.quantize(16)
     flat = np.array(indexed.getpalette()[:48], np.uint8).reshape(-1, 3)[np.asarray(indexed)]
     alpha = im.copy()
     alpha.putalpha(Image.linear_gradient("L").resize(im.size))
-    deep = b"".join(b"\0" + row.astype(">u2").tobytes() for row in a.astype(np.uint16)*257)
-    out = {"png": (enc(im), a, EXACT), "bmp": (enc(im, "BMP"), a, EXACT), "webp": (enc(im, "WEBP", lossless=True), a, EXACT), "tiff": (enc(im, "TIFF"), a, EXACT), "jpeg": (enc(im, "JPEG", quality=95), a, LOSSY),
-           "progressive jpeg": (enc(im, "JPEG", quality=95, progressive=True), a, LOSSY), "rgb jpeg": (enc(im, "JPEG", quality=95, keep_rgb=True), a, LOSSY), "cmyk jpeg": (enc(im.convert("CMYK"), "JPEG", quality=95), a, LOSSY),
-           "lossy webp": (enc(im, "WEBP", quality=95), a, LOSSY), "grey png": (enc(grey), three(grey), EXACT), "grey jpeg": (enc(grey, "JPEG", quality=95), three(grey), LOSSY),
-           "16-bit grey": (enc(Image.fromarray(grey.astype(np.uint16)*257)), three(grey), EXACT), "16-bit rgb": (png(struct.pack(">IIBBBBB", w, h, 16, 2, 0, 0, 0), deep), a, EXACT),
-           "1 bit": (enc(Image.fromarray(grey > 120)), three((grey > 120).astype(np.uint8)*255), EXACT), "palette": (enc(indexed), flat, EXACT), "palette + alpha": (enc(indexed, transparency=3), flat, EXACT),
-           "gif": (enc(indexed, "GIF"), flat, EXACT), "animated gif": (enc(indexed, "GIF", save_all=True, append_images=[indexed.rotate(180)]), flat, EXACT), "animated png": (enc(im, save_all=True, append_images=[im.rotate(180)]), a, EXACT),
-           "animated webp": (enc(im, "WEBP", lossless=True, save_all=True, append_images=[im.rotate(180)]), a, EXACT), "alpha": (enc(alpha), a, EXACT), "grey + alpha": (enc(Image.merge("LA", (Image.fromarray(grey), alpha.split()[3]))), three(grey), EXACT),
-           "transparent colour": (enc(im, transparency=tuple(map(int, a[0, 0]))), a, EXACT), "1×1": (enc(a[:1, :1]), a[:1, :1], EXACT), "one row": (enc(a[:1]), a[:1], EXACT)}
+    deep = b"".join(b"\0" + row.astype(">u2").tobytes() for row in a.astype(np.uint16) * 257)
+    out = {
+        "png": (enc(im), a, EXACT),
+        "bmp": (enc(im, "BMP"), a, EXACT),
+        "webp": (enc(im, "WEBP", lossless=True), a, EXACT),
+        "tiff": (enc(im, "TIFF"), a, EXACT),
+        "jpeg": (enc(im, "JPEG", quality=95), a, LOSSY),
+        "progressive jpeg": (enc(im, "JPEG", quality=95, progressive=True), a, LOSSY),
+        "rgb jpeg": (enc(im, "JPEG", quality=95, keep_rgb=True), a, LOSSY),
+        "cmyk jpeg": (enc(im.convert("CMYK"), "JPEG", quality=95), a, LOSSY),
+        "lossy webp": (enc(im, "WEBP", quality=95), a, LOSSY),
+        "grey png": (enc(grey), three(grey), EXACT),
+        "grey jpeg": (enc(grey, "JPEG", quality=95), three(grey), LOSSY),
+        "16-bit grey": (enc(Image.fromarray(grey.astype(np.uint16) * 257)), three(grey), EXACT),
+        "16-bit rgb": (png(struct.pack(">IIBBBBB", w, h, 16, 2, 0, 0, 0), deep), a, EXACT),
+        "1 bit": (enc(Image.fromarray(grey > 120)), three((grey > 120).astype(np.uint8) * 255), EXACT),
+        "palette": (enc(indexed), flat, EXACT),
+        "palette + alpha": (enc(indexed, transparency=3), flat, EXACT),
+        "gif": (enc(indexed, "GIF"), flat, EXACT),
+        "animated gif": (enc(indexed, "GIF", save_all=True, append_images=[indexed.rotate(180)]), flat, EXACT),
+        "animated png": (enc(im, save_all=True, append_images=[im.rotate(180)]), a, EXACT),
+        "animated webp": (enc(im, "WEBP", lossless=True, save_all=True, append_images=[im.rotate(180)]), a, EXACT),
+        "alpha": (enc(alpha), a, EXACT),
+        "grey + alpha": (enc(Image.merge("LA", (Image.fromarray(grey), alpha.split()[3]))), three(grey), EXACT),
+        "transparent colour": (enc(im, transparency=tuple(map(int, a[0, 0]))), a, EXACT),
+        "1×1": (enc(a[:1, :1]), a[:1, :1], EXACT),
+        "one row": (enc(a[:1]), a[:1], EXACT),
+    }
     for note, turn in enumerate(TURNS, 1):
         exif, lying = Image.Exif(), im if turn is None else im.transpose(turn)
         exif[0x0112] = note
-        out |= {f"exif {note} {k}": (enc(lying, k, exif=exif, **more), a, d) for k, more, d in (("PNG", {}, EXACT), ("JPEG", dict(quality=95), LOSSY), ("WEBP", dict(lossless=True), EXACT))}
+        out |= {
+            f"exif {note} {k}": (enc(lying, k, exif=exif, **more), a, d)
+            for k, more, d in (
+                ("PNG", {}, EXACT),
+                ("JPEG", dict(quality=95), LOSSY),
+                ("WEBP", dict(lossless=True), EXACT),
+            )
+        }
     return out
 
 
@@ -83,26 +125,53 @@ def refused(side: int = 30_000) -> dict[str, tuple[bytes, tuple[str, ...]]]:
     "What must never be a picture: bytes and the steps that may say so."
     size = struct.pack("<I", side)[:3]
     tags = ((256, side), (257, side), (258, 8), (262, 1), (273, 8), (278, side), (279, 1))
-    tiff = b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", t, 4, 1, v) for t, v in tags) + bytes(4)
-    return {"empty": (b"", ("read",)), "text": (b"a note, not a photo", ("final",)), "json": (b'{"images": []}', ("final",)), "zip": (b"PK\3\4" + bytes(60), ("final",)), "html": (b"<!DOCTYPE html><html>404</html>", ("final",)),
-            "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", ("final",)), "zeros": (bytes(5000), ("final",)),
-            "huge png": (png(struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0), bytes(300)), ("bound",)), "huge jpeg": (b"\xff\xd8\xff\xc0\0\x11\x08" + struct.pack(">HH", side, side) + bytes(40), ("bound",)),
-            "huge bmp": (b"BM" + bytes(8) + struct.pack("<IIiiHHIIiiII", 54, 40, side, side, 1, 24, 0, 0, 0, 0, 0, 0), ("bound",)), "huge webp": (b"RIFF" + struct.pack("<I", 30) + b"WEBPVP8X\x0a\0\0\0" + bytes(4) + size + size, ("bound",)),
-            "huge gif": (b"GIF89a" + struct.pack("<HH", side, side) + b"\x80\0\0" + bytes(6) + b"," + struct.pack("<HHHH", 0, 0, side, side) + b"\0\x02\x02\x44\x01\0;", ("bound", "final")), "huge tiff": (tiff, ("bound", "final"))}
+    tiff = (
+        b"II*\0\x08\0\0\0"
+        + struct.pack("<H", len(tags))
+        + b"".join(struct.pack("<HHII", t, 4, 1, v) for t, v in tags)
+        + bytes(4)
+    )
+    return {
+        "empty": (b"", ("read",)),
+        "text": (b"a note, not a photo", ("final",)),
+        "json": (b'{"images": []}', ("final",)),
+        "zip": (b"PK\3\4" + bytes(60), ("final",)),
+        "html": (b"<!DOCTYPE html><html>404</html>", ("final",)),
+        "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", ("final",)),
+        "zeros": (bytes(5000), ("final",)),
+        "huge png": (png(struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0), bytes(300)), ("bound",)),
+        "huge jpeg": (b"\xff\xd8\xff\xc0\0\x11\x08" + struct.pack(">HH", side, side) + bytes(40), ("bound",)),
+        "huge bmp": (
+            b"BM" + bytes(8) + struct.pack("<IIiiHHIIiiII", 54, 40, side, side, 1, 24, 0, 0, 0, 0, 0, 0),
+            ("bound",),
+        ),
+        "huge webp": (b"RIFF" + struct.pack("<I", 30) + b"WEBPVP8X\x0a\0\0\0" + bytes(4) + size + size, ("bound",)),
+        "huge gif": (
+            b"GIF89a"
+            + struct.pack("<HH", side, side)
+            + b"\x80\0\0"
+            + bytes(6)
+            + b","
+            + struct.pack("<HHHH", 0, 0, side, side)
+            + b"\0\x02\x02\x44\x01\0;",
+            ("bound", "final"),
+        ),
+        "huge tiff": (tiff, ("bound", "final")),
+    }
 
 
 def case(rng: random.Random, ways: dict, never: dict) -> tuple[str, bytes, np.ndarray | tuple[str, ...] | None, float]:
     "Kind, bytes, what must come out (pixels or the steps that may refuse it; None: anything but a crash), difference allowed."
-    if rng.random() < .1:
+    if rng.random() < 0.1:
         kind = rng.choice(sorted(never))
-        return kind, *never[kind], 0.
+        return kind, *never[kind], 0.0
     kind = rng.choice(sorted(ways))
     b, want, allowed = ways[kind]
     how = rng.choice(("whole", "cut", "changed"))
     if how == "whole":
         return kind, b, want, allowed
     if how == "cut":
-        return f"{kind}, cut", b[:rng.randrange(1, len(b))], want, allowed
+        return f"{kind}, cut", b[: rng.randrange(1, len(b))], want, allowed
     b = bytearray(b)
     for _ in range(rng.choice((1, 1, 2, 8))):
         b[rng.randrange(len(b))] = rng.randrange(256)
@@ -114,7 +183,11 @@ def judged(kind: str, r: dict, want, allowed: float) -> str:
     damaged = kind.endswith((", cut", ", changed"))
     if r.get("_skip"):
         must = want if isinstance(want, tuple) else ("bound", "final", "read") if damaged else ()
-        return f"skipped: {r['stage']}" if r["stage"] in must and r["error"] else f"skipped by {r['stage']} ({r['error'][:80]})"
+        return (
+            f"skipped: {r['stage']}"
+            if r["stage"] in must and r["error"]
+            else f"skipped by {r['stage']} ({r['error'][:80]})"
+        )
     img = r["image"]
     if isinstance(want, tuple) or img.dtype != np.uint8 or img.ndim != 3 or img.shape[2] != 3:
         return f"a picture {img.shape} {img.dtype} of it"
@@ -128,15 +201,17 @@ def opener(cases: list, folder: Path, write: int) -> None:
     "Open each case from a file and from memory; one line each."
     with os.fdopen(write, "w", encoding="utf-8") as out:
         for i, (kind, b, want, allowed, suffix) in enumerate(cases):
-            (path := folder/f"photo{suffix}").write_bytes(b)
+            (path := folder / f"photo{suffix}").write_bytes(b)
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             try:
                 ends = {judged(kind, open_image_safely(src), want, allowed) for src in (path, b)}
                 end = ends.pop() if len(ends) == 1 else f"the file and its bytes differ: {sorted(ends)}"
             except BaseException as e:
                 end = f"raised {type(e).__name__}: {e}"
-            if (swelled := resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) > 200_000:   # kB; a header of 30,000² promises 2.7 GB
-                end = f"took {swelled/1000:.0f} MB"
+            if (
+                swelled := resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+            ) > 200_000:  # kB; a header of 30,000² promises 2.7 GB
+                end = f"took {swelled / 1000:.0f} MB"
             out.write(f"{i}\t{' '.join(end.split())}\n")
             out.flush()
 
@@ -149,7 +224,7 @@ def opened(cases: list, folder: Path) -> list[str]:
         if not (pid := os.fork()):
             os.close(read)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            opener(cases[len(ends):], folder, write)
+            opener(cases[len(ends) :], folder, write)
             os._exit(0)
         os.close(write)
         with os.fdopen(read, encoding="utf-8") as f:
@@ -162,42 +237,65 @@ def opened(cases: list, folder: Path) -> list[str]:
 def in_a_delivery(work: Path, seed: int) -> list[tuple[str, str]]:
     "The same kinds among good photos, before a conversion and after one: kind and end of each."
     rng, ends = random.Random(seed), []
-    write_delivery(work/"d", drugs=3, photos=36, combos=0, seed=3, width=98, height=128, progress=False, workers=1)
-    photos = sorted((work/"d/data/train/images").rglob("*.png"))
+    write_delivery(work / "d", drugs=3, photos=36, combos=0, seed=3, width=98, height=128, progress=False, workers=1)
+    photos = sorted((work / "d/data/train/images").rglob("*.png"))
     kinds = readable(picture(rng, 98, 128))
     good = {k: b for k, (b, want, _) in kinds.items() if want.shape == (128, 98, 3)}
-    bad = {k: (b, {"photo_too_large"} if "bound" in s else {"photo_broken"}) for k, (b, s) in refused().items()} | {k: (kinds[k][0], {"photo_too_small"}) for k in ("1×1", "one row")}
-    bad |= {f"{k}, cut": (good[k][:len(good[k])//2], {"photo_broken"}) for k in ("png", "jpeg", "webp", "bmp")}
+    bad = {k: (b, {"photo_too_large"} if "bound" in s else {"photo_broken"}) for k, (b, s) in refused().items()} | {
+        k: (kinds[k][0], {"photo_too_small"}) for k in ("1×1", "one row")
+    }
+    bad |= {f"{k}, cut": (good[k][: len(good[k]) // 2], {"photo_broken"}) for k in ("png", "jpeg", "webp", "bmp")}
     bad["huge gif"][1].add("photo_broken"), bad["huge tiff"][1].add("photo_broken")
     placed = dict(zip([*good, *bad], rng.sample(photos, len(good) + len(bad))))
     whole = {p: p.read_bytes() for p in placed.values()}
-    plain = convert_delivery(work/"d", work/"plain")
+    plain = convert_delivery(work / "d", work / "plain")
     for kind, path in placed.items():
         path.write_bytes(good.get(kind) or bad[kind][0])
-    c = convert_delivery(work/"d", work/"run")
+    c = convert_delivery(work / "d", work / "run")
     said, kept = {Path(f.path).name: str(f.reason) for f in c.sieve.out}, {Path(p).name for p in c.rows.path}
     for kind, path in placed.items():
         end = "kept" if path.name in kept else said.get(path.name, "lost without a word")
-        ends.append((f"converted: {kind}", end if end in (("kept",) if kind in good else bad[kind][1]) else f"wrongly {end}"))
-    ends.append(("converted: the rest", "kept" if len(kept) == len(photos) - len(bad) and len(whole) == len(placed) else f"wrongly {len(kept)} of {len(photos)} kept"))
-    d = PillsnapClsDataset(plain.rows.assign(class_key=plain.rows.kcode), ClassMap(plain.rows.kcode), work/"d", 48)
+        ends.append(
+            (f"converted: {kind}", end if end in (("kept",) if kind in good else bad[kind][1]) else f"wrongly {end}")
+        )
+    ends.append(
+        (
+            "converted: the rest",
+            "kept"
+            if len(kept) == len(photos) - len(bad) and len(whole) == len(placed)
+            else f"wrongly {len(kept)} of {len(photos)} kept",
+        )
+    )
+    d = PillsnapClsDataset(plain.rows.assign(class_key=plain.rows.kcode), ClassMap(plain.rows.kcode), work / "d", 48)
     for engine in ("threads", "processes"):
-        got = [len(x) for x, *_ in PhotoLoader(d, 16, engine=engine, num_workers=2, **({"multiprocessing_context": "spawn"} if engine == "processes" else {}))]
-        ends.append((f"loaded by {engine}", "every batch" if sum(got) == len(d) - len(bad) + 2 else f"wrongly {got}"))   # the two small ones can be shown, whatever a conversion thinks of them
+        got = [
+            len(x)
+            for x, *_ in PhotoLoader(
+                d,
+                16,
+                engine=engine,
+                num_workers=2,
+                **({"multiprocessing_context": "spawn"} if engine == "processes" else {}),
+            )
+        ]
+        ends.append(
+            (f"loaded by {engine}", "every batch" if sum(got) == len(d) - len(bad) + 2 else f"wrongly {got}")
+        )  # the two small ones can be shown, whatever a conversion thinks of them
     return ends
 
 
 def campaign(cases: int, seed: int = 1) -> list[tuple[str, str]]:
     "Every case with its end."
     rng = random.Random(seed)
-    ways, never = [readable(picture(rng)) for _ in range(max(1, cases//100))], refused()
-    planned = [(*case(rng, ways[i//100 % len(ways)], never), rng.choice(SUFFIXES)) for i in range(cases)]
+    ways, never = [readable(picture(rng)) for _ in range(max(1, cases // 100))], refused()
+    planned = [(*case(rng, ways[i // 100 % len(ways)], never), rng.choice(SUFFIXES)) for i in range(cases)]
     with tempfile.TemporaryDirectory() as tmp:
         ends = opened(planned, Path(tmp))
         return [(kind, end) for (kind, *_), end in zip(planned, ends, strict=True)] + in_a_delivery(Path(tmp), seed)
 
 
-def wrong(end: str) -> bool: return end not in ("read right", "read", "kept", "every batch") and not end.startswith(("skipped: ", "photo_"))
+def wrong(end: str) -> bool:
+    return end not in ("read right", "read", "kept", "every batch") and not end.startswith(("skipped: ", "photo_"))
 
 
 def main() -> None:
@@ -208,9 +306,25 @@ def main() -> None:
     bad, ends = [g for g in got if wrong(g[1])], Counter(end for _, end in got)
     for end, n in ends.most_common(20):
         print(f"{n:7,} × {end}")
-    print(f"RS2: {len(got):,} photos of {len({k for k, _ in got})} kinds, {len(bad)} that ended otherwise than they must")
+    print(
+        f"RS2: {len(got):,} photos of {len({k for k, _ in got})} kinds, {len(bad)} that ended otherwise than they must"
+    )
     if not a.quick:
-        save(dict(id="RS2", what="broken and unusual photos", seed=a.seed, trials=len(got), kinds=len({k for k, _ in got}), failed=len(bad), seconds=round(time.perf_counter() - t0, 1), when=time.strftime("%Y-%m-%d", time.gmtime()), ends=dict(ends.most_common()), machine=machine()), a.out)
+        save(
+            dict(
+                id="RS2",
+                what="broken and unusual photos",
+                seed=a.seed,
+                trials=len(got),
+                kinds=len({k for k, _ in got}),
+                failed=len(bad),
+                seconds=round(time.perf_counter() - t0, 1),
+                when=time.strftime("%Y-%m-%d", time.gmtime()),
+                ends=dict(ends.most_common()),
+                machine=machine(),
+            ),
+            a.out,
+        )
     finish(f"RS2: {kind}: {end}" for kind, end in bad)
 
 

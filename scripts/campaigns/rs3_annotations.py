@@ -4,6 +4,7 @@
 A good record is damaged in bytes, in structure and in values; each result is read by the quick reader and by the careful one, which must agree, and is
 then judged. File names are damaged likewise and read by the name parser. usage: rs3_annotations.py [--cases 100000] [--seed 1] [--out FILE.json]
 """
+
 import argparse
 import json
 import random
@@ -19,34 +20,99 @@ from pillsnap.delivery.capture import parse_name
 from pillsnap.synth.catalogue import annotation, make_catalogue
 from pillsnap.delivery.truth import Evidence
 
-VALUES = (None, "", " ", 0, -1, 1.5, 10**20, 1e308, True, False, [], {}, [[]], "K-000001", "가나다", "\ud83d\ude00", "../x", "\\u0000", "NaN", [1, 2, 3, 4], {"a": [1]})
-BYTES = (b"", b"\x00", b"\xff", b"\xef\xbb\xbf", b'"', b"{", b"}", b"[", b"]", b",", b":", b"\\", b"\\ud800", b"NaN", b"-", b"1e999", b'"dl_idx"', b'"id"', "정".encode("cp949"), b"\n")
+VALUES = (
+    None,
+    "",
+    " ",
+    0,
+    -1,
+    1.5,
+    10**20,
+    1e308,
+    True,
+    False,
+    [],
+    {},
+    [[]],
+    "K-000001",
+    "가나다",
+    "\ud83d\ude00",
+    "../x",
+    "\\u0000",
+    "NaN",
+    [1, 2, 3, 4],
+    {"a": [1]},
+)
+BYTES = (
+    b"",
+    b"\x00",
+    b"\xff",
+    b"\xef\xbb\xbf",
+    b'"',
+    b"{",
+    b"}",
+    b"[",
+    b"]",
+    b",",
+    b":",
+    b"\\",
+    b"\\ud800",
+    b"NaN",
+    b"-",
+    b"1e999",
+    b'"dl_idx"',
+    b'"id"',
+    "정".encode("cp949"),
+    b"\n",
+)
 
 
 def damage_bytes(raw: bytes, rng: random.Random) -> bytes:
     "Cut, swap, insert, repeat."
     for _ in range(rng.choice((1, 1, 1, 2, 5))):
-        a, b = sorted((rng.randrange(len(raw)+1), rng.randrange(len(raw)+1)))
-        b = min(b, a+rng.choice((1, 1, 3, 40, len(raw))))
-        raw = rng.choice((lambda: raw[:a]+rng.choice(BYTES)+raw[b:], lambda: raw[:a]+rng.choice(BYTES)+raw[a:], lambda: raw[:a], lambda: raw[:b]+raw[a:],
-                          lambda: raw[:a]+bytes(rng.randrange(256) for _ in range(b-a)[:8])+raw[b:]))() or b" "
+        a, b = sorted((rng.randrange(len(raw) + 1), rng.randrange(len(raw) + 1)))
+        b = min(b, a + rng.choice((1, 1, 3, 40, len(raw))))
+        raw = (
+            rng.choice(
+                (
+                    lambda: raw[:a] + rng.choice(BYTES) + raw[b:],
+                    lambda: raw[:a] + rng.choice(BYTES) + raw[a:],
+                    lambda: raw[:a],
+                    lambda: raw[:b] + raw[a:],
+                    lambda: raw[:a] + bytes(rng.randrange(256) for _ in range(b - a)[:8]) + raw[b:],
+                )
+            )()
+            or b" "
+        )
     return raw
 
 
 def damage_record(r: dict, rng: random.Random) -> dict:
     "Other values, missing keys, repeated lists."
     for _ in range(rng.choice((1, 1, 2, 4))):
-        where = rng.choice((r, r["images"][0] if isinstance(r.get("images"), list) and r["images"] and isinstance(r["images"][0], dict) else r,
-                            r["annotations"][0] if isinstance(r.get("annotations"), list) and r["annotations"] and isinstance(r["annotations"][0], dict) else r))
+        where = rng.choice(
+            (
+                r,
+                r["images"][0]
+                if isinstance(r.get("images"), list) and r["images"] and isinstance(r["images"][0], dict)
+                else r,
+                r["annotations"][0]
+                if isinstance(r.get("annotations"), list) and r["annotations"] and isinstance(r["annotations"][0], dict)
+                else r,
+            )
+        )
         if not where:
             continue
         key, how = rng.choice(sorted(where)), rng.randrange(5)
         if how == 0:
             del where[key]
         elif how == 1 and isinstance(where[key], list):
-            where[key] = where[key]*rng.choice((0, 2, 3))
+            where[key] = where[key] * rng.choice((0, 2, 3))
         elif how == 2 and key == "bbox":
-            where[key] = [rng.choice((0, -5, 10, 976, 99999, 1.0, .5, "7", None, True)) for _ in range(rng.choice((0, 3, 4, 4, 4, 5)))]
+            where[key] = [
+                rng.choice((0, -5, 10, 976, 99999, 1.0, 0.5, "7", None, True))
+                for _ in range(rng.choice((0, 3, 4, 4, 4, 5)))
+            ]
         else:
             where[key] = rng.choice(VALUES)
     return r
@@ -56,8 +122,10 @@ def damage_name(name: str, rng: random.Random) -> str:
     "A file name with something wrong."
     chars = list(name)
     for _ in range(rng.choice((1, 1, 2, 6))):
-        i = rng.randrange(len(chars)+1)
-        chars[i:i+rng.randrange(3)] = rng.choice(("", "-", "_", "K-000573", "٣", "３", "\n", " ", "k", "/", "..", "000", "가", "\x00"))
+        i = rng.randrange(len(chars) + 1)
+        chars[i : i + rng.randrange(3)] = rng.choice(
+            ("", "-", "_", "K-000573", "٣", "３", "\n", " ", "k", "/", "..", "000", "가", "\x00")
+        )
     return "".join(chars)
 
 
@@ -65,21 +133,37 @@ def same(a: Annotation | Fault, b: Annotation | Fault) -> bool:
     "Both readers say one thing."
     if isinstance(a, Fault) or isinstance(b, Fault):
         return isinstance(a, Fault) and isinstance(b, Fault) and a.reason == b.reason
-    return all(repr(getattr(a, k)) == repr(getattr(b, k)) for k in ("photo", "drug", "boxes", "areas", "width", "height", "encoding"))
+    return all(
+        repr(getattr(a, k)) == repr(getattr(b, k))
+        for k in ("photo", "drug", "boxes", "areas", "width", "height", "encoding")
+    )
 
 
 def campaign(cases: int, seed: int = 1) -> dict:
     "Damage, read twice, judge, count."
     rng, said, drugs, read = random.Random(seed), Counter(), list(make_catalogue(6, 3)), Reader()
-    good = [json.dumps(annotation(d, f"{d.kcode}_0_2_0_2_70_040_200", (10, 20, 30, 40), 976, 1280), ensure_ascii=False, indent="\t") for d in drugs]
+    good = [
+        json.dumps(
+            annotation(d, f"{d.kcode}_0_2_0_2_70_040_200", (10, 20, 30, 40), 976, 1280), ensure_ascii=False, indent="\t"
+        )
+        for d in drugs
+    ]
     t0, e, names = time.perf_counter(), Evidence(), 0
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as tmp:
-        path = Path(tmp)/"x.json"
+        path = Path(tmp) / "x.json"
         for i in range(cases):
             text = rng.choice(good)
             kind = rng.choice(("bytes", "bytes", "record", "record", "record", "name", "whole"))
-            raw = text.encode() if kind != "record" else json.dumps(damage_record(json.loads(text), rng), ensure_ascii=rng.random() < .5, indent=rng.choice(("\t", None))).encode("utf-8", "replace")
-            if rng.random() < .05:
+            raw = (
+                text.encode()
+                if kind != "record"
+                else json.dumps(
+                    damage_record(json.loads(text), rng),
+                    ensure_ascii=rng.random() < 0.5,
+                    indent=rng.choice(("\t", None)),
+                ).encode("utf-8", "replace")
+            )
+            if rng.random() < 0.05:
                 raw = raw.decode("utf-8", "replace").encode("cp949", "replace")
             if kind == "bytes":
                 raw = damage_bytes(raw, rng)
@@ -94,21 +178,31 @@ def campaign(cases: int, seed: int = 1) -> dict:
                 e.add(got)
                 got.edi_codes, got.image
             if kind == "name":
-                name, names = damage_name("K-000573_0_2_0_2_70_040_200", rng), names+1
+                name, names = damage_name("K-000573_0_2_0_2_70_040_200", rng), names + 1
                 try:
                     if parse_name(name).stem() != name:
                         raise AssertionError(f"{name!r} is read as another name")
                     said["name read"] += 1
                 except ValueError:
                     said["name refused"] += 1
-            if len(e.judged) > 200 or i % 500 == 499 or i == cases-1:
+            if len(e.judged) > 200 or i % 500 == 499 or i == cases - 1:
                 counts, pills = e.close().counts, sum(len(p.pills) for p in e.judged.values())
                 if counts["annotations"] != pills:
                     raise AssertionError("a box was lost")
                 said["boxes judged"] += pills
                 said.update(f"fault {p.fault}" for t in e.judged.values() for p in t.pills if p.fault)
                 e = Evidence()
-    return dict(id="RS3", what="damaged annotations and names", seed=seed, trials=cases, names=names, seconds=round(time.perf_counter()-t0, 1), failed=0, keys=len(IMAGE_KEYS), counts=dict(sorted(said.items())))
+    return dict(
+        id="RS3",
+        what="damaged annotations and names",
+        seed=seed,
+        trials=cases,
+        names=names,
+        seconds=round(time.perf_counter() - t0, 1),
+        failed=0,
+        keys=len(IMAGE_KEYS),
+        counts=dict(sorted(said.items())),
+    )
 
 
 if __name__ == "__main__":
@@ -118,7 +212,7 @@ if __name__ == "__main__":
     p.add_argument("--out", type=Path)
     a = p.parse_args()
     result = campaign(a.cases, a.seed)
-    text = json.dumps(result, indent=1, ensure_ascii=False)+"\n"
+    text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
     print(text, end="")
     if a.out:
         a.out.write_text(text, encoding="utf-8")

@@ -9,6 +9,7 @@ what it says itself does not count. Keys that code reads in a way that this scri
 each with the place that reads it. A key with one legal value needs no reader: there is nothing to choose, and any other
 value is refused.
 """
+
 import ast
 import sys
 import types
@@ -25,13 +26,13 @@ from pillsnap.core.config import Block, Config  # noqa: E402
 DECLARES = "core/config.py"
 METHODS = {("Progressive", "stage"): "StageSpec"}  # methods of a block, and the block that they return
 ELSEWHERE: dict[str, tuple[str, str]] = {  # key or block.* → the file that reads it, and a text that stands there
-    "pack.*": ("photos/pack.py", "cfg.pack.model_dump(exclude={\"enabled\"})"),  # the recipe of a pack
+    "pack.*": ("photos/pack.py", 'cfg.pack.model_dump(exclude={"enabled"})'),  # the recipe of a pack
     "synth.*": ("dataset/conversion.py", "write_delivery(root, **cfg.synth.model_dump()"),
-    "train.detection.early_stopping.*": ("training/detector.py", "stop.model_dump(exclude={\"monitor\"})"),
-    "retrieval.brightness": ("training/retrieval.py", "zip((\"brightness\", \"contrast\", \"saturation\", \"hue\")"),
-    "retrieval.contrast": ("training/retrieval.py", "zip((\"brightness\", \"contrast\", \"saturation\", \"hue\")"),
-    "retrieval.saturation": ("training/retrieval.py", "zip((\"brightness\", \"contrast\", \"saturation\", \"hue\")"),
-    "retrieval.hue": ("training/retrieval.py", "zip((\"brightness\", \"contrast\", \"saturation\", \"hue\")"),
+    "train.detection.early_stopping.*": ("training/detector.py", 'stop.model_dump(exclude={"monitor"})'),
+    "retrieval.brightness": ("training/retrieval.py", 'zip(("brightness", "contrast", "saturation", "hue")'),
+    "retrieval.contrast": ("training/retrieval.py", 'zip(("brightness", "contrast", "saturation", "hue")'),
+    "retrieval.saturation": ("training/retrieval.py", 'zip(("brightness", "contrast", "saturation", "hue")'),
+    "retrieval.hue": ("training/retrieval.py", 'zip(("brightness", "contrast", "saturation", "hue")'),
 }
 
 
@@ -53,7 +54,7 @@ class Tree:
 
     def __init__(self, root: type[Block] = Config):
         self.block_at: dict[str, type[Block]] = {}
-        self.keys: list[str] = []   # those with something to choose
+        self.keys: list[str] = []  # those with something to choose
         self.fixed: list[str] = []  # those with one legal value
         self._walk(root, "")
         self.paths: dict[str, set[str]] = defaultdict(set)
@@ -284,14 +285,14 @@ def covers(pattern: str, key: str) -> bool:
     return key == pattern or (pattern.endswith(".*") and key.startswith(pattern[:-1]))
 
 
-def unread_keys(package: Path = ROOT/"pillsnap", tree: Tree | None = None) -> list[str]:
+def unread_keys(package: Path = ROOT / "pillsnap", tree: Tree | None = None) -> list[str]:
     "Keys that no code reads."
     tree = tree or Tree()
     read = read_keys(package, tree)
     return [k for k in tree.keys if k not in read and not any(covers(p, k) for p in ELSEWHERE)]
 
 
-def stale_entries(package: Path = ROOT/"pillsnap") -> list[str]:
+def stale_entries(package: Path = ROOT / "pillsnap") -> list[str]:
     "Entries of ELSEWHERE that name no key, whose text is not in their file any more, or that are not needed."
     tree = Tree()
     read, out = read_keys(package, tree), []
@@ -299,7 +300,7 @@ def stale_entries(package: Path = ROOT/"pillsnap") -> list[str]:
         mine = [k for k in tree.keys if covers(pattern, k)]
         if not mine:
             out.append(f"{pattern}: there is no such key")
-        elif text not in (package/file).read_text(encoding="utf-8"):
+        elif text not in (package / file).read_text(encoding="utf-8"):
             out.append(f"{pattern}: {file} does not hold {text!r}")
         elif all(k in read for k in mine):
             out.append(f"{pattern}: this script sees the key being read; the entry is not needed")
