@@ -10,7 +10,7 @@ from pathlib import Path
 
 from harness import arguments, compare, finish, optional
 
-from pillsnap.delivery.aihub import Fault, label_files, Reader
+from pillsnap.delivery.aihub import Fault, label_files, AnnotationReader
 from pillsnap.synth.writer import write_delivery
 
 
@@ -29,7 +29,7 @@ def main() -> None:
 
         def ours(part: int) -> None:
             folder, names = folders[part]
-            assert sum(1 for _ in Reader().folder(folder, names)) == len(names)
+            assert sum(1 for _ in AnnotationReader().folder(folder, names)) == len(names)
 
         def with_json(part: int) -> None:
             for f in paths[part]:
@@ -41,7 +41,9 @@ def main() -> None:
                 with open(f, "rb") as io:
                     orjson.loads(io.read())
 
-        assert not any(isinstance(got, Fault) for got in map(Reader(), files))  # and all sides find the files in memory
+        assert not any(
+            isinstance(got, Fault) for got in map(AnnotationReader(), files)
+        )  # and all sides find the files in memory
         finish(
             compare(
                 "BM1",

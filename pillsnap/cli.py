@@ -19,38 +19,40 @@ import typer
 # %% ../nbs/920_cli.ipynb #bd3aaddc
 from .core.config import Config, explain, load_config, preset_names
 from .core.errors import PillsnapError
-from .core.jobs import Stage, run_pipeline
+from .core.jobs import JobSpec, run_pipeline
 
 # %% ../nbs/920_cli.ipynb #a81977f8
-PIPELINE: tuple[Stage, ...] = (
-    Stage("conversion", "dataset/400_conversion", "pillsnap.dataset.conversion:ConversionJob"),
-    Stage("splits", "dataset/460_splits", "pillsnap.dataset.splits:SplitsJob"),
-    Stage("classifier", "training/640_classifier", "pillsnap.training.classifier:ClassifierJob", strategy="sequential"),
-    Stage(
+PIPELINE: tuple[JobSpec, ...] = (
+    JobSpec("conversion", "dataset/400_conversion", "pillsnap.dataset.conversion:ConversionJob"),
+    JobSpec("splits", "dataset/460_splits", "pillsnap.dataset.splits:SplitsJob"),
+    JobSpec(
+        "classifier", "training/640_classifier", "pillsnap.training.classifier:ClassifierJob", strategy="sequential"
+    ),
+    JobSpec(
         "detector", "training/650_detector", "pillsnap.training.detector:DetectorJob", "combo_detection", "sequential"
     ),
-    Stage(
+    JobSpec(
         "interleaved",
         "training/660_interleaved",
         "pillsnap.training.interleaved:InterleavedJob",
         "combo_detection",
         "interleaved",
     ),
-    Stage("evaluation", "evaluation/770_evaluation", "pillsnap.evaluation.evaluation:EvaluationJob"),
-    Stage("export", "deployment/810_export", "pillsnap.deployment.export:ExportJob"),
+    JobSpec("evaluation", "evaluation/770_evaluation", "pillsnap.evaluation.evaluation:EvaluationJob"),
+    JobSpec("export", "deployment/810_export", "pillsnap.deployment.export:ExportJob"),
 )
 
-ASIDE: tuple[Stage, ...] = (  # run by name; no other stage waits for them
-    Stage("audit", "dataset/440_audit", "pillsnap.dataset.audit:AuditJob"),
-    Stage("retrieval", "training/670_retrieval", "pillsnap.training.retrieval:RetrievalJob"),
-    Stage("segmentation", "training/680_segmentation", "pillsnap.training.segmentation:SegmentationJob"),
+ASIDE: tuple[JobSpec, ...] = (  # run by name; no other stage waits for them
+    JobSpec("audit", "dataset/440_audit", "pillsnap.dataset.audit:AuditJob"),
+    JobSpec("retrieval", "training/670_retrieval", "pillsnap.training.retrieval:RetrievalJob"),
+    JobSpec("segmentation", "training/680_segmentation", "pillsnap.training.segmentation:SegmentationJob"),
 )
 
 
 def pipeline_of(
     cfg: Config,  # data.task, project.family, paths.root
-) -> tuple[Stage, ...]:  # in order
-    "What `run all` runs for a task and a family; a folder of classes needs no conversion (SPEC SP9)."
+) -> tuple[JobSpec, ...]:  # in order
+    "What `run all` runs for a task and a family; a folder of classes needs no conversion."
     if cfg.data.task == "segmentation":
         return tuple(s for s in ASIDE if s.name == "segmentation")
     if cfg.project.family != "retrieval":
@@ -253,11 +255,11 @@ def pack(
 ) -> None:
     "Open a stage's photos once and keep them small, in a few checked files; goes on where it was interrupted."
     from pillsnap.photos.pack import pack_command
-    from pillsnap.dataset.splits import load_stage
+    from pillsnap.dataset.splits import load_split_data
 
     cfg = load_config(run_config(run_dir), [f"pack.codec={codec}"] if codec else [])
     n = cfg.data.progressive_validation.current_stage if stage is None else stage
-    pack_command(load_stage(run_dir, n), run_dir, cfg, estimate, workers)
+    pack_command(load_split_data(run_dir, n), run_dir, cfg, estimate, workers)
 
 # %% ../nbs/920_cli.ipynb #b2dde3aa
 @app.command(epilog='Example: `pillsnap plan --root ./data --gpu "RTX 5080" --seconds 10`')
@@ -420,13 +422,13 @@ def train_stage(
     force: Annotated[bool, typer.Option("--force", help="also where it was trained with other settings")] = False,
 ) -> None:
     "Train the classifier of one stage, from its manifest; the same job as `pillsnap run classifier`."
-    from pillsnap.training.presets import against_target, manifest_stage, stage_request
+    from pillsnap.training.presets import compare_with_target, manifest_stage, stage_request
 
     root, stage = manifest_stage(manifest)
     wanted = [*stage_request(stage, num_classes, target_accuracy, epochs, batch_size), *(overrides or [])]
     (rec,) = run_pipeline(PIPELINE, str(root / "config.yaml"), wanted, root, "classifier", force=force)
     print(
-        against_target(
+        compare_with_target(
             rec, load_config(str(root / "config.yaml"), wanted).data.progressive_validation.stage(stage).target_accuracy
         )
     )
@@ -530,13 +532,13 @@ SOURCE_OPTIONS = {
     "use_bf16": "retrieval.use_bf16",
     "num_workers": "retrieval.num_workers",
     "accum_steps": "retrieval.gradient_accumulation_steps",
-}  # SPEC RT7
+}
 
 
 def arguments(
     argv: list[str],  # what follows the program's name
 ) -> list[str]:  # the same as a subcommand
-    "Accept the sources' spelling (SPEC CF8)."
+    "Accept the sources' spelling."
     names = {c.name or c.callback.__name__ for c in app.registered_commands}
     argv = [
         f"{SOURCE_OPTIONS[m[1]]}={m[2]}" if (m := re.fullmatch(rf"--({'|'.join(SOURCE_OPTIONS)})=(.+)", a)) else a

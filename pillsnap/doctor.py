@@ -78,7 +78,7 @@ def _judge(what: str, found: Any, good: bool, advice: str, otherwise: Literal["s
 def examine(
     facts: dict[str, Any],  # of collect_facts
 ) -> list[Finding]:
-    "Every fact with its judgement (SPEC TL18)."
+    "Every fact with its judgement."
     p, gb = facts["packages"], 1e9
     pair = (p["torch"] or "").split("+")[0].startswith("2.11.") and (p["torchvision"] or "").split("+")[0].startswith(
         "0.26."

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TRAINER_BYTES', 'CUDA_BYTES', 'GPU_BYTES', 'GPU_RATES', 'Networks', 'walk_to_photos', 'render_samples', 'read_rate',
-           'Probe', 'unsealed', 'samples', 'seconds_left', 'probe', 'ram_plan', 'Footprint', 'kept_bytes', 'footprint',
-           'step_peak', 'gpu_bytes', 'vram_table', 'gpu_rate', 'StagePlan', 'plan_stage', 'make_plans', 'plot_plans',
-           'tell', 'plan_command']
+           'Probe', 'without_sealed', 'sample_photos', 'seconds_left', 'probe', 'ram_plan', 'MemoryFootprint',
+           'activation_bytes', 'footprint', 'step_peak', 'gpu_bytes', 'vram_table', 'gpu_rate', 'StagePlan',
+           'plan_stage', 'make_plans', 'plot_plans', 'print_plan', 'plan_command']
 
 # %% ../nbs/910_planner.ipynb #272fa644
 import json, os, random, shutil, sys, time
@@ -155,10 +155,10 @@ class Probe:
     hardware: str = ""  # the machine in one line
 
 # %% ../nbs/910_planner.ipynb #3c35e1b9
-def unsealed(
+def without_sealed(
     run_root: str | Path,  # a run folder with a manifest
 ) -> tuple[pd.DataFrame, Path]:  # its rows that may be looked at, where the photos are
-    "The manifest without what this run's splits have sealed; before the first split nothing is (SPEC SP4, X74)."
+    "The manifest without what this run's splits have sealed; before the first split nothing is."
     df, head = read_manifest(Path(run_root) / "manifest.csv")
     rows = df[~df["group_id"].isin(sealed_groups(run_root))]
     if rows.empty:
@@ -170,7 +170,7 @@ def unsealed(
     return rows, Path(head["root"])
 
 # %% ../nbs/910_planner.ipynb #cc66f182
-def samples(
+def sample_photos(
     root: str | Path | None,  # a delivery
     run_root: str | Path | None,  # a run folder with a manifest
     cfg: Config,  # its extensions
@@ -179,7 +179,7 @@ def samples(
 ) -> tuple[Path, pd.DataFrame, str]:  # where the photos are, their rows, what they are
     "The best photos to try that there are: of a manifest, of a delivery, or rendered."
     if run_root and (Path(run_root) / "manifest.json").exists():
-        rows, where = unsealed(run_root)
+        rows, where = without_sealed(run_root)
         some = rows["path"].drop_duplicates().sample(min(n, rows["path"].nunique()), random_state=0)
         return where, rows.loc[rows["path"].isin(some), ["path", "bbox"]], "manifest"
     if root and (paths := walk_to_photos(root, n, cfg.data.extensions)):
@@ -216,7 +216,7 @@ def probe(
     with TemporaryDirectory(dir=home, prefix=".plan-") as tmp:
         say("photos to try are prepared")
         (Path(tmp) / "photos").mkdir()
-        where, rows, data = samples(root, run_root, cfg, Path(tmp) / "photos")
+        where, rows, data = sample_photos(root, run_root, cfg, Path(tmp) / "photos")
         paths, plan = list(rows["path"].unique()), make_plan(rows, **pack_settings(cfg))
         say("the disk is read")
         rate, photo_bytes = read_rate([where / p for p in paths], seconds / 8)
@@ -263,7 +263,7 @@ def ram_plan(
     seen: Probe,  # the machine
     stage: int = 4,  # which stage's photos
 ) -> pd.DataFrame:  # use, bytes, how
-    "What memory a run takes, line by line; the lines add up to what the machine has (SPEC TL17)."
+    "What memory a run takes, line by line; the lines add up to what the machine has."
     dl, size = cfg.dataloader, cfg.data.classification.img_size
     workers, photos = min(dl.num_workers, seen.cpus), cfg.data.progressive_validation.stage(stage).max_samples or 0
     hot = dl.ram_optimization.hotset_size_images or photos
@@ -297,7 +297,7 @@ CUDA_BYTES = 800 << 20  # declared: context, kernels and workspaces of CUDA and 
 
 
 @dataclass(frozen=True)
-class Footprint:
+class MemoryFootprint:
     "What a training step needs on a GPU, bytes: an upper bound, since gradients grow while what was kept goes."
 
     fixed: int  # weights, gradients, AdamW, EMA, and weights once more in 16 bits
@@ -311,7 +311,7 @@ class Footprint:
         return max(0, int((room - self.fixed) // (self.per_photo + 2 * self.largest)))  # bytes → photos
 
 # %% ../nbs/910_planner.ipynb #5a333907
-def kept_bytes(
+def activation_bytes(
     model: Any,  # torch network, in train mode
     batch: int,  # photos
     size: int,  # side of the input, pixels
@@ -342,11 +342,11 @@ def footprint(
     size: int,  # side of the input, pixels
     half: bool = True,  # 16-bit autocast
     ema: bool = False,  # a second copy of the weights
-) -> Footprint:
-    "A training step of a network with AdamW, as a straight line in the batch (SPEC BX21)."
-    (two, _), (four, most) = (kept_bytes(model.train(), b, size, half) for b in (2, 4))
+) -> MemoryFootprint:
+    "A training step of a network with AdamW, as a straight line in the batch."
+    (two, _), (four, most) = (activation_bytes(model.train(), b, size, half) for b in (2, 4))
     n = sum(p.numel() for p in model.parameters())
-    return Footprint((16 + 4 * ema) * n + 2 * two - four, (four - two) / 2, most / 4)
+    return MemoryFootprint((16 + 4 * ema) * n + 2 * two - four, (four - two) / 2, most / 4)
 
 # %% ../nbs/910_planner.ipynb #8019bef4
 def step_peak(
@@ -404,7 +404,7 @@ def vram_table(
     room: int | None = None,  # memory of the GPU, bytes
     say: Callable[[str], None] = lambda what: None,  # told what is done now
 ) -> pd.DataFrame:  # stage, network, batch, GB; and the most photos that fit, where the room is known
-    "GPU memory of stages 1 to 4 (SPEC BX21): estimated, on no GPU measured."
+    "GPU memory of stages 1 to 4: estimated, on no GPU measured."
     rows, t, stages = [], cfg.train, [cfg.data.progressive_validation.stage(s) for s in (1, 2, 3, 4)]
     shape = {
         "classifier": (
@@ -479,7 +479,7 @@ def plan_stage(
     stage: int,  # 1-4
     gpu: float | None = None,  # photos/s; None = as fast as it is fed
 ) -> StagePlan:
-    "One stage on this machine (SPEC BX21, SP5)."
+    "One stage on this machine."
     n = cfg.data.progressive_validation.stage(stage).max_samples
     disk, ram = seen.read_bytes_s / seen.photo_bytes, ram_plan(cfg, seen, stage)
     cached = ram.bytes.iloc[-2] >= round(n * seen.pack_bytes)
@@ -543,7 +543,7 @@ def plot_plans(
     return fig
 
 # %% ../nbs/910_planner.ipynb #bfd87e04
-def tell(
+def print_plan(
     cfg: Config,  # what will be run
     seen: Probe,  # the machine
     gpu: float | None,  # photos/s
@@ -638,4 +638,4 @@ def plan_command(
             room, whose = gpu_bytes(gpu)
             vram = vram_table(cfg, networks(cfg), room, say), whose
         bar.update()
-    print(tell(cfg, seen, *known, *vram))
+    print(print_plan(cfg, seen, *known, *vram))

@@ -30,7 +30,7 @@ from pillsnap.delivery.aihub import (
 )
 from pillsnap.delivery.capture import capture_group, parse_name
 from pillsnap.delivery.classmap import ClassMap, keys_fingerprint
-from pillsnap.delivery.truth import audit, audit_command, examine
+from pillsnap.delivery.truth import audit, audit_command, check_labels
 
 A, B, C, D = "K-000250", "K-000573", "K-002483", "K-006192"
 APART = ([10, 10, 100, 90], [300, 40, 80, 80], [600, 900, 120, 110], [50, 700, 60, 70])
@@ -238,7 +238,7 @@ def test_every_broken_box_has_its_own_word(tmp_path, bbox, reason):
     r = json.loads(p.read_text(encoding="utf-8"))
     r["annotations"][0]["bbox"] = bbox
     put(p, r)
-    (pill,) = examine(tmp_path).photos[p.stem].pills
+    (pill,) = check_labels(tmp_path).photos[p.stem].pills
     assert (str(pill.fault) if pill.fault else None) == reason
     got = audit(tmp_path)
     assert got["box_faults"] == ({reason: 1} if reason else {}) and got["boxes_outside"] == (reason == "box_outside")
@@ -248,7 +248,7 @@ def test_every_broken_box_has_its_own_word(tmp_path, bbox, reason):
 def test_identical_boxes_lose_both_and_overlapping_none(tmp_path):
     same = combo(tmp_path, [A, B], [APART[0], APART[0]])
     near = combo(tmp_path, [A, C], [[0, 0, 100, 100], [0, 0, 100, 50]])
-    e = examine(tmp_path)
+    e = check_labels(tmp_path)
     assert [p.fault for p in e.photos[same].pills] == [Reason.BOX_IDENTICAL] * 2
     assert [p.fault for p in e.photos[near].pills] == [None, None]
 
@@ -318,7 +318,7 @@ def test_what_is_no_record_is_refused_with_its_reason(tmp_path, change, reason):
 @pytest.mark.spec("DM1")
 def test_one_photo_in_many_files_is_one_photo(tmp_path):
     name = combo(tmp_path, [A, B, C, D])
-    e = examine(tmp_path)
+    e = check_labels(tmp_path)
     assert (
         list(e.photos) == [name]
         and [p.kcode for p in e.photos[name].pills] == [A, B, C, D]
@@ -331,7 +331,7 @@ def test_one_photo_in_many_files_is_one_photo(tmp_path):
 def test_both_combo_depths(tmp_path):
     "With a folder per K-code, and without that level."
     deep, flat = combo(tmp_path, [A, B]), combo(tmp_path, [A, B, C], flat=True)
-    e = examine(tmp_path)
+    e = check_labels(tmp_path)
     assert {n: len(e.photos[n].pills) for n in (deep, flat)} == {deep: 2, flat: 3} and audit(tmp_path)[
         "incomplete_photos"
     ] == 0
@@ -342,11 +342,11 @@ def test_a_pill_told_twice(tmp_path):
     "The same box in two files is one pill; two different boxes are none, because nobody knows which is right."
     for flat in (False, True):
         combo(tmp_path, [A, B], flat=flat)
-    e = examine(tmp_path)
+    e = check_labels(tmp_path)
     (photo,) = e.photos.values()
     assert Counter(p.fault for p in photo.pills) == {None: 2, Reason.DUPLICATE_JSON: 2}
     combo(tmp_path, [A, B], [[1, 1, 50, 50], APART[1]], flat=True)
-    (photo,) = examine(tmp_path).photos.values()
+    (photo,) = check_labels(tmp_path).photos.values()
     assert [p.kcode for p in photo.pills if not p.fault] == [B]
 
 
@@ -457,9 +457,9 @@ def test_the_sealed_test_is_known_by_folder_names_alone(tmp_path):
     d = find_delivery(tmp_path)
     OPENED.clear()
     assert sealed_codes(d) == {A, B, C, D}
-    examine(d.labels)
+    check_labels(d.labels)
     index_photos(d.images)
-    examine(tmp_path)
+    check_labels(tmp_path)
     assert len(walk_tree(tmp_path).sealed) == 1
     assert not [p for p in OPENED if f"{os.sep}val{os.sep}" in p]
     assert [p for p in OPENED if f"{os.sep}train{os.sep}" in p], "the hook sees what is opened"

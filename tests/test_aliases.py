@@ -13,9 +13,9 @@ from pillsnap.core.checkpoints import load_ckpt
 from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.jobs import RunFolder
-from pillsnap.photos.caches import View, look
+from pillsnap.photos.caches import View, cached_view
 from pillsnap.photos.images import open_image_safely
-from pillsnap.dataset.splits import load_stage, smoke_splits
+from pillsnap.dataset.splits import load_split_data, smoke_splits
 from pillsnap.training.learner import Outputs
 from pillsnap.training.memory import OomState
 
@@ -113,7 +113,7 @@ def run(delivery, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(run):
-    return load_stage(run, 0)
+    return load_split_data(run, 0)
 
 
 @pytest.fixture(scope="module")
@@ -304,7 +304,7 @@ def test_lmdb_converter_writes_what_is_served(data, singles, tmp_path):
     kept = A.lmdb_converter(d, tmp_path / "canvases.lmdb", map_size="1GB")
     for p, b in zip(rows["path"], rows["bbox"]):
         view = View("whole", 48)
-        assert np.array_equal(kept.get(p, b, view), look(open_image_safely(data.root / p)["image"], None, view))
+        assert np.array_equal(kept.get(p, b, view), cached_view(open_image_safely(data.root / p)["image"], None, view))
 
 
 @pytest.mark.spec("X35", "X36")

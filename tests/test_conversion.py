@@ -575,8 +575,8 @@ def test_the_sealed_test_is_reported_and_not_opened(small, tmp_path):
 
 def test_a_second_run_opens_only_what_changed(small, tmp_path, monkeypatch):
     looked = []
-    real = conversion.look
-    monkeypatch.setattr(conversion, "look", lambda p, **k: looked.append(Path(p).name) or real(p, **k))
+    real = conversion.check_photo
+    monkeypatch.setattr(conversion, "check_photo", lambda p, **k: looked.append(Path(p).name) or real(p, **k))
     a = convert_delivery(small, tmp_path / "run")
     assert len(looked) == 4
     looked.clear()
@@ -602,8 +602,8 @@ def test_processes_see_what_threads_see(tmp_path, monkeypatch):
     paths = sorted(str(p.relative_to(tmp_path / "d")) for p in (tmp_path / "d").rglob("*.png"))
     (tmp_path / "d" / paths[3]).write_text("no photo")
     monkeypatch.setattr(conversion, "CHUNK", 3)
-    look = lambda n: conversion.look_at_all(
-        tmp_path / "d", paths, conversion.Journal(tmp_path / f"j{n}", "rgb"), workers=2, progress=False
+    look = lambda n: conversion.check_photos(
+        tmp_path / "d", paths, conversion.PhotoJournal(tmp_path / f"j{n}", "rgb"), workers=2, progress=False
     )
     few = look(0)
     monkeypatch.setattr(conversion, "MANY", 1)
@@ -623,7 +623,7 @@ def test_killed_in_the_middle_it_goes_on(tmp_path):
         add(root, [A], lo)
         add(root, [B], lo)
     code = (
-        "import sys, time; from pillsnap.dataset import conversion as c\nreal = c.look\ndef slow(p, **k): time.sleep(.05); return real(p, **k)\nc.look = slow; c.CHUNK = 4\n"
+        "import sys, time; from pillsnap.dataset import conversion as c\nreal = c.check_photo\ndef slow(p, **k): time.sleep(.05); return real(p, **k)\nc.check_photo = slow; c.CHUNK = 4\n"
         "c.convert_delivery(sys.argv[1], sys.argv[2])"
     )
     run = [sys.executable, "-c", code, str(root), str(tmp_path / "run")]
@@ -697,12 +697,12 @@ def test_somebodys_data_is_not_rendered_over(small, tmp_path):
 
 
 def test_a_half_rendered_delivery_is_not_taken_for_whole(tmp_path):
-    from pillsnap.synth.writer import plan_delivery, run_tasks, claim
+    from pillsnap.synth.writer import plan_delivery, run_tasks, claim_folder
 
     kw = dict(drugs=3, photos=3, combos=1, seed=42, width=96, height=128)
     plan = plan_delivery(**kw)
     root = tmp_path / "delivery"
-    claim(root, plan)
+    claim_folder(root, plan)
     list(run_tasks(root, plan.tasks[:4], 1, False))
     with pytest.raises(PillsnapError, match="not rendered to its end"):
         convert_delivery(root, tmp_path / "x")

@@ -49,9 +49,18 @@ from pillsnap.core.files import (
     save_text,
     sha256_file,
     sha256_text,
-    sweep_partials,
+    remove_partials,
 )
-from pillsnap.core.logs import STEP_TAGS, VAL_TAGS, StepTimer, TBWriter, build_logger, decide, step_line, tagged
+from pillsnap.core.logs import (
+    STEP_TAGS,
+    VAL_TAGS,
+    StepTimer,
+    TBWriter,
+    build_logger,
+    log_decision,
+    step_line,
+    with_tags,
+)
 from pillsnap.core.records import MIN_SECONDS_PER_SAMPLE, Metric, Provenance, hardware, metric_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -257,7 +266,7 @@ def test_kill_9_at_random_moments_never_shows_half_a_file(tmp_path):
         assert len(text) == 200_000 and len(set(text)) == 1
         torn += len(partials(tmp_path))
         assert set(p.name for p in tmp_path.glob("*.json")) == {"x.json"}
-        sweep_partials(tmp_path)
+        remove_partials(tmp_path)
     assert torn > 0, "no kill hit a write: the test proves nothing"
     assert partials(tmp_path) == []
 
@@ -507,19 +516,19 @@ def test_one_logger_console_and_file(tmp_path, logger, capsys):
 def test_a_decision_is_one_line_and_one_tag(tmp_path, logger):
     log, path = logger
     tb = TBWriter(tmp_path / "tb")
-    decide(log, "workers: 2,\nbecause there are   2 CPUs", tb, step=3)
-    decide(log, "anything else", tb, tag="decisions/own")
+    log_decision(log, "workers: 2,\nbecause there are   2 CPUs", tb, step=3)
+    log_decision(log, "anything else", tb, tag="decisions/own")
     tb.close()
     lines = [l.split(" INFO ")[1] for l in path.read_text(encoding="utf-8").splitlines()]
     assert lines == ["workers: 2, because there are 2 CPUs", "anything else"]
     seen = events(tmp_path / "tb")
     assert {t.split("/text_summary")[0] for t in seen.Tags()["tensors"]} == {"decisions/workers", "decisions/own"}
-    assert decide(None, "without a logger: still said") == "without a logger: still said"
+    assert log_decision(None, "without a logger: still said") == "without a logger: still said"
 
 
 @pytest.mark.spec("CF4")
 def test_a_decision_without_a_logger_still_reaches_the_console(capsys):
-    decide(None, "precision: float16, because this GPU has no bf16")
+    log_decision(None, "precision: float16, because this GPU has no bf16")
     assert capsys.readouterr().err == "precision: float16, because this GPU has no bf16\n"
 
 
@@ -551,8 +560,8 @@ def events(folder: Path):
 def test_the_curves_have_the_names_of_the_contract(tmp_path):
     tb = TBWriter(tmp_path / "tb")
     assert not (tmp_path / "tb").exists(), "nothing before the first figure"
-    tb.add_scalars(tagged(dict(loss=0.5, lr=1e-3, data=0.01, comp=0.2, thr=300.0, cuda=9021.0), STEP_TAGS), 7)
-    tb.add_scalars(tagged(dict(val_loss=0.4, acc=0.9, macro_f1=0.88, top5=1.0, n=220), VAL_TAGS), 7)
+    tb.add_scalars(with_tags(dict(loss=0.5, lr=1e-3, data=0.01, comp=0.2, thr=300.0, cuda=9021.0), STEP_TAGS), 7)
+    tb.add_scalars(with_tags(dict(val_loss=0.4, acc=0.9, macro_f1=0.88, top5=1.0, n=220), VAL_TAGS), 7)
     tb.close()
     acc = events(tmp_path / "tb")
     assert set(acc.Tags()["scalars"]) == {
@@ -1039,9 +1048,9 @@ def test_boxes_are_drawn_on_a_copy():
 
 def test_a_smoke_runs_folder_lives_as_long_as_its_process(tmp_path):
     code = (
-        "from pillsnap.core.jobs import StageJob, StageResult\n"
-        "class Job(StageJob):\n    def work(self, run, cfg): return StageResult('done')\n"
-        "root = Job().run().root; print(root, root.is_dir())\n"
+        "from pillsnap.core.jobs import Job, JobResult\n"
+        "class Little(Job):\n    def work(self, run, cfg): return JobResult('done')\n"
+        "root = Little().run().root; print(root, root.is_dir())\n"
     )
     said = subprocess.run(
         [sys.executable, "-c", code],
@@ -1057,8 +1066,8 @@ def test_a_smoke_runs_folder_lives_as_long_as_its_process(tmp_path):
 JOB = """
 import os, signal, sys
 from pillsnap.core.errors import PillsnapError
-from pillsnap.core.jobs import StageJob, StageResult
-class Job(StageJob):
+from pillsnap.core.jobs import Job, JobResult
+class Little(Job):
     def work(self, run, cfg):
         how = sys.argv[2]
         if how == "kill": os.kill(os.getpid(), signal.SIGKILL)
@@ -1066,16 +1075,16 @@ class Job(StageJob):
         if how == "interrupt": raise KeyboardInterrupt
         if how == "refuse": raise PillsnapError("not like this")
         if how == "crash": raise ValueError("no")
-        if how == "claim": return StageResult("done", outputs=[run.root/"nowhere.txt"])
-        return StageResult("done")
-Job(run_dir=sys.argv[1], config="smoke", overrides=sys.argv[3:]).run()
+        if how == "claim": return JobResult("done", outputs=[run.root/"nowhere.txt"])
+        return JobResult("done")
+Little(run_dir=sys.argv[1], config="smoke", overrides=sys.argv[3:]).run()
 """
 
 
 @pytest.mark.spec("SG1")
 def test_a_record_keeps_every_attempt(tmp_path):
     "Ctrl-C and SIGTERM interrupt; an exception fails; kill -9 dies without a word. What crashed under these settings is counted, however it ended later."
-    from pillsnap.core.jobs import crashes, read_record
+    from pillsnap.core.jobs import crashed_attempts, read_record
 
     ends = {
         "interrupt": "interrupted",
@@ -1103,14 +1112,16 @@ def test_a_record_keeps_every_attempt(tmp_path):
         all(a["started"] and (a["seconds"] is None) == (a["status"] == "died") for a in rec["attempts"])
         and "no" in rec["attempts"][2]["error"]
     )
-    assert [a["status"] for a in crashes(rec)] == ["failed"] * 3 + ["died"]
+    assert [a["status"] for a in crashed_attempts(rec)] == ["failed"] * 3 + ["died"]
     python(JOB, tmp_path, "finish", "train.leak_gap=true")
-    assert len(read_record(tmp_path, "stage")["attempts"]) == 8 and crashes(read_record(tmp_path, "stage")) == []
+    assert (
+        len(read_record(tmp_path, "stage")["attempts"]) == 8 and crashed_attempts(read_record(tmp_path, "stage")) == []
+    )
 
 
 @pytest.mark.spec("SG1")
 def test_a_restart_of_the_machine_is_no_crash(tmp_path):
-    from pillsnap.core.jobs import crashes, read_record, record_path
+    from pillsnap.core.jobs import crashed_attempts, read_record, record_path
 
     python(JOB, tmp_path, "kill")
     rec = read_record(tmp_path, "stage")
@@ -1118,4 +1129,4 @@ def test_a_restart_of_the_machine_is_no_crash(tmp_path):
     save_json({**rec, "attempts": [{**rec["attempts"][0], "boot": "another"}]}, record_path(tmp_path, "stage"))
     python(JOB, tmp_path, "finish")
     rec = read_record(tmp_path, "stage")
-    assert [a["status"] for a in rec["attempts"]] == ["restarted", "finished"] and crashes(rec) == []
+    assert [a["status"] for a in rec["attempts"]] == ["restarted", "finished"] and crashed_attempts(rec) == []

@@ -22,12 +22,12 @@ from pillsnap.core.jobs import RunFolder
 from pillsnap.photos import caches as C
 from pillsnap.dataset import datasets as D
 from pillsnap.dataset import loaders as L
-from pillsnap.photos.augmentation import DRAWS, build_transforms_classification, dangers, randaugment_ops
-from pillsnap.photos.caches import PhotoCache, View, box_of, look
+from pillsnap.photos.augmentation import DRAWS, build_transforms_classification, risky_settings, randaugment_ops
+from pillsnap.photos.caches import PhotoCache, View, box_of, cached_view
 from pillsnap.delivery.classmap import ClassMap
 from pillsnap.photos.images import IMAGENET_MEAN, IMAGENET_STD, crop_view, normalise, open_image_safely, whole_view
-from pillsnap.dataset.sampling import EpochSampler, rare_more_often
-from pillsnap.dataset.splits import SplitsJob, load_stage
+from pillsnap.dataset.sampling import EpochSampler, balanced_weights
+from pillsnap.dataset.splits import SplitsJob, load_split_data
 
 SMALL = (
     "pack.enabled=false",
@@ -48,7 +48,7 @@ def stage(tmp_path_factory, delivery):
     root = tmp_path_factory.mktemp("datamin") / "run"
     convert_delivery(delivery, root)
     SplitsJob(near_duplicates=False)._cut(RunFolder(root), load_config("smoke", SMALL))
-    return load_stage(root, 0)
+    return load_split_data(root, 0)
 
 
 @pytest.fixture(scope="module")
@@ -174,9 +174,9 @@ def test_2_training_views_are_augmented_bytes_then_normalised(stage, singles):
         or (only()(grey, draws[:512]) - build_transforms_classification(8, train=False)(grey)).abs().max() < 1e-5
     )
     assert (
-        any("mirror" in x for x in dangers(a))
-        and any("hue" in x for x in dangers(a))
-        and not dangers(AugmentClassification(hflip=False, color_jitter=(0, 0, 0, 0)))
+        any("mirror" in x for x in risky_settings(a))
+        and any("hue" in x for x in risky_settings(a))
+        and not risky_settings(AugmentClassification(hflip=False, color_jitter=(0, 0, 0, 0)))
     )
     s = D.PillsnapClsDataset(singles, stage.class_map, stage.root, 64, train=True, augment=a)[0]["image"]
     assert s.dtype == torch.float32 and s.shape == (3, 64, 64) and -2.2 < s.min() and s.max() < 2.7
@@ -268,7 +268,7 @@ def test_4_validation_drops_nothing_and_keeps_its_order(stage, batch):
 @pytest.mark.spec("TL9")
 def test_4_the_weighted_sampler_draws_drugs_equally():
     labels = [0] * 900 + [1] * 90 + [2] * 10
-    sampler = EpochSampler(range(len(labels)), 3, rare_more_often(labels, 4))
+    sampler = EpochSampler(range(len(labels)), 3, balanced_weights(labels, 4))
     n = Counter(labels[i] for _ in range(5) for i in sampler)
     assert max(n.values()) / min(n.values()) < 1.15
 
@@ -303,7 +303,7 @@ def test_4_whoever_does_the_work_delivers_the_same(stage, cfg):
 def test_4_a_position_in_mid_epoch_is_kept_exactly(stage, cfg, engine):
     "Stopped after every possible batch and resumed elsewhere: the two halves are the epoch; draws with replacement included."
     d = L.classification_set(stage.train, stage, cfg, train=True)
-    weights = rare_more_often(d.labels, len(stage.class_map))
+    weights = balanced_weights(d.labels, len(stage.class_map))
     new = lambda **kw: L.PhotoLoader(d, 16, EpochSampler(d, 5, weights), **kw)
     l = new()
     straight = [x for _ in range(2) for x, *_ in l]
@@ -591,7 +591,7 @@ def test_5_meta_and_summary(stage, cfg, caplog):
         "skipped_files",
     } <= set(meta)
     n = {k: int((getattr(stage, k)["kind"] == "single").sum()) for k in ("train", "val")}
-    pills = L.teaching_rows(stage.train, stage, cfg)
+    pills = L.train_rows(stage.train, stage, cfg)
     assert (meta["train_count"], meta["val_count"], meta["test_count"], meta["img_size"]) == (
         len(pills),
         n["val"],

@@ -135,10 +135,10 @@ def test_memory_stands_beside_the_batch_size_in_each_epoch_of_the_detector(learn
 @needs_ultralytics
 @pytest.mark.spec("DT2")
 def test_shuffled_labels_are_worth_nothing(learned):
-    from pillsnap.training.detector import shuffled
+    from pillsnap.training.detector import with_shuffled_boxes
 
     _, scored, *_ = learned
-    assert shuffled(scored).figures["mAP@0.5"] < 0.05
+    assert with_shuffled_boxes(scored).figures["mAP@0.5"] < 0.05
     photos = scored.truth[1:] + scored.truth[:1]
     moved = type(scored)(scored.photos, scored.preds, photos, scored.seconds)
     assert moved.figures["mAP@0.5"] < 0.05

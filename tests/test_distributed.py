@@ -18,12 +18,12 @@ from torch import nn
 from pillsnap.core.checkpoints import load_ckpt
 from pillsnap.core.config import load_config
 from pillsnap.core.files import read_json
-from pillsnap.core.jobs import read_record, stale
+from pillsnap.core.jobs import read_record, why_stale
 from pillsnap.dataset.datasets import PillsnapClsDataset
 from pillsnap.dataset.loaders import PhotoLoader
 from pillsnap.core.errors import PillsnapError
 from pillsnap.training import distributed
-from pillsnap.training.distributed import apart
+from pillsnap.training.distributed import why_not_connected
 from test_memory import Painted, table
 from test_smoke_train import split_folder
 from test_stop_and_go import CM
@@ -36,7 +36,7 @@ ENV = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE")} | 
     "CUDA_VISIBLE_DEVICES": "",
 }
 together = pytest.mark.skipif(
-    bool(apart()), reason=f"two processes of this machine cannot talk to each other: {apart()}"
+    bool(why_not_connected()), reason=f"two processes of this machine cannot talk to each other: {why_not_connected()}"
 )
 OVER = [
     "data.classification.img_size=64",
@@ -80,7 +80,7 @@ def test_two_processes_are_one_stage(tmp_path, delivery):
     assert load_ckpt(run / "checkpoints" / "classifier" / "last.pt")["epoch"] == 1
     assert (
         read_record(run, "classifier")["status"] == "finished"
-        and stale(run, "classifier", load_config("smoke", [*OVER, f"paths.exp_dir={run}"])) is None
+        and why_stale(run, "classifier", load_config("smoke", [*OVER, f"paths.exp_dir={run}"])) is None
     )
     assert len(list((run / "tb").glob("*/events*"))) == len(list((run / "tb").iterdir())), (
         "one TensorBoard file per stage"
@@ -167,17 +167,17 @@ STAGE = textwrap.dedent("""
             if [self.epoch, self.iter] == stop and not self.rank: os.kill(os.getpid(), 9)
 
     def watched_stage(*args):
-        plain = distributed.shared
+        plain = distributed.shared_callbacks
         def watched(cfg):
             cbs, share = plain(cfg)
             return [*cbs, Seen(share[0])], share
-        distributed.shared = watched
-        distributed.run_here(*args)
+        distributed.shared_callbacks = watched
+        distributed.run_rank(*args)
 
     class Alone(ClassifierJob):
         def work(self, run, cfg): return super().work(run, cfg, [Seen(0)])
 
-    if world > 1: distributed.launch(watched_stage, ("classifier", run, "smoke", over), world)
+    if world > 1: distributed.launch_from_notebook(watched_stage, ("classifier", run, "smoke", over), world)
     else: Alone(run_dir=run, config="smoke", overrides=tuple(over), epochs=2).run()
 """)
 
@@ -255,15 +255,15 @@ BROKEN = textwrap.dedent("""
     import sys
     sys.path.insert(0, sys.argv[1])
     from test_distributed import broken_share
-    from pillsnap.training.distributed import launch
-    launch(broken_share, (sys.argv[2],))
+    from pillsnap.training.distributed import launch_from_notebook
+    launch_from_notebook(broken_share, (sys.argv[2],))
 """)
 
 
 def broken_share(folder: str) -> None:
     "Two epochs over 25 photos in batches of six: the first process has nothing to show in the first batch and in the last; the whole network, batch norm and dropout included."
     from accelerate import Accelerator, PartialState
-    from pillsnap.training.distributed import Blank, Distributed
+    from pillsnap.training.distributed import EmptyShare, Distributed
     from pillsnap.training.callbacks import Accumulate
     from pillsnap.training.learner import Outputs, build_learner
 
@@ -282,7 +282,7 @@ def broken_share(folder: str) -> None:
         nn.Conv2d(3, 4, 3, stride=4), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.3), nn.Flatten(), nn.Linear(64, 3)
     )
     learn = build_learner(cfg, net, nn.CrossEntropyLoss(), train, {"whole": val}, 3, out=Outputs(quiet=True))
-    learn.add_cbs([Blank(), Accumulate(), Distributed(Accelerator(cpu=True))])
+    learn.add_cbs([EmptyShare(), Accumulate(), Distributed(Accelerator(cpu=True))])
     learn.fit(2)
     torch.save(
         dict(
@@ -375,7 +375,7 @@ def test_processes_go_on_where_one_left_off_within_a_batch():
     )
 
 
-CLOSED = "import torch; from pillsnap.training.distributed import launch; launch(print)"
+CLOSED = "import torch; from pillsnap.training.distributed import launch_from_notebook; launch_from_notebook(print)"
 
 
 def test_a_closed_loopback_is_said_in_one_line():
@@ -407,7 +407,7 @@ GPU_LAUNCHER = textwrap.dedent("""
         me = PartialState(cpu=True)
         Path(folder, str(me.process_index)).write_text(str(me.num_processes))
 
-    distributed.fork(work, (sys.argv[1],), 2)
+    distributed.fork_processes(work, (sys.argv[1],), 2)
 """)
 
 
@@ -469,7 +469,7 @@ def test_the_time_is_asked_for_rarely(monkeypatch):
         Validate(),
         History(),
         Clock(9.0, now=lambda: next(seconds)),
-        distributed.Blank(),
+        distributed.EmptyShare(),
         distributed.Distributed(Accelerator(cpu=True)),
     ]
     learn = PillLearner(

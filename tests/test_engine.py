@@ -16,12 +16,12 @@ from pillsnap.core.errors import PillsnapError
 from pillsnap.core.files import read_json, save_json
 from pillsnap.core.records import Provenance
 from pillsnap.core.jobs import RunFolder, read_record, record_path
-from pillsnap.dataset.splits import load_stage, smoke_splits
+from pillsnap.dataset.splits import load_split_data, smoke_splits
 from pillsnap.evaluation.advisor import Check
 from pillsnap.evaluation.evaluation import time_cap
 from pillsnap.evaluation.gates import STAGE_TARGETS, Status, simple_stage_evaluation
-from pillsnap.training.classifier import ClassifierJob, prepare
-from pillsnap.training.learner import Outputs, build_learner, is_done
+from pillsnap.training.classifier import ClassifierJob, build_training
+from pillsnap.training.learner import Outputs, build_learner, is_finished
 
 SMALL = ("data.classification.img_size=48", "train.num_threads=1", "data.progressive_validation.stage_0.max_samples=90")
 
@@ -104,7 +104,9 @@ def test_a_run_that_the_clock_stopped_counts_as_what_it_is(run, monkeypatch):
     )
     assert "clock: " in (run / "logs" / "pillsnap.classifier.log").read_text(encoding="utf-8")
     last = load_ckpt(run / "checkpoints" / "classifier" / "last.pt")
-    assert is_done(last, load_config("smoke", ["train.classification.epochs=40"]))  # the same command does not train on
+    assert is_finished(
+        last, load_config("smoke", ["train.classification.epochs=40"])
+    )  # the same command does not train on
 
     checks = {k: Check(True, "somewhere") for k in ("pipeline_complete", "classification_model_loading")}
     prov = Provenance("synthetic", "d" * 64, "c" * 64)
@@ -134,7 +136,7 @@ def test_a_run_that_the_clock_stopped_counts_as_what_it_is(run, monkeypatch):
 def test_a_stages_overrides_reach_the_training_and_not_the_record(run):
     over = "train.stage_overrides={0: {batch_size_override: 10, memory_format: contiguous, num_workers_override: 0}, 1: {batch_size_override: 3}}"
     cfg = load_config("smoke", [*SMALL, over, f"paths.exp_dir={run}", "train.classification.channels_last=true"])
-    learn, _ = prepare(load_stage(run, 0), cfg, Outputs(run / "ck", quiet=True))
+    learn, _ = build_training(load_split_data(run, 0), cfg, Outputs(run / "ck", quiet=True))
     assert learn.dls.train.batch_size == 10 and learn.unpack.layout is None
     assert all(p.is_contiguous() for p in learn.model.parameters())
     learn.fit(1)
@@ -155,11 +157,11 @@ def test_class_weights_reach_the_loss_of_a_training(run):
             "data.imbalance={use_class_weights: true, method: inv_freq}",
         ],
     )
-    stage = load_stage(run, 0)
+    stage = load_split_data(run, 0)
     single = stage.train[stage.train["kind"] == "single"]
     rare = single["class_key"] == list(stage.class_map)[0]
     stage = dataclasses.replace(stage, train=pd.concat([single[rare].head(2), single[~rare]], ignore_index=True))
-    learn, _ = prepare(stage, cfg, Outputs(quiet=True))
+    learn, _ = build_training(stage, cfg, Outputs(quiet=True))
     n = stage.train.groupby("class_key").size().reindex(list(stage.class_map)).to_numpy(float)
     weights = n.sum() / (n + 1)
     weights = torch.tensor(weights / weights.mean(), dtype=torch.float32)
@@ -199,7 +201,7 @@ def test_train_stage_runs_the_stages_job(run, monkeypatch):
         source.write_text(yaml.safe_dump({"base": None, **cfg.to_dict()}, allow_unicode=True), encoding="utf-8")
         return ClassifierJob(run_dir=str(root), config=str(source), epochs=cfg.train.classification.epochs).run().record
 
-    monkeypatch.setattr(stages, "run_stage", in_process)
+    monkeypatch.setattr(stages, "run_job", in_process)
     manifest = run / "artifacts" / "stage0" / "manifest_train.csv"
     r = CliRunner().invoke(
         cli.app,
@@ -317,6 +319,6 @@ def test_stochastic_depth_reaches_the_network(run):
             "train.classification.drop_rate=0.3",
         ],
     )
-    learn, _ = prepare(load_stage(run, 0), cfg, Outputs(quiet=True))
+    learn, _ = build_training(load_split_data(run, 0), cfg, Outputs(quiet=True))
     paths = [m.drop_prob for m in learn.model.modules() if type(m).__name__ == "DropPath"]
     assert math.isclose(max(paths), 0.25) and learn.model.drop_rate == 0.3

@@ -16,7 +16,7 @@ from pillsnap.core.files import read_json, save_json, sha256_file
 from pillsnap.core.records import Metric, Provenance
 from pillsnap.core.jobs import RunFolder, record_path
 from pillsnap.delivery.classmap import ClassMap
-from pillsnap.dataset.splits import StageData, load_stage
+from pillsnap.dataset.splits import SplitData, load_split_data
 from pillsnap.evaluation import checks as K
 from pillsnap.evaluation import evaluation as E
 from pillsnap.evaluation.advisor import ADVISOR_TARGETS, evaluate_and_recommend, get_stage_target
@@ -115,7 +115,7 @@ def test_figures_can_be_reckoned_again_from_the_predictions(made):
     )
     rows = [json.loads(l) for l in open(root / "reports/predictions_boxes.jsonl")]
     assert {r["part"] for r in rows} == {"val", "clean"} and {
-        s.path for s in E.shots(E.load_stage(root, 0)) if s.part != "calib"
+        s.path for s in E.eval_photos(E.load_split_data(root, 0)) if s.part != "calib"
     } == {r["path"] for r in rows}
     rows = [r for r in rows if r["part"] == "clean"]
     ap = detection_ap(
@@ -215,14 +215,14 @@ def name_the_training(root, **change):
 def test_what_is_scored_is_the_evaluation_set_and_nothing_of_training(made):
     "Exactly the pool; no path, capture group or near-duplicate of training; no group gives two kinds of figures."
     root, _ = made
-    data, every = load_stage(root, 0), pd.read_csv(root / "reports/predictions_single.csv")
+    data, every = load_split_data(root, 0), pd.read_csv(root / "reports/predictions_single.csv")
     combos = [json.loads(l) for l in open(root / "reports/predictions_combo.jsonl")]
     boxes = [json.loads(l) for l in open(root / "reports/predictions_boxes.jsonl")]
     pool = data.pool.drop_duplicates("path").set_index("path")
     scored = {**dict(zip(every.path, every.part)), **{c["path"]: c["part"] for c in combos}}
     assert scored == pool["split"].to_dict() and set(scored.values()) == {"val", "calib", "clean"}
     assert {b["path"]: b["part"] for b in boxes} == {p: k for p, k in scored.items() if k != "calib"}
-    assert {s.path for s in E.shots(data)} == set(pool.index)
+    assert {s.path for s in E.eval_photos(data)} == set(pool.index)
     mine = pool.loc[list(scored)]
     assert not set(scored) & set(data.train["path"]) and not set(mine["group_id"]) & set(data.train["group_id"])
     assert not (set(mine["dup_id"]) - {""}) & set(data.train["dup_id"])
@@ -232,29 +232,33 @@ def test_what_is_scored_is_the_evaluation_set_and_nothing_of_training(made):
 @pytest.mark.spec("X81")
 @pytest.mark.parametrize("kind", ["path", "group_id", "dup_id"])
 def test_each_way_of_touching_training_is_found(made, kind):
-    data = load_stage(made[0], 0)
-    todo = E.shots(data)
-    assert E.touching(todo, data.train) == []
+    data = load_split_data(made[0], 0)
+    todo = E.eval_photos(data)
+    assert E.photos_touching_training(todo, data.train) == []
     victim = next(s for s in todo if s.part == "clean")
     row = data.train.iloc[:1].assign(**{kind: {"path": victim.path, "group_id": victim.group, "dup_id": "d9"}[kind]})
     todo = [replace(s, dup="d9") if s is victim else s for s in todo]
-    assert victim.path in E.touching(todo, row) and victim.path not in E.touching(todo, data.train)
+    assert victim.path in E.photos_touching_training(todo, row) and victim.path not in E.photos_touching_training(
+        todo, data.train
+    )
 
 
 @pytest.mark.spec("X81", "BX2")
 def test_an_evaluation_set_that_touches_training_was_not_measured(copy, monkeypatch):
     "Whoever scores training photos gets NOT_MEASURED: LEAK, on the scorecard and in the ledger."
-    real = E.shots
+    real = E.eval_photos
     name_the_training(copy)
     again(copy)
     doc, m, _ = E.read_evaluation(copy)
     assert (
         m["train_overlap"].measured
         and m["train_overlap"].value == 0
-        and m["train_overlap"].n == len(real(load_stage(copy, 0)))
+        and m["train_overlap"].n == len(real(load_split_data(copy, 0)))
     )
     monkeypatch.setattr(
-        E, "shots", lambda data: real(replace(data, pool=pd.concat([data.train.assign(split="clean"), data.pool])))
+        E,
+        "eval_photos",
+        lambda data: real(replace(data, pool=pd.concat([data.train.assign(split="clean"), data.pool]))),
     )
     again(copy)
     card = read_json(copy / "reports/scorecard.json")
@@ -270,8 +274,8 @@ def test_an_evaluation_set_that_touches_training_was_not_measured(copy, monkeypa
 @pytest.mark.spec("X81", "BX2")
 def test_the_overlap_is_unknown_where_the_training_rows_are(copy):
     "Without a record, after another split, or with another checkpoint nothing is claimed, and the gate stays shut."
-    data = load_stage(copy, 0)
-    record = lambda: E.overlap_record(copy, data, E.shots(data), Provenance("synthetic", "a" * 64, "b" * 64))
+    data = load_split_data(copy, 0)
+    record = lambda: E.overlap_record(copy, data, E.eval_photos(data), Provenance("synthetic", "a" * 64, "b" * 64))
     assert not record().measured and "does not say which split" in record().note
     name_the_training(copy)
     assert record().measured and record().value == 0
@@ -304,7 +308,7 @@ def test_an_image_split_is_named_and_never_goes(tmp_path, delivery):
 )
 def test_only_the_leak_gap_twin_may_part_capture_groups(copy, group_by, twin, kept):
     "The twin is trained on a leaking split on purpose; every other image-level split misses its gate point."
-    data = load_stage(copy, 0)
+    data = load_split_data(copy, 0)
     header = {**data.header, "params": {**data.header["params"], "group_by": group_by}}
     header.update({} if twin is None else {"leak_gap_twin": twin})
     record = E.split_record(replace(data, header=header), Provenance("synthetic", "a" * 64, "b" * 64))
@@ -320,7 +324,7 @@ def test_the_imbalance_is_measured_whatever_the_number_of_drugs(drugs):
     keys = [f"K-{i:06d}" for i in range(drugs)]
     train = pd.DataFrame({"kind": "single", "class_key": [*keys, *keys[:1] * 4]})
     m = E.imbalance_record(
-        StageData(train, train, train, ClassMap(keys), {}, 0), Provenance("synthetic", "a" * 64, "b" * 64)
+        SplitData(train, train, train, ClassMap(keys), {}, 0), Provenance("synthetic", "a" * 64, "b" * 64)
     )
     assert m.measured and m.kind == "computed" and m.value == 5.0 and 0 < m.seconds < 1 and m.seconds != 1e-3
 
@@ -543,7 +547,7 @@ def test_memory_flat_leaking_and_unknown():
 @pytest.mark.spec("SG5")
 def test_checks_carry_their_evidence(copy):
     doc, cfg = read_json(copy / "reports/evaluation.json"), load_config("smoke")
-    found = lambda: K.found_checks(copy, doc, cfg)
+    found = lambda: K.mandatory_checks(copy, doc, cfg)
     c = found()
     assert (
         c["classification_model_loading"].counts
@@ -569,7 +573,7 @@ def test_checks_carry_their_evidence(copy):
     record_path(copy, "detector").unlink()
     assert (
         not found()["pipeline_complete"].counts
-        and K.found_checks(copy, doc, load_config("smoke", ["project.active_feature_set=mvp"]))[
+        and K.mandatory_checks(copy, doc, load_config("smoke", ["project.active_feature_set=mvp"]))[
             "pipeline_complete"
         ].counts
     )
@@ -580,7 +584,7 @@ def test_checks_carry_their_evidence(copy):
 @pytest.mark.spec("SG3", "SG4", "SG5")
 def test_every_mandatory_check_is_measured_declared_or_says_why_not(copy):
     doc, cfg = read_json(copy / "reports/evaluation.json"), load_config("smoke")
-    c = K.found_checks(copy, doc, cfg)
+    c = K.mandatory_checks(copy, doc, cfg)
     assert set(c) == {n for s in ADVISOR_TARGETS.values() for n in s.checks}
     assert all((x.evidence and (copy / x.evidence).exists()) if x.passed is not None else x.note for x in c.values())
     assert c["multi_batch_processing"].counts, "32 photos at once were answered as one by one"
@@ -601,7 +605,7 @@ def test_class_balance_is_judged_by_its_ratio(copy, ratio, passed):
     doc = read_json(copy / "reports/evaluation.json")
     m = Metric.from_dict(doc["metrics"]["class_imbalance_ratio"])
     doc["metrics"]["class_imbalance_ratio"] = replace(m, value=ratio, seconds=1.0).to_dict()
-    assert K.found_checks(copy, doc, load_config("smoke"))["class_balance_verification"].passed is passed
+    assert K.mandatory_checks(copy, doc, load_config("smoke"))["class_balance_verification"].passed is passed
 
 
 @pytest.mark.spec("SG3", "SG4")
@@ -674,7 +678,7 @@ def test_a_run_without_a_detector_can_reach_proceed(copy, change):
     save_json(doc, copy / "reports/evaluation.json")
     for s in ("conversion", "splits", "classifier"):
         save_json(dict(status="finished", seconds=3.0, settings={}), record_path(copy, s))
-    _, advice, written = E.judge(copy, load_config("smoke", [f"paths.exp_dir={copy}", *change]))
+    _, advice, written = E.gate_and_advise(copy, load_config("smoke", [f"paths.exp_dir={copy}", *change]))
     if change:
         assert (advice.recommendation, advice.performance_score) == ("RECOMMEND_PROCEED", 1.0) and set(
             written["does_not_apply"]
@@ -711,7 +715,7 @@ def test_photos_that_training_cannot_open_are_critical(tmp_path, delivery):
     own = tmp_path / "aihub"
     shutil.copytree(delivery, own)
     job, cfg = trained_run(tmp_path / "run", own)
-    stage = load_stage(tmp_path / "run", 0)
+    stage = load_split_data(tmp_path / "run", 0)
     broken = stage.train.loc[stage.train["kind"] == "single", "path"].unique()[:4]
     for p in broken:
         (stage.root / p).write_text("no photo")
@@ -770,12 +774,12 @@ def test_a_training_whose_loss_is_no_number_is_critical_by_its_code(tmp_path, de
 @settings(max_examples=200, deadline=None)
 def test_a_combo_is_right_as_a_set_or_not_at_all(truth, said):
     place = lambda i: [100 * i, 0, 100 * i + 60, 60]
-    shot = E.Shot("x.png", "g", "combo", np.array([place(i) for i in range(len(truth))], float), tuple(truth))
+    shot = E.EvalPhoto("x.png", "g", "combo", np.array([place(i) for i in range(len(truth))], float), tuple(truth))
     items = [
         {"kcode": k, "confidence": 0.9, "box": place(i), "box_confidence": 0.9 - n / 100}
         for n, (k, i) in enumerate(said)
     ]
-    a = E.judge_combo(
+    a = E.score_combo(
         shot, {"mode_requested": "combo", "mode_used": "combo", "items": items}, ClassMap(["a", "b", "c"])
     )
     assert a.exact == (Counter(k for k, _ in said) == Counter(truth))

@@ -19,7 +19,7 @@ from pillsnap.core.files import read_json, save_json, sha256_file
 from pillsnap.core.records import Metric
 from pillsnap.core.jobs import RunFolder
 from pillsnap.delivery.classmap import ClassMap
-from pillsnap.dataset.splits import load_stage
+from pillsnap.dataset.splits import load_split_data
 from pillsnap.deployment import export as E
 from pillsnap.deployment.runtime import OnnxClassifier, OnnxDetector, load_bundle
 from pillsnap.models.factory import TorchClassifier, load_classifier
@@ -58,7 +58,7 @@ def exported(ready, tmp_path_factory):
     shutil.copytree(ready, root, ignore=shutil.ignore_patterns("delivery", "yolo_data", "logs"))
     (root / "delivery").symlink_to(ready / "delivery")
     save_json(
-        {"temperature": 2.5, "ece_after": 0.01, "class_map": load_stage(ready, 0).class_map.fingerprint},
+        {"temperature": 2.5, "ece_after": 0.01, "class_map": load_split_data(ready, 0).class_map.fingerprint},
         root / "reports/calibration.json",
     )
     save_json({"rows": []}, root / "reports/scorecard.json")
@@ -135,7 +135,7 @@ Z = np.random.default_rng(0).normal(size=(200, 30))
 
 
 def failing(gap):
-    return {c.name for c in E.judge_logits(gap, 200) if not c.passed}
+    return {c.name for c in E.check_logits(gap, 200) if not c.passed}
 
 
 GOOD = dict(mse_probability=0.0, mse_logits=0.0, max_dp=0.0, relative_error=0.0, top1_equal=1.0)
@@ -161,7 +161,7 @@ def test_relative_error_decides_where_float32_ends():
     assert failing(GOOD | dict(mse_logits=1e-2, relative_error=1.1e-4)) == {"logit MSE"}
     assert failing(GOOD | dict(mse_logits=1e-6, relative_error=1.0)) == set()
     (check,) = [
-        c for c in E.judge_logits(GOOD | dict(mse_logits=1e-2, relative_error=1e-5), 1) if c.name == "logit MSE"
+        c for c in E.check_logits(GOOD | dict(mse_logits=1e-2, relative_error=1e-5), 1) if c.name == "logit MSE"
     ]
     assert check.value == 1e-2 and "relative error" in check.note
 
@@ -176,7 +176,7 @@ B, S = np.array([[10.0, 10, 60, 60], [80, 80, 140, 150]]), np.array([0.9, 0.8])
 
 
 def box_verdicts(a, b, ap=(0.9, 0.9), raw=0.0):
-    return {c.name: c.passed for c in E.judge_boxes(E.pair_boxes(a, b), ap, raw, len(a))}
+    return {c.name: c.passed for c in E.check_boxes(E.pair_boxes(a, b), ap, raw, len(a))}
 
 
 @pytest.mark.spec("EX2")
@@ -210,7 +210,7 @@ def test_nothing_found_is_not_a_pass():
 
 @pytest.fixture(scope="module")
 def photos(ready):
-    return list(E.open_photos(E.photo_order(load_stage(ready, 0), "combo"), 16))
+    return list(E.open_photos(E.photo_order(load_split_data(ready, 0), "combo"), 16))
 
 
 @pytest.mark.spec("EX2", "CF6")
@@ -259,7 +259,7 @@ def test_the_usual_mistakes_are_caught(photos, spoil):
 
 
 def test_photos_are_of_the_stage_and_never_sealed(ready):
-    stage = load_stage(ready, 0)
+    stage = load_split_data(ready, 0)
     rel = [p.relative_to(stage.header["root"]).as_posix() for p, _ in E.photo_order(stage)]
     assert len(rel) == len(set(rel)) and set(rel) == set(stage.train.path) | set(stage.val.path) | set(stage.pool.path)
     assert all("/train/" in f"/{r}" for r in rel)
@@ -277,7 +277,7 @@ def test_stage_writes_bundle_and_report(exported):
     assert facts["passed"] is True and {c["verdict"] for c in facts["checks"]} == {"PASS"}, facts["checks"]
     assert {c["model"] for c in facts["checks"]} == {"classifier", "detector"}
     metrics = {m["name"]: Metric.from_dict(m) for m in facts["metrics"]}
-    stage = load_stage(run, 0)
+    stage = load_split_data(run, 0)
     for name in ("export_classifier_mse_probability", "export_classifier_mse_logits", "export_detector_min_iou"):
         m = metrics[name]
         assert m.measured and (m.data, m.data_hash, m.class_map_hash) == (
@@ -304,7 +304,7 @@ def test_stage_writes_bundle_and_report(exported):
 def test_the_bundle_answers_as_torch_does(exported):
     "End to end: file, crop, class, name; in both modes."
     run, _ = exported
-    b, stage = load_bundle(run), load_stage(run, 0)
+    b, stage = load_bundle(run), load_split_data(run, 0)
     model, cm, size, _ = load_classifier(run / "checkpoints/classifier/best.pt", stage.class_map)
     det, det_size, _ = load_detector(run / "checkpoints/detector/best.pt")
     ours = dict(
@@ -404,14 +404,14 @@ def test_temperature_and_scorecard_of_the_evaluation(exported):
 
 @pytest.mark.spec("BX8")
 def test_calibration_of_another_class_map_stops(run):
-    cm = load_stage(run, 0).class_map
-    assert E.calibration(run, cm, None) == (1.0, False)
+    cm = load_split_data(run, 0).class_map
+    assert E.calibrated_temperature(run, cm, None) == (1.0, False)
     save_json({"temperature": 2.5, "ece_after": 0.01, "class_map": "0" * 64}, run / "reports/calibration.json")
     with pytest.raises(PillsnapError, match="another class map"):
-        E.calibration(run, cm, None)
+        E.calibrated_temperature(run, cm, None)
 
 
 def test_a_changed_parameter_changes_the_output(ready):
-    stage = load_stage(ready, 0)
+    stage = load_split_data(ready, 0)
     assert E.photo_order(stage, seed=1) != E.photo_order(stage, seed=2)
     assert E.photo_order(stage, "single")[0][0] != E.photo_order(stage, "combo")[0][0]

@@ -8,7 +8,7 @@ from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.files import read_json, save_json
 from pillsnap.core.jobs import RunFolder, read_record
-from pillsnap.dataset.splits import SplitsJob, load_stage, smoke_splits
+from pillsnap.dataset.splits import SplitsJob, load_split_data, smoke_splits
 
 SYNTH = dict(drugs=6, photos=48, combos=4, seed=42, width=160, height=208)
 # Only what a CPU needs: a small network, small photos, few epochs, a rate for few steps. All else is the preset's.
@@ -123,7 +123,7 @@ def test_narrow_learns_as_its_source_states_it(pills, tmp_path):
         tmp_path / "top_100_drugs.json",
     )
     given = split_for("narrow", pills, tmp_path / "run", f"narrow.drug_list={top}")
-    stage = load_stage(tmp_path / "run", 0)
+    stage = load_split_data(tmp_path / "run", 0)
     assert list(stage.class_map) == drugs[:5] and not crossed(stage)
     job = ClassifierJob(run_dir=str(tmp_path / "run"), config="narrow", overrides=given, epochs=12)
     res = job.run()
@@ -143,7 +143,7 @@ def test_retrieval_learns_stops_and_goes_on(pills, tmp_path):
 
     root = tmp_path / "run"
     given = split_for("retrieval", pills, root, "retrieval.embedding_dim=64", "retrieval.warmup_epochs=2")
-    stage, cfg = load_stage(root, 0), load_config("retrieval", given)
+    stage, cfg = load_split_data(root, 0), load_config("retrieval", given)
     assert not crossed(stage)
     res = RetrievalJob(run_dir=str(root), config="retrieval", overrides=given, epochs=8).run()
     log = (root / "logs" / "pillsnap.retrieval.log").read_text(encoding="utf-8")
@@ -254,7 +254,7 @@ def test_retrieval_goes_on_on_another_card(pills, tmp_path, monkeypatch):
     )
     job = retrieval.RetrievalJob(run_dir=str(tmp_path / "run"), config="retrieval", overrides=given, epochs=2)
     train = retrieval.train_classification_stage
-    monkeypatch.setattr(retrieval, "this_gpu", lambda: retrieval.Gpu("Tesla T4", 16, False))
+    monkeypatch.setattr(retrieval, "current_gpu", lambda: retrieval.Gpu("Tesla T4", 16, False))
     monkeypatch.setattr(
         retrieval, "train_classification_stage", lambda *a, cbs=(), **k: train(*a, cbs=[*cbs, Kill()], **k)
     )
@@ -306,7 +306,7 @@ def test_a_folder_of_classes_trains_too(tmp_path):
         run_dir=str(tmp_path / "run"), config="retrieval", overrides=given, stage_n=0, near_duplicates=False
     ).run()
     res = RetrievalJob(run_dir=str(tmp_path / "run"), config="retrieval", overrides=given, epochs=2).run()
-    assert res.table[0]["value"] == 1.0 and {"가", "나", "다"} == set(load_stage(tmp_path / "run", 0).class_map)
+    assert res.table[0]["value"] == 1.0 and {"가", "나", "다"} == set(load_split_data(tmp_path / "run", 0).class_map)
 
 
 def test_the_retrieval_stage_refuses_another_family(pills, tmp_path):

@@ -101,7 +101,7 @@ def test_a_run_is_judged_by_its_own_configuration(tmp_path, monkeypatch):
     monkeypatch.setattr(E, "simple_stage_evaluation", gate)
     wishes = [f"data.progressive_validation.stage_2.{k}" for k in ("target_accuracy=0.9", "max_latency_ms=120")]
     with pytest.raises(Stop):
-        E.judge(tmp_path, load_config("two_stage", wishes))
+        E.gate_and_advise(tmp_path, load_config("two_stage", wishes))
     assert asked == dict(stage=2, target_accuracy=0.9, max_latency_ms=120)
 
 

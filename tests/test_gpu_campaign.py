@@ -424,10 +424,10 @@ def test_out_of_memory_is_held_against_accumulation(tmp_path, as_before, monkeyp
         all(p["passed"] for p in good.values() if p["required"])
         and good["what the guard did"]["value"] == "S0 empty_cache, S2 microbatching"
     )
-    cut = memory.cut
+    cut = memory.split_batch
     monkeypatch.setattr(
         memory,
-        "cut",
+        "split_batch",
         lambda batch, size: (
             [(x[:1], y[:1], *m) for x, y, *m in cut(batch, size)] if len(batch[1]) > size else cut(batch, size)
         ),

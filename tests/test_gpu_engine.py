@@ -302,7 +302,7 @@ def test_memory_stands_beside_the_batch_size_in_each_epoch(monkeypatch):
 @pytest.mark.spec("CT13", "CT20")
 def test_the_batch_that_is_found_is_a_point():
     "As a training asks for it, on a GPU whose memory holds 27 photos below the headroom: 24, a multiple of eight."
-    from pillsnap.training.classifier import chosen_batch
+    from pillsnap.training.classifier import choose_batch_size
 
     board, net = Board(), small_net()
     net.register_forward_pre_hook(lambda m, x: seen.append(len(x[0])))
@@ -315,7 +315,7 @@ def test_the_batch_that_is_found_is_a_point():
             "optimization.torch_compile=none",
         ],
     )
-    n = chosen_batch(1, cfg, net, 3, tb=board, device=torch.device("cuda"), share=lambda: 0.88 * seen[-1] / 27)
+    n = choose_batch_size(1, cfg, net, 3, tb=board, device=torch.device("cuda"), share=lambda: 0.88 * seen[-1] / 27)
     assert n == 24 and board.of("perf/auto_batch_found") == [(24.0, 0)]
 
 
@@ -340,7 +340,7 @@ def test_the_search_measures_the_step_that_training_will_do(monkeypatch):
         cfg = load_config(
             "two_stage", ["train.classification.amp=false", "optimization.grad_checkpointing=true", *over]
         )
-        assert classifier.chosen_batch(1, cfg, small_net(), 3, device=torch.device("cuda")) == found
+        assert classifier.choose_batch_size(1, cfg, small_net(), 3, device=torch.device("cuda")) == found
         assert [p["compiled"] for p in probes] == [None, arguments][: 1 + (arguments is not None)] and all(
             p["grad_checkpointing"] for p in probes
         )

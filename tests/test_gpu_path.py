@@ -27,7 +27,7 @@ from pillsnap.models.neighbours import embed_photos, nearest
 from pillsnap.training.callbacks import (
     Clock,
     History,
-    LateNumber,
+    AsyncScalar,
     PillLearner,
     PillLoaders,
     Unpack,
@@ -363,7 +363,7 @@ def test_the_weight_of_a_batch_is_made_on_the_gpu():
 
 
 def test_the_live_line_does_not_wait_for_its_loss(monkeypatch):
-    late = LateNumber()
+    late = AsyncScalar()
     with StandInGpu() as gpu, gpu.as_cuda(monkeypatch):
         seen = [late.ask(gpu.put(torch.tensor(float(k)))) for k in range(4)]
     assert gpu.waits == [] and np.isnan(seen[0]) and seen[1:] == [0.0, 1.0, 2.0]
@@ -590,7 +590,7 @@ def test_the_export_is_timed_by_every_provider_and_says_by_which(there, small_on
     monkeypatch.setattr(P.Bundle, "predict", lambda self, photo, mode: self.classifier.logits(np.zeros((1, 3, 32, 32))))
     monkeypatch.setattr(E.ort, "get_available_providers", lambda: GPU_AND_CPU if there else GPU_AND_CPU[1:])
     monkeypatch.setattr(E, "load_bundle", lambda folder, **kw: bundle(OnGpuAsItSays))
-    monkeypatch.setattr(E, "checked_bytes", lambda folder, entry: small_onnx)
+    monkeypatch.setattr(E, "verified_bytes", lambda folder, entry: small_onnx)
     monkeypatch.setattr(E, "OnnxClassifier", OnGpuAsItSays)
     monkeypatch.setattr("pillsnap.core.records._gpu", lambda: "NVIDIA GeForce RTX 5080 16 GiB")
     run = SimpleNamespace(evaluation=SimpleNamespace(latency_warmup=20, latency_runs=200))

@@ -17,7 +17,7 @@ from pillsnap.core.errors import PillsnapError
 from pillsnap.core.files import read_json, save_text, sha256_file
 from pillsnap.core.records import Metric
 from pillsnap.core.jobs import RunFolder, run_id
-from pillsnap.dataset.splits import SplitsJob, load_stage, smoke_splits
+from pillsnap.dataset.splits import SplitsJob, load_split_data, smoke_splits
 from pillsnap.evaluation import heldout as H
 from pillsnap.evaluation.final import RESULTS, UNKNOWN_DRUGS, final_test_evaluation
 from pillsnap.evaluation.ledger import append_ledger, read_ledger, record_decision
@@ -50,7 +50,7 @@ def new_run(root, delivery, preset="smoke", *overrides):
 def add_classifier(root, cfg, seed=0):
     from pillsnap.models.factory import fresh_classifier_checkpoint
 
-    cm = load_stage(root, cfg.data.progressive_validation.current_stage).class_map
+    cm = load_split_data(root, cfg.data.progressive_validation.current_stage).class_map
     return fresh_classifier_checkpoint(
         root / "checkpoints" / "classifier" / "best.pt", "test_resnet", cm, 64, seed=seed
     )
@@ -87,7 +87,7 @@ def kinds(root):
 @pytest.mark.spec("X74", "X80", "SP4")
 def test_sealed_photos_are_those_that_no_part_holds(made):
     root, cfg = made
-    data, manifest = load_stage(root, 0), pd.read_csv(root / "manifest.csv", dtype=str, keep_default_na=False)
+    data, manifest = load_split_data(root, 0), pd.read_csv(root / "manifest.csv", dtype=str, keep_default_na=False)
     rows = H.sealed_rows(root, data)
     read = set(pd.concat([data.train, data.val, data.pool])["path"])
     names = set(pd.read_csv(root / "artifacts/test_known.csv")["group_id"])
@@ -97,10 +97,10 @@ def test_sealed_photos_are_those_that_no_part_holds(made):
         and not set(rows["path"]) & read
     )
     assert not set(rows["group_id"]) & set(manifest.loc[manifest["path"].isin(read), "group_id"])
-    known, others = H.closed_set(rows, data)
+    known, others = H.closed_set_photos(rows, data)
     assert others == 0 and len(known) == len(rows)
     no_first = data.train[data.train["class_key"] != data.class_map.keys[0]]
-    known, others = H.closed_set(rows, H.replace(data, train=no_first))
+    known, others = H.closed_set_photos(rows, H.replace(data, train=no_first))
     assert others == ((rows["kind"] == "single") & (rows["class_key"] == data.class_map.keys[0])).sum() > 0
     assert data.class_map.keys[0] not in set(known.loc[known["kind"] == "single", "class_key"])
 
@@ -112,7 +112,7 @@ def test_a_part_that_is_not_held_out_is_refused_and_stays_sealed(copy, delivery,
         final_test_evaluation(copy, **ask(copy))
     (copy / "gone").rename(copy / "artifacts" / "test_known.csv")
     overlay = copy / "artifacts" / "duplicates.json"
-    data = load_stage(copy, 0)
+    data = load_split_data(copy, 0)
     pair = [H.sealed_rows(copy, data)["path"][0], data.train["path"][0], "same picture"]
     overlay.write_text(json.dumps(read_json(overlay) | {"pairs": [pair]} if overlay.exists() else {"pairs": [pair]}))
     with pytest.raises(PillsnapError, match="LEAK"):
@@ -143,8 +143,8 @@ print("REPORT", json.dumps({"events": events, "training": [m for m in sys.module
 
 @pytest.mark.spec("X62", "X80", "EV5")
 def test_the_ledger_says_open_before_the_first_sealed_photo_is_read(copy):
-    rows = H.sealed_rows(copy, load_stage(copy, 0))
-    sealed = {os.path.realpath(load_stage(copy, 0).root / p): kind for p, kind in zip(rows["path"], rows["kind"])}
+    rows = H.sealed_rows(copy, load_split_data(copy, 0))
+    sealed = {os.path.realpath(load_split_data(copy, 0).root / p): kind for p, kind in zip(rows["path"], rows["kind"])}
     r = subprocess.run([sys.executable, "-c", HOOK, str(copy), run_id(copy)], capture_output=True, text=True, cwd=ROOT)
     assert r.returncode == 0, r.stderr[-3000:]
     report = json.loads(r.stdout.split("REPORT ")[1])
@@ -275,7 +275,7 @@ def test_the_result_has_the_contracts_form(copy):
     assert any("synthetic" in line for line in doc["improvements"]) and "synthetic" in doc["label"]
     records = {k: Metric.from_dict(m) for k, m in doc["metrics"].items()}
     table = pd.read_csv(copy / "reports/final_test/predictions_single.csv")
-    sealed = H.sealed_rows(copy, load_stage(copy, 0))
+    sealed = H.sealed_rows(copy, load_split_data(copy, 0))
     assert set(table["path"]) == set(sealed.loc[sealed["kind"] == "single", "path"]) and records["accuracy"].n == len(
         table
     )
@@ -293,7 +293,7 @@ def test_the_gap_is_validation_minus_test_of_the_same_checkpoint(copy):
     from pillsnap.core.records import Provenance
 
     data, models = (
-        load_stage(copy, 0),
+        load_split_data(copy, 0),
         {"checkpoints/classifier/best.pt": sha256_file(copy / "checkpoints/classifier/best.pt")},
     )
     prov = Provenance("synthetic", data.header["data_hash"], data.class_map.fingerprint)
@@ -354,7 +354,7 @@ def save_retrieval_model(root, cfg, stage):
 
 def retrieval_run(root, delivery, *overrides):
     run, cfg = new_run(root, delivery, "retrieval", *SMALL, "retrieval.embedding_dim=16", *overrides)
-    stage = load_stage(root, 0)
+    stage = load_split_data(root, 0)
     save_retrieval_model(root, cfg, stage)
     record_decision(root, "kim", "a rehearsal")
     return run, cfg, stage
@@ -402,7 +402,7 @@ def test_a_retrieval_run_can_reach_proceed(delivery, tmp_path):
         all(said.startswith("passed: ") for said in doc["advice"]["checks"].values())
         and len(doc["advice"]["checks"]) == 2
     )
-    p = H.replace(H.part_of(run, cfg, "val"))
+    p = H.replace(H.load_part(run, cfg, "val"))
     good = H.replace(got, metrics=got.metrics | {"accuracy": H.replace(got.metrics["accuracy"], value=0.95)})
     advice = H.advise_retrieval(p, good)
     assert (advice.recommendation, advice.reason) == ("RECOMMEND_PROCEED", "all_targets_met")
@@ -432,7 +432,7 @@ def test_a_folder_of_classes_without_boxes_can_take_the_final_test(tmp_path):
         "train.num_threads=1",
     )
     SplitsJob(run_dir=str(root), config="retrieval", overrides=over, stage_n=0, near_duplicates=False).run()
-    cfg, stage = load_config(str(root / "config.yaml")), load_stage(root, 0)
+    cfg, stage = load_config(str(root / "config.yaml")), load_split_data(root, 0)
     save_retrieval_model(root, cfg, stage)
     record_decision(root, "kim", "a rehearsal")
     doc, _ = final_test_evaluation(root, **ask(root))
@@ -450,7 +450,7 @@ def test_the_narrow_tenth_is_scored_without_a_detector(delivery, tmp_path):
     add_classifier(run.root, cfg)
     record_decision(run.root, "kim", "the narrow family has no stage 4")
     doc, got = final_test_evaluation(run.root, **ask(run.root))
-    rows = H.sealed_rows(run.root, load_stage(run.root, 0))
+    rows = H.sealed_rows(run.root, load_split_data(run.root, 0))
     assert got.metrics["accuracy"].n == rows["path"].nunique() and set(rows["kind"]) == {"single"}
     assert set(doc["business_goals"]) == {"accuracy", "macro_f1", "overall_target_met"}, (
         "a goal about a detector does not apply"

@@ -534,7 +534,7 @@ def test_neither_room_imports_torch():
 def test_a_photo_decoded_as_far_as_needed_gives_the_same_view(seed):
     "Windows near the bottom, boxes at every edge, every reduction, odd sizes: the view is that of the whole photo."
     from pillsnap.photos.caches import Photo, View
-    from pillsnap.dataset.datasets import DeliverySource, needed, show
+    from pillsnap.dataset.datasets import DeliverySource, decode_limits, render_view
 
     g = np.random.default_rng(seed)
     w, h = (int(g.integers(40, 200)) for _ in range(2))
@@ -548,9 +548,9 @@ def test_a_photo_decoded_as_far_as_needed_gives_the_same_view(seed):
             view, size = View(kind, 48, 0.2), int(g.integers(4, 40))
             a, b = np.sort(g.uniform(0, 1, 2)), np.sort(g.uniform(0, 1, 2))
             window, flip = np.array([a[0], b[0], a[1], b[1]]), bool(g.integers(2))
-            reduce, _ = needed(photo, view, window, size)
+            reduce, _ = decode_limits(photo, view, window, size)
             want, got = np.empty((size, size, 3), np.uint8), np.empty((size, size, 3), np.uint8)
-            show(*source.open(photo, view, reduce), view, window, flip, want)
+            render_view(*source.open(photo, view, reduce), view, window, flip, want)
             assert source.view(photo, view, got, window, flip) is None
             assert (got == want).all(), (w, h, box, kind, window, reduce)
 

@@ -25,7 +25,7 @@ from pillsnap.dataset.conversion import (
 )
 from pillsnap.delivery.index import COLUMNS, Index, read_index, read_manifest, write_index
 from pillsnap.synth.writer import write_delivery
-from pillsnap.delivery.truth import audit, examine, merge, parts_of, read_part
+from pillsnap.delivery.truth import audit, check_labels, merge, equal_parts, read_part
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -87,7 +87,7 @@ def test_quick_and_careful_reader_agree_on_damaged_files():
 @pytest.mark.spec("BM1")
 def test_a_drugs_words_are_believed_byte_for_byte_only(labels, tmp_path):
     files = label_files(labels / "data/train/labels/single")[0][:3]
-    read = aihub.Reader()
+    read = aihub.AnnotationReader()
     first, second = read(files[0]), read(files[1])
     assert first.drug is second.drug and first.photo != second.photo
     text = Path(files[2]).read_text("utf-8")
@@ -115,7 +115,7 @@ def test_drugs_in_turn_and_words_in_other_places_are_read_as_alone(labels, tmp_p
         t.replace('"imgfile":', '"dl_idx": "7",\n"imgfile":') for t in texts[:3]
     ]  # the first of two, which JSON lets the second replace
     within = [t.replace('"drug_S": "', '"drug_S": "\\"dl_idx\\"') for t in texts[:3]]
-    read = aihub.Reader()
+    read = aihub.AnnotationReader()
     for k, t in enumerate([*texts, *shifted, *before, *texts[:3], *within]):
         p = tmp_path / f"{k}.json"
         p.write_text(t, encoding="utf-8")
@@ -128,9 +128,9 @@ def test_drugs_in_turn_and_words_in_other_places_are_read_as_alone(labels, tmp_p
 def test_plain_photos_and_looked_at_photos_give_the_same(faulty, monkeypatch):
     root, _, _ = faulty
     quick, rows = audit(root, root / "data/train/images"), discover_detection_data(root)
-    assert len(examine(root / "data/train/labels").plain) > 20
+    assert len(check_labels(root / "data/train/labels").plain) > 20
     monkeypatch.setattr(truth, "is_plain", lambda *a: False)
-    assert len(examine(root / "data/train/labels").plain) == 0
+    assert len(check_labels(root / "data/train/labels").plain) == 0
     assert audit(root, root / "data/train/images") == quick
     assert discover_detection_data(root).equals(rows)
 
@@ -138,8 +138,8 @@ def test_plain_photos_and_looked_at_photos_give_the_same(faulty, monkeypatch):
 @pytest.mark.spec("BM2")
 def test_parts_of_any_size_and_processes_give_the_same(labels):
     files, _ = label_files(labels / "data/train/labels")
-    want = examine(labels / "data/train/labels", workers=1)
-    for e in (merge(map(read_part, parts_of(files, 37))), examine(labels / "data/train/labels", workers=2)):
+    want = check_labels(labels / "data/train/labels", workers=1)
+    for e in (merge(map(read_part, equal_parts(files, 37))), check_labels(labels / "data/train/labels", workers=2)):
         assert (
             e.plain.equals(want.plain)
             and e.judged == want.judged
@@ -147,8 +147,8 @@ def test_parts_of_any_size_and_processes_give_the_same(labels):
             and {k: d.said for k, d in e.drugs.items()} == {k: d.said for k, d in want.drugs.items()}
         )
     assert (
-        sum(len(n) for p in parts_of(files, 37) for _, n in p) == len(files) == want.counts["files"]
-        and max(sum(len(n) for _, n in p) for p in parts_of(files, 37)) == 37
+        sum(len(n) for p in equal_parts(files, 37) for _, n in p) == len(files) == want.counts["files"]
+        and max(sum(len(n) for _, n in p) for p in equal_parts(files, 37)) == 37
     )
 
 
@@ -160,7 +160,7 @@ def test_a_photo_told_of_in_two_parts_is_plain_no_longer(labels, tmp_path):
         (tmp_path / f"TL_{n}_single" / code).mkdir(parents=True)
         (tmp_path / f"TL_{n}_single" / code / one.name).write_bytes(one.read_bytes())
     files, _ = label_files(tmp_path)
-    for e in (merge(map(read_part, parts_of(files, 1))), examine(tmp_path)):
+    for e in (merge(map(read_part, equal_parts(files, 1))), check_labels(tmp_path)):
         assert (
             len(e.plain) == 0
             and [p.fault for p in e.photos[one.stem].pills] == [None, Reason.DUPLICATE_JSON]

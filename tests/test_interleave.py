@@ -36,7 +36,7 @@ def test_one_key_puts_one_stage_in_the_place_of_two(tmp_path, monkeypatch, capsy
     from pillsnap.core import jobs as stages
 
     ran = []
-    monkeypatch.setattr(stages, "run_stage", lambda s, *a: ran.append(s.name) or dict(verdict="done", seconds=0.0))
+    monkeypatch.setattr(stages, "run_job", lambda s, *a: ran.append(s.name) or dict(verdict="done", seconds=0.0))
     for way in ("sequential", "interleaved"):
         stages.run_pipeline(PIPELINE, "smoke", [f"train.strategy={way}"], tmp_path / way)
     assert ran == [
@@ -76,7 +76,7 @@ def log_of(run: Path, side: str) -> str:
 def test_steps_come_in_the_configured_ratio(tmp_path, monkeypatch, ratio, want):
     "The job with two sides of six steps each that only write down their turns; where one has ended the other goes on."
     from pillsnap.core.config import load_config
-    from pillsnap.core.jobs import RunFolder, StageResult
+    from pillsnap.core.jobs import RunFolder, JobResult
     from pillsnap.training.interleaved import InterleavedJob
 
     steps = []
@@ -87,7 +87,7 @@ def test_steps_come_in_the_configured_ratio(tmp_path, monkeypatch, ratio, want):
             for _ in range(6):
                 steps.append(me[0])
                 baton.step_done(me)
-            return StageResult("done", [], [], [], [], [])
+            return JobResult("done", [], [], [], [], [])
 
         return work
 

@@ -9,8 +9,8 @@ from sklearn.linear_model import LogisticRegression
 from pillsnap.core.config import load_config
 from pillsnap.delivery.classmap import ClassMap
 from pillsnap.dataset.loaders import validation_loader
-from pillsnap.dataset.splits import StageData, make_splits
-from pillsnap.training.classifier import groups_on_both_sides, image_twin, leak_gap_record
+from pillsnap.dataset.splits import SplitData, make_splits
+from pillsnap.training.classifier import groups_on_both_sides, image_level_data, leak_gap_record
 from pillsnap.core.records import Provenance
 
 DRUGS, GROUPS, VIEWS, SIDE = 4, 18, 6, 12
@@ -57,7 +57,7 @@ def delivery(root, near_duplicates, seed=0):
 
 def stage_of(root, rows):
     s = make_splits(rows, split_ratio=(0.7, 0.3), test_known_ratio=0.0, seed=42)
-    return StageData(
+    return SplitData(
         s.train,
         s.val,
         s.pool,
@@ -89,7 +89,7 @@ def figures(tmp_path_factory):
         group = stage_of(root, delivery(root, planted))
         fresh = delivery(root / "fresh", planted, seed=1)
         fresh["path"] = "fresh/" + fresh["path"]
-        image = image_twin(group, 42)
+        image = image_level_data(group, 42)
         out[planted] = dict(
             zip(("group", "truth"), accuracy(group, fresh)),
             image=accuracy(image)[0],

@@ -12,7 +12,7 @@ import torch
 
 from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
-from pillsnap.photos.caches import LMDBImageCache, Photo, PhotoCache, SizedLRUCache, View, look
+from pillsnap.photos.caches import LMDBImageCache, Photo, PhotoCache, SizedLRUCache, View, cached_view
 from pillsnap.delivery.classmap import ClassMap
 from pillsnap.dataset.datasets import DeliverySource, MemorySource, PillsnapClsDataset, Source
 from pillsnap.dataset.loaders import Buffers, PhotoLoader, preload_count

@@ -531,7 +531,7 @@ def test_the_command(delivery, tmp_path, capsys, monkeypatch):
     "Estimate, build, build again: by the command line, from a run's own splits and configuration."
     from pillsnap.cli import PIPELINE, main
     from pillsnap.core.jobs import run_pipeline
-    from pillsnap.dataset.splits import load_stage
+    from pillsnap.dataset.splits import load_split_data
 
     run = tmp_path / "run"
     for stage in ("conversion", "splits"):
@@ -544,7 +544,7 @@ def test_the_command(delivery, tmp_path, capsys, monkeypatch):
         and not (run / "artifacts/stage0/pack").exists()
     )
     assert main_ok("pack", "--run", str(run), "--workers", "1") and "0 without a record" in capsys.readouterr().out
-    stage = load_stage(run, 0)
+    stage = load_split_data(run, 0)
     pack = Pack(run / "artifacts/stage0/pack", stage.header["data_hash"], stage.class_map)
     for part in (stage.train, stage.val, stage.pool):
         for r in part.itertuples():

@@ -19,7 +19,7 @@ from pillsnap import planner as L
 from pillsnap.photos.images import whole_view
 from pillsnap.photos.pack import Pack, build_pack
 from pillsnap.planner import (
-    Footprint,
+    MemoryFootprint,
     Probe,
     footprint,
     gpu_bytes,
@@ -30,7 +30,7 @@ from pillsnap.planner import (
     ram_plan,
     render_samples,
     step_peak,
-    tell,
+    print_plan,
     vram_table,
     walk_to_photos,
 )
@@ -60,7 +60,7 @@ def test_the_estimate_is_what_a_small_run_takes(tmp_path):
     (tmp_path / "photos").mkdir()
     rows = render_samples(tmp_path / "photos", n=48, pills=2)
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(L, "samples", lambda *a: (tmp_path / "photos", rows.sample(12, random_state=0), "manifest"))
+        m.setattr(L, "sample_photos", lambda *a: (tmp_path / "photos", rows.sample(12, random_state=0), "manifest"))
         seen = probe(CFG, run_root=tmp_path, seconds=1.6, workers=1)
     t0 = time.perf_counter()
     head = build_pack(rows, tmp_path / "photos", tmp_path / "pack", workers=1, progress=False)
@@ -133,14 +133,14 @@ def test_what_is_declared_is_called_so():
     )
     with pytest.raises(PillsnapError, match="nobody has declared"):
         gpu_rate("RTX 9999")
-    said = tell(CFG, replace(STATION, data="synthetic"), *gpu_rate("RTX 5080"))
+    said = print_plan(CFG, replace(STATION, data="synthetic"), *gpu_rate("RTX 5080"))
     assert (
         "declared: RTX 5080 trains 315 to 420" in said
         and "synthetic photos" in said
         and "500,000" in said
         and "estimated: every stage" in said
     )
-    assert "an epoch lasts as long as the loader needs" in tell(CFG, STATION, *gpu_rate(None))
+    assert "an epoch lasts as long as the loader needs" in print_plan(CFG, STATION, *gpu_rate(None))
 
 
 @pytest.mark.spec("BX21")
@@ -176,22 +176,22 @@ def test_no_photo_of_a_sealed_group_is_opened(delivery, tmp_path):
 
     run = tmp_path / "run"
     convert_delivery(delivery, run)
-    assert sealed_groups(run) == set() and len(L.unsealed(run)[0]) == len(read_manifest(run / "manifest.csv")[0]), (
-        "before the first split nothing is sealed"
-    )
+    assert sealed_groups(run) == set() and len(L.without_sealed(run)[0]) == len(
+        read_manifest(run / "manifest.csv")[0]
+    ), "before the first split nothing is sealed"
     SplitsJob(run_dir=str(run), config="smoke", near_duplicates=False).run()
     df, sealed = read_manifest(run / "manifest.csv")[0], sealed_groups(run)
     shut = df["group_id"].isin(sealed)
     assert sealed and {"single", "combo"} <= set(df.loc[shut, "kind"])
-    rows = L.samples(None, run, CFG, tmp_path, n=10**6)[1]
+    rows = L.sample_photos(None, run, CFG, tmp_path, n=10**6)[1]
     assert set(rows["path"]) == set(df.loc[~shut, "path"]) and len(rows) == (~shut).sum(), (
         "every pill of a photo, and no photo of a sealed group"
     )
     code = (
         "import sys\nopened = []\n"
         "sys.addaudithook(lambda e, a: opened.append(str(a[0])) if e == 'open' else None)\n"
-        "from pillsnap import planner as L\nreal = L.samples\n"
-        "L.samples = lambda *a: real(*a, n=10**6)\nL._everywhere = lambda job, *a, workers: ((r := job(*a))[0]/r[1], r[2])\nL.processes = lambda n: lambda jobs: None\n"
+        "from pillsnap import planner as L\nreal = L.sample_photos\n"
+        "L.sample_photos = lambda *a: real(*a, n=10**6)\nL._everywhere = lambda job, *a, workers: ((r := job(*a))[0]/r[1], r[2])\nL.processes = lambda n: lambda jobs: None\n"
         f"print(L.probe(L.load_config('smoke'), run_root={str(run)!r}, seconds=8., workers=1).sampled)\n"
         "print(*{p for p in opened if p.endswith('.png')}, sep='\\n')"
     )
@@ -273,7 +273,9 @@ def test_the_gpu_memory_is_what_a_small_training_step_takes(name, size, batch, h
 def test_the_gpu_table_follows_the_settings(monkeypatch):
     "Batch overrides, headroom and the GPU's memory; what is not known is said to be unknown."
     monkeypatch.setattr(
-        L, "footprint", lambda model, size, half, ema: Footprint(10**9, 1e6 * size / 384 * (1 if half else 2), 0.0)
+        L,
+        "footprint",
+        lambda model, size, half, ema: MemoryFootprint(10**9, 1e6 * size / 384 * (1 if half else 2), 0.0),
     )
     t = vram_table(
         load_config("two_stage", ["train.stage_overrides={stage_4: {batch_size_override: 8}}"]),
@@ -291,11 +293,11 @@ def test_the_gpu_table_follows_the_settings(monkeypatch):
         and gpu_bytes("RTX 5080")[1].startswith("declared")
         and gpu_bytes("RTX 9999") == (None, "unknown: no GPU here, none named")
     )
-    said = tell(CFG, STATION, *gpu_rate("RTX 5080"), t, gpu_bytes("RTX 5080")[1])
+    said = print_plan(CFG, STATION, *gpu_rate("RTX 5080"), t, gpu_bytes("RTX 5080")[1])
     assert (
         "on no GPU measured" in said
         and "most that fit" in said
-        and "most that fit" not in tell(CFG, STATION, *gpu_rate("RTX 5080"))
+        and "most that fit" not in print_plan(CFG, STATION, *gpu_rate("RTX 5080"))
     )
 
 

@@ -13,7 +13,7 @@ from pillsnap.core.checkpoints import load_ckpt
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.files import read_json
 from pillsnap.core.jobs import read_record
-from pillsnap.dataset.splits import SplitsJob, load_stage
+from pillsnap.dataset.splits import SplitsJob, load_split_data
 from pillsnap.training.classifier import ClassifierJob
 from test_smoke_train import split_folder
 
@@ -81,7 +81,10 @@ def test_the_same_command_goes_on_and_ends_as_if_nothing_had_happened(killed, de
 
     straight = split_folder(tmp_path / "straight", delivery)
     res = job(straight).run()
-    assert res.record["status"] == "finished" and load_stage(straight, 0).class_map == load_stage(killed, 0).class_map
+    assert (
+        res.record["status"] == "finished"
+        and load_split_data(straight, 0).class_map == load_split_data(killed, 0).class_map
+    )
     a, b = (load_ckpt(r / "checkpoints" / "classifier" / "last.pt") for r in (straight, killed))
     assert a["epoch"] == b["epoch"] == EPOCHS and a["best_metric"] == b["best_metric"]
     for k, v in a["model_state"].items():

@@ -11,7 +11,7 @@ from pillsnap.core.config import load_config
 from pillsnap.core.files import read_json
 from pillsnap.core.records import Metric
 from pillsnap.core.jobs import RunFolder, read_record
-from pillsnap.dataset.splits import load_stage, smoke_splits
+from pillsnap.dataset.splits import load_split_data, smoke_splits
 from pillsnap.training.classifier import ClassifierJob
 
 FLAGS = (
@@ -61,7 +61,7 @@ def test_smoke_train(delivery, tmp_path):
         and set(row["views"]) == {"whole", "crop"}
     )
 
-    stage, best = load_stage(root, 0), load_ckpt(root / "checkpoints" / "classifier" / "best.pt")
+    stage, best = load_split_data(root, 0), load_ckpt(root / "checkpoints" / "classifier" / "best.pt")
     n = int((stage.val["kind"] == "single").sum())
     assert row["classification"]["n"] == n and res.table[0]["n"] == n  # nothing of the validation set was dropped (X66)
     assert (
@@ -88,7 +88,7 @@ def test_autocast_trains_and_validation_stays_in_full_precision(delivery, tmp_pa
         "pillsnap.core.device.cpu_has_bf16", lambda: True
     )  # emulated where it is not there: slow, but the same
     from fastai.callback.core import Callback
-    from pillsnap.training.classifier import prepare
+    from pillsnap.training.classifier import build_training
     from pillsnap.training.learner import Outputs
 
     root = split_folder(tmp_path / "run", delivery)
@@ -107,7 +107,7 @@ def test_autocast_trains_and_validation_stays_in_full_precision(delivery, tmp_pa
         def before_fit(self):
             self.hook = self.model.fc.register_forward_hook(lambda m, i, o: seen.add((self.training, o.dtype)))
 
-    learn, _ = prepare(load_stage(root, 0), cfg, Outputs(tmp_path / "ck", quiet=True))
+    learn, _ = build_training(load_split_data(root, 0), cfg, Outputs(tmp_path / "ck", quiet=True))
     learn.add_cb(Look())
     learn.fit(1)
     assert seen == {(True, torch.bfloat16), (False, torch.float32)}
@@ -122,10 +122,10 @@ def test_one_drug_is_refused(delivery, tmp_path):
     "A classifier of one class would be right always and worth nothing."
     from pillsnap.core.errors import PillsnapError
     from pillsnap.delivery.classmap import ClassMap
-    from pillsnap.training.classifier import prepare
+    from pillsnap.training.classifier import build_training
     from pillsnap.training.learner import Outputs
 
-    stage = load_stage(split_folder(tmp_path / "run", delivery), 0)
+    stage = load_split_data(split_folder(tmp_path / "run", delivery), 0)
     key = list(stage.class_map)[0]
     lone = dataclasses.replace(
         stage,
@@ -134,4 +134,4 @@ def test_one_drug_is_refused(delivery, tmp_path):
         val=stage.val[stage.val.class_key == key],
     )
     with pytest.raises(PillsnapError, match="at least two drugs"):
-        prepare(lone, load_config("smoke", [*FLAGS, f"paths.exp_dir={tmp_path / 'run'}"]), Outputs(quiet=True))
+        build_training(lone, load_config("smoke", [*FLAGS, f"paths.exp_dir={tmp_path / 'run'}"]), Outputs(quiet=True))

@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 
 from pillsnap.core.errors import PillsnapError
 from pillsnap.dataset import splits as S
-from pillsnap.dataset.splits import Quota, group_keys, image_split, load_splits, load_stage, make_splits, tidy_records
+from pillsnap.dataset.splits import (
+    StageQuota,
+    group_keys,
+    image_level_split,
+    load_splits,
+    load_split_data,
+    make_splits,
+    tidy_records,
+)
 
 QUIET = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 logging.getLogger("pillsnap.splits").addFilter(
@@ -125,7 +133,7 @@ def test_stages_nest(df, seed, steps):
     quotas, n, c, combos = [], 0, 0, 0
     for i, (dn, dc, gate, more) in enumerate(steps, 1):
         n, c, combos = n + dn, c + dc, combos + more
-        quotas.append(Quota(i, n, c, gate, combos))
+        quotas.append(StageQuota(i, n, c, gate, combos))
     stages = [make_splits(df, seed=seed, quotas=quotas, stage=q.stage) for q in quotas]
     p = [{k: set(getattr(s, k)["path"]) for k in ("train", "val", "pool", "test")} for s in stages]
     for a, b in combinations(range(len(stages)), 2):
@@ -225,7 +233,7 @@ def test_skewed_drugs_keep_their_share():
 @pytest.mark.spec("SP10")
 def test_samples_count_singles_and_combos_come_whole():
     "Without a quota of their own combos come all, in every stage, of any drug."
-    quotas = [Quota(1, 50, 3), Quota(2, 300, 10)]
+    quotas = [StageQuota(1, 50, 3), StageQuota(2, 300, 10)]
     a, b = (make_splits(full(), quotas=quotas, stage=i) for i in (1, 2))
     for s, q in ((a, quotas[0]), (b, quotas[1])):
         assert sum((x["kind"] == "single").sum() for x in (s.train, s.val)) == q.max_samples
@@ -238,7 +246,7 @@ def test_samples_count_singles_and_combos_come_whole():
 @pytest.mark.spec("SP10")
 def test_combos_have_a_nested_quota_of_their_own():
     "Exactly so many photos, of any drug, with all their pills, .15 of them validating; every stage has all clean combos in its pool; singles do not notice."
-    quotas = [Quota(1, 50, 3, 9, 20), Quota(2, 300, 10, 20, 60), Quota(3, 600, 20, 30)]
+    quotas = [StageQuota(1, 50, 3, 9, 20), StageQuota(2, 300, 10, 20, 60), StageQuota(3, 600, 20, 30)]
     s = [make_splits(full(combos=40), quotas=quotas, stage=q.stage) for q in quotas]
     combos = [
         {k: set(getattr(x, k).query("kind == 'combo'")["path"]) for k in ("train", "val", "pool", "test")} for x in s
@@ -263,7 +271,7 @@ def test_combos_have_a_nested_quota_of_their_own():
             getattr(s[0], k).query("kind == 'single'")["path"]
         )
     with pytest.raises(PillsnapError, match="cannot hold the .* of the stage before"):
-        make_splits(full(combos=40), quotas=[quotas[1], Quota(3, 600, 20, 0, 30)])
+        make_splits(full(combos=40), quotas=[quotas[1], StageQuota(3, 600, 20, 0, 30)])
 
 
 @pytest.mark.spec("SP10", "SP5")
@@ -314,7 +322,7 @@ def test_clean_photos_are_what_the_gate_asks_for():
 
 @pytest.mark.spec("SP4", "X74")
 def test_sealed_groups_are_the_same_in_every_stage_and_hold_no_photo_name(tmp_path):
-    quotas = [Quota(1, 50, 3), Quota(2, 300, 10)]
+    quotas = [StageQuota(1, 50, 3), StageQuota(2, 300, 10)]
     seals = []
     for q in quotas:
         S.write_splits(
@@ -323,7 +331,7 @@ def test_sealed_groups_are_the_same_in_every_stage_and_hold_no_photo_name(tmp_pa
         seals.append((tmp_path / "test_known.csv").read_text())
     assert seals[0] == seals[1] and ".png" not in seals[0] and len(seals[0].splitlines()) > 15
     with pytest.raises(PillsnapError, match="seal other groups"):
-        S.seal(make_splits(full(), seed=7), tmp_path)
+        S.seal_groups(make_splits(full(), seed=7), tmp_path)
     assert (tmp_path / "test_known.csv").read_text() == seals[0]
 
 
@@ -378,14 +386,15 @@ def test_an_interrupted_write_leaves_nothing_that_vouches(tmp_path, monkeypatch)
 def test_the_image_split_leaks_and_the_group_split_does_not():
     sp = make_splits(full(combos=0))
     both = pd.concat([sp.train, sp.val])
-    tr, va = image_split(both, (len(sp.train), len(sp.val)), 42)
+    tr, va = image_level_split(both, (len(sp.train), len(sp.val)), 42)
     assert (len(tr), len(va)) == (len(sp.train), len(sp.val)) and not set(tr["path"]) & set(va["path"])
     assert len(set(va["group_id"]) & set(tr["group_id"])) > 0.9 * va["group_id"].nunique()
     assert set(tr["path"]) | set(va["path"]) == set(both["path"])
     assert va["class_key"].value_counts().between(9, 12).all()
     assert not set(sp.val["group_id"]) & set(sp.train["group_id"])
     pd.testing.assert_frame_equal(
-        image_split(both.sample(frac=1, random_state=0), (0.85, 0.15), 3)[1], image_split(both, (0.85, 0.15), 3)[1]
+        image_level_split(both.sample(frac=1, random_state=0), (0.85, 0.15), 3)[1],
+        image_level_split(both, (0.85, 0.15), 3)[1],
     )
 
 
@@ -401,7 +410,7 @@ def test_bad_records_are_refused_in_words(records, said):
 
 def test_a_shrinking_stage_is_refused():
     with pytest.raises(PillsnapError, match="cannot hold"):
-        make_splits(full(), quotas=[Quota(1, 500, 10), Quota(2, 50, 20)])
+        make_splits(full(), quotas=[StageQuota(1, 500, 10), StageQuota(2, 50, 20)])
 
 
 # on a real, rendered delivery ---------------------------------------------------------------------------------------
@@ -428,7 +437,7 @@ def test_planted_near_duplicates_are_found_and_nothing_else(run, delivery):
     }
     report = json.loads((root / "artifacts" / "duplicates.json").read_text())
     assert planted and {frozenset(Path(p).name for p in pair[:2]) for pair in report["pairs"]} == planted
-    data = load_stage(root, 0)
+    data = load_split_data(root, 0)
     for pair in planted:
         where = {k for k in ("train", "pool") if any(Path(p).name in pair for p in getattr(data, k)["path"])}
         assert len(where) <= 1
@@ -440,7 +449,7 @@ def test_no_photo_is_copied_and_the_saving_is_computed(run):
     assert not [p for p in (root / "artifacts").rglob("*") if p.suffix in (".png", ".jpg")]
     assert not (root / "yolo_data").exists()
     s = json.loads((root / "reports" / "splits.json").read_text())["storage"]
-    data = load_stage(root, 0)
+    data = load_split_data(root, 0)
     paths = set(pd.concat([data.train, data.val])["path"])
     assert (
         s["photos_bytes"] == sum((data.root / p).stat().st_size for p in paths)
@@ -461,7 +470,7 @@ def test_the_detector_sees_the_stage_and_only_it(run, tmp_path):
     folder = RunFolder(copy)
 
     def seen():
-        y, data = S.stage_tree(folder, 0), load_stage(copy, 0)
+        y, data = S.write_detector_tree(folder, 0), load_split_data(copy, 0)
         for part in ("train", "val"):
             names = {p.stem for p in (y / "images" / part).iterdir()}
             assert (
@@ -492,12 +501,12 @@ def test_load_stage_notices_a_new_conversion_and_lost_photos(run, tmp_path):
     real = str((root.resolve() / head["root"]).resolve())
     (copy / "manifest.json").write_text(json.dumps(head | {"root": real, "data_hash": "0" * 64}))
     with pytest.raises(PillsnapError, match="converted again"):
-        load_stage(copy, 0)
+        load_split_data(copy, 0)
     (copy / "manifest.json").write_text(json.dumps(head | {"root": str(tmp_path)}))
     with pytest.raises(PillsnapError, match="photos of this stage are gone"):
-        load_stage(copy, 0)
+        load_split_data(copy, 0)
     (copy / "manifest.json").write_text(json.dumps(head | {"root": real}))
-    assert len(load_stage(copy, 0).train)
+    assert len(load_split_data(copy, 0).train)
 
 
 @pytest.mark.spec("BX20", "SP5")
@@ -518,7 +527,7 @@ def test_four_stages_in_one_folder(run):
     ).run()
     for stage in (2, 1, 4):
         cut(stage)
-    d = {i: load_stage(root, i) for i in (1, 2, 4)}
+    d = {i: load_split_data(root, i) for i in (1, 2, 4)}
     assert [len(d[i].class_map) for i in (1, 2, 4)] == [2, 4, 6]
     for a, b in ((1, 2), (2, 4)):
         assert set(d[a].train["path"]) <= set(d[b].train["path"]) and set(d[a].class_map) <= set(d[b].class_map)
@@ -571,7 +580,7 @@ def cut_again(run, to, *overrides):
     head = json.loads((root / "manifest.json").read_text())
     (to / "manifest.json").write_text(json.dumps(head | {"root": str((root.resolve() / head["root"]).resolve())}))
     res = S.SplitsJob(run_dir=str(to), config="smoke", overrides=overrides, near_duplicates=False).run()
-    return load_stage(to, 0), res
+    return load_split_data(to, 0), res
 
 
 @pytest.mark.spec("X46", "X81")
@@ -638,7 +647,7 @@ def test_left_out_drugs_are_nowhere_else(df, seed, share):
     if df["class_key"].nunique() < 2:
         return
     try:
-        known, out = S.leave_drugs_out(df, share, seed)
+        known, out = S.hold_out_drugs(df, share, seed)
     except PillsnapError as e:
         assert "one drug" in str(e)
         return
@@ -649,7 +658,7 @@ def test_left_out_drugs_are_nowhere_else(df, seed, share):
         and len(known) + len(out) == len(df)
         and not set(known["path"]) & set(out["path"])
     )
-    assert new <= set(S.leave_drugs_out(df, 0.95, seed)[1]["class_key"])
+    assert new <= set(S.hold_out_drugs(df, 0.95, seed)[1]["class_key"])
     tied = df[(df["kind"] == "single") & (df["dup_id"] != "")].groupby("dup_id")["class_key"].agg(set)
     assert all(not t & new or t <= new for t in tied)
 
@@ -678,7 +687,7 @@ def id_folders(draw):
                     path=f"{c}/{i:04d}_{v}.jpg",
                     class_key=c,
                     kind="single",
-                    group_id=S.id_of(f"{c}/{i:04d}_{v}.jpg"),
+                    group_id=S.photo_id(f"{c}/{i:04d}_{v}.jpg"),
                     width=draw(st.sampled_from([200, 224, 300])),
                     height=400,
                 )
@@ -690,7 +699,7 @@ def id_folders(draw):
 @FEW
 @given(id_folders(), st.integers(0, 99))
 def test_an_id_is_in_one_split_and_a_small_photo_takes_its_id_along(df, seed):
-    kept, notes = S.leave_small_out(df, 224)
+    kept, notes = S.drop_small_photos(df, 224)
     small = set(df.loc[df["width"] < 224, "group_id"])
     assert set(kept["group_id"]) == set(df["group_id"]) - small and bool(notes) == bool(small)
     if kept.empty:
@@ -726,19 +735,19 @@ def test_a_folder_of_ids_becomes_a_split(tmp_path):
     )
     res = job().run()
     lists = json.loads((tmp_path / "run/artifacts/retrieval/splits.json").read_text())
-    ids = {k: {S.id_of(r["path"]) for r in rows} for k, rows in lists.items()}
+    ids = {k: {S.photo_id(r["path"]) for r in rows} for k, rows in lists.items()}
     assert {k: len(v) for k, v in ids.items()} == {"train": 26, "val": 6, "test": 6} and len(
         set.union(*ids.values())
     ) == 38
     assert any("smaller than 224 pixels" in n for n in res.notes) and not {"가007", "다007"} & set.union(*ids.values())
-    data = load_stage(tmp_path / "run", 0)
+    data = load_split_data(tmp_path / "run", 0)
     assert (
         data.class_map.keys == ("가나정", "다라정")
-        and not {S.id_of(p) for p in pd.concat([data.train, data.pool])["path"]} & ids["test"]
+        and not {S.photo_id(p) for p in pd.concat([data.train, data.pool])["path"]} & ids["test"]
     )
     job("retrieval.min_image_size=64").run()
     assert "가007" in {
-        S.id_of(r["path"])
+        S.photo_id(r["path"])
         for rows in json.loads((tmp_path / "run/artifacts/retrieval/splits.json").read_text()).values()
         for r in rows
     }
@@ -828,12 +837,12 @@ def decided(run, tmp_path):
 @pytest.mark.spec("BX22")
 def test_decisions_are_applied_before_the_split_and_counted(decided):
     "A dropped photo is in no part, a relabelled one carries its new drug, the manifest's file stays as it was, the stage is stale."
-    from pillsnap.core.jobs import stale
+    from pillsnap.core.jobs import why_stale
 
     copy, _ = decided()
     cfg = S.SplitsJob(run_dir=str(copy)).cfg
-    assert stale(copy, "splits", cfg) is None
-    raw, d = (copy / "manifest.csv").read_bytes(), load_stage(copy, 0)
+    assert why_stale(copy, "splits", cfg) is None
+    raw, d = (copy / "manifest.csv").read_bytes(), load_split_data(copy, 0)
     one, two = (r for r in d.train.query("kind == 'single'").drop_duplicates("class_key").head(2).itertuples())
     combo = d.train.query("kind == 'combo'").iloc[0]
     _, res = decided(
@@ -842,7 +851,7 @@ def test_decisions_are_applied_before_the_split_and_counted(decided):
         (combo.path, combo.class_key, "drop"),
         ("gone.png", "K-000001", "drop"),
     )
-    d = load_stage(copy, 0)
+    d = load_split_data(copy, 0)
     everything = pd.concat([d.train, d.val, d.pool])
     assert not {one.path, combo.path} & set(everything["path"]) and (copy / "manifest.csv").read_bytes() == raw
     said = [n for n in res.notes if "overlay.jsonl" in n]
@@ -856,7 +865,7 @@ def test_decisions_are_applied_before_the_split_and_counted(decided):
     from pillsnap.dataset.overlay import Decision, Overlay
 
     Overlay(copy).add(Decision(two.path, two.class_key, "drop"))
-    assert stale(copy, "splits", cfg) == ("its input overlay.jsonl changed", [])
+    assert why_stale(copy, "splits", cfg) == ("its input overlay.jsonl changed", [])
 
 
 @pytest.mark.spec("BX1")
@@ -867,10 +876,10 @@ def test_thumbnails_are_made_once(run, monkeypatch):
 
     root, _ = run
     df = tidy_records(S.read_manifest(root / "manifest.csv")[0])
-    singles, opened, real = df[df["kind"] == "single"], [], D.glance
-    monkeypatch.setattr(D, "glance", lambda p, b: opened.append(p) or real(p, b))
+    singles, opened, real = df[df["kind"] == "single"], [], D.thumbnail_of
+    monkeypatch.setattr(D, "thumbnail_of", lambda p, b: opened.append(p) or real(p, b))
     delivery_root = S.read_manifest(root / "manifest.csv")[1]["root"]
-    look = lambda: D.look_at_thumbnails(
+    look = lambda: D.update_thumbnails(
         singles, delivery_root, D.ThumbStore(root / "artifacts" / "thumbnails"), progress=False
     )
     assert (look() >= 0).all() and opened == []
@@ -892,7 +901,7 @@ def one_by_one(thumbs, drug):
         if drug[i] >= 0 <= drug[j]
         and drug[i] != drug[j]
         and np.bitwise_count(h[i] ^ h[j]).sum() <= D.SAME_BITS
-        and D.alike(thumbs[i], thumbs[j], D.SAME_MEAN, D.SAME_TAIL)
+        and D.same_picture(thumbs[i], thumbs[j], D.SAME_MEAN, D.SAME_TAIL)
     ]
 
 
@@ -925,8 +934,8 @@ def test_black_photos_cost_no_square(monkeypatch):
     "Fifteen hundred black photos under two hundred drugs, or a thousand of one drug and the rest of another: comparisons and pairs grow with the photos."
     from pillsnap.dataset import duplicates as D
 
-    looked, real = [], D.alike
-    monkeypatch.setattr(D, "alike", lambda *a: looked.append(1) or real(*a))
+    looked, real = [], D.same_picture
+    monkeypatch.setattr(D, "same_picture", lambda *a: looked.append(1) or real(*a))
     thumbs, at = np.zeros((1500, 64, 64), np.uint8), np.arange(1500)
     for drug in (at % 200, at // 1000):
         looked.clear()
@@ -941,7 +950,7 @@ def test_thumbnails_survive_a_line_that_was_cut_off(run, tmp_path):
 
     df, head = S.read_manifest(run[0] / "manifest.csv")
     few = df[df["kind"] == "single"].head(3)
-    look = lambda: (D.look_at_thumbnails(few, head["root"], s := D.ThumbStore(tmp_path), workers=1, progress=False), s)
+    look = lambda: (D.update_thumbnails(few, head["root"], s := D.ThumbStore(tmp_path), workers=1, progress=False), s)
     at, store = look()
     whole, raw, thumbs = store.names.read_bytes(), store.raw.read_bytes(), store.array()[at].copy()
     last = whole[:-1].rindex(b"\n") + 1

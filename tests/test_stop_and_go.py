@@ -23,7 +23,7 @@ from pillsnap.dataset.datasets import PillsnapClsDataset
 from pillsnap.dataset.loaders import PhotoLoader
 from pillsnap.dataset.sampling import BalancedBatchSampler, EpochSampler
 from pillsnap.training.classifier import ClassifierJob
-from pillsnap.training.learner import Outputs, build_learner, going_on, read_last
+from pillsnap.training.learner import Outputs, build_learner, load_resume_checkpoint, read_last_checkpoint
 from pillsnap.training.saving import average_weights, restore
 from test_memory import Painted, table
 from test_smoke_train import split_folder
@@ -81,7 +81,7 @@ def learner(folder, source=None, balanced=False, n=60, **loader):
         out=Outputs(folder, quiet=True),
     )
     if (folder / "last.pt").exists():
-        learn.first_epoch = restore(learn, read_last(folder / "last.pt", cfg, CM.to_dict()))
+        learn.first_epoch = restore(learn, read_last_checkpoint(folder / "last.pt", cfg, CM.to_dict()))
     return learn
 
 
@@ -171,7 +171,7 @@ def test_every_loader_and_sampler_goes_on_where_it_stood(straight, tmp_path, kin
 @pytest.mark.spec("CT16", "X73")
 def test_the_total_may_grow_and_nothing_else_may_change(straight, tmp_path):
     save_ckpt(tmp_path / "last.pt", **straight)
-    ask = lambda *over: going_on(
+    ask = lambda *over: load_resume_checkpoint(
         tmp_path / "last.pt",
         load_config(
             "smoke",

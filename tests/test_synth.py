@@ -263,7 +263,7 @@ def test_killed_rendering_is_gone_on_with(tmp_path):
 
 def test_a_photo_that_was_cut_off_is_taken_again(tmp_path):
     plan = plan_delivery(**TINY)
-    synth.claim(tmp_path / "d", plan)
+    synth.claim_folder(tmp_path / "d", plan)
     list(synth.run_tasks(tmp_path / "d", plan.tasks[:2], 1, False))
     (tmp_path / "d" / plan.tasks[0].image).write_bytes(b"\x89PNG")
     (tmp_path / "d" / plan.tasks[1].labels[0][0]).unlink()
@@ -626,7 +626,7 @@ def test_nothing_else_is_wrong(spoilt):
         touched = {out / t.image, *(out / l for l, _ in t.labels)} & planted
         if touched:
             continue
-        files = synth.take(t)
+        files = synth.render_task(t)
         assert all((out / p).read_bytes() == b for p, b in files.items()), (
             "a photo without a planted fault is the photo of the clean delivery"
         )

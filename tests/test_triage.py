@@ -19,7 +19,7 @@ from pillsnap.dataset.triage import (
     issues_of_run,
     rank_issues,
     read_predictions,
-    suspects,
+    label_suspects,
 )
 
 FLOOR = 0.55  # precision among as many photos as were mislabelled; by chance it would be .02
@@ -57,7 +57,7 @@ def test_planted_wrong_labels_come_first(drugs):
     for seed in range(4):
         table, bad = plant(singles, seed)
         for out, feats in ((hit, x), (blind, np.random.default_rng(seed).permutation(x))):
-            worst = suspects(cross_validated(feats, table, seed=seed))["path"].head(len(bad))
+            worst = label_suspects(cross_validated(feats, table, seed=seed))["path"].head(len(bad))
             out.append(np.mean([p in bad for p in worst]))
     assert np.mean(hit) >= FLOOR and np.mean(blind) <= 0.15, (hit, blind)
 

@@ -10,9 +10,9 @@ from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.files import read_json, sha256_file
 from pillsnap.core.jobs import RunFolder, read_record
-from pillsnap.dataset.splits import load_stage, smoke_splits
+from pillsnap.dataset.splits import load_split_data, smoke_splits
 from pillsnap.models.factory import load_classifier
-from pillsnap.training.classifier import ClassifierJob, prepare
+from pillsnap.training.classifier import ClassifierJob, build_training
 from pillsnap.training.learner import Outputs
 from pillsnap.training.saving import Checkpoint
 
@@ -68,12 +68,12 @@ def test_rows_and_answers_of_the_shared_drugs_are_the_smaller_stages(both, large
     "Compared by class key: the shared drugs have other numbers in the larger map, and the new drugs' rows are fresh."
     small_ckpt = both[0] / "checkpoints" / "classifier" / "best.pt"
     old, of, size, saved = load_classifier(small_ckpt)
-    data, cfg = load_stage(large, 2), load_config("smoke", overrides(2, from_small(both)))
+    data, cfg = load_split_data(large, 2), load_config("smoke", overrides(2, from_small(both)))
     to = data.class_map
     shared, new = [k for k in to if of.id(k) >= 0], [k for k in to if of.id(k) < 0]
     assert len(shared) == 4 and len(new) == 2 and any(of.id(k) != to.id(k) for k in shared)
 
-    learn, origin = prepare(data, cfg, Outputs(large / "checkpoints" / "classifier", quiet=True))
+    learn, origin = build_training(data, cfg, Outputs(large / "checkpoints" / "classifier", quiet=True))
     a, b = [of.id(k) for k in shared], [to.id(k) for k in shared]
     head = learn.model.fc
     assert torch.equal(head.weight[b], old.fc.weight[a]) and torch.equal(head.bias[b], old.fc.bias[a])
@@ -81,7 +81,7 @@ def test_rows_and_answers_of_the_shared_drugs_are_the_smaller_stages(both, large
         if not name.startswith("fc."):
             assert torch.equal(t, saved["model_state"][name]), name
 
-    cold, _ = prepare(
+    cold, _ = build_training(
         data, load_config("smoke", overrides(2)), Outputs(large / "checkpoints" / "classifier", quiet=True)
     )
     fresh = [to.id(k) for k in new]
@@ -102,7 +102,7 @@ def test_the_run_says_where_its_weights_came_from(both, large):
     "Log, report, checkpoint and run record name the file, its hash, both class maps and the counts."
     source = both[0] / "checkpoints" / "classifier" / "best.pt"
     res = job(large, 2, from_small(both)).run()
-    of, to = load_ckpt(source)["class_map"], load_stage(large, 2).class_map
+    of, to = load_ckpt(source)["class_map"], load_split_data(large, 2).class_map
     log = (large / "logs" / "pillsnap.classifier.log").read_text(encoding="utf-8")
     assert f"{source}, sha256 {sha256_file(source)[:12]}" in log and "from scratch" not in log
     assert (
@@ -156,13 +156,13 @@ def test_a_checkpoint_that_was_trained_on_judging_photos_is_refused(both, large,
     other.mkdir()
     (other / "delivery").symlink_to((both[0] / "delivery").resolve())
     smoke_splits(RunFolder(other, "splits"), load_config("smoke", overrides(1, "train.seed=5")))
-    assert set(load_stage(other, 1).train["group_id"]) & set(load_stage(large, 2).pool["group_id"])
+    assert set(load_split_data(other, 1).train["group_id"]) & set(load_split_data(large, 2).pool["group_id"])
     path = other / "checkpoints" / "classifier" / "best.pt"
     save_ckpt(
         path,
         **{
             **load_ckpt(both[0] / "checkpoints" / "classifier" / "best.pt"),
-            "class_map": load_stage(other, 1).class_map.to_dict(),
+            "class_map": load_split_data(other, 1).class_map.to_dict(),
         },
     )
     with pytest.raises(PillsnapError, match=r"\d+ photos that judge this run share a capture group"):
@@ -185,9 +185,9 @@ def test_a_checkpoint_that_was_trained_on_judging_photos_is_refused(both, large,
     ],
 )
 def test_weights_that_do_not_fit_are_refused(both, large, more, why):
-    data, cfg = load_stage(large, 2), load_config("smoke", overrides(2, from_small(both), *more))
+    data, cfg = load_split_data(large, 2), load_config("smoke", overrides(2, from_small(both), *more))
     with pytest.raises(PillsnapError, match=why):
-        prepare(data, cfg, Outputs(large / "checkpoints" / "classifier", quiet=True))
+        build_training(data, cfg, Outputs(large / "checkpoints" / "classifier", quiet=True))
 
 
 def test_settings_that_do_not_go_together_are_refused(both, large):

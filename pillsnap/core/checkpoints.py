@@ -18,8 +18,8 @@ import torch
 
 # %% ../../nbs/core/080_checkpoints.ipynb #7bab0266
 from .errors import PillsnapError
-from .files import atomic_path, os_trouble
-from .logs import decide
+from .files import atomic_path, os_error
+from .logs import log_decision
 
 # %% ../../nbs/core/080_checkpoints.ipynb #458440ad
 def _tensor(t: torch.Tensor) -> torch.Tensor:
@@ -112,7 +112,7 @@ def save_ckpt(
     sampler_state: Any = None,  # where the sampler stands
     **kwargs: Any,  # more plain values: backbone, img_size, ema_state
 ) -> Path:
-    "Write a checkpoint whole or not at all (SPEC Annex 3, CT15)."
+    "Write a checkpoint whole or not at all."
     state = dict(
         model_state=model_state,
         optimizer_state=optimizer_state,
@@ -162,7 +162,7 @@ def _read(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as e:
-        raise os_trouble("the checkpoint cannot be read", path, e) from e
+        raise os_error("the checkpoint cannot be read", path, e) from e
     except pickle.UnpicklingError as e:
         raise PillsnapError(
             "this file holds Python objects that could run code when read, so it was not read",
@@ -183,7 +183,7 @@ def class_map_difference(
     saved: Mapping,  # of the checkpoint: kind, keys, fingerprint
     asked: Mapping,  # of the data at hand
 ) -> str | None:  # None when they are the same map
-    "What separates two class maps, in words (SPEC BX8)."
+    "What separates two class maps, in words."
     a, b = list(saved.get("keys", [])), list(asked.get("keys", []))
     if a == b and saved.get("kind") == asked.get("kind"):
         if saved.get("fingerprint") == asked.get("fingerprint"):
@@ -233,7 +233,7 @@ _TASKS = {"classifier": "classification", "detector": "detection"}  # what D cal
 def find_ckpt(
     path: str | os.PathLike,  # checkpoints/<model>/best.pt or last.pt
 ) -> Path:  # that file, or the same under one of the sources' names
-    "A checkpoint under its own or another known name (SPEC X76, RT8)."
+    "A checkpoint under its own or another known name."
     path = Path(path)
     if path.exists():
         return path
@@ -241,7 +241,7 @@ def find_ckpt(
     home = lambda n: path.parent.parent if n.startswith("../") else path.parent  # the model's own folder may be missing
     there = [q for n in stems for e in (".pt", ".pth") if (q := home(n) / f"{n.removeprefix('../')}{e}").exists()]
     if there:
-        decide(None, f"checkpoint: {there[0]} is read as {path.name}, which is not there")
+        log_decision(None, f"checkpoint: {there[0]} is read as {path.name}, which is not there")
     return there[0] if there else path
 
 # %% ../../nbs/core/080_checkpoints.ipynb #18d20585
@@ -250,7 +250,7 @@ def load_ckpt(
     class_map: Mapping | None = None,  # refuse a checkpoint of any other map
     backbone: str | None = None,  # refuse a checkpoint of any other network
 ) -> dict[str, Any]:  # the fields of FIELDS, and the extras; tensors on the CPU
-    "Read a checkpoint without unpickling, and check that it fits (SPEC CT15, BX8, RS6)."
+    "Read a checkpoint without unpickling, and check that it fits."
     path = find_ckpt(path)
     ckpt = _read(path)
     lacks = [f for f in FIELDS if f not in ckpt] if isinstance(ckpt, dict) else list(FIELDS)

@@ -30,7 +30,7 @@ from .files import canonical_json, sha256_text
 
 # %% ../../nbs/core/020_config.ipynb #2feec161
 class Block(BaseModel):
-    "A part of the configuration tree (SPEC Annex 1)."
+    "A part of the configuration tree."
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
 
@@ -51,9 +51,7 @@ class Project(Block):
 
     name: str = key("pillsnap", "a label for logs and reports")
     family: Literal["two_stage", "narrow", "retrieval"] = key("two_stage", "which preset family trains")
-    active_feature_set: Literal["mvp", "advanced", "production"] = key(
-        "mvp", "which features are imported at all (SPEC CF3)"
-    )
+    active_feature_set: Literal["mvp", "advanced", "production"] = key("mvp", "which features are imported at all")
 
 
 def _local_path(v: str) -> str:
@@ -94,14 +92,14 @@ class StageSpec(Block):
         "most ms of one answer, p95; may tighten what the stage's gate asks, never loosen it; null = the gate's",
         gt=0,
     )
-    allow_success_on_time_cap: bool = key(False, "a run stopped by the clock may count (SPEC SG7)")
+    allow_success_on_time_cap: bool = key(False, "a run stopped by the clock may count")
     time_limit_hours: float | None = key(None, "that clock, hours")
     min_samples_required: int | None = key(None, "photos seen before the clock may count")
     min_class_coverage: int | None = key(None, "drugs seen before the clock may count")
 
 # %% ../../nbs/core/020_config.ipynb #164df6e0
 class Progressive(Block):
-    "The four growing stages and the demo's stage 0; one combo for ten singles until stage 4 takes all (ours; SPEC SP10)."
+    "The four growing stages and the demo's stage 0; one combo for ten singles until stage 4 takes all (ours)."
 
     current_stage: int = key(1, "0 demo, 1-4", ge=0, le=4)
     stage_0: StageSpec = key(
@@ -157,7 +155,7 @@ class ClassificationData(Block):
 
 
 class AugmentDetection(Block):
-    "Augmentation of the detector (SPEC TL2)."
+    "Augmentation of the detector."
 
     randaugment: bool = key(False, "never for boxes")
     mosaic: float = key(0.5, "probability", ge=0, le=1)
@@ -167,7 +165,7 @@ class AugmentDetection(Block):
 
 
 class AugmentClassification(Block):
-    "Augmentation of the classifier (SPEC TL1, X52)."
+    "Augmentation of the classifier."
 
     randaugment: bool = key(True, "two random operations of magnitude 7-9")
     color_jitter: tuple[float, float, float, float] = key(
@@ -176,7 +174,7 @@ class AugmentClassification(Block):
     hflip: bool = key(True, "mirrors imprints: warned")
     auto_augment: str | None = key(None, "a timm policy string instead of RandAugment")
     rotation: float = key(0.0, "random turn, degrees either way; pills lie as they fall", ge=0, le=180)
-    erasing: float = key(0.0, "share of photos that lose a random rectangle (SPEC TL19)", ge=0, le=1)
+    erasing: float = key(0.0, "share of photos that lose a random rectangle", ge=0, le=1)
     crop_scale_min: float = key(0.8, "smallest random crop, share of the area", gt=0, le=1)
 
 
@@ -188,7 +186,7 @@ class Augment(Block):
 
 # %% ../../nbs/core/020_config.ipynb #88a691b1
 class Imbalance(Block):
-    "What is done about rare drugs (SPEC TL8, X33, X34)."
+    "What is done about rare drugs."
 
     use_class_weights: bool = key(True, "weigh the loss")
     method: Literal["inv_freq", "effective_num"] = key("inv_freq", "how the weights follow the counts")
@@ -234,7 +232,7 @@ class Data(Block):
     group_by: Literal["capture", "drug", "image"] = key(
         "capture", "what a split may not part; image leaks, for the leak gap only"
     )
-    test_known_ratio: float = key(0.05, "Training groups sealed as the closed-set test (X74)", ge=0, lt=0.5)
+    test_known_ratio: float = key(0.05, "Training groups sealed as the closed-set test", ge=0, lt=0.5)
     test_data_source: Literal["aihub_validation"] = key(
         "aihub_validation", "the open-set test, data/val of the delivery; the only legal value"
     )
@@ -250,7 +248,7 @@ class Data(Block):
 
 # %% ../../nbs/core/020_config.ipynb #1207693c
 class RamOptimization(Block):
-    "What is kept in memory (SPEC TL12)."
+    "What is kept in memory."
 
     cache_policy: Literal["labels_only", "hotset", "lmdb"] = key(
         "labels_only", "labels only; decoded photos in one shared buffer; LMDB"
@@ -262,7 +260,7 @@ class RamOptimization(Block):
 
 
 class DataLoaderConfig(Block):
-    "How photos reach the training step (SPEC TL5)."
+    "How photos reach the training step."
 
     source: Literal["auto", "delivery", "pack", "memory"] = key(
         "auto",
@@ -284,7 +282,7 @@ class DataLoaderConfig(Block):
 
 # %% ../../nbs/core/020_config.ipynb #75547004
 class PackConfig(Block):
-    "The photos once more, small, in a few files (SPEC section 6)."
+    "The photos once more, small, in a few files."
 
     enabled: bool = key(False, "build it where training needs it and it is not there")
     scale: float = key(0.5, "of both sides, for whole photos; 0.5 makes 488 x 640 of 976 x 1280", gt=0, le=1)
@@ -302,7 +300,7 @@ class Ema(Block):
 
 
 class Mixing(Block):
-    "Two photos in one, with both answers (SPEC X53, NM8). Off under ArcFace."
+    "Two photos in one, with both answers. Off under ArcFace."
 
     mixup: float = key(0.0, "alpha of mixup's Beta; 0 = off", ge=0)
     cutmix: float = key(0.0, "alpha of cutmix's Beta; 0 = off", ge=0)
@@ -313,7 +311,7 @@ class Mixing(Block):
 
 
 class Saving(Block):
-    "What is saved beside best.pt and last.pt, and how often (SPEC CT15, NM9, BX10, BX23)."
+    "What is saved beside best.pt and last.pt, and how often."
 
     every_steps: int = key(500, "optimizer steps between saves inside an epoch", ge=1)
     every_minutes: float = key(5.0, "or minutes, whichever comes first", gt=0)
@@ -332,7 +330,7 @@ class EarlyStopping(Block):
 
 
 class OomPolicy(Block):
-    "What an out-of-memory error does (SPEC Annex 2). The first five must be stated."
+    "What an out-of-memory error does. The first five must be stated."
 
     max_retries: int = key(..., "retries before the emergency exit", ge=0)
     max_grad_accum: int = key(..., "largest accumulation", ge=1)
@@ -340,11 +338,11 @@ class OomPolicy(Block):
     cooldown_sec: float = key(..., "pause after the error, seconds", ge=0)
     escalate_to_fp16: bool = key(..., "try 16-bit autocast once")
     reset_after_clean_steps: int = key(200, "steps after which the retries are forgotten", ge=1)
-    wd_scale_mode: Literal["constant", "declared"] = key("constant", "keep lr x wd x steps (X21)")
+    wd_scale_mode: Literal["constant", "declared"] = key("constant", "keep lr x wd x steps")
 
 # %% ../../nbs/core/020_config.ipynb #a4bff877
 class TrainClassification(Block):
-    "The classifier's training (SPEC CT1-CT25)."
+    "The classifier's training."
 
     backbone: str = key("tf_efficientnetv2_s", "a timm model name")
     pretrained: Literal["auto"] | bool = key("auto", "auto: local file, else download if it answers, else scratch")
@@ -354,7 +352,7 @@ class TrainClassification(Block):
         "a smaller stage's run folder or checkpoint: a fresh start copies its backbone and, "
         "by class key, its head's rows; in place of pretrained",
     )
-    declared_classes: int | None = key(None, "printed beside the actual number; never used (X1)")
+    declared_classes: int | None = key(None, "printed beside the actual number; never used")
     epochs: int = key(30, "in total, also on resume", ge=1)
     lr: float = key(2e-4, "peak learning rate", gt=0)
     weight_decay: float = key(1e-4, "decoupled", ge=0)
@@ -362,7 +360,7 @@ class TrainClassification(Block):
     betas: tuple[float, float] = key((0.9, 0.999), "AdamW's two memories")
     eps: float = key(1e-8, "AdamW's smallest denominator", gt=0)
     scheduler: Literal["cosine", "onecycle", "cosine_min_lr", "cosine_warm_restarts", "reduce_on_plateau"] = key(
-        "cosine", "learning rate over the optimizer steps (SPEC X27)"
+        "cosine", "learning rate over the optimizer steps"
     )
     warmup_steps: int = key(500, "linear warm-up; at most a tenth of the run", ge=0)
     warmup_epochs: float | None = key(None, "the same in epochs; rules over warmup_steps", ge=0)
@@ -391,13 +389,11 @@ class TrainClassification(Block):
     mixing: Mixing = key(Mixing(), "mixup and cutmix")
     head: Literal["linear", "arcface"] = key("linear", "what turns an embedding into classes")
     freeze_backbone_epochs: int = key(0, "epochs in which the head alone learns", ge=0)
-    crop_view_prob: float = key(0.5, "share of training views that are box crops (X72)", ge=0, le=1)
-    combo_crops: bool = key(True, "boxed pills of training combos teach too, as crops (X72)")
+    crop_view_prob: float = key(0.5, "share of training views that are box crops", ge=0, le=1)
+    combo_crops: bool = key(True, "boxed pills of training combos teach too, as crops")
     ema: Ema = key(Ema(), "moving average")
     saving: Saving = key(Saving(), "checkpoints")
-    stall_check: bool = key(
-        True, "two validations alike to the last digit, or weights that did not move, are an error (BX10)"
-    )
+    stall_check: bool = key(True, "two validations alike to the last digit, or weights that did not move, are an error")
     early_stopping: EarlyStopping = key(EarlyStopping(), "stop early")
 
     _where = field_validator("init_from")(lambda v: v if v is None else _local_path(v))
@@ -406,13 +402,13 @@ class TrainClassification(Block):
     def _one_drug_a_photo(self) -> "TrainClassification":
         if self.head == "arcface" and (self.mixing.mixup or self.mixing.cutmix):
             raise ValueError(
-                "an ArcFace margin belongs to one drug, and a mixed photo has two; switch mixing off, or take head=linear (X53)"
+                "an ArcFace margin belongs to one drug, and a mixed photo has two; switch mixing off, or take head=linear"
             )
         return self
 
 # %% ../../nbs/core/020_config.ipynb #d9873093
 class TrainDetection(Block):
-    "The detector's training (SPEC DT1-DT3). A null key means the library's default."
+    "The detector's training. A null key means the library's default."
 
     model: str = key("yolo11m", "a YOLO11 size: yolo11n, s, m, l or x")
     epochs: int = key(50, "in total, also on resume", ge=1)
@@ -447,7 +443,7 @@ class TrainSegmentation(Block):
 
 
 class StageOverride(Block):
-    "What one stage changes (SPEC CT23)."
+    "What one stage changes."
 
     batch_size_override: int | None = key(None, "photos per step", ge=1)
     compile_mode: Literal["none", "reduce-overhead", "max-autotune"] | None = key(None, "torch.compile")
@@ -461,10 +457,10 @@ class Train(Block):
     seed: int = key(42, "every random choice hangs on it", ge=0)
     deterministic: bool = key(False, "deterministic algorithms, slower")
     num_threads: int | None = key(None, "CPU threads of torch; null = its own choice", ge=1)
-    strategy: Literal["sequential", "interleaved"] = key("sequential", "one model after the other, or in turn (X75)")
+    strategy: Literal["sequential", "interleaved"] = key("sequential", "one model after the other, or in turn")
     interleave_ratio: tuple[int, int] = key((1, 1), "detection : classification")
-    resume: Literal["auto", "last"] | None = key("auto", "continue from last.pt when there is one (X73)")
-    leak_gap: bool = key(False, "train an image-split twin and report the gap (BX1)")
+    resume: Literal["auto", "last"] | None = key("auto", "continue from last.pt when there is one")
+    leak_gap: bool = key(False, "train an image-split twin and report the gap")
     classification: TrainClassification = key(TrainClassification(), "classifier")
     detection: TrainDetection = key(TrainDetection(), "detector")
     segmentation: TrainSegmentation = key(TrainSegmentation(), "masks")
@@ -505,12 +501,10 @@ class Optimization(Block):
     "Speed switches."
 
     torch_compile: Literal["auto", "none", "reduce-overhead", "max-autotune"] = key(
-        "auto", "auto: by stage and feature set; none on CPU (X57)"
+        "auto", "auto: by stage and feature set; none on CPU"
     )
     channels_last: bool = key(True, "memory format of the networks")
-    compile_warmup_steps: int = key(
-        100, "first steps that do not count in the throughput of a compiled network (CT8)", ge=0
-    )
+    compile_warmup_steps: int = key(100, "first steps that do not count in the throughput of a compiled network", ge=0)
     cuda_graphs: bool = key(False, "needs fixed shapes")
     grad_checkpointing: bool = key(False, "less memory, more time")
 
@@ -525,7 +519,7 @@ class Inference(Block):
 
 
 class Synth(Block):
-    "The synthetic delivery that stands in for AI Hub's (SPEC BX5)."
+    "The synthetic delivery that stands in for AI Hub's."
 
     drugs: int = key(12, "drugs in Training", ge=1)
     photos: int = key(72, "single photos a drug", ge=1)
@@ -545,22 +539,22 @@ class Evaluation(Block):
     )
     calibration: bool = key(True, "fit a temperature on the calibration photos that the splits set aside")
     advisor_thresholds: tuple[float, float, float] = key(
-        (1.0, 0.7, 0.5), "performance scores: all met, proceed, optimise (SPEC X7)"
+        (1.0, 0.7, 0.5), "performance scores: all met, proceed, optimise"
     )
-    latency_warmup: int = key(20, "answers before the clock starts (EV6)", ge=0)
-    latency_runs: int = key(200, "answers timed (EV6)", ge=1)
+    latency_warmup: int = key(20, "answers before the clock starts", ge=0)
+    latency_runs: int = key(200, "answers timed", ge=1)
 
 
 class Export(Block):
     "How a model leaves."
 
-    opset: int = key(17, "ONNX operator set (X55)", ge=13)
+    opset: int = key(17, "ONNX operator set", ge=13)
     compare_photos: int = key(200, "photos on which torch and ONNX must agree", ge=1)
     compare_detector_photos: int = key(100, "the same for the detector", ge=1)
 
 # %% ../../nbs/core/020_config.ipynb #c015187e
 class NarrowPreprocessing(Block):
-    "What every photo of the narrow family goes through (SPEC NM1)."
+    "What every photo of the narrow family goes through."
 
     target_size: int = key(512, "side of the square input, pixels", ge=32)
     use_clahe: bool = key(True, "even out the light on LAB's L channel")
@@ -569,7 +563,7 @@ class NarrowPreprocessing(Block):
 
 
 class NarrowAugmentation(Block):
-    "Augmentation as the narrow manifest states it (SPEC SP8)."
+    "Augmentation as the narrow manifest states it."
 
     rotation: float = key(30.0, "degrees either way", ge=0, le=180)
     color_jitter: tuple[float, float, float, float] = key((0.2, 0.2, 0.2, 0.1), "brightness, contrast, saturation, hue")
@@ -580,11 +574,11 @@ class NarrowAugmentation(Block):
 
 
 class Narrow(Block):
-    "The narrow family: a hundred drugs (SPEC SP7, SP8)."
+    "The narrow family: a hundred drugs."
 
     split_ratio: tuple[float, float, float] = key((0.8, 0.1, 0.1), "train, val and test, by whole groups")
     drug_list: str | None = key(
-        None, "top_100_drugs.json: the drugs, and how much each counts (SPEC DM15); null = every drug, counting alike"
+        None, "top_100_drugs.json: the drugs, and how much each counts; null = every drug, counting alike"
     )
     preprocessing: NarrowPreprocessing = key(NarrowPreprocessing(), "the one input of training, app and server")
     augmentation: NarrowAugmentation = key(NarrowAugmentation(), "training only")
@@ -593,7 +587,7 @@ class Narrow(Block):
 
 # %% ../../nbs/core/020_config.ipynb #a23d1ff7
 class Retrieval(Block):
-    "The retrieval family, under its source's own key names (SPEC SP9, RT1-RT9); those that mean an engine's setting are aliases of it."
+    "The retrieval family, under its source's own key names; those that mean an engine's setting are aliases of it."
 
     train_ratio: float = key(0.70, "share of the IDs that teaches", gt=0, lt=1)
     val_ratio: float = key(0.15, "share that judges", gt=0, lt=1)
@@ -601,7 +595,7 @@ class Retrieval(Block):
     min_image_size: int = key(224, "an ID with a photo whose shorter side is smaller is left out, pixels", ge=1)
     class_names: tuple[str, ...] | None = key(None, "the classes to use; null = every folder there is")
     embedding_dim: int = key(512, "length of the vector a photo becomes", ge=2)
-    arcface_s: float = key(64.0, "scale of the cosines (SPEC RT2); 48 is advised below ten classes", gt=0)
+    arcface_s: float = key(64.0, "scale of the cosines; 48 is advised below ten classes", gt=0)
     arcface_m_warmup: float = key(0.0, "margin while the backbone is frozen, radians", ge=0)
     arcface_m_finetune: float = key(0.5, "margin afterwards, radians; 0.3 is advised below ten classes", ge=0)
     brightness: float | None = key(
@@ -610,12 +604,12 @@ class Retrieval(Block):
     contrast: float | None = key(None, "its second", ge=0)
     saturation: float | None = key(None, "its third", ge=0)
     hue: float | None = key(None, "its fourth", ge=0, le=0.5)
-    num_classes_per_batch: int | None = key(None, "P of the P x K sampler; null = all (SPEC TL20)", ge=2)
+    num_classes_per_batch: int | None = key(None, "P of the P x K sampler; null = all", ge=2)
     samples_per_class: int = key(4, "its K", ge=1)
-    gradient_accumulation_steps: int | None = key(None, "null = by the GPU table (SPEC RT6)", ge=1)
-    use_bf16: bool | None = key(None, "null = where the GPU has it (SPEC X67)")
+    gradient_accumulation_steps: int | None = key(None, "null = by the GPU table", ge=1)
+    use_bf16: bool | None = key(None, "null = where the GPU has it")
     num_workers: int | None = key(None, "null = by the GPU table", ge=0)
-    recall_k_values: tuple[int, ...] = key((1, 5), "K of Recall@K (SPEC RT9)")
+    recall_k_values: tuple[int, ...] = key((1, 5), "K of Recall@K")
     top_k: int = key(20, "neighbours that are looked up", ge=1)
 
     @model_validator(mode="after")
@@ -625,7 +619,7 @@ class Retrieval(Block):
 
 # %% ../../nbs/core/020_config.ipynb #847b4ee0
 class Config(Block):
-    "All settings of a run (SPEC Annex 1)."
+    "All settings of a run."
 
     project: Project = key(Project(), "what is built")
     paths: Paths = key(Paths(), "where things are")
@@ -662,7 +656,7 @@ FEATURE_SETS: dict[str, tuple[str, ...]] = {
 def active_features(
     cfg: Config,  # a configuration
 ) -> tuple[str, ...]:  # what its feature set allows, smaller sets first
-    "The features of the active set and of those below it (SPEC CF3)."
+    "The features of the active set and of those below it."
     names = list(FEATURE_SETS)
     return tuple(f for n in names[: names.index(cfg.project.active_feature_set) + 1] for f in FEATURE_SETS[n])
 
@@ -864,7 +858,7 @@ def resolve_aliases(
     tree: dict[str, Any],  # one layer of settings
     where: object = None,  # where it came from, for the error
 ) -> tuple[dict[str, Any], list[str]]:  # the layer in canonical keys, and a note per rewritten key
-    "Rewrite the sources' spellings (SPEC Annex 1, CF8); a key set twice with two values is an error (X33)."
+    "Rewrite the sources' spellings; a key set twice with two values is an error."
     tree, notes = deepcopy(tree), []
     for old, new in ALIASES.items():
         if (value := _pop(tree, old)) is ...:
@@ -890,7 +884,7 @@ def resolve_aliases(
 def parse_overrides(
     overrides: Iterable[str],  # "train.seed=7", "data.split_ratio=[0.8,0.2]"
 ) -> dict[str, Any]:  # a layer
-    "Read dotted overrides (SPEC CF1)."
+    "Read dotted overrides."
     layer: dict[str, Any] = {}
     for text in overrides:
         dotted, eq, value = text.partition("=")
@@ -956,7 +950,7 @@ def load_config(
     source: str | os.PathLike = "demo",  # a preset's name, or a YAML file
     overrides: Iterable[str] = (),  # dotted overrides, last word
 ) -> Config:  # raises PillsnapError naming every refused key
-    "Resolve a preset and overrides into one typed tree: overrides > YAML > its bases > defaults (SPEC CF1)."
+    "Resolve a preset and overrides into one typed tree: overrides > YAML > its bases > defaults."
     tree = read_preset(source)
     notes = tree.pop("_notes")
     layer, more = resolve_aliases(parse_overrides(overrides), where="overrides")

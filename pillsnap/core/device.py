@@ -19,14 +19,14 @@ import torch
 
 # %% ../../nbs/core/060_device.ipynb #cf8cbf8e
 from .errors import PillsnapError
-from .logs import TBWriter, decide
+from .logs import TBWriter, log_decision
 
 # %% ../../nbs/core/060_device.ipynb #b75acbb9
 def set_seed(
     seed: int = 42,  # for Python, numpy and torch (CPU and every GPU)
     deterministic: bool = False,  # repeatable kernels; turns off cuDNN's search for the fastest
 ) -> None:
-    "Seed every generator (SPEC CT22)."
+    "Seed every generator."
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -60,7 +60,7 @@ def pick_device(
             if want == "cpu"
             else "torch finds no GPU" + ("" if torch.version.cuda else " (this is torch's CPU build)")
         )
-    decide(log, f"device: {device}, because {why}" if device.type == "cpu" else f"device: {device}, {why}", tb)
+    log_decision(log, f"device: {device}, because {why}" if device.type == "cpu" else f"device: {device}, {why}", tb)
     return device
 
 # %% ../../nbs/core/060_device.ipynb #a7d99ebf
@@ -75,7 +75,7 @@ def select_amp_dtype(
     log: logging.Logger | None = None,  # where the choice is said
     tb: TBWriter | None = None,  # and tagged
 ) -> torch.dtype | None:  # type for autocast; None = full precision
-    "bf16, else fp16; on a CPU fp32 unless bf16 is asked for and there (SPEC CT5, X10)."
+    "bf16, else fp16; on a CPU fp32 unless bf16 is asked for and there."
     known = dict(auto=None, bf16=torch.bfloat16, fp16=torch.float16, fp32=None)
     if want not in known:
         raise PillsnapError(
@@ -93,21 +93,21 @@ def select_amp_dtype(
         dtype, why = torch.bfloat16, "this GPU has it"
     else:
         dtype, why = torch.float16, "this GPU has no bf16"
-    decide(log, f"precision: {str(dtype or torch.float32).removeprefix('torch.')}, because {why}", tb)
+    log_decision(log, f"precision: {str(dtype or torch.float32).removeprefix('torch.')}, because {why}", tb)
     return dtype
 
 # %% ../../nbs/core/060_device.ipynb #db178924
 def needs_scaler(
     dtype: torch.dtype | None,  # what select_amp_dtype gave
 ) -> bool:
-    "Whether gradients must be scaled (SPEC CT5)."
+    "Whether gradients must be scaled."
     return dtype == torch.float16
 
 # %% ../../nbs/core/060_device.ipynb #5c3834e0
 def enable_tf32(
     on: bool,  # train.classification.tf32
 ) -> str:  # the precision of matrix products: "high" or "highest"
-    "TF32 for matrix products and convolutions on the GPUs that have it; nothing elsewhere (SPEC CT6)."
+    "TF32 for matrix products and convolutions on the GPUs that have it; nothing elsewhere."
     precision = "high" if on else "highest"
     torch.set_float32_matmul_precision(precision)
     torch.backends.cudnn.allow_tf32 = on
@@ -117,7 +117,7 @@ def enable_tf32(
 def cuda_mem_mb(
     peak: bool = True,  # the most since the last reset; False = now
 ) -> float:  # 10⁶ bytes; 0 without a GPU
-    "GPU memory that torch's tensors take (SPEC CT19)."
+    "GPU memory that torch's tensors take."
     if not torch.cuda.is_available():
         return 0.0
     return (torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()) / 1e6

@@ -7,7 +7,7 @@ __all__ = ['PillsnapError']
 
 # %% ../../nbs/core/000_errors.ipynb #36a88160
 class PillsnapError(Exception):
-    "A problem the user can mend (SPEC section 2: bad input gets a clear error)."
+    "A problem the user can mend (bad input gets a clear error)."
 
     def __init__(
         self,

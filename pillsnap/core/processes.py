@@ -28,7 +28,7 @@ def processes(
 
 # %% ../../nbs/core/050_processes.ipynb #22177b16
 def memory_mb() -> float:  # 10⁶ bytes
-    "Resident memory of this process, and what all those that it has started hold for themselves (SPEC BM13)."
+    "Resident memory of this process, and what all those that it has started hold for themselves."
     total = (me := psutil.Process()).memory_info().rss
     for p in me.children(recursive=True):
         try:

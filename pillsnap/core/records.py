@@ -70,7 +70,7 @@ KIND = ("photos", "computed")
 # %% ../../nbs/core/030_records.ipynb #4e804189
 @dataclass(frozen=True)
 class Metric:
-    "A figure and all that is needed to judge it (SPEC section 2 and BX2)."
+    "A figure and all that is needed to judge it."
 
     name: str  # "macro_f1"
     value: float | int | bool | None  # None = it could not be had
@@ -163,7 +163,7 @@ def _number(v: Any) -> bool:
 # %% ../../nbs/core/030_records.ipynb #36b9749d
 @patch
 def doubts(self: Metric) -> list[str]:  # empty when the figure was measured
-    "What speaks against this figure as a measurement (SPEC BX2)."
+    "What speaks against this figure as a measurement."
     n_ok = isinstance(self.n, int) and not isinstance(self.n, bool) and self.n > 0
     t_ok = _number(self.seconds) and not isinstance(self.seconds, bool) and self.seconds > 0
     said = [
@@ -220,7 +220,7 @@ def from_dict(
 def metric_table(
     metrics: Iterable[Metric],  # of any provenance
 ) -> list[dict[str, Any]]:  # one row per name; columns: the kinds of data, "declared", "estimated"
-    "Figures in columns that never mix measured with quoted, or synthetic with real (SPEC section 2)."
+    "Figures in columns that never mix measured with quoted, or synthetic with real."
     rows: dict[str, dict[str, Any]] = {}
     column = lambda m: m.data if m.measured else m.how if m.how != "measured" else None
     metrics = list(metrics)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ASPECTS', 'pill_grey', 'brightness_and_sharpness', 'sample_photos', 'measure_photos', 'robust_z', 'photo_outliers',
-           'box_measures', 'box_outliers', 'spread', 'mapping_state', 'aspect_histogram', 'summarize_dataset',
-           'drug_names', 'plot_balance', 'plot_sizes', 'plot_conditions_grid', 'boxed', 'plot_boxed', 'parts_in_words',
-           'overlap_words', 'AuditJob', 'condition_of', 'audit_figures']
+           'box_measures', 'box_outliers', 'summary_stats', 'mapping_completeness', 'aspect_histogram',
+           'summarize_dataset', 'drug_names', 'plot_balance', 'plot_sizes', 'plot_conditions_grid', 'photo_with_boxes',
+           'plot_boxed', 'parts_in_words', 'overlap_words', 'AuditJob', 'condition_words', 'audit_figures']
 
 # %% ../../nbs/dataset/440_audit.ipynb #6ea1821f
 import json
@@ -27,10 +27,10 @@ from ..core.config import Config
 from ..core.files import read_json, save_json
 from ..core.logs import progress as show_progress
 from ..core.plots import draw_boxes, drug_label, save_fig, show_grid, use_house_style
-from ..core.jobs import RunFolder, StageJob, StageResult
+from ..core.jobs import RunFolder, Job, JobResult
 from ..photos.boxes import xywh_to_xyxy
 from .conversion import read_manifest, smoke_conversion
-from .duplicates import Duplicates, known_duplicates, plot_duplicates
+from .duplicates import Duplicates, load_duplicates, plot_duplicates
 from ..photos.images import open_image_safely, resize, whole_view
 
 # %% ../../nbs/dataset/440_audit.ipynb #70377a9a
@@ -65,7 +65,7 @@ def sample_photos(
     most: int = 2000,  # photos at most
     seed: int = 42,  # which
 ) -> pd.DataFrame:  # one row per photo
-    "A draw of photos, every drug in turn so that rare ones are seen (SPEC DM11)."
+    "A draw of photos, every drug in turn so that rare ones are seen."
     one = df.drop_duplicates("path").sample(frac=1, random_state=seed)
     turn = one.groupby("class_key").cumcount()
     return one.iloc[np.argsort(turn.to_numpy(), kind="stable")[:most]].sort_values("path", ignore_index=True)
@@ -160,7 +160,7 @@ def box_outliers(
     )
 
 # %% ../../nbs/dataset/440_audit.ipynb #75fac39b
-def spread(
+def summary_stats(
     x: pd.Series,  # numbers
 ) -> dict[str, float]:
     "Mean, median, variance and range."
@@ -173,11 +173,11 @@ def spread(
     }
 
 
-def mapping_state(
+def mapping_completeness(
     df: pd.DataFrame,  # manifest rows
     mapping: Mapping[str, Any] | None,  # content of drug_metadata.json, if there is one
 ) -> dict[str, Any]:
-    "Whether every drug has its metadata, a name and an EDI code (SPEC DM11)."
+    "Whether every drug has its metadata, a name and an EDI code."
     drugs = sorted(set(df["kcode"]))
     if mapping is None:
         return {"state": "missing", "drugs": len(drugs), "with_metadata": 0}
@@ -199,7 +199,7 @@ ASPECTS = np.arange(3, 34) / 10  # edges of the histogram, width / height
 def aspect_histogram(
     aspect: pd.Series,  # width / height, one per photo
 ) -> dict[str, int]:  # bins that are not empty, narrow to wide, with what lies beyond the edges
-    "How wide photos are for their height; none falls out (SPEC DM11)."
+    "How wide photos are for their height; none falls out."
     n = np.bincount(np.digitize(aspect, ASPECTS), minlength=len(ASPECTS) + 1)
     names = [
         f"under {ASPECTS[0]}",
@@ -218,7 +218,7 @@ def summarize_dataset(
     mapping: Mapping[str, Any] | None = None,  # content of drug_metadata.json
     measured: pd.DataFrame | None = None,  # from measure_photos, if they were opened already
 ) -> dict[str, Any]:
-    "Resolution, aspect, classes, broken and skipped photos, metadata and boxes, from a sample (SPEC DM11)."
+    "Resolution, aspect, classes, broken and skipped photos, metadata and boxes, from a sample."
     m = (
         measure_photos(sample_photos(df, min(sample, 3000), seed), root, progress=False)
         if measured is None
@@ -231,17 +231,17 @@ def summarize_dataset(
         "pills": len(df),
         "drugs": len(per_drug),
         "sampled": len(m),
-        "resolution": {"width": spread(seen["seen_width"]), "height": spread(seen["seen_height"])},
+        "resolution": {"width": summary_stats(seen["seen_width"]), "height": summary_stats(seen["seen_height"])},
         "aspect_histogram": aspect_histogram(seen["seen_width"] / seen["seen_height"]),
         "top_classes": [{"class": k, "photos": int(n)} for k, n in per_drug.head(10).items()],
-        "photos_per_drug": spread(per_drug),
+        "photos_per_drug": summary_stats(per_drug),
         "broken_ratio": float(1 - m["opened"].mean()),
         "skip_ratio": left_out / (photos + left_out),
-        "metadata_mapping": mapping_state(df, mapping),
+        "metadata_mapping": mapping_completeness(df, mapping),
         "bbox": {
             "n": len(b),
             "outside_or_at_edge": int(b["edge"].sum()),
-            **{k: spread(b[k]) for k in ("w", "h", "share", "aspect")},
+            **{k: summary_stats(b[k]) for k in ("w", "h", "share", "aspect")},
         }
         if len(b)
         else {"n": 0},
@@ -359,7 +359,7 @@ def _condition(ax: Any, path: Path | None) -> None:
         ax.imshow(whole_view(img, 160))
 
 # %% ../../nbs/dataset/440_audit.ipynb #666317c9
-def boxed(
+def photo_with_boxes(
     d: pd.DataFrame,  # the rows of one photo
     root: str | Path,  # the delivery
     names: Mapping[str, str],  # K-code → name
@@ -388,7 +388,7 @@ def plot_boxed(
 ) -> Any:  # matplotlib Figure
     "Photos with their boxes, side by side."
     by = dict(list(df[df["path"].isin(paths)].groupby("path")))
-    shots = [(boxed(by[p], root, names), t) for p, t in zip(paths, titles)]
+    shots = [(photo_with_boxes(by[p], root, names), t) for p, t in zip(paths, titles)]
     return show_grid([i for i, _ in shots if i is not None], [t for i, t in shots if i is not None], cols=4, size=2.2)
 
 # %% ../../nbs/dataset/440_audit.ipynb #f7ed88e2
@@ -428,8 +428,8 @@ def overlap_words(
 
 # %% ../../nbs/dataset/440_audit.ipynb #9fce7374
 @dataclass(frozen=True)
-class AuditJob(StageJob):
-    "Manifest in; pictures, words and reports/audit.json out. Nothing else is written, no stage waits for it (SPEC DM11)."
+class AuditJob(Job):
+    "Manifest in; pictures, words and reports/audit.json out. Nothing else is written, no stage waits for it."
 
     sample: int = 2000  # photos opened for size, brightness and sharpness, at most 3,000
     near_duplicates: bool = True  # open every single photo once and compare; False: equal files only
@@ -441,7 +441,7 @@ class AuditJob(StageJob):
         smoke_conversion(run, cfg)
 
 # %% ../../nbs/dataset/440_audit.ipynb #593db2f5
-def condition_of(
+def condition_words(
     d: pd.DataFrame,  # the rows of one photo
     names: Mapping[str, str] | None = None,  # K-code → name
 ) -> str:
@@ -471,7 +471,7 @@ def audit_figures(
         out["conditions"] = lambda: plot_conditions_grid(df, root)
     if (df["bbox"] != "").any():
         out["boxes"] = lambda: plot_boxed(
-            df, some, [condition_of(df[df["path"] == p], names) for p in some], root, names
+            df, some, [condition_words(df[df["path"] == p], names) for p in some], root, names
         )
     if len(box):
         out["worst_boxes"] = lambda: plot_boxed(df, *worst(box, 8), root, names)
@@ -483,7 +483,7 @@ def audit_figures(
 
 # %% ../../nbs/dataset/440_audit.ipynb #4720b3db
 @patch
-def work(self: AuditJob, run: RunFolder, cfg: Config) -> StageResult:
+def work(self: AuditJob, run: RunFolder, cfg: Config) -> JobResult:
     "Look, draw, and say."
     df, header = read_manifest(run.root / "manifest.csv")
     root, reports, meta, out = (
@@ -494,7 +494,7 @@ def work(self: AuditJob, run: RunFolder, cfg: Config) -> StageResult:
     )
     mapping = read_json(meta) if meta.is_file() else None
     m = measure_photos(sample_photos(df, min(self.sample, 3000), cfg.train.seed), root)
-    dup = known_duplicates(df, header, run.root / "artifacts", self.near_duplicates)
+    dup = load_duplicates(df, header, run.root / "artifacts", self.near_duplicates)
     figures = [
         save_fig(draw(), reports / f"audit_{name}.png")
         for name, draw in audit_figures(df, m, dup, root, drug_names(mapping)).items()
@@ -523,7 +523,7 @@ def work(self: AuditJob, run: RunFolder, cfg: Config) -> StageResult:
         reports / "audit.json",
     )
     verdict = f"{s['photos']:,} photos of {s['drugs']} drugs; of {s['sampled']:,} opened {s['broken_ratio']:.1%} are broken; {sum(found.values())} things to look at"
-    return StageResult(
+    return JobResult(
         verdict,
         [{"what": k, "n": n} for k, n in found.items()],
         figures,

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['AUTOTUNE_WARMUP', 'AUTOTUNE_STEPS', 'Buffers', 'PhotoLoader', 'init_worker', 'worker_gone', 'worker_count',
-           'worker_candidates', 'data_time', 'autotune_num_workers', 'policies_of', 'preload_count', 'teaching_rows',
-           'pack_of', 'base_source', 'hotset', 'preload_stage_data', 'database', 'source_of', 'classification_set',
-           'loader_options', 'batch_size_of', 'validation_loader', 'processes_of', 'photos_per_batch', 'training_order',
-           'tuned', 'build_classification_loaders', 'caches_of', 'balance_used', 'sealed_photos', 'loader_meta',
-           'summary', 'build_detection_loaders', 'build_dataloaders_by_mode', 'build_dataloaders_twostage']
+           'worker_candidates', 'data_time', 'autotune_num_workers', 'image_policies', 'preload_count', 'train_rows',
+           'open_pack', 'open_source', 'build_hotset', 'preload_stage_data', 'build_lmdb', 'cached_source',
+           'classification_set', 'loader_options', 'batch_size_of', 'validation_loader', 'cache_processes',
+           'photos_per_batch', 'training_order', 'autotuned', 'build_classification_loaders', 'loader_caches',
+           'balance_names', 'sealed_photos', 'loader_meta', 'summary', 'build_detection_loaders',
+           'build_dataloaders_by_mode', 'build_dataloaders_twostage']
 
 # %% ../../nbs/dataset/490_loaders.ipynb #4402d687
 import itertools
@@ -38,12 +39,12 @@ from ..core.config import Config
 from ..core.device import is_oom, oom_reason, release_memory, to_device
 from ..core.errors import PillsnapError
 from ..core.files import sha256_text
-from ..core.logs import TBWriter, decide
-from ..photos.augmentation import dangers
+from ..core.logs import TBWriter, log_decision
+from ..photos.augmentation import risky_settings
 from ..photos.caches import LMDBImageCache, PhotoCache, SizedLRUCache, View, free_bytes
 from pillsnap.dataset.datasets import (
     DeliverySource,
-    Looks,
+    BatchViews,
     MemorySource,
     PackSource,
     PillsnapClsDataset,
@@ -53,19 +54,19 @@ from pillsnap.dataset.datasets import (
     lmdb_converter,
     safe_collate_detection,
 )
-from ..photos.pack import Pack, pack_settings, stage_pack
+from ..photos.pack import Pack, pack_settings, build_stage_pack
 from pillsnap.dataset.sampling import (
     BalancedBatchSampler,
     EpochSampler,
-    earlier_visits,
+    visit_counts,
     effective_batch,
-    rare_more_often,
+    balanced_weights,
 )
-from .splits import StageData, family_ratios
+from .splits import SplitData, family_ratios
 
 # %% ../../nbs/dataset/490_loaders.ipynb #eddef3bc
 class Buffers:
-    "Uint8 batches that come back when nobody looks at them any more (SPEC BM8)."
+    "Uint8 batches that come back when nobody looks at them any more."
 
     def __init__(
         self,
@@ -109,7 +110,7 @@ class Buffers:
 
 # %% ../../nbs/dataset/490_loaders.ipynb #fa381be0
 class PhotoLoader:
-    "Batches of (images, labels, meta) for any loop; exact in mid-epoch (SPEC TL3-TL6, BX10)."
+    "Batches of (images, labels, meta) for any loop; exact in mid-epoch."
 
     def __init__(
         self,
@@ -185,9 +186,9 @@ def _cut(self: PhotoLoader) -> tuple[int, np.ndarray, np.ndarray]:
 
 
 @patch
-def _chunks(self: PhotoLoader, order: np.ndarray, edges: np.ndarray) -> Iterator[tuple[Looks, torch.Tensor, list]]:
+def _chunks(self: PhotoLoader, order: np.ndarray, edges: np.ndarray) -> Iterator[tuple[BatchViews, torch.Tensor, list]]:
     "What is left of the order, opened piece by piece; its dropped remainder only when photos are missing."
-    visits, end = earlier_visits(order), edges[-1]
+    visits, end = visit_counts(order), edges[-1]
     work = (
         self._by_processes
         if self.engine == "processes" and self.num_workers
@@ -214,7 +215,7 @@ def shard(
     rank: int = 0,  # this process
     world: int = 1,  # how many there are
 ) -> PhotoLoader:
-    "Deliver this process's part of each batch; the batches, and a saved position, are those of one process (SPEC BX10)."
+    "Deliver this process's part of each batch; the batches, and a saved position, are those of one process."
     self.rank, self.world = rank, world
     self.refills = self.refills and world == 1  # every process must see as many batches
     return self
@@ -252,8 +253,10 @@ def __iter__(
 @patch
 def _as_cut(
     self: PhotoLoader, chunks: Iterable
-) -> Iterator[tuple[Looks, torch.Tensor, list[dict], int]]:  # looks, images, records of what was skipped, rows used
-    "Every batch as it was cut, shorter by what gave no sample (SPEC TL4)."
+) -> Iterator[
+    tuple[BatchViews, torch.Tensor, list[dict], int]
+]:  # looks, images, records of what was skipped, rows used
+    "Every batch as it was cut, shorter by what gave no sample."
     for looks, images, why in chunks:
         good = [k for k, r in enumerate(why) if r is None]
         yield (
@@ -266,8 +269,8 @@ def _as_cut(
 @patch
 def _refilled(
     self: PhotoLoader, chunks: Iterable
-) -> Iterator[tuple[Looks, torch.Tensor, list[dict], int]]:  # as _as_cut
-    "Batches of the next `batch_size` photos that open, wherever a piece ends (SPEC TL4)."
+) -> Iterator[tuple[BatchViews, torch.Tensor, list[dict], int]]:  # as _as_cut
+    "Batches of the next `batch_size` photos that open, wherever a piece ends."
     parts, bad, have, used = [], [], 0, 0
     for looks, images, why in chunks:
         good, at = np.array([k for k, r in enumerate(why) if r is None], int), 0
@@ -289,12 +292,12 @@ def _refilled(
 
 # %% ../../nbs/dataset/490_loaders.ipynb #a1f88bc3
 @patch
-def _joined(self: PhotoLoader, parts: list[tuple[Looks, torch.Tensor]], n: int) -> tuple[Looks, torch.Tensor]:
+def _joined(self: PhotoLoader, parts: list[tuple[BatchViews, torch.Tensor]], n: int) -> tuple[BatchViews, torch.Tensor]:
     "Parts of batches as one."
     if len(parts) == 1:
         return parts[0]
     out = torch.from_numpy(self._buffer(n)[0])
-    return Looks.join([looks for looks, _ in parts]), torch.cat([images for _, images in parts], out=out)
+    return BatchViews.join([looks for looks, _ in parts]), torch.cat([images for _, images in parts], out=out)
 
 
 @patch
@@ -311,7 +314,7 @@ def unreported(self: PhotoLoader) -> int:
 
 
 @patch
-def _finish(self: PhotoLoader, images: torch.Tensor, looks: Looks) -> torch.Tensor:
+def _finish(self: PhotoLoader, images: torch.Tensor, looks: BatchViews) -> torch.Tensor:
     "Augment and normalise; in smaller parts from the first time on that the device has no room for all photos at once."
     while len(looks):
         n = min(self.at_once, len(looks))
@@ -333,7 +336,7 @@ def _finish(self: PhotoLoader, images: torch.Tensor, looks: Looks) -> torch.Tens
 
 @patch
 def _deliver(
-    self: PhotoLoader, looks: Looks, images: torch.Tensor
+    self: PhotoLoader, looks: BatchViews, images: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, list]]:
     "Send, finish, name."
     images = self._send(images.permute(0, 3, 1, 2))
@@ -361,7 +364,7 @@ def _send(self: PhotoLoader, images: torch.Tensor) -> torch.Tensor:
 
 # %% ../../nbs/dataset/490_loaders.ipynb #352419eb
 @patch
-def _here(self: PhotoLoader, batches: list) -> Iterator[tuple[Looks, torch.Tensor, list]]:
+def _here(self: PhotoLoader, batches: list) -> Iterator[tuple[BatchViews, torch.Tensor, list]]:
     "No workers."
     for rows, visits in batches:
         looks = self.dataset.looks(rows, self.epoch, visits)
@@ -386,7 +389,7 @@ def _buffer(self: PhotoLoader, n: int) -> tuple[np.ndarray, torch.Tensor]:
 
 
 @patch
-def _by_threads(self: PhotoLoader, batches: list) -> Iterator[tuple[Looks, torch.Tensor, list]]:
+def _by_threads(self: PhotoLoader, batches: list) -> Iterator[tuple[BatchViews, torch.Tensor, list]]:
     "A deque of batches in work, topped up as they leave it."
     if self._pool is None:
         cv2.setNumThreads(1)
@@ -424,7 +427,7 @@ class _Jobs(Dataset):
     def __init__(self, dataset: PillsnapClsDataset, back: bool, keep: int):
         self.dataset, self.back, self.mapped = dataset, back, deque(maxlen=keep)
 
-    def __getitem__(self, job: tuple[Looks, torch.Tensor]) -> tuple[torch.Tensor | None, list[dict | None]]:
+    def __getitem__(self, job: tuple[BatchViews, torch.Tensor]) -> tuple[torch.Tensor | None, list[dict | None]]:
         looks, whole = job
         if all(whole.data_ptr() != w.data_ptr() for w in self.mapped):
             self.mapped.append(whole)  # a buffer that nobody holds here would be mapped anew, page by page, each time
@@ -438,7 +441,7 @@ class _Requests:
     def __init__(self):
         self.jobs = ()
 
-    def __iter__(self) -> Iterator[tuple[Looks, torch.Tensor]]:
+    def __iter__(self) -> Iterator[tuple[BatchViews, torch.Tensor]]:
         return iter(self.jobs)
 
 
@@ -449,7 +452,7 @@ def _as_it_is(x: Any) -> Any:
 def init_worker(
     worker: int,  # its number
 ) -> None:
-    "One thread per worker, and generators of its own: numpy's and Python's would start equal in all of them (SPEC TL5)."
+    "One thread per worker, and generators of its own: numpy's and Python's would start equal in all of them."
     seed = torch.initial_seed() % 2**32
     np.random.seed(seed)
     random.seed(seed)
@@ -470,7 +473,7 @@ def worker_gone(
 
 
 @patch
-def _jobs(self: PhotoLoader, batches: list) -> Iterator[tuple[Looks, torch.Tensor]]:
+def _jobs(self: PhotoLoader, batches: list) -> Iterator[tuple[BatchViews, torch.Tensor]]:
     "What is asked of the processes; what they fill is noted in the same order."
     for rows, visits in batches:
         looks, (out, whole) = self.dataset.looks(rows, self.epoch, visits), self._buffer(len(rows))
@@ -480,7 +483,7 @@ def _jobs(self: PhotoLoader, batches: list) -> Iterator[tuple[Looks, torch.Tenso
 
 # %% ../../nbs/dataset/490_loaders.ipynb #5ba71b8e
 @patch
-def _by_processes(self: PhotoLoader, batches: list) -> Iterator[tuple[Looks, torch.Tensor, list]]:
+def _by_processes(self: PhotoLoader, batches: list) -> Iterator[tuple[BatchViews, torch.Tensor, list]]:
     "torch's workers, one batch each, written where this process reads it."
     if self._loader is None:
         self._loader = DataLoader(
@@ -510,7 +513,7 @@ def _by_processes(self: PhotoLoader, batches: list) -> Iterator[tuple[Looks, tor
 # %% ../../nbs/dataset/490_loaders.ipynb #19279c72
 @patch
 def state_dict(self: PhotoLoader) -> dict[str, int]:
-    "Where the loop stands: after the batch that it holds now (SPEC BX10, Annex 3)."
+    "Where the loop stands: after the batch that it holds now."
     s = self.sampler if self.batch_sampler is None else self.batch_sampler
     mid = 0 < self.batch < getattr(self, "count", 0) and self.row < self.rows
     batch, row = (self.batch, self.row) if mid else self._start
@@ -532,7 +535,7 @@ def load_state_dict(
     self: PhotoLoader,
     state: Mapping[str, int],  # of state_dict
 ) -> None:
-    "Go on after the batch at which it was saved (SPEC BX10)."
+    "Go on after the batch at which it was saved."
     if odd := [f"{k} {state.get(k)}, here {v}" for k, v in self._identity().items() if state.get(k) != v]:
         raise PillsnapError(
             "the saved position belongs to another loader: " + "; ".join(odd),
@@ -551,7 +554,7 @@ def worker_count(
     cached: bool,  # whether they are in memory
     cpus: int | None = None,  # None = this machine's
 ) -> tuple[int, str]:  # how many, and why
-    "Workers for a set (SPEC TL5, X15)."
+    "Workers for a set."
     cpus = len(os.sched_getaffinity(0)) if cpus is None else cpus
     if wanted and cached and photos < 20_000:
         return 0, f"workers: 0, the {photos:,} photos are in memory"
@@ -566,7 +569,7 @@ def worker_candidates(
     cpus: int,  # of this machine
     wanted: Sequence[int] = (4, 8, 12, 16),  # the sources' list
 ) -> list[int]:
-    "What is worth measuring here; fewer than two left: every number from 0 to the CPUs (SPEC X15)."
+    "What is worth measuring here; fewer than two left: every number from 0 to the CPUs."
     fit = [c for c in wanted if c <= cpus]
     return fit if len(fit) >= 2 else list(range(cpus + 1))
 
@@ -577,7 +580,7 @@ def data_time(
     steps: int,  # batches that are
     step: Callable[[Any], Any] | None = None,  # what is done with a batch meanwhile
 ) -> float:  # seconds a step waits, mean
-    "How long a training step waits for its photos (SPEC CT19)."
+    "How long a training step waits for its photos."
     batches, waited = itertools.chain.from_iterable(itertools.repeat(loader)), 0.0
     for k in range(warmup + steps):
         t0 = time.perf_counter()
@@ -598,11 +601,11 @@ def autotune_num_workers(
     log: logging.Logger | None = None,  # the table goes here
     tb: TBWriter | None = None,  # and the choice, as perf/num_workers
 ) -> tuple[int, list[dict[str, Any]]]:  # the number, and the table
-    "The number of workers with the least data_time, measured (SPEC TL7)."
+    "The number of workers with the least data_time, measured."
     candidates = worker_candidates(len(os.sched_getaffinity(0))) if candidates is None else candidates
     table = [{"workers": n, "data_time": data_time(make(n), warmup, steps, step)} for n in candidates]
     best = min(table, key=lambda r: r["data_time"])["workers"]
-    decide(
+    log_decision(
         log,
         f"workers: {best}, measured over {steps} steps: "
         + ", ".join(f"{r['workers']} → {r['data_time'] * 1e3:.1f} ms" for r in table),
@@ -613,7 +616,7 @@ def autotune_num_workers(
     return best, table
 
 # %% ../../nbs/dataset/490_loaders.ipynb #fcce450d
-def policies_of(
+def image_policies(
     cfg: Config,  # data.grayscale_policy, data.rgba_policy
 ) -> dict[str, str]:
     "What `open_image_safely` needs of the configuration."
@@ -624,17 +627,17 @@ def preload_count(
     cfg: Config,  # dataloader.ram_optimization.preload_samples
     stage: int,  # 0-4
 ) -> int:
-    "Photos to decode before training: one number, or one per stage (SPEC TL16)."
+    "Photos to decode before training: one number, or one per stage."
     n = cfg.dataloader.ram_optimization.preload_samples
     return n if isinstance(n, int) else int(n.get(f"stage_{stage}", 0))
 
 
-def teaching_rows(
+def train_rows(
     rows: pd.DataFrame,  # manifest rows
-    stage: StageData,  # its class map
+    stage: SplitData,  # its class map
     cfg: Config,  # train.classification.combo_crops, crop_view_prob
 ) -> pd.DataFrame:  # what a classifier may learn from
-    "Single photos, and the boxed pills of combos whose drug it knows: it will answer for both (SPEC X72)."
+    "Single photos, and the boxed pills of combos whose drug it knows: it will answer for both."
     single, c = rows["kind"] == "single", cfg.train.classification
     if not c.combo_crops or not c.crop_view_prob:
         return rows[single]
@@ -643,34 +646,34 @@ def teaching_rows(
     ]
 
 
-def pack_of(
-    stage: StageData,  # one stage, or the same photos split in another way
+def open_pack(
+    stage: SplitData,  # one stage, or the same photos split in another way
     cfg: Config,  # pack, paths.exp_dir
 ) -> Pack:
     "The stage's pack: one that is there, holds all a classifier needs and was made as configured; else it is built."
     out, needed = (
         Path(cfg.paths.exp_dir) / "artifacts" / f"stage{stage.stage}" / "pack",
-        {*teaching_rows(stage.train, stage, cfg)["path"], *stage.val.loc[stage.val["kind"] == "single", "path"]},
+        {*train_rows(stage.train, stage, cfg)["path"], *stage.val.loc[stage.val["kind"] == "single", "path"]},
     )
     if (out / "pack.json").is_file():
         pack = Pack(out, stage.header["data_hash"], stage.class_map)
         made = pack.header | pack.header["decode"]
         if all(made[k] == v for k, v in pack_settings(cfg).items()) and needed <= set(pack.table["path"].to_pylist()):
             return pack
-    return stage_pack(stage, cfg.paths.exp_dir, cfg, progress=False)
+    return build_stage_pack(stage, cfg.paths.exp_dir, cfg, progress=False)
 
 
-def base_source(
-    stage: StageData,  # the delivery
+def open_source(
+    stage: SplitData,  # the delivery
     cfg: Config,  # dataloader.source, pack, paths.exp_dir
     log: logging.Logger | None = None,  # a line about the pack
 ) -> Source:
-    "The delivery, or the stage's pack, built in the run folder when it is not there (SPEC section 6)."
+    "The delivery, or the stage's pack, built in the run folder when it is not there."
     if not (cfg.dataloader.source == "pack" or cfg.dataloader.source == "auto" and cfg.pack.enabled):
-        return DeliverySource(stage.root, policies_of(cfg))
+        return DeliverySource(stage.root, image_policies(cfg))
     c, t0 = cfg.data.classification, time.perf_counter()
-    pack = pack_of(stage, cfg)
-    decide(
+    pack = open_pack(stage, cfg)
+    log_decision(
         log,
         f"pack: {len(pack):,} photos at {pack.scale:g} of their size in {pack.path}, ready after {time.perf_counter() - t0:.1f} s",
     )
@@ -684,7 +687,7 @@ def base_source(
     )
 
 # %% ../../nbs/dataset/490_loaders.ipynb #caa122c8
-def hotset(
+def build_hotset(
     rows: pd.DataFrame,  # of one set
     source: Source,  # where photos come from
     cfg: Config,  # dataloader.ram_optimization, data policies
@@ -693,26 +696,26 @@ def hotset(
     limit: int = 0,  # photos, the first ones; 0 = all
     log: logging.Logger | None = None,  # one line when it does not fit
 ) -> PhotoCache | None:  # None where the machine cannot
-    "The photos' canvases in one shared buffer (SPEC TL12, BX14)."
+    "The photos' canvases in one shared buffer."
     where = source.root if type(source) is DeliverySource else source
     try:
-        return PhotoCache(rows, where, views, shared, limit=limit, policies=policies_of(cfg))
+        return PhotoCache(rows, where, views, shared, limit=limit, policies=image_policies(cfg))
     except PillsnapError as e:
-        decide(log, f"hotset: off, {e.what}; photos are decoded in every epoch ({e.fix})")
+        log_decision(log, f"hotset: off, {e.what}; photos are decoded in every epoch ({e.fix})")
 
 
 def preload_stage_data(
     cfg: Config,  # dataloader.ram_optimization
-    stage: StageData,  # its first training photos are kept
+    stage: SplitData,  # its first training photos are kept
 ) -> PhotoCache | None:  # None where the configuration asks for none
-    "The first photos of a stage, decoded before training (SPEC TL16)."
+    "The first photos of a stage, decoded before training."
     n, c = preload_count(cfg, stage.stage), cfg.data.classification
-    rows = teaching_rows(stage.train, stage, cfg)
+    rows = train_rows(stage.train, stage, cfg)
     views = dataset_views(c.img_size, True, cfg.data.augment.classification, c.crop_padding)
     return (
-        hotset(
+        build_hotset(
             rows,
-            base_source(stage, cfg),
+            open_source(stage, cfg),
             cfg,
             list(views.values()),
             bool(cfg.dataloader.num_workers),
@@ -723,14 +726,14 @@ def preload_stage_data(
     )
 
 # %% ../../nbs/dataset/490_loaders.ipynb #87c95904
-def database(
+def build_lmdb(
     dataset: PillsnapClsDataset,  # rows and source
-    stage: StageData,  # the delivery they are of
+    stage: SplitData,  # the delivery they are of
     cfg: Config,  # paths.exp_dir, data policies
     views: Sequence[View],  # what is kept
     log: logging.Logger | None = None,  # a line when it is built
 ) -> LMDBImageCache:
-    "The set's canvases in a database of the run folder, written the first time for these photos (SPEC TL13)."
+    "The set's canvases in a database of the run folder, written the first time for these photos."
     made_of = (
         dataset.source.pack.header["plan"] if isinstance(dataset.source, PackSource) else stage.header["data_hash"]
     )  # photos that were replaced have their old names
@@ -739,7 +742,7 @@ def database(
             (
                 sorted(zip(dataset.paths, dataset.bboxes)),
                 list(views),
-                policies_of(cfg),
+                image_policies(cfg),
                 type(dataset.source).__name__,
                 made_of,
             )
@@ -747,24 +750,24 @@ def database(
     )[:12]
     path = Path(cfg.paths.exp_dir) / "cache" / f"canvases_{name}.lmdb"
     if not path.is_dir():
-        decide(log, f"lmdb: the canvases of {len(dataset):,} photos are written to {path}")
+        log_decision(log, f"lmdb: the canvases of {len(dataset):,} photos are written to {path}")
         part = path.with_suffix(".part")
         lmdb_converter(dataset, part, views)
         part.rename(path)
     return LMDBImageCache(path)
 
 # %% ../../nbs/dataset/490_loaders.ipynb #7a177f52
-def source_of(
+def cached_source(
     dataset: PillsnapClsDataset,  # rows, and the source without memory
     rows: pd.DataFrame,  # its rows
-    stage: StageData,  # the delivery
+    stage: SplitData,  # the delivery
     cfg: Config,  # dataloader
     views: Sequence[View],  # what may be asked for
     cache: bool | PhotoCache = True,  # True: as configured; False: nothing is kept; or a cache that is there
     workers: int = 0,  # processes among which a cache is shared
     log: logging.Logger | None = None,  # one line per decision
 ) -> Source:
-    "The source with what is kept of it, by policy (SPEC TL12, TL15)."
+    "The source with what is kept of it, by policy."
     ram, base, n = cfg.dataloader.ram_optimization, dataset.source, preload_count(cfg, stage.stage)
     if ram.use_lmdb and ram.cache_policy == "hotset":
         raise PillsnapError(
@@ -773,7 +776,7 @@ def source_of(
     if ram.use_lmdb or ram.cache_policy == "lmdb":
         return MemorySource(
             base,
-            database(dataset, stage, cfg, views, log) if cache is not False else None,
+            build_lmdb(dataset, stage, cfg, views, log) if cache is not False else None,
             SizedLRUCache(min(SizedLRUCache().budget, free_bytes(False)), workers),
         )
     if ram.cache_policy == "labels_only" and not (dataset.train and n):
@@ -786,13 +789,13 @@ def source_of(
         return base
     limit = ram.hotset_size_images if ram.cache_policy == "hotset" else min(n, len(rows))
     if cache is True:
-        cache = hotset(rows, base, cfg, views, bool(workers), limit, log)
+        cache = build_hotset(rows, base, cfg, views, bool(workers), limit, log)
     return MemorySource(base, cache or None)
 
 # %% ../../nbs/dataset/490_loaders.ipynb #987d3fab
 def classification_set(
     rows: pd.DataFrame,  # manifest rows; combos only teach
-    stage: StageData,  # class map and delivery
+    stage: SplitData,  # class map and delivery
     cfg: Config,  # data.classification, data.augment, train, optimization.channels_last
     train: bool = False,  # augment, and mix the views
     view: str = "whole",  # validation's view
@@ -804,13 +807,13 @@ def classification_set(
     c, a, rows = (
         cfg.data.classification,
         cfg.data.augment.classification,
-        teaching_rows(rows, stage, cfg) if train else rows[rows["kind"] == "single"],
+        train_rows(rows, stage, cfg) if train else rows[rows["kind"] == "single"],
     )
     layout = cfg.train.classification.channels_last and cfg.optimization.channels_last
     d = PillsnapClsDataset(
         rows,
         stage.class_map,
-        base_source(stage, cfg, log),
+        open_source(stage, cfg, log),
         c.img_size,
         train,
         cfg.train.classification.crop_view_prob,
@@ -825,7 +828,7 @@ def classification_set(
         for k, v in d.views.items()
         if k == view or train and (k == "crop") <= (cfg.train.classification.crop_view_prob > 0)
     ]
-    d.source = source_of(d, rows, stage, cfg, keep, cache, workers, log)
+    d.source = cached_source(d, rows, stage, cfg, keep, cache, workers, log)
     return d
 
 # %% ../../nbs/dataset/490_loaders.ipynb #86ea175f
@@ -835,7 +838,7 @@ def loader_options(
     rows: pd.DataFrame,  # of the set
     cached: bool,  # whether they are in memory
 ) -> tuple[dict[str, Any], list[str]]:  # PhotoLoader's keyword arguments, and one line per decision
-    "The configuration's loader keys, as far as this machine can honour them (SPEC TL5, X14, X15)."
+    "The configuration's loader keys, as far as this machine can honour them."
     d, over = cfg.dataloader, cfg.train.stage_overrides.get(f"stage_{stage}")
     wanted = d.num_workers if over is None or over.num_workers_override is None else over.num_workers_override
     (n, why), gpu = worker_count(wanted, len(rows), cached), torch.cuda.is_available()
@@ -864,7 +867,7 @@ def batch_size_of(
     cfg: Config,  # train.classification, train.stage_overrides
     stage: int,  # 0-4
 ) -> int:
-    "Photos per step: the stage's override above the classifier's own (SPEC CT23)."
+    "Photos per step: the stage's override above the classifier's own."
     over = cfg.train.stage_overrides.get(f"stage_{stage}")
     return (
         cfg.train.classification.batch_size
@@ -875,22 +878,22 @@ def batch_size_of(
 
 def validation_loader(
     rows: pd.DataFrame,  # manifest rows; combos are left out
-    stage: StageData,  # class map and delivery
+    stage: SplitData,  # class map and delivery
     cfg: Config,  # as above
     view: str = "whole",  # "whole" or "crop"
     cache: bool | PhotoCache = True,  # as the configuration says
     log: logging.Logger | None = None,  # one line per decision
     device: torch.device | str = "cpu",  # where batches arrive
 ) -> PhotoLoader:
-    "Every photo once, in order, as served; nothing is dropped (SPEC TL6, X66)."
+    "Every photo once, in order, as served; nothing is dropped."
     options, _ = loader_options(
         cfg, stage.stage, rows, cache is not False and cfg.dataloader.ram_optimization.cache_policy == "hotset"
     )
-    d = classification_set(rows, stage, cfg, False, view, cache, processes_of(options), log)
+    d = classification_set(rows, stage, cfg, False, view, cache, cache_processes(options), log)
     return PhotoLoader(d, batch_size_of(cfg, stage.stage), device=device, **options)
 
 
-def processes_of(
+def cache_processes(
     options: Mapping[str, Any],  # of loader_options
 ) -> int:
     "Worker processes that a cache must be shared with; threads share by themselves."
@@ -909,7 +912,7 @@ def training_order(
     cfg: Config,  # project.family, data.imbalance, dataloader.drop_last, retrieval
     batch: int,  # photos of a batch, where they are not drawn by class
 ) -> tuple[dict[str, Any], list[str]]:  # PhotoLoader's arguments that decide the order, and what to say
-    "Each photo once in a new order; rare drugs more often; or, in the retrieval family, P drugs with K photos each (SPEC TL9, TL20)."
+    "Each photo once in a new order; rare drugs more often; or, in the retrieval family, P drugs with K photos each."
     if cfg.project.family == "retrieval":
         s = BalancedBatchSampler(
             d.labels, cfg.retrieval.num_classes_per_batch, cfg.retrieval.samples_per_class, cfg.train.seed
@@ -921,7 +924,7 @@ def training_order(
     s = EpochSampler(
         d,
         cfg.train.seed,
-        rare_more_often(d.labels, max(d.labels) + 1) if cfg.data.imbalance.use_weighted_sampler else None,
+        balanced_weights(d.labels, max(d.labels) + 1) if cfg.data.imbalance.use_weighted_sampler else None,
     )
     drop = cfg.dataloader.drop_last and len(d) >= batch
     said = (
@@ -932,20 +935,22 @@ def training_order(
     return {"batch_size": batch, "sampler": s, "drop_last": drop}, said
 
 # %% ../../nbs/dataset/490_loaders.ipynb #8c35919e
-AUTOTUNE_WARMUP, AUTOTUNE_STEPS = 30, 50  # SPEC TL7
+AUTOTUNE_WARMUP, AUTOTUNE_STEPS = 30, 50  # batches
 
 
-def tuned(
+def autotuned(
     loader: PhotoLoader,  # as configured
     cfg: Config,  # dataloader.autotune_workers
     log: logging.Logger | None = None,  # the table, or why there is none
     tb: TBWriter | None = None,  # perf/num_workers
 ) -> list[dict[str, Any]]:  # the table; [] when nothing was measured
-    "Set the loader's number of workers to the one that waits least, where an epoch is long enough to measure it (SPEC TL7)."
+    "Set the loader's number of workers to the one that waits least, where an epoch is long enough to measure it."
     if not (cfg.dataloader.autotune_workers and loader.num_workers):
         return []
     if len(loader) < AUTOTUNE_WARMUP + AUTOTUNE_STEPS:
-        decide(log, f"autotune: workers are chosen by rule, an epoch of {len(loader)} batches is too short to measure")
+        log_decision(
+            log, f"autotune: workers are chosen by rule, an epoch of {len(loader)} batches is too short to measure"
+        )
         return []
     make = lambda n: PhotoLoader(
         loader.dataset,
@@ -965,15 +970,15 @@ def tuned(
 
 # %% ../../nbs/dataset/490_loaders.ipynb #d00e196f
 def build_classification_loaders(
-    stage: StageData,  # as load_stage gives it
+    stage: SplitData,  # from load_split_data
     cfg: Config,  # the run's configuration
     cache: bool | PhotoCache = True,  # False: decode in every epoch whatever the configuration says
     log: logging.Logger | None = None,  # where the summary goes; None = the package's
     device: torch.device | str = "cpu",  # where batches arrive
     tb: TBWriter | None = None,  # decisions and perf/num_workers
-) -> tuple[PhotoLoader, PhotoLoader, dict[str, Any]]:  # train, val, meta (SPEC TL10)
-    "The classifier's loaders (SPEC TL5, TL6, TL9, TL10, TL22)."
-    rows, batch = teaching_rows(stage.train, stage, cfg), batch_size_of(cfg, stage.stage)
+) -> tuple[PhotoLoader, PhotoLoader, dict[str, Any]]:  # train, val, meta
+    "The classifier's loaders."
+    rows, batch = train_rows(stage.train, stage, cfg), batch_size_of(cfg, stage.stage)
     if not (rows["kind"] == "single").any() or not (stage.val["kind"] == "single").any():
         raise PillsnapError(
             "a classifier needs single photos in train and in val",
@@ -983,18 +988,18 @@ def build_classification_loaders(
     options, lines = loader_options(
         cfg, stage.stage, rows, cache is not False and cfg.dataloader.ram_optimization.cache_policy == "hotset"
     )
-    d = classification_set(rows, stage, cfg, True, cache=cache, workers=processes_of(options), log=log)
+    d = classification_set(rows, stage, cfg, True, cache=cache, workers=cache_processes(options), log=log)
     order, more = training_order(d, cfg, batch)
     train_dl = PhotoLoader(d, device=device, **order, **options)
-    table = tuned(train_dl, cfg, log, tb)
+    table = autotuned(train_dl, cfg, log, tb)
     val_dl = validation_loader(stage.val, stage, cfg, "whole", cache, log, device)
     meta = loader_meta(stage, cfg, train_dl, val_dl, table)
-    for line in [*lines, *more, *dangers(cfg.data.augment.classification), *summary(meta)]:
-        decide(log, line, tb)
+    for line in [*lines, *more, *risky_settings(cfg.data.augment.classification), *summary(meta)]:
+        log_decision(log, line, tb)
     return train_dl, val_dl, meta
 
 # %% ../../nbs/dataset/490_loaders.ipynb #905e5921
-def caches_of(
+def loader_caches(
     loader: PhotoLoader,  # of photos
 ) -> list[PhotoCache]:  # the hotset, if there is one
     "What a loader keeps in memory."
@@ -1002,7 +1007,7 @@ def caches_of(
     return [kept] if isinstance(kept, PhotoCache) else []
 
 
-def balance_used(
+def balance_names(
     cfg: Config,  # data.imbalance
     train_dl: PhotoLoader,  # the training loader
 ) -> tuple[str, str]:  # how the loss is weighted, and how photos are drawn
@@ -1021,15 +1026,15 @@ def sealed_photos(
 
 # %% ../../nbs/dataset/490_loaders.ipynb #7f37b2f1
 def loader_meta(
-    stage: StageData,  # classes and delivery
+    stage: SplitData,  # classes and delivery
     cfg: Config,  # the run's configuration
     train_dl: PhotoLoader,  # the training loader
     val_dl: PhotoLoader,  # the validation loader
     table: Sequence[Mapping[str, Any]] = (),  # of autotune_num_workers
 ) -> dict[str, Any]:
-    "What was built, in the sources' words (SPEC TL10)."
-    caches = {id(c): c for l in (train_dl, val_dl) for c in caches_of(l)}.values()
-    weights, sampler = balance_used(cfg, train_dl)
+    "What was built, in the sources' words."
+    caches = {id(c): c for l in (train_dl, val_dl) for c in loader_caches(l)}.values()
+    weights, sampler = balance_names(cfg, train_dl)
     return {
         "class_names": list(stage.class_map),
         "class_to_idx": {k: i for i, k in enumerate(stage.class_map)},
@@ -1062,7 +1067,7 @@ def loader_meta(
 def summary(
     meta: Mapping[str, Any],  # as loader_meta gives it
 ) -> list[str]:
-    "The loaders in three lines, and the autotune table where there is one (SPEC TL22)."
+    "The loaders in three lines, and the autotune table where there is one."
     m = meta
     tried = (
         ["autotune: " + ", ".join(f"{r['workers']} workers {r['data_time'] * 1e3:.1f} ms" for r in m["autotune"])]
@@ -1077,12 +1082,12 @@ def summary(
 
 # %% ../../nbs/dataset/490_loaders.ipynb #5659265e
 def build_detection_loaders(
-    stage: StageData,  # as load_stage gives it
+    stage: SplitData,  # from load_split_data
     cfg: Config,  # the run's configuration
 ) -> tuple[DataLoader, DataLoader, dict[str, Any]]:  # train, val, meta
     "Photos with boxes, unaugmented."
     size, batch = cfg.data.detection.img_size, cfg.train.detection.batch_size
-    sets = [PillsnapDetDataset(d, stage.root, size, policies_of(cfg)) for d in (stage.train, stage.val)]
+    sets = [PillsnapDetDataset(d, stage.root, size, image_policies(cfg)) for d in (stage.train, stage.val)]
     train_dl = DataLoader(
         sets[0], batch, sampler=EpochSampler(sets[0], cfg.train.seed), collate_fn=safe_collate_detection
     )
@@ -1094,11 +1099,11 @@ def build_detection_loaders(
 
 
 def build_dataloaders_by_mode(
-    stage: StageData,  # as load_stage gives it
+    stage: SplitData,  # from load_split_data
     cfg: Config,  # the run's configuration
     mode: str | None = None,  # "single" or "combo"; None = data.default_mode
 ) -> tuple[Any, Any, None, dict[str, Any]]:  # train, val, test (sealed), meta
-    "Three loaders and meta for one mode (SPEC X35, X37)."
+    "Three loaders and meta for one mode."
     mode = cfg.data.default_mode if mode is None else mode
     if mode not in ("single", "combo"):
         raise PillsnapError(f"a mode is single or combo, not {mode!r}", where="data.default_mode")
@@ -1107,9 +1112,9 @@ def build_dataloaders_by_mode(
 
 # %% ../../nbs/dataset/490_loaders.ipynb #76f57919
 def build_dataloaders_twostage(
-    stage: StageData,  # as load_stage gives it
+    stage: SplitData,  # from load_split_data
     cfg: Config,  # the run's configuration
 ) -> tuple:  # detection train, val, test (None); classification train, val, test (None); meta
-    "Six loaders and meta (SPEC X35, X37)."
+    "Six loaders and meta."
     det, cls = build_detection_loaders(stage, cfg), build_classification_loaders(stage, cfg)
     return det[0], det[1], None, cls[0], cls[1], None, det[2] | cls[2]

@@ -36,7 +36,7 @@ def pill_masks(
     shot: Shot,  # how it is taken
     rng: np.random.Generator,  # in the state photograph got it in
 ) -> list[np.ndarray]:  # [h, w] bool each
-    "What each pill covers, from the renderer's own transparency (SPEC DM12)."
+    "What each pill covers, from the renderer's own transparency."
     camera, lamp, exposure = stage(shot, rng)
     out = []
     for drug, pose in pills:
@@ -95,7 +95,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 def find_pairs(
     root: str | os.PathLike,  # holds images/ and masks/
 ) -> list[tuple[Path, Path]]:  # photo and mask, by name
-    "Photos with their masks; what has no partner is left out and said (SPEC DM12)."
+    "Photos with their masks; what has no partner is left out and said."
     root = Path(root)
     for sub in ("images", "masks"):
         if not (root / sub).is_dir():
@@ -132,7 +132,7 @@ def read_mask(
     path: str | os.PathLike,  # an index PNG
     classes: int,  # how many classes, background included
 ) -> np.ndarray:  # [h, w] uint8 class numbers; ValueError where it is no such thing
-    "The class of every pixel: grey or palette PNG, values as stored (SPEC DM12)."
+    "The class of every pixel: grey or palette PNG, values as stored."
     with Image.open(path, formats=("PNG",)) as im:
         if im.width * im.height > MAX_PIXELS:
             raise ValueError(f"{im.width}×{im.height} pixels exceed the bound")
@@ -167,7 +167,7 @@ def sync_transform(
     crop_scale_min: float = 0.8,  # smallest crop, share of the area
     seed: int = 42,  # of its draws
 ) -> Callable:  # f(image=, mask=) → {"image", "mask"}
-    "Photo and mask by one draw: bilinear and nearest (SPEC DM12)."
+    "Photo and mask by one draw: bilinear and nearest."
     A = albumentations()
     import cv2
 
@@ -197,7 +197,7 @@ def resize_pair(
 
 # %% ../../nbs/dataset/495_masks.ipynb #abe775ac
 class SegmentationDataset(Dataset):
-    "Photos and index masks (SPEC DM12)."
+    "Photos and index masks."
 
     def __init__(
         self,
@@ -235,7 +235,7 @@ class SegmentationDataset(Dataset):
 def collate_masks(
     batch: Sequence[Mapping[str, Any]],  # samples and skip records
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, list]]:  # images [B, 3, S, S], masks [B, S, S], {"paths", "skipped"}
-    "Samples to a batch, records aside; nothing left is an empty batch and a warning (SPEC TL4)."
+    "Samples to a batch, records aside; nothing left is an empty batch and a warning."
     good, bad = [s for s in batch if "_skip" not in s], [s for s in batch if "_skip" in s]
     meta = {
         "paths": [s["path"] for s in good],
@@ -264,7 +264,7 @@ def dice_loss(
 
 
 class CEDiceLoss(nn.Module):
-    "Cross-entropy plus Dice (SPEC DM12)."
+    "Cross-entropy plus Dice."
 
     def __init__(
         self,
@@ -294,7 +294,7 @@ def confusion_of(
 def segmentation_metrics(
     confusion: np.ndarray,  # [C, C] pixels, rows true
 ) -> dict[str, Any]:  # mIoU, Dice, PixelAcc, n (pixels), per_class
-    "mIoU and Dice over the classes that are there or were answered, and the share of pixels that are right (SPEC DM12)."
+    "mIoU and Dice over the classes that are there or were answered, and the share of pixels that are right."
     hit, true, said = np.diag(confusion).astype(float), confusion.sum(1), confusion.sum(0)
     seen, n = true + said > 0, int(confusion.sum())
     iou, dice = (

@@ -20,7 +20,7 @@ from ..delivery.classmap import ClassMap
 # %% ../../nbs/dataset/430_narrow.ipynb #7e432da9
 @dataclass(frozen=True)
 class NarrowDrug:
-    "One drug of the list (SPEC DM15)."
+    "One drug of the list."
 
     kcode: str  # K-000573
     drug_name: str = ""  # as it is sold
@@ -49,7 +49,7 @@ def _drug(entry: Mapping[str, Any], where: Path) -> NarrowDrug:
 def read_drug_list(
     path: str | Path,  # top_100_drugs.json: a list, or {"drugs": [...]}
 ) -> list[NarrowDrug]:  # in the order of the class map
-    "The drugs of the narrow family (SPEC DM15)."
+    "The drugs of the narrow family."
     path = Path(path)
     try:
         got = json.loads(path.read_text(encoding="utf-8"))
@@ -72,7 +72,7 @@ def class_mapping(
     drugs: Sequence[NarrowDrug],  # as read_drug_list gives them
     classes: Iterable[str],  # the drugs that have photos, as the split keeps them
 ) -> dict[str, Any]:
-    "What the narrow family's programs read (SPEC DM15, X3)."
+    "What the narrow family's programs read."
     known, keys = {d.kcode: d for d in drugs}, ClassMap(classes)
     told = {k: asdict(known.get(k, NarrowDrug(k))) for k in keys}
     return {
@@ -88,7 +88,7 @@ def training_weights(
     drugs: Sequence[NarrowDrug],  # as read_drug_list gives them
     keys: Sequence[str],  # class keys by number
 ) -> list[float]:  # one per class; 1 for a drug that is not listed
-    "How much each class counts besides its rarity (SPEC DM15)."
+    "How much each class counts besides its rarity."
     known = {d.kcode: d.training_weight for d in drugs}
     return [known.get(k, 1.0) for k in keys]
 

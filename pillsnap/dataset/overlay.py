@@ -21,7 +21,7 @@ from fastcore.basics import patch
 
 # %% ../../nbs/dataset/420_overlay.ipynb #3b4ea862
 from ..core.errors import PillsnapError
-from ..core.files import ensure_dir, os_trouble
+from ..core.files import ensure_dir, os_error
 
 # %% ../../nbs/dataset/420_overlay.ipynb #2989a903
 DECISIONS = ("keep", "drop", "relabel")
@@ -29,7 +29,7 @@ DECISIONS = ("keep", "drop", "relabel")
 
 @dataclass(frozen=True)
 class Decision:
-    "One line of the overlay (SPEC BX22)."
+    "One line of the overlay."
 
     path: str  # the photo, as the manifest names it
     kcode: str  # the drug it was delivered as
@@ -52,7 +52,7 @@ OVERLAY = "overlay.jsonl"  # its name in a run folder
 
 
 class Overlay:
-    "Decisions on disk, the last about each pill holds (SPEC BX22)."
+    "Decisions on disk, the last about each pill holds."
 
     def __init__(
         self,
@@ -114,7 +114,7 @@ def add(
             f.write(b"\n" * bool(cut_off) + line)
             os.fsync(f.fileno())
     except OSError as e:
-        raise os_trouble("the decision cannot be written", self.path, e) from e
+        raise os_error("the decision cannot be written", self.path, e) from e
     return done
 
 # %% ../../nbs/dataset/420_overlay.ipynb #5af312b6
@@ -122,7 +122,7 @@ def apply_overlay(
     df: pd.DataFrame,  # manifest rows: path, class_key, kind; kcode if there is one
     overlay: Overlay,  # the decisions
 ) -> pd.DataFrame:  # the rows that are left, with their new drugs; attrs["overlay"] counts what was done
-    "The table as decided, without touching a file (SPEC BX22)."
+    "The table as decided, without touching a file."
     holds, known = overlay.decisions(), set(df["class_key"])
     key = list(zip(df["path"], df["class_key"]))
     what = pd.Series([holds.get(k) for k in key], df.index, dtype=object)

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['REMARKS', 'SEALED', 'PHOTO_KEYS', 'DRUG_KEYS', 'IMAGE_KEYS', 'PhotoRecord', 'DrugRecord', 'MAX_JSON_BYTES',
            'MAX_RATIO', 'MAX_ENTRY_BYTES', 'Reason', 'Fault', 'korean_name', 'Archive', 'parse_archive', 'archives_in',
-           'folder_codes', 'Walk', 'printable', 'is_sealed', 'refuse_sealed', 'walk_tree', 'known', 'edi_list',
-           'Annotation', 'read_bytes', 'read_lot', 'decode_text', 'parse_json', 'check_record', 'Reader',
-           'read_annotation', 'Delivery', 'unpack_hint', 'find_delivery', 'sealed_folders', 'sealed_codes',
-           'overlap_in_words', 'Photos', 'index_photos', 'choose_photo', 'label_files', 'entry_name', 'entry_fault',
-           'Pieces', 'extract_archive', 'extract_archives', 'extract_command']
+           'folder_codes', 'TreeListing', 'printable_path', 'is_sealed', 'refuse_sealed', 'walk_tree', 'known_text',
+           'edi_list', 'Annotation', 'read_bytes', 'read_small_files', 'decode_text', 'parse_json', 'check_record',
+           'AnnotationReader', 'read_annotation', 'Delivery', 'unpack_hint', 'find_delivery', 'sealed_folders',
+           'sealed_codes', 'overlap_in_words', 'PhotoIndex', 'index_photos', 'choose_photo', 'label_files',
+           'entry_name', 'entry_fault', 'JoinedFiles', 'extract_archive', 'extract_archives', 'extract_command']
 
 # %% ../../nbs/delivery/120_aihub.ipynb #c3217a81
 import io
@@ -36,13 +36,13 @@ import joblib
 import msgspec
 from fastcore.basics import patch
 from ..core.errors import PillsnapError
-from ..core.files import MACHINE, FolderLock, os_trouble
+from ..core.files import MACHINE, FolderLock, os_error
 from ..core.logs import progress as show_progress
 from .capture import Capture, parse_name
 
 # %% ../../nbs/delivery/120_aihub.ipynb #def470d8
 class Reason(StrEnum):
-    "Every reason for which a file, an annotation, a box or a photo is left out or remarked upon (SPEC BX4, RS3)."
+    "Every reason for which a file, an annotation, a box or a photo is left out or remarked upon."
 
     # a JSON file that cannot be used
     UNREADABLE = "json_unreadable"  # the file system refuses it
@@ -91,7 +91,7 @@ REMARKS = frozenset({Reason.OVERLAP, Reason.AREA, Reason.CONFLICT, Reason.EDI_SH
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    "One line of the quarantine list (SPEC Annex 3)."
+    "One line of the quarantine list."
 
     path: str  # what it is about
     reason: Reason  # why
@@ -101,7 +101,7 @@ class Fault:
 def korean_name(
     name: str,  # a file or folder name as the system gives it
 ) -> str:  # the name with its Korean readable, in NFC
-    "Repair a name whose CP949 bytes were read as something else (SPEC DM14)."
+    "Repair a name whose CP949 bytes were read as something else."
     if name.isascii():
         return name
     for wrong in ("utf-8", "cp437", "latin-1"):
@@ -132,7 +132,7 @@ _ARCHIVE = re.compile(
 def parse_archive(
     name: str,  # archive or folder name, Korean or English
 ) -> Archive | None:  # None when it is no archive of the delivery
-    "Read an archive's name in any of its spellings (SPEC DM7, DM14)."
+    "Read an archive's name in any of its spellings."
     m = _ARCHIVE.fullmatch(korean_name(name))
     if m is None:
         return None
@@ -153,7 +153,7 @@ def _part_of(name: str) -> tuple[int, Archive | None]:
 def archives_in(
     files: Iterable[str],  # paths of any files
 ) -> list[tuple[Archive, list[str]]]:  # each archive with its pieces in order, or with its one file
-    "The delivery's archives among some files (SPEC DM7, RS4)."
+    "The delivery's archives among some files."
     found = {}
     for f in files:
         place, a = _part_of(os.path.basename(f))
@@ -187,7 +187,7 @@ def folder_codes(
 
 # %% ../../nbs/delivery/120_aihub.ipynb #f74563c2
 @dataclass
-class Walk:
+class TreeListing:
     "The files of a tree, sorted, and what was met on the way."
 
     files: list[str] = field(default_factory=list)  # paths of ordinary files
@@ -196,7 +196,7 @@ class Walk:
     sealed: list[str] = field(default_factory=list)  # folders of the sealed test, not entered
 
 # %% ../../nbs/delivery/120_aihub.ipynb #6180ad09
-def printable(
+def printable_path(
     path: str | os.PathLike,  # any path the system gives
 ) -> str:
     "A path that UTF-8 can hold, whatever bytes it is made of."
@@ -209,7 +209,7 @@ SEALED = ("val", "test")
 def is_sealed(
     path: str | os.PathLike,  # any path of a delivery
 ) -> bool:  # it is, leads to, or lies in data/val, data/test, or such a folder beside a train
-    "Whether a path belongs to the sealed test (SPEC SP4, X47)."
+    "Whether a path belongs to the sealed test."
     return any(map(_lies_sealed, {os.path.abspath(path), os.path.realpath(path)}))
 
 
@@ -226,7 +226,7 @@ def refuse_sealed(
     path: str | os.PathLike,  # a folder that somebody is about to read
     fix: str = "name the delivery's root, or data/train",  # what to do instead
 ) -> None:  # PillsnapError where it is sealed
-    "Nothing reads the sealed test before the final test (SPEC SP4)."
+    "Nothing reads the sealed test before the final test."
     if is_sealed(path):
         raise PillsnapError("this is the sealed test: nothing reads it before the final test", where=path, fix=fix)
 
@@ -236,16 +236,16 @@ def _scan(folder: str) -> list[os.DirEntry]:
         with os.scandir(folder) as it:
             return sorted(it, key=lambda e: e.name)
     except OSError as e:
-        raise os_trouble("this folder cannot be read", folder, e) from None
+        raise os_error("this folder cannot be read", folder, e) from None
 
 # %% ../../nbs/delivery/120_aihub.ipynb #915c07d0
 def walk_tree(
     root: str | os.PathLike,  # where to start
     ignore_hidden: bool = True,  # pass over names that begin with a dot, and __MACOSX
     sealed: bool = False,  # enter the sealed test as well; only unpacking does
-) -> Walk:
-    "All files below a folder; links are followed once (SPEC DM6, DM9)."
-    w, links, stack, been = Walk(), [], [os.fspath(root)], {os.path.realpath(root)}
+) -> TreeListing:
+    "All files below a folder; links are followed once."
+    w, links, stack, been = TreeListing(), [], [os.fspath(root)], {os.path.realpath(root)}
     while stack:
         folders, entries = [], _scan(stack.pop())
         names = {e.name for e in entries}
@@ -253,7 +253,9 @@ def walk_tree(
             if ignore_hidden and (e.name.startswith(".") or e.name == "__MACOSX"):
                 w.hidden += 1
             elif e.is_symlink() and not os.path.exists(e.path):
-                w.faults.append(Fault(printable(e.path), Reason.SYMLINK, f"points to {printable(os.readlink(e.path))}"))
+                w.faults.append(
+                    Fault(printable_path(e.path), Reason.SYMLINK, f"points to {printable_path(os.readlink(e.path))}")
+                )
             elif e.is_dir():
                 if e.name in SEALED and "train" in names and not sealed:
                     w.sealed.append(e.path)
@@ -267,7 +269,7 @@ def walk_tree(
     return w
 
 # %% ../../nbs/delivery/120_aihub.ipynb #6615235f
-def _first_visit(e: os.DirEntry, been: set[str], w: Walk) -> bool:
+def _first_visit(e: os.DirEntry, been: set[str], w: TreeListing) -> bool:
     "Whether a folder is entered for the first time; only a link can lead to one again."
     if not e.is_symlink() and len(been) == 1:
         return True
@@ -277,7 +279,7 @@ def _first_visit(e: os.DirEntry, been: set[str], w: Walk) -> bool:
         return False
     nested = any(_within(real, b) or _within(b, real) for b in been) if e.is_symlink() else real in been
     if nested:
-        w.faults.append(Fault(printable(e.path), Reason.DUPLICATE_PATH, f"leads to {printable(real)} again"))
+        w.faults.append(Fault(printable_path(e.path), Reason.DUPLICATE_PATH, f"leads to {printable_path(real)} again"))
         return False
     if e.is_symlink():
         been.add(real)
@@ -289,7 +291,7 @@ def _within(inner: str, outer: str) -> bool:
     return inner == outer or inner.startswith(outer.rstrip(os.sep) + os.sep)
 
 
-def _add_links(w: Walk, links: list[str]) -> None:
+def _add_links(w: TreeListing, links: list[str]) -> None:
     "Take linked files whose target is not in the tree already."
     have = {os.path.realpath(f) for f in w.files} if links else set()
     for link in links:
@@ -297,19 +299,23 @@ def _add_links(w: Walk, links: list[str]) -> None:
         if is_sealed(real):
             w.sealed.append(link)
         elif real in have:
-            w.faults.append(Fault(printable(link), Reason.DUPLICATE_PATH, f"leads to {printable(real)} again"))
+            w.faults.append(
+                Fault(printable_path(link), Reason.DUPLICATE_PATH, f"leads to {printable_path(real)} again")
+            )
         else:
             have.add(real)
             w.files.append(link)
 
 # %% ../../nbs/delivery/120_aihub.ipynb #e22fc52b
-def _nameable(path: str, w: Walk) -> bool:
+def _nameable(path: str, w: TreeListing) -> bool:
     "Whether UTF-8 can write the path; a manifest could not hold it otherwise."
     try:
         path.encode("utf-8")
         return True
     except UnicodeEncodeError:
-        w.faults.append(Fault(printable(path), Reason.PATH, "rename it, for example with convmv -f cp949 -t utf-8"))
+        w.faults.append(
+            Fault(printable_path(path), Reason.PATH, "rename it, for example with convmv -f cp949 -t utf-8")
+        )
         return False
 
 # %% ../../nbs/delivery/120_aihub.ipynb #a545c0f1
@@ -387,17 +393,17 @@ def _struct(name: str, doc: str, keys: Iterable[str], **kw: Any) -> type:
 
 PhotoRecord = _struct(
     "PhotoRecord",
-    "What a record says of its photo, and which drug it is (SPEC DM3).",
+    "What a record says of its photo, and which drug it is.",
     [k for k in IMAGE_KEYS if k in (*PHOTO_KEYS, "drug_N")],
     forbid_unknown_fields=True,
 )
 DrugRecord = _struct(
-    "DrugRecord", "What a record says of its drug: the same in every file of that drug (SPEC DM3).", DRUG_KEYS[1:]
+    "DrugRecord", "What a record says of its drug: the same in every file of that drug.", DRUG_KEYS[1:]
 )
 _Image = _struct("_Image", "images[0], all 50 keys.", IMAGE_KEYS)
 
 # %% ../../nbs/delivery/120_aihub.ipynb #dece66a2
-def known(
+def known_text(
     value: Any,  # a JSON value, or UNSET
 ) -> Any:  # the value; None for null, for "" and for a missing key
     "One spelling for what is not known."
@@ -407,7 +413,7 @@ def known(
 def edi_list(
     value: Any,  # di_edi_code as delivered: "642500340,A01508511", one code, null, ""
 ) -> list[str]:  # distinct codes, in their order
-    "The EDI codes of a drug (SPEC X2)."
+    "The EDI codes of a drug."
     if isinstance(value, (list, tuple)):
         value = ",".join(str(v) for v in value)
     if isinstance(value, int) and not isinstance(value, bool):
@@ -416,7 +422,7 @@ def edi_list(
 
 # %% ../../nbs/delivery/120_aihub.ipynb #125963a6
 class Annotation(msgspec.Struct, frozen=True, gc=False):
-    "One JSON file: one drug in one photo (SPEC DM1)."
+    "One JSON file: one drug in one photo."
 
     path: str  # the file
     photo: PhotoRecord  # images[0], the photo's keys and drug_N; UNSET where one is missing
@@ -481,12 +487,12 @@ def read_bytes(
             raw = f.read(MAX_JSON_BYTES + 1)
     except (OSError, ValueError) as e:
         if getattr(e, "errno", None) in MACHINE:
-            raise os_trouble("an annotation cannot be read", path, e) from e
-        return Fault(printable(path), Reason.UNREADABLE, str(e))
+            raise os_error("an annotation cannot be read", path, e) from e
+        return Fault(printable_path(path), Reason.UNREADABLE, str(e))
     return (
         raw
         if len(raw) <= MAX_JSON_BYTES
-        else Fault(printable(path), Reason.UNREADABLE, f"larger than {MAX_JSON_BYTES} bytes")
+        else Fault(printable_path(path), Reason.UNREADABLE, f"larger than {MAX_JSON_BYTES} bytes")
     )
 
 
@@ -499,7 +505,7 @@ def _close(files: list[int]) -> None:
             os.close(f)
 
 
-def read_lot(
+def read_small_files(
     names: Sequence[str],  # of files
     folder: int | None = None,  # the open folder in which they lie; None = they are paths
 ) -> list[bytes]:  # empty for a file that is empty, missing, or larger than 4 kB
@@ -514,14 +520,14 @@ def read_lot(
     finally:
         _close(files)
     if got is None:
-        return [b""] if len(names) == 1 else [raw for name in names for raw in read_lot([name], folder)]
+        return [b""] if len(names) == 1 else [raw for name in names for raw in read_small_files([name], folder)]
     return got if max(map(len, got), default=0) < 4096 else [raw if len(raw) < 4096 else b"" for raw in got]
 
 # %% ../../nbs/delivery/120_aihub.ipynb #3744ec5f
 def decode_text(
     raw: bytes,  # a file's content
 ) -> tuple[str, str] | None:  # text and encoding; None when it is neither
-    "UTF-8, else CP949 (SPEC BX4)."
+    "UTF-8, else CP949."
     for encoding, name in (("utf-8-sig", "utf-8"), ("cp949", "cp949")):
         try:
             return raw.decode(encoding), name
@@ -578,13 +584,13 @@ def check_record(
 def _by_hand(path: str | os.PathLike, raw: bytes) -> Annotation | Fault:
     "Read a file that is not just as AI Hub writes it, keeping whatever can be kept."
     if (got := decode_text(raw)) is None:
-        return Fault(printable(path), Reason.ENCODING, "neither UTF-8 nor CP949")
+        return Fault(printable_path(path), Reason.ENCODING, "neither UTF-8 nor CP949")
     try:
         obj = parse_json(got[0])
     except ValueError as e:
-        return Fault(printable(path), Reason.UNPARSABLE, str(e)[:200])
+        return Fault(printable_path(path), Reason.UNPARSABLE, str(e)[:200])
     if wrong := check_record(obj):
-        return Fault(printable(path), *wrong)
+        return Fault(printable_path(path), *wrong)
     img, anns = obj["images"][0], obj["annotations"]
     photo, drug = (t(**{k: img.get(k, msgspec.UNSET) for k in t.__struct_fields__}) for t in (PhotoRecord, DrugRecord))
     return Annotation(
@@ -628,8 +634,8 @@ _whole, _rest, _KCODE = (
 _TROUBLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 # %% ../../nbs/delivery/120_aihub.ipynb #d98e5aa9
-class Reader:
-    "Reads annotation files, each drug's words once (SPEC DM1, DM9, RS3, BM1)."
+class AnnotationReader:
+    "Reads annotation files, each drug's words once."
 
     def __init__(self):
         self.known = {}  # '"dl_idx": "572", "dl_ma' → what stands from there to "id", what it tells, drug_N
@@ -650,7 +656,7 @@ _NOTHING, _BRACE, _STARTS = (b"\0", None, None), ord("}"), (b'{\n    "images"', 
 # %% ../../nbs/delivery/120_aihub.ipynb #9575c2b8
 @patch
 def read(
-    self: Reader,
+    self: AnnotationReader,
     path: str,  # one JSON file
     raw: bytes,  # its content
 ) -> Annotation | Fault:  # never raises, whatever the bytes are
@@ -693,12 +699,12 @@ def _opened(folder: str) -> Iterator[int]:
 
 @patch
 def folder(
-    self: Reader,
+    self: AnnotationReader,
     folder: str,  # where they lie
     names: Sequence[str],  # of its files
     ahead: int = 64,  # read before they are parsed
 ) -> Iterator[Annotation | Fault]:  # in this order
-    "A folder's files: reading and parsing by lots keeps each of them warm, and names in an open folder are found faster than long paths (SPEC BM1)."
+    "A folder's files: reading and parsing by lots keeps each of them warm, and names in an open folder are found faster than long paths."
     start, few = (
         folder + os.sep,
         len(names) < 8,
@@ -707,7 +713,7 @@ def folder(
         for k in range(0, len(names), ahead):
             lot = names[k : k + ahead]
             paths = [start + n for n in lot]
-            raws = read_lot(paths if few else lot, at)
+            raws = read_small_files(paths if few else lot, at)
             yield from (
                 map(self.read, paths, raws)
                 if all(raws)
@@ -717,7 +723,7 @@ def folder(
 # %% ../../nbs/delivery/120_aihub.ipynb #e2e3b256
 @patch
 def parse(
-    self: Reader,
+    self: AnnotationReader,
     path: str,  # one JSON file
     raw: bytes,  # its content
     at: int,  # where the drug's keys begin
@@ -763,8 +769,8 @@ def parse(
 def read_annotation(
     path: str | os.PathLike,  # one JSON file
 ) -> Annotation | Fault:  # never raises, whatever the bytes are
-    "Read one annotation file; for many, keep a `Reader`."
-    return Reader()(path)
+    "Read one annotation file; for many, keep a `AnnotationReader`."
+    return AnnotationReader()(path)
 
 # %% ../../nbs/delivery/120_aihub.ipynb #6cc1280b
 @dataclass(frozen=True)
@@ -793,7 +799,7 @@ def unpack_hint(
 def find_delivery(
     root: str | os.PathLike,  # the folder that holds data/train, train, or labels and images
 ) -> Delivery:  # raises PillsnapError when there is none
-    "Find the parts of a delivery by their folders (SPEC DM7)."
+    "Find the parts of a delivery by their folders."
     root = Path(root)
     if not root.is_dir():
         raise PillsnapError(
@@ -834,7 +840,7 @@ def _subfolders(folder: str) -> list[os.DirEntry]:
 def sealed_folders(
     d: Delivery,  # a delivery
 ) -> list[tuple[str, tuple[str, ...]]]:  # paths, and the K-codes they are named after
-    "The sealed test's folders, by their names alone (SPEC SP4)."
+    "The sealed test's folders, by their names alone."
     stack, found = [os.fspath(d.sealed)] if d.sealed else [], []
     while stack:
         for e in _subfolders(stack.pop()):
@@ -848,7 +854,7 @@ def sealed_folders(
 def sealed_codes(
     d: Delivery,  # a delivery
 ) -> set[str]:  # K-codes that the sealed test's folders are named after
-    "The drugs of the sealed test (SPEC SP4)."
+    "The drugs of the sealed test."
     return {c for _, codes in sealed_folders(d) for c in codes}
 
 # %% ../../nbs/delivery/120_aihub.ipynb #75486df1
@@ -867,7 +873,7 @@ def overlap_in_words(
 
 # %% ../../nbs/delivery/120_aihub.ipynb #12c97e1b
 @dataclass
-class Photos:
+class PhotoIndex:
     "The photos of a delivery, by name."
 
     paths: dict[str, list[str]] = field(default_factory=dict)  # name without extension → paths, sorted
@@ -880,10 +886,10 @@ def index_photos(
     images: str | os.PathLike,  # a tree of photos
     extensions: Iterable[str] = (".jpg", ".jpeg", ".png", ".bmp", ".webp"),  # files taken for photos
     ignore_hidden: bool = True,  # pass over dot files
-) -> Photos:
-    "Find every photo of a tree (SPEC DM6)."
+) -> PhotoIndex:
+    "Find every photo of a tree."
     w = walk_tree(images, ignore_hidden)
-    out = Photos(faults=w.faults, hidden=w.hidden)
+    out = PhotoIndex(faults=w.faults, hidden=w.hidden)
     wanted = {e.lower() for e in extensions}
     for path in w.files:
         stem, ext = os.path.splitext(os.path.basename(path))
@@ -928,7 +934,7 @@ def label_files(
     labels: str | os.PathLike,  # a tree of JSON files
     ignore_hidden: bool = True,  # pass over dot files
 ) -> tuple[list[str], list[Fault]]:  # paths, sorted; faults of the tree
-    "Every annotation file of a tree (SPEC DM1, DM7)."
+    "Every annotation file of a tree."
     w = walk_tree(labels, ignore_hidden)
     return [f for f in w.files if f.lower().endswith(".json")], w.faults
 
@@ -940,7 +946,7 @@ MAX_ENTRY_BYTES = 256_000_000  # a photo has 1.7 MB
 def entry_name(
     info: zipfile.ZipInfo,  # one entry
 ) -> str:  # its path in the archive, Korean readable
-    "An entry's name: UTF-8 where the archive says so, else CP949 or UTF-8 by its bytes (SPEC RS4)."
+    "An entry's name: UTF-8 where the archive says so, else CP949 or UTF-8 by its bytes."
     if info.flag_bits & 0x800:
         return unicodedata.normalize("NFC", info.orig_filename)
     raw = info.orig_filename.encode("cp437")
@@ -956,7 +962,7 @@ def entry_fault(
     info: zipfile.ZipInfo,  # one entry
     name: str,  # its decoded name
 ) -> str | None:  # what is wrong with it
-    "Why an entry may not be unpacked (SPEC section 2, RS4)."
+    "Why an entry may not be unpacked."
     parts, mode = PurePosixPath(name).parts, info.external_attr >> 16
     if not name or "\0" in name or "\\" in name or re.match(r"[A-Za-z]:", name):
         return "its name is no relative path"
@@ -1002,7 +1008,7 @@ def _plan(path: Path, z: zipfile.ZipFile) -> list[tuple[zipfile.ZipInfo, str]]:
     return plan
 
 # %% ../../nbs/delivery/120_aihub.ipynb #7a2b06d8
-class Pieces(io.RawIOBase):
+class JoinedFiles(io.RawIOBase):
     "Files read one after the other as if they were one."
 
     def __init__(
@@ -1031,7 +1037,7 @@ class Pieces(io.RawIOBase):
 # %% ../../nbs/delivery/120_aihub.ipynb #15cb5d29
 @patch
 def seek(
-    self: Pieces,
+    self: JoinedFiles,
     offset: int,  # bytes
     whence: int = 0,  # 0 from the start, 1 from here, 2 from the end
 ) -> int:
@@ -1042,7 +1048,7 @@ def seek(
 
 @patch
 def readinto(
-    self: Pieces,
+    self: JoinedFiles,
     buffer: Any,  # filled, up to the end of a piece
 ) -> int:  # bytes read
     "Read on."
@@ -1119,7 +1125,7 @@ def extract_archive(
     target: str | os.PathLike,  # the folder it becomes
     advance: Callable[[int], Any] = lambda n: None,  # told the bytes of each file as it is done
 ) -> int:  # files unpacked; 0 when the folder was there already
-    "Unpack one archive, wholly or not at all; a second call goes on where the first was stopped (SPEC RS4)."
+    "Unpack one archive, wholly or not at all; a second call goes on where the first was stopped."
     target, name = Path(target), Path(pieces[0])
     part = target.with_name(f".{target.name}.part")
     if target.exists():
@@ -1127,7 +1133,7 @@ def extract_archive(
     try:
         if gap := _incomplete(pieces):
             raise zipfile.BadZipFile(gap)
-        with zipfile.ZipFile(io.BufferedReader(Pieces(pieces), 1 << 20)) as z:
+        with zipfile.ZipFile(io.BufferedReader(JoinedFiles(pieces), 1 << 20)) as z:
             plan = _plan(Path(_PIECE.sub("", str(name))), z)
             with FolderLock(part):
                 if target.exists():
@@ -1142,7 +1148,7 @@ def extract_archive(
             fix="fetch it again" + (", all pieces into one folder" if _PIECE.search(pieces[0]) else ""),
         ) from None
     except OSError as e:
-        raise os_trouble("unpacking failed", target, e) from None
+        raise os_error("unpacking failed", target, e) from None
     return len(plan)
 
 # %% ../../nbs/delivery/120_aihub.ipynb #4fe82826
@@ -1152,7 +1158,7 @@ def extract_archives(
     workers: int | None = None,  # archives at once; None = one per CPU
     progress: bool = False,  # show a progress bar
 ) -> dict[str, int]:  # folder of each archive → files unpacked, 0 when it was there
-    "Unpack a delivery into the English tree (SPEC DM14, RS4)."
+    "Unpack a delivery into the English tree."
     if not Path(src).is_dir():
         raise PillsnapError(
             "the folder of archives is a file" if Path(src).exists() else "the folder of archives does not exist",

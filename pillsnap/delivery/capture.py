@@ -15,7 +15,7 @@ from fastcore.basics import patch
 # %% ../../nbs/delivery/100_capture.ipynb #5d7a4859
 @dataclass(frozen=True)
 class Capture:
-    "How one photo was taken, as its file name tells it (SPEC DM7)."
+    "How one photo was taken, as its file name tells it."
 
     codes: tuple[str, ...]  # K-codes in the photo, as the name lists them; one for a single
     state: int  # 0 intact pill
@@ -57,7 +57,7 @@ def stem(self: Capture) -> str:  # file name without its extension
 def capture_group(
     c: Capture,  # a photo's capture
 ) -> str:  # equal for photos that must not be split apart
-    "The leak boundary (SPEC BX1): one turntable series of a single, all photos of a combo."
+    "The leak boundary: one turntable series of a single, all photos of a combo."
     if len(c.codes) > 1:
         return "K-" + "-".join(sorted(k.removeprefix("K-") for k in c.codes))
     return f"{c.codes[0]}_{c.side}_{c.back}_{c.light}"

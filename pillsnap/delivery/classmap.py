@@ -21,7 +21,7 @@ from ..core.files import canonical_json, sha256_text
 # %% ../../nbs/delivery/110_classmap.ipynb #188c4c99
 @dataclass(frozen=True)
 class ClassMap:
-    "Class number ↔ class key: sorted, unique, immutable (SPEC section 2, X3, BX8)."
+    "Class number ↔ class key: sorted, unique, immutable."
 
     keys: tuple[str, ...]  # class keys; any iterable is taken, sorted and freed of repeats
     kind: str = "kcode"  # what a key is: "kcode", or "folder" for folder data sets
@@ -122,7 +122,7 @@ def check(
     other: "ClassMap|Mapping[str,Any]",  # the map that came with a file, as it was stored
     where: str,  # what the other belongs to, e.g. the checkpoint's path
 ) -> None:  # raises PillsnapError in plain language
-    "Stop unless every number means the same drug on both sides (SPEC BX8)."
+    "Stop unless every number means the same drug on both sides."
     other = other if isinstance(other, ClassMap) else ClassMap.from_dict(other, where=where)
     if other.fingerprint == self.fingerprint:
         return

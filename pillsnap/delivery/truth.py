@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FAULTS', 'IDENTICAL', 'OVERLAPPING', 'FACT_KEYS', 'PLAIN', 'PART', 'MEANING', 'is_number', 'box_fault', 'is_outside',
-           'box_iou', 'code_mismatch', 'dl_idx_mismatch', 'Pill', 'PhotoTruth', 'Drug', 'Evidence', 'sole_code',
-           'is_plain', 'read_part', 'merge', 'parts_of', 'examine', 'labels_of', 'edi_counts', 'summary', 'further',
-           'audit', 'audit_table', 'named_files', 'audit_command']
+           'box_iou', 'code_mismatch', 'dl_idx_mismatch', 'LabelledPill', 'PhotoTruth', 'Drug', 'LabelEvidence',
+           'sole_code', 'is_plain', 'read_part', 'merge', 'equal_parts', 'check_labels', 'labels_of', 'edi_counts',
+           'summary', 'extra_counts', 'audit', 'audit_table', 'named_files', 'audit_command']
 
 # %% ../../nbs/delivery/130_truth.ipynb #9406e1a3
 import json
@@ -38,13 +38,13 @@ from pillsnap.delivery.aihub import (
     DrugRecord,
     Fault,
     PhotoRecord,
-    Photos,
+    PhotoIndex,
     Reason,
     edi_list,
     folder_codes,
-    Reader,
+    AnnotationReader,
     index_photos,
-    known,
+    known_text,
     label_files,
     refuse_sealed,
     unpack_hint,
@@ -52,7 +52,7 @@ from pillsnap.delivery.aihub import (
 from .capture import TOKENS
 
 # %% ../../nbs/delivery/130_truth.ipynb #7b803a25
-FAULTS: tuple[Reason, ...] = tuple(Reason)  # the closed list of reasons (SPEC BX4)
+FAULTS: tuple[Reason, ...] = tuple(Reason)  # the closed list of reasons
 
 
 def is_number(
@@ -67,7 +67,7 @@ def box_fault(
     width: int,  # of the photo, pixels
     height: int,  # of the photo, pixels
 ) -> Reason | None:  # None for a good box
-    "What is wrong with a box (SPEC BX4, DATA: negative, zero, float, string, short, empty, outside)."
+    "What is wrong with a box (DATA: negative, zero, float, string, short, empty, outside)."
     if bbox is None or bbox == [] or bbox == "":
         return Reason.BOX_EMPTY
     if not isinstance(bbox, (list, tuple)):
@@ -115,9 +115,9 @@ def box_iou(
 def code_mismatch(
     a: Annotation,  # one record
 ) -> str:  # what disagrees, "" when all agree
-    "Whether drug_N, dl_mapping_code, the folders and the file name tell of one drug (SPEC BX4)."
+    "Whether drug_N, dl_mapping_code, the folders and the file name tell of one drug."
     said, k, capture = [], a.kcode, a.capture
-    if (m := known(a.drug.dl_mapping_code)) is not None and m != k:
+    if (m := known_text(a.drug.dl_mapping_code)) is not None and m != k:
         said.append(f"dl_mapping_code {m}")
     if capture and k not in capture.codes:
         said.append(f"file_name {a.file_name}")
@@ -134,13 +134,13 @@ def code_mismatch(
 def dl_idx_mismatch(
     a: Annotation,  # one record
 ) -> str:  # what is wrong, "" when it fits or is not given
-    "Whether dl_idx is the K-number minus one (SPEC BX4)."
-    idx = known(a.drug.dl_idx)
+    "Whether dl_idx is the K-number minus one."
+    idx = known_text(a.drug.dl_idx)
     return "" if idx is None or str(idx) == str(int(a.kcode[2:]) - 1) else f"dl_idx {idx!r} with {a.kcode}"
 
 # %% ../../nbs/delivery/130_truth.ipynb #e8138e7b
 @dataclass(slots=True)
-class Pill:
+class LabelledPill:
     "One box of one record, with what is wrong about it."
 
     kcode: str  # the drug
@@ -159,7 +159,7 @@ class PhotoTruth:
     codes: tuple[str, ...]  # K-codes in its name; () when that is no capture name
     width: int  # pixels, as the records give it
     height: int  # pixels
-    pills: list[Pill] = field(default_factory=list)
+    pills: list[LabelledPill] = field(default_factory=list)
 
 # %% ../../nbs/delivery/130_truth.ipynb #3e3c4713
 @patch
@@ -173,7 +173,9 @@ def missing(
 
 # %% ../../nbs/delivery/130_truth.ipynb #e4ad8051
 @patch
-def close_pairs(self: PhotoTruth) -> Iterator[tuple[Pill, Pill, float]]:  # the two and their IoU, .3 and more
+def close_pairs(
+    self: PhotoTruth,
+) -> Iterator[tuple[LabelledPill, LabelledPill, float]]:  # the two and their IoU, .3 and more
     "Pairs of different codes whose boxes overlap."
     whole = [
         p
@@ -243,7 +245,7 @@ def fact(
 ) -> Any:  # what most records say, the smaller one in a tie; None when nothing is known
     "The value of a key."
     said = self.values.get(key)
-    return known(min(said, key=lambda v: (-said[v], str(v)))) if said else None
+    return known_text(min(said, key=lambda v: (-said[v], str(v)))) if said else None
 
 
 @patch(as_prop=True)
@@ -253,7 +255,7 @@ def conflicts(self: Drug) -> dict[str, Counter]:  # key → its values
 
 # %% ../../nbs/delivery/130_truth.ipynb #8f978c57
 @dataclass
-class Evidence:
+class LabelEvidence:
     "What the labels of a delivery say, with everything that is wrong with them."
 
     judged: dict[str, PhotoTruth] = field(
@@ -292,20 +294,20 @@ def _each(rows: pa.Table) -> Iterator[tuple[str, PhotoTruth]]:
                 (r["kcode"],),
                 r["width"],
                 r["height"],
-                [Pill(r["kcode"], [r[k] for k in "xywh"], r["label"])],
+                [LabelledPill(r["kcode"], [r[k] for k in "xywh"], r["label"])],
             ),
         )
 
 
 @patch(as_prop=True)
-def photos(self: Evidence) -> dict[str, PhotoTruth]:  # by photo name without extension
+def photos(self: LabelEvidence) -> dict[str, PhotoTruth]:  # by photo name without extension
     "Every photo, one object each: for looking at, not for half a million."
     return {**dict(_each(self.plain)), **self.judged}
 
 # %% ../../nbs/delivery/130_truth.ipynb #be82b784
 @patch
 def note(
-    self: Evidence,
+    self: LabelEvidence,
     name: str,  # what is counted
     path: str,  # the annotation file
     wrong: bool,  # whether this file has it
@@ -318,7 +320,7 @@ def note(
 
 @patch
 def add(
-    self: Evidence,
+    self: LabelEvidence,
     a: Annotation,  # one record
 ) -> None:
     "Judge a record and put its boxes to its photo."
@@ -349,13 +351,13 @@ def add(
 # %% ../../nbs/delivery/130_truth.ipynb #ad08b9ed
 @patch
 def judge_box(
-    self: Evidence,
+    self: LabelEvidence,
     a: Annotation,  # its record
     bbox: Any,  # as delivered
     area: Any,  # as delivered
     fault: Reason | None,  # what is wrong with the whole record
     detail: str,  # particulars of that
-) -> Pill:
+) -> LabelledPill:
     "One box of a record."
     own = box_fault(bbox, a.width, a.height)
     self.counts["annotations"] += 1
@@ -366,10 +368,10 @@ def judge_box(
     self.note("area_mismatch", a.path, not area_ok)
     if own and not fault:
         fault, detail = own, f"{str(bbox)[:80]} in {a.width}×{a.height}"
-    return Pill(a.kcode, bbox, a.path, fault, detail, area_ok)
+    return LabelledPill(a.kcode, bbox, a.path, fault, detail, area_ok)
 
 # %% ../../nbs/delivery/130_truth.ipynb #e2a9ab53
-def _repeats(pills: list[Pill]) -> Iterator[tuple[Pill, str]]:
+def _repeats(pills: list[LabelledPill]) -> Iterator[tuple[LabelledPill, str]]:
     "Boxes of a drug that another file has told already."
     for k in {p.kcode for p in pills}:
         same = [p for p in pills if p.kcode == k]
@@ -382,7 +384,7 @@ def _repeats(pills: list[Pill]) -> Iterator[tuple[Pill, str]]:
 # %% ../../nbs/delivery/130_truth.ipynb #144ebce4
 @patch
 def compare(
-    self: Evidence,
+    self: LabelEvidence,
     photo: PhotoTruth,  # a photo with all its records
 ) -> None:
     "Set aside what contradicts another box of the photo."
@@ -395,7 +397,7 @@ def compare(
 
 # %% ../../nbs/delivery/130_truth.ipynb #0a27e628
 @patch
-def close(self: Evidence) -> "Evidence":  # itself
+def close(self: LabelEvidence) -> "LabelEvidence":  # itself
     "Compare within photos and within drugs, once every record is in."
     for name in sorted(self.judged):
         self.compare(self.judged[name])
@@ -447,9 +449,9 @@ def is_plain(
 # %% ../../nbs/delivery/130_truth.ipynb #da4db5aa
 def read_part(
     files: list[tuple[str, list[str]]],  # folders, and the annotation files in each
-) -> Evidence:  # not yet compared with other parts
-    "Read and judge some of a delivery's files: a pure function, for whichever process or machine (SPEC BM2)."
-    e, rows, read = Evidence(), [], Reader()
+) -> LabelEvidence:  # not yet compared with other parts
+    "Read and judge some of a delivery's files: a pure function, for whichever process or machine."
+    e, rows, read = LabelEvidence(), [], AnnotationReader()
     for folder, names in files:
         code, wordings = sole_code(folder), []
         for name, a in zip(names, read.folder(folder, names)):
@@ -482,7 +484,7 @@ def _join(into: dict[str, PhotoTruth], stem: str, more: PhotoTruth) -> None:
 
 @patch
 def demote(
-    self: Evidence,
+    self: LabelEvidence,
     which: pa.Array,  # of booleans, one for each plain photo
 ) -> None:
     "Plain photos that deserve a closer look."
@@ -492,10 +494,10 @@ def demote(
 
 # %% ../../nbs/delivery/130_truth.ipynb #7c67eb71
 def merge(
-    parts: Iterable[Evidence],  # of one delivery, in the order of their paths
-) -> Evidence:  # compared within photos and within drugs
-    "Put parts together (SPEC BX4)."
-    e, tables = Evidence(), []
+    parts: Iterable[LabelEvidence],  # of one delivery, in the order of their paths
+) -> LabelEvidence:  # compared within photos and within drugs
+    "Put parts together."
+    e, tables = LabelEvidence(), []
     for p in parts:
         e.counts += p.counts
         e.refused += p.refused
@@ -518,7 +520,7 @@ def merge(
 PART = 2000  # files; 200 ms
 
 
-def parts_of(
+def equal_parts(
     files: Iterable[str],  # annotation files, sorted
     size: int = PART,  # files in a part
 ) -> Iterator[list[tuple[str, list[str]]]]:  # arguments of read_part
@@ -537,13 +539,13 @@ def parts_of(
         yield part
 
 # %% ../../nbs/delivery/130_truth.ipynb #6a07a892
-def examine(
+def check_labels(
     labels: str | os.PathLike,  # a tree of JSON files
     ignore_hidden: bool = True,  # pass over dot files
     progress: bool = False,  # show a progress bar
     workers: int | None = None,  # processes; None = joblib's setting, else one per CPU when there is enough to read
-) -> Evidence:
-    "Read and judge every record of a tree (SPEC BX4, BM2)."
+) -> LabelEvidence:
+    "Read and judge every record of a tree."
     refuse_sealed(labels)
     files, faults = label_files(os.path.abspath(labels), ignore_hidden)  # a worker may stand in another folder
     asked = joblib.effective_n_jobs(None)
@@ -556,9 +558,11 @@ def examine(
                 yield p
 
         if n < 2:
-            e = merge(seen(map(read_part, parts_of(files))))
+            e = merge(seen(map(read_part, equal_parts(files))))
         else:
-            e = merge(seen(processes(n, return_as="generator")(joblib.delayed(read_part)(p) for p in parts_of(files))))
+            e = merge(
+                seen(processes(n, return_as="generator")(joblib.delayed(read_part)(p) for p in equal_parts(files)))
+            )
     e.tree = faults
     return e
 
@@ -579,7 +583,7 @@ def labels_of(
 
 # %% ../../nbs/delivery/130_truth.ipynb #528c7eec
 def edi_counts(
-    e: Evidence,  # what the labels say
+    e: LabelEvidence,  # what the labels say
 ) -> dict[int, int]:  # number of codes → number of drugs
     "How many drugs have none, one, two … EDI codes."
     drugs = e.disputed | e.drugs
@@ -587,8 +591,8 @@ def edi_counts(
 
 # %% ../../nbs/delivery/130_truth.ipynb #1184c0df
 def summary(
-    e: Evidence,  # what the labels say
-    photos: Photos | None = None,  # the photos, if they were given
+    e: LabelEvidence,  # what the labels say
+    photos: PhotoIndex | None = None,  # the photos, if they were given
 ) -> dict[str, Any]:
     "The audit's counts, in their fixed order; further ones follow at the end."
     c, truths = e.counts, e.judged.values()  # what is counted of these is nought for a plain photo
@@ -618,12 +622,12 @@ def summary(
         json_without_image=bare,
         edi_codes_per_drug=edi_counts(e),
         null_metadata_drugs=sorted(k for k, d in e.drugs.items() if d.nulls),
-    ) | further(e, photos)
+    ) | extra_counts(e, photos)
 
 # %% ../../nbs/delivery/130_truth.ipynb #8a291e1d
-def further(
-    e: Evidence,  # what the labels say
-    photos: Photos | None,  # the photos, if they were given
+def extra_counts(
+    e: LabelEvidence,  # what the labels say
+    photos: PhotoIndex | None,  # the photos, if they were given
 ) -> dict[str, Any]:
     "What else can be counted."
     told = {*e.judged, *e.plain["stem"].to_pylist(), *(Path(f.path).stem for f in e.refused)} if photos else ()
@@ -642,7 +646,7 @@ def further(
 # %% ../../nbs/delivery/130_truth.ipynb #1b140976
 def _evidence(
     labels: str | os.PathLike, images: str | os.PathLike | None, progress: bool
-) -> tuple[Path, Evidence, Photos | None]:
+) -> tuple[Path, LabelEvidence, PhotoIndex | None]:
     "The tree that is read, what it says, and the photos if they are to be compared."
     tree = labels_of(labels)
     if images is not None and not Path(images).is_dir():
@@ -653,7 +657,7 @@ def _evidence(
         )
     if images is not None:
         refuse_sealed(images)
-    e = examine(tree, progress=progress)
+    e = check_labels(tree, progress=progress)
     if not e.counts["files"]:
         raise PillsnapError(
             "there are no JSON files in this folder",
@@ -719,8 +723,8 @@ def audit_table(
 
 # %% ../../nbs/delivery/130_truth.ipynb #81878695
 def named_files(
-    e: Evidence,  # what the labels say
-    photos: Photos | None,  # the photos, if they were given
+    e: LabelEvidence,  # what the labels say
+    photos: PhotoIndex | None,  # the photos, if they were given
     tree: str | os.PathLike,  # where the labels lie: names are told from here
 ) -> dict[str, list[str]]:  # count → the files it counts; "file: particulars" where there are some
     "The files behind each count of faults."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CUDA_OPTIONS', 'SCHEMA', 'REQUIRED', 'THRESHOLDS', 'ANSWERING', 'DEFAULTS', 'MODEL', 'MISSING', 'choose_providers',
            'open_session', 'OnnxModel', 'OnnxClassifier', 'OnnxDetector', 'bundle_digest', 'model_entry',
-           'write_bundle', 'find_bundle', 'check_bundle', 'checked_bytes', 'LazyDetector', 'Bundle', 'load_bundle',
+           'write_bundle', 'find_bundle', 'check_bundle', 'verified_bytes', 'LazyDetector', 'Bundle', 'load_bundle',
            'card_value', 'card_notes', 'answer_card', 'predict_command']
 
 # %% ../../nbs/deployment/800_runtime.ipynb #0d5a959f
@@ -23,7 +23,7 @@ from fastcore.basics import patch
 # %% ../../nbs/deployment/800_runtime.ipynb #2817663f
 from ..core.errors import PillsnapError
 from ..core.files import canonical_json, read_json, save_json, sha256_file, sha256_text
-from ..core.logs import decide
+from ..core.logs import log_decision
 from ..delivery.classmap import ClassMap
 from ..models.pipeline import CARD, check_mode, predict_pipeline, preprocessing, read_photo
 
@@ -35,7 +35,7 @@ def choose_providers(
     device: str,  # auto, cpu or cuda
     available: Sequence[str],  # what this onnxruntime was built with
 ) -> tuple[list[str], str | None]:  # providers in order of preference, and what had to be given up
-    "Pick execution providers; a missing one falls back to the CPU with a reason (SPEC EX3)."
+    "Pick execution providers; a missing one falls back to the CPU with a reason."
     if device == "auto":
         device = "cuda" if "CUDAExecutionProvider" in available else "cpu"
     if device not in _WANTED:
@@ -60,7 +60,7 @@ def open_session(
     where: object = None,  # the file, for errors
     log: logging.Logger | None = None,  # where a fallback is said; None = the console
 ) -> ort.InferenceSession:
-    "An onnxruntime session, on the best device there is (SPEC EX3)."
+    "An onnxruntime session, on the best device there is."
     wanted, reason = choose_providers(device, ort.get_available_providers())
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
@@ -80,7 +80,7 @@ def open_session(
     if lost := [p for p in wanted if p not in used]:
         reason = f"onnxruntime: {lost[0]} did not start; running on {used[0]}"
     if reason:
-        decide(log, reason)
+        log_decision(log, reason)
     return session
 
 # %% ../../nbs/deployment/800_runtime.ipynb #408dc1ae
@@ -224,7 +224,7 @@ def check_bundle(
     meta: Mapping[str, Any],  # a bundle's content
     path: Path,  # where it was read, for errors
 ) -> ClassMap:  # the class map, verified
-    "Refuse what is not a bundle, or not the one that was written (SPEC RS6, BX8)."
+    "Refuse what is not a bundle, or not the one that was written."
     _fields(meta, REQUIRED, path)
     _fields(meta["thresholds"], THRESHOLDS, path)
     if "answering" in meta:
@@ -248,7 +248,7 @@ def check_bundle(
     return ClassMap.from_dict(meta["class_map"], where=path)
 
 # %% ../../nbs/deployment/800_runtime.ipynb #fc768f0e
-def checked_bytes(
+def verified_bytes(
     folder: Path,  # the export folder
     entry: Mapping[str, Any],  # what the bundle says of the file
 ) -> bytes:  # the content, exactly the one that was hashed
@@ -266,7 +266,7 @@ def checked_bytes(
 
 # %% ../../nbs/deployment/800_runtime.ipynb #22bc2bfd
 class LazyDetector:
-    "A detector's runner that opens its file when it is first asked (SPEC X38)."
+    "A detector's runner that opens its file when it is first asked."
 
     def __init__(
         self,
@@ -286,7 +286,7 @@ class LazyDetector:
         "The runner, made once."
         if self.model is None:
             self.model = OnnxDetector(
-                checked_bytes(self.folder, self.entry),
+                verified_bytes(self.folder, self.entry),
                 self.size,
                 where=self.folder / self.entry["file"],
                 **self.session,
@@ -315,17 +315,17 @@ def load_bundle(
     lazy_load_detector: bool | None = None,  # open the detector with the first combo photo; None = as the bundle says
     log: logging.Logger | None = None,  # where a fallback is said
 ) -> Bundle:  # raises PillsnapError for anything that does not fit
-    "Read and verify an export (SPEC BX8, RS6)."
+    "Read and verify an export."
     path = find_bundle(folder)
     meta = read_json(path)
     cm, session = check_bundle(meta, path), dict(device=device, threads=threads, log=log)
     entry = meta["classifier"]
     names = OnnxClassifier(
-        checked_bytes(path.parent, entry), int(entry["img_size"]), where=path.parent / entry["file"], **session
+        verified_bytes(path.parent, entry), int(entry["img_size"]), where=path.parent / entry["file"], **session
     )
     finds = meta.get("detector") and LazyDetector(path.parent, meta["detector"], **session)
     if finds:
-        checked_bytes(path.parent, meta["detector"])
+        verified_bytes(path.parent, meta["detector"])
     own = meta.get("answering", DEFAULTS)
     lazy = own["lazy_load_detector"] if lazy_load_detector is None else lazy_load_detector
     if finds and not lazy:
@@ -342,7 +342,7 @@ def predict(
     conf_threshold: float | None = None,  # boxes below are dropped; None = the bundle's
     box_count: int | None = None,  # pills that somebody counted: a hint for the badge
 ) -> dict[str, Any]:  # the predict JSON
-    "Answer for one photo, in the mode that was asked for (SPEC SV4)."
+    "Answer for one photo, in the mode that was asked for."
     t, m, own = self.meta["thresholds"], self.meta, self.meta.get("answering", DEFAULTS)
     mode = own["mode"] if mode is None else mode
     topk = own["top_k"] if topk is None else topk
@@ -443,7 +443,7 @@ def answer_card(
     answer: Mapping[str, Any],  # the predict JSON
     meta: Mapping[str, Any],  # the bundle it came from
 ) -> Any:  # a rich renderable
-    "An answer for a person, in Korean (SPEC BX11)."
+    "An answer for a person, in Korean."
     from rich.console import Group
     from rich.markup import escape
     from rich.panel import Panel
@@ -473,7 +473,7 @@ def predict_command(
     topk: int | None = None,  # drugs listed for each pill; None = the bundle's
     device: str = "auto",  # auto, cpu or cuda
 ) -> dict[str, Any]:  # the predict JSON
-    "Name the pill in a photo, from the ONNX files alone (SPEC SV4)."
+    "Name the pill in a photo, from the ONNX files alone."
     if mode is not None:
         check_mode(mode)
     read_photo(photo)  # a bad photo is refused before a model is opened

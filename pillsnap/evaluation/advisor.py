@@ -37,7 +37,7 @@ class Target:
         return v <= self.value if self.lower else v >= self.value
 
     def share(self, v: float) -> float:
-        "How much of the target is reached, 0 to 1 (SPEC Annex 3)."
+        "How much of the target is reached, 0 to 1."
         return min(1.0, (self.value / v if v > 0 else 0.0) if self.lower else v / self.value)
 
 # %% ../../nbs/evaluation/750_advisor.ipynb #7e9215a1
@@ -136,7 +136,7 @@ ADVISOR_TARGETS |= {
 def get_stage_target(
     stage: int,  # 0-4
 ) -> AdvisorTargets:
-    "What the advisor asks of a stage (SPEC SG2-SG5, CT26)."
+    "What the advisor asks of a stage."
     if stage not in ADVISOR_TARGETS:
         raise PillsnapError(
             f"there is no stage {stage!r}", fix=f"stages are {', '.join(map(str, sorted(ADVISOR_TARGETS)))}"
@@ -148,13 +148,13 @@ def get_stage_config(
     stage: int,  # 0-4
     cfg: Config,  # the configuration in force
 ) -> StageSpec:  # samples, classes, clock
-    "How large a stage is, by the configuration (SPEC CT26)."
+    "How large a stage is, by the configuration."
     return cfg.data.progressive_validation.stage(stage)
 
 # %% ../../nbs/evaluation/750_advisor.ipynb #360b3a3e
 @dataclass(frozen=True)
 class Check:
-    "A mandatory check with its evidence (SPEC SG5)."
+    "A mandatory check with its evidence."
 
     passed: bool | None = None  # None = not looked at
     evidence: str = ""  # the file that proves it, relative to the run folder
@@ -239,7 +239,7 @@ def score_bars(
 def performance_score(
     bars: Sequence[Bar],  # from score_bars
 ) -> float:  # 0-1; 1 only when every scored target is measured and met
-    "Mean share over the performance targets (SPEC Annex 3)."
+    "Mean share over the performance targets."
     scored = [b for b in bars if b.scored]
     return sum(b.share for b in scored) / len(scored) if scored else 0.0
 
@@ -575,8 +575,8 @@ def generate_optimization_suggestions(
     return out
 
 # %% ../../nbs/evaluation/750_advisor.ipynb #abce85a1
-OOM_LIMIT, CORRUPTION_LIMIT = 5, 0.01  # more than these is critical (SPEC SG6)
-THRESHOLDS = (1.0, 0.7, 0.5)  # proceed · proceed with what there is · optimise (SPEC X7)
+OOM_LIMIT, CORRUPTION_LIMIT = 5, 0.01  # more than these is critical
+THRESHOLDS = (1.0, 0.7, 0.5)  # proceed · proceed with what there is · optimise
 GREEN, YELLOW, RED = "🟢", "🟡", "🔴"
 MAX_SUGGESTIONS = 3
 
@@ -725,7 +725,7 @@ def evaluate_and_recommend(
 # %% ../../nbs/evaluation/750_advisor.ipynb #452ba15c
 @dataclass(frozen=True)
 class OptimizationAdvisor:
-    "The sources' name for it: thresholds kept, rules shared (SPEC SG6, CT26)."
+    "The sources' name for it: thresholds kept, rules shared."
 
     thresholds: tuple[float, float, float] = THRESHOLDS  # proceed, proceed with what there is, optimise
 

@@ -25,18 +25,18 @@ from ..core.jobs import RunFolder
 from .evaluation import BUSINESS, nothing
 from pillsnap.evaluation.heldout import (
     HeldOut,
-    Look,
+    OpeningRequest,
     Part,
     close_sealed,
-    figures_of,
+    figure_lines,
     model_path,
-    models_of,
+    model_digests,
     open_sealed,
-    part_of,
+    load_part,
     refuse_sealed,
-    report_of,
+    part_report,
     score_part,
-    why_sealed,
+    opening_obstacles,
 )
 
 # %% ../../nbs/evaluation/790_final.ipynb #2ca65bd2
@@ -165,7 +165,7 @@ def final_report(
         "combo_detection" in active_features(p.cfg) and p.cfg.project.family == "two_stage",
     )
     goals = business_goals(got.metrics, detector)
-    doc = report_of(p, replace(got, metrics=got.metrics | unknown), models)
+    doc = part_report(p, replace(got, metrics=got.metrics | unknown), models)
     return {
         "schema": "pillsnap.final_test/1",
         **doc,
@@ -186,7 +186,7 @@ def final_test_evaluation(
     unseal: bool = False,  # open it again; recorded
 ) -> tuple[dict[str, Any], HeldOut]:  # final_test_results.json as written, and what was measured
     "Open the sealed photos, score them, and say what follows."
-    root, look = Path(run_dir).absolute(), Look("final-test", RESULTS, reason, confirm, unseal)
+    root, look = Path(run_dir).absolute(), OpeningRequest("final-test", RESULTS, reason, confirm, unseal)
     cfg = load_config(str(root / "config.yaml")) if (root / "config.yaml").is_file() else None
     refuse_sealed(root, look, model_path(cfg) if cfg else "checkpoints/classifier/best.pt")
     if cfg is None:
@@ -197,8 +197,8 @@ def final_test_evaluation(
         )
     run = RunFolder(root, "final_test")
     with FolderLock(root):
-        p = replace(part_of(run, cfg, "test"), name="final_test")
-        look = replace(look, data=p.prov.data, models=models_of(p))
+        p = replace(load_part(run, cfg, "test"), name="final_test")
+        look = replace(look, data=p.prov.data, models=model_digests(p))
         opening = open_sealed(root, look)
         if cfg.train.num_threads:
             torch.set_num_threads(cfg.train.num_threads)
@@ -220,7 +220,7 @@ def final_test_command(
     doc, got = final_test_evaluation(run_dir, reason=reason, confirm=confirm, unseal=unseal)
     kind = "" if doc["data"] == "aihub" else f" ({doc['label'].upper()})"
     print(f"final test of run {doc['run_id']}, stage {doc['stage']}, {doc['family']}{kind}")
-    print(figures_of(got, doc["data"]))
+    print(figure_lines(got, doc["data"]))
     for name, g in doc["val_test_gap"].items():
         print(
             f"  {name}: validation {g['val']:.4f}, test {g['test']:.4f}, gap {g['gap']:+.4f}"

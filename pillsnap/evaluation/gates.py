@@ -19,7 +19,7 @@ from .latency import Latency, protocol_gap
 
 # %% ../../nbs/evaluation/730_gates.ipynb #54da5d56
 class Status(StrEnum):
-    "What a gate says (SPEC X6)."
+    "What a gate says."
 
     GO = "GO"
     NO_GO = "NO_GO"
@@ -28,7 +28,7 @@ class Status(StrEnum):
 
 # %% ../../nbs/evaluation/730_gates.ipynb #c58a4b6b
 class Reason(StrEnum):
-    "Why a gate says no (SPEC SG1)."
+    "Why a gate says no."
 
     LATENCY_P95_TOO_HIGH = "LATENCY_P95_TOO_HIGH"
     NOT_ENOUGH_SAMPLES = "NOT_ENOUGH_SAMPLES"
@@ -109,7 +109,7 @@ def why_unmeasured(
     high: float = math.inf,  # greatest possible value
     computed: bool = False,  # may the figure be computed from tables, without a photo?
 ) -> str:  # "" = a measurement; else what is wrong with it
-    "Why a record is no measurement (SPEC BX2: gates fail closed)."
+    "Why a record is no measurement (gates fail closed)."
     if m is None:
         return "no record"
     if not isinstance(m, Metric):
@@ -177,7 +177,7 @@ def _finite(v: Any) -> float | None:
 
 # %% ../../nbs/evaluation/730_gates.ipynb #26d0c8f3
 def _latency_point(row: Latency | None, target: StageGate) -> Point:
-    "Judge a p95 only when it was measured by the protocol (SPEC X9)."
+    "Judge a p95 only when it was measured by the protocol."
     asked = f"p95 ≤ {target.latency_p95_ms:.0f} ms (single, batch 1, fp16)"
     m = row.metric if isinstance(row, Latency) else row
     p = _point("latency_p95_ms", asked, lambda v: v <= target.latency_p95_ms, Reason.LATENCY_P95_TOO_HIGH, m, target)
@@ -197,7 +197,7 @@ def _latency_point(row: Latency | None, target: StageGate) -> Point:
 
 # %% ../../nbs/evaluation/730_gates.ipynb #c503b5f7
 def _regression_point(acc: Metric | None, base: Metric | None, target: StageGate) -> Point:
-    "Accuracy lost against the baseline (SPEC X6: a first run passes and says so)."
+    "Accuracy lost against the baseline (a first run passes and says so)."
     asked = f"at most {target.max_drop:g} below the baseline"
     if base is None:
         return Point("regression", asked, "met", note="first run")
@@ -221,7 +221,7 @@ def _regression_point(acc: Metric | None, base: Metric | None, target: StageGate
 
 # %% ../../nbs/evaluation/730_gates.ipynb #d145ef7f
 def _belongs(facts: Mapping[str, Any]) -> str:
-    "What keeps the records from being one measurement; empty = nothing (SPEC BX2)."
+    "What keeps the records from being one measurement; empty = nothing."
     records = [m.metric if isinstance(m, Latency) else m for k, m in facts.items() if k != "baseline" and m is not None]
     records = [m for m in records if isinstance(m, Metric)]
     for what in ("data_hash", "class_map_hash", "data"):
@@ -238,7 +238,7 @@ def _belongs(facts: Mapping[str, Any]) -> str:
 # %% ../../nbs/evaluation/730_gates.ipynb #7204d862
 @dataclass(frozen=True)
 class TimeCap:
-    "The rule and the facts of a run that the clock stopped (SPEC SG7)."
+    "The rule and the facts of a run that the clock stopped."
 
     limit_hours: float | None = 2.0  # the limit
     min_samples: int | None = 1000  # photos seen, at least
@@ -284,7 +284,7 @@ class GateResult:
 
     @property
     def unlocks_final_test(self) -> bool:
-        "Only a GO at stage 4 does (SPEC X6, X62)."
+        "Only a GO at stage 4 does."
         return self.stage == 4 and self.status == Status.GO
 
     def to_dict(self) -> dict[str, Any]:
@@ -301,7 +301,7 @@ def gate_points(
     target: StageGate,  # what the stage asks
     facts: Mapping[str, Any],  # records by input name
 ) -> tuple[Point, ...]:
-    "Every point of a gate, in the order of its reasons (SPEC SG1)."
+    "Every point of a gate, in the order of its reasons."
     acc, t = facts.get("accuracy"), target
     points = [_latency_point(facts.get("latency_p95_ms"), t)] if t.latency_p95_ms is not None else []
     points += [

@@ -20,7 +20,7 @@ from ..core.plots import use_house_style
 from ..core.records import Metric, Provenance, hardware
 
 # %% ../../nbs/evaluation/710_latency.ipynb #04ea333b
-WARMUP, RUNS, BATCH, PRECISION = 20, 200, 1, "fp16"  # SPEC EV6, X10
+WARMUP, RUNS, BATCH, PRECISION = 20, 200, 1, "fp16"
 PROTOCOL_GPU = "RTX 5080"  # the hardware the sources' targets speak of
 PERCENTILES = (50, 95)
 
@@ -61,7 +61,7 @@ def time_calls(
     warmup: int = WARMUP,  # untimed calls
     runs: int = RUNS,  # timed calls
 ) -> np.ndarray:  # milliseconds per call [runs]
-    "Time single calls, after a warm-up (SPEC EV6)."
+    "Time single calls, after a warm-up."
     for _ in range(warmup):
         answer()
     ms, was_on = np.empty(runs), gc.isenabled()
@@ -88,7 +88,7 @@ def measure_latency(
     batch: int = BATCH,  # photos per call
     provider: str = "torch cpu",  # what computes: torch and its device, or onnxruntime's provider
 ) -> tuple[list[Latency], np.ndarray]:  # p50 and p95, and every timing in ms
-    "Measure one scope by the protocol (SPEC EV6)."
+    "Measure one scope by the protocol."
     if runs < 1:
         raise PillsnapError("a latency needs at least one timed call", where="evaluation.latency_runs")
     ms = time_calls(answer, warmup, runs)
@@ -106,7 +106,7 @@ def measure_latency(
 def protocol_gap(
     row: Latency,  # a measurement
 ) -> list[str]:  # what departs from the protocol, in words; [] = comparable
-    "Why a latency may not be judged (SPEC EV6, X9, X10)."
+    "Why a latency may not be judged."
     gap = []
     if PROTOCOL_GPU not in row.metric.hardware or not on_gpu(row.provider):
         by = row.provider or "an unrecorded provider"
@@ -158,7 +158,7 @@ def latency_table(
     measured: Iterable[Latency],  # what was measured
     stage: int | None = None,  # keep the targets of this stage and those of any; None = all
 ) -> list[dict[str, Any]]:  # one row per target: source, scope, target_ms, measured_ms, verdict, why
-    "Every target beside the measurement of its scope (SPEC X9)."
+    "Every target beside the measurement of its scope."
     nearest_last = sorted(
         measured, key=lambda r: -len(protocol_gap(r))
     )  # of several of one scope: the CPU, the GPU, in fp32, in fp16
@@ -189,7 +189,7 @@ def plot_latency(
     timings: dict[str, np.ndarray],  # scope → milliseconds per call
     hardware: str = "",  # written under the title
 ):  # a matplotlib Figure
-    "Histogram of each scope with its p50 and p95 (SPEC EV6)."
+    "Histogram of each scope with its p50 and p95."
     import matplotlib.pyplot as plt
 
     use_house_style()

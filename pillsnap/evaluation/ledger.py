@@ -27,7 +27,7 @@ def _sealed(entry: dict[str, Any]) -> str:
 def read_ledger(
     run_dir: str | os.PathLike,  # run folder
 ) -> list[dict[str, Any]]:  # the entries, oldest first
-    "Read the ledger and check its chain (SPEC BX7); a broken one is refused."
+    "Read the ledger and check its chain; a broken one is refused."
     path, prev, entries = Path(run_dir) / LEDGER, _START, []
     if not path.exists():
         return []
@@ -72,7 +72,7 @@ def record_decision(
     by: str,  # who decides
     reason: str,  # why stage 4 counts as done without a GO
 ) -> dict[str, Any]:  # the ledger's entry
-    "A person takes responsibility (SPEC EV5)."
+    "A person takes responsibility."
     if not by.strip() or not reason.strip():
         raise PillsnapError("a decision needs a name and a reason", fix="say who decides, and why")
     return append_ledger(run_dir, "decision", stage=4, by=by.strip(), reason=reason.strip())

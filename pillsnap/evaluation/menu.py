@@ -17,7 +17,7 @@ from typing import Any
 from ..core.errors import PillsnapError
 from ..core.files import canonical_json, read_json, save_json, sha256_text
 from ..core.records import plain_number
-from ..core.jobs import somebody_looking
+from ..core.jobs import is_interactive
 from .advisor import Advice
 
 # %% ../../nbs/evaluation/760_menu.ipynb #5a0c4620
@@ -44,7 +44,7 @@ def write_advice(
     advice: Advice,  # from evaluate_and_recommend
     gate: Mapping[str, Any] | None = None,  # the gate's verdict, to be shown beside it
 ) -> dict[str, Any]:  # what was written
-    "Write the advice; a choice made on the same advice is kept (SPEC Annex 3)."
+    "Write the advice; a choice made on the same advice is kept."
     new = {**advice.to_dict(), "gate": dict(gate or {})}
     digest = sha256_text(canonical_json(new))
     old = read_json(advice_path(run_dir)) if advice_path(run_dir).is_file() else {}
@@ -67,7 +67,7 @@ def record_choice(
     choice: str | int,  # an option's id, or its number from 1
     via: str = "parameter",  # widget | parameter | console
 ) -> dict[str, Any]:  # the record with the choice
-    "Write down what the person chose (SPEC X8)."
+    "Write down what the person chose."
     rec = read_advice(run_dir)
     options = {o["id"]: o["label"] for o in rec["user_options"]}
     text = str(choice).strip()
@@ -305,7 +305,7 @@ def static_text(
 def build_menu(
     run_dir: str | os.PathLike,  # run folder with an advisor.json
 ):  # an ipywidgets VBox
-    "The menu as a widget (SPEC SG6, X8)."
+    "The menu as a widget."
     import ipywidgets as w
 
     r = read_advice(run_dir)
@@ -347,11 +347,11 @@ def advisor_menu(
     user_choice: str | int = "",  # an option's id or number; recorded at once
     interactive: bool | None = None,  # None = find out whether somebody is looking
 ) -> dict[str, Any]:  # the record as it now stands
-    "Show the menu: buttons to a person, a static table to nobody. It never blocks (SPEC X8)."
+    "Show the menu: buttons to a person, a static table to nobody. It never blocks."
     from IPython.display import display
 
     r = record_choice(run_dir, user_choice) if str(user_choice).strip() else read_advice(run_dir)
-    if somebody_looking() if interactive is None else interactive:
+    if is_interactive() if interactive is None else interactive:
         display(build_menu(run_dir))
     else:
         display({"text/html": static_html(r), "text/plain": static_text(r)}, raw=True)

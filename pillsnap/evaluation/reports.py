@@ -30,7 +30,7 @@ def evaluate_classification_metrics(
     topk: Sequence[int] = (1, 5),  # how many guesses; top1 is the accuracy
     temperature: float = 1.0,  # divides the logits; the confidence and its error depend on it, nothing else
 ) -> dict[str, Any]:  # accuracy, acc, top1, top5, macro_f1, confidence, ece, n, classes, per_class (a table)
-    "Every figure of a classifier from its saved scores (SPEC EV3)."
+    "Every figure of a classifier from its saved scores."
     z, y = np.asarray(logits, np.float64).reshape(-1, len(keys)), np.asarray(labels, int)
     p = softmax(z, temperature) if len(z) else z
     pred = p.argmax(1) if len(z) else np.zeros(0, int)
@@ -56,7 +56,7 @@ def save_confusions(
     keys: Sequence[str],  # class keys in id order
     path: str | os.PathLike,  # a .csv
 ) -> Path:
-    "Every confusion as a sparse table true,pred,n,share (SPEC EV1)."
+    "Every confusion as a sparse table true,pred,n,share."
     table = pd.DataFrame(
         confusion_pairs(pred, labels, keys, top=None), columns=["true", "pred", "true_id", "pred_id", "n", "share"]
     )
@@ -107,7 +107,7 @@ def plot_confusion_matrix(
     path: str | os.PathLike | None = None,  # a .csv for the complete sparse counts
     names: Mapping[str, str] | None = None,  # class key → the drug's name, to be read beside it
 ):  # a matplotlib Figure
-    "Dense matrix and worst pairs; at thousands of classes the pairs alone (SPEC EV1)."
+    "Dense matrix and worst pairs; at thousands of classes the pairs alone."
     import matplotlib.pyplot as plt
 
     use_house_style()
@@ -131,7 +131,7 @@ def roc_pr_macro(
     probs: np.ndarray,  # probabilities [N, C]
     labels: Sequence[int],  # true class ids [N]
 ) -> dict[str, Any]:  # auroc, ap (macro), n_classes, and the mean curves roc and pr as [2, 201]
-    "Macro one-vs-rest ROC and precision-recall (SPEC EV1)."
+    "Macro one-vs-rest ROC and precision-recall."
     from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 
     y, grid, roc, pr, auc, ap = np.asarray(labels), np.linspace(0, 1, 201), [], [], [], []
@@ -160,7 +160,7 @@ def plot_roc_pr_curves(
     probs: np.ndarray,  # probabilities [N, C]
     labels: Sequence[int],  # true class ids [N]
 ):  # a matplotlib Figure
-    "Macro one-vs-rest curves (SPEC EV1)."
+    "Macro one-vs-rest curves."
     import matplotlib.pyplot as plt
 
     use_house_style()
@@ -215,7 +215,7 @@ def plot_detection_results(
     cols: int = 4,  # photos in a row
     size: float = 2.4,  # inches per photo
 ):  # a matplotlib Figure
-    "Photos with found (green), missed (red) and invented (orange) pills (SPEC EV1)."
+    "Photos with found (green), missed (red) and invented (orange) pills."
 
     def title(p, g):
         t = match_boxes(p[0], g)
@@ -230,7 +230,7 @@ def dump_metrics_json(
     epoch: Mapping[str, Any],  # epoch, val_loss, classification and detection figures
     path: str | os.PathLike,  # reports/metrics.json
 ) -> dict[str, Any]:  # {history, latest}
-    "Add an epoch to the history, atomically (SPEC EV2, Annex 3)."
+    "Add an epoch to the history, atomically."
     if "epoch" not in epoch:
         raise PillsnapError("metrics without an epoch", where=path, fix="pass {'epoch': …, 'classification': {…}}")
     old = read_json(path) if Path(path).is_file() else {}

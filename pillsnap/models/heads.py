@@ -15,14 +15,14 @@ from torch import nn
 
 # %% ../../nbs/models/510_heads.ipynb #6dbf3ec4
 from ..core.config import Config
-from ..core.logs import decide
+from ..core.logs import log_decision
 
 # %% ../../nbs/models/510_heads.ipynb #c23fdc97
 SAFE = 1 - 1e-6  # the largest cosine whose arc has a finite slope in fp32
 
 
 class ArcFaceCriterion(nn.CrossEntropyLoss):
-    "Cross-entropy on scaled cosines, with an angular margin where gradients flow (SPEC RT2; Deng et al. 2019)."
+    "Cross-entropy on scaled cosines, with an angular margin where gradients flow (Deng et al. 2019)."
 
     def __init__(
         self,
@@ -64,14 +64,14 @@ def margin_at(
     warm: float = 0.0,  # margin in them, radians
     full: float = 0.5,  # margin afterwards
 ) -> float:
-    "The margin of an epoch (SPEC RT2, RT3)."
+    "The margin of an epoch."
     return warm if epoch < frozen else full
 
 
 def head_spec(
     cfg: Config,  # train.classification.head, retrieval
 ) -> dict[str, Any] | None:  # what a checkpoint remembers of the head; None = linear
-    "The configured head (SPEC RT1, RT2)."
+    "The configured head."
     r = cfg.retrieval
     return {"dim": r.embedding_dim, "scale": r.arcface_s} if cfg.train.classification.head == "arcface" else None
 
@@ -81,11 +81,11 @@ def few_classes_advice(
     cfg: Config,  # retrieval.arcface_s, arcface_m_finetune
     log: logging.Logger | None = None,  # where it is said
 ) -> str | None:  # the line, or None where there is nothing to advise
-    "What the source advises below ten classes; nothing is changed (SPEC RT2)."
+    "What the source advises below ten classes; nothing is changed."
     r = cfg.retrieval
     if num_classes >= 10 or (r.arcface_s, r.arcface_m_finetune) == (48.0, 0.3):
         return None
-    return decide(
+    return log_decision(
         log,
         f"arcface: {num_classes} classes are few; retrieval.arcface_s=48 retrieval.arcface_m_finetune=0.3 is advised below ten, {r.arcface_s:g} and {r.arcface_m_finetune:g} stay",
     )

@@ -19,7 +19,7 @@ from torch import nn
 # %% ../../nbs/models/520_losses.ipynb #ecba2144
 from ..core.config import Config
 from ..core.errors import PillsnapError
-from ..core.logs import decide
+from ..core.logs import log_decision
 from ..dataset.narrow import read_drug_list, training_weights
 from .heads import ArcFaceCriterion
 
@@ -46,7 +46,7 @@ def compute_class_weights(
     keys: Sequence[str] | None = None,  # class keys, for the log
     log: logging.Logger | None = None,  # where absent classes are named
 ) -> torch.Tensor:  # float32 [C]; mean 1 over the classes that occur, 0 for those that do not
-    "Weight of each class in the loss (SPEC TL8, X33)."
+    "Weight of each class in the loss."
     n = np.asarray(counts, dtype=np.float64)
     if not (n > 0).any():
         raise PillsnapError("there is no training photo at all", fix="look at the quarantine list of the conversion")
@@ -61,7 +61,7 @@ def compute_class_weights(
     w = np.where(n > 0, w, 0.0)
     w /= w[n > 0].mean()
     if (gone := np.flatnonzero(n == 0)).size:
-        decide(
+        log_decision(
             log,
             f"class weights: {gone.size} of {n.size} classes have no training photo and weigh 0: {_some(gone, keys)}",
         )
@@ -79,22 +79,22 @@ def build_criterion(
     keys: Sequence[str] | None = None,  # class keys, for the log
     log: logging.Logger | None = None,  # where the decision is said
 ) -> nn.CrossEntropyLoss:
-    "The classifier's loss as configured (SPEC CT2, X33, X34)."
+    "The classifier's loss as configured."
     im, smoothing = cfg.data.imbalance, cfg.train.classification.label_smoothing
     weight = compute_class_weights(counts, im.method, im.beta, keys=keys, log=log) if im.use_class_weights else None
     if cfg.project.family == "narrow" and cfg.narrow.drug_list and keys is not None:
         listed = torch.tensor(training_weights(read_drug_list(cfg.narrow.drug_list), keys))
         weight = listed if weight is None else weight * listed
-        decide(
+        log_decision(
             log,
             f"loss: training weights of {Path(cfg.narrow.drug_list).name}, {listed.min():g} to {listed.max():g}, times the class weights",
         )
     said = "none" if weight is None else f"{im.method}, {weight[weight > 0].min():.2f} to {weight.max():.2f}"
     if cfg.train.classification.head == "arcface":
-        decide(
+        log_decision(
             log,
             f"loss: ArcFace, scale {cfg.retrieval.arcface_s:g}, margin {cfg.retrieval.arcface_m_finetune:g} radians, label smoothing {smoothing:g}, class weights {said}",
         )
         return ArcFaceCriterion(cfg.retrieval.arcface_s, cfg.retrieval.arcface_m_finetune, weight, smoothing)
-    decide(log, f"loss: cross-entropy, label smoothing {smoothing:g}, class weights {said}")
+    log_decision(log, f"loss: cross-entropy, label smoothing {smoothing:g}, class weights {said}")
     return nn.CrossEntropyLoss(weight=weight, label_smoothing=smoothing)

@@ -41,7 +41,7 @@ def accuracy(
     pred: Sequence[int],  # predicted class ids [N]; -1 = no answer
     labels: Sequence[int],  # true class ids [N]
 ) -> float:  # share of hits; NaN when there is nothing to score
-    "Top-1 accuracy from class ids (SPEC EV3)."
+    "Top-1 accuracy from class ids."
     pred, labels = _paired(pred, labels, "accuracy")
     return float((pred == labels).mean()) if len(labels) else float("nan")
 
@@ -59,7 +59,7 @@ def topk_accuracy(
     labels: Sequence[int],  # true class ids [N]
     k: int = 5,  # how many guesses are allowed; k ≥ C always hits
 ) -> float:  # share of rows whose label is among the k best; NaN for N = 0
-    "Top-k accuracy; ties go to the smaller id, NaN rows miss (SPEC EV3)."
+    "Top-k accuracy; ties go to the smaller id, NaN rows miss."
     logits, labels = _paired(logits, labels, "topk_accuracy")
     if not len(labels):
         return float("nan")
@@ -74,7 +74,7 @@ def macro_f1(
     labels: Sequence[int],  # true class ids [N]
     num_classes: int,  # size of the class map; ids beyond it are refused
 ) -> float:  # NaN for N = 0
-    "Unweighted mean of the per-class F1, over classes that occur (SPEC EV3)."
+    "Unweighted mean of the per-class F1, over classes that occur."
     pred, labels = _paired(pred, labels, "macro_f1")
     _check_ids(labels, num_classes, "labels")
     _check_ids(pred, num_classes, "predictions", least=-1)
@@ -88,7 +88,7 @@ def per_class(
     num_classes: int,  # size of the class map: the number of rows
     keys: Sequence[str] | None = None,  # class keys in id order, shown as column key
 ) -> pd.DataFrame:  # class_id, key, n (photos), predicted, precision, recall, f1
-    "Precision, recall and F1 of every class of the map (SPEC EV3)."
+    "Precision, recall and F1 of every class of the map."
     pred, labels = _paired(pred, labels, "per_class")
     _check_ids(labels, num_classes, "labels")
     _check_ids(pred, num_classes, "predictions", least=-1)
@@ -118,7 +118,7 @@ def confusion_pairs(
     keys: Sequence[str] | None = None,  # class keys in id order; None = the ids as text
     top: int | None = 20,  # how many pairs, worst first; None = all
 ) -> list[dict]:  # {true, pred, true_id, pred_id, n, share of that class's photos}
-    "The most confused pairs of classes, worst first (SPEC EV1)."
+    "The most confused pairs of classes, worst first."
     pred, labels = _paired(pred, labels, "confusion_pairs")
     wrong = (pred != labels) & (pred >= 0)
     if not wrong.any():
@@ -232,7 +232,7 @@ def detection_ap(
     gts: Sequence,  # per photo true boxes xyxy [m, 4], [0, 4] for an empty photo
     thresholds: Sequence[float] = tuple(np.arange(0.5, 1, 0.05).round(2)),  # overlaps the mean runs over
 ) -> dict:  # mAP@0.5, mAP@0.5:0.95, precision, recall, conf (the last three at the best F1), ap per threshold, n_photos, n_boxes
-    "Average precision of a one-class detector; all NaN without a true box (SPEC DT2)."
+    "Average precision of a one-class detector; all NaN without a true box."
     first = pr_curve(preds, gts, 0.5)
     ap = {float(t): pr_curve(preds, gts, t).attrs["ap"] for t in thresholds}
     n = first.attrs["n_boxes"]

@@ -18,7 +18,7 @@ from ..core.config import Mixing
 
 # %% ../../nbs/models/530_mixing.ipynb #82a47bb0
 class Mixer(Mixup):
-    "timm's mixup and cutmix of a whole batch with its own reverse, of any length (SPEC NM8; Zhang et al. 2017, Yun et al. 2019)."
+    "timm's mixup and cutmix of a whole batch with its own reverse, of any length (Zhang et al. 2017, Yun et al. 2019)."
 
     def __init__(
         self,

@@ -34,7 +34,7 @@ def embed_photos(
     loader: Iterable,  # of (images, labels, meta)
     device: torch.device | str = "cpu",  # where the pass runs
 ) -> Vectors:
-    "Every photo of a loader as a unit vector (SPEC RT9)."
+    "Every photo of a loader as a unit vector."
     was, parts, labels, paths = model.training, [], [], []
     model.eval()
     try:
@@ -60,7 +60,7 @@ def nearest(
     k: int = 20,  # neighbours; fewer where the gallery is smaller
     block: int = 1024,  # queries at once
 ) -> tuple[torch.Tensor, torch.Tensor]:  # cosines [M, k] falling, rows of the gallery [M, k]
-    "The k nearest, exactly (SPEC RT9, RT12)."
+    "The k nearest, exactly."
     if gallery.shape[1] != queries.shape[1]:
         raise PillsnapError(
             f"vectors of {queries.shape[1]} numbers cannot be looked up among vectors of {gallery.shape[1]}",
@@ -77,7 +77,7 @@ def recall_at_k(
     ks: Sequence[int] = (1, 5),  # retrieval.recall_k_values
     groups: tuple[Sequence[str], Sequence[str]] | None = None,  # the ID of every gallery photo and of every query
 ) -> dict[str, float]:  # "recall@1", ...; n queries; unknown, the queries whose class is not in the gallery
-    "How often the right class is among the K nearest (SPEC RT9)."
+    "How often the right class is among the K nearest."
     if groups and (shared := sorted(set(groups[0]) & set(groups[1]))):
         raise PillsnapError(
             f"{len(shared)} groups stand in the gallery and among the queries, the first is {shared[0]}: their photos would find themselves",

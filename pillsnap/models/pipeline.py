@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CARD', 'MODES', 'ANSWERS', 'BADGE', 'LOW_CONFIDENCE', 'MIN_SIDE', 'ClassifierRunner', 'DetectorRunner', 'detect',
-           'softmax', 'class_probabilities', 'known', 'drug_card', 'edi_codes', 'answer_kind', 'pill_item',
-           'combo_hints', 'preprocessing', 'read_photo', 'check_mode', 'Views', 'photo_views', 'predict_pipeline',
+           'softmax', 'class_probabilities', 'known_text', 'drug_card', 'edi_codes', 'answer_kind', 'pill_item',
+           'combo_hints', 'preprocessing', 'read_photo', 'check_mode', 'PhotoViews', 'photo_views', 'predict_pipeline',
            'answer_schema']
 
 # %% ../../nbs/models/570_pipeline.ipynb #98e6c1e4
@@ -27,7 +27,7 @@ from ..photos.images import IMAGENET_MEAN, IMAGENET_STD, crop_view, normalise, o
 
 # %% ../../nbs/models/570_pipeline.ipynb #c97a4674
 class ClassifierRunner(Protocol):
-    "Names a pill (SPEC SV4)."
+    "Names a pill."
 
     size: int  # side of its square input, pixels
 
@@ -38,7 +38,7 @@ class ClassifierRunner(Protocol):
 
 # %% ../../nbs/models/570_pipeline.ipynb #fee3507b
 class DetectorRunner(Protocol):
-    "Finds pills (SPEC DT4)."
+    "Finds pills."
 
     size: int  # side of its square input, pixels
 
@@ -55,7 +55,7 @@ def detect(
     iou: float = 0.5,  # boxes overlapping more are one pill
     max_det: int = 100,  # boxes kept, surest first
 ) -> tuple[np.ndarray, np.ndarray]:  # ([n, 4] float32 x0, y0, x1, y1 in photo pixels, [n] float32 score)
-    "Boxes of the pills in a photo (SPEC TL11, DT4)."
+    "Boxes of the pills in a photo."
     square, scale, pad = letterbox(image, detector.size)
     raw = np.asarray(detector.raw(square.transpose(2, 0, 1)[None].astype(np.float32) / 255))[0]
     boxes, scores = decode_yolo(raw, conf, iou, max_det)
@@ -84,7 +84,7 @@ def class_probabilities(
     temperature: float = 1.0,  # from the calibration
     batch: int = 16,  # views per pass; bounds the memory of a crowded photo
 ) -> np.ndarray:  # float64 [len(views), num_classes]
-    "Probabilities of every view; a model with another number of drugs is refused (SPEC BX8)."
+    "Probabilities of every view; a model with another number of drugs is refused."
     if not len(views):
         return np.zeros((0, num_classes))
     parts = [
@@ -122,7 +122,7 @@ CARD = dict(  # field → (Korean label, keys of the delivery's record)
 )
 
 # %% ../../nbs/models/570_pipeline.ipynb #ab5b9d99
-def known(
+def known_text(
     value: Any,  # what a record holds
 ) -> Any:  # None for null, "", blanks and NaN
     "One spelling of not known (DATA traps: null and the empty string alike)."
@@ -134,18 +134,19 @@ def known(
 def drug_card(
     record: Mapping[str, Any],  # a drug's record in the delivery's own keys
 ) -> dict[str, Any]:  # CARD's fields, None where not known; size_mm is [long, short, thick] or None
-    "What an answer shows of a drug (SPEC BX11)."
+    "What an answer shows of a drug."
     card = {
-        f: next((v for k in keys if (v := known(record.get(k))) is not None), None) for f, (_, keys) in CARD.items()
+        f: next((v for k in keys if (v := known_text(record.get(k))) is not None), None)
+        for f, (_, keys) in CARD.items()
     }
-    size = [v if (v := known(record.get(k))) and v > 0 else None for k in CARD["size_mm"][1]]  # 0 mm is no size
+    size = [v if (v := known_text(record.get(k))) and v > 0 else None for k in CARD["size_mm"][1]]  # 0 mm is no size
     return {**card, "size_mm": size if any(v is not None for v in size) else None}
 
 # %% ../../nbs/models/570_pipeline.ipynb #d7e5dbcb
 def edi_codes(
     record: Mapping[str, Any],  # a drug's record
 ) -> list[str]:  # never empty strings
-    "The reimbursement codes as a list (SPEC X2: metadata, never a class key)."
+    "The reimbursement codes as a list (metadata, never a class key)."
     raw = record.get("edi_codes") or record.get("di_edi_code") or record.get("edi_code") or ""
     return [c for v in (raw.split(",") if isinstance(raw, str) else raw) if (c := str(v).strip())]
 
@@ -168,7 +169,7 @@ def answer_kind(
 def _candidate(k: str, p: float, metadata: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     "One drug of a ranking."
     record = metadata.get(k, {})
-    return dict(kcode=k, edi_codes=edi_codes(record), name=known(record.get("dl_name")), confidence=float(p))
+    return dict(kcode=k, edi_codes=edi_codes(record), name=known_text(record.get("dl_name")), confidence=float(p))
 
 # %% ../../nbs/models/570_pipeline.ipynb #12f1913d
 def pill_item(
@@ -191,7 +192,7 @@ def pill_item(
     )
 
 # %% ../../nbs/models/570_pipeline.ipynb #e1705d09
-BADGE, LOW_CONFIDENCE = "combo 권장", 0.30  # SPEC EV4: single and below .30
+BADGE, LOW_CONFIDENCE = "combo 권장", 0.30  # single mode, below .30
 
 
 def combo_hints(
@@ -199,7 +200,7 @@ def combo_hints(
     confidence: float | None,  # of the best drug, None when there is none
     box_count: int | None = None,  # pills that somebody counted in the photo
 ) -> list[str]:  # the log's words: multi_object_hint, low_confidence
-    "Why combo might be the better choice; never in combo itself (SPEC SG8)."
+    "Why combo might be the better choice; never in combo itself."
     if mode != "single":
         return []
     return ["multi_object_hint"] * bool(box_count and box_count > 1) + ["low_confidence"] * (
@@ -212,7 +213,7 @@ def preprocessing(
     detector_size: int | None = None,  # side of the detector's input, pixels
     crop_padding: float = 0.1,  # margin around a box, as a share of its sides
 ) -> dict[str, Any]:  # plain JSON types, with an id
-    "How a photo becomes a model's input, in words that can be compared (SPEC section 2)."
+    "How a photo becomes a model's input, in words that can be compared."
     d = dict(
         version=1,
         colour="RGB",
@@ -233,7 +234,7 @@ MIN_SIDE = 32  # (ours) pixels; no imprint fits into less
 def read_photo(
     photo: np.ndarray | str | Path | bytes,  # [H, W, 3] uint8 RGB, a file, or a file's content
 ) -> np.ndarray:  # [H, W, 3] uint8 RGB; PillsnapError with the reason otherwise
-    "Open a photo, or say why not (SPEC CF5)."
+    "Open a photo, or say why not."
     where = photo if isinstance(photo, (str, Path)) else "photo"
     if isinstance(photo, np.ndarray):
         image = photo
@@ -267,7 +268,7 @@ def _photo_hash(photo: np.ndarray | str | Path | bytes) -> str:
 def check_mode(
     mode: str,  # what was asked for
 ) -> str:  # the same; PillsnapError for anything else
-    "Refuse what is not a mode; there is no automatic one (SPEC X39)."
+    "Refuse what is not a mode; there is no automatic one."
     if mode in MODES:
         return mode
     why = (
@@ -296,7 +297,7 @@ class _Clock:
 
 # %% ../../nbs/models/570_pipeline.ipynb #4c29e673
 @dataclass(frozen=True)
-class Views:
+class PhotoViews:
     "What the classifier sees of one photo, and the branch that made it."
 
     mode_used: str  # the branch that ran: single (whole photo) or combo (detector's boxes)
@@ -312,12 +313,12 @@ def photo_views(
     detector: DetectorRunner | None = None,  # finds pills; single never touches it
     padding: float = 0.1,  # margin around a box, as a share of its sides
     **find: Any,  # what detect takes: conf, iou, max_det
-) -> Views:
+) -> PhotoViews:
     "The views of a photo: one of the whole photo in single mode, one per detected box in combo mode."
     if mode == "single":
-        return Views("single", [whole_view(image, size)], [None], [None])
+        return PhotoViews("single", [whole_view(image, size)], [None], [None])
     boxes, scores = detect(detector, image, **find)
-    return Views("combo", [crop_view(image, b, size, padding) for b in boxes], list(boxes), list(scores))
+    return PhotoViews("combo", [crop_view(image, b, size, padding) for b in boxes], list(boxes), list(scores))
 
 # %% ../../nbs/models/570_pipeline.ipynb #bd7f1eab
 def predict_pipeline(
@@ -337,7 +338,7 @@ def predict_pipeline(
     box_count: int | None = None,  # pills that somebody counted: a hint for the badge
     hashes: Mapping[str, str] | None = None,  # what else identifies the models; added to the answer
 ) -> dict[str, Any]:  # the predict JSON of answer_schema
-    "Answer for one photo, in the mode that was asked for and no other (SPEC SV4, X39)."
+    "Answer for one photo, in the mode that was asked for and no other."
     check_mode(mode)
     if not 0 <= conf_threshold <= 1:
         raise PillsnapError(f"a threshold lies between 0 and 1, not at {conf_threshold!r}", where="conf_threshold")
@@ -382,7 +383,7 @@ def _object(**props: Any) -> dict[str, Any]:
 
 # %% ../../nbs/models/570_pipeline.ipynb #8c2f852a
 def answer_schema() -> dict[str, Any]:  # JSON Schema, draft 2020-12
-    "The predict JSON (SPEC Annex 3)."
+    "The predict JSON."
     box = {
         "oneOf": [
             {"type": "null"},

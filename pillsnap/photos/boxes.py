@@ -31,7 +31,7 @@ def to_yolo(
     w: int,  # photo width, pixels
     h: int,  # photo height, pixels
 ) -> np.ndarray:  # [..., 4] centre x, centre y, width, height in 0..1
-    "Pixels to the fractions of a YOLO label (SPEC DM1)."
+    "Pixels to the fractions of a YOLO label."
     b = np.asarray(bbox, np.float64)
     return np.concatenate([b[..., :2] + b[..., 2:] / 2, b[..., 2:]], axis=-1) / np.array([w, h, w, h], np.float64)
 
@@ -64,7 +64,7 @@ def nms(
     scores: np.ndarray,  # [n] certainty, higher wins
     iou: float = 0.5,  # drop a box that overlaps a better one by more than this
 ) -> np.ndarray:  # [k] int64, kept rows, best first
-    "Greedy non-maximum suppression, the one of torch and ONNX alike (SPEC DT4)."
+    "Greedy non-maximum suppression, the one of torch and ONNX alike."
     boxes, order, keep = (
         np.asarray(boxes, np.float64).reshape(-1, 4),
         np.argsort(-np.asarray(scores), kind="stable"),
@@ -109,7 +109,7 @@ def decode_yolo(
     iou: float = 0.5,  # overlap above which the weaker box goes
     max_det: int = 100,  # most boxes to return
 ) -> tuple[np.ndarray, np.ndarray]:  # ([n, 4] float32 x0, y0, x1, y1 in input pixels, [n] float32 score), best first
-    "Boxes and scores from one raw YOLO head (SPEC DT4, TL11)."
+    "Boxes and scores from one raw YOLO head."
     raw = np.asarray(raw, np.float32)
     score = raw[4:].max(axis=0)
     raw, score = (v[..., (score >= conf) & np.isfinite(raw).all(axis=0)] for v in (raw[:4], score))

@@ -82,7 +82,7 @@ def unpack_png(
     b: bytes,  # a PNG of three 8-bit channels, not interlaced
     rows: int | None = None,  # no more rows are needed; None = all
 ) -> np.ndarray:  # [rows, W, 3] uint8, as stored
-    "A PNG's pixels; ValueError, or isal's error, where the file is not whole (PNG specification, third edition; SPEC BM5)."
+    "A PNG's pixels; ValueError, or isal's error, where the file is not whole (PNG specification, third edition)."
     w, h = struct.unpack_from(">II", b, 16)
     n = min(rows or h, h)
     size, unpack = n * (3 * w + 1), igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_ZLIB)

@@ -25,7 +25,7 @@ def rng_for(
     seed: int,  # seed of the whole delivery
     *words,  # what the draws are for, e.g. "drug", 573
 ) -> np.random.Generator:  # the same for the same seed and words, on every machine
-    "A generator named by its purpose (SPEC BX5: bytes fixed by the seed)."
+    "A generator named by its purpose (bytes fixed by the seed)."
     text = "/".join(map(str, (seed, *words)))
     return np.random.default_rng(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little"))
 
@@ -720,7 +720,7 @@ def make_catalogue(
     blank: bool = True,  # give one drug the eighteen null keys
     avoid: tuple = (),  # K-numbers that must not appear
 ) -> Catalogue:
-    "N invented drugs with planted twins (SPEC BX5, DATA.md section 3)."
+    "N invented drugs with planted twins."
     if not 1 <= n <= 20_000:
         raise PillsnapError(f"a catalogue holds 1 to 20,000 drugs, not {n}", where="drugs")
     rng = rng_for(seed, "catalogue", n, *sorted(avoid))
@@ -762,7 +762,7 @@ def annotation(
     width: int,  # of the photo, pixels
     height: int,  # of the photo, pixels
 ) -> dict:  # the JSON's content, 50 image keys in their order
-    "A delivery's annotation of one pill in one photo (DATA.md section 3)."
+    "A delivery's annotation of one pill in one photo."
     _, _, back, side, light, latitude, longitude, size = stem.split("_")
     shot = (
         f"{stem}.png",

@@ -1219,7 +1219,7 @@ def photograph(
     shot: Shot,  # how it is taken
     rng: np.random.Generator,  # this photo's light, exposure and noise
 ) -> tuple[np.ndarray, list[tuple[int, int, int, int]]]:  # uint8 RGB, and each pill's extent x0, y0, x1, y1 in pixels
-    "Render a table with pills (SPEC BX5)."
+    "Render a table with pills."
     camera, lamp, exposure = stage(shot, rng)
     photo, table = empty_table(shot, lamp, exposure, rng)
     solids = [(solid(d, p.side, map_res(shot)), p) for d, p in pills]

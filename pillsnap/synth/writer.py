@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['GROUPS', 'LATITUDES', 'LONGITUDES', 'PER_PART', 'SINGLE_FIELD', 'COMBO_FIELD', 'BOX_FAULTS', 'IN_LABEL', 'IN_FILES',
            'ON_COMBO', 'UNFINISHED', 'KOREAN', 'capture_grid', 'all_different', 'Task', 'part_folder', 'single_tasks',
-           'choose_combos', 'reach', 'apart', 'scatter', 'combo_tasks', 'loose_box', 'png_bytes', 'file_length',
-           'json_bytes', 'nudged', 'slid', 'spoil_record', 'another_part', 'spoil_files', 'take', 'is_done',
-           'write_task', 'plant_near_duplicates', 'plant_faults', 'Plan', 'split_tasks', 'val_catalogue',
-           'check_settings', 'plan_delivery', 'claim', 'spread', 'run_tasks', 'pack_parts', 'render', 'label_template',
-           'fill_label', 'guess_box', 'label_stems', 'write_drug_labels', 'label_jobs', 'write_labels',
-           'write_delivery', 'read_part', 'photo_and_boxes', 'cut_out', 'caption', 'drug_card', 'contact_sheet',
-           'with_boxes', 'titled', 'possible_combos', 'synth_command']
+           'choose_combos', 'half_extents', 'keep_distance', 'scatter', 'combo_tasks', 'loose_box', 'png_bytes',
+           'file_length', 'json_bytes', 'shifted_copy', 'slid_box', 'spoil_record', 'another_part', 'spoil_files',
+           'render_task', 'is_done', 'write_task', 'plant_near_duplicates', 'plant_faults', 'Plan', 'split_tasks',
+           'val_catalogue', 'check_settings', 'plan_delivery', 'claim_folder', 'run_jobs', 'run_tasks', 'pack_parts',
+           'render', 'label_template', 'fill_label', 'guess_box', 'label_stems', 'write_drug_labels', 'label_jobs',
+           'write_labels', 'write_delivery', 'read_part', 'photo_and_boxes', 'cut_out', 'caption', 'drug_card',
+           'contact_sheet', 'with_boxes', 'titled', 'possible_combos', 'synth_command']
 
 # %% ../../nbs/synth/220_writer.ipynb #b46fa591
 import hashlib, json, math, os, shutil, struct, time, zipfile, zlib
@@ -28,7 +28,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 # %% ../../nbs/synth/220_writer.ipynb #2261b779
 from ..core.errors import PillsnapError
-from ..core.files import FolderLock, atomic_path, canonical_json, read_json, save_json, sweep_partials
+from ..core.files import FolderLock, atomic_path, canonical_json, read_json, save_json, remove_partials
 from ..core.logs import progress as show_progress
 from ..core.processes import processes
 from ..delivery.capture import Capture, capture_group, parse_name
@@ -97,7 +97,7 @@ def part_folder(
     kind: str,  # "single" or "combo"
     i: int,  # running number of the drug or combination
 ) -> str:  # e.g. data/train/labels/single/TL_1_single
-    "The delivery's folder of one archive (DATA.md section 1)."
+    "The delivery's folder of one archive."
     return f"data/{split}/{what}/{'single' if kind == 'single' else 'combination'}/{_LETTERS[split][what == 'images']}_{i // PER_PART[kind] + 1}_{kind}"
 
 # %% ../../nbs/synth/220_writer.ipynb #b04f1c73
@@ -165,7 +165,7 @@ def choose_combos(
     )
 
 # %% ../../nbs/synth/220_writer.ipynb #05cfc102
-def reach(
+def half_extents(
     p: Pose,  # where it lies
     d: Drug,  # what lies there
 ) -> tuple[float, float]:  # mm
@@ -175,14 +175,14 @@ def reach(
     return math.hypot(a * c, b * s) + 0.3, math.hypot(a * s, b * c) + 0.3 + 0.2 * d.body.thick_mm
 
 
-def apart(
+def keep_distance(
     p: Pose,  # one pill
     a: Drug,  # what the first is
     q: Pose,  # another
     b: Drug,  # what the other is
 ) -> bool:
     "Whether two pills keep a millimetre between them."
-    (w, h), (v, g) = reach(p, a), reach(q, b)
+    (w, h), (v, g) = half_extents(p, a), half_extents(q, b)
     return abs(p.x - q.x) > w + v + 1 or abs(p.y - q.y) > h + g + 1
 
 # %% ../../nbs/synth/220_writer.ipynb #2260d129
@@ -205,9 +205,10 @@ def scatter(
         ]
         poses = tuple(Pose(float(x * field), float(y * tall), t, side) for (x, y), t, _ in zip(spots, turns, drugs))
         inside = all(
-            abs(p.x) + reach(p, d)[0] < field / 2 and abs(p.y) + reach(p, d)[1] < tall / 2 for p, d in zip(poses, drugs)
+            abs(p.x) + half_extents(p, d)[0] < field / 2 and abs(p.y) + half_extents(p, d)[1] < tall / 2
+            for p, d in zip(poses, drugs)
         )
-        if inside and all(apart(p, a, q, b) for (p, a), (q, b) in combinations(zip(poses, drugs), 2)):
+        if inside and all(keep_distance(p, a, q, b) for (p, a), (q, b) in combinations(zip(poses, drugs), 2)):
             break
     return poses
 
@@ -259,7 +260,7 @@ def png_bytes(
     image: np.ndarray,  # uint8 RGB
     length: int = 0,  # bytes wanted; as they come where the photo needs more
 ) -> bytes:
-    "PNG at a fast setting, filled up with a private chunk (SPEC section 8: sizes must not tell the drug)."
+    "PNG at a fast setting, filled up with a private chunk (sizes must not tell the drug)."
     raw = cv2.imencode(
         ".png",
         image[..., ::-1],
@@ -295,7 +296,7 @@ def json_bytes(
     return json.dumps(record, ensure_ascii=False, indent="\t").encode()
 
 # %% ../../nbs/synth/220_writer.ipynb #c20c362a
-def nudged(
+def shifted_copy(
     image: np.ndarray,  # uint8 RGB
     boxes: list[tuple],  # x, y, w, h
     shift: tuple[int, int],  # pixels right and down
@@ -309,7 +310,7 @@ def nudged(
     return moved, [(min(max(x + dx, 0), w - bw), min(max(y + dy, 0), h - bh), bw, bh) for x, y, bw, bh in boxes]
 
 # %% ../../nbs/synth/220_writer.ipynb #7913a121
-def slid(
+def slid_box(
     box: tuple[int, int, int, int],  # x, y, w, h
     shot: Shot,  # how the photo is taken
 ) -> list[int]:
@@ -349,7 +350,7 @@ def spoil_record(
     elif fault == "identical_boxes":
         put(list(boxes[k - 1]))
     elif fault == "overlapping_boxes":
-        put(slid(boxes[k - 1], shot))
+        put(slid_box(boxes[k - 1], shot))
     elif fault == "area_mismatch":
         note["area"] = w * h + w
     elif fault == "dl_idx_mismatch":
@@ -433,7 +434,7 @@ def spoil_files(
             files[another_part(photo)] = files[photo]
 
 # %% ../../nbs/synth/220_writer.ipynb #ecec94f2
-def take(
+def render_task(
     task: Task,  # one photo
 ) -> dict[str, bytes]:  # path → content of every file it makes
     "Render a photo, write its labels, plant its faults: a pure function of the task."
@@ -441,7 +442,7 @@ def take(
     rng = rng_for(*task.words, "box")
     boxes = [loose_box(e, task.shot, rng) for e in extents]
     if task.shift != (0, 0):
-        image, boxes = nudged(image, boxes, task.shift)
+        image, boxes = shifted_copy(image, boxes, task.shift)
     files = {}
     for path, k in task.labels:
         record = annotation(task.pills[k][0], Path(path).stem, boxes[k], task.shot.width, task.shot.height)
@@ -483,7 +484,7 @@ def write_task(
             p: hashlib.sha256((out / p).read_bytes()).hexdigest() for p in (task.image, *(l for l, _ in task.labels))
         }
     cv2.setNumThreads(1)
-    files = take(task)
+    files = render_task(task)
     for path in sorted(files, key=lambda p: (p == task.image, p)):
         with atomic_path(out / path, durable=False) as tmp:
             tmp.write_bytes(files[path])
@@ -495,7 +496,7 @@ def plant_near_duplicates(
     n: int,  # pairs wanted
     seed: int,  # of the delivery
 ) -> tuple[list[Task], list[dict]]:  # tasks with copies, ledger
-    "Make some photos copies of another photo of the same drug in another capture group (SPEC BX1)."
+    "Make some photos copies of another photo of the same drug in another capture group."
     rng, tasks, ledger, used = rng_for(seed, "near"), list(tasks), [], set()
     group = [capture_group(parse_name(t.stem)) for t in tasks]
     for i in map(int, rng.permutation(len(tasks))):
@@ -656,7 +657,7 @@ def plan_delivery(
 UNFINISHED = "SYNTHETIC.unfinished.json"  # what a rendering in progress was asked for
 
 
-def claim(
+def claim_folder(
     out: Path,  # delivery folder
     plan: Plan,  # what is to be rendered
 ) -> dict | None:  # the ledger when just this delivery is there already
@@ -680,7 +681,7 @@ def claim(
     save_json(plan.settings, out / UNFINISHED)
 
 # %% ../../nbs/synth/220_writer.ipynb #7be37c83
-def spread(
+def run_jobs(
     work: Callable[[tuple], dict[str, str]],  # one job's files, path → sha256
     jobs: Iterable[tuple],  # arguments of work
     n: int,  # processes; 1: this one
@@ -705,7 +706,7 @@ def run_tasks(
     n = min(os.cpu_count() or 1, 1 + int(pixels / 2e7)) if workers is None else workers
     try:
         yield from show_progress(
-            spread(write_task, [(str(out), t) for t in tasks], n), len(tasks), "rendering", "photos", progress
+            run_jobs(write_task, [(str(out), t) for t in tasks], n), len(tasks), "rendering", "photos", progress
         )
     finally:
         cv2.setNumThreads(threads)
@@ -886,7 +887,7 @@ def write_labels(
     "Write every annotation of a delivery without photos."
     jobs, ledger = label_jobs(out, plan)
     n, hashes = workers or min(os.cpu_count() or 1, 1 + ledger["files"] // 20_000), {}
-    for part in show_progress(spread(write_drug_labels, jobs, n), len(jobs), "writing labels", "drugs", progress):
+    for part in show_progress(run_jobs(write_drug_labels, jobs, n), len(jobs), "writing labels", "drugs", progress):
         hashes |= part
     return {**ledger, "digest": hashlib.sha256(canonical_json(hashes).encode()).hexdigest()}
 
@@ -907,15 +908,15 @@ def write_delivery(
     progress: bool = True,  # show a progress bar
     labels_only: bool = False,  # annotations without photos: half a million in minutes
 ) -> dict:  # the ledger, as in SYNTHETIC.json
-    "Render a delivery in AI Hub's format (SPEC BX5); an interrupted one is gone on with, a finished one is left alone."
+    "Render a delivery in AI Hub's format; an interrupted one is gone on with, a finished one is left alone."
     out = Path(out).absolute()  # a worker may stand in another folder
     plan = plan_delivery(drugs, photos, combos, seed, width, height, faults, val_drugs, zip_parts, domain, labels_only)
     if (out / "SYNTHETIC.json").is_file():
-        return claim(out, plan)
+        return claim_folder(out, plan)
     with FolderLock(out):
-        if (done := claim(out, plan)) is not None:
+        if (done := claim_folder(out, plan)) is not None:
             return done
-        sweep_partials(out)
+        remove_partials(out)
         ledger = write_labels(out, plan, workers, progress) if labels_only else render(out, plan, workers, progress)
         save_json(ledger, out / "SYNTHETIC.json")
         (out / UNFINISHED).unlink(missing_ok=True)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NAN_LOSS', 'PillLoaders', 'PillLearner', 'Unpack', 'Precision', 'ScaledStep', 'batch_mass', 'Accumulate', 'Mix',
            'GradClip', 'Ema', 'topk_hits', 'Validate', 'merge_metrics', 'mean_loss', 'History', 'early_stopping',
-           'monitored', 'EarlyStop', 'Clock', 'Pace', 'StepLog', 'LateNumber', 'Progress']
+           'monitored', 'EarlyStop', 'Clock', 'Throughput', 'StepLog', 'AsyncScalar', 'Progress']
 
 # %% ../../nbs/training/600_callbacks.ipynb #da661880
 import logging, math, os, threading, time
@@ -33,7 +33,7 @@ from torch import nn
 from ..core.device import cuda_mem_mb, cuda_mem_share, full_fp32, needs_scaler, to_device
 from ..core.errors import PillsnapError
 from ..core.files import read_json, save_json
-from ..core.logs import STEP_TAGS, VAL_TAGS, LiveLine, StepTimer, TBWriter, decide, step_line, tagged
+from ..core.logs import STEP_TAGS, VAL_TAGS, LiveLine, StepTimer, TBWriter, log_decision, step_line, with_tags
 from ..core.processes import memory_mb
 from ..dataset.loaders import photos_per_batch
 from ..models.metrics import macro_f1
@@ -79,7 +79,7 @@ class PillLearner(Learner):
 
 # %% ../../nbs/training/600_callbacks.ipynb #6ff52b41
 class Unpack(Callback):
-    "Images to the model, labels to the loss, the rest to `learn.meta`; an empty batch is skipped (SPEC TL4)."
+    "Images to the model, labels to the loss, the rest to `learn.meta`; an empty batch is skipped."
 
     order = -9  # right after TrainEvalCallback (-10): everybody else sees clean batches
 
@@ -102,7 +102,7 @@ class Unpack(Callback):
 
 # %% ../../nbs/training/600_callbacks.ipynb #6ae93591
 class Precision(Callback):
-    "Autocast in training, a gradient scaler for fp16 only, validation in fp32 (SPEC CT5, X10)."
+    "Autocast in training, a gradient scaler for fp16 only, validation in fp32."
 
     order, run_valid, inside = (
         10,
@@ -150,7 +150,7 @@ class Precision(Callback):
 
 # %% ../../nbs/training/600_callbacks.ipynb #157c1411
 class ScaledStep(Callback):
-    "Let the gradient scaler step the optimizer, after everybody has seen the true gradients (SPEC X25)."
+    "Let the gradient scaler step the optimizer, after everybody has seen the true gradients."
 
     order, run_valid = Precision.order + 9, False
 
@@ -174,7 +174,7 @@ def batch_mass(
 
 # %% ../../nbs/training/600_callbacks.ipynb #7213a282
 class Accumulate(Callback):
-    "Step once per `every` batches with the gradient of all of them as one batch (SPEC CT12)."
+    "Step once per `every` batches with the gradient of all of them as one batch."
 
     order, run_valid = Precision.order - 1, False  # divides before unscale and clip see the gradients
 
@@ -203,7 +203,7 @@ class Accumulate(Callback):
 
 # %% ../../nbs/training/600_callbacks.ipynb #5ae5692d
 class Mix(Callback):
-    "Mixup and cutmix of training batches (SPEC NM8, X53)."
+    "Mixup and cutmix of training batches."
 
     order, run_valid = Accumulate.order - 1, False
 
@@ -222,7 +222,7 @@ class Mix(Callback):
 
 # %% ../../nbs/training/600_callbacks.ipynb #bcf72e25
 class GradClip(Callback):
-    "Bound the norm of the whole gradient, unscaled (SPEC CT12, X25)."
+    "Bound the norm of the whole gradient, unscaled."
 
     order, run_valid = Precision.order + 1, False
 
@@ -234,7 +234,7 @@ class GradClip(Callback):
 
 # %% ../../nbs/training/600_callbacks.ipynb #2d171750
 class Ema(Callback):
-    "Exponential moving average of weights and buffers, as timm's ModelEmaV2 (SPEC CT11)."
+    "Exponential moving average of weights and buffers, as timm's ModelEmaV2."
 
     order, run_valid = ScaledStep.order + 1, False
 
@@ -290,7 +290,7 @@ def topk_hits(
 
 # %% ../../nbs/training/600_callbacks.ipynb #c9a18337
 class Validate(Callback):
-    "Gather a validation pass into `learn.scores` and `learn.answers` (SPEC CT21, X65)."
+    "Gather a validation pass into `learn.scores` and `learn.answers`."
 
     order, run_train = Precision.order + 1, False
 
@@ -344,7 +344,7 @@ def merge_metrics(
     task: Literal["classification", "detection"],  # whose part of the rows
     rows: Sequence[Mapping[str, Any]],  # {epoch, task: {...}, and what else belongs to the row}
 ) -> Path:
-    "Epoch history and latest of both models in one file (SPEC EV2, Annex 3)."
+    "Epoch history and latest of both models in one file."
     before = read_json(path) if Path(path).exists() else {}
     old = before.get("history", [])
     theirs = (lambda k: k != "detection") if task == "detection" else (lambda k: k in ("epoch", "detection"))
@@ -370,7 +370,7 @@ NAN_LOSS = "NAN_LOSS"  # the reason code in the run record of a training whose l
 
 
 class History(Callback):
-    "Collect `learn.rows`, one row per epoch (SPEC EV2)."
+    "Collect `learn.rows`, one row per epoch."
 
     order = Ema.order + 10
 
@@ -426,7 +426,7 @@ class History(Callback):
         )
         if self.tb:
             self.tb.add_scalars(
-                tagged(s, VAL_TAGS) | {"data/skipped": float(self.learn.rows[-1]["skipped"])}, self.epoch + 1
+                with_tags(s, VAL_TAGS) | {"data/skipped": float(self.learn.rows[-1]["skipped"])}, self.epoch + 1
             )
         if self.report:
             merge_metrics(self.report, "classification", self.learn.rows)
@@ -454,7 +454,7 @@ def early_stopping(
     min_delta: float = 0.0,  # smallest progress
     mode: Literal["max", "min"] = "max",  # which way is better
 ) -> tuple[bool, float]:  # stop now?, and the best value
-    "Whether hope is gone, and the best so far (SPEC CT17)."
+    "Whether hope is gone, and the best so far."
     sign = 1 if mode == "max" else -1
     best, waited = -math.inf, 0
     for v in values:
@@ -482,7 +482,7 @@ def monitored(
 
 # %% ../../nbs/training/600_callbacks.ipynb #0fc0e35e
 class EarlyStop(Callback):
-    "End the fit when the monitored metric has stopped improving (SPEC CT17, X31, X32)."
+    "End the fit when the monitored metric has stopped improving."
 
     order = History.order + 3  # after the checkpoint and the printed row of this epoch: it ends the row of callbacks
 
@@ -501,7 +501,7 @@ class EarlyStop(Callback):
         self.learn.stopped_early = stop
         if not stop:
             return
-        decide(
+        log_decision(
             self.log,
             f"early stopping after epoch {self.epoch + 1}: {self.monitor} has not passed {best:.4f} for {self.rule['patience']} validations",
         )
@@ -509,7 +509,7 @@ class EarlyStop(Callback):
 
 # %% ../../nbs/training/600_callbacks.ipynb #fda66463
 class Clock(Callback):
-    "Stop when the stage's time is over (SPEC SG7)."
+    "Stop when the stage's time is over."
 
     order = History.order + 0.5  # after the row is there, before it is saved
 
@@ -543,7 +543,7 @@ class Clock(Callback):
         if getattr(self.learn, "in_parts", False) or self.spent < self.hours:
             return  # a batch that is cut for its memory ends first
         self.over = True
-        decide(
+        log_decision(
             self.log,
             f"clock: {self.spent:.2f} hours are over, the limit is {self.hours:g}; epoch {self.epoch + 1} ends after {self.iter + 1} of {self.n_iter} batches",
         )
@@ -566,8 +566,8 @@ class Clock(Callback):
         return self.told
 
 # %% ../../nbs/training/600_callbacks.ipynb #4f1af6ca
-class Pace:
-    "Seconds and photos of optimizer steps, added up (SPEC CT19)."
+class Throughput:
+    "Seconds and photos of optimizer steps, added up."
 
     def __init__(self):
         self.clear()
@@ -594,7 +594,7 @@ class Pace:
 
 # %% ../../nbs/training/600_callbacks.ipynb #9974aa58
 class StepLog(Callback):
-    "The log line and TensorBoard points of training steps (SPEC CT18-CT20, CT24)."
+    "The log line and TensorBoard points of training steps."
 
     order, run_valid = Unpack.order + 1, False  # the batch is on the device and clean: data time ends here
 
@@ -609,7 +609,7 @@ class StepLog(Callback):
         self.every, self.log, self.tb, self.profile_every, self.warmup = every, log, tb, profile_every, warmup
 
     def before_fit(self):
-        self.line, self.point, self.cold = Pace(), Pace(), self.warmup
+        self.line, self.point, self.cold = Throughput(), Throughput(), self.warmup
 
     def before_train(self):
         self.timer = StepTimer(next(self.model.parameters()).device)
@@ -654,7 +654,7 @@ def look(self: StepLog):
     if self.steps_done <= self.cold:
         self.point.clear()
     elif point and self.tb:
-        self.tb.add_scalars(tagged(self.point.take() | {"cuda": cuda_mem_mb()}, STEP_TAGS), self.at)
+        self.tb.add_scalars(with_tags(self.point.take() | {"cuda": cuda_mem_mb()}, STEP_TAGS), self.at)
 
 
 @patch
@@ -667,7 +667,7 @@ def say(self: StepLog):
             step_line(self.epoch + 1, self.n_epoch, self.steps_done, self.steps_all, **facts, **self.line.take())
         )
     if self.tb:
-        self.tb.add_scalars(tagged({k: facts[k] for k in ("loss", "lr")}, STEP_TAGS), self.at)
+        self.tb.add_scalars(with_tags({k: facts[k] for k in ("loss", "lr")}, STEP_TAGS), self.at)
 
 
 @patch(as_prop=True)
@@ -680,7 +680,7 @@ def at(self: StepLog) -> int:
     )
 
 # %% ../../nbs/training/600_callbacks.ipynb #dde1d021
-class LateNumber:
+class AsyncScalar:
     "The newest number of the device that has arrived on the host; nobody waits for it."
 
     def __init__(self):
@@ -714,7 +714,7 @@ class Progress(Callback):
         self.where, self.title, self.show, self.began = where, title, show, False
 
     def before_fit(self):
-        self.bar, self.t_fit, self.loss_now = LiveLine(self.where), time.perf_counter(), LateNumber()
+        self.bar, self.t_fit, self.loss_now = LiveLine(self.where), time.perf_counter(), AsyncScalar()
 
     def after_batch(self):
         if not self.bar.due:

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'SHAPING', 'SHOWN', 'label_of', 'read_label', 'photos_in', 'PillPhotos', 'with_ultralytics', 'TrainPlan',
-           'where_to_train', 'detector_args', 'PillTraining', 'WarningTexts', 'best_epoch', 'is_done', 'Trained',
-           'train_detector', 'shaping', 'going_on', 'Scored', 'score_detector', 'shuffled', 'mistakes',
-           'draw_predictions', 'draw_curves', 'draw_pr', 'make_plan', 'resolved_settings', 'score_table', 'DetectorJob',
-           'train_detection_stage']
+           'where_to_train', 'detector_args', 'PillTraining', 'WarningTexts', 'best_epoch', 'is_done', 'DetectorResult',
+           'train_detector', 'training_settings', 'load_resume_checkpoint', 'DetectorScores', 'score_detector',
+           'with_shuffled_boxes', 'mistakes', 'draw_predictions', 'draw_curves', 'draw_pr', 'make_plan',
+           'resolved_settings', 'score_table', 'DetectorJob', 'train_detection_stage']
 
 # %% ../../nbs/training/650_detector.ipynb #f116b0bb
 import functools, importlib, os, re, time
@@ -30,14 +30,14 @@ from ..core.config import Config, config_diff
 from ..core.device import cuda_mem_mb, pick_device, select_amp_dtype, without_kernel_search
 from ..core.errors import PillsnapError
 from ..core.files import ensure_dir, save_json
-from ..core.logs import STEP_TAGS, StepTimer, TBWriter, decide, step_line, tagged
+from ..core.logs import STEP_TAGS, StepTimer, TBWriter, log_decision, step_line, with_tags
 from ..core.plots import COLOURS, colour_legend, draw_boxes, save_fig, show_grid, use_house_style
 from ..core.records import Provenance
-from ..core.jobs import RunFolder, StageJob, StageResult, fingerprint
+from ..core.jobs import RunFolder, Job, JobResult, fingerprint
 from ..photos.boxes import from_yolo, xywh_to_xyxy
 from ..delivery.capture import parse_name
 from ..photos.images import open_image_safely, resize
-from ..dataset.splits import load_stage, smoke_splits, stage_tree
+from ..dataset.splits import load_split_data, smoke_splits, write_detector_tree
 from ..models.metrics import detection_ap, match_boxes, pr_curve
 from ..models.pipeline import DetectorRunner, detect
 from ..models.yolo import PILL, build_yolo_model, load_ultralytics, open_detector, yolo_name
@@ -233,7 +233,7 @@ def detector_args(
     device: torch.device = torch.device("cpu"),  # where to train
     amp: torch.dtype | None = None,  # autocast type
 ) -> dict[str, Any]:
-    "The configuration in ultralytics' words (SPEC DT3, TL2)."
+    "The configuration in ultralytics' words."
     d, a = cfg.train.detection, cfg.data.augment.detection
     given = dict(lr0=d.lr, optimizer=d.optimizer, warmup_epochs=d.warmup_epochs, close_mosaic=d.close_mosaic)
     if d.lr is not None and d.optimizer is None:
@@ -284,7 +284,7 @@ def detector_args(
 
 # %% ../../nbs/training/650_detector.ipynb #a62227c1
 class PillTraining:
-    "What this project changes in ultralytics' trainer (SPEC DT2, DT6)."
+    "What this project changes in ultralytics' trainer."
 
     def __init__(self, plan: TrainPlan):
         self.plan, self.history, self.waiting, self.batch_no = plan, [], 0, -1
@@ -352,7 +352,7 @@ class PillTraining:
 def _build_train_pipeline(self: PillTraining) -> None:
     super(PillTraining, self)._build_train_pipeline()
     if getattr(self, "_oom_retries", 0):
-        decide(
+        log_decision(
             self.plan.log,
             f"out of memory: the detector goes on with {self.batch_size} photos a step, epoch {self.epoch + 1} begins anew",
             self.plan.tb,
@@ -360,7 +360,7 @@ def _build_train_pipeline(self: PillTraining) -> None:
     batches = len(self.train_loader) * self.epochs
     most = max(1, batches // self.plan.least_steps)
     if most < self.accumulate:
-        decide(
+        log_decision(
             self.plan.log,
             f"accumulation: a step per {most} batches instead of {self.accumulate}, because the run has {batches} batches in all",
             self.plan.tb,
@@ -413,14 +413,14 @@ def _setup_train(self: PillTraining) -> None:
     self.scaler = None
     super(PillTraining, self)._setup_train()
     o = self.optimizer.param_groups[0]
-    decide(
+    log_decision(
         self.plan.log,
         f"optimizer: {type(self.optimizer).__name__}, lr {o['initial_lr']:g}, weight decay {max(g['weight_decay'] for g in self.optimizer.param_groups):g}, "
         f"batch {self.batch_size}, a step per {self.window} batches, {len(self.train_loader.dataset)} photos teach and {len(self.test_loader.dataset)} judge",
         self.plan.tb,
     )
     if self.epochs < self.plan.short:
-        decide(
+        log_decision(
             self.plan.log,
             f"learning rate: falls batch by batch, because {self.epochs} epochs would be as many steps down",
             self.plan.tb,
@@ -453,7 +453,7 @@ class WarningTexts(Handler):
 
 @patch
 def auto_batch(self: PillTraining, *a: Any, **kw: Any) -> int:
-    "The library's search, capped, and rounded down to a multiple of eight; or its default batch, called so (SPEC X17)."
+    "The library's search, capped, and rounded down to a multiple of eight; or its default batch, called so."
     heard, log, plan = WarningTexts(), getLogger("ultralytics"), self.plan
     log.addHandler(heard)
     try:
@@ -465,13 +465,13 @@ def auto_batch(self: PillTraining, *a: Any, **kw: Any) -> int:
     if n > 8:
         n -= n % 8
     if failed := next((t for t in heard.texts if "using default batch-size" in t), None):
-        decide(
+        log_decision(
             plan.log,
             f"auto-batch: {n} photos per step, not searched for: ultralytics' default of {found}, capped at {plan.batch_cap} ({failed})",
             plan.tb,
         )
         return n
-    decide(
+    log_decision(
         plan.log,
         f"auto-batch: {n} photos per step, found within {self.args.batch:.0%} of the GPU's memory ({found}) and capped at {plan.batch_cap}",
         plan.tb,
@@ -509,7 +509,7 @@ NAMES = {
 
 @patch
 def validate(self: PillTraining) -> tuple[dict[str, float], float]:
-    "Judge the averaged weights in full precision: all figures, and the one that decides (SPEC DT2)."
+    "Judge the averaged weights in full precision: all figures, and the one that decides."
     self.check_loss()
     t0, amp, self.amp = time.perf_counter(), self.amp, False
     try:
@@ -574,7 +574,7 @@ def begin_batch(self: PillTraining) -> None:
 
 @patch
 def end_batch(self: PillTraining) -> None:
-    "The batch is done; every so often a line (SPEC CT18)."
+    "The batch is done; every so often a line."
     self.recent.append(sum(v.detach() for v in self.loss_items.values()))  # stays on the device until a line is due
     self.timer.compute_done(self.batch_size, stepped=self.waiting == 0)
     n, last = self.batch_no + 1, len(self.train_loader)
@@ -590,7 +590,7 @@ def end_batch(self: PillTraining) -> None:
     if self.plan.log:
         self.plan.log.info(step_line(self.epoch + 1, self.epochs, n, last, **facts))
     if self.plan.tb:
-        self.plan.tb.add_scalars(tagged(facts, STEP_TAGS), n + last * self.epoch)
+        self.plan.tb.add_scalars(with_tags(facts, STEP_TAGS), n + last * self.epoch)
 
 # %% ../../nbs/training/650_detector.ipynb #7c838001
 @patch
@@ -633,7 +633,7 @@ def best_epoch(
 # %% ../../nbs/training/650_detector.ipynb #fd72c9d4
 @patch
 def save_model(self: PillTraining) -> bool:
-    "Write best.pt where this epoch is the best, then last.pt (SPEC DT6)."
+    "Write best.pt where this epoch is the best, then last.pt."
     values = self.values()
     _, best = early_stopping(values, mode=self.plan.rule["mode"])
     net, ema = self.network.state_dict(), self.ema.ema.state_dict()
@@ -674,7 +674,7 @@ def restore(self: PillTraining, ckpt: Mapping[str, Any]) -> None:
     if ckpt["scaler_state"]:
         self.scaler.load_state_dict(ckpt["scaler_state"])
     self.history, self.start_epoch = list(ckpt["history"]), int(ckpt["epoch"])
-    decide(
+    log_decision(
         self.plan.log,
         f"resume: epoch {self.start_epoch} is done, {self.epochs - self.start_epoch} of {self.epochs} to go",
         self.plan.tb,
@@ -713,13 +713,13 @@ def is_done(
     monitor: str,  # the figure that decides
     rule: Mapping[str, Any],  # of early stopping
 ) -> tuple[bool, bool]:  # whether training has come to its end, and whether early
-    "Epochs are counted from the first process on (SPEC DT2)."
+    "Epochs are counted from the first process on."
     early = early_stopping([r["detection"][monitor] for r in history], **rule)[0]
     return early or len(history) >= epochs, early
 
 
 @dataclass
-class Trained:
+class DetectorResult:
     "What a training left behind."
 
     folder: Path  # best.pt, last.pt
@@ -732,8 +732,8 @@ class Trained:
 def train_detector(
     plan: TrainPlan,  # what, from where, to where
     hooks: Mapping[str, Callable[[Any], None]] | None = None,  # further callbacks, by ultralytics' name of the event
-) -> Trained:
-    "Train, or go on training, to the plan's total of epochs (SPEC DT2)."
+) -> DetectorResult:
+    "Train, or go on training, to the plan's total of epochs."
     t0 = time.perf_counter()
     ensure_dir(plan.folder)
     done = plan.ckpt["history"] if plan.ckpt else []
@@ -741,7 +741,7 @@ def train_detector(
         plan.args["batch"] = plan.ckpt["batch"]
     over, early = is_done(done, plan.args["epochs"], plan.monitor, plan.rule)
     if over:
-        return Trained(plan.folder, done, dict(plan.args), 0.0, early)
+        return DetectorResult(plan.folder, done, dict(plan.args), 0.0, early)
     run = with_ultralytics("YoloPillTraining")(plan)
     # the loop asks this object whether to stop; it is made before the loop begins
     run.callbacks["on_pretrain_routine_end"] = [lambda t: setattr(t, "stopper", _Stopper(t))]
@@ -750,12 +750,12 @@ def train_detector(
     run.train()
     stopped = early_stopping(run.values(), **plan.rule)[0]
     if stopped:
-        decide(
+        log_decision(
             plan.log,
             f"early stopping after epoch {len(run.history)}: {plan.monitor} has not passed {early_stopping(run.values(), mode=plan.rule['mode'])[1]:.4f} for {plan.rule['patience']} epochs",
             plan.tb,
         )
-    return Trained(plan.folder, run.history, vars(run.args), time.perf_counter() - t0, stopped)
+    return DetectorResult(plan.folder, run.history, vars(run.args), time.perf_counter() - t0, stopped)
 
 # %% ../../nbs/training/650_detector.ipynb #f3f5d0d1
 SHAPING = (
@@ -768,7 +768,7 @@ SHAPING = (
 )  # what shapes a detector; paths, logging and the classifier do not
 
 
-def shaping(
+def training_settings(
     tree: Mapping[str, Any],  # a configuration as a plain tree
 ) -> dict[str, Any]:  # only what changes the detector
     "The settings that must agree for a run to be the same run; it may grow longer."
@@ -781,14 +781,14 @@ def shaping(
     }
 
 # %% ../../nbs/training/650_detector.ipynb #0ca5c18f
-def going_on(
+def load_resume_checkpoint(
     last: Path,  # checkpoints/detector/last.pt
     cfg: Config,  # what is asked for now
     data_hash: str,  # of the photos and labels at hand
     resuming: bool,  # whether the last run in this folder was cut short
     log: Logger | None = None,  # where the answer is said
 ) -> dict[str, Any] | None:  # the checkpoint to go on from; None to begin
-    "Where to begin (SPEC X73, CT16)."
+    "Where to begin."
     mode = cfg.train.resume
     if not last.exists():
         if mode == "last" or resuming:
@@ -797,7 +797,7 @@ def going_on(
             )
         return None
     if mode is None:
-        decide(log, "resume: no, because train.resume is null; training begins at the first epoch")
+        log_decision(log, "resume: no, because train.resume is null; training begins at the first epoch")
         return None
     d, ckpt = cfg.train.detection, load_ckpt(last, class_map=PILL.to_dict())
     if (
@@ -807,11 +807,11 @@ def going_on(
             ckpt["history"], d.epochs, d.early_stopping.monitor, d.early_stopping.model_dump(exclude={"monitor"})
         )[0]
     ):
-        decide(
+        log_decision(
             log, "resume: no, because the run in this folder had come to its end; training begins at the first epoch"
         )
         return None
-    diff = config_diff(shaping(ckpt["config_snapshot"]), shaping(cfg.to_dict())) + (
+    diff = config_diff(training_settings(ckpt["config_snapshot"]), training_settings(cfg.to_dict())) + (
         ["the photos or their labels"] if ckpt["data_hash"] != data_hash else []
     )
     if diff:
@@ -821,7 +821,7 @@ def going_on(
             fix="ask for the settings it had, begin a new folder (--fresh), or set train.resume=null to overwrite it",
         )
     if (was := ckpt["config_snapshot"]["train"]["detection"]["epochs"]) != d.epochs:
-        decide(
+        log_decision(
             log,
             f"resume: {d.epochs} epochs in all instead of {was}; from here on the learning rate follows the schedule of {d.epochs}",
         )
@@ -829,7 +829,7 @@ def going_on(
 
 # %% ../../nbs/training/650_detector.ipynb #1834db21
 @dataclass
-class Scored:
+class DetectorScores:
     "What a detector found on some photos, and what is there."
 
     photos: list[Path]
@@ -841,9 +841,9 @@ class Scored:
     def figures(self) -> dict[str, Any]:
         return detection_ap(self.preds, self.truth)
 
-    def only(self, keep: Sequence[bool]) -> "Scored":
+    def only(self, keep: Sequence[bool]) -> "DetectorScores":
         pick = lambda xs: [x for x, k in zip(xs, keep) if k]
-        return Scored(
+        return DetectorScores(
             pick(self.photos), pick(self.preds), pick(self.truth), self.seconds * sum(keep) / max(1, len(keep))
         )
 
@@ -854,9 +854,9 @@ def score_detector(
     conf: float = 0.001,  # boxes kept: average precision needs the whole curve
     iou: float = 0.5,  # overlap above which the weaker box goes
     max_det: int = 100,  # most boxes of a photo
-) -> Scored:
-    "Ask a detector about photos whose boxes are known (SPEC DT2, DT4)."
-    t0, out = time.perf_counter(), Scored([], [], [], 0.0)
+) -> DetectorScores:
+    "Ask a detector about photos whose boxes are known."
+    t0, out = time.perf_counter(), DetectorScores([], [], [], 0.0)
     for p in photos:
         got = open_image_safely(p)
         if "image" not in got:
@@ -873,10 +873,10 @@ def score_detector(
     return out
 
 
-def shuffled(
-    scored: Scored,  # real predictions and labels
+def with_shuffled_boxes(
+    scored: DetectorScores,  # real predictions and labels
     seed: int = 42,  # of the shuffle
-) -> Scored:
+) -> DetectorScores:
     "The same boxes, each moved to another place in its photo: what blind luck is worth."
     g = np.random.default_rng(seed)
     room = lambda p: np.array(open_image_safely(p)["image"].shape[1::-1])
@@ -886,7 +886,7 @@ def shuffled(
         at = g.uniform(0, 1, size.shape) * (room(p) - size)
         return np.concatenate([at, at + size], 1)
 
-    return Scored(
+    return DetectorScores(
         scored.photos, scored.preds, [move(p, t) for p, t in zip(scored.photos, scored.truth)], scored.seconds
     )
 
@@ -901,7 +901,7 @@ def mistakes(
 
 
 def draw_predictions(
-    scored: Scored,  # what was found
+    scored: DetectorScores,  # what was found
     conf: float = 0.3,  # the product's threshold
     most: int = 12,  # photos shown
     side: int = 200,  # pixels of each picture's width
@@ -967,7 +967,7 @@ def draw_curves(
 
 
 def draw_pr(
-    scored: Scored,  # what was found
+    scored: DetectorScores,  # what was found
     conf: float = 0.3,  # the product's threshold
 ) -> Any:  # matplotlib Figure
     "Precision over recall at three overlaps, and where the product stands."
@@ -1006,10 +1006,10 @@ def make_plan(
     )
     cfg = stage_settings(
         cfg, cfg.data.progressive_validation.current_stage, run.log, run.tb
-    )  # from here on: what holds in this stage (SPEC X17, X18)
+    )  # from here on: what holds in this stage
     d, tree, work = (
         cfg.train.detection,
-        stage_tree(run, cfg.data.progressive_validation.current_stage),
+        write_detector_tree(run, cfg.data.progressive_validation.current_stage),
         ensure_dir(run.sub("logs") / "ultralytics"),
     )
     photos_in(tree / "images" / "train")
@@ -1024,7 +1024,7 @@ def make_plan(
         d.early_stopping,
     )
     if d.auto_batch_tune and args["batch"] >= 1:
-        decide(
+        log_decision(
             run.log,
             f"batch: {d.batch_size} as configured, because {'ultralytics searches on one GPU alone' if ',' in args['device'] else 'there is no GPU memory to search'}",
             run.tb,
@@ -1037,7 +1037,7 @@ def make_plan(
         {**fixed, "data_hash": data_hash},
         stop.model_dump(exclude={"monitor"}),
         stop.monitor,
-        going_on(folder / "last.pt", cfg, data_hash, run.resuming, run.log),
+        load_resume_checkpoint(folder / "last.pt", cfg, data_hash, run.resuming, run.log),
         run.log,
         run.tb,
         run.sub("reports") / "metrics.json",
@@ -1079,7 +1079,7 @@ def resolved_settings(
     cfg: Config,  # the run's configuration
     settings: Mapping[str, Any],  # of ultralytics, after training
 ) -> list[dict[str, Any]]:  # setting, value, whence
-    "Which value every setting had, and who chose it (SPEC DT3)."
+    "Which value every setting had, and who chose it."
     d = cfg.train.detection
     null = {
         k
@@ -1097,7 +1097,7 @@ def resolved_settings(
 
 # %% ../../nbs/training/650_detector.ipynb #ddc45187
 def score_table(
-    scored: Scored,  # of the saved model
+    scored: DetectorScores,  # of the saved model
     row: Mapping[str, Any],  # the library's figures of the same epoch
 ) -> list[dict[str, Any]]:  # one row per kind of photo, and one of the library
     "Average precision by kind of photo, in our reckoning and in ultralytics'."
@@ -1126,8 +1126,8 @@ def score_table(
 
 # %% ../../nbs/training/650_detector.ipynb #68e1d19a
 @dataclass(frozen=True)
-class DetectorJob(StageJob):
-    "Photos with boxes in, a detector and its figures out (SPEC DT1-DT6)."
+class DetectorJob(Job):
+    "Photos with boxes in, a detector and its figures out."
 
     epochs: int = 1  # in total, also on resume
     name: ClassVar[str] = "detector"
@@ -1143,15 +1143,15 @@ def train_detection_stage(
     run: RunFolder,  # the run: its splits are read, its checkpoints written
     cfg: Config,  # train.detection, data.detection
     hooks: Mapping[str, Callable] | None = None,  # further callbacks, by ultralytics' names
-) -> Trained:
-    "The sources' name for a detector's training, from its configuration (SPEC DT2, CT26)."
+) -> DetectorResult:
+    "The sources' name for a detector's training, from its configuration."
     return train_detector(make_plan(run, cfg), hooks)
 
 # %% ../../nbs/training/650_detector.ipynb #3d02ee67
 @patch
 def _train(
     self: DetectorJob, run: RunFolder, cfg: Config, hooks: Mapping[str, Callable] | None = None
-) -> tuple[Trained, Scored, dict[str, Any]]:
+) -> tuple[DetectorResult, DetectorScores, dict[str, Any]]:
     "Train, then score what was saved."
     before = torch.get_num_threads()
     if cfg.train.num_threads:
@@ -1172,9 +1172,9 @@ def _train(
 
 # %% ../../nbs/training/650_detector.ipynb #81e75ef5
 @patch
-def work(self: DetectorJob, run: RunFolder, cfg: Config, hooks: Mapping[str, Callable] | None = None) -> StageResult:
+def work(self: DetectorJob, run: RunFolder, cfg: Config, hooks: Mapping[str, Callable] | None = None) -> JobResult:
     "Train the detector of this run and judge it on photos held out by group."
-    stage = load_stage(run.root, cfg.data.progressive_validation.current_stage, photos=False)
+    stage = load_split_data(run.root, cfg.data.progressive_validation.current_stage, photos=False)
     trained, scored, best = self._train(run, cfg, hooks)
     table, reports = score_table(scored, best["detection"]), run.sub("reports")
     gap = max(abs(table[0][k] - best["detection"][k]) for k in ("mAP@0.5", "mAP@0.5:0.95"))
@@ -1211,7 +1211,7 @@ def work(self: DetectorJob, run: RunFolder, cfg: Config, hooks: Mapping[str, Cal
         reports / "metrics.json",
         *figures,
     ]
-    return StageResult(
+    return JobResult(
         _verdict(table, trained, best, gap),
         table,
         figures,
@@ -1221,7 +1221,7 @@ def work(self: DetectorJob, run: RunFolder, cfg: Config, hooks: Mapping[str, Cal
     )
 
 # %% ../../nbs/training/650_detector.ipynb #10e2db1d
-def _verdict(table: list[dict], trained: Trained, best: Mapping[str, Any], gap: float) -> str:
+def _verdict(table: list[dict], trained: DetectorResult, best: Mapping[str, Any], gap: float) -> str:
     t = table[0]
     return (
         f"mAP@0.5 {t['mAP@0.5']:.3f} (0.5:0.95 {t['mAP@0.5:0.95']:.3f}) on {t['n']} held-out photos with {t['pills']} pills; best of {len(trained.history)} epochs is number {best['epoch']}"
@@ -1230,7 +1230,7 @@ def _verdict(table: list[dict], trained: Trained, best: Mapping[str, Any], gap: 
     )
 
 
-def _notes(trained: Trained, settings: list[dict], source: str) -> list[str]:
+def _notes(trained: DetectorResult, settings: list[dict], source: str) -> list[str]:
     "What the reader should know."
     left = ", ".join(f"{s['setting']} {s['value']}" for s in settings if s["from"] != "configuration")
     out = [f"Left to ultralytics: {left}."] if left else []

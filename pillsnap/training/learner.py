@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Mode', 'FIRST_STEPS', 'SHAPING', 'FREE', 'build_optimizer', 'opt_func', 'total_steps', 'warmup_steps',
-           'build_scheduler', 'resolve_compile', 'resolve_graphs', 'checkpoint_gradients', 'Rehearsal', 'rehearse',
-           'compile_arguments', 'try_compile', 'OwnGradients', 'batch_sizes', 'wanted_mode', 'rehearsal', 'speed_up',
-           'Outputs', 'training_callbacks', 'build_learner', 'validate_classification', 'shaping', 'read_last',
-           'is_done', 'goes_on', 'going_on', 'resolved_line']
+           'build_scheduler', 'resolve_compile', 'resolve_graphs', 'checkpoint_gradients', 'CompileTrial',
+           'run_compile_trial', 'compile_arguments', 'try_compile', 'OwnGradients', 'batch_sizes', 'compile_mode',
+           'rehearsal', 'speed_up', 'Outputs', 'training_callbacks', 'build_learner', 'validate_classification',
+           'run_settings', 'read_last_checkpoint', 'is_finished', 'should_resume', 'load_resume_checkpoint',
+           'resolved_line']
 
 # %% ../../nbs/training/630_learner.ipynb #929cd27a
 import logging, math
@@ -28,7 +29,7 @@ from ..core.checkpoints import find_ckpt, load_ckpt
 from ..core.config import Config, config_diff
 from ..core.device import full_fp32, release_memory, select_amp_dtype
 from ..core.errors import PillsnapError
-from ..core.logs import TBWriter, decide
+from ..core.logs import TBWriter, log_decision
 from ..dataset.loaders import photos_per_batch
 from ..models.mixing import Mixer
 from .margins import freeze_backbone, head_callbacks
@@ -65,7 +66,7 @@ def build_optimizer(
     betas: tuple[float, float] = (0.9, 0.999),  # AdamW's two memories
     eps: float = 1e-8,  # AdamW's smallest denominator
 ) -> torch.optim.Optimizer:
-    "AdamW, fused with a fallback, or SGD with momentum (SPEC CT3, NM7, X28)."
+    "AdamW, fused with a fallback, or SGD with momentum."
     params = list(params)
     if name == "sgd":
         return torch.optim.SGD(params, lr=lr, momentum=0.9, nesterov=True, weight_decay=weight_decay)
@@ -74,7 +75,7 @@ def build_optimizer(
     try:
         return torch.optim.AdamW(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
     except (RuntimeError, TypeError) as e:
-        decide(log, f"optimizer: AdamW without the fused kernel, because {str(e).splitlines()[0]}")
+        log_decision(log, f"optimizer: AdamW without the fused kernel, because {str(e).splitlines()[0]}")
         return torch.optim.AdamW(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
 
@@ -102,7 +103,7 @@ def warmup_steps(
     cfg: Config,  # train.classification is read
     steps: int,  # optimizer steps of the run
 ) -> int:
-    "Optimizer steps of the warm-up (SPEC X26)."
+    "Optimizer steps of the warm-up."
     c = cfg.train.classification
     return (
         min(c.warmup_steps, steps // 10)
@@ -115,7 +116,7 @@ def build_scheduler(
     cfg: Config,  # train.classification is read
     steps: int,  # optimizer steps of the run
 ) -> Schedule:
-    "The configured learning-rate schedule as a callback (SPEC CT4, X26, X27)."
+    "The configured learning-rate schedule as a callback."
     c, low = cfg.train.classification, min(cfg.train.classification.min_lr, cfg.train.classification.lr)
     common = dict(peak=c.lr, warmup=warmup_steps(cfg, steps), start=c.warmup_factor)
     rules = {
@@ -137,7 +138,7 @@ def resolve_compile(
     cfg: Config,  # optimization and project, as the stage left them
     device: torch.device | str,  # where the run computes
 ) -> tuple[Mode, str]:  # the mode, and why
-    "Which compile mode holds (SPEC X57)."
+    "Which compile mode holds."
     key = cfg.optimization.torch_compile
     if torch.device(device).type == "cpu":
         return "none", "this is a CPU"
@@ -155,7 +156,7 @@ def resolve_graphs(
     device: torch.device | str,  # where the run computes
     drop_last: bool,  # whether the training loader leaves out a short last batch
 ) -> tuple[bool, str]:  # whether they are recorded, and why or why not
-    "Whether CUDA graphs apply (SPEC CT9)."
+    "Whether CUDA graphs apply."
     if torch.device(device).type != "cuda":
         return False, "does not apply, there is no CUDA device"
     if mode != "none":
@@ -170,13 +171,13 @@ def checkpoint_gradients(
     log: logging.Logger | None = None,  # where it is said
     tb: TBWriter | None = None,  # and tagged
 ) -> bool:  # whether the network can
-    "Less memory for more time, where the network can (SPEC CT10)."
+    "Less memory for more time, where the network can."
     try:
         model.set_grad_checkpointing(True)
         why = ""
     except (AttributeError, AssertionError) as e:
         why = str(e).splitlines()[0] if str(e) else type(e).__name__
-    decide(
+    log_decision(
         log,
         f"grad_checkpointing: does not apply, {type(model).__name__} cannot ({why})"
         if why
@@ -187,7 +188,7 @@ def checkpoint_gradients(
 
 # %% ../../nbs/training/630_learner.ipynb #fcbfc097
 @dataclass(frozen=True)
-class Rehearsal:
+class CompileTrial:
     "What a network will be asked to compute."
 
     train: tuple[int, ...]  # sizes of the training batches, the usual one first
@@ -208,11 +209,11 @@ class Rehearsal:
         return torch.zeros(n, 3, self.img_size, self.img_size, device=self.device).to(memory_format=layout)
 
 # %% ../../nbs/training/630_learner.ipynb #eeddf066
-def rehearse(
+def run_compile_trial(
     model: nn.Module,  # in training mode or not
-    plan: Rehearsal,  # what will be asked of it
+    plan: CompileTrial,  # what will be asked of it
 ) -> None:  # raises what a step raises
-    "Training steps and validations of every size, without a trace (SPEC CT8)."
+    "Training steps and validations of every size, without a trace."
     kept, was = {k: v.clone() for k, v in model.named_buffers()}, model.training
     trained = [(p, p.requires_grad) for p in model.parameters()]
     try:
@@ -231,7 +232,7 @@ def rehearse(
                 v.copy_(kept[k])
 
 
-def _training_steps(model: nn.Module, plan: Rehearsal, n: int, frozen: bool) -> None:
+def _training_steps(model: nn.Module, plan: CompileTrial, n: int, frozen: bool) -> None:
     "Forward and back, as training does."
     model.train()
     if len(plan.phases) > 1:
@@ -246,7 +247,7 @@ def _training_steps(model: nn.Module, plan: Rehearsal, n: int, frozen: bool) -> 
 
 
 @torch.no_grad()
-def _validations(model: nn.Module, plan: Rehearsal, n: int) -> None:
+def _validations(model: nn.Module, plan: CompileTrial, n: int) -> None:
     "As validation does."
     model.eval()
     x = plan.batch(n)
@@ -265,18 +266,18 @@ def compile_arguments(
 def try_compile(
     model: nn.Module,  # compiled in place: its weights keep their names
     mode: Mode,  # where to begin
-    plan: Rehearsal | None = None,  # what training will ask of it; None only where the mode is none
+    plan: CompileTrial | None = None,  # what training will ask of it; None only where the mode is none
     log: logging.Logger | None = None,  # where a fallback is said
 ) -> Mode:  # what holds in the end
-    "Compile, and fall back max-autotune → reduce-overhead → none (SPEC CT8, X57)."
+    "Compile, and fall back max-autotune → reduce-overhead → none."
     for m in {"none": [], "max-autotune": ["max-autotune", "reduce-overhead"]}.get(mode, [mode]):
         try:
             model.compile(**compile_arguments(m))
-            rehearse(model, plan)
+            run_compile_trial(model, plan)
             return m
         except Exception as e:
             why = compiler_said(e)
-        decide(log, f"compile: {m} failed ({why})")
+        log_decision(log, f"compile: {m} failed ({why})")
         model._compiled_call_impl = None
         release_memory(graphs=True)
     return "none"
@@ -313,7 +314,7 @@ def batch_sizes(
     return tuple(dict.fromkeys(s for s in shares if s))
 
 # %% ../../nbs/training/630_learner.ipynb #c47d90a3
-def wanted_mode(
+def compile_mode(
     cfg: Config,  # optimization, as the stage left it
     device: torch.device | str,  # where the run computes
     drop_last: bool,  # whether the training loader leaves out a short last batch
@@ -325,7 +326,7 @@ def wanted_mode(
     if not cfg.optimization.cuda_graphs:
         return mode, why
     graphs, because = resolve_graphs(cfg, mode, device, drop_last)
-    decide(log, f"cuda_graphs: {because}", tb)
+    log_decision(log, f"cuda_graphs: {because}", tb)
     return ("cudagraphs", "graphs are recorded without a compiler") if graphs else (mode, why)
 
 
@@ -335,12 +336,12 @@ def rehearsal(
     dtype: torch.dtype | None,  # of autocast
     train_dl: Any,  # loader of training
     views: Mapping[str, Any],  # loaders of validation
-) -> Rehearsal:
+) -> CompileTrial:
     "What a training as configured asks of its network."
     c = cfg.train.classification
     valid = tuple(dict.fromkeys(s for dl in views.values() for s in batch_sizes(dl, c.batch_size)))
     phases = (True, False) if 0 < c.freeze_backbone_epochs < c.epochs else (False,)
-    return Rehearsal(
+    return CompileTrial(
         batch_sizes(train_dl, c.batch_size),
         valid,
         cfg.data.classification.img_size,
@@ -364,7 +365,7 @@ def speed_up(
     "Gradient checkpoints, compilation, CUDA graphs: as asked for, or with the reason why not."
     if cfg.optimization.grad_checkpointing:
         checkpoint_gradients(model, log, tb)
-    mode, why = wanted_mode(
+    mode, why = compile_mode(
         cfg,
         device,
         getattr(train_dl, "drop_last", False) or getattr(train_dl, "batch_sampler", None) is not None,
@@ -372,10 +373,12 @@ def speed_up(
         tb,
     )
     if mode == "none":
-        decide(log, f"compile: none, because {why}", tb)
+        log_decision(log, f"compile: none, because {why}", tb)
         return mode
     held = try_compile(model, mode, rehearsal(cfg, device, dtype, train_dl, views or {}), log)
-    decide(log, f"compile: {held}, because {why}" if held == mode else f"compile: {held}, because {mode} failed", tb)
+    log_decision(
+        log, f"compile: {held}, because {why}" if held == mode else f"compile: {held}, because {mode} failed", tb
+    )
     return held
 
 # %% ../../nbs/training/630_learner.ipynb #c42e1e39
@@ -391,7 +394,7 @@ class Outputs:
     quiet: bool = False  # no step lines and no rows
 
 # %% ../../nbs/training/630_learner.ipynb #184dd884
-FIRST_STEPS = 3  # of a process: memory is found, kernels are chosen; they stand in no curve (SPEC CT24)
+FIRST_STEPS = 3  # of a process: memory is found, kernels are chosen; they stand in no curve
 
 
 def training_callbacks(
@@ -462,7 +465,7 @@ def build_learner(
     fixed: Mapping[str, Any] | None = None,  # what a checkpoint says besides the state
     out: Outputs | None = None,  # where things are written
 ) -> PillLearner:
-    "A Learner as configured (SPEC CT2-CT5, CT8-CT12, CT15-CT18)."
+    "A Learner as configured."
     c, out = cfg.train.classification, out or Outputs(quiet=True)
     dtype = select_amp_dtype(c.amp_dtype if c.amp else "fp32", torch.device(device), out.log, out.tb)
     compiled = speed_up(model, cfg, device, dtype, train_dl, out.log, out.tb, views)
@@ -493,7 +496,7 @@ def validate_classification(
     criterion: nn.Module | None = None,  # the loss that is reported; plain cross-entropy when None
     device: torch.device | str = "cpu",  # where the pass runs
 ) -> dict[str, Any]:  # val_loss, acc (= top1), macro_f1, top5, confidence, n, and answers photo by photo
-    "One validation pass: fp32, no gradients, nothing dropped (SPEC CT21, X10)."
+    "One validation pass: fp32, no gradients, nothing dropped."
     learn = PillLearner(
         PillLoaders(loader, loader, device),
         model.to(device),
@@ -533,7 +536,7 @@ FREE = (
 )  # of these, what may change on the way
 
 
-def shaping(
+def run_settings(
     tree: Mapping[str, Any],  # a configuration as a plain tree
 ) -> dict[str, Any]:  # only what changes the classifier
     "The settings that must agree for a run to be the same run."
@@ -551,20 +554,20 @@ def shaping(
     }
 
 # %% ../../nbs/training/630_learner.ipynb #28063fc8
-def read_last(
+def read_last_checkpoint(
     path: Path,  # checkpoints/classifier/last.pt
     cfg: Config,  # what is asked for now
     class_map: Mapping[str, Any],  # of the data at hand
     log: logging.Logger | None = None,  # where a missing file is said
 ) -> dict[str, Any] | None:  # the checkpoint; None when there is none
-    "A checkpoint that may be continued (SPEC CT16, X73, BX8)."
+    "A checkpoint that may be continued."
     if not find_ckpt(path).exists():
         (log or logging.getLogger("pillsnap")).warning(
             f"resume: there is no {Path(path).name} yet, training begins at the first epoch"
         )
         return None
     ckpt = load_ckpt(path, class_map=class_map, backbone=cfg.train.classification.backbone)
-    if diff := config_diff(shaping(ckpt["config_snapshot"]), shaping(cfg.to_dict())):
+    if diff := config_diff(run_settings(ckpt["config_snapshot"]), run_settings(cfg.to_dict())):
         raise PillsnapError(
             "the checkpoint comes from another configuration:\n  " + "\n  ".join(diff[:12]),
             where=path,
@@ -573,14 +576,14 @@ def read_last(
     if (was := ckpt["config_snapshot"]["train"]["classification"]["epochs"]) != (
         now := cfg.train.classification.epochs
     ):
-        decide(
+        log_decision(
             log,
             f"resume: {now} epochs in all instead of {was}; from here on the learning rate follows the schedule of {now}",
         )
     return ckpt
 
 # %% ../../nbs/training/630_learner.ipynb #44261700
-def is_done(
+def is_finished(
     ckpt: Mapping[str, Any],  # last.pt
     cfg: Config,  # what is asked for
 ) -> bool:
@@ -595,30 +598,30 @@ def is_done(
     )
 
 
-def goes_on(
+def should_resume(
     path: Path,  # checkpoints/classifier/last.pt
     cfg: Config,  # train.resume decides: auto, last or null
     resuming: bool,  # the stage did not finish the last time
 ) -> bool:
-    "Whether a run goes on from a checkpoint if there is one, or begins (SPEC X73)."
+    "Whether a run goes on from a checkpoint if there is one, or begins."
     if cfg.train.resume != "auto":
         return cfg.train.resume == "last"
     return find_ckpt(path).exists() and (
-        resuming or not is_done(load_ckpt(path), cfg)
+        resuming or not is_finished(load_ckpt(path), cfg)
     )  # a finished run that is asked for again begins anew
 
 
-def going_on(
+def load_resume_checkpoint(
     path: Path,  # checkpoints/classifier/last.pt
     cfg: Config,  # train.resume decides: auto, last or null
     class_map: Mapping[str, Any],  # of the data at hand
     resuming: bool,  # the stage did not finish the last time
     log: logging.Logger | None = None,  # where it is said
 ) -> dict[str, Any] | None:  # the checkpoint to continue, or None to begin
-    "Begin or go on (SPEC CT16, X73, X76)."
-    if goes_on(path, cfg, resuming) and (ckpt := read_last(path, cfg, class_map, log)) is not None:
+    "Begin or go on."
+    if should_resume(path, cfg, resuming) and (ckpt := read_last_checkpoint(path, cfg, class_map, log)) is not None:
         within = f" and {n} batches of the next" if (n := ckpt["position"]["batch"]) else ""
-        decide(
+        log_decision(
             log,
             f"resume: going on from {path} after epoch {ckpt['epoch']} of {cfg.train.classification.epochs}{within}",
         )

@@ -16,7 +16,7 @@ from torch import nn
 # %% ../../nbs/training/610_margins.ipynb #2c663eee
 from ..core.config import Config
 from ..core.errors import PillsnapError
-from ..core.logs import TBWriter, decide
+from ..core.logs import TBWriter, log_decision
 from ..models.heads import margin_at
 from .callbacks import Precision, Unpack
 
@@ -38,7 +38,7 @@ def freeze_backbone(
 
 
 class FreezeBackbone(Callback):
-    "The head alone learns in the first epochs (SPEC RT3)."
+    "The head alone learns in the first epochs."
 
     order, run_valid = Unpack.order + 1, False  # after the Learner has set the mode of the network
 
@@ -55,7 +55,7 @@ class FreezeBackbone(Callback):
         freeze_backbone(self.model, frozen)
         if self.epoch == getattr(self.learn, "first_epoch", 0) or self.epoch == self.epochs:
             still = sum(p.numel() for p in self.model.parameters() if not p.requires_grad)
-            decide(
+            log_decision(
                 self.log,
                 f"backbone: frozen, {still / 1e6:.2f} M numbers keep still until epoch {self.epochs + 1}"
                 if frozen
@@ -70,7 +70,7 @@ class FreezeBackbone(Callback):
 
 # %% ../../nbs/training/610_margins.ipynb #49d04c7e
 class Margin(Callback):
-    "ArcFace's margin, epoch by epoch (SPEC RT2, RT3)."
+    "ArcFace's margin, epoch by epoch."
 
     order, run_valid = FreezeBackbone.order + 1, False
 
@@ -89,12 +89,12 @@ class Margin(Callback):
         if self.tb:
             self.tb.add_scalar("train/margin", m, self.epoch + 1)
         if m != self.last:
-            decide(self.log, f"margin: {m:g} radians from epoch {self.epoch + 1}", self.tb, step=self.epoch)
+            log_decision(self.log, f"margin: {m:g} radians from epoch {self.epoch + 1}", self.tb, step=self.epoch)
         self.last = m
 
 # %% ../../nbs/training/610_margins.ipynb #8b2c6793
 class NanGuard(Callback):
-    "Leave out a step whose gradients are not finite; ten in a row end the run (SPEC RT2)."
+    "Leave out a step whose gradients are not finite; ten in a row end the run."
 
     order, run_valid = Precision.order + 0.5, False  # after unscaling, before clipping divides by the norm
 
@@ -130,7 +130,7 @@ class NanGuard(Callback):
         self.skipped += 1
         self.row += 1
         if not scaled:
-            decide(
+            log_decision(
                 self.log,
                 f"nan: a step of epoch {self.epoch + 1} was left out, its gradients are not finite ({self.skipped} so far)",
                 self.tb,
@@ -151,7 +151,7 @@ def head_callbacks(
     log: logging.Logger | None = None,  # where they speak
     tb: TBWriter | None = None,  # and tag
 ) -> list[Callback]:
-    "What a head needs besides (SPEC RT2, RT3)."
+    "What a head needs besides."
     c, r = cfg.train.classification, cfg.retrieval
     frozen = [FreezeBackbone(c.freeze_backbone_epochs, log, tb)] if c.freeze_backbone_epochs else []
     return frozen + (

@@ -14,7 +14,7 @@ from typing import Literal
 from fastai.callback.core import Callback
 
 # %% ../../nbs/training/605_schedules.ipynb #23e22219
-from ..core.logs import decide
+from ..core.logs import log_decision
 from .callbacks import History, Precision, monitored
 
 # %% ../../nbs/training/605_schedules.ipynb #444ea9eb
@@ -24,7 +24,7 @@ def warm_up(
     warmup: int,  # steps of the warm-up
     start: float = 1e-3,  # first rate, as a share of the peak
 ) -> float:
-    "The rate of a linear warm-up (Goyal et al. 2017; SPEC X26)."
+    "The rate of a linear warm-up (Goyal et al. 2017)."
     return peak * (start + (1 - start) * step / warmup)
 
 # %% ../../nbs/training/605_schedules.ipynb #82a4aae7
@@ -36,7 +36,7 @@ def cosine_lr(
     low: float = 0.0,  # where the cosine ends
     start: float = 1e-3,  # first rate, as a share of the peak
 ) -> float:
-    "Linear warm-up, then half a cosine over what is left (SPEC CT4, X27; Loshchilov & Hutter 2016)."
+    "Linear warm-up, then half a cosine over what is left (Loshchilov & Hutter 2016)."
     if step < warmup:
         return warm_up(step, peak, warmup, start)
     t = min(1.0, (step - warmup) / max(1, total - warmup))
@@ -51,7 +51,7 @@ def onecycle_lr(
     div: float = 25.0,  # first rate is peak/div
     final: float = 1e4,  # last rate is peak/div/final
 ) -> float:
-    "Up and down on two half cosines (SPEC CT4; Smith 2018, as in torch's OneCycleLR without its momentum)."
+    "Up and down on two half cosines (Smith 2018, as in torch's OneCycleLR without its momentum)."
     up, last = rise * total - 1, total - 1
     ease = lambda a, b, p: b + (a - b) / 2 * (1 + math.cos(math.pi * min(1.0, p)))
     return (
@@ -70,7 +70,7 @@ def restarts_lr(
     low: float = 0.0,  # where each cosine ends
     start: float = 1e-3,  # first rate, as a share of the peak
 ) -> float:
-    "Cosines with warm restarts (SPEC X27, RT4; Loshchilov & Hutter 2016)."
+    "Cosines with warm restarts (Loshchilov & Hutter 2016)."
     if step < warmup:
         return warm_up(step, peak, warmup, start)
     t, length = step - warmup, first
@@ -80,7 +80,7 @@ def restarts_lr(
 
 # %% ../../nbs/training/605_schedules.ipynb #6fd85ead
 class Schedule(Callback):
-    "Set the rate before each batch from the number of optimizer steps done (SPEC CT4, X26)."
+    "Set the rate before each batch from the number of optimizer steps done."
 
     order, run_valid = Precision.order - 5, False
 
@@ -106,7 +106,7 @@ def plateau_cuts(
     mode: Literal["max", "min"] = "max",  # which way is better
     least: float = 1e-4,  # smallest progress, as a share of the best so far
 ) -> int:
-    "How often the rate falls (SPEC X27, RT4; torch's ReduceLROnPlateau)."
+    "How often the rate falls (torch's ReduceLROnPlateau)."
     best, waited, cuts = -math.inf if mode == "max" else math.inf, 0, 0
     for v in values:
         better = v > best * (1 + least) if mode == "max" else v < best * (1 - least)
@@ -117,7 +117,7 @@ def plateau_cuts(
 
 # %% ../../nbs/training/605_schedules.ipynb #46d2435c
 class Plateau(Callback):
-    "Lower the schedule when validation stands still (SPEC X27, RT4)."
+    "Lower the schedule when validation stands still."
 
     order = History.order + 0.5  # the row is there, and the checkpoint of this epoch is not yet written
 
@@ -144,7 +144,7 @@ class Plateau(Callback):
         if plateau_cuts(values, self.patience, self.mode) == plateau_cuts(values[:-1], self.patience, self.mode):
             return
         was, s.scale = s.scale, max(s.scale * self.factor, self.low)  # low: of the peak
-        decide(
+        log_decision(
             self.log,
             f"plateau: {self.monitor} has not improved for {self.patience + 1} validations, the rate falls to {s.scale / was:g} of what it was",
         )

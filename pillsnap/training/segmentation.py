@@ -31,7 +31,7 @@ from ..core.errors import PillsnapError
 from ..core.files import save_json, sha256_file, sha256_text
 from ..core.plots import COLOURS, save_fig, use_house_style
 from ..core.records import Metric, Provenance
-from ..core.jobs import RunFolder, StageJob, StageResult
+from ..core.jobs import RunFolder, Job, JobResult
 from ..delivery.capture import capture_group, parse_name
 from ..delivery.classmap import keys_fingerprint
 from ..synth.catalogue import make_catalogue
@@ -373,7 +373,7 @@ def draw_masks(
 
 # %% ../../nbs/training/680_segmentation.ipynb #3097e383
 @dataclass(frozen=True)
-class SegmentationJob(StageJob):
+class SegmentationJob(Job):
     "Photos and masks in; a U-Net, its mIoU and pictures of its answers out."
 
     epochs: int = 1  # in total, also on resume
@@ -426,7 +426,7 @@ def folder_provenance(
 
 # %% ../../nbs/training/680_segmentation.ipynb #11d76a14
 @patch
-def work(self: SegmentationJob, run: RunFolder, cfg: Config) -> StageResult:
+def work(self: SegmentationJob, run: RunFolder, cfg: Config) -> JobResult:
     "Train the U-Net of this run and report what it does on photos it has not seen."
     if cfg.data.task != "segmentation":
         raise PillsnapError(
@@ -509,7 +509,7 @@ def _report(
     prov: Provenance,
     learn: PillLearner,
     keep: KeepEpochs,
-) -> StageResult:
+) -> JobResult:
     "Figures, pictures and the files that hold them."
     reports, scores, seconds = run.sub("reports"), learn.scores, sum(r["seconds"] for r in keep.rows)
     metrics = [
@@ -548,7 +548,7 @@ def _report(
     folder = run.root / "checkpoints" / "segmentation"
     seen = f"{scores['photos']} validation photos ({prov.data} data)"
     verdict = f"mIoU {scores['mIoU']:.3f}, Dice {scores['Dice']:.3f} on {seen}, best epoch {best} of {len(keep.rows)}"
-    return StageResult(
+    return JobResult(
         verdict,
         table,
         figures,

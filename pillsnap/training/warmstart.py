@@ -22,9 +22,9 @@ from torch import nn
 from ..core.checkpoints import find_ckpt, load_ckpt
 from ..core.errors import PillsnapError
 from ..core.files import sha256_file
-from ..core.logs import TBWriter, decide
+from ..core.logs import TBWriter, log_decision
 from ..delivery.classmap import ClassMap
-from ..dataset.splits import StageData, load_splits
+from ..dataset.splits import SplitData, load_splits
 from ..models.factory import CosineClassifier
 
 # %% ../../nbs/training/635_warmstart.ipynb #80cb3939
@@ -120,7 +120,7 @@ def trained_on(
 
 def photos_in_common(
     train: pd.DataFrame,  # rows that the checkpoint was trained on
-    data: StageData,  # whose validation and evaluation photos are looked at
+    data: SplitData,  # whose validation and evaluation photos are looked at
 ) -> int:
     "How many photos that judge this run belong to a group that trained the checkpoint."
     column = "path" if data.header["params"]["group_by"] == "image" else "group_id"
@@ -183,7 +183,7 @@ class WarmStart:
 def warm_start(
     model: nn.Module,  # changed in place
     init_from: str | Path,  # a run folder or a checkpoint
-    data: StageData,  # this run's photos and class map
+    data: SplitData,  # this run's photos and class map
     backbone: str,  # of this run
     head: Mapping[str, Any] | None = None,  # of this run
     own: Path | None = None,  # where this run writes its checkpoints
@@ -217,13 +217,15 @@ def warm_start(
         len(rows.dropped),
         share=rows.share,
     )
-    decide(log, f"init_from: {path}, sha256 {done.sha256[:12]}, after epoch {done.epoch}, {done.weights} weights", tb)
-    decide(
+    log_decision(
+        log, f"init_from: {path}, sha256 {done.sha256[:12]}, after epoch {done.epoch}, {done.weights} weights", tb
+    )
+    log_decision(
         log,
         f"init_from rows: class map {of.fingerprint[:12]} of {len(of)} to {to.fingerprint[:12]} of {len(to)}: "
         f"{done.copied} head rows copied by key, {done.new} new, {done.dropped} dropped",
         tb,
     )
     seen = "none of this run's judging photos trained it" if train is not None else f"not known, {unknown}"
-    decide(log, f"init_from photos: {seen}", tb)
+    log_decision(log, f"init_from photos: {seen}", tb)
     return done

@@ -12,7 +12,7 @@ from PIL import Image
 from pillsnap.core.plots import COLOURS, colour_legend, draw_boxes, save_fig, use_house_style, wrap_title
 from pillsnap.photos.boxes import iou_matrix
 from pillsnap.photos.caches import box_of
-from pillsnap.dataset.splits import load_stage
+from pillsnap.dataset.splits import load_split_data
 from pillsnap.deployment.runtime import load_bundle
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,7 +46,7 @@ def main(run: Path, out: Path) -> None:
     import matplotlib.pyplot as plt
 
     use_house_style()
-    bundle, stage = load_bundle(run), load_stage(run, 0)
+    bundle, stage = load_bundle(run), load_split_data(run, 0)
     combos, singles = chosen_photos(stage.val)
     fig, axes = plt.subplots(1, len(combos) + len(singles), figsize=(11, 4.6))
     for ax, path in zip(axes, [*combos, *singles]):

@@ -159,7 +159,7 @@ MUTATIONS: list[Mutation] = [
     Mutation(
         "nan_loss=False: a training that ended at NaN is not told to the advisor",
         "pillsnap/evaluation/checks.py",
-        "nan_loss=not_a_number(root)",
+        "nan_loss=ended_in_nan(root)",
         "nan_loss=False",
         "tests/test_evaluation.py::test_a_training_whose_loss_is_no_number_is_critical_by_its_code",
     ),
@@ -215,8 +215,8 @@ MUTATIONS: list[Mutation] = [
     Mutation(
         "turns in the ratio 1:1 whatever is configured",
         "pillsnap/training/interleaved.py",
-        "Baton(cfg.train.interleave_ratio,",
-        "Baton((1, 1),",
+        "TurnTaker(cfg.train.interleave_ratio,",
+        "TurnTaker((1, 1),",
         "tests/test_interleave.py::test_steps_come_in_the_configured_ratio",
     ),
     Mutation(
@@ -334,8 +334,8 @@ MUTATIONS: list[Mutation] = [
     Mutation(
         "an image split is cut by group",
         "pillsnap/dataset/splits.py",
-        'number_within(df.assign(role=""), seed)',
-        'number_within(df.assign(role="", path=df["group_id"]), seed)',
+        'photo_rank(df.assign(role=""), seed)',
+        'photo_rank(df.assign(role="", path=df["group_id"]), seed)',
         "tests/test_splits.py::test_the_image_split_leaks_and_the_group_split_does_not",
     ),
     Mutation(
@@ -355,7 +355,7 @@ MUTATIONS: list[Mutation] = [
     Mutation(
         "scored photos are not compared with training",
         "pillsnap/evaluation/evaluation.py",
-        "seen = touching(todo, data.train)",
+        "seen = photos_touching_training(todo, data.train)",
         "seen = []",
         "tests/test_evaluation.py::test_an_evaluation_set_that_touches_training_was_not_measured",
     ),

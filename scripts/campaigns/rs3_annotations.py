@@ -15,10 +15,10 @@ from collections import Counter
 from pathlib import Path
 
 from pillsnap.delivery import aihub
-from pillsnap.delivery.aihub import IMAGE_KEYS, Annotation, Fault, Reader, Reason
+from pillsnap.delivery.aihub import IMAGE_KEYS, Annotation, Fault, AnnotationReader, Reason
 from pillsnap.delivery.capture import parse_name
 from pillsnap.synth.catalogue import annotation, make_catalogue
-from pillsnap.delivery.truth import Evidence
+from pillsnap.delivery.truth import LabelEvidence
 
 VALUES = (
     None,
@@ -141,14 +141,14 @@ def same(a: Annotation | Fault, b: Annotation | Fault) -> bool:
 
 def campaign(cases: int, seed: int = 1) -> dict:
     "Damage, read twice, judge, count."
-    rng, said, drugs, read = random.Random(seed), Counter(), list(make_catalogue(6, 3)), Reader()
+    rng, said, drugs, read = random.Random(seed), Counter(), list(make_catalogue(6, 3)), AnnotationReader()
     good = [
         json.dumps(
             annotation(d, f"{d.kcode}_0_2_0_2_70_040_200", (10, 20, 30, 40), 976, 1280), ensure_ascii=False, indent="\t"
         )
         for d in drugs
     ]
-    t0, e, names = time.perf_counter(), Evidence(), 0
+    t0, e, names = time.perf_counter(), LabelEvidence(), 0
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as tmp:
         path = Path(tmp) / "x.json"
         for i in range(cases):
@@ -191,7 +191,7 @@ def campaign(cases: int, seed: int = 1) -> dict:
                     raise AssertionError("a box was lost")
                 said["boxes judged"] += pills
                 said.update(f"fault {p.fault}" for t in e.judged.values() for p in t.pills if p.fault)
-                e = Evidence()
+                e = LabelEvidence()
     return dict(
         id="RS3",
         what="damaged annotations and names",

@@ -27,8 +27,8 @@ from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.jobs import RunFolder
 from pillsnap.dataset.conversion import convert_delivery
-from pillsnap.photos.pack import stage_pack
-from pillsnap.dataset.splits import SplitsJob, load_stage
+from pillsnap.photos.pack import build_stage_pack
+from pillsnap.dataset.splits import SplitsJob, load_split_data
 from pillsnap.synth.writer import write_delivery
 
 FAULTS = ("disk full", "read-only", "no handles")
@@ -44,7 +44,7 @@ def split(work: Path, run: Path) -> None:
 
 
 def pack(work: Path, run: Path) -> None:
-    stage_pack(load_stage(run, 0), run, load_config("smoke", SETTINGS), workers=1, progress=False)
+    build_stage_pack(load_split_data(run, 0), run, load_config("smoke", SETTINGS), workers=1, progress=False)
 
 
 STAGES: tuple[Callable[[Path, Path], None], ...] = (convert, split, pack)

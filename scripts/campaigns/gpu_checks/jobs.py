@@ -108,15 +108,15 @@ def noted(*args, **kwargs):
     with open(f"{run}/backend", "w") as f:
         f.write(f"{torch.distributed.get_backend()} {torch.distributed.get_world_size()}")
 torch.distributed.init_process_group = noted
-from pillsnap.training.distributed import run_here
-run_here("classifier", run, "smoke", over)
+from pillsnap.training.distributed import run_rank
+run_rank("classifier", run, "smoke", over)
 """
 LAUNCHED = """
 import sys
-from pillsnap.training.distributed import launch, run_here
+from pillsnap.training.distributed import launch_from_notebook, run_rank
 if __name__ == "__main__":
     run, *over = sys.argv[1:]
-    launch(run_here, ("classifier", run, "smoke", over), 2)
+    launch_from_notebook(run_rank, ("classifier", run, "smoke", over), 2)
 """
 COMMAND = """
 import sys

@@ -51,9 +51,9 @@ class FakeShortage:
 
 def cut_in_halves(batches: list[tuple]) -> list[tuple]:
     "Each batch as two of half the size."
-    from pillsnap.training.memory import cut
+    from pillsnap.training.memory import split_batch
 
-    return [part for b in batches for part in cut(b, -(-len(b[1]) // 2))]
+    return [part for b in batches for part in split_batch(b, -(-len(b[1]) // 2))]
 
 
 class Held(Callback):
@@ -204,7 +204,7 @@ def batch_search(device: str, tiny: bool, work: Path) -> tuple[list[Part], dict[
     Then full steps with the loader, and the planner's figure for that batch.
     """
     from pillsnap.planner import footprint
-    from pillsnap.training.classifier import chosen_batch
+    from pillsnap.training.classifier import choose_batch_size
 
     s, gpu, c = Size(tiny), Gpu(device), "train.classification"
     img, steps = s.of(384, 64), s.of(20, 2)
@@ -214,7 +214,7 @@ def batch_search(device: str, tiny: bool, work: Path) -> tuple[list[Part], dict[
     enable_tf32(True)
     net, planned = network(cfg, gpu.device), footprint(network(cfg, torch.device("cpu")), img, True)
     with Neighbour(gpu, min(24e9, 0.6 * gpu.free()), work) as beside:
-        n = chosen_batch(1, cfg, net, CLASSES, log=logger(), device=gpu.device)
+        n = choose_batch_size(1, cfg, net, CLASSES, log=logger(), device=gpu.device)
         cfg = settings(s, *over, f"{c}.batch_size={n}")
         train = patch_loader(cfg, n * steps, gpu.device, workers=s.of(max(1, min(14, cores() - 2)), 1))
         learn = make_learner(cfg, net, train, {"whole": coloured_batches(1, 4, img, gpu.device)}, gpu.device)
