@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PIPELINE', 'ASIDE', 'app', 'Overrides', 'ConfigOption', 'RunConfig', 'RunDir', 'SOURCE_OPTIONS', 'pipeline_of', 'run',
-           'distributed', 'own_config', 'run_config', 'where_to_look', 'synth', 'pack', 'plan', 'networks', 'doctor',
-           'audit', 'index', 'extract', 'triage', 'predict', 'train_stage', 'final_test', 'choose', 'show_config',
-           'evaluate', 'decide', 'declare', 'arguments', 'main']
+           'distributed', 'own_config', 'run_config', 'synth', 'pack', 'plan', 'networks', 'doctor', 'audit', 'index',
+           'extract', 'triage', 'predict', 'train_stage', 'final_test', 'choose', 'show_config', 'evaluate', 'decide',
+           'declare', 'arguments', 'main']
 
 # %% ../nbs/920_cli.ipynb #1eaae89f
 import logging, re, sys
@@ -140,7 +140,7 @@ def run(
     )
     exp = run_dir or Path(load_config(config, overrides or []).paths.exp_dir)
     if not single:
-        print(where_to_look(exp))
+        print(_where_to_look(exp))
 
 # %% ../nbs/920_cli.ipynb #1246104f
 @app.command(epilog="Example: `pillsnap distributed classifier --run-dir RUN --processes 2`")
@@ -186,7 +186,7 @@ def run_config(
     )
 
 # %% ../nbs/920_cli.ipynb #f930944d
-def where_to_look(
+def _where_to_look(
     run_dir: Path,  # a run folder
 ) -> str:  # the scorecard, and where the rest lies
     "What a finished run left."

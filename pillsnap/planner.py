@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TRAINER_BYTES', 'CUDA_BYTES', 'GPU_BYTES', 'GPU_RATES', 'Networks', 'walk_to_photos', 'render_samples', 'read_rate',
            'Probe', 'without_sealed', 'sample_photos', 'seconds_left', 'probe', 'ram_plan', 'MemoryFootprint',
-           'activation_bytes', 'footprint', 'step_peak', 'gpu_bytes', 'vram_table', 'gpu_rate', 'StagePlan',
-           'plan_stage', 'make_plans', 'plot_plans', 'print_plan', 'plan_command']
+           'footprint', 'step_peak', 'gpu_bytes', 'vram_table', 'gpu_rate', 'StagePlan', 'plan_stage', 'make_plans',
+           'plot_plans', 'print_plan', 'plan_command']
 
 # %% ../nbs/910_planner.ipynb #272fa644
 import json, os, random, shutil, sys, time
@@ -311,7 +311,7 @@ class MemoryFootprint:
         return max(0, int((room - self.fixed) // (self.per_photo + 2 * self.largest)))  # bytes → photos
 
 # %% ../nbs/910_planner.ipynb #5a333907
-def activation_bytes(
+def _activation_bytes(
     model: Any,  # torch network, in train mode
     batch: int,  # photos
     size: int,  # side of the input, pixels
@@ -344,7 +344,7 @@ def footprint(
     ema: bool = False,  # a second copy of the weights
 ) -> MemoryFootprint:
     "A training step of a network with AdamW, as a straight line in the batch."
-    (two, _), (four, most) = (activation_bytes(model.train(), b, size, half) for b in (2, 4))
+    (two, _), (four, most) = (_activation_bytes(model.train(), b, size, half) for b in (2, 4))
     n = sum(p.numel() for p in model.parameters())
     return MemoryFootprint((16 + 4 * ema) * n + 2 * two - four, (four - two) / 2, most / 4)
 

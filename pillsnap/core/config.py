@@ -9,8 +9,7 @@ __all__ = ['FEATURE_SETS', 'ALIASES', 'RETIRED', 'Block', 'key', 'Project', 'Pat
            'TrainClassification', 'TrainDetection', 'TrainSegmentation', 'StageOverride', 'Train', 'Optimization',
            'Inference', 'Synth', 'Evaluation', 'Export', 'NarrowPreprocessing', 'NarrowAugmentation', 'Narrow',
            'Retrieval', 'Config', 'active_features', 'section_digest', 'digest', 'resource_dir', 'preset_names',
-           'preset_path', 'default_tree', 'read_preset', 'resolve_aliases', 'parse_overrides', 'all_keys',
-           'did_you_mean', 'load_config', 'flatten', 'config_diff', 'explain']
+           'resolve_aliases', 'parse_overrides', 'all_keys', 'load_config', 'flatten', 'config_diff', 'explain']
 
 # %% ../../nbs/core/020_config.ipynb #296c60fe
 import difflib, os, re
@@ -703,7 +702,7 @@ def preset_names() -> list[str]:
     return sorted(p.stem for p in resource_dir("configs").glob("*.yaml"))
 
 
-def preset_path(
+def _preset_path(
     source: str | os.PathLike,  # a preset's name, or a YAML file
 ) -> Path:
     "The file behind a preset's name."
@@ -731,7 +730,7 @@ def _merge(a: dict, b: Mapping) -> dict:
     return out
 
 
-def default_tree(
+def _default_tree(
     block: type[Block] = Config,  # where to start
 ) -> dict[str, Any]:  # every key that has a default; those that must be stated are missing
     "What holds when nobody says anything, as a layer, so that a preset may say a part of a block."
@@ -739,18 +738,18 @@ def default_tree(
     for name, f in block.model_fields.items():
         nested = isinstance(f.annotation, type) and issubclass(f.annotation, Block)
         if f.is_required():
-            out |= {name: default_tree(f.annotation)} if nested else {}
+            out |= {name: _default_tree(f.annotation)} if nested else {}
         else:
             v = f.get_default(call_default_factory=True)
             out[name] = v.model_dump() if isinstance(v, Block) else v
     return out
 
 
-def read_preset(
+def _read_preset(
     source: str | os.PathLike,  # a preset's name, or a YAML file
 ) -> dict[str, Any]:  # its tree, bases merged, aliases resolved
     "Read a preset with everything it stands on."
-    p = preset_path(source)
+    p = _preset_path(source)
     try:
         tree = yaml.safe_load(p.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as e:
@@ -760,7 +759,7 @@ def read_preset(
     own = p.parent == resource_dir("configs")
     base = tree.pop("base", None if own else "two_stage")
     tree, notes = resolve_aliases(tree, where=p)
-    under = read_preset(base) if base else {**default_tree(), "_notes": []}
+    under = _read_preset(base) if base else {**_default_tree(), "_notes": []}
     return {**_merge(under, tree), "_notes": under["_notes"] + notes}
 
 # %% ../../nbs/core/020_config.ipynb #f845e49c
@@ -922,7 +921,7 @@ def all_keys(
     return out
 
 # %% ../../nbs/core/020_config.ipynb #ae11e512
-def did_you_mean(
+def _did_you_mean(
     dotted: str,  # a key that does not exist
 ) -> str | None:  # the one that was probably meant
     "The nearest key: in spelling as a whole, or by its last part."
@@ -939,7 +938,7 @@ def _explain(err: dict[str, Any]) -> str:
     "One line for one refused setting."
     dotted = ".".join(str(p) for p in err["loc"] if not str(p).startswith(("literal[", "bool", "tuple[", "union")))
     if err["type"] == "extra_forbidden":
-        near = did_you_mean(dotted)
+        near = _did_you_mean(dotted)
         return f"{dotted}: there is no such key" + (f"; did you mean {near}?" if near else "")
     why = next((w for k, w in _WHY.items() if dotted == k or dotted.startswith(k + ".")), "")
     got = "nothing" if err["type"] == "missing" else repr(err.get("input"))
@@ -951,7 +950,7 @@ def load_config(
     overrides: Iterable[str] = (),  # dotted overrides, last word
 ) -> Config:  # raises PillsnapError naming every refused key
     "Resolve a preset and overrides into one typed tree: overrides > YAML > its bases > defaults."
-    tree = read_preset(source)
+    tree = _read_preset(source)
     notes = tree.pop("_notes")
     layer, more = resolve_aliases(parse_overrides(overrides), where="overrides")
     try:

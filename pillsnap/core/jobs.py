@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['SUBFOLDERS', 'SMOKE', 'RunFolder', 'JobResult', 'markdown_table', 'is_interactive', 'fingerprint', 'record_path',
-           'read_record', 'settings_read', 'why_stale', 'Job', 'run_id', 'crashed_attempts', 'JobSpec',
-           'notebook_parameters', 'check_parameters', 'in_sync', 'JobFailed', 'resume_command', 'ProgressRelay',
-           'run_job', 'select_jobs', 'fresh_folder', 'run_pipeline']
+           'read_record', 'why_stale', 'Job', 'run_id', 'crashed_attempts', 'JobSpec', 'notebook_parameters',
+           'check_parameters', 'in_sync', 'JobFailed', 'ProgressRelay', 'run_job', 'select_jobs', 'run_pipeline']
 
 # %% ../../nbs/core/090_jobs.ipynb #21220317
 import ast, atexit, dataclasses, gc, hashlib, importlib, importlib.util, json, logging, os, re, signal, sys, tempfile, threading, time, traceback, uuid
@@ -215,7 +214,7 @@ def read_record(
     return read_json(p) if p.exists() else None
 
 # %% ../../nbs/core/090_jobs.ipynb #62e34446
-def settings_read(
+def _settings_read(
     cfg: Config,  # a configuration
     sections: Iterable[str],  # dotted keys or blocks: "data.split_ratio", "train.classification"
 ) -> dict[str, Any]:  # section → value, in plain JSON types
@@ -238,7 +237,7 @@ def why_stale(
     rec = read_record(root, stage)
     if rec is None:
         return "it has not run here yet", []
-    diff = config_diff(rec["settings"], settings_read(cfg, rec["settings"]))
+    diff = config_diff(rec["settings"], _settings_read(cfg, rec["settings"]))
     if diff:
         return "its settings changed", diff
     if rec["status"] != "finished":
@@ -388,7 +387,7 @@ def _sigterm_interrupts() -> Iterator[None]:
 @patch
 def _begin(self: Job, run: RunFolder, cfg: Config) -> dict[str, Any]:
     "The record of a run that has only begun."
-    started, settings = datetime.now(timezone.utc).isoformat(timespec="seconds"), settings_read(cfg, self.sections)
+    started, settings = datetime.now(timezone.utc).isoformat(timespec="seconds"), _settings_read(cfg, self.sections)
     now = dict(
         status="running",
         started=started,
@@ -596,7 +595,7 @@ class JobFailed(PillsnapError):
     "A stage stopped; its notebook, executed so far, is kept."
 
 
-def resume_command(
+def _resume_command(
     config: str,  # preset or YAML
     run_dir: Path,  # run folder
     stage: str,  # where to go on
@@ -801,7 +800,7 @@ def select_jobs(
     return list(stages[names.index(start) :]) if start else list(stages)
 
 
-def fresh_folder(
+def _fresh_folder(
     run_dir: str | os.PathLike,  # a folder that may be in use
 ) -> Path:  # the first of run, run-2, run-3, … that is not
     "A new folder beside the old one."
@@ -826,7 +825,7 @@ def run_pipeline(
     cfg = load_config(config, [*overrides, *([f"paths.exp_dir={json.dumps(str(run_dir))}"] if run_dir else [])])
     root = Path(cfg.paths.exp_dir)
     if fresh:
-        root = fresh_folder(root)
+        root = _fresh_folder(root)
     cfg = load_config(config, [*overrides, f"paths.exp_dir={json.dumps(str(root))}"])
     chosen = select_jobs(stages, only, start)
     records = []
@@ -850,7 +849,7 @@ def run_pipeline(
                 root,
                 cfg,
                 params,
-                resume_command(config, root, stage.name, overrides),
+                _resume_command(config, root, stage.name, overrides),
                 f"[{i}/{len(chosen)}] {stage.name}",
             )
             print(f"[{i}/{len(chosen)}] {stage.name}: {rec['verdict']} ({rec['seconds']:.0f} s)", flush=True)

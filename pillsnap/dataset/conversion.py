@@ -4,15 +4,10 @@
 
 # %% auto #0
 __all__ = ['MIN_SIDE', 'CHUNK', 'MANY', 'DATA_YAML', 'CONDITIONS', 'validate_bbox', 'PhotoCheck', 'check_photo', 'PhotoJournal',
-           'open_in_parallel', 'check_photos', 'Quarantine', 'Sample', 'match_labels', 'photos_without_label',
-           'find_plain_photos', 'drop_incomplete', 'check_samples', 'check_plain_photos', 'drug_mapping',
-           'save_drug_mapping', 'build_drug_metadata_mapping', 'get_class_id_from_edi_code',
-           'get_drug_metadata_from_class_id', 'yolo_lines', 'write_labels', 'read_coco', 'coco_to_yolo', 'link_photo',
-           'write_yolo_tree', 'check_yolo_tree', 'collect_samples', 'add_remarks', 'discover_detection_data',
-           'write_faults', 'Conversion', 'convert', 'sealed_drugs', 'count_reasons', 'conversion_report',
-           'write_conversion', 'convert_delivery', 'index_labels', 'index_command', 'convert_coco_to_yolo',
-           'plot_balance', 'plot_conditions', 'plot_captures', 'plot_boxes', 'draw_report', 'prepare_delivery',
-           'ConversionJob', 'prepare_and_convert', 'smoke_conversion']
+           'open_in_parallel', 'check_photos', 'Quarantine', 'Sample', 'build_drug_metadata_mapping',
+           'get_class_id_from_edi_code', 'get_drug_metadata_from_class_id', 'yolo_lines', 'coco_to_yolo', 'link_photo',
+           'write_yolo_tree', 'check_yolo_tree', 'discover_detection_data', 'Conversion', 'convert', 'convert_delivery',
+           'index_labels', 'index_command', 'convert_coco_to_yolo', 'ConversionJob', 'smoke_conversion']
 
 # %% ../../nbs/dataset/400_conversion.ipynb #2d3ddcee
 import csv
@@ -284,7 +279,7 @@ def _relative(root: Path) -> Callable[[str], str]:
     return lambda p: f"{folder(os.path.dirname(p))}/{os.path.basename(p)}"
 
 
-def match_labels(
+def _match_labels(
     d: Delivery,  # where things are
     e: LabelEvidence,  # the judged labels
     photos: PhotoIndex | None,  # the photos by name; None where there are none: each is taken to lie where it belongs
@@ -312,7 +307,7 @@ def match_labels(
     return samples
 
 # %% ../../nbs/dataset/400_conversion.ipynb #8cfbe386
-def photos_without_label(
+def _photos_without_label(
     d: Delivery,  # where things are
     e: LabelEvidence,  # the judged labels
     photos: PhotoIndex,  # the photos by name
@@ -325,7 +320,7 @@ def photos_without_label(
             sieve.drop(rel(path), Reason.NO_JSON)
 
 # %% ../../nbs/dataset/400_conversion.ipynb #a997e680
-def find_plain_photos(
+def _find_plain_photos(
     d: Delivery,  # where things are
     e: LabelEvidence,  # its plain photos get a column path
     photos: PhotoIndex | None,  # the photos by name; None where there are none
@@ -345,7 +340,7 @@ def find_plain_photos(
     e.plain = e.plain.append_column("path", pa.array(paths, pa.string()))
 
 # %% ../../nbs/dataset/400_conversion.ipynb #5554c0a8
-def drop_incomplete(
+def _drop_incomplete(
     samples: list[Sample],  # photos with their usable pills
     sieve: Quarantine,  # takes what is left out
     policy: str = "skip",  # data.incomplete_combo: "skip" or "keep"
@@ -363,7 +358,7 @@ def drop_incomplete(
     return keep
 
 # %% ../../nbs/dataset/400_conversion.ipynb #b6b7a200
-def check_samples(
+def _check_samples(
     samples: list[Sample],  # photos with their usable pills
     root: Path,  # the delivery's root
     sieve: Quarantine,  # takes what does not open
@@ -387,7 +382,7 @@ def check_samples(
     return keep
 
 # %% ../../nbs/dataset/400_conversion.ipynb #e4787925
-def check_plain_photos(
+def _check_plain_photos(
     e: LabelEvidence,  # its plain photos get a column sha1; those that do not open as they should are plain no longer
     root: Path,  # the delivery's root
     journal: PhotoJournal | None,  # what was opened before; None = nothing is opened
@@ -424,7 +419,7 @@ def _drug_entry(class_id: int, kcode: str, d: Drug) -> dict[str, Any]:
     }
 
 # %% ../../nbs/dataset/400_conversion.ipynb #2d2f867a
-def drug_mapping(
+def _drug_mapping(
     drugs: Mapping[str, Drug],  # K-code → what its records say
     class_map: ClassMap,  # the classes to list
     sieve: Quarantine | None = None,  # takes remarks on EDI codes that two drugs share
@@ -448,7 +443,7 @@ def drug_mapping(
     }
 
 # %% ../../nbs/dataset/400_conversion.ipynb #2d62c600
-def save_drug_mapping(
+def _save_drug_mapping(
     mapping: dict[str, Any],  # from drug_mapping
     output_path: str | os.PathLike,  # drug_metadata.json
     log: logging.Logger | None = None,  # where the line goes
@@ -469,8 +464,8 @@ def build_drug_metadata_mapping(
     e = check_labels(labels_of(coco_annotations_dir))
     if not e.drugs:
         raise PillsnapError("no drug can be read from these annotations", where=coco_annotations_dir)
-    mapping = drug_mapping(e.drugs, ClassMap(e.drugs))
-    save_drug_mapping(mapping, output_path)
+    mapping = _drug_mapping(e.drugs, ClassMap(e.drugs))
+    _save_drug_mapping(mapping, output_path)
     return mapping
 
 # %% ../../nbs/dataset/400_conversion.ipynb #8fc47493
@@ -540,7 +535,7 @@ _WRITERS, _AT_ONCE = (
 )  # a file is made in the system and not in Python: while one thread waits for it, the other writes out its numbers
 
 
-def write_labels(
+def _write_labels(
     folder: str | os.PathLike,  # which exists
     names: Sequence[str],  # of the photo of each box, without ending, sorted: equal ones are neighbours
     boxes: np.ndarray,  # [n, 4] x, y, w, h, pixels
@@ -602,7 +597,7 @@ class _Coco(msgspec.Struct, gc=False):
     categories: list[_CocoCategory]  # classes
 
 # %% ../../nbs/dataset/400_conversion.ipynb #a6ca90fe
-def read_coco(
+def _read_coco(
     path: str | os.PathLike,  # a COCO file
 ) -> _Coco:
     "Parse a COCO file; what is wrong with it is told with its place."
@@ -622,7 +617,7 @@ def coco_to_yolo(
     log: logging.Logger | None = None,  # one line on what was left out
 ) -> Path:  # data.yaml
     "COCO boxes to YOLO labels."
-    c, folder, class_of = read_coco(coco_json), ensure_dir(Path(out_dir) / "labels"), {}
+    c, folder, class_of = _read_coco(coco_json), ensure_dir(Path(out_dir) / "labels"), {}
     names = {k.id: k.name for k in sorted(c.categories, key=lambda k: k.id)}
     for i, k in enumerate(names):
         class_of[k] = i
@@ -653,7 +648,7 @@ def coco_to_yolo(
             where=coco_json,
             fix="their labels would overwrite each other: rename them",
         )
-    write_labels(folder, [stems[i] for i in photo[order].tolist()], xywh[order], size[order], kind[order].tolist())
+    _write_labels(folder, [stems[i] for i in photo[order].tolist()], xywh[order], size[order], kind[order].tolist())
     if lost := len(c.annotations) - len(order):
         (log or logging.getLogger("pillsnap.conversion")).warning(
             "%d of %d annotations are no box within their photo, and were left out", lost, len(c.annotations)
@@ -724,7 +719,7 @@ def write_yolo_tree(
     for split in ("train", "val"):
         rows = df[side == split]
         stems = [os.path.splitext(os.path.basename(p))[0] for p in rows.path]
-        write_labels(
+        _write_labels(
             folders["labels", split],
             stems,
             json.loads(f"[{','.join(rows.bbox)}]"),
@@ -793,7 +788,7 @@ def _policy(cfg: Config) -> dict[str, Any]:
     return dict(grayscale_policy=cfg.data.grayscale_policy, rgba_policy=cfg.data.rgba_policy)
 
 # %% ../../nbs/dataset/400_conversion.ipynb #e919c3d5
-def collect_samples(
+def _collect_samples(
     d: Delivery,  # where things are; without photos, they are taken to be there
     cfg: Config,  # its data block is used
     sieve: Quarantine,  # takes what is left out
@@ -823,14 +818,14 @@ def collect_samples(
         sieve.drop(os.path.relpath(f.path, d.root), f.reason, f.detail)
     sieve.remarks += e.conflicts
     journal = (journal or PhotoJournal(None, "")) if photos and cfg.data.verify_on_build else None
-    find_plain_photos(d, e, photos)
-    check_plain_photos(e, d.root, journal, progress, _policy(cfg))
-    samples = drop_incomplete(match_labels(d, e, photos, sieve), sieve, cfg.data.incomplete_combo)
+    _find_plain_photos(d, e, photos)
+    _check_plain_photos(e, d.root, journal, progress, _policy(cfg))
+    samples = _drop_incomplete(_match_labels(d, e, photos, sieve), sieve, cfg.data.incomplete_combo)
     if photos:
-        photos_without_label(d, e, photos, sieve)
+        _photos_without_label(d, e, photos, sieve)
     if journal:
-        samples = check_samples(samples, d.root, sieve, journal, progress, _policy(cfg))
-    add_remarks(samples, sieve)
+        samples = _check_samples(samples, d.root, sieve, journal, progress, _policy(cfg))
+    _add_remarks(samples, sieve)
     return (
         gather_rows(
             single_rows(e.plain, domain),
@@ -841,7 +836,7 @@ def collect_samples(
     )
 
 # %% ../../nbs/dataset/400_conversion.ipynb #4143df2f
-def add_remarks(
+def _add_remarks(
     samples: list[Sample],  # opened photos with their pills
     sieve: Quarantine,  # takes the remarks
 ) -> None:
@@ -865,10 +860,10 @@ def discover_detection_data(
     d = find_delivery(root)
     if coco_annotations is not None:
         d = Delivery(d.root, Path(coco_annotations), d.images, d.sealed)
-    return collect_samples(d, cfg or load_config("two_stage"), sieve or Quarantine(), progress=False)[0].to_pandas()
+    return _collect_samples(d, cfg or load_config("two_stage"), sieve or Quarantine(), progress=False)[0].to_pandas()
 
 # %% ../../nbs/dataset/400_conversion.ipynb #807fb23d
-def write_faults(
+def _write_faults(
     faults: Iterable[Fault],  # in any order
     path: str | os.PathLike,  # quarantine.csv
 ) -> Path:
@@ -921,7 +916,7 @@ def _ledger(root: Path) -> dict[str, Any]:
 # %% ../../nbs/dataset/400_conversion.ipynb #98e32549
 def _nothing_left(d: Delivery, out: Path, sieve: Quarantine) -> PillsnapError:
     "Say why no photo is left; the list of reasons is written."
-    listed = write_faults(sieve.out, out / "quarantine.csv")
+    listed = _write_faults(sieve.out, out / "quarantine.csv")
     why = ", ".join(f"{n} × {r}" for r, n in Counter(str(f.reason) for f in sieve.out).most_common(4))
     return PillsnapError(
         f"no usable photo is left of this delivery: {why}",
@@ -941,30 +936,30 @@ def convert(
     out, sieve, t0 = ensure_dir(out_dir), Quarantine(), time.perf_counter()
     journal = PhotoJournal(out / "artifacts" / "photos.seen", json.dumps(_policy(cfg), sort_keys=True))
     ledger = _ledger(d.root)
-    rows, e, photos = collect_samples(d, cfg, sieve, journal, progress, domain=ledger.get("domain", "studio"))
+    rows, e, photos = _collect_samples(d, cfg, sieve, journal, progress, domain=ledger.get("domain", "studio"))
     if not len(rows):
         raise _nothing_left(d, out, sieve)
     df, seconds = rows.to_pandas(), time.perf_counter() - t0
     class_map, sealed = ClassMap(df.kcode), sealed_codes(d)
-    drugs = drug_mapping(e.drugs, class_map, sieve)
+    drugs = _drug_mapping(e.drugs, class_map, sieve)
     words = overlap_in_words(class_map, sealed)
     header = dict(
         source="synthetic" if ledger else "aihub",
         root=d.root,
         class_map=class_map.to_dict(),
         counts=_counts(df),
-        quarantine=count_reasons(sieve.out),
-        remarks=count_reasons(sieve.remarks),
+        quarantine=_count_reasons(sieve.out),
+        remarks=_count_reasons(sieve.remarks),
         incomplete_combo=cfg.data.incomplete_combo,
         verified=cfg.data.verify_on_build,
         sealed=dict(drugs=len(sealed), known=len(sealed & set(class_map)), words=words),
     )
-    report = conversion_report(df, e, photos, header, seconds)
-    header = write_conversion(out, d, df, header, drugs, sieve, report, log)
+    report = _conversion_report(df, e, photos, header, seconds)
+    header = _write_conversion(out, d, df, header, drugs, sieve, report, log)
     return Conversion(out, df, header, report | {"data_hash": header["data_hash"]}, sieve, drugs)
 
 # %% ../../nbs/dataset/400_conversion.ipynb #7e52494c
-def sealed_drugs(
+def _sealed_drugs(
     d: Delivery,  # a delivery
 ) -> pd.DataFrame:  # a row per folder and drug, COLUMNS
     "What may be known of the sealed test before the final test: which drugs it holds."
@@ -987,14 +982,14 @@ def sealed_drugs(
     )
 
 # %% ../../nbs/dataset/400_conversion.ipynb #140c8233
-def count_reasons(
+def _count_reasons(
     faults: Iterable[Fault],  # in any order
 ) -> dict[str, int]:
     "How many of each reason."
     return dict(sorted(Counter(str(f.reason) for f in faults).items()))
 
 # %% ../../nbs/dataset/400_conversion.ipynb #a75b7f8a
-def conversion_report(
+def _conversion_report(
     df: pd.DataFrame,  # manifest rows
     e: LabelEvidence,  # what the labels say
     photos: PhotoIndex,  # the photos by name
@@ -1032,7 +1027,7 @@ def conversion_report(
     )
 
 # %% ../../nbs/dataset/400_conversion.ipynb #b5e32047
-def write_conversion(
+def _write_conversion(
     out: Path,  # run folder
     d: Delivery,  # where things are
     df: pd.DataFrame,  # manifest rows
@@ -1043,14 +1038,14 @@ def write_conversion(
     log: logging.Logger,  # where lines go
 ) -> dict[str, Any]:  # the header as written
     "Write every file of a conversion, the manifest last."
-    save_drug_mapping(drugs, out / "drug_metadata.json", log)
-    write_faults(sieve.out, out / "quarantine.csv")
-    write_faults(sieve.remarks, out / "reports" / "remarks.csv")
+    _save_drug_mapping(drugs, out / "drug_metadata.json", log)
+    _write_faults(sieve.out, out / "quarantine.csv")
+    _write_faults(sieve.remarks, out / "reports" / "remarks.csv")
     header = write_manifest(df, header, out / "manifest.csv")
     write_index(df, header | dict(root=d.root), out / "index" / "train.arrow", home=out)
     if d.sealed:
         write_index(
-            sealed_drugs(d),
+            _sealed_drugs(d),
             dict(source=header["source"], root=d.root, note="folder names alone: the sealed test was not opened"),
             out / "index" / "val.arrow",
             home=out,
@@ -1092,7 +1087,7 @@ def index_labels(
     tree = labels_of(labels)
     root = next((p.parent for p in [tree, *tree.parents] if p.name == "data"), tree.parent)
     sieve, ledger = Quarantine(), _ledger(root)
-    rows, e, _ = collect_samples(
+    rows, e, _ = _collect_samples(
         Delivery(root, tree, None, None),
         cfg or load_config("two_stage"),
         sieve,
@@ -1100,7 +1095,7 @@ def index_labels(
         workers=workers,
         domain=ledger.get("domain", "studio"),
     )
-    listed = write_faults(sieve.out, Path(path).with_suffix(".quarantine.csv"))
+    listed = _write_faults(sieve.out, Path(path).with_suffix(".quarantine.csv"))
     if not len(rows):
         raise PillsnapError(
             "no annotation of this tree can be used", where=tree, fix=f"every file and its reason stand in {listed}"
@@ -1110,8 +1105,8 @@ def index_labels(
         source="synthetic" if ledger else "aihub",
         root=root,
         class_map=ClassMap(codes).to_dict(),
-        quarantine=count_reasons(sieve.out),
-        remarks=count_reasons(sieve.remarks),
+        quarantine=_count_reasons(sieve.out),
+        remarks=_count_reasons(sieve.remarks),
         verified=False,
         counts=dict(
             files=e.counts["files"], photos=pc.count_distinct(rows["path"]).as_py(), pills=len(rows), drugs=len(codes)
@@ -1172,7 +1167,7 @@ def convert_coco_to_yolo(
     return write_yolo_tree(c.rows, d.root, Path(output_dir) / "yolo_data")
 
 # %% ../../nbs/dataset/400_conversion.ipynb #760bed71
-def plot_balance(
+def _plot_balance(
     df: pd.DataFrame,  # manifest rows
     names: dict[str, str] | None = None,  # drug code → name
 ) -> Any:  # matplotlib Figure
@@ -1208,7 +1203,7 @@ CONDITIONS = {
 }
 
 # %% ../../nbs/dataset/400_conversion.ipynb #d5c56891
-def plot_conditions(
+def _plot_conditions(
     df: pd.DataFrame,  # manifest rows
 ) -> Any:  # matplotlib Figure
     "Photos per background, light, side, elevation and turn."
@@ -1247,7 +1242,7 @@ def _photo(root: Path, path: str, side: int = 320) -> np.ndarray:
     return np.asarray(im)
 
 # %% ../../nbs/dataset/400_conversion.ipynb #f7621855
-def plot_captures(
+def _plot_captures(
     df: pd.DataFrame,  # manifest rows
     root: Path,  # the delivery's root
     n: int = 12,  # photos
@@ -1272,7 +1267,7 @@ def plot_captures(
     )
 
 # %% ../../nbs/dataset/400_conversion.ipynb #c08c8d93
-def plot_boxes(
+def _plot_boxes(
     df: pd.DataFrame,  # manifest rows
     root: Path,  # the delivery's root
     drugs: dict[str, Any],  # content of drug_metadata.json, for the names
@@ -1293,7 +1288,7 @@ def plot_boxes(
     return show_grid(pictures, cols=3, size=2)
 
 # %% ../../nbs/dataset/400_conversion.ipynb #a6135327
-def draw_report(
+def _draw_report(
     c: Conversion,  # what was converted
     root: Path,  # the delivery's root
 ) -> list[Path]:  # reports/*.png
@@ -1301,15 +1296,15 @@ def draw_report(
     from pillsnap.core.plots import save_fig
 
     figures = dict(
-        class_balance=plot_balance(c.rows, {e["kcode"]: e["dl_name"] for e in c.drugs["drug_metadata"].values()}),
-        conditions=plot_conditions(c.rows),
-        captures=plot_captures(c.rows, root),
-        boxes=plot_boxes(c.rows, root, c.drugs),
+        class_balance=_plot_balance(c.rows, {e["kcode"]: e["dl_name"] for e in c.drugs["drug_metadata"].values()}),
+        conditions=_plot_conditions(c.rows),
+        captures=_plot_captures(c.rows, root),
+        boxes=_plot_boxes(c.rows, root, c.drugs),
     )
     return [save_fig(fig, c.out / "reports" / f"conversion_{name}.png") for name, fig in figures.items()]
 
 # %% ../../nbs/dataset/400_conversion.ipynb #d8552423
-def prepare_delivery(
+def _prepare_delivery(
     root: str | os.PathLike,  # where the delivery is, or will be
     cfg: Config,  # data.source and synth
     log: logging.Logger,  # one line
@@ -1376,14 +1371,14 @@ def check_inputs(
         find_delivery(Path(cfg.paths.root).absolute())
 
 # %% ../../nbs/dataset/400_conversion.ipynb #2f579b35
-def prepare_and_convert(
+def _prepare_and_convert(
     run: RunFolder,  # the run
     cfg: Config,  # its configuration
     root: Path,  # the delivery
     progress: bool = True,  # show progress bars
 ) -> Conversion:
     "Render if asked to, then convert: what the stage does, and what a later stage's smoke run begins with."
-    return convert(find_delivery(prepare_delivery(root, cfg, run.log, progress)), run.root, cfg, run.log, progress)
+    return convert(find_delivery(_prepare_delivery(root, cfg, run.log, progress)), run.root, cfg, run.log, progress)
 
 # %% ../../nbs/dataset/400_conversion.ipynb #524812d8
 def smoke_conversion(
@@ -1391,15 +1386,15 @@ def smoke_conversion(
     cfg: Config,  # the smoke configuration
 ) -> dict[str, Any]:  # the manifest's header
     "The manifest of a small synthetic delivery, for the smoke runs of later stages."
-    return prepare_and_convert(run, cfg, run.root / "delivery", progress=False).header
+    return _prepare_and_convert(run, cfg, run.root / "delivery", progress=False).header
 
 # %% ../../nbs/dataset/400_conversion.ipynb #9a105c61
 @patch
 def work(self: ConversionJob, run: RunFolder, cfg: Config) -> JobResult:
     "Convert `paths.root` into the run folder."
     root = Path(cfg.paths.root).absolute() if self.run_dir or cfg.data.source != "synthetic" else run.root / "delivery"
-    c = prepare_and_convert(run, cfg, root, progress=bool(self.run_dir))
-    figures = draw_report(c, root)
+    c = _prepare_and_convert(run, cfg, root, progress=bool(self.run_dir))
+    figures = _draw_report(c, root)
     outputs = [
         run.root / n
         for n in (

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['THUMB', 'STEP', 'MAX_BITS', 'MAX_MEAN', 'MAX_TAIL', 'SAME_BITS', 'SAME_MEAN', 'SAME_TAIL', 'ENOUGH', 'thumbnail_of',
-           'dhash', 'ThumbStore', 'thumbnail_keys', 'update_thumbnails', 'same_picture', 'near_pairs', 'twin_pairs',
-           'join_groups', 'Duplicates', 'name_groups', 'file_names', 'same_files', 'same_pictures', 'find_duplicates',
-           'load_duplicates', 'check_group_sizes', 'plot_duplicates']
+           'dhash', 'ThumbStore', 'update_thumbnails', 'same_picture', 'near_pairs', 'twin_pairs', 'join_groups',
+           'Duplicates', 'name_groups', 'file_names', 'find_duplicates', 'load_duplicates', 'check_group_sizes',
+           'plot_duplicates']
 
 # %% ../../nbs/dataset/410_duplicates.ipynb #6fdc4a26
 import json
@@ -117,7 +117,7 @@ def array(self: ThumbStore) -> np.ndarray:  # [n, THUMB, THUMB] uint8, read-only
     return np.memmap(self.raw, np.uint8, "r", shape=(len(self.pixels), THUMB, THUMB))
 
 # %% ../../nbs/dataset/410_duplicates.ipynb #a5209428
-def thumbnail_keys(
+def _thumbnail_keys(
     df: pd.DataFrame,  # rows with path, and bbox if known
     root: Path,  # the delivery
 ) -> list[str]:  # path, size, time and box in one line; "" where the file is gone
@@ -143,7 +143,7 @@ def update_thumbnails(
     progress: bool = True,  # show a progress bar
 ) -> np.ndarray:  # [n] number of each row's thumbnail in the store, -1 where there is none
     "Open every photo that the store does not know."
-    root, keys = Path(root), thumbnail_keys(df, Path(root))
+    root, keys = Path(root), _thumbnail_keys(df, Path(root))
     boxes = df["bbox"].tolist() if "bbox" in df else [""] * len(df)
     todo = [(k, p, b) for k, p, b in zip(keys, df["path"], boxes) if k and k not in store.at]
     with show_progress(
@@ -300,7 +300,7 @@ def file_names(
     return paths.str.rsplit("/", n=1).str[-1]
 
 # %% ../../nbs/dataset/410_duplicates.ipynb #3bcb750b
-def same_files(
+def _same_files(
     df: pd.DataFrame,  # rows with path, class_key, kind, group_id, and sha1 if known
 ) -> tuple[list[tuple[str, str, str]], list[tuple[str, str]]]:  # links, conflicts
     "Files of equal bytes: of one drug a link, of two a conflict."
@@ -318,7 +318,7 @@ def same_files(
     return pairs, conflicts
 
 
-def same_pictures(
+def _same_pictures(
     s: pd.DataFrame,  # single photos
     root: str | Path,  # the delivery
     folder: str | Path,  # where thumbnails are kept
@@ -366,9 +366,9 @@ def find_duplicates(
     progress: bool = True,  # show a progress bar
 ) -> Duplicates:
     "Exact and near-exact copies across the groups of one drug, and pictures under two drugs."
-    pairs, conflicts = same_files(df)
+    pairs, conflicts = _same_files(df)
     if folder is not None:
-        more, twins = same_pictures(df[df["kind"] == "single"], root, folder, progress)
+        more, twins = _same_pictures(df[df["kind"] == "single"], root, folder, progress)
         said = {frozenset(p[:2]) for p in [*pairs, *conflicts]}
         pairs += [p for p in more if frozenset(p[:2]) not in said]
         conflicts += [c for c in twins if frozenset(c) not in said]

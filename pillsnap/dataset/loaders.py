@@ -5,10 +5,8 @@
 # %% auto #0
 __all__ = ['AUTOTUNE_WARMUP', 'AUTOTUNE_STEPS', 'Buffers', 'PhotoLoader', 'init_worker', 'worker_gone', 'worker_count',
            'worker_candidates', 'data_time', 'autotune_num_workers', 'image_policies', 'preload_count', 'train_rows',
-           'open_pack', 'open_source', 'build_hotset', 'preload_stage_data', 'build_lmdb', 'cached_source',
-           'classification_set', 'loader_options', 'batch_size_of', 'validation_loader', 'cache_processes',
-           'photos_per_batch', 'training_order', 'autotuned', 'build_classification_loaders', 'loader_caches',
-           'balance_names', 'sealed_photos', 'loader_meta', 'summary', 'build_detection_loaders',
+           'open_source', 'build_hotset', 'preload_stage_data', 'classification_set', 'loader_options', 'batch_size_of',
+           'validation_loader', 'photos_per_batch', 'build_classification_loaders', 'summary',
            'build_dataloaders_by_mode', 'build_dataloaders_twostage']
 
 # %% ../../nbs/dataset/490_loaders.ipynb #4402d687
@@ -646,7 +644,7 @@ def train_rows(
     ]
 
 
-def open_pack(
+def _open_pack(
     stage: SplitData,  # one stage, or the same photos split in another way
     cfg: Config,  # pack, paths.exp_dir
 ) -> Pack:
@@ -672,7 +670,7 @@ def open_source(
     if not (cfg.dataloader.source == "pack" or cfg.dataloader.source == "auto" and cfg.pack.enabled):
         return DeliverySource(stage.root, image_policies(cfg))
     c, t0 = cfg.data.classification, time.perf_counter()
-    pack = open_pack(stage, cfg)
+    pack = _open_pack(stage, cfg)
     log_decision(
         log,
         f"pack: {len(pack):,} photos at {pack.scale:g} of their size in {pack.path}, ready after {time.perf_counter() - t0:.1f} s",
@@ -726,7 +724,7 @@ def preload_stage_data(
     )
 
 # %% ../../nbs/dataset/490_loaders.ipynb #87c95904
-def build_lmdb(
+def _build_lmdb(
     dataset: PillsnapClsDataset,  # rows and source
     stage: SplitData,  # the delivery they are of
     cfg: Config,  # paths.exp_dir, data policies
@@ -757,7 +755,7 @@ def build_lmdb(
     return LMDBImageCache(path)
 
 # %% ../../nbs/dataset/490_loaders.ipynb #7a177f52
-def cached_source(
+def _cached_source(
     dataset: PillsnapClsDataset,  # rows, and the source without memory
     rows: pd.DataFrame,  # its rows
     stage: SplitData,  # the delivery
@@ -776,7 +774,7 @@ def cached_source(
     if ram.use_lmdb or ram.cache_policy == "lmdb":
         return MemorySource(
             base,
-            build_lmdb(dataset, stage, cfg, views, log) if cache is not False else None,
+            _build_lmdb(dataset, stage, cfg, views, log) if cache is not False else None,
             SizedLRUCache(min(SizedLRUCache().budget, free_bytes(False)), workers),
         )
     if ram.cache_policy == "labels_only" and not (dataset.train and n):
@@ -828,7 +826,7 @@ def classification_set(
         for k, v in d.views.items()
         if k == view or train and (k == "crop") <= (cfg.train.classification.crop_view_prob > 0)
     ]
-    d.source = cached_source(d, rows, stage, cfg, keep, cache, workers, log)
+    d.source = _cached_source(d, rows, stage, cfg, keep, cache, workers, log)
     return d
 
 # %% ../../nbs/dataset/490_loaders.ipynb #86ea175f
@@ -889,11 +887,11 @@ def validation_loader(
     options, _ = loader_options(
         cfg, stage.stage, rows, cache is not False and cfg.dataloader.ram_optimization.cache_policy == "hotset"
     )
-    d = classification_set(rows, stage, cfg, False, view, cache, cache_processes(options), log)
+    d = classification_set(rows, stage, cfg, False, view, cache, _cache_processes(options), log)
     return PhotoLoader(d, batch_size_of(cfg, stage.stage), device=device, **options)
 
 
-def cache_processes(
+def _cache_processes(
     options: Mapping[str, Any],  # of loader_options
 ) -> int:
     "Worker processes that a cache must be shared with; threads share by themselves."
@@ -907,7 +905,7 @@ def photos_per_batch(
     return loader.batch_size or loader.batch_sampler.p * loader.batch_sampler.k
 
 
-def training_order(
+def _training_order(
     d: PillsnapClsDataset,  # training rows
     cfg: Config,  # project.family, data.imbalance, dataloader.drop_last, retrieval
     batch: int,  # photos of a batch, where they are not drawn by class
@@ -938,7 +936,7 @@ def training_order(
 AUTOTUNE_WARMUP, AUTOTUNE_STEPS = 30, 50  # batches
 
 
-def autotuned(
+def _autotuned(
     loader: PhotoLoader,  # as configured
     cfg: Config,  # dataloader.autotune_workers
     log: logging.Logger | None = None,  # the table, or why there is none
@@ -988,18 +986,18 @@ def build_classification_loaders(
     options, lines = loader_options(
         cfg, stage.stage, rows, cache is not False and cfg.dataloader.ram_optimization.cache_policy == "hotset"
     )
-    d = classification_set(rows, stage, cfg, True, cache=cache, workers=cache_processes(options), log=log)
-    order, more = training_order(d, cfg, batch)
+    d = classification_set(rows, stage, cfg, True, cache=cache, workers=_cache_processes(options), log=log)
+    order, more = _training_order(d, cfg, batch)
     train_dl = PhotoLoader(d, device=device, **order, **options)
-    table = autotuned(train_dl, cfg, log, tb)
+    table = _autotuned(train_dl, cfg, log, tb)
     val_dl = validation_loader(stage.val, stage, cfg, "whole", cache, log, device)
-    meta = loader_meta(stage, cfg, train_dl, val_dl, table)
+    meta = _loader_meta(stage, cfg, train_dl, val_dl, table)
     for line in [*lines, *more, *risky_settings(cfg.data.augment.classification), *summary(meta)]:
         log_decision(log, line, tb)
     return train_dl, val_dl, meta
 
 # %% ../../nbs/dataset/490_loaders.ipynb #905e5921
-def loader_caches(
+def _loader_caches(
     loader: PhotoLoader,  # of photos
 ) -> list[PhotoCache]:  # the hotset, if there is one
     "What a loader keeps in memory."
@@ -1007,7 +1005,7 @@ def loader_caches(
     return [kept] if isinstance(kept, PhotoCache) else []
 
 
-def balance_names(
+def _balance_names(
     cfg: Config,  # data.imbalance
     train_dl: PhotoLoader,  # the training loader
 ) -> tuple[str, str]:  # how the loss is weighted, and how photos are drawn
@@ -1018,14 +1016,14 @@ def balance_names(
     return weights, "weighted" if cfg.data.imbalance.use_weighted_sampler else "none"
 
 
-def sealed_photos(
+def _sealed_photos(
     header: Mapping[str, Any],  # of a stage, splits.json
 ) -> int:
     "How many single photos the split has sealed; a count, no name."
     return int(header.get("counts", {}).get("test", {}).get("singles", 0))
 
 # %% ../../nbs/dataset/490_loaders.ipynb #7f37b2f1
-def loader_meta(
+def _loader_meta(
     stage: SplitData,  # classes and delivery
     cfg: Config,  # the run's configuration
     train_dl: PhotoLoader,  # the training loader
@@ -1033,14 +1031,14 @@ def loader_meta(
     table: Sequence[Mapping[str, Any]] = (),  # of autotune_num_workers
 ) -> dict[str, Any]:
     "What was built, in the sources' words."
-    caches = {id(c): c for l in (train_dl, val_dl) for c in loader_caches(l)}.values()
-    weights, sampler = balance_names(cfg, train_dl)
+    caches = {id(c): c for l in (train_dl, val_dl) for c in _loader_caches(l)}.values()
+    weights, sampler = _balance_names(cfg, train_dl)
     return {
         "class_names": list(stage.class_map),
         "class_to_idx": {k: i for i, k in enumerate(stage.class_map)},
         "train_count": len(train_dl.dataset),
         "val_count": len(val_dl.dataset),
-        "test_count": sealed_photos(stage.header),
+        "test_count": _sealed_photos(stage.header),
         "combo_crops": int(train_dl.dataset.boxed.sum()) if hasattr(train_dl.dataset, "boxed") else 0,
         "img_size": cfg.data.classification.img_size,
         "splits_json": f"artifacts/stage{stage.stage}/splits.json",
@@ -1081,7 +1079,7 @@ def summary(
     ] + tried
 
 # %% ../../nbs/dataset/490_loaders.ipynb #5659265e
-def build_detection_loaders(
+def _build_detection_loaders(
     stage: SplitData,  # from load_split_data
     cfg: Config,  # the run's configuration
 ) -> tuple[DataLoader, DataLoader, dict[str, Any]]:  # train, val, meta
@@ -1107,7 +1105,7 @@ def build_dataloaders_by_mode(
     mode = cfg.data.default_mode if mode is None else mode
     if mode not in ("single", "combo"):
         raise PillsnapError(f"a mode is single or combo, not {mode!r}", where="data.default_mode")
-    train_dl, val_dl, meta = (build_classification_loaders if mode == "single" else build_detection_loaders)(stage, cfg)
+    train_dl, val_dl, meta = (build_classification_loaders if mode == "single" else _build_detection_loaders)(stage, cfg)
     return train_dl, val_dl, None, meta | {"mode": mode}
 
 # %% ../../nbs/dataset/490_loaders.ipynb #76f57919
@@ -1116,5 +1114,5 @@ def build_dataloaders_twostage(
     cfg: Config,  # the run's configuration
 ) -> tuple:  # detection train, val, test (None); classification train, val, test (None); meta
     "Six loaders and meta."
-    det, cls = build_detection_loaders(stage, cfg), build_classification_loaders(stage, cfg)
+    det, cls = _build_detection_loaders(stage, cfg), build_classification_loaders(stage, cfg)
     return det[0], det[1], None, cls[0], cls[1], None, det[2] | cls[2]

@@ -4,16 +4,12 @@
 
 # %% auto #0
 __all__ = ['GATE_PHOTOS', 'CALIB_SHARE', 'ROLES', 'ROLE_COLOURS', 'PARTS', 'stable_hash', 'hash_fraction', 'tidy_records',
-           'group_keys', 'order_groups', 'group_positions', 'cut_points', 'StageQuota', 'cut_points_within',
-           'held_out_ratio', 'reserve_groups', 'assign_roles', 'proportional_counts', 'StagePlan', 'plan_stages',
-           'photo_rank', 'sample_stages', 'combo_stages', 'Splits', 'strictest', 'split_records', 'split_warnings',
-           'records_hash', 'make_splits', 'hold_out_drugs', 'family_ratios', 'photo_id', 'photo_size', 'read_id_folder',
-           'drop_small_photos', 'choose_classes', 'manifest_of_ids', 'family_lists', 'preprocessing_config',
-           'narrow_manifest', 'write_family', 'image_level_split', 'seal_groups', 'sealed_groups', 'write_splits',
-           'load_splits', 'check_splits', 'load_matching_splits', 'SplitData', 'missing_photos', 'load_split_data',
-           'storage_saving', 'roles_of', 'plot_classes', 'plot_groups', 'plot_neighbours', 'stage_quotas',
-           'check_nested', 'other_records', 'sealed_changes', 'SplitsJob', 'StageSplit', 'apply_decisions',
-           'write_detector_tree', 'smoke_splits']
+           'group_keys', 'order_groups', 'group_positions', 'cut_points', 'StageQuota', 'assign_roles',
+           'proportional_counts', 'StagePlan', 'plan_stages', 'photo_rank', 'Splits', 'make_splits', 'hold_out_drugs',
+           'family_ratios', 'photo_id', 'read_id_folder', 'drop_small_photos', 'choose_classes', 'write_family',
+           'image_level_split', 'seal_groups', 'sealed_groups', 'write_splits', 'load_splits', 'check_splits',
+           'SplitData', 'missing_photos', 'load_split_data', 'stage_quotas', 'sealed_changes', 'SplitsJob',
+           'StageSplit', 'apply_decisions', 'write_detector_tree', 'smoke_splits']
 
 # %% ../../nbs/dataset/460_splits.ipynb #1e7bf6da
 import difflib
@@ -221,7 +217,7 @@ class StageQuota(NamedTuple):
     max_combos: int | None = None  # combo photos in train and val together; None = all
 
 # %% ../../nbs/dataset/460_splits.ipynb #b1a48806
-def cut_points_within(
+def _cut_points_within(
     place: np.ndarray,  # of every group
     photos: np.ndarray,  # of every group
     need: float,  # photos to take
@@ -234,7 +230,7 @@ def cut_points_within(
     return at
 
 
-def held_out_ratio(
+def _held_out_ratio(
     g: pd.DataFrame,  # groups that are not sealed, singles only
     place: np.ndarray,  # their places
     order: Sequence[str],  # drugs in the order in which stages take them
@@ -252,11 +248,11 @@ def held_out_ratio(
         need, spare = judges, n[mine].sum() - (q.max_samples - judges)
         if n[mine & (place < t)].sum() >= need:
             continue
-        t[mine] = np.maximum(t[mine], cut_points_within(place[mine], n[mine], need, spare))
+        t[mine] = np.maximum(t[mine], _cut_points_within(place[mine], n[mine], need, spare))
     return t
 
 # %% ../../nbs/dataset/460_splits.ipynb #2e0297f2
-def reserve_groups(
+def _reserve_groups(
     g: pd.DataFrame,  # groups that are not sealed: singles, or combos
     order: Sequence[str],  # drugs in stage order
     quotas: Sequence[StageQuota],  # every stage of this delivery
@@ -306,7 +302,7 @@ def _take_groups(
     x, t, n = group_positions(g, seed, salt, first=first, last=2), np.zeros(len(g)), g["photos"].to_numpy()
     for q in need:
         mine = _in_stage(g, order, q)
-        t[mine] = np.maximum(t[mine], cut_points_within(x[mine], n[mine], need[q], spare[q]))
+        t[mine] = np.maximum(t[mine], _cut_points_within(x[mine], n[mine], need[q], spare[q]))
     return x < t
 
 # %% ../../nbs/dataset/460_splits.ipynb #1d296854
@@ -329,10 +325,10 @@ def assign_roles(
         own = np.where(x < cut_points(x, n, (ratio[2] if whole else test_known_ratio) * n.sum()), "test", "").astype(
             object
         )
-        own[own == ""] = reserve_groups(g[part][own == ""], order, quotas, val_ratio, seed)
+        own[own == ""] = _reserve_groups(g[part][own == ""], order, quotas, val_ratio, seed)
         rest = g[part][own == ""]
         x = group_positions(rest, seed, "val")
-        t = held_out_ratio(rest, x, order, quotas if part is single else (), val_ratio)
+        t = _held_out_ratio(rest, x, order, quotas if part is single else (), val_ratio)
         own[own == ""] = np.where(x < t, "val", "train")
         role[part] = own
     return role
@@ -411,7 +407,7 @@ def photo_rank(
     return number
 
 # %% ../../nbs/dataset/460_splits.ipynb #f3537c87
-def sample_stages(
+def _sample_stages(
     p: pd.DataFrame,  # single photos with class_key, role and path
     order: Sequence[str],  # drugs in stage order
     quotas: Sequence[StageQuota],  # stages from small to large
@@ -430,7 +426,7 @@ def sample_stages(
     return enters, pooled
 
 # %% ../../nbs/dataset/460_splits.ipynb #017fe1fd
-def combo_stages(
+def _combo_stages(
     p: pd.DataFrame,  # rows of combos with role and path
     quotas: Sequence[StageQuota],  # stages from small to large
     val_ratio: float,  # share of a stage that judges
@@ -438,7 +434,7 @@ def combo_stages(
 ) -> pd.Series:  # smallest stage of each row's photo, 99 where none
     "The detector's nested quota of combos of any drug."
     one = p.drop_duplicates("path").assign(class_key="combo")
-    enters, _ = sample_stages(one, ["combo"], [StageQuota(q.stage, q.max_combos) for q in quotas], val_ratio, seed)
+    enters, _ = _sample_stages(one, ["combo"], [StageQuota(q.stage, q.max_combos) for q in quotas], val_ratio, seed)
     return p["path"].map(dict(zip(one["path"], enters)))
 
 # %% ../../nbs/dataset/460_splits.ipynb #ba4dc604
@@ -455,7 +451,7 @@ class Splits:
     notes: list[str] = field(default_factory=list)  # warnings in plain words
 
 # %% ../../nbs/dataset/460_splits.ipynb #ef0ed212
-def strictest(
+def _strictest(
     df: pd.DataFrame,  # records with group and role, split by drug
 ) -> pd.Series:  # per row the strictest role (the last of ROLES) of the drugs in its photo and of what is tied to it
     "A combo that shows a left-out drug would teach it."
@@ -469,7 +465,7 @@ def strictest(
     return role.map(dict(enumerate(order)))
 
 # %% ../../nbs/dataset/460_splits.ipynb #1f9a8954
-def split_records(
+def _split_records(
     df: pd.DataFrame,  # tidy records
     ratio: Sequence[float] = (0.85, 0.15),  # train, val; or train, val, test
     seed: int = 42,  # every lot hangs on it
@@ -486,19 +482,19 @@ def split_records(
     g = order_groups(df, seed, stratified and group_by != "drug" and len(drugs) > 1)
     df["role"] = df["group"].map(dict(zip(g.index, assign_roles(g, order, quotas, ratio, test_known_ratio, seed))))
     if group_by == "drug":
-        df["role"] = strictest(df)
+        df["role"] = _strictest(df)
     judging = ratio[1] / (ratio[0] + ratio[1])
     df["enters"], df["pooled"] = 99, np.where(df["role"].isin(["calib", "clean"]), quotas[0].stage, 99)
     if singles.any():
-        df.loc[singles, "enters"], df.loc[singles, "pooled"] = sample_stages(df[singles], order, quotas, judging, seed)
+        df.loc[singles, "enters"], df.loc[singles, "pooled"] = _sample_stages(df[singles], order, quotas, judging, seed)
     if not singles.all():
-        df.loc[~singles, "enters"] = combo_stages(df[~singles], quotas, judging, seed)
+        df.loc[~singles, "enters"] = _combo_stages(df[~singles], quotas, judging, seed)
         selects = ~singles & (df["role"] == "val")
         df.loc[selects, "pooled"] = df.loc[selects, "enters"]
     return df
 
 # %% ../../nbs/dataset/460_splits.ipynb #202b8494
-def split_warnings(
+def _split_warnings(
     df: pd.DataFrame,  # records as split_records returns them
     quota: StageQuota,  # the stage that is cut
     classes: Sequence[str],  # its drugs
@@ -526,7 +522,7 @@ def split_warnings(
     return out
 
 # %% ../../nbs/dataset/460_splits.ipynb #e91ec479
-def records_hash(
+def _records_hash(
     df: pd.DataFrame,  # tidy records
 ) -> str:  # sha256 of every photo, class and group, whatever the order they came in
     "Identity of what was split."
@@ -564,11 +560,11 @@ def make_splits(
         test_known_ratio=test_known_ratio,
         quotas=[list(q) for q in quotas],
         stage=quota.stage,
-        records=records_hash(df),
+        records=_records_hash(df),
     )
-    if persist_path is not None and (kept := load_matching_splits(Path(persist_path), params, df)) is not None:
+    if persist_path is not None and (kept := _load_matching_splits(Path(persist_path), params, df)) is not None:
         return kept
-    df = split_records(df, split_ratio, seed, stratified, group_by, quotas, test_known_ratio)
+    df = _split_records(df, split_ratio, seed, stratified, group_by, quotas, test_known_ratio)
     splits = _parts(df, quota, params)
     for note in splits.notes:
         _log.warning(note)
@@ -599,7 +595,7 @@ def _parts(
         part(pooled, df.loc[pooled, "role"], "pooled"),
         classes,
         params,
-        split_warnings(df, quota, classes, params["group_by"]),
+        _split_warnings(df, quota, classes, params["group_by"]),
     )
 
 # %% ../../nbs/dataset/460_splits.ipynb #94f04cec
@@ -640,7 +636,7 @@ def photo_id(
     return stem.rpartition("_")[0] or stem
 
 
-def photo_size(
+def _photo_size(
     path: str | Path,  # a photo
 ) -> tuple[int, int] | None:  # width, height; None where it is no photo
     "A photo's size from its first bytes; the rest is read only where they do not tell."
@@ -670,7 +666,7 @@ def read_id_folder(
             fix="a retrieval data set is one folder per class, with photos named {ID}_{sequence}.jpg",
         )
     with ThreadPoolExecutor() as pool:
-        sizes = list(pool.map(lambda p: photo_size(root / p), paths))
+        sizes = list(pool.map(lambda p: _photo_size(root / p), paths))
     rows = [
         dict(
             path=p,
@@ -722,7 +718,7 @@ def choose_classes(
     ] if not mine.all() else []
 
 # %% ../../nbs/dataset/460_splits.ipynb #c81733ef
-def manifest_of_ids(
+def _manifest_of_ids(
     root: str | Path,  # the folder data set
     cfg: Config,  # data.extensions
     out: Path,  # run folder
@@ -752,7 +748,7 @@ def manifest_of_ids(
     return notes
 
 # %% ../../nbs/dataset/460_splits.ipynb #9503857f
-def family_lists(
+def _family_lists(
     splits: Splits,  # with a test part of its own
 ) -> dict[str, list[dict[str, Any]]]:  # train, val and test, each a list of {path, label, kcode}
     "splits.json as the narrow family has it."
@@ -763,7 +759,7 @@ def family_lists(
     return {name: rows(getattr(splits, name).query("kind == 'single'")) for name in ("train", "val", "test")}
 
 
-def preprocessing_config(
+def _preprocessing_config(
     cfg: Config,  # its narrow block
 ) -> dict[str, Any]:
     "What the narrow family declares of a photo's way to the network, and which of it the engine does."
@@ -778,7 +774,7 @@ def preprocessing_config(
     }
 
 # %% ../../nbs/dataset/460_splits.ipynb #0b6509ec
-def narrow_manifest(
+def _narrow_manifest(
     lists: Mapping[str, list],  # from family_lists
     classes: Sequence[str],  # the drugs, in the order of their numbers
     cfg: Config,  # its narrow block
@@ -798,7 +794,7 @@ def narrow_manifest(
         "total_images": sum(map(len, lists.values())),
         "splits": {name: len(rows) for name, rows in lists.items()},
         "class_distribution": {k: {**c, "total": sum(c.values())} for k, c in count.items()},
-        "preprocessing": preprocessing_config(cfg),
+        "preprocessing": _preprocessing_config(cfg),
         "augmentation": {**cfg.narrow.augmentation.model_dump(mode="json"), "applied": augmentation_applied(cfg)},
     }
 
@@ -809,13 +805,13 @@ def write_family(
     folder: Path,  # takes splits.json and, for the narrow family, manifest.json and class_mapping.json
 ) -> list[Path]:  # what was written
     "The views that narrow and retrieval programs read."
-    lists, folder = family_lists(splits), ensure_dir(folder)
+    lists, folder = _family_lists(splits), ensure_dir(folder)
     out = [save_json(lists, folder / "splits.json")]
     if cfg.project.family != "narrow":
         return out
     drugs = read_drug_list(cfg.narrow.drug_list) if cfg.narrow.drug_list else []
     return out + [
-        save_json(narrow_manifest(lists, splits.classes, cfg), folder / "manifest.json"),
+        save_json(_narrow_manifest(lists, splits.classes, cfg), folder / "manifest.json"),
         save_json(class_mapping(drugs, splits.classes), folder / "class_mapping.json"),
     ]
 
@@ -1012,7 +1008,7 @@ def _group_names(d: pd.DataFrame, group_by: str) -> set[str]:
     return set(group_keys(d, group_by)) | {f"duplicate {k}" for k in set(d["dup_id"]) - {""}} if len(d) else set()
 
 # %% ../../nbs/dataset/460_splits.ipynb #504ecd5f
-def load_matching_splits(
+def _load_matching_splits(
     path: Path,  # splits.json
     params: Mapping[str, Any],  # what is asked for now
     df: pd.DataFrame,  # tidy records
@@ -1088,7 +1084,7 @@ def load_split_data(
     )
 
 # %% ../../nbs/dataset/460_splits.ipynb #c40829ed
-def storage_saving(
+def _storage_saving(
     root: str | Path,  # the delivery
     paths: Iterable[str],  # the stage's photos
     folder: str | Path,  # artifacts/stageN
@@ -1099,7 +1095,7 @@ def storage_saving(
     return {"photos_bytes": copy, "lists_bytes": lists, "saved": 1 - lists / copy if copy else 0.0}
 
 # %% ../../nbs/dataset/460_splits.ipynb #2583cd14
-def roles_of(
+def _roles_of(
     splits: Splits,  # one stage
     df: pd.DataFrame,  # tidy records of the whole delivery
 ) -> pd.Series:  # per row: train, val, calib, clean, sealed or unused
@@ -1116,7 +1112,7 @@ def roles_of(
     return role
 
 # %% ../../nbs/dataset/460_splits.ipynb #8756cf20
-def plot_classes(
+def _plot_classes(
     splits: Splits,  # one stage
     df: pd.DataFrame,  # tidy records of the whole delivery
     most: int = 60,  # drugs shown, the first by number
@@ -1126,7 +1122,7 @@ def plot_classes(
     import matplotlib.pyplot as plt
 
     use_house_style()
-    d = df.assign(role=roles_of(splits, df))[(df["kind"] == "single") & df["class_key"].isin(splits.classes[:most])]
+    d = df.assign(role=_roles_of(splits, df))[(df["kind"] == "single") & df["class_key"].isin(splits.classes[:most])]
     n = d.groupby(["class_key", "role"]).size().unstack(fill_value=0).reindex(columns=list(ROLE_COLOURS), fill_value=0)
     fig, ax = plt.subplots(figsize=(max(4, 0.22 * len(n) + 2), 2.8))
     bottom = np.zeros(len(n))
@@ -1141,7 +1137,7 @@ def plot_classes(
     return fig
 
 # %% ../../nbs/dataset/460_splits.ipynb #05ed7c2e
-def plot_groups(
+def _plot_groups(
     splits: Splits,  # one stage
     df: pd.DataFrame,  # tidy records of the whole delivery, with side, back and light
     most: int = 24,  # drugs shown
@@ -1153,7 +1149,7 @@ def plot_groups(
     use_house_style()
     from matplotlib.colors import ListedColormap
 
-    d = df.assign(role=roles_of(splits, df))[(df["kind"] == "single") & df["class_key"].isin(splits.classes[:most])]
+    d = df.assign(role=_roles_of(splits, df))[(df["kind"] == "single") & df["class_key"].isin(splits.classes[:most])]
     d = d.assign(
         series="side "
         + d["side"].astype(str)
@@ -1186,7 +1182,7 @@ def plot_groups(
     return fig
 
 # %% ../../nbs/dataset/460_splits.ipynb #98a55df6
-def plot_neighbours(
+def _plot_neighbours(
     df: pd.DataFrame,  # tidy records, with latitude and longitude
     root: str | Path,  # the delivery
     side: int = 200,  # pixels of each picture
@@ -1221,7 +1217,7 @@ def stage_quotas(
     ]
 
 # %% ../../nbs/dataset/460_splits.ipynb #98cd3d53
-def check_nested(
+def _check_nested(
     splits: Splits,  # the stage just cut
     folder: Path,  # artifacts
 ) -> None:  # PillsnapError where another stage of this folder contradicts it
@@ -1245,7 +1241,7 @@ def check_nested(
             )
 
 # %% ../../nbs/dataset/460_splits.ipynb #58a5d267
-def other_records(
+def _other_records(
     splits: Splits,  # the stage just cut
     folder: Path,  # artifacts
 ) -> list[str]:  # one sentence, or none
@@ -1324,7 +1320,7 @@ def _records(
     "The manifest; a retrieval folder that has none yet gets one."
     path, family, notes = run.root / "manifest.csv", cfg.project.family, []
     if family == "retrieval" and not path.exists():
-        notes = manifest_of_ids(cfg.paths.root, cfg, run.root)
+        notes = _manifest_of_ids(cfg.paths.root, cfg, run.root)
     df, header = read_manifest(path)
     if family == "retrieval":
         for step, value in (
@@ -1383,7 +1379,7 @@ def _cut(
         quotas=stage_quotas(cfg),
         stage=self.stage_n,
     )
-    check_nested(splits, art)
+    _check_nested(splits, art)
     notes = notes + sealed_changes(splits, art)
     write_splits(
         splits,
@@ -1445,9 +1441,9 @@ def work(self: SplitsJob, run: RunFolder, cfg: Config) -> JobResult:
         c.header["root"],
     )
     views = [] if cfg.project.family == "two_stage" else write_family(c.splits, cfg, art / cfg.project.family)
-    saving = storage_saving(root, pd.concat([c.splits.train, c.splits.val])["path"], folder)
+    saving = _storage_saving(root, pd.concat([c.splits.train, c.splits.val])["path"], folder)
     figures = _pictures(c, reports, _names(run))
-    notes = [*c.splits.notes, *c.notes, *other_records(c.splits, art), *_remarks(c.dup, saving, self.stage_n)]
+    notes = [*c.splits.notes, *c.notes, *_other_records(c.splits, art), *_remarks(c.dup, saving, self.stage_n)]
     for note in notes[len(c.splits.notes) :]:
         run.log.info(note)
     table = _table(c.splits)
@@ -1489,9 +1485,9 @@ def _names(run: RunFolder) -> dict[str, str]:
 def _pictures(c: StageSplit, reports: Path, names: dict[str, str]) -> list[Path]:
     "The figures of a cut."
     figures = {
-        "classes": plot_classes(c.splits, c.df, names=names),
-        "groups": plot_groups(c.splits, c.df, names=names),
-        "neighbours": plot_neighbours(c.df, c.header["root"]),
+        "classes": _plot_classes(c.splits, c.df, names=names),
+        "groups": _plot_groups(c.splits, c.df, names=names),
+        "neighbours": _plot_neighbours(c.df, c.header["root"]),
     }
     out = [save_fig(fig, reports / f"splits_{name}.png") for name, fig in figures.items()]
     return out + [reports / "splits_duplicates.png"] * bool(c.dup.pairs or c.dup.conflicts)

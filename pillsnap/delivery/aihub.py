@@ -6,10 +6,10 @@
 __all__ = ['REMARKS', 'SEALED', 'PHOTO_KEYS', 'DRUG_KEYS', 'IMAGE_KEYS', 'PhotoRecord', 'DrugRecord', 'MAX_JSON_BYTES',
            'MAX_RATIO', 'MAX_ENTRY_BYTES', 'Reason', 'Fault', 'korean_name', 'Archive', 'parse_archive', 'archives_in',
            'folder_codes', 'TreeListing', 'printable_path', 'is_sealed', 'refuse_sealed', 'walk_tree', 'known_text',
-           'edi_list', 'Annotation', 'read_bytes', 'read_small_files', 'decode_text', 'parse_json', 'check_record',
-           'AnnotationReader', 'read_annotation', 'Delivery', 'unpack_hint', 'find_delivery', 'sealed_folders',
-           'sealed_codes', 'overlap_in_words', 'PhotoIndex', 'index_photos', 'choose_photo', 'label_files',
-           'entry_name', 'entry_fault', 'JoinedFiles', 'extract_archive', 'extract_archives', 'extract_command']
+           'edi_list', 'Annotation', 'read_bytes', 'read_small_files', 'decode_text', 'parse_json', 'AnnotationReader',
+           'read_annotation', 'Delivery', 'unpack_hint', 'find_delivery', 'sealed_folders', 'sealed_codes',
+           'overlap_in_words', 'PhotoIndex', 'index_photos', 'choose_photo', 'label_files', 'entry_name', 'entry_fault',
+           'JoinedFiles', 'extract_archive', 'extract_archives', 'extract_command']
 
 # %% ../../nbs/delivery/120_aihub.ipynb #c3217a81
 import io
@@ -556,7 +556,7 @@ def _is_size(v: Any) -> bool:
     return isinstance(v, (int, float)) and not isinstance(v, bool) and v == v and 0 < v < 100_000 and v == int(v)
 
 # %% ../../nbs/delivery/120_aihub.ipynb #ae23f3db
-def check_record(
+def _check_record(
     obj: Any,  # parsed JSON
 ) -> tuple[Reason, str] | None:  # None when it is one image with its annotations
     "The structure that every delivered file has."
@@ -589,7 +589,7 @@ def _by_hand(path: str | os.PathLike, raw: bytes) -> Annotation | Fault:
         obj = parse_json(got[0])
     except ValueError as e:
         return Fault(printable_path(path), Reason.UNPARSABLE, str(e)[:200])
-    if wrong := check_record(obj):
+    if wrong := _check_record(obj):
         return Fault(printable_path(path), *wrong)
     img, anns = obj["images"][0], obj["annotations"]
     photo, drug = (t(**{k: img.get(k, msgspec.UNSET) for k in t.__struct_fields__}) for t in (PhotoRecord, DrugRecord))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'INT_COLUMNS', 'SCHEMA', 'INDEX_SCHEMA', 'truth_rows', 'single_rows', 'gather_rows', 'photo_folder',
-           'to_table', 'rows_hash', 'write_index', 'Index', 'read_index', 'write_manifest', 'read_manifest']
+           'write_index', 'Index', 'read_index', 'write_manifest', 'read_manifest']
 
 # %% ../../nbs/delivery/140_index.ipynb #95777948
 import hashlib
@@ -175,7 +175,7 @@ def photo_folder(
     return "/".join(parts)
 
 # %% ../../nbs/delivery/140_index.ipynb #d32f0b30
-def to_table(
+def _to_table(
     df: pd.DataFrame | pa.Table,  # rows, the columns of COLUMNS in any order, more may follow
 ) -> pa.Table:  # COLUMNS first
     "Rows in the order and the types of the index."
@@ -220,7 +220,7 @@ def _csv(t: pa.Table, to: Any) -> None:
     pa.csv.write_csv(t, to, pa.csv.WriteOptions(quoting_style="needed", batch_size=8192))
 
 
-def rows_hash(
+def _rows_hash(
     t: pa.Table,  # from as_table
 ) -> str:  # sha256, hexadecimal: of the manifest CSV that these rows make
     "The name of the rows."
@@ -263,8 +263,8 @@ def write_index(
     home: str | os.PathLike | None = None,  # the run folder; a root inside it is kept relative
 ) -> dict[str, Any]:  # the header as written, with schema, rows, columns, data_hash and digest
     "Write an index, whole or not at all."
-    path, t = Path(path), to_table(df)
-    header = _head(t, header, INDEX_SCHEMA, header.get("data_hash") or rows_hash(t))
+    path, t = Path(path), _to_table(df)
+    header = _head(t, header, INDEX_SCHEMA, header.get("data_hash") or _rows_hash(t))
     if "root" in header:
         header["root"] = _stored_root(header["root"], path.parent, home or path.parent)
     header["digest"] = _digest(header, batches := _laid_out(t))
@@ -353,7 +353,7 @@ def write_manifest(
     path: str | os.PathLike,  # <name>.csv; the header is written beside it as <name>.json
 ) -> dict[str, Any]:  # the header as written, with schema, rows, columns and data_hash
     "Write the view for people: a CSV for the rows, a JSON header that vouches for it."
-    path, t = Path(path), to_table(df)
+    path, t = Path(path), _to_table(df)
     with atomic_path(path) as tmp:
         _csv(t, str(tmp))
     header = _head(t, header, SCHEMA, sha256_file(path))

@@ -5,10 +5,8 @@
 # %% auto #0
 __all__ = ['LIMITS', 'Boxes', 'FAINT', 'export_onnx', 'open_axes', 'RawHead', 'logit_gap', 'Check', 'check_logits', 'pair_boxes',
            'check_boxes', 'Photo', 'photo_order', 'open_photos', 'Comparison', 'compare_classifiers', 'detector_input',
-           'raw_difference', 'compare_detectors', 'livened', 'plot_logits', 'plot_box_agreement', 'plot_latency',
-           'drug_records', 'calibrated_temperature', 'best_checkpoint', 'ExportedModel', 'write_classifier',
-           'write_detector', 'metrics_of', 'verdict', 'in_float16', 'float16_bundle', 'timed_bundles', 'time_bundle',
-           'ExportJob', 'answer_defaults']
+           'raw_difference', 'compare_detectors', 'livened', 'plot_logits', 'plot_box_agreement',
+           'calibrated_temperature', 'ExportedModel', 'verdict', 'in_float16', 'time_bundle', 'ExportJob']
 
 # %% ../../nbs/deployment/810_export.ipynb #dbd8f063
 import copy, hashlib, json, math, os, shlex, time, warnings
@@ -503,7 +501,7 @@ def plot_box_agreement(
     return colour_legend(fig, {"torch": COLOURS[3], "ONNX": COLOURS[0]})
 
 # %% ../../nbs/deployment/810_export.ipynb #cff0f929
-def plot_latency(
+def _plot_latency(
     ms: Mapping[str, np.ndarray],  # scope → timings in ms
     hardware: str,  # the machine
 ) -> Any:  # matplotlib Figure
@@ -527,7 +525,7 @@ def plot_latency(
     return fig
 
 # %% ../../nbs/deployment/810_export.ipynb #7f1f3d4a
-def drug_records(
+def _drug_records(
     root: Path,  # run folder
 ) -> dict[str, dict[str, Any]]:  # K-code → record
     "What is known of each drug."
@@ -559,7 +557,7 @@ def calibrated_temperature(
     return float(t), fitted
 
 # %% ../../nbs/deployment/810_export.ipynb #20690995
-def best_checkpoint(
+def _best_checkpoint(
     root: Path,  # run folder
     model: str,  # classifier or detector
 ) -> Path:
@@ -577,13 +575,13 @@ class ExportedModel:
     onnx: Any  # its ONNX runner
 
 # %% ../../nbs/deployment/810_export.ipynb #870fe736
-def write_classifier(
+def _write_classifier(
     run: RunFolder,  # the run
     class_map: ClassMap,  # the stage's drugs
     cfg: Config,  # its export block
 ) -> ExportedModel:  # raises PillsnapError for a checkpoint of another class map
     "best.pt → classifier.onnx."
-    src, out = best_checkpoint(run.root, "classifier"), run.sub("export") / "classifier.onnx"
+    src, out = _best_checkpoint(run.root, "classifier"), run.sub("export") / "classifier.onnx"
     if not src.is_file():
         raise PillsnapError("there is no trained classifier", where=src, fix="run the classifier stage first")
     model, _, size, ckpt = load_classifier(src, class_map)
@@ -596,12 +594,12 @@ def write_classifier(
     )
 
 # %% ../../nbs/deployment/810_export.ipynb #4cb56af0
-def write_detector(
+def _write_detector(
     run: RunFolder,  # the run
     cfg: Config,  # its export block
 ) -> ExportedModel | None:  # None when no detector was trained
     "best.pt → detector.onnx."
-    src, out = best_checkpoint(run.root, "detector"), run.sub("export") / "detector.onnx"
+    src, out = _best_checkpoint(run.root, "detector"), run.sub("export") / "detector.onnx"
     if not src.is_file():
         out.unlink(missing_ok=True)
         log_decision(run.log, "export: no detector was trained, so the bundle answers in single mode only")
@@ -612,7 +610,7 @@ def write_detector(
     return ExportedModel(out, entry, TorchDetector(model, size), OnnxDetector(out.read_bytes(), size, "cpu", where=out))
 
 # %% ../../nbs/deployment/810_export.ipynb #21fe7c6d
-def metrics_of(
+def _metrics_of(
     prov: Provenance,  # data and class map
     cls: Comparison,  # the classifiers
     det: Comparison | None,  # the detectors, if there are any
@@ -649,7 +647,7 @@ def in_float16(
     return convert_float_to_float16(onnx.load_from_string(model), keep_io_types=True).SerializeToString()
 
 
-def float16_bundle(
+def _float16_bundle(
     bundle: Bundle,  # on a GPU
 ) -> Bundle:  # the same drugs and thresholds
     "A bundle whose networks compute in float16."
@@ -663,7 +661,7 @@ def float16_bundle(
     return replace(bundle, classifier=half(OnnxClassifier, bundle.meta["classifier"]), detector=detector)
 
 # %% ../../nbs/deployment/810_export.ipynb #ad714e6e
-def timed_bundles(
+def _timed_bundles(
     bundle: Bundle,  # on the CPU
     log: Any = None,  # where it is said that one is left out
 ) -> list[tuple[Bundle, str]]:  # with the precision of each
@@ -676,7 +674,7 @@ def timed_bundles(
         return out  # it did not start, which is said
     out.append((there, "fp32"))
     try:
-        out.append((float16_bundle(there), "fp16"))
+        out.append((_float16_bundle(there), "fp16"))
     except Exception as e:
         log_decision(log, f"latency: float16 is not timed, {(str(e) or type(e).__name__).splitlines()[0]}")
     return out
@@ -691,7 +689,7 @@ def time_bundle(
 ) -> tuple[list[Latency], dict[str, np.ndarray]]:  # latency records, and the timings by scope
     "From the photo's file to the answer, by the protocol, on everything that can compute it."
     rows, ms, e = [], {}, cfg.evaluation
-    for b, precision in timed_bundles(bundle, log):
+    for b, precision in _timed_bundles(bundle, log):
         provider = b.classifier.provider
         for mode in ("single", "combo") if b.detector else ("single",):
             call = lambda: b.predict(photo, mode)
@@ -728,8 +726,8 @@ def _inputs(root: Path, stage: int) -> list[Path]:
         for f in ("splits.json", "manifest_train.csv", "manifest_val.csv", "manifest_pool.csv", "classes.json")
     ]
     return [
-        best_checkpoint(root, "classifier"),
-        best_checkpoint(root, "detector"),
+        _best_checkpoint(root, "classifier"),
+        _best_checkpoint(root, "detector"),
         root / "manifest.csv",
         *parts,
         root / "drug_metadata.json",
@@ -764,7 +762,7 @@ def _compare(
     )
 
 # %% ../../nbs/deployment/810_export.ipynb #18a072c0
-def answer_defaults(
+def _answer_defaults(
     cfg: Config,  # data.default_mode, inference
     has_detector: bool,  # whether the bundle will hold one
 ) -> dict[str, Any]:
@@ -795,10 +793,10 @@ def _bundle(run: RunFolder, cfg: Config, stage: SplitData, cls: ExportedModel, d
         cls.entry,
         det and det.entry,
         limits,
-        drug_records(run.root),
+        _drug_records(run.root),
         t,
         calibrated,
-        answer_defaults(cfg, det is not None),
+        _answer_defaults(cfg, det is not None),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         git_sha=get_git_sha(),
         run_id=run_id(run.root),
@@ -819,10 +817,10 @@ def work(self: ExportJob, run: RunFolder, cfg: Config) -> JobResult:
         old.unlink(missing_ok=True)
     with show_progress(total=2, desc="writing ONNX", unit="models") as bar:
         bar.note("classifier")
-        cls = write_classifier(run, stage.class_map, cfg)
+        cls = _write_classifier(run, stage.class_map, cfg)
         bar.update()
         bar.note("detector")
-        det = write_detector(run, cfg)
+        det = _write_detector(run, cfg)
         bar.update()
     a, b = _compare(run, cfg, stage, cls, det, skipped)
     said = verdict(a, b, (cfg.export.compare_photos, cfg.export.compare_detector_photos))
@@ -837,7 +835,7 @@ def work(self: ExportJob, run: RunFolder, cfg: Config) -> JobResult:
         verdict=said,
         passed=passed,
         checks=checks,
-        metrics=metrics_of(prov, a, b),
+        metrics=_metrics_of(prov, a, b),
         models={w.path.stem: w.entry for w in (cls, det) if w},
         skipped_photos=skipped,
     )
@@ -867,7 +865,7 @@ def _finish_export(
     "Time the bundle, write the report, hand back what was found."
     photo = next(open_photos(photo_order(stage, "combo" if bundle.detector else "single", cfg.train.seed), 1)).path
     latency, ms = time_bundle(bundle, photo, prov, cfg, run.log)
-    figures.append(save_fig(plot_latency(ms, latency[-1].metric.hardware), run.sub("reports") / "export_latency.png"))
+    figures.append(save_fig(_plot_latency(ms, latency[-1].metric.hardware), run.sub("reports") / "export_latency.png"))
     report = save_json(
         {
             **facts,
@@ -927,7 +925,7 @@ def smoke(self: ExportJob, run: RunFolder, cfg: Config) -> None:
     smoke_splits(run, cfg)
     cm = load_split_data(run.root, cfg.data.progressive_validation.current_stage).class_map
     fresh_classifier_checkpoint(
-        best_checkpoint(run.root, "classifier"),
+        _best_checkpoint(run.root, "classifier"),
         cfg.train.classification.backbone,
         cm,
         cfg.data.classification.img_size,
@@ -941,7 +939,7 @@ def _smoke_detector(run: RunFolder, cfg: Config) -> None:
     from pillsnap.core.checkpoints import save_ckpt
     from pillsnap.models.yolo import fresh_detector_checkpoint
 
-    path, size = best_checkpoint(run.root, "detector"), cfg.data.detection.img_size
+    path, size = _best_checkpoint(run.root, "detector"), cfg.data.detection.img_size
     model, _, ckpt = load_detector(fresh_detector_checkpoint(path, cfg.train.detection.model, size, cfg.to_dict()))
     stage = load_split_data(run.root, cfg.data.progressive_validation.current_stage)
     some = [p.image for p in open_photos(photo_order(stage, "combo"), 8)]

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['CUDA_OPTIONS', 'SCHEMA', 'REQUIRED', 'THRESHOLDS', 'ANSWERING', 'DEFAULTS', 'MODEL', 'MISSING', 'choose_providers',
            'open_session', 'OnnxModel', 'OnnxClassifier', 'OnnxDetector', 'bundle_digest', 'model_entry',
-           'write_bundle', 'find_bundle', 'check_bundle', 'verified_bytes', 'LazyDetector', 'Bundle', 'load_bundle',
-           'card_value', 'card_notes', 'answer_card', 'predict_command']
+           'write_bundle', 'verified_bytes', 'LazyDetector', 'Bundle', 'load_bundle', 'answer_card', 'predict_command']
 
 # %% ../../nbs/deployment/800_runtime.ipynb #0d5a959f
 import hashlib, json, logging, sys
@@ -196,7 +195,7 @@ def write_bundle(
 _AGAIN = "export again: pillsnap run all --from export"
 
 
-def find_bundle(
+def _find_bundle(
     folder: str | Path,  # a run folder, or its export folder
 ) -> Path:  # bundle.json
     "The bundle of a run."
@@ -220,7 +219,7 @@ def _fields(part: Mapping[str, Any], need: Mapping[str, type], where: Path) -> N
             )
 
 # %% ../../nbs/deployment/800_runtime.ipynb #ade08c76
-def check_bundle(
+def _check_bundle(
     meta: Mapping[str, Any],  # a bundle's content
     path: Path,  # where it was read, for errors
 ) -> ClassMap:  # the class map, verified
@@ -316,9 +315,9 @@ def load_bundle(
     log: logging.Logger | None = None,  # where a fallback is said
 ) -> Bundle:  # raises PillsnapError for anything that does not fit
     "Read and verify an export."
-    path = find_bundle(folder)
+    path = _find_bundle(folder)
     meta = read_json(path)
-    cm, session = check_bundle(meta, path), dict(device=device, threads=threads, log=log)
+    cm, session = _check_bundle(meta, path), dict(device=device, threads=threads, log=log)
     entry = meta["classifier"]
     names = OnnxClassifier(
         verified_bytes(path.parent, entry), int(entry["img_size"]), where=path.parent / entry["file"], **session
@@ -371,7 +370,7 @@ MISSING = "정보 없음"
 _MODE = {"single": "단일 (사진 전체가 한 알)", "combo": "조합 (알약을 먼저 찾음)"}
 
 
-def card_value(
+def _card_value(
     field: str,  # of CARD
     value: Any,  # as in the answer
 ) -> str:  # Korean text
@@ -392,7 +391,7 @@ def _facts(item: Mapping[str, Any]) -> Any:
     t.add_row("품목코드", item["kcode"])
     t.add_row("보험코드(EDI)", ", ".join(item["edi_codes"]) or MISSING)
     for f, (label, _) in CARD.items():
-        t.add_row(label, Text(card_value(f, item["card"][f])))
+        t.add_row(label, Text(_card_value(f, item["card"][f])))
     if item["box"]:
         t.add_row("위치", "{:.0f}, {:.0f} – {:.0f}, {:.0f} px".format(*item["box"]))
     return t
@@ -425,7 +424,7 @@ _DATA = {
 }
 
 
-def card_notes(
+def _card_notes(
     answer: Mapping[str, Any],  # the predict JSON
     meta: Mapping[str, Any],  # the bundle it came from
 ) -> list[str]:  # Korean lines
@@ -462,7 +461,7 @@ def answer_card(
                 title_align="left",
             )
         ]
-    return Group(*parts, Text("\n".join(card_notes(answer, meta)), style="dim"))
+    return Group(*parts, Text("\n".join(_card_notes(answer, meta)), style="dim"))
 
 # %% ../../nbs/deployment/800_runtime.ipynb #8ed8267d
 def predict_command(

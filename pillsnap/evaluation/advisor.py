@@ -6,8 +6,7 @@
 __all__ = ['ADVISOR_TARGETS', 'Rule', 'RULES', 'IMBALANCE_LIMIT', 'OOM_LIMIT', 'CORRUPTION_LIMIT', 'THRESHOLDS', 'GREEN',
            'YELLOW', 'RED', 'MAX_SUGGESTIONS', 'Target', 'AdvisorTargets', 'get_stage_target', 'get_stage_config',
            'Check', 'Facts', 'Bar', 'score_bars', 'performance_score', 'Suggestion', 'rule',
-           'generate_optimization_suggestions', 'critical', 'Advice', 'check_state', 'evaluate_and_recommend',
-           'OptimizationAdvisor']
+           'generate_optimization_suggestions', 'Advice', 'evaluate_and_recommend', 'OptimizationAdvisor']
 
 # %% ../../nbs/evaluation/750_advisor.ipynb #f6f2a504
 import math
@@ -581,7 +580,7 @@ GREEN, YELLOW, RED = "🟢", "🟡", "🔴"
 MAX_SUGGESTIONS = 3
 
 
-def critical(
+def _critical(
     f: Facts,  # what was measured
 ) -> list[str]:  # what must be fixed first; [] = nothing
     "Conditions under which no score is worth reading."
@@ -670,7 +669,7 @@ def _decide(
     return "WARN_STOP", RED, "performance_too_low", "Far from the targets: going on would waste the next stage"
 
 # %% ../../nbs/evaluation/750_advisor.ipynb #c1ff57a7
-def check_state(
+def _check_state(
     c: Check | None,  # a mandatory check, as it was looked up
 ) -> str:  # begins with passed, failed or not measured
     "What stands behind a check."
@@ -694,11 +693,11 @@ def evaluate_and_recommend(
     want, bars = get_stage_target(stage), score_bars(stage, facts)
     scored = [b for b in bars if b.scored]
     unknown = tuple(b.name for b in scored if b.verdict not in ("met", "missed"))
-    checks = {c: check_state(facts.checks.get(c)) for c in want.checks if c not in facts.not_applicable}
+    checks = {c: _check_state(facts.checks.get(c)) for c in want.checks if c not in facts.not_applicable}
     failed = [f"{c} ({said})" for c, said in checks.items() if not facts.checks.get(c, Check()).counts]
     score, named = performance_score(bars), {*want.checks, *(t.name for t in want.targets)}
     rec, colour, reason, message = _decide(
-        score, all(b.verdict == "met" for b in scored), failed, critical(facts), thresholds
+        score, all(b.verdict == "met" for b in scored), failed, _critical(facts), thresholds
     )
     if unknown:
         message += (

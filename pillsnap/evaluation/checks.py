@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LEAST_EPOCHS', 'STABLE_HOURS', 'BATCHES', 'BEFORE', 'EVALUATION', 'learning_trend', 'overfits', 'detector_trends',
-           'absent', 'classifier_rows', 'training_records', 'long_run_record', 'service_records', 'training_corruption',
-           'data_loading_record', 'first_views', 'batch_records', 'not_applicable', 'jobs_before', 'tensorboard_tags',
-           'tensorboard_checks', 'check_from_record', 'measured_checks', 'memory_check', 'full_dataset_check',
-           'mandatory_checks', 'declared_checks', 'declare_check', 'ended_in_nan', 'unreadable_share', 'advisor_facts']
+           'absent', 'training_records', 'long_run_record', 'service_records', 'training_corruption',
+           'data_loading_record', 'first_views', 'batch_records', 'not_applicable', 'jobs_before', 'tensorboard_checks',
+           'full_dataset_check', 'mandatory_checks', 'declared_checks', 'declare_check', 'ended_in_nan',
+           'unreadable_share', 'advisor_facts']
 
 # %% ../../nbs/evaluation/755_checks.ipynb #832d4c60
 import os, time
@@ -90,7 +90,7 @@ def absent(
     return prov.metric(name, None, 0, None, note=why)
 
 
-def classifier_rows(
+def _classifier_rows(
     history: Sequence[Mapping[str, Any]],  # rows of metrics.json
 ) -> list[Mapping[str, Any]]:
     "The classifier's epochs; a detector that trained longer has rows of its own."
@@ -102,7 +102,7 @@ def training_records(
     prov: Provenance,  # data and class map
 ) -> dict[str, Metric]:  # batch_size, convergence_stability, memory_efficiency, gpu_memory_gb
     "Figures of the classifier's training."
-    rows = classifier_rows(history)
+    rows = _classifier_rows(history)
     n, took = len(rows), float(sum(r.get("seconds") or 0 for r in rows))
     rec = lambda name, value, n, note="": prov.metric(name, value, n, took, note=note)
     few = f"{n} epochs in the training's history, {LEAST_EPOCHS} are needed"
@@ -141,7 +141,7 @@ def long_run_record(
     prov: Provenance,  # data and class map
 ) -> Metric:
     "The hours over which memory stayed flat; NOT_MEASURED below twelve."
-    hours = sum(r.get("seconds") or 0 for r in classifier_rows(history)) / 3600
+    hours = sum(r.get("seconds") or 0 for r in _classifier_rows(history)) / 3600
     if hours < STABLE_HOURS:
         return absent(prov, "memory_stable_hours", f"the training ran {hours:.1f} h, {STABLE_HOURS} are needed")
     if not stable.measured:
@@ -163,7 +163,7 @@ def training_corruption(
     history: Sequence[Mapping[str, Any]],  # rows of metrics.json
 ) -> float | None:  # 0-1; None where the history does not count
     "The share of the photos that training asked for and could not open."
-    rows = [r for r in classifier_rows(history) if r.get("asked")]
+    rows = [r for r in _classifier_rows(history) if r.get("asked")]
     return min(1.0, rows[-1]["skipped"] / sum(r["asked"] for r in rows)) if rows else None
 
 # %% ../../nbs/evaluation/755_checks.ipynb #d1d2da8a
@@ -276,7 +276,7 @@ def jobs_before(
     return tuple(j for j in BEFORE if j != "detector" or not not_applicable(cfg))
 
 # %% ../../nbs/evaluation/755_checks.ipynb #3ffdd930
-def tensorboard_tags(
+def _tensorboard_tags(
     run_dir: str | os.PathLike,  # run folder
     job: str,  # classifier | detector | ...
 ) -> dict[str, str]:  # tag → the event file that holds it, relative to the run folder
@@ -300,8 +300,8 @@ def tensorboard_checks(
     run_dir: str | os.PathLike,  # run folder
 ) -> dict[str, Check]:
     "The two checks that TensorBoard's files prove."
-    tags = tensorboard_tags(run_dir, "classifier")
-    curves, found = [t for t in ("train/loss", "val/loss") if t in tags], tags | tensorboard_tags(run_dir, "detector")
+    tags = _tensorboard_tags(run_dir, "classifier")
+    curves, found = [t for t in ("train/loss", "val/loss") if t in tags], tags | _tensorboard_tags(run_dir, "detector")
     return {
         "tensorboard_logging": Check(len(curves) == 2, tags.get("val/loss", ""), note="train/loss and val/loss")
         if tags
@@ -315,7 +315,7 @@ def tensorboard_checks(
 EVALUATION = "reports/evaluation.json"
 
 
-def check_from_record(
+def _check_from_record(
     m: Mapping[str, Any] | None,  # a record of evaluation.json
     passes: Any,  # of its value
     words: str,  # what passes, for the note
@@ -327,13 +327,13 @@ def check_from_record(
     return Check(bool(passes(rec.value)), EVALUATION, note=f"{rec.name} {float(rec.value):.4g}, {words}")
 
 
-def measured_checks(
+def _measured_checks(
     doc: Mapping[str, Any],  # evaluation.json
 ) -> dict[str, Check]:
     "The checks that the evaluation's figures prove."
     m = doc["metrics"]
     hours, crashes = (
-        check_from_record(m.get("memory_stable_hours"), lambda v: v >= STABLE_HOURS, f"{STABLE_HOURS} h asked"),
+        _check_from_record(m.get("memory_stable_hours"), lambda v: v >= STABLE_HOURS, f"{STABLE_HOURS} h asked"),
         m.get("no_crashes") or {},
     )
     stable = (
@@ -346,19 +346,19 @@ def measured_checks(
         )
     )
     return {
-        "class_balance_verification": check_from_record(
+        "class_balance_verification": _check_from_record(
             m.get("class_imbalance_ratio"), lambda v: v <= IMBALANCE_LIMIT, f"at most {IMBALANCE_LIMIT} asked"
         ),
-        "scalability_test_pass": check_from_record(m.get("batch_speedup"), lambda v: v >= 1, "at least 1 asked"),
-        "multi_batch_processing": check_from_record(
+        "scalability_test_pass": _check_from_record(m.get("batch_speedup"), lambda v: v >= 1, "at least 1 asked"),
+        "multi_batch_processing": _check_from_record(
             m.get("multi_batch_size"), lambda v: v >= BATCHES[-1], f"{BATCHES[-1]} asked"
         ),
-        "memory_leak_test": check_from_record(m.get("memory_stable"), lambda v: v == 1, "flat memory asked"),
+        "memory_leak_test": _check_from_record(m.get("memory_stable"), lambda v: v == 1, "flat memory asked"),
         "stability_test_pass": stable,
     }
 
 # %% ../../nbs/evaluation/755_checks.ipynb #9485fa09
-def memory_check(
+def _memory_check(
     run_dir: str | os.PathLike,  # run folder
     doc: Mapping[str, Any],  # evaluation.json
 ) -> Check:
@@ -421,9 +421,9 @@ def mandatory_checks(
         ),
     }
     out |= (
-        measured_checks(doc)
+        _measured_checks(doc)
         | tensorboard_checks(root)
-        | {"memory_optimization_working": memory_check(root, doc), "full_dataset_processing": full_dataset_check(root)}
+        | {"memory_optimization_working": _memory_check(root, doc), "full_dataset_processing": full_dataset_check(root)}
     )
     if export.is_file():
         e = read_json(export)
@@ -514,7 +514,7 @@ def advisor_facts(
     path = root / "reports" / "metrics.json"
     trained = read_json(path) if path.is_file() else {}
     history, c = trained.get("history", []), cfg.train.classification
-    scope, rows = {r.scope: r for r in latency if r.percentile == 95}, classifier_rows(history)
+    scope, rows = {r.scope: r for r in latency if r.percentile == 95}, _classifier_rows(history)
     named = {
         k: scope[v]
         for k, v in (("detection_ms", "detector"), ("classification_ms", "classifier"), ("inference_ms", "single"))

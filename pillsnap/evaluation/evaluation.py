@@ -4,14 +4,12 @@
 
 # %% auto #0
 __all__ = ['LEAST_COMBOS', 'FLAT', 'LEAST_POINTS', 'RELIABLE', 'BUSINESS', 'MOST_LISTED', 'EvalPhoto', 'eval_photos',
-           'photos_touching_training', 'training_unknown', 'overlap_record', 'split_record', 'open_ahead', 'Scores',
-           'score_singles', 'Boxes', 'score_boxes', 'without_detector', 'open_models', 'ComboAnswer', 'score_combo',
-           'answer_combos', 'single_records', 'nothing', 'selection_records', 'box_records', 'combo_records',
-           'theil_sen', 'memory_record', 'crash_record', 'imbalance_record', 'leak_record', 'unreliable',
-           'latency_calls', 'measure_scopes', 'save_predictions', 'hard_cases', 'Measurements', 'measure',
-           'run_records', 'evaluation_inputs', 'write_evaluation', 'read_evaluation', 'gate_facts', 'best_before',
-           'time_cap', 'scorecard_rows', 'scorecard_markdown', 'gate_and_advise', 'latency_rows', 'write_scorecard',
-           'append_gate', 'drug_names', 'plot_mistakes', 'draw_figures', 'EvaluationJob', 'smoke_evaluation']
+           'photos_touching_training', 'overlap_record', 'split_record', 'Scores', 'score_singles', 'Boxes',
+           'score_boxes', 'without_detector', 'ComboAnswer', 'score_combo', 'answer_combos', 'single_records',
+           'nothing', 'box_records', 'combo_records', 'theil_sen', 'memory_record', 'crash_record', 'imbalance_record',
+           'unreliable', 'latency_calls', 'measure_scopes', 'save_predictions', 'hard_cases', 'Measurements',
+           'read_evaluation', 'gate_facts', 'best_before', 'time_cap', 'scorecard_markdown', 'gate_and_advise',
+           'drug_names', 'EvaluationJob', 'smoke_evaluation']
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #65c7f6f8
 import json, os, time
@@ -126,7 +124,7 @@ def photos_touching_training(
     return [s.path for s in todo if s.path in paths or s.group in groups or (s.dup and s.dup in dups)]
 
 
-def training_unknown(
+def _training_unknown(
     root: Path,  # run folder
     stage: int,  # 0-4
 ) -> str:  # "" = the split that lies here is the one that the checkpoints were trained on
@@ -154,7 +152,7 @@ def overlap_record(
 ) -> Metric:  # photos that touch training; 0 is what the gate asks
     "How many scored photos training has seen, or a near copy of them."
     t0 = time.perf_counter()
-    if why := training_unknown(root, data.stage):
+    if why := _training_unknown(root, data.stage):
         return nothing(prov, "train_overlap", why)
     seen = photos_touching_training(todo, data.train)
     first = f", the first is {seen[0]}" if seen else ""
@@ -185,7 +183,7 @@ def split_record(
     )
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #42cf478c
-def open_ahead(
+def _open_ahead(
     root: Path,  # the delivery
     todo: Sequence[EvalPhoto],  # photos to open
     cfg: Config,  # data.grayscale_policy, data.rgba_policy
@@ -260,7 +258,7 @@ def score_singles(
             parts.append(classifier.logits(normalise(np.stack(views))))
             views.clear()
 
-    for s, img in open_ahead(root, todo, cfg, skipped, what="classifier"):
+    for s, img in _open_ahead(root, todo, cfg, skipped, what="classifier"):
         asked = photo_views(img, "single", classifier.size, detector, cfg.data.classification.crop_padding)
         whole = asked.images[0] if asked.images else whole_view(img, classifier.size)
         kept.append(s)
@@ -312,7 +310,7 @@ def score_boxes(
 ) -> Boxes:
     "Boxes of every photo, for average precision."
     t0, d, out = time.perf_counter(), cfg.data.detection, Boxes([], [], [], [], 0.0)
-    for s, img in open_ahead(root, todo, cfg, skipped, what="detector"):
+    for s, img in _open_ahead(root, todo, cfg, skipped, what="detector"):
         out.preds.append(detect(detector, img, conf=0.001, iou=d.iou_threshold, max_det=d.max_detections))
         out.truth.append(s.boxes)
         out.paths.append(s.path)
@@ -336,7 +334,7 @@ def without_detector(
     return ""
 
 
-def open_models(
+def _open_models(
     run_root: Path,  # run folder
     class_map: ClassMap,  # the stage's drugs; another map in a checkpoint stops here
     device: Any,  # where they compute
@@ -411,7 +409,7 @@ def answer_combos(
 ) -> tuple[list[ComboAnswer], float]:  # answers, seconds
     "Every combo photo through the pipeline that answers later."
     t0, d, out = time.perf_counter(), cfg.data.detection, []
-    for s, img in open_ahead(root, todo, cfg, skipped, what="combo photos"):
+    for s, img in _open_ahead(root, todo, cfg, skipped, what="combo photos"):
         answer = predict_pipeline(
             img,
             "combo",
@@ -464,7 +462,7 @@ def nothing(
     return prov.metric(name, None, 0, None, note=why)
 
 
-def selection_records(
+def _selection_records(
     s: Scores,  # all singles that were scored
     boxes: Boxes | None,  # what the detector found; None = there is no detector
     combos: Sequence[ComboAnswer] | None,  # all combos that were answered
@@ -649,7 +647,7 @@ def imbalance_record(
     )
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #42e4fd1d
-def leak_record(
+def _leak_record(
     root: Path,  # run folder
     prov: Provenance,  # data and class map
 ) -> Metric:
@@ -860,7 +858,7 @@ class Measurements:
     loading_s: float  # from the checkpoints to the first answer
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #74b1f437
-def measure(
+def _measure(
     run: RunFolder,  # the run
     cfg: Config,  # its configuration
 ) -> Measurements:
@@ -882,7 +880,7 @@ def measure(
     for what, why in absent.items():
         log_decision(run.log, f"evaluation: no {what}, because {why}", run.tb)
     t0 = time.perf_counter()
-    classifier, detector = open_models(run.root, data.class_map, device, not absent)
+    classifier, detector = _open_models(run.root, data.class_map, device, not absent)
     calls = latency_calls(classifier, detector, data.root, [*singles[:8], *combos[:8]], data.class_map, cfg)
     for call in calls.values():
         call()
@@ -908,7 +906,7 @@ def measure(
     rec |= box_records(boxes and boxes.of("clean"), prov, absent.get("detector", "")) | combo_records(
         clean, seconds * len(clean) / max(1, len(answers or [])), prov, absent.get("detector", "")
     )
-    rec |= selection_records(scores, boxes, answers, prov)
+    rec |= _selection_records(scores, boxes, answers, prov)
     latency, ms = measure_scopes(calls, prov, cfg, device)
     rec |= batch_records(classifier, first_views(data.root, [s.path for s in singles], classifier.size, cfg), prov)
     seen = Measurements(
@@ -927,7 +925,7 @@ def measure(
         absent,
         loading,
     )
-    return replace(seen, metrics=rec | run_records(run.root, seen, device, cfg))
+    return replace(seen, metrics=rec | _run_records(run.root, seen, device, cfg))
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #05db4ddd
 def _uncalibrated() -> Calibration:
@@ -935,7 +933,7 @@ def _uncalibrated() -> Calibration:
     return Calibration(1.0, 0, 0, 0, 0, None, None, None, None, note="switched off (evaluation.calibration)")
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #e5ba623e
-def run_records(
+def _run_records(
     root: Path,  # run folder
     s: Measurements,  # what was seen
     device: Any,  # where the networks computed
@@ -947,7 +945,7 @@ def run_records(
     rec = {
         "no_crashes": crash_record(root, prov),
         "memory_stable": memory_record(history, prov),
-        "leak_gap": leak_record(root, prov),
+        "leak_gap": _leak_record(root, prov),
         "class_imbalance_ratio": imbalance_record(s.data, prov),
         "model_loading_s": prov.metric(
             "model_loading_s",
@@ -984,7 +982,7 @@ def run_records(
     return rec
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #b3213337
-def evaluation_inputs(
+def _evaluation_inputs(
     root: Path,  # run folder
     stage: int,  # 0-4
 ) -> list[Path]:  # files this stage reads, whether they are there or not
@@ -1004,10 +1002,10 @@ def evaluation_inputs(
 
 
 def _hashes(root: Path, stage: int) -> dict[str, str]:
-    return {p.relative_to(root).as_posix(): sha256_file(p) for p in evaluation_inputs(root, stage) if p.is_file()}
+    return {p.relative_to(root).as_posix(): sha256_file(p) for p in _evaluation_inputs(root, stage) if p.is_file()}
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #9a917d0c
-def write_evaluation(
+def _write_evaluation(
     run: RunFolder,  # the run
     cfg: Config,  # its configuration
     s: Measurements,  # what was seen
@@ -1181,7 +1179,7 @@ def _word(asked: str, verdict: str) -> str:
     return f"{asked}: {verdict}" if asked else ""
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #49576da1
-def scorecard_rows(
+def _scorecard_rows(
     metrics: Mapping[str, Metric],  # records by name
     gate: GateResult,  # its points
     advice: Advice,  # its bars
@@ -1325,7 +1323,7 @@ def gate_and_advise(
     )
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #ffc6aa00
-def latency_rows(
+def _latency_rows(
     latency: Sequence[Latency],  # what was measured
     stage: int,  # 0-4
 ) -> list[dict[str, Any]]:
@@ -1362,7 +1360,7 @@ def latency_rows(
     return rows
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #505f9fe8
-def write_scorecard(
+def _write_scorecard(
     root: Path,  # run folder
     gate: GateResult,  # verdict
     advice: Advice,  # recommendation
@@ -1412,8 +1410,8 @@ def write_scorecard(
                 "user_choice",
             )
         },
-        "rows": scorecard_rows(metrics, gate, advice),
-        "latency": latency_rows(latency, doc["stage"]),
+        "rows": _scorecard_rows(metrics, gate, advice),
+        "latency": _latency_rows(latency, doc["stage"]),
         "split": doc["split"],
         "do_not_rely_on": bad,
         "without_clean_photo": doc["without_clean_photo"],
@@ -1426,7 +1424,7 @@ def write_scorecard(
     return card
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #85b02257
-def append_gate(
+def _append_gate(
     root: Path,  # run folder
     gate: GateResult,  # the verdict
 ) -> bool:  # whether a line was added
@@ -1457,7 +1455,7 @@ def drug_names(
     return {e["kcode"]: e["dl_name"] for e in found if e.get("dl_name")}
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #f2e33ef7
-def plot_mistakes(
+def _plot_mistakes(
     s: Measurements,  # what was seen
     names: Mapping[str, str],  # class key → name
     n: int = 12,  # pictures
@@ -1478,7 +1476,7 @@ def plot_mistakes(
     return show_grid([whole_view(i, 160) for i in images], titles, cols=6, size=1.5)
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #acdb27ba
-def draw_figures(
+def _draw_figures(
     run: RunFolder,  # the run
     cfg: Config,  # its configuration
     s: Measurements,  # what was seen
@@ -1498,7 +1496,7 @@ def draw_figures(
         figs["curves"] = plot_roc_pr_curves(softmax(sc.whole), sc.labels)
         if s.calibration.ece_after is not None:
             figs["reliability"] = plot_reliability(sc.whole, sc.labels, s.calibration.temperature)
-        figs["mistakes"] = plot_mistakes(s, drug_names(run.root))
+        figs["mistakes"] = _plot_mistakes(s, drug_names(run.root))
     if boxes and boxes.paths:
         pick = [i for i, t in enumerate(boxes.truth) if len(t) > 1][:8] or list(range(min(8, len(boxes.paths))))
         strong = [
@@ -1578,8 +1576,8 @@ def work(self: EvaluationJob, run: RunFolder, cfg: Config) -> JobResult:
     if self.user_choice.strip():
         written = record_choice(run.root, self.user_choice)
     notes = _notes(run.root)
-    card = write_scorecard(run.root, gate, advice, written, notes)
-    news = append_gate(run.root, gate)
+    card = _write_scorecard(run.root, gate, advice, written, notes)
+    news = _append_gate(run.root, gate)
     run.log.info(
         f"gate: {gate.status}"
         + (f" ({', '.join(gate.reasons or gate.not_measured)})" if gate.status != "GO" else "")
@@ -1591,7 +1589,7 @@ def work(self: EvaluationJob, run: RunFolder, cfg: Config) -> JobResult:
         _verdict(card),
         _trim([r for r in card["rows"] if r["value"] is not None or r["gate"] or r["advisor"]]),
         figures,
-        evaluation_inputs(run.root, gate.stage),
+        _evaluation_inputs(run.root, gate.stage),
         outputs,
         notes,
         show=lambda: advisor_menu(run.root),
@@ -1612,12 +1610,12 @@ def _measured(self: EvaluationJob, run: RunFolder, cfg: Config) -> tuple[list[Pa
                 run.root / "reports" / "calibration.json",
             ]
         log_decision(run.log, "evaluation: measured again, because its inputs changed")
-    seen = measure(run, cfg)
+    seen = _measure(run, cfg)
     for name, m in seen.metrics.items():
         if m.measured:
             run.tb.add_scalar(f"eval/{name}", float(m.value), 0)
-    files = write_evaluation(run, cfg, seen)
-    figures = draw_figures(run, cfg, seen)
+    files = _write_evaluation(run, cfg, seen)
+    figures = _draw_figures(run, cfg, seen)
     return figures, [*files, *figures]
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #5fb1c71d

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNKNOWN_DRUGS', 'RESULTS', 'business_goals', 'unknown_drug_records', 'recommend', 'val_test_gap', 'test_results',
-           'final_report', 'final_test_evaluation', 'final_test_command']
+           'final_test_evaluation', 'final_test_command']
 
 # %% ../../nbs/evaluation/790_final.ipynb #17af16cd
 import os
@@ -153,7 +153,7 @@ def test_results(
 RESULTS = "reports/final_test_results.json"
 
 
-def final_report(
+def _final_report(
     p: Part,  # what was scored
     got: HeldOut,  # what was measured
     opening: Mapping[str, Any],  # the ledger's entry
@@ -203,7 +203,7 @@ def final_test_evaluation(
         if cfg.train.num_threads:
             torch.set_num_threads(cfg.train.num_threads)
         got = score_part(p)
-        doc = final_report(p, got, opening, look.models)
+        doc = _final_report(p, got, opening, look.models)
         save_json(doc, root / RESULTS)
         close_sealed(root, opening)
     run.close()

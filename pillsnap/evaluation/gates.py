@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STAGE_TARGETS', 'EXCUSED_BY_CLOCK', 'Status', 'Reason', 'StageGate', 'stage_gate', 'why_unmeasured', 'Point',
-           'TimeCap', 'GateResult', 'gate_points', 'simple_stage_evaluation']
+           'TimeCap', 'GateResult', 'simple_stage_evaluation']
 
 # %% ../../nbs/evaluation/730_gates.ipynb #42625b1c
 import math
@@ -297,7 +297,7 @@ class GateResult:
         }
 
 # %% ../../nbs/evaluation/730_gates.ipynb #c4241dfb
-def gate_points(
+def _gate_points(
     target: StageGate,  # what the stage asks
     facts: Mapping[str, Any],  # records by input name
 ) -> tuple[Point, ...]:
@@ -407,7 +407,7 @@ def simple_stage_evaluation(
     if stage not in STAGE_TARGETS:
         raise PillsnapError(f"there is no stage {stage!r}", fix=f"stages are {', '.join(map(str, STAGE_TARGETS))}")
     target, ignored = stage_gate(stage, target_accuracy, max_latency_ms)
-    points, apart = gate_points(target, facts), _belongs(facts)
+    points, apart = _gate_points(target, facts), _belongs(facts)
     if apart:
         points = tuple(Point(p.name, p.asked, Status.NOT_MEASURED, p.value, p.n, note=apart) for p in points)
     missed = {p.reason for p in points if p.verdict == "missed"}

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['CARD', 'MODES', 'ANSWERS', 'BADGE', 'LOW_CONFIDENCE', 'MIN_SIDE', 'ClassifierRunner', 'DetectorRunner', 'detect',
-           'softmax', 'class_probabilities', 'known_text', 'drug_card', 'edi_codes', 'answer_kind', 'pill_item',
-           'combo_hints', 'preprocessing', 'read_photo', 'check_mode', 'PhotoViews', 'photo_views', 'predict_pipeline',
-           'answer_schema']
+           'softmax', 'class_probabilities', 'drug_card', 'edi_codes', 'pill_item', 'combo_hints', 'preprocessing',
+           'read_photo', 'check_mode', 'PhotoViews', 'photo_views', 'predict_pipeline', 'answer_schema']
 
 # %% ../../nbs/models/570_pipeline.ipynb #98e6c1e4
 import hashlib, math, time
@@ -122,7 +121,7 @@ CARD = dict(  # field → (Korean label, keys of the delivery's record)
 )
 
 # %% ../../nbs/models/570_pipeline.ipynb #ab5b9d99
-def known_text(
+def _known_text(
     value: Any,  # what a record holds
 ) -> Any:  # None for null, "", blanks and NaN
     "One spelling of not known (DATA traps: null and the empty string alike)."
@@ -136,10 +135,10 @@ def drug_card(
 ) -> dict[str, Any]:  # CARD's fields, None where not known; size_mm is [long, short, thick] or None
     "What an answer shows of a drug."
     card = {
-        f: next((v for k in keys if (v := known_text(record.get(k))) is not None), None)
+        f: next((v for k in keys if (v := _known_text(record.get(k))) is not None), None)
         for f, (_, keys) in CARD.items()
     }
-    size = [v if (v := known_text(record.get(k))) and v > 0 else None for k in CARD["size_mm"][1]]  # 0 mm is no size
+    size = [v if (v := _known_text(record.get(k))) and v > 0 else None for k in CARD["size_mm"][1]]  # 0 mm is no size
     return {**card, "size_mm": size if any(v is not None for v in size) else None}
 
 # %% ../../nbs/models/570_pipeline.ipynb #d7e5dbcb
@@ -159,7 +158,7 @@ ANSWERS = {
 }
 
 # %% ../../nbs/models/570_pipeline.ipynb #eda7813b
-def answer_kind(
+def _answer_kind(
     items: Sequence[Any],  # the pills of an answer
 ) -> str:  # a key of ANSWERS
     "Which kind of answer this is."
@@ -169,7 +168,7 @@ def answer_kind(
 def _candidate(k: str, p: float, metadata: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     "One drug of a ranking."
     record = metadata.get(k, {})
-    return dict(kcode=k, edi_codes=edi_codes(record), name=known_text(record.get("dl_name")), confidence=float(p))
+    return dict(kcode=k, edi_codes=edi_codes(record), name=_known_text(record.get("dl_name")), confidence=float(p))
 
 # %% ../../nbs/models/570_pipeline.ipynb #12f1913d
 def pill_item(
@@ -360,7 +359,7 @@ def predict_pipeline(
     return dict(
         mode_requested=mode,
         mode_used=views.mode_used,
-        answer=answer_kind(items),
+        answer=_answer_kind(items),
         items=items,
         badge=BADGE if hints else None,
         hints=hints,

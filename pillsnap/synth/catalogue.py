@@ -5,10 +5,8 @@
 # %% auto #0
 __all__ = ['INGREDIENTS', 'MAKERS', 'SYLLABLES', 'ENDINGS', 'COLOURS', 'KINDS', 'INKS', 'FONTS', 'CAPSULES', 'LETTERS', 'DARK',
            'SHOT_KEYS', 'DRUG_KEYS', 'IMAGE_KEYS', 'NULL_KEYS', 'BACKS', 'LIGHTS', 'SIDES', 'rng_for', 'Body',
-           'Imprint', 'Drug', 'kcode', 'deal', 'deal_kinds', 'outline_mm', 'as_mm', 'make_body', 'two_colours',
-           'pick_score', 'side_text', 'pick_ink', 'make_imprint', 'texts', 'twin_imprints', 'invent_name', 'edi_codes',
-           'form_words', 'describe', 'look_fields', 'word_fields', 'in_order', 'blank_record', 'make_drug',
-           'twin_looks', 'distinct_imprints', 'Catalogue', 'make_catalogue', 'by_rarity', 'annotation']
+           'Imprint', 'Drug', 'kcode', 'deal', 'deal_kinds', 'as_mm', 'twin_imprints', 'invent_name', 'edi_codes',
+           'Catalogue', 'make_catalogue', 'annotation']
 
 # %% ../../nbs/synth/200_catalogue.ipynb #04d5a4a6
 import hashlib
@@ -226,7 +224,7 @@ _RATIO = {
 }  # long over short
 
 
-def outline_mm(
+def _outline_mm(
     form: str,  # "tablet", "capsule" or "gel"
     shape: str,  # outline word
     rng: np.random.Generator,  # source of chance
@@ -255,14 +253,14 @@ def as_mm(
     return int(value) if value == int(value) else value
 
 # %% ../../nbs/synth/200_catalogue.ipynb #eaf1d020
-def make_body(
+def _make_body(
     form: str,  # "tablet", "capsule" or "gel"
     shape: str,  # outline word
     colour: str,  # main colour word
     rng: np.random.Generator,  # source of chance
 ) -> Body:
     "A body of the given kind and colour."
-    long, short = (as_mm(x, rng) for x in outline_mm(form, shape, rng))
+    long, short = (as_mm(x, rng) for x in _outline_mm(form, shape, rng))
     if shape == "원형" or _RATIO.get(shape) == 1:
         short = long
     profile = str(rng.choice(("convex", "deep", "flat"), p=(0.6, 0.2, 0.2)))
@@ -280,19 +278,19 @@ def make_body(
     return Body(
         form,
         shape,
-        two_colours(form, colour, rng),
+        _two_colours(form, colour, rng),
         form == "gel" and bool(rng.random() < 0.7),
         long,
         short,
         as_mm(max(thick, 2.2), rng),
         profile,
         coat if form == "tablet" else "film",
-        pick_score(form, profile, rng),
+        _pick_score(form, profile, rng),
         int(rng.integers(1 << 31)),
     )
 
 # %% ../../nbs/synth/200_catalogue.ipynb #04d8608c
-def two_colours(
+def _two_colours(
     form: str,  # "tablet", "capsule" or "gel"
     colour: str,  # main colour word
     rng: np.random.Generator,  # source of chance
@@ -305,7 +303,7 @@ def two_colours(
     return (colour, str(rng.choice(others)))
 
 
-def pick_score(
+def _pick_score(
     form: str,  # "tablet", "capsule" or "gel"
     profile: str,  # tablet's face
     rng: np.random.Generator,  # source of chance
@@ -319,7 +317,7 @@ def pick_score(
 LETTERS = "ABCDEFGHJKLMNPRSTUVWXYZ"
 
 
-def side_text(
+def _side_text(
     score: str,  # this side's score line
     words: tuple[str, ...],  # texts to choose from, best first
     rng: np.random.Generator,  # source of chance
@@ -339,7 +337,7 @@ def side_text(
 DARK = ("갈색", "빨강", "자주", "초록", "파랑", "보라")
 
 
-def pick_ink(
+def _pick_ink(
     body: Body,  # what is printed on
     rng: np.random.Generator,  # source of chance
 ) -> str:  # colour word
@@ -348,7 +346,7 @@ def pick_ink(
     return str(rng.choice(INKS)) if not any(dark) else "하양" if all(dark) else "검정"
 
 # %% ../../nbs/synth/200_catalogue.ipynb #602766e8
-def make_imprint(
+def _make_imprint(
     body: Body,  # its form and score decide the layout
     maker: tuple,  # a row of MAKERS
     dose: str,  # strength in mg
@@ -358,19 +356,19 @@ def make_imprint(
     own = "".join(rng.choice(list(LETTERS), 2))
     number, dose = str(rng.choice((rng.integers(10, 100), rng.integers(100, 1000)))), dose.replace(".", "")
     roomy = body.long_mm / body.short_mm > 1.5 and body.form == "tablet"
-    fronts, backs = texts(maker[2], own, number, dose, body.form, roomy)
+    fronts, backs = _texts(maker[2], own, number, dose, body.form, roomy)
     printed = body.form != "tablet" or (body.coat != "plain" and rng.random() < 0.14)
-    front, back = side_text(body.score[0], fronts, rng), side_text(body.score[1], backs, rng)
+    front, back = _side_text(body.score[0], fronts, rng), _side_text(body.score[1], backs, rng)
     return Imprint(
         front,
         back,
-        pick_ink(body, rng) if printed else "",
+        _pick_ink(body, rng) if printed else "",
         str(rng.choice(FONTS, p=(0.6, 0.15, 0.1, 0.15))),
         int(rng.integers(12)),
     )
 
 
-def texts(
+def _texts(
     maker: str,  # the maker's letters
     own: str,  # the product's letters
     number: str,  # a number of two or three digits
@@ -495,7 +493,7 @@ def edi_codes(
     return ",".join(codes)
 
 # %% ../../nbs/synth/200_catalogue.ipynb #2f0cf466
-def form_words(
+def _form_words(
     body: Body,  # the body
 ) -> tuple[str, str]:  # form_code_name, dl_custom_shape
     "The two fields that say what kind of pill it is."
@@ -508,7 +506,7 @@ def form_words(
     return {"film": "필름코팅정", "plain": "나정", "sugar": "당의정"}[body.coat], "정제, 저작정"
 
 
-def describe(
+def _describe(
     body: Body,  # the body
     colour: str,  # main colour word
 ) -> str:  # the chart field
@@ -516,24 +514,24 @@ def describe(
     score = "한 면에 분할선이 있는 " if any(body.score) else ""
     what = {"capsule": "경질캡슐제", "gel": "연질캡슐제"}.get(body.form) or (
         "양면이 볼록한 " if body.profile != "flat" else ""
-    ) + form_words(body)[0]
+    ) + _form_words(body)[0]
     return f"{colour}색의 {score}{body.shape} {what}"
 
 # %% ../../nbs/synth/200_catalogue.ipynb #d69af36d
 _LOGOS = ("집", "원,점", "삼각형", "십자", "잎", "별", "물방울", "마름모", "육각형", "물결", "하트", "달")
 
 
-def look_fields(
+def _look_fields(
     body: Body,  # its look
     imprint: Imprint,  # its sides
 ) -> dict:  # the fields that describe a pill's look
     "What a record says of a body and its imprint."
-    form, custom = form_words(body)
+    form, custom = _form_words(body)
     first = body.colours[0] + (", 투명" if body.clear else "")
     marks = [_LOGOS[imprint.mark] if "마크" in side else "" for side in (imprint.front, imprint.back)]
     return dict(
         dl_custom_shape=custom,
-        chart=describe(body, first),
+        chart=_describe(body, first),
         drug_shape=body.shape,
         thick=body.thick_mm,
         leng_long=body.long_mm,
@@ -554,7 +552,7 @@ def look_fields(
     )
 
 # %% ../../nbs/synth/200_catalogue.ipynb #d27d42d9
-def word_fields(
+def _word_fields(
     number: int,  # K-number
     form: str,  # "tablet", "capsule" or "gel"
     maker: tuple,  # a row of MAKERS
@@ -591,7 +589,7 @@ def word_fields(
     )
 
 
-def in_order(
+def _in_order(
     fields: dict,  # in any order
 ) -> dict:
     "DRUG_KEYS in their order; a missing or surplus field is a bug."
@@ -622,14 +620,14 @@ NULL_KEYS = (
 )
 
 
-def blank_record(
+def _blank_record(
     record: dict,  # DRUG_KEYS
 ) -> dict:  # the same drug with its eighteen null keys, and no sizes
     "A record as registries leave them: nothing known of the look."
     return {**record, **dict.fromkeys(NULL_KEYS), **dict.fromkeys(("thick", "leng_long", "leng_short"), 0)}
 
 # %% ../../nbs/synth/200_catalogue.ipynb #dbedf680
-def make_drug(
+def _make_drug(
     number: int,  # K-number
     kind: tuple[str, str],  # form and outline
     colour: str,  # colour word
@@ -640,17 +638,17 @@ def make_drug(
     rng = rng_for(seed, "drug", number)
     maker, ingredient = MAKERS[rng.integers(len(MAKERS))], INGREDIENTS[rng.integers(len(INGREDIENTS))]
     dose = str(rng.choice(ingredient[4].split()))
-    body = look[0] if look else make_body(*kind, colour, rng)
-    imprint = look[1] if look else make_imprint(body, maker, dose, rng)
+    body = look[0] if look else _make_body(*kind, colour, rng)
+    imprint = look[1] if look else _make_imprint(body, maker, dose, rng)
     return Drug(
         number,
         body,
         imprint,
-        in_order(word_fields(number, body.form, maker, ingredient, dose, rng) | look_fields(body, imprint)),
+        _in_order(_word_fields(number, body.form, maker, ingredient, dose, rng) | _look_fields(body, imprint)),
     )
 
 # %% ../../nbs/synth/200_catalogue.ipynb #767984ac
-def twin_looks(
+def _twin_looks(
     which: int,  # running number of the pair
     seed: int,  # of the delivery
 ) -> list[tuple[Body, Imprint]]:  # two looks
@@ -674,7 +672,7 @@ def twin_looks(
     return [(body, imprint) for imprint in twin_imprints(which, FONTS[0])]
 
 # %% ../../nbs/synth/200_catalogue.ipynb #797707f8
-def distinct_imprints(
+def _distinct_imprints(
     drugs: list[Drug],  # a catalogue in the making
     twins: set[int],  # positions whose imprints are given
     seed: int,  # of the delivery
@@ -688,8 +686,8 @@ def distinct_imprints(
             if (d.imprint.front, d.imprint.back) not in seen:
                 break
             rng = rng_for(seed, "again", d.number, turn)
-            imprint = make_imprint(d.body, MAKERS[rng.integers(len(MAKERS))], str(rng.integers(1, 1000)), rng)
-            d = replace(d, imprint=imprint, record=in_order(d.record | look_fields(d.body, imprint)))
+            imprint = _make_imprint(d.body, MAKERS[rng.integers(len(MAKERS))], str(rng.integers(1, 1000)), rng)
+            d = replace(d, imprint=imprint, record=_in_order(d.record | _look_fields(d.body, imprint)))
         seen.add((d.imprint.front, d.imprint.back))
         out[i] = d
     return out
@@ -726,15 +724,15 @@ def make_catalogue(
     rng = rng_for(seed, "catalogue", n, *sorted(avoid))
     numbers = np.sort(rng.choice(np.setdiff1d(np.arange(59, 44_200), np.array(sorted(avoid), int)), n, replace=False))
     kinds, colours = deal_kinds(n, rng), deal(COLOURS, n, rng)
-    places = by_rarity(kinds, rng)
+    places = _by_rarity(kinds, rng)
     pairs = min(max(1, n // 24) if twins is None else twins, n // 2)
-    looks = {places[2 * i + k]: look for i in range(pairs) for k, look in enumerate(twin_looks(i, seed))}
-    drugs = distinct_imprints(
-        [make_drug(int(k), kinds[i], colours[i], seed, looks.get(i)) for i, k in enumerate(numbers)], set(looks), seed
+    looks = {places[2 * i + k]: look for i in range(pairs) for k, look in enumerate(_twin_looks(i, seed))}
+    drugs = _distinct_imprints(
+        [_make_drug(int(k), kinds[i], colours[i], seed, looks.get(i)) for i, k in enumerate(numbers)], set(looks), seed
     )
     blanks = [places[-1]] if blank and n > 2 * pairs else []
     for i in blanks:
-        drugs[i] = replace(drugs[i], record=blank_record(drugs[i].record))
+        drugs[i] = replace(drugs[i], record=_blank_record(drugs[i].record))
     return Catalogue(
         tuple(drugs),
         tuple(tuple(sorted(drugs[places[2 * i + k]].kcode for k in (0, 1))) for i in range(pairs)),
@@ -742,7 +740,7 @@ def make_catalogue(
     )
 
 # %% ../../nbs/synth/200_catalogue.ipynb #c67415a9
-def by_rarity(
+def _by_rarity(
     kinds: list[tuple[str, str]],  # of each drug
     rng: np.random.Generator,  # source of chance
 ) -> list[int]:  # positions, those of common kinds first

@@ -4,14 +4,10 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'LATITUDES', 'LONGITUDES', 'PER_PART', 'SINGLE_FIELD', 'COMBO_FIELD', 'BOX_FAULTS', 'IN_LABEL', 'IN_FILES',
-           'ON_COMBO', 'UNFINISHED', 'KOREAN', 'capture_grid', 'all_different', 'Task', 'part_folder', 'single_tasks',
-           'choose_combos', 'half_extents', 'keep_distance', 'scatter', 'combo_tasks', 'loose_box', 'png_bytes',
-           'file_length', 'json_bytes', 'shifted_copy', 'slid_box', 'spoil_record', 'another_part', 'spoil_files',
-           'render_task', 'is_done', 'write_task', 'plant_near_duplicates', 'plant_faults', 'Plan', 'split_tasks',
-           'val_catalogue', 'check_settings', 'plan_delivery', 'claim_folder', 'run_jobs', 'run_tasks', 'pack_parts',
-           'render', 'label_template', 'fill_label', 'guess_box', 'label_stems', 'write_drug_labels', 'label_jobs',
-           'write_labels', 'write_delivery', 'read_part', 'photo_and_boxes', 'cut_out', 'caption', 'drug_card',
-           'contact_sheet', 'with_boxes', 'titled', 'possible_combos', 'synth_command']
+           'ON_COMBO', 'UNFINISHED', 'KOREAN', 'capture_grid', 'Task', 'part_folder', 'choose_combos', 'combo_tasks',
+           'loose_box', 'png_bytes', 'file_length', 'render_task', 'Plan', 'val_catalogue', 'plan_delivery',
+           'claim_folder', 'run_tasks', 'render', 'write_delivery', 'read_part', 'photo_and_boxes', 'contact_sheet',
+           'with_boxes', 'synth_command']
 
 # %% ../../nbs/synth/220_writer.ipynb #b46fa591
 import hashlib, json, math, os, shutil, struct, time, zipfile, zlib
@@ -55,10 +51,10 @@ def capture_grid(
         m, start = n // 18 + (rank < n % 18), int(rng.integers(72))
         views = [start + k * 72 // m for k in range(m)]  # four latitudes at each of the eighteen longitudes
         shots += [(*GROUPS[g], LATITUDES[(v + k) % 4], LONGITUDES[v // 4 % 18]) for k, v in enumerate(views)]
-    return all_different(shots)
+    return _all_different(shots)
 
 
-def all_different(
+def _all_different(
     shots: list[tuple[int, ...]],  # perhaps with repeats
 ) -> list[tuple[int, ...]]:  # as many
     "Move a repeated view to the next free one of its group."
@@ -104,7 +100,7 @@ def part_folder(
 SINGLE_FIELD, COMBO_FIELD = 31.0, 40.0  # mm across the photo
 
 
-def single_tasks(
+def _single_tasks(
     drug: Drug,  # whose photos
     i: int,  # running number of the drug
     n: int,  # photos
@@ -165,7 +161,7 @@ def choose_combos(
     )
 
 # %% ../../nbs/synth/220_writer.ipynb #05cfc102
-def half_extents(
+def _half_extents(
     p: Pose,  # where it lies
     d: Drug,  # what lies there
 ) -> tuple[float, float]:  # mm
@@ -175,18 +171,18 @@ def half_extents(
     return math.hypot(a * c, b * s) + 0.3, math.hypot(a * s, b * c) + 0.3 + 0.2 * d.body.thick_mm
 
 
-def keep_distance(
+def _keep_distance(
     p: Pose,  # one pill
     a: Drug,  # what the first is
     q: Pose,  # another
     b: Drug,  # what the other is
 ) -> bool:
     "Whether two pills keep a millimetre between them."
-    (w, h), (v, g) = half_extents(p, a), half_extents(q, b)
+    (w, h), (v, g) = _half_extents(p, a), _half_extents(q, b)
     return abs(p.x - q.x) > w + v + 1 or abs(p.y - q.y) > h + g + 1
 
 # %% ../../nbs/synth/220_writer.ipynb #2260d129
-def scatter(
+def _scatter(
     drugs: list[Drug],  # three or four
     field: float,  # mm across the photo
     tall: float,  # mm down the photo
@@ -205,10 +201,10 @@ def scatter(
         ]
         poses = tuple(Pose(float(x * field), float(y * tall), t, side) for (x, y), t, _ in zip(spots, turns, drugs))
         inside = all(
-            abs(p.x) + half_extents(p, d)[0] < field / 2 and abs(p.y) + half_extents(p, d)[1] < tall / 2
+            abs(p.x) + _half_extents(p, d)[0] < field / 2 and abs(p.y) + _half_extents(p, d)[1] < tall / 2
             for p, d in zip(poses, drugs)
         )
-        if inside and all(keep_distance(p, a, q, b) for (p, a), (q, b) in combinations(zip(poses, drugs), 2)):
+        if inside and all(_keep_distance(p, a, q, b) for (p, a), (q, b) in combinations(zip(poses, drugs), 2)):
             break
     return poses
 
@@ -225,7 +221,7 @@ def combo_tasks(
     name, tasks = Capture(codes, 0, 2, 0, 2, 90, 0, 200).code, []
     rng = rng_for(seed, split, "scene", name)
     side = int(rng.random() < 0.02)  # few: 13 of the 4,526 real combination labels show the back
-    poses = scatter(drugs, COMBO_FIELD * 0.97, COMBO_FIELD * 0.93 * base.height / base.width, side, rng)
+    poses = _scatter(drugs, COMBO_FIELD * 0.97, COMBO_FIELD * 0.93 * base.height / base.width, side, rng)
     for la in (70, 75, 90):
         stem = Capture(codes, 0, 2, side, 2, la, 0, 200).stem()
         labels = tuple(
@@ -289,14 +285,14 @@ def file_length(
     return int(width * height * 3 * rng.normal(0.50, 0.006) + 2500)
 
 # %% ../../nbs/synth/220_writer.ipynb #1317fddc
-def json_bytes(
+def _json_bytes(
     record: dict,  # an annotation
 ) -> bytes:
     "A label file's content."
     return json.dumps(record, ensure_ascii=False, indent="\t").encode()
 
 # %% ../../nbs/synth/220_writer.ipynb #c20c362a
-def shifted_copy(
+def _shifted_copy(
     image: np.ndarray,  # uint8 RGB
     boxes: list[tuple],  # x, y, w, h
     shift: tuple[int, int],  # pixels right and down
@@ -310,7 +306,7 @@ def shifted_copy(
     return moved, [(min(max(x + dx, 0), w - bw), min(max(y + dy, 0), h - bh), bw, bh) for x, y, bw, bh in boxes]
 
 # %% ../../nbs/synth/220_writer.ipynb #7913a121
-def slid_box(
+def _slid_box(
     box: tuple[int, int, int, int],  # x, y, w, h
     shot: Shot,  # how the photo is taken
 ) -> list[int]:
@@ -330,7 +326,7 @@ BOX_FAULTS = {
 }  # spelling of a box
 
 
-def spoil_record(
+def _spoil_record(
     record: dict,  # the annotation, changed in place
     fault: str,  # its name in the ledger
     boxes: list[tuple],  # all true boxes of the photo
@@ -350,7 +346,7 @@ def spoil_record(
     elif fault == "identical_boxes":
         put(list(boxes[k - 1]))
     elif fault == "overlapping_boxes":
-        put(slid_box(boxes[k - 1], shot))
+        put(_slid_box(boxes[k - 1], shot))
     elif fault == "area_mismatch":
         note["area"] = w * h + w
     elif fault == "dl_idx_mismatch":
@@ -397,14 +393,14 @@ ON_COMBO = (
 )  # need several pills in the photo
 
 
-def another_part(
+def _another_part(
     path: str,  # a file of the delivery
 ) -> str:
     "The same file in a further archive's folder."
     return path.replace("_1_", "_99_", 1)
 
 # %% ../../nbs/synth/220_writer.ipynb #d901a7ce
-def spoil_files(
+def _spoil_files(
     task: Task,  # what is being written
     files: dict[str, bytes],  # path → content, changed in place
 ) -> None:
@@ -429,9 +425,9 @@ def spoil_files(
         elif fault == "index_picture":
             files[photo.replace(".png", "_index.png")] = files[photo]
         elif fault == "duplicate_annotation":
-            files[another_part(label)] = files[label]
+            files[_another_part(label)] = files[label]
         elif fault == "duplicate_photo":
-            files[another_part(photo)] = files[photo]
+            files[_another_part(photo)] = files[photo]
 
 # %% ../../nbs/synth/220_writer.ipynb #ecec94f2
 def render_task(
@@ -442,22 +438,22 @@ def render_task(
     rng = rng_for(*task.words, "box")
     boxes = [loose_box(e, task.shot, rng) for e in extents]
     if task.shift != (0, 0):
-        image, boxes = shifted_copy(image, boxes, task.shift)
+        image, boxes = _shifted_copy(image, boxes, task.shift)
     files = {}
     for path, k in task.labels:
         record = annotation(task.pills[k][0], Path(path).stem, boxes[k], task.shot.width, task.shot.height)
         for fault, hit in task.faults:
             if hit == k:
-                spoil_record(record, fault, boxes, k, task.shot)
-        files[path] = json_bytes(record)
+                _spoil_record(record, fault, boxes, k, task.shot)
+        files[path] = _json_bytes(record)
     files[task.image] = png_bytes(
         image, file_length(task.shot.width, task.shot.height, rng_for(*task.words, "length", task.stem))
     )
-    spoil_files(task, files)
+    _spoil_files(task, files)
     return files
 
 # %% ../../nbs/synth/220_writer.ipynb #7c55a89e
-def is_done(
+def _is_done(
     out: Path,  # delivery
     task: Task,  # what should be there
 ) -> bool:
@@ -474,12 +470,12 @@ def is_done(
     return not task.faults and right and all((out / l).is_file() for l, _ in task.labels)
 
 
-def write_task(
+def _write_task(
     job: tuple[str, Task],  # delivery folder, photo
 ) -> dict[str, str]:  # path → sha256 of what lies there
     "Take a photo and write its files, unless they are there."
     out, task = Path(job[0]), job[1]
-    if is_done(out, task):
+    if _is_done(out, task):
         return {
             p: hashlib.sha256((out / p).read_bytes()).hexdigest() for p in (task.image, *(l for l, _ in task.labels))
         }
@@ -491,7 +487,7 @@ def write_task(
     return {p: hashlib.sha256(b).hexdigest() for p, b in files.items()}
 
 # %% ../../nbs/synth/220_writer.ipynb #5f46dcbf
-def plant_near_duplicates(
+def _plant_near_duplicates(
     tasks: list[Task],  # training singles
     n: int,  # pairs wanted
     seed: int,  # of the delivery
@@ -516,7 +512,7 @@ def plant_near_duplicates(
     return tasks, ledger
 
 # %% ../../nbs/synth/220_writer.ipynb #e5eff20e
-def plant_faults(
+def _plant_faults(
     singles: list[Task],  # training photos of one pill
     combos: list[Task],  # training photos of several
     spare: set[str],  # photos that must stay as they are
@@ -551,7 +547,7 @@ class Plan:
     ledger: dict  # what was planted
 
 
-def split_tasks(
+def _split_tasks(
     catalogue: Catalogue,  # drugs
     photos: int,  # single photos a drug
     combos: int,  # combinations
@@ -563,7 +559,7 @@ def split_tasks(
     drugs = list(catalogue)
     codes = choose_combos(len(drugs), combos, rng_for(seed, split, "combos"))
     return (
-        [t for i, d in enumerate(drugs) for t in single_tasks(d, i, photos, split, base, seed)],
+        [t for i, d in enumerate(drugs) for t in _single_tasks(d, i, photos, split, base, seed)],
         [t for i, c in enumerate(codes) for t in combo_tasks([drugs[k] for k in c], i, split, base, seed)],
     )
 
@@ -580,7 +576,7 @@ def val_catalogue(
     return make_catalogue(n, seed + 1, twins=0, blank=False, avoid=tuple(d.number for d in train))
 
 
-def check_settings(
+def _check_settings(
     s: dict,  # settings of a delivery
 ) -> None:
     "Refuse what cannot be drawn."
@@ -617,13 +613,13 @@ def plan_delivery(
     labels_only: bool = False,  # annotations without photos
 ) -> Plan:
     "Decide everything; nothing is drawn or written."
-    check_settings(settings := dict(locals()))
+    _check_settings(settings := dict(locals()))
     if labels_only:
         return Plan(settings, (), {"schema": "pillsnap.synthetic/1", **settings})
     base, train = Shot(width=width, height=height, domain=domain), make_catalogue(drugs, seed)
     val = val_catalogue(train, val_drugs, seed)
-    singles, mixed = split_tasks(train, photos, combos, "train", base, seed)
-    tests = split_tasks(
+    singles, mixed = _split_tasks(train, photos, combos, "train", base, seed)
+    tests = _split_tasks(
         val,
         max(photos // 6, 1),
         min(combos // 10 + bool(combos), 6) if len(val) > 3 else min(combos, 1) if len(val) == 3 else 0,
@@ -631,10 +627,10 @@ def plan_delivery(
         base,
         seed,
     )
-    singles, near = plant_near_duplicates(singles, max(2, len(singles) // 150), seed)
+    singles, near = _plant_near_duplicates(singles, max(2, len(singles) // 150), seed)
     spoilt = {}
     if faults:
-        singles, mixed, spoilt = plant_faults(singles, mixed, {n[k] for n in near for k in ("source", "copy")}, seed)
+        singles, mixed, spoilt = _plant_faults(singles, mixed, {n[k] for n in near for k in ("source", "copy")}, seed)
     ledger = {
         "schema": "pillsnap.synthetic/1",
         **settings,
@@ -681,7 +677,7 @@ def claim_folder(
     save_json(plan.settings, out / UNFINISHED)
 
 # %% ../../nbs/synth/220_writer.ipynb #7be37c83
-def run_jobs(
+def _run_jobs(
     work: Callable[[tuple], dict[str, str]],  # one job's files, path → sha256
     jobs: Iterable[tuple],  # arguments of work
     n: int,  # processes; 1: this one
@@ -706,7 +702,7 @@ def run_tasks(
     n = min(os.cpu_count() or 1, 1 + int(pixels / 2e7)) if workers is None else workers
     try:
         yield from show_progress(
-            run_jobs(write_task, [(str(out), t) for t in tasks], n), len(tasks), "rendering", "photos", progress
+            _run_jobs(_write_task, [(str(out), t) for t in tasks], n), len(tasks), "rendering", "photos", progress
         )
     finally:
         cv2.setNumThreads(threads)
@@ -715,7 +711,7 @@ def run_tasks(
 KOREAN = {"single": "단일", "combo": "조합"}  # as the original archives are called
 
 
-def pack_parts(
+def _pack_parts(
     out: Path,  # delivery whose folders are complete
 ) -> None:
     "Turn every part folder into an archive with its Korean name, then remove the folder."
@@ -743,14 +739,14 @@ def render(
     for part in run_tasks(out, plan.tasks, workers, progress):
         hashes |= part
     if plan.settings["zip_parts"]:
-        pack_parts(out)
+        _pack_parts(out)
     return {**plan.ledger, "files": len(hashes), "digest": hashlib.sha256(canonical_json(hashes).encode()).hexdigest()}
 
 # %% ../../nbs/synth/220_writer.ipynb #c94b24d3
 _SLOTS = ("file_name", "imgfile", "back_color", "drug_dir", "light_color", "camera_la", "camera_lo")
 
 
-def label_template(
+def _label_template(
     drug: Drug,  # what is described
     width: int,  # of the photos
     height: int,  # of the photos
@@ -759,7 +755,7 @@ def label_template(
     record = annotation(drug, f"{drug.kcode}_0_0_0_0_60_000_200", (0, 0, 1, 1), width, height)
     record["images"][0] |= {k: f"@{k}@" for k in _SLOTS}
     record["annotations"][0] |= {"area": "@area@", "bbox": [f"@{k}@" for k in "xywh"]}
-    text = json_bytes(record).decode().replace("%", "%%")
+    text = _json_bytes(record).decode().replace("%", "%%")
     for k in ("file_name", "imgfile", "back_color", "drug_dir", "light_color"):
         text = text.replace(f"@{k}@", f"%({k})s")
     for k in ("camera_la", "camera_lo", "area", *"xywh"):
@@ -767,7 +763,7 @@ def label_template(
     return text
 
 
-def fill_label(
+def _fill_label(
     template: str,  # from label_template
     drug: Drug,  # what is described
     stem: str,  # the photo's name
@@ -778,7 +774,7 @@ def fill_label(
     return (template % {**{k: image[k] for k in _SLOTS}, "x": x, "y": y, "w": w, "h": h, "area": w * h}).encode()
 
 # %% ../../nbs/synth/220_writer.ipynb #9a0647b3
-def guess_box(
+def _guess_box(
     drug: Drug,  # how large it is
     centre: tuple[int, int],  # where it lies, pixels
     shot: Shot,  # scale and size of the photo
@@ -795,7 +791,7 @@ def guess_box(
     return x, y, w, h
 
 # %% ../../nbs/synth/220_writer.ipynb #64c68e1c
-def label_stems(
+def _label_stems(
     drugs: tuple[Drug, ...],  # one, or those of a combination
     n: int,  # photos of a single
     split: str,  # "train" or "val"
@@ -808,7 +804,7 @@ def label_stems(
     return [Capture((drugs[0].kcode,), 0, back, side, light, la, lo, 200).stem() for side, back, light, la, lo in grid]
 
 
-def write_drug_labels(
+def _write_drug_labels(
     job: tuple[str, tuple[Drug, ...], int, int, str, Shot, int],  # delivery, drugs, number, photos, split, shot, seed
 ) -> dict[str, str]:  # folder → sha256 of all that lies there
     "The annotations of a drug or of a combination: a pure function of the job."
@@ -818,7 +814,7 @@ def write_drug_labels(
         if len(drugs) == 1
         else ("combo", Capture(tuple(d.kcode for d in drugs), 0, 2, 0, 2, 90, 0, 200).code)
     )
-    stems, hashes, w, h = label_stems(drugs, n, split, seed), {}, shot.width, shot.height
+    stems, hashes, w, h = _label_stems(drugs, n, split, seed), {}, shot.width, shot.height
     spots = (
         [(w // 2, h // 2)]
         if len(drugs) == 1
@@ -828,13 +824,13 @@ def write_drug_labels(
         folder = f"{part_folder(split, 'labels', kind, i)}/{name}_json" + (f"/{d.kcode}" if len(drugs) > 1 else "")
         where, words, rng, said = (
             Path(out) / folder,
-            label_template(d, w, h),
+            _label_template(d, w, h),
             rng_for(seed, split, "labels", name, d.number),
             hashlib.sha256(),
         )
         where.mkdir(parents=True, exist_ok=True)
         for stem in stems:
-            raw = fill_label(words, d, stem, guess_box(d, centre, shot, rng))
+            raw = _fill_label(words, d, stem, _guess_box(d, centre, shot, rng))
             said.update(stem.encode() + raw)
             with open(f"{where}/{stem}.json", "wb", 0) as f:
                 f.write(raw)
@@ -842,7 +838,7 @@ def write_drug_labels(
     return hashes
 
 # %% ../../nbs/synth/220_writer.ipynb #612f91ed
-def label_jobs(
+def _label_jobs(
     out: Path,  # delivery folder
     plan: Plan,  # what is to be there
 ) -> tuple[list[tuple], dict]:  # arguments of write_drug_labels, ledger
@@ -878,16 +874,16 @@ def label_jobs(
     }
 
 
-def write_labels(
+def _write_labels(
     out: Path,  # delivery folder
     plan: Plan,  # what is to be there
     workers: int | None,  # processes; None: one per core when it pays
     progress: bool,  # show a bar
 ) -> dict:  # the ledger
     "Write every annotation of a delivery without photos."
-    jobs, ledger = label_jobs(out, plan)
+    jobs, ledger = _label_jobs(out, plan)
     n, hashes = workers or min(os.cpu_count() or 1, 1 + ledger["files"] // 20_000), {}
-    for part in show_progress(run_jobs(write_drug_labels, jobs, n), len(jobs), "writing labels", "drugs", progress):
+    for part in show_progress(_run_jobs(_write_drug_labels, jobs, n), len(jobs), "writing labels", "drugs", progress):
         hashes |= part
     return {**ledger, "digest": hashlib.sha256(canonical_json(hashes).encode()).hexdigest()}
 
@@ -917,7 +913,7 @@ def write_delivery(
         if (done := claim_folder(out, plan)) is not None:
             return done
         remove_partials(out)
-        ledger = write_labels(out, plan, workers, progress) if labels_only else render(out, plan, workers, progress)
+        ledger = _write_labels(out, plan, workers, progress) if labels_only else render(out, plan, workers, progress)
         save_json(ledger, out / "SYNTHETIC.json")
         (out / UNFINISHED).unlink(missing_ok=True)
     return ledger
@@ -945,7 +941,7 @@ def photo_and_boxes(
     return image, [tuple(json.loads(read_part(out, l))["annotations"][0]["bbox"]) for l, _ in task.labels]
 
 # %% ../../nbs/synth/220_writer.ipynb #79e54010
-def cut_out(
+def _cut_out(
     image: np.ndarray,  # uint8 RGB
     box: tuple[int, int, int, int],  # x, y, w, h
     size: int,  # of the square, pixels
@@ -962,7 +958,7 @@ def cut_out(
     )
 
 
-def caption(
+def _caption(
     draw: ImageDraw.ImageDraw,  # sheet
     xy: tuple[int, int],  # upper left corner
     text: str,  # Korean welcome
@@ -979,7 +975,7 @@ def caption(
     draw.text(xy, text, font=font, fill=colour)
 
 # %% ../../nbs/synth/220_writer.ipynb #bf7f4c7e
-def drug_card(
+def _drug_card(
     out: Path,  # delivery
     drug: Drug,  # whose card
     tasks: list[Task],  # its unspoilt photos
@@ -995,10 +991,10 @@ def drug_card(
         )[:1]
         for t in best:
             image, boxes = photo_and_boxes(out, t)
-            card.paste(Image.fromarray(cut_out(image, boxes[0], size)), (4 + k * (size + 4), 4))
+            card.paste(Image.fromarray(_cut_out(image, boxes[0], size)), (4 + k * (size + 4), 4))
     draw, b, r = ImageDraw.Draw(card), drug.body, drug.record
-    caption(draw, (5, size + 8), r["dl_name"], 13, 2 * size)
-    caption(
+    _caption(draw, (5, size + 8), r["dl_name"], 13, 2 * size)
+    _caption(
         draw,
         (5, size + 24),
         f"{r['dl_company']} · {b.shape} · {', '.join(b.colours)} · {b.long_mm}×{b.short_mm} mm",
@@ -1006,7 +1002,7 @@ def drug_card(
         2 * size,
         "dimgray",
     )
-    caption(draw, (5, size + 37), f"{drug.kcode}  {note}", 10, 2 * size, "firebrick" if note else "gray")
+    _caption(draw, (5, size + 37), f"{drug.kcode}  {note}", 10, 2 * size, "firebrick" if note else "gray")
     return np.asarray(card)
 
 # %% ../../nbs/synth/220_writer.ipynb #30cbf9e5
@@ -1040,7 +1036,7 @@ def contact_sheet(
     }
     first = sorted(drugs, key=lambda k: (k not in notes, k))[:most]
     cards = [
-        drug_card(
+        _drug_card(
             Path(out), drugs[k], [t for t in whole if len(t.pills) == 1 and t.pills[0][0].kcode == k], notes.get(k, "")
         )
         for k in sorted(first)
@@ -1053,7 +1049,7 @@ def contact_sheet(
         rows.append(montage([with_boxes(*photo_and_boxes(Path(out), t), w) for t in combos], 5, gap=6))
     wide = max(r.shape[1] for r in rows)
     return np.concatenate(
-        [titled(ledger, wide)]
+        [_titled(ledger, wide)]
         + [np.pad(r, ((0, 0), (0, wide - r.shape[1]), (0, 0)), constant_values=255) for r in rows]
     )
 
@@ -1073,15 +1069,15 @@ def with_boxes(
     return small
 
 
-def titled(
+def _titled(
     ledger: dict,  # what the sheet shows
     width: int,  # pixels
 ) -> np.ndarray:  # uint8 RGB
     "The sheet's heading."
     head, n = Image.new("RGB", (width, 54), "#ffffff"), ledger["counts"]
     draw = ImageDraw.Draw(head)
-    caption(draw, (10, 8), "합성 알약 — 실제 의약품이 아닙니다", 20, width - 20)
-    caption(
+    _caption(draw, (10, 8), "합성 알약 — 실제 의약품이 아닙니다", 20, width - 20)
+    _caption(
         draw,
         (10, 34),
         f"PillSnap synthetic delivery · seed {ledger['seed']} · {ledger['drugs']} drugs · {n['train_single']:,} single and {n['train_combo']:,} combination photos · {ledger['width']}×{ledger['height']} · {ledger['domain']}",
@@ -1092,7 +1088,7 @@ def titled(
     return np.asarray(head)
 
 # %% ../../nbs/synth/220_writer.ipynb #dd80837a
-def possible_combos(
+def _possible_combos(
     drugs: int,  # to choose from
 ) -> int:  # how many combinations of three or four there are
     "The most combinations that so many drugs give."
@@ -1116,7 +1112,7 @@ def synth_command(
 ) -> dict:  # the ledger
     "`pillsnap synth`: render a delivery, say where it is and what is in it, leave a contact sheet."
     if combos is None:
-        combos = min(40, possible_combos(drugs))
+        combos = min(40, _possible_combos(drugs))
         if combos < 40:
             print(f"combinations   {combos} instead of 40, because {drugs} drugs give no more of three or four")
     began = time.perf_counter()

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NAN_LOSS', 'PillLoaders', 'PillLearner', 'Unpack', 'Precision', 'ScaledStep', 'batch_mass', 'Accumulate', 'Mix',
-           'GradClip', 'Ema', 'topk_hits', 'Validate', 'merge_metrics', 'mean_loss', 'History', 'early_stopping',
-           'monitored', 'EarlyStop', 'Clock', 'Throughput', 'StepLog', 'AsyncScalar', 'Progress']
+           'GradClip', 'Ema', 'topk_hits', 'Validate', 'merge_metrics', 'History', 'early_stopping', 'monitored',
+           'EarlyStop', 'Clock', 'Throughput', 'StepLog', 'AsyncScalar', 'Progress']
 
 # %% ../../nbs/training/600_callbacks.ipynb #da661880
 import logging, math, os, threading, time
@@ -358,7 +358,7 @@ def merge_metrics(
     return save_json({**before, "latest": latest, "history": merged}, path)
 
 # %% ../../nbs/training/600_callbacks.ipynb #53de2db4
-def mean_loss(
+def _mean_loss(
     total: torch.Tensor | float,  # losses of the batches that count, added up
     batches: torch.Tensor | int,  # how many those are
 ) -> float:  # NaN where none counts
@@ -393,7 +393,7 @@ class History(Callback):
         )
 
     def after_train(self):
-        self.train_loss = mean_loss(self.total, self.batches)
+        self.train_loss = _mean_loss(self.total, self.batches)
         if not float(self.batches):
             raise PillsnapError(
                 f"no batch of epoch {self.epoch + 1} had a photo and a loss that is a number",
@@ -660,7 +660,7 @@ def look(self: StepLog):
 @patch
 def say(self: StepLog):
     "A line for a person, and two points."
-    facts = dict(loss=mean_loss(self.sum, self.batches), lr=self.opt.hypers[0]["lr"], cuda=cuda_mem_mb())
+    facts = dict(loss=_mean_loss(self.sum, self.batches), lr=self.opt.hypers[0]["lr"], cuda=cuda_mem_mb())
     self.sum, self.batches = 0.0, 0
     if self.log:
         self.log.info(

@@ -6,9 +6,8 @@
 __all__ = ['Mode', 'FIRST_STEPS', 'SHAPING', 'FREE', 'build_optimizer', 'opt_func', 'total_steps', 'warmup_steps',
            'build_scheduler', 'resolve_compile', 'resolve_graphs', 'checkpoint_gradients', 'CompileTrial',
            'run_compile_trial', 'compile_arguments', 'try_compile', 'OwnGradients', 'batch_sizes', 'compile_mode',
-           'rehearsal', 'speed_up', 'Outputs', 'training_callbacks', 'build_learner', 'validate_classification',
-           'run_settings', 'read_last_checkpoint', 'is_finished', 'should_resume', 'load_resume_checkpoint',
-           'resolved_line']
+           'rehearsal', 'speed_up', 'Outputs', 'build_learner', 'validate_classification', 'read_last_checkpoint',
+           'is_finished', 'should_resume', 'load_resume_checkpoint', 'resolved_line']
 
 # %% ../../nbs/training/630_learner.ipynb #929cd27a
 import logging, math
@@ -397,7 +396,7 @@ class Outputs:
 FIRST_STEPS = 3  # of a process: memory is found, kernels are chosen; they stand in no curve
 
 
-def training_callbacks(
+def _training_callbacks(
     cfg: Config,  # train.classification
     steps: int,  # optimizer steps of the run
     dtype: torch.dtype | None,  # of autocast; None = full precision
@@ -469,7 +468,7 @@ def build_learner(
     c, out = cfg.train.classification, out or Outputs(quiet=True)
     dtype = select_amp_dtype(c.amp_dtype if c.amp else "fp32", torch.device(device), out.log, out.tb)
     compiled = speed_up(model, cfg, device, dtype, train_dl, out.log, out.tb, views)
-    cbs = training_callbacks(
+    cbs = _training_callbacks(
         cfg, total_steps(len(train_dl), c.grad_accum_steps, c.epochs), dtype, fixed or {}, out, compiled
     )
     learn = PillLearner(
@@ -536,7 +535,7 @@ FREE = (
 )  # of these, what may change on the way
 
 
-def run_settings(
+def _run_settings(
     tree: Mapping[str, Any],  # a configuration as a plain tree
 ) -> dict[str, Any]:  # only what changes the classifier
     "The settings that must agree for a run to be the same run."
@@ -567,7 +566,7 @@ def read_last_checkpoint(
         )
         return None
     ckpt = load_ckpt(path, class_map=class_map, backbone=cfg.train.classification.backbone)
-    if diff := config_diff(run_settings(ckpt["config_snapshot"]), run_settings(cfg.to_dict())):
+    if diff := config_diff(_run_settings(ckpt["config_snapshot"]), _run_settings(cfg.to_dict())):
         raise PillsnapError(
             "the checkpoint comes from another configuration:\n  " + "\n  ".join(diff[:12]),
             where=path,

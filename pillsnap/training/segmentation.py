@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['mask_classes', 'mask_group', 'MaskSplit', 'split_masks', 'build_unet', 'MaskScore', 'KeepEpochs', 'EpochSeed',
-           'MaskPhotos', 'one_cycle', 'mask_learner', 'draw_mask_curves', 'draw_masks', 'SegmentationJob',
-           'mask_folder', 'folder_provenance']
+           'MaskPhotos', 'one_cycle', 'mask_learner', 'draw_masks', 'SegmentationJob']
 
 # %% ../../nbs/training/680_segmentation.ipynb #625a813b
 import json, re, time
@@ -314,7 +313,7 @@ def mask_learner(
     return learn
 
 # %% ../../nbs/training/680_segmentation.ipynb #f2963717
-def draw_mask_curves(
+def _draw_mask_curves(
     rows: Sequence[Mapping[str, Any]],  # one per epoch
 ) -> Any:  # matplotlib Figure
     "Loss and figures over the epochs."
@@ -396,7 +395,7 @@ def check_inputs(
         find_pairs(cfg.paths.root)
 
 # %% ../../nbs/training/680_segmentation.ipynb #14f3b77e
-def mask_folder(
+def _mask_folder(
     run: RunFolder,  # the run
     cfg: Config,  # data.source, paths.root
 ) -> Path:
@@ -411,7 +410,7 @@ def mask_folder(
     return root
 
 
-def folder_provenance(
+def _folder_provenance(
     root: Path,  # photos and masks
     source: str,  # synthetic | aihub | other
     names: Sequence[str],  # the classes
@@ -434,13 +433,13 @@ def work(self: SegmentationJob, run: RunFolder, cfg: Config) -> JobResult:
             where="data.task",
             fix="data.task=segmentation",
         )
-    root = mask_folder(run, cfg)
+    root = _mask_folder(run, cfg)
     names, photos = mask_classes(root), [p for p, _ in find_pairs(root)]
     split = split_masks(photos, cfg.train.segmentation.val_share, cfg.train.seed)
     counts = f"{len(split.train)} train and {len(split.val)} validate"
     run.log.info(f"masks: {len(photos)} photos in {split.groups} groups, {counts}; classes: {', '.join(names)}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    prov = folder_provenance(root, cfg.data.source, names)
+    prov = _folder_provenance(root, cfg.data.source, names)
     learn, keep = self._trained(run, cfg, root, names, split, prov, device)
     return self._report(run, cfg, root, names, split, prov, learn, keep)
 
@@ -533,7 +532,7 @@ def _report(
         ),
         reports / "segmentation.json",
     )
-    pictures = dict(curves=draw_mask_curves(keep.rows), answers=draw_masks(learn.model, learn.dls.valid.dataset, names))
+    pictures = dict(curves=_draw_mask_curves(keep.rows), answers=draw_masks(learn.model, learn.dls.valid.dataset, names))
     figures = [save_fig(f, reports / f"segmentation_{k}.png") for k, f in pictures.items()]
     table = [
         {"class": "mean over classes", "IoU": scores["mIoU"], "Dice": scores["Dice"], "pixels": scores["n"]},
