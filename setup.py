@@ -1,6 +1,7 @@
 """Package PillSnap. Everything is read from `settings.ini`; a wheel also carries the stage notebooks and the presets."""
 
-import shlex, shutil
+import shlex
+import shutil
 from configparser import ConfigParser
 from pathlib import Path
 

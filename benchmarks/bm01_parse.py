@@ -10,7 +10,7 @@ from pathlib import Path
 
 from harness import arguments, compare, finish, optional
 
-from pillsnap.delivery.aihub import Fault, label_files, AnnotationReader
+from pillsnap.delivery.aihub import AnnotationReader, Fault, label_files
 from pillsnap.synth.writer import write_delivery
 
 

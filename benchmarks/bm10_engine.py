@@ -41,9 +41,9 @@ class Points:
 def pack_loader(size: int, batch: int, steps: int, workers: int) -> Any:
     "The project's loader over its pack, augmented and normalised, the same photos in the same order each time."
     from pillsnap.core.config import AugmentClassification
-    from pillsnap.delivery.classmap import ClassMap
     from pillsnap.dataset.datasets import PillsnapClsDataset
     from pillsnap.dataset.loaders import PhotoLoader
+    from pillsnap.delivery.classmap import ClassMap
 
     root, rows = photo_tree("jpg", 1024)
     rows, source = rows.iloc[: steps * batch], pack_source(root, rows, "jpeg")
@@ -63,6 +63,7 @@ def pack_loader(size: int, batch: int, steps: int, workers: int) -> Any:
 def engine(make_net: Callable[[], nn.Module], batches: Iterable, size: int, points: Points) -> Callable[[], float]:
     "ms a step of `Learner.fit`, validation left out."
     from fastai.callback.core import Callback
+
     from pillsnap.core.config import load_config
     from pillsnap.training.learner import Outputs, build_learner
 

@@ -22,14 +22,15 @@ import torch
 from fastai.callback.core import Callback
 from harness import LIMITS, arguments, compare, finish
 from loading import still
+from torch import nn
+
 from pillsnap.core.config import load_config
-from pillsnap.delivery.classmap import ClassMap
 from pillsnap.dataset.datasets import DeliverySource, PillsnapClsDataset
 from pillsnap.dataset.loaders import PhotoLoader
 from pillsnap.dataset.sampling import EpochSampler
+from pillsnap.delivery.classmap import ClassMap
 from pillsnap.evaluation.evaluation import theil_sen
 from pillsnap.training.learner import Outputs, build_learner
-from torch import nn
 
 LIMIT = LIMITS["BM13"]["kb_per_epoch"]
 DRUGS, SIZE, BATCH, WORKERS, WARM, BLOCK = 6, 64, 64, 2, 10, 5
@@ -94,9 +95,12 @@ def training(root: Path, rows: pd.DataFrame, engine: str, epochs: int, leak: int
         ],
     )
     classes = ClassMap(sorted(set(rows["class_key"])))
-    make = lambda part, train: PillsnapClsDataset(
-        part, classes, DeliverySource(root), SIZE, train=train, augment=cfg.data.augment.classification, seed=1
-    )
+
+    def make(part, train):
+        return PillsnapClsDataset(
+            part, classes, DeliverySource(root), SIZE, train=train, augment=cfg.data.augment.classification, seed=1
+        )
+
     options = dict(engine=engine, num_workers=WORKERS, prefetch_factor=2)
     train, val = make(rows.iloc[len(rows) // 4 :], True), make(rows.iloc[: len(rows) // 4], False)
     torch.manual_seed(0)

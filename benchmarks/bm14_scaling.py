@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 from harness import LIMITS, arguments, finish, machine, save
@@ -90,7 +90,7 @@ def record(sizes: list[dict], repeats: int, missed: list[str]) -> dict:
         rows=[line(r) for r in sizes],
         sizes=sizes,
         missed=missed,
-        when=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        when=datetime.now(UTC).isoformat(timespec="seconds"),
         machine=machine(),
     )
 

@@ -15,10 +15,10 @@ def our_loader(
 ) -> Any:
     "Random crop + mirror, bytes out, in a new order each epoch."
     from pillsnap.core.config import AugmentClassification
-    from pillsnap.delivery.classmap import ClassMap
     from pillsnap.dataset.datasets import PillsnapClsDataset
     from pillsnap.dataset.loaders import PhotoLoader
     from pillsnap.dataset.sampling import EpochSampler
+    from pillsnap.delivery.classmap import ClassMap
 
     data = PillsnapClsDataset(
         rows,

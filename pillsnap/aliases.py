@@ -31,34 +31,49 @@ from .core.config import load_config
 from .core.device import cuda_mem_mb, enable_tf32, select_amp_dtype, set_seed
 from .core.files import ensure_dir, get_git_sha, read_json, save_json
 from .core.logs import StepTimer, TBWriter, build_logger
-from .photos.augmentation import build_transforms_classification, build_transforms_detection
 from .dataset.conversion import discover_detection_data
-from .dataset.datasets import CombinationPillDataset, PillsnapClsDataset, PillsnapDetDataset, SinglePillDataset
 from pillsnap.dataset.datasets import (
+    CombinationPillDataset,
+    PillsnapClsDataset,
+    PillsnapDetDataset,
+    SinglePillDataset,
     UserControlledTwoStageDataset,
     lmdb_converter,
     safe_collate,
     safe_collate_detection,
 )
-from .dataset.loaders import autotune_num_workers, build_classification_loaders, build_dataloaders_by_mode
-from .dataset.loaders import build_dataloaders_twostage, preload_stage_data
+from pillsnap.dataset.loaders import (
+    autotune_num_workers,
+    build_classification_loaders,
+    build_dataloaders_by_mode,
+    build_dataloaders_twostage,
+    preload_stage_data,
+)
+from pillsnap.evaluation.advisor import (
+    evaluate_and_recommend,
+    generate_optimization_suggestions,
+    get_stage_config,
+    get_stage_target,
+)
+from .evaluation.final import final_test_evaluation
+from .evaluation.gates import simple_stage_evaluation
+from .evaluation.reports import evaluate_classification_metrics
 from .models.factory import build_classification_model
 from .models.losses import build_criterion, compute_class_weights
 from .models.metrics import detection_ap
 from .models.pipeline import DetectorRunner
 from .models.yolo import build_criterion_detection, build_yolo_model
+from .photos.augmentation import build_transforms_classification, build_transforms_detection
 from .training.callbacks import early_stopping
 from .training.classifier import train_classification_stage
 from .training.detector import score_detector, train_detection_stage
 from .training.learner import build_optimizer, build_scheduler, try_compile, validate_classification
 from .training.memory import auto_find_batch_size, oom_recovery_state_machine
-from .training.presets import apply_stage_overrides, enable_large_dataset_optimizations
-from .training.presets import enable_small_dataset_optimizations
-from .evaluation.advisor import evaluate_and_recommend, generate_optimization_suggestions
-from .evaluation.advisor import get_stage_config, get_stage_target
-from .evaluation.final import final_test_evaluation
-from .evaluation.gates import simple_stage_evaluation
-from .evaluation.reports import evaluate_classification_metrics
+from pillsnap.training.presets import (
+    apply_stage_overrides,
+    enable_large_dataset_optimizations,
+    enable_small_dataset_optimizations,
+)
 
 # %% ../nbs/930_aliases.ipynb #68dfdc0e
 safe_collate_cls = safe_collate_classification = safe_collate

@@ -9,7 +9,9 @@ __all__ = ['PIPELINE', 'ASIDE', 'app', 'Overrides', 'ConfigOption', 'RunConfig',
            'declare', 'arguments', 'main']
 
 # %% ../nbs/920_cli.ipynb #1eaae89f
-import logging, re, sys
+import logging
+import re
+import sys
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -72,7 +74,7 @@ app = typer.Typer(
 )
 
 Overrides = Annotated[
-    Optional[list[str]], typer.Argument(help="dotted overrides, for example train.seed=7", metavar="[KEY=VALUE]...")
+    list[str] | None, typer.Argument(help="dotted overrides, for example train.seed=7", metavar="[KEY=VALUE]...")
 ]
 ConfigOption = Annotated[
     str, typer.Option("--config", "--cfg", "-c", help=f"a preset ({', '.join(preset_names())}) or a YAML file")
@@ -87,7 +89,7 @@ RunConfig = Annotated[
     ),
 ]
 RunDir = Annotated[
-    Optional[Path],
+    Path | None,
     typer.Option("--run-dir", "--run", help="the run folder; default: the configuration's paths.exp_dir"),
 ]
 
@@ -103,14 +105,14 @@ def run(
     overrides: Overrides = None,
     config: RunConfig = "",
     run_dir: RunDir = None,
-    from_: Annotated[Optional[str], typer.Option("--from", help="begin at this stage")] = None,
-    only: Annotated[Optional[str], typer.Option("--only", help="run this stage alone")] = None,
+    from_: Annotated[str | None, typer.Option("--from", help="begin at this stage")] = None,
+    only: Annotated[str | None, typer.Option("--only", help="run this stage alone")] = None,
     force: Annotated[
         bool, typer.Option("--force", help="run again what is up to date, also with changed settings")
     ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="begin a new folder beside the old one")] = False,
     param: Annotated[
-        Optional[list[str]],
+        list[str] | None,
         typer.Option("--param", "-p", help="a further parameter of a single stage's notebook, NAME=VALUE"),
     ] = None,
 ) -> None:
@@ -208,7 +210,7 @@ def synth(
     drugs: Annotated[int, typer.Option(help="drugs in Training", min=1)] = 12,
     photos: Annotated[int, typer.Option(help="single photos a drug", min=1)] = 72,
     combos: Annotated[
-        Optional[int],
+        int | None,
         typer.Option(help="combinations, three photos each; default: 40, or as many as the drugs give", min=0),
     ] = None,
     seed: Annotated[int, typer.Option(help="same seed, same bytes")] = 42,
@@ -220,7 +222,7 @@ def synth(
     width: Annotated[int, typer.Option(help="of a photo, pixels")] = 976,
     height: Annotated[int, typer.Option(help="of a photo, pixels")] = 1280,
     domain: Annotated[str, typer.Option(help="studio | phone")] = "studio",
-    workers: Annotated[Optional[int], typer.Option(help="processes; default: the CPU count", min=1)] = None,
+    workers: Annotated[int | None, typer.Option(help="processes; default: the CPU count", min=1)] = None,
     labels_only: Annotated[
         bool, typer.Option("--labels-only", help="annotations without photos, to try a large delivery")
     ] = False,
@@ -248,14 +250,14 @@ def synth(
 @app.command(epilog="Example: `pillsnap pack --run RUN --estimate`")
 def pack(
     run_dir: Annotated[Path, typer.Option("--run", "--run-dir", help="a run folder with splits")] = Path("_runs/demo"),
-    stage: Annotated[Optional[int], typer.Option(help="0-4; default: the run's current stage", min=0, max=4)] = None,
-    codec: Annotated[Optional[str], typer.Option(help="jpeg | raw; default: the run's pack.codec")] = None,
+    stage: Annotated[int | None, typer.Option(help="0-4; default: the run's current stage", min=0, max=4)] = None,
+    codec: Annotated[str | None, typer.Option(help="jpeg | raw; default: the run's pack.codec")] = None,
     estimate: Annotated[bool, typer.Option("--estimate", help="say its size and time, and stop")] = False,
-    workers: Annotated[Optional[int], typer.Option(help="processes; default: the CPU count", min=1)] = None,
+    workers: Annotated[int | None, typer.Option(help="processes; default: the CPU count", min=1)] = None,
 ) -> None:
     "Open a stage's photos once and keep them small, in a few checked files; goes on where it was interrupted."
-    from pillsnap.photos.pack import pack_command
     from pillsnap.dataset.splits import load_split_data
+    from pillsnap.photos.pack import pack_command
 
     cfg = load_config(run_config(run_dir), [f"pack.codec={codec}"] if codec else [])
     n = cfg.data.progressive_validation.current_stage if stage is None else stage
@@ -265,15 +267,15 @@ def pack(
 @app.command(epilog='Example: `pillsnap plan --root ./data --gpu "RTX 5080" --seconds 10`')
 def plan(
     root: Annotated[
-        Optional[Path], typer.Option("--root", help="a delivery to measure on; without it pills are rendered")
+        Path | None, typer.Option("--root", help="a delivery to measure on; without it pills are rendered")
     ] = None,
     run_dir: Annotated[
-        Optional[Path],
+        Path | None,
         typer.Option("--run", "--run-dir", help="a run folder: its manifest, its configuration, its disk"),
     ] = None,
-    gpu: Annotated[Optional[str], typer.Option(help="name of the GPU, for a declared rate")] = None,
+    gpu: Annotated[str | None, typer.Option(help="name of the GPU, for a declared rate")] = None,
     gpu_rate: Annotated[
-        Optional[float], typer.Option(help="photos a second that the GPU trains, if you know it", min=0.1)
+        float | None, typer.Option(help="photos a second that the GPU trains, if you know it", min=0.1)
     ] = None,
     seconds: Annotated[
         float,
@@ -325,8 +327,8 @@ def doctor(
 @app.command(epilog="Example: `pillsnap audit --labels ./data --json audit.json`")
 def audit(
     labels: Annotated[Path, typer.Option("--labels", help="folder of annotation JSONs")],
-    images: Annotated[Optional[Path], typer.Option("--images", help="folder of photos, if there is one")] = None,
-    json_out: Annotated[Optional[Path], typer.Option("--json", help="write the counts here")] = None,
+    images: Annotated[Path | None, typer.Option("--images", help="folder of photos, if there is one")] = None,
+    json_out: Annotated[Path | None, typer.Option("--json", help="write the counts here")] = None,
 ) -> None:
     "Count what is wrong with a tree of annotations."
     from pillsnap.delivery.truth import audit_command
@@ -338,9 +340,9 @@ def audit(
 def index(
     labels: Annotated[Path, typer.Argument(help="a delivery, or a folder of annotation JSONs")],
     out: Annotated[Path, typer.Option("--out", help="the index to write, NAME.arrow")],
-    workers: Annotated[Optional[int], typer.Option(help="processes; default: the CPU count", min=1)] = None,
+    workers: Annotated[int | None, typer.Option(help="processes; default: the CPU count", min=1)] = None,
     yolo: Annotated[
-        Optional[Path], typer.Option("--yolo", help="also lay it out for a YOLO detector in this folder")
+        Path | None, typer.Option("--yolo", help="also lay it out for a YOLO detector in this folder")
     ] = None,
 ) -> None:
     "Turn a tree of annotations into one index file; photos are not needed."
@@ -352,8 +354,8 @@ def index(
 @app.command(epilog="Example: `pillsnap extract ./data`")
 def extract(
     src: Annotated[Path, typer.Argument(help="a folder with AI Hub's archives, at any depth")],
-    out: Annotated[Optional[Path], typer.Option("--out", help="the delivery's root; default: the same folder")] = None,
-    workers: Annotated[Optional[int], typer.Option(help="archives at once; default: the CPU count", min=1)] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="the delivery's root; default: the same folder")] = None,
+    workers: Annotated[int | None, typer.Option(help="archives at once; default: the CPU count", min=1)] = None,
 ) -> None:
     "Unpack a zipped delivery into the English tree; what is there already is left alone."
     from pillsnap.delivery.aihub import extract_command
@@ -380,16 +382,14 @@ def predict(
     photo: Annotated[Path, typer.Argument(help="a photo")],
     run_dir: Annotated[Path, typer.Option("--run", "--run-dir", help="a run folder with export/")] = Path("_runs/demo"),
     mode: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(
             help="single: the whole photo is one pill; combo: find the pills first; "
             "default: data.default_mode of the run"
         ),
     ] = None,
     json_out: Annotated[bool, typer.Option("--json", help="print JSON instead of the card")] = False,
-    topk: Annotated[
-        Optional[int], typer.Option(help="drugs listed; default: inference.top_k of the run", min=1)
-    ] = None,
+    topk: Annotated[int | None, typer.Option(help="drugs listed; default: inference.top_k of the run", min=1)] = None,
 ) -> None:
     "Name the pill in a photo, from the ONNX files alone."
     from pillsnap.deployment.runtime import predict_command
@@ -407,17 +407,17 @@ def train_stage(
     ],
     overrides: Overrides = None,
     num_classes: Annotated[
-        Optional[int],
+        int | None,
         typer.Option(
             "--num-classes", help="drugs you expect; shown beside the class map's number and never used", min=1
         ),
     ] = None,
     target_accuracy: Annotated[
-        Optional[float], typer.Option("--target-accuracy", help="what the end is measured against, 0-1", min=0, max=1)
+        float | None, typer.Option("--target-accuracy", help="what the end is measured against, 0-1", min=0, max=1)
     ] = None,
-    epochs: Annotated[Optional[int], typer.Option("--epochs", help="in total, also on resume", min=1)] = None,
+    epochs: Annotated[int | None, typer.Option("--epochs", help="in total, also on resume", min=1)] = None,
     batch_size: Annotated[
-        Optional[int], typer.Option("--batch-size", help="photos per step; rules over the stage's own", min=1)
+        int | None, typer.Option("--batch-size", help="photos per step; rules over the stage's own", min=1)
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="also where it was trained with other settings")] = False,
 ) -> None:
@@ -482,7 +482,7 @@ def evaluate(
     run_dir: Annotated[Path, typer.Option("--run-dir", "--run", help="the run folder")] = Path("_runs/demo"),
     split: Annotated[str, typer.Option(help="val | test; test is opened once, through the ledger")] = "val",
     checkpoint: Annotated[
-        Optional[Path], typer.Option(help="a classifier or retrieval checkpoint; default: the run's best.pt")
+        Path | None, typer.Option(help="a classifier or retrieval checkpoint; default: the run's best.pt")
     ] = None,
     reason: Annotated[str, typer.Option(help="test only: why it is opened")] = "",
     confirm: Annotated[str, typer.Option(help="test only: the run's id, typed out")] = "",

@@ -6,7 +6,12 @@
 __all__ = ['PACKAGES', 'collect_facts', 'Finding', 'examine', 'doctor_command']
 
 # %% ../nbs/900_doctor.ipynb #b7f0303c
-import importlib.metadata, importlib.util, os, resource, shutil, sys
+import importlib.metadata
+import importlib.util
+import os
+import resource
+import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal

@@ -9,7 +9,12 @@ __all__ = ['TRAINER_BYTES', 'CUDA_BYTES', 'GPU_BYTES', 'GPU_RATES', 'Networks', 
            'plot_plans', 'print_plan', 'plan_command']
 
 # %% ../nbs/910_planner.ipynb #272fa644
-import json, os, random, shutil, sys, time
+import json
+import os
+import random
+import shutil
+import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -23,8 +28,8 @@ import joblib
 import numpy as np
 import pandas as pd
 import psutil
-from PIL import Image
 from fastcore.basics import patch
+from PIL import Image
 
 # %% ../nbs/910_planner.ipynb #b6e9c695
 from .core.config import Config, load_config
@@ -32,13 +37,13 @@ from .core.errors import PillsnapError
 from .core.logs import progress as show_progress
 from .core.processes import processes
 from .core.records import hardware
-from .delivery.aihub import SEALED, refuse_sealed
 from .dataset.conversion import read_manifest
+from .dataset.splits import sealed_groups
+from .delivery.aihub import SEALED, refuse_sealed
 from .photos.images import open_image_safely, reduce_for, whole_view
 from .photos.pack import Pack, Plan, build_pack, make_plan, pack_settings, photo_records
 from .synth.catalogue import make_catalogue, rng_for
 from .synth.renderer import Shot, photograph, single_pose
-from .dataset.splits import sealed_groups
 from .synth.writer import png_bytes
 
 # %% ../nbs/910_planner.ipynb #bd89ffd4
@@ -553,7 +558,10 @@ def print_plan(
 ) -> str:
     "The plan in words and tables."
     plans, ram = make_plans(cfg, seen, gpu), ram_plan(cfg, seen)
-    yes = lambda s: s.map({True: "yes", False: "NO"})
+
+    def yes(s):
+        return s.map({True: "yes", False: "NO"})
+
     t = pd.DataFrame(
         {
             "stage": plans.stage,

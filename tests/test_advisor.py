@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
@@ -24,8 +25,8 @@ from pillsnap.evaluation.advisor import (
     score_bars,
 )
 from pillsnap.evaluation.final import final_test_evaluation, why_sealed
-from pillsnap.evaluation.ledger import append_ledger, read_ledger, record_decision, stage_4_done
 from pillsnap.evaluation.latency import Latency
+from pillsnap.evaluation.ledger import append_ledger, read_ledger, record_decision, stage_4_done
 from pillsnap.evaluation.menu import (
     advisor_menu,
     build_menu,
@@ -201,11 +202,18 @@ def test_the_table_of_annex_3(shares):
 
 @pytest.mark.spec("SG6")
 def test_options_are_the_contracts():
-    labels = lambda f: [l for _, l in evaluate_and_recommend(0, f).user_options]
-    f = lambda s: Facts(
-        {k: rec(s * t, prov=SYN) for k, t in (("accuracy", 0.9), ("detection_map50", 0.9), ("class_coverage", 1.0))},
-        checked(0),
-    )
+    def labels(f):
+        return [l for _, l in evaluate_and_recommend(0, f).user_options]
+
+    def f(s):
+        return Facts(
+            {
+                k: rec(s * t, prov=SYN)
+                for k, t in (("accuracy", 0.9), ("detection_map50", 0.9), ("class_coverage", 1.0))
+            },
+            checked(0),
+        )
+
     assert labels(f(1)) == ["Next stage", "Optimise more here", "Detailed report"]
     assert labels(f(0.8)) == ["Go on with what there is", "Apply the advice and retry", "Set hyper-parameters by hand"]
     assert labels(f(0.6)) == ["Apply the advice and retry", "Go on (at risk)", "Detailed debugging"]

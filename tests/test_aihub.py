@@ -11,10 +11,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from pillsnap.core.errors import PillsnapError
-from pillsnap.delivery import aihub, truth
+from pillsnap.delivery import aihub
 from pillsnap.delivery.aihub import (
     IMAGE_KEYS,
     Annotation,

@@ -13,9 +13,9 @@ from pillsnap.core.checkpoints import load_ckpt
 from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.jobs import RunFolder
+from pillsnap.dataset.splits import load_split_data, smoke_splits
 from pillsnap.photos.caches import View, cached_view
 from pillsnap.photos.images import open_image_safely
-from pillsnap.dataset.splits import load_split_data, smoke_splits
 from pillsnap.training.learner import Outputs
 from pillsnap.training.memory import OomState
 
@@ -258,7 +258,9 @@ def test_the_advisor_answers_by_its_names():
     from pillsnap.core.records import Provenance
     from pillsnap.evaluation.advisor import Facts
 
-    m = lambda name, v: Provenance("aihub", "d" * 64, "c" * 64).metric(name, v, n=5000, seconds=60.0)
+    def m(name, v):
+        return Provenance("aihub", "d" * 64, "c" * 64).metric(name, v, n=5000, seconds=60.0)
+
     target = A.get_stage_target(1)
     assert {t.name: t.value for t in target.targets}["accuracy"] == 0.40
     facts = Facts(metrics={"accuracy": m("accuracy", 0.2)}, oom_events=9)

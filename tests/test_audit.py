@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -97,7 +96,7 @@ def test_it_changes_nothing(looked_at):
 
 def test_the_command_runs_it_aside(looked_at, tmp_path, capsys):
     "`pillsnap run audit --run DIR` takes the folder's own settings; `run all` does not know it."
-    from pillsnap.cli import ASIDE, PIPELINE, main, own_config
+    from pillsnap.cli import PIPELINE, main, own_config
 
     root, _, _ = looked_at
     copy = tmp_path / "run"
@@ -124,6 +123,7 @@ def test_two_runs_on_one_folder(looked_at, tmp_path):
     import os
     import subprocess
     import sys
+
     from pillsnap.dataset.splits import SplitsJob
 
     root, _, _ = looked_at
@@ -135,11 +135,14 @@ def test_two_runs_on_one_folder(looked_at, tmp_path):
     ) as other:
         try:
             assert other.stdout.readline().strip() == "held"
-            state = lambda: {
-                p.relative_to(copy).as_posix(): (p.stat().st_mtime_ns, p.stat().st_size)
-                for p in copy.rglob("*")
-                if p.is_file() and p.name != ".lock" and "logs" not in p.parts
-            }
+
+            def state():
+                return {
+                    p.relative_to(copy).as_posix(): (p.stat().st_mtime_ns, p.stat().st_size)
+                    for p in copy.rglob("*")
+                    if p.is_file() and p.name != ".lock" and "logs" not in p.parts
+                }
+
             before = state()
             for job in (SplitsJob, AuditJob):
                 with pytest.raises(PillsnapError, match=str(other.pid)):

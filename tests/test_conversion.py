@@ -19,8 +19,6 @@ from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.files import read_json
 from pillsnap.dataset import conversion
-from pillsnap.delivery.aihub import DRUG_KEYS, IMAGE_KEYS, Reason
-from pillsnap.delivery.classmap import ClassMap
 from pillsnap.dataset.conversion import (
     COLUMNS,
     ConversionJob,
@@ -33,9 +31,10 @@ from pillsnap.dataset.conversion import (
     get_drug_metadata_from_class_id,
     read_manifest,
     validate_bbox,
-    write_manifest,
     write_yolo_tree,
 )
+from pillsnap.delivery.aihub import DRUG_KEYS, IMAGE_KEYS, Reason
+from pillsnap.delivery.classmap import ClassMap
 
 A, B, C, D = "K-000250", "K-000573", "K-002483", "K-006192"
 BOXES = ([5, 5, 20, 20], [40, 40, 20, 30], [5, 60, 12, 14], [70, 4, 20, 20])
@@ -602,9 +601,12 @@ def test_processes_see_what_threads_see(tmp_path, monkeypatch):
     paths = sorted(str(p.relative_to(tmp_path / "d")) for p in (tmp_path / "d").rglob("*.png"))
     (tmp_path / "d" / paths[3]).write_text("no photo")
     monkeypatch.setattr(conversion, "CHUNK", 3)
-    look = lambda n: conversion.check_photos(
-        tmp_path / "d", paths, conversion.PhotoJournal(tmp_path / f"j{n}", "rgb"), workers=2, progress=False
-    )
+
+    def look(n):
+        return conversion.check_photos(
+            tmp_path / "d", paths, conversion.PhotoJournal(tmp_path / f"j{n}", "rgb"), workers=2, progress=False
+        )
+
     few = look(0)
     monkeypatch.setattr(conversion, "MANY", 1)
     many = look(1)
@@ -642,7 +644,6 @@ def test_killed_in_the_middle_it_goes_on(tmp_path):
 
 
 def test_a_full_disk_is_said_and_nothing_half_is_left(small, tmp_path):
-    import resource
 
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (700, 700)); import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
@@ -697,7 +698,7 @@ def test_somebodys_data_is_not_rendered_over(small, tmp_path):
 
 
 def test_a_half_rendered_delivery_is_not_taken_for_whole(tmp_path):
-    from pillsnap.synth.writer import plan_delivery, run_tasks, claim_folder
+    from pillsnap.synth.writer import claim_folder, plan_delivery, run_tasks
 
     kw = dict(drugs=3, photos=3, combos=1, seed=42, width=96, height=128)
     plan = plan_delivery(**kw)
@@ -712,8 +713,8 @@ def test_a_half_rendered_delivery_is_not_taken_for_whole(tmp_path):
 
 @pytest.mark.spec("BX4", "BX5")
 def test_the_renderers_faults_land_where_they_were_planted(tmp_path):
-    from pillsnap.synth.writer import write_delivery
     from pillsnap.delivery.truth import audit
+    from pillsnap.synth.writer import write_delivery
 
     ledger = write_delivery(
         tmp_path / "d",
@@ -732,7 +733,7 @@ def test_the_renderers_faults_land_where_they_were_planted(tmp_path):
     q, r = c.header["quarantine"], c.header["remarks"]
     for fault in planted & {str(x) for x in Reason} - {"overlapping_boxes", "area_mismatch", "metadata_conflict"}:
         assert q.get(fault) == (2 if fault == "identical_boxes" else 1), fault
-    assert r == {f: 1 for f in ("area_mismatch", "metadata_conflict", "overlapping_boxes")}
+    assert r == dict.fromkeys(("area_mismatch", "metadata_conflict", "overlapping_boxes"), 1)
     assert q["photo_broken"] == len({"photo_truncated", "photo_is_text"} & planted) and c.report["passed_over"] == {
         "index_pictures": 1,
         "hidden_files": 1,

@@ -45,11 +45,11 @@ from pillsnap.core.files import (
     ensure_dir,
     get_git_sha,
     read_json,
+    remove_partials,
     save_json,
     save_text,
     sha256_file,
     sha256_text,
-    remove_partials,
 )
 from pillsnap.core.logs import (
     STEP_TAGS,
@@ -265,7 +265,7 @@ def test_kill_9_at_random_moments_never_shows_half_a_file(tmp_path):
         text, _ = read_json(f)
         assert len(text) == 200_000 and len(set(text)) == 1
         torn += len(partials(tmp_path))
-        assert set(p.name for p in tmp_path.glob("*.json")) == {"x.json"}
+        assert {p.name for p in tmp_path.glob("*.json")} == {"x.json"}
         remove_partials(tmp_path)
     assert torn > 0, "no kill hit a write: the test proves nothing"
     assert partials(tmp_path) == []
@@ -920,6 +920,7 @@ def test_a_damaged_checkpoint_is_named_never_a_traceback(tmp_path):
 def test_what_could_not_be_read_again_is_not_written(tmp_path):
     from collections import OrderedDict, defaultdict
     from enum import Enum
+
     from fastcore.foundation import L
 
     path = write(fresh(), tmp_path / "last.pt")
@@ -979,6 +980,7 @@ def test_korean_names_are_drawn_letter_by_letter(tmp_path):
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+
     from pillsnap.core.plots import save_fig, show_grid, use_korean_font
 
     def complaints(text, **kw):
@@ -1023,6 +1025,7 @@ def test_titles_are_wrapped_by_the_room_they_take(text, width, out):
 
 def test_the_font_carries_its_licence_and_not_the_reserved_name():
     from fontTools.ttLib import TTFont
+
     from pillsnap.core.plots import font_path
 
     names = {i: TTFont(font_path())["name"].getDebugName(i) for i in (1, 3, 4, 6, 13)}

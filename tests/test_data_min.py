@@ -6,7 +6,6 @@ import logging
 import random
 import time
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -19,15 +18,15 @@ from hypothesis import strategies as st
 from pillsnap.core.config import AugmentClassification, load_config
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.jobs import RunFolder
-from pillsnap.photos import caches as C
 from pillsnap.dataset import datasets as D
 from pillsnap.dataset import loaders as L
-from pillsnap.photos.augmentation import DRAWS, build_transforms_classification, risky_settings, randaugment_ops
-from pillsnap.photos.caches import PhotoCache, View, box_of, cached_view
-from pillsnap.delivery.classmap import ClassMap
-from pillsnap.photos.images import IMAGENET_MEAN, IMAGENET_STD, crop_view, normalise, open_image_safely, whole_view
 from pillsnap.dataset.sampling import EpochSampler, balanced_weights
 from pillsnap.dataset.splits import SplitsJob, load_split_data
+from pillsnap.delivery.classmap import ClassMap
+from pillsnap.photos import caches as C
+from pillsnap.photos.augmentation import DRAWS, build_transforms_classification, randaugment_ops, risky_settings
+from pillsnap.photos.caches import PhotoCache, View, box_of
+from pillsnap.photos.images import IMAGENET_MEAN, IMAGENET_STD, crop_view, normalise, open_image_safely, whole_view
 
 SMALL = (
     "pack.enabled=false",
@@ -131,7 +130,7 @@ def test_2_detection_boxes_move_with_the_letterbox(stage):
     assert (
         np.allclose(got, want, atol=0.01)
         and s["image"].shape == (3, 160, 160)
-        and 0 <= s["image"].min()
+        and s["image"].min() >= 0
         and s["image"].max() <= 1
     )
     assert len(want) >= 3
@@ -145,10 +144,10 @@ def test_2_training_views_are_augmented_bytes_then_normalised(stage, singles):
     w = tf.windows(draws, np.zeros(len(draws), bool))
     side = w[:, 2:] - w[:, :2]
     assert (
-        0.79 < side.prod(1).min()
+        side.prod(1).min() > 0.79
         and (side[:, 0] / side[:, 1]).min() >= 0.9
         and (side[:, 0] / side[:, 1]).max() <= 1.1
-        and 0 <= w.min()
+        and w.min() >= 0
         and w.max() <= 1
     )
     assert (
@@ -156,10 +155,15 @@ def test_2_training_views_are_augmented_bytes_then_normalised(stage, singles):
         and not build_transforms_classification(64, AugmentClassification(hflip=False)).flips(draws).any()
     )
     grey = torch.full((512, 3, 8, 8), 100, dtype=torch.uint8)
-    only = lambda **kw: build_transforms_classification(
-        8, AugmentClassification(**{"randaugment": False, "hflip": False, "color_jitter": (0, 0, 0, 0), **kw})
-    )
-    back = lambda x: x * torch.tensor(IMAGENET_STD).view(3, 1, 1) + torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
+
+    def only(**kw):
+        return build_transforms_classification(
+            8, AugmentClassification(**{"randaugment": False, "hflip": False, "color_jitter": (0, 0, 0, 0), **kw})
+        )
+
+    def back(x):
+        return x * torch.tensor(IMAGENET_STD).view(3, 1, 1) + torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
+
     bright = back(only(color_jitter=(0.2, 0, 0, 0))(grey, draws[:512]))[:, 0, 0, 0] * 255
     assert (
         80 <= bright.min() + 0.1 < 82 and 118 < bright.max() < 120.1
@@ -168,7 +172,7 @@ def test_2_training_views_are_augmented_bytes_then_normalised(stage, singles):
         back(only(color_jitter=(0, 0, 0, 0.05))(grey, draws[:512])) * 255 - 100
     ).abs().max() < 0.1  # hue leaves grey alone
     white = back(only(color_jitter=(0.9, 0.9, 0.9, 0.05))((torch.rand(64, 3, 8, 8) * 255).byte(), draws[:64]))
-    assert -1e-5 < white.min() and white.max() < 1 + 1e-5
+    assert white.min() > -1e-5 and white.max() < 1 + 1e-5
     assert (
         torch.equal(only()(grey, draws[:512]), build_transforms_classification(8, train=False)(grey))
         or (only()(grey, draws[:512]) - build_transforms_classification(8, train=False)(grey)).abs().max() < 1e-5
@@ -179,7 +183,7 @@ def test_2_training_views_are_augmented_bytes_then_normalised(stage, singles):
         and not risky_settings(AugmentClassification(hflip=False, color_jitter=(0, 0, 0, 0)))
     )
     s = D.PillsnapClsDataset(singles, stage.class_map, stage.root, 64, train=True, augment=a)[0]["image"]
-    assert s.dtype == torch.float32 and s.shape == (3, 64, 64) and -2.2 < s.min() and s.max() < 2.7
+    assert s.dtype == torch.float32 and s.shape == (3, 64, 64) and s.min() > -2.2 and s.max() < 2.7
 
 
 @pytest.mark.spec("TL1", "X52")
@@ -304,7 +308,10 @@ def test_4_a_position_in_mid_epoch_is_kept_exactly(stage, cfg, engine):
     "Stopped after every possible batch and resumed elsewhere: the two halves are the epoch; draws with replacement included."
     d = L.classification_set(stage.train, stage, cfg, train=True)
     weights = balanced_weights(d.labels, len(stage.class_map))
-    new = lambda **kw: L.PhotoLoader(d, 16, EpochSampler(d, 5, weights), **kw)
+
+    def new(**kw):
+        return L.PhotoLoader(d, 16, EpochSampler(d, 5, weights), **kw)
+
     l = new()
     straight = [x for _ in range(2) for x, *_ in l]
     n = len(new())
@@ -381,7 +388,10 @@ def test_4_skips_keep_training_batches_full_and_the_position_exact(n, batch, dro
     "Training: the photos that open, in the epoch's order, `batch` at a time. Validation: as cut. Both: a stop after any batch and another loader give the rest, and each skip is told once."
     rows = pd.DataFrame({"path": [str(i) for i in range(n)], "class_key": "K-000059"})
     d = D.PillsnapClsDataset(rows, ClassMap(["K-000059", "K-000573"]), Numbered(gone), 8, train)
-    new = lambda: L.PhotoLoader(d, batch, EpochSampler(d, seed), drop_last=drop, num_workers=workers, raw=True)
+
+    def new():
+        return L.PhotoLoader(d, batch, EpochSampler(d, seed), drop_last=drop, num_workers=workers, raw=True)
+
     order = EpochSampler(range(n), seed)
     order = list(order)
     cut = [order[k : k + batch] for k in range(0, n - n % batch if drop else n, batch)]

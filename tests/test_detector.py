@@ -90,6 +90,7 @@ def toy_plan(tree: Path, out: Path, size: int = 96, **args):
 def learned(tmp_path_factory):
     "A detector that has really learned something, though not everything, and what it finds."
     import torch
+
     from pillsnap.models.yolo import open_detector
     from pillsnap.training.detector import photos_in, score_detector, train_detector
 
@@ -160,8 +161,8 @@ def test_the_aihub_preset_is_yolo11m_at_640_with_one_class():
 @pytest.mark.spec("DT3")
 def test_null_is_the_librarys_default_and_shown(tmp_path):
     from pillsnap.core.config import load_config
-    from pillsnap.training.detector import detector_args, resolved_settings
     from pillsnap.models.yolo import load_ultralytics
+    from pillsnap.training.detector import detector_args, resolved_settings
 
     load_ultralytics(tmp_path)
     from ultralytics.cfg import get_cfg
@@ -196,11 +197,15 @@ def test_null_is_the_librarys_default_and_shown(tmp_path):
 @pytest.mark.spec("DT3")
 def test_no_batch_is_searched_unasked(tmp_path):
     import torch
+
     from pillsnap.core.config import load_config
     from pillsnap.training.detector import detector_args
 
     on, off = load_config("two_stage"), load_config("two_stage", ["train.detection.auto_batch_tune=false"])
-    batch = lambda cfg, device: detector_args(cfg, tmp_path, tmp_path, torch.device(device))["batch"]
+
+    def batch(cfg, device):
+        return detector_args(cfg, tmp_path, tmp_path, torch.device(device))["batch"]
+
     assert (batch(on, "cuda"), batch(off, "cuda"), batch(on, "cpu")) == (0.88, 16, 16)
 
 
@@ -217,7 +222,9 @@ def test_no_batch_is_searched_unasked(tmp_path):
 def test_a_default_batch_is_not_called_a_search(tmp_path, monkeypatch, caplog, why, device, found):
     "The library's own fallback, as it stands in its source; only what was found is a point in TensorBoard."
     import logging
+
     import torch
+
     from pillsnap.models.yolo import build_yolo_model, load_ultralytics
     from pillsnap.training.detector import with_ultralytics
 
@@ -290,9 +297,12 @@ def test_single_mode_never_loads_the_detector(tmp_path):
 
     detector = open_detector(fresh_detector_checkpoint(tmp_path / "best.pt", "yolo11n", 64))
     photo = np.full((80, 60, 3), 120, np.uint8)
-    ask = lambda mode: predict_pipeline(
-        photo, mode, classifier=Classifier(), detector=detector, class_map=ClassMap(["K-000001", "K-000002"])
-    )
+
+    def ask(mode):
+        return predict_pipeline(
+            photo, mode, classifier=Classifier(), detector=detector, class_map=ClassMap(["K-000001", "K-000002"])
+        )
+
     assert ask("single")["mode_used"] == "single" and not detector.loaded
     assert ask("combo")["mode_used"] == "combo" and detector.loaded
 
@@ -327,6 +337,7 @@ def test_everything_else_lives_without_ultralytics():
 def test_loader_processes_find_the_dataset_by_name(tmp_path):
     "Spawned workers unpickle it from the package, where it did not exist at import (house rule 9)."
     import torch
+
     from pillsnap.models.yolo import load_ultralytics
     from pillsnap.training import detector
 

@@ -13,20 +13,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_memory import Painted, table
+from test_smoke_train import split_folder
+from test_stop_and_go import CM
 from torch import nn
 
 from pillsnap.core.checkpoints import load_ckpt
 from pillsnap.core.config import load_config
+from pillsnap.core.errors import PillsnapError
 from pillsnap.core.files import read_json
 from pillsnap.core.jobs import read_record, why_stale
 from pillsnap.dataset.datasets import PillsnapClsDataset
 from pillsnap.dataset.loaders import PhotoLoader
-from pillsnap.core.errors import PillsnapError
 from pillsnap.training import distributed
 from pillsnap.training.distributed import why_not_connected
-from test_memory import Painted, table
-from test_smoke_train import split_folder
-from test_stop_and_go import CM
 
 # CUDA_VISIBLE_DEVICES: on a machine with a GPU these processes compute on the CPU too
 ENV = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE")} | {
@@ -263,8 +263,9 @@ BROKEN = textwrap.dedent("""
 def broken_share(folder: str) -> None:
     "Two epochs over 25 photos in batches of six: the first process has nothing to show in the first batch and in the last; the whole network, batch norm and dropout included."
     from accelerate import Accelerator, PartialState
-    from pillsnap.training.distributed import EmptyShare, Distributed
+
     from pillsnap.training.callbacks import Accumulate
+    from pillsnap.training.distributed import Distributed, EmptyShare
     from pillsnap.training.learner import Outputs, build_learner
 
     torch.set_num_threads(1)
@@ -454,8 +455,9 @@ def test_one_process_per_gpu(monkeypatch, tmp_path, gpus, want):
 
 def test_the_time_is_asked_for_rarely(monkeypatch):
     "A message about the time stops the GPU and waits for every process: one in fifty batches, one at the end of an epoch, two when a fit begins."
-    from fastai.callback.core import TrainEvalCallback
     from accelerate import Accelerator
+    from fastai.callback.core import TrainEvalCallback
+
     from pillsnap.training.callbacks import Accumulate, Clock, History, PillLearner, PillLoaders, Unpack, Validate
 
     sent = []

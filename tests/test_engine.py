@@ -14,8 +14,8 @@ from pillsnap.core.checkpoints import load_ckpt, save_ckpt
 from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.files import read_json, save_json
-from pillsnap.core.records import Provenance
 from pillsnap.core.jobs import RunFolder, read_record, record_path
+from pillsnap.core.records import Provenance
 from pillsnap.dataset.splits import load_split_data, smoke_splits
 from pillsnap.evaluation.advisor import Check
 from pillsnap.evaluation.evaluation import time_cap
@@ -80,9 +80,12 @@ def test_a_stage_that_died_after_its_training_reports_that_training(run):
 @pytest.mark.spec("CT16", "BX8")
 def test_a_checkpoint_of_another_delivery_is_refused(run):
     "As many photos, as a quota gives them, but not the same ones."
-    job = lambda epochs: ClassifierJob(
-        run_dir=str(run), config="smoke", overrides=(*SMALL, "train.leak_gap=false"), epochs=epochs
-    )
+
+    def job(epochs):
+        return ClassifierJob(
+            run_dir=str(run), config="smoke", overrides=(*SMALL, "train.leak_gap=false"), epochs=epochs
+        )
+
     job(1).run()
     last = run / "checkpoints" / "classifier" / "last.pt"
     save_ckpt(last, **{**load_ckpt(last), "data_hash": "0" * 64})

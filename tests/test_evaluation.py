@@ -1,6 +1,11 @@
 """The evaluation stage on a small synthetic run: what it reads, what it writes, and what it refuses."""
 
-import ast, json, os, shutil, subprocess, sys
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -8,20 +13,21 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.files import read_json, save_json, sha256_file
-from pillsnap.core.records import Metric, Provenance
 from pillsnap.core.jobs import RunFolder, record_path
-from pillsnap.delivery.classmap import ClassMap
+from pillsnap.core.records import Metric, Provenance
 from pillsnap.dataset.splits import SplitData, load_split_data
+from pillsnap.delivery.classmap import ClassMap
 from pillsnap.evaluation import checks as K
 from pillsnap.evaluation import evaluation as E
 from pillsnap.evaluation.advisor import ADVISOR_TARGETS, evaluate_and_recommend, get_stage_target
-from pillsnap.evaluation.ledger import read_ledger
 from pillsnap.evaluation.gates import simple_stage_evaluation
+from pillsnap.evaluation.ledger import read_ledger
 from pillsnap.evaluation.menu import advisor_word, read_advice
 from pillsnap.models.metrics import detection_ap
 
@@ -275,7 +281,10 @@ def test_an_evaluation_set_that_touches_training_was_not_measured(copy, monkeypa
 def test_the_overlap_is_unknown_where_the_training_rows_are(copy):
     "Without a record, after another split, or with another checkpoint nothing is claimed, and the gate stays shut."
     data = load_split_data(copy, 0)
-    record = lambda: E.overlap_record(copy, data, E.eval_photos(data), Provenance("synthetic", "a" * 64, "b" * 64))
+
+    def record():
+        return E.overlap_record(copy, data, E.eval_photos(data), Provenance("synthetic", "a" * 64, "b" * 64))
+
     assert not record().measured and "does not say which split" in record().note
     name_the_training(copy)
     assert record().measured and record().value == 0
@@ -473,9 +482,11 @@ def test_crashes_come_from_the_stage_records(tmp_path):
     for s in E.BEFORE:
         save_json(dict(status="finished", seconds=3.0, settings={}), record_path(tmp_path, s))
     assert E.crash_record(tmp_path, prov).value is True and E.crash_record(tmp_path, prov).measured
-    attempt = lambda status, raised="", settings="a": dict(
-        status=status, started="", seconds=1.0, error=f"{raised}: no", raised=raised, settings=settings, boot=""
-    )
+
+    def attempt(status, raised="", settings="a"):
+        return dict(
+            status=status, started="", seconds=1.0, error=f"{raised}: no", raised=raised, settings=settings, boot=""
+        )
 
     def after(job, *attempts):
         save_json(
@@ -514,7 +525,10 @@ def test_crashes_come_from_the_stage_records(tmp_path):
 @pytest.mark.spec("SG1")
 def test_the_baseline_is_the_best_there_was(tmp_path):
     prov = Provenance("aihub", "a" * 64, "b" * 64)
-    rec = lambda v, p=prov: p.metric("accuracy", v, n=3000, seconds=60.0)
+
+    def rec(v, p=prov):
+        return p.metric("accuracy", v, n=3000, seconds=60.0)
+
     now = rec(0.80)
     assert E.best_before(tmp_path, now) is None
     save_json(
@@ -539,7 +553,10 @@ def test_the_memory_slope_is_theil_sens(mb):
 @pytest.mark.spec("SG1")
 def test_memory_flat_leaking_and_unknown():
     prov = Provenance("synthetic", "a" * 64, "b" * 64)
-    m = lambda mb: E.memory_record([{"rss_mb": v, "seconds": 2.0} for v in mb], prov)
+
+    def m(mb):
+        return E.memory_record([{"rss_mb": v, "seconds": 2.0} for v in mb], prov)
+
     assert m([800, 950, *[1000] * 8]).value is True and m([1000 + 5 * i for i in range(12)]).value is False
     assert m([1000] * 5).measured is False and E.memory_record([{"epoch": 1}] * 9, prov).measured is False
 
@@ -547,7 +564,10 @@ def test_memory_flat_leaking_and_unknown():
 @pytest.mark.spec("SG5")
 def test_checks_carry_their_evidence(copy):
     doc, cfg = read_json(copy / "reports/evaluation.json"), load_config("smoke")
-    found = lambda: K.mandatory_checks(copy, doc, cfg)
+
+    def found():
+        return K.mandatory_checks(copy, doc, cfg)
+
     c = found()
     assert (
         c["classification_model_loading"].counts
@@ -612,7 +632,9 @@ def test_class_balance_is_judged_by_its_ratio(copy, ratio, passed):
 def test_tensorboards_files_are_read_and_not_only_there(copy):
     from pillsnap.core.logs import TBWriter
 
-    check = lambda: K.tensorboard_checks(copy)
+    def check():
+        return K.tensorboard_checks(copy)
+
     TBWriter(copy / "tb/evaluation").add_scalar("eval/x", 1.0, 0)
     assert check()["tensorboard_logging"].passed is None
     tb = TBWriter(copy / "tb/classifier")
@@ -773,7 +795,9 @@ def test_a_training_whose_loss_is_no_number_is_critical_by_its_code(tmp_path, de
 )
 @settings(max_examples=200, deadline=None)
 def test_a_combo_is_right_as_a_set_or_not_at_all(truth, said):
-    place = lambda i: [100 * i, 0, 100 * i + 60, 60]
+    def place(i):
+        return [100 * i, 0, 100 * i + 60, 60]
+
     shot = E.EvalPhoto("x.png", "g", "combo", np.array([place(i) for i in range(len(truth))], float), tuple(truth))
     items = [
         {"kcode": k, "confidence": 0.9, "box": place(i), "box_confidence": 0.9 - n / 100}

@@ -16,10 +16,10 @@ from pillsnap.core.checkpoints import load_ckpt, save_ckpt
 from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.files import read_json, save_json, sha256_file
-from pillsnap.core.records import Metric
 from pillsnap.core.jobs import RunFolder
-from pillsnap.delivery.classmap import ClassMap
+from pillsnap.core.records import Metric
 from pillsnap.dataset.splits import load_split_data
+from pillsnap.delivery.classmap import ClassMap
 from pillsnap.deployment import export as E
 from pillsnap.deployment.runtime import OnnxClassifier, OnnxDetector, load_bundle
 from pillsnap.models.factory import TorchClassifier, load_classifier

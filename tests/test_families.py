@@ -172,6 +172,7 @@ def test_retrieval_learns_stops_and_goes_on(pills, tmp_path):
 def fresh(model):
     "The same network before it learned."
     import timm
+
     from pillsnap.models.factory import CosineClassifier
 
     torch.manual_seed(0)
@@ -184,6 +185,7 @@ def fresh(model):
 def test_retrieval_goes_on_where_it_was_killed(pills, tmp_path, monkeypatch):
     "The same command after an interruption ends where an undisturbed run ends; another margin is refused."
     from fastai.callback.core import Callback
+
     from pillsnap.training import retrieval
     from pillsnap.training.retrieval import RetrievalJob
 
@@ -235,6 +237,7 @@ def test_retrieval_goes_on_where_it_was_killed(pills, tmp_path, monkeypatch):
 def test_retrieval_goes_on_on_another_card(pills, tmp_path, monkeypatch):
     "Begun on a card whose table says four batches a step, gone on with on a CPU, where nothing says so: still four, and a line about it."
     from fastai.callback.core import Callback
+
     from pillsnap.training import retrieval
 
     class Kill(Callback):

@@ -4,9 +4,10 @@ import math
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from pillsnap.core.records import Metric, Provenance
+from pillsnap.core.records import Provenance
 from pillsnap.evaluation.gates import (
     EXCUSED_BY_CLOCK,
     STAGE_TARGETS,
@@ -395,10 +396,11 @@ def test_the_clock_excuses_little_and_opens_nothing():
         simple_stage_evaluation(1, {k: v for k, v in low.items() if k != "memory_stable"}, cap).status == Status.NO_GO
     )
     assert simple_stage_evaluation(1, facts(), cap).status == Status.GO
-    assert EXCUSED_BY_CLOCK == {Reason.ACC_BELOW_TARGET, Reason.NOT_ENOUGH_SAMPLES, Reason.COVERAGE_TOO_LOW}
+    assert {Reason.ACC_BELOW_TARGET, Reason.NOT_ENOUGH_SAMPLES, Reason.COVERAGE_TOO_LOW} == EXCUSED_BY_CLOCK
 
 
-maybe = lambda s: st.one_of(st.none(), s)
+def maybe(s):
+    return st.one_of(st.none(), s)
 
 
 @pytest.mark.spec("SG1")

@@ -110,7 +110,7 @@ def test_without_a_gpu_it_says_so_and_ends_well(tmp_path):
 
 
 def test_a_persons_own_campaign_does_not_overwrite_the_published_one():
-    assert campaign_script.DEFAULT_OUT == Path("_runs/bench/GPU.json")
+    assert Path("_runs/bench/GPU.json") == campaign_script.DEFAULT_OUT
 
 
 def test_the_order_is_cheap_first_and_compilation_last():
@@ -452,7 +452,9 @@ def test_search_finds_what_fp64_finds(as_before, monkeypatch):
 
     from pillsnap.models import neighbours as retrieval
 
-    run = lambda: answers.search_beside_fp64(answers.Size(True), answers.Gpu("cpu"))[0]
+    def run():
+        return answers.search_beside_fp64(answers.Size(True), answers.Gpu("cpu"))[0]
+
     assert run().passed
     exact, coarse = (
         retrieval.nearest,

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from fastai.callback.core import Callback
+from test_memory import Painted, table
+from test_stop_and_go import CM
 from torch import nn
 
 from pillsnap.core.config import load_config
@@ -12,8 +14,6 @@ from pillsnap.dataset.loaders import PhotoLoader
 from pillsnap.dataset.sampling import EpochSampler
 from pillsnap.training import learner as learner_module
 from pillsnap.training.learner import Outputs, build_learner
-from test_memory import Painted, table
-from test_stop_and_go import CM
 
 
 class Board:

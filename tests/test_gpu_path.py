@@ -18,16 +18,16 @@ from torchvision.transforms import v2
 from pillsnap.core.config import AugmentClassification
 from pillsnap.dataset import datasets as D
 from pillsnap.dataset import loaders as L
-from pillsnap.photos.augmentation import COL, DRAWS, _OPS, TimmPolicy, build_transforms_classification, randaugment_ops
-from pillsnap.delivery.classmap import ClassMap
-from pillsnap.photos.images import IMAGENET_MEAN, IMAGENET_STD
 from pillsnap.dataset.sampling import EpochSampler
+from pillsnap.delivery.classmap import ClassMap
 from pillsnap.models.metrics import topk_accuracy
 from pillsnap.models.neighbours import embed_photos, nearest
+from pillsnap.photos.augmentation import _OPS, COL, DRAWS, TimmPolicy, build_transforms_classification, randaugment_ops
+from pillsnap.photos.images import IMAGENET_MEAN, IMAGENET_STD
 from pillsnap.training.callbacks import (
+    AsyncScalar,
     Clock,
     History,
-    AsyncScalar,
     PillLearner,
     PillLoaders,
     Unpack,
@@ -93,7 +93,10 @@ def photos(n: int, **kw) -> D.PillsnapClsDataset:
 
 def test_the_stand_in_sees_every_kind_of_wait():
     "Each of these lines makes a host wait for a real GPU; the lines of the second part do not."
-    rows = lambda x: x.long().clamp(0, 1)
+
+    def rows(x):
+        return x.long().clamp(0, 1)
+
     waits = {
         "item": lambda x: x[0].item(),
         "float": lambda x: float(x[0]),
@@ -259,7 +262,10 @@ def test_a_policy_runs_where_photos_are_opened_and_not_in_the_training_thread(mo
     monkeypatch.setattr(TimmPolicy, "__call__", watched)
     a = AugmentClassification(auto_augment="rand-m8-n2-mstd0.5", hflip=False)
     d = photos(24, train=True, crop_view_prob=0.0, augment=a)
-    epoch = lambda **kw: torch.cat([x for x, _, _ in L.PhotoLoader(d, 8, EpochSampler(d, 1), **kw)])
+
+    def epoch(**kw):
+        return torch.cat([x for x, _, _ in L.PhotoLoader(d, 8, EpochSampler(d, 1), **kw)])
+
     threads = epoch(num_workers=2)
     assert seen and threading.main_thread() not in seen
     assert torch.equal(threads, epoch()) and torch.equal(threads, epoch(num_workers=1, engine="processes"))
@@ -439,7 +445,10 @@ TRUE_FP32, TF32 = ("highest", False), ("high", True)
 def test_training_may_use_tf32_and_validation_does_not(tf32_training):
     data = [(torch.rand(4, 4), torch.randint(0, 3, (4,)), {"paths": list("abcd"), "skipped": []}) for _ in range(3)]
     model = Watched()
-    opt_func = lambda params, lr: OptimWrapper(opt=torch.optim.SGD(params, lr))
+
+    def opt_func(params, lr):
+        return OptimWrapper(opt=torch.optim.SGD(params, lr))
+
     cbs = [TrainEvalCallback(), Unpack(), Validate(), History()]
     learn = PillLearner(
         PillLoaders(data, data), model, nn.CrossEntropyLoss(), opt_func, 0.1, cbs=cbs, default_cbs=False
@@ -457,7 +466,10 @@ def test_vectors_and_their_search_do_not_use_tf32(tf32_training, monkeypatch):
     embed_photos(model, [(torch.rand(2, 4), torch.arange(2), {"paths": ["a", "b"]})])
     assert {s[1:] for s in model.precisions} == {TRUE_FP32}
     matmul = torch.Tensor.__matmul__
-    watched = lambda a, b: (seen.append(torch.get_float32_matmul_precision()), matmul(a, b))[1]
+
+    def watched(a, b):
+        return (seen.append(torch.get_float32_matmul_precision()), matmul(a, b))[1]
+
     monkeypatch.setattr(torch.Tensor, "__matmul__", watched)
     nearest(torch.eye(4), torch.eye(4), 2)
     assert seen == ["highest"] and torch.get_float32_matmul_precision() == "high"
@@ -466,7 +478,10 @@ def test_vectors_and_their_search_do_not_use_tf32(tf32_training, monkeypatch):
 @pytest.mark.spec("TL1")
 def test_colours_do_not_use_tf32(tf32_training, monkeypatch):
     seen, product = [], torch.baddbmm
-    watched = lambda *a: (seen.append(torch.get_float32_matmul_precision()), product(*a))[1]
+
+    def watched(*a):
+        return (seen.append(torch.get_float32_matmul_precision()), product(*a))[1]
+
     monkeypatch.setattr(torch, "baddbmm", watched)
     build_transforms_classification(16)(pictures(2, 16), draws_of(2))
     assert seen == ["highest"]
@@ -483,7 +498,10 @@ def test_the_cosine_head_does_not_use_tf32_forwards_or_backwards(tf32_training, 
     net = factory.CosineClassifier(timm.create_model("test_resnet", num_classes=7), 7, dim=16)
     x = torch.rand(4, 3, 32, 32)
     want = net.eval()(x)
-    watched = lambda *a: (seen.append(torch.get_float32_matmul_precision()), linear(*a))[1]
+
+    def watched(*a):
+        return (seen.append(torch.get_float32_matmul_precision()), linear(*a))[1]
+
     monkeypatch.setattr(factory.F, "linear", watched)
     monkeypatch.setattr(factory, "linear_fp32", factory._linear_fp32)
     got = net(x)

@@ -15,8 +15,8 @@ import yaml
 from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.files import read_json, save_text, sha256_file
-from pillsnap.core.records import Metric
 from pillsnap.core.jobs import RunFolder, run_id
+from pillsnap.core.records import Metric
 from pillsnap.dataset.splits import SplitsJob, load_split_data, smoke_splits
 from pillsnap.evaluation import heldout as H
 from pillsnap.evaluation.final import RESULTS, UNKNOWN_DRUGS, final_test_evaluation
@@ -186,7 +186,7 @@ def test_one_opening_for_both_commands_and_unseal_is_recorded(copy):
     assert opened[0]["models"] == {
         "checkpoints/classifier/best.pt": sha256_file(copy / "checkpoints/classifier/best.pt")
     }
-    kept = [p for p in (copy / "reports").glob("evaluate_test_before_*.json")]
+    kept = list((copy / "reports").glob("evaluate_test_before_*.json"))
     assert len(kept) == 1 and kept[0].read_text() == first, "an earlier result is kept beside the new one"
 
 
@@ -307,7 +307,7 @@ def test_the_gap_is_validation_minus_test_of_the_same_checkpoint(copy):
     assert val_test_gap(copy, test, models)["accuracy"]["gap"] == pytest.approx(0.2) and set(
         val_test_gap(copy, test, models)
     ) == {"accuracy"}
-    assert "other checkpoints" in val_test_gap(copy, test, {k: "0" * 64 for k in models})["note"]
+    assert "other checkpoints" in val_test_gap(copy, test, dict.fromkeys(models, "0" * 64))["note"]
 
 
 # ---- the retrieval and the narrow family ---------------------------------------------------------
@@ -333,9 +333,10 @@ SMALL = (
 def save_retrieval_model(root, cfg, stage):
     "An untrained embedding network."
     import torch
+
     from pillsnap.core.checkpoints import save_ckpt
-    from pillsnap.models.heads import head_spec
     from pillsnap.models.factory import build_classification_model
+    from pillsnap.models.heads import head_spec
 
     torch.manual_seed(0)
     model = build_classification_model("test_resnet", len(stage.class_map), pretrained=False, head=head_spec(cfg))

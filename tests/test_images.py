@@ -142,7 +142,10 @@ def test_pixel_formats():
 @pytest.mark.spec("DM10")
 def test_policies_skip_by_either_decoder():
     grey, alpha = enc(Image.fromarray(picture()).convert("L")), enc(Image.fromarray(picture()).convert("RGBA"))
-    spoil = lambda b: b[:33] + chunk(b"tEXt", b"Comment\0x")[:-4] + b"\0\0\0\0" + b[33:]
+
+    def spoil(b):
+        return b[:33] + chunk(b"tEXt", b"Comment\0x")[:-4] + b"\0\0\0\0" + b[33:]
+
     for f in (lambda b: b, spoil):
         assert open_image_safely(f(grey), grayscale_policy="skip")["stage"] == "policy"
         assert open_image_safely(f(alpha), rgba_policy="skip")["stage"] == "policy"
@@ -533,8 +536,8 @@ def test_neither_room_imports_torch():
 @settings(max_examples=60, deadline=None)
 def test_a_photo_decoded_as_far_as_needed_gives_the_same_view(seed):
     "Windows near the bottom, boxes at every edge, every reduction, odd sizes: the view is that of the whole photo."
-    from pillsnap.photos.caches import Photo, View
     from pillsnap.dataset.datasets import DeliverySource, decode_limits, render_view
+    from pillsnap.photos.caches import Photo, View
 
     g = np.random.default_rng(seed)
     w, h = (int(g.integers(40, 200)) for _ in range(2))

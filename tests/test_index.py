@@ -13,9 +13,6 @@ import pyarrow as pa
 import pytest
 
 from pillsnap.core.errors import PillsnapError
-from pillsnap.delivery import aihub, truth
-from pillsnap.delivery.aihub import Reason, archives_in, extract_archives, label_files, walk_tree
-from pillsnap.delivery.classmap import ClassMap
 from pillsnap.dataset.conversion import (
     check_yolo_tree,
     convert_coco_to_yolo,
@@ -23,9 +20,12 @@ from pillsnap.dataset.conversion import (
     discover_detection_data,
     index_labels,
 )
+from pillsnap.delivery import aihub, truth
+from pillsnap.delivery.aihub import Reason, archives_in, extract_archives, label_files, walk_tree
+from pillsnap.delivery.classmap import ClassMap
 from pillsnap.delivery.index import COLUMNS, Index, read_index, read_manifest, write_index
+from pillsnap.delivery.truth import audit, check_labels, equal_parts, merge, read_part
 from pillsnap.synth.writer import write_delivery
-from pillsnap.delivery.truth import audit, check_labels, merge, equal_parts, read_part
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -346,7 +346,10 @@ def test_archives_in_pieces_and_a_second_call_after_a_stop(tmp_path):
     assert len(kept) == 2
     extract_archives(tmp_path / "zips", tmp_path / "out", workers=2)
     assert all(p.stat().st_mtime_ns == kept[p.name] for p in target.rglob("*.png") if p.name in kept)
-    files = lambda d: {p.relative_to(d).as_posix(): p.read_bytes() for p in (d / "data").rglob("*") if p.is_file()}
+
+    def files(d):
+        return {p.relative_to(d).as_posix(): p.read_bytes() for p in (d / "data").rglob("*") if p.is_file()}
+
     assert files(tmp_path / "out") == files(tmp_path / "plain")
     Path(pieces[1]).unlink()
     with pytest.raises(PillsnapError, match="broken"):
@@ -439,9 +442,12 @@ def test_the_index_shows_itself_as_a_yolo_tree_on_request(faulty, tmp_path, caps
 @pytest.mark.spec("DM13")
 def test_the_script_lays_out_and_checks(faulty, tmp_path):
     root, c, _ = faulty
-    run = lambda *a: subprocess.run(
-        [str(ROOT / "scripts/prepare_yolo.sh"), *map(str, a)], capture_output=True, text=True, env=ENV, timeout=300
-    )
+
+    def run(*a):
+        return subprocess.run(
+            [str(ROOT / "scripts/prepare_yolo.sh"), *map(str, a)], capture_output=True, text=True, env=ENV, timeout=300
+        )
+
     done = run(root, tmp_path / "y")
     assert done.returncode == 0 and f"({c.rows.path.nunique()} label files, 0 problems)" in done.stdout, done.stderr[
         -2000:

@@ -76,7 +76,7 @@ def log_of(run: Path, side: str) -> str:
 def test_steps_come_in_the_configured_ratio(tmp_path, monkeypatch, ratio, want):
     "The job with two sides of six steps each that only write down their turns; where one has ended the other goes on."
     from pillsnap.core.config import load_config
-    from pillsnap.core.jobs import RunFolder, JobResult
+    from pillsnap.core.jobs import JobResult, RunFolder
     from pillsnap.training.interleaved import InterleavedJob
 
     steps = []
@@ -103,6 +103,7 @@ def test_steps_come_in_the_configured_ratio(tmp_path, monkeypatch, ratio, want):
 @pytest.mark.spec("IT3", "BX10")
 def test_killed_in_turn_both_sides_end_where_their_solo_runs_end(tmp_path, delivery):
     import torch
+
     from pillsnap.core.checkpoints import load_ckpt
     from pillsnap.core.config import load_config
     from pillsnap.core.jobs import RunFolder

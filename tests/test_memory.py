@@ -1,6 +1,5 @@
 """What is kept in memory: one buffer per job, a database that many read, and no growth (SPEC TL12-TL16, BX14)."""
 
-import json
 import multiprocessing as mp
 import pickle
 
@@ -12,11 +11,11 @@ import torch
 
 from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
-from pillsnap.photos.caches import LMDBImageCache, Photo, PhotoCache, SizedLRUCache, View, cached_view
-from pillsnap.delivery.classmap import ClassMap
 from pillsnap.dataset.datasets import DeliverySource, MemorySource, PillsnapClsDataset, Source
 from pillsnap.dataset.loaders import Buffers, PhotoLoader, preload_count
 from pillsnap.dataset.sampling import EpochSampler
+from pillsnap.delivery.classmap import ClassMap
+from pillsnap.photos.caches import LMDBImageCache, Photo, PhotoCache, SizedLRUCache, View
 from pillsnap.training.learner import Outputs, build_learner
 
 VIEW = View("whole", 16)
@@ -189,9 +188,10 @@ class Hoarding(Painted):
 def test_the_history_counts_the_memory_of_workers():
     "Two processes that hold 80 MB each are in the row of the epoch."
     rows, cfg = table(24), load_config("smoke", ["train.classification={epochs: 1, amp: false}"])
-    make = lambda train, source, **o: PhotoLoader(
-        PillsnapClsDataset(rows, ClassMap(sorted(set(rows.class_key))), source, 16, train), 6, **o
-    )
+
+    def make(train, source, **o):
+        return PhotoLoader(PillsnapClsDataset(rows, ClassMap(sorted(set(rows.class_key))), source, 16, train), 6, **o)
+
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 3))
     learn = build_learner(
         cfg,

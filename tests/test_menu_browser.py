@@ -1,14 +1,21 @@
 """The advisor's menu in a real browser: JupyterLab, headless Chromium, a click, and the choice in the run's record."""
 
-import json, os, shutil, socket, subprocess, sys, time, urllib.request
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from pillsnap.core.records import Provenance
 from pillsnap.core.jobs import RunFolder
+from pillsnap.core.records import Provenance
 from pillsnap.evaluation.advisor import Check, Facts, evaluate_and_recommend, get_stage_target
 from pillsnap.evaluation.menu import advice_path, read_advice, write_advice
 
@@ -143,7 +150,10 @@ def example_run(root: Path) -> Path:
         )
         return root
     prov = Provenance(data="synthetic", data_hash="a" * 64, class_map_hash="b" * 64)
-    rec = lambda v, n: prov.metric("m", v, n=n, seconds=20.0)
+
+    def rec(v, n):
+        return prov.metric("m", v, n=n, seconds=20.0)
+
     checks = {c: Check(True, evidence="reports/evaluation.json") for c in get_stage_target(0).checks}
     facts = Facts(
         dict(accuracy=rec(0.941, 221), detection_map50=rec(0.862, 310), class_coverage=rec(1.0, 12)),

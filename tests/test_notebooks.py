@@ -153,8 +153,9 @@ def test_public_functions_say_what_they_do(path):
 
 @BY_NAME
 def test_public_parameters_are_documented_where_they_stand(path):
-    from fastcore.docments import docments
     import importlib
+
+    from fastcore.docments import docments
 
     if module_of(path) == "cli":
         return  # typer's options carry their help text
@@ -217,9 +218,12 @@ def test_export_leaves_the_package_unchanged(tmp_path):
         nb_export(str(p), lib_path=str(tmp_path / "pillsnap"))
     for p in NBS:
         rel = module_of(p).replace(".", "/") + ".py"
-        strip = lambda s: re.sub(
-            r"# %% \S*?(nbs/\S+)", r"# %% \1", re.sub(r"File to edit: \S*?(nbs/\S+)", r"File to edit: \1", s)
-        )
+
+        def strip(s):
+            return re.sub(
+                r"# %% \S*?(nbs/\S+)", r"# %% \1", re.sub(r"File to edit: \S*?(nbs/\S+)", r"File to edit: \1", s)
+            )
+
         assert strip((tmp_path / "pillsnap" / rel).read_text(encoding="utf-8")) == strip(
             (ROOT / "pillsnap" / rel).read_text(encoding="utf-8")
         ), f"{p.stem} was edited and not exported"

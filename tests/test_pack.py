@@ -12,23 +12,20 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import pytest
 from PIL import Image
 
 from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
-from pillsnap.core.files import FolderLock
-from pillsnap.photos import pack as P
 from pillsnap.delivery.classmap import ClassMap
-from pillsnap.photos.images import crop_view, open_image_safely, psnr, shrink, ssim, whole_view
-from pillsnap.photos.pack import Pack, build_pack, estimate_pack, make_plan
+from pillsnap.photos import pack as P
+from pillsnap.photos.images import crop_view, open_image_safely, psnr, shrink
+from pillsnap.photos.pack import Pack, build_pack, estimate_pack
 
 ENV = {
     **os.environ,
@@ -482,7 +479,9 @@ def test_opening_is_cheap_and_travels_by_its_path(built):
 
 
 def test_more_than_is_stored_is_said(photos, built, tmp_path):
-    view = lambda kind, size, padding=0.1: SimpleNamespace(kind=kind, size=size, padding=padding)
+    def view(kind, size, padding=0.1):
+        return SimpleNamespace(kind=kind, size=size, padding=padding)
+
     pack = Pack(built)
     assert pack.can_serve(view("whole", 31)) is True and pack.can_serve(view("crop", 400, 0.25)) is True
     no = pack.can_serve(view("whole", 32))
@@ -537,7 +536,10 @@ def test_the_command(delivery, tmp_path, capsys, monkeypatch):
     for stage in ("conversion", "splits"):
         run_pipeline(PIPELINE, "smoke", run_dir=run, only=stage)
     capsys.readouterr()
-    main_ok = lambda *a: pytest.raises(SystemExit, main, list(a)).value.code in (0, None)
+
+    def main_ok(*a):
+        return pytest.raises(SystemExit, main, list(a)).value.code in (0, None)
+
     assert (
         main_ok("pack", "--run", str(run), "--estimate")
         and "estimated from" in capsys.readouterr().out

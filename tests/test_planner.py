@@ -13,9 +13,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from pillsnap import planner as L
 from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
-from pillsnap import planner as L
 from pillsnap.photos.images import whole_view
 from pillsnap.photos.pack import Pack, build_pack
 from pillsnap.planner import (
@@ -26,11 +26,11 @@ from pillsnap.planner import (
     gpu_rate,
     make_plans,
     plan_stage,
+    print_plan,
     probe,
     ram_plan,
     render_samples,
     step_peak,
-    print_plan,
     vram_table,
     walk_to_photos,
 )

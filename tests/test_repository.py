@@ -82,12 +82,12 @@ TARGETS = {"demo", "test", "lab", "docs", "help", "clean"}
 
 
 def test_makefile_has_its_targets_and_lists_them():
-    assert TARGETS <= set(re.findall(r"^([a-z-]+):", text("Makefile"), re.M))
+    assert set(re.findall(r"^([a-z-]+):", text("Makefile"), re.M)) >= TARGETS
     if shutil.which("make"):
         out = subprocess.run(
             ["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True, check=True
         ).stdout
-        assert TARGETS <= set(re.findall(r"^  make ([a-z-]+) ", out, re.M))
+        assert set(re.findall(r"^  make ([a-z-]+) ", out, re.M)) >= TARGETS
 
 
 def test_make_test_does_all_four_in_order():

@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from test_smoke_train import split_folder
 
 from pillsnap.core.checkpoints import load_ckpt
 from pillsnap.core.errors import PillsnapError
@@ -15,7 +16,6 @@ from pillsnap.core.files import read_json
 from pillsnap.core.jobs import read_record
 from pillsnap.dataset.splits import SplitsJob, load_split_data
 from pillsnap.training.classifier import ClassifierJob
-from test_smoke_train import split_folder
 
 EPOCHS = 5
 OVERRIDES = ("data.classification.img_size=64", "train.num_threads=1", "train.classification.lr=0.003")

@@ -67,8 +67,9 @@ def prepared(tmp_path_factory, delivery) -> Path:
 
 @pytest.mark.spec("DT6", "X73")
 def test_killed_in_the_second_epoch(prepared):
-    from pillsnap.core.checkpoints import load_ckpt
     import torch
+
+    from pillsnap.core.checkpoints import load_ckpt
 
     run, straight = prepared / "killed", prepared / "straight"
     out = {n: prepared / f"{n}.txt" for n in ("straight", "killed", "resumed")}
@@ -94,7 +95,10 @@ def test_killed_in_the_second_epoch(prepared):
     for part in ("model_state", "ema_state"):
         for k, v in b[part].items():
             torch.testing.assert_close(a[part][k], v, rtol=1e-5, atol=1e-6, msg=lambda m: f"{part} {k}: {m}")
-    figures = lambda c: [{k: v for k, v in r["detection"].items() if "seconds" not in k} for r in c["history"]]
+
+    def figures(c):
+        return [{k: v for k, v in r["detection"].items() if "seconds" not in k} for r in c["history"]]
+
     assert figures(a) == figures(b) and len(a["history"]) == 2
     assert result["verdict"] == undisturbed["verdict"]
     # nobody was called, and nothing was left in the user's home

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pillsnap.core.errors import PillsnapError
-from pillsnap.synth.catalogue import make_catalogue
 from pillsnap.dataset.masks import (
     IGNORE,
     CEDiceLoss,
@@ -28,6 +27,7 @@ from pillsnap.dataset.masks import (
     sync_transform,
     write_sample,
 )
+from pillsnap.synth.catalogue import make_catalogue
 
 HAVE = importlib.util.find_spec("albumentations") is not None
 needs = pytest.mark.skipif(not HAVE, reason="albumentations is not installed")
@@ -191,10 +191,14 @@ def test_the_job_trains_a_network_that_finds_pills(tmp_path):
 def test_a_killed_training_of_masks_goes_on(tmp_path):
     "Killed after some epochs, the same command ends with the weights of the run that nobody disturbed."
     import os
+
     from pillsnap.core.checkpoints import load_ckpt
 
     code = "import sys; from pillsnap.training.segmentation import SegmentationJob; SegmentationJob(run_dir=sys.argv[1], config='smoke', overrides=sys.argv[2:], epochs=12).run()"
-    command = lambda where: [sys.executable, "-c", code, str(where), *SMALL]
+
+    def command(where):
+        return [sys.executable, "-c", code, str(where), *SMALL]
+
     assert subprocess.run(command(tmp_path / "whole"), capture_output=True).returncode == 0
     last = tmp_path / "cut/checkpoints/segmentation/last.pt"
     p = subprocess.Popen(command(tmp_path / "cut"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

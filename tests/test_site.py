@@ -201,6 +201,7 @@ def test_signatures_hold_no_links_and_no_annotations(site):
 
 def test_the_command_line_page_shows_every_commands_help(site):
     import typer.main
+
     from pillsnap.cli import app
 
     page = "\n".join(shown_texts(site / "_proc" / "920_cli.ipynb"))

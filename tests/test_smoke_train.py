@@ -9,8 +9,8 @@ import torch
 from pillsnap.core.checkpoints import load_ckpt
 from pillsnap.core.config import load_config
 from pillsnap.core.files import read_json
-from pillsnap.core.records import Metric
 from pillsnap.core.jobs import RunFolder, read_record
+from pillsnap.core.records import Metric
 from pillsnap.dataset.splits import load_split_data, smoke_splits
 from pillsnap.training.classifier import ClassifierJob
 
@@ -88,6 +88,7 @@ def test_autocast_trains_and_validation_stays_in_full_precision(delivery, tmp_pa
         "pillsnap.core.device.cpu_has_bf16", lambda: True
     )  # emulated where it is not there: slow, but the same
     from fastai.callback.core import Callback
+
     from pillsnap.training.classifier import build_training
     from pillsnap.training.learner import Outputs
 

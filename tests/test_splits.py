@@ -18,8 +18,8 @@ from pillsnap.dataset.splits import (
     StageQuota,
     group_keys,
     image_level_split,
-    load_splits,
     load_split_data,
+    load_splits,
     make_splits,
     tidy_records,
 )
@@ -97,7 +97,10 @@ def test_no_group_crosses(df, group_by, seed, ratio, samples, gate, stratified, 
     for a, b in combinations(("train", "val", "test"), 2):
         assert not g[a] & g[b], (a, b, g[a] & g[b])
     assert not g["pool"] & (g["train"] | g["test"])
-    part = lambda name: sp.pool[sp.pool["split"] == name]
+
+    def part(name):
+        return sp.pool[sp.pool["split"] == name]
+
     assert set(part("val")["path"]) == set(sp.val["path"]) and set(sp.pool["split"]) <= {"val", "calib", "clean"}
     tidy = tidy_records(df)
     of = dict(zip(tidy["path"], group_keys(tidy, group_by)))
@@ -278,7 +281,9 @@ def test_combos_have_a_nested_quota_of_their_own():
 def test_the_four_stages_bring_their_combos():
     from pillsnap.core.config import load_config
 
-    of = lambda *more: [(q.stage, q.max_combos) for q in S.stage_quotas(load_config("two_stage", list(more)))]
+    def of(*more):
+        return [(q.stage, q.max_combos) for q in S.stage_quotas(load_config("two_stage", list(more)))]
+
     assert of() == [(1, 500), (2, 2500), (3, 10_000), (4, None)]
     assert of("data.progressive_validation.stage_2.max_combos=700")[1] == (2, 700)
     for demo in ("demo", "smoke"):
@@ -518,13 +523,16 @@ def test_four_stages_in_one_folder(run):
         for i, (n, c) in enumerate(((20, 2), (40, 4), (80, 6), (90, 6)), 1)
         for k, v in (("max_samples", n), ("max_classes", c))
     ]
-    cut = lambda stage, *more, **kw: S.SplitsJob(
-        run_dir=str(root),
-        config="smoke",
-        overrides=(*sizes, "evaluation.min_eval_samples=8", *more),
-        stage_n=stage,
-        **kw,
-    ).run()
+
+    def cut(stage, *more, **kw):
+        return S.SplitsJob(
+            run_dir=str(root),
+            config="smoke",
+            overrides=(*sizes, "evaluation.min_eval_samples=8", *more),
+            stage_n=stage,
+            **kw,
+        ).run()
+
     for stage in (2, 1, 4):
         cut(stage)
     d = {i: load_split_data(root, i) for i in (1, 2, 4)}
@@ -612,7 +620,8 @@ def test_the_job_seals_the_share_that_the_configuration_says(run, tmp_path):
 @pytest.mark.spec("SP4")
 def test_nothing_below_data_val_is_opened(run, tmp_path):
     "The stage, run under an audit hook, never opens a file of the sealed tree."
-    import subprocess, sys
+    import subprocess
+    import sys
 
     root, _ = run
     code = (
@@ -669,7 +678,10 @@ def test_left_out_drugs_are_nowhere_else(df, seed, share):
 def test_by_drug_no_drug_is_judged_and_taught(df, seed, ratio):
     "group_by: drug. What val and test hold as singles appears in no teaching photo, not even in a combo."
     sp = make_splits(df, split_ratio=ratio, seed=seed, group_by="drug")
-    drugs = lambda d: set(d.loc[d["kind"] == "single", "class_key"])
+
+    def drugs(d):
+        return set(d.loc[d["kind"] == "single", "class_key"])
+
     assert not drugs(sp.val) & set(sp.train["class_key"]) and not drugs(sp.test) & set(
         pd.concat([sp.train, sp.val])["class_key"]
     )
@@ -723,16 +735,19 @@ def test_a_folder_of_ids_becomes_a_split(tmp_path):
                 Image.fromarray(rng.integers(0, 255, (230, 100 if (i, v) == (7, 1) else 230, 3), dtype=np.uint8)).save(
                     tmp_path / "shop" / c / f"{c[0]}{i:03d}_{v}.jpg"
                 )
-    job = lambda *more: S.SplitsJob(
-        run_dir=str(tmp_path / "run"),
-        config="smoke",
-        overrides=(
-            "project.family=retrieval",
-            "evaluation.min_eval_samples=null",
-            f"paths.root={json.dumps(str(tmp_path / 'shop'))}",
-            *more,
-        ),
-    )
+
+    def job(*more):
+        return S.SplitsJob(
+            run_dir=str(tmp_path / "run"),
+            config="smoke",
+            overrides=(
+                "project.family=retrieval",
+                "evaluation.min_eval_samples=null",
+                f"paths.root={json.dumps(str(tmp_path / 'shop'))}",
+                *more,
+            ),
+        )
+
     res = job().run()
     lists = json.loads((tmp_path / "run/artifacts/retrieval/splits.json").read_text())
     ids = {k: {S.photo_id(r["path"]) for r in rows} for k, rows in lists.items()}
@@ -872,6 +887,7 @@ def test_decisions_are_applied_before_the_split_and_counted(decided):
 def test_thumbnails_are_made_once(run, monkeypatch):
     "A second search of the same delivery opens no photo; a photo written anew is opened again."
     import os
+
     from pillsnap.dataset import duplicates as D
 
     root, _ = run
@@ -879,9 +895,12 @@ def test_thumbnails_are_made_once(run, monkeypatch):
     singles, opened, real = df[df["kind"] == "single"], [], D.thumbnail_of
     monkeypatch.setattr(D, "thumbnail_of", lambda p, b: opened.append(p) or real(p, b))
     delivery_root = S.read_manifest(root / "manifest.csv")[1]["root"]
-    look = lambda: D.update_thumbnails(
-        singles, delivery_root, D.ThumbStore(root / "artifacts" / "thumbnails"), progress=False
-    )
+
+    def look():
+        return D.update_thumbnails(
+            singles, delivery_root, D.ThumbStore(root / "artifacts" / "thumbnails"), progress=False
+        )
+
     assert (look() >= 0).all() and opened == []
     first = Path(delivery_root) / singles["path"].iloc[0]
     stamp = first.stat()
@@ -950,7 +969,10 @@ def test_thumbnails_survive_a_line_that_was_cut_off(run, tmp_path):
 
     df, head = S.read_manifest(run[0] / "manifest.csv")
     few = df[df["kind"] == "single"].head(3)
-    look = lambda: (D.update_thumbnails(few, head["root"], s := D.ThumbStore(tmp_path), workers=1, progress=False), s)
+
+    def look():
+        return (D.update_thumbnails(few, head["root"], s := D.ThumbStore(tmp_path), workers=1, progress=False), s)
+
     at, store = look()
     whole, raw, thumbs = store.names.read_bytes(), store.raw.read_bytes(), store.array()[at].copy()
     last = whole[:-1].rindex(b"\n") + 1

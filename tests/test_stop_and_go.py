@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from fastai.callback.core import Callback
+from test_memory import Painted, table
+from test_smoke_train import split_folder
 from torch import nn
 
 from pillsnap.core.checkpoints import load_ckpt, save_ckpt
@@ -18,15 +20,13 @@ from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.files import read_json
 from pillsnap.core.jobs import read_record
-from pillsnap.delivery.classmap import ClassMap
 from pillsnap.dataset.datasets import PillsnapClsDataset
 from pillsnap.dataset.loaders import PhotoLoader
 from pillsnap.dataset.sampling import BalancedBatchSampler, EpochSampler
+from pillsnap.delivery.classmap import ClassMap
 from pillsnap.training.classifier import ClassifierJob
 from pillsnap.training.learner import Outputs, build_learner, load_resume_checkpoint, read_last_checkpoint
 from pillsnap.training.saving import average_weights, restore
-from test_memory import Painted, table
-from test_smoke_train import split_folder
 
 CM = ClassMap([f"K-{i:06d}" for i in range(3)])
 
@@ -171,18 +171,21 @@ def test_every_loader_and_sampler_goes_on_where_it_stood(straight, tmp_path, kin
 @pytest.mark.spec("CT16", "X73")
 def test_the_total_may_grow_and_nothing_else_may_change(straight, tmp_path):
     save_ckpt(tmp_path / "last.pt", **straight)
-    ask = lambda *over: load_resume_checkpoint(
-        tmp_path / "last.pt",
-        load_config(
-            "smoke",
-            [
-                "train.classification={epochs: 3, lr: 0.01, grad_accum_steps: 4, amp: false, ema: {enabled: true, decay: 0.8}, saving: {every_steps: 1}}",
-                *over,
-            ],
-        ),
-        CM.to_dict(),
-        True,
-    )
+
+    def ask(*over):
+        return load_resume_checkpoint(
+            tmp_path / "last.pt",
+            load_config(
+                "smoke",
+                [
+                    "train.classification={epochs: 3, lr: 0.01, grad_accum_steps: 4, amp: false, ema: {enabled: true, decay: 0.8}, saving: {every_steps: 1}}",
+                    *over,
+                ],
+            ),
+            CM.to_dict(),
+            True,
+        )
+
     assert (
         ask("train.classification.epochs=9")["epoch"] == 3
         and ask("train.classification.saving.keep_best=3", "train.classification.stall_check=false")["epoch"] == 3
@@ -227,7 +230,10 @@ def test_killed_and_asked_to_stop_in_mid_epoch_and_still_the_same(delivery, tmp_
     root = split_folder(tmp_path / "run", delivery)
     last, env = root / "checkpoints" / "classifier" / "last.pt", {**os.environ, "OMP_NUM_THREADS": "1"}
     slowly = "import time; from pillsnap.training.callbacks import StepLog; one = StepLog.after_batch; StepLog.after_batch = lambda self: (time.sleep(.1), one(self))[1]"  # a signal must not come after the end
-    at = lambda c: (c["epoch"], c["position"]["batch"])
+
+    def at(c):
+        return (c["epoch"], c["position"]["batch"])
+
     for sig, epoch in ((signal.SIGKILL, 0), (signal.SIGTERM, 1)):
         before = at(load_ckpt(last)) if last.exists() else (0, 0)  # what the one before left is no sign of life
         p = subprocess.Popen(command(root, slowly), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=env)

@@ -19,9 +19,9 @@ import pytest
 
 from pillsnap.core.errors import PillsnapError
 from pillsnap.delivery.capture import capture_group, parse_name
+from pillsnap.synth import writer as synth
 from pillsnap.synth.catalogue import NULL_KEYS, make_catalogue, rng_for
 from pillsnap.synth.renderer import LAMPS, Pose, Shot, photograph
-from pillsnap.synth import writer as synth
 from pillsnap.synth.writer import (
     IN_FILES,
     IN_LABEL,
@@ -59,10 +59,58 @@ def tiny(tmp_path_factory) -> Path:
 
 
 # DATA.md section 3, written out: a list taken from the code would agree with any mistake in it
-KEYS = """file_name width height imgfile drug_N drug_S back_color drug_dir light_color camera_la camera_lo size dl_idx dl_mapping_code dl_name dl_name_en img_key dl_material
-dl_material_en dl_custom_shape dl_company dl_company_en di_company_mf di_company_mf_en item_seq di_item_permit_date di_class_no di_etc_otc_code di_edi_code chart drug_shape thick leng_long
-leng_short print_front print_back color_class1 color_class2 line_front line_back img_regist_ts form_code_name mark_code_front_anal mark_code_back_anal mark_code_front_img mark_code_back_img
-mark_code_front mark_code_back change_date id""".split()
+KEYS = [
+    "file_name",
+    "width",
+    "height",
+    "imgfile",
+    "drug_N",
+    "drug_S",
+    "back_color",
+    "drug_dir",
+    "light_color",
+    "camera_la",
+    "camera_lo",
+    "size",
+    "dl_idx",
+    "dl_mapping_code",
+    "dl_name",
+    "dl_name_en",
+    "img_key",
+    "dl_material",
+    "dl_material_en",
+    "dl_custom_shape",
+    "dl_company",
+    "dl_company_en",
+    "di_company_mf",
+    "di_company_mf_en",
+    "item_seq",
+    "di_item_permit_date",
+    "di_class_no",
+    "di_etc_otc_code",
+    "di_edi_code",
+    "chart",
+    "drug_shape",
+    "thick",
+    "leng_long",
+    "leng_short",
+    "print_front",
+    "print_back",
+    "color_class1",
+    "color_class2",
+    "line_front",
+    "line_back",
+    "img_regist_ts",
+    "form_code_name",
+    "mark_code_front_anal",
+    "mark_code_back_anal",
+    "mark_code_front_img",
+    "mark_code_back_img",
+    "mark_code_front",
+    "mark_code_back",
+    "change_date",
+    "id",
+]
 
 
 # ---- the drugs -----------------------------------------------------------------------------------------------------------------------
@@ -104,7 +152,10 @@ def test_twins_differ_in_their_imprint_only():
     cat = make_catalogue(12, seed=42)
     a, b = (cat[k] for k in cat.twins[0])
     shot = Shot(latitude=75, width=96, height=96, field=14)
-    take = lambda d, side: photograph([(d, Pose(turn=30, side=side))], shot, rng_for(1))[0].astype(int)
+
+    def take(d, side):
+        return photograph([(d, Pose(turn=30, side=side))], shot, rng_for(1))[0].astype(int)
+
     for side in (0, 1):
         gap = np.abs(take(a, side) - take(b, side)).max(-1)
         assert (gap > 25).sum() > 60, "the letters are there to be seen, on both sides"
@@ -479,7 +530,10 @@ def test_border_and_file_size_say_nothing_about_the_drug():
     kept = [t for t in tasks if t.shift == (0, 0)]
     y = np.array([t.pills[0][0].number for t in kept])
     photos = [photograph(list(t.pills), t.shot, rng_for(*t.words, "photo"))[0] for t in kept]
-    strips = lambda p: (p[:6], p[-6:], p[:, :6].swapaxes(0, 1), p[:, -6:].swapaxes(0, 1))
+
+    def strips(p):
+        return (p[:6], p[-6:], p[:, :6].swapaxes(0, 1), p[:, -6:].swapaxes(0, 1))
+
     border = np.stack(
         [
             np.concatenate(
@@ -562,27 +616,32 @@ def test_the_ledger_is_what_lies_on_the_disk(spoilt):
     out, ledger = spoilt
     planted = {f: out / p for f, (p,) in ledger["planted_faults"].items()}
     assert set(planted) == {*IN_LABEL, *IN_FILES} and len(set(planted.values())) == len(planted), "one fault a file"
-    box = lambda f: load(planted[f])["annotations"][0]["bbox"]
+
+    def box(f):
+        return load(planted[f])["annotations"][0]["bbox"]
+
     assert (
         box("box_negative")[2] < 0 and box("box_zero")[2] == 0 and box("box_empty") == [] and len(box("box_short")) == 3
     )
     assert (
         isinstance(box("box_float")[0], float) and isinstance(box("box_string")[0], str) and box("box_outside")[0] > 98
     )
-    siblings = lambda f: [
-        tuple(load(p)["annotations"][0]["bbox"]) for p in planted[f].parents[1].glob(f"*/{planted[f].name}")
-    ]
+
+    def siblings(f):
+        return [tuple(load(p)["annotations"][0]["bbox"]) for p in planted[f].parents[1].glob(f"*/{planted[f].name}")]
 
     def iou(a, b):
         w, h = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0]), min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
         i = max(w, 0) * max(h, 0)
         return i / (a[2] * a[3] + b[2] * b[3] - i)
 
-    best = lambda f: (
-        max(iou(tuple(box(f)), b) for b in Counter(siblings(f)) - Counter([tuple(box(f))]))
-        if f != "identical_boxes"
-        else max(Counter(siblings(f)).values())
-    )
+    def best(f):
+        return (
+            max(iou(tuple(box(f)), b) for b in Counter(siblings(f)) - Counter([tuple(box(f))]))
+            if f != "identical_boxes"
+            else max(Counter(siblings(f)).values())
+        )
+
     assert best("identical_boxes") == 2 and 0.3 <= best("overlapping_boxes") < 0.5
     note = load(planted["area_mismatch"])["annotations"][0]
     assert note["area"] != note["bbox"][2] * note["bbox"][3]
@@ -601,7 +660,10 @@ def test_the_ledger_is_what_lies_on_the_disk(spoilt):
     with pytest.raises(UnicodeDecodeError):
         load(planted["json_cp949"])
     assert json.loads(planted["json_cp949"].read_text("cp949"))["images"][0]["drug_S"] == "정상알약"
-    photo = lambda label: next(iter((out / "data/train/images").rglob(label.stem + ".png")), None)
+
+    def photo(label):
+        return next(iter((out / "data/train/images").rglob(label.stem + ".png")), None)
+
     assert photo(planted["json_without_image"]) is None and planted["json_without_image"].is_file()
     assert (
         not list((out / "data/train/labels").rglob(planted["image_without_json"].stem + ".json"))

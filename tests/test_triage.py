@@ -17,9 +17,9 @@ from pillsnap.dataset.triage import (
     cross_validated,
     feature_table,
     issues_of_run,
+    label_suspects,
     rank_issues,
     read_predictions,
-    label_suspects,
 )
 
 FLOOR = 0.55  # precision among as many photos as were mislabelled; by chance it would be .02
@@ -92,33 +92,45 @@ def test_the_saved_predictions_are_used(drugs, tmp_path):
 @pytest.mark.spec("BX22")
 def test_copies_under_two_drugs_blur_dark_and_boxes_are_listed(delivery, tmp_path):
     import shutil
+
     from PIL import Image, ImageFilter
+
     from pillsnap.dataset.splits import SplitsJob
 
     mine = tmp_path / "aihub"
     shutil.copytree(delivery, mine)
     photos = sorted(mine.glob("data/train/images/single/*/*/*.png"))
-    drug = lambda p: p.stem.split("_")[0]
+
+    def drug(p):
+        return p.stem.split("_")[0]
+
     source, copy = photos[0], next(p for p in photos if drug(p) != drug(photos[0]))
     Image.open(source).save(copy, compress_level=1)  # the same pixels, other bytes, another drug
     soft, dark = photos[5], photos[7]
     Image.open(soft).filter(ImageFilter.GaussianBlur(4)).save(soft)
     Image.open(dark).point(lambda v: v * 0.3).save(dark)
-    label = lambda photo: next(iter(mine.glob(f"data/train/labels/single/*/*/{photo.stem}.json")))
+
+    def label(photo):
+        return next(iter(mine.glob(f"data/train/labels/single/*/*/{photo.stem}.json")))
 
     def rebox(photo, box):
         j = json.loads(label(photo).read_text(encoding="utf-8"))
         j["annotations"][0] |= {"bbox": box, "area": box[2] * box[3]}
         label(photo).write_text(json.dumps(j, ensure_ascii=False), encoding="utf-8")
 
-    box_of = lambda photo: json.loads(label(photo).read_text(encoding="utf-8"))["annotations"][0]["bbox"]
+    def box_of(photo):
+        return json.loads(label(photo).read_text(encoding="utf-8"))["annotations"][0]["bbox"]
+
     assert box_of(copy) != box_of(source)  # the copy's box is its own drug's
     x, y, w, h = box_of(photos[9])
     rebox(photos[9], [x, y, w // 3, h // 3])
     convert_delivery(mine, tmp_path / "run")
     SplitsJob(run_dir=str(tmp_path / "run"), config="smoke").run()
     issues = issues_of_run(tmp_path / "run")
-    of = lambda kind: [Path(p).name for p in issues.loc[issues["kind"] == kind, "path"]]
+
+    def of(kind):
+        return [Path(p).name for p in issues.loc[issues["kind"] == kind, "path"]]
+
     assert set(of("conflict")) >= {source.name, copy.name} and set(issues.head(2)["kind"]) == {"conflict"}
     assert of("blurred")[:1] == [soft.name] and of("dark")[:1] == [dark.name] and photos[9].name in of("box")[:2]
 
@@ -176,9 +188,11 @@ def test_a_full_disk_loses_nothing(tmp_path):
 @pytest.mark.spec("BX22")
 def test_the_command_writes_a_page_for_the_run(drugs, tmp_path, capsys):
     "`pillsnap triage RUN` without a terminal: the page is in the run folder, runs there, and its command is printed."
-    import nbformat
     import shutil
+
+    import nbformat
     from nbclient import NotebookClient
+
     from pillsnap.cli import main
 
     run = tmp_path / "run"

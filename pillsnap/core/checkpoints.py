@@ -7,7 +7,10 @@ __all__ = ['FIELDS', 'OTHER_NAMES', 'plain', 'save_ckpt', 'rng_state', 'set_rng_
            'load_ckpt']
 
 # %% ../../nbs/core/080_checkpoints.ipynb #480cc31a
-import math, os, pickle, random
+import math
+import os
+import pickle
+import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -238,7 +241,10 @@ def find_ckpt(
     if path.exists():
         return path
     stems = [n.format(task=_TASKS.get(path.parent.name, path.parent.name)) for n in OTHER_NAMES.get(path.name, ())]
-    home = lambda n: path.parent.parent if n.startswith("../") else path.parent  # the model's own folder may be missing
+
+    def home(n):
+        return path.parent.parent if n.startswith("../") else path.parent  # the model's own folder may be missing
+
     there = [q for n in stems for e in (".pt", ".pth") if (q := home(n) / f"{n.removeprefix('../')}{e}").exists()]
     if there:
         log_decision(None, f"checkpoint: {there[0]} is read as {path.name}, which is not there")

@@ -12,7 +12,9 @@ __all__ = ['FEATURE_SETS', 'ALIASES', 'RETIRED', 'Block', 'key', 'Project', 'Pat
            'resolve_aliases', 'parse_overrides', 'all_keys', 'load_config', 'flatten', 'config_diff', 'explain']
 
 # %% ../../nbs/core/020_config.ipynb #296c60fe
-import difflib, os, re
+import difflib
+import os
+import re
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from pathlib import Path

@@ -8,7 +8,11 @@ __all__ = ['OOM_SIGNS', 'set_seed', 'pick_device', 'cpu_has_bf16', 'select_amp_d
            'oom_reason', 'release_memory']
 
 # %% ../../nbs/core/060_device.ipynb #0784b7f5
-import gc, logging, os, random, re
+import gc
+import logging
+import os
+import random
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal

@@ -7,7 +7,17 @@ __all__ = ['MACHINE', 'PARTIAL', 'os_error', 'ensure_dir', 'temp_dir', 'atomic_p
            'canonical_json', 'read_json', 'sha256_text', 'sha256_file', 'get_git_sha', 'FolderLock']
 
 # %% ../../nbs/core/010_files.ipynb #9bc4b4ad
-import errno, fcntl, functools, hashlib, json, os, secrets, shutil, subprocess, tempfile, weakref
+import errno
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import tempfile
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from multiprocessing.util import Finalize

@@ -8,11 +8,28 @@ __all__ = ['SUBFOLDERS', 'SMOKE', 'RunFolder', 'JobResult', 'markdown_table', 'i
            'check_parameters', 'in_sync', 'JobFailed', 'ProgressRelay', 'run_job', 'select_jobs', 'run_pipeline']
 
 # %% ../../nbs/core/090_jobs.ipynb #21220317
-import ast, atexit, dataclasses, gc, hashlib, importlib, importlib.util, json, logging, os, re, signal, sys, tempfile, threading, time, traceback, uuid
+import ast
+import atexit
+import dataclasses
+import gc
+import hashlib
+import importlib
+import importlib.util
+import json
+import logging
+import os
+import re
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime, timezone
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,14 +47,14 @@ from pillsnap.core.files import (
     ensure_dir,
     get_git_sha,
     read_json,
+    remove_partials,
     save_json,
     save_text,
     sha256_file,
     sha256_text,
-    remove_partials,
     temp_dir,
 )
-from .logs import DONE, FRAME, LiveLine, TBWriter, without_live_line, build_logger
+from .logs import DONE, FRAME, LiveLine, TBWriter, build_logger, without_live_line
 from .records import hardware, plain_number
 
 # %% ../../nbs/core/090_jobs.ipynb #2aa8fa70
@@ -112,9 +129,16 @@ def markdown_table(
     if not rows:
         return ""
     cols = list(dict.fromkeys(k for r in rows for k in r))
-    cell = lambda v: (
-        "" if v is None else plain_number(v) if isinstance(v, float) else str(v).replace("|", "\\|").replace("\n", " ")
-    )
+
+    def cell(v):
+        return (
+            ""
+            if v is None
+            else plain_number(v)
+            if isinstance(v, float)
+            else str(v).replace("|", "\\|").replace("\n", " ")
+        )
+
     lines = ["| " + " | ".join(cols) + " |", "|" + "---|" * len(cols)]
     return "\n".join(lines + ["| " + " | ".join(cell(r.get(c)) for c in cols) + " |" for r in rows])
 
@@ -139,6 +163,7 @@ def __str__(self: JobResult) -> str:
 def _ipython_display_(self: JobResult) -> None:
     "Markdown, then pictures, then the widget if there is one."
     from IPython.display import Markdown, display
+
     from pillsnap.core.plots import shown_picture
 
     display(Markdown(self._repr_markdown_()))
@@ -333,9 +358,7 @@ def run_id(
     "The folder's identity, made on first use."
     p = Path(root) / "run.json"
     if not p.exists():
-        save_json(
-            {"run_id": uuid.uuid4().hex[:12], "created": datetime.now(timezone.utc).isoformat(timespec="seconds")}, p
-        )
+        save_json({"run_id": uuid.uuid4().hex[:12], "created": datetime.now(UTC).isoformat(timespec="seconds")}, p)
     return read_json(p)["run_id"]
 
 # %% ../../nbs/core/090_jobs.ipynb #2ea6686d
@@ -387,7 +410,7 @@ def _sigterm_interrupts() -> Iterator[None]:
 @patch
 def _begin(self: Job, run: RunFolder, cfg: Config) -> dict[str, Any]:
     "The record of a run that has only begun."
-    started, settings = datetime.now(timezone.utc).isoformat(timespec="seconds"), _settings_read(cfg, self.sections)
+    started, settings = datetime.now(UTC).isoformat(timespec="seconds"), _settings_read(cfg, self.sections)
     now = dict(
         status="running",
         started=started,
@@ -582,7 +605,10 @@ def in_sync(
     if spec is None or not spec.origin:
         return False
     text = Path(spec.origin).read_text(encoding="utf-8")
-    code = lambda s: "\n".join(l.rstrip() for l in s.splitlines() if not l.startswith("#|")).strip()
+
+    def code(s):
+        return "\n".join(l.rstrip() for l in s.splitlines() if not l.startswith("#|")).strip()
+
     cells = [
         code(c.source)
         for c in nbformat.read(notebook, 4).cells

@@ -8,7 +8,14 @@ __all__ = ['EVERY', 'FRAME', 'DONE', 'STEP_TAGS', 'VAL_TAGS', 'audience', 'LiveL
            'step_line', 'with_tags', 'StepTimer']
 
 # %% ../../nbs/core/040_logs.ipynb #a5c1f3b6
-import logging, math, os, re, shutil, sys, time, uuid
+import logging
+import math
+import os
+import re
+import shutil
+import sys
+import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -7,7 +7,10 @@ __all__ = ['FONT_FAMILY', 'HOUSE_DPI', 'COLOURS', 'SHOWN_DPI', 'LARGE', 'font_pa
            'wrap_title', 'show_grid', 'drug_label', 'draw_boxes', 'colour_legend', 'save_fig', 'shown_picture']
 
 # %% ../../nbs/core/070_plots.ipynb #fdf9c39a
-import io, os, re, unicodedata
+import io
+import os
+import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -178,11 +181,14 @@ def _place(
     spots = [(x, y) for y in (y0 - h, y1, y0, y1 - h) for x in (x0, x1 - w)]
     inside = [(max(0, min(x, photo[0] - w - 1)), max(0, min(y, photo[1] - h - 1))) for x, y in spots]
     rects = [(x, y, x + w, y + h) for x, y in inside]
-    cost = lambda r: (
-        sum(_overlap(r, t) for t in taken),
-        sum(_overlap(r, b) for b in boxes if b is not box),
-        _overlap(r, box),
-    )
+
+    def cost(r):
+        return (
+            sum(_overlap(r, t) for t in taken),
+            sum(_overlap(r, b) for b in boxes if b is not box),
+            _overlap(r, box),
+        )
+
     return min(rects, key=cost)
 
 # %% ../../nbs/core/070_plots.ipynb #66a93a7f

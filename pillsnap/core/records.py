@@ -6,7 +6,11 @@
 __all__ = ['HOW', 'DATA', 'KIND', 'MIN_SECONDS_PER_SAMPLE', 'hardware', 'Metric', 'plain_number', 'Provenance', 'metric_table']
 
 # %% ../../nbs/core/030_records.ipynb #671bc321
-import dataclasses, math, os, re, sys
+import dataclasses
+import math
+import os
+import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -222,7 +226,10 @@ def metric_table(
 ) -> list[dict[str, Any]]:  # one row per name; columns: the kinds of data, "declared", "estimated"
     "Figures in columns that never mix measured with quoted, or synthetic with real."
     rows: dict[str, dict[str, Any]] = {}
-    column = lambda m: m.data if m.measured else m.how if m.how != "measured" else None
+
+    def column(m):
+        return m.data if m.measured else m.how if m.how != "measured" else None
+
     metrics = list(metrics)
     used = [c for c in (*DATA, "estimated", "declared") if c in {column(m) for m in metrics}]
     for m in metrics:

@@ -24,12 +24,12 @@ from fastcore.basics import patch
 # %% ../../nbs/dataset/440_audit.ipynb #8e114cf3
 from ..core.config import Config
 from ..core.files import read_json, save_json
+from ..core.jobs import Job, JobResult, RunFolder
 from ..core.logs import progress as show_progress
 from ..core.plots import draw_boxes, drug_label, save_fig, show_grid, use_house_style
-from ..core.jobs import RunFolder, Job, JobResult
-from ..photos.boxes import xywh_to_xyxy
 from .conversion import read_manifest, smoke_conversion
 from .duplicates import Duplicates, load_duplicates, plot_duplicates
+from ..photos.boxes import xywh_to_xyxy
 from ..photos.images import open_image_safely, resize, whole_view
 
 # %% ../../nbs/dataset/440_audit.ipynb #70377a9a
@@ -395,11 +395,14 @@ def parts_in_words(
     folder: Path,  # artifacts/stageN
 ) -> str:
     "Which drugs of a stage are taught, judged, both or neither."
-    read = lambda n: set(
-        pd.read_csv(folder / f"manifest_{n}.csv", usecols=["class_key", "kind"], dtype=str).query("kind == 'single'")[
-            "class_key"
-        ]
-    )
+
+    def read(n):
+        return set(
+            pd.read_csv(folder / f"manifest_{n}.csv", usecols=["class_key", "kind"], dtype=str).query(
+                "kind == 'single'"
+            )["class_key"]
+        )
+
     train, val = read("train"), read("val")
     both, unseen, unjudged = train & val, val - train, train - val
     out = [
@@ -461,10 +464,13 @@ def _audit_figures(
     odd, box = photo_outliers(m), box_outliers(df)
     combos, singles = (df.loc[df["kind"] == k, "path"].drop_duplicates().tolist() for k in ("combo", "single"))
     some = combos[:: max(1, len(combos) // 2)][:2] + singles[:: max(1, len(singles) // 2)][:2]
-    worst = lambda d, most: (
-        d["path"].tolist()[:most],
-        [w if w == "at the edge" else f"{w}, {z:.1f} σ" for w, z in zip(d["what"][:most], d["z"])],
-    )
+
+    def worst(d, most):
+        return (
+            d["path"].tolist()[:most],
+            [w if w == "at the edge" else f"{w}, {z:.1f} σ" for w, z in zip(d["what"][:most], d["z"])],
+        )
+
     out = {"balance": lambda: plot_balance(df, names), "sizes": lambda: plot_sizes(m)}
     if (df["back"] >= 0).any():
         out["conditions"] = lambda: _plot_conditions_grid(df, root)

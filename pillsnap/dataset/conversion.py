@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime, timezone
 from functools import lru_cache, partial
 from itertools import chain, pairwise
 from pathlib import Path
@@ -41,6 +41,7 @@ from fastcore.basics import patch
 
 # %% ../../nbs/dataset/400_conversion.ipynb #c840621a
 import logging
+
 from ..core.config import Config, load_config
 from ..core.errors import PillsnapError
 from pillsnap.core.files import (
@@ -53,8 +54,8 @@ from pillsnap.core.files import (
     save_text,
     sha256_file,
 )
+from ..core.jobs import Job, JobResult, RunFolder
 from ..core.logs import progress as show_progress
-from ..core.jobs import RunFolder, Job, JobResult
 
 # %% ../../nbs/dataset/400_conversion.ipynb #9e44bc2e
 from pillsnap.delivery.aihub import (
@@ -75,20 +76,20 @@ from pillsnap.delivery.aihub import (
     unpack_hint,
 )
 from ..delivery.classmap import ClassMap
-from ..photos.images import MAX_BYTES, MAX_PIXELS, open_image_safely
 from pillsnap.delivery.index import (
     COLUMNS,
     INT_COLUMNS,
     gather_rows,
     photo_folder,
-    single_rows,
     read_index,
     read_manifest,
+    single_rows,
     truth_rows,
     write_index,
     write_manifest,
 )
 from ..delivery.truth import Drug, LabelEvidence, LabelledPill, PhotoTruth, check_labels, labels_of, summary
+from ..photos.images import MAX_BYTES, MAX_PIXELS, open_image_safely
 
 # %% ../../nbs/dataset/400_conversion.ipynb #14d5ad2e
 def validate_bbox(
@@ -186,7 +187,10 @@ def note(
     "Append to the journal, beginning on a line of its own."
     if self.path is None:
         return
-    flat = lambda v: str(v).replace("\t", " ").replace("\n", " ").replace("\r", " ")
+
+    def flat(v):
+        return str(v).replace("\t", " ").replace("\n", " ").replace("\r", " ")
+
     try:
         with open(self.path, "a+b") as f:
             if f.tell() and (f.seek(-1, 2), f.read(1))[1] != b"\n":
@@ -438,7 +442,7 @@ def _drug_mapping(
         "edi_to_class_id": edi,
         "drug_metadata": entries,
         "num_classes": len(class_map),
-        "created_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "class_map": class_map.to_dict(),
     }
 
@@ -1173,6 +1177,7 @@ def _plot_balance(
 ) -> Any:  # matplotlib Figure
     "Pills per drug, singles and combos, most first."
     import matplotlib.pyplot as plt
+
     from pillsnap.core.plots import drug_label, use_house_style
 
     use_house_style()
@@ -1208,6 +1213,7 @@ def _plot_conditions(
 ) -> Any:  # matplotlib Figure
     "Photos per background, light, side, elevation and turn."
     import matplotlib.pyplot as plt
+
     from pillsnap.core.plots import use_house_style
 
     use_house_style()
@@ -1259,9 +1265,10 @@ def _plot_captures(
         .head(n)
         .sort_values(["side", "back", "light", "path"])
     )
-    word = lambda r: (
-        f"{CONDITIONS['back'][1].get(r.back, r.back)}, {CONDITIONS['light'][1].get(r.light, r.light)}\n{'back' if r.side else 'front'} {r.latitude}° at {r.longitude}°"
-    )
+
+    def word(r):
+        return f"{CONDITIONS['back'][1].get(r.back, r.back)}, {CONDITIONS['light'][1].get(r.light, r.light)}\n{'back' if r.side else 'front'} {r.latitude}° at {r.longitude}°"
+
     return show_grid(
         [_photo(root, r.path) for r in one.itertuples()], [word(r) for r in one.itertuples()], cols=6, size=1.5
     )

@@ -26,12 +26,12 @@ from torch.utils.data import Dataset
 # %% ../../nbs/dataset/480_datasets.ipynb #1a77b51e
 from ..core.config import AugmentClassification
 from ..core.errors import PillsnapError
+from .sampling import sample_randoms, stable_ids
+from ..delivery.classmap import ClassMap
 from ..photos.augmentation import COL, DRAWS, LOOSE, BatchAugment, canvas_size, crop_range
 from ..photos.boxes import letterbox, to_yolo, xyxy_to_xywh
 from ..photos.caches import LMDBImageCache, Photo, PhotoCache, SizedLRUCache, View, box_of, cached_view
-from ..delivery.classmap import ClassMap
 from ..photos.images import crop_square, open_image_safely
-from .sampling import sample_randoms, stable_ids
 
 # %% ../../nbs/dataset/480_datasets.ipynb #20ba15fb
 def _canvas_square(
@@ -306,7 +306,9 @@ class PillsnapClsDataset(Dataset):
         padding: float = 0.1,  # margin of a served crop
         channels_last: bool = False,  # memory layout of batches on a GPU
     ):
-        col = lambda c, other: rows[c].fillna(other).tolist() if c in rows else [other] * len(rows)
+        def col(c, other):
+            return rows[c].fillna(other).tolist() if c in rows else [other] * len(rows)
+
         paths, bboxes, labels = rows["path"].tolist(), col("bbox", ""), [class_map.id(k) for k in rows["class_key"]]
         if -1 in labels:
             raise PillsnapError(
@@ -532,9 +534,12 @@ def safe_collate_detection(
     batch: Sequence[Mapping[str, Any]],  # samples and skip records
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, list]]:  # images [B, 3, S, S]; boxes [n, 6]; {"paths", "skipped"}
     "As `safe_collate`; a photo with a box that is no box is left out as well."
-    ok = lambda l: bool(
-        torch.isfinite(l).all() and (l[:, 3:] > 0).all() and (l[:, 1:] >= 0).all() and (l[:, 1:] <= 1).all()
-    )
+
+    def ok(l):
+        return bool(
+            torch.isfinite(l).all() and (l[:, 3:] > 0).all() and (l[:, 1:] >= 0).all() and (l[:, 1:] <= 1).all()
+        )
+
     batch = [
         s
         if "_skip" in s or ok(s["label"])

@@ -38,11 +38,9 @@ from ..core.device import is_oom, oom_reason, release_memory, to_device
 from ..core.errors import PillsnapError
 from ..core.files import sha256_text
 from ..core.logs import TBWriter, log_decision
-from ..photos.augmentation import risky_settings
-from ..photos.caches import LMDBImageCache, PhotoCache, SizedLRUCache, View, free_bytes
 from pillsnap.dataset.datasets import (
-    DeliverySource,
     BatchViews,
+    DeliverySource,
     MemorySource,
     PackSource,
     PillsnapClsDataset,
@@ -52,15 +50,17 @@ from pillsnap.dataset.datasets import (
     lmdb_converter,
     safe_collate_detection,
 )
-from ..photos.pack import Pack, pack_settings, build_stage_pack
 from pillsnap.dataset.sampling import (
     BalancedBatchSampler,
     EpochSampler,
-    visit_counts,
-    effective_batch,
     balanced_weights,
+    effective_batch,
+    visit_counts,
 )
 from .splits import SplitData, family_ratios
+from ..photos.augmentation import risky_settings
+from ..photos.caches import LMDBImageCache, PhotoCache, SizedLRUCache, View, free_bytes
+from ..photos.pack import Pack, build_stage_pack, pack_settings
 
 # %% ../../nbs/dataset/490_loaders.ipynb #eddef3bc
 class Buffers:
@@ -194,8 +194,13 @@ def _chunks(self: PhotoLoader, order: np.ndarray, edges: np.ndarray) -> Iterator
         if self.num_workers
         else self._here
     )
-    mine = lambda a, b: slice(a + (b - a) * self.rank // self.world, a + (b - a) * (self.rank + 1) // self.world)
-    pieces = lambda e: [(order[s], visits[s]) for s in itertools.starmap(mine, itertools.pairwise(e))]
+
+    def mine(a, b):
+        return slice(a + (b - a) * self.rank // self.world, a + (b - a) * (self.rank + 1) // self.world)
+
+    def pieces(e):
+        return [(order[s], visits[s]) for s in itertools.starmap(mine, itertools.pairwise(e))]
+
     yield from work(
         pieces(
             np.r_[np.arange(self.row, end, self.batch_size), end]
@@ -950,19 +955,22 @@ def _autotuned(
             log, f"autotune: workers are chosen by rule, an epoch of {len(loader)} batches is too short to measure"
         )
         return []
-    make = lambda n: PhotoLoader(
-        loader.dataset,
-        photos_per_batch(loader),
-        EpochSampler(loader.dataset, loader.dataset.seed),
-        None,
-        True,
-        loader.engine,
-        n,
-        loader.prefetch_factor,
-        loader.device,
-        loader.pin_memory,
-        **loader.processes,
-    )
+
+    def make(n):
+        return PhotoLoader(
+            loader.dataset,
+            photos_per_batch(loader),
+            EpochSampler(loader.dataset, loader.dataset.seed),
+            None,
+            True,
+            loader.engine,
+            n,
+            loader.prefetch_factor,
+            loader.device,
+            loader.pin_memory,
+            **loader.processes,
+        )
+
     loader.num_workers, table = autotune_num_workers(make, None, AUTOTUNE_WARMUP, AUTOTUNE_STEPS, None, log, tb)
     return table
 
@@ -1105,7 +1113,9 @@ def build_dataloaders_by_mode(
     mode = cfg.data.default_mode if mode is None else mode
     if mode not in ("single", "combo"):
         raise PillsnapError(f"a mode is single or combo, not {mode!r}", where="data.default_mode")
-    train_dl, val_dl, meta = (build_classification_loaders if mode == "single" else _build_detection_loaders)(stage, cfg)
+    train_dl, val_dl, meta = (build_classification_loaders if mode == "single" else _build_detection_loaders)(
+        stage, cfg
+    )
     return train_dl, val_dl, None, meta | {"mode": mode}
 
 # %% ../../nbs/dataset/490_loaders.ipynb #76f57919

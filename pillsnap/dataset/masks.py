@@ -300,7 +300,10 @@ def segmentation_metrics(
         np.divide(k * hit, size, out=np.full(len(hit), np.nan), where=seen)
         for k, size in ((1, true + said - hit), (2, true + said))
     )
-    mean = lambda v: float(v[seen].mean()) if n else float("nan")
+
+    def mean(v):
+        return float(v[seen].mean()) if n else float("nan")
+
     return {
         "mIoU": mean(iou),
         "Dice": mean(dice),

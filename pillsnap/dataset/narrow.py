@@ -6,7 +6,8 @@
 __all__ = ['NarrowDrug', 'read_drug_list', 'class_mapping', 'training_weights', 'preprocessing_applied', 'augmentation_applied']
 
 # %% ../../nbs/dataset/430_narrow.ipynb #f0af9c7b
-import json, math
+import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path

@@ -11,7 +11,7 @@ import getpass
 import json
 import os
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,7 @@ def add(
     decision: Decision,  # what was decided
 ) -> Decision:  # as written, with who and when
     "Append one decision: one write, synced, on a line of its own."
-    who, when = decision.who or _login(), decision.when or datetime.now(timezone.utc).isoformat(timespec="seconds")
+    who, when = decision.who or _login(), decision.when or datetime.now(UTC).isoformat(timespec="seconds")
     done = Decision(**(asdict(decision) | {"who": who, "when": when}))
     line = (json.dumps(asdict(done), ensure_ascii=False) + "\n").encode("utf-8")
     try:
@@ -127,7 +127,7 @@ def apply_overlay(
     key = list(zip(df["path"], df["class_key"]))
     what = pd.Series([holds.get(k) for k in key], df.index, dtype=object)
     kind = what.map(lambda d: d.decision if d else "")
-    _check_targets([d for d in what[kind == "relabel"]], known, overlay.path)
+    _check_targets(list(what[kind == "relabel"]), known, overlay.path)
     new = what[kind == "relabel"].map(lambda d: d.to)
     out = df.assign(
         **{c: df[c].where(kind != "relabel", new.reindex(df.index)) for c in ("class_key", "kcode") if c in df}

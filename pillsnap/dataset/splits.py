@@ -33,11 +33,9 @@ from fastcore.basics import patch
 from ..core.config import Config
 from ..core.errors import PillsnapError
 from ..core.files import atomic_path, ensure_dir, read_json, save_json, save_text, sha256_file
+from ..core.jobs import Job, JobResult, RunFolder
 from ..core.plots import drug_label, save_fig, show_grid, use_house_style
-from ..core.jobs import RunFolder, Job, JobResult
 from .audit import drug_names
-from ..delivery.capture import capture_group, parse_name
-from ..delivery.classmap import ClassMap
 from .conversion import COLUMNS, read_manifest, smoke_conversion, write_manifest, write_yolo_tree
 from pillsnap.dataset.duplicates import (
     Duplicates,
@@ -45,12 +43,14 @@ from pillsnap.dataset.duplicates import (
     file_names,
     join_groups,
     load_duplicates,
-    plot_duplicates,
     name_groups,
+    plot_duplicates,
 )
-from ..photos.images import IMAGENET_MEAN, IMAGENET_STD, header_size, open_image_safely, resize
 from .narrow import augmentation_applied, class_mapping, preprocessing_applied, read_drug_list
 from .overlay import OVERLAY, Overlay, apply_overlay
+from ..delivery.capture import capture_group, parse_name
+from ..delivery.classmap import ClassMap
+from ..photos.images import IMAGENET_MEAN, IMAGENET_STD, header_size, open_image_safely, resize
 
 # %% ../../nbs/dataset/460_splits.ipynb #c965bd8b
 def stable_hash(
@@ -501,7 +501,10 @@ def _split_warnings(
     group_by: str = "capture",  # what was kept together
 ) -> list[str]:  # empty when all is well
     "What a reader of this split must know, in plain words."
-    some = lambda ks: f"{', '.join(sorted(ks)[:5])}{' …' if len(ks) > 5 else ''}"
+
+    def some(ks):
+        return f"{', '.join(sorted(ks)[:5])}{' …' if len(ks) > 5 else ''}"
+
     s, out = df[(df["kind"] == "single") & df["class_key"].isin(classes)], []
     if len(classes) == 1:
         out.append("only one drug: nothing to stratify, its groups are split at random")
@@ -705,7 +708,10 @@ def choose_classes(
     if names is None:
         return df, []
     there, names = sorted(set(df["class_key"])), [unicodedata.normalize("NFC", n) for n in names]
-    near = lambda n: f"{n} (did you mean {got[0]}?)" if (got := difflib.get_close_matches(n, there, 1)) else n
+
+    def near(n):
+        return f"{n} (did you mean {got[0]}?)" if (got := difflib.get_close_matches(n, there, 1)) else n
+
     if missing := [near(n) for n in names if n not in there]:
         raise PillsnapError(
             f"{len(missing)} of {len(names)} classes have no photos: {', '.join(missing[:5])}",
@@ -731,8 +737,8 @@ def _manifest_of_ids(
         domain="other",
         view="whole",
         stage_min=-1,
-        **{c: -1 for c in COLUMNS[-7:]},
-        **{c: "" for c in ("pack_ref", "bbox", "dup_id", "split", "sha1")},
+        **dict.fromkeys(COLUMNS[-7:], -1),
+        **dict.fromkeys(("pack_ref", "bbox", "dup_id", "split", "sha1"), ""),
     )
     write_manifest(
         df,
@@ -753,9 +759,10 @@ def _family_lists(
 ) -> dict[str, list[dict[str, Any]]]:  # train, val and test, each a list of {path, label, kcode}
     "splits.json as the narrow family has it."
     number = {k: i for i, k in enumerate(splits.classes)}
-    rows = lambda d: [
-        {"path": p, "label": number[k], "kcode": k} for p, k in zip(d["path"], d["class_key"]) if k in number
-    ]
+
+    def rows(d):
+        return [{"path": p, "label": number[k], "kcode": k} for p, k in zip(d["path"], d["class_key"]) if k in number]
+
     return {name: rows(getattr(splits, name).query("kind == 'single'")) for name in ("train", "val", "test")}
 
 
@@ -782,7 +789,7 @@ def _narrow_manifest(
     "The narrow data set in one file."
     from datetime import date
 
-    count = {k: {name: 0 for name in lists} for k in classes}
+    count = {k: dict.fromkeys(lists, 0) for k in classes}
     for name, rows in lists.items():
         for r in rows:
             count[r["kcode"]][name] += 1
@@ -1046,7 +1053,10 @@ def missing_photos(
     p = pd.Series(pd.unique(pd.Series(list(paths), dtype=str)))
     if p.empty:
         return []
-    there = lambda folder: set(os.listdir(Path(root) / folder)) if (Path(root) / folder).is_dir() else set()
+
+    def there(folder):
+        return set(os.listdir(Path(root) / folder)) if (Path(root) / folder).is_dir() else set()
+
     return [
         q
         for folder, files in p.groupby(p.str.rpartition("/")[0].to_numpy())
@@ -1194,7 +1204,10 @@ def _plot_neighbours(
     other = s[(s["class_key"] == one["class_key"].iloc[0]) & (s["group_id"] != biggest)].drop_duplicates("group_id")
     rows = pd.concat([one.head(4), other.iloc[:: max(1, len(other) // 3)].head(3)])
     opened = [(r, open_image_safely(Path(root) / r.path).get("image")) for r in rows.itertuples()]
-    title = lambda r: f"{'same series' if r.group_id == biggest else 'another'}\n{r.longitude}°, {r.latitude}° up"
+
+    def title(r):
+        return f"{'same series' if r.group_id == biggest else 'another'}\n{r.longitude}°, {r.latitude}° up"
+
     return show_grid(
         [resize(i, round(i.shape[0] * side / i.shape[1]), side) for _, i in opened if i is not None],
         [title(r) for r, i in opened if i is not None],
@@ -1209,8 +1222,13 @@ def stage_quotas(
     p, cap = cfg.data.progressive_validation, cfg.data.max_samples
     if cfg.project.family != "two_stage":
         return [StageQuota(p.current_stage, cap, None, cfg.evaluation.min_eval_samples or 0)]
-    capped = lambda n: n if cap is None else cap if n is None else min(n, cap)
-    gate = lambda i: GATE_PHOTOS[i] if cfg.evaluation.min_eval_samples is None else cfg.evaluation.min_eval_samples
+
+    def capped(n):
+        return n if cap is None else cap if n is None else min(n, cap)
+
+    def gate(i):
+        return GATE_PHOTOS[i] if cfg.evaluation.min_eval_samples is None else cfg.evaluation.min_eval_samples
+
     return [
         StageQuota(i, capped(p.stage(i).max_samples), p.stage(i).max_classes, gate(i), p.stage(i).max_combos)
         for i in ((0,) if p.current_stage == 0 else (1, 2, 3, 4))
@@ -1546,7 +1564,10 @@ def _remarks(dup: Duplicates, saving: Mapping[str, float], stage: int) -> list[s
         out.append(
             f"{len(dup.conflicts)} pairs of photos are one picture under two drugs: at least one label is wrong, first {' and '.join(dup.conflicts[0])}."
         )
-    mb = lambda b: f"{b / 1e9:.1f} GB" if b >= 1e9 else f"{b / 1e6:.1f} MB"
+
+    def mb(b):
+        return f"{b / 1e9:.1f} GB" if b >= 1e9 else f"{b / 1e6:.1f} MB"
+
     return out + [
         f"Stage {stage} is a list of names: {mb(saving['lists_bytes'])} instead of a copy of {mb(saving['photos_bytes'])} of photos, {saving['saved']:.2%} saved."
     ]

@@ -34,8 +34,8 @@ from ..core.jobs import is_interactive
 from .audit import box_outliers, drug_names, measure_photos, photo_outliers, sample_photos
 from .conversion import read_manifest
 from .duplicates import Duplicates, load_duplicates
-from ..photos.images import crop_view, open_image_safely
 from .overlay import Decision, Overlay
+from ..photos.images import crop_view, open_image_safely
 
 # %% ../../nbs/dataset/450_triage.ipynb #504c9993
 _log = logging.getLogger("pillsnap.triage")

@@ -35,6 +35,7 @@ from typing import Any
 import joblib
 import msgspec
 from fastcore.basics import patch
+
 from ..core.errors import PillsnapError
 from ..core.files import MACHINE, FolderLock, os_error
 from ..core.logs import progress as show_progress

@@ -111,7 +111,10 @@ def _map_difference(
     if a.kind != b.kind:
         return f"its keys are {b.kind} and not {a.kind}"
     gone, new = sorted(set(a.keys) - set(b.keys)), sorted(set(b.keys) - set(a.keys))
-    some = lambda ks: ", ".join(ks[:3]) + (f" and {len(ks) - 3} more" if len(ks) > 3 else "")
+
+    def some(ks):
+        return ", ".join(ks[:3]) + (f" and {len(ks) - 3} more" if len(ks) > 3 else "")
+
     said = [f"it lacks {some(gone)}"] * bool(gone) + [f"it has {some(new)} besides"] * bool(new)
     return " and ".join(said)
 

@@ -12,7 +12,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime, timezone
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -119,7 +119,10 @@ def single_rows(
     stem, code, n, join = plain["stem"], plain["kcode"], len(plain), lambda *a: pc.binary_join_element_wise(*a)
     tokens, text = pc.extract_regex(stem, pattern=_STEM), {k: plain[k].cast(pa.string()) for k in "xywh"}
     token = {k: pc.struct_field(tokens, k) for k in _NAMES}
-    same = lambda v: pa.repeat(pa.scalar(v), n)
+
+    def same(v):
+        return pa.repeat(pa.scalar(v), n)
+
     cols = dict(
         sample_id=join(stem, code, "@"),
         path=plain["path"],
@@ -231,7 +234,7 @@ def _rows_hash(
 def _head(t: pa.Table, header: dict[str, Any], schema: str, data_hash: str) -> dict[str, Any]:
     "A header with what it must say of the rows."
     return (
-        {"schema": schema, "created": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+        {"schema": schema, "created": datetime.now(UTC).isoformat(timespec="seconds")}
         | {k: v for k, v in header.items() if k not in ("schema", "digest")}
         | {"rows": len(t), "columns": t.column_names, "data_hash": data_hash}
     )

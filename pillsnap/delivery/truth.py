@@ -34,14 +34,14 @@ from ..core.processes import processes
 from pillsnap.delivery.aihub import (
     DRUG_KEYS,
     Annotation,
+    AnnotationReader,
     DrugRecord,
     Fault,
-    PhotoRecord,
     PhotoIndex,
+    PhotoRecord,
     Reason,
     edi_list,
     folder_codes,
-    AnnotationReader,
     index_photos,
     known_text,
     label_files,
@@ -709,15 +709,18 @@ def _audit_table(
     counts: dict[str, Any],  # from audit
 ) -> str:  # lines of a console table
     "The counts in a form to read."
-    say = lambda v: (
-        "not counted"
-        if v is None
-        else ", ".join(f"{k}: {n}" for k, n in v.items()) or "none"
-        if isinstance(v, dict)
-        else ", ".join(v[:6]) + (f" and {len(v) - 6} more" if len(v) > 6 else "") or "none"
-        if isinstance(v, list)
-        else f"{v:,}"
-    )
+
+    def say(v):
+        return (
+            "not counted"
+            if v is None
+            else ", ".join(f"{k}: {n}" for k, n in v.items()) or "none"
+            if isinstance(v, dict)
+            else ", ".join(v[:6]) + (f" and {len(v) - 6} more" if len(v) > 6 else "") or "none"
+            if isinstance(v, list)
+            else f"{v:,}"
+        )
+
     return "\n".join(f"{k:<24}{say(v):>14}   {MEANING[k]}" for k, v in counts.items())
 
 # %% ../../nbs/delivery/130_truth.ipynb #81878695
@@ -727,7 +730,10 @@ def _named_files(
     tree: str | os.PathLike,  # where the labels lie: names are told from here
 ) -> dict[str, list[str]]:  # count → the files it counts; "file: particulars" where there are some
     "The files behind each count of faults."
-    rel = lambda p: os.path.relpath(p, os.path.abspath(tree))
+
+    def rel(p):
+        return os.path.relpath(p, os.path.abspath(tree))
+
     pairs = {n: list(p.close_pairs()) for n, p in e.judged.items()}
     same = {n for n, found in pairs.items() if any(iou >= IDENTICAL for *_, iou in found)}
     near = {n for n, found in pairs.items() if any(iou < IDENTICAL for *_, iou in found)}

@@ -9,10 +9,17 @@ __all__ = ['LIMITS', 'Boxes', 'FAINT', 'export_onnx', 'open_axes', 'RawHead', 'l
            'calibrated_temperature', 'ExportedModel', 'verdict', 'in_float16', 'time_bundle', 'ExportJob']
 
 # %% ../../nbs/deployment/810_export.ipynb #dbd8f063
-import copy, hashlib, json, math, os, shlex, time, warnings
+import copy
+import hashlib
+import json
+import math
+import os
+import shlex
+import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime, timezone
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,21 +36,20 @@ from torch import nn
 from ..core.config import Config
 from ..core.errors import PillsnapError
 from ..core.files import atomic_path, get_git_sha, read_json, save_json, sha256_file
-from ..core.logs import log_decision, progress as show_progress
+from ..core.jobs import Job, JobResult, RunFolder, run_id
+from ..core.logs import log_decision
+from ..core.logs import progress as show_progress
 from ..core.plots import COLOURS, colour_legend, draw_boxes, save_fig, show_grid, use_house_style
 from ..core.records import Provenance
-from ..core.jobs import RunFolder, Job, JobResult, run_id
-from ..photos.boxes import iou_matrix, letterbox, xywh_to_xyxy
-from ..delivery.classmap import ClassMap
-from ..photos.images import crop_view, normalise, open_image_safely, whole_view
 from ..dataset.splits import SplitData, load_split_data
+from ..delivery.classmap import ClassMap
 from pillsnap.deployment.runtime import (
     Bundle,
     OnnxClassifier,
     OnnxDetector,
-    verified_bytes,
     load_bundle,
     model_entry,
+    verified_bytes,
     write_bundle,
 )
 from ..evaluation.evaluation import gate_and_advise
@@ -52,6 +58,8 @@ from ..models.factory import TorchClassifier, load_classifier
 from ..models.metrics import detection_ap, match_boxes
 from ..models.pipeline import detect, softmax
 from ..models.yolo import TorchDetector, load_detector
+from ..photos.boxes import iou_matrix, letterbox, xywh_to_xyxy
+from ..photos.images import crop_view, normalise, open_image_safely, whole_view
 
 # %% ../../nbs/deployment/810_export.ipynb #c3b6f8a8
 def _trace(model: nn.Module, size: int, path: Path, axes: dict[int, str], names: tuple[str, str], opset: int) -> None:
@@ -71,7 +79,7 @@ def _trace(model: nn.Module, size: int, path: Path, axes: dict[int, str], names:
 
 def _capture(model: nn.Module, size: int, path: Path, axes: dict[int, str], names: tuple[str, str], opset: int) -> None:
     "The newer exporter (torch.export)."
-    dims = {i: torch.export.Dim.DYNAMIC for i in axes}
+    dims = dict.fromkeys(axes, torch.export.Dim.DYNAMIC)
     torch.onnx.export(
         model,
         (torch.zeros(2, 3, size, size),),
@@ -298,7 +306,10 @@ def photo_order(
     seed: int = 42,  # another order
 ) -> list[tuple[Path, np.ndarray]]:  # file and true boxes, each photo once
     "Every photo of a stage, val before pool before train."
-    lot = lambda p: hashlib.sha256(f"{seed}/{p}".encode()).hexdigest()
+
+    def lot(p):
+        return hashlib.sha256(f"{seed}/{p}".encode()).hexdigest()
+
     done, out = set(), {True: [], False: []}
     for df in (stage.val, stage.pool, stage.train):
         groups = {p: g for p, g in df.groupby("path", sort=False) if p not in done}
@@ -633,7 +644,10 @@ def verdict(
 ) -> str:  # one sentence
     "What was found, with n."
     said = {True: "agrees", False: "DOES NOT AGREE", None: "could not be compared in full"}
-    few = lambda c, n: f" ({c.n} photos" + (f", {n} were asked for)" if c.n < n else ")")
+
+    def few(c, n):
+        return f" ({c.n} photos" + (f", {n} were asked for)" if c.n < n else ")")
+
     text = f"ONNX against torch: the classifier {said[cls.passed]}" + few(cls, asked[0])
     return text + (f", the detector {said[det.passed]}" + few(det, asked[1]) if det else ", no detector")
 
@@ -692,7 +706,10 @@ def time_bundle(
     for b, precision in _timed_bundles(bundle, log):
         provider = b.classifier.provider
         for mode in ("single", "combo") if b.detector else ("single",):
-            call = lambda: b.predict(photo, mode)
+
+            def call():
+                return b.predict(photo, mode)
+
             found, t = measure_latency(
                 call, f"onnx_{mode}", prov, e.latency_warmup, e.latency_runs, precision, provider=provider
             )
@@ -797,7 +814,7 @@ def _bundle(run: RunFolder, cfg: Config, stage: SplitData, cls: ExportedModel, d
         t,
         calibrated,
         _answer_defaults(cfg, det is not None),
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
         git_sha=get_git_sha(),
         run_id=run_id(run.root),
         data=stage.header["source"],
@@ -831,7 +848,7 @@ def work(self: ExportJob, run: RunFolder, cfg: Config) -> JobResult:
     )
     facts = dict(
         schema="pillsnap-export/1",
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
         verdict=said,
         passed=passed,
         checks=checks,

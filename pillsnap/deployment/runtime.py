@@ -8,7 +8,10 @@ __all__ = ['CUDA_OPTIONS', 'SCHEMA', 'REQUIRED', 'THRESHOLDS', 'ANSWERING', 'DEF
            'write_bundle', 'verified_bytes', 'LazyDetector', 'Bundle', 'load_bundle', 'answer_card', 'predict_command']
 
 # %% ../../nbs/deployment/800_runtime.ipynb #0d5a959f
-import hashlib, json, logging, sys
+import hashlib
+import json
+import logging
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -448,7 +451,9 @@ def answer_card(
     from rich.panel import Panel
     from rich.text import Text
 
-    title = lambda n, i: f"[bold]{n}. {escape(i['name'] or i['kcode'])}[/]  {i['confidence']:.1%}"
+    def title(n, i):
+        return f"[bold]{n}. {escape(i['name'] or i['kcode'])}[/]  {i['confidence']:.1%}"
+
     parts = [
         Panel(Group(_facts(i), Text(""), _others(i)), title=title(n, i), title_align="left")
         for n, i in enumerate(answer["items"], 1)

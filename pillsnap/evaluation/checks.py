@@ -10,9 +10,10 @@ __all__ = ['LEAST_EPOCHS', 'STABLE_HOURS', 'BATCHES', 'BEFORE', 'EVALUATION', 'l
            'unreadable_share', 'advisor_facts']
 
 # %% ../../nbs/evaluation/755_checks.ipynb #832d4c60
-import os, time
+import os
+import time
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,11 @@ import pandas as pd
 from ..core.config import Config, active_features, flatten
 from ..core.errors import PillsnapError
 from ..core.files import read_json, save_json
-from ..core.records import Metric, Provenance
 from ..core.jobs import read_record
-from ..photos.images import normalise, open_image_safely, whole_view
+from ..core.records import Metric, Provenance
 from ..dataset.loaders import image_policies, validation_loader
 from ..dataset.splits import load_split_data
+from ..photos.images import normalise, open_image_safely, whole_view
 
 # %% ../../nbs/evaluation/755_checks.ipynb #bdeb4b61
 from .advisor import ADVISOR_TARGETS, IMBALANCE_LIMIT, Check, Facts, get_stage_target
@@ -104,7 +105,10 @@ def training_records(
     "Figures of the classifier's training."
     rows = _classifier_rows(history)
     n, took = len(rows), float(sum(r.get("seconds") or 0 for r in rows))
-    rec = lambda name, value, n, note="": prov.metric(name, value, n, took, note=note)
+
+    def rec(name, value, n, note=""):
+        return prov.metric(name, value, n, took, note=note)
+
     few = f"{n} epochs in the training's history, {LEAST_EPOCHS} are needed"
     batch, mb, gpu = (
         (rows[-1].get("batch") if rows else None),
@@ -478,7 +482,7 @@ def declare_check(
             name: {
                 "passed": passed,
                 "by": by.strip(),
-                "date": datetime.now(timezone.utc).date().isoformat(),
+                "date": datetime.now(UTC).date().isoformat(),
                 "note": note.strip(),
             },
         },
@@ -522,7 +526,10 @@ def advisor_facts(
     }
     plateau, drop = learning_trend(history, c.early_stopping.patience)
     det_plateau, det_overfit = detector_trends(history, cfg.train.detection.early_stopping.patience)
-    value = lambda name: metrics[name].value if name in metrics and metrics[name].measured else None
+
+    def value(name):
+        return metrics[name].value if name in metrics and metrics[name].measured else None
+
     return Facts(
         metrics=dict(metrics) | named,
         checks=mandatory_checks(root, doc, cfg),

@@ -12,12 +12,14 @@ __all__ = ['LEAST_COMBOS', 'FLAT', 'LEAST_POINTS', 'RELIABLE', 'BUSINESS', 'MOST
            'drug_names', 'EvaluationJob', 'smoke_evaluation']
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #65c7f6f8
-import json, os, time
+import json
+import os
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime, timezone
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,32 +33,34 @@ from fastcore.basics import patch
 from ..core.config import Config
 from ..core.device import pick_device, set_seed
 from ..core.errors import PillsnapError
-from ..core.files import atomic_path, read_json, save_json, save_text, sha256_file, sha256_text, canonical_json
-from ..core.logs import log_decision, progress as show_progress
-from ..core.plots import save_fig, show_grid, wrap_title
-from ..core.records import Metric, Provenance, hardware
+from ..core.files import atomic_path, canonical_json, read_json, save_json, save_text, sha256_file, sha256_text
 from pillsnap.core.jobs import (
-    RunFolder,
     Job,
     JobResult,
+    RunFolder,
     crashed_attempts,
     markdown_table,
     read_record,
     record_path,
     run_id,
 )
+from ..core.logs import log_decision
+from ..core.logs import progress as show_progress
+from ..core.plots import save_fig, show_grid, wrap_title
+from ..core.records import Metric, Provenance, hardware
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #23c9d76d
-from ..photos.boxes import xywh_to_xyxy
-from ..delivery.classmap import ClassMap
-from ..photos.images import crop_view, normalise, open_image_safely, whole_view
 from ..dataset.splits import SplitData, load_split_data
+from ..delivery.classmap import ClassMap
 from ..models.factory import TorchClassifier, load_classifier
 from ..models.metrics import detection_ap, match_boxes
 from ..models.pipeline import BADGE, combo_hints, detect, photo_views, predict_pipeline, softmax
+from ..photos.boxes import xywh_to_xyxy
+from ..photos.images import crop_view, normalise, open_image_safely, whole_view
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #ae48c97c
 from .advisor import Advice, Check, evaluate_and_recommend
+from .calibration import Calibration, calibrate, plot_reliability
 from pillsnap.evaluation.checks import (
     BEFORE,
     advisor_facts,
@@ -67,10 +71,9 @@ from pillsnap.evaluation.checks import (
     service_records,
     training_records,
 )
-from .calibration import Calibration, calibrate, plot_reliability
-from .ledger import append_ledger, read_ledger
 from .gates import GateResult, TimeCap, simple_stage_evaluation
 from .latency import Latency, latency_from_dict, latency_table, measure_latency, plot_latency
+from .ledger import append_ledger, read_ledger
 from .menu import advisor_menu, advisor_word, gate_dot, percent, record_choice, write_advice
 from pillsnap.evaluation.reports import (
     evaluate_classification_metrics,
@@ -134,7 +137,10 @@ def _training_unknown(
         best, rec = root / "checkpoints" / job / "best.pt", read_record(root, job) or {}
         if not best.is_file():
             continue
-        name = lambda p: p.relative_to(root).as_posix()
+
+        def name(p):
+            return p.relative_to(root).as_posix()
+
         if name(split) not in rec.get("inputs", {}):
             return f"the record of the {job} job does not say which split it trained on"
         if rec["inputs"][name(split)] != sha256_file(split):
@@ -549,7 +555,10 @@ def combo_records(
         return {k: nothing(prov, k, why or "there are no clean combo photos") for k in names}
     whole, pills = [a for a in answers if a.known], sum(a.pills for a in answers)
     few = len(whole) < LEAST_COMBOS
-    share = lambda k: sum(getattr(a, k) for a in answers) / pills if pills else None
+
+    def share(k):
+        return sum(getattr(a, k) for a in answers) / pills if pills else None
+
     return {
         "combo_set_accuracy": nothing(
             prov, names[0], f"{len(whole)} photos with known drugs only, {LEAST_COMBOS} are needed"
@@ -1033,7 +1042,7 @@ def _write_evaluation(
     doc = {
         "schema": "pillsnap.evaluation/1",
         "run_id": run_id(run.root),
-        "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "stage": stage,
         "data": s.prov.data,
         "inputs": _hashes(run.root, stage),

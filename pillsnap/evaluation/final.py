@@ -20,8 +20,8 @@ import torch
 from ..core.config import Config, active_features, load_config
 from ..core.errors import PillsnapError
 from ..core.files import FolderLock, read_json, save_json
-from ..core.records import Metric, Provenance
 from ..core.jobs import RunFolder
+from ..core.records import Metric, Provenance
 from .evaluation import BUSINESS, nothing
 from pillsnap.evaluation.heldout import (
     HeldOut,
@@ -29,14 +29,14 @@ from pillsnap.evaluation.heldout import (
     Part,
     close_sealed,
     figure_lines,
-    model_path,
-    model_digests,
-    open_sealed,
     load_part,
-    refuse_sealed,
-    part_report,
-    score_part,
+    model_digests,
+    model_path,
+    open_sealed,
     opening_obstacles,
+    part_report,
+    refuse_sealed,
+    score_part,
 )
 
 # %% ../../nbs/evaluation/790_final.ipynb #2ca65bd2
@@ -144,7 +144,10 @@ def test_results(
     metrics: Mapping[str, Metric],  # every record
 ) -> dict[str, dict[str, float | None]]:  # classification, detection, combos, retrieval; None = not measured
     "The figures by their plain names."
-    value = lambda m: float(m.value) if m is not None and m.measured else None
+
+    def value(m):
+        return float(m.value) if m is not None and m.measured else None
+
     out = {part: {k: value(metrics.get(v)) for k, v in names.items() if v in metrics} for part, names in _NAMES.items()}
     out["retrieval"] = {k: value(m) for k, m in metrics.items() if k.startswith("recall@")}
     return {part: figures for part, figures in out.items() if figures}

@@ -11,7 +11,7 @@ __all__ = ['SEALED', 'check_held_out', 'sealed_rows', 'closed_set_photos', 'open
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,8 @@ from ..core.config import Config, load_config
 from ..core.device import pick_device
 from ..core.errors import PillsnapError
 from ..core.files import FolderLock, atomic_path, ensure_dir, read_json, save_json, sha256_file
-from ..core.records import Metric, Provenance
 from ..core.jobs import RunFolder, run_id
+from ..core.records import Metric, Provenance
 from ..dataset.conversion import read_manifest
 from ..dataset.loaders import validation_loader
 from ..dataset.splits import SplitData, apply_decisions, load_split_data, missing_photos, tidy_records
@@ -38,11 +38,11 @@ from pillsnap.evaluation.evaluation import (
     answer_combos,
     box_records,
     combo_records,
+    eval_photos,
     nothing,
     save_predictions,
     score_boxes,
     score_singles,
-    eval_photos,
     single_records,
     without_detector,
 )
@@ -382,7 +382,10 @@ def _score_retrieval(
         time.perf_counter() - t0,
         f"among {len(gallery.labels)} training photos, exact search",
     )
-    rec = lambda name, value: p.prov.metric(name, value, found["n"], took, note=note)
+
+    def rec(name, value):
+        return p.prov.metric(name, value, found["n"], took, note=note)
+
     metrics = {f"recall@{k}": rec(f"recall@{k}", found[f"recall@{k}"]) for k in r.recall_k_values}
     metrics |= {
         "accuracy": rec("accuracy", accuracy(answers, queries.labels)),
@@ -493,7 +496,7 @@ def part_report(
     "The fields that every report of a part has."
     return {
         "run_id": run_id(p.run.root),
-        "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "family": p.cfg.project.family,
         "stage": p.data.stage,
         "data": p.prov.data,

@@ -8,7 +8,8 @@ __all__ = ['WARMUP', 'RUNS', 'BATCH', 'PRECISION', 'PROTOCOL_GPU', 'PERCENTILES'
            'plot_latency']
 
 # %% ../../nbs/evaluation/710_latency.ipynb #4e00823c
-import gc, time
+import gc
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any

@@ -6,8 +6,9 @@
 __all__ = ['LEDGER', 'read_ledger', 'append_ledger', 'record_decision', 'stage_4_done']
 
 # %% ../../nbs/evaluation/740_ledger.ipynb #300388d5
-import json, os
-from datetime import datetime, timezone
+import json
+import os
+from datetime import UTC, datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def append_ledger(
     entries = read_ledger(run_dir)
     e = {
         "seq": len(entries) + 1,
-        "at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "kind": kind,
         **kwargs,
         "prev": entries[-1]["hash"] if entries else _START,

@@ -7,16 +7,17 @@ __all__ = ['advice_path', 'read_advice', 'write_advice', 'record_choice', 'perce
            'static_html', 'static_text', 'build_menu', 'advisor_menu']
 
 # %% ../../nbs/evaluation/760_menu.ipynb #502b90b0
-import html, os
+import html
+import os
 from collections.abc import Callable, Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import PillsnapError
 from ..core.files import canonical_json, read_json, save_json, sha256_text
-from ..core.records import plain_number
 from ..core.jobs import is_interactive
+from ..core.records import plain_number
 from .advisor import Advice
 
 # %% ../../nbs/evaluation/760_menu.ipynb #5a0c4620
@@ -81,7 +82,7 @@ def record_choice(
         "id": key,
         "label": options[key],
         "via": via,
-        "at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "advice_digest": rec["advice_digest"],
     }
     if rec["choice"]:
@@ -308,7 +309,10 @@ def build_menu(
     import ipywidgets as w
 
     r = read_advice(run_dir)
-    strip = lambda text: _card(f"<div style='padding:4px 10px'>{text}</div>")
+
+    def strip(text):
+        return _card(f"<div style='padding:4px 10px'>{text}</div>")
+
     said, buttons = w.HTML(strip(_choice_html(r))), []
 
     def show(rec: Mapping[str, Any]) -> None:

@@ -8,7 +8,8 @@ __all__ = ['check_backbone', 'offline', 'weights_source', 'RemoteWeights', 'remo
            'load_classifier', 'fresh_classifier_checkpoint', 'TorchClassifier']
 
 # %% ../../nbs/models/500_factory.ipynb #a81aaf8f
-import logging, os
+import logging
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path

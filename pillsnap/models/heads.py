@@ -6,7 +6,8 @@
 __all__ = ['SAFE', 'ArcFaceCriterion', 'margin_at', 'head_spec', 'few_classes_advice']
 
 # %% ../../nbs/models/510_heads.ipynb #a3d022fb
-import logging, math
+import logging
+import math
 from typing import Any
 
 # %% ../../nbs/models/510_heads.ipynb #6c7f00fe

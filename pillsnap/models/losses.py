@@ -30,7 +30,7 @@ def class_counts(
 ) -> np.ndarray:  # int64 [C]
     "Photos per class, zeros included."
     labels = np.asarray(labels, dtype=np.int64)
-    if len(labels) and not (0 <= labels.min() and labels.max() < num_classes):
+    if len(labels) and not (labels.min() >= 0 and labels.max() < num_classes):
         raise PillsnapError(
             f"labels run from {labels.min()} to {labels.max()}, the class map has {num_classes} classes",
             fix="make the splits again: the map and the manifest do not belong together",

@@ -8,7 +8,9 @@ __all__ = ['CARD', 'MODES', 'ANSWERS', 'BADGE', 'LOW_CONFIDENCE', 'MIN_SIDE', 'C
            'read_photo', 'check_mode', 'PhotoViews', 'photo_views', 'predict_pipeline', 'answer_schema']
 
 # %% ../../nbs/models/570_pipeline.ipynb #98e6c1e4
-import hashlib, math, time
+import hashlib
+import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +22,8 @@ import numpy as np
 # %% ../../nbs/models/570_pipeline.ipynb #38687224
 from ..core.errors import PillsnapError
 from ..core.files import canonical_json, sha256_file, sha256_text
-from ..photos.boxes import decode_yolo, letterbox, unletterbox
 from ..delivery.classmap import ClassMap
+from ..photos.boxes import decode_yolo, letterbox, unletterbox
 from ..photos.images import IMAGENET_MEAN, IMAGENET_STD, crop_view, normalise, open_image_safely, whole_view
 
 # %% ../../nbs/models/570_pipeline.ipynb #c97a4674

@@ -7,7 +7,12 @@ __all__ = ['MUZZLE', 'INSTALL', 'PILL', 'NoUltralytics', 'load_ultralytics', 'yo
            'build_criterion_detection', 'TorchDetector', 'fresh_detector_checkpoint', 'load_detector', 'open_detector']
 
 # %% ../../nbs/models/560_yolo.ipynb #3288141a
-import importlib, logging, os, re, sys, warnings
+import importlib
+import logging
+import os
+import re
+import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,10 +92,9 @@ def load_ultralytics(
     # in memory only: a settings file that somebody else made stays as it is
     dict.update(
         yolo.settings,
-        {
-            k: False
-            for k in ("sync", "clearml", "comet", "dvc", "mlflow", "raytune", "tensorboard", "wandb", "vscode_msg")
-        },
+        dict.fromkeys(
+            ("sync", "clearml", "comet", "dvc", "mlflow", "raytune", "tensorboard", "wandb", "vscode_msg"), False
+        ),
     )
     yolo.utils.VERBOSE = False  # its progress bars ask this at the moment they are made
     _listen(folder)

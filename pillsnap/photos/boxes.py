@@ -7,6 +7,7 @@ __all__ = ['xywh_to_xyxy', 'xyxy_to_xywh', 'to_yolo', 'from_yolo', 'iou_matrix',
 
 # %% ../../nbs/photos/320_boxes.ipynb #df9888fa
 import numpy as np
+
 from .images import resize
 
 # %% ../../nbs/photos/320_boxes.ipynb #4dafb2ae

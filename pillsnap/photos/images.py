@@ -22,9 +22,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
+
 import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
+
 from ..core.errors import PillsnapError
 
 # %% ../../nbs/photos/310_images.ipynb #0f954762
@@ -461,7 +463,9 @@ def ssim(
     "Structural similarity, mean over pixels and channels (Wang et al. 2004)."
     import cv2
 
-    blur = lambda x: cv2.GaussianBlur(x, (11, 11), 1.5)
+    def blur(x):
+        return cv2.GaussianBlur(x, (11, 11), 1.5)
+
     a, b = a.astype(np.float64), b.astype(np.float64)
     ma, mb = blur(a), blur(b)
     va, vb, ab = blur(a * a) - ma * ma, blur(b * b) - mb * mb, blur(a * b) - ma * mb

@@ -7,11 +7,21 @@ __all__ = ['SCHEMA', 'MAGIC', 'LOOSE', 'Plan', 'make_plan', 'photo_records', 'wr
            'build_pack', 'Pack', 'Refusal', 'build_stage_pack', 'pack_settings', 'pack_command']
 
 # %% ../../nbs/photos/330_pack.ipynb #af0f4e7a
-import errno, hashlib, json, logging, math, mmap, os, random, shutil, time, zlib
+import errno
+import hashlib
+import json
+import logging
+import math
+import mmap
+import os
+import random
+import shutil
+import time
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, fields, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime, timezone
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -36,15 +46,15 @@ from pillsnap.core.files import (
     ensure_dir,
     os_error,
     read_json,
+    remove_partials,
     save_json,
     sha256_file,
     sha256_text,
-    remove_partials,
 )
 from ..core.logs import progress as show_progress
 from ..core.processes import processes
 from ..delivery.classmap import ClassMap
-from .images import MAX_PIXELS, crop_square, open_image_safely, resize, shrink, keep_heap
+from .images import MAX_PIXELS, crop_square, keep_heap, open_image_safely, resize, shrink
 
 # %% ../../nbs/photos/330_pack.ipynb #8daec40c
 SCHEMA, MAGIC = "pillsnap.pack/1", b"PILLPACK1\n"
@@ -437,7 +447,7 @@ def _close(plan: Plan, out: Path) -> None:
     head = {
         "schema": SCHEMA,
         "plan": plan.digest,
-        "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "source": {"manifest": plan.manifest_hash, "class_map": plan.class_map},
         "decode": {
             "grayscale_policy": plan.grayscale_policy,

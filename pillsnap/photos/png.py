@@ -7,6 +7,7 @@ __all__ = ['unpack_png']
 
 # %% ../../nbs/photos/300_png.ipynb #7cc464a8
 import struct
+
 import numpy as np
 from isal import igzip_lib, isal_zlib
 from numba import njit

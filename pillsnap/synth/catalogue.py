@@ -139,14 +139,80 @@ MAKERS = tuple(
 # %% ../../nbs/synth/200_catalogue.ipynb #970e4a8c
 SYLLABLES = dict(
     zip(
-        "라 모 세 노 벨 피 가 디 루 카 오 유 네 토 로 메 비 클 프 트 에 솔 듀 스 타 나 조 리 베 지 코 데".split(),
-        "ra mo se no bel pi ga di ru ka o yu ne to ro me bi kl pu tr e sol dyu s ta na jo ri be ji ko de".split(),
+        [
+            "라",
+            "모",
+            "세",
+            "노",
+            "벨",
+            "피",
+            "가",
+            "디",
+            "루",
+            "카",
+            "오",
+            "유",
+            "네",
+            "토",
+            "로",
+            "메",
+            "비",
+            "클",
+            "프",
+            "트",
+            "에",
+            "솔",
+            "듀",
+            "스",
+            "타",
+            "나",
+            "조",
+            "리",
+            "베",
+            "지",
+            "코",
+            "데",
+        ],
+        [
+            "ra",
+            "mo",
+            "se",
+            "no",
+            "bel",
+            "pi",
+            "ga",
+            "di",
+            "ru",
+            "ka",
+            "o",
+            "yu",
+            "ne",
+            "to",
+            "ro",
+            "me",
+            "bi",
+            "kl",
+            "pu",
+            "tr",
+            "e",
+            "sol",
+            "dyu",
+            "s",
+            "ta",
+            "na",
+            "jo",
+            "ri",
+            "be",
+            "ji",
+            "ko",
+            "de",
+        ],
     )
 )
 ENDINGS = dict(
     zip(
-        "펜 린 정온 탄 딘 맥 셀 큐 반 돈 빌 론 핀 젠 담 잔".split(),
-        "pen rin jeon tan din mac cel q ban don bil ron pin zen dam zan".split(),
+        ["펜", "린", "정온", "탄", "딘", "맥", "셀", "큐", "반", "돈", "빌", "론", "핀", "젠", "담", "잔"],
+        ["pen", "rin", "jeon", "tan", "din", "mac", "cel", "q", "ban", "don", "bil", "ron", "pin", "zen", "dam", "zan"],
     )
 )
 
@@ -403,7 +469,10 @@ def twin_imprints(
 ) -> tuple[Imprint, Imprint]:  # equally styled, unlike on both sides
     "Two imprints that differ clearly on the front and on the back."
     rng, n = rng_for(0, "twin letters", which), 1 + which % 2
-    word = lambda letters, k: "".join(rng.choice(list(letters), k, replace=False))
+
+    def word(letters, k):
+        return "".join(rng.choice(list(letters), k, replace=False))
+
     return (
         Imprint(word("AKMNTVWXYZ", n), word("147", 2), "", font, 0),
         Imprint(word("BCDGPRS", n), word("035689", 2), "", font, 0),
@@ -566,7 +635,10 @@ def _word_fields(
         int(rng.integers(1986, 2021)),
         rng.random() < 0.2,
     )
-    date = lambda y: f"{y}{rng.integers(1, 13):02d}{rng.integers(1, 29):02d}"
+
+    def date(y):
+        return f"{y}{rng.integers(1, 13):02d}{rng.integers(1, 29):02d}"
+
     return dict(
         dl_idx=str(number - 1),
         dl_mapping_code=kcode(number),

@@ -9,10 +9,10 @@ __all__ = ['f32', 'STROKES', 'PALETTE', 'GLOSS', 'LAMPS', 'PANEL', 'TABLES', 'TO
            'photograph', 'single_pose']
 
 # %% ../../nbs/synth/210_renderer.ipynb #cde44c9c
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Callable
 
 # %% ../../nbs/synth/210_renderer.ipynb #2650f9a4
 import cv2
@@ -315,9 +315,17 @@ def _word_mask(
     if not parts:
         return np.zeros((2, 2), f32)
     tall = max(p.shape[0] for p in parts)
-    pad = lambda p: cv2.copyMakeBorder(
-        p, (tall - p.shape[0]) // 2, tall - p.shape[0] - (tall - p.shape[0]) // 2, 2, height // 5, cv2.BORDER_CONSTANT
-    )
+
+    def pad(p):
+        return cv2.copyMakeBorder(
+            p,
+            (tall - p.shape[0]) // 2,
+            tall - p.shape[0] - (tall - p.shape[0]) // 2,
+            2,
+            height // 5,
+            cv2.BORDER_CONSTANT,
+        )
+
     return np.concatenate([pad(p) for p in parts], 1)
 
 
@@ -564,7 +572,9 @@ def solid(
     glyphs, lines = _glyph_mask(drug, side, d.shape, res), _score_lines(b.score[side], d.shape, res)
     rng = rng_for(b.grain, "surface", side)
     top = (smooth + _relief(drug, glyphs, lines, d, res, rng)).astype(f32)
-    slope = np.stack([*(_slopes(top, res) if tablet else _outward(b, u, v)), *_slopes(-blur(d, 1), res)], -1).astype(f32)
+    slope = np.stack([*(_slopes(top, res) if tablet else _outward(b, u, v)), *_slopes(-blur(d, 1), res)], -1).astype(
+        f32
+    )
     ao = _occlusion(top, d, res) * (_joints(b, u) if b.form == "capsule" else 1)
     mid = b.thick_mm / 2
     shell = np.stack([mid + top, mid - smooth, d, d], -1).astype(f32)  # OpenCV reads four channels faster than three
@@ -868,10 +878,16 @@ def _softbox(
     "How much of a square lamp is mirrored at each point."
     a = np.cross(light, (0, 0, 1))
     a = a / np.linalg.norm(a)
-    mirrored = lambda d: 2 * nv * _along(n, d) - f32(view[0] * d[0] + view[1] * d[1] + view[2] * d[2])
+
+    def mirrored(d):
+        return 2 * nv * _along(n, d) - f32(view[0] * d[0] + view[1] * d[1] + view[2] * d[2])
+
     far = mirrored(light)
     k = np.maximum(far, 0.05)
-    edge = lambda d: 1 - _smoothstep(size - rough * 0.6, size + rough, np.abs(mirrored(d)) / k)
+
+    def edge(d):
+        return 1 - _smoothstep(size - rough * 0.6, size + rough, np.abs(mirrored(d)) / k)
+
     return edge(a) * edge(np.cross(light, a)) * (far > 0.05)
 
 # %% ../../nbs/synth/210_renderer.ipynb #62e477bb
@@ -938,13 +954,16 @@ def shadow(
     pad = s.thick / np.tan(np.arcsin(light[2])) + 1.5 + s.thick * size
     W, H = (int(2 * np.ceil((n / 2 / s.res + pad) * res)) for n in (w, h))
     k = res / s.res
-    lay = lambda m: cv2.warpAffine(
-        m,
-        np.array([[k, 0, W / 2 - k * s.centre[0]], [0, k, H / 2 - k * s.centre[1]]], f32),
-        (W, H),
-        flags=cv2.INTER_AREA,
-        borderMode=cv2.BORDER_CONSTANT,
-    )
+
+    def lay(m):
+        return cv2.warpAffine(
+            m,
+            np.array([[k, 0, W / 2 - k * s.centre[0]], [0, k, H / 2 - k * s.centre[1]]], f32),
+            (W, H),
+            flags=cv2.INTER_AREA,
+            borderMode=cv2.BORDER_CONSTANT,
+        )
+
     inside = s.shell[..., 2] > 0
     foot, top, low = (
         lay(inside.astype(f32)),
@@ -1024,7 +1043,9 @@ def _clutter(
         box = cv2.boxPoints(
             ((float(x), float(y)), (float(2 * r), float(r * rng.uniform(0.6, 2))), float(rng.uniform(0, 180)))
         )
-        cv2.fillPoly(out, [np.round(box).astype(np.int32)], [float(c) for c in _linear(tuple(rng.integers(30, 235, 3)))])
+        cv2.fillPoly(
+            out, [np.round(box).astype(np.int32)], [float(c) for c in _linear(tuple(rng.integers(30, 235, 3)))]
+        )
     return cv2.resize(blur(out, 0.012 * w + 0.8), (width, height), interpolation=cv2.INTER_CUBIC).clip(0.004, 0.9)
 
 # %% ../../nbs/synth/210_renderer.ipynb #7469bce9
@@ -1109,9 +1130,9 @@ def _empty_table(
 ) -> tuple[np.ndarray, np.ndarray]:  # [h,w,3] linear RGB, and the table's colour
     "The photo before there is a pill in it."
     oy, ox = rng.integers(0, 64, 2)
-    level = _table_grain(shot.back, shot.width, shot.height)[oy : oy + shot.height, ox : ox + shot.width] * _table_light(
-        shot.width, shot.height, lamp, rng
-    )
+    level = _table_grain(shot.back, shot.width, shot.height)[
+        oy : oy + shot.height, ox : ox + shot.width
+    ] * _table_light(shot.width, shot.height, lamp, rng)
     strength = f32(lamp.key * towards(lamp)[2] + lamp.sky)
     if shot.domain == "studio":
         return level[..., None] * (TABLES[shot.back] * exposure * strength), TABLES[shot.back]
@@ -1160,13 +1181,19 @@ def draw(
     if x1 <= x0 or y1 <= y0:
         return (0, 0, 0, 0)
     xs, ys = (((np.arange(a * ss, b * ss) + 0.5) / ss - 0.5).astype(f32) for a, b in ((x0, x1), (y0, y1)))
-    rays = lambda px, py: np.stack(_into_frame(pose, *ground(camera, px, py)))
+
+    def rays(px, py):
+        return np.stack(_into_frame(pose, *ground(camera, px, py)))
+
     eye = camera.eye - np.array([pose.x, pose.y, s.thick / 2])
     view = turned(pose, eye / np.linalg.norm(eye))
     iy, ix, uv, z = trace(s, rays, xs, ys, (view[:2, None] / view[2]).astype(f32))
     if not len(z):
         return (0, 0, 0, 0)
-    pick = lambda m: np.ascontiguousarray(_at_points(m, s, uv).T)
+
+    def pick(m):
+        return np.ascontiguousarray(_at_points(m, s, uv).T)
+
     rgb = shade(
         s,
         _normals(s, pick(s.slope), pick(s.shell), z),

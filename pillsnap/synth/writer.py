@@ -10,7 +10,15 @@ __all__ = ['GROUPS', 'LATITUDES', 'LONGITUDES', 'PER_PART', 'SINGLE_FIELD', 'COM
            'with_boxes', 'synth_command']
 
 # %% ../../nbs/synth/220_writer.ipynb #b46fa591
-import hashlib, json, math, os, shutil, struct, time, zipfile, zlib
+import hashlib
+import json
+import math
+import os
+import shutil
+import struct
+import time
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations, product
@@ -24,7 +32,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 # %% ../../nbs/synth/220_writer.ipynb #2261b779
 from ..core.errors import PillsnapError
-from ..core.files import FolderLock, atomic_path, canonical_json, read_json, save_json, remove_partials
+from ..core.files import FolderLock, atomic_path, canonical_json, read_json, remove_partials, save_json
 from ..core.logs import progress as show_progress
 from ..core.processes import processes
 from ..delivery.capture import Capture, capture_group, parse_name
@@ -1031,9 +1039,9 @@ def contact_sheet(
     )
     whole = [t for t in plan.tasks if not t.faults and t.shift == (0, 0) and t.image.startswith("data/train")]
     drugs = {t.pills[0][0].kcode: t.pills[0][0] for t in whole if len(t.pills) == 1}
-    notes = {k: f"쌍둥이: {b if k == a else a}" for a, b in ledger["twins"] for k in (a, b)} | {
-        k: "기록이 빈 약" for k in ledger["null_metadata"]
-    }
+    notes = {k: f"쌍둥이: {b if k == a else a}" for a, b in ledger["twins"] for k in (a, b)} | dict.fromkeys(
+        ledger["null_metadata"], "기록이 빈 약"
+    )
     first = sorted(drugs, key=lambda k: (k not in notes, k))[:most]
     cards = [
         _drug_card(

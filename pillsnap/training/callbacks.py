@@ -8,7 +8,11 @@ __all__ = ['NAN_LOSS', 'PillLoaders', 'PillLearner', 'Unpack', 'Precision', 'Sca
            'EarlyStop', 'Clock', 'Throughput', 'StepLog', 'AsyncScalar', 'Progress']
 
 # %% ../../nbs/training/600_callbacks.ipynb #da661880
-import logging, math, os, threading, time
+import logging
+import math
+import os
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal

@@ -8,10 +8,13 @@ __all__ = ['configure_device', 'choose_batch_size', 'DeferredCall', 'TrainingRes
            'image_level_data', 'groups_on_both_sides', 'leak_gap_record', 'ClassifierJob']
 
 # %% ../../nbs/training/640_classifier.ipynb #9772506e
-import dataclasses, logging, shutil, time
+import dataclasses
+import logging
+import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,43 +34,43 @@ from ..core.config import Config, StageOverride, TrainClassification
 from ..core.device import enable_tf32, pick_device, select_amp_dtype, set_seed
 from ..core.errors import PillsnapError
 from ..core.files import read_json, save_json
+from ..core.jobs import Job, JobResult, RunFolder
 from ..core.logs import TBWriter, log_decision
 from ..core.plots import COLOURS, save_fig, show_grid, use_house_style
 from ..core.records import Metric, Provenance
-from ..core.jobs import RunFolder, Job, JobResult
-from ..photos.caches import PhotoCache, box_of
 from ..dataset.datasets import dataset_views
 from pillsnap.dataset.loaders import (
-    open_source,
     batch_size_of,
     build_classification_loaders,
     build_hotset,
+    open_source,
     photos_per_batch,
     train_rows,
     validation_loader,
 )
-from ..photos.images import IMAGENET_MEAN, IMAGENET_STD, crop_view, open_image_safely
 from ..dataset.splits import SplitData, image_level_split, load_split_data, smoke_splits
-from ..models.heads import head_spec
 from ..models.factory import build_classification_model, load_classifier
+from ..models.heads import head_spec
 from ..models.losses import build_criterion, class_counts
 from ..models.metrics import confusion_pairs, per_class
+from ..photos.caches import PhotoCache, box_of
+from ..photos.images import IMAGENET_MEAN, IMAGENET_STD, crop_view, open_image_safely
 from .callbacks import PillLearner, early_stopping, monitored
-from .memory import auto_find_batch_size, memory_share, step_probe
-from .presets import stage_settings
-from .saving import average_weights, kept_epochs, refresh_batchnorm, restore, stoppable
 from pillsnap.training.learner import (
     Outputs,
     build_learner,
     build_optimizer,
     compile_arguments,
-    load_resume_checkpoint,
+    compile_mode,
     is_finished,
+    load_resume_checkpoint,
     resolved_line,
     total_steps,
     validate_classification,
-    compile_mode,
 )
+from .memory import auto_find_batch_size, memory_share, step_probe
+from .presets import stage_settings
+from .saving import average_weights, kept_epochs, refresh_batchnorm, restore, stoppable
 from .warmstart import warm_start
 
 # %% ../../nbs/training/640_classifier.ipynb #e8dbe83c
@@ -561,7 +564,9 @@ def draw_confusions(
         like = stage.train.loc[(stage.train["class_key"] == p["pred"]) & (stage.train["kind"] == "single"), "path"]
         pics += [
             _pill_picture(stage.val, answers["paths"][i], stage.root),
-            _pill_picture(stage.train, like.iloc[0], stage.root) if len(like) else np.full((128, 128, 3), 230, np.uint8),
+            _pill_picture(stage.train, like.iloc[0], stage.root)
+            if len(like)
+            else np.full((128, 128, 3), 230, np.uint8),
         ]
         titles += [f"{p['n']}× {names.get(p['true']) or p['true']}", f"→ {names.get(p['pred']) or p['pred']}"]
     return show_grid(pics, titles, cols=4, size=1.5) if pics else show_grid([])
@@ -576,11 +581,14 @@ def draw_batch(
     "What the network is shown: augmented whole photos and crops."
     d = learn.dls.train.dataset
     got = [s for s in (d[i] for i in np.linspace(0, len(d) - 1, min(n, len(d)), dtype=int)) if "_skip" not in s]
-    back = lambda x: (
-        ((x.permute(1, 2, 0) * torch.tensor(IMAGENET_STD) + torch.tensor(IMAGENET_MEAN)).clamp(0, 1) * 255)
-        .byte()
-        .numpy()
-    )
+
+    def back(x):
+        return (
+            ((x.permute(1, 2, 0) * torch.tensor(IMAGENET_STD) + torch.tensor(IMAGENET_MEAN)).clamp(0, 1) * 255)
+            .byte()
+            .numpy()
+        )
+
     return show_grid(
         [back(s["image"]) for s in got],
         [names.get(keys[s["label"]]) or keys[s["label"]] for s in got],
@@ -606,7 +614,10 @@ def image_level_data(
     seed: int,  # of the dealing
 ) -> SplitData:  # the same single photos, as many on each side, dealt photo by photo; the same combos teach
     "The leaky split of the same photos."
-    one = lambda d: d[d["kind"] == "single"].drop_duplicates("path")
+
+    def one(d):
+        return d[d["kind"] == "single"].drop_duplicates("path")
+
     train, val = one(stage.train), one(stage.val)
     a, b = image_level_split(pd.concat([train, val]), (len(train), len(val)), seed)
     header = {**stage.header, "params": {**stage.header["params"], "group_by": "image"}, "leak_gap_twin": True}
@@ -635,7 +646,10 @@ def leak_gap_record(
 ) -> dict[str, Any]:  # what reports/leak_gap.json holds
     "Two accuracies and their difference, with provenance."
     a, b = image["acc"], group["acc"]
-    metric = lambda name, v, n, s, note: prov.metric(name, v, n, max(s, 1e-3), note=note).to_dict()
+
+    def metric(name, v, n, s, note):
+        return prov.metric(name, v, n, max(s, 1e-3), note=note).to_dict()
+
     return {
         "leak_gap": metric(
             "leak_gap",

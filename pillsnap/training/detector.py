@@ -9,7 +9,11 @@ __all__ = ['NAMES', 'SHAPING', 'SHOWN', 'read_label', 'photos_in', 'PillPhotos',
            'draw_predictions', 'make_plan', 'resolved_settings', 'DetectorJob', 'train_detection_stage']
 
 # %% ../../nbs/training/650_detector.ipynb #f116b0bb
-import functools, importlib, os, re, time
+import functools
+import importlib
+import os
+import re
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,17 +33,17 @@ from ..core.config import Config, config_diff
 from ..core.device import cuda_mem_mb, pick_device, select_amp_dtype, without_kernel_search
 from ..core.errors import PillsnapError
 from ..core.files import ensure_dir, save_json
+from ..core.jobs import Job, JobResult, RunFolder, fingerprint
 from ..core.logs import STEP_TAGS, StepTimer, TBWriter, log_decision, step_line, with_tags
 from ..core.plots import COLOURS, colour_legend, draw_boxes, save_fig, show_grid, use_house_style
 from ..core.records import Provenance
-from ..core.jobs import RunFolder, Job, JobResult, fingerprint
-from ..photos.boxes import from_yolo, xywh_to_xyxy
-from ..delivery.capture import parse_name
-from ..photos.images import open_image_safely, resize
 from ..dataset.splits import load_split_data, smoke_splits, write_detector_tree
+from ..delivery.capture import parse_name
 from ..models.metrics import detection_ap, match_boxes, pr_curve
 from ..models.pipeline import DetectorRunner, detect
 from ..models.yolo import PILL, build_yolo_model, load_ultralytics, open_detector, yolo_name
+from ..photos.boxes import from_yolo, xywh_to_xyxy
+from ..photos.images import open_image_safely, resize
 from .callbacks import NAN_LOSS, early_stopping, merge_metrics
 from .memory import OomState, memory_points, memory_share, reset_peak
 from .presets import stage_settings
@@ -841,7 +845,9 @@ class DetectorScores:
         return detection_ap(self.preds, self.truth)
 
     def only(self, keep: Sequence[bool]) -> "DetectorScores":
-        pick = lambda xs: [x for x, k in zip(xs, keep) if k]
+        def pick(xs):
+            return [x for x, k in zip(xs, keep) if k]
+
         return DetectorScores(
             pick(self.photos), pick(self.preds), pick(self.truth), self.seconds * sum(keep) / max(1, len(keep))
         )
@@ -878,7 +884,9 @@ def with_shuffled_boxes(
 ) -> DetectorScores:
     "The same boxes, each moved to another place in its photo: what blind luck is worth."
     g = np.random.default_rng(seed)
-    room = lambda p: np.array(open_image_safely(p)["image"].shape[1::-1])
+
+    def room(p):
+        return np.array(open_image_safely(p)["image"].shape[1::-1])
 
     def move(p: Path, t: np.ndarray) -> np.ndarray:
         size = t[:, 2:] - t[:, :2]

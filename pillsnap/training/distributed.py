@@ -9,7 +9,12 @@ __all__ = ['CLOCK_EVERY', 'ROOM', 'LACKS', 'JOBS', 'SharedClock', 'Distributed',
            'distributed_command']
 
 # %% ../../nbs/training/690_distributed.ipynb #feba5f7b
-import logging, os, signal, socket, subprocess, sys
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +34,9 @@ from torch.multiprocessing.spawn import ProcessException
 from ..core.config import Config, load_config
 from ..core.device import gpu_count
 from ..core.errors import PillsnapError
+from ..core.jobs import Job, JobResult, RunFolder
 from ..core.logs import log_decision
 from ..core.processes import processes as fresh
-from ..core.jobs import RunFolder, Job, JobResult
 from ..dataset.splits import load_split_data
 from .callbacks import Accumulate, Unpack, batch_mass
 from .classifier import ClassifierJob, train_classification_stage

@@ -7,7 +7,8 @@ __all__ = ['SIDES', 'whose_turn', 'process_state', 'set_process_state', 'OtherSi
            'InTurn', 'in_turn_hooks', 'InterleavedJob']
 
 # %% ../../nbs/training/660_interleaved.ipynb #81c6e84d
-import threading, time
+import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,8 +24,8 @@ from ..core.checkpoints import rng_state, set_rng_state
 from ..core.config import Config
 from ..core.errors import PillsnapError
 from ..core.files import save_json
+from ..core.jobs import Job, JobResult, RunFolder, read_record, why_stale
 from ..core.logs import log_decision
-from ..core.jobs import RunFolder, Job, JobResult, read_record, why_stale
 from ..dataset.splits import smoke_splits
 from .callbacks import EarlyStop
 from .classifier import ClassifierJob
@@ -332,9 +333,12 @@ def _report(
     path = save_json(
         dict(ratio=list(baton.ratio), seconds=seconds, sides=table), run.sub("reports") / "interleaved.json"
     )
-    files = lambda what: [
-        p for n in SIDES for p in (getattr(res[n], what) if n in res else [run.root / f for f in done[n][what]])
-    ]
+
+    def files(what):
+        return [
+            p for n in SIDES for p in (getattr(res[n], what) if n in res else [run.root / f for f in done[n][what]])
+        ]
+
     verdict = " ".join(f"{n.capitalize()}: {res[n].verdict if n in res else done[n]['verdict']}." for n in SIDES)
     notes = [f"{n}: {t}" for n in SIDES for t in (res[n].notes if n in res else done[n]["notes"])]
     return JobResult(

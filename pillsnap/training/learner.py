@@ -10,7 +10,8 @@ __all__ = ['Mode', 'FIRST_STEPS', 'SHAPING', 'FREE', 'build_optimizer', 'opt_fun
            'is_finished', 'should_resume', 'load_resume_checkpoint', 'resolved_line']
 
 # %% ../../nbs/training/630_learner.ipynb #929cd27a
-import logging, math
+import logging
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +32,6 @@ from ..core.errors import PillsnapError
 from ..core.logs import TBWriter, log_decision
 from ..dataset.loaders import photos_per_batch
 from ..models.mixing import Mixer
-from .margins import freeze_backbone, head_callbacks
 from pillsnap.training.callbacks import (
     Accumulate,
     Clock,
@@ -51,6 +51,7 @@ from pillsnap.training.callbacks import (
     early_stopping,
     monitored,
 )
+from .margins import freeze_backbone, head_callbacks
 from .memory import OomGuard, compiler_said
 from .saving import Checkpoint, Stall, restore
 from .schedules import Plateau, Schedule, cosine_lr, onecycle_lr, restarts_lr, warm_up

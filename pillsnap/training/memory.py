@@ -7,7 +7,8 @@ __all__ = ['OomState', 'OomAction', 'oom_recovery_state_machine', 'memory_share'
            'split_batch', 'memory_points', 'OomGuard', 'auto_find_batch_size', 'compiler_said', 'step_probe']
 
 # %% ../../nbs/training/620_memory.ipynb #c948a117
-import logging, time
+import logging
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -26,7 +27,9 @@ from torch import nn
 # %% ../../nbs/training/620_memory.ipynb #fc0e8277
 from ..core.checkpoints import rng_state, set_rng_state
 from ..core.config import OomPolicy
-from ..core.device import full_fp32, is_oom, oom_reason as reason, release_memory as release
+from ..core.device import full_fp32, is_oom
+from ..core.device import oom_reason as reason
+from ..core.device import release_memory as release
 from ..core.errors import PillsnapError
 from ..core.logs import TBWriter, log_decision
 from ..core.processes import memory_mb
@@ -161,7 +164,10 @@ class TensorCopies:
         tensors: Sequence[torch.Tensor],  # as they are now
     ) -> None:
         "Copy them."
-        form = lambda ts: [(t.shape, t.dtype, t.device) for t in ts]
+
+        def form(ts):
+            return [(t.shape, t.dtype, t.device) for t in ts]
+
         if form(tensors) != form(self.held):
             self.held = [torch.empty_like(t) for t in tensors]
         self.tensors = list(tensors)
@@ -231,7 +237,10 @@ def split_batch(
     if n <= size:
         return [tuple(batch)]
     edges = np.linspace(0, n, -(-n // size) + 1).round().astype(int)
-    part = lambda v, a, b: v[a:b] if isinstance(v, (list, torch.Tensor)) and len(v) == n else v if a == 0 else type(v)()
+
+    def part(v, a, b):
+        return v[a:b] if isinstance(v, (list, torch.Tensor)) and len(v) == n else v if a == 0 else type(v)()
+
     return [
         (images[a:b], labels[a:b], *({k: part(v, a, b) for k, v in m.items()} for m in rest))
         for a, b in zip(edges, edges[1:])

@@ -7,7 +7,8 @@ __all__ = ['with_changes', 'enable_small_dataset_optimizations', 'enable_large_d
            'stage_settings', 'manifest_stage', 'stage_request', 'compare_with_target']
 
 # %% ../../nbs/training/615_presets.ipynb #53527e3a
-import logging, re
+import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -7,7 +7,8 @@ __all__ = ['GPU_TABLE', 'Gpu', 'GpuSettings', 'gpu_settings', 'current_gpu', 'en
            'RetrievalJob']
 
 # %% ../../nbs/training/670_retrieval.ipynb #392db3b3
-import logging, time
+import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,16 +26,16 @@ from ..core.checkpoints import find_ckpt, load_ckpt, rng_state, set_rng_state
 from ..core.config import Config, DataLoaderConfig, TrainClassification
 from ..core.errors import PillsnapError
 from ..core.files import read_json, save_json
+from ..core.jobs import Job, JobResult, RunFolder
 from ..core.logs import TBWriter, log_decision
 from ..core.plots import COLOURS, save_fig, show_grid, use_house_style
 from ..core.records import Provenance
-from ..core.jobs import RunFolder, Job, JobResult
-from ..photos.images import open_image_safely, whole_view
 from ..dataset.loaders import validation_loader
 from ..dataset.splits import SplitData, load_split_data, smoke_splits
-from ..models.heads import few_classes_advice
 from ..models.factory import load_classifier
+from ..models.heads import few_classes_advice
 from ..models.neighbours import Vectors, embed_photos, nearest, recall_at_k
+from ..photos.images import open_image_safely, whole_view
 from .callbacks import Validate
 from .classifier import TrainingResult, drug_names, train_classification_stage
 from .learner import Outputs, should_resume
@@ -99,9 +100,10 @@ def _initial_settings(
 ) -> tuple[int, str]:
     "What the run began with, where nobody asks for anything else."
     r, c, before = cfg.retrieval, cfg.train.classification, was["train"]["classification"]
-    alike = lambda key, engine: (
-        was["retrieval"][key] == getattr(r, key) and getattr(c, engine) == type(c).model_fields[engine].default
-    )
+
+    def alike(key, engine):
+        return was["retrieval"][key] == getattr(r, key) and getattr(c, engine) == type(c).model_fields[engine].default
+
     return tuple(
         before[engine] if alike(key, engine) else mine
         for (key, engine), mine in zip(
@@ -117,7 +119,10 @@ def engine_config(
 ) -> tuple[Config, list[str]]:  # what the engine runs with, and one line per decision
     "The source's nullable keys resolved."
     r, c, d, table = cfg.retrieval, cfg.train.classification, cfg.dataloader, gpu_settings(gpu) if gpu else None
-    said = lambda block, name, value: value if value != block.model_fields[name].default else None
+
+    def said(block, name, value):
+        return value if value != block.model_fields[name].default else None
+
     workers = _first(
         r.num_workers, said(DataLoaderConfig, "num_workers", d.num_workers), table and table.workers, d.num_workers
     )

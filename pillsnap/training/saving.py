@@ -7,7 +7,12 @@ __all__ = ['OWN_KEYS', 'OF_AN_EPOCH', 'kept_epochs', 'Checkpoint', 'stoppable', 
            'refresh_batchnorm']
 
 # %% ../../nbs/training/625_saving.ipynb #e402b94e
-import itertools, logging, math, signal, threading, time
+import itertools
+import logging
+import math
+import signal
+import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -410,7 +415,7 @@ class Stall(Callback):
             self.fail(f"{self.steps} steps of epoch {self.epoch + 1} moved no weight")
 
     def after_epoch(self):
-        told = [{k: v for k, v in r["classification"].items()} for r in self.learn.rows[-2:]]
+        told = [dict(r["classification"].items()) for r in self.learn.rows[-2:]]
         if len(told) == 2 and told[0] == told[1]:
             self.fail(
                 f"the validations of epochs {self.epoch} and {self.epoch + 1} are alike to the last digit (loss {told[1]['loss']!r})"

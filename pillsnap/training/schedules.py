@@ -6,7 +6,8 @@
 __all__ = ['warm_up', 'cosine_lr', 'onecycle_lr', 'restarts_lr', 'Schedule', 'plateau_cuts', 'Plateau']
 
 # %% ../../nbs/training/605_schedules.ipynb #b388ab43
-import logging, math
+import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -53,7 +54,10 @@ def onecycle_lr(
 ) -> float:
     "Up and down on two half cosines (Smith 2018, as in torch's OneCycleLR without its momentum)."
     up, last = rise * total - 1, total - 1
-    ease = lambda a, b, p: b + (a - b) / 2 * (1 + math.cos(math.pi * min(1.0, p)))
+
+    def ease(a, b, p):
+        return b + (a - b) / 2 * (1 + math.cos(math.pi * min(1.0, p)))
+
     return (
         ease(peak / div, peak, step / up)
         if step <= up

@@ -7,7 +7,9 @@ __all__ = ['mask_classes', 'mask_group', 'MaskSplit', 'split_masks', 'build_unet
            'MaskPhotos', 'one_cycle', 'mask_learner', 'draw_masks', 'SegmentationJob']
 
 # %% ../../nbs/training/680_segmentation.ipynb #625a813b
-import json, re, time
+import json
+import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,14 +30,24 @@ from ..core.config import Config
 from ..core.device import set_seed
 from ..core.errors import PillsnapError
 from ..core.files import save_json, sha256_file, sha256_text
+from ..core.jobs import Job, JobResult, RunFolder
 from ..core.plots import COLOURS, save_fig, use_house_style
 from ..core.records import Metric, Provenance
-from ..core.jobs import RunFolder, Job, JobResult
+from pillsnap.dataset.masks import (
+    IGNORE,
+    CEDiceLoss,
+    SegmentationDataset,
+    collate_masks,
+    confusion_of,
+    find_pairs,
+    read_mask,
+    segmentation_metrics,
+    sync_transform,
+    write_sample,
+)
 from ..delivery.capture import capture_group, parse_name
 from ..delivery.classmap import keys_fingerprint
 from ..synth.catalogue import make_catalogue
-from ..dataset.masks import IGNORE, CEDiceLoss, SegmentationDataset, collate_masks, confusion_of, find_pairs
-from ..dataset.masks import read_mask, segmentation_metrics, sync_transform, write_sample
 from .callbacks import PillLearner, PillLoaders, Unpack
 
 # %% ../../nbs/training/680_segmentation.ipynb #fdbfdfec
@@ -532,7 +544,9 @@ def _report(
         ),
         reports / "segmentation.json",
     )
-    pictures = dict(curves=_draw_mask_curves(keep.rows), answers=draw_masks(learn.model, learn.dls.valid.dataset, names))
+    pictures = dict(
+        curves=_draw_mask_curves(keep.rows), answers=draw_masks(learn.model, learn.dls.valid.dataset, names)
+    )
     figures = [save_fig(f, reports / f"segmentation_{k}.png") for k, f in pictures.items()]
     table = [
         {"class": "mean over classes", "IoU": scores["mIoU"], "Dice": scores["Dice"], "pixels": scores["n"]},

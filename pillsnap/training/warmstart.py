@@ -6,7 +6,8 @@
 __all__ = ['init_checkpoint', 'CopiedRows', 'copy_by_key', 'photos_in_common', 'WarmStart', 'warm_start']
 
 # %% ../../nbs/training/635_warmstart.ipynb #76af6f2f
-import dataclasses, logging
+import dataclasses
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,8 @@ from ..core.checkpoints import find_ckpt, load_ckpt
 from ..core.errors import PillsnapError
 from ..core.files import sha256_file
 from ..core.logs import TBWriter, log_decision
-from ..delivery.classmap import ClassMap
 from ..dataset.splits import SplitData, load_splits
+from ..delivery.classmap import ClassMap
 from ..models.factory import CosineClassifier
 
 # %% ../../nbs/training/635_warmstart.ipynb #80cb3939
@@ -80,7 +81,10 @@ def copy_by_key(
     state, rows = model.state_dict(), _class_rows(model)
     shared = [k for k in to if of.id(k) >= 0]
     source, target = [of.id(k) for k in shared], [to.id(k) for k in shared]
-    shape = lambda name, t: t.shape[1:] if name in rows else t.shape
+
+    def shape(name, t):
+        return t.shape[1:] if name in rows else t.shape
+
     if set(state) != set(saved) or any(shape(k, v) != shape(k, saved[k]) for k, v in state.items()):
         raise PillsnapError(
             "the checkpoint's weights do not fit this network",
@@ -142,7 +146,10 @@ def _refuse_unfit(
             where=path,
             fix=f"set train.classification.backbone={was}, {drop}",
         )
-    shape = lambda h: "a linear head" if h is None else f"a cosine head of {h['dim']} numbers"
+
+    def shape(h):
+        return "a linear head" if h is None else f"a cosine head of {h['dim']} numbers"
+
     if shape(was := ckpt.get("head")) != shape(head):
         raise PillsnapError(
             f"init_from has {shape(was)}, and this run {shape(head)}",

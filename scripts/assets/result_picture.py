@@ -10,10 +10,10 @@ import pandas as pd
 from PIL import Image
 
 from pillsnap.core.plots import COLOURS, colour_legend, draw_boxes, save_fig, use_house_style, wrap_title
-from pillsnap.photos.boxes import iou_matrix
-from pillsnap.photos.caches import box_of
 from pillsnap.dataset.splits import load_split_data
 from pillsnap.deployment.runtime import load_bundle
+from pillsnap.photos.boxes import iou_matrix
+from pillsnap.photos.caches import box_of
 
 ROOT = Path(__file__).resolve().parents[2]
 RIGHT, WRONG = COLOURS[2], "#c62828"

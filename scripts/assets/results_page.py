@@ -19,8 +19,8 @@ import nbformat
 from nbformat.v4 import new_markdown_cell, new_notebook
 
 from pillsnap.core.errors import PillsnapError
-from pillsnap.core.plots import drug_label, shown_picture
 from pillsnap.core.jobs import markdown_table, read_record
+from pillsnap.core.plots import drug_label, shown_picture
 from pillsnap.dataset.audit import drug_names
 from pillsnap.evaluation.menu import advisor_word, gate_dot
 

@@ -38,7 +38,7 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +47,43 @@ ROOT = HERE.parents[1]
 SEARCHED = (ROOT, HERE, ROOT / "benchmarks")  # where a check's process looks for modules
 DEFAULT_OUT = Path("_runs/bench/GPU.json")
 VERSIONS = tuple(
-    "torch torchvision triton timm fastai ultralytics accelerate onnx onnxruntime onnxruntime-gpu numpy "
-    "nvidia-cudnn-cu13 nvidia-nccl-cu13".split()
+    [
+        "torch",
+        "torchvision",
+        "triton",
+        "timm",
+        "fastai",
+        "ultralytics",
+        "accelerate",
+        "onnx",
+        "onnxruntime",
+        "onnxruntime-gpu",
+        "numpy",
+        "nvidia-cudnn-cu13",
+        "nvidia-nccl-cu13",
+    ]
 )
 BASE = tuple(  # modules that every check but the first imports
-    "torch torchvision fastai fastcore timm pydantic yaml numpy pandas PIL pyarrow msgspec cv2 simplejpeg joblib "
-    "psutil tqdm matplotlib".split()
+    [
+        "torch",
+        "torchvision",
+        "fastai",
+        "fastcore",
+        "timm",
+        "pydantic",
+        "yaml",
+        "numpy",
+        "pandas",
+        "PIL",
+        "pyarrow",
+        "msgspec",
+        "cv2",
+        "simplejpeg",
+        "joblib",
+        "psutil",
+        "tqdm",
+        "matplotlib",
+    ]
 )
 OURS = {"pillsnap", "gpu_checks", "photos", "loading", "harness"}  # not a package that somebody forgot
 TAIL = 4000  # characters of a failed check's output that the JSON keeps
@@ -204,7 +235,7 @@ class Row:
 
 def now() -> str:
     "The time, UTC."
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def new_row(check: Check) -> Row:

@@ -70,7 +70,10 @@ def main() -> None:
             if k >= 0:
                 rounds.append(row)
                 print(row, flush=True)
-    mid = lambda name, key: statistics.median(r[name][key] for r in rounds)
+
+    def mid(name, key):
+        return statistics.median(r[name][key] for r in rounds)
+
     ratio = statistics.median(r["interleaved"]["seconds"] / r["sequential"]["seconds"] for r in rounds)
     print(
         f"in turn / one after the other: {ratio:.2f}; waiting {mid('sequential', 'waiting'):.0%} -> {mid('interleaved', 'waiting'):.0%}"

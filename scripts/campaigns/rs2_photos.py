@@ -26,11 +26,11 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from harness import arguments, finish, machine, save  # noqa: E402
 
-from pillsnap.delivery.classmap import ClassMap  # noqa: E402
 from pillsnap.dataset.conversion import convert_delivery  # noqa: E402
 from pillsnap.dataset.datasets import PillsnapClsDataset  # noqa: E402
-from pillsnap.photos.images import open_image_safely  # noqa: E402
 from pillsnap.dataset.loaders import PhotoLoader  # noqa: E402
+from pillsnap.delivery.classmap import ClassMap  # noqa: E402
+from pillsnap.photos.images import open_image_safely  # noqa: E402
 from pillsnap.synth.writer import write_delivery  # noqa: E402
 
 TURNS = (
@@ -74,7 +74,10 @@ def readable(a: np.ndarray) -> dict[str, tuple[bytes, np.ndarray, float]]:
     "One picture in every way that must be read: bytes, the pixels that must come out, the mean difference allowed."
     im, h, w = Image.fromarray(a), *a.shape[:2]
     grey = np.round(a @ (0.299, 0.587, 0.114)).astype(np.uint8)
-    three = lambda g: np.repeat(g[..., None], 3, -1)
+
+    def three(g):
+        return np.repeat(g[..., None], 3, -1)
+
     indexed = im.quantize(16)
     flat = np.array(indexed.getpalette()[:48], np.uint8).reshape(-1, 3)[np.asarray(indexed)]
     alpha = im.copy()

@@ -15,10 +15,10 @@ from collections import Counter
 from pathlib import Path
 
 from pillsnap.delivery import aihub
-from pillsnap.delivery.aihub import IMAGE_KEYS, Annotation, Fault, AnnotationReader, Reason
+from pillsnap.delivery.aihub import IMAGE_KEYS, Annotation, AnnotationReader, Fault, Reason
 from pillsnap.delivery.capture import parse_name
-from pillsnap.synth.catalogue import annotation, make_catalogue
 from pillsnap.delivery.truth import LabelEvidence
+from pillsnap.synth.catalogue import annotation, make_catalogue
 
 VALUES = (
     None,

@@ -27,8 +27,8 @@ from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.jobs import RunFolder
 from pillsnap.dataset.conversion import convert_delivery
-from pillsnap.photos.pack import build_stage_pack
 from pillsnap.dataset.splits import SplitsJob, load_split_data
+from pillsnap.photos.pack import build_stage_pack
 from pillsnap.synth.writer import write_delivery
 
 FAULTS = ("disk full", "read-only", "no handles")

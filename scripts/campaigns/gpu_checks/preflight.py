@@ -35,9 +35,10 @@ def conv_error(device: torch.device) -> float:
 
 def preflight(device: str, tiny: bool, work: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     "GP1."
-    part = lambda name, value, limit, passed, unit="", note="": dict(
-        name=name, value=value, limit=limit, passed=passed, required=True, unit=unit, note=note
-    )
+
+    def part(name, value, limit, passed, unit="", note=""):
+        return dict(name=name, value=value, limit=limit, passed=passed, required=True, unit=unit, note=note)
+
     error = part("error of a bf16 convolution", conv_error(torch.device(device)), "≤ 0.01", None)
     error["passed"] = error["value"] <= 0.01
     if device == "cpu":

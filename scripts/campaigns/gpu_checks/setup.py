@@ -20,10 +20,10 @@ from fastai.callback.core import Callback
 from torch import nn
 
 from pillsnap.core.config import Config, load_config
-from pillsnap.delivery.classmap import ClassMap
 from pillsnap.dataset.datasets import PillsnapClsDataset, Source
 from pillsnap.dataset.loaders import PhotoLoader
 from pillsnap.dataset.sampling import EpochSampler
+from pillsnap.delivery.classmap import ClassMap
 from pillsnap.models.factory import build_classification_model
 from pillsnap.models.losses import build_criterion
 from pillsnap.training.learner import Outputs, build_learner
@@ -417,6 +417,9 @@ def relative(
 ) -> float:
     "How far two sets of weights are apart: the norm of the difference, over b's or over how far b moved from `start`."
     names = [k for k, v in b.items() if v.is_floating_point()]
-    flat = lambda d: torch.cat([d[k].detach().double().cpu().flatten() for k in names])
+
+    def flat(d):
+        return torch.cat([d[k].detach().double().cpu().flatten() for k in names])
+
     base = flat(b) if start is None else flat(b) - flat(start)
     return float((flat(a) - flat(b)).norm() / base.norm())
