@@ -244,6 +244,15 @@ def test_val_drugs_new_or_same():
         plan_delivery(val_drugs="old")
 
 
+@pytest.mark.parametrize(
+    "drugs, combos, val_combos",
+    [(3, 0, 0), (3, 1, 1), (12, 40, 1), (16, 40, 5), (16, 80, 5), (20, 80, 6)],  # 16 drugs leave 4 for val: 5 combos
+)
+def test_val_asks_for_no_more_combinations_than_its_drugs_give(drugs, combos, val_combos):
+    counts = plan_delivery(drugs=drugs, photos=4, combos=combos).ledger["counts"]
+    assert counts["val_combo"] == 3 * val_combos
+
+
 # ---- same seed, same bytes -----------------------------------------------------------------------------------------------------------
 
 

@@ -137,6 +137,13 @@ def _single_tasks(
     return tasks
 
 # %% ../../nbs/synth/220_writer.ipynb #cdf75d2a
+def _possible_combos(
+    n_drugs: int,  # drugs to choose from
+) -> int:  # combinations of three or four
+    "The number of different combinations that so many drugs give."
+    return math.comb(n_drugs, 3) + math.comb(n_drugs, 4)
+
+
 def choose_combos(
     n_drugs: int,  # drugs to choose from
     n: int,  # combinations wanted
@@ -148,7 +155,7 @@ def choose_combos(
             f"a combination needs 3 drugs, and there are {n_drugs}", where="combos", fix="give more drugs, or combos=0"
         )
     sizes = (3, 4) if n_drugs > 3 else (3,)
-    possible = sum(math.comb(n_drugs, k) for k in sizes)
+    possible = _possible_combos(n_drugs)
     if n > possible:
         raise PillsnapError(
             f"{n_drugs} drugs give {possible} combinations of 3 or 4, not {n}",
@@ -630,7 +637,7 @@ def plan_delivery(
     tests = _split_tasks(
         val,
         max(photos // 6, 1),
-        min(combos // 10 + bool(combos), 6) if len(val) > 3 else min(combos, 1) if len(val) == 3 else 0,
+        min(combos // 10 + bool(combos), 6, _possible_combos(len(val))),
         "val",
         base,
         seed,
@@ -1094,13 +1101,6 @@ def _titled(
         "dimgray",
     )
     return np.asarray(head)
-
-# %% ../../nbs/synth/220_writer.ipynb #dd80837a
-def _possible_combos(
-    drugs: int,  # to choose from
-) -> int:  # how many combinations of three or four there are
-    "The most combinations that so many drugs give."
-    return math.comb(drugs, 3) + math.comb(drugs, 4)
 
 # %% ../../nbs/synth/220_writer.ipynb #cad6a838
 def synth_command(
