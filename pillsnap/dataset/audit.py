@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ASPECTS', 'sample_photos', 'measure_photos', 'photo_outliers', 'box_measures', 'box_outliers', 'aspect_histogram',
-           'summarize_dataset', 'drug_names', 'plot_balance', 'plot_sizes', 'plot_boxed', 'parts_in_words',
-           'overlap_words', 'AuditJob']
+           'summarize_dataset', 'plot_balance', 'plot_sizes', 'plot_boxed', 'parts_in_words', 'overlap_words',
+           'AuditJob']
 
 # %% ../../nbs/dataset/440_audit.ipynb #6ea1821f
 import json
@@ -27,7 +27,7 @@ from ..core.files import read_json, save_json
 from ..core.jobs import Job, JobResult, RunFolder
 from ..core.logs import progress as show_progress
 from ..core.plots import draw_boxes, drug_label, save_fig, show_grid, use_house_style
-from .conversion import read_manifest, smoke_conversion
+from .conversion import drug_names, read_manifest, smoke_conversion
 from .duplicates import Duplicates, load_duplicates, plot_duplicates
 from ..photos.boxes import xywh_to_xyxy
 from ..photos.images import open_image_safely, resize, whole_view
@@ -247,15 +247,6 @@ def summarize_dataset(
     }
 
 # %% ../../nbs/dataset/440_audit.ipynb #43375276
-def drug_names(
-    mapping: Mapping[str, Any] | None,  # content of drug_metadata.json
-) -> dict[str, str]:  # K-code → name
-    "What people call the drugs."
-    return {
-        e["kcode"]: e.get("dl_name") or e["kcode"] for e in (mapping or {"drug_metadata": {}})["drug_metadata"].values()
-    }
-
-
 def plot_balance(
     df: pd.DataFrame,  # manifest rows
     names: Mapping[str, str],  # K-code → name
@@ -502,7 +493,7 @@ def work(self: AuditJob, run: RunFolder, cfg: Config) -> JobResult:
     dup = load_duplicates(df, header, run.root / "artifacts", self.near_duplicates)
     figures = [
         save_fig(draw(), reports / f"audit_{name}.png")
-        for name, draw in _audit_figures(df, m, dup, root, drug_names(mapping)).items()
+        for name, draw in _audit_figures(df, m, dup, root, drug_names(run.root)).items()
     ]
     left_out = pd.read_csv(out, dtype=str)["path"].nunique() if out.is_file() else 0
     s = summarize_dataset(df, root, self.sample, cfg.train.seed, left_out, mapping, m)

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['MIN_SIDE', 'CHUNK', 'MANY', 'DATA_YAML', 'CONDITIONS', 'validate_bbox', 'PhotoCheck', 'check_photo', 'PhotoJournal',
            'open_in_parallel', 'check_photos', 'Quarantine', 'Sample', 'build_drug_metadata_mapping',
-           'get_class_id_from_edi_code', 'get_drug_metadata_from_class_id', 'yolo_lines', 'coco_to_yolo', 'link_photo',
-           'write_yolo_tree', 'check_yolo_tree', 'discover_detection_data', 'Conversion', 'convert', 'convert_delivery',
-           'index_labels', 'index_command', 'convert_coco_to_yolo', 'ConversionJob', 'smoke_conversion']
+           'get_class_id_from_edi_code', 'get_drug_metadata_from_class_id', 'drug_names', 'yolo_lines', 'coco_to_yolo',
+           'link_photo', 'write_yolo_tree', 'check_yolo_tree', 'discover_detection_data', 'Conversion', 'convert',
+           'convert_delivery', 'index_labels', 'index_command', 'convert_coco_to_yolo', 'ConversionJob',
+           'smoke_conversion']
 
 # %% ../../nbs/dataset/400_conversion.ipynb #2d3ddcee
 import csv
@@ -487,6 +488,15 @@ def get_drug_metadata_from_class_id(
 ) -> dict[str, Any]:  # the drug's entry, or {'error': 'metadata_not_found', 'class_id': …}
     "Everything known of a class."
     return mapping["drug_metadata"].get(str(class_id), {"error": "metadata_not_found", "class_id": class_id})
+
+# %% ../../nbs/dataset/400_conversion.ipynb #0f22c001
+def drug_names(
+    run_root: str | os.PathLike,  # run folder
+) -> dict[str, str]:  # class key → the drug's name; without the drugs that have none
+    "The drugs' names by class key, from the run's drug_metadata.json; empty where that file is missing."
+    path = Path(run_root) / "drug_metadata.json"
+    entries = read_json(path)["drug_metadata"].values() if path.is_file() else []
+    return {e["kcode"]: e["dl_name"] for e in entries if e.get("dl_name")}
 
 # %% ../../nbs/dataset/400_conversion.ipynb #f8d3dc8e
 def _millionths(x: np.ndarray) -> np.ndarray:

@@ -35,8 +35,14 @@ from ..core.errors import PillsnapError
 from ..core.files import atomic_path, ensure_dir, read_json, save_json, save_text, sha256_file
 from ..core.jobs import Job, JobResult, RunFolder
 from ..core.plots import drug_label, save_fig, show_grid, use_house_style
-from .audit import drug_names
-from .conversion import COLUMNS, read_manifest, smoke_conversion, write_manifest, write_yolo_tree
+from pillsnap.dataset.conversion import (
+    COLUMNS,
+    drug_names,
+    read_manifest,
+    smoke_conversion,
+    write_manifest,
+    write_yolo_tree,
+)
 from pillsnap.dataset.duplicates import (
     Duplicates,
     check_group_sizes,
@@ -1384,7 +1390,10 @@ def _cut(
     if decided:
         dup = name_groups(df, dup.pairs, dup.conflicts)
     if dup.pairs or dup.conflicts:
-        save_fig(plot_duplicates(dup, header["root"], names=_names(run)), run.sub("reports") / "splits_duplicates.png")
+        save_fig(
+            plot_duplicates(dup, header["root"], names=drug_names(run.root)),
+            run.sub("reports") / "splits_duplicates.png",
+        )
     check_group_sizes(dup, art / "duplicates.json")
     df["dup_id"] = dup.dup_id
     splits = make_splits(
@@ -1460,7 +1469,7 @@ def work(self: SplitsJob, run: RunFolder, cfg: Config) -> JobResult:
     )
     views = [] if cfg.project.family == "two_stage" else write_family(c.splits, cfg, art / cfg.project.family)
     saving = _storage_saving(root, pd.concat([c.splits.train, c.splits.val])["path"], folder)
-    figures = _pictures(c, reports, _names(run))
+    figures = _pictures(c, reports, drug_names(run.root))
     notes = [*c.splits.notes, *c.notes, *_other_records(c.splits, art), *_remarks(c.dup, saving, self.stage_n)]
     for note in notes[len(c.splits.notes) :]:
         run.log.info(note)
@@ -1494,12 +1503,6 @@ def work(self: SplitsJob, run: RunFolder, cfg: Config) -> JobResult:
     )
 
 # %% ../../nbs/dataset/460_splits.ipynb #99fbea81
-def _names(run: RunFolder) -> dict[str, str]:
-    "The drugs' names by code, as the conversion has written them."
-    path = run.root / "drug_metadata.json"
-    return drug_names(read_json(path) if path.is_file() else None)
-
-
 def _pictures(c: StageSplit, reports: Path, names: dict[str, str]) -> list[Path]:
     "The figures of a cut."
     figures = {

@@ -31,8 +31,8 @@ from ..core.config import resource_dir
 from ..core.errors import PillsnapError
 from ..core.files import read_json, save_json
 from ..core.jobs import is_interactive
-from .audit import box_outliers, drug_names, measure_photos, photo_outliers, sample_photos
-from .conversion import read_manifest
+from .audit import box_outliers, measure_photos, photo_outliers, sample_photos
+from .conversion import drug_names, read_manifest
 from .duplicates import Duplicates, load_duplicates
 from .overlay import Decision, Overlay
 from ..photos.images import crop_view, open_image_safely
@@ -325,8 +325,7 @@ class TriageDesk:
         self.root, self.who = Path(run_dir), who
         self.df, head = read_manifest(self.root / "manifest.csv")
         self.photos, self.overlay = Path(head["root"]), Overlay(self.root)
-        meta = self.root / "drug_metadata.json"
-        self.names = drug_names(read_json(meta) if meta.is_file() else None)
+        self.names = drug_names(self.root)
         self.issues = open_issues(issues_of_run(run_dir) if issues is None else issues, self.overlay)
 
     def drugs(self) -> list[str]:

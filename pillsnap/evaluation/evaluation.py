@@ -9,7 +9,7 @@ __all__ = ['LEAST_COMBOS', 'FLAT', 'LEAST_POINTS', 'RELIABLE', 'BUSINESS', 'MOST
            'nothing', 'box_records', 'combo_records', 'theil_sen', 'memory_record', 'crash_record', 'imbalance_record',
            'unreliable', 'latency_calls', 'measure_scopes', 'save_predictions', 'hard_cases', 'Measurements',
            'read_evaluation', 'gate_facts', 'best_before', 'time_cap', 'scorecard_markdown', 'gate_and_advise',
-           'drug_names', 'EvaluationJob', 'smoke_evaluation']
+           'EvaluationJob', 'smoke_evaluation']
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #65c7f6f8
 import json
@@ -50,6 +50,7 @@ from ..core.plots import save_fig, show_grid, wrap_title
 from ..core.records import Metric, Provenance, hardware
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #23c9d76d
+from ..dataset.conversion import drug_names
 from ..dataset.splits import SplitData, load_split_data
 from ..delivery.classmap import ClassMap
 from ..models.factory import TorchClassifier, load_classifier
@@ -1453,15 +1454,6 @@ def _append_gate(
         return False
     append_ledger(root, "gate", stage=gate.stage, status=str(gate.status), reasons=list(gate.reasons), digest=digest)
     return True
-
-# %% ../../nbs/evaluation/770_evaluation.ipynb #638e8bdd
-def drug_names(
-    root: Path,  # run folder
-) -> dict[str, str]:  # class key → the drug's name, where there is one
-    "Names to read beside the keys."
-    p = root / "drug_metadata.json"
-    found = read_json(p)["drug_metadata"].values() if p.is_file() else []
-    return {e["kcode"]: e["dl_name"] for e in found if e.get("dl_name")}
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #f2e33ef7
 def _plot_mistakes(

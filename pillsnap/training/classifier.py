@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['configure_device', 'choose_batch_size', 'DeferredCall', 'TrainingResult', 'build_training',
-           'average_best_checkpoints', 'train_classification_stage', 'draw_confusions', 'draw_batch', 'drug_names',
+           'average_best_checkpoints', 'train_classification_stage', 'draw_confusions', 'draw_batch',
            'image_level_data', 'groups_on_both_sides', 'leak_gap_record', 'ClassifierJob']
 
 # %% ../../nbs/training/640_classifier.ipynb #9772506e
@@ -38,6 +38,7 @@ from ..core.jobs import Job, JobResult, RunFolder
 from ..core.logs import TBWriter, log_decision
 from ..core.plots import COLOURS, save_fig, show_grid, use_house_style
 from ..core.records import Metric, Provenance
+from ..dataset.conversion import drug_names
 from ..dataset.datasets import dataset_views
 from pillsnap.dataset.loaders import (
     batch_size_of,
@@ -594,18 +595,6 @@ def draw_batch(
         [names.get(keys[s["label"]]) or keys[s["label"]] for s in got],
         cols=6,
         size=1.3,
-    )
-
-# %% ../../nbs/training/640_classifier.ipynb #298aef35
-def drug_names(
-    root: Path,  # run folder
-) -> dict[str, str]:  # K-code → Korean name, where there is one
-    "Names to read beside the keys, from drug_metadata.json."
-    p = root / "drug_metadata.json"
-    return (
-        {e["kcode"]: e["dl_name"] for e in read_json(p)["drug_metadata"].values() if e.get("dl_name")}
-        if p.is_file()
-        else {}
     )
 
 # %% ../../nbs/training/640_classifier.ipynb #398ee07b

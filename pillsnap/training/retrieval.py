@@ -30,6 +30,7 @@ from ..core.jobs import Job, JobResult, RunFolder
 from ..core.logs import TBWriter, log_decision
 from ..core.plots import COLOURS, save_fig, show_grid, use_house_style
 from ..core.records import Provenance
+from ..dataset.conversion import drug_names
 from ..dataset.loaders import validation_loader
 from ..dataset.splits import SplitData, load_split_data, smoke_splits
 from ..models.factory import load_classifier
@@ -37,7 +38,7 @@ from ..models.heads import few_classes_advice
 from ..models.neighbours import Vectors, embed_photos, nearest, recall_at_k
 from ..photos.images import open_image_safely, whole_view
 from .callbacks import Validate
-from .classifier import TrainingResult, drug_names, train_classification_stage
+from .classifier import TrainingResult, train_classification_stage
 from .learner import Outputs, should_resume
 
 # %% ../../nbs/training/670_retrieval.ipynb #fe958972

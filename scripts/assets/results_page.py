@@ -21,7 +21,7 @@ from nbformat.v4 import new_markdown_cell, new_notebook
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.jobs import markdown_table, read_record
 from pillsnap.core.plots import drug_label, shown_picture
-from pillsnap.dataset.audit import drug_names
+from pillsnap.dataset.conversion import drug_names
 from pillsnap.evaluation.menu import advisor_word, gate_dot
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,8 +89,7 @@ def do_not_rely_on(run: Path, drugs: Sequence[Mapping[str, Any]]) -> str:
     "The drugs that the classifier cannot name, by name and code; nothing where there is none."
     if not drugs:
         return ""
-    path = run / "drug_metadata.json"
-    names = drug_names(json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None)
+    names = drug_names(run)
     rows = [
         {
             "drug": drug_label(d["drug"], names, 30),
