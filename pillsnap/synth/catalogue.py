@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['INGREDIENTS', 'MAKERS', 'SYLLABLES', 'ENDINGS', 'COLOURS', 'KINDS', 'INKS', 'FONTS', 'CAPSULES', 'LETTERS', 'DARK',
            'SHOT_KEYS', 'DRUG_KEYS', 'IMAGE_KEYS', 'NULL_KEYS', 'BACKS', 'LIGHTS', 'SIDES', 'rng_for', 'Body',
-           'Imprint', 'Drug', 'kcode', 'deal', 'deal_kinds', 'as_mm', 'twin_imprints', 'invent_name', 'edi_codes',
-           'Catalogue', 'make_catalogue', 'annotation']
+           'Imprint', 'Drug', 'kcode', 'deal', 'deal_kinds', 'as_mm', 'twin_imprints', 'invent_name', 'Catalogue',
+           'make_catalogue', 'annotation']
 
 # %% ../../nbs/synth/200_catalogue.ipynb #04d5a4a6
 import hashlib
@@ -21,16 +21,16 @@ from ..core.errors import PillsnapError
 # %% ../../nbs/synth/200_catalogue.ipynb #670a0b30
 def rng_for(
     seed: int,  # seed of the whole delivery
-    *words,  # what the draws are for, e.g. "drug", 573
+    *words,  # what the draws are for, such as "drug", 573
 ) -> np.random.Generator:  # the same for the same seed and words, on every machine
-    "A generator named by its purpose (bytes fixed by the seed)."
+    "A random generator for one purpose, seeded by the SHA-256 of seed and words."
     text = "/".join(map(str, (seed, *words)))
     return np.random.default_rng(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little"))
 
 # %% ../../nbs/synth/200_catalogue.ipynb #c7d10048
 @dataclass(frozen=True)
 class Body:
-    "A pill without its imprint: what twins share."
+    "A pill without its imprint; twins have equal bodies."
 
     form: str  # "tablet", "capsule" (hard, two halves) or "gel" (soft capsule)
     shape: str  # outline in the record's words: 원형, 타원형, 장방형, …
@@ -47,7 +47,7 @@ class Body:
 # %% ../../nbs/synth/200_catalogue.ipynb #19a09d4f
 @dataclass(frozen=True)
 class Imprint:
-    "What is written on a pill, in the record's own notation."
+    "The text on both sides of a pill, in the notation of the records."
 
     front: str  # e.g. "M분할선10": letters left and right of a score line
     back: str  # e.g. "마크" (a maker's mark), "" for a blank side
@@ -63,7 +63,7 @@ class Drug:
     number: int  # K-number
     body: Body  # its shape and colour
     imprint: Imprint  # its two sides
-    record: dict = field(repr=False, compare=False)  # the per-drug keys of its record, in their order
+    record: dict = field(repr=False, compare=False)  # the 37 keys of its record that are the same in every photo
 
     @property
     def kcode(self) -> str:
@@ -83,8 +83,8 @@ def kcode(
 # %% ../../nbs/synth/200_catalogue.ipynb #68f8cfae
 # Korean name, English name, class, 전문(Rx) or 일반(OTC), strengths in mg
 INGREDIENTS = tuple(
-    tuple(l.split("|"))
-    for l in """\
+    tuple(line.split("|"))
+    for line in """\
 가바펜틴|Gabapentin|[01130]항전간제|전문|100 300 600 800
 토피라메이트|Topiramate|[01130]항전간제|전문|25 50 100
 아세트아미노펜|Acetaminophen|[01140]해열.진통.소염제|일반|160 325 500 650
@@ -116,8 +116,8 @@ INGREDIENTS = tuple(
 # %% ../../nbs/synth/200_catalogue.ipynb #6b0766ae
 # Korean name, English name, letters on its pills, first digits of its EDI codes
 MAKERS = tuple(
-    tuple(l.split("|"))
-    for l in """\
+    tuple(line.split("|"))
+    for line in """\
 한빛샘제약(주)|Hanbitsaem|HB|6421
 (주)두루온바이오|Duruon Bio|DRO|6435
 새길약품(주)|Saegil|SG|6447
@@ -137,84 +137,59 @@ MAKERS = tuple(
 )
 
 # %% ../../nbs/synth/200_catalogue.ipynb #970e4a8c
-SYLLABLES = dict(
-    zip(
-        [
-            "라",
-            "모",
-            "세",
-            "노",
-            "벨",
-            "피",
-            "가",
-            "디",
-            "루",
-            "카",
-            "오",
-            "유",
-            "네",
-            "토",
-            "로",
-            "메",
-            "비",
-            "클",
-            "프",
-            "트",
-            "에",
-            "솔",
-            "듀",
-            "스",
-            "타",
-            "나",
-            "조",
-            "리",
-            "베",
-            "지",
-            "코",
-            "데",
-        ],
-        [
-            "ra",
-            "mo",
-            "se",
-            "no",
-            "bel",
-            "pi",
-            "ga",
-            "di",
-            "ru",
-            "ka",
-            "o",
-            "yu",
-            "ne",
-            "to",
-            "ro",
-            "me",
-            "bi",
-            "kl",
-            "pu",
-            "tr",
-            "e",
-            "sol",
-            "dyu",
-            "s",
-            "ta",
-            "na",
-            "jo",
-            "ri",
-            "be",
-            "ji",
-            "ko",
-            "de",
-        ],
-    )
-)
-ENDINGS = dict(
-    zip(
-        ["펜", "린", "정온", "탄", "딘", "맥", "셀", "큐", "반", "돈", "빌", "론", "핀", "젠", "담", "잔"],
-        ["pen", "rin", "jeon", "tan", "din", "mac", "cel", "q", "ban", "don", "bil", "ron", "pin", "zen", "dam", "zan"],
-    )
-)
+# Korean syllables and endings of product names, with their Latin spelling
+SYLLABLES = {
+    "라": "ra",
+    "모": "mo",
+    "세": "se",
+    "노": "no",
+    "벨": "bel",
+    "피": "pi",
+    "가": "ga",
+    "디": "di",
+    "루": "ru",
+    "카": "ka",
+    "오": "o",
+    "유": "yu",
+    "네": "ne",
+    "토": "to",
+    "로": "ro",
+    "메": "me",
+    "비": "bi",
+    "클": "kl",
+    "프": "pu",
+    "트": "tr",
+    "에": "e",
+    "솔": "sol",
+    "듀": "dyu",
+    "스": "s",
+    "타": "ta",
+    "나": "na",
+    "조": "jo",
+    "리": "ri",
+    "베": "be",
+    "지": "ji",
+    "코": "ko",
+    "데": "de",
+}
+ENDINGS = {
+    "펜": "pen",
+    "린": "rin",
+    "정온": "jeon",
+    "탄": "tan",
+    "딘": "din",
+    "맥": "mac",
+    "셀": "cel",
+    "큐": "q",
+    "반": "ban",
+    "돈": "don",
+    "빌": "bil",
+    "론": "ron",
+    "핀": "pin",
+    "젠": "zen",
+    "담": "dam",
+    "잔": "zan",
+}
 
 # %% ../../nbs/synth/200_catalogue.ipynb #554a6458
 COLOURS = {
@@ -250,26 +225,28 @@ FONTS = ("DejaVuSans-Bold", "DejaVuSans", "DejaVuSansMono-Bold", "DejaVuSerif-Bo
 
 # %% ../../nbs/synth/200_catalogue.ipynb #aea2311c
 def deal(
-    table: dict,  # card → share
-    n: int,  # how many to deal
-    rng: np.random.Generator,  # decides order and the fractional cards
-) -> list:  # n cards whose counts are within one of their shares
-    "Stratified draw: one point in each of n equal slices of the cumulative shares."
-    edges, cards = np.cumsum(list(table.values())), list(table)
+    table: dict,  # value → share; the shares add up to one
+    n: int,  # how many to draw
+    rng: np.random.Generator,  # decides the order, and which values get the fractional counts
+) -> list:  # n values, each within one of its share of n
+    "Stratified sample: one point in each of n equal slices of the cumulative shares."
+    edges = np.cumsum(list(table.values()))
+    values = list(table)
     points = (np.arange(n) + rng.random()) / n
-    return [cards[min(int(np.searchsorted(edges, p)), len(cards) - 1)] for p in rng.permutation(points)]
+    return [values[min(int(np.searchsorted(edges, p)), len(values) - 1)] for p in rng.permutation(points)]
 
 # %% ../../nbs/synth/200_catalogue.ipynb #1ab6148c
 def deal_kinds(
     n: int,  # drugs
     rng: np.random.Generator,  # source of chance
 ) -> list[tuple[str, str]]:  # form and outline of each
-    "A deck of kinds with at least one capsule and one gel."
-    cards = deal(KINDS, n, rng)
+    "Stratified kinds, with at least one capsule and one gel from eight drugs on."
+    kinds = deal(KINDS, n, rng)
     for rare in (("capsule", "장방형"), ("gel", "타원형")):
-        if n >= 8 and rare not in cards:
-            cards[cards.index(max(KINDS, key=lambda k: (cards.count(k), KINDS[k])))] = rare
-    return cards
+        if n >= 8 and rare not in kinds:
+            commonest = max(KINDS, key=lambda k: (kinds.count(k), KINDS[k]))
+            kinds[kinds.index(commonest)] = rare
+    return kinds
 
 # %% ../../nbs/synth/200_catalogue.ipynb #e5191f16
 CAPSULES = (
@@ -295,13 +272,15 @@ def _outline_mm(
     shape: str,  # outline word
     rng: np.random.Generator,  # source of chance
 ) -> tuple[float, float]:  # long and short side, mm
-    "Sizes like those of the records: round 5 to 12.6 mm, oval and oblong 8 to 21 mm."
+    "Sizes like those of the records: round 5.8 to 12.6 mm, oval and oblong 8 to 21 mm."
     if form == "capsule":
         return CAPSULES[rng.choice(5, p=(0.1, 0.2, 0.3, 0.25, 0.15))]
     if form == "gel":
-        return (long := float(np.clip(rng.normal(15.5, 2), 11, 20))), long / rng.uniform(1.65, 1.9)
+        long = float(np.clip(rng.normal(15.5, 2), 11, 20))
+        return long, long / rng.uniform(1.65, 1.9)
     if shape == "원형":
-        return (d := float(np.clip(rng.normal(7.8, 1.5), 5.8, 12.6))), d
+        diameter = float(np.clip(rng.normal(7.8, 1.5), 5.8, 12.6))
+        return diameter, diameter
     if shape in ("타원형", "장방형"):
         long = float(np.clip(rng.normal(16.8, 4), 8, 21))
         return long, long / (rng.uniform(1.75, 2.2) if shape == "타원형" else rng.uniform(1.9, 2.55))
@@ -313,12 +292,22 @@ def as_mm(
     x: float,  # millimetres
     rng: np.random.Generator,  # source of chance
 ) -> int | float:  # rounded as the records round
-    "An int a third of the time, else one decimal, now and then two."
-    digits = rng.choice(3, p=(0.3, 0.55, 0.15))
-    value = round(float(x), int(digits))
+    "A size with no decimals (then an int), one or two, as the records mix them."
+    digits = int(rng.choice(3, p=(0.3, 0.55, 0.15)))
+    value = round(float(x), digits)
     return int(value) if value == int(value) else value
 
 # %% ../../nbs/synth/200_catalogue.ipynb #eaf1d020
+def _thickness_ratio(
+    profile: str,  # tablet's face
+    elongation: float,  # long side over short side
+    rng: np.random.Generator,  # source of chance
+) -> float:  # thickness over width
+    "How thick a tablet is for its width; long tablets are thicker."
+    bounds = {"convex": (0.42, 0.54), "deep": (0.55, 0.66), "flat": (0.36, 0.46)}[profile]
+    return rng.uniform(*bounds) + (0.14 if elongation > 1.5 else 0)
+
+
 def _make_body(
     form: str,  # "tablet", "capsule" or "gel"
     shape: str,  # outline word
@@ -330,15 +319,11 @@ def _make_body(
     if shape == "원형" or _RATIO.get(shape) == 1:
         short = long
     profile = str(rng.choice(("convex", "deep", "flat"), p=(0.6, 0.2, 0.2)))
-    coat = (
-        str(rng.choice(("film", "plain", "sugar"), p=(0.7, 0.25, 0.05)))
-        if profile != "flat"
-        else str(rng.choice(("film", "plain"), p=(0.4, 0.6)))
-    )
-    plump = {"convex": (0.42, 0.54), "deep": (0.55, 0.66), "flat": (0.36, 0.46)}[profile]
-    thick = min(short, long) * (
-        1 if form != "tablet" else rng.uniform(*plump) + (0.14 if long / short > 1.5 else 0)
-    )  # long tablets are thicker for their width
+    if profile == "flat":
+        coat = str(rng.choice(("film", "plain"), p=(0.4, 0.6)))
+    else:
+        coat = str(rng.choice(("film", "plain", "sugar"), p=(0.7, 0.25, 0.05)))
+    thick = min(short, long) * (_thickness_ratio(profile, long / short, rng) if form == "tablet" else 1)
     if form == "gel":
         colour = str(rng.choice(("노랑", "갈색", "주황", "빨강", "초록"), p=(0.4, 0.3, 0.12, 0.1, 0.08)))
     return Body(
@@ -388,7 +373,7 @@ def _side_text(
     words: tuple[str, ...],  # texts to choose from, best first
     rng: np.random.Generator,  # source of chance
 ) -> str:  # in the record's notation
-    "One side's imprint; '분할선' stands where the score line runs."
+    "The imprint of one side, with '분할선' at the position of the score line."
     word = str(rng.choice(words))
     if score == "+":
         return "십자분할선"
@@ -407,9 +392,11 @@ def _pick_ink(
     body: Body,  # what is printed on
     rng: np.random.Generator,  # source of chance
 ) -> str:  # colour word
-    "Dark ink on light shells, white ink on dark ones, black where a capsule has both."
+    "Dark ink on light shells, white ink on dark shells, black ink where a capsule has both."
     dark = [c in DARK for c in body.colours]
-    return str(rng.choice(INKS)) if not any(dark) else "하양" if all(dark) else "검정"
+    if not any(dark):
+        return str(rng.choice(INKS))
+    return "하양" if all(dark) else "검정"
 
 # %% ../../nbs/synth/200_catalogue.ipynb #602766e8
 def _make_imprint(
@@ -420,7 +407,8 @@ def _make_imprint(
 ) -> Imprint:
     "Front: maker's letters or mark; back: number, strength or nothing."
     own = "".join(rng.choice(list(LETTERS), 2))
-    number, dose = str(rng.choice((rng.integers(10, 100), rng.integers(100, 1000)))), dose.replace(".", "")
+    number = str(rng.choice((rng.integers(10, 100), rng.integers(100, 1000))))
+    dose = dose.replace(".", "")
     roomy = body.long_mm / body.short_mm > 1.5 and body.form == "tablet"
     fronts, backs = _texts(maker[2], own, number, dose, body.form, roomy)
     printed = body.form != "tablet" or (body.coat != "plain" and rng.random() < 0.14)
@@ -442,7 +430,7 @@ def _texts(
     form: str,  # "tablet", "capsule" or "gel"
     roomy: bool,  # a long tablet
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:  # to choose from: fronts, backs
-    "What makers write: letters, marks, numbers, strengths, blanks in between."
+    "Texts that makers print on a pill of this form: letters, marks, numbers, strengths."
     if form == "capsule":
         return (f"{maker} {own}", f"{own}   {number}", f"{maker}{number[:2]}"), (number[:2], dose, "")
     if form == "gel":
@@ -466,8 +454,8 @@ def _texts(
 def twin_imprints(
     which: int,  # running number of the pair
     font: str,  # typeface of both
-) -> tuple[Imprint, Imprint]:  # equally styled, unlike on both sides
-    "Two imprints that differ clearly on the front and on the back."
+) -> tuple[Imprint, Imprint]:  # the same typeface, different text on both sides
+    "Two imprints that differ on the front and on the back."
     rng, n = rng_for(0, "twin letters", which), 1 + which % 2
 
     def word(letters, k):
@@ -540,7 +528,7 @@ def invent_name(
     dose: str,  # strength in mg
     rng: np.random.Generator,  # source of chance
 ) -> tuple[str, str]:  # Korean and English product name
-    "A product name from syllables; it belongs to nobody that we know of."
+    "An invented product name, put together from syllables."
     syllables = rng.choice(list(SYLLABLES), int(rng.integers(2, 4)), replace=False)
     end = str(rng.choice(list(ENDINGS)))
     korean = "".join(syllables) + end
@@ -549,11 +537,11 @@ def invent_name(
     return f"{korean}{kind[0]} {dose}밀리그램", f"{english} {kind[1]} {dose}mg"
 
 # %% ../../nbs/synth/200_catalogue.ipynb #dd543407
-def edi_codes(
+def _edi_codes(
     maker: tuple,  # a row of MAKERS
     rng: np.random.Generator,  # source of chance
 ) -> str:  # "642500340,A01508511"
-    "EDI code list with the counts seen in the records: 1 and 2 are common, 3 and 4 rare."
+    "A list of EDI codes; one or two are frequent, three or four rare, as in the real records."
     n = 1 + int(rng.choice(4, p=(0.45, 0.51, 0.02, 0.02)))
     codes = [f"{maker[3]}{rng.integers(10_000):04d}0"]
     codes += [
@@ -565,7 +553,7 @@ def edi_codes(
 def _form_words(
     body: Body,  # the body
 ) -> tuple[str, str]:  # form_code_name, dl_custom_shape
-    "The two fields that say what kind of pill it is."
+    "The dosage form and the custom shape of a body, in the words of the records."
     if body.form == "capsule":
         return "경질캡슐제, 산제", "경질캡슐제"
     if body.form == "gel":
@@ -579,11 +567,12 @@ def _describe(
     body: Body,  # the body
     colour: str,  # main colour word
 ) -> str:  # the chart field
-    "One Korean sentence about the look of a pill."
+    "The Korean description of a pill's look."
     score = "한 면에 분할선이 있는 " if any(body.score) else ""
-    what = {"capsule": "경질캡슐제", "gel": "연질캡슐제"}.get(body.form) or (
-        "양면이 볼록한 " if body.profile != "flat" else ""
-    ) + _form_words(body)[0]
+    if body.form == "tablet":
+        what = ("" if body.profile == "flat" else "양면이 볼록한 ") + _form_words(body)[0]
+    else:
+        what = {"capsule": "경질캡슐제", "gel": "연질캡슐제"}[body.form]
     return f"{colour}색의 {score}{body.shape} {what}"
 
 # %% ../../nbs/synth/200_catalogue.ipynb #d69af36d
@@ -594,7 +583,7 @@ def _look_fields(
     body: Body,  # its look
     imprint: Imprint,  # its sides
 ) -> dict:  # the fields that describe a pill's look
-    "What a record says of a body and its imprint."
+    "The record's fields that describe the look of a body and its imprint."
     form, custom = _form_words(body)
     first = body.colours[0] + (", 투명" if body.clear else "")
     marks = [_LOGOS[imprint.mark] if "마크" in side else "" for side in (imprint.front, imprint.back)]
@@ -628,13 +617,11 @@ def _word_fields(
     ingredient: tuple,  # a row of INGREDIENTS
     dose: str,  # strength in mg
     rng: np.random.Generator,  # source of chance
-) -> dict:  # the fields that do not hang on its look
-    "Names, codes and dates (trap: dl_idx is K−1, as a string)."
-    (korean, english), year, outsourced = (
-        invent_name(form, dose, rng),
-        int(rng.integers(1986, 2021)),
-        rng.random() < 0.2,
-    )
+) -> dict:  # the fields that do not depend on its look
+    "Names, codes and dates of a drug; `dl_idx` is the K-number minus one, as a string."
+    korean, english = invent_name(form, dose, rng)
+    year = int(rng.integers(1986, 2021))
+    outsourced = rng.random() < 0.2
 
     def date(y):
         return f"{y}{rng.integers(1, 13):02d}{rng.integers(1, 29):02d}"
@@ -655,7 +642,7 @@ def _word_fields(
         di_item_permit_date=date(year),
         di_class_no=ingredient[2],
         di_etc_otc_code=ingredient[3] + "의약품",
-        di_edi_code=edi_codes(maker, rng),
+        di_edi_code=_edi_codes(maker, rng),
         img_regist_ts=date(min(year + 2, 2021)),
         change_date=date(2021),
     )
@@ -664,7 +651,7 @@ def _word_fields(
 def _in_order(
     fields: dict,  # in any order
 ) -> dict:
-    "DRUG_KEYS in their order; a missing or surplus field is a bug."
+    "The fields in the order of `DRUG_KEYS`; KeyError when one is missing or surplus."
     if fields.keys() != set(DRUG_KEYS):
         raise KeyError(f"record fields: {fields.keys() ^ set(DRUG_KEYS)}")
     return {k: fields[k] for k in DRUG_KEYS}
@@ -695,7 +682,7 @@ NULL_KEYS = (
 def _blank_record(
     record: dict,  # DRUG_KEYS
 ) -> dict:  # the same drug with its eighteen null keys, and no sizes
-    "A record as registries leave them: nothing known of the look."
+    "The record with its eighteen null fields, and zero for the sizes."
     return {**record, **dict.fromkeys(NULL_KEYS), **dict.fromkeys(("thick", "leng_long", "leng_short"), 0)}
 
 # %% ../../nbs/synth/200_catalogue.ipynb #dbedf680
@@ -706,25 +693,22 @@ def _make_drug(
     seed: int,  # of the delivery
     look: tuple | None = None,  # body and imprint, where they are given (twins)
 ) -> Drug:
-    "One drug; everything about it hangs on the seed and its K-number."
+    "One drug, drawn from the seed and its K-number; twins get the given look."
     rng = rng_for(seed, "drug", number)
-    maker, ingredient = MAKERS[rng.integers(len(MAKERS))], INGREDIENTS[rng.integers(len(INGREDIENTS))]
+    maker = MAKERS[rng.integers(len(MAKERS))]
+    ingredient = INGREDIENTS[rng.integers(len(INGREDIENTS))]
     dose = str(rng.choice(ingredient[4].split()))
     body = look[0] if look else _make_body(*kind, colour, rng)
     imprint = look[1] if look else _make_imprint(body, maker, dose, rng)
-    return Drug(
-        number,
-        body,
-        imprint,
-        _in_order(_word_fields(number, body.form, maker, ingredient, dose, rng) | _look_fields(body, imprint)),
-    )
+    words = _word_fields(number, body.form, maker, ingredient, dose, rng)
+    return Drug(number, body, imprint, _in_order(words | _look_fields(body, imprint)))
 
 # %% ../../nbs/synth/200_catalogue.ipynb #767984ac
 def _twin_looks(
     which: int,  # running number of the pair
     seed: int,  # of the delivery
 ) -> list[tuple[Body, Imprint]]:  # two looks
-    "One body, two imprints: round and oval pairs in turn, white and yellow first."
+    "One body with two imprints; pairs are round and oval in turn, the first white, the second yellow."
     long, rng = which % 2 == 1, rng_for(seed, "twins", which)
     size = (14, 7.5, 5.2) if long else (9, 9, 4.2)
     if which > 1:
@@ -749,7 +733,7 @@ def _distinct_imprints(
     twins: set[int],  # positions whose imprints are given
     seed: int,  # of the delivery
 ) -> list[Drug]:  # the same drugs, no two with equal front and back
-    "Only planted twins may be hard to tell apart: an imprint met before is drawn again."
+    "Draw an imprint again when another drug has it already, so that only planted twins look alike."
     seen, out = {(drugs[i].imprint.front, drugs[i].imprint.back) for i in twins}, list(drugs)
     for i, d in enumerate(drugs):
         if i in twins:
@@ -779,8 +763,11 @@ class Catalogue:
     def __iter__(self):
         return iter(self.drugs)
 
-    def __getitem__(self, k: str) -> Drug:
-        return next(d for d in self.drugs if d.kcode == k)  # by K-code
+    def __getitem__(
+        self,
+        k: str,  # K-code
+    ) -> Drug:
+        return next(d for d in self.drugs if d.kcode == k)
 
 # %% ../../nbs/synth/200_catalogue.ipynb #d0a040c8
 def make_catalogue(
@@ -790,7 +777,7 @@ def make_catalogue(
     blank: bool = True,  # give one drug the eighteen null keys
     avoid: tuple = (),  # K-numbers that must not appear
 ) -> Catalogue:
-    "N invented drugs with planted twins."
+    "Invent n drugs with planted twins; the same arguments give the same catalogue."
     if not 1 <= n <= 20_000:
         raise PillsnapError(f"a catalogue holds 1 to 20,000 drugs, not {n}", where="drugs")
     rng = rng_for(seed, "catalogue", n, *sorted(avoid))
@@ -816,7 +803,7 @@ def _by_rarity(
     kinds: list[tuple[str, str]],  # of each drug
     rng: np.random.Generator,  # source of chance
 ) -> list[int]:  # positions, those of common kinds first
-    "Shuffled positions; whatever occurs least comes last."
+    "Positions in random order, sorted so that rare kinds come last."
     return sorted(map(int, rng.permutation(len(kinds))), key=lambda i: -KINDS[kinds[i]])
 
 # %% ../../nbs/synth/200_catalogue.ipynb #6ded6dbd
@@ -832,7 +819,7 @@ def annotation(
     width: int,  # of the photo, pixels
     height: int,  # of the photo, pixels
 ) -> dict:  # the JSON's content, 50 image keys in their order
-    "A delivery's annotation of one pill in one photo."
+    "The annotation of one pill in one photo, as a delivery has it."
     _, _, back, side, light, latitude, longitude, size = stem.split("_")
     shot = (
         f"{stem}.png",
