@@ -10,7 +10,7 @@ __all__ = ['NARROW_AUGMENT', 'render_view', 'Source', 'decode_limits', 'Delivery
 
 # %% ../../nbs/dataset/480_datasets.ipynb #c921a5fd
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

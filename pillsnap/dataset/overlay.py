@@ -11,9 +11,8 @@ import getpass
 import json
 import os
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 # %% ../../nbs/dataset/420_overlay.ipynb #f73ef20d
 import pandas as pd

@@ -255,7 +255,7 @@ def in_a_delivery(work: Path, seed: int) -> list[tuple[str, str]]:
     for kind, path in placed.items():
         path.write_bytes(good.get(kind) or bad[kind][0])
     c = convert_delivery(work / "d", work / "run")
-    said, kept = {Path(f.path).name: str(f.reason) for f in c.sieve.out}, {Path(p).name for p in c.rows.path}
+    said, kept = {Path(f.path).name: str(f.reason) for f in c.quarantine.out}, {Path(p).name for p in c.rows.path}
     for kind, path in placed.items():
         end = "kept" if path.name in kept else said.get(path.name, "lost without a word")
         ends.append(
