@@ -305,12 +305,12 @@ def test_the_bundle_answers_as_torch_does(exported):
     "End to end: file, crop, class, name; in both modes."
     run, _ = exported
     b, stage = load_bundle(run), load_split_data(run, 0)
-    model, cm, size, _ = load_classifier(run / "checkpoints/classifier/best.pt", stage.class_map)
+    loaded = load_classifier(run / "checkpoints/classifier/best.pt", stage.class_map)
     det, det_size, _ = load_detector(run / "checkpoints/detector/best.pt")
     ours = dict(
-        classifier=TorchClassifier(model, size),
+        classifier=TorchClassifier(loaded.model, loaded.img_size),
         detector=TorchDetector(det, det_size),
-        class_map=cm,
+        class_map=loaded.class_map,
         metadata=b.meta["drugs"],
         temperature=2.5,
     )

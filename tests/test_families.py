@@ -159,7 +159,8 @@ def test_retrieval_learns_stops_and_goes_on(pills, tmp_path):
     assert torch.backends.cudnn.benchmark
     rows = load_ckpt(root / "checkpoints" / "retrieval" / "last.pt")["history"]
     recall = [r["classification"]["recall@1"] for r in rows]
-    model, _, _, kept = load_classifier(root / "checkpoints" / "retrieval" / "best.pt", stage.class_map)
+    loaded = load_classifier(root / "checkpoints" / "retrieval" / "best.pt", stage.class_map)
+    model, kept = loaded.model, loaded.checkpoint
     assert kept["best_metric"] == max(recall) == res.table[0]["value"] >= 0.7 and kept["head"] == {
         "dim": 64,
         "scale": 64.0,

@@ -595,11 +595,10 @@ def _write_classifier(
     src, out = _best_checkpoint(run.root, "classifier"), run.sub("export") / "classifier.onnx"
     if not src.is_file():
         raise PillsnapError("there is no trained classifier", where=src, fix="run the classifier stage first")
-    model, _, size, ckpt = load_classifier(src, class_map)
-    opset = export_onnx(
-        model, size, out, open_axes(ckpt["backbone"], model), ("image", "logits"), cfg.export.opset, run.log
-    )
-    entry = model_entry(out, size, ckpt["backbone"], opset, checkpoint=sha256_file(src))
+    loaded = load_classifier(src, class_map)
+    model, size, backbone = loaded.model, loaded.img_size, loaded.checkpoint["backbone"]
+    opset = export_onnx(model, size, out, open_axes(backbone, model), ("image", "logits"), cfg.export.opset, run.log)
+    entry = model_entry(out, size, backbone, opset, checkpoint=sha256_file(src))
     return ExportedModel(
         out, entry, TorchClassifier(model, size), OnnxClassifier(out.read_bytes(), size, "cpu", where=out)
     )

@@ -348,14 +348,13 @@ def _open_models(
     detector: bool = True,  # open that one as well
 ) -> tuple[TorchClassifier, Any]:  # classifier, detector or None
     "The two runners from their checkpoints."
-    model, _, size, _ = load_classifier(run_root / "checkpoints" / "classifier" / "best.pt", class_map, device)
+    loaded = load_classifier(run_root / "checkpoints" / "classifier" / "best.pt", class_map, device)
+    classifier = TorchClassifier(loaded.model, loaded.img_size)
     if not detector:
-        return TorchClassifier(model, size), None
+        return classifier, None
     from pillsnap.models.yolo import open_detector
 
-    return TorchClassifier(model, size), open_detector(
-        run_root / "checkpoints" / "detector" / "best.pt", lazy=False, device=device
-    )
+    return classifier, open_detector(run_root / "checkpoints" / "detector" / "best.pt", lazy=False, device=device)
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #55d394ef
 LEAST_COMBOS = 30  # photos below which the set accuracy says NOT_MEASURED

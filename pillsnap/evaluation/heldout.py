@@ -302,8 +302,9 @@ def _score_classifier(
     root, cm, device, skipped = p.run.root, p.data.class_map, pick_device(log=p.run.log), []
     todo = eval_photos(replace(p.data, val=p.rows.iloc[:0], pool=p.rows))
     singles, combos = [s for s in todo if s.kind == "single"], [s for s in todo if s.kind == "combo"]
-    model, _, size, _ = load_classifier(p.checkpoint, cm, device)
-    scores = score_singles(TorchClassifier(model, size), p.data.root, singles, cm, p.cfg, skipped)
+    loaded = load_classifier(p.checkpoint, cm, device)
+    classifier = TorchClassifier(loaded.model, loaded.img_size)
+    scores = score_singles(classifier, p.data.root, singles, cm, p.cfg, skipped)
     why, boxes, answers, seconds = without_detector(root), None, None, 0.0
     temperature = _temperature_of(root, cm.fingerprint)
     if not why:
@@ -311,9 +312,7 @@ def _score_classifier(
 
         detector = open_detector(root / "checkpoints" / "detector" / "best.pt", lazy=False, device=device)
         boxes = score_boxes(detector, p.data.root, [*combos, *singles], p.cfg, skipped)
-        answers, seconds = answer_combos(
-            TorchClassifier(model, size), detector, p.data.root, combos, cm, p.cfg, temperature, skipped
-        )
+        answers, seconds = answer_combos(classifier, detector, p.data.root, combos, cm, p.cfg, temperature, skipped)
     metrics, _ = single_records(scores, list(cm.keys), p.prov)
     metrics |= box_records(boxes, p.prov, why) | combo_records(answers, seconds, p.prov, why)
     files = save_predictions(ensure_dir(root / "reports" / p.name), scores, list(cm.keys), temperature, boxes, answers)
@@ -366,7 +365,7 @@ def _score_retrieval(
     import time
 
     cm, r, device, t0 = p.data.class_map, p.cfg.retrieval, pick_device(log=p.run.log), time.perf_counter()
-    model, _, _, _ = load_classifier(p.checkpoint, cm, device)
+    model = load_classifier(p.checkpoint, cm, device).model
     loaders = [
         validation_loader(rows, p.data, _delivery_source(p.cfg), cache=False, log=p.run.log, device=device)
         for rows in (p.data.train, p.rows)

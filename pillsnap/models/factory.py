@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_backbone', 'offline', 'weights_source', 'RemoteWeights', 'remote_weights', 'fetch_weights', 'load_weights',
            'linear_fp32', 'CosineClassifier', 'WeightsOrigin', 'dropouts', 'build_classification_model',
-           'load_classifier', 'fresh_classifier_checkpoint', 'TorchClassifier']
+           'LoadedClassifier', 'load_classifier', 'fresh_classifier_checkpoint', 'TorchClassifier']
 
 # %% ../../nbs/models/500_factory.ipynb #a81aaf8f
 import logging
@@ -364,12 +364,22 @@ def build_classification_model(
     return model.to(memory_format=torch.channels_last) if channels_last else model
 
 # %% ../../nbs/models/500_factory.ipynb #bf64498a
+@dataclass(frozen=True)
+class LoadedClassifier:
+    "A trained classifier, as `load_classifier` reads it from its checkpoint."
+
+    model: nn.Module  # the network, in eval mode
+    class_map: ClassMap  # the drugs it tells apart
+    img_size: int  # input side, pixels
+    checkpoint: dict[str, Any]  # everything that the file holds
+
+
 def load_classifier(
     ckpt_path: str | os.PathLike,  # best.pt or last.pt
     class_map: ClassMap | None = None,  # the map that is expected; None takes the checkpoint's
     device: str | torch.device = "cpu",  # where to put it
-) -> tuple[nn.Module, ClassMap, int, dict[str, Any]]:  # network in eval mode, class map, input size, checkpoint
-    "A trained classifier from its checkpoint."
+) -> LoadedClassifier:
+    "Read a trained classifier from its checkpoint; `PillsnapError` if the class map is another or the weights do not fit."
     ckpt = load_ckpt(ckpt_path, class_map=None if class_map is None else class_map.to_dict())
     cm = ClassMap.from_dict(ckpt["class_map"], where=ckpt_path)
     try:
@@ -385,7 +395,8 @@ def load_classifier(
             where=ckpt_path,
             fix="train again, or name another file",
         ) from None
-    return model.eval().to(device, memory_format=torch.channels_last), cm, int(ckpt["img_size"]), ckpt
+    model = model.eval().to(device, memory_format=torch.channels_last)
+    return LoadedClassifier(model, cm, int(ckpt["img_size"]), ckpt)
 
 # %% ../../nbs/models/500_factory.ipynb #a9f85c12
 def fresh_classifier_checkpoint(

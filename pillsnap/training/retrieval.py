@@ -337,7 +337,7 @@ def work(self: RetrievalJob, run: RunFolder, cfg: Config) -> JobResult:
             stage, cfg, Outputs(folder, reports / "metrics.json", run.log, run.tb), run.resuming, cbs=[recall]
         )
         t0 = time.perf_counter()
-        model, _, _, _ = load_classifier(folder / "best.pt", stage.class_map, device)
+        model = load_classifier(folder / "best.pt", stage.class_map, device).model
         vectors = tuple(embed_photos(model, dl, device) for dl in (recall.gallery, recall.queries))
         found = recall_at_k(*vectors, recall.ks, tuple([recall.groups[p] for p in v.paths] for v in vectors))
     finally:

@@ -31,9 +31,9 @@ def fresh_classifier(s: Size, work: Path, device: torch.device) -> tuple[nn.Modu
 
     img, keys = s.of(384, 64), drug_keys(CLASSES)
     backbone = s.of("tf_efficientnetv2_s", "test_resnet")
-    model, *_ = load_classifier(
+    model = load_classifier(
         fresh_classifier_checkpoint(work / "fresh" / "best.pt", backbone, keys, img), keys, device
-    )
+    ).model
     for m in model.modules():
         if isinstance(m, nn.BatchNorm2d):
             m.reset_running_stats()

@@ -49,8 +49,8 @@ OPEN_ON_CPU = """
 import sys, torch
 from pillsnap.models.factory import load_classifier
 assert not torch.cuda.is_available()
-model, class_map, size, *_ = load_classifier(sys.argv[1])
-assert model(torch.zeros(1, 3, size, size)).isfinite().all()
+loaded = load_classifier(sys.argv[1])
+assert loaded.model(torch.zeros(1, 3, loaded.img_size, loaded.img_size)).isfinite().all()
 """
 
 
