@@ -193,9 +193,9 @@ def test_train_stage_runs_the_stages_job(run, monkeypatch):
     "The command of the sources, through the CLI; papermill is left out, the job is the real one."
     from pillsnap import cli
     from pillsnap.core import jobs as stages
-    from pillsnap.core.jobs import _remember  # a folder that ran before has its own configuration
+    from pillsnap.core.jobs import _save_config  # a folder that ran before has its own configuration
 
-    _remember(run, load_config("smoke", [*SMALL, f"paths.exp_dir={run}"]))
+    _save_config(run, load_config("smoke", [*SMALL, f"paths.exp_dir={run}"]))
 
     def in_process(stage, root, cfg, params=None, resume="", *_):
         source = root / "asked.yaml"
