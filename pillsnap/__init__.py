@@ -1,1 +1,48 @@
+"""PillSnap: from AI Hub's pill photos to a pill identifier.
+
+What a person types in a notebook stands here; each name is imported when it is first used.
+
+    load_config      settings: a preset or a YAML file, and overrides
+    run              run a stage, or all of them, in a run folder
+    load_run         a run folder: its scorecard and its pictures
+    load_splits      which photos train, validate, calibrate and judge
+    load_bundle      an exported identifier: `load_bundle("_runs/demo").predict("photo.png")`
+    predict_photos   answers for many photos, folders or globs
+    read_manifest    the photos of a delivery, one row a pill
+    write_delivery   render a synthetic delivery
+    open_photo       a photo as [height, width, 3] uint8, or a reason why it cannot be read
+    PillsnapError    what is raised when you can mend it
+"""
+
+from importlib import import_module as _import_module
+
 __version__ = "0.1.0"
+
+_HOME = {  # public name → the module that defines it
+    "load_config": "core.config",
+    "run": "runs",
+    "load_run": "runs",
+    "load_splits": "dataset.splits",
+    "load_bundle": "deployment.runtime",
+    "predict_photos": "deployment.batch",
+    "read_manifest": "delivery.index",
+    "write_delivery": "synth.writer",
+    "open_photo": "photos.images",
+    "PillsnapError": "core.errors",
+}
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'pillsnap' has no attribute {name!r}; it offers {', '.join(_HOME)}")
+    try:
+        return getattr(_import_module(f"pillsnap.{_HOME[name]}"), name)
+    except ModuleNotFoundError as e:
+        from pillsnap.core.errors import missing_extra
+
+        raise (missing_extra(e) or e) from None
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -13,14 +13,15 @@ import logging
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 # %% ../nbs/920_cli.ipynb #608af5d6
 import typer
 
 # %% ../nbs/920_cli.ipynb #bd3aaddc
+from . import __version__ as version
 from .core.config import Config, explain, load_config, preset_names
-from .core.errors import PillsnapError
+from .core.errors import PillsnapError, missing_extra
 from .core.jobs import JobSpec, run_pipeline
 
 # %% ../nbs/920_cli.ipynb #a81977f8
@@ -72,6 +73,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Turn Korea's AI Hub oral-drug photos into a pill identifier. `pillsnap run all` in an empty folder runs the whole demo on synthetic pills.",
 )
+
+
+def _print_version(
+    asked: bool,  # --version was given
+) -> None:
+    if asked:
+        print(f"pillsnap {version}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and end")
+    ] = False,
+) -> None:
+    "What stands before a command."
+
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="dotted overrides, for example train.seed=7", metavar="[KEY=VALUE]...")
@@ -379,7 +398,7 @@ def triage(
 # %% ../nbs/920_cli.ipynb #9d4eb9b6
 @app.command(epilog="Example: `pillsnap predict photo.png --mode combo --run RUN --json`")
 def predict(
-    photo: Annotated[Path, typer.Argument(help="a photo")],
+    photos: Annotated[list[str], typer.Argument(help="photos, folders of photos, or patterns such as 'in/*.jpg'")],
     run_dir: Annotated[Path, typer.Option("--run", "--run-dir", help="a run folder with export/")] = Path("_runs/demo"),
     mode: Annotated[
         str | None,
@@ -388,13 +407,19 @@ def predict(
             "default: data.default_mode of the run"
         ),
     ] = None,
-    json_out: Annotated[bool, typer.Option("--json", help="print JSON instead of the card")] = False,
+    json_out: Annotated[
+        bool, typer.Option("--json", help="print JSON instead of the card; of several photos one line each")
+    ] = False,
     topk: Annotated[int | None, typer.Option(help="drugs listed; default: inference.top_k of the run", min=1)] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="write a table: *.csv, *.jsonl or *.parquet")] = None,
 ) -> None:
-    "Name the pill in a photo, from the ONNX files alone."
-    from pillsnap.deployment.runtime import predict_command
+    "Name the pills in photos, from the ONNX files alone; exit status 1 if some of several photos cannot be read."
+    from pillsnap.deployment.batch import predict_command
 
-    predict_command(photo, mode, run_dir, json_out, topk)
+    answers = predict_command(photos, mode, run_dir, json_out, topk, device, out)
+    if any("error" in answer for answer in answers):
+        raise typer.Exit(1)
 
 # %% ../nbs/920_cli.ipynb #cc439d1f
 @app.command(
@@ -544,7 +569,11 @@ def arguments(
         f"{SOURCE_OPTIONS[m[1]]}={m[2]}" if (m := re.fullmatch(rf"--({'|'.join(SOURCE_OPTIONS)})=(.+)", a)) else a
         for a in argv
     ]
-    if argv and argv[0] not in names | {"--help", "-h"} and (argv[0] in ("--cfg", "--config", "-c") or "=" in argv[0]):
+    if (
+        argv
+        and argv[0] not in names | {"--help", "-h", "--version"}
+        and (argv[0] in ("--cfg", "--config", "-c") or "=" in argv[0])
+    ):
         return ["run", "all", *argv]
     return argv
 
@@ -558,6 +587,11 @@ def main(
         app(arguments(sys.argv[1:] if argv is None else argv), prog_name="pillsnap")
     except PillsnapError as e:
         print(f"pillsnap: {e}", file=sys.stderr)
+        sys.exit(2)
+    except ModuleNotFoundError as e:
+        if (told := missing_extra(e)) is None:
+            raise
+        print(f"pillsnap: {told}", file=sys.stderr)
         sys.exit(2)
     except SystemExit as e:  # typer makes this of Ctrl-C
         if e.code == 130:

@@ -18,6 +18,7 @@ from PIL import Image
 from pillsnap.core.errors import PillsnapError
 from pillsnap.delivery.classmap import ClassMap
 from pillsnap.deployment import runtime as P
+from pillsnap.deployment.batch import predict_command
 from pillsnap.models.pipeline import answer_schema
 
 KEYS = ("K-000010", "K-000020", "K-000030")
@@ -162,7 +163,7 @@ def test_bad_photo_is_refused(run, tmp_path, content, why):
     elif content is not None:
         photo.write_bytes(content)
     with pytest.raises(PillsnapError, match=why):
-        P.predict_command(photo, "single", run)
+        predict_command([photo], "single", run)
 
 
 @pytest.mark.spec("CF5")

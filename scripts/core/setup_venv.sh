@@ -59,7 +59,7 @@ fi
 
 say "setup: installing the pinned packages (several minutes the first time)"
 rm -f "$VENV/.pillsnap-setup"
-"$VENV/bin/python" -m pip install --disable-pip-version-check -q -e '.[dev]' -c constraints.txt
+"$VENV/bin/python" -m pip install --disable-pip-version-check -q -e '.[train,lab,serve,dev]' -c constraints.txt
 # albumentations asks for opencv-python-headless, which would lie in one folder with ultralytics' opencv-python: without its dependencies, which are here.
 "$VENV/bin/python" -m pip install --disable-pip-version-check -q --no-deps albumentations albucore simsimd stringzilla -c constraints.txt
 
