@@ -5,12 +5,12 @@ What a person types in a notebook stands here; each name is imported when it is 
     load_config      settings: a preset or a YAML file, and overrides
     run              run a stage, or all of them, in a run folder
     load_run         a run folder: its scorecard and its pictures
-    load_splits      which photos train, validate, calibrate and judge
+    load_splits      which photos train, validate, calibrate and test
     load_bundle      an exported identifier: `load_bundle("_runs/demo").predict("photo.png")`
     predict_photos   answers for many photos, folders or globs
     read_manifest    the photos of a delivery, one row a pill
     write_delivery   render a synthetic delivery
-    open_photo       a photo as [height, width, 3] uint8, or a reason why it cannot be read
+    open_image_safely  a photo as [height, width, 3] uint8, or the reason why it cannot be read
     PillsnapError    what is raised when you can mend it
 """
 
@@ -27,7 +27,7 @@ _HOME = {  # public name → the module that defines it
     "predict_photos": "deployment.batch",
     "read_manifest": "delivery.index",
     "write_delivery": "synth.writer",
-    "open_photo": "photos.images",
+    "open_image_safely": "photos.images",
     "PillsnapError": "core.errors",
 }
 __all__ = list(_HOME)

@@ -183,7 +183,7 @@ def test_setup_installs_once_from_the_pins(checkout, tmp_path):
     first = sh(checkout / "scripts/core/setup_venv.sh", PYTHON=py)
     assert first.returncode == 0, first.stderr
     log = (checkout / "pip.log").read_text()
-    assert "install" in log and "-e .[dev] -c constraints.txt" in log
+    assert "install" in log and "-e .[train,lab,serve,dev] -c constraints.txt" in log
     assert (
         sh(checkout / "scripts/core/setup_venv.sh", PYTHON=py).stdout == ""
         and (checkout / "pip.log").read_text() == log
@@ -200,7 +200,7 @@ def test_setup_that_failed_is_repeated(checkout, tmp_path):
     assert sh(checkout / "scripts/core/setup_venv.sh", PYTHON=py).returncode != 0
     recorder(checkout / ".venv/bin/python")
     assert sh(checkout / "scripts/core/setup_venv.sh", PYTHON=py).returncode == 0
-    assert (checkout / "pip.log").read_text().count(".[dev]") == 2
+    assert (checkout / "pip.log").read_text().count(".[train,lab,serve,dev]") == 2
 
 
 @pytest.mark.spec("CF7")

@@ -542,5 +542,5 @@ def _card_html(
     told = items or f"<h4>{NO_PILL}</h4>"
     return (
         '<div style="display:flex;flex-wrap:wrap;gap:1.5em">'
-        f"<div>{_picture_html(answer)}</div><div>{told}<p><small>{notes}</small></p></div></div>"
+        f'<div>{_picture_html(answer)}</div><div style="max-width:24em">{told}<p><small>{notes}</small></p></div></div>'
     )

@@ -1,0 +1,108 @@
+"""`pip install pillsnap` answers: no torch, small; a missing extra is named with the command that brings it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAINING = {"torch", "torchvision", "fastai", "timm", "ultralytics", "jupyterlab", "matplotlib", "pandas"}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    "An empty environment with the wheel and what the wheel asks for, no extra."
+    tmp = tmp_path_factory.mktemp("base")
+    left_out = shutil.ignore_patterns(".venv", ".git", "_runs", "build", "*.egg-info", "__pycache__", "_docs", "_proc")
+    shutil.copytree(ROOT, tmp / "src", ignore=left_out)
+    make_wheel = [
+        sys.executable,
+        "-m",
+        "pip",
+        "-q",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        tmp,
+        tmp / "src",
+    ]
+    subprocess.run(make_wheel, check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "venv", tmp / "venv"], check=True)
+    (wheel,) = tmp.glob("*.whl")
+    install = [tmp / "venv/bin/python", "-m", "pip", "--disable-pip-version-check", "-q", "install", wheel]
+    done = subprocess.run([*install, "-c", ROOT / "constraints.txt"], capture_output=True, text=True)
+    if done.returncode and "No matching distribution" in done.stderr:
+        pytest.skip("no package index is reached from here")
+    assert done.returncode == 0, done.stderr[-2000:]
+    return tmp / "venv"
+
+
+def call(venv: Path, folder: Path, *args: object) -> subprocess.CompletedProcess:
+    "A command of the environment, in an empty folder, without this checkout on the path."
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    return subprocess.run(
+        [venv / "bin" / args[0], *map(str, args[1:])], cwd=folder, env=env, capture_output=True, text=True
+    )
+
+
+def test_the_base_is_small_and_has_nothing_of_training(base):
+    site = next((base / "lib").glob("python3*/site-packages"))
+    size = sum(p.stat().st_size for p in site.rglob("*") if p.is_file() and not p.is_symlink()) / 1e6
+    assert size <= 350, f"{size:.0f} MB"
+    assert not {p.name for p in site.iterdir()} & TRAINING
+
+
+@pytest.mark.spec("SV4", "EX3")
+def test_the_base_answers_from_an_export(base, smoke_run, tmp_path):
+    "The same JSON as in the environment that trained; several photos, a table, and a notebook's card."
+    from pillsnap.deployment.runtime import load_bundle
+
+    photos = sorted((smoke_run / "delivery").rglob("*_75_*.png"))[:3]
+    done = call(base, tmp_path, "pillsnap", "predict", photos[0], "--mode", "single", "--run", smoke_run, "--json")
+    assert done.returncode == 0, done.stderr
+    here = load_bundle(smoke_run).predict(photos[0], "single")
+    assert json.loads(done.stdout) | {"timings": 0} == dict(here) | {"timings": 0}
+    (tmp_path / "letter.png").write_text("Dear pharmacist,")
+    asked = [*photos, tmp_path / "letter.png", "--mode", "single", "--run", smoke_run, "--out", tmp_path / "rows.csv"]
+    done = call(base, tmp_path, "pillsnap", "predict", *asked)
+    rows = (tmp_path / "rows.csv").read_text(encoding="utf-8-sig").splitlines()
+    assert done.returncode == 1 and len(rows) == 5 and "text file" in rows[-1]
+    code = "import sys, pillsnap; print(pillsnap.load_bundle(sys.argv[1]).predict(sys.argv[2])._repr_html_())"
+    card = call(base, tmp_path, "python", "-c", code, smoke_run, photos[0])
+    assert card.returncode == 0 and card.stdout.count("<img") == 1, card.stderr
+
+
+@pytest.mark.parametrize(
+    "command, extra",
+    [
+        (("pillsnap", "run", "all"), "train"),
+        (("pillsnap", "predict", "p.png", "--out", "rows.parquet", "--run", "RUN"), "train"),
+        (("python", "-c", "import pillsnap; pillsnap.load_splits"), "train"),
+    ],
+    ids=["a command", "a format", "a name"],
+)
+def test_a_missing_extra_is_named(base, smoke_run, tmp_path, command, extra):
+    photo = sorted((smoke_run / "delivery").rglob("*_75_*.png"))[0]
+    shutil.copy(photo, tmp_path / "p.png")
+    (tmp_path / "RUN").symlink_to(smoke_run)
+    done = call(base, tmp_path, *command)
+    assert done.returncode and f'pip install "pillsnap[{extra}]"' in done.stderr, done.stderr
+
+
+def test_import_is_quick_and_names_are_lazy():
+    "`import pillsnap` brings no module of others; each name it offers is there."
+    code = "import sys; before = set(sys.modules); import pillsnap; print(len(set(sys.modules) - before))"
+    few = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(few.stdout) <= 2
+    import pillsnap
+
+    assert len(pillsnap.__all__) <= 14
+    for name in pillsnap.__all__:
+        assert getattr(pillsnap, name).__doc__ and f"    {name} " in pillsnap.__doc__
+    with pytest.raises(AttributeError, match="it offers load_config"):
+        _ = pillsnap.a_name_that_is_gone
