@@ -1,4 +1,5 @@
-"""Package PillSnap. Everything is read from `settings.ini`; a wheel also carries the stage notebooks and the presets."""
+"""Package PillSnap. Everything is read from `settings.ini`; a wheel also carries the stage notebooks and the
+presets."""
 
 import shlex
 import shutil

@@ -1,7 +1,9 @@
 """BM3: one COCO file to YOLO text labels, beside ultralytics, datumaro, globox and pylabel.
 
-Each side reads the same file and writes a text per photo into a folder of its own. The photos themselves exist (1×1 pixel) for those that insist on them.
-Peers that cannot be imported are named as absent. `--peers PYTHON` lets another interpreter run those that this one lacks, one process for each round;
+Each side reads the same file and writes a text per photo into a folder of its own. The photos themselves exist (1×1
+pixel) for those that insist on them.
+Peers that cannot be imported are named as absent. `--peers PYTHON` lets another interpreter run those that this one
+lacks, one process for each round;
 it times the conversion alone, without its own start and imports.
 """
 
@@ -21,7 +23,9 @@ from pathlib import Path
 from harness import arguments, compare, finish
 
 ROUND = count()
-AGAIN = 8  # conversions of ours in a turn, of which the mean counts: one alone takes a tenth of a second, which a busy moment decides
+# conversions of ours in a turn, of which the mean counts: one alone takes a tenth of a second, which a busy moment
+# decides
+AGAIN = 8
 
 
 def write_coco(root: Path, n: int) -> Path:

@@ -1,4 +1,5 @@
-"""BM6: the JPEG pack (half scale, q95) to batches of 64 at 384 pixels, random crop + mirror, 2 workers; the peers read the photos it was made of."""
+"""BM6: the JPEG pack (half scale, q95) to batches of 64 at 384 pixels, random crop + mirror, 2 workers; the peers
+read the photos it was made of."""
 
 from harness import arguments, compare, finish
 from loading import epoch, ffcv, image_folder, our_loader, pack_source, still

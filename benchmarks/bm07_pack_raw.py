@@ -1,4 +1,5 @@
-"""BM7: the raw pack (half scale, plain bytes) to batches of 64 at 384 pixels, random crop + mirror, 2 workers; the peers read the photos it was made of."""
+"""BM7: the raw pack (half scale, plain bytes) to batches of 64 at 384 pixels, random crop + mirror, 2 workers; the
+peers read the photos it was made of."""
 
 from harness import arguments, compare, finish
 from loading import epoch, ffcv, image_folder, our_loader, pack_source, still

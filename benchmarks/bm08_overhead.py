@@ -1,4 +1,5 @@
-"""BM8: what the loader itself costs a sample, over a source that only hands out bytes that are there; microseconds, 2 workers."""
+"""BM8: what the loader itself costs a sample, over a source that only hands out bytes that are there; microseconds,
+2 workers."""
 
 import time
 

@@ -1,8 +1,12 @@
-"""BM10: what the training engine costs a step beside a bare PyTorch loop, and how long a step waits for its photos from the pack; ms a step, same network, same loader.
+"""BM10: what the training engine costs a step beside a bare PyTorch loop, and how long a step waits for its photos
+from the pack; ms a step, same network, same loader.
 
-The bare loop is what everybody writes: forward, loss, backward, clip, step. The engine does the same arithmetic and keeps besides its schedule, its clock, its history, its log and its checks.
-Judged are the engine's step (at most 1.05 times the loop's) and the share of it that waits for photos (under 5 %). Beside them stands how many photos a second the loader feeds by itself
-and how many the network eats when they are there: where the first is smaller, more workers help; where it is larger, they cannot.
+The bare loop is what everybody writes: forward, loss, backward, clip, step. The engine does the same arithmetic and
+keeps besides its schedule, its clock, its history, its log and its checks.
+Judged are the engine's step (at most 1.05 times the loop's) and the share of it that waits for photos (under 5 %).
+Beside them stands how many photos a second the loader feeds by itself
+and how many the network eats when they are there: where the first is smaller, more workers help; where it is larger,
+they cannot.
 """
 
 import itertools

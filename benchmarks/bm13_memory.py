@@ -1,9 +1,16 @@
-"""BM13: memory of a whole training run over 50 epochs, workers included; kB that an epoch adds, ours only (the baseline is the run itself after its warm-up).
+"""BM13: memory of a whole training run over 50 epochs, workers included; kB that an epoch adds, ours only (the
+baseline is the run itself after its warm-up).
 
-The project's engine trains: its loaders with two worker processes (and once with two threads), augmentation, EMA, validation, history, metrics.json, last.pt and best.pt after each epoch. The photos are tiny, since
-a leak counts epochs and batches, not pixels. After each epoch the memory of this process and of all its children is added up, shared pages once: Linux' PSS, without the pages of files (libraries, photos), whose share changes whenever a stranger on the machine opens the same ones.
-The first ten epochs are left out, in which pools fill and the allocator finds its size; the rest gives the slope: of each five epochs the smallest (what is under way at the moment comes and goes, 9 MB at a time), and of these the median of the slopes of all pairs (Theil-Sen).
-What may grow is the history, a few kB an epoch. `--leak 500` keeps so many kB an epoch on purpose: the run must then be missed.
+The project's engine trains: its loaders with two worker processes (and once with two threads), augmentation, EMA,
+validation, history, metrics.json, last.pt and best.pt after each epoch. The photos are tiny, since
+a leak counts epochs and batches, not pixels. After each epoch the memory of this process and of all its children is
+added up, shared pages once: Linux' PSS, without the pages of files (libraries, photos), whose share changes whenever
+a stranger on the machine opens the same ones.
+The first ten epochs are left out, in which pools fill and the allocator finds its size; the rest gives the slope: of
+each five epochs the smallest (what is under way at the moment comes and goes, 9 MB at a time), and of these the
+median of the slopes of all pairs (Theil-Sen).
+What may grow is the history, a few kB an epoch. `--leak 500` keeps so many kB an epoch on purpose: the run must then
+be missed.
 """
 
 import gc
@@ -47,7 +54,8 @@ def photos(root: Path, n: int) -> pd.DataFrame:
 
 
 def held() -> tuple[float, int]:
-    "kB of this process and its children, anonymous and shared memory, shared pages once; and how many children there are."
+    """kB of this process and its children, anonymous and shared memory, shared pages once; and how many children
+    there are."""
     total, counted = 0.0, -1
     for p in (me := psutil.Process(), *me.children(recursive=True)):
         try:
@@ -83,7 +91,8 @@ def slope(kb: list[float]) -> float:
 
 
 def training(root: Path, rows: pd.DataFrame, engine: str, epochs: int, leak: int) -> tuple[list[float], int]:
-    "A training as a stage has it, on a network of a few thousand weights: kB after each epoch, and how many child processes were counted."
+    """A training as a stage has it, on a network of a few thousand weights: kB after each epoch, and how many child
+    processes were counted."""
     log = logging.getLogger("bench.bm13")
     log.propagate, log.handlers = False, [logging.NullHandler()]
     cfg = load_config(

@@ -1,6 +1,7 @@
 """BM14: ten thousand, a hundred thousand, half a million annotations: time and memory per annotation must not grow.
 
-Each size is indexed in a process of its own; its memory is the resident memory of that process and all its children, added up every 20 ms.
+Each size is indexed in a process of its own; its memory is the resident memory of that process and all its children,
+added up every 20 ms.
 At 500,000 there are ceilings: 45 seconds on two cores with the files in memory, 2 GB.
 """
 

@@ -7,19 +7,23 @@ Every `benchmarks/bmNN_*.py` builds its input, hands callables to `compare`, and
 | `ours` | `{name: callable}`; the first is the one that every required ratio is taken of |
 | `peers` | `{name: callable \\| str}`; a string says why the peer is absent ("not installed: No module named 'ffcv'") |
 | `n` | units that one call works through; a figure is `n / seconds` |
-| `id` | the row; `REQUIRED` holds what it must reach against which peer. A peer that is not in it is shown, not judged |
+| `id` | the row; `REQUIRED` holds what it must reach against which peer. A peer that is not in it is shown, not
+judged |
 | `better` | "higher": ours / peer; "lower": peer / ours (milliseconds, megabytes) |
 
-Each callable runs once to warm up, then `repeats` rounds run them all in turn, so that a busy minute hits everyone; medians count.
+Each callable runs once to warm up, then `repeats` rounds run them all in turn, so that a busy minute hits everyone;
+medians count.
 Before each turn it waits until the process and its children rest: what one contender reads ahead must not cost another.
-Where a round lasts under a second, a machine whose speed changes from second to second decides it; such a round is done in parts, in turn (`parts`).
+Where a round lasts under a second, a machine whose speed changes from second to second decides it; such a round is
+done in parts, in turn (`parts`).
 A callable that returns a float gives its own figure instead of `n / seconds` (milliseconds, megabytes, decibels).
 
 | option of every script | means |
 |---|---|
 | `--quick` | seconds, on little: proves that the script runs; its ratios judge nothing and its results are not kept |
 | `--repeats N` | rounds, 5 |
-| `--out DIR` | where `<ID>.json` goes: `_runs/bench`. The documentation shows `benchmarks/results`; name that folder only to replace what is published |
+| `--out DIR` | where `<ID>.json` goes: `_runs/bench`. The documentation shows `benchmarks/results`; name that folder
+only to replace what is published |
 """
 
 import argparse
@@ -186,7 +190,8 @@ def _as_rows(ours: Mapping[str, Callable], peers: Mapping[str, Callable | str] |
 
 
 def _settle(most: float = 15.0) -> None:
-    "Wait until this process and its children rest: a loader that reads ahead after its epoch would do so in the next contender's time."
+    """Wait until this process and its children rest: a loader that reads ahead after its epoch would do so in the
+    next contender's time."""
 
     def used() -> float:
         total = 0.0
@@ -214,7 +219,8 @@ def _once(row: _Row, n: int) -> float:
 
 
 def _in_parts(live: list[_Row], n: int, parts: int) -> list[float]:
-    "One round in which all take turns part by part, each at another part, so that none finds warm what the one before it has just left."
+    """One round in which all take turns part by part, each at another part, so that none finds warm what the one
+    before it has just left."""
     seconds = [0.0] * len(live)
     for part in range(parts):
         for k, row in enumerate(live):

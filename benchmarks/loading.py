@@ -45,7 +45,8 @@ def epoch(loader: Any, n: int) -> Callable[[], None]:
 
 
 def image_folder(root: Path, n: int) -> Callable[[], None]:
-    "torchvision: ImageFolder, v2's random crop and mirror on bytes, DataLoader with as many workers, started afresh: a copy of this process would come with the heap that our decoder has set."
+    """torchvision: ImageFolder, v2's random crop and mirror on bytes, DataLoader with as many workers, started
+    afresh: a copy of this process would come with the heap that our decoder has set."""
     from torch.utils.data import DataLoader
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import v2
@@ -106,7 +107,8 @@ def dali(root: Path, rows: pd.DataFrame, n: int) -> Callable[[], None] | str:
 
     def run() -> None:
         if begun:
-            loader.reset()  # by the clock, and not after it: a reset reads ahead, which would be done in the next contender's time
+            # by the clock, and not after it: a reset reads ahead, which would be done in the next contender's time
+            loader.reset()
         begun.append(True)
         got = sum(len(b[0]["labels"]) for b in loader)
         assert got == n, f"{got} of {n} photos came"
@@ -126,7 +128,8 @@ def pack_source(root: Path, rows: pd.DataFrame, codec: str) -> Any:
 
 
 def ffcv(root: Path, n: int, mode: str, longest: int | None = None) -> Callable[[], None] | str:
-    "FFCV: the same photos written once as its own file, whole or with `longest` pixels at most, as JPEG (quality 95) or raw; its fused random crop and mirror."
+    """FFCV: the same photos written once as its own file, whole or with `longest` pixels at most, as JPEG (quality
+    95) or raw; its fused random crop and mirror."""
     try:
         from ffcv.fields import IntField, RGBImageField
         from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder

@@ -1,7 +1,10 @@
-"""Photos to measure loaders with: 976 x 1280, rendered by the project, a folder per drug, made once in a temporary folder.
+"""Photos to measure loaders with: 976 x 1280, rendered by the project, a folder per drug, made once in a temporary
+folder.
 
-A dozen are rendered and each is varied three times (shifted, brighter); every further file is a hard link to one of them, so that n files exist,
-are opened and are decoded, and the disk is no part of the measurement: all of it lies in the page cache, for us and for the peers.
+A dozen are rendered and each is varied three times (shifted, brighter); every further file is a hard link to one of
+them, so that n files exist,
+are opened and are decoded, and the disk is no part of the measurement: all of it lies in the page cache, for us and
+for the peers.
 """
 
 import io

@@ -102,7 +102,8 @@ def single(root, code, lo=0, bbox=None, encoding="utf-8", **kw):
     )
 
 
-# ---- the audit -----------------------------------------------------------------------------------------------------------------------
+# ---- the audit
+# -----------------------------------------------------------------------------------------------------------------------
 
 KEYS = [
     "files",
@@ -279,7 +280,8 @@ def test_any_of_the_code_sources_may_lie(tmp_path, change):
 
 @pytest.mark.spec("BX4")
 def test_a_disputed_file_is_not_heard_on_either_drug(tmp_path):
-    "Its drug_N names another drug of the tree, whose metadata it would contradict; and without folders the file name alone tells."
+    """Its drug_N names another drug of the tree, whose metadata it would contradict; and without folders the file
+    name alone tells."""
     name = combo(tmp_path / "x", [A, B])
     single(tmp_path / "x", C, dl_company="다른제약(주)")
     p = tmp_path / "x" / f"combination/TL_1_combo/K-000250-000573_json/{B}/{name}.json"
@@ -440,7 +442,8 @@ def test_a_delivery_may_be_named_by_its_root(tmp_path):
         audit(tmp_path / "data/val/labels")
 
 
-# ---- the sealed test -----------------------------------------------------------------------------------------------------------------
+# ---- the sealed test
+# -----------------------------------------------------------------------------------------------------------------
 
 OPENED: list[str] = []
 sys.addaudithook(
@@ -467,7 +470,8 @@ def test_the_sealed_test_is_known_by_folder_names_alone(tmp_path):
     assert aihub.overlap_in_words([A], sealed_codes(d)).startswith("1 of the 4 drugs")
 
 
-# ---- reading whatever comes ----------------------------------------------------------------------------------------------------------
+# ---- reading whatever comes
+# ----------------------------------------------------------------------------------------------------------
 
 
 def test_encodings_and_their_order(tmp_path):
@@ -541,7 +545,8 @@ def test_deep_and_huge_json(tmp_path):
     assert read_annotation(big).reason is Reason.UNREADABLE and read_annotation(tmp_path).reason is Reason.UNREADABLE
 
 
-# ---- walking and matching ------------------------------------------------------------------------------------------------------------
+# ---- walking and matching
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.spec("DM9")
@@ -620,7 +625,8 @@ def test_the_delivery_is_found_or_its_absence_explained(tmp_path):
         find_delivery(tmp_path)
 
 
-# ---- archives ------------------------------------------------------------------------------------------------------------------------
+# ---- archives
+# ------------------------------------------------------------------------------------------------------------------------
 
 
 class KoreanInfo(zipfile.ZipInfo):
@@ -716,7 +722,8 @@ def test_a_synthetic_delivery_in_archives_is_the_same_delivery(tmp_path):
     )
 
 
-# ---- the class map -------------------------------------------------------------------------------------------------------------------
+# ---- the class map
+# -------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.spec("BX8")

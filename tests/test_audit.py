@@ -66,7 +66,8 @@ def test_at_most_three_thousand_photos_are_opened_and_rare_drugs_among_them():
 
 @pytest.mark.spec("DM11")
 def test_no_shape_falls_out_of_the_histogram(delivery, tmp_path):
-    "A strip and a column, cut from two photos after the conversion: both are in the bins, and the stage says how many there are."
+    """A strip and a column, cut from two photos after the conversion: both are in the bins, and the stage says how
+    many there are."""
     from PIL import Image
 
     shutil.copytree(delivery, tmp_path / "delivery", symlinks=True)

@@ -1,4 +1,5 @@
-"""The benchmark scripts run: ours and the peer that is always there get a figure of the same work. Ratios are measured by `make bench`, never here;
+"""The benchmark scripts run: ours and the peer that is always there get a figure of the same work. Ratios are
+measured by `make bench`, never here;
 what is published in `benchmarks/results` is held against what is required."""
 
 import ast
@@ -98,7 +99,8 @@ def test_the_engines_step_is_measured_beside_a_bare_loop(tmp_path):
 
 @pytest.mark.spec("BM13")
 def test_a_training_that_grows_is_told(tmp_path):
-    "The whole engine with its worker processes; what is kept in each epoch on purpose is what the slope says, and misses the bound."
+    """The whole engine with its worker processes; what is kept in each epoch on purpose is what the slope says, and
+    misses the bound."""
     r = subprocess.run(
         [
             sys.executable,
@@ -128,7 +130,8 @@ def test_the_runner_knows_its_rows():
     assert r.returncode != 0 and "no benchmark BM99" in r.stderr and "BM14" in r.stderr
 
 
-# What the contract asks of each benchmark, typed here a second time on purpose: whoever lowers a bound in the scripts meets this table.
+# What the contract asks of each benchmark, typed here a second time on purpose: whoever lowers a bound in the scripts
+# meets this table.
 ASKED = {
     "BM1": {"json.load": 3.5, "orjson": 1.5},
     "BM2": {"naive one-process json → txt": 5},
@@ -163,7 +166,8 @@ def test_the_required_ratios_are_those_of_the_contract():
 
 
 def test_no_script_has_a_bound_of_its_own():
-    "`compare` takes the ratios from the table, by the benchmark's name; a script cannot hand it others, nor ask for a name that is not in it."
+    """`compare` takes the ratios from the table, by the benchmark's name; a script cannot hand it others, nor ask
+    for a name that is not in it."""
     named = set()
     for path in sorted((ROOT / "benchmarks").glob("bm*.py")):
         for call in (
@@ -180,7 +184,8 @@ def test_no_script_has_a_bound_of_its_own():
 @pytest.mark.spec("BM1", "BM2", "BM3", "BM4", "BM5", "BM6", "BM7", "BM8", "BM9", "BM10")
 @pytest.mark.parametrize("id", ASKED)
 def test_what_is_published_reaches_what_is_asked(id):
-    "The ratio is taken again from the published medians; a verdict that was typed in, or a bound that was lowered, is seen."
+    """The ratio is taken again from the published medians; a verdict that was typed in, or a bound that was
+    lowered, is seen."""
     r = published(id)
     rows = {x["name"]: x for x in r["rows"]}
     ours = r["rows"][0]["value"]

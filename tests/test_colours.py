@@ -1,4 +1,5 @@
-"""Colours that a person reads: contrast of at least 4.5 to 1 (WCAG AA), in both themes of the site, and no request to a font host."""
+"""Colours that a person reads: contrast of at least 4.5 to 1 (WCAG AA), in both themes of the site, and no request
+to a font host."""
 
 import re
 from html.parser import HTMLParser

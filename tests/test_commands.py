@@ -1,12 +1,18 @@
-"""Every command line of README, of the notebooks and of the helps is run as it stands, in a folder laid out as the pages assume.
+"""Every command line of README, of the notebooks and of the helps is run as it stands, in a folder laid out as the
+pages assume.
 
-A line is run for real where that takes seconds. It is only parsed, by the program's own parser up to the job, with its configuration loaded, where a
+A line is run for real where that takes seconds. It is only parsed, by the program's own parser up to the job, with
+its configuration loaded, where a
 real run would take hours or needs what a test has not:
-- `pillsnap run` that trains (`all`, `interleaved`) or begins a run (no run folder is named): the whole path runs in test_pipeline, the other in test_interleave;
-- presets of real size (`--config two_stage`, `--config retrieval`), `train-stage` and `distributed`: trainings of hours, or several processes;
-- `final-test` and `decide`, which open the sealed part of a run or write to its ledger for good: test_evaluation and their notebooks run them;
+- `pillsnap run` that trains (`all`, `interleaved`) or begins a run (no run folder is named): the whole path runs in
+test_pipeline, the other in test_interleave;
+- presets of real size (`--config two_stage`, `--config retrieval`), `train-stage` and `distributed`: trainings of
+hours, or several processes;
+- `final-test` and `decide`, which open the sealed part of a run or write to its ledger for good: test_evaluation and
+their notebooks run them;
 - papermill on a training notebook: its parameters are checked and its job is made, but it is not trained;
-- `make`, `pip`, `accelerate` and the scripts: parsed by make, by pip's pins, by accelerate's own parser, by the script's `--help`.
+- `make`, `pip`, `accelerate` and the scripts: parsed by make, by pip's pins, by accelerate's own parser, by the
+script's `--help`.
 """
 
 import json
@@ -56,7 +62,8 @@ def lines() -> dict[str, str]:
 
 
 def spelled_out(line: str) -> list[str]:
-    "What a reader types for a line that stands for several: `[--json]` with and without, `single|combo` each, COMMAND every one."
+    """What a reader types for a line that stands for several: `[--json]` with and without, `single|combo` each,
+    COMMAND every one."""
     if m := re.search(r"\[(--[^\]]+)\]", line):
         return [x for inside in (m[1], "") for x in spelled_out(line.replace(m[0], inside, 1))]
     if m := re.search(r"(?<=\s)([a-z]+(?:\|[a-z]+)+)(?=\s|$)", line):
@@ -112,7 +119,8 @@ def desk(tmp_path_factory, smoke_run) -> Path:
 
 @pytest.fixture
 def at_the_desk(desk, monkeypatch, request) -> Path:
-    "In that folder, with the delivery unpacked (README's own line does it for those after it) and measurements cut short."
+    """In that folder, with the delivery unpacked (README's own line does it for those after it) and measurements
+    cut short."""
     from pillsnap import planner
     from pillsnap.delivery.aihub import extract_archives
 
@@ -133,7 +141,8 @@ def typed(argv: list[str], capsys) -> tuple[int, str, str]:
 
 
 def parsed(argv: list[str], monkeypatch, capsys) -> dict:
-    "What the job would be called with: typer reads every option, the job itself is left out, its configuration is loaded."
+    """What the job would be called with: typer reads every option, the job itself is left out, its configuration is
+    loaded."""
     from pillsnap.evaluation import final, ledger
     from pillsnap.training import distributed
 

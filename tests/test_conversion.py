@@ -111,7 +111,8 @@ def csv_rows(path):
     return pd.read_csv(path, dtype=str, keep_default_na=False)
 
 
-# ---- boxes and labels ----------------------------------------------------------------------------------------------------------------
+# ---- boxes and labels
+# ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.spec("DM2")
@@ -236,7 +237,8 @@ def test_label_checks(small, tmp_path):
         assert part in said, part
 
 
-# ---- drug metadata -------------------------------------------------------------------------------------------------------------------
+# ---- drug metadata
+# -------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.spec("DM3")
@@ -308,7 +310,8 @@ def test_an_edi_code_of_two_drugs_is_remarked(tmp_path):
     assert c.header["remarks"] == {"edi_shared": 1} and c.drugs["edi_to_class_id"] == {"111": 0, "222": 1}
 
 
-# ---- what is left out ----------------------------------------------------------------------------------------------------------------
+# ---- what is left out
+# ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.spec("DM9", "BX4")
@@ -482,7 +485,8 @@ def test_discovery_opens_photos_and_obeys_its_settings(small, tmp_path):
     }
 
 
-# ---- the manifest --------------------------------------------------------------------------------------------------------------------
+# ---- the manifest
+# --------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.spec("DM7")
@@ -569,7 +573,8 @@ def test_the_sealed_test_is_reported_and_not_opened(small, tmp_path):
     )
 
 
-# ---- interrupted, full, or run twice ---------------------------------------------------------------------------------------------------
+# ---- interrupted, full, or run twice
+# ---------------------------------------------------------------------------------------------------
 
 
 def test_a_second_run_opens_only_what_changed(small, tmp_path, monkeypatch):
@@ -657,7 +662,8 @@ def test_a_full_disk_is_said_and_nothing_half_is_left(small, tmp_path):
     assert convert_delivery(small, tmp_path / "run").header["counts"]["photos"] == 4
 
 
-# ---- the job -------------------------------------------------------------------------------------------------------------------------
+# ---- the job
+# -------------------------------------------------------------------------------------------------------------------------
 
 OVER = ("synth.drugs=3", "synth.photos=3", "synth.combos=1", "synth.width=96", "synth.height=128")
 

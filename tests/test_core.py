@@ -1086,7 +1086,8 @@ Little(run_dir=sys.argv[1], config="smoke", overrides=sys.argv[3:]).run()
 
 @pytest.mark.spec("SG1")
 def test_a_record_keeps_every_attempt(tmp_path):
-    "Ctrl-C and SIGTERM interrupt; an exception fails; kill -9 dies without a word. What crashed under these settings is counted, however it ended later."
+    """Ctrl-C and SIGTERM interrupt; an exception fails; kill -9 dies without a word. What crashed under these
+    settings is counted, however it ended later."""
     from pillsnap.core.jobs import crashed_attempts, read_record
 
     ends = {

@@ -138,7 +138,8 @@ def test_2_detection_boxes_move_with_the_letterbox(stage):
 
 @pytest.mark.spec("TL1")
 def test_2_training_views_are_augmented_bytes_then_normalised(stage, singles):
-    "Crops keep the imprint, half are mirrored, colours change within their bounds and before normalisation; mirror and hue are warned of."
+    """Crops keep the imprint, half are mirrored, colours change within their bounds and before normalisation;
+    mirror and hue are warned of."""
     a, draws = AugmentClassification(), np.random.default_rng(0).random((4000, DRAWS))
     tf = build_transforms_classification(64, a)
     w = tf.windows(draws, np.zeros(len(draws), bool))
@@ -279,7 +280,8 @@ def test_4_the_weighted_sampler_draws_drugs_equally():
 
 @pytest.mark.spec("TL5")
 def test_4_whoever_does_the_work_delivers_the_same(stage, cfg):
-    "One thread or three, or two spawned processes with a shared cache, two epochs: the same pictures in the same order, and other ones in the second epoch."
+    """One thread or three, or two spawned processes with a shared cache, two epochs: the same pictures in the same
+    order, and other ones in the second epoch."""
     rows = stage.train.head(40)[lambda d: d["kind"] == "single"]
     none = L.classification_set(rows, stage, cfg, train=True, cache=False)
     cache = PhotoCache(rows, stage.root, list(none.views.values()), shared=True)
@@ -305,7 +307,8 @@ def test_4_whoever_does_the_work_delivers_the_same(stage, cfg):
 @pytest.mark.spec("TL5", "BX10")
 @pytest.mark.parametrize("engine", ("threads", "processes"))
 def test_4_a_position_in_mid_epoch_is_kept_exactly(stage, cfg, engine):
-    "Stopped after every possible batch and resumed elsewhere: the two halves are the epoch; draws with replacement included."
+    """Stopped after every possible batch and resumed elsewhere: the two halves are the epoch; draws with
+    replacement included."""
     d = L.classification_set(stage.train, stage, cfg, train=True)
     weights = balanced_weights(d.labels, len(stage.class_map))
 
@@ -385,7 +388,8 @@ class Numbered(D.Source):
     data=st.data(),
 )
 def test_4_skips_keep_training_batches_full_and_the_position_exact(n, batch, drop, gone, seed, workers, train, data):
-    "Training: the photos that open, in the epoch's order, `batch` at a time. Validation: as cut. Both: a stop after any batch and another loader give the rest, and each skip is told once."
+    """Training: the photos that open, in the epoch's order, `batch` at a time. Validation: as cut. Both: a stop
+    after any batch and another loader give the rest, and each skip is told once."""
     rows = pd.DataFrame({"path": [str(i) for i in range(n)], "class_key": "K-000059"})
     d = D.PillsnapClsDataset(rows, ClassMap(["K-000059", "K-000573"]), Numbered(gone), 8, train)
 

@@ -1,4 +1,5 @@
-"""The detector: two reckonings of its figures, what is left to the library, lazy loading, no network, and life without ultralytics."""
+"""The detector: two reckonings of its figures, what is left to the library, lazy loading, no network, and life
+without ultralytics."""
 
 import contextlib
 import importlib.util

@@ -143,7 +143,8 @@ def test_two_processes_save_when_they_are_asked_to_stop(tmp_path, delivery):
     )
 
 
-# a network without batch statistics or dropout, plain SGD (AdamW would make a step of rounding errors), windows of two batches, a save after every batch
+# a network without batch statistics or dropout, plain SGD (AdamW would make a step of rounding errors), windows of
+# two batches, a save after every batch
 WORLD = [
     "data.classification.img_size=64",
     "train.num_threads=1",
@@ -216,7 +217,8 @@ def killed(delivery, tmp_path_factory):
 @pytest.mark.spec("BX10", "CT12", "CT16")
 @pytest.mark.parametrize("world", [1, 3])
 def test_another_number_of_processes_goes_on(killed, tmp_path, world):
-    "Begun by two, killed in the middle of an epoch and of a window, gone on with by one and by three: every photo once, the weights of one undisturbed process."
+    """Begun by two, killed in the middle of an epoch and of a window, gone on with by one and by three: every photo
+    once, the weights of one undisturbed process."""
     run = tmp_path / "run"
     shutil.copytree(killed / "two", run, symlinks=True)
     ckpt = load_ckpt(run / "checkpoints" / "classifier" / "last.pt")
@@ -261,7 +263,8 @@ BROKEN = textwrap.dedent("""
 
 
 def broken_share(folder: str) -> None:
-    "Two epochs over 25 photos in batches of six: the first process has nothing to show in the first batch and in the last; the whole network, batch norm and dropout included."
+    """Two epochs over 25 photos in batches of six: the first process has nothing to show in the first batch and in
+    the last; the whole network, batch norm and dropout included."""
     from accelerate import Accelerator, PartialState
 
     from pillsnap.training.callbacks import Accumulate
@@ -358,7 +361,8 @@ def test_a_share_without_a_readable_photo_keeps_nobody_waiting(tmp_path):
 
 @pytest.mark.spec("BX10")
 def test_processes_go_on_where_one_left_off_within_a_batch():
-    "One process takes what follows for a photo that is broken, and stops between two batches of the cut; two go on with all that is left."
+    """One process takes what follows for a photo that is broken, and stops between two batches of the cut; two go
+    on with all that is left."""
     d = PillsnapClsDataset(table(25), CM, Torn(), 16, True, seed=7)
     one = PhotoLoader(d, 6)
     first = next(iter(one))[2]
@@ -414,7 +418,8 @@ GPU_LAUNCHER = textwrap.dedent("""
 
 @together
 def test_the_launcher_of_gpus_forks_before_cuda_is_started(tmp_path):
-    "accelerate's notebook launcher, with a driver that reports two GPUs: both processes start, and nothing asked CUDA itself."
+    """accelerate's notebook launcher, with a driver that reports two GPUs: both processes start, and nothing asked
+    CUDA itself."""
     r = subprocess.run(
         [sys.executable, "-c", GPU_LAUNCHER, str(tmp_path)], env=ENV, capture_output=True, text=True, timeout=240
     )
@@ -454,7 +459,8 @@ def test_one_process_per_gpu(monkeypatch, tmp_path, gpus, want):
 
 
 def test_the_time_is_asked_for_rarely(monkeypatch):
-    "A message about the time stops the GPU and waits for every process: one in fifty batches, one at the end of an epoch, two when a fit begins."
+    """A message about the time stops the GPU and waits for every process: one in fifty batches, one at the end of
+    an epoch, two when a fit begins."""
     from accelerate import Accelerator
     from fastai.callback.core import TrainEvalCallback
 

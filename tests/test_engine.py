@@ -1,4 +1,5 @@
-"""The engine as a stage runs it: the clock, the stage's settings, the stage by its manifest, and nothing that stops a GPU at every step."""
+"""The engine as a stage runs it: the clock, the stage's settings, the stage by its manifest, and nothing that stops
+a GPU at every step."""
 
 import dataclasses
 import math
@@ -47,7 +48,8 @@ def run(split_run, tmp_path):
 
 @pytest.mark.spec("BX1", "CT16", "CT17")
 def test_a_stage_that_died_after_its_training_reports_that_training(run):
-    "Stopped early, then interrupted: the same command says so again, keeps the leak gap of this training, and takes none of an earlier one."
+    """Stopped early, then interrupted: the same command says so again, keeps the leak gap of this training, and
+    takes none of an earlier one."""
     over = (
         *SMALL,
         "train.leak_gap=true",
@@ -150,7 +152,8 @@ def test_a_stages_overrides_reach_the_training_and_not_the_record(run):
 
 @pytest.mark.spec("CT2", "TL8")
 def test_class_weights_reach_the_loss_of_a_training(run):
-    "A stage in which one drug has two photos: each batch's loss is the cross-entropy with weights from these counts, and no other."
+    """A stage in which one drug has two photos: each batch's loss is the cross-entropy with weights from these
+    counts, and no other."""
     cfg = load_config(
         "smoke",
         [
@@ -267,7 +270,8 @@ EVERYTHING = (
 
 @pytest.mark.spec("CT19")
 def test_no_step_fetches_a_number(monkeypatch):
-    "What would stop a GPU at every step (item, float, cpu, bool) is not called more often when an epoch has three times as many."
+    """What would stop a GPU at every step (item, float, cpu, bool) is not called more often when an epoch has three
+    times as many."""
     from pillsnap.core.logs import build_logger
     from pillsnap.training.callbacks import Progress, StepLog
 

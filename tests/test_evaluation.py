@@ -689,7 +689,8 @@ def test_data_loading_is_the_wait_for_the_first_batch(copy):
 @pytest.mark.spec("SG6")
 @pytest.mark.parametrize("change", [["project.family=narrow"], ["project.active_feature_set=mvp"], []])
 def test_a_run_without_a_detector_can_reach_proceed(copy, change):
-    "The checkpoint of the detector is gone and its figures are not measured; whether that counts is the configuration's to say."
+    """The checkpoint of the detector is gone and its figures are not measured; whether that counts is the
+    configuration's to say."""
     doc = read_json(copy / "reports/evaluation.json")
     acc = Metric.from_dict(doc["metrics"]["accuracy"])
     doc["metrics"] |= {

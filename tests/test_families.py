@@ -236,7 +236,8 @@ def test_retrieval_goes_on_where_it_was_killed(pills, tmp_path, monkeypatch):
 
 @pytest.mark.spec("RT6", "RT8")
 def test_retrieval_goes_on_on_another_card(pills, tmp_path, monkeypatch):
-    "Begun on a card whose table says four batches a step, gone on with on a CPU, where nothing says so: still four, and a line about it."
+    """Begun on a card whose table says four batches a step, gone on with on a CPU, where nothing says so: still
+    four, and a line about it."""
     from fastai.callback.core import Callback
 
     from pillsnap.training import retrieval

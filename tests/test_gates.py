@@ -1,4 +1,5 @@
-"""Stage gates: the contract's figures literally, every way of not knowing, and a second implementation to compare with."""
+"""Stage gates: the contract's figures literally, every way of not knowing, and a second implementation to compare
+with."""
 
 import math
 from dataclasses import replace

@@ -107,7 +107,8 @@ def compiled(monkeypatch):
     ],
 )
 def test_training_compiles_nothing_that_was_not_rehearsed(compiled, monkeypatch, overrides):
-    "Layout, precision, sizes of batches and modes are those of the rehearsal, which stands inside the fallback; a compiler that fails later would end the run."
+    """Layout, precision, sizes of batches and modes are those of the rehearsal, which stands inside the fallback; a
+    compiler that fails later would end the run."""
     monkeypatch.setattr(learner_module, "select_amp_dtype", lambda *a: torch.bfloat16)
     learn = photo_learner(*overrides)
     rehearsed = len(compiled)
@@ -233,7 +234,8 @@ def test_four_fifths_of_the_memory_is_a_warning_and_a_point():
 @pytest.mark.spec("CT14")
 @pytest.mark.parametrize("mode, times", [("constant", 1.0), ("declared", 2.0)])
 def test_a_smaller_step_scales_the_weight_decay_only_where_it_is_declared(mode, times):
-    "Half the photos a step, half the rate, twice the steps: their product with the weight decay stays, unless the sources' scaling is asked for."
+    """Half the photos a step, half the rate, twice the steps: their product with the weight decay stays, unless the
+    sources' scaling is asked for."""
     learn = tight_learner(
         "train.classification.weight_decay=0.04",
         "train.oom.max_grad_accum=1",
@@ -249,7 +251,8 @@ def test_a_smaller_step_scales_the_weight_decay_only_where_it_is_declared(mode, 
 
 @pytest.mark.spec("CT14")
 def test_recorded_graphs_go_before_the_batch_is_tried_again(compiled, monkeypatch):
-    "empty_cache does not touch their pool, so the compiled code goes too and is made again; the weights are those of a run without the error."
+    """empty_cache does not touch their pool, so the compiled code goes too and is made again; the weights are those
+    of a run without the error."""
 
     class Full(Callback):
         order, left = 9, 1
@@ -273,7 +276,8 @@ def test_recorded_graphs_go_before_the_batch_is_tried_again(compiled, monkeypatc
 
 @pytest.mark.spec("CT14", "CT20")
 def test_memory_stands_beside_the_batch_size_in_each_epoch(monkeypatch):
-    "After a halving the next point shows both; with a GPU what torch used and what it reserved, without one the processes' own."
+    """After a halving the next point shows both; with a GPU what torch used and what it reserved, without one the
+    processes' own."""
     board = Board()
     learn = tight_learner("train.classification.epochs=2", tb=board)
     learn.fit(2)
@@ -320,7 +324,8 @@ def test_the_batch_that_is_found_is_a_point():
 
 
 def test_the_search_measures_the_step_that_training_will_do(monkeypatch):
-    "Candidates run eagerly; the answer is tried once more, compiled as training compiles it. Blocks keep their inputs alone where training keeps no more."
+    """Candidates run eagerly; the answer is tried once more, compiled as training compiles it. Blocks keep their
+    inputs alone where training keeps no more."""
     from pillsnap.training import classifier
 
     probes = []
@@ -349,7 +354,8 @@ def test_the_search_measures_the_step_that_training_will_do(monkeypatch):
 
 @pytest.mark.spec("CT14")
 def test_augmentation_that_does_not_fit_is_done_in_parts(monkeypatch, caplog):
-    "On a GPU it takes several times the batch, before the guard of the training step sees anything. Batches are the same, and the log says it once."
+    """On a GPU it takes several times the batch, before the guard of the training step sees anything. Batches are
+    the same, and the log says it once."""
 
     def loader():
         return PhotoLoader(PillsnapClsDataset(table(26), CM, Painted(), 32, True, seed=7), 8)

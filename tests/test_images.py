@@ -299,7 +299,8 @@ def patiently(src, m, **k) -> dict:
 @pytest.mark.parametrize("name", BROKEN)
 @pytest.mark.parametrize("suffix", (".png", ".jpg"))
 def test_every_broken_photo_has_one_answer(tmp_path, monkeypatch, name, suffix):
-    "Skipped by the stage that must refuse it, or read right; the quick way, the patient way, a path with the wrong ending and bytes all agree to the byte."
+    """Skipped by the stage that must refuse it, or read right; the quick way, the patient way, a path with the
+    wrong ending and bytes all agree to the byte."""
     b, stage = BROKEN[name]
     (tmp_path / f"photo{suffix}").write_bytes(b)
     got, slow, file = open_image_safely(b), patiently(b, monkeypatch), open_image_safely(tmp_path / f"photo{suffix}")
@@ -322,7 +323,8 @@ def test_every_broken_photo_has_one_answer(tmp_path, monkeypatch, name, suffix):
 @pytest.mark.spec("RS2")
 @pytest.mark.parametrize("kind", ("RGB", "L", "RGBA"))
 def test_a_changed_byte_gives_the_picture_or_none(kind):
-    "PNG parts carry checksums; Pillow looks at none of the pixels', and hands out noise for about one changed byte in five."
+    """PNG parts carry checksums; Pillow looks at none of the pixels', and hands out noise for about one changed
+    byte in five."""
     b, rng = enc(Image.fromarray(picture()).convert(kind)), np.random.default_rng(0)
     want, noise = open_image_safely(b)["image"], 0
     for at in rng.integers(0, len(b), 150):

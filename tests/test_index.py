@@ -1,4 +1,5 @@
-"""Reading at size: the quick readers, the index, several processes, archives in pieces, labels alone, and what the campaigns and benchmarks rest on."""
+"""Reading at size: the quick readers, the index, several processes, archives in pieces, labels alone, and what the
+campaigns and benchmarks rest on."""
 
 import importlib.util
 import json
@@ -68,7 +69,8 @@ def faulty(tmp_path_factory):
     return out / "d", convert_delivery(out / "d", out / "run"), out / "run"
 
 
-# ---- one answer, whichever way it is found ---------------------------------------------------------------------------------------------
+# ---- one answer, whichever way it is found
+# ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.spec("BM1", "RS3")
@@ -184,7 +186,8 @@ def test_a_cluster_of_two_workers_gives_the_same(labels, tmp_path):
     assert got["data_hash"] == want["data_hash"] and sum(seen.values()) >= 1, "the parts were read by the workers"
 
 
-# ---- the index -------------------------------------------------------------------------------------------------------------------------
+# ---- the index
+# -------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.spec("BM2", "SP6")
@@ -269,7 +272,8 @@ def test_labels_alone_are_indexed_with_the_photos_they_expect(faulty, labels, tm
     assert head["counts"]["photos"] == 6 * 840 + 6 * 3 and head["source"] == "synthetic"
 
 
-# ---- labels alone, scripts without a guard ---------------------------------------------------------------------------------------------
+# ---- labels alone, scripts without a guard
+# ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.spec("BX5")
@@ -313,7 +317,8 @@ def test_a_plain_script_may_render_in_two_processes(tmp_path):
     assert done.returncode == 0 and int(done.stdout) > 9, done.stderr[-2000:]
 
 
-# ---- archives --------------------------------------------------------------------------------------------------------------------------
+# ---- archives
+# --------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.spec("RS4", "DM14")
@@ -358,7 +363,8 @@ def test_archives_in_pieces_and_a_second_call_after_a_stop(tmp_path):
 
 @pytest.mark.spec("RS4")
 def test_hostile_foreign_and_damaged_archives(capsys):
-    "Refused in words or unpacked byte by byte; nothing beside the target is touched, and entries that share their bytes cannot fill a disk."
+    """Refused in words or unpacked byte by byte; nothing beside the target is touched, and entries that share their
+    bytes cannot fill a disk."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
     try:
         got = script("scripts/campaigns/rs4_archives.py").campaign(56, seed=2)
@@ -373,7 +379,8 @@ def test_hostile_foreign_and_damaged_archives(capsys):
 
 @pytest.mark.spec("RS4")
 def test_an_entry_that_swallows_the_next_is_noticed(tmp_path):
-    "One changed byte: the first entry's comment becomes as long as the second entry; Python's reader then sees one file and says nothing."
+    """One changed byte: the first entry's comment becomes as long as the second entry; Python's reader then sees
+    one file and says nothing."""
     import zipfile
 
     with zipfile.ZipFile(tmp_path / "TS_7_combo.zip", "w") as z:
@@ -390,7 +397,8 @@ def test_an_entry_that_swallows_the_next_is_noticed(tmp_path):
     assert not list((tmp_path / "out").rglob("*.png"))
 
 
-# ---- COCO, YOLO, scripts ---------------------------------------------------------------------------------------------------------------
+# ---- COCO, YOLO, scripts
+# ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.spec("BM3", "DM1")
@@ -417,7 +425,8 @@ def test_a_coco_file_becomes_labels(tmp_path):
 
 @pytest.mark.spec("DM8", "BM2")
 def test_the_index_shows_itself_as_a_yolo_tree_on_request(faulty, tmp_path, capsys):
-    "`pillsnap index --yolo` lays out what the index holds; without it nothing but the index and its quarantine is written."
+    """`pillsnap index --yolo` lays out what the index holds; without it nothing but the index and its quarantine is
+    written."""
     from pillsnap.cli import main
 
     root, _, _ = faulty
@@ -499,7 +508,8 @@ def test_a_missed_ratio_is_named_and_kept(tmp_path, capsys, monkeypatch):
     assert e.value.code == 1
 
 
-# ---- killed ----------------------------------------------------------------------------------------------------------------------------
+# ---- killed
+# ----------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.spec("RS1")
@@ -510,7 +520,8 @@ def test_a_killed_conversion_ends_as_an_undisturbed_one():
 
 @pytest.mark.spec("RS5")
 def test_a_disk_that_says_no_costs_nothing_but_time():
-    "Full, read-only, no handles, in conversion, splits and packing: told in words, earlier files stand, the same call ends as undisturbed."
+    """Full, read-only, no handles, in conversion, splits and packing: told in words, earlier files stand, the same
+    call ends as undisturbed."""
     sys.path.insert(0, str(ROOT / "scripts/campaigns"))
     try:
         got = script("scripts/campaigns/rs5_faults.py").campaign(9, seed=1)

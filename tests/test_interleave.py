@@ -1,4 +1,5 @@
-"""Two trainings in turn: the stage's place in the pipeline, and kill -9 with both sides ending where their solo runs end."""
+"""Two trainings in turn: the stage's place in the pipeline, and kill -9 with both sides ending where their solo
+runs end."""
 
 import importlib.util
 import json

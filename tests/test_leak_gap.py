@@ -1,4 +1,5 @@
-"""A planted leak is found: near-duplicates inflate the image split and leave the group split honest (SPEC BX1, section 8)."""
+"""A planted leak is found: near-duplicates inflate the image split and leave the group split honest (SPEC BX1,
+section 8)."""
 
 import numpy as np
 import pandas as pd

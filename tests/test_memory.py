@@ -211,7 +211,8 @@ def test_the_history_counts_the_memory_of_workers():
 
 @pytest.mark.spec("BX14", "BM13")
 def test_memory_is_flat_over_epochs():
-    "Two threads, many epochs, batches that are dropped and epochs that are left: buffers come back, and memory does not grow."
+    """Two threads, many epochs, batches that are dropped and epochs that are left: buffers come back, and memory
+    does not grow."""
     rows = table(96)
     d = PillsnapClsDataset(rows, ClassMap(sorted(set(rows.class_key))), Painted(), 64, train=True)
     loader, mb = PhotoLoader(d, 16, EpochSampler(d, 1), num_workers=2, raw=True), []

@@ -176,7 +176,8 @@ def test_public_parameters_are_documented_where_they_stand(path):
 
 
 def comments_of_parameters(src: str) -> list[str]:
-    "The comments that nbdev prints beside a signature: those of parameters, of what is returned, and of a class's fields."
+    """The comments that nbdev prints beside a signature: those of parameters, of what is returned, and of a class's
+    fields."""
     code = re.sub(r"^(\s*)[%!].*$", r"\1pass", src, flags=re.M)
     rows = set()
     for n in ast.walk(ast.parse(code)):
@@ -270,7 +271,8 @@ def test_ultralytics_stays_behind_the_detectors_rooms():
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)
 def test_pictures_have_words(path):
-    "Quarto gives an output picture no alt text of its own: `#| fig-alt:` at the top of the cell does; `![words](picture)` in prose."
+    """Quarto gives an output picture no alt text of its own: `#| fig-alt:` at the top of the cell does;
+    `![words](picture)` in prose."""
     for c in nbformat.read(path, 4).cells:
         if c.cell_type == "markdown":
             assert not re.search(r"!\[\s*\]\(", c.source), c.source[:200]

@@ -41,7 +41,8 @@ def smooth(seed: int, w=61, h=80) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> SimpleNamespace:
-    "100 photos with a box each, some at the edge; one is a text, one is missing, one has a box outside, one has three boxes."
+    """100 photos with a box each, some at the edge; one is a text, one is missing, one has a box outside, one has
+    three boxes."""
     root, rows, rng = tmp_path_factory.mktemp("photos"), [], random.Random(0)
     for i in range(100):
         Image.fromarray(smooth(i)).save(root / f"{i:03}.{'png' if i % 3 else 'jpg'}", quality=95)
@@ -187,7 +188,8 @@ def child(photos, out: Path, before="", workers=1, **kw) -> subprocess.Popen:
 
 @pytest.mark.spec("RS1")
 def test_killed_anywhere_and_called_again(photos, tmp_path):
-    "kill -9 after a random number of system-visible steps (records, renames, syncs); then the same call ends as if nobody had come by."
+    """kill -9 after a random number of system-visible steps (records, renames, syncs); then the same call ends as
+    if nobody had come by."""
     build_pack(photos.rows, photos.root, tmp_path / "quiet", workers=1, progress=False, manifest_hash="m" * 64)
     step = """
         import os, signal, random
@@ -269,7 +271,8 @@ def test_a_disk_that_says_no(photos, tmp_path, what, workers):
 
 @pytest.mark.spec("RS5")
 def test_the_machines_trouble_is_never_the_photos(photos, tmp_path):
-    "With ever more file handles: an error each time, until there are enough; then no photo is called broken that is not."
+    """With ever more file handles: an error each time, until there are enough; then no photo is called broken that
+    is not."""
     before = """
         import resource
         from pillsnap.core.errors import PillsnapError

@@ -43,7 +43,8 @@ def test_the_executed_notebook_holds_the_scorecards_figures(smoke_run):
 
 @pytest.mark.spec("SG2")
 def test_the_advisor_hears_of_the_export(smoke_run):
-    "Evaluation runs before export, so the check onnx_conversion_success is met only if the advice is given again afterwards."
+    """Evaluation runs before export, so the check onnx_conversion_success is met only if the advice is given again
+    afterwards."""
     reports = smoke_run / "reports"
     assert (reports / "advisor.json").stat().st_mtime_ns > (reports / "export.json").stat().st_mtime_ns
 

@@ -170,7 +170,8 @@ def test_a_sealed_root_is_refused_and_a_test_folder_passed_by(delivery, tmp_path
 
 @pytest.mark.spec("BX21", "SP4", "X74")
 def test_no_photo_of_a_sealed_group_is_opened(delivery, tmp_path):
-    "The whole probe under an audit hook, with every unsealed photo asked for; then a run of which everything is sealed."
+    """The whole probe under an audit hook, with every unsealed photo asked for; then a run of which everything is
+    sealed."""
     from pillsnap.dataset.conversion import convert_delivery, read_manifest
     from pillsnap.dataset.splits import SplitsJob, sealed_groups
 

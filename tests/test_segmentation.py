@@ -1,4 +1,5 @@
-"""Segmentation: masks stay index masks through every transform, the figures agree with scikit-learn's, bad pairs are skipped."""
+"""Segmentation: masks stay index masks through every transform, the figures agree with scikit-learn's, bad pairs
+are skipped."""
 
 import importlib.util
 import json
@@ -41,7 +42,8 @@ def sample(tmp_path_factory):
 
 @pytest.mark.spec("DM12")
 def test_masks_of_the_renderer_lie_on_the_pills(sample, tmp_path):
-    "A pill lies lit on a table: inside its mask the photo differs from the same table without it; bytes follow the seed."
+    """A pill lies lit on a table: inside its mask the photo differs from the same table without it; bytes follow
+    the seed."""
     for a, b in ((sample, write_sample(tmp_path / "again", [list(make_catalogue(6, 3))[i] for i in (2, 3)], n=6)),):
         for sub in ("images", "masks"):
             assert [p.read_bytes() for p in sorted((a / sub).iterdir())] == [

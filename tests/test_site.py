@@ -31,7 +31,8 @@ LOST = "This sentence stands in the cell of the title."
 
 
 def process(copy: Path) -> None:
-    "Run nbdev_proc_nbs on a copy. nbdev installs things where it finds no `quarto`: the one it finds here does nothing."
+    """Run nbdev_proc_nbs on a copy. nbdev installs things where it finds no `quarto`: the one it finds here does
+    nothing."""
     quarto = copy / "bin" / "quarto"
     quarto.parent.mkdir()
     quarto.write_text("#!/bin/sh\nexit 1\n")
@@ -91,7 +92,8 @@ def words(text: str) -> str:
 
 
 def lost_prose(source: Path, processed: Path) -> list[str]:
-    "Paragraphs of a notebook that its processed page does not hold; the title and the line below it become its front matter."
+    """Paragraphs of a notebook that its processed page does not hold; the title and the line below it become its
+    front matter."""
     head, *rest = cells(source, "markdown")
     title, description = re.search(r"^# +(.+)", head.source, re.M)[1], re.search(r"^> +(.+)", head.source, re.M)[1]
     front = next(yaml.safe_load(c.source.strip().strip("-")) for c in cells(processed, "raw"))

@@ -248,7 +248,8 @@ def test_samples_count_singles_and_combos_come_whole():
 
 @pytest.mark.spec("SP10")
 def test_combos_have_a_nested_quota_of_their_own():
-    "Exactly so many photos, of any drug, with all their pills, .15 of them validating; every stage has all clean combos in its pool; singles do not notice."
+    """Exactly so many photos, of any drug, with all their pills, .15 of them validating; every stage has all clean
+    combos in its pool; singles do not notice."""
     quotas = [StageQuota(1, 50, 3, 9, 20), StageQuota(2, 300, 10, 20, 60), StageQuota(3, 600, 20, 30)]
     s = [make_splits(full(combos=40), quotas=quotas, stage=q.stage) for q in quotas]
     combos = [
@@ -302,7 +303,8 @@ def test_seed_42_is_pinned():
 
 @pytest.mark.spec("SG1", "X71", "X82")
 def test_clean_photos_are_what_the_gate_asks_for():
-    "Photos of groups that neither train, select nor calibrate, outside max_samples; where there are too few it is said."
+    """Photos of groups that neither train, select nor calibrate, outside max_samples; where there are too few it is
+    said."""
     sp = make_splits(full(), max_samples=600, max_classes=20, min_eval_samples=400)
     clean, calib = (sp.pool.query(f"kind == 'single' and split == '{k}'") for k in ("clean", "calib"))
     assert (len(clean), len(calib)) == (400, 200) and set(clean["class_key"]) == set(sp.classes) and not sp.notes
@@ -593,7 +595,8 @@ def cut_again(run, to, *overrides):
 
 @pytest.mark.spec("X46", "X81")
 def test_the_job_groups_by_what_the_configuration_says(run, tmp_path):
-    "capture: no group on two sides. image: groups are parted, and the job says so. drug: what validates is never trained."
+    """capture: no group on two sides. image: groups are parted, and the job says so. drug: what validates is never
+    trained."""
     capture, said = cut_again(run, tmp_path / "capture")
     assert (
         not set(capture.train["group_id"]) & set(capture.pool["group_id"])
@@ -652,7 +655,8 @@ FEW = settings(QUIET, max_examples=25)
 @FEW
 @given(deliveries(), st.integers(0, 99), st.sampled_from([0.05, 0.3, 0.9]))
 def test_left_out_drugs_are_nowhere_else(df, seed, share):
-    "No left-out drug in any known photo, combos included; nothing is lost; a larger share holds the smaller one's drugs."
+    """No left-out drug in any known photo, combos included; nothing is lost; a larger share holds the smaller one's
+    drugs."""
     if df["class_key"].nunique() < 2:
         return
     try:
@@ -724,7 +728,8 @@ def test_an_id_is_in_one_split_and_a_small_photo_takes_its_id_along(df, seed):
 @pytest.mark.spec("SP9")
 @pytest.mark.filterwarnings("error:Glyph")  # Korean class names are drawn, not boxes
 def test_a_folder_of_ids_becomes_a_split(tmp_path):
-    "70:15:15 by ID through the stage itself; class names are checked; the test part is listed, not loaded by any stage."
+    """70:15:15 by ID through the stage itself; class names are checked; the test part is listed, not loaded by any
+    stage."""
     from PIL import Image
 
     rng = np.random.default_rng(0)
@@ -851,7 +856,8 @@ def decided(run, tmp_path):
 
 @pytest.mark.spec("BX22")
 def test_decisions_are_applied_before_the_split_and_counted(decided):
-    "A dropped photo is in no part, a relabelled one carries its new drug, the manifest's file stays as it was, the stage is stale."
+    """A dropped photo is in no part, a relabelled one carries its new drug, the manifest's file stays as it was,
+    the stage is stale."""
     from pillsnap.core.jobs import why_stale
 
     copy, _ = decided()
@@ -928,7 +934,8 @@ def one_by_one(thumbs, drug):
 @FEW
 @given(st.integers(0, 10**6), st.integers(1, 40))
 def test_pictures_under_two_drugs_are_those_of_all_pairs(seed, n):
-    "Copies, near copies, plain and black photos: as long as no photo has many partners, the search gives what comparing all with all gives."
+    """Copies, near copies, plain and black photos: as long as no photo has many partners, the search gives what
+    comparing all with all gives."""
     from pillsnap.dataset import duplicates as D
 
     rng = np.random.default_rng(seed)
@@ -950,7 +957,8 @@ def test_pictures_under_two_drugs_are_those_of_all_pairs(seed, n):
 
 @pytest.mark.spec("BX1", "BM14")
 def test_black_photos_cost_no_square(monkeypatch):
-    "Fifteen hundred black photos under two hundred drugs, or a thousand of one drug and the rest of another: comparisons and pairs grow with the photos."
+    """Fifteen hundred black photos under two hundred drugs, or a thousand of one drug and the rest of another:
+    comparisons and pairs grow with the photos."""
     from pillsnap.dataset import duplicates as D
 
     looked, real = [], D.same_picture
@@ -964,7 +972,8 @@ def test_black_photos_cost_no_square(monkeypatch):
 
 @pytest.mark.spec("RS1")
 def test_thumbnails_survive_a_line_that_was_cut_off(run, tmp_path):
-    "Kill -9 in the middle of an append, simulated at every byte of the last line: the next search gives what an undisturbed one gives."
+    """Kill -9 in the middle of an append, simulated at every byte of the last line: the next search gives what an
+    undisturbed one gives."""
     from pillsnap.dataset import duplicates as D
 
     df, head = S.read_manifest(run[0] / "manifest.csv")

@@ -1,4 +1,5 @@
-"""Stopped by whatever stops a run, the same command ends where the undisturbed run ends, to the last bit (SPEC BX10, CT14-CT16)."""
+"""Stopped by whatever stops a run, the same command ends where the undisturbed run ends, to the last bit (SPEC
+BX10, CT14-CT16)."""
 
 import os
 import signal
@@ -111,7 +112,8 @@ def straight(tmp_path_factory):
 def test_a_worker_that_dies_costs_what_was_done_since_the_last_save(straight, tmp_path):
     "In mid-epoch, after a save; with processes, whose start draws a random number, and dropout, which would notice."
     order = list(EpochSampler(PillsnapClsDataset(table(60), CM, Painted(), 16, True, seed=7), 7))
-    victim = f"{order[8 * 6 + 2]}.png"  # of the ninth batch, which is asked for when six have been worked on; the fourth was saved
+    # of the ninth batch, which is asked for when six have been worked on; the fourth was saved
+    victim = f"{order[8 * 6 + 2]}.png"
     (tmp_path / "flag").touch()
     crash = partial(
         learner,
@@ -229,7 +231,8 @@ def test_killed_and_asked_to_stop_in_mid_epoch_and_still_the_same(delivery, tmp_
     "kill -9 in the first epoch, SIGTERM in the second, then in peace: weights and figures of the undisturbed run."
     root = split_folder(tmp_path / "run", delivery)
     last, env = root / "checkpoints" / "classifier" / "last.pt", {**os.environ, "OMP_NUM_THREADS": "1"}
-    slowly = "import time; from pillsnap.training.callbacks import StepLog; one = StepLog.after_batch; StepLog.after_batch = lambda self: (time.sleep(.1), one(self))[1]"  # a signal must not come after the end
+    # a signal must not come after the end
+    slowly = "import time; from pillsnap.training.callbacks import StepLog; one = StepLog.after_batch; StepLog.after_batch = lambda self: (time.sleep(.1), one(self))[1]"
 
     def at(c):
         return (c["epoch"], c["position"]["batch"])
@@ -262,7 +265,8 @@ def test_killed_and_asked_to_stop_in_mid_epoch_and_still_the_same(delivery, tmp_
 
 @pytest.mark.spec("CT14", "SG6", "BX23")
 def test_the_run_counts_its_memory_errors_and_judges_the_mean_of_its_best(delivery, tmp_path, monkeypatch):
-    "Two planted errors in one batch: cache, then two halves; the advisor's number is 2. And averaged.pt lies there exactly if validation agreed."
+    """Two planted errors in one batch: cache, then two halves; the advisor's number is 2. And averaged.pt lies
+    there exactly if validation agreed."""
     import fastai.learner
 
     real, calls = fastai.learner.Learner._do_one_batch, []

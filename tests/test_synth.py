@@ -1,4 +1,5 @@
-"""The synthetic delivery (SPEC BX5): what it holds, that it repeats itself, that it cannot be solved blind, and what lies where."""
+"""The synthetic delivery (SPEC BX5): what it holds, that it repeats itself, that it cannot be solved blind, and
+what lies where."""
 
 import hashlib
 import json
@@ -113,7 +114,8 @@ KEYS = [
 ]
 
 
-# ---- the drugs -----------------------------------------------------------------------------------------------------------------------
+# ---- the drugs
+# -----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.spec("BX5")
@@ -169,7 +171,8 @@ def test_twins_differ_in_their_imprint_only():
     )
 
 
-# ---- the tree ------------------------------------------------------------------------------------------------------------------------
+# ---- the tree
+# ------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.spec("BX5")
@@ -253,7 +256,8 @@ def test_val_asks_for_no_more_combinations_than_its_drugs_give(drugs, combos, va
     assert counts["val_combo"] == 3 * val_combos
 
 
-# ---- same seed, same bytes -----------------------------------------------------------------------------------------------------------
+# ---- same seed, same bytes
+# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.spec("BX5")
@@ -291,7 +295,8 @@ def test_archives_hold_the_same_files(tiny, tmp_path):
     assert got == {k: v for k, v in tree(tiny).items() if k.startswith("data/")}
 
 
-# ---- killed, repeated, refused -------------------------------------------------------------------------------------------------------
+# ---- killed, repeated, refused
+# -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.spec("BX5", "RS1")
@@ -365,7 +370,8 @@ def test_what_cannot_be_drawn_is_refused_before_anything_is_written(bad, says, t
     assert says in str(e.value) and not (tmp_path / "x").exists()
 
 
-# ---- how it looks --------------------------------------------------------------------------------------------------------------------
+# ---- how it looks
+# --------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -514,7 +520,8 @@ def test_phone_photos_are_of_another_world(tmp_path):
     )
 
 
-# ---- not to be solved without looking at the pill ------------------------------------------------------------------------------------
+# ---- not to be solved without looking at the pill
+# ------------------------------------------------------------------------------------
 
 
 def linear_score(x, y):
@@ -591,7 +598,8 @@ def test_border_and_file_size_say_nothing_about_the_drug():
     assert not low, f"these differ between drugs: {low}"
 
 
-# ---- planted -------------------------------------------------------------------------------------------------------------------------
+# ---- planted
+# -------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.spec("BX5", "BX1")
@@ -737,7 +745,8 @@ def test_the_truth_guard_counts_what_was_planted(spoilt):
     )
 
 
-# ---- the command ---------------------------------------------------------------------------------------------------------------------
+# ---- the command
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_command_says_where_things_are(tmp_path, capsys):

@@ -51,7 +51,8 @@ def plant(singles, seed, share=0.02):
 
 @pytest.mark.spec("BX22")
 def test_planted_wrong_labels_come_first(drugs):
-    "2 % wrong labels: precision@k over four plantings, from cross-validated answers on real features; shuffled features find nothing."
+    """2 % wrong labels: precision@k over four plantings, from cross-validated answers on real features; shuffled
+    features find nothing."""
     _, singles, x = drugs
     hit, blind = [], []
     for seed in range(4):
@@ -143,7 +144,8 @@ def test_copies_under_two_drugs_blur_dark_and_boxes_are_listed(delivery, tmp_pat
     )
 )
 def test_the_overlay_is_append_only_and_applying_is_pure(tmp_path_factory, given_):
-    "Whatever is decided: every line stays, the last about a pill holds, the table that went in is unchanged, equal in gives equal out."
+    """Whatever is decided: every line stays, the last about a pill holds, the table that went in is unchanged,
+    equal in gives equal out."""
     o = Overlay(tmp_path_factory.mktemp("o") / "overlay.jsonl")
     df = pd.DataFrame({"path": [f"{i}.png" for i in range(6)], "class_key": ["K-1", "K-2"] * 3, "kind": "single"})
     want, bytes_ = {}, b""

@@ -1,4 +1,5 @@
-"""A wheel carries the stage notebooks and presets, so that `pillsnap run` works from `pip install`, in an empty folder."""
+"""A wheel carries the stage notebooks and presets, so that `pillsnap run` works from `pip install`, in an empty
+folder."""
 
 import os
 import subprocess

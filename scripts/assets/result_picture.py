@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""The picture on the first page: photos of a finished run, answered by its exported models. usage: result_picture.py RUN [OUT]"""
+"""The picture on the first page: photos of a finished run, answered by its exported models. usage:
+result_picture.py RUN [OUT]"""
 
 import sys
 from pathlib import Path

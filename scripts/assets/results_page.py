@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """The results page of the site: what one finished run measured, from its reports and records alone.
 
-    python scripts/assets/results_page.py RUN                  nbs/results.ipynb, its pictures and the home page's picture
+    python scripts/assets/results_page.py RUN                  nbs/results.ipynb, its pictures and the home page's
+    picture
     python scripts/assets/results_page.py RUN --nbs FOLDER     the page and its pictures in another folder
 
 The same run gives the same bytes. Pictures of an earlier run are removed.

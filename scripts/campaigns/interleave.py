@@ -1,7 +1,10 @@
-"""SPEC IT1's claim, measured: do two trainings in turn take less time than one after the other, and does the processor wait less?
+"""SPEC IT1's claim, measured: do two trainings in turn take less time than one after the other, and does the
+processor wait less?
 
-Each round trains detector and classifier one after the other and in turn, in folders with the same photos and settings, in alternating
-order. Waiting is what the step lines say: data / (data + comp) over all steps of both sides. Figures go to `results/IT1_interleave.json`.
+Each round trains detector and classifier one after the other and in turn, in folders with the same photos and
+settings, in alternating
+order. Waiting is what the step lines say: data / (data + comp) over all steps of both sides. Figures go to
+`results/IT1_interleave.json`.
 """
 
 import re

@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""SPEC RS1: kill -9 at random moments of a conversion. The rerun ends as an undisturbed run ends, and nothing half-written is ever seen under its name.
+"""SPEC RS1: kill -9 at random moments of a conversion. The rerun ends as an undisturbed run ends, and nothing
+half-written is ever seen under its name.
 
 usage: rs1_conversion.py [--kills 20] [--seed 1] [--out FILE.json]
 """
@@ -41,7 +42,8 @@ def said(p: Path) -> bytes:
 
 
 def result(run: Path) -> str:
-    "A hash of everything a conversion leaves; the journal of opened photos is its own business, and so is what a killed writer left hidden."
+    """A hash of everything a conversion leaves; the journal of opened photos is its own business, and so is what a
+    killed writer left hidden."""
     total = hashlib.sha256()
     for p in sorted(
         p

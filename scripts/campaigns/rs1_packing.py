@@ -1,7 +1,10 @@
-"""RS1, packing: kill −9 at random moments, then the same call again; the result must be the undisturbed one, byte for byte.
+"""RS1, packing: kill −9 at random moments, then the same call again; the result must be the undisturbed one, byte for
+byte.
 
-Every trial builds a pack with two workers in a process of its own and kills it at a random moment of its work: the process alone, so that its
-workers live on as orphans, or the whole group, as a power cut would. What lies there then may hold whole shards only; called again, it must end
+Every trial builds a pack with two workers in a process of its own and kills it at a random moment of its work: the
+process alone, so that its
+workers live on as orphans, or the whole group, as a power cut would. What lies there then may hold whole shards only;
+called again, it must end
 as a run that nobody disturbed. Figures go to `results/RS1_packing.json`.
 """
 

@@ -1,8 +1,11 @@
 #!/usr/bin/env python
-"""SPEC RS1: kill -9 at random moments of a classifier's training. Given again, the same command ends at the weights of the undisturbed run, to the last bit.
+"""SPEC RS1: kill -9 at random moments of a classifier's training. Given again, the same command ends at the weights
+of the undisturbed run, to the last bit.
 
-Each child is a whole stage (read, train, validate, save, report), forked from a process that has its libraries loaded; it saves after every
-optimizer step and is killed anywhere in it. Up to five kills hit one folder, each going on from the one before; then it may finish. After each
+Each child is a whole stage (read, train, validate, save, report), forked from a process that has its libraries
+loaded; it saves after every
+optimizer step and is killed anywhere in it. Up to five kills hit one folder, each going on from the one before; then
+it may finish. After each
 kill, whatever lies under a final name must open.
 
 usage: rs1_training.py [--quick] [--kills 20] [--seed 0] [--out FOLDER]

@@ -1,10 +1,15 @@
 #!/usr/bin/env python
-"""SPEC RS2: broken and unusual photos by the ten thousand. Skipped with a named reason or read right; never a crash, never a wrong colour.
+"""SPEC RS2: broken and unusual photos by the ten thousand. Skipped with a named reason or read right; never a crash,
+never a wrong colour.
 
-Small pictures of known pixels are stored in every way of the contract's list, some are cut off, some have bytes changed, and all get an ending at random. A process
-of its own opens them with `open_image_safely`, so that a decoder that dies is seen and named. A cut file, and a PNG with changed bytes (it has checksums), must give
-the undamaged picture or none; the other formats carry no checksum, so changed bytes must only not break anything. Then the same files lie in a delivery that is
-converted, and in one whose photos break after its conversion and which is loaded. usage: rs2_photos.py [--cases 20000] [--seed 1] [--quick] [--out FOLDER]
+Small pictures of known pixels are stored in every way of the contract's list, some are cut off, some have bytes
+changed, and all get an ending at random. A process
+of its own opens them with `open_image_safely`, so that a decoder that dies is seen and named. A cut file, and a PNG
+with changed bytes (it has checksums), must give
+the undamaged picture or none; the other formats carry no checksum, so changed bytes must only not break anything.
+Then the same files lie in a delivery that is
+converted, and in one whose photos break after its conversion and which is loaded. usage: rs2_photos.py [--cases
+20000] [--seed 1] [--quick] [--out FOLDER]
 """
 
 import io
@@ -164,7 +169,8 @@ def refused(side: int = 30_000) -> dict[str, tuple[bytes, tuple[str, ...]]]:
 
 
 def case(rng: random.Random, ways: dict, never: dict) -> tuple[str, bytes, np.ndarray | tuple[str, ...] | None, float]:
-    "Kind, bytes, what must come out (pixels or the steps that may refuse it; None: anything but a crash), difference allowed."
+    """Kind, bytes, what must come out (pixels or the steps that may refuse it; None: anything but a crash),
+    difference allowed."""
     if rng.random() < 0.1:
         kind = rng.choice(sorted(never))
         return kind, *never[kind], 0.0

@@ -1,8 +1,10 @@
 #!/usr/bin/env python
 """SPEC RS3: broken annotations by the hundred thousand. No uncaught exception, and everything counted.
 
-A good record is damaged in bytes, in structure and in values; each result is read by the quick reader and by the careful one, which must agree, and is
-then judged. File names are damaged likewise and read by the name parser. usage: rs3_annotations.py [--cases 100000] [--seed 1] [--out FILE.json]
+A good record is damaged in bytes, in structure and in values; each result is read by the quick reader and by the
+careful one, which must agree, and is
+then judged. File names are damaged likewise and read by the name parser. usage: rs3_annotations.py [--cases 100000]
+[--seed 1] [--out FILE.json]
 """
 
 import argparse

@@ -1,10 +1,14 @@
 #!/usr/bin/env python
 """SPEC RS4: hostile, foreign and damaged archives. Each is refused in words or unpacked safely.
 
-An archive of the delivery gets an entry that climbs out, is absolute, is a link or a device, is encrypted, swells, shares its body, lies about its length or clashes with another; or
-names in CP949, UTF-8, half-letters (NFD); or it comes in pieces, cut off, or with changed bytes. A process of its own unpacks it through `extract_archives`, with a
-bound on the bytes it may write. Afterwards nothing may have changed beside the target, no link may lie anywhere, a refused archive may have no folder, an accepted
-one must hold the files it was made of, byte by byte. usage: rs4_archives.py [--cases 800] [--seed 1] [--quick] [--out FOLDER]
+An archive of the delivery gets an entry that climbs out, is absolute, is a link or a device, is encrypted, swells,
+shares its body, lies about its length or clashes with another; or
+names in CP949, UTF-8, half-letters (NFD); or it comes in pieces, cut off, or with changed bytes. A process of its own
+unpacks it through `extract_archives`, with a
+bound on the bytes it may write. Afterwards nothing may have changed beside the target, no link may lie anywhere, a
+refused archive may have no folder, an accepted
+one must hold the files it was made of, byte by byte. usage: rs4_archives.py [--cases 800] [--seed 1] [--quick] [--out
+FOLDER]
 """
 
 import io

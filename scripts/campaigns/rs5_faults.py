@@ -1,8 +1,11 @@
 #!/usr/bin/env python
-"""SPEC RS5: a disk that is full, a folder that is read-only, no more file handles, at random moments of conversion, splits and packing.
+"""SPEC RS5: a disk that is full, a folder that is read-only, no more file handles, at random moments of conversion,
+splits and packing.
 
-Each trial runs a stage in a process of its own with one fault in it, on a folder where an earlier stage has finished. It must end with an error in words or, where
-the fault came too late, with the undisturbed result; what stood there before must stand; and the same call without the fault must end as if nothing had been.
+Each trial runs a stage in a process of its own with one fault in it, on a folder where an earlier stage has finished.
+It must end with an error in words or, where
+the fault came too late, with the undisturbed result; what stood there before must stand; and the same call without
+the fault must end as if nothing had been.
 usage: rs5_faults.py [--trials 60] [--seed 1] [--out FOLDER]
 """
 

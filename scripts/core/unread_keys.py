@@ -3,8 +3,10 @@
     python scripts/core/unread_keys.py        one line per such key; exit status 1 if there is one
 
 The package's source is parsed, not run. A key is read where code takes it from a block of the configuration:
-`cfg.train.seed`, `c.lr` after `c = cfg.train.classification`, `getattr(block, "lr")`. The block behind a name is followed
-through annotations, assignments, attributes of classes and return types. `pillsnap/core/config.py` declares the keys, so
+`cfg.train.seed`, `c.lr` after `c = cfg.train.classification`, `getattr(block, "lr")`. The block behind a name is
+followed
+through annotations, assignments, attributes of classes and return types. `pillsnap/core/config.py` declares the keys,
+so
 what it says itself does not count. Keys that code reads in a way that this script cannot follow stand in `ELSEWHERE`,
 each with the place that reads it. A key with one legal value needs no reader: there is nothing to choose, and any other
 value is refused.
@@ -75,7 +77,8 @@ class Tree:
                 self._walk(b, f"{dotted}.*" if many else dotted)
 
 
-# What a name stands for, as a set of texts: "block:train.ema" is a block, "many:train.stage_overrides" a dict of blocks,
+# What a name stands for, as a set of texts: "block:train.ema" is a block, "many:train.stage_overrides" a dict of
+# blocks,
 # "class:Plan" an object of a class of the package.
 Value = frozenset[str]
 NOTHING: Value = frozenset()
