@@ -127,7 +127,10 @@ def peer(name: str, coco: Path, n: int, root: Path, other: str):
             run()
             return run
         except (ImportError, subprocess.CalledProcessError) as e:
-            why = f"not installed: {(e.stderr or '').strip().splitlines()[-1] if isinstance(e, subprocess.CalledProcessError) else e}"
+            why = (
+                "not installed: "
+                f"{(e.stderr or '').strip().splitlines()[-1] if isinstance(e, subprocess.CalledProcessError) else e}"
+            )
     return why[:110]
 
 

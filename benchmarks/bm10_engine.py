@@ -165,7 +165,10 @@ if __name__ == "__main__":
 
     missed = compare(
         "BM10",
-        f"a training step of {a.backbone} at {a.size} pixels, batch {a.batch}, from the pack, {a.workers} loader thread(s)",
+        (
+            f"a training step of {a.backbone} at {a.size} pixels, batch {a.batch}, from the pack, {a.workers} loader "
+            "thread(s)"
+        ),
         {"the engine": noted},
         {"bare PyTorch loop": bare(make_net, dl)},
         steps * a.batch,
@@ -178,7 +181,8 @@ if __name__ == "__main__":
         extra=extra,
     )
     print(
-        f"a step waits {extra['wait_ms']:.2f} ms for its photos, {extra['share']:.2f} % (at most {SHARE:g} %); the loader feeds {extra['feeds']:.0f} photos/s, the network eats {extra['eats']:.0f}"
+        f"a step waits {extra['wait_ms']:.2f} ms for its photos, {extra['share']:.2f} % (at most {SHARE:g} %); "
+        f"the loader feeds {extra['feeds']:.0f} photos/s, the network eats {extra['eats']:.0f}"
     )
     if not a.quick:
         missed += (

@@ -100,7 +100,10 @@ def training(root: Path, rows: pd.DataFrame, engine: str, epochs: int, leak: int
         [
             f"data.classification.img_size={SIZE}",
             "train.step_log_interval=4",
-            f"train.classification={{epochs: {epochs}, lr: 0.01, amp: false, channels_last: false, ema: {{enabled: true, decay: 0.9}}, early_stopping: {{patience: 1000}}}}",
+            (
+                f"train.classification={{epochs: {epochs}, lr: 0.01, amp: false, channels_last: false, ema: "
+                f"{{enabled: true, decay: 0.9}}, early_stopping: {{patience: 1000}}}}"
+            ),
         ],
     )
     classes = ClassMap(sorted(set(rows["class_key"])))
@@ -157,9 +160,9 @@ if __name__ == "__main__":
     slopes = {k: slope(kb[warm:]) for k, (kb, _) in runs.items()}
     missed = [f"BM13: {v:+.0f} kB an epoch with {k}, at most {LIMIT:g}" for k, v in slopes.items() if v > LIMIT]
     note = (
-        f"{n} photos of 96x128 at {SIZE} pixels, the first {warm} epochs left out; {time.time() - t0:.0f} s; at most {LIMIT:g} kB"
-        + (f"; {a.leak} kB an epoch kept on purpose" if a.leak else "")
-    )
+        f"{n} photos of 96x128 at {SIZE} pixels, the first {warm} epochs left out; {time.time() - t0:.0f} s; "
+        f"at most {LIMIT:g} kB"
+    ) + (f"; {a.leak} kB an epoch kept on purpose" if a.leak else "")
     compare(
         "BM13",
         f"memory of a training run over {epochs} epochs, workers included",
@@ -182,6 +185,7 @@ if __name__ == "__main__":
     )
     for k, (kb, children) in runs.items():
         print(
-            f"{k}: {kb[warm] / 1e3:.0f} MB after {warm + 1} epochs, {kb[-1] / 1e3:.0f} MB after {epochs}, {children} child processes counted"
+            f"{k}: {kb[warm] / 1e3:.0f} MB after {warm + 1} epochs, {kb[-1] / 1e3:.0f} MB after {epochs}, "
+            f"{children} child processes counted"
         )
     finish(missed if a.leak or not a.quick else [])

@@ -122,8 +122,10 @@ def main() -> None:
             )
             rows.append(best)
             print(
-                f"{best['rows']:>9,} annotations   {best['wall']:7.1f} s in all, {best['seconds']:6.1f} s indexing   {1e6 * best['seconds'] / best['rows']:6.1f} µs each   "
-                f"peak {best['peak_bytes'] / 1e6:7.0f} MB   index {best['index_bytes'] / 1e6:6.1f} MB   (tree written in {written:.0f} s)",
+                f"{best['rows']:>9,} annotations   {best['wall']:7.1f} s in all, {best['seconds']:6.1f} s indexing   "
+                f"{1e6 * best['seconds'] / best['rows']:6.1f} µs each   "
+                f"peak {best['peak_bytes'] / 1e6:7.0f} MB   index {best['index_bytes'] / 1e6:6.1f} MB   (tree written "
+                f"in {written:.0f} s)",
                 flush=True,
             )
     if not a.quick:
@@ -136,7 +138,8 @@ def main() -> None:
             )
         if big["seconds"] / big["rows"] > GROWTH * small["seconds"] / small["rows"]:
             missed.append(
-                f"BM14: an annotation takes {big['seconds'] / big['rows'] * 1e6:.0f} µs among {big['rows']:,} and {small['seconds'] / small['rows'] * 1e6:.0f} µs among {small['rows']:,}"
+                f"BM14: an annotation takes {big['seconds'] / big['rows'] * 1e6:.0f} µs among {big['rows']:,} and "
+                f"{small['seconds'] / small['rows'] * 1e6:.0f} µs among {small['rows']:,}"
             )
         save(record(rows, a.repeats, missed), a.out)
     finish(missed)

@@ -307,7 +307,10 @@ def show(record: Mapping[str, Any]) -> None:
     m = record["machine"]
     t = Table(
         title=f"{record['id']}: {record['what']}",
-        caption=f"n = {record['n']:,} · median of {record['repeats']} interleaved rounds · {m['cores']} cores, {m['cpu']} · load {m['load']}"
+        caption=(
+            f"n = {record['n']:,} · median of {record['repeats']} interleaved rounds · {m['cores']} cores, {m['cpu']} "
+            f"· load {m['load']}"
+        )
         + (f" · {record['note']}" if record["note"] else ""),
     )
     for head, side in (

@@ -1,7 +1,8 @@
 """The stages of a run as an Airflow DAG, by Airflow's papermill provider (apache-airflow-providers-papermill).
 
-Each task executes one stage notebook with the run folder as its parameter; the folder's own config.yaml says the rest, so begin the
-folder once with `pillsnap run conversion --config two_stage --run-dir RUN`. A stage that was killed goes on when its task is retried.
+Each task executes one stage notebook with the run folder as its parameter; the folder's own config.yaml says the rest,
+so begin the folder once with `pillsnap run conversion --config two_stage --run-dir RUN`. A stage that was killed goes
+on when its task is retried.
 """
 
 from datetime import datetime

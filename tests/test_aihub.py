@@ -103,7 +103,7 @@ def single(root, code, lo=0, bbox=None, encoding="utf-8", **kw):
 
 
 # ---- the audit
-# -----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 KEYS = [
     "files",
@@ -132,7 +132,8 @@ def test_the_public_originals():
     folder = os.environ.get("PILLSNAP_ORIGINALS")
     if not folder:
         pytest.skip(
-            "PILLSNAP_ORIGINALS is not set: it names the folder of the 4,526 public original annotation files, which may not be redistributed"
+            "PILLSNAP_ORIGINALS is not set: it names the folder of the 4,526 public original annotation files, "
+            "which may not be redistributed"
         )
     got = audit(folder)
     assert list(got)[:17] == KEYS
@@ -626,7 +627,7 @@ def test_the_delivery_is_found_or_its_absence_explained(tmp_path):
 
 
 # ---- archives
-# ------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 class KoreanInfo(zipfile.ZipInfo):

@@ -225,7 +225,10 @@ def test_torch_free():
     "The pipeline's module needs neither torch nor anything that brings it."
     import subprocess
 
-    code = "import sys, pillsnap.models.pipeline; print([m for m in ('torch', 'torchvision', 'fastai', 'timm', 'ultralytics', 'matplotlib') if m in sys.modules])"
+    code = (
+        "import sys, pillsnap.models.pipeline; print([m for m in ('torch', 'torchvision', 'fastai', 'timm', "
+        "'ultralytics', 'matplotlib') if m in sys.modules])"
+    )
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )

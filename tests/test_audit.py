@@ -130,7 +130,11 @@ def test_two_runs_on_one_folder(looked_at, tmp_path):
     root, _, _ = looked_at
     copy = tmp_path / "run"
     shutil.copytree(root, copy, symlinks=True)
-    code = "import sys, time\nfrom pillsnap.core.files import FolderLock\nwith FolderLock(sys.argv[1]): print('held', flush=True); time.sleep(60)"
+    code = (
+        "import sys, time\n"
+        "from pillsnap.core.files import FolderLock\n"
+        "with FolderLock(sys.argv[1]): print('held', flush=True); time.sleep(60)"
+    )
     with subprocess.Popen(
         [sys.executable, "-c", code, str(copy)], stdout=subprocess.PIPE, text=True, env=os.environ
     ) as other:

@@ -91,7 +91,10 @@ def test_the_engines_step_is_measured_beside_a_bare_loop(tmp_path):
         ours > 0 and loop > 0 and rows["bare PyTorch loop"][3] == "0.952381×"
     )  # 1/1.05 of the loop's speed is required
     said = re.search(
-        r"waits ([\d.]+) ms for its photos, ([\d.]+) % \(at most 5 %\); the loader feeds (\d+) photos/s, the network eats (\d+)",
+        (
+            r"waits ([\d.]+) ms for its photos, ([\d.]+) % \(at most 5 %\); "
+            r"the loader feeds (\d+) photos/s, the network eats (\d+)"
+        ),
         r.stdout,
     )
     assert said and 0 < float(said[1]) < ours and int(said[3]) > 0 and int(said[4]) > 0 and not list(tmp_path.iterdir())
@@ -242,7 +245,11 @@ def test_rows_without_a_script_have_no_result():
 
 def test_a_persons_own_run_does_not_replace_what_is_published(tmp_path):
     before = {p.name: p.read_bytes() for p in RESULTS.iterdir()}
-    code = "import harness; a = harness.arguments(''); harness.finish(harness.compare('BM0', 'nothing', {'a': lambda: 2.}, {'b': lambda: 1.}, 1, a.repeats, out=a.out))"
+    code = (
+        "import harness; a = harness.arguments(''); "
+        "harness.finish(harness.compare('BM0', 'nothing', {'a': lambda: 2.}, {'b': lambda: 1.}, 1, a.repeats, "
+        "out=a.out))"
+    )
     r = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,

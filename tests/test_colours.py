@@ -97,7 +97,8 @@ def test_the_advisors_menu_can_be_read(tmp_path, status, accuracy):
     )
     assert faint(page) == []
     assert faint(
-        "<div style='background:#fff;color:#222'><span style='color:#d4a72c'>one</span><b>two</b> <i>three</i> <code>four</code></div>"
+        "<div style='background:#fff;color:#222'><span style='color:#d4a72c'>one</span><b>two</b> <i>three</i> "
+        "<code>four</code></div>"
     ) == [("one", "#d4a72c", "#fff"), ("four", "#222", "#fff")]
 
 

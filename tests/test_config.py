@@ -190,7 +190,8 @@ def test_feature_sets_are_cumulative_and_the_presets_use_advanced():
 @pytest.mark.spec("CF3")
 def test_mvp_never_imports_the_detector():
     code = (
-        "import sys; from pillsnap.cli import PIPELINE, run_pipeline; run_pipeline(PIPELINE, 'smoke', ['project.active_feature_set=mvp'], sys.argv[1], only='detector');"
+        "import sys; from pillsnap.cli import PIPELINE, run_pipeline; "
+        "run_pipeline(PIPELINE, 'smoke', ['project.active_feature_set=mvp'], sys.argv[1], only='detector');"
         "assert not {'ultralytics', 'pillsnap.training.detector', 'torch'} & set(sys.modules)"
     )
     import tempfile

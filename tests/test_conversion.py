@@ -630,7 +630,10 @@ def test_killed_in_the_middle_it_goes_on(tmp_path):
         add(root, [A], lo)
         add(root, [B], lo)
     code = (
-        "import sys, time; from pillsnap.dataset import conversion as c\nreal = c.check_photo\ndef slow(p, **k): time.sleep(.05); return real(p, **k)\nc.check_photo = slow; c.CHUNK = 4\n"
+        "import sys, time; from pillsnap.dataset import conversion as c\n"
+        "real = c.check_photo\n"
+        "def slow(p, **k): time.sleep(.05); return real(p, **k)\n"
+        "c.check_photo = slow; c.CHUNK = 4\n"
         "c.convert_delivery(sys.argv[1], sys.argv[2])"
     )
     run = [sys.executable, "-c", code, str(root), str(tmp_path / "run")]
@@ -651,7 +654,8 @@ def test_killed_in_the_middle_it_goes_on(tmp_path):
 def test_a_full_disk_is_said_and_nothing_half_is_left(small, tmp_path):
 
     code = (
-        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (700, 700)); import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (700, 700)); import signal; "
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "from pillsnap.dataset.conversion import convert_delivery; convert_delivery(sys.argv[1], sys.argv[2])"
     )
     r = subprocess.run(
@@ -663,7 +667,7 @@ def test_a_full_disk_is_said_and_nothing_half_is_left(small, tmp_path):
 
 
 # ---- the job
-# -------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 OVER = ("synth.drugs=3", "synth.photos=3", "synth.combos=1", "synth.width=96", "synth.height=128")
 

@@ -304,7 +304,11 @@ def test_git_sha_is_that_of_this_checkout_or_nogit(tmp_path, monkeypatch):
 
 
 def test_a_lock_is_for_one_and_dies_with_its_holder(tmp_path):
-    code = "import sys, time\nfrom pillsnap.core.files import FolderLock\nwith FolderLock(sys.argv[1]): print('held', flush=True); time.sleep(60)"
+    code = (
+        "import sys, time\n"
+        "from pillsnap.core.files import FolderLock\n"
+        "with FolderLock(sys.argv[1]): print('held', flush=True); time.sleep(60)"
+    )
     child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert child.stdout.readline() == "held\n"
     with pytest.raises(PillsnapError, match=rf"another run holds this folder \(process {child.pid}\)"):
@@ -959,7 +963,8 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
         import resource, sys, torch
         from pillsnap.core.checkpoints import save_ckpt
         resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
-        save_ckpt(sys.argv[1], model_state={"w": torch.zeros(1_000_000)}, epoch=2, best_metric=.9, config_snapshot={}, class_map={})
+        save_ckpt(sys.argv[1], model_state={"w": torch.zeros(1_000_000)}, epoch=2, best_metric=.9, \
+config_snapshot={}, class_map={})
     """,
         path,
     )

@@ -627,7 +627,10 @@ def test_5_meta_and_summary(stage, cfg, caplog):
         meta["skipped_files"],
     ) == ("artifacts/stage0/splits.json", "final_evaluation_only", "inv_freq", "none", [])
     assert (
-        f"{len(pills):,} train samples ({meta['combo_crops']:,} of them pills of combos) and {n['val']:,} val photos of 6 drugs at 64 px"
+        (
+            f"{len(pills):,} train samples ({meta['combo_crops']:,} of them pills of combos) and {n['val']:,} val "
+            "photos of 6 drugs at 64 px"
+        )
         in caplog.text
         and "drop_last" in caplog.text
         and "prefetch" in caplog.text

@@ -148,7 +148,10 @@ def test_two_processes_save_when_they_are_asked_to_stop(tmp_path, delivery):
 WORLD = [
     "data.classification.img_size=64",
     "train.num_threads=1",
-    "train.classification={backbone: test_convnext, batch_size: 8, grad_accum_steps: 2, epochs: 2, amp: false, optimizer: sgd, lr: 0.02, drop_rate: 0.0, ema: {enabled: true, decay: 0.9}, saving: {every_minutes: 1.0e-9}}",
+    (
+        "train.classification={backbone: test_convnext, batch_size: 8, grad_accum_steps: 2, epochs: 2, amp: false, "
+        "optimizer: sgd, lr: 0.02, drop_rate: 0.0, ema: {enabled: true, decay: 0.9}, saving: {every_minutes: 1.0e-9}}"
+    ),
 ]
 STOP = (1, 2)  # the third batch of the second epoch, in the middle of a window
 STAGE = textwrap.dedent("""
@@ -159,11 +162,13 @@ STAGE = textwrap.dedent("""
     run, world, stop, over = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[4:]
 
     class Seen(Callback):
-        "Writes down a share before its gradients meet the others'; the first process is killed after batch `stop`, when it is saved."
+        "Writes down a share before its gradients meet the others'; the first process is killed after batch `stop`, \
+when it is saved."
         order, run_valid = 99, False
         def __init__(self, rank): self.rank = rank
         def after_pred(self):
-            with open(f"{run}/seen.jsonl", "a") as f: print(json.dumps([self.epoch, self.iter, self.learn.meta["paths"]]), file=f)
+            with open(f"{run}/seen.jsonl", "a") as f: print(json.dumps([self.epoch, self.iter, \
+self.learn.meta["paths"]]), file=f)
         def after_batch(self):
             if [self.epoch, self.iter] == stop and not self.rank: os.kill(os.getpid(), 9)
 

@@ -53,7 +53,10 @@ def test_a_stage_that_died_after_its_training_reports_that_training(run):
     over = (
         *SMALL,
         "train.leak_gap=true",
-        "train.classification={crop_view_prob: 0.0, ema: {enabled: true, evaluate: both}, early_stopping: {patience: 1, min_delta: 9.0}}",
+        (
+            "train.classification={crop_view_prob: 0.0, ema: {enabled: true, evaluate: both}, early_stopping: "
+            "{patience: 1, min_delta: 9.0}}"
+        ),
     )
     job, gap, rec = (
         ClassifierJob(run_dir=str(run), config="smoke", overrides=over, epochs=4),
@@ -98,7 +101,10 @@ def test_a_checkpoint_of_another_delivery_is_refused(run):
 @pytest.mark.spec("SG7", "X6")
 def test_a_run_that_the_clock_stopped_counts_as_what_it_is(run, monkeypatch):
     "From the callback through the stage's report to the gate: TIME_CAP_SUCCESS, and only when every condition holds."
-    clock = "data.progressive_validation.stage_0={{max_samples: 90, max_classes: 6, target_accuracy: 0.9, allow_success_on_time_cap: true, time_limit_hours: 1.0e-7, min_samples_required: {}, min_class_coverage: 2}}"
+    clock = (
+        "data.progressive_validation.stage_0={{max_samples: 90, max_classes: 6, target_accuracy: 0.9, "
+        "allow_success_on_time_cap: true, time_limit_hours: 1.0e-7, min_samples_required: {}, min_class_coverage: 2}}"
+    )
     res = ClassifierJob(run_dir=str(run), config="smoke", overrides=(*SMALL, clock.format(8)), epochs=40).run()
     rows = read_json(run / "reports" / "classifier.json")["history"]
     assert (
@@ -139,7 +145,10 @@ def test_a_run_that_the_clock_stopped_counts_as_what_it_is(run, monkeypatch):
 
 @pytest.mark.spec("CT23", "X57", "X58")
 def test_a_stages_overrides_reach_the_training_and_not_the_record(run):
-    over = "train.stage_overrides={0: {batch_size_override: 10, memory_format: contiguous, num_workers_override: 0}, 1: {batch_size_override: 3}}"
+    over = (
+        "train.stage_overrides={0: {batch_size_override: 10, memory_format: contiguous, num_workers_override: 0}, 1: "
+        "{batch_size_override: 3}}"
+    )
     cfg = load_config("smoke", [*SMALL, over, f"paths.exp_dir={run}", "train.classification.channels_last=true"])
     learn, _ = build_training(load_split_data(run, 0), cfg, Outputs(run / "ck", quiet=True))
     assert learn.dls.train.batch_size == 10 and learn.unpack.layout is None
@@ -159,7 +168,10 @@ def test_class_weights_reach_the_loss_of_a_training(run):
         [
             *SMALL,
             f"paths.exp_dir={run}",
-            "train.classification={epochs: 1, amp: false, label_smoothing: 0.1, combo_crops: false, crop_view_prob: 0.0}",
+            (
+                "train.classification={epochs: 1, amp: false, label_smoothing: 0.1, combo_crops: false, "
+                "crop_view_prob: 0.0}"
+            ),
             "data.imbalance={use_class_weights: true, method: inv_freq}",
         ],
     )

@@ -38,11 +38,14 @@ HOOK = """
 import json, os, sys
 opened = []
 def watch(event, args):
-    if event in ("open", "os.listdir", "os.scandir") and args and isinstance(args[0], (str, bytes, os.PathLike)): opened.append((event, os.fsdecode(args[0])))
+    if event in ("open", "os.listdir", "os.scandir") and args and isinstance(args[0], (str, bytes, \
+os.PathLike)): opened.append((event, os.fsdecode(args[0])))
 sys.addaudithook(watch)
 from pillsnap.evaluation.evaluation import EvaluationJob
 res = EvaluationJob(run_dir=sys.argv[1], config="smoke", overrides=json.loads(sys.argv[2])).run()
-print("REPORT", json.dumps({"sealed": [o for o in opened if "/data/val" in o[1]], "photos": sum("/data/train/images" in p for _, p in opened), "training": [m for m in sys.modules if m.startswith("pillsnap.training")], "verdict": res.verdict}))
+print("REPORT", json.dumps({"sealed": [o for o in opened if "/data/val" in o[1]], \
+"photos": sum("/data/train/images" in p for _, p in opened), \
+"training": [m for m in sys.modules if m.startswith("pillsnap.training")], "verdict": res.verdict}))
 """
 
 

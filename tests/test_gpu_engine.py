@@ -183,7 +183,10 @@ FULL = [
     "GET was unable to find an engine to execute this computation",
     "FIND was unable to find an engine to execute this computation",
     "CUDA error: out of memory",
-    "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 40000000000 bytes. Error code 12 (Cannot allocate memory)",
+    (
+        "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
+        "allocate 40000000000 bytes. Error code 12 (Cannot allocate memory)"
+    ),
 ]
 
 
@@ -376,7 +379,10 @@ def test_augmentation_that_does_not_fit_is_done_in_parts(monkeypatch, caplog):
     for (a, b, m), (x, y, k) in zip(got, calm):
         assert torch.equal(a, x) and torch.equal(b, y) and m["paths"] == k["paths"]
     assert [r.getMessage() for r in caplog.records] == [
-        f"out of memory: {b} photos at once are augmented instead of {a} (CUDA out of memory. Tried to allocate 1.00 GiB)"
+        (
+            f"out of memory: {b} photos at once are augmented instead of {a} (CUDA out of memory. Tried to allocate "
+            "1.00 GiB)"
+        )
         for a, b in ((8, 4), (4, 2))
     ]
     monkeypatch.setattr(

@@ -132,12 +132,14 @@ HOOK = """
 import json, os, sys
 events = []
 def watch(event, args):
-    if event == "open" and args and isinstance(args[0], (str, bytes, os.PathLike)): events.append(("open", os.path.realpath(os.fsdecode(args[0]))))
+    if event == "open" and args and isinstance(args[0], (str, bytes, os.PathLike)): events.append(("open", \
+os.path.realpath(os.fsdecode(args[0]))))
     if event == "os.rename": events.append(("rename", os.path.realpath(os.fsdecode(args[1]))))
 sys.addaudithook(watch)
 from pillsnap.evaluation.final import final_test_command
 final_test_command(sys.argv[1], reason="release 1.0", confirm=sys.argv[2])
-print("REPORT", json.dumps({"events": events, "training": [m for m in sys.modules if m.startswith("pillsnap.training")]}))
+print("REPORT", json.dumps({"events": events, \
+"training": [m for m in sys.modules if m.startswith("pillsnap.training")]}))
 """
 
 

@@ -525,9 +525,14 @@ def test_letterbox_and_back(w, h, size, seed):
 def test_neither_room_imports_torch():
     "The shipped program opens and cuts photos with numpy, Pillow and OpenCV alone."
     code = (
-        "import sys\nfor m in ('torch', 'torchvision', 'fastai', 'ultralytics', 'timm', 'matplotlib', 'pandas'): sys.modules[m] = None\n"
+        "import sys\n"
+        "for m in ('torch', 'torchvision', 'fastai', 'ultralytics', 'timm', 'matplotlib', 'pandas'): sys.modules[m] = "
+        "None\n"
         "import numpy as np\nfrom pillsnap.photos import images, boxes\n"
-        "img = np.zeros((30, 20, 3), np.uint8)\nimages.normalise(images.whole_view(img, 16)[None]); images.crop_view(img, [2, 2, 9, 9], 16); boxes.decode_yolo(np.ones((5, 9))); boxes.letterbox(img, 32); images.open_image_safely(b'x')\nprint('free')"
+        "img = np.zeros((30, 20, 3), np.uint8)\n"
+        "images.normalise(images.whole_view(img, 16)[None]); images.crop_view(img, [2, 2, 9, 9], 16); "
+        "boxes.decode_yolo(np.ones((5, 9))); boxes.letterbox(img, 32); images.open_image_safely(b'x')\n"
+        "print('free')"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert out.returncode == 0 and "free" in out.stdout, out.stderr

@@ -187,7 +187,7 @@ def test_a_cluster_of_two_workers_gives_the_same(labels, tmp_path):
 
 
 # ---- the index
-# -------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.spec("BM2", "SP6")
@@ -309,7 +309,9 @@ def test_labels_alone_are_a_delivery_without_photos(labels, tmp_path):
 @pytest.mark.spec("BX5")
 def test_a_plain_script_may_render_in_two_processes(tmp_path):
     (tmp_path / "s.py").write_text(
-        f"from pillsnap.synth.writer import write_delivery\nprint(write_delivery({str(tmp_path / 'd')!r}, drugs=3, photos=3, combos=0, width=64, height=80, progress=False, workers=2)['files'])"
+        "from pillsnap.synth.writer import write_delivery\n"
+        f"print(write_delivery({str(tmp_path / 'd')!r}, drugs=3, photos=3, combos=0, width=64, height=80, "
+        "progress=False, workers=2)['files'])"
     )
     done = subprocess.run(
         [sys.executable, str(tmp_path / "s.py")], capture_output=True, text=True, timeout=300, env=ENV, cwd=tmp_path
@@ -318,7 +320,7 @@ def test_a_plain_script_may_render_in_two_processes(tmp_path):
 
 
 # ---- archives
-# --------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.spec("RS4", "DM14")
@@ -509,7 +511,7 @@ def test_a_missed_ratio_is_named_and_kept(tmp_path, capsys, monkeypatch):
 
 
 # ---- killed
-# ----------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.spec("RS1")

@@ -24,10 +24,16 @@ OVER = [
     "train.classification.epochs=2",
     "train.detection.epochs=2",
 ]
-BOTH = "import sys; from pillsnap.training.interleaved import InterleavedJob as J; J(run_dir=sys.argv[1], config='smoke', detector_epochs=2, classifier_epochs=2, overrides=tuple(sys.argv[2:])).run()"
+BOTH = (
+    "import sys; from pillsnap.training.interleaved import InterleavedJob as J; "
+    "J(run_dir=sys.argv[1], config='smoke', detector_epochs=2, classifier_epochs=2, "
+    "overrides=tuple(sys.argv[2:])).run()"
+)
 SOLO = (
-    "import sys; from pillsnap.training.detector import DetectorJob; from pillsnap.training.classifier import ClassifierJob\n"
-    "for J in (ClassifierJob, DetectorJob): J(run_dir=sys.argv[1], config='smoke', epochs=2, overrides=tuple(sys.argv[2:])).run()"
+    "import sys; from pillsnap.training.detector import DetectorJob; "
+    "from pillsnap.training.classifier import ClassifierJob\n"
+    "for J in (ClassifierJob, DetectorJob): J(run_dir=sys.argv[1], config='smoke', epochs=2, "
+    "overrides=tuple(sys.argv[2:])).run()"
 )
 
 

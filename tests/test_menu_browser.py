@@ -113,7 +113,10 @@ def open_and_run(page, url: str, name: str) -> None:
     "Open a notebook, wait until its kernel is there, run all cells."
     page.goto(f"{url}/lab/tree/{name}?reset", wait_until="domcontentloaded", timeout=120_000)
     page.wait_for_function(
-        "window.jupyterapp && jupyterapp.shell && jupyterapp.shell.currentWidget && jupyterapp.shell.currentWidget.sessionContext",
+        (
+            "window.jupyterapp && jupyterapp.shell && jupyterapp.shell.currentWidget && "
+            "jupyterapp.shell.currentWidget.sessionContext"
+        ),
         timeout=120_000,
     )
     page.evaluate("jupyterapp.shell.currentWidget.sessionContext.ready.then(() => 1)")
@@ -208,7 +211,14 @@ def test_the_evaluation_notebook_shows_a_finished_run_with_its_menu(lab, page, d
     assert read_advice(run)["user_choice"] is None
     nb = nbformat.read(ROOT / "nbs/evaluation/770_evaluation.ipynb", 4)
     (cell,) = [c for c in nb.cells if "parameters" in c.metadata.get("tags", [])]
-    cell.source = f"run_dir = {str(run)!r}\nconfig = 'smoke'\noverrides = {QUICK!r}\nseed = 42\nuser_choice = ''\nremeasure = False"
+    cell.source = (
+        f"run_dir = {str(run)!r}\n"
+        "config = 'smoke'\n"
+        f"overrides = {QUICK!r}\n"
+        "seed = 42\n"
+        "user_choice = ''\n"
+        "remeasure = False"
+    )
     nb.cells = nb.cells[nb.cells.index(cell) :]  # the stage as a person would use it: parameters, job, menu
     nbformat.write(nb, work / "evaluation.ipynb")
     open_and_run(page, url, "evaluation.ipynb")
@@ -237,7 +247,8 @@ def test_a_decision_on_the_triage_page_is_in_the_overlay(lab, page, delivery, tm
     shown = page.locator(".jp-OutputArea-output").filter(has=page.locator("button.jupyter-button")).first
     shown.get_by_text("1 of ").wait_for(timeout=240_000)
     page.wait_for_function(
-        "[...document.querySelectorAll('.jp-OutputArea-output img')].length >= 4 && [...document.querySelectorAll('.jp-OutputArea-output img')].every(i => i.complete && i.naturalWidth)"
+        "[...document.querySelectorAll('.jp-OutputArea-output img')].length >= 4 && "
+        "[...document.querySelectorAll('.jp-OutputArea-output img')].every(i => i.complete && i.naturalWidth)"
     )
     shot = Path(os.environ.get("PILLSNAP_SCREENSHOT") or tmp_path / "triage.png")
     shown.screenshot(path=shot)

@@ -254,7 +254,10 @@ LIGHT = [
 @pytest.mark.parametrize("module", LIGHT)
 def test_light_rooms_stay_light(module):
     "These import neither torch nor what stands on it (deployment runs without; the pure rules are pure)."
-    code = f"import sys; import {module}; bad = [m for m in {HEAVY!r} if m in sys.modules]; print(bad); sys.exit(bool(bad))"
+    code = (
+        f"import sys; import {module}; bad = [m for m in {HEAVY!r} if m in sys.modules]; print(bad); "
+        "sys.exit(bool(bad))"
+    )
     r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert r.returncode == 0, r.stdout + r.stderr
 

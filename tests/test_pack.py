@@ -161,7 +161,8 @@ BUILD = textwrap.dedent("""
     import sys, pandas as pd
     from pillsnap.photos import pack
     {before}
-    pack.build_pack(pd.read_json(sys.argv[1]), sys.argv[2], sys.argv[3], workers={workers}, progress=False, manifest_hash="m" * 64)
+    pack.build_pack(pd.read_json(sys.argv[1]), sys.argv[2], sys.argv[3], workers={workers}, progress=False, \
+manifest_hash="m" * 64)
 """)
 
 
@@ -253,8 +254,17 @@ def test_a_disk_that_says_no(photos, tmp_path, what, workers):
     "Limits that bite root as well: a file may not grow, no file may be opened, a file system that refuses a rename."
     before = {
         "full": "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))",
-        "handles": "import resource; real = pack._make_shards\ndef few(*a):\n    resource.setrlimit(resource.RLIMIT_NOFILE, (4, 4)); real(*a)\npack._make_shards = few",
-        "read-only": "import os, errno\ndef refuse(a, b): raise OSError(errno.EROFS, 'Read-only file system')\nos.replace = refuse",
+        "handles": (
+            "import resource; real = pack._make_shards\n"
+            "def few(*a):\n"
+            "    resource.setrlimit(resource.RLIMIT_NOFILE, (4, 4)); real(*a)\n"
+            "pack._make_shards = few"
+        ),
+        "read-only": (
+            "import os, errno\n"
+            "def refuse(a, b): raise OSError(errno.EROFS, 'Read-only file system')\n"
+            "os.replace = refuse"
+        ),
     }[what]
     said = {"full": "larger than this system allows", "handles": "too many files are open", "read-only": "read-only"}[
         what
@@ -314,7 +324,12 @@ def test_no_room_is_said_before_it_starts(photos, tmp_path, monkeypatch):
 
 @pytest.mark.spec("RS5")
 def test_opening_without_handles_is_said(built):
-    code = f"import resource\nfrom pillsnap.photos.pack import Pack\nresource.setrlimit(resource.RLIMIT_NOFILE, (5, 5))\nPack({str(built)!r})"
+    code = (
+        "import resource\n"
+        "from pillsnap.photos.pack import Pack\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (5, 5))\n"
+        f"Pack({str(built)!r})"
+    )
     r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV)
     assert r.returncode == 1 and "PillsnapError" in r.stderr and "too many files are open" in r.stderr, r.stderr
 
@@ -325,7 +340,12 @@ def test_two_builders_at_once(photos, tmp_path):
     p = child(
         photos,
         tmp_path / "p",
-        "import time; real = pack._close\ndef slow(*a):\n    print('in', flush=True); time.sleep(30); return real(*a)\npack._close = slow",
+        (
+            "import time; real = pack._close\n"
+            "def slow(*a):\n"
+            "    print('in', flush=True); time.sleep(30); return real(*a)\n"
+            "pack._close = slow"
+        ),
     )
     assert p.stdout.readline() == "in\n"
     with pytest.raises(PillsnapError, match=f"another run holds this folder \\(process {p.pid}\\)"):
@@ -447,7 +467,8 @@ def test_nothing_is_unpickled(built, photos, tmp_path):
     code = textwrap.dedent(f"""
         import sys
         from pillsnap.photos.pack import Pack
-        sys.addaudithook(lambda event, args: (_ for _ in ()).throw(SystemExit("unpickled")) if event.startswith(("pickle.", "marshal.")) else None)
+        sys.addaudithook(lambda event, args: (_ for _ in ()).throw(SystemExit("unpickled")) if \
+event.startswith(("pickle.", "marshal.")) else None)
         p = Pack({str(built)!r}); [p.photo(x) for x in p.table["path"].to_pylist()]; print("clean")""")
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV).stdout == "clean\n"

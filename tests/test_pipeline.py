@@ -51,7 +51,10 @@ def test_the_advisor_hears_of_the_export(smoke_run):
 
 @pytest.mark.spec("BX15")
 def test_a_second_run_has_nothing_to_do_and_imports_no_torch(smoke_run):
-    code = "import sys; from pillsnap.cli import PIPELINE, run_pipeline; run_pipeline(PIPELINE, 'smoke', run_dir=sys.argv[1]); print('torch' in sys.modules)"
+    code = (
+        "import sys; from pillsnap.cli import PIPELINE, run_pipeline; "
+        "run_pipeline(PIPELINE, 'smoke', run_dir=sys.argv[1]); print('torch' in sys.modules)"
+    )
     r = subprocess.run([sys.executable, "-c", code, str(smoke_run)], capture_output=True, text=True, timeout=120)
     assert r.returncode == 0, r.stderr
     assert r.stdout.count("up to date") == 6 and r.stdout.strip().endswith("False")

@@ -192,7 +192,9 @@ def test_no_photo_of_a_sealed_group_is_opened(delivery, tmp_path):
         "import sys\nopened = []\n"
         "sys.addaudithook(lambda e, a: opened.append(str(a[0])) if e == 'open' else None)\n"
         "from pillsnap import planner as L\nreal = L.sample_photos\n"
-        "L.sample_photos = lambda *a: real(*a, n=10**6)\nL._everywhere = lambda job, *a, workers: ((r := job(*a))[0]/r[1], r[2])\nL.processes = lambda n: lambda jobs: None\n"
+        "L.sample_photos = lambda *a: real(*a, n=10**6)\n"
+        "L._everywhere = lambda job, *a, workers: ((r := job(*a))[0]/r[1], r[2])\n"
+        "L.processes = lambda n: lambda jobs: None\n"
         f"print(L.probe(L.load_config('smoke'), run_root={str(run)!r}, seconds=8., workers=1).sampled)\n"
         "print(*{p for p in opened if p.endswith('.png')}, sep='\\n')"
     )

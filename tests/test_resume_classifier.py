@@ -23,7 +23,10 @@ OVERRIDES = ("data.classification.img_size=64", "train.num_threads=1", "train.cl
 
 def command(root):
     "The stage in a process of its own, as `pillsnap run classifier` would have it."
-    code = f"from pillsnap.training.classifier import ClassifierJob; ClassifierJob(run_dir={str(root)!r}, config='smoke', overrides={OVERRIDES!r}, epochs={EPOCHS}).run()"
+    code = (
+        "from pillsnap.training.classifier import ClassifierJob; "
+        f"ClassifierJob(run_dir={str(root)!r}, config='smoke', overrides={OVERRIDES!r}, epochs={EPOCHS}).run()"
+    )
     return [sys.executable, "-c", code]
 
 

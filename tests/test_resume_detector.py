@@ -18,10 +18,12 @@ COMMAND = textwrap.dedent("""
     import json, os, sys
     tried = []
     def watch(event, args):
-        if event in ("socket.connect", "socket.getaddrinfo") and "AF_UNIX" not in str(args[0]): tried.append([event, str(args)])
+        if event in ("socket.connect", "socket.getaddrinfo") and "AF_UNIX" not in str(args[0]): tried.append([event, \
+str(args)])
     sys.addaudithook(watch)
     from pillsnap.training.detector import DetectorJob
-    job = DetectorJob(run_dir=sys.argv[1], config="smoke", epochs=2, overrides=("data.detection.img_size=64", "train.num_threads=1", "data.augment.detection.mixup=0.5"))
+    job = DetectorJob(run_dir=sys.argv[1], config="smoke", epochs=2, overrides=("data.detection.img_size=64", \
+"train.num_threads=1", "data.augment.detection.mixup=0.5"))
     res = job.run()
     home = [p for p in os.listdir(os.environ["HOME"])]
     print("RESULT", json.dumps({"tried": tried, "home": home, "verdict": res.verdict}))

@@ -163,7 +163,10 @@ def test_samples_and_skips(sample, tmp_path):
 
 SMALL = [
     "data.task=segmentation",
-    "train.segmentation={backbone: test_resnet, img_size: 64, epochs: 12, batch_size: 6, lr: 0.01, synthetic_photos: 20, augment: false}",
+    (
+        "train.segmentation={backbone: test_resnet, img_size: 64, epochs: 12, batch_size: 6, lr: 0.01, "
+        "synthetic_photos: 20, augment: false}"
+    ),
 ]
 
 
@@ -196,7 +199,10 @@ def test_a_killed_training_of_masks_goes_on(tmp_path):
 
     from pillsnap.core.checkpoints import load_ckpt
 
-    code = "import sys; from pillsnap.training.segmentation import SegmentationJob; SegmentationJob(run_dir=sys.argv[1], config='smoke', overrides=sys.argv[2:], epochs=12).run()"
+    code = (
+        "import sys; from pillsnap.training.segmentation import SegmentationJob; "
+        "SegmentationJob(run_dir=sys.argv[1], config='smoke', overrides=sys.argv[2:], epochs=12).run()"
+    )
 
     def command(where):
         return [sys.executable, "-c", code, str(where), *SMALL]

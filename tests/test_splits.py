@@ -632,7 +632,9 @@ def test_nothing_below_data_val_is_opened(run, tmp_path):
         "sys.addaudithook(lambda e, a: opened.append(str(a[0])) if e == 'open' else None)\n"
         "from pillsnap.dataset.splits import SplitsJob\n"
         f"SplitsJob(run_dir={str(tmp_path / 'run')!r}, config='smoke').run()\n"
-        "bad = [p for p in opened if '/data/val/' in p]\nassert opened and not bad, bad[:3]\nprint('clean', len(opened))"
+        "bad = [p for p in opened if '/data/val/' in p]\n"
+        "assert opened and not bad, bad[:3]\n"
+        "print('clean', len(opened))"
     )
     shutil.copytree(
         root, tmp_path / "run", symlinks=True, ignore=shutil.ignore_patterns("artifacts", "stages", "yolo_data", "tb")

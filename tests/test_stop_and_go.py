@@ -57,7 +57,10 @@ def learner(folder, source=None, balanced=False, n=60, **loader):
     cfg = load_config(
         "smoke",
         [
-            "train.classification={epochs: 3, lr: 0.01, grad_accum_steps: 4, amp: false, ema: {enabled: true, decay: 0.8}, saving: {every_steps: 1}}"
+            (
+                "train.classification={epochs: 3, lr: 0.01, grad_accum_steps: 4, amp: false, ema: {enabled: true, "
+                "decay: 0.8}, saving: {every_steps: 1}}"
+            )
         ],
     )
     rows = table(n)
@@ -180,7 +183,10 @@ def test_the_total_may_grow_and_nothing_else_may_change(straight, tmp_path):
             load_config(
                 "smoke",
                 [
-                    "train.classification={epochs: 3, lr: 0.01, grad_accum_steps: 4, amp: false, ema: {enabled: true, decay: 0.8}, saving: {every_steps: 1}}",
+                    (
+                        "train.classification={epochs: 3, lr: 0.01, grad_accum_steps: 4, amp: false, ema: {enabled: "
+                        "true, decay: 0.8}, saving: {every_steps: 1}}"
+                    ),
                     *over,
                 ],
             ),
@@ -211,7 +217,10 @@ def command(root, *before):
     code = "; ".join(
         [
             *before,
-            f"from pillsnap.training.classifier import ClassifierJob; ClassifierJob(run_dir={str(root)!r}, config='smoke', overrides={SET!r}, epochs={EPOCHS}).run()",
+            (
+                "from pillsnap.training.classifier import ClassifierJob; "
+                f"ClassifierJob(run_dir={str(root)!r}, config='smoke', overrides={SET!r}, epochs={EPOCHS}).run()"
+            ),
         ]
     )
     return [sys.executable, "-c", code]
@@ -232,7 +241,10 @@ def test_killed_and_asked_to_stop_in_mid_epoch_and_still_the_same(delivery, tmp_
     root = split_folder(tmp_path / "run", delivery)
     last, env = root / "checkpoints" / "classifier" / "last.pt", {**os.environ, "OMP_NUM_THREADS": "1"}
     # a signal must not come after the end
-    slowly = "import time; from pillsnap.training.callbacks import StepLog; one = StepLog.after_batch; StepLog.after_batch = lambda self: (time.sleep(.1), one(self))[1]"
+    slowly = (
+        "import time; from pillsnap.training.callbacks import StepLog; one = StepLog.after_batch; "
+        "StepLog.after_batch = lambda self: (time.sleep(.1), one(self))[1]"
+    )
 
     def at(c):
         return (c["epoch"], c["position"]["batch"])

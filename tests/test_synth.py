@@ -115,7 +115,7 @@ KEYS = [
 
 
 # ---- the drugs
-# -----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.spec("BX5")
@@ -172,7 +172,7 @@ def test_twins_differ_in_their_imprint_only():
 
 
 # ---- the tree
-# ------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.spec("BX5")
@@ -302,7 +302,10 @@ def test_archives_hold_the_same_files(tiny, tmp_path):
 @pytest.mark.spec("BX5", "RS1")
 def test_killed_rendering_is_gone_on_with(tmp_path):
     spec = dict(drugs=3, photos=14, combos=1, seed=1, width=195, height=256)
-    code = f"from pillsnap.synth.writer import write_delivery\nif __name__ == '__main__': write_delivery({str(tmp_path / 'k')!r}, **{spec!r}, progress=False, workers=2)"
+    code = (
+        "from pillsnap.synth.writer import write_delivery\n"
+        f"if __name__ == '__main__': write_delivery({str(tmp_path / 'k')!r}, **{spec!r}, progress=False, workers=2)"
+    )
     script = tmp_path / "render.py"
     script.write_text(code)
     p = subprocess.Popen(
@@ -599,7 +602,7 @@ def test_border_and_file_size_say_nothing_about_the_drug():
 
 
 # ---- planted
-# -------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.spec("BX5", "BX1")

@@ -170,7 +170,12 @@ def test_two_pages_write_at_once_and_no_line_is_torn(tmp_path):
     import subprocess
     import sys
 
-    code = "import sys\nfrom pillsnap.dataset.overlay import Decision, Overlay\no = Overlay(sys.argv[1])\nfor i in range(60): o.add(Decision(f'{sys.argv[2]}{i}.png', 'K-1', 'drop', why='왜'*300))"
+    code = (
+        "import sys\n"
+        "from pillsnap.dataset.overlay import Decision, Overlay\n"
+        "o = Overlay(sys.argv[1])\n"
+        "for i in range(60): o.add(Decision(f'{sys.argv[2]}{i}.png', 'K-1', 'drop', why='왜'*300))"
+    )
     both = [
         subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "o.jsonl"), name], env=os.environ) for name in "ab"
     ]

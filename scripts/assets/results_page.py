@@ -129,8 +129,10 @@ def sections(run: Path) -> dict[str, str]:
 def introduction(card: Mapping[str, Any]) -> str:
     "Where the figures come from, and what they are not."
     text = (
-        "Every figure and every picture on this page comes from the reports of one run. `python scripts/assets/results_page.py RUN` makes the page; "
-        "nothing on it is typed by hand. The notebooks of the jobs show smoke runs instead, whose models are hardly trained."
+        "Every figure and every picture on this page comes from the reports of one run. `python "
+        "scripts/assets/results_page.py RUN` makes the page; "
+        "nothing on it is typed by hand. The notebooks of the jobs show smoke runs instead, whose models are hardly "
+        "trained."
     )
     if card["data"] != "aihub":
         text += (

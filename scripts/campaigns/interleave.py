@@ -79,7 +79,8 @@ def main() -> None:
 
     ratio = statistics.median(r["interleaved"]["seconds"] / r["sequential"]["seconds"] for r in rounds)
     print(
-        f"in turn / one after the other: {ratio:.2f}; waiting {mid('sequential', 'waiting'):.0%} -> {mid('interleaved', 'waiting'):.0%}"
+        f"in turn / one after the other: {ratio:.2f}; "
+        f"waiting {mid('sequential', 'waiting'):.0%} -> {mid('interleaved', 'waiting'):.0%}"
     )
     save(
         dict(

@@ -103,7 +103,10 @@ MUTATIONS: list[Mutation] = [
     Mutation(
         "exact search in TF32",
         "pillsnap/models/neighbours.py",
-        "    with full_fp32():\n        got = [(q @ gallery.T).topk(min(k, len(gallery)), dim=1) for q in queries.split(block)]",
+        (
+            "    with full_fp32():\n"
+            "        got = [(q @ gallery.T).topk(min(k, len(gallery)), dim=1) for q in queries.split(block)]"
+        ),
         "    got = [(q @ gallery.T).topk(min(k, len(gallery)), dim=1) for q in queries.split(block)]",
         "tests/test_gpu_path.py::test_vectors_and_their_search_do_not_use_tf32",
     ),
@@ -243,15 +246,39 @@ MUTATIONS: list[Mutation] = [
     Mutation(
         "no oom points in TensorBoard",
         "pillsnap/training/memory.py",
-        '            f"out of memory: epoch {self.learn.epoch + 1}, batch {i + 1}: {act.state} {act.name}, {act.why} ({act.retries} of {self.policy.max_retries} retries; {said})",\n            self.tb,\n        )\n        if self.tb:',
-        '            f"out of memory: epoch {self.learn.epoch + 1}, batch {i + 1}: {act.state} {act.name}, {act.why} ({act.retries} of {self.policy.max_retries} retries; {said})",\n            self.tb,\n        )\n        if False:',
+        (
+            '            f"out of memory: epoch {self.learn.epoch + 1}, batch {i + 1}: {act.state} {act.name}, '
+            '{act.why} ({act.retries} of {self.policy.max_retries} retries; {said})",\n'
+            "            self.tb,\n"
+            "        )\n"
+            "        if self.tb:"
+        ),
+        (
+            '            f"out of memory: epoch {self.learn.epoch + 1}, batch {i + 1}: {act.state} {act.name}, '
+            '{act.why} ({act.retries} of {self.policy.max_retries} retries; {said})",\n'
+            "            self.tb,\n"
+            "        )\n"
+            "        if False:"
+        ),
         "tests/test_gpu_engine.py::test_each_error_waits_and_is_a_point",
     ),
     Mutation(
         "no memory warning in TensorBoard",
         "pillsnap/training/memory.py",
-        '            f"memory: {s:.0%} of the GPU\'s is in use before epoch {self.epoch + 1}; above 80 % the next larger photo may not fit",\n            self.tb,\n        )\n        if self.tb:',
-        '            f"memory: {s:.0%} of the GPU\'s is in use before epoch {self.epoch + 1}; above 80 % the next larger photo may not fit",\n            self.tb,\n        )\n        if False:',
+        (
+            "            f\"memory: {s:.0%} of the GPU's is in use before epoch {self.epoch + 1}; "
+            'above 80 % the next larger photo may not fit",\n'
+            "            self.tb,\n"
+            "        )\n"
+            "        if self.tb:"
+        ),
+        (
+            "            f\"memory: {s:.0%} of the GPU's is in use before epoch {self.epoch + 1}; "
+            'above 80 % the next larger photo may not fit",\n'
+            "            self.tb,\n"
+            "        )\n"
+            "        if False:"
+        ),
         "tests/test_gpu_engine.py::test_four_fifths_of_the_memory_is_a_warning_and_a_point",
     ),
     Mutation(
@@ -404,8 +431,18 @@ MUTATIONS: list[Mutation] = [
     Mutation(
         "the imbalance has a floor under its clock",
         "pillsnap/evaluation/evaluation.py",
-        '        "class_imbalance_ratio",\n        float(n.max() / n.min()) if len(n) else None,\n        len(n),\n        time.perf_counter() - t0,\n        note="train singles",\n        kind="computed",',
-        '        "class_imbalance_ratio", float(n.max() / n.min()) if len(n) else None, len(n), 1e-3, note="train singles"',
+        (
+            '        "class_imbalance_ratio",\n'
+            "        float(n.max() / n.min()) if len(n) else None,\n"
+            "        len(n),\n"
+            "        time.perf_counter() - t0,\n"
+            '        note="train singles",\n'
+            '        kind="computed",'
+        ),
+        (
+            '        "class_imbalance_ratio", float(n.max() / n.min()) if len(n) else None, len(n), 1e-3, note="train '
+            'singles"'
+        ),
         "tests/test_evaluation.py::test_the_imbalance_is_measured_whatever_the_number_of_drugs",
     ),
     Mutation(

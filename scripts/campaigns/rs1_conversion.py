@@ -21,7 +21,10 @@ from pillsnap.core.files import read_json
 from pillsnap.delivery.index import Index, read_manifest
 from pillsnap.synth.writer import write_delivery
 
-CODE = "import sys; from pillsnap.dataset.conversion import convert_delivery; print('begun', flush=True); convert_delivery(sys.argv[1], sys.argv[2])"
+CODE = (
+    "import sys; from pillsnap.dataset.conversion import convert_delivery; print('begun', flush=True); "
+    "convert_delivery(sys.argv[1], sys.argv[2])"
+)
 TIMES = {"created", "created_at", "seconds", "digest"}
 
 

@@ -29,7 +29,10 @@ from harness import arguments, finish, machine, save  # noqa: E402
 from pillsnap.core.errors import PillsnapError
 from pillsnap.photos.pack import Pack, build_pack
 
-CHILD = "import sys, pandas as pd; from pillsnap.photos.pack import build_pack; import joblib; print('go', flush=True); build_pack(pd.read_json(sys.argv[1]), sys.argv[2], sys.argv[3], workers=2, progress=False)"
+CHILD = (
+    "import sys, pandas as pd; from pillsnap.photos.pack import build_pack; import joblib; print('go', flush=True); "
+    "build_pack(pd.read_json(sys.argv[1]), sys.argv[2], sys.argv[3], workers=2, progress=False)"
+)
 
 
 def photos(folder: Path, n: int) -> pd.DataFrame:
@@ -112,7 +115,8 @@ def main() -> None:
     live = [t for t in trials if not t["too_late"]]
     bad = [t for t in trials if t["half_written"] or t["opened_too_early"] or not t["same"] or not t["sound"]]
     print(
-        f"RS1 packing: {len(live)} kills in {span:.1f} s of work, after {sorted(t['shards_whole'] for t in live)} whole shards of {sum(n.endswith('.bin') for n in want)}; {len(bad)} ended otherwise than undisturbed"
+        f"RS1 packing: {len(live)} kills in {span:.1f} s of work, after {sorted(t['shards_whole'] for t in live)} "
+        f"whole shards of {sum(n.endswith('.bin') for n in want)}; {len(bad)} ended otherwise than undisturbed"
     )
     if not a.quick:
         save(

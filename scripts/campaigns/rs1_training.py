@@ -46,7 +46,10 @@ DATA = (
 TRAIN = (
     *DATA,
     "train.num_threads=1",
-    "train.classification={batch_size: 8, grad_accum_steps: 2, ema: {enabled: true, decay: 0.8}, saving: {every_steps: 1, keep_best: 2}}",
+    (
+        "train.classification={batch_size: 8, grad_accum_steps: 2, ema: {enabled: true, decay: 0.8}, saving: "
+        "{every_steps: 1, keep_best: 2}}"
+    ),
 )
 FORK = multiprocessing.get_context("fork")
 

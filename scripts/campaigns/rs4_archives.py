@@ -354,7 +354,8 @@ def main() -> None:
         print(f"{n:5} × {line}")
     refused = sum(end == "refused" for _, end in got)
     print(
-        f"RS4: {len(got):,} archives of {len({k for k, _ in got})} kinds, {refused:,} refused in words, {len(bad)} that ended otherwise than they must"
+        f"RS4: {len(got):,} archives of {len({k for k, _ in got})} kinds, {refused:,} refused in words, "
+        f"{len(bad)} that ended otherwise than they must"
     )
     if not a.quick:
         save(

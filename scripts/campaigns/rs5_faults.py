@@ -171,7 +171,8 @@ def main() -> None:
     for line, n in sorted(ends.items()):
         print(f"{n:4} × {line}")
     print(
-        f"RS5: {len(got)} faults, {sum(t['end'] == 'error in words' for t in got)} told in words, {len(bad)} that ended otherwise than they must"
+        f"RS5: {len(got)} faults, {sum(t['end'] == 'error in words' for t in got)} told in words, {len(bad)} that "
+        "ended otherwise than they must"
     )
     if not a.quick:
         save(
