@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEAST_EPOCHS', 'STABLE_HOURS', 'BATCHES', 'BEFORE', 'EVALUATION', 'learning_trend', 'overfits', 'detector_trends',
-           'absent', 'training_records', 'long_run_record', 'service_records', 'training_corruption',
+           'not_measured', 'training_records', 'long_run_record', 'service_records', 'training_corruption',
            'data_loading_record', 'first_views', 'batch_records', 'not_applicable', 'jobs_before', 'tensorboard_checks',
            'full_dataset_check', 'mandatory_checks', 'declared_checks', 'declare_check', 'ended_in_nan',
            'unreadable_share', 'advisor_facts']
@@ -13,7 +13,7 @@ __all__ = ['LEAST_EPOCHS', 'STABLE_HOURS', 'BATCHES', 'BEFORE', 'EVALUATION', 'l
 import os
 import time
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -82,12 +82,12 @@ LEAST_EPOCHS = 5  # epochs below which a variance or a peak says nothing
 STABLE_HOURS = 12  # what the third stage asks of a long run
 
 
-def absent(
+def not_measured(
     prov: Provenance,  # data and class map
     name: str,  # the figure
-    why: str,  # why it could not be had
+    why: str,  # why it could not be measured
 ) -> Metric:
-    "A figure that is not there, with its reason."
+    "A record without a value: n = 0 and the reason."
     return prov.metric(name, None, 0, None, note=why)
 
 
@@ -119,7 +119,7 @@ def training_records(
     return {
         "batch_size": rec("batch_size", batch, n, "photos per step, at the end")
         if batch
-        else absent(prov, "batch_size", "the training's history does not hold it"),
+        else not_measured(prov, "batch_size", "the training's history does not hold it"),
         "convergence_stability": rec(
             "convergence_stability",
             float(np.var(late)),
@@ -127,15 +127,15 @@ def training_records(
             "variance of the training loss over the last epochs",
         )
         if n >= LEAST_EPOCHS
-        else absent(prov, "convergence_stability", few),
+        else not_measured(prov, "convergence_stability", few),
         "memory_efficiency": rec(
             "memory_efficiency", max(mb) / float(np.mean(mb)), len(mb), "peak over mean of the process's memory"
         )
         if len(mb) >= LEAST_EPOCHS
-        else absent(prov, "memory_efficiency", few),
+        else not_measured(prov, "memory_efficiency", few),
         "gpu_memory_gb": rec("gpu_memory_gb", max(gpu) / 1e3, len(gpu), "peak while training")
         if gpu
-        else absent(prov, "gpu_memory_gb", "the training used no GPU"),
+        else not_measured(prov, "gpu_memory_gb", "the training used no GPU"),
     }
 
 # %% ../../nbs/evaluation/755_checks.ipynb #a3ddd6ab
@@ -147,9 +147,9 @@ def long_run_record(
     "The hours over which memory stayed flat; NOT_MEASURED below twelve."
     hours = sum(r.get("seconds") or 0 for r in _classifier_rows(history)) / 3600
     if hours < STABLE_HOURS:
-        return absent(prov, "memory_stable_hours", f"the training ran {hours:.1f} h, {STABLE_HOURS} are needed")
+        return not_measured(prov, "memory_stable_hours", f"the training ran {hours:.1f} h, {STABLE_HOURS} are needed")
     if not stable.measured:
-        return absent(prov, "memory_stable_hours", f"memory_stable: {stable.note}")
+        return not_measured(prov, "memory_stable_hours", f"memory_stable: {stable.note}")
     return prov.metric("memory_stable_hours", hours if stable.value else 0.0, stable.n, hours * 3600, note=stable.note)
 
 
@@ -158,7 +158,7 @@ def service_records(
 ) -> dict[str, Metric]:
     "The figures of a running service."
     return {
-        k: absent(prov, k, "this version runs no service; nothing was monitored")
+        k: not_measured(prov, k, "this version runs no service; nothing was monitored")
         for k in ("api_response_time", "api_uptime")
     }
 
@@ -220,7 +220,9 @@ def batch_records(
 ) -> dict[str, Metric]:  # multi_batch_size, batch_speedup
     "Are photos answered alike in a batch, and faster?"
     if not len(views):
-        return {k: absent(prov, k, "no single photo could be opened") for k in ("multi_batch_size", "batch_speedup")}
+        return {
+            k: not_measured(prov, k, "no single photo could be opened") for k in ("multi_batch_size", "batch_speedup")
+        }
     classifier.logits(views[:1])  # the first call warms up
     took, same, alone, t0 = {}, 0, None, time.perf_counter()
     for b in BATCHES:
@@ -245,7 +247,7 @@ def batch_records(
             note="time of a photo alone over its time in a batch of 32",
         )
         if BATCHES[-1] in took
-        else absent(prov, "batch_speedup", "a batch of 32 answers otherwise than its photos one by one"),
+        else not_measured(prov, "batch_speedup", "a batch of 32 answers otherwise than its photos one by one"),
     }
 
 # %% ../../nbs/evaluation/755_checks.ipynb #1749b850

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 
 # %% ../../nbs/evaluation/790_final.ipynb #47a7a37a
-from ..core.config import Config, active_features, load_config
+from ..core.config import active_features, load_config
 from ..core.errors import PillsnapError
 from ..core.files import FolderLock, read_json, save_json
 from ..core.jobs import RunFolder
 from ..core.records import Metric, Provenance
-from .evaluation import BUSINESS, nothing
+from .checks import not_measured
+from .evaluation import BUSINESS
 from pillsnap.evaluation.heldout import (
     HeldOut,
     OpeningRequest,
@@ -71,7 +72,9 @@ def unknown_drug_records(
 ) -> dict[str, Metric]:
     "The rows about AI Hub's Validation drugs, which this version does not measure."
     return {
-        k: nothing(prov, k, f"{what}: this version has no evaluation for it, and opens no photo of the Validation tree")
+        k: not_measured(
+            prov, k, f"{what}: this version has no evaluation for it, and opens no photo of the Validation tree"
+        )
         for k, what in UNKNOWN_DRUGS.items()
     }
 

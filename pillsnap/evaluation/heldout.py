@@ -11,7 +11,7 @@ __all__ = ['SEALED', 'check_held_out', 'sealed_rows', 'closed_set_photos', 'open
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,6 @@ from pillsnap.evaluation.evaluation import (
     box_records,
     combo_records,
     eval_photos,
-    nothing,
     save_predictions,
     score_boxes,
     score_singles,

@@ -389,8 +389,8 @@ MUTATIONS: list[Mutation] = [
     Mutation(
         "the gate forgives an evaluation set that touches training",
         "pillsnap/evaluation/gates.py",
-        "            lambda v: v == 0,",
-        "            lambda v: v >= 0,",
+        "lambda v: v == 0, Reason.LEAK",
+        "lambda v: v >= 0, Reason.LEAK",
         "tests/test_gates.py::test_one_photo_of_training_and_nothing_was_measured",
     ),
     Mutation(
