@@ -1400,8 +1400,8 @@ class ConversionJob(Job):
 # %% ../../nbs/dataset/400_conversion.ipynb #06d30238
 @patch(cls_method=True)
 def check_inputs(
-    cls: ConversionJob,  # noqa: ARG001 - a class method
-    root: str | os.PathLike,  # noqa: ARG001 - the run folder; it need not exist
+    cls: ConversionJob,  # noqa: ARG001
+    root: str | os.PathLike,  # the run folder; it need not exist  # noqa: ARG001
     cfg: Config,  # paths.root, data.source
 ) -> None:  # raises PillsnapError
     "Check that the delivery exists, unless it is to be rendered."
