@@ -288,7 +288,7 @@ def patiently(src, m, **k) -> dict:
     "The same photo, with the quick decoders switched off."
 
     def no(*a):
-        raise I._NotPlain
+        raise I._NotPlainError
 
     with m.context() as c:
         c.setattr(I, "_by_fast", no)
