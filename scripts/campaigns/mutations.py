@@ -96,8 +96,8 @@ MUTATIONS: list[Mutation] = [
     Mutation(
         "validation in TF32",
         "pillsnap/training/callbacks.py",
-        "        with full_fp32():\n            self._validate_views(ds_idx, dl)  # TF32 is training's",
-        "        self._validate_views(ds_idx, dl)  # TF32 is training's",
+        "        with full_fp32():\n            self._validate_views(ds_idx, dl)  # TF32 is for training only",
+        "        self._validate_views(ds_idx, dl)  # TF32 is for training only",
         "tests/test_gpu_path.py::test_training_may_use_tf32_and_validation_does_not",
     ),
     Mutation(
