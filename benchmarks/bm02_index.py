@@ -25,9 +25,9 @@ def naive(labels: Path, out: Path) -> int:
         with open(path, encoding="utf-8") as f:
             record = json.load(f)
         image, (x, y, w, h) = record["images"][0], record["annotations"][0]["bbox"]
-        W, H = image["width"], image["height"]
+        width, height = image["width"], image["height"]
         with open(out / (os.path.splitext(image["file_name"])[0] + ".txt"), "a", encoding="utf-8") as f:
-            f.write(f"0 {(x + w / 2) / W:.6f} {(y + h / 2) / H:.6f} {w / W:.6f} {h / H:.6f}\n")
+            f.write(f"0 {(x + w / 2) / width:.6f} {(y + h / 2) / height:.6f} {w / width:.6f} {h / height:.6f}\n")
         n += 1
     return n
 

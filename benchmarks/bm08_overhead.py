@@ -20,7 +20,7 @@ if __name__ == "__main__":
     class Ready(Source):
         "A picture that is in memory: nothing is left but the loader."
 
-        def view(self, photo, view, out, window=None, flip=False):
+        def view(self, _photo, _view, out, _window=None, _flip=False):
             np.copyto(out, picture)
 
     class Bytes(torch.utils.data.Dataset):

@@ -105,8 +105,8 @@ def main() -> None:
         missed += compare(
             f"BM9_speed_{fmt.lower()}",
             f"one thread, {fmt} in memory to 384 pixels",
-            {"fast": lambda: [fast(b, 384) for b in files[fmt]] and None},
-            {"Pillow, in full": lambda: [careful(b, 384) for b in files[fmt]] and None},
+            {"fast": lambda fmt=fmt: [fast(b, 384) for b in files[fmt]] and None},
+            {"Pillow, in full": lambda fmt=fmt: [careful(b, 384) for b in files[fmt]] and None},
             len(raw),
             a.repeats,
             note="not required; what the above buys",

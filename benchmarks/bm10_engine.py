@@ -34,7 +34,7 @@ class Points:
     def __init__(self) -> None:
         self.seen: dict[str, list[float]] = {}
 
-    def add_scalars(self, values: dict[str, float], step: int) -> None:
+    def add_scalars(self, values: dict[str, float], _step: int) -> None:
         for k, v in values.items():
             self.seen.setdefault(k, []).append(v)
 

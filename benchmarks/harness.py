@@ -27,6 +27,7 @@ only to replace what is published |
 """
 
 import argparse
+import contextlib
 import gc
 import importlib
 import importlib.metadata
@@ -133,10 +134,8 @@ def machine() -> dict[str, Any]:
     "Hardware and versions, as a reader needs them to judge a ratio."
     versions = {}
     for name in VERSIONS:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = platform.python_version() if name == "python" else importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            pass
     cpu = next(
         (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
         platform.processor(),
@@ -196,10 +195,8 @@ def _settle(most: float = 15.0) -> None:
     def used() -> float:
         total = 0.0
         for p in (me := psutil.Process(), *me.children(recursive=True)):
-            try:
+            with contextlib.suppress(psutil.Error):  # it has just ended
                 total += sum(p.cpu_times()[:2])
-            except psutil.Error:  # it has just ended
-                pass
         return total
 
     end = time.monotonic() + most
@@ -230,7 +227,7 @@ def _in_parts(live: list[_Row], n: int, parts: int) -> list[float]:
     return [n / max(s, 1e-9) for s in seconds]
 
 
-def compare(
+def compare(  # noqa: PLR0913 - what one benchmark states, each part by its name
     id: str,  # "BM1"
     what: str,  # one line: what is done
     ours: Mapping[str, Callable[[], float | None]],  # the first is judged

@@ -203,7 +203,7 @@ def test_the_table_of_annex_3(shares):
 @pytest.mark.spec("SG6")
 def test_options_are_the_contracts():
     def labels(f):
-        return [l for _, l in evaluate_and_recommend(0, f).user_options]
+        return [label for _, label in evaluate_and_recommend(0, f).user_options]
 
     def f(s):
         return Facts(

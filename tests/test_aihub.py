@@ -633,7 +633,7 @@ def test_the_delivery_is_found_or_its_absence_explained(tmp_path):
 class KoreanInfo(zipfile.ZipInfo):
     "An entry whose name is CP949 and does not say so."
 
-    def _encodeFilenameFlags(self):
+    def _encodeFilenameFlags(self):  # noqa: N802 - name given by the library
         return self.filename.encode("cp949"), self.flag_bits & ~0x800
 
 

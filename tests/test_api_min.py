@@ -95,7 +95,9 @@ logits = st.lists(st.floats(-8, 8), min_size=6, max_size=6)
     conf=st.floats(0, 1),
     temperature=st.floats(0.3, 5),
 )
-def test_mode_is_what_was_asked(photo, mode, found, scores, count, conf, temperature):
+def test_mode_is_what_was_asked(  # noqa: PLR0913 - hypothesis gives each by its name
+    photo, mode, found, scores, count, conf, temperature
+):
     "However many pills a photo hints at and however unsure the classifier is."
     det = FixedDetector(found)
     a = predict_pipeline(

@@ -148,7 +148,9 @@ def parsed(argv: list[str], monkeypatch, capsys) -> dict:
 
     seen = {}
 
-    def pipeline(stages, config, overrides, run_dir=None, only=None, start=None, force=False, fresh=False, params=None):
+    def pipeline(  # noqa: PLR0913 - stands in for run_pipeline
+        stages, config, overrides, run_dir=None, only=None, start=None, force=False, fresh=False, params=None
+    ):
         given = load_config(config, [*overrides, *([f"paths.exp_dir={json.dumps(str(run_dir))}"] if run_dir else [])])
         for stage in select_jobs(stages, only, start):
             check_parameters(stage.path, params or {})

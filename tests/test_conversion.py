@@ -60,7 +60,9 @@ def label_of(root, codes, stem, k, archive=None):
     return Path(root) / "data/train/labels" / sub / f"{group}_json" / ("" if len(codes) == 1 else k) / f"{stem}.json"
 
 
-def add(root, codes, lo=0, la=70, boxes=BOXES, labelled=None, paint_it=True, back=2, **image):
+def add(  # noqa: PLR0913 - each part of a photo by its name
+    root, codes, lo=0, la=70, boxes=BOXES, labelled=None, paint_it=True, back=2, **image
+):
     "A photo and its records; returns its name."
     stem = f"K-{'-'.join(c[2:] for c in codes)}_0_{back}_0_2_{la}_{lo:03d}_200"
     for k, b in zip(codes if labelled is None else labelled, boxes):
@@ -149,7 +151,7 @@ def test_records_of_one_photo_are_merged_and_labels_are_normalised(tmp_path):
     add(root, [A])
     y = convert_coco_to_yolo(root / "data/train/labels", tmp_path / "out")
     lines = (y.parent / f"labels/train/{stem}.txt").read_text().splitlines()
-    got = np.array([l.split() for l in lines], float)
+    got = np.array([line.split() for line in lines], float)
     want = [[0, (x + w / 2) / 96, (v + h / 2) / 120, w / 96, h / 120] for x, v, w, h in BOXES]
     assert np.allclose(sorted(got.tolist()), sorted(want), atol=1e-6)
     assert len(list((y.parent / "labels/train").iterdir())) == 2, "one text file per photo"
@@ -317,7 +319,7 @@ def test_an_edi_code_of_two_drugs_is_remarked(tmp_path):
 @pytest.mark.spec("DM9", "BX4")
 def test_every_planted_fault_lands_in_its_own_bucket(tmp_path):
     root = tmp_path / "d"
-    I = root / "data/train/images"
+    images = root / "data/train/images"
     add(root, [A])
     add(root, [B])
     add(root, [A, B])
@@ -350,10 +352,10 @@ def test_every_planted_fault_lands_in_its_own_bucket(tmp_path):
     p.write_bytes(raw)
     s = add(root, [D], 200)
     label_of(root, [D], s, D).write_text("{")
-    (I / "gone.png").symlink_to("nowhere")
-    (I / "notes.txt").write_text("x")
-    (I / "K-1_index.png").write_text("x")
-    (I / "._x.png").write_text("x")
+    (images / "gone.png").symlink_to("nowhere")
+    (images / "notes.txt").write_text("x")
+    (images / "K-1_index.png").write_text("x")
+    (images / "._x.png").write_text("x")
     s = add(root, [D], 180)
     paint(photo_of(root, [D], s, "TS_2_single"), "other")  # the name again, in another archive
     c = convert_delivery(root, tmp_path / "run")

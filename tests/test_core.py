@@ -523,7 +523,7 @@ def test_a_decision_is_one_line_and_one_tag(tmp_path, logger):
     log_decision(log, "workers: 2,\nbecause there are   2 CPUs", tb, step=3)
     log_decision(log, "anything else", tb, tag="decisions/own")
     tb.close()
-    lines = [l.split(" INFO ")[1] for l in path.read_text(encoding="utf-8").splitlines()]
+    lines = [line.split(" INFO ")[1] for line in path.read_text(encoding="utf-8").splitlines()]
     assert lines == ["workers: 2, because there are 2 CPUs", "anything else"]
     seen = events(tmp_path / "tb")
     assert {t.split("/text_summary")[0] for t in seen.Tags()["tensors"]} == {"decisions/workers", "decisions/own"}
@@ -934,9 +934,9 @@ def test_what_could_not_be_read_again_is_not_written(tmp_path):
             write(fresh(), path, history=bad)
         assert e.value.where == f"history.{next(iter(bad))}"
     assert path.read_bytes() == before and partials(tmp_path) == []
-    Metric_ = Enum("Metric_", {"F1": "macro_f1"}, type=str)
+    metrics = Enum("Metric_", {"F1": "macro_f1"}, type=str)
     odd = dict(
-        i=Metric_.F1,
+        i=metrics.F1,
         j=np.array(["K-1", "K-2"]),
         a=np.float32(1),
         b=np.arange(2),

@@ -296,7 +296,7 @@ def test_4_whoever_does_the_work_delivers_the_same(stage, cfg):
     loaders = [L.PhotoLoader(d, 8, EpochSampler(d, 1), **kw) for d, kw in ways]
     epochs = []
     for _ in range(2):
-        ((first, *others),) = [[list(l) for l in loaders]]
+        ((first, *others),) = [[list(loader) for loader in loaders]]
         for other in others:
             for (x, y, m), (x2, y2, m2) in zip(first, other, strict=True):
                 assert m == m2 and torch.equal(x, x2) and torch.equal(y, y2)
@@ -315,8 +315,8 @@ def test_4_a_position_in_mid_epoch_is_kept_exactly(stage, cfg, engine):
     def new(**kw):
         return L.PhotoLoader(d, 16, EpochSampler(d, 5, weights), **kw)
 
-    l = new()
-    straight = [x for _ in range(2) for x, *_ in l]
+    loader = new()
+    straight = [x for _ in range(2) for x, *_ in loader]
     n = len(new())
     assert n >= 4
     for stop in [1, n] if engine == "processes" else range(1, n + 1):
@@ -352,8 +352,8 @@ def test_4_a_photo_that_is_drawn_twice_looks_different(stage, cfg, singles):
 def test_4_a_batch_of_broken_photos_stops_nobody(stage, cfg, tmp_path, workers, caplog):
     rows = stage.train[stage.train["kind"] == "single"].head(9)
     rows = rows.assign(path=[p if k not in (0, 3, 4, 5) else f"gone{k}.png" for k, p in enumerate(rows["path"])])
-    l = L.PhotoLoader(D.PillsnapClsDataset(rows, stage.class_map, stage.root, 64), 3, num_workers=workers)
-    got = list(l)
+    loader = L.PhotoLoader(D.PillsnapClsDataset(rows, stage.class_map, stage.root, 64), 3, num_workers=workers)
+    got = list(loader)
     assert [len(y) for _, y, _ in got] == [2, 3] and all(len(x) == len(y) == len(m["paths"]) for x, y, m in got)
     assert [[s["path"] for s in m["skipped"]] for *_, m in got] == [
         ["gone0.png"],
@@ -373,6 +373,7 @@ class Numbered(D.Source):
         if n in self.gone:
             return {"_skip": True, "error": "gone", "stage": "open"}
         out[:] = n
+        return None
 
 
 @pytest.mark.spec("TL4", "BX10")
@@ -387,7 +388,9 @@ class Numbered(D.Source):
     train=st.booleans(),
     data=st.data(),
 )
-def test_4_skips_keep_training_batches_full_and_the_position_exact(n, batch, drop, gone, seed, workers, train, data):
+def test_4_skips_keep_training_batches_full_and_the_position_exact(  # noqa: PLR0913 - hypothesis gives each by its name
+    n, batch, drop, gone, seed, workers, train, data
+):
     """Training: the photos that open, in the epoch's order, `batch` at a time. Validation: as cut. Both: a stop
     after any batch and another loader give the rest, and each skip is told once."""
     rows = pd.DataFrame({"path": [str(i) for i in range(n)], "class_key": "K-000059"})
@@ -568,7 +571,7 @@ def test_4_resume_gives_the_same_epoch(stage, cfg):
     straight = list(train_dl)
     fresh, _, _ = L.build_classification_loaders(stage, cfg)
     fresh.sampler.set_epoch(3)
-    for (x, y, m), (x2, y2, m2) in zip(straight, list(fresh)):
+    for (x, _, m), (x2, _, m2) in zip(straight, list(fresh)):
         assert m == m2 and torch.equal(x, x2)
 
 

@@ -319,14 +319,14 @@ def test_everything_else_lives_without_ultralytics():
         sys.meta_path.insert(0, Blocked())
         import pillsnap
         from pillsnap.core.errors import PillsnapError
-        names = [m.name for m in pkgutil.walk_packages(pillsnap.__path__, \
-"pillsnap.") if not m.name.endswith("__main__")]
+        names = [m.name for m in pkgutil.walk_packages(pillsnap.__path__, "pillsnap.") \
+if not m.name.endswith("__main__")]
         for n in names: importlib.import_module(n)
         from pillsnap.models.yolo import build_yolo_model
         build_yolo_model("11n", lazy_load=True)
         try: build_yolo_model("11n")
-        except PillsnapError as e: print(len(names), "pip install" in str(e), "single mode" in str(e), \
-"ultralytics" in sys.modules)
+        except PillsnapError as e: \
+print(len(names), "pip install" in str(e), "single mode" in str(e), "ultralytics" in sys.modules)
     """)
     r = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}

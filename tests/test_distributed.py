@@ -167,8 +167,8 @@ when it is saved."
         order, run_valid = 99, False
         def __init__(self, rank): self.rank = rank
         def after_pred(self):
-            with open(f"{run}/seen.jsonl", "a") as f: print(json.dumps([self.epoch, self.iter, \
-self.learn.meta["paths"]]), file=f)
+            with open(f"{run}/seen.jsonl", "a") as f: \
+print(json.dumps([self.epoch, self.iter, self.learn.meta["paths"]]), file=f)
         def after_batch(self):
             if [self.epoch, self.iter] == stop and not self.rank: os.kill(os.getpid(), 9)
 
@@ -240,7 +240,7 @@ def test_another_number_of_processes_goes_on(killed, tmp_path, world):
     for part in ("model_state", "ema_state"):
         for k, v in a[part].items():
             torch.testing.assert_close(
-                b[part][k], v, rtol=1e-4, atol=1e-3 * float(moved), msg=lambda m: f"{part} {k}: {m}"
+                b[part][k], v, rtol=1e-4, atol=1e-3 * float(moved), msg=lambda m, part=part, k=k: f"{part} {k}: {m}"
             )
     one, other = (read_json(f / "reports" / "metrics.json")["history"] for f in (killed / "straight", run))
     assert [r["train_loss"] for r in other] == pytest.approx([r["train_loss"] for r in one], rel=1e-4)

@@ -38,8 +38,8 @@ HOOK = """
 import json, os, sys
 opened = []
 def watch(event, args):
-    if event in ("open", "os.listdir", "os.scandir") and args and isinstance(args[0], (str, bytes, \
-os.PathLike)): opened.append((event, os.fsdecode(args[0])))
+    if event in ("open", "os.listdir", "os.scandir") and args and isinstance(args[0], (str, bytes, os.PathLike)): \
+opened.append((event, os.fsdecode(args[0])))
 sys.addaudithook(watch)
 from pillsnap.evaluation.evaluation import EvaluationJob
 res = EvaluationJob(run_dir=sys.argv[1], config="smoke", overrides=json.loads(sys.argv[2])).run()
@@ -64,8 +64,13 @@ def made(tmp_path_factory, delivery):
         env={**os.environ, "PYTHONPATH": str(ROOT), "YOLO_CONFIG_DIR": str(root.parent)},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    report = json.loads(next(l for l in done.stdout.splitlines() if l.startswith("REPORT"))[7:])
+    report = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("REPORT"))[7:])
     return root, report
+
+
+def json_lines(path):
+    with open(path) as f:
+        return [json.loads(line) for line in f]
 
 
 @pytest.fixture
@@ -122,7 +127,7 @@ def test_figures_can_be_reckoned_again_from_the_predictions(made):
     assert m["top5"].value == pytest.approx((t["rank"] <= 5).mean()) and m["accuracy_crop"].value == pytest.approx(
         (t.true == t.answered_crop).mean()
     )
-    rows = [json.loads(l) for l in open(root / "reports/predictions_boxes.jsonl")]
+    rows = json_lines(root / "reports/predictions_boxes.jsonl")
     assert {r["part"] for r in rows} == {"val", "clean"} and {
         s.path for s in E.eval_photos(E.load_split_data(root, 0)) if s.part != "calib"
     } == {r["path"] for r in rows}
@@ -131,7 +136,7 @@ def test_figures_can_be_reckoned_again_from_the_predictions(made):
         [(np.array(r["boxes"]), np.array(r["confidence"])) for r in rows], [np.array(r["truth"]) for r in rows]
     )
     assert m["detection_map50"].value == pytest.approx(ap["mAP@0.5"], abs=1e-3) and m["detection_map50"].n == len(rows)
-    combos = [json.loads(l) for l in open(root / "reports/predictions_combo.jsonl")]
+    combos = json_lines(root / "reports/predictions_combo.jsonl")
     assert len(combos) == doc["photos"]["combos"] and all(
         c["mode_used"] == c["mode_requested"] == "combo" for c in combos
     )
@@ -186,12 +191,12 @@ def test_the_scorecard_holds_both_columns_and_the_label(made):
 def test_the_badge_is_a_remark_and_the_mode_stays(made):
     root, _ = made
     doc, m, _ = E.read_evaluation(root)
-    lines = [json.loads(l) for l in open(root / "hard_cases/single.jsonl")]
+    lines = json_lines(root / "hard_cases/single.jsonl")
     assert len(lines) == doc["badges"] > 0 and all(
-        l["mode_used"] == l["mode_requested"] == "single"
-        and l["badge"] == "combo 권장"
-        and l["single_confidence"] < 0.3
-        for l in lines
+        line["mode_used"] == line["mode_requested"] == "single"
+        and line["badge"] == "combo 권장"
+        and line["single_confidence"] < 0.3
+        for line in lines
     )
     assert m["mode_kept"].value == 1.0 and "combo 권장" in (root / "logs/pillsnap.evaluation.log").read_text(
         encoding="utf-8"
@@ -225,8 +230,8 @@ def test_what_is_scored_is_the_evaluation_set_and_nothing_of_training(made):
     "Exactly the pool; no path, capture group or near-duplicate of training; no group gives two kinds of figures."
     root, _ = made
     data, every = load_split_data(root, 0), pd.read_csv(root / "reports/predictions_single.csv")
-    combos = [json.loads(l) for l in open(root / "reports/predictions_combo.jsonl")]
-    boxes = [json.loads(l) for l in open(root / "reports/predictions_boxes.jsonl")]
+    combos = json_lines(root / "reports/predictions_combo.jsonl")
+    boxes = json_lines(root / "reports/predictions_boxes.jsonl")
     pool = data.pool.drop_duplicates("path").set_index("path")
     scored = {**dict(zip(every.path, every.part)), **{c["path"]: c["part"] for c in combos}}
     assert scored == pool["split"].to_dict() and set(scored.values()) == {"val", "calib", "clean"}
@@ -357,8 +362,10 @@ def test_the_mode_that_answered_is_what_is_reported(copy, monkeypatch):
     assert m["mode_kept"].n == singles + combos and m["mode_kept"].value == pytest.approx(
         (singles // 2 + combos) / (singles + combos)
     )
-    lines = [json.loads(l) for l in open(copy / "hard_cases/single.jsonl")]
-    assert {l["mode_used"] for l in lines} == {"single", "combo"} and {l["mode_requested"] for l in lines} == {"single"}
+    lines = json_lines(copy / "hard_cases/single.jsonl")
+    assert {line["mode_used"] for line in lines} == {"single", "combo"} and {
+        line["mode_requested"] for line in lines
+    } == {"single"}
     assert any(
         f"{m['mode_kept'].value:.2%} of {m['mode_kept'].n} photos" in t
         for t in read_json(copy / "reports/scorecard.json")["notes"]

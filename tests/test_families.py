@@ -203,12 +203,11 @@ def test_retrieval_goes_on_where_it_was_killed(pills, tmp_path, monkeypatch):
         "retrieval.warmup_epochs=1",
         "data.classification.img_size=32",
     )
-    ends = {}
+    ends, train = {}, retrieval.train_classification_stage
     for name in ("straight", "killed"):
         given = split_for("retrieval", pills, tmp_path / name, *tiny)
         job = RetrievalJob(run_dir=str(tmp_path / name), config="retrieval", overrides=given, epochs=3)
         if name == "killed":
-            train = retrieval.train_classification_stage
             monkeypatch.setattr(
                 retrieval, "train_classification_stage", lambda *a, cbs=(), **k: train(*a, cbs=[*cbs, Kill()], **k)
             )

@@ -50,7 +50,9 @@ def computed(name, value, n=20_000, prov=AIHUB):
     return prov.metric(name, value, n=n, seconds=1e-4, kind="computed")
 
 
-def facts(acc=0.95, p95=100.0, n=20_000, coverage=1.0, crashes=True, memory=True, base=None, prov=AIHUB, **change):
+def facts(  # noqa: PLR0913 - each fact by its name
+    acc=0.95, p95=100.0, n=20_000, coverage=1.0, crashes=True, memory=True, base=None, prov=AIHUB, **change
+):
     lat = Latency("single", 95, 1, "fp16", 20, replace(record("latency", p95, 200, prov), hardware=GPU), "torch cuda")
     f = dict(
         accuracy=record("accuracy", acc, n, prov),
@@ -91,18 +93,18 @@ def test_a_run_is_judged_by_its_own_configuration(tmp_path, monkeypatch):
 
     asked = {}
 
-    class Stop(Exception):
+    class StopError(Exception):
         pass
 
     def gate(stage, facts, time_cap, target_accuracy, max_latency_ms):
         asked.update(stage=stage, target_accuracy=target_accuracy, max_latency_ms=max_latency_ms)
-        raise Stop
+        raise StopError
 
     monkeypatch.setattr(E, "read_evaluation", lambda root: ({"stage": 2, "classes": 6}, {}, []))
     monkeypatch.setattr(E, "advisor_facts", lambda *a: type("Facts", (), {"checks": {}})())
     monkeypatch.setattr(E, "simple_stage_evaluation", gate)
     wishes = [f"data.progressive_validation.stage_2.{k}" for k in ("target_accuracy=0.9", "max_latency_ms=120")]
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         E.gate_and_advise(tmp_path, load_config("two_stage", wishes))
     assert asked == dict(stage=2, target_accuracy=0.9, max_latency_ms=120)
 
@@ -416,7 +418,9 @@ def maybe(s):
     base=maybe(st.floats(0.5, 1)),
 )
 @settings(max_examples=300, deadline=None)
-def test_a_second_implementation_agrees(stage, acc, p95, n, cov, ok, mem, base):
+def test_a_second_implementation_agrees(  # noqa: PLR0913 - hypothesis gives each by its name
+    stage, acc, p95, n, cov, ok, mem, base
+):
     f = facts(acc or 0.5, p95 or 1.0, n, cov or 0.0, bool(ok), bool(mem), base)
     for name, v in (
         ("accuracy", acc),
@@ -427,9 +431,9 @@ def test_a_second_implementation_agrees(stage, acc, p95, n, cov, ok, mem, base):
     ):
         if v is None:
             del f[name]
-    a, l, c, m, d = WANT[stage]
+    a, latency, c, m, d = WANT[stage]
     lines = [
-        (p95, p95 is not None and p95 <= l),
+        (p95, p95 is not None and p95 <= latency),
         (n, n >= m),
         (cov, cov is not None and cov >= c),
         (acc, acc is not None and acc >= a - 0.002),
@@ -442,7 +446,7 @@ def test_a_second_implementation_agrees(stage, acc, p95, n, cov, ok, mem, base):
     want = Status.NO_GO if missed else Status.GO if known else Status.NOT_MEASURED
     near = any(
         x is not None and abs(x - y) < 1e-6
-        for x, y in ((acc, a - 0.002), (cov, c), (p95, l), ((base or 0) - (acc or 0), d))
+        for x, y in ((acc, a - 0.002), (cov, c), (p95, latency), ((base or 0) - (acc or 0), d))
     )
     r = simple_stage_evaluation(stage, f)
     assert near or r.status == want

@@ -602,8 +602,7 @@ def test_the_export_is_timed_by_every_provider_and_says_by_which(there, small_on
 
     def bundle(runner):
         entry = {"file": "classifier.onnx", "img_size": 32}
-        made = P.Bundle(None, {"classifier": entry}, ClassMap(["K-000001"]), runner(small_onnx, 32, "cpu"), None)
-        return made
+        return P.Bundle(None, {"classifier": entry}, ClassMap(["K-000001"]), runner(small_onnx, 32, "cpu"), None)
 
     monkeypatch.setattr(P.Bundle, "predict", lambda self, photo, mode: self.classifier.logits(np.zeros((1, 3, 32, 32))))
     monkeypatch.setattr(E.ort, "get_available_providers", lambda: GPU_AND_CPU if there else GPU_AND_CPU[1:])

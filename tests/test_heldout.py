@@ -132,8 +132,8 @@ HOOK = """
 import json, os, sys
 events = []
 def watch(event, args):
-    if event == "open" and args and isinstance(args[0], (str, bytes, os.PathLike)): events.append(("open", \
-os.path.realpath(os.fsdecode(args[0]))))
+    if event == "open" and args and isinstance(args[0], (str, bytes, os.PathLike)): \
+events.append(("open", os.path.realpath(os.fsdecode(args[0]))))
     if event == "os.rename": events.append(("rename", os.path.realpath(os.fsdecode(args[1]))))
 sys.addaudithook(watch)
 from pillsnap.evaluation.final import final_test_command

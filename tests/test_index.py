@@ -415,7 +415,7 @@ def test_a_coco_file_becomes_labels(tmp_path):
             (b["category_id"] - 1, (x + w / 2) / 976, (yy + h / 2) / 1280, w / 976, h / 1280)
         )
     got = {
-        p.name: [tuple(map(float, l.split())) for l in p.read_text().splitlines()]
+        p.name: [tuple(map(float, line.split())) for line in p.read_text().splitlines()]
         for p in (tmp_path / "out/labels").iterdir()
     }
     assert (

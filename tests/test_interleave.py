@@ -139,7 +139,9 @@ def test_killed_in_turn_both_sides_end_where_their_solo_runs_end(tmp_path, deliv
         a, b = (load_ckpt(r / "checkpoints" / side / "last.pt") for r in (both, solo))
         for part in parts:
             for k, v in b[part].items():
-                torch.testing.assert_close(a[part][k], v, rtol=1e-5, atol=1e-6, msg=lambda m: f"{side} {part} {k}: {m}")
+                torch.testing.assert_close(
+                    a[part][k], v, rtol=1e-5, atol=1e-6, msg=lambda m, name=f"{side} {part} {k}": f"{name}: {m}"
+                )
         assert len(a["history"]) == len(b["history"]) == 2
     assert "resume: epoch 1 is done" in log_of(both, "detector")
     report = json.loads((both / "reports" / "interleaved.json").read_text())

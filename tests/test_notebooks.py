@@ -63,7 +63,7 @@ def test_file_name_is_the_module(path):
 def test_opens_as_literature(path):
     first = nbformat.read(path, 4).cells[0]
     assert first.cell_type == "markdown"
-    lines = [l for l in first.source.splitlines() if l.strip()]
+    lines = [line for line in first.source.splitlines() if line.strip()]
     assert lines[0].startswith("# ") and lines[1].startswith("> "), "title, one line, why"
     assert len(lines) == 2, "nbdev takes this whole cell as front matter: prose in it never reaches the site"
     words = sum(len(c.source.split()) for c in cells(path, "markdown"))

@@ -467,8 +467,8 @@ def test_nothing_is_unpickled(built, photos, tmp_path):
     code = textwrap.dedent(f"""
         import sys
         from pillsnap.photos.pack import Pack
-        sys.addaudithook(lambda event, args: (_ for _ in ()).throw(SystemExit("unpickled")) if \
-event.startswith(("pickle.", "marshal.")) else None)
+        sys.addaudithook(lambda event, args: (_ for _ in ()).throw(SystemExit("unpickled")) \
+if event.startswith(("pickle.", "marshal.")) else None)
         p = Pack({str(built)!r}); [p.photo(x) for x in p.table["path"].to_pylist()]; print("clean")""")
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV).stdout == "clean\n"

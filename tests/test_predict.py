@@ -104,8 +104,8 @@ def cli(*args):
 BLOCKED = """import sys
 class Block:
     def find_spec(self, name, path=None, target=None):
-        if name.split('.')[0] in {'torch', 'torchvision', 'fastai', 'timm', 'ultralytics', \
-'matplotlib'}: raise ImportError('blocked: '+name)
+        if name.split('.')[0] in {'torch', 'torchvision', 'fastai', 'timm', 'ultralytics', 'matplotlib'}: \
+raise ImportError('blocked: '+name)
 sys.meta_path.insert(0, Block())
 from pillsnap.cli import main
 main(['predict', *sys.argv[1:]])

@@ -24,15 +24,15 @@ def text(name):
 
 
 def pins():
-    lines = [l.split("#")[0].strip() for l in text("constraints.txt").splitlines()]
-    return [l for l in lines if l]
+    lines = [line.split("#")[0].strip() for line in text("constraints.txt").splitlines()]
+    return [line for line in lines if line]
 
 
 @pytest.mark.parametrize(
     "which", ["requirements", "train_requirements", "lab_requirements", "serve_requirements", "dev_requirements"]
 )
 def test_every_requirement_is_pinned_within_its_range(which):
-    have = {canonicalize_name(n): v for n, _, v in (l.partition("==") for l in pins())}
+    have = {canonicalize_name(n): v for n, _, v in (line.partition("==") for line in pins())}
     for r in map(Requirement, shlex.split(SETTINGS[which])):
         assert canonicalize_name(r.name) in have, f"{r.name} has no pin"
         assert r.specifier.contains(have[canonicalize_name(r.name)]), (
@@ -43,26 +43,26 @@ def test_every_requirement_is_pinned_within_its_range(which):
 def test_constraints_are_plain_pins():
     "Name and version alone: no address, no option, no local build; each name once."
     lines = pins()
-    for l in lines:
-        assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*==[0-9][0-9A-Za-z.]*", l), l
-    names = [canonicalize_name(l.split("==")[0]) for l in lines]
+    for line in lines:
+        assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*==[0-9][0-9A-Za-z.]*", line), line
+    names = [canonicalize_name(line.split("==")[0]) for line in lines]
     assert len(names) == len(set(names))
 
 
 def test_torch_and_torchvision_are_a_pair():
-    have = dict(l.split("==") for l in pins())
+    have = dict(line.split("==") for line in pins())
     assert (have["torch"], have["torchvision"]) == ("2.11.0", "0.26.0")
     wants = {r.name: r.specifier for r in map(Requirement, shlex.split(SETTINGS["train_requirements"]))}
     assert not wants["torch"].contains(Version("2.13.0")), "no torchvision fits torch 2.13"
 
 
 def test_only_one_opencv():
-    assert [l for l in pins() if l.lower().startswith("opencv")] == ["opencv-python==5.0.0.93"]
+    assert [line for line in pins() if line.lower().startswith("opencv")] == ["opencv-python==5.0.0.93"]
 
 
 def test_setuptools_fits_torch():
     "torch asks for setuptools < 82, and pip freeze does not list it."
-    assert Version(dict(l.split("==") for l in pins())["setuptools"]) < Version("82")
+    assert Version(dict(line.split("==") for line in pins())["setuptools"]) < Version("82")
 
 
 @pytest.mark.spec("CF7")

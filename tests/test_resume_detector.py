@@ -18,12 +18,12 @@ COMMAND = textwrap.dedent("""
     import json, os, sys
     tried = []
     def watch(event, args):
-        if event in ("socket.connect", "socket.getaddrinfo") and "AF_UNIX" not in str(args[0]): tried.append([event, \
-str(args)])
+        if event in ("socket.connect", "socket.getaddrinfo") and "AF_UNIX" not in str(args[0]): \
+tried.append([event, str(args)])
     sys.addaudithook(watch)
     from pillsnap.training.detector import DetectorJob
-    job = DetectorJob(run_dir=sys.argv[1], config="smoke", epochs=2, overrides=("data.detection.img_size=64", \
-"train.num_threads=1", "data.augment.detection.mixup=0.5"))
+    job = DetectorJob(run_dir=sys.argv[1], config="smoke", epochs=2, \
+overrides=("data.detection.img_size=64", "train.num_threads=1", "data.augment.detection.mixup=0.5"))
     res = job.run()
     home = [p for p in os.listdir(os.environ["HOME"])]
     print("RESULT", json.dumps({"tried": tried, "home": home, "verdict": res.verdict}))
@@ -96,7 +96,9 @@ def test_killed_in_the_second_epoch(prepared):
     a, b = (load_ckpt(r / "checkpoints" / "detector" / "last.pt") for r in (run, straight))
     for part in ("model_state", "ema_state"):
         for k, v in b[part].items():
-            torch.testing.assert_close(a[part][k], v, rtol=1e-5, atol=1e-6, msg=lambda m: f"{part} {k}: {m}")
+            torch.testing.assert_close(
+                a[part][k], v, rtol=1e-5, atol=1e-6, msg=lambda m, part=part, k=k: f"{part} {k}: {m}"
+            )
 
     def figures(c):
         return [{k: v for k, v in r["detection"].items() if "seconds" not in k} for r in c["history"]]

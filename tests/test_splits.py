@@ -81,7 +81,9 @@ def sides(sp, df, group_by):
     st.booleans(),
     st.sampled_from([0.0, 0.05, 0.3]),
 )
-def test_no_group_crosses(df, group_by, seed, ratio, samples, gate, stratified, sealed):
+def test_no_group_crosses(  # noqa: PLR0913 - hypothesis gives each by its name
+    df, group_by, seed, ratio, samples, gate, stratified, sealed
+):
     "No group lies on two sides, for every grouping, ratio, size and seed; the pool takes nothing that teaches."
     sp = make_splits(
         df,

@@ -253,7 +253,13 @@ def test_killed_and_asked_to_stop_in_mid_epoch_and_still_the_same(delivery, tmp_
         before = at(load_ckpt(last)) if last.exists() else (0, 0)  # what the one before left is no sign of life
         p = subprocess.Popen(command(root, slowly), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=env)
         try:
-            when(last, lambda c: at(c) > before and c["epoch"] >= epoch and c["position"]["batch"] > 1, p)
+            when(
+                last,
+                lambda c, before=before, epoch=epoch: (
+                    at(c) > before and c["epoch"] >= epoch and c["position"]["batch"] > 1
+                ),
+                p,
+            )
             p.send_signal(sig)
             err = p.communicate(timeout=150)[1].decode()
         finally:

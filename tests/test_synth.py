@@ -405,7 +405,7 @@ def test_shading_follows_the_lamp(dome):
     for light in range(3):
         t = tilt(*shot_of(dome, light))
         assert np.hypot(*t) > 2 and t @ towards(LAMPS[light])[:2] > 0, "the flank towards the lamp is the bright one"
-    warm, day = (shot_of(dome, l, px=96)[0][48 - 8 : 48 + 8, 48 - 8 : 48 + 8].mean((0, 1)) for l in (0, 1))
+    warm, day = (shot_of(dome, light, px=96)[0][48 - 8 : 48 + 8, 48 - 8 : 48 + 8].mean((0, 1)) for light in (0, 1))
     assert warm[2] / warm[0] < day[2] / day[0] - 0.08, "colour temperature"
 
 
@@ -705,7 +705,7 @@ def test_nothing_else_is_wrong(spoilt):
     planted = {out / p for [p] in ledger["planted_faults"].values()}
     clean = plan_delivery(**{k: ledger[k] for k in ("drugs", "photos", "combos", "seed", "width", "height")})
     for t in clean.tasks:
-        touched = {out / t.image, *(out / l for l, _ in t.labels)} & planted
+        touched = {out / t.image, *(out / label for label, _ in t.labels)} & planted
         if touched:
             continue
         files = synth.render_task(t)
@@ -714,10 +714,10 @@ def test_nothing_else_is_wrong(spoilt):
         )
         break
     extra = {p.relative_to(out).as_posix() for p in (out / "data").rglob("*") if p.is_file()} - {
-        p for t in clean.tasks for p in (t.image, *(l for l, _ in t.labels))
+        p for t in clean.tasks for p in (t.image, *(label for label, _ in t.labels))
     }
     assert len(extra) == 4, "hidden file, index picture, two duplicates"
-    missing = {p for t in clean.tasks for p in (t.image, *(l for l, _ in t.labels)) if not (out / p).exists()}
+    missing = {p for t in clean.tasks for p in (t.image, *(label for label, _ in t.labels)) if not (out / p).exists()}
     assert len(missing) == 3, "a photo, a single's label, a combo's label"
 
 

@@ -68,7 +68,7 @@ def test_rows_and_answers_of_the_shared_drugs_are_the_smaller_stages(both, large
     "Compared by class key: the shared drugs have other numbers in the larger map, and the new drugs' rows are fresh."
     small_ckpt = both[0] / "checkpoints" / "classifier" / "best.pt"
     loaded = load_classifier(small_ckpt)
-    old, of, size, saved = loaded.model, loaded.class_map, loaded.img_size, loaded.checkpoint
+    old, of, saved = loaded.model, loaded.class_map, loaded.checkpoint
     data, cfg = load_split_data(large, 2), load_config("smoke", overrides(2, from_small(both)))
     to = data.class_map
     shared, new = [k for k in to if of.id(k) >= 0], [k for k in to if of.id(k) < 0]

@@ -23,6 +23,7 @@ The JSON is written anew after every check, so that a campaign that is cut short
 """
 
 import argparse
+import contextlib
 import difflib
 import faulthandler
 import importlib.metadata
@@ -46,44 +47,40 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 SEARCHED = (ROOT, HERE, ROOT / "benchmarks")  # where a check's process looks for modules
 DEFAULT_OUT = Path("_runs/bench/GPU.json")
-VERSIONS = tuple(
-    [
-        "torch",
-        "torchvision",
-        "triton",
-        "timm",
-        "fastai",
-        "ultralytics",
-        "accelerate",
-        "onnx",
-        "onnxruntime",
-        "onnxruntime-gpu",
-        "numpy",
-        "nvidia-cudnn-cu13",
-        "nvidia-nccl-cu13",
-    ]
+VERSIONS = (
+    "torch",
+    "torchvision",
+    "triton",
+    "timm",
+    "fastai",
+    "ultralytics",
+    "accelerate",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "numpy",
+    "nvidia-cudnn-cu13",
+    "nvidia-nccl-cu13",
 )
-BASE = tuple(  # modules that every check but the first imports
-    [
-        "torch",
-        "torchvision",
-        "fastai",
-        "fastcore",
-        "timm",
-        "pydantic",
-        "yaml",
-        "numpy",
-        "pandas",
-        "PIL",
-        "pyarrow",
-        "msgspec",
-        "cv2",
-        "simplejpeg",
-        "joblib",
-        "psutil",
-        "tqdm",
-        "matplotlib",
-    ]
+BASE = (  # modules that every check but the first imports
+    "torch",
+    "torchvision",
+    "fastai",
+    "fastcore",
+    "timm",
+    "pydantic",
+    "yaml",
+    "numpy",
+    "pandas",
+    "PIL",
+    "pyarrow",
+    "msgspec",
+    "cv2",
+    "simplejpeg",
+    "joblib",
+    "psutil",
+    "tqdm",
+    "matplotlib",
 )
 OURS = {"pillsnap", "gpu_checks", "photos", "loading", "harness"}  # not a package that somebody forgot
 TAIL = 4000  # characters of a failed check's output that the JSON keeps
@@ -301,10 +298,8 @@ def machine(device: str) -> dict[str, Any]:
     "Hardware and versions, as a reader needs them to judge a figure."
     versions = {"python": platform.python_version()}
     for name in VERSIONS:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            pass
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     there = dict(cores=cores, ram_gb=round(ram, 1), system=platform.platform(), versions=versions)
@@ -405,10 +400,8 @@ def measure(check: Check, device: str, tiny: bool, work: Path, left: float) -> R
 
 def _end_group(p: subprocess.Popen) -> None:
     "End a check's process and those that it started; they have a process group of their own."
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(p.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     p.wait()
 
 
@@ -505,7 +498,7 @@ class Book:
         return 1 if bad else 0
 
 
-def campaign(
+def campaign(  # noqa: PLR0913 - the options of the command line
     checks: Sequence[Check],  # in the order in which they run
     device: str = "cuda",  # or cpu, to rehearse
     tiny: bool = False,  # a rehearsal

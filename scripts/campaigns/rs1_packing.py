@@ -8,6 +8,7 @@ called again, it must end
 as a run that nobody disturbed. Figures go to `results/RS1_packing.json`.
 """
 
+import contextlib
 import hashlib
 import os
 import random
@@ -89,10 +90,8 @@ def trial(work: Path, rows: Path, want: dict[str, str], after: float, group: boo
         sound=Pack(out).verify() == [],
     )
     shutil.rmtree(out)
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(p.pid, signal.SIGKILL)  # orphans wait some minutes for work before they go by themselves
-    except ProcessLookupError:
-        pass
     return got
 
 

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from pillsnap.delivery import aihub
@@ -69,23 +70,23 @@ BYTES = (
 )
 
 
+def byte_damages(raw: bytes, a: int, b: int, rng: random.Random) -> tuple[Callable[[], bytes], ...]:
+    "What may happen to the bytes from `a` to `b`."
+    return (
+        lambda: raw[:a] + rng.choice(BYTES) + raw[b:],
+        lambda: raw[:a] + rng.choice(BYTES) + raw[a:],
+        lambda: raw[:a],
+        lambda: raw[:b] + raw[a:],
+        lambda: raw[:a] + bytes(rng.randrange(256) for _ in range(b - a)[:8]) + raw[b:],
+    )
+
+
 def damage_bytes(raw: bytes, rng: random.Random) -> bytes:
     "Cut, swap, insert, repeat."
     for _ in range(rng.choice((1, 1, 1, 2, 5))):
         a, b = sorted((rng.randrange(len(raw) + 1), rng.randrange(len(raw) + 1)))
         b = min(b, a + rng.choice((1, 1, 3, 40, len(raw))))
-        raw = (
-            rng.choice(
-                (
-                    lambda: raw[:a] + rng.choice(BYTES) + raw[b:],
-                    lambda: raw[:a] + rng.choice(BYTES) + raw[a:],
-                    lambda: raw[:a],
-                    lambda: raw[:b] + raw[a:],
-                    lambda: raw[:a] + bytes(rng.randrange(256) for _ in range(b - a)[:8]) + raw[b:],
-                )
-            )()
-            or b" "
-        )
+        raw = rng.choice(byte_damages(raw, a, b, rng))() or b" "
     return raw
 
 
@@ -141,6 +142,29 @@ def same(a: Annotation | Fault, b: Annotation | Fault) -> bool:
     )
 
 
+def damaged(text: str, kind: str, rng: random.Random) -> bytes:
+    "An annotation with damage of this kind, one in twenty in another encoding."
+    raw = text.encode()
+    if kind == "record":
+        record = damage_record(json.loads(text), rng)
+        layout = dict(ensure_ascii=rng.random() < 0.5, indent=rng.choice(("\t", None)))
+        raw = json.dumps(record, **layout).encode("utf-8", "replace")
+    if rng.random() < 0.05:
+        raw = raw.decode("utf-8", "replace").encode("cp949", "replace")
+    return damage_bytes(raw, rng) if kind == "bytes" else raw
+
+
+def read_damaged_name(rng: random.Random) -> str:
+    "How a damaged name ends: read as it stands, or refused."
+    name = damage_name("K-000573_0_2_0_2_70_040_200", rng)
+    try:
+        if parse_name(name).stem() != name:
+            raise AssertionError(f"{name!r} is read as another name")
+    except ValueError:
+        return "name refused"
+    return "name read"
+
+
 def campaign(cases: int, seed: int = 1) -> dict:
     "Damage, read twice, judge, count."
     rng, said, drugs, read = random.Random(seed), Counter(), list(make_catalogue(6, 3)), AnnotationReader()
@@ -156,19 +180,7 @@ def campaign(cases: int, seed: int = 1) -> dict:
         for i in range(cases):
             text = rng.choice(good)
             kind = rng.choice(("bytes", "bytes", "record", "record", "record", "name", "whole"))
-            raw = (
-                text.encode()
-                if kind != "record"
-                else json.dumps(
-                    damage_record(json.loads(text), rng),
-                    ensure_ascii=rng.random() < 0.5,
-                    indent=rng.choice(("\t", None)),
-                ).encode("utf-8", "replace")
-            )
-            if rng.random() < 0.05:
-                raw = raw.decode("utf-8", "replace").encode("cp949", "replace")
-            if kind == "bytes":
-                raw = damage_bytes(raw, rng)
+            raw = damaged(text, kind, rng)
             path.write_bytes(raw)
             got = read(str(path))
             if not same(got, aihub._by_hand(str(path), raw)):
@@ -178,15 +190,10 @@ def campaign(cases: int, seed: int = 1) -> dict:
             else:
                 said["read"] += 1
                 e.add(got)
-                got.edi_codes, got.image
+                _ = got.edi_codes, got.image  # neither may raise
             if kind == "name":
-                name, names = damage_name("K-000573_0_2_0_2_70_040_200", rng), names + 1
-                try:
-                    if parse_name(name).stem() != name:
-                        raise AssertionError(f"{name!r} is read as another name")
-                    said["name read"] += 1
-                except ValueError:
-                    said["name refused"] += 1
+                names += 1
+                said[read_damaged_name(rng)] += 1
             if len(e.judged) > 200 or i % 500 == 499 or i == cases - 1:
                 counts, pills = e.close().counts, sum(len(p.pills) for p in e.judged.values())
                 if counts["annotations"] != pills:

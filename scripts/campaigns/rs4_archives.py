@@ -43,14 +43,14 @@ Entries = dict[str, bytes]
 class Korean(zipfile.ZipInfo):
     "An entry as an old Korean zip tool writes it: the name in CP949, and no mark that says so."
 
-    def _encodeFilenameFlags(self):
+    def _encodeFilenameFlags(self):  # noqa: N802 - name given by the library
         return self.filename.encode("cp949"), self.flag_bits & ~0x800
 
 
 class Raw(zipfile.ZipInfo):
     "An entry whose name is written as it stands; zipfile would tidy it."
 
-    def _encodeFilenameFlags(self):
+    def _encodeFilenameFlags(self):  # noqa: N802 - name given by the library
         return self.filename.encode("utf-8"), self.flag_bits | 0x800
 
 
@@ -129,7 +129,7 @@ def link(rng: random.Random) -> bytes:
     return with_one(rng, entry("K/link", mode=stat.S_IFLNK | 0o777), rng.choice((b"/etc", b"../../..", b".")))
 
 
-def link_and_a_file_through_it(rng: random.Random) -> bytes:
+def link_and_a_file_through_it(_rng: random.Random) -> bytes:
     return zipped([(entry("K", mode=stat.S_IFLNK | 0o777), b"../../../../.."), (entry("K/x.png"), b"x")])
 
 

@@ -26,13 +26,13 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2] / "benchmarks"), str(Pat
 from harness import arguments, finish, machine, save  # noqa: E402
 from rs1_conversion import said  # noqa: E402
 
-from pillsnap.core.config import load_config
-from pillsnap.core.errors import PillsnapError
-from pillsnap.core.jobs import RunFolder
-from pillsnap.dataset.conversion import convert_delivery
-from pillsnap.dataset.splits import SplitsJob, load_split_data
-from pillsnap.photos.pack import build_stage_pack
-from pillsnap.synth.writer import write_delivery
+from pillsnap.core.config import load_config  # noqa: E402 - the checkout must be on the path first
+from pillsnap.core.errors import PillsnapError  # noqa: E402
+from pillsnap.core.jobs import RunFolder  # noqa: E402
+from pillsnap.dataset.conversion import convert_delivery  # noqa: E402
+from pillsnap.dataset.splits import SplitsJob, load_split_data  # noqa: E402
+from pillsnap.photos.pack import build_stage_pack  # noqa: E402
+from pillsnap.synth.writer import write_delivery  # noqa: E402
 
 FAULTS = ("disk full", "read-only", "no handles")
 SETTINGS = ["data.progressive_validation.stage_0.max_samples=40", "evaluation.min_eval_samples=6", "pack.scale=1.0"]
@@ -42,11 +42,11 @@ def convert(work: Path, run: Path) -> None:
     convert_delivery(work / "delivery", run)
 
 
-def split(work: Path, run: Path) -> None:
+def split(_work: Path, run: Path) -> None:
     SplitsJob(near_duplicates=False)._cut(RunFolder(run), load_config("smoke", SETTINGS))
 
 
-def pack(work: Path, run: Path) -> None:
+def pack(_work: Path, run: Path) -> None:
     build_stage_pack(load_split_data(run, 0), run, load_config("smoke", SETTINGS), workers=1, progress=False)
 
 

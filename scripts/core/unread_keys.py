@@ -143,6 +143,15 @@ class Reader:
             case ast.NamedExpr(target=target, value=v):
                 env[target.id] = self.value(v, env)
                 return env[target.id]
+            case ast.ListComp() | ast.SetComp() | ast.GeneratorExp() | ast.DictComp():
+                return self.comprehension(e, dict(env))
+            case ast.Call():
+                return self.call(e, env)
+        return self.compound(e, env)
+
+    def compound(self, e: ast.expr, env: dict[str, Value]) -> Value:
+        "What an expression stands for that is made of others: a choice, an element, a lambda."
+        match e:
             case ast.BoolOp(values=parts):
                 return frozenset().union(*(self.value(p, env) for p in parts))
             case ast.IfExp(test=test, body=a, orelse=b):
@@ -157,10 +166,6 @@ class Reader:
                     self.value(d, env)
                 self.value(body, inner)
                 return NOTHING
-            case ast.ListComp() | ast.SetComp() | ast.GeneratorExp() | ast.DictComp():
-                return self.comprehension(e, dict(env))
-            case ast.Call():
-                return self.call(e, env)
         for part in ast.iter_child_nodes(e):
             if isinstance(part, ast.expr):
                 self.value(part, env)

@@ -135,7 +135,7 @@ def group_of_one(gpu: Gpu) -> dict[str, str]:
     return dict(**ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **cpu)
 
 
-def nccl(device: str, tiny: bool, work: Path) -> list[Part]:
+def nccl(device: str, _tiny: bool, work: Path) -> list[Part]:
     """GP12: the classifier's job plain, as the only process of a group, and by `pillsnap distributed` on one GPU.
 
     On two GPUs by launch() too. The network has no batch statistics and no dropout.
@@ -218,7 +218,7 @@ class DetectorMemory:
             self.need = self.gpu.peak() - self.at
         self.batches.append(trainer.batch_size)
 
-    def release(self, trainer: Any) -> None:
+    def release(self, _trainer: Any) -> None:
         self.ballast = None
         self.gpu.clear()
 

@@ -111,7 +111,7 @@ def memory_settings(s: Size, batch: int, accum: int) -> Any:
     return settings(s, *plain, *over, batch=batch, img=224)
 
 
-def out_of_memory(device: str, tiny: bool, work: Path) -> tuple[list[Part], dict[str, Any]]:
+def out_of_memory(device: str, tiny: bool, _work: Path) -> tuple[list[Part], dict[str, Any]]:
     """GP8: a real out-of-memory error in eager training.
 
     The step's peak is measured. Then a ballast leaves three quarters of it, and the run must end
@@ -156,7 +156,7 @@ def first_shortage(train: Callable[[float], dict[str, Any]], need: float) -> tup
     return run, share
 
 
-def out_of_memory_compiled(device: str, tiny: bool, work: Path) -> tuple[list[Part], dict[str, Any]]:
+def out_of_memory_compiled(device: str, tiny: bool, _work: Path) -> tuple[list[Part], dict[str, Any]]:
     """GP9: as GP8, with reduce-overhead.
 
     What the rehearsal compiled and recorded is dropped before the ballast is taken, so that memory
@@ -295,7 +295,7 @@ def train_compiled(s: Size, gpu: Gpu, mode: str, train: list, valid: list, epoch
     return out | dict(seconds=round(time.perf_counter() - began, 1))
 
 
-def compiled(device: str, tiny: bool, work: Path) -> tuple[list[Part], dict[str, Any]]:
+def compiled(device: str, tiny: bool, _work: Path) -> tuple[list[Part], dict[str, Any]]:
     "GP7: the default classifier, eager and with reduce-overhead; the last batch of both validations is short."
     from torch._dynamo.utils import counters
 

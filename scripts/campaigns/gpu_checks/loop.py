@@ -228,7 +228,7 @@ def contenders(s: Size, gpu: Gpu) -> dict[str, Callable[[], float]]:
     }
 
 
-def beside_timm(device: str, tiny: bool, work: Path) -> tuple[list[Part], dict[str, Any]]:
+def beside_timm(device: str, tiny: bool, _work: Path) -> tuple[list[Part], dict[str, Any]]:
     "GP3: four loops take turns: ours and timm's over batches that lie on the GPU, ours and timm's with loaders."
     s, gpu = Size(tiny), Gpu(device)
     rounds = s.of(5, 1)
@@ -300,7 +300,7 @@ def profiled(gpu: Gpu, learn: Any, first: int, last: int) -> tuple[float, int]:
     return kernel_share([(e.name(), e.start_ns(), e.start_ns() + e.duration_ns()) for e in events], 0.5)
 
 
-def busy(device: str, tiny: bool, work: Path) -> list[Part]:
+def busy(device: str, tiny: bool, _work: Path) -> list[Part]:
     "GP4: the default classifier trains on PNGs as delivered and on the pack, opened by threads and by processes."
     from pillsnap.dataset.datasets import DeliverySource
 
@@ -328,7 +328,7 @@ def busy(device: str, tiny: bool, work: Path) -> list[Part]:
 # ---- GP5: the same photos on the GPU
 
 
-def augmentation(device: str, tiny: bool, work: Path) -> list[Part]:
+def augmentation(device: str, tiny: bool, _work: Path) -> list[Part]:
     """GP5: every batch of the loader, augmented on the GPU, against the same batch of a loader on the CPU.
 
     The GPU has other work meanwhile and is late with its copies; nothing is looked at before all batches are made.
@@ -392,7 +392,7 @@ def train_in(s: Size, gpu: Gpu, precision: str, batches: list, steps: int) -> tu
     return losses.all(), skips.count, str(learn.precision.dtype or torch.float32).removeprefix("torch.")
 
 
-def precisions(device: str, tiny: bool, work: Path) -> list[Part]:
+def precisions(device: str, tiny: bool, _work: Path) -> list[Part]:
     "GP6: 150 steps of the default classifier from the same weights over the same batches."
     s, gpu = Size(tiny), Gpu(device)
     steps, tail = s.of(150, 4), s.of(20, 2)

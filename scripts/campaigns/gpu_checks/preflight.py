@@ -33,7 +33,7 @@ def conv_error(device: torch.device) -> float:
     return float((got - want).norm() / want.norm())
 
 
-def preflight(device: str, tiny: bool, work: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def preflight(device: str, _tiny: bool, _work: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     "GP1."
 
     def part(name, value, limit, passed, unit="", note=""):

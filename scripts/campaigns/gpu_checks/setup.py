@@ -229,7 +229,7 @@ def network(cfg: Config, device: torch.device, seed: int = 0) -> nn.Module:
     return build_classification_model(c.backbone, CLASSES, last, False, c.drop_rate, log=logger()).to(device)
 
 
-def make_learner(
+def make_learner(  # noqa: PLR0913 - the parts of a learner
     cfg: Config,
     model: nn.Module,
     train: Any,  # loader or list of batches
@@ -272,7 +272,7 @@ class PatchPhotos(Source):
     def __init__(self, side: int = 160):
         self.side = side
 
-    def open(self, photo: Any, view: Any, reduce: int = 1) -> tuple[np.ndarray, None]:
+    def open(self, photo: Any, _view: Any, _reduce: int = 1) -> tuple[np.ndarray, None]:
         return _patches(int(photo.path.split(".")[0]), self.side), None
 
 
@@ -288,7 +288,7 @@ def photo_rows(n: int, side: int) -> pd.DataFrame:
     return pd.DataFrame([dict(path=f"{k}.jpg", class_key=f"K-{k % CLASSES + 1:06d}", **of) for k in range(n)])
 
 
-def loader(
+def loader(  # noqa: PLR0913 - the parts of a loader
     cfg: Config,
     rows: pd.DataFrame,
     source: Any,
