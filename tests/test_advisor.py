@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.files import save_json
+from pillsnap.core.jobs import is_interactive
 from pillsnap.core.records import Provenance
 from pillsnap.evaluation import advisor as A
 from pillsnap.evaluation.advisor import (
@@ -24,7 +25,8 @@ from pillsnap.evaluation.advisor import (
     performance_score,
     score_bars,
 )
-from pillsnap.evaluation.final import final_test_evaluation, why_sealed
+from pillsnap.evaluation.final import final_test_evaluation
+from pillsnap.evaluation.heldout import opening_obstacles
 from pillsnap.evaluation.latency import Latency
 from pillsnap.evaluation.ledger import append_ledger, read_ledger, record_decision, stage_4_done
 from pillsnap.evaluation.menu import (
@@ -32,7 +34,6 @@ from pillsnap.evaluation.menu import (
     build_menu,
     read_advice,
     record_choice,
-    somebody_looking,
     static_html,
     static_text,
     write_advice,
@@ -447,7 +448,7 @@ def run(tmp_path):
 
 @pytest.mark.spec("SG6", "BX15")
 def test_headless_prints_the_menu_and_records_no_choice(run, capsys):
-    assert not somebody_looking()
+    assert not is_interactive()
     r = advisor_menu(run)
     assert r["user_choice"] is None and read_advice(run)["user_choice"] is None
     page, text = static_html(r), static_text(r)
@@ -467,12 +468,12 @@ def test_a_kernel_of_jupyters_server_gets_buttons_and_the_runner_does_not(monkey
     monkeypatch.setattr("IPython.get_ipython", lambda: Shell)
     monkeypatch.setenv("JPY_SESSION_NAME", "/x/nb.ipynb")
     monkeypatch.delenv("PILLSNAP_NOTEBOOK", raising=False)
-    assert somebody_looking()
+    assert is_interactive()
     monkeypatch.setenv("PILLSNAP_NOTEBOOK", "sha")
-    assert not somebody_looking()
+    assert not is_interactive()
     monkeypatch.delenv("PILLSNAP_NOTEBOOK")
     monkeypatch.delenv("JPY_SESSION_NAME")
-    assert not somebody_looking()
+    assert not is_interactive()
 
 
 @pytest.mark.parametrize(
@@ -517,9 +518,9 @@ def test_make_test_runs_the_notebooks_as_a_person_sees_them(monkeypatch):
     monkeypatch.setattr("IPython.get_ipython", lambda: Shell)
     for other in ("PILLSNAP_NOTEBOOK", "PILLSNAP_HEADLESS", "COLAB_RELEASE_TAG", name):
         monkeypatch.delenv(other, raising=False)
-    assert not somebody_looking()
+    assert not is_interactive()
     monkeypatch.setenv(name, "notebook")
-    assert somebody_looking()
+    assert is_interactive()
 
 
 @pytest.mark.spec("SG6")
@@ -559,7 +560,7 @@ def test_the_door_stays_shut_until_everything_holds(tmp_path):
         final_test_evaluation(tmp_path)
     save_json({"run_id": "abcdef"}, tmp_path / "run.json")
     ask = dict(reason="release", confirm="abcdef")
-    assert len(why_sealed(tmp_path, **ask)) == 2
+    assert len(opening_obstacles(tmp_path, **ask)) == 2
     (tmp_path / "checkpoints/classifier").mkdir(parents=True)
     (tmp_path / "checkpoints/classifier/best.pt").touch()
     for stage, status, done in (
@@ -574,9 +575,9 @@ def test_the_door_stays_shut_until_everything_holds(tmp_path):
         assert bool(stage_4_done(tmp_path)) == done, (stage, status)
     record_decision(tmp_path, "kim", "the gate cannot be measured on this machine")
     assert (
-        why_sealed(tmp_path, **ask) == []
-        and len(why_sealed(tmp_path)) == 2
-        and len(why_sealed(tmp_path, reason=" ", confirm="abcdef")) == 1
+        opening_obstacles(tmp_path, **ask) == []
+        and len(opening_obstacles(tmp_path)) == 2
+        and len(opening_obstacles(tmp_path, reason=" ", confirm="abcdef")) == 1
     )
     with pytest.raises(PillsnapError, match="no configuration"):
         final_test_evaluation(tmp_path, **ask)
