@@ -399,7 +399,7 @@ def numbers(
 
 # %% ../../nbs/photos/350_augmentation.ipynb #ffadede1
 @patch
-def __call__(
+def __call__(  # noqa: N807 - a method, added by @patch
     self: BatchAugment,
     images: torch.Tensor,  # [n, 3, S, S] uint8, cut and mirrored; under a timm policy after it
     draws: np.ndarray | None = None,  # float [n, DRAWS]; None in validation
