@@ -21,6 +21,7 @@ def readme() -> str:
     for site, here in (
         ("](images/", "](nbs/images/"),
         ("](results.ipynb)", "](nbs/results.ipynb)"),
+        ("](guide/", "](nbs/guide/"),
         ('src="images/', 'src="nbs/images/'),
         (f"]({SOURCE}", "]("),
     ):

@@ -14,7 +14,7 @@ import nbformat
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-NBS = sorted((ROOT / "nbs").rglob("[0-9]*.ipynb"))
+NBS = sorted((ROOT / "nbs").rglob("[0-9][0-9][0-9]_*.ipynb"))
 PAGES = sorted((ROOT / "nbs").rglob("*.ipynb"))  # the home page and the benchmarks too
 WINGS = (
     "core",
