@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['INGREDIENTS', 'MAKERS', 'SYLLABLES', 'ENDINGS', 'COLOURS', 'KINDS', 'INKS', 'FONTS', 'CAPSULES', 'LETTERS', 'DARK',
            'SHOT_KEYS', 'DRUG_KEYS', 'IMAGE_KEYS', 'NULL_KEYS', 'BACKS', 'LIGHTS', 'SIDES', 'rng_for', 'Body',
-           'Imprint', 'Drug', 'kcode', 'deal', 'deal_kinds', 'as_mm', 'twin_imprints', 'invent_name', 'Catalogue',
-           'make_catalogue', 'annotation']
+           'Imprint', 'Drug', 'kcode', 'stratified_sample', 'draw_kinds', 'as_mm', 'twin_imprints', 'invent_name',
+           'Catalogue', 'make_catalogue', 'annotation']
 
 # %% ../../nbs/synth/200_catalogue.ipynb #04d5a4a6
 import hashlib
@@ -224,7 +224,7 @@ INKS = ("검정", "남색", "갈색", "빨강")
 FONTS = ("DejaVuSans-Bold", "DejaVuSans", "DejaVuSansMono-Bold", "DejaVuSerif-Bold")
 
 # %% ../../nbs/synth/200_catalogue.ipynb #aea2311c
-def deal(
+def stratified_sample(
     table: dict,  # value → share; the shares add up to one
     n: int,  # how many to draw
     rng: np.random.Generator,  # decides the order, and which values get the fractional counts
@@ -236,12 +236,12 @@ def deal(
     return [values[min(int(np.searchsorted(edges, p)), len(values) - 1)] for p in rng.permutation(points)]
 
 # %% ../../nbs/synth/200_catalogue.ipynb #1ab6148c
-def deal_kinds(
+def draw_kinds(
     n: int,  # drugs
     rng: np.random.Generator,  # source of chance
 ) -> list[tuple[str, str]]:  # form and outline of each
     "Stratified kinds, with at least one capsule and one gel from eight drugs on."
-    kinds = deal(KINDS, n, rng)
+    kinds = stratified_sample(KINDS, n, rng)
     for rare in (("capsule", "장방형"), ("gel", "타원형")):
         if n >= 8 and rare not in kinds:
             commonest = max(KINDS, key=lambda k: (kinds.count(k), KINDS[k]))
@@ -782,7 +782,7 @@ def make_catalogue(
         raise PillsnapError(f"a catalogue holds 1 to 20,000 drugs, not {n}", where="drugs")
     rng = rng_for(seed, "catalogue", n, *sorted(avoid))
     numbers = np.sort(rng.choice(np.setdiff1d(np.arange(59, 44_200), np.array(sorted(avoid), int)), n, replace=False))
-    kinds, colours = deal_kinds(n, rng), deal(COLOURS, n, rng)
+    kinds, colours = draw_kinds(n, rng), stratified_sample(COLOURS, n, rng)
     places = _by_rarity(kinds, rng)
     pairs = min(max(1, n // 24) if twins is None else twins, n // 2)
     looks = {places[2 * i + k]: look for i in range(pairs) for k, look in enumerate(_twin_looks(i, seed))}
