@@ -225,14 +225,14 @@ MUTATIONS: list[Mutation] = [
     Mutation(
         "weight decay that is always scaled",
         "pillsnap/training/memory.py",
-        '        wd_scale=G / new if policy.wd_scale_mode == "declared" else 1.0,',
-        "        wd_scale=G / new,",
+        '        wd_scale=old / new if policy.wd_scale_mode == "declared" else 1.0,',
+        "        wd_scale=old / new,",
         "tests/test_gpu_engine.py::test_a_smaller_step_scales_the_weight_decay_only_where_it_is_declared",
     ),
     Mutation(
         "weight decay that is never scaled",
         "pillsnap/training/memory.py",
-        '        wd_scale=G / new if policy.wd_scale_mode == "declared" else 1.0,',
+        '        wd_scale=old / new if policy.wd_scale_mode == "declared" else 1.0,',
         "        wd_scale=1.0,",
         "tests/test_gpu_engine.py::test_a_smaller_step_scales_the_weight_decay_only_where_it_is_declared",
     ),
@@ -246,35 +246,21 @@ MUTATIONS: list[Mutation] = [
     Mutation(
         "no oom points in TensorBoard",
         "pillsnap/training/memory.py",
-        (
-            '            f"out of memory: epoch {self.learn.epoch + 1}, batch {i + 1}: {act.state} {act.name}, '
-            '{act.why} ({act.retries} of {self.policy.max_retries} retries; {said})",\n'
-            "            self.tb,\n"
-            "        )\n"
-            "        if self.tb:"
-        ),
-        (
-            '            f"out of memory: epoch {self.learn.epoch + 1}, batch {i + 1}: {act.state} {act.name}, '
-            '{act.why} ({act.retries} of {self.policy.max_retries} retries; {said})",\n'
-            "            self.tb,\n"
-            "        )\n"
-            "        if False:"
-        ),
+        ('    if self.tb:\n        number = float(("S0", "S1", "S2", "S3", "end").index(act.state))'),
+        ('    if False:\n        number = float(("S0", "S1", "S2", "S3", "end").index(act.state))'),
         "tests/test_gpu_engine.py::test_each_error_waits_and_is_a_point",
     ),
     Mutation(
         "no memory warning in TensorBoard",
         "pillsnap/training/memory.py",
         (
-            "            f\"memory: {s:.0%} of the GPU's is in use before epoch {self.epoch + 1}; "
-            'above 80 % the next larger photo may not fit",\n'
+            '            "above 80 % the next larger photo may not fit",\n'
             "            self.tb,\n"
             "        )\n"
             "        if self.tb:"
         ),
         (
-            "            f\"memory: {s:.0%} of the GPU's is in use before epoch {self.epoch + 1}; "
-            'above 80 % the next larger photo may not fit",\n'
+            '            "above 80 % the next larger photo may not fit",\n'
             "            self.tb,\n"
             "        )\n"
             "        if False:"
