@@ -16,7 +16,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -168,63 +168,76 @@ KINDS = {
 }
 
 
+def _outlier_score(z: float) -> float:
+    "0 at the threshold of 3.5 standard deviations, at most 0.5."
+    return 0.5 * (1 - 3.5 / z)
+
+
+def _conflict_issues(
+    df: pd.DataFrame,  # manifest rows
+    conflicts: Iterable[tuple[str, str]],  # pairs of photos that are one picture under two drugs
+) -> list[tuple]:  # rows of rank_issues
+    "Both photos of each pair."
+    drug_of = df[df["kind"] == "single"].set_index("path")["class_key"].to_dict()
+    return [
+        (p, drug_of[p], "conflict", 1.0, drug_of[q], f"the same picture is {Path(q).name} of {drug_of[q]}")
+        for a, b in conflicts
+        for p, q in ((a, b), (b, a))
+        if p in drug_of and q in drug_of
+    ]
+
+
+def _label_issues(
+    df: pd.DataFrame,  # manifest rows
+    answers: pd.DataFrame,  # as answers_of
+) -> list[tuple]:  # rows of rank_issues
+    "Single photos whose label the model doubts."
+    drug_of = df[df["kind"] == "single"].set_index("path")["class_key"].to_dict()
+    return [
+        (
+            r.path,
+            r.kcode,
+            "label",
+            0.5 * r.sure + 0.49 * r.score,
+            r.suggest,
+            f"the model leads with {r.suggest} by {r.score:.2f}",
+        )
+        for r in label_suspects(answers).itertuples()
+        if drug_of.get(r.path) == r.kcode
+    ]
+
+
 def rank_issues(
     df: pd.DataFrame,  # manifest rows
     answers: pd.DataFrame | None = None,  # as answers_of
     dup: Duplicates | None = None,  # copies
     measured: pd.DataFrame | None = None,  # from measure_photos
 ) -> pd.DataFrame:  # path, kcode, kind, score (0-1), suggest, why; worst first, one row per photo, drug and kind
-    "What somebody should look at."
-    of, rows = df[df["kind"] == "single"].set_index("path")["class_key"].to_dict(), []
-    for a, b in dup.conflicts if dup else []:
-        rows += [
-            (p, of[p], "conflict", 1.0, of[q], f"the same picture is {Path(q).name} of {of[q]}")
-            for p, q in ((a, b), (b, a))
-            if p in of and q in of
-        ]
+    "The issues of a delivery, worst first."
+    rows = _conflict_issues(df, dup.conflicts if dup else [])
     if answers is not None:
-        rows += [
-            (
-                r.path,
-                r.kcode,
-                "label",
-                0.5 * r.sure + 0.49 * r.score,
-                r.suggest,
-                f"the model leads with {r.suggest} by {r.score:.2f}",
-            )
-            for r in label_suspects(answers).itertuples()
-            if of.get(r.path) == r.kcode
-        ]
+        rows += _label_issues(df, answers)
     if measured is not None:
         rows += [
             (
                 r.path,
                 r.class_key,
                 r.what,
-                0.5 * (1 - 3.5 / r.z),
+                _outlier_score(r.z),
                 "",
                 f"{r.z:.1f} standard deviations from its drug's median",
             )
             for r in photo_outliers(measured).itertuples()
             if r.what in KINDS
         ]
-    rows += [
-        (
-            r.path,
-            r.class_key,
-            "box",
-            0.5 * (1 - 3.5 / r.z),
-            "",
-            "the box touches the edge of the photo"
-            if r.what == "at the edge"
-            else f"the box is {r.what}, {r.z:.1f} standard deviations",
-        )
-        for r in box_outliers(df).itertuples()
-    ]
+    for r in box_outliers(df).itertuples():
+        why = f"the box is {r.what}, {r.z:.1f} standard deviations"
+        if r.what == "at the edge":
+            why = "the box touches the edge of the photo"
+        rows.append((r.path, r.class_key, "box", _outlier_score(r.z), "", why))
     out = pd.DataFrame(rows, columns=["path", "kcode", "kind", "score", "suggest", "why"])
-    return out.sort_values("score", ascending=False, kind="stable").drop_duplicates(
-        ["path", "kcode", "kind"], ignore_index=True
-    )
+    worst_first = out.sort_values("score", ascending=False, kind="stable")
+    return worst_first.drop_duplicates(["path", "kcode", "kind"], ignore_index=True)
 
 # %% ../../nbs/dataset/450_triage.ipynb #87ffa55b
 def _plain_answers(
