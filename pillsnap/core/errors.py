@@ -11,14 +11,14 @@ from importlib.metadata import PackageNotFoundError, requires
 
 # %% ../../nbs/core/000_errors.ipynb #36a88160
 class PillsnapError(Exception):
-    "A problem the user can mend (bad input gets a clear error)."
+    "A problem that the user can solve, with its place and a remedy."
 
     def __init__(
         self,
         what: str,  # what happened, in one sentence
-        where: object = None,  # the file, key or stage it happened in
+        where: object = None,  # the file, key or job
         fix: str | None = None,  # what to do about it
-        code: str = "",  # a word that programs recognise it by, such as NAN_LOSS; kept in the run record
+        code: str = "",  # a fixed word for programs, such as NAN_LOSS; kept in the run record
     ):
         self.what, self.where, self.fix, self.code = what, where, fix, code
         super().__init__(what)
