@@ -10,7 +10,7 @@ __all__ = ['check_backbone', 'offline', 'weights_source', 'RemoteWeights', 'remo
 # %% ../../nbs/models/500_factory.ipynb #a81aaf8f
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import timm
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812 - the usual name
 from torch import nn
 
 # %% ../../nbs/models/500_factory.ipynb #6050a4cd
@@ -47,8 +47,8 @@ def check_backbone(
     )
 
 # %% ../../nbs/models/500_factory.ipynb #57644c27
-def offline() -> bool:  # whether the network is out of bounds
-    "PILLSNAP_OFFLINE=1 in the environment."
+def offline() -> bool:  # whether downloads are forbidden
+    "Whether PILLSNAP_OFFLINE=1 is in the environment."
     return os.environ.get("PILLSNAP_OFFLINE", "0").lower() not in ("", "0", "false", "no")
 
 
@@ -68,7 +68,8 @@ def weights_source(
         raise PillsnapError(
             "pretrained weights are asked for, no file is configured, and PILLSNAP_OFFLINE forbids a download",
             where="train.classification.pretrained",
-            fix="put the weights on this machine and name the file in train.classification.weights, or set pretrained=false",
+            fix="put the weights on this machine and name the file in train.classification.weights, "
+            "or set pretrained=false",
         )
     return "scratch"
 
@@ -183,7 +184,11 @@ def _(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], len(weight))
 
 
-def _keep(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+def _keep(
+    ctx: Any,
+    inputs: tuple,
+    output: torch.Tensor,  # noqa: ARG001 - torch passes it
+) -> None:
     ctx.save_for_backward(*inputs)
 
 
@@ -300,7 +305,8 @@ def _make(
                 raise PillsnapError(
                     f"pretrained weights are asked for and cannot be had: {why}",
                     where=getattr(remote_weights(backbone), "url", backbone),
-                    fix="fetch the file by hand and name it in train.classification.weights, or set pretrained=auto or false",
+                    fix="fetch the file by hand and name it in train.classification.weights, "
+                    "or set pretrained=auto or false",
                 ) from e
     log_decision(log, f"weights: from scratch, because {why}")
     return timm.create_model(backbone, pretrained=False, num_classes=num_classes, **drops), WeightsOrigin("scratch")
@@ -324,7 +330,7 @@ def dropouts(
     return {"drop_rate": drop_rate, "drop_path_rate": drop_path}
 
 # %% ../../nbs/models/500_factory.ipynb #31fb5b3b
-def build_classification_model(
+def build_classification_model(  # noqa: PLR0913 - a public signature; all but two have defaults
     backbone: str,  # a timm model name
     num_classes: int,  # outputs: the length of the class map
     channels_last: bool = False,  # memory format
@@ -358,8 +364,8 @@ def build_classification_model(
         )
     log_decision(
         log,
-        f"model: {backbone}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M numbers, {num_classes} drugs in the class map"
-        + (f", {declared} declared" if declared else ""),
+        f"model: {backbone}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M numbers, "
+        f"{num_classes} drugs in the class map" + (f", {declared} declared" if declared else ""),
     )
     return model.to(memory_format=torch.channels_last) if channels_last else model
 
@@ -379,7 +385,7 @@ def load_classifier(
     class_map: ClassMap | None = None,  # the map that is expected; None takes the checkpoint's
     device: str | torch.device = "cpu",  # where to put it
 ) -> LoadedClassifier:
-    "Read a trained classifier from its checkpoint; `PillsnapError` if the class map is another or the weights do not fit."
+    "Load a trained classifier; `PillsnapError` if the class map is another or the weights do not fit."
     ckpt = load_ckpt(ckpt_path, class_map=None if class_map is None else class_map.to_dict())
     cm = ClassMap.from_dict(ckpt["class_map"], where=ckpt_path)
     try:

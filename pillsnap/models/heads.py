@@ -88,5 +88,6 @@ def few_classes_advice(
         return None
     return log_decision(
         log,
-        f"arcface: {num_classes} classes are few; retrieval.arcface_s=48 retrieval.arcface_m_finetune=0.3 is advised below ten, {r.arcface_s:g} and {r.arcface_m_finetune:g} stay",
+        f"arcface: {num_classes} classes are few; retrieval.arcface_s=48 retrieval.arcface_m_finetune=0.3 "
+        f"is advised below ten, {r.arcface_s:g} and {r.arcface_m_finetune:g} stay",
     )

@@ -87,13 +87,15 @@ def build_criterion(
         weight = listed if weight is None else weight * listed
         log_decision(
             log,
-            f"loss: training weights of {Path(cfg.narrow.drug_list).name}, {listed.min():g} to {listed.max():g}, times the class weights",
+            f"loss: training weights of {Path(cfg.narrow.drug_list).name}, "
+            f"{listed.min():g} to {listed.max():g}, times the class weights",
         )
     said = "none" if weight is None else f"{im.method}, {weight[weight > 0].min():.2f} to {weight.max():.2f}"
     if cfg.train.classification.head == "arcface":
         log_decision(
             log,
-            f"loss: ArcFace, scale {cfg.retrieval.arcface_s:g}, margin {cfg.retrieval.arcface_m_finetune:g} radians, label smoothing {smoothing:g}, class weights {said}",
+            f"loss: ArcFace, scale {cfg.retrieval.arcface_s:g}, "
+            f"margin {cfg.retrieval.arcface_m_finetune:g} radians, label smoothing {smoothing:g}, class weights {said}",
         )
         return ArcFaceCriterion(cfg.retrieval.arcface_s, cfg.retrieval.arcface_m_finetune, weight, smoothing)
     log_decision(log, f"loss: cross-entropy, label smoothing {smoothing:g}, class weights {said}")

@@ -49,7 +49,8 @@ def accuracy(
 def _check_ids(ids: np.ndarray, num_classes: int, what: str, least: int = 0) -> None:
     if len(ids) and (ids.min() < least or ids.max() >= num_classes):
         raise PillsnapError(
-            f"{what} hold class id {int(ids.max() if ids.max() >= num_classes else ids.min())}, outside {least}…{num_classes - 1}",
+            f"{what} hold class id {int(ids.max() if ids.max() >= num_classes else ids.min())}, "
+            f"outside {least}…{num_classes - 1}",
             fix="score only samples whose key is in the class map",
         )
 

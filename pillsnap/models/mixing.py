@@ -6,7 +6,7 @@
 __all__ = ['Mixer', 'mixed_loss']
 
 # %% ../../nbs/models/530_mixing.ipynb #dd412267
-from typing import Any
+#| export
 
 # %% ../../nbs/models/530_mixing.ipynb #730cd967
 import torch

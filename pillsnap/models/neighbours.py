@@ -80,7 +80,8 @@ def recall_at_k(
     "How often the right class is among the K nearest."
     if groups and (shared := sorted(set(groups[0]) & set(groups[1]))):
         raise PillsnapError(
-            f"{len(shared)} groups stand in the gallery and among the queries, the first is {shared[0]}: their photos would find themselves",
+            f"{len(shared)} groups stand in the gallery and among the queries, the first is {shared[0]}: "
+            "their photos would find themselves",
             fix="make the splits again; gallery is train, queries are val or test",
         )
     _, rows = nearest(gallery.vectors, queries.vectors, max(ks))
