@@ -211,7 +211,7 @@ def probe(
     run_root: str | Path | None = None,  # a run folder
     seconds: float = 20.0,  # for all of it
     workers: int | None = None,  # processes; None = the CPUs
-    say: Callable[[str], None] = lambda what: None,  # told what is done now
+    say: Callable[[str], None] = lambda _what: None,  # told what is done now
 ) -> Probe:
     "Measure this machine."
     t0, cfg, cpus = time.perf_counter(), cfg or load_config("two_stage"), workers or joblib.cpu_count()
@@ -406,7 +406,7 @@ def vram_table(
     cfg: Config,  # what will be run
     networks: Mapping[str, Callable[[int], Any]],  # "classifier", "detector": what builds it for so many drugs
     room: int | None = None,  # memory of the GPU, bytes
-    say: Callable[[str], None] = lambda what: None,  # told what is done now
+    say: Callable[[str], None] = lambda _what: None,  # told what is done now
 ) -> pd.DataFrame:  # stage, network, batch, GB; and the most photos that fit, where the room is known
     "GPU memory of stages 1 to 4: estimated, on no GPU measured."
     rows, t, stages = [], cfg.train, [cfg.data.progressive_validation.stage(s) for s in (1, 2, 3, 4)]
@@ -586,7 +586,11 @@ def print_plan(
         [
             seen.hardware,
             f"measured in {seen.seconds:.0f} s on {seen.sampled} {kind}",
-            f"  disk {seen.read_bytes_s / 1e6:,.0f} MB/s · open {seen.open_s:,.0f}, pack {seen.make_s:,.0f}, read the pack {seen.pack_s:,.0f} photos/s on {seen.cpus} processors · {seen.photo_bytes / 1e6:.2f} MB a photo, {seen.pack_bytes / 1e3:,.0f} kB in the pack",
+            (
+                f"  disk {seen.read_bytes_s / 1e6:,.0f} MB/s · open {seen.open_s:,.0f}, pack {seen.make_s:,.0f}, read"
+                f" the pack {seen.pack_s:,.0f} photos/s on {seen.cpus} processors · {seen.photo_bytes / 1e6:.2f} MB a"
+                f" photo, {seen.pack_bytes / 1e3:,.0f} kB in the pack"
+            ),
             f"GPU {gpu_how}" + ("" if gpu else "; an epoch lasts as long as the loader needs"),
             "",
             t.to_string(index=False),
@@ -600,11 +604,17 @@ def print_plan(
                 else [
                     f"memory on the GPU ({vram_how})",
                     vram.to_string(index=False),
-                    "estimated, on no GPU measured: counted on the network's layers with the head of stage 4 and AdamW; the detector's loss is not in it",
+                    (
+                        "estimated, on no GPU measured: counted on the network's layers with the head of stage 4 and"
+                        " AdamW; the detector's loss is not in it"
+                    ),
                     "",
                 ]
             ),
-            "estimated: every stage is the measured rates times its photos; an epoch is their train part. Augmentation, a busy machine and a full disk are not in it.",
+            (
+                "estimated: every stage is the measured rates times its photos; an epoch is their train part."
+                " Augmentation, a busy machine and a full disk are not in it."
+            ),
         ]
     )
 
@@ -612,7 +622,7 @@ def print_plan(
 Networks = Callable[[Config], Mapping[str, Callable[[int], Any]]]  # name → input size → network
 
 
-def plan_command(
+def plan_command(  # noqa: PLR0913 - one parameter for each option of the command
     root: str | Path | None = None,  # a delivery
     run_root: str | Path | None = None,  # a run folder
     gpu: str | None = None,  # its name

@@ -7,7 +7,6 @@ __all__ = ['FIELDS', 'OTHER_NAMES', 'plain', 'save_ckpt', 'rng_state', 'set_rng_
            'load_ckpt']
 
 # %% ../../nbs/core/080_checkpoints.ipynb #480cc31a
-import math
 import os
 import pickle
 import random
@@ -97,10 +96,10 @@ def _write(state: dict[str, Any], path: Path) -> None:
         try:
             torch.save(state, f)
         except (RuntimeError, OSError) as e:
-            raise f.error or e
+            raise (f.error or e) from None
 
 # %% ../../nbs/core/080_checkpoints.ipynb #e1efe0ee
-def save_ckpt(
+def save_ckpt(  # noqa: PLR0913 - the fields of a checkpoint
     path: str | os.PathLike,  # checkpoints/classifier/last.pt
     *,
     model_state: Mapping,  # model.state_dict()
@@ -208,16 +207,13 @@ def class_map_difference(
 def _check(ckpt: dict, path: Path, class_map: Mapping | None, backbone: str | None) -> None:
     "Refuse a checkpoint of other classes or of another network."
     mine = ckpt["class_map"]
-    if class_map is not None:
-        if why := class_map_difference(mine, class_map):
-            sizes = (
-                f"{len(mine.get('keys', []))} classes in the checkpoint, {len(class_map.get('keys', []))} in the data"
-            )
-            raise PillsnapError(
-                f"this checkpoint belongs to another class map ({sizes}): {why}",
-                where=path,
-                fix="use the data it was trained on, or train again (--fresh)",
-            )
+    if class_map is not None and (why := class_map_difference(mine, class_map)):
+        sizes = f"{len(mine.get('keys', []))} classes in the checkpoint, {len(class_map.get('keys', []))} in the data"
+        raise PillsnapError(
+            f"this checkpoint belongs to another class map ({sizes}): {why}",
+            where=path,
+            fix="use the data it was trained on, or train again (--fresh)",
+        )
     was = ckpt.get("backbone")
     if backbone is not None and was is not None and was != backbone:
         raise PillsnapError(

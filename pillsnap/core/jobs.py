@@ -732,6 +732,8 @@ def _execute(spec: JobSpec, out: Path, params: dict[str, Any], head: str) -> Non
     relay = ProgressRelay(head, first + 1)  # papermill inserts the given parameters as a cell after that one
     os.environ["PILLSNAP_NOTEBOOK"] = sha256_file(spec.path)
     os.environ["PILLSNAP_IN_SYNC"] = str(in_sync(spec.path, spec.job.split(":")[0])).lower()
+    # it warns of parameters whose comments it cannot parse; check_parameters has read them all
+    logging.getLogger("papermill").setLevel(logging.ERROR)
     try:
         pm.execute_notebook(
             str(spec.path),

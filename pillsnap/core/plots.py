@@ -193,7 +193,8 @@ def _place(
 
 # %% ../../nbs/core/070_plots.ipynb #66a93a7f
 def _word(text: str, px: int, times: int = 8) -> Image.Image:
-    "A word's ink as a mask [grey], drawn larger and averaged down: Pillow hints small letters, and an 8 would look like a 0."
+    """A word's ink as a mask [grey], drawn larger and averaged down: Pillow hints small letters, and an 8 would
+    look like a 0."""
     font = ImageFont.truetype(str(font_path()), px * times)
     left, top, right, bottom = ImageDraw.Draw(Image.new("L", (1, 1))).textbbox((0, 0), text, font=font)
     w, h = -(-(right - left) // times), -(-(bottom - top) // times)
@@ -202,7 +203,7 @@ def _word(text: str, px: int, times: int = 8) -> Image.Image:
     return ink.resize((w, h), Image.Resampling.BOX)
 
 
-def _label(im: Image.Image, box: tuple, text: str, colour: str, px: int, taken: list, boxes: list) -> None:
+def _label(im: Image.Image, box: tuple, text: str, colour: str, px: int, taken: list, boxes: list) -> None:  # noqa: PLR0913 - one label, and what it must keep clear of
     "A word on a coloured ground, inside the photo and beside the other words."
     ink = _word(text, px)
     rect = _place((ink.width + px // 2, ink.height + px // 2), box, im.size, taken, boxes)

@@ -1400,7 +1400,7 @@ class ConversionJob(Job):
 # %% ../../nbs/dataset/400_conversion.ipynb #06d30238
 @patch(cls_method=True)
 def check_inputs(
-    cls: ConversionJob,  # noqa: ARG001
+    cls: ConversionJob,
     root: str | os.PathLike,  # the run folder; it need not exist  # noqa: ARG001
     cfg: Config,  # paths.root, data.source
 ) -> None:  # raises PillsnapError

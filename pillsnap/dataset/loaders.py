@@ -234,7 +234,7 @@ def __iter__(  # noqa: N807 - a method
 # %% ../../nbs/dataset/490_loaders.ipynb #6f864a2c
 @patch
 def _as_cut(
-    self: PhotoLoader,  # noqa: ARG001
+    self: PhotoLoader,
     chunks: Iterable,  # of _chunks
 ) -> Iterator[tuple[BatchViews, torch.Tensor, list[dict], int]]:  # looks, images, skip records, rows used
     "Every batch as it was cut, without the skipped photos."

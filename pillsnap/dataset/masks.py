@@ -168,7 +168,7 @@ def sync_transform(
     seed: int = 42,  # of its draws
 ) -> Callable:  # f(image=, mask=) → {"image", "mask"}
     "A joint random transform of photo and mask: bilinear and nearest."
-    A = albumentations()
+    A = albumentations()  # noqa: N806 - the paper's letter
     import cv2
 
     how = dict(interpolation=cv2.INTER_LINEAR, mask_interpolation=cv2.INTER_NEAREST)

@@ -38,7 +38,10 @@ def _drug(entry: Mapping[str, Any], where: Path) -> NarrowDrug:
         raise PillsnapError(
             f"this is no drug of a narrow list: {str(entry)[:80]}",
             where=where,
-            fix='{"kcode": "K-000573", "drug_name": …, "manufacturer": …, "form": …, "training_config": {"weight": 1.0}}',
+            fix=(
+                '{"kcode": "K-000573", "drug_name": …, "manufacturer": …, "form": …, "training_config": {"weight":'
+                " 1.0}}"
+            ),
         ) from None
     if not (math.isfinite(weight) and weight > 0):
         raise PillsnapError(

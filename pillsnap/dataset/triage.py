@@ -45,7 +45,8 @@ def _pill_features(
     img: np.ndarray,  # [H, W, 3] uint8 photo
     bbox: Sequence[float],  # x, y, w, h of the pill
 ) -> np.ndarray:  # [27] float64
-    "Colours from the middle outwards, their spread and ratios, size, and how much is imprinted; the same however the pill lies."
+    """Colours from the middle outwards, their spread and ratios, size, and how much is imprinted; the same however
+    the pill lies."""
     x, y, w, h = bbox
     c = crop_view(img, np.array([x, y, x + w, y + h]), 48, 0.0).astype(np.float64)
     r = np.hypot(*(np.mgrid[:48, :48] - 23.5)) / 24
@@ -130,7 +131,8 @@ def cross_validated(
 def read_predictions(
     run_dir: str | os.PathLike,  # run folder
 ) -> pd.DataFrame | None:  # as answers_of; None when nothing was evaluated here
-    "The evaluation stage's answers. It keeps the answer's confidence and the label's rank; `own` is then the most that the label can have."
+    """The evaluation stage's answers. It keeps the answer's confidence and the label's rank; `own` is then the most
+    that the label can have."""
     path = Path(run_dir) / "reports" / "predictions_single.csv"
     if not path.is_file():
         return None
@@ -266,7 +268,7 @@ def _plain_answers(
 # %% ../../nbs/dataset/450_triage.ipynb #0823df15
 def issues_of_run(
     run_dir: str | os.PathLike,  # run folder with a manifest
-    sample: int = 2000,  # photos opened for sharpness and brightness, and for the plain model where nothing was evaluated
+    sample: int = 2000,  # photos opened for sharpness, brightness and the plain model
     seed: int = 42,  # which
 ) -> pd.DataFrame:  # as rank_issues
     "Everything a run knows about its labels; the search for copies is the splits stage's, if it ran."
@@ -323,7 +325,10 @@ def _pill_picture(
     x, y, w, h = json.loads(bbox) if bbox else (0, 0, img.shape[1], img.shape[0])
     out = io.BytesIO()
     Image.fromarray(crop_view(img, np.array([x, y, x + w, y + h]), side, 0.25)).save(out, "JPEG", quality=88)
-    return f"<img src='data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}' alt='{html.escape(alt, quote=True)}' width='{side}' height='{side}' style='border-radius:6px'>"
+    return (
+        f"<img src='data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}'"
+        f" alt='{html.escape(alt, quote=True)}' width='{side}' height='{side}' style='border-radius:6px'>"
+    )
 
 # %% ../../nbs/dataset/450_triage.ipynb #a279e853
 class TriageDesk:
@@ -362,16 +367,26 @@ def _issue_html(
 
     def row(title: str, kcode: str) -> str:
         shots = "".join(
-            f"<span style='margin-right:6px'>{_pill_picture(desk.photos / p, b, 110, f'a photo of {desk.name(kcode)}')}</span>"
+            "<span style='margin-right:6px'>"
+            f"{_pill_picture(desk.photos / p, b, 110, f'a photo of {desk.name(kcode)}')}</span>"
             for p, b in _reference_photos(desk.df, r["path"], kcode)
         )
-        return f"<div style='margin:0 0 8px'><div style='color:#57606a;font-size:12px;margin-bottom:3px'>{title} <b style='color:#1f2328'>{esc(desk.name(kcode))}</b></div>{shots or '<i>no photo of another series</i>'}</div>"
+        return (
+            f"<div style='margin:0 0 8px'><div style='color:#57606a;font-size:12px;margin-bottom:3px'>{title} "
+            f"<b style='color:#1f2328'>{esc(desk.name(kcode))}</b></div>"
+            f"{shots or '<i>no photo of another series</i>'}</div>"
+        )
 
     rows = row("labelled", r["kcode"]) + (row("perhaps", r["suggest"]) if r["suggest"] else "")
     return (
-        "<div style='border:1px solid #d0d7de;border-radius:8px;background:#fff;color:#1f2328;max-width:760px;font-family:system-ui,sans-serif;font-size:13px;padding:12px 16px'>"
-        f"<div style='margin-bottom:8px'><b>{i + 1} of {len(desk.issues)}</b> · {esc(KINDS[r['kind']])}: {esc(r['why'])}</div>"
-        f"<div style='display:flex;flex-wrap:wrap;gap:18px'><div>{_pill_picture(desk.photos / r['path'], box, 220, 'the photo in question')}<div style='color:#57606a;font-size:11px;max-width:220px;overflow-wrap:anywhere'>{esc(Path(r['path']).name)}</div></div><div>{rows}</div></div></div>"
+        "<div style='border:1px solid #d0d7de;border-radius:8px;background:#fff;color:#1f2328;max-width:760px;"
+        "font-family:system-ui,sans-serif;font-size:13px;padding:12px 16px'>"
+        f"<div style='margin-bottom:8px'><b>{i + 1} of {len(desk.issues)}</b> · {esc(KINDS[r['kind']])}:"
+        f" {esc(r['why'])}</div>"
+        "<div style='display:flex;flex-wrap:wrap;gap:18px'>"
+        f"<div>{_pill_picture(desk.photos / r['path'], box, 220, 'the photo in question')}"
+        "<div style='color:#57606a;font-size:11px;max-width:220px;overflow-wrap:anywhere'>"
+        f"{esc(Path(r['path']).name)}</div></div><div>{rows}</div></div></div>"
     )
 
 # %% ../../nbs/dataset/450_triage.ipynb #994b97ef
@@ -433,7 +448,9 @@ def build_page(
                 say(f"<span style='color:#cf222e'>{html.escape(str(e))}</span>")
                 return
             say(
-                f"<b>Recorded:</b> {html.escape(Path(d.path).name)}: {d.decision} {html.escape(desk.name(d.to) if d.to else '')} <span style='color:#57606a'>by {html.escape(d.who)}, {d.when}</span>"
+                f"<b>Recorded:</b> {html.escape(Path(d.path).name)}: {d.decision}"
+                f" {html.escape(desk.name(d.to) if d.to else '')} <span style='color:#57606a'>by {html.escape(d.who)},"
+                f" {d.when}</span>"
             )
             show(1)
 
@@ -455,7 +472,10 @@ def _static_page(
     most: int = 4,  # issues shown
 ) -> str:
     "The first issues without buttons: what a night run shows."
-    more = f"<p style='background:#fff;color:#57606a;padding:4px 8px'>{len(desk.issues)} issues in all, {len(desk.overlay)} decided. Open this notebook in JupyterLab to decide about them.</p>"
+    more = (
+        f"<p style='background:#fff;color:#57606a;padding:4px 8px'>{len(desk.issues)} issues in all,"
+        f" {len(desk.overlay)} decided. Open this notebook in JupyterLab to decide about them.</p>"
+    )
     return "".join(_issue_html(desk, i) + "<br>" for i in range(min(most, len(desk.issues)))) + more
 
 
@@ -506,7 +526,8 @@ def triage_notebook(
         c | ({"outputs": [], "execution_count": None} if c["cell_type"] == "code" else {}) for c in nb["cells"][start:]
     ]
     cells[1]["source"] = (
-        f'run_dir = {str(root)!r}  # run folder\nwho = {who!r}  # written beside every decision; "" = whoever is logged in'
+        f'run_dir = {str(root)!r}  # run folder\nwho = {who!r}  # written beside every decision; "" = whoever is'
+        " logged in"
     )
     return save_json(nb | {"cells": cells}, root / "notebooks" / "triage.ipynb")
 

@@ -930,7 +930,7 @@ def _finish_export(  # noqa: PLR0913 - all of it goes into the report
 # %% ../../nbs/deployment/810_export.ipynb #3885ec83
 @patch
 def smoke(
-    self: ExportJob,  # noqa: ARG001 - a method of the job
+    self: ExportJob,
     run: RunFolder,
     cfg: Config,
 ) -> None:

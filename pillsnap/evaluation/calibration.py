@@ -117,9 +117,12 @@ def calibrate(
             ece_after=None,
             nll_before=None,
             nll_after=None,
-            note=f"left at 1: {counts['n_fit']} calibration and {counts['n_test']} clean photos, {LEAST} of each are needed",
+            note=(
+                f"left at 1: {counts['n_fit']} calibration and {counts['n_test']} clean photos, {LEAST} of each are"
+                " needed"
+            ),
         )
-    T = fit_temperature(z[fit], y[fit])
+    T = fit_temperature(z[fit], y[fit])  # noqa: N806 - the paper's letter
     z, y = z[judge], y[judge]
 
     def honest(t: float) -> float:

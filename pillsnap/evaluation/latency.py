@@ -79,7 +79,7 @@ def time_calls(
     return ms
 
 # %% ../../nbs/evaluation/710_latency.ipynb #e93b62db
-def measure_latency(
+def measure_latency(  # noqa: PLR0913 - the settings of the protocol
     answer: Callable[[], Any],  # one complete answer; must return host data
     scope: str,  # what that call does
     prov: Provenance,  # data and class map of the photos answered

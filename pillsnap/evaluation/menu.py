@@ -122,12 +122,18 @@ def percent(
 
 def _dot(colour: str) -> str:
     "A round signal light: an emoji needs a font that not every machine has."
-    return f"<span style='display:inline-block;width:11px;height:11px;border-radius:50%;background:{colour};border:2px solid #fff;margin-right:6px'></span>"
+    return (
+        f"<span style='display:inline-block;width:11px;height:11px;border-radius:50%;background:{colour};border:2px"
+        " solid #fff;margin-right:6px'></span>"
+    )
 
 # %% ../../nbs/evaluation/760_menu.ipynb #cc96a4d8
 def _chip(text: str, ink: str) -> str:
     "A small rounded label."
-    return f"<span style='display:inline-block;padding:1px 8px;border-radius:10px;border:1px solid {ink};color:{ink};font-size:11px;line-height:1.5;white-space:nowrap'>{_esc(text)}</span>"
+    return (
+        "<span style='display:inline-block;padding:1px 8px;border-radius:10px;border:1px solid"
+        f" {ink};color:{ink};font-size:11px;line-height:1.5;white-space:nowrap'>{_esc(text)}</span>"
+    )
 
 # %% ../../nbs/evaluation/760_menu.ipynb #24db4974
 def gate_dot(
@@ -183,10 +189,13 @@ def banner_html(
         )
     chips = [c for c in (gate.get("label", ""), f"{r['n_measured']} of {r['n_targets']} targets measured") if c]
     return (
-        f"<div style='background:{ink};color:#fff;border-radius:8px 8px 0 0;padding:14px 18px;display:flex;flex-wrap:wrap;align-items:center;gap:8px 18px'>"
-        f"<div style='font-size:{size}px;font-weight:600;line-height:1;white-space:nowrap'>{_esc(large)}</div>"
-        f"<div style='line-height:1.45;flex:1 1 240px'><div style='font-size:16px;font-weight:600;overflow-wrap:anywhere'>{_dot(dot)}{_esc(head)}</div>"
-        f"<div>{_esc(below)}</div><div style='margin-top:5px'>{' '.join(_chip(c, '#ffffff') for c in chips)}</div></div></div>"
+        f"<div style='background:{ink};color:#fff;border-radius:8px 8px 0 0;padding:14px"
+        " 18px;display:flex;flex-wrap:wrap;align-items:center;gap:8px 18px'><div"
+        f" style='font-size:{size}px;font-weight:600;line-height:1;white-space:nowrap'>{_esc(large)}</div>"
+        "<div style='line-height:1.45;flex:1 1 240px'>"
+        f"<div style='font-size:16px;font-weight:600;overflow-wrap:anywhere'>{_dot(dot)}{_esc(head)}</div>"
+        f"<div>{_esc(below)}</div>"
+        f"<div style='margin-top:5px'>{' '.join(_chip(c, '#ffffff') for c in chips)}</div></div></div>"
     )
 
 # %% ../../nbs/evaluation/760_menu.ipynb #684ac28e
@@ -201,7 +210,11 @@ def _bars_html(
     "One bar per target: how much of it is reached, and what was measured."
 
     def row(b: Mapping[str, Any]) -> str:
-        track = f"<div style='background:#eaeef2;border-radius:4px;height:10px;width:180px'><div style='background:{_BAR[b['verdict']]};border-radius:4px;height:10px;width:{b['share']:.0%}'></div></div>"
+        track = (
+            "<div style='background:#eaeef2;border-radius:4px;height:10px;width:180px'>"
+            f"<div style='background:{_BAR[b['verdict']]};border-radius:4px;height:10px;width:{b['share']:.0%}'></div>"
+            "</div>"
+        )
         name = _esc(b["name"].replace("_", " ")) + (
             "" if b["scored"] else f" <span style='{_MUTED}'>(shown, not scored)</span>"
         )
@@ -239,15 +252,21 @@ def _suggestions_html(
 
     def card(i: int, s: Mapping[str, Any]) -> str:
         return (
-            f"<div style='margin:0 0 8px 0;line-height:1.8'><b>{i}. {_esc(_capital(s['do']))}</b> <span style='{_MUTED}'>{_esc(s['why'])}</span><br>"
-            f"<code style='{_MONO};border:1px solid #d0d7de;border-radius:4px;padding:2px 8px;user-select:all;overflow-wrap:anywhere'>{_esc(s['override'])}</code></div>"
+            f"<div style='margin:0 0 8px 0;line-height:1.8'><b>{i}. {_esc(_capital(s['do']))}</b> <span"
+            f" style='{_MUTED}'>{_esc(s['why'])}</span><br><code style='{_MONO};border:1px solid"
+            " #d0d7de;border-radius:4px;padding:2px"
+            f" 8px;user-select:all;overflow-wrap:anywhere'>{_esc(s['override'])}</code></div>"
         )
 
     return "".join(card(i, s) for i, s in enumerate(r["suggestions"], 1))
 
 # %% ../../nbs/evaluation/760_menu.ipynb #509a7f90
 def _section(title: str, body: str) -> str:
-    return f"<div style='padding:10px 18px'><div style='{_MUTED};text-transform:uppercase;letter-spacing:.06em;margin-bottom:6px'>{_esc(title)}</div>{body}</div>"
+    return (
+        "<div style='padding:10px 18px'>"
+        f"<div style='{_MUTED};text-transform:uppercase;letter-spacing:.06em;margin-bottom:6px'>{_esc(title)}</div>"
+        f"{body}</div>"
+    )
 
 
 def _choice_html(
@@ -265,7 +284,8 @@ def _choice_html(
 def _card(*parts: str) -> str:
     "A white card, whatever the theme."
     return (
-        f"<div style='border:1px solid #d0d7de;border-radius:8px;{_PAPER};max-width:760px;font-family:system-ui,sans-serif;font-size:13px'>"
+        "<div style='border:1px solid"
+        f" #d0d7de;border-radius:8px;{_PAPER};max-width:760px;font-family:system-ui,sans-serif;font-size:13px'>"
         + "".join(parts)
         + "</div>"
     )
@@ -294,7 +314,8 @@ def static_text(
     lines = [f"{gate_dot(gate['status'])} gate {_gate_word(gate)}"] if gate.get("status") else [r["colour"]]
     lines += [advisor_word(r, gate), ""]
     lines += [
-        f"  {b['name']:<24} {_value(b['value'], b['unit']):>10}  {'≤' if b['lower'] else '≥'} {_value(b['target'], b['unit']):<8} {b['verdict']}"
+        f"  {b['name']:<24} {_value(b['value'], b['unit']):>10}  {'≤' if b['lower'] else '≥'}"
+        f" {_value(b['target'], b['unit']):<8} {b['verdict']}"
         for b in r["bars"]
     ] + [""]
     lines += [f"  {i}. {s['do']} ({s['why']}): {s['override']}" for i, s in enumerate(r["suggestions"], 1)] + [""]

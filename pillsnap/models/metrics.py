@@ -232,7 +232,7 @@ def detection_ap(
     preds: Sequence,  # per photo (boxes xyxy [n, 4], confidence [n]), kept down to a low confidence (.001)
     gts: Sequence,  # per photo true boxes xyxy [m, 4], [0, 4] for an empty photo
     thresholds: Sequence[float] = tuple(np.arange(0.5, 1, 0.05).round(2)),  # overlaps the mean runs over
-) -> dict:  # mAP@0.5, mAP@0.5:0.95, precision, recall, conf (the last three at the best F1), ap per threshold, n_photos, n_boxes
+) -> dict:  # mAP@0.5, mAP@0.5:0.95, precision, recall and conf at the best F1, ap, n_photos, n_boxes
     "Average precision of a one-class detector; all NaN without a true box."
     first = pr_curve(preds, gts, 0.5)
     ap = {float(t): pr_curve(preds, gts, t).attrs["ap"] for t in thresholds}

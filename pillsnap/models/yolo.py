@@ -69,7 +69,7 @@ def _listen(folder: str | os.PathLike | None) -> None:
             h.setLevel(logging.WARNING)
 
 # %% ../../nbs/models/560_yolo.ipynb #c8ea06ce
-class NoUltralytics(PillsnapError, ImportError):
+class NoUltralytics(PillsnapError, ImportError):  # noqa: N818 - it names what happened, and an except clause reads so
     "The detector's library is not there."
 
 

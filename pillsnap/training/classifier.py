@@ -937,7 +937,7 @@ def _best_answers(
 
 @patch
 def work(
-    self: ClassifierJob,  # noqa: ARG001 - a method, by patch
+    self: ClassifierJob,
     run: RunFolder,  # the run to train in
     cfg: Config,  # as configured
     cbs: Sequence[Callback] = (),  # further callbacks

@@ -527,7 +527,7 @@ def check_loss(self: PillTraining) -> None:
 
 @patch
 def _handle_nan_recovery(
-    self: PillTraining,  # noqa: ARG001 - the library's signature
+    self: PillTraining,
     epoch: int,  # noqa: ARG001 - the library passes it
 ) -> bool:
     return False  # check_loss has raised before
@@ -1232,7 +1232,7 @@ def _notes(
 # %% ../../nbs/training/650_detector.ipynb #81e75ef5
 @patch
 def work(
-    self: DetectorJob,  # noqa: ARG001 - a method, by patch
+    self: DetectorJob,
     run: RunFolder,  # the run to train in
     cfg: Config,  # as configured
     hooks: Mapping[str, Callable] | None = None,  # further callbacks, by ultralytics' names

@@ -87,11 +87,9 @@ class Distributed(Callback):
     def before_train(self):
         now = [p.requires_grad for p in self.model.parameters()]  # a frozen backbone thaws: the wrapper must hear of it
         if now != self.trained:
-            self.whole, self.ddp, self.trained = (
-                self.model,
-                self.accelerator.prepare_model(self.model, device_placement=False),
-                now,
-            )  # it is where it belongs; moved from cpu to "cpu:0" its weights would not be those that the average follows
+            # the model is on its device; moved from cpu to "cpu:0" its weights would not be those the average follows
+            self.whole, self.trained = self.model, now
+            self.ddp = self.accelerator.prepare_model(self.model, device_placement=False)
 
     def before_batch(self):
         if self.training:
@@ -254,7 +252,7 @@ def child_failed(
     own = next(
         (i for i in range(len(lines) - 1, -1, -1) if lines[i].strip() and not lines[i].startswith(" ")), 0
     )  # what is indented below it is its where and to do
-    more = dict(l.strip().split(": ", 1) for l in lines[own + 1 :] if ": " in l)
+    more = dict(line.strip().split(": ", 1) for line in lines[own + 1 :] if ": " in line)
     fix = more.get("to do") or next((v for k, v in LACKS.items() if k in said), "its traceback stands above")
     return PillsnapError(
         f"process {rank} of {processes} failed: {lines[own].removeprefix('pillsnap.core.errors.PillsnapError: ')}",
@@ -466,7 +464,8 @@ def distributed_command(
         config or Path(run_dir) / "config.yaml", list(overrides)
     )  # what is misspelt is told here, once, and not by every process
     if "LOCAL_RANK" in os.environ:
-        return run_rank(stage, str(run_dir), config, overrides)
+        run_rank(stage, str(run_dir), config, overrides)
+        return
     if "ACCELERATE_MIXED_PRECISION" in os.environ:
         raise PillsnapError(
             "accelerate launch started one process only",
@@ -475,7 +474,8 @@ def distributed_command(
     n = processes or gpu_count() or 2
     _gpus_for(n)
     if n == 1:
-        return _run_single(stage, str(run_dir), config, overrides)
+        _run_single(stage, str(run_dir), config, overrides)
+        return
     check_loopback()
     given = ["--run-dir", str(run_dir), *(["--config", config] if config else []), *overrides]
     status = handing_on(

@@ -70,7 +70,7 @@ def set_process_state(
     torch.use_deterministic_algorithms(on, warn_only=warn)
 
 # %% ../../nbs/training/660_interleaved.ipynb #0d47b200
-class OtherSideFailed(Exception):
+class OtherSideFailed(Exception):  # noqa: N818 - it names what happened, and an except clause reads so
     "The other side has failed; this one stops where it stands."
 
 
@@ -251,7 +251,7 @@ def in_turn_hooks(
     def begin(t: Any) -> None:
         baton.begin(me, t.start_epoch * len(t.train_loader))
 
-    def begin_pass(t: Any) -> None:
+    def begin_pass(t: Any) -> None:  # noqa: ARG001 - the caller passes it
         side.passes += 1
 
     def done(t: Any) -> None:

@@ -132,7 +132,8 @@ class NanGuard(Callback):
         if not scaled:
             log_decision(
                 self.log,
-                f"nan: a step of epoch {self.epoch + 1} was left out, its gradients are not finite ({self.skipped} so far)",
+                f"nan: a step of epoch {self.epoch + 1} was left out, its gradients are not finite ({self.skipped} so"
+                " far)",
                 self.tb,
                 step=self.learn.train_iter,
             )

@@ -138,7 +138,10 @@ def manifest_stage(
         raise PillsnapError(
             "this manifest is not a stage of a run folder",
             where=p,
-            fix="name RUN/artifacts/stageN/manifest_train.csv; a stage is more than its manifest: class map, splits and configuration lie beside it",
+            fix=(
+                "name RUN/artifacts/stageN/manifest_train.csv; a stage is more than its manifest: class map, splits and"
+                " configuration lie beside it"
+            ),
         )
     return p.parents[2], int(n[1])
 
@@ -169,4 +172,7 @@ def compare_with_target(
 ) -> str:
     "What was asked, and what was measured."
     row = rec["table"][0]
-    return f"target accuracy {target:.3f}: {'reached' if row['accuracy'] >= target else 'not reached'}, {row['accuracy']:.3f} of {row['n']} photos, {row['view']}"
+    return (
+        f"target accuracy {target:.3f}: {'reached' if row['accuracy'] >= target else 'not reached'},"
+        f" {row['accuracy']:.3f} of {row['n']} photos, {row['view']}"
+    )

@@ -25,7 +25,7 @@ from fastcore.basics import patch
 from ..core.checkpoints import find_ckpt, load_ckpt, rng_state, set_rng_state
 from ..core.config import Config, DataLoaderConfig, TrainClassification
 from ..core.errors import PillsnapError
-from ..core.files import read_json, save_json
+from ..core.files import save_json
 from ..core.jobs import Job, JobResult, RunFolder
 from ..core.logs import TBWriter, log_decision
 from ..core.plots import COLOURS, save_fig, show_grid, use_house_style
@@ -78,7 +78,8 @@ def gpu_settings(
         ability,
         workers,
         accum,
-        f"{gpu.name}, {gpu.gb:.0f} GB, is {'in the table' if row else 'another card' + (' with bf16' if gpu.bf16 else ' without bf16')}{odd}",
+        f"{gpu.name}, {gpu.gb:.0f} GB, is"
+        f" {'in the table' if row else 'another card' + (' with bf16' if gpu.bf16 else ' without bf16')}{odd}",
     )
 
 
@@ -140,12 +141,15 @@ def engine_config(
     )
     (accum, dtype), own = _initial_settings(cfg, (accum, dtype), was) if was else (accum, dtype), (accum, dtype)
     kept = [
-        f"resume: {accum} batches per step and precision {dtype}, as the run began; this machine alone would take {own[0]} and {own[1]}"
+        f"resume: {accum} batches per step and precision {dtype}, as the run began; this machine alone would take"
+        f" {own[0]} and {own[1]}"
     ] * ((accum, dtype) != own)
     jitter = tuple(
         _first(getattr(r, k), v)
         for k, v in zip(("brightness", "contrast", "saturation", "hue"), cfg.data.augment.classification.color_jitter)
     )
+    every_size = f"on, every batch is {cfg.data.classification.img_size} px"
+    benchmark = "off, the run is deterministic" if cfg.train.deterministic else every_size
     tree = cfg.to_dict()
     tree["dataloader"]["num_workers"], tree["data"]["augment"]["classification"]["color_jitter"] = workers, jitter
     tree["train"]["classification"] |= dict(grad_accum_steps=accum, amp_dtype=dtype)
@@ -153,7 +157,7 @@ def engine_config(
         f"hardware: {table.why if table else 'no GPU, so the table does not apply and use_bf16 has no meaning'}",
         f"retrieval: {workers} workers, {accum} batches per step, precision {dtype}",
         *kept,
-        f"cudnn.benchmark: {'off, the run is deterministic' if cfg.train.deterministic else f'on, every batch is {cfg.data.classification.img_size} px'}",
+        f"cudnn.benchmark: {benchmark}",
     ]
 
 # %% ../../nbs/training/670_retrieval.ipynb #3c34fef2
@@ -184,9 +188,8 @@ class Recall(Callback):
         device, dice = next(self.model.parameters()).device, rng_state()
         g, q = (embed_photos(self.model, dl, device) for dl in (self.gallery, self.queries))
         found = recall_at_k(g, q, self.ks, tuple([self.groups[p] for p in v.paths] for v in (g, q)))
-        set_rng_state(
-            dice
-        )  # a loader's processes are seeded with a throw, in a run that goes on once more than in one that never stopped
+        # starting a loader draws a random number: a resumed run would draw one more than one that never stopped
+        set_rng_state(dice)
         self.learn.scores |= {f"recall@{k}": found[f"recall@{k}"] for k in self.ks}
         if self.log:
             self.log.info(
@@ -317,7 +320,8 @@ def work(self: RetrievalJob, run: RunFolder, cfg: Config) -> JobResult:
     "Train the retrieval model of this run, look up its validation photos, and show what lies nearest."
     if cfg.project.family != "retrieval" or cfg.train.classification.head != "arcface":
         raise PillsnapError(
-            f"this stage trains the retrieval family with an ArcFace head, and the configuration says {cfg.project.family} with {cfg.train.classification.head}",
+            "this stage trains the retrieval family with an ArcFace head, and the configuration says"
+            f" {cfg.project.family} with {cfg.train.classification.head}",
             fix="--config retrieval",
         )
     stage, reports, folder = (
@@ -346,7 +350,7 @@ def work(self: RetrievalJob, run: RunFolder, cfg: Config) -> JobResult:
 
 # %% ../../nbs/training/670_retrieval.ipynb #f8f19917
 @patch
-def _report(
+def _report(  # noqa: PLR0913 - the parts of one report
     self: RetrievalJob,
     run: RunFolder,
     cfg: Config,
@@ -396,7 +400,8 @@ def _report(
     ]
     verdict = (
         ", ".join(f"Recall@{k} {found[f'recall@{k}']:.3f}" for k in ks)
-        + f" of {found['n']} photos of {len(stage.class_map)} classes from held-out IDs among {len(vectors[0].labels)}; best of {len(trained.learn.rows)} epochs is number {trained.ckpt['epoch']}"
+        + f" of {found['n']} photos of {len(stage.class_map)} classes from held-out IDs among {len(vectors[0].labels)};"
+        f" best of {len(trained.learn.rows)} epochs is number {trained.ckpt['epoch']}"
     )
     notes = [f"{found['unknown']} queries are of classes that the gallery lacks: they count as missed."] * bool(
         found["unknown"]

@@ -285,7 +285,9 @@ def stop(self: Checkpoint, saved: bool = False) -> None:
         self.save_last()
     log_decision(
         self.log,
-        f"stopped by {self.asked} in epoch {self.epoch + 1}, {'which is over' if saved else f'after {self.done} batches'}: everything is in {self.folder / 'last.pt'}, the same command goes on",
+        f"stopped by {self.asked} in epoch {self.epoch + 1},"
+        f" {'which is over' if saved else f'after {self.done} batches'}: everything is in {self.folder / 'last.pt'},"
+        " the same command goes on",
     )
     raise KeyboardInterrupt(self.asked)
 
@@ -305,7 +307,8 @@ def stoppable(
     if threading.current_thread() is not threading.main_thread():
         log_decision(
             log,
-            "signals: not heard, training does not run in the main thread; a kill costs what was done since the last save",
+            "signals: not heard, training does not run in the main thread; a kill costs what was done since the last"
+            " save",
         )
         yield
         return
@@ -418,14 +421,18 @@ class Stall(Callback):
         told = [dict(r["classification"].items()) for r in self.learn.rows[-2:]]
         if len(told) == 2 and told[0] == told[1]:
             self.fail(
-                f"the validations of epochs {self.epoch} and {self.epoch + 1} are alike to the last digit (loss {told[1]['loss']!r})"
+                f"the validations of epochs {self.epoch} and {self.epoch + 1} are alike to the last digit (loss"
+                f" {told[1]['loss']!r})"
             )
 
     def fail(self, what: str):
         raise PillsnapError(
             f"training stands still: {what}",
             where="train.classification",
-            fix="is the learning rate above nothing, and does the optimizer have the parameters that are trained? train.classification.stall_check=false goes on regardless",
+            fix=(
+                "is the learning rate above nothing, and does the optimizer have the parameters that are trained?"
+                " train.classification.stall_check=false goes on regardless"
+            ),
         )
 
 # %% ../../nbs/training/625_saving.ipynb #de0d871d

@@ -65,7 +65,7 @@ def onecycle_lr(
     )
 
 # %% ../../nbs/training/605_schedules.ipynb #d7b6c584
-def restarts_lr(
+def restarts_lr(  # noqa: PLR0913 - the parameters of torch's schedule
     step: float,  # optimizer steps done
     first: int,  # steps of the first cosine
     mult: int,  # how much longer each next one is
@@ -150,5 +150,6 @@ class Plateau(Callback):
         was, s.scale = s.scale, max(s.scale * self.factor, self.low)  # low: of the peak
         log_decision(
             self.log,
-            f"plateau: {self.monitor} has not improved for {self.patience + 1} validations, the rate falls to {s.scale / was:g} of what it was",
+            f"plateau: {self.monitor} has not improved for {self.patience + 1} validations, the rate falls to"
+            f" {s.scale / was:g} of what it was",
         )

@@ -32,7 +32,7 @@ from ..core.errors import PillsnapError
 from ..core.files import save_json, sha256_file, sha256_text
 from ..core.jobs import Job, JobResult, RunFolder
 from ..core.plots import COLOURS, save_fig, use_house_style
-from ..core.records import Metric, Provenance
+from ..core.records import Provenance
 from pillsnap.dataset.masks import (
     IGNORE,
     CEDiceLoss,
@@ -186,7 +186,7 @@ class KeepEpochs(Callback):
         self,
         folder: Path,  # checkpoints/segmentation
         fixed: Mapping[str, Any],  # what every checkpoint carries besides the state
-        report: Callable[[dict], None] = lambda row: None,  # told of each epoch
+        report: Callable[[dict], None] = lambda _row: None,  # told of each epoch
     ):
         self.folder, self.fixed, self.report, self.rows, self.best = folder, dict(fixed), report, [], -1.0
 
@@ -399,7 +399,7 @@ class SegmentationJob(Job):
 @patch(cls_method=True)
 def check_inputs(
     cls: SegmentationJob,
-    root: Path,  # the run folder; it need not exist
+    root: Path,  # the run folder; it need not exist  # noqa: ARG001 - the caller passes it
     cfg: Config,  # data.source, paths.root
 ) -> None:  # raises PillsnapError
     "Photos and masks must be there, unless they are to be rendered."
@@ -457,7 +457,7 @@ def work(self: SegmentationJob, run: RunFolder, cfg: Config) -> JobResult:
 
 # %% ../../nbs/training/680_segmentation.ipynb #f2e159f0
 @patch
-def _trained(
+def _trained(  # noqa: PLR0913 - the parts of one training
     self: SegmentationJob,
     run: RunFolder,
     cfg: Config,
@@ -510,10 +510,10 @@ def _trained(
 
 # %% ../../nbs/training/680_segmentation.ipynb #4465101d
 @patch
-def _report(
+def _report(  # noqa: PLR0913 - the parts of one report
     self: SegmentationJob,
     run: RunFolder,
-    cfg: Config,
+    cfg: Config,  # noqa: ARG001 - the caller passes it
     root: Path,
     names: list[str],
     split: MaskSplit,

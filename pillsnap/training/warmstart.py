@@ -186,7 +186,7 @@ class WarmStart:
         return dataclasses.asdict(self)
 
 # %% ../../nbs/training/635_warmstart.ipynb #a6a92101
-def warm_start(
+def warm_start(  # noqa: PLR0913 - what is copied, from where to where
     model: nn.Module,  # changed in place
     init_from: str | Path,  # a run folder or a checkpoint
     data: SplitData,  # this run's photos and class map
@@ -208,7 +208,10 @@ def warm_start(
         raise PillsnapError(
             f"{n} photos that judge this run share a capture group with photos that trained the checkpoint",
             where=path,
-            fix="split both runs with the same seed, split_ratio and group_by: a smaller stage then never trains on what judges a larger one",
+            fix=(
+                "split both runs with the same seed, split_ratio and group_by: a smaller stage then never trains on"
+                " what judges a larger one"
+            ),
         )
     rows = copy_by_key(model, ckpt["model_state"], of, to)
     done = WarmStart(
