@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRAINER_BYTES', 'CUDA_BYTES', 'GPU_BYTES', 'GPU_RATES', 'Networks', 'walk_to_photos', 'render_samples', 'read_rate',
-           'Probe', 'without_sealed', 'sample_photos', 'seconds_left', 'probe', 'ram_plan', 'MemoryFootprint',
+           'Probe', 'without_sealed', 'photos_to_probe', 'seconds_left', 'probe', 'ram_plan', 'MemoryFootprint',
            'footprint', 'step_peak', 'gpu_bytes', 'vram_table', 'gpu_rate', 'StagePlan', 'plan_stage', 'make_plans',
            'plot_plans', 'print_plan', 'plan_command']
 
@@ -174,7 +174,7 @@ def without_sealed(
     return rows, Path(head["root"])
 
 # %% ../nbs/910_planner.ipynb #cc66f182
-def sample_photos(
+def photos_to_probe(
     root: str | Path | None,  # a delivery
     run_root: str | Path | None,  # a run folder with a manifest
     cfg: Config,  # its extensions
@@ -220,7 +220,7 @@ def probe(
     with TemporaryDirectory(dir=home, prefix=".plan-") as tmp:
         say("photos to try are prepared")
         (Path(tmp) / "photos").mkdir()
-        where, rows, data = sample_photos(root, run_root, cfg, Path(tmp) / "photos")
+        where, rows, data = photos_to_probe(root, run_root, cfg, Path(tmp) / "photos")
         paths, plan = list(rows["path"].unique()), make_plan(rows, **pack_settings(cfg))
         say("the disk is read")
         rate, photo_bytes = read_rate([where / p for p in paths], seconds / 8)

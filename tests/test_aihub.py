@@ -20,7 +20,7 @@ from pillsnap.delivery.aihub import (
     IMAGE_KEYS,
     Annotation,
     Fault,
-    Reason,
+    FaultReason,
     extract_archives,
     find_delivery,
     index_photos,
@@ -252,7 +252,7 @@ def test_identical_boxes_lose_both_and_overlapping_none(tmp_path):
     same = combo(tmp_path, [A, B], [APART[0], APART[0]])
     near = combo(tmp_path, [A, C], [[0, 0, 100, 100], [0, 0, 100, 50]])
     e = check_labels(tmp_path)
-    assert [p.fault for p in e.photos[same].pills] == [Reason.BOX_IDENTICAL] * 2
+    assert [p.fault for p in e.photos[same].pills] == [FaultReason.BOX_IDENTICAL] * 2
     assert [p.fault for p in e.photos[near].pills] == [None, None]
 
 
@@ -303,14 +303,14 @@ def test_a_disputed_file_is_not_heard_on_either_drug(tmp_path):
 @pytest.mark.parametrize(
     "change,reason",
     [
-        (lambda r: r | dict(images=r["images"] * 2), Reason.STRUCTURE),
-        (lambda r: r | dict(annotations=[]), Reason.STRUCTURE),
-        (lambda r: [r], Reason.STRUCTURE),
-        (lambda r: r | dict(x=float("nan")), Reason.UNPARSABLE),
-        (lambda r: r["images"][0].update(drug_N="K-12") or r, Reason.FIELD),
-        (lambda r: r["images"][0].update(file_name=None) or r, Reason.FIELD),
-        (lambda r: r["images"][0].update(width=0) or r, Reason.FIELD),
-        (lambda r: r["images"][0].pop("height") and r, Reason.FIELD),
+        (lambda r: r | dict(images=r["images"] * 2), FaultReason.STRUCTURE),
+        (lambda r: r | dict(annotations=[]), FaultReason.STRUCTURE),
+        (lambda r: [r], FaultReason.STRUCTURE),
+        (lambda r: r | dict(x=float("nan")), FaultReason.UNPARSABLE),
+        (lambda r: r["images"][0].update(drug_N="K-12") or r, FaultReason.FIELD),
+        (lambda r: r["images"][0].update(file_name=None) or r, FaultReason.FIELD),
+        (lambda r: r["images"][0].update(width=0) or r, FaultReason.FIELD),
+        (lambda r: r["images"][0].pop("height") and r, FaultReason.FIELD),
     ],
 )
 def test_what_is_no_record_is_refused_with_its_reason(tmp_path, change, reason):
@@ -348,7 +348,7 @@ def test_a_pill_told_twice(tmp_path):
         combo(tmp_path, [A, B], flat=flat)
     e = check_labels(tmp_path)
     (photo,) = e.photos.values()
-    assert Counter(p.fault for p in photo.pills) == {None: 2, Reason.DUPLICATE_JSON: 2}
+    assert Counter(p.fault for p in photo.pills) == {None: 2, FaultReason.DUPLICATE_JSON: 2}
     combo(tmp_path, [A, B], [[1, 1, 50, 50], APART[1]], flat=True)
     (photo,) = check_labels(tmp_path).photos.values()
     assert [p.kcode for p in photo.pills if not p.fault] == [B]
@@ -481,7 +481,7 @@ def test_encodings_and_their_order(tmp_path):
         a = read_annotation(put(tmp_path / f"{encoding}.json", r, encoding))
         assert a.image == r["images"][0] and a.encoding == said
     bad = read_annotation(put(tmp_path / "utf-16.json", r, "utf-16"))
-    assert bad.reason in (Reason.ENCODING, Reason.UNPARSABLE)
+    assert bad.reason in (FaultReason.ENCODING, FaultReason.UNPARSABLE)
 
 
 JSON = st.recursive(
@@ -540,10 +540,13 @@ def test_names_are_read_or_refused(stem):
 
 
 def test_deep_and_huge_json(tmp_path):
-    assert read_annotation(put(tmp_path / "deep.json", "[" * 50_000)).reason is Reason.UNPARSABLE
-    assert read_annotation(put(tmp_path / "long.json", "9" * 5000)).reason is Reason.UNPARSABLE
+    assert read_annotation(put(tmp_path / "deep.json", "[" * 50_000)).reason is FaultReason.UNPARSABLE
+    assert read_annotation(put(tmp_path / "long.json", "9" * 5000)).reason is FaultReason.UNPARSABLE
     big = put(tmp_path / "big.json", " " * (aihub.MAX_JSON_BYTES + 1))
-    assert read_annotation(big).reason is Reason.UNREADABLE and read_annotation(tmp_path).reason is Reason.UNREADABLE
+    assert (
+        read_annotation(big).reason is FaultReason.UNREADABLE
+        and read_annotation(tmp_path).reason is FaultReason.UNREADABLE
+    )
 
 
 # ---- walking and matching
@@ -563,7 +566,7 @@ def test_links_repeats_and_hidden_files(tmp_path):
     put(tmp_path / "t/.hidden/x.json", "{")
     w = walk_tree(tmp_path / "t")
     assert len(w.files) == 2 and w.hidden == 1
-    assert Counter(f.reason for f in w.faults) == {Reason.DUPLICATE_PATH: 3, Reason.SYMLINK: 1}
+    assert Counter(f.reason for f in w.faults) == {FaultReason.DUPLICATE_PATH: 3, FaultReason.SYMLINK: 1}
     got = audit(tmp_path / "t")
     assert got["files"] == 2 and got["tree_faults"] == {"broken_symlink": 1, "duplicate_path": 3}
 
@@ -576,7 +579,7 @@ def test_photos_by_extension(tmp_path):
     assert (
         sorted(p.paths) == ["a", "b", "c"]
         and (p.index, p.hidden) == (1, 1)
-        and [f.reason for f in p.faults] == [Reason.EXTENSION]
+        and [f.reason for f in p.faults] == [FaultReason.EXTENSION]
     )
     assert sorted(index_photos(tmp_path, [".png"]).paths) == ["a"] and sorted(
         index_photos(tmp_path, [".png"], ignore_hidden=False).paths

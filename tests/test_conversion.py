@@ -33,7 +33,7 @@ from pillsnap.dataset.conversion import (
     validate_bbox,
     write_yolo_tree,
 )
-from pillsnap.delivery.aihub import DRUG_KEYS, IMAGE_KEYS, Reason
+from pillsnap.delivery.aihub import DRUG_KEYS, IMAGE_KEYS, FaultReason
 from pillsnap.delivery.classmap import ClassMap
 
 A, B, C, D = "K-000250", "K-000573", "K-002483", "K-006192"
@@ -386,7 +386,7 @@ def test_every_planted_fault_lands_in_its_own_bucket(tmp_path):
         duplicate_photo=1,
     )
     assert c.header["quarantine"] == dict(sorted(Counter(rows.reason).items())) and set(rows.reason) <= {
-        str(r) for r in Reason
+        str(r) for r in FaultReason
     }
     assert c.header["remarks"] == {"overlapping_boxes": 1} and c.report["passed_over"] == {
         "index_pictures": 1,
@@ -743,7 +743,7 @@ def test_the_renderers_faults_land_where_they_were_planted(tmp_path):
     planted = set(ledger["planted_faults"])
     c, a = convert_delivery(tmp_path / "d", tmp_path / "run"), audit(tmp_path / "d", tmp_path / "d/data/train/images")
     q, r = c.header["quarantine"], c.header["remarks"]
-    for fault in planted & {str(x) for x in Reason} - {"overlapping_boxes", "area_mismatch", "metadata_conflict"}:
+    for fault in planted & {str(x) for x in FaultReason} - {"overlapping_boxes", "area_mismatch", "metadata_conflict"}:
         assert q.get(fault) == (2 if fault == "identical_boxes" else 1), fault
     assert r == dict.fromkeys(("area_mismatch", "metadata_conflict", "overlapping_boxes"), 1)
     assert q["photo_broken"] == len({"photo_truncated", "photo_is_text"} & planted) and c.report["passed_over"] == {

@@ -204,7 +204,10 @@ def test_box_limits():
 def test_nothing_found_is_not_a_pass():
     v = box_verdicts([(B[:0], S[:0])], [(B[:0], S[:0])], ap=(float("nan"),) * 2)
     assert [v[k] for k in ("smallest IoU of twin boxes", "boxes without a twin", "mAP@.5 difference")] == [None] * 3
-    assert E.Comparison(checks=[E.Check("a", 1.0, "", 1, True), E.Check("b", None, "", 0, None)]).passed is None
+    assert (
+        E.Comparison(checks=[E.ExportCheck("a", 1.0, "", 1, True), E.ExportCheck("b", None, "", 0, None)]).passed
+        is None
+    )
     assert E.Comparison().passed is None
 
 

@@ -22,7 +22,7 @@ from pillsnap.dataset.conversion import (
     index_labels,
 )
 from pillsnap.delivery import aihub, truth
-from pillsnap.delivery.aihub import Reason, archives_in, extract_archives, label_files, walk_tree
+from pillsnap.delivery.aihub import FaultReason, archives_in, extract_archives, label_files, walk_tree
 from pillsnap.delivery.classmap import ClassMap
 from pillsnap.delivery.index import COLUMNS, Index, read_index, read_manifest, write_index
 from pillsnap.delivery.truth import audit, check_labels, equal_parts, merge, read_part
@@ -165,7 +165,7 @@ def test_a_photo_told_of_in_two_parts_is_plain_no_longer(labels, tmp_path):
     for e in (merge(map(read_part, equal_parts(files, 1))), check_labels(tmp_path)):
         assert (
             len(e.plain) == 0
-            and [p.fault for p in e.photos[one.stem].pills] == [None, Reason.DUPLICATE_JSON]
+            and [p.fault for p in e.photos[one.stem].pills] == [None, FaultReason.DUPLICATE_JSON]
             and e.photos[one.stem].pills[0].label == files[0]
         )
 

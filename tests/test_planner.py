@@ -60,7 +60,7 @@ def test_the_estimate_is_what_a_small_run_takes(tmp_path):
     (tmp_path / "photos").mkdir()
     rows = render_samples(tmp_path / "photos", n=48, pills=2)
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(L, "sample_photos", lambda *a: (tmp_path / "photos", rows.sample(12, random_state=0), "manifest"))
+        m.setattr(L, "photos_to_probe", lambda *a: (tmp_path / "photos", rows.sample(12, random_state=0), "manifest"))
         seen = probe(CFG, run_root=tmp_path, seconds=1.6, workers=1)
     t0 = time.perf_counter()
     head = build_pack(rows, tmp_path / "photos", tmp_path / "pack", workers=1, progress=False)
@@ -184,15 +184,15 @@ def test_no_photo_of_a_sealed_group_is_opened(delivery, tmp_path):
     df, sealed = read_manifest(run / "manifest.csv")[0], sealed_groups(run)
     shut = df["group_id"].isin(sealed)
     assert sealed and {"single", "combo"} <= set(df.loc[shut, "kind"])
-    rows = L.sample_photos(None, run, CFG, tmp_path, n=10**6)[1]
+    rows = L.photos_to_probe(None, run, CFG, tmp_path, n=10**6)[1]
     assert set(rows["path"]) == set(df.loc[~shut, "path"]) and len(rows) == (~shut).sum(), (
         "every pill of a photo, and no photo of a sealed group"
     )
     code = (
         "import sys\nopened = []\n"
         "sys.addaudithook(lambda e, a: opened.append(str(a[0])) if e == 'open' else None)\n"
-        "from pillsnap import planner as L\nreal = L.sample_photos\n"
-        "L.sample_photos = lambda *a: real(*a, n=10**6)\n"
+        "from pillsnap import planner as L\nreal = L.photos_to_probe\n"
+        "L.photos_to_probe = lambda *a: real(*a, n=10**6)\n"
         "L._everywhere = lambda job, *a, workers: ((r := job(*a))[0]/r[1], r[2])\n"
         "L.processes = lambda n: lambda jobs: None\n"
         f"print(L.probe(L.load_config('smoke'), run_root={str(run)!r}, seconds=8., workers=1).sampled)\n"

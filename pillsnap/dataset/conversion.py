@@ -62,8 +62,8 @@ from pillsnap.delivery.aihub import (
     DRUG_KEYS,
     Delivery,
     Fault,
+    FaultReason,
     PhotoIndex,
-    Reason,
     choose_photo,
     edi_list,
     find_delivery,
@@ -88,7 +88,15 @@ from pillsnap.delivery.index import (
     write_index,
     write_manifest,
 )
-from ..delivery.truth import Drug, LabelEvidence, LabelledPill, PhotoTruth, check_labels, labels_of, summary
+from pillsnap.delivery.truth import (
+    LabelEvidence,
+    LabelledDrug,
+    LabelledPill,
+    PhotoTruth,
+    check_labels,
+    label_summary,
+    labels_of,
+)
 from ..photos.images import MAX_BYTES, MAX_PIXELS, open_image_safely
 
 # %% ../../nbs/dataset/400_conversion.ipynb #14d5ad2e
@@ -132,22 +140,22 @@ def check_photo(
     "Open one photo; return its size and sha1, or the reason why it is left out."
     try:
         if os.path.getsize(path) > MAX_BYTES:
-            return PhotoCheck(0, 0, "", Reason.TOO_LARGE, f"the file is larger than {MAX_BYTES >> 20} MB")
+            return PhotoCheck(0, 0, "", FaultReason.TOO_LARGE, f"the file is larger than {MAX_BYTES >> 20} MB")
         raw = Path(path).read_bytes()
     except OSError as e:
         if e.errno in MACHINE:
             raise os_error("a photo cannot be read", path, e) from e
-        return PhotoCheck(0, 0, "", Reason.BROKEN, f"read: {e.strerror or e}")
+        return PhotoCheck(0, 0, "", FaultReason.BROKEN, f"read: {e.strerror or e}")
     sha1 = hashlib.sha1(raw).hexdigest()
     got = open_image_safely(path, grayscale_policy, rgba_policy, max_pixels)
     if got.get("errno") in MACHINE:
         raise os_error("a photo cannot be read", path, OSError(got["errno"], got["error"]))
     if "_skip" in got:
-        reason = {"bound": Reason.TOO_LARGE, "policy": Reason.POLICY}.get(got["stage"], Reason.BROKEN)
+        reason = {"bound": FaultReason.TOO_LARGE, "policy": FaultReason.POLICY}.get(got["stage"], FaultReason.BROKEN)
         return PhotoCheck(0, 0, sha1, reason, f"{got['stage']}: {got['error']}"[:300])
     h, w = got["image"].shape[:2]
     if min(w, h) < MIN_SIDE:
-        return PhotoCheck(w, h, sha1, Reason.TOO_SMALL, f"{w}×{h}")
+        return PhotoCheck(w, h, sha1, FaultReason.TOO_SMALL, f"{w}×{h}")
     return PhotoCheck(w, h, sha1)
 
 # %% ../../nbs/dataset/400_conversion.ipynb #d026680d
@@ -263,10 +271,10 @@ class Quarantine:
     out: list[Fault] = field(default_factory=list)  # quarantine.csv
     remarks: list[Fault] = field(default_factory=list)  # remarks.csv
 
-    def drop(self, path: str | os.PathLike, reason: Reason, detail: str = "") -> None:
+    def drop(self, path: str | os.PathLike, reason: FaultReason, detail: str = "") -> None:
         self.out.append(Fault(printable_path(path), reason, detail))
 
-    def remark(self, path: str | os.PathLike, reason: Reason, detail: str = "") -> None:
+    def remark(self, path: str | os.PathLike, reason: FaultReason, detail: str = "") -> None:
         self.remarks.append(Fault(printable_path(path), reason, detail))
 
 # %% ../../nbs/dataset/400_conversion.ipynb #8a39207b
@@ -305,12 +313,12 @@ def _match_labels(
         photo = choose_photo(label, photos.paths.get(stem, []))
         for twin in photos.paths.get(stem, []):
             if twin != photo:
-                quarantine.drop(rel(twin), Reason.DUPLICATE_PHOTO, f"{rel(photo)} is taken")
+                quarantine.drop(rel(twin), FaultReason.DUPLICATE_PHOTO, f"{rel(photo)} is taken")
         if photo:
             samples.append(Sample(rel(photo), truth, usable))
         else:
             for label in sorted({p.label for p in usable}):
-                quarantine.drop(rel(label), Reason.NO_IMAGE, truth.file_name)
+                quarantine.drop(rel(label), FaultReason.NO_IMAGE, truth.file_name)
     return samples
 
 # %% ../../nbs/dataset/400_conversion.ipynb #8cfbe386
@@ -324,7 +332,7 @@ def _photos_without_label(
     rel, told = _relative(d.root), {*e.judged, *e.plain["stem"].to_pylist(), *(Path(f.path).stem for f in e.refused)}
     for stem in sorted(set(photos.paths) - told):
         for path in photos.paths[stem]:
-            quarantine.drop(rel(path), Reason.NO_JSON)
+            quarantine.drop(rel(path), FaultReason.NO_JSON)
 
 # %% ../../nbs/dataset/400_conversion.ipynb #a997e680
 def _find_plain_photos(
@@ -359,7 +367,11 @@ def _drop_incomplete(
         kept = bool(s.pills) and (policy == "keep" or not lost)
         if len(s.truth.codes) > 1 and lost:
             tell = quarantine.remark if kept else quarantine.drop
-            tell(s.path, Reason.INCOMPLETE if unlabelled else Reason.PARTIAL, "no usable label for " + ", ".join(lost))
+            tell(
+                s.path,
+                FaultReason.INCOMPLETE if unlabelled else FaultReason.PARTIAL,
+                "no usable label for " + ", ".join(lost),
+            )
         if kept:
             keep.append(s)
     return keep
@@ -381,9 +393,9 @@ def _check_samples(
     for s in samples:
         v, t = seen[s.path], s.truth
         if v.reason:
-            quarantine.drop(s.path, Reason(v.reason), v.detail)
+            quarantine.drop(s.path, FaultReason(v.reason), v.detail)
         elif (v.width, v.height) != (t.width, t.height):
-            quarantine.drop(s.path, Reason.SIZE, f"{v.width}×{v.height}, the JSON says {t.width}×{t.height}")
+            quarantine.drop(s.path, FaultReason.SIZE, f"{v.width}×{v.height}, the JSON says {t.width}×{t.height}")
         else:
             s.sha1 = v.sha1
             keep.append(s)
@@ -409,7 +421,7 @@ def _check_plain_photos(
     e.plain = e.plain.append_column("sha1", pa.array(sha1, pa.string()))
 
 # %% ../../nbs/dataset/400_conversion.ipynb #a086a4e3
-def _drug_entry(class_id: int, kcode: str, d: Drug) -> dict[str, Any]:
+def _drug_entry(class_id: int, kcode: str, d: LabelledDrug) -> dict[str, Any]:
     "All fields of one drug; null where the delivery gives none."
     facts = {k: d.fact(k) for k in DRUG_KEYS} | {
         "drug_N": kcode,
@@ -428,18 +440,18 @@ def _drug_entry(class_id: int, kcode: str, d: Drug) -> dict[str, Any]:
 
 # %% ../../nbs/dataset/400_conversion.ipynb #2d2f867a
 def _drug_mapping(
-    drugs: Mapping[str, Drug],  # K-code → what its records say
+    drugs: Mapping[str, LabelledDrug],  # K-code → what its records say
     class_map: ClassMap,  # the classes to list
     quarantine: Quarantine | None = None,  # collects remarks on EDI codes that two drugs share
 ) -> dict[str, Any]:  # edi_to_class_id, drug_metadata, num_classes, created_at, class_map
     "The content of drug_metadata.json."
-    entries = {str(i): _drug_entry(i, k, drugs.get(k, Drug())) for i, k in enumerate(class_map)}
+    entries = {str(i): _drug_entry(i, k, drugs.get(k, LabelledDrug())) for i, k in enumerate(class_map)}
     edi = {}
     for i, e in entries.items():
         for code in e["edi_codes"]:
             if code in edi and quarantine:
                 detail = f"{code} also belongs to {class_map.key(edi[code])}, which keeps it"
-                quarantine.remark(e["kcode"], Reason.EDI_SHARED, detail)
+                quarantine.remark(e["kcode"], FaultReason.EDI_SHARED, detail)
             edi.setdefault(code, int(i))
     return {
         "edi_to_class_id": edi,
@@ -825,10 +837,10 @@ def _add_remarks(
     for s in samples:
         for a, b, iou in s.truth.close_pairs():
             if not (a.fault or b.fault):
-                quarantine.remark(s.path, Reason.OVERLAP, f"{a.kcode} and {b.kcode}, IoU {iou:.2f}")
+                quarantine.remark(s.path, FaultReason.OVERLAP, f"{a.kcode} and {b.kcode}, IoU {iou:.2f}")
         for p in s.pills:
             if not p.area_ok:
-                quarantine.remark(s.path, Reason.AREA, f"{p.kcode}: recomputed as {p.bbox[2] * p.bbox[3]}")
+                quarantine.remark(s.path, FaultReason.AREA, f"{p.kcode}: recomputed as {p.bbox[2] * p.bbox[3]}")
 
 # %% ../../nbs/dataset/400_conversion.ipynb #66ae966a
 def _refuse_empty(
@@ -1015,7 +1027,7 @@ def _conversion_report(
         },
         conditions=conditions,
         passed_over=dict(index_pictures=photos.index, hidden_files=photos.hidden),
-        audit=summary(e, photos),
+        audit=label_summary(e, photos),
         seconds=seconds,
     )
 

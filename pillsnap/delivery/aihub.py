@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['REMARKS', 'SEALED', 'PHOTO_KEYS', 'DRUG_KEYS', 'IMAGE_KEYS', 'PhotoRecord', 'DrugRecord', 'MAX_JSON_BYTES',
-           'MAX_RATIO', 'MAX_ENTRY_BYTES', 'Reason', 'Fault', 'korean_name', 'Archive', 'parse_archive', 'archives_in',
-           'folder_codes', 'TreeListing', 'printable_path', 'is_sealed', 'refuse_sealed', 'walk_tree', 'known_text',
-           'edi_list', 'Annotation', 'read_bytes', 'read_small_files', 'decode_text', 'parse_json', 'AnnotationReader',
-           'read_annotation', 'Delivery', 'unpack_hint', 'find_delivery', 'sealed_folders', 'sealed_codes',
-           'overlap_in_words', 'PhotoIndex', 'index_photos', 'choose_photo', 'label_files', 'entry_name', 'entry_fault',
-           'JoinedFiles', 'extract_archive', 'extract_archives', 'extract_command']
+           'MAX_RATIO', 'MAX_ENTRY_BYTES', 'FaultReason', 'Fault', 'korean_name', 'Archive', 'parse_archive',
+           'archives_in', 'folder_codes', 'TreeListing', 'printable_path', 'is_sealed', 'refuse_sealed', 'walk_tree',
+           'known_text', 'edi_list', 'Annotation', 'read_bytes', 'read_small_files', 'decode_text', 'parse_json',
+           'AnnotationReader', 'read_annotation', 'Delivery', 'unpack_hint', 'find_delivery', 'sealed_folders',
+           'sealed_codes', 'overlap_in_words', 'PhotoIndex', 'index_photos', 'choose_photo', 'label_files',
+           'entry_name', 'entry_fault', 'JoinedFiles', 'extract_archive', 'extract_archives', 'extract_command']
 
 # %% ../../nbs/delivery/120_aihub.ipynb #c3217a81
 import io
@@ -42,7 +42,7 @@ from ..core.logs import progress as show_progress
 from .capture import Capture, parse_name
 
 # %% ../../nbs/delivery/120_aihub.ipynb #def470d8
-class Reason(StrEnum):
+class FaultReason(StrEnum):
     "Every reason for leaving out a file, an annotation, a box or a photo, or for a remark on it."
 
     # a JSON file that cannot be used
@@ -87,7 +87,7 @@ class Reason(StrEnum):
     EDI_SHARED = "edi_shared"  # one EDI code, two drugs
 
 # %% ../../nbs/delivery/120_aihub.ipynb #f2fbd107
-REMARKS = frozenset({Reason.OVERLAP, Reason.AREA, Reason.CONFLICT, Reason.EDI_SHARED})
+REMARKS = frozenset({FaultReason.OVERLAP, FaultReason.AREA, FaultReason.CONFLICT, FaultReason.EDI_SHARED})
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ class Fault:
     "One entry of the quarantine list."
 
     path: str  # file, folder or photo
-    reason: Reason  # why it is listed
+    reason: FaultReason  # why it is listed
     detail: str = ""  # free text
 
 # %% ../../nbs/delivery/120_aihub.ipynb #68b308ff
@@ -260,7 +260,9 @@ def walk_tree(
                 w.hidden += 1
             elif e.is_symlink() and not os.path.exists(e.path):
                 w.faults.append(
-                    Fault(printable_path(e.path), Reason.SYMLINK, f"points to {printable_path(os.readlink(e.path))}")
+                    Fault(
+                        printable_path(e.path), FaultReason.SYMLINK, f"points to {printable_path(os.readlink(e.path))}"
+                    )
                 )
             elif e.is_dir():
                 if e.name in SEALED and "train" in names and not sealed:
@@ -285,7 +287,9 @@ def _first_visit(e: os.DirEntry, been: set[str], w: TreeListing) -> bool:
         return False
     nested = any(_within(real, b) or _within(b, real) for b in been) if e.is_symlink() else real in been
     if nested:
-        w.faults.append(Fault(printable_path(e.path), Reason.DUPLICATE_PATH, f"leads to {printable_path(real)} again"))
+        w.faults.append(
+            Fault(printable_path(e.path), FaultReason.DUPLICATE_PATH, f"leads to {printable_path(real)} again")
+        )
         return False
     if e.is_symlink():
         been.add(real)
@@ -306,7 +310,7 @@ def _add_links(w: TreeListing, links: list[str]) -> None:
             w.sealed.append(link)
         elif real in have:
             w.faults.append(
-                Fault(printable_path(link), Reason.DUPLICATE_PATH, f"leads to {printable_path(real)} again")
+                Fault(printable_path(link), FaultReason.DUPLICATE_PATH, f"leads to {printable_path(real)} again")
             )
         else:
             have.add(real)
@@ -320,7 +324,7 @@ def _nameable(path: str, w: TreeListing) -> bool:
         return True
     except UnicodeEncodeError:
         w.faults.append(
-            Fault(printable_path(path), Reason.PATH, "rename it, for example with convmv -f cp949 -t utf-8")
+            Fault(printable_path(path), FaultReason.PATH, "rename it, for example with convmv -f cp949 -t utf-8")
         )
         return False
 
@@ -497,9 +501,9 @@ def read_bytes(
     except (OSError, ValueError) as e:
         if getattr(e, "errno", None) in MACHINE:
             raise os_error("an annotation cannot be read", path, e) from e
-        return Fault(printable_path(path), Reason.UNREADABLE, str(e))
+        return Fault(printable_path(path), FaultReason.UNREADABLE, str(e))
     if len(raw) > MAX_JSON_BYTES:
-        return Fault(printable_path(path), Reason.UNREADABLE, f"larger than {MAX_JSON_BYTES} bytes")
+        return Fault(printable_path(path), FaultReason.UNREADABLE, f"larger than {MAX_JSON_BYTES} bytes")
     return raw
 
 
@@ -570,38 +574,38 @@ def _is_size(v: Any) -> bool:
 # %% ../../nbs/delivery/120_aihub.ipynb #ae23f3db
 def _check_record(
     obj: Any,  # parsed JSON
-) -> tuple[Reason, str] | None:  # reason and detail; None if the structure is right
+) -> tuple[FaultReason, str] | None:  # reason and detail; None if the structure is right
     "Check that a file has one image with its annotations, and the required keys."
     if not isinstance(obj, dict):
-        return Reason.STRUCTURE, f"a {type(obj).__name__} at the top"
+        return FaultReason.STRUCTURE, f"a {type(obj).__name__} at the top"
     images, anns = obj.get("images"), obj.get("annotations")
     if not isinstance(images, list) or len(images) != 1 or not isinstance(images[0], dict):
-        return Reason.STRUCTURE, "images is not a list of one object"
+        return FaultReason.STRUCTURE, "images is not a list of one object"
     if not isinstance(anns, list) or not anns or not all(isinstance(a, dict) for a in anns):
-        return Reason.STRUCTURE, "annotations is not a list of objects"
+        return FaultReason.STRUCTURE, "annotations is not a list of objects"
     img = images[0]
     if not isinstance(img.get("file_name"), str) or not img["file_name"].strip():
-        return Reason.FIELD, "file_name"
+        return FaultReason.FIELD, "file_name"
     if (
         not isinstance(img.get("drug_N"), str)
         or len(folder_codes(img["drug_N"])) != 1
         or img["drug_N"].endswith("_json")
     ):
-        return Reason.FIELD, "drug_N"
+        return FaultReason.FIELD, "drug_N"
     for k in ("width", "height"):
         if not _is_size(img.get(k)):
-            return Reason.FIELD, k
+            return FaultReason.FIELD, k
     return None
 
 # %% ../../nbs/delivery/120_aihub.ipynb #2bb904de
 def _by_hand(path: str | os.PathLike, raw: bytes) -> Annotation | Fault:
     "Read a file that differs from AI Hub's usual form, keeping the values that can be kept."
     if (got := decode_text(raw)) is None:
-        return Fault(printable_path(path), Reason.ENCODING, "neither UTF-8 nor CP949")
+        return Fault(printable_path(path), FaultReason.ENCODING, "neither UTF-8 nor CP949")
     try:
         obj = parse_json(got[0])
     except ValueError as e:
-        return Fault(printable_path(path), Reason.UNPARSABLE, str(e)[:200])
+        return Fault(printable_path(path), FaultReason.UNPARSABLE, str(e)[:200])
     if wrong := _check_record(obj):
         return Fault(printable_path(path), *wrong)
     img, anns = obj["images"][0], obj["annotations"]
@@ -910,7 +914,7 @@ def index_photos(
         if _part_of(os.path.basename(path))[1]:
             continue  # an archive: its photos are found unpacked, or reported as missing
         if ext.lower() not in wanted:
-            out.faults.append(Fault(path, Reason.EXTENSION, ext or "none"))
+            out.faults.append(Fault(path, FaultReason.EXTENSION, ext or "none"))
         elif stem.endswith("_index"):
             out.index += 1
         else:

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['FAULTS', 'IDENTICAL', 'OVERLAPPING', 'FACT_KEYS', 'PLAIN', 'PART', 'MEANING', 'box_fault', 'is_outside', 'box_iou',
-           'code_mismatch', 'dl_idx_mismatch', 'LabelledPill', 'PhotoTruth', 'Drug', 'LabelEvidence', 'is_plain',
-           'read_part', 'merge', 'equal_parts', 'check_labels', 'labels_of', 'summary', 'audit', 'audit_command']
+           'code_mismatch', 'dl_idx_mismatch', 'LabelledPill', 'PhotoTruth', 'LabelledDrug', 'LabelEvidence',
+           'is_plain', 'read_part', 'merge', 'equal_parts', 'check_labels', 'labels_of', 'label_summary', 'audit',
+           'audit_command']
 
 # %% ../../nbs/delivery/130_truth.ipynb #9406e1a3
 import json
@@ -37,9 +38,9 @@ from pillsnap.delivery.aihub import (
     AnnotationReader,
     DrugRecord,
     Fault,
+    FaultReason,
     PhotoIndex,
     PhotoRecord,
-    Reason,
     edi_list,
     folder_codes,
     index_photos,
@@ -51,7 +52,7 @@ from pillsnap.delivery.aihub import (
 from .capture import TOKENS
 
 # %% ../../nbs/delivery/130_truth.ipynb #7b803a25
-FAULTS: tuple[Reason, ...] = tuple(Reason)  # all reasons
+FAULTS: tuple[FaultReason, ...] = tuple(FaultReason)  # all reasons
 
 
 def _is_number(
@@ -72,23 +73,23 @@ def box_fault(
     bbox: Any,  # as delivered, expected [x, y, w, h] in whole pixels
     width: int,  # of the photo, pixels
     height: int,  # of the photo, pixels
-) -> Reason | None:  # None for a good box
+) -> FaultReason | None:  # None for a good box
     "What is wrong with a box: empty, short, string, float, negative, zero or outside."
     if bbox is None or bbox == [] or bbox == "":
-        return Reason.BOX_EMPTY
+        return FaultReason.BOX_EMPTY
     if not isinstance(bbox, (list, tuple)):
-        return Reason.BOX_STRING if isinstance(bbox, str) else Reason.BOX_SHORT
+        return FaultReason.BOX_STRING if isinstance(bbox, str) else FaultReason.BOX_SHORT
     if not all(_is_number(v) for v in bbox):
-        return Reason.BOX_STRING
+        return FaultReason.BOX_STRING
     if len(bbox) != 4:
-        return Reason.BOX_SHORT
+        return FaultReason.BOX_SHORT
     if not all(isinstance(v, int) for v in bbox):
-        return Reason.BOX_FLOAT
+        return FaultReason.BOX_FLOAT
     if bbox[2] < 0 or bbox[3] < 0:
-        return Reason.BOX_NEGATIVE
+        return FaultReason.BOX_NEGATIVE
     if bbox[2] == 0 or bbox[3] == 0:
-        return Reason.BOX_ZERO
-    return Reason.BOX_OUTSIDE if is_outside(bbox, width, height) else None
+        return FaultReason.BOX_ZERO
+    return FaultReason.BOX_OUTSIDE if is_outside(bbox, width, height) else None
 
 # %% ../../nbs/delivery/130_truth.ipynb #8cf73120
 def is_outside(
@@ -152,7 +153,7 @@ class LabelledPill:
     kcode: str  # the drug
     bbox: Any  # [x, y, w, h] pixels, as delivered
     label: str  # the JSON file
-    fault: Reason | None = None  # why it is left out
+    fault: FaultReason | None = None  # why it is left out
     detail: str = ""  # free text on the fault
     area_ok: bool = True  # whether the area is width times height
 
@@ -192,7 +193,7 @@ FACT_KEYS = tuple(k for k in DRUG_KEYS if k not in ("drug_N", "dl_mapping_code",
 
 
 @dataclass(slots=True)
-class Drug:
+class LabelledDrug:
     "The metadata of one drug: each combination of values with the number of its files."
 
     # values of FACT_KEYS → files; None for null, UNSET where a key is missing
@@ -209,7 +210,7 @@ def _countable(v: Any) -> Any:
 # %% ../../nbs/delivery/130_truth.ipynb #2d192906
 @patch
 def add(
-    self: Drug,
+    self: LabelledDrug,
     record: DrugRecord,  # metadata of a record
     times: int = 1,  # files with the same metadata
 ) -> None:
@@ -222,7 +223,7 @@ def add(
 
 
 @patch(as_prop=True)
-def nulls(self: Drug) -> set[str]:  # keys
+def nulls(self: LabelledDrug) -> set[str]:  # keys
     "The keys that are null in every record."
     if not self.said:
         return set()
@@ -230,7 +231,7 @@ def nulls(self: Drug) -> set[str]:  # keys
 
 # %% ../../nbs/delivery/130_truth.ipynb #a8d96699
 @patch(as_prop=True)
-def values(self: Drug) -> dict[str, Counter]:  # key → values with their counts; "" for null
+def values(self: LabelledDrug) -> dict[str, Counter]:  # key → values with their counts; "" for null
     "The values of each key with the number of their files."
     out = {}
     for facts, n in self.said.items():
@@ -242,7 +243,7 @@ def values(self: Drug) -> dict[str, Counter]:  # key → values with their count
 # %% ../../nbs/delivery/130_truth.ipynb #fee54425
 @patch
 def fact(
-    self: Drug,
+    self: LabelledDrug,
     key: str,  # one of FACT_KEYS
 ) -> Any:  # the most frequent value, the smaller one in a tie; None if unknown
     "The value of a key."
@@ -251,7 +252,7 @@ def fact(
 
 
 @patch(as_prop=True)
-def conflicts(self: Drug) -> dict[str, Counter]:  # key → its values
+def conflicts(self: LabelledDrug) -> dict[str, Counter]:  # key → its values
     "The keys with more than one value."
     return {k: c for k, c in self.values.items() if len(c) > 1}
 
@@ -264,8 +265,8 @@ class LabelEvidence:
     judged: dict[str, PhotoTruth] = field(default_factory=dict)
     # photos of one pill without a fault, a row each
     plain: pa.Table = field(default_factory=lambda: PLAIN.empty_table())
-    drugs: dict[str, Drug] = field(default_factory=dict)  # K-code → its metadata
-    disputed: dict[str, Drug] = field(default_factory=dict)  # the same from records whose codes disagree
+    drugs: dict[str, LabelledDrug] = field(default_factory=dict)  # K-code → its metadata
+    disputed: dict[str, LabelledDrug] = field(default_factory=dict)  # the same from records whose codes disagree
     refused: list[Fault] = field(default_factory=list)  # JSON files that cannot be used
     tree: list[Fault] = field(default_factory=list)  # broken links, duplicates, names that are not UTF-8
     conflicts: list[Fault] = field(default_factory=list)  # one per drug and key
@@ -323,21 +324,21 @@ def add(
     self.note("missing_keys", a.path, lacking)
     self.note("unread_names", a.path, capture is None)
     self.counts["cp949"] += a.encoding == "cp949"
-    (self.disputed if code else self.drugs).setdefault(a.kcode, Drug()).add(a.drug)
+    (self.disputed if code else self.drugs).setdefault(a.kcode, LabelledDrug()).add(a.drug)
     photo = self.judged.setdefault(a.stem, PhotoTruth(a.file_name, capture.codes if capture else (), a.width, a.height))
     fault, detail = _record_fault(a, code, idx)
     for bbox, area in zip(a.boxes, a.areas):
         photo.pills.append(self._check_box(a, bbox, area, fault, detail))
 
 
-def _record_fault(a: Annotation, code: str, idx: str) -> tuple[Reason | None, str]:
+def _record_fault(a: Annotation, code: str, idx: str) -> tuple[FaultReason | None, str]:
     "The first fault of a whole record and its details, from the results of code_mismatch and dl_idx_mismatch."
     if a.capture is None:
-        return Reason.NAME, a.file_name
+        return FaultReason.NAME, a.file_name
     if code:
-        return Reason.CODE, code
+        return FaultReason.CODE, code
     if idx:
-        return Reason.DL_IDX, idx
+        return FaultReason.DL_IDX, idx
     return None, ""
 
 # %% ../../nbs/delivery/130_truth.ipynb #ad08b9ed
@@ -347,7 +348,7 @@ def _check_box(
     a: Annotation,  # its record
     bbox: Any,  # as delivered
     area: Any,  # as delivered
-    fault: Reason | None,  # fault of the whole record
+    fault: FaultReason | None,  # fault of the whole record
     detail: str,  # free text on that fault
 ) -> LabelledPill:
     "Check one box of a record."
@@ -355,7 +356,7 @@ def _check_box(
     self.counts["annotations"] += 1
     self.note("boxes_outside", a.path, is_outside(bbox, a.width, a.height))
     self.note(str(own), a.path, bool(own))
-    measurable = own in (None, Reason.BOX_OUTSIDE, Reason.BOX_FLOAT)
+    measurable = own in (None, FaultReason.BOX_OUTSIDE, FaultReason.BOX_FLOAT)
     area_ok = not measurable or (_is_number(area) and area == bbox[2] * bbox[3])
     self.note("area_mismatch", a.path, not area_ok)
     if own and not fault:
@@ -383,9 +384,12 @@ def _compare_boxes(
     for a, b, iou in photo.close_pairs():
         for p, other in ((a, b), (b, a)):
             if iou >= IDENTICAL and not p.fault:
-                p.fault, p.detail = Reason.BOX_IDENTICAL, f"{p.kcode} and {other.kcode} have one box, {list(p.bbox)}"
+                p.fault, p.detail = (
+                    FaultReason.BOX_IDENTICAL,
+                    f"{p.kcode} and {other.kcode} have one box, {list(p.bbox)}",
+                )
     for p, why in list(_repeats([p for p in photo.pills if not p.fault])):
-        p.fault, p.detail = Reason.DUPLICATE_JSON, why
+        p.fault, p.detail = FaultReason.DUPLICATE_JSON, why
 
 # %% ../../nbs/delivery/130_truth.ipynb #0a27e628
 @patch
@@ -396,7 +400,7 @@ def close(self: LabelEvidence) -> "LabelEvidence":  # itself
     for k in sorted(self.drugs):
         for key, values in sorted(self.drugs[k].conflicts.items()):
             common = "; ".join(f"{str(v)[:40]!r} in {n} files" for v, n in values.most_common(3))
-            self.conflicts.append(Fault(k, Reason.CONFLICT, f"{key}: {common}"))
+            self.conflicts.append(Fault(k, FaultReason.CONFLICT, f"{key}: {common}"))
     return self
 
 # %% ../../nbs/delivery/130_truth.ipynb #4c94d092
@@ -452,7 +456,7 @@ def read_part(
                 e.add(a)
         for _, group in groupby(metadata, id):
             same = list(group)
-            e.drugs.setdefault(code, Drug()).add(same[0], len(same))
+            e.drugs.setdefault(code, LabelledDrug()).add(same[0], len(same))
     e.counts["files"] += sum(len(names) for _, names in files)
     e.counts["annotations"] += len(rows)
     if rows:
@@ -495,7 +499,7 @@ def merge(
             e.named.setdefault(name, []).extend(paths)
         for mine, theirs in ((e.drugs, p.drugs), (e.disputed, p.disputed)):
             for code, drug in theirs.items():
-                mine.setdefault(code, Drug()).said.update(drug.said)
+                mine.setdefault(code, LabelledDrug()).said.update(drug.said)
         for stem, truth in p.judged.items():
             _join(e.judged, stem, truth)
     if tables:
@@ -589,7 +593,7 @@ def _without_photo(
     return [*plain, *(label for of_one_photo in others for label in of_one_photo)]
 
 
-def summary(
+def label_summary(
     e: LabelEvidence,  # from check_labels
     photos: PhotoIndex | None = None,  # the photos, if they were given
 ) -> dict[str, Any]:
@@ -628,7 +632,7 @@ def _extra_counts(
         box_faults=bad,
         refused=dict(Counter(str(f.reason) for f in e.refused)),
         tree_faults=dict(Counter(str(f.reason) for f in e.tree)),
-        duplicate_annotations=sum(p.fault == Reason.DUPLICATE_JSON for x in e.judged.values() for p in x.pills),
+        duplicate_annotations=sum(p.fault == FaultReason.DUPLICATE_JSON for x in e.judged.values() for p in x.pills),
         cp949_files=e.counts["cp949"],
         files_missing_keys=e.counts["missing_keys"],
         unread_names=e.counts["unread_names"],
@@ -675,7 +679,7 @@ def audit(
 ) -> dict[str, Any]:  # counts by name; raises PillsnapError if there are no files
     "Count the records of a tree of labels and their faults."
     _, e, photos = _evidence(labels, images, progress)
-    return summary(e, photos)
+    return label_summary(e, photos)
 
 # %% ../../nbs/delivery/130_truth.ipynb #0bb21627
 MEANING = {
@@ -747,7 +751,7 @@ def _named_files(
         "identical_box_photos": [e.judged[n].file_name for n in same],
         "overlapping_box_photos": [e.judged[n].file_name for n in near],
         "duplicate_annotations": [
-            rel(p.label) for t in e.judged.values() for p in t.pills if p.fault == Reason.DUPLICATE_JSON
+            rel(p.label) for t in e.judged.values() for p in t.pills if p.fault == FaultReason.DUPLICATE_JSON
         ],
         "metadata_conflicts": [f"{f.path}: {f.detail}" for f in e.conflicts],
         "tree_faults": [f"{rel(f.path)}: {f.reason}" for f in e.tree],
@@ -766,7 +770,7 @@ def audit_command(
 ) -> dict[str, Any]:  # the counts
     "The command `pillsnap audit`: print the counts, and write them with the files behind them as JSON."
     tree, e, photos = _evidence(labels, images, True)
-    counts = summary(e, photos)
+    counts = label_summary(e, photos)
     print(_audit_table(counts))
     if out is not None:
         print(f"written to {save_json(counts | {'labels': str(tree), 'files_of': _named_files(e, photos, tree)}, out)}")

@@ -36,7 +36,7 @@ from pillsnap.evaluation.heldout import (
     open_sealed,
     opening_obstacles,
     part_report,
-    refuse_sealed,
+    refuse_opening,
     score_part,
 )
 
@@ -189,7 +189,7 @@ def final_test_evaluation(
     "Open the sealed photos, score them and write the result; raises PillsnapError where it is not allowed."
     root, look = Path(run_dir).absolute(), OpeningRequest("final-test", RESULTS, reason, confirm, unseal)
     cfg = load_config(str(root / "config.yaml")) if (root / "config.yaml").is_file() else None
-    refuse_sealed(root, look, model_path(cfg) if cfg else "checkpoints/classifier/best.pt")
+    refuse_opening(root, look, model_path(cfg) if cfg else "checkpoints/classifier/best.pt")
     if cfg is None:
         raise PillsnapError(
             "this run folder has no configuration",

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NAN_LOSS', 'PillLoaders', 'PillLearner', 'Unpack', 'Precision', 'ScaledStep', 'batch_mass', 'Accumulate', 'Mix',
-           'GradClip', 'Ema', 'topk_hits', 'Validate', 'merge_metrics', 'History', 'early_stopping', 'monitored',
-           'EarlyStop', 'Clock', 'Throughput', 'StepLog', 'AsyncScalar', 'Progress']
+           'GradClip', 'EmaCallback', 'topk_hits', 'Validate', 'merge_metrics', 'History', 'early_stopping',
+           'monitored', 'EarlyStop', 'Clock', 'Throughput', 'StepLog', 'AsyncScalar', 'Progress']
 
 # %% ../../nbs/training/600_callbacks.ipynb #da661880
 import logging
@@ -234,7 +234,7 @@ class GradClip(Callback):
         self.grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)
 
 # %% ../../nbs/training/600_callbacks.ipynb #2d171750
-class Ema(Callback):
+class EmaCallback(Callback):
     "Exponential moving average of weights and buffers, as in timm's ModelEmaV2."
 
     order, run_valid = ScaledStep.order + 1, False
@@ -375,7 +375,7 @@ NAN_LOSS = "NAN_LOSS"  # reason code in the run record: the loss became NaN or i
 class History(Callback):
     "Collect `learn.rows`, one row per epoch."
 
-    order = Ema.order + 10
+    order = EmaCallback.order + 10
 
     def __init__(self, report: Path | None = None, tb: TBWriter | None = None):
         self.report, self.tb, self.total = report, tb, None

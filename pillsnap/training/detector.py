@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NAMES', 'SHAPING', 'SHOWN', 'read_label', 'photos_in', 'PillPhotos', 'with_ultralytics', 'TrainPlan',
            'where_to_train', 'detector_args', 'PillTraining', 'WarningTexts', 'best_epoch', 'DetectorResult',
-           'train_detector', 'load_resume_checkpoint', 'DetectorScores', 'score_detector', 'with_shuffled_boxes',
-           'draw_predictions', 'make_plan', 'resolved_settings', 'DetectorJob', 'train_detection_stage']
+           'train_detector', 'load_detector_to_resume', 'DetectorScores', 'score_detector', 'with_shuffled_boxes',
+           'draw_predictions', 'detector_plan', 'resolved_settings', 'DetectorJob', 'train_detection_stage']
 
 # %% ../../nbs/training/650_detector.ipynb #f116b0bb
 import functools
@@ -821,7 +821,7 @@ def _refuse_other_run(
         )
 
 
-def load_resume_checkpoint(
+def load_detector_to_resume(
     last: Path,  # checkpoints/detector/last.pt
     cfg: Config,  # what is asked for now
     data_hash: str,  # of the photos and labels at hand
@@ -1029,7 +1029,7 @@ def _draw_pr(
     return fig
 
 # %% ../../nbs/training/650_detector.ipynb #3a937b63
-def make_plan(
+def detector_plan(
     run: RunFolder,  # the run
     cfg: Config,  # its configuration
 ) -> TrainPlan:
@@ -1063,7 +1063,7 @@ def make_plan(
         fixed={**saved, "data_hash": data_hash},
         rule=stop.model_dump(exclude={"monitor"}),
         monitor=stop.monitor,
-        ckpt=load_resume_checkpoint(folder / "last.pt", cfg, data_hash, run.resuming, run.log),
+        ckpt=load_detector_to_resume(folder / "last.pt", cfg, data_hash, run.resuming, run.log),
         log=run.log,
         tb=run.tb,
         report=run.sub("reports") / "metrics.json",
@@ -1157,7 +1157,7 @@ def train_detection_stage(
     hooks: Mapping[str, Callable] | None = None,  # further callbacks, by ultralytics' names
 ) -> DetectorResult:
     "Train the detector of a run from its configuration."
-    return train_detector(make_plan(run, cfg), hooks)
+    return train_detector(detector_plan(run, cfg), hooks)
 
 # %% ../../nbs/training/650_detector.ipynb #3d02ee67
 def _train_and_score(

@@ -40,7 +40,7 @@ from ..core.processes import processes as fresh
 from ..dataset.splits import load_split_data
 from .callbacks import Accumulate, Unpack, batch_mass
 from .classifier import ClassifierJob, train_classification_stage
-from .detector import DetectorJob, make_plan, train_detector
+from .detector import DetectorJob, detector_plan, train_detector
 from .learner import Outputs
 
 # %% ../../nbs/training/690_distributed.ipynb #552c34db
@@ -370,7 +370,7 @@ def _train_along(
     run.resuming = _resuming_as_the_first()
     if isinstance(job, SharedDetectorJob):
         PartialState().destroy_process_group()
-        train_detector(make_plan(run, cfg))
+        train_detector(detector_plan(run, cfg))
         return
     stage = load_split_data(root, cfg.data.progressive_validation.current_stage)
     cbs, share = shared_callbacks(cfg)

@@ -36,7 +36,7 @@ from pillsnap.training.callbacks import (
     Accumulate,
     Clock,
     EarlyStop,
-    Ema,
+    EmaCallback,
     GradClip,
     History,
     Mix,
@@ -430,7 +430,7 @@ def _batch_callbacks(
         cbs.append(GradClip(c.grad_clip))
     cbs.append(ScaledStep())
     if c.ema.enabled:
-        cbs.append(Ema(c.ema.decay, c.ema.evaluate))
+        cbs.append(EmaCallback(c.ema.decay, c.ema.evaluate))
     return cbs
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pillsnap.delivery import aihub
-from pillsnap.delivery.aihub import IMAGE_KEYS, Annotation, AnnotationReader, Fault, Reason
+from pillsnap.delivery.aihub import IMAGE_KEYS, Annotation, AnnotationReader, Fault, FaultReason
 from pillsnap.delivery.capture import parse_name
 from pillsnap.delivery.truth import LabelEvidence
 from pillsnap.synth.catalogue import annotation, make_catalogue
@@ -186,7 +186,7 @@ def campaign(cases: int, seed: int = 1) -> dict:
             if not same(got, aihub._by_hand(str(path), raw)):
                 raise AssertionError(f"case {i} of seed {seed}: the two readers differ on {raw[:200]!r}")
             if isinstance(got, Fault):
-                said[str(Reason(got.reason))] += 1
+                said[str(FaultReason(got.reason))] += 1
             else:
                 said["read"] += 1
                 e.add(got)
