@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EVERY', 'FRAME', 'DONE', 'STEP_TAGS', 'VAL_TAGS', 'audience', 'LiveLine', 'without_live_line', 'progress_text',
-           'ProgressBar', 'progress', 'ConsoleHandler', 'LogFile', 'build_logger', 'TBWriter', 'log_decision',
-           'step_line', 'with_tags', 'StepTimer']
+           'ProgressBar', 'progress', 'ConsoleHandler', 'LogFile', 'open_log_file', 'build_logger', 'TBWriter',
+           'TensorBoardHandler', 'logged_lines', 'log_decision', 'step_line', 'with_tags', 'StepTimer']
 
 # %% ../../nbs/core/040_logs.ipynb #a5c1f3b6
 import logging
@@ -271,7 +271,11 @@ class LogFile(logging.FileHandler):
         )
 
 # %% ../../nbs/core/040_logs.ipynb #966188bc
-def _log_file(log_dir: str | os.PathLike, name: str) -> LogFile:
+def open_log_file(
+    log_dir: str | os.PathLike,  # folder of the log file, created if it is missing
+    name: str,  # stem of the file
+) -> LogFile:  # raises PillsnapError if the file cannot be opened
+    "The handler that writes to `<log_dir>/<name>.log`."
     f = ensure_dir(log_dir) / f"{name}.log"
     try:
         h = LogFile(f, encoding="utf-8")
@@ -283,7 +287,7 @@ def _log_file(log_dir: str | os.PathLike, name: str) -> LogFile:
 # %% ../../nbs/core/040_logs.ipynb #fb018164
 def build_logger(
     log_dir: str | os.PathLike | None = None,  # folder of the log file; None = console only
-    name: str = "pillsnap",  # logger, and stem of the file
+    name: str = "pillsnap",  # logger; the default is the parent of the loggers of all modules
     level: str = "INFO",  # DEBUG, INFO, WARNING or ERROR
 ) -> logging.Logger:
     "A logger that writes to the console and to `<log_dir>/<name>.log`; a second call adds no second handler."
@@ -300,7 +304,7 @@ def build_logger(
             return log
         log.removeHandler(h)
         h.close()
-    log.addHandler(_log_file(log_dir, name))
+    log.addHandler(open_log_file(log_dir, name))
     return log
 
 # %% ../../nbs/core/040_logs.ipynb #678c267b
@@ -380,22 +384,60 @@ def close(self: TBWriter) -> None:
         self._writer = None
 
 # %% ../../nbs/core/040_logs.ipynb #f0659c42
-def log_decision(
-    log: logging.Logger | None,  # None = the package's own logger
-    text: str,  # "workers: 2, because there are 2 CPUs"
-    tb: TBWriter | None = None,  # also written here
-    tag: str | None = None,  # None = made from the words before the colon: "decisions/workers"
-    step: int = 0,  # optimizer step or epoch of the decision
-) -> str:  # the line as logged
-    "Log a decision as one line, and write it to TensorBoard."
-    line = " ".join(text.split())
-    if log is None:
-        own = logging.getLogger("pillsnap")
-        log = own if own.handlers else build_logger()
-    log.info(line)
-    if tb is not None:
-        subject = re.sub(r"\W+", "_", line.partition(":")[0].lower()).strip("_")
-        tb.add_text(tag or f"decisions/{subject or 'other'}", line, step)
+def _decision_tag(line: str) -> str | None:
+    "The tag of a decision's text, made from the words before the colon; None if the line is no decision."
+    subject, colon, _ = line.partition(": ")
+    if not colon or not re.fullmatch(r"[\w .()-]{1,60}", subject):
+        return None
+    return "decisions/" + re.sub(r"\W+", "_", subject.lower()).strip("_")
+
+
+class TensorBoardHandler(logging.Handler):
+    "Copies decisions from the log to TensorBoard."
+
+    def __init__(
+        self,
+        writer: TBWriter,  # where the texts go
+    ):
+        super().__init__(logging.INFO)
+        self.writer = writer
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = record.getMessage()
+        if tag := _decision_tag(line):
+            self.writer.add_text(tag, line, getattr(record, "step", 0))
+
+# %% ../../nbs/core/040_logs.ipynb #05aed37a
+class _Collector(logging.Handler):
+    "Keeps the text of each record."
+
+    def __init__(self):
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+@contextmanager
+def logged_lines(
+    name: str = "pillsnap",  # logger; those of its modules are included
+) -> Iterator[list[str]]:  # filled while the block runs
+    "Collect the lines that are logged inside the block; the console does not show them."
+    log, collector = logging.getLogger(name), _Collector()
+    handlers, level, propagate = log.handlers, log.level, log.propagate
+    log.handlers, log.propagate = [collector], False
+    log.setLevel(min(level or logging.INFO, logging.INFO))
+    try:
+        yield collector.lines
+    finally:
+        log.handlers, log.propagate = handlers, propagate
+        log.setLevel(level)
+
+# %% ../../nbs/core/040_logs.ipynb #e7bda56d
+def log_decision(log: logging.Logger | None, text: str, tb: TBWriter | None = None, step: int = 0) -> str:  # noqa: ARG001 - tb goes
+    "Deprecated: a module's own logger replaces it."
+    (log or logging.getLogger("pillsnap")).info(line := " ".join(text.split()), extra={"step": step})
     return line
 
 # %% ../../nbs/core/040_logs.ipynb #d2f5b4e8

@@ -950,7 +950,7 @@ def _measure(
     data = load_split_data(run.root, cfg.data.progressive_validation.current_stage)
     prov = Provenance(data.header["source"], data.header["data_hash"], data.class_map.fingerprint)
     keys, skipped = list(data.class_map.keys), []
-    todo, device = eval_photos(data), pick_device(log=run.log, tb=run.tb)
+    todo, device = eval_photos(data), pick_device()
     if cfg.train.num_threads:
         torch.set_num_threads(cfg.train.num_threads)
     singles = [s for s in todo if s.kind == "single" and data.class_map.id(s.keys[0]) >= 0]

@@ -297,7 +297,7 @@ def _score_classifier(
     p: Part,  # rows and model
 ) -> HeldOut:
     "Singles, boxes and combos of one part, scored by the evaluation job's functions."
-    root, cm, device, skipped = p.run.root, p.data.class_map, pick_device(log=p.run.log), []
+    root, cm, device, skipped = p.run.root, p.data.class_map, pick_device(), []
     todo = eval_photos(replace(p.data, val=p.rows.iloc[:0], pool=p.rows))
     singles, combos = [s for s in todo if s.kind == "single"], [s for s in todo if s.kind == "combo"]
     loaded = load_classifier(p.checkpoint, cm, device)
@@ -360,7 +360,7 @@ def _score_retrieval(
     "Recall@K of one part among the training photos."
     import time
 
-    cm, r, device, t0 = p.data.class_map, p.cfg.retrieval, pick_device(log=p.run.log), time.perf_counter()
+    cm, r, device, t0 = p.data.class_map, p.cfg.retrieval, pick_device(), time.perf_counter()
     model = load_classifier(p.checkpoint, cm, device).model
     loaders = [
         validation_loader(rows, p.data, _delivery_source(p.cfg), cache=False, log=p.run.log, device=device)

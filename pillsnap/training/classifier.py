@@ -82,7 +82,7 @@ def configure_device(
 ) -> torch.device:
     "The device to train on, with seeds, thread count and TF32 set."
     c = cfg.train.classification
-    device = pick_device("auto", log, tb)
+    device = pick_device()
     set_seed(cfg.train.seed, cfg.train.deterministic)
     if cfg.train.num_threads:
         torch.set_num_threads(cfg.train.num_threads)
@@ -195,7 +195,7 @@ def choose_batch_size(  # noqa: PLR0913 - what the search needs, and where it re
     if why := _no_search_because(cfg, stage, device, world):
         log_decision(log, f"batch: {asked}, {why}", tb)
         return asked
-    dtype = select_amp_dtype(c.amp_dtype if c.amp else "fp32", device, log, tb)
+    dtype = select_amp_dtype(c.amp_dtype if c.amp else "fp32", device)
     probe = _batch_probe(cfg, model, num_classes, dtype, share, log)
     arguments = _compile_arguments_of(cfg, device)
     # deferred: the compiled probe copies the network, and only once the first probe's copy is freed

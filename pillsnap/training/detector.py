@@ -1046,8 +1046,8 @@ def detector_plan(
     tree, work = write_detector_tree(run, stage), ensure_dir(run.sub("logs") / "ultralytics")
     for split in ("train", "val"):
         photos_in(tree / "images" / split)  # raises if there is none
-    device = pick_device("auto", run.log, run.tb)
-    amp = select_amp_dtype(d.amp_dtype, device, run.log, run.tb)
+    device = pick_device()
+    amp = select_amp_dtype(d.amp_dtype, device)
     load_ultralytics(work)
     args, data_hash = detector_args(cfg, tree, work, device, amp), fingerprint(tree)
     if d.auto_batch_tune and args["batch"] >= 1:

@@ -479,7 +479,7 @@ def build_learner(  # noqa: PLR0913 - a public signature; the last three have de
 ) -> PillLearner:
     "A Learner as configured."
     c, out = cfg.train.classification, out or Outputs(quiet=True)
-    dtype = select_amp_dtype(c.amp_dtype if c.amp else "fp32", torch.device(device), out.log, out.tb)
+    dtype = select_amp_dtype(c.amp_dtype if c.amp else "fp32", torch.device(device))
     compiled = speed_up(model, cfg, device, dtype, train_dl, out.log, out.tb, views)
     steps = total_steps(len(train_dl), c.grad_accum_steps, c.epochs)
     learn = PillLearner(
