@@ -14,7 +14,7 @@ def our_loader(
     source: Any, rows: pd.DataFrame, size: int = SIZE, workers: int = WORKERS, engine: str = "threads", **kw: Any
 ) -> Any:
     "Random crop + mirror, bytes out, in a new order each epoch."
-    from pillsnap.core.config import AugmentClassification
+    from pillsnap.core.settings import AugmentClassification
     from pillsnap.dataset.datasets import PillsnapClsDataset
     from pillsnap.dataset.loaders import PhotoLoader
     from pillsnap.dataset.sampling import EpochSampler

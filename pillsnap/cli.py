@@ -20,9 +20,10 @@ import typer
 
 # %% ../nbs/920_cli.ipynb #bd3aaddc
 from . import __version__ as version
-from .core.config import Config, explain, load_config, preset_names
+from .core.config import explain, load_config, preset_names
 from .core.errors import PillsnapError, missing_extra
-from .core.jobs import JobSpec, run_pipeline
+from .core.runner import JobSpec, run_pipeline
+from .core.settings import Config
 
 # %% ../nbs/920_cli.ipynb #a81977f8
 PIPELINE: tuple[JobSpec, ...] = (

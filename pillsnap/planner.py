@@ -31,11 +31,12 @@ import psutil
 from PIL import Image
 
 # %% ../nbs/910_planner.ipynb #b6e9c695
-from .core.config import Config, load_config
+from .core.config import load_config
 from .core.errors import PillsnapError
 from .core.logs import progress as show_progress
 from .core.processes import processes
 from .core.records import hardware
+from .core.settings import Config
 from .dataset.conversion import read_manifest
 from .dataset.splits import sealed_groups
 from .delivery.aihub import SEALED, refuse_sealed

@@ -17,7 +17,7 @@ from .cli import ASIDE, PIPELINE, own_config, pipeline_of
 from .core.config import load_config
 from .core.errors import PillsnapError
 from .core.files import read_json
-from .core.jobs import run_pipeline
+from .core.runner import run_pipeline
 
 # %% ../nbs/940_runs.ipynb #208c1299
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ def delivery(tmp_path_factory) -> Path:
 def smoke_run(tmp_path_factory) -> Path:
     "A run folder that the six stages filled, through papermill, with the smoke preset. Read only."
     from pillsnap.cli import PIPELINE
-    from pillsnap.core.jobs import run_pipeline
+    from pillsnap.core.runner import run_pipeline
 
     root = tmp_path_factory.mktemp("smoke") / "run"
     run_pipeline(PIPELINE, "smoke", run_dir=root)

@@ -30,7 +30,7 @@ import pytest
 
 from pillsnap import cli
 from pillsnap.core.config import load_config
-from pillsnap.core.jobs import check_parameters, select_jobs
+from pillsnap.core.runner import check_parameters, select_jobs
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = ("pillsnap", "papermill", "accelerate", "make", "python -m pillsnap", "python scripts", "pip install")
@@ -198,9 +198,9 @@ def only_parsed(argv: list[str]) -> bool:
 
 def without_papermill(monkeypatch) -> None:
     "The runner, with the job of a notebook done in this process."
-    from pillsnap.core import jobs as stages
+    from pillsnap.core import runner
 
-    monkeypatch.setattr(stages, "_execute", lambda stage, out, params, head: stage.job_class()(**params).run() and None)
+    monkeypatch.setattr(runner, "_execute", lambda stage, out, params, head: stage.job_class()(**params).run() and None)
 
 
 # ---- the lines themselves

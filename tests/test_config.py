@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pillsnap.core.config import ALIASES, RETIRED, active_features, all_keys, load_config, preset_names, resolve_aliases
+from pillsnap.core.config import ALIASES, RETIRED, all_keys, load_config, preset_names, resolve_aliases
 from pillsnap.core.errors import PillsnapError
+from pillsnap.core.settings import active_features
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -15,9 +15,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pillsnap.core.config import AugmentClassification, load_config
+from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.jobs import RunFolder
+from pillsnap.core.settings import AugmentClassification
 from pillsnap.dataset import datasets as D
 from pillsnap.dataset import loaders as L
 from pillsnap.dataset.sampling import EpochSampler, balanced_weights

@@ -207,7 +207,7 @@ def test_class_weights_reach_the_loss_of_a_training(run):
 def test_train_stage_runs_the_stages_job(run, monkeypatch):
     "The command of the sources, through the CLI; papermill is left out, the job is the real one."
     from pillsnap import cli
-    from pillsnap.core import jobs as stages
+    from pillsnap.core import runner
     from pillsnap.core.jobs import _save_config  # a folder that ran before has its own configuration
 
     _save_config(run, load_config("smoke", [*SMALL, f"paths.exp_dir={run}"]))
@@ -219,7 +219,7 @@ def test_train_stage_runs_the_stages_job(run, monkeypatch):
         source.write_text(yaml.safe_dump({"base": None, **cfg.to_dict()}, allow_unicode=True), encoding="utf-8")
         return ClassifierJob(run_dir=str(root), config=str(source), epochs=cfg.train.classification.epochs).run().record
 
-    monkeypatch.setattr(stages, "run_job", in_process)
+    monkeypatch.setattr(runner, "run_job", in_process)
     manifest = run / "artifacts" / "stage0" / "manifest_train.csv"
     r = CliRunner().invoke(
         cli.app,

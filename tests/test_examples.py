@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pillsnap.cli import PIPELINE, app
-from pillsnap.core.jobs import check_parameters
+from pillsnap.core.runner import check_parameters
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms import v2
 
-from pillsnap.core.config import AugmentClassification
+from pillsnap.core.settings import AugmentClassification
 from pillsnap.dataset import datasets as D
 from pillsnap.dataset import loaders as L
 from pillsnap.dataset.sampling import EpochSampler

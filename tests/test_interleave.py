@@ -40,12 +40,12 @@ SOLO = (
 @pytest.mark.spec("X75")
 def test_one_key_puts_one_stage_in_the_place_of_two(tmp_path, monkeypatch, capsys):
     from pillsnap.cli import PIPELINE
-    from pillsnap.core import jobs as stages
+    from pillsnap.core import runner
 
     ran = []
-    monkeypatch.setattr(stages, "run_job", lambda s, *a: ran.append(s.name) or dict(verdict="done", seconds=0.0))
+    monkeypatch.setattr(runner, "run_job", lambda s, *a: ran.append(s.name) or dict(verdict="done", seconds=0.0))
     for way in ("sequential", "interleaved"):
-        stages.run_pipeline(PIPELINE, "smoke", [f"train.strategy={way}"], tmp_path / way)
+        runner.run_pipeline(PIPELINE, "smoke", [f"train.strategy={way}"], tmp_path / way)
     assert ran == [
         "conversion",
         "splits",

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from pydantic import create_model
 
-from pillsnap.core.config import Config, Data, key, load_config
+from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
+from pillsnap.core.settings import Config, Data, key
 
 ROOT = Path(__file__).resolve().parents[1]
 spec = importlib.util.spec_from_file_location("unread_keys", ROOT / "scripts" / "core" / "unread_keys.py")
@@ -48,7 +49,7 @@ def test_a_key_whose_reader_goes_is_found(tmp_path, dotted, decoy):
     package = shutil.copytree(ROOT / "pillsnap", tmp_path / "pillsnap", ignore=unneeded)
     name = dotted.rsplit(".", 1)[-1]
     for f in package.rglob("*.py"):
-        if f.name != "config.py" and f".{name}" in (source := f.read_text(encoding="utf-8")):
+        if f.name != "settings.py" and f".{name}" in (source := f.read_text(encoding="utf-8")):
             f.write_text(source.replace(f".{name}", ".nothing"), encoding="utf-8")
     (package / "more.py").write_text(f"def f(cfg): return {decoy or 1}\n", encoding="utf-8")
     assert set(U.unread_keys(package)) - set(U.unread_keys()) == {dotted}

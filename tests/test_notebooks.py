@@ -232,6 +232,7 @@ def test_export_leaves_the_package_unchanged(tmp_path):
 
 HEAVY = ("torch", "fastai", "ultralytics", "timm", "torchvision", "matplotlib", "papermill")
 LIGHT = [
+    "pillsnap.core.settings",
     "pillsnap.core.config",
     "pillsnap.dataset.overlay",
     "pillsnap.dataset.duplicates",
@@ -240,6 +241,7 @@ LIGHT = [
     "pillsnap.dataset.triage",
     "pillsnap.core.records",
     "pillsnap.core.jobs",
+    "pillsnap.core.runner",
     "pillsnap.synth.writer",
     "pillsnap.delivery.truth",
     "pillsnap.photos.images",

@@ -553,7 +553,7 @@ def test_the_pack_block_is_the_builders_default():
 def test_the_command(delivery, tmp_path, capsys, monkeypatch):
     "Estimate, build, build again: by the command line, from a run's own splits and configuration."
     from pillsnap.cli import PIPELINE, main
-    from pillsnap.core.jobs import run_pipeline
+    from pillsnap.core.runner import run_pipeline
     from pillsnap.dataset.splits import load_split_data
 
     run = tmp_path / "run"

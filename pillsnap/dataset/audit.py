@@ -22,11 +22,11 @@ import pandas as pd
 from fastcore.basics import patch
 
 # %% ../../nbs/dataset/440_audit.ipynb #8e114cf3
-from ..core.config import Config
 from ..core.files import read_json, save_json
 from ..core.jobs import Job, JobResult, RunFolder
 from ..core.logs import progress as show_progress
 from ..core.plots import draw_boxes, drug_label, save_fig, show_grid, use_house_style
+from ..core.settings import Config
 from .conversion import drug_names, read_manifest, smoke_conversion
 from .duplicates import Duplicates, load_duplicates, plot_duplicates
 from ..photos.boxes import xywh_to_xyxy

@@ -43,7 +43,7 @@ from fastcore.basics import patch
 # %% ../../nbs/dataset/400_conversion.ipynb #c840621a
 import logging
 
-from ..core.config import Config, load_config
+from ..core.config import load_config
 from ..core.errors import PillsnapError
 from pillsnap.core.files import (
     MACHINE,
@@ -56,6 +56,7 @@ from pillsnap.core.files import (
 )
 from ..core.jobs import Job, JobResult, RunFolder
 from ..core.logs import progress as show_progress
+from ..core.settings import Config
 
 # %% ../../nbs/dataset/400_conversion.ipynb #9e44bc2e
 from pillsnap.delivery.aihub import (

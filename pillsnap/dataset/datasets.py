@@ -24,8 +24,8 @@ from fastcore.basics import patch
 from torch.utils.data import Dataset
 
 # %% ../../nbs/dataset/480_datasets.ipynb #1a77b51e
-from ..core.config import AugmentClassification
 from ..core.errors import PillsnapError
+from ..core.settings import AugmentClassification
 from .sampling import sample_randoms, stable_ids
 from ..delivery.classmap import ClassMap
 from ..photos.augmentation import COL, DRAWS, LOOSE, BatchAugment, canvas_size, crop_range

@@ -33,11 +33,11 @@ from fastcore.basics import patch
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
 # %% ../../nbs/dataset/490_loaders.ipynb #8489e453
-from ..core.config import Config
 from ..core.device import is_oom, oom_reason, release_memory, to_device
 from ..core.errors import PillsnapError
 from ..core.files import sha256_text
 from ..core.logs import TBWriter, log_decision
+from ..core.settings import Config
 from pillsnap.dataset.datasets import (
     BatchViews,
     DeliverySource,

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 # %% ../../nbs/dataset/430_narrow.ipynb #4840fd35
-from ..core.config import Config
 from ..core.errors import PillsnapError
+from ..core.settings import Config
 from ..delivery.classmap import ClassMap
 
 # %% ../../nbs/dataset/430_narrow.ipynb #7e432da9

@@ -30,11 +30,11 @@ import pandas as pd
 from fastcore.basics import patch
 
 # %% ../../nbs/dataset/460_splits.ipynb #12d6d77d
-from ..core.config import Config
 from ..core.errors import PillsnapError
 from ..core.files import atomic_path, ensure_dir, read_json, save_json, save_text, sha256_file
 from ..core.jobs import Job, JobResult, RunFolder
 from ..core.plots import drug_label, save_fig, show_grid, use_house_style
+from ..core.settings import Config
 from pillsnap.dataset.conversion import (
     COLUMNS,
     drug_names,

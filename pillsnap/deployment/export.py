@@ -35,7 +35,6 @@ from fastcore.basics import patch
 from torch import nn
 
 # %% ../../nbs/deployment/810_export.ipynb #bc349dbf
-from ..core.config import Config
 from ..core.errors import PillsnapError
 from ..core.files import atomic_path, get_git_sha, read_json, save_json, sha256_file
 from ..core.jobs import Job, JobResult, RunFolder, run_id
@@ -43,6 +42,7 @@ from ..core.logs import log_decision
 from ..core.logs import progress as show_progress
 from ..core.plots import COLOURS, colour_legend, draw_boxes, save_fig, show_grid, use_house_style
 from ..core.records import Provenance
+from ..core.settings import Config
 from ..dataset.splits import SplitData, load_split_data
 from ..delivery.classmap import ClassMap
 from pillsnap.deployment.runtime import (

@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..core.config import Config, StageSpec
 from ..core.errors import PillsnapError
 from ..core.records import Metric, Provenance
+from ..core.settings import Config, StageSpec
 from .gates import why_unmeasured
 from .latency import Latency, protocol_gap
 

@@ -30,7 +30,6 @@ import torch
 from fastcore.basics import patch
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #3580b0e4
-from ..core.config import Config
 from ..core.device import pick_device, set_seed
 from ..core.errors import PillsnapError
 from ..core.files import atomic_path, canonical_json, read_json, save_json, save_text, sha256_file, sha256_text
@@ -48,6 +47,7 @@ from ..core.logs import log_decision
 from ..core.logs import progress as show_progress
 from ..core.plots import save_fig, show_grid, wrap_title
 from ..core.records import Metric, Provenance, hardware
+from ..core.settings import Config
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #23c9d76d
 from ..dataset.conversion import drug_names

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 
 # %% ../../nbs/evaluation/790_final.ipynb #47a7a37a
-from ..core.config import active_features, load_config
+from ..core.config import load_config
 from ..core.errors import PillsnapError
 from ..core.files import FolderLock, read_json, save_json
 from ..core.jobs import RunFolder
 from ..core.records import Metric, Provenance
+from ..core.settings import active_features
 from .checks import not_measured
 from .evaluation import BUSINESS
 from pillsnap.evaluation.heldout import (

@@ -22,12 +22,13 @@ import pandas as pd
 import torch
 
 # %% ../../nbs/evaluation/780_heldout.ipynb #c7a8f450
-from ..core.config import Config, load_config
+from ..core.config import load_config
 from ..core.device import pick_device
 from ..core.errors import PillsnapError
 from ..core.files import FolderLock, atomic_path, ensure_dir, read_json, save_json, sha256_file
 from ..core.jobs import RunFolder, run_id
 from ..core.records import Metric, Provenance
+from ..core.settings import Config
 from ..dataset.conversion import read_manifest
 from ..dataset.loaders import validation_loader
 from ..dataset.splits import SplitData, apply_decisions, load_split_data, missing_photos, tidy_records

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 # %% ../../nbs/models/510_heads.ipynb #6dbf3ec4
-from ..core.config import Config
 from ..core.logs import log_decision
+from ..core.settings import Config
 
 # %% ../../nbs/models/510_heads.ipynb #c23fdc97
 SAFE = 1 - 1e-6  # the largest cosine whose arc has a finite slope in fp32

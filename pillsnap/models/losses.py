@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 # %% ../../nbs/models/520_losses.ipynb #ecba2144
-from ..core.config import Config
 from ..core.errors import PillsnapError
 from ..core.logs import log_decision
+from ..core.settings import Config
 from ..dataset.narrow import read_drug_list, training_weights
 from .heads import ArcFaceCriterion
 

@@ -14,7 +14,7 @@ from timm.data import Mixup
 from torch import nn
 
 # %% ../../nbs/models/530_mixing.ipynb #ff2a178f
-from ..core.config import Mixing
+from ..core.settings import Mixing
 
 # %% ../../nbs/models/530_mixing.ipynb #82a47bb0
 class Mixer(Mixup):

@@ -25,9 +25,9 @@ from PIL import Image
 from torchvision.transforms import v2
 
 # %% ../../nbs/photos/350_augmentation.ipynb #bbb76fd8
-from ..core.config import AugmentClassification, AugmentDetection
 from ..core.device import full_fp32, to_device
 from ..core.errors import PillsnapError
+from ..core.settings import AugmentClassification, AugmentDetection
 from .images import IMAGENET_MEAN, IMAGENET_STD, normalise
 
 # %% ../../nbs/photos/350_augmentation.ipynb #4058925c

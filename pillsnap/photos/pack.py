@@ -37,7 +37,6 @@ from fastcore.basics import patch
 
 # %% ../../nbs/photos/330_pack.ipynb #ccbffe63
 import pillsnap
-from ..core.config import Config
 from ..core.errors import PillsnapError
 from pillsnap.core.files import (
     FolderLock,
@@ -52,6 +51,7 @@ from pillsnap.core.files import (
 )
 from ..core.logs import progress as show_progress
 from ..core.processes import processes
+from ..core.settings import Config
 from ..delivery.classmap import ClassMap
 from .images import MAX_PIXELS, crop_square, keep_heap, open_image_safely, resize, shrink
 

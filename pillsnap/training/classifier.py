@@ -30,7 +30,6 @@ from torch import nn
 
 # %% ../../nbs/training/640_classifier.ipynb #4215343a
 from ..core.checkpoints import load_ckpt, save_ckpt
-from ..core.config import Config, StageOverride, TrainClassification
 from ..core.device import enable_tf32, pick_device, select_amp_dtype, set_seed
 from ..core.errors import PillsnapError
 from ..core.files import read_json, save_json
@@ -38,6 +37,7 @@ from ..core.jobs import Job, JobResult, RunFolder
 from ..core.logs import TBWriter, log_decision
 from ..core.plots import COLOURS, save_fig, show_grid, use_house_style
 from ..core.records import Provenance
+from ..core.settings import Config, StageOverride, TrainClassification
 from ..dataset.conversion import drug_names
 from ..dataset.datasets import dataset_views
 from pillsnap.dataset.loaders import (

@@ -29,7 +29,7 @@ from fastcore.basics import patch
 
 # %% ../../nbs/training/650_detector.ipynb #e5debbcd
 from ..core.checkpoints import load_ckpt, rng_state, save_ckpt, set_rng_state
-from ..core.config import Config, config_diff
+from ..core.config import config_diff
 from ..core.device import cuda_mem_mb, pick_device, select_amp_dtype, without_kernel_search
 from ..core.errors import PillsnapError
 from ..core.files import ensure_dir, save_json
@@ -37,6 +37,7 @@ from ..core.jobs import Job, JobResult, RunFolder, fingerprint
 from ..core.logs import STEP_TAGS, StepTimer, TBWriter, log_decision, step_line, with_tags
 from ..core.plots import COLOURS, colour_legend, draw_boxes, save_fig, show_grid, use_house_style
 from ..core.records import Provenance
+from ..core.settings import Config
 from ..dataset.splits import load_split_data, smoke_splits, write_detector_tree
 from ..delivery.capture import parse_name
 from ..models.metrics import detection_ap, match_boxes, pr_curve

@@ -31,12 +31,13 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.multiprocessing.spawn import ProcessException
 
 # %% ../../nbs/training/690_distributed.ipynb #6ef27c03
-from ..core.config import Config, load_config
+from ..core.config import load_config
 from ..core.device import gpu_count
 from ..core.errors import PillsnapError
 from ..core.jobs import Job, JobResult, RunFolder
 from ..core.logs import log_decision
 from ..core.processes import processes as fresh
+from ..core.settings import Config
 from ..dataset.splits import load_split_data
 from .callbacks import Accumulate, Unpack, batch_mass
 from .classifier import ClassifierJob, train_classification_stage

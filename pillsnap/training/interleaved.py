@@ -21,11 +21,11 @@ from fastcore.basics import patch
 
 # %% ../../nbs/training/660_interleaved.ipynb #f2a1cb63
 from ..core.checkpoints import rng_state, set_rng_state
-from ..core.config import Config
 from ..core.errors import PillsnapError
 from ..core.files import save_json
 from ..core.jobs import Job, JobResult, RunFolder, read_record, why_stale
 from ..core.logs import log_decision
+from ..core.settings import Config
 from ..dataset.splits import smoke_splits
 from .callbacks import EarlyStop
 from .classifier import ClassifierJob

@@ -26,10 +26,11 @@ from torch import nn
 
 # %% ../../nbs/training/630_learner.ipynb #46d0121d
 from ..core.checkpoints import find_ckpt, load_ckpt
-from ..core.config import Config, config_diff
+from ..core.config import config_diff
 from ..core.device import full_fp32, release_memory, select_amp_dtype
 from ..core.errors import PillsnapError
 from ..core.logs import TBWriter, log_decision
+from ..core.settings import Config
 from ..dataset.loaders import photos_per_batch
 from ..models.mixing import Mixer
 from pillsnap.training.callbacks import (

@@ -14,9 +14,9 @@ from fastai.callback.core import Callback, CancelStepException
 from torch import nn
 
 # %% ../../nbs/training/610_margins.ipynb #2c663eee
-from ..core.config import Config
 from ..core.errors import PillsnapError
 from ..core.logs import TBWriter, log_decision
+from ..core.settings import Config
 from ..models.heads import margin_at
 from .callbacks import Precision, Unpack
 

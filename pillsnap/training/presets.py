@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 # %% ../../nbs/training/615_presets.ipynb #c5899c24
-from ..core.config import Block, Config
 from ..core.errors import PillsnapError
 from ..core.logs import TBWriter, log_decision
+from ..core.settings import Block, Config
 
 # %% ../../nbs/training/615_presets.ipynb #cfa9a772
 def _set(block: Block, dotted: str, value: Any) -> Block:

@@ -23,13 +23,13 @@ from fastcore.basics import patch
 
 # %% ../../nbs/training/670_retrieval.ipynb #2609ee58
 from ..core.checkpoints import find_ckpt, load_ckpt, rng_state, set_rng_state
-from ..core.config import Config, DataLoaderConfig, TrainClassification
 from ..core.errors import PillsnapError
 from ..core.files import save_json
 from ..core.jobs import Job, JobResult, RunFolder
 from ..core.logs import TBWriter, log_decision
 from ..core.plots import COLOURS, save_fig, show_grid, use_house_style
 from ..core.records import Provenance
+from ..core.settings import Config, DataLoaderConfig, TrainClassification
 from ..dataset.conversion import drug_names
 from ..dataset.loaders import validation_loader
 from ..dataset.splits import SplitData, load_split_data, smoke_splits

@@ -26,13 +26,13 @@ from torch.utils.data import DataLoader, Subset
 
 # %% ../../nbs/training/680_segmentation.ipynb #b17e1058
 from ..core.checkpoints import find_ckpt, load_ckpt, rng_state, save_ckpt, set_rng_state
-from ..core.config import Config
 from ..core.device import set_seed
 from ..core.errors import PillsnapError
 from ..core.files import save_json, sha256_file, sha256_text
 from ..core.jobs import Job, JobResult, RunFolder
 from ..core.plots import COLOURS, save_fig, use_house_style
 from ..core.records import Provenance
+from ..core.settings import Config
 from pillsnap.dataset.masks import (
     IGNORE,
     CEDiceLoss,

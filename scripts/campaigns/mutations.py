@@ -447,7 +447,7 @@ MUTATIONS: list[Mutation] = [
     ),
     Mutation(
         "a stage without its inputs makes its folder",
-        "pillsnap/core/jobs.py",
+        "pillsnap/core/runner.py",
         "spec.job_class().check_inputs(root, cfg)",
         "pass",
         "tests/test_progress.py::test_a_stage_without_its_inputs_leaves_no_folder",

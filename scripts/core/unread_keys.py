@@ -4,12 +4,10 @@
 
 The package's source is parsed, not run. A key is read where code takes it from a block of the configuration:
 `cfg.train.seed`, `c.lr` after `c = cfg.train.classification`, `getattr(block, "lr")`. The block behind a name is
-followed
-through annotations, assignments, attributes of classes and return types. `pillsnap/core/config.py` declares the keys,
-so
-what it says itself does not count. Keys that code reads in a way that this script cannot follow stand in `ELSEWHERE`,
-each with the place that reads it. A key with one legal value needs no reader: there is nothing to choose, and any other
-value is refused.
+followed through annotations, assignments, attributes of classes and return types. `pillsnap/core/settings.py`
+declares the keys, so what it says itself does not count. Keys that code reads in a way that this script cannot follow
+stand in `ELSEWHERE`, each with the place that reads it. A key with one legal value needs no reader: there is nothing
+to choose, and any other value is refused.
 """
 
 import ast
@@ -23,9 +21,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from pillsnap.core.config import Block, Config  # noqa: E402
+from pillsnap.core.settings import Block, Config  # noqa: E402
 
-DECLARES = "core/config.py"
+DECLARES = "core/settings.py"
 METHODS = {("Progressive", "stage"): "StageSpec"}  # methods of a block, and the block that they return
 ELSEWHERE: dict[str, tuple[str, str]] = {  # key or block.* → the file that reads it, and a text that stands there
     "pack.*": ("photos/pack.py", 'cfg.pack.model_dump(exclude={"enabled"})'),  # the recipe of a pack

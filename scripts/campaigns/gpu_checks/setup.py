@@ -19,7 +19,8 @@ import torch
 from fastai.callback.core import Callback
 from torch import nn
 
-from pillsnap.core.config import Config, load_config
+from pillsnap.core.config import load_config
+from pillsnap.core.settings import Config
 from pillsnap.dataset.datasets import PillsnapClsDataset, Source
 from pillsnap.dataset.loaders import PhotoLoader
 from pillsnap.dataset.sampling import EpochSampler
