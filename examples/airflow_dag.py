@@ -19,7 +19,7 @@ STAGES = [
     "training/640_classifier",
     "training/650_detector",
     "evaluation/770_evaluation",
-    "deployment/810_export",
+    "deployment/840_export",
 ]
 
 with DAG("pillsnap", start_date=datetime(2026, 1, 1), schedule=None, catchup=False, default_args={"retries": 3}) as dag:

@@ -43,7 +43,7 @@ PIPELINE: tuple[JobSpec, ...] = (
         "interleaved",
     ),
     JobSpec("evaluation", "evaluation/770_evaluation", "pillsnap.evaluation.evaluation:EvaluationJob"),
-    JobSpec("export", "deployment/810_export", "pillsnap.deployment.export:ExportJob"),
+    JobSpec("export", "deployment/840_export", "pillsnap.deployment.export:ExportJob"),
 )
 
 ASIDE: tuple[JobSpec, ...] = (  # run by name only

@@ -20,10 +20,12 @@ from pillsnap.core.jobs import RunFolder
 from pillsnap.core.records import Metric
 from pillsnap.dataset.splits import load_split_data
 from pillsnap.delivery.classmap import ClassMap
+from pillsnap.deployment import comparison as C
 from pillsnap.deployment import export as E
+from pillsnap.deployment import graph as G
 from pillsnap.deployment.runtime import OnnxClassifier, OnnxDetector, load_bundle
 from pillsnap.models.factory import TorchClassifier, load_classifier
-from pillsnap.models.pipeline import predict_pipeline
+from pillsnap.models.pipeline import detector_input, predict_pipeline
 from pillsnap.models.yolo import TorchDetector, build_yolo_model, load_detector
 
 FAST = (
@@ -87,7 +89,7 @@ def test_opset_17_and_open_axes(tmp_path, backbone, free):
     "Batch always; height and width only where the architecture does not freeze them (X55)."
     torch.manual_seed(0)
     m = timm.create_model(backbone, num_classes=5, pretrained=False).eval()
-    assert E.export_onnx(m, 64, tmp_path / "m.onnx", E.open_axes(backbone, m)) == 17
+    assert G.export_onnx(m, 64, tmp_path / "m.onnx", G.open_axes(backbone, m)) == 17
     f = onnx.load(tmp_path / "m.onnx")
     assert [o.version for o in f.opset_import if o.domain in ("", "ai.onnx")] == [17]
     dims = [d.dim_param or d.dim_value for d in f.graph.input[0].type.tensor_type.shape.dim]
@@ -106,16 +108,16 @@ def test_newer_exporter_at_18_with_a_reason(tmp_path, monkeypatch, caplog):
     def fails(*a):
         raise RuntimeError("no such operator")
 
-    monkeypatch.setattr(E, "_trace", fails)
+    monkeypatch.setattr(G, "_trace", fails)
     log = logging.getLogger("test.export")
     m = timm.create_model("test_resnet", num_classes=3, pretrained=False).eval()
     with caplog.at_level("INFO", "test.export"):
-        assert E.export_onnx(m, 64, tmp_path / "m.onnx", log=log) == 18
+        assert G.export_onnx(m, 64, tmp_path / "m.onnx", log=log) == 18
     said = [r.getMessage() for r in caplog.records if r.name == "test.export"]
     assert len(said) == 1 and "opset 17 failed" in said[0] and "no such operator" in said[0] and "18" in said[0]
-    monkeypatch.setattr(E, "_capture", fails)
+    monkeypatch.setattr(G, "_capture", fails)
     with pytest.raises(PillsnapError, match="neither exporter"):
-        E.export_onnx(m, 64, tmp_path / "n.onnx", log=log)
+        G.export_onnx(m, 64, tmp_path / "n.onnx", log=log)
     assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
 
 
@@ -124,7 +126,7 @@ def test_newer_exporter_at_18_with_a_reason(tmp_path, monkeypatch, caplog):
 
 @pytest.mark.spec("EX2")
 def test_limits_are_the_contracts():
-    assert {k: E.LIMITS[k] for k in ("mse", "max_dp", "relative", "iou", "map")} == dict(
+    assert {k: C.LIMITS[k] for k in ("mse", "max_dp", "relative", "iou", "map")} == dict(
         mse=1e-6, max_dp=1e-3, relative=1e-4, iou=0.95, map=0.01
     )
     e = load_config("two_stage").export
@@ -135,7 +137,7 @@ Z = np.random.default_rng(0).normal(size=(200, 30))
 
 
 def failing(gap):
-    return {c.name for c in E.check_logits(gap, 200) if not c.passed}
+    return {c.name for c in C.check_logits(gap, 200) if not c.passed}
 
 
 GOOD = dict(mse_probability=0.0, mse_logits=0.0, max_dp=0.0, relative_error=0.0, top1_equal=1.0)
@@ -161,7 +163,7 @@ def test_relative_error_decides_where_float32_ends():
     assert failing(GOOD | dict(mse_logits=1e-2, relative_error=1.1e-4)) == {"logit MSE"}
     assert failing(GOOD | dict(mse_logits=1e-6, relative_error=1.0)) == set()
     (check,) = [
-        c for c in E.check_logits(GOOD | dict(mse_logits=1e-2, relative_error=1e-5), 1) if c.name == "logit MSE"
+        c for c in C.check_logits(GOOD | dict(mse_logits=1e-2, relative_error=1e-5), 1) if c.name == "logit MSE"
     ]
     assert check.value == 1e-2 and "relative error" in check.note
 
@@ -169,14 +171,14 @@ def test_relative_error_decides_where_float32_ends():
 @pytest.mark.spec("EX2")
 def test_probability_error_alone_would_pass_strangers():
     a, b = (np.random.default_rng(s).normal(size=(50, 4523)) for s in (1, 2))
-    assert failing(E.logit_gap(a, b)) == {"logit MSE", "largest change of a probability", "top-1 equal"}
+    assert failing(C.logit_gap(a, b)) == {"logit MSE", "largest change of a probability", "top-1 equal"}
 
 
 B, S = np.array([[10.0, 10, 60, 60], [80, 80, 140, 150]]), np.array([0.9, 0.8])
 
 
 def box_verdicts(a, b, ap=(0.9, 0.9), raw=0.0):
-    return {c.name: c.passed for c in E.check_boxes(E.pair_boxes(a, b), ap, raw, len(a))}
+    return {c.name: c.passed for c in C.check_boxes(C.pair_boxes(a, b), ap, raw, len(a))}
 
 
 @pytest.mark.spec("EX2")
@@ -205,15 +207,15 @@ def test_nothing_found_is_not_a_pass():
     v = box_verdicts([(B[:0], S[:0])], [(B[:0], S[:0])], ap=(float("nan"),) * 2)
     assert [v[k] for k in ("smallest IoU of twin boxes", "boxes without a twin", "mAP@.5 difference")] == [None] * 3
     assert (
-        E.Comparison(checks=[E.ExportCheck("a", 1.0, "", 1, True), E.ExportCheck("b", None, "", 0, None)]).passed
+        C.Comparison(checks=[C.ExportCheck("a", 1.0, "", 1, True), C.ExportCheck("b", None, "", 0, None)]).passed
         is None
     )
-    assert E.Comparison().passed is None
+    assert C.Comparison().passed is None
 
 
 @pytest.fixture(scope="module")
 def photos(ready):
-    return list(E.open_photos(E.photo_order(load_split_data(ready, 0), "combo"), 16))
+    return list(C.open_photos(C.photo_order(load_split_data(ready, 0), "combo"), 16))
 
 
 @pytest.mark.spec("EX2", "CF6")
@@ -222,8 +224,8 @@ def test_classifier_passes_and_a_perturbed_one_fails(photos, tmp_path):
     m = timm.create_model("test_resnet", num_classes=9, pretrained=False).eval()
     m.get_classifier().weight.data.mul_(100)
     for model, passes in ((m, True), (perturbed(m, 0.001), False)):
-        E.export_onnx(model, 96, tmp_path / "m.onnx")
-        c = E.compare_classifiers(
+        G.export_onnx(model, 96, tmp_path / "m.onnx")
+        c = C.compare_classifiers(
             TorchClassifier(m, 96), OnnxClassifier((tmp_path / "m.onnx").read_bytes(), 96, "cpu"), photos
         )
         assert c.passed is passes and c.n == 16 and len(c.torch[0]) == c.gap["views"] > 32, c.checks
@@ -232,10 +234,10 @@ def test_classifier_passes_and_a_perturbed_one_fails(photos, tmp_path):
 @pytest.mark.spec("EX2", "CF6", "DT4")
 def test_detector_passes_and_a_perturbed_one_fails(photos, tmp_path):
     torch.manual_seed(0)
-    m = E.livened(build_yolo_model("11n"), E.detector_input([p.image for p in photos[:8]], 96))
+    m = G.livened(build_yolo_model("11n"), detector_input([p.image for p in photos[:8]], 96))
     for model, passes in ((m, True), (perturbed(m, 0.001), False)):
-        E.export_onnx(E.RawHead(model), 96, tmp_path / "d.onnx", names=("image", "raw"))
-        c = E.compare_detectors(
+        G.export_onnx(G.RawHead(model), 96, tmp_path / "d.onnx", names=("image", "raw"))
+        c = C.compare_detectors(
             TorchDetector(m, 96), OnnxDetector((tmp_path / "d.onnx").read_bytes(), 96, "cpu"), photos, keep=4
         )
         assert c.passed is passes and c.gap["boxes"] >= 20 and c.n == 16 and len(c.shown) == 4, c.checks
@@ -258,12 +260,12 @@ def test_the_usual_mistakes_are_caught(photos, spoil):
                 return ours.logits(x * 0.225 + 0.45)
             return np.roll(ours.logits(x), 1, axis=1)
 
-    assert E.compare_classifiers(ours, Wrong(), photos).passed is False
+    assert C.compare_classifiers(ours, Wrong(), photos).passed is False
 
 
 def test_photos_are_of_the_stage_and_never_sealed(ready):
     stage = load_split_data(ready, 0)
-    rel = [p.relative_to(stage.header["root"]).as_posix() for p, _ in E.photo_order(stage)]
+    rel = [p.relative_to(stage.header["root"]).as_posix() for p, _ in C.photo_order(stage)]
     assert len(rel) == len(set(rel)) and set(rel) == set(stage.train.path) | set(stage.val.path) | set(stage.pool.path)
     assert all("/train/" in f"/{r}" for r in rel)
 
@@ -317,7 +319,7 @@ def test_the_bundle_answers_as_torch_does(exported):
         metadata=b.meta["drugs"],
         temperature=2.5,
     )
-    for path, _ in E.photo_order(stage, "combo")[:3]:
+    for path, _ in C.photo_order(stage, "combo")[:3]:
         for mode in ("single", "combo"):
             x, y = predict_pipeline(path, mode, **ours), b.predict(path, mode)
             assert x["mode_used"] == y["mode_used"] == mode and x["answer"] == y["answer"]
@@ -416,5 +418,5 @@ def test_calibration_of_another_class_map_stops(run):
 
 def test_a_changed_parameter_changes_the_output(ready):
     stage = load_split_data(ready, 0)
-    assert E.photo_order(stage, seed=1) != E.photo_order(stage, seed=2)
-    assert E.photo_order(stage, "single")[0][0] != E.photo_order(stage, "combo")[0][0]
+    assert C.photo_order(stage, seed=1) != C.photo_order(stage, seed=2)
+    assert C.photo_order(stage, "single")[0][0] != C.photo_order(stage, "combo")[0][0]

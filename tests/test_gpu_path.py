@@ -566,7 +566,7 @@ def small_onnx(tmp_path_factory) -> bytes:
     "A classifier of five drugs at 32 pixels, exported."
     import timm
 
-    from pillsnap.deployment.export import export_onnx
+    from pillsnap.deployment.graph import export_onnx
 
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("onnx") / "classifier.onnx"
@@ -575,8 +575,8 @@ def small_onnx(tmp_path_factory) -> bytes:
 
 
 def test_a_float16_network_answers_as_the_float32_one_does(small_onnx):
-    from pillsnap.deployment.export import in_float16
     from pillsnap.deployment.runtime import OnnxClassifier
+    from pillsnap.deployment.timing import in_float16
 
     half = in_float16(small_onnx)
     x = np.random.default_rng(0).standard_normal((4, 3, 32, 32)).astype(np.float32)
@@ -590,8 +590,8 @@ def test_a_float16_network_answers_as_the_float32_one_does(small_onnx):
 def test_the_export_is_timed_by_every_provider_and_says_by_which(there, small_onnx, monkeypatch):
     "With and without CUDA in onnxruntime; the one that is played computes on the CPU and says that it is a GPU."
     from pillsnap.core.records import Provenance, hardware
-    from pillsnap.deployment import export as E
     from pillsnap.deployment import runtime as P
+    from pillsnap.deployment import timing as E
     from pillsnap.evaluation.latency import latency_table
 
     class OnGpuAsItSays(P.OnnxClassifier):

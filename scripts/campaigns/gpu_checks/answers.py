@@ -96,7 +96,8 @@ def onnx_beside_torch(s: Size, gpu: Gpu, work: Path) -> list[Part]:
     import onnxruntime as ort
 
     from pillsnap.core.device import full_fp32
-    from pillsnap.deployment.export import export_onnx, logit_gap, open_axes
+    from pillsnap.deployment.comparison import logit_gap
+    from pillsnap.deployment.graph import export_onnx, open_axes
     from pillsnap.deployment.runtime import OnnxClassifier
 
     wanted, title = "CUDAExecutionProvider", "logits against torch, the worst of batches 1 to 8"
