@@ -19,7 +19,6 @@ from typing import Any, ClassVar
 from fastcore.basics import patch
 
 # %% ../../nbs/deployment/840_export.ipynb #c1896ffd
-from ..core.config import Config
 from ..core.errors import PillsnapError
 from ..core.files import get_git_sha, read_json, save_json, sha256_file
 from ..core.jobs import Job, JobResult, RunFolder, run_id
@@ -27,6 +26,7 @@ from ..core.logs import log_decision
 from ..core.logs import progress as show_progress
 from ..core.plots import save_fig
 from ..core.records import Provenance
+from ..core.settings import Config
 from ..dataset.splits import SplitData, load_split_data
 from ..delivery.classmap import ClassMap
 from pillsnap.deployment.comparison import (
