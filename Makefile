@@ -7,6 +7,7 @@ SHELL := bash
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 RUN := _runs/demo
+PROCESSES ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 export VENV PYTHON
 export PATH := $(BIN):$(PATH)
 
@@ -20,17 +21,19 @@ demo: setup ## render synthetic pills, train, judge, export; prints the scorecar
 	@pillsnap run all --config demo
 	@echo "try it       $(VENV)/bin/pillsnap predict PHOTO --mode single --run $(RUN)"
 
-test: setup ## format, clean-check, export-check, every notebook, pytest
-	@ruff format --check -q .
-	@scripts/core/in_step.sh clean
-	@scripts/core/in_step.sh export
-	@OMP_NUM_THREADS=1 JPY_SESSION_NAME=$(CURDIR)/nbs/as-in-the-lab.ipynb nbdev_test --n_workers 2 --skip_file_re '^(01_first_run|[_.])' # as a person sees them; papermill runs the stages without, pytest the guide
-	@OMP_NUM_THREADS=1 python -m pytest
-
-FAST := house notebooks gates calibration metrics readme repository keys
-check: setup ## what a commit must pass: format, lint, clean, export, readability, the fast tests (two minutes)
+test: setup ## format, lint, clean-check, export-check, every notebook, pytest
 	@ruff format --check -q .
 	@ruff check -q .
+	@scripts/core/in_step.sh clean
+	@scripts/core/in_step.sh export
+	@OMP_NUM_THREADS=1 JPY_SESSION_NAME=$(CURDIR)/nbs/as-in-the-lab.ipynb nbdev_test --n_workers $(PROCESSES) --skip_file_re '^(01_first_run|[_.])' # as a person sees them; papermill runs the stages without, pytest the guide
+	@OMP_NUM_THREADS=1 python -m pytest -n $(PROCESSES) --dist loadfile
+
+FAST := house notebooks gates calibration metrics readme repository keys
+check: setup ## what a commit must pass: format, lint, types, clean, export, readability, the fast tests (two minutes)
+	@ruff format --check -q .
+	@ruff check -q .
+	@basedpyright
 	@scripts/core/in_step.sh clean
 	@scripts/core/in_step.sh export
 	@python scripts/core/house.py

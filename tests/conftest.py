@@ -1,13 +1,27 @@
 """Fixtures that many tests share: one small synthetic delivery, rendered once, and one smoke run of all stages."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("PILLSNAP_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    "A folder that the first test process makes and all the others read."
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base  # xdist gives each process a folder below
+    folder, done = shared / name, shared / f"{name}.done"
+    with FileLock(shared / f"{name}.lock"):
+        if not done.exists():
+            make(folder)
+            done.touch()
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -15,17 +29,14 @@ def delivery(tmp_path_factory) -> Path:
     "A clean delivery: 6 drugs with 18 photos each, 4 combinations, 244x320. Read only."
     from pillsnap.synth.writer import write_delivery
 
-    out = tmp_path_factory.mktemp("delivery") / "aihub"
-    write_delivery(out, drugs=6, photos=18, combos=4, seed=42, width=244, height=320, workers=2, progress=False)
-    return out
+    size = dict(drugs=6, photos=18, combos=4, seed=42, width=244, height=320, workers=2)
+    return made_once(tmp_path_factory, "aihub", lambda out: write_delivery(out, **size, progress=False))
 
 
 @pytest.fixture(scope="session")
 def smoke_run(tmp_path_factory) -> Path:
-    "A run folder that the six stages filled, through papermill, with the smoke preset. Read only."
+    "A run folder that the six stage jobs filled, through papermill, with the smoke preset. Read only."
     from pillsnap.cli import PIPELINE
     from pillsnap.core.runner import run_pipeline
 
-    root = tmp_path_factory.mktemp("smoke") / "run"
-    run_pipeline(PIPELINE, "smoke", run_dir=root)
-    return root
+    return made_once(tmp_path_factory, "smoke", lambda out: run_pipeline(PIPELINE, "smoke", run_dir=out))
