@@ -46,7 +46,7 @@ def pack_loader(size: int, batch: int, steps: int, workers: int) -> Any:
     "The project's loader over its pack, augmented and normalised, the same photos in the same order each time."
     from pillsnap.core.settings import AugmentClassification
     from pillsnap.dataset.datasets import PillsnapClsDataset
-    from pillsnap.dataset.loaders import PhotoLoader
+    from pillsnap.dataset.photoloader import PhotoLoader
     from pillsnap.delivery.classmap import ClassMap
 
     root, rows = photo_tree("jpg", 1024)

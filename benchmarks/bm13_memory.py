@@ -33,7 +33,7 @@ from torch import nn
 
 from pillsnap.core.config import load_config
 from pillsnap.dataset.datasets import DeliverySource, PillsnapClsDataset
-from pillsnap.dataset.loaders import PhotoLoader
+from pillsnap.dataset.photoloader import PhotoLoader
 from pillsnap.dataset.sampling import EpochSampler
 from pillsnap.delivery.classmap import ClassMap
 from pillsnap.evaluation.evaluation import theil_sen

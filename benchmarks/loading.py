@@ -16,7 +16,7 @@ def our_loader(
     "Random crop + mirror, bytes out, in a new order each epoch."
     from pillsnap.core.settings import AugmentClassification
     from pillsnap.dataset.datasets import PillsnapClsDataset
-    from pillsnap.dataset.loaders import PhotoLoader
+    from pillsnap.dataset.photoloader import PhotoLoader
     from pillsnap.dataset.sampling import EpochSampler
     from pillsnap.delivery.classmap import ClassMap
 

@@ -47,8 +47,8 @@ from pillsnap.dataset.loaders import (
     build_classification_loaders,
     build_dataloaders_by_mode,
     build_dataloaders_twostage,
-    preload_stage_data,
 )
+from .dataset.sources import preload_stage_data
 from pillsnap.evaluation.advisor import (
     evaluate_and_recommend,
     generate_optimization_suggestions,

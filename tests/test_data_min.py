@@ -21,7 +21,9 @@ from pillsnap.core.jobs import RunFolder
 from pillsnap.core.settings import AugmentClassification
 from pillsnap.dataset import datasets as D
 from pillsnap.dataset import loaders as L
+from pillsnap.dataset.photoloader import PhotoLoader, init_worker
 from pillsnap.dataset.sampling import EpochSampler, balanced_weights
+from pillsnap.dataset.sources import train_rows
 from pillsnap.dataset.splits import SplitsJob, load_split_data
 from pillsnap.delivery.classmap import ClassMap
 from pillsnap.photos import caches as C
@@ -294,7 +296,7 @@ def test_4_whoever_does_the_work_delivers_the_same(stage, cfg):
         (many, dict(num_workers=3, prefetch_factor=3)),
         (many, dict(num_workers=2, engine="processes")),
     ]
-    loaders = [L.PhotoLoader(d, 8, EpochSampler(d, 1), **kw) for d, kw in ways]
+    loaders = [PhotoLoader(d, 8, EpochSampler(d, 1), **kw) for d, kw in ways]
     epochs = []
     for _ in range(2):
         ((first, *others),) = [[list(loader) for loader in loaders]]
@@ -314,7 +316,7 @@ def test_4_a_position_in_mid_epoch_is_kept_exactly(stage, cfg, engine):
     weights = balanced_weights(d.labels, len(stage.class_map))
 
     def new(**kw):
-        return L.PhotoLoader(d, 16, EpochSampler(d, 5, weights), **kw)
+        return PhotoLoader(d, 16, EpochSampler(d, 5, weights), **kw)
 
     loader = new()
     straight = [x for _ in range(2) for x, *_ in loader]
@@ -342,7 +344,7 @@ def test_4_a_position_in_mid_epoch_is_kept_exactly(stage, cfg, engine):
 def test_4_a_photo_that_is_drawn_twice_looks_different(stage, cfg, singles):
     d = L.classification_set(singles, stage, cfg, train=True)
     seen = {}
-    for x, _, m in L.PhotoLoader(d, 16, EpochSampler(d, 5, [1.0] * 3 + [0.0] * (len(d) - 3))):
+    for x, _, m in PhotoLoader(d, 16, EpochSampler(d, 5, [1.0] * 3 + [0.0] * (len(d) - 3))):
         for p, i in zip(m["paths"], x):
             seen.setdefault(p, []).append(i)
     assert len(seen) == 3 and all(not torch.equal(v[0], v[1]) for v in seen.values())
@@ -353,7 +355,7 @@ def test_4_a_photo_that_is_drawn_twice_looks_different(stage, cfg, singles):
 def test_4_a_batch_of_broken_photos_stops_nobody(stage, cfg, tmp_path, workers, caplog):
     rows = stage.train[stage.train["kind"] == "single"].head(9)
     rows = rows.assign(path=[p if k not in (0, 3, 4, 5) else f"gone{k}.png" for k, p in enumerate(rows["path"])])
-    loader = L.PhotoLoader(D.PillsnapClsDataset(rows, stage.class_map, stage.root, 64), 3, num_workers=workers)
+    loader = PhotoLoader(D.PillsnapClsDataset(rows, stage.class_map, stage.root, 64), 3, num_workers=workers)
     got = list(loader)
     assert [len(y) for _, y, _ in got] == [2, 3] and all(len(x) == len(y) == len(m["paths"]) for x, y, m in got)
     assert [[s["path"] for s in m["skipped"]] for *_, m in got] == [
@@ -398,7 +400,7 @@ def test_4_skips_keep_training_batches_full_and_the_position_exact(  # noqa: PLR
     d = D.PillsnapClsDataset(rows, ClassMap(["K-000059", "K-000573"]), Numbered(gone), 8, train)
 
     def new():
-        return L.PhotoLoader(d, batch, EpochSampler(d, seed), drop_last=drop, num_workers=workers, raw=True)
+        return PhotoLoader(d, batch, EpochSampler(d, seed), drop_last=drop, num_workers=workers, raw=True)
 
     order = EpochSampler(range(n), seed)
     order = list(order)
@@ -477,7 +479,7 @@ def test_4_a_worker_process_begins_with_generators_of_its_own():
     try:
         for seed in (5, 6, 5):
             torch.manual_seed(seed)
-            L.init_worker(0)
+            init_worker(0)
             got.append((np.random.rand(), random.random(), torch.get_num_threads()))
     finally:
         torch.set_rng_state(kept)
@@ -582,7 +584,7 @@ def test_4_the_dataset_leaves_torchs_generator_alone(stage, singles):
     want = torch.rand(3)
     torch.manual_seed(5)
     d[0]
-    [None for _ in L.PhotoLoader(d, 8, EpochSampler(d, 1), num_workers=2)]
+    [None for _ in PhotoLoader(d, 8, EpochSampler(d, 1), num_workers=2)]
     assert torch.equal(torch.rand(3), want)
 
 
@@ -609,7 +611,7 @@ def test_5_meta_and_summary(stage, cfg, caplog):
         "skipped_files",
     } <= set(meta)
     n = {k: int((getattr(stage, k)["kind"] == "single").sum()) for k in ("train", "val")}
-    pills = L.train_rows(stage.train, stage, cfg)
+    pills = train_rows(stage.train, stage, cfg)
     assert (meta["train_count"], meta["val_count"], meta["test_count"], meta["img_size"]) == (
         len(pills),
         n["val"],
@@ -757,7 +759,7 @@ def test_a_spawned_workers_memory_does_not_grow_with_the_rows():
                 "kind": "single",
             }
         )
-        loader = L.PhotoLoader(
+        loader = PhotoLoader(
             D.PillsnapClsDataset(rows, ClassMap(["K-000250"]), Blank(), 16, train=True),
             1000,
             engine="processes",

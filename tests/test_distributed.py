@@ -24,7 +24,7 @@ from pillsnap.core.errors import PillsnapError
 from pillsnap.core.files import read_json
 from pillsnap.core.jobs import read_record, why_stale
 from pillsnap.dataset.datasets import PillsnapClsDataset
-from pillsnap.dataset.loaders import PhotoLoader
+from pillsnap.dataset.photoloader import PhotoLoader
 from pillsnap.training import distributed
 from pillsnap.training.distributed import why_not_connected
 

@@ -10,7 +10,7 @@ from torch import nn
 from pillsnap.core.config import load_config
 from pillsnap.core.device import enable_tf32
 from pillsnap.dataset.datasets import PillsnapClsDataset
-from pillsnap.dataset.loaders import PhotoLoader
+from pillsnap.dataset.photoloader import PhotoLoader
 from pillsnap.dataset.sampling import EpochSampler
 from pillsnap.training import learner as learner_module
 from pillsnap.training.learner import Outputs, build_learner

@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 
 from pillsnap.core.settings import AugmentClassification
 from pillsnap.dataset import datasets as D
-from pillsnap.dataset import loaders as L
+from pillsnap.dataset.photoloader import PhotoLoader
 from pillsnap.dataset.sampling import EpochSampler
 from pillsnap.delivery.classmap import ClassMap
 from pillsnap.models.metrics import topk_accuracy
@@ -264,7 +264,7 @@ def test_a_policy_runs_where_photos_are_opened_and_not_in_the_training_thread(mo
     d = photos(24, train=True, crop_view_prob=0.0, augment=a)
 
     def epoch(**kw):
-        return torch.cat([x for x, _, _ in L.PhotoLoader(d, 8, EpochSampler(d, 1), **kw)])
+        return torch.cat([x for x, _, _ in PhotoLoader(d, 8, EpochSampler(d, 1), **kw)])
 
     threads = epoch(num_workers=2)
     assert seen and threading.main_thread() not in seen
@@ -279,9 +279,9 @@ def test_a_policy_runs_where_photos_are_opened_and_not_in_the_training_thread(mo
 @pytest.mark.parametrize("kw", [{}, {"num_workers": 2}])
 def test_the_loader_hands_batches_to_a_gpu_without_waiting(train, kw, monkeypatch):
     d = photos(20, train=train, channels_last=True, augment=AugmentClassification(rotation=10.0, erasing=0.3))
-    host = [(x, y) for x, y, _ in L.PhotoLoader(d, 8, EpochSampler(d, 1), **kw)]
+    host = [(x, y) for x, y, _ in PhotoLoader(d, 8, EpochSampler(d, 1), **kw)]
     with StandInGpu() as gpu, gpu.as_cuda(monkeypatch):
-        loader = L.PhotoLoader(d, 8, EpochSampler(d, 1), device="cuda", pin_memory=True, **kw)
+        loader = PhotoLoader(d, 8, EpochSampler(d, 1), device="cuda", pin_memory=True, **kw)
         there = [(x, y) for x, y, _ in loader]
         assert all(x.device == y.device == torch.device("cuda:0") for x, y in there)
         assert all(x.is_contiguous(memory_format=torch.channels_last) for x, _ in there)

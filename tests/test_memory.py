@@ -12,8 +12,9 @@ import torch
 from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
 from pillsnap.dataset.datasets import DeliverySource, MemorySource, PillsnapClsDataset, Source
-from pillsnap.dataset.loaders import Buffers, PhotoLoader, preload_count
+from pillsnap.dataset.photoloader import Buffers, PhotoLoader
 from pillsnap.dataset.sampling import EpochSampler
+from pillsnap.dataset.sources import preload_count
 from pillsnap.delivery.classmap import ClassMap
 from pillsnap.photos.caches import LMDBImageCache, Photo, PhotoCache, SizedLRUCache, View
 from pillsnap.training.learner import Outputs, build_learner

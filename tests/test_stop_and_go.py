@@ -22,7 +22,7 @@ from pillsnap.core.errors import PillsnapError
 from pillsnap.core.files import read_json
 from pillsnap.core.jobs import read_record
 from pillsnap.dataset.datasets import PillsnapClsDataset
-from pillsnap.dataset.loaders import PhotoLoader
+from pillsnap.dataset.photoloader import PhotoLoader
 from pillsnap.dataset.sampling import BalancedBatchSampler, EpochSampler
 from pillsnap.delivery.classmap import ClassMap
 from pillsnap.training.classifier import ClassifierJob

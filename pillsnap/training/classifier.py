@@ -40,15 +40,8 @@ from ..core.records import Provenance
 from ..core.settings import Config, StageOverride, TrainClassification
 from ..dataset.conversion import drug_names
 from ..dataset.datasets import dataset_views
-from pillsnap.dataset.loaders import (
-    batch_size_of,
-    build_classification_loaders,
-    build_hotset,
-    open_source,
-    photos_per_batch,
-    train_rows,
-    validation_loader,
-)
+from ..dataset.loaders import batch_size_of, build_classification_loaders, photos_per_batch, validation_loader
+from ..dataset.sources import build_hotset, open_source, train_rows
 from ..dataset.splits import SplitData, image_level_split, load_split_data, smoke_splits
 from ..models.factory import build_classification_model, load_classifier
 from ..models.heads import head_spec

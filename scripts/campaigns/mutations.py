@@ -461,7 +461,7 @@ MUTATIONS: list[Mutation] = [
     ),
     Mutation(
         "augmentation that does not fit ends the run",
-        "pillsnap/dataset/loaders.py",
+        "pillsnap/dataset/photoloader.py",
         "            if not is_oom(e) or n == 1:\n                raise",
         "            raise",
         "tests/test_gpu_engine.py::test_augmentation_that_does_not_fit_is_done_in_parts",

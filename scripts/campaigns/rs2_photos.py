@@ -33,7 +33,7 @@ from harness import arguments, finish, machine, save  # noqa: E402
 
 from pillsnap.dataset.conversion import convert_delivery  # noqa: E402
 from pillsnap.dataset.datasets import PillsnapClsDataset  # noqa: E402
-from pillsnap.dataset.loaders import PhotoLoader  # noqa: E402
+from pillsnap.dataset.photoloader import PhotoLoader  # noqa: E402
 from pillsnap.delivery.classmap import ClassMap  # noqa: E402
 from pillsnap.photos.images import open_image_safely  # noqa: E402
 from pillsnap.synth.writer import write_delivery  # noqa: E402

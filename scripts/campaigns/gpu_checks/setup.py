@@ -22,7 +22,7 @@ from torch import nn
 from pillsnap.core.config import load_config
 from pillsnap.core.settings import Config
 from pillsnap.dataset.datasets import PillsnapClsDataset, Source
-from pillsnap.dataset.loaders import PhotoLoader
+from pillsnap.dataset.photoloader import PhotoLoader
 from pillsnap.dataset.sampling import EpochSampler
 from pillsnap.delivery.classmap import ClassMap
 from pillsnap.models.factory import build_classification_model
