@@ -21,9 +21,9 @@ import torch
 from torch.utils.data import DataLoader
 
 # %% ../../nbs/dataset/490_loaders.ipynb #4b59c547
-from ..core.config import Config
 from ..core.errors import PillsnapError
 from ..core.logs import TBWriter, log_decision
+from ..core.settings import Config
 from .datasets import PillsnapClsDataset, PillsnapDetDataset, safe_collate_detection
 from .photoloader import PhotoLoader
 from .sampling import BalancedBatchSampler, EpochSampler, balanced_weights, effective_batch

@@ -15,10 +15,10 @@ from pathlib import Path
 import pandas as pd
 
 # %% ../../nbs/dataset/486_sources.ipynb #fb9f53e6
-from ..core.config import Config
 from ..core.errors import PillsnapError
 from ..core.files import sha256_text
 from ..core.logs import log_decision
+from ..core.settings import Config
 from pillsnap.dataset.datasets import (
     DeliverySource,
     MemorySource,

@@ -22,11 +22,12 @@ import numpy as np
 import pandas as pd
 
 # %% ../../nbs/evaluation/755_checks.ipynb #42ac82b8
-from ..core.config import Config, active_features, flatten
+from ..core.config import flatten
 from ..core.errors import PillsnapError
 from ..core.files import read_json, save_json
 from ..core.jobs import read_record
 from ..core.records import Metric, Provenance
+from ..core.settings import Config, active_features
 from ..dataset.loaders import validation_loader
 from ..dataset.sources import image_policies
 from ..dataset.splits import load_split_data

@@ -27,9 +27,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 # %% ../../nbs/training/625_saving.ipynb #c69bb46b
 from ..core.checkpoints import load_ckpt, rng_state, save_ckpt, set_rng_state
-from ..core.config import Saving
 from ..core.errors import PillsnapError
 from ..core.logs import log_decision
+from ..core.settings import Saving
 from ..dataset.photoloader import worker_gone
 from pillsnap.training.callbacks import (
     Accumulate,
