@@ -36,7 +36,7 @@ from pillsnap.dataset.datasets import DeliverySource, PillsnapClsDataset
 from pillsnap.dataset.photoloader import PhotoLoader
 from pillsnap.dataset.sampling import EpochSampler
 from pillsnap.delivery.classmap import ClassMap
-from pillsnap.evaluation.evaluation import theil_sen
+from pillsnap.evaluation.figures import theil_sen
 from pillsnap.training.learner import Outputs, build_learner
 
 LIMIT = LIMITS["BM13"]["kb_per_epoch"]

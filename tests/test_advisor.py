@@ -481,7 +481,7 @@ def test_a_kernel_of_jupyters_server_gets_buttons_and_the_runner_does_not(monkey
 )
 def test_green_is_a_gate_that_is_go(status, dot):
     "On the scorecard too the gate's word comes first, and the advisor's is no headline beside a gate that is not GO."
-    from pillsnap.evaluation.evaluation import scorecard_markdown
+    from pillsnap.evaluation.scorecard import scorecard_markdown
 
     metrics = {"accuracy": rec(0.95), "detection_map50": rec(0.95), "class_coverage": rec(1.0), "macro_f1": rec(0.95)}
     advice = evaluate_and_recommend(0, Facts(metrics, checked(0))).to_dict() | {"user_choice": None}

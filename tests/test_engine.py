@@ -19,8 +19,8 @@ from pillsnap.core.jobs import RunFolder, read_record, record_path
 from pillsnap.core.records import Provenance
 from pillsnap.dataset.splits import load_split_data, smoke_splits
 from pillsnap.evaluation.advisor import Check
-from pillsnap.evaluation.evaluation import time_cap
 from pillsnap.evaluation.gates import STAGE_TARGETS, Status, simple_stage_evaluation
+from pillsnap.evaluation.scorecard import time_cap
 from pillsnap.training.classifier import ClassifierJob, build_training
 from pillsnap.training.learner import Outputs, build_learner, is_finished
 

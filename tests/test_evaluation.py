@@ -25,6 +25,9 @@ from pillsnap.dataset.splits import SplitData, load_split_data
 from pillsnap.delivery.classmap import ClassMap
 from pillsnap.evaluation import checks as K
 from pillsnap.evaluation import evaluation as E
+from pillsnap.evaluation import figures as R
+from pillsnap.evaluation import measuring as M
+from pillsnap.evaluation import scorecard as S
 from pillsnap.evaluation.advisor import ADVISOR_TARGETS, evaluate_and_recommend, get_stage_target
 from pillsnap.evaluation.gates import simple_stage_evaluation
 from pillsnap.evaluation.ledger import read_ledger
@@ -114,7 +117,7 @@ def test_the_wing_does_not_know_the_training_wing():
 @pytest.mark.spec("EV3", "DT2", "BX2")
 def test_figures_can_be_reckoned_again_from_the_predictions(made):
     root, _ = made
-    doc, m, _ = E.read_evaluation(root)
+    doc, m, _ = S.read_evaluation(root)
     every = pd.read_csv(root / "reports/predictions_single.csv")
     t = every[every.part == "clean"]
     assert len(t) == m["accuracy"].n == m["n_eval_samples"].value == doc["parts"]["clean"] and every.path.is_unique
@@ -129,7 +132,7 @@ def test_figures_can_be_reckoned_again_from_the_predictions(made):
     )
     rows = json_lines(root / "reports/predictions_boxes.jsonl")
     assert {r["part"] for r in rows} == {"val", "clean"} and {
-        s.path for s in E.eval_photos(E.load_split_data(root, 0)) if s.part != "calib"
+        s.path for s in M.eval_photos(load_split_data(root, 0)) if s.part != "calib"
     } == {r["path"] for r in rows}
     rows = [r for r in rows if r["part"] == "clean"]
     ap = detection_ap(
@@ -148,7 +151,7 @@ def test_figures_can_be_reckoned_again_from_the_predictions(made):
 
 @pytest.mark.spec("BX2", "EV6")
 def test_every_figure_is_a_record(made):
-    doc, metrics, latency = E.read_evaluation(made[0])
+    doc, metrics, latency = S.read_evaluation(made[0])
     for name, m in metrics.items():
         assert m.data == "synthetic" and len(m.class_map_hash) == 64 and m.hardware and m.commit
         assert m.measured or m.note or m.value is None, name
@@ -190,7 +193,7 @@ def test_the_scorecard_holds_both_columns_and_the_label(made):
 @pytest.mark.spec("SG8", "EV6")
 def test_the_badge_is_a_remark_and_the_mode_stays(made):
     root, _ = made
-    doc, m, _ = E.read_evaluation(root)
+    doc, m, _ = S.read_evaluation(root)
     lines = json_lines(root / "hard_cases/single.jsonl")
     assert len(lines) == doc["badges"] > 0 and all(
         line["mode_used"] == line["mode_requested"] == "single"
@@ -236,7 +239,7 @@ def test_what_is_scored_is_the_evaluation_set_and_nothing_of_training(made):
     scored = {**dict(zip(every.path, every.part)), **{c["path"]: c["part"] for c in combos}}
     assert scored == pool["split"].to_dict() and set(scored.values()) == {"val", "calib", "clean"}
     assert {b["path"]: b["part"] for b in boxes} == {p: k for p, k in scored.items() if k != "calib"}
-    assert {s.path for s in E.eval_photos(data)} == set(pool.index)
+    assert {s.path for s in M.eval_photos(data)} == set(pool.index)
     mine = pool.loc[list(scored)]
     assert not set(scored) & set(data.train["path"]) and not set(mine["group_id"]) & set(data.train["group_id"])
     assert not (set(mine["dup_id"]) - {""}) & set(data.train["dup_id"])
@@ -247,12 +250,12 @@ def test_what_is_scored_is_the_evaluation_set_and_nothing_of_training(made):
 @pytest.mark.parametrize("kind", ["path", "group_id", "dup_id"])
 def test_each_way_of_touching_training_is_found(made, kind):
     data = load_split_data(made[0], 0)
-    todo = E.eval_photos(data)
-    assert E.photos_touching_training(todo, data.train) == []
+    todo = M.eval_photos(data)
+    assert M.photos_touching_training(todo, data.train) == []
     victim = next(s for s in todo if s.part == "clean")
     row = data.train.iloc[:1].assign(**{kind: {"path": victim.path, "group_id": victim.group, "dup_id": "d9"}[kind]})
     todo = [replace(s, dup="d9") if s is victim else s for s in todo]
-    assert victim.path in E.photos_touching_training(todo, row) and victim.path not in E.photos_touching_training(
+    assert victim.path in M.photos_touching_training(todo, row) and victim.path not in M.photos_touching_training(
         todo, data.train
     )
 
@@ -260,10 +263,10 @@ def test_each_way_of_touching_training_is_found(made, kind):
 @pytest.mark.spec("X81", "BX2")
 def test_an_evaluation_set_that_touches_training_was_not_measured(copy, monkeypatch):
     "Whoever scores training photos gets NOT_MEASURED: LEAK, on the scorecard and in the ledger."
-    real = E.eval_photos
+    real = M.eval_photos
     name_the_training(copy)
     again(copy)
-    doc, m, _ = E.read_evaluation(copy)
+    doc, m, _ = S.read_evaluation(copy)
     assert (
         m["train_overlap"].measured
         and m["train_overlap"].value == 0
@@ -291,7 +294,7 @@ def test_the_overlap_is_unknown_where_the_training_rows_are(copy):
     data = load_split_data(copy, 0)
 
     def record():
-        return E.overlap_record(copy, data, E.eval_photos(data), Provenance("synthetic", "a" * 64, "b" * 64))
+        return R.overlap_record(copy, data, M.eval_photos(data), Provenance("synthetic", "a" * 64, "b" * 64))
 
     assert not record().measured and "does not say which split" in record().note
     name_the_training(copy)
@@ -300,7 +303,7 @@ def test_the_overlap_is_unknown_where_the_training_rows_are(copy):
     assert not record().measured and "another split" in record().note
     name_the_training(copy, outputs={})
     assert not record().measured and "is not the checkpoint" in record().note
-    assert "train_overlap" in simple_stage_evaluation(0, E.gate_facts({"train_overlap": record()}, [])).not_measured
+    assert "train_overlap" in simple_stage_evaluation(0, S.gate_facts({"train_overlap": record()}, [])).not_measured
 
 
 @pytest.mark.spec("X81")
@@ -328,9 +331,9 @@ def test_only_the_leak_gap_twin_may_part_capture_groups(copy, group_by, twin, ke
     data = load_split_data(copy, 0)
     header = {**data.header, "params": {**data.header["params"], "group_by": group_by}}
     header.update({} if twin is None else {"leak_gap_twin": twin})
-    record = E.split_record(replace(data, header=header), Provenance("synthetic", "a" * 64, "b" * 64))
+    record = R.split_record(replace(data, header=header), Provenance("synthetic", "a" * 64, "b" * 64))
     assert record.measured and record.value == kept
-    gate = simple_stage_evaluation(0, E.gate_facts({"split_by_group": record}, []))
+    gate = simple_stage_evaluation(0, S.gate_facts({"split_by_group": record}, []))
     assert ("LEAKY_SPLIT" in gate.reasons) is not kept
 
 
@@ -340,7 +343,7 @@ def test_the_imbalance_is_measured_whatever_the_number_of_drugs(drugs):
     "Counted from a table in as long as it takes: no floor under the clock, and no photo that would have to be opened."
     keys = [f"K-{i:06d}" for i in range(drugs)]
     train = pd.DataFrame({"kind": "single", "class_key": [*keys, *keys[:1] * 4]})
-    m = E.imbalance_record(
+    m = R.imbalance_record(
         SplitData(train, train, train, ClassMap(keys), {}, 0), Provenance("synthetic", "a" * 64, "b" * 64)
     )
     assert m.measured and m.kind == "computed" and m.value == 5.0 and 0 < m.seconds < 1 and m.seconds != 1e-3
@@ -349,15 +352,15 @@ def test_the_imbalance_is_measured_whatever_the_number_of_drugs(drugs):
 @pytest.mark.spec("SG8", "EV4")
 def test_the_mode_that_answered_is_what_is_reported(copy, monkeypatch):
     "A single that takes combo's branch lowers mode_kept and stands as such in hard_cases."
-    real, n = E.photo_views, []
+    real, n = M.photo_views, []
 
     def switched(image, mode, *a, **k):
         n.append(1)
         return replace(real(image, mode, *a, **k), mode_used="combo" if len(n) % 2 else mode)
 
-    monkeypatch.setattr(E, "photo_views", switched)
+    monkeypatch.setattr(M, "photo_views", switched)
     again(copy)
-    doc, m, _ = E.read_evaluation(copy)
+    doc, m, _ = S.read_evaluation(copy)
     singles, combos = doc["photos"]["singles"], doc["photos"]["combos"]
     assert m["mode_kept"].n == singles + combos and m["mode_kept"].value == pytest.approx(
         (singles // 2 + combos) / (singles + combos)
@@ -395,7 +398,7 @@ def test_a_drug_that_cannot_be_named_stands_on_the_scorecard(copy):
     card, text = read_json(copy / "reports/scorecard.json"), (copy / "reports/scorecard.md").read_text(encoding="utf-8")
     rows = card["do_not_rely_on"]
     assert (
-        {r["drug"] for r in rows} == set(right[right < E.RELIABLE].index)
+        {r["drug"] for r in rows} == set(right[right < R.RELIABLE].index)
         and rows
         and [r["right"] for r in rows] == sorted(r["right"] for r in rows)
     )
@@ -449,7 +452,7 @@ def test_other_checkpoints_are_not_judged_by_old_figures(copy):
     (copy / "checkpoints/detector/best.pt").unlink()
     fresh_classifier_checkpoint(best, "test_resnet", ClassMap(keys), 96, seed=5)
     again(copy, remeasure=False)
-    doc, m, latency = E.read_evaluation(copy)
+    doc, m, latency = S.read_evaluation(copy)
     assert (
         doc["inputs"]["checkpoints/classifier/best.pt"] != read_json(record_path(copy, "evaluation"))["run_id"]
         and "no detector was trained" in doc["absent"]["detector"]
@@ -477,7 +480,7 @@ def test_without_ultralytics_the_single_mode_is_still_judged(copy, monkeypatch):
 
     monkeypatch.setattr(yolo, "load_ultralytics", gone)
     again(copy)
-    doc, m, _ = E.read_evaluation(copy)
+    doc, m, _ = S.read_evaluation(copy)
     assert (
         "needs ultralytics" in doc["absent"]["detector"]
         and m["accuracy"].measured
@@ -488,10 +491,10 @@ def test_without_ultralytics_the_single_mode_is_still_judged(copy, monkeypatch):
 @pytest.mark.spec("SG1")
 def test_crashes_come_from_the_stage_records(tmp_path):
     prov = Provenance("synthetic", "a" * 64, "b" * 64)
-    assert not E.crash_record(tmp_path, prov).measured
-    for s in E.BEFORE:
+    assert not R.crash_record(tmp_path, prov).measured
+    for s in K.BEFORE:
         save_json(dict(status="finished", seconds=3.0, settings={}), record_path(tmp_path, s))
-    assert E.crash_record(tmp_path, prov).value is True and E.crash_record(tmp_path, prov).measured
+    assert R.crash_record(tmp_path, prov).value is True and R.crash_record(tmp_path, prov).measured
 
     def attempt(status, raised="", settings="a"):
         return dict(
@@ -503,7 +506,7 @@ def test_crashes_come_from_the_stage_records(tmp_path):
             dict(status="finished", seconds=3.0, settings={}, attempts=[*attempts, attempt("finished")]),
             record_path(tmp_path, job),
         )
-        m = E.crash_record(tmp_path, prov)
+        m = R.crash_record(tmp_path, prov)
         save_json(dict(status="finished", seconds=3.0, settings={}), record_path(tmp_path, job))
         return m
 
@@ -527,7 +530,7 @@ def test_crashes_come_from_the_stage_records(tmp_path):
         is True
     )
     save_json(dict(status="failed", seconds=3.0, settings={}), record_path(tmp_path, "detector"))
-    m = E.crash_record(tmp_path, prov)
+    m = R.crash_record(tmp_path, prov)
     assert m.value is False and "detector: failed" in m.note
     assert "CRASH_DETECTED" in simple_stage_evaluation(0, {"no_crashes": m}).reasons
 
@@ -540,16 +543,16 @@ def test_the_baseline_is_the_best_there_was(tmp_path):
         return p.metric("accuracy", v, n=3000, seconds=60.0)
 
     now = rec(0.80)
-    assert E.best_before(tmp_path, now) is None
+    assert S.best_before(tmp_path, now) is None
     save_json(
         {"accuracy_record": rec(0.83).to_dict(), "baseline": rec(0.87).to_dict()}, tmp_path / "reports/scorecard.json"
     )
-    assert E.best_before(tmp_path, now).value == 0.87
+    assert S.best_before(tmp_path, now).value == 0.87
     assert (
         "REGRESSION_TOO_LARGE"
-        in simple_stage_evaluation(1, E.gate_facts({"accuracy": now}, [], E.best_before(tmp_path, now))).reasons
+        in simple_stage_evaluation(1, S.gate_facts({"accuracy": now}, [], S.best_before(tmp_path, now))).reasons
     )
-    assert E.best_before(tmp_path, rec(0.80, Provenance("aihub", "c" * 64, "b" * 64))) is None
+    assert S.best_before(tmp_path, rec(0.80, Provenance("aihub", "c" * 64, "b" * 64))) is None
 
 
 @pytest.mark.spec("SG1")
@@ -557,7 +560,7 @@ def test_the_baseline_is_the_best_there_was(tmp_path):
 @settings(max_examples=50, deadline=None)
 def test_the_memory_slope_is_theil_sens(mb):
     stats = pytest.importorskip("scipy.stats")
-    assert E.theil_sen(mb) == pytest.approx(stats.theilslopes(mb)[0])
+    assert R.theil_sen(mb) == pytest.approx(stats.theilslopes(mb)[0])
 
 
 @pytest.mark.spec("SG1")
@@ -565,10 +568,10 @@ def test_memory_flat_leaking_and_unknown():
     prov = Provenance("synthetic", "a" * 64, "b" * 64)
 
     def m(mb):
-        return E.memory_record([{"rss_mb": v, "seconds": 2.0} for v in mb], prov)
+        return R.memory_record([{"rss_mb": v, "seconds": 2.0} for v in mb], prov)
 
     assert m([800, 950, *[1000] * 8]).value is True and m([1000 + 5 * i for i in range(12)]).value is False
-    assert m([1000] * 5).measured is False and E.memory_record([{"epoch": 1}] * 9, prov).measured is False
+    assert m([1000] * 5).measured is False and R.memory_record([{"epoch": 1}] * 9, prov).measured is False
 
 
 @pytest.mark.spec("SG5")
@@ -597,7 +600,7 @@ def test_checks_carry_their_evidence(copy):
             {"passed": passed, "models": {"classifier": {"checkpoint": checkpoint}}}, copy / "reports/export.json"
         )
         assert found()["onnx_conversion_success"].counts == want
-    for s in E.BEFORE:
+    for s in K.BEFORE:
         save_json(dict(status="finished", seconds=3.0, settings={}), record_path(copy, s))
     assert found()["pipeline_complete"].counts
     record_path(copy, "detector").unlink()
@@ -688,7 +691,7 @@ def test_data_loading_is_the_wait_for_the_first_batch(copy):
     cfg = load_config("smoke", [f"paths.exp_dir={copy}"])
     m = K.data_loading_record(copy, cfg, Provenance("synthetic", "a" * 64, "b" * 64))
     assert m.measured and m.value == m.seconds and 0 < m.n <= cfg.train.classification.batch_size
-    doc, metrics, _ = E.read_evaluation(copy)
+    doc, metrics, _ = S.read_evaluation(copy)
     assert (
         metrics["data_loading_s"].measured
         and metrics["model_loading_s"].value == doc["loading_s"] != metrics["data_loading_s"].value
@@ -711,7 +714,7 @@ def test_a_run_without_a_detector_can_reach_proceed(copy, change):
     save_json(doc, copy / "reports/evaluation.json")
     for s in ("conversion", "splits", "classifier"):
         save_json(dict(status="finished", seconds=3.0, settings={}), record_path(copy, s))
-    _, advice, written = E.gate_and_advise(copy, load_config("smoke", [f"paths.exp_dir={copy}", *change]))
+    _, advice, written = S.gate_and_advise(copy, load_config("smoke", [f"paths.exp_dir={copy}", *change]))
     if change:
         assert (advice.recommendation, advice.performance_score) == ("RECOMMEND_PROCEED", 1.0) and set(
             written["does_not_apply"]
@@ -809,12 +812,12 @@ def test_a_combo_is_right_as_a_set_or_not_at_all(truth, said):
     def place(i):
         return [100 * i, 0, 100 * i + 60, 60]
 
-    shot = E.EvalPhoto("x.png", "g", "combo", np.array([place(i) for i in range(len(truth))], float), tuple(truth))
+    shot = M.EvalPhoto("x.png", "g", "combo", np.array([place(i) for i in range(len(truth))], float), tuple(truth))
     items = [
         {"kcode": k, "confidence": 0.9, "box": place(i), "box_confidence": 0.9 - n / 100}
         for n, (k, i) in enumerate(said)
     ]
-    a = E.score_combo(
+    a = M.score_combo(
         shot, {"mode_requested": "combo", "mode_used": "combo", "items": items}, ClassMap(["a", "b", "c"])
     )
     assert a.exact == (Counter(k for k, _ in said) == Counter(truth))
@@ -824,17 +827,17 @@ def test_a_combo_is_right_as_a_set_or_not_at_all(truth, said):
 @pytest.mark.spec("SP10")
 def test_set_accuracy_needs_thirty_photos_of_known_drugs():
     prov = Provenance("synthetic", "a" * 64, "b" * 64)
-    ok = E.ComboAnswer("x", True, True, 3, 3, 3, 0, "combo", "combo", [])
-    assert E.LEAST_COMBOS == 30
+    ok = M.ComboAnswer("x", True, True, 3, 3, 3, 0, "combo", "combo", [])
+    assert R.LEAST_COMBOS == 30
     assert (
-        E.combo_records([ok] * 30, 2.0, prov)["combo_set_accuracy"].value == 1.0
-        and not E.combo_records([ok] * 29, 2.0, prov)["combo_set_accuracy"].measured
+        R.combo_records([ok] * 30, 2.0, prov)["combo_set_accuracy"].value == 1.0
+        and not R.combo_records([ok] * 29, 2.0, prov)["combo_set_accuracy"].measured
     )
-    mixed = E.combo_records([ok] * 30 + [replace(ok, known=False, exact=False, pills=2, right=1)] * 9, 2.0, prov)
+    mixed = R.combo_records([ok] * 30 + [replace(ok, known=False, exact=False, pills=2, right=1)] * 9, 2.0, prov)
     assert (mixed["combo_set_accuracy"].value, mixed["combo_set_accuracy"].n) == (1.0, 30) and mixed[
         "combo_pill_accuracy"
     ].value == pytest.approx((90 + 9) / (90 + 18))
-    assert not E.combo_records([], 0.0, prov)["combo_set_accuracy"].measured
+    assert not R.combo_records([], 0.0, prov)["combo_set_accuracy"].measured
 
 
 # ---- the notebook as a job -----------------------------------------------------------------------
@@ -871,4 +874,4 @@ def test_papermill_gives_the_same_files_and_asks_nothing(copy, tmp_path):
 @pytest.mark.spec("SP4")
 def test_a_run_without_evaluation_says_so(tmp_path):
     with pytest.raises(PillsnapError, match="has not been evaluated"):
-        E.read_evaluation(tmp_path)
+        S.read_evaluation(tmp_path)

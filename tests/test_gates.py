@@ -89,7 +89,7 @@ def test_a_configuration_makes_a_gate_stricter_and_never_laxer(stage):
 def test_a_run_is_judged_by_its_own_configuration(tmp_path, monkeypatch):
     "What the evaluation job hands to the gate comes from the stage's block of the run's configuration."
     from pillsnap.core.config import load_config
-    from pillsnap.evaluation import evaluation as E
+    from pillsnap.evaluation import scorecard as S
 
     asked = {}
 
@@ -100,12 +100,12 @@ def test_a_run_is_judged_by_its_own_configuration(tmp_path, monkeypatch):
         asked.update(stage=stage, target_accuracy=target_accuracy, max_latency_ms=max_latency_ms)
         raise StopError
 
-    monkeypatch.setattr(E, "read_evaluation", lambda root: ({"stage": 2, "classes": 6}, {}, []))
-    monkeypatch.setattr(E, "advisor_facts", lambda *a: type("Facts", (), {"checks": {}})())
-    monkeypatch.setattr(E, "simple_stage_evaluation", gate)
+    monkeypatch.setattr(S, "read_evaluation", lambda root: ({"stage": 2, "classes": 6}, {}, []))
+    monkeypatch.setattr(S, "advisor_facts", lambda *a: type("Facts", (), {"checks": {}})())
+    monkeypatch.setattr(S, "simple_stage_evaluation", gate)
     wishes = [f"data.progressive_validation.stage_2.{k}" for k in ("target_accuracy=0.9", "max_latency_ms=120")]
     with pytest.raises(StopError):
-        E.gate_and_advise(tmp_path, load_config("two_stage", wishes))
+        S.gate_and_advise(tmp_path, load_config("two_stage", wishes))
     assert asked == dict(stage=2, target_accuracy=0.9, max_latency_ms=120)
 
 

@@ -24,7 +24,6 @@ from ..core.jobs import RunFolder
 from ..core.records import Metric, Provenance
 from ..core.settings import active_features
 from .checks import not_measured
-from .evaluation import BUSINESS
 from pillsnap.evaluation.heldout import (
     HeldOut,
     OpeningRequest,
@@ -40,6 +39,7 @@ from pillsnap.evaluation.heldout import (
     refuse_opening,
     score_part,
 )
+from .scorecard import BUSINESS
 
 # %% ../../nbs/evaluation/790_final.ipynb #2ca65bd2
 def business_goals(

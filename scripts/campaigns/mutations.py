@@ -353,7 +353,7 @@ MUTATIONS: list[Mutation] = [
     ),
     Mutation(
         "training photos are scored",
-        "pillsnap/evaluation/evaluation.py",
+        "pillsnap/evaluation/measuring.py",
         'in data.pool.groupby("path"',
         'in pd.concat([data.train, data.pool]).groupby("path"',
         "tests/test_evaluation.py::test_what_is_scored_is_the_evaluation_set_and_nothing_of_training",
@@ -367,7 +367,7 @@ MUTATIONS: list[Mutation] = [
     ),
     Mutation(
         "scored photos are not compared with training",
-        "pillsnap/evaluation/evaluation.py",
+        "pillsnap/evaluation/figures.py",
         "seen = photos_touching_training(todo, data.train)",
         "seen = []",
         "tests/test_evaluation.py::test_an_evaluation_set_that_touches_training_was_not_measured",
@@ -381,21 +381,21 @@ MUTATIONS: list[Mutation] = [
     ),
     Mutation(
         "an image split may earn a GO",
-        "pillsnap/evaluation/evaluation.py",
+        "pillsnap/evaluation/figures.py",
         'kept = by != "image" or',
         "kept = True or",
         "tests/test_evaluation.py::test_an_image_split_is_named_and_never_goes",
     ),
     Mutation(
         "the advisor's thresholds are not passed on",
-        "pillsnap/evaluation/evaluation.py",
+        "pillsnap/evaluation/scorecard.py",
         "facts, cfg.evaluation.advisor_thresholds)",
         "facts)",
         "tests/test_evaluation.py::test_the_thresholds_of_the_configuration_reach_the_advisor",
     ),
     Mutation(
         "hard cases copy the mode that was asked",
-        "pillsnap/evaluation/evaluation.py",
+        "pillsnap/evaluation/measuring.py",
         '                "mode_used": mode,',
         '                "mode_used": "single",',
         "tests/test_evaluation.py::test_the_mode_that_answered_is_what_is_reported",
@@ -416,7 +416,7 @@ MUTATIONS: list[Mutation] = [
     ),
     Mutation(
         "the imbalance has a floor under its clock",
-        "pillsnap/evaluation/evaluation.py",
+        "pillsnap/evaluation/figures.py",
         (
             '        "class_imbalance_ratio",\n'
             "        float(n.max() / n.min()) if len(n) else None,\n"
@@ -433,7 +433,7 @@ MUTATIONS: list[Mutation] = [
     ),
     Mutation(
         "calibration photos give the headline too",
-        "pillsnap/evaluation/evaluation.py",
+        "pillsnap/evaluation/measuring.py",
         "self.parts, object) == part)",
         'self.parts, object) != "val")',
         "tests/test_evaluation.py::test_figures_can_be_reckoned_again_from_the_predictions",
@@ -475,7 +475,7 @@ MUTATIONS: list[Mutation] = [
     ),
     Mutation(
         "the leak-gap twin is held to the rule it breaks on purpose",
-        "pillsnap/evaluation/evaluation.py",
+        "pillsnap/evaluation/figures.py",
         'or bool(data.header.get("leak_gap_twin"))',
         "or False",
         "tests/test_evaluation.py::test_only_the_leak_gap_twin_may_part_capture_groups",

@@ -51,7 +51,7 @@ def fresh_classifier(s: Size, work: Path, device: torch.device) -> tuple[nn.Modu
 def latency_pairs(s: Size, gpu: Gpu, work: Path) -> dict[tuple[str, bool], list[float]]:
     "Milliseconds of single calls by scope, and whether a synchronisation was added; both kinds take turns in blocks."
     from pillsnap.core.records import Provenance
-    from pillsnap.evaluation.evaluation import EvalPhoto, latency_calls, measure_scopes
+    from pillsnap.evaluation.measuring import EvalPhoto, latency_calls, measure_scopes
     from pillsnap.models.factory import TorchClassifier
 
     blocks, keys = s.of(8, 2), drug_keys(CLASSES)
