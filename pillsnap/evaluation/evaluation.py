@@ -20,7 +20,6 @@ import torch
 from fastcore.basics import patch
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #67b12300
-from ..core.config import Config
 from ..core.device import pick_device, set_seed
 from ..core.errors import PillsnapError
 from ..core.files import atomic_path, read_json, save_json, sha256_file
@@ -29,6 +28,7 @@ from ..core.logs import log_decision
 from ..core.logs import progress as show_progress
 from ..core.plots import save_fig, show_grid, wrap_title
 from ..core.records import Metric, Provenance, hardware
+from ..core.settings import Config
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #6f9a445b
 from ..dataset.conversion import drug_names
@@ -48,6 +48,19 @@ from pillsnap.evaluation.checks import (
     service_records,
     training_records,
 )
+from pillsnap.evaluation.figures import (
+    box_records,
+    combo_records,
+    crash_record,
+    imbalance_record,
+    leak_record,
+    memory_record,
+    overlap_record,
+    selection_records,
+    single_records,
+    split_record,
+    unreliable,
+)
 from .latency import Latency, plot_latency
 from pillsnap.evaluation.measuring import (
     Boxes,
@@ -66,19 +79,6 @@ from pillsnap.evaluation.measuring import (
     without_detector,
 )
 from .menu import advisor_menu, percent, record_choice
-from pillsnap.evaluation.figures import (
-    box_records,
-    combo_records,
-    crash_record,
-    imbalance_record,
-    leak_record,
-    memory_record,
-    overlap_record,
-    selection_records,
-    single_records,
-    split_record,
-    unreliable,
-)
 from .reports import plot_confusion_matrix, plot_detection_results, plot_roc_pr_curves
 from pillsnap.evaluation.scorecard import (
     append_gate,

@@ -36,6 +36,7 @@ from ..dataset.splits import SplitData, apply_decisions, load_split_data, missin
 # %% ../../nbs/evaluation/780_heldout.ipynb #2343774f
 from .advisor import Advice, evaluate_and_recommend
 from .checks import advisor_facts, data_loading_record, training_records
+from .figures import box_records, combo_records, single_records
 from .ledger import append_ledger, read_ledger, stage_4_done
 from pillsnap.evaluation.measuring import (
     answer_combos,
@@ -46,7 +47,6 @@ from pillsnap.evaluation.measuring import (
     without_detector,
 )
 from .menu import write_advice
-from .figures import box_records, combo_records, single_records
 from ..models.factory import TorchClassifier, load_classifier
 from ..models.metrics import accuracy, macro_f1
 from ..models.neighbours import embed_photos, nearest, recall_at_k

@@ -23,12 +23,12 @@ import pandas as pd
 import torch
 
 # %% ../../nbs/evaluation/762_measuring.ipynb #28e12fa5
-from ..core.config import Config
 from ..core.errors import PillsnapError
 from ..core.files import atomic_path, save_text
 from ..core.jobs import RunFolder
 from ..core.logs import progress as show_progress
 from ..core.records import Provenance
+from ..core.settings import Config
 from ..dataset.splits import SplitData
 from ..delivery.classmap import ClassMap
 from .latency import Latency, measure_latency

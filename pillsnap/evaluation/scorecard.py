@@ -14,19 +14,19 @@ from pathlib import Path
 from typing import Any
 
 # %% ../../nbs/evaluation/766_scorecard.ipynb #410738fa
-from ..core.config import Config
 from ..core.errors import PillsnapError
 from ..core.files import canonical_json, read_json, save_json, save_text, sha256_text
 from ..core.jobs import markdown_table
 from ..core.records import Metric, hardware
+from ..core.settings import Config
 from ..dataset.conversion import drug_names
 from .advisor import Advice, Bar, Check, evaluate_and_recommend
 from .checks import advisor_facts
+from .figures import RELIABLE
 from .gates import GateResult, Point, TimeCap, simple_stage_evaluation
 from .latency import Latency, latency_from_dict, latency_table
 from .ledger import append_ledger, read_ledger
 from .menu import advisor_word, gate_dot, write_advice
-from .figures import RELIABLE
 from ..models.pipeline import BADGE
 
 # %% ../../nbs/evaluation/766_scorecard.ipynb #1d133a36
