@@ -10,7 +10,9 @@ from pathlib import Path
 
 from harness import arguments, compare, finish, optional
 
-from pillsnap.delivery.aihub import AnnotationReader, Fault, label_files
+from pillsnap.delivery.annotations import AnnotationReader
+from pillsnap.delivery.faults import Fault
+from pillsnap.delivery.tree import label_files
 from pillsnap.synth.writer import write_delivery
 
 

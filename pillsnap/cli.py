@@ -381,7 +381,7 @@ def extract(
     ] = None,
 ) -> None:
     "Unpack a zipped delivery into a tree with English names; existing files are kept."
-    from pillsnap.delivery.aihub import extract_command
+    from pillsnap.delivery.archives import extract_command
 
     extract_command(src, out, workers)
 

@@ -15,22 +15,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pillsnap.core.errors import PillsnapError
-from pillsnap.delivery import aihub
-from pillsnap.delivery.aihub import (
-    IMAGE_KEYS,
-    Annotation,
-    Fault,
-    FaultReason,
-    extract_archives,
-    find_delivery,
-    index_photos,
-    parse_archive,
-    read_annotation,
-    sealed_codes,
-    walk_tree,
-)
+from pillsnap.delivery.annotations import IMAGE_KEYS, MAX_JSON_BYTES, Annotation, read_annotation
+from pillsnap.delivery.archives import extract_archives
 from pillsnap.delivery.capture import capture_group, parse_name
 from pillsnap.delivery.classmap import ClassMap, keys_fingerprint
+from pillsnap.delivery.faults import Fault, FaultReason
+from pillsnap.delivery.names import parse_archive
+from pillsnap.delivery.tree import find_delivery, index_photos, overlap_in_words, sealed_codes, walk_tree
 from pillsnap.delivery.truth import audit, audit_command, check_labels
 
 A, B, C, D = "K-000250", "K-000573", "K-002483", "K-006192"
@@ -468,7 +459,7 @@ def test_the_sealed_test_is_known_by_folder_names_alone(tmp_path):
     assert len(walk_tree(tmp_path).sealed) == 1
     assert not [p for p in OPENED if f"{os.sep}val{os.sep}" in p]
     assert [p for p in OPENED if f"{os.sep}train{os.sep}" in p], "the hook sees what is opened"
-    assert aihub.overlap_in_words([A], sealed_codes(d)).startswith("1 of the 4 drugs")
+    assert overlap_in_words([A], sealed_codes(d)).startswith("1 of the 4 drugs")
 
 
 # ---- reading whatever comes
@@ -542,7 +533,7 @@ def test_names_are_read_or_refused(stem):
 def test_deep_and_huge_json(tmp_path):
     assert read_annotation(put(tmp_path / "deep.json", "[" * 50_000)).reason is FaultReason.UNPARSABLE
     assert read_annotation(put(tmp_path / "long.json", "9" * 5000)).reason is FaultReason.UNPARSABLE
-    big = put(tmp_path / "big.json", " " * (aihub.MAX_JSON_BYTES + 1))
+    big = put(tmp_path / "big.json", " " * (MAX_JSON_BYTES + 1))
     assert (
         read_annotation(big).reason is FaultReason.UNREADABLE
         and read_annotation(tmp_path).reason is FaultReason.UNREADABLE

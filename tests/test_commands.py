@@ -122,7 +122,7 @@ def at_the_desk(desk, monkeypatch, request) -> Path:
     """In that folder, with the delivery unpacked (README's own line does it for those after it) and measurements
     cut short."""
     from pillsnap import planner
-    from pillsnap.delivery.aihub import extract_archives
+    from pillsnap.delivery.archives import extract_archives
 
     monkeypatch.chdir(desk)
     if "extract" not in request.node.name and not list((desk / "data").rglob("*.json")):

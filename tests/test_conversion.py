@@ -33,8 +33,9 @@ from pillsnap.dataset.conversion import (
     validate_bbox,
     write_yolo_tree,
 )
-from pillsnap.delivery.aihub import DRUG_KEYS, IMAGE_KEYS, FaultReason
+from pillsnap.delivery.annotations import DRUG_KEYS, IMAGE_KEYS
 from pillsnap.delivery.classmap import ClassMap
+from pillsnap.delivery.faults import FaultReason
 
 A, B, C, D = "K-000250", "K-000573", "K-002483", "K-006192"
 BOXES = ([5, 5, 20, 20], [40, 40, 20, 30], [5, 60, 12, 14], [70, 4, 20, 20])

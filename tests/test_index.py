@@ -21,10 +21,14 @@ from pillsnap.dataset.conversion import (
     discover_detection_data,
     index_labels,
 )
-from pillsnap.delivery import aihub, truth
-from pillsnap.delivery.aihub import FaultReason, archives_in, extract_archives, label_files, walk_tree
+from pillsnap.delivery import truth
+from pillsnap.delivery.annotations import AnnotationReader, parse_json, read_by_keys
+from pillsnap.delivery.archives import extract_archive, extract_archives
 from pillsnap.delivery.classmap import ClassMap
+from pillsnap.delivery.faults import FaultReason
 from pillsnap.delivery.index import COLUMNS, Index, read_index, read_manifest, write_index
+from pillsnap.delivery.names import archives_in
+from pillsnap.delivery.tree import find_delivery, label_files, sealed_codes, walk_tree
 from pillsnap.delivery.truth import audit, check_labels, equal_parts, merge, read_part
 from pillsnap.synth.writer import write_delivery
 
@@ -89,7 +93,7 @@ def test_quick_and_careful_reader_agree_on_damaged_files():
 @pytest.mark.spec("BM1")
 def test_a_drugs_words_are_believed_byte_for_byte_only(labels, tmp_path):
     files = label_files(labels / "data/train/labels/single")[0][:3]
-    read = aihub.AnnotationReader()
+    read = AnnotationReader()
     first, second = read(files[0]), read(files[1])
     assert first.drug is second.drug and first.photo != second.photo
     text = Path(files[2]).read_text("utf-8")
@@ -111,17 +115,17 @@ def test_drugs_in_turn_and_words_in_other_places_are_read_as_alone(labels, tmp_p
     for f in label_files(labels / "data/train/labels/single")[0]:
         by_drug.setdefault(Path(f).parent.name, []).append(Path(f).read_text("utf-8"))
     texts = [t for turn in zip(*list(by_drug.values())[:3]) for t in turn][:24]
-    assert len({aihub.parse_json(t)["images"][0]["drug_N"] for t in texts}) == 3
+    assert len({parse_json(t)["images"][0]["drug_N"] for t in texts}) == 3
     shifted = [t.replace('"drug_S": "', '"drug_S": "' + "x" * (k % 3)) for k, t in enumerate(texts)]
     before = [
         t.replace('"imgfile":', '"dl_idx": "7",\n"imgfile":') for t in texts[:3]
     ]  # the first of two, which JSON lets the second replace
     within = [t.replace('"drug_S": "', '"drug_S": "\\"dl_idx\\"') for t in texts[:3]]
-    read = aihub.AnnotationReader()
+    read = AnnotationReader()
     for k, t in enumerate([*texts, *shifted, *before, *texts[:3], *within]):
         p = tmp_path / f"{k}.json"
         p.write_text(t, encoding="utf-8")
-        got, alone = read(p), aihub._by_hand(p, p.read_bytes())
+        got, alone = read(p), read_by_keys(p, p.read_bytes())
         assert (got.photo, got.drug, got.boxes) == (alone.photo, alone.drug, alone.boxes), k
     assert read.last[0] > 200 and len(read.known) == 3
 
@@ -212,7 +216,7 @@ def test_of_the_sealed_test_the_index_knows_folder_names(faulty, monkeypatch):
     root, c, run = faulty
     df, head = read_index(run / "index/val.arrow")
     assert (
-        set(df.kcode) == aihub.sealed_codes(aihub.find_delivery(root))
+        set(df.kcode) == sealed_codes(find_delivery(root))
         and set(df.split) == {"val"}
         and (df.width == -1).all()
         and not df.bbox.any()
@@ -347,7 +351,7 @@ def test_archives_in_pieces_and_a_second_call_after_a_stop(tmp_path):
 
     target = tmp_path / "out" / a.folder
     with pytest.raises(KeyboardInterrupt):
-        aihub.extract_archive(pieces, target, stop)
+        extract_archive(pieces, target, stop)
     assert not target.exists() and walk_tree(tmp_path / "out").files == [], "nothing half-unpacked is seen"
     kept = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.png")}
     assert len(kept) == 2
@@ -360,7 +364,7 @@ def test_archives_in_pieces_and_a_second_call_after_a_stop(tmp_path):
     assert files(tmp_path / "out") == files(tmp_path / "plain")
     Path(pieces[1]).unlink()
     with pytest.raises(PillsnapError, match="broken"):
-        aihub.extract_archive([p for p in pieces if Path(p).exists()], tmp_path / "lost")
+        extract_archive([p for p in pieces if Path(p).exists()], tmp_path / "lost")
 
 
 @pytest.mark.spec("RS4")

@@ -59,24 +59,9 @@ from ..core.logs import progress as show_progress
 from ..core.settings import Config
 
 # %% ../../nbs/dataset/400_conversion.ipynb #9e44bc2e
-from pillsnap.delivery.aihub import (
-    DRUG_KEYS,
-    Delivery,
-    Fault,
-    FaultReason,
-    PhotoIndex,
-    choose_photo,
-    edi_list,
-    find_delivery,
-    index_photos,
-    overlap_in_words,
-    printable_path,
-    refuse_sealed,
-    sealed_codes,
-    sealed_folders,
-    unpack_hint,
-)
+from ..delivery.annotations import DRUG_KEYS, edi_list
 from ..delivery.classmap import ClassMap
+from ..delivery.faults import Fault, FaultReason, printable_path
 from pillsnap.delivery.index import (
     COLUMNS,
     INT_COLUMNS,
@@ -88,6 +73,18 @@ from pillsnap.delivery.index import (
     truth_rows,
     write_index,
     write_manifest,
+)
+from pillsnap.delivery.tree import (
+    Delivery,
+    PhotoIndex,
+    choose_photo,
+    find_delivery,
+    index_photos,
+    overlap_in_words,
+    refuse_sealed,
+    sealed_codes,
+    sealed_folders,
+    unpack_hint,
 )
 from pillsnap.delivery.truth import (
     LabelEvidence,

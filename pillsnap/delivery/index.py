@@ -26,9 +26,9 @@ from fastcore.basics import patch
 # %% ../../nbs/delivery/140_index.ipynb #c2204a8f
 from ..core.errors import PillsnapError
 from ..core.files import atomic_path, canonical_json, read_json, save_json, sha256_file
-from .aihub import folder_codes, parse_archive
 from .capture import TOKENS, capture_group, parse_name
 from .classmap import ClassMap
+from .names import folder_codes, parse_archive
 from .truth import PLAIN, LabelledPill, PhotoTruth
 
 # %% ../../nbs/delivery/140_index.ipynb #116bd60e

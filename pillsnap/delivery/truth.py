@@ -32,24 +32,19 @@ from ..core.errors import PillsnapError
 from ..core.files import save_json
 from ..core.logs import progress as show_progress
 from ..core.processes import processes
-from pillsnap.delivery.aihub import (
+from pillsnap.delivery.annotations import (
     DRUG_KEYS,
     Annotation,
     AnnotationReader,
     DrugRecord,
-    Fault,
-    FaultReason,
-    PhotoIndex,
     PhotoRecord,
     edi_list,
-    folder_codes,
-    index_photos,
     known_text,
-    label_files,
-    refuse_sealed,
-    unpack_hint,
 )
 from .capture import TOKENS
+from .faults import Fault, FaultReason
+from .names import folder_codes
+from .tree import PhotoIndex, index_photos, label_files, refuse_sealed, unpack_hint
 
 # %% ../../nbs/delivery/130_truth.ipynb #7b803a25
 FAULTS: tuple[FaultReason, ...] = tuple(FaultReason)  # all reasons

@@ -17,9 +17,9 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from pillsnap.delivery import aihub
-from pillsnap.delivery.aihub import IMAGE_KEYS, Annotation, AnnotationReader, Fault, FaultReason
+from pillsnap.delivery.annotations import IMAGE_KEYS, Annotation, AnnotationReader, read_by_keys
 from pillsnap.delivery.capture import parse_name
+from pillsnap.delivery.faults import Fault, FaultReason
 from pillsnap.delivery.truth import LabelEvidence
 from pillsnap.synth.catalogue import annotation, make_catalogue
 
@@ -183,7 +183,7 @@ def campaign(cases: int, seed: int = 1) -> dict:
             raw = damaged(text, kind, rng)
             path.write_bytes(raw)
             got = read(str(path))
-            if not same(got, aihub._by_hand(str(path), raw)):
+            if not same(got, read_by_keys(str(path), raw)):
                 raise AssertionError(f"case {i} of seed {seed}: the two readers differ on {raw[:200]!r}")
             if isinstance(got, Fault):
                 said[str(FaultReason(got.reason))] += 1

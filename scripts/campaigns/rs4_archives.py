@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from harness import arguments, finish, machine, save  # noqa: E402
 
 from pillsnap.core.errors import PillsnapError  # noqa: E402
-from pillsnap.delivery.aihub import extract_archives  # noqa: E402
+from pillsnap.delivery.archives import extract_archives  # noqa: E402
 
 NAME, FOLDER = "TS_7_조합.zip", "data/train/images/combination/TS_7_combo"
 MOST_MB = 40  # what a refused or accepted archive of a few kB may write
