@@ -8,7 +8,6 @@ __all__ = ['MACHINE', 'PARTIAL', 'os_error', 'ensure_dir', 'temp_dir', 'atomic_p
 
 # %% ../../nbs/core/010_files.ipynb #9bc4b4ad
 import errno
-import fcntl
 import functools
 import hashlib
 import json
@@ -17,7 +16,6 @@ import secrets
 import shutil
 import subprocess
 import tempfile
-import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from multiprocessing.util import Finalize
@@ -25,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 # %% ../../nbs/core/010_files.ipynb #3ac6e149
-from fastcore.basics import patch
+from filelock import FileLock, Timeout
 
 # %% ../../nbs/core/010_files.ipynb #297ef519
 import pillsnap
@@ -275,60 +273,41 @@ def get_git_sha(
 class FolderLock:
     "Lock a folder for one run; raises PillsnapError with the process that holds it."
 
-    _held: weakref.WeakSet = weakref.WeakSet()
-
     def __init__(
         self,
-        path: str | os.PathLike,  # the folder
+        path: str | os.PathLike,  # the folder, made if it is missing
     ):
-        self.path, self.fd = Path(path), None
+        self.path = Path(path)
+        self._lock = FileLock(self.path / ".lock", fallback_to_soft=False)
 
     def __enter__(self) -> "FolderLock":
-        f = ensure_dir(self.path) / ".lock"
+        file = ensure_dir(self.path) / ".lock"
         try:
-            self.fd = os.open(f, os.O_RDWR | os.O_CREAT, 0o644)
-            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(self.fd, 0)
-            os.write(self.fd, f"{os.getpid()}\n".encode())
+            self._lock.acquire(blocking=False)
+            file.write_text(f"{os.getpid()}\n")
+        except Timeout as e:
+            raise PillsnapError(
+                f"another run holds this folder (process {_holder(file)})",
+                where=self.path,
+                fix="wait for it, stop it, or give this run a folder of its own",
+            ) from e
         except OSError as e:
-            raise self._refuse(e, f) from e
-        self._held.add(self)
+            self.close()
+            raise os_error("the folder cannot be locked", file, e) from e
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-# %% ../../nbs/core/010_files.ipynb #63dfd75d
-@patch
-def close(self: FolderLock) -> None:
-    "Release the folder."
-    if self.fd is not None:
-        os.close(self.fd)
-        self.fd = None
-    self._held.discard(self)
-
-# %% ../../nbs/core/010_files.ipynb #fbcfea38
-@patch
-def _refuse(self: FolderLock, e: OSError, f: Path) -> PillsnapError:
-    "The error: which process holds the folder, or why it cannot be locked."
-    holder = ""
-    if self.fd is not None:
-        with suppress(OSError):
-            holder = os.pread(self.fd, 32, 0).decode(errors="replace").strip()
-    self.close()
-    if e.errno != errno.EWOULDBLOCK:
-        return os_error("the folder cannot be locked", f, e)
-    return PillsnapError(
-        f"another run holds this folder (process {holder or 'unknown'})",
-        where=self.path,
-        fix="wait for it, stop it, or give this run a folder of its own",
-    )
-
-# %% ../../nbs/core/010_files.ipynb #6c9fcc9b
-def _release_locks() -> None:
-    "Close the parent's locks in a forked child."
-    for lock in list(FolderLock._held):
-        lock.close()
+    def close(self) -> None:
+        "Release the folder."
+        self._lock.release(force=True)
 
 
-os.register_at_fork(after_in_child=_release_locks)
+def _holder(
+    file: Path,  # the lock file
+) -> str:
+    "The id of the process that holds the lock, or `unknown` before it has written it."
+    with suppress(OSError):
+        return file.read_text(errors="replace").strip() or "unknown"
+    return "unknown"
