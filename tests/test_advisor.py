@@ -14,6 +14,7 @@ from pillsnap.core.errors import PillsnapError
 from pillsnap.core.files import save_json
 from pillsnap.core.jobs import is_interactive
 from pillsnap.core.records import Provenance
+from pillsnap.core.settings import setting
 from pillsnap.evaluation import advisor as A
 from pillsnap.evaluation.advisor import (
     ADVISOR_TARGETS,
@@ -309,9 +310,7 @@ def test_each_rule_and_its_override(facts, override):
     )
     tree = load_config("two_stage", override.split()).to_dict()
     for key, value in (o.split("=") for o in override.split()):
-        node = tree
-        for part in key.split("."):
-            node = node[part]
+        node = setting(tree, key)
         assert str(node).lower() == value.lower() or float(node) == float(value)
 
 

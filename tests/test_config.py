@@ -9,7 +9,7 @@ import pytest
 
 from pillsnap.core.config import ALIASES, RETIRED, all_keys, load_config, preset_names, resolve_aliases
 from pillsnap.core.errors import PillsnapError
-from pillsnap.core.settings import active_features
+from pillsnap.core.settings import active_features, setting
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -144,16 +144,10 @@ ANNEX1 = {
 }
 
 
-def get(cfg, dotted):
-    for part in dotted.split("."):
-        cfg = getattr(cfg, part)
-    return cfg
-
-
 @pytest.mark.spec("CF1")
 def test_the_tree_is_annex_1():
     cfg = load_config("two_stage")
-    assert {k: get(cfg, k) for k in ANNEX1} == ANNEX1
+    assert {k: setting(cfg, k) for k in ANNEX1} == ANNEX1
     assert set(ANNEX1) <= set(all_keys())
 
 
@@ -234,7 +228,7 @@ def test_the_sources_spellings_are_read(old):
     }.get(old, "3")
     new = load_config("two_stage", [f"{old}={value}"])
     assert new.notes == [f"{old} is read as {ALIASES[old]}"]
-    assert get(new, ALIASES[old]) != get(cfg, ALIASES[old])
+    assert setting(new, ALIASES[old]) != setting(cfg, ALIASES[old])
 
 
 @pytest.mark.spec("CF8")

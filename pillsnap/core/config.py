@@ -17,6 +17,7 @@ from typing import Any
 # %% ../../nbs/core/025_config.ipynb #97db0d81
 import yaml
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 # %% ../../nbs/core/025_config.ipynb #b9f3d8ea
 import pillsnap
@@ -58,12 +59,11 @@ def _preset_path(
     )
 
 # %% ../../nbs/core/025_config.ipynb #1b6e25a6
-def _merge(a: dict, b: Mapping) -> dict:
-    "`a` updated with `b`, block by block."
-    out = dict(a)
-    for k, v in b.items():
-        out[k] = _merge(out[k], v) if isinstance(v, Mapping) and isinstance(out.get(k), dict) else deepcopy(v)
-    return out
+def _block_of(
+    annotation: Any,  # of a field
+) -> type[Block] | None:
+    "The block that a field holds; None for a plain value."
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Block) else None
 
 
 def _default_tree(
@@ -72,31 +72,20 @@ def _default_tree(
     "The defaults as a tree, so that a preset may set a part of a block."
     out: dict[str, Any] = {}
     for name, f in block.model_fields.items():
-        nested = isinstance(f.annotation, type) and issubclass(f.annotation, Block)
         if not f.is_required():
             v = f.get_default(call_default_factory=True)
             out[name] = v.model_dump() if isinstance(v, Block) else v
-        elif nested:
-            out[name] = _default_tree(f.annotation)
+        elif nested := _block_of(f.annotation):
+            out[name] = _default_tree(nested)
     return out
 
 
-def _read_preset(
-    source: str | os.PathLike,  # a preset's name, or a YAML file
-) -> dict[str, Any]:  # its tree, bases merged, aliases resolved
-    "Read a preset and its bases."
-    p = _preset_path(source)
-    try:
-        tree = yaml.safe_load(p.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise PillsnapError(f"not a YAML file: {e}", where=p) from e
-    if not isinstance(tree, dict):
-        raise PillsnapError("a configuration is a mapping of keys", where=p)
-    own = p.parent == resource_dir("configs")
-    base = tree.pop("base", None if own else "two_stage")
-    tree, notes = resolve_aliases(tree, where=p)
-    under = _read_preset(base) if base else {**_default_tree(), "_notes": []}
-    return {**_merge(under, tree), "_notes": under["_notes"] + notes}
+def _merge(a: dict, b: Mapping) -> dict:
+    "`a` updated with `b`, block by block."
+    out = dict(a)
+    for k, v in b.items():
+        out[k] = _merge(out[k], v) if isinstance(v, Mapping) and isinstance(out.get(k), dict) else deepcopy(v)
+    return out
 
 # %% ../../nbs/core/025_config.ipynb #f845e49c
 _TC = "train.classification"
@@ -165,11 +154,12 @@ RETIRED: dict[str, str] = {
 def _pop(tree: dict, dotted: str) -> Any:
     "Remove a dotted key from the tree and return its value; Ellipsis when it is missing."
     *path, last = dotted.split(".")
+    node: Any = tree
     for part in path:
-        tree = tree.get(part)
-        if not isinstance(tree, dict):
+        node = node.get(part)
+        if not isinstance(node, dict):
             return ...
-    return tree.pop(last, ...)
+    return node.pop(last, ...)
 
 
 def _put(tree: dict, dotted: str, value: Any) -> None:
@@ -253,7 +243,7 @@ def all_keys(
     out = []
     for name, f in block.model_fields.items():
         dotted = f"{prefix}{name}"
-        nested = f.annotation if isinstance(f.annotation, type) and issubclass(f.annotation, Block) else None
+        nested = _block_of(f.annotation)
         out += all_keys(nested, dotted + ".") if nested else [dotted]
     return out
 
@@ -271,7 +261,7 @@ def _did_you_mean(
     return tails[near[0]] if near else None
 
 
-def _explain(err: dict[str, Any]) -> str:
+def _explain(err: ErrorDetails) -> str:
     "One line for one error of pydantic."
     dotted = ".".join(str(p) for p in err["loc"] if not str(p).startswith(("literal[", "bool", "tuple[", "union")))
     if err["type"] == "extra_forbidden":
@@ -282,14 +272,33 @@ def _explain(err: dict[str, Any]) -> str:
     got = "nothing" if err["type"] == "missing" else repr(err.get("input"))
     return f"{dotted}: {err['msg'].removeprefix('Value error, ')} ({'; '.join([f'got {got}', *reasons[:1]])})"
 
+# %% ../../nbs/core/025_config.ipynb #0a55282f
+def _read_preset(
+    source: str | os.PathLike,  # a preset's name, or a YAML file
+) -> tuple[dict[str, Any], list[str]]:  # its tree with the bases merged, and a note for each old spelling
+    "Read a preset and its bases."
+    p = _preset_path(source)
+    try:
+        tree = yaml.safe_load(p.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise PillsnapError(f"not a YAML file: {e}", where=p) from e
+    if not isinstance(tree, dict):
+        raise PillsnapError("a configuration is a mapping of keys", where=p)
+    own = p.parent == resource_dir("configs")
+    base = tree.pop("base", None if own else "two_stage")
+    tree, notes = resolve_aliases(tree, where=p)
+    if not base:
+        return _merge(_default_tree(), tree), notes
+    under, earlier = _read_preset(base)
+    return _merge(under, tree), earlier + notes
+
 # %% ../../nbs/core/025_config.ipynb #0062ca29
 def load_config(
     source: str | os.PathLike = "demo",  # a preset's name, or a YAML file
     overrides: Iterable[str] = (),  # dotted overrides, which take precedence
 ) -> Config:  # raises PillsnapError naming every refused key
     "Load a preset with overrides; precedence: overrides, the YAML file, its bases, the defaults."
-    tree = _read_preset(source)
-    notes = tree.pop("_notes")
+    tree, notes = _read_preset(source)
     layer, more = resolve_aliases(parse_overrides(overrides), where="overrides")
     try:
         cfg = Config.model_validate(_merge(tree, layer))

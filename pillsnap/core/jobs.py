@@ -52,7 +52,7 @@ from pillsnap.core.files import (
 )
 from .logs import TBWriter, TensorBoardHandler, build_logger, open_log_file
 from .records import hardware, plain_number
-from .settings import Config
+from .settings import Config, setting
 
 # %% ../../nbs/core/090_jobs.ipynb #93086183
 logger = logging.getLogger("pillsnap.core.jobs")
@@ -260,13 +260,8 @@ def _settings_read(
     sections: Iterable[str],  # dotted keys or blocks: "data.split_ratio", "train.classification"
 ) -> dict[str, Any]:  # section → value, in plain JSON types
     "The settings that a job reads."
-    out = {}
-    for dotted in sections:
-        node: Any = cfg.to_dict()
-        for part in dotted.split("."):
-            node = node[part]
-        out[dotted] = node
-    return out
+    tree = cfg.to_dict()
+    return {dotted: setting(tree, dotted) for dotted in sections}
 
 
 def why_stale(

@@ -29,7 +29,7 @@ from .errors import PillsnapError
 from .files import FolderLock, ensure_dir, save_text, sha256_file
 from .jobs import Job, RunFolder, read_record, why_stale
 from .logs import DONE, FRAME, LiveLine, without_live_line
-from .settings import Config, active_features
+from .settings import Config, active_features, setting
 
 # %% ../../nbs/core/095_runner.ipynb #d7d771fe
 @dataclass(frozen=True)
@@ -266,7 +266,7 @@ def run_job(
 
     root = Path(run_dir).absolute()
     out = RunFolder(root, spec.name).sub("notebooks") / spec.path.name
-    values = {f: _get(cfg, k) for f, k in spec.job_class().keys.items()}
+    values = {f: setting(cfg, k) for f, k in spec.job_class().keys.items()}
     # this file includes the overrides, so the notebook needs no other source
     source = root / "stages" / "config.yaml"
     ensure_dir(source.parent)
@@ -281,14 +281,6 @@ def run_job(
     if rec is None or rec["status"] != "finished":
         raise JobFailed(f"stage {spec.name} left no finished record", where=out)
     return rec
-
-
-def _get(cfg: Config, dotted: str) -> Any:
-    "A setting by its dotted key."
-    node: Any = cfg
-    for part in dotted.split("."):
-        node = getattr(node, part)
-    return node
 
 
 _ERROR_PARTS = (r"\A(.*?)(?=^  where: |^  to do: |\Z)", r"^  where: (.*?)$", r"^  to do: (.*)\Z")

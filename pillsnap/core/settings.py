@@ -8,16 +8,17 @@ __all__ = ['FEATURE_SETS', 'Block', 'key', 'Project', 'Paths', 'StageSpec', 'Pro
            'DataLoaderConfig', 'PackConfig', 'Ema', 'Mixing', 'Saving', 'EarlyStopping', 'OomPolicy',
            'TrainClassification', 'TrainDetection', 'TrainSegmentation', 'StageOverride', 'Train', 'Optimization',
            'Inference', 'Synth', 'Evaluation', 'Export', 'NarrowPreprocessing', 'NarrowAugmentation', 'Narrow',
-           'Retrieval', 'Config', 'active_features', 'section_digest', 'digest']
+           'Retrieval', 'Config', 'active_features', 'setting']
 
 # %% ../../nbs/core/020_settings.ipynb #cf1a08cc
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any, Literal
 
 # %% ../../nbs/core/020_settings.ipynb #9b8a52a3
+from fastcore.basics import patch
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 # %% ../../nbs/core/020_settings.ipynb #acdbf0ad
@@ -478,7 +479,7 @@ class Train(Block):
             )
         if c.init_from and self.leak_gap:
             raise ValueError(
-                "the leak gap trains a twin that is judged on photos which init_from's checkpoint has seen; "
+                "the leak gap trains a twin that is validated on photos which init_from's checkpoint has seen; "
                 "set train.leak_gap=false, or leave train.classification.init_from out"
             )
         return self
@@ -659,27 +660,20 @@ def active_features(
     return tuple(f for n in names[: last + 1] for f in FEATURE_SETS[n])
 
 # %% ../../nbs/core/020_settings.ipynb #7e2efc24
-def section_digest(
-    cfg: Config | Mapping[str, Any],  # a configuration, or its plain tree
-    sections: Iterable[str],  # top-level blocks or dotted parts of them; paths never count
-) -> str:  # sha256, hexadecimal
-    "Hash of some blocks of the configuration, without `paths`."
-    tree = cfg.to_dict() if isinstance(cfg, Config) else cfg
+def setting(
+    tree: Block | Mapping[str, Any],  # a configuration, a block of one, or its plain tree
+    dotted: str,  # "train.classification.lr"; relative to the tree
+) -> Any:
+    "The value of a dotted key; raises AttributeError (block) or KeyError (plain tree) if there is no such key."
+    node: Any = tree
+    for part in dotted.split("."):
+        node = getattr(node, part) if isinstance(node, Block) else node[part]
+    return node
 
-    def get(dotted: str) -> Any:
-        node = tree
-        for part in dotted.split("."):
-            node = node[part]
-        return node
-
-    return sha256_text(canonical_json({s: get(s) for s in sections if s != "paths"}))
-
-
-def digest(
-    cfg: Config | Mapping[str, Any],  # a configuration, or its plain tree
-) -> str:  # sha256, hexadecimal
-    "Hash of the whole configuration, without `paths`."
-    return section_digest(cfg, sorted(Config.model_fields))
-
-# %% ../../nbs/core/020_settings.ipynb #c74f1a6b
-Config.digest, Config.section_digest = digest, section_digest
+# %% ../../nbs/core/020_settings.ipynb #5e4a05c5
+@patch
+def digest(self: Config) -> str:  # sha256, hexadecimal
+    "Hash of all settings but `paths`."
+    tree = self.to_dict()
+    del tree["paths"]
+    return sha256_text(canonical_json(tree))

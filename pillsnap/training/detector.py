@@ -37,7 +37,7 @@ from ..core.jobs import Job, JobResult, RunFolder, fingerprint
 from ..core.logs import STEP_TAGS, StepTimer, TBWriter, log_decision, step_line, with_tags
 from ..core.plots import COLOURS, colour_legend, draw_boxes, save_fig, show_grid, use_house_style
 from ..core.records import Provenance
-from ..core.settings import Config
+from ..core.settings import Config, setting
 from ..dataset.splits import load_split_data, smoke_splits, write_detector_tree
 from ..delivery.capture import parse_name
 from ..models.metrics import detection_ap, match_boxes, pr_curve
@@ -799,7 +799,7 @@ def _training_settings(
     tree: Mapping[str, Any],  # a configuration as a plain tree
 ) -> dict[str, Any]:  # only what changes the detector
     "The settings that must be equal to resume a run; the number of epochs may change."
-    sections = {s: functools.reduce(lambda node, part: node[part], s.split("."), tree) for s in SHAPING}
+    sections = {s: setting(tree, s) for s in SHAPING}
     sections["train.detection"] = {k: v for k, v in sections["train.detection"].items() if k != "epochs"}
     return sections
 

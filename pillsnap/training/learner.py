@@ -30,7 +30,7 @@ from ..core.config import config_diff
 from ..core.device import full_fp32, release_memory, select_amp_dtype
 from ..core.errors import PillsnapError
 from ..core.logs import TBWriter, log_decision
-from ..core.settings import Config
+from ..core.settings import Config, setting
 from ..dataset.loaders import photos_per_batch
 from ..models.mixing import Mixer
 from pillsnap.training.callbacks import (
@@ -547,15 +547,9 @@ def _run_settings(
     tree: Mapping[str, Any],  # a configuration as a plain tree
 ) -> dict[str, Any]:  # only what changes the classifier
     "The settings that must be equal to resume a run."
-
-    def get(node: Any, dotted: str) -> Any:
-        for part in dotted.split("."):
-            node = node[part]
-        return node
-
     settings = {}
     for s in SHAPING:
-        node = get(tree, s)
+        node = setting(tree, s)
         if isinstance(node, Mapping):
             node = {k: v for k, v in node.items() if f"{s}.{k}" not in FREE}
         settings[s] = node

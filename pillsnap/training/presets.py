@@ -16,19 +16,13 @@ from typing import Any
 # %% ../../nbs/training/615_presets.ipynb #c5899c24
 from ..core.errors import PillsnapError
 from ..core.logs import TBWriter, log_decision
-from ..core.settings import Block, Config
+from ..core.settings import Block, Config, setting
 
 # %% ../../nbs/training/615_presets.ipynb #cfa9a772
 def _set(block: Block, dotted: str, value: Any) -> Block:
     "A copy with one key changed."
     head, _, rest = dotted.partition(".")
     return block.model_copy(update={head: _set(getattr(block, head), rest, value) if rest else value})
-
-
-def _get(block: Block, dotted: str) -> Any:
-    for part in dotted.split("."):
-        block = getattr(block, part)
-    return block
 
 
 def with_changes(
@@ -39,8 +33,8 @@ def with_changes(
     tb: TBWriter | None = None,  # and its tag
 ) -> Config:
     "The configuration with these keys changed, in one line."
-    moved = {k: v for k, v in changes.items() if _get(cfg, k) != v}
-    said = ", ".join(f"{k.split('.', 1)[1]} {_get(cfg, k)} → {v}" for k, v in moved.items())
+    moved = {k: v for k, v in changes.items() if setting(cfg, k) != v}
+    said = ", ".join(f"{k.split('.', 1)[1]} {setting(cfg, k)} → {v}" for k, v in moved.items())
     log_decision(log, f"{why}: {said or 'changes nothing, all is so already'}", tb)
     for k, v in moved.items():
         cfg = _set(cfg, k, v)
