@@ -65,8 +65,8 @@ from .models.pipeline import DetectorRunner
 from .models.yolo import build_criterion_detection, build_yolo_model
 from .photos.augmentation import build_transforms_classification, build_transforms_detection
 from .training.callbacks import early_stopping
-from .training.classifier import train_classification_stage
-from .training.detector import score_detector, train_detection_stage
+from .training.detector import train_detection_stage
+from .training.detector_metrics import score_detector
 from .training.learner import build_optimizer, build_scheduler, try_compile, validate_classification
 from .training.memory import auto_find_batch_size, oom_recovery_state_machine
 from pillsnap.training.presets import (
@@ -74,6 +74,7 @@ from pillsnap.training.presets import (
     enable_large_dataset_optimizations,
     enable_small_dataset_optimizations,
 )
+from .training.trainer import train_classification_stage
 
 # %% ../nbs/930_aliases.ipynb #68dfdc0e
 safe_collate_cls = safe_collate_classification = safe_collate

@@ -21,8 +21,9 @@ from pillsnap.dataset.splits import load_split_data, smoke_splits
 from pillsnap.evaluation.advisor import Check
 from pillsnap.evaluation.gates import STAGE_TARGETS, Status, simple_stage_evaluation
 from pillsnap.evaluation.scorecard import time_cap
-from pillsnap.training.classifier import ClassifierJob, build_training
+from pillsnap.training.classifier import ClassifierJob
 from pillsnap.training.learner import Outputs, build_learner, is_finished
+from pillsnap.training.trainer import build_training
 
 SMALL = ("data.classification.img_size=48", "train.num_threads=1", "data.progressive_validation.stage_0.max_samples=90")
 

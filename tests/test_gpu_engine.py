@@ -309,7 +309,7 @@ def test_memory_stands_beside_the_batch_size_in_each_epoch(monkeypatch):
 @pytest.mark.spec("CT13", "CT20")
 def test_the_batch_that_is_found_is_a_point():
     "As a training asks for it, on a GPU whose memory holds 27 photos below the headroom: 24, a multiple of eight."
-    from pillsnap.training.classifier import choose_batch_size
+    from pillsnap.training.batchsize import choose_batch_size
 
     board, net = Board(), small_net()
     net.register_forward_pre_hook(lambda m, x: seen.append(len(x[0])))
@@ -329,7 +329,7 @@ def test_the_batch_that_is_found_is_a_point():
 def test_the_search_measures_the_step_that_training_will_do(monkeypatch):
     """Candidates run eagerly; the answer is tried once more, compiled as training compiles it. Blocks keep their
     inputs alone where training keeps no more."""
-    from pillsnap.training import classifier
+    from pillsnap.training import batchsize
 
     probes = []
 
@@ -338,7 +338,7 @@ def test_the_search_measures_the_step_that_training_will_do(monkeypatch):
         probes.append(mine)
         return lambda bs, fp16: mine["tried"].append(bs) or (bs / 50 if compiled else 0.5)
 
-    monkeypatch.setattr(classifier, "step_probe", probe)
+    monkeypatch.setattr(batchsize, "step_probe", probe)
     for over, arguments, found in (
         (["optimization.torch_compile=none"], None, 64),
         (["optimization.torch_compile=max-autotune"], {"mode": "max-autotune"}, 32),
@@ -348,7 +348,7 @@ def test_the_search_measures_the_step_that_training_will_do(monkeypatch):
         cfg = load_config(
             "two_stage", ["train.classification.amp=false", "optimization.grad_checkpointing=true", *over]
         )
-        assert classifier.choose_batch_size(1, cfg, small_net(), 3, device=torch.device("cuda")) == found
+        assert batchsize.choose_batch_size(1, cfg, small_net(), 3, device=torch.device("cuda")) == found
         assert [p["compiled"] for p in probes] == [None, arguments][: 1 + (arguments is not None)] and all(
             p["grad_checkpointing"] for p in probes
         )

@@ -12,7 +12,7 @@ from pillsnap.core.records import Provenance
 from pillsnap.dataset.loaders import validation_loader
 from pillsnap.dataset.splits import SplitData, make_splits
 from pillsnap.delivery.classmap import ClassMap
-from pillsnap.training.classifier import groups_on_both_sides, image_level_data, leak_gap_record
+from pillsnap.training.leakgap import groups_on_both_sides, image_level_data, leak_gap_record
 
 DRUGS, GROUPS, VIEWS, SIDE = 4, 18, 6, 12
 CFG = load_config(

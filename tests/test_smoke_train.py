@@ -89,8 +89,8 @@ def test_autocast_trains_and_validation_stays_in_full_precision(delivery, tmp_pa
     )  # emulated where it is not there: slow, but the same
     from fastai.callback.core import Callback
 
-    from pillsnap.training.classifier import build_training
     from pillsnap.training.learner import Outputs
+    from pillsnap.training.trainer import build_training
 
     root = split_folder(tmp_path / "run", delivery)
     cfg = load_config(
@@ -123,8 +123,8 @@ def test_one_drug_is_refused(delivery, tmp_path):
     "A classifier of one class would be right always and worth nothing."
     from pillsnap.core.errors import PillsnapError
     from pillsnap.delivery.classmap import ClassMap
-    from pillsnap.training.classifier import build_training
     from pillsnap.training.learner import Outputs
+    from pillsnap.training.trainer import build_training
 
     stage = load_split_data(split_folder(tmp_path / "run", delivery), 0)
     key = list(stage.class_map)[0]

@@ -12,9 +12,10 @@ from pillsnap.core.files import read_json, sha256_file
 from pillsnap.core.jobs import RunFolder, read_record
 from pillsnap.dataset.splits import load_split_data, smoke_splits
 from pillsnap.models.factory import load_classifier
-from pillsnap.training.classifier import ClassifierJob, build_training
+from pillsnap.training.classifier import ClassifierJob
 from pillsnap.training.learner import Outputs
 from pillsnap.training.saving import Checkpoint
+from pillsnap.training.trainer import build_training
 
 STAGES = tuple(
     f"data.progressive_validation.stage_{i}.{k}={v}"

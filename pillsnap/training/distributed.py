@@ -40,9 +40,11 @@ from ..core.processes import processes as fresh
 from ..core.settings import Config
 from ..dataset.splits import load_split_data
 from .callbacks import Accumulate, Unpack, batch_mass
-from .classifier import ClassifierJob, train_classification_stage
-from .detector import DetectorJob, detector_plan, train_detector
+from .classifier import ClassifierJob
+from .detector import DetectorJob, detector_plan
+from .detector_trainer import train_detector
 from .learner import Outputs
+from .trainer import train_classification_stage
 
 # %% ../../nbs/training/690_distributed.ipynb #552c34db
 CLOCK_EVERY = 50  # batches between two messages about the time

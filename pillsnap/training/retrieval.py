@@ -38,8 +38,8 @@ from ..models.heads import few_classes_advice
 from ..models.neighbours import Vectors, embed_photos, nearest, recall_at_k
 from ..photos.images import open_image_safely, whole_view
 from .callbacks import Validate
-from .classifier import TrainingResult, train_classification_stage
 from .learner import Outputs, should_resume
+from .trainer import TrainingResult, train_classification_stage
 
 # %% ../../nbs/training/670_retrieval.ipynb #fe958972
 class Gpu(NamedTuple):

@@ -210,7 +210,7 @@ MUTATIONS: list[Mutation] = [
     ),
     Mutation(
         "class counts that are all alike",
-        "pillsnap/training/classifier.py",
+        "pillsnap/training/trainer.py",
         "class_counts(train_dl.dataset.labels, n), keys",
         "class_counts(train_dl.dataset.labels, n)*0+1, keys",
         "tests/test_engine.py::test_class_weights_reach_the_loss_of_a_training",
@@ -325,7 +325,7 @@ MUTATIONS: list[Mutation] = [
     ),
     Mutation(
         "ultralytics' default batch is called found",
-        "pillsnap/training/detector.py",
+        "pillsnap/training/detector_trainer.py",
         '"using default batch-size" in t',
         '"no such words" in t',
         "tests/test_detector.py::test_a_default_batch_is_not_called_a_search",
@@ -482,7 +482,7 @@ MUTATIONS: list[Mutation] = [
     ),
     Mutation(
         "the detector says nothing of its memory",
-        "pillsnap/training/detector.py",
+        "pillsnap/training/detector_trainer.py",
         '            row["epoch"],\n        )\n    if self.plan.tb:',
         '            row["epoch"],\n        )\n    if False:',
         "tests/test_detector.py::test_memory_stands_beside_the_batch_size_in_each_epoch_of_the_detector",

@@ -204,7 +204,7 @@ def batch_search(device: str, tiny: bool, work: Path) -> tuple[list[Part], dict[
     Then full steps with the loader, and the planner's figure for that batch.
     """
     from pillsnap.planner import footprint
-    from pillsnap.training.classifier import choose_batch_size
+    from pillsnap.training.batchsize import choose_batch_size
 
     s, gpu, c = Size(tiny), Gpu(device), "train.classification"
     img, steps = s.of(384, 64), s.of(20, 2)
