@@ -6,9 +6,9 @@
 __all__ = ['safe_collate_cls', 'safe_collate_classification', 'safe_collate_det', 'build_transforms', 'build_dataloaders',
            'memory_efficient_loader', 'discover_dataset', 'build_criterion_cls', 'build_criterion_classification',
            'build_criterion_det', 'evaluate_detection_metrics', 'try_torch_compile', 'diagnose_and_suggest',
-           'validate_detection', 'load_ckpt', 'save_ckpt', 'load_config', 'cuda_mem_mb', 'enable_tf32',
-           'select_amp_dtype', 'set_seed', 'ensure_dir', 'get_git_sha', 'read_json', 'save_json', 'StepTimer',
-           'TBWriter', 'build_logger', 'build_transforms_classification', 'build_transforms_detection',
+           'validate_detection', 'predict_pipeline', 'load_ckpt', 'save_ckpt', 'load_config', 'cuda_mem_mb',
+           'enable_tf32', 'select_amp_dtype', 'set_seed', 'ensure_dir', 'get_git_sha', 'read_json', 'save_json',
+           'StepTimer', 'TBWriter', 'build_logger', 'build_transforms_classification', 'build_transforms_detection',
            'discover_detection_data', 'CombinationPillDataset', 'PillsnapClsDataset', 'PillsnapDetDataset',
            'SinglePillDataset', 'UserControlledTwoStageDataset', 'lmdb_converter', 'safe_collate',
            'safe_collate_detection', 'autotune_num_workers', 'build_dataloaders_by_mode', 'build_dataloaders_twostage',
@@ -24,6 +24,9 @@ __all__ = ['safe_collate_cls', 'safe_collate_classification', 'safe_collate_det'
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+# %% ../nbs/930_aliases.ipynb #5a924c93
+import numpy as np
 
 # %% ../nbs/930_aliases.ipynb #391dd464
 from .core.checkpoints import load_ckpt, save_ckpt
@@ -61,7 +64,7 @@ from .evaluation.reports import evaluate_classification_metrics
 from .models.factory import build_classification_model
 from .models.losses import build_criterion, compute_class_weights
 from .models.metrics import detection_ap
-from .models.pipeline import DetectorRunner
+from .models.pipeline import DetectorRunner, Pipeline, Thresholds
 from .models.yolo import build_criterion_detection, build_yolo_model
 from .photos.augmentation import build_transforms_classification, build_transforms_detection
 from .training.callbacks import early_stopping
@@ -100,6 +103,16 @@ def validate_detection(
     "Ask a detector about photos whose boxes are known, and score its answers."
     scored = score_detector(detector, photos, conf, iou, max_det)
     return detection_ap(scored.preds, scored.truth)
+
+# %% ../nbs/930_aliases.ipynb #d40a446d
+def predict_pipeline(
+    image: np.ndarray | str | Path | bytes,  # [H, W, 3] uint8 RGB, a file, or a file's content
+    mode: str = "single",  # single: the whole photo is one pill; combo: find the pills first
+    conf_threshold: float = 0.3,  # boxes below are dropped; single ignores it
+    **kwargs: Any,  # the other fields of Pipeline: classifier, class_map, detector, ...
+) -> dict[str, Any]:  # the predict JSON of models.pipeline.answer_schema
+    "Answer for one photo, in the requested mode and no other."
+    return Pipeline(thresholds=Thresholds(conf=conf_threshold), **kwargs).predict(image, mode)
 
 # %% ../nbs/930_aliases.ipynb #f9c8cb60
 _all_ = [

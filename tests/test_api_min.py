@@ -1,4 +1,4 @@
-"The Python API `predict_pipeline`: the mode is what was asked for, whatever is in the photo (SPEC SV4, X39)."
+"`Pipeline.predict`: the mode is what was asked for, whatever is in the photo (SPEC SV4, X39)."
 
 import json
 import sys
@@ -11,16 +11,16 @@ from jsonschema import validate
 
 from pillsnap.core.errors import PillsnapError
 from pillsnap.delivery.classmap import ClassMap
-from pillsnap.models import pipeline as P
 from pillsnap.models.pipeline import (
     ANSWERS,
     BADGE,
     LOW_CONFIDENCE,
     MODES,
+    Pipeline,
+    Thresholds,
     answer_schema,
     class_probabilities,
     detect,
-    predict_pipeline,
 )
 
 KEYS = ("K-000001", "K-000002", "K-000003", "K-000004", "K-000005", "K-000006")
@@ -62,11 +62,12 @@ def test_an_answer_says_which_branch_ran(monkeypatch):
     "mode_used comes from the code that made the views; the request is not copied into it."
     photo = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     det = FixedDetector([(32, 32, 20, 20, 0.9)])
-    made = {m: P.photo_views(photo, m, 32, det, conf=0.3, iou=0.5, max_det=9) for m in MODES}
+    pipeline = Pipeline(FixedClassifier(sure(0)), WORLD, det, Thresholds(max_det=9))
+    made = {m: pipeline.views(photo, m) for m in MODES}
     assert {m: v.mode_used for m, v in made.items()} == {m: m for m in MODES} and det.calls == 1
     assert made["single"].boxes == [None] and len(made["combo"].boxes) == 1
-    monkeypatch.setattr(P, "photo_views", lambda *a, **k: made["combo"])
-    answer = predict_pipeline(photo, "single", classifier=FixedClassifier(sure(0)), class_map=WORLD, detector=det)
+    monkeypatch.setattr(Pipeline, "views", lambda *a: made["combo"])
+    answer = pipeline.predict(photo, "single")
     assert (answer["mode_requested"], answer["mode_used"]) == ("single", "combo")
 
 
@@ -100,16 +101,8 @@ def test_mode_is_what_was_asked(  # noqa: PLR0913 - hypothesis gives each by its
 ):
     "However many pills a photo hints at and however unsure the classifier is."
     det = FixedDetector(found)
-    a = predict_pipeline(
-        photo,
-        mode,
-        conf,
-        classifier=FixedClassifier(scores),
-        detector=det,
-        class_map=WORLD,
-        box_count=count,
-        temperature=temperature,
-    )
+    pipeline = Pipeline(FixedClassifier(scores), WORLD, det, Thresholds(conf=conf), temperature=temperature)
+    a = pipeline.predict(photo, mode, box_count=count)
     assert a["mode_used"] == a["mode_requested"] == mode
     assert det.calls == (mode == "combo"), "single must not even look for boxes, combo must"
     assert a["answer"] in ANSWERS and (mode == "combo" or a["answer"] == "drug")
@@ -122,13 +115,13 @@ def test_mode_is_what_was_asked(  # noqa: PLR0913 - hypothesis gives each by its
 @given(mode=st.text(max_size=9).filter(lambda s: s not in MODES))
 def test_no_other_mode(mode):
     with pytest.raises(PillsnapError, match="mode"):
-        predict_pipeline(np.zeros((40, 40, 3), np.uint8), mode, classifier=FixedClassifier(sure(0)), class_map=WORLD)
+        Pipeline(FixedClassifier(sure(0)), WORLD).predict(np.zeros((40, 40, 3), np.uint8), mode)
 
 
 @pytest.mark.spec("SV4")
 def test_auto_is_refused_with_its_reason():
     with pytest.raises(PillsnapError, match="no automatic mode"):
-        predict_pipeline(np.zeros((40, 40, 3), np.uint8), "auto", classifier=FixedClassifier(sure(0)), class_map=WORLD)
+        Pipeline(FixedClassifier(sure(0)), WORLD).predict(np.zeros((40, 40, 3), np.uint8), "auto")
 
 
 @pytest.mark.spec("SV4")
@@ -136,22 +129,32 @@ def test_signature_of_the_source():
     '`predict_pipeline(image, mode="single", conf_threshold=.3)`.'
     import inspect
 
+    from pillsnap.aliases import predict_pipeline
+
     p = inspect.signature(predict_pipeline).parameters
     assert list(p)[:3] == ["image", "mode", "conf_threshold"]
     assert (p["mode"].default, p["conf_threshold"].default) == ("single", 0.3)
+    photo, det = np.zeros((64, 64, 3), np.uint8), FixedDetector([[20, 20, 20, 20, 0.35]])
+    parts = dict(classifier=FixedClassifier(sure(2)), class_map=WORLD, detector=det)
+    for mode, conf, found in (("single", 0.3, 1), ("combo", 0.3, 1), ("combo", 0.4, 0)):
+        a, b = (
+            predict_pipeline(photo, mode, conf, **parts),
+            Pipeline(**parts, thresholds=Thresholds(conf)).predict(photo, mode),
+        )
+        assert a | {"timings": 0} == b | {"timings": 0} and len(a["items"]) == found
 
 
 @pytest.mark.spec("SV4")
 def test_combo_without_a_detector_stops():
     with pytest.raises(PillsnapError, match="there is no detector"):
-        predict_pipeline(np.zeros((40, 40, 3), np.uint8), "combo", classifier=FixedClassifier(sure(0)), class_map=WORLD)
+        Pipeline(FixedClassifier(sure(0)), WORLD).predict(np.zeros((40, 40, 3), np.uint8), "combo")
 
 
 @pytest.mark.spec("SG8")
 def test_badge_changes_nothing_else():
     photo, det = np.zeros((64, 64, 3), np.uint8), FixedDetector([[20, 20, 20, 20, 0.9], [45, 45, 18, 18, 0.9]])
-    ask = dict(classifier=FixedClassifier(sure(2)), detector=det, class_map=WORLD)
-    plain, hinted = predict_pipeline(photo, **ask), predict_pipeline(photo, box_count=2, **ask)
+    pipeline = Pipeline(FixedClassifier(sure(2)), WORLD, det)
+    plain, hinted = pipeline.predict(photo), pipeline.predict(photo, box_count=2)
     assert (plain["badge"], plain["hints"]) == (None, []) and (hinted["badge"], hinted["hints"]) == (
         BADGE,
         ["multi_object_hint"],
@@ -163,7 +166,7 @@ def test_badge_changes_nothing_else():
 @pytest.mark.spec("SG8")
 @pytest.mark.parametrize("logits, unsure", [(sure(1), False), ([0.0] * 6, True)])
 def test_low_confidence_gets_the_badge(logits, unsure):
-    a = predict_pipeline(np.zeros((40, 40, 3), np.uint8), classifier=FixedClassifier(logits), class_map=WORLD)
+    a = Pipeline(FixedClassifier(logits), WORLD).predict(np.zeros((40, 40, 3), np.uint8))
     assert LOW_CONFIDENCE == 0.30 and (a["items"][0]["confidence"] < 0.30) == unsure
     assert (a["badge"] == "combo 권장") == unsure and a["hints"] == ["low_confidence"] * unsure
 
@@ -172,13 +175,13 @@ def test_low_confidence_gets_the_badge(logits, unsure):
 def test_combo_threshold_iou_and_limit():
     "conf .3, iou .5, at most 100: the defaults of the pipeline."
     photo = np.zeros((640, 640, 3), np.uint8)
-    ask = dict(classifier=FixedClassifier(sure(0)), class_map=WORLD)
 
     def count(found, **kw):
-        return len(predict_pipeline(photo, "combo", detector=FixedDetector(found), **ask, **kw)["items"])
+        pipeline = Pipeline(FixedClassifier(sure(0)), WORLD, FixedDetector(found), Thresholds(**kw))
+        return len(pipeline.predict(photo, "combo")["items"])
 
     assert count([[10, 10, 8, 8, 0.29], [30, 30, 8, 8, 0.31]]) == 1
-    assert count([[10, 10, 8, 8, 0.29], [30, 30, 8, 8, 0.31]], conf_threshold=0.2) == 2
+    assert count([[10, 10, 8, 8, 0.29], [30, 30, 8, 8, 0.31]], conf=0.2) == 2
     assert count([[20, 20, 10, 10, 0.9], [23, 20, 10, 10, 0.8]]) == 1  # IoU .54
     assert count([[20, 20, 10, 10, 0.9], [24, 20, 10, 10, 0.8]]) == 2  # IoU .43
     assert count([[x, y, 2, 2, 0.9] for x in range(2, 62, 5) for y in range(2, 62, 5)]) == 100
@@ -192,7 +195,7 @@ def test_crops_are_padded_by_a_tenth_and_square():
     photo[100:200, 120:220] = (200, 0, 0)
     c = FixedClassifier(sure(0))
     c.size = 120
-    predict_pipeline(photo, "combo", classifier=c, class_map=WORLD, detector=FixedDetector([[34, 30, 20, 20, 0.9]]))
+    Pipeline(c, WORLD, FixedDetector([[34, 30, 20, 20, 0.9]])).predict(photo, "combo")
     red = c.seen[0][0, 0] > 0
     rows = np.flatnonzero(red[60])
     assert red.shape == (120, 120) and abs(rows[0] - 10) <= 1 and abs(rows[-1] - 109) <= 1
@@ -218,9 +221,7 @@ def test_temperature_keeps_the_order_and_the_sum():
 @pytest.mark.spec("BX8")
 def test_another_number_of_drugs_stops():
     with pytest.raises(PillsnapError, match="knows 6 drugs and the class map 5"):
-        predict_pipeline(
-            np.zeros((40, 40, 3), np.uint8), classifier=FixedClassifier(sure(0)), class_map=ClassMap(KEYS[:5])
-        )
+        Pipeline(FixedClassifier(sure(0)), ClassMap(KEYS[:5])).predict(np.zeros((40, 40, 3), np.uint8))
 
 
 def test_torch_free():

@@ -289,7 +289,7 @@ def test_a_default_batch_is_not_called_a_search(tmp_path, monkeypatch, caplog, w
 @pytest.mark.spec("DT5", "X38")
 def test_single_mode_never_loads_the_detector(tmp_path):
     from pillsnap.delivery.classmap import ClassMap
-    from pillsnap.models.pipeline import predict_pipeline
+    from pillsnap.models.pipeline import Pipeline
     from pillsnap.models.yolo import fresh_detector_checkpoint, open_detector
 
     class Classifier:
@@ -301,13 +301,9 @@ def test_single_mode_never_loads_the_detector(tmp_path):
     detector = open_detector(fresh_detector_checkpoint(tmp_path / "best.pt", "yolo11n", 64))
     photo = np.full((80, 60, 3), 120, np.uint8)
 
-    def ask(mode):
-        return predict_pipeline(
-            photo, mode, classifier=Classifier(), detector=detector, class_map=ClassMap(["K-000001", "K-000002"])
-        )
-
-    assert ask("single")["mode_used"] == "single" and not detector.loaded
-    assert ask("combo")["mode_used"] == "combo" and detector.loaded
+    pipeline = Pipeline(Classifier(), ClassMap(["K-000001", "K-000002"]), detector)
+    assert pipeline.predict(photo, "single")["mode_used"] == "single" and not detector.loaded
+    assert pipeline.predict(photo, "combo")["mode_used"] == "combo" and detector.loaded
 
 
 @pytest.mark.spec("DT5")

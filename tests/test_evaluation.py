@@ -33,6 +33,7 @@ from pillsnap.evaluation.gates import simple_stage_evaluation
 from pillsnap.evaluation.ledger import read_ledger
 from pillsnap.evaluation.menu import advisor_word, read_advice
 from pillsnap.models.metrics import detection_ap
+from pillsnap.models.pipeline import Pipeline
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ("evaluation.latency_warmup=1", "evaluation.latency_runs=4", "train.num_threads=1")
@@ -352,13 +353,13 @@ def test_the_imbalance_is_measured_whatever_the_number_of_drugs(drugs):
 @pytest.mark.spec("SG8", "EV4")
 def test_the_mode_that_answered_is_what_is_reported(copy, monkeypatch):
     "A single that takes combo's branch lowers mode_kept and stands as such in hard_cases."
-    real, n = M.photo_views, []
+    real, n = Pipeline.views, []
 
-    def switched(image, mode, *a, **k):
+    def switched(self, image, mode):
         n.append(1)
-        return replace(real(image, mode, *a, **k), mode_used="combo" if len(n) % 2 else mode)
+        return replace(real(self, image, mode), mode_used="combo" if len(n) % 2 else mode)
 
-    monkeypatch.setattr(M, "photo_views", switched)
+    monkeypatch.setattr(Pipeline, "views", switched)
     again(copy)
     doc, m, _ = S.read_evaluation(copy)
     singles, combos = doc["photos"]["singles"], doc["photos"]["combos"]

@@ -25,7 +25,7 @@ from pillsnap.deployment import export as E
 from pillsnap.deployment import graph as G
 from pillsnap.deployment.runtime import OnnxClassifier, OnnxDetector, load_bundle
 from pillsnap.models.factory import TorchClassifier, load_classifier
-from pillsnap.models.pipeline import detector_input, predict_pipeline
+from pillsnap.models.pipeline import Pipeline, detector_input
 from pillsnap.models.yolo import TorchDetector, build_yolo_model, load_detector
 
 FAST = (
@@ -312,16 +312,16 @@ def test_the_bundle_answers_as_torch_does(exported):
     b, stage = load_bundle(run), load_split_data(run, 0)
     loaded = load_classifier(run / "checkpoints/classifier/best.pt", stage.class_map)
     det, det_size, _ = load_detector(run / "checkpoints/detector/best.pt")
-    ours = dict(
-        classifier=TorchClassifier(loaded.model, loaded.img_size),
-        detector=TorchDetector(det, det_size),
-        class_map=loaded.class_map,
+    ours = Pipeline(
+        TorchClassifier(loaded.model, loaded.img_size),
+        loaded.class_map,
+        TorchDetector(det, det_size),
         metadata=b.meta["drugs"],
         temperature=2.5,
     )
     for path, _ in C.photo_order(stage, "combo")[:3]:
         for mode in ("single", "combo"):
-            x, y = predict_pipeline(path, mode, **ours), b.predict(path, mode)
+            x, y = ours.predict(path, mode), b.predict(path, mode)
             assert x["mode_used"] == y["mode_used"] == mode and x["answer"] == y["answer"]
             assert [i["kcode"] for i in x["items"]] == [i["kcode"] for i in y["items"]] and [
                 i["name"] for i in x["items"]

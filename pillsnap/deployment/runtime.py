@@ -30,7 +30,7 @@ from ..core.errors import PillsnapError
 from ..core.files import canonical_json, read_json, save_json, sha256_file, sha256_text
 from ..core.logs import log_decision
 from ..delivery.classmap import ClassMap
-from ..models.pipeline import CARD, check_mode, predict_pipeline, preprocessing, read_photo
+from ..models.pipeline import CARD, Pipeline, Thresholds, check_mode, preprocessing, read_photo
 
 # %% ../../nbs/deployment/800_runtime.ipynb #634dfe3b
 _WANTED = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
@@ -350,6 +350,20 @@ class Answer(dict):
 
 # %% ../../nbs/deployment/800_runtime.ipynb #a3b22896
 @patch
+def pipeline(
+    self: Bundle,
+    conf: float | None = None,  # boxes below are dropped; None = the bundle's
+) -> Pipeline:
+    "The pipeline of the bundle's models, thresholds and drugs."
+    t, m = self.meta["thresholds"], self.meta
+    hashes = dict(bundle=m["digest"], classifier=m["classifier"]["sha256"], preprocessing=m["preprocessing"]["id"])
+    if m.get("detector"):
+        hashes["detector"] = m["detector"]["sha256"]
+    thresholds = Thresholds(t["conf"] if conf is None else conf, t["iou"], t["max_det"], t["crop_padding"])
+    return Pipeline(self.classifier, self.class_map, self.detector, thresholds, m["drugs"], m["temperature"], hashes)
+
+
+@patch
 def predict(
     self: Bundle,
     photo: np.ndarray | str | Path | bytes,  # [H, W, 3] uint8 RGB, a file, or a file's content
@@ -358,30 +372,11 @@ def predict(
     conf_threshold: float | None = None,  # boxes below are dropped; None = the bundle's
     box_count: int | None = None,  # pills that somebody counted: a hint for the badge
 ) -> Answer:  # the predict JSON; a notebook shows it as a card
-    "Answer for one photo, in the mode that was asked for."
-    t, m, own = self.meta["thresholds"], self.meta, self.meta.get("answering", DEFAULTS)
+    "Answer for one photo, in the requested mode."
+    own = self.meta.get("answering", DEFAULTS)
     mode = own["mode"] if mode is None else mode
     topk = own["top_k"] if topk is None else topk
-    hashes = dict(bundle=m["digest"], classifier=m["classifier"]["sha256"], preprocessing=m["preprocessing"]["id"])
-    if m.get("detector"):
-        hashes["detector"] = m["detector"]["sha256"]
-    answer = predict_pipeline(
-        photo,
-        mode,
-        t["conf"] if conf_threshold is None else conf_threshold,
-        classifier=self.classifier,
-        class_map=self.class_map,
-        detector=self.detector,
-        metadata=m["drugs"],
-        temperature=m["temperature"],
-        topk=topk,
-        padding=t["crop_padding"],
-        iou=t["iou"],
-        max_det=t["max_det"],
-        box_count=box_count,
-        hashes=hashes,
-    )
-    return Answer(answer, m, photo)
+    return Answer(self.pipeline(conf_threshold).predict(photo, mode, topk, box_count), self.meta, photo)
 
 # %% ../../nbs/deployment/800_runtime.ipynb #a8348e2c
 MISSING = "정보 없음"

@@ -28,13 +28,13 @@ from ..core.files import atomic_path, save_text
 from ..core.jobs import RunFolder
 from ..core.logs import progress as show_progress
 from ..core.records import Provenance
-from ..core.settings import Config
+from ..core.settings import Config, Data
 from ..dataset.splits import SplitData
 from ..delivery.classmap import ClassMap
 from .latency import Latency, measure_latency
 from ..models.factory import TorchClassifier, load_classifier
 from ..models.metrics import match_boxes
-from ..models.pipeline import BADGE, combo_hints, detect, photo_views, predict_pipeline, softmax
+from ..models.pipeline import BADGE, Pipeline, Thresholds, combo_hints, detect, softmax
 from ..photos.boxes import xywh_to_xyxy
 from ..photos.images import crop_view, normalise, open_image_safely, whole_view
 
@@ -140,6 +140,14 @@ class Scores:
         )
 
 # %% ../../nbs/evaluation/762_measuring.ipynb #f14f4283
+def _thresholds(
+    data: Data,  # detection and classification
+) -> Thresholds:
+    "The configured thresholds of the pipeline."
+    d = data.detection
+    return Thresholds(d.conf_threshold, d.iou_threshold, d.max_detections, data.classification.crop_padding)
+
+
 def score_singles(  # noqa: PLR0913 - public signature
     classifier: TorchClassifier,  # classifier
     root: Path,  # the delivery
@@ -148,10 +156,11 @@ def score_singles(  # noqa: PLR0913 - public signature
     cfg: Config,  # policies and padding
     skipped: list[dict],  # gets {path, reason} of each photo that could not be opened
     batch: int = 32,  # photos per forward pass
-    detector: Any = None,  # passed on to photo_views; single mode does not use it
+    detector: Any = None,  # part of the pipeline; single mode does not use it
 ) -> Scores:
     "Logits of both views of every single photo."
     t0 = time.perf_counter()
+    pipeline = Pipeline(classifier, class_map, detector, _thresholds(cfg.data))
     kept, modes, logits, views = [], [], [], []
 
     def flush():
@@ -160,7 +169,7 @@ def score_singles(  # noqa: PLR0913 - public signature
             views.clear()
 
     for s, img in _open_ahead(root, todo, cfg, skipped, what="classifier"):
-        made = photo_views(img, "single", classifier.size, detector, cfg.data.classification.crop_padding)
+        made = pipeline.views(img, "single")
         whole = made.images[0] if made.images else whole_view(img, classifier.size)
         kept.append(s)
         modes.append(made.mode_used)
@@ -272,7 +281,7 @@ class ComboAnswer:
 # %% ../../nbs/evaluation/762_measuring.ipynb #80fc47b4
 def score_combo(
     s: EvalPhoto,  # the photo's truth
-    answer: Mapping[str, Any],  # from predict_pipeline
+    answer: Mapping[str, Any],  # from Pipeline.predict
     class_map: ClassMap,  # known drugs
     iou: float = 0.5,  # least IoU of a match
 ) -> ComboAnswer:
@@ -306,23 +315,13 @@ def answer_combos(  # noqa: PLR0913 - public signature
     temperature: float,  # the calibration's
     skipped: list[dict],  # gets {path, reason} of each photo that could not be opened
 ) -> tuple[list[ComboAnswer], float]:  # answers, seconds
-    "Answer every combo photo with `predict_pipeline` and compare it with the truth."
-    t0, d = time.perf_counter(), cfg.data.detection
+    "Answer every combo photo with `Pipeline.predict` and compare it with the truth."
+    t0 = time.perf_counter()
+    pipeline = Pipeline(classifier, class_map, detector, _thresholds(cfg.data), temperature=temperature)
     out = []
     for s, img in _open_ahead(root, todo, cfg, skipped, what="combo photos"):
-        answer = predict_pipeline(
-            img,
-            "combo",
-            d.conf_threshold,
-            classifier=classifier,
-            detector=detector,
-            class_map=class_map,
-            temperature=temperature,
-            padding=cfg.data.classification.crop_padding,
-            iou=d.iou_threshold,
-            max_det=d.max_detections,
-        )
-        out.append(score_combo(s, answer, class_map, d.iou_threshold))
+        answer = pipeline.predict(img, "combo")
+        out.append(score_combo(s, answer, class_map, pipeline.thresholds.iou))
     return out, time.perf_counter() - t0
 
 # %% ../../nbs/evaluation/762_measuring.ipynb #5de8e95b
@@ -336,21 +335,12 @@ def latency_calls(
 ) -> dict[str, Any]:  # scope → a call that answers one photo
     "The calls to time, by scope."
     bytes_ = {k: [(root / s.path).read_bytes() for s in todo if s.kind == k][:8] for k in ("single", "combo")}
-    d, turn = cfg.data.detection, Counter()
+    pipeline, turn = Pipeline(classifier, class_map, detector, _thresholds(cfg.data)), Counter()
 
     def answer(mode: str):
         turn[mode] += 1
         photos = bytes_[mode]
-        return predict_pipeline(
-            photos[turn[mode] % len(photos)],
-            mode,
-            d.conf_threshold,
-            classifier=classifier,
-            detector=detector,
-            class_map=class_map,
-            iou=d.iou_threshold,
-            max_det=d.max_detections,
-        )
+        return pipeline.predict(photos[turn[mode] % len(photos)], mode)
 
     view = np.zeros((1, 3, classifier.size, classifier.size), np.float32)
     calls = {"classifier": lambda: classifier.logits(view)}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CARD', 'MODES', 'ANSWERS', 'BADGE', 'LOW_CONFIDENCE', 'MIN_SIDE', 'ClassifierRunner', 'DetectorRunner',
            'detector_input', 'detect', 'softmax', 'class_probabilities', 'drug_card', 'edi_codes', 'pill_item',
-           'combo_hints', 'preprocessing', 'read_photo', 'check_mode', 'PhotoViews', 'photo_views', 'predict_pipeline',
+           'combo_hints', 'preprocessing', 'read_photo', 'check_mode', 'Thresholds', 'PhotoViews', 'Pipeline',
            'answer_schema']
 
 # %% ../../nbs/models/570_pipeline.ipynb #98e6c1e4
@@ -13,12 +13,13 @@ import hashlib
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 # %% ../../nbs/models/570_pipeline.ipynb #df77b44d
 import numpy as np
+from fastcore.basics import patch
 
 # %% ../../nbs/models/570_pipeline.ipynb #38687224
 from ..core.errors import PillsnapError
@@ -175,31 +176,24 @@ def _answer_kind(
     "Which kind of answer this is."
     return ("no_pill", "drug")[len(items)] if len(items) < 2 else "drugs"
 
-# %% ../../nbs/models/570_pipeline.ipynb #2e81c86a
+# %% ../../nbs/models/570_pipeline.ipynb #12f1913d
 def _candidate(k: str, p: float, metadata: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     "One drug of a ranking."
     record = metadata.get(k, {})
     return dict(kcode=k, edi_codes=edi_codes(record), name=_known_text(record.get("dl_name")), confidence=float(p))
 
-# %% ../../nbs/models/570_pipeline.ipynb #12f1913d
+
 def pill_item(
     p: np.ndarray,  # [C] probabilities of one pill
     class_map: ClassMap,  # class number → K-code
     metadata: Mapping[str, Mapping[str, Any]],  # K-code → record; a drug may be absent
     topk: int = 5,  # drugs listed
-    box: np.ndarray | None = None,  # x0, y0, x1, y1 in photo pixels; None = the whole photo
-    box_score: float | None = None,  # the detector's score
-) -> dict[str, Any]:
-    "One pill of an answer: its drug, its box, and the runners-up."
+) -> dict[str, Any]:  # without a box; the pipeline adds the one that the detector found
+    "One pill of an answer: its drug and the runners-up."
     order = np.argsort(-p, kind="stable")[: max(1, min(topk, len(p)))]
-    top = [_candidate(class_map.key(int(i)), p[i], metadata) for i in order]
-    return dict(
-        top[0],
-        box=None if box is None else [round(float(v), 2) for v in box],
-        box_confidence=None if box_score is None else float(box_score),
-        card=drug_card(metadata.get(top[0]["kcode"], {})),
-        top_k=top,
-    )
+    top = [_candidate(class_map.key(int(i)), float(p[i]), metadata) for i in order]
+    card = drug_card(metadata.get(top[0]["kcode"], {}))
+    return dict(top[0], box=None, box_confidence=None, card=card, top_k=top)
 
 # %% ../../nbs/models/570_pipeline.ipynb #e1705d09
 BADGE, LOW_CONFIDENCE = "combo 권장", 0.30  # single mode, below .30
@@ -276,19 +270,81 @@ def _photo_hash(photo: np.ndarray | str | Path | bytes) -> str:
 
 # %% ../../nbs/models/570_pipeline.ipynb #42b39fdb
 def check_mode(
-    mode: str,  # what was asked for
+    mode: str,  # the requested mode
 ) -> str:  # the same; PillsnapError for anything else
     "Refuse what is not a mode; there is no automatic one."
     if mode in MODES:
         return mode
-    why = (
-        "there is no automatic mode: the person chooses, and the program never switches"
-        if mode == "auto"
-        else f"{mode!r} is not a mode"
-    )
+    what = f"{mode!r} is not a mode"
+    if mode == "auto":
+        what = "there is no automatic mode: the person chooses, and the program never switches"
     raise PillsnapError(
-        why, where="mode", fix="ask for single (the whole photo is one pill) or combo (find the pills first)"
+        what, where="mode", fix="ask for single (the whole photo is one pill) or combo (find the pills first)"
     )
+
+# %% ../../nbs/models/570_pipeline.ipynb #6299531c
+@dataclass(frozen=True)
+class Thresholds:
+    "Which boxes are pills, and how they are cropped."
+
+    conf: float = 0.3  # boxes below are dropped
+    iou: float = 0.5  # boxes overlapping more are one pill
+    max_det: int = 100  # boxes kept, surest first
+    crop_padding: float = 0.1  # margin around a box, as a share of its sides
+
+    def __post_init__(self):
+        if not 0 <= self.conf <= 1:
+            raise PillsnapError(f"a threshold lies between 0 and 1, not at {self.conf!r}", where="conf_threshold")
+
+# %% ../../nbs/models/570_pipeline.ipynb #4c29e673
+@dataclass(frozen=True)
+class PhotoViews:
+    "What the classifier gets of one photo, and the branch that made it."
+
+    mode_used: str  # the branch that ran: single (whole photo) or combo (detector's boxes)
+    images: list[np.ndarray]  # [size, size, 3] uint8 each
+    boxes: list[np.ndarray | None]  # x0, y0, x1, y1 in photo pixels; None = the whole photo
+    scores: list[float | None]  # of the detector; None = no detector ran
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    "Names the pills of photos with a classifier and, in combo mode, a detector."
+
+    classifier: ClassifierRunner  # names a pill
+    class_map: ClassMap  # class number → K-code
+    detector: DetectorRunner | None = None  # finds pills; None = single mode only
+    thresholds: Thresholds = Thresholds()  # which boxes are pills; single mode ignores them
+    metadata: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # K-code → record of the drug
+    temperature: float = 1.0  # from the calibration
+    hashes: Mapping[str, str] = field(default_factory=dict)  # what else identifies the models; added to the answer
+
+# %% ../../nbs/models/570_pipeline.ipynb #ae71707d
+@patch
+def _need_detector(self: Pipeline) -> DetectorRunner:
+    "The detector; PillsnapError where there is none."
+    if self.detector is None:
+        raise PillsnapError(
+            "combo finds the pills first, and there is no detector",
+            where="mode=combo",
+            fix="train and export a detector, or ask for mode=single",
+        )
+    return self.detector
+
+
+@patch
+def views(
+    self: Pipeline,
+    image: np.ndarray,  # [H, W, 3] uint8 RGB
+    mode: str,  # single or combo
+) -> PhotoViews:  # PillsnapError for combo without a detector
+    "The views of a photo: one of the whole photo in single mode, one per detected box in combo mode."
+    size, t = self.classifier.size, self.thresholds
+    if mode == "single":
+        return PhotoViews("single", [whole_view(image, size)], [None], [None])
+    boxes, scores = detect(self._need_detector(), image, t.conf, t.iou, t.max_det)
+    crops = [crop_view(image, b, size, t.crop_padding) for b in boxes]
+    return PhotoViews("combo", crops, list(boxes), list(scores))
 
 # %% ../../nbs/models/570_pipeline.ipynb #f0e7e3c7
 class _Clock:
@@ -305,67 +361,36 @@ class _Clock:
     def total(self) -> dict[str, float]:
         return {k: round(v, 3) for k, v in {**self.ms, "total": (self.last - self.start) * 1e3}.items()}
 
-# %% ../../nbs/models/570_pipeline.ipynb #4c29e673
-@dataclass(frozen=True)
-class PhotoViews:
-    "What the classifier sees of one photo, and the branch that made it."
-
-    mode_used: str  # the branch that ran: single (whole photo) or combo (detector's boxes)
-    images: list[np.ndarray]  # [size, size, 3] uint8 each
-    boxes: list[np.ndarray | None]  # x0, y0, x1, y1 in photo pixels; None = the whole photo
-    scores: list[float | None]  # of the detector; None = no detector was asked
-
-
-def photo_views(
-    image: np.ndarray,  # [H, W, 3] uint8 RGB
-    mode: str,  # single or combo
-    size: int,  # side of a view, pixels
-    detector: DetectorRunner | None = None,  # finds pills; single never touches it
-    padding: float = 0.1,  # margin around a box, as a share of its sides
-    **find: Any,  # what detect takes: conf, iou, max_det
-) -> PhotoViews:
-    "The views of a photo: one of the whole photo in single mode, one per detected box in combo mode."
-    if mode == "single":
-        return PhotoViews("single", [whole_view(image, size)], [None], [None])
-    boxes, scores = detect(detector, image, **find)
-    return PhotoViews("combo", [crop_view(image, b, size, padding) for b in boxes], list(boxes), list(scores))
-
 # %% ../../nbs/models/570_pipeline.ipynb #bd7f1eab
-def predict_pipeline(  # noqa: PLR0913 - a public signature; the models and how to answer
+def _located(item: dict[str, Any], box: np.ndarray | None, score: float | None) -> dict[str, Any]:
+    "An item with the box that the detector found."
+    if box is None or score is None:
+        return item
+    return item | dict(box=[round(float(v), 2) for v in box], box_confidence=float(score))
+
+
+@patch
+def predict(
+    self: Pipeline,
     image: np.ndarray | str | Path | bytes,  # [H, W, 3] uint8 RGB, a file, or a file's content
     mode: str = "single",  # single: the whole photo is one pill; combo: find the pills first
-    conf_threshold: float = 0.3,  # boxes below are dropped; single ignores it
-    *,
-    classifier: ClassifierRunner,  # names a pill
-    class_map: ClassMap,  # class number → K-code
-    detector: DetectorRunner | None = None,  # finds pills; combo needs one, single never touches it
-    metadata: Mapping[str, Mapping[str, Any]] | None = None,  # K-code → record of the drug
-    temperature: float = 1.0,  # from the calibration
     topk: int = 5,  # drugs listed for each pill
-    padding: float = 0.1,  # margin around a box, as a share of its sides
-    iou: float = 0.5,  # boxes overlapping more are one pill
-    max_det: int = 100,  # boxes kept
     box_count: int | None = None,  # pills that somebody counted: a hint for the badge
-    hashes: Mapping[str, str] | None = None,  # what else identifies the models; added to the answer
 ) -> dict[str, Any]:  # the predict JSON of answer_schema
-    "Answer for one photo, in the mode that was asked for and no other."
-    check_mode(mode)
-    if not 0 <= conf_threshold <= 1:
-        raise PillsnapError(f"a threshold lies between 0 and 1, not at {conf_threshold!r}", where="conf_threshold")
-    if mode == "combo" and detector is None:
-        raise PillsnapError(
-            "combo finds the pills first, and there is no detector",
-            where="mode=combo",
-            fix="train and export a detector, or ask for mode=single",
-        )
+    "Answer for one photo, in the requested mode and no other."
+    if check_mode(mode) == "combo":
+        self._need_detector()
     clock = _Clock()
     img = read_photo(image)
     clock("open")
-    views = photo_views(img, mode, classifier.size, detector, padding, conf=conf_threshold, iou=iou, max_det=max_det)
+    views = self.views(img, mode)
     clock("detect")
-    probs = class_probabilities(classifier, views.images, len(class_map), temperature)
+    probs = class_probabilities(self.classifier, views.images, len(self.class_map), self.temperature)
     clock("classify")
-    items = [pill_item(p, class_map, metadata or {}, topk, b, s) for p, b, s in zip(probs, views.boxes, views.scores)]
+    items = [
+        _located(pill_item(p, self.class_map, self.metadata, topk), box, score)
+        for p, box, score in zip(probs, views.boxes, views.scores)
+    ]
     hints = combo_hints(mode, items[0]["confidence"] if items else None, box_count)
     return dict(
         mode_requested=mode,
@@ -375,7 +400,7 @@ def predict_pipeline(  # noqa: PLR0913 - a public signature; the models and how 
         badge=BADGE if hints else None,
         hints=hints,
         timings=clock.total(),
-        hashes={"photo": _photo_hash(image), "class_map": class_map.fingerprint, **(hashes or {})},
+        hashes={"photo": _photo_hash(image), "class_map": self.class_map.fingerprint, **self.hashes},
     )
 
 # %% ../../nbs/models/570_pipeline.ipynb #0cfbde37

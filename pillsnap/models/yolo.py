@@ -255,7 +255,7 @@ def open_detector(
     lazy: bool = True,  # cfg.inference.lazy_load_detector
     device: str | torch.device = "cpu",  # where it computes
     batch: int = 16,  # photos per pass
-) -> TorchDetector | LazyObject:  # a runner for detect and predict_pipeline
+) -> TorchDetector | LazyObject:  # a runner for detect and Pipeline
     "A detector ready to answer, read at once or on first use."
 
     def make():
