@@ -29,6 +29,10 @@ from typing import Any
 import numpy as np
 
 # %% ../nbs/930_aliases.ipynb #391dd464
+from .training.batchsearch import auto_find_batch_size
+from .training.compilation import try_compile
+from .training.monitoring import early_stopping
+
 from .core.checkpoints import load_ckpt, save_ckpt
 from .core.config import load_config
 from .core.device import cuda_mem_mb, enable_tf32, select_amp_dtype, set_seed
@@ -50,8 +54,8 @@ from pillsnap.dataset.loaders import (
     build_classification_loaders,
     build_dataloaders_by_mode,
     build_dataloaders_twostage,
+    preload_stage_data,
 )
-from .dataset.sources import preload_stage_data
 from pillsnap.evaluation.advisor import (
     evaluate_and_recommend,
     generate_optimization_suggestions,
@@ -67,17 +71,15 @@ from .models.metrics import detection_ap
 from .models.pipeline import DetectorRunner, Pipeline, Thresholds
 from .models.yolo import build_criterion_detection, build_yolo_model
 from .photos.augmentation import build_transforms_classification, build_transforms_detection
-from .training.callbacks import early_stopping
-from .training.detector import train_detection_stage
-from .training.detector_metrics import score_detector
-from .training.learner import build_optimizer, build_scheduler, try_compile, validate_classification
-from .training.memory import auto_find_batch_size, oom_recovery_state_machine
+from .training.classifier import train_classification_stage
+from .training.detector import score_detector, train_detection_stage
+from .training.learner import build_optimizer, build_scheduler, validate_classification
+from .training.memory import oom_recovery_state_machine
 from pillsnap.training.presets import (
     apply_stage_overrides,
     enable_large_dataset_optimizations,
     enable_small_dataset_optimizations,
 )
-from .training.trainer import train_classification_stage
 
 # %% ../nbs/930_aliases.ipynb #68dfdc0e
 safe_collate_cls = safe_collate_classification = safe_collate

@@ -12,6 +12,7 @@ from pillsnap.core.device import enable_tf32
 from pillsnap.dataset.datasets import PillsnapClsDataset
 from pillsnap.dataset.photoloader import PhotoLoader
 from pillsnap.dataset.sampling import EpochSampler
+from pillsnap.training import compilation as compilation_module
 from pillsnap.training import learner as learner_module
 from pillsnap.training.learner import Outputs, build_learner
 
@@ -91,8 +92,10 @@ def compiled(monkeypatch):
         graphs.append(tuple(inputs[-1].shape) if inputs else ())
         return graph.forward
 
-    monkeypatch.setattr(learner_module, "resolve_compile", lambda cfg, device: ("reduce-overhead", "the test says so"))
-    monkeypatch.setattr(learner_module, "compile_arguments", lambda mode: {"backend": counter})
+    monkeypatch.setattr(
+        compilation_module, "resolve_compile", lambda cfg, device: ("reduce-overhead", "the test says so")
+    )
+    monkeypatch.setattr(compilation_module, "compile_arguments", lambda mode: {"backend": counter})
     yield graphs
     torch.compiler.reset()
 

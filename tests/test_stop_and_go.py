@@ -242,7 +242,7 @@ def test_killed_and_asked_to_stop_in_mid_epoch_and_still_the_same(delivery, tmp_
     last, env = root / "checkpoints" / "classifier" / "last.pt", {**os.environ, "OMP_NUM_THREADS": "1"}
     # a signal must not come after the end
     slowly = (
-        "import time; from pillsnap.training.callbacks import StepLog; one = StepLog.after_batch; "
+        "import time; from pillsnap.training.monitoring import StepLog; one = StepLog.after_batch; "
         "StepLog.after_batch = lambda self: (time.sleep(.1), one(self))[1]"
     )
 

@@ -20,6 +20,8 @@ from fastai.callback.core import Callback
 from fastcore.basics import patch
 
 # %% ../../nbs/training/660_interleaved.ipynb #f2a1cb63
+from .monitoring import EarlyStop
+
 from ..core.checkpoints import rng_state, set_rng_state
 from ..core.errors import PillsnapError
 from ..core.files import save_json
@@ -27,7 +29,6 @@ from ..core.jobs import Job, JobResult, RunFolder, read_record, why_stale
 from ..core.logs import log_decision
 from ..core.settings import Config
 from ..dataset.splits import smoke_splits
-from .callbacks import EarlyStop
 from .classifier import ClassifierJob
 from .detector import DetectorJob
 

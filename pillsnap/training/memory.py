@@ -4,15 +4,13 @@
 
 # %% auto #0
 __all__ = ['OomState', 'OomAction', 'oom_recovery_state_machine', 'memory_share', 'reset_peak', 'TensorCopies', 'BatchState',
-           'split_batch', 'memory_points', 'OomGuard', 'auto_find_batch_size', 'compiler_said', 'step_probe']
+           'split_batch', 'memory_points', 'OomGuard', 'is_compiled']
 
 # %% ../../nbs/training/620_memory.ipynb #c948a117
 import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -26,13 +24,13 @@ from torch import nn
 
 # %% ../../nbs/training/620_memory.ipynb #fc0e8277
 from ..core.checkpoints import rng_state, set_rng_state
-from ..core.device import full_fp32, is_oom
+from ..core.config import OomPolicy
+from ..core.device import is_oom
 from ..core.device import oom_reason as reason
 from ..core.device import release_memory as release
 from ..core.errors import PillsnapError
 from ..core.logs import TBWriter, log_decision
 from ..core.processes import memory_mb
-from ..core.settings import OomPolicy
 from .callbacks import Accumulate, PillLearner
 
 # %% ../../nbs/training/620_memory.ipynb #1482e3da
@@ -389,7 +387,7 @@ def asked(self: OomGuard, batch: Sequence[Any]) -> OomState:
     )
 
 # %% ../../nbs/training/620_memory.ipynb #029718ee
-def _is_compiled(
+def is_compiled(
     model: nn.Module,  # a network
 ) -> bool:
     "Whether the network is compiled; it may then have recorded CUDA graphs."
@@ -422,7 +420,7 @@ def train(
         if self.moved:
             self.give_up("memory ran out in the optimizer's step or after it, and a step cannot be undone")
         before.put_back(self.learn)
-        release(graphs=_is_compiled(self.model))
+        release(graphs=is_compiled(self.model))
         self.recover(i, said, whole, sum(len(p[1]) for p in todo))
         todo = deque(q for p in todo for q in split_batch(p, self.state.batch_size))
 
@@ -546,7 +544,7 @@ def validate(
             todo.popleft()
             continue
         self.learn.pred = self.learn.loss = None
-        release(graphs=_is_compiled(self.model))
+        release(graphs=is_compiled(self.model))
         log_decision(self.log, f"out of memory: validation in batches of {-(-n // 2)} instead of {n} ({why})", self.tb)
         self.events.append(
             dict(
@@ -576,186 +574,3 @@ def one_batch(self: PillLearner, i: int, b: Sequence[Any]) -> None:
         Learner.one_batch(self, i, b)
     else:
         (guard.train if self.training else guard.validate)(i, b)
-
-# %% ../../nbs/training/620_memory.ipynb #5207b945
-def auto_find_batch_size(  # noqa: PLR0913 - a public signature; all but two have defaults
-    fn: Callable[[int, bool], float],  # (photos, force fp16) → share of memory at the peak
-    init_bs: int,  # first candidate
-    min_bs: int = 1,  # smallest batch
-    max_bs: int | None = None,  # largest one; None = init_bs
-    amp_force_fp16: bool = False,  # measure in fp16, whatever the configuration says
-    headroom: float = 0.88,  # share of memory that a batch may use
-    warmup: int = 10,  # steps of each candidate
-    multiple: int = 8,  # larger answers are rounded down to a multiple of it
-    compiled: Callable[[int, bool], float] | None = None,  # the compiled step; the answer is tried on it too
-    log: logging.Logger | None = None,  # one line
-    tb: TBWriter | None = None,  # perf/auto_batch_found
-) -> tuple[int, list[dict[str, Any]]]:  # the batch, and every trial
-    "The largest batch that fits, by bisection."
-    table, low, high = [], min_bs - 1, max_bs or init_bs
-    bs = min(max(init_bs, min_bs), high)
-    while low < high:
-        share, why = _try(fn, bs, amp_force_fp16, warmup)
-        table.append(dict(batch=bs, share=share, fits=share <= headroom, error=why))
-        low, high = (bs, high) if share <= headroom else (low, bs - 1)
-        bs = (low + high + 1) // 2
-    if low < min_bs:
-        last = table[-1]
-        raise PillsnapError(
-            f"not even {min_bs} photos fit ({last['error'] or format(last['share'], '.0%') + ' of the memory'})",
-            where="auto_find_batch_size",
-            fix="optimization.grad_checkpointing=true, "
-            "a smaller data.classification.img_size, or a GPU with more memory",
-        )
-    fits, low = low, low - low % multiple if low > multiple else low
-    rounded = f", rounded down from {fits} to a multiple of {multiple}" if low < fits else ""
-    fn = None  # frees its copy of the network
-    if compiled:
-        low = _fits_compiled(compiled, low, min_bs, multiple, amp_force_fp16, headroom, warmup, log)
-    log_decision(
-        log,
-        f"batch: {low}{rounded}, found in {len(table)} trials of {warmup} steps, headroom {headroom:.0%}: "
-        + ", ".join(f"{r['batch']} {'fits' if r['fits'] else 'does not'}" for r in table),
-        tb,
-    )
-    if tb:
-        tb.add_scalar("perf/auto_batch_found", low, 0)
-    return low, table
-
-# %% ../../nbs/training/620_memory.ipynb #95644230
-def _fits_compiled(  # noqa: PLR0913 - the search's own arguments
-    fn: Callable[[int, bool], float],  # the compiled step
-    n: int,  # photos that fit without compiling
-    least: int,  # smallest batch
-    multiple: int,  # larger answers are rounded down to a multiple of it
-    fp16: bool,  # measure in fp16
-    headroom: float,  # share of memory that a batch may use
-    warmup: int,  # steps of each candidate
-    log: logging.Logger | None,  # a line for each reduction
-) -> int:
-    "The batch, reduced to three quarters until the compiled step fits."
-    while True:
-        share, why = _try(fn, n, fp16, warmup)
-        if share <= headroom:
-            return n
-        said = why or f"{share:.0%} of the memory"
-        if n <= least:
-            raise PillsnapError(
-                f"not even {n} photos fit once the step is compiled ({said})",
-                where="auto_find_batch_size",
-                fix="optimization.torch_compile=none, or a smaller data.classification.img_size",
-            )
-        smaller = max(least, n * 3 // 4 // multiple * multiple or n // 2)
-        log_decision(log, f"batch: {n} photos fit, but not once the step is compiled ({said}); {smaller} are tried")
-        n = smaller
-
-
-def _try(
-    fn: Callable[[int, bool], float],  # one step
-    bs: int,  # photos
-    fp16: bool,  # measure in fp16
-    warmup: int,  # steps
-) -> tuple[float, str | None]:  # share of memory, infinite if it ran out; the error's message
-    "The peak of a few steps."
-    try:
-        return max(fn(bs, fp16) for _ in range(warmup)), None
-    except Exception as e:
-        if not is_oom(e):
-            raise
-        return float("inf"), reason(e)
-    finally:
-        release(graphs=True)  # of this candidate; the next one has another shape
-        reset_peak()  # the trial is not part of the training's own peak
-
-# %% ../../nbs/training/620_memory.ipynb #dbf2f88a
-def compiler_said(
-    e: BaseException,  # what torch.compile raised
-) -> str:  # at most 120 characters
-    "The first two lines of a compiler's error; the first often names the backend only."
-    return " ".join((str(e) or type(e).__name__).splitlines()[:2])[:120]
-
-# %% ../../nbs/training/620_memory.ipynb #a63dd5c8
-@dataclass
-class _StepProbe:
-    "A training step and a validation on random photos, for `step_probe`."
-
-    net: nn.Module  # a copy of the network
-    opt: torch.optim.Optimizer  # of its parameters
-    criterion: nn.Module  # the loss
-    num_classes: int  # of the head
-    img_size: int  # side, pixels
-    dtype: torch.dtype | None  # of autocast
-    layout: torch.memory_format  # of the batches
-    share: Callable[[], float]  # share of memory that was used
-    log: logging.Logger | None  # a line if the compiler fails
-
-    def __post_init__(self):
-        self.device, self.random = next(self.net.parameters()).device, rng_state()
-
-    def step(self, bs: int, fp16: bool) -> None:
-        "Forward, backward, optimizer step, validation."
-        size = self.img_size
-        x = torch.randn(bs, 3, size, size, device=self.device).to(memory_format=self.layout)
-        y = torch.randint(0, self.num_classes, (bs,), device=self.device)
-        dtype = torch.float16 if fp16 else self.dtype or torch.bfloat16
-        with torch.autocast(self.device.type, dtype, enabled=fp16 or self.dtype is not None):
-            out = self.net.train()(x)
-        self.criterion(out.float(), y).backward()
-        self.opt.step()
-        self.opt.zero_grad()
-        with torch.no_grad(), full_fp32():
-            self.net.eval()(x)
-
-    def step_or_eager(self, bs: int, fp16: bool) -> None:
-        "The step; without compiling from now on if the compiler fails."
-        try:
-            self.step(bs, fp16)
-        except Exception as e:
-            if is_oom(e) or not _is_compiled(self.net):
-                raise
-            why = compiler_said(e)
-        else:
-            return
-        log_decision(
-            self.log, f"batch: the search measures steps that are not compiled, because the compiler failed ({why})"
-        )
-        self.net._compiled_call_impl = None
-        self.step(bs, fp16)
-
-    def __call__(self, bs: int, fp16: bool) -> float:
-        "Share of memory at the step's peak."
-        reset_peak()
-        try:
-            self.step_or_eager(bs, fp16)
-        finally:
-            set_rng_state(self.random)
-            self.opt.zero_grad()
-        return self.share()
-
-# %% ../../nbs/training/620_memory.ipynb #5608811a
-def step_probe(  # noqa: PLR0913 - what training knows of its step
-    model: nn.Module,  # as it will be trained, on its device
-    criterion: nn.Module,  # the loss
-    num_classes: int,  # of the head
-    img_size: int,  # side, pixels
-    optimizer: Callable[[Any], torch.optim.Optimizer],  # parameters → optimizer
-    dtype: torch.dtype | None = None,  # of autocast
-    ema: bool = False,  # whether a moving average is kept
-    channels_last: bool = False,  # memory format
-    share: Callable[[], float] = memory_share,  # share of memory that was used
-    compiled: Mapping[str, str] | None = None,  # arguments of torch.compile; None = training does not compile
-    grad_checkpointing: bool = False,  # whether training uses gradient checkpointing
-    log: logging.Logger | None = None,  # a line if the compiler fails
-) -> Callable[[int, bool], float]:
-    "A training step and a validation on a copy of the network; returns the peak share of memory."
-    net = deepcopy(model)
-    if grad_checkpointing:
-        with suppress(AttributeError, AssertionError):
-            net.set_grad_checkpointing(True)  # if the network does not support it, `speed_up` logs so later
-    if compiled:
-        net.compile(**compiled)
-    if ema:
-        net.average = [v.detach().clone() for v in model.state_dict().values()]  # uses memory as in training
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    opt = optimizer(net.parameters())
-    return _StepProbe(net, opt, criterion, num_classes, img_size, dtype, layout, share, log)

@@ -15,8 +15,10 @@ from typing import Literal
 from fastai.callback.core import Callback
 
 # %% ../../nbs/training/605_schedules.ipynb #23e22219
+from .monitoring import History, monitored
+
 from ..core.logs import log_decision
-from .callbacks import History, Precision, monitored
+from .callbacks import Precision
 
 # %% ../../nbs/training/605_schedules.ipynb #444ea9eb
 def warm_up(

@@ -88,7 +88,7 @@ MUTATIONS: list[Mutation] = [
     ),
     Mutation(
         "the clock marks drugs with a value from the host",
-        "pillsnap/training/callbacks.py",
+        "pillsnap/training/monitoring.py",
         "self.drugs.index_fill_(0, labels, True)",
         "self.drugs[labels] = True",
         "tests/test_gpu_path.py::test_the_clock_marks_drugs_without_waiting",
@@ -269,7 +269,7 @@ MUTATIONS: list[Mutation] = [
     ),
     Mutation(
         "the batch that is found is no point in TensorBoard",
-        "pillsnap/training/memory.py",
+        "pillsnap/training/batchsearch.py",
         "    if tb:",
         "    if False:",
         "tests/test_gpu_engine.py::test_the_batch_that_is_found_is_a_point",
@@ -290,7 +290,7 @@ MUTATIONS: list[Mutation] = [
     ),
     Mutation(
         "the rehearsal compiles another memory layout",
-        "pillsnap/training/learner.py",
+        "pillsnap/training/compilation.py",
         "torch.channels_last if self.channels_last else torch.contiguous_format",
         "torch.contiguous_format",
         "tests/test_gpu_engine.py::test_training_compiles_nothing_that_was_not_rehearsed",
