@@ -29,10 +29,6 @@ from typing import Any
 import numpy as np
 
 # %% ../nbs/930_aliases.ipynb #391dd464
-from .training.batchsearch import auto_find_batch_size
-from .training.compilation import try_compile
-from .training.monitoring import early_stopping
-
 from .core.checkpoints import load_ckpt, save_ckpt
 from .core.config import load_config
 from .core.device import cuda_mem_mb, enable_tf32, select_amp_dtype, set_seed
@@ -71,10 +67,13 @@ from .models.metrics import detection_ap
 from .models.pipeline import DetectorRunner, Pipeline, Thresholds
 from .models.yolo import build_criterion_detection, build_yolo_model
 from .photos.augmentation import build_transforms_classification, build_transforms_detection
+from .training.batchsearch import auto_find_batch_size
 from .training.classifier import train_classification_stage
+from .training.compilation import try_compile
 from .training.detector import score_detector, train_detection_stage
 from .training.learner import build_optimizer, build_scheduler, validate_classification
 from .training.memory import oom_recovery_state_machine
+from .training.monitoring import early_stopping
 from pillsnap.training.presets import (
     apply_stage_overrides,
     enable_large_dataset_optimizations,

@@ -468,9 +468,9 @@ def test_the_time_is_asked_for_rarely(monkeypatch):
     an epoch, two when a fit begins."""
     from accelerate import Accelerator
     from fastai.callback.core import TrainEvalCallback
-    from pillsnap.training.monitoring import Clock, History
 
     from pillsnap.training.callbacks import Accumulate, PillLearner, PillLoaders, Unpack, Validate
+    from pillsnap.training.monitoring import Clock, History
 
     sent = []
     monkeypatch.setattr(distributed, "broadcast_object_list", lambda objects: sent.append(objects) or objects)

@@ -285,9 +285,8 @@ EVERYTHING = (
 def test_no_step_fetches_a_number(monkeypatch):
     """What would stop a GPU at every step (item, float, cpu, bool) is not called more often when an epoch has three
     times as many."""
-    from pillsnap.training.monitoring import Progress, StepLog
-
     from pillsnap.core.logs import build_logger
+    from pillsnap.training.monitoring import Progress, StepLog
 
     seen = []
     for name in ("item", "__float__", "__bool__", "__int__", "cpu", "tolist", "numpy"):

@@ -12,7 +12,6 @@ from fastai.callback.core import TrainEvalCallback
 from fastai.optimizer import OptimWrapper
 from gpu_stand_in import HostReads, StandInGpu
 from PIL import Image
-from pillsnap.training.monitoring import AsyncScalar, Clock, History
 from torch import nn
 from torchvision.transforms import v2
 
@@ -26,6 +25,7 @@ from pillsnap.models.neighbours import embed_photos, nearest
 from pillsnap.photos.augmentation import _OPS, COL, DRAWS, TimmPolicy, build_transforms_classification, randaugment_ops
 from pillsnap.photos.images import IMAGENET_MEAN, IMAGENET_STD
 from pillsnap.training.callbacks import PillLearner, PillLoaders, Unpack, Validate, batch_mass
+from pillsnap.training.monitoring import AsyncScalar, Clock, History
 
 OFF = {"randaugment": False, "hflip": False, "color_jitter": (0.0, 0.0, 0.0, 0.0)}
 SETTINGS = {
@@ -385,10 +385,10 @@ def test_vectors_are_read_once_a_pass():
 @pytest.mark.spec("CT19")
 def test_no_step_of_a_training_reads_a_number():
     "As many reads in an epoch of 18 batches as in one of 6: ours, fastai's and the optimizer's, in Python and in C++."
-    from pillsnap.training.monitoring import Progress, StepLog
     from test_engine import EVERYTHING, toy_learner
 
     from pillsnap.core.logs import build_logger
+    from pillsnap.training.monitoring import Progress, StepLog
 
     def reads(batches: int) -> list:
         learn = toy_learner(batches, *EVERYTHING)

@@ -18,12 +18,11 @@ import torch
 from torch import nn
 
 # %% ../../nbs/training/624_batchsearch.ipynb #8ce81315
-from .compilation import compiler_said
-
 from ..core.checkpoints import rng_state, set_rng_state
 from ..core.device import full_fp32, is_oom, oom_reason, release_memory
 from ..core.errors import PillsnapError
 from ..core.logs import TBWriter, log_decision
+from .compilation import compiler_said
 from .memory import is_compiled, memory_share, reset_peak
 
 # %% ../../nbs/training/624_batchsearch.ipynb #5207b945

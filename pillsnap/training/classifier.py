@@ -29,10 +29,6 @@ from fastcore.basics import patch
 from torch import nn
 
 # %% ../../nbs/training/640_classifier.ipynb #4215343a
-from .batchsearch import auto_find_batch_size, step_probe
-from .compilation import compile_arguments, compile_mode
-from .monitoring import early_stopping, monitored
-
 from ..core.checkpoints import load_ckpt, save_ckpt
 from ..core.device import enable_tf32, pick_device, select_amp_dtype, set_seed
 from ..core.errors import PillsnapError
@@ -60,7 +56,9 @@ from ..models.losses import build_criterion, class_counts
 from ..models.metrics import confusion_pairs, per_class
 from ..photos.caches import PhotoCache, box_of
 from ..photos.images import IMAGENET_MEAN, IMAGENET_STD, crop_view, open_image_safely
+from .batchsearch import auto_find_batch_size, step_probe
 from .callbacks import PillLearner
+from .compilation import compile_arguments, compile_mode
 from pillsnap.training.learner import (
     Outputs,
     build_learner,
@@ -72,6 +70,7 @@ from pillsnap.training.learner import (
     validate_classification,
 )
 from .memory import memory_share
+from .monitoring import early_stopping, monitored
 from .presets import stage_settings
 from .saving import average_weights, kept_epochs, refresh_batchnorm, restore, stoppable
 from .warmstart import warm_start

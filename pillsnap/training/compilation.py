@@ -19,9 +19,9 @@ from fastai.callback.core import Callback
 from torch import nn
 
 # %% ../../nbs/training/622_compilation.ipynb #2c1dab0f
-from ..core.config import Config
 from ..core.device import full_fp32, release_memory
 from ..core.logs import TBWriter, log_decision
+from ..core.settings import Config
 from ..dataset.loaders import photos_per_batch
 from .callbacks import Accumulate
 from .margins import freeze_backbone

@@ -28,8 +28,6 @@ import torch
 from fastcore.basics import patch
 
 # %% ../../nbs/training/650_detector.ipynb #e5debbcd
-from .monitoring import NAN_LOSS, early_stopping, merge_metrics
-
 from ..core.checkpoints import load_ckpt, rng_state, save_ckpt, set_rng_state
 from ..core.config import config_diff
 from ..core.device import cuda_mem_mb, pick_device, select_amp_dtype, without_kernel_search
@@ -48,6 +46,7 @@ from ..models.yolo import PILL, build_yolo_model, load_ultralytics, open_detecto
 from ..photos.boxes import from_yolo, xywh_to_xyxy
 from ..photos.images import open_image_safely, resize
 from .memory import OomState, memory_points, memory_share, reset_peak
+from .monitoring import NAN_LOSS, early_stopping, merge_metrics
 from .presets import stage_settings
 
 # %% ../../nbs/training/650_detector.ipynb #66268a29

@@ -20,8 +20,6 @@ from fastai.callback.core import Callback
 from fastcore.basics import patch
 
 # %% ../../nbs/training/660_interleaved.ipynb #f2a1cb63
-from .monitoring import EarlyStop
-
 from ..core.checkpoints import rng_state, set_rng_state
 from ..core.errors import PillsnapError
 from ..core.files import save_json
@@ -31,6 +29,7 @@ from ..core.settings import Config
 from ..dataset.splits import smoke_splits
 from .classifier import ClassifierJob
 from .detector import DetectorJob
+from .monitoring import EarlyStop
 
 # %% ../../nbs/training/660_interleaved.ipynb #6e460de9
 SIDES = ("detector", "classifier")

@@ -23,14 +23,12 @@ from fastai.optimizer import OptimWrapper
 from torch import nn
 
 # %% ../../nbs/training/630_learner.ipynb #46d0121d
-from .compilation import Mode, OwnGradients, speed_up
-from .monitoring import Clock, EarlyStop, History, Progress, StepLog, early_stopping, monitored
-
 from ..core.checkpoints import find_ckpt, load_ckpt
-from ..core.config import Config, config_diff
+from ..core.config import config_diff
 from ..core.device import select_amp_dtype
 from ..core.errors import PillsnapError
 from ..core.logs import TBWriter, log_decision
+from ..core.settings import Config
 from ..models.mixing import Mixer
 from pillsnap.training.callbacks import (
     Accumulate,
@@ -44,8 +42,10 @@ from pillsnap.training.callbacks import (
     Unpack,
     Validate,
 )
+from .compilation import Mode, OwnGradients, speed_up
 from .margins import head_callbacks
 from .memory import OomGuard
+from .monitoring import Clock, EarlyStop, History, Progress, StepLog, early_stopping, monitored
 from .saving import Checkpoint, Stall, restore
 from .schedules import Plateau, Schedule, cosine_lr, onecycle_lr, restarts_lr, warm_up
 

@@ -24,13 +24,13 @@ from torch import nn
 
 # %% ../../nbs/training/620_memory.ipynb #fc0e8277
 from ..core.checkpoints import rng_state, set_rng_state
-from ..core.config import OomPolicy
 from ..core.device import is_oom
 from ..core.device import oom_reason as reason
 from ..core.device import release_memory as release
 from ..core.errors import PillsnapError
 from ..core.logs import TBWriter, log_decision
 from ..core.processes import memory_mb
+from ..core.settings import OomPolicy
 from .callbacks import Accumulate, PillLearner
 
 # %% ../../nbs/training/620_memory.ipynb #1482e3da

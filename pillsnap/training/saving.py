@@ -26,14 +26,13 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 # %% ../../nbs/training/625_saving.ipynb #c69bb46b
-from .monitoring import Clock, History, StepLog, early_stopping, monitored
-
 from ..core.checkpoints import load_ckpt, rng_state, save_ckpt, set_rng_state
 from ..core.errors import PillsnapError
 from ..core.logs import log_decision
 from ..core.settings import Saving
 from ..dataset.loaders import worker_gone
 from .callbacks import Accumulate, PillLearner, Unpack
+from .monitoring import Clock, History, StepLog, early_stopping, monitored
 
 # %% ../../nbs/training/625_saving.ipynb #c2b55ddc
 @patch

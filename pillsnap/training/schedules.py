@@ -15,10 +15,9 @@ from typing import Literal
 from fastai.callback.core import Callback
 
 # %% ../../nbs/training/605_schedules.ipynb #23e22219
-from .monitoring import History, monitored
-
 from ..core.logs import log_decision
 from .callbacks import Precision
+from .monitoring import History, monitored
 
 # %% ../../nbs/training/605_schedules.ipynb #444ea9eb
 def warm_up(
