@@ -50,8 +50,8 @@ from pillsnap.dataset.loaders import (
     build_classification_loaders,
     build_dataloaders_by_mode,
     build_dataloaders_twostage,
-    preload_stage_data,
 )
+from .dataset.sources import preload_stage_data
 from pillsnap.evaluation.advisor import (
     evaluate_and_recommend,
     generate_optimization_suggestions,
@@ -68,9 +68,9 @@ from .models.pipeline import DetectorRunner, Pipeline, Thresholds
 from .models.yolo import build_criterion_detection, build_yolo_model
 from .photos.augmentation import build_transforms_classification, build_transforms_detection
 from .training.batchsearch import auto_find_batch_size
-from .training.classifier import train_classification_stage
 from .training.compilation import try_compile
-from .training.detector import score_detector, train_detection_stage
+from .training.detector import train_detection_stage
+from .training.detector_metrics import score_detector
 from .training.learner import build_optimizer, build_scheduler, validate_classification
 from .training.memory import oom_recovery_state_machine
 from .training.monitoring import early_stopping
@@ -79,6 +79,7 @@ from pillsnap.training.presets import (
     enable_large_dataset_optimizations,
     enable_small_dataset_optimizations,
 )
+from .training.trainer import train_classification_stage
 
 # %% ../nbs/930_aliases.ipynb #68dfdc0e
 safe_collate_cls = safe_collate_classification = safe_collate

@@ -20,8 +20,10 @@ from ..core.device import enable_tf32, pick_device, select_amp_dtype, set_seed
 from ..core.logs import TBWriter, log_decision
 from ..core.settings import Config, StageOverride, TrainClassification
 from ..dataset.loaders import batch_size_of
-from .learner import build_optimizer, compile_arguments, compile_mode
-from .memory import auto_find_batch_size, memory_share, step_probe
+from .batchsearch import auto_find_batch_size, step_probe
+from .compilation import compile_arguments, compile_mode
+from .learner import build_optimizer
+from .memory import memory_share
 
 # %% ../../nbs/training/636_batchsize.ipynb #e8dbe83c
 def configure_device(

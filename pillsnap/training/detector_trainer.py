@@ -33,10 +33,10 @@ from ..core.logs import STEP_TAGS, StepTimer, log_decision, step_line, with_tags
 from ..core.settings import Config
 from ..models.yolo import PILL, build_yolo_model
 from . import detector_data
-from .callbacks import NAN_LOSS, early_stopping, merge_metrics
 from .detector_data import with_ultralytics
 from .detector_settings import TrainPlan
 from .memory import OomState, memory_points, memory_share, reset_peak
+from .monitoring import NAN_LOSS, early_stopping, merge_metrics
 
 # %% ../../nbs/training/646_detector_trainer.ipynb #a62227c1
 class PillTraining:

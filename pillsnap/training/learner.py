@@ -28,7 +28,7 @@ from ..core.config import config_diff
 from ..core.device import select_amp_dtype
 from ..core.errors import PillsnapError
 from ..core.logs import TBWriter, log_decision
-from ..core.settings import Config
+from ..core.settings import Config, setting
 from ..models.mixing import Mixer
 from pillsnap.training.callbacks import (
     Accumulate,
@@ -290,15 +290,9 @@ def _run_settings(
     tree: Mapping[str, Any],  # a configuration as a plain tree
 ) -> dict[str, Any]:  # only what changes the classifier
     "The settings that must be equal to resume a run."
-
-    def get(node: Any, dotted: str) -> Any:
-        for part in dotted.split("."):
-            node = node[part]
-        return node
-
     settings = {}
     for s in SHAPING:
-        node = get(tree, s)
+        node = setting(tree, s)
         if isinstance(node, Mapping):
             node = {k: v for k, v in node.items() if f"{s}.{k}" not in FREE}
         settings[s] = node

@@ -30,7 +30,7 @@ from ..core.checkpoints import load_ckpt, rng_state, save_ckpt, set_rng_state
 from ..core.errors import PillsnapError
 from ..core.logs import log_decision
 from ..core.settings import Saving
-from ..dataset.loaders import worker_gone
+from ..dataset.photoloader import worker_gone
 from .callbacks import Accumulate, PillLearner, Unpack
 from .monitoring import Clock, History, StepLog, early_stopping, monitored
 

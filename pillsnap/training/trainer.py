@@ -30,7 +30,7 @@ from ..models.heads import head_spec
 from ..models.losses import build_criterion, class_counts
 from ..photos.caches import PhotoCache
 from .batchsize import _with_batch_size, choose_batch_size, configure_device
-from .callbacks import PillLearner, early_stopping, monitored
+from .callbacks import PillLearner
 from pillsnap.training.learner import (
     Outputs,
     build_learner,
@@ -40,6 +40,7 @@ from pillsnap.training.learner import (
     total_steps,
     validate_classification,
 )
+from .monitoring import early_stopping, monitored
 from .presets import stage_settings
 from .saving import average_weights, kept_epochs, refresh_batchnorm, restore, stoppable
 from .warmstart import warm_start
