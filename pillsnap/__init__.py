@@ -22,7 +22,7 @@ _HOME = {  # public name → the module that defines it
     "load_config": "core.config",
     "run": "runs",
     "load_run": "runs",
-    "load_splits": "dataset.splits",
+    "load_splits": "dataset.splitfiles",
     "load_bundle": "deployment.runtime",
     "predict_photos": "deployment.batch",
     "read_manifest": "delivery.index",

@@ -277,7 +277,7 @@ def pack(
     workers: Annotated[int | None, typer.Option(help="processes; default: the CPU count", min=1)] = None,
 ) -> None:
     "Write a stage's photos, made small, into a few files with checksums; an interrupted pack is continued."
-    from pillsnap.dataset.splits import load_split_data
+    from pillsnap.dataset.splitfiles import load_split_data
     from pillsnap.photos.pack import pack_command
 
     cfg = load_config(run_config(run_dir), [f"pack.codec={codec}"] if codec else [])

@@ -13,7 +13,8 @@ from pillsnap.core.checkpoints import load_ckpt
 from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.jobs import RunFolder
-from pillsnap.dataset.splits import load_split_data, smoke_splits
+from pillsnap.dataset.splitfiles import load_split_data
+from pillsnap.dataset.splits import smoke_splits
 from pillsnap.photos.caches import View, cached_view
 from pillsnap.photos.images import open_image_safely
 from pillsnap.training.learner import Outputs

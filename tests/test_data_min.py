@@ -24,7 +24,8 @@ from pillsnap.dataset import loaders as L
 from pillsnap.dataset.photoloader import PhotoLoader, init_worker
 from pillsnap.dataset.sampling import EpochSampler, balanced_weights
 from pillsnap.dataset.sources import train_rows
-from pillsnap.dataset.splits import SplitsJob, load_split_data
+from pillsnap.dataset.splitfiles import load_split_data
+from pillsnap.dataset.splits import SplitsJob
 from pillsnap.delivery.classmap import ClassMap
 from pillsnap.photos import caches as C
 from pillsnap.photos.augmentation import DRAWS, build_transforms_classification, randaugment_ops, risky_settings

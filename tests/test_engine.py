@@ -17,7 +17,8 @@ from pillsnap.core.errors import PillsnapError
 from pillsnap.core.files import read_json, save_json
 from pillsnap.core.jobs import RunFolder, read_record, record_path
 from pillsnap.core.records import Provenance
-from pillsnap.dataset.splits import load_split_data, smoke_splits
+from pillsnap.dataset.splitfiles import load_split_data
+from pillsnap.dataset.splits import smoke_splits
 from pillsnap.evaluation.advisor import Check
 from pillsnap.evaluation.gates import STAGE_TARGETS, Status, simple_stage_evaluation
 from pillsnap.evaluation.scorecard import time_cap

@@ -21,7 +21,7 @@ from pillsnap.core.errors import PillsnapError
 from pillsnap.core.files import read_json, save_json, sha256_file
 from pillsnap.core.jobs import RunFolder, record_path
 from pillsnap.core.records import Metric, Provenance
-from pillsnap.dataset.splits import SplitData, load_split_data
+from pillsnap.dataset.splitfiles import SplitData, load_split_data
 from pillsnap.delivery.classmap import ClassMap
 from pillsnap.evaluation import checks as K
 from pillsnap.evaluation import evaluation as E

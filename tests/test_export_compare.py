@@ -18,7 +18,7 @@ from pillsnap.core.errors import PillsnapError
 from pillsnap.core.files import read_json, save_json, sha256_file
 from pillsnap.core.jobs import RunFolder
 from pillsnap.core.records import Metric
-from pillsnap.dataset.splits import load_split_data
+from pillsnap.dataset.splitfiles import load_split_data
 from pillsnap.delivery.classmap import ClassMap
 from pillsnap.deployment import comparison as C
 from pillsnap.deployment import export as E

@@ -8,7 +8,8 @@ from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.files import read_json, save_json
 from pillsnap.core.jobs import RunFolder, read_record
-from pillsnap.dataset.splits import SplitsJob, load_split_data, smoke_splits
+from pillsnap.dataset.splitfiles import load_split_data
+from pillsnap.dataset.splits import SplitsJob, smoke_splits
 
 SYNTH = dict(drugs=6, photos=48, combos=4, seed=42, width=160, height=208)
 # Only what a CPU needs: a small network, small photos, few epochs, a rate for few steps. All else is the preset's.

@@ -17,7 +17,8 @@ from pillsnap.core.errors import PillsnapError
 from pillsnap.core.files import read_json, save_text, sha256_file
 from pillsnap.core.jobs import RunFolder, run_id
 from pillsnap.core.records import Metric
-from pillsnap.dataset.splits import SplitsJob, load_split_data, smoke_splits
+from pillsnap.dataset.splitfiles import load_split_data
+from pillsnap.dataset.splits import SplitsJob, smoke_splits
 from pillsnap.evaluation import heldout as H
 from pillsnap.evaluation.final import RESULTS, UNKNOWN_DRUGS, final_test_evaluation
 from pillsnap.evaluation.ledger import append_ledger, read_ledger, record_decision

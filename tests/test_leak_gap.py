@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from pillsnap.core.config import load_config
 from pillsnap.core.records import Provenance
 from pillsnap.dataset.loaders import validation_loader
-from pillsnap.dataset.splits import SplitData, make_splits
+from pillsnap.dataset.splitfiles import SplitData, make_splits
 from pillsnap.delivery.classmap import ClassMap
 from pillsnap.training.leakgap import groups_on_both_sides, image_level_data, leak_gap_record
 

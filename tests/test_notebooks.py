@@ -236,6 +236,7 @@ LIGHT = [
     "pillsnap.core.config",
     "pillsnap.dataset.overlay",
     "pillsnap.dataset.duplicates",
+    "pillsnap.dataset.splitfiles",
     "pillsnap.dataset.splits",
     "pillsnap.dataset.audit",
     "pillsnap.dataset.triage",

@@ -554,7 +554,7 @@ def test_the_command(delivery, tmp_path, capsys, monkeypatch):
     "Estimate, build, build again: by the command line, from a run's own splits and configuration."
     from pillsnap.cli import PIPELINE, main
     from pillsnap.core.runner import run_pipeline
-    from pillsnap.dataset.splits import load_split_data
+    from pillsnap.dataset.splitfiles import load_split_data
 
     run = tmp_path / "run"
     for stage in ("conversion", "splits"):

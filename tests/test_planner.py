@@ -173,7 +173,8 @@ def test_no_photo_of_a_sealed_group_is_opened(delivery, tmp_path):
     """The whole probe under an audit hook, with every unsealed photo asked for; then a run of which everything is
     sealed."""
     from pillsnap.dataset.conversion import convert_delivery, read_manifest
-    from pillsnap.dataset.splits import SplitsJob, sealed_groups
+    from pillsnap.dataset.splitfiles import sealed_groups
+    from pillsnap.dataset.splits import SplitsJob
 
     run = tmp_path / "run"
     convert_delivery(delivery, run)

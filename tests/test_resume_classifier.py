@@ -14,7 +14,8 @@ from pillsnap.core.checkpoints import load_ckpt
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.files import read_json
 from pillsnap.core.jobs import read_record
-from pillsnap.dataset.splits import SplitsJob, load_split_data
+from pillsnap.dataset.splitfiles import load_split_data
+from pillsnap.dataset.splits import SplitsJob
 from pillsnap.training.classifier import ClassifierJob
 
 EPOCHS = 5

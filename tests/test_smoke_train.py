@@ -11,7 +11,8 @@ from pillsnap.core.config import load_config
 from pillsnap.core.files import read_json
 from pillsnap.core.jobs import RunFolder, read_record
 from pillsnap.core.records import Metric
-from pillsnap.dataset.splits import load_split_data, smoke_splits
+from pillsnap.dataset.splitfiles import load_split_data
+from pillsnap.dataset.splits import smoke_splits
 from pillsnap.training.classifier import ClassifierJob
 
 FLAGS = (

@@ -13,19 +13,24 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pillsnap.core.errors import PillsnapError
-from pillsnap.dataset import splits as S
-from pillsnap.dataset.splits import (
-    StageQuota,
-    group_keys,
-    image_level_split,
+from pillsnap.dataset import splitfiles
+from pillsnap.dataset.assignment import image_level_split
+from pillsnap.dataset.families import drop_small_photos, photo_id, stage_quotas
+from pillsnap.dataset.grouping import group_keys, hold_out_drugs, tidy_records
+from pillsnap.dataset.roles import StageQuota
+from pillsnap.dataset.splitfiles import (
     load_split_data,
     load_splits,
     make_splits,
-    tidy_records,
+    seal_groups,
+    sealed_groups,
+    write_splits,
 )
+from pillsnap.dataset.splits import SplitsJob, write_detector_tree
+from pillsnap.delivery.index import read_manifest
 
 QUIET = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
-logging.getLogger("pillsnap.splits").addFilter(
+logging.getLogger("pillsnap.dataset.assignment").addFilter(
     lambda r: r.levelno > logging.WARNING
 )  # the notices are asserted as `notes`
 
@@ -285,12 +290,12 @@ def test_the_four_stages_bring_their_combos():
     from pillsnap.core.config import load_config
 
     def of(*more):
-        return [(q.stage, q.max_combos) for q in S.stage_quotas(load_config("two_stage", list(more)))]
+        return [(q.stage, q.max_combos) for q in stage_quotas(load_config("two_stage", list(more)))]
 
     assert of() == [(1, 500), (2, 2500), (3, 10_000), (4, None)]
     assert of("data.progressive_validation.stage_2.max_combos=700")[1] == (2, 700)
     for demo in ("demo", "smoke"):
-        assert [(q.stage, q.max_combos) for q in S.stage_quotas(load_config(demo))] == [(0, None)], (
+        assert [(q.stage, q.max_combos) for q in stage_quotas(load_config(demo))] == [(0, None)], (
             "the demo's combos are few and all teach"
         )
 
@@ -334,13 +339,13 @@ def test_sealed_groups_are_the_same_in_every_stage_and_hold_no_photo_name(tmp_pa
     quotas = [StageQuota(1, 50, 3), StageQuota(2, 300, 10)]
     seals = []
     for q in quotas:
-        S.write_splits(
+        write_splits(
             make_splits(full(), quotas=quotas, stage=q.stage), tmp_path / f"stage{q.stage}", sealed_in=tmp_path
         )
         seals.append((tmp_path / "test_known.csv").read_text())
     assert seals[0] == seals[1] and ".png" not in seals[0] and len(seals[0].splitlines()) > 15
     with pytest.raises(PillsnapError, match="seal other groups"):
-        S.seal_groups(make_splits(full(), seed=7), tmp_path)
+        seal_groups(make_splits(full(), seed=7), tmp_path)
     assert (tmp_path / "test_known.csv").read_text() == seals[0]
 
 
@@ -379,7 +384,7 @@ def test_an_interrupted_write_leaves_nothing_that_vouches(tmp_path, monkeypatch)
     "splits.json goes first and comes last: a half-written folder is no split."
     make_splits(full(), persist_path=tmp_path / "splits.json")
     monkeypatch.setattr(
-        S,
+        splitfiles,
         "_write_table",
         lambda df, path: (
             (_ for _ in ()).throw(OSError("disk full")) if "val" in path.name else df.to_csv(path, index=False)
@@ -432,7 +437,7 @@ def run(tmp_path_factory, delivery):
 
     root = tmp_path_factory.mktemp("splits") / "run"
     convert_delivery(delivery, root)
-    job = S.SplitsJob(run_dir=str(root), config="smoke")
+    job = SplitsJob(run_dir=str(root), config="smoke")
     return root, job.run()
 
 
@@ -479,7 +484,7 @@ def test_the_detector_sees_the_stage_and_only_it(run, tmp_path):
     folder = RunFolder(copy)
 
     def seen():
-        y, data = S.write_detector_tree(folder, 0), load_split_data(copy, 0)
+        y, data = write_detector_tree(folder, 0), load_split_data(copy, 0)
         for part in ("train", "val"):
             names = {p.stem for p in (y / "images" / part).iterdir()}
             assert (
@@ -491,7 +496,7 @@ def test_the_detector_sees_the_stage_and_only_it(run, tmp_path):
         return y.stat().st_ino, len(list((y / "images" / "train").iterdir()))
 
     (first, n), (again, _) = seen(), seen()
-    S.SplitsJob(
+    SplitsJob(
         run_dir=str(copy),
         config="smoke",
         overrides=("data.progressive_validation.stage_0.max_samples=60",),
@@ -529,7 +534,7 @@ def test_four_stages_in_one_folder(run):
     ]
 
     def cut(stage, *more, **kw):
-        return S.SplitsJob(
+        return SplitsJob(
             run_dir=str(root),
             config="smoke",
             overrides=(*sizes, "evaluation.min_eval_samples=8", *more),
@@ -552,7 +557,7 @@ def test_four_stages_in_one_folder(run):
 
 @pytest.mark.spec("CF5")
 def test_one_drug_alone_stops_in_words(run, tmp_path):
-    from pillsnap.dataset.conversion import read_manifest, write_manifest
+    from pillsnap.delivery.index import write_manifest
 
     root, _ = run
     df, head = read_manifest(root / "manifest.csv")
@@ -562,14 +567,14 @@ def test_one_drug_alone_stops_in_words(run, tmp_path):
         tmp_path / "manifest.csv",
     )
     with pytest.raises(PillsnapError, match="single photos of 1 drug: telling drugs apart needs two"):
-        S.SplitsJob(run_dir=str(tmp_path), config="smoke").run()
+        SplitsJob(run_dir=str(tmp_path), config="smoke").run()
     assert not (tmp_path / "artifacts" / "stage0").exists()
 
 
 @pytest.mark.spec("BX1")
 def test_a_knot_of_duplicates_stops_and_shows(run, tmp_path):
     "Every photo of one drug the same: its groups are tied, the stage stops, the picture is there."
-    from pillsnap.dataset.conversion import read_manifest, write_manifest
+    from pillsnap.delivery.index import write_manifest
 
     root, _ = run
     df, head = read_manifest(root / "manifest.csv")
@@ -579,7 +584,7 @@ def test_a_knot_of_duplicates_stops_and_shows(run, tmp_path):
         df, {k: v for k, v in head.items() if k not in ("data_hash", "rows", "columns")}, tmp_path / "manifest.csv"
     )
     with pytest.raises(PillsnapError, match="duplicates tie 18 photos together"):
-        S.SplitsJob(run_dir=str(tmp_path), config="smoke", near_duplicates=False).run()
+        SplitsJob(run_dir=str(tmp_path), config="smoke", near_duplicates=False).run()
     assert (tmp_path / "reports" / "splits_duplicates.png").stat().st_size > 1000
 
 
@@ -591,7 +596,7 @@ def cut_again(run, to, *overrides):
     )
     head = json.loads((root / "manifest.json").read_text())
     (to / "manifest.json").write_text(json.dumps(head | {"root": str((root.resolve() / head["root"]).resolve())}))
-    res = S.SplitsJob(run_dir=str(to), config="smoke", overrides=overrides, near_duplicates=False).run()
+    res = SplitsJob(run_dir=str(to), config="smoke", overrides=overrides, near_duplicates=False).run()
     return load_split_data(to, 0), res
 
 
@@ -619,7 +624,7 @@ def test_the_job_seals_the_share_that_the_configuration_says(run, tmp_path):
         data, _ = cut_again(run, tmp_path / f"seal{ratio}", f"data.test_known_ratio={ratio}")
         sealed = data.header["counts"]["test"]["singles"]
         assert abs(sealed - ratio * 108) <= 3 and (ratio == 0) == (sealed == 0), (ratio, sealed)
-        assert len(S.sealed_groups(tmp_path / f"seal{ratio}")) == data.header["counts"]["test"]["groups"]
+        assert len(sealed_groups(tmp_path / f"seal{ratio}")) == data.header["counts"]["test"]["groups"]
 
 
 @pytest.mark.spec("SP4")
@@ -664,7 +669,7 @@ def test_left_out_drugs_are_nowhere_else(df, seed, share):
     if df["class_key"].nunique() < 2:
         return
     try:
-        known, out = S.hold_out_drugs(df, share, seed)
+        known, out = hold_out_drugs(df, share, seed)
     except PillsnapError as e:
         assert "one drug" in str(e)
         return
@@ -675,7 +680,7 @@ def test_left_out_drugs_are_nowhere_else(df, seed, share):
         and len(known) + len(out) == len(df)
         and not set(known["path"]) & set(out["path"])
     )
-    assert new <= set(S.hold_out_drugs(df, 0.95, seed)[1]["class_key"])
+    assert new <= set(hold_out_drugs(df, 0.95, seed)[1]["class_key"])
     tied = df[(df["kind"] == "single") & (df["dup_id"] != "")].groupby("dup_id")["class_key"].agg(set)
     assert all(not t & new or t <= new for t in tied)
 
@@ -707,7 +712,7 @@ def id_folders(draw):
                     path=f"{c}/{i:04d}_{v}.jpg",
                     class_key=c,
                     kind="single",
-                    group_id=S.photo_id(f"{c}/{i:04d}_{v}.jpg"),
+                    group_id=photo_id(f"{c}/{i:04d}_{v}.jpg"),
                     width=draw(st.sampled_from([200, 224, 300])),
                     height=400,
                 )
@@ -719,7 +724,7 @@ def id_folders(draw):
 @FEW
 @given(id_folders(), st.integers(0, 99))
 def test_an_id_is_in_one_split_and_a_small_photo_takes_its_id_along(df, seed):
-    kept, notes = S.drop_small_photos(df, 224)
+    kept, notes = drop_small_photos(df, 224)
     small = set(df.loc[df["width"] < 224, "group_id"])
     assert set(kept["group_id"]) == set(df["group_id"]) - small and bool(notes) == bool(small)
     if kept.empty:
@@ -746,7 +751,7 @@ def test_a_folder_of_ids_becomes_a_split(tmp_path):
                 )
 
     def job(*more):
-        return S.SplitsJob(
+        return SplitsJob(
             run_dir=str(tmp_path / "run"),
             config="smoke",
             overrides=(
@@ -759,7 +764,7 @@ def test_a_folder_of_ids_becomes_a_split(tmp_path):
 
     res = job().run()
     lists = json.loads((tmp_path / "run/artifacts/retrieval/splits.json").read_text())
-    ids = {k: {S.photo_id(r["path"]) for r in rows} for k, rows in lists.items()}
+    ids = {k: {photo_id(r["path"]) for r in rows} for k, rows in lists.items()}
     assert {k: len(v) for k, v in ids.items()} == {"train": 26, "val": 6, "test": 6} and len(
         set.union(*ids.values())
     ) == 38
@@ -767,11 +772,11 @@ def test_a_folder_of_ids_becomes_a_split(tmp_path):
     data = load_split_data(tmp_path / "run", 0)
     assert (
         data.class_map.keys == ("가나정", "다라정")
-        and not {S.photo_id(p) for p in pd.concat([data.train, data.pool])["path"]} & ids["test"]
+        and not {photo_id(p) for p in pd.concat([data.train, data.pool])["path"]} & ids["test"]
     )
     job("retrieval.min_image_size=64").run()
     assert "가007" in {
-        S.photo_id(r["path"])
+        photo_id(r["path"])
         for rows in json.loads((tmp_path / "run/artifacts/retrieval/splits.json").read_text()).values()
         for r in rows
     }
@@ -788,7 +793,7 @@ def test_the_narrow_family_writes_its_two_files(run, tmp_path):
     )
     head = json.loads((root / "manifest.json").read_text())
     (narrow / "manifest.json").write_text(json.dumps(head | {"root": str((root.resolve() / head["root"]).resolve())}))
-    S.SplitsJob(
+    SplitsJob(
         run_dir=str(narrow),
         config="smoke",
         overrides=("project.family=narrow", "evaluation.min_eval_samples=null"),
@@ -853,7 +858,7 @@ def decided(run, tmp_path):
     def cut(*decisions):
         for d in decisions:
             Overlay(copy).add(Decision(*d))
-        return copy, S.SplitsJob(run_dir=str(copy), config="smoke", near_duplicates=False).run()
+        return copy, SplitsJob(run_dir=str(copy), config="smoke", near_duplicates=False).run()
 
     return cut
 
@@ -865,7 +870,7 @@ def test_decisions_are_applied_before_the_split_and_counted(decided):
     from pillsnap.core.jobs import why_stale
 
     copy, _ = decided()
-    cfg = S.SplitsJob(run_dir=str(copy)).cfg
+    cfg = SplitsJob(run_dir=str(copy)).cfg
     assert why_stale(copy, "splits", cfg) is None
     raw, d = (copy / "manifest.csv").read_bytes(), load_split_data(copy, 0)
     one, two = (r for r in d.train.query("kind == 'single'").drop_duplicates("class_key").head(2).itertuples())
@@ -884,7 +889,7 @@ def test_decisions_are_applied_before_the_split_and_counted(decided):
     assert set(everything.loc[everything["path"] == two.path, "class_key"]) <= {one.class_key}
     assert not set(d.train["group_id"]) & set(d.pool["group_id"])
     assert not any("cut them again" in n or "cut it again" in n for n in res.notes)
-    S.SplitsJob(run_dir=str(copy), config="smoke", near_duplicates=False, stage_n=1).run()
+    SplitsJob(run_dir=str(copy), config="smoke", near_duplicates=False, stage_n=1).run()
     _, res = decided((two.path, two.class_key, "keep"))
     assert any("stage1 of this folder was cut from other photos or labels" in n for n in res.notes)
     from pillsnap.dataset.overlay import Decision, Overlay
@@ -901,10 +906,10 @@ def test_thumbnails_are_made_once(run, monkeypatch):
     from pillsnap.dataset import duplicates as D
 
     root, _ = run
-    df = tidy_records(S.read_manifest(root / "manifest.csv")[0])
+    df = tidy_records(read_manifest(root / "manifest.csv")[0])
     singles, opened, real = df[df["kind"] == "single"], [], D.thumbnail_of
     monkeypatch.setattr(D, "thumbnail_of", lambda p, b: opened.append(p) or real(p, b))
-    delivery_root = S.read_manifest(root / "manifest.csv")[1]["root"]
+    delivery_root = read_manifest(root / "manifest.csv")[1]["root"]
 
     def look():
         return D.update_thumbnails(
@@ -980,7 +985,7 @@ def test_thumbnails_survive_a_line_that_was_cut_off(run, tmp_path):
     undisturbed one gives."""
     from pillsnap.dataset import duplicates as D
 
-    df, head = S.read_manifest(run[0] / "manifest.csv")
+    df, head = read_manifest(run[0] / "manifest.csv")
     few = df[df["kind"] == "single"].head(3)
 
     def look():
@@ -1005,6 +1010,6 @@ def test_two_searches_in_one_folder_do_not_mix(run, tmp_path):
     from pillsnap.core.files import FolderLock
     from pillsnap.dataset import duplicates as D
 
-    df, head = S.read_manifest(run[0] / "manifest.csv")
+    df, head = read_manifest(run[0] / "manifest.csv")
     with FolderLock(tmp_path), pytest.raises(PillsnapError, match="another run holds this folder"):
         D.find_duplicates(tidy_records(df).head(4), head["root"], tmp_path, progress=False)

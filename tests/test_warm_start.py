@@ -10,7 +10,8 @@ from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.files import read_json, sha256_file
 from pillsnap.core.jobs import RunFolder, read_record
-from pillsnap.dataset.splits import load_split_data, smoke_splits
+from pillsnap.dataset.splitfiles import load_split_data
+from pillsnap.dataset.splits import smoke_splits
 from pillsnap.models.factory import load_classifier
 from pillsnap.training.classifier import ClassifierJob
 from pillsnap.training.learner import Outputs

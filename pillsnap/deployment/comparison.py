@@ -23,7 +23,7 @@ import numpy as np
 # %% ../../nbs/deployment/820_comparison.ipynb #c8d020b1
 from ..core.errors import PillsnapError
 from ..core.plots import COLOURS, colour_legend, draw_boxes, show_grid, use_house_style
-from ..dataset.splits import SplitData
+from ..dataset.splitfiles import SplitData
 from ..models.metrics import detection_ap, match_boxes
 from ..models.pipeline import detect, detector_input, softmax
 from ..photos.boxes import iou_matrix, xywh_to_xyxy

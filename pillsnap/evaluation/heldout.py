@@ -30,8 +30,9 @@ from ..core.jobs import RunFolder, run_id
 from ..core.records import Metric, Provenance
 from ..core.settings import Config
 from ..dataset.conversion import read_manifest
+from ..dataset.grouping import apply_decisions, tidy_records
 from ..dataset.loaders import validation_loader
-from ..dataset.splits import SplitData, apply_decisions, load_split_data, missing_photos, tidy_records
+from ..dataset.splitfiles import SplitData, load_split_data, missing_photos
 
 # %% ../../nbs/evaluation/780_heldout.ipynb #2343774f
 from .advisor import Advice, evaluate_and_recommend

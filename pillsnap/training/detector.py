@@ -24,7 +24,8 @@ from ..core.logs import log_decision
 from ..core.plots import save_fig
 from ..core.records import Provenance
 from ..core.settings import Config
-from ..dataset.splits import load_split_data, smoke_splits, write_detector_tree
+from ..dataset.splitfiles import load_split_data
+from ..dataset.splits import smoke_splits, write_detector_tree
 from ..delivery.capture import parse_name
 from ..models.yolo import PILL, load_ultralytics, open_detector, yolo_name
 from .detector_data import photos_in

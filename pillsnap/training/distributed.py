@@ -38,7 +38,7 @@ from ..core.jobs import Job, JobResult, RunFolder
 from ..core.logs import log_decision
 from ..core.processes import processes as fresh
 from ..core.settings import Config
-from ..dataset.splits import load_split_data
+from ..dataset.splitfiles import load_split_data
 from .callbacks import Accumulate, Unpack, batch_mass
 from .classifier import ClassifierJob
 from .detector import DetectorJob, detector_plan

@@ -32,7 +32,8 @@ from ..core.records import Provenance
 from ..core.settings import Config, DataLoaderConfig, TrainClassification
 from ..dataset.conversion import drug_names
 from ..dataset.loaders import validation_loader
-from ..dataset.splits import SplitData, load_split_data, smoke_splits
+from ..dataset.splitfiles import SplitData, load_split_data
+from ..dataset.splits import smoke_splits
 from ..models.factory import load_classifier
 from ..models.heads import few_classes_advice
 from ..models.neighbours import Vectors, embed_photos, nearest, recall_at_k

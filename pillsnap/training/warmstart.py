@@ -23,7 +23,7 @@ from ..core.checkpoints import find_ckpt, load_ckpt
 from ..core.errors import PillsnapError
 from ..core.files import sha256_file
 from ..core.logs import TBWriter, log_decision
-from ..dataset.splits import SplitData, load_splits
+from ..dataset.splitfiles import SplitData, load_splits
 from ..delivery.classmap import ClassMap
 from ..models.factory import CosineClassifier
 

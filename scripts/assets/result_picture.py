@@ -11,7 +11,7 @@ import pandas as pd
 from PIL import Image
 
 from pillsnap.core.plots import COLOURS, colour_legend, draw_boxes, save_fig, use_house_style, wrap_title
-from pillsnap.dataset.splits import load_split_data
+from pillsnap.dataset.splitfiles import load_split_data
 from pillsnap.deployment.runtime import load_bundle
 from pillsnap.photos.boxes import iou_matrix
 from pillsnap.photos.caches import box_of

@@ -346,7 +346,7 @@ MUTATIONS: list[Mutation] = [
     ),
     Mutation(
         "an image split is cut by group",
-        "pillsnap/dataset/splits.py",
+        "pillsnap/dataset/assignment.py",
         'photo_rank(df.assign(role=""), seed)',
         'photo_rank(df.assign(role="", path=df["group_id"]), seed)',
         "tests/test_splits.py::test_the_image_split_leaks_and_the_group_split_does_not",
