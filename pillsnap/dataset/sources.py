@@ -28,7 +28,7 @@ from pillsnap.dataset.datasets import (
     dataset_views,
     lmdb_converter,
 )
-from .splits import SplitData
+from .splitfiles import SplitData
 from ..photos.caches import LMDBImageCache, PhotoCache, SizedLRUCache, View, free_bytes
 from ..photos.pack import Pack, build_stage_pack, pack_settings
 

@@ -23,7 +23,7 @@ from ..core.errors import PillsnapError
 from ..core.files import read_json, sha256_file
 from ..core.jobs import crashed_attempts, read_record
 from ..core.records import Metric, Provenance
-from ..dataset.splits import SplitData
+from ..dataset.splitfiles import SplitData
 from .checks import BEFORE, not_measured
 from .measuring import Boxes, ComboAnswer, EvalPhoto, Scores, photos_touching_training
 from .reports import evaluate_classification_metrics

@@ -22,9 +22,10 @@ from ..core.jobs import RunFolder
 from ..core.logs import log_decision
 from ..core.records import Provenance
 from ..core.settings import Config
+from ..dataset.assignment import image_level_split
 from ..dataset.datasets import dataset_views
 from ..dataset.sources import build_hotset, open_source, train_rows
-from ..dataset.splits import SplitData, image_level_split
+from ..dataset.splitfiles import SplitData
 from ..photos.caches import PhotoCache
 from .learner import Outputs
 from .trainer import TrainingResult, train_classification_stage

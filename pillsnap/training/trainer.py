@@ -24,7 +24,7 @@ from ..core.errors import PillsnapError
 from ..core.logs import log_decision
 from ..core.settings import Config
 from ..dataset.loaders import build_classification_loaders, photos_per_batch, validation_loader
-from ..dataset.splits import SplitData
+from ..dataset.splitfiles import SplitData
 from ..models.factory import build_classification_model
 from ..models.heads import head_spec
 from ..models.losses import build_criterion, class_counts
