@@ -29,7 +29,7 @@ from ..core.jobs import RunFolder
 from ..core.logs import progress as show_progress
 from ..core.records import Provenance
 from ..core.settings import Config, Data
-from ..dataset.splits import SplitData
+from ..dataset.splitfiles import SplitData
 from ..delivery.classmap import ClassMap
 from .latency import Latency, measure_latency
 from ..models.factory import TorchClassifier, load_classifier

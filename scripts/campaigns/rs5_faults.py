@@ -31,7 +31,7 @@ from pillsnap.core.errors import PillsnapError  # noqa: E402
 from pillsnap.core.jobs import RunFolder  # noqa: E402
 from pillsnap.dataset.conversion import convert_delivery  # noqa: E402
 from pillsnap.dataset.splitfiles import load_split_data  # noqa: E402
-from pillsnap.dataset.splits import SplitsJob# noqa: E402
+from pillsnap.dataset.splits import SplitsJob  # noqa: E402
 from pillsnap.photos.pack import build_stage_pack  # noqa: E402
 from pillsnap.synth.writer import write_delivery  # noqa: E402
 
