@@ -34,7 +34,6 @@ from .core.config import load_config
 from .core.device import cuda_mem_mb, enable_tf32, select_amp_dtype, set_seed
 from .core.files import ensure_dir, get_git_sha, read_json, save_json
 from .core.logs import StepTimer, TBWriter, build_logger
-from .dataset.conversion import discover_detection_data
 from pillsnap.dataset.datasets import (
     CombinationPillDataset,
     PillsnapClsDataset,
@@ -51,6 +50,7 @@ from pillsnap.dataset.loaders import (
     build_dataloaders_by_mode,
     build_dataloaders_twostage,
 )
+from .dataset.matching import discover_detection_data
 from .dataset.sources import preload_stage_data
 from pillsnap.evaluation.advisor import (
     evaluate_and_recommend,

@@ -27,7 +27,7 @@ from .core.settings import Config
 
 # %% ../nbs/920_cli.ipynb #a81977f8
 PIPELINE: tuple[JobSpec, ...] = (
-    JobSpec("conversion", "dataset/400_conversion", "pillsnap.dataset.conversion:ConversionJob"),
+    JobSpec("conversion", "dataset/408_conversion", "pillsnap.dataset.conversion:ConversionJob"),
     JobSpec("splits", "dataset/460_splits", "pillsnap.dataset.splits:SplitsJob"),
     JobSpec(
         "classifier", "training/640_classifier", "pillsnap.training.classifier:ClassifierJob", strategy="sequential"

@@ -37,9 +37,9 @@ from .core.logs import progress as show_progress
 from .core.processes import processes
 from .core.records import hardware
 from .core.settings import Config
-from .dataset.conversion import read_manifest
-from .dataset.splitfiles import sealed_groups
-from .delivery.tree import SEALED, refuse_sealed
+from .dataset.splits import sealed_groups
+from .delivery.aihub import SEALED, refuse_sealed
+from .delivery.index import read_manifest
 from .photos.images import open_image_safely, reduce_for, whole_view
 from .photos.pack import Pack, Plan, build_pack, make_plan, pack_settings, photo_records
 from .synth.catalogue import make_catalogue, rng_for

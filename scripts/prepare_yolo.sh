@@ -7,7 +7,8 @@ exec python - "$1" "$2" <<'PY'
 import sys
 from pathlib import Path
 from pillsnap.core.errors import PillsnapError
-from pillsnap.dataset.conversion import check_yolo_tree, convert_coco_to_yolo
+from pillsnap.dataset.conversion import convert_coco_to_yolo
+from pillsnap.dataset.yolotree import check_yolo_tree
 try: y = convert_coco_to_yolo(sys.argv[1], sys.argv[2])
 except PillsnapError as e: sys.exit(f"prepare_yolo: {e}")
 wrong = check_yolo_tree(y.parent) if (y.parent/"labels"/"train").is_dir() else []

@@ -9,7 +9,8 @@ import pytest
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.jobs import read_record
 from pillsnap.dataset.audit import AuditJob, box_measures, sample_photos, summarize_dataset
-from pillsnap.dataset.conversion import convert_delivery, read_manifest
+from pillsnap.dataset.conversion import convert_delivery
+from pillsnap.delivery.index import read_manifest
 
 
 @pytest.fixture(scope="module")

@@ -18,24 +18,20 @@ from PIL import Image
 from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.files import read_json
-from pillsnap.dataset import conversion
-from pillsnap.dataset.conversion import (
-    COLUMNS,
-    ConversionJob,
+from pillsnap.dataset import opening
+from pillsnap.dataset.conversion import ConversionJob, convert_coco_to_yolo, convert_delivery
+from pillsnap.dataset.drugs import (
     build_drug_metadata_mapping,
-    check_yolo_tree,
-    convert_coco_to_yolo,
-    convert_delivery,
-    discover_detection_data,
     get_class_id_from_edi_code,
     get_drug_metadata_from_class_id,
-    read_manifest,
-    validate_bbox,
-    write_yolo_tree,
 )
+from pillsnap.dataset.matching import discover_detection_data
+from pillsnap.dataset.opening import validate_bbox
+from pillsnap.dataset.yolotree import check_yolo_tree, write_yolo_tree
 from pillsnap.delivery.annotations import DRUG_KEYS, IMAGE_KEYS
 from pillsnap.delivery.classmap import ClassMap
 from pillsnap.delivery.faults import FaultReason
+from pillsnap.delivery.index import COLUMNS, read_manifest
 
 A, B, C, D = "K-000250", "K-000573", "K-002483", "K-006192"
 BOXES = ([5, 5, 20, 20], [40, 40, 20, 30], [5, 60, 12, 14], [70, 4, 20, 20])
@@ -582,8 +578,8 @@ def test_the_sealed_test_is_reported_and_not_opened(small, tmp_path):
 
 def test_a_second_run_opens_only_what_changed(small, tmp_path, monkeypatch):
     looked = []
-    real = conversion.check_photo
-    monkeypatch.setattr(conversion, "check_photo", lambda p, **k: looked.append(Path(p).name) or real(p, **k))
+    real = opening.check_photo
+    monkeypatch.setattr(opening, "check_photo", lambda p, **k: looked.append(Path(p).name) or real(p, **k))
     a = convert_delivery(small, tmp_path / "run")
     assert len(looked) == 4
     looked.clear()
@@ -608,15 +604,15 @@ def test_processes_see_what_threads_see(tmp_path, monkeypatch):
         add(tmp_path / "d", [A], lo)
     paths = sorted(str(p.relative_to(tmp_path / "d")) for p in (tmp_path / "d").rglob("*.png"))
     (tmp_path / "d" / paths[3]).write_text("no photo")
-    monkeypatch.setattr(conversion, "CHUNK", 3)
+    monkeypatch.setattr(opening, "CHUNK", 3)
 
     def look(n):
-        return conversion.check_photos(
-            tmp_path / "d", paths, conversion.PhotoJournal(tmp_path / f"j{n}", "rgb"), workers=2, progress=False
+        return opening.check_photos(
+            tmp_path / "d", paths, opening.PhotoJournal(tmp_path / f"j{n}", "rgb"), workers=2, progress=False
         )
 
     few = look(0)
-    monkeypatch.setattr(conversion, "MANY", 1)
+    monkeypatch.setattr(opening, "MANY", 1)
     many = look(1)
     assert (
         few == many
@@ -633,11 +629,11 @@ def test_killed_in_the_middle_it_goes_on(tmp_path):
         add(root, [A], lo)
         add(root, [B], lo)
     code = (
-        "import sys, time; from pillsnap.dataset import conversion as c\n"
+        "import sys, time; from pillsnap.dataset import conversion, opening as c\n"
         "real = c.check_photo\n"
         "def slow(p, **k): time.sleep(.05); return real(p, **k)\n"
         "c.check_photo = slow; c.CHUNK = 4\n"
-        "c.convert_delivery(sys.argv[1], sys.argv[2])"
+        "conversion.convert_delivery(sys.argv[1], sys.argv[2])"
     )
     run = [sys.executable, "-c", code, str(root), str(tmp_path / "run")]
     seen = tmp_path / "run/artifacts/photos.seen"

@@ -14,13 +14,9 @@ import pyarrow as pa
 import pytest
 
 from pillsnap.core.errors import PillsnapError
-from pillsnap.dataset.conversion import (
-    check_yolo_tree,
-    convert_coco_to_yolo,
-    convert_delivery,
-    discover_detection_data,
-    index_labels,
-)
+from pillsnap.dataset.conversion import convert_coco_to_yolo, convert_delivery, index_labels
+from pillsnap.dataset.matching import discover_detection_data
+from pillsnap.dataset.yolotree import check_yolo_tree
 from pillsnap.delivery import truth
 from pillsnap.delivery.annotations import AnnotationReader, parse_json, read_by_keys
 from pillsnap.delivery.archives import extract_archive, extract_archives

@@ -111,7 +111,7 @@ def test_a_delivery_that_cannot_be_used_stops_the_first_stage(delivery, tmp_path
     assert r.returncode == 2 and "Traceback" not in r.stderr, r.stderr[-2000:]
     assert not (run / "manifest.csv").exists(), "nothing half-written"
     if kind == "every photo broken":
-        assert (run / "notebooks" / "400_conversion.ipynb").exists() and "--from conversion" in r.stderr
+        assert (run / "notebooks" / "408_conversion.ipynb").exists() and "--from conversion" in r.stderr
     else:
         assert not run.exists() and "to do:" in r.stderr and str(root) in r.stderr, (
             "nothing is made where there is nothing to read"

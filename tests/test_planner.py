@@ -172,9 +172,10 @@ def test_a_sealed_root_is_refused_and_a_test_folder_passed_by(delivery, tmp_path
 def test_no_photo_of_a_sealed_group_is_opened(delivery, tmp_path):
     """The whole probe under an audit hook, with every unsealed photo asked for; then a run of which everything is
     sealed."""
-    from pillsnap.dataset.conversion import convert_delivery, read_manifest
+    from pillsnap.dataset.conversion import convert_delivery
     from pillsnap.dataset.splitfiles import sealed_groups
     from pillsnap.dataset.splits import SplitsJob
+    from pillsnap.delivery.index import read_manifest
 
     run = tmp_path / "run"
     convert_delivery(delivery, run)

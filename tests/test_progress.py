@@ -101,7 +101,7 @@ def test_a_stage_on_a_terminal_and_its_executed_notebook(tmp_path):
     ), left
     assert len([line for line in left if "rendering" in line]) == 1 and len(left) <= 14, left
     assert not [line for line in left if "%|" in line], "somebody else's bar"
-    nb = nbformat.read(tmp_path / "run" / "notebooks" / "400_conversion.ipynb", 4)
+    nb = nbformat.read(tmp_path / "run" / "notebooks" / "408_conversion.ipynb", 4)
     outputs = [o for c in nb.cells for o in c.get("outputs", [])]
     assert not [o for o in outputs if o.output_type == "stream" and "\r" in o.text]
     frames = [

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pillsnap.core.errors import PillsnapError
-from pillsnap.dataset.conversion import convert_delivery, read_manifest
+from pillsnap.dataset.conversion import convert_delivery
 from pillsnap.dataset.overlay import Decision, Overlay, apply_overlay
 from pillsnap.dataset.triage import (
     cross_validated,
@@ -21,6 +21,7 @@ from pillsnap.dataset.triage import (
     rank_issues,
     read_predictions,
 )
+from pillsnap.delivery.index import read_manifest
 
 FLOOR = 0.55  # precision among as many photos as were mislabelled; by chance it would be .02
 

@@ -59,7 +59,7 @@ def test_a_stage_runs_from_the_wheel_in_an_empty_folder(installed, tmp_path):
     )
     assert r.returncode == 0, r.stdout[-3000:] + r.stderr[-3000:]
     assert (tmp_path / "_runs" / "smoke" / "manifest.csv").exists()
-    nb = (tmp_path / "_runs" / "smoke" / "notebooks" / "400_conversion.ipynb").read_text(encoding="utf-8")
+    nb = (tmp_path / "_runs" / "smoke" / "notebooks" / "408_conversion.ipynb").read_text(encoding="utf-8")
     assert (
         str(installed)
         in subprocess.run(

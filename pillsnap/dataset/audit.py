@@ -27,8 +27,10 @@ from ..core.jobs import Job, JobResult, RunFolder
 from ..core.logs import progress as show_progress
 from ..core.plots import draw_boxes, drug_label, save_fig, show_grid, use_house_style
 from ..core.settings import Config
-from .conversion import drug_names, read_manifest, smoke_conversion
+from .conversion import smoke_conversion
+from .drugs import drug_names
 from .duplicates import Duplicates, load_duplicates, plot_duplicates
+from ..delivery.index import read_manifest
 from ..photos.boxes import xywh_to_xyxy
 from ..photos.images import open_image_safely, resize, whole_view
 

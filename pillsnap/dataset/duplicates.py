@@ -29,7 +29,7 @@ from fastcore.basics import patch
 from ..core.errors import PillsnapError
 from ..core.files import FolderLock, ensure_dir, os_error, read_json, save_json
 from ..core.logs import progress as show_progress
-from .conversion import open_in_parallel
+from .opening import open_in_parallel
 from ..photos.images import crop_view, open_image_safely, resize
 
 # %% ../../nbs/dataset/410_duplicates.ipynb #4129fb05

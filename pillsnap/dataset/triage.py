@@ -32,9 +32,10 @@ from ..core.errors import PillsnapError
 from ..core.files import read_json, save_json
 from ..core.jobs import is_interactive
 from .audit import box_outliers, measure_photos, photo_outliers, sample_photos
-from .conversion import drug_names, read_manifest
+from .drugs import drug_names
 from .duplicates import Duplicates, load_duplicates
 from .overlay import Decision, Overlay
+from ..delivery.index import read_manifest
 from ..photos.images import crop_view, open_image_safely
 
 # %% ../../nbs/dataset/450_triage.ipynb #504c9993

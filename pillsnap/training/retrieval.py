@@ -30,7 +30,7 @@ from ..core.logs import TBWriter, log_decision
 from ..core.plots import COLOURS, save_fig, show_grid, use_house_style
 from ..core.records import Provenance
 from ..core.settings import Config, DataLoaderConfig, TrainClassification
-from ..dataset.conversion import drug_names
+from ..dataset.drugs import drug_names
 from ..dataset.loaders import validation_loader
 from ..dataset.splitfiles import SplitData, load_split_data
 from ..dataset.splits import smoke_splits

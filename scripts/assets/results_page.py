@@ -22,7 +22,7 @@ from nbformat.v4 import new_markdown_cell, new_notebook
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.jobs import markdown_table, read_record
 from pillsnap.core.plots import drug_label, shown_picture
-from pillsnap.dataset.conversion import drug_names
+from pillsnap.dataset.drugs import drug_names
 from pillsnap.evaluation.menu import advisor_word, gate_dot
 
 ROOT = Path(__file__).resolve().parents[2]
