@@ -38,8 +38,8 @@ from .core.processes import processes
 from .core.records import hardware
 from .core.settings import Config
 from .dataset.splits import sealed_groups
-from .delivery.aihub import SEALED, refuse_sealed
 from .delivery.index import read_manifest
+from .delivery.tree import SEALED, refuse_sealed
 from .photos.images import open_image_safely, reduce_for, whole_view
 from .photos.pack import Pack, Plan, build_pack, make_plan, pack_settings, photo_records
 from .synth.catalogue import make_catalogue, rng_for

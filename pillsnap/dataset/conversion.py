@@ -35,9 +35,11 @@ from .matching import Quarantine, _policy, collect_samples, relative_paths
 from .opening import PhotoJournal
 from .pictures import draw_report
 from .yolotree import coco_to_yolo, write_yolo_tree
-from pillsnap.delivery.aihub import (
+from ..delivery.classmap import ClassMap
+from ..delivery.faults import Fault
+from ..delivery.index import COLUMNS, INT_COLUMNS, read_index, write_index, write_manifest
+from pillsnap.delivery.tree import (
     Delivery,
-    Fault,
     PhotoIndex,
     find_delivery,
     overlap_in_words,
@@ -45,8 +47,6 @@ from pillsnap.delivery.aihub import (
     sealed_codes,
     sealed_folders,
 )
-from ..delivery.classmap import ClassMap
-from ..delivery.index import COLUMNS, INT_COLUMNS, read_index, write_index, write_manifest
 from ..delivery.truth import LabelEvidence, label_summary, labels_of
 
 # %% ../../nbs/dataset/408_conversion.ipynb #807fb23d

@@ -18,8 +18,9 @@ from typing import Any
 from ..core.errors import PillsnapError
 from ..core.files import read_json, save_json
 from .matching import Quarantine
-from ..delivery.aihub import DRUG_KEYS, FaultReason, edi_list
+from ..delivery.annotations import DRUG_KEYS, edi_list
 from ..delivery.classmap import ClassMap
+from ..delivery.faults import FaultReason
 from ..delivery.truth import LabelledDrug, check_labels, labels_of
 
 # %% ../../nbs/dataset/404_drugs.ipynb #a086a4e3

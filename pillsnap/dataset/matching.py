@@ -22,18 +22,9 @@ from ..core.config import load_config
 from ..core.errors import PillsnapError
 from ..core.settings import Config
 from .opening import PhotoJournal, check_photos
-from pillsnap.delivery.aihub import (
-    Delivery,
-    Fault,
-    FaultReason,
-    PhotoIndex,
-    choose_photo,
-    find_delivery,
-    index_photos,
-    printable_path,
-    unpack_hint,
-)
+from ..delivery.faults import Fault, FaultReason, printable_path
 from ..delivery.index import gather_rows, photo_folder, single_rows, truth_rows
+from ..delivery.tree import Delivery, PhotoIndex, choose_photo, find_delivery, index_photos, unpack_hint
 from ..delivery.truth import LabelEvidence, LabelledPill, PhotoTruth, check_labels
 
 # %% ../../nbs/dataset/402_matching.ipynb #0ae6ade5

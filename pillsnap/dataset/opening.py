@@ -26,7 +26,7 @@ from fastcore.basics import patch
 from ..core.errors import PillsnapError
 from ..core.files import MACHINE, os_error, save_text
 from ..core.logs import progress as show_progress
-from ..delivery.aihub import FaultReason
+from ..delivery.faults import FaultReason
 from ..photos.images import MAX_BYTES, MAX_PIXELS, open_image_safely
 
 # %% ../../nbs/dataset/400_opening.ipynb #14d5ad2e

@@ -19,7 +19,7 @@ from ..core.files import canonical_json, read_json, save_json, save_text, sha256
 from ..core.jobs import markdown_table
 from ..core.records import Metric, hardware
 from ..core.settings import Config
-from ..dataset.conversion import drug_names
+from ..dataset.drugs import drug_names
 from .advisor import Advice, Bar, Check, evaluate_and_recommend
 from .checks import advisor_facts
 from .figures import RELIABLE
