@@ -37,7 +37,7 @@ from .core.logs import progress as show_progress
 from .core.processes import processes
 from .core.records import hardware
 from .core.settings import Config
-from .dataset.splits import sealed_groups
+from .dataset.splitfiles import sealed_groups
 from .delivery.index import read_manifest
 from .delivery.tree import SEALED, refuse_sealed
 from .photos.images import open_image_safely, reduce_for, whole_view

@@ -558,7 +558,6 @@ def test_four_stages_in_one_folder(run):
 @pytest.mark.spec("CF5")
 def test_one_drug_alone_stops_in_words(run, tmp_path):
     from pillsnap.delivery.index import read_manifest, write_manifest
-    from pillsnap.delivery.index import write_manifest
 
     root, _ = run
     df, head = read_manifest(root / "manifest.csv")
@@ -576,7 +575,6 @@ def test_one_drug_alone_stops_in_words(run, tmp_path):
 def test_a_knot_of_duplicates_stops_and_shows(run, tmp_path):
     "Every photo of one drug the same: its groups are tied, the stage stops, the picture is there."
     from pillsnap.delivery.index import read_manifest, write_manifest
-    from pillsnap.delivery.index import write_manifest
 
     root, _ = run
     df, head = read_manifest(root / "manifest.csv")

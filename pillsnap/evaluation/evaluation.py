@@ -32,7 +32,7 @@ from ..core.settings import Config
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #6f9a445b
 from ..dataset.drugs import drug_names
-from ..dataset.splits import SplitData, load_split_data
+from ..dataset.splitfiles import SplitData, load_split_data
 from ..models.factory import TorchClassifier
 from ..models.pipeline import softmax
 from ..photos.images import open_image_safely, whole_view

@@ -29,8 +29,9 @@ from ..core.files import FolderLock, atomic_path, ensure_dir, read_json, save_js
 from ..core.jobs import RunFolder, run_id
 from ..core.records import Metric, Provenance
 from ..core.settings import Config
+from ..dataset.grouping import apply_decisions, tidy_records
 from ..dataset.loaders import validation_loader
-from ..dataset.splits import SplitData, apply_decisions, load_split_data, missing_photos, tidy_records
+from ..dataset.splitfiles import SplitData, load_split_data, missing_photos
 from ..delivery.index import read_manifest
 
 # %% ../../nbs/evaluation/780_heldout.ipynb #2343774f

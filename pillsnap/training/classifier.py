@@ -26,7 +26,8 @@ from ..core.plots import COLOURS, save_fig, show_grid, use_house_style
 from ..core.records import Provenance
 from ..core.settings import Config
 from ..dataset.drugs import drug_names
-from ..dataset.splits import SplitData, load_split_data, smoke_splits
+from ..dataset.splitfiles import SplitData, load_split_data
+from ..dataset.splits import smoke_splits
 from ..models.factory import load_classifier
 from ..models.metrics import confusion_pairs, per_class
 from ..photos.caches import box_of
