@@ -16,7 +16,8 @@ from harness import LIMITS, arguments, compare, finish
 from PIL import Image
 
 from pillsnap.photos.images import open_image_safely, psnr, reduce_for, shrink, ssim, whole_view
-from pillsnap.synth.catalogue import make_catalogue, rng_for
+from pillsnap.synth.catalogue import make_catalogue
+from pillsnap.synth.draws import rng_for
 from pillsnap.synth.renderer import Shot, photograph, single_pose
 
 SIZES = (384, 224, 160)

@@ -23,7 +23,8 @@ WIDTH, HEIGHT, DRUGS = 976, 1280, 12
 
 def rendered(k: int, seed: int = 3) -> tuple[np.ndarray, list[int]]:
     "One photo and its box, as the synthetic delivery has them."
-    from pillsnap.synth.catalogue import make_catalogue, rng_for
+    from pillsnap.synth.catalogue import make_catalogue
+    from pillsnap.synth.draws import rng_for
     from pillsnap.synth.renderer import Shot, photograph, single_pose
 
     drug, rng = list(make_catalogue(DRUGS, seed))[k % DRUGS], rng_for(seed, k)

@@ -247,7 +247,7 @@ def synth(  # noqa: PLR0913 - one parameter for each option of the command
     ] = False,
 ) -> None:
     "Render a synthetic delivery in AI Hub's format."
-    from pillsnap.synth.writer import synth_command
+    from pillsnap.synth.command import synth_command
 
     synth_command(
         out=out,

@@ -42,9 +42,10 @@ from .delivery.index import read_manifest
 from .delivery.tree import SEALED, refuse_sealed
 from .photos.images import open_image_safely, reduce_for, whole_view
 from .photos.pack import Pack, Plan, build_pack, make_plan, pack_settings, photo_records
-from .synth.catalogue import make_catalogue, rng_for
+from .synth.catalogue import make_catalogue
+from .synth.draws import rng_for
+from .synth.files import png_bytes
 from .synth.renderer import Shot, photograph, single_pose
-from .synth.writer import png_bytes
 
 # %% ../nbs/910_planner.ipynb #bd89ffd4
 def walk_to_photos(

@@ -707,7 +707,9 @@ def test_somebodys_data_is_not_rendered_over(small, tmp_path):
 
 
 def test_a_half_rendered_delivery_is_not_taken_for_whole(tmp_path):
-    from pillsnap.synth.writer import claim_folder, plan_delivery, run_tasks
+    from pillsnap.synth.files import run_tasks
+    from pillsnap.synth.plan import plan_delivery
+    from pillsnap.synth.writer import claim_folder
 
     kw = dict(drugs=3, photos=3, combos=1, seed=42, width=96, height=128)
     plan = plan_delivery(**kw)

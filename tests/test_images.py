@@ -359,7 +359,7 @@ def test_the_quick_way_takes_what_is_plain_and_nothing_else(caplog):
     laced = bytearray(enc(picture()))
     laced[28] = 1
     assert not I._plain_png(bytes(laced)) and I._plain_png(enc(picture()))
-    from pillsnap.synth.writer import png_bytes
+    from pillsnap.synth.files import png_bytes
 
     filled = png_bytes(picture(), 20_000)
     assert I._plain_png(filled) and np.array_equal(open_image_safely(filled)["image"], picture()), (

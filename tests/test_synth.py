@@ -20,20 +20,18 @@ import pytest
 
 from pillsnap.core.errors import PillsnapError
 from pillsnap.delivery.capture import capture_group, parse_name
-from pillsnap.synth import writer as synth
-from pillsnap.synth.catalogue import NULL_KEYS, make_catalogue, rng_for
-from pillsnap.synth.renderer import LAMPS, Pose, Shot, photograph
-from pillsnap.synth.writer import (
-    IN_FILES,
-    IN_LABEL,
-    UNFINISHED,
-    choose_combos,
-    combo_tasks,
-    loose_box,
-    photo_and_boxes,
-    plan_delivery,
-    write_delivery,
-)
+from pillsnap.synth.catalogue import make_catalogue
+from pillsnap.synth.command import synth_command
+from pillsnap.synth.draws import rng_for
+from pillsnap.synth.faults import IN_FILES, IN_LABEL
+from pillsnap.synth.files import file_length, loose_box, png_bytes, render_task, run_tasks
+from pillsnap.synth.plan import plan_delivery, val_catalogue
+from pillsnap.synth.records import NULL_KEYS
+from pillsnap.synth.renderer import Shot, photograph
+from pillsnap.synth.scene import LAMPS, Pose
+from pillsnap.synth.sheet import photo_and_boxes
+from pillsnap.synth.tasks import choose_combos, combo_tasks
+from pillsnap.synth.writer import UNFINISHED, claim_folder, write_delivery
 
 TINY = dict(drugs=4, photos=6, combos=2, seed=42, width=98, height=128)
 QUIET = dict(progress=False, workers=1)
@@ -242,7 +240,7 @@ def test_val_drugs_new_or_same():
         and new["val_codes"]
     )
     many = make_catalogue(1500, seed=42)  # so many that two independent catalogues would certainly share some
-    assert not {d.kcode for d in many} & {d.kcode for d in synth.val_catalogue(many, "new", 42)}
+    assert not {d.kcode for d in many} & {d.kcode for d in val_catalogue(many, "new", 42)}
     with pytest.raises(PillsnapError, match="'new' or 'same'"):
         plan_delivery(val_drugs="old")
 
@@ -331,8 +329,8 @@ def test_killed_rendering_is_gone_on_with(tmp_path):
 
 def test_a_photo_that_was_cut_off_is_taken_again(tmp_path):
     plan = plan_delivery(**TINY)
-    synth.claim_folder(tmp_path / "d", plan)
-    list(synth.run_tasks(tmp_path / "d", plan.tasks[:2], 1, False))
+    claim_folder(tmp_path / "d", plan)
+    list(run_tasks(tmp_path / "d", plan.tasks[:2], 1, False))
     (tmp_path / "d" / plan.tasks[0].image).write_bytes(b"\x89PNG")
     (tmp_path / "d" / plan.tasks[1].labels[0][0]).unlink()
     before = write_delivery(tmp_path / "e", **TINY, **QUIET)["digest"]
@@ -400,7 +398,7 @@ def test_shading_follows_the_lamp(dome):
         m = im[cy - r : cy + r, cx - r : cx + r].mean(-1)
         return np.array([m[:, r:].mean() - m[:, :r].mean(), m[r:].mean() - m[:r].mean()])
 
-    from pillsnap.synth.renderer import towards
+    from pillsnap.synth.scene import towards
 
     for light in range(3):
         t = tilt(*shot_of(dome, light))
@@ -564,10 +562,7 @@ def test_border_and_file_size_say_nothing_about_the_drug():
     noise = np.stack([[s.astype(float).std() for s in strips(p)] for p in photos])
     place = np.array([[t.pills[0][1].x, t.pills[0][1].y] for t in kept])
     size = np.array(
-        [
-            len(synth.png_bytes(p, synth.file_length(98, 128, rng_for(*t.words, "length", t.stem))))
-            for p, t in zip(photos, kept)
-        ],
+        [len(png_bytes(p, file_length(98, 128, rng_for(*t.words, "length", t.stem)))) for p, t in zip(photos, kept)],
         float,
     )
     whole = np.stack(
@@ -708,7 +703,7 @@ def test_nothing_else_is_wrong(spoilt):
         touched = {out / t.image, *(out / label for label, _ in t.labels)} & planted
         if touched:
             continue
-        files = synth.render_task(t)
+        files = render_task(t)
         assert all((out / p).read_bytes() == b for p, b in files.items()), (
             "a photo without a planted fault is the photo of the clean delivery"
         )
@@ -753,7 +748,7 @@ def test_the_truth_guard_counts_what_was_planted(spoilt):
 
 
 def test_the_command_says_where_things_are(tmp_path, capsys):
-    ledger = synth.synth_command(tmp_path / "d", **TINY, faults=False, workers=1)
+    ledger = synth_command(tmp_path / "d", **TINY, faults=False, workers=1)
     said = capsys.readouterr().out
     sheet = cv2.imread(str(tmp_path / "d" / "contact_sheet.png"))
     assert str(tmp_path / "d" / "contact_sheet.png") in said and "SYNTHETIC.json" in said and "1 twin pairs" in said

@@ -26,8 +26,11 @@ from torch.utils.data import Dataset
 from ..core.errors import PillsnapError
 from ..core.files import atomic_path, ensure_dir
 from ..photos.images import MAX_PIXELS, normalise, open_image_safely, resize
-from ..synth.catalogue import Drug, rng_for
-from ..synth.renderer import Pose, Shot, draw, map_res, photograph, solid, stage
+from ..synth.draws import rng_for
+from ..synth.drugs import Drug
+from ..synth.renderer import Shot, draw, map_res, photograph, stage
+from ..synth.scene import Pose
+from ..synth.solids import solid
 
 # %% ../../nbs/dataset/495_masks.ipynb #8d93ab9a
 def _pill_masks(

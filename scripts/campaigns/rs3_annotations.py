@@ -21,7 +21,8 @@ from pillsnap.delivery.annotations import IMAGE_KEYS, Annotation, AnnotationRead
 from pillsnap.delivery.capture import parse_name
 from pillsnap.delivery.faults import Fault, FaultReason
 from pillsnap.delivery.truth import LabelEvidence
-from pillsnap.synth.catalogue import annotation, make_catalogue
+from pillsnap.synth.catalogue import make_catalogue
+from pillsnap.synth.records import annotation
 
 VALUES = (
     None,
