@@ -29,14 +29,14 @@ ROOT = Path(__file__).resolve().parents[2]
 JOBS = ("conversion", "splits", "classifier", "detector", "interleaved", "evaluation", "export")
 PICTURES = {  # file in reports/ → what it shows
     "conversion_boxes": "Photos of the delivery with their boxes, combos first.",
-    "splits_groups": "Which capture groups train, validate and stay apart: one row a drug, one cell a capture group.",
+    "splits_groups": "Split of the capture groups: a row per drug, a cell per group.",
     "classifier_curves": "The classifier's training: loss, scores on held-out groups, learning rate.",
     "classifier_recall": "Recall of each drug, from whole photos and from crops.",
     "detector_curves": "The detector's training: its loss, and its average precision on held-out photos.",
     "detector_pr": "Precision and recall of the detector.",
-    "evaluation_confusion": "Which drug was answered for which, and the pairs that are confused most.",
-    "evaluation_mistakes": "The surest wrong answers, or the least sure right ones where there is no wrong one.",
-    "evaluation_reliability": "How often an answer of a given confidence is right.",
+    "evaluation_confusion": "Confusion matrix, and the pairs of drugs that are confused most.",
+    "evaluation_mistakes": "Wrong answers with the highest probability, or right ones with the lowest.",
+    "evaluation_reliability": "Reliability diagram: accuracy at each confidence.",
     "evaluation_detection": "Boxes of the detector on photos with several pills.",
     "evaluation_latency": "How long an answer takes.",
     "export_boxes": "Boxes of the same photos from torch and from ONNX.",
@@ -101,7 +101,7 @@ def do_not_rely_on(run: Path, drugs: Sequence[Mapping[str, Any]]) -> str:
         }
         for d in drugs
     ]
-    return "Drugs of which too few photos are named rightly, and what they are mistaken for.\n\n" + markdown_table(rows)
+    return "Drugs with too few right answers, and the drug that is answered instead.\n\n" + markdown_table(rows)
 
 
 def sections(run: Path) -> dict[str, str]:
@@ -136,8 +136,8 @@ def introduction(card: Mapping[str, Any]) -> str:
     )
     if card["data"] != "aihub":
         text += (
-            f"\n\n> **{card['data'].upper()} DATA.** These figures say that the machinery works. "
-            "They are no statement about real pills and are never compared with figures on AI Hub's photos."
+            f"\n\n> **{card['data'].upper()} DATA.** These figures show that the program works. "
+            "They say nothing about real pills and are never compared with figures on AI Hub's photos."
         )
     return text
 
