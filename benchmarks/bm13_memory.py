@@ -29,6 +29,7 @@ import torch
 from fastai.callback.core import Callback
 from harness import LIMITS, arguments, compare, finish
 from loading import still
+from scipy.stats import theilslopes
 from torch import nn
 
 from pillsnap.core.config import load_config
@@ -36,7 +37,6 @@ from pillsnap.dataset.datasets import DeliverySource, PillsnapClsDataset
 from pillsnap.dataset.photoloader import PhotoLoader
 from pillsnap.dataset.sampling import EpochSampler
 from pillsnap.delivery.classmap import ClassMap
-from pillsnap.evaluation.figures import theil_sen
 from pillsnap.training.learner import Outputs, build_learner
 
 LIMIT = LIMITS["BM13"]["kb_per_epoch"]
@@ -87,7 +87,7 @@ class Watch(Callback):
 
 def slope(kb: list[float]) -> float:
     "kB that an epoch adds."
-    return theil_sen([min(kb[k : k + BLOCK]) for k in range(0, len(kb) - BLOCK + 1, BLOCK)]) / BLOCK
+    return float(theilslopes([min(kb[k : k + BLOCK]) for k in range(0, len(kb) - BLOCK + 1, BLOCK)]).slope) / BLOCK
 
 
 def training(root: Path, rows: pd.DataFrame, engine: str, epochs: int, leak: int) -> tuple[list[float], int]:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LEAST_COMBOS', 'FLAT', 'LEAST_POINTS', 'RELIABLE', 'single_records', 'selection_records', 'box_records',
-           'combo_records', 'overlap_record', 'split_record', 'theil_sen', 'memory_record', 'crash_record',
-           'imbalance_record', 'leak_record', 'unreliable']
+           'combo_records', 'overlap_record', 'split_record', 'memory_record', 'crash_record', 'imbalance_record',
+           'leak_record', 'unreliable']
 
 # %% ../../nbs/evaluation/764_figures.ipynb #2e07de59
 import time
@@ -17,6 +17,7 @@ from typing import Any
 # %% ../../nbs/evaluation/764_figures.ipynb #8073786d
 import numpy as np
 import pandas as pd
+from scipy.stats import theilslopes
 
 # %% ../../nbs/evaluation/764_figures.ipynb #f5768abf
 from ..core.errors import PillsnapError
@@ -25,65 +26,58 @@ from ..core.jobs import crashed_attempts, read_record
 from ..core.records import Metric, Provenance
 from ..dataset.splitfiles import SplitData
 from .checks import BEFORE, not_measured
-from .measuring import Boxes, ComboAnswer, EvalPhoto, Scores, photos_touching_training
+from .measuring import Boxes, ComboAnswer, Combos, EvalPhoto, Scores, photos_touching_training
 from .reports import evaluate_classification_metrics
 from ..models.metrics import detection_ap
 
 # %% ../../nbs/evaluation/764_figures.ipynb #6f8b41d2
 def single_records(
-    s: Scores,  # clean photos
+    scores: Scores,  # clean photos
     keys: Sequence[str],  # class keys in id order
     prov: Provenance,  # data and class map
 ) -> tuple[dict[str, Metric], pd.DataFrame]:  # records by name, the per-class table
     "The classifier's figures on the clean photos."
-    n, half = len(s.labels), s.seconds / 2
-    m, c = (evaluate_classification_metrics(z, s.labels, keys) for z in (s.whole, s.crop))
-    table = m["per_class"]
+    n, half = len(scores.labels), scores.seconds / 2
+    whole, crop = (evaluate_classification_metrics(z, scores.labels, keys) for z in (scores.whole, scores.crop))
+    table = whole["per_class"]
     seen = table[table.n > 0]
-    rec = {k: prov.metric(k, m[k], n, half) for k in ("accuracy", "macro_f1", "top5", "confidence", "ece")}
-    rec |= {
-        f"{k}_crop": prov.metric(f"{k}_crop", c[k], n, half, note="crop around the true box")
-        for k in ("accuracy", "macro_f1")
-    }
+    figures = {k: whole[k] for k in ("accuracy", "macro_f1", "top5", "confidence", "ece")}
+    rec = {k: prov.metric(k, v, n, half) for k, v in figures.items()}
+    for k in ("accuracy", "macro_f1"):
+        rec[f"{k}_crop"] = prov.metric(f"{k}_crop", crop[k], n, half, note="crop around the true box")
     rec["n_eval_samples"] = prov.metric("n_eval_samples", n, n, half)
-    rec["class_coverage"] = prov.metric("class_coverage", m["classes_seen"] / len(keys), len(keys), half)
-    rec["per_class_min_f1"] = prov.metric("per_class_min_f1", seen.f1.min() if len(seen) else None, len(seen), half)
-    rec["per_class_min_accuracy"] = prov.metric(
-        "per_class_min_accuracy", seen.recall.min() if len(seen) else None, len(seen), half
-    )
-    rec["throughput"] = prov.metric(
-        "throughput", n / s.seconds if n else None, n, s.seconds, note="photos per second, opened, two views each"
-    )
+    rec["class_coverage"] = prov.metric("class_coverage", whole["classes_seen"] / len(keys), len(keys), half)
+    for name, column in (("per_class_min_f1", seen.f1), ("per_class_min_accuracy", seen.recall)):
+        rec[name] = prov.metric(name, column.min() if len(seen) else None, len(seen), half)
+    speed = n / scores.seconds if n else None
+    note = "photos per second, opened, two views each"
+    rec["throughput"] = prov.metric("throughput", speed, n, scores.seconds, note=note)
     return rec, table
 
 # %% ../../nbs/evaluation/764_figures.ipynb #4ed73045
 def _part_accuracy(
-    s: Scores,  # all scored singles
-    part: str,  # val or calib
+    scores: Scores,  # one part of the scored singles
     name: str,  # the record's name
     note: str,  # what these photos were used for
     prov: Provenance,  # data and class map
 ) -> Metric:
     "The accuracy on the photos of one part."
-    mine = s.of(part)
-    value = float((mine.whole.argmax(1) == mine.labels).mean()) if len(mine.labels) else None
-    return prov.metric(name, value, len(mine.labels), mine.seconds / 2, note=note)
+    n = len(scores.labels)
+    value = float((scores.whole.argmax(1) == scores.labels).mean()) if n else None
+    return prov.metric(name, value, n, scores.seconds / 2, note=note)
 
 
 def selection_records(
-    s: Scores,  # all scored singles
+    scores: Scores,  # all scored singles
     boxes: Boxes | None,  # None = there is no detector
-    combos: Sequence[ComboAnswer] | None,  # all answered combos
+    combos: Combos | None,  # all answered combos; None = there is no detector
     prov: Provenance,  # data and class map
 ) -> dict[str, Metric]:
     "Figures on the photos that selected the checkpoints and on those that fit the temperature."
+    name, other = "accuracy_selection", "accuracy_calibration"
     rec = {
-        "accuracy_selection": _part_accuracy(
-            s, "val", "accuracy_selection", "photos that selected the checkpoint", prov
-        ),
-        "accuracy_calibration": _part_accuracy(
-            s, "calib", "accuracy_calibration", "photos that fit the temperature", prov
-        ),
+        name: _part_accuracy(scores.of("val"), name, "photos that selected the checkpoint", prov),
+        other: _part_accuracy(scores.of("calib"), other, "photos that fit the temperature", prov),
     }
     if boxes is None:
         return rec
@@ -93,12 +87,12 @@ def selection_records(
         value = detection_ap(mine.preds, mine.truth)["mAP@0.5"]
         note = "photos that selected the detector's checkpoint"
         rec[name] = prov.metric(name, value, len(mine.paths), mine.seconds, note=note)
-    pills, name = [a for a in combos or [] if a.part == "val"], "combo_pill_accuracy_selection"
-    n = sum(a.pills for a in pills)
+    answers, name = combos.of("val").answers if combos else [], "combo_pill_accuracy_selection"
+    pills = sum(a.pills for a in answers)
     rec[name] = not_measured(prov, name, "no combo selected the detector's checkpoint")
-    if n:
+    if pills:
         note = "combos that selected the detector's checkpoint"
-        rec[name] = prov.metric(name, sum(a.right for a in pills) / n, n, mine.seconds, note=note)
+        rec[name] = prov.metric(name, sum(a.right for a in answers) / pills, pills, mine.seconds, note=note)
     return rec
 
 # %% ../../nbs/evaluation/764_figures.ipynb #34d03d1b
@@ -126,34 +120,33 @@ LEAST_COMBOS = 30  # with fewer photos, combo_set_accuracy is NOT_MEASURED
 
 
 def _set_accuracy(
-    answers: Sequence[ComboAnswer],  # answered combos
-    seconds: float,  # duration of answering
+    combos: Combos,  # answered combos
     prov: Provenance,  # data and class map
 ) -> Metric:
-    "The share of exact answers among the photos whose drugs are all known."
-    name, known = "combo_set_accuracy", [a for a in answers if a.known]
+    "The rate of exact answers among the photos whose drugs are all known."
+    name, known = "combo_set_accuracy", [a for a in combos.answers if a.known]
     if len(known) < LEAST_COMBOS:
         return not_measured(prov, name, f"{len(known)} photos with known drugs only, {LEAST_COMBOS} are needed")
     exact = sum(a.exact for a in known) / len(known)
-    return prov.metric(name, exact, len(known), seconds, note="all pills right and none invented")
+    return prov.metric(name, exact, len(known), combos.seconds, note="all pills right and none invented")
 
 
 def combo_records(
-    answers: Sequence[ComboAnswer] | None,  # None = there is no detector
-    seconds: float,  # duration of answering
+    combos: Combos | None,  # clean photos; None = there is no detector
     prov: Provenance,  # data and class map
     why: str = "",  # why there are none
 ) -> dict[str, Metric]:
     "The pipeline's figures on combos: as sets and pill by pill."
     names = ("combo_set_accuracy", "combo_pill_accuracy", "combo_pills_found", "combo_invented")
-    if not answers:
+    if combos is None or not combos.answers:
         return {k: not_measured(prov, k, why or "there are no clean combo photos") for k in names}
+    answers, seconds = combos.answers, combos.seconds
     pills = sum(a.pills for a in answers)
     right = sum(a.right for a in answers) / pills if pills else None
     found = sum(a.found for a in answers) / pills if pills else None
     invented = sum(a.invented for a in answers) / len(answers)
     return {
-        "combo_set_accuracy": _set_accuracy(answers, seconds, prov),
+        "combo_set_accuracy": _set_accuracy(combos, prov),
         "combo_pill_accuracy": prov.metric(names[1], right, pills, seconds, note="found and rightly named"),
         "combo_pills_found": prov.metric(names[2], found, pills, seconds),
         "combo_invented": prov.metric(names[3], invented, len(answers), seconds, note="boxes on no pill, per photo"),
@@ -186,21 +179,21 @@ def _training_unknown(
 def overlap_record(
     root: Path,  # run folder
     data: SplitData,  # split of one stage
-    todo: Sequence[EvalPhoto],  # scored photos
+    photos: Sequence[EvalPhoto],  # scored photos
     prov: Provenance,  # data and class map
 ) -> Metric:  # the gate asks for 0
     "The number of scored photos that share a path, a capture group or a near-duplicate with training."
     t0 = time.perf_counter()
     if why := _training_unknown(root, data.stage):
         return not_measured(prov, "train_overlap", why)
-    seen = photos_touching_training(todo, data.train)
-    first = f", the first is {seen[0]}" if seen else ""
+    touching = photos_touching_training(photos, data.train)
+    first = f", the first is {touching[0]}" if touching else ""
     return prov.metric(
         "train_overlap",
-        len(seen),
-        len(todo),
+        len(touching),
+        len(photos),
         time.perf_counter() - t0,
-        note=f"of {len(todo)} scored photos, against {data.train['path'].nunique()} training photos{first}",
+        note=f"of {len(photos)} scored photos, against {data.train['path'].nunique()} training photos{first}",
         kind="computed",
     )
 
@@ -223,31 +216,21 @@ def split_record(
     )
 
 # %% ../../nbs/evaluation/764_figures.ipynb #0ba91e91
-FLAT = 0.01  # our choice: memory may grow by this share over the last two thirds of a training
+FLAT = 0.01  # our choice: memory may grow by this fraction over the last two thirds of a training
 LEAST_POINTS = 6  # with fewer epochs, memory_stable is NOT_MEASURED
 
 
-def theil_sen(
-    y: Sequence[float],  # one value per step
-) -> float:  # units per step
-    "The median slope of all pairs of points (Sen 1968)."
-    y = np.asarray(y, float)
-    i, j = np.triu_indices(len(y), 1)
-    return float(np.median((y[j] - y[i]) / (j - i))) if len(i) else float("nan")
-
-# %% ../../nbs/evaluation/764_figures.ipynb #08fa68e9
 def memory_record(
     history: Sequence[Mapping[str, Any]],  # rows of metrics.json
     prov: Provenance,  # data and class map
 ) -> Metric:
-    "Whether the training's memory stayed flat."
+    "Whether the training's memory stayed flat, by a Theil-Sen slope (Sen 1968)."
     mb = [r["rss_mb"] for r in history if r.get("rss_mb")]
     if len(mb) < LEAST_POINTS:
-        return not_measured(
-            prov, "memory_stable", f"{len(mb)} memory points in the training's history, {LEAST_POINTS} are needed"
-        )
+        why = f"{len(mb)} memory points in the training's history, {LEAST_POINTS} are needed"
+        return not_measured(prov, "memory_stable", why)
     late = mb[len(mb) // 3 :]
-    grown = theil_sen(late) * len(late) / late[0]
+    grown = float(theilslopes(late).slope) * len(late) / late[0]
     return prov.metric(
         "memory_stable",
         grown <= FLAT,
@@ -323,14 +306,14 @@ RELIABLE = 0.75  # our choice: share of a drug's clean photos that must be named
 
 
 def unreliable(
-    s: Scores,  # the clean photos
+    scores: Scores,  # the clean photos
     keys: Sequence[str],  # class keys in id order
 ) -> list[dict[str, Any]]:  # drug, right, mistaken_for, share, n; worst first
     "Drugs of which too few clean photos are named correctly."
     out = []
-    pred = s.whole.argmax(1) if len(s.labels) else s.labels
-    for i in np.unique(s.labels):
-        answers = Counter(pred[s.labels == i].tolist())
+    pred = scores.whole.argmax(1) if len(scores.labels) else scores.labels
+    for i in np.unique(scores.labels):
+        answers = Counter(pred[scores.labels == i].tolist())
         n = answers.total()
         if (right := answers.pop(int(i), 0)) >= RELIABLE * n:
             continue

@@ -39,16 +39,9 @@ from .advisor import Advice, evaluate_and_recommend
 from .checks import advisor_facts, data_loading_record, training_records
 from .figures import box_records, combo_records, single_records
 from .ledger import append_ledger, read_ledger, stage_4_done
-from pillsnap.evaluation.measuring import (
-    answer_combos,
-    eval_photos,
-    save_predictions,
-    score_boxes,
-    score_singles,
-    without_detector,
-)
+from .measuring import Answers, eval_photos, load_evaluator, without_detector
 from .menu import write_advice
-from ..models.factory import TorchClassifier, load_classifier
+from ..models.factory import load_classifier
 from ..models.metrics import accuracy, macro_f1
 from ..models.neighbours import embed_photos, nearest, recall_at_k
 
@@ -296,29 +289,24 @@ def _temperature_of(
 def _score_classifier(
     p: Part,  # rows and model
 ) -> HeldOut:
-    "Singles, boxes and combos of one part, scored by the evaluation job's functions."
-    root, cm, device, skipped = p.run.root, p.data.class_map, pick_device(), []
-    todo = eval_photos(replace(p.data, val=p.rows.iloc[:0], pool=p.rows))
-    singles, combos = [s for s in todo if s.kind == "single"], [s for s in todo if s.kind == "combo"]
-    loaded = load_classifier(p.checkpoint, cm, device)
-    classifier = TorchClassifier(loaded.model, loaded.img_size)
-    scores = score_singles(classifier, p.data.root, singles, cm, p.cfg, skipped)
-    why, boxes, answers, seconds = without_detector(root), None, None, 0.0
-    temperature = _temperature_of(root, cm.fingerprint)
-    if not why:
-        from pillsnap.models.yolo import open_detector
-
-        detector = open_detector(root / "checkpoints" / "detector" / "best.pt", lazy=False, device=device)
-        boxes = score_boxes(detector, p.data.root, [*combos, *singles], p.cfg, skipped)
-        answers, seconds = answer_combos(classifier, detector, p.data.root, combos, cm, p.cfg, temperature, skipped)
-    metrics, _ = single_records(scores, list(cm.keys), p.prov)
-    metrics |= box_records(boxes, p.prov, why) | combo_records(answers, seconds, p.prov, why)
-    files = save_predictions(ensure_dir(root / "reports" / p.name), scores, list(cm.keys), temperature, boxes, answers)
+    "Singles, boxes and combos of one part, answered as in the evaluation job."
+    root, cm = p.run.root, p.data.class_map
+    photos = eval_photos(replace(p.data, val=p.rows.iloc[:0], pool=p.rows))
+    singles, combos = [s for s in photos if s.kind == "single"], [s for s in photos if s.kind == "combo"]
+    evaluator = load_evaluator(root, p.data, p.cfg.data, pick_device(), p.checkpoint)
+    scores, why = evaluator.singles(singles), evaluator.no_detector
+    answers = Answers(list(cm.keys), _temperature_of(root, cm.fingerprint), scores, None, None)
+    if evaluator.detector is not None:
+        answers.boxes = evaluator.boxes([*combos, *singles])
+        answers.combos = evaluator.combos(combos, answers.temperature)
+    metrics, _ = single_records(scores, answers.keys, p.prov)
+    metrics |= box_records(answers.boxes, p.prov, why) | combo_records(answers.combos, p.prov, why)
+    files = answers.save(ensure_dir(root / "reports" / p.name))
     intervals = {}
     if len(scores.labels):
         answered = scores.whole.argmax(1)
         intervals = group_intervals(answered, scores.labels, scores.groups, len(cm), p.cfg.train.seed)
-    skipped = list({s["path"]: s for s in skipped}.values())
+    skipped = [{"path": path, "reason": reason} for path, reason in evaluator.skipped.items()]
     return HeldOut(metrics, intervals, {"detector": why} if why else {}, skipped, files=files)
 
 # %% ../../nbs/evaluation/780_heldout.ipynb #6725fef0

@@ -361,15 +361,15 @@ MUTATIONS: list[Mutation] = [
     Mutation(
         "the headline counts photos that selected the checkpoint",
         "pillsnap/evaluation/evaluation.py",
-        'single_records(scores.of("clean"), keys, prov)',
-        "single_records(scores, keys, prov)",
+        'single_records(scores.of("clean"), answers.keys, prov)',
+        "single_records(scores, answers.keys, prov)",
         "tests/test_evaluation.py::test_figures_can_be_reckoned_again_from_the_predictions",
     ),
     Mutation(
         "scored photos are not compared with training",
         "pillsnap/evaluation/figures.py",
-        "seen = photos_touching_training(todo, data.train)",
-        "seen = []",
+        "touching = photos_touching_training(photos, data.train)",
+        "touching = []",
         "tests/test_evaluation.py::test_an_evaluation_set_that_touches_training_was_not_measured",
     ),
     Mutation(

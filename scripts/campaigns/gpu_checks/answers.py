@@ -51,20 +51,21 @@ def fresh_classifier(s: Size, work: Path, device: torch.device) -> tuple[nn.Modu
 def latency_pairs(s: Size, gpu: Gpu, work: Path) -> dict[tuple[str, bool], list[float]]:
     "Milliseconds of single calls by scope, and whether a synchronisation was added; both kinds take turns in blocks."
     from pillsnap.core.records import Provenance
-    from pillsnap.evaluation.measuring import EvalPhoto, latency_calls, measure_scopes
+    from pillsnap.evaluation.measuring import EvalPhoto, Evaluator, measure_scopes
     from pillsnap.models.factory import TorchClassifier
+    from pillsnap.models.pipeline import Pipeline
 
     blocks, keys = s.of(8, 2), drug_keys(CLASSES)
     cfg = settings(s, f"evaluation.latency_runs={s.of(40, 3)}", f"evaluation.latency_warmup={s.of(5, 1)}")
     model, img = fresh_classifier(s, work, gpu.device)
     root, rows = rendered_photos(96, "jpg")
     shots = [EvalPhoto(p, "", "single", np.zeros((0, 4)), ()) for p in rows["path"][:8]]
-    calls = latency_calls(TorchClassifier(model, img), None, root, shots, keys, cfg)
+    calls = Evaluator(Pipeline(TorchClassifier(model, img), keys), root, cfg.data).latency_calls(shots)
     waited = {scope: lambda call=call: (call(), gpu.sync()) for scope, call in calls.items()}
     prov, ms = Provenance("synthetic", "0" * 64, keys.fingerprint), {(k, w): [] for k in calls for w in (False, True)}
     for block in range(blocks + 1):  # the first warms up
         for added, group in ((False, calls), (True, waited)):
-            _, timings = measure_scopes(group, prov, cfg, gpu.device)
+            _, timings = measure_scopes(group, prov, cfg.evaluation, gpu.device)
             for scope, t in timings.items():
                 ms[scope, added] += list(t) if block else []
     return ms
