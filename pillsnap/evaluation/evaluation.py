@@ -32,7 +32,7 @@ from ..core.settings import Config
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #6f9a445b
 from ..dataset.conversion import drug_names
-from ..dataset.splits import SplitData, load_split_data
+from ..dataset.splitfiles import SplitData, load_split_data
 from ..models.pipeline import softmax
 from ..photos.images import open_image_safely, whole_view
 
@@ -123,8 +123,8 @@ def _answer_photos(
     "Answer every photo; the temperature of the singles is used for the combos."
     scores = evaluator.singles(singles)
     calibration = _calibration(scores, fit)
-    answers = Answers(list(evaluator.class_map.keys), calibration.temperature, scores, None, None)
-    if evaluator.detector is not None:
+    answers = Answers(list(evaluator.pipeline.class_map.keys), calibration.temperature, scores, None, None)
+    if evaluator.pipeline.detector is not None:
         answers.boxes = evaluator.boxes([p for p in [*combos, *singles] if p.part != "calib"])
         answers.combos = evaluator.combos(combos, calibration.temperature)
     return answers, calibration
@@ -166,8 +166,9 @@ def measure(
     answers, calibration = _answer_photos(evaluator, singles, combos, cfg.evaluation.calibration)
     rec, per_class = _answer_records(answers, prov, why)
     latency, ms = measure_scopes(calls, prov, cfg.evaluation, device)
-    views = first_views(data.root, [p.path for p in singles], evaluator.classifier.size, cfg)
-    rec |= batch_records(evaluator.classifier, views, prov)
+    classifier = evaluator.pipeline.classifier
+    views = first_views(data.root, [p.path for p in singles], classifier.size, cfg)
+    rec |= batch_records(classifier, views, prov)
     measured = Measurements(
         data=data,
         prov=prov,

@@ -198,7 +198,7 @@ def final_test_evaluation(
             fix="name a folder that `pillsnap run` has made, with --run",
         )
     run = RunFolder(root, "final_test")
-    with FolderLock(root):
+    with FolderLock(root), run.logged():
         p = replace(load_part(run, cfg, "test"), name="final_test")
         look = replace(look, data=p.prov.data, models=model_digests(p))
         opening = open_sealed(root, look)
@@ -208,7 +208,6 @@ def final_test_evaluation(
         doc = _final_report(p, got, opening, look.models)
         save_json(doc, root / RESULTS)
         close_sealed(root, opening)
-    run.close()
     return doc, got
 
 # %% ../../nbs/evaluation/790_final.ipynb #ba17b3d6

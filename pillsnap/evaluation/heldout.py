@@ -296,7 +296,7 @@ def _score_classifier(
     evaluator = load_evaluator(root, p.data, p.cfg.data, pick_device(), p.checkpoint)
     scores, why = evaluator.singles(singles), evaluator.no_detector
     answers = Answers(list(cm.keys), _temperature_of(root, cm.fingerprint), scores, None, None)
-    if evaluator.detector is not None:
+    if evaluator.pipeline.detector is not None:
         answers.boxes = evaluator.boxes([*combos, *singles])
         answers.combos = evaluator.combos(combos, answers.temperature)
     metrics, _ = single_records(scores, answers.keys, p.prov)
@@ -525,7 +525,7 @@ def evaluate_split(
     if split == "test":
         refuse_opening(root, look, Path(checkpoint).absolute() if checkpoint else model_path(cfg))
     run = RunFolder(root, "evaluate")
-    with FolderLock(root):
+    with FolderLock(root), run.logged():
         p = load_part(run, cfg, split, checkpoint)
         look = replace(look, data=p.prov.data, models=model_digests(p))
         opening = open_sealed(root, look) if split == "test" else None
@@ -553,7 +553,6 @@ def evaluate_split(
         save_json(doc, root / name)
         if opening:
             close_sealed(root, opening)
-    run.close()
     return doc, got
 
 # %% ../../nbs/evaluation/780_heldout.ipynb #399b277f

@@ -13,7 +13,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,12 @@ from ..core.files import atomic_path, save_text
 from ..core.logs import progress as show_progress
 from ..core.records import Provenance
 from ..core.settings import Data, Evaluation
-from ..dataset.splits import SplitData
+from ..dataset.splitfiles import SplitData
 from ..delivery.classmap import ClassMap
 from .latency import Latency, measure_latency
 from ..models.factory import TorchClassifier, load_classifier
 from ..models.metrics import match_boxes
-from ..models.pipeline import BADGE, combo_hints, detect, photo_views, predict_pipeline, softmax
+from ..models.pipeline import BADGE, Pipeline, Thresholds, combo_hints, detect, softmax
 from ..photos.boxes import xywh_to_xyxy
 from ..photos.images import crop_view, normalise, open_image_safely, whole_view
 
@@ -88,13 +88,11 @@ def photos_touching_training(
 # %% ../../nbs/evaluation/762_measuring.ipynb #42cf478c
 @dataclass
 class Evaluator:
-    "Answers photos with the networks of a run."
+    "Answers photos with the pipeline of a run."
 
-    classifier: TorchClassifier  # names a pill
-    detector: Any  # finds pills; None = the run has none
+    pipeline: Pipeline  # classifier, class map, thresholds; its detector may be None
     root: Path  # the delivery
-    class_map: ClassMap  # the stage's drugs
-    settings: Data  # thresholds, padding, image policies
+    settings: Data  # image policies
     no_detector: str = ""  # why there is no detector
     skipped: dict[str, str] = field(default_factory=dict)  # photo that could not be opened → why
 
@@ -139,6 +137,14 @@ def opened(
             yield photo, found["image"]
 
 # %% ../../nbs/evaluation/762_measuring.ipynb #891a284a
+def _thresholds(
+    data: Data,  # detection and classification
+) -> Thresholds:
+    "The configured thresholds of the pipeline."
+    d = data.detection
+    return Thresholds(d.conf_threshold, d.iou_threshold, d.max_detections, data.classification.crop_padding)
+
+
 def load_evaluator(
     run_root: Path,  # run folder
     data: SplitData,  # one stage; a checkpoint of another class map raises PillsnapError
@@ -149,13 +155,14 @@ def load_evaluator(
     "An evaluator with the checkpoints of a run."
     checkpoints = run_root / "checkpoints"
     loaded = load_classifier(checkpoint or checkpoints / "classifier" / "best.pt", data.class_map, device)
-    classifier = TorchClassifier(loaded.model, loaded.img_size)
-    if why := without_detector(run_root):
-        return Evaluator(classifier, None, data.root, data.class_map, settings, no_detector=why)
-    from pillsnap.models.yolo import open_detector
+    classifier, detector = TorchClassifier(loaded.model, loaded.img_size), None
+    why = without_detector(run_root)
+    if not why:
+        from pillsnap.models.yolo import open_detector
 
-    detector = open_detector(checkpoints / "detector" / "best.pt", lazy=False, device=device)
-    return Evaluator(classifier, detector, data.root, data.class_map, settings)
+        detector = open_detector(checkpoints / "detector" / "best.pt", lazy=False, device=device)
+    pipeline = Pipeline(classifier, data.class_map, detector, _thresholds(settings))
+    return Evaluator(pipeline, data.root, settings, why)
 
 # %% ../../nbs/evaluation/762_measuring.ipynb #98b7a1ce
 @dataclass
@@ -194,16 +201,17 @@ def singles(
     batch: int = 32,  # photos per forward pass
 ) -> Scores:
     "Logits of both views of every single photo."
-    t0, size, padding = time.perf_counter(), self.classifier.size, self.settings.classification.crop_padding
+    t0, classifier, class_map = time.perf_counter(), self.pipeline.classifier, self.pipeline.class_map
+    size, padding = classifier.size, self.pipeline.thresholds.crop_padding
     kept, modes, logits, views = [], [], [], []
 
     def flush() -> None:
         if views:
-            logits.append(self.classifier.logits(normalise(np.stack(views))))
+            logits.append(classifier.logits(normalise(np.stack(views))))
             views.clear()
 
     for photo, image in self.opened(photos, "classifier"):
-        made = photo_views(image, "single", size, self.detector, padding)
+        made = self.pipeline.views(image, "single")
         kept.append(photo)
         modes.append(made.mode_used)
         views.append(made.images[0] if made.images else whole_view(image, size))
@@ -211,11 +219,11 @@ def singles(
         if len(views) >= 2 * batch:
             flush()
     flush()
-    z = np.concatenate(logits) if logits else np.zeros((0, len(self.class_map)), np.float32)
+    z = np.concatenate(logits) if logits else np.zeros((0, len(class_map)), np.float32)
     return Scores(
         whole=z[0::2],
         crop=z[1::2],
-        labels=np.array([self.class_map.id(p.keys[0]) for p in kept], int),
+        labels=np.array([class_map.id(p.keys[0]) for p in kept], int),
         groups=[p.group for p in kept],
         paths=[p.path for p in kept],
         parts=[p.part for p in kept],
@@ -250,10 +258,10 @@ def boxes(
     photos: Sequence[EvalPhoto],  # photos with a true box for every pill
 ) -> Boxes:
     "Boxes of every photo, for average precision."
-    t0, d = time.perf_counter(), self.settings.detection
+    t0, detector, limits = time.perf_counter(), self.pipeline.detector, self.pipeline.thresholds
     out = Boxes([], [], [], [], 0.0)
     for photo, image in self.opened(photos, "detector"):
-        out.preds.append(detect(self.detector, image, conf=0.001, iou=d.iou_threshold, max_det=d.max_detections))
+        out.preds.append(detect(detector, image, 0.001, limits.iou, limits.max_det))
         out.truth.append(photo.boxes)
         out.paths.append(photo.path)
         out.parts.append(photo.part)
@@ -296,7 +304,7 @@ class Combos:
 # %% ../../nbs/evaluation/762_measuring.ipynb #80fc47b4
 def score_combo(
     photo: EvalPhoto,  # the photo's truth
-    answer: Mapping[str, Any],  # from predict_pipeline
+    answer: Mapping[str, Any],  # from Pipeline.predict
     class_map: ClassMap,  # known drugs
     iou: float = 0.5,  # least IoU of a match
 ) -> ComboAnswer:
@@ -320,38 +328,15 @@ def score_combo(
 
 # %% ../../nbs/evaluation/762_measuring.ipynb #59d9ea79
 @patch
-def answer(
-    self: Evaluator,
-    image: np.ndarray | bytes,  # photo [H, W, 3] uint8 RGB, or the content of a file
-    mode: str,  # single or combo
-    temperature: float = 1.0,  # the calibration's
-) -> dict[str, Any]:  # the predict JSON
-    "The pipeline's answer to one photo."
-    d = self.settings.detection
-    return predict_pipeline(
-        image,
-        mode,
-        d.conf_threshold,
-        classifier=self.classifier,
-        detector=self.detector,
-        class_map=self.class_map,
-        temperature=temperature,
-        padding=self.settings.classification.crop_padding,
-        iou=d.iou_threshold,
-        max_det=d.max_detections,
-    )
-
-
-@patch
 def combos(
     self: Evaluator,
     photos: Sequence[EvalPhoto],  # combo photos
     temperature: float,  # the calibration's
 ) -> Combos:
     "Answers to combo photos, compared with the truth."
-    t0, iou = time.perf_counter(), self.settings.detection.iou_threshold
+    t0, pipeline = time.perf_counter(), replace(self.pipeline, temperature=temperature)
     answers = [
-        score_combo(photo, self.answer(image, "combo", temperature), self.class_map, iou)
+        score_combo(photo, pipeline.predict(image, "combo"), pipeline.class_map, pipeline.thresholds.iou)
         for photo, image in self.opened(photos, "combo photos")
     ]
     return Combos(answers, time.perf_counter() - t0)
@@ -364,20 +349,20 @@ def latency_calls(
 ) -> dict[str, Callable[[], Any]]:  # scope → a call that answers one photo
     "The calls to time, by scope."
     files = {k: [(self.root / p.path).read_bytes() for p in photos if p.kind == k][:8] for k in ("single", "combo")}
-    turn = Counter()
+    classifier, detector, turn = self.pipeline.classifier, self.pipeline.detector, Counter()
 
     def answer(mode: str) -> dict[str, Any]:
         turn[mode] += 1
-        return self.answer(files[mode][turn[mode] % len(files[mode])], mode)
+        return self.pipeline.predict(files[mode][turn[mode] % len(files[mode])], mode)
 
-    view = np.zeros((1, 3, self.classifier.size, self.classifier.size), np.float32)
-    calls = {"classifier": lambda: self.classifier.logits(view)}
+    view = np.zeros((1, 3, classifier.size, classifier.size), np.float32)
+    calls: dict[str, Callable[[], Any]] = {"classifier": lambda: classifier.logits(view)}
     if files["single"]:
         calls["single"] = lambda: answer("single")
-    if self.detector is None:
+    if detector is None:
         return calls
-    square = np.zeros((1, 3, self.detector.size, self.detector.size), np.float32)
-    calls["detector"] = lambda: self.detector.raw(square)
+    square = np.zeros((1, 3, detector.size, detector.size), np.float32)
+    calls["detector"] = lambda: detector.raw(square)
     if files["combo"]:
         calls["combo"] = lambda: answer("combo")
     return calls
