@@ -31,7 +31,7 @@ from ..core.records import Metric, Provenance, hardware
 from ..core.settings import Config
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #6f9a445b
-from ..dataset.conversion import drug_names
+from ..dataset.drugs import drug_names
 from ..dataset.splitfiles import SplitData, load_split_data
 from ..models.pipeline import softmax
 from ..photos.images import open_image_safely, whole_view
