@@ -21,7 +21,7 @@ import pandas as pd
 # %% ../../nbs/dataset/456_families.ipynb #985bb31f
 from ..core.errors import PillsnapError
 from ..core.files import ensure_dir, save_json
-from ..core.settings import Config
+from ..core.settings import Config, NarrowPreprocessing
 from .assignment import Splits
 from .narrow import augmentation_applied, class_mapping, preprocessing_applied, read_drug_list
 from .roles import GATE_PHOTOS, StageQuota
@@ -77,7 +77,7 @@ def _photo_size(
             got = header_size(f.read(1 << 16)) or header_size(Path(path).read_bytes())
     except OSError:
         return None
-    return tuple(map(int, got)) if got else None
+    return (int(got[0]), int(got[1])) if got else None
 
 # %% ../../nbs/dataset/456_families.ipynb #2d1421d1
 def read_id_folder(
@@ -177,7 +177,7 @@ def write_id_manifest(
         {
             "source": "other",
             "root": Path(root),
-            "class_map": ClassMap(sorted(set(df["class_key"])), "folder").to_dict(),
+            "class_map": ClassMap(tuple(sorted(set(df["class_key"]))), "folder").to_dict(),
             "counts": {"photos": len(df)},
             "notes": notes,
         },
@@ -199,24 +199,25 @@ def _family_lists(
 
 
 def _preprocessing_config(
-    cfg: Config,  # its narrow block
+    declared: NarrowPreprocessing,  # the steps as declared
+    img_size: int,  # side of the network's square input, pixels
 ) -> dict[str, Any]:
     "The declared preprocessing, and which steps of it are applied."
     return {
         "version": "1.0.0",
-        **cfg.narrow.preprocessing.model_dump(mode="json"),
+        **declared.model_dump(mode="json"),
         "crop": "center",
         "interpolation": "linear",
         "mean": list(IMAGENET_MEAN),
         "std": list(IMAGENET_STD),
-        "applied": preprocessing_applied(cfg),
+        "applied": preprocessing_applied(declared, img_size),
     }
 
 # %% ../../nbs/dataset/456_families.ipynb #0b6509ec
 def _narrow_manifest(
     lists: Mapping[str, list],  # from _family_lists
     classes: Sequence[str],  # the drugs, in the order of their numbers
-    cfg: Config,  # its narrow block
+    cfg: Config,  # the blocks project, narrow and data
 ) -> dict[str, Any]:
     "Content of the narrow family's manifest.json."
     count = {k: dict.fromkeys(lists, 0) for k in classes}
@@ -231,8 +232,11 @@ def _narrow_manifest(
         "total_images": sum(map(len, lists.values())),
         "splits": {name: len(rows) for name, rows in lists.items()},
         "class_distribution": {k: {**c, "total": sum(c.values())} for k, c in count.items()},
-        "preprocessing": _preprocessing_config(cfg),
-        "augmentation": {**cfg.narrow.augmentation.model_dump(mode="json"), "applied": augmentation_applied(cfg)},
+        "preprocessing": _preprocessing_config(cfg.narrow.preprocessing, cfg.data.classification.img_size),
+        "augmentation": {
+            **cfg.narrow.augmentation.model_dump(mode="json"),
+            "applied": augmentation_applied(cfg.narrow.augmentation, cfg.data.augment.classification),
+        },
     }
 
 
