@@ -56,8 +56,8 @@ from pillsnap.core.logs import (
     VAL_TAGS,
     StepTimer,
     TBWriter,
+    TensorBoardHandler,
     build_logger,
-    log_decision,
     step_line,
     with_tags,
 )
@@ -520,20 +520,13 @@ def test_one_logger_console_and_file(tmp_path, logger, capsys):
 def test_a_decision_is_one_line_and_one_tag(tmp_path, logger):
     log, path = logger
     tb = TBWriter(tmp_path / "tb")
-    log_decision(log, "workers: 2,\nbecause there are   2 CPUs", tb, step=3)
-    log_decision(log, "anything else", tb, tag="decisions/own")
+    log.addHandler(TensorBoardHandler(tb))
+    log.info("workers: 2, because there are 2 CPUs", extra={"step": 3})
+    log.info("no decision, so no text")
     tb.close()
     lines = [line.split(" INFO ")[1] for line in path.read_text(encoding="utf-8").splitlines()]
-    assert lines == ["workers: 2, because there are 2 CPUs", "anything else"]
-    seen = events(tmp_path / "tb")
-    assert {t.split("/text_summary")[0] for t in seen.Tags()["tensors"]} == {"decisions/workers", "decisions/own"}
-    assert log_decision(None, "without a logger: still said") == "without a logger: still said"
-
-
-@pytest.mark.spec("CF4")
-def test_a_decision_without_a_logger_still_reaches_the_console(capsys):
-    log_decision(None, "precision: float16, because this GPU has no bf16")
-    assert capsys.readouterr().err == "precision: float16, because this GPU has no bf16\n"
+    assert lines == ["workers: 2, because there are 2 CPUs", "no decision, so no text"]
+    assert {t.split("/text_summary")[0] for t in events(tmp_path / "tb").Tags()["tensors"]} == {"decisions/workers"}
 
 
 @pytest.mark.spec("CF5")

@@ -90,6 +90,14 @@ def test_imports_stand_alone(path):
 
 
 @BY_NAME
+def test_a_logger_is_named_as_its_module(path):
+    "In a notebook __name__ is __main__, so the name is written out."
+    for src in exported(path):
+        for name in re.findall(r"^logger = .*$", src, flags=re.M):
+            assert name == f'logger = logging.getLogger("pillsnap.{module_of(path)}")'
+
+
+@BY_NAME
 def test_no_star_imports_in_exported_code(path):
     assert not any(re.search(r"import \*", s) for s in exported(path))
 

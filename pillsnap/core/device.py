@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['logger', 'OOM_SIGNS', 'set_seed', 'pick_device', 'cpu_has_bf16', 'select_amp_dtype', 'needs_scaler', 'enable_tf32',
-           'cuda_mem_mb', 'cuda_mem_share', 'full_fp32', 'without_kernel_search', 'to_device', 'gpu_count', 'is_oom',
+           'full_fp32', 'without_kernel_search', 'to_device', 'gpu_count', 'cuda_mem_mb', 'cuda_mem_share', 'is_oom',
            'oom_reason', 'release_memory']
 
 # %% ../../nbs/core/060_device.ipynb #0784b7f5
@@ -45,7 +45,7 @@ def set_seed(
 def pick_device(
     want: str = "auto",  # auto, cpu, cuda or cuda:1
 ) -> torch.device:
-    "The device to compute on, with one line that says why."
+    "The device to compute on; logs the reason. Raises PillsnapError for an unknown device or a missing GPU."
     if want not in ("auto", "cpu") and not want.startswith("cuda"):
         raise PillsnapError(f"no such device: {want!r}", fix="auto, cpu or cuda")
     there = torch.cuda.is_available()
@@ -55,7 +55,8 @@ def pick_device(
             where=f"torch {torch.__version__}",
             fix="install torch for CUDA and a driver (nvidia-smi must work), or say cpu",
         )
-    device = torch.device(want if want != "auto" else "cuda" if there else "cpu")
+    found = "cuda" if there else "cpu"
+    device = torch.device(found if want == "auto" else want)
     if device.type == "cuda":
         logger.info(f"device: {device}, {torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}")
     elif want == "cpu":
@@ -73,9 +74,9 @@ def cpu_has_bf16() -> bool:
 # %% ../../nbs/core/060_device.ipynb #42a2d623
 def select_amp_dtype(
     want: Literal["auto", "bf16", "fp16", "fp32"],  # train.classification.amp_dtype
-    device: torch.device,  # where the run computes
+    device: torch.device | str,  # where the run computes
 ) -> torch.dtype | None:  # type for autocast; None = full precision
-    "bf16, else fp16; on a CPU fp32 unless bf16 is asked for and there."
+    "bf16, else fp16; on a CPU fp32 unless bf16 is asked for and supported. Logs the reason."
     known = dict(auto=None, bf16=torch.bfloat16, fp16=torch.float16, fp32=None)
     if want not in known:
         raise PillsnapError(
@@ -98,7 +99,7 @@ def select_amp_dtype(
 
 # %% ../../nbs/core/060_device.ipynb #db178924
 def needs_scaler(
-    dtype: torch.dtype | None,  # what select_amp_dtype gave
+    dtype: torch.dtype | None,  # from select_amp_dtype
 ) -> bool:
     "Whether gradients must be scaled."
     return dtype == torch.float16
@@ -112,22 +113,6 @@ def enable_tf32(
     torch.set_float32_matmul_precision(precision)
     torch.backends.cudnn.allow_tf32 = on
     return precision
-
-# %% ../../nbs/core/060_device.ipynb #74cdbfdc
-def cuda_mem_mb(
-    peak: bool = True,  # the most since the last reset; False = now
-) -> float:  # 10⁶ bytes; 0 without a GPU
-    "GPU memory that torch's tensors take."
-    if not torch.cuda.is_available():
-        return 0.0
-    return (torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()) / 1e6
-
-
-def cuda_mem_share() -> float:  # 0-1; 0 without a GPU
-    "The most of the GPU's memory that torch has held since the last reset."
-    if not torch.cuda.is_available():
-        return 0.0
-    return torch.cuda.max_memory_reserved() / torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
 
 # %% ../../nbs/core/060_device.ipynb #75aba9c0
 @contextmanager
@@ -154,10 +139,10 @@ def without_kernel_search() -> Iterator[None]:
 
 # %% ../../nbs/core/060_device.ipynb #c4b3b067
 def to_device(
-    t: torch.Tensor,  # on the host
-    device: torch.device | str,  # where it is needed
+    t: torch.Tensor,  # any shape, on the host
+    device: torch.device | str,  # where the copy goes
 ) -> torch.Tensor:
-    "A host tensor on the device; the host does not wait for the copy."
+    "A copy of a host tensor on the device; on CUDA the host does not wait for it."
     device = torch.device(device)
     if device.type == "cuda":
         t = t.pin_memory()
@@ -167,6 +152,22 @@ def to_device(
 def gpu_count() -> int:  # 0 without a GPU or a driver
     "Number of GPUs that this process may use; CUDA is not started, so it may fork afterwards."
     return torch.cuda.device_count()
+
+# %% ../../nbs/core/060_device.ipynb #74cdbfdc
+def cuda_mem_mb(
+    peak: bool = True,  # the peak since the last reset; False = now
+) -> float:  # 10⁶ bytes; 0 without a GPU
+    "The GPU memory of torch's tensors."
+    if not torch.cuda.is_available():
+        return 0.0
+    return (torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()) / 1e6
+
+
+def cuda_mem_share() -> float:  # 0-1; 0 without a GPU
+    "The peak of GPU memory that torch reserved since the last reset, as a fraction of the GPU's memory."
+    if not torch.cuda.is_available():
+        return 0.0
+    return torch.cuda.max_memory_reserved() / torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
 
 # %% ../../nbs/core/060_device.ipynb #5b210865
 OOM_SIGNS = re.compile(

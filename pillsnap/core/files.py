@@ -30,7 +30,7 @@ import pillsnap
 from .errors import PillsnapError
 
 # %% ../../nbs/core/010_files.ipynb #e8fa9ef5
-_REMEDY = {
+_REMEDY: dict[int, tuple[str, str | None]] = {
     errno.ENOSPC: ("the disk is full", "free some space, or choose another disk, and run it again"),
     errno.EDQUOT: ("the disk quota is used up", "free some space, or choose another disk, and run it again"),
     errno.EFBIG: (
@@ -60,7 +60,7 @@ def os_error(
     e: OSError,  # the error of the operating system
 ) -> PillsnapError:  # for the caller to raise
     "A `PillsnapError` that names the path, the reason and the remedy."
-    reason, fix = _REMEDY.get(e.errno, (e.strerror or str(e), None))
+    reason, fix = _REMEDY.get(e.errno or 0, (e.strerror or str(e), None))
     return PillsnapError(f"{what}: {reason}", where=where, fix=fix)
 
 # %% ../../nbs/core/010_files.ipynb #ae381b72
@@ -165,7 +165,7 @@ def _plain(o: Any) -> Any:
         return dict(o)
     raise TypeError(f"a {type(o).__name__} has no place in JSON")
 
-# %% ../../nbs/core/010_files.ipynb #e86511af
+
 def _not_numbers(o: Any, at: str = "") -> Iterator[str]:
     "The places of NaN and infinity in a tree."
     if isinstance(o, float) and not -float("inf") < o < float("inf"):
@@ -179,7 +179,7 @@ def _not_numbers(o: Any, at: str = "") -> Iterator[str]:
     elif hasattr(o, "tolist"):
         yield from _not_numbers(o.tolist(), at)
 
-# %% ../../nbs/core/010_files.ipynb #01c609ea
+
 def _dumps(obj: Any, where: object = None, **kw: Any) -> str:
     try:
         return json.dumps(obj, ensure_ascii=False, allow_nan=False, default=_plain, **kw)
@@ -197,7 +197,7 @@ def save_json(
     "Write JSON atomically, as indented UTF-8 with readable Korean; raises PillsnapError for NaN."
     return save_text(_dumps(obj, where=path, indent=2) + "\n", path)
 
-# %% ../../nbs/core/010_files.ipynb #5b33680c
+
 def canonical_json(
     obj: Any,  # tree of plain values
 ) -> str:  # the same for equal trees: keys sorted, no blanks

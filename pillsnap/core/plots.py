@@ -8,6 +8,7 @@ __all__ = ['FONT_FAMILY', 'HOUSE_DPI', 'COLOURS', 'SHOWN_DPI', 'LARGE', 'font_pa
 
 # %% ../../nbs/core/070_plots.ipynb #fdf9c39a
 import io
+import math
 import os
 import re
 import unicodedata
@@ -51,7 +52,7 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#9
 
 
 def use_house_style() -> None:
-    "Matplotlib as every figure here has it: Korean, quiet axes, eight colours told apart by everybody."
+    "Set matplotlib's defaults for all figures: the Korean font, few lines, colours for colour-blind readers."
     from matplotlib import cycler, rcParams
 
     use_korean_font()
@@ -82,18 +83,19 @@ def use_house_style() -> None:
     )
 
 # %% ../../nbs/core/070_plots.ipynb #07f8f38b
-def _room(s: str) -> int:
+def _width(s: str) -> int:
+    "The width of a text in Latin letters."
     return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in s)
 
 
 def _lines(text: str, width: int) -> list[str]:
-    "Words move down whole; one that is wider than a line is cut."
+    "The lines of a text, broken between words; a word that is wider than a line is cut."
     out = [""]
     for word in re.findall(r"\n|[^\S\n]+|\S+", text):
-        if word == "\n" or _room(out[-1] + word) > width >= _room(word):
+        if word == "\n" or _width(out[-1] + word) > width >= _width(word):
             out.append("")
         for c in word.strip("\n"):
-            if _room(out[-1] + c) > width:
+            if _width(out[-1] + c) > width:
                 out.append("")
             out[-1] += c
     return [s.strip() for s in out]
@@ -101,14 +103,14 @@ def _lines(text: str, width: int) -> list[str]:
 # %% ../../nbs/core/070_plots.ipynb #ddf4958b
 def wrap_title(
     text: str,  # existing line breaks stay
-    width: int,  # room in Latin letters; a Hangul syllable takes two
+    width: int,  # of a line, in Latin letters; a Hangul syllable counts two
     lines: int = 2,  # the last is cut with an ellipsis
 ) -> str:
-    "Break a title by the room that its letters take."
+    "The title, broken into lines of that width."
     out = _lines(text, width)
     if len(out) > lines:
         last = out[lines - 1]
-        while last and _room(last + "…") > width:
+        while last and _width(last + "…") > width:
             last = last[:-1]
         out = [*out[: lines - 1], last + "…"]
     return "\n".join(out)
@@ -156,8 +158,8 @@ def show_grid(
 def drug_label(
     kcode: str,  # the drug's code
     names: Mapping[str, str] | None = None,  # code → name
-    width: int = 16,  # room of the name, in Latin letters; a Hangul syllable takes two
-    between: str = " ",  # what stands between name and code
+    width: int = 16,  # of the name, in Latin letters; a Hangul syllable counts two
+    between: str = " ",  # between name and code
 ) -> str:  # the code alone where no name is known
     "A drug's name, cut to a width, and its code."
     name = (names or {}).get(kcode) or kcode
@@ -171,12 +173,12 @@ def _overlap(a: tuple, b: tuple) -> float:
 
 def _place(
     size: tuple[int, int],  # of the label, pixels
-    box: tuple[float, ...],  # the pill's, left to bottom
+    box: tuple[float, ...],  # of the pill: left, top, right, bottom
     photo: tuple[int, int],  # width, height
-    taken: Sequence[tuple],  # labels that stand already
+    taken: Sequence[tuple],  # labels that are placed already
     boxes: Sequence[tuple],  # of all pills
-) -> tuple[float, ...]:  # left to bottom of the label
-    "Above, below or within the box: where the label covers no other label and as little of other boxes as can be."
+) -> tuple[float, ...]:  # left, top, right, bottom of the label
+    "The place above, below or within the box where the label covers no other label and least of other boxes."
     (w, h), (x0, y0, x1, y1) = size, box
     spots = [(x, y) for y in (y0 - h, y1, y0, y1 - h) for x in (x0, x1 - w)]
     inside = [(max(0, min(x, photo[0] - w - 1)), max(0, min(y, photo[1] - h - 1))) for x, y in spots]
@@ -193,18 +195,17 @@ def _place(
 
 # %% ../../nbs/core/070_plots.ipynb #66a93a7f
 def _word(text: str, px: int, times: int = 8) -> Image.Image:
-    """A word's ink as a mask [grey], drawn larger and averaged down: Pillow hints small letters, and an 8 would
-    look like a 0."""
+    "A word as a grey mask, drawn larger and averaged down: Pillow hints small letters, and an 8 would look like a 0."
     font = ImageFont.truetype(str(font_path()), px * times)
     left, top, right, bottom = ImageDraw.Draw(Image.new("L", (1, 1))).textbbox((0, 0), text, font=font)
-    w, h = -(-(right - left) // times), -(-(bottom - top) // times)
+    w, h = math.ceil((right - left) / times), math.ceil((bottom - top) / times)
     ink = Image.new("L", (w * times, h * times))
     ImageDraw.Draw(ink).text((-left, -top), text, fill=255, font=font)
     return ink.resize((w, h), Image.Resampling.BOX)
 
 
-def _label(im: Image.Image, box: tuple, text: str, colour: str, px: int, taken: list, boxes: list) -> None:  # noqa: PLR0913 - one label, and what it must keep clear of
-    "A word on a coloured ground, inside the photo and beside the other words."
+def _label(im: Image.Image, box: tuple, text: str, colour: str, px: int, taken: list, boxes: list) -> None:  # noqa: PLR0913 - the label, and what it must not cover
+    "Draw a word on a coloured ground, inside the photo and beside the other words."
     ink = _word(text, px)
     rect = _place((ink.width + px // 2, ink.height + px // 2), box, im.size, taken, boxes)
     taken.append(rect)
@@ -215,8 +216,8 @@ def _label(im: Image.Image, box: tuple, text: str, colour: str, px: int, taken: 
 def draw_boxes(
     image: np.ndarray,  # HWC uint8 RGB
     xyxy: np.ndarray,  # boxes [n,4] in pixels: left, top, right, bottom
-    labels: Sequence[str] | None = None,  # one each, Korean welcome
-    colour: str | Sequence[str] = COLOURS[3],  # for all, or one each
+    labels: Sequence[str] | None = None,  # one for each box, also Korean
+    colour: str | Sequence[str] = COLOURS[3],  # for all boxes, or one for each
 ) -> np.ndarray:  # a new HWC uint8 image
     "A copy of a photo with its boxes."
     im = Image.fromarray(np.ascontiguousarray(image)).convert("RGB")
@@ -227,8 +228,9 @@ def draw_boxes(
     colours = [colour] * len(rects) if isinstance(colour, str) else list(colour)
     for rect, c in zip(rects, colours):
         draw.rectangle(rect, outline=c, width=line)
-    for i, rect in enumerate(rects if labels is not None else []):
-        _label(im, rect, str(labels[i]), colours[i], px, taken, rects)
+    if labels is not None:
+        for i, rect in enumerate(rects):
+            _label(im, rect, str(labels[i]), colours[i], px, taken, rects)
     return np.asarray(im).copy()
 
 # %% ../../nbs/core/070_plots.ipynb #9af1e1dd
@@ -257,7 +259,7 @@ def save_fig(
     return Path(path)
 
 # %% ../../nbs/core/070_plots.ipynb #a6f4ff50
-SHOWN_DPI, LARGE = 110, 100_000  # of a picture within a notebook; bytes
+SHOWN_DPI, LARGE = 110, 100_000  # dots per inch of a picture in a notebook; bytes up to which it stays a PNG
 
 
 def shown_picture(

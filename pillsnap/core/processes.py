@@ -25,12 +25,15 @@ def processes(
     "`joblib.Parallel` on joblib's current backend; its own processes end `IDLE` seconds after their last task."
     backend, _ = get_active_backend()
     ours = type(backend) is joblib.parallel.LokyBackend and "idle_worker_timeout" not in backend.backend_kwargs
-    return joblib.Parallel(n_jobs=n, **kwargs, **({"idle_worker_timeout": IDLE} if ours else {}))
+    if ours:
+        kwargs["idle_worker_timeout"] = IDLE
+    return joblib.Parallel(n_jobs=n, **kwargs)
 
 # %% ../../nbs/core/050_processes.ipynb #22177b16
 def memory_mb() -> float:  # 10⁶ bytes
     "Resident memory of this process, plus the unshared memory of all processes that it started."
-    total = (me := psutil.Process()).memory_info().rss
+    me = psutil.Process()
+    total = me.memory_info().rss
     for p in me.children(recursive=True):
         with suppress(psutil.Error):  # it may just have ended
             total += p.memory_full_info().uss

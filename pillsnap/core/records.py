@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 # %% ../../nbs/core/030_records.ipynb #3ac6e149
 from fastcore.basics import patch
@@ -27,16 +27,17 @@ from .files import get_git_sha
 # %% ../../nbs/core/030_records.ipynb #7c4f0406
 def _cpu() -> str:
     "The usable cores and the model of the processor."
-    model = ""
-    try:
-        model = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)[1]
-    except (OSError, TypeError):
-        import platform
+    import platform
 
-        model = platform.processor() or platform.machine()
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    found = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", text, re.M)
+    model = found[1] if found else platform.processor() or platform.machine()
     return f"{len(os.sched_getaffinity(0))}× {' '.join(model.split()) or 'unknown processor'}"
 
-# %% ../../nbs/core/030_records.ipynb #d75fbef0
+
 def _ram() -> str:
     return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
 
@@ -94,6 +95,25 @@ class Metric:
         for field, legal in (("how", HOW), ("data", DATA), ("kind", KIND)):
             if (v := getattr(self, field)) not in legal:
                 raise PillsnapError(f"{field} is {v!r}", where=f"metric {self.name}", fix="one of " + ", ".join(legal))
+
+    @property
+    def measured(self) -> bool:
+        "Whether the figure counts as measured."
+        return not self.doubts()
+
+    @classmethod
+    def from_dict(
+        cls,
+        d: Mapping[str, Any],  # from to_dict
+    ) -> "Metric":
+        "A metric from its dict; raises PillsnapError if the fields are not those of a metric."
+        fields = {f.name for f in dataclasses.fields(cls)}
+        if not isinstance(d, Mapping) or set(d) != fields:
+            odd = sorted(set(d) ^ fields) if isinstance(d, Mapping) else [type(d).__name__]
+            raise PillsnapError(
+                f"this is no metric record: {', '.join(odd)}", fix="make the report again with the job that writes it"
+            )
+        return cls(**d)
 
 # %% ../../nbs/core/030_records.ipynb #d63c48be
 def plain_number(
@@ -163,7 +183,7 @@ def _is_sha256(v: Any) -> bool:
     return isinstance(v, str) and bool(re.fullmatch(r"[0-9a-f]{64}", v))
 
 
-def _number(v: Any) -> bool:
+def _number(v: Any) -> TypeGuard[float]:
     return isinstance(v, (int, float)) and math.isfinite(v)
 
 # %% ../../nbs/core/030_records.ipynb #36b9749d
@@ -180,7 +200,7 @@ def doubts(self: Metric) -> list[str]:  # empty when the figure was measured
         (n_ok, f"n is {self.n!r}, not a count"),
         (t_ok, f"it took {self.seconds!r} s"),
         (
-            not limited or self.seconds >= self.n * MIN_SECONDS_PER_SAMPLE,
+            not limited or (self.seconds or 0) >= self.n * MIN_SECONDS_PER_SAMPLE,
             f"{self.n} samples in {self.seconds} s is impossible",
         ),
         (_is_sha256(self.data_hash), "the data's hash is missing"),
@@ -189,12 +209,6 @@ def doubts(self: Metric) -> list[str]:  # empty when the figure was measured
         (bool(self.hardware), "the hardware is missing"),
     ]
     return [why for ok, why in checks if not ok]
-
-# %% ../../nbs/core/030_records.ipynb #e0b7b81a
-@patch(as_prop=True)
-def measured(self: Metric) -> bool:
-    "Whether the figure counts as measured."
-    return not self.doubts()
 
 # %% ../../nbs/core/030_records.ipynb #b54f77ec
 @patch
@@ -206,21 +220,6 @@ def to_dict(self: Metric) -> dict[str, Any]:
             d["note"] = f"{d['note']}; {k} was {d[k]}".lstrip("; ")
             d[k] = None
     return d
-
-# %% ../../nbs/core/030_records.ipynb #4a7175b8
-@patch(cls_method=True)
-def from_dict(
-    cls: Metric,
-    d: Mapping[str, Any],  # from to_dict
-) -> Metric:
-    "A metric from its dict; raises PillsnapError if the fields are not those of a metric."
-    fields = {f.name for f in dataclasses.fields(cls)}
-    if not isinstance(d, Mapping) or set(d) != fields:
-        odd = sorted(set(d) ^ fields) if isinstance(d, Mapping) else [type(d).__name__]
-        raise PillsnapError(
-            f"this is no metric record: {', '.join(odd)}", fix="make the report again with the stage that writes it"
-        )
-    return cls(**d)
 
 # %% ../../nbs/core/030_records.ipynb #dc912096
 def _column(m: Metric) -> str | None:
