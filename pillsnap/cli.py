@@ -321,8 +321,8 @@ def networks(
     from pillsnap.models.factory import build_classification_model
     from pillsnap.models.yolo import build_yolo_model, load_ultralytics
 
-    quiet, c = logging.getLogger("pillsnap.plan"), cfg.train.classification
-    own = {"classifier": lambda drugs: build_classification_model(c.backbone, drugs, pretrained=False, log=quiet)}
+    c = cfg.train.classification
+    own = {"classifier": lambda drugs: build_classification_model(c.backbone, drugs, pretrained=False)}
     try:
         load_ultralytics()
     except (ImportError, PillsnapError):

@@ -166,10 +166,10 @@ def test_train_detection_stage_trains_and_its_metrics_are_of_its_boxes(run, cfg)
     folder = RunFolder(run, "detector")
     trained = A.train_detection_stage(folder, cfg)
     assert len(trained.history) == cfg.train.detection.epochs
-    model, size, ckpt = load_detector(run / "checkpoints" / "detector" / "best.pt")
-    assert ckpt["epoch"] == 1 and size == 64
+    loaded = load_detector(run / "checkpoints" / "detector" / "best.pt")
+    assert loaded.checkpoint["epoch"] == 1 and loaded.img_size == 64
     photos = photos_in(run / "yolo_data" / "images" / "val")
-    found = A.validate_detection(TorchDetector(model, size), photos)
+    found = A.validate_detection(TorchDetector(loaded.model, loaded.img_size), photos)
     assert found["n_photos"] == len(photos) and found["n_boxes"] > 0
     assert {"mAP@0.5", "mAP@0.5:0.95", "precision", "recall"} <= set(found)
 

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import logging
 import shutil
 import sys
 
@@ -17,6 +16,7 @@ from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.files import read_json, save_json, sha256_file
 from pillsnap.core.jobs import RunFolder
+from pillsnap.core.logs import logged_lines
 from pillsnap.core.records import Metric
 from pillsnap.dataset.splitfiles import load_split_data
 from pillsnap.delivery.classmap import ClassMap
@@ -104,20 +104,18 @@ def test_opset_17_and_open_axes(tmp_path, backbone, free):
 
 
 @pytest.mark.spec("EX1")
-def test_newer_exporter_at_18_with_a_reason(tmp_path, monkeypatch, caplog):
+def test_newer_exporter_at_18_with_a_reason(tmp_path, monkeypatch):
     def fails(*a):
         raise RuntimeError("no such operator")
 
     monkeypatch.setattr(G, "_trace", fails)
-    log = logging.getLogger("test.export")
     m = timm.create_model("test_resnet", num_classes=3, pretrained=False).eval()
-    with caplog.at_level("INFO", "test.export"):
-        assert G.export_onnx(m, 64, tmp_path / "m.onnx", log=log) == 18
-    said = [r.getMessage() for r in caplog.records if r.name == "test.export"]
+    with logged_lines() as said:
+        assert G.export_onnx(m, 64, tmp_path / "m.onnx") == 18
     assert len(said) == 1 and "opset 17 failed" in said[0] and "no such operator" in said[0] and "18" in said[0]
     monkeypatch.setattr(G, "_capture", fails)
     with pytest.raises(PillsnapError, match="neither exporter"):
-        G.export_onnx(m, 64, tmp_path / "n.onnx", log=log)
+        G.export_onnx(m, 64, tmp_path / "n.onnx")
     assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
 
 
@@ -311,11 +309,11 @@ def test_the_bundle_answers_as_torch_does(exported):
     run, _ = exported
     b, stage = load_bundle(run), load_split_data(run, 0)
     loaded = load_classifier(run / "checkpoints/classifier/best.pt", stage.class_map)
-    det, det_size, _ = load_detector(run / "checkpoints/detector/best.pt")
+    det = load_detector(run / "checkpoints/detector/best.pt")
     ours = Pipeline(
         TorchClassifier(loaded.model, loaded.img_size),
         loaded.class_map,
-        TorchDetector(det, det_size),
+        TorchDetector(det.model, det.img_size),
         metadata=b.meta["drugs"],
         temperature=2.5,
     )
@@ -410,10 +408,10 @@ def test_temperature_and_scorecard_of_the_evaluation(exported):
 @pytest.mark.spec("BX8")
 def test_calibration_of_another_class_map_stops(run):
     cm = load_split_data(run, 0).class_map
-    assert E.calibrated_temperature(run, cm, None) == (1.0, False)
+    assert E.calibrated_temperature(run, cm) == (1.0, False)
     save_json({"temperature": 2.5, "ece_after": 0.01, "class_map": "0" * 64}, run / "reports/calibration.json")
     with pytest.raises(PillsnapError, match="another class map"):
-        E.calibrated_temperature(run, cm, None)
+        E.calibrated_temperature(run, cm)
 
 
 def test_a_changed_parameter_changes_the_output(ready):

@@ -602,8 +602,8 @@ def test_the_export_is_timed_by_every_provider_and_says_by_which(there, small_on
     monkeypatch.setattr(E, "verified_bytes", lambda folder, entry: small_onnx)
     monkeypatch.setattr(E, "OnnxClassifier", OnGpuAsItSays)
     monkeypatch.setattr("pillsnap.core.records._gpu", lambda: "NVIDIA GeForce RTX 5080 16 GiB")
-    run = SimpleNamespace(evaluation=SimpleNamespace(latency_warmup=20, latency_runs=200))
-    rows, ms = E.time_bundle(bundle(P.OnnxClassifier), None, Provenance("synthetic", "0" * 64, "1" * 64), run)
+    protocol = SimpleNamespace(latency_warmup=20, latency_runs=200)
+    rows, ms = E.time_bundle(bundle(P.OnnxClassifier), None, Provenance("synthetic", "0" * 64, "1" * 64), protocol)
     found = [(r.provider, r.precision, r.metric.hardware) for r in rows if r.percentile == 95]
     on_cpu = [("CPUExecutionProvider", "fp32", hardware(gpu=False))]
     on_gpu = [("CUDAExecutionProvider", p, hardware()) for p in ("fp32", "fp16")]

@@ -1,7 +1,6 @@
 "Answers from exported files alone: `pillsnap predict` (SPEC SV4, EX3, X38)."
 
 import json
-import logging
 import struct
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from pillsnap.core.errors import PillsnapError
+from pillsnap.core.logs import logged_lines
 from pillsnap.delivery.classmap import ClassMap
 from pillsnap.deployment import runtime as P
 from pillsnap.deployment.batch import predict_command
@@ -335,40 +335,19 @@ def test_detector_session_waits_for_the_first_combo_photo(run, monkeypatch):
 # ---- execution providers
 
 
-class Lines(logging.Handler):
-    def __init__(self):
-        super().__init__()
-        self.said = []
-
-    def emit(self, r):
-        self.said.append(r.getMessage())
-
-
-@pytest.fixture
-def log():
-    log = logging.getLogger("test.providers")
-    log.setLevel("INFO")
-    log.propagate = False
-    h = Lines()
-    log.addHandler(h)
-    yield log, h.said
-    log.removeHandler(h)
-
-
 @pytest.mark.spec("EX3")
-def test_missing_provider_falls_back_with_one_line(run, monkeypatch, log):
+def test_missing_provider_falls_back_with_one_line(run, monkeypatch):
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    logger, said = log
-    bundle = P.load_bundle(run, device="cuda", log=logger)
+    with logged_lines() as said:
+        bundle = P.load_bundle(run, device="cuda")
     assert len(said) == 1 and "CUDAExecutionProvider was asked for" in said[0] and "running on the CPU" in said[0]
     assert bundle.classifier.session.get_providers() == ["CPUExecutionProvider"]
     assert bundle.predict(run / "green.png")["items"][0]["kcode"] == "K-000020"
 
 
 @pytest.mark.spec("EX3")
-def test_provider_that_does_not_start_is_named(run, monkeypatch, log):
+def test_provider_that_does_not_start_is_named(run, monkeypatch):
     "The build lists CUDA, the session ends up without it (no driver)."
-    logger, said = log
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
     real = ort.InferenceSession
     monkeypatch.setattr(
@@ -376,14 +355,15 @@ def test_provider_that_does_not_start_is_named(run, monkeypatch, log):
         "InferenceSession",
         lambda model, options, providers: real(model, options, providers=["CPUExecutionProvider"]),
     )
-    P.load_bundle(run, device="auto", log=logger)
+    with logged_lines() as said:
+        P.load_bundle(run, device="auto")
     assert len(said) == 1 and "CUDAExecutionProvider did not start; running on CPUExecutionProvider" in said[0]
 
 
 @pytest.mark.spec("EX3")
-def test_nothing_is_said_when_nothing_was_given_up(run, log):
-    logger, said = log
-    P.load_bundle(run, device="cpu", log=logger)
+def test_nothing_is_said_when_nothing_was_given_up(run):
+    with logged_lines() as said:
+        P.load_bundle(run, device="cpu")
     assert said == []
     with pytest.raises(PillsnapError, match="no device 'tpu'"):
-        P.load_bundle(run, device="tpu", log=logger)
+        P.load_bundle(run, device="tpu")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LIMITS', 'Boxes', 'FAINT', 'logit_gap', 'ExportCheck', 'check_logits', 'pair_boxes', 'check_boxes', 'ComparedPhoto',
-           'photo_order', 'open_photos', 'Comparison', 'compare_classifiers', 'raw_difference', 'compare_detectors',
-           'plot_logits', 'plot_box_agreement', 'verdict']
+           'photo_order', 'open_photos', 'overall', 'Comparison', 'compare_classifiers', 'raw_difference',
+           'compare_detectors', 'plot_logits', 'plot_box_agreement', 'verdict']
 
 # %% ../../nbs/deployment/820_comparison.ipynb #9ec65e81
 import hashlib
@@ -25,7 +25,7 @@ from ..core.errors import PillsnapError
 from ..core.plots import COLOURS, colour_legend, draw_boxes, show_grid, use_house_style
 from ..dataset.splitfiles import SplitData
 from ..models.metrics import detection_ap, match_boxes
-from ..models.pipeline import detect, detector_input, softmax
+from ..models.pipeline import Thresholds, detect, detector_input, softmax
 from ..photos.boxes import iou_matrix, xywh_to_xyxy
 from ..photos.images import crop_view, normalise, open_image_safely, whole_view
 
@@ -210,6 +210,16 @@ def open_photos(
         yield ComparedPhoto(path, opened["image"], boxes)
 
 # %% ../../nbs/deployment/820_comparison.ipynb #9af378b7
+def overall(
+    verdicts: Iterable[bool | None],  # True = passed, False = failed, None = could not be compared
+) -> bool | None:
+    "False if anything failed, None if nothing failed but something (or everything) could not be compared."
+    given = list(verdicts)
+    if False in given:
+        return False
+    return None if None in given or not given else True
+
+
 @dataclass
 class Comparison:
     "What both sides answered."
@@ -225,8 +235,7 @@ class Comparison:
     @property
     def passed(self) -> bool | None:
         "False if anything failed; None if nothing failed but something could not be compared."
-        said = [c.passed for c in self.checks]
-        return False if False in said else None if None in said or not said else True
+        return overall(c.passed for c in self.checks)
 
 # %% ../../nbs/deployment/820_comparison.ipynb #b9df5637
 def compare_classifiers(
@@ -255,13 +264,13 @@ def compare_classifiers(
     return c
 
 # %% ../../nbs/deployment/820_comparison.ipynb #94d14576
-class _Said:
+class _Stored:
     "A detector that returns a stored output, so that one forward pass serves two thresholds."
 
     def __init__(self, raw: np.ndarray, size: int):
         self.out, self.size = raw, size
 
-    def raw(self, _x: np.ndarray) -> np.ndarray:
+    def raw(self, x: np.ndarray) -> np.ndarray:  # noqa: ARG002 - the runner's interface
         return self.out
 
 
@@ -277,17 +286,16 @@ def raw_difference(
     return float(max(np.abs(a[:, :4] - b[:, :4]).max() / side, np.abs(a[:, 4:] - b[:, 4:]).max()))
 
 # %% ../../nbs/deployment/820_comparison.ipynb #2e241458
-def compare_detectors(  # noqa: PLR0913 - public signature
+def compare_detectors(
     ours: Any,  # torch runner
     theirs: Any,  # ONNX runner
     photos: Iterable[ComparedPhoto],  # decoded photos with their true boxes
-    conf: float = 0.3,  # boxes below are not answered
-    iou: float = 0.5,  # boxes overlapping more are one pill
-    max_det: int = 100,  # boxes kept
+    thresholds: Thresholds = Thresholds(),  # noqa: B008 - frozen; which boxes are pills
     keep: int = 4,  # photos kept for the picture
 ) -> Comparison:
     "Show both detectors the same photos."
-    c, t0, faint, truth, raw = Comparison(), time.perf_counter(), ([], []), [], 0.0
+    c, t, t0 = Comparison(), thresholds, time.perf_counter()
+    faint, truth, raw = ([], []), [], 0.0
     for p in photos:
         x = detector_input([p.image], ours.size)
         said = [r.raw(x) for r in (ours, theirs)]
@@ -295,8 +303,8 @@ def compare_detectors(  # noqa: PLR0913 - public signature
         c.n += 1
         truth.append(p.boxes)
         for out, low, s in zip((c.torch, c.onnx), faint, said):
-            out.append(detect(_Said(s, ours.size), p.image, conf, iou, max_det))
-            low.append(detect(_Said(s, ours.size), p.image, FAINT, iou, max_det))
+            out.append(detect(_Stored(s, ours.size), p.image, t.conf, t.iou, t.max_det))
+            low.append(detect(_Stored(s, ours.size), p.image, FAINT, t.iou, t.max_det))
         if len(c.shown) < keep and len(c.torch[-1][0]):
             c.shown.append((p.image, c.torch[-1][0], c.onnx[-1][0]))
     if not c.n:

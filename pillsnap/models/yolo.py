@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MUZZLE', 'INSTALL', 'PILL', 'NoUltralytics', 'load_ultralytics', 'yolo_name', 'LazyObject', 'build_yolo_model',
-           'build_criterion_detection', 'TorchDetector', 'fresh_detector_checkpoint', 'load_detector', 'open_detector']
+           'build_criterion_detection', 'TorchDetector', 'fresh_detector_checkpoint', 'LoadedDetector', 'load_detector',
+           'open_detector']
 
 # %% ../../nbs/models/560_yolo.ipynb #3288141a
 import importlib
@@ -15,6 +16,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -224,10 +226,19 @@ def fresh_detector_checkpoint(
     return Path(path)
 
 # %% ../../nbs/models/560_yolo.ipynb #c6678dd3
+@dataclass(frozen=True)
+class LoadedDetector:
+    "A trained detector, as `load_detector` reads it from its checkpoint."
+
+    model: nn.Module  # the network, in eval mode
+    img_size: int  # input side, pixels
+    checkpoint: dict[str, Any]  # everything that the file holds
+
+
 def load_detector(
     ckpt_path: str | os.PathLike,  # best.pt or last.pt of a detector
     device: str | torch.device = "cpu",  # where to put it
-) -> tuple[nn.Module, int, dict[str, Any]]:  # the network in eval mode, its input side in pixels, the whole checkpoint
+) -> LoadedDetector:  # PillsnapError for another class map or weights that do not fit
     "A trained detector from our checkpoint, fp32, with the averaged weights where there are any."
     ckpt = load_ckpt(ckpt_path)
     try:
@@ -247,7 +258,7 @@ def load_detector(
             where=ckpt_path,
             fix="train again, or name another file",
         ) from None
-    return net.eval().requires_grad_(False).to(device), int(ckpt["img_size"]), ckpt
+    return LoadedDetector(net.eval().requires_grad_(False).to(device), int(ckpt["img_size"]), ckpt)
 
 # %% ../../nbs/models/560_yolo.ipynb #fe4ceeec
 def open_detector(
@@ -259,8 +270,9 @@ def open_detector(
     "A detector ready to answer, read at once or on first use."
 
     def make():
-        model, size, _ = load_detector(ckpt_path, device)
-        return TorchDetector(model.fuse(verbose=False).to(memory_format=torch.channels_last), size, batch)
+        loaded = load_detector(ckpt_path, device)
+        fused = loaded.model.fuse(verbose=False).to(memory_format=torch.channels_last)
+        return TorchDetector(fused, loaded.img_size, batch)
 
     if lazy and not Path(ckpt_path).is_file():
         raise PillsnapError("there is no detector here", where=ckpt_path, fix="run the detector stage first")

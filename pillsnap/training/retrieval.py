@@ -334,7 +334,7 @@ def work(self: RetrievalJob, run: RunFolder, cfg: Config) -> JobResult:
     cfg, said = engine_config(cfg, current_gpu(), load_ckpt(folder / "last.pt")["config_snapshot"] if goes else None)
     for line in said:
         log_decision(run.log, line, run.tb)
-    few_classes_advice(len(stage.class_map), cfg, run.log)
+    few_classes_advice(len(stage.class_map), cfg.retrieval)
     device, before = "cuda" if torch.cuda.is_available() else "cpu", torch.get_num_threads()
     try:
         recall = recall_callback(stage, cfg, device, run.log, run.tb)

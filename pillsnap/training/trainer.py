@@ -80,7 +80,6 @@ def _initial_network(
         c.drop_rate,
         c.weights,
         c.declared_classes,
-        out.log,
         c.drop_path_rate,
         head,
         weights_later=c.init_from is not None,
@@ -139,7 +138,7 @@ def build_training(
     train_dl, views = _training_loaders(data, _with_batch_size(cfg, data.stage, batch), cache, device, out)
     for dl in (train_dl, *views.values()):
         dl.shard(rank, world)
-    criterion = build_criterion(cfg, class_counts(train_dl.dataset.labels, n), keys, out.log)
+    criterion = build_criterion(cfg, class_counts(train_dl.dataset.labels, n), keys)
     learn = build_learner(cfg, model, criterion, train_dl, views, n, device, saved, out)
     steps = total_steps(len(train_dl), c.grad_accum_steps, c.epochs)
     line = resolved_line(cfg, n, steps, device, learn.precision.dtype, photos_per_batch(train_dl))

@@ -20,7 +20,6 @@ from .setup import (
     coloured_batches,
     drug_keys,
     holds,
-    logger,
     settings,
 )
 
@@ -108,7 +107,7 @@ def onnx_beside_torch(s: Size, gpu: Gpu, work: Path) -> list[Part]:
         return [absent("onnxruntime's provider", wanted, why), absent(title, "≤ 0.0001", why)]
     model, img = fresh_classifier(s, work, gpu.device)
     path = work / "classifier.onnx"
-    export_onnx(model, img, path, open_axes(s.of("tf_efficientnetv2_s", "test_resnet"), model), log=logger())
+    export_onnx(model, img, path, open_axes(s.of("tf_efficientnetv2_s", "test_resnet"), model))
     runner = OnnxClassifier(path.read_bytes(), img, "cuda" if gpu.there else "cpu")
     used, gaps, rng = runner.session.get_providers()[0], [], np.random.default_rng(0)
     with torch.inference_mode(), full_fp32():

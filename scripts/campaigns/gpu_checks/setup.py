@@ -227,7 +227,7 @@ def network(cfg: Config, device: torch.device, seed: int = 0) -> nn.Module:
     c = cfg.train.classification
     torch.manual_seed(seed)
     last = c.channels_last and cfg.optimization.channels_last
-    return build_classification_model(c.backbone, CLASSES, last, False, c.drop_rate, log=logger()).to(device)
+    return build_classification_model(c.backbone, CLASSES, last, False, c.drop_rate).to(device)
 
 
 def make_learner(  # noqa: PLR0913 - the parts of a learner
@@ -243,7 +243,7 @@ def make_learner(  # noqa: PLR0913 - the parts of a learner
     keys, c = drug_keys(), cfg.train.classification
     fixed = dict(config_snapshot=cfg.to_dict(), class_map=keys.to_dict(), backbone=c.backbone)
     fixed |= dict(img_size=cfg.data.classification.img_size)
-    criterion, out = build_criterion(cfg, np.full(CLASSES, 10), list(keys), logger()), Outputs(folder, log=logger())
+    criterion, out = build_criterion(cfg, np.full(CLASSES, 10), list(keys)), Outputs(folder, log=logger())
     learn = build_learner(cfg, model, criterion, train, views, CLASSES, device, fixed, out)
     learn.add_cbs(list(cbs))
     return learn
