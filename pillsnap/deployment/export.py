@@ -27,7 +27,7 @@ from ..core.logs import progress as show_progress
 from ..core.plots import save_fig
 from ..core.records import Provenance
 from ..core.settings import Config, Data
-from ..dataset.splits import SplitData, load_split_data
+from ..dataset.splitfiles import SplitData, load_split_data
 from ..delivery.classmap import ClassMap
 from pillsnap.deployment.comparison import (
     ComparedPhoto,
