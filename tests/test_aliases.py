@@ -218,7 +218,7 @@ def test_optimizer_and_scheduler_are_the_configured_ones():
     model = nn.Linear(3, 2)
     opt = A.build_optimizer(model.parameters(), 2e-4, 1e-4)
     assert isinstance(opt, torch.optim.AdamW) and (opt.defaults["lr"], opt.defaults["weight_decay"]) == (2e-4, 1e-4)
-    rate = A.build_scheduler(c, 100).rule
+    rate = A.build_scheduler(c.train.classification, 100).rule
     assert rate(10) == pytest.approx(2e-4, rel=0.02) and rate(0) < rate(5) < rate(10)
     assert rate(55) == pytest.approx(1e-4, rel=0.02) and rate(100) < 2e-6
 

@@ -118,7 +118,7 @@ def test_a_run_that_the_clock_stopped_counts_as_what_it_is(run, monkeypatch):
     assert "clock: " in (run / "logs" / "pillsnap.classifier.log").read_text(encoding="utf-8")
     last = load_ckpt(run / "checkpoints" / "classifier" / "last.pt")
     assert is_finished(
-        last, load_config("smoke", ["train.classification.epochs=40"])
+        last, load_config("smoke", ["train.classification.epochs=40"]).train.classification
     )  # the same command does not train on
 
     checks = {k: Check(True, "somewhere") for k in ("pipeline_complete", "classification_model_loading")}
@@ -286,7 +286,6 @@ EVERYTHING = (
 def test_no_step_fetches_a_number(monkeypatch):
     """What would stop a GPU at every step (item, float, cpu, bool) is not called more often when an epoch has three
     times as many."""
-    from pillsnap.core.logs import build_logger
     from pillsnap.training.monitoring import Progress, StepLog
 
     seen = []
@@ -312,7 +311,7 @@ def test_no_step_fetches_a_number(monkeypatch):
     counts = []
     for n in (6, 18):
         learn = toy_learner(n, *EVERYTHING)
-        learn.add_cbs([StepLog(1000, build_logger()), Progress("log", show=lambda line: None), Quiet()])
+        learn.add_cbs([StepLog(1000), Progress("log", show=lambda line: None), Quiet()])
         learn.fit(1)
         counts.append(learn.fetched)
     assert counts[0] == counts[1], counts

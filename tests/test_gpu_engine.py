@@ -92,9 +92,7 @@ def compiled(monkeypatch):
         graphs.append(tuple(inputs[-1].shape) if inputs else ())
         return graph.forward
 
-    monkeypatch.setattr(
-        compilation_module, "resolve_compile", lambda cfg, device: ("reduce-overhead", "the test says so")
-    )
+    monkeypatch.setattr(compilation_module, "resolve_compile", lambda *_: ("reduce-overhead", "the test says so"))
     monkeypatch.setattr(compilation_module, "compile_arguments", lambda mode: {"backend": counter})
     yield graphs
     torch.compiler.reset()
@@ -336,10 +334,10 @@ def test_the_search_measures_the_step_that_training_will_do(monkeypatch):
 
     probes = []
 
-    def probe(*args, grad_checkpointing, compiled=None, **kw):
-        mine = dict(compiled=compiled, grad_checkpointing=grad_checkpointing, tried=[])
-        probes.append(mine)
-        return lambda bs, fp16: mine["tried"].append(bs) or (bs / 50 if compiled else 0.5)
+    def probe(_model, _criterion, _optimizer, settings, _share):
+        tried = []
+        probes.append((settings, tried))
+        return lambda bs, fp16: tried.append(bs) or (bs / 50 if settings.compiled else 0.5)
 
     monkeypatch.setattr(batchsize, "step_probe", probe)
     for over, arguments, found in (
@@ -352,10 +350,9 @@ def test_the_search_measures_the_step_that_training_will_do(monkeypatch):
             "two_stage", ["train.classification.amp=false", "optimization.grad_checkpointing=true", *over]
         )
         assert batchsize.choose_batch_size(1, cfg, small_net(), 3, device=torch.device("cuda")) == found
-        assert [p["compiled"] for p in probes] == [None, arguments][: 1 + (arguments is not None)] and all(
-            p["grad_checkpointing"] for p in probes
-        )
-        assert set(probes[0]["tried"]) == {64} and (arguments is None or set(probes[1]["tried"]) == {64, 48, 32})
+        assert [s.compiled for s, _ in probes] == [None, arguments][: 1 + (arguments is not None)]
+        assert all(s.grad_checkpointing for s, _ in probes)
+        assert [set(tried) for _, tried in probes] == [{64}, {64, 48, 32}][: len(probes)]
 
 
 @pytest.mark.spec("CT14")

@@ -387,12 +387,11 @@ def test_no_step_of_a_training_reads_a_number():
     "As many reads in an epoch of 18 batches as in one of 6: ours, fastai's and the optimizer's, in Python and in C++."
     from test_engine import EVERYTHING, toy_learner
 
-    from pillsnap.core.logs import build_logger
     from pillsnap.training.monitoring import Progress, StepLog
 
     def reads(batches: int) -> list:
         learn = toy_learner(batches, *EVERYTHING)
-        learn.add_cbs([StepLog(1000, build_logger()), Progress("log", show=lambda line: None)])
+        learn.add_cbs([StepLog(1000), Progress("log", show=lambda line: None)])
         with HostReads() as host:
             learn.fit(1)
         return host.waits

@@ -112,7 +112,7 @@ def test_the_run_says_where_its_weights_came_from(both, large):
         f"{of['fingerprint'][:12]} of 4 to {to.fingerprint[:12]} of 6: 4 head rows copied by key, 2 new, 0 dropped"
         in log
     )
-    assert "none of this run's judging photos trained it" in log
+    assert "none of this run's validation or evaluation photos trained it" in log
     for origin in (
         read_json(large / "reports" / "classifier.json")["weights"],
         load_ckpt(large / "checkpoints" / "classifier" / "best.pt")["weights_origin"],
@@ -153,8 +153,8 @@ def test_a_run_that_goes_on_does_not_start_again(both, large, tmp_path, monkeypa
 
 
 @pytest.mark.spec("BX20")
-def test_a_checkpoint_that_was_trained_on_judging_photos_is_refused(both, large, tmp_path):
-    "A smaller stage of another seed has trained on groups that judge here."
+def test_a_checkpoint_that_was_trained_on_validation_photos_is_refused(both, large, tmp_path):
+    "A smaller stage of another seed has trained on groups that are validated here."
     other = tmp_path / "other"
     other.mkdir()
     (other / "delivery").symlink_to((both[0] / "delivery").resolve())
@@ -168,7 +168,7 @@ def test_a_checkpoint_that_was_trained_on_judging_photos_is_refused(both, large,
             "class_map": load_split_data(other, 1).class_map.to_dict(),
         },
     )
-    with pytest.raises(PillsnapError, match=r"\d+ photos that judge this run share a capture group"):
+    with pytest.raises(PillsnapError, match=r"\d+ validation or evaluation photos of this run share a capture group"):
         job(large, 2, f"train.classification.init_from={other}").run()
     alone = tmp_path / "alone.pt"
     shutil.copy(path, alone)
@@ -195,7 +195,7 @@ def test_weights_that_do_not_fit_are_refused(both, large, more, why):
 
 def test_settings_that_do_not_go_together_are_refused(both, large):
     for more, why in (
-        (("train.leak_gap=true",), "a twin that is judged on photos"),
+        (("train.leak_gap=true",), "a twin that is validated on photos"),
         (("train.classification.pretrained=true",), "two sources"),
         (("train.classification.weights=w.pth",), "two sources"),
     ):

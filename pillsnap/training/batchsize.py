@@ -7,8 +7,8 @@ __all__ = ['configure_device', 'DeferredCall', 'choose_batch_size']
 
 # %% ../../nbs/training/636_batchsize.ipynb #736494a8
 import logging
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 # %% ../../nbs/training/636_batchsize.ipynb #c954dbae
@@ -20,7 +20,7 @@ from ..core.device import enable_tf32, pick_device, select_amp_dtype, set_seed
 from ..core.logs import TBWriter, log_decision
 from ..core.settings import Config, StageOverride, TrainClassification
 from ..dataset.loaders import batch_size_of
-from .batchsearch import auto_find_batch_size, step_probe
+from .batchsearch import ProbeSettings, auto_find_batch_size, step_probe
 from .compilation import compile_arguments, compile_mode
 from .learner import build_optimizer
 from .memory import memory_share
@@ -62,7 +62,7 @@ def _compile_arguments_of(
     device: torch.device | str,  # where the run computes
 ) -> dict[str, str] | None:  # arguments of torch.compile; None = training does not compile
     "How training will compile its network."
-    mode, _ = compile_mode(cfg, device, cfg.dataloader.drop_last)
+    mode, _ = compile_mode(cfg.optimization, cfg.project.active_feature_set, device, cfg.dataloader.drop_last)
     return None if mode == "none" else compile_arguments(mode)
 
 
@@ -103,24 +103,25 @@ def _batch_probe(
     num_classes: int,  # of the head
     dtype: torch.dtype,  # of autocast
     share: Callable[[], float],  # share of the GPU's memory that was held
-    log: logging.Logger | None = None,  # one line per trial
 ) -> Callable[..., Callable]:  # step_probe that still takes how to compile
     "The training step whose memory the search measures."
     c, o = cfg.train.classification, cfg.optimization
-    return partial(
-        step_probe,
-        model,
-        nn.CrossEntropyLoss(),
+    settings = ProbeSettings(
         num_classes,
         cfg.data.classification.img_size,
-        lambda p: build_optimizer(p, c.lr, c.weight_decay, c.optimizer),
         dtype,
-        c.ema.enabled,
         c.channels_last and o.channels_last,
-        share,
-        grad_checkpointing=o.grad_checkpointing,
-        log=log,
+        c.ema.enabled,
+        o.grad_checkpointing,
     )
+
+    def optimizer(params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        return build_optimizer(params, c.lr, c.weight_decay, c.optimizer)
+
+    def probe(compiled: Mapping[str, Any] | None = None) -> Callable[[int, bool], float]:
+        return step_probe(model, nn.CrossEntropyLoss(), optimizer, replace(settings, compiled=compiled), share)
+
+    return probe
 
 # %% ../../nbs/training/636_batchsize.ipynb #f6e198e6
 def choose_batch_size(  # noqa: PLR0913 - what the search needs, and where it reports
@@ -147,7 +148,7 @@ def choose_batch_size(  # noqa: PLR0913 - what the search needs, and where it re
         log_decision(log, f"batch: {asked}, {why}", tb)
         return asked
     dtype = select_amp_dtype(c.amp_dtype if c.amp else "fp32", device)
-    probe = _batch_probe(cfg, model, num_classes, dtype, share, log)
+    probe = _batch_probe(cfg, model, num_classes, dtype, share)
     arguments = _compile_arguments_of(cfg, device)
     # deferred: the compiled probe copies the network, and only once the first probe's copy is freed
     compiled = DeferredCall(lambda: probe(compiled=arguments)) if arguments else None
@@ -156,7 +157,6 @@ def choose_batch_size(  # noqa: PLR0913 - what the search needs, and where it re
         min(asked, c.auto_batch_max),
         max_bs=c.auto_batch_max,
         headroom=cfg.train.auto_batch_vram_headroom,
-        log=log,
         tb=tb,
         compiled=compiled,
     )

@@ -53,7 +53,7 @@ def detector_plan(
         backbone=yolo_name(cfg.train.detection.model),
         img_size=cfg.data.detection.img_size,
     )
-    cfg = stage_settings(cfg, stage, run.log, run.tb)  # from here on with the stage's overrides
+    cfg = stage_settings(cfg, stage)  # from here on with the stage's overrides
     d, stop = cfg.train.detection, cfg.train.detection.early_stopping
     tree, work = write_detector_tree(run, stage), ensure_dir(run.sub("logs") / "ultralytics")
     for split in ("train", "val"):

@@ -330,7 +330,7 @@ def work(self: RetrievalJob, run: RunFolder, cfg: Config) -> JobResult:
         run.sub("reports"),
         run.sub("checkpoints") / "retrieval",
     )
-    goes = should_resume(folder / "last.pt", cfg, run.resuming) and find_ckpt(folder / "last.pt").exists()
+    goes = should_resume(folder / "last.pt", cfg.train, run.resuming) and find_ckpt(folder / "last.pt").exists()
     cfg, said = engine_config(cfg, current_gpu(), load_ckpt(folder / "last.pt")["config_snapshot"] if goes else None)
     for line in said:
         log_decision(run.log, line, run.tb)

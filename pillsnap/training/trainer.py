@@ -89,7 +89,7 @@ def _initial_network(
         if c.init_from:
             log_decision(out.log, "init_from: not read again, this run goes on from its own last.pt", out.tb)
     elif c.init_from:
-        done = warm_start(model, c.init_from, data, c.backbone, head, out.checkpoints, out.log, out.tb)
+        done = warm_start(model, c.init_from, data, c.backbone, head, out.checkpoints)
         model.weights_origin = done.to_dict()
     return model
 
@@ -126,7 +126,7 @@ def build_training(
         img_size=cfg.data.classification.img_size,
         data_hash=data.header["data_hash"],
     )
-    cfg = stage_settings(cfg, data.stage, out.log, out.tb)  # from here on with the stage's overrides
+    cfg = stage_settings(cfg, data.stage)  # from here on with the stage's overrides
     if rank:
         out = Outputs(log=out.log, quiet=True)  # only the first process writes files
     c, n, keys = cfg.train.classification, len(data.class_map), list(data.class_map)
@@ -239,7 +239,7 @@ def _checkpoint_to_resume(
 ) -> dict[str, Any] | None:  # last.pt; None = training begins at epoch 1
     "The checkpoint to resume from; `PillsnapError` if it was trained on other photos or settings."
     path, data_hash = out.checkpoints / "last.pt", data.header["data_hash"]
-    ckpt = load_resume_checkpoint(path, cfg, data.class_map.to_dict(), resuming, out.log)
+    ckpt = load_resume_checkpoint(path, cfg, data.class_map.to_dict(), resuming)
     if ckpt is not None and ckpt.get("data_hash", data_hash) != data_hash:
         raise PillsnapError(
             "the checkpoint learned from other photos: the delivery has changed since",
@@ -267,8 +267,8 @@ def train_classification_stage(  # noqa: PLR0913 - a public signature; all but t
         learn.first_epoch = restore(learn, ckpt)
         origin = ckpt.get("weights_origin", origin)
     t0 = time.perf_counter()
-    if ckpt is None or not is_finished(ckpt, cfg):
-        with stoppable(learn.checkpoint, out.log) if first else nullcontext():
+    if ckpt is None or not is_finished(ckpt, cfg.train.classification):
+        with stoppable(learn.checkpoint) if first else nullcontext():
             learn.fit(cfg.train.classification.epochs)
     else:
         _restore_finished(learn, ckpt, cfg)

@@ -118,11 +118,11 @@ MUTATIONS: list[Mutation] = [
         "tests/test_warm_start.py::test_rows_and_answers_of_the_shared_drugs_are_the_smaller_stages",
     ),
     Mutation(
-        "a warm start does not look at the photos that judge",
+        "a warm start does not look at the validation photos",
         "pillsnap/training/warmstart.py",
-        "if train is not None and (n := photos_in_common(train, data)):",
+        "if n := photos_in_common(train, data):",
         "if False:",
-        "tests/test_warm_start.py::test_a_checkpoint_that_was_trained_on_judging_photos_is_refused",
+        "tests/test_warm_start.py::test_a_checkpoint_that_was_trained_on_validation_photos_is_refused",
     ),
     Mutation(
         "a configuration lowers what a gate asks",
@@ -253,18 +253,8 @@ MUTATIONS: list[Mutation] = [
     Mutation(
         "no memory warning in TensorBoard",
         "pillsnap/training/memory.py",
-        (
-            '            "above 80 % the next larger photo may not fit",\n'
-            "            self.tb,\n"
-            "        )\n"
-            "        if self.tb:"
-        ),
-        (
-            '            "above 80 % the next larger photo may not fit",\n'
-            "            self.tb,\n"
-            "        )\n"
-            "        if False:"
-        ),
+        '            "above 80 % the next larger photo may not fit"\n        )\n        if self.tb:',
+        '            "above 80 % the next larger photo may not fit"\n        )\n        if False:',
         "tests/test_gpu_engine.py::test_four_fifths_of_the_memory_is_a_warning_and_a_point",
     ),
     Mutation(
