@@ -22,7 +22,7 @@ from torch import nn
 from ..core.checkpoints import find_ckpt, load_ckpt
 from ..core.errors import PillsnapError
 from ..core.files import sha256_file
-from ..dataset.splits import SplitData, load_splits
+from ..dataset.splitfiles import SplitData, load_splits
 from ..delivery.classmap import ClassMap
 from ..models.factory import CosineClassifier
 
