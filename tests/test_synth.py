@@ -30,7 +30,7 @@ from pillsnap.synth.records import NULL_KEYS
 from pillsnap.synth.renderer import Shot, photograph
 from pillsnap.synth.scene import LAMPS, Pose
 from pillsnap.synth.sheet import photo_and_boxes
-from pillsnap.synth.tasks import choose_combos, combo_tasks
+from pillsnap.synth.tasks import Session, choose_combos, combo_tasks
 from pillsnap.synth.writer import UNFINISHED, claim_folder, write_delivery
 
 TINY = dict(drugs=4, photos=6, combos=2, seed=42, width=98, height=128)
@@ -466,7 +466,7 @@ def test_score_line_imprint_and_shadow_are_there():
 def test_box_coverage_is_that_of_the_originals():
     drugs, share, wide = list(make_catalogue(150, seed=2)), [], []
     for c in choose_combos(150, 50, rng_for(2, "cover")):
-        t = combo_tasks([drugs[k] for k in c], 0, "train", Shot(width=98, height=128), 2)[1]
+        t = combo_tasks([drugs[k] for k in c], 0, Session("train", Shot(width=98, height=128), 2))[1]
         boxes = [
             loose_box(e, t.shot, rng_for(0, t.stem, k))
             for k, e in enumerate(photograph(list(t.pills), t.shot, rng_for(*t.words))[1])

@@ -28,7 +28,7 @@ from ..core.files import atomic_path, ensure_dir
 from ..photos.images import MAX_PIXELS, normalise, open_image_safely, resize
 from ..synth.draws import rng_for
 from ..synth.drugs import Drug
-from ..synth.renderer import Shot, draw, map_res, photograph, stage
+from ..synth.renderer import Shot, draw, draw_scene, map_res, photograph
 from ..synth.scene import Pose
 from ..synth.solids import solid
 
@@ -39,7 +39,7 @@ def _pill_masks(
     rng: np.random.Generator,  # in the state photograph got it in
 ) -> list[np.ndarray]:  # [h, w] bool each
     "What each pill covers, from the renderer's own transparency."
-    camera, lamp, exposure = stage(shot, rng)
+    scene = draw_scene(shot, rng)
     out = []
     for drug, pose in pills:
         black, white = (
@@ -47,7 +47,7 @@ def _pill_masks(
             np.ones((shot.height, shot.width, 3), np.float32),
         )
         for table in (black, white):
-            draw(table, solid(drug, pose.side, map_res(shot)), pose, camera, lamp, exposure, np.zeros(3, np.float32))
+            draw(table, solid(drug, pose.side, map_res(shot)), pose, scene)
         out.append(1 - (white - black).mean(axis=-1) > 0.5)
     return out
 

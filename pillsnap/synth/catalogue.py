@@ -27,9 +27,10 @@ from pillsnap.synth.drugs import (
     twin_imprints,
 )
 from pillsnap.synth.records import (
-    DRUG_KEYS,
     INGREDIENTS,
     MAKERS,
+    RECORD_KEYS,
+    Product,
     blank_record,
     in_record_order,
     look_fields,
@@ -42,16 +43,16 @@ def _make_drug(
     kind: tuple[str, str],  # form and outline
     colour: str,  # colour word
     seed: int,  # of the delivery
-    look: tuple | None = None,  # body and imprint, where they are given (twins)
+    look: tuple[Body, Imprint] | None = None,  # body and imprint, where they are given (twins)
 ) -> Drug:
     "One drug, drawn from the seed and its K-number; twins get the given look."
     rng = rng_for(seed, "drug", number)
     maker = MAKERS[rng.integers(len(MAKERS))]
     ingredient = INGREDIENTS[rng.integers(len(INGREDIENTS))]
-    dose = str(rng.choice(ingredient[4].split()))
+    dose = str(rng.choice(ingredient.strengths.split()))
     body = look[0] if look else make_body(*kind, colour, rng)
-    imprint = look[1] if look else make_imprint(body, maker[2], dose, rng)
-    words = word_fields(number, body.form, maker, ingredient, dose, rng)
+    imprint = look[1] if look else make_imprint(body, maker.letters, dose, rng)
+    words = word_fields(number, Product(body.form, maker, ingredient, dose), rng)
     return Drug(number, body, imprint, in_record_order(words | look_fields(body, imprint)))
 
 # %% ../../nbs/synth/206_catalogue.ipynb #767984ac
@@ -93,7 +94,7 @@ def _distinct_imprints(
             if (d.imprint.front, d.imprint.back) not in seen:
                 break
             rng = rng_for(seed, "again", d.number, turn)
-            imprint = make_imprint(d.body, MAKERS[rng.integers(len(MAKERS))][2], str(rng.integers(1, 1000)), rng)
+            imprint = make_imprint(d.body, MAKERS[rng.integers(len(MAKERS))].letters, str(rng.integers(1, 1000)), rng)
             d = replace(d, imprint=imprint, record=in_record_order(d.record | look_fields(d.body, imprint)))
         seen.add((d.imprint.front, d.imprint.back))
         out[i] = d

@@ -274,8 +274,7 @@ def make_imprint(
     own = "".join(rng.choice(list(LETTERS), 2))
     number = str(rng.choice((rng.integers(10, 100), rng.integers(100, 1000))))
     dose = dose.replace(".", "")
-    roomy = body.long_mm / body.short_mm > 1.5 and body.form == "tablet"
-    fronts, backs = _texts(letters, own, number, dose, body.form, roomy)
+    fronts, backs = _texts(letters, own, number, dose, body)
     printed = body.form != "tablet" or (body.coat != "plain" and rng.random() < 0.14)
     front, back = _side_text(body.score[0], fronts, rng), _side_text(body.score[1], backs, rng)
     return Imprint(
@@ -288,19 +287,18 @@ def make_imprint(
 
 
 def _texts(
-    maker: str,  # the maker's letters
+    maker: str,  # its letters
     own: str,  # the product's letters
     number: str,  # a number of two or three digits
     dose: str,  # strength without its point
-    form: str,  # "tablet", "capsule" or "gel"
-    roomy: bool,  # a long tablet
+    body: Body,  # what they are printed on
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:  # to choose from: fronts, backs
     "Texts that makers print on a pill of this form: letters, marks, numbers, strengths."
-    if form == "capsule":
+    if body.form == "capsule":
         return (f"{maker} {own}", f"{own}   {number}", f"{maker}{number[:2]}"), (number[:2], dose, "")
-    if form == "gel":
+    if body.form == "gel":
         return (maker[:2], own, "마크"), (own[0] + number[0], dose, "")
-    if roomy:
+    if body.long_mm / body.short_mm > 1.5:  # a long tablet
         return (
             maker,
             "마크",

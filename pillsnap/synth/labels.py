@@ -9,7 +9,7 @@ __all__ = ['write_labels']
 import hashlib
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 # %% ../../nbs/synth/238_labels.ipynb #a8cce1a8
@@ -25,7 +25,7 @@ from .files import delivery_digest, json_bytes, run_jobs
 from .plan import DeliveryPlan, ledger_of_drugs, val_catalogue
 from .records import annotation
 from .renderer import Shot
-from .tasks import COMBO_FIELD, SINGLE_FIELD, capture_grid, choose_combos, part_folder
+from .tasks import COMBO_FIELD, SINGLE_FIELD, Session, capture_grid, choose_combos, part_folder
 
 # %% ../../nbs/synth/238_labels.ipynb #c94b24d3
 _SLOTS = ("file_name", "imgfile", "back_color", "drug_dir", "light_color", "camera_la", "camera_lo")
@@ -79,13 +79,12 @@ def _guess_box(
 def _label_stems(
     drugs: tuple[Drug, ...],  # one, or those of a combination
     n: int,  # photos of a single
-    split: str,  # "train" or "val"
-    seed: int,  # of the delivery
+    session: Session,  # split and seed
 ) -> list[str]:
     "The names of the photos, as in a rendered delivery of the same seed."
     if len(drugs) > 1:
         return [Capture(tuple(d.kcode for d in drugs), 0, 2, 0, 2, la, 0, 200).stem() for la in (70, 75, 90)]
-    grid = capture_grid(n, rng_for(seed, split, "grid", drugs[0].number))
+    grid = capture_grid(n, rng_for(session.seed, session.split, "grid", drugs[0].number))
     return [Capture((drugs[0].kcode,), 0, back, side, light, la, lo, 200).stem() for side, back, light, la, lo in grid]
 
 
@@ -97,9 +96,7 @@ class _LabelJob:
     drugs: tuple[Drug, ...]  # one, or those of a combination
     i: int  # running number of the drug or combination
     photos: int  # photos of a single
-    split: str  # "train" or "val"
-    shot: Shot  # size and scale of the photos
-    seed: int  # of the delivery
+    session: Session  # split, size and scale of the photos, seed
 
     @property
     def kind(self) -> str:
@@ -121,13 +118,13 @@ class _LabelJob:
         drug: Drug,  # one of the drugs
     ) -> str:  # relative to the delivery
         "Where the annotations of one drug lie."
-        parent = f"{part_folder(self.split, 'labels', self.kind, self.i)}/{self.name}_json"
+        parent = f"{part_folder(self.session.split, 'labels', self.kind, self.i)}/{self.name}_json"
         return parent if self.kind == "single" else f"{parent}/{drug.kcode}"
 
     @property
     def centres(self) -> list[tuple[int, int]]:  # pixels
         "Where the pills lie: in the middle, or in the four quarters of the photo."
-        w, h = self.shot.width, self.shot.height
+        w, h = self.session.shot.width, self.session.shot.height
         if self.kind == "single":
             return [(w // 2, h // 2)]
         return [(w // 4, h // 4), (3 * w // 4, h // 4), (w // 4, 3 * h // 4), (3 * w // 4, 3 * h // 4)]
@@ -137,17 +134,17 @@ def _write_drug_labels(
     job: _LabelJob,  # what to write
 ) -> dict[str, str]:  # folder → sha256 of all that lies there
     "Write the annotations of a drug or of a combination: a pure function of the job."
-    stems = _label_stems(job.drugs, job.photos, job.split, job.seed)
+    stems = _label_stems(job.drugs, job.photos, job.session)
     hashes = {}
     for drug, centre in zip(job.drugs, job.centres):
         folder = job.folder(drug)
         where = Path(job.out) / folder
         where.mkdir(parents=True, exist_ok=True)
-        template = _label_template(drug, job.shot.width, job.shot.height)
-        rng = rng_for(job.seed, job.split, "labels", job.name, drug.number)
+        template = _label_template(drug, job.session.shot.width, job.session.shot.height)
+        rng = rng_for(job.session.seed, job.session.split, "labels", job.name, drug.number)
         digest = hashlib.sha256()
         for stem in stems:
-            raw = _fill_label(template, drug, stem, _guess_box(drug, centre, job.shot, rng))
+            raw = _fill_label(template, drug, stem, _guess_box(drug, centre, job.session.shot, rng))
             digest.update(stem.encode() + raw)
             with open(f"{where}/{stem}.json", "wb", 0) as f:
                 f.write(raw)
@@ -157,20 +154,18 @@ def _write_drug_labels(
 # %% ../../nbs/synth/238_labels.ipynb #612f91ed
 def _split_label_jobs(
     out: Path,  # delivery folder
-    settings: dict,  # of the delivery
     drugs: list[Drug],  # of train or val
     photos: int,  # single photos a drug
     combos: int,  # combinations
-    split: str,  # "train" or "val"
+    session: Session,  # split, size of the photos, seed
 ) -> list[_LabelJob]:
     "The jobs of train or of val: one for each drug, then one for each combination."
-    seed = settings["seed"]
-    picks = choose_combos(len(drugs), combos, rng_for(seed, split, "combos"))
+    picks = choose_combos(len(drugs), combos, rng_for(session.seed, session.split, "combos"))
     groups = {SINGLE_FIELD: [(d,) for d in drugs], COMBO_FIELD: [tuple(drugs[k] for k in c) for c in picks]}
     jobs = []
     for field, group in groups.items():
-        shot = Shot(width=settings["width"], height=settings["height"], domain=settings["domain"], field=field)
-        jobs += [_LabelJob(str(out), chosen, i, photos, split, shot, seed) for i, chosen in enumerate(group)]
+        scaled = replace(session, shot=replace(session.shot, field=field))
+        jobs += [_LabelJob(str(out), chosen, i, photos, scaled) for i, chosen in enumerate(group)]
     return jobs
 
 
@@ -182,11 +177,12 @@ def _label_jobs(
     s = plan.settings
     train = make_catalogue(s["drugs"], s["seed"])
     val = val_catalogue(train, s["val_drugs"], s["seed"])
-    jobs = _split_label_jobs(out, s, list(train), s["photos"], s["combos"], "train")
-    jobs += _split_label_jobs(out, s, list(val), max(s["photos"] // 6, 1), 0, "val")
+    shot = Shot(width=s["width"], height=s["height"], domain=s["domain"])
+    jobs = _split_label_jobs(out, list(train), s["photos"], s["combos"], Session("train", shot, s["seed"]))
+    jobs += _split_label_jobs(out, list(val), max(s["photos"] // 6, 1), 0, Session("val", shot, s["seed"]))
     counts = dict.fromkeys(("train_single", "train_combo", "val_single", "val_combo"), 0)
     for job in jobs:
-        counts[f"{job.split}_{job.kind}"] += job.files // len(job.drugs)
+        counts[f"{job.session.split}_{job.kind}"] += job.files // len(job.drugs)
     return jobs, {
         **plan.ledger,
         "counts": counts,

@@ -14,7 +14,7 @@ from .catalogue import Catalogue, make_catalogue
 from .draws import rng_for
 from .faults import plant_faults, plant_near_duplicates
 from .renderer import Shot
-from .tasks import Task, choose_combos, combo_tasks, possible_combos, single_tasks
+from .tasks import Session, Task, choose_combos, combo_tasks, possible_combos, single_tasks
 
 # %% ../../nbs/synth/234_plan.ipynb #2db68272
 @dataclass(frozen=True)
@@ -30,15 +30,13 @@ def _split_tasks(
     catalogue: Catalogue,  # drugs
     photos: int,  # single photos a drug
     combos: int,  # combinations
-    split: str,  # "train" or "val"
-    base: Shot,  # size and domain
-    seed: int,  # of the delivery
+    session: Session,  # split, size of the photos, seed
 ) -> tuple[list[Task], list[Task]]:  # singles, combos
     "The tasks of train or of val."
     drugs = list(catalogue)
-    codes = choose_combos(len(drugs), combos, rng_for(seed, split, "combos"))
-    singles = [t for i, d in enumerate(drugs) for t in single_tasks(d, i, photos, split, base, seed)]
-    mixed = [t for i, c in enumerate(codes) for t in combo_tasks([drugs[k] for k in c], i, split, base, seed)]
+    codes = choose_combos(len(drugs), combos, rng_for(session.seed, session.split, "combos"))
+    singles = [t for i, d in enumerate(drugs) for t in single_tasks(d, i, photos, session)]
+    mixed = [t for i, c in enumerate(codes) for t in combo_tasks([drugs[k] for k in c], i, session)]
     return singles, mixed
 
 # %% ../../nbs/synth/234_plan.ipynb #9cfba0f8
@@ -118,8 +116,8 @@ def plan_delivery(  # noqa: PLR0913 - the settings of a delivery, as a person ty
         return DeliveryPlan(settings, (), {"schema": "pillsnap.synthetic/1", **settings})
     base, train = Shot(width=width, height=height, domain=domain), make_catalogue(drugs, seed)
     val = val_catalogue(train, val_drugs, seed)
-    singles, mixed = _split_tasks(train, photos, combos, "train", base, seed)
-    tests = _split_tasks(val, *_val_counts(photos, combos, len(val)), "val", base, seed)
+    singles, mixed = _split_tasks(train, photos, combos, Session("train", base, seed))
+    tests = _split_tasks(val, *_val_counts(photos, combos, len(val)), Session("val", base, seed))
     singles, near = plant_near_duplicates(singles, max(2, len(singles) // 150), seed)
     spoilt = {}
     if faults:

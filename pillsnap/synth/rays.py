@@ -68,7 +68,6 @@ def _polish(
     lean: np.ndarray,  # as in march
     high: np.ndarray,  # [n] a height outside the pill, if the guess was right
     low: np.ndarray,  # [n] a height inside it, if the guess was right
-    rounds: int = 3,  # refinements
 ) -> tuple[np.ndarray, np.ndarray]:  # [n] heights, [n] whether the surface lay between
     "Regula falsi on the depth under the surface; three rounds are as exact as seven of bisection."
 
@@ -79,7 +78,7 @@ def _polish(
     a, b, z = depth(uv, high), depth(uv, low), low.copy()
     ok = (a < 0) & (b >= 0)
     a, b, high, low, uv = a[ok], b[ok], high[ok], low[ok], uv[:, ok]
-    for _ in range(rounds):
+    for _ in range(3):
         mid = low + (high - low) * np.clip(b / (b - a), 0.06, 0.94)
         m = depth(uv, mid)
         ins = m >= 0
@@ -99,34 +98,35 @@ class Hits:
     z: np.ndarray  # [n] height above the table, mm
 
 
+_COARSE = 4  # trace marches every fourth ray of every fourth row
+
+
 def _coarse_heights(
     s: Solid,  # the pill's maps
     rays: Callable,  # as in trace
-    xs: np.ndarray,  # pixel columns to look at
-    ys: np.ndarray,  # pixel rows to look at
+    xs: np.ndarray,  # pixel columns of the grid
+    ys: np.ndarray,  # pixel rows of the grid
     lean: np.ndarray,  # as in march
-    coarse: int,  # march every coarse-th ray of every coarse-th row
 ) -> np.ndarray:  # [rows,columns] height of the surface, mm; -1 where no ray nearby hit
     "A first guess of the surface from few rays."
-    cx, cy = np.meshgrid(xs[coarse // 2 :: coarse], ys[coarse // 2 :: coarse])
+    cx, cy = np.meshgrid(xs[_COARSE // 2 :: _COARSE], ys[_COARSE // 2 :: _COARSE])
     z, hit = march(s, rays(cx.ravel(), cy.ravel()), lean, 9, 3)
     guess = np.where(hit, z, -1).astype(f32).reshape(cx.shape)
     for _ in range(2):
         guess = np.where(guess < 0, cv2.dilate(guess, np.ones((3, 3), np.uint8)), guess)
-    full = np.repeat(np.repeat(guess, coarse, 0), coarse, 1)
-    return np.pad(full, ((0, coarse), (0, coarse)), mode="edge")[: len(ys), : len(xs)]
+    full = np.repeat(np.repeat(guess, _COARSE, 0), _COARSE, 1)
+    return np.pad(full, ((0, _COARSE), (0, _COARSE)), mode="edge")[: len(ys), : len(xs)]
 
 
 def trace(
     s: Solid,  # the pill's maps
     rays: Callable,  # pixel coordinates → [2,n] where their rays meet the table, pill frame, mm
-    xs: np.ndarray,  # pixel columns to look at
-    ys: np.ndarray,  # pixel rows to look at
+    xs: np.ndarray,  # pixel columns of the grid
+    ys: np.ndarray,  # pixel rows of the grid
     lean: np.ndarray,  # as in march
-    coarse: int = 4,  # the first pass looks at every coarse-th ray
 ) -> Hits:
     "Where the rays of a grid of pixels meet a pill: a coarse guess, its refinement, and marching where it was wrong."
-    guess = _coarse_heights(s, rays, xs, ys, lean, coarse)
+    guess = _coarse_heights(s, rays, xs, ys, lean)
     iy, ix = np.nonzero(guess >= 0)
     uv, g, near = rays(xs[ix], ys[iy]), guess[iy, ix], f32(0.07 * s.thick)
     z, hit = _polish(s, uv, lean, g + near, g - near)

@@ -6,6 +6,7 @@
 __all__ = ['light_on', 'shadow']
 
 # %% ../../nbs/synth/220_shading.ipynb #d2b37d3a
+from collections.abc import Callable
 from dataclasses import dataclass
 
 # %% ../../nbs/synth/220_shading.ipynb #6b19ecb0
@@ -15,7 +16,7 @@ import numpy as np
 # %% ../../nbs/synth/220_shading.ipynb #b8c4dc61
 from .imaging import blur, f32, smoothstep
 from .rays import Hits, at_points
-from .scene import PANEL, Lamp, Pose, towards, turned
+from .scene import PANEL, Pose, Scene, towards, turned
 from .solids import Solid
 
 # %% ../../nbs/synth/220_shading.ipynb #73c7e893
@@ -53,20 +54,14 @@ def _normals(
 
 # %% ../../nbs/synth/220_shading.ipynb #ced2f7d4
 def _softbox(
-    n: np.ndarray,  # [3,k] normals
-    nv: np.ndarray,  # [k] their cosine with the view
-    view: np.ndarray,  # unit vector to the camera
+    mirrored: Callable,  # a direction → [k] cosine between it and each mirrored ray
     light: np.ndarray,  # unit vector to the middle of the lamp
     size: float,  # its half width as a tangent
     rough: float,  # blur of the mirror image
 ) -> np.ndarray:  # [k] 0..1
-    "The share of a square lamp that each point mirrors."
+    "The part of a square lamp that each point mirrors."
     a = np.cross(light, (0, 0, 1))
     a = a / np.linalg.norm(a)
-
-    def mirrored(d):
-        return 2 * nv * _along(n, d) - f32(view[0] * d[0] + view[1] * d[1] + view[2] * d[2])
-
     far = mirrored(light)
     k = np.maximum(far, 0.05)
 
@@ -81,14 +76,14 @@ def _glow(
     albedo: np.ndarray,  # [3,k]
     n: np.ndarray,  # [3,k] normals
     light: np.ndarray,  # unit vector to the lamp, pill frame
-    lamp: Lamp,  # where the light comes from
-    table: np.ndarray,  # linear RGB of the background
+    scene: Scene,  # the lamp, and the table under the gel
 ) -> np.ndarray:  # [3,k]
     "Add the light that passes through a soft gel; it leaves on the side away from the lamp."
+    lamp = scene.lamp
     far = smoothstep(-0.55, 1.0, -(n[0] * f32(light[0]) + n[1] * f32(light[1])) / f32(np.hypot(light[0], light[1])))
     through = (
         albedo ** f32(1.35) * (f32(lamp.key) * (f32(0.12) + f32(1.25) * far) + f32(lamp.sky * 0.35))
-        + f32(0.30) * table[:, None] * albedo
+        + f32(0.30) * scene.table[:, None] * albedo
     )
     return f32(0.30) * out + f32(0.72) * through
 
@@ -115,8 +110,7 @@ def _diffuse(
     s: Solid,  # the pill's maps
     points: _Surface,  # what is lit
     light: np.ndarray,  # unit vector to the lamp, pill frame
-    lamp: Lamp,  # where the light comes from
-    table: np.ndarray,  # linear RGB of the background, reflected into the flanks
+    scene: Scene,  # the lamp, and the table that the flanks reflect
 ) -> np.ndarray:  # [3,k] linear RGB
     "Wrapped Lambert, light from the sky and from the table, and the light that passes through a gel."
     n, z, albedo, occlusion = points.normal, points.z, points.colour[:3], points.colour[3]
@@ -126,25 +120,28 @@ def _diffuse(
     near = smoothstep(0, 0.8 * s.thick, z)  # low flanks see less sky
     sky = (0.5 + 0.5 * n[2]) * (0.45 + 0.55 * near) * occlusion
     bounce = (0.5 - 0.5 * n[2]) * (0.25 + 0.5 * near) * f32(0.75)
-    out = albedo * (f32(lamp.key) * direct + f32(lamp.sky) * sky + bounce * table[:, None])
-    return _glow(out, albedo, n, light, lamp, table) if s.clear else out
+    out = albedo * (f32(scene.lamp.key) * direct + f32(scene.lamp.sky) * sky + bounce * scene.table[:, None])
+    return _glow(out, albedo, n, light, scene) if s.clear else out
 
 
 def _shade(
     s: Solid,  # the pill's maps
     points: _Surface,  # what is lit
     to: _Directions,  # lamp, ceiling and camera
-    lamp: Lamp,  # where the light comes from
-    table: np.ndarray,  # linear RGB of the background
+    scene: Scene,  # lamp and table
 ) -> np.ndarray:  # [3,k] linear RGB before white balance
     "Diffuse light plus mirrored lamps with Schlick's Fresnel term."
-    n, gloss = points.normal, s.gloss
-    nv = np.maximum(_along(n, to.view), 0)
-    out = _diffuse(s, points, to.light, lamp, table)
+    n, gloss, lamp = points.normal, s.gloss, scene.lamp
+    nv, view = np.maximum(_along(n, to.view), 0), to.view
+
+    def mirrored(d):
+        return 2 * nv * _along(n, d) - f32(view[0] * d[0] + view[1] * d[1] + view[2] * d[2])
+
+    out = _diffuse(s, points, to.light, scene)
     fresnel = f32(0.04) + f32(0.96) * (1 - np.minimum(nv, 1)) ** 5
-    shine = _softbox(n, nv, to.view, to.light, lamp.size * 0.6, 0.75 - 0.62 * gloss)
+    shine = _softbox(mirrored, to.light, lamp.size * 0.6, 0.75 - 0.62 * gloss)
     shine = shine * f32(1.6 + 3 * gloss + 9 * gloss**4)
-    panel = _softbox(n, nv, to.view, to.ceiling, 0.34, 0.26 + 0.5 * (1 - gloss))
+    panel = _softbox(mirrored, to.ceiling, 0.34, 0.26 + 0.5 * (1 - gloss))
     panel = panel * f32(lamp.sky * (2 * gloss + 4 * gloss**4))
     haze = f32(gloss * 0.3 * lamp.sky) * np.maximum(n[2] + f32(0.2), 0)
     return out + (shine + panel + haze) * fresnel * np.sqrt(points.colour[3])
@@ -155,8 +152,7 @@ def light_on(
     pose: Pose,  # where it lies
     hits: Hits,  # the points that the camera sees
     view: np.ndarray,  # unit vector to the camera, pill frame
-    lamp: Lamp,  # where the light comes from
-    table: np.ndarray,  # background's linear RGB
+    scene: Scene,  # lamp and table
 ) -> np.ndarray:  # [3,k] linear RGB before white balance
     "The colour of each hit."
 
@@ -164,8 +160,8 @@ def light_on(
         return np.ascontiguousarray(at_points(m, s, hits.uv).T)
 
     normal = _normals(s, pick(s.slope), pick(s.shell), hits.z)
-    to = _Directions(turned(pose, towards(lamp)), turned(pose, PANEL), view)
-    return _shade(s, _Surface(normal, pick(s.colour), hits.z), to, lamp, table)
+    to = _Directions(turned(pose, towards(scene.lamp)), turned(pose, PANEL), view)
+    return _shade(s, _Surface(normal, pick(s.colour), hits.z), to, scene)
 
 # %% ../../nbs/synth/220_shading.ipynb #d1245bfc
 def shadow(

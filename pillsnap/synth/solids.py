@@ -82,15 +82,38 @@ class Solid:
         return (np.stack([x, y], 1) - self.centre) / self.res
 
 # %% ../../nbs/synth/214_solids.ipynb #0fc26bc5
+@dataclass(frozen=True)
+class _Grid:
+    "The pixels of a body's maps, a tenth of a millimetre wider than the body."
+
+    res: float  # pixels per mm
+    centre: tuple[int, int]  # map position of the pill's axis, pixels
+    u: np.ndarray  # [h,w] mm along the long side
+    v: np.ndarray  # [h,w] mm across
+    edge: np.ndarray  # [h,w] mm from the outline, positive inside
+
+
+def _make_grid(
+    body: Body,  # its size and outline
+    res: float,  # map pixels per mm
+) -> _Grid:
+    "The pixels of a body's maps."
+    w, h = (int(np.ceil((x / 2 + 0.1) * res)) + 3 for x in (body.long_mm, body.short_mm))
+    columns = (np.arange(2 * w + 1) - w).astype(f32) / f32(res)
+    rows = (np.arange(2 * h + 1) - h).astype(f32) / f32(res)
+    u, v = np.meshgrid(columns, rows)
+    return _Grid(res, (w, h), u, v, edge_distance(body, u, v).astype(f32))
+
+
 def _relief(
     drug: Drug,  # how rough, debossed or printed
     glyphs: np.ndarray,  # letters mask
     lines: np.ndarray,  # score mask
-    d: np.ndarray,  # mm from the edge
-    res: float,  # pixels per mm
+    grid: _Grid,  # where each pixel is
     rng: np.random.Generator,  # roughness
 ) -> np.ndarray:  # mm to add to the smooth face
     "The depth of debossed letters and score lines, and the roughness of the surface."
+    d, res = grid.edge, grid.res
     z = -0.55 * blur(lines, 0.13 * res)
     if not drug.imprint.ink:
         z -= 0.34 * blur(glyphs, 0.05 * res) * smoothstep(0.1, 0.4, d)
@@ -103,12 +126,11 @@ def _relief(
 
 def _occlusion(
     top: np.ndarray,  # heights of the upper face, mm
-    d: np.ndarray,  # mm from the edge
-    res: float,  # pixels per mm
+    grid: _Grid,  # where each pixel is
 ) -> np.ndarray:  # 1 open .. 0 hidden
     "Ambient occlusion: a point below the average height around it sees less sky, so grooves are dark."
-    dip = sum(np.maximum(blur(top, r * res) - top, 0) * f32(k) for r, k in ((0.12, 4.2), (0.35, 2.2)))
-    return np.clip(1 - dip * smoothstep(0.1, 0.5, d), 0.25, 1)
+    dip = sum(np.maximum(blur(top, r * grid.res) - top, 0) * f32(k) for r, k in ((0.12, 4.2), (0.35, 2.2)))
+    return np.clip(1 - dip * smoothstep(0.1, 0.5, grid.edge), 0.25, 1)
 
 # %% ../../nbs/synth/214_solids.ipynb #8b5b7fca
 def _slopes(
@@ -143,12 +165,11 @@ def _joints(
 def _body_colour(
     body: Body,  # colours, coat
     side: int,  # 0 front, 1 back
-    u: np.ndarray,  # mm along the long side
-    d: np.ndarray,  # mm from the edge
-    res: float,  # pixels per mm
+    grid: _Grid,  # where each pixel is
     rng: np.random.Generator,  # mottling
 ) -> np.ndarray:  # [h,w,3] linear RGB
     "Colours of a body with the second half of a capsule, mottling, and the speckles of some uncoated tablets."
+    u, res = grid.u, grid.res
     n = rng.standard_normal(u.shape, f32)
     two, colours, tablet = len(body.colours) > 1, _layers(body), body.form == "tablet"
     out = np.broadcast_to(colours[side if tablet and two else 0], (*u.shape, 3)).copy()
@@ -158,7 +179,7 @@ def _body_colour(
     mottle = 1 + f32(amount) * (blur(n, 0.06 * res) * f32(0.084 * res) + blur(n, 0.5 * res) * f32(res))
     if tablet and body.coat == "plain" and body.grain % 10 < 3:
         grains = blur(rng.standard_normal(u.shape, f32), 0.09 * res) * 0.3 * res
-        mottle *= 1 - 0.5 * smoothstep(1.6, 2.6, grains) * smoothstep(0.15, 0.4, d)
+        mottle *= 1 - 0.5 * smoothstep(1.6, 2.6, grains) * smoothstep(0.15, 0.4, grid.edge)
     return out * mottle[..., None]
 
 
@@ -178,17 +199,6 @@ def _print_ink(
 GLOSS = {"film": 0.42, "plain": 0.08, "sugar": 0.8}
 
 
-def _frame(
-    body: Body,  # its size
-    res: float,  # map pixels per mm
-) -> tuple[tuple[int, int], np.ndarray, np.ndarray]:  # map position of the axis, u and v of each pixel in mm
-    "Coordinates of a body's maps, a tenth of a millimetre wider than the body."
-    w, h = (int(np.ceil((x / 2 + 0.1) * res)) + 3 for x in (body.long_mm, body.short_mm))
-    columns = (np.arange(2 * w + 1) - w).astype(f32) / f32(res)
-    rows = (np.arange(2 * h + 1) - h).astype(f32) / f32(res)
-    return (w, h), *np.meshgrid(columns, rows)
-
-
 @lru_cache(256)
 def solid(
     drug: Drug,  # body and imprint
@@ -197,19 +207,19 @@ def solid(
 ) -> Solid:
     "The maps of one side, cached, since a drug is photographed many times."
     b, tablet = drug.body, drug.body.form == "tablet"
-    centre, u, v = _frame(b, res)
-    d = edge_distance(b, u, v).astype(f32)
+    grid = _make_grid(b, res)
+    u, v, d = grid.u, grid.v, grid.edge
     smooth = tablet_height(b, u, v, d) if tablet else round_height(b, u, v)
     glyphs, lines = glyph_mask(drug, side, d.shape, res), score_lines(b.score[side], d.shape, res)
     rng = rng_for(b.grain, "surface", side)
-    top = (smooth + _relief(drug, glyphs, lines, d, res, rng)).astype(f32)
+    top = (smooth + _relief(drug, glyphs, lines, grid, rng)).astype(f32)
     slopes = _slopes(top, res) if tablet else _outward(b, u, v)
-    occlusion = _occlusion(top, d, res) * (_joints(b, u) if b.form == "capsule" else 1)
-    colour = _print_ink(_body_colour(b, side, u, d, res, rng), drug.imprint, glyphs, res)
+    occlusion = _occlusion(top, grid) * (_joints(b, u) if b.form == "capsule" else 1)
+    colour = _print_ink(_body_colour(b, side, grid, rng), drug.imprint, glyphs, res)
     mid = b.thick_mm / 2
     return Solid(
         res=res,
-        centre=centre,
+        centre=grid.centre,
         # the distance stands there twice: OpenCV reads four channels faster than three
         shell=np.stack([mid + top, mid - smooth, d, d], -1).astype(f32),
         slope=np.stack([*slopes, *_slopes(-blur(d, 1), res)], -1).astype(f32),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'LATITUDES', 'LONGITUDES', 'PER_PART', 'SINGLE_FIELD', 'COMBO_FIELD', 'capture_grid', 'Task', 'part_folder',
-           'single_tasks', 'possible_combos', 'choose_combos', 'combo_tasks']
+           'Session', 'single_tasks', 'possible_combos', 'choose_combos', 'combo_tasks']
 
 # %% ../../nbs/synth/230_tasks.ipynb #e50adbcd
 import math
@@ -90,6 +90,15 @@ def part_folder(
     letters = _LETTERS[split][what == "images"]
     return f"data/{split}/{what}/{parent}/{letters}_{i // PER_PART[kind] + 1}_{kind}"
 
+# %% ../../nbs/synth/230_tasks.ipynb #b2edb29e
+@dataclass(frozen=True)
+class Session:
+    "What all photos of one split have in common."
+
+    split: str  # "train" or "val"
+    shot: Shot  # their size and domain; the other fields differ from photo to photo
+    seed: int  # of the delivery
+
 # %% ../../nbs/synth/230_tasks.ipynb #b04f1c73
 SINGLE_FIELD, COMBO_FIELD = 31.0, 40.0  # mm across the photo
 
@@ -98,11 +107,10 @@ def single_tasks(
     drug: Drug,  # whose photos
     i: int,  # running number of the drug
     n: int,  # photos
-    split: str,  # "train" or "val"
-    base: Shot,  # size and domain
-    seed: int,  # of the delivery
+    session: Session,  # split, size of the photos, seed
 ) -> list[Task]:
     "The single photos of one drug on the turntable."
+    split, base, seed = session.split, session.shot, session.seed
     tasks = []
     for side, back, light, la, lo in capture_grid(n, rng_for(seed, split, "grid", drug.number)):
         stem = Capture((drug.kcode,), 0, back, side, light, la, lo, 200).stem()
@@ -220,11 +228,10 @@ def _scatter(
 def combo_tasks(
     drugs: list[Drug],  # three or four, ascending
     i: int,  # running number of the combination
-    split: str,  # "train" or "val"
-    base: Shot,  # size and domain
-    seed: int,  # of the delivery
+    session: Session,  # split, size of the photos, seed
 ) -> list[Task]:
     "The three photos of a combination: one scene, three elevations."
+    split, base, seed = session.split, session.shot, session.seed
     codes = tuple(d.kcode for d in drugs)
     name = Capture(codes, 0, 2, 0, 2, 90, 0, 200).code
     rng = rng_for(seed, split, "scene", name)
