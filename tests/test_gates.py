@@ -24,6 +24,7 @@ from pillsnap.evaluation.latency import (
     RUNS,
     WARMUP,
     Latency,
+    LatencySetup,
     latency_table,
     measure_latency,
     protocol_gap,
@@ -510,7 +511,7 @@ def test_other_hardware_is_shown_and_not_judged():
 @pytest.mark.spec("EV6")
 def test_only_timed_calls_count_and_percentiles_are_ordered():
     calls = []
-    rows, ms = measure_latency(lambda: calls.append(1), "nothing", AIHUB, warmup=3, runs=7)
+    rows, ms = measure_latency(lambda: calls.append(1), "nothing", AIHUB, LatencySetup(warmup=3, runs=7))
     assert (
         len(calls) == 10
         and len(ms) == 7

@@ -197,7 +197,7 @@ def test_calibration_photos_fit_and_clean_photos_judge():
     assert (c.n_fit, c.n_test, c.groups_fit, c.groups_test) == (200, 200, 20, 20)
     poisoned = np.where(fit, y, (y + 1) % 7)  # labels of other parts cannot move T
     assert calibrate(z * 5, poisoned, groups, parts).temperature == c.temperature
-    with pytest.raises(PillsnapError, match="fit the temperature and judge it"):
+    with pytest.raises(PillsnapError, match="in the calibration and in the clean part"):
         calibrate(z, y, ["one"] * 600, parts)
     assert calibrate(z[:60], y[:60], groups[:60], parts[:60]).temperature == 1.0
 

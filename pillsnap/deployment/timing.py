@@ -23,7 +23,7 @@ from ..core.plots import COLOURS, use_house_style
 from ..core.records import Provenance
 from ..core.settings import Evaluation
 from .runtime import Bundle, OnnxClassifier, OnnxDetector, load_bundle, verified_bytes
-from ..evaluation.latency import Latency, measure_latency, on_gpu
+from ..evaluation.latency import Latency, LatencySetup, measure_latency, on_gpu
 
 # %% ../../nbs/deployment/830_timing.ipynb #a62150ae
 logger = logging.getLogger("pillsnap.deployment.timing")
@@ -82,9 +82,8 @@ def time_bundle(
         provider = b.classifier.provider
         for mode in ("single", "combo") if b.detector else ("single",):
             call = partial(b.predict, photo, mode)
-            found, t = measure_latency(
-                call, f"onnx_{mode}", prov, e.latency_warmup, e.latency_runs, precision, provider=provider
-            )
+            setup = LatencySetup(e.latency_warmup, e.latency_runs, precision, provider=provider)
+            found, t = measure_latency(call, f"onnx_{mode}", prov, setup)
             ms[f"onnx_{mode}" + (f", GPU {precision}" if on_gpu(provider) else "")] = t
             rows += found
     return rows, ms

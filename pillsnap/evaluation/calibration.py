@@ -7,7 +7,7 @@ __all__ = ['T_MIN', 'T_MAX', 'LEAST', 'nll', 'fit_temperature', 'Calibration', '
 
 # %% ../../nbs/evaluation/700_calibration.ipynb #5e6ab211
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,17 +23,17 @@ def nll(
     labels: Sequence[int],  # true class ids [N]
     temperature: float = 1.0,  # divides the logits
 ) -> float:  # mean negative log-likelihood, nats
-    "What temperature scaling minimises."
+    "The mean negative log-likelihood of the true classes, which temperature scaling minimises."
     z = np.asarray(logits, np.float64) / temperature
     z = z - z.max(-1, keepdims=True)
     return float((np.log(np.exp(z).sum(-1)) - z[np.arange(len(z)), np.asarray(labels)]).mean())
 
 # %% ../../nbs/evaluation/700_calibration.ipynb #5b34d9ea
-T_MIN, T_MAX = 0.05, 20.0  # beyond these a temperature is a symptom, not a correction
+T_MIN, T_MAX = 0.05, 20.0  # a fit beyond these bounds means a broken model, and is clipped
 
 
 def _slope(z: np.ndarray, own: np.ndarray, beta: float) -> float:
-    "d NLL / d beta: expected score minus the true class's score."
+    "The derivative of the loss by beta: the expected logit minus the true class's logit."
     return float(((softmax(z, 1 / beta) * z).sum(-1) - own).mean())
 
 # %% ../../nbs/evaluation/700_calibration.ipynb #64b241ec
@@ -63,85 +63,72 @@ LEAST = 30  # photos in either part; with fewer nothing is fitted
 
 @dataclass(frozen=True)
 class Calibration:
-    "A temperature, and whether it helped where it was not fitted."
+    "A temperature and its effect on photos that it was not fitted to."
 
-    temperature: float  # 1 = left alone
-    n_fit: int  # photos that fitted it
-    n_test: int  # photos that judged it
-    groups_fit: int  # groups behind them
-    groups_test: int  # groups behind them
-    ece_before: float | None  # on the clean photos, T = 1
-    ece_after: float | None  # on the clean photos, with T
-    nll_before: float | None  # likewise
-    nll_after: float | None  # likewise
-    note: str = ""  # why it was left alone, or what to know
+    temperature: float  # 1 = unchanged
+    n_fit: int  # calibration photos, to which it is fitted
+    n_test: int  # clean photos, on which it is evaluated
+    groups_fit: int  # capture groups of the calibration photos
+    groups_test: int  # capture groups of the clean photos
+    ece_before: float | None = None  # calibration error on the clean photos, T = 1
+    ece_after: float | None = None  # calibration error on the clean photos, with T
+    nll_before: float | None = None  # negative log-likelihood on the clean photos, T = 1
+    nll_after: float | None = None  # negative log-likelihood on the clean photos, with T
+    note: str = ""  # why it was not fitted, or a warning
 
     def to_dict(self) -> dict[str, Any]:
         "Plain JSON types."
         return asdict(self)
 
 # %% ../../nbs/evaluation/700_calibration.ipynb #2647765c
+def _ece_at(
+    logits: np.ndarray,  # scores [N, C]
+    labels: np.ndarray,  # true class ids [N]
+    temperature: float,  # divides the logits
+) -> float:
+    "The calibration error at a temperature."
+    p = softmax(logits, temperature)
+    return ece(p.max(1), p.argmax(1) == labels)
+
+
 def calibrate(
     logits: np.ndarray,  # scores [N, C] of photos that were not trained on
     labels: Sequence[int],  # true class ids [N]
     groups: Sequence[str],  # capture group of each photo [N]
-    parts: Sequence[str],  # calib photos fit T, clean photos judge it, others are ignored [N]
-) -> Calibration:  # T = 1 with a note where there is too little to fit
-    "Fit a temperature on the calibration photos, judge it on the clean ones."
-    z, y, groups, parts = (
-        np.asarray(logits, np.float64),
-        np.asarray(labels),
-        np.asarray(groups, object),
-        np.asarray(parts, object),
-    )
+    parts: Sequence[str],  # calib: T is fitted to it; clean: T is evaluated on it; others are ignored [N]
+) -> Calibration:  # T = 1 with a note where there are too few photos
+    "Fit a temperature to the calibration photos and evaluate it on the clean ones (Guo et al. 2017)."
+    z, y = np.asarray(logits, np.float64), np.asarray(labels)
+    groups, parts = np.asarray(groups, object), np.asarray(parts, object)
     if not len(z) == len(y) == len(groups) == len(parts):
         raise PillsnapError(
             f"{len(z)} scores, {len(y)} labels, {len(groups)} groups and {len(parts)} parts do not belong together"
         )
-    fit, judge = parts == "calib", parts == "clean"
-    if both := set(groups[fit]) & set(groups[judge]):
+    fit, test = parts == "calib", parts == "clean"
+    groups_fit, groups_test = set(groups[fit]), set(groups[test])
+    if both := groups_fit & groups_test:
         raise PillsnapError(
-            f"groups fit the temperature and judge it: {sorted(both)[:3]}", fix="run the splits stage again"
+            f"groups are in the calibration and in the clean part: {sorted(both)[:3]}", fix="run the splits job again"
         )
-    counts = dict(
-        n_fit=int(fit.sum()),
-        n_test=int(judge.sum()),
-        groups_fit=len(set(groups[fit])),
-        groups_test=len(set(groups[judge])),
-    )
-    if min(counts["n_fit"], counts["n_test"]) < LEAST:
-        return Calibration(
-            1.0,
-            **counts,
-            ece_before=None,
-            ece_after=None,
-            nll_before=None,
-            nll_after=None,
-            note=(
-                f"left at 1: {counts['n_fit']} calibration and {counts['n_test']} clean photos, {LEAST} of each are"
-                " needed"
-            ),
-        )
-    T = fit_temperature(z[fit], y[fit])  # noqa: N806 - the paper's letter
-    z, y = z[judge], y[judge]
-
-    def honest(t: float) -> float:
-        return ece((p := softmax(z, t)).max(1), p.argmax(1) == y)
-
-    note = "at its bound: the calibration photos are almost perfectly separated" if T in (T_MIN, T_MAX) else ""
-    return Calibration(
-        T,
-        **counts,
-        ece_before=honest(1.0),
-        ece_after=honest(T),
+    unfitted = Calibration(1.0, int(fit.sum()), int(test.sum()), len(groups_fit), len(groups_test))
+    if min(unfitted.n_fit, unfitted.n_test) < LEAST:
+        found = f"{unfitted.n_fit} calibration and {unfitted.n_test} clean photos"
+        return replace(unfitted, note=f"left at 1: {found}, {LEAST} of each are needed")
+    t = fit_temperature(z[fit], y[fit])
+    z, y = z[test], y[test]
+    return replace(
+        unfitted,
+        temperature=t,
+        ece_before=_ece_at(z, y, 1.0),
+        ece_after=_ece_at(z, y, t),
         nll_before=nll(z, y),
-        nll_after=nll(z, y, T),
-        note=note,
+        nll_after=nll(z, y, t),
+        note="at its bound: the calibration photos are almost perfectly separated" if t in (T_MIN, T_MAX) else "",
     )
 
 # %% ../../nbs/evaluation/700_calibration.ipynb #7013064a
 def plot_reliability(
-    logits: np.ndarray,  # scores [N, C] of the judging photos
+    logits: np.ndarray,  # scores [N, C] of the clean photos
     labels: Sequence[int],  # true class ids [N]
     temperature: float = 1.0,  # the fitted T
     bins: int = 10,  # bars over 0…1

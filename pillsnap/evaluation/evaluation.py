@@ -111,7 +111,7 @@ def _calibration(
     "The temperature, or a calibration of 1.0 where it is switched off."
     if fit:
         return calibrate(scores.whole, scores.labels, scores.groups, scores.parts)
-    return Calibration(1.0, 0, 0, 0, 0, None, None, None, None, note="switched off (evaluation.calibration)")
+    return Calibration(1.0, 0, 0, 0, 0, note="switched off (evaluation.calibration)")
 
 
 def _answer_photos(

@@ -98,7 +98,7 @@ def stage_gate(
 
 
 def _share(v: float) -> str:
-    "A share with two decimals, or with more where it has them."
+    "A fraction with two decimals, or with more where it has them."
     return f"{v:.2f}" if round(v, 2) == v else f"{v:g}"
 
 # %% ../../nbs/evaluation/730_gates.ipynb #f914e30e
@@ -121,7 +121,7 @@ def why_unmeasured(
     if not low <= float(m.value) <= high:
         return f"impossible value {m.value}"
     if m.data not in data:
-        return f"measured on {m.data} data; this stage is judged on {' or '.join(data)} data"
+        return f"measured on {m.data} data; this stage accepts {' or '.join(data)} data"
     return ""
 
 # %% ../../nbs/evaluation/730_gates.ipynb #104fed88

@@ -31,7 +31,7 @@ from ..core.records import Provenance
 from ..core.settings import Data, Evaluation
 from ..dataset.splitfiles import SplitData
 from ..delivery.classmap import ClassMap
-from .latency import Latency, measure_latency
+from .latency import Latency, LatencySetup, measure_latency
 from ..models.factory import TorchClassifier, load_classifier
 from ..models.metrics import match_boxes
 from ..models.pipeline import BADGE, Pipeline, Thresholds, combo_hints, detect, softmax
@@ -377,6 +377,8 @@ def measure_scopes(
     "Time every scope by the protocol."
     kind = getattr(device, "type", "cpu")
     half = kind == "cuda"
+    precision = "fp16" if half else "fp32"
+    setup = LatencySetup(settings.latency_warmup, settings.latency_runs, precision, provider=f"torch {kind}")
     rows, ms = [], {}
     with (
         torch.autocast("cuda", torch.float16, enabled=half),
@@ -384,15 +386,7 @@ def measure_scopes(
     ):
         for scope, call in calls.items():
             bar.note(scope)  # drawn between two measurements, never within one
-            found, ms[scope] = measure_latency(
-                call,
-                scope,
-                prov,
-                settings.latency_warmup,
-                settings.latency_runs,
-                "fp16" if half else "fp32",
-                provider=f"torch {kind}",
-            )
+            found, ms[scope] = measure_latency(call, scope, prov, setup)
             rows += found
             bar.update()
     return rows, ms

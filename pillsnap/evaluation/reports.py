@@ -30,7 +30,7 @@ def evaluate_classification_metrics(
     topk: Sequence[int] = (1, 5),  # how many guesses; top1 is the accuracy
     temperature: float = 1.0,  # divides the logits; the confidence and its error depend on it, nothing else
 ) -> dict[str, Any]:  # accuracy, acc, top1, top5, macro_f1, confidence, ece, n, classes, per_class (a table)
-    "Every figure of a classifier from its saved scores."
+    "Every figure of a classifier from its saved logits."
     z, y = np.asarray(logits, np.float64).reshape(-1, len(keys)), np.asarray(labels, int)
     p = softmax(z, temperature) if len(z) else z
     pred = p.argmax(1) if len(z) else np.zeros(0, int)
@@ -65,11 +65,11 @@ def save_confusions(
     return Path(path)
 
 # %% ../../nbs/evaluation/720_reports.ipynb #ea052932
-DENSE_UP_TO = 40  # (ours) classes that still make a readable matrix
+DENSE_UP_TO = 40  # our choice: classes that still make a readable matrix
 
 
 def _matrix(ax, pred: np.ndarray, labels: np.ndarray, keys: Sequence[str], names: Mapping[str, str] | None) -> None:
-    "A dense matrix, rows true, as shares of the row."
+    "A dense matrix: one row per true drug, as fractions of the row."
     m = np.zeros((len(keys), len(keys)), int)
     np.add.at(m, (labels[pred >= 0], pred[pred >= 0]), 1)
     share = m / np.maximum(m.sum(1, keepdims=True), 1)
@@ -131,7 +131,7 @@ def roc_pr_macro(
     probs: np.ndarray,  # probabilities [N, C]
     labels: Sequence[int],  # true class ids [N]
 ) -> dict[str, Any]:  # auroc, ap (macro), n_classes, and the mean curves roc and pr as [2, 201]
-    "Macro one-vs-rest ROC and precision-recall."
+    "ROC and precision-recall of each drug against all others, averaged over the drugs."
     from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 
     y, grid, roc, pr, auc, ap = np.asarray(labels), np.linspace(0, 1, 201), [], [], [], []
@@ -160,7 +160,7 @@ def plot_roc_pr_curves(
     probs: np.ndarray,  # probabilities [N, C]
     labels: Sequence[int],  # true class ids [N]
 ):  # a matplotlib Figure
-    "Macro one-vs-rest curves."
+    "Mean ROC and precision-recall curves of all drugs."
     import matplotlib.pyplot as plt
 
     use_house_style()
@@ -187,12 +187,12 @@ FOUND, MISSED, INVENTED = "#2da44e", "#cf222e", "#e68c14"
 
 def mark_photo(
     image: np.ndarray,  # [H, W, 3] uint8
-    boxes: np.ndarray,  # predicted xyxy [n, 4], surest first
+    boxes: np.ndarray,  # predicted xyxy [n, 4], most confident first
     truth: np.ndarray,  # true xyxy [m, 4]
     labels: Sequence[str] | None = None,  # one text per predicted box
     iou: float = 0.5,  # least overlap of a hit
 ) -> np.ndarray:  # a marked copy
-    "Found, missed and invented pills in three colours."
+    "A copy of the photo with found, missed and invented pills in three colours."
     boxes, truth = np.asarray(boxes, float).reshape(-1, 4), np.asarray(truth, float).reshape(-1, 4)
     taken = match_boxes(boxes, truth, iou)
     lost = truth[np.setdiff1d(np.arange(len(truth)), taken)]

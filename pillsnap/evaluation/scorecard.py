@@ -24,7 +24,7 @@ from .advisor import Advice, Bar, Check, evaluate_and_recommend
 from .checks import advisor_facts
 from .figures import RELIABLE
 from .gates import GateResult, Point, TimeCap, simple_stage_evaluation
-from .latency import Latency, latency_from_dict, latency_table
+from .latency import Latency, latency_table
 from .ledger import append_ledger, read_ledger
 from .menu import advisor_word, gate_dot, write_advice
 from ..models.pipeline import BADGE
@@ -41,7 +41,7 @@ def read_evaluation(
     return (
         doc,
         {k: Metric.from_dict(m) for k, m in doc["metrics"].items()},
-        [latency_from_dict(r) for r in doc["latency"]],
+        [Latency.from_dict(r) for r in doc["latency"]],
     )
 
 # %% ../../nbs/evaluation/766_scorecard.ipynb #1755cd73

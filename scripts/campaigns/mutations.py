@@ -141,8 +141,8 @@ MUTATIONS: list[Mutation] = [
     Mutation(
         "a CPU's latency under the GPU's name",
         "pillsnap/evaluation/latency.py",
-        "hardware=hardware(on_gpu(provider))",
-        "hardware=hardware()",
+        "machine = hardware(on_gpu(setup.provider))",
+        "machine = hardware()",
         "tests/test_gpu_path.py::test_the_export_is_timed_by_every_provider_and_says_by_which",
     ),
     Mutation(
