@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import logging
 import random
 import time
 from collections import Counter
@@ -18,6 +17,7 @@ from hypothesis import strategies as st
 from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.jobs import RunFolder
+from pillsnap.core.logs import logged_lines
 from pillsnap.core.settings import AugmentClassification
 from pillsnap.dataset import datasets as D
 from pillsnap.dataset import loaders as L
@@ -593,11 +593,9 @@ def test_4_the_dataset_leaves_torchs_generator_alone(stage, singles):
 
 
 @pytest.mark.spec("TL21", "TL10")
-def test_5_meta_and_summary(stage, cfg, caplog):
-    log = logging.getLogger("pillsnap.test_meta")
-    log.setLevel("INFO")
-    with caplog.at_level("INFO"):
-        _, _, meta = L.build_classification_loaders(stage, cfg, log=log)
+def test_5_meta_and_summary(stage, cfg):
+    with logged_lines() as lines:
+        _, _, meta = L.build_classification_loaders(stage, cfg)
     assert {
         "class_names",
         "class_to_idx",
@@ -612,7 +610,7 @@ def test_5_meta_and_summary(stage, cfg, caplog):
         "skipped_files",
     } <= set(meta)
     n = {k: int((getattr(stage, k)["kind"] == "single").sum()) for k in ("train", "val")}
-    pills = train_rows(stage.train, stage, cfg)
+    pills = train_rows(stage.train, stage.class_map, cfg.train.classification)
     assert (meta["train_count"], meta["val_count"], meta["test_count"], meta["img_size"]) == (
         len(pills),
         n["val"],
@@ -638,9 +636,9 @@ def test_5_meta_and_summary(stage, cfg, caplog):
             f"{len(pills):,} train samples ({meta['combo_crops']:,} of them pills of combos) and {n['val']:,} val "
             "photos of 6 drugs at 64 px"
         )
-        in caplog.text
-        and "drop_last" in caplog.text
-        and "prefetch" in caplog.text
+        in "\n".join(lines)
+        and "drop_last" in "\n".join(lines)
+        and "prefetch" in "\n".join(lines)
     )
 
 
@@ -707,17 +705,15 @@ def test_cached_and_fresh_samples_are_the_same_bytes(stage, cfg):
 
 
 @pytest.mark.spec("BX14")
-def test_a_cache_that_does_not_fit_is_refused_and_said(stage, cfg, monkeypatch, caplog):
+def test_a_cache_that_does_not_fit_is_refused_and_said(stage, cfg, monkeypatch):
     "Before anything is allocated; the loaders then go on without it, with the reason in the log."
     rows = stage.train[stage.train["kind"] == "single"]
     with pytest.raises(PillsnapError, match="hotset_size_images=3 fits"):
         PhotoCache(rows, stage.root, [View("whole", 64)], budget=3 * 64 * 64 * 3 + 5)
     monkeypatch.setattr(C, "free_bytes", lambda shared: 1000)
-    log = logging.getLogger("pillsnap.test_cache")
-    log.setLevel("INFO")
-    with caplog.at_level("INFO"):
-        train_dl, _, meta = L.build_classification_loaders(stage, cfg, log=log)
-    assert train_dl.dataset.source.kept is None and meta["cached_bytes"] == 0 and "hotset: off" in caplog.text
+    with logged_lines() as lines:
+        train_dl, _, meta = L.build_classification_loaders(stage, cfg)
+    assert train_dl.dataset.source.kept is None and meta["cached_bytes"] == 0 and "hotset: off" in "\n".join(lines)
 
 
 def test_free_bytes_minds_shared_memory(monkeypatch):

@@ -373,7 +373,7 @@ def test_augmentation_that_does_not_fit_is_done_in_parts(monkeypatch, caplog):
         return finish(self, images, looks)
 
     monkeypatch.setattr(PillsnapClsDataset, "finish", planted)
-    with caplog.at_level("WARNING", "pillsnap.loaders"):
+    with caplog.at_level("WARNING", "pillsnap.dataset.photoloader"):
         got = list(tight)
     assert asked[:2] == [8, 4] and max(asked[2:]) == 2 and len(got) == len(calm) == 4
     for (a, b, m), (x, y, k) in zip(got, calm):

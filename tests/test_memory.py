@@ -155,7 +155,7 @@ def test_workers_share_one_buffer():
 )
 def test_preloading_is_one_number_or_one_per_stage(given, want):
     cfg = load_config("two_stage", [f"dataloader.ram_optimization.preload_samples={given}"])
-    assert [preload_count(cfg, s) for s in (1, 2, 3)] == want
+    assert [preload_count(cfg.dataloader.ram_optimization, s) for s in (1, 2, 3)] == want
 
 
 @pytest.mark.spec("BX14")

@@ -197,7 +197,7 @@ def first_views(
     n: int = BATCHES[-1],  # number of views; with fewer photos they repeat
 ) -> np.ndarray:  # float32 [n, 3, size, size]; empty where none can be opened
     "Whole photos as the classifier's input."
-    opened = (open_image_safely(Path(root) / p, **image_policies(cfg)) for p in paths[:n])
+    opened = (open_image_safely(Path(root) / p, **image_policies(cfg.data)) for p in paths[:n])
     views = [whole_view(o["image"], size) for o in opened if "image" in o]
     if not views:
         return np.zeros((0, 3, size, size), np.float32)

@@ -351,7 +351,7 @@ def _score_retrieval(
     cm, r, device, t0 = p.data.class_map, p.cfg.retrieval, pick_device(), time.perf_counter()
     model = load_classifier(p.checkpoint, cm, device).model
     loaders = [
-        validation_loader(rows, p.data, _delivery_source(p.cfg), cache=False, log=p.run.log, device=device)
+        validation_loader(rows, p.data, _delivery_source(p.cfg), cache=False, device=device)
         for rows in (p.data.train, p.rows)
     ]
     gallery, queries = (embed_photos(model, dl, device) for dl in loaders)

@@ -137,7 +137,7 @@ def choose_batch_size(  # noqa: PLR0913 - what the search needs, and where it re
     world: int = 1,  # processes that share one batch
 ) -> int:
     "Photos per step."
-    c, asked = cfg.train.classification, batch_size_of(cfg, stage)
+    c, asked = cfg.train.classification, batch_size_of(cfg.train, stage)
     device = device or next(model.parameters()).device
     if had:
         log_decision(log, f"batch: {had}, as before the interruption", tb)

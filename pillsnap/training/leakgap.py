@@ -42,12 +42,14 @@ def shared_cache(
     if not hotset or not cfg.train.leak_gap or cfg.dataloader.num_workers:
         return True
     singles = data.val[data.val["kind"] == "single"]
-    rows = pd.concat([train_rows(data.train, data, cfg), singles]).drop_duplicates(["path", "bbox"])
+    rows = pd.concat([train_rows(data.train, data.class_map, cfg.train.classification), singles]).drop_duplicates(
+        ["path", "bbox"]
+    )
     train_views = dataset_views(c.img_size, True, cfg.data.augment.classification, c.crop_padding)
     val_views = dataset_views(c.img_size, False, padding=c.crop_padding)
     views = dict.fromkeys([*train_views.values(), *val_views.values()])
     t0 = time.perf_counter()
-    cache = build_hotset(rows, open_source(data, cfg, log), cfg, list(views), log=log)
+    cache = build_hotset(rows, open_source(data, cfg), list(views))
     if cache is None:
         return True  # the views of one training may fit
     seconds = time.perf_counter() - t0

@@ -210,9 +210,7 @@ def recall_callback(
     tb: TBWriter | None = None,  # and tags
 ) -> Recall:
     "The callback for one stage."
-    gallery, queries = (
-        validation_loader(rows, stage, cfg, log=log, device=device) for rows in (stage.train, stage.val)
-    )
+    gallery, queries = (validation_loader(rows, stage, cfg, device=device) for rows in (stage.train, stage.val))
     return Recall(gallery, queries, _id_by_path(stage), cfg.retrieval.recall_k_values, log, tb)
 
 

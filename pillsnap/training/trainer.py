@@ -102,10 +102,10 @@ def _training_loaders(
     out: Outputs,  # its log
 ) -> tuple[Any, dict[str, Any]]:  # training loader; validation loader per view
     "The loaders of one training. Crops are validated only if they are trained on."
-    train_dl, val_dl, _ = build_classification_loaders(data, cfg, cache, out.log, device, out.tb)
+    train_dl, val_dl, _ = build_classification_loaders(data, cfg, cache, device, out.tb)
     views = {"whole": val_dl}
     if cfg.train.classification.crop_view_prob:
-        views["crop"] = validation_loader(data.val, data, cfg, "crop", cache, out.log, device)
+        views["crop"] = validation_loader(data.val, data, cfg, "crop", cache, device)
     return train_dl, views
 
 # %% ../../nbs/training/638_trainer.ipynb #7269d4d7
