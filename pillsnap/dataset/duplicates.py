@@ -33,39 +33,37 @@ from .opening import open_in_parallel
 from ..photos.images import crop_view, open_image_safely, resize
 
 # %% ../../nbs/dataset/410_duplicates.ipynb #4129fb05
-THUMB, STEP = 64, 2.0  # thumbnail side, pixels; grey levels below which two spots count as equal
+THUMB = 64  # side of a thumbnail, pixels
 
 
 def thumbnail_of(
     path: str | Path,  # a photo
     bbox: Sequence[float] | None,  # x, y, w, h of its pill; None: the whole photo
-) -> (
-    tuple[np.ndarray, str] | None
-):  # [THUMB, THUMB] uint8 grey, and a digest of the photo's pixels; None when it does not open
-    "The pill, small and grey; and the photo's identity, however it was packed into a file."
+) -> tuple[np.ndarray, str] | None:  # [THUMB, THUMB] uint8 grey, digest of all pixels; None if it does not open
+    "The pill as a grey thumbnail, and a digest of the photo's pixels."
     img = open_image_safely(path).get("image")
     if img is None:
         return None
     h, w = img.shape[:2]
     box = (0, 0, w, h) if bbox is None else (bbox[0], bbox[1], bbox[0] + bbox[2], bbox[1] + bbox[3])
-    return crop_view(img, np.array(box), THUMB, 0.0).mean(axis=-1).round().astype(np.uint8), blake2b(
-        np.ascontiguousarray(img), digest_size=8
-    ).hexdigest()
+    grey = crop_view(img, np.array(box), THUMB, 0.0).mean(axis=-1).round().astype(np.uint8)
+    return grey, blake2b(np.ascontiguousarray(img).data, digest_size=8).hexdigest()
 
 # %% ../../nbs/dataset/410_duplicates.ipynb #24893c7b
+STEP = 2.0  # grey levels; a smaller difference between neighbours counts as none, so that noise is not hashed
+
+
 def dhash(
     thumbs: np.ndarray,  # [n, THUMB, THUMB] uint8
 ) -> np.ndarray:  # [n, 4] uint64
-    "256 bits a picture: is the right neighbour of each of 16 × 16 spots brighter (difference hash)?"
+    "Difference hash of 256 bits per thumbnail."
     n, cell = len(thumbs), THUMB // 16
-    spots = thumbs.reshape(n, 16, cell, 16, cell).mean(axis=(2, 4))
-    bits = (
-        np.diff(spots, axis=2, append=spots[:, :, :1]) > STEP
-    )  # a plain difference would hash the noise of flat places
+    fields = thumbs.reshape(n, 16, cell, 16, cell).mean(axis=(2, 4))
+    bits = np.diff(fields, axis=2, append=fields[:, :, :1]) > STEP
     return np.packbits(bits.reshape(n, 256), axis=1).view(np.uint64)
 
 # %% ../../nbs/dataset/410_duplicates.ipynb #f580d461
-_LINE = re.compile(rb"[^\t]+\t\d+\t\d+\t[^\t]*\t[0-9a-f]{16}")  # a whole line: path, size, time, box, digest
+_LINE = re.compile(rb"[^\t]+\t\d+\t\d+\t[^\t]*\t[0-9a-f]{16}")  # a complete line: path, size, time, box, digest
 
 
 class ThumbStore:
@@ -73,16 +71,15 @@ class ThumbStore:
 
     def __init__(
         self,
-        folder: str | os.PathLike,  # takes thumbnails.u8 and thumbnails.tsv
+        folder: str | os.PathLike,  # of thumbnails.u8 and thumbnails.tsv
     ):
         self.raw, self.names = ensure_dir(folder) / "thumbnails.u8", Path(folder) / "thumbnails.tsv"
         text = self.names.read_bytes() if self.names.is_file() else b""
         most = self.raw.stat().st_size // THUMB**2 if self.raw.is_file() else 0
-        lines = list(
-            takewhile(_LINE.fullmatch, islice(text.split(b"\n")[:-1], most))
-        )  # what follows the last line break was cut off
-        if (size := sum(map(len, lines)) + len(lines)) < len(text):
-            os.truncate(self.names, size)  # and is made again
+        lines = list(takewhile(_LINE.fullmatch, islice(text.split(b"\n")[:-1], most)))
+        size = sum(map(len, lines)) + len(lines)
+        if size < len(text):
+            os.truncate(self.names, size)  # an incomplete line was cut off by a crash; its photo is opened again
         pairs = [line.decode().rpartition("\t")[::2] for line in lines]
         self.at, self.pixels = {k: i for i, (k, _) in enumerate(pairs)}, [d for _, d in pairs]
 
@@ -90,23 +87,23 @@ class ThumbStore:
 @patch
 def add(
     self: ThumbStore,
-    keys: Sequence[str],  # one per photo, from thumb_keys
-    seen: Sequence[tuple[np.ndarray, str]],  # what glance saw of each
+    keys: Sequence[str],  # path, size, time and box of each photo
+    thumbs: Sequence[tuple[np.ndarray, str]],  # thumbnail and digest of each, from thumbnail_of
 ) -> None:
-    "Append: first the pixels, then the names that vouch for them."
+    "Append thumbnails: first the pixels, then the lines that refer to them."
     try:
         with open(self.raw, "r+b" if self.raw.is_file() else "wb") as f:
             f.truncate(len(self.pixels) * THUMB**2)
             f.seek(0, os.SEEK_END)
-            f.write(b"".join(t.tobytes() for t, _ in seen))
+            f.write(b"".join(t.tobytes() for t, _ in thumbs))
             f.flush()
-            os.fsync(f.fileno())  # a power cut must not leave names without their pixels
+            os.fsync(f.fileno())  # a power cut must not leave lines without their pixels
         with open(self.names, "a", encoding="utf-8") as f:
-            f.write("".join(f"{k}\t{d}\n" for k, (_, d) in zip(keys, seen)))
+            f.write("".join(f"{k}\t{d}\n" for k, (_, d) in zip(keys, thumbs)))
     except OSError as e:
         raise os_error("the thumbnails cannot be written", self.raw, e) from e
     self.at |= {k: len(self.pixels) + i for i, k in enumerate(keys)}
-    self.pixels += [d for _, d in seen]
+    self.pixels += [d for _, d in thumbs]
 
 
 @patch
@@ -121,9 +118,9 @@ def _thumbnail_keys(
     df: pd.DataFrame,  # rows with path, and bbox if known
     root: Path,  # the delivery
 ) -> list[str]:  # path, size, time and box in one line; "" where the file is gone
-    "What a thumbnail was made from."
+    "The keys of the photos' thumbnails."
 
-    def stamp(p: str) -> str:
+    def size_and_time(p: str) -> str:
         try:
             s = os.stat(root / p)
             return f"{s.st_size}\t{s.st_mtime_ns}"
@@ -132,48 +129,48 @@ def _thumbnail_keys(
 
     boxes = df["bbox"] if "bbox" in df else [""] * len(df)
     flat = str.maketrans("\t\n\r", "   ")
-    return [f"{p.translate(flat)}\t{s}\t{b}" if (s := stamp(p)) else "" for p, b in zip(df["path"], boxes)]
+    return [f"{p.translate(flat)}\t{s}\t{b}" if (s := size_and_time(p)) else "" for p, b in zip(df["path"], boxes)]
 
 
 def update_thumbnails(
     df: pd.DataFrame,  # rows with path, and bbox if known
     root: str | Path,  # the delivery
-    store: ThumbStore,  # what is known, and where to keep more
+    store: ThumbStore,  # takes the new thumbnails
     workers: int | None = None,  # processes, or threads for a few photos; None = the number of CPUs
     progress: bool = True,  # show a progress bar
-) -> np.ndarray:  # [n] number of each row's thumbnail in the store, -1 where there is none
-    "Open every photo that the store does not know."
+) -> np.ndarray:  # [n] index of each row's thumbnail in the store; -1 if the photo does not open
+    "Open every photo that is not in the store."
     root, keys = Path(root), _thumbnail_keys(df, Path(root))
     boxes = df["bbox"].tolist() if "bbox" in df else [""] * len(df)
     todo = [(k, p, b) for k, p, b in zip(keys, df["path"], boxes) if k and k not in store.at]
     with show_progress(
         total=len(df), desc="comparing", unit="photos", show=progress, done=sum(k in store.at for k in keys)
     ) as bar:
-        for chunk, seen in open_in_parallel(partial(_glances, root), todo, workers):
-            got = [(k, t) for (k, _, _), t in zip(chunk, seen) if t is not None]
+        for chunk, thumbs in open_in_parallel(partial(_thumbnails, root), todo, workers):
+            got = [(k, t) for (k, _, _), t in zip(chunk, thumbs) if t is not None]
             store.add([k for k, _ in got], [t for _, t in got])
             bar.update(len(chunk))
     return np.array([store.at.get(k, -1) for k in keys], int)
 
 
-def _glances(root: Path, chunk: list[tuple[str, str, str]]) -> list:
+def _thumbnails(root: Path, chunk: list[tuple[str, str, str]]) -> list:
+    "Thumbnails and digests of some photos; runs in a worker process."
     return [thumbnail_of(root / p, json.loads(b) if b else None) for _, p, b in chunk]
 
 # %% ../../nbs/dataset/410_duplicates.ipynb #f9becf70
-MAX_BITS, MAX_MEAN, MAX_TAIL = (
-    16,
-    2.0,
-    10.0,
-)  # (ours) bits of 256 that may differ; grey levels that may: in the mean, at the 99th percentile
+# (ours) the largest differences within one drug
+MAX_BITS = 16  # bits of the hash
+MAX_MEAN = 2.0  # mean difference, grey levels
+MAX_TAIL = 10.0  # 99th percentile of the difference, grey levels
 
 
 def same_picture(
     a: np.ndarray,  # [THUMB, THUMB] uint8
     b: np.ndarray,  # [THUMB, THUMB] uint8
-    mean: float = MAX_MEAN,  # grey levels they may differ by, in the mean
-    tail: float = MAX_TAIL,  # and at the 99th percentile
+    mean: float = MAX_MEAN,  # largest mean difference, grey levels
+    tail: float = MAX_TAIL,  # largest 99th percentile of the difference, grey levels
 ) -> bool:
-    "Whether two thumbnails are one picture."
+    "Whether two thumbnails show the same picture."
     d = np.abs(a.astype(np.int16) - b)
     return bool(d.mean() <= mean and (d.max() <= tail or np.percentile(d, 99) <= tail))
 
@@ -181,8 +178,8 @@ def same_picture(
 def near_pairs(
     thumbs: np.ndarray,  # [n, THUMB, THUMB] uint8 of one drug
     group: np.ndarray,  # [n] capture group of each
-) -> list[tuple[int, int]]:  # pairs of different groups that show the same picture
-    "Near-duplicates of one drug."
+) -> list[tuple[int, int]]:  # pairs of rows, in different groups
+    "Near-duplicates among the photos of one drug."
     h, out = dhash(thumbs), []
     for i in range(len(thumbs) - 1):
         near = np.bitwise_count(h[i] ^ h[i + 1 :]).sum(axis=1) <= MAX_BITS
@@ -194,12 +191,15 @@ def near_pairs(
     return out
 
 # %% ../../nbs/dataset/410_duplicates.ipynb #df34a667
-SAME_BITS, SAME_MEAN, SAME_TAIL = 3, 0.75, 4.0  # (ours) the same across drugs: a copy saved once more, nothing else
-ENOUGH = 10  # (ours) partners of a photo; two photos that have as many are not compared any more
+# (ours) the largest differences across drugs: copies that were saved again, nothing else
+SAME_BITS = 3  # bits of the hash
+SAME_MEAN = 0.75  # mean difference, grey levels
+SAME_TAIL = 4.0  # 99th percentile of the difference, grey levels
+ENOUGH = 10  # (ours) partners of a photo; two photos that both have as many are not compared
 
 
 def _shared_words(h: np.ndarray) -> Iterator[np.ndarray]:
-    "Rows that share one of their four words, run by run."
+    "Sets of rows that share one of the four words of their hashes."
     for k in range(h.shape[1]):
         order = np.argsort(h[:, k], kind="stable")
         ends = np.flatnonzero(np.diff(h[order, k])) + 1
@@ -207,19 +207,18 @@ def _shared_words(h: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _sketch(thumbs: np.ndarray) -> np.ndarray:  # [n, 16] float32
-    "Mean grey of 4 × 4 fields: two sketches never differ by more in the mean than the pictures do."
+    "Mean grey of 4 × 4 fields; the mean difference of two sketches is at most that of the thumbnails."
     return thumbs.reshape(len(thumbs), 4, THUMB // 4, 4, THUMB // 4).mean(axis=(2, 4), dtype=np.float32).reshape(-1, 16)
 
 
 def twin_pairs(
     thumbs: np.ndarray,  # [n, THUMB, THUMB] uint8 of all drugs, may be memory-mapped
-    drug: np.ndarray,  # [n] number of each one's drug, -1 where it is not asked for
+    drug: np.ndarray,  # [n] number of each photo's drug; -1 = left out
     progress: bool = False,  # show a progress bar
-) -> list[tuple[int, int]]:  # pairs of different drugs that show one picture; at most ENOUGH a photo
-    "Near-exact copies under two labels (reported, never linked)."
-    h, sketch = (
-        np.concatenate([f(thumbs[i : i + 4096]) for i in range(0, max(1, len(thumbs)), 4096)]) for f in (dhash, _sketch)
-    )
+) -> list[tuple[int, int]]:  # pairs of rows, of different drugs; about ENOUGH per photo at most
+    "Near-exact copies under two labels."
+    chunks = [thumbs[i : i + 4096] for i in range(0, max(1, len(thumbs)), 4096)]
+    h, sketch = (np.concatenate([f(c) for c in chunks]) for f in (dhash, _sketch))
     found, partners = set(), np.zeros(len(h), int)
     for run in show_progress(_shared_words(h), desc="copies across drugs", unit="groups", show=progress):
         run = run[drug[run] >= 0]
@@ -230,7 +229,8 @@ def twin_pairs(
             rest = rest[(drug[rest] != drug[i]) & ((partners[rest] < ENOUGH) | (partners[i] < ENOUGH))]
             rest = rest[np.bitwise_count(h[i] ^ h[rest]).sum(axis=1) <= SAME_BITS]
             for j in rest[np.abs(sketch[i] - sketch[rest]).mean(axis=1) <= SAME_MEAN + 0.01]:
-                if min(partners[i], partners[j]) >= ENOUGH or (pair := (int(min(i, j)), int(max(i, j)))) in found:
+                pair = (int(min(i, j)), int(max(i, j)))
+                if min(partners[i], partners[j]) >= ENOUGH or pair in found:
                     continue
                 if same_picture(thumbs[i], thumbs[j], SAME_MEAN, SAME_TAIL):
                     found.add(pair)
@@ -243,9 +243,11 @@ def join_groups(
     dup: pd.Series,  # duplicate set of every row, "" where there is none
 ) -> pd.Series:  # group of every row, joined
     "Groups that share a duplicate become one (union-find)."
-    links, parent = pd.DataFrame({"g": group, "d": dup})[dup != ""].drop_duplicates(), {}
+    links = pd.DataFrame({"g": group, "d": dup})[dup != ""].drop_duplicates()
+    parent: dict[str, str] = {}
 
     def find(g: str) -> str:
+        "The first group of the set that g belongs to."
         while parent.setdefault(g, g) != g:
             parent[g] = g = parent[parent[g]]
         return g
@@ -259,14 +261,14 @@ def join_groups(
 # %% ../../nbs/dataset/410_duplicates.ipynb #d7725acc
 @dataclass
 class Duplicates:
-    "What the search saw."
+    "The duplicates of a delivery."
 
-    dup_id: pd.Series  # per row of the records, "" where there is none
+    dup_id: pd.Series  # per row of the records: name of its set of duplicates, or ""
     pairs: list[tuple[str, str, str]]  # path, path, "same file" or "same picture"
     conflicts: list[tuple[str, str]]  # one picture under two drugs: a label is wrong
-    largest: tuple[str, int]  # the largest group after joining, and its photos
+    largest: tuple[str, int]  # the largest joined group, and its photos
     share: float  # its share of the single photos
-    knotted: bool = False  # whether it is more than three of the largest plain groups together
+    many_groups: bool = False  # whether it has more photos than three times the largest capture group
 
 
 def name_groups(
@@ -274,78 +276,95 @@ def name_groups(
     pairs: Sequence[tuple[str, str, str]],  # links found
     conflicts: Sequence[tuple[str, str]],  # one picture under two drugs, as delivered
 ) -> Duplicates:
-    "Name each set of duplicates, and measure the largest joined group; a conflict with a decision is a link."
-    of = dict(zip(df["path"], df["class_key"].where(df["kind"] == "single", df["group_id"])))
-    settled = [(a, b, "same picture") for a, b in conflicts if a in of and of.get(a) == of.get(b)]
-    pairs, conflicts = [*pairs, *settled], [(a, b) for a, b in conflicts if a in of and b in of and of[a] != of[b]]
+    "Name each set of duplicates; a conflict whose labels a person has made equal becomes a link."
+    single = df["kind"] == "single"
+    owner = dict(zip(df["path"], df["class_key"].where(single, df["group_id"])))
+    known = [(a, b) for a, b in conflicts if a in owner and b in owner]
+    pairs = [*pairs, *((a, b, "same picture") for a, b in known if owner[a] == owner[b])]
+    dup_id = _duplicate_ids(df, pairs)
+    left = [(a, b) for a, b in known if owner[a] != owner[b]]
+    sizes = join_groups(df["group_id"], dup_id)[single].value_counts()
+    if sizes.empty:
+        return Duplicates(dup_id, pairs, left, ("", 0), 0.0)
+    name, photos = str(sizes.index[0]), int(sizes.iloc[0])
+    alone = int(df.loc[single, "group_id"].value_counts().max())
+    return Duplicates(dup_id, pairs, left, (name, photos), photos / int(sizes.sum()), photos > 3 * alone)
+
+
+def _duplicate_ids(
+    df: pd.DataFrame,  # rows with path and dup_id
+    pairs: Sequence[tuple[str, str, str]],  # links found
+) -> pd.Series:  # per row, "" if the photo has no duplicate
+    "Name of each row's set of duplicates: the file name of its first photo."
     known = df.loc[df["dup_id"] != "", ["path", "dup_id"]].rename(columns={"dup_id": "k"})
-    links = pd.concat(
-        [known, pd.DataFrame([(p, f"{k}/") for k, pair in enumerate(pairs) for p in pair[:2]], columns=["path", "k"])]
-    ).drop_duplicates()
-    dup = (
-        df["path"].map(dict(zip(links["path"], file_names(join_groups(links["path"], links["k"]))))).fillna("")
-        if len(links)
-        else pd.Series("", df.index)
-    )
-    size = join_groups(df["group_id"], dup)[(single := df["kind"] == "single")].value_counts()
-    largest = (str(size.index[0]), int(size.iloc[0])) if len(size) else ("", 0)
-    alone = int(df.loc[single, "group_id"].value_counts().max()) if single.any() else 0
-    return Duplicates(dup, pairs, conflicts, largest, largest[1] / max(1, int(size.sum())), largest[1] > 3 * alone)
+    found = [(p, f"{k}/") for k, pair in enumerate(pairs) for p in pair[:2]]
+    links = pd.concat([known, pd.DataFrame(found, columns=["path", "k"])]).drop_duplicates()
+    if links.empty:
+        return pd.Series("", df.index)
+    ids = file_names(join_groups(links["path"], links["k"]))
+    return df["path"].map(dict(zip(links["path"], ids))).fillna("")
 
 
 def file_names(
     paths: pd.Series,  # of photos
 ) -> pd.Series:
-    "Without their folders: archives may be unpacked elsewhere, names stay."
+    "File names without folders: archives may be unpacked elsewhere, the names stay."
     return paths.str.rsplit("/", n=1).str[-1]
 
 # %% ../../nbs/dataset/410_duplicates.ipynb #3bcb750b
 def _same_files(
     df: pd.DataFrame,  # rows with path, class_key, kind, group_id, and sha1 if known
 ) -> tuple[list[tuple[str, str, str]], list[tuple[str, str]]]:  # links, conflicts
-    "Files of equal bytes: of one drug a link, of two a conflict."
-    sha = df.drop_duplicates("path")[lambda d: d["sha1"].ne("")] if "sha1" in df else df.iloc[:0].assign(sha1="")
-    same = sha[sha.duplicated("sha1", keep=False)].assign(
-        owner=lambda d: d["class_key"].where(d["kind"] == "single", d["group_id"])
-    )
+    "Files of equal bytes: a link within one drug, a conflict across two."
+    if "sha1" not in df:
+        return [], []
+    one = df.drop_duplicates("path").assign(owner=lambda d: d["class_key"].where(d["kind"] == "single", d["group_id"]))
+    one = one.loc[one["sha1"] != ""]
     pairs, conflicts = [], []
-    for _, twin in same.groupby("sha1", sort=True):
-        first, *others = twin[["path", "owner"]].itertuples(index=False)
-        for o in others:
-            pairs.append((first.path, o.path, "same file")) if o.owner == first.owner else conflicts.append(
-                (first.path, o.path)
-            )
+    for _, same in one.loc[one["sha1"].duplicated(keep=False)].groupby("sha1", sort=True):
+        (first, *others), (drug, *drugs) = same["path"].tolist(), same["owner"].tolist()
+        pairs += [(first, p, "same file") for p, k in zip(others, drugs) if k == drug]
+        conflicts += [(first, p) for p, k in zip(others, drugs) if k != drug]
     return pairs, conflicts
 
 
 def _same_pictures(
     s: pd.DataFrame,  # single photos
     root: str | Path,  # the delivery
-    folder: str | Path,  # where thumbnails are kept
+    folder: str | Path,  # of the thumbnails
     progress: bool = True,  # show a progress bar
 ) -> tuple[list[tuple[str, str, str]], list[tuple[str, str]]]:  # links, conflicts
-    "Near-exact pictures: across the groups of one drug a link, across drugs a conflict."
-    with FolderLock(folder):
+    "Near-exact pictures: a link across the groups of one drug, a conflict across drugs."
+    with FolderLock(folder):  # two searches that append would mix their pixels
         store = ThumbStore(folder)
-        at = update_thumbnails(s, root, store, progress=progress)  # two that append would mix their pixels
+        at = update_thumbnails(s, root, store, progress=progress)
     s, at, thumbs = s[at >= 0], at[at >= 0], store.array()
     path, group, drug = (s[c].to_numpy() for c in ("path", "group_id", "class_key"))
     pairs = []
-    for rows in show_progress(
-        s.groupby("class_key", sort=True).indices.values(), desc="copies within a drug", unit="drugs", show=progress
-    ):
+    drugs = s.groupby("class_key", sort=True).indices.values()
+    for rows in show_progress(drugs, desc="copies within a drug", unit="drugs", show=progress):
         if len(set(group[rows])) > 1:
             pairs += [(rows[i], rows[j]) for i, j in near_pairs(thumbs[at[rows]], group[rows])]
-    mine = np.full(len(thumbs), -1)
-    mine[at] = np.arange(len(at))
-    twins = _in_order(
-        twin_pairs(thumbs, np.where(mine < 0, -1, pd.factorize(drug)[0][mine] if len(at) else -1), progress), mine
-    )
+    twins = _twin_rows(thumbs, at, drug, progress)
     for i, j in _equal([store.pixels[k] for k in at]):
         (pairs if drug[i] == drug[j] else twins).append((i, j))
-    return [(path[i], path[j], "same picture") for i, j in sorted(set(pairs)) if group[i] != group[j]], [
-        (path[i], path[j]) for i, j in sorted(set(twins))
-    ]
+    links = [(path[i], path[j], "same picture") for i, j in sorted(set(pairs)) if group[i] != group[j]]
+    return links, [(path[i], path[j]) for i, j in sorted(set(twins))]
+
+
+def _twin_rows(
+    thumbs: np.ndarray,  # the store's thumbnails
+    at: np.ndarray,  # index of each row's thumbnail
+    drug: np.ndarray,  # each row's drug
+    progress: bool,  # show a progress bar
+) -> list[tuple[int, int]]:  # pairs of row numbers
+    "Rows of different drugs that show one picture."
+    row = np.full(len(thumbs), -1)
+    row[at] = np.arange(len(at))
+    number = np.full(len(thumbs), -1)
+    number[at] = pd.factorize(drug)[0]
+    pairs = [(int(row[i]), int(row[j])) for i, j in twin_pairs(thumbs, number, progress)]
+    return sorted((min(p), max(p)) for p in pairs)
 
 
 def _equal(digests: list[str]) -> list[tuple[int, int]]:
@@ -353,25 +372,20 @@ def _equal(digests: list[str]) -> list[tuple[int, int]]:
     first = {}
     return [(first[d], i) for i, d in enumerate(digests) if first.setdefault(d, i) != i]
 
-
-def _in_order(pairs: list[tuple[int, int]], mine: np.ndarray) -> list[tuple[int, int]]:
-    "Store numbers as row numbers."
-    return sorted(tuple(sorted((int(mine[i]), int(mine[j])))) for i, j in pairs)
-
 # %% ../../nbs/dataset/410_duplicates.ipynb #0f67250a
 def find_duplicates(
     df: pd.DataFrame,  # rows with path, class_key, kind, group_id, dup_id; sha1 and bbox if known
     root: str | Path,  # the delivery, below which the paths lie
-    folder: str | Path | None,  # where thumbnails are kept; None: equal files only, no photo is opened
+    folder: str | Path | None,  # of the thumbnails; None: equal files only, no photo is opened
     progress: bool = True,  # show a progress bar
 ) -> Duplicates:
-    "Exact and near-exact copies across the groups of one drug, and pictures under two drugs."
+    "Find copies across the groups of one drug, and pictures under two drugs."
     pairs, conflicts = _same_files(df)
     if folder is not None:
         more, twins = _same_pictures(df[df["kind"] == "single"], root, folder, progress)
-        said = {frozenset(p[:2]) for p in [*pairs, *conflicts]}
-        pairs += [p for p in more if frozenset(p[:2]) not in said]
-        conflicts += [c for c in twins if frozenset(c) not in said]
+        known = {frozenset(p[:2]) for p in [*pairs, *conflicts]}
+        pairs += [p for p in more if frozenset(p[:2]) not in known]
+        conflicts += [c for c in twins if frozenset(c) not in known]
     return name_groups(df, sorted(set(pairs)), sorted(set(conflicts)))
 
 # %% ../../nbs/dataset/410_duplicates.ipynb #672de577
@@ -379,25 +393,25 @@ def load_duplicates(
     df: pd.DataFrame,  # rows as delivered
     header: Mapping[str, Any],  # the manifest's header, with its absolute root
     folder: Path,  # artifacts
-    pictures: bool = True,  # open the photos and compare
+    pictures: bool = True,  # open the photos and compare; False: equal files only
     progress: bool = True,  # show a progress bar
 ) -> Duplicates:
-    "What `find_duplicates` sees, kept in duplicates.json beside the hash of the manifest."
+    "The duplicates of a delivery; searched once, then read from duplicates.json while the manifest is the same."
     path, key = folder / "duplicates.json", {"data_hash": header["data_hash"], "pictures": pictures}
     kept = read_json(path) if path.exists() else {}
     if {k: kept.get(k) for k in key} == key:
-        return name_groups(df, [tuple(p) for p in kept["pairs"]], [tuple(c) for c in kept["conflicts"]])
+        return name_groups(df, [(a, b, how) for a, b, how in kept["pairs"]], [(a, b) for a, b in kept["conflicts"]])
     dup = find_duplicates(df, header["root"], folder / "thumbnails" if pictures else None, progress)
     save_json(key | {"pairs": dup.pairs, "conflicts": dup.conflicts, "largest": dup.largest, "share": dup.share}, path)
     return dup
 
 # %% ../../nbs/dataset/410_duplicates.ipynb #7b94cfca
 def check_group_sizes(
-    dup: Duplicates,  # what was found
+    dup: Duplicates,  # of the delivery
     report: Path,  # duplicates.json, for the message
-) -> None:  # PillsnapError when duplicates tie too much together
-    "Raise PillsnapError if one joined group of more than three holds over 5 % of the photos (ours)."
-    if dup.share <= 0.05 or not dup.knotted:
+) -> None:  # raises PillsnapError
+    "Raise PillsnapError if a group joined from more than three holds over 5 % of the photos (ours)."
+    if dup.share <= 0.05 or not dup.many_groups:
         return
     raise PillsnapError(
         f"duplicates tie {dup.largest[1]:,} photos together, {dup.share:.0%} of all, around {dup.largest[0]}",
@@ -407,12 +421,12 @@ def check_group_sizes(
 
 # %% ../../nbs/dataset/410_duplicates.ipynb #22bd7363
 def plot_duplicates(
-    dup: Duplicates,  # what was found
+    dup: Duplicates,  # of the delivery
     root: str | Path,  # the delivery
     most: int = 4,  # pairs shown
     names: Mapping[str, str] | None = None,  # K-code → name
 ) -> Any:  # matplotlib Figure
-    "Pairs of photos that are one picture, conflicts last."
+    "Show pairs of photos that are one picture, conflicts last."
     from pillsnap.core.plots import drug_label, show_grid
 
     pairs = [p[:2] for p in dup.pairs[:most]] + dup.conflicts[:most]
