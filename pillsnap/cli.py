@@ -120,7 +120,7 @@ RunDir = Annotated[
 # %% ../nbs/920_cli.ipynb #0d9d641b
 @app.command(epilog="Example: `pillsnap run all --config two_stage paths.root=./data`")
 def run(  # noqa: PLR0913 - one parameter for each option of the command
-    stage: Annotated[
+    job: Annotated[
         str,
         typer.Argument(
             help=(
@@ -132,24 +132,24 @@ def run(  # noqa: PLR0913 - one parameter for each option of the command
     overrides: Overrides = None,
     config: RunConfig = "",
     run_dir: RunDir = None,
-    from_: Annotated[str | None, typer.Option("--from", help="start at this stage")] = None,
-    only: Annotated[str | None, typer.Option("--only", help="run only this stage")] = None,
+    from_: Annotated[str | None, typer.Option("--from", help="start at this job")] = None,
+    only: Annotated[str | None, typer.Option("--only", help="run only this job")] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="run stages again that are up to date, also with changed settings")
+        bool, typer.Option("--force", help="run jobs again that are up to date, also with changed settings")
     ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="start in a new folder beside the old one")] = False,
     param: Annotated[
         list[str] | None,
-        typer.Option("--param", "-p", help="another parameter of a single stage's notebook, NAME=VALUE"),
+        typer.Option("--param", "-p", help="another parameter of a single job's notebook, NAME=VALUE"),
     ] = None,
 ) -> None:
-    "Run stage notebooks with papermill; a stage that is up to date is not run again."
+    "Run the notebooks of jobs with papermill; a job that is up to date is not run again."
     import yaml
 
-    single = only or (stage if stage != "all" else None)
+    single = only or (job if job != "all" else None)
     if param and not single:
         raise PillsnapError(
-            "--param belongs to one stage", fix="name the stage, for example: pillsnap run evaluation -p user_choice=1"
+            "--param belongs to one job", fix="name the job, for example: pillsnap run evaluation -p user_choice=1"
         )
     for p in param or []:
         if "=" not in p:
@@ -164,7 +164,7 @@ def run(  # noqa: PLR0913 - one parameter for each option of the command
 # %% ../nbs/920_cli.ipynb #1246104f
 @app.command(epilog="Example: `pillsnap distributed classifier --run-dir RUN --processes 2`")
 def distributed(
-    stage: Annotated[str, typer.Argument(help="classifier | detector (GPUs only)")],
+    job: Annotated[str, typer.Argument(help="classifier | detector (GPUs only)")],
     overrides: Overrides = None,
     run_dir: Annotated[
         Path, typer.Option("--run-dir", "--run", help="the run folder, with conversion and splits done")
@@ -176,12 +176,12 @@ def distributed(
         int, typer.Option(help="number of processes; 0 = one per GPU, or two without a GPU", min=0)
     ] = 0,
 ) -> None:
-    "Train a stage in several processes; `accelerate launch -m pillsnap distributed …` runs it in each of them."
+    "Train a model in several processes; `accelerate launch -m pillsnap distributed …` runs it in each of them."
     from pillsnap.training.distributed import distributed_command
 
     if not config:
         run_config(run_dir)  # a wrong folder is refused once, before the processes start
-    distributed_command(stage, run_dir, processes, config, overrides or [])
+    distributed_command(job, run_dir, processes, config, overrides or [])
 
 # %% ../nbs/920_cli.ipynb #fa4ed019
 def own_config(
@@ -504,7 +504,8 @@ def show_config(
     config: ConfigOption = "demo",
 ) -> None:
     "Print every configuration key with its value and meaning."
-    for k, v, doc in explain(cfg := load_config(config, overrides or [])):
+    cfg = load_config(config, overrides or [])
+    for k, v, doc in explain(cfg):
         print(f"{k} = {v!r}  # {doc}")
     for n in cfg.notes:
         print(f"note: {n}")
@@ -575,7 +576,7 @@ def arguments(
     argv: list[str],  # arguments after the program's name
 ) -> list[str]:  # the arguments with a subcommand
     "Translate the command lines of the source documents."
-    names = {c.name or c.callback.__name__ for c in app.registered_commands}
+    names = {c.name or getattr(c.callback, "__name__", "") for c in app.registered_commands}
     argv = [
         f"{SOURCE_OPTIONS[m[1]]}={m[2]}" if (m := re.fullmatch(rf"--({'|'.join(SOURCE_OPTIONS)})=(.+)", a)) else a
         for a in argv

@@ -147,7 +147,7 @@ def test_what_stopped_a_notebook_is_said_once(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().err
     assert e.value.code == 2
     assert (
-        said.startswith("pillsnap: stage conversion stopped: ")
+        said.startswith("pillsnap: job conversion stopped: ")
         and said.count("where:") == said.count("to do:") == said.count("notebook:") == said.count("go on with:") == 1
     ), said
     assert (

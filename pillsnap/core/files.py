@@ -219,7 +219,7 @@ def read_json(
         raise os_error("the file cannot be read", path, e) from e
     except ValueError as e:
         raise PillsnapError(
-            f"the file is not valid JSON: {e}", where=path, fix="make it again with the stage that writes it"
+            f"the file is not valid JSON: {e}", where=path, fix="make it again with the job that writes it"
         ) from e
 
 # %% ../../nbs/core/010_files.ipynb #4c80e2b1

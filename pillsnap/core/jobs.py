@@ -67,9 +67,9 @@ class RunFolder:
     def __init__(
         self,
         root: str | os.PathLike,  # the folder
-        stage: str = "pillsnap",  # name of the job, and of its log
+        job: str = "pillsnap",  # name of the job, and of its log
     ):
-        self.root, self.stage, self.resuming = Path(root).absolute(), stage, False
+        self.root, self.job, self.resuming = Path(root).absolute(), job, False
         self._tb: TBWriter | None = None
         try:
             ensure_dir(self.root)
@@ -95,7 +95,7 @@ class RunFolder:
     def tb(self) -> TBWriter:
         "TensorBoard writer of the job, in `tb/<job>`."
         if self._tb is None:
-            self._tb = TBWriter(self.sub("tb") / self.stage)
+            self._tb = TBWriter(self.sub("tb") / self.job)
         return self._tb
 
 # %% ../../nbs/core/090_jobs.ipynb #1bfeeea8
@@ -107,11 +107,11 @@ _job_of_thread: ContextVar[str | None] = ContextVar("job", default=None)
 def logged(self: RunFolder) -> Iterator[None]:
     "Inside, the package's lines go to the job's log file and its decisions to TensorBoard, which is closed at the end."
     log = build_logger()
-    handlers = [open_log_file(self.sub("logs"), f"pillsnap.{self.stage}"), TensorBoardHandler(self.tb)]
+    handlers = [open_log_file(self.sub("logs"), f"pillsnap.{self.job}"), TensorBoardHandler(self.tb)]
     for h in handlers:
-        h.addFilter(lambda _: _job_of_thread.get() in (None, self.stage))
+        h.addFilter(lambda _: _job_of_thread.get() in (None, self.job))
         log.addHandler(h)
-    token = _job_of_thread.set(self.stage)
+    token = _job_of_thread.set(self.job)
     try:
         yield
     finally:
@@ -314,6 +314,27 @@ class Job:
     def smoke(self, run: RunFolder, cfg: Config) -> None:
         "Make the inputs of a smoke run."
 
+    @property
+    def cfg(self) -> Config:
+        "The configuration of this job; a job without a run folder gets the working folder as `paths.exp_dir`."
+        return self.cfg_in(Path(self.run_dir or "."))
+
+    @classmethod
+    def check_inputs(
+        cls,
+        root: str | os.PathLike,  # the run folder; it need not exist
+        cfg: Config,  # the job's configuration
+    ) -> None:  # raises PillsnapError naming the file and the job that writes it
+        "Raise if an output of another job, which this one reads, is missing; no folder is made."
+        for name, job in cls.needs.items():
+            path = Path(root) / name.format(stage=cfg.data.progressive_validation.current_stage)
+            if not path.exists():
+                raise PillsnapError(
+                    f"there is no {path.name} here: {job} has not run in this folder",
+                    where=path.absolute(),
+                    fix=f"pillsnap run {job} --run-dir {root}",
+                )
+
 # %% ../../nbs/core/090_jobs.ipynb #fd04320a
 @patch
 def cfg_in(
@@ -327,30 +348,7 @@ def cfg_in(
     parameters = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items()]
     return load_config(source, [*self.overrides, *parameters, f"paths.exp_dir={json.dumps(str(root))}"])
 
-
-@patch(as_prop=True)
-def cfg(self: Job) -> Config:
-    "The configuration of this job; a job without a run folder gets the working folder as `paths.exp_dir`."
-    return self.cfg_in(Path(self.run_dir or "."))
-
 # %% ../../nbs/core/090_jobs.ipynb #7515d118
-@patch(cls_method=True)
-def check_inputs(
-    cls: Job,
-    root: str | os.PathLike,  # the run folder; it need not exist
-    cfg: Config,  # the job's configuration
-) -> None:  # raises PillsnapError naming the file and the job that writes it
-    "Raise if an output of another job, which this one reads, is missing; no folder is made."
-    for name, job in cls.needs.items():
-        path = Path(root) / name.format(stage=cfg.data.progressive_validation.current_stage)
-        if not path.exists():
-            raise PillsnapError(
-                f"there is no {path.name} here: {job} has not run in this folder",
-                where=path.absolute(),
-                fix=f"pillsnap run {job} --run-dir {root}",
-            )
-
-
 def _save_config(root: Path, cfg: Config) -> None:
     "Write the configuration to `config.yaml` of the folder, as a preset without a base."
     save_text(
@@ -533,6 +531,6 @@ def _finish(self: Job, rec: dict, res: JobResult, root: Path, seconds: float) ->
         "outputs": {_name(p, root): fingerprint(p) for p in res.outputs},
     }
     if gone := [n for n, h in rec["outputs"].items() if h is None]:
-        raise PillsnapError(f"stage {self.name} did not write what it names: {gone}", where=root)
+        raise PillsnapError(f"job {self.name} did not write what it names: {gone}", where=root)
     save_json(rec, record_path(root, self.name))
     return rec

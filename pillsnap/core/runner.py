@@ -47,7 +47,7 @@ class JobSpec:
         "The notebook, in the checkout or in the wheel."
         p = resource_dir("nbs") / f"{self.notebook}.ipynb"
         if not p.is_file():
-            raise PillsnapError(f"the notebook of stage {self.name} is missing", where=p, fix="reinstall pillsnap")
+            raise PillsnapError(f"the notebook of job {self.name} is missing", where=p, fix="reinstall pillsnap")
         return p
 
     def job_class(self) -> type[Job]:
@@ -64,7 +64,7 @@ def _assigned(node: ast.stmt) -> list[ast.expr]:
 
 
 def notebook_parameters(
-    path: str | os.PathLike,  # a stage notebook
+    path: str | os.PathLike,  # a notebook with a parameters cell
 ) -> dict[str, Any]:  # name → default
     "The parameters of a notebook; raises PillsnapError unless exactly one cell is tagged `parameters`."
     import nbformat
@@ -84,7 +84,7 @@ def notebook_parameters(
 
 
 def check_parameters(
-    path: str | os.PathLike,  # a stage notebook
+    path: str | os.PathLike,  # a notebook with a parameters cell
     given: Iterable[str],  # names to set
 ) -> None:  # raises PillsnapError naming the nearest parameter
     "Raise for parameters that the notebook does not have (papermill only warns)."
@@ -103,7 +103,7 @@ def check_parameters(
 
 # %% ../../nbs/core/095_runner.ipynb #2fd75d7c
 def in_sync(
-    notebook: str | os.PathLike,  # a stage notebook
+    notebook: str | os.PathLike,  # a notebook with a parameters cell
     module: str,  # the module that it exports, "pillsnap.dataset.splits"
 ) -> bool:
     "Whether the module contains every exported cell of the notebook."
@@ -279,7 +279,7 @@ def run_job(
         raise _failure(e, spec, out, resume) from None
     rec = read_record(root, spec.name)
     if rec is None or rec["status"] != "finished":
-        raise JobFailed(f"stage {spec.name} left no finished record", where=out)
+        raise JobFailed(f"job {spec.name} left no finished record", where=out)
     return rec
 
 
@@ -294,7 +294,7 @@ def _failure(e: Exception, spec: JobSpec, out: Path, resume: str) -> JobFailed:
         what, where, fix = (m and m[1].strip() for m in found)
     then = [fix, f"then go on with: {resume}" if resume else None]
     return JobFailed(
-        f"stage {spec.name} stopped: {what}\n  notebook: {out}",
+        f"job {spec.name} stopped: {what}\n  notebook: {out}",
         where=where,
         fix="\n         ".join(t for t in then if t) or None,
     )
@@ -313,8 +313,8 @@ def select_jobs(
         if n and n not in names:
             near = difflib.get_close_matches(n, names, 1)
             raise PillsnapError(
-                f"there is no stage {n!r}" + (f"; did you mean {near[0]}?" if near else ""),
-                fix=f"stages: {', '.join(names)}",
+                f"there is no job {n!r}" + (f"; did you mean {near[0]}?" if near else ""),
+                fix=f"jobs: {', '.join(names)}",
             )
     if only:
         return [pipeline[names.index(only)]]
@@ -405,7 +405,7 @@ def _check_strategy(pipeline: Sequence[JobSpec], cfg: Config) -> None:
 def _refuse(spec: JobSpec, root: Path, diff: list[str]) -> None:
     "Raise before the results of other settings are overwritten."
     raise PillsnapError(
-        f"stage {spec.name} was run in this folder with other settings:\n  " + "\n  ".join(diff[:12]),
+        f"job {spec.name} was run in this folder with other settings:\n  " + "\n  ".join(diff[:12]),
         where=root,
         fix="--fresh begins a new folder, --force runs it again here, or ask for the settings it had",
     )
