@@ -546,7 +546,7 @@ def test_choices_by_parameter(run):
         with pytest.raises(PillsnapError):
             record_choice(run, bad)
     assert read_advice(run)["choice"]["via"] == "parameter"
-    with pytest.raises(PillsnapError, match="run the evaluation stage first"):
+    with pytest.raises(PillsnapError, match="run the evaluation job first"):
         advisor_menu(run / "nowhere")
 
 

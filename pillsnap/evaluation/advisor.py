@@ -11,7 +11,7 @@ __all__ = ['ADVISOR_TARGETS', 'Rule', 'RULES', 'IMBALANCE_LIMIT', 'OOM_LIMIT', '
 # %% ../../nbs/evaluation/750_advisor.ipynb #f6f2a504
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ..core.errors import PillsnapError
@@ -36,7 +36,7 @@ class Target:
         return v <= self.value if self.lower else v >= self.value
 
     def share(self, v: float) -> float:
-        "The share of the target that a value reaches, 0 to 1."
+        "The fraction of the target that a value reaches, 0 to 1."
         if not self.lower:
             return min(1.0, v / self.value)
         return min(1.0, self.value / v) if v > 0 else 0.0
@@ -50,17 +50,17 @@ class AdvisorTargets:
     checks: tuple[str, ...]  # mandatory checks, each with evidence
     data: tuple[str, ...] = ("aihub",)  # accepted provenances
 
-# %% ../../nbs/evaluation/750_advisor.ipynb #a4fb9d39
+
 def _up(**kw: float) -> tuple[Target, ...]:
     "Targets where higher is better."
     return tuple(Target(k, v) for k, v in kw.items())
 
-# %% ../../nbs/evaluation/750_advisor.ipynb #c17c3e13
+
 def _ms(**kw: float) -> tuple[Target, ...]:
     "Latency targets in milliseconds."
     return tuple(Target(k, v, lower=True, unit="ms") for k, v in kw.items())
 
-
+# %% ../../nbs/evaluation/750_advisor.ipynb #c17c3e13
 ADVISOR_TARGETS: dict[int, AdvisorTargets] = {
     0: AdvisorTargets(
         _up(accuracy=0.90, detection_map50=0.90, class_coverage=1.0),
@@ -209,21 +209,23 @@ class Bar:
     why: str = ""  # why it does not count
 
 # %% ../../nbs/evaluation/750_advisor.ipynb #3209410b
-def _bar(t: Target, m: Metric | Latency | None, data: tuple[str, ...]) -> Bar:
+def _bar(
+    t: Target,  # the target
+    m: Metric | Latency | None,  # its record
+    data: tuple[str, ...],  # accepted provenances
+) -> Bar:
     "Compare one record with its target."
     rec = m.metric if isinstance(m, Latency) else m
-    shown = (
-        dict(value=None, n=None)
-        if rec is None or not isinstance(rec, Metric) or not rec.measured
-        else dict(value=float(rec.value), n=rec.n)
-    )
-    base = dict(name=t.name, target=t.value, lower=t.lower, unit=t.unit, scored=t.scored, **shown)
+    value, n = None, None
+    if isinstance(rec, Metric) and rec.measured and rec.value is not None:
+        value, n = float(rec.value), rec.n
+    bar = Bar(t.name, t.value, t.lower, t.unit, t.scored, value, n, share=0.0, verdict="NOT_MEASURED")
     if why := why_unmeasured(rec, data):
-        return Bar(**base, share=0.0, verdict="NOT_MEASURED", why=why)
+        return replace(bar, why=why)
     if t.unit == "ms" and (gap := protocol_gap(m) if isinstance(m, Latency) else ["no protocol with the figure"]):
-        return Bar(**base, share=0.0, verdict="NOT_COMPARABLE", why="; ".join(gap))
-    v = float(rec.value)
-    return Bar(**base, share=t.share(v), verdict="met" if t.met(v) else "missed")
+        return replace(bar, verdict="NOT_COMPARABLE", why="; ".join(gap))
+    assert value is not None
+    return replace(bar, share=t.share(value), verdict="met" if t.met(value) else "missed")
 
 # %% ../../nbs/evaluation/750_advisor.ipynb #5f131e77
 def score_bars(
@@ -238,7 +240,7 @@ def score_bars(
 def performance_score(
     bars: Sequence[Bar],  # from score_bars
 ) -> float:  # 0-1; 1 only when every scored target is measured and met
-    "The mean share over the scored targets."
+    "The mean fraction reached over the scored targets."
     scored = [b for b in bars if b.scored]
     return sum(b.share for b in scored) / len(scored) if scored else 0.0
 
@@ -258,7 +260,7 @@ class Suggestion:
         return dict(o.split("=", 1) for o in self.override.split())
 
 # %% ../../nbs/evaluation/750_advisor.ipynb #8f4604ee
-Rule = Callable[[Facts, Mapping[str, Bar]], "Suggestion|None"]
+Rule = Callable[[Facts, Mapping[str, Bar]], Suggestion | None]
 RULES: list[Rule] = []
 
 
@@ -310,7 +312,7 @@ def _repeated_oom(f: Facts, _bars: Mapping[str, Bar]) -> Suggestion | None:
         _halved(f, "train.classification.batch_size", 64),
     )
 
-# %% ../../nbs/evaluation/750_advisor.ipynb #a9a3e8ef
+
 @rule
 def _vram_above_90(f: Facts, _bars: Mapping[str, Bar]) -> Suggestion | None:
     "More than 90 % of the GPU's memory is in use."
@@ -323,7 +325,7 @@ def _vram_above_90(f: Facts, _bars: Mapping[str, Bar]) -> Suggestion | None:
         "train.classification.channels_last=false",
     )
 
-# %% ../../nbs/evaluation/750_advisor.ipynb #edf57621
+
 @rule
 def _gpu_above_14_gb(f: Facts, _bars: Mapping[str, Bar]) -> Suggestion | None:
     "More than 14 GB of GPU memory are in use."
@@ -350,7 +352,7 @@ def _plateau(f: Facts, bars: Mapping[str, Bar]) -> Suggestion | None:
         f"train.classification.lr={lr:.3g}",
     )
 
-# %% ../../nbs/evaluation/750_advisor.ipynb #4b582f3a
+
 @rule
 def _validation_drop(f: Facts, bars: Mapping[str, Bar]) -> Suggestion | None:
     "The monitored metric fell from its best."
@@ -378,7 +380,7 @@ def _detector_lr(f: Facts, bars: Mapping[str, Bar]) -> Suggestion | None:
         f"train.detection.lr={lr:.3g}",
     )
 
-# %% ../../nbs/evaluation/750_advisor.ipynb #add163e6
+
 @rule
 def _detector_augmentation(f: Facts, bars: Mapping[str, Bar]) -> Suggestion | None:
     "The detector's mAP is far below its target and the detector overfits."
@@ -410,7 +412,7 @@ def _dropout(f: Facts, bars: Mapping[str, Bar]) -> Suggestion | None:
         f"train.classification.drop_rate={min(0.5, p + 0.2):.2g}",
     )
 
-# %% ../../nbs/evaluation/750_advisor.ipynb #43066932
+
 @rule
 def _label_smoothing(f: Facts, bars: Mapping[str, Bar]) -> Suggestion | None:
     "The classifier overfits and its labels are not smoothed."
@@ -458,7 +460,7 @@ def _detector_far(f: Facts, bars: Mapping[str, Bar]) -> Suggestion | None:
         f"train.detection.epochs={2 * n}",
     )
 
-# %% ../../nbs/evaluation/750_advisor.ipynb #d53e12f2
+
 @rule
 def _classifier_far(f: Facts, bars: Mapping[str, Bar]) -> Suggestion | None:
     "The accuracy is below 0.8 of its target."
@@ -488,7 +490,7 @@ def _more_workers(f: Facts, _bars: Mapping[str, Bar]) -> Suggestion | None:
         f"dataloader.num_workers={cpus}",
     )
 
-# %% ../../nbs/evaluation/750_advisor.ipynb #5fecaa98
+
 @rule
 def _keep_decoded(f: Facts, _bars: Mapping[str, Bar]) -> Suggestion | None:
     "The first batch takes more than 3 s and photos are decoded in every epoch."
@@ -523,7 +525,7 @@ def _classifier_near(f: Facts, bars: Mapping[str, Bar]) -> Suggestion | None:
         f"train.classification.epochs={math.ceil(1.5 * n)}",
     )
 
-# %% ../../nbs/evaluation/750_advisor.ipynb #67b6b061
+
 @rule
 def _detector_near(f: Facts, bars: Mapping[str, Bar]) -> Suggestion | None:
     "The detector's mAP is missed by less than a fifth of its target."
@@ -538,7 +540,7 @@ def _detector_near(f: Facts, bars: Mapping[str, Bar]) -> Suggestion | None:
         f"train.detection.epochs={math.ceil(1.5 * n)}",
     )
 
-# %% ../../nbs/evaluation/750_advisor.ipynb #4285a191
+
 @rule
 def _rare_drugs(_f: Facts, bars: Mapping[str, Bar]) -> Suggestion | None:
     "Macro-F1 lies clearly below the accuracy: rare drugs are named wrongly."
@@ -642,27 +644,41 @@ class Advice:
         return {**asdict(self), "user_options": [{"id": i, "label": label} for i, label in self.user_options]}
 
 # %% ../../nbs/evaluation/750_advisor.ipynb #e056c693
-def _decide(
-    score: float, all_met: bool, failed: Sequence[str], broken: Sequence[str], thresholds: Sequence[float]
-) -> tuple[str, str, str, str]:
-    "Recommendation, colour, reason and message; the first row of the contract's table that applies."
-    full, enough, some = thresholds
-    if broken:
-        return "CRITICAL", RED, broken[0].split(":")[0], "Fix this first: " + "; ".join(broken)
+@dataclass(frozen=True)
+class _Verdict:
+    "The row of the decision table that applies."
+
+    recommendation: str  # CRITICAL | RECOMMEND_PROCEED | SUGGEST_OPTIMIZE | WARN_STOP
+    colour: str  # 🟢 🟡 🔴
+    reason: str  # the rule that decided
+    message: str  # one sentence
+
+
+def _verdict(
+    score: float,  # performance score
+    all_met: bool,  # whether every scored target is met
+    failed: Sequence[str],  # mandatory checks without proof
+    critical: Sequence[str],  # critical conditions
+    thresholds: Sequence[float],  # least scores to proceed, to proceed anyway, to optimise
+) -> _Verdict:
+    "The first row of the decision table that applies."
+    full, enough, some = (t - 1e-9 for t in thresholds)
+    if critical:
+        return _Verdict("CRITICAL", RED, critical[0].split(":")[0], "Fix this first: " + "; ".join(critical))
     if failed:
-        return (
-            "WARN_STOP",
-            RED,
-            "mandatory_check_failed",
-            "A mandatory check failed or was not measured: " + ", ".join(failed),
-        )
-    if all_met and score >= full - 1e-9:
-        return "RECOMMEND_PROCEED", GREEN, "all_targets_met", "Every target of this stage is measured and met"
-    if score >= enough - 1e-9:
-        return "RECOMMEND_PROCEED", GREEN, "sufficient_performance", "Good enough to go on with what there is"
-    if score >= some - 1e-9:
-        return "SUGGEST_OPTIMIZE", YELLOW, "performance_below_target", "Below target: optimise before going on"
-    return "WARN_STOP", RED, "performance_too_low", "Far from the targets: going on would waste the next stage"
+        why = "A mandatory check failed or was not measured: " + ", ".join(failed)
+        return _Verdict("WARN_STOP", RED, "mandatory_check_failed", why)
+    if all_met and score >= full:
+        why = "Every target of this stage is measured and met"
+        return _Verdict("RECOMMEND_PROCEED", GREEN, "all_targets_met", why)
+    if score >= enough:
+        why = "Good enough to go on with what there is"
+        return _Verdict("RECOMMEND_PROCEED", GREEN, "sufficient_performance", why)
+    if score >= some:
+        why = "Below target: optimise before going on"
+        return _Verdict("SUGGEST_OPTIMIZE", YELLOW, "performance_below_target", why)
+    why = "Far from the targets: going on would waste the next stage"
+    return _Verdict("WARN_STOP", RED, "performance_too_low", why)
 
 # %% ../../nbs/evaluation/750_advisor.ipynb #c1ff57a7
 def _check_state(
@@ -690,31 +706,30 @@ def evaluate_and_recommend(
     scored = [b for b in bars if b.scored]
     unknown = tuple(b.name for b in scored if b.verdict not in ("met", "missed"))
     checks = {c: _check_state(facts.checks.get(c)) for c in want.checks if c not in facts.not_applicable}
-    failed = [f"{c} ({said})" for c, said in checks.items() if not facts.checks.get(c, Check()).counts]
-    score, named = performance_score(bars), {*want.checks, *(t.name for t in want.targets)}
-    rec, colour, reason, message = _decide(
-        score, all(b.verdict == "met" for b in scored), failed, _critical(facts), thresholds
-    )
+    failed = [f"{c} ({state})" for c, state in checks.items() if not facts.checks.get(c, Check()).counts]
+    named = {*want.checks, *(t.name for t in want.targets)}
+    score, all_met = performance_score(bars), all(b.verdict == "met" for b in scored)
+    verdict = _verdict(score, all_met, failed, _critical(facts), thresholds)
+    message = verdict.message
     if unknown:
-        message += (
-            f"; {len(unknown)} of {len(scored)} targets were not measured and count nothing: {', '.join(unknown)}"
-        )
+        names = ", ".join(unknown)
+        message += f"; {len(unknown)} of {len(scored)} targets were not measured and count nothing: {names}"
     return Advice(
-        stage,
-        rec,
-        colour,
-        reason,
-        message,
-        score,
-        len(scored) - len(unknown),
-        len(scored),
-        unknown,
-        {b.name: b.why for b in bars if b.verdict not in ("met", "missed")},
-        {k: why for k, why in facts.not_applicable.items() if k in named},
-        checks,
-        tuple(bars),
-        tuple(generate_optimization_suggestions(stage, facts)[:MAX_SUGGESTIONS]),
-        _OPTIONS["CRITICAL" if rec == "CRITICAL" else reason],
+        stage=stage,
+        recommendation=verdict.recommendation,
+        colour=verdict.colour,
+        reason=verdict.reason,
+        message=message,
+        performance_score=score,
+        n_measured=len(scored) - len(unknown),
+        n_targets=len(scored),
+        not_measured=unknown,
+        unmeasured={b.name: b.why for b in bars if b.verdict not in ("met", "missed")},
+        does_not_apply={k: why for k, why in facts.not_applicable.items() if k in named},
+        checks=checks,
+        bars=tuple(bars),
+        suggestions=tuple(generate_optimization_suggestions(stage, facts)[:MAX_SUGGESTIONS]),
+        user_options=_OPTIONS["CRITICAL" if verdict.recommendation == "CRITICAL" else verdict.reason],
     )
 
 # %% ../../nbs/evaluation/750_advisor.ipynb #452ba15c

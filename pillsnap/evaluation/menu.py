@@ -10,6 +10,7 @@ __all__ = ['advice_path', 'read_advice', 'write_advice', 'record_choice', 'perce
 import html
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,17 +25,17 @@ from .advisor import Advice
 def advice_path(
     run_dir: str | os.PathLike,  # run folder
 ) -> Path:
-    "Where the advice and the choice are kept."
+    "The file that holds the advice and the choice."
     return Path(run_dir) / "reports" / "advisor.json"
 
-# %% ../../nbs/evaluation/760_menu.ipynb #b630ea28
+
 def read_advice(
     run_dir: str | os.PathLike,  # run folder
 ) -> dict[str, Any]:
-    "The advice of a run, and what was chosen."
+    "The advice of a run and the choice; raises PillsnapError where there is none."
     if not advice_path(run_dir).is_file():
         raise PillsnapError(
-            "this run has no advice yet", where=advice_path(run_dir), fix="run the evaluation stage first"
+            "this run has no advice yet", where=advice_path(run_dir), fix="run the evaluation job first"
         )
     return read_json(advice_path(run_dir))
 
@@ -67,7 +68,7 @@ def record_choice(
     choice: str | int,  # an option's id, or its number from 1
     via: str = "parameter",  # widget | parameter | console
 ) -> dict[str, Any]:  # the record with the choice
-    "Write down what the person chose."
+    "Record what the person chose; raises PillsnapError for an unknown option."
     rec = read_advice(run_dir)
     options = {o["id"]: o["label"] for o in rec["user_options"]}
     text = str(choice).strip()
@@ -95,16 +96,9 @@ def record_choice(
 _INK = {"RECOMMEND_PROCEED": "#1a7f37", "SUGGEST_OPTIMIZE": "#9a6700", "WARN_STOP": "#cf222e", "CRITICAL": "#a40e26"}
 _LIGHT = {"RECOMMEND_PROCEED": "#4ac26b", "SUGGEST_OPTIMIZE": "#eac54f", "WARN_STOP": "#ff8182", "CRITICAL": "#ff8182"}
 _BAR = {"met": "#2da44e", "missed": "#d4a72c", "NOT_MEASURED": "#afb8c1", "NOT_COMPARABLE": "#afb8c1"}
-_GREY, _PAPER = "#57606a", "background:#fff;color:#1f2328"  # what the theme of a page must not change
-_WORD = {
-    "met": "#1a7f37",
-    "missed": "#9a6700",
-}  # the bars' colours in letters, dark enough for white paper; others are grey
-_GATE = {
-    "NO_GO": ("#cf222e", "🔴"),
-    "NOT_MEASURED": (_GREY, "⚪"),
-    "TIME_CAP_SUCCESS": ("#9a6700", "🟡"),
-}  # GO has the advisor's colour
+_GREY, _PAPER = "#57606a", "background:#fff;color:#1f2328"  # independent of the page's theme
+_WORD = {"met": "#1a7f37", "missed": "#9a6700"}  # letters need darker colours than bars; others are grey
+_GATE = {"NO_GO": ("#cf222e", "🔴"), "NOT_MEASURED": (_GREY, "⚪"), "TIME_CAP_SUCCESS": ("#9a6700", "🟡")}
 _MONO = "font-family:ui-monospace,Menlo,Consolas,monospace;font-size:12px;background:#f6f8fa;color:#1f2328"
 _MUTED = f"color:{_GREY};font-size:12px"
 
@@ -112,40 +106,42 @@ _MUTED = f"color:{_GREY};font-size:12px"
 def _esc(x: Any) -> str:
     return html.escape(str(x))
 
+
+def _tag(name: str, style: str, *parts: str) -> str:
+    "An HTML element with an inline style."
+    return f"<{name} style='{style}'>{''.join(parts)}</{name}>"
+
 # %% ../../nbs/evaluation/760_menu.ipynb #550a5c12
 def percent(
     share: float,  # 0-1
-) -> str:  # rounded down: 100 % is said only when it is reached
-    "A share as per cent."
+) -> str:  # rounded down, so that only 1 is printed as 100 %
+    "A fraction as per cent."
     return f"{int(share * 100 + 1e-9)} %"
 
 
 def _dot(colour: str) -> str:
-    "A round signal light: an emoji needs a font that not every machine has."
-    return (
-        f"<span style='display:inline-block;width:11px;height:11px;border-radius:50%;background:{colour};border:2px"
-        " solid #fff;margin-right:6px'></span>"
-    )
+    "A round signal light; an emoji would need a font that not every machine has."
+    shape = "display:inline-block;width:11px;height:11px;border-radius:50%"
+    return _tag("span", f"{shape};background:{colour};border:2px solid #fff;margin-right:6px")
 
-# %% ../../nbs/evaluation/760_menu.ipynb #cc96a4d8
+
 def _chip(text: str, ink: str) -> str:
     "A small rounded label."
-    return (
-        "<span style='display:inline-block;padding:1px 8px;border-radius:10px;border:1px solid"
-        f" {ink};color:{ink};font-size:11px;line-height:1.5;white-space:nowrap'>{_esc(text)}</span>"
-    )
+    shape = "display:inline-block;padding:1px 8px;border-radius:10px"
+    letters = "font-size:11px;line-height:1.5;white-space:nowrap"
+    return _tag("span", f"{shape};border:1px solid {ink};color:{ink};{letters}", _esc(text))
 
 # %% ../../nbs/evaluation/760_menu.ipynb #24db4974
 def gate_dot(
     status: str,  # of a gate
 ) -> str:
-    "A coloured dot for a gate's verdict; green is GO alone."
+    "A coloured dot for a gate's status; only GO is green."
     return "🟢" if status == "GO" else _GATE.get(status, _GATE["NOT_MEASURED"])[1]
 
 
 def _gate_word(
     gate: Mapping[str, Any],  # its status and reasons
-) -> str:  # empty where no gate was asked
+) -> str:  # empty where there is no gate
     "A gate's verdict and its reasons, in one line."
     status, why = str(gate.get("status") or ""), ", ".join(gate.get("reasons", []))
     return status.replace("_", " ") + (f": {why}" if why else "")
@@ -155,92 +151,97 @@ def advisor_word(
     r: Mapping[str, Any],  # the record
     gate: Mapping[str, Any],  # the gate's status
 ) -> str:
-    "What the advisor says; where the gate is not GO, it also says whose word counts."
+    "The advisor's recommendation in one line; it comes second where the gate is not GO."
     said, score = r["recommendation"].replace("_", " "), percent(r["performance_score"])
     if gate.get("status") in (None, "", "GO"):
         return f"advisor: {said}, {score}: {r['message']}"
     return f"the gate decides; the advisor's own score is {score} ({said}: {r['message']})"
 
 # %% ../../nbs/evaluation/760_menu.ipynb #f7615ed2
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
+@dataclass(frozen=True)
+class _Banner:
+    "Colours and texts of the banner."
+
+    ink: str  # background
+    dot: str  # signal light
+    large: str  # the large word
+    size: int  # its size, pixels
+    head: str  # bold line
+    below: str  # plain line
 
 
+def _advisor_banner(
+    r: Mapping[str, Any],  # the record
+    gate: Mapping[str, Any],  # {} or a GO
+) -> _Banner:
+    "The banner in the advisor's colour."
+    name, below = r["recommendation"], r["message"]
+    if gate.get("status"):
+        below += f". Gate {_gate_word(gate)}"
+    return _Banner(_INK[name], _LIGHT[name], percent(r["performance_score"]), 34, name.replace("_", " "), below)
+
+
+def _gate_banner(
+    r: Mapping[str, Any],  # the record
+    gate: Mapping[str, Any],  # any status but GO
+) -> _Banner:
+    "The banner in the gate's colour; the advisor's recommendation comes second."
+    ink = _GATE.get(gate["status"], _GATE["NOT_MEASURED"])[0]
+    status, word = gate["status"].replace("_", " "), advisor_word(r, gate)
+    return _Banner(ink, "#ffffff", status, 26, f"Gate {_gate_word(gate)}", word[:1].upper() + word[1:])
+
+# %% ../../nbs/evaluation/760_menu.ipynb #4e8a8c25
 def banner_html(
     r: Mapping[str, Any],  # the record
 ) -> str:
-    "The gate's verdict in its colour, then the advisor's; green only where the gate is GO, or was not asked."
-    gate, said = r.get("gate") or {}, r["recommendation"].replace("_", " ")
-    if gate.get("status") in (None, "", "GO"):
-        ink, dot, large, size, head = (
-            _INK[r["recommendation"]],
-            _LIGHT[r["recommendation"]],
-            percent(r["performance_score"]),
-            34,
-            said,
-        )
-        below = r["message"] + (f". Gate {_gate_word(gate)}" if gate.get("status") else "")
-    else:
-        ink, dot, size = _GATE.get(gate["status"], _GATE["NOT_MEASURED"])[0], "#ffffff", 26
-        large, head, below = (
-            gate["status"].replace("_", " "),
-            f"Gate {_gate_word(gate)}",
-            _capital(advisor_word(r, gate)),
-        )
+    "The gate's verdict in its colour, then the advisor's; green only with a GO or without a gate."
+    gate = r.get("gate") or {}
+    b = _advisor_banner(r, gate) if gate.get("status") in (None, "", "GO") else _gate_banner(r, gate)
     chips = [c for c in (gate.get("label", ""), f"{r['n_measured']} of {r['n_targets']} targets measured") if c]
-    return (
-        f"<div style='background:{ink};color:#fff;border-radius:8px 8px 0 0;padding:14px"
-        " 18px;display:flex;flex-wrap:wrap;align-items:center;gap:8px 18px'><div"
-        f" style='font-size:{size}px;font-weight:600;line-height:1;white-space:nowrap'>{_esc(large)}</div>"
-        "<div style='line-height:1.45;flex:1 1 240px'>"
-        f"<div style='font-size:16px;font-weight:600;overflow-wrap:anywhere'>{_dot(dot)}{_esc(head)}</div>"
-        f"<div>{_esc(below)}</div>"
-        f"<div style='margin-top:5px'>{' '.join(_chip(c, '#ffffff') for c in chips)}</div></div></div>"
+    text = _tag(
+        "div",
+        "line-height:1.45;flex:1 1 240px",
+        _tag("div", "font-size:16px;font-weight:600;overflow-wrap:anywhere", _dot(b.dot), _esc(b.head)),
+        f"<div>{_esc(b.below)}</div>",
+        _tag("div", "margin-top:5px", " ".join(_chip(c, "#ffffff") for c in chips)),
     )
+    large = _tag("div", f"font-size:{b.size}px;font-weight:600;line-height:1;white-space:nowrap", _esc(b.large))
+    frame = f"background:{b.ink};color:#fff;border-radius:8px 8px 0 0;padding:14px 18px"
+    return _tag("div", f"{frame};display:flex;flex-wrap:wrap;align-items:center;gap:8px 18px", large, text)
 
 # %% ../../nbs/evaluation/760_menu.ipynb #684ac28e
 def _value(v: float | None, unit: str) -> str:
     "A figure with its unit, or a dash."
     return "–" if v is None else f"{plain_number(v, 3)} {unit}".strip()
 
-# %% ../../nbs/evaluation/760_menu.ipynb #eddd49b1
+
+def _bar_row(
+    b: Mapping[str, Any],  # a bar of the record
+) -> str:
+    "One target: how much of it is reached, and what was measured."
+    shape = "border-radius:4px;height:10px"
+    filled = _tag("div", f"background:{_BAR[b['verdict']]};{shape};width:{b['share']:.0%}")
+    name = _esc(b["name"].replace("_", " "))
+    if not b["scored"]:
+        name += " " + _tag("span", _MUTED, "(shown, not scored)")
+    cells = (
+        name,
+        _tag("div", f"background:#eaeef2;{shape};width:180px", filled),
+        f"<b>{_value(b['value'], b['unit'])}</b>",
+        ("≤ " if b["lower"] else "≥ ") + _value(b["target"], b["unit"]),
+        _tag("span", _MUTED, f"n = {b['n']}" if b["n"] else ""),
+        _chip(b["verdict"].replace("_", " "), _WORD.get(b["verdict"], _GREY)),
+    )
+    style = f"padding:4px 14px 4px 0;border:0;text-align:left;white-space:nowrap;{_PAPER}"
+    return f"<tr title='{_esc(b['why'])}' style='{_PAPER}'>" + "".join(_tag("td", style, c) for c in cells) + "</tr>"
+
+
 def _bars_html(
     r: Mapping[str, Any],  # the record
 ) -> str:
-    "One bar per target: how much of it is reached, and what was measured."
-
-    def row(b: Mapping[str, Any]) -> str:
-        track = (
-            "<div style='background:#eaeef2;border-radius:4px;height:10px;width:180px'>"
-            f"<div style='background:{_BAR[b['verdict']]};border-radius:4px;height:10px;width:{b['share']:.0%}'></div>"
-            "</div>"
-        )
-        name = _esc(b["name"].replace("_", " ")) + (
-            "" if b["scored"] else f" <span style='{_MUTED}'>(shown, not scored)</span>"
-        )
-        asked, n = ("≤ " if b["lower"] else "≥ ") + _value(b["target"], b["unit"]), f"n = {b['n']}" if b["n"] else ""
-        cells = (
-            name,
-            track,
-            f"<b>{_value(b['value'], b['unit'])}</b>",
-            asked,
-            f"<span style='{_MUTED}'>{n}</span>",
-            _chip(b["verdict"].replace("_", " "), _WORD.get(b["verdict"], _GREY)),
-        )
-        return (
-            f"<tr title='{_esc(b['why'])}' style='{_PAPER}'>"
-            + "".join(
-                f"<td style='padding:4px 14px 4px 0;border:0;text-align:left;white-space:nowrap;{_PAPER}'>{c}</td>"
-                for c in cells
-            )
-            + "</tr>"
-        )
-
-    return (
-        "<div style='overflow-x:auto'><table style='border-collapse:collapse;margin:0;font-size:13px'>"
-        + "".join(map(row, r["bars"]))
-        + "</table></div>"
-    )
+    "A table with one row per target."
+    table = _tag("table", "border-collapse:collapse;margin:0;font-size:13px", *map(_bar_row, r["bars"]))
+    return _tag("div", "overflow-x:auto", table)
 
 # %% ../../nbs/evaluation/760_menu.ipynb #8bbae79b
 def _suggestions_html(
@@ -248,25 +249,21 @@ def _suggestions_html(
 ) -> str:
     "Up to three suggestions, each with the override to paste."
     if not r["suggestions"]:
-        return f"<div style='{_MUTED}'>No rule has anything to suggest.</div>"
+        return _tag("div", _MUTED, "No rule has anything to suggest.")
+    box = f"{_MONO};border:1px solid #d0d7de;border-radius:4px;padding:2px 8px;user-select:all;overflow-wrap:anywhere"
 
     def card(i: int, s: Mapping[str, Any]) -> str:
-        return (
-            f"<div style='margin:0 0 8px 0;line-height:1.8'><b>{i}. {_esc(_capital(s['do']))}</b> <span"
-            f" style='{_MUTED}'>{_esc(s['why'])}</span><br><code style='{_MONO};border:1px solid"
-            " #d0d7de;border-radius:4px;padding:2px"
-            f" 8px;user-select:all;overflow-wrap:anywhere'>{_esc(s['override'])}</code></div>"
-        )
+        do, why = _esc(s["do"][:1].upper() + s["do"][1:]), _tag("span", _MUTED, _esc(s["why"]))
+        override = _tag("code", box, _esc(s["override"]))
+        return _tag("div", "margin:0 0 8px 0;line-height:1.8", f"<b>{i}. {do}</b> {why}<br>{override}")
 
     return "".join(card(i, s) for i, s in enumerate(r["suggestions"], 1))
 
 # %% ../../nbs/evaluation/760_menu.ipynb #509a7f90
 def _section(title: str, body: str) -> str:
-    return (
-        "<div style='padding:10px 18px'>"
-        f"<div style='{_MUTED};text-transform:uppercase;letter-spacing:.06em;margin-bottom:6px'>{_esc(title)}</div>"
-        f"{body}</div>"
-    )
+    "A part of the card with a small heading."
+    heading = _tag("div", f"{_MUTED};text-transform:uppercase;letter-spacing:.06em;margin-bottom:6px", _esc(title))
+    return _tag("div", "padding:10px 18px", heading, body)
 
 
 def _choice_html(
@@ -274,42 +271,44 @@ def _choice_html(
 ) -> str:
     "What was chosen, or that nothing was."
     c = r.get("choice")
-    return (
-        f"<b>Recorded:</b> {_esc(c['label'])} <span style='{_MUTED}'>by {_esc(c['via'])}, {_esc(c['at'])}</span>"
-        if c
-        else f"<span style='{_MUTED}'>No choice recorded.</span>"
-    )
+    if not c:
+        return _tag("span", _MUTED, "No choice recorded.")
+    origin = _tag("span", _MUTED, f"by {_esc(c['via'])}, {_esc(c['at'])}")
+    return f"<b>Recorded:</b> {_esc(c['label'])} {origin}"
 
-# %% ../../nbs/evaluation/760_menu.ipynb #9c5b30f9
+
 def _card(*parts: str) -> str:
     "A white card, whatever the theme."
-    return (
-        "<div style='border:1px solid"
-        f" #d0d7de;border-radius:8px;{_PAPER};max-width:760px;font-family:system-ui,sans-serif;font-size:13px'>"
-        + "".join(parts)
-        + "</div>"
+    frame = f"border:1px solid #d0d7de;border-radius:8px;{_PAPER};max-width:760px"
+    return _tag("div", f"{frame};font-family:system-ui,sans-serif;font-size:13px", *parts)
+
+
+def _advice_card(
+    r: Mapping[str, Any],  # the record
+    *more: str,  # further sections
+) -> str:
+    "Banner, targets and suggestions on a card."
+    return _card(
+        banner_html(r),
+        _section("Targets", _bars_html(r)),
+        _section("Suggestions, applied by nobody but you", _suggestions_html(r)),
+        *more,
     )
 
 # %% ../../nbs/evaluation/760_menu.ipynb #def4314f
 def static_html(
     r: Mapping[str, Any],  # the record
 ) -> str:
-    "The whole menu without buttons: what a night run prints."
-    options = "".join(
-        f"<li>{_esc(o['label'])} <code style='{_MONO}'>{_esc(o['id'])}</code></li>" for o in r["user_options"]
-    )
-    return _card(
-        banner_html(r),
-        _section("Targets", _bars_html(r)),
-        _section("Suggestions, applied by nobody but you", _suggestions_html(r)),
-        _section("Your options", f"<ol style='margin:0 0 6px 18px;padding:0'>{options}</ol>{_choice_html(r)}"),
-    )
+    "The whole menu without buttons, for an unattended run."
+    options = "".join(f"<li>{_esc(o['label'])} {_tag('code', _MONO, _esc(o['id']))}</li>" for o in r["user_options"])
+    choices = _tag("ol", "margin:0 0 6px 18px;padding:0", options) + _choice_html(r)
+    return _advice_card(r, _section("Your options", choices))
 
 # %% ../../nbs/evaluation/760_menu.ipynb #5b8eaf2f
 def static_text(
     r: Mapping[str, Any],  # the record
 ) -> str:
-    "The same for a console."
+    "The whole menu as plain text, for a console."
     gate = r.get("gate") or {}
     lines = [f"{gate_dot(gate['status'])} gate {_gate_word(gate)}"] if gate.get("status") else [r["colour"]]
     lines += [advisor_word(r, gate), ""]
@@ -325,14 +324,14 @@ def static_text(
 # %% ../../nbs/evaluation/760_menu.ipynb #5de801a7
 def build_menu(
     run_dir: str | os.PathLike,  # run folder with an advisor.json
-):  # an ipywidgets VBox
+) -> Any:  # an ipywidgets VBox
     "The menu as a widget."
     import ipywidgets as w
 
     r = read_advice(run_dir)
 
-    def strip(text):
-        return _card(f"<div style='padding:4px 10px'>{text}</div>")
+    def strip(text: str) -> str:
+        return _card(_tag("div", "padding:4px 10px", text))
 
     said, buttons = w.HTML(strip(_choice_html(r))), []
 
@@ -349,29 +348,17 @@ def build_menu(
         b.on_click(on_click(o["id"]))
         buttons.append(b)
     show(r)
-    top = w.HTML(
-        _card(
-            banner_html(r),
-            _section("Targets", _bars_html(r)),
-            _section("Suggestions, applied by nobody but you", _suggestions_html(r)),
-        )
-    )
-    ask = w.HTML(
-        strip(
-            f"<span style='{_MUTED}'>Your choice goes to {_esc(advice_path(run_dir).name)} and starts nothing:</span>"
-        )
-    )
-    return w.VBox(
-        [top, ask, w.HBox(buttons, layout=w.Layout(flex_flow="row wrap")), said], layout=w.Layout(max_width="760px")
-    )
+    note = f"Your choice goes to {_esc(advice_path(run_dir).name)} and starts nothing:"
+    ask, row = w.HTML(strip(_tag("span", _MUTED, note))), w.HBox(buttons, layout=w.Layout(flex_flow="row wrap"))
+    return w.VBox([w.HTML(_advice_card(r)), ask, row, said], layout=w.Layout(max_width="760px"))
 
 # %% ../../nbs/evaluation/760_menu.ipynb #6281be0d
 def advisor_menu(
     run_dir: str | os.PathLike,  # run folder with an advisor.json
     user_choice: str | int = "",  # an option's id or number; recorded at once
-    interactive: bool | None = None,  # None = find out whether somebody is looking
+    interactive: bool | None = None,  # None = find out whether the session is interactive
 ) -> dict[str, Any]:  # the record as it now stands
-    "Show the menu: buttons to a person, a static table to nobody. It never blocks."
+    "Show the menu: buttons in an interactive session, else a static table. It never waits for an answer."
     from IPython.display import display
 
     r = record_choice(run_dir, user_choice) if str(user_choice).strip() else read_advice(run_dir)

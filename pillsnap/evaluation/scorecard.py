@@ -36,7 +36,7 @@ def read_evaluation(
     "The content of evaluation.json; raises PillsnapError where it is missing."
     p = Path(root) / "reports" / "evaluation.json"
     if not p.is_file():
-        raise PillsnapError("this run has not been evaluated", where=p, fix="run the evaluation stage")
+        raise PillsnapError("this run has not been evaluated", where=p, fix="run the evaluation job")
     doc = read_json(p)
     return (
         doc,
