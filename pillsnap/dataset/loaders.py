@@ -27,9 +27,10 @@ from ..core.logs import TBWriter
 from ..core.settings import Config, Train
 from .datasets import PillsnapClsDataset, PillsnapDetDataset, safe_collate_detection
 from .families import family_ratios
+from .opening import image_policies
 from .photoloader import PhotoLoader
 from .sampling import BalancedBatchSampler, EpochSampler, balanced_weights, effective_batch
-from .sources import cached_source, image_policies, open_source, train_rows
+from .sources import cached_source, open_source, train_rows
 from .splitfiles import SplitData
 from ..photos.augmentation import risky_settings
 from ..photos.caches import PhotoCache

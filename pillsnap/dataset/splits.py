@@ -197,7 +197,7 @@ def write_detector_tree(
         return tree
     data = load_split_data(run.root, stage)
     side = dict.fromkeys(data.val["path"], "val") | dict.fromkeys(data.train["path"], "train")
-    write_yolo_tree(pd.concat([data.train, data.val]), data.root, tree, side, run.log)
+    write_yolo_tree(pd.concat([data.train, data.val]), data.root, tree, side)
     save_text(made, tree / "made_of")  # last: a tree without it is written again
     return tree
 

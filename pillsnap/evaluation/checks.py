@@ -29,7 +29,7 @@ from ..core.jobs import read_record
 from ..core.records import Metric, Provenance
 from ..core.settings import Config, active_features
 from ..dataset.loaders import validation_loader
-from ..dataset.sources import image_policies
+from ..dataset.opening import image_policies
 from ..dataset.splitfiles import load_split_data
 from ..photos.images import normalise, open_image_safely, whole_view
 
