@@ -46,8 +46,8 @@ def _version(name: str) -> str | None:  # None when it is not installed
 def collect_facts(
     folder: str | Path = ".",  # where runs will be written
 ) -> dict[str, Any]:
-    "What there is; nothing heavy is imported but torch, and that only if it is there."
-    facts = dict(
+    "Packages, limits, memory, disk and GPU of this machine; torch is imported if it is installed."
+    facts: dict[str, Any] = dict(
         python=sys.version_info[:2],
         packages={p: _version(p) for p in PACKAGES},
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
@@ -68,48 +68,58 @@ def collect_facts(
 # %% ../nbs/900_doctor.ipynb #e1225a13
 @dataclass(frozen=True)
 class Finding:
-    "One thing that was looked at."
+    "The result of one check."
 
-    what: str  # its name
-    found: str  # what is there
+    what: str  # what was checked
+    found: str  # what was found
     verdict: Literal["ok", "slow", "broken"]  # slow: a run works, but could be faster; broken: it would stop
-    advice: str = ""  # what to do; empty when nothing
+    advice: str = ""  # what to do; empty if ok
 
 
-def _judge(what: str, found: Any, good: bool, advice: str, otherwise: Literal["slow", "broken"] = "slow") -> Finding:
+def _check(what: str, found: Any, good: bool, advice: str, otherwise: Literal["slow", "broken"] = "slow") -> Finding:
+    "The finding of a check; the advice is left out if all is good."
     return Finding(what, str(found), "ok" if good else otherwise, "" if good else advice)
 
 # %% ../nbs/900_doctor.ipynb #f56c9af1
 def _package_findings(
     facts: dict[str, Any],  # of collect_facts
 ) -> list[Finding]:
-    "Findings about Python, packages and the GPU driver."
+    "Findings about Python, torch and the GPU."
     p = facts["packages"]
     pair = (p["torch"] or "").startswith("2.11.") and (p["torchvision"] or "").startswith("0.26.")
+    no_gpu = "training works on the CPU, slowly"
+    if facts["driver"]:
+        no_gpu = "update the NVIDIA driver: there is one, and torch finds no GPU"
     return [
-        _judge(
+        _check(
             "Python",
             ".".join(map(str, facts["python"])),
             facts["python"] in ((3, 11), (3, 12)),
             "use 3.11 or 3.12",
             "broken",
         ),
-        _judge(
+        _check(
             "torch and torchvision",
             f"{p['torch']}, {p['torchvision']}",
             pair,
             "pip install -c constraints.txt torch torchvision: 2.11 belongs to 0.26",
             "broken",
         ),
-        _judge(
+        _check(
             "GPU",
             facts["gpu"] or "none",
             bool(facts["gpu"]),
-            "update the NVIDIA driver: there is one, and torch finds no GPU"
-            if facts["driver"]
-            else "training works on the CPU, slowly",
+            no_gpu,
         ),
-        _judge(
+    ]
+
+
+def _decoder_findings(
+    p: dict[str, str | None],  # package → its version, or None
+) -> list[Finding]:
+    "Findings about the packages that open photos."
+    return [
+        _check(
             "OpenCV",
             ", ".join(k for k in ("opencv-python", "opencv-python-headless") if p[k]) or "none",
             bool(p["opencv-python"]) and not p["opencv-python-headless"],
@@ -117,14 +127,14 @@ def _package_findings(
             "pip install --force-reinstall opencv-python",
             "broken" if not p["opencv-python"] else "slow",
         ),
-        _judge(
+        _check(
             "PNG decoder",
             f"isal {p['isal']}, numba {p['numba']}" if p["isal"] and p["numba"] else "Pillow",
             bool(p["isal"] and p["numba"]),
             "pip install isal numba: AI Hub's PNGs open about three times as fast "
             "(Pillow-SIMD, the old advice, is not needed then)",
         ),
-        _judge(
+        _check(
             "JPEG decoder",
             f"simplejpeg {p['simplejpeg']}",
             bool(p["simplejpeg"]),
@@ -140,31 +150,31 @@ def _machine_findings(
     "Findings about limits, memory, disk and processors."
     gb = 1e9
     return [
-        _judge(
+        _check(
             "open files",
             f"{facts['open_files']:,}",
             facts["open_files"] >= 4096,
             "ulimit -n 65536, in the shell that starts the run",
         ),
-        _judge(
+        _check(
             "shared memory",
             "none" if facts["shm"] is None else f"{facts['shm'] / gb:.1f} GB free",
             facts["shm"] is not None and facts["shm"] > gb,
             "docker run --shm-size=16g, or loader workers stop with a bus error",
         ),
-        _judge(
+        _check(
             "memory",
             f"{facts['ram'] / gb:.0f} GB free",
             facts["ram"] > 8 * gb,
-            "dataloader.num_workers=2 and a smaller batch; pillsnap plan says what needs how much",
+            "dataloader.num_workers=2 and a smaller batch; pillsnap plan estimates what each part needs",
         ),
-        _judge(
+        _check(
             "disk",
             f"{facts['disk'] / gb:.0f} GB free",
             facts["disk"] > 5 * gb,
-            "a run of the demo takes 1 GB; pillsnap plan says what the stages take",
+            "a run of the demo takes 1 GB; pillsnap plan estimates what the stages take",
         ),
-        _judge(
+        _check(
             "CPUs",
             facts["cpus"],
             facts["cpus"] >= 4,
@@ -178,17 +188,18 @@ def examine(
     facts: dict[str, Any],  # of collect_facts
 ) -> list[Finding]:
     "The finding of every fact."
-    return _package_findings(facts) + _machine_findings(facts)
+    return _package_findings(facts) + _decoder_findings(facts["packages"]) + _machine_findings(facts)
 
 # %% ../nbs/900_doctor.ipynb #28e3c7f5
 def doctor_command(
     folder: str | Path = ".",  # where runs will be written
-) -> bool:  # nothing is broken
-    "What `pillsnap doctor` prints."
+) -> bool:  # False if something would stop a run
+    "Print the findings: the command `pillsnap doctor`."
     from rich.console import Console
     from rich.table import Table
 
-    found, t = examine(collect_facts(folder)), Table(box=None)
+    found = examine(collect_facts(folder))
+    t = Table(box=None)
     for head in ("", "found", "", "what to do"):
         t.add_column(head)
     for f in found:

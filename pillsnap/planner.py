@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TRAINER_BYTES', 'CUDA_BYTES', 'GPU_BYTES', 'GPU_RATES', 'Networks', 'walk_to_photos', 'render_samples', 'read_rate',
-           'Probe', 'without_sealed', 'photos_to_probe', 'seconds_left', 'probe', 'ram_plan', 'MemoryFootprint',
-           'footprint', 'step_peak', 'gpu_bytes', 'vram_table', 'gpu_rate', 'StagePlan', 'plan_stage', 'make_plans',
-           'plot_plans', 'print_plan', 'plan_command']
+           'Probe', 'photos_to_probe', 'seconds_left', 'probe', 'ram_plan', 'MemoryFootprint', 'footprint', 'step_peak',
+           'gpu_bytes', 'vram_table', 'gpu_rate', 'StagePlan', 'plan_stage', 'make_plans', 'plot_plans', 'print_plan',
+           'plan_command']
 
 # %% ../nbs/910_planner.ipynb #272fa644
 import json
@@ -17,11 +17,11 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 # %% ../nbs/910_planner.ipynb #78be711a
 import joblib
@@ -94,7 +94,7 @@ def read_rate(
     files: Iterable[str | Path],  # files to read, in this order
     seconds: float,  # at most
 ) -> tuple[float, float]:  # bytes per second, mean size of a file
-    "How fast whole files come from the disk, and not from the page cache."
+    "The rate at which whole files are read from the disk, without the page cache."
     size, n, spent = 0, 0, 0.0
     for f in files:
         with open(f, "rb", buffering=0) as h:
@@ -111,7 +111,7 @@ def read_rate(
 
 # %% ../nbs/910_planner.ipynb #78c49682
 def _repeat(work: Callable[[str], Any], paths: Sequence[str], seconds: float) -> tuple[int, float, int]:
-    "Work through the photos again and again: how many, in how long, and how much memory the process has."
+    "Repeat the work on the photos for some seconds; returns the count, the time taken, and the memory of the process."
     n, t0 = 0, time.perf_counter()
     while (spent := time.perf_counter() - t0) < seconds or not n:
         work(paths[n % len(paths)])
@@ -135,14 +135,28 @@ def _from_pack(folder: Path, paths: Sequence[str], size: int, seconds: float) ->
 
 # %% ../nbs/910_planner.ipynb #ffb3ddbe
 def _everywhere(job: Callable, *args: Any, workers: int) -> tuple[float, int]:
-    "The same job on all processors at once: units per second together, and the memory of one."
-    got = processes(workers)(joblib.delayed(job)(*args) for _ in range(workers))
+    "Run the same job on all processors at once; returns their units per second together, and the memory of one."
+    got = cast("list[tuple[int, float, int]]", processes(workers)(joblib.delayed(job)(*args) for _ in range(workers)))
     return sum(n / spent for n, spent, _ in got), max(rss for *_, rss in got)
+
+
+def _rates(
+    jobs: Mapping[str, tuple],  # what is done → function and arguments, without the seconds
+    seconds: float,  # for each job
+    workers: int,  # processes
+    say: Callable[[str], None],  # called with each step
+) -> list[tuple[float, int]]:  # of each job: photos per second of all processes, and bytes of one process
+    "Measure the jobs one after the other."
+    got = []
+    for what, (job, *args) in jobs.items():
+        say(f"{what} for {seconds:.1f} s")
+        got.append(_everywhere(job, *args, seconds, workers=workers))
+    return got
 
 # %% ../nbs/910_planner.ipynb #e78f2ce1
 @dataclass(frozen=True)
 class Probe:
-    "What a minute on this machine showed; rates are of all processors together."
+    "The measurements of this machine; rates are of all processors together."
 
     cpus: int  # processors this process may use
     ram: int  # bytes
@@ -161,10 +175,10 @@ class Probe:
     hardware: str = ""  # the machine in one line
 
 # %% ../nbs/910_planner.ipynb #3c35e1b9
-def without_sealed(
+def _without_sealed(
     run_root: str | Path,  # a run folder with a manifest
-) -> tuple[pd.DataFrame, Path]:  # its rows that may be looked at, where the photos are
-    "The manifest without what this run's splits have sealed; before the first split nothing is."
+) -> tuple[pd.DataFrame, Path]:  # its open rows, and the folder of the photos
+    "The manifest without the groups that the splits of this run have sealed; all of it before the first split."
     df, head = read_manifest(Path(run_root) / "manifest.csv")
     rows = df[~df["group_id"].isin(sealed_groups(run_root))]
     if rows.empty:
@@ -183,9 +197,9 @@ def photos_to_probe(
     scratch: Path,  # an empty folder
     n: int = 24,  # photos
 ) -> tuple[Path, pd.DataFrame, str]:  # where the photos are, their rows, what they are
-    "The best photos to try that there are: of a manifest, of a delivery, or rendered."
+    "Photos of the manifest if there is one, else of the delivery, else rendered."
     if run_root and (Path(run_root) / "manifest.json").exists():
-        rows, where = without_sealed(run_root)
+        rows, where = _without_sealed(run_root)
         some = rows["path"].drop_duplicates().sample(min(n, rows["path"].nunique()), random_state=0)
         return where, rows.loc[rows["path"].isin(some), ["path", "bbox"]], "manifest"
     if root and (paths := walk_to_photos(root, n, cfg.data.extensions)):
@@ -203,7 +217,7 @@ def seconds_left(
     asked: float,  # seconds for everything
     spent: float,  # seconds that the preparation took
 ) -> float:  # seconds for each of the three rates
-    "What a rate may take."
+    "The time for each of the three rates."
     return max(0.3, (asked - spent) / 3)
 
 # %% ../nbs/910_planner.ipynb #a6f12ad6
@@ -213,9 +227,9 @@ def probe(
     run_root: str | Path | None = None,  # a run folder
     seconds: float = 20.0,  # for all of it
     workers: int | None = None,  # processes; None = the CPUs
-    say: Callable[[str], None] = lambda _what: None,  # told what is done now
+    say: Callable[[str], None] = lambda _what: None,  # called with each step
 ) -> Probe:
-    "Measure this machine."
+    "Measure this machine with the photos that a run would read."
     t0, cfg, cpus = time.perf_counter(), cfg or load_config("two_stage"), workers or joblib.cpu_count()
     start = Path(run_root or ".").absolute()
     size, home = cfg.data.classification.img_size, next(p for p in (start, *start.parents) if p.is_dir())
@@ -231,33 +245,30 @@ def probe(
         good = [p for p in paths if not isinstance(Pack(Path(tmp) / "pack").photo(p), dict)]
         say(f"{cpus} processes start")
         processes(cpus)(joblib.delayed(_open)(where, good, size, 0) for _ in range(cpus))  # they import what they need
-        each, got = seconds_left(seconds, time.perf_counter() - t0), []
-        jobs = (
-            ("photos are opened", _open, where, good, size),
-            ("pack records are made", _make, where, plan),
-            ("the pack is read", _from_pack, Path(tmp) / "pack", good, size),
-        )
-        for what, job, *args in jobs:
-            say(f"{what} for {each:.1f} s")
-            got.append(_everywhere(job, *args, each, workers=cpus))
-    (open_s, rss), (make_s, _), (pack_s, _) = got
+        each = seconds_left(seconds, time.perf_counter() - t0)
+        jobs = {
+            "photos are opened": (_open, where, good, size),
+            "pack records are made": (_make, where, plan),
+            "the pack is read": (_from_pack, Path(tmp) / "pack", good, size),
+        }
+        (open_s, rss), (make_s, _), (pack_s, _) = _rates(jobs, each, cpus, say)
     ram, pack_bytes = psutil.virtual_memory(), sum(s["bytes"] for s in head["shards"]) / len(paths)
     return Probe(
-        cpus,
-        ram.total,
-        ram.available,
-        shutil.disk_usage(home).free,
-        len(paths),
-        data,
-        photo_bytes,
-        rate,
-        open_s,
-        make_s,
-        pack_s,
-        pack_bytes,
-        rss,
-        time.perf_counter() - t0,
-        hardware(),
+        cpus=cpus,
+        ram=ram.total,
+        ram_free=ram.available,
+        disk_free=shutil.disk_usage(home).free,
+        sampled=len(paths),
+        data=data,
+        photo_bytes=photo_bytes,
+        read_bytes_s=rate,
+        open_s=open_s,
+        make_s=make_s,
+        pack_s=pack_s,
+        pack_bytes=pack_bytes,
+        worker_bytes=rss,
+        seconds=time.perf_counter() - t0,
+        hardware=hardware(),
     )
 
 # %% ../nbs/910_planner.ipynb #8eaa48d5
@@ -304,17 +315,19 @@ CUDA_BYTES = 800 << 20  # declared: context, kernels and workspaces of CUDA and 
 
 @dataclass(frozen=True)
 class MemoryFootprint:
-    "What a training step needs on a GPU, bytes: an upper bound, since gradients grow while what was kept goes."
+    "The GPU memory of a training step, bytes: an upper bound, since gradients grow while kept activations go."
 
     fixed: int  # weights, gradients, AdamW, EMA, and weights once more in 16 bits
     per_photo: float  # kept for the backward pass
     largest: float  # tensor of one photo
 
     def at(self, batch: int) -> int:
-        return self.fixed + round(batch * (self.per_photo + 2 * self.largest))  # photos → bytes
+        "The bytes of a batch of so many photos."
+        return self.fixed + round(batch * (self.per_photo + 2 * self.largest))
 
-    def most(self, room: float) -> int:
-        return max(0, int((room - self.fixed) // (self.per_photo + 2 * self.largest)))  # bytes → photos
+    def most(self, memory: float) -> int:
+        "The largest batch, in photos, that fits into so many bytes."
+        return max(0, int((memory - self.fixed) // (self.per_photo + 2 * self.largest)))
 
 # %% ../nbs/910_planner.ipynb #5a333907
 def _activation_bytes(
@@ -323,7 +336,7 @@ def _activation_bytes(
     size: int,  # side of the input, pixels
     half: bool = True,  # 16-bit autocast
 ) -> tuple[int, int]:  # all together, and the largest
-    "What autograd keeps of a forward pass, without computing one."
+    "The bytes that autograd keeps of a forward pass; the pass runs on tensors without content."
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -361,7 +374,7 @@ def step_peak(
     size: int,  # side of the input, pixels
     half: bool = False,  # 16-bit autocast
 ) -> int:  # bytes
-    "The most that a training step has allocated at once on the CPU: what the estimate is compared with."
+    "The peak of a real training step on the CPU, to compare the estimate with."
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -381,6 +394,7 @@ def step_peak(
     step()  # AdamW's memories are made in the first
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         step()
+    assert seen.profiler is not None and seen.profiler.kineto_results is not None
     now = peak = 12 * sum(p.numel() for p in model.parameters())
     for e in seen.profiler.kineto_results.events():
         if e.name() == "[memory]":
@@ -394,8 +408,8 @@ GPU_BYTES = {"RTX 5080": 16 << 30}  # declared
 
 def gpu_bytes(
     name: str | None,  # a GPU's name
-) -> tuple[int | None, str]:  # its memory, and how it is known
-    "The memory of this machine's GPU, or of the one that was named."
+) -> tuple[int | None, str]:  # bytes, and where the figure comes from
+    "The memory of this machine's GPU, else of the named one."
     import torch
 
     if torch.cuda.is_available():
@@ -407,11 +421,12 @@ def gpu_bytes(
 def vram_table(
     cfg: Config,  # what will be run
     networks: Mapping[str, Callable[[int], Any]],  # "classifier", "detector": what builds it for so many drugs
-    room: int | None = None,  # memory of the GPU, bytes
-    say: Callable[[str], None] = lambda _what: None,  # told what is done now
-) -> pd.DataFrame:  # stage, network, batch, GB; and the most photos that fit, where the room is known
+    memory: int | None = None,  # of the GPU, bytes
+    say: Callable[[str], None] = lambda _what: None,  # called with each step
+) -> pd.DataFrame:  # stage, network, batch, GB; and the largest batch that fits, if the memory is known
     "GPU memory of stages 1 to 4: estimated, on no GPU measured."
-    rows, t, stages = [], cfg.train, [cfg.data.progressive_validation.stage(s) for s in (1, 2, 3, 4)]
+    rows, t = [], cfg.train
+    stages = [cfg.data.progressive_validation.stage(s) for s in (1, 2, 3, 4)]
     shape = {
         "classifier": (
             cfg.data.classification.img_size,
@@ -427,14 +442,12 @@ def vram_table(
         f = footprint(build(max(s.max_classes or 0 for s in stages)), size, half, ema)
         for s in (1, 2, 3, 4):
             over = t.stage_overrides.get(f"stage_{s}")
-            n = (
-                batch
-                if name == "detector" or over is None or over.batch_size_override is None
-                else over.batch_size_override
-            )
+            n = batch
+            if name == "classifier" and over is not None and over.batch_size_override is not None:
+                n = over.batch_size_override
             rows.append(
                 dict(stage=s, network=name, batch=n, GB=round((f.at(n) + CUDA_BYTES) / 1e9, 1))
-                | ({"most that fit": f.most(t.auto_batch_vram_headroom * room - CUDA_BYTES)} if room else {})
+                | ({"most that fit": f.most(t.auto_batch_vram_headroom * memory - CUDA_BYTES)} if memory else {})
             )
     return pd.DataFrame(rows)
 
@@ -445,8 +458,8 @@ GPU_RATES = {"RTX 5080": (315.0, 420.0)}  # declared: photos/s of EfficientNetV2
 def gpu_rate(
     name: str | None,  # a key of GPU_RATES, or a part of a longer name
     given: float | None = None,  # photos/s, measured elsewhere
-) -> tuple[float | None, str]:  # photos/s, how it is known
-    "What the GPU eats, as far as anybody says."
+) -> tuple[float | None, str]:  # photos/s, and where it comes from
+    "The training rate of a GPU, given or declared; raises PillsnapError for an unknown name."
     if given:
         return given, "declared: given by you"
     if not name:
@@ -463,7 +476,7 @@ def gpu_rate(
 # %% ../nbs/910_planner.ipynb #d07cbefc
 @dataclass(frozen=True)
 class StagePlan:
-    "What one stage will take."
+    "The estimate of one stage."
 
     stage: int  # 1-4
     photos: int  # in train and val
@@ -476,7 +489,7 @@ class StagePlan:
     feed_pack: float  # photos/s, from the pack
     epoch_delivery: float  # hours
     epoch_pack: float  # hours
-    waits_for: str  # disk | processors | gpu: what sets the pace with the pack
+    waits_for: str  # disk | processors | gpu: what limits an epoch with the pack
 
 # %% ../nbs/910_planner.ipynb #bb2b3047
 def plan_stage(
@@ -485,25 +498,38 @@ def plan_stage(
     stage: int,  # 1-4
     gpu: float | None = None,  # photos/s; None = as fast as it is fed
 ) -> StagePlan:
-    "One stage on this machine."
+    "The estimate of one stage on this machine."
     n = cfg.data.progressive_validation.stage(stage).max_samples
+    if n is None:
+        raise PillsnapError(
+            "the plan needs the number of photos of this stage",
+            where=f"data.progressive_validation.stage_{stage}.max_samples",
+            fix="set it to the photos of your delivery",
+        )
     disk, ram = seen.read_bytes_s / seen.photo_bytes, ram_plan(cfg, seen, stage)
     cached = ram.bytes.iloc[-2] >= round(n * seen.pack_bytes)
     from_disk = seen.read_bytes_s / seen.pack_bytes
-    feeds = min(disk, seen.open_s), seen.pack_s if cached else min(from_disk, seen.pack_s)
-    hours = [n * cfg.data.split_ratio[0] / min(f, gpu or f) / 3600 for f in feeds]
-    pace = "gpu" if gpu and gpu < feeds[1] else "processors" if cached or seen.pack_s <= from_disk else "disk"
+    feed_delivery = min(disk, seen.open_s)
+    feed_pack = seen.pack_s if cached else min(from_disk, seen.pack_s)
+    if gpu and gpu < feed_pack:
+        waits_for = "gpu"
+    elif cached or seen.pack_s <= from_disk:
+        waits_for = "processors"
+    else:
+        waits_for = "disk"
     return StagePlan(
-        stage,
-        n,
-        n * seen.photo_bytes / 1e9,
-        n * seen.pack_bytes / 1e9,
-        n * seen.pack_bytes < seen.disk_free,
-        bool(cached),
-        n / min(seen.make_s, disk) / 3600,
-        *feeds,
-        *hours,
-        pace,
+        stage=stage,
+        photos=n,
+        delivery_gb=n * seen.photo_bytes / 1e9,
+        pack_gb=n * seen.pack_bytes / 1e9,
+        pack_fits=n * seen.pack_bytes < seen.disk_free,
+        pack_cached=bool(cached),
+        pack_hours=n / min(seen.make_s, disk) / 3600,
+        feed_delivery=feed_delivery,
+        feed_pack=feed_pack,
+        epoch_delivery=n * cfg.data.split_ratio[0] / min(feed_delivery, gpu or feed_delivery) / 3600,
+        epoch_pack=n * cfg.data.split_ratio[0] / min(feed_pack, gpu or feed_pack) / 3600,
+        waits_for=waits_for,
     )
 
 
@@ -512,7 +538,7 @@ def make_plans(
     seen: Probe,  # the machine
     gpu: float | None = None,  # photos/s
 ) -> pd.DataFrame:  # one row a stage
-    "Stages 1 to 4."
+    "The estimates of stages 1 to 4."
     return pd.DataFrame([asdict(plan_stage(cfg, seen, s, gpu)) for s in (1, 2, 3, 4)])
 
 # %% ../nbs/910_planner.ipynb #6454b229
@@ -549,18 +575,12 @@ def plot_plans(
     return fig
 
 # %% ../nbs/910_planner.ipynb #bfd87e04
-def print_plan(
-    cfg: Config,  # what will be run
-    seen: Probe,  # the machine
-    gpu: float | None,  # photos/s
-    gpu_how: str,  # how that is known
-    vram: pd.DataFrame | None = None,  # of vram_table
-    vram_how: str = "",  # whose memory it is compared with
+def _stage_table(
+    plans: pd.DataFrame,  # of make_plans
 ) -> str:
-    "The plan in words and tables."
-    plans, ram = make_plans(cfg, seen, gpu), ram_plan(cfg, seen)
+    "The table of the stages."
 
-    def yes(s):
+    def yes(s: pd.Series) -> pd.Series:
         return s.map({True: "yes", False: "NO"})
 
     t = pd.DataFrame(
@@ -579,44 +599,68 @@ def print_plan(
             "waits for": plans.waits_for,
         }
     )
-    kind = {
-        "manifest": "photos of this run's manifest",
-        "delivery": "photos of this delivery, boxes unknown: the pack's crops are not counted",
-        "synthetic": "synthetic photos: point --root at the delivery for its own",
-    }[seen.data]
+    return t.to_string(index=False)
+
+
+_KINDS = {
+    "manifest": "photos of this run's manifest",
+    "delivery": "photos of this delivery, boxes unknown: the pack's crops are not counted",
+    "synthetic": "synthetic photos: point --root at the delivery for its own",
+}
+
+
+def _machine_lines(
+    seen: Probe,  # the machine
+) -> list[str]:
+    "The machine and its measured rates."
+    return [
+        seen.hardware,
+        f"measured in {seen.seconds:.0f} s on {seen.sampled} {_KINDS[seen.data]}",
+        (
+            f"  disk {seen.read_bytes_s / 1e6:,.0f} MB/s · open {seen.open_s:,.0f}, pack {seen.make_s:,.0f}, read"
+            f" the pack {seen.pack_s:,.0f} photos/s on {seen.cpus} processors · {seen.photo_bytes / 1e6:.2f} MB a"
+            f" photo, {seen.pack_bytes / 1e3:,.0f} kB in the pack"
+        ),
+    ]
+
+# %% ../nbs/910_planner.ipynb #ab1a5265
+def _gpu_lines(
+    vram: pd.DataFrame,  # of vram_table
+    how: str,  # whose memory it is compared with
+) -> list[str]:
+    "The table of the GPU memory and what it leaves out."
+    return [
+        f"memory on the GPU ({how})",
+        vram.to_string(index=False),
+        "estimated, on no GPU measured: counted on the network's layers with the head of stage 4 and"
+        " AdamW; the detector's loss is not in it",
+        "",
+    ]
+
+
+def print_plan(  # noqa: PLR0913 - the parts of the plan
+    cfg: Config,  # what will be run
+    seen: Probe,  # the machine
+    gpu: float | None,  # photos/s
+    gpu_how: str,  # where that rate comes from
+    vram: pd.DataFrame | None = None,  # of vram_table
+    vram_how: str = "",  # whose memory it is compared with
+) -> str:
+    "The plan in words and tables."
+    ram = ram_plan(cfg, seen)
     return "\n".join(
         [
-            seen.hardware,
-            f"measured in {seen.seconds:.0f} s on {seen.sampled} {kind}",
-            (
-                f"  disk {seen.read_bytes_s / 1e6:,.0f} MB/s · open {seen.open_s:,.0f}, pack {seen.make_s:,.0f}, read"
-                f" the pack {seen.pack_s:,.0f} photos/s on {seen.cpus} processors · {seen.photo_bytes / 1e6:.2f} MB a"
-                f" photo, {seen.pack_bytes / 1e3:,.0f} kB in the pack"
-            ),
+            *_machine_lines(seen),
             f"GPU {gpu_how}" + ("" if gpu else "; an epoch lasts as long as the loader needs"),
             "",
-            t.to_string(index=False),
+            _stage_table(make_plans(cfg, seen, gpu)),
             "",
             "memory in stage 4",
             ram.assign(GB=(ram.bytes / 1e9).round(1))[["use", "GB", "how"]].to_string(index=False),
             "",
-            *(
-                []
-                if vram is None
-                else [
-                    f"memory on the GPU ({vram_how})",
-                    vram.to_string(index=False),
-                    (
-                        "estimated, on no GPU measured: counted on the network's layers with the head of stage 4 and"
-                        " AdamW; the detector's loss is not in it"
-                    ),
-                    "",
-                ]
-            ),
-            (
-                "estimated: every stage is the measured rates times its photos; an epoch is their train part."
-                " Augmentation, a busy machine and a full disk are not in it."
-            ),
+            *([] if vram is None else _gpu_lines(vram, vram_how)),
+            "estimated: every stage is the measured rates times its photos; an epoch is their train part."
+            " Augmentation, a busy machine and a full disk are not in it.",
         ]
     )
 
@@ -633,7 +677,7 @@ def plan_command(  # noqa: PLR0913 - one parameter for each option of the comman
     seconds: float = 20.0,  # for the measurements, with all that they need
     networks: Networks | None = None,  # what will be trained; None = skip GPU memory
 ) -> None:
-    "What `pillsnap plan` does."
+    "Measure this machine and print the plan: the command `pillsnap plan`."
     if run_root and Path(run_root).is_file():
         raise PillsnapError("this is a file, not a run folder", run_root, "name a run's folder, there or still to come")
     own = Path(run_root) / "config.yaml" if run_root else None
@@ -651,10 +695,11 @@ def plan_command(  # noqa: PLR0913 - one parameter for each option of the comman
                 bar.update()
             bar.note(what)
 
-        seen, vram = probe(cfg, root, run_root, seconds, say=say), ()
+        seen = probe(cfg, root, run_root, seconds, say=say)
+        vram, whose = None, ""
         if networks is not None:
             say("torch and the networks are loaded")
-            room, whose = gpu_bytes(gpu)
-            vram = vram_table(cfg, networks(cfg), room, say), whose
+            memory, whose = gpu_bytes(gpu)
+            vram = vram_table(cfg, networks(cfg), memory, say)
         bar.update()
-    print(print_plan(cfg, seen, *known, *vram))
+    print(print_plan(cfg, seen, *known, vram, whose))

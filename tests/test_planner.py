@@ -179,7 +179,7 @@ def test_no_photo_of_a_sealed_group_is_opened(delivery, tmp_path):
 
     run = tmp_path / "run"
     convert_delivery(delivery, run)
-    assert sealed_groups(run) == set() and len(L.without_sealed(run)[0]) == len(
+    assert sealed_groups(run) == set() and len(L._without_sealed(run)[0]) == len(
         read_manifest(run / "manifest.csv")[0]
     ), "before the first split nothing is sealed"
     SplitsJob(run_dir=str(run), config="smoke", near_duplicates=False).run()
