@@ -174,9 +174,7 @@ print(json.dumps([self.epoch, self.iter, self.learn.meta["paths"]]), file=f)
 
     def watched_stage(*args):
         plain = distributed.shared_callbacks
-        def watched(cfg):
-            cbs, share = plain(cfg)
-            return [*cbs, Seen(share[0])], share
+        def watched(train, accelerator): return [*plain(train, accelerator), Seen(accelerator.process_index)]
         distributed.shared_callbacks = watched
         distributed.run_rank(*args)
 
@@ -438,7 +436,7 @@ def test_one_gpu_trains_in_this_process(monkeypatch, tmp_path):
     ran = []
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(distributed, "handing_on", lambda command: pytest.fail(f"started {command}"))
+    monkeypatch.setattr(distributed, "run_forwarding_signals", lambda command: pytest.fail(f"started {command}"))
     for kind in (distributed.ClassifierJob, distributed.DetectorJob):
         monkeypatch.setattr(kind, "run", lambda self: ran.append((type(self).__name__, self.seed, self.epochs)))
     for stage in ("classifier", "detector"):
@@ -456,7 +454,7 @@ def test_one_process_per_gpu(monkeypatch, tmp_path, gpus, want):
     commands = []
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setattr(distributed, "handing_on", lambda command: commands.append(command) or 0)
+    monkeypatch.setattr(distributed, "run_forwarding_signals", lambda command: commands.append(command) or 0)
     monkeypatch.setattr(distributed, "check_loopback", lambda: None)
     distributed.distributed_command("classifier", tmp_path, 0, "smoke")
     (command,) = commands

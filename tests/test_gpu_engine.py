@@ -310,7 +310,7 @@ def test_memory_stands_beside_the_batch_size_in_each_epoch(monkeypatch):
 @pytest.mark.spec("CT13", "CT20")
 def test_the_batch_that_is_found_is_a_point():
     "As a training asks for it, on a GPU whose memory holds 27 photos below the headroom: 24, a multiple of eight."
-    from pillsnap.training.batchsize import choose_batch_size
+    from pillsnap.training.batchsize import BatchSizeChoice
 
     board, net = Board(), small_net()
     net.register_forward_pre_hook(lambda m, x: seen.append(len(x[0])))
@@ -323,7 +323,9 @@ def test_the_batch_that_is_found_is_a_point():
             "optimization.torch_compile=none",
         ],
     )
-    n = choose_batch_size(1, cfg, net, 3, tb=board, device=torch.device("cuda"), share=lambda: 0.88 * seen[-1] / 27)
+    gpu = torch.device("cuda")
+    choice = BatchSizeChoice(cfg, 1, gpu, tb=board, memory_share=lambda: 0.88 * seen[-1] / 27)
+    n = choice.choose(net, 3)
     assert n == 24 and board.of("perf/auto_batch_found") == [(24.0, 0)]
 
 
@@ -349,7 +351,7 @@ def test_the_search_measures_the_step_that_training_will_do(monkeypatch):
         cfg = load_config(
             "two_stage", ["train.classification.amp=false", "optimization.grad_checkpointing=true", *over]
         )
-        assert batchsize.choose_batch_size(1, cfg, small_net(), 3, device=torch.device("cuda")) == found
+        assert batchsize.BatchSizeChoice(cfg, 1, torch.device("cuda")).choose(small_net(), 3) == found
         assert [s.compiled for s, _ in probes] == [None, arguments][: 1 + (arguments is not None)]
         assert all(s.grad_checkpointing for s, _ in probes)
         assert [set(tried) for _, tried in probes] == [{64}, {64, 48, 32}][: len(probes)]

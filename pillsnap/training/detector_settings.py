@@ -9,7 +9,6 @@ __all__ = ['SHOWN', 'TrainPlan', 'where_to_train', 'detector_args', 'resolved_se
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from logging import Logger
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,6 @@ class TrainPlan:
     rule: dict[str, Any] = field(default_factory=lambda: dict(patience=7, min_delta=0.0, mode="max"))  # early stopping
     monitor: str = "mAP@0.5"  # metric that decides which epoch is best
     ckpt: dict[str, Any] | None = None  # last.pt to resume from
-    log: Logger | None = None  # decisions and progress
     tb: TBWriter | None = None  # curves
     report: Path | None = None  # reports/metrics.json
     every: int = 50  # batches between step lines

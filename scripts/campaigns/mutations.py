@@ -211,8 +211,8 @@ MUTATIONS: list[Mutation] = [
     Mutation(
         "class counts that are all alike",
         "pillsnap/training/trainer.py",
-        "class_counts(train_dl.dataset.labels, n), keys",
-        "class_counts(train_dl.dataset.labels, n)*0+1, keys",
+        "class_counts(train_dl.dataset.labels, n), list(",
+        "class_counts(train_dl.dataset.labels, n)*0+1, list(",
         "tests/test_engine.py::test_class_weights_reach_the_loss_of_a_training",
     ),
     Mutation(
@@ -473,8 +473,8 @@ MUTATIONS: list[Mutation] = [
     Mutation(
         "the detector says nothing of its memory",
         "pillsnap/training/detector_trainer.py",
-        '            row["epoch"],\n        )\n    if self.plan.tb:',
-        '            row["epoch"],\n        )\n    if False:',
+        'self.plan.tb.add_scalars(memory, row["epoch"])',
+        "pass",
         "tests/test_detector.py::test_memory_stands_beside_the_batch_size_in_each_epoch_of_the_detector",
     ),
     Mutation(
