@@ -78,10 +78,13 @@ def plan_stages(
     for q in quotas:
         drugs = len(have["train"])
         inside = np.arange(drugs) < (drugs if q.max_classes is None else q.max_classes)
-        val = None if q.max_samples is None else round(val_ratio * q.max_samples)
+        train = val = None
+        if q.max_samples is not None:
+            val = round(val_ratio * q.max_samples)
+            train = q.max_samples - val
         least = {r: int(took[r].sum()) for r in ("calib", "clean")}
         wanted = {
-            "train": None if val is None else q.max_samples - val,
+            "train": train,
             "val": val,
             "calib": max(round(CALIB_SHARE * q.min_eval), least["calib"]),
             "clean": max(q.min_eval, least["clean"]),
@@ -118,7 +121,7 @@ def _sample_stages(
     settings: SplitSettings,  # seed, ratio, and the stages from small to large
 ) -> _Entry:
     "Find the smallest stages that use each photo."
-    d = pd.Index(order).get_indexer(p["class_key"])
+    d = pd.Index(order).get_indexer(pd.Index(p["class_key"]))
     role, number = p["role"].to_numpy(), photo_rank(p, settings.seed)
     have = {r: np.bincount(d[role == r], minlength=len(order)) for r in ROLES[:-1]}
     entry = _Entry(np.full(len(p), 99), np.full(len(p), 99))
@@ -147,7 +150,7 @@ class Splits:
     train: pd.DataFrame  # training rows
     val: pd.DataFrame  # validation rows
     test: pd.DataFrame  # rows of the sealed groups; no job of a stage reads them
-    pool: pd.DataFrame  # the evaluation set; its column split says val, calib or clean
+    pool: pd.DataFrame  # the evaluation set; its column split is val, calib or clean
     classes: list[str]  # the stage's drugs
     params: dict[str, Any] = field(default_factory=dict)  # the settings, and the hash of the records
     notes: list[str] = field(default_factory=list)  # warnings in plain words
@@ -189,10 +192,10 @@ def _split_records(
     return df
 
 
-def _stage_order(df: pd.DataFrame, seed: int) -> np.ndarray:
+def _stage_order(df: pd.DataFrame, seed: int) -> list[str]:
     "The drugs with single photos, in the order in which stages take them."
     drugs = df.loc[df["kind"] == "single", "class_key"].unique()
-    return drugs[np.argsort(stable_hash(drugs, seed, "drug"), kind="stable")]
+    return [drugs[i] for i in np.argsort(stable_hash(drugs, seed, "drug"), kind="stable")]
 
 # %% ../../nbs/dataset/455_assignment.ipynb #202b8494
 def _split_warnings(
@@ -290,5 +293,5 @@ def image_level_split(
     have = df["class_key"].value_counts().sort_index()
     total = round(ratio[1] / sum(ratio) * len(df))
     take = proportional_counts(have.to_numpy(), np.zeros(len(have), int), total)
-    val = number < take[have.index.get_indexer(df["class_key"])]
+    val = number < take[have.index.get_indexer(pd.Index(df["class_key"]))]
     return df[~val].reset_index(drop=True), df[val].reset_index(drop=True)

@@ -119,13 +119,13 @@ def write_splits(
     (folder / "splits.json").unlink(missing_ok=True)  # without it the folder counts as unfinished
     for name in PARTS:
         _write_table(getattr(splits, name), part_file(folder, name))
-    save_json(ClassMap(splits.classes).to_dict(), folder / "classes.json")
+    save_json(ClassMap(tuple(splits.classes)).to_dict(), folder / "classes.json")
     files = [*(part_file(folder, n) for n in PARTS), folder / "classes.json", sealed]
     head = {
         "schema": "pillsnap.splits/1",
         "params": splits.params,
         "classes": len(splits.classes),
-        "class_map": ClassMap(splits.classes).fingerprint,
+        "class_map": ClassMap(tuple(splits.classes)).fingerprint,
         "counts": _count_parts(splits),
         "notes": splits.notes,
         "manifest": dict(manifest or {}),
@@ -141,16 +141,16 @@ def load_splits(
     "Read a stage's tables; raises PillsnapError if a file or a check fails."
     folder = Path(folder)
     if not (folder / "splits.json").exists():
-        raise PillsnapError("there is no finished split here", where=folder, fix="run the splits stage")
+        raise PillsnapError("there is no finished split here", where=folder, fix="run the splits job")
     head = read_json(folder / "splits.json")
     for name, was in head["sha256"].items():
         if not (folder / name).is_file():
-            raise PillsnapError("a file of this split is gone", where=folder / name, fix="run the splits stage again")
+            raise PillsnapError("a file of this split is gone", where=folder / name, fix="run the splits job again")
         if sha256_file(folder / name) != was:
             raise PillsnapError(
                 "a file of this split was changed after it was written",
                 where=folder / name,
-                fix="run the splits stage again; do not edit its files",
+                fix="run the splits job again; do not edit its files",
             )
     parts = {n: _read_table(part_file(folder, n)) for n in PARTS}
     classes = list(ClassMap.from_dict(read_json(folder / "classes.json"), where=folder / "classes.json"))
@@ -186,7 +186,7 @@ def check_splits(
             bad.append(f"groups on two sides: {sorted(crossed)[:3]}")
     if bad:
         raise PillsnapError(
-            "this split does not agree with itself: " + "; ".join(bad), where=where, fix="run the splits stage again"
+            "this split does not agree with itself: " + "; ".join(bad), where=where, fix="run the splits job again"
         )
 
 
@@ -238,7 +238,7 @@ def make_splits(  # noqa: PLR0913 - a public function of settings
     quotas: Sequence[StageQuota] | None = None,  # all stages, from small to large, instead of the three numbers above
     stage: int | None = None,  # which of them; None = the last
 ) -> Splits:
-    "Split records by group, stratified by drug, nested by stage, and keep the split in files."
+    "Split records by group, stratified by drug and nested by stage; with a path, keep the split in files."
     df = tidy_records(records, annotations)
     quotas = tuple(quotas or (StageQuota(0, max_samples, max_classes, min_eval_samples),))
     settings = SplitSettings(split_ratio, seed, stratified, group_by, test_known_ratio, quotas, stage)
@@ -258,9 +258,7 @@ class SplitData:
 
     train: pd.DataFrame  # training rows: singles of the stage's drugs, combos of any drug
     val: pd.DataFrame  # validation rows; they select the checkpoint
-    pool: (
-        pd.DataFrame
-    )  # the evaluation set; its column split says val, calib (fits the temperature) or clean (headline)
+    pool: pd.DataFrame  # the evaluation set; its column split is val, calib (fits the temperature) or clean (headline)
     class_map: ClassMap  # the stage's drugs
     header: dict[str, Any]  # splits.json, and root, source, data_hash of the delivery
     stage: int = 0  # 0 demo, 1-4
@@ -301,7 +299,7 @@ def load_split_data(
     now = read_json(manifest)
     if now["data_hash"] != head["manifest"].get("data_hash"):
         raise PillsnapError(
-            "the delivery was converted again after it was split", where=manifest, fix="run the splits stage again"
+            "the delivery was converted again after it was split", where=manifest, fix="run the splits job again"
         )
     root = (manifest.parent.resolve() / now["root"]).resolve()
     if photos and (gone := missing_photos(root, pd.concat([d["path"] for d in parts.values()]))):
@@ -312,7 +310,7 @@ def load_split_data(
         )
     return SplitData(
         **parts,
-        class_map=ClassMap(classes),
+        class_map=ClassMap(tuple(classes)),
         header=head | {"root": str(root), "source": now.get("source", "other"), "data_hash": now["data_hash"]},
         stage=stage,
     )

@@ -48,7 +48,7 @@ from pillsnap.dataset.splitfiles import (
     sealed_changes,
     write_splits,
 )
-from .splitplots import plot_classes, plot_groups, plot_neighbours
+from .splitplots import SplitPlots, plot_neighbours
 from .yolotree import write_yolo_tree
 from ..delivery.index import read_manifest
 
@@ -69,7 +69,7 @@ def _storage_saving(
 # %% ../../nbs/dataset/460_splits.ipynb #cd0f04b4
 @dataclass(frozen=True)
 class SplitsJob(Job):
-    "The job splits: reads the manifest; writes one stage's train, val, pool and sealed groups."
+    "The job splits: reads the manifest; writes train, val and evaluation set of one stage, and the sealed groups."
 
     stage_n: int = 0  # 0 demo, 1-4
     near_duplicates: bool = True  # open every single photo once and compare; False: identical files only
@@ -90,20 +90,19 @@ class SplitsJob(Job):
     keys: ClassVar[dict[str, str]] = {"seed": "train.seed", "stage_n": "data.progressive_validation.current_stage"}
     needs: ClassVar[dict[str, str]] = {"manifest.csv": "conversion"}
 
+    @classmethod
+    def check_inputs(
+        cls,
+        root: str | Path,  # the run folder; it need not exist
+        cfg: Config,  # the job's configuration
+    ) -> None:  # raises PillsnapError
+        "Check that the manifest exists; the retrieval family makes it from a folder of IDs."
+        if cfg.project.family != "retrieval" or not Path(cfg.paths.root).is_dir():
+            super().check_inputs(root, cfg)
+
     def smoke(self, run: RunFolder, cfg: Config) -> None:
         "Convert a small synthetic delivery."
         smoke_conversion(run, cfg)
-
-# %% ../../nbs/dataset/460_splits.ipynb #f3cb4abc
-@patch(cls_method=True)
-def check_inputs(
-    cls: SplitsJob,
-    root: str | Path,  # the run folder; it need not exist
-    cfg: Config,  # the job's configuration
-) -> None:  # raises PillsnapError
-    "Check that the manifest exists; the retrieval family makes it from a folder of IDs."
-    if cfg.project.family != "retrieval" or not Path(cfg.paths.root).is_dir():
-        super(SplitsJob, cls).check_inputs(root, cfg)
 
 # %% ../../nbs/dataset/460_splits.ipynb #e6895d6e
 def _records(
@@ -210,51 +209,6 @@ def smoke_splits(
     smoke_conversion(run, cfg)
     SplitsJob(stage_n=cfg.data.progressive_validation.current_stage, near_duplicates=False)._cut(run, cfg)
 
-# %% ../../nbs/dataset/460_splits.ipynb #812082d2
-@patch
-def work(self: SplitsJob, run: RunFolder, cfg: Config) -> JobResult:
-    "Cut the stage, write its files and the report."
-    c = self._cut(run, cfg)
-    art, reports = run.root / "artifacts", run.sub("reports")
-    folder = art / f"stage{self.stage_n}"
-    views = [] if cfg.project.family == "two_stage" else write_family(c.splits, cfg, art / cfg.project.family)
-    saving = _storage_saving(c.header["root"], pd.concat([c.splits.train, c.splits.val])["path"], folder)
-    figures = _pictures(c, reports, drug_names(run.root))
-    notes = [*c.splits.notes, *c.notes, *outdated_stages(c.splits, art), *_remarks(c.dup, saving, self.stage_n)]
-    for note in notes[len(c.splits.notes) :]:
-        logger.info(note)
-    table = _table(c.splits)
-    report = {
-        "stage": self.stage_n,
-        "table": table,
-        "storage": saving,
-        "notes": notes,
-        "largest_group": c.dup.largest,
-        "duplicate_pairs": c.dup.pairs,
-        "label_conflicts": c.dup.conflicts,
-    }
-    save_json(report, reports / "splits.json")
-    tables = [folder / "splits.json", folder / "classes.json", *(part_file(folder, n) for n in PARTS)]
-    return JobResult(
-        _verdict(c.splits, self.stage_n),
-        table,
-        figures,
-        inputs=[run.root / "manifest.csv", run.root / "manifest.json", run.root / OVERLAY],
-        outputs=[*tables, art / "test_known.csv", *views, reports / "splits.json", *figures],
-        notes=notes,
-    )
-
-# %% ../../nbs/dataset/460_splits.ipynb #99fbea81
-def _pictures(c: _StageSplit, reports: Path, names: dict[str, str]) -> list[Path]:
-    "Draw and save the pictures of a split."
-    figures = {
-        "classes": plot_classes(c.splits, c.df, names=names),
-        "groups": plot_groups(c.splits, c.df, names=names),
-        "neighbours": plot_neighbours(c.df, c.header["root"]),
-    }
-    out = [save_fig(fig, reports / f"splits_{name}.png") for name, fig in figures.items()]
-    return out + [reports / "splits_duplicates.png"] * bool(c.dup.pairs or c.dup.conflicts)
-
 # %% ../../nbs/dataset/460_splits.ipynb #3c1cbf12
 def _table(splits: Splits) -> list[dict[str, Any]]:
     "Rows of the result's table: one per part."
@@ -319,3 +273,49 @@ def _remarks(dup: Duplicates, saving: Mapping[str, float], stage: int) -> list[s
     copy = f"a copy of {mb(saving['photos_bytes'])} of photos"
     lists = f"{mb(saving['lists_bytes'])} instead of {copy}, {saving['saved']:.2%} saved"
     return [*out, f"Stage {stage} is a list of names: {lists}."]
+
+# %% ../../nbs/dataset/460_splits.ipynb #812082d2
+@patch
+def work(self: SplitsJob, run: RunFolder, cfg: Config) -> JobResult:
+    "Cut the stage, write its files and the report."
+    c = self._cut(run, cfg)
+    art, reports = run.root / "artifacts", run.sub("reports")
+    folder = art / f"stage{self.stage_n}"
+    views = [] if cfg.project.family == "two_stage" else write_family(c.splits, cfg, art / cfg.project.family)
+    saving = _storage_saving(c.header["root"], pd.concat([c.splits.train, c.splits.val])["path"], folder)
+    figures = _pictures(c, reports, drug_names(run.root))
+    notes = [*c.splits.notes, *c.notes, *outdated_stages(c.splits, art), *_remarks(c.dup, saving, self.stage_n)]
+    for note in notes[len(c.splits.notes) :]:
+        logger.info(note)
+    table = _table(c.splits)
+    report = {
+        "stage": self.stage_n,
+        "table": table,
+        "storage": saving,
+        "notes": notes,
+        "largest_group": c.dup.largest,
+        "duplicate_pairs": c.dup.pairs,
+        "label_conflicts": c.dup.conflicts,
+    }
+    save_json(report, reports / "splits.json")
+    tables = [folder / "splits.json", folder / "classes.json", *(part_file(folder, n) for n in PARTS)]
+    return JobResult(
+        _verdict(c.splits, self.stage_n),
+        table,
+        figures,
+        inputs=[run.root / "manifest.csv", run.root / "manifest.json", run.root / OVERLAY],
+        outputs=[*tables, art / "test_known.csv", *views, reports / "splits.json", *figures],
+        notes=notes,
+    )
+
+# %% ../../nbs/dataset/460_splits.ipynb #99fbea81
+def _pictures(c: _StageSplit, reports: Path, names: dict[str, str]) -> list[Path]:
+    "Draw and save the pictures of a split."
+    plots = SplitPlots(c.splits, c.df, names)
+    figures = {
+        "classes": plots.by_drug(),
+        "groups": plots.by_group(),
+        "neighbours": plot_neighbours(c.df, c.header["root"]),
+    }
+    out = [save_fig(fig, reports / f"splits_{name}.png") for name, fig in figures.items()]
+    return out + [reports / "splits_duplicates.png"] * bool(c.dup.pairs or c.dup.conflicts)
