@@ -97,12 +97,12 @@ diagnose_and_suggest = generate_optimization_suggestions
 # %% ../nbs/930_aliases.ipynb #68e98bbd
 def validate_detection(
     detector: DetectorRunner,  # torch or ONNX
-    photos: Sequence[Path],  # of a split's folder, with their labels beside them
-    conf: float = 0.001,  # boxes kept: average precision needs the whole curve
-    iou: float = 0.5,  # overlap above which the weaker box goes
+    photos: Sequence[Path],  # …/images/<split>/<name>, with the labels in …/labels/<split>
+    conf: float = 0.001,  # least score of a box; average precision needs the whole curve
+    iou: float = 0.5,  # overlap above which the weaker box is dropped
     max_det: int = 100,  # most boxes of a photo
-) -> dict[str, Any]:  # mAP@0.5, mAP@0.5:0.95, precision, recall, and what they rest on
-    "Ask a detector about photos whose boxes are known, and score its answers."
+) -> dict[str, Any]:  # mAP@0.5, mAP@0.5:0.95, precision, recall, and the counts behind them
+    "Run a detector on photos with known boxes and score its boxes."
     scored = score_detector(detector, photos, conf, iou, max_det)
     return detection_ap(scored.preds, scored.truth)
 

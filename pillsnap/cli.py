@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PIPELINE', 'ASIDE', 'app', 'Overrides', 'ConfigOption', 'RunConfig', 'RunDir', 'SOURCE_OPTIONS', 'pipeline_of', 'run',
-           'distributed', 'own_config', 'run_config', 'synth', 'pack', 'plan', 'networks', 'doctor', 'audit', 'index',
-           'extract', 'triage', 'predict', 'train_stage', 'final_test', 'choose', 'show_config', 'evaluate', 'decide',
-           'declare', 'arguments', 'main']
+           'distributed', 'own_config', 'run_config', 'synth', 'pack', 'plan', 'doctor', 'audit', 'index', 'extract',
+           'triage', 'predict', 'train_stage', 'final_test', 'choose', 'show_config', 'evaluate', 'decide', 'declare',
+           'arguments', 'main']
 
 # %% ../nbs/920_cli.ipynb #1eaae89f
 import logging
@@ -311,11 +311,11 @@ def plan(  # noqa: PLR0913 - one parameter for each option of the command
     "Measure this machine and estimate stages 1 to 4: disk, memory, packing, hours per epoch."
     from pillsnap.planner import plan_command
 
-    plan_command(root, run_dir, gpu, gpu_rate, config, seconds, networks)
+    plan_command(root, run_dir, gpu, gpu_rate, config, seconds, _networks)
 
 
-def networks(
-    cfg: object,  # the configuration
+def _networks(
+    cfg: Config,  # backbone and detector
 ) -> dict:  # name → function that builds it for a number of drugs
     "The untrained networks of a run; without ultralytics only the classifier."
     from pillsnap.models.factory import build_classification_model

@@ -128,7 +128,7 @@ def at_the_desk(desk, monkeypatch, request) -> Path:
     if "extract" not in request.node.name and not list((desk / "data").rglob("*.json")):
         extract_archives(desk / "data", desk / "data")
     monkeypatch.setattr(planner, "seconds_left", lambda *a: 0.05)
-    monkeypatch.setattr(cli, "networks", lambda cfg: {})
+    monkeypatch.setattr(cli, "_networks", lambda cfg: {})
     return desk
 
 
