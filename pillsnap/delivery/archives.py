@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Callable
 from itertools import accumulate, pairwise
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, cast
 
 # %% ../../nbs/delivery/128_archives.ipynb #557f2c5a
 import joblib
@@ -275,7 +275,7 @@ def extract_archives(
         done = joblib.Parallel(n_jobs=workers or min(joblib.cpu_count(), len(found)), backend="threading")(
             joblib.delayed(extract_archive)(f, Path(dst) / a.folder, bar.update) for a, f in found
         )
-    return {str(a.folder): n for (a, _), n in zip(found, done)}
+    return {str(a.folder): n for (a, _), n in zip(found, cast("list[int]", done))}
 
 # %% ../../nbs/delivery/128_archives.ipynb #f8bfadfb
 def extract_command(

@@ -26,6 +26,11 @@ class Capture:
     longitude: int  # turntable angle, degrees: 0 to 340 in steps of 20
     size: int  # camera setting, 200
 
+    @property
+    def code(self) -> str:  # "K-000573", or "K-000250-000573" for a combo
+        "The drugs as written in folder and file names."
+        return "K-" + "-".join(k.removeprefix("K-") for k in self.codes)
+
 # %% ../../nbs/delivery/100_capture.ipynb #7778eebc
 # state, back, side, light, latitude, longitude, size
 TOKENS = r"_(\d)_(\d)_(\d)_(\d)_(\d{2})_(\d{3})_(0|[1-9]\d{0,3})"
@@ -43,12 +48,6 @@ def parse_name(
     return Capture(tuple(f"K-{c}" for c in codes.split("-")), *map(int, rest))
 
 # %% ../../nbs/delivery/100_capture.ipynb #45ee3f6d
-@patch(as_prop=True)
-def code(self: Capture) -> str:  # "K-000573", or "K-000250-000573" for a combo
-    "The drugs as written in folder and file names."
-    return "K-" + "-".join(k.removeprefix("K-") for k in self.codes)
-
-
 @patch
 def stem(self: Capture) -> str:  # file name without its extension
     "The capture's file name; the inverse of `parse_name`."
@@ -60,6 +59,7 @@ def capture_group(
     c: Capture,  # a photo's capture
 ) -> str:  # equal for photos that must stay in one split
     "The key of a capture group: one turntable series of a single, or all photos of a combo."
-    if len(c.codes) > 1:
+    first, *others = c.codes
+    if others:
         return "K-" + "-".join(sorted(k.removeprefix("K-") for k in c.codes))
-    return f"{c.codes[0]}_{c.side}_{c.back}_{c.light}"
+    return f"{first}_{c.side}_{c.back}_{c.light}"

@@ -40,6 +40,30 @@ class ClassMap:
     def __iter__(self):
         return iter(self.keys)
 
+    @property
+    def fingerprint(self) -> str:  # sha256, hexadecimal
+        "The hash of this map; equal only if every number means the same key."
+        return keys_fingerprint(self.keys, self.kind)
+
+    @classmethod
+    def from_dict(
+        cls,
+        d: Mapping[str, Any],  # from to_dict
+        where: object = None,  # the file it was read from, for the error
+    ) -> "ClassMap":
+        "A map from its dict; raises PillsnapError if the keys do not fit the fingerprint."
+        try:
+            keys, kind, stored = [str(k) for k in d["keys"]], str(d["kind"]), d["fingerprint"]
+        except (KeyError, TypeError) as e:
+            raise PillsnapError(f"this is no class map: {e} is missing", where=where) from None
+        if keys_fingerprint(keys, kind) != stored or list(cls(tuple(keys), kind).keys) != keys:
+            raise PillsnapError(
+                "the class map does not fit its own fingerprint: keys were moved, added or removed",
+                where=where,
+                fix="take the file from the run that made it; do not edit it",
+            )
+        return cls(tuple(keys), kind)
+
 # %% ../../nbs/delivery/110_classmap.ipynb #c4b6f8f1
 @patch
 def id(
@@ -70,37 +94,11 @@ def keys_fingerprint(
     "The hash of an ordered list of class keys."
     return sha256_text(canonical_json({"kind": kind, "keys": list(keys)}))
 
-
-@patch(as_prop=True)
-def fingerprint(self: ClassMap) -> str:  # sha256, hexadecimal
-    "The hash of this map; equal only if every number means the same key."
-    return keys_fingerprint(self.keys, self.kind)
-
 # %% ../../nbs/delivery/110_classmap.ipynb #25ceb7be
 @patch
 def to_dict(self: ClassMap) -> dict[str, Any]:  # plain JSON types
     "The map as stored in manifest, checkpoint, index and bundle."
     return {"kind": self.kind, "keys": list(self.keys), "fingerprint": self.fingerprint}
-
-# %% ../../nbs/delivery/110_classmap.ipynb #ea29c436
-@patch(cls_method=True)
-def from_dict(
-    cls: ClassMap,
-    d: Mapping[str, Any],  # from to_dict
-    where: object = None,  # the file it was read from, for the error
-) -> ClassMap:
-    "A map from its dict; raises PillsnapError if the keys do not fit the fingerprint."
-    try:
-        keys, kind, stored = [str(k) for k in d["keys"]], str(d["kind"]), d["fingerprint"]
-    except (KeyError, TypeError) as e:
-        raise PillsnapError(f"this is no class map: {e} is missing", where=where) from None
-    if keys_fingerprint(keys, kind) != stored or list(cls(keys, kind).keys) != keys:
-        raise PillsnapError(
-            "the class map does not fit its own fingerprint: keys were moved, added or removed",
-            where=where,
-            fix="take the file from the run that made it; do not edit it",
-        )
-    return cls(keys, kind)
 
 # %% ../../nbs/delivery/110_classmap.ipynb #bcb7fa09
 def _map_difference(

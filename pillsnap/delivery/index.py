@@ -183,7 +183,7 @@ def _to_table(
     df: pd.DataFrame | pa.Table,  # rows, the columns of COLUMNS in any order, more may follow
 ) -> pa.Table:  # COLUMNS first
     "Rows in the order and the types of the index."
-    t = df if isinstance(df, pa.Table) else pa.Table.from_pandas(df, preserve_index=False)
+    t: Any = df if isinstance(df, pa.Table) else pa.Table.from_pandas(df, preserve_index=False)
     if lack := [c for c in COLUMNS if c not in t.column_names]:
         raise PillsnapError(f"the manifest's rows lack {', '.join(lack)}", where="manifest")
     more = [c for c in t.column_names if c not in COLUMNS]
@@ -270,7 +270,7 @@ def write_index(
     path, t = Path(path), _to_table(df)
     header = _head(t, header, INDEX_SCHEMA, header.get("data_hash") or _rows_hash(t))
     if "root" in header:
-        header["root"] = _stored_root(header["root"], path.parent, home or path.parent)
+        header["root"] = _stored_root(header["root"], path.parent, Path(home or path.parent))
     header["digest"] = _digest(header, batches := _laid_out(t))
     schema = t.schema.with_metadata({b"pillsnap": canonical_json(header).encode()})
     with atomic_path(path) as tmp, pa.OSFile(str(tmp), "wb") as f, pa.ipc.new_file(f, schema) as w:
@@ -315,6 +315,13 @@ class Index:
     def __len__(self) -> int:
         return self.header["rows"]
 
+    @property
+    def root(self) -> Path | None:  # absolute
+        "The delivery that the paths are relative to."
+        if "root" not in self.header:
+            return None
+        return (self.path.parent.resolve() / self.header["root"]).resolve()
+
 
 def _batches(reader: pa.RecordBatchFileReader, path: Path) -> list[pa.RecordBatch]:
     "All batches, as views of the file."
@@ -333,12 +340,6 @@ def table(
     batches = self._batches if columns is None else [b.select(list(columns)) for b in self._batches]
     t = pa.Table.from_batches(batches, None if batches else pa.schema([]))
     return t.replace_schema_metadata(None)
-
-
-@patch(as_prop=True)
-def root(self: Index) -> Path | None:  # absolute
-    "The delivery that the paths are relative to."
-    return (self.path.parent.resolve() / self.header["root"]).resolve() if "root" in self.header else None
 
 # %% ../../nbs/delivery/140_index.ipynb #a059616a
 def read_index(

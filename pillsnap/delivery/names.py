@@ -13,9 +13,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-# %% ../../nbs/delivery/122_names.ipynb #10304834
-from fastcore.basics import patch
-
 # %% ../../nbs/delivery/122_names.ipynb #68b308ff
 def korean_name(
     name: str,  # a file or folder name, as the system returns it
@@ -42,6 +39,14 @@ class Archive:
     number: int  # 1 to 81 in the delivery; any number is accepted
     kind: str  # "single" or "combination"
 
+    @property
+    def folder(self) -> PurePosixPath:  # below the delivery's root
+        "The folder of the unpacked archive, in English."
+        role = "L" if self.role == "labels" else "S"
+        kind = "single" if self.kind == "single" else "combo"
+        name = f"{self.split[0].upper()}{role}_{self.number}_{kind}"
+        return PurePosixPath("data", self.split, self.role, self.kind, name)
+
 
 _ARCHIVE = re.compile(
     r"([TV])([LS])_(\d{1,4})_(single|combo|combination|단일|조합)(?:\.zip)?", re.ASCII | re.IGNORECASE
@@ -61,15 +66,6 @@ def parse_archive(
         int(m[3]),
         "single" if m[4].lower() in ("single", "단일") else "combination",
     )
-
-# %% ../../nbs/delivery/122_names.ipynb #ac811d6f
-@patch(as_prop=True)
-def folder(self: Archive) -> PurePosixPath:  # below the delivery's root
-    "The folder of the unpacked archive, in English."
-    role = "L" if self.role == "labels" else "S"
-    kind = "single" if self.kind == "single" else "combo"
-    name = f"{self.split[0].upper()}{role}_{self.number}_{kind}"
-    return PurePosixPath("data", self.split, self.role, self.kind, name)
 
 # %% ../../nbs/delivery/122_names.ipynb #60e00508
 _PIECE = re.compile(r"\.part\d+$", re.IGNORECASE | re.ASCII)

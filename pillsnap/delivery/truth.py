@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from itertools import combinations, groupby
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 # %% ../../nbs/delivery/130_truth.ipynb #ca2a25fa
 import joblib
@@ -194,6 +194,28 @@ class LabelledDrug:
     # values of FACT_KEYS → files; None for null, UNSET where a key is missing
     said: Counter = field(default_factory=Counter)
 
+    @property
+    def nulls(self) -> set[str]:  # keys
+        "The keys that are null in every record."
+        if not self.said:
+            return set()
+        return {k for k, *values in zip(FACT_KEYS, *self.said) if all(v is None for v in values)}
+
+    @property
+    def values(self) -> dict[str, Counter]:  # key → values with their counts; "" for null
+        "The values of each key with the number of their files."
+        out = {}
+        for facts, n in self.said.items():
+            for k, v in zip(FACT_KEYS, facts):
+                if v is not msgspec.UNSET:
+                    out.setdefault(k, Counter())["" if v is None else v] += n
+        return out
+
+    @property
+    def conflicts(self) -> dict[str, Counter]:  # key → its values
+        "The keys with more than one value."
+        return {k: c for k, c in self.values.items() if len(c) > 1}
+
 
 _facts_of = attrgetter(*FACT_KEYS)
 
@@ -216,25 +238,6 @@ def add(
     except TypeError:
         self.said[tuple(map(_countable, facts))] += times
 
-
-@patch(as_prop=True)
-def nulls(self: LabelledDrug) -> set[str]:  # keys
-    "The keys that are null in every record."
-    if not self.said:
-        return set()
-    return {k for k, *values in zip(FACT_KEYS, *self.said) if all(v is None for v in values)}
-
-# %% ../../nbs/delivery/130_truth.ipynb #a8d96699
-@patch(as_prop=True)
-def values(self: LabelledDrug) -> dict[str, Counter]:  # key → values with their counts; "" for null
-    "The values of each key with the number of their files."
-    out = {}
-    for facts, n in self.said.items():
-        for k, v in zip(FACT_KEYS, facts):
-            if v is not msgspec.UNSET:
-                out.setdefault(k, Counter())["" if v is None else v] += n
-    return out
-
 # %% ../../nbs/delivery/130_truth.ipynb #fee54425
 @patch
 def fact(
@@ -244,12 +247,6 @@ def fact(
     "The value of a key."
     said = self.values.get(key)
     return known_text(min(said, key=lambda v: (-said[v], str(v)))) if said else None
-
-
-@patch(as_prop=True)
-def conflicts(self: LabelledDrug) -> dict[str, Counter]:  # key → its values
-    "The keys with more than one value."
-    return {k: c for k, c in self.values.items() if len(c) > 1}
 
 # %% ../../nbs/delivery/130_truth.ipynb #8f978c57
 @dataclass
@@ -268,6 +265,11 @@ class LabelEvidence:
     counts: Counter = field(default_factory=Counter)  # files, annotations, and the faults counted per file
     named: dict[str, list[str]] = field(default_factory=dict)  # fault counted per file → the files
 
+    @property
+    def photos(self) -> dict[str, PhotoTruth]:  # by photo name without extension
+        "Every photo as an object; too slow for half a million photos."
+        return {**dict(_each(self.plain)), **self.judged}
+
 
 PLAIN = pa.schema(
     [
@@ -285,12 +287,6 @@ def _each(rows: pa.Table) -> Iterator[tuple[str, PhotoTruth]]:
     for r in rows.to_pylist():
         pill = LabelledPill(r["kcode"], [r[k] for k in "xywh"], r["label"])
         yield r["stem"], PhotoTruth(r["file_name"], (r["kcode"],), r["width"], r["height"], [pill])
-
-
-@patch(as_prop=True)
-def photos(self: LabelEvidence) -> dict[str, PhotoTruth]:  # by photo name without extension
-    "Every photo as an object; too slow for half a million photos."
-    return {**dict(_each(self.plain)), **self.judged}
 
 # %% ../../nbs/delivery/130_truth.ipynb #be82b784
 @patch
@@ -451,6 +447,7 @@ def read_part(
                 e.add(a)
         for _, group in groupby(metadata, id):
             same = list(group)
+            assert code is not None  # metadata is collected for folders of one drug
             e.drugs.setdefault(code, LabelledDrug()).add(same[0], len(same))
     e.counts["files"] += sum(len(names) for _, names in files)
     e.counts["annotations"] += len(rows)
@@ -536,7 +533,7 @@ def check_labels(
     "Read and check every record of a tree."
     refuse_sealed(labels)
     files, faults = label_files(os.path.abspath(labels), ignore_hidden)  # a worker may have another working folder
-    asked = joblib.effective_n_jobs(None)
+    asked = joblib.effective_n_jobs(None)  # pyright: ignore[reportArgumentType] - None is joblib's own default
     n = workers or (asked if asked > 1 else min(joblib.cpu_count(), len(files) // (2 * PART)))
     with show_progress(total=len(files), desc="reading labels", unit="files", show=progress) as bar:
 
@@ -549,7 +546,7 @@ def check_labels(
             parts = map(read_part, equal_parts(files))
         else:
             parts = processes(n, return_as="generator")(joblib.delayed(read_part)(p) for p in equal_parts(files))
-        e = merge(counted(parts))
+        e = merge(counted(cast("Iterator[LabelEvidence]", parts)))
     e.tree = faults
     return e
 

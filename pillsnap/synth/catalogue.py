@@ -66,12 +66,15 @@ def _twin_looks(
     if which > 1:
         size = tuple(round(float(x), 1) for x in np.array(size) * rng.uniform(0.8, 1.2))
     colour = ("하양", "노랑", "하양", "분홍", "하양", "주황")[which % 6]
+    long_mm, short_mm, thick_mm = size
     body = Body(
         "tablet",
         "타원형" if long else "원형",
         (colour,),
         False,
-        *size,
+        long_mm,
+        short_mm,
+        thick_mm,
         "convex",
         "film",
         ("", ""),
@@ -122,6 +125,15 @@ class Catalogue:
         return next(d for d in self.drugs if d.kcode == k)
 
 # %% ../../nbs/synth/206_catalogue.ipynb #d0a040c8
+def _codes_of_pair(
+    drugs: list[Drug],  # a catalogue in the making
+    places: list[int],  # positions of two twins
+) -> tuple[str, str]:  # their K-codes, ascending
+    "The K-codes of a pair of twins."
+    first, second = sorted(drugs[i].kcode for i in places)
+    return first, second
+
+
 def make_catalogue(
     n: int = 12,  # how many drugs
     seed: int = 42,  # of the delivery
@@ -146,7 +158,7 @@ def make_catalogue(
         drugs[i] = replace(drugs[i], record=blank_record(drugs[i].record))
     return Catalogue(
         tuple(drugs),
-        tuple(tuple(sorted(drugs[places[2 * i + k]].kcode for k in (0, 1))) for i in range(pairs)),
+        tuple(_codes_of_pair(drugs, places[2 * i : 2 * i + 2]) for i in range(pairs)),
         tuple(drugs[i].kcode for i in blanks),
     )
 

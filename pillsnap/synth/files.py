@@ -14,6 +14,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any, cast
 
 # %% ../../nbs/synth/236_files.ipynb #2fc8be2f
 import cv2
@@ -26,6 +27,7 @@ from ..core.logs import progress as show_progress
 from ..core.processes import processes
 from .draws import rng_for
 from .faults import spoil_files, spoil_record
+from .imaging import jpeg_copy
 from .records import annotation
 from .renderer import Shot, photograph
 from .tasks import Task
@@ -93,7 +95,7 @@ def _shifted_copy(
     moved = cv2.warpAffine(
         image, np.array([[1, 0, dx], [0, 1, dy]], np.float32), (w, h), borderMode=cv2.BORDER_REPLICATE
     )
-    moved = cv2.imdecode(cv2.imencode(".jpg", moved, [cv2.IMWRITE_JPEG_QUALITY, 92])[1], cv2.IMREAD_COLOR)
+    moved = jpeg_copy(moved, 92)
     return moved, [(min(max(x + dx, 0), w - bw), min(max(y + dy, 0), h - bh), bw, bh) for x, y, bw, bh in boxes]
 
 # %% ../../nbs/synth/236_files.ipynb #ecec94f2
@@ -151,8 +153,8 @@ def _write_task(
 
 # %% ../../nbs/synth/236_files.ipynb #7be37c83
 def run_jobs(
-    work: Callable[[tuple], dict[str, str]],  # one job's files, path → sha256
-    jobs: Iterable[tuple],  # arguments of work
+    work: Callable[[Any], dict[str, str]],  # one job's files, path → sha256
+    jobs: Iterable,  # arguments of work
     n: int,  # processes; 1: this one
 ) -> Iterator[dict[str, str]]:  # as they are ready
     "Run jobs in this process, or in joblib's processes of one thread each, which need no `__main__` guard."
@@ -161,7 +163,7 @@ def run_jobs(
         return
     with joblib.parallel_config(backend="loky", inner_max_num_threads=1):
         pool = processes(n, return_as="generator_unordered")
-    yield from pool(joblib.delayed(work)(j) for j in jobs)
+    yield from cast("Iterator[dict[str, str]]", pool(joblib.delayed(work)(j) for j in jobs))
 
 # %% ../../nbs/synth/236_files.ipynb #43ab6030
 def run_tasks(

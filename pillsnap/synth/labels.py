@@ -82,10 +82,11 @@ def _label_stems(
     session: Session,  # split and seed
 ) -> list[str]:
     "The names of the photos, as in a rendered delivery of the same seed."
-    if len(drugs) > 1:
+    first, *others = drugs
+    if others:
         return [Capture(tuple(d.kcode for d in drugs), 0, 2, 0, 2, la, 0, 200).stem() for la in (70, 75, 90)]
-    grid = capture_grid(n, rng_for(session.seed, session.split, "grid", drugs[0].number))
-    return [Capture((drugs[0].kcode,), 0, back, side, light, la, lo, 200).stem() for side, back, light, la, lo in grid]
+    grid = capture_grid(n, rng_for(session.seed, session.split, "grid", first.number))
+    return [Capture((first.kcode,), 0, back, side, light, la, lo, 200).stem() for side, back, light, la, lo in grid]
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ def _label_jobs(
     shot = Shot(width=s["width"], height=s["height"], domain=s["domain"])
     jobs = _split_label_jobs(out, list(train), s["photos"], s["combos"], Session("train", shot, s["seed"]))
     jobs += _split_label_jobs(out, list(val), max(s["photos"] // 6, 1), 0, Session("val", shot, s["seed"]))
-    counts = dict.fromkeys(("train_single", "train_combo", "val_single", "val_combo"), 0)
+    counts: dict[str, int] = dict.fromkeys(("train_single", "train_combo", "val_single", "val_combo"), 0)
     for job in jobs:
         counts[f"{job.session.split}_{job.kind}"] += job.files // len(job.drugs)
     return jobs, {

@@ -27,7 +27,8 @@ def at_points(
     n, wide = uv.shape[1], 1024
     at = np.zeros((2, -(-max(n, 1) // wide) * wide), f32)
     at[:, :n] = uv * f32(s.res) + np.array(s.centre, f32)[:, None]
-    values = cv2.remap(maps, *at.reshape(2, -1, wide), cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    columns, rows = at.reshape(2, -1, wide)
+    values = cv2.remap(maps, columns, rows, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
     return values.reshape(at.shape[1], -1)[:n]
 
 # %% ../../nbs/synth/218_rays.ipynb #8cf74100

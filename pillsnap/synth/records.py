@@ -93,21 +93,18 @@ MAKERS = tuple(
 )
 
 # %% ../../nbs/synth/204_records.ipynb #970e4a8c
-# Korean syllables and endings of product names, with their Latin spelling
-SYLLABLES = dict(
-    pair.split(":")
-    for line in """\
+def _spellings(pairs: str) -> dict[str, str]:
+    "Korean syllables with their Latin spelling, from `Korean:Latin` pairs."
+    return {korean: latin for korean, _, latin in (pair.partition(":") for pair in pairs.split())}
+
+
+# of product names
+SYLLABLES = _spellings("""\
 라:ra 모:mo 세:se 노:no 벨:bel 피:pi 가:ga 디:di 루:ru 카:ka 오:o 유:yu 네:ne 토:to 로:ro 메:me 비:bi 클:kl
-프:pu 트:tr 에:e 솔:sol 듀:dyu 스:s 타:ta 나:na 조:jo 리:ri 베:be 지:ji 코:ko 데:de""".splitlines()
-    for pair in line.split()
-)
-ENDINGS = dict(
-    pair.split(":")
-    for line in """\
+프:pu 트:tr 에:e 솔:sol 듀:dyu 스:s 타:ta 나:na 조:jo 리:ri 베:be 지:ji 코:ko 데:de""")
+ENDINGS = _spellings("""\
 펜:pen 린:rin 정온:jeon 탄:tan 딘:din 맥:mac 셀:cel 큐:q 반:ban 돈:don 빌:bil 론:ron 핀:pin 젠:zen 담:dam
-잔:zan""".splitlines()
-    for pair in line.split()
-)
+잔:zan""")
 
 # %% ../../nbs/synth/204_records.ipynb #a5a6ca80
 _PHOTO_KEYS, RECORD_KEYS = IMAGE_KEYS[:12], IMAGE_KEYS[12:-1]  # of the photo, of the drug; the last key is "id"

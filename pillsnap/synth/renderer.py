@@ -16,7 +16,7 @@ import numpy as np
 # %% ../../nbs/synth/222_renderer.ipynb #04904476
 from .draws import rng_for
 from .drugs import Drug
-from .imaging import blur, f32, linear_light
+from .imaging import blur, f32, jpeg_copy, linear_light
 from .rays import Hits, trace
 from .scene import LAMPS, Camera, Lamp, Pose, Scene, ground, into_frame, towards, turned, window
 from .shading import light_on, shadow
@@ -269,9 +269,7 @@ def _phone_finish(
 ) -> np.ndarray:  # uint8 RGB
     "Defocus, noise and one JPEG compression."
     out = develop(blur(photo, rng.uniform(0.3, 1.5) * photo.shape[1] / 488), rng, rng.uniform(1.5, 3))
-    return cv2.imdecode(
-        cv2.imencode(".jpg", out, [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(60, 93))])[1], cv2.IMREAD_COLOR
-    )
+    return jpeg_copy(out, int(rng.integers(60, 93)))
 
 # %% ../../nbs/synth/222_renderer.ipynb #177736f1
 def photograph(

@@ -130,8 +130,9 @@ def _inflate(
     k = np.array([[0.05, 0.2, 0.05], [0.2, 0, 0.2], [0.05, 0.2, 0.05]], f32)
     for _ in range(rounds):
         d = (cv2.filter2D(d, -1, k, borderType=cv2.BORDER_CONSTANT) + f32(0.3)) * m
-    d = cv2.resize(d / max(float(d.max()), 1e-6), (w, h), interpolation=cv2.INTER_LINEAR)
-    return np.clip(blur(d, 0.9 / s), 0, 1)
+    scaled = np.asarray(d / max(float(d.max()), 1e-6), f32)
+    face = cv2.resize(scaled, (w, h), interpolation=cv2.INTER_LINEAR)
+    return np.clip(blur(face, 0.9 / s), 0, 1)
 
 
 def _dome(

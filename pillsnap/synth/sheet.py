@@ -49,8 +49,9 @@ def photo_and_boxes(
     task: Task,  # a photo without faults
 ) -> tuple[np.ndarray, list[tuple]]:  # uint8 RGB, x, y, w, h of each pill
     "A photo of the delivery with its labels."
-    image = cv2.imdecode(np.frombuffer(_read_file(out, task.image), np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
-    return image, [_read_box(out, label) for label, _ in task.labels]
+    image = cv2.imdecode(np.frombuffer(_read_file(out, task.image), np.uint8), cv2.IMREAD_COLOR)
+    assert image is not None, f"{task.image} is no photo"
+    return image[..., ::-1], [_read_box(out, label) for label, _ in task.labels]
 
 # %% ../../nbs/synth/242_sheet.ipynb #79e54010
 def _cut_out(

@@ -100,8 +100,8 @@ def write_delivery(  # noqa: PLR0913 - the settings of a delivery, as a person t
     "Render a delivery in AI Hub's format; continue an interrupted one, leave a finished one as it is."
     out = Path(out).absolute()  # a worker may run in another folder
     plan = plan_delivery(drugs, photos, combos, seed, width, height, faults, val_drugs, zip_parts, domain, labels_only)
-    if (out / "SYNTHETIC.json").is_file():
-        return claim_folder(out, plan)
+    if (out / "SYNTHETIC.json").is_file() and (done := claim_folder(out, plan)) is not None:
+        return done
     with FolderLock(out):
         if (done := claim_folder(out, plan)) is not None:
             return done
