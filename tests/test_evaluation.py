@@ -23,10 +23,11 @@ from pillsnap.core.jobs import RunFolder, record_path
 from pillsnap.core.records import Metric, Provenance
 from pillsnap.dataset.splitfiles import SplitData, load_split_data
 from pillsnap.delivery.classmap import ClassMap
+from pillsnap.evaluation import answers as A
 from pillsnap.evaluation import checks as K
 from pillsnap.evaluation import evaluation as E
 from pillsnap.evaluation import figures as R
-from pillsnap.evaluation import measuring as M
+from pillsnap.evaluation import measurements as P
 from pillsnap.evaluation import scorecard as S
 from pillsnap.evaluation.advisor import ADVISOR_TARGETS, evaluate_and_recommend, get_stage_target
 from pillsnap.evaluation.gates import simple_stage_evaluation
@@ -59,7 +60,7 @@ def made(tmp_path_factory, delivery):
     root = tmp_path_factory.mktemp("evaluation") / "run"
     shutil.copytree(delivery, root / "delivery")
     job = E.EvaluationJob(run_dir=str(root), config="smoke", overrides=QUICK)
-    E.smoke_evaluation(RunFolder(root, "evaluation"), job.cfg_in(root))
+    P.smoke_evaluation(RunFolder(root, "evaluation"), job.cfg_in(root))
     done = subprocess.run(
         [sys.executable, "-c", HOOK, str(root), json.dumps(QUICK)],
         capture_output=True,
@@ -133,7 +134,7 @@ def test_figures_can_be_reckoned_again_from_the_predictions(made):
     )
     rows = json_lines(root / "reports/predictions_boxes.jsonl")
     assert {r["part"] for r in rows} == {"val", "clean"} and {
-        s.path for s in M.eval_photos(load_split_data(root, 0)) if s.part != "calib"
+        s.path for s in A.eval_photos(load_split_data(root, 0)) if s.part != "calib"
     } == {r["path"] for r in rows}
     rows = [r for r in rows if r["part"] == "clean"]
     ap = detection_ap(
@@ -240,7 +241,7 @@ def test_what_is_scored_is_the_evaluation_set_and_nothing_of_training(made):
     scored = {**dict(zip(every.path, every.part)), **{c["path"]: c["part"] for c in combos}}
     assert scored == pool["split"].to_dict() and set(scored.values()) == {"val", "calib", "clean"}
     assert {b["path"]: b["part"] for b in boxes} == {p: k for p, k in scored.items() if k != "calib"}
-    assert {s.path for s in M.eval_photos(data)} == set(pool.index)
+    assert {s.path for s in A.eval_photos(data)} == set(pool.index)
     mine = pool.loc[list(scored)]
     assert not set(scored) & set(data.train["path"]) and not set(mine["group_id"]) & set(data.train["group_id"])
     assert not (set(mine["dup_id"]) - {""}) & set(data.train["dup_id"])
@@ -251,12 +252,12 @@ def test_what_is_scored_is_the_evaluation_set_and_nothing_of_training(made):
 @pytest.mark.parametrize("kind", ["path", "group_id", "dup_id"])
 def test_each_way_of_touching_training_is_found(made, kind):
     data = load_split_data(made[0], 0)
-    todo = M.eval_photos(data)
-    assert M.photos_touching_training(todo, data.train) == []
+    todo = A.eval_photos(data)
+    assert A.photos_touching_training(todo, data.train) == []
     victim = next(s for s in todo if s.part == "clean")
     row = data.train.iloc[:1].assign(**{kind: {"path": victim.path, "group_id": victim.group, "dup_id": "d9"}[kind]})
     todo = [replace(s, dup="d9") if s is victim else s for s in todo]
-    assert victim.path in M.photos_touching_training(todo, row) and victim.path not in M.photos_touching_training(
+    assert victim.path in A.photos_touching_training(todo, row) and victim.path not in A.photos_touching_training(
         todo, data.train
     )
 
@@ -264,7 +265,7 @@ def test_each_way_of_touching_training_is_found(made, kind):
 @pytest.mark.spec("X81", "BX2")
 def test_an_evaluation_set_that_touches_training_was_not_measured(copy, monkeypatch):
     "Whoever scores training photos gets NOT_MEASURED: LEAK, on the scorecard and in the ledger."
-    real = M.eval_photos
+    real = A.eval_photos
     name_the_training(copy)
     again(copy)
     doc, m, _ = S.read_evaluation(copy)
@@ -274,7 +275,7 @@ def test_an_evaluation_set_that_touches_training_was_not_measured(copy, monkeypa
         and m["train_overlap"].n == len(real(load_split_data(copy, 0)))
     )
     monkeypatch.setattr(
-        E,
+        P,
         "eval_photos",
         lambda data: real(replace(data, pool=pd.concat([data.train.assign(split="clean"), data.pool]))),
     )
@@ -295,7 +296,7 @@ def test_the_overlap_is_unknown_where_the_training_rows_are(copy):
     data = load_split_data(copy, 0)
 
     def record():
-        return R.overlap_record(copy, data, M.eval_photos(data), Provenance("synthetic", "a" * 64, "b" * 64))
+        return R.overlap_record(copy, data, A.eval_photos(data), Provenance("synthetic", "a" * 64, "b" * 64))
 
     assert not record().measured and "does not say which split" in record().note
     name_the_training(copy)
@@ -314,7 +315,7 @@ def test_an_image_split_is_named_and_never_goes(tmp_path, delivery):
     shutil.copytree(delivery, root / "delivery")
     settings = (*QUICK, "data.group_by=image", "evaluation.calibration=false")
     job = E.EvaluationJob(run_dir=str(root), config="smoke", overrides=settings)
-    E.smoke_evaluation(RunFolder(root, "evaluation"), job.cfg_in(root))
+    P.smoke_evaluation(RunFolder(root, "evaluation"), job.cfg_in(root))
     name_the_training(root)
     again(root, overrides=settings)
     card, text = read_json(root / "reports/scorecard.json"), (root / "reports/scorecard.md").read_text(encoding="utf-8")
@@ -817,12 +818,12 @@ def test_a_combo_is_right_as_a_set_or_not_at_all(truth, said):
     def place(i):
         return [100 * i, 0, 100 * i + 60, 60]
 
-    shot = M.EvalPhoto("x.png", "g", "combo", np.array([place(i) for i in range(len(truth))], float), tuple(truth))
+    shot = A.EvalPhoto("x.png", "g", "combo", np.array([place(i) for i in range(len(truth))], float), tuple(truth))
     items = [
         {"kcode": k, "confidence": 0.9, "box": place(i), "box_confidence": 0.9 - n / 100}
         for n, (k, i) in enumerate(said)
     ]
-    a = M.score_combo(
+    a = A.score_combo(
         shot, {"mode_requested": "combo", "mode_used": "combo", "items": items}, ClassMap(["a", "b", "c"])
     )
     assert a.exact == (Counter(k for k, _ in said) == Counter(truth))
@@ -832,18 +833,18 @@ def test_a_combo_is_right_as_a_set_or_not_at_all(truth, said):
 @pytest.mark.spec("SP10")
 def test_set_accuracy_needs_thirty_photos_of_known_drugs():
     prov = Provenance("synthetic", "a" * 64, "b" * 64)
-    ok = M.ComboAnswer("x", True, True, 3, 3, 3, 0, "combo", "combo", [])
+    ok = A.ComboAnswer("x", True, True, 3, 3, 3, 0, "combo", "combo", [])
     assert R.LEAST_COMBOS == 30
     assert (
-        R.combo_records(M.Combos([ok] * 30, 2.0), prov)["combo_set_accuracy"].value == 1.0
-        and not R.combo_records(M.Combos([ok] * 29, 2.0), prov)["combo_set_accuracy"].measured
+        R.combo_records(A.Combos([ok] * 30, 2.0), prov)["combo_set_accuracy"].value == 1.0
+        and not R.combo_records(A.Combos([ok] * 29, 2.0), prov)["combo_set_accuracy"].measured
     )
     partly_known = replace(ok, known=False, exact=False, pills=2, right=1)
-    mixed = R.combo_records(M.Combos([ok] * 30 + [partly_known] * 9, 2.0), prov)
+    mixed = R.combo_records(A.Combos([ok] * 30 + [partly_known] * 9, 2.0), prov)
     assert (mixed["combo_set_accuracy"].value, mixed["combo_set_accuracy"].n) == (1.0, 30) and mixed[
         "combo_pill_accuracy"
     ].value == pytest.approx((90 + 9) / (90 + 18))
-    assert not R.combo_records(M.Combos([], 0.0), prov)["combo_set_accuracy"].measured
+    assert not R.combo_records(A.Combos([], 0.0), prov)["combo_set_accuracy"].measured
 
 
 # ---- the notebook as a job -----------------------------------------------------------------------

@@ -200,7 +200,8 @@ def test_a_click_in_jupyterlab_is_recorded(lab, page, tmp_path):
 
 @pytest.mark.spec("SG6", "BX15")
 def test_the_evaluation_notebook_shows_a_finished_run_with_its_menu(lab, page, delivery):
-    from pillsnap.evaluation.evaluation import EvaluationJob, smoke_evaluation
+    from pillsnap.evaluation.evaluation import EvaluationJob
+    from pillsnap.evaluation.measurements import smoke_evaluation
 
     url, work = lab
     run = work / "finished"

@@ -25,8 +25,8 @@ from ..core.files import read_json, sha256_file
 from ..core.jobs import crashed_attempts, read_record
 from ..core.records import Metric, Provenance
 from ..dataset.splitfiles import SplitData
+from .answers import Boxes, ComboAnswer, Combos, EvalPhoto, Scores, photos_touching_training
 from .checks import BEFORE, not_measured
-from .measuring import Boxes, ComboAnswer, Combos, EvalPhoto, Scores, photos_touching_training
 from .reports import evaluate_classification_metrics
 from ..models.metrics import detection_ap
 

@@ -36,10 +36,10 @@ from ..delivery.index import read_manifest
 
 # %% ../../nbs/evaluation/780_heldout.ipynb #2343774f
 from .advisor import Advice, evaluate_and_recommend
+from .answers import Answers, eval_photos, load_evaluator, without_detector
 from .checks import advisor_facts, data_loading_record, training_records
 from .figures import box_records, combo_records, single_records
 from .ledger import append_ledger, read_ledger, stage_4_done
-from .measuring import Answers, eval_photos, load_evaluator, without_detector
 from .menu import write_advice
 from ..models.factory import load_classifier
 from ..models.metrics import accuracy, macro_f1

@@ -204,8 +204,8 @@ MUTATIONS: list[Mutation] = [
     Mutation(
         "menu letters too pale to be read",
         "pillsnap/evaluation/menu.py",
-        '    "missed": "#9a6700",',
-        '    "missed": "#d4a72c",',
+        '"missed": "#9a6700"}',
+        '"missed": "#d4a72c"}',
         "tests/test_colours.py::test_the_advisors_menu_can_be_read",
     ),
     Mutation(
@@ -343,14 +343,14 @@ MUTATIONS: list[Mutation] = [
     ),
     Mutation(
         "training photos are scored",
-        "pillsnap/evaluation/measuring.py",
+        "pillsnap/evaluation/answers.py",
         'in data.pool.groupby("path"',
         'in pd.concat([data.train, data.pool]).groupby("path"',
         "tests/test_evaluation.py::test_what_is_scored_is_the_evaluation_set_and_nothing_of_training",
     ),
     Mutation(
         "the headline counts photos that selected the checkpoint",
-        "pillsnap/evaluation/evaluation.py",
+        "pillsnap/evaluation/measurements.py",
         'single_records(scores.of("clean"), answers.keys, prov)',
         "single_records(scores, answers.keys, prov)",
         "tests/test_evaluation.py::test_figures_can_be_reckoned_again_from_the_predictions",
@@ -385,7 +385,7 @@ MUTATIONS: list[Mutation] = [
     ),
     Mutation(
         "hard cases copy the mode that was asked",
-        "pillsnap/evaluation/measuring.py",
+        "pillsnap/evaluation/answers.py",
         '                "mode_used": mode,',
         '                "mode_used": "single",',
         "tests/test_evaluation.py::test_the_mode_that_answered_is_what_is_reported",
@@ -423,7 +423,7 @@ MUTATIONS: list[Mutation] = [
     ),
     Mutation(
         "calibration photos give the headline too",
-        "pillsnap/evaluation/measuring.py",
+        "pillsnap/evaluation/answers.py",
         "self.parts, object) == part)",
         'self.parts, object) != "val")',
         "tests/test_evaluation.py::test_figures_can_be_reckoned_again_from_the_predictions",

@@ -50,7 +50,7 @@ def fresh_classifier(s: Size, work: Path, device: torch.device) -> tuple[nn.Modu
 def latency_pairs(s: Size, gpu: Gpu, work: Path) -> dict[tuple[str, bool], list[float]]:
     "Milliseconds of single calls by scope, and whether a synchronisation was added; both kinds take turns in blocks."
     from pillsnap.core.records import Provenance
-    from pillsnap.evaluation.measuring import EvalPhoto, Evaluator, measure_scopes
+    from pillsnap.evaluation.answers import EvalPhoto, Evaluator, measure_scopes
     from pillsnap.models.factory import TorchClassifier
     from pillsnap.models.pipeline import Pipeline
 
