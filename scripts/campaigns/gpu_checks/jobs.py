@@ -1,6 +1,5 @@
 """GP11 to GP13: whole training jobs that are stopped, shared between processes, or short of memory."""
 
-import logging
 import re
 import shutil
 import socket
@@ -14,6 +13,7 @@ import torch
 
 from pillsnap.core.checkpoints import load_ckpt
 from pillsnap.core.config import load_config
+from pillsnap.core.logs import logged_lines
 
 from .setup import (
     SMOKE,
@@ -173,17 +173,6 @@ def nccl(device: str, _tiny: bool, work: Path) -> list[Part]:
 # ---- GP13: the detector
 
 
-class Lines(logging.Handler):
-    "Keeps what is logged."
-
-    def __init__(self):
-        super().__init__()
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
-
-
 class DetectorMemory:
     "ultralytics' hooks that measure what a step needs; with `leave`, a ballast leaves so many bytes for an epoch."
 
@@ -224,19 +213,16 @@ class DetectorMemory:
 
 
 def train_yolo(root: Path, cfg: Any, memory: DetectorMemory | None = None) -> tuple[Any, list[str]]:
-    "The detector's training of a run folder, and the lines of its log; it goes on where last.pt stands."
+    "The detector's training of a run folder, and the lines of its log; it resumes from last.pt."
     from pillsnap.core.jobs import RunFolder
     from pillsnap.training.detector import train_detection_stage
 
-    run, kept = RunFolder(root, "detector"), Lines()
+    run = RunFolder(root, "detector")
     run.resuming = last_of(root, "detector").exists()
-    run.log.addHandler(kept)
-    try:
+    with logged_lines() as lines:
         trained = train_detection_stage(run, cfg, memory and memory.hooks())
-    finally:
-        run.log.removeHandler(kept)
-        run.close()
-    return trained, kept.lines
+    run.tb.close()
+    return trained, lines
 
 
 def searched_batch(lines: Sequence[str]) -> int | None:
