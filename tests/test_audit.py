@@ -8,7 +8,7 @@ import pytest
 
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.jobs import read_record
-from pillsnap.dataset.audit import AuditJob, box_measures, sample_photos, summarize_dataset
+from pillsnap.dataset.audit import AuditJob, box_measures, measure_sample, sample_photos
 from pillsnap.dataset.conversion import convert_delivery
 from pillsnap.delivery.index import read_manifest
 
@@ -59,7 +59,7 @@ def test_at_most_three_thousand_photos_are_opened_and_rare_drugs_among_them():
     real, A.measure_photos = A.measure_photos, counting
     try:
         with pytest.raises(InterruptedError):
-            summarize_dataset(df, ".", sample=5000)
+            measure_sample(df, ".", sample=5000)
     finally:
         A.measure_photos = real
     assert opened == [3000]
