@@ -75,8 +75,8 @@ def predict_photos(
         yield {"photo": str(path)} | answer
 
 # %% ../../nbs/deployment/805_batch.ipynb #e8275b94
-COLUMNS = ("photo", "pill", "kcode", "name", "confidence", "left", "top", "right", "bottom", "mode", "answer", "badge")
-COLUMNS += ("error",)
+COLUMNS: tuple[str, ...] = ("photo", "pill", "kcode", "name", "confidence", "left", "top", "right", "bottom")
+COLUMNS += ("mode", "answer", "badge", "error")
 
 
 def answer_rows(
@@ -188,7 +188,7 @@ def predict_command(  # noqa: PLR0913 - one parameter for each option of the com
     bundle, answers = load_bundle(run_dir, device=device), []
     try:
         for answer in predict_photos(files, bundle, mode, topk, show=len(files) > 1):
-            answers.append(answer)  # noqa: PERF402 - what is there is kept when Ctrl-C ends the loop
+            answers.append(answer)  # noqa: PERF402 - the answers so far are kept when Ctrl-C ends the loop
     finally:
         if out and answers:
             print(f"{len(answers)} of {len(files)} photos in {write_answers(answers, out)}", file=sys.stderr)

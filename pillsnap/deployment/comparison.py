@@ -37,7 +37,7 @@ def logit_gap(
     a: np.ndarray,  # [N, C] logits of torch
     b: np.ndarray,  # [N, C] logits of ONNX for the same views
 ) -> dict[str, float]:
-    "How far two classifiers are apart."
+    "The differences of two classifiers' answers."
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     dp = softmax(a) - softmax(b)
     return dict(
@@ -51,17 +51,17 @@ def logit_gap(
 # %% ../../nbs/deployment/820_comparison.ipynb #31b11b93
 @dataclass(frozen=True)
 class ExportCheck:
-    "One comparison and what became of it."
+    "One compared figure with its limit and verdict."
 
     name: str  # what was compared
     value: float | None  # the figure; None when there was nothing to compare
-    limit: str  # what it is held against, in words
+    limit: str  # the limit, in words
     n: int  # photos (or boxes) behind it
     passed: bool | None  # None = NOT_MEASURED
-    note: str = ""  # what the reader should know
+    note: str = ""  # explains the verdict
 
     def row(self) -> dict[str, Any]:
-        "For a table."
+        "A row of the report's table."
         return dict(
             check=self.name,
             value=self.value,
@@ -126,7 +126,7 @@ def check_boxes(
     raw: float,  # largest relative difference of the two heads
     n: int,  # photos behind it
 ) -> list[ExportCheck]:
-    "Hold a detector's gap against the limits; without a box it is NOT_MEASURED."
+    "Compare a detector's differences with the limits; without a box the verdict is NOT_MEASURED."
     some, known = pairs["boxes"] > 0 or pairs["unmatched"] > 0, all(map(math.isfinite, ap))
     why = "" if some else "neither side found a box above the threshold"
     gap = abs(ap[0] - ap[1]) if known else None
@@ -153,7 +153,7 @@ def check_boxes(
             gap,
             f"≤ {LIMITS['map']:g}",
             n,
-            gap <= LIMITS["map"] if known else None,
+            gap <= LIMITS["map"] if gap is not None else None,
             "" if known else "no true box in these photos",
         ),
         ExportCheck("head, largest relative difference", raw, f"≤ {LIMITS['raw']:g}", n, raw <= LIMITS["raw"], "ours"),
@@ -176,19 +176,19 @@ def photo_order(
 ) -> list[tuple[Path, np.ndarray]]:  # file and true boxes, each photo once
     "Every photo of a stage, val before pool before train."
 
-    def lot(p):
+    def stable_hash(p):
         return hashlib.sha256(f"{seed}/{p}".encode()).hexdigest()
 
     done, out = set(), {True: [], False: []}
     for df in (stage.val, stage.pool, stage.train):
         groups = {p: g for p, g in df.groupby("path", sort=False) if p not in done}
-        for p in sorted(groups, key=lot):
+        for p in sorted(groups, key=stable_hash):
             g = groups[p]
             done.add(p)
             boxes = xywh_to_xyxy(
                 np.array([json.loads(v) if isinstance(v, str) else v for v in g.bbox], float).reshape(-1, 4)
             )
-            out[g.kind.iloc[0] == first].append((Path(stage.header["root"]) / p, boxes))
+            out[g.kind.iloc[0] == first].append((Path(stage.header["root"]) / str(p), boxes))
     return out[True] + out[False]
 
 # %% ../../nbs/deployment/820_comparison.ipynb #c839d699
@@ -197,7 +197,7 @@ def open_photos(
     n: int,  # how many are wanted
     skipped: list[str] | None = None,  # takes the names of those that could not be read
 ) -> Iterator[ComparedPhoto]:
-    "Decode until there are enough; what cannot be read is passed over and named."
+    "Decode photos until there are enough; one that cannot be read is skipped and named."
     for path, boxes in order:
         if n <= 0:
             return
@@ -222,7 +222,7 @@ def overall(
 
 @dataclass
 class Comparison:
-    "What both sides answered."
+    "The answers of both sides, their differences and the verdicts."
 
     n: int = 0  # photos
     seconds: float = 0.0  # both sides together
@@ -245,7 +245,7 @@ def compare_classifiers(
     padding: float = 0.1,  # margin of a crop
     most: int = 4,  # crops of one photo
 ) -> Comparison:
-    "Show both classifiers the same views."
+    "Give both classifiers the same views; PillsnapError without a photo."
     c, t0 = Comparison(), time.perf_counter()
     for p in photos:
         views = [whole_view(p.image, ours.size)] + [crop_view(p.image, b, ours.size, padding) for b in p.boxes[:most]]
@@ -293,7 +293,7 @@ def compare_detectors(
     thresholds: Thresholds = Thresholds(),  # noqa: B008 - frozen; which boxes are pills
     keep: int = 4,  # photos kept for the picture
 ) -> Comparison:
-    "Show both detectors the same photos."
+    "Give both detectors the same photos; PillsnapError without a photo."
     c, t, t0 = Comparison(), thresholds, time.perf_counter()
     faint, truth, raw = ([], []), [], 0.0
     for p in photos:
@@ -354,7 +354,7 @@ def verdict(
     det: Comparison | None,  # the detectors, if there are any
     asked: tuple[int, int],  # photos asked for
 ) -> str:  # one sentence
-    "What was found, with n."
+    "The verdict on both models, with the numbers of photos."
     said = {True: "agrees", False: "DOES NOT AGREE", None: "could not be compared in full"}
 
     def few(c, n):

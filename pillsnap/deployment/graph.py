@@ -28,7 +28,7 @@ logger = logging.getLogger("pillsnap.deployment.graph")
 
 # %% ../../nbs/deployment/810_graph.ipynb #c3b6f8a8
 def _trace(model: nn.Module, size: int, path: Path, axes: dict[int, str], names: tuple[str, str], opset: int) -> None:
-    "The older exporter (TorchScript)."
+    "Write by the older exporter (TorchScript)."
     spec = {names[0]: axes, names[1]: {0: "batch"}}
     torch.onnx.export(
         model,
@@ -43,7 +43,7 @@ def _trace(model: nn.Module, size: int, path: Path, axes: dict[int, str], names:
 
 
 def _capture(model: nn.Module, size: int, path: Path, axes: dict[int, str], names: tuple[str, str], opset: int) -> None:
-    "The newer exporter (torch.export)."
+    "Write by the newer exporter (torch.export)."
     dims = dict.fromkeys(axes, torch.export.Dim.DYNAMIC)
     torch.onnx.export(
         model,
@@ -123,7 +123,7 @@ class RawHead(nn.Module):
         return y[0] if isinstance(y, (tuple, list)) else y
 
 # %% ../../nbs/deployment/810_graph.ipynb #2cb33d0d
-def _inputs_of(layers: Sequence[nn.Module], ask: Callable[[], Any]) -> list[torch.Tensor]:
+def _inputs_of(layers: Sequence[nn.Module], run: Callable[[], Any]) -> list[torch.Tensor]:
     "The input of each layer during a forward pass: [channels, everything else]."
     seen = {}
     hooks = [
@@ -131,7 +131,7 @@ def _inputs_of(layers: Sequence[nn.Module], ask: Callable[[], Any]) -> list[torc
         for layer in layers
     ]
     try:
-        ask()
+        run()
     finally:
         for h in hooks:
             h.remove()
@@ -146,7 +146,8 @@ def livened(
 ) -> nn.Module:  # a copy in eval mode that finds boxes of many scores and sizes
     "An untrained detector with random last layers, for checks that need boxes."
     m, g = copy.deepcopy(model).eval(), torch.Generator().manual_seed(seed)
-    head = m.model[-1]
+    network: Any = m
+    head = network.model[-1]
     lasts = [branch[-1] for part in (head.cv2, head.cv3) for branch in part]
     for layer, f in zip(lasts, _inputs_of(lasts, lambda: m(torch.from_numpy(x)))):
         n, c = layer.weight.shape[:2]

@@ -168,7 +168,7 @@ def model_entry(
     return dict(file=Path(path).name, sha256=sha256_file(path), img_size=img_size, name=name, opset=opset, **kwargs)
 
 # %% ../../nbs/deployment/800_runtime.ipynb #11598496
-def write_bundle(  # noqa: PLR0913 - public signature
+def write_bundle(  # noqa: PLR0913 - everything that a bundle holds
     folder: str | Path,  # the export folder, with the ONNX files in it
     class_map: ClassMap,  # output number → K-code
     classifier: Mapping[str, Any],  # from model_entry
@@ -215,7 +215,7 @@ def _find_bundle(
         fix="run the stages first: pillsnap run all; or name the run folder with --run",
     )
 
-# %% ../../nbs/deployment/800_runtime.ipynb #205c0e6d
+
 def _fields(part: Mapping[str, Any], need: Mapping[str, type], where: Path) -> None:
     "Check that every field exists and has its type."
     for k, t in need.items():
@@ -406,7 +406,7 @@ def _facts(item: Mapping[str, Any]) -> Any:
         t.add_row("위치", "{:.0f}, {:.0f} – {:.0f}, {:.0f} px".format(*item["box"]))
     return t
 
-# %% ../../nbs/deployment/800_runtime.ipynb #34dea7ae
+
 def _others(item: Mapping[str, Any]) -> Any:
     "The most likely drugs, each with a bar."
     from rich.table import Table
@@ -516,7 +516,7 @@ def _item_html(
 def _card_html(
     answer: Answer,  # with its bundle and its photo
 ) -> str:  # for a notebook
-    "An answer for a person, in Korean: the photo, each pill, and what must be read beside it."
+    "An answer as an HTML card in Korean: the photo, each pill, and the notes."
     items = "".join(_item_html(n, item) for n, item in enumerate(answer["items"], 1))
     notes = "<br>".join(map(html_escape, _card_notes(answer, answer.meta)))
     told = items or f"<h4>{NO_PILL}</h4>"

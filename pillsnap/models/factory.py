@@ -119,7 +119,7 @@ def fetch_weights(
     remote: RemoteWeights,  # what to fetch
 ) -> Path:  # the file in the library's cache
     "Download through the library's own client and cache."
-    if remote.repo:
+    if remote.repo and remote.file:
         from huggingface_hub import hf_hub_download
 
         return Path(hf_hub_download(remote.repo, remote.file))
@@ -128,15 +128,16 @@ def fetch_weights(
     return Path(download_cached_file(remote.url))
 
 # %% ../../nbs/models/500_factory.ipynb #9e646b63
-def _mark(t: torch.Tensor) -> tuple:
+def _mark(t: torch.Tensor) -> tuple[int, float, float]:
+    "Count, sum and sum of magnitudes: equal for equal tensors."
     return (t.numel(), round(float(t.double().sum()), 6), round(float(t.double().abs().sum()), 6))
 
 
 def _share_loaded(
-    model: nn.Module,  # a network that was loaded
+    model: Any,  # a timm network that was loaded
     state: dict[str, torch.Tensor],  # what the file held
 ) -> float:  # 0…1, by count of numbers, without the head
-    "How much of a network came from a file; names of layers do not matter."
+    "The fraction of a network that came from a file, whatever its layers are called there."
     have = {_mark(v) for v in state.values() if torch.is_tensor(v) and v.is_floating_point()}
     head = {id(p) for p in model.get_classifier().parameters()}
     body = [p for p in model.parameters() if id(p) not in head]
@@ -157,7 +158,7 @@ def load_weights(
     num_classes: int,  # outputs
     path: Path,  # a weights file (.safetensors, .pth)
     **kwargs: Any,  # timm's drop_rate and drop_path_rate
-) -> tuple[nn.Module, float]:  # the network, and the share of it that came from the file
+) -> tuple[nn.Module, float]:  # the network, and the fraction of it that came from the file
     "Make a network from a file; a file that is not of this backbone is refused."
     from timm.models import load_state_dict
 
@@ -220,42 +221,52 @@ def linear_fp32(
 
 # %% ../../nbs/models/500_factory.ipynb #4e2014cb
 class CosineClassifier(nn.Module):
-    "A timm network that answers with scaled cosines, and gives the vector behind them."
+    "A timm network whose logits are scaled cosines; `embed` gives the vectors (Deng et al. 2019)."
+
+    backbone: Any  # the timm network without its head
+    neck: Any  # linear and batch norm
+    directions: nn.Linear  # one direction a class
 
     def __init__(
         self,
-        backbone: nn.Module,  # a timm network; its own head is taken off
+        backbone: Any,  # a timm network; its own head is removed
         num_classes: int,  # directions
         dim: int = 512,  # length of the vector a photo becomes
         scale: float = 64.0,  # of the cosines
     ):
         super().__init__()
         backbone.reset_classifier(0)
-        self.backbone, self.cosine_scale = (
-            backbone,
-            float(scale),
-        )  # a Learner shows its model's attributes as its own: no common name
-        self.neck = nn.Sequential(
-            nn.Linear(getattr(backbone, "head_hidden_size", None) or backbone.num_features, dim, bias=False),
-            nn.BatchNorm1d(dim),
-        )
+        self.backbone = backbone
+        self.cosine_scale = float(scale)  # fastai's Learner shows its model's attributes, so no common name
+        width = getattr(backbone, "head_hidden_size", None) or backbone.num_features
+        self.neck = nn.Sequential(nn.Linear(width, dim, bias=False), nn.BatchNorm1d(dim))
         self.directions = nn.Linear(dim, num_classes, bias=False)
         nn.init.xavier_uniform_(self.directions.weight)
 
-    def embed(self, x: torch.Tensor) -> torch.Tensor:  # float32 [N, dim], before normalisation
+    def embed(
+        self,
+        x: torch.Tensor,  # photos [N, 3, S, S]
+    ) -> torch.Tensor:  # float32 [N, dim], before normalisation
+        "The vector of each photo."
         features = self.backbone(x)
         with torch.autocast(features.device.type, enabled=False):
             return self.neck[1](linear_fp32(features.float(), self.neck[0].weight))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # float32 [N, C]: scale x cosine
+    def forward(
+        self,
+        x: torch.Tensor,  # photos [N, 3, S, S]
+    ) -> torch.Tensor:  # float32 [N, C]
+        "Cosines times the scale."
         e = self.embed(x)
         with torch.autocast(e.device.type, enabled=False):
             return self.cosine_scale * linear_fp32(F.normalize(e), F.normalize(self.directions.weight.float()))
 
     def get_classifier(self) -> nn.Module:
-        return nn.ModuleList([self.neck, self.directions])  # as timm's networks have it
+        "Neck and directions; timm's networks have the same method."
+        return nn.ModuleList([self.neck, self.directions])
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
+        "Recompute activations in the backward pass; timm's networks have the same method."
         self.backbone.set_grad_checkpointing(enable)
 
 # %% ../../nbs/models/500_factory.ipynb #cabb1129
@@ -276,7 +287,7 @@ class WeightsOrigin:
     path: str | None = None  # the file that was read
     url: str | None = None  # where that was fetched
     sha256: str | None = None  # of the file
-    share: float = 0.0  # share of the network that came from it
+    share: float = 0.0  # fraction of the network that came from it
 
 
 def _download(
@@ -328,9 +339,9 @@ def _make(
 def dropouts(
     backbone: str,  # a timm model name
     drop_rate: float = 0.0,  # dropout before the head
-    drop_path: float = 0.0,  # share of residual branches left out, the deepest most
+    drop_path: float = 0.0,  # probability of leaving out the deepest residual branch
 ) -> dict[str, float]:  # timm's arguments
-    "What timm is told of dropout."
+    "timm's arguments for dropout and stochastic depth; a line in the log where a network has no branches."
     if not drop_path:
         return {"drop_rate": drop_rate}
     try:
@@ -350,7 +361,7 @@ def build_classification_model(  # noqa: PLR0913 - a public signature; all but t
     drop_rate: float = 0.0,  # dropout before the head
     weights: str | None = None,  # a local weights file
     declared: int | None = None,  # number of drugs somebody declared; only printed
-    drop_path: float = 0.0,  # share of residual branches left out
+    drop_path: float = 0.0,  # probability of leaving out the deepest residual branch
     head: Mapping[str, Any] | None = None,  # of a cosine head: {"dim", "scale"}; None = linear
     weights_later: bool = False,  # the caller loads them; none are fetched here
 ) -> nn.Module:  # with .weights_origin
@@ -366,15 +377,15 @@ def build_classification_model(  # noqa: PLR0913 - a public signature; all but t
         model, origin = _create(backbone, num_classes, **drops), WeightsOrigin("scratch")
     else:
         model, origin = _make(backbone, num_classes, pretrained, weights, drops)
-    model = _with_head(model, num_classes, head)
-    model.weights_origin = asdict(origin)
+    network: Any = _with_head(model, num_classes, head)
+    network.weights_origin = asdict(origin)
     if origin.sha256:
         told = f"sha256 {origin.sha256[:12]}, {origin.share:.0%} of the network"
         logger.info(f"weights: {origin.source} {origin.path}, {told}")
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    millions = sum(p.numel() for p in network.parameters()) / 1e6
     drugs = f"{num_classes} drugs in the class map" + (f", {declared} declared" if declared else "")
     logger.info(f"model: {backbone}, {millions:.2f} M numbers, {drugs}")
-    return model.to(memory_format=torch.channels_last) if channels_last else model
+    return network.to(memory_format=torch.channels_last) if channels_last else network
 
 # %% ../../nbs/models/500_factory.ipynb #bf64498a
 @dataclass(frozen=True)
@@ -396,7 +407,7 @@ def load_classifier(
     ckpt = load_ckpt(ckpt_path, class_map=None if class_map is None else class_map.to_dict())
     cm = ClassMap.from_dict(ckpt["class_map"], where=ckpt_path)
     try:
-        model = _with_head(
+        model: Any = _with_head(
             _create(check_backbone(ckpt["backbone"]), len(cm)),
             len(cm),
             ckpt.get("head"),
@@ -420,7 +431,7 @@ def fresh_classifier_checkpoint(
     config_snapshot: dict | None = None,  # the configuration; {} when None
     seed: int = 0,  # of the random weights
 ) -> Path:
-    "An untrained classifier in a checkpoint: what a smoke run of a later stage starts from."
+    "Write an untrained classifier as a checkpoint, for the smoke run of a later job."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _create(check_backbone(backbone), len(class_map))

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 # %% ../../nbs/models/570_pipeline.ipynb #df77b44d
 import numpy as np
@@ -29,8 +29,9 @@ from ..photos.boxes import decode_yolo, letterbox, unletterbox
 from ..photos.images import IMAGENET_MEAN, IMAGENET_STD, crop_view, normalise, open_image_safely, whole_view
 
 # %% ../../nbs/models/570_pipeline.ipynb #c97a4674
+@runtime_checkable
 class ClassifierRunner(Protocol):
-    "Names a pill."
+    "Scores the drugs for views of one pill each."
 
     size: int  # side of its square input, pixels
 
@@ -39,9 +40,10 @@ class ClassifierRunner(Protocol):
         x: np.ndarray,  # normalised views, float32 [N, 3, size, size]
     ) -> np.ndarray: ...  # float32 [N, C], scores before the softmax
 
-# %% ../../nbs/models/570_pipeline.ipynb #fee3507b
+
+@runtime_checkable
 class DetectorRunner(Protocol):
-    "Finds pills."
+    "Finds the pills of a photo."
 
     size: int  # side of its square input, pixels
 
@@ -132,11 +134,11 @@ CARD = dict(  # field → (Korean label, keys of the delivery's record)
     rx_otc=("구분", ("di_etc_otc_code",)),
 )
 
-# %% ../../nbs/models/570_pipeline.ipynb #ab5b9d99
+
 def _known_text(
     value: Any,  # what a record holds
 ) -> Any:  # None for null, "", blanks and NaN
-    "One spelling of not known (DATA traps: null and the empty string alike)."
+    "The value, or None where the record holds null, an empty string, blanks or NaN."
     if isinstance(value, str):
         return value.strip() or None
     return None if value is None or (isinstance(value, float) and not math.isfinite(value)) else value
@@ -153,7 +155,7 @@ def drug_card(
     size = [v if (v := _known_text(record.get(k))) and v > 0 else None for k in CARD["size_mm"][1]]  # 0 mm is no size
     return {**card, "size_mm": size if any(v is not None for v in size) else None}
 
-# %% ../../nbs/models/570_pipeline.ipynb #d7e5dbcb
+
 def edi_codes(
     record: Mapping[str, Any],  # a drug's record
 ) -> list[str]:  # never empty strings
@@ -200,7 +202,7 @@ BADGE, LOW_CONFIDENCE = "combo 권장", 0.30  # single mode, below .30
 
 
 def combo_hints(
-    mode: str,  # the mode that was asked for
+    mode: str,  # the requested mode
     confidence: float | None,  # of the best drug, None when there is none
     box_count: int | None = None,  # pills that somebody counted in the photo
 ) -> list[str]:  # the log's words: multi_object_hint, low_confidence

@@ -143,7 +143,7 @@ class LazyObject:
 # %% ../../nbs/models/560_yolo.ipynb #ed954bb0
 def build_yolo_model(
     model_size: str = "11m",  # "11n" … "11x", in any of the sources' spellings
-    num_classes: int = 1,  # 1: a pill is a pill; which one is the classifier's affair
+    num_classes: int = 1,  # 1: pill; the classifier names the drug
     lazy_load: bool = False,  # a stand-in that builds on first use
 ) -> nn.Module | LazyObject:  # random weights from torch's generator, train mode
     "YOLO11 from the recipe (YAML) that ultralytics ships; no weights are fetched."
@@ -167,8 +167,9 @@ def build_criterion_detection(
     load_ultralytics()
     from ultralytics.cfg import get_cfg
 
-    model.args = get_cfg()
-    return model.init_criterion()
+    network: Any = model
+    network.args = get_cfg()
+    return network.init_criterion()
 
 # %% ../../nbs/models/560_yolo.ipynb #3dcb0771
 class TorchDetector:
@@ -198,7 +199,7 @@ class TorchDetector:
             return np.concatenate([ask(x[i : i + self.batch]) for i in range(0, max(1, len(x)), self.batch)])
 
 # %% ../../nbs/models/560_yolo.ipynb #8206a356
-PILL = ClassMap(["pill"], kind="detector")
+PILL = ClassMap(("pill",), kind="detector")
 
 
 def fresh_detector_checkpoint(
@@ -208,7 +209,7 @@ def fresh_detector_checkpoint(
     config_snapshot: dict | None = None,  # the configuration; {} when None
     seed: int = 0,  # of the random weights
 ) -> Path:
-    "An untrained detector in a checkpoint: what a smoke run of a later stage starts from."
+    "Write an untrained detector as a checkpoint, for the smoke run of a later job."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = build_yolo_model(model)
@@ -271,9 +272,10 @@ def open_detector(
 
     def make():
         loaded = load_detector(ckpt_path, device)
-        fused = loaded.model.fuse(verbose=False).to(memory_format=torch.channels_last)
+        network: Any = loaded.model
+        fused = network.fuse(verbose=False).to(memory_format=torch.channels_last)
         return TorchDetector(fused, loaded.img_size, batch)
 
     if lazy and not Path(ckpt_path).is_file():
-        raise PillsnapError("there is no detector here", where=ckpt_path, fix="run the detector stage first")
+        raise PillsnapError("there is no detector here", where=ckpt_path, fix="run the detector job first")
     return LazyObject(make) if lazy else make()
