@@ -286,7 +286,7 @@ def imbalance_record(
         kind="computed",
     )
 
-# %% ../../nbs/evaluation/764_figures.ipynb #42e4fd1d
+
 def leak_record(
     root: Path,  # run folder
     prov: Provenance,  # data and class map

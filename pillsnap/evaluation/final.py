@@ -188,9 +188,9 @@ def final_test_evaluation(
     unseal: bool = False,  # open it again; recorded
 ) -> tuple[dict[str, Any], HeldOut]:  # final_test_results.json as written, and what was measured
     "Open the sealed photos, score them and write the result; raises PillsnapError where it is not allowed."
-    root, look = Path(run_dir).absolute(), OpeningRequest("final-test", RESULTS, reason, confirm, unseal)
+    root, request = Path(run_dir).absolute(), OpeningRequest("final-test", RESULTS, reason, confirm, unseal)
     cfg = load_config(str(root / "config.yaml")) if (root / "config.yaml").is_file() else None
-    refuse_opening(root, look, model_path(cfg) if cfg else "checkpoints/classifier/best.pt")
+    refuse_opening(root, request, model_path(cfg) if cfg else "checkpoints/classifier/best.pt")
     if cfg is None:
         raise PillsnapError(
             "this run folder has no configuration",
@@ -200,12 +200,12 @@ def final_test_evaluation(
     run = RunFolder(root, "final_test")
     with FolderLock(root), run.logged():
         p = replace(load_part(run, cfg, "test"), name="final_test")
-        look = replace(look, data=p.prov.data, models=model_digests(p))
-        opening = open_sealed(root, look)
+        request = replace(request, data=p.prov.data, models=model_digests(p))
+        opening = open_sealed(root, request)
         if cfg.train.num_threads:
             torch.set_num_threads(cfg.train.num_threads)
         got = score_part(p)
-        doc = _final_report(p, got, opening, look.models)
+        doc = _final_report(p, got, opening, request.models)
         save_json(doc, root / RESULTS)
         close_sealed(root, opening)
     return doc, got

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SEALED', 'check_held_out', 'sealed_rows', 'closed_set_photos', 'opening_obstacles', 'OpeningRequest',
            'refuse_opening', 'open_sealed', 'close_sealed', 'group_intervals', 'HeldOut', 'Part', 'model_path',
-           'score_part', 'load_part', 'model_digests', 'advise_retrieval', 'part_report', 'figure_lines',
+           'load_part', 'model_digests', 'score_part', 'advise_retrieval', 'part_report', 'figure_lines',
            'evaluate_split', 'evaluate_command']
 
 # %% ../../nbs/evaluation/780_heldout.ipynb #5c66f45e
@@ -130,7 +130,7 @@ def _unfinished_opening(
         return None
     return None if (Path(run_dir) / last["report"]).is_file() else last
 
-# %% ../../nbs/evaluation/780_heldout.ipynb #675a0c4b
+
 def opening_obstacles(
     run_dir: str | os.PathLike,  # run folder
     reason: str = "",  # why it is to be opened
@@ -170,15 +170,15 @@ class OpeningRequest:
     data: str = ""  # aihub | synthetic | other
     models: dict[str, str] | None = None  # checkpoint path → sha256; None = not yet known
 
-
+# %% ../../nbs/evaluation/780_heldout.ipynb #37ee1969
 def refuse_opening(
     run_dir: str | os.PathLike,  # run folder
-    look: OpeningRequest,  # the opening
+    request: OpeningRequest,  # the opening
     checkpoint: str | os.PathLike = "checkpoints/classifier/best.pt",  # the model that is scored
 ) -> dict[str, Any] | None:  # an unfinished opening that may be completed
     "Raise PillsnapError with every reason against opening, before anything is loaded."
-    kept = _unfinished_opening(run_dir, look.command, look.models)
-    if todo := opening_obstacles(run_dir, look.reason, look.confirm, look.unseal, checkpoint, kept):
+    kept = _unfinished_opening(run_dir, request.command, request.models)
+    if todo := opening_obstacles(run_dir, request.reason, request.confirm, request.unseal, checkpoint, kept):
         raise PillsnapError(
             "the sealed test stays closed:\n  - " + "\n  - ".join(todo),
             where=run_dir,
@@ -189,28 +189,28 @@ def refuse_opening(
 
 def open_sealed(
     run_dir: str | os.PathLike,  # run folder, locked by the caller
-    look: OpeningRequest,  # the opening
+    request: OpeningRequest,  # the opening
 ) -> dict[str, Any]:  # the ledger's entry of this opening
     "Write the opening to the ledger; raises PillsnapError where it is not allowed."
-    root, kept = Path(run_dir), refuse_opening(run_dir, look, next(iter(look.models)))
-    if kept and not look.unseal:
-        append_ledger(root, "continue", opening=kept["seq"], reason=look.reason)
+    root, kept = Path(run_dir), refuse_opening(run_dir, request, next(iter(request.models)))
+    if kept and not request.unseal:
+        append_ledger(root, "continue", opening=kept["seq"], reason=request.reason)
         return kept
-    if (old := root / look.report).is_file():
+    if (old := root / request.report).is_file():
         os.replace(old, old.with_name(f"{old.stem}_before_{len(read_ledger(root)) + 1}{old.suffix}"))
     return append_ledger(
         root,
         "open",
-        command=look.command,
-        reason=look.reason,
-        unseal=look.unseal,
-        data=look.data,
+        command=request.command,
+        reason=request.reason,
+        unseal=request.unseal,
+        data=request.data,
         sealed=sha256_file(root / SEALED),
-        models=look.models,
-        report=look.report,
+        models=request.models,
+        report=request.report,
     )
 
-# %% ../../nbs/evaluation/780_heldout.ipynb #8551659c
+
 def close_sealed(
     run_dir: str | os.PathLike,  # run folder
     opening: Mapping[str, Any],  # the ledger's entry, from open_sealed
@@ -274,6 +274,42 @@ class Part:
     def prov(self) -> Provenance:
         "Data and class map of every record."
         return Provenance(self.data.header["source"], self.data.header["data_hash"], self.data.class_map.fingerprint)
+
+# %% ../../nbs/evaluation/780_heldout.ipynb #5db0f609
+def model_path(
+    cfg: Config,  # project.family
+) -> str:  # relative to the run folder
+    "The checkpoint that is scored for a family."
+    return "checkpoints/retrieval/best.pt" if cfg.project.family == "retrieval" else "checkpoints/classifier/best.pt"
+
+
+def load_part(
+    run: RunFolder,  # the run
+    cfg: Config,  # its configuration
+    split: str,  # val | test
+    checkpoint: str | os.PathLike = "",  # "" = best.pt of the family
+) -> Part:
+    "Rows and model of one part; no photo is opened."
+    if split not in ("val", "test"):
+        raise PillsnapError(f"there is no split {split!r} to evaluate", fix="--split val or --split test")
+    data = load_split_data(run.root, cfg.data.progressive_validation.current_stage)
+    rows = data.val if split == "val" else sealed_rows(run.root, data)
+    path = Path(checkpoint) if checkpoint else run.root / model_path(cfg)
+    if not path.is_file():
+        raise PillsnapError(
+            "there is no such checkpoint", where=path, fix="train the run first, or name a file with --checkpoint"
+        )
+    return Part(run, cfg, data, rows, path.absolute(), f"evaluate_{split}")
+
+
+def model_digests(
+    p: Part,  # the part
+) -> dict[str, str]:  # path, relative to the run folder if inside it → sha256
+    "The sha256 of every model that scores the part."
+    root, names = p.run.root, [p.checkpoint]
+    if p.cfg.project.family == "two_stage" and not without_detector(root):
+        names.append(root / "checkpoints" / "detector" / "best.pt")
+    return {(n.relative_to(root).as_posix() if n.is_relative_to(root) else str(n)): sha256_file(n) for n in names}
 
 # %% ../../nbs/evaluation/780_heldout.ipynb #b1f53114
 def _temperature_of(
@@ -381,13 +417,6 @@ def _score_retrieval(
     return HeldOut(metrics, intervals, absent, skipped, files=[path])
 
 # %% ../../nbs/evaluation/780_heldout.ipynb #40a52410
-def model_path(
-    cfg: Config,  # project.family
-) -> str:  # relative to the run folder
-    "The checkpoint that is scored for a family."
-    return "checkpoints/retrieval/best.pt" if cfg.project.family == "retrieval" else "checkpoints/classifier/best.pt"
-
-
 def score_part(
     p: Part,  # rows and model
 ) -> HeldOut:
@@ -404,35 +433,6 @@ def score_part(
     p = replace(p, rows=known)
     got = _score_retrieval(p) if p.cfg.project.family == "retrieval" else _score_classifier(p)
     return replace(got, other_drugs=others)
-
-# %% ../../nbs/evaluation/780_heldout.ipynb #2de8e06d
-def load_part(
-    run: RunFolder,  # the run
-    cfg: Config,  # its configuration
-    split: str,  # val | test
-    checkpoint: str | os.PathLike = "",  # "" = best.pt of the family
-) -> Part:
-    "Rows and model of one part; no photo is opened."
-    if split not in ("val", "test"):
-        raise PillsnapError(f"there is no split {split!r} to evaluate", fix="--split val or --split test")
-    data = load_split_data(run.root, cfg.data.progressive_validation.current_stage)
-    rows = data.val if split == "val" else sealed_rows(run.root, data)
-    path = Path(checkpoint) if checkpoint else run.root / model_path(cfg)
-    if not path.is_file():
-        raise PillsnapError(
-            "there is no such checkpoint", where=path, fix="train the run first, or name a file with --checkpoint"
-        )
-    return Part(run, cfg, data, rows, path.absolute(), f"evaluate_{split}")
-
-
-def model_digests(
-    p: Part,  # the part
-) -> dict[str, str]:  # path, relative to the run folder if inside it → sha256
-    "The sha256 of every model that scores the part."
-    root, names = p.run.root, [p.checkpoint]
-    if p.cfg.project.family == "two_stage" and not without_detector(root):
-        names.append(root / "checkpoints" / "detector" / "best.pt")
-    return {(n.relative_to(root).as_posix() if n.is_relative_to(root) else str(n)): sha256_file(n) for n in names}
 
 # %% ../../nbs/evaluation/780_heldout.ipynb #0de2410b
 def advise_retrieval(
@@ -521,14 +521,14 @@ def evaluate_split(
         raise PillsnapError(
             "this is not a run folder", where=root, fix="name a folder that `pillsnap run` has made, with --run"
         )
-    cfg, look = load_config(str(root / "config.yaml")), OpeningRequest("evaluate", name, reason, confirm, unseal)
+    cfg, request = load_config(str(root / "config.yaml")), OpeningRequest("evaluate", name, reason, confirm, unseal)
     if split == "test":
-        refuse_opening(root, look, Path(checkpoint).absolute() if checkpoint else model_path(cfg))
+        refuse_opening(root, request, Path(checkpoint).absolute() if checkpoint else model_path(cfg))
     run = RunFolder(root, "evaluate")
     with FolderLock(root), run.logged():
         p = load_part(run, cfg, split, checkpoint)
-        look = replace(look, data=p.prov.data, models=model_digests(p))
-        opening = open_sealed(root, look) if split == "test" else None
+        request = replace(request, data=p.prov.data, models=model_digests(p))
+        opening = open_sealed(root, request) if split == "test" else None
         if cfg.train.num_threads:
             torch.set_num_threads(cfg.train.num_threads)
         got = score_part(p)
@@ -540,7 +540,7 @@ def evaluate_split(
         doc = {
             "schema": "pillsnap.heldout/1",
             "split": split,
-            **part_report(p, got, look.models),
+            **part_report(p, got, request.models),
             "note": note,
             "opening": opening["seq"] if opening else None,
         }

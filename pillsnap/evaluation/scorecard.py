@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BUSINESS', 'MOST_LISTED', 'read_evaluation', 'gate_facts', 'best_before', 'time_cap', 'gate_and_advise',
-           'scorecard_markdown', 'without_empty_columns', 'write_scorecard', 'verdict_sentence', 'scorecard_notes',
+           'without_empty_columns', 'scorecard_markdown', 'write_scorecard', 'verdict_sentence', 'scorecard_notes',
            'append_gate']
 
 # %% ../../nbs/evaluation/766_scorecard.ipynb #16dbc3ab
@@ -222,6 +222,33 @@ def _scorecard_rows(
     names = dict.fromkeys([*_SHOWN, *points, *bars])
     return [_scorecard_row(k, metrics.get(k), points.get(k), bars.get(k)) for k in names]
 
+# %% ../../nbs/evaluation/766_scorecard.ipynb #9e5cbeb8
+def without_empty_columns(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    "The rows without columns that are empty in every row."
+    used = [k for k in rows[0] if any(r[k] not in ("", None) for r in rows)] if rows else []
+    return [{k: r[k] for k in used} for r in rows]
+
+
+MOST_LISTED = 20  # drugs in the scorecard's table; per_class.csv has all
+
+
+def _do_not_rely(card: Mapping[str, Any]) -> list[str]:
+    "The drugs that are often named wrongly, as lines of Markdown."
+    bad, unseen, lines = card["do_not_rely_on"], card["without_clean_photo"], ["## Do not rely on", ""]
+    if bad:
+        rows = [{**r, "right": f"{r['right']:.0%}", "share": f"{r['share']:.0%}"} for r in bad[:MOST_LISTED]]
+        worst = f", the worst {MOST_LISTED} of {len(bad)}" if len(bad) > MOST_LISTED else ""
+        head = f"Drugs of which fewer than {RELIABLE:.0%} of the clean photos are named rightly{worst}:"
+        lines += [head, "", markdown_table(rows), ""]
+    elif any(r["figure"] == "accuracy" and r["n"] for r in card["rows"]):
+        lines += [f"Every drug with clean photos is named rightly in {RELIABLE:.0%} of them or more.", ""]
+    else:
+        lines += ["Nothing is known: there are no clean photos.", ""]
+    if unseen:
+        first = ", ".join(unseen[:5]) + (" …" if len(unseen) > 5 else "")
+        lines += [f"{len(unseen)} drugs have no clean photo, so nothing is known about them: {first}", ""]
+    return lines
+
 # %% ../../nbs/evaluation/766_scorecard.ipynb #df6b42c3
 def _warnings(
     card: Mapping[str, Any],  # scorecard.json
@@ -277,33 +304,6 @@ def scorecard_markdown(
     lines += [markdown_table(without_empty_columns(card["rows"])), "", *_do_not_rely(card)]
     lines += ["Latency, milliseconds:", "", markdown_table(card["latency"]), ""]
     return "\n".join([*lines, *(f"- {n}" for n in card["notes"]), ""])
-
-# %% ../../nbs/evaluation/766_scorecard.ipynb #9e5cbeb8
-def without_empty_columns(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    "The rows without columns that are empty in every row."
-    used = [k for k in rows[0] if any(r[k] not in ("", None) for r in rows)] if rows else []
-    return [{k: r[k] for k in used} for r in rows]
-
-
-MOST_LISTED = 20  # drugs in the scorecard's table; per_class.csv has all
-
-
-def _do_not_rely(card: Mapping[str, Any]) -> list[str]:
-    "The drugs that are often named wrongly, as lines of Markdown."
-    bad, unseen, lines = card["do_not_rely_on"], card["without_clean_photo"], ["## Do not rely on", ""]
-    if bad:
-        rows = [{**r, "right": f"{r['right']:.0%}", "share": f"{r['share']:.0%}"} for r in bad[:MOST_LISTED]]
-        worst = f", the worst {MOST_LISTED} of {len(bad)}" if len(bad) > MOST_LISTED else ""
-        head = f"Drugs of which fewer than {RELIABLE:.0%} of the clean photos are named rightly{worst}:"
-        lines += [head, "", markdown_table(rows), ""]
-    elif any(r["figure"] == "accuracy" and r["n"] for r in card["rows"]):
-        lines += [f"Every drug with clean photos is named rightly in {RELIABLE:.0%} of them or more.", ""]
-    else:
-        lines += ["Nothing is known: there are no clean photos.", ""]
-    if unseen:
-        first = ", ".join(unseen[:5]) + (" …" if len(unseen) > 5 else "")
-        lines += [f"{len(unseen)} drugs have no clean photo, so nothing is known about them: {first}", ""]
-    return lines
 
 # %% ../../nbs/evaluation/766_scorecard.ipynb #ffc6aa00
 def _latency_rows(

@@ -183,8 +183,8 @@ MUTATIONS: list[Mutation] = [
     Mutation(
         "a sealed photo is read before the ledger says open",
         "pillsnap/evaluation/final.py",
-        "        opening = open_sealed(root, look)\n",
-        "        got = score_part(p)\n        opening = open_sealed(root, look)\n",
+        "        opening = open_sealed(root, request)\n",
+        "        got = score_part(p)\n        opening = open_sealed(root, request)\n",
         "tests/test_heldout.py::test_the_ledger_says_open_before_the_first_sealed_photo_is_read",
     ),
     Mutation(
