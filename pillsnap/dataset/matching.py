@@ -65,7 +65,7 @@ def _match_labels(
 ) -> list[Sample]:  # in the order of their names
     "Match labels and photos by name."
     samples, rel = [], relative_paths(d.root)
-    for stem, truth in sorted(e.judged.items()):
+    for stem, truth in sorted(e.irregular.items()):
         for p in truth.pills:
             if p.fault:
                 quarantine.drop(rel(p.label), p.fault, p.detail)
@@ -93,7 +93,7 @@ def _photos_without_label(
 ) -> None:
     "Put photos without a label into quarantine."
     rel = relative_paths(d.root)
-    labelled = {*e.judged, *e.plain["stem"].to_pylist(), *(Path(f.path).stem for f in e.refused)}
+    labelled = {*e.irregular, *e.plain["stem"].to_pylist(), *(Path(f.path).stem for f in e.refused)}
     for stem in sorted(set(photos.paths) - labelled):
         for path in photos.paths[stem]:
             quarantine.drop(rel(path), FaultReason.NO_JSON)

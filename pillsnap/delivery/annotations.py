@@ -164,10 +164,10 @@ class Annotation(msgspec.Struct, frozen=True, gc=False):
         except ValueError:
             return None
 
-# %% ../../nbs/delivery/126_annotations.ipynb #15838f67
+# %% ../../nbs/delivery/126_annotations.ipynb #0e091a4b
 MAX_JSON_BYTES = 4_000_000
 
-# %% ../../nbs/delivery/126_annotations.ipynb #0e091a4b
+
 def read_bytes(
     path: str | os.PathLike,  # a file
 ) -> bytes | Fault:
@@ -244,11 +244,11 @@ def parse_json(
         json.dumps(obj, ensure_ascii=False).encode("utf-8")
     return obj
 
-# %% ../../nbs/delivery/126_annotations.ipynb #2177d418
+# %% ../../nbs/delivery/126_annotations.ipynb #ae23f3db
 def _is_size(v: Any) -> bool:
     return isinstance(v, (int, float)) and not isinstance(v, bool) and v == v and 0 < v < 100_000 and v == int(v)
 
-# %% ../../nbs/delivery/126_annotations.ipynb #ae23f3db
+
 def _check_record(
     obj: Any,  # parsed JSON
 ) -> tuple[FaultReason, str] | None:  # reason and detail; None if the structure is right
@@ -352,6 +352,52 @@ _NOTHING: tuple[bytes, Any, Any] = (b"\0", None, None)  # bytes that no file has
 _BRACE = ord("}")
 _STARTS = (b'{\n    "images"', b'{\n\t"images"', b'{"images"')
 
+# %% ../../nbs/delivery/126_annotations.ipynb #e2e3b256
+@patch
+def parse(
+    self: AnnotationReader,
+    path: str,  # one JSON file
+    raw: bytes,  # its content
+    at: int,  # offset of the drug's keys
+) -> Annotation | Fault:
+    "Parse a whole file, and remember the bytes of its drug's keys."
+    try:
+        raw.decode()
+        doc = _whole(raw)
+    except _TROUBLE:
+        return read_by_keys(path, raw)
+    if len(doc.images) != 1 or not doc.annotations:
+        return read_by_keys(path, raw)
+    photo = PhotoRecord(*(getattr(doc.images[0], k) for k in _PHOTO))
+    drug = DrugRecord(*(getattr(doc.images[0], k) for k in _DRUG))
+    if not (
+        0 < photo.width < 100_000
+        and 0 < photo.height < 100_000
+        and _KCODE.fullmatch(photo.drug_N)
+        and photo.file_name.strip()
+    ):
+        return read_by_keys(path, raw)
+    words = raw[at : raw.find(b'"id"', at)]
+    try:
+        if (
+            _rest(raw.replace(words, b"", 1)).images == (photo,)
+            and msgspec.json.decode(b'{%b"id":1}' % words, type=DrugRecord) == drug
+        ):
+            self.known[raw[at : at + 24]] = (words, drug, photo.drug_N)
+    except _TROUBLE:
+        pass
+    return Annotation(
+        path,
+        photo,
+        drug,
+        [b.bbox for b in doc.annotations],
+        [b.area for b in doc.annotations],
+        photo.width,
+        photo.height,
+        "utf-8",
+        True,
+    )
+
 # %% ../../nbs/delivery/126_annotations.ipynb #9575c2b8
 @patch
 def read(
@@ -413,52 +459,6 @@ def folder(
                 yield from map(self.read, paths, raws)
             else:
                 yield from (self.read(p, raw) if raw else self(p) for p, raw in zip(paths, raws))
-
-# %% ../../nbs/delivery/126_annotations.ipynb #e2e3b256
-@patch
-def parse(
-    self: AnnotationReader,
-    path: str,  # one JSON file
-    raw: bytes,  # its content
-    at: int,  # offset of the drug's keys
-) -> Annotation | Fault:
-    "Parse a whole file, and remember the bytes of its drug's keys."
-    try:
-        raw.decode()
-        doc = _whole(raw)
-    except _TROUBLE:
-        return read_by_keys(path, raw)
-    if len(doc.images) != 1 or not doc.annotations:
-        return read_by_keys(path, raw)
-    photo = PhotoRecord(*(getattr(doc.images[0], k) for k in _PHOTO))
-    drug = DrugRecord(*(getattr(doc.images[0], k) for k in _DRUG))
-    if not (
-        0 < photo.width < 100_000
-        and 0 < photo.height < 100_000
-        and _KCODE.fullmatch(photo.drug_N)
-        and photo.file_name.strip()
-    ):
-        return read_by_keys(path, raw)
-    words = raw[at : raw.find(b'"id"', at)]
-    try:
-        if (
-            _rest(raw.replace(words, b"", 1)).images == (photo,)
-            and msgspec.json.decode(b'{%b"id":1}' % words, type=DrugRecord) == drug
-        ):
-            self.known[raw[at : at + 24]] = (words, drug, photo.drug_N)
-    except _TROUBLE:
-        pass
-    return Annotation(
-        path,
-        photo,
-        drug,
-        [b.bbox for b in doc.annotations],
-        [b.area for b in doc.annotations],
-        photo.width,
-        photo.height,
-        "utf-8",
-        True,
-    )
 
 # %% ../../nbs/delivery/126_annotations.ipynb #ae8146f0
 def read_annotation(

@@ -137,7 +137,7 @@ def _add_links(w: TreeListing, links: list[str]) -> None:
             have.add(real)
             w.files.append(link)
 
-# %% ../../nbs/delivery/124_tree.ipynb #e22fc52b
+
 def _nameable(path: str, w: TreeListing) -> bool:
     "Whether the path is valid UTF-8, as the manifest needs it; adds a fault otherwise."
     try:

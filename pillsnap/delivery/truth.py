@@ -192,20 +192,20 @@ class LabelledDrug:
     "The metadata of one drug: each combination of values with the number of its files."
 
     # values of FACT_KEYS → files; None for null, UNSET where a key is missing
-    said: Counter = field(default_factory=Counter)
+    counts: Counter = field(default_factory=Counter)
 
     @property
     def nulls(self) -> set[str]:  # keys
         "The keys that are null in every record."
-        if not self.said:
+        if not self.counts:
             return set()
-        return {k for k, *values in zip(FACT_KEYS, *self.said) if all(v is None for v in values)}
+        return {k for k, *values in zip(FACT_KEYS, *self.counts) if all(v is None for v in values)}
 
     @property
     def values(self) -> dict[str, Counter]:  # key → values with their counts; "" for null
         "The values of each key with the number of their files."
         out = {}
-        for facts, n in self.said.items():
+        for facts, n in self.counts.items():
             for k, v in zip(FACT_KEYS, facts):
                 if v is not msgspec.UNSET:
                     out.setdefault(k, Counter())["" if v is None else v] += n
@@ -234,9 +234,9 @@ def add(
     "Count the metadata of a record."
     facts = _facts_of(record)
     try:
-        self.said[facts] += times
+        self.counts[facts] += times
     except TypeError:
-        self.said[tuple(map(_countable, facts))] += times
+        self.counts[tuple(map(_countable, facts))] += times
 
 # %% ../../nbs/delivery/130_truth.ipynb #fee54425
 @patch
@@ -245,8 +245,8 @@ def fact(
     key: str,  # one of FACT_KEYS
 ) -> Any:  # the most frequent value, the smaller one in a tie; None if unknown
     "The value of a key."
-    said = self.values.get(key)
-    return known_text(min(said, key=lambda v: (-said[v], str(v)))) if said else None
+    counts = self.values.get(key)
+    return known_text(min(counts, key=lambda v: (-counts[v], str(v)))) if counts else None
 
 # %% ../../nbs/delivery/130_truth.ipynb #8f978c57
 @dataclass
@@ -254,7 +254,7 @@ class LabelEvidence:
     "The records of a delivery's labels and their faults."
 
     # photo name without extension → its records: all but the plain photos
-    judged: dict[str, PhotoTruth] = field(default_factory=dict)
+    irregular: dict[str, PhotoTruth] = field(default_factory=dict)
     # photos of one pill without a fault, a row each
     plain: pa.Table = field(default_factory=lambda: PLAIN.empty_table())
     drugs: dict[str, LabelledDrug] = field(default_factory=dict)  # K-code → its metadata
@@ -268,7 +268,7 @@ class LabelEvidence:
     @property
     def photos(self) -> dict[str, PhotoTruth]:  # by photo name without extension
         "Every photo as an object; too slow for half a million photos."
-        return {**dict(_each(self.plain)), **self.judged}
+        return {**dict(_each(self.plain)), **self.irregular}
 
 
 PLAIN = pa.schema(
@@ -316,7 +316,9 @@ def add(
     self.note("unread_names", a.path, capture is None)
     self.counts["cp949"] += a.encoding == "cp949"
     (self.disputed if code else self.drugs).setdefault(a.kcode, LabelledDrug()).add(a.drug)
-    photo = self.judged.setdefault(a.stem, PhotoTruth(a.file_name, capture.codes if capture else (), a.width, a.height))
+    photo = self.irregular.setdefault(
+        a.stem, PhotoTruth(a.file_name, capture.codes if capture else (), a.width, a.height)
+    )
     fault, detail = _record_fault(a, code, idx)
     for bbox, area in zip(a.boxes, a.areas):
         photo.pills.append(self._check_box(a, bbox, area, fault, detail))
@@ -386,8 +388,8 @@ def _compare_boxes(
 @patch
 def close(self: LabelEvidence) -> "LabelEvidence":  # itself
     "Compare the boxes of each photo and the metadata of each drug, after all records are added."
-    for name in sorted(self.judged):
-        _compare_boxes(self.judged[name])
+    for name in sorted(self.irregular):
+        _compare_boxes(self.irregular[name])
     for k in sorted(self.drugs):
         for key, values in sorted(self.drugs[k].conflicts.items()):
             common = "; ".join(f"{str(v)[:40]!r} in {n} files" for v, n in values.most_common(3))
@@ -474,7 +476,7 @@ def demote(
 ) -> None:
     "Move plain photos to the others."
     for stem, truth in _each(self.plain.filter(which)):
-        _join(self.judged, stem, truth)
+        _join(self.irregular, stem, truth)
     self.plain = self.plain.filter(pc.invert(which))
 
 # %% ../../nbs/delivery/130_truth.ipynb #7c67eb71
@@ -491,14 +493,14 @@ def merge(
             e.named.setdefault(name, []).extend(paths)
         for mine, theirs in ((e.drugs, p.drugs), (e.disputed, p.disputed)):
             for code, drug in theirs.items():
-                mine.setdefault(code, LabelledDrug()).said.update(drug.said)
-        for stem, truth in p.judged.items():
-            _join(e.judged, stem, truth)
+                mine.setdefault(code, LabelledDrug()).counts.update(drug.counts)
+        for stem, truth in p.irregular.items():
+            _join(e.irregular, stem, truth)
     if tables:
         e.plain = pa.concat_tables(tables)
     stems = e.plain["stem"].value_counts()
     twice = stems.filter(pc.greater(stems.field("counts"), 1)).field("values")
-    e.demote(pc.is_in(e.plain["stem"], pa.concat_arrays([twice, pa.array(e.judged, pa.string())])))
+    e.demote(pc.is_in(e.plain["stem"], pa.concat_arrays([twice, pa.array(e.irregular, pa.string())])))
     return e.close()
 
 # %% ../../nbs/delivery/130_truth.ipynb #48de5f02
@@ -581,7 +583,7 @@ def _without_photo(
     "The annotation files whose photo is missing."
     stems, labels = e.plain["stem"].to_pylist(), e.plain["label"].to_pylist()
     plain = [label for stem, label in zip(stems, labels) if stem not in photos.paths]
-    others = [{pill.label for pill in p.pills} for stem, p in e.judged.items() if stem not in photos.paths]
+    others = [{pill.label for pill in p.pills} for stem, p in e.irregular.items() if stem not in photos.paths]
     return [*plain, *(label for of_one_photo in others for label in of_one_photo)]
 
 
@@ -590,13 +592,13 @@ def label_summary(
     photos: PhotoIndex | None = None,  # the photos, if they were given
 ) -> dict[str, Any]:
     "The counts of the audit, in their fixed order; further ones follow at the end."
-    c, truths = e.counts, e.judged.values()  # a plain photo has none of the faults counted below
+    c, truths = e.counts, e.irregular.values()  # a plain photo has none of the faults counted below
     lacking = [m for p in truths if (m := p.missing())]
     ious = [[iou for *_, iou in p.close_pairs()] for p in truths]
     return dict(
         files=c["files"],
         unparsable=len(e.refused),
-        photos=len(e.judged) + len(e.plain),
+        photos=len(e.irregular) + len(e.plain),
         annotations=c["annotations"],
         drugs=len(e.disputed | e.drugs),
         incomplete_photos=len(lacking),
@@ -624,7 +626,7 @@ def _extra_counts(
         box_faults=bad,
         refused=dict(Counter(str(f.reason) for f in e.refused)),
         tree_faults=dict(Counter(str(f.reason) for f in e.tree)),
-        duplicate_annotations=sum(p.fault == FaultReason.DUPLICATE_JSON for x in e.judged.values() for p in x.pills),
+        duplicate_annotations=sum(p.fault == FaultReason.DUPLICATE_JSON for x in e.irregular.values() for p in x.pills),
         cp949_files=e.counts["cp949"],
         files_missing_keys=e.counts["missing_keys"],
         unread_names=e.counts["unread_names"],
@@ -637,7 +639,7 @@ def _without_label(
     photos: PhotoIndex,  # the photos
 ) -> list[str]:  # names without extension
     "The photos that no annotation file belongs to."
-    labelled = {*e.judged, *e.plain["stem"].to_pylist(), *(Path(f.path).stem for f in e.refused)}
+    labelled = {*e.irregular, *e.plain["stem"].to_pylist(), *(Path(f.path).stem for f in e.refused)}
     return [stem for stem in photos.paths if stem not in labelled]
 
 # %% ../../nbs/delivery/130_truth.ipynb #1b140976
@@ -734,16 +736,16 @@ def _named_files(
     def rel(p):
         return os.path.relpath(p, os.path.abspath(tree))
 
-    pairs = {n: list(p.close_pairs()) for n, p in e.judged.items()}
+    pairs = {n: list(p.close_pairs()) for n, p in e.irregular.items()}
     same = {n for n, found in pairs.items() if any(iou >= IDENTICAL for *_, iou in found)}
     near = {n for n, found in pairs.items() if any(iou < IDENTICAL for *_, iou in found)}
     out = {
         "unparsable": [f"{rel(f.path)}: {f.reason}" for f in e.refused],
-        "incomplete_photos": [f"{p.file_name}: {', '.join(m)}" for p in e.judged.values() if (m := p.missing())],
-        "identical_box_photos": [e.judged[n].file_name for n in same],
-        "overlapping_box_photos": [e.judged[n].file_name for n in near],
+        "incomplete_photos": [f"{p.file_name}: {', '.join(m)}" for p in e.irregular.values() if (m := p.missing())],
+        "identical_box_photos": [e.irregular[n].file_name for n in same],
+        "overlapping_box_photos": [e.irregular[n].file_name for n in near],
         "duplicate_annotations": [
-            rel(p.label) for t in e.judged.values() for p in t.pills if p.fault == FaultReason.DUPLICATE_JSON
+            rel(p.label) for t in e.irregular.values() for p in t.pills if p.fault == FaultReason.DUPLICATE_JSON
         ],
         "metadata_conflicts": [f"{f.path}: {f.detail}" for f in e.conflicts],
         "tree_faults": [f"{rel(f.path)}: {f.reason}" for f in e.tree],

@@ -195,12 +195,12 @@ def campaign(cases: int, seed: int = 1) -> dict:
             if kind == "name":
                 names += 1
                 said[read_damaged_name(rng)] += 1
-            if len(e.judged) > 200 or i % 500 == 499 or i == cases - 1:
-                counts, pills = e.close().counts, sum(len(p.pills) for p in e.judged.values())
+            if len(e.irregular) > 200 or i % 500 == 499 or i == cases - 1:
+                counts, pills = e.close().counts, sum(len(p.pills) for p in e.irregular.values())
                 if counts["annotations"] != pills:
                     raise AssertionError("a box was lost")
                 said["boxes judged"] += pills
-                said.update(f"fault {p.fault}" for t in e.judged.values() for p in t.pills if p.fault)
+                said.update(f"fault {p.fault}" for t in e.irregular.values() for p in t.pills if p.fault)
                 e = LabelEvidence()
     return dict(
         id="RS3",
