@@ -214,7 +214,8 @@ def step_probe(
     net = deepcopy(model)
     if settings.grad_checkpointing:
         with suppress(AttributeError, AssertionError):
-            net.set_grad_checkpointing(True)  # if the network does not support it, `speed_up` logs so later
+            # speed_up logs later if the network does not support it
+            net.set_grad_checkpointing(True)  # pyright: ignore[reportCallIssue]  # a method of timm's networks
     if settings.compiled:
         net.compile(**settings.compiled)
     # the average only has to take its memory

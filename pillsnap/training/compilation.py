@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['logger', 'Mode', 'resolve_compile', 'resolve_graphs', 'checkpoint_gradients', 'CompileTrial', 'run_compile_trial',
            'compiler_said', 'compile_arguments', 'try_compile', 'OwnGradients', 'batch_sizes', 'compile_mode',
-           'rehearsal', 'speed_up']
+           'compile_trial', 'speed_up']
 
 # %% ../../nbs/training/622_compilation.ipynb #c7249102
 import logging
@@ -65,7 +65,7 @@ def checkpoint_gradients(
 ) -> bool:  # it is on
     "Turn on gradient checkpointing; False if the network does not support it."
     try:
-        model.set_grad_checkpointing(True)
+        model.set_grad_checkpointing(True)  # pyright: ignore[reportCallIssue]  # a method of timm's networks
         why = ""
     except (AttributeError, AssertionError) as e:
         why = str(e).splitlines()[0] if str(e) else type(e).__name__
@@ -174,7 +174,10 @@ def try_compile(
     plan: CompileTrial | None = None,  # the batches of training; None only if the mode is none
 ) -> Mode:  # the mode that works
     "Compile the network and try it; fall back max-autotune → reduce-overhead → none."
-    for m in {"none": [], "max-autotune": ["max-autotune", "reduce-overhead"]}.get(mode, [mode]):
+    if mode == "none" or plan is None:
+        return "none"
+    modes: list[Mode] = ["max-autotune", "reduce-overhead"] if mode == "max-autotune" else [mode]
+    for m in modes:
         try:
             model.compile(**compile_arguments(m))
             run_compile_trial(model, plan)
@@ -214,8 +217,8 @@ def batch_sizes(
         photos = len(loader.sampler)
         sizes = [n] * (photos >= n) + [photos % n] * (not loader.drop_last)
     rank, world = getattr(loader, "rank", 0), getattr(loader, "world", 1)
-    shares = (s * (rank + 1) // world - s * rank // world for s in sizes)  # as the loader cuts them
-    return tuple(dict.fromkeys(s for s in shares if s))
+    own = (s * (rank + 1) // world - s * rank // world for s in sizes)  # as the loader cuts them
+    return tuple(dict.fromkeys(s for s in own if s))
 
 # %% ../../nbs/training/622_compilation.ipynb #c47d90a3
 def compile_mode(
@@ -224,7 +227,7 @@ def compile_mode(
     device: torch.device | str,  # where the run computes
     drop_last: bool,  # whether the training loader leaves out a short last batch
 ) -> tuple[Mode, str]:  # the mode, and why
-    "How to compile the network: by torch.compile, by CUDA graphs alone, or not."
+    "How to compile the network: with torch.compile, with CUDA graphs alone, or not at all."
     mode, why = resolve_compile(o.torch_compile, feature_set, device)
     if not o.cuda_graphs:
         return mode, why
@@ -233,7 +236,7 @@ def compile_mode(
     return ("cudagraphs", "graphs are recorded without a compiler") if graphs else (mode, why)
 
 
-def rehearsal(
+def compile_trial(
     cfg: Config,  # data.classification, train.classification, optimization
     device: torch.device | str,  # where the run computes
     dtype: torch.dtype | None,  # of autocast
@@ -271,6 +274,6 @@ def speed_up(  # noqa: PLR0913 - what training knows of itself, and where it rep
     if mode == "none":
         logger.info(f"compile: none, because {why}")
         return mode
-    held = try_compile(model, mode, rehearsal(cfg, device, dtype, train_dl, views or {}))
+    held = try_compile(model, mode, compile_trial(cfg, device, dtype, train_dl, views or {}))
     logger.info(f"compile: {held}, because {why if held == mode else f'{mode} failed'}")
     return held

@@ -227,7 +227,7 @@ def build_learner(  # noqa: PLR0913 - a public signature; the last three have de
         PillLoaders(train_dl, next(iter(views.values())), device),
         model,
         criterion,
-        opt_func=opt_func(c),
+        opt_func=opt_func(c),  # pyright: ignore[reportArgumentType]  # fastai calls it; the annotation is wrong
         lr=c.lr,
         default_cbs=False,
         cbs=_batch_callbacks(cfg, steps, dtype, out, compiled) + _epoch_callbacks(cfg, fixed or {}, out),

@@ -71,7 +71,8 @@ class History(Callback):
     order = EmaCallback.order + 10
 
     def __init__(self, report: Path | None = None, tb: TBWriter | None = None):
-        self.report, self.tb, self.total = report, tb, None
+        self.report, self.tb = report, tb
+        self.total: torch.Tensor | float = 0.0
 
     def before_fit(self):
         self.learn.rows = getattr(self.learn, "rows", [])
@@ -190,7 +191,8 @@ class EarlyStop(Callback):
         min_delta: float = 0.0,
         mode: Literal["max", "min"] = "max",
     ):
-        self.monitor, self.patience, self.min_delta, self.mode = monitor, patience, min_delta, mode
+        self.monitor, self.patience, self.min_delta = monitor, patience, min_delta
+        self.mode: Literal["max", "min"] = mode
 
     def after_epoch(self):
         values = [monitored(r, self.monitor) for r in self.learn.rows]
@@ -214,12 +216,13 @@ class Clock(Callback):
         self.hours, self.now = hours, now
 
     def before_fit(self):
-        was = next((r["clock"] for r in reversed(self.learn.rows) if "clock" in r), dict(photos=0, drugs=[]))
+        nothing: dict[str, Any] = dict(photos=0, drugs=[])
+        was = next((r["clock"] for r in reversed(self.learn.rows) if "clock" in r), nothing)
         self.over, self.photos = False, was["photos"]
         self.t0, self.before = self.now(), sum(r["seconds"] for r in self.learn.rows) / 3600
         self.drugs = torch.zeros(self.learn.num_classes, dtype=torch.bool)
         self.drugs[was["drugs"]] = True
-        self.told = self.before
+        self.last_read = self.before
 
     def before_epoch(self):
         if self.over:
@@ -253,9 +256,9 @@ class Clock(Callback):
 
     @property
     def spent(self) -> float:
-        "Hours of the run so far; kept in `told` for the checkpoint, since several processes exchange it at each call."
-        self.told = self.before + (self.now() - self.t0) / 3600
-        return self.told
+        "Hours of the run so far; the checkpoint saves the last reading, because several processes exchange each."
+        self.last_read = self.before + (self.now() - self.t0) / 3600
+        return self.last_read
 
 # %% ../../nbs/training/603_monitoring.ipynb #4f1af6ca
 class Throughput:
@@ -320,7 +323,7 @@ class StepLog(Callback):
         self.timer.compute_done(len(self.yb[0]), self.fresh)
         self.sum, self.batches = self.sum + self.loss.detach() * self.learn.counted, self.batches + self.learn.counted
         if self.fresh:
-            self.look()
+            self.report()
         self.fresh = False
 
     def after_train(self):
@@ -328,7 +331,7 @@ class StepLog(Callback):
 
 # %% ../../nbs/training/603_monitoring.ipynb #3b222135
 @patch
-def look(self: StepLog):
+def report(self: StepLog) -> None:
     "Read the timer if a line or a point is due."
     line, point = self.steps_done % self.every == 0, self.steps_done % self.profile_every == 0
     warm = self.steps_done == self.cold
@@ -338,7 +341,7 @@ def look(self: StepLog):
     self.line.add(t)
     self.point.add(t)
     if line:
-        self.say()
+        self.write_line()
     if self.steps_done <= self.cold:
         self.point.clear()
     elif point and self.tb:
@@ -346,7 +349,7 @@ def look(self: StepLog):
 
 
 @patch
-def say(self: StepLog):
+def write_line(self: StepLog) -> None:
     "Write the log line, and points of loss and learning rate."
     facts = dict(loss=_mean_loss(self.sum, self.batches), lr=self.opt.hypers[0]["lr"], cuda=cuda_mem_mb())
     self.sum, self.batches = 0.0, 0
@@ -355,7 +358,7 @@ def say(self: StepLog):
         self.tb.add_scalars(with_tags({k: facts[k] for k in ("loss", "lr")}, STEP_TAGS), self.at)
 
 
-@patch(as_prop=True)
+@patch(as_prop=True)  # pyright: ignore[reportOptionalCall]  # a decorator, though fastcore annotates None
 def at(self: StepLog) -> int:
     "Optimizer steps of the run so far."
     if getattr(self.learn, "schedule", None):
@@ -367,7 +370,8 @@ class AsyncScalar:
     "The newest value of a device scalar that has arrived on the host, without waiting."
 
     def __init__(self):
-        self.value, self.coming, self.event = math.nan, None, None
+        self.value, self.coming = math.nan, None
+        self.event: Any = None  # a CUDA event
 
     def ask(
         self,
@@ -394,7 +398,8 @@ class Progress(Callback):
         title: str = "",
         show: Callable[[str], None] = print,
     ):
-        self.where, self.title, self.show, self.began = where, title, show, False
+        self.where: Literal["terminal", "notebook", "log"] | None = where
+        self.title, self.show, self.began = title, show, False
 
     def before_fit(self):
         self.bar, self.t_fit, self.loss_now = LiveLine(self.where), time.perf_counter(), AsyncScalar()
