@@ -77,13 +77,14 @@ def run(tmp_path_factory):
     }
     P.write_bundle(
         export,
-        ClassMap(KEYS),
-        P.model_entry(export / "classifier.onnx", 48, "by hand", 17),
-        P.model_entry(export / "detector.onnx", 64, "by hand", 17),
-        dict(conf=0.3, iou=0.5, max_det=100, crop_padding=0.1),
-        drugs,
-        temperature=1.2,
-        calibrated=True,
+        P.BundleContent(
+            ClassMap(KEYS),
+            P.model_entry(export / "classifier.onnx", 48, "by hand", 17),
+            P.model_entry(export / "detector.onnx", 64, "by hand", 17),
+            drugs=drugs,
+            temperature=1.2,
+            calibrated=True,
+        ),
         created="2026-01-01T00:00:00+00:00",
         git_sha="nogit",
         data="synthetic",
@@ -266,11 +267,7 @@ def test_no_detector_means_single_only(copy):
     meta = json.loads((copy / "bundle.json").read_text(encoding="utf-8"))
     P.write_bundle(
         copy,
-        ClassMap(KEYS),
-        meta["classifier"],
-        None,
-        meta["thresholds"],
-        meta["drugs"],
+        P.BundleContent(ClassMap(KEYS), meta["classifier"], drugs=meta["drugs"]),
         **{k: meta[k] for k in ("created", "git_sha", "data", "data_hash", "scorecard")},
     )
     bundle, photo = P.load_bundle(copy), np.full((80, 80, 3), 90, np.uint8)
@@ -289,8 +286,8 @@ def test_the_bundle_decides_where_the_caller_says_nothing(copy, run):
     own = {k: meta[k] for k in ("created", "git_sha", "data", "data_hash", "scorecard")}
 
     def rewrite(said):
-        parts = (meta[k] for k in ("classifier", "detector", "thresholds", "drugs"))
-        P.write_bundle(copy, ClassMap(KEYS), *parts, answering=said, **own)
+        parts = {k: meta[k] for k in ("classifier", "detector", "drugs")}
+        P.write_bundle(copy, P.BundleContent(ClassMap(KEYS), **parts, answering=said), **own)
 
     rewrite(dict(mode="combo", top_k=2, lazy_load_detector=False))
     bundle = P.load_bundle(copy)
@@ -300,7 +297,7 @@ def test_the_bundle_decides_where_the_caller_says_nothing(copy, run):
     assert (b["mode_used"], len(b["items"][0]["top_k"])) == ("single", 3)
     told = json.loads(cli(run / "green.png", "--run", copy, "--json").stdout)
     assert (told["mode_used"], len(told["items"][0]["top_k"])) == ("combo", 2)
-    rewrite(None)
+    rewrite({})
     bundle = P.load_bundle(copy)
     assert bundle.detector.model is None and bundle.predict(run / "green.png")["mode_used"] == "single"
     rewrite(dict(mode="auto"))

@@ -42,7 +42,15 @@ from pillsnap.deployment.comparison import (
     verdict,
 )
 from .graph import RawHead, export_onnx, livened, open_axes
-from .runtime import Bundle, OnnxClassifier, OnnxDetector, load_bundle, model_entry, write_bundle
+from pillsnap.deployment.runtime import (
+    Bundle,
+    BundleContent,
+    OnnxClassifier,
+    OnnxDetector,
+    load_bundle,
+    model_entry,
+    write_bundle,
+)
 from .timing import plot_latency, time_bundle
 from ..evaluation.latency import Latency, protocol_gap
 from ..evaluation.scorecard import gate_and_advise
@@ -57,7 +65,7 @@ logger = logging.getLogger("pillsnap.deployment.export")
 def _drug_records(
     root: Path,  # run folder
 ) -> dict[str, dict[str, Any]]:  # K-code → record
-    "What is known of each drug."
+    "The record of each drug."
     mapping = read_json(root / "drug_metadata.json")
     return {e["kcode"]: e for e in mapping["drug_metadata"].values()}
 
@@ -106,7 +114,7 @@ def _write_classifier(
     class_map: ClassMap,  # the stage's drugs
     opset: int,  # ONNX operator set
 ) -> ExportedModel:  # raises PillsnapError for a checkpoint of another class map
-    "best.pt → classifier.onnx."
+    "Write best.pt as classifier.onnx and open both."
     src, out = _best_checkpoint(run.root, "classifier"), run.sub("export") / "classifier.onnx"
     if not src.is_file():
         raise PillsnapError("there is no trained classifier", where=src, fix="run the classifier job first")
@@ -122,7 +130,7 @@ def _write_detector(
     run: RunFolder,  # the run
     opset: int,  # ONNX operator set
 ) -> ExportedModel | None:  # None when no detector was trained
-    "best.pt → detector.onnx."
+    "Write best.pt as detector.onnx and open both."
     src, out = _best_checkpoint(run.root, "detector"), run.sub("export") / "detector.onnx"
     if not src.is_file():
         out.unlink(missing_ok=True)
@@ -152,6 +160,15 @@ def _write_models(
     return models
 
 # %% ../../nbs/deployment/840_export.ipynb #fc11432f
+def _thresholds(
+    data: Data,  # detection and classification
+) -> Thresholds:
+    "The configured thresholds of the pipeline."
+    d = data.detection
+    padding = float(data.classification.crop_padding)
+    return Thresholds(float(d.conf_threshold), float(d.iou_threshold), int(d.max_detections), padding)
+
+
 def _compare(
     models: Mapping[str, ExportedModel],  # from _write_models
     data: SplitData,  # photos of the stage
@@ -164,17 +181,15 @@ def _compare(
         opened = open_photos(photo_order(data, kind, cfg.train.seed), n, skipped)
         return show_progress(opened, n, f"torch and ONNX: {model}", "photos")
 
-    c, padding = models["classifier"], cfg.data.classification.crop_padding
+    c, t = models["classifier"], _thresholds(cfg.data)
     found = {
         "classifier": compare_classifiers(
-            c.torch, c.onnx, photos("single", cfg.export.compare_photos, "classifier"), padding
+            c.torch, c.onnx, photos("single", cfg.export.compare_photos, "classifier"), t.crop_padding
         )
     }
     if detector := models.get("detector"):
-        d = cfg.data.detection
-        thresholds = Thresholds(d.conf_threshold, d.iou_threshold, d.max_detections, padding)
         seen = photos("combo", cfg.export.compare_detector_photos, "detector")
-        found["detector"] = compare_detectors(detector.torch, detector.onnx, seen, thresholds)
+        found["detector"] = compare_detectors(detector.torch, detector.onnx, seen, t)
     return found, skipped
 
 
@@ -215,7 +230,7 @@ def _answer_defaults(
     cfg: Config,  # data.default_mode, inference
     has_detector: bool,  # whether the bundle will hold one
 ) -> dict[str, Any]:
-    "What the bundle does where a caller names no mode and no number of drugs."
+    "The answering defaults of the bundle; PillsnapError for combo mode without a detector."
     if cfg.data.default_mode == "combo" and not has_detector:
         raise PillsnapError(
             "the default mode is combo, and this run has no detector to find the pills",
@@ -226,38 +241,28 @@ def _answer_defaults(
     return dict(mode=cfg.data.default_mode, top_k=i.top_k, lazy_load_detector=i.lazy_load_detector)
 
 
-def _limits(
-    data: Data,  # detection and classification
-) -> dict[str, Any]:
-    "The bundle's thresholds."
-    d = data.detection
-    return dict(
-        conf=float(d.conf_threshold),
-        iou=float(d.iou_threshold),
-        max_det=int(d.max_detections),
-        crop_padding=float(data.classification.crop_padding),
-    )
-
-
 def _bundle(
     run: RunFolder,  # the run
     cfg: Config,  # data and inference
     data: SplitData,  # the stage
     models: Mapping[str, ExportedModel],  # by name
 ) -> Bundle:
-    "Write the bundle and load it from its folder."
+    "Write the bundle and load it from its folder, as every caller does."
     temperature, calibrated = calibrated_temperature(run.root, data.class_map)
     card, detector = run.root / "reports" / "scorecard.json", models.get("detector")
-    write_bundle(
-        run.sub("export"),
+    content = BundleContent(
         data.class_map,
         models["classifier"].entry,
         detector.entry if detector else None,
-        _limits(cfg.data),
+        _thresholds(cfg.data),
         _drug_records(run.root),
         temperature,
         calibrated,
         _answer_defaults(cfg, detector is not None),
+    )
+    write_bundle(
+        run.sub("export"),
+        content,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         git_sha=get_git_sha(),
         run_id=run_id(run.root),
@@ -270,7 +275,7 @@ def _bundle(
 # %% ../../nbs/deployment/840_export.ipynb #0478fab5
 @dataclass(frozen=True)
 class ExportJob(Job):
-    "Checkpoints → ONNX, compared, bundled."
+    "Write checkpoints as ONNX files, compare them with torch and bundle them."
 
     name: ClassVar[str] = "export"
     sections: ClassVar[tuple[str, ...]] = (
@@ -411,7 +416,7 @@ def smoke(
     run: RunFolder,
     cfg: Config,
 ) -> None:
-    "A small delivery and untrained models."
+    "Make a small delivery and untrained models."
     from pillsnap.dataset.splits import smoke_splits
     from pillsnap.models.factory import fresh_classifier_checkpoint
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['logger', 'CUDA_OPTIONS', 'SCHEMA', 'REQUIRED', 'THRESHOLDS', 'ANSWERING', 'DEFAULTS', 'MODEL', 'MISSING', 'NO_PILL',
            'choose_providers', 'open_session', 'OnnxModel', 'OnnxClassifier', 'OnnxDetector', 'bundle_digest',
-           'model_entry', 'write_bundle', 'verified_bytes', 'LazyDetector', 'Bundle', 'load_bundle', 'Answer',
-           'answer_card']
+           'model_entry', 'BundleContent', 'write_bundle', 'verified_bytes', 'LazyDetector', 'Bundle', 'load_bundle',
+           'Answer', 'answer_card']
 
 # %% ../../nbs/deployment/800_runtime.ipynb #0d5a959f
 import base64
@@ -14,7 +14,7 @@ import hashlib
 import io
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from html import escape as html_escape
 from pathlib import Path
 from typing import Any
@@ -168,33 +168,40 @@ def model_entry(
     return dict(file=Path(path).name, sha256=sha256_file(path), img_size=img_size, name=name, opset=opset, **kwargs)
 
 # %% ../../nbs/deployment/800_runtime.ipynb #11598496
-def write_bundle(  # noqa: PLR0913 - everything that a bundle holds
+@dataclass(frozen=True)
+class BundleContent:
+    "What bundle.json says about the models; the record of their origin is added by `write_bundle`."
+
+    class_map: ClassMap  # output number → K-code
+    classifier: Mapping[str, Any]  # from model_entry
+    detector: Mapping[str, Any] | None = None  # from model_entry; None = single mode only
+    thresholds: Thresholds = Thresholds()  # which boxes are pills
+    drugs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # K-code → record
+    temperature: float = 1.0  # of the probabilities
+    calibrated: bool = False  # whether the temperature was measured
+    answering: Mapping[str, Any] = field(default_factory=dict)  # mode, top_k, lazy_load_detector; else DEFAULTS
+
+
+def write_bundle(
     folder: str | Path,  # the export folder, with the ONNX files in it
-    class_map: ClassMap,  # output number → K-code
-    classifier: Mapping[str, Any],  # from model_entry
-    detector: Mapping[str, Any] | None,  # from model_entry; None = single mode only
-    thresholds: Mapping[str, Any],  # conf, iou, max_det, crop_padding
-    drugs: Mapping[str, Mapping[str, Any]],  # K-code → record
-    temperature: float = 1.0,  # from the calibration
-    calibrated: bool = False,  # whether it was measured
-    answering: Mapping[str, Any] | None = None,  # mode, top_k, lazy_load_detector; None = DEFAULTS
+    content: BundleContent,  # models, drugs and how to answer
     **kwargs: Any,  # created, git_sha, data, data_hash, run_id, scorecard, …
 ) -> Path:  # bundle.json
     "Write bundle.json atomically, after all other files, so that an interrupted export has none."
-    detector_size = detector["img_size"] if detector else None
-    prep = preprocessing(classifier["img_size"], detector_size, thresholds["crop_padding"])
+    c = content
+    detector_size = c.detector["img_size"] if c.detector else None
     meta = dict(
         schema=SCHEMA,
         **kwargs,
-        class_map=class_map.to_dict(),
-        preprocessing=prep,
-        classifier=dict(classifier),
-        detector=detector and dict(detector),
-        temperature=float(temperature),
-        calibrated=calibrated,
-        thresholds=dict(thresholds),
-        answering={**DEFAULTS, **(answering or {})},
-        drugs={k: dict(drugs.get(k, {})) for k in class_map},
+        class_map=c.class_map.to_dict(),
+        preprocessing=preprocessing(c.classifier["img_size"], detector_size, c.thresholds.crop_padding),
+        classifier=dict(c.classifier),
+        detector=dict(c.detector) if c.detector else None,
+        temperature=float(c.temperature),
+        calibrated=c.calibrated,
+        thresholds=asdict(c.thresholds),
+        answering={**DEFAULTS, **c.answering},
+        drugs={k: dict(c.drugs.get(k, {})) for k in c.class_map},
     )
     return save_json({**meta, "digest": bundle_digest(meta)}, Path(folder) / "bundle.json")
 
