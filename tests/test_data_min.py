@@ -21,7 +21,7 @@ from pillsnap.core.logs import logged_lines
 from pillsnap.core.settings import AugmentClassification
 from pillsnap.dataset import datasets as D
 from pillsnap.dataset import loaders as L
-from pillsnap.dataset.photoloader import PhotoLoader, init_worker
+from pillsnap.dataset.photoloader import PhotoLoader, _init_worker
 from pillsnap.dataset.sampling import EpochSampler, balanced_weights
 from pillsnap.dataset.sources import train_rows
 from pillsnap.dataset.splitfiles import load_split_data
@@ -480,7 +480,7 @@ def test_4_a_worker_process_begins_with_generators_of_its_own():
     try:
         for seed in (5, 6, 5):
             torch.manual_seed(seed)
-            init_worker(0)
+            _init_worker(0)
             got.append((np.random.rand(), random.random(), torch.get_num_threads()))
     finally:
         torch.set_rng_state(kept)

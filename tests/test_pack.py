@@ -25,7 +25,7 @@ from pillsnap.core.errors import PillsnapError
 from pillsnap.delivery.classmap import ClassMap
 from pillsnap.photos import pack as P
 from pillsnap.photos.images import crop_view, open_image_safely, psnr, shrink
-from pillsnap.photos.pack import Pack, build_pack, estimate_pack
+from pillsnap.photos.pack import Pack, Plan, build_pack, estimate_pack
 
 ENV = {
     **os.environ,
@@ -539,11 +539,11 @@ def test_scales(photos, tmp_path, scale):
     assert abs(h - 80 * scale) <= 1 and abs(w - 61 * scale) <= 1
 
 
-def test_the_pack_block_is_the_builders_default():
-    "One set of defaults: the configuration's and the function's."
+def test_the_pack_block_is_the_plans_default():
+    "One set of defaults: the configuration and the plan."
     import inspect
 
-    cfg, sig = load_config("two_stage").pack, inspect.signature(build_pack).parameters
+    cfg, sig = load_config("two_stage").pack, inspect.signature(Plan).parameters
     assert cfg.model_dump() == {"enabled": False, "scale": 0.5, "codec": "jpeg", "quality": 95, "crops": True}
     assert {k: sig[k].default for k in P.pack_settings(load_config("two_stage"))} == P.pack_settings(
         load_config("two_stage")

@@ -112,6 +112,7 @@ def _sealed_drugs(
     d: Delivery,  # a delivery
 ) -> pd.DataFrame:  # a row per folder and drug, COLUMNS
     "The drugs of the sealed test, read from its folder names: all that may be known of it before the final test."
+    assert d.sealed is not None
     rel, blank = relative_paths(d.root), dict.fromkeys(COLUMNS, "") | dict.fromkeys(INT_COLUMNS, -1)
     return pd.DataFrame(
         [
@@ -150,7 +151,10 @@ def _conversion_report(
         c: {str(k): int(n) for k, n in df.drop_duplicates("path")[c].value_counts().sort_index().items()}
         for c in ("kind", "state", "back", "side", "light", "latitude", "longitude", "size")
     }
-    boxes = df.bbox.map(json.loads).map(lambda b: b[2] * b[3]) / (df.width * df.height)
+    photos = found.photos
+    assert photos is not None
+    areas = pd.Series([w * h for _, _, w, h in map(json.loads, df.bbox)], df.index)
+    boxes = areas / (df.width * df.height)
     return dict(
         source=header["source"],
         counts=header["counts"],
@@ -169,8 +173,8 @@ def _conversion_report(
             for kind in sorted(set(df.kind))
         },
         conditions=conditions,
-        passed_over=dict(index_pictures=found.photos.index, hidden_files=found.photos.hidden),
-        audit=label_summary(found.labels, found.photos),
+        passed_over=dict(index_pictures=photos.index, hidden_files=photos.hidden),
+        audit=label_summary(found.labels, photos),
         seconds=seconds,
     )
 
@@ -397,7 +401,7 @@ class ConversionJob(Job):
     keys: ClassVar[dict[str, str]] = {"seed": "synth.seed"}
 
 # %% ../../nbs/dataset/408_conversion.ipynb #06d30238
-@patch(cls_method=True)
+@patch(cls_method=True)  # pyright: ignore[reportOptionalCall]  # fastcore: a decorator when it is called without a function
 def check_inputs(
     cls: ConversionJob,
     root: str | os.PathLike,  # the run folder; it need not exist  # noqa: ARG001
@@ -450,7 +454,7 @@ def work(self: ConversionJob, run: RunFolder, cfg: Config) -> JobResult:
         _verdict(c),
         _table(c),
         figures,
-        inputs=[d.labels, d.images, *ledger],
+        inputs=[p for p in (d.labels, d.images, *ledger) if p],
         outputs=outputs + figures,
         notes=[c.header["sealed"]["words"], *_notes(c)],
     )

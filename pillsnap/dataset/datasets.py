@@ -10,8 +10,8 @@ __all__ = ['logger', 'NARROW_AUGMENT', 'render_view', 'Source', 'decode_limits',
 
 # %% ../../nbs/dataset/480_datasets.ipynb #c921a5fd
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +144,8 @@ class DeliverySource(Source):
         root: str | Path,  # the delivery
         policies: Mapping[str, str] | None = None,  # grayscale_policy, rgba_policy
     ):
-        self.root, self.policies = Path(root), dict(policies or {})
+        self.root = Path(root)
+        self.policies: dict[str, Any] = dict(policies or {})
 
     def open(
         self, photo: Photo, view: View, reduce: int = 1, rows: int | None = None
@@ -249,18 +250,20 @@ class BatchViews:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def _arrays(self) -> tuple[np.ndarray | None, ...]:
-        return self.rows, self.crops, self.draws, self.windows, self.flips
-
     def part(self, which: slice | np.ndarray) -> "BatchViews":
         "Some samples of the batch."
-        return BatchViews(*(v if v is None else v[which] for v in self._arrays()))
+        draws, windows, flips = (None if v is None else v[which] for v in (self.draws, self.windows, self.flips))
+        return BatchViews(self.rows[which], self.crops[which], draws, windows, flips)
 
     @staticmethod
     def join(parts: Sequence["BatchViews"]) -> "BatchViews":
         "Several parts as one batch."
-        columns = zip(*(p._arrays() for p in parts))
-        return BatchViews(*(None if v[0] is None else np.concatenate(v) for v in columns))
+
+        def column(name: str) -> Any:
+            values = [getattr(p, name) for p in parts]
+            return None if values[0] is None else np.concatenate(values)
+
+        return BatchViews(*(column(f.name) for f in fields(BatchViews)))
 
 
 def dataset_views(
@@ -295,9 +298,13 @@ class Texts:
         return len(self.ends) - 1
 
     def __getitem__(self, i: int) -> str:
-        ends = memoryview(self.ends.numpy())  # not kept: sharing a tensor with a process moves its memory
-        i = i + len(self) if i < 0 else i
-        return str(memoryview(self.bytes.numpy())[ends[i] : ends[i + 1]], "utf-8")
+        ends: Any = self.ends.numpy()  # not kept: sharing a tensor with a process moves its memory
+        text: Any = self.bytes.numpy()
+        ends, i = memoryview(ends), i + len(self) if i < 0 else i
+        return str(memoryview(text)[ends[i] : ends[i + 1]], "utf-8")
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[i] for i in range(len(self)))
 
 # %% ../../nbs/dataset/480_datasets.ipynb #79a9abb0
 class PillsnapClsDataset(Dataset):
@@ -352,13 +359,13 @@ class PillsnapClsDataset(Dataset):
         self.epoch = epoch
 
 # %% ../../nbs/dataset/480_datasets.ipynb #d9295b77
-@patch(as_prop=True)
+@patch(as_prop=True)  # pyright: ignore[reportOptionalCall]  # fastcore: a decorator when it is called without a function
 def labels(self: PillsnapClsDataset) -> np.ndarray:  # int64 [n]
     "Class numbers of the rows."
     return self.numbers["label"].numpy().copy()
 
 
-@patch(as_prop=True)
+@patch(as_prop=True)  # pyright: ignore[reportOptionalCall]  # fastcore: a decorator when it is called without a function
 def boxed(self: PillsnapClsDataset) -> np.ndarray:  # bool [n]
     "Which rows are one of several pills in a photo."
     return self.numbers["boxed"].numpy().copy()
@@ -377,17 +384,17 @@ def photo(
 @patch
 def draw_views(
     self: PillsnapClsDataset,
-    rows: Sequence[int],  # of one batch
+    rows: Sequence[int] | np.ndarray,  # of one batch
     epoch: int = 0,  # counted from 0
     visits: np.ndarray | int = 0,  # how often each was drawn before in this epoch
 ) -> BatchViews:
     "Draw the views of these rows; they depend on the seed, the epoch and the photos only."
-    rows = np.asarray(rows, np.int64)
+    at = np.asarray(rows, np.int64)
     if not self.train:
-        return BatchViews(rows, np.full(len(rows), self.view == "crop"))
-    draws = sample_randoms(self.seed, epoch, self.numbers["id"].numpy()[rows], DRAWS, visits)
-    crops = (draws[:, COL["view"]] < self.crop_view_prob) | self.boxed[rows]
-    return BatchViews(rows, crops, draws, self.augment.windows(draws, crops), self.augment.flips(draws))
+        return BatchViews(at, np.full(len(at), self.view == "crop"))
+    draws = sample_randoms(self.seed, epoch, self.numbers["id"].numpy()[at], DRAWS, visits)
+    crops = (draws[:, COL["view"]] < self.crop_view_prob) | self.boxed[at]
+    return BatchViews(at, crops, draws, self.augment.windows(draws, crops), self.augment.flips(draws))
 
 
 @patch
@@ -403,12 +410,13 @@ def fetch(
 @patch
 def _one(self: PillsnapClsDataset, views: BatchViews, k: int, out: np.ndarray) -> dict | None:
     "Write the view of one sample; None, or a skip record."
-    trains = views.windows is not None
     photo, view = self.photo(int(views.rows[k])), self.views["crop" if views.crops[k] else "whole"]
-    window, flip = (views.windows[k], bool(views.flips[k])) if trains else (None, False)
+    window, flip = None, False
+    if views.windows is not None and views.flips is not None:
+        window, flip = views.windows[k], bool(views.flips[k])
     try:
         got = self.source.view(photo, view, out, window, flip)
-        if trains and got is None:
+        if views.draws is not None and got is None:
             self.augment.apply_policy(out, views.draws[k])
     except Exception as e:
         got = {"_skip": True, "error": f"{type(e).__name__}: {e}", "stage": "sample"}
@@ -422,7 +430,7 @@ def finish(
     views: BatchViews,  # of these images
 ) -> torch.Tensor:  # [n, 3, size, size] float32
     "Augment and normalise, on the device of the images."
-    return self.augment(images, views.draws)
+    return self.augment(images, views.draws)  # pyright: ignore[reportCallIssue]  # @patch adds __call__
 
 
 @patch
@@ -499,8 +507,9 @@ class PillsnapDetDataset(Dataset):
         policies: Mapping[str, str] | None = None,  # grayscale_policy, rgba_policy
     ):
         boxes = {p: [b for b in g if b] for p, g in rows.groupby("path", sort=True)["bbox"]}
-        self.paths, self.boxes = list(boxes), list(boxes.values())
-        self.root, self.size, self.policies = Path(root), size, dict(policies or {})
+        self.paths, self.boxes = [str(p) for p in boxes], list(boxes.values())
+        self.root, self.size = Path(root), size
+        self.policies: dict[str, Any] = dict(policies or {})
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -86,7 +86,7 @@ def build_drug_metadata_mapping(
     e = check_labels(labels_of(coco_annotations_dir))
     if not e.drugs:
         raise PillsnapError("no drug can be read from these annotations", where=coco_annotations_dir)
-    mapping = drug_mapping(e.drugs, ClassMap(e.drugs))
+    mapping = drug_mapping(e.drugs, ClassMap(tuple(e.drugs)))
     save_drug_mapping(mapping, output_path)
     return mapping
 

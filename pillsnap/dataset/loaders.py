@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['logger', 'AUTOTUNE_WARMUP', 'AUTOTUNE_STEPS', 'worker_count', 'worker_candidates', 'data_time',
            'autotune_num_workers', 'loader_options', 'classification_set', 'batch_size_of', 'validation_loader',
-           'photos_per_batch', 'build_classification_loaders', 'summary', 'build_dataloaders_by_mode',
+           'photos_per_batch', 'summary', 'build_classification_loaders', 'build_dataloaders_by_mode',
            'build_dataloaders_twostage']
 
 # %% ../../nbs/dataset/490_loaders.ipynb #2239e942
@@ -253,33 +253,6 @@ def _measure_workers(
     loader.num_workers, table = autotune_num_workers(make, None, AUTOTUNE_WARMUP, AUTOTUNE_STEPS, tb)
     return table
 
-# %% ../../nbs/dataset/490_loaders.ipynb #d00e196f
-def build_classification_loaders(
-    data: SplitData,  # from load_split_data
-    cfg: Config,  # the run's configuration
-    cache: bool | PhotoCache = True,  # True: as configured; False: no cache; or an existing cache
-    device: torch.device | str = "cpu",  # where batches arrive
-    tb: TBWriter | None = None,  # gets perf/num_workers
-) -> tuple[PhotoLoader, PhotoLoader, dict[str, Any]]:  # train, val, meta
-    "Build the classifier's training and validation loaders."
-    rows = train_rows(data.train, data.class_map, cfg.train.classification)
-    if not (rows["kind"] == "single").any() or not (data.val["kind"] == "single").any():
-        raise PillsnapError(
-            "a classifier needs single photos in train and in val",
-            where=data.root,
-            fix="look at the splits stage: does every drug have two capture groups?",
-        )
-    options, decisions = loader_options(cfg, data.stage, rows, _in_memory(cfg, cache))
-    d = classification_set(rows, data, cfg, True, cache=cache)
-    order, more = _training_order(d, cfg, batch_size_of(cfg.train, data.stage))
-    train_dl = PhotoLoader(d, device=device, **order, **options)
-    table = _measure_workers(train_dl, tb) if cfg.dataloader.autotune_workers else []
-    val_dl = validation_loader(data.val, data, cfg, "whole", cache, device)
-    meta = _loader_meta(data, cfg, train_dl, val_dl, table)
-    for line in [*decisions, *more, *risky_settings(cfg.data.augment.classification), *summary(meta)]:
-        logger.info(line)
-    return train_dl, val_dl, meta
-
 # %% ../../nbs/dataset/490_loaders.ipynb #905e5921
 def _loader_caches(
     loader: PhotoLoader,  # of photos
@@ -366,6 +339,33 @@ def summary(
         times = (f"{r['workers']} workers {r['data_time'] * 1e3:.1f} ms" for r in m["autotune"])
         lines.append("autotune: " + ", ".join(times))
     return lines
+
+# %% ../../nbs/dataset/490_loaders.ipynb #d00e196f
+def build_classification_loaders(
+    data: SplitData,  # from load_split_data
+    cfg: Config,  # the run's configuration
+    cache: bool | PhotoCache = True,  # True: as configured; False: no cache; or an existing cache
+    device: torch.device | str = "cpu",  # where batches arrive
+    tb: TBWriter | None = None,  # gets perf/num_workers
+) -> tuple[PhotoLoader, PhotoLoader, dict[str, Any]]:  # train, val, meta
+    "Build the classifier's training and validation loaders."
+    rows = train_rows(data.train, data.class_map, cfg.train.classification)
+    if not (rows["kind"] == "single").any() or not (data.val["kind"] == "single").any():
+        raise PillsnapError(
+            "a classifier needs single photos in train and in val",
+            where=data.root,
+            fix="look at the splits stage: does every drug have two capture groups?",
+        )
+    options, decisions = loader_options(cfg, data.stage, rows, _in_memory(cfg, cache))
+    d = classification_set(rows, data, cfg, True, cache=cache)
+    order, more = _training_order(d, cfg, batch_size_of(cfg.train, data.stage))
+    train_dl = PhotoLoader(d, device=device, **order, **options)
+    table = _measure_workers(train_dl, tb) if cfg.dataloader.autotune_workers else []
+    val_dl = validation_loader(data.val, data, cfg, "whole", cache, device)
+    meta = _loader_meta(data, cfg, train_dl, val_dl, table)
+    for line in [*decisions, *more, *risky_settings(cfg.data.augment.classification), *summary(meta)]:
+        logger.info(line)
+    return train_dl, val_dl, meta
 
 # %% ../../nbs/dataset/490_loaders.ipynb #5659265e
 def _build_detection_loaders(

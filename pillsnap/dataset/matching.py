@@ -76,6 +76,7 @@ def _match_labels(
         photo = choose_photo(label, photos.paths.get(stem, []))
         for twin in photos.paths.get(stem, []):
             if twin != photo:
+                assert photo is not None
                 quarantine.drop(rel(twin), FaultReason.DUPLICATE_PHOTO, f"{rel(photo)} is taken")
         if photo:
             samples.append(Sample(rel(photo), truth, usable))
@@ -213,6 +214,7 @@ def _refuse_empty(
             fix=unpack_hint(d.labels) or "name a delivery (paths.root), or the folder of its annotation files",
         )
     if photos and not photos.paths:
+        assert d.images is not None
         raise PillsnapError(
             "the delivery is empty: there are no photos",
             where=d.images,

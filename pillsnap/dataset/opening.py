@@ -85,7 +85,7 @@ def check_photo(
             raise os_error("a photo cannot be read", path, e) from e
         return PhotoCheck(0, 0, "", FaultReason.BROKEN, f"read: {e.strerror or e}")
     sha1 = hashlib.sha1(raw).hexdigest()
-    got = open_image_safely(path, grayscale_policy, rgba_policy, max_pixels)
+    got = open_image_safely(Path(path), grayscale_policy, rgba_policy, max_pixels)
     if got.get("errno") in MACHINE:
         raise os_error("a photo cannot be read", path, OSError(got["errno"], got["error"]))
     if "_skip" in got:
@@ -119,7 +119,7 @@ class PhotoJournal:
                 self.known[parts[0]] = (parts[1], PhotoCheck(int(parts[2]), int(parts[3]), *parts[4:]))
 
 # %% ../../nbs/dataset/400_opening.ipynb #d2430ee4
-def _stamp(path: str) -> str:
+def _stamp(path: str | os.PathLike) -> str:
     "A file's size and time."
     try:
         s = os.stat(path)

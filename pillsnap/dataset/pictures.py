@@ -117,7 +117,7 @@ def _plot_captures(
         return f"{back}, {light}\n{'back' if r.side else 'front'} {r.latitude}° at {r.longitude}°"
 
     captions = [caption(r) for r in one.itertuples()]
-    return show_grid([_photo(root, r.path) for r in one.itertuples()], captions, cols=6, size=1.5)
+    return show_grid([_photo(root, str(r.path)) for r in one.itertuples()], captions, cols=6, size=1.5)
 
 # %% ../../nbs/dataset/406_pictures.ipynb #c08c8d93
 def _plot_boxes(

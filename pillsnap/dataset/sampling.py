@@ -23,7 +23,7 @@ from ..core.errors import PillsnapError
 _STEP, _MIX1, _MIX2 = (np.uint64(v) for v in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
+def _mix(x: Any) -> Any:  # uint64 number or array
     "SplitMix64's finaliser: each input bit changes half of the output bits."
     with np.errstate(over="ignore"):
         x = (x ^ (x >> np.uint64(30))) * _MIX1

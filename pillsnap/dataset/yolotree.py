@@ -55,7 +55,7 @@ def _boxes_in_photo(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     "Which boxes have a positive area within their photo."
     positive = (boxes[:, 2:] > 0).all(1) & (boxes[:, :2] >= 0).all(1)
     inside = (boxes[:, :2] + boxes[:, 2:] <= sizes + 1e-6).all(1)  # 1e-6: rounding of the annotation tool
-    return positive & inside
+    return np.asarray(positive & inside)
 
 
 def yolo_lines(
@@ -150,7 +150,7 @@ class _Coco(msgspec.Struct, gc=False):
     annotations: list[_CocoBox]  # boxes
     categories: list[_CocoCategory]  # classes
 
-# %% ../../nbs/dataset/405_yolotree.ipynb #a6ca90fe
+
 def _read_coco(
     path: str | os.PathLike,  # a COCO file
 ) -> _Coco:

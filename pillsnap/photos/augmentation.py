@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['LOOSE', 'COL', 'DRAWS', 'RATIO', 'GREY', 'crop_range', 'canvas_size', 'random_windows', 'randaugment_ops',
            'affine_matrices', 'sampling_grid', 'moved_photos', 'warp', 'colour_matrices', 'turn_hue', 'TimmPolicy',
-           'risky_settings', 'BatchAugment', 'sent', 'build_transforms_classification', 'build_transforms_detection']
+           'risky_settings', 'BatchAugment', 'send_arrays', 'build_transforms_classification',
+           'build_transforms_detection']
 
 # %% ../../nbs/photos/350_augmentation.ipynb #bb34fda6
 import math
@@ -259,6 +260,7 @@ class _Numpy:
 def _timm_with_own_generators() -> ModuleType:
     "A second copy of timm's module of policies, which draws from the generators of the calling thread."
     spec = find_spec("timm.data.auto_augment")
+    assert spec is not None and spec.loader is not None
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     module.random, module.np = _Random(), _Numpy()
@@ -359,7 +361,7 @@ class BatchAugment:
             out[:] = self.policy(out, draws[COL["policy"]])
 
 # %% ../../nbs/photos/350_augmentation.ipynb #199d95aa
-def sent(
+def send_arrays(
     arrays: Mapping[str, np.ndarray],  # numbers, and rows as integers
     device: torch.device | str,  # where they are needed
 ) -> dict[str, torch.Tensor]:  # float32; integers as int64
@@ -407,7 +409,8 @@ def __call__(  # noqa: N807 - a method, added by @patch
     "Posterize, move, sharpen, shift the hue, change colours, normalise and erase, in this order."
     if not self.train:
         return self.normalised(images)
-    p = sent(self.numbers(draws), images.device)
+    assert draws is not None, "training needs random numbers"
+    p = send_arrays(self.numbers(draws), images.device)
     x = _sharpen(warp(_drop_bits(images.float(), p), p["theta"], p["moving"]), p)
     if "hue" in p:
         x = turn_hue(x, p["hue"])
@@ -421,7 +424,7 @@ def normalised(
 ) -> torch.Tensor:  # [n, 3, S, S] float32
     "Normalise a batch without augmentation, as in validation."
     x = images
-    p = sent({"mean": np.array(IMAGENET_MEAN), "std": np.array(IMAGENET_STD)}, x.device)
+    p = send_arrays({"mean": np.array(IMAGENET_MEAN), "std": np.array(IMAGENET_STD)}, x.device)
     layout = torch.channels_last if self.channels_last else torch.contiguous_format
     if x.device.type != "cpu":
         x = x.contiguous(memory_format=layout)  # done on bytes, which are a quarter of the floats

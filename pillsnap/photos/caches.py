@@ -13,7 +13,6 @@ import re
 import shutil
 import struct
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
@@ -26,6 +25,7 @@ import numpy as np
 import pandas as pd
 import psutil
 import torch
+from cachetools import LRUCache
 from fastcore.basics import patch
 
 # %% ../../nbs/photos/340_caches.ipynb #3c733367
@@ -118,6 +118,9 @@ class PhotoCache:
             self.data.share_memory_()
         self._fill(Path(root) if isinstance(root, str) else root, policies or {}, progress)
 
+    def __len__(self) -> int:  # photos
+        return len(self.slot)
+
 
 def _keys(rows: pd.DataFrame) -> list[tuple[str, str]]:
     "Path and box of each row; a combination photo has one row per pill."
@@ -157,7 +160,7 @@ def _views(self: PhotoCache, root: Path | Any, path: str, bbox: str, policies: d
         return got if "_skip" in got else [cached_view(got["image"], box_of(bbox), v) for v in self.views]
     opened = [root.open(Photo(path, bbox), v) for v in self.views]
     failed = next((g for g in opened if isinstance(g, dict)), None)
-    return failed or [cached_view(*g, v) for g, v in zip(opened, self.views)]
+    return failed or [cached_view(img, box, v) for (img, box), v in zip(opened, self.views)]
 
 # %% ../../nbs/photos/340_caches.ipynb #5e9ab39b
 @patch
@@ -178,49 +181,47 @@ def get(
     return self.data[i, at : at + view.nbytes].numpy().reshape(view.size, view.size, 3)
 
 
-@patch
-def __len__(self: PhotoCache) -> int:  # noqa: N807 - a method, added by @patch
-    return len(self.slot)
-
-
-@patch(as_prop=True)
+@patch(as_prop=True)  # pyright: ignore[reportOptionalCall]  # fastcore: a decorator when it is called without a function
 def nbytes(self: PhotoCache) -> int:
     "Bytes of the buffer."
     return self.data.numel()
 
 # %% ../../nbs/photos/340_caches.ipynb #caf3c8d0
 class SizedLRUCache:
-    "Pictures by key; drops the least recently used first; safe for threads."
+    "Pictures by key, of a limited number of bytes (cachetools.LRUCache); safe for threads and pickling."
 
     def __init__(
         self,
         budget: int = 34_359_738_368,  # bytes of the whole job
         workers: int = 1,  # worker processes that keep one each
     ):
-        self.budget, self.nbytes = budget // max(1, workers), 0
-        self._kept, self._lock = OrderedDict(), threading.Lock()
+        self._kept = LRUCache(budget // max(1, workers), getsizeof=lambda img: img.nbytes)
+        self._lock = threading.Lock()  # cachetools leaves locking to the caller
 
     def __len__(self) -> int:
         return len(self._kept)
 
+    @property
+    def budget(self) -> int:
+        "Bytes that this process may keep."
+        return int(self._kept.maxsize)
+
+    @property
+    def nbytes(self) -> int:
+        "Bytes that are kept now."
+        return int(self._kept.currsize)
+
     def get(self, path: str, bbox: str, view: View) -> np.ndarray | None:
         "The picture, which becomes the most recent; None when it is not kept."
         with self._lock:
-            if (got := self._kept.get((path, bbox, view))) is not None:
-                self._kept.move_to_end((path, bbox, view))
-            return got
+            return self._kept.get((path, bbox, view))
 
     def put(self, path: str, bbox: str, view: View, img: np.ndarray) -> None:
         "Keep a picture, and drop the oldest ones until the budget holds."
         if img.nbytes > self.budget:
             return
         with self._lock:
-            if (old := self._kept.pop((path, bbox, view), None)) is not None:
-                self.nbytes -= old.nbytes
-            while self.nbytes + img.nbytes > self.budget:
-                self.nbytes -= self._kept.popitem(last=False)[1].nbytes
             self._kept[path, bbox, view] = img
-            self.nbytes += img.nbytes
 
     def __getstate__(self) -> dict[str, Any]:
         return {"budget": self.budget}  # a worker begins with an empty cache
@@ -283,7 +284,7 @@ class LMDBImageCache:
         readahead: bool = True,  # let the system read ahead
     ):
         self.path, self.readonly = Path(path), readonly
-        self.options = dict(
+        self.options: dict[str, Any] = dict(
             readonly=readonly,
             lock=not readonly,
             readahead=readahead,
@@ -294,6 +295,9 @@ class LMDBImageCache:
         if readonly and not (self.path / "data.mdb").is_file():
             raise PillsnapError("there is no photo database", where=self.path, fix="lmdb_converter writes one")
 
+    def __len__(self) -> int:  # records
+        return self.env.stat()["entries"]
+
 # %% ../../nbs/photos/340_caches.ipynb #1c9109cb
 def _key(path: str, bbox: str, view: View) -> bytes:
     "A hash of fixed length, since keys of LMDB have at most 511 bytes."
@@ -303,7 +307,7 @@ def _key(path: str, bbox: str, view: View) -> bytes:
 _OPEN: dict[tuple[int, str, bool], Any] = {}  # environments by process, path and mode
 
 
-@patch(as_prop=True)
+@patch(as_prop=True)  # pyright: ignore[reportOptionalCall]  # fastcore: a decorator when it is called without a function
 def env(self: LMDBImageCache) -> Any:  # lmdb.Environment
     "The open database of this process."
     key = os.getpid(), str(self.path.absolute()), self.readonly
@@ -371,8 +375,3 @@ def put_many(
             fix="free some space, or cache_policy=labels_only; it goes on from the last 256 photos",
         ) from None
     return n
-
-
-@patch
-def __len__(self: LMDBImageCache) -> int:  # noqa: N807 - a method, added by @patch
-    return self.env.stat()["entries"]
