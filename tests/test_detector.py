@@ -222,12 +222,11 @@ def test_no_batch_is_searched_unasked(tmp_path):
         ("an error", "cuda", RuntimeError("CUDA error: unspecified launch failure")),
     ],
 )
-def test_a_default_batch_is_not_called_a_search(tmp_path, monkeypatch, caplog, why, device, found):
+def test_a_default_batch_is_not_called_a_search(tmp_path, monkeypatch, why, device, found):
     "The library's own fallback, as it stands in its source; only what was found is a point in TensorBoard."
-    import logging
-
     import torch
 
+    from pillsnap.core.logs import logged_lines
     from pillsnap.models.yolo import build_yolo_model, load_ultralytics
     from pillsnap.training.detector_trainer import yolo_training
 
@@ -237,7 +236,7 @@ def test_a_default_batch_is_not_called_a_search(tmp_path, monkeypatch, caplog, w
     points = []
     board = types.SimpleNamespace(add_scalar=lambda tag, v, step: points.append((tag, v)), add_text=lambda *a: None)
     t = object.__new__(yolo_training())
-    t.plan = types.SimpleNamespace(log=logging.getLogger("pillsnap.toy"), tb=board, batch_cap=24)
+    t.plan = types.SimpleNamespace(tb=board, batch_cap=24)
     t.args, t.batch_size, t.amp, t.stride, t.data = (
         types.SimpleNamespace(batch=0.88, imgsz=64, multi_scale=0.0, amp=False, cache=False),
         0.88,
@@ -272,17 +271,14 @@ def test_a_default_batch_is_not_called_a_search(tmp_path, monkeypatch, caplog, w
     monkeypatch.setattr(
         torch.backends.cudnn, "benchmark", why == "cuDNN searches for kernels"
     )  # another training of this process left it on
-    with caplog.at_level("INFO", "pillsnap.toy"):
+    with logged_lines() as lines:
         n = t.auto_batch()
+    text = " ".join(lines)
     if found == 27:
-        assert (
-            n == 24
-            and points == [("perf/auto_batch_found", 24)]
-            and "found within 88% of the GPU's memory" in caplog.text
-        )
+        assert n == 24 and points == [("perf/auto_batch_found", 24)] and "found within 88% of the GPU's memory" in text
     else:
-        assert n == 16 and not points and "not searched for: ultralytics' default of 16" in caplog.text
-        assert ("intended for GPU" if device == "cpu" else "unspecified launch failure") in caplog.text
+        assert n == 16 and not points and "not searched for: ultralytics' default of 16" in text
+        assert ("intended for GPU" if device == "cpu" else "unspecified launch failure") in text
 
 
 @needs_ultralytics

@@ -175,9 +175,11 @@ def draw_batch(
 ) -> Any:  # matplotlib Figure
     "Training photos as the network sees them: augmented whole photos and crops."
     d = learn.dls.train.dataset
-    got = [s for s in (d[i] for i in np.linspace(0, len(d) - 1, min(n, len(d)), dtype=int)) if "_skip" not in s]
-    titles = [names.get(keys[s["label"]]) or keys[s["label"]] for s in got]
-    return show_grid([_as_picture(s["image"]) for s in got], titles, cols=6, size=1.3)
+    samples = [d[i] for i in np.linspace(0, len(d) - 1, min(n, len(d)), dtype=int)]
+    shown = [s for s in samples if "_skip" not in s]
+    drugs = [keys[int(s["label"])] for s in shown]
+    titles = [names.get(drug) or drug for drug in drugs]
+    return show_grid([_as_picture(s["image"]) for s in shown], titles, cols=6, size=1.3)
 
 # %% ../../nbs/training/640_classifier.ipynb #8f226a18
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def read_label(
         lines = _label_of(photo).read_text(encoding="utf-8").splitlines()
     except OSError:
         raise PillsnapError(
-            "a photo of the detector's folder has no label file", where=photo, fix="run the splits stage again"
+            "a photo of the detector's folder has no label file", where=photo, fix="run the splits job again"
         ) from None
     rows = [line.split() for line in lines if line.strip()]
     try:
@@ -75,7 +75,7 @@ def read_label(
         raise PillsnapError(
             "a label file of the detector's folder is no list of boxes",
             where=_label_of(photo),
-            fix="run the splits stage again",
+            fix="run the splits job again",
         ) from None
 
 
@@ -88,7 +88,7 @@ def photos_in(
         raise PillsnapError(
             f"there is no photo in the detector's {Path(folder).name} folder",
             where=folder,
-            fix="run the splits stage; a stage with few combinations needs more of them",
+            fix="run the splits job; a stage with few combinations needs more of them",
         )
     return found
 

@@ -170,7 +170,7 @@ def draw_detector_curves(
     plt.close(fig)
     return fig
 
-
+# %% ../../nbs/training/648_detector_metrics.ipynb #7bec5065
 def draw_precision_recall(
     scored: DetectorScores,  # predicted and true boxes
     conf: float = 0.3,  # the product's threshold

@@ -96,7 +96,7 @@ def detector_args(
     device: torch.device | None = None,  # where to train; None = the CPU
     amp: torch.dtype | None = None,  # autocast type
 ) -> dict[str, Any]:
-    "The configuration as settings for ultralytics."
+    "The configuration as settings for ultralytics, by its names."
     device = device or torch.device("cpu")
     _check_optimizer(cfg, device, amp)
     d, a = cfg.train.detection, cfg.data.augment.detection

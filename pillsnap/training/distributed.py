@@ -386,7 +386,8 @@ class _SharedClassifierJob(ClassifierJob):
     def work(self, run: RunFolder, cfg: Config) -> JobResult:
         _resuming_as_the_first(run)
         a = _accelerator()
-        return super().work(run, cfg, shared_callbacks(cfg.train, a), a.process_index, a.num_processes)
+        cbs = shared_callbacks(cfg.train, a)
+        return super().work(run, cfg, cbs, a.process_index, a.num_processes)  # pyright: ignore[reportCallIssue]  # patched
 
 
 @dataclass(frozen=True)

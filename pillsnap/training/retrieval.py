@@ -323,9 +323,9 @@ def _draw_neighbours(
     pics, titles = [], []
     for i in chosen:
         pics += [picture(queries.paths[i]), *(picture(gallery.paths[j]) for j in rows[i])]
-        titles.append(f"? {names[queries.labels[i]]}")
+        titles.append(f"? {names[int(queries.labels[i])]}")
         for j, same, cosine in zip(rows[i], hit[i], cosines[i]):
-            titles.append(f"{'=' if same else '≠'} {cosine:.2f} {names[known[j]]}")
+            titles.append(f"{'=' if same else '≠'} {cosine:.2f} {names[int(known[j])]}")
     return show_grid(pics, titles, cols=rows.shape[1] + 1, size=1.1)
 
 # %% ../../nbs/training/670_retrieval.ipynb #fbfeb330

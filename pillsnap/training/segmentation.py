@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 # %% ../../nbs/training/680_segmentation.ipynb #c91efe39
 import numpy as np
@@ -404,7 +404,7 @@ class SegmentationJob(Job):
         "Nothing: a synthetic run renders its photos itself."
 
 # %% ../../nbs/training/680_segmentation.ipynb #5e8df044
-@patch(cls_method=True)
+@patch(cls_method=True)  # pyright: ignore[reportOptionalCall]  # fastcore gives a decorator
 def check_inputs(
     cls: SegmentationJob,
     root: str | os.PathLike,  # noqa: ARG001 - the run folder, which the base class reads
@@ -569,7 +569,7 @@ def report(
         groups=self.split.groups,
     )
     written = save_json(record, reports / "segmentation.json")
-    answers = draw_masks(learn.model, learn.dls.valid.dataset, self.names)
+    answers = draw_masks(cast(nn.Module, learn.model), learn.dls.valid.dataset, self.names)
     figures = [
         save_fig(_draw_mask_curves(history), reports / "segmentation_curves.png"),
         save_fig(answers, reports / "segmentation_answers.png"),

@@ -220,7 +220,7 @@ def average_best_checkpoints(
     if not epochs:
         return None
     best = [load_ckpt(checkpoints / f"epoch_{e}.pt") for e in epochs]
-    model: nn.Module = deepcopy(learn.model)
+    model = cast(nn.Module, deepcopy(learn.model))
     model.load_state_dict(average_weights([b["model_state"] for b in best]))
     norms = refresh_batchnorm(model, learn.dls.train)
     value, alone = _monitored_value(model, learn, monitor), values[wanted[0] - 1]
