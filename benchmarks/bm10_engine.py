@@ -10,7 +10,6 @@ they cannot.
 """
 
 import itertools
-import logging
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -80,8 +79,6 @@ def engine(make_net: Callable[[], nn.Module], batches: Iterable, size: int, poin
         def after_train(self):
             self.ms = (time.perf_counter() - self.t0) / len(self.dls.train) * 1e3
 
-    log = logging.getLogger("bench.bm10")
-    log.propagate, log.handlers = False, [logging.NullHandler()]
     cfg = load_config(
         "two_stage",
         [
@@ -104,7 +101,7 @@ def engine(make_net: Callable[[], nn.Module], batches: Iterable, size: int, poin
             batches,
             {"whole": valid},
             DRUGS,
-            out=Outputs(log=log, tb=points),
+            out=Outputs(tb=points),
         )
         learn.remove_cb(learn.progress)  # the table of epochs is no part of a step
         learn.add_cb(watch := Watch())

@@ -14,7 +14,6 @@ be missed.
 """
 
 import gc
-import logging
 import mmap
 import re
 import tempfile
@@ -93,8 +92,6 @@ def slope(kb: list[float]) -> float:
 def training(root: Path, rows: pd.DataFrame, engine: str, epochs: int, leak: int) -> tuple[list[float], int]:
     """A training as a stage has it, on a network of a few thousand weights: kB after each epoch, and how many child
     processes were counted."""
-    log = logging.getLogger("bench.bm13")
-    log.propagate, log.handlers = False, [logging.NullHandler()]
     cfg = load_config(
         "two_stage",
         [
@@ -134,7 +131,7 @@ def training(root: Path, rows: pd.DataFrame, engine: str, epochs: int, leak: int
         {"whole": PhotoLoader(val, BATCH, **options)},
         DRUGS,
         fixed=fixed,
-        out=Outputs(out, out / "metrics.json", log),
+        out=Outputs(out, out / "metrics.json"),
     )
     learn.remove_cb(learn.progress)  # its rows would stand between the figures
     learn.add_cb(watch := Watch(leak))

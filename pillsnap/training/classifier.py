@@ -430,7 +430,7 @@ def work(
     prov = Provenance(data.header["source"], data.header["data_hash"], data.class_map.fingerprint)
     folder, threads = run.sub("checkpoints") / "classifier", torch.get_num_threads()
     cache = shared_cache(data, cfg)
-    out = Outputs(folder, run.sub("reports") / "metrics.json", log=logger, tb=run.tb)
+    out = Outputs(folder, run.sub("reports") / "metrics.json", tb=run.tb)
     context = TrainingContext(run.resuming, cache, rank, world_size)
     try:
         trained = train_classification_stage(data, cfg, out, context, cbs)

@@ -466,7 +466,7 @@ def work(self: RetrievalJob, run: RunFolder, cfg: Config) -> JobResult:
     cfg = _resolve(run, cfg, folder / "last.pt")
     few_classes_advice(len(data.class_map), cfg.retrieval)
     device, threads = "cuda" if torch.cuda.is_available() else "cpu", torch.get_num_threads()
-    out = Outputs(folder, reports / "metrics.json", log=logger, tb=run.tb)
+    out = Outputs(folder, reports / "metrics.json", tb=run.tb)
     try:
         recall = recall_callback(data, cfg, device, run.tb)
         trained = train_classification_stage(data, cfg, out, TrainingContext(run.resuming), cbs=[recall])

@@ -198,14 +198,13 @@ class Losses(Callback):
 # ---- configuration, network, learner
 
 
-def logger() -> logging.Logger:
-    "Decisions of the project, one line each, into the check's output."
-    log = logging.getLogger("gpu")
+def show_decisions() -> None:
+    "Print the project's log lines into the check's output."
+    log = logging.getLogger("pillsnap")
     if not log.handlers:
         log.addHandler(logging.StreamHandler(sys.stdout))
         log.setLevel(logging.INFO)
         log.propagate = False
-    return log
 
 
 def settings(s: Size, *over: str, img: int = 384, batch: int = 48, backbone: str = "tf_efficientnetv2_s") -> Config:
@@ -243,8 +242,9 @@ def make_learner(  # noqa: PLR0913 - the parts of a learner
     keys, c = drug_keys(), cfg.train.classification
     fixed = dict(config_snapshot=cfg.to_dict(), class_map=keys.to_dict(), backbone=c.backbone)
     fixed |= dict(img_size=cfg.data.classification.img_size)
-    criterion, out = build_criterion(cfg, np.full(CLASSES, 10), list(keys)), Outputs(folder, log=logger())
-    learn = build_learner(cfg, model, criterion, train, views, CLASSES, device, fixed, out)
+    show_decisions()
+    criterion = build_criterion(cfg, np.full(CLASSES, 10), list(keys))
+    learn = build_learner(cfg, model, criterion, train, views, CLASSES, device, fixed, Outputs(folder))
     learn.add_cbs(list(cbs))
     return learn
 
