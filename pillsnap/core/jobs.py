@@ -87,11 +87,6 @@ class RunFolder:
         return ensure_dir(self.root / name)
 
     @property
-    def log(self) -> logging.Logger:
-        "The package's logger."
-        return logging.getLogger("pillsnap")
-
-    @property
     def tb(self) -> TBWriter:
         "TensorBoard writer of the job, in `tb/<job>`."
         if self._tb is None:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['logger', 'EVERY', 'FRAME', 'DONE', 'STEP_TAGS', 'VAL_TAGS', 'audience', 'LiveLine', 'without_live_line',
            'progress_text', 'ProgressBar', 'progress', 'ConsoleHandler', 'LogFile', 'open_log_file', 'build_logger',
-           'TBWriter', 'TensorBoardHandler', 'logged_lines', 'log_decision', 'step_line', 'with_tags', 'StepTimer']
+           'TBWriter', 'TensorBoardHandler', 'logged_lines', 'step_line', 'with_tags', 'StepTimer']
 
 # %% ../../nbs/core/040_logs.ipynb #a5c1f3b6
 import logging
@@ -435,12 +435,6 @@ def logged_lines(
     finally:
         log.handlers, log.propagate = handlers, propagate
         log.setLevel(level)
-
-# %% ../../nbs/core/040_logs.ipynb #e7bda56d
-def log_decision(log: logging.Logger | None, text: str, tb: TBWriter | None = None, step: int = 0) -> str:  # noqa: ARG001 - tb goes
-    "Deprecated: a module's own logger replaces it."
-    (log or logging.getLogger("pillsnap")).info(line := " ".join(text.split()), extra={"step": step})
-    return line
 
 # %% ../../nbs/core/040_logs.ipynb #d2f5b4e8
 def step_line(  # noqa: PLR0913 - one argument for each number of the line
