@@ -130,7 +130,8 @@ def fetch_weights(
 # %% ../../nbs/models/500_factory.ipynb #9e646b63
 def _mark(t: torch.Tensor) -> tuple[int, float, float]:
     "Count, sum and sum of magnitudes: equal for equal tensors."
-    return (t.numel(), round(float(t.double().sum()), 6), round(float(t.double().abs().sum()), 6))
+    numbers = t.detach().double()
+    return numbers.numel(), round(float(numbers.sum()), 6), round(float(numbers.abs().sum()), 6)
 
 
 def _share_loaded(
