@@ -129,7 +129,7 @@ class JobResult:
     notes: list[str] = field(default_factory=list)  # remarks, shown below the table
     record: dict[str, Any] | None = None  # filled in by the job
     root: Path | None = None  # the run folder, filled in by the job
-    show: Callable[[], None] | None = None  # a live widget to show after the figures
+    show: Callable[[], object] | None = None  # a live widget to show after the figures
     smoke: bool = False  # True for a smoke run, whose figures mean nothing; filled in by the job
 
 

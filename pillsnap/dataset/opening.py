@@ -50,7 +50,7 @@ def validate_bbox(
 # %% ../../nbs/dataset/400_opening.ipynb #d7cf56ce
 def image_policies(
     c: Data,  # the configuration's block data
-) -> dict[str, str]:
+) -> dict[str, Any]:
     "The arguments of `open_image_safely` from the configuration."
     return {"grayscale_policy": c.grayscale_policy, "rgba_policy": c.rgba_policy}
 

@@ -18,7 +18,7 @@ from ..core.errors import PillsnapError
 from ..core.records import Metric, Provenance
 from ..core.settings import Config, StageSpec
 from .gates import why_unmeasured
-from .latency import Latency, protocol_gap
+from .latency import Latency, measured_value, protocol_gap
 
 # %% ../../nbs/evaluation/750_advisor.ipynb #006b08ce
 @dataclass(frozen=True)
@@ -437,7 +437,7 @@ IMBALANCE_LIMIT = 10  # photos of the most frequent drug per photo of the rarest
 def _weighted_sampling(f: Facts, bars: Mapping[str, Bar]) -> Suggestion | None:
     "The classes are imbalanced and accuracy or macro-F1 is missed."
     m = f.metrics.get("class_imbalance_ratio")
-    if not (isinstance(m, Metric) and m.measured and m.value > IMBALANCE_LIMIT and _behind(bars)):
+    if not (isinstance(m, Metric) and m.measured and measured_value(m) > IMBALANCE_LIMIT and _behind(bars)):
         return None
     return Suggestion(
         "weighted_sampling",
@@ -515,7 +515,7 @@ def _keep_decoded(f: Facts, _bars: Mapping[str, Bar]) -> Suggestion | None:
 def _classifier_near(f: Facts, bars: Mapping[str, Bar]) -> Suggestion | None:
     "The accuracy is missed by less than a fifth of its target."
     b = bars.get("accuracy")
-    if b is None or b.verdict != "missed" or _far(bars, "accuracy"):
+    if b is None or b.value is None or b.verdict != "missed" or _far(bars, "accuracy"):
         return None
     n = int(_get(f, "train.classification.epochs", 30))
     return Suggestion(
@@ -530,7 +530,7 @@ def _classifier_near(f: Facts, bars: Mapping[str, Bar]) -> Suggestion | None:
 def _detector_near(f: Facts, bars: Mapping[str, Bar]) -> Suggestion | None:
     "The detector's mAP is missed by less than a fifth of its target."
     b = bars.get("detection_map50")
-    if b is None or b.verdict != "missed" or _far(bars, "detection_map50"):
+    if b is None or b.value is None or b.verdict != "missed" or _far(bars, "detection_map50"):
         return None
     n = int(_get(f, "train.detection.epochs", 50))
     return Suggestion(

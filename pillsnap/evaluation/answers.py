@@ -29,6 +29,7 @@ from ..core.files import atomic_path, save_text
 from ..core.logs import progress as show_progress
 from ..core.records import Provenance
 from ..core.settings import Data, Evaluation
+from ..dataset.opening import image_policies
 from ..dataset.splitfiles import SplitData
 from ..delivery.classmap import ClassMap
 from .latency import Latency, LatencySetup, measure_latency
@@ -120,7 +121,7 @@ def opened(
     ahead: int = 16,  # photos decoded ahead
 ) -> Iterator[tuple[EvalPhoto, np.ndarray]]:  # photo and its pixels, uint8 RGB [H, W, 3]
     "Yield each photo with its pixels; photos that cannot be opened go to `skipped`."
-    policies = {k: getattr(self.settings, k) for k in ("grayscale_policy", "rgba_policy")}
+    policies = image_policies(self.settings)
 
     def decode(photo: EvalPhoto) -> dict[str, Any]:
         return open_image_safely(self.root / photo.path, **policies)
@@ -155,7 +156,8 @@ def load_evaluator(
     "An evaluator with the checkpoints of a run."
     checkpoints = run_root / "checkpoints"
     loaded = load_classifier(checkpoint or checkpoints / "classifier" / "best.pt", data.class_map, device)
-    classifier, detector = TorchClassifier(loaded.model, loaded.img_size), None
+    classifier: TorchClassifier = TorchClassifier(loaded.model, loaded.img_size)
+    detector: Any = None
     why = without_detector(run_root)
     if not why:
         from pillsnap.models.yolo import open_detector
@@ -259,6 +261,7 @@ def boxes(
 ) -> Boxes:
     "Boxes of every photo, for average precision."
     t0, detector, limits = time.perf_counter(), self.pipeline.detector, self.pipeline.thresholds
+    assert detector is not None, self.no_detector
     out = Boxes([], [], [], [], 0.0)
     for photo, image in self.opened(photos, "detector"):
         out.preds.append(detect(detector, image, 0.001, limits.iou, limits.max_det))

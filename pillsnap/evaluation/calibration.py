@@ -20,7 +20,7 @@ from ..models.pipeline import softmax
 # %% ../../nbs/evaluation/700_calibration.ipynb #986ea154
 def nll(
     logits: np.ndarray,  # scores [N, C]
-    labels: Sequence[int],  # true class ids [N]
+    labels: Sequence[int] | np.ndarray,  # true class ids [N]
     temperature: float = 1.0,  # divides the logits
 ) -> float:  # mean negative log-likelihood, nats
     "The mean negative log-likelihood of the true classes, which temperature scaling minimises."
@@ -39,7 +39,7 @@ def _slope(z: np.ndarray, own: np.ndarray, beta: float) -> float:
 # %% ../../nbs/evaluation/700_calibration.ipynb #64b241ec
 def fit_temperature(
     logits: np.ndarray,  # scores [N, C]
-    labels: Sequence[int],  # true class ids [N]
+    labels: Sequence[int] | np.ndarray,  # true class ids [N]
 ) -> float:  # T in [.05, 20]
     "The temperature of least NLL, by bisection (Guo et al. 2017)."
     z, y = np.asarray(logits, np.float64), np.asarray(labels)
@@ -93,9 +93,9 @@ def _ece_at(
 
 def calibrate(
     logits: np.ndarray,  # scores [N, C] of photos that were not trained on
-    labels: Sequence[int],  # true class ids [N]
-    groups: Sequence[str],  # capture group of each photo [N]
-    parts: Sequence[str],  # calib: T is fitted to it; clean: T is evaluated on it; others are ignored [N]
+    labels: Sequence[int] | np.ndarray,  # true class ids [N]
+    groups: Sequence[str] | np.ndarray,  # capture group of each photo [N]
+    parts: Sequence[str] | np.ndarray,  # calib: T is fitted to it; clean: T is evaluated on it; others are ignored [N]
 ) -> Calibration:  # T = 1 with a note where there are too few photos
     "Fit a temperature to the calibration photos and evaluate it on the clean ones (Guo et al. 2017)."
     z, y = np.asarray(logits, np.float64), np.asarray(labels)
@@ -129,7 +129,7 @@ def calibrate(
 # %% ../../nbs/evaluation/700_calibration.ipynb #7013064a
 def plot_reliability(
     logits: np.ndarray,  # scores [N, C] of the clean photos
-    labels: Sequence[int],  # true class ids [N]
+    labels: Sequence[int] | np.ndarray,  # true class ids [N]
     temperature: float = 1.0,  # the fitted T
     bins: int = 10,  # bars over 0…1
 ):  # a matplotlib Figure

@@ -36,7 +36,7 @@ from ..photos.images import normalise, open_image_safely, whole_view
 # %% ../../nbs/evaluation/755_checks.ipynb #bdeb4b61
 from .advisor import ADVISOR_TARGETS, IMBALANCE_LIMIT, Check, Facts, get_stage_target
 from .gates import STAGE_TARGETS
-from .latency import Latency
+from .latency import Latency, measured_value
 
 # %% ../../nbs/evaluation/755_checks.ipynb #78ef76e1
 def learning_trend(
@@ -173,7 +173,7 @@ def data_loading_record(
     tree = cfg.to_dict()
     tree["pack"]["enabled"], tree["dataloader"]["source"] = False, "delivery"
     t0 = time.perf_counter()
-    data = load_split_data(run_dir, cfg.data.progressive_validation.current_stage)
+    data = load_split_data(Path(run_dir), cfg.data.progressive_validation.current_stage)
     loader = validation_loader(data.val, data, Config.model_validate(tree), cache=False)
     _, labels, _ = next(iter(loader), (None, (), None))
     took = time.perf_counter() - t0
@@ -311,7 +311,7 @@ def _check_from_record(
     rec = Metric.from_dict(m) if m else None
     if rec is None or not rec.measured:
         return Check(note=f"{words}: {rec.note if rec and rec.note else 'no record'}")
-    return Check(bool(passes(rec.value)), EVALUATION, note=f"{rec.name} {float(rec.value):.4g}, {words}")
+    return Check(bool(passes(rec.value)), EVALUATION, note=f"{rec.name} {measured_value(rec):.4g}, {words}")
 
 
 def _measured_checks(

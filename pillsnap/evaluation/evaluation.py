@@ -22,6 +22,7 @@ from ..core.logs import progress as show_progress
 from ..core.plots import save_fig
 from ..core.settings import Config
 from ..dataset.drugs import drug_names
+from .latency import measured_value
 from .measurements import evaluation_inputs, input_hashes, measure, smoke_evaluation
 from .menu import advisor_menu, percent, record_choice
 from pillsnap.evaluation.scorecard import (
@@ -111,7 +112,7 @@ def _measured(self: EvaluationJob, run: RunFolder, cfg: Config) -> tuple[list[Pa
     measured = measure(run.root, cfg)
     for name, m in measured.metrics.items():
         if m.measured:
-            run.tb.add_scalar(f"eval/{name}", float(m.value), 0)
+            run.tb.add_scalar(f"eval/{name}", measured_value(m), 0)
     run.tb.add_scalar("eval/badges", len(measured.answers.hard_cases()), 0)
     files = measured.write(run)
     drawn = measured.figures(drug_names(run.root), cfg.data.detection.conf_threshold, reports / "confusions.csv")

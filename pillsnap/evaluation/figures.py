@@ -243,7 +243,7 @@ def memory_record(
 def _crashes(
     job: str,  # the job's name
     record: Mapping[str, Any],  # its record
-) -> list[Mapping[str, Any]]:  # attempts that crashed
+) -> Sequence[Mapping[str, Any]]:  # attempts that crashed
     "The crashed attempts of a job; conversion and splits may refuse a delivery with a PillsnapError."
     crashed = crashed_attempts(record)
     if job in ("conversion", "splits"):

@@ -39,6 +39,7 @@ from pillsnap.evaluation.heldout import (
     refuse_opening,
     score_part,
 )
+from .latency import measured_value
 from .scorecard import BUSINESS
 
 # %% ../../nbs/evaluation/790_final.ipynb #2ca65bd2
@@ -52,12 +53,12 @@ def business_goals(
         if name == "detection_map50" and not detector:
             continue
         m = metrics.get(name)
-        measured = m is not None and m.measured
+        value = measured_value(m) if m is not None and m.measured else None
         goals[name] = {
             "target": target,
-            "value": float(m.value) if measured else None,
-            "met": bool(measured and m.value >= target),
-            "note": "" if measured else "NOT_MEASURED: " + (m.note if m is not None else "no record"),
+            "value": value,
+            "met": value is not None and value >= target,
+            "note": "" if value is not None else "NOT_MEASURED: " + (m.note if m is not None else "no record"),
         }
     return goals | {"overall_target_met": all(g["met"] for g in goals.values())}
 
@@ -120,9 +121,9 @@ def val_test_gap(
         if a is None or b is None or not (a.measured and b.measured):
             continue
         out[name] = {
-            "val": float(a.value),
-            "test": float(b.value),
-            "gap": float(a.value) - float(b.value),
+            "val": measured_value(a),
+            "test": measured_value(b),
+            "gap": measured_value(a) - measured_value(b),
             "n_val": a.n,
             "n_test": b.n,
         }
@@ -205,7 +206,7 @@ def final_test_evaluation(
         if cfg.train.num_threads:
             torch.set_num_threads(cfg.train.num_threads)
         got = score_part(p)
-        doc = _final_report(p, got, opening, request.models)
+        doc = _final_report(p, got, opening, request.models or {})
         save_json(doc, root / RESULTS)
         close_sealed(root, opening)
     return doc, got

@@ -8,14 +8,14 @@ __all__ = ['STAGE_TARGETS', 'EXCUSED_BY_CLOCK', 'Status', 'Reason', 'StageGate',
 
 # %% ../../nbs/evaluation/730_gates.ipynb #42625b1c
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any
 
 from ..core.errors import PillsnapError
 from ..core.records import Metric, Provenance
-from .latency import Latency, protocol_gap
+from .latency import Latency, measured_value, protocol_gap
 
 # %% ../../nbs/evaluation/730_gates.ipynb #54da5d56
 class Status(StrEnum):
@@ -118,7 +118,7 @@ def why_unmeasured(
         return "; ".join(filter(None, [*m.doubts(), m.note]))
     if m.kind == "computed" and not computed:
         return "it was computed from tables; this figure takes photos that were answered"
-    if not low <= float(m.value) <= high:
+    if not low <= measured_value(m) <= high:
         return f"impossible value {m.value}"
     if m.data not in data:
         return f"measured on {m.data} data; this stage accepts {' or '.join(data)} data"
@@ -158,7 +158,8 @@ def _point(
     if why := why_unmeasured(m, target.data, *_RANGE.get(name, (0.0, 1.0)), name in _COMPUTED):
         value = _finite(getattr(m, "value", None))
         return Point(name, asked, Status.NOT_MEASURED, value, getattr(m, "n", None), note=why)
-    v = float(m.value)
+    assert m is not None
+    v = measured_value(m)
     if ok(v):
         return Point(name, asked, "met", v, m.n)
     return Point(name, asked, "missed", v, m.n, reason=str(reason))
@@ -174,14 +175,17 @@ def _finite(v: Any) -> float | None:
 # %% ../../nbs/evaluation/730_gates.ipynb #26d0c8f3
 def _latency_point(row: Latency | None, target: StageGate) -> Point:
     "The latency point; NOT_MEASURED where the p95 was not measured by the protocol."
-    asked = f"p95 ≤ {target.latency_p95_ms:.0f} ms (single, batch 1, fp16)"
+    limit = target.latency_p95_ms or math.inf
+    asked = f"p95 ≤ {limit:.0f} ms (single, batch 1, fp16)"
     m = row.metric if isinstance(row, Latency) else row
-    p = _point("latency_p95_ms", asked, lambda v: v <= target.latency_p95_ms, Reason.LATENCY_P95_TOO_HIGH, m, target)
+    p = _point("latency_p95_ms", asked, lambda v: v <= limit, Reason.LATENCY_P95_TOO_HIGH, m, target)
     if p.verdict == Status.NOT_MEASURED:
         return p
     gap = protocol_gap(row) if isinstance(row, Latency) else ["no protocol with the figure"]
-    if gap or (row.scope, row.percentile) != ("single", 95):
-        note = "NOT_COMPARABLE: " + "; ".join(gap or [f"scope {row.scope} p{row.percentile}"])
+    if isinstance(row, Latency) and not gap and (row.scope, row.percentile) != ("single", 95):
+        gap = [f"scope {row.scope} p{row.percentile}"]
+    if gap:
+        note = "NOT_COMPARABLE: " + "; ".join(gap)
         return Point(p.name, asked, Status.NOT_MEASURED, p.value, p.n, note=note)
     return p
 
@@ -195,10 +199,11 @@ def _regression_point(acc: Metric | None, base: Metric | None, target: StageGate
         return Point("regression", asked, Status.NOT_MEASURED, note=f"accuracy: {why}")
     if why := why_unmeasured(base, target.data, 0, 1):
         return Point("regression", asked, Status.NOT_MEASURED, note=f"baseline: {why}")
+    assert acc is not None and target.max_drop is not None
     if (base.data_hash, base.class_map_hash) != (acc.data_hash, acc.class_map_hash):
         note = "the baseline was measured on other data or another class map"
         return Point("regression", asked, Status.NOT_MEASURED, note=note)
-    drop = float(base.value) - float(acc.value)
+    drop = measured_value(base) - measured_value(acc)
     if drop <= target.max_drop + 1e-9:
         return Point("regression", asked, "met", drop, acc.n)
     return Point("regression", asked, "missed", drop, acc.n, str(Reason.REGRESSION_TOO_LARGE))
@@ -353,7 +358,7 @@ def _leaked(points: tuple[Point, ...]) -> tuple[Point, ...]:
     )
 
 
-def _status(missed: set[str], unknown: Sequence[str]) -> Status:
+def _status(missed: Collection[str], unknown: Sequence[str]) -> Status:
     "The status that follows from the points."
     if Reason.LEAK in missed:
         return Status.NOT_MEASURED

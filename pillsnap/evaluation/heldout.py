@@ -39,6 +39,7 @@ from .advisor import Advice, evaluate_and_recommend
 from .answers import Answers, eval_photos, load_evaluator, without_detector
 from .checks import advisor_facts, data_loading_record, training_records
 from .figures import box_records, combo_records, single_records
+from .latency import measured_value
 from .ledger import append_ledger, read_ledger, stage_4_done
 from .menu import write_advice
 from ..models.factory import load_classifier
@@ -192,7 +193,8 @@ def open_sealed(
     request: OpeningRequest,  # the opening
 ) -> dict[str, Any]:  # the ledger's entry of this opening
     "Write the opening to the ledger; raises PillsnapError where it is not allowed."
-    root, kept = Path(run_dir), refuse_opening(run_dir, request, next(iter(request.models)))
+    models = request.models or {}
+    root, kept = Path(run_dir), refuse_opening(run_dir, request, next(iter(models)))
     if kept and not request.unseal:
         append_ledger(root, "continue", opening=kept["seq"], reason=request.reason)
         return kept
@@ -226,8 +228,8 @@ def close_sealed(
 
 # %% ../../nbs/evaluation/780_heldout.ipynb #544fb2bb
 def group_intervals(
-    answers: Sequence[int],  # class ids [N]
-    labels: Sequence[int],  # true class ids [N]
+    answers: Sequence[int] | np.ndarray,  # class ids [N]
+    labels: Sequence[int] | np.ndarray,  # true class ids [N]
     groups: Sequence[str],  # capture group of each photo [N]
     num_classes: int,  # size of the class map
     seed: int = 42,  # of the draws
@@ -401,7 +403,7 @@ def _score_retrieval(
     note = f"among {len(gallery.labels)} training photos, exact search"
 
     def rec(name, value):
-        return p.prov.metric(name, value, found["n"], took, note=note)
+        return p.prov.metric(name, value, int(found["n"]), took, note=note)
 
     metrics = {f"recall@{k}": rec(f"recall@{k}", found[f"recall@{k}"]) for k in r.recall_k_values}
     metrics |= {
@@ -502,7 +504,7 @@ def figure_lines(
         if not m.measured:
             return f"  {m.name:<22} NOT_MEASURED ({m.note or '; '.join(m.doubts())})"
         sure = "" if m.name not in got.intervals else " [{:.3f}, {:.3f}]".format(*got.intervals[m.name])
-        return f"  {m.name:<22} {float(m.value):.4f}{sure}, n={m.n}, {data}"
+        return f"  {m.name:<22} {measured_value(m):.4f}{sure}, n={m.n}, {data}"
 
     return "\n".join(line(m) for m in got.metrics.values())
 
@@ -540,7 +542,7 @@ def evaluate_split(
         doc = {
             "schema": "pillsnap.heldout/1",
             "split": split,
-            **part_report(p, got, request.models),
+            **part_report(p, got, request.models or {}),
             "note": note,
             "opening": opening["seq"] if opening else None,
         }

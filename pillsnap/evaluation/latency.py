@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['WARMUP', 'RUNS', 'BATCH', 'PRECISION', 'PROTOCOL_GPU', 'PERCENTILES', 'LATENCY_TARGETS', 'LatencySetup', 'Latency',
-           'on_gpu', 'time_calls', 'measure_latency', 'protocol_gap', 'LatencyTarget', 'latency_table', 'plot_latency']
+           'on_gpu', 'measured_value', 'time_calls', 'measure_latency', 'protocol_gap', 'LatencyTarget',
+           'latency_table', 'plot_latency']
 
 # %% ../../nbs/evaluation/710_latency.ipynb #4e00823c
 import gc
@@ -66,6 +67,14 @@ def on_gpu(
 ) -> bool:
     "Whether a GPU computed everything."
     return "cuda" in provider.lower() and "CPU" not in provider
+
+
+def measured_value(
+    m: Metric | None,  # a record with a value
+) -> float:
+    "The value of a record as a number; AssertionError where it was not measured."
+    assert m is not None and m.value is not None, "the record has no value"
+    return float(m.value)
 
 # %% ../../nbs/evaluation/710_latency.ipynb #e5496293
 def time_calls(
@@ -169,7 +178,7 @@ def _verdict(target: LatencyTarget, row: Latency | None) -> tuple[str, str]:
         return "NOT_MEASURED", f"nothing measured for {target.scope} p{target.percentile}"
     if gap := protocol_gap(row):
         return "NOT_COMPARABLE", "; ".join(gap)
-    return ("met" if row.metric.value <= target.ms else "missed"), ""
+    return ("met" if measured_value(row.metric) <= target.ms else "missed"), ""
 
 
 def latency_table(
@@ -184,10 +193,9 @@ def latency_table(
             continue
         row = by_scope.get((t.scope, t.percentile))
         verdict, why = _verdict(t, row)
+        found: dict[str, Any] = dict.fromkeys(("measured_ms", "precision", "provider"))
         if row is not None and row.metric.measured:
             found = {"measured_ms": row.metric.value, "precision": row.precision, "provider": row.provider}
-        else:
-            found = dict.fromkeys(("measured_ms", "precision", "provider"))
         rows.append({**asdict(t), **found, "verdict": verdict, "why": why})
     return rows
 

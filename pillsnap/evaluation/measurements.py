@@ -356,7 +356,7 @@ def plot_mistakes(
             return f"{words[scores.labels[i]]}\nright, {confidence[i]:.0%} sure"
         return f"{words[scores.labels[i]]}\n→ {words[answered[i]]} · {confidence[i]:.0%}"
 
-    images = [open_image_safely(self.data.root / scores.paths[i]).get("image") for i in chosen]
+    images = [open_image_safely(self.data.root / scores.paths[i])["image"] for i in chosen]
     return show_grid([whole_view(i, 160) for i in images], [title(i) for i in chosen], cols=6, size=1.5)
 
 # %% ../../nbs/evaluation/768_measurements.ipynb #acdb27ba

@@ -25,7 +25,7 @@ from ..models.pipeline import softmax
 # %% ../../nbs/evaluation/720_reports.ipynb #6d67f933
 def evaluate_classification_metrics(
     logits: np.ndarray,  # scores before the softmax [N, C]
-    labels: Sequence[int],  # true class ids [N]
+    labels: Sequence[int] | np.ndarray,  # true class ids [N]
     keys: Sequence[str],  # class keys in id order [C]
     topk: Sequence[int] = (1, 5),  # how many guesses; top1 is the accuracy
     temperature: float = 1.0,  # divides the logits; the confidence and its error depend on it, nothing else
@@ -51,8 +51,8 @@ def evaluate_classification_metrics(
 
 # %% ../../nbs/evaluation/720_reports.ipynb #1081df29
 def save_confusions(
-    pred: Sequence[int],  # predicted class ids [N]
-    labels: Sequence[int],  # true class ids [N]
+    pred: Sequence[int] | np.ndarray,  # predicted class ids [N]
+    labels: Sequence[int] | np.ndarray,  # true class ids [N]
     keys: Sequence[str],  # class keys in id order
     path: str | os.PathLike,  # a .csv
 ) -> Path:
@@ -100,8 +100,8 @@ def _top_pairs(
 
 # %% ../../nbs/evaluation/720_reports.ipynb #ec339206
 def plot_confusion_matrix(
-    pred: Sequence[int],  # predicted class ids [N]; -1 = no answer
-    labels: Sequence[int],  # true class ids [N]
+    pred: Sequence[int] | np.ndarray,  # predicted class ids [N]; -1 = no answer
+    labels: Sequence[int] | np.ndarray,  # true class ids [N]
     keys: Sequence[str],  # what the classes are called, in id order
     top: int = 15,  # pairs shown
     path: str | os.PathLike | None = None,  # a .csv for the complete sparse counts
@@ -129,7 +129,7 @@ def _grid_mean(curves: Sequence[tuple[np.ndarray, np.ndarray]], grid: np.ndarray
 # %% ../../nbs/evaluation/720_reports.ipynb #3d45115c
 def roc_pr_macro(
     probs: np.ndarray,  # probabilities [N, C]
-    labels: Sequence[int],  # true class ids [N]
+    labels: Sequence[int] | np.ndarray,  # true class ids [N]
 ) -> dict[str, Any]:  # auroc, ap (macro), n_classes, and the mean curves roc and pr as [2, 201]
     "ROC and precision-recall of each drug against all others, averaged over the drugs."
     from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
@@ -158,7 +158,7 @@ def roc_pr_macro(
 # %% ../../nbs/evaluation/720_reports.ipynb #f9b7ce38
 def plot_roc_pr_curves(
     probs: np.ndarray,  # probabilities [N, C]
-    labels: Sequence[int],  # true class ids [N]
+    labels: Sequence[int] | np.ndarray,  # true class ids [N]
 ):  # a matplotlib Figure
     "Mean ROC and precision-recall curves of all drugs."
     import matplotlib.pyplot as plt

@@ -24,7 +24,7 @@ from .advisor import Advice, Bar, Check, evaluate_and_recommend
 from .checks import advisor_facts
 from .figures import RELIABLE
 from .gates import GateResult, Point, TimeCap, simple_stage_evaluation
-from .latency import Latency, latency_table
+from .latency import Latency, latency_table, measured_value
 from .ledger import append_ledger, read_ledger
 from .menu import advisor_word, gate_dot, write_advice
 from ..models.pipeline import BADGE
@@ -82,7 +82,7 @@ def best_before(
         for m in known
         if m.measured and (m.data_hash, m.class_map_hash) == (acc.data_hash, acc.class_map_hash) and m != acc
     ]
-    return max(same, key=lambda m: m.value, default=None)
+    return max(same, key=measured_value, default=None)
 
 # %% ../../nbs/evaluation/766_scorecard.ipynb #5fd0e88a
 def time_cap(
@@ -196,7 +196,7 @@ def _scorecard_row(
     b: Bar | None,  # the advisor's bar
 ) -> dict[str, Any]:  # figure, value, n, how, data, gate, advisor, business, note
     "One figure of the scorecard."
-    measured, value = m is not None and m.measured, _value(m, p, b)
+    value = _value(m, p, b)
     row = {"figure": name, "value": round(float(value), 4) if value is not None else None, "n": None}
     row |= {"how": "NOT_MEASURED" if value is None else "", "data": m.data if m else ""}
     row |= {"gate": "", "advisor": "", "business": "", "note": (m.note if m else "") or (p.note if p else "")}
@@ -204,10 +204,12 @@ def _scorecard_row(
         row |= {"n": p.n, "gate": _word(p.asked, p.verdict if p.verdict != "missed" else p.reason)}
     if b:
         row["advisor"] = _word(f"{'≤' if b.lower else '≥'} {b.target:g}", b.verdict)
-    if measured:
-        row |= {"n": m.n, "how": m.how}
-    if measured and name in BUSINESS and m.data == "aihub":
-        row["business"] = f"≥ {BUSINESS[name]:.2f}: {'met' if value >= BUSINESS[name] else 'missed'}"
+    if m is None or not m.measured:
+        return row
+    row |= {"n": m.n, "how": m.how}
+    if name in BUSINESS and m.data == "aihub":
+        verdict = "met" if measured_value(m) >= BUSINESS[name] else "missed"
+        row["business"] = f"≥ {BUSINESS[name]:.2f}: {verdict}"
     return row
 
 
@@ -315,8 +317,8 @@ def _latency_rows(
     rows = [
         {
             "scope": s,
-            "p50": round(p[(s, 50)].metric.value, 2),
-            "p95": round(p[(s, 95)].metric.value, 2),
+            "p50": round(measured_value(p[(s, 50)].metric), 2),
+            "p95": round(measured_value(p[(s, 95)].metric), 2),
             "batch": p[(s, 95)].batch,
             "precision": p[(s, 95)].precision,
             "n": p[(s, 95)].metric.n,
