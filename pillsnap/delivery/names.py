@@ -22,11 +22,11 @@ def korean_name(
         return name
     for wrong in ("utf-8", "cp437", "latin-1"):
         try:
-            said = name.encode(wrong, "surrogateescape").decode("cp949")
+            repaired = name.encode(wrong, "surrogateescape").decode("cp949")
         except UnicodeError:
             continue
-        if re.search("[가-힣]", said) and not re.search("[가-힣ᄀ-ᇿ]", name):
-            return unicodedata.normalize("NFC", said)
+        if re.search("[가-힣]", repaired) and not re.search("[가-힣ᄀ-ᇿ]", name):
+            return unicodedata.normalize("NFC", repaired)
     return unicodedata.normalize("NFC", name)
 
 # %% ../../nbs/delivery/122_names.ipynb #7ef24364

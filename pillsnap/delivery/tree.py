@@ -72,7 +72,7 @@ def walk_tree(
     sealed: bool = False,  # True = enter the sealed test too; only unpacking does
 ) -> TreeListing:
     "All files below a folder, each once; links are followed."
-    w, links, stack, been = TreeListing(), [], [os.fspath(root)], {os.path.realpath(root)}
+    w, links, stack, visited = TreeListing(), [], [os.fspath(root)], {os.path.realpath(root)}
     while stack:
         folders, entries = [], _scan(stack.pop())
         names = {e.name for e in entries}
@@ -92,28 +92,28 @@ def walk_tree(
                     folders.append(e)
             elif e.is_file():
                 (links if e.is_symlink() else w.files).append(e.path)
-        stack += reversed([e.path for e in folders if _first_visit(e, been, w)])
+        stack += reversed([e.path for e in folders if _first_visit(e, visited, w)])
     _add_links(w, links)
     w.files = sorted(f for f in w.files if _nameable(f, w))
     return w
 
 # %% ../../nbs/delivery/124_tree.ipynb #6615235f
-def _first_visit(e: os.DirEntry, been: set[str], w: TreeListing) -> bool:
+def _first_visit(e: os.DirEntry, visited: set[str], w: TreeListing) -> bool:
     "Whether a folder is visited for the first time; only a link can lead to a folder twice."
-    if not e.is_symlink() and len(been) == 1:
+    if not e.is_symlink() and len(visited) == 1:
         return True
     real = os.path.realpath(e.path)
     if e.is_symlink() and is_sealed(real):
         w.sealed.append(e.path)
         return False
-    nested = any(_within(real, b) or _within(b, real) for b in been) if e.is_symlink() else real in been
+    nested = any(_within(real, b) or _within(b, real) for b in visited) if e.is_symlink() else real in visited
     if nested:
         w.faults.append(
             Fault(printable_path(e.path), FaultReason.DUPLICATE_PATH, f"leads to {printable_path(real)} again")
         )
         return False
     if e.is_symlink():
-        been.add(real)
+        visited.add(real)
     return True
 
 # %% ../../nbs/delivery/124_tree.ipynb #74bdeed2
