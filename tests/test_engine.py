@@ -96,7 +96,7 @@ def test_a_checkpoint_of_another_delivery_is_refused(run):
     job(1).run()
     last = run / "checkpoints" / "classifier" / "last.pt"
     save_ckpt(last, **{**load_ckpt(last), "data_hash": "0" * 64})
-    with pytest.raises(PillsnapError, match="learned from other photos"):
+    with pytest.raises(PillsnapError, match="trained on other photos"):
         job(2).run()
 
 
