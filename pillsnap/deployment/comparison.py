@@ -30,7 +30,7 @@ from ..photos.boxes import iou_matrix, xywh_to_xyxy
 from ..photos.images import crop_view, normalise, open_image_safely, whole_view
 
 # %% ../../nbs/deployment/820_comparison.ipynb #df53d070
-LIMITS = dict(mse=1e-6, max_dp=1e-3, relative=1e-4, iou=0.95, map=0.01, raw=1e-3)  # the contract's, but for raw
+LIMITS = dict(mse=1e-6, max_dp=1e-3, relative=1e-4, iou=0.95, map=0.01, raw=1e-3)  # of each compared figure
 
 # %% ../../nbs/deployment/820_comparison.ipynb #6f26925f
 def logit_gap(
