@@ -139,7 +139,7 @@ def test_duplicates_stay_together(df, seed):
     ),
 )
 def test_stages_nest(df, seed, steps):
-    "Classes and samples of a small stage lie in every larger one; what judged never teaches."
+    "Classes and samples of a small stage lie in every larger one; no validation photo is ever trained on."
     quotas, n, c, combos = [], 0, 0, 0
     for i, (dn, dc, gate, more) in enumerate(steps, 1):
         n, c, combos = n + dn, c + dc, combos + more
@@ -180,7 +180,7 @@ def test_row_order_does_not_matter(df, seed, rnd):
 
 @pytest.mark.spec("SP1")
 @pytest.mark.parametrize("seed", range(5))
-def test_ratio_and_every_drug_judged(seed):
+def test_ratio_and_every_drug_validated(seed):
     "Train and val are .85 and .15 of what is not sealed, of every drug's photos too; sealed are .05."
     sp, df = make_splits(full(), seed=seed), full()
     n = {k: len(getattr(sp, k).query("kind == 'single'")) for k in ("train", "val", "test")}
@@ -196,7 +196,7 @@ def test_ratio_and_every_drug_judged(seed):
 @pytest.mark.spec("SP1")
 @QUIET
 @given(st.lists(st.integers(1, 12), min_size=2, max_size=12), st.integers(0, 99))
-def test_a_drug_with_two_groups_is_judged_and_taught(groups, seed):
+def test_a_drug_with_two_groups_is_trained_and_validated(groups, seed):
     "Two groups or more: at least one in val and one in train. One group: train, and a warning that names it."
     sp = make_splits(delivery_of([[2] * g for g in groups], 0), seed=seed)
     for i, g in enumerate(groups):
@@ -688,7 +688,7 @@ def test_left_out_drugs_are_nowhere_else(df, seed, share):
 @pytest.mark.spec("BX1", "BX9")
 @FEW
 @given(deliveries(), st.integers(0, 99), st.sampled_from([(0.85, 0.15), (0.7, 0.15, 0.15)]))
-def test_by_drug_no_drug_is_judged_and_taught(df, seed, ratio):
+def test_by_drug_no_drug_is_trained_and_validated(df, seed, ratio):
     "group_by: drug. What val and test hold as singles appears in no teaching photo, not even in a combo."
     sp = make_splits(df, split_ratio=ratio, seed=seed, group_by="drug")
 
