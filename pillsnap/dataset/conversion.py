@@ -463,14 +463,14 @@ def work(self: ConversionJob, run: RunFolder, cfg: Config) -> JobResult:
 def _notes(c: Conversion) -> list[str]:
     "Sentences on class imbalance, synthetic photos and incomplete combos."
     skew = c.report["pills_per_drug"]
-    said = []
+    notes = []
     if skew["skew"] > 2:
         ratio = f"The commonest drug has {skew['skew']:.1f} times the pills of the rarest"
-        said.append(f"{ratio}: class weights and macro metrics are for this.")
+        notes.append(f"{ratio}: class weights and macro metrics are for this.")
     if c.header["source"] == "synthetic":
-        said.append("These photos are synthetic: no figure drawn from them stands beside one from AI Hub.")
+        notes.append("These photos are synthetic: no figure drawn from them stands beside one from AI Hub.")
     incomplete = sum(c.header["quarantine"].get(r, 0) for r in ("incomplete_combo", "partial_combo"))
     if incomplete:
         left_out = f"{incomplete} photos lack a usable label for one of their pills and were left out"
-        said.append(f"{left_out} (data.incomplete_combo: keep would train on them).")
-    return said
+        notes.append(f"{left_out} (data.incomplete_combo: keep would train on them).")
+    return notes

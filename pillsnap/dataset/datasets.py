@@ -317,7 +317,7 @@ class PillsnapClsDataset(Dataset):
         root: str | Path | Source,  # the delivery, or another source
         size: int,  # side of the network's input, pixels
         train: bool = False,  # augment, and mix the two views
-        crop_view_prob: float = 0.5,  # share of box crops in training
+        crop_view_prob: float = 0.5,  # fraction of box crops in training
         view: str = "whole",  # validation's view: "whole" or "crop"
         seed: int = 42,  # of every sample's random numbers
         augment: AugmentClassification | None = None,  # None = its defaults

@@ -41,7 +41,7 @@ def _pill_masks(
     shot: Shot,  # how it is taken
     rng: np.random.Generator,  # in the state photograph got it in
 ) -> list[np.ndarray]:  # [h, w] bool each
-    "What each pill covers, from the renderer's own transparency."
+    "The pixels that each pill covers."
     scene = draw_scene(shot, rng)
     out = []
     for drug, pose in pills:
@@ -150,7 +150,7 @@ IGNORE = 255  # a pixel that belongs to no class and counts nowhere
 
 # %% ../../nbs/dataset/495_masks.ipynb #115763a5
 def albumentations() -> Any:  # the module
-    "The optional package, or one plain error (DESIGN section 3: its opencv-python-headless must not come along)."
+    "The module albumentations; PillsnapError with the way to install it if it is missing."
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would ask the web for its newest version
     if importlib.util.find_spec("albumentations") is None:
         raise PillsnapError(
@@ -192,7 +192,7 @@ def _resize_pair(
     mask: np.ndarray,  # [H, W] uint8
     size: int,  # side of the square, pixels
 ) -> dict[str, np.ndarray]:
-    "Resize alone, without the package: antialiased photo, nearest mask."
+    "Resize without albumentations: antialiased photo, nearest mask."
     return {
         "image": resize(image, size, size),
         "mask": np.asarray(Image.fromarray(mask).resize((size, size), Image.Resampling.NEAREST)),
@@ -238,7 +238,7 @@ class SegmentationDataset(Dataset):
 def collate_masks(
     batch: Sequence[Mapping[str, Any]],  # samples and skip records
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, list]]:  # images [B, 3, S, S], masks [B, S, S], {"paths", "skipped"}
-    "Samples to a batch, records aside; nothing left is an empty batch and a warning."
+    "Stack samples to a batch without the skip records; an empty batch is returned with a warning."
     good, bad = [s for s in batch if "_skip" not in s], [s for s in batch if "_skip" in s]
     meta = {
         "paths": [s["path"] for s in good],
@@ -258,8 +258,8 @@ def dice_loss(
     logits: torch.Tensor,  # [B, C, H, W]
     mask: torch.Tensor,  # [B, H, W] int64, IGNORE where nothing is known
     smooth: float = 1.0,  # keeps an absent class from dividing by nothing
-) -> torch.Tensor:  # 0 perfect, or nothing known; 1 nothing right
-    "1 − mean soft Dice over the classes that are there (Milletari et al. 2016)."
+) -> torch.Tensor:  # 0 for a perfect prediction or a mask of IGNORE, 1 for a wrong one
+    "1 − mean soft Dice over the classes that occur in the mask (Milletari et al. 2016)."
     known = (mask != IGNORE)[:, None]
     p, t = logits.softmax(1) * known, F.one_hot(mask.where(mask != IGNORE, 0), logits.shape[1]).movedim(-1, 1) * known
     both, size, there = (p * t).sum((0, 2, 3)), (p + t).sum((0, 2, 3)), t.sum((0, 2, 3)) > 0
@@ -287,7 +287,7 @@ def confusion_of(
     mask: np.ndarray,  # the truth, the same shape
     classes: int,  # how many
 ) -> np.ndarray:  # [C, C] pixels, rows true
-    "Pixels by true and answered class; IGNORE counts nowhere. Sums over batches add up."
+    "Number of pixels by true and predicted class, without IGNORE; the counts of batches may be added."
     known = np.asarray(mask) != IGNORE
     return np.bincount(
         np.asarray(mask)[known].astype(int) * classes + np.asarray(pred)[known], minlength=classes**2
@@ -297,12 +297,12 @@ def confusion_of(
 def segmentation_metrics(
     confusion: np.ndarray,  # [C, C] pixels, rows true
 ) -> dict[str, Any]:  # mIoU, Dice, PixelAcc, n (pixels), per_class
-    "mIoU and Dice over the classes that are there or were answered, and the share of pixels that are right."
-    hit, true, said = np.diag(confusion).astype(float), confusion.sum(1), confusion.sum(0)
-    seen, n = true + said > 0, int(confusion.sum())
+    "Mean IoU and Dice over the classes that occur or were predicted, and the fraction of correct pixels."
+    hit, true, predicted = np.diag(confusion).astype(float), confusion.sum(1), confusion.sum(0)
+    seen, n = true + predicted > 0, int(confusion.sum())
     iou, dice = (
         np.divide(k * hit, size, out=np.full(len(hit), np.nan), where=seen)
-        for k, size in ((1, true + said - hit), (2, true + said))
+        for k, size in ((1, true + predicted - hit), (2, true + predicted))
     )
 
     def mean(v):

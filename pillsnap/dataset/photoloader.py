@@ -179,7 +179,7 @@ def _chunks(self: PhotoLoader, order: np.ndarray, edges: np.ndarray) -> Iterator
 
 @patch
 def _worker(self: PhotoLoader) -> Callable[[list], Iterator[tuple[BatchViews, torch.Tensor, list]]]:
-    "The method that fills batches."
+    "The method that fills batches, by number of workers and engine."
     if not self.num_workers:
         return self._here
     return self._by_processes if self.engine == "processes" else self._by_threads
