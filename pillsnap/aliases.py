@@ -70,7 +70,7 @@ from .photos.augmentation import build_transforms_classification, build_transfor
 from .training.batchsearch import auto_find_batch_size
 from .training.compilation import try_compile
 from .training.detector import train_detection_stage
-from .training.detector_metrics import score_detector
+from .training.detectormetrics import score_detector
 from .training.learner import build_optimizer, build_scheduler, validate_classification
 from .training.memory import oom_recovery_state_machine
 from .training.monitoring import early_stopping

@@ -161,7 +161,7 @@ def test_train_classification_stage_trains_and_saves(data, cfg, tmp_path):
 def test_train_detection_stage_trains_and_its_metrics_are_of_its_boxes(run, cfg):
     pytest.importorskip("ultralytics")
     from pillsnap.models.yolo import TorchDetector, load_detector
-    from pillsnap.training.detector_data import photos_in
+    from pillsnap.training.detectordata import photos_in
 
     folder = RunFolder(run, "detector")
     trained = A.train_detection_stage(folder, cfg)

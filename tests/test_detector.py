@@ -78,7 +78,7 @@ class Sized:
 def toy_plan(tree: Path, out: Path, size: int = 96, **args):
     from pillsnap.core.config import load_config
     from pillsnap.models.yolo import PILL
-    from pillsnap.training.detector_settings import TrainPlan, detector_args
+    from pillsnap.training.detectorsettings import TrainPlan, detector_args
 
     cfg = load_config("smoke", [f"data.detection.img_size={size}"])
     fixed = dict(
@@ -93,9 +93,9 @@ def learned(tmp_path_factory):
     import torch
 
     from pillsnap.models.yolo import open_detector
-    from pillsnap.training.detector_data import photos_in
-    from pillsnap.training.detector_metrics import score_detector
-    from pillsnap.training.detector_trainer import train_detector
+    from pillsnap.training.detectordata import photos_in
+    from pillsnap.training.detectormetrics import score_detector
+    from pillsnap.training.detectortrainer import train_detector
 
     tmp, threads = tmp_path_factory.mktemp("detector"), torch.get_num_threads()
     board = Board()
@@ -139,7 +139,7 @@ def test_memory_stands_beside_the_batch_size_in_each_epoch_of_the_detector(learn
 @needs_ultralytics
 @pytest.mark.spec("DT2")
 def test_shuffled_labels_are_worth_nothing(learned):
-    from pillsnap.training.detector_metrics import with_shuffled_boxes
+    from pillsnap.training.detectormetrics import with_shuffled_boxes
 
     _, scored, *_ = learned
     assert with_shuffled_boxes(scored).figures["mAP@0.5"] < 0.05
@@ -165,7 +165,7 @@ def test_the_aihub_preset_is_yolo11m_at_640_with_one_class():
 def test_null_is_the_librarys_default_and_shown(tmp_path):
     from pillsnap.core.config import load_config
     from pillsnap.models.yolo import load_ultralytics
-    from pillsnap.training.detector_settings import detector_args, resolved_settings
+    from pillsnap.training.detectorsettings import detector_args, resolved_settings
 
     load_ultralytics(tmp_path)
     from ultralytics.cfg import get_cfg
@@ -202,7 +202,7 @@ def test_no_batch_is_searched_unasked(tmp_path):
     import torch
 
     from pillsnap.core.config import load_config
-    from pillsnap.training.detector_settings import detector_args
+    from pillsnap.training.detectorsettings import detector_args
 
     on, off = load_config("two_stage"), load_config("two_stage", ["train.detection.auto_batch_tune=false"])
 
@@ -228,7 +228,7 @@ def test_a_default_batch_is_not_called_a_search(tmp_path, monkeypatch, why, devi
 
     from pillsnap.core.logs import logged_lines
     from pillsnap.models.yolo import build_yolo_model, load_ultralytics
-    from pillsnap.training.detector_trainer import yolo_training
+    from pillsnap.training.detectortrainer import yolo_training
 
     load_ultralytics(tmp_path)
     from ultralytics.utils import autobatch
@@ -336,13 +336,13 @@ def test_loader_processes_find_the_dataset_by_name(tmp_path):
     import torch
 
     from pillsnap.models.yolo import load_ultralytics
-    from pillsnap.training import detector_data
+    from pillsnap.training import detectordata
 
     load_ultralytics(tmp_path / "lib")
     from ultralytics.cfg import get_cfg
 
     tree = toy_tree(tmp_path / "y", 8, 4)
-    ds = detector_data.YoloPillPhotos(
+    ds = detectordata.YoloPillPhotos(
         img_path=str(tree / "images" / "train"),
         imgsz=64,
         augment=True,

@@ -279,7 +279,7 @@ def test_ultralytics_stays_behind_the_detectors_rooms():
         for src in exported(p):
             for line in src.splitlines():
                 if re.search(r"(from|import) ultralytics", line):
-                    assert module_of(p) in ("models.yolo", "training.detector_data", "training.detector_trainer"), (
+                    assert module_of(p) in ("models.yolo", "training.detectordata", "training.detectortrainer"), (
                         f"{p.stem} imports ultralytics"
                     )
                     assert line.startswith(" "), f"{p.stem} imports ultralytics when it is imported itself"

@@ -29,16 +29,16 @@ from ..dataset.splits import smoke_splits, write_detector_tree
 from ..delivery.capture import parse_name
 from ..models.pipeline import DetectorRunner
 from ..models.yolo import PILL, load_ultralytics, open_detector, yolo_name
-from .detector_data import photos_in
-from pillsnap.training.detector_metrics import (
+from .detectordata import photos_in
+from pillsnap.training.detectormetrics import (
     DetectorScores,
     draw_detector_curves,
     draw_precision_recall,
     draw_predictions,
     score_detector,
 )
-from .detector_settings import TrainPlan, detector_args, resolved_settings, where_to_train
-from .detector_trainer import SHAPING, DetectorResult, load_detector_to_resume, train_detector
+from .detectorsettings import TrainPlan, detector_args, resolved_settings, where_to_train
+from .detectortrainer import SHAPING, DetectorResult, load_detector_to_resume, train_detector
 from .presets import stage_settings
 
 # %% ../../nbs/training/650_detector.ipynb #d09815e6

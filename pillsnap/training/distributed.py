@@ -43,7 +43,7 @@ from ..dataset.splitfiles import load_split_data
 from .callbacks import Accumulate, Unpack, batch_mass
 from .classifier import ClassifierJob
 from .detector import DetectorJob, detector_plan
-from .detector_trainer import train_detector
+from .detectortrainer import train_detector
 from .learner import Outputs
 from .trainer import TrainingContext, train_classification_stage
 
@@ -146,7 +146,7 @@ def _reduce_batch(
     learn.counted = mass > 0
     learn.loss_grad = learn.loss_grad * (here * accelerator.num_processes)  # the wrapper divides by as many
 
-# %% ../../nbs/training/690_distributed.ipynb #ee8454ea
+
 def _gather_predictions(
     v: Any,  # a Validate callback after its part of the photos
     device: torch.device | str,  # where small sums are reduced

@@ -315,7 +315,7 @@ MUTATIONS: list[Mutation] = [
     ),
     Mutation(
         "ultralytics' default batch is called found",
-        "pillsnap/training/detector_trainer.py",
+        "pillsnap/training/detectortrainer.py",
         '"using default batch-size" in t',
         '"no such words" in t',
         "tests/test_detector.py::test_a_default_batch_is_not_called_a_search",
@@ -472,7 +472,7 @@ MUTATIONS: list[Mutation] = [
     ),
     Mutation(
         "the detector says nothing of its memory",
-        "pillsnap/training/detector_trainer.py",
+        "pillsnap/training/detectortrainer.py",
         'self.plan.tb.add_scalars(memory, row["epoch"])',
         "pass",
         "tests/test_detector.py::test_memory_stands_beside_the_batch_size_in_each_epoch_of_the_detector",

@@ -28,7 +28,6 @@ METHODS = {("Progressive", "stage"): "StageSpec"}  # methods of a block, and the
 ELSEWHERE: dict[str, tuple[str, str]] = {  # key or block.* → the file that reads it, and a text that stands there
     "pack.*": ("photos/pack.py", 'cfg.pack.model_dump(exclude={"enabled"})'),  # the recipe of a pack
     "synth.*": ("dataset/conversion.py", "write_delivery(root, **cfg.synth.model_dump()"),
-    "train.detection.early_stopping.*": ("training/detector.py", 'stop.model_dump(exclude={"monitor"})'),
     "retrieval.brightness": ("training/retrieval.py", 'zip(("brightness", "contrast", "saturation", "hue")'),
     "retrieval.contrast": ("training/retrieval.py", 'zip(("brightness", "contrast", "saturation", "hue")'),
     "retrieval.saturation": ("training/retrieval.py", 'zip(("brightness", "contrast", "saturation", "hue")'),
