@@ -21,14 +21,14 @@ _START = "0" * 64
 
 
 def _sealed(entry: dict[str, Any]) -> str:
-    "The hash of a line, over everything in it but itself."
+    "The hash of an entry, without the field that holds it."
     return sha256_text(canonical_json({k: v for k, v in entry.items() if k != "hash"}))
 
 # %% ../../nbs/evaluation/740_ledger.ipynb #e9cf9989
 def read_ledger(
     run_dir: str | os.PathLike,  # run folder
 ) -> list[dict[str, Any]]:  # the entries, oldest first
-    "Read the ledger and check its chain; a broken one is refused."
+    "The entries of the ledger; raises PillsnapError where its chain is broken."
     path, prev, entries = Path(run_dir) / LEDGER, _START, []
     if not path.exists():
         return []
@@ -53,7 +53,7 @@ def append_ledger(
     kind: str,  # gate | decision | open | continue | result
     **kwargs: Any,  # what happened, JSON types
 ) -> dict[str, Any]:  # the new entry
-    "Add a line to the chain, atomically."
+    "Append an entry to the ledger, atomically."
     entries = read_ledger(run_dir)
     e = {
         "seq": len(entries) + 1,
@@ -73,7 +73,7 @@ def record_decision(
     by: str,  # who decides
     reason: str,  # why stage 4 counts as done without a GO
 ) -> dict[str, Any]:  # the ledger's entry
-    "A person takes responsibility."
+    "Record that a person counts stage 4 as done; raises PillsnapError without a name or a reason."
     if not by.strip() or not reason.strip():
         raise PillsnapError("a decision needs a name and a reason", fix="say who decides, and why")
     return append_ledger(run_dir, "decision", stage=4, by=by.strip(), reason=reason.strip())
@@ -82,7 +82,7 @@ def record_decision(
 def stage_4_done(
     run_dir: str | os.PathLike,  # run folder
 ) -> dict[str, Any] | None:  # the entry that says so
-    "The last word about stage 4: a GO, or a recorded human decision."
+    "The entry by which stage 4 is done: a GO or a person's decision; None where the last entry is neither."
     about = [e for e in read_ledger(run_dir) if e.get("stage") == 4 and e["kind"] in ("gate", "decision")]
     last = about[-1] if about else None
     return last if last and (last["kind"] == "decision" or last.get("status") == "GO") else None
