@@ -51,7 +51,7 @@ from pillsnap.deployment.runtime import (
     model_entry,
     write_bundle,
 )
-from .timing import plot_latency, time_bundle
+from .timing import plot_answer_times, time_bundle
 from ..evaluation.latency import Latency, protocol_gap
 from ..evaluation.scorecard import gate_and_advise
 from ..models.factory import TorchClassifier, load_classifier
@@ -382,7 +382,7 @@ def work(self: ExportJob, run: RunFolder, cfg: Config) -> JobResult:
     photo = next(open_photos(photo_order(data, kind, cfg.train.seed), 1)).path
     prov = Provenance(data.header["source"], data.header["data_hash"], data.class_map.fingerprint)
     latency, ms = time_bundle(bundle, photo, prov, cfg.evaluation)
-    figures.append(save_fig(plot_latency(ms, latency[-1].metric.hardware), report.parent / "export_latency.png"))
+    figures.append(save_fig(plot_answer_times(ms, latency[-1].metric.hardware), report.parent / "export_latency.png"))
     timed = dict(latency=[r.to_dict() for r in latency], bundle=bundle.meta["digest"], timed_photo=str(photo))
     answering = dict(temperature=bundle.meta["temperature"], calibrated=bundle.meta["calibrated"])
     save_json({**facts, **timed, **answering}, report)
