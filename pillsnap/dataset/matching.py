@@ -51,7 +51,9 @@ class Sample:
     sha1: str = ""  # of its bytes; set when it is opened
 
 # %% ../../nbs/dataset/402_matching.ipynb #4f243be7
-def relative_paths(root: Path) -> Callable[[str], str]:
+def relative_paths(
+    root: Path,  # the folder that the results are relative to
+) -> Callable[[str], str]:
     "A function from a path to the path relative to the root; each folder is resolved once."
     folder = lru_cache(None)(lambda f: Path(os.path.relpath(f, root)).as_posix())
     return lambda p: f"{folder(os.path.dirname(p))}/{os.path.basename(p)}"

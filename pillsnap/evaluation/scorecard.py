@@ -447,7 +447,9 @@ def _calibration_note(m: Mapping[str, Metric]) -> str:
     )
 
 
-def scorecard_notes(root: Path) -> list[str]:
+def scorecard_notes(
+    root: Path,  # run folder
+) -> list[str]:
     "Sentences below the scorecard's tables."
     doc, m, _ = read_evaluation(root)
     notes = [f"{k}: {why}" for k, why in doc["absent"].items()]

@@ -334,10 +334,10 @@ def build_pack(  # noqa: PLR0913 - what to pack, where, and how
     workers: int | None = None,  # processes; None = the CPUs
     progress: bool = True,  # show a bar
     class_map: ClassMap | None = None,  # the class map that the rows belong to
-    **settings: Any,  # the other fields of Plan: scale, codec, quality, crops, …
+    **kwargs: Any,  # the other fields of Plan: scale, codec, quality, crops, …
 ) -> dict[str, Any]:  # the header
     "Build a pack, finish an interrupted one, or return the header of a finished one."
-    plan, out = make_plan(rows, class_map=class_map.fingerprint if class_map else "", **settings), Path(out)
+    plan, out = make_plan(rows, class_map=class_map.fingerprint if class_map else "", **kwargs), Path(out)
     with FolderLock(out):
         remove_partials(out)
         if not _claimed(plan, out):

@@ -197,7 +197,7 @@ class Checkpoint(Callback):
         self.steps, self.saved = 0, time.monotonic()
 
     def after_cancel_train(self):
-        # the clock has ended this epoch after a batch without `after_batch`; only its validation is left
+        # the clock has ended this epoch after a batch without after_batch; only its validation is left
         self.mark()
         self.position |= dict(epoch=self.epoch + 1, batch=0, row=0)
 
