@@ -1,9 +1,9 @@
 """PillSnap: from AI Hub's pill photos to a pill identifier.
 
-What a person types in a notebook stands here; each name is imported when it is first used.
+The names to use in a notebook; each is imported when it is first used.
 
     load_config      settings: a preset or a YAML file, and overrides
-    run              run a stage, or all of them, in a run folder
+    run              run one job, or all of them, in a run folder
     load_run         a run folder: its scorecard and its pictures
     load_splits      which photos train, validate, calibrate and test
     load_bundle      an exported identifier: `load_bundle("_runs/demo").predict("photo.png")`
@@ -11,7 +11,7 @@ What a person types in a notebook stands here; each name is imported when it is 
     read_manifest    the photos of a delivery, one row a pill
     write_delivery   render a synthetic delivery
     open_image_safely  a photo as [height, width, 3] uint8, or the reason why it cannot be read
-    PillsnapError    what is raised when you can mend it
+    PillsnapError    the error that says what happened, where, and what to do
 """
 
 from importlib import import_module as _import_module
@@ -30,7 +30,7 @@ _HOME = {  # public name → the module that defines it
     "open_image_safely": "photos.images",
     "PillsnapError": "core.errors",
 }
-__all__ = list(_HOME)
+__all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> object:

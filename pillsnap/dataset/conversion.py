@@ -401,7 +401,7 @@ class ConversionJob(Job):
     keys: ClassVar[dict[str, str]] = {"seed": "synth.seed"}
 
 # %% ../../nbs/dataset/408_conversion.ipynb #06d30238
-@patch(cls_method=True)  # pyright: ignore[reportOptionalCall]  # fastcore: a decorator when it is called without a function
+@patch(cls_method=True)
 def check_inputs(
     cls: ConversionJob,
     root: str | os.PathLike,  # the run folder; it need not exist  # noqa: ARG001

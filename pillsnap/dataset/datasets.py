@@ -359,13 +359,13 @@ class PillsnapClsDataset(Dataset):
         self.epoch = epoch
 
 # %% ../../nbs/dataset/480_datasets.ipynb #d9295b77
-@patch(as_prop=True)  # pyright: ignore[reportOptionalCall]  # fastcore: a decorator when it is called without a function
+@patch(as_prop=True)
 def labels(self: PillsnapClsDataset) -> np.ndarray:  # int64 [n]
     "Class numbers of the rows."
     return self.numbers["label"].numpy().copy()
 
 
-@patch(as_prop=True)  # pyright: ignore[reportOptionalCall]  # fastcore: a decorator when it is called without a function
+@patch(as_prop=True)
 def boxed(self: PillsnapClsDataset) -> np.ndarray:  # bool [n]
     "Which rows are one of several pills in a photo."
     return self.numbers["boxed"].numpy().copy()

@@ -281,7 +281,7 @@ def _note(self: PhotoLoader, bad: list[dict]) -> None:
     self.skipped |= {r["path"]: r for r in self._carried}
 
 
-@patch(as_prop=True)  # pyright: ignore[reportOptionalCall]  # fastcore: a decorator when it is called without a function
+@patch(as_prop=True)
 def unreported(self: PhotoLoader) -> int:
     "Number of skip records that no batch has reported, because the epoch ended."
     return len(self._carried)

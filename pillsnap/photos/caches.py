@@ -181,7 +181,7 @@ def get(
     return self.data[i, at : at + view.nbytes].numpy().reshape(view.size, view.size, 3)
 
 
-@patch(as_prop=True)  # pyright: ignore[reportOptionalCall]  # fastcore: a decorator when it is called without a function
+@patch(as_prop=True)
 def nbytes(self: PhotoCache) -> int:
     "Bytes of the buffer."
     return self.data.numel()
@@ -307,7 +307,7 @@ def _key(path: str, bbox: str, view: View) -> bytes:
 _OPEN: dict[tuple[int, str, bool], Any] = {}  # environments by process, path and mode
 
 
-@patch(as_prop=True)  # pyright: ignore[reportOptionalCall]  # fastcore: a decorator when it is called without a function
+@patch(as_prop=True)
 def env(self: LMDBImageCache) -> Any:  # lmdb.Environment
     "The open database of this process."
     key = os.getpid(), str(self.path.absolute()), self.readonly

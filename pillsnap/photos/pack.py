@@ -600,7 +600,7 @@ def crop(
     return img, np.array([x, y, x + w, y + h]) - np.tile([r["left"], r["top"]], 2)
 
 # %% ../../nbs/photos/330_pack.ipynb #4f86f12f
-@patch(as_prop=True)  # pyright: ignore[reportOptionalCall]  # fastcore: a decorator when it is called without a function
+@patch(as_prop=True)
 def skipped(self: Pack) -> pd.DataFrame:
     "The photos and boxes without a record, with their errors."
     return self.table.filter(self.table["error"].is_valid()).select(["path", "box", "error"]).to_pandas()

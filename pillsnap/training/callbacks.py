@@ -182,7 +182,7 @@ class Accumulate(Callback):
         if self.count < self.every and not self.flush:
             raise CancelBatchException()
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        torch._foreach_div_(grads, self.mass)  # pyright: ignore[reportPrivateImportUsage]  # torch exports it under this name alone
+        torch._foreach_div_(grads, self.mass)
         self.count, self.mass = 0, 0.0
 
     def after_train(self):
@@ -243,7 +243,7 @@ class EmaCallback(Callback):
     @torch.no_grad()
     def after_step(self):
         averages, weights = [a for a, _ in self.smooth], [v for _, v in self.smooth]
-        torch._foreach_lerp_(averages, weights, 1 - self.decay)  # pyright: ignore[reportPrivateImportUsage]  # torch exports it under this name alone
+        torch._foreach_lerp_(averages, weights, 1 - self.decay)
         for a, v in self.counts:
             a.copy_(v)
 

@@ -188,7 +188,7 @@ def resume_training(
     "Restore our checkpoint. The library calls this when everything is built; its own checkpoint `ckpt` is not used."
     if self.plan.amp is torch.float16:
         self.args.amp = True
-        self.scaler = torch.amp.GradScaler("cuda")  # pyright: ignore[reportPrivateImportUsage]  # documented
+        self.scaler = torch.amp.GradScaler("cuda")
     if self.device.type == "cpu":
         # the library's setting "bf16" needs CUDA; autocast on a CPU is bf16 anyway
         self.amp = self.plan.amp is torch.bfloat16
@@ -408,7 +408,7 @@ def save_model(self: PillTraining) -> bool:
     return True
 
 
-@patch(as_prop=True)  # pyright: ignore[reportOptionalCall]  # fastcore gives a decorator
+@patch(as_prop=True)
 def network(self: PillTraining) -> torch.nn.Module:
     "The detector, without the wrapper that training in several processes puts around it."
     return getattr(self.model, "module", self.model)

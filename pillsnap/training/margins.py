@@ -110,10 +110,10 @@ class NanGuard(Callback):
     def before_step(self):
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         scaled = self.precision.scaler is not None
-        fine = bool(torch.stack(torch._foreach_norm(grads)).isfinite().all())  # pyright: ignore[reportPrivateImportUsage]  # torch exports it under this name alone
+        fine = bool(torch.stack(torch._foreach_norm(grads)).isfinite().all())
         if self.now:
             to, source = (self.good, self.now) if fine else (self.now, self.good)
-            torch._foreach_copy_(to, source)  # pyright: ignore[reportPrivateImportUsage]  # torch exports it under this name alone
+            torch._foreach_copy_(to, source)
         if fine:
             self.row = 0
             return

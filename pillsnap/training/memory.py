@@ -182,7 +182,7 @@ def _copy_all(
     "Copy many tensors with one kernel per number type."
     for dtype in {t.dtype for t in to}:
         pairs = [(a, b) for a, b in zip(to, what, strict=True) if a.dtype == dtype]
-        torch._foreach_copy_([a for a, _ in pairs], [b for _, b in pairs])  # pyright: ignore[reportPrivateImportUsage]  # torch exports it under this name alone
+        torch._foreach_copy_([a for a, _ in pairs], [b for _, b in pairs])
 
 # %% ../../nbs/training/620_memory.ipynb #942b43b0
 class _BatchState:
@@ -322,7 +322,7 @@ def forget(self: OomGuard) -> None:
     self.retries, self.state = 0, replace(self.state, emptied=False)
 
 
-@patch(as_prop=True)  # pyright: ignore[reportOptionalCall]  # a decorator, though fastcore annotates None
+@patch(as_prop=True)
 def errors(self: OomGuard) -> int:
     "How often memory ran out in this run; an action that does not apply is not counted."
     return sum(e["again"] or e["state"] == "end" for e in self.events)

@@ -358,7 +358,7 @@ def write_line(self: StepLog) -> None:
         self.tb.add_scalars(with_tags({k: facts[k] for k in ("loss", "lr")}, STEP_TAGS), self.at)
 
 
-@patch(as_prop=True)  # pyright: ignore[reportOptionalCall]  # a decorator, though fastcore annotates None
+@patch(as_prop=True)
 def at(self: StepLog) -> int:
     "Optimizer steps of the run so far."
     if getattr(self.learn, "schedule", None):

@@ -246,7 +246,7 @@ def state(
 def save_last(self: Checkpoint, over: bool = False) -> Path:
     "Write last.pt, in the middle of an epoch or after it; PillsnapError if a weight is NaN or infinite."
     weights = [p for p in self.learn.model.parameters() if p.is_floating_point()]
-    if not torch.stack(torch._foreach_norm(weights)).isfinite().all():  # pyright: ignore[reportPrivateImportUsage]  # torch exports it under this name alone
+    if not torch.stack(torch._foreach_norm(weights)).isfinite().all():
         raise PillsnapError(
             f"a weight became NaN or infinite in epoch {self.learn.epoch + 1}",
             where=self.folder / "last.pt",
@@ -258,7 +258,7 @@ def save_last(self: Checkpoint, over: bool = False) -> Path:
     )
 
 
-@patch(as_prop=True)  # pyright: ignore[reportOptionalCall]  # a decorator, though fastcore annotates None
+@patch(as_prop=True)
 def weights(self: Checkpoint) -> str:
     "Which weights are validated and saved as best: raw or ema."
     return "ema" if getattr(self.learn, "ema", None) and self.learn.ema.evaluate != "raw" else "raw"

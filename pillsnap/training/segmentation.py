@@ -404,7 +404,7 @@ class SegmentationJob(Job):
         "Nothing: a synthetic run renders its photos itself."
 
 # %% ../../nbs/training/680_segmentation.ipynb #5e8df044
-@patch(cls_method=True)  # pyright: ignore[reportOptionalCall]  # fastcore gives a decorator
+@patch(cls_method=True)
 def check_inputs(
     cls: SegmentationJob,
     root: str | os.PathLike,  # noqa: ARG001 - the run folder, which the base class reads
