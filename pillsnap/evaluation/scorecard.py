@@ -416,7 +416,9 @@ def write_scorecard(
     return card
 
 # %% ../../nbs/evaluation/766_scorecard.ipynb #5fb1c71d
-def verdict_sentence(card: Mapping[str, Any]) -> str:
+def verdict_sentence(
+    card: Mapping[str, Any],  # from the scorecard
+) -> str:
     "One sentence with the gate, the main figures and the advice."
     v = {r["figure"]: r["value"] for r in card["rows"] if r["value"] is not None}
     parts = [
