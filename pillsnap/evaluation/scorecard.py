@@ -225,7 +225,9 @@ def _scorecard_rows(
     return [_scorecard_row(k, metrics.get(k), points.get(k), bars.get(k)) for k in names]
 
 # %% ../../nbs/evaluation/766_scorecard.ipynb #9e5cbeb8
-def without_empty_columns(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def without_empty_columns(
+    rows: Sequence[Mapping[str, Any]],  # of one table
+) -> list[dict[str, Any]]:
     "The rows without columns that are empty in every row."
     used = [k for k in rows[0] if any(r[k] not in ("", None) for r in rows)] if rows else []
     return [{k: r[k] for k in used} for r in rows]
