@@ -34,7 +34,8 @@ def write_coco(root: Path, n: int) -> Path:
     (root / "images").mkdir(parents=True)
     (root / "annotations").mkdir()
     png = bytes.fromhex(
-        "89504e470d0a1a0a0000000d4948445200000001000000010802000000907753de0000000c4944415408d763f8cfc000000301010018dd8db00000000049454e44ae426082"
+        "89504e470d0a1a0a0000000d4948445200000001000000010802000000907753de"
+        "0000000c4944415408d763f8cfc000000301010018dd8db00000000049454e44ae426082"
     )
     for i in range(n):
         (root / "images" / f"p{i:06d}.png").write_bytes(png)

@@ -176,10 +176,14 @@ def test_twins_differ_in_their_imprint_only():
 @pytest.mark.spec("BX5")
 def test_tree_is_a_delivery(tiny):
     single = re.compile(
-        r"data/(train|val)/(labels/single/[TV]L_1_single/(K-\d{6})_json/\3_0_[012]_[01]_[012]_(60|70|75|90)_\d{3}_200\.json|images/single/[TV]S_1_single/(K-\d{6})/\5_.*_200\.png)"
+        r"data/(train|val)/(labels/single/[TV]L_1_single/(K-\d{6})_json"
+        r"/\3_0_[012]_[01]_[012]_(60|70|75|90)_\d{3}_200\.json"
+        r"|images/single/[TV]S_1_single/(K-\d{6})/\5_.*_200\.png)"
     )
     combo = re.compile(
-        r"data/(train|val)/(labels/combination/[TV]L_1_combo/(K(-\d{6}){3,4})_json/K-\d{6}/\3_0_2_[01]_2_(70|75|90)_000_200\.json|images/combination/[TV]S_1_combo/(K(-\d{6}){3,4})/\6_.*_200\.png)"
+        r"data/(train|val)/(labels/combination/[TV]L_1_combo/(K(-\d{6}){3,4})_json/K-\d{6}"
+        r"/\3_0_2_[01]_2_(70|75|90)_000_200\.json"
+        r"|images/combination/[TV]S_1_combo/(K(-\d{6}){3,4})/\6_.*_200\.png)"
     )
     files = [f for f in tree(tiny) if f.startswith("data/")]
     assert all(single.fullmatch(f) or combo.fullmatch(f) for f in files)

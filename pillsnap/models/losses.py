@@ -41,7 +41,7 @@ def class_counts(
 
 # %% ../../nbs/models/520_losses.ipynb #370cf6cf
 def compute_class_weights(
-    counts: Sequence[int],  # photos per class
+    counts: Sequence[int] | np.ndarray,  # photos per class
     method: Literal["inv_freq", "effective_num"] = "inv_freq",  # formula
     beta: float = 0.9999,  # of effective_num
     smooth: float = 1.0,  # added to each count of inv_freq
@@ -75,7 +75,7 @@ def _some(ids: np.ndarray, keys: Sequence[str] | None, most: int = 5) -> str:
 # %% ../../nbs/models/520_losses.ipynb #f7fb288c
 def build_criterion(
     cfg: Config,  # train.classification and data.imbalance are read
-    counts: Sequence[int],  # training photos per class
+    counts: Sequence[int] | np.ndarray,  # training photos per class
     keys: Sequence[str] | None = None,  # class keys, for the log
 ) -> nn.CrossEntropyLoss:
     "The classifier's loss as configured."

@@ -325,7 +325,7 @@ class Validate(Callback):
             val_loss=self.loss_sum / self.mass if self.mass else float("nan"),
             acc=acc,
             top1=acc,
-            macro_f1=macro_f1(guess, y, self.learn.num_classes),  # pyright: ignore[reportArgumentType]  # arrays count as sequences
+            macro_f1=macro_f1(guess, y, self.learn.num_classes),
             top5=float(sum(r[3] for r in self.parts) / len(y)),
             confidence=float(conf.mean()),
             n=len(y),

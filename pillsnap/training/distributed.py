@@ -387,7 +387,8 @@ class _SharedClassifierJob(ClassifierJob):
         _resuming_as_the_first(run)
         a = _accelerator()
         cbs = shared_callbacks(cfg.train, a)
-        return super().work(run, cfg, cbs, a.process_index, a.num_processes)  # pyright: ignore[reportCallIssue]  # patched
+        rank, world_size = a.process_index, a.num_processes
+        return super().work(run, cfg, cbs, rank, world_size)  # pyright: ignore[reportCallIssue]  # patched
 
 
 @dataclass(frozen=True)

@@ -349,16 +349,19 @@ def _side(
 ) -> Callable[[], JobResult]:
     "A function that runs the job of one side."
     own = RunFolder(run.root, me)
-    common = dict(run_dir=str(run.root), seed=self.seed, epochs=getattr(self, f"{me}_epochs"))
+    root = str(run.root)
     if me == "detector":
-        return lambda: DetectorJob(**common).attempt(own, cfg, hooks=in_turn_hooks(baton))
-    return lambda: ClassifierJob(**common).attempt(own, cfg, cbs=[InTurn(baton)])
+        detector = DetectorJob(run_dir=root, seed=self.seed, epochs=self.detector_epochs)
+        return lambda: detector.attempt(own, cfg, hooks=in_turn_hooks(baton))
+    classifier = ClassifierJob(run_dir=root, seed=self.seed, epochs=self.classifier_epochs)
+    return lambda: classifier.attempt(own, cfg, cbs=[InTurn(baton)])
 
 
 @patch
 def work(self: InterleavedJob, run: RunFolder, cfg: Config) -> JobResult:
     "Train both, in turn."
-    done = {n: read_record(run.root, n) for n in SIDES if run.resuming and why_stale(run.root, n, cfg) is None}
+    records = {n: read_record(run.root, n) for n in SIDES if run.resuming and why_stale(run.root, n, cfg) is None}
+    done = {n: record for n, record in records.items() if record is not None}
     for n in done:
         logger.info(f"interleaved: the {n} was finished before the interruption")
     baton = TurnTaker(cfg.train.interleave_ratio, tuple(n for n in SIDES if n not in done))

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 # %% ../../nbs/training/635_warmstart.ipynb #215a5a1b
 import pandas as pd
@@ -58,7 +58,7 @@ def _class_rows(
     model: nn.Module,  # a classifier of models.factory
 ) -> set[str]:  # keys of its state_dict
     "Names of the tensors that hold one row per class."
-    layer = model.directions if isinstance(model, CosineClassifier) else model.get_classifier()  # pyright: ignore[reportCallIssue]  # of timm's networks
+    layer = model.directions if isinstance(model, CosineClassifier) else cast(Any, model).get_classifier()
     mine = {id(p) for p in layer.parameters()}
     return {name for name, p in model.named_parameters() if id(p) in mine}
 
