@@ -152,7 +152,7 @@ def test_retrieval_learns_stops_and_goes_on(pills, tmp_path):
         "sampler: 6 classes x 4 photos in a batch, 24 behind a step",
         "margin: 0 radians from epoch 1",
         "margin: 0.5 radians from epoch 3",
-        "backbone: every number learns from here on",
+        "backbone: trained from here on",
         "arcface_s=48 retrieval.arcface_m_finetune=0.3 is advised",
         "cudnn.benchmark: on, every batch is 48 px",
     ):

@@ -170,12 +170,13 @@ def test_links_lead_somewhere(site):
         "a page is not called as its notebook: link to the notebook"
     )
     known = {name: anchors(site / "_proc" / name) for name in pages(site)}
-    assert [
-        (name, link)
+    lost = [
+        f"{name}: {link}"
         for name in pages(site)
         for link in sorted(links(site / "_proc" / name))
         if dead(site, link, name, outputs, known)
-    ] == []
+    ]
+    assert not lost, "\n".join(lost)
     for wrong in (
         "LICENSE",
         "photos/300_png.html",

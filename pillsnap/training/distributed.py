@@ -18,7 +18,6 @@ import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -324,7 +323,7 @@ def fork_processes(
     launch = notebook_launcher if _gpus_for(processes) else debug_launcher
     with tempfile.TemporaryDirectory() as notes:
         try:
-            launch(partial(_write_failure, notes, train), tuple(args), num_processes=processes)
+            launch(_write_failure, (notes, train, *args), num_processes=processes)
         except Exception as e:
             if failed := child_failed(e, processes, _first_failure(notes)):
                 raise failed from e
