@@ -7,6 +7,7 @@ SHELL := bash
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 RUN := _runs/demo
+# processes of the notebooks' tests; pytest gets one more, because its tests often wait
 PROCESSES ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 export VENV PYTHON
 export PATH := $(BIN):$(PATH)
@@ -27,7 +28,7 @@ test: setup ## format, lint, clean-check, export-check, every notebook, pytest
 	@scripts/core/in_step.sh clean
 	@scripts/core/in_step.sh export
 	@OMP_NUM_THREADS=1 JPY_SESSION_NAME=$(CURDIR)/nbs/as-in-the-lab.ipynb nbdev_test --n_workers $(PROCESSES) --skip_file_re '^(01_first_run|[_.])' # as a person sees them; papermill runs the stages without, pytest the guide
-	@OMP_NUM_THREADS=1 python -m pytest -n $(PROCESSES) --dist loadfile
+	@OMP_NUM_THREADS=1 python -m pytest -n $$(($(PROCESSES) + 1)) --dist loadfile --no-loadscope-reorder
 
 FAST := house notebooks gates calibration metrics readme repository keys
 check: setup ## what a commit must pass: format, lint, types, clean, export, readability, the fast tests (two minutes)

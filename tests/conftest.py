@@ -10,6 +10,14 @@ from filelock import FileLock
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("PILLSNAP_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parents[1]
+# Files that take longest. They begin first, so that no test process works alone at the end.
+LONGEST = ["distributed", "commands", "benchmarks", "site", "processes", "heldout", "segmentation", "progress", "plots"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    "Bring the longest files to the front; the order inside a file stays."
+    place = {f"test_{name}.py": i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
 
 
 def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
