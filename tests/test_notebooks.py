@@ -273,8 +273,8 @@ def test_light_rooms_stay_light(module):
     assert r.returncode == 0, r.stdout + r.stderr
 
 
-def test_ultralytics_stays_behind_the_detectors_rooms():
-    "AGPL-3.0: imported in the detector's rooms alone, and there lazily."
+def test_only_the_detectors_modules_import_ultralytics():
+    "AGPL-3.0: imported in the detector's modules alone, inside functions."
     for p in NBS:
         for src in exported(p):
             for line in src.splitlines():
