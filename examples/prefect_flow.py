@@ -1,4 +1,4 @@
-"""The stages of a run as a Prefect flow; a failed stage is tried again and goes on where it stood.
+"""The stages of a run as a Prefect flow; a failed stage is tried again and continues where it stood.
 
 Classifier and detector do not need one another: with two GPUs they run at the same time, each in a run folder that has
 the splits.

@@ -1,6 +1,6 @@
 #!/bin/bash
 # One classifier per seed as a Slurm array; each job has four GPUs of one machine.
-# A job that is cut short by its time limit is queued again and goes on at its last checkpoint.
+# A job that is cut short by its time limit is queued again and continues at its last checkpoint.
 #SBATCH --job-name=pillsnap
 #SBATCH --array=0-4
 #SBATCH --nodes=1

@@ -607,5 +607,5 @@ def main(
         sys.exit(2)
     except SystemExit as e:  # typer turns Ctrl-C into this
         if e.code == 130:
-            print("pillsnap: interrupted; the same command goes on", file=sys.stderr)
+            print("pillsnap: interrupted; the same command continues", file=sys.stderr)
         raise

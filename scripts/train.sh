@@ -74,10 +74,10 @@ case $status in
   1)   say "FAILED (1): an unexpected error; the traceback is in $err";;
   2)   say "REFUSED (2): something to mend; the reason stands above and in $err";;
   126|127) say "NOT STARTED ($status): pillsnap is not in $VENV; run scripts/core/setup_venv.sh";;
-  130) say "INTERRUPTED (130): the same command goes on from the last checkpoint";;
-  137) say "KILLED (137): by hand or for lack of memory; the same command goes on from the last checkpoint";;
+  130) say "INTERRUPTED (130): the same command continues from the last checkpoint";;
+  137) say "KILLED (137): by hand or for lack of memory; the same command continues from the last checkpoint";;
   139) say "CRASHED (139): segmentation fault in a native library; see $err";;
-  143) say "TERMINATED (143): the same command goes on from the last checkpoint";;
+  143) say "TERMINATED (143): the same command continues from the last checkpoint";;
   *)   say "FAILED ($status): see $err";;
 esac
 if [ "$status" = 0 ]; then

@@ -371,4 +371,4 @@ def test_ctrl_c_is_130_and_says_that_the_command_goes_on(monkeypatch, capsys):
 
     monkeypatch.setattr(pillsnap.doctor, "doctor_command", stop)
     status, _, err = typed(["doctor"], capsys)
-    assert status == 130 and err == "pillsnap: interrupted; the same command goes on\n"
+    assert status == 130 and err == "pillsnap: interrupted; the same command continues\n"

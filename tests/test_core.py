@@ -503,7 +503,7 @@ def test_a_full_disk_costs_the_log_file_and_nothing_else(tmp_path):
     """,
         tmp_path,
     )
-    assert r.returncode == 0 and r.stderr.count("the run goes on without it") == 1 and "Traceback" not in r.stderr
+    assert r.returncode == 0 and r.stderr.count("the run continues without it") == 1 and "Traceback" not in r.stderr
     assert r.stderr.count("of the run") == 50, "the console has them all"
 
 

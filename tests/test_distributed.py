@@ -1,4 +1,4 @@
-"""The classifier's stage in several gloo processes: one stage, whoever shares it, and whoever goes on with it."""
+"""The classifier's stage in several gloo processes: one stage, whoever shares it, and whoever continues with it."""
 
 import json
 import os

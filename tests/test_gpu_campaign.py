@@ -194,7 +194,7 @@ def run(checks, tmp_path, **kw) -> tuple[int, dict]:
 
 
 def test_every_way_a_check_can_end(fakes, tmp_path, monkeypatch, capsys):
-    "Passed, missed, raised, died, a package that is missing: each has its verdict, and the campaign goes on."
+    "Passed, missed, raised, died, a package that is missing: each has its verdict, and the campaign continues."
     status, rows = run(
         [
             fakes("fine", "GP1"),

@@ -81,7 +81,7 @@ def log_of(run: Path, side: str) -> str:
 @pytest.mark.spec("IT1")
 @pytest.mark.parametrize("ratio, want", [([1, 1], "dcdcdcdcdcdc"), ([2, 1], "ddcddcddcccc"), ([1, 3], "dcccdcccdddd")])
 def test_steps_come_in_the_configured_ratio(tmp_path, monkeypatch, ratio, want):
-    "The job with two sides of six steps each that only write down their turns; where one has ended the other goes on."
+    "Two sides of six steps each that only write down their turns; where one has ended the other continues."
     from pillsnap.core.config import load_config
     from pillsnap.core.jobs import JobResult, RunFolder
     from pillsnap.training.interleaved import InterleavedJob

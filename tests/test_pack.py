@@ -241,7 +241,7 @@ def test_a_lost_worker_is_said_and_costs_its_shard(photos, tmp_path):
     assert (
         p.returncode == 1
         and "a worker was lost" in err
-        and "the same command goes on" in err
+        and "the same command continues" in err
         and not (tmp_path / "p" / "pack.json").exists()
     )
     build_pack(photos.rows, photos.root, tmp_path / "p", workers=1, progress=False, manifest_hash="m" * 64)

@@ -1,4 +1,4 @@
-"""The detector is killed in the middle of an epoch; the same command goes on and ends where an undisturbed run ends."""
+"""The detector is killed inside an epoch; the same command continues and ends where an undisturbed run ends."""
 
 import importlib.util
 import json

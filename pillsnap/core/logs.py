@@ -269,7 +269,7 @@ class LogFile(logging.FileHandler):
         self.setLevel(logging.CRITICAL + 1)
         print(
             f"pillsnap: the log file {self.baseFilename} can no longer be written ({sys.exc_info()[1]}); "
-            "the run goes on without it",
+            "the run continues without it",
             file=sys.stderr,
             flush=True,
         )
@@ -344,7 +344,7 @@ class TBWriter:
             getattr(self._writer, what)(*args)
         except OSError as e:
             self._writer = _Nothing()
-            logger.warning(f"TensorBoard is given up: {e}; the run goes on without it")
+            logger.warning(f"TensorBoard is given up: {e}; the run continues without it")
 
     def close(self) -> None:
         "Flush and close the file; the next call opens a new one."

@@ -174,7 +174,7 @@ def open_in_parallel(
     except BrokenProcessPool as e:
         raise PillsnapError(
             "a process that opens photos was lost: killed, or out of memory",
-            fix="the same command goes on from the photos that were opened",
+            fix="the same command continues from the photos that were opened",
         ) from e
 
 # %% ../../nbs/dataset/400_opening.ipynb #cc8f801a

@@ -423,7 +423,7 @@ def worker_gone(
         f"a process that opened photos is gone: {said}",
         where="dataloader",
         fix="the system may have ended it for its memory: fewer dataloader.num_workers, "
-        "or dataloader.engine=threads; the same command goes on from the last save",
+        "or dataloader.engine=threads; the same command continues from the last save",
     )
 
 

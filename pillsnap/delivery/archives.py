@@ -194,7 +194,7 @@ def _unpack(
         raise PillsnapError(
             f"unpacking needs {need:,} bytes and {free:,} are free",
             where=target,
-            fix="free some space, or unpack to another disk; it goes on from here",
+            fix="free some space, or unpack to another disk; it continues from here",
         )
     advance(sum(i.file_size for i, _ in plan) - need)
     for info, n in todo:

@@ -188,7 +188,7 @@ def find_delivery(
         raise PillsnapError(
             "this synthetic delivery was not rendered to its end",
             where=mark,
-            fix="render it again into the same folder: it goes on where it stopped",
+            fix="render it again into the same folder: it continues where it stopped",
         )
     if (train := _train(root)) is None:
         raise PillsnapError(

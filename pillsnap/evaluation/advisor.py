@@ -675,9 +675,9 @@ def _verdict(
         why = "Good enough to go on with what there is"
         return _Verdict("RECOMMEND_PROCEED", GREEN, "sufficient_performance", why)
     if score >= some:
-        why = "Below target: optimise before going on"
+        why = "Below target: optimise before continuing"
         return _Verdict("SUGGEST_OPTIMIZE", YELLOW, "performance_below_target", why)
-    why = "Far from the targets: going on would waste the next stage"
+    why = "Far from the targets: continuing would waste the next stage"
     return _Verdict("WARN_STOP", RED, "performance_too_low", why)
 
 # %% ../../nbs/evaluation/750_advisor.ipynb #c1ff57a7

@@ -372,6 +372,6 @@ def put_many(
         raise PillsnapError(
             f"the photo database cannot be written: {e}",
             where=self.path,
-            fix="free some space, or cache_policy=labels_only; it goes on from the last 256 photos",
+            fix="free some space, or cache_policy=labels_only; it continues from the last 256 photos",
         ) from None
     return n

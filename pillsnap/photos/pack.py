@@ -382,7 +382,7 @@ def _make_shards(plan: Plan, root: Path, out: Path, workers: int, progress: bool
             raise PillsnapError(
                 "a worker was lost: killed, or out of memory",
                 out,
-                "the same command goes on from the finished shards; fewer workers need less memory",
+                "the same command continues from the finished shards; fewer workers need less memory",
             ) from e
 
 # %% ../../nbs/photos/330_pack.ipynb #ecc4caff
@@ -500,7 +500,7 @@ def _header(path: Path, manifest_hash: str | None, class_map: ClassMap | None) -
     "Read the header; PillsnapError when it is changed, or of another manifest or class map."
     if not (path / "pack.json").exists():
         raise PillsnapError(
-            "there is no finished pack", path, "pillsnap pack builds it, and goes on where it was interrupted"
+            "there is no finished pack", path, "pillsnap pack builds it, and continues where it was interrupted"
         )
     head = read_json(path / "pack.json")
     if not isinstance(head, dict) or head.get("schema") != SCHEMA:

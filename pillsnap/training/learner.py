@@ -359,7 +359,7 @@ def load_resume_checkpoint(
         return None
     within = f" and {n} batches of the next" if (n := ckpt["position"]["batch"]) else ""
     epochs = cfg.train.classification.epochs
-    logger.info(f"resume: going on from {path} after epoch {ckpt['epoch']} of {epochs}{within}")
+    logger.info(f"resume: continuing from {path} after epoch {ckpt['epoch']} of {epochs}{within}")
     return ckpt
 
 # %% ../../nbs/training/630_learner.ipynb #c8a56fd6

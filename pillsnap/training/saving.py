@@ -280,7 +280,7 @@ def stop(self: Checkpoint, saved: bool = False) -> None:
     when = "which is over" if saved else f"after {self.done} batches"
     logger.info(
         f"stopped by {self.asked} in epoch {self.epoch + 1}, {when}: everything is in {self.folder / 'last.pt'},"
-        " the same command goes on"
+        " the same command continues"
     )
     raise KeyboardInterrupt(self.asked)
 
@@ -422,7 +422,7 @@ class Stall(Callback):
             where="train.classification",
             fix=(
                 "is the learning rate above zero, and does the optimizer have the parameters that are trained?"
-                " train.classification.stall_check=false goes on regardless"
+                " train.classification.stall_check=false continues regardless"
             ),
         )
 

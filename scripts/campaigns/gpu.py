@@ -171,7 +171,7 @@ CHECKS = (
     ),
     Check(
         "GP11",
-        "deterministic, dropout, EMA, accumulation; SIGTERM in mid-epoch, a new process goes on",
+        "deterministic, dropout, EMA, accumulation; SIGTERM in mid-epoch, a new process continues",
         "bit-equal; the file loads on a CPU",
         "gpu_checks.jobs:stop_and_resume",
         120,

@@ -103,7 +103,7 @@ def campaign(kills: int, seed: int = 1) -> dict:
         takes, want, states = time.perf_counter() - began, result(tmp / "straight"), []
         while sum(not s["finished"] for s in states) < kills:
             i = len(states)
-            run = tmp / f"run{i // 5}"  # five kills on one folder: each goes on from the one before
+            run = tmp / f"run{i // 5}"  # five kills on one folder: each continues from the one before
             p = begin(tmp / "d", run)
             time.sleep(rng.uniform(0, 0.8 * takes))
             os.killpg(p.pid, signal.SIGKILL)

@@ -4,7 +4,7 @@ of the undisturbed run, to the last bit.
 
 Each child is a whole stage (read, train, validate, save, report), forked from a process that has its libraries
 loaded; it saves after every
-optimizer step and is killed anywhere in it. Up to five kills hit one folder, each going on from the one before; then
+optimizer step and is killed anywhere in it. Up to five kills hit one folder, each continuing from the one before; then
 it may finish. After each
 kill, whatever lies under a final name must open.
 

@@ -82,7 +82,7 @@ def stop_and_resume(device: str, tiny: bool, work: Path) -> list[Part]:
         at = terminated_in_an_epoch(gpu, run, epochs, over)
     copied = Path(shutil.copy(last_of(run), work / "of_the_gpu.pt"))
     opened, goes_on = child(OPEN_ON_CPU, copied, CUDA_VISIBLE_DEVICES=""), child(TRAIN, run, epochs, *over)
-    ended(goes_on, gpu.patience(60), "the training that goes on")
+    ended(goes_on, gpu.patience(60), "the training that continues")
     ended(whole, gpu.patience(60), "the undisturbed training")
     ended(opened, gpu.patience(60), "opening the checkpoint without a GPU")
     a, b = load_ckpt(last_of(straight)), load_ckpt(last_of(run))
