@@ -93,7 +93,8 @@ def test_makefile_has_its_targets_and_lists_them():
 
 
 def test_make_test_does_all_in_order():
-    out = subprocess.run(["make", "-n", "test"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    command = ["make", "-n", "--no-print-directory", "test"]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     steps = ("ruff format", "ruff check", "in_step.sh clean", "in_step.sh export", "nbdev_test", "python -m pytest")
     at = [out.index(step) for step in steps]
     assert at == sorted(at)
