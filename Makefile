@@ -38,7 +38,7 @@ check: setup ## what a commit must pass: format, lint, types, clean, export, rea
 	@scripts/core/in_step.sh clean
 	@scripts/core/in_step.sh export
 	@python scripts/core/house.py
-	@OMP_NUM_THREADS=1 python -m pytest $(wildcard $(FAST:%=tests/test_%.py))
+	@OMP_NUM_THREADS=1 python -m pytest -n $(PROCESSES) --dist loadfile $(wildcard $(FAST:%=tests/test_%.py))
 
 clean-check: setup ## the notebooks are as nbdev_clean leaves them
 	@scripts/core/in_step.sh clean
