@@ -50,6 +50,7 @@ def call(venv: Path, folder: Path, *args: object) -> subprocess.CompletedProcess
     )
 
 
+@pytest.mark.spec("HS2")
 def test_the_base_is_small_and_has_nothing_of_training(base):
     site = next((base / "lib").glob("python3*/site-packages"))
     size = sum(p.stat().st_size for p in site.rglob("*") if p.is_file() and not p.is_symlink()) / 1e6
@@ -57,7 +58,7 @@ def test_the_base_is_small_and_has_nothing_of_training(base):
     assert not {p.name for p in site.iterdir()} & TRAINING
 
 
-@pytest.mark.spec("SV4", "EX3")
+@pytest.mark.spec("SV4", "EX3", "HS2")
 def test_the_base_answers_from_an_export(base, smoke_run, tmp_path):
     "The same JSON as in the environment that trained; several photos, a table, and a notebook's card."
     from pillsnap.deployment.runtime import load_bundle
@@ -94,6 +95,7 @@ def test_a_missing_extra_is_named(base, smoke_run, tmp_path, command, extra):
     assert done.returncode and f'pip install "pillsnap[{extra}]"' in done.stderr, done.stderr
 
 
+@pytest.mark.spec("HS3")
 def test_import_is_quick_and_names_are_lazy():
     "`import pillsnap` brings no module of others; each name it offers is there."
     code = "import sys; before = set(sys.modules); import pillsnap; print(len(set(sys.modules) - before))"

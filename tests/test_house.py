@@ -12,6 +12,7 @@ sys.path.insert(0, str(ROOT / "scripts" / "core"))
 import house  # noqa: E402
 
 
+@pytest.mark.spec("HS1")
 @pytest.mark.parametrize("what", house.CEILINGS)
 def test_no_count_grows(what):
     places = house.LISTS.get(what, list)()
