@@ -24,7 +24,7 @@ from pillsnap.deployment import comparison as C
 from pillsnap.deployment import export as E
 from pillsnap.deployment import graph as G
 from pillsnap.deployment.runtime import OnnxClassifier, OnnxDetector, load_bundle
-from pillsnap.models.factory import TorchClassifier, load_classifier
+from pillsnap.models.factory import TorchClassifier, WithEmbedding, build_classification_model, load_classifier
 from pillsnap.models.pipeline import Pipeline, detector_input
 from pillsnap.models.yolo import TorchDetector, build_yolo_model, load_detector
 
@@ -222,7 +222,7 @@ def test_classifier_passes_and_a_perturbed_one_fails(photos, tmp_path):
     m = timm.create_model("test_resnet", num_classes=9, pretrained=False).eval()
     m.get_classifier().weight.data.mul_(100)
     for model, passes in ((m, True), (perturbed(m, 0.001), False)):
-        G.export_onnx(model, 96, tmp_path / "m.onnx")
+        G.export_onnx(WithEmbedding(model), 96, tmp_path / "m.onnx", names=("image", "logits", "embedding"))
         c = C.compare_classifiers(
             TorchClassifier(m, 96), OnnxClassifier((tmp_path / "m.onnx").read_bytes(), 96, "cpu"), photos
         )
@@ -251,14 +251,50 @@ def test_the_usual_mistakes_are_caught(photos, spoil):
     class Wrong:
         size = 96
 
-        def logits(self, x):
+        def outputs(self, x):
             if spoil == "BGR":
-                return ours.logits(x[:, ::-1])
+                return ours.outputs(x[:, ::-1])
             if spoil == "no normalisation":
-                return ours.logits(x * 0.225 + 0.45)
-            return np.roll(ours.logits(x), 1, axis=1)
+                return ours.outputs(x * 0.225 + 0.45)
+            logits, embedding = ours.outputs(x)
+            return np.roll(logits, 1, axis=1), embedding
 
     assert C.compare_classifiers(ours, Wrong(), photos).passed is False
+
+
+@pytest.mark.spec("EX2")
+def test_an_embedding_of_another_layer_is_caught(photos):
+    "The logits agree and the second output does not."
+    torch.manual_seed(0)
+    ours = TorchClassifier(timm.create_model("test_resnet", num_classes=9, pretrained=False), 96)
+
+    class Wrong:
+        size = 96
+
+        def outputs(self, x):
+            logits, embedding = ours.outputs(x)
+            return logits, np.maximum(embedding - embedding.mean(), 0)
+
+    assert C.compare_classifiers(ours, ours, photos).passed is True
+    failed = [c.name for c in C.compare_classifiers(ours, Wrong(), photos).checks if not c.passed]
+    assert failed == ["embedding, relative error"]
+
+
+@pytest.mark.spec("EX1")
+@pytest.mark.parametrize("head", [None, {"dim": 24, "scale": 16.0}])
+@pytest.mark.parametrize("backbone", ["test_resnet", "test_efficientnet", "test_vit", "test_mambaout"])
+def test_the_logits_are_the_last_layer_of_the_embedding(backbone, head):
+    "For four kinds of network and for the cosine head; the logits are those of the network alone."
+    torch.manual_seed(0)
+    size = 160 if backbone == "test_vit" else 64
+    model = build_classification_model(backbone, 7, pretrained=False, head=head).eval()
+    x = np.random.default_rng(0).standard_normal((3, 3, size, size)).astype(np.float32)
+    runner = TorchClassifier(model, size, batch=2)
+    logits, embedding = runner.outputs(x)
+    assert np.allclose(logits, runner.logits(x), atol=1e-5) and embedding.ndim == 2 and len(embedding) == 3
+    last = model.classify if head else model.get_classifier()
+    with torch.no_grad():
+        assert np.allclose(last(torch.from_numpy(embedding)).numpy(), logits, atol=1e-5)
 
 
 def test_photos_are_of_the_stage_and_never_sealed(ready):

@@ -54,7 +54,7 @@ from pillsnap.deployment.runtime import (
 from .timing import plot_answer_times, time_bundle
 from ..evaluation.latency import Latency, protocol_gap
 from ..evaluation.scorecard import gate_and_advise
-from ..models.factory import TorchClassifier, load_classifier
+from ..models.factory import TorchClassifier, WithEmbedding, load_classifier
 from ..models.pipeline import Thresholds, detector_input
 from ..models.yolo import TorchDetector, load_detector
 
@@ -120,7 +120,8 @@ def _write_classifier(
         raise PillsnapError("there is no trained classifier", where=src, fix="run the classifier job first")
     loaded = load_classifier(src, class_map)
     model, size, backbone = loaded.model, loaded.img_size, loaded.checkpoint["backbone"]
-    written = export_onnx(model, size, out, open_axes(backbone, model), ("image", "logits"), opset)
+    outputs = ("image", "logits", "embedding")
+    written = export_onnx(WithEmbedding(model), size, out, open_axes(backbone, model), outputs, opset)
     entry = model_entry(out, size, backbone, written, checkpoint=sha256_file(src))
     answers = OnnxClassifier(out.read_bytes(), size, "cpu", where=out)
     return ExportedModel(out, entry, TorchClassifier(model, size), answers)

@@ -27,9 +27,9 @@ from ..core.files import atomic_path
 logger = logging.getLogger("pillsnap.deployment.graph")
 
 # %% ../../nbs/deployment/810_graph.ipynb #c3b6f8a8
-def _trace(model: nn.Module, size: int, path: Path, axes: dict[int, str], names: tuple[str, str], opset: int) -> None:
+def _trace(model: nn.Module, size: int, path: Path, axes: dict[int, str], names: tuple[str, ...], opset: int) -> None:
     "Write by the older exporter (TorchScript)."
-    spec = {names[0]: axes, names[1]: {0: "batch"}}
+    spec = {names[0]: axes} | {name: {0: "batch"} for name in names[1:]}
     torch.onnx.export(
         model,
         (torch.zeros(1, 3, size, size),),
@@ -37,12 +37,12 @@ def _trace(model: nn.Module, size: int, path: Path, axes: dict[int, str], names:
         opset_version=opset,
         dynamo=False,
         input_names=[names[0]],
-        output_names=[names[1]],
+        output_names=list(names[1:]),
         dynamic_axes=spec,
     )
 
 
-def _capture(model: nn.Module, size: int, path: Path, axes: dict[int, str], names: tuple[str, str], opset: int) -> None:
+def _capture(model: nn.Module, size: int, path: Path, axes: dict[int, str], names: tuple[str, ...], opset: int) -> None:
     "Write by the newer exporter (torch.export)."
     dims = dict.fromkeys(axes, torch.export.Dim.DYNAMIC)
     torch.onnx.export(
@@ -54,7 +54,7 @@ def _capture(model: nn.Module, size: int, path: Path, axes: dict[int, str], name
         external_data=False,
         verbose=False,
         input_names=[names[0]],
-        output_names=[names[1]],
+        output_names=list(names[1:]),
         dynamic_shapes=(dims,),
     )
 
@@ -71,7 +71,7 @@ def export_onnx(  # noqa: PLR0913 - model, file, and the four things that ONNX a
     size: int,  # side of the input, pixels
     path: str | Path,  # the file
     axes: Mapping[int, str] | None = None,  # input axes that stay open; None = the batch alone
-    names: tuple[str, str] = ("image", "logits"),  # names of input and output
+    names: tuple[str, ...] = ("image", "logits"),  # of the input, then of the outputs
     opset: int = 17,  # ONNX operator set
 ) -> int:  # the operator set of the file
     "Write a model as ONNX atomically; raises PillsnapError where neither exporter can."

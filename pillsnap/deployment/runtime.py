@@ -34,6 +34,7 @@ from ..models.pipeline import Pipeline, Thresholds, check_mode, preprocessing, r
 
 # %% ../../nbs/deployment/800_runtime.ipynb #e45a94d5
 logger = logging.getLogger("pillsnap.deployment.runtime")
+_AGAIN = "export again: pillsnap run all --from export"
 
 # %% ../../nbs/deployment/800_runtime.ipynb #634dfe3b
 _WANTED = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
@@ -80,7 +81,7 @@ def open_session(
         raise PillsnapError(
             f"onnxruntime cannot open this model: {str(e).splitlines()[0]}",
             where=where,
-            fix="export it again: pillsnap run all --from export",
+            fix=_AGAIN,
         ) from e
     used = session.get_providers()
     if lost := [p for p in wanted if p not in used]:
@@ -91,7 +92,7 @@ def open_session(
 
 # %% ../../nbs/deployment/800_runtime.ipynb #408dc1ae
 class OnnxModel:
-    "An ONNX file with one input and one output."
+    "An ONNX file with one input; called, it gives the first output."
 
     def __init__(
         self,
@@ -101,7 +102,7 @@ class OnnxModel:
         threads: int = 0,  # threads of one operator; 0 = onnxruntime's choice
         where: object = None,  # the file, for errors
     ):
-        self.size, self.session = size, open_session(model, device, threads, where)
+        self.size, self.where, self.session = size, where, open_session(model, device, threads, where)
         self._in, self._out = self.session.get_inputs()[0].name, self.session.get_outputs()[0].name
 
     @property
@@ -120,6 +121,19 @@ class OnnxClassifier(OnnxModel):
 
     def logits(self, x: np.ndarray) -> np.ndarray:
         return self(x)
+
+    def outputs(
+        self,
+        x: np.ndarray,  # normalised views, float32 [N, 3, size, size]
+    ) -> tuple[np.ndarray, np.ndarray]:  # float32 [N, C] and [N, D]; PillsnapError for a file without embedding
+        "Logits and embeddings."
+        names = [o.name for o in self.session.get_outputs()]
+        if "embedding" not in names:
+            raise PillsnapError("this classifier gives no embedding", where=self.where, fix=_AGAIN)
+        logits, embedding = self.session.run(
+            [self._out, "embedding"], {self._in: np.ascontiguousarray(x, dtype=np.float32)}
+        )
+        return np.asarray(logits), np.asarray(embedding)
 
 
 class OnnxDetector(OnnxModel):
@@ -207,9 +221,6 @@ def write_bundle(
     return save_json({**meta, "digest": bundle_digest(meta)}, Path(folder) / "bundle.json")
 
 # %% ../../nbs/deployment/800_runtime.ipynb #66dd2f2e
-_AGAIN = "export again: pillsnap run all --from export"
-
-
 def _find_bundle(
     folder: str | Path,  # a run folder, or its export folder
 ) -> Path:  # bundle.json

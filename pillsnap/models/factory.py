@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['logger', 'check_backbone', 'offline', 'weights_source', 'RemoteWeights', 'remote_weights', 'fetch_weights',
            'load_weights', 'linear_fp32', 'CosineClassifier', 'WeightsOrigin', 'dropouts', 'build_classification_model',
-           'LoadedClassifier', 'load_classifier', 'fresh_classifier_checkpoint', 'TorchClassifier']
+           'LoadedClassifier', 'load_classifier', 'fresh_classifier_checkpoint', 'WithEmbedding', 'TorchClassifier']
 
 # %% ../../nbs/models/500_factory.ipynb #a81aaf8f
 import logging
@@ -258,7 +258,13 @@ class CosineClassifier(nn.Module):
         x: torch.Tensor,  # photos [N, 3, S, S]
     ) -> torch.Tensor:  # float32 [N, C]
         "Cosines times the scale."
-        e = self.embed(x)
+        return self.classify(self.embed(x))
+
+    def classify(
+        self,
+        e: torch.Tensor,  # vectors [N, dim]
+    ) -> torch.Tensor:  # float32 [N, C]
+        "Cosines of vectors with the directions, times the scale."
         with torch.autocast(e.device.type, enabled=False):
             return self.cosine_scale * linear_fp32(F.normalize(e), F.normalize(self.directions.weight.float()))
 
@@ -448,9 +454,31 @@ def fresh_classifier_checkpoint(
     )
     return Path(path)
 
+# %% ../../nbs/models/500_factory.ipynb #23f28115
+class WithEmbedding(nn.Module):
+    "A classifier that gives its logits and the embedding from which the last layer computes them."
+
+    def __init__(
+        self,
+        model: nn.Module,  # a timm network or a CosineClassifier
+    ):
+        super().__init__()
+        self.model: Any = model
+
+    def forward(
+        self,
+        x: torch.Tensor,  # photos [N, 3, S, S]
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # logits [N, C] and embedding [N, D]
+        "Logits and embedding, in one pass of the body."
+        if isinstance(self.model, CosineClassifier):
+            e = self.model.embed(x)
+            return self.model.classify(e), e
+        features = self.model.forward_features(x)
+        return self.model.forward_head(features), self.model.forward_head(features, pre_logits=True).flatten(1)
+
 # %% ../../nbs/models/500_factory.ipynb #f57b57f4
 class TorchClassifier:
-    "A torch network behind the runner's interface: `.size` and `.logits`."
+    "A torch network behind the runner's interface: `.size`, `.logits` and `.outputs`."
 
     def __init__(
         self,
@@ -466,8 +494,23 @@ class TorchClassifier:
         x: np.ndarray,  # normalised photos, float32 [N, 3, S, S]
     ) -> np.ndarray:  # float32 [N, C]
         "Scores before the softmax, in float32."
+        return np.concatenate([self._forward(self.model, part) for part in self._batches(x)])
+
+    @torch.inference_mode()
+    def outputs(
+        self,
+        x: np.ndarray,  # normalised photos, float32 [N, 3, S, S]
+    ) -> tuple[np.ndarray, np.ndarray]:  # float32 [N, C] and [N, D]
+        "Logits and embeddings, in float32."
+        network = WithEmbedding(self.model)
+        logits, embeddings = zip(*(self._forward(network, part) for part in self._batches(x)))
+        return np.concatenate(logits), np.concatenate(embeddings)
+
+    def _batches(self, x: np.ndarray) -> list[np.ndarray]:
+        return np.array_split(x, max(1, -(-len(x) // self.batch)))
+
+    def _forward(self, network: nn.Module, x: np.ndarray) -> Any:
         device = next(self.model.parameters()).device
-        parts = [torch.from_numpy(np.ascontiguousarray(p)) for p in np.array_split(x, max(1, -(-len(x) // self.batch)))]
         with full_fp32(), without_kernel_search():
-            parts = [self.model(p.to(device)).float().cpu().numpy() for p in parts]
-        return np.concatenate(parts)
+            y = network(torch.from_numpy(np.ascontiguousarray(x)).to(device))
+        return y.float().cpu().numpy() if torch.is_tensor(y) else tuple(v.float().cpu().numpy() for v in y)
