@@ -25,6 +25,7 @@ from ..core.errors import PillsnapError
 from ..core.files import canonical_json, sha256_file, sha256_text
 from ..delivery.classmap import ClassMap
 from .card import CARD, drug_card, edi_codes, known_value
+from .decision import REASONS, AnswerDecision, AnswerRule, decide_answer
 from ..photos.boxes import decode_yolo, letterbox, unletterbox
 from ..photos.images import IMAGENET_MEAN, IMAGENET_STD, crop_view, normalise, open_image_safely, whole_view
 
@@ -121,17 +122,21 @@ def class_probabilities(
 # %% ../../nbs/models/570_pipeline.ipynb #616c8510
 MODES = ("single", "combo")
 ANSWERS = {
-    "drug": "one pill, named: single always, combo when one box was found",
-    "drugs": "combo: several pills, each with its own name and confidence",
+    "drug": "one pill, named",
+    "shortlist": "one pill, and several drugs that it may be",
+    "unknown": "one pill, and no drug that may be named",
+    "drugs": "combo: several pills, each with its own answer (drug, shortlist or unknown) and confidence",
     "no_pill": "combo: the detector found nothing above the threshold; items is empty",
 }
 
 # %% ../../nbs/models/570_pipeline.ipynb #eda7813b
 def _answer_kind(
-    items: Sequence[Any],  # the pills of an answer
+    items: Sequence[Mapping[str, Any]],  # the pills of an answer
 ) -> str:  # a key of ANSWERS
-    "Which kind of answer this is."
-    return ("no_pill", "drug")[len(items)] if len(items) < 2 else "drugs"
+    "Which kind of answer this is: that of the one pill, drugs for several, no_pill for none."
+    if len(items) == 1:
+        return items[0]["answer"]
+    return "drugs" if items else "no_pill"
 
 # %% ../../nbs/models/570_pipeline.ipynb #12f1913d
 def _candidate(k: str, p: float, metadata: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -144,13 +149,18 @@ def pill_item(
     p: np.ndarray,  # [C] probabilities of one pill
     class_map: ClassMap,  # class number → K-code
     metadata: Mapping[str, Mapping[str, Any]],  # K-code → record; a drug may be absent
-    topk: int = 5,  # drugs listed
+    topk: int = 5,  # drugs listed; the short list is always among them
+    decision: AnswerDecision | None = None,  # of the answer rule; None: the most probable drug
 ) -> dict[str, Any]:  # without a box; the pipeline adds the one that the detector found
-    "One pill of an answer: its drug and the runners-up."
-    order = np.argsort(-p, kind="stable")[: max(1, min(topk, len(p)))]
+    "One pill of an answer: what the rule says, the most probable drug and the runners-up."
+    said = decide_answer(p, None, None) if decision is None else decision
+    order = np.argsort(-p, kind="stable")[: max(1, min(topk, len(p)))].tolist()
+    order += [i for i in said.ids if i not in order]
     top = [_candidate(class_map.key(int(i)), float(p[i]), metadata) for i in order]
     card = drug_card(metadata.get(top[0]["kcode"], {}))
-    return dict(top[0], box=None, box_confidence=None, card=card, top_k=top)
+    shortlist = [class_map.key(i) for i in said.ids]
+    verdict = dict(answer=said.answer, shortlist=shortlist, reason=said.reason)
+    return dict(top[0], **verdict, box=None, box_confidence=None, card=card, top_k=top)
 
 # %% ../../nbs/models/570_pipeline.ipynb #e1705d09
 BADGE, LOW_CONFIDENCE = "combo 권장", 0.30  # single mode, below .30
@@ -275,6 +285,7 @@ class Pipeline:
     metadata: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # K-code → record of the drug
     temperature: float = 1.0  # from the calibration
     hashes: Mapping[str, str] = field(default_factory=dict)  # what else identifies the models; added to the answer
+    rule: AnswerRule | None = None  # when a drug may be named; None: always
 
 # %% ../../nbs/models/570_pipeline.ipynb #ae71707d
 @patch
@@ -345,7 +356,7 @@ def predict(
     probs = class_probabilities(self.classifier, views.images, len(self.class_map), self.temperature)
     clock("classify")
     items = [
-        _located(pill_item(p, self.class_map, self.metadata, topk), box, score)
+        _located(pill_item(p, self.class_map, self.metadata, topk, decide_answer(p, None, self.rule)), box, score)
         for p, box, score in zip(probs, views.boxes, views.scores)
     ]
     hints = combo_hints(mode, items[0]["confidence"] if items else None, box_count)
@@ -385,6 +396,9 @@ def answer_schema() -> dict[str, Any]:  # JSON Schema, draft 2020-12
     top = {"type": "array", "items": _object(**_NAMED), "minItems": 1}
     item = _object(
         **_NAMED,
+        answer={"enum": ["drug", "shortlist", "unknown"]},
+        shortlist={"type": "array", "items": {"type": "string"}, "uniqueItems": True},
+        reason={"enum": list(REASONS)},
         box=box,
         box_confidence={**_PROB, "type": ["number", "null"]},
         card=_object(**{f: {} for f in CARD}),
