@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.files import read_json, save_json, sha256_file
-from pillsnap.core.jobs import RunFolder, record_path
+from pillsnap.core.jobs import RunFolder, readings, record_path
 from pillsnap.core.records import Metric, Provenance
 from pillsnap.dataset.splitfiles import SplitData, load_split_data
 from pillsnap.delivery.classmap import ClassMap
@@ -439,6 +439,25 @@ def test_a_kept_measurement_gives_the_same_card_and_a_choice_is_recorded(copy):
     assert read_advice(copy)["choice"]["via"] == "parameter"  # the same advice keeps its choice
     with pytest.raises(PillsnapError, match="no option"):
         again(copy, remeasure=False, user_choice="9")
+
+
+@pytest.mark.spec("BX7")
+def test_each_evaluation_that_opens_the_clean_photos_is_counted(copy, monkeypatch):
+    def counted():
+        return len(readings(copy, P.clean_part(0))), read_json(copy / "reports/scorecard.json")["clean_readings"]
+
+    assert counted() == (1, 1) and "were read once" in (copy / "reports/scorecard.md").read_text(encoding="utf-8")
+    again(copy, remeasure=False)
+    assert counted() == (1, 1)  # a kept measurement opens no photo
+    again(copy)
+    assert counted() == (2, 2) and "were read 2 times" in (copy / "reports/scorecard.md").read_text(encoding="utf-8")
+    monkeypatch.setattr(P, "_answer_photos", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        again(copy)
+    assert len(readings(copy, P.clean_part(0))) == 3  # photos were opened, though no figure came of it
+    assert readings(copy, P.clean_part(0))[0]["photos"] == sum(
+        p.part == "clean" for p in A.eval_photos(load_split_data(copy, 0))
+    )
 
 
 @pytest.mark.spec("BX8")

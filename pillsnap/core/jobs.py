@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['logger', 'SUBFOLDERS', 'SMOKE', 'RunFolder', 'JobResult', 'markdown_table', 'is_interactive', 'fingerprint',
-           'record_path', 'read_record', 'why_stale', 'Job', 'run_id', 'crashed_attempts']
+           'record_path', 'read_record', 'why_stale', 'Job', 'run_id', 'readings', 'count_reading', 'crashed_attempts']
 
 # %% ../../nbs/core/090_jobs.ipynb #21220317
 import atexit
@@ -361,6 +361,30 @@ def run_id(
     if not p.exists():
         save_json({"run_id": uuid.uuid4().hex[:12], "created": datetime.now(UTC).isoformat(timespec="seconds")}, p)
     return read_json(p)["run_id"]
+
+# %% ../../nbs/core/090_jobs.ipynb #4d697f17
+def readings(
+    root: str | os.PathLike,  # run folder
+    part: str,  # photos that were read, such as "stage0/clean"
+) -> list[dict[str, Any]]:  # at, by, photos; oldest first
+    "How often the photos of a part were read in this run folder."
+    path = Path(root) / "run.json"
+    return read_json(path).get("readings", {}).get(part, []) if path.exists() else []
+
+
+def count_reading(
+    root: str | os.PathLike,  # run folder, locked by the job
+    part: str,  # photos that are about to be read, such as "stage0/clean"
+    by: str,  # name of the job
+    photos: int,  # how many
+) -> int:  # readings so far, this one included
+    "Add a reading of a part's photos to the run record."
+    run_id(root)  # makes run.json on first use
+    path = Path(root) / "run.json"
+    entry = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "by": by, "photos": photos}
+    record, before = read_json(path), readings(root, part)
+    save_json(record | {"readings": record.get("readings", {}) | {part: [*before, entry]}}, path)
+    return len(before) + 1
 
 # %% ../../nbs/core/090_jobs.ipynb #2ea6686d
 def _boot_id() -> str:

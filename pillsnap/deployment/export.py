@@ -26,7 +26,7 @@ from ..core.jobs import Job, JobResult, RunFolder, run_id
 from ..core.logs import progress as show_progress
 from ..core.plots import save_fig
 from ..core.records import Provenance
-from ..core.settings import Config, Data
+from ..core.settings import Config
 from ..dataset.splitfiles import SplitData, load_split_data
 from ..delivery.classmap import ClassMap
 from pillsnap.deployment.comparison import (
@@ -161,15 +161,6 @@ def _write_models(
     return models
 
 # %% ../../nbs/deployment/840_export.ipynb #fc11432f
-def _thresholds(
-    data: Data,  # detection and classification
-) -> Thresholds:
-    "The configured thresholds of the pipeline."
-    d = data.detection
-    padding = float(data.classification.crop_padding)
-    return Thresholds(float(d.conf_threshold), float(d.iou_threshold), int(d.max_detections), padding)
-
-
 def _compare(
     models: Mapping[str, ExportedModel],  # from _write_models
     data: SplitData,  # photos of the stage
@@ -182,7 +173,7 @@ def _compare(
         opened = open_photos(photo_order(data, kind, cfg.train.seed), n, skipped)
         return show_progress(opened, n, f"torch and ONNX: {model}", "photos")
 
-    c, t = models["classifier"], _thresholds(cfg.data)
+    c, t = models["classifier"], Thresholds.configured(cfg.data)
     found = {
         "classifier": compare_classifiers(
             c.torch, c.onnx, photos("single", cfg.export.compare_photos, "classifier"), t.crop_padding
@@ -255,7 +246,7 @@ def _bundle(
         data.class_map,
         models["classifier"].entry,
         detector.entry if detector else None,
-        _thresholds(cfg.data),
+        Thresholds.configured(cfg.data),
         _drug_records(run.root),
         temperature,
         calibrated,

@@ -138,14 +138,6 @@ def opened(
             yield photo, found["image"]
 
 # %% ../../nbs/evaluation/762_answers.ipynb #891a284a
-def _thresholds(
-    data: Data,  # detection and classification
-) -> Thresholds:
-    "The configured thresholds of the pipeline."
-    d = data.detection
-    return Thresholds(d.conf_threshold, d.iou_threshold, d.max_detections, data.classification.crop_padding)
-
-
 def load_evaluator(
     run_root: Path,  # run folder
     data: SplitData,  # one stage; a checkpoint of another class map raises PillsnapError
@@ -163,7 +155,7 @@ def load_evaluator(
         from pillsnap.models.yolo import open_detector
 
         detector = open_detector(checkpoints / "detector" / "best.pt", lazy=False, device=device)
-    pipeline = Pipeline(classifier, data.class_map, detector, _thresholds(settings))
+    pipeline = Pipeline(classifier, data.class_map, detector, Thresholds.configured(settings))
     return Evaluator(pipeline, data.root, settings, why)
 
 # %% ../../nbs/evaluation/762_answers.ipynb #98b7a1ce
@@ -243,6 +235,7 @@ class Boxes:
     paths: list[str]  # photo of each
     parts: list[str]  # val or clean, of each
     seconds: float  # opening photos and detecting
+    groups: list[str] = field(default_factory=list)  # capture group or combination code of each
 
     def of(
         self,
@@ -250,7 +243,7 @@ class Boxes:
     ) -> "Boxes":
         "The photos of one part, with their part of the seconds."
         at = [i for i, p in enumerate(self.parts) if p == part]
-        lists = {k: [getattr(self, k)[i] for i in at] for k in ("preds", "truth", "paths", "parts")}
+        lists = {k: [getattr(self, k)[i] for i in at] for k in ("preds", "truth", "paths", "parts", "groups")}
         return Boxes(**lists, seconds=self.seconds * len(at) / max(1, len(self.parts)))
 
 # %% ../../nbs/evaluation/762_answers.ipynb #7a3a89cc
@@ -268,6 +261,7 @@ def boxes(
         out.truth.append(photo.boxes)
         out.paths.append(photo.path)
         out.parts.append(photo.part)
+        out.groups.append(photo.group)
     out.seconds = time.perf_counter() - t0
     return out
 
@@ -287,6 +281,7 @@ class ComboAnswer:
     mode_used: str  # the mode whose branch answered
     items: list  # drugs with confidence and box
     part: str = "clean"  # val selected the checkpoint, clean gives the headline
+    group: str = ""  # the combination code
 
 
 @dataclass
@@ -327,6 +322,7 @@ def score_combo(
         mode_used=answer["mode_used"],
         items=[{"kcode": i["kcode"], "confidence": round(i["confidence"], 4), "box": i["box"]} for i in items],
         part=photo.part,
+        group=photo.group,
     )
 
 # %% ../../nbs/evaluation/762_answers.ipynb #59d9ea79
@@ -441,12 +437,15 @@ def _box_lines(boxes: Boxes) -> list[dict[str, Any]]:
     return [
         {
             "path": path,
+            "group": group,
             "part": part,
             "truth": truth.tolist(),
             "boxes": np.round(xyxy, 2).tolist(),
             "confidence": np.round(conf, 5).tolist(),
         }
-        for path, part, truth, (xyxy, conf) in zip(boxes.paths, boxes.parts, boxes.truth, boxes.preds)
+        for path, group, part, truth, (xyxy, conf) in zip(
+            boxes.paths, boxes.groups, boxes.parts, boxes.truth, boxes.preds, strict=True
+        )
     ]
 
 

@@ -87,12 +87,12 @@ def selection_records(
         value = detection_ap(mine.preds, mine.truth)["mAP@0.5"]
         note = "photos that selected the detector's checkpoint"
         rec[name] = prov.metric(name, value, len(mine.paths), mine.seconds, note=note)
-    answers, name = combos.of("val").answers if combos else [], "combo_pill_accuracy_selection"
-    pills = sum(a.pills for a in answers)
+    own, name = combos.of("val") if combos else Combos([], 0.0), "combo_pill_accuracy_selection"
+    pills = sum(a.pills for a in own.answers)
     rec[name] = not_measured(prov, name, "no combo selected the detector's checkpoint")
     if pills:
         note = "combos that selected the detector's checkpoint"
-        rec[name] = prov.metric(name, sum(a.right for a in answers) / pills, pills, mine.seconds, note=note)
+        rec[name] = prov.metric(name, sum(a.right for a in own.answers) / pills, pills, own.seconds, note=note)
     return rec
 
 # %% ../../nbs/evaluation/764_figures.ipynb #34d03d1b

@@ -409,6 +409,7 @@ def write_scorecard(
         "split": doc["split"],
         "do_not_rely_on": _named(doc["unreliable"], drug_names(root)),
         "without_clean_photo": doc["without_clean_photo"],
+        "clean_readings": doc["clean_readings"],
         "notes": list(notes),
         "accuracy_record": acc.to_dict() if acc else None,
         "baseline": baseline.to_dict() if baseline else None,
@@ -451,6 +452,18 @@ def _calibration_note(m: Mapping[str, Metric]) -> str:
     )
 
 
+def _reading_note(
+    n: int,  # evaluations of this stage in this run folder
+) -> str:
+    "How often the clean photos were read, for the notes."
+    if n <= 1:
+        return "the clean photos were read once, by this evaluation"
+    return (
+        f"the clean photos were read {n} times in this run folder: if a setting was changed after an earlier "
+        "evaluation, the figures are better than on new photos"
+    )
+
+
 def scorecard_notes(
     root: Path,  # run folder
 ) -> list[str]:
@@ -468,6 +481,7 @@ def scorecard_notes(
         f"single photos: {parts['clean']} clean ones give the headline, {parts['val']} selected the checkpoint, "
         f"{parts['calib']} calibrate"
     )
+    notes.append(_reading_note(doc["clean_readings"]))
     if doc["split"] == "image":
         notes.append("data.group_by=image parts capture groups: this split leaks, and its gate is never a GO")
     if m["train_overlap"].value:

@@ -23,6 +23,7 @@ from fastcore.basics import patch
 # %% ../../nbs/models/570_pipeline.ipynb #38687224
 from ..core.errors import PillsnapError
 from ..core.files import canonical_json, sha256_file, sha256_text
+from ..core.settings import Data
 from ..delivery.classmap import ClassMap
 from .card import CARD, drug_card, edi_codes, known_value
 from .decision import REASONS, AnswerDecision, AnswerRule, decide_answer
@@ -262,6 +263,16 @@ class Thresholds:
     def __post_init__(self):
         if not 0 <= self.conf <= 1:
             raise PillsnapError(f"a threshold lies between 0 and 1, not at {self.conf!r}", where="conf_threshold")
+
+    @classmethod
+    def configured(
+        cls,
+        data: Data,  # detection and classification
+    ) -> "Thresholds":
+        "The thresholds of a configuration."
+        d = data.detection
+        padding = float(data.classification.crop_padding)
+        return cls(float(d.conf_threshold), float(d.iou_threshold), int(d.max_detections), padding)
 
 # %% ../../nbs/models/570_pipeline.ipynb #4c29e673
 @dataclass(frozen=True)
