@@ -26,8 +26,16 @@ class Ingredient(NamedTuple):
     korean: str  # name
     english: str  # name
     category: str  # number and name of its therapeutic class
-    access: str  # 전문 (prescription) or 일반 (over the counter)
+    access: str  # 전문 (prescription) or 일반 (over the counter), one for all strengths or one for each
     strengths: str  # in mg, separated by blanks
+
+    def access_of(
+        self,
+        dose: str,  # strength in mg
+    ) -> str:  # 전문 or 일반
+        "How a strength is sold: a stronger product may need a prescription."
+        words, strengths = self.access.split(), self.strengths.split()
+        return words[strengths.index(dose)] if dose in strengths and len(words) > 1 else words[0]
 
 
 INGREDIENTS = tuple(
@@ -58,7 +66,7 @@ INGREDIENTS = tuple(
 세티리진염산염|Cetirizine Hydrochloride|[01410]항히스타민제|일반|5 10
 은행엽건조엑스|Ginkgo Leaf Dried Extract|[02190]기타의 순환계용약|일반|40 80 120
 티아민질산염|Thiamine Nitrate|[03160]혼합비타민제(비타민AD 혼합제제를 제외)|일반|50 100
-우르소데옥시콜산|Ursodeoxycholic Acid|[02360]이담제|일반|100 200""".splitlines()
+우르소데옥시콜산|Ursodeoxycholic Acid|[02360]이담제|일반 전문|100 200""".splitlines()
 )
 
 # %% ../../nbs/synth/204_records.ipynb #6b0766ae
@@ -236,7 +244,7 @@ def word_fields(
         item_seq=year * 100_000 + int(rng.integers(1, 3000)),
         di_item_permit_date=date(year),
         di_class_no=ingredient.category,
-        di_etc_otc_code=ingredient.access + "의약품",
+        di_etc_otc_code=ingredient.access_of(product.dose) + "의약품",
         di_edi_code=_edi_codes(maker, rng),
         img_regist_ts=date(min(year + 2, 2021)),
         change_date=date(2021),
