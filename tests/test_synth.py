@@ -525,6 +525,42 @@ def test_phone_photos_are_of_another_world(tmp_path):
     )
 
 
+STUDIO = {  # means of three patches of photos that were rendered before the phone domain had tables of its own
+    "K-009822_0_2_0_0_90_020_200": (205.094, 205.728, 178.491),
+    "K-009822_0_1_1_0_70_280_200": (46.379, 207.768, 142.549),
+    "K-009822_0_2_0_2_60_240_200": (204.397, 218.429, 202.353),
+}
+
+
+@pytest.mark.spec("BX5")
+def test_studio_photos_do_not_change():
+    "The phone's tables, light and lens draw no random number of a studio photo: each pixel stays what it was."
+    spec = dict(drugs=3, photos=6, combos=1, seed=9, width=98, height=128)
+    for task in plan_delivery(**spec).tasks[:3]:
+        image = photograph(list(task.pills), task.shot, rng_for(*task.words, "photo"))[0]
+        patches = image.reshape(8, 16, 7, 14, 3).mean((1, 3))
+        found = [float(patches[at]) for at in ((0, 1, 0), (3, 3, 1), (6, 5, 2))]
+        assert np.allclose(found, STUDIO[task.stem], atol=0.02), task.stem
+
+
+@pytest.mark.spec("BX5", "BX17")
+def test_phone_photos_keep_the_form_of_a_delivery(tmp_path):
+    "Names and records are those of the studio's delivery; pixels, boxes and the ledger's domain differ."
+    spec = dict(drugs=3, photos=4, combos=1, seed=9, width=98, height=128)
+    written = {d: write_delivery(tmp_path / d, **spec, domain=d, **QUIET) for d in ("studio", "phone")}
+    names = {d: sorted(p.relative_to(tmp_path / d) for p in (tmp_path / d / "data").rglob("*.*")) for d in written}
+    assert names["studio"] == names["phone"]
+    assert [written[d]["domain"] for d in written] == ["studio", "phone"]
+    for path in names["studio"]:
+        if path.suffix != ".json":
+            assert (tmp_path / "studio" / path).read_bytes() != (tmp_path / "phone" / path).read_bytes()
+            continue
+        a, b = (json.loads((tmp_path / d / path).read_text(encoding="utf-8")) for d in written)
+        assert a["images"] == b["images"], "the record of the drug and of the capture"
+        x, y, w, h = b["annotations"][0]["bbox"]
+        assert 0 <= x < x + w <= 98 and 0 <= y < y + h <= 128
+
+
 # ---- not to be solved without looking at the pill
 # ------------------------------------------------------------------------------------
 
