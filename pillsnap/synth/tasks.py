@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'LATITUDES', 'LONGITUDES', 'PER_PART', 'SINGLE_FIELD', 'COMBO_FIELD', 'capture_grid', 'Task', 'part_folder',
-           'Session', 'single_tasks', 'possible_combos', 'choose_combos', 'combo_tasks']
+           'Session', 'single_task', 'single_tasks', 'possible_combos', 'choose_combos', 'combo_tasks']
 
 # %% ../../nbs/synth/230_tasks.ipynb #e50adbcd
 import math
@@ -103,6 +103,23 @@ class Session:
 SINGLE_FIELD, COMBO_FIELD = 31.0, 40.0  # mm across the photo
 
 
+def single_task(
+    drug: Drug,  # whose photo
+    i: int,  # running number of the drug
+    capture: Capture,  # background, light, side and camera
+    session: Session,  # split, size of the photos, seed
+) -> Task:
+    "One single photo of a drug on the turntable."
+    stem = capture.stem()
+    image = f"{part_folder(session.split, 'images', 'single', i)}/{drug.kcode}/{stem}.png"
+    label = f"{part_folder(session.split, 'labels', 'single', i)}/{drug.kcode}_json/{stem}.json"
+    field = {"latitude": capture.latitude, "field": SINGLE_FIELD}
+    shot = replace(session.shot, back=capture.back, light=capture.light, **field)
+    words = (session.seed, session.split, session.shot.domain, stem)
+    pose = single_pose(capture.side, capture.longitude, shot, rng_for(*words, "pose"))
+    return Task(image, ((label, 0),), ((drug, pose),), shot, words)
+
+
 def single_tasks(
     drug: Drug,  # whose photos
     i: int,  # running number of the drug
@@ -110,17 +127,11 @@ def single_tasks(
     session: Session,  # split, size of the photos, seed
 ) -> list[Task]:
     "The single photos of one drug on the turntable."
-    split, base, seed = session.split, session.shot, session.seed
-    tasks = []
-    for side, back, light, la, lo in capture_grid(n, rng_for(seed, split, "grid", drug.number)):
-        stem = Capture((drug.kcode,), 0, back, side, light, la, lo, 200).stem()
-        image = f"{part_folder(split, 'images', 'single', i)}/{drug.kcode}/{stem}.png"
-        label = f"{part_folder(split, 'labels', 'single', i)}/{drug.kcode}_json/{stem}.json"
-        shot = replace(base, back=back, light=light, latitude=la, field=SINGLE_FIELD)
-        words = (seed, split, base.domain, stem)
-        pose = single_pose(side, lo, shot, rng_for(*words, "pose"))
-        tasks.append(Task(image, ((label, 0),), ((drug, pose),), shot, words))
-    return tasks
+    rng = rng_for(session.seed, session.split, "grid", drug.number)
+    return [
+        single_task(drug, i, Capture((drug.kcode,), 0, back, side, light, la, lo, 200), session)
+        for side, back, light, la, lo in capture_grid(n, rng)
+    ]
 
 # %% ../../nbs/synth/230_tasks.ipynb #cdf75d2a
 def possible_combos(
