@@ -544,7 +544,14 @@ def test_the_pack_block_is_the_plans_default():
     import inspect
 
     cfg, sig = load_config("two_stage").pack, inspect.signature(Plan).parameters
-    assert cfg.model_dump() == {"enabled": False, "scale": 0.5, "codec": "jpeg", "quality": 95, "crops": True}
+    assert cfg.model_dump() == {
+        "enabled": False,
+        "scale": 0.5,
+        "codec": "jpeg",
+        "quality": 95,
+        "crop_quality": 98,
+        "crops": True,
+    }
     assert {k: sig[k].default for k in P.pack_settings(load_config("two_stage"))} == P.pack_settings(
         load_config("two_stage")
     )

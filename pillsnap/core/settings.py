@@ -286,6 +286,9 @@ class PackConfig(Block):
     scale: float = key(0.5, "factor for both sides of whole photos; 0.5 makes 488 x 640 of 976 x 1280", gt=0, le=1)
     codec: Literal["jpeg", "raw"] = key("jpeg", "jpeg: about 0.1 MB a photo; raw: ten times that, nothing to decode")
     quality: int = key(95, "JPEG quality", ge=50, le=100)
+    crop_quality: int = key(
+        98, "JPEG quality of the crops, which are classified; they are a small part of a photo", ge=1, le=100
+    )
     crops: bool = key(True, "keep the surroundings of each box at full resolution")
 
 # %% ../../nbs/core/020_settings.ipynb #75eca889
@@ -514,6 +517,9 @@ class Inference(Block):
 
     lazy_load_detector: bool = key(True, "load the detector with the first combo photo; false: with the model")
     top_k: int = key(5, "drugs listed for each pill", ge=1)
+    focus: Literal["auto", "locator", "detector", "off"] = key(
+        "auto", "what finds the pill in single mode: auto = the best way without a detector; off = the whole photo"
+    )
 
 
 class Synth(Block):

@@ -9,6 +9,7 @@ __all__ = ['logger', 'NARROW_AUGMENT', 'render_view', 'Source', 'decode_limits',
            'NarrowModelDataset', 'UserControlledTwoStageDataset']
 
 # %% ../../nbs/dataset/480_datasets.ipynb #c921a5fd
+import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -28,7 +29,7 @@ from ..core.errors import PillsnapError
 from ..core.settings import AugmentClassification
 from .sampling import sample_randoms, stable_ids
 from ..delivery.classmap import ClassMap
-from ..photos.augmentation import COL, DRAWS, LOOSE, BatchAugment, canvas_size, crop_range
+from ..photos.augmentation import COL, DRAWS, LOOSE, BatchAugment, canvas_size, crop_range, located_windows
 from ..photos.boxes import letterbox, to_yolo, xyxy_to_xywh
 from ..photos.caches import LMDBImageCache, Photo, PhotoCache, SizedLRUCache, View, box_of, cached_view
 from ..photos.images import crop_square, open_image_safely
@@ -192,7 +193,7 @@ class PackSource(Source):
     ) -> tuple[np.ndarray, np.ndarray | None] | dict:  # photo and box in it, or a skip record
         "The photo, or the crop of its box."
         if view.kind == "crop" and photo.bbox:
-            return self.pack.crop(photo.path, photo.bbox)
+            return self.pack.crop(photo.path, photo.bbox, view.padding)
         got = self.pack.photo(photo.path)
         return got if isinstance(got, dict) else (got, None)
 
@@ -306,6 +307,14 @@ class Texts:
     def __iter__(self) -> Iterator[str]:
         return (self[i] for i in range(len(self)))
 
+# %% ../../nbs/dataset/480_datasets.ipynb #708d7955
+def _box_shapes(
+    bboxes: Sequence[str],  # "[x, y, w, h]", or ""
+) -> np.ndarray:  # float32 [n, 2] width and height, the longer one = 1; a square where there is no box
+    "The shape of every box."
+    sides = np.array([json.loads(b)[2:] if b else (1, 1) for b in bboxes], np.float32).reshape(-1, 2)
+    return sides / np.maximum(sides.max(1, keepdims=True), 1e-6)
+
 # %% ../../nbs/dataset/480_datasets.ipynb #79a9abb0
 class PillsnapClsDataset(Dataset):
     "Photos with one pill's label each; a broken photo gives a skip record."
@@ -323,6 +332,7 @@ class PillsnapClsDataset(Dataset):
         augment: AugmentClassification | None = None,  # None = its defaults
         padding: float = 0.1,  # margin of a served crop
         channels_last: bool = False,  # memory layout of batches on a GPU
+        errors: np.ndarray | None = None,  # [k, 4] errors of located boxes; training crops err as they do
     ):
         def col(c, other):
             return rows[c].fillna(other).tolist() if c in rows else [other] * len(rows)
@@ -345,8 +355,11 @@ class PillsnapClsDataset(Dataset):
         }
         if train:
             self.numbers["id"] = torch.from_numpy(stable_ids([f"{p}|{b}" for p, b in zip(paths, bboxes)]))
+        self.errors = None if errors is None else torch.from_numpy(np.asarray(errors, np.float32))
+        if train and errors is not None:
+            self.numbers["shape"] = torch.from_numpy(_box_shapes(bboxes))
         self.source = root if isinstance(root, Source) else DeliverySource(root)
-        self.size, self.train, self.view = size, train, view
+        self.size, self.train, self.view, self.padding = size, train, view, padding
         self.crop_view_prob, self.seed, self.epoch = crop_view_prob, seed, 0
         self.views = dataset_views(size, train, augment, padding)
         self.augment = BatchAugment(size, augment, train, padding, channels_last)
@@ -394,7 +407,11 @@ def draw_views(
         return BatchViews(at, np.full(len(at), self.view == "crop"))
     draws = sample_randoms(self.seed, epoch, self.numbers["id"].numpy()[at], DRAWS, visits)
     crops = (draws[:, COL["view"]] < self.crop_view_prob) | self.boxed[at]
-    return BatchViews(at, crops, draws, self.augment.windows(draws, crops), self.augment.flips(draws))
+    windows = self.augment.windows(draws, crops)
+    if self.errors is not None and crops.any():
+        shape, errors = self.numbers["shape"].numpy()[at[crops]], self.errors.numpy()
+        windows[crops] = located_windows(draws[crops], shape, errors, self.padding, self.augment.a.crop_scale_min)
+    return BatchViews(at, crops, draws, windows, self.augment.flips(draws))
 
 
 @patch

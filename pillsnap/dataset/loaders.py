@@ -27,6 +27,7 @@ from ..core.logs import TBWriter
 from ..core.settings import Config, Train
 from .datasets import PillsnapClsDataset, PillsnapDetDataset, safe_collate_detection
 from .families import family_ratios
+from .focus import StageFocus, chosen_focus
 from .opening import image_policies
 from .photoloader import PhotoLoader
 from .sampling import BalancedBatchSampler, EpochSampler, balanced_weights, effective_batch
@@ -146,13 +147,16 @@ def classification_set(  # noqa: PLR0913 - a public function of settings
     data: SplitData,  # class map and delivery
     cfg: Config,  # the run's configuration
     train: bool = False,  # augment, and mix the views
-    view: str = "whole",  # validation's view
+    view: str = "whole",  # validation's view: whole, crop (true box), or focus (located box, as the product sees it)
     cache: bool | PhotoCache = True,  # True: as configured; False: no cache; or an existing cache
 ) -> PillsnapClsDataset:
     "The classifier's dataset of training or validation rows, with its source and cache."
     c, t = cfg.data.classification, cfg.train.classification
     options, _ = loader_options(cfg, data.stage, rows, _in_memory(cfg, cache))
     rows = train_rows(rows, data.class_map, t) if train else rows[rows["kind"] == "single"]
+    focused = chosen_focus(cfg.inference.focus, t.crop_view_prob)[0] != "off"
+    if view == "focus":
+        rows, view = StageFocus(data, cfg).rows(rows), "crop"
     d = PillsnapClsDataset(
         rows,
         data.class_map,
@@ -165,6 +169,7 @@ def classification_set(  # noqa: PLR0913 - a public function of settings
         cfg.data.augment.classification,
         c.crop_padding,
         t.channels_last and cfg.optimization.channels_last,
+        StageFocus(data, cfg).errors() if train and focused else None,
     )
     processes = options["num_workers"] if options["engine"] == "processes" else 0
     d.source = cached_source(d, rows, data, cfg, cache, processes)
@@ -186,7 +191,7 @@ def validation_loader(  # noqa: PLR0913 - a public function of settings
     rows: pd.DataFrame,  # manifest rows; combos are left out
     data: SplitData,  # class map and delivery
     cfg: Config,  # the run's configuration
-    view: str = "whole",  # "whole" or "crop"
+    view: str = "whole",  # whole, crop or focus, as classification_set takes it
     cache: bool | PhotoCache = True,  # True: as configured; False: no cache; or an existing cache
     device: torch.device | str = "cpu",  # where batches arrive
 ) -> PhotoLoader:
@@ -361,8 +366,11 @@ def build_classification_loaders(
     order, more = _training_order(d, cfg, batch_size_of(cfg.train, data.stage))
     train_dl = PhotoLoader(d, device=device, **order, **options)
     table = _measure_workers(train_dl, tb) if cfg.dataloader.autotune_workers else []
-    val_dl = validation_loader(data.val, data, cfg, "whole", cache, device)
-    meta = _loader_meta(data, cfg, train_dl, val_dl, table)
+    focus, why = chosen_focus(cfg.inference.focus, cfg.train.classification.crop_view_prob)
+    view = "whole" if focus == "off" else "focus"
+    val_dl = validation_loader(data.val, data, cfg, view, cache, device)
+    meta = _loader_meta(data, cfg, train_dl, val_dl, table) | {"val_view": view}
+    decisions = [*decisions, f"focus: {focus}, {why}"]
     for line in [*decisions, *more, *risky_settings(cfg.data.augment.classification), *summary(meta)]:
         logger.info(line)
     return train_dl, val_dl, meta

@@ -27,6 +27,7 @@ from ..core.logs import progress as show_progress
 from ..core.plots import save_fig
 from ..core.records import Provenance
 from ..core.settings import Config
+from ..dataset.focus import chosen_focus
 from ..dataset.splitfiles import SplitData, load_split_data
 from ..delivery.classmap import ClassMap
 from pillsnap.deployment.comparison import (
@@ -230,7 +231,14 @@ def _answer_defaults(
             fix="train a detector, or set data.default_mode=single",
         )
     i = cfg.inference
-    return dict(mode=cfg.data.default_mode, top_k=i.top_k, lazy_load_detector=i.lazy_load_detector)
+    focus, _ = chosen_focus(i.focus, cfg.train.classification.crop_view_prob)
+    if focus == "detector" and not has_detector:
+        raise PillsnapError(
+            "inference.focus=detector needs a detector, and this run has none",
+            where="inference.focus",
+            fix="train a detector, or set inference.focus=auto",
+        )
+    return dict(mode=cfg.data.default_mode, top_k=i.top_k, lazy_load_detector=i.lazy_load_detector, focus=focus)
 
 
 def _bundle(
@@ -279,6 +287,7 @@ class ExportJob(Job):
         "evaluation",
         "export",
         "train.seed",
+        "train.classification.crop_view_prob",
     )
     needs: ClassVar[dict[str, str]] = {"artifacts/stage{stage}/splits.json": "splits"}
 

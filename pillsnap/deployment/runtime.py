@@ -160,8 +160,8 @@ REQUIRED = dict(
     digest=str,
 )  # `detector` and `scorecard` may be null
 THRESHOLDS = dict(conf=float, iou=float, max_det=int, crop_padding=float)
-ANSWERING = dict(mode=str, top_k=int, lazy_load_detector=bool)  # defaults where the caller gives no value
-DEFAULTS = dict(mode="single", top_k=5, lazy_load_detector=True)  # for a bundle without these fields
+ANSWERING = dict(mode=str, top_k=int, lazy_load_detector=bool, focus=str)  # defaults where the caller gives no value
+DEFAULTS = dict(mode="single", top_k=5, lazy_load_detector=True, focus="off")  # for a bundle without these fields
 MODEL = dict(file=str, sha256=str, img_size=int, name=str, opset=int)
 
 # %% ../../nbs/deployment/800_runtime.ipynb #f2c02644
@@ -194,7 +194,7 @@ class BundleContent:
     drugs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # K-code → record
     temperature: float = 1.0  # of the probabilities
     calibrated: bool = False  # whether the temperature was measured
-    answering: Mapping[str, Any] = field(default_factory=dict)  # mode, top_k, lazy_load_detector; else DEFAULTS
+    answering: Mapping[str, Any] = field(default_factory=dict)  # mode, top_k, lazy_load_detector, focus; else DEFAULTS
 
 
 def write_bundle(
@@ -375,7 +375,16 @@ def pipeline(
     if m.get("detector"):
         hashes["detector"] = m["detector"]["sha256"]
     thresholds = Thresholds(t["conf"] if conf is None else conf, t["iou"], t["max_det"], t["crop_padding"])
-    return Pipeline(self.classifier, self.class_map, self.detector, thresholds, m["drugs"], m["temperature"], hashes)
+    return Pipeline(
+        self.classifier,
+        self.class_map,
+        self.detector,
+        thresholds,
+        m["drugs"],
+        m["temperature"],
+        hashes,
+        focus=m.get("answering", DEFAULTS)["focus"],
+    )
 
 
 @patch
@@ -395,7 +404,8 @@ def predict(
 
 # %% ../../nbs/deployment/800_runtime.ipynb #a8348e2c
 NO_PILL = "알약을 찾지 못했습니다. 사진을 확인하거나 단일 모드로 다시 시도하세요."
-_MODE = {"single": "단일 (사진 전체가 한 알)", "combo": "조합 (알약을 먼저 찾음)"}
+_MODE = {"single": "단일 (한 알)", "combo": "조합 (여러 알)"}
+_VIEW = {"crop": "알약을 오려 봄", "whole": "사진 전체를 봄"}
 
 # %% ../../nbs/deployment/800_runtime.ipynb #9be684ea
 def _facts(item: Mapping[str, Any]) -> Any:
@@ -448,7 +458,8 @@ def _card_notes(
 ) -> list[str]:  # Korean lines
     "The lines below an answer: mode, calibration, duration, badge, training data."
     sure = f"보정된 확률 (온도 {meta['temperature']:.2f})" if meta["calibrated"] else "보정되지 않은 확률"
-    notes = [f"모드 {_MODE[answer['mode_used']]} · 신뢰도는 {sure} · {answer['timings']['total']:.0f} ms"]
+    seen, ms = _VIEW[answer["view"]], answer["timings"]["total"]
+    notes = [f"모드 {_MODE[answer['mode_used']]} · {seen} · 신뢰도는 {sure} · {ms:.0f} ms"]
     if answer["badge"]:
         notes.append(f"💡 {answer['badge']}: " + ", ".join(_HINT[h] for h in answer["hints"]))
     if meta["data"] != "aihub":

@@ -144,6 +144,7 @@ def load_evaluator(
     settings: Data,  # thresholds, padding, image policies
     device: Any,  # torch device
     checkpoint: Path | None = None,  # of the classifier; None = best.pt of the run
+    focus: str = "off",  # what finds the pill in single mode, as chosen_focus decides
 ) -> Evaluator:
     "An evaluator with the checkpoints of a run."
     checkpoints = run_root / "checkpoints"
@@ -155,7 +156,8 @@ def load_evaluator(
         from pillsnap.models.yolo import open_detector
 
         detector = open_detector(checkpoints / "detector" / "best.pt", lazy=False, device=device)
-    pipeline = Pipeline(classifier, data.class_map, detector, Thresholds.configured(settings))
+    focus = "off" if focus == "detector" and detector is None else focus
+    pipeline = Pipeline(classifier, data.class_map, detector, Thresholds.configured(settings), focus=focus)
     return Evaluator(pipeline, data.root, settings, why)
 
 # %% ../../nbs/evaluation/762_answers.ipynb #98b7a1ce
@@ -163,14 +165,17 @@ def load_evaluator(
 class Scores:
     "A classifier's logits for the single photos."
 
-    whole: np.ndarray  # logits of the view that single mode makes [N, C]
-    crop: np.ndarray  # logits of the box crop [N, C]
+    single: np.ndarray  # logits of the view that single mode makes: the answer [N, C]
+    whole: np.ndarray  # logits of the whole photo [N, C]
+    crop: np.ndarray  # logits of the crop around the true box [N, C]
     labels: np.ndarray  # true ids [N]
     groups: list[str]  # capture group of each
     paths: list[str]  # photo of each
     parts: list[str]  # val, calib or clean, of each
     modes: list[str]  # the mode whose branch of the pipeline made the view of each
-    seconds: float  # opening photos and classifying both views
+    views: list[str]  # crop or whole: what single mode showed the classifier
+    boxes: list[np.ndarray | None]  # where single mode found the pill, xyxy in photo pixels
+    seconds: float  # opening photos, locating and classifying the three views
 
     def of(
         self,
@@ -178,8 +183,9 @@ class Scores:
     ) -> "Scores":
         "The photos of one part, with their part of the seconds."
         at = np.flatnonzero(np.asarray(self.parts, object) == part)
-        lists = {k: [getattr(self, k)[i] for i in at] for k in ("groups", "paths", "parts", "modes")}
+        lists = {k: [getattr(self, k)[i] for i in at] for k in ("groups", "paths", "parts", "modes", "views", "boxes")}
         return Scores(
+            self.single[at],
             self.whole[at],
             self.crop[at],
             self.labels[at],
@@ -194,10 +200,10 @@ def singles(
     photos: Sequence[EvalPhoto],  # single photos of known drugs
     batch: int = 32,  # photos per forward pass
 ) -> Scores:
-    "Logits of both views of every single photo."
+    "Logits of the view that single mode makes, of the whole photo and of the true crop, for every single photo."
     t0, classifier, class_map = time.perf_counter(), self.pipeline.classifier, self.pipeline.class_map
     size, padding = classifier.size, self.pipeline.thresholds.crop_padding
-    kept, modes, logits, views = [], [], [], []
+    kept, made, logits, views = [], [], [], []
 
     def flush() -> None:
         if views:
@@ -205,23 +211,25 @@ def singles(
             views.clear()
 
     for photo, image in self.opened(photos, "classifier"):
-        made = self.pipeline.views(image, "single")
+        looked = self.pipeline.views(image, "single")
         kept.append(photo)
-        modes.append(made.mode_used)
-        views.append(made.images[0] if made.images else whole_view(image, size))
-        views.append(crop_view(image, photo.boxes[0], size, padding))
-        if len(views) >= 2 * batch:
+        made.append(looked)
+        views += [looked.images[0], whole_view(image, size), crop_view(image, photo.boxes[0], size, padding)]
+        if len(views) >= 3 * batch:
             flush()
     flush()
     z = np.concatenate(logits) if logits else np.zeros((0, len(class_map)), np.float32)
     return Scores(
-        whole=z[0::2],
-        crop=z[1::2],
+        single=z[0::3],
+        whole=z[1::3],
+        crop=z[2::3],
         labels=np.array([class_map.id(p.keys[0]) for p in kept], int),
         groups=[p.group for p in kept],
         paths=[p.path for p in kept],
         parts=[p.part for p in kept],
-        modes=modes,
+        modes=[v.mode_used for v in made],
+        views=[v.view for v in made],
+        boxes=[v.boxes[0] for v in made],
         seconds=time.perf_counter() - t0,
     )
 
@@ -403,7 +411,7 @@ class Answers:
 
     def probabilities(self) -> np.ndarray:  # [N, C]
         "Calibrated probabilities of the single photos."
-        z = self.scores.whole
+        z = self.scores.single
         return softmax(z, self.temperature) if len(z) else z
 
 
@@ -412,7 +420,7 @@ def singles_table(self: Answers) -> pd.DataFrame:  # one row per photo
     "The answers to the single photos."
     s, p = self.scores, self.probabilities()
     n = np.arange(len(s.labels))
-    order = (-s.whole).argsort(1, kind="stable") if len(s.whole) else np.zeros((0, 1), int)
+    order = (-s.single).argsort(1, kind="stable") if len(s.single) else np.zeros((0, 1), int)
     return pd.DataFrame(
         {
             "path": s.paths,
@@ -421,6 +429,7 @@ def singles_table(self: Answers) -> pd.DataFrame:  # one row per photo
             "answered": [self.keys[i] for i in order[:, 0]],
             "confidence": p[n, order[:, 0]].round(6) if len(n) else [],
             "part": s.parts,
+            "view": s.views,
             "rank": [int(np.flatnonzero(order[i] == s.labels[i])[0]) + 1 for i in n],
             "answered_crop": [self.keys[i] for i in s.crop.argmax(1)] if len(n) else [],
         }
@@ -473,7 +482,7 @@ def hard_cases(
 ) -> list[dict[str, Any]]:
     "The singles that get a badge: their confidence is below 0.30, and a combo photo is more likely."
     s, rows = self.scores, []
-    for path, part, mode, y, p in zip(s.paths, s.parts, s.modes, s.labels, self.probabilities()):
+    for path, part, mode, view, y, p in zip(s.paths, s.parts, s.modes, s.views, s.labels, self.probabilities()):
         hints = combo_hints("single", float(p.max()))
         if not hints:
             continue
@@ -483,6 +492,7 @@ def hard_cases(
                 "part": part,
                 "mode_requested": "single",
                 "mode_used": mode,
+                "view": view,
                 "single_confidence": round(float(p.max()), 4),
                 "gating_score": None,
                 "fallback_reason": None,

@@ -37,20 +37,27 @@ def single_records(
     prov: Provenance,  # data and class map
 ) -> tuple[dict[str, Metric], pd.DataFrame]:  # records by name, the per-class table
     "The classifier's figures on the clean photos."
-    n, half = len(scores.labels), scores.seconds / 2
-    whole, crop = (evaluate_classification_metrics(z, scores.labels, keys) for z in (scores.whole, scores.crop))
-    table = whole["per_class"]
+    n, half = len(scores.labels), scores.seconds / 3
+    answered = evaluate_classification_metrics(scores.single, scores.labels, keys)
+    table = answered["per_class"]
     seen = table[table.n > 0]
-    figures = {k: whole[k] for k in ("accuracy", "macro_f1", "top5", "confidence", "ece")}
+    figures = {k: answered[k] for k in ("accuracy", "macro_f1", "top5", "confidence", "ece")}
     rec = {k: prov.metric(k, v, n, half) for k, v in figures.items()}
-    for k in ("accuracy", "macro_f1"):
-        rec[f"{k}_crop"] = prov.metric(f"{k}_crop", crop[k], n, half, note="crop around the true box")
+    for view, z, note in (
+        ("whole", scores.whole, "the whole photo"),
+        ("crop_true_box", scores.crop, "crop around the true box"),
+    ):
+        scored = evaluate_classification_metrics(z, scores.labels, keys)
+        for k in ("accuracy", "macro_f1"):
+            rec[f"{k}_{view}"] = prov.metric(f"{k}_{view}", scored[k], n, half, note=note)
+    share = scores.views.count("crop") / n if n else None
+    rec["focus_found"] = prov.metric("focus_found", share, n, half, note="share of photos answered by a located crop")
     rec["n_eval_samples"] = prov.metric("n_eval_samples", n, n, half)
-    rec["class_coverage"] = prov.metric("class_coverage", whole["classes_seen"] / len(keys), len(keys), half)
+    rec["class_coverage"] = prov.metric("class_coverage", answered["classes_seen"] / len(keys), len(keys), half)
     for name, column in (("per_class_min_f1", seen.f1), ("per_class_min_accuracy", seen.recall)):
         rec[name] = prov.metric(name, column.min() if len(seen) else None, len(seen), half)
     speed = n / scores.seconds if n else None
-    note = "photos per second, opened, two views each"
+    note = "photos per second, opened, three views each"
     rec["throughput"] = prov.metric("throughput", speed, n, scores.seconds, note=note)
     return rec, table
 
@@ -63,8 +70,8 @@ def _part_accuracy(
 ) -> Metric:
     "The accuracy on the photos of one part."
     n = len(scores.labels)
-    value = float((scores.whole.argmax(1) == scores.labels).mean()) if n else None
-    return prov.metric(name, value, n, scores.seconds / 2, note=note)
+    value = float((scores.single.argmax(1) == scores.labels).mean()) if n else None
+    return prov.metric(name, value, n, scores.seconds / 3, note=note)
 
 
 def selection_records(
@@ -311,7 +318,7 @@ def unreliable(
 ) -> list[dict[str, Any]]:  # drug, right, mistaken_for, share, n; worst first
     "Drugs of which too few clean photos are named correctly."
     out = []
-    pred = scores.whole.argmax(1) if len(scores.labels) else scores.labels
+    pred = scores.single.argmax(1) if len(scores.labels) else scores.labels
     for i in np.unique(scores.labels):
         answers = Counter(pred[scores.labels == i].tolist())
         n = answers.total()

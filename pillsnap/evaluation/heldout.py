@@ -29,6 +29,7 @@ from ..core.files import FolderLock, atomic_path, ensure_dir, read_json, save_js
 from ..core.jobs import RunFolder, run_id
 from ..core.records import Metric, Provenance
 from ..core.settings import Config
+from ..dataset.focus import chosen_focus
 from ..dataset.grouping import apply_decisions, tidy_records
 from ..dataset.loaders import validation_loader
 from ..dataset.splitfiles import SplitData, load_split_data, missing_photos
@@ -331,7 +332,8 @@ def _score_classifier(
     root, cm = p.run.root, p.data.class_map
     photos = eval_photos(replace(p.data, val=p.rows.iloc[:0], pool=p.rows))
     singles, combos = [s for s in photos if s.kind == "single"], [s for s in photos if s.kind == "combo"]
-    evaluator = load_evaluator(root, p.data, p.cfg.data, pick_device(), p.checkpoint)
+    focus, _ = chosen_focus(p.cfg.inference.focus, p.cfg.train.classification.crop_view_prob)
+    evaluator = load_evaluator(root, p.data, p.cfg.data, pick_device(), p.checkpoint, focus)
     scores, why = evaluator.singles(singles), evaluator.no_detector
     answers = Answers(list(cm.keys), _temperature_of(root, cm.fingerprint), scores, None, None)
     if evaluator.pipeline.detector is not None:
@@ -342,7 +344,7 @@ def _score_classifier(
     files = answers.save(ensure_dir(root / "reports" / p.name))
     intervals = {}
     if len(scores.labels):
-        answered = scores.whole.argmax(1)
+        answered = scores.single.argmax(1)
         intervals = group_intervals(answered, scores.labels, scores.groups, len(cm), p.cfg.train.seed)
     skipped = [{"path": path, "reason": reason} for path, reason in evaluator.skipped.items()]
     return HeldOut(metrics, intervals, {"detector": why} if why else {}, skipped, files=files)

@@ -56,7 +56,7 @@ from ..delivery.classmap import ClassMap
 from .images import MAX_PIXELS, crop_square, keep_heap, open_image_safely, resize, shrink
 
 # %% ../../nbs/photos/330_pack.ipynb #8daec40c
-SCHEMA, MAGIC = "pillsnap.pack/1", b"PILLPACK1\n"
+SCHEMA, MAGIC = "pillsnap.pack/2", b"PILLPACK1\n"
 LOOSE = 0.25  # margin kept around a box on each side, in box widths: a training crop jitters that far
 logger = logging.getLogger("pillsnap.photos.pack")
 
@@ -68,7 +68,8 @@ class Plan:
     photos: dict[str, list]  # path → its boxes [x, y, w, h] in photo pixels, sorted
     scale: float = 0.5  # of both sides, for whole photos
     codec: str = "jpeg"  # jpeg | raw
-    quality: int = 95  # JPEG quality
+    quality: int = 95  # JPEG quality of whole photos
+    crop_quality: int = 98  # JPEG quality of crops: at 95 a crop's noise is lost, and its SSIM is below .995
     crops: bool = True  # keep the surroundings of each box at full resolution
     manifest_hash: str = ""  # data_hash of the manifest the rows are from
     class_map: str = ""  # fingerprint of the class map
@@ -149,21 +150,24 @@ _COLUMNS = {
 }
 
 
+_ONLY: list[float] = []  # instead of a box: the window of the only pill of a photo
+
+
 def _record_key(
     path: str,  # of the photo
-    bbox: Sequence[float] | None = None,  # a crop's box; None for the photo
+    bbox: Sequence[float] | None = None,  # a crop's box, or _ONLY; None for the photo
 ) -> int:  # 64 bits
     "A hash of path and box; numbers are searched in the mapped index, without a dict in every worker."
     name = path if bbox is None else f"{path}\0{bbox}"
     return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
 
 # %% ../../nbs/photos/330_pack.ipynb #3097a9ca
-def _encode(img: np.ndarray, plan: Plan) -> bytes:
+def _encode(img: np.ndarray, codec: str, quality: int) -> bytes:
     "Encode a picture; JPEG without chroma subsampling, since colour tells drugs apart."
     img = np.ascontiguousarray(img)
-    if plan.codec == "raw":
+    if codec == "raw":
         return img.tobytes()
-    return simplejpeg.encode_jpeg(img, quality=plan.quality, colorsubsampling="444")
+    return simplejpeg.encode_jpeg(img, quality=quality, colorsubsampling="444")
 
 
 def _smaller(img: np.ndarray, scale: float) -> np.ndarray:
@@ -195,7 +199,10 @@ def photo_records(
     h, w = got["image"].shape[:2]
     small = got["image"] if reduce > 1 else _smaller(got["image"], plan.scale)
     full = dict(path=path, photo_height=h * reduce, photo_width=w * reduce, left=0, top=0)
-    yield full | dict(key=_record_key(path), height=small.shape[0], width=small.shape[1]), _encode(small, plan)
+    yield (
+        full | dict(key=_record_key(path), height=small.shape[0], width=small.shape[1]),
+        _encode(small, plan.codec, plan.quality),
+    )
     for box in plan.photos[path]:
         yield _crop_record(got["image"], box, full, plan)
 
@@ -215,7 +222,8 @@ def _crop_record(img: np.ndarray, box: list[float], row: dict, plan: Plan) -> tu
     "The surroundings of one box at full resolution."
     h, w = img.shape[:2]
     x, y, bw, bh = box
-    row = row | dict(key=_record_key(row["path"], box), box=json.dumps(box))
+    alone = len(plan.photos[row["path"]]) == 1
+    row = row | dict(key=_record_key(row["path"], _ONLY if alone else box), box=json.dumps(box))
     try:
         left, top, side = crop_square(np.array([x, y, x + bw, y + bh]), w, h, LOOSE)
     except PillsnapError as e:
@@ -223,7 +231,9 @@ def _crop_record(img: np.ndarray, box: list[float], row: dict, plan: Plan) -> tu
     # even corners, so that half a pixel is rounded the same way in the crop and on the photo
     x0, y0 = max(0, left) & ~1, max(0, top) & ~1
     x1, y1 = min(w, left + side), min(h, top + side)
-    return row | dict(left=x0, top=y0, height=y1 - y0, width=x1 - x0), _encode(img[y0:y1, x0:x1], plan)
+    return row | dict(left=x0, top=y0, height=y1 - y0, width=x1 - x0), _encode(
+        img[y0:y1, x0:x1], plan.codec, plan.crop_quality
+    )
 
 # %% ../../nbs/photos/330_pack.ipynb #a06d8982
 def _shard_name(k: int) -> str:
@@ -434,6 +444,7 @@ def _describe(plan: Plan, table: pa.Table, parts: list[pa.Table]) -> dict[str, A
         },
         "codec": plan.codec,
         "quality": plan.quality,
+        "crop_quality": plan.crop_quality,
         "scale": plan.scale,
         "crops": plan.crops,
         "margin": LOOSE,
@@ -587,17 +598,38 @@ def photo(
 def crop(
     self: Pack,
     path: str,  # as the manifest has it
-    bbox: str | Sequence[float],  # the box, [x, y, w, h] in photo pixels, as the manifest has it
+    bbox: str | Sequence[float],  # [x, y, w, h] in photo pixels: the manifest's box, or a located one
+    padding: float = 0.1,  # margin that the crop will have around the box
 ) -> tuple[np.ndarray, np.ndarray] | dict:  # [h, w, 3] uint8 and the box in it, x0 y0 x1 y1; or {"_skip": …}
-    "The full-resolution surroundings of a box, for `crop_view` with a padding up to the pack's margin."
+    "The full-resolution surroundings of a box; of a box that they do not hold, the whole photo at the pack's scale."
     box = _box_list(bbox)
     assert box is not None, "a crop needs a box"
+    corners = np.array([box[0], box[1], box[0] + box[2], box[1] + box[3]])
     i = self._find(_record_key(path, box))
+    if i < 0 and (i := self._find(_record_key(path, _ONLY))) >= 0 and not self._holds(i, corners, padding):
+        small = self.photo(path)
+        return small if isinstance(small, dict) else (small, corners * small.shape[1] / self._row(i)["photo_width"])
     if isinstance(img := self._picture(i, f"{path}, box {box},"), dict):
         return img
-    x, y, w, h = box
     r = self._row(i)
-    return img, np.array([x, y, x + w, y + h]) - np.tile([r["left"], r["top"]], 2)
+    return img, corners - np.tile([r["left"], r["top"]], 2)
+
+
+@patch
+def _holds(self: Pack, i: int, corners: np.ndarray, padding: float) -> bool:
+    "Whether a window holds what a crop around a box shows of the photo."
+    r = self._row(i)
+    try:
+        left, top, side = crop_square(corners, r["photo_width"], r["photo_height"], padding)
+    except PillsnapError:
+        return True  # the box lies outside the photo: the window's record tells why
+    right, bottom = min(left + side, r["photo_width"]), min(top + side, r["photo_height"])
+    return (
+        max(left, 0) >= r["left"]
+        and max(top, 0) >= r["top"]
+        and right <= r["left"] + r["width"]
+        and bottom <= r["top"] + r["height"]
+    )
 
 # %% ../../nbs/photos/330_pack.ipynb #4f86f12f
 @patch(as_prop=True)

@@ -53,7 +53,7 @@ def _draw_curves(
     fig, (a, b, c) = plt.subplots(1, 3, figsize=(9.6, 2.6))
     x = [r["epoch"] for r in rows]
     dot = "o-" if len(x) < 3 else "-"
-    for k, name in (("train_loss", "train"), ("val_loss", "val, whole photo")):
+    for k, name in (("train_loss", "train"), ("val_loss", f"val, {next(iter(rows[-1]['views']))}")):
         a.plot(x, [r[k] for r in rows], dot, label=name)
     for i, v in enumerate(rows[-1]["views"]):
         for k, style in (("acc", "-"), ("macro_f1", ":")):
@@ -141,7 +141,7 @@ def _pill_picture(
 
 def draw_confusions(
     data: SplitData,  # photos and class map
-    answers: Mapping[str, Any],  # of the whole-photo validation, photo by photo
+    answers: Mapping[str, Any],  # of one validation view, photo by photo
     names: Mapping[str, str],  # K-code → Korean name
     most: int = 4,  # pairs
 ) -> Any:  # matplotlib Figure
@@ -204,6 +204,7 @@ class ClassifierJob(Job):
         "train.leak_gap",
         "train.stage_overrides",
         "train.classification",
+        "inference.focus",
     )
     keys: ClassVar[dict[str, str]] = {"seed": "train.seed", "epochs": "train.classification.epochs"}
     needs: ClassVar[dict[str, str]] = {"artifacts/stage{stage}/splits.json": "splits"}
@@ -216,7 +217,7 @@ def _score_table(
     best: Mapping[str, Any],  # history row of the best epoch
 ) -> list[dict[str, Any]]:  # one row per view
     "Scores of the best epoch."
-    titles = {"whole": "whole photo (single)", "crop": "box crop (combo)"}
+    titles = {"focus": "located crop (single)", "whole": "whole photo", "crop": "box crop (combo)"}
     return [
         {
             "view": titles.get(v, v),
@@ -272,7 +273,7 @@ def _save_figures(
     figures = dict(
         curves=_draw_curves(trained.learn.rows, trained.ckpt["epoch"]),
         recall=_draw_recall(tables, names),
-        confusions=draw_confusions(data, answers["whole"], names),
+        confusions=draw_confusions(data, next(iter(answers.values())), names),
         batch=draw_batch(trained.learn, keys, names),
     )
     return [save_fig(f, reports / f"classifier_{k}.png") for k, f in figures.items()]
@@ -339,7 +340,8 @@ def _save_record(
 ) -> list[dict[str, Any]]:  # the confused pairs, most frequent first
     "Write classifier.json, and the count of memory errors into metrics.json, where the advisor reads it."
     keys, reports, learn = list(data.class_map), run.sub("reports"), trained.learn
-    pairs = confusion_pairs(answers["whole"]["pred"], answers["whole"]["labels"], keys, 20)
+    first = next(iter(answers.values()))  # the view that chose the epoch
+    pairs = confusion_pairs(first["pred"], first["labels"], keys, 20)
     tables = {v: per_class(a["pred"], a["labels"], len(keys), keys) for v, a in answers.items()}
     record = dict(
         metrics=metrics,

@@ -76,7 +76,7 @@ def leak_gap_record(
 ) -> dict[str, Any]:  # what reports/leak_gap.json holds
     "Two accuracies and their difference, with provenance."
     n, gap = min(image["n"], group["n"]), image["acc"] - group["acc"]
-    of_gap = "accuracy of the image split minus accuracy of the group split, whole photos, two trainings of equal size"
+    of_gap = "accuracy of the image split minus accuracy of the group split, two trainings of equal size"
     of_image = f"leaky on purpose: {shared:.0%} of its photos have a photo of their series in the training set"
     of_group = "no capture group on both sides"
 

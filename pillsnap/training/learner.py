@@ -261,6 +261,7 @@ SHAPING = (
     "train.deterministic",
     "train.classification",
     "train.stage_overrides",
+    "inference.focus",
     *(
         f"retrieval.{k}"
         for k in (

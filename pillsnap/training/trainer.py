@@ -118,10 +118,11 @@ def _training_loaders(
     tb: TBWriter | None = None,  # perf/num_workers
 ) -> tuple[Any, dict[str, Any]]:  # training loader; validation loader per view
     "The loaders of one training, each with this process's part of every batch."
-    train_dl, val_dl, _ = build_classification_loaders(data, cfg, context.cache, device=device, tb=tb)
-    views = {"whole": val_dl}
+    train_dl, val_dl, meta = build_classification_loaders(data, cfg, context.cache, device=device, tb=tb)
+    views = {meta["val_view"]: val_dl}  # the first view decides which epoch is best
     if cfg.train.classification.crop_view_prob:
-        views["crop"] = validation_loader(data.val, data, cfg, "crop", context.cache, device=device)
+        other = "crop" if "whole" in views else "whole"
+        views[other] = validation_loader(data.val, data, cfg, other, context.cache, device=device)
     for dl in (train_dl, *views.values()):
         dl.shard(context.rank, context.world_size)
     return train_dl, views
