@@ -10,6 +10,7 @@ import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 # %% ../../nbs/dataset/478_focus.ipynb #782e9ca4
 import numpy as np
@@ -57,7 +58,7 @@ _COLUMNS = ["path", "bbox", "found", "score"]
 def _locate_file(
     root: Path,  # the delivery
     path: str,  # below it
-    policies: dict[str, str],  # of open_image_safely
+    policies: dict[str, Any],  # of open_image_safely
 ) -> tuple[str, str, int, float]:  # path, "[x, y, w, h]" or "", pills found, score of the best
     "Find the pill of one photo."
     got = open_image_safely(root / path, **policies, say=False)
@@ -74,7 +75,7 @@ def _locate_file(
 def locate_photos(
     paths: Sequence[str],  # photos below the root
     root: Path,  # the delivery
-    policies: dict[str, str],  # of open_image_safely
+    policies: dict[str, Any],  # of open_image_safely
     table: Path | None = None,  # CSV of earlier finds, continued; None = nothing is kept
 ) -> pd.DataFrame:  # path, bbox, found, score; one row per path, in their order
     "Find the pill of every photo."

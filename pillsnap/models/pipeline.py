@@ -29,7 +29,7 @@ from .card import CARD, drug_card, edi_codes, known_value
 from .decision import REASONS, AnswerDecision, AnswerRule, decide_answer
 from ..photos.boxes import decode_yolo, letterbox, unletterbox
 from ..photos.images import IMAGENET_MEAN, IMAGENET_STD, crop_view, normalise, open_image_safely, whole_view
-from ..photos.locator import locate
+from ..photos.locator import LOCATOR, locate
 
 # %% ../../nbs/models/570_pipeline.ipynb #c97a4674
 @runtime_checkable
@@ -196,6 +196,7 @@ def preprocessing(
         std=list(IMAGENET_STD),
         whole=dict(size=classifier_size, fit="short side, centre"),
         crop=dict(size=classifier_size, padding=crop_padding, fit="square, edges repeated"),
+        single=dict(locator=LOCATOR, otherwise="whole"),
         letterbox=None if detector_size is None else dict(size=detector_size, fill=114, scale="1/255"),
     )
     return {**d, "id": sha256_text(canonical_json(d))}
