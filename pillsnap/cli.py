@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PIPELINE', 'ASIDE', 'app', 'Overrides', 'ConfigOption', 'RunConfig', 'RunDir', 'SOURCE_OPTIONS', 'pipeline_of', 'run',
            'distributed', 'own_config', 'run_config', 'synth', 'pack', 'plan', 'doctor', 'audit', 'index', 'extract',
-           'triage', 'predict', 'train_stage', 'final_test', 'choose', 'show_config', 'evaluate', 'decide', 'declare',
-           'arguments', 'main']
+           'triage', 'predict', 'train_stage', 'final_test', 'choose', 'show_config', 'diff', 'evaluate', 'decide',
+           'declare', 'arguments', 'main']
 
 # %% ../nbs/920_cli.ipynb #1eaae89f
 import logging
@@ -509,6 +509,24 @@ def show_config(
         print(f"{k} = {v!r}  # {doc}")
     for n in cfg.notes:
         print(f"note: {n}")
+
+# %% ../nbs/920_cli.ipynb #e951f094
+@app.command(epilog="Example: `pillsnap diff _runs/demo RUN --html diff.html`")
+def diff(
+    run_a: Annotated[Path, typer.Argument(metavar="RUN_A", help="a run folder with an evaluation")],
+    run_b: Annotated[Path, typer.Argument(metavar="RUN_B", help="the run folder to compare with it")],
+    json_out: Annotated[bool, typer.Option("--json", help="print JSON instead of the table")] = False,
+    html: Annotated[Path | None, typer.Option("--html", help="also write a page with a picture here")] = None,
+) -> None:
+    """
+    Compare every figure of two runs: its difference, a 95 % interval by capture group, and whether it is noise.
+
+    Exit status 1 if a figure of RUN_B is worse beyond noise, 3 if the runs are of other data or another class map.
+    """
+    from pillsnap.evaluation.diff import diff_command
+
+    if status := diff_command(run_a, run_b, json_out, html):
+        raise typer.Exit(status)
 
 # %% ../nbs/920_cli.ipynb #4b45a65d
 @app.command(epilog="Example: `pillsnap evaluate --run-dir RUN --split val`")
