@@ -7,8 +7,8 @@ __all__ = ['FEATURE_SETS', 'Block', 'key', 'Project', 'Paths', 'StageSpec', 'Pro
            'AugmentDetection', 'AugmentClassification', 'Augment', 'Imbalance', 'Data', 'RamOptimization',
            'DataLoaderConfig', 'PackConfig', 'Ema', 'Mixing', 'Saving', 'EarlyStopping', 'OomPolicy',
            'TrainClassification', 'TrainDetection', 'TrainSegmentation', 'StageOverride', 'Train', 'Optimization',
-           'Inference', 'Synth', 'Evaluation', 'Export', 'NarrowPreprocessing', 'NarrowAugmentation', 'Narrow',
-           'Retrieval', 'Config', 'active_features', 'setting']
+           'Inference', 'AnswerSettings', 'Synth', 'Evaluation', 'Export', 'NarrowPreprocessing', 'NarrowAugmentation',
+           'Narrow', 'Retrieval', 'Config', 'active_features', 'setting']
 
 # %% ../../nbs/core/020_settings.ipynb #cf1a08cc
 import os
@@ -522,6 +522,16 @@ class Inference(Block):
     )
 
 
+class AnswerSettings(Block):
+    "When an answer names one drug, lists several, or names none."
+
+    alpha: float = key(0.05, "share of capture groups whose prediction set may miss the true drug", gt=0, lt=1)
+    score: Literal["lac", "aps", "raps"] = key(
+        "lac", "score of the prediction sets; lac: shortest sets, empty where nothing is probable enough"
+    )
+    max_list: int = key(5, "drugs in a short list; a longer prediction set is no answer", ge=1)
+
+
 class Synth(Block):
     "The synthetic delivery, rendered in the format of AI Hub's."
 
@@ -633,6 +643,7 @@ class Config(Block):
     train: Train = key(..., "training")
     optimization: Optimization = key(Optimization(), "speed")
     inference: Inference = key(Inference(), "exported models")
+    answer: AnswerSettings = key(AnswerSettings(), "the safe answer")
     synth: Synth = key(Synth(), "synthetic delivery")
     evaluation: Evaluation = key(Evaluation(), "evaluation")
     export: Export = key(Export(), "export to ONNX")
