@@ -19,7 +19,8 @@ from typing import Any, TextIO
 from ..core.errors import PillsnapError, missing_extra
 from ..core.files import atomic_path
 from ..core.logs import progress
-from .runtime import Bundle, answer_card, load_bundle
+from .runtime import Bundle, load_bundle
+from ..models.cardview import answer_card
 from ..models.pipeline import check_mode, read_photo
 
 # %% ../../nbs/deployment/805_batch.ipynb #d48831f0
