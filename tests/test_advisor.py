@@ -499,6 +499,8 @@ def test_green_is_a_gate_that_is_go(status, dot):
         "split": "group",
         "do_not_rely_on": [],
         "without_clean_photo": [],
+        "confusions": [],
+        "names": {},
     }
     page = scorecard_markdown(card)
     assert advice["recommendation"] == "RECOMMEND_PROCEED" and f"**Gate: {dot} {status}**" in page

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['logger', 'drug_mapping', 'save_drug_mapping', 'build_drug_metadata_mapping', 'get_class_id_from_edi_code',
-           'get_drug_metadata_from_class_id', 'drug_names']
+           'get_drug_metadata_from_class_id', 'drug_records', 'drug_names']
 
 # %% ../../nbs/dataset/404_drugs.ipynb #e19f7f34
 import logging
@@ -107,10 +107,17 @@ def get_drug_metadata_from_class_id(
     return mapping["drug_metadata"].get(str(class_id), {"error": "metadata_not_found", "class_id": class_id})
 
 # %% ../../nbs/dataset/404_drugs.ipynb #0f22c001
+def drug_records(
+    run_root: str | os.PathLike,  # run folder
+) -> dict[str, dict[str, Any]]:  # class key → every field of the drug
+    "The drugs' entries by class key, from the run's drug_metadata.json; empty where that file is missing."
+    path = Path(run_root) / "drug_metadata.json"
+    entries = read_json(path)["drug_metadata"].values() if path.is_file() else []
+    return {e["kcode"]: e for e in entries}
+
+
 def drug_names(
     run_root: str | os.PathLike,  # run folder
 ) -> dict[str, str]:  # class key → the drug's name; without the drugs that have none
     "The drugs' names by class key, from the run's drug_metadata.json; empty where that file is missing."
-    path = Path(run_root) / "drug_metadata.json"
-    entries = read_json(path)["drug_metadata"].values() if path.is_file() else []
-    return {e["kcode"]: e["dl_name"] for e in entries if e.get("dl_name")}
+    return {k: e["dl_name"] for k, e in drug_records(run_root).items() if e.get("dl_name")}

@@ -21,6 +21,7 @@ from ..core.records import Metric, hardware
 from ..core.settings import Config
 from ..dataset.drugs import drug_names
 from .advisor import Advice, Bar, Check, evaluate_and_recommend
+from .atlas import atlas_lines
 from .checks import advisor_facts
 from .figures import RELIABLE
 from .gates import GateResult, Point, TimeCap, simple_stage_evaluation
@@ -165,6 +166,9 @@ _SHOWN = (
     "combo_pill_accuracy_selection",
     "combo_pills_found",
     "combo_invented",
+    "twin_accuracy",
+    "harmful_errors",
+    "errors_in_cluster",
     "leak_gap",
     "mode_kept",
     "train_overlap",
@@ -309,6 +313,7 @@ def scorecard_markdown(
     lines += [f"run {card['run_id']} · {card['made']} · {card['hardware']}", ""]
     lines += [*_warnings(card), *_verdict_lines(g, card["advice"])]
     lines += [markdown_table(without_empty_columns(card["rows"])), "", *_do_not_rely(card)]
+    lines += atlas_lines(card["confusions"], card["names"])
     lines += ["Latency, milliseconds:", "", markdown_table(card["latency"]), ""]
     return "\n".join([*lines, *(f"- {n}" for n in card["notes"]), ""])
 
@@ -397,7 +402,7 @@ def write_scorecard(
     "Write scorecard.json and scorecard.md."
     doc, metrics, latency = read_evaluation(root)
     acc = metrics.get("accuracy")
-    baseline = best_before(root, acc)
+    baseline, names = best_before(root, acc), drug_names(root)
     card = {
         "schema": "pillsnap.scorecard/1",
         "run_id": doc["run_id"],
@@ -410,8 +415,10 @@ def write_scorecard(
         "rows": _scorecard_rows(metrics, gate, advice),
         "latency": _latency_rows(latency, doc["stage"]),
         "split": doc["split"],
-        "do_not_rely_on": _named(doc["unreliable"], drug_names(root)),
+        "do_not_rely_on": _named(doc["unreliable"], names),
         "without_clean_photo": doc["without_clean_photo"],
+        "confusions": doc["confusions"],
+        "names": {k: names[k] for c in doc["confusions"] for k in (c["true"], c["answered"]) if k in names},
         "clean_readings": doc["clean_readings"],
         "notes": list(notes),
         "accuracy_record": acc.to_dict() if acc else None,
