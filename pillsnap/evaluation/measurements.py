@@ -32,6 +32,7 @@ from ..core.settings import Config
 
 # %% ../../nbs/evaluation/768_measurements.ipynb #7284ce6f
 from ..dataset.drugs import drug_records
+from ..dataset.focus import chosen_focus
 from ..dataset.splitfiles import SplitData, load_split_data
 from ..models.pipeline import softmax
 from ..photos.images import open_image_safely, whole_view
@@ -141,7 +142,7 @@ def _calibration(
 ) -> Calibration:
     "The temperature, or a calibration of 1.0 where it is switched off."
     if fit:
-        return calibrate(scores.whole, scores.labels, scores.groups, scores.parts)
+        return calibrate(scores.single, scores.labels, scores.groups, scores.parts)
     return Calibration(1.0, 0, 0, 0, 0, note="switched off (evaluation.calibration)")
 
 
@@ -285,7 +286,9 @@ def measure(
     if why := without_detector(root):  # imports the detector's library before the clock starts
         logger.info(f"evaluation: no detector, because {why}")
     t0 = time.perf_counter()
-    evaluator = load_evaluator(root, data, cfg.data, device)
+    focus, reason = chosen_focus(cfg.inference.focus, cfg.train.classification.crop_view_prob)
+    logger.info(f"focus: {focus}, {reason}")
+    evaluator = load_evaluator(root, data, cfg.data, device, focus=focus)
     count_reading(root, clean_part(data.stage), "evaluation", sum(p.part == "clean" for p in photos))
     calls = evaluator.latency_calls([*singles[:8], *combos[:8]])
     for call in calls.values():
@@ -382,7 +385,7 @@ def plot_mistakes(
 ) -> Any:  # a matplotlib Figure
     "The most confident wrong answers first; without any, the least confident right ones."
     scores = self.answers.scores.of("clean")
-    p = softmax(scores.whole, self.calibration.temperature)
+    p = softmax(scores.single, self.calibration.temperature)
     answered, confidence = p.argmax(1), p.max(1)
     wrong = np.flatnonzero(answered != scores.labels)
     chosen = wrong[np.argsort(-confidence[wrong])][:n] if len(wrong) else np.argsort(confidence)[:n]
@@ -424,11 +427,11 @@ def figures(
     clean, temperature, found = self.answers.scores.of("clean"), self.calibration.temperature, {}
     if len(clean.labels):
         found["confusion"] = plot_confusion_matrix(
-            clean.whole.argmax(1), clean.labels, self.answers.keys, path=confusions, names=names
+            clean.single.argmax(1), clean.labels, self.answers.keys, path=confusions, names=names
         )
-        found["curves"] = plot_roc_pr_curves(softmax(clean.whole), clean.labels)
+        found["curves"] = plot_roc_pr_curves(softmax(clean.single), clean.labels)
         if self.calibration.ece_after is not None:
-            found["reliability"] = plot_reliability(clean.whole, clean.labels, temperature)
+            found["reliability"] = plot_reliability(clean.single, clean.labels, temperature)
         found["mistakes"] = self.plot_mistakes(names)
     if self.atlas:
         found["atlas"] = plot_pairs(self.atlas.pairs(), self.atlas_images, names)
