@@ -124,17 +124,25 @@ def _fit_background(
 _COLOUR, _BRIGHT = 0.018, 0.03  # (ours) least deviation that counts, square root of light
 
 
+def _shade(
+    planes: np.ndarray,  # float32 [3, h, w], the photo
+    table: np.ndarray,  # float32 [3, h, w], the background
+) -> np.ndarray:  # float32 [h, w]; 1 = as bright as the table, below = darker
+    "The factor of the table's light that explains each pixel best."
+    tt = table * table
+    return np.sqrt((planes * planes * tt).sum(0) / np.maximum((tt * tt).sum(0), 1e-8))
+
+
 def _evidence(
     planes: np.ndarray,  # float32 [3, h, w], the photo
     table: np.ndarray,  # float32 [3, h, w], the background
     noise: float,  # of the background
 ) -> np.ndarray:  # float32 [h, w], above 1 = pill
     "How far each pixel is from the table's colour in any shade of it, or above its brightness."
-    tt = table * table
-    factor = np.sqrt((planes * planes * tt).sum(0) / np.maximum((tt * tt).sum(0), 1e-8))
-    left = planes - factor * table
+    shade = _shade(planes, table)
+    left = planes - shade * table
     colour = np.sqrt((left * left).sum(0)) / max(4 * noise, _COLOUR)
-    bright = np.sqrt(tt.sum(0)) * (factor - 1) / max(6 * noise, _BRIGHT)
+    bright = np.sqrt((table * table).sum(0)) * (shade - 1) / max(6 * noise, _BRIGHT)
     return np.maximum(colour, bright)
 
 # %% ../../nbs/photos/322_locator.ipynb #bea24832
@@ -205,40 +213,153 @@ def _regions(
         (np.minimum if smaller else np.maximum).at(boxes[:, column], which, v)
     return boxes, np.bincount(which, end - first, n)
 
-# %% ../../nbs/photos/322_locator.ipynb #98e90635
+# %% ../../nbs/photos/322_locator.ipynb #3d9c197d
+_REACH = 4  # (ours) pixels within which an edge is sharp; the lens blurs over two
+_SHARP, _JUMP = 2.5, 1.8  # (ours) rise over that reach: at the outer edge, and inside a soft one
+_FLOOR = 0.3  # (ours) evidence of a bare table
+
+
+def _edge(
+    profile: np.ndarray,  # [n] largest evidence of each line, from outside to inside
+) -> int:  # line at which the pill begins
+    "The first sharp rise, or the first line with evidence where no rise is sharp."
+    c = np.maximum(np.maximum.accumulate(profile), _FLOOR)
+    ahead = np.concatenate([c[_REACH:], np.full(min(_REACH, len(c)), c[-1])])
+    first = int(np.argmax(c > 1))
+    below = c[max(0, first - _REACH)]
+    if ahead[first] >= below * (_SHARP * 1.2 if below < 1 else _SHARP):
+        return first
+    rise = np.log(ahead / c)
+    rise[:first] = 0
+    steep = np.flatnonzero(rise[: (first + len(c)) // 2] >= np.log(_JUMP))
+    if not len(steep):
+        return first
+    k = int(steep[0])
+    while k + 1 < len(c) and rise[k + 1] > rise[k]:
+        k += 1
+    return int(np.argmax(c >= np.sqrt(c[k] * ahead[k])))
+
+
+def _open_grey(
+    x: np.ndarray,  # float32 [h, w]
+) -> np.ndarray:  # float32 [h, w]
+    "Remove bright specks below three pixels: the least of each 3×3 block, then the largest of those."
+    for f in (np.minimum, np.maximum):
+        tall = x.copy()
+        tall[1:-1] = f(f(x[:-2], x[1:-1]), x[2:])
+        x = tall.copy()
+        x[:, 1:-1] = f(f(tall[:, :-2], tall[:, 1:-1]), tall[:, 2:])
+    return x
+
+# %% ../../nbs/photos/322_locator.ipynb #eabf1fee
+_STEP = 0.22  # (ours) of an outline, square root of light over four pixels; a shadow's rim has less
+_DARK_TABLE = 0.5  # (ours) length of the table's light below which nothing darker than the table shows
+
+
+def _with_dark_parts(
+    box: np.ndarray,  # int [4] x0, y0, x1, y1
+    planes: np.ndarray,  # float32 [3, h, w]
+    table: np.ndarray,  # float32 [3, h, w]
+) -> np.ndarray:  # int [4], contains the box
+    "The box with what is connected to it by sharp outlines darker than the table."
+    length = np.sqrt((table * table).sum(0))
+    if length.mean() < _DARK_TABLE:
+        return box
+    shade = _shade(planes, table)
+    v, step = shade * length, np.zeros_like(shade)
+    step[2:-2, 2:-2] = np.hypot(v[2:-2, 4:] - v[2:-2, :-4], v[4:, 2:-2] - v[:-4, 2:-2])
+    region = _grow((step > _STEP) & (shade < 1.02), 1)
+    x0, y0, x1, y1 = box
+    region[y0:y1, x0:x1] = True
+    boxes, _ = _regions(region)
+    around = boxes[((boxes[:, :2] <= box[:2]) & (boxes[:, 2:] >= box[2:])).all(1)][0]
+    outline = around + [2, 2, -2, -2]  # the step is felt two pixels outside
+    return np.concatenate([np.minimum(box[:2], outline[:2]), np.maximum(box[2:], outline[2:])])
+
+# %% ../../nbs/photos/322_locator.ipynb #393f46a3
 _AIR = 0.019  # (ours) margin of a box that a person draws, in box sides; median of training photos
-_MAX_NOISE, _LEAST_EXPLAINED = 0.03, 0.8  # (ours) of a plain table: measured .002 to .006, and 1.0
-_LEAST_AREA, _MOST_AREA = 0.002, 0.6  # (ours) of a pill, share of the photo
 _LEAST_SHARE = 0.1  # (ours) of a region, in areas of the largest
-_MOST_PILLS = 12  # (ours) a delivery's combinations have four
 
 
+@dataclass(frozen=True)
+class _Window:
+    "The surroundings of a region, at up to 240 pixels a side."
+
+    planes: np.ndarray  # float32 [3, h, w]
+    table: np.ndarray  # float32 [3, h, w]
+    origin: np.ndarray  # x, y, x, y of its corner, photo pixels
+    core: np.ndarray  # x0, y0, x1, y1 of the region in its own pixels
+    factor: int  # photo pixels per pixel
+
+    @classmethod
+    def cut(
+        cls,
+        image: np.ndarray,  # [H, W, 3] uint8
+        box: np.ndarray,  # x0, y0, x1, y1 in photo pixels
+        background: _Background,  # of the photo
+        share: float,  # of the box's longer side, on each side of the box
+    ) -> "_Window":
+        "The box with a margin around it."
+        h, w = image.shape[:2]
+        margin = share * (box[2:] - box[:2]).max()
+        x0, y0 = np.maximum(box[:2] - margin, 0).astype(int).tolist()
+        x1, y1 = np.minimum(box[2:] + margin, [w, h]).astype(int).tolist()
+        factor = max(1, round(max(x1 - x0, y1 - y0) / 240))
+        part = Image.fromarray(image[y0:y1, x0:x1]).reduce(factor).filter(ImageFilter.BoxBlur(1))
+        planes = _planes(np.asarray(part))
+        ys, xs = _axis(planes.shape[1], h, y0, factor), _axis(planes.shape[2], w, x0, factor)
+        origin = np.array([x0, y0, x0, y0])
+        return cls(planes, background.at(ys, xs), origin, (box - origin) / factor, factor)
+
+    def find(
+        self,
+        noise: float,  # of the background
+    ) -> tuple[np.ndarray, float] | None:  # int [4] box in its own pixels, score; None where nothing is left
+        "The pill's edges."
+        evidence = _evidence(self.planes, self.table, noise)
+        mask = _grow(_thin(evidence > 1, 1), 1)
+        boxes, area = _regions(mask)
+        mine = ((boxes[:, :2] < self.core[2:]) & (boxes[:, 2:] > self.core[:2])).all(1)  # not the neighbours
+        if not mine.any():
+            return None
+        boxes = boxes[mine & (area >= _LEAST_SHARE * area[mine].max())]
+        room = _REACH + 2
+        x0, y0 = np.maximum(boxes[:, :2].min(0) - room, 0)
+        x1, y1 = boxes[:, 2:].max(0) + room
+        part = _open_grey(evidence)[y0:y1, x0:x1]
+        (rows, columns), (h, w) = (part.max(1), part.max(0)), part.shape
+        box = [_edge(columns), _edge(rows), w - _edge(columns[::-1]), h - _edge(rows[::-1])] + np.array([x0, y0] * 2)
+        return _with_dark_parts(box, self.planes, self.table), float(np.minimum(evidence[mask], 4).mean() / 4)
+
+# %% ../../nbs/photos/322_locator.ipynb #c1955666
 def _tight_box(
     image: np.ndarray,  # [H, W, 3] uint8
     rough: np.ndarray,  # x0, y0, x1, y1 in photo pixels
     background: _Background,  # of the photo
 ) -> tuple[np.ndarray, float] | None:  # box in photo pixels, score; None where nothing is left
-    "A box's edges from a second look at its surroundings."
+    "A region's box from a second look, and from a third or fourth where it reaches beyond its window."
     h, w = image.shape[:2]
-    margin = 0.08 * (rough[2:] - rough[:2]).max()
-    x0, y0 = np.maximum(rough[:2] - margin, 0).astype(int).tolist()
-    x1, y1 = np.minimum(rough[2:] + margin, [w, h]).astype(int).tolist()
-    factor = max(1, round(max(x1 - x0, y1 - y0) / 200))
-    part = Image.fromarray(image[y0:y1, x0:x1]).reduce(factor).filter(ImageFilter.BoxBlur(1))
-    planes = _planes(np.asarray(part))
-    ys, xs = _axis(planes.shape[1], h, y0, factor), _axis(planes.shape[2], w, x0, factor)
-    evidence = _evidence(planes, background.at(ys, xs), background.noise)
-    mask = _grow(_thin(evidence > 1, 1), 1)
-    boxes, area = _regions(mask)
-    if not len(boxes):
-        return None
-    boxes = boxes[area >= _LEAST_SHARE * area.max()]
-    tight = np.concatenate([boxes[:, :2].min(0), boxes[:, 2:].max(0)]) * float(factor) + [x0, y0, x0, y0]
-    air = _AIR * (tight[2:] - tight[:2])
-    box = np.concatenate([tight[:2] - air, tight[2:] + air]).clip(0, [w, h, w, h])
-    return box, float(np.minimum(evidence[mask], 4).mean() / 4)
+    box, score, size = np.asarray(rough, float), 0.0, np.array([w, h, w, h])
+    for margin in (0.2, 0.6, 0.6):
+        window = _Window.cut(image, box, background, margin)
+        found = window.find(background.noise)
+        if found is None:
+            return None
+        box, score = found[0] * float(window.factor) + window.origin, found[1]
+        rim = np.array([4, 4, window.planes.shape[2] - 4, window.planes.shape[1] - 4])
+        inside = np.concatenate([found[0][:2] >= rim[:2], found[0][2:] <= rim[2:]])
+        at_border = np.concatenate([box[:2] <= 4 * window.factor, box[2:] >= size[2:] - 4 * window.factor])
+        if (inside | at_border).all():
+            break
+    air = _AIR * (box[2:] - box[:2])
+    return np.concatenate([box[:2] - air, box[2:] + air]).clip(0, size), score
 
-# %% ../../nbs/photos/322_locator.ipynb #d2ccc15c
+# %% ../../nbs/photos/322_locator.ipynb #91d43a8b
+_MAX_NOISE, _LEAST_EXPLAINED = 0.03, 0.8  # (ours) of a plain table: measured .002 to .006, and 1.0
+_LEAST_AREA, _MOST_AREA = 0.002, 0.6  # (ours) of a pill, share of the photo
+_MOST_PILLS = 12  # (ours) a delivery's combinations have four
+
+
 def locate(
     image: np.ndarray,  # [H, W, 3] uint8 RGB photo
 ) -> Located:  # none, the pill, or several
