@@ -25,8 +25,11 @@ def _streaks(
     across: float,  # blur along a row, pixels
     down: float,  # blur along a column, pixels
 ) -> np.ndarray:  # [TILE,TILE] of standard deviation 1
-    "Noise that is longer in one direction than in the other."
-    x = cv2.GaussianBlur(rng.standard_normal((TILE, TILE), f32), (0, 0), sigmaX=across, sigmaY=down)
+    "Noise that may be longer in one direction than in the other; what is soft is drawn small and enlarged."
+    wide, tall = (max(1, int(sigma / 4)) for sigma in (across, down))
+    x = rng.standard_normal((-(-TILE // tall), -(-TILE // wide)), f32)
+    x = cv2.GaussianBlur(x, (0, 0), sigmaX=across / wide, sigmaY=down / tall)
+    x = cv2.resize(x, (TILE, TILE), interpolation=cv2.INTER_CUBIC)
     return x / x.std()
 
 
@@ -34,10 +37,8 @@ def _clouds(
     rng: np.random.Generator,  # source of chance
     size: float,  # of a cloud, pixels
 ) -> np.ndarray:  # [TILE,TILE] of standard deviation 1
-    "Soft noise, drawn small and enlarged."
-    k = max(1, int(size / 4))
-    x = blur(rng.standard_normal((-(-TILE // k),) * 2, f32), size / k)
-    return (x := cv2.resize(x, (TILE, TILE), interpolation=cv2.INTER_CUBIC)) / x.std()
+    "Soft noise, the same in all directions."
+    return _streaks(rng, size, size)
 
 # %% ../../nbs/synth/221_phone.ipynb #d7fed0d6
 def _wood(rng: np.random.Generator) -> np.ndarray:  # [TILE,TILE,3] linear RGB
