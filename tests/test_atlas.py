@@ -151,7 +151,7 @@ def test_twin_accuracy_counts_groups_and_harmful_errors_count_photos():
     assert figures["twin_accuracy"].value == 70 / 80 and figures["twin_accuracy"].n == 80
     assert "8 capture groups" in figures["twin_accuracy"].note
     harmful = A.harm_between(records[a], records[b]) is A.Harm.OTHER
-    assert figures["harmful_errors"].value == (125.0 if harmful else 0.0)
+    assert figures["harmful_errors"].value == (0.125 if harmful else 0.0)
     assert figures["errors_in_cluster"].value == 1.0
     assert A.make_atlas(answers[:0], records).metrics(PROV, 1.0)["twin_accuracy"].value is None
 

@@ -484,6 +484,13 @@ MUTATIONS: list[Mutation] = [
         "    if n == 0:",
         "tests/test_distributed.py::test_one_gpu_trains_in_this_process",
     ),
+    Mutation(
+        "confusions are sorted by count instead of harm",
+        "pillsnap/evaluation/atlas.py",
+        "key=lambda c: (-c.harm, -c.count, c.true, c.answered)",
+        "key=lambda c: (-c.count, -c.harm, c.true, c.answered)",
+        "tests/test_atlas.py::test_one_harmful_error_stands_before_many_harmless_ones",
+    ),
 ]
 
 
