@@ -245,8 +245,16 @@ def synth(  # noqa: PLR0913 - one parameter for each option of the command
     labels_only: Annotated[
         bool, typer.Option("--labels-only", help="annotations without photos, to try a large delivery")
     ] = False,
+    objects: Annotated[
+        int, typer.Option(help="no delivery, but this many photos of each family that show no pill", min=0)
+    ] = 0,
 ) -> None:
-    "Render a synthetic delivery in AI Hub's format."
+    "Render a synthetic delivery in AI Hub's format, or photos of objects that are no pills."
+    if objects:
+        from pillsnap.synth.objects import write_objects
+
+        print(f"{len(write_objects(out, objects, width, height, seed))} photos without a pill in {out}")
+        return
     from pillsnap.synth.command import synth_command
 
     synth_command(

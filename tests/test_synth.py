@@ -823,3 +823,19 @@ def test_the_default_number_of_combinations_fits_the_drugs(tmp_path, capsys, dru
     ledger = json.loads((tmp_path / "d" / "SYNTHETIC.json").read_text(encoding="utf-8"))
     assert ledger["combos"] == combos and ledger["counts"]["train_combo"] == 3 * combos
     assert (f"{combos} instead of 40, because {drugs} drugs give no more" in capsys.readouterr().out) == (combos < 40)
+
+
+@pytest.mark.spec("BX9")
+def test_objects_of_the_two_families_share_nothing(tmp_path):
+    "Neither a pixel nor a make; the command writes what the function draws, and the same seed the same bytes."
+    from pillsnap.synth.objects import FAMILIES, OBJECTS, object_photos, write_objects
+
+    runs = [write_objects(tmp_path / k, len(OBJECTS), 96, 128, seed=3) for k in "ab"]
+    assert runs[0] == runs[1] and set(runs[0].values()) == set(OBJECTS) and len(runs[0]) == 2 * len(OBJECTS)
+    for path in runs[0]:
+        assert (tmp_path / "a" / path).read_bytes() == (tmp_path / "b" / path).read_bytes()
+    drawn = {f: list(object_photos(24, f, 96, 128)) for f in FAMILIES}
+    assert not {p.image.tobytes() for p in drawn["validation"]} & {p.image.tobytes() for p in drawn["test"]}
+    for kind in OBJECTS:
+        if kind not in ("plain", "noise"):
+            assert all(p.image.std() > 1 for p in drawn["test"] if p.kind == kind), kind
