@@ -51,6 +51,7 @@ class EvaluationJob(Job):
         "data.grayscale_policy",
         "data.rgba_policy",
         "data.progressive_validation",
+        "answer",
         "evaluation",
         "train.seed",
     )
