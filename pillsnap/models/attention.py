@@ -54,8 +54,9 @@ def _logits_from(
     "The rest of the forward pass, after the last feature map."
     if not isinstance(model, CosineClassifier):
         return model.forward_head(features)
-    z = model.backbone.forward_head(features)
-    return model.classify(model.neck[1](F.linear(z, model.neck[0].weight)))
+    backbone, neck = model.backbone, model.neck
+    z = F.linear(backbone.forward_head(features), neck[0].weight)
+    return model.classify(neck[1](z))
 
 
 def class_activation(
@@ -67,7 +68,7 @@ def class_activation(
     h, w = image.shape[:2]
     rows, columns = (max(32, round(n * side / min(h, w) / 32) * 32) for n in (h, w))
     x = torch.from_numpy(normalise(resize(image, rows, columns)[None]))
-    body = model.backbone if isinstance(model, CosineClassifier) else model
+    body: Any = model.backbone if isinstance(model, CosineClassifier) else model
     with torch.enable_grad():
         features = body.forward_features(x.to(next(model.parameters()).device)).detach().requires_grad_()
         if features.ndim != 4:
@@ -120,7 +121,7 @@ class PillHeat:
 def _cell_truth(
     box: np.ndarray,  # x0, y0, x1, y1 in photo pixels
     size: tuple[int, int],  # width and height of the photo, pixels
-    cells: tuple[int, int],  # rows and columns of the feature map
+    cells: tuple[int, ...],  # rows and columns of the feature map
 ) -> torch.Tensor:  # float32 [1, h, w]: 1 in the ellipse, 0 outside the box, NaN between
     "What each cell should say."
     (w, h), (rows, columns) = size, cells
