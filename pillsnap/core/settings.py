@@ -557,6 +557,12 @@ class Evaluation(Block):
     )
     latency_warmup: int = key(20, "answers before the timed ones", ge=0)
     latency_runs: int = key(200, "answers timed", ge=1)
+    condition_photos: int = key(
+        60, "clean photos that are blurred, compressed, tinted and taken by phone; 0 = none", ge=0
+    )
+    phone: str = key(
+        "auto", "phone photos: a folder (K-000573_1.jpg or K-000573/…), off, or auto = rendered where the delivery is"
+    )
 
 
 class Export(Block):

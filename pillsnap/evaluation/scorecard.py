@@ -179,6 +179,10 @@ _SHOWN = (
     "twin_accuracy",
     "harmful_errors",
     "errors_in_cluster",
+    "weakest_condition",
+    "weak_conditions",
+    "accuracy_phone",
+    "phone_gap",
     "leak_gap",
     "mode_kept",
     "train_overlap",
@@ -506,6 +510,8 @@ def scorecard_notes(
         notes.append("data.group_by=image parts capture groups: this split leaks, and its gate is never a GO")
     if m["train_overlap"].value:
         notes.append(f"LEAK: {m['train_overlap'].value} {m['train_overlap'].note}")
+    if (weak := m.get("weak_conditions")) and weak.measured:
+        notes.append(f"weak conditions: {weak.note}")
     if kept.measured:
         notes.append(
             f'badge "{BADGE}" on {doc["badges"]} of {doc["photos"]["singles"]} single photos; '
