@@ -275,13 +275,8 @@ def clean_part(
     return f"stage{stage}/clean"
 
 
-def _evaluator_of(
-    root: Path,  # run folder
-    data: SplitData,  # one stage
-    cfg: Config,  # inference.focus
-    device: Any,  # torch device
-) -> Evaluator:
-    "The run's evaluator, looking at the pill as the product does."
+def _open_evaluator(root: Path, data: SplitData, cfg: Config, device: Any) -> Evaluator:
+    "The evaluator, with the way of finding the pill that the configuration asks for."
     focus, reason = chosen_focus(cfg.inference.focus, cfg.train.classification.crop_view_prob)
     logger.info(f"focus: {focus}, {reason}")
     return load_evaluator(root, data, cfg.data, device, focus=focus)
@@ -322,7 +317,7 @@ def measure(
     if why := without_detector(root):  # imports the detector's library before the clock starts
         logger.info(f"evaluation: no detector, because {why}")
     t0 = time.perf_counter()
-    evaluator = _evaluator_of(root, data, cfg, device)
+    evaluator = _open_evaluator(root, data, cfg, device)
     count_reading(root, clean_part(data.stage), "evaluation", sum(p.part == "clean" for p in photos))
     calls = evaluator.latency_calls([*singles[:8], *combos[:8]])
     for call in calls.values():
@@ -332,8 +327,7 @@ def measure(
     rec, per_class = _answer_records(answers, prov, why)
     latency, ms = measure_scopes(calls, prov, cfg.evaluation, device)
     classifier = evaluator.pipeline.classifier
-    views = first_views(data.root, [p.path for p in singles], classifier.size, cfg)
-    rec |= batch_records(classifier, views, prov)
+    rec |= batch_records(classifier, first_views(data.root, [p.path for p in singles], classifier.size, cfg), prov)
     measured = Measurements(
         data=data,
         prov=prov,
