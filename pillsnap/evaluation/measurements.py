@@ -9,7 +9,7 @@ __all__ = ['logger', 'MOST_CONFUSIONS', 'smoke_evaluation', 'evaluation_inputs',
 # %% ../../nbs/evaluation/768_measurements.ipynb #ad78e81b
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,11 +28,12 @@ from ..core.files import atomic_path, read_json, save_json, sha256_file
 from ..core.jobs import RunFolder, count_reading, readings, record_path, run_id
 from ..core.plots import show_grid, wrap_title
 from ..core.records import Metric, Provenance, hardware
-from ..core.settings import Config, Evaluation
+from ..core.settings import AnswerSettings, Config, Evaluation
 
 # %% ../../nbs/evaluation/768_measurements.ipynb #7284ce6f
 from ..dataset.drugs import drug_records
 from ..dataset.focus import chosen_focus
+from ..dataset.lookalikes import metadata_clusters
 from ..dataset.splitfiles import SplitData, load_split_data
 from ..models.pipeline import softmax
 from ..photos.images import open_image_safely, whole_view
@@ -60,6 +61,7 @@ from pillsnap.evaluation.checks import (
     training_records,
 )
 from .conditions import ConditionPanel, mark_answers, measure_conditions
+from .conformal import ScoredPhotos, fit_answer_rule, why_no_rule
 from pillsnap.evaluation.figures import (
     box_records,
     combo_records,
@@ -75,6 +77,7 @@ from pillsnap.evaluation.figures import (
 )
 from .latency import Latency, plot_latency
 from .reports import plot_confusion_matrix, plot_detection_results, plot_roc_pr_curves
+from .safeanswers import SAFE_RECORDS, Classes, SafeAnswers, answer_photos
 
 # %% ../../nbs/evaluation/768_measurements.ipynb #bbedb77c
 logger = logging.getLogger("pillsnap.evaluation.measurements")
@@ -207,6 +210,7 @@ class Measurements:
     skipped: dict[str, str]  # photo left out → why
     no_detector: str  # why there is no detector; "" = there is one
     loading_s: float  # seconds from the checkpoints to the first answers
+    safe: SafeAnswers | None = None  # what the answer rule says to the clean photos; None: there is no rule
     atlas: Atlas | None = None  # what is taken for what
     atlas_images: list = field(default_factory=list)  # cut-outs of its pairs
     conditions: ConditionPanel | None = None  # accuracy by light, camera, blur, phone and the like
@@ -267,6 +271,40 @@ def run_records(
         **(self.atlas.metrics(prov, self.answers.scores.of("clean").seconds / 2) if self.atlas else {}),
     }
 
+# %% ../../nbs/evaluation/768_measurements.ipynb #dac19c90
+def _classes(
+    root: Path,  # run folder
+    data: SplitData,  # the stage
+) -> Classes:
+    "Look-alike cluster and training photos of each class of the stage."
+    keys, path = list(data.class_map.keys), root / "drug_metadata.json"
+    entries = read_json(path)["drug_metadata"].values() if path.is_file() else []
+    records = {e["kcode"]: e for e in entries}
+    clusters = metadata_clusters({k: records.get(k, {}) for k in keys})
+    counts = data.train.loc[data.train["kind"] == "single", "class_key"].value_counts()
+    return Classes(keys, [clusters[k] for k in keys], [int(counts.get(k, 0)) for k in keys])
+
+
+@patch
+def answer_safely(
+    self: Measurements,
+    root: Path,  # run folder
+    settings: AnswerSettings,  # alpha, score, max_list
+) -> None:
+    "Fit the answer rule to the calibration photos, answer the clean ones, and add the figures."
+    answers, scores = self.answers, self.answers.scores
+    photos = ScoredPhotos(answers.probabilities(), scores.labels, scores.groups, scores.paths, scores.parts)
+    if why := why_no_rule(photos, settings):
+        logger.info(f"answer rule: none, because there are {why}; an answer always names the most probable drug")
+        self.metrics |= {k: not_measured(self.prov, k, why) for k in SAFE_RECORDS}
+        return
+    classes = _classes(root, self.data)
+    rule = fit_answer_rule(photos, classes.clusters, settings, answers.temperature, self.data.class_map.fingerprint)
+    clean = photos.of("clean")
+    self.safe = SafeAnswers(rule, answer_photos(clean, rule, classes), scores.of("clean").seconds)
+    self.metrics |= self.safe.records(self.prov)
+    logger.info(f"answer rule: {rule.score}, alpha {rule.alpha:g}, {rule.groups} calibration groups; {rule.note}")
+
 # %% ../../nbs/evaluation/768_measurements.ipynb #05db4ddd
 def clean_part(
     stage: int,  # 0-4
@@ -275,11 +313,22 @@ def clean_part(
     return f"stage{stage}/clean"
 
 
-def _open_evaluator(root: Path, data: SplitData, cfg: Config, device: Any) -> Evaluator:
-    "The evaluator, with the way of finding the pill that the configuration asks for."
+def _started(
+    root: Path,  # run folder
+    cfg: Config,  # its configuration
+    data: SplitData,  # the stage
+    photos: Sequence[EvalPhoto],  # for the first answers
+    device: Any,  # torch device
+) -> tuple[Evaluator, dict[str, Callable[[], Any]], float]:  # with the calls to time, and the seconds that it took
+    "Load the checkpoints and answer once in every scope."
+    t0 = time.perf_counter()
     focus, reason = chosen_focus(cfg.inference.focus, cfg.train.classification.crop_view_prob)
     logger.info(f"focus: {focus}, {reason}")
-    return load_evaluator(root, data, cfg.data, device, focus=focus)
+    evaluator = load_evaluator(root, data, cfg.data, device, focus=focus)
+    calls = evaluator.latency_calls(photos)
+    for call in calls.values():
+        call()
+    return evaluator, calls, time.perf_counter() - t0
 
 
 def _conditions(
@@ -290,15 +339,17 @@ def _conditions(
     "The panel of conditions of the clean single photos."
     clean, pool = measured.answers.scores.of("clean"), measured.data.pool
     by_path, temperature = {p.path: p for p in measured.photos}, measured.calibration.temperature
+    rule = measured.safe.rule if measured.safe else None
     asked = replace(evaluator, pipeline=replace(evaluator.pipeline, temperature=temperature))
     p = softmax(clean.single, temperature) if len(clean.labels) else clean.single
     return measure_conditions(
         asked,
         [by_path[path] for path in clean.paths],
-        mark_answers(p, clean.labels),
+        mark_answers(p, clean.labels, rule),
         dict(zip(pool["path"], zip(pool["width"], pool["height"]))),
         settings.condition_photos,
         settings.phone,
+        rule,
     )
 
 
@@ -316,13 +367,8 @@ def measure(
     combos = [p for p in photos if p.kind == "combo"]
     if why := without_detector(root):  # imports the detector's library before the clock starts
         logger.info(f"evaluation: no detector, because {why}")
-    t0 = time.perf_counter()
-    evaluator = _open_evaluator(root, data, cfg, device)
     count_reading(root, clean_part(data.stage), "evaluation", sum(p.part == "clean" for p in photos))
-    calls = evaluator.latency_calls([*singles[:8], *combos[:8]])
-    for call in calls.values():
-        call()
-    loading_s = time.perf_counter() - t0
+    evaluator, calls, loading_s = _started(root, cfg, data, [*singles[:8], *combos[:8]], device)
     answers, calibration = _answer_photos(evaluator, singles, combos, cfg.evaluation.calibration)
     rec, per_class = _answer_records(answers, prov, why)
     latency, ms = measure_scopes(calls, prov, cfg.evaluation, device)
@@ -343,6 +389,7 @@ def measure(
         loading_s=loading_s,
     )
     measured.atlas, measured.atlas_images = _look_alikes(evaluator, measured, root)
+    measured.answer_safely(root, cfg.answer)
     measured.conditions = _conditions(evaluator, measured, cfg.evaluation)
     measured.metrics |= measured.run_records(root, cfg)
     return measured
@@ -399,6 +446,9 @@ def write(
         self.per_class.to_csv(tmp, index=False, lineterminator="\n")
     hard, badges = self.answers.save_hard_cases(run.sub("hard_cases"))
     predictions = self.answers.save(reports)
+    (reports / "answer_rule.json").unlink(missing_ok=True)  # never the rule of an earlier evaluation
+    if self.safe is not None:
+        predictions += [save_json(self.safe.rule.to_dict(), reports / "answer_rule.json"), *self.safe.save(reports)]
     if self.conditions:
         predictions.append(self.conditions.save(reports / "conditions.json"))
     doc = self.document(run.root) | {"hard_cases": badges, "badges": badges}
@@ -464,6 +514,8 @@ def figures(
         if self.calibration.ece_after is not None:
             found["reliability"] = plot_reliability(clean.single, clean.labels, temperature)
         found["mistakes"] = self.plot_mistakes(names)
+    if self.safe is not None and len(self.safe.table):
+        found["set_sizes"], found["risk_coverage"] = self.safe.plot_set_sizes(), self.safe.plot_risk_coverage()
     if self.atlas:
         found["atlas"] = plot_pairs(self.atlas.pairs(), self.atlas_images, names)
     if (boxes := self.plot_boxes(conf)) is not None:
