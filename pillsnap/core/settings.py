@@ -571,6 +571,7 @@ class Export(Block):
     opset: int = key(17, "ONNX operator set", ge=13)
     compare_photos: int = key(200, "photos on which torch and ONNX must agree", ge=1)
     compare_detector_photos: int = key(100, "the same for the detector", ge=1)
+    thumbnails: bool = key(True, "pictures of each drug's sides for the card, from training photos; for local use")
 
 # %% ../../nbs/core/020_settings.ipynb #c015187e
 class NarrowPreprocessing(Block):

@@ -20,7 +20,7 @@ from ..core.errors import PillsnapError, missing_extra
 from ..core.files import atomic_path
 from ..core.logs import progress
 from .runtime import Bundle, load_bundle
-from ..models.cardview import answer_card
+from ..models.cardview import answer_card, verdict_line
 from ..models.pipeline import check_mode, read_photo
 
 # %% ../../nbs/deployment/805_batch.ipynb #d48831f0
@@ -77,7 +77,7 @@ def predict_photos(
 
 # %% ../../nbs/deployment/805_batch.ipynb #e8275b94
 COLUMNS: tuple[str, ...] = ("photo", "pill", "kcode", "name", "confidence", "left", "top", "right", "bottom")
-COLUMNS += ("mode", "answer", "badge", "error")
+COLUMNS += ("mode", "answer", "shortlist", "badge", "error")
 
 
 def answer_rows(
@@ -91,8 +91,9 @@ def answer_rows(
     rows = []
     for n, item in enumerate(answer["items"], 1):
         box = dict(zip(("left", "top", "right", "bottom"), item["box"] or [None] * 4, strict=True))
-        named = {"kcode": item["kcode"], "name": item["name"], "confidence": item["confidence"]}
-        rows.append(shared | {"pill": n} | named | box)
+        keys = ("kcode", "name", "confidence") if item["answer"] == "drug" else ()  # a table names nothing else
+        said = {"answer": item["answer"], "shortlist": " ".join(item["shortlist"])}
+        rows.append(shared | {"pill": n} | said | {k: item[k] for k in keys} | box)
     return rows or [shared]
 
 # %% ../../nbs/deployment/805_batch.ipynb #2b170df4
@@ -149,8 +150,8 @@ def _one_line(answer: Mapping[str, Any]) -> str:
     "An answer in a line: photo, drugs with their confidence, badge."
     if "error" in answer:
         return f"{answer['photo']}: {answer['error']}"
-    named = [f"{i['name'] or i['kcode']} {i['confidence']:.1%}" for i in answer["items"]]
-    return f"{answer['photo']}: {', '.join(named) or '알약을 찾지 못했습니다'}" + (
+    said = [verdict_line(i) + (f" {i['confidence']:.1%}" if i["answer"] == "drug" else "") for i in answer["items"]]
+    return f"{answer['photo']}: {', '.join(said) or '알약을 찾지 못했습니다'}" + (
         f"  💡 {answer['badge']}" if answer["badge"] else ""
     )
 

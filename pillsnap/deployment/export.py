@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import shlex
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -52,6 +53,7 @@ from pillsnap.deployment.runtime import (
     model_entry,
     write_bundle,
 )
+from .thumbnails import Thumbnails, write_thumbnails
 from .timing import plot_answer_times, time_bundle
 from ..evaluation.latency import Latency, protocol_gap
 from ..evaluation.scorecard import gate_and_advise
@@ -262,11 +264,25 @@ def _answer_defaults(
     return dict(mode=cfg.data.default_mode, top_k=i.top_k, lazy_load_detector=i.lazy_load_detector, focus=focus)
 
 
+def _thumbnails(
+    run: RunFolder,  # the run
+    cfg: Config,  # export.thumbnails
+    data: SplitData,  # the stage
+) -> Thumbnails:  # none where they are left out; older ones are deleted then
+    "The reference pictures of the export."
+    folder = run.sub("export") / "thumbnails"
+    if cfg.export.thumbnails:
+        return write_thumbnails(data, folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    return Thumbnails()
+
+
 def _bundle(
     run: RunFolder,  # the run
     cfg: Config,  # data and inference
     data: SplitData,  # the stage
     models: Mapping[str, ExportedModel],  # by name
+    thumbnails: Thumbnails,  # written reference pictures
 ) -> Bundle:
     "Write the bundle and load it from its folder, as every caller does."
     temperature, calibrated = calibrated_temperature(run.root, data.class_map)
@@ -281,6 +297,7 @@ def _bundle(
         calibrated,
         _answer_defaults(cfg, detector is not None),
         evaluated_rule(run.root, data.class_map, temperature),
+        thumbnails.entries,
     )
     write_bundle(
         run.sub("export"),
@@ -401,7 +418,8 @@ def work(self: ExportJob, run: RunFolder, cfg: Config) -> JobResult:
         old.unlink(missing_ok=True)
     models = _write_models(run, data.class_map, cfg.export.opset)
     facts, figures = _compared_facts(run, cfg, data, models)
-    bundle = _bundle(run, cfg, data, models)
+    thumbnails = _thumbnails(run, cfg, data)
+    bundle = _bundle(run, cfg, data, models, thumbnails)
     kind = "combo" if bundle.detector else "single"
     photo = next(open_photos(photo_order(data, kind, cfg.train.seed), 1)).path
     prov = Provenance(data.header["source"], data.header["data_hash"], data.class_map.fingerprint)
@@ -409,10 +427,10 @@ def work(self: ExportJob, run: RunFolder, cfg: Config) -> JobResult:
     figures.append(save_fig(plot_answer_times(ms, latency[-1].metric.hardware), report.parent / "export_latency.png"))
     timed = dict(latency=[r.to_dict() for r in latency], bundle=bundle.meta["digest"], timed_photo=str(photo))
     answering = dict(temperature=bundle.meta["temperature"], calibrated=bundle.meta["calibrated"])
-    save_json({**facts, **timed, **answering}, report)
+    save_json({**facts, **timed, **answering, "thumbnails": thumbnails.facts()}, report)
     if (run.root / "reports" / "evaluation.json").is_file():
         gate_and_advise(run.root, cfg)  # stage 1 asks for a compared conversion, which exists only now
-    notes = _size_notes(bundle, models) + [_latency_note(r) for r in latency]
+    notes = _size_notes(bundle, models) + [_latency_note(r) for r in latency] + thumbnails.notes()
     if self.run_dir:
         notes.append(_predict_command(photo, bundle, run.root))
     notes += _skipped_note(facts["skipped_photos"])

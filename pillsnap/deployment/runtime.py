@@ -192,6 +192,9 @@ class BundleContent:
     calibrated: bool = False  # whether the temperature was measured
     answering: Mapping[str, Any] = field(default_factory=dict)  # mode, top_k, lazy_load_detector, focus; else DEFAULTS
     rule: AnswerRule | None = None  # when a drug may be named; None: always
+    thumbnails: Mapping[str, Mapping[str, Mapping[str, str]]] = field(
+        default_factory=dict
+    )  # K-code → side → file, sha256
 
 
 def write_bundle(
@@ -215,6 +218,7 @@ def write_bundle(
         answering={**DEFAULTS, **c.answering},
         rule=c.rule.to_dict() if c.rule else None,
         drugs={k: dict(c.drugs.get(k, {})) for k in c.class_map},
+        thumbnails={k: {side: dict(e) for side, e in sides.items()} for k, sides in c.thumbnails.items()},
     )
     return save_json({**meta, "digest": bundle_digest(meta)}, Path(folder) / "bundle.json")
 
@@ -386,6 +390,10 @@ def pipeline(
         hashes,
         rule=_bundle_rule(m, self.class_map, self.folder / "bundle.json"),
         focus=m.get("answering", DEFAULTS)["focus"],
+        pictures={
+            k: {side: f"thumbnails/{e['file']}" for side, e in sides.items()}
+            for k, sides in m.get("thumbnails", {}).items()
+        },
     )
 
 
@@ -402,4 +410,5 @@ def predict(
     own = self.meta.get("answering", DEFAULTS)
     mode = own["mode"] if mode is None else mode
     topk = own["top_k"] if topk is None else topk
-    return Answer(self.pipeline(conf_threshold).predict(photo, mode, topk, box_count), self.meta, photo)
+    answer = self.pipeline(conf_threshold).predict(photo, mode, topk, box_count)
+    return Answer(answer, self.meta, photo, self.folder)
