@@ -431,6 +431,7 @@ def singles_table(self: Answers) -> pd.DataFrame:  # one row per photo
             "part": s.parts,
             "view": s.views,
             "rank": [int(np.flatnonzero(order[i] == s.labels[i])[0]) + 1 for i in n],
+            "answered_whole": [self.keys[i] for i in s.whole.argmax(1)] if len(n) else [],
             "answered_crop": [self.keys[i] for i in s.crop.argmax(1)] if len(n) else [],
         }
     )

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BINS', 'OVERLAPS', 'DRAWS', 'LEAST_GROUPS', 'HIGHER', 'LOWER', 'WIDTH', 'GroupFigure', 'by_group', 'single_figures',
-           'combo_figures', 'box_figures', 'bootstrap_difference', 'interval', 'PairedTest', 'mcnemar_exact',
-           'paired_test', 'RunFigures', 'load_figures', 'FigureDiff', 'not_comparable', 'compare_figure', 'RunDiff',
-           'compare_runs', 'diff_command']
+           'safe_figures', 'combo_figures', 'box_figures', 'bootstrap_difference', 'interval', 'PairedTest',
+           'mcnemar_exact', 'paired_test', 'RunFigures', 'load_figures', 'FigureDiff', 'not_comparable',
+           'compare_figure', 'RunDiff', 'compare_runs', 'diff_command']
 
 # %% ../../nbs/evaluation/778_diff.ipynb #44ed1d14
 import base64
@@ -104,7 +104,8 @@ def _spread(
 
 # %% ../../nbs/evaluation/778_diff.ipynb #5ae78a8a
 BINS = 15  # of confidence, as in models.metrics
-_SINGLE_COLUMNS = {"": "answered", "_crop": "answered_crop"}  # end of a figure's name, column of the table
+# end of a figure's name → column of the table
+_SINGLE_COLUMNS = {"": "answered", "_whole": "answered_whole", "_crop_true_box": "answered_crop"}
 
 
 def _share(t: pd.DataFrame, hit: Any) -> GroupFigure:
@@ -143,6 +144,28 @@ def single_figures(
             found[f"accuracy{end}"] = _share(t, t["true"] == t[column])
             found[f"macro_f1{end}"] = _macro_f1_figure(t, column)
     return found | {"top5": _share(t, t["rank"] <= 5), "ece_calibrated": _ece_figure(t)}
+
+# %% ../../nbs/evaluation/778_diff.ipynb #1e64913c
+def safe_figures(
+    t: pd.DataFrame,  # safe_answers.csv: group, right, covered, set_size, answer, listed
+) -> dict[str, GroupFigure]:  # by the figure's name in evaluation.json
+    "The figures that follow from the answers under the answer rule."
+    if not len(t):
+        return {}
+    one, size, groups = np.ones(len(t)), t["set_size"].to_numpy(float), t["group"].tolist()
+    is_drug, is_list, is_unknown = (t["answer"].eq(k).to_numpy(float) for k in ("drug", "shortlist", "unknown"))
+    right, covered, listed = (t[k].astype(bool).to_numpy(float) for k in ("right", "covered", "listed"))
+    sums = {
+        "set_coverage": (covered, one),
+        "set_size": (size, one),
+        "single_answers": (is_drug, one),
+        "single_answer_accuracy": (is_drug * right, is_drug),
+        "shortlist_answers": (is_list, one),
+        "shortlist_accuracy": (is_list * listed, is_list),
+        "unknown_answers": (is_unknown, one),
+        "wrong_per_1000": (1000 * is_drug * (1 - right), one),
+    }
+    return {k: by_group(groups, np.stack(v, 1), _ratio) for k, v in sums.items()}
 
 # %% ../../nbs/evaluation/778_diff.ipynb #a6490c48
 def combo_figures(
@@ -400,6 +423,8 @@ def load_figures(
     singles = pd.read_csv(table, dtype={"path": str, "group": str}) if table.is_file() else pd.DataFrame()
     combos = _lines(reports / "predictions_combo.jsonl")
     found = (single_figures(singles) if len(singles) else {}) | combo_figures(combos)
+    if (safe := reports / "safe_answers.csv").is_file():
+        found |= safe_figures(pd.read_csv(safe, dtype={"group": str}))
     found |= box_figures(_lines(reports / "predictions_boxes.jsonl"))
     grouped = {k: f for k, f in found.items() if _reproduces(k, f, metrics.get(k))}
     metrics = metrics | {k: r.metric for k, r in timed.items()}
@@ -560,7 +585,10 @@ def _warnings(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     return out
 
 # %% ../../nbs/evaluation/778_diff.ipynb #80cac942
-_FIRST = ("accuracy", "macro_f1", "top5", "ece_calibrated", "accuracy_", "macro_f1_", "detection_", "combo_")
+_FIRST = (
+    *("accuracy", "macro_f1", "top5", "ece_calibrated", "accuracy_", "macro_f1_"),
+    *("set_", "single_", "shortlist_", "unknown_", "wrong_", "detection_", "combo_"),
+)
 
 
 def _place(name: str) -> tuple[int, str]:

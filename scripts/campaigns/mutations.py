@@ -491,6 +491,20 @@ MUTATIONS: list[Mutation] = [
         "key=lambda c: (-c.count, -c.harm, c.true, c.answered)",
         "tests/test_atlas.py::test_one_harmful_error_stands_before_many_harmless_ones",
     ),
+    Mutation(
+        "two runs are compared photo by photo, without capture groups",
+        "pillsnap/evaluation/diff.py",
+        "codes, names = pd.factorize(np.asarray(groups, object), sort=True)",
+        "codes, names = pd.factorize(np.arange(len(groups)), sort=True)",
+        "tests/test_diff.py::test_equal_runs_are_within_noise_nineteen_times_of_twenty",
+    ),
+    Mutation(
+        "the clean photos are read and the run record does not say so",
+        "pillsnap/evaluation/measurements.py",
+        'count_reading(root, clean_part(data.stage), "evaluation", sum(p.part == "clean" for p in photos))',
+        "pass",
+        "tests/test_evaluation.py::test_each_evaluation_that_opens_the_clean_photos_is_counted",
+    ),
 ]
 
 
