@@ -329,6 +329,33 @@ def test_detector_session_waits_for_the_first_combo_photo(run, monkeypatch):
     assert [p.name for p in opened] == ["classifier.onnx", "detector.onnx"]
 
 
+WATCHED = """import json, os, sys
+from dataclasses import replace
+import numpy as np
+from pillsnap.deployment.runtime import load_bundle
+bundle = load_bundle(sys.argv[1])
+pipeline, opened = replace(bundle.pipeline(), focus="locator"), []
+sys.addaudithook(lambda e, a: opened.append(os.fsdecode(a[0])) \
+if e == "open" and isinstance(a[0], (str, bytes, os.PathLike)) else None)
+photo = np.full((320, 244, 3), (30, 60, 150), np.uint8)
+photo[100:150, 80:140] = 220, 200, 60
+a = pipeline.predict(photo, "single")
+print(json.dumps(dict(view=a["view"], box=a["items"][0]["box"], detector=[p for p in opened if "detector" in p])))
+pipeline.predict(photo, "combo")
+print(json.dumps([p for p in opened if "detector" in p]))
+"""
+
+
+@pytest.mark.spec("FX1", "X38")
+def test_single_finds_the_pill_without_the_detectors_file(run):
+    "The pill is located and no file with detector in its name is opened; combo opens it, so the watch sees it."
+    done = subprocess.run([sys.executable, "-c", WATCHED, str(run)], capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    single, combo = (json.loads(line) for line in done.stdout.splitlines())
+    assert single["view"] == "crop" and single["detector"] == [] and combo
+    assert np.abs(np.array(single["box"]) - [80, 100, 140, 150]).max() < 5
+
+
 # ---- execution providers
 
 

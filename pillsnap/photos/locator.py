@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 # %% ../../nbs/photos/322_locator.ipynb #41dc6cd0
-LOCATOR = "background/2"  # to be changed with every change that moves boxes: stored boxes and bundles name it
+LOCATOR = "background/3"  # to be changed with every change that moves boxes: stored boxes and bundles name it
 
 
 @dataclass(frozen=True)
@@ -256,29 +256,33 @@ _STEP = 0.22  # (ours) of an outline, square root of light over four pixels; a s
 _DARK_TABLE = 0.5  # (ours) length of the table's light below which nothing darker than the table shows
 
 
-def _with_dark_parts(
-    box: np.ndarray,  # int [4] x0, y0, x1, y1
+def _dark_outlines(
     planes: np.ndarray,  # float32 [3, h, w]
     table: np.ndarray,  # float32 [3, h, w]
+) -> np.ndarray:  # bool [h, w], two pixels wider than the outline
+    "Where something darker than the table begins within a few pixels."
+    shade = _shade(planes, table)
+    light, step = shade * np.sqrt((table * table).sum(0)), np.zeros_like(shade)
+    step[2:-2, 2:-2] = np.hypot(light[2:-2, 4:] - light[2:-2, :-4], light[4:, 2:-2] - light[:-4, 2:-2])
+    return _grow((step > _STEP) & (shade < 1.02), 1)
+
+
+def _with_dark_parts(
+    box: np.ndarray,  # int [4] x0, y0, x1, y1
+    outlines: np.ndarray,  # bool [h, w], of _dark_outlines
 ) -> np.ndarray:  # int [4], contains the box
     "The box with what is connected to it by sharp outlines darker than the table."
-    length = np.sqrt((table * table).sum(0))
-    if length.mean() < _DARK_TABLE:
-        return box
-    shade = _shade(planes, table)
-    v, step = shade * length, np.zeros_like(shade)
-    step[2:-2, 2:-2] = np.hypot(v[2:-2, 4:] - v[2:-2, :-4], v[4:, 2:-2] - v[:-4, 2:-2])
-    region = _grow((step > _STEP) & (shade < 1.02), 1)
-    x0, y0, x1, y1 = box
+    region, (x0, y0, x1, y1) = outlines.copy(), box
     region[y0:y1, x0:x1] = True
     boxes, _ = mask_regions(region)
     around = boxes[((boxes[:, :2] <= box[:2]) & (boxes[:, 2:] >= box[2:])).all(1)][0]
-    outline = around + [2, 2, -2, -2]  # the step is felt two pixels outside
+    outline = around + [2, 2, -2, -2]
     return np.concatenate([np.minimum(box[:2], outline[:2]), np.maximum(box[2:], outline[2:])])
 
 # %% ../../nbs/photos/322_locator.ipynb #393f46a3
 _AIR = 0.019  # (ours) margin of a box that a person draws, in box sides; median of training photos
 _LEAST_SHARE = 0.1  # (ours) of a region, in areas of the largest
+_LEAST_FILLED = 0.02  # (ours) share of a region with evidence, below which its outline decides
 
 
 @dataclass(frozen=True)
@@ -320,16 +324,36 @@ class _Window:
         mask = _grow(_thin(evidence > 1, 1), 1)
         boxes, area = mask_regions(mask)
         mine = ((boxes[:, :2] < self.core[2:]) & (boxes[:, 2:] > self.core[:2])).all(1)  # not the neighbours
-        if not mine.any():
-            return None
-        boxes = boxes[mine & (area >= _LEAST_SHARE * area[mine].max())]
+        mine &= area >= _LEAST_SHARE * area[mine].max(initial=0)
+        if area[mine].sum() < _LEAST_FILLED * np.prod(self.core[2:] - self.core[:2]):
+            return self.find_dark()
+        boxes = boxes[mine]
         room = _REACH + 2
         x0, y0 = np.maximum(boxes[:, :2].min(0) - room, 0)
         x1, y1 = boxes[:, 2:].max(0) + room
         part = _open_grey(evidence)[y0:y1, x0:x1]
         (rows, columns), (h, w) = (part.max(1), part.max(0)), part.shape
         box = [_edge(columns), _edge(rows), w - _edge(columns[::-1]), h - _edge(rows[::-1])] + np.array([x0, y0] * 2)
-        return _with_dark_parts(box, self.planes, self.table), float(np.minimum(evidence[mask], 4).mean() / 4)
+        if not self.on_dark:
+            box = _with_dark_parts(box, _dark_outlines(self.planes, self.table))
+        return box, float(np.minimum(evidence[mask], 4).mean() / 4)
+
+    @property
+    def on_dark(self) -> bool:
+        "Whether the table is too dark for anything darker to show."
+        return bool(np.sqrt((self.table * self.table).sum(0)).mean() < _DARK_TABLE)
+
+    def find_dark(self) -> tuple[np.ndarray, float] | None:  # int [4] box, score; None without a sharp outline
+        "What has the table's colour, is darker, and has a sharp outline around at least half of the region."
+        boxes, area = mask_regions(_dark_outlines(self.planes, self.table))
+        boxes, size = boxes + [2, 2, -2, -2], self.core[2:] - self.core[:2]
+        mine = ((boxes[:, :2] < self.core[2:]) & (boxes[:, 2:] > self.core[:2])).all(1)
+        mine &= (boxes[:, 2:] - boxes[:, :2] >= size / 2).all(1)
+        if self.on_dark or not mine.any():
+            return None
+        x0, y0, x1, y1 = boxes[mine][area[mine].argmax()]
+        shade = _shade(self.planes, self.table)[y0:y1, x0:x1]
+        return np.array([x0, y0, x1, y1]), float(np.clip(1 - np.median(shade), 0.01, 1))
 
 # %% ../../nbs/photos/322_locator.ipynb #c1955666
 def _tight_box(
@@ -357,13 +381,59 @@ def _tight_box(
 # %% ../../nbs/photos/322_locator.ipynb #91d43a8b
 _MAX_NOISE, _LEAST_EXPLAINED = 0.03, 0.8  # (ours) of a plain table: measured .002 to .006, and 1.0
 _LEAST_AREA, _MOST_AREA = 0.002, 0.6  # (ours) of a pill, share of the photo
+_DARKER = 0.12  # (ours) share of the table's square root of light that a dark region lacks
 _MOST_PILLS = 12  # (ours) a delivery's combinations have four
+
+
+def _overlapping(
+    a: np.ndarray,  # [n, 4] x0, y0, x1, y1
+    b: np.ndarray,  # [m, 4] x0, y0, x1, y1
+) -> np.ndarray:  # [n, m], share of the smaller box that lies in the other
+    "How much of the smaller of two boxes lies in the larger."
+    sides = (np.minimum(a[:, None, 2:], b[None, :, 2:]) - np.maximum(a[:, None, :2], b[None, :, :2])).clip(0)
+    area = [np.prod(v[:, 2:] - v[:, :2], axis=1) for v in (a, b)]
+    return sides.prod(-1) / np.maximum(np.minimum(area[0][:, None], area[1][None]), 1e-9)
+
+
+def _rough_boxes(
+    planes: np.ndarray,  # float32 [3, h, w], the reduced photo
+    table: np.ndarray,  # float32 [3, h, w], the background
+    noise: float,  # of the background
+) -> np.ndarray:  # [n, 4] x0, y0, x1, y1
+    "Regions with evidence, and dark regions that belong to none of those: a shadow lies beside its pill."
+    mask = _thin(_grow(_grow(_thin(_evidence(planes, table, noise) > 1, 1), 1), 2), 2)
+    boxes, area = mask_regions(mask)
+    keep = (area >= _LEAST_AREA * mask.size) & (area < _MOST_AREA * mask.size)
+    boxes = boxes[keep & (area >= _LEAST_SHARE * area[keep].max(initial=0))]
+    dark = _shade(planes, table) < 1 - _DARKER
+    alone, area = mask_regions(_grow(_thin(dark | mask, 2), 2))
+    keep = (area >= _LEAST_AREA * mask.size) & (area < _MOST_AREA * mask.size)
+    return np.concatenate([boxes, alone[keep & ~(_overlapping(alone, boxes) > 0).any(1)]])
+
+# %% ../../nbs/photos/322_locator.ipynb #cbf7c629
+_SAME = 0.8  # (ours) share of the smaller box from which two finds are one pill
+
+
+def _merged(
+    finds: list[tuple[np.ndarray, float]],  # boxes and scores
+) -> list[tuple[np.ndarray, float]]:
+    "Finds of one pill as one: boxes of which one holds most of the other."
+    out: list[tuple[np.ndarray, float]] = []
+    for box, score in sorted(finds, key=lambda f: -np.prod(f[0][2:] - f[0][:2])):
+        for k, (other, best) in enumerate(out):
+            if _overlapping(box[None], other[None])[0, 0] > _SAME:
+                both = np.concatenate([np.minimum(box[:2], other[:2]), np.maximum(box[2:], other[2:])])
+                out[k] = both, max(score, best)
+                break
+        else:
+            out.append((box, score))
+    return out
 
 
 def locate(
     image: np.ndarray,  # [H, W, 3] uint8 RGB photo
 ) -> Located:  # none, the pill, or several
-    "Find the pills of a photo on a plain table by their colour and brightness."
+    "Find the pills of a photo on a plain table by their colour, their brightness or their dark outline."
     h, w = image.shape[:2]
     factor = max(1, round(min(h, w) / _WORK_SIDE))
     planes = _planes(image, factor)
@@ -371,12 +441,8 @@ def locate(
     background = _fit_background(planes, ys, xs)
     if background.noise > _MAX_NOISE or background.explained < _LEAST_EXPLAINED:
         return Located.of([])
-    mask = _evidence(planes, background.at(ys, xs), background.noise) > 1
-    boxes, area = mask_regions(_thin(_grow(_grow(_thin(mask, 1), 1), 2), 2))
-    keep = (area >= _LEAST_AREA * mask.size) & (area < _MOST_AREA * mask.size)
-    if keep.any():
-        keep &= area >= _LEAST_SHARE * area[keep].max()
-    if keep.sum() > _MOST_PILLS:
+    rough = _rough_boxes(planes, background.at(ys, xs), background.noise)
+    if len(rough) > _MOST_PILLS:
         return Located.of([])
-    finds = [_tight_box(image, box * float(factor), background) for box in boxes[keep]]
-    return Located.of([f for f in finds if f is not None])
+    finds = [_tight_box(image, box * float(factor), background) for box in rough]
+    return Located.of(_merged([f for f in finds if f is not None]))
