@@ -25,6 +25,7 @@ from ..core.errors import PillsnapError
 from .card import CARD, MISSING, PICTURES, card_value
 from .decision import REASONS
 from .pipeline import read_photo
+from ..photos.images import crop_view
 
 # %% ../../nbs/models/575_cardview.ipynb #9aca4983
 logger = logging.getLogger("pillsnap.models.cardview")
@@ -129,8 +130,8 @@ def _others(item: Mapping[str, Any]) -> Any:
         bar = "█" * round(12 * c["confidence"])
         t.add_row(f"{n}", Text(f"{named(c)}  [{candidate_role(item, c['kcode'])}]"), f"{c['confidence']:.1%}", bar)
         if c["differs"]:
-            told = [f"{label}: {first} → {here}" for label, (first, here) in differing(c).items()]
-            t.add_row("", Text("\n".join([c["differs"]["text"], *told]), style="dim"))
+            told = " · ".join(f"{label} {first} → {here}" for label, (first, here) in differing(c).items())
+            t.add_row("", Text(f"{c['differs']['text']}\n{told}", style="dim"))
     return t
 
 # %% ../../nbs/models/575_cardview.ipynb #7a9325a5
@@ -252,6 +253,8 @@ _CSS = """
 .ps-card figure{margin:0}
 .ps-card .photo img{display:block;max-width:260px;max-height:300px;border-radius:6px;margin:0}
 .ps-card figcaption,.ps-card .notes,.ps-card .dim{color:var(--muted);font-size:12px}
+.ps-card .zooms{display:flex;flex-wrap:wrap;gap:12px}
+.ps-card .zoom img{display:block;width:150px;height:150px;border-radius:6px;margin:0}
 .ps-card .says{flex:1 1 320px;min-width:260px}
 .ps-card .pill{border-left:5px solid;border-radius:6px;padding:10px 14px;margin:0 0 12px}
 .ps-card .drug{border-color:var(--good);background:var(--good-bg)}
@@ -271,6 +274,7 @@ _CSS = """
 .ps-card .wide thead th{vertical-align:bottom;background:var(--soft)}
 .ps-card .wide thead th:first-child{width:104px}
 .ps-card .wide td.differs{background:var(--warn-bg);font-weight:600}
+.ps-card .wide td.unsure{background:var(--soft);color:var(--muted)}
 .ps-card .wide td img{display:block;width:84px;height:84px;border-radius:6px;margin:2px 0}
 .ps-card .bar{height:6px;border-radius:3px;background:var(--line);margin-top:4px}
 .ps-card .bar i{display:block;height:6px;border-radius:3px;background:var(--good)}
@@ -278,12 +282,20 @@ _CSS = """
 .ps-card .notes{margin:12px 0 0}
 @media print{@page{size:A4;margin:10mm}
  .ps-card{font-size:10px;border:0;padding:0;max-width:none;print-color-adjust:exact;-webkit-print-color-adjust:exact}
- .ps-card .photo img{max-height:190px} .ps-card .name{font-size:16px}
+ .ps-card .photo img{max-height:190px} .ps-card .zoom img{width:100px;height:100px} .ps-card .name{font-size:16px}
  .ps-card .wide{overflow:visible;break-inside:avoid} .ps-card .wide table{font-size:9px;min-width:0}
  .ps-card .wide th,.ps-card .wide td{padding:2px 5px} .ps-card .wide td img{width:60px;height:60px}}
 """
 
 _BOX = "#D55E00"  # of boxes in the photo
+
+
+def _figure(kind: str, image: Image.Image, alt: str, told: str) -> str:
+    "A picture with its caption."
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=85)
+    picture = f'<img alt="{alt}" src="{_data_uri(out.getvalue())}">'
+    return f'<figure class="{kind}">{picture}<figcaption>{told}</figcaption></figure>'
 
 
 def _photo_html(
@@ -303,12 +315,22 @@ def _photo_html(
             left, top, right, bottom = (v * scale for v in item["box"])
             pen.rectangle((left, top, right, bottom), outline=_BOX, width=3)
             pen.text((left + 5, top + 3), str(n), fill=_BOX, stroke_width=1, font_size=18)
-    out = io.BytesIO()
-    image.save(out, "JPEG", quality=85)
     told = "상자: 분류기가 본 곳" if any(i["box"] for i in answer["items"]) else "분류기가 사진 전체를 보았습니다"
-    told = told if answer["items"] else "올린 사진"
-    picture = f'<img alt="물어본 사진" src="{_data_uri(out.getvalue())}">'
-    return f'<figure class="photo">{picture}<figcaption>{told}</figcaption></figure>'
+    return _figure("photo", image, "물어본 사진", told if answer["items"] else "올린 사진")
+
+# %% ../../nbs/models/575_cardview.ipynb #8f13d227
+def _zoom_html(
+    answer: Answer,  # items with boxes
+    side: int = 180,  # pixels
+) -> str:  # figures; empty where the photo cannot be opened any more
+    "Each located pill, enlarged, to be held against the reference pictures."
+    try:
+        image = read_photo(answer.photo)
+    except PillsnapError:
+        return ""
+    boxes = [(n, i["box"]) for n, i in enumerate(answer["items"], 1) if i["box"]]
+    views = [(n, Image.fromarray(crop_view(image, np.array(box), side))) for n, box in boxes]
+    return "".join(_figure("zoom", view, f"{n}번 알약", f"{n}번 알약, 확대") for n, view in views)
 
 # %% ../../nbs/models/575_cardview.ipynb #383d5203
 def _verdict_html(
@@ -319,10 +341,13 @@ def _verdict_html(
     kind, sure = item["answer"], ""
     if kind == "drug":
         sure = f" · 신뢰도 {item['confidence']:.1%}"
-    line = html_escape(verdict_line(item))
+    line, listed = html_escape(verdict_line(item)), ""
+    if kind == "shortlist":
+        names = [html_escape(named(c)) for c in item["top_k"] if c["kcode"] in item["shortlist"]]
+        listed = f"<div><b>{' · '.join(names)}</b></div>"
     return (
         f'<div class="pill {kind}"><div class="kind">{n}. {VERDICTS[kind]}{sure}</div>'
-        f'<div class="name">{line}</div><div>{REASONS[item["reason"]]}</div></div>'
+        f'<div class="name">{line}</div>{listed}<div>{REASONS[item["reason"]]}</div></div>'
     )
 
 
@@ -351,9 +376,18 @@ def _picture_cell(answer: Answer, candidate: Mapping[str, Any], side: str) -> st
     return f'<td class="dim">{why}</td>'
 
 # %% ../../nbs/models/575_cardview.ipynb #a7773e32
+def _fact_cell(text: str, difference: tuple[str, str] | None) -> str:
+    "A fact of a candidate; marked where it differs, and marked less where one of the records holds nothing."
+    if difference is None:
+        return f"<td>{html_escape(text)}</td>"
+    kind, sign = ("unsure", "?") if MISSING in difference else ("differs", "≠")
+    return f'<td class="{kind}">{sign} {html_escape(text)}</td>'
+
+
 def _comparison_html(
     answer: Answer,  # with its bundle
-    item: Mapping[str, Any],  # one pill
+    n: int,  # number of the pill, from 1
+    item: Mapping[str, Any],  # the pill
 ) -> str:  # a table
     "The candidates side by side: pictures, all facts, what differs."
     top = item["top_k"]
@@ -361,15 +395,11 @@ def _comparison_html(
     texts, other = [card_rows(c) for c in top], [differing(c) for c in top]
     facts = []
     for label in texts[0]:
-        cells = [
-            f'<td class="differs">≠ {html_escape(t[label])}</td>' if label in d else f"<td>{html_escape(t[label])}</td>"
-            for t, d in zip(texts, other)
-        ]
-        facts.append(_row(label, cells))
+        facts.append(_row(label, [_fact_cell(t[label], d.get(label)) for t, d in zip(texts, other)]))
     told = [html_escape(c["differs"]["text"]) if c["differs"] else "비교의 기준" for c in top]
     what = _row("무엇이 다른가", [f"<td>{t}</td>" for t in told])
     heads = "".join(_head_cell(item, c) for c in top)
-    head = f'<thead><tr><th scope="col">비교</th>{heads}</tr></thead>'
+    head = f'<thead><tr><th scope="col">{n}번 알약</th>{heads}</tr></thead>'
     return f'<div class="wide"><table>{head}<tbody>{"".join(pictures)}{what}{"".join(facts)}</tbody></table></div>'
 
 
@@ -380,9 +410,10 @@ def _card_html(
     said = "".join(_verdict_html(n, item) for n, item in enumerate(answer["items"], 1))
     if not said:
         said = f'<div class="pill no_pill"><div class="kind">결과 없음</div><div>{NO_PILL}</div></div>'
-    tables = "".join(_comparison_html(answer, item) for item in answer["items"])
+    tables = "".join(_comparison_html(answer, n, item) for n, item in enumerate(answer["items"], 1))
+    zoom = f'<div class="zooms">{_zoom_html(answer)}</div>'
     notes = "<br>".join(map(html_escape, _card_notes(answer, answer.meta)))
     return (
         f'<div class="ps-card" lang="ko"><style>{theme_css(".ps-card")}{_CSS}</style><div class="top">'
-        f'{_photo_html(answer)}<div class="says">{said}</div></div>{tables}<p class="notes">{notes}</p></div>'
+        f'{_photo_html(answer)}<div class="says">{said}{zoom}</div></div>{tables}<p class="notes">{notes}</p></div>'
     )
