@@ -157,6 +157,7 @@ _SHOWN = (
     "shortlist_answers",
     "shortlist_accuracy",
     "unknown_answers",
+    "twins_unreadable_in_set",
     "aurc",
     "focus_found",
     "accuracy_whole",
