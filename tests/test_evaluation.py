@@ -90,6 +90,25 @@ def again(root, **change):
     return E.EvaluationJob(**kw).run()
 
 
+@pytest.mark.spec("BX17")
+def test_the_panel_of_conditions_is_part_of_an_evaluation(made):
+    "Its file has every natural condition of the clean photos; its figures and its picture are the run's."
+    root, _ = made
+    doc, m, _ = S.read_evaluation(root)
+    panel = read_json(root / "reports" / "conditions.json")
+    assert panel["photos"] == doc["parts"]["clean"] and panel["sample"] == 6
+    by_light = [s for s in panel["strata"] if s["axis"] == "light"]
+    assert sum(s["n"] for s in by_light) == panel["photos"]
+    right = sum(s["n"] * s["accuracy"] for s in by_light) / panel["photos"]
+    assert right == pytest.approx(m["accuracy"].value)
+    assert {"blur", "JPEG quality", "white balance", "exposure", "domain"} <= {s["axis"] for s in panel["strata"]}
+    assert m["phone_gap"].n == m["accuracy_phone"].n == 6
+    assert panel["weak"] == [] and "enough clean photos" in m["weak_conditions"].note, "eight photos prove nothing"
+    assert (root / "reports" / "evaluation_conditions.png").is_file()
+    figures = {r["figure"] for r in read_json(root / "reports" / "scorecard.json")["rows"]}
+    assert {"weakest_condition", "accuracy_phone", "phone_gap"} <= figures
+
+
 # ---- what it reads -------------------------------------------------------------------------------
 
 

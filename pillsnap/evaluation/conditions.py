@@ -483,7 +483,7 @@ def phone_answers(
 def measure_conditions(  # noqa: PLR0913 - the answers, the sample and its settings
     evaluator: Evaluator,  # the pipeline of the run, with its temperature
     photos: Sequence[EvalPhoto],  # clean single photos of known drugs
-    answers: Mapping[str, np.ndarray],  # right, perhaps covered and refused, of each photo
+    answers: Mapping[str, Sequence[bool] | np.ndarray],  # right, perhaps covered and refused, of each photo
     sizes: Mapping[str, tuple[int, int]],  # path → width and height, pixels
     sample: int,  # photos that are changed; 0 = none
     phone: str = "auto",  # auto, off, or a folder of phone photos

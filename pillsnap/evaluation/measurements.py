@@ -60,7 +60,7 @@ from pillsnap.evaluation.checks import (
     service_records,
     training_records,
 )
-from .conditions import ConditionPanel, mark_answers, measure_conditions
+from .conditions import ConditionPanel, measure_conditions
 from .conformal import ScoredPhotos, fit_answer_rule, why_no_rule
 from pillsnap.evaluation.figures import (
     box_records,
@@ -356,13 +356,15 @@ def _conditions(
     "The panel of conditions of the clean single photos."
     clean, pool = measured.answers.scores.of("clean"), measured.data.pool
     by_path, temperature = {p.path: p for p in measured.photos}, measured.calibration.temperature
-    rule = measured.safe.rule if measured.safe else None
-    asked = replace(evaluator, pipeline=replace(evaluator.pipeline, temperature=temperature))
-    p = softmax(clean.single, temperature) if len(clean.labels) else clean.single
+    asked, rule = replace(evaluator, pipeline=replace(evaluator.pipeline, temperature=temperature)), None
+    answers = {"right": clean.single.argmax(1) == clean.labels} if len(clean.labels) else {"right": np.zeros(0, bool)}
+    if (safe := measured.safe) is not None:
+        rule = safe.rule
+        answers |= {"covered": safe.table["covered"], "refused": safe.table["answer"] == "unknown"}
     return measure_conditions(
         asked,
         [by_path[path] for path in clean.paths],
-        mark_answers(p, clean.labels, rule),
+        answers,
         dict(zip(pool["path"], zip(pool["width"], pool["height"]))),
         settings.condition_photos,
         settings.phone,
