@@ -148,9 +148,9 @@ def test_figures_can_be_reckoned_again_from_the_predictions(made):
             f"accuracy_{name}"
         ].value == pytest.approx((mine.true == mine.answered).mean())
     assert m["accuracy"].value == pytest.approx((t.true == t.answered).mean()) == pytest.approx((t["rank"] == 1).mean())
-    assert m["top5"].value == pytest.approx((t["rank"] <= 5).mean()) and m["accuracy_crop_true_box"].value == pytest.approx(
-        (t.true == t.answered_crop).mean()
-    )
+    assert m["top5"].value == pytest.approx((t["rank"] <= 5).mean()) and m[
+        "accuracy_crop_true_box"
+    ].value == pytest.approx((t.true == t.answered_crop).mean())
     rows = json_lines(root / "reports/predictions_boxes.jsonl")
     assert {r["part"] for r in rows} == {"val", "clean"} and {
         s.path for s in A.eval_photos(load_split_data(root, 0)) if s.part != "calib"
