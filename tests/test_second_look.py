@@ -110,6 +110,13 @@ def test_training_crops_err_as_the_locator_does(stage, monkeypatch):
     assert train_dl.dataset.errors is None and meta["val_view"] == "whole" and val_dl.dataset.view == "whole"
 
 
+class Coloured(Painted):
+    "Photos in the colour of their drug."
+
+    def open(self, photo, view, reduce=1):
+        return np.full((64, 64, 3), 80 * (int(photo.path.split(".")[0]) % 3) + 20, np.uint8), None
+
+
 def relabelled(rows):
     "The same photos, each under the next drug's label."
     keys = list(CM)
@@ -123,7 +130,7 @@ def test_an_epoch_that_is_best_by_the_whole_photo_and_worse_by_the_path_is_not_c
     rows = table(60)
 
     def loader(rows, train=False):
-        return PhotoLoader(PillsnapClsDataset(rows, CM, Painted(), 16, train, seed=7), 6)
+        return PhotoLoader(PillsnapClsDataset(rows, CM, Coloured(), 16, train, seed=7), 6)
 
     # what the network learns makes it better by the second view and worse by the first
     views = {"focus": loader(relabelled(rows[:24])), "whole": loader(rows[:24])}
@@ -165,9 +172,10 @@ def rendered(tmp_path_factory):
 
 
 @pytest.mark.spec("FX4")
-@pytest.mark.parametrize("size", [144, 224, 384])
-def test_a_located_crop_from_the_pack_is_that_of_the_delivery(rendered, tmp_path, size):
-    build_pack(rendered.rows, rendered.root, tmp_path / "pack", workers=1, progress=False)
+@pytest.mark.parametrize(("codec", "size", "least"), [("jpeg", 144, 0.995), ("jpeg", 384, 0.98), ("raw", 384, 1.0)])
+def test_a_located_crop_from_the_pack_is_that_of_the_delivery(rendered, tmp_path, codec, size, least):
+    "At 384 pixels a crop is enlarged, noise included, and JPEG loses some of the noise; raw loses nothing."
+    build_pack(rendered.rows, rendered.root, tmp_path / "pack", codec=codec, workers=1, progress=False)
     pack, cut_from_window = Pack(tmp_path / "pack"), 0
     located = locate_photos(rendered.rows["path"].tolist(), rendered.root, {})
     assert (located["found"] == 1).all()
@@ -176,5 +184,5 @@ def test_a_located_crop_from_the_pack_is_that_of_the_delivery(rendered, tmp_path
         box = locate(full).boxes[0]
         img, corners = pack.crop(row.path, row.bbox)
         cut_from_window += corners[2] - corners[0] > 0.9 * (box[2] - box[0])
-        assert ssim(crop_view(img, corners, size), crop_view(full, box, size)) >= 0.995, row.path
+        assert ssim(crop_view(img, corners, size), crop_view(full, box, size)) >= least, row.path
     assert cut_from_window == len(located)  # none came from the whole photo at half size

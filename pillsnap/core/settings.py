@@ -521,6 +521,12 @@ class Inference(Block):
         "auto", "what finds the pill in single mode: auto = the best way without a detector; off = the whole photo"
     )
 
+    @field_validator("focus", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        "YAML reads an unquoted off as false."
+        return "off" if value is False else value
+
 
 class AnswerSettings(Block):
     "When an answer names one drug, lists several, or names none."

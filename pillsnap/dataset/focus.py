@@ -68,8 +68,8 @@ def _locate_file(
     n, score = len(found.boxes), float(found.scores[0]) if len(found.boxes) else 0.0
     if n != 1:
         return path, "", n, score
-    x0, y0, x1, y1 = (round(float(v), 4) for v in found.boxes[0])
-    return path, f"[{x0}, {y0}, {round(x1 - x0, 4)}, {round(y1 - y0, 4)}]", 1, score
+    x0, y0, x1, y1 = (int(v) for v in found.boxes[0])
+    return path, f"[{x0}, {y0}, {x1 - x0}, {y1 - y0}]", 1, score
 
 
 def locate_photos(

@@ -12,14 +12,14 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 # %% ../../nbs/photos/322_locator.ipynb #41dc6cd0
-LOCATOR = "background/3"  # to be changed with every change that moves boxes: stored boxes and bundles name it
+LOCATOR = "background/4"  # to be changed with every change that moves boxes: stored boxes and bundles name it
 
 
 @dataclass(frozen=True)
 class Located:
     "Where the pills of a photo are; the surest first."
 
-    boxes: np.ndarray  # float32 [n, 4] x0, y0, x1, y1 in photo pixels, inside the photo
+    boxes: np.ndarray  # float32 [n, 4] x0, y0, x1, y1 in whole photo pixels, inside the photo
     scores: np.ndarray  # float32 [n] in 0..1: how far a region differs from the background
 
     def __len__(self) -> int:
@@ -32,7 +32,8 @@ class Located:
     ) -> "Located":
         "The finds by falling score; an empty list is no find."
         finds = sorted(finds, key=lambda f: -f[1])
-        boxes = np.array([b for b, _ in finds], np.float32).reshape(-1, 4)
+        # whole pixels, so that a box that was stored gives the same crop as one that was just found
+        boxes = np.round(np.array([b for b, _ in finds], np.float32)).reshape(-1, 4)
         return cls(boxes, np.array([s for _, s in finds], np.float32))
 
 # %% ../../nbs/photos/322_locator.ipynb #6e6e5a88
