@@ -1,7 +1,8 @@
-"""The advisor's menu in a real browser: JupyterLab, headless Chromium, a click, and the choice in the run's record."""
+"""What a person sees in a real browser, headless Chromium: the advisor's menu, the triage page, an answer's card."""
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import urllib.request
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
@@ -265,3 +267,132 @@ def test_a_decision_on_the_triage_page_is_in_the_overlay(lab, page, delivery, tm
         and d.kcode != suggested
         and d.path.endswith(".png")
     )
+
+
+CARD_CELL = """from pathlib import Path
+from pillsnap.core.files import read_json
+from pillsnap.models.cardview import Answer
+folder = Path("card")
+Answer(read_json(folder / "answer.json"), read_json(folder / "meta.json"), folder / "photo.png", folder)
+"""
+TEXTS = """card => [...card.querySelectorAll('th, td, .kind, .name, .role, figcaption, .notes, .pill > div')]
+  .filter(e => e.innerText.trim() && e.offsetParent)
+  .map(e => { let b = e; while (getComputedStyle(b).backgroundColor === 'rgba(0, 0, 0, 0)') b = b.parentElement;
+              return [e.innerText, getComputedStyle(e).color, getComputedStyle(b).backgroundColor]; })"""
+
+
+def write_card(folder: Path) -> dict:
+    "An answer with a twin and a drug without a record, its photo and its reference pictures, one of them broken."
+    from PIL import Image, ImageDraw
+
+    from pillsnap.core.files import save_json, sha256_file
+    from pillsnap.delivery.classmap import ClassMap
+    from pillsnap.models.pipeline import AnswerRule, Pipeline
+
+    (folder / "thumbnails").mkdir(parents=True)
+    photo = Image.new("RGB", (300, 360), (60, 90, 150))
+    ImageDraw.Draw(photo).ellipse([90, 120, 210, 240], fill=(240, 235, 225))
+    photo.save(folder / "photo.png")
+    known = dict(dl_name="가나정 1밀리그램", dl_name_en="Gana Tab.", dl_company="한빛샘제약(주)", print_front="P")
+    known |= dict(print_back="86", drug_shape="원형", color_class1="하양", leng_long=9, leng_short=9, thick=4.2)
+    known |= dict(line_front="-", di_etc_otc_code="전문의약품", dl_material="글리메피리드", di_edi_code="642165000")
+    twin = known | dict(dl_name="다라정 4밀리그램", print_front="Y", print_back="74")
+    keys = ("K-000001", "K-000002", "K-000003")
+    thumbnails = {}
+    for k in keys[:2]:
+        path = folder / "thumbnails" / f"{k}_front.jpg"
+        photo.resize((96, 96)).save(path)
+        thumbnails[k] = {"front": {"file": path.name, "sha256": sha256_file(path)}}
+    (folder / "thumbnails" / "K-000002_front.jpg").write_bytes(b"broken")
+
+    class Classifier:
+        size = 48
+
+        def logits(self, x):
+            return np.tile(np.array([[2.0, 1.5, -1.0]], np.float32), (len(x), 1))
+
+    classes = ClassMap(keys)
+    rule = AnswerRule("lac", 0.05, (0.7,) * 3, class_map=classes.fingerprint)
+    files = {k: {"front": f"thumbnails/{k}_front.jpg"} for k in keys[:2]}
+    metadata = dict(zip(keys, (known, twin)))
+    pipeline = Pipeline(Classifier(), classes, metadata=metadata, rule=rule, focus="locator", pictures=files)
+    answer = pipeline.predict(folder / "photo.png")
+    save_json(answer, folder / "answer.json")
+    meta = dict(temperature=1.2, calibrated=True, data="synthetic", thumbnails=thumbnails)
+    save_json(meta, folder / "meta.json")
+    return answer
+
+
+def contrast(ink: str, paper: str) -> float:
+    "WCAG's contrast of two CSS colours, rgb(r, g, b)."
+
+    def luminance(colour):
+        c = [int(v) / 255 for v in colour[colour.index("(") + 1 : -1].split(",")[:3]]
+        r, g, b = (v / 12.92 if v <= 0.03928 else ((v + 0.055) / 1.055) ** 2.4 for v in c)
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b
+
+    high, low = sorted((luminance(ink), luminance(paper)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def check_card(card, answer: dict) -> None:
+    "Every fact of every candidate is visible, and every text is readable on what lies behind it."
+    from pillsnap.models.card import CARD
+    from pillsnap.models.cardview import card_rows
+
+    shown = card.evaluate(TEXTS)
+    heads = [text for text, *_ in shown]
+    assert {label for label, _ in CARD.values()} <= set(heads)
+    cells = [text.lstrip("≠? ").strip() for text, *_ in shown]
+    for candidate in answer["items"][0]["top_k"]:
+        assert set(card_rows(candidate).values()) <= set(cells)
+    worst = min((contrast(ink, paper), text) for text, ink, paper in shown)
+    assert worst[0] >= 4.5, worst
+
+
+@pytest.mark.spec("BX11")
+def test_the_card_shows_every_field_in_jupyterlab_light_and_dark(lab, page, tmp_path):
+    url, work = lab
+    answer = write_card(work / "card")
+    assert (answer["answer"], len(answer["items"][0]["shortlist"])) == ("shortlist", 2)
+    nbformat.write(new_notebook(cells=[new_code_cell(CARD_CELL)], metadata=KERNEL), work / "card.ipynb")
+    asked: list[str] = []
+    page.set_viewport_size(dict(width=1250, height=1700))
+    open_and_run(page, url, "card.ipynb")
+    card = page.locator(".ps-card")
+    card.wait_for(timeout=240_000)
+    page.on("request", lambda r: asked.append(r.url))
+    grounds = []
+    for theme, light in (("JupyterLab Light", "true"), ("JupyterLab Dark", "false")):
+        page.evaluate(f"jupyterapp.commands.execute('apputils:change-theme', {{theme: '{theme}'}})")
+        page.wait_for_function(f"document.body.dataset.jpThemeLight === '{light}'", timeout=60_000)
+        check_card(card, answer)
+        grounds.append(card.evaluate("e => getComputedStyle(e).backgroundColor"))
+        rows = card.evaluate("e => [...e.querySelectorAll('tbody tr')].map(r => getComputedStyle(r).backgroundColor)")
+        assert set(rows) == {grounds[-1]}, "stripes of the notebook's tables would hide what differs"
+        shot = Path(os.environ.get("PILLSNAP_SCREENSHOTS") or tmp_path) / f"card_{light}.png"
+        card.screenshot(path=shot)
+        assert shot.stat().st_size > 10_000
+    assert grounds == ["rgb(255, 255, 255)", "rgb(27, 29, 33)"]
+    assert card.locator("td", has_text="사진을 읽을 수 없음").count() == 1
+    assert card.locator("td", has_text="≠ Y").count() == 1
+    assert not [a for a in asked if not a.startswith((url, "data:"))]
+
+
+@pytest.mark.spec("BX11")
+def test_the_card_of_one_pill_prints_on_one_page(page, tmp_path):
+    from pillsnap.core.files import read_json
+    from pillsnap.models.cardview import Answer
+
+    answer, folder = write_card(tmp_path / "card"), tmp_path / "card"
+    shown = Answer(answer, read_json(folder / "meta.json"), folder / "photo.png", folder)
+    page.set_content(f"<!doctype html><meta charset=utf-8><body>{shown._repr_html_()}")
+    for scheme, ground in (("light", "rgb(255, 255, 255)"), ("dark", "rgb(27, 29, 33)")):
+        page.emulate_media(color_scheme=scheme)
+        card = page.locator(".ps-card")
+        assert card.evaluate("e => getComputedStyle(e).backgroundColor") == ground
+        check_card(card, answer)
+    page.emulate_media(color_scheme="dark", media="print")
+    assert page.locator(".ps-card").evaluate("e => getComputedStyle(e).backgroundColor") == "rgb(255, 255, 255)"
+    printed = page.pdf(prefer_css_page_size=True)
+    assert len(re.findall(rb"/Type\s*/Page[^s]", printed)) == 1

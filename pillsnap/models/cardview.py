@@ -267,7 +267,7 @@ _CSS = """
 .ps-card .wide{overflow-x:auto;margin-top:12px}
 .ps-card .wide table{border-collapse:collapse;width:100%;margin:0;table-layout:fixed;min-width:520px;font-size:13px;
  border:0;color:var(--ink)}
-.ps-card .wide tr,.ps-card .wide tr:nth-child(even),.ps-card .wide tr:hover{background:none}
+.ps-card .wide tbody tr{background:var(--bg)!important}
 .ps-card .wide th,.ps-card .wide td{text-align:left;vertical-align:top;padding:4px 8px;border:0;
  border-bottom:1px solid var(--line);white-space:normal;overflow-wrap:anywhere;color:var(--ink);max-width:none}
 .ps-card .wide tbody th{width:104px;color:var(--muted);font-weight:400}
