@@ -505,6 +505,34 @@ MUTATIONS: list[Mutation] = [
         "pass",
         "tests/test_evaluation.py::test_each_evaluation_that_opens_the_clean_photos_is_counted",
     ),
+    Mutation(
+        "a located box is kept in other coordinates",
+        "pillsnap/dataset/focus.py",
+        "{x1 - x0}, {y1 - y0}",
+        "{x1}, {y1}",
+        "tests/test_second_look.py::test_validation_shows_what_the_product_sees",
+    ),
+    Mutation(
+        "an answer from a crop says that it saw the whole photo",
+        "pillsnap/models/pipeline.py",
+        '[boxes[0]], [scores[0]], "crop", 1)',
+        '[boxes[0]], [scores[0]], "whole", 1)',
+        "tests/test_second_look.py::test_no_photo_changes_the_mode_and_every_answer_names_its_view",
+    ),
+    Mutation(
+        "the checkpoint is chosen by whole photos, which the product does not see",
+        "pillsnap/dataset/loaders.py",
+        'view = "whole" if focus == "off" else "focus"',
+        'view = "whole"',
+        "tests/test_second_look.py::test_training_validates_by_the_path_first",
+    ),
+    Mutation(
+        "training crops do not err as the locator does",
+        "pillsnap/dataset/loaders.py",
+        "StageFocus(data, cfg).errors() if train and focused else None",
+        "None",
+        "tests/test_second_look.py::test_training_crops_err_as_the_locator_does",
+    ),
 ]
 
 
