@@ -533,7 +533,9 @@ class AnswerSettings(Block):
 
     alpha: float = key(0.05, "share of capture groups whose prediction set may miss the true drug", gt=0, lt=1)
     score: Literal["lac", "aps", "raps"] = key(
-        "lac", "score of the prediction sets; lac: shortest sets, empty where nothing is probable enough"
+        "aps",
+        "score of the prediction sets; aps: twins that share the probability are both in the set; "
+        "lac: shortest sets, empty where nothing is probable enough; raps: as aps, with a cost for long sets",
     )
     max_list: int = key(5, "drugs in a short list; a longer prediction set is no answer", ge=1)
 

@@ -84,7 +84,10 @@ def library_threshold(
     from mapie.classification import SplitConformalClassifier
     from mapie.conformity_scores import APSConformityScore, LACConformityScore, RAPSConformityScore
 
-    scorer: Any = {"lac": LACConformityScore, "aps": APSConformityScore, "raps": RAPSConformityScore}[score]()
+    kinds: dict[str, type] = {"lac": LACConformityScore, "aps": APSConformityScore, "raps": RAPSConformityScore}
+    if score != "lac":  # MAPIE refuses labels of two drugs, as a pair of twins has them, to every class but lac's
+        kinds[score] = type("Adaptive", (kinds[score], LACConformityScore), {})
+    scorer: Any = kinds[score]()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that some drugs have no calibration photo
         library = SplitConformalClassifier(
@@ -178,6 +181,8 @@ def fit_answer_rule(
         raise PillsnapError(f"no answer rule: {why}", where="answer.alpha", fix="a larger alpha, or a larger stage")
     calib, score, note = photos.of("calib"), str(settings.score), ""
     groups = np.asarray(calib.groups, object)
+    if calib.p.shape[1] < 3 and score != "lac":
+        score, note = "lac", "two drugs have no sets but lac's; "
     try:
         fit = group_threshold(calib.p, calib.labels, groups, score, settings.alpha)
     except ValueError as e:
