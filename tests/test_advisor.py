@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
-from pillsnap.core.files import save_json
 from pillsnap.core.jobs import is_interactive
 from pillsnap.core.records import Provenance
 from pillsnap.core.settings import setting
@@ -26,10 +25,8 @@ from pillsnap.evaluation.advisor import (
     performance_score,
     score_bars,
 )
-from pillsnap.evaluation.final import final_test_evaluation
-from pillsnap.evaluation.heldout import opening_obstacles
 from pillsnap.evaluation.latency import Latency
-from pillsnap.evaluation.ledger import append_ledger, read_ledger, record_decision, stage_4_done
+from pillsnap.evaluation.ledger import append_ledger, read_ledger
 from pillsnap.evaluation.menu import (
     advisor_menu,
     build_menu,
@@ -553,39 +550,6 @@ def test_choices_by_parameter(run):
 
 
 # ---- the sealed test -----------------------------------------------------------------------------
-
-
-@pytest.mark.spec("SP4")
-def test_the_door_stays_shut_until_everything_holds(tmp_path):
-    with pytest.raises(PillsnapError, match="not a run folder"):
-        final_test_evaluation(tmp_path)
-    save_json({"run_id": "abcdef"}, tmp_path / "run.json")
-    ask = dict(reason="release", confirm="abcdef")
-    assert len(opening_obstacles(tmp_path, **ask)) == 2
-    (tmp_path / "checkpoints/classifier").mkdir(parents=True)
-    (tmp_path / "checkpoints/classifier/best.pt").touch()
-    for stage, status, done in (
-        (1, "GO", False),
-        (4, "NO_GO", False),
-        (4, "TIME_CAP_SUCCESS", False),
-        (4, "NOT_MEASURED", False),
-        (4, "GO", True),
-        (4, "NO_GO", False),
-    ):
-        append_ledger(tmp_path, "gate", stage=stage, status=status)
-        assert bool(stage_4_done(tmp_path)) == done, (stage, status)
-    record_decision(tmp_path, "kim", "the gate cannot be measured on this machine")
-    assert (
-        opening_obstacles(tmp_path, **ask) == []
-        and len(opening_obstacles(tmp_path)) == 2
-        and len(opening_obstacles(tmp_path, reason=" ", confirm="abcdef")) == 1
-    )
-    with pytest.raises(PillsnapError, match="no configuration"):
-        final_test_evaluation(tmp_path, **ask)
-    assert (
-        "open" not in {e["kind"] for e in read_ledger(tmp_path)}
-        and not (tmp_path / "reports/final_test_results.json").exists()
-    )
 
 
 @pytest.mark.spec("BX7")

@@ -500,7 +500,7 @@ def test_any_bytes_give_a_record_or_a_reason(tmp_path, raw):
     where=st.sampled_from(["image", "bbox", "area", "images", "annotations", "top"]),
     drop=st.booleans(),
 )
-def test_any_value_anywhere_is_read_judged_and_counted(tmp_path, key, value, where, drop):
+def test_any_value_anywhere_is_read_checked_and_counted(tmp_path, key, value, where, drop):
     "Whatever stands in any place: the audit counts every file, and never raises."
     r = record(A, f"{A}_0_2_0_2_70_000_200", APART[0])
     if where == "image":

@@ -912,7 +912,7 @@ def test_korean_names_are_drawn_letter_by_letter(tmp_path):
         ("K-000573", 20, "K-000573"),
     ],
 )
-def test_titles_are_wrapped_by_the_room_they_take(text, width, out):
+def test_titles_are_wrapped_by_their_width(text, width, out):
     from pillsnap.core.plots import wrap_title
 
     assert wrap_title(text, width) == out

@@ -283,7 +283,7 @@ def test_4_the_weighted_sampler_draws_drugs_equally():
 
 
 @pytest.mark.spec("TL5")
-def test_4_whoever_does_the_work_delivers_the_same(stage, cfg):
+def test_4_threads_and_processes_deliver_the_same(stage, cfg):
     """One thread or three, or two spawned processes with a shared cache, two epochs: the same pictures in the same
     order, and other ones in the second epoch."""
     rows = stage.train.head(40)[lambda d: d["kind"] == "single"]

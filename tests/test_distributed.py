@@ -47,7 +47,7 @@ OVER = [
 
 
 @together
-def test_two_processes_are_one_stage(tmp_path, delivery):
+def test_two_processes_are_one_job(tmp_path, delivery):
     "Started as `accelerate launch` starts them; the first alone writes."
     run = split_folder(tmp_path / "run", delivery, *OVER)
     r = subprocess.run(
@@ -303,7 +303,7 @@ def broken_share(folder: str) -> None:
     )
 
 
-def test_a_stage_that_does_not_exist_is_told_before_anything_is_started(tmp_path):
+def test_a_job_that_does_not_exist_is_told_before_anything_is_started(tmp_path):
     "A message with the stages, no traceback of torch's; the same for a setting that is misspelt."
     for stage, over, want in (
         ("clasifier", [], "one of classifier, detector"),

@@ -49,7 +49,7 @@ def run(split_run, tmp_path):
 
 
 @pytest.mark.spec("BX1", "CT16", "CT17")
-def test_a_stage_that_died_after_its_training_reports_that_training(run):
+def test_a_job_that_died_after_its_training_reports_that_training(run):
     """Stopped early, then interrupted: the same command says so again, keeps the leak gap of this training, and
     takes none of an earlier one."""
     over = (

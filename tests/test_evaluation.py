@@ -480,7 +480,7 @@ def test_each_evaluation_that_opens_the_clean_photos_is_counted(copy, monkeypatc
 
 
 @pytest.mark.spec("BX8")
-def test_other_checkpoints_are_not_judged_by_old_figures(copy):
+def test_other_checkpoints_do_not_get_old_figures(copy):
     from pillsnap.models.factory import fresh_classifier_checkpoint
 
     made_at = read_json(copy / "reports/evaluation.json")["made"]
@@ -512,7 +512,7 @@ def test_other_checkpoints_are_not_judged_by_old_figures(copy):
     assert made_at <= doc["made"]
 
 
-def test_without_ultralytics_the_single_mode_is_still_judged(copy, monkeypatch):
+def test_without_ultralytics_the_single_mode_is_still_measured(copy, monkeypatch):
     import pillsnap.models.yolo as yolo
 
     def gone(*a, **k):
@@ -529,7 +529,7 @@ def test_without_ultralytics_the_single_mode_is_still_judged(copy, monkeypatch):
 
 
 @pytest.mark.spec("SG1")
-def test_crashes_come_from_the_stage_records(tmp_path):
+def test_crashes_come_from_the_job_records(tmp_path):
     prov = Provenance("synthetic", "a" * 64, "b" * 64)
     assert not R.crash_record(tmp_path, prov).measured
     for s in K.BEFORE:
@@ -607,17 +607,6 @@ def test_the_memory_slope_is_theil_sens(mb):
     assert record.value == (slope * len(late) / late[0] <= R.FLAT)
 
 
-@pytest.mark.spec("SG1")
-def test_memory_flat_leaking_and_unknown():
-    prov = Provenance("synthetic", "a" * 64, "b" * 64)
-
-    def m(mb):
-        return R.memory_record([{"rss_mb": v, "seconds": 2.0} for v in mb], prov)
-
-    assert m([800, 950, *[1000] * 8]).value is True and m([1000 + 5 * i for i in range(12)]).value is False
-    assert m([1000] * 5).measured is False and R.memory_record([{"epoch": 1}] * 9, prov).measured is False
-
-
 @pytest.mark.spec("SG5")
 def test_checks_carry_their_evidence(copy):
     doc, cfg = read_json(copy / "reports/evaluation.json"), load_config("smoke")
@@ -678,7 +667,7 @@ def test_every_mandatory_check_is_measured_declared_or_says_why_not(copy):
 
 @pytest.mark.spec("SG3")
 @pytest.mark.parametrize("ratio, passed", [(1.0, True), (10.0, True), (10.01, False), (269.0, False), (None, None)])
-def test_class_balance_is_judged_by_its_ratio(copy, ratio, passed):
+def test_class_balance_is_checked_by_its_ratio(copy, ratio, passed):
     doc = read_json(copy / "reports/evaluation.json")
     m = Metric.from_dict(doc["metrics"]["class_imbalance_ratio"])
     doc["metrics"]["class_imbalance_ratio"] = replace(m, value=ratio, seconds=1.0).to_dict()

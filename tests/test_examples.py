@@ -18,7 +18,7 @@ def literal(tree: ast.Module, name: str):
     return next(ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == name)
 
 
-def test_the_airflow_dag_runs_stage_notebooks_in_the_pipelines_order():
+def test_the_airflow_dag_runs_job_notebooks_in_the_pipelines_order():
     tree = ast.parse((EXAMPLES / "airflow_dag.py").read_text(encoding="utf-8"))
     stages = literal(tree, "STAGES")
     order = {s.notebook: (i, s) for i, s in enumerate(PIPELINE)}
@@ -28,7 +28,7 @@ def test_the_airflow_dag_runs_stage_notebooks_in_the_pipelines_order():
         check_parameters(order[s][1].path, [k.value for k in given.keys])
 
 
-def test_the_prefect_flow_runs_every_stage_of_the_sequential_strategy():
+def test_the_prefect_flow_runs_every_job_of_the_sequential_strategy():
     tree = ast.parse((EXAMPLES / "prefect_flow.py").read_text(encoding="utf-8"))
     loop = next(n for n in ast.walk(tree) if isinstance(n, ast.For))
     assert ast.literal_eval(loop.iter) == tuple(s.name for s in PIPELINE if s.strategy in ("", "sequential"))

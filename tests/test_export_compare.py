@@ -308,7 +308,7 @@ def test_photos_are_of_the_stage_and_never_sealed(ready):
 
 
 @pytest.mark.spec("EX1", "EX2", "BX15")
-def test_stage_writes_bundle_and_report(exported):
+def test_the_job_writes_bundle_and_report(exported):
     run, res = exported
     for f in ("export/classifier.onnx", "export/detector.onnx", "export/bundle.json", "reports/export.json"):
         assert (run / f).is_file(), f

@@ -314,7 +314,7 @@ def test_a_folder_of_classes_trains_too(tmp_path):
     assert res.table[0]["value"] == 1.0 and {"가", "나", "다"} == set(load_split_data(tmp_path / "run", 0).class_map)
 
 
-def test_the_retrieval_stage_refuses_another_family(pills, tmp_path):
+def test_the_retrieval_job_refuses_another_family(pills, tmp_path):
     from pillsnap.training.retrieval import RetrievalJob
 
     given = split_for("two_stage", pills, tmp_path / "run")

@@ -87,7 +87,7 @@ def test_a_configuration_makes_a_gate_stricter_and_never_laxer(stage):
     assert simple_stage_evaluation(stage, reached, target_accuracy=acc, max_latency_ms=p95).notes == ("first run",)
 
 
-def test_a_run_is_judged_by_its_own_configuration(tmp_path, monkeypatch):
+def test_a_runs_gate_follows_its_own_configuration(tmp_path, monkeypatch):
     "What the evaluation job hands to the gate comes from the stage's block of the run's configuration."
     from pillsnap.core.config import load_config
     from pillsnap.evaluation import scorecard as S
@@ -487,7 +487,7 @@ def test_the_protocols_figures():
 
 
 @pytest.mark.spec("EV6")
-def test_other_hardware_is_shown_and_not_judged():
+def test_other_hardware_is_shown_without_a_verdict():
     f = facts(p95=1.0)
     for change in (
         dict(precision="fp32"),

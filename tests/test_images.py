@@ -521,7 +521,7 @@ def test_letterbox_and_back(w, h, size, seed):
     )
 
 
-def test_neither_room_imports_torch():
+def test_neither_module_imports_torch():
     "The shipped program opens and cuts photos with numpy, Pillow and OpenCV alone."
     code = (
         "import sys\n"

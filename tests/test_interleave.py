@@ -38,7 +38,7 @@ SOLO = (
 
 
 @pytest.mark.spec("X75")
-def test_one_key_puts_one_stage_in_the_place_of_two(tmp_path, monkeypatch, capsys):
+def test_one_key_puts_one_job_in_the_place_of_two(tmp_path, monkeypatch, capsys):
     from pillsnap.cli import PIPELINE
     from pillsnap.core import runner
 

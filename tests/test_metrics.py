@@ -185,7 +185,7 @@ def test_temperature_is_the_minimum_that_scipy_finds(factor):
 
 
 @pytest.mark.spec("EV3", "X82")
-def test_calibration_photos_fit_and_clean_photos_judge():
+def test_calibration_photos_fit_and_clean_photos_give_the_figure():
     z, y = scores(6, 600)
     number = np.repeat(np.arange(60), 10)
     groups, parts = [f"g{i}" for i in number], np.array(["calib", "clean", "val"], object)[number % 3]

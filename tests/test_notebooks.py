@@ -104,7 +104,7 @@ def test_no_star_imports_in_exported_code(path):
 
 @BY_NAME
 @pytest.mark.spec("BX15")
-def test_a_stage_has_one_parameters_cell(path):
+def test_a_job_has_one_parameters_cell(path):
     nb = nbformat.read(path, 4)
     is_stage = any(c.cell_type == "markdown" and "## Stage job" in c.source for c in nb.cells)
     tagged = [c for c in nb.cells if "parameters" in c.metadata.get("tags", [])]
@@ -121,7 +121,7 @@ def test_a_stage_has_one_parameters_cell(path):
         assert any("assert" in s or "test_" in s for s in tail[i + 4 :]), "the contract: assertions true at any scale"
 
 
-def test_the_six_stages_are_the_pipeline_and_the_others_stand_aside():
+def test_the_six_jobs_are_the_pipeline_and_the_others_stand_aside():
     from pillsnap.cli import ASIDE, PIPELINE
 
     stages = {p.stem for p in NBS if any("## Stage job" in c.source for c in cells(p, "markdown"))}
@@ -263,7 +263,7 @@ LIGHT = [
 
 
 @pytest.mark.parametrize("module", LIGHT)
-def test_light_rooms_stay_light(module):
+def test_light_modules_stay_light(module):
     "These import neither torch nor what stands on it (deployment runs without; the pure rules are pure)."
     code = (
         f"import sys; import {module}; bad = [m for m in {HEAVY!r} if m in sys.modules]; print(bad); "

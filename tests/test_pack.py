@@ -312,7 +312,7 @@ def test_the_machines_trouble_is_never_the_photos(photos, tmp_path):
 
 
 @pytest.mark.spec("RS5")
-def test_no_room_is_said_before_it_starts(photos, tmp_path, monkeypatch):
+def test_too_little_space_is_said_before_it_starts(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(P.shutil, "disk_usage", lambda p: SimpleNamespace(free=50_000))
     with pytest.raises(PillsnapError, match="GB are free"):
         build_pack(photos.rows, photos.root, tmp_path / "p", workers=1, progress=False)

@@ -21,7 +21,7 @@ def pillsnap(*args, cwd=None, timeout=300):
 
 
 @pytest.mark.spec("BX15")
-def test_every_stage_notebook_ran_and_holds_the_runs_id(smoke_run):
+def test_every_job_notebook_ran_and_holds_the_runs_id(smoke_run):
     for s in [s for s in PIPELINE if s.strategy in ("", "sequential")]:
         text = (smoke_run / "notebooks" / s.path.name).read_text(encoding="utf-8")
         assert run_id(smoke_run) in text, s.name
@@ -97,7 +97,7 @@ def test_the_final_test_stays_sealed(smoke_run):
 
 @pytest.mark.spec("CF5")
 @pytest.mark.parametrize("kind", ["missing root", "empty delivery", "every photo broken"])
-def test_a_delivery_that_cannot_be_used_stops_the_first_stage(delivery, tmp_path, kind):
+def test_a_delivery_that_cannot_be_used_stops_the_first_job(delivery, tmp_path, kind):
     import shutil
 
     root, run = tmp_path / "aihub", tmp_path / "run"

@@ -76,7 +76,7 @@ def test_every_bar_is_made_by_progress():
 
 
 @pytest.mark.spec("CF4", "BX15")
-def test_a_stage_on_a_terminal_and_its_executed_notebook(tmp_path):
+def test_a_job_on_a_terminal_and_its_executed_notebook(tmp_path):
     "The job renders and opens photos for seconds: a line each on the terminal, a display each in the notebook."
     command = [
         sys.executable,
@@ -124,7 +124,7 @@ def test_a_stage_on_a_terminal_and_its_executed_notebook(tmp_path):
         ["all", "--config", "two_stage", "data.task=segmentation", "paths.root=no/such/masks"],
     ],
 )
-def test_a_stage_without_its_inputs_leaves_no_folder(arguments, tmp_path, monkeypatch, capsys):
+def test_a_job_without_its_inputs_leaves_no_folder(arguments, tmp_path, monkeypatch, capsys):
     from pillsnap.cli import main
 
     monkeypatch.chdir(tmp_path)

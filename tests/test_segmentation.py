@@ -98,7 +98,7 @@ def test_without_the_package_one_plain_error(monkeypatch):
         albumentations()
 
 
-def test_the_room_does_not_import_the_package():
+def test_the_module_does_not_import_the_package():
     code = "import sys, pillsnap.dataset.masks; sys.exit('albumentations' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 

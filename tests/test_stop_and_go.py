@@ -282,7 +282,7 @@ def test_killed_and_asked_to_stop_in_mid_epoch_and_still_the_same(delivery, tmp_
 
 
 @pytest.mark.spec("CT14", "SG6", "BX23")
-def test_the_run_counts_its_memory_errors_and_judges_the_mean_of_its_best(delivery, tmp_path, monkeypatch):
+def test_the_run_counts_its_memory_errors_and_measures_the_mean_of_its_best(delivery, tmp_path, monkeypatch):
     """Two planted errors in one batch: cache, then two halves; the advisor's number is 2. And averaged.pt lies
     there exactly if validation agreed."""
     import fastai.learner

@@ -48,7 +48,7 @@ def test_the_wheel_carries_what_a_run_needs(installed):
 
 
 @pytest.mark.spec("BX15")
-def test_a_stage_runs_from_the_wheel_in_an_empty_folder(installed, tmp_path):
+def test_a_job_runs_from_the_wheel_in_an_empty_folder(installed, tmp_path):
     env = {**os.environ, "PYTHONPATH": str(installed)}
     r = subprocess.run(
         [sys.executable, "-m", "pillsnap", "run", "all", "--config", "smoke", "--only", "conversion"],

@@ -440,7 +440,7 @@ MUTATIONS: list[Mutation] = [
         "pillsnap/core/runner.py",
         "spec.job_class().check_inputs(root, cfg)",
         "pass",
-        "tests/test_progress.py::test_a_stage_without_its_inputs_leaves_no_folder",
+        "tests/test_progress.py::test_a_job_without_its_inputs_leaves_no_folder",
     ),
     Mutation(
         "a frame of progress is a new output of the notebook",
