@@ -75,6 +75,7 @@ from pillsnap.evaluation.figures import (
     split_record,
     unreliable,
 )
+from .focus import FocusComparison, measure_focus
 from .latency import Latency, plot_latency
 from .reports import plot_confusion_matrix, plot_detection_results, plot_roc_pr_curves
 from .safeanswers import SAFE_RECORDS, Classes, SafeAnswers, answer_photos
@@ -215,6 +216,7 @@ class Measurements:
     atlas: Atlas | None = None  # what is taken for what
     atlas_images: list = field(default_factory=list)  # cut-outs of its pairs
     conditions: ConditionPanel | None = None  # accuracy by light, camera, blur, phone and the like
+    focus: FocusComparison | None = None  # the ways to find a pill, on the clean photos
 
 # %% ../../nbs/evaluation/768_measurements.ipynb #e5ba623e
 @patch
@@ -264,6 +266,8 @@ def run_records(
     rec |= self.calibration_records() | training_records(history, prov) | service_records(prov)
     if self.conditions:
         rec |= self.conditions.records(prov, self.answers.scores.seconds / 2)
+    if self.focus:
+        rec |= self.focus.records(prov)
     return rec | {
         "memory_stable_hours": long_run_record(rec["memory_stable"], history, prov),
         "train_overlap": overlap_record(root, self.data, self.photos, prov),
@@ -410,6 +414,8 @@ def measure(
     measured.atlas, measured.atlas_images = _look_alikes(evaluator, measured, root)
     measured.answer_safely(root, cfg.answer, evaluator.pipeline)
     measured.conditions = _conditions(evaluator, measured, cfg.evaluation)
+    clean = [p for p in singles if p.part == "clean"]
+    measured.focus = measure_focus(evaluator, clean, data.train, seed=cfg.train.seed)
     measured.metrics |= measured.run_records(root, cfg)
     return measured
 
@@ -470,6 +476,8 @@ def write(
         predictions += [save_json(self.safe.rule.to_dict(), reports / "answer_rule.json"), *self.safe.save(reports)]
     if self.conditions:
         predictions.append(self.conditions.save(reports / "conditions.json"))
+    if self.focus:
+        predictions.append(self.focus.save(reports / "focus.json"))
     doc = self.document(run.root) | {"hard_cases": badges, "badges": badges}
     evaluation = save_json(doc, reports / "evaluation.json")
     if self.atlas:
@@ -541,5 +549,7 @@ def figures(
         found["detection"] = boxes
     if self.conditions and self.conditions.strata:
         found["conditions"] = self.conditions.plot()
+    if self.focus and self.focus.photos:
+        found["focus"], found["focus_worst"] = self.focus.plot(), self.focus.sheet()
     found["latency"] = plot_latency(self.timings, hardware())
     return found
