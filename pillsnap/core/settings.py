@@ -7,8 +7,8 @@ __all__ = ['FEATURE_SETS', 'Block', 'key', 'Project', 'Paths', 'StageSpec', 'Pro
            'AugmentDetection', 'AugmentClassification', 'Augment', 'Imbalance', 'Data', 'RamOptimization',
            'DataLoaderConfig', 'PackConfig', 'Ema', 'Mixing', 'Saving', 'EarlyStopping', 'OomPolicy',
            'TrainClassification', 'TrainDetection', 'TrainSegmentation', 'StageOverride', 'Train', 'Optimization',
-           'Inference', 'AnswerSettings', 'Synth', 'Evaluation', 'Export', 'NarrowPreprocessing', 'NarrowAugmentation',
-           'Narrow', 'Retrieval', 'Config', 'active_features', 'setting']
+           'Inference', 'AnswerSettings', 'SplitsSettings', 'Synth', 'Evaluation', 'Export', 'NarrowPreprocessing',
+           'NarrowAugmentation', 'Narrow', 'Retrieval', 'Config', 'active_features', 'setting']
 
 # %% ../../nbs/core/020_settings.ipynb #cf1a08cc
 import os
@@ -538,6 +538,22 @@ class AnswerSettings(Block):
         "lac: shortest sets, empty where nothing is probable enough; raps: as aps, with a cost for long sets",
     )
     max_list: int = key(5, "drugs in a short list; a longer prediction set is no answer", ge=1)
+    unknown_refused: float = key(
+        0.02,
+        "share of known drugs' calibration photos that the unknown score may refuse, a group counted once",
+        ge=0,
+        lt=1,
+    )
+
+
+class SplitsSettings(Block):
+    "Drugs that are kept out of the classes, to measure what happens with a drug that nobody trained on."
+
+    unknown_share: float = key(0.02, "share of the drugs that is no class in any stage", ge=0, lt=1)
+    min_photos: int = key(1, "drugs with fewer single photos are no class in any stage", ge=1)
+    unknown_photos: int = key(
+        500, "photos of unknown drugs to choose the unknown score on, and as many to test it", ge=0
+    )
 
 
 class Synth(Block):
@@ -551,6 +567,8 @@ class Synth(Block):
     height: int = key(1280, "photo height, pixels", ge=64)
     val_drugs: Literal["new", "same"] = key("new", "drugs of the sealed Validation tree")
     faults: bool = key(False, "plant the faults that real deliveries have")
+    unknown_drugs: int = key(0, "further drugs in Training, in no combination; a sixth of them look like others", ge=0)
+    unknown_photos: int = key(18, "single photos of each of them", ge=1)
 
 
 class Evaluation(Block):
@@ -563,6 +581,7 @@ class Evaluation(Block):
     advisor_thresholds: tuple[float, float, float] = key(
         (1.0, 0.7, 0.5), "performance scores: all met, proceed, optimise"
     )
+    objects: int = key(96, "drawn photos without a pill to choose the unknown score on, and as many to test it", ge=0)
     latency_warmup: int = key(20, "answers before the timed ones", ge=0)
     latency_runs: int = key(200, "answers timed", ge=1)
     condition_photos: int = key(
@@ -659,6 +678,7 @@ class Config(Block):
     optimization: Optimization = key(Optimization(), "speed")
     inference: Inference = key(Inference(), "exported models")
     answer: AnswerSettings = key(AnswerSettings(), "the safe answer")
+    splits: SplitsSettings = key(SplitsSettings(), "drugs that no model trains on")
     synth: Synth = key(Synth(), "synthetic delivery")
     evaluation: Evaluation = key(Evaluation(), "evaluation")
     export: Export = key(Export(), "export to ONNX")

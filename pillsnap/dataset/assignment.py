@@ -8,6 +8,7 @@ __all__ = ['logger', 'proportional_counts', 'plan_stages', 'photo_rank', 'Splits
 
 # %% ../../nbs/dataset/455_assignment.ipynb #404664d9
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
@@ -176,7 +177,9 @@ def _split_records(
     "Give every record its role and stages."
     s, df = settings, df.assign(group=group_keys(df, settings.group_by))
     singles = df["kind"] == "single"
-    order = _stage_order(df, s.seed)
+    order, classes = _stage_order(df, s)
+    if classes < len(order):
+        s = replace(s, quotas=[q._replace(max_classes=min(q.max_classes or classes, classes)) for q in s.quotas])
     g = order_groups(df, s.seed, s.stratified and s.group_by != "drug" and len(order) > 1)
     df["role"] = df["group"].map(dict(zip(g.index, assign_roles(g, order, s))))
     if s.group_by == "drug":
@@ -192,10 +195,17 @@ def _split_records(
     return df
 
 
-def _stage_order(df: pd.DataFrame, seed: int) -> list[str]:
-    "The drugs with single photos, in the order in which stages take them."
-    drugs = df.loc[df["kind"] == "single", "class_key"].unique()
-    return [drugs[i] for i in np.argsort(stable_hash(drugs, seed, "drug"), kind="stable")]
+def _stage_order(
+    df: pd.DataFrame,  # tidy records
+    settings: SplitSettings,  # seed, and which drugs are no classes
+) -> tuple[list[str], int]:  # drugs, and how many of them, from the first, may be classes
+    "The drugs with single photos in the order in which stages take them; those that no stage takes come last."
+    singles = df[df["kind"] == "single"].drop_duplicates("path")
+    drugs, count = singles["class_key"].unique(), Counter(singles["class_key"])
+    drawn = [str(drugs[i]) for i in np.argsort(stable_hash(drugs, settings.seed, "drug"), kind="stable")]
+    few = [d for d in drawn if count[d] < settings.min_photos]
+    enough = [d for d in drawn if count[d] >= settings.min_photos]
+    return enough + few, len(enough) - int(settings.unknown_share * len(enough))
 
 # %% ../../nbs/dataset/455_assignment.ipynb #202b8494
 def _split_warnings(
@@ -244,7 +254,8 @@ def _parts(
 ) -> Splits:
     "The parts of one stage."
     quota = settings.quota
-    classes = sorted(_stage_order(df, settings.seed)[: quota.max_classes])
+    order, most = _stage_order(df, settings)
+    classes = sorted(order[: min(quota.max_classes or most, most)])
     own = [c for c in df.columns if c not in ("group", "role", "enters", "pooled")]
 
     def part(rows: pd.Series, name: str | pd.Series, stage: str = "enters") -> pd.DataFrame:

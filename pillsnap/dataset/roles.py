@@ -102,6 +102,8 @@ class SplitSettings:
     test_known_ratio: float = 0.05  # share of the photos that is sealed, if the ratio has no test part
     quotas: Sequence[StageQuota] = (StageQuota(),)  # every stage of the delivery, from small to large
     stage: int | None = None  # the stage that is cut; None = the last
+    unknown_share: float = 0.0  # share of the drugs that is no class in any stage
+    min_photos: int = 1  # drugs with fewer single photos are no class in any stage
 
     @property
     def val_ratio(self) -> float:
@@ -129,6 +131,8 @@ class SplitSettings:
             "test_known_ratio": self.test_known_ratio,
             "quotas": [list(q) for q in self.quotas],
             "stage": self.quota.stage,
+            "unknown_share": self.unknown_share,
+            "min_photos": self.min_photos,
         }
 
 # %% ../../nbs/dataset/454_roles.ipynb #b1a48806

@@ -25,7 +25,7 @@ from ..core.plots import save_fig
 from ..core.settings import Config
 from .assignment import Splits, split_delivery
 from .conversion import smoke_conversion
-from .drugs import drug_names
+from .drugs import drug_names, drug_records
 from .duplicates import Duplicates, check_group_sizes, load_duplicates, name_groups, plot_duplicates
 from pillsnap.dataset.families import (
     choose_classes,
@@ -49,6 +49,7 @@ from pillsnap.dataset.splitfiles import (
     write_splits,
 )
 from .splitplots import SplitPlots, plot_neighbours
+from .unknowns import choose_unknowns
 from .yolotree import write_yolo_tree
 from ..delivery.index import read_manifest
 
@@ -85,6 +86,7 @@ class SplitsJob(Job):
         "data.max_samples",
         "data.progressive_validation",
         "evaluation.min_eval_samples",
+        "splits",
         "train.seed",
     )
     keys: ClassVar[dict[str, str]] = {"seed": "train.seed", "stage_n": "data.progressive_validation.current_stage"}
@@ -151,7 +153,21 @@ def _split_settings(cfg: Config, stage: int) -> SplitSettings:
         test_known_ratio=cfg.data.test_known_ratio,
         quotas=stage_quotas(cfg),
         stage=stage,
+        unknown_share=cfg.splits.unknown_share if cfg.project.family == "two_stage" else 0.0,
+        min_photos=cfg.splits.min_photos,
     )
+
+
+def _unknown_note(unknown: pd.DataFrame) -> list[str]:
+    "A sentence about the drugs that are no classes; none without one."
+    if not len(unknown):
+        return []
+    drugs = unknown.groupby("split")["class_key"].nunique()
+    alike = unknown.loc[unknown["alike"] != "", "class_key"].nunique()
+    return [
+        f"{drugs.sum()} drugs are no classes: {drugs.get('validation', 0)} choose how unknown drugs are told, "
+        f"{drugs.get('test', 0)} test it; {alike} of them look like a known drug"
+    ]
 
 
 @patch
@@ -177,11 +193,14 @@ def _cut(
     splits = split_delivery(tidy_records(df), _split_settings(cfg, self.stage_n))
     check_nested(splits, art)
     notes = notes + sealed_changes(splits, art)
+    unknown = choose_unknowns(tidy_records(df), splits, drug_records(run.root), cfg.splits.unknown_photos)
+    notes = notes + _unknown_note(unknown)
     write_splits(
         splits,
         art / f"stage{self.stage_n}",
         sealed_in=art,
         manifest={k: header[k] for k in ("data_hash", "source", "rows")},
+        unknown=unknown,
     )
     return _StageSplit(splits, df, header, dup, notes + decided)
 
@@ -298,7 +317,7 @@ def work(self: SplitsJob, run: RunFolder, cfg: Config) -> JobResult:
         "label_conflicts": c.dup.conflicts,
     }
     save_json(report, reports / "splits.json")
-    tables = [folder / "splits.json", folder / "classes.json", *(part_file(folder, n) for n in PARTS)]
+    tables = [folder / "splits.json", folder / "classes.json", *(part_file(folder, n) for n in (*PARTS, "unknown"))]
     return JobResult(
         _verdict(c.splits, self.stage_n),
         table,

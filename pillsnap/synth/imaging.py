@@ -35,7 +35,7 @@ def blur(
 
 # %% ../../nbs/synth/208_imaging.ipynb #a606ddcf
 def linear_light(
-    rgb: tuple,  # sRGB, 0..255
+    rgb: tuple | np.ndarray,  # sRGB, 0..255
 ) -> np.ndarray:  # linear light, 0..1
     "sRGB to linear light (IEC 61966-2-1)."
     x = np.asarray(rgb, f32) / 255

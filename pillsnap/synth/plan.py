@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 # %% ../../nbs/synth/234_plan.ipynb #915359fb
 from ..core.errors import PillsnapError
-from .catalogue import Catalogue, make_catalogue
+from .catalogue import Catalogue, make_catalogue, unknown_catalogue
 from .draws import rng_for
 from .faults import plant_faults, plant_near_duplicates
 from .renderer import Shot
@@ -109,9 +109,13 @@ def plan_delivery(  # noqa: PLR0913 - the settings of a delivery, as a person ty
     zip_parts: bool = False,  # archives
     domain: str = "studio",  # or "phone"
     labels_only: bool = False,  # annotations without photos
+    unknown_drugs: int = 0,  # further drugs in train
+    unknown_photos: int = 18,  # single photos of each of them
 ) -> DeliveryPlan:
     "Decide everything about a delivery; nothing is drawn or written."
     _check_settings(settings := dict(locals()))
+    if not unknown_drugs:
+        del settings["unknown_drugs"], settings["unknown_photos"]
     if labels_only:
         return DeliveryPlan(settings, (), {"schema": "pillsnap.synthetic/1", **settings})
     base, train = Shot(width=width, height=height, domain=domain), make_catalogue(drugs, seed)
@@ -119,6 +123,9 @@ def plan_delivery(  # noqa: PLR0913 - the settings of a delivery, as a person ty
     singles, mixed = _split_tasks(train, photos, combos, Session("train", base, seed))
     tests = _split_tasks(val, *_val_counts(photos, combos, len(val)), Session("val", base, seed))
     singles, near = plant_near_duplicates(singles, max(2, len(singles) // 150), seed)
+    others = unknown_catalogue(train, unknown_drugs, seed) if unknown_drugs else Catalogue(())
+    for i, d in enumerate(others, len(train)):
+        singles += single_tasks(d, i, unknown_photos, Session("train", base, seed))
     spoilt = {}
     if faults:
         singles, mixed, spoilt = plant_faults(singles, mixed, {n[k] for n in near for k in ("source", "copy")}, seed)
@@ -132,6 +139,7 @@ def plan_delivery(  # noqa: PLR0913 - the settings of a delivery, as a person ty
             "val_combo": len(tests[1]),
         },
         **ledger_of_drugs(train, val),
+        **({"unknown_codes": [d.kcode for d in others], "unknown_twins": others.twins} if unknown_drugs else {}),
         "near_duplicates": near,
         "planted_faults": spoilt,
     }

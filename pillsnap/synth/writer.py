@@ -96,10 +96,15 @@ def write_delivery(  # noqa: PLR0913 - the settings of a delivery, as a person t
     workers: int | None = None,  # processes; None: one per core when it pays
     progress: bool = True,  # show a progress bar
     labels_only: bool = False,  # annotations without photos: half a million in minutes
+    unknown_drugs: int = 0,  # further drugs in train, in no combination
+    unknown_photos: int = 18,  # single photos of each of them
 ) -> dict:  # the ledger, as in SYNTHETIC.json
     "Render a delivery in AI Hub's format; continue an interrupted one, leave a finished one as it is."
     out = Path(out).absolute()  # a worker may run in another folder
-    plan = plan_delivery(drugs, photos, combos, seed, width, height, faults, val_drugs, zip_parts, domain, labels_only)
+    others = dict(unknown_drugs=unknown_drugs, unknown_photos=unknown_photos)
+    plan = plan_delivery(
+        drugs, photos, combos, seed, width, height, faults, val_drugs, zip_parts, domain, labels_only, **others
+    )
     if (out / "SYNTHETIC.json").is_file() and (done := claim_folder(out, plan)) is not None:
         return done
     with FolderLock(out):
