@@ -479,7 +479,7 @@ def not_comparable(
 # %% ../../nbs/evaluation/778_diff.ipynb #78e6246b
 # Words of a figure's name that say which way is better; without one of them, a figure only "differs".
 HIGHER = {"accuracy", "f1", "top5", "map", "map50", "precision", "recall", "found", "kept", "auroc", "throughput"}
-LOWER = {"ece", "invented", "ms", "s", "wrong", "overlap", "fpr", "risk", "aurc", "gap"}
+LOWER = {"ece", "invented", "harmful", "ms", "s", "wrong", "overlap", "fpr", "risk", "aurc", "gap"}
 
 
 def _direction(name: str) -> int:
