@@ -38,6 +38,7 @@ PICTURES = {  # file in reports/ → what it shows
     "evaluation_mistakes": "Wrong answers with the highest probability, or right ones with the lowest.",
     "evaluation_reliability": "Reliability diagram: accuracy at each confidence.",
     "evaluation_detection": "Boxes of the detector on photos with several pills.",
+    "evaluation_conditions": "Accuracy by light, camera, pill size, blur, compression, white balance and phone.",
     "evaluation_latency": "How long an answer takes.",
     "export_boxes": "Boxes of the same photos from torch and from ONNX.",
 }

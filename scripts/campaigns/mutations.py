@@ -533,6 +533,20 @@ MUTATIONS: list[Mutation] = [
         "None",
         "tests/test_second_look.py::test_training_crops_err_as_the_locator_does",
     ),
+    Mutation(
+        "a condition is called weak without a correction for the number of conditions",
+        "pillsnap/evaluation/strata.py",
+        "holm([strata[i].p for i in tested])",
+        "[strata[i].p for i in tested]",
+        "tests/test_conditions.py::test_without_a_weakness_none_is_named",
+    ),
+    Mutation(
+        "the interval of a condition counts photos of one capture group as independent",
+        "pillsnap/evaluation/strata.py",
+        "n = len(x) / (1 + ((size**2).sum() / size.sum() - 1) * rho)",
+        "n = len(x)",
+        "tests/test_conditions.py::test_photos_of_one_group_count_as_one",
+    ),
 ]
 
 
