@@ -109,7 +109,7 @@ def validate_detection(
 # %% ../nbs/930_aliases.ipynb #d40a446d
 def predict_pipeline(
     image: np.ndarray | str | Path | bytes,  # [H, W, 3] uint8 RGB, a file, or a file's content
-    mode: str = "single",  # single: the whole photo is one pill; combo: find the pills first
+    mode: str = "single",  # single: the photo shows one pill; combo: find the pills first
     conf_threshold: float = 0.3,  # boxes below are dropped; single ignores it
     **kwargs: Any,  # the other fields of Pipeline: classifier, class_map, detector, ...
 ) -> dict[str, Any]:  # the predict JSON of models.pipeline.answer_schema

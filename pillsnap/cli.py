@@ -415,7 +415,7 @@ def predict(  # noqa: PLR0913 - one parameter for each option of the command
     mode: Annotated[
         str | None,
         typer.Option(
-            help="single: the whole photo is one pill; combo: detect the pills first; "
+            help="single: one pill, located and cut out; combo: detect the pills first; "
             "default: data.default_mode of the run"
         ),
     ] = None,

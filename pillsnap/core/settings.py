@@ -172,6 +172,12 @@ class AugmentClassification(Block):
     auto_augment: str | None = key(None, "a timm policy string instead of RandAugment")
     rotation: float = key(0.0, "random turn, degrees either way; pills lie as they fall", ge=0, le=180)
     erasing: float = key(0.0, "share of photos that lose a random rectangle", ge=0, le=1)
+    blur: float = key(
+        0.0,
+        "share of views that lose detail as far or unsharp photos do, so that an unreadable imprint is unsure",
+        ge=0,
+        le=1,
+    )
     crop_scale_min: float = key(0.8, "smallest random crop, share of the area", gt=0, le=1)
 
 

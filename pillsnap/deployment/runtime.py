@@ -401,7 +401,7 @@ def pipeline(
 def predict(
     self: Bundle,
     photo: np.ndarray | str | Path | bytes,  # [H, W, 3] uint8 RGB, a file, or a file's content
-    mode: str | None = None,  # single: the whole photo is one pill; combo: find the pills first; None = the bundle's
+    mode: str | None = None,  # single: the photo shows one pill; combo: find the pills first; None = the bundle's
     topk: int | None = None,  # drugs listed for each pill; None = the bundle's
     conf_threshold: float | None = None,  # boxes below are dropped; None = the bundle's
     box_count: int | None = None,  # pills that somebody counted: a hint for the badge

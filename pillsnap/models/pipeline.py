@@ -245,7 +245,7 @@ def check_mode(
     if mode == "auto":
         what = "there is no automatic mode: the person chooses, and the program never switches"
     raise PillsnapError(
-        what, where="mode", fix="ask for single (the whole photo is one pill) or combo (find the pills first)"
+        what, where="mode", fix="ask for single (the photo shows one pill) or combo (find the pills first)"
     )
 
 # %% ../../nbs/models/570_pipeline.ipynb #6299531c
@@ -383,7 +383,7 @@ def _item(self: Pipeline, p: np.ndarray, topk: int) -> dict[str, Any]:
 def predict(
     self: Pipeline,
     image: np.ndarray | str | Path | bytes,  # [H, W, 3] uint8 RGB, a file, or a file's content
-    mode: str = "single",  # single: the whole photo is one pill; combo: find the pills first
+    mode: str = "single",  # single: the photo shows one pill; combo: find the pills first
     topk: int = 5,  # drugs listed for each pill
     box_count: int | None = None,  # pills that somebody counted: a hint for the badge
 ) -> dict[str, Any]:  # the predict JSON of answer_schema

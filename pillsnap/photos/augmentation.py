@@ -80,6 +80,8 @@ _COLUMNS = (
     "erase_x",
     "erase_y",
     "policy",
+    "blur",
+    "blur_much",
 )
 COL = {name: i for i, name in enumerate(_COLUMNS)}  # column of `draws`
 DRAWS = len(_COLUMNS)  # numbers per sample
@@ -396,6 +398,20 @@ def send_arrays(
     out = {k: block[starts[k] : starts[k] + v.size].view(v.shape) for k, v in arrays.items()}
     return {k: out[k].long() if v.dtype.kind == "i" else out[k] for k, v in arrays.items()}
 
+# %% ../../nbs/photos/350_augmentation.ipynb #ab90e7f6
+_BLUR = (3, 6, 12, 18, 24)  # factors of the reduction; at 24 a view of 144 pixels keeps six
+
+
+def _blurred_rows(
+    draws: np.ndarray,  # float [n, DRAWS]
+    share: float,  # of the views that lose detail
+) -> dict[int, np.ndarray]:  # factor → rows, int64; without factors that no photo drew
+    "Which photos are reduced, and by how much."
+    factor = np.array(_BLUR)[(draws[:, COL["blur_much"]] * len(_BLUR)).astype(int)]
+    chosen = draws[:, COL["blur"]] < share
+    rows = {f: np.flatnonzero(chosen & (factor == f)) for f in _BLUR}
+    return {f: r for f, r in rows.items() if len(r)}
+
 # %% ../../nbs/photos/350_augmentation.ipynb #afd5a54a
 @patch
 def numbers(
@@ -410,6 +426,8 @@ def numbers(
     out["m"], out["n"] = colour_matrices(ops, draws, self.a.color_jitter[:3])
     if hue := self.a.color_jitter[3]:
         out["hue"] = hue * (2 * draws[:, COL["hue"]] - 1)
+    for factor, rows in _blurred_rows(draws, self.a.blur).items():
+        out[f"blur{factor}"] = rows
     for k, (name, v) in enumerate(ops):
         few, sharp = np.flatnonzero(name == "Posterize"), np.flatnonzero(name == "Sharpness")
         if len(few):
@@ -425,12 +443,12 @@ def __call__(  # noqa: N807 - a method, added by @patch
     images: torch.Tensor,  # [n, 3, S, S] uint8, cut and mirrored; under a timm policy after it
     draws: np.ndarray | None = None,  # float [n, DRAWS]; None in validation
 ) -> torch.Tensor:  # [n, 3, S, S] float32, normalised
-    "Posterize, move, sharpen, shift the hue, change colours, normalise and erase, in this order."
+    "Blur, posterize, move, sharpen, shift the hue, change colours, normalise and erase, in this order."
     if not self.train:
         return self.normalised(images)
     assert draws is not None, "training needs random numbers"
     p = send_arrays(self.numbers(draws), images.device)
-    x = _sharpen(warp(_drop_bits(images.float(), p), p["theta"], p["moving"]), p)
+    x = _sharpen(warp(_drop_bits(_lose_detail(images.float(), p), p), p["theta"], p["moving"]), p)
     if "hue" in p:
         x = turn_hue(x, p["hue"])
     return _erase(_paint(x, p, self.channels_last), draws, self.a.erasing)
@@ -448,6 +466,17 @@ def normalised(
     if x.device.type != "cpu":
         x = x.contiguous(memory_format=layout)  # done on bytes, which are a quarter of the floats
     return x.float().div_(255).sub_(p["mean"].view(3, 1, 1)).div_(p["std"].view(3, 1, 1))
+
+# %% ../../nbs/photos/350_augmentation.ipynb #8cbd60b2
+def _lose_detail(x: torch.Tensor, p: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    "Reduce and enlarge the photos that drew it."
+    for factor in _BLUR:
+        if (rows := p.get(f"blur{factor}")) is None:
+            continue
+        side = max(1, round(x.shape[-1] / factor))
+        small = F.interpolate(x[rows], size=(side, side), mode="bilinear", antialias=True, align_corners=False)
+        x[rows] = F.interpolate(small, size=x.shape[-2:], mode="bilinear", align_corners=False)
+    return x
 
 # %% ../../nbs/photos/350_augmentation.ipynb #98a171a7
 def _drop_bits(x: torch.Tensor, p: Mapping[str, torch.Tensor]) -> torch.Tensor:
