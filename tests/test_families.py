@@ -67,7 +67,7 @@ def test_two_stage_learns(pills, tmp_path):
         "data.augment.classification.hflip=false",
     )
     res = ClassifierJob(run_dir=str(tmp_path / "run"), config="two_stage", overrides=given, epochs=7).run()
-    assert [r["view"][:5] for r in res.table] == ["whole", "box c"] and res.table[0]["accuracy"] >= 0.6
+    assert [r["view"][:5] for r in res.table] == ["locat", "whole"] and res.table[0]["accuracy"] >= 0.6
 
 
 @pytest.mark.spec("NM6", "NM7", "NM8", "NM9", "NM12", "DM15", "TL19", "X28")

@@ -410,7 +410,8 @@ def draw_views(
     windows = self.augment.windows(draws, crops)
     if self.errors is not None and crops.any():
         shape, errors = self.numbers["shape"].numpy()[at[crops]], self.errors.numpy()
-        windows[crops] = located_windows(draws[crops], shape, errors, self.padding, self.augment.a.crop_scale_min)
+        a = self.augment.a
+        windows[crops] = located_windows(draws[crops], shape, errors, self.padding, a.crop_scale_min, a.blur)
     return BatchViews(at, crops, draws, windows, self.augment.flips(draws))
 
 

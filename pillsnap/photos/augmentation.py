@@ -106,12 +106,15 @@ def located_windows(
     errors: np.ndarray,  # [k, 4] errors of x0, y0, x1, y1, in widths and heights of the true box
     padding: float = 0.1,  # margin of a served crop
     nearest: float = 0.8,  # smallest share of the served crop's area; the largest is its inverse
+    blur: float = 0.0,  # share of the views that lose detail: a locator's box around a blurred pill is too large
 ) -> np.ndarray:  # [n, 4] x0, y0, x1, y1 as shares of the loose canvas
     "Square crops around boxes that err as the locator did on training photos."
     drawn = errors[(draws[:, COL["x"]] * len(errors)).astype(int)]
     half = np.tile(shape / 2, 2) * [-1, -1, 1, 1] + drawn * np.tile(shape, 2)  # the box around the canvas' centre
     centre, size = (half[:, :2] + half[:, 2:]) / 2, (half[:, 2:] - half[:, :2]).max(1)
     zoom = np.sqrt(nearest + (1 / nearest - nearest) * draws[:, COL["area"]])
+    wide = draws[:, COL["blur"]] < blur
+    zoom[wide] = 1 + draws[wide, COL["area"]] * ((1 + 2 * LOOSE) / (1 + 2 * padding) - 1)
     aspect = np.exp(math.log(RATIO[1]) * (draws[:, COL["ratio"]] - 0.5))
     side = np.c_[aspect, 1 / aspect] * (size * (1 + 2 * padding) * zoom)[:, None] / (1 + 2 * LOOSE)
     side = np.minimum(side, 1.0)

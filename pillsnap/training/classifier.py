@@ -217,10 +217,11 @@ def _score_table(
     best: Mapping[str, Any],  # history row of the best epoch
 ) -> list[dict[str, Any]]:  # one row per view
     "Scores of the best epoch."
-    titles = {"focus": "located crop (single)", "whole": "whole photo", "crop": "box crop (combo)"}
+    titles = {"focus": "located crop", "whole": "whole photo", "crop": "crop around the true box"}
+    first = next(iter(best["views"]))  # what single mode shows the network, and what chose the epoch
     return [
         {
-            "view": titles.get(v, v),
+            "view": titles.get(v, v) + " (single)" * (v == first),
             "n": s["n"],
             "accuracy": s["acc"],
             "macro-F1": s["macro_f1"],
