@@ -9,6 +9,7 @@ __all__ = ['Run', 'load_run', 'run']
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from html import escape as html_escape
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +48,22 @@ class Run:
         lines = [f"{name}: {r['verdict'] or r['status']}" for name, r in self.records.items()]
         return "\n".join([str(self.folder), *lines])
 
+    def _repr_html_(self) -> str:
+        page = self.folder / "reports" / "scorecard.html"
+        if not page.is_file():
+            return f"<pre>{html_escape(str(self))}</pre>"
+        return page.read_text(encoding="utf-8").partition("<body>")[2].rpartition("</body>")[0]
+
     def _ipython_display_(self) -> None:
-        from IPython.display import Markdown, display
+        from IPython.display import HTML, display
 
         from pillsnap.core.plots import shown_picture
 
-        card = self.folder / "reports" / "scorecard.md"
-        display(Markdown(card.read_text(encoding="utf-8") if card.is_file() else f"```text\n{self}\n```"))
+        display(HTML(self._repr_html_()))
+        shown = "evaluation_" if self.scorecard else None  # these are on the page
         for picture in self.pictures:
-            display(shown_picture(picture))
+            if shown is None or not picture.name.startswith(shown):
+                display(shown_picture(picture))
 
 # %% ../nbs/940_runs.ipynb #77e57d48
 def load_run(

@@ -75,7 +75,7 @@ def work(self: EvaluationJob, run: RunFolder, cfg: Config) -> JobResult:
     why = f" ({', '.join(gate.reasons or gate.not_measured)})" if gate.status != "GO" else ""
     logger.info(f"gate: {gate.status}{why}{'' if news else ', as before'}")
     logger.info(f"advisor: {advice.recommendation} ({advice.reason}), {percent(advice.performance_score)}")
-    outputs += [run.root / "reports" / f for f in ("scorecard.json", "scorecard.md", "advisor.json")]
+    outputs += [run.root / "reports" / f for f in ("scorecard.json", "scorecard.md", "scorecard.html", "advisor.json")]
     shown = [r for r in card["rows"] if r["value"] is not None or r["gate"] or r["advisor"]]
     return JobResult(
         verdict_sentence(card),

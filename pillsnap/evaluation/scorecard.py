@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BUSINESS', 'MOST_LISTED', 'read_evaluation', 'gate_facts', 'best_before', 'time_cap', 'gate_and_advise',
-           'without_empty_columns', 'scorecard_markdown', 'write_scorecard', 'verdict_sentence', 'scorecard_notes',
-           'append_gate']
+           'without_empty_columns', 'verdict_sentence', 'scorecard_markdown', 'scorecard_html', 'write_scorecard',
+           'scorecard_notes', 'append_gate']
 
 # %% ../../nbs/evaluation/766_scorecard.ipynb #16dbc3ab
 import os
@@ -28,6 +28,7 @@ from .gates import GateResult, Point, TimeCap, simple_stage_evaluation
 from .latency import Latency, latency_table, measured_value
 from .ledger import append_ledger, read_ledger
 from .menu import advisor_word, gate_dot, write_advice
+from .scorepage import headline_table, page_file, page_html, picture_lines
 from ..models.pipeline import BADGE
 
 # %% ../../nbs/evaluation/766_scorecard.ipynb #1d133a36
@@ -280,6 +281,27 @@ def _do_not_rely(card: Mapping[str, Any]) -> list[str]:
         lines += [f"{len(unseen)} drugs have no clean photo, so nothing is known about them: {first}", ""]
     return lines
 
+# %% ../../nbs/evaluation/766_scorecard.ipynb #5fb1c71d
+def verdict_sentence(
+    card: Mapping[str, Any],  # from the scorecard
+) -> str:
+    "One sentence with the gate, the main figures and the advice."
+    v = {r["figure"]: r["value"] for r in card["rows"] if r["value"] is not None}
+    parts = [
+        f"{words} {v[k]:.3f}"
+        for k, words in (
+            ("accuracy", "accuracy"),
+            ("macro_f1", "macro-F1"),
+            ("detection_map50", "detector mAP@.5"),
+            ("combo_set_accuracy", "combo sets"),
+            ("leak_gap", "leak gap"),
+        )
+        if k in v
+    ]
+    label = f" ({card['gate']['label']})" if card["gate"]["label"] else ""
+    advice = f"; advisor {card['advice']['recommendation']}" if card["gate"]["status"] == "GO" else ""
+    return f"{card['gate']['status']} at stage {card['stage']}{label}: {', '.join(parts)}{advice}"
+
 # %% ../../nbs/evaluation/766_scorecard.ipynb #df6b42c3
 def _warnings(
     card: Mapping[str, Any],  # scorecard.json
@@ -305,7 +327,7 @@ def _verdict_lines(
     g: Mapping[str, Any],  # the card's gate
     a: Mapping[str, Any],  # the card's advice
 ) -> list[str]:
-    "Gate, advice, suggestions, and the checks and targets without a value."
+    "Gate, advice and suggestions."
     not_measured = f"not measured: {', '.join(g['not_measured'])}" if g["not_measured"] else ""
     reasons = filter(None, [", ".join(g["reasons"]), not_measured, "; ".join(g["notes"])])
     lines = [" · ".join([f"**Gate: {gate_dot(g['status'])} {g['status']}**", *reasons]), ""]
@@ -313,6 +335,14 @@ def _verdict_lines(
     lines += [f"{i}. {s['do']} ({s['why']}): `{s['override']}`" for i, s in enumerate(a["suggestions"], 1)]
     if a["suggestions"]:
         lines.append("")
+    return lines
+
+
+def _check_lines(
+    a: Mapping[str, Any],  # the card's advice
+) -> list[str]:
+    "The checks, and the targets without a value."
+    lines: list[str] = []
     for title, found in (
         ("Mandatory checks", a["checks"]),
         ("Targets that were not measured", a["unmeasured"]),
@@ -322,20 +352,46 @@ def _verdict_lines(
             lines += [f"{title}:", "", *(f"- {name}: {text}" for name, text in found.items()), ""]
     return lines
 
-
-def scorecard_markdown(
+# %% ../../nbs/evaluation/766_scorecard.ipynb #e16bc8cb
+def _first_lines(
     card: Mapping[str, Any],  # scorecard.json
-) -> str:
-    "The scorecard as Markdown."
+) -> list[str]:
+    "Title, warnings, the verdict in a sentence, gate and advice."
     g = card["gate"]
     label = f" ({g['label']})" if g["label"] else ""
     lines = [f"# Scorecard, stage {card['stage']}{label}", ""]
-    lines += [f"run {card['run_id']} · {card['made']} · {card['hardware']}", ""]
-    lines += [*_warnings(card), *_verdict_lines(g, card["advice"])]
-    lines += [markdown_table(without_empty_columns(card["rows"])), "", *_do_not_rely(card)]
+    gate, *rest = _verdict_lines(g, card["advice"])
+    return [*lines, *_warnings(card), gate, "", f"{verdict_sentence(card)}.", *rest]
+
+
+def _last_lines(
+    card: Mapping[str, Any],  # scorecard.json
+) -> list[str]:
+    "The tables, the checks and the notes."
+    lines = ["## All figures", "", markdown_table(without_empty_columns(card["rows"])), "", *_do_not_rely(card)]
     lines += atlas_lines(card["confusions"], card["names"])
-    lines += ["Latency, milliseconds:", "", markdown_table(card["latency"]), ""]
-    return "\n".join([*lines, *(f"- {n}" for n in card["notes"]), ""])
+    lines += ["## Latency", "", "Milliseconds:", "", markdown_table(card["latency"]), ""]
+    lines += ["## Checks and notes", "", *_check_lines(card["advice"]), *(f"- {n}" for n in card["notes"]), ""]
+    return [*lines, f"run {card['run_id']} · {card['made']} · {card['hardware']}", ""]
+
+
+def scorecard_markdown(
+    card: Mapping[str, Any],  # scorecard.json
+    reports: str | Path | None = None,  # folder with the pictures; None = without them
+) -> str:
+    "The scorecard as Markdown: the verdict, five figures, the pictures, the tables."
+    pictures = picture_lines(reports) if reports else []
+    middle = [headline_table(card["rows"]), "", *pictures]
+    return "\n".join([*_first_lines(card), *middle, *_last_lines(card)])
+
+
+def scorecard_html(
+    card: Mapping[str, Any],  # scorecard.json
+    reports: str | Path,  # folder with the pictures
+) -> str:  # a part of a page, with its style
+    "The scorecard as HTML, in the order of the Markdown."
+    first, last = ("\n".join(lines) for lines in (_first_lines(card), _last_lines(card)))
+    return page_html(first, card["rows"], last, reports)
 
 # %% ../../nbs/evaluation/766_scorecard.ipynb #ffc6aa00
 def _latency_rows(
@@ -419,7 +475,7 @@ def write_scorecard(
     written: Mapping[str, Any],  # advisor.json
     notes: Sequence[str] = (),  # sentences below the tables
 ) -> dict[str, Any]:  # the content of scorecard.json
-    "Write scorecard.json and scorecard.md."
+    "Write scorecard.json, scorecard.md and scorecard.html."
     doc, metrics, latency = read_evaluation(root)
     acc = metrics.get("accuracy")
     baseline, names = best_before(root, acc), drug_names(root)
@@ -445,29 +501,10 @@ def write_scorecard(
         "baseline": baseline.to_dict() if baseline else None,
     }
     save_json(card, root / "reports" / "scorecard.json")
-    save_text(scorecard_markdown(card), root / "reports" / "scorecard.md")
+    reports = root / "reports"
+    save_text(scorecard_markdown(card, reports), reports / "scorecard.md")
+    save_text(page_file(scorecard_html(card, reports), f"Scorecard {card['run_id']}"), reports / "scorecard.html")
     return card
-
-# %% ../../nbs/evaluation/766_scorecard.ipynb #5fb1c71d
-def verdict_sentence(
-    card: Mapping[str, Any],  # from the scorecard
-) -> str:
-    "One sentence with the gate, the main figures and the advice."
-    v = {r["figure"]: r["value"] for r in card["rows"] if r["value"] is not None}
-    parts = [
-        f"{words} {v[k]:.3f}"
-        for k, words in (
-            ("accuracy", "accuracy"),
-            ("macro_f1", "macro-F1"),
-            ("detection_map50", "detector mAP@.5"),
-            ("combo_set_accuracy", "combo sets"),
-            ("leak_gap", "leak gap"),
-        )
-        if k in v
-    ]
-    label = f" ({card['gate']['label']})" if card["gate"]["label"] else ""
-    advice = f"; advisor {card['advice']['recommendation']}" if card["gate"]["status"] == "GO" else ""
-    return f"{card['gate']['status']} at stage {card['stage']}{label}: {', '.join(parts)}{advice}"
 
 # %% ../../nbs/evaluation/766_scorecard.ipynb #b6688ad0
 def _calibration_note(m: Mapping[str, Metric]) -> str:
