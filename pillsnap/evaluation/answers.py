@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['logger', 'EvalPhoto', 'eval_photos', 'photos_touching_training', 'Evaluator', 'without_detector', 'load_evaluator',
-           'Scores', 'Boxes', 'ComboAnswer', 'Combos', 'score_combo', 'measure_scopes', 'Answers']
+           'Scores', 'Boxes', 'ComboAnswer', 'Combos', 'score_combo', 'measure_scopes', 'Answers', 'save_lines']
 
 # %% ../../nbs/evaluation/762_answers.ipynb #aed9e8e6
 import json
@@ -176,6 +176,7 @@ class Scores:
     views: list[str]  # crop or whole: what single mode showed the classifier
     boxes: list[np.ndarray | None]  # where single mode found the pill, xyxy in photo pixels
     seconds: float  # opening photos, locating and classifying the three views
+    found: list[int] = field(default_factory=list)  # pills that single mode located in each; empty = not counted
 
     def of(
         self,
@@ -183,7 +184,8 @@ class Scores:
     ) -> "Scores":
         "The photos of one part, with their part of the seconds."
         at = np.flatnonzero(np.asarray(self.parts, object) == part)
-        lists = {k: [getattr(self, k)[i] for i in at] for k in ("groups", "paths", "parts", "modes", "views", "boxes")}
+        names = ("groups", "paths", "parts", "modes", "views", "boxes", "found")
+        lists = {k: [getattr(self, k)[i] for i in at] for k in names if getattr(self, k)}
         return Scores(
             self.single[at],
             self.whole[at],
@@ -230,6 +232,7 @@ def singles(
         modes=[v.mode_used for v in made],
         views=[v.view for v in made],
         boxes=[v.boxes[0] for v in made],
+        found=[v.found for v in made],
         seconds=time.perf_counter() - t0,
     )
 
@@ -437,7 +440,7 @@ def singles_table(self: Answers) -> pd.DataFrame:  # one row per photo
     )
 
 # %% ../../nbs/evaluation/762_answers.ipynb #e3b960f7
-def _save_lines(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
+def save_lines(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
     "Write JSON lines."
     return save_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in rows), path)
 
@@ -472,49 +475,6 @@ def save(
     combos = [asdict(a) for a in self.combos.answers] if self.combos else []
     return [
         table,
-        _save_lines(boxes, folder / "predictions_boxes.jsonl"),
-        _save_lines(combos, folder / "predictions_combo.jsonl"),
+        save_lines(boxes, folder / "predictions_boxes.jsonl"),
+        save_lines(combos, folder / "predictions_combo.jsonl"),
     ]
-
-# %% ../../nbs/evaluation/762_answers.ipynb #5500e558
-@patch
-def hard_cases(
-    self: Answers,
-) -> list[dict[str, Any]]:
-    "The singles that get a badge: their confidence is below 0.30, and a combo photo is more likely."
-    s, rows = self.scores, []
-    for path, part, mode, view, y, p in zip(s.paths, s.parts, s.modes, s.views, s.labels, self.probabilities()):
-        hints = combo_hints("single", float(p.max()))
-        if not hints:
-            continue
-        rows.append(
-            {
-                "path": path,
-                "part": part,
-                "mode_requested": "single",
-                "mode_used": mode,
-                "view": view,
-                "single_confidence": round(float(p.max()), 4),
-                "gating_score": None,
-                "fallback_reason": None,
-                "hints": hints,
-                "badge": BADGE,
-                "true": self.keys[y],
-                "answered": self.keys[int(p.argmax())],
-            }
-        )
-    return rows
-
-
-@patch
-def save_hard_cases(
-    self: Answers,
-    folder: Path,  # hard_cases/
-) -> tuple[Path, int]:  # the file and its number of lines
-    "Write the photos that get a badge, and log how many."
-    rows, modes = self.hard_cases(), self.scores.modes
-    single = sum(m == "single" for m in modes)
-    logger.info(
-        f'badge "{BADGE}": {len(rows)} of {len(modes)} single photos; {single} answered in single mode as asked'
-    )
-    return _save_lines(rows, folder / "single.jsonl"), len(rows)
