@@ -590,6 +590,7 @@ class Evaluation(Block):
     objects: int = key(96, "drawn photos without a pill to choose the unknown score on, and as many to test it", ge=0)
     latency_warmup: int = key(20, "answers before the timed ones", ge=0)
     latency_runs: int = key(200, "answers timed", ge=1)
+    hard_case_pictures: int = key(40, "hard cases that keep pictures, of singles and of combinations each", ge=0)
     condition_photos: int = key(
         60, "clean photos that are blurred, compressed, tinted and taken by phone; 0 = none", ge=0
     )

@@ -35,7 +35,7 @@ from ..delivery.classmap import ClassMap
 from .latency import Latency, LatencySetup, measure_latency
 from ..models.factory import TorchClassifier, load_classifier
 from ..models.metrics import match_boxes
-from ..models.pipeline import BADGE, Pipeline, Thresholds, combo_hints, detect, softmax
+from ..models.pipeline import Pipeline, Thresholds, detect, softmax
 from ..photos.boxes import xywh_to_xyxy
 from ..photos.images import crop_view, normalise, open_image_safely, whole_view
 
@@ -440,8 +440,11 @@ def singles_table(self: Answers) -> pd.DataFrame:  # one row per photo
     )
 
 # %% ../../nbs/evaluation/762_answers.ipynb #e3b960f7
-def save_lines(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
-    "Write JSON lines."
+def save_lines(
+    rows: Sequence[Mapping[str, Any]],  # JSON types
+    path: Path,  # *.jsonl
+) -> Path:
+    "Write one JSON object a line, Korean readable."
     return save_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in rows), path)
 
 

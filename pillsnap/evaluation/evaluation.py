@@ -114,7 +114,6 @@ def _measured(self: EvaluationJob, run: RunFolder, cfg: Config) -> tuple[list[Pa
     for name, m in measured.metrics.items():
         if m.measured:
             run.tb.add_scalar(f"eval/{name}", measured_value(m), 0)
-    run.tb.add_scalar("eval/badges", len(measured.answers.hard_cases()), 0)
     files = measured.write(run)
     drawn = measured.figures(drug_names(run.root), cfg.data.detection.conf_threshold, reports / "confusions.csv")
     progress = show_progress(drawn.items(), desc="drawing", unit="pictures")

@@ -20,6 +20,7 @@ from PIL import Image
 # %% ../../nbs/evaluation/767_hardcases.ipynb #e4b000a4
 from ..core.files import atomic_path, ensure_dir
 from .answers import Answers, EvalPhoto, Evaluator, save_lines
+from ..models.decision import AnswerRule, decide_answer
 from ..models.pipeline import BADGE, combo_hints
 from ..photos.images import crop_view
 
@@ -29,14 +30,15 @@ logger = logging.getLogger("pillsnap.evaluation.hardcases")
 # %% ../../nbs/evaluation/767_hardcases.ipynb #2713c02e
 def hard_singles(
     answers: Answers,  # to the photos of the evaluation set
-    decisions: Mapping[str, tuple[str, str]] | None = None,  # path → answer and reason of the answer rule
+    rule: AnswerRule | None = None,  # of the run; None = the surest drug is named always
+    unknown: Sequence[float] | None = None,  # unknown score of each photo; None = not scored
 ) -> list[dict[str, Any]]:  # in the order of the photos
     "The single photos that a person should look at."
-    s, said, rows = answers.scores, decisions or {}, []
+    s, rows = answers.scores, []
     for i, p in enumerate(answers.probabilities()):
         hints = combo_hints("single", float(p.max()), s.found[i] if s.found else None)
-        answer, reason = said.get(s.paths[i], ("drug", "no_rule"))
-        if not hints and answer == "drug" and s.modes[i] == "single":
+        said = decide_answer(p, None if unknown is None else unknown[i], rule)
+        if not hints and said.answer == "drug" and s.modes[i] == "single":
             continue
         box = s.boxes[i]
         rows.append(
@@ -46,8 +48,9 @@ def hard_singles(
                 "mode_requested": "single",
                 "mode_used": s.modes[i],
                 "view": s.views[i],
-                "answer": answer,
-                "reason": reason,
+                "answer": said.answer,
+                "reason": said.reason,
+                "shortlist": [answers.keys[k] for k in said.ids] if said.answer == "shortlist" else [],
                 "single_confidence": round(float(p.max()), 4),
                 "gating_score": None,
                 "fallback_reason": None,
@@ -129,7 +132,9 @@ def keep_pictures(
         row |= {"input": None, "crops": []}
     chosen = {r["path"]: r for r in sorted(rows, key=_worst_first)[:most]}
     photos = [EvalPhoto(path, "", "single", np.zeros((0, 4)), ()) for path in chosen]
-    for n, (photo, image) in enumerate(evaluator.opened(photos, "hard cases") if photos else ()):
+    if not photos:
+        return 0
+    for n, (photo, image) in enumerate(evaluator.opened(photos, "hard cases")):
         row, name = chosen[photo.path], f"{n:04d}_{re.sub(r'[^A-Za-z0-9-]+', '_', Path(photo.path).stem)[:60]}"
         inside = f"{ensure_dir(folder).name}/"
         row["input"] = inside + _save_jpeg(_smaller(image), folder / f"{name}.jpg")
@@ -144,10 +149,11 @@ def save_hard_cases(
     evaluator: Evaluator,  # opens photos
     folder: Path,  # hard_cases/
     most: int,  # cases of each list with pictures: evaluation.hard_case_pictures
-    decisions: Mapping[str, tuple[str, str]] | None = None,  # path → answer and reason of the answer rule
+    rule: AnswerRule | None = None,  # of the run; None = the surest drug is named always
+    unknown: Sequence[float] | None = None,  # unknown score of each single photo; None = not scored
 ) -> tuple[list[Path], dict[str, int]]:  # the two lists; number of hard cases and of badges
     "Write the lists of hard cases with their pictures, and log how many."
-    single, combo, modes = hard_singles(answers, decisions), hard_combos(answers), answers.scores.modes
+    single, combo, modes = hard_singles(answers, rule, unknown), hard_combos(answers), answers.scores.modes
     padding, kept = evaluator.pipeline.thresholds.crop_padding, 0
     for name, rows in (("single", single), ("combo", combo)):
         kept += keep_pictures(evaluator, rows, folder / f"{name}_pictures", most, padding)
