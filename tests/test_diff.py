@@ -13,8 +13,11 @@ from hypothesis import strategies as st
 from pillsnap import cli
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.files import read_json, save_json
+from pillsnap.core.records import Provenance
 from pillsnap.evaluation import diff as D
+from pillsnap.evaluation.safeanswers import SafeAnswers
 from pillsnap.models import metrics as M
+from pillsnap.models.decision import AnswerRule
 
 GOLDEN = Path(__file__).resolve().parent / "golden" / "diff"
 
@@ -141,6 +144,25 @@ def test_a_run_compared_with_itself_has_no_differences(tmp_path_factory, seed, g
     assert {r.verdict for r in d.rows if r.difference is not None} <= {"within noise", "equal"}
     assert any(r.verdict == "within noise" for r in d.rows)
     assert all(t.only_a == t.only_b == 0 and t.p_photos == 1 for t in d.tests)
+
+
+@pytest.mark.spec("BX7")
+def test_figures_of_the_answer_rule_are_those_of_the_scorecard(tmp_path):
+    "The saved answers give each figure again, whatever the shares of names, short lists and refusals."
+    rng, n = np.random.default_rng(7), 90
+    right = rng.random(n) < 0.8
+    t = pd.DataFrame({"path": [f"{i}.png" for i in range(n)], "group": [f"g{i // 6:02d}" for i in range(n)]})
+    t = t.assign(true="K-000001", top="K-000002", confidence=rng.random(n), right=right)
+    t = t.assign(covered=right | (rng.random(n) < 0.5), set_size=rng.integers(1, 5, n), reason="")
+    t = t.assign(answer=rng.choice(["drug", "shortlist", "unknown"], n), listed=rng.random(n) < 0.9)
+    for stratum in ("background", "light", "latitude", "side", "cluster", "frequency"):
+        t[stratum] = "one"
+    recorded = SafeAnswers(AnswerRule("lac", 0.05, (0.9,)), t).records(Provenance("synthetic", "a" * 64, "b" * 64))
+    t.round(6).to_csv(tmp_path / "safe_answers.csv", index=False)
+    figures = D.safe_figures(pd.read_csv(tmp_path / "safe_answers.csv", dtype={"group": str}))
+    assert len(figures) == 8
+    for name, f in figures.items():
+        assert f.point == pytest.approx(recorded[name].value), name
 
 
 # ---- noise ---------------------------------------------------------------------------------------
