@@ -547,6 +547,34 @@ MUTATIONS: list[Mutation] = [
         "n = len(x)",
         "tests/test_conditions.py::test_photos_of_one_group_count_as_one",
     ),
+    Mutation(
+        "the answer rule's quantile is off by one rank",
+        "pillsnap/evaluation/conformal.py",
+        "confidence_level=1 - alpha, conformity_score=scorer",
+        "confidence_level=1 - alpha - 1 / (len(p) + 1), conformity_score=scorer",
+        "tests/test_safe_answer.py::test_the_threshold_has_the_rank_of_the_theory",
+    ),
+    Mutation(
+        "the answer rule is fitted to the clean groups",
+        "pillsnap/evaluation/conformal.py",
+        'photos.of("calib"), str(settings.score), ""',
+        'photos.of("clean"), str(settings.score), ""',
+        "tests/test_safe_answer.py::test_only_calibration_photos_fit_the_rule",
+    ),
+    Mutation(
+        "the answer rule parts twins into clusters of their own",
+        "pillsnap/evaluation/conformal.py",
+        "drugs = np.flatnonzero(names == name)",
+        "drugs = np.flatnonzero(names == name)[:1]",
+        "tests/test_safe_answer.py::test_twins_share_one_threshold_and_their_groups",
+    ),
+    Mutation(
+        "the answer rule counts photos instead of groups",
+        "pillsnap/evaluation/conformal.py",
+        "for at in draw_one_each(groups, draws)]",
+        "for at in [np.arange(len(p))]]",
+        "tests/test_safe_answer.py::test_a_capture_group_counts_once_however_many_photos_it_has",
+    ),
 ]
 
 
