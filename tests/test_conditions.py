@@ -236,6 +236,24 @@ def test_own_phone_photos_come_from_a_folder(remembered, tmp_path):
 
 
 @pytest.mark.spec("BX17")
+def test_photos_of_another_origin_are_not_taken_again(remembered):
+    "A photo that was imported has no capture name: it is changed like the others and has no photo by phone."
+    from dataclasses import replace
+    from shutil import copy
+
+    evaluator, photos, _ = remembered
+    own = evaluator.root / "own" / "photo.png"
+    own.parent.mkdir(exist_ok=True)
+    copy(evaluator.root / photos[0].path, own)
+    mixed = [replace(photos[0], path="own/photo.png"), *photos[1:]]
+    panel = panel_of(evaluator, mixed, len(mixed), "auto")
+    (phone,) = panel.of("domain")
+    assert phone.n == len(mixed) - 1 and {s.n for s in panel.of("blur")} == {len(mixed)}
+    elsewhere = panel_of(evaluator, mixed[:1], 1, "auto")
+    assert not elsewhere.of("domain") and "no phone photos" in elsewhere.missing["domain"]
+
+
+@pytest.mark.spec("BX17")
 def test_the_sample_is_bounded_and_can_be_switched_off(remembered):
     evaluator, photos, _ = remembered
     assert panel_of(evaluator, photos, 5, "off").sample == 5

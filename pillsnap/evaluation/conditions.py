@@ -34,7 +34,7 @@ from ..models.decision import AnswerRule, decide_answer, prediction_sets
 from ..models.pipeline import Pipeline, class_probabilities
 from ..photos.images import open_image_safely
 from ..synth.imaging import blur, jpeg_copy
-from ..synth.retake import retake
+from ..synth.retake import retake, retakeable
 
 # %% ../../nbs/evaluation/767_conditions.ipynb #eb0c32f3
 logger = logging.getLogger("pillsnap.evaluation.conditions")
@@ -266,7 +266,9 @@ def build_panel(  # noqa: PLR0913 - the parts of a panel
 ) -> ConditionPanel:
     "Compute every stratum and correct all tests together."
     strata = [s for axis, order in NATURAL.items() for s in strata_of(clean, axis, order)]
-    strata += [stratum_again(before, after, axis, level) for (axis, level), after in changed.items()]
+    for (axis, level), after in changed.items():
+        if len(after):
+            strata.append(stratum_again(before[before["path"].isin(after["path"])], after, axis, level))
     if phone is not None and len(phone):
         both = pd.concat(
             [clean[clean["drug"].isin(set(phone["drug"]))].assign(domain="studio"), phone.assign(domain="phone")]
@@ -442,10 +444,11 @@ def condition_sample(
         kept.append(photo)
         for key, change in changes.items():
             views.setdefault(key, []).append(_single_view(self.pipeline, change(image)))
-    if again:
-        taken = retake(self.root, [p.path for p in kept])
-        views["domain", "phone"] = [_single_view(self.pipeline, image) for image in taken]
     tables = {key: self._answered(kept, found, rule) for key, found in views.items()}
+    if again:
+        paths = retakeable(self.root, [p.path for p in kept])
+        taken = [_single_view(self.pipeline, image) for image in retake(self.root, paths)] if paths else []
+        tables["domain", "phone"] = self._answered([p for p in kept if p.path in set(paths)], taken, rule)
     empty = self._answered([], [], rule)
     return tables.pop(("", ""), empty), tables
 
@@ -493,7 +496,7 @@ def measure_conditions(  # noqa: PLR0913 - the answers, the sample and its setti
     "Measure natural conditions, changes and phone photos."
     began, missing, own = time.perf_counter(), {}, None
     clean = capture_conditions(photos, sizes).assign(**{k: list(v) for k, v in answers.items()})
-    again = phone == "auto" and (Path(evaluator.root) / "SYNTHETIC.json").is_file()
+    again = phone == "auto" and bool(retakeable(evaluator.root, [p.path for p in photos]))
     before, changed = evaluator.condition_sample(spread(photos, sample), again and sample > 0, rule)
     if phone == "off" or sample == 0:
         missing["domain"] = "switched off (evaluation.phone, evaluation.condition_photos)"
