@@ -259,8 +259,7 @@ def build_panel(  # noqa: PLR0913 - the parts of a panel
     clean: pd.DataFrame,  # answers to the clean photos: path, group, drug, right and the natural conditions
     before: pd.DataFrame,  # answers to the sample as it is
     changed: Mapping[tuple[str, str], pd.DataFrame],  # condition and level → answers to the changed sample
-    phone: pd.DataFrame
-    | None = None,  # answers to phone photos of other captures; None = they are among the changed ones
+    phone: pd.DataFrame | None = None,  # answers to phone photos of other captures; None = none
     seconds: float = 0.0,  # opening and answering the changed photos
     missing: Mapping[str, str] | None = None,  # condition → why it was not measured
 ) -> ConditionPanel:
