@@ -34,7 +34,7 @@ from ..core.settings import AnswerSettings, Config, Evaluation
 from ..dataset.drugs import drug_records
 from ..dataset.focus import chosen_focus
 from ..dataset.lookalikes import metadata_clusters
-from ..dataset.splitfiles import SplitData, load_split_data
+from ..dataset.splitfiles import SplitData, load_split_data, load_unknown
 from ..models.pipeline import Pipeline, softmax
 from ..photos.images import open_image_safely, whole_view
 
@@ -78,9 +78,12 @@ from pillsnap.evaluation.figures import (
 from .focus import FocusComparison, measure_focus
 from .hardcases import save_hard_cases
 from .latency import Latency, plot_latency
+from .openphotos import run_open_set
+from .openset import OPEN_RECORDS, OpenSet
 from .reports import plot_confusion_matrix, plot_detection_results, plot_roc_pr_curves
 from .safeanswers import SAFE_RECORDS, Classes, SafeAnswers, answer_photos
 from .unreadable import planted_twins, twins_record, unreadable_pairs
+from ..models.unknown import unknown_rule_to_dict
 
 # %% ../../nbs/evaluation/768_measurements.ipynb #bbedb77c
 logger = logging.getLogger("pillsnap.evaluation.measurements")
@@ -219,6 +222,7 @@ class Measurements:
     atlas: Atlas | None = None  # what is taken for what
     atlas_images: list = field(default_factory=list)  # cut-outs of its pairs
     conditions: ConditionPanel | None = None  # accuracy by light, camera, blur, phone and the like
+    open_set: OpenSet | None = None  # the unknown score and what it refuses; None: there is none
     focus: FocusComparison | None = None  # the ways to find a pill, on the clean photos
 
 # %% ../../nbs/evaluation/768_measurements.ipynb #e5ba623e
@@ -307,6 +311,14 @@ def _twins(
 
 
 @patch
+def open_records(self: Measurements) -> dict[str, Metric]:
+    "Figures of the unknown score; NOT_MEASURED where there is none."
+    if self.open_set is not None:
+        return self.open_set.records(self.prov)
+    return {k: not_measured(self.prov, k, "no unknown score was fitted") for k in OPEN_RECORDS}
+
+
+@patch
 def answer_safely(
     self: Measurements,
     root: Path,  # run folder
@@ -322,8 +334,12 @@ def answer_safely(
         return
     classes = _classes(root, self.data)
     rule = fit_answer_rule(photos, classes.clusters, settings, answers.temperature, self.data.class_map.fingerprint)
-    clean = photos.of("clean")
-    self.safe = SafeAnswers(rule, answer_photos(clean, rule, classes), scores.of("clean").seconds)
+    clean, unknown = photos.of("clean"), None
+    if self.open_set is not None:
+        rule = replace(rule, unknown=unknown_rule_to_dict(self.open_set.rule))
+        by_path = dict(zip(self.open_set.known_paths, self.open_set.scores["known"]))
+        unknown = [float(by_path[p]) for p in clean.paths]
+    self.safe = SafeAnswers(rule, answer_photos(clean, rule, classes, unknown), scores.of("clean").seconds)
     self.metrics |= self.safe.records(self.prov) | _twins(
         replace(pipeline, temperature=answers.temperature, rule=rule), self.data, self.prov
     )
@@ -379,6 +395,14 @@ def _conditions(
     )
 
 
+def _ask_unknown(measured: Measurements, evaluator: Evaluator, root: Path, cfg: Config) -> None:
+    "Choose the unknown score and add its figures."
+    data, table = measured.data, load_unknown(root, measured.data.stage)
+    share, objects = cfg.answer.unknown_refused, cfg.evaluation.objects
+    measured.open_set = run_open_set(evaluator, data, table, measured.photos, share, objects)
+    measured.metrics |= measured.open_records()
+
+
 def measure(
     root: Path,  # run folder
     cfg: Config,  # its configuration
@@ -417,6 +441,7 @@ def measure(
         hard_case_pictures=cfg.evaluation.hard_case_pictures,
     )
     measured.atlas, measured.atlas_images = _look_alikes(evaluator, measured, root)
+    _ask_unknown(measured, evaluator, root, cfg)
     measured.answer_safely(root, cfg.answer, evaluator.pipeline)
     measured.conditions = _conditions(evaluator, measured, cfg.evaluation)
     clean = [p for p in singles if p.part == "clean"]
@@ -495,6 +520,8 @@ def write(
         predictions += [save_json(self.safe.rule.to_dict(), reports / "answer_rule.json"), *self.safe.save(reports)]
     if self.conditions:
         predictions.append(self.conditions.save(reports / "conditions.json"))
+    if self.open_set is not None:
+        predictions.append(self.open_set.save(reports / "openset.json"))
     if self.focus:
         predictions.append(self.focus.save(reports / "focus.json"))
     doc = self.document(run.root) | counts
@@ -562,6 +589,8 @@ def figures(
         found["mistakes"] = self.plot_mistakes(names)
     if self.safe is not None and len(self.safe.table):
         found["set_sizes"], found["risk_coverage"] = self.safe.plot_set_sizes(), self.safe.plot_risk_coverage()
+    if self.open_set is not None:
+        found["openset"] = self.open_set.plot()
     if self.atlas:
         found["atlas"] = plot_pairs(self.atlas.pairs(), self.atlas_images, names)
     if (boxes := self.plot_boxes(conf)) is not None:

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -27,6 +28,7 @@ from ..core.settings import Data
 from ..delivery.classmap import ClassMap
 from .card import PROBABILITY, candidate_schema, candidates, closed_object, named_schema
 from .decision import REASONS, AnswerDecision, AnswerRule, decide_answer
+from .unknown import UnknownRule, unknown_rule_from_dict
 from ..photos.boxes import decode_yolo, letterbox, unletterbox
 from ..photos.images import IMAGENET_MEAN, IMAGENET_STD, crop_view, normalise, open_image_safely, whole_view
 from ..photos.locator import LOCATOR, locate
@@ -42,6 +44,11 @@ class ClassifierRunner(Protocol):
         self,
         x: np.ndarray,  # normalised views, float32 [N, 3, size, size]
     ) -> np.ndarray: ...  # float32 [N, C], scores before the softmax
+
+    def outputs(
+        self,
+        x: np.ndarray,  # normalised views, float32 [N, 3, size, size]
+    ) -> tuple[np.ndarray, np.ndarray]: ...  # logits [N, C] and embeddings [N, D], where the answer rule asks for them
 
 
 @runtime_checkable
@@ -106,8 +113,16 @@ def class_probabilities(
     parts = [
         np.asarray(classifier.logits(normalise(np.stack(views[i : i + batch])))) for i in range(0, len(views), batch)
     ]
-    z = np.concatenate(parts)
-    if z.shape != (len(views), num_classes):
+    return softmax(_checked_logits(np.concatenate(parts), len(views), num_classes), temperature)
+
+
+def _checked_logits(
+    z: np.ndarray,  # what the classifier answered
+    views: int,  # to how many views
+    num_classes: int,  # length of the class map
+) -> np.ndarray:  # the same, float [views, num_classes]
+    "Logits of the right shape, all finite; PillsnapError otherwise."
+    if z.shape != (views, num_classes):
         raise PillsnapError(
             f"the classifier knows {z.shape[-1]} drugs and the class map {num_classes}",
             where="classifier",
@@ -119,7 +134,7 @@ def class_probabilities(
             where="classifier",
             fix="look at its training: the weights are broken",
         )
-    return softmax(z, temperature)
+    return z
 
 # %% ../../nbs/models/570_pipeline.ipynb #616c8510
 ANSWER_SCHEMA = "pillsnap-answer/1"  # changes with the keys of an answer
@@ -307,6 +322,11 @@ class Pipeline:
         if self.focus not in FOCUS:
             raise PillsnapError(f"{self.focus!r} is no way to find the pill", where="focus", fix=" | ".join(FOCUS))
 
+    @cached_property
+    def unknown(self) -> UnknownRule | None:
+        "When a photo shows no drug of the class map, from the answer rule; None: that is not asked."
+        return unknown_rule_from_dict(self.rule.unknown) if self.rule is not None and self.rule.unknown else None
+
 # %% ../../nbs/models/570_pipeline.ipynb #ae71707d
 @patch
 def _need_detector(self: Pipeline) -> DetectorRunner:
@@ -374,9 +394,25 @@ def _located(item: dict[str, Any], box: np.ndarray | None, score: float | None) 
 
 
 @patch
-def _item(self: Pipeline, p: np.ndarray, topk: int) -> dict[str, Any]:
-    "One pill of an answer, by its probabilities [C] and the answer rule."
-    return pill_item(p, self.class_map, self.metadata, topk, decide_answer(p, None, self.rule), self.pictures)
+def scored(
+    self: Pipeline,
+    views: Sequence[np.ndarray],  # [size, size, 3] uint8 each
+    batch: int = 16,  # views per pass
+) -> tuple[np.ndarray, list[float | None]]:  # float64 [N, C]; larger = less like a known drug, None = not asked
+    "Probabilities and, where the answer rule asks for it, the unknown score of every view."
+    n = len(self.class_map)
+    if self.unknown is None or not len(views):
+        return class_probabilities(self.classifier, views, n, self.temperature, batch), [None] * len(views)
+    parts = [self.classifier.outputs(normalise(np.stack(views[i : i + batch]))) for i in range(0, len(views), batch)]
+    logits, embedding = (np.concatenate(v) for v in zip(*parts))
+    p = softmax(_checked_logits(logits, len(views), n), self.temperature)
+    return p, self.unknown.score(logits, embedding).tolist()
+
+
+@patch
+def _item(self: Pipeline, p: np.ndarray, unknown: float | None, topk: int) -> dict[str, Any]:
+    "One pill of an answer, by its probabilities [C], its unknown score and the answer rule."
+    return pill_item(p, self.class_map, self.metadata, topk, decide_answer(p, unknown, self.rule), self.pictures)
 
 
 @patch
@@ -395,9 +431,12 @@ def predict(
     clock("open")
     views = self.views(img, mode)
     clock("locate")
-    probs = class_probabilities(self.classifier, views.images, len(self.class_map), self.temperature)
+    probs, unknown = self.scored(views.images)
     clock("classify")
-    items = [_located(self._item(p, topk), box, score) for p, box, score in zip(probs, views.boxes, views.scores)]
+    items = [
+        _located(self._item(p, u, topk), box, score)
+        for p, u, box, score in zip(probs, unknown, views.boxes, views.scores)
+    ]
     counted = max(box_count or 0, views.found)
     hints = combo_hints(mode, items[0]["confidence"] if items else None, counted)
     return dict(

@@ -527,6 +527,20 @@ MUTATIONS: list[Mutation] = [
         "tests/test_second_look.py::test_training_validates_by_the_path_first",
     ),
     Mutation(
+        "the threshold of the unknown score is taken from test unknowns",
+        "pillsnap/evaluation/openset.py",
+        "threshold = unknown_threshold(score(calib.logits, calib.embedding), calib.groups, share)",
+        "threshold = float(np.quantile(score(test.logits, test.embedding), share))",
+        "tests/test_openset.py::test_score_and_threshold_do_not_depend_on_test_unknowns",
+    ),
+    Mutation(
+        "the unknown score is chosen on test unknowns",
+        "pillsnap/evaluation/openset.py",
+        'compare_scores(train, known["calib"], unknown["validation"], interval=False)',
+        'compare_scores(train, known["calib"], unknown["test"], interval=False)',
+        "tests/test_openset.py::test_score_and_threshold_do_not_depend_on_test_unknowns",
+    ),
+    Mutation(
         "training crops do not err as the locator does",
         "pillsnap/dataset/loaders.py",
         "StageFocus(data, cfg).errors() if train and focused else None",
