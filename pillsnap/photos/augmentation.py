@@ -402,7 +402,7 @@ def send_arrays(
     return {k: out[k].long() if v.dtype.kind == "i" else out[k] for k, v in arrays.items()}
 
 # %% ../../nbs/photos/350_augmentation.ipynb #ab90e7f6
-_BLUR = (3, 6, 12, 18, 24)  # factors of the reduction; at 24 a view of 144 pixels keeps six
+_BLUR = (8, 16, 24)  # factors of the reduction; at 24 a view of 144 pixels keeps six
 
 
 def _blurred_rows(
