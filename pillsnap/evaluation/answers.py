@@ -33,6 +33,7 @@ from ..dataset.opening import image_policies
 from ..dataset.splitfiles import SplitData
 from ..delivery.classmap import ClassMap
 from .latency import Latency, LatencySetup, measure_latency
+from ..models.decision import sharpness
 from ..models.factory import TorchClassifier, load_classifier
 from ..models.metrics import match_boxes
 from ..models.pipeline import Pipeline, Thresholds, detect, softmax
@@ -177,6 +178,7 @@ class Scores:
     boxes: list[np.ndarray | None]  # where single mode found the pill, xyxy in photo pixels
     seconds: float  # opening photos, locating and classifying the three views
     found: list[int] = field(default_factory=list)  # pills that single mode located in each; empty = not counted
+    sharp: list[float] = field(default_factory=list)  # sharpness of what single mode showed; empty = not measured
 
     def of(
         self,
@@ -184,7 +186,7 @@ class Scores:
     ) -> "Scores":
         "The photos of one part, with their part of the seconds."
         at = np.flatnonzero(np.asarray(self.parts, object) == part)
-        names = ("groups", "paths", "parts", "modes", "views", "boxes", "found")
+        names = ("groups", "paths", "parts", "modes", "views", "boxes", "found", "sharp")
         lists = {k: [getattr(self, k)[i] for i in at] for k in names if getattr(self, k)}
         return Scores(
             self.single[at],
@@ -233,6 +235,7 @@ def singles(
         views=[v.view for v in made],
         boxes=[v.boxes[0] for v in made],
         found=[v.found for v in made],
+        sharp=[sharpness(v.images[0]) for v in made],
         seconds=time.perf_counter() - t0,
     )
 

@@ -30,7 +30,7 @@ from ..delivery.capture import parse_name
 from .answers import EvalPhoto, Evaluator
 from .checks import not_measured
 from .strata import Stratum, name_weaknesses, strata_of, stratum_again
-from ..models.decision import AnswerRule, decide_answer, prediction_sets
+from ..models.decision import AnswerRule, decide_answer, prediction_sets, sharpness
 from ..models.pipeline import Pipeline, class_probabilities
 from ..photos.images import open_image_safely
 from ..synth.imaging import blur, jpeg_copy
@@ -145,20 +145,22 @@ def _answer_views(
     "Whether the answers are right, covered by their sets, and refused."
     y = np.asarray(labels, int)
     p = class_probabilities(pipeline.classifier, views, len(pipeline.class_map), pipeline.temperature)
-    return mark_answers(p, y, rule)
+    return mark_answers(p, y, rule, [sharpness(v) for v in views])
 
 
 def mark_answers(
     p: np.ndarray,  # calibrated probabilities [N, C]
     labels: np.ndarray,  # true class ids [N]
     rule: AnswerRule | None = None,  # None = every photo is answered by its most probable drug
+    sharp: Sequence[float] | None = None,  # sharpness of each view; None = all are sharp
 ) -> dict[str, np.ndarray]:  # right, and with a rule covered and refused, bool [N] each
     "Compare probabilities with the truth."
     right = p.argmax(1) == labels if len(p) else np.zeros(0, bool)
     if rule is None:
         return {"right": right}
-    covered = prediction_sets(p, rule)[np.arange(len(p)), labels]
-    refused = np.array([decide_answer(q, None, rule).answer == "unknown" for q in p], bool)
+    covered = prediction_sets(p, rule, sharp)[np.arange(len(p)), labels]
+    said = [decide_answer(q, None, rule, None if sharp is None else sharp[i]) for i, q in enumerate(p)]
+    refused = np.array([s.answer == "unknown" for s in said], bool)
     return {"right": right, "covered": covered, "refused": refused}
 
 # %% ../../nbs/evaluation/767_conditions.ipynb #30379a51

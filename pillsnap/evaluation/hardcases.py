@@ -37,7 +37,7 @@ def hard_singles(
     s, rows = answers.scores, []
     for i, p in enumerate(answers.probabilities()):
         hints = combo_hints("single", float(p.max()), s.found[i] if s.found else None)
-        said = decide_answer(p, None if unknown is None else unknown[i], rule)
+        said = decide_answer(p, None if unknown is None else unknown[i], rule, s.sharp[i] if s.sharp else None)
         if not hints and said.answer == "drug" and s.modes[i] == "single":
             continue
         box = s.boxes[i]

@@ -327,7 +327,9 @@ def answer_safely(
 ) -> None:
     "Fit the answer rule to the calibration photos, answer the clean ones, and add the figures."
     answers, scores = self.answers, self.answers.scores
-    photos = ScoredPhotos(answers.probabilities(), scores.labels, scores.groups, scores.paths, scores.parts)
+    photos = ScoredPhotos(
+        answers.probabilities(), scores.labels, scores.groups, scores.paths, scores.parts, scores.sharp
+    )
     if why := why_no_rule(photos, settings):
         logger.info(f"answer rule: none, because there are {why}; an answer always names the most probable drug")
         self.metrics |= {k: not_measured(self.prov, k, why) for k in (*SAFE_RECORDS, "twins_unreadable_in_set")}

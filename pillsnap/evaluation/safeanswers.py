@@ -105,9 +105,10 @@ def answer_photos(
     unknown: Sequence[float] | None = None,  # unknown score of each photo; None = not scored
 ) -> pd.DataFrame:  # one row a photo
     "What the rule answers to each photo, and under which conditions the photo was taken."
-    sets, thirds, rows = prediction_sets(photos.p, rule), frequency_thirds(classes.counts), []
+    sharp = photos.sharp if len(photos.sharp) else None
+    sets, thirds, rows = prediction_sets(photos.p, rule, sharp), frequency_thirds(classes.counts), []
     for i, (p, y) in enumerate(zip(photos.p, photos.labels)):
-        said = decide_answer(p, None if unknown is None else unknown[i], rule)
+        said = decide_answer(p, None if unknown is None else unknown[i], rule, None if sharp is None else sharp[i])
         rows.append(
             {
                 "path": photos.paths[i],

@@ -19,7 +19,7 @@ from ..core.files import read_json
 from ..core.plots import show_grid
 from ..core.records import Metric, Provenance
 from .safeanswers import share_interval
-from ..models.decision import decide_answer, prediction_sets
+from ..models.decision import decide_answer, prediction_sets, sharpness
 from ..models.pipeline import Pipeline, class_probabilities
 from ..photos.images import crop_view
 from ..synth.catalogue import make_catalogue
@@ -105,8 +105,9 @@ def twins_record(
     views = [pipeline.views(i, "single").images[0] for i in images]
     p = class_probabilities(pipeline.classifier, views, len(pipeline.class_map), pipeline.temperature)
     ids = np.array([[pipeline.class_map.id(k) for k in pair.keys] for pair in pairs for _ in pair.images])
-    both = np.asarray(np.take_along_axis(prediction_sets(p, pipeline.rule), ids, axis=1).all(axis=1))
-    kinds = [decide_answer(q, None, pipeline.rule).answer for q in p]
+    sharp = [sharpness(v) for v in views]
+    both = np.asarray(np.take_along_axis(prediction_sets(p, pipeline.rule, sharp), ids, axis=1).all(axis=1))
+    kinds = [decide_answer(q, None, pipeline.rule, s).answer for q, s in zip(p, sharp)]
     low, high = share_interval(both, np.repeat(np.arange(len(pairs)), 2).astype(str))
     said = ", ".join(f"{kinds.count(k)} {k}" for k in ("drug", "shortlist", "unknown"))
     note = f"95 %: {low:.3f} to {high:.3f}, {len(pairs)} scenes; answers: {said}"
