@@ -27,7 +27,7 @@ from ..core.files import canonical_json, sha256_file, sha256_text
 from ..core.settings import Data
 from ..delivery.classmap import ClassMap
 from .card import PROBABILITY, candidate_schema, candidates, closed_object, named_schema
-from .decision import REASONS, AnswerDecision, AnswerRule, decide_answer
+from .decision import REASONS, AnswerDecision, AnswerRule, decide_answer, sharpness
 from .unknown import UnknownRule, unknown_rule_from_dict
 from ..photos.boxes import decode_yolo, letterbox, unletterbox
 from ..photos.images import IMAGENET_MEAN, IMAGENET_STD, crop_view, normalise, open_image_safely, whole_view
@@ -410,9 +410,10 @@ def scored(
 
 
 @patch
-def _item(self: Pipeline, p: np.ndarray, unknown: float | None, topk: int) -> dict[str, Any]:
-    "One pill of an answer, by its probabilities [C], its unknown score and the answer rule."
-    return pill_item(p, self.class_map, self.metadata, topk, decide_answer(p, unknown, self.rule), self.pictures)
+def _item(self: Pipeline, view: np.ndarray, p: np.ndarray, unknown: float | None, topk: int) -> dict[str, Any]:
+    "One pill of an answer, by its view, its probabilities [C], its unknown score and the answer rule."
+    said = decide_answer(p, unknown, self.rule, sharpness(view))
+    return pill_item(p, self.class_map, self.metadata, topk, said, self.pictures)
 
 
 @patch
@@ -434,8 +435,8 @@ def predict(
     probs, unknown = self.scored(views.images)
     clock("classify")
     items = [
-        _located(self._item(p, u, topk), box, score)
-        for p, u, box, score in zip(probs, unknown, views.boxes, views.scores)
+        _located(self._item(view, p, u, topk), box, score)
+        for view, p, u, box, score in zip(views.images, probs, unknown, views.boxes, views.scores)
     ]
     counted = max(box_count or 0, views.found)
     hints = combo_hints(mode, items[0]["confidence"] if items else None, counted)
