@@ -137,8 +137,9 @@ class ScoredPhotos:
                 fix="run the splits job again",
             )
         at = np.flatnonzero(mine).tolist()
-        lists = [[v[i] for i in at] for v in (self.groups, self.paths, self.parts, self.sharp) if len(v) or not at]
-        return ScoredPhotos(self.p[mine], self.labels[mine], *lists)
+        lists = [[v[i] for i in at] for v in (self.groups, self.paths, self.parts)]
+        sharp = [self.sharp[i] for i in at] if len(self.sharp) else []
+        return ScoredPhotos(self.p[mine], self.labels[mine], *lists, sharp)
 
 
 def why_no_rule(
@@ -150,7 +151,7 @@ def why_no_rule(
     return "" if n >= least else f"{n} calibration groups, and answer.alpha={settings.alpha:g} needs {least}"
 
 # %% ../../nbs/evaluation/702_conformal.ipynb #68f31385
-UNSHARP = 2 / 3  # (ours) a view with less of the least sharpness that a calibration photo has is too unsharp to judge
+UNSHARP = 2 / 3  # (ours) a view with less of the least sharpness that a calibration photo has is too unsharp
 
 
 def _cluster_thresholds(

@@ -38,8 +38,8 @@ def table_photos(
         turn = rows.sample(frac=1, random_state=0).groupby("class_key").cumcount()
         rows = rows[turn.reindex(rows.index) < each]
     return [
-        EvalPhoto(r.path, r.group_id, "single", np.zeros((0, 4)), (r.class_key,), part)
-        for r in rows[["path", "group_id", "class_key"]].itertuples()
+        EvalPhoto(path, group, "single", np.zeros((0, 4)), (key,), part)
+        for path, group, key in zip(rows["path"], rows["group_id"], rows["class_key"])
     ]
 
 # %% ../../nbs/evaluation/765_openphotos.ipynb #6b23f747
