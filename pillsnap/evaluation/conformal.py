@@ -137,9 +137,9 @@ class ScoredPhotos:
                 fix="run the splits job again",
             )
         at = np.flatnonzero(mine).tolist()
-        lists = [[v[i] for i in at] for v in (self.groups, self.paths, self.parts)]
+        groups, paths, parts = ([v[i] for i in at] for v in (self.groups, self.paths, self.parts))
         sharp = [self.sharp[i] for i in at] if len(self.sharp) else []
-        return ScoredPhotos(self.p[mine], self.labels[mine], *lists, sharp)
+        return ScoredPhotos(self.p[mine], self.labels[mine], groups, paths, parts, sharp)
 
 
 def why_no_rule(
