@@ -46,7 +46,7 @@ def encode(img: np.ndarray, ext: str) -> bytes:
 def photo_tree(ext: str, n: int, distinct: int = 48) -> tuple[Path, pd.DataFrame]:
     "A folder of n files for ImageFolder, and the manifest rows that the project reads."
     distinct = min(distinct, max(4, n // 16))  # a quick run renders few
-    root = Path(tempfile.gettempdir()) / f"pillsnap-bench-{os.getuid()}" / f"{ext}-{n}-{distinct}-v5"
+    root = Path(tempfile.gettempdir()) / f"pillsnap-bench-{os.getuid()}" / f"{ext}-{n}-{distinct}-v6"
     keys, rows = [f"K-{d + 1:06d}" for d in range(DRUGS)], root / "rows.json"
     if not rows.exists():
         boxes = []

@@ -103,7 +103,7 @@ def desk(tmp_path_factory, smoke_run) -> Path:
         root / "data", drugs=4, photos=6, combos=2, width=122, height=160, zip_parts=True, workers=1, progress=False
     )
     shutil.copytree(smoke_run, root / "RUN", symlinks=True)
-    for name in ("DIR", "_runs/demo", "_runs/two_stage", "_runs/x"):
+    for name in ("DIR", "RUN_A", "RUN_B", "_runs/demo", "_runs/two_stage", "_runs/x"):
         (root / name).parent.mkdir(exist_ok=True)
         shutil.copytree(smoke_run, root / name, symlinks=True, ignore=shutil.ignore_patterns("delivery"))
         (root / name / "delivery").symlink_to(root / "RUN" / "delivery")

@@ -371,7 +371,10 @@ def test_the_bundle_answers_as_torch_does(exported):
 def test_the_bundle_keeps_what_the_configuration_says_of_answering(exported):
     "`pillsnap predict` and a notebook answer as the run's configuration says where nobody names a mode or a number."
     b = load_bundle(exported[0])
-    assert b.meta["answering"] == dict(mode="combo", top_k=3, lazy_load_detector=False) and b.detector.model is not None
+    assert (
+        b.meta["answering"] == dict(mode="combo", top_k=3, lazy_load_detector=False, focus="locator")
+        and b.detector.model is not None
+    )
     answer = b.predict(read_json(exported[0] / "reports/export.json")["timed_photo"])
     assert answer["mode_used"] == "combo" and all(len(i["top_k"]) == 3 for i in answer["items"])
 

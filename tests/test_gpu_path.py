@@ -58,7 +58,9 @@ def pictures(n: int, size: int, seed: int = 0) -> torch.Tensor:
 
 def draws_of(n: int, seed: int = 1) -> np.ndarray:
     "Numbers as a sample's dice give them, [n, DRAWS]."
-    return np.random.default_rng(seed).random((n, DRAWS))
+    draws = np.full((n, DRAWS), 0.999)  # the last two columns came later, and nothing is blurred unless asked for
+    draws[:, :-2] = np.random.default_rng(seed).random((n, DRAWS - 2))
+    return draws
 
 
 def number(op: str) -> float:

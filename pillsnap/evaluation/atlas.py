@@ -438,7 +438,8 @@ def pair_images(
 ) -> list[tuple[np.ndarray | None, np.ndarray | None]]:  # what was read, what it was taken for
     "Both cut-outs of each pair."
     singles, misread = train[train["kind"] == "single"], {x for p in pairs for x in p.examples[:1]}
-    by_path = {r["path"]: r for r in scored[scored["path"].isin(misread)].to_dict("records")}
+    rows = pd.concat([scored, train])  # an evaluation set that touches training is scored too, and then refused
+    by_path = {r["path"]: r for r in rows[rows["path"].isin(misread)].drop_duplicates("path").to_dict("records")}
 
     def reference(key: str, like: Mapping[Any, Any]) -> Mapping[Any, Any] | None:
         rows = singles[singles["class_key"] == key]

@@ -12,10 +12,11 @@ __all__ = ['BINS', 'OVERLAPS', 'DRAWS', 'LEAST_GROUPS', 'HIGHER', 'LOWER', 'WIDT
 import base64
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from html import escape
-from io import BytesIO, StringIO
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from scipy.stats import binomtest
 # %% ../../nbs/evaluation/778_diff.ipynb #61cdfda5
 from ..core.errors import PillsnapError
 from ..core.files import save_text
-from ..core.plots import COLOURS, use_house_style
+from ..core.plots import COLOURS, save_fig, use_house_style
 from ..core.records import Metric, plain_number
 from .latency import Latency
 from .scorecard import read_evaluation
@@ -732,12 +733,8 @@ _CSS = """<style>
 
 def _picture(fig: Any) -> str:
     "A figure as an image element that holds its PNG."
-    import matplotlib.pyplot as plt
-
-    out = BytesIO()
-    fig.savefig(out, format="png", dpi=120, bbox_inches="tight")
-    plt.close(fig)
-    png = base64.b64encode(out.getvalue()).decode()
+    with tempfile.TemporaryDirectory() as folder:
+        png = base64.b64encode(save_fig(fig, Path(folder) / "differences.png").read_bytes()).decode()
     return f'<img alt="differences with intervals" src="data:image/png;base64,{png}">'
 
 
