@@ -84,8 +84,8 @@ def section(run: Path) -> str:
     head = f"Measured on {doc['made'][:10]} on {first['hardware']}, on **synthetic** pills, {doc['classes']} drugs:"
     total = sum(read(p)["seconds"] for p in (run / "stages").glob("*.json")) / 60
     tail = (
-        f"{durations(run)} With the start of each kernel `make demo` takes about {total + 1.5:.0f} minutes on two idle "
-        "cores, installation apart. A second run ends in seconds, because every job is up to date. "
+        f"{durations(run)} With the start of each kernel that is about {total + 1.5:.0f} minutes on this machine, "
+        "installation apart; other work on it counts too. A second run ends in seconds, because every job is up to date. "
         "[The results page](results.ipynb) shows this run with its pictures."
     )
     return "\n\n".join([HEADING, head, table(doc["metrics"]), verdicts(run), tail]) + "\n"
