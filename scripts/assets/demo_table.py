@@ -85,7 +85,7 @@ def section(run: Path) -> str:
     total = sum(read(p)["seconds"] for p in (run / "stages").glob("*.json")) / 60
     tail = (
         f"{durations(run)} With the start of each kernel that is about {total + 1.5:.0f} minutes on this machine, "
-        "installation apart; other work on it counts too. A second run ends in seconds, because every job is up to date. "
+        "installation apart; other work on it counts too. A second run ends in seconds: every job is up to date. "
         "[The results page](results.ipynb) shows this run with its pictures."
     )
     return "\n\n".join([HEADING, head, table(doc["metrics"]), verdicts(run), tail]) + "\n"
