@@ -215,8 +215,10 @@ def test_the_scorecard_holds_both_columns_and_the_label(made):
 def test_the_badge_is_a_remark_and_the_mode_stays(made):
     root, _ = made
     doc, m, _ = S.read_evaluation(root)
-    lines = [r for r in json_lines(root / "hard_cases/single.jsonl") if "low_confidence" in r["hints"]]
-    assert 0 < len(lines) <= doc["badges"] <= doc["hard_cases"] and all(
+    every = json_lines(root / "hard_cases/single.jsonl")
+    assert doc["badges"] == sum(r["badge"] is not None for r in every) and doc["hard_cases"] >= len(every)
+    lines = [r for r in every if "low_confidence" in r["hints"]]
+    assert len(lines) > 0 and all(
         line["mode_used"] == line["mode_requested"] == "single"
         and line["badge"] == "combo 권장"
         and line["single_confidence"] < 0.3
