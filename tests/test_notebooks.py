@@ -59,6 +59,11 @@ def test_file_name_is_the_module(path):
     assert path.parent == (ROOT / "nbs" if wing == len(WINGS) else ROOT / "nbs" / WINGS[wing])
 
 
+def test_no_two_notebooks_share_a_number():
+    numbers = [number(path) for path in NBS]
+    assert len(numbers) > 100 and len(set(numbers)) == len(numbers)
+
+
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)
 def test_opens_as_literature(path):
     first = nbformat.read(path, 4).cells[0]
