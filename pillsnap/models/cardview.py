@@ -102,15 +102,17 @@ def differing(
 
 # %% ../../nbs/models/575_cardview.ipynb #9be684ea
 def _facts(item: Mapping[str, Any]) -> Any:
-    "The first drug's facts as a two-column table."
+    "The first drug's facts, unless no drug is named, and where the pill lies, as a two-column table."
     from rich.table import Table
     from rich.text import Text
 
     t = Table.grid(padding=(0, 2))
     t.add_column(style="dim", no_wrap=True)
     t.add_column()
-    for label, text in card_rows(item["top_k"][0]).items():
-        t.add_row(label, Text(text))
+    # without an answer no drug's facts stand on the card: a person would read them as the answer
+    if item["answer"] != "unknown":
+        for label, text in card_rows(item["top_k"][0]).items():
+            t.add_row(label, Text(text))
     if item["box"]:
         t.add_row("위치", "{:.0f}, {:.0f} – {:.0f}, {:.0f} px".format(*item["box"]))
     return t
@@ -158,18 +160,17 @@ def _card_notes(
 
 # %% ../../nbs/models/575_cardview.ipynb #84213fc1
 def _item_card(n: int, item: Mapping[str, Any]) -> Any:
-    "One pill as a panel: the verdict, its reason, the first drug's facts, the candidates."
+    "One pill as a panel: the verdict, its reason, the facts of the drug that is named, the candidates."
     from rich.console import Group
     from rich.panel import Panel
     from rich.text import Text
 
     head = Text(f"{VERDICTS[item['answer']]}: {REASONS[item['reason']]}")
-    first = Text(f"가장 비슷한 약: {named(item)}" if item["answer"] == "unknown" else named(item), style="bold")
     said = Text(f"{n}. {verdict_line(item)}", style="bold")
     if item["answer"] == "drug":
         said.append(f"  {item['confidence']:.1%}", style="not bold")
-    body = Group(head, Text(""), first, _facts(item), Text(""), _others(item))
-    return Panel(body, title=said, title_align="left")
+    name = [] if item["answer"] == "unknown" else [Text(named(item), style="bold")]
+    return Panel(Group(head, Text(""), *name, _facts(item), Text(""), _others(item)), title=said, title_align="left")
 
 
 def answer_card(
