@@ -1,6 +1,7 @@
 """The panel of conditions: a planted weakness is found and named, and none is named where there is none; changes,
 phone photos and pill sizes are what they say."""
 
+from dataclasses import replace
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -24,11 +25,14 @@ from pillsnap.evaluation.conditions import (
     spread,
 )
 from pillsnap.evaluation.strata import grouped_interval, name_weaknesses, strata_of
+from pillsnap.models.decision import AnswerRule
 from pillsnap.models.pipeline import Pipeline, softmax
+from pillsnap.models.unknown import UnknownRule, fit_unknown_score, unknown_rule_to_dict
 from pillsnap.photos.images import crop_view, normalise, open_image_safely, whole_view
 from pillsnap.synth.draws import rng_for
 from pillsnap.synth.plan import plan_delivery
 from pillsnap.synth.renderer import photograph
+from pillsnap.synth.retake import retake
 from pillsnap.synth.writer import write_delivery
 
 # ---- synthetic tables of answers -----------------------------------------------------------------
@@ -178,6 +182,9 @@ class Memory:
         far = np.abs(x[:, None] - self.known[None]).mean((2, 3, 4))
         return -20 * np.stack([far[:, self.ids == k].min(1) for k in range(self.ids.max() + 1)], 1)
 
+    def outputs(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self.logits(x), x.mean((2, 3))
+
 
 SETTINGS = dict(drugs=4, photos=6, combos=1, seed=5, width=98, height=128)
 
@@ -238,7 +245,6 @@ def test_own_phone_photos_come_from_a_folder(remembered, tmp_path):
 @pytest.mark.spec("BX17")
 def test_photos_of_another_origin_are_not_taken_again(remembered):
     "A photo that was imported has no capture name: it is changed like the others and has no photo by phone."
-    from dataclasses import replace
     from shutil import copy
 
     evaluator, photos, _ = remembered
@@ -280,10 +286,32 @@ def test_the_changed_photos_are_asked_as_the_product_asks(remembered, monkeypatc
     assert asked == ["single"] * 5 * (1 + changes + 1)
 
 
+@pytest.mark.spec("BX17", "BX9")
+def test_the_panel_refuses_what_the_product_refuses(remembered):
+    "The unknown score refuses changed photos and phone photos here exactly as often as in Pipeline.predict."
+    evaluator, photos, images = remembered
+    pipeline = evaluator.pipeline
+    _, e = pipeline.classifier.outputs(normalise(np.stack([pipeline.views(i, "single").images[0] for i in images])))
+    score = fit_unknown_score("mahalanobis", e, pipeline.classifier.ids)
+    unknown = UnknownRule(score, float(score(np.zeros((len(e), 4)), e).max()), 0.02, 10)
+    rule = AnswerRule("lac", 0.05, (1.0,) * 4, unknown=unknown_rule_to_dict(unknown))
+    right, sizes = {"right": np.ones(len(photos), bool)}, {p.path: (98, 128) for p in photos}
+    panel = measure_conditions(evaluator, photos, right, sizes, len(photos), "auto", rule)
+    product = replace(pipeline, rule=rule)
+
+    def refused(pictures) -> float:
+        said = [product.predict(picture)["items"][0] for picture in pictures]
+        assert {s["reason"] for s in said if s["answer"] == "unknown"} <= {"unknown_score"}
+        return float(np.mean([s["answer"] == "unknown" for s in said]))
+
+    expected = {(axis, k): refused(map(c, images)) for axis, levels in CHANGES.items() for k, c in levels.items()}
+    expected["domain", "phone"] = refused(retake(evaluator.root, [p.path for p in photos]))
+    assert {(s.axis, s.level): s.refused for s in panel.strata if (s.axis, s.level) in expected} == expected
+    assert expected["exposure", "+1 stop"] > expected["JPEG quality", "q60"] + 0.2
+
+
 @pytest.mark.spec("BX17")
 def test_answers_are_marked_by_the_rule():
-    from pillsnap.models.decision import AnswerRule
-
     p = softmax(np.array([[4.0, 0, 0], [1.0, 1.1, 0.9], [0, 0, 4.0]]))
     marked = mark_answers(p, np.array([0, 0, 1]), AnswerRule("lac", 0.1, (0.5, 0.5, 0.5)))
     assert marked["right"].tolist() == [True, False, False]

@@ -4,15 +4,21 @@ import json
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
 from pillsnap.core.config import load_config
+from pillsnap.core.jobs import RunFolder
 from pillsnap.delivery.classmap import ClassMap
 from pillsnap.evaluation import hardcases as H
 from pillsnap.evaluation.answers import Answers, ComboAnswer, Combos, Evaluator, Scores
+from pillsnap.evaluation.measurements import Measurements
+from pillsnap.evaluation.openset import OpenSet
+from pillsnap.evaluation.safeanswers import SafeAnswers
 from pillsnap.models.decision import AnswerRule
 from pillsnap.models.pipeline import BADGE, Pipeline
+from pillsnap.models.unknown import UnknownRule, UnknownScore, unknown_rule_to_dict
 
 KEYS = [f"K-{i:06d}" for i in range(1, 7)]
 CONTRACT = {"gating_score", "mode_used", "mode_requested", "single_confidence", "fallback_reason", "view", "reason"}
@@ -67,6 +73,42 @@ def test_what_the_answer_rule_says_is_what_is_listed():
     assert (empty["answer"], empty["reason"], empty["shortlist"]) == ("unknown", "empty_set", [])
     (strange,) = rows(flat, rule(0.5), unknown=[6.0])
     assert (strange["answer"], strange["reason"]) == ("unknown", "unknown_score")
+
+
+@pytest.mark.spec("EV4", "BX9")
+def test_an_evaluation_lists_the_reason_that_the_product_gives(tmp_path):
+    "The unknown scores of the evaluation reach the lists, photo by photo, in whatever part the photo is."
+    scores = singles(4)
+    for path in scores.paths:
+        Image.fromarray(np.full((60, 90, 3), 90, np.uint8)).save(tmp_path / path)
+    unknown = UnknownRule(UnknownScore("max_logit"), 1.0, 0.02)
+    rule = AnswerRule("lac", 0.05, (0.5,) * 6, unknown=unknown_rule_to_dict(unknown))
+    by_path = dict(zip(reversed(scores.paths), (0.5, 3.0, 0.0, 2.0)))
+    found = OpenSet(unknown, *[pd.DataFrame()] * 3, {}, {}, by_path)
+    measured = Measurements(
+        data=None,
+        prov=None,
+        photos=[],
+        answers=Answers(KEYS, 1.0, replace(scores, parts=["val", "calib", "clean", "clean"]), None, None),
+        calibration=None,
+        per_class=pd.DataFrame(),
+        metrics={},
+        latency=[],
+        timings={},
+        skipped={},
+        no_detector="",
+        loading_s=0.0,
+        evaluator=Evaluator(Pipeline(Size(), ClassMap(KEYS)), tmp_path, load_config("smoke").data),
+        safe=SafeAnswers(rule, pd.DataFrame()),
+        open_set=found,
+    )
+    files, _ = measured.keep_hard_cases(RunFolder(tmp_path / "run", "evaluation"))
+    listed = [json.loads(x) for x in files[0].read_text(encoding="utf-8").splitlines()]
+    refused = {r["path"] for r in listed if r["reason"] == "unknown_score"}
+    assert refused == {path for path, u in by_path.items() if u > 1} and len(refused) == 2
+    measured.open_set = None
+    files, _ = measured.keep_hard_cases(RunFolder(tmp_path / "run", "evaluation"))
+    assert files[0].read_text(encoding="utf-8") == ""
 
 
 @pytest.mark.spec("EV4")

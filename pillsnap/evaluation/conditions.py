@@ -12,7 +12,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from .answers import EvalPhoto, Evaluator
 from .checks import not_measured
 from .strata import Stratum, name_weaknesses, strata_of, stratum_again
 from ..models.decision import AnswerRule, decide_answer, prediction_sets, sharpness
-from ..models.pipeline import Pipeline, class_probabilities
+from ..models.pipeline import Pipeline
 from ..photos.images import open_image_safely
 from ..synth.imaging import blur, jpeg_copy
 from ..synth.retake import retake, retakeable
@@ -144,8 +144,8 @@ def _answer_views(
 ) -> dict[str, np.ndarray]:  # right, and with a rule covered and refused, bool each
     "Whether the answers are right, covered by their sets, and refused."
     y = np.asarray(labels, int)
-    p = class_probabilities(pipeline.classifier, views, len(pipeline.class_map), pipeline.temperature)
-    return mark_answers(p, y, rule, [sharpness(v) for v in views])
+    p, unknown = replace(pipeline, rule=rule).scored(views)
+    return mark_answers(p, y, rule, [sharpness(v) for v in views], unknown)
 
 
 def mark_answers(
@@ -153,13 +153,15 @@ def mark_answers(
     labels: np.ndarray,  # true class ids [N]
     rule: AnswerRule | None = None,  # None = every photo is answered by its most probable drug
     sharp: Sequence[float] | None = None,  # sharpness of each view; None = all are sharp
+    unknown: Sequence[float | None] | None = None,  # unknown score of each view; None = not scored
 ) -> dict[str, np.ndarray]:  # right, and with a rule covered and refused, bool [N] each
     "Compare probabilities with the truth."
     right = p.argmax(1) == labels if len(p) else np.zeros(0, bool)
     if rule is None:
         return {"right": right}
     covered = prediction_sets(p, rule, sharp)[np.arange(len(p)), labels]
-    said = [decide_answer(q, None, rule, None if sharp is None else sharp[i]) for i, q in enumerate(p)]
+    scores, edges = ([None] * len(p) if v is None else v for v in (unknown, sharp))
+    said = [decide_answer(q, u, rule, e) for q, u, e in zip(p, scores, edges)]
     refused = np.array([s.answer == "unknown" for s in said], bool)
     return {"right": right, "covered": covered, "refused": refused}
 

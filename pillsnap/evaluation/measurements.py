@@ -339,8 +339,7 @@ def answer_safely(
     clean, unknown = photos.of("clean"), None
     if self.open_set is not None:
         rule = replace(rule, unknown=unknown_rule_to_dict(self.open_set.rule))
-        by_path = dict(zip(self.open_set.known_paths, self.open_set.scores["known"]))
-        unknown = [float(by_path[p]) for p in clean.paths]
+        unknown = [self.open_set.known[p] for p in clean.paths]
     self.safe = SafeAnswers(rule, answer_photos(clean, rule, classes, unknown), scores.of("clean").seconds)
     self.metrics |= self.safe.records(self.prov) | _twins(
         replace(pipeline, temperature=answers.temperature, rule=rule), self.data, self.prov
@@ -498,7 +497,9 @@ def keep_hard_cases(
     "Write the hard cases; the worst of them keep their pictures."
     assert self.evaluator is not None, "measure sets it"
     rule = self.safe.rule if self.safe else None
-    files, counts = save_hard_cases(self.answers, self.evaluator, run.sub("hard_cases"), self.hard_case_pictures, rule)
+    unknown = [self.open_set.known[p] for p in self.answers.scores.paths] if self.open_set else None
+    folder, most = run.sub("hard_cases"), self.hard_case_pictures
+    files, counts = save_hard_cases(self.answers, self.evaluator, folder, most, rule, unknown)
     for name, n in counts.items():
         run.tb.add_scalar(f"eval/{name}", n, 0)
     return files, counts

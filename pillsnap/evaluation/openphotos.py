@@ -99,6 +99,8 @@ def run_open_set(
         what = " and ".join(lacking) + " photos" if lacking else "photos of unknown drugs or objects on both sides"
         logger.info(f"unknown score: none, because there are no {what}")
         return None
+    if selected := [p for p in singles if p.part == "val"]:
+        parts["val"] = selected
     known = {k: single_outputs(evaluator.pipeline, _scored(evaluator, v, "known", k)) for k, v in parts.items()}
     found = measure_open_set(known.pop("train"), known, strangers, refused)
     score = found.rule.score.name

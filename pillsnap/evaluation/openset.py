@@ -195,13 +195,13 @@ class OpenSet:
     refused: pd.DataFrame  # kind, what, n, refused: shares of the clean and of the test photos, by the rule
     scores: Mapping[str, np.ndarray]  # kind → the chosen score of its photos
     groups: Mapping[str, list[str]]  # kind → capture group of each
-    known_paths: Sequence[str] = field(default_factory=list)  # of the clean photos, as in scores["known"]
+    known: Mapping[str, float] = field(default_factory=dict)  # photo of a known drug → its score, in every part
     seconds: float = 1.0  # scoring the photos
 
 
 def measure_open_set(
     train: SingleOutputs,  # training photos
-    known: Mapping[str, SingleOutputs],  # calib sets the threshold, clean is only scored
+    known: Mapping[str, SingleOutputs],  # calib sets the threshold; clean and any other part are only scored
     unknown: Mapping[str, SingleOutputs],  # validation chooses the score, test is only scored
     share: float,  # of known drugs' calibration photos that may be refused
 ) -> OpenSet:
@@ -226,7 +226,7 @@ def measure_open_set(
         by.agg(n="size", refused="mean").reset_index(),
         scores,
         {k: o.groups for k, o in parts.items()},
-        [s.name for s in clean.shown],
+        {s.name: float(v) for o in known.values() for s, v in zip(o.shown, score(o.logits, o.embedding))},
         sum(o.seconds for o in (train, *known.values(), *unknown.values())),
     )
 

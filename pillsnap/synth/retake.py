@@ -17,7 +17,7 @@ import numpy as np
 from ..core.errors import PillsnapError
 from ..core.files import read_json
 from ..delivery.capture import parse_name
-from .catalogue import make_catalogue
+from .catalogue import make_catalogue, unknown_catalogue
 from .draws import rng_for
 from .drugs import Drug
 from .plan import val_catalogue
@@ -34,7 +34,9 @@ def _rendered(
     if not {"drugs", "seed", "val_drugs", "width", "height"} <= ledger.keys():
         return {}, {}
     train = make_catalogue(ledger["drugs"], ledger["seed"])
-    others = val_catalogue(train, ledger["val_drugs"], ledger["seed"])
+    others = list(val_catalogue(train, ledger["val_drugs"], ledger["seed"]))
+    if further := ledger.get("unknown_drugs", 0):
+        others += unknown_catalogue(train, further, ledger["seed"])
     return ledger, {d.kcode: d for d in (*others, *train)}
 
 
