@@ -254,7 +254,7 @@ def _stage_verdict(
     verdict = (
         f"Accuracy {b['acc']:.3f}, macro-F1 {b['macro_f1']:.3f} "
         f"on {b['n']} photos of {drugs} drugs from held-out groups; "
-        f"best of {len(rows)} epochs is number {trained.ckpt['epoch']}{_why_stopped(trained.learn)}"
+        f"best epoch {trained.ckpt['epoch']} of {len(rows)}{_why_stopped(trained.learn)}"
     )
     if gap:
         image, value = gap["image_split"]["value"], gap["leak_gap"]["value"]

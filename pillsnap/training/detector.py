@@ -182,7 +182,7 @@ def _verdict(
     return (
         f"mAP@0.5 {t['mAP@0.5']:.3f} (0.5:0.95 {t['mAP@0.5:0.95']:.3f}) "
         f"on {t['n']} held-out photos with {t['pills']} pills; "
-        f"best of {len(trained.history)} epochs is number {best['epoch']}{early}; "
+        f"best epoch {best['epoch']} of {len(trained.history)}{early}; "
         f"the two computations differ by {gap:.4f}"
     )
 

@@ -388,7 +388,7 @@ class _Report:
         recalls = ", ".join(f"Recall@{k} {found[f'recall@{k}']:.3f}" for k in self.ks)
         return (
             f"{recalls} of {found['n']} photos of {len(self.data.class_map)} classes from held-out IDs "
-            f"among {len(self.result.gallery.labels)}; best of {epochs} epochs is number {self.trained.ckpt['epoch']}"
+            f"among {len(self.result.gallery.labels)}; best epoch {self.trained.ckpt['epoch']} of {epochs}"
         )
 
     def notes(self) -> list[str]:
