@@ -64,7 +64,7 @@ def named(
 def verdict_kind(
     item: Mapping[str, Any],  # a pill of an answer
 ) -> str:  # a key of VERDICTS
-    "What kind of answer a pill got; a name that no answer rule has judged is a kind of its own."
+    "What kind of answer a pill got; a name that no answer rule has checked is a kind of its own."
     return "unjudged" if item["answer"] == "drug" and item["reason"] == "no_rule" else item["answer"]
 
 
