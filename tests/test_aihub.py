@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import stat
 import sys
 import unicodedata
@@ -15,10 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pillsnap.core.errors import PillsnapError
-from pillsnap.delivery.annotations import IMAGE_KEYS, MAX_JSON_BYTES, Annotation, read_annotation
+from pillsnap.delivery.annotations import IMAGE_KEYS, Annotation, read_annotation
 from pillsnap.delivery.archives import extract_archives
 from pillsnap.delivery.capture import capture_group, parse_name
-from pillsnap.delivery.classmap import ClassMap, keys_fingerprint
 from pillsnap.delivery.faults import Fault, FaultReason
 from pillsnap.delivery.names import parse_archive
 from pillsnap.delivery.tree import find_delivery, index_photos, overlap_in_words, sealed_codes, walk_tree
@@ -209,68 +207,6 @@ def test_planted_faults_are_counted_exactly(tmp_path):
 
 
 @pytest.mark.spec("BX4")
-@pytest.mark.parametrize(
-    "bbox,reason",
-    [
-        (None, "box_empty"),
-        ([], "box_empty"),
-        ([1, 2, 3], "box_short"),
-        ([1, 2, 3, 4, 5], "box_short"),
-        (["1", 2, 3, 4], "box_string"),
-        ("1 2 3 4", "box_string"),
-        ([1, 2, None, 4], "box_string"),
-        ([1.0, 2, 3, 4], "box_float"),
-        ([1, 2, -3, 4], "box_negative"),
-        ([1, 2, 3, 0], "box_zero"),
-        ([-1, 2, 3, 4], "box_outside"),
-        ([1, 2, 3, 1279], "box_outside"),
-        ([0, 0, 976, 1280], None),
-    ],
-)
-def test_every_broken_box_has_its_own_word(tmp_path, bbox, reason):
-    p = single(tmp_path, A, bbox=APART[0])
-    r = json.loads(p.read_text(encoding="utf-8"))
-    r["annotations"][0]["bbox"] = bbox
-    put(p, r)
-    (pill,) = check_labels(tmp_path).photos[p.stem].pills
-    assert (str(pill.fault) if pill.fault else None) == reason
-    got = audit(tmp_path)
-    assert got["box_faults"] == ({reason: 1} if reason else {}) and got["boxes_outside"] == (reason == "box_outside")
-
-
-@pytest.mark.spec("BX4")
-def test_identical_boxes_lose_both_and_overlapping_none(tmp_path):
-    same = combo(tmp_path, [A, B], [APART[0], APART[0]])
-    near = combo(tmp_path, [A, C], [[0, 0, 100, 100], [0, 0, 100, 50]])
-    e = check_labels(tmp_path)
-    assert [p.fault for p in e.photos[same].pills] == [FaultReason.BOX_IDENTICAL] * 2
-    assert [p.fault for p in e.photos[near].pills] == [None, None]
-
-
-@pytest.mark.spec("BX4")
-@pytest.mark.parametrize("change", ["drug_N", "dl_mapping_code", "folder", "combo folder", "file_name"])
-def test_any_of_the_code_sources_may_lie(tmp_path, change):
-    name = combo(tmp_path, [A, B])
-    p = tmp_path / f"combination/TL_1_combo/K-000250-000573_json/{B}/{name}.json"
-    r = json.loads(p.read_text(encoding="utf-8"))
-    img = r["images"][0]
-    if change == "drug_N":
-        img["drug_N"] = C
-    if change == "dl_mapping_code":
-        img["dl_mapping_code"] = C
-    if change == "file_name":
-        img["file_name"] = img["file_name"].replace("000573", "002483")
-    put(p, r)
-    if change == "folder":
-        p.parent.rename(p.parent.with_name(C))
-    if change == "combo folder":
-        p.parent.parent.rename(p.parent.parent.with_name("K-000250-000999_json"))
-    got = audit(tmp_path)
-    assert got["code_mismatch"] == (2 if change == "combo folder" else 1)
-    assert got["metadata_conflicts"] == 0, "a file whose codes disagree is not heard on a drug"
-
-
-@pytest.mark.spec("BX4")
 def test_a_disputed_file_is_not_heard_on_either_drug(tmp_path):
     """Its drug_N names another drug of the tree, whose metadata it would contradict; and without folders the file
     name alone tells."""
@@ -288,48 +224,6 @@ def test_a_disputed_file_is_not_heard_on_either_drug(tmp_path):
         0,
         1,
     )
-
-
-@pytest.mark.spec("DM9")
-@pytest.mark.parametrize(
-    "change,reason",
-    [
-        (lambda r: r | dict(images=r["images"] * 2), FaultReason.STRUCTURE),
-        (lambda r: r | dict(annotations=[]), FaultReason.STRUCTURE),
-        (lambda r: [r], FaultReason.STRUCTURE),
-        (lambda r: r | dict(x=float("nan")), FaultReason.UNPARSABLE),
-        (lambda r: r["images"][0].update(drug_N="K-12") or r, FaultReason.FIELD),
-        (lambda r: r["images"][0].update(file_name=None) or r, FaultReason.FIELD),
-        (lambda r: r["images"][0].update(width=0) or r, FaultReason.FIELD),
-        (lambda r: r["images"][0].pop("height") and r, FaultReason.FIELD),
-    ],
-)
-def test_what_is_no_record_is_refused_with_its_reason(tmp_path, change, reason):
-    r = record(A, f"{A}_0_2_0_2_70_000_200", APART[0])
-    assert isinstance(read_annotation(put(tmp_path / "ok.json", r)), Annotation)
-    assert read_annotation(put(tmp_path / "x.json", json.dumps(change(r)))).reason is reason
-
-
-@pytest.mark.spec("DM1")
-def test_one_photo_in_many_files_is_one_photo(tmp_path):
-    name = combo(tmp_path, [A, B, C, D])
-    e = check_labels(tmp_path)
-    assert (
-        list(e.photos) == [name]
-        and [p.kcode for p in e.photos[name].pills] == [A, B, C, D]
-        and not e.photos[name].missing()
-    )
-    assert audit(tmp_path)["photos"] == 1
-
-
-@pytest.mark.spec("DM7")
-def test_both_combo_depths(tmp_path):
-    "With a folder per K-code, and without that level."
-    deep, flat = combo(tmp_path, [A, B]), combo(tmp_path, [A, B, C], flat=True)
-    e = check_labels(tmp_path)
-    assert {n: len(e.photos[n].pills) for n in (deep, flat)} == {deep: 2, flat: 3} and audit(tmp_path)[
-        "incomplete_photos"
-    ] == 0
 
 
 @pytest.mark.spec("BX4")
@@ -416,24 +310,6 @@ def test_the_json_names_the_files_behind_each_count(tmp_path):
     assert audit_command(tmp_path / "labels") == audit(tmp_path / "labels")
 
 
-def test_nothing_to_audit_is_said(tmp_path):
-    with pytest.raises(PillsnapError, match="does not exist"):
-        audit(tmp_path / "none")
-    with pytest.raises(PillsnapError, match="no JSON"):
-        audit(tmp_path)
-    single(tmp_path / "l", A)
-    with pytest.raises(PillsnapError, match="photos does not exist"):
-        audit(tmp_path / "l", tmp_path / "none")
-
-
-def test_a_delivery_may_be_named_by_its_root(tmp_path):
-    single(tmp_path / "data/train/labels", A)
-    single(tmp_path / "data/val/labels", B)
-    assert audit(tmp_path)["drugs"] == 1
-    with pytest.raises(PillsnapError, match="sealed"):
-        audit(tmp_path / "data/val/labels")
-
-
 # ---- the sealed test
 # -----------------------------------------------------------------------------------------------------------------
 
@@ -464,15 +340,6 @@ def test_the_sealed_test_is_known_by_folder_names_alone(tmp_path):
 
 # ---- reading whatever comes
 # ----------------------------------------------------------------------------------------------------------
-
-
-def test_encodings_and_their_order(tmp_path):
-    r = record(A, f"{A}_0_2_0_2_70_000_200", APART[0])
-    for encoding, said in (("utf-8", "utf-8"), ("utf-8-sig", "utf-8"), ("cp949", "cp949")):
-        a = read_annotation(put(tmp_path / f"{encoding}.json", r, encoding))
-        assert a.image == r["images"][0] and a.encoding == said
-    bad = read_annotation(put(tmp_path / "utf-16.json", r, "utf-16"))
-    assert bad.reason in (FaultReason.ENCODING, FaultReason.UNPARSABLE)
 
 
 JSON = st.recursive(
@@ -530,16 +397,6 @@ def test_names_are_read_or_refused(stem):
         assert c.stem() == stem or stem.split("_")[-1].startswith("0") or capture_group(c)
 
 
-def test_deep_and_huge_json(tmp_path):
-    assert read_annotation(put(tmp_path / "deep.json", "[" * 50_000)).reason is FaultReason.UNPARSABLE
-    assert read_annotation(put(tmp_path / "long.json", "9" * 5000)).reason is FaultReason.UNPARSABLE
-    big = put(tmp_path / "big.json", " " * (MAX_JSON_BYTES + 1))
-    assert (
-        read_annotation(big).reason is FaultReason.UNREADABLE
-        and read_annotation(tmp_path).reason is FaultReason.UNREADABLE
-    )
-
-
 # ---- walking and matching
 # ------------------------------------------------------------------------------------------------------------
 
@@ -560,21 +417,6 @@ def test_links_repeats_and_hidden_files(tmp_path):
     assert Counter(f.reason for f in w.faults) == {FaultReason.DUPLICATE_PATH: 3, FaultReason.SYMLINK: 1}
     got = audit(tmp_path / "t")
     assert got["files"] == 2 and got["tree_faults"] == {"broken_symlink": 1, "duplicate_path": 3}
-
-
-@pytest.mark.spec("DM6")
-def test_photos_by_extension(tmp_path):
-    for n in ("a.png", "b.JPG", "c.webp", "d.txt", "d_index.png", "._a.png"):
-        put(tmp_path / n, "x")
-    p = index_photos(tmp_path)
-    assert (
-        sorted(p.paths) == ["a", "b", "c"]
-        and (p.index, p.hidden) == (1, 1)
-        and [f.reason for f in p.faults] == [FaultReason.EXTENSION]
-    )
-    assert sorted(index_photos(tmp_path, [".png"]).paths) == ["a"] and sorted(
-        index_photos(tmp_path, [".png"], ignore_hidden=False).paths
-    ) == ["._a", "a"]
 
 
 @pytest.mark.spec("DM7", "DM14")
@@ -598,37 +440,8 @@ def test_korean_and_english_folders_are_one(tmp_path, single_name, combo_name):
     )
 
 
-@pytest.mark.spec("DM7")
-def test_the_delivery_is_found_or_its_absence_explained(tmp_path):
-    with pytest.raises(PillsnapError, match="does not exist"):
-        find_delivery(tmp_path / "none")
-    with pytest.raises(PillsnapError, match="no delivery"):
-        find_delivery(tmp_path)
-    with pytest.raises(PillsnapError, match="not a folder"):
-        find_delivery(put(tmp_path / "file", "x"))
-    put(tmp_path / "TL_1_단일.zip", "x")
-    with pytest.raises(PillsnapError) as e:
-        find_delivery(tmp_path)
-    assert "unpack the 1 archives" in str(e.value)
-    (tmp_path / "data/train/labels").mkdir(parents=True)
-    with pytest.raises(PillsnapError, match="no photos"):
-        find_delivery(tmp_path)
-    (tmp_path / "data/train/images").mkdir()
-    assert find_delivery(tmp_path).images == tmp_path / "data/train/images"
-    put(tmp_path / "SYNTHETIC.unfinished.json", "{}")
-    with pytest.raises(PillsnapError, match="not rendered to its end"):
-        find_delivery(tmp_path)
-
-
 # ---- archives
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-class KoreanInfo(zipfile.ZipInfo):
-    "An entry whose name is CP949 and does not say so."
-
-    def _encodeFilenameFlags(self):  # noqa: N802 - name given by the library
-        return self.filename.encode("cp949"), self.flag_bits & ~0x800
 
 
 def zipped(path, entries, info=zipfile.ZipInfo, attr=0):
@@ -643,38 +456,6 @@ def zipped(path, entries, info=zipfile.ZipInfo, attr=0):
 
 def tree(root):
     return {p.relative_to(root).as_posix(): p.read_bytes() for p in Path(root).rglob("*") if p.is_file()}
-
-
-@pytest.mark.spec("DM14")
-def test_archives_become_the_english_tree(tmp_path):
-    src, dst = tmp_path / "src", tmp_path / "dst"
-    zipped(src / "라벨/TL_1_단일.zip", {f"{A}_json/a.json": "{}"})
-    zipped(src / "원천/TS_1_조합.zip", {"TS_1_조합/K-000250-000573/메모.png": "p", "TS_1_조합/": ""}, KoreanInfo)
-    zipped(src / "2.Validation/VL_1_단일.zip", {"K-000001_json/b.json": "{}"})
-    put(src / "other.zip", "x")
-    assert extract_archives(src, dst) == {
-        "data/train/images/combination/TS_1_combo": 1,
-        "data/train/labels/single/TL_1_single": 1,
-        "data/val/labels/single/VL_1_single": 1,
-    }
-    want = {
-        f"data/train/labels/single/TL_1_single/{A}_json/a.json": b"{}",
-        "data/train/images/combination/TS_1_combo/K-000250-000573/메모.png": b"p",
-        "data/val/labels/single/VL_1_single/K-000001_json/b.json": b"{}",
-    }
-    assert tree(dst) == want
-    assert set(extract_archives(src, dst).values()) == {0} and tree(dst) == want, "what is there is left alone"
-
-
-@pytest.mark.spec("DM14")
-@pytest.mark.parametrize(
-    "name", ["../x.json", "a/../../x.json", "/x.json", "C:/x.json", "a\\..\\x.json", "..", "a/" + "n" * 300]
-)
-def test_a_path_that_leads_out_condemns_the_archive(tmp_path, name):
-    zipped(tmp_path / "s/TL_1_단일.zip", {"K-000250_json/good.json": "{}", name: "x"})
-    with pytest.raises(PillsnapError, match="refused"):
-        extract_archives(tmp_path / "s", tmp_path / "d")
-    assert not tree(tmp_path / "d") and not (tmp_path / "x.json").exists()
 
 
 @pytest.mark.spec("DM14")
@@ -697,85 +478,5 @@ def test_links_bombs_repeats_and_damage_are_refused(tmp_path):
         assert not (tmp_path / f"{what}_out/data/train/labels/single/TL_1_single").exists(), what
 
 
-@pytest.mark.spec("DM14")
-def test_a_synthetic_delivery_in_archives_is_the_same_delivery(tmp_path):
-    from pillsnap.synth.writer import write_delivery
-
-    kw = dict(drugs=3, photos=2, combos=1, seed=1, width=64, height=80, progress=False, workers=1)
-    write_delivery(tmp_path / "plain", **kw)
-    write_delivery(tmp_path / "zips", zip_parts=True, **kw)
-    with pytest.raises(PillsnapError, match="empty") as e:
-        from pillsnap.dataset.conversion import convert_delivery
-
-        convert_delivery(tmp_path / "zips", tmp_path / "run")
-    assert "unpack the 2 archives" in str(e.value)
-    extract_archives(tmp_path / "zips", tmp_path / "zips")
-    a, b = ({k: v for k, v in tree(tmp_path / d / "data").items() if not k.endswith(".zip")} for d in ("plain", "zips"))
-    assert a == b
-    assert index_photos(tmp_path / "zips/data/train/images").faults == [], (
-        "an archive beside its folder is no broken photo"
-    )
-
-
 # ---- the class map
 # -------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.spec("BX8")
-def test_order_of_arrival_never_matters():
-    keys = [f"K-{i:06d}" for i in random.Random(1).sample(range(999999), 200)]
-    m = ClassMap(keys)
-    for seed in range(5):
-        random.Random(seed).shuffle(keys)
-        assert (
-            ClassMap(keys) == m
-            and ClassMap(keys).fingerprint == m.fingerprint
-            and [m.key(m.id(k)) for k in keys] == keys
-        )
-    assert list(m) == sorted(keys)
-
-
-@pytest.mark.spec("BX8")
-def test_the_fingerprint_is_pinned():
-    "Stored fingerprints must hold in a later version: sha256 of the canonical JSON of kind and ordered keys."
-    import hashlib
-
-    text = '{"keys":["K-000250","K-000573"],"kind":"kcode"}'
-    assert ClassMap([B, A]).fingerprint == hashlib.sha256(text.encode()).hexdigest()
-
-
-@pytest.mark.spec("BX8")
-def test_a_permuted_map_stops(tmp_path):
-    m = ClassMap([A, B, C])
-    d = m.to_dict()
-    assert ClassMap.from_dict(json.loads(json.dumps(d))) == m
-    m.check(d, "x")
-    swapped = {**d, "keys": [B, A, C]}
-    for bad in (
-        swapped,
-        {**swapped, "fingerprint": keys_fingerprint(swapped["keys"])},
-        {**d, "kind": "folder"},
-        {**d, "keys": [A, B]},
-        {"keys": [A]},
-        {},
-    ):
-        with pytest.raises(PillsnapError):
-            ClassMap.from_dict(bad)
-        with pytest.raises(PillsnapError):
-            m.check(bad, "best.pt")
-
-
-@pytest.mark.spec("BX8")
-def test_the_difference_is_said_in_drugs():
-    with pytest.raises(PillsnapError) as e:
-        ClassMap([A, B, C]).check(ClassMap([A, B, D]), "best.pt")
-    assert "lacks K-002483" in str(e.value) and "has K-006192" in str(e.value) and "best.pt" in str(e.value)
-    with pytest.raises(PillsnapError, match="folder and not kcode"):
-        ClassMap([A]).check(ClassMap([A], kind="folder"), "x")
-
-
-@pytest.mark.spec("BX8")
-def test_folder_names_in_two_unicode_forms_are_one_key():
-    nfd = unicodedata.normalize("NFD", "타이레놀")
-    m = ClassMap([nfd, "타이레놀", "게보린"], kind="folder")
-    assert len(m) == 2 and m.id(nfd) == m.id("타이레놀") == 1 and m.id("없음") == -1
