@@ -42,6 +42,15 @@ def delivery(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def faulty_delivery(tmp_path_factory) -> Path:
+    "A small delivery with every fault planted once; `SYNTHETIC.json` says where. Read only."
+    from pillsnap.synth.writer import write_delivery
+
+    size = dict(drugs=4, photos=12, combos=4, seed=8, width=98, height=128, workers=1)
+    return made_once(tmp_path_factory, "faulty", lambda out: write_delivery(out, **size, faults=True, progress=False))
+
+
+@pytest.fixture(scope="session")
 def smoke_run(tmp_path_factory) -> Path:
     "A run folder that the six stage jobs filled, through papermill, with the smoke preset. Read only."
     from pillsnap.cli import PIPELINE

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 
 from pillsnap.core.errors import PillsnapError
-from pillsnap.dataset.conversion import convert_coco_to_yolo, convert_delivery, index_labels
+from pillsnap.dataset.conversion import convert_delivery, index_labels
 from pillsnap.dataset.matching import discover_detection_data
 from pillsnap.dataset.yolotree import check_yolo_tree
 from pillsnap.delivery import truth
@@ -24,7 +24,7 @@ from pillsnap.delivery.classmap import ClassMap
 from pillsnap.delivery.faults import FaultReason
 from pillsnap.delivery.index import COLUMNS, Index, read_index, read_manifest, write_index
 from pillsnap.delivery.names import archives_in
-from pillsnap.delivery.tree import find_delivery, label_files, sealed_codes, walk_tree
+from pillsnap.delivery.tree import find_delivery, index_photos, label_files, sealed_codes, walk_tree
 from pillsnap.delivery.truth import audit, check_labels, equal_parts, merge, read_part
 from pillsnap.synth.writer import write_delivery
 
@@ -60,13 +60,10 @@ def labels(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def faulty(tmp_path_factory):
+def faulty(tmp_path_factory, faulty_delivery):
     "A small delivery with every fault, and its conversion."
-    out = tmp_path_factory.mktemp("faulty")
-    write_delivery(
-        out / "d", drugs=4, photos=12, combos=4, seed=8, width=98, height=128, faults=True, progress=False, workers=1
-    )
-    return out / "d", convert_delivery(out / "d", out / "run"), out / "run"
+    run = tmp_path_factory.mktemp("faulty") / "run"
+    return faulty_delivery, convert_delivery(faulty_delivery, run), run
 
 
 # ---- one answer, whichever way it is found
@@ -328,6 +325,9 @@ def test_archives_in_pieces_and_a_second_call_after_a_stop(tmp_path):
     kw = dict(drugs=3, photos=2, combos=1, seed=1, width=64, height=80, progress=False, workers=1)
     write_delivery(tmp_path / "plain", **kw)
     write_delivery(tmp_path / "zips", zip_parts=True, **kw)
+    with pytest.raises(PillsnapError, match="empty") as e:
+        convert_delivery(tmp_path / "zips", tmp_path / "run")
+    assert "unpack the 2 archives" in str(e.value)
     whole = next((tmp_path / "zips/data").rglob("TS_1_단일.zip"))
     raw = whole.read_bytes()
     whole.unlink()
@@ -358,6 +358,8 @@ def test_archives_in_pieces_and_a_second_call_after_a_stop(tmp_path):
         return {p.relative_to(d).as_posix(): p.read_bytes() for p in (d / "data").rglob("*") if p.is_file()}
 
     assert files(tmp_path / "out") == files(tmp_path / "plain")
+    (tmp_path / "out/data/train/images/single/TS_2_단일.zip").write_bytes(raw)
+    assert index_photos(tmp_path / "out/data/train/images").faults == [], "an archive in the tree is no broken photo"
     Path(pieces[1]).unlink()
     with pytest.raises(PillsnapError, match="broken"):
         extract_archive([p for p in pieces if Path(p).exists()], tmp_path / "lost")
@@ -401,28 +403,6 @@ def test_an_entry_that_swallows_the_next_is_noticed(tmp_path):
 
 # ---- COCO, YOLO, scripts
 # ---------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.spec("BM3", "DM1")
-def test_a_coco_file_becomes_labels(tmp_path):
-    coco = script_bench("bm03_yolo").write_coco(tmp_path / "c", 20)
-    y = convert_coco_to_yolo(coco, tmp_path / "out")
-    want = {}
-    j = json.loads(coco.read_text())
-    for b in j["annotations"]:
-        x, yy, w, h = b["bbox"]
-        want.setdefault(f"p{b['image_id'] - 1:06d}.txt", []).append(
-            (b["category_id"] - 1, (x + w / 2) / 976, (yy + h / 2) / 1280, w / 976, h / 1280)
-        )
-    got = {
-        p.name: [tuple(map(float, line.split())) for line in p.read_text().splitlines()]
-        for p in (tmp_path / "out/labels").iterdir()
-    }
-    assert (
-        set(got) == set(want)
-        and all(np.allclose(got[k], want[k], atol=1e-6) for k in want)
-        and "nc: 50" in y.read_text()
-    )
 
 
 @pytest.mark.spec("DM8", "BM2")
@@ -471,15 +451,6 @@ def test_the_script_lays_out_and_checks(faulty, tmp_path):
     said = " ".join(check_yolo_tree(tree))
     assert "class 1" in said and "out of range" in said and "orphan: a label without photo" in said
     assert run().returncode == 2 and "usage" in run().stdout
-
-
-def script_bench(name):
-    "A benchmark as a module."
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        return script(f"benchmarks/{name}.py")
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
 
 
 @pytest.mark.spec("BM1", "BM2", "BM14")

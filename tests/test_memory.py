@@ -12,9 +12,8 @@ import torch
 from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
 from pillsnap.dataset.datasets import DeliverySource, MemorySource, PillsnapClsDataset, Source
-from pillsnap.dataset.photoloader import Buffers, PhotoLoader
+from pillsnap.dataset.photoloader import PhotoLoader
 from pillsnap.dataset.sampling import EpochSampler
-from pillsnap.dataset.sources import preload_count
 from pillsnap.delivery.classmap import ClassMap
 from pillsnap.photos.caches import LMDBImageCache, Photo, PhotoCache, SizedLRUCache, View
 from pillsnap.training.learner import Outputs, build_learner
@@ -147,31 +146,6 @@ def test_workers_share_one_buffer():
     assert [int(x[0, 0, 0, 0]) for x, *_ in loader] == [0, 6]
     cache.data.fill_(99)  # after the worker was started
     assert [int(x[0, 0, 0, 0]) for x, *_ in loader] == [99, 99]
-
-
-@pytest.mark.spec("TL16")
-@pytest.mark.parametrize(
-    "given, want", [("0", [0, 0, 0]), ("40", [40, 40, 40]), ("{stage_1: 5, stage_3: 9}", [5, 0, 9])]
-)
-def test_preloading_is_one_number_or_one_per_stage(given, want):
-    cfg = load_config("two_stage", [f"dataloader.ram_optimization.preload_samples={given}"])
-    assert [preload_count(cfg.dataloader.ram_optimization, s) for s in (1, 2, 3)] == want
-
-
-@pytest.mark.spec("BX14")
-def test_a_buffer_is_not_reused_while_somebody_looks():
-    pool = Buffers(2, 4)
-    held = [torch.from_numpy(pool.take(2)) for _ in range(3)]
-    views = [t[1:].permute(0, 3, 1, 2) for t in held]
-    places = {t.data_ptr() for t in held}
-    assert len(places) == 3
-    del held
-    assert not pool.free
-    for k, v in enumerate(views):
-        v.fill_(k)
-    assert torch.from_numpy(pool.take(2)).data_ptr() not in places and [int(v[0, 0, 0, 0]) for v in views] == [0, 1, 2]
-    del views, v
-    assert len(pool.free) == 4  # these three, and the one that nobody kept
 
 
 class Hoarding(Painted):

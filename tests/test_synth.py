@@ -655,15 +655,14 @@ def test_near_duplicates_cross_capture_groups_within_a_drug(tiny):
         assert 0 < np.abs(moved - y).mean() < 3 and (tiny / n["source"]).read_bytes() != (tiny / n["copy"]).read_bytes()
 
 
-@pytest.fixture(scope="module")
-def spoilt(tmp_path_factory):
-    out = tmp_path_factory.mktemp("faults") / "d"
-    ledger = write_delivery(out, drugs=4, photos=12, combos=4, seed=8, width=98, height=128, faults=True, **QUIET)
-    return out, ledger
-
-
 def load(p):
     return json.loads(p.read_text("utf-8"))
+
+
+@pytest.fixture(scope="module")
+def spoilt(faulty_delivery):
+    "A delivery with every fault, and its ledger."
+    return faulty_delivery, load(faulty_delivery / "SYNTHETIC.json")
 
 
 @pytest.mark.spec("BX5")
