@@ -69,6 +69,7 @@ def engine(make_net: Callable[[], nn.Module], batches: Iterable, size: int, poin
 
     from pillsnap.core.config import load_config
     from pillsnap.training.learner import Outputs, build_learner
+    from pillsnap.training.presets import ClassifierSettings
 
     class Watch(Callback):
         order = 200
@@ -95,7 +96,7 @@ def engine(make_net: Callable[[], nn.Module], batches: Iterable, size: int, poin
 
     def run() -> float:
         learn = build_learner(
-            cfg,
+            ClassifierSettings.from_config(cfg),
             make_net(),
             nn.CrossEntropyLoss(label_smoothing=SMOOTHING),
             batches,

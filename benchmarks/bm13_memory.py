@@ -37,6 +37,7 @@ from pillsnap.dataset.photoloader import PhotoLoader
 from pillsnap.dataset.sampling import EpochSampler
 from pillsnap.delivery.classmap import ClassMap
 from pillsnap.training.learner import Outputs, build_learner
+from pillsnap.training.presets import ClassifierSettings
 
 LIMIT = LIMITS["BM13"]["kb_per_epoch"]
 DRUGS, SIZE, BATCH, WORKERS, WARM, BLOCK = 6, 64, 64, 2, 10, 5
@@ -124,7 +125,7 @@ def training(root: Path, rows: pd.DataFrame, engine: str, epochs: int, leak: int
     out = root.parent / engine
     fixed = dict(config_snapshot=cfg.to_dict(), class_map=classes.to_dict(), backbone="small", img_size=SIZE)
     learn = build_learner(
-        cfg,
+        ClassifierSettings.from_config(cfg),
         net,
         nn.CrossEntropyLoss(),
         PhotoLoader(train, BATCH, EpochSampler(train, 1), drop_last=True, **options),

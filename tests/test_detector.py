@@ -78,13 +78,14 @@ class Sized:
 def toy_plan(tree: Path, out: Path, size: int = 96, **args):
     from pillsnap.core.config import load_config
     from pillsnap.models.yolo import PILL
-    from pillsnap.training.detectorsettings import TrainPlan, detector_args
+    from pillsnap.training.detectorsettings import DetectorSettings, TrainPlan, detector_args
 
     cfg = load_config("smoke", [f"data.detection.img_size={size}"])
     fixed = dict(
         config_snapshot=cfg.to_dict(), class_map=PILL.to_dict(), backbone="yolo11n", img_size=size, data_hash="toy"
     )
-    return TrainPlan("yolo11n", tree, out, {**detector_args(cfg, tree, out / "lib"), **args}, fixed)
+    settings = detector_args(DetectorSettings.from_config(cfg), tree, out / "lib")
+    return TrainPlan("yolo11n", tree, out, {**settings, **args}, fixed)
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +166,7 @@ def test_the_aihub_preset_is_yolo11m_at_640_with_one_class():
 def test_null_is_the_librarys_default_and_shown(tmp_path):
     from pillsnap.core.config import load_config
     from pillsnap.models.yolo import load_ultralytics
-    from pillsnap.training.detectorsettings import detector_args, resolved_settings
+    from pillsnap.training.detectorsettings import DetectorSettings, detector_args, resolved_settings
 
     load_ultralytics(tmp_path)
     from ultralytics.cfg import get_cfg
@@ -182,8 +183,8 @@ def test_null_is_the_librarys_default_and_shown(tmp_path):
         free.train.detection.epochs == 50 and free.train.detection.auto_batch_max == 16 and free.train.detection.cos_lr
     )
     shown = [
-        {r["setting"]: r for r in resolved_settings(c, vars(get_cfg(overrides=detector_args(c, tmp_path, tmp_path))))}
-        for c in (free, set_)
+        {r["setting"]: r for r in resolved_settings(s, vars(get_cfg(overrides=detector_args(s, tmp_path, tmp_path))))}
+        for s in map(DetectorSettings.from_config, (free, set_))
     ]
     for k in ("lr0", "warmup_epochs", "optimizer", "close_mosaic"):
         assert shown[0][k] == {"setting": k, "value": getattr(DEFAULT_CFG, k), "from": "ultralytics' default"}
@@ -202,12 +203,12 @@ def test_no_batch_is_searched_unasked(tmp_path):
     import torch
 
     from pillsnap.core.config import load_config
-    from pillsnap.training.detectorsettings import detector_args
+    from pillsnap.training.detectorsettings import DetectorSettings, detector_args
 
     on, off = load_config("two_stage"), load_config("two_stage", ["train.detection.auto_batch_tune=false"])
 
     def batch(cfg, device):
-        return detector_args(cfg, tmp_path, tmp_path, torch.device(device))["batch"]
+        return detector_args(DetectorSettings.from_config(cfg), tmp_path, tmp_path, torch.device(device))["batch"]
 
     assert (batch(on, "cuda"), batch(off, "cuda"), batch(on, "cpu")) == (0.88, 16, 16)
 

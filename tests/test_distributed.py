@@ -273,6 +273,7 @@ def broken_share(folder: str) -> None:
     from pillsnap.training.callbacks import Accumulate
     from pillsnap.training.distributed import Distributed, EmptyShare
     from pillsnap.training.learner import Outputs, build_learner
+    from pillsnap.training.presets import ClassifierSettings
 
     torch.set_num_threads(1)
     me = PartialState(cpu=True)
@@ -288,7 +289,8 @@ def broken_share(folder: str) -> None:
     net = nn.Sequential(
         nn.Conv2d(3, 4, 3, stride=4), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.3), nn.Flatten(), nn.Linear(64, 3)
     )
-    learn = build_learner(cfg, net, nn.CrossEntropyLoss(), train, {"whole": val}, 3, out=Outputs(quiet=True))
+    s = ClassifierSettings.from_config(cfg)
+    learn = build_learner(s, net, nn.CrossEntropyLoss(), train, {"whole": val}, 3, out=Outputs(quiet=True))
     learn.add_cbs([EmptyShare(), Accumulate(), Distributed(Accelerator(cpu=True))])
     learn.fit(2)
     torch.save(

@@ -24,6 +24,7 @@ from pillsnap.evaluation.gates import STAGE_TARGETS, Status, simple_stage_evalua
 from pillsnap.evaluation.scorecard import time_cap
 from pillsnap.training.classifier import ClassifierJob
 from pillsnap.training.learner import Outputs, build_learner, is_finished
+from pillsnap.training.presets import ClassifierSettings
 from pillsnap.training.trainer import build_training
 
 SMALL = ("data.classification.img_size=48", "train.num_threads=1", "data.progressive_validation.stage_0.max_samples=90")
@@ -268,9 +269,8 @@ def toy_learner(n, *overrides):
         "smoke",
         ["train.classification.epochs=1", "train.step_log_interval=1000", "train.profile_interval=1000", *overrides],
     )
-    return build_learner(
-        cfg, net, torch.nn.CrossEntropyLoss(torch.tensor([0.5, 1.0, 1.5])), batches, {"whole": batches[:1]}, 3
-    )
+    loss = torch.nn.CrossEntropyLoss(torch.tensor([0.5, 1.0, 1.5]))
+    return build_learner(ClassifierSettings.from_config(cfg), net, loss, batches, {"whole": batches[:1]}, 3)
 
 
 EVERYTHING = (

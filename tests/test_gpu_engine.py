@@ -13,8 +13,9 @@ from pillsnap.dataset.datasets import PillsnapClsDataset
 from pillsnap.dataset.photoloader import PhotoLoader
 from pillsnap.dataset.sampling import EpochSampler
 from pillsnap.training import compilation as compilation_module
-from pillsnap.training import learner as learner_module
+from pillsnap.training import presets
 from pillsnap.training.learner import Outputs, build_learner
+from pillsnap.training.presets import ClassifierSettings
 
 
 class Board:
@@ -72,7 +73,7 @@ def photo_learner(*overrides, net=None, tb=None, photos=26, val=13, device="cpu"
     train = PhotoLoader(d, 8, EpochSampler(d, 1), drop_last=True)
     valid = PhotoLoader(PillsnapClsDataset(table(val), CM, Painted(), 32), 8)
     return build_learner(
-        cfg,
+        ClassifierSettings.from_config(cfg),
         net or small_net(),
         nn.CrossEntropyLoss(),
         train,
@@ -110,7 +111,7 @@ def compiled(monkeypatch):
 def test_training_compiles_nothing_that_was_not_rehearsed(compiled, monkeypatch, overrides):
     """Layout, precision, sizes of batches and modes are those of the rehearsal, which stands inside the fallback; a
     compiler that fails later would end the run."""
-    monkeypatch.setattr(learner_module, "select_amp_dtype", lambda *a: torch.bfloat16)
+    monkeypatch.setattr(presets, "select_amp_dtype", lambda *a: torch.bfloat16)
     learn = photo_learner(*overrides)
     rehearsed = len(compiled)
     assert rehearsed >= 2, "training and validation are two graphs"
@@ -324,7 +325,9 @@ def test_the_batch_that_is_found_is_a_point():
         ],
     )
     gpu = torch.device("cuda")
-    choice = BatchSizeChoice(cfg, 1, gpu, tb=board, memory_share=lambda: 0.88 * seen[-1] / 27)
+    choice = BatchSizeChoice(
+        ClassifierSettings.from_config(cfg), 1, gpu, tb=board, memory_share=lambda: 0.88 * seen[-1] / 27
+    )
     n = choice.choose(net, 3)
     assert n == 24 and board.of("perf/auto_batch_found") == [(24.0, 0)]
 
@@ -351,7 +354,8 @@ def test_the_search_measures_the_step_that_training_will_do(monkeypatch):
         cfg = load_config(
             "two_stage", ["train.classification.amp=false", "optimization.grad_checkpointing=true", *over]
         )
-        assert batchsize.BatchSizeChoice(cfg, 1, torch.device("cuda")).choose(small_net(), 3) == found
+        choice = batchsize.BatchSizeChoice(ClassifierSettings.from_config(cfg), 1, torch.device("cuda"))
+        assert choice.choose(small_net(), 3) == found
         assert [s.compiled for s, _ in probes] == [None, arguments][: 1 + (arguments is not None)]
         assert all(s.grad_checkpointing for s, _ in probes)
         assert [set(tried) for _, tried in probes] == [{64}, {64, 48, 32}][: len(probes)]

@@ -346,7 +346,8 @@ def save_retrieval_model(root, cfg, stage):
     from pillsnap.models.heads import head_spec
 
     torch.manual_seed(0)
-    model = build_classification_model("test_resnet", len(stage.class_map), pretrained=False, head=head_spec(cfg))
+    head = head_spec(cfg.train.classification.head, cfg.retrieval)
+    model = build_classification_model("test_resnet", len(stage.class_map), pretrained=False, head=head)
     save_ckpt(
         root / "checkpoints" / "retrieval" / "best.pt",
         model_state=model.state_dict(),
@@ -356,7 +357,7 @@ def save_retrieval_model(root, cfg, stage):
         class_map=stage.class_map.to_dict(),
         backbone="test_resnet",
         img_size=48,
-        head=head_spec(cfg),
+        head=head,
     )
 
 

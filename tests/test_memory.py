@@ -17,6 +17,7 @@ from pillsnap.dataset.sampling import EpochSampler
 from pillsnap.delivery.classmap import ClassMap
 from pillsnap.photos.caches import LMDBImageCache, Photo, PhotoCache, SizedLRUCache, View
 from pillsnap.training.learner import Outputs, build_learner
+from pillsnap.training.presets import ClassifierSettings
 
 VIEW = View("whole", 16)
 
@@ -169,7 +170,7 @@ def test_the_history_counts_the_memory_of_workers():
 
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 3))
     learn = build_learner(
-        cfg,
+        ClassifierSettings.from_config(cfg),
         net,
         torch.nn.CrossEntropyLoss(),
         make(True, Hoarding(), num_workers=2, engine="processes"),

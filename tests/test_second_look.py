@@ -31,6 +31,7 @@ from pillsnap.synth.catalogue import make_catalogue
 from pillsnap.synth.draws import rng_for
 from pillsnap.synth.renderer import Shot, photograph, single_pose
 from pillsnap.training.learner import Outputs, build_learner
+from pillsnap.training.presets import ClassifierSettings
 from pillsnap.training.trainer import build_training
 
 
@@ -136,7 +137,7 @@ def test_an_epoch_that_is_best_by_the_whole_photo_and_worse_by_the_path_is_not_c
     views = {"focus": loader(relabelled(rows[:24])), "whole": loader(rows[:24])}
     fixed = dict(config_snapshot=cfg.to_dict(), class_map=CM.to_dict(), backbone="test_resnet", img_size=16)
     learn = build_learner(
-        cfg,
+        ClassifierSettings.from_config(cfg),
         net(),
         torch.nn.CrossEntropyLoss(),
         loader(rows, True),

@@ -27,6 +27,7 @@ from pillsnap.dataset.sampling import BalancedBatchSampler, EpochSampler
 from pillsnap.delivery.classmap import ClassMap
 from pillsnap.training.classifier import ClassifierJob
 from pillsnap.training.learner import Outputs, build_learner, load_resume_checkpoint, read_last_checkpoint
+from pillsnap.training.presets import ClassifierSettings
 from pillsnap.training.saving import average_weights, restore
 
 CM = ClassMap([f"K-{i:06d}" for i in range(3)])
@@ -75,7 +76,7 @@ def learner(folder, source=None, balanced=False, n=60, **loader):
         config_snapshot=cfg.to_dict(), class_map=CM.to_dict(), backbone=cfg.train.classification.backbone, img_size=16
     )
     learn = build_learner(
-        cfg,
+        ClassifierSettings.from_config(cfg),
         net(),
         nn.CrossEntropyLoss(),
         PhotoLoader(d, **order, **loader),

@@ -8,14 +8,14 @@ __all__ = ['logger', 'SAFE', 'ArcFaceCriterion', 'margin_at', 'head_spec', 'few_
 # %% ../../nbs/models/510_heads.ipynb #a3d022fb
 import logging
 import math
-from typing import Any
+from typing import Any, Literal
 
 # %% ../../nbs/models/510_heads.ipynb #6c7f00fe
 import torch
 from torch import nn
 
 # %% ../../nbs/models/510_heads.ipynb #6dbf3ec4
-from ..core.settings import Config, Retrieval
+from ..core.settings import Retrieval
 
 # %% ../../nbs/models/510_heads.ipynb #577b7cc0
 logger = logging.getLogger("pillsnap.models.heads")
@@ -82,11 +82,11 @@ def margin_at(
 
 
 def head_spec(
-    cfg: Config,  # train.classification.head, retrieval
+    head: Literal["linear", "arcface"],  # train.classification.head
+    r: Retrieval,  # embedding_dim, arcface_s
 ) -> dict[str, Any] | None:  # dim and scale of a cosine head; None = linear
     "The configured head."
-    r = cfg.retrieval
-    return {"dim": r.embedding_dim, "scale": r.arcface_s} if cfg.train.classification.head == "arcface" else None
+    return {"dim": r.embedding_dim, "scale": r.arcface_s} if head == "arcface" else None
 
 # %% ../../nbs/models/510_heads.ipynb #11979d7b
 def few_classes_advice(

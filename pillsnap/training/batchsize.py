@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from torch import nn
 
 # %% ../../nbs/training/636_batchsize.ipynb #81c859e9
-from ..core.device import enable_tf32, pick_device, select_amp_dtype, set_seed
+from ..core.device import enable_tf32, pick_device, set_seed
 from ..core.logs import TBWriter
 from ..core.settings import Config, StageOverride, Train, TrainClassification
 from ..dataset.loaders import batch_size_of
@@ -25,6 +25,7 @@ from .batchsearch import ProbeSettings, auto_find_batch_size, step_probe
 from .compilation import compile_arguments, compile_mode
 from .learner import build_optimizer
 from .memory import memory_share
+from .presets import ClassifierSettings
 
 # %% ../../nbs/training/636_batchsize.ipynb #e558bd65
 logger = logging.getLogger("pillsnap.training.batchsize")
@@ -75,7 +76,7 @@ def with_batch_size(
 class BatchSizeChoice:
     "How a training arrives at its batch size."
 
-    cfg: Config  # train, optimization, data.classification.img_size, with the stage's overrides
+    settings: ClassifierSettings  # with the stage's overrides
     stage: int  # 0-4
     device: torch.device  # where the run computes
     resumed: int | None = None  # batch size of the run that is resumed
@@ -89,7 +90,7 @@ def why_not_searched(
     self: BatchSizeChoice,
 ) -> str | None:  # None = the search is run
     "Why no batch size is searched for, in words for the log."
-    override = self.cfg.train.stage_overrides.get(f"stage_{self.stage}")
+    override = self.settings.train.stage_overrides.get(f"stage_{self.stage}")
     default = TrainClassification.model_fields["batch_size"].default
     if self.device.type == "cpu":
         return "the search for the largest needs a GPU"
@@ -97,7 +98,7 @@ def why_not_searched(
         return f"not searched: each of {self.world_size} processes would find another"
     if override is not None and override.batch_size_override:
         return f"as stage_{self.stage}'s override sets it"
-    if self.cfg.train.classification.batch_size != default:
+    if self.settings.train.classification.batch_size != default:
         return "as configured"
     return None
 
@@ -109,14 +110,14 @@ def _probe(
     num_classes: int,  # of the head
 ) -> Callable[..., Callable]:  # step_probe that still takes how to compile
     "The training step whose memory the search measures."
-    c, o = self.cfg.train.classification, self.cfg.optimization
+    s, c = self.settings, self.settings.train.classification
     settings = ProbeSettings(
         num_classes,
-        self.cfg.data.classification.img_size,
-        select_amp_dtype(c.amp_dtype if c.amp else "fp32", self.device),
-        c.channels_last and o.channels_last,
+        s.img_size,
+        s.autocast_dtype(self.device),
+        s.channels_last,
         c.ema.enabled,
-        o.grad_checkpointing,
+        s.optimization.grad_checkpointing,
     )
 
     def optimizer(params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -137,16 +138,16 @@ def _search(
     first: int,  # first candidate
 ) -> int:  # photos per step
     "The largest batch whose training step fits into the GPU's memory."
-    cfg, probe = self.cfg, self._probe(model, num_classes)
-    mode, _ = compile_mode(cfg.optimization, cfg.project.active_feature_set, self.device, cfg.dataloader.drop_last)
+    s, probe = self.settings, self._probe(model, num_classes)
+    mode, _ = compile_mode(s.optimization, s.feature_set, self.device, s.drop_last)
     compiled = None
     if mode != "none":
         compiled = _DeferredCall(lambda: probe(compiled=compile_arguments(mode)))
     found, *_ = auto_find_batch_size(
         probe(),
         first,
-        max_bs=cfg.train.classification.auto_batch_max,
-        headroom=cfg.train.auto_batch_vram_headroom,
+        max_bs=s.train.classification.auto_batch_max,
+        headroom=s.train.auto_batch_vram_headroom,
         tb=self.tb,
         compiled=compiled,
     )
@@ -160,7 +161,8 @@ def choose(
     num_classes: int,  # of the head
 ) -> int:  # photos per step
     "The batch size, with one log line that says where it comes from."
-    c, configured = self.cfg.train.classification, batch_size_of(self.cfg.train, self.stage)
+    train = self.settings.train
+    c, configured = train.classification, batch_size_of(train, self.stage)
     if self.resumed:
         logger.info(f"batch size: {self.resumed}, as before the interruption")
         return self.resumed

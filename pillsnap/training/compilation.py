@@ -20,10 +20,11 @@ from torch import nn
 
 # %% ../../nbs/training/622_compilation.ipynb #2c1dab0f
 from ..core.device import full_fp32, release_memory
-from ..core.settings import Config, Optimization
+from ..core.settings import Optimization
 from ..dataset.loaders import photos_per_batch
 from .callbacks import Accumulate
 from .margins import freeze_backbone
+from .presets import ClassifierSettings
 
 # %% ../../nbs/training/622_compilation.ipynb #035b3f7e
 logger = logging.getLogger("pillsnap.training.compilation")
@@ -237,22 +238,22 @@ def compile_mode(
 
 
 def compile_trial(
-    cfg: Config,  # data.classification, train.classification, optimization
+    s: ClassifierSettings,  # image size, batch size, memory layout, epochs of warm-up
     device: torch.device | str,  # where the run computes
     dtype: torch.dtype | None,  # of autocast
     train_dl: Any,  # loader of training
     views: Mapping[str, Any],  # loaders of validation
 ) -> CompileTrial:
     "The trial for a training as configured."
-    c = cfg.train.classification
-    valid = tuple(dict.fromkeys(s for dl in views.values() for s in batch_sizes(dl, c.batch_size)))
+    c = s.train.classification
+    valid = tuple(dict.fromkeys(n for dl in views.values() for n in batch_sizes(dl, c.batch_size)))
     phases = (True, False) if 0 < c.freeze_backbone_epochs < c.epochs else (False,)
     return CompileTrial(
         batch_sizes(train_dl, c.batch_size),
         valid,
-        cfg.data.classification.img_size,
+        s.img_size,
         dtype,
-        c.channels_last and cfg.optimization.channels_last,
+        s.channels_last,
         phases,
         torch.device(device),
     )
@@ -260,20 +261,20 @@ def compile_trial(
 # %% ../../nbs/training/622_compilation.ipynb #ee97ee84
 def speed_up(  # noqa: PLR0913 - what training knows of itself, and where it reports
     model: nn.Module,  # changed in place
-    cfg: Config,  # optimization, as the stage left it
+    s: ClassifierSettings,  # optimization, feature set, and what the trial needs
     device: torch.device | str,  # where the run computes
     dtype: torch.dtype | None,  # of autocast
     train_dl: Any,  # its batch size and drop_last
     views: Mapping[str, Any] | None = None,  # validation loaders
 ) -> Mode:  # the mode that works
     "Apply gradient checkpointing, compilation and CUDA graphs as configured, or log why not."
-    if cfg.optimization.grad_checkpointing:
+    if s.optimization.grad_checkpointing:
         checkpoint_gradients(model)
     one_size = getattr(train_dl, "drop_last", False) or getattr(train_dl, "batch_sampler", None) is not None
-    mode, why = compile_mode(cfg.optimization, cfg.project.active_feature_set, device, one_size)
+    mode, why = compile_mode(s.optimization, s.feature_set, device, one_size)
     if mode == "none":
         logger.info(f"compile: none, because {why}")
         return mode
-    held = try_compile(model, mode, compile_trial(cfg, device, dtype, train_dl, views or {}))
+    held = try_compile(model, mode, compile_trial(s, device, dtype, train_dl, views or {}))
     logger.info(f"compile: {held}, because {why if held == mode else f'{mode} failed'}")
     return held

@@ -37,7 +37,13 @@ from pillsnap.training.detectormetrics import (
     draw_predictions,
     score_detector,
 )
-from .detectorsettings import TrainPlan, detector_args, resolved_settings, where_to_train
+from pillsnap.training.detectorsettings import (
+    DetectorSettings,
+    TrainPlan,
+    detector_args,
+    resolved_settings,
+    where_to_train,
+)
 from .detectortrainer import SHAPING, DetectorResult, load_detector_to_resume, train_detector
 from .presets import stage_settings
 
@@ -65,7 +71,8 @@ def detector_plan(
     device = pick_device()
     amp = select_amp_dtype(d.amp_dtype, device)
     load_ultralytics(work)
-    args, data_hash = detector_args(cfg, tree, work, device, amp), fingerprint(tree)
+    args = detector_args(DetectorSettings.from_config(cfg), tree, work, device, amp)
+    data_hash = fingerprint(tree)
     assert data_hash is not None, "the folder was written above"
     if d.auto_batch_tune and args["batch"] >= 1:
         several = "," in args["device"]
@@ -223,7 +230,7 @@ def work(
         prov.metric(f"detection_{k}", table[0][k], len(scored.photos), scored.seconds).to_dict()
         for k in ("mAP@0.5", "mAP@0.5:0.95", "precision", "recall")
     ]
-    settings = resolved_settings(cfg, trained.settings)
+    settings = resolved_settings(DetectorSettings.from_config(cfg), trained.settings)
     record = dict(
         metrics=metrics,
         table=table,

@@ -25,7 +25,6 @@ from torch import nn
 # %% ../../nbs/training/630_learner.ipynb #46d0121d
 from ..core.checkpoints import find_ckpt, load_ckpt
 from ..core.config import config_diff
-from ..core.device import select_amp_dtype
 from ..core.errors import PillsnapError
 from ..core.logs import TBWriter
 from ..core.settings import Config, Train, TrainClassification, setting
@@ -46,6 +45,7 @@ from .compilation import Mode, OwnGradients, speed_up
 from .margins import head_callbacks
 from .memory import OomGuard
 from .monitoring import Clock, EarlyStop, History, Progress, StepLog, early_stopping, monitored
+from .presets import ClassifierSettings
 from .saving import Checkpoint, Stall, restore
 from .schedules import Plateau, Schedule, cosine_lr, onecycle_lr, restarts_lr, warm_up
 
@@ -134,30 +134,30 @@ _FIRST_STEPS = 3  # slow steps of a new process, which are left out of the curve
 
 
 def _step_log(
-    cfg: Config,  # train, optimization.compile_warmup_steps
+    s: ClassifierSettings,  # train, optimization.compile_warmup_steps
     out: Outputs,  # TensorBoard, quiet
     compiled: Mode,  # how the network was compiled
 ) -> StepLog:
     "The step log, with as many warm-up steps as the network's compilation needs."
-    warmup = _FIRST_STEPS if compiled == "none" else cfg.optimization.compile_warmup_steps
-    return StepLog(cfg.train.step_log_interval, out.tb, cfg.train.profile_interval, warmup)
+    warmup = _FIRST_STEPS if compiled == "none" else s.optimization.compile_warmup_steps
+    return StepLog(s.train.step_log_interval, out.tb, s.train.profile_interval, warmup)
 
 
 def _batch_callbacks(
-    cfg: Config,  # train.classification
+    s: ClassifierSettings,  # classifier, head, memory layout
     steps: int,  # optimizer steps of the run
     dtype: torch.dtype | None,  # of autocast; None = full precision
     out: Outputs,  # TensorBoard, quiet
     compiled: Mode,  # how the network was compiled
 ) -> list:
     "Callbacks that act on a batch: from unpacking it to the optimizer step and the moving average."
-    c = cfg.train.classification
-    unpack = Unpack(c.channels_last and cfg.optimization.channels_last)
+    c = s.train.classification
+    unpack = Unpack(s.channels_last)
     if compiled != "none" and unpack.layout is None:
         unpack.layout = torch.contiguous_format  # another layout would be compiled again
     cbs = [TrainEvalCallback(), unpack]
     if not out.quiet:
-        cbs.append(_step_log(cfg, out, compiled))
+        cbs.append(_step_log(s, out, compiled))
     cbs.append(build_scheduler(c, steps))
     if (mixer := Mixer(c.mixing)).on:
         cbs.append(Mix(mixer))
@@ -165,7 +165,7 @@ def _batch_callbacks(
         cbs.append(Accumulate(c.grad_accum_steps))
     if compiled != "none":
         cbs.append(OwnGradients())
-    cbs += [Precision(dtype), *head_callbacks(c, cfg.retrieval, out.tb)]
+    cbs += [Precision(dtype), *head_callbacks(c, s.retrieval, out.tb)]
     if c.grad_clip is not None:
         cbs.append(GradClip(c.grad_clip))
     cbs.append(ScaledStep())
@@ -175,16 +175,15 @@ def _batch_callbacks(
 
 
 def _epoch_callbacks(
-    cfg: Config,  # train.classification
+    s: ClassifierSettings,  # classifier, time limit, out-of-memory policy
     fixed: Mapping[str, Any],  # what every checkpoint holds besides the state
     out: Outputs,  # where to write
 ) -> list:
     "Callbacks that act on an epoch: validation, history, memory, clock, checkpoints, progress, early stopping."
-    c, stop = cfg.train.classification, cfg.train.classification.early_stopping
-    hours = cfg.data.progressive_validation.stage().time_limit_hours
-    cbs = [Validate(), History(out.metrics, out.tb), OomGuard(cfg.train.oom, out.tb)]
-    if hours is not None:
-        cbs.append(Clock(hours))
+    c, stop = s.train.classification, s.train.classification.early_stopping
+    cbs = [Validate(), History(out.metrics, out.tb), OomGuard(s.train.oom, out.tb)]
+    if s.time_limit_hours is not None:
+        cbs.append(Clock(s.time_limit_hours))
     if c.scheduler == "reduce_on_plateau":
         least = min(1.0, c.min_lr / c.lr)
         cbs.append(Plateau(c.plateau_patience, c.plateau_factor, least, stop.monitor, stop.mode))
@@ -207,7 +206,7 @@ def _passes(
 
 
 def build_learner(  # noqa: PLR0913 - a public signature; the last three have defaults
-    cfg: Config,  # train.classification, optimization, with the stage's overrides
+    s: ClassifierSettings,  # with the stage's overrides
     model: nn.Module,  # as many outputs as there are drugs
     criterion: nn.Module,  # the loss
     train_dl: Any,  # loader of (images, labels, meta)
@@ -218,9 +217,9 @@ def build_learner(  # noqa: PLR0913 - a public signature; the last three have de
     out: Outputs | None = None,  # where to write
 ) -> PillLearner:
     "A Learner as configured."
-    c, out = cfg.train.classification, out or Outputs(quiet=True)
-    dtype = select_amp_dtype(c.amp_dtype if c.amp else "fp32", torch.device(device))
-    compiled = speed_up(model, cfg, device, dtype, train_dl, views)
+    c, out = s.train.classification, out or Outputs(quiet=True)
+    dtype = s.autocast_dtype(device)
+    compiled = speed_up(model, s, device, dtype, train_dl, views)
     steps = total_steps(len(train_dl), c.grad_accum_steps, c.epochs)
     learn = PillLearner(
         PillLoaders(train_dl, next(iter(views.values())), device),
@@ -229,7 +228,7 @@ def build_learner(  # noqa: PLR0913 - a public signature; the last three have de
         opt_func=opt_func(c),  # pyright: ignore[reportArgumentType]  # fastai calls it; the annotation is wrong
         lr=c.lr,
         default_cbs=False,
-        cbs=_batch_callbacks(cfg, steps, dtype, out, compiled) + _epoch_callbacks(cfg, fixed or {}, out),
+        cbs=_batch_callbacks(s, steps, dtype, out, compiled) + _epoch_callbacks(s, fixed or {}, out),
     )
     learn.num_classes, learn.passes = num_classes, _passes(views, c.ema)
     return learn
@@ -365,7 +364,7 @@ def load_resume_checkpoint(
 
 # %% ../../nbs/training/630_learner.ipynb #c8a56fd6
 def resolved_line(
-    cfg: Config,  # the configuration
+    s: ClassifierSettings,  # with the stage's overrides
     num_classes: int,  # length of the class map
     steps: int,  # optimizer steps of the run
     device: torch.device | str,  # where the run computes
@@ -373,10 +372,10 @@ def resolved_line(
     batch: int | None = None,  # photos per batch, when a stage overrides it
 ) -> str:
     "The resolved settings of a training in one line."
-    c = cfg.train.classification
+    c = s.train.classification
     parts = [
         f"{c.backbone} for {num_classes} drugs",
-        f"{cfg.data.classification.img_size} px",
+        f"{s.img_size} px",
         f"{c.epochs} epochs, {steps} steps of {batch or c.batch_size}"
         + (f"×{c.grad_accum_steps}" if c.grad_accum_steps > 1 else ""),
         f"{c.optimizer} lr {c.lr:g} wd {c.weight_decay:g}",

@@ -4,18 +4,25 @@
 
 # %% auto #0
 __all__ = ['logger', 'with_changes', 'enable_small_dataset_optimizations', 'enable_large_dataset_optimizations',
-           'apply_stage_overrides', 'stage_settings', 'manifest_stage', 'stage_request', 'compare_with_target']
+           'apply_stage_overrides', 'stage_settings', 'ClassifierSettings', 'manifest_stage', 'stage_request',
+           'compare_with_target']
 
 # %% ../../nbs/training/615_presets.ipynb #53527e3a
 import logging
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
+
+# %% ../../nbs/training/615_presets.ipynb #7db9dd50
+import torch
 
 # %% ../../nbs/training/615_presets.ipynb #c5899c24
+from ..core.device import select_amp_dtype
 from ..core.errors import PillsnapError
-from ..core.settings import Block, Config, setting
+from ..core.settings import Block, Config, Optimization, Retrieval, Train, setting
+from ..models.heads import head_spec
 
 # %% ../../nbs/training/615_presets.ipynb #ef48fe7e
 logger = logging.getLogger("pillsnap.training.presets")
@@ -100,6 +107,53 @@ def stage_settings(
         4: enable_large_dataset_optimizations,
     }
     return apply_stage_overrides(by_size[stage](cfg) if stage in by_size else cfg, stage)
+
+# %% ../../nbs/training/615_presets.ipynb #cc4da3da
+@dataclass(frozen=True)
+class ClassifierSettings:
+    "What the training of a classifier reads of a configuration."
+
+    train: Train  # classification, oom, stage_overrides, steps between log lines
+    optimization: Optimization  # compilation, memory layout, gradient checkpointing
+    retrieval: Retrieval  # embedding, scale and margins of an ArcFace head
+    img_size: int  # side of the square input, pixels
+    feature_set: Literal["mvp", "advanced", "production"]  # decides for torch_compile=auto
+    drop_last: bool  # whether an epoch leaves out a short last batch
+    time_limit_hours: float | None  # of the current stage; None = no limit
+
+    @classmethod
+    def from_config(
+        cls,
+        cfg: Config,  # with the stage's overrides applied
+    ) -> "ClassifierSettings":
+        "The settings of one training."
+        return cls(
+            cfg.train,
+            cfg.optimization,
+            cfg.retrieval,
+            cfg.data.classification.img_size,
+            cfg.project.active_feature_set,
+            cfg.dataloader.drop_last,
+            cfg.data.progressive_validation.stage().time_limit_hours,
+        )
+
+    @property
+    def channels_last(self) -> bool:
+        "Whether network and batches are in channels-last layout."
+        return self.train.classification.channels_last and self.optimization.channels_last
+
+    @property
+    def head(self) -> dict[str, Any] | None:
+        "The configured head, as `head_spec` describes it."
+        return head_spec(self.train.classification.head, self.retrieval)
+
+    def autocast_dtype(
+        self,
+        device: torch.device | str,  # where the run computes
+    ) -> torch.dtype | None:  # None = full precision
+        "The type of autocast on a device."
+        c = self.train.classification
+        return select_amp_dtype(c.amp_dtype if c.amp else "fp32", torch.device(device))
 
 # %% ../../nbs/training/615_presets.ipynb #e98af86f
 def manifest_stage(

@@ -30,7 +30,7 @@ from ..core.jobs import Job, JobResult, RunFolder
 from ..core.logs import TBWriter
 from ..core.plots import COLOURS, save_fig, show_grid, use_house_style
 from ..core.records import Provenance
-from ..core.settings import Config
+from ..core.settings import Config, DataLoaderConfig, Retrieval, TrainClassification
 from ..dataset.drugs import drug_names
 from ..dataset.loaders import validation_loader
 from ..dataset.splitfiles import SplitData, load_split_data
@@ -128,11 +128,11 @@ def _configured(
 
 
 def _precision(
-    cfg: Config,  # retrieval.use_bf16, train.classification.amp_dtype
+    use_bf16: bool | None,  # retrieval.use_bf16
+    own: str,  # train.classification.amp_dtype
     table: GpuSettings | None,  # None = a CPU
 ) -> str:
     "The autocast type: use_bf16 first, then the training's own setting, then the GPU's."
-    use_bf16, own = cfg.retrieval.use_bf16, cfg.train.classification.amp_dtype
     if table is None:
         return own
     if use_bf16 is not None:
@@ -140,13 +140,34 @@ def _precision(
     return table.amp_dtype if own == "auto" else own
 
 
+def _workers(
+    r: Retrieval,  # num_workers
+    d: DataLoaderConfig,  # num_workers
+    table: GpuSettings | None,  # None = a CPU
+) -> int:
+    "The number of workers: the family's setting first, then the loader's own, then the GPU's."
+    return _first(r.num_workers, _configured(d, "num_workers"), table.workers if table else None, d.num_workers)
+
+
+def _decisions_here(
+    r: Retrieval,  # gradient_accumulation_steps, use_bf16
+    c: TrainClassification,  # grad_accum_steps, amp_dtype
+    table: GpuSettings | None,  # None = a CPU
+) -> _Decisions:
+    "What this machine alone would take."
+    from_table = table.accum if table else None
+    accum = _first(r.gradient_accumulation_steps, _configured(c, "grad_accum_steps"), from_table, c.grad_accum_steps)
+    return _Decisions(accum, _precision(r.use_bf16, c.amp_dtype, table))
+
+
 def _initial_decisions(
-    cfg: Config,  # what is asked for now
+    r: Retrieval,  # as it is asked for now
+    c: TrainClassification,  # as it is asked for now
     here: _Decisions,  # what this machine alone would take
     was: Mapping[str, Any],  # configuration in the checkpoint, resolved
 ) -> _Decisions:
     "The decisions that the run began with, except those that are configured explicitly now."
-    r, c, before = cfg.retrieval, cfg.train.classification, was["train"]["classification"]
+    before = was["train"]["classification"]
     accum, dtype = here
     same = was["retrieval"]["gradient_accumulation_steps"] == r.gradient_accumulation_steps
     if same and _configured(c, "grad_accum_steps") is None:
@@ -157,20 +178,21 @@ def _initial_decisions(
 
 # %% ../../nbs/training/670_retrieval.ipynb #2631aeaa
 def _colour_jitter(
-    cfg: Config,  # retrieval, data.augment.classification.color_jitter
+    r: Retrieval,  # brightness, contrast, saturation, hue; None = the general value
+    general: tuple[float, ...],  # data.augment.classification.color_jitter
 ) -> tuple[float, ...]:  # brightness, contrast, saturation, hue
     "The family's own values, else the general ones."
-    r, general = cfg.retrieval, cfg.data.augment.classification.color_jitter
     return tuple(_first(getattr(r, k), v) for k, v in zip(("brightness", "contrast", "saturation", "hue"), general))
 
 
 def _cudnn_benchmark(
-    cfg: Config,  # train.deterministic, data.classification.img_size
+    deterministic: bool,  # train.deterministic
+    img_size: int,  # side of the input, pixels
 ) -> str:
     "Whether cuDNN searches for kernels, in words for the log."
-    if cfg.train.deterministic:
+    if deterministic:
         return "off, the run is deterministic"
-    return f"on, every batch is {cfg.data.classification.img_size} px"
+    return f"on, every batch is {img_size} px"
 
 # %% ../../nbs/training/670_retrieval.ipynb #549e3b75
 def engine_config(
@@ -179,16 +201,14 @@ def engine_config(
     was: Mapping[str, Any] | None = None,  # configuration in the checkpoint of a run that is resumed
 ) -> tuple[Config, list[str]]:  # the resolved configuration, and one line per decision
     "The configuration with the nullable settings of the published pipeline resolved."
-    r, c, d = cfg.retrieval, cfg.train.classification, cfg.dataloader
+    r, c, data = cfg.retrieval, cfg.train.classification, cfg.data
     table = gpu_settings(gpu) if gpu else None
-    from_table = (table.workers, table.accum) if table else (None, None)
-    workers = _first(r.num_workers, _configured(d, "num_workers"), from_table[0], d.num_workers)
-    accum = _first(r.gradient_accumulation_steps, _configured(c, "grad_accum_steps"), from_table[1], c.grad_accum_steps)
-    here = _Decisions(accum, _precision(cfg, table))
-    chosen = _initial_decisions(cfg, here, was) if was else here
+    workers, here = _workers(r, cfg.dataloader, table), _decisions_here(r, c, table)
+    chosen = _initial_decisions(r, c, here, was) if was else here
     tree = cfg.to_dict()
     tree["dataloader"]["num_workers"] = workers
-    tree["data"]["augment"]["classification"]["color_jitter"] = _colour_jitter(cfg)
+    jitter = _colour_jitter(r, data.augment.classification.color_jitter)
+    tree["data"]["augment"]["classification"]["color_jitter"] = jitter
     tree["train"]["classification"] |= dict(grad_accum_steps=chosen.accum, amp_dtype=chosen.amp_dtype)
     lines = [
         f"hardware: {table.why if table else 'no GPU, so the table does not apply and use_bf16 has no meaning'}",
@@ -199,7 +219,8 @@ def engine_config(
             f"resume: {chosen.accum} batches per step and precision {chosen.amp_dtype}, as the run began; "
             f"this machine alone would take {here.accum} and {here.amp_dtype}"
         )
-    return Config.model_validate(tree), [*lines, f"cudnn.benchmark: {_cudnn_benchmark(cfg)}"]
+    lines.append(f"cudnn.benchmark: {_cudnn_benchmark(cfg.train.deterministic, data.classification.img_size)}")
+    return Config.model_validate(tree), lines
 
 # %% ../../nbs/training/670_retrieval.ipynb #2df057e6
 @dataclass
@@ -431,10 +452,10 @@ def write(
 
 # %% ../../nbs/training/670_retrieval.ipynb #8ef39ed1
 def _check_family(
-    cfg: Config,  # project.family, train.classification.head
+    family: str,  # project.family
+    head: str,  # train.classification.head
 ) -> None:
     "Raise `PillsnapError` if the configuration is not of the retrieval family."
-    family, head = cfg.project.family, cfg.train.classification.head
     if family != "retrieval" or head != "arcface":
         raise PillsnapError(
             "this job trains the retrieval family with an ArcFace head, and the configuration says"
@@ -460,7 +481,7 @@ def _resolve(
 @patch
 def work(self: RetrievalJob, run: RunFolder, cfg: Config) -> JobResult:
     "Train the retrieval model of this run, and measure the recall of its best epoch."
-    _check_family(cfg)
+    _check_family(cfg.project.family, cfg.train.classification.head)
     data = load_split_data(run.root, cfg.data.progressive_validation.current_stage)
     folder, reports = run.sub("checkpoints") / "retrieval", run.sub("reports")
     cfg = _resolve(run, cfg, folder / "last.pt")

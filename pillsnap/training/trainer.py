@@ -29,7 +29,6 @@ from ..core.settings import Config, EarlyStopping, TrainClassification
 from ..dataset.loaders import build_classification_loaders, photos_per_batch, validation_loader
 from ..dataset.splitfiles import SplitData
 from ..models.factory import build_classification_model
-from ..models.heads import head_spec
 from ..models.losses import build_criterion, class_counts
 from ..photos.caches import PhotoCache
 from .batchsize import BatchSizeChoice, configure_device, with_batch_size
@@ -44,7 +43,7 @@ from pillsnap.training.learner import (
     validate_classification,
 )
 from .monitoring import early_stopping, monitored
-from .presets import stage_settings
+from .presets import ClassifierSettings, stage_settings
 from .saving import average_weights, kept_epochs, refresh_batchnorm, restore, stoppable
 from .warmstart import warm_start
 
@@ -81,23 +80,22 @@ class TrainingResult:
 # %% ../../nbs/training/638_trainer.ipynb #a770f524
 def _initial_network(
     data: SplitData,  # photos and class map
-    cfg: Config,  # with the stage's overrides applied
+    s: ClassifierSettings,  # with the stage's overrides
     checkpoints: Path | None,  # where this run saves; init_from must not be the same
     ckpt: Mapping[str, Any] | None = None,  # of the run that is resumed; its weights are restored later
 ) -> tuple[nn.Module, dict[str, Any]]:  # the network, and where its weights come from
     "The network that training starts with."
-    c = cfg.train.classification
-    head, layout = head_spec(cfg), c.channels_last and cfg.optimization.channels_last
+    c = s.train.classification
     model = build_classification_model(
         c.backbone,
         len(data.class_map),
-        layout,
+        s.channels_last,
         c.pretrained,
         c.drop_rate,
         c.weights,
         c.declared_classes,
         drop_path=c.drop_path_rate,
-        head=head,
+        head=s.head,
         weights_later=c.init_from is not None,
     )
     origin = cast(dict[str, Any], model.weights_origin)
@@ -106,7 +104,7 @@ def _initial_network(
         if c.init_from:
             logger.info("init_from: not read again, this run continues from its own last.pt")
     elif c.init_from:
-        origin = warm_start(model, c.init_from, data, c.backbone, head, checkpoints).to_dict()
+        origin = warm_start(model, c.init_from, data, c.backbone, s.head, checkpoints).to_dict()
     return model, origin
 
 # %% ../../nbs/training/638_trainer.ipynb #74a31403
@@ -154,20 +152,20 @@ def build_training(
     cfg = stage_settings(cfg, data.stage)  # from here on with the stage's overrides
     if context.rank:
         out = Outputs(quiet=True)  # only the first process writes files
-    n = len(data.class_map)
-    device = configure_device(cfg.train)
-    model, origin = _initial_network(data, cfg, out.checkpoints, ckpt)
+    s, n = ClassifierSettings.from_config(cfg), len(data.class_map)
+    device = configure_device(s.train)
+    model, origin = _initial_network(data, s, out.checkpoints, ckpt)
     model = model.to(device)
-    saved |= {"weights_origin": origin, "head": head_spec(cfg)}
+    saved |= {"weights_origin": origin, "head": s.head}
     resumed = ckpt["sampler_state"].get("batch_size") if ckpt else None
-    choice = BatchSizeChoice(cfg, data.stage, device, resumed, context.world_size, out.tb)
+    choice = BatchSizeChoice(s, data.stage, device, resumed, context.world_size, out.tb)
     cfg_of_loaders = with_batch_size(cfg, data.stage, choice.choose(model, n))
     train_dl, views = _training_loaders(data, cfg_of_loaders, context, device, out.tb)
     criterion = build_criterion(cfg, class_counts(train_dl.dataset.labels, n), list(data.class_map))
-    learn = build_learner(cfg, model, criterion, train_dl, views, n, device, saved, out)
-    c = cfg.train.classification
+    learn = build_learner(s, model, criterion, train_dl, views, n, device, saved, out)
+    c = s.train.classification
     steps = total_steps(len(train_dl), c.grad_accum_steps, c.epochs)
-    logger.info(resolved_line(cfg, n, steps, device, learn.precision.dtype, photos_per_batch(train_dl)))
+    logger.info(resolved_line(s, n, steps, device, learn.precision.dtype, photos_per_batch(train_dl)))
     return learn, origin
 
 # %% ../../nbs/training/638_trainer.ipynb #e283e4eb

@@ -204,6 +204,7 @@ def batch_search(device: str, tiny: bool, work: Path) -> tuple[list[Part], dict[
     """
     from pillsnap.planner import footprint
     from pillsnap.training.batchsize import BatchSizeChoice
+    from pillsnap.training.presets import ClassifierSettings
 
     s, gpu, c = Size(tiny), Gpu(device), "train.classification"
     img, steps = s.of(384, 64), s.of(20, 2)
@@ -213,7 +214,7 @@ def batch_search(device: str, tiny: bool, work: Path) -> tuple[list[Part], dict[
     enable_tf32(True)
     net, planned = network(cfg, gpu.device), footprint(network(cfg, torch.device("cpu")), img, True)
     with Neighbour(gpu, min(24e9, 0.6 * gpu.free()), work) as beside:
-        n = BatchSizeChoice(cfg, 1, gpu.device).choose(net, CLASSES)
+        n = BatchSizeChoice(ClassifierSettings.from_config(cfg), 1, gpu.device).choose(net, CLASSES)
         cfg = settings(s, *over, f"{c}.batch_size={n}")
         train = patch_loader(cfg, n * steps, gpu.device, workers=s.of(max(1, min(14, cores() - 2)), 1))
         learn = make_learner(cfg, net, train, {"whole": coloured_batches(1, 4, img, gpu.device)}, gpu.device)

@@ -28,6 +28,7 @@ from pillsnap.delivery.classmap import ClassMap
 from pillsnap.models.factory import build_classification_model
 from pillsnap.models.losses import build_criterion
 from pillsnap.training.learner import Outputs, build_learner
+from pillsnap.training.presets import ClassifierSettings
 
 CLASSES = 12  # drugs of every check
 
@@ -244,7 +245,8 @@ def make_learner(  # noqa: PLR0913 - the parts of a learner
     fixed |= dict(img_size=cfg.data.classification.img_size)
     show_decisions()
     criterion = build_criterion(cfg, np.full(CLASSES, 10), list(keys))
-    learn = build_learner(cfg, model, criterion, train, views, CLASSES, device, fixed, Outputs(folder))
+    s = ClassifierSettings.from_config(cfg)
+    learn = build_learner(s, model, criterion, train, views, CLASSES, device, fixed, Outputs(folder))
     learn.add_cbs(list(cbs))
     return learn
 
