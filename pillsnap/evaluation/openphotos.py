@@ -17,7 +17,7 @@ import pandas as pd
 from ..dataset.splitfiles import SplitData
 from .answers import EvalPhoto, Evaluator
 from .openset import OpenSet, Shown, SingleOutputs, measure_open_set, single_outputs
-from ..synth.objects import FAMILIES, object_photos
+from ..synth.objects import SIDES, object_photos
 
 # %% ../../nbs/evaluation/766_openphotos.ipynb #387d1931
 logger = logging.getLogger("pillsnap.evaluation.openphotos")
@@ -69,7 +69,7 @@ def _strangers(
 ) -> dict[str, SingleOutputs]:  # validation and test; fewer where there is no photo
     "Unknown drugs and objects of both sides."
     found = {}
-    for side in FAMILIES:
+    for side in SIDES:
         t = unknown[unknown["split"] == side]
         drugs = table_photos(t[t["alike"] == ""], "drugs") + table_photos(t[t["alike"] != ""], "lookalikes")
         if drugs or objects:
@@ -95,7 +95,7 @@ def run_open_set(
     width, height = (int(data.train[k].iloc[0]) if len(data.train) else 0 for k in ("width", "height"))
     lacking = [k for k, v in parts.items() if not v]
     strangers = _strangers(evaluator, unknown, objects, (max(64, width), max(64, height))) if not lacking else {}
-    if lacking or set(strangers) != set(FAMILIES):
+    if lacking or set(strangers) != set(SIDES):
         what = " and ".join(lacking) + " photos" if lacking else "photos of unknown drugs or objects on both sides"
         logger.info(f"unknown score: none, because there are no {what}")
         return None
