@@ -16,14 +16,15 @@ from test_smoke_train import split_folder
 from test_stop_and_go import CM, net
 
 from pillsnap.core.checkpoints import load_ckpt
-from pillsnap.core.config import load_config
-from pillsnap.dataset.datasets import PillsnapClsDataset
+from pillsnap.core.config import load_config, preset_names
+from pillsnap.dataset.datasets import DeliverySource, PackSource, Photo, PillsnapClsDataset
 from pillsnap.dataset.focus import StageFocus, locate_photos
 from pillsnap.dataset.loaders import build_classification_loaders
 from pillsnap.dataset.photoloader import PhotoLoader
 from pillsnap.dataset.splitfiles import load_split_data
 from pillsnap.evaluation.answers import Evaluator, eval_photos
 from pillsnap.models.pipeline import Pipeline, answer_schema
+from pillsnap.photos.caches import View
 from pillsnap.photos.images import crop_view, open_image_safely, ssim
 from pillsnap.photos.locator import locate
 from pillsnap.photos.pack import Pack, build_pack
@@ -159,31 +160,53 @@ def test_training_validates_by_the_path_first(stage):
     assert list(learn.passes) == ["focus", "whole"]
 
 
-@pytest.fixture(scope="module")
-def rendered(tmp_path_factory):
+@pytest.fixture(scope="module", params=["png", "jpg"])
+def rendered(request, tmp_path_factory):
     "Photos of one pill at the delivery's full size, with true boxes."
     root, rows = tmp_path_factory.mktemp("rendered"), []
     for i, drug in enumerate(make_catalogue(4, 3).drugs[:4]):
         shot, rng = Shot(i % 3, i % 3, 70), rng_for(3, "photo", i)
         image, (extent,) = photograph([(drug, single_pose(0, 40 * i, shot, rng))], shot, rng)
-        Image.fromarray(image).save(root / f"{i}.png")
+        Image.fromarray(image).save(root / f"{i}.{request.param}", quality=95)
         x0, y0, x1, y1 = (float(v) for v in extent)
-        rows.append(dict(path=f"{i}.png", bbox=json.dumps([x0, y0, x1 - x0, y1 - y0]), class_key=f"K-00000{i}"))
+        rows.append(
+            dict(path=f"{i}.{request.param}", bbox=json.dumps([x0, y0, x1 - x0, y1 - y0]), class_key=f"K-00000{i}")
+        )
     return SimpleNamespace(root=root, rows=pd.DataFrame(rows))
 
 
 @pytest.mark.spec("FX4")
-@pytest.mark.parametrize(("codec", "size", "least"), [("jpeg", 144, 0.995), ("jpeg", 384, 0.98), ("raw", 384, 1.0)])
-def test_a_located_crop_from_the_pack_is_that_of_the_delivery(rendered, tmp_path, codec, size, least):
-    "At 384 pixels a crop is enlarged, noise included, and JPEG loses some of the noise; raw loses nothing."
+@pytest.mark.parametrize("codec", ["jpeg", "raw"])
+def test_a_located_crop_from_the_pack_is_that_of_the_delivery(rendered, tmp_path, codec):
+    "At the size of every preset, and cut from the window at full resolution; crops are stored without loss."
+    sizes = {load_config(name).data.classification.img_size for name in preset_names()}
+    assert {144, 384} <= sizes
     build_pack(rendered.rows, rendered.root, tmp_path / "pack", codec=codec, workers=1, progress=False)
-    pack, cut_from_window = Pack(tmp_path / "pack"), 0
+    pack = Pack(tmp_path / "pack")
     located = locate_photos(rendered.rows["path"].tolist(), rendered.root, {})
     assert (located["found"] == 1).all()
     for row in located.itertuples():
         full = open_image_safely(rendered.root / row.path)["image"]
         box = locate(full).boxes[0]
         img, corners = pack.crop(row.path, row.bbox)
-        cut_from_window += corners[2] - corners[0] > 0.9 * (box[2] - box[0])
-        assert ssim(crop_view(img, corners, size), crop_view(full, box, size)) >= least, row.path
-    assert cut_from_window == len(located)  # none came from the whole photo at half size
+        assert corners[2] - corners[0] > 0.9 * (box[2] - box[0]), "cut from the whole photo at half size"
+        for size in sizes:
+            ours, theirs = crop_view(img, corners, size), crop_view(full, box, size)
+            assert ssim(ours, theirs) >= 0.995 and np.array_equal(ours, theirs), (row.path, size)
+
+
+@pytest.mark.spec("FX4")
+@pytest.mark.parametrize("codec", ["jpeg", "raw"])
+def test_loaders_serve_the_same_crops_from_pack_and_delivery(rendered, tmp_path, codec):
+    "The true box and a located one, as validation, calibration and evaluation read them."
+    build_pack(rendered.rows, rendered.root, tmp_path / "pack", codec=codec, workers=1, progress=False)
+    located = locate_photos(rendered.rows["path"].tolist(), rendered.root, {})
+    for name in preset_names():
+        cfg = load_config(name)
+        view = View("crop", cfg.data.classification.img_size, cfg.data.classification.crop_padding)
+        pack, delivery = PackSource(Pack(tmp_path / "pack"), [view]), DeliverySource(rendered.root)
+        for row in (*rendered.rows.itertuples(), *located.itertuples()):
+            photo = Photo(row.path, row.bbox, 976, 1280)
+            a, b = np.zeros((2, view.size, view.size, 3), np.uint8)
+            assert pack.view(photo, view, a) is None and delivery.view(photo, view, b) is None
+            assert b.any() and np.array_equal(a, b), (name, row.path)

@@ -143,6 +143,7 @@ RETIRED: dict[str, str] = {
     "data.class_names": "the class map comes from the manifest",
     "data.cache_meta_path": "splits are kept in the run folder, artifacts/stageN/splits.json",
     "data.drug_metadata_file": "written to the run folder as drug_metadata.json",
+    "pack.crop_quality": "crops are stored without loss",
     **{
         f"data.progressive_validation.stage_{n}.{k}": "a declared figure is never a baseline"
         for n in range(5)
@@ -332,9 +333,9 @@ def config_diff(
     b: Mapping[str, Any],  # the new tree
     ignore: tuple[str, ...] = ("paths",),  # top-level blocks that are not compared
 ) -> list[str]:  # "train.seed: 42 -> 7"
-    "The keys in which two configurations differ, one a line."
+    "The keys in which two configurations differ, one a line; keys that no code reads any more are left out."
     fa, fb = flatten(a), flatten(b)
-    keys = [k for k in dict.fromkeys([*fa, *fb]) if k.split(".")[0] not in ignore]
+    keys = [k for k in dict.fromkeys([*fa, *fb]) if k.split(".")[0] not in ignore and k not in RETIRED]
     return [f"{k}: {fa.get(k, '-')} -> {fb.get(k, '-')}" for k in keys if fa.get(k, ...) != fb.get(k, ...)]
 
 # %% ../../nbs/core/025_config.ipynb #c1ddf75e

@@ -290,11 +290,10 @@ class PackConfig(Block):
 
     enabled: bool = key(False, "build the pack where training needs it and it is missing")
     scale: float = key(0.5, "factor for both sides of whole photos; 0.5 makes 488 x 640 of 976 x 1280", gt=0, le=1)
-    codec: Literal["jpeg", "raw"] = key("jpeg", "jpeg: about 0.1 MB a photo; raw: ten times that, nothing to decode")
-    quality: int = key(95, "JPEG quality", ge=50, le=100)
-    crop_quality: int = key(
-        98, "JPEG quality of the crops, which are classified; they are a small part of a photo", ge=1, le=100
+    codec: Literal["jpeg", "raw"] = key(
+        "jpeg", "jpeg: whole photos as JPEG, crops without loss as PNG; raw: several times larger, nothing to decode"
     )
+    quality: int = key(95, "JPEG quality of whole photos", ge=50, le=100)
     crops: bool = key(True, "keep the surroundings of each box at full resolution")
 
 # %% ../../nbs/core/020_settings.ipynb #75eca889
