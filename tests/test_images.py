@@ -12,35 +12,18 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
-from torchvision.ops import nms as torch_nms
-from torchvision.transforms import v2
 
-from pillsnap.core.errors import PillsnapError
 from pillsnap.photos import images as I
 from pillsnap.photos.boxes import (
-    decode_yolo,
-    from_yolo,
-    iou_matrix,
     letterbox,
-    nms,
-    to_yolo,
     unletterbox,
-    xywh_to_xyxy,
-    xyxy_to_xywh,
 )
 from pillsnap.photos.images import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    crop_square,
-    crop_view,
     header_size,
-    normalise,
     open_image_safely,
-    whole_view,
 )
 
 
@@ -79,18 +62,6 @@ TURNS = {
     7: Image.TRANSVERSE,
     8: Image.ROTATE_270,
 }
-
-
-@pytest.mark.spec("DM10")
-@pytest.mark.parametrize("fmt", ("PNG", "JPEG", "WEBP"))
-@pytest.mark.parametrize("note", TURNS)
-def test_exif_is_applied(fmt, note):
-    up, e = Image.fromarray(picture()), Image.Exif()
-    e[0x0112] = note
-    lying = up if TURNS[note] is None else up.transpose(TURNS[note])
-    kw = {"JPEG": dict(quality=100, subsampling=0), "WEBP": dict(lossless=True)}.get(fmt, {})
-    got = open_image_safely(enc(lying, fmt, exif=e, **kw))["image"].astype(int)
-    assert got.shape == (80, 60, 3) and np.abs(got - picture()).mean() < (3 if fmt == "JPEG" else 0.01)
 
 
 @pytest.mark.spec("DM10")
@@ -408,98 +379,6 @@ def test_the_yardsticks():
     for short in (100, 488, 976, 1280, 4000):
         for size in (64, 224, 384, 430, 480):
             assert I.reduce_for(short, size) == 1 or short / I.reduce_for(short, size) >= 1.25 * size
-
-
-@pytest.mark.spec("TL1")
-def test_whole_view_is_resize_and_centre_crop():
-    img = np.array(Image.fromarray(picture(244, 320)).resize((976, 1280)))
-    ref = np.asarray(v2.Compose([v2.Resize(244), v2.CenterCrop(244)])(Image.fromarray(img))).astype(int)
-    assert np.abs(ref - whole_view(img, 244))[1:-1, 1:-1].max() <= 1
-    assert whole_view(img.transpose(1, 0, 2), 244).shape == (244, 244, 3)
-    assert whole_view(np.zeros((1, 1, 3), np.uint8), 32).shape == (32, 32, 3)
-
-
-@pytest.mark.spec("TL1")
-def test_resizing_does_not_alias():
-    stripes = np.repeat(np.where(np.arange(1000) % 2 == 0, 255, 0)[None, :, None].astype(np.uint8), 1000, 0).repeat(
-        3, 2
-    )
-    assert whole_view(stripes, 230).std() < 8
-
-
-@pytest.mark.spec("TL11")
-def test_crop_view_geometry():
-    "Margin .1 a side, square about the centre, and what lies outside repeats the edge."
-    assert crop_square([100, 100, 200, 150], 976, 1280) == (90, 65, 120)
-    img = picture()
-    assert np.array_equal(crop_view(img, [20, 30, 40, 50], 24), img[28:52, 18:42])
-    got = crop_view(img, [0, 0, 10, 10], 14, padding=0.2)
-    assert (
-        np.array_equal(got[2:, 2:], img[:12, :12])
-        and np.array_equal(got[0, 2:], img[0, :12])
-        and np.array_equal(got[2:, 0], img[:12, 0])
-    )
-    for bad in ([70, 90, 80, 95], [5, 5, 5, 9], [np.nan, 0, 1, 1], [0, 0, np.inf, -1]):
-        with pytest.raises(PillsnapError, match="does not lie in the photo"):
-            crop_view(img, bad, 8)
-
-
-@pytest.mark.spec("TL1")
-def test_normalise_is_torchvisions():
-    x = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
-    ref = v2.Compose(
-        [
-            v2.ToImage(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-        ]
-    )
-    assert np.allclose(normalise(x), np.stack([ref(i) for i in x]), atol=1e-6) and normalise(x).dtype == np.float32
-    assert (IMAGENET_MEAN, IMAGENET_STD) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-
-
-@pytest.mark.spec("DM1")
-def test_box_notations_are_inverse():
-    b = np.random.default_rng(0).uniform(1, 400, (200, 4))
-    assert np.allclose(xyxy_to_xywh(xywh_to_xyxy(b)), b) and np.allclose(from_yolo(to_yolo(b, 976, 1280), 976, 1280), b)
-    assert np.allclose(to_yolo([244, 320, 488, 640], 976, 1280), 0.5)
-
-
-@pytest.mark.spec("DT4")
-@settings(max_examples=150, deadline=None)
-@given(st.integers(0, 10**6), st.integers(1, 50), st.floats(0.05, 0.95))
-def test_nms_is_the_reference(seed, n, t):
-    rng = np.random.default_rng(seed)
-    b, s = xywh_to_xyxy(rng.uniform(1, 60, (n, 4))), rng.permutation(n) / n
-    slow = []
-    for i in np.argsort(-s):
-        if all(iou_matrix(b[i : i + 1], b[j : j + 1])[0, 0] <= t for j in slow):
-            slow.append(i)
-    assert nms(b, s, t).tolist() == slow == torch_nms(torch.tensor(b), torch.tensor(s), t).tolist()
-
-
-@pytest.mark.spec("DT4")
-def test_equal_scores_fall_in_order_and_twins_leave_one():
-    b = np.array([[0, 0, 10, 10]] * 3 + [[50, 50, 60, 60]], float)
-    assert nms(b, np.array([0.5, 0.5, 0.5, 0.5]), 0.5).tolist() == [0, 3]
-
-
-@pytest.mark.spec("DT4")
-def test_decode_yolo():
-    "Centre and size in input pixels, the best class, the threshold inclusive, at most max_det, NaN is no box."
-    raw = np.array(
-        [
-            [50, 50, 40, 20, 0.1, 0.6],
-            [51, 50, 40, 20, 0.9, 0],
-            [150, 80, 30, 30, 0.3, 0],
-            [9, 9, 9, 9, 0.29, 0],
-            [np.nan, 5, 5, 5, 0.99, 0],
-        ]
-    ).T
-    xyxy, conf = decode_yolo(raw, conf=0.3, iou=0.5)
-    assert np.allclose(xyxy, [[31, 40, 71, 60], [135, 65, 165, 95]]) and np.allclose(conf, [0.9, 0.3])
-    assert xyxy.dtype == conf.dtype == np.float32
-    assert len(decode_yolo(raw, conf=0.3, max_det=1)[0]) == 1 and decode_yolo(raw, conf=1.0)[0].shape == (0, 4)
 
 
 @pytest.mark.spec("DT4")

@@ -209,10 +209,8 @@ def test_a_killed_training_of_masks_goes_on(tmp_path):
 
 
 @pytest.mark.spec("DM12")
-def test_the_job_wants_its_task_and_two_groups(tmp_path):
-    from pillsnap.training.segmentation import SegmentationJob, split_masks
+def test_the_job_wants_its_task(tmp_path):
+    from pillsnap.training.segmentation import SegmentationJob
 
     with pytest.raises(PillsnapError, match="data.task=segmentation"):
         SegmentationJob(run_dir=str(tmp_path / "a"), config="smoke").run()
-    with pytest.raises(PillsnapError, match="one group"):
-        split_masks([tmp_path / "x_1.jpg", tmp_path / "x_2.jpg"])

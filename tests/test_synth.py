@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -19,18 +18,18 @@ import numpy as np
 import pytest
 
 from pillsnap.core.errors import PillsnapError
+from pillsnap.core.files import canonical_json
 from pillsnap.delivery.capture import capture_group, parse_name
 from pillsnap.synth.catalogue import make_catalogue
 from pillsnap.synth.command import synth_command
 from pillsnap.synth.draws import rng_for
 from pillsnap.synth.faults import IN_FILES, IN_LABEL
-from pillsnap.synth.files import file_length, loose_box, png_bytes, render_task, run_tasks
-from pillsnap.synth.plan import plan_delivery, val_catalogue
+from pillsnap.synth.files import file_length, png_bytes, render_task, run_tasks
+from pillsnap.synth.plan import plan_delivery
 from pillsnap.synth.records import NULL_KEYS
 from pillsnap.synth.renderer import Shot, photograph
 from pillsnap.synth.scene import LAMPS, Pose
 from pillsnap.synth.sheet import photo_and_boxes
-from pillsnap.synth.tasks import Session, choose_combos, combo_tasks
 from pillsnap.synth.writer import UNFINISHED, claim_folder, write_delivery
 
 TINY = dict(drugs=4, photos=6, combos=2, seed=42, width=98, height=128)
@@ -226,29 +225,6 @@ def test_labels_are_records_of_the_format(tiny):
         assert im["light_color"] == ("전구색", "주광색", "주백색")[c.light] and im["back_color"].endswith("배경")
 
 
-@pytest.mark.spec("BX5")
-def test_capture_groups_are_covered_evenly():
-    tasks = [t for t in plan_delivery(drugs=3, photos=40, combos=0).tasks if t.image.startswith("data/train")]
-    for code in {parse_name(t.stem).codes for t in tasks}:
-        mine = [parse_name(t.stem) for t in tasks if parse_name(t.stem).codes == code]
-        assert len({c.stem() for c in mine}) == 40 and set(Counter(map(capture_group, mine)).values()) == {2, 3}
-        assert len({c.latitude for c in mine}) == 4 and len({c.longitude for c in mine}) >= 12
-
-
-@pytest.mark.spec("BX5")
-def test_val_drugs_new_or_same():
-    new, same = (plan_delivery(**TINY, val_drugs=v).ledger for v in ("new", "same"))
-    assert (
-        not set(new["train_codes"]) & set(new["val_codes"])
-        and set(same["val_codes"]) <= set(same["train_codes"])
-        and new["val_codes"]
-    )
-    many = make_catalogue(1500, seed=42)  # so many that two independent catalogues would certainly share some
-    assert not {d.kcode for d in many} & {d.kcode for d in val_catalogue(many, "new", 42)}
-    with pytest.raises(PillsnapError, match="'new' or 'same'"):
-        plan_delivery(val_drugs="old")
-
-
 @pytest.mark.parametrize(
     "drugs, combos, val_combos",
     [(3, 0, 0), (3, 1, 1), (12, 40, 1), (16, 40, 5), (16, 80, 5), (20, 80, 6)],  # 16 drugs leave 4 for val: 5 combos
@@ -263,38 +239,12 @@ def test_val_asks_for_no_more_combinations_than_its_drugs_give(drugs, combos, va
 
 
 @pytest.mark.spec("BX5")
-def test_same_seed_same_bytes_whatever_the_workers(tiny, tmp_path):
-    ledger = write_delivery(tmp_path / "two", **TINY, progress=False, workers=2)
-    one, two = tree(tiny), tree(tmp_path / "two")
-    one.pop(".lock")
-    two.pop(".lock")
-    assert one == two
-    said = {k: v for k, v in one.items() if k.startswith("data/")}
-    from pillsnap.core.files import canonical_json
-
+def test_the_digest_is_that_of_the_files(tiny):
+    "Equal digests mean equal bytes: the notebook of the writer compares deliveries by them."
+    ledger, said = load(tiny / "SYNTHETIC.json"), {k: v for k, v in tree(tiny).items() if k.startswith("data/")}
     assert (
         ledger["files"] == len(said) and ledger["digest"] == hashlib.sha256(canonical_json(said).encode()).hexdigest()
     )
-    assert write_delivery(tmp_path / "other", **(TINY | {"seed": 43}), **QUIET)["digest"] != ledger["digest"]
-
-
-@pytest.mark.spec("BX5")
-def test_archives_hold_the_same_files(tiny, tmp_path):
-    write_delivery(tmp_path / "z", **TINY, zip_parts=True, **QUIET)
-    zips = sorted((tmp_path / "z" / "data").rglob("*.zip"))
-    assert {z.name for z in zips} == {
-        f"{s}{w}_1_{k}.zip" for s in "TV" for w in "LS" for k in ("단일", "조합")
-    } and not list((tmp_path / "z" / "data").rglob("*.png"))
-    got = {}
-    for z in zips:
-        folder = (
-            z.parent.relative_to(tmp_path / "z").as_posix()
-            + "/"
-            + z.stem.replace("단일", "single").replace("조합", "combo")
-        )
-        with zipfile.ZipFile(z) as f:
-            got |= {f"{folder}/{n}": hashlib.sha256(f.read(n)).hexdigest() for n in f.namelist()}
-    assert got == {k: v for k, v in tree(tiny).items() if k.startswith("data/")}
 
 
 # ---- killed, repeated, refused
@@ -331,29 +281,13 @@ def test_killed_rendering_is_gone_on_with(tmp_path):
     assert ledger["digest"] == write_delivery(tmp_path / "whole", **spec, **QUIET)["digest"]
 
 
-def test_a_photo_that_was_cut_off_is_taken_again(tmp_path):
+def test_a_photo_that_was_cut_off_is_taken_again(tiny, tmp_path):
     plan = plan_delivery(**TINY)
     claim_folder(tmp_path / "d", plan)
     list(run_tasks(tmp_path / "d", plan.tasks[:2], 1, False))
     (tmp_path / "d" / plan.tasks[0].image).write_bytes(b"\x89PNG")
     (tmp_path / "d" / plan.tasks[1].labels[0][0]).unlink()
-    before = write_delivery(tmp_path / "e", **TINY, **QUIET)["digest"]
-    assert write_delivery(tmp_path / "d", **TINY, **QUIET)["digest"] == before
-
-
-def test_nothing_of_somebody_elses_is_touched(tiny, tmp_path):
-    (tmp_path / "real/data/train").mkdir(parents=True)
-    (tmp_path / "real/data/train/x.json").write_text("{}")
-    with pytest.raises(PillsnapError, match="not rendered here"):
-        write_delivery(tmp_path / "real", **TINY, **QUIET)
-    assert [p.name for p in (tmp_path / "real").rglob("*") if p.is_file() and p.name != ".lock"] == ["x.json"]
-    before = tree(tiny)
-    with pytest.raises(PillsnapError, match="seed=42"):
-        write_delivery(tiny, **(TINY | {"seed": 1}), **QUIET)
-    assert write_delivery(tiny, **TINY, **QUIET)["seed"] == 42 and tree(tiny) == before
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(PillsnapError):
-        write_delivery(tmp_path / "file" / "sub", **TINY, **QUIET)
+    assert write_delivery(tmp_path / "d", **TINY, **QUIET)["digest"] == load(tiny / "SYNTHETIC.json")["digest"]
 
 
 @pytest.mark.parametrize(
@@ -467,28 +401,6 @@ def test_score_line_imprint_and_shadow_are_there():
 
 
 @pytest.mark.spec("BX5")
-def test_box_coverage_is_that_of_the_originals():
-    drugs, share, wide = list(make_catalogue(150, seed=2)), [], []
-    for c in choose_combos(150, 50, rng_for(2, "cover")):
-        t = combo_tasks([drugs[k] for k in c], 0, Session("train", Shot(width=98, height=128), 2))[1]
-        boxes = [
-            loose_box(e, t.shot, rng_for(0, t.stem, k))
-            for k, e in enumerate(photograph(list(t.pills), t.shot, rng_for(*t.words))[1])
-        ]
-        share += [100 * w * h / 98 / 128 for _, _, w, h in boxes]
-        wide += [
-            w / 98 * 976 / d.body.long_mm for (_, _, w, _), (d, _) in zip(boxes, t.pills) if d.body.shape == "원형"
-        ]
-        for i, (x, y, w, h) in enumerate(boxes):
-            for u, v, p, q in boxes[:i]:
-                over = max(0, min(x + w, u + p) - max(x, u)) * max(0, min(y + h, v + q) - max(y, v))
-                assert over < 0.3 * min(w * h, p * q), "pills do not lie on one another"
-    low, mid, high = np.percentile(share, [5, 50, 95])
-    assert 1.7 < low < 3.5 and 3.6 < mid < 6.2 and 11 < high < 18, (low, mid, high)  # originals: 2.6, 4.6, 14.5
-    assert 24.5 < np.median(wide) < 28  # originals: 26.2 px per mm
-
-
-@pytest.mark.spec("BX5")
 def test_boxes_hold_the_pill_with_a_margin(tiny):
     tasks = [
         t
@@ -505,9 +417,8 @@ def test_boxes_hold_the_pill_with_a_margin(tiny):
 
 
 @pytest.mark.spec("BX5")
-def test_phone_photos_are_of_another_world(tmp_path):
+def test_phone_photos_are_of_another_world():
     spec = dict(drugs=3, photos=6, combos=1, seed=9, width=98, height=128)
-    write_delivery(tmp_path / "phone", **spec, domain="phone", **QUIET)
     mean = {}
     for domain in ("studio", "phone"):
         tasks = [t for t in plan_delivery(**spec, domain=domain).tasks if len(t.pills) == 1]
@@ -519,10 +430,6 @@ def test_phone_photos_are_of_another_world(tmp_path):
             ]
         )
     assert mean["phone"].std(0).mean() > 2 * mean["studio"].std(0).mean(), "any table"
-    assert (
-        json.loads((tmp_path / "phone/SYNTHETIC.json").read_text())["domain"] == "phone"
-        and len(labels(tmp_path / "phone" / "data")) > 18
-    )
 
 
 STUDIO = {  # means of three patches of photos that were rendered before the phone domain had tables of its own
@@ -816,6 +723,7 @@ def test_the_default_number_of_combinations_fits_the_drugs(tmp_path, capsys, dru
                 "128",
                 "--workers",
                 "1",
+                "--labels-only",
             ]
         )
     assert e.value.code == 0
