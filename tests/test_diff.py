@@ -184,7 +184,7 @@ def test_equal_runs_are_within_noise_nineteen_times_of_twenty():
     held = []
     for i in range(200):
         a, b = two_runs_of_groups(rng, groups=40, per_group=8, gap=0.0)
-        low, high = D.interval(D.bootstrap_difference(a, b, draws=300, seed=i))
+        low, high = D.percentile_interval(D.bootstrap_difference(a, b, draws=300, seed=i))
         held.append(low <= 0 <= high)
     assert 0.90 <= np.mean(held) <= 0.99, np.mean(held)
 
@@ -194,7 +194,7 @@ def test_a_real_difference_is_found():
     found = []
     for i in range(40):
         a, b = two_runs_of_groups(rng, groups=150, per_group=2, gap=0.25)
-        found.append(D.interval(D.bootstrap_difference(a, b, draws=300, seed=i))[0] > 0)
+        found.append(D.percentile_interval(D.bootstrap_difference(a, b, draws=300, seed=i))[0] > 0)
     assert np.mean(found) >= 0.9
 
 
@@ -216,7 +216,7 @@ def test_runs_that_share_some_groups_are_compared_on_one_draw():
 
     widths = []
     for first in (0, 30, 60):
-        low, high = D.interval(D.bootstrap_difference(figure("x", first), figure("y", first)))
+        low, high = D.percentile_interval(D.bootstrap_difference(figure("x", first), figure("y", first)))
         widths.append(high - low)
     assert widths[0] == 0 and widths[1] < 0.85 * widths[2]
 
