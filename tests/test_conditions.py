@@ -24,7 +24,7 @@ from pillsnap.evaluation.conditions import (
     measure_conditions,
     spread,
 )
-from pillsnap.evaluation.strata import grouped_interval, name_weaknesses, strata_of
+from pillsnap.evaluation.strata import name_weaknesses, strata_of
 from pillsnap.models.decision import AnswerRule
 from pillsnap.models.pipeline import Pipeline, softmax
 from pillsnap.models.unknown import UnknownRule, fit_unknown_score, unknown_rule_to_dict
@@ -102,8 +102,8 @@ def test_photos_of_one_group_count_as_one():
 
     assert not any(s.weak for s in name_weaknesses(strata_of(table(4, 60, 2), "light")))
     assert [s.level for s in name_weaknesses(strata_of(table(80, 3, 40), "light")) if s.weak] == ["neutral"]
-    low, high = grouped_interval([True] * 60 + [False] * 60, ["a"] * 60 + ["b"] * 60)
-    assert high - low > 0.7
+    dark, rest = strata_of(table(80, 3, 40), "light")
+    assert dark.high == pytest.approx(1 - 0.025 ** (1 / 40)) and rest.low == pytest.approx(0.025 ** (1 / 40))
 
 
 # ---- a real training without one condition -------------------------------------------------------

@@ -31,7 +31,7 @@ from ..core.records import Metric, Provenance
 from ..dataset.lookalikes import LookalikePair, metadata_clusters, twins
 from .answers import EvalPhoto, Evaluator
 from .checks import not_measured
-from .safeanswers import share_interval
+from .intervals import share_words
 from ..models.neighbours import nearest
 from ..photos.boxes import xywh_to_xyxy
 from ..photos.images import crop_view, normalise
@@ -309,8 +309,7 @@ def _share(
     counted, names = Counter(hits), sorted(groups)
     code = np.repeat(np.arange(len(names)), [groups[g] for g in names])
     flags = np.concatenate([np.arange(groups[g]) < counted[g] for g in names])
-    low, high = share_interval(flags, code)
-    return float(flags.mean()), len(flags), f"95 % interval {low:.4f} to {high:.4f}, {len(names)} capture groups"
+    return float(flags.mean()), len(flags), share_words(flags, code)
 
 
 @patch

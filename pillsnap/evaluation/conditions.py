@@ -29,6 +29,7 @@ from ..core.records import Metric, Provenance
 from ..delivery.capture import parse_name
 from .answers import EvalPhoto, Evaluator
 from .checks import not_measured
+from .intervals import interval_words, share_interval
 from .strata import Stratum, name_weaknesses, strata_of, stratum_again
 from ..models.decision import AnswerRule, decide_answer, prediction_sets, sharpness
 from ..models.pipeline import Pipeline
@@ -217,6 +218,9 @@ class ConditionPanel:
     sample: int  # photos that were changed
     seconds: float  # opening and answering the changed photos
     missing: Mapping[str, str] = field(default_factory=dict)  # condition → why it was not measured
+    groups: int = 0  # capture groups of the clean photos
+    low: float | None = None  # of the accuracy's 95 % interval
+    high: float | None = None  # of the accuracy's 95 % interval
 
     @property
     def weak(self) -> list[Stratum]:
@@ -231,7 +235,7 @@ class ConditionPanel:
         return [s for s in self.strata if s.axis == axis]
 
     def rows(self) -> list[dict[str, Any]]:
-        "The panel as a table, shares rounded to three digits."
+        "The panel as a table, all clean photos first; shares rounded to four digits."
         keys = (
             "axis",
             "level",
@@ -246,7 +250,11 @@ class ConditionPanel:
             "adjusted",
             "weak",
         )
-        return [{k: round(v, 4) if isinstance(v := getattr(s, k), float) else v for k in keys} for s in self.strata]
+        every = dict(
+            axis="all", n=self.photos, groups=self.groups, accuracy=self.accuracy, low=self.low, high=self.high
+        )
+        rows = [every, *(s.to_dict() for s in self.strata)]
+        return [{k: round(v, 4) if isinstance(v := r.get(k), float) else v for k in keys} for r in rows]
 
 
 def weakness_sentence(
@@ -277,8 +285,11 @@ def build_panel(  # noqa: PLR0913 - the parts of a panel
             [clean[clean["drug"].isin(set(phone["drug"]))].assign(domain="studio"), phone.assign(domain="phone")]
         )
         strata += [s for s in strata_of(both, "domain", ("studio", "phone")) if s.level == "phone"]
-    mean = float(clean["right"].mean()) if len(clean) else None
-    return ConditionPanel(tuple(name_weaknesses(strata)), len(clean), mean, len(before), seconds, missing or {})
+    mean, held = None, (None, None)
+    if len(clean):
+        mean, held = float(clean["right"].mean()), share_interval(clean["right"], clean["group"])
+    weak, groups = tuple(name_weaknesses(strata)), clean["group"].nunique()
+    return ConditionPanel(weak, len(clean), mean, len(before), seconds, missing or {}, groups, *held)
 
 # %% ../../nbs/evaluation/767_conditions.ipynb #7cf7a901
 _WEAK, _FINE, _COVER = COLOURS[3], COLOURS[0], COLOURS[2]
@@ -404,8 +415,8 @@ def records(
     if phone is None:
         why = self.missing.get("domain", "there are no phone photos")
         return rec | {k: not_measured(prov, k, why) for k in ("accuracy_phone", "phone_gap")}
-    held = f"95 % [{phone.low:.3f}, {phone.high:.3f}]"
-    gap = f"studio {phone.rest or 0:.3f}, phone {phone.accuracy:.3f} {held}, p = {phone.adjusted:.2g}"
+    held = interval_words((phone.low, phone.high), phone.groups)
+    gap = f"studio {phone.rest or 0:.3f}, phone {phone.accuracy:.3f} ({held}), p = {phone.adjusted:.2g}"
     return rec | {
         "accuracy_phone": prov.metric("accuracy_phone", phone.accuracy, phone.n, self.seconds, note=held),
         "phone_gap": prov.metric("phone_gap", (phone.rest or 0) - phone.accuracy, phone.n, self.seconds, note=gap),
@@ -422,6 +433,8 @@ def save(
         "schema": "pillsnap.conditions/1",
         "photos": self.photos,
         "accuracy": self.accuracy,
+        "low": self.low,
+        "high": self.high,
         "sample": self.sample,
         "seconds": self.seconds,
         "weak": [weakness_sentence(s) for s in self.weak],

@@ -27,7 +27,7 @@ from ..core.files import save_json
 from ..core.plots import use_house_style
 from ..core.records import Metric, Provenance
 from .answers import EvalPhoto, Evaluator
-from .strata import grouped_interval
+from .intervals import interval_words, share_interval
 from ..models.attention import class_activation, fit_pill_heat, heat_boxes
 from ..models.metrics import macro_f1
 from ..models.pipeline import detect
@@ -182,7 +182,7 @@ def row(
 ) -> dict[str, Any]:  # a row of the table; None where a column does not apply
     "What one way achieved."
     right = self.logits[way].argmax(1) == self.labels
-    low, high = grouped_interval(right, [p.group for p in self.photos])
+    low, high = share_interval(right, [p.group for p in self.photos])
     f1 = macro_f1(self.logits[way].argmax(1), self.labels, self.num_classes)
     cells: list[Any] = [way, len(right), _share(right), low, high, f1, *[None] * 6]
     if way in self.found:
@@ -201,7 +201,7 @@ def table(self: FocusComparison) -> pd.DataFrame:  # one row per way
 
 # %% ../../nbs/evaluation/765_focus.ipynb #3ec4cf8a
 _RECORDED = {
-    "accuracy": "{low:.3f} to {high:.3f} (95 %)",
+    "accuracy": "{interval}",
     "macro_f1": "",
     "iou_median": "above .5 in {iou_above_half:.1%}; none found in {no_find:.1%}, several in {several:.1%}",
     "p50_ms": "locating alone; p95 {p95_ms:.1f} ms",
@@ -214,8 +214,9 @@ def records(
     prov: Provenance,  # data and class map
 ) -> dict[str, Metric]:  # focus_<way>_<figure>
     "The table as records."
-    found = {}
+    found, groups = {}, len({p.group for p in self.photos})
     for row in self.table().astype(object).to_dict("records"):
+        row["interval"] = interval_words((row["low"], row["high"]), groups)
         for figure, note in _RECORDED.items():
             if row[figure] is None or pd.isna(row[figure]):
                 continue

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from scipy.special import betaincinv, stdtrit
 
 # %% ../../nbs/evaluation/701_intervals.ipynb #c38efba3
@@ -23,8 +24,8 @@ def _by_group(
 
 
 def group_correlation(
-    hits: Sequence[bool] | np.ndarray,  # whether each photo counts [N]
-    groups: Sequence[Any] | np.ndarray,  # capture group of each [N]
+    hits: Sequence[bool] | np.ndarray | pd.Series,  # whether each photo counts [N]
+    groups: Sequence[Any] | np.ndarray | pd.Series,  # capture group of each [N]
 ) -> float:  # 0 independent .. 1 all alike; 1 where the hits cannot tell
     "Intraclass correlation of the hits, by analysis of variance (Fleiss 1981)."
     hit, size = _by_group(hits, groups)
@@ -38,8 +39,8 @@ def group_correlation(
 
 # %% ../../nbs/evaluation/701_intervals.ipynb #be2c4d5a
 def effective_photos(
-    hits: Sequence[bool] | np.ndarray,  # whether each photo counts [N], N above 0
-    groups: Sequence[Any] | np.ndarray,  # capture group of each [N]
+    hits: Sequence[bool] | np.ndarray | pd.Series,  # whether each photo counts [N], N above 0
+    groups: Sequence[Any] | np.ndarray | pd.Series,  # capture group of each [N]
     correlation: float | None = None,  # of a larger table; None = of these hits
 ) -> float:  # above 0, at most N
     "How many independent photos the groups are worth (Kish 1965, Korn and Graubard 1998)."
@@ -53,8 +54,8 @@ def effective_photos(
 
 
 def share_interval(
-    hits: Sequence[bool] | np.ndarray,  # whether each photo counts [N]
-    groups: Sequence[Any] | np.ndarray,  # capture group of each [N]
+    hits: Sequence[bool] | np.ndarray | pd.Series,  # whether each photo counts [N]
+    groups: Sequence[Any] | np.ndarray | pd.Series,  # capture group of each [N]
     correlation: float | None = None,  # of a larger table; None = of these hits
 ) -> tuple[float, float]:  # 95 %; (0, 1) without photos
     "Clopper and Pearson's interval (1934) for the effective number of photos (Korn and Graubard 1998)."
@@ -93,7 +94,7 @@ def percentile_interval(
 # %% ../../nbs/evaluation/701_intervals.ipynb #c156d0c1
 def group_bootstrap(
     figures: Callable[[np.ndarray], Mapping[str, float]],  # of the positions of the photos that were drawn
-    groups: Sequence[Any] | np.ndarray,  # capture group of each photo [N]
+    groups: Sequence[Any] | np.ndarray | pd.Series,  # capture group of each photo [N]
     draws: int = DRAWS,  # bootstrap samples
     seed: int = 42,  # of the draws
 ) -> dict[str, tuple[float, float]]:  # 95 % of each figure; empty with fewer than ten groups
@@ -118,8 +119,8 @@ def interval_words(
 
 
 def share_words(
-    hits: Sequence[bool] | np.ndarray,  # whether each photo counts [N]
-    groups: Sequence[Any] | np.ndarray,  # capture group of each [N]
+    hits: Sequence[bool] | np.ndarray | pd.Series,  # whether each photo counts [N]
+    groups: Sequence[Any] | np.ndarray | pd.Series,  # capture group of each [N]
     unit: str = "capture groups",  # what the groups are called
 ) -> str:  # empty without photos
     "The interval of a share, for a record's note."

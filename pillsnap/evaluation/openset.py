@@ -24,7 +24,7 @@ from ..core.errors import PillsnapError
 from ..core.files import save_json
 from ..core.plots import COLOURS, use_house_style
 from ..core.records import Metric, Provenance
-from .safeanswers import group_bootstrap, share_interval
+from .intervals import LEAST_GROUPS, group_bootstrap, interval_words, share_words
 from ..models.pipeline import Pipeline
 from ..models.unknown import UNKNOWN_SCORES, UnknownRule, fit_unknown_score, unknown_threshold
 from ..photos.images import normalise
@@ -143,15 +143,15 @@ def _row(
     "The figures of one score for one kind of unknown photo."
     (u, right, own), (v, others) = known, unknown
     low = high = float("nan")
-    if interval:
+    if interval and min(len(set(own)), len(set(others))) >= LEAST_GROUPS:
         both, is_known = np.r_[u, v], np.arange(len(u) + len(v)) < len(u)
         groups = [*(f"known {g}" for g in own), *(f"unknown {g}" for g in others)]
 
-        def area(at: np.ndarray) -> float:
+        def area(at: np.ndarray) -> dict[str, float]:
             mine = at[is_known[at]], at[~is_known[at]]
-            return auroc(both[mine[0]], both[mine[1]]) if len(mine[0]) and len(mine[1]) else float("nan")
+            return {"auroc": auroc(both[mine[0]], both[mine[1]]) if len(mine[0]) and len(mine[1]) else float("nan")}
 
-        low, high = group_bootstrap(area, groups, draws=200)
+        low, high = group_bootstrap(area, groups, draws=200)["auroc"]
     figures = dict(auroc=auroc(u, v), low=low, high=high, fpr95=false_accept_rate(u, v), oscr=oscr(u, right, v))
     return dict(score=name, kind=kind, n=len(v), groups=len(set(others)), known=len(u), **figures)
 
@@ -244,8 +244,7 @@ def _refused_record(
 ) -> Metric:
     "Share of the photos of a kind that the rule refuses."
     over = ~(self.scores[kind] <= self.rule.threshold)
-    low, high = share_interval(over, self.groups[kind])
-    note = f"{KINDS[kind]}; 95 %: {low:.3f} to {high:.3f}, {len(set(self.groups[kind]))} groups"
+    note = f"{KINDS[kind]}; {share_words(over, self.groups[kind])}"
     if kind == "known":
         note += f"; {self.rule.refused:g} was allowed on {self.rule.groups} calibration groups"
     return prov.metric(name, float(over.mean()), len(over), self.seconds, note=note)
@@ -260,7 +259,8 @@ def records(
     rec, name = {}, self.rule.score.name
     for r in self.table[self.table["score"] == name].to_dict("records"):
         kind, n = str(r["kind"]), int(r["n"])
-        about = f"{name}; {KINDS[kind]}; 95 %: {r['low']:.3f} to {r['high']:.3f}, {r['groups']} groups"
+        held = (r["low"], r["high"]) if r["low"] == r["low"] else None
+        about = f"{name}; {KINDS[kind]}; {interval_words(held, r['groups'])}"
         rec[f"unknown_auroc_{kind}"] = prov.metric(f"unknown_auroc_{kind}", r["auroc"], n, self.seconds, note=about)
         rec[f"unknown_refused_{kind}"] = self._refused_record(kind, f"unknown_refused_{kind}", prov)
         if kind == "drugs":

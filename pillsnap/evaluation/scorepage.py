@@ -22,7 +22,7 @@ from ..models.cardview import theme_css
 from ..photos.images import header_size
 
 # %% ../../nbs/evaluation/757_scorepage.ipynb #27b74cb8
-_INTERVAL = re.compile(r"95 %(?: interval)?:? *\[?(-?[\d.]*\d) *(?:to|,|–) *(-?[\d.]*\d)")
+_INTERVAL = re.compile(r"95 %: (-?[\d.]+(?:e-\d+)?) to (-?[\d.]+(?:e-\d+)?)")
 
 
 def interval_of(

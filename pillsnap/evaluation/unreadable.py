@@ -18,7 +18,7 @@ import numpy as np
 from ..core.files import read_json
 from ..core.plots import show_grid
 from ..core.records import Metric, Provenance
-from .safeanswers import share_interval
+from .intervals import share_words
 from ..models.decision import decide_answer, prediction_sets, sharpness
 from ..models.pipeline import Pipeline, class_probabilities
 from ..photos.images import crop_view
@@ -108,9 +108,9 @@ def twins_record(
     sharp = [sharpness(v) for v in views]
     both = np.asarray(np.take_along_axis(prediction_sets(p, pipeline.rule, sharp), ids, axis=1).all(axis=1))
     kinds = [decide_answer(q, None, pipeline.rule, s).answer for q, s in zip(p, sharp)]
-    low, high = share_interval(both, np.repeat(np.arange(len(pairs)), 2).astype(str))
+    held = share_words(both, np.repeat(np.arange(len(pairs)), 2), "scenes")
     said = ", ".join(f"{kinds.count(k)} {k}" for k in ("drug", "shortlist", "unknown"))
-    note = f"95 %: {low:.3f} to {high:.3f}, {len(pairs)} scenes; answers: {said}"
+    note = f"{held}; answers: {said}"
     return prov.metric(name, float(both.mean()), len(both), seconds, note=note)
 
 # %% ../../nbs/evaluation/705_unreadable.ipynb #95c6f7d8

@@ -562,11 +562,11 @@ MUTATIONS: list[Mutation] = [
         "tests/test_conditions.py::test_without_a_weakness_none_is_named",
     ),
     Mutation(
-        "the interval of a condition counts photos of one capture group as independent",
-        "pillsnap/evaluation/strata.py",
-        "n = len(x) / (1 + ((size**2).sum() / size.sum() - 1) * rho)",
-        "n = len(x)",
-        "tests/test_conditions.py::test_photos_of_one_group_count_as_one",
+        "an interval counts photos of one capture group as independent",
+        "pillsnap/evaluation/intervals.py",
+        "worth = n / (1 + ((size**2).sum() / n - 1) * rho)",
+        "worth = n",
+        "tests/test_intervals.py::test_the_interval_holds_the_truth_in_nineteen_of_twenty_evaluations",
     ),
     Mutation(
         "the answer rule's quantile is off by one rank",
