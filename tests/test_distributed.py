@@ -305,40 +305,6 @@ def broken_share(folder: str) -> None:
     )
 
 
-def test_a_job_that_does_not_exist_is_told_before_anything_is_started(tmp_path):
-    "A message with the stages, no traceback of torch's; the same for a setting that is misspelt."
-    for stage, over, want in (
-        ("clasifier", [], "one of classifier, detector"),
-        ("classifier", ["train.clasification.lr=1"], "train.clasification"),
-    ):
-        r = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "pillsnap",
-                "distributed",
-                stage,
-                "--run-dir",
-                str(tmp_path),
-                "--config",
-                "smoke",
-                *over,
-            ],
-            env=ENV,
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-        said = r.stdout + r.stderr
-        assert (
-            r.returncode
-            and want in said
-            and "Traceback" not in said
-            and "ChildFailedError" not in said
-            and len(said.splitlines()) < 8
-        ), said
-
-
 @together
 @pytest.mark.spec("TL4")
 def test_a_share_without_a_readable_photo_keeps_nobody_waiting(tmp_path):

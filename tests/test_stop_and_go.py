@@ -16,7 +16,7 @@ from test_memory import Painted, table
 from test_smoke_train import split_folder
 from torch import nn
 
-from pillsnap.core.checkpoints import load_ckpt, save_ckpt
+from pillsnap.core.checkpoints import load_ckpt
 from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.files import read_json
@@ -26,7 +26,7 @@ from pillsnap.dataset.photoloader import PhotoLoader
 from pillsnap.dataset.sampling import BalancedBatchSampler, EpochSampler
 from pillsnap.delivery.classmap import ClassMap
 from pillsnap.training.classifier import ClassifierJob
-from pillsnap.training.learner import Outputs, build_learner, load_resume_checkpoint, read_last_checkpoint
+from pillsnap.training.learner import Outputs, build_learner, read_last_checkpoint
 from pillsnap.training.presets import ClassifierSettings
 from pillsnap.training.saving import average_weights, restore
 
@@ -172,35 +172,6 @@ def test_every_loader_and_sampler_goes_on_where_it_stood(straight, tmp_path, kin
         straight if kind == "threads" else load_ckpt(tmp_path / "whole" / "last.pt"),
         load_ckpt(tmp_path / "ck" / "last.pt"),
     )
-
-
-@pytest.mark.spec("CT16", "X73")
-def test_the_total_may_grow_and_nothing_else_may_change(straight, tmp_path):
-    save_ckpt(tmp_path / "last.pt", **straight)
-
-    def ask(*over):
-        return load_resume_checkpoint(
-            tmp_path / "last.pt",
-            load_config(
-                "smoke",
-                [
-                    (
-                        "train.classification={epochs: 3, lr: 0.01, grad_accum_steps: 4, amp: false, ema: {enabled: "
-                        "true, decay: 0.8}, saving: {every_steps: 1}}"
-                    ),
-                    *over,
-                ],
-            ),
-            CM.to_dict(),
-            True,
-        )
-
-    assert (
-        ask("train.classification.epochs=9")["epoch"] == 3
-        and ask("train.classification.saving.keep_best=3", "train.classification.stall_check=false")["epoch"] == 3
-    )
-    with pytest.raises(PillsnapError, match="grad_accum_steps: 4 -> 2"):
-        ask("train.classification.grad_accum_steps=2", "train.classification.epochs=9")
 
 
 EPOCHS, SET = (

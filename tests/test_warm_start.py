@@ -177,22 +177,6 @@ def test_a_checkpoint_that_was_trained_on_validation_photos_is_refused(both, lar
     assert "init_from photos: not known, the split it was trained on is not beside it" in log
 
 
-@pytest.mark.parametrize(
-    "more, why",
-    [
-        (("train.classification.backbone=resnet18",), "init_from holds a test_resnet, and this run trains a resnet18"),
-        (
-            ("train.classification.head=arcface", "project.family=retrieval", "data.imbalance.use_class_weights=false"),
-            "a linear head, and this run a cosine head",
-        ),
-    ],
-)
-def test_weights_that_do_not_fit_are_refused(both, large, more, why):
-    data, cfg = load_split_data(large, 2), load_config("smoke", overrides(2, from_small(both), *more))
-    with pytest.raises(PillsnapError, match=why):
-        build_training(data, cfg, Outputs(large / "checkpoints" / "classifier", quiet=True))
-
-
 def test_settings_that_do_not_go_together_are_refused(both, large):
     for more, why in (
         (("train.leak_gap=true",), "a twin that is validated on photos"),
