@@ -161,8 +161,12 @@ def test_the_ledger_says_open_before_the_first_sealed_photo_is_read(copy):
     assert {report["events"][i][1] for i in photos} == {p for p, kind in sealed.items() if kind == "single"}, (
         "without a detector no combo is read"
     )
+    validation = [i for i, (what, p) in enumerate(report["events"]) if what == "open" and "/data/val" in p]
+    assert validation and ledger[0] < min(validation) and max(validation) < ledger[1]
+    opened = {Path(report["events"][i][1]) for i in validation}
+    made = read_json(copy / "delivery" / "SYNTHETIC.json")
+    assert {p.parent.name for p in opened} == set(made["val_codes"]) and len(opened) == made["counts"]["val_single"]
     assert kinds(copy) == ["decision", "open", "result"] and report["training"] == []
-    assert not any("/data/val" in p for _, p in report["events"]), "the Validation tree is not opened"
     assert "SYNTHETIC" in r.stdout and "NEEDS_IMPROVEMENT (SYNTHETIC" in r.stdout
 
 
@@ -276,8 +280,11 @@ def test_the_result_has_the_contracts_form(copy):
     assert (
         doc["recommendation"] == "NEEDS_IMPROVEMENT"
         and doc["ready_for_production"] is False
-        and set(UNKNOWN_DRUGS) <= set(doc["not_measured"])
         and doc["unknown_drugs"]["family"] == "retrieval"
+    )
+    assert UNKNOWN_DRUGS == ("unknown_refused", "enrolled_recall@1")
+    assert "answer rule" in doc["not_measured"]["unknown_refused"] and any(
+        line.startswith("unknown_refused") for line in doc["improvements"]
     )
     assert any("synthetic" in line for line in doc["improvements"]) and "synthetic" in doc["label"]
     records = {k: Metric.from_dict(m) for k, m in doc["metrics"].items()}
@@ -292,6 +299,51 @@ def test_the_result_has_the_contracts_form(copy):
     )
     low, high = doc["intervals_95"]["accuracy"]
     assert 0 <= low <= records["accuracy"].value <= high <= 1
+
+
+def write_rule(root, threshold: float) -> Path:
+    "An evaluation of the run's classifier, with an answer rule whose unknown score is the largest logit."
+    from pillsnap.core.files import save_json
+    from pillsnap.models.decision import AnswerRule
+    from pillsnap.models.unknown import UnknownRule, UnknownScore, unknown_rule_to_dict
+
+    cm, best = load_split_data(root, 0).class_map, "checkpoints/classifier/best.pt"
+    unknown = unknown_rule_to_dict(UnknownRule(UnknownScore("max_logit"), threshold, 0.02))
+    rule = AnswerRule("lac", 0.05, (0.999,) * len(cm), max_list=6, class_map=cm.fingerprint, unknown=unknown)
+    save_json(rule.to_dict(), root / "reports/answer_rule.json")
+    return save_json({"inputs": {best: sha256_file(root / best)}, "metrics": {}}, root / "reports/evaluation.json")
+
+
+@pytest.mark.spec("X74", "X80", "BX9")
+@pytest.mark.parametrize(("threshold", "refused"), [(-1e6, 1.0), (1e6, 0.0)])
+def test_unknown_drugs_are_refused_by_the_rule_of_the_run(copy, threshold, refused):
+    "The sealed drugs and objects are answered by the stored rule, each once, with n and an interval."
+    write_rule(copy, threshold)
+    doc, _ = final_test_evaluation(copy, **ask(copy))
+    made, table = read_json(copy / "delivery/SYNTHETIC.json"), pd.read_csv(copy / "reports/final_test/open_answers.csv")
+    strange = table[table["kind"] == "drugs"]
+    assert set(strange["what"]) == set(made["val_codes"]) and strange["path"].is_unique
+    assert not set(strange["what"]) & set(made["train_codes"])
+    for name, kind in (("unknown_refused", "drugs"), ("objects_refused", "objects"), ("known_refused", "known")):
+        m, mine = Metric.from_dict(doc["metrics"][name]), table[table["kind"] == kind]
+        assert (m.value, m.n, m.measured) == (refused, len(mine), True) and len(mine)
+        low, high = doc["intervals_95"][name]
+        assert low <= m.value + 1e-9 and m.value <= high + 1e-9 and high - low > 0.01
+    looked = pd.read_csv(copy / "reports/final_test/enrolled.csv")
+    recall = Metric.from_dict(doc["metrics"]["enrolled_recall@1"])
+    assert recall.value == pytest.approx((looked["drug"] == looked["found"]).mean()) and recall.n == len(looked) > 0
+    assert doc["unknown_drugs"] == doc["unknown_drugs"] | {"family": "retrieval", "drugs": 3, "photos": len(strange)}
+    assert not [line for line in doc["improvements"] if line.startswith(UNKNOWN_DRUGS)]
+
+
+@pytest.mark.spec("X74")
+def test_a_rule_of_other_checkpoints_refuses_nothing(copy, made):
+    "An answer rule counts for the checkpoints that its evaluation measured, and for no others."
+    write_rule(copy, -1e6)
+    add_classifier(copy, made[1], seed=5)
+    doc, _ = final_test_evaluation(copy, **ask(copy))
+    assert {"unknown_refused", "unknown_auroc", "objects_refused"} <= set(doc["not_measured"])
+    assert "no evaluation of these checkpoints" in doc["not_measured"]["unknown_refused"]
 
 
 @pytest.mark.spec("EV5")
