@@ -299,12 +299,15 @@ def _draw_condition(
     ax: Any,  # a matplotlib Axes
     strata: Sequence[Stratum],  # levels of one condition
     line: float | None,  # accuracy to compare with
+    band: tuple[float, float] | None = None,  # its 95 % interval
 ) -> None:
     "One condition of the panel."
     x = np.arange(len(strata))
     ax.bar(x, [s.refused or 0 for s in strata], 0.55, color="#D9D9D9")
     if line is not None:
         ax.axhline(line, color="#999999", lw=0.9, ls="--")
+    if band is not None:
+        ax.axhspan(*band, color="#999999", alpha=0.18, lw=0)
     for i, s in enumerate(strata):
         colour = _WEAK if s.weak else _FINE
         ax.vlines(i, s.low, s.high, color=colour, lw=2)
@@ -376,7 +379,8 @@ def plot(
     fig, axes = plt.subplots(rows, cols, figsize=(11, 2.35 * rows), squeeze=False)
     for ax, axis in zip(axes.flat, axes_of):
         levels = self.of(axis)
-        _draw_condition(ax, levels, self.accuracy if axis in NATURAL else levels[0].rest)
+        band = (self.low, self.high) if axis in NATURAL and self.low is not None and self.high is not None else None
+        _draw_condition(ax, levels, self.accuracy if axis in NATURAL else levels[0].rest, band)
     for ax in axes.flat[len(axes_of) :]:
         ax.set_axis_off()
     self._legend(axes.flat[len(axes_of)])

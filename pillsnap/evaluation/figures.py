@@ -51,8 +51,9 @@ def single_records(
         ("crop_true_box", scores.crop, "crop around the true box"),
     ):
         scored = evaluate_classification_metrics(z, scores.labels, keys)
-        for k in ("accuracy", "macro_f1"):
-            rec[f"{k}_{view}"] = prov.metric(f"{k}_{view}", scored[k], n, half, note=note)
+        held = share_words(z.argmax(1) == scores.labels if n else [], scores.groups)
+        for k, about in (("accuracy", "; ".join(filter(None, (note, held)))), ("macro_f1", note)):
+            rec[f"{k}_{view}"] = prov.metric(f"{k}_{view}", scored[k], n, half, note=about)
     share = scores.views.count("crop") / n if n else None
     rec["focus_found"] = prov.metric("focus_found", share, n, half, note="share of photos answered by a located crop")
     rec["n_eval_samples"] = prov.metric("n_eval_samples", n, n, half)
@@ -72,9 +73,11 @@ def _part_accuracy(
     prov: Provenance,  # data and class map
 ) -> Metric:
     "The accuracy on the photos of one part."
-    n = len(scores.labels)
-    value = float((scores.single.argmax(1) == scores.labels).mean()) if n else None
-    return prov.metric(name, value, n, scores.seconds / 3, note=note)
+    if not (n := len(scores.labels)):
+        return prov.metric(name, None, 0, scores.seconds / 3, note=note)
+    right = scores.single.argmax(1) == scores.labels
+    about = f"{note}; {share_words(right, scores.groups)}"
+    return prov.metric(name, float(right.mean()), n, scores.seconds / 3, note=about)
 
 
 def selection_records(
