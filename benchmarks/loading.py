@@ -1,5 +1,6 @@
 """What the loader benchmarks share: our loader, and the peers, each as a callable that works through n photos once."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -117,11 +118,13 @@ def dali(root: Path, rows: pd.DataFrame, n: int) -> Callable[[], None] | str:
 
 
 def pack_source(root: Path, rows: pd.DataFrame, codec: str) -> Any:
-    "A pack of these photos, built once beside them."
+    "A pack of these photos, built once beside them, and again when an earlier version made it."
     from pillsnap.dataset.datasets import PackSource
-    from pillsnap.photos.pack import Pack, build_pack
+    from pillsnap.photos.pack import Pack, build_pack, is_older
 
     out = root.parent / f"{root.name}-pack-{codec}"
+    if is_older(out):
+        shutil.rmtree(out)
     if not (out / "pack.json").exists():
         build_pack(rows.assign(bbox=""), root, out, codec=codec, workers=WORKERS, progress=False)
     return PackSource(Pack(out))
