@@ -94,26 +94,6 @@ def single(root, code, lo=0, bbox=None, encoding="utf-8", **kw):
 # ---- the audit
 # ----------------------------------------------------------------------------------------------------------------------
 
-KEYS = [
-    "files",
-    "unparsable",
-    "photos",
-    "annotations",
-    "drugs",
-    "incomplete_photos",
-    "missing_pills",
-    "boxes_outside",
-    "identical_box_photos",
-    "overlapping_box_photos",
-    "area_mismatch",
-    "dl_idx_mismatch",
-    "code_mismatch",
-    "metadata_conflicts",
-    "json_without_image",
-    "edi_codes_per_drug",
-    "null_metadata_drugs",
-]
-
 
 @pytest.mark.spec("BX4")
 def test_the_public_originals():
@@ -124,27 +104,27 @@ def test_the_public_originals():
             "PILLSNAP_ORIGINALS is not set: it names the folder of the 4,526 public original annotation files, "
             "which may not be redistributed"
         )
+    want = dict(
+        files=4526,
+        unparsable=0,
+        photos=1489,
+        annotations=4526,
+        drugs=73,
+        incomplete_photos=850,
+        missing_pills=1136,
+        boxes_outside=2,
+        identical_box_photos=5,
+        overlapping_box_photos=2,
+        area_mismatch=18,
+        dl_idx_mismatch=0,
+        code_mismatch=0,
+        metadata_conflicts=0,
+        json_without_image=None,
+        edi_codes_per_drug={1: 33, 2: 38, 3: 1, 4: 1},
+        null_metadata_drugs=["K-016548"],
+    )
     got = audit(folder)
-    assert list(got)[:17] == KEYS
-    assert [got[k] for k in KEYS] == [
-        4526,
-        0,
-        1489,
-        4526,
-        73,
-        850,
-        1136,
-        2,
-        5,
-        2,
-        18,
-        0,
-        0,
-        0,
-        None,
-        {1: 33, 2: 38, 3: 1, 4: 1},
-        ["K-016548"],
-    ]
+    assert {k: got[k] for k in want} == want
 
 
 def planted(root):
@@ -201,8 +181,7 @@ def planted(root):
 def test_planted_faults_are_counted_exactly(tmp_path):
     want = planted(tmp_path)
     got = audit(tmp_path)
-    assert list(got)[:17] == KEYS
-    assert {k: got[k] for k in KEYS} == want
+    assert {k: got[k] for k in want} == want
     assert got["refused"] == {"json_unparsable": 2, "json_structure": 2} and got["cp949_files"] == 1
 
 
@@ -258,7 +237,7 @@ def test_json_without_image(tmp_path):
 
 @pytest.mark.spec("BX4")
 def test_the_command_prints_and_writes(tmp_path, capsys):
-    planted(tmp_path / "labels")
+    want = planted(tmp_path / "labels")
     got = audit_command(tmp_path / "labels", None, tmp_path / "out" / "audit.json")
     out = json.loads((tmp_path / "out" / "audit.json").read_text(encoding="utf-8"))
     assert (
@@ -266,7 +245,7 @@ def test_the_command_prints_and_writes(tmp_path, capsys):
         and out["json_without_image"] is None
         and out["missing_pills"] == got["missing_pills"] == 4
     )
-    assert list(out)[:17] == KEYS and [p.name for p in (tmp_path / "out").iterdir()] == ["audit.json"]
+    assert out.keys() >= want.keys() and [p.name for p in (tmp_path / "out").iterdir()] == ["audit.json"]
     said = capsys.readouterr().out
     assert "missing_pills" in said and "not counted" in said and "K-000007" in said
 
@@ -476,7 +455,3 @@ def test_links_bombs_repeats_and_damage_are_refused(tmp_path):
         with pytest.raises(PillsnapError, match="refused|broken"):
             extract_archives(p.parent, tmp_path / f"{what}_out")
         assert not (tmp_path / f"{what}_out/data/train/labels/single/TL_1_single").exists(), what
-
-
-# ---- the class map
-# -------------------------------------------------------------------------------------------------------------------

@@ -160,7 +160,6 @@ def test_the_bound_reads_headers_and_decodes_nothing(monkeypatch, fmt):
     b = enc(picture(), fmt)
     assert header_size(b) == (60, 80)
     assert open_image_safely(b, max_pixels=60 * 80 - 1)["stage"] == "bound" and not called
-    assert I.MAX_PIXELS == 64_000_000
     if fmt == "PNG":
         assert open_image_safely(png_header(30_000, 30_000))["stage"] == "bound" and not called
 

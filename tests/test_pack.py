@@ -357,18 +357,6 @@ def test_two_builders_at_once(photos, tmp_path):
 
 
 @pytest.mark.spec("RS6")
-def test_another_source_is_refused(photos, built):
-    Pack(built, "m" * 64, photos.cmap)
-    for args, what in (
-        (("n" * 64,), "another manifest"),
-        (("",), "another manifest"),
-        (("m" * 64, ClassMap(photos.cmap.keys[1:])), "another class map"),
-    ):
-        with pytest.raises(PillsnapError, match=what):
-            Pack(built, *args)
-
-
-@pytest.mark.spec("RS6")
 def test_one_bit_is_noticed(photos, built, tmp_path):
     "40 bits over header and index stop the opening; one in a shard spoils one record or is found by `verify`."
     rng = random.Random(0)
