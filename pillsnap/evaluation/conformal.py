@@ -4,22 +4,25 @@
 
 # %% auto #0
 __all__ = ['DRAWS', 'UNSHARP', 'least_groups', 'draw_one_each', 'Fitted', 'library_threshold', 'group_threshold', 'ScoredPhotos',
-           'why_no_rule', 'fit_answer_rule']
+           'why_no_rule', 'fit_answer_rule', 'cross_fit']
 
 # %% ../../nbs/evaluation/702_conformal.ipynb #57950ed2
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 # %% ../../nbs/evaluation/702_conformal.ipynb #0d582606
 import numpy as np
+import pandas as pd
 
 # %% ../../nbs/evaluation/702_conformal.ipynb #9bab0cbf
 from ..core.errors import PillsnapError
 from ..core.settings import AnswerSettings
-from ..models.decision import AnswerRule
+from .calibration import fit_temperature
+from ..models.decision import SCORES, AnswerRule, decide_answer, prediction_sets
+from ..models.pipeline import softmax
 
 # %% ../../nbs/evaluation/702_conformal.ipynb #3458cebd
 def least_groups(
@@ -215,3 +218,67 @@ def fit_answer_rule(
         least_sharpness=UNSHARP * min(calib.sharp) if len(calib.sharp) else 0.0,
         note=note,
     )
+
+# %% ../../nbs/evaluation/702_conformal.ipynb #4030ef00
+def _halves(
+    groups: np.ndarray,  # capture group of each photo [N]
+    repeats: int,  # how often the groups are cut
+    seed: int,  # of the cuts
+) -> list[np.ndarray]:  # bool [N] each: whose photos fit; both halves of every cut
+    "Cut the groups into halves at random."
+    names, rng, found = np.unique(groups), np.random.default_rng(seed), []
+    for _ in range(repeats):
+        half = rng.permutation(names)[: len(names) // 2]
+        found += [np.isin(groups, half), ~np.isin(groups, half)]
+    return found
+
+
+def _half_answers(
+    photos: ScoredPhotos,  # one half is the part calib, the other the part held
+    rule: AnswerRule,  # fitted to the calib half
+    score: str,  # that was asked for
+) -> pd.DataFrame:  # a row for each held photo
+    "What a rule answers to the half that did not fit it."
+    held = photos.of("held")
+    sharp = held.sharp if len(held.sharp) else [None] * len(held.labels)
+    sets = prediction_sets(held.p, rule, None if not len(held.sharp) else held.sharp)
+    said = [decide_answer(p, None, rule, s).answer for p, s in zip(held.p, sharp)]
+    right = held.p.argmax(1) == held.labels
+    covered = sets[np.arange(len(held.labels)), held.labels]
+    about = dict(score=score, fitted=rule.score, group=list(held.groups), covered=covered, set_size=sets.sum(1))
+    return pd.DataFrame(about | dict(answer=said, right=right))
+
+
+def _score_row(
+    t: pd.DataFrame,  # answers of one score, from _half_answers
+) -> dict[str, Any]:
+    "The figures of one score; coverage and its bootstrap interval count groups."
+    by_group, rng = t.groupby("group")["covered"].mean().to_numpy(), np.random.default_rng(1)
+    drawn = by_group[rng.integers(len(by_group), size=(500, len(by_group)))].mean(1)
+    low, high = (float(np.percentile(drawn, q)) for q in (2.5, 97.5))
+    said, wrong = t["answer"].value_counts(normalize=True), (t["answer"] == "drug") & ~t["right"]
+    row = dict(score=t["score"].iloc[0], fitted=t["fitted"].iloc[0], groups=len(by_group))
+    row |= dict(coverage=float(by_group.mean()), low=low, high=high, set_size=float(t["set_size"].mean()))
+    row |= {k: float(said.get(k, 0.0)) for k in ("drug", "shortlist", "unknown")}
+    return row | dict(wrong_per_1000=float(1000 * wrong.mean()))
+
+
+def cross_fit(
+    logits: np.ndarray,  # of the photos [N, C]
+    photos: ScoredPhotos,  # their labels, groups and sharpness; validation and calibration photos, never clean ones
+    clusters: Sequence[str],  # look-alike cluster of each class [C]
+    settings: AnswerSettings,  # alpha, max_list
+    repeats: int = 10,  # how often the groups are cut into halves
+) -> pd.DataFrame:  # a row a score: groups that fit, coverage with interval, set_size, answers, wrong names
+    "Compare the scores by fitting each to one half of the groups and answering the other."
+    if "clean" in set(photos.parts):
+        raise PillsnapError("clean photos choose no setting", where="cross_fit", fix="give val and calib photos alone")
+    groups, found = np.asarray(photos.groups, object).astype(str), []
+    for fits in _halves(groups, repeats, seed=0):
+        temperature = fit_temperature(logits[fits], photos.labels[fits])
+        parts = np.where(fits, "calib", "held").tolist()
+        half = replace(photos, p=softmax(logits, temperature), parts=parts)
+        for score in SCORES:
+            rule = fit_answer_rule(half, clusters, settings.model_copy(update={"score": score}), temperature)
+            found.append(_half_answers(half, rule, score))
+    return pd.DataFrame([_score_row(t) for _, t in pd.concat(found).groupby("score", sort=False)])
