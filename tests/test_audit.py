@@ -5,6 +5,7 @@ import shutil
 
 import pandas as pd
 import pytest
+from runs import copy_run
 
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.jobs import read_record
@@ -102,9 +103,7 @@ def test_the_command_runs_it_aside(looked_at, tmp_path, capsys):
 
     root, _, _ = looked_at
     copy = tmp_path / "run"
-    shutil.copytree(root, copy, symlinks=True, ignore=shutil.ignore_patterns("stages"))
-    head = json.loads((root / "manifest.json").read_text())
-    (copy / "manifest.json").write_text(json.dumps(head | {"root": str((root.resolve() / head["root"]).resolve())}))
+    copy_run(root, copy, "stages")
     settings = (copy / "config.yaml").read_text()
     assert (
         own_config("", copy) == str(copy / "config.yaml")
@@ -130,7 +129,7 @@ def test_two_runs_on_one_folder(looked_at, tmp_path):
 
     root, _, _ = looked_at
     copy = tmp_path / "run"
-    shutil.copytree(root, copy, symlinks=True)
+    copy_run(root, copy)
     code = (
         "import sys, time\n"
         "from pillsnap.core.files import FolderLock\n"
@@ -156,6 +155,4 @@ def test_two_runs_on_one_folder(looked_at, tmp_path):
             assert state() == before
         finally:
             other.kill()
-    head = json.loads((root / "manifest.json").read_text())
-    (copy / "manifest.json").write_text(json.dumps(head | {"root": str((root.resolve() / head["root"]).resolve())}))
     assert AuditJob(run_dir=str(copy), config="smoke").run().record["status"] == "finished"  # the dead hold nothing

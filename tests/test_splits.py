@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shutil
 from itertools import combinations
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from runs import copy_run
 
 from pillsnap.core.errors import PillsnapError
 from pillsnap.dataset import splitfiles
@@ -371,10 +371,7 @@ def test_the_detector_sees_the_stage_and_only_it(run, tmp_path):
     from pillsnap.core.jobs import RunFolder
 
     copy = tmp_path / "run"
-    shutil.copytree(run[0], copy, symlinks=True)
-    head = json.loads((run[0] / "manifest.json").read_text())
-    (copy / "manifest.json").write_text(json.dumps(head | {"root": str((run[0].resolve() / head["root"]).resolve())}))
-    folder = RunFolder(copy)
+    folder = RunFolder(copy_run(run[0], copy))
 
     def seen():
         y, data = write_detector_tree(folder, 0), load_split_data(copy, 0)
@@ -464,14 +461,13 @@ def test_a_knot_of_duplicates_stops_and_shows(run, tmp_path):
     assert (tmp_path / "reports" / "splits_duplicates.png").stat().st_size > 1000
 
 
+MADE = ("artifacts", "stages", "yolo_data", "tb", "reports")  # what the splits job makes anew
+
+
 def cut_again(run, to, *overrides):
     "The shared run's manifest, cut in another folder by the job with other settings."
     root, _ = run
-    shutil.copytree(
-        root, to, symlinks=True, ignore=shutil.ignore_patterns("artifacts", "stages", "yolo_data", "tb", "reports")
-    )
-    head = json.loads((root / "manifest.json").read_text())
-    (to / "manifest.json").write_text(json.dumps(head | {"root": str((root.resolve() / head["root"]).resolve())}))
+    copy_run(root, to, *MADE)
     res = SplitsJob(run_dir=str(to), config="smoke", overrides=overrides, near_duplicates=False).run()
     return load_split_data(to, 0), res
 
@@ -519,13 +515,7 @@ def test_nothing_below_data_val_is_opened(run, tmp_path):
         "assert opened and not bad, bad[:3]\n"
         "print('clean', len(opened))"
     )
-    shutil.copytree(
-        root, tmp_path / "run", symlinks=True, ignore=shutil.ignore_patterns("artifacts", "stages", "yolo_data", "tb")
-    )
-    head = json.loads((root / "manifest.json").read_text())
-    (tmp_path / "run" / "manifest.json").write_text(
-        json.dumps(head | {"root": str((root.resolve() / head["root"]).resolve())})
-    )
+    copy_run(root, tmp_path / "run", *MADE)
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert out.returncode == 0 and "clean" in out.stdout, out.stderr[-2000:]
 
@@ -664,11 +654,7 @@ def test_a_folder_of_ids_becomes_a_split(tmp_path):
 def test_the_narrow_family_writes_its_two_files(run, tmp_path):
     root, _ = run
     narrow = tmp_path / "run"
-    shutil.copytree(
-        root, narrow, symlinks=True, ignore=shutil.ignore_patterns("artifacts", "stages", "yolo_data", "tb", "reports")
-    )
-    head = json.loads((root / "manifest.json").read_text())
-    (narrow / "manifest.json").write_text(json.dumps(head | {"root": str((root.resolve() / head["root"]).resolve())}))
+    copy_run(root, narrow, *MADE)
     SplitsJob(
         run_dir=str(narrow),
         config="smoke",
@@ -725,11 +711,7 @@ def decided(run, tmp_path):
 
     root, _ = run
     copy = tmp_path / "run"
-    shutil.copytree(
-        root, copy, symlinks=True, ignore=shutil.ignore_patterns("artifacts", "stages", "yolo_data", "tb", "reports")
-    )
-    head = json.loads((root / "manifest.json").read_text())
-    (copy / "manifest.json").write_text(json.dumps(head | {"root": str((root.resolve() / head["root"]).resolve())}))
+    copy_run(root, copy, *MADE)
 
     def cut(*decisions):
         for d in decisions:
