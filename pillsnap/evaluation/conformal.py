@@ -281,4 +281,5 @@ def cross_fit(
         for score in SCORES:
             rule = fit_answer_rule(half, clusters, settings.model_copy(update={"score": score}), temperature)
             found.append(_half_answers(half, rule, score))
-    return pd.DataFrame([_score_row(t) for _, t in pd.concat(found).groupby("score", sort=False)])
+    table = pd.concat(found)
+    return pd.DataFrame([_score_row(table[table["score"] == score]) for score in SCORES])
