@@ -23,7 +23,7 @@ from . import __version__ as version
 from .core.config import explain, load_config, preset_names
 from .core.errors import PillsnapError, missing_extra
 from .core.runner import JobSpec, run_pipeline
-from .core.settings import Config
+from .core.settings import Config, Train
 
 # %% ../nbs/920_cli.ipynb #a81977f8
 PIPELINE: tuple[JobSpec, ...] = (
@@ -323,19 +323,19 @@ def plan(  # noqa: PLR0913 - one parameter for each option of the command
 
 
 def _networks(
-    cfg: Config,  # backbone and detector
+    train: Train,  # backbone and detector
 ) -> dict:  # name → function that builds it for a number of drugs
     "The untrained networks of a run; without ultralytics only the classifier."
     from pillsnap.models.factory import build_classification_model
     from pillsnap.models.yolo import build_yolo_model, load_ultralytics
 
-    c = cfg.train.classification
+    c = train.classification
     own = {"classifier": lambda drugs: build_classification_model(c.backbone, drugs, pretrained=False)}
     try:
         load_ultralytics()
     except (ImportError, PillsnapError):
         return own
-    return own | {"detector": lambda _drugs: build_yolo_model(cfg.train.detection.model)}
+    return own | {"detector": lambda _drugs: build_yolo_model(train.detection.model)}
 
 # %% ../nbs/920_cli.ipynb #15f9ff85
 @app.command(epilog="Example: `pillsnap doctor .`")

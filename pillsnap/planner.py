@@ -36,12 +36,11 @@ from .core.errors import PillsnapError
 from .core.logs import progress as show_progress
 from .core.processes import processes
 from .core.records import hardware
-from .core.settings import Config
+from .core.settings import Config, Train
 from .dataset.splitfiles import sealed_groups
 from .delivery.index import read_manifest
 from .delivery.tree import SEALED, refuse_sealed
 from .photos.images import open_image_safely, reduce_for, whole_view
-from .photos.locator import locate
 from .photos.pack import Pack, Plan, build_pack, make_plan, pack_settings, photo_records
 from .synth.catalogue import make_catalogue
 from .synth.draws import rng_for
@@ -194,7 +193,7 @@ def _without_sealed(
 def photos_to_probe(
     root: str | Path | None,  # a delivery
     run_root: str | Path | None,  # a run folder with a manifest
-    cfg: Config,  # its extensions
+    extensions: Sequence[str],  # data.extensions
     scratch: Path,  # an empty folder
     n: int = 24,  # photos
 ) -> tuple[Path, pd.DataFrame, str]:  # where the photos are, their rows, what they are
@@ -203,8 +202,8 @@ def photos_to_probe(
         rows, where = _without_sealed(run_root)
         some = rows["path"].drop_duplicates().sample(min(n, rows["path"].nunique()), random_state=0)
         return where, rows.loc[rows["path"].isin(some), ["path", "bbox"]], "manifest"
-    if root and (paths := walk_to_photos(root, n, cfg.data.extensions)):
-        return Path(root), _located(paths, Path(root)), "delivery"
+    if root and (paths := walk_to_photos(root, n, extensions)):
+        return Path(root), pd.DataFrame({"path": paths}), "delivery"
     if root:
         raise PillsnapError(
             "there is no photo here",
@@ -212,18 +211,6 @@ def photos_to_probe(
             "point --root at the folder that holds data/train, or leave it out to plan on synthetic photos",
         )
     return scratch, render_samples(scratch), "synthetic"
-
-
-def _located(paths: Iterable[str], root: Path) -> pd.DataFrame:  # rows: path, bbox
-    "A row for each pill that the locator finds: without a manifest there are no boxes, and crops are most of a pack."
-    rows = []
-    for path in paths:
-        got = open_image_safely(root / path, say=False)
-        boxes = [] if "_skip" in got else locate(got["image"]).boxes.tolist()
-        rows += [dict(path=path, bbox=json.dumps([x0, y0, x1 - x0, y1 - y0])) for x0, y0, x1, y1 in boxes]
-        if not boxes:
-            rows.append(dict(path=path, bbox=""))
-    return pd.DataFrame(rows)
 
 # %% ../nbs/910_planner.ipynb #5589d9ad
 def seconds_left(
@@ -234,6 +221,13 @@ def seconds_left(
     return max(0.3, (asked - spent) / 3)
 
 # %% ../nbs/910_planner.ipynb #a6f12ad6
+def _nearest_folder(
+    path: Path,  # absolute
+) -> Path:
+    "The folder itself, or the nearest one above it that exists."
+    return next(p for p in (path, *path.parents) if p.is_dir())
+
+
 def probe(
     cfg: Config | None = None,  # what will be run; None = two_stage
     root: str | Path | None = None,  # a delivery
@@ -244,17 +238,17 @@ def probe(
 ) -> Probe:
     "Measure this machine with the photos that a run would read."
     t0, cfg, cpus = time.perf_counter(), cfg or load_config("two_stage"), workers or joblib.cpu_count()
-    start = Path(run_root or ".").absolute()
-    size, home = cfg.data.classification.img_size, next(p for p in (start, *start.parents) if p.is_dir())
+    size, settings = cfg.data.classification.img_size, pack_settings(cfg.pack, cfg.data)
+    home = _nearest_folder(Path(run_root or ".").absolute())
     with TemporaryDirectory(dir=home, prefix=".plan-") as tmp:
         say("photos to try are prepared")
         (Path(tmp) / "photos").mkdir()
-        where, rows, data = photos_to_probe(root, run_root, cfg, Path(tmp) / "photos")
-        paths, plan = list(rows["path"].unique()), make_plan(rows, **pack_settings(cfg))
+        where, rows, data = photos_to_probe(root, run_root, cfg.data.extensions, Path(tmp) / "photos")
+        paths, plan = list(rows["path"].unique()), make_plan(rows, **settings)
         say("the disk is read")
         rate, photo_bytes = read_rate([where / p for p in paths], seconds / 8)
         say("a small pack is made")
-        head = build_pack(rows, where, Path(tmp) / "pack", workers=1, progress=False, **pack_settings(cfg))
+        head = build_pack(rows, where, Path(tmp) / "pack", workers=1, progress=False, **settings)
         good = [p for p in paths if not isinstance(Pack(Path(tmp) / "pack").photo(p), dict)]
         say(f"{cpus} processes start")
         processes(cpus)(joblib.delayed(_open)(where, good, size, 0) for _ in range(cpus))  # they import what they need
@@ -678,7 +672,7 @@ def print_plan(  # noqa: PLR0913 - the parts of the plan
     )
 
 # %% ../nbs/910_planner.ipynb #bd601145
-Networks = Callable[[Config], Mapping[str, Callable[[int], Any]]]  # name → input size → network
+Networks = Callable[[Train], Mapping[str, Callable[[int], Any]]]  # name → input size → network
 
 
 def plan_command(  # noqa: PLR0913 - one parameter for each option of the command
@@ -713,6 +707,6 @@ def plan_command(  # noqa: PLR0913 - one parameter for each option of the comman
         if networks is not None:
             say("torch and the networks are loaded")
             memory, whose = gpu_bytes(gpu)
-            vram = vram_table(cfg, networks(cfg), memory, say)
+            vram = vram_table(cfg, networks(cfg.train), memory, say)
         bar.update()
     print(print_plan(cfg, seen, *known, vram, whose))

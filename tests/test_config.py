@@ -174,10 +174,7 @@ def test_feature_sets_are_cumulative_and_the_presets_use_advanced():
     mvp = ("single_classification", "basic_api", "simple_export")
     advanced = ("combo_detection", "optimization", "monitoring")
     production = ("scaling", "security", "automation")
-    sets = {
-        s: active_features(load_config("two_stage", [f"project.active_feature_set={s}"]))
-        for s in ("mvp", "advanced", "production")
-    }
+    sets = {s: active_features(s) for s in ("mvp", "advanced", "production")}
     assert sets == {"mvp": mvp, "advanced": mvp + advanced, "production": mvp + advanced + production}
     assert {load_config(p).project.active_feature_set for p in ("demo", "two_stage")} == {"advanced"}
 

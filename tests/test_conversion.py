@@ -369,16 +369,16 @@ def test_discovery_opens_photos_and_obeys_its_settings(small, tmp_path):
     names = {Path(q).stem for q in df.path}
     assert turned in names, "a photo on its side is measured upright, and found by its stem"
     assert stem not in names and df[df.path.str.endswith(".jpg")].iloc[0][["width", "height"]].tolist() == [96, 120]
-    only = load_config("two_stage", ["data.extensions=['.jpg']"])
-    assert {Path(q).suffix for q in discover_detection_data(small, cfg=only).path} == {".jpg"}
-    blind = load_config("two_stage", ["data.verify_on_build=false"])
-    got = discover_detection_data(small, cfg=blind)
+    only = load_config("two_stage", ["data.extensions=['.jpg']"]).data
+    assert {Path(q).suffix for q in discover_detection_data(small, c=only).path} == {".jpg"}
+    blind = load_config("two_stage", ["data.verify_on_build=false"]).data
+    got = discover_detection_data(small, c=blind)
     assert stem in {Path(q).stem for q in got.path} and set(got.sha1) == {""}
     grey = photo_of(small, [A], f"{A}_0_2_0_2_70_000_200")
     Image.open(grey).convert("L").save(grey)
     assert grey.stem not in {
         Path(q).stem
-        for q in discover_detection_data(small, cfg=load_config("two_stage", ["data.grayscale_policy=skip"])).path
+        for q in discover_detection_data(small, c=load_config("two_stage", ["data.grayscale_policy=skip"]).data).path
     }
 
 
@@ -439,7 +439,7 @@ def test_a_changed_manifest_is_refused_and_a_moved_run_is_not(small, tmp_path):
 
 def test_a_synthetic_delivery_is_synthetic_for_ever(small, tmp_path):
     (small / "SYNTHETIC.json").write_text(json.dumps({"domain": "phone"}))
-    c = convert_delivery(small, tmp_path / "run", load_config("two_stage", ["data.source=aihub"]))
+    c = convert_delivery(small, tmp_path / "run", load_config("two_stage", ["data.source=aihub"]).data)
     assert c.header["source"] == "synthetic" and set(c.rows.domain) == {"phone"}
 
 
@@ -484,7 +484,7 @@ def test_a_second_run_opens_only_what_changed(small, tmp_path, monkeypatch):
     convert_delivery(small, tmp_path / "run")
     assert len(looked) == 1
     looked.clear()
-    convert_delivery(small, tmp_path / "run", load_config("two_stage", ["data.grayscale_policy=skip"]))
+    convert_delivery(small, tmp_path / "run", load_config("two_stage", ["data.grayscale_policy=skip"]).data)
     assert len(looked) == 4, "another policy begins anew"
 
 

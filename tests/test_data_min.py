@@ -457,9 +457,13 @@ def test_4_prefetch_per_stage_and_nothing_without_workers(monkeypatch):
         "two_stage", ["dataloader.num_workers=3", "train.stage_overrides={stage_2: {num_workers_override: 2}}"]
     )
     monkeypatch.setattr(L.os, "sched_getaffinity", lambda _: range(16))
-    assert [L.loader_options(cfg, s, MANY, False)[0]["prefetch_factor"] for s in (1, 2, 3, 4)] == [4, 6, 8, 8]
-    assert [L.loader_options(cfg, s, MANY, False)[0]["num_workers"] for s in (1, 2)] == [3, 2]
-    o, lines = L.loader_options(load_config("two_stage", ["dataloader.num_workers=0"]), 1, MANY, False)
+
+    def options(s, d=cfg.dataloader):
+        return L.loader_options(d, cfg.train.stage_overrides, s, MANY, False)
+
+    assert [options(s)[0]["prefetch_factor"] for s in (1, 2, 3, 4)] == [4, 6, 8, 8]
+    assert [options(s)[0]["num_workers"] for s in (1, 2)] == [3, 2]
+    o, lines = options(1, load_config("two_stage", ["dataloader.num_workers=0"]).dataloader)
     assert (o["prefetch_factor"], o["persistent_workers"], o["multiprocessing_context"]) == (None, False, None)
     assert torch.cuda.is_available() or any("pin_memory: off" in x for x in lines)
 

@@ -590,10 +590,9 @@ def test_the_pack_block_is_the_plans_default():
     "One set of defaults: the configuration and the plan."
     import inspect
 
-    sig = inspect.signature(Plan).parameters
-    assert {k: sig[k].default for k in P.pack_settings(load_config("two_stage"))} == P.pack_settings(
-        load_config("two_stage")
-    )
+    cfg, sig = load_config("two_stage"), inspect.signature(Plan).parameters
+    settings = P.pack_settings(cfg.pack, cfg.data)
+    assert {k: sig[k].default for k in settings} == settings
 
 
 def test_the_command(smoke_run, tmp_path, capsys):

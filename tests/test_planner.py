@@ -186,7 +186,7 @@ def test_no_photo_of_a_sealed_group_is_opened(delivery, tmp_path):
     df, sealed = read_manifest(run / "manifest.csv")[0], sealed_groups(run)
     shut = df["group_id"].isin(sealed)
     assert sealed and {"single", "combo"} <= set(df.loc[shut, "kind"])
-    rows = L.photos_to_probe(None, run, CFG, tmp_path, n=10**6)[1]
+    rows = L.photos_to_probe(None, run, CFG.data.extensions, tmp_path, n=10**6)[1]
     assert set(rows["path"]) == set(df.loc[~shut, "path"]) and len(rows) == (~shut).sum(), (
         "every pill of a photo, and no photo of a sealed group"
     )

@@ -350,7 +350,7 @@ def run_pipeline(  # noqa: PLR0913 - the options of pillsnap run
     cfg = load_config(config, [*overrides, f"paths.exp_dir={json.dumps(str(root))}"])
     chosen = select_jobs(pipeline, only, start)
     records = []
-    _check_strategy(pipeline, cfg)
+    _check_strategy(pipeline, cfg.train.strategy, cfg.project.active_feature_set)
     _check_first(chosen, root, cfg, bool(only), force or bool(params))
     with FolderLock(RunFolder(root).sub("stages")):
         for i, spec in enumerate(chosen, 1):
@@ -375,7 +375,7 @@ def run_pipeline(  # noqa: PLR0913 - the options of pillsnap run
 # %% ../../nbs/core/095_runner.ipynb #cab7c691
 def _left_out(spec: JobSpec, cfg: Config, only: bool) -> str | None:
     "Why a job of the pipeline is not run, or None."
-    if spec.feature not in active_features(cfg):
+    if spec.feature not in active_features(cfg.project.active_feature_set):
         return f"{spec.feature} is not in feature set {cfg.project.active_feature_set}"
     if not only and spec.strategy not in ("", cfg.train.strategy):
         return f"train.strategy is {cfg.train.strategy}"
@@ -390,13 +390,12 @@ def _check_first(chosen: Sequence[JobSpec], root: Path, cfg: Config, only: bool,
             return
 
 
-def _check_strategy(pipeline: Sequence[JobSpec], cfg: Config) -> None:
+def _check_strategy(pipeline: Sequence[JobSpec], strategy: str, feature_set: str) -> None:
     "Raise if no job of the training strategy is in the feature set, so that nothing would be trained."
-    needed = {s.feature for s in pipeline if s.strategy == cfg.train.strategy}
-    if needed and not needed & set(active_features(cfg)):
+    needed = {s.feature for s in pipeline if s.strategy == strategy}
+    if needed and not needed & set(active_features(feature_set)):
         raise PillsnapError(
-            f"train.strategy={cfg.train.strategy} needs {', '.join(sorted(needed))}, "
-            f"which is not in feature set {cfg.project.active_feature_set}",
+            f"train.strategy={strategy} needs {', '.join(sorted(needed))}, which is not in feature set {feature_set}",
             where="train.strategy",
             fix="project.active_feature_set=advanced, or train.strategy=sequential",
         )

@@ -710,11 +710,11 @@ FEATURE_SETS: dict[str, tuple[str, ...]] = {
 
 
 def active_features(
-    cfg: Config,  # a configuration
-) -> tuple[str, ...]:  # what its feature set allows, smaller sets first
-    "The features of the active set and of those below it."
+    feature_set: str,  # project.active_feature_set
+) -> tuple[str, ...]:  # what the set allows, smaller sets first
+    "The features of a set and of those below it."
     names = list(FEATURE_SETS)
-    last = names.index(cfg.project.active_feature_set)
+    last = names.index(feature_set)
     return tuple(f for n in names[: last + 1] for f in FEATURE_SETS[n])
 
 # %% ../../nbs/core/020_settings.ipynb #7e2efc24

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 # %% ../../nbs/dataset/408_conversion.ipynb #9c37e0f1
 import numpy as np
@@ -29,7 +29,7 @@ from ..core.config import load_config
 from ..core.errors import PillsnapError
 from ..core.files import atomic_path, ensure_dir, read_json, save_json
 from ..core.jobs import Job, JobResult, RunFolder
-from ..core.settings import Config, Data
+from ..core.settings import Config, Data, Synth
 from .drugs import drug_mapping, save_drug_mapping
 from .matching import Collection, Quarantine, collect_samples, relative_paths
 from .opening import PhotoJournal, image_policies
@@ -239,28 +239,27 @@ def convert(
 def convert_delivery(
     root: str | os.PathLike,  # the delivery: holds data/train
     out_dir: str | os.PathLike,  # run folder
-    cfg: Config | None = None,  # settings; None = the documented defaults
+    c: Data | None = None,  # the configuration's block data; None = the documented defaults
     progress: bool = False,  # show progress bars
 ) -> Conversion:
     "Convert a delivery into a run folder."
-    cfg = cfg or load_config("two_stage")
-    return convert(find_delivery(root), out_dir, cfg.data, progress)
+    return convert(find_delivery(root), out_dir, c or load_config("two_stage").data, progress)
 
 # %% ../../nbs/dataset/408_conversion.ipynb #2186f789
 def index_labels(
     labels: str | os.PathLike,  # a delivery, or a tree of annotation files; photos are not looked for
     path: str | os.PathLike,  # the index to write, <name>.arrow; <name>.quarantine.csv lists what was left out
-    cfg: Config | None = None,  # its data block is used; None = the documented defaults
+    c: Data | None = None,  # the configuration's block data; None = the documented defaults
     workers: int | None = None,  # processes; None = joblib's setting, else one per CPU
     progress: bool = False,  # show a progress bar
 ) -> dict[str, Any]:  # the header
     "Index the annotations of a delivery without its photos."
     tree = labels_of(labels)
     root = next((p.parent for p in [tree, *tree.parents] if p.name == "data"), tree.parent)
-    ledger, cfg = _ledger(root), cfg or load_config("two_stage")
+    ledger = _ledger(root)
     found = collect_samples(
         Delivery(root, tree, None, None),
-        cfg.data,
+        c or load_config("two_stage").data,
         progress=progress,
         workers=workers,
         domain=ledger.get("domain", "studio"),
@@ -347,17 +346,18 @@ def convert_coco_to_yolo(
 # %% ../../nbs/dataset/408_conversion.ipynb #d8552423
 def _prepare_delivery(
     root: str | os.PathLike,  # where the delivery is, or will be
-    cfg: Config,  # data.source and synth
+    source: Literal["aihub", "synthetic"],  # data.source
+    synth: Synth,  # what is rendered
     progress: bool = True,  # show a progress bar
 ) -> Path:  # the root
     "Render the delivery if the configuration asks for a synthetic one."
     root = Path(root).absolute()
-    if cfg.data.source != "synthetic":
+    if source != "synthetic":
         return root
     from pillsnap.synth.writer import write_delivery
 
     was, t0 = (root / "SYNTHETIC.json").is_file(), time.perf_counter()
-    write_delivery(root, **cfg.synth.model_dump(), progress=progress)
+    write_delivery(root, **synth.model_dump(), progress=progress)
     logger.info(
         "the synthetic delivery %s", "is there already" if was else f"was rendered in {time.perf_counter() - t0:.0f} s"
     )
@@ -419,7 +419,8 @@ def _prepare_and_convert(
     progress: bool = True,  # show progress bars
 ) -> Conversion:
     "Render the delivery if it is synthetic, then convert it."
-    return convert(find_delivery(_prepare_delivery(root, cfg, progress)), run.root, cfg.data, progress)
+    ready = _prepare_delivery(root, cfg.data.source, cfg.synth, progress)
+    return convert(find_delivery(ready), run.root, cfg.data, progress)
 
 # %% ../../nbs/dataset/408_conversion.ipynb #524812d8
 def smoke_conversion(

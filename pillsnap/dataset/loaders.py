@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 # %% ../../nbs/dataset/490_loaders.ipynb #4b59c547
 from ..core.errors import PillsnapError
 from ..core.logs import TBWriter
-from ..core.settings import Config, Train
+from ..core.settings import Config, DataLoaderConfig, Imbalance, RamOptimization, StageOverride, Train
 from .datasets import PillsnapClsDataset, PillsnapDetDataset, safe_collate_detection
 from .families import family_ratios
 from .focus import StageFocus, chosen_focus
@@ -104,13 +104,14 @@ def autotune_num_workers(
 
 # %% ../../nbs/dataset/490_loaders.ipynb #86ea175f
 def loader_options(
-    cfg: Config,  # dataloader, train.stage_overrides
+    d: DataLoaderConfig,  # the configuration's block dataloader
+    overrides: Mapping[str, StageOverride],  # train.stage_overrides
     stage: int,  # 0-4; prefetching and workers may be set for each stage
     rows: pd.DataFrame,  # of the set
     cached: bool,  # whether the photos are in memory
 ) -> tuple[dict[str, Any], list[str]]:  # PhotoLoader's keyword arguments, and one line per decision
     "The loader settings of the configuration that this machine supports."
-    d, over = cfg.dataloader, cfg.train.stage_overrides.get(f"stage_{stage}")
+    over = overrides.get(f"stage_{stage}")
     wanted = d.num_workers if over is None or over.num_workers_override is None else over.num_workers_override
     n, why = worker_count(wanted, len(rows), cached)
     gpu = torch.cuda.is_available()
@@ -135,11 +136,11 @@ def loader_options(
 
 
 def _in_memory(
-    cfg: Config,  # dataloader.ram_optimization
+    ram: RamOptimization,  # cache_policy
     cache: bool | PhotoCache,  # as build_classification_loaders takes it
 ) -> bool:
     "Whether all photos of a set are kept in memory."
-    return cache is not False and cfg.dataloader.ram_optimization.cache_policy == "hotset"
+    return cache is not False and ram.cache_policy == "hotset"
 
 # %% ../../nbs/dataset/490_loaders.ipynb #987d3fab
 def classification_set(  # noqa: PLR0913 - a public function of settings
@@ -151,8 +152,9 @@ def classification_set(  # noqa: PLR0913 - a public function of settings
     cache: bool | PhotoCache = True,  # True: as configured; False: no cache; or an existing cache
 ) -> PillsnapClsDataset:
     "The classifier's dataset of training or validation rows, with its source and cache."
-    c, t = cfg.data.classification, cfg.train.classification
-    options, _ = loader_options(cfg, data.stage, rows, _in_memory(cfg, cache))
+    c, t, loading = cfg.data.classification, cfg.train.classification, cfg.dataloader
+    cached = _in_memory(loading.ram_optimization, cache)
+    options, _ = loader_options(loading, cfg.train.stage_overrides, data.stage, rows, cached)
     rows = train_rows(rows, data.class_map, t) if train else rows[rows["kind"] == "single"]
     focused = chosen_focus(cfg.inference.focus, t.crop_view_prob)[0] != "off"
     if view == "focus":
@@ -196,7 +198,8 @@ def validation_loader(  # noqa: PLR0913 - a public function of settings
     device: torch.device | str = "cpu",  # where batches arrive
 ) -> PhotoLoader:
     "A loader of every photo once, in order, in the served view."
-    options, _ = loader_options(cfg, data.stage, rows, _in_memory(cfg, cache))
+    loading, cached = cfg.dataloader, _in_memory(cfg.dataloader.ram_optimization, cache)
+    options, _ = loader_options(loading, cfg.train.stage_overrides, data.stage, rows, cached)
     d = classification_set(rows, data, cfg, False, view, cache)
     return PhotoLoader(d, batch_size_of(cfg.train, data.stage), device=device, **options)
 
@@ -268,14 +271,14 @@ def _loader_caches(
 
 
 def _balance_names(
-    cfg: Config,  # data.imbalance
+    im: Imbalance,  # method, use_class_weights, use_weighted_sampler
     train_dl: PhotoLoader,  # the training loader
 ) -> tuple[str, str]:  # how the loss is weighted, and how photos are drawn
     'Names of the class weights and of the sampler, or "none".'
-    weights = cfg.data.imbalance.method if cfg.data.imbalance.use_class_weights else "none"
+    weights = im.method if im.use_class_weights else "none"
     if isinstance(train_dl.batch_sampler, BalancedBatchSampler):
         return weights, "class_balanced"
-    return weights, "weighted" if cfg.data.imbalance.use_weighted_sampler else "none"
+    return weights, "weighted" if im.use_weighted_sampler else "none"
 
 
 def _sealed_photos(
@@ -294,7 +297,7 @@ def _loader_meta(
 ) -> dict[str, Any]:
     "The decisions and counts of both loaders."
     caches = {id(c): c for dl in (train_dl, val_dl) for c in _loader_caches(dl)}.values()
-    weights, sampler = _balance_names(cfg, train_dl)
+    weights, sampler = _balance_names(cfg.data.imbalance, train_dl)
     return {
         "class_names": list(data.class_map),
         "class_to_idx": {k: i for i, k in enumerate(data.class_map)},
@@ -361,11 +364,12 @@ def build_classification_loaders(
             where=data.root,
             fix="look at the splits stage: does every drug have two capture groups?",
         )
-    options, decisions = loader_options(cfg, data.stage, rows, _in_memory(cfg, cache))
+    loading, cached = cfg.dataloader, _in_memory(cfg.dataloader.ram_optimization, cache)
+    options, decisions = loader_options(loading, cfg.train.stage_overrides, data.stage, rows, cached)
     d = classification_set(rows, data, cfg, True, cache=cache)
     order, more = _training_order(d, cfg, batch_size_of(cfg.train, data.stage))
     train_dl = PhotoLoader(d, device=device, **order, **options)
-    table = _measure_workers(train_dl, tb) if cfg.dataloader.autotune_workers else []
+    table = _measure_workers(train_dl, tb) if loading.autotune_workers else []
     focus, why = chosen_focus(cfg.inference.focus, cfg.train.classification.crop_view_prob)
     view = "whole" if focus == "off" else "focus"
     val_dl = validation_loader(data.val, data, cfg, view, cache, device)

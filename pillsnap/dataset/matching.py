@@ -19,7 +19,7 @@ import pyarrow as pa
 # %% ../../nbs/dataset/402_matching.ipynb #30edc8a7
 from ..core.config import load_config
 from ..core.errors import PillsnapError
-from ..core.settings import Config, Data
+from ..core.settings import Data
 from .opening import PhotoJournal, check_photos, image_policies
 from ..delivery.faults import Fault, FaultReason, printable_path
 from ..delivery.index import gather_rows, photo_folder, single_rows, truth_rows
@@ -266,11 +266,10 @@ def collect_samples(  # noqa: PLR0913 - each caller sets other ones of them
 def discover_detection_data(
     root: str | os.PathLike,  # the delivery's root
     coco_annotations: str | os.PathLike | None = None,  # a part of its labels; None = all
-    cfg: Config | None = None,  # settings; None = the documented defaults
+    c: Data | None = None,  # the configuration's block data; None = the documented defaults
 ) -> pd.DataFrame:  # manifest rows
     "Find photos with their boxes; nothing is written."
     d = find_delivery(root)
     if coco_annotations is not None:
         d = Delivery(d.root, Path(coco_annotations), d.images, d.sealed)
-    cfg = cfg or load_config("two_stage")
-    return collect_samples(d, cfg.data, progress=False).rows.to_pandas()
+    return collect_samples(d, c or load_config("two_stage").data, progress=False).rows.to_pandas()

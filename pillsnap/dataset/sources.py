@@ -8,7 +8,7 @@ __all__ = ['logger', 'preload_count', 'train_rows', 'open_source', 'build_hotset
 # %% ../../nbs/dataset/486_sources.ipynb #7d36d14a
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 # %% ../../nbs/dataset/486_sources.ipynb #1e47987e
@@ -31,7 +31,7 @@ from .opening import image_policies
 from .splitfiles import SplitData
 from ..delivery.classmap import ClassMap
 from ..photos.caches import LMDBImageCache, PhotoCache, SizedLRUCache, View, free_bytes
-from ..photos.pack import Pack, build_stage_pack, is_older, pack_settings
+from ..photos.pack import Pack, build_stage_pack, pack_settings
 
 # %% ../../nbs/dataset/486_sources.ipynb #93d05aa0
 logger = logging.getLogger("pillsnap.dataset.sources")
@@ -63,16 +63,17 @@ def _open_pack(
     data: SplitData,  # a stage, or the same photos split in another way
     cfg: Config,  # pack, paths.exp_dir
 ) -> Pack:
-    "Open the stage's pack; build it if it is missing, incomplete or of an earlier version."
+    "Open the stage's pack; build it if it is missing, incomplete, or was made with other settings."
     out = Path(cfg.paths.exp_dir) / "artifacts" / f"stage{data.stage}" / "pack"
     train = train_rows(data.train, data.class_map, cfg.train.classification)
     needed = {*train["path"], *data.val.loc[data.val["kind"] == "single", "path"]}
-    if (out / "pack.json").is_file() and not is_older(out):
+    settings = pack_settings(cfg.pack, cfg.data)
+    if (out / "pack.json").is_file():
         pack = Pack(out, data.header["data_hash"], data.class_map)
         made = pack.header | pack.header["decode"]
-        if all(made[k] == v for k, v in pack_settings(cfg).items()) and needed <= set(pack.table["path"].to_pylist()):
+        if all(made[k] == v for k, v in settings.items()) and needed <= set(pack.table["path"].to_pylist()):
             return pack
-    return build_stage_pack(data, cfg.paths.exp_dir, cfg, progress=False)
+    return build_stage_pack(data, cfg.paths.exp_dir, settings, progress=False)
 
 
 def open_source(
@@ -128,7 +129,8 @@ def preload_stage_data(
 def _build_lmdb(
     dataset: PillsnapClsDataset,  # rows and source
     data: SplitData,  # the delivery they are of
-    cfg: Config,  # paths.exp_dir, data
+    run_root: str | Path,  # the run folder; the database lies in its cache/
+    policies: Mapping[str, str],  # how photos are opened, as image_policies returns it
     views: Sequence[View],  # views to keep
 ) -> LMDBImageCache:
     "Open the LMDB database of a set's canvases; write it if there is none for these photos."
@@ -136,9 +138,9 @@ def _build_lmdb(
     # the names alone do not tell whether photos were replaced
     made_of = source.pack.header["plan"] if isinstance(source, PackSource) else data.header["data_hash"]
     photos = sorted(zip(dataset.paths, dataset.bboxes))
-    identity = (photos, list(views), image_policies(cfg.data), type(source).__name__, made_of)
+    identity = (photos, list(views), policies, type(source).__name__, made_of)
     name = sha256_text(repr(identity))[:12]
-    path = Path(cfg.paths.exp_dir) / "cache" / f"canvases_{name}.lmdb"
+    path = Path(run_root) / "cache" / f"canvases_{name}.lmdb"
     if not path.is_dir():
         logger.info(f"lmdb: the canvases of {len(dataset):,} photos are written to {path}")
         part = path.with_suffix(".part")
@@ -173,7 +175,9 @@ def cached_source(  # noqa: PLR0913 - a set, its split, its settings, and what t
             "use_lmdb and cache_policy=hotset keep the same canvases twice", "dataloader.ram_optimization", "choose one"
         )
     if ram.use_lmdb or ram.cache_policy == "lmdb":
-        database = _build_lmdb(dataset, data, cfg, views) if cache is not False else None
+        database = None
+        if cache is not False:
+            database = _build_lmdb(dataset, data, cfg.paths.exp_dir, image_policies(cfg.data), views)
         lru = SizedLRUCache(min(SizedLRUCache().budget, free_bytes(False)), workers)
         return MemorySource(base, database, lru)
     if ram.cache_policy == "labels_only" and not (dataset.train and n):

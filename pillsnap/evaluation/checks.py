@@ -27,7 +27,7 @@ from ..core.errors import PillsnapError
 from ..core.files import read_json, save_json
 from ..core.jobs import read_record
 from ..core.records import Metric, Provenance
-from ..core.settings import Config, active_features
+from ..core.settings import Config, Data, active_features
 from ..dataset.loaders import validation_loader
 from ..dataset.opening import image_policies
 from ..dataset.splitfiles import load_split_data
@@ -193,11 +193,11 @@ def first_views(
     root: Path,  # the delivery
     paths: Sequence[str],  # single photos
     size: int,  # side, pixels
-    cfg: Config,  # image policies
+    data: Data,  # image policies
     n: int = BATCHES[-1],  # number of views; with fewer photos they repeat
 ) -> np.ndarray:  # float32 [n, 3, size, size]; empty where none can be opened
     "Whole photos as the classifier's input."
-    opened = (open_image_safely(Path(root) / p, **image_policies(cfg.data)) for p in paths[:n])
+    opened = (open_image_safely(Path(root) / p, **image_policies(data)) for p in paths[:n])
     views = [whole_view(o["image"], size) for o in opened if "image" in o]
     if not views:
         return np.zeros((0, 3, size, size), np.float32)
@@ -243,7 +243,7 @@ def not_applicable(
     "The targets and checks that do not apply to this run."
     if cfg.project.family != "two_stage":
         why = f"the {cfg.project.family} family has no detector"
-    elif "combo_detection" not in active_features(cfg):
+    elif "combo_detection" not in active_features(cfg.project.active_feature_set):
         why = f"the feature set {cfg.project.active_feature_set} has no detector"
     else:
         return {}

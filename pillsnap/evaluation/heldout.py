@@ -274,10 +274,10 @@ class Part:
 
 # %% ../../nbs/evaluation/780_heldout.ipynb #5db0f609
 def model_path(
-    cfg: Config,  # project.family
+    family: str,  # project.family
 ) -> str:  # relative to the run folder
     "The checkpoint that is scored for a family."
-    return "checkpoints/retrieval/best.pt" if cfg.project.family == "retrieval" else "checkpoints/classifier/best.pt"
+    return "checkpoints/retrieval/best.pt" if family == "retrieval" else "checkpoints/classifier/best.pt"
 
 
 def load_part(
@@ -291,7 +291,7 @@ def load_part(
         raise PillsnapError(f"there is no split {split!r} to evaluate", fix="--split val or --split test")
     data = load_split_data(run.root, cfg.data.progressive_validation.current_stage)
     rows = data.val if split == "val" else sealed_rows(run.root, data)
-    path = Path(checkpoint) if checkpoint else run.root / model_path(cfg)
+    path = Path(checkpoint) if checkpoint else run.root / model_path(cfg.project.family)
     if not path.is_file():
         raise PillsnapError(
             "there is no such checkpoint", where=path, fix="train the run first, or name a file with --checkpoint"
@@ -521,7 +521,7 @@ def evaluate_split(
         )
     cfg, request = load_config(str(root / "config.yaml")), OpeningRequest("evaluate", name, reason, confirm, unseal)
     if split == "test":
-        refuse_opening(root, request, Path(checkpoint).absolute() if checkpoint else model_path(cfg))
+        refuse_opening(root, request, Path(checkpoint).absolute() if checkpoint else model_path(cfg.project.family))
     run = RunFolder(root, "evaluate")
     with FolderLock(root), run.logged():
         p = load_part(run, cfg, split, checkpoint)

@@ -424,7 +424,7 @@ def measure(
     rec, per_class = _answer_records(answers, prov, why)
     latency, ms = measure_scopes(calls, prov, cfg.evaluation, device)
     classifier = evaluator.pipeline.classifier
-    rec |= batch_records(classifier, first_views(data.root, [p.path for p in singles], classifier.size, cfg), prov)
+    rec |= batch_records(classifier, first_views(data.root, [p.path for p in singles], classifier.size, cfg.data), prov)
     measured = Measurements(
         data=data,
         prov=prov,

@@ -51,7 +51,7 @@ from pillsnap.core.files import (
 )
 from ..core.logs import progress as show_progress
 from ..core.processes import processes
-from ..core.settings import Config
+from ..core.settings import Config, Data, PackConfig
 from ..delivery.classmap import ClassMap
 from .images import MAX_PIXELS, crop_square, keep_heap, open_image_safely, resize, shrink
 
@@ -727,7 +727,7 @@ def _remove_older(out: Path, rows: pd.DataFrame, root: str | Path) -> None:
 def build_stage_pack(
     data: Any,  # SplitData: train, val and pool rows, class_map, header, root, stage
     run_root: str | Path,  # the run folder
-    cfg: Config,  # its pack block and the photo policies
+    settings: Mapping[str, Any],  # as pack_settings returns them
     workers: int | None = None,  # processes; None = the CPUs
     progress: bool = True,  # show a bar
 ) -> Pack:
@@ -743,7 +743,7 @@ def build_stage_pack(
         progress,
         data.class_map,
         manifest_hash=data.header["data_hash"],
-        **pack_settings(cfg),
+        **settings,
     )
     return Pack(out, data.header["data_hash"], data.class_map)
 
@@ -757,12 +757,12 @@ def _stage_rows(
 
 
 def pack_settings(
-    cfg: Config,  # a configuration
+    pack: PackConfig,  # the configuration's block pack
+    data: Data,  # the photo policies
 ) -> dict[str, Any]:
     "The settings that decide a pack's bytes."
-    return cfg.pack.model_dump(exclude={"enabled"}) | dict(
-        grayscale_policy=cfg.data.grayscale_policy, rgba_policy=cfg.data.rgba_policy
-    )
+    policies = dict(grayscale_policy=data.grayscale_policy, rgba_policy=data.rgba_policy)
+    return pack.model_dump(exclude={"enabled"}) | policies
 
 # %% ../../nbs/photos/330_pack.ipynb #2396df88
 def pack_command(
@@ -773,7 +773,8 @@ def pack_command(
     workers: int | None = None,  # processes; None = the CPUs
 ) -> None:
     "`pillsnap pack`: print the estimate, build the pack of a stage and print what is in it."
-    est = estimate_pack(_stage_rows(data), data.root, workers, **pack_settings(cfg))
+    settings = pack_settings(cfg.pack, cfg.data)
+    est = estimate_pack(_stage_rows(data), data.root, workers, **settings)
     print(
         f"stage {data.stage}: {est['photos']:,} photos, about {est['bytes'] / 1e9:.2f} GB "
         f"and {est['seconds'] / 60:.1f} min with {est['workers']} workers "
@@ -781,7 +782,7 @@ def pack_command(
     )
     if estimate:
         return
-    pack = build_stage_pack(data, run_root, cfg, workers)
+    pack = build_stage_pack(data, run_root, settings, workers)
     shards = pack.header["shards"]
     print(
         f"{pack.path}: {len(pack):,} photos, {sum(s['bytes'] for s in shards) / 1e9:.2f} GB "

@@ -494,14 +494,14 @@ def resume(
 @patch
 def fit(
     self: _MaskRun,
-    cfg: Config,  # stored in every checkpoint
+    snapshot: Mapping[str, Any],  # the configuration, stored in every checkpoint
     device: str,  # where it computes
 ) -> tuple[PillLearner, list[dict]]:  # with the best weights, validated; one row per epoch
     "Train, or resume a training; then load the best weights and validate them."
     s = self.train.segmentation
     learn = mask_learner(self.root, self.names, self.split, self.train, device)
     about = dict(backbone=s.backbone, img_size=s.img_size, data_hash=self.prov.data_hash)
-    fixed = dict(config_snapshot=cfg.to_dict(), class_map=self.class_map, **about)
+    fixed = dict(config_snapshot=snapshot, class_map=self.class_map, **about)
     keep = KeepEpochs(self.folder, fixed, self.log_epoch)
     learn.add_cb(keep)
     self.resume(keep)
@@ -599,5 +599,5 @@ def work(self: SegmentationJob, run: RunFolder, cfg: Config) -> JobResult:
     logger.info(f"masks: {len(photos)} photos in {split.groups} groups, {counts}; classes: {', '.join(names)}")
     prov = _folder_provenance(root, cfg.data.source, names)
     mask_run = _MaskRun(run, cfg.train, root, names, split, prov)
-    learn, history = mask_run.fit(cfg, "cuda" if torch.cuda.is_available() else "cpu")
+    learn, history = mask_run.fit(cfg.to_dict(), "cuda" if torch.cuda.is_available() else "cpu")
     return mask_run.report(learn, history)

@@ -32,7 +32,7 @@ from pillsnap.core.jobs import RunFolder  # noqa: E402
 from pillsnap.dataset.conversion import convert_delivery  # noqa: E402
 from pillsnap.dataset.splitfiles import load_split_data  # noqa: E402
 from pillsnap.dataset.splits import SplitsJob  # noqa: E402
-from pillsnap.photos.pack import build_stage_pack  # noqa: E402
+from pillsnap.photos.pack import build_stage_pack, pack_settings  # noqa: E402
 from pillsnap.synth.writer import write_delivery  # noqa: E402
 
 FAULTS = ("disk full", "read-only", "no handles")
@@ -48,7 +48,9 @@ def split(_work: Path, run: Path) -> None:
 
 
 def pack(_work: Path, run: Path) -> None:
-    build_stage_pack(load_split_data(run, 0), run, load_config("smoke", SETTINGS), workers=1, progress=False)
+    cfg = load_config("smoke", SETTINGS)
+    settings = pack_settings(cfg.pack, cfg.data)
+    build_stage_pack(load_split_data(run, 0), run, settings, workers=1, progress=False)
 
 
 STAGES: tuple[Callable[[Path, Path], None], ...] = (convert, split, pack)
