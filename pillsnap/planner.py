@@ -41,6 +41,7 @@ from .dataset.splitfiles import sealed_groups
 from .delivery.index import read_manifest
 from .delivery.tree import SEALED, refuse_sealed
 from .photos.images import open_image_safely, reduce_for, whole_view
+from .photos.locator import locate
 from .photos.pack import Pack, Plan, build_pack, make_plan, pack_settings, photo_records
 from .synth.catalogue import make_catalogue
 from .synth.draws import rng_for
@@ -203,7 +204,7 @@ def photos_to_probe(
         some = rows["path"].drop_duplicates().sample(min(n, rows["path"].nunique()), random_state=0)
         return where, rows.loc[rows["path"].isin(some), ["path", "bbox"]], "manifest"
     if root and (paths := walk_to_photos(root, n, extensions)):
-        return Path(root), pd.DataFrame({"path": paths}), "delivery"
+        return Path(root), _located(paths, Path(root)), "delivery"
     if root:
         raise PillsnapError(
             "there is no photo here",
@@ -211,6 +212,18 @@ def photos_to_probe(
             "point --root at the folder that holds data/train, or leave it out to plan on synthetic photos",
         )
     return scratch, render_samples(scratch), "synthetic"
+
+
+def _located(paths: Iterable[str], root: Path) -> pd.DataFrame:  # rows: path, bbox
+    "A row for each pill that the locator finds: without a manifest there are no boxes, and crops are most of a pack."
+    rows = []
+    for path in paths:
+        got = open_image_safely(root / path, say=False)
+        boxes = [] if "_skip" in got else locate(got["image"]).boxes.tolist()
+        rows += [dict(path=path, bbox=json.dumps([x0, y0, x1 - x0, y1 - y0])) for x0, y0, x1, y1 in boxes]
+        if not boxes:
+            rows.append(dict(path=path, bbox=""))
+    return pd.DataFrame(rows)
 
 # %% ../nbs/910_planner.ipynb #5589d9ad
 def seconds_left(

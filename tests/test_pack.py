@@ -448,6 +448,11 @@ def made_older(folder: Path, finished: bool) -> None:
         (folder / "pack.json").unlink()
 
 
+def default_settings() -> dict:
+    cfg = load_config("two_stage")
+    return P.pack_settings(cfg.pack, cfg.data)
+
+
 def stage_of(photos, root: Path) -> SimpleNamespace:
     parts = dict(train=photos.rows[:40], val=photos.rows[40:], pool=photos.rows[:0])
     return SimpleNamespace(**parts, class_map=photos.cmap, header={"data_hash": "m" * 64}, root=root, stage=0)
@@ -456,8 +461,8 @@ def stage_of(photos, root: Path) -> SimpleNamespace:
 @pytest.mark.spec("RS6")
 @pytest.mark.parametrize("finished", [True, False])
 def test_an_earlier_versions_pack_is_refused_and_a_stage_builds_its_own_again(photos, tmp_path, finished):
-    stage, cfg = stage_of(photos, photos.root), load_config("two_stage")
-    pack = P.build_stage_pack(stage, tmp_path, cfg, workers=1, progress=False)
+    stage, settings = stage_of(photos, photos.root), default_settings()
+    pack = P.build_stage_pack(stage, tmp_path, settings, workers=1, progress=False)
     first, out = files(pack.path), pack.path
     made_older(out, finished)
     with pytest.raises(PillsnapError, match="no pack of this version") as told:
@@ -466,9 +471,9 @@ def test_an_earlier_versions_pack_is_refused_and_a_stage_builds_its_own_again(ph
     with pytest.raises(PillsnapError, match="no pack of this version" if finished else "no finished pack"):
         Pack(out)
     with pytest.raises(PillsnapError, match="photos opens"):
-        P.build_stage_pack(stage_of(photos, tmp_path / "away"), tmp_path, cfg, workers=1, progress=False)
+        P.build_stage_pack(stage_of(photos, tmp_path / "away"), tmp_path, settings, workers=1, progress=False)
     assert P.is_older(out) and files(out) == first, "without the delivery the old pack is the only one"
-    again = P.build_stage_pack(stage, tmp_path, cfg, workers=1, progress=False)
+    again = P.build_stage_pack(stage, tmp_path, settings, workers=1, progress=False)
     assert files(again.path) == first and not P.is_older(out) and len(again) == 100
 
 
@@ -476,8 +481,8 @@ def test_an_earlier_versions_pack_is_refused_and_a_stage_builds_its_own_again(ph
 @pytest.mark.parametrize("step", ["unlink", "rmtree"])
 def test_killed_while_an_earlier_versions_pack_is_removed(photos, tmp_path, monkeypatch, step):
     "After any number of removed files the folder still counts as an earlier version's; the next call goes on."
-    stage, cfg = stage_of(photos, photos.root), load_config("two_stage")
-    out = P.build_stage_pack(stage, tmp_path, cfg, workers=1, progress=False).path
+    stage, settings = stage_of(photos, photos.root), default_settings()
+    out = P.build_stage_pack(stage, tmp_path, settings, workers=1, progress=False).path
     first = files(out)
     where, real = (Path, Path.unlink) if step == "unlink" else (P.shutil, P.shutil.rmtree)
     for n in range(1, 8 if step == "unlink" else 2):
@@ -492,9 +497,9 @@ def test_killed_while_an_earlier_versions_pack_is_removed(photos, tmp_path, monk
         with monkeypatch.context() as m:
             m.setattr(where, step, killed)
             with pytest.raises(KeyboardInterrupt):
-                P.build_stage_pack(stage, tmp_path, cfg, workers=1, progress=False)
+                P.build_stage_pack(stage, tmp_path, settings, workers=1, progress=False)
         assert P.is_older(out), n
-        assert files(P.build_stage_pack(stage, tmp_path, cfg, workers=1, progress=False).path) == first
+        assert files(P.build_stage_pack(stage, tmp_path, settings, workers=1, progress=False).path) == first
 
 
 @pytest.mark.spec("RS6")
@@ -590,8 +595,7 @@ def test_the_pack_block_is_the_plans_default():
     "One set of defaults: the configuration and the plan."
     import inspect
 
-    cfg, sig = load_config("two_stage"), inspect.signature(Plan).parameters
-    settings = P.pack_settings(cfg.pack, cfg.data)
+    settings, sig = default_settings(), inspect.signature(Plan).parameters
     assert {k: sig[k].default for k in settings} == settings
 
 

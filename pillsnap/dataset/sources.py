@@ -31,7 +31,7 @@ from .opening import image_policies
 from .splitfiles import SplitData
 from ..delivery.classmap import ClassMap
 from ..photos.caches import LMDBImageCache, PhotoCache, SizedLRUCache, View, free_bytes
-from ..photos.pack import Pack, build_stage_pack, pack_settings
+from ..photos.pack import Pack, build_stage_pack, is_older, pack_settings
 
 # %% ../../nbs/dataset/486_sources.ipynb #93d05aa0
 logger = logging.getLogger("pillsnap.dataset.sources")
@@ -63,12 +63,12 @@ def _open_pack(
     data: SplitData,  # a stage, or the same photos split in another way
     cfg: Config,  # pack, paths.exp_dir
 ) -> Pack:
-    "Open the stage's pack; build it if it is missing, incomplete, or was made with other settings."
+    "Open the stage's pack; build it if it is missing, incomplete or of an earlier version."
     out = Path(cfg.paths.exp_dir) / "artifacts" / f"stage{data.stage}" / "pack"
     train = train_rows(data.train, data.class_map, cfg.train.classification)
     needed = {*train["path"], *data.val.loc[data.val["kind"] == "single", "path"]}
     settings = pack_settings(cfg.pack, cfg.data)
-    if (out / "pack.json").is_file():
+    if (out / "pack.json").is_file() and not is_older(out):
         pack = Pack(out, data.header["data_hash"], data.class_map)
         made = pack.header | pack.header["decode"]
         if all(made[k] == v for k, v in settings.items()) and needed <= set(pack.table["path"].to_pylist()):
