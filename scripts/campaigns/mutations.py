@@ -2,9 +2,11 @@
 
     python scripts/campaigns/mutations.py                 every breakage; exit status 1 if one is not caught
     python scripts/campaigns/mutations.py --only leak     those whose name contains a word
+    python scripts/campaigns/mutations.py --part 1/2      the first of two parts, to run them side by side
     python scripts/campaigns/mutations.py --list          names and tests, nothing is run
 
 Each breakage is applied to a copy of the checkout. Its test must pass on the untouched copy and fail on the broken one.
+A breakage that could not be tried is reported, the others go on, and the exit status is 1.
 """
 
 import argparse
@@ -599,6 +601,10 @@ MUTATIONS: list[Mutation] = [
 ]
 
 
+class NotTriedError(Exception):
+    "Why a breakage could not be tried."
+
+
 def run_test(copy: Path, test: str, timeout: float) -> tuple[bool, str]:
     "Whether the test passes in a copy of the checkout, and the end of what pytest printed."
     env = {
@@ -618,6 +624,7 @@ def run_test(copy: Path, test: str, timeout: float) -> tuple[bool, str]:
         "addopts=--strict-markers",
         "-p",
         "no:cacheprovider",
+        f"--basetemp={copy.parent / 'pytest'}",
         test,
     ]
     try:
@@ -625,11 +632,11 @@ def run_test(copy: Path, test: str, timeout: float) -> tuple[bool, str]:
     except subprocess.TimeoutExpired:
         return False, f"no end within {timeout:.0f} s"
     if r.returncode not in (0, 1):  # 1: tests failed; others: pytest could not run them
-        sys.exit(
-            f"{test} could not be run (pytest's exit status {r.returncode}):\n{r.stdout[-2000:]}{r.stderr[-2000:]}"
+        raise NotTriedError(
+            f"the test could not be run (pytest's exit status {r.returncode}):\n{r.stdout[-2000:]}{r.stderr[-2000:]}"
         )
     if r.returncode == 0 and " passed" not in r.stdout:
-        sys.exit(f"{test} was skipped, so it proves nothing here:\n{r.stdout[-2000:]}")
+        raise NotTriedError(f"the test was skipped, so it proves nothing here:\n{r.stdout[-2000:]}")
     return r.returncode == 0, r.stdout[-800:]
 
 
@@ -638,56 +645,67 @@ def broken(copy: Path, m: Mutation) -> str:
     path = copy / m.file
     before = path.read_text(encoding="utf-8")
     if before.count(m.old) != 1:
-        sys.exit(f"{m.name}: {m.file} holds {m.old!r} {before.count(m.old)} times; it must stand there once")
+        raise NotTriedError(f"{m.file} holds {m.old!r} {before.count(m.old)} times; it must stand there once")
     path.write_text(before.replace(m.old, m.new), encoding="utf-8")
     return before
+
+
+def copied_checkout(folder: Path) -> Path:
+    "A copy of what the tests need."
+    copy = folder / "pillsnap"
+    copy.mkdir()
+    ignored = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, copy / name, symlinks=True, ignore=ignored)
+        elif source.exists():
+            shutil.copy2(source, copy / name)
+    return copy
+
+
+def is_caught(copy: Path, m: Mutation, healthy: set[str], timeout: float) -> bool:
+    "Whether a breakage fails its test; NotTriedError where that cannot be found out."
+    if m.test not in healthy:
+        passed, said = run_test(copy, m.test, timeout)
+        if not passed:
+            raise NotTriedError(f"the test fails without any breakage:\n{said}")
+        healthy.add(m.test)
+    before = broken(copy, m)
+    try:
+        return not run_test(copy, m.test, timeout)[0]
+    finally:
+        (copy / m.file).write_text(before, encoding="utf-8")
 
 
 def main() -> int:
     "Exit status: 0 when every breakage was caught."
     a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     a.add_argument("--only", default="", help="a word of the name")
+    a.add_argument("--part", default="1/1", help="which of how many parts, for example 2/3")
     a.add_argument("--list", action="store_true", help="show them and stop")
     a.add_argument("--timeout", type=float, default=600, help="seconds for one test")
     o = a.parse_args()
-    chosen = [m for m in MUTATIONS if o.only.lower() in m.name.lower()]
+    part, parts = map(int, o.part.split("/"))
+    chosen = [m for m in MUTATIONS if o.only.lower() in m.name.lower()][part - 1 :: parts]
     if o.list:
         print("\n".join(f"{m.name:60}  {m.test}" for m in chosen))
         return 0
     if not chosen:
         sys.exit(f"no breakage has {o.only!r} in its name")
-    missed, healthy = [], set()
+    failed, healthy = [], set()
     with tempfile.TemporaryDirectory() as tmp:
-        copy = Path(tmp) / "pillsnap"
-        copy.mkdir()
-        for name in COPIED:
-            source = ROOT / name
-            if source.is_dir():
-                shutil.copytree(
-                    source,
-                    copy / name,
-                    symlinks=True,
-                    ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"),
-                )
-            elif source.exists():
-                shutil.copy2(source, copy / name)
+        copy = copied_checkout(Path(tmp))
         for m in chosen:
-            t0 = time.perf_counter()
-            if m.test not in healthy:
-                passed, said = run_test(copy, m.test, o.timeout)
-                if not passed:
-                    sys.exit(f"{m.test} fails without any breakage:\n{said}")
-                healthy.add(m.test)
-            before = broken(copy, m)
-            passed, said = run_test(copy, m.test, o.timeout)
-            (copy / m.file).write_text(before, encoding="utf-8")
-            print(
-                f"{'NOT CAUGHT' if passed else 'caught    '}  {m.name:60}  {m.test}  {time.perf_counter() - t0:.0f} s",
-                flush=True,
-            )
-            missed += [m.name] if passed else []
-    print(f"\n{len(chosen) - len(missed)} of {len(chosen)} caught" + (": not " + "; ".join(missed) if missed else ""))
-    return 1 if missed else 0
+            t0, why = time.perf_counter(), ""
+            try:
+                verdict = "caught" if is_caught(copy, m, healthy, o.timeout) else "NOT CAUGHT"
+            except NotTriedError as e:
+                verdict, why = "NOT TRIED", f"\n{e}"
+            print(f"{verdict:10}  {m.name:60}  {m.test}  {time.perf_counter() - t0:.0f} s{why}", flush=True)
+            failed += [m.name] if verdict != "caught" else []
+    print(f"\n{len(chosen) - len(failed)} of {len(chosen)} caught" + (": not " + "; ".join(failed) if failed else ""))
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
