@@ -37,11 +37,22 @@ def _slope(z: np.ndarray, own: np.ndarray, beta: float) -> float:
     return float(((softmax(z, 1 / beta) * z).sum(-1) - own).mean())
 
 # %% ../../nbs/evaluation/700_calibration.ipynb #64b241ec
+def _supported(z: np.ndarray, temperature: float) -> float:
+    "The temperature, raised until N photos support its mean confidence (Laplace's rule of succession)."
+    most, lo, hi = (len(z) + 1) / (len(z) + 2), temperature, T_MAX
+    if softmax(z, temperature).max(-1).mean() <= most:
+        return temperature
+    for _ in range(60):
+        mid = (lo + hi) / 2
+        lo, hi = (mid, hi) if softmax(z, mid).max(-1).mean() > most else (lo, mid)
+    return hi
+
+
 def fit_temperature(
     logits: np.ndarray,  # scores [N, C]
     labels: Sequence[int] | np.ndarray,  # true class ids [N]
 ) -> float:  # T in [.05, 20]
-    "The temperature of least NLL, by bisection (Guo et al. 2017)."
+    "The temperature of least NLL, by bisection (Guo et al. 2017), with a mean confidence of at most (N + 1) / (N + 2)."
     z, y = np.asarray(logits, np.float64), np.asarray(labels)
     if not len(z) or len(z) != len(y):
         raise PillsnapError(f"cannot fit a temperature to {len(z)} scores and {len(y)} labels")
@@ -49,13 +60,13 @@ def fit_temperature(
         raise PillsnapError("the scores hold NaN or infinity", fix="the model is broken; look at its training log")
     own, lo, hi = z[np.arange(len(y)), y], 1 / T_MAX, 1 / T_MIN
     if _slope(z, own, hi) < 0:
-        return T_MIN
+        return _supported(z, T_MIN)
     if _slope(z, own, lo) > 0:
         return T_MAX
     for _ in range(60):
         mid = (lo + hi) / 2
         lo, hi = (lo, mid) if _slope(z, own, mid) > 0 else (mid, hi)
-    return float(2 / (lo + hi))
+    return _supported(z, float(2 / (lo + hi)))
 
 # %% ../../nbs/evaluation/700_calibration.ipynb #f03f87e2
 LEAST = 30  # photos in either part; with fewer nothing is fitted
@@ -91,6 +102,13 @@ def _ece_at(
     return ece(p.max(1), p.argmax(1) == labels)
 
 
+def _fit_note(n: int, right: int, temperature: float) -> str:
+    "What is special about a fit; nothing for a usual one."
+    if right == n:
+        return f"all {n} calibration photos are named rightly: the mean confidence is held at {(n + 1) / (n + 2):.3f}"
+    return "at its bound: the scores say nothing about the drugs" if temperature == T_MAX else ""
+
+
 def calibrate(
     logits: np.ndarray,  # scores [N, C] of photos that were not trained on
     labels: Sequence[int] | np.ndarray,  # true class ids [N]
@@ -114,7 +132,7 @@ def calibrate(
     if min(unfitted.n_fit, unfitted.n_test) < LEAST:
         found = f"{unfitted.n_fit} calibration and {unfitted.n_test} clean photos"
         return replace(unfitted, note=f"left at 1: {found}, {LEAST} of each are needed")
-    t = fit_temperature(z[fit], y[fit])
+    t, right = fit_temperature(z[fit], y[fit]), int((z[fit].argmax(1) == y[fit]).sum())
     z, y = z[test], y[test]
     return replace(
         unfitted,
@@ -123,7 +141,7 @@ def calibrate(
         ece_after=_ece_at(z, y, t),
         nll_before=nll(z, y),
         nll_after=nll(z, y, t),
-        note="at its bound: the calibration photos are almost perfectly separated" if t in (T_MIN, T_MAX) else "",
+        note=_fit_note(unfitted.n_fit, right, t),
     )
 
 # %% ../../nbs/evaluation/700_calibration.ipynb #7013064a
