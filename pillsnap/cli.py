@@ -459,7 +459,7 @@ def serve(  # noqa: PLR0913 - one parameter for each option of the command
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     limit: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="a limit, for example per_minute=600; may be repeated")
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="a limit such as per_minute=600; may be repeated")
     ] = None,
 ) -> None:
     """
@@ -467,23 +467,21 @@ def serve(  # noqa: PLR0913 - one parameter for each option of the command
 
     The keys stand in the file .env, and nowhere else: API_KEY=KEY or API_KEY=OLD,NEW, each of 32 characters or more.
     """
-    from pillsnap.deployment.serving import serve as run_server
-    from pillsnap.deployment.serversettings import ServerSettings, parse_limits
+    from pillsnap.deployment.serving import serve_command
 
-    run_server(
-        ServerSettings(
-            bundle=bundle,
-            host=host,
-            port=port,
-            workers=workers,
-            env_file=env_file,
-            auth=auth,
-            health_public=health,
-            keep=keep,
-            device=device,
-            limits=parse_limits(limit or []),
-        )
+    serve_command(
+        limit or [],
+        bundle=bundle,
+        host=host,
+        port=port,
+        workers=workers,
+        env_file=env_file,
+        auth=auth,
+        health_public=health,
+        keep=keep,
+        device=device,
     )
+
 
 # %% ../nbs/920_cli.ipynb #cc439d1f
 @app.command(

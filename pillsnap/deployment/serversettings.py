@@ -17,33 +17,32 @@ from pathlib import Path
 
 # %% ../../nbs/deployment/860_serversettings.ipynb #a3d8fc4f
 from dotenv import dotenv_values
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 # %% ../../nbs/deployment/860_serversettings.ipynb #739993f6
 from ..core.errors import PillsnapError
 from ..core.files import os_error
+from ..core.settings import Block, key
 
 # %% ../../nbs/deployment/860_serversettings.ipynb #8b3d1c82
 logger = logging.getLogger("pillsnap.deployment.serversettings")
 
-# %% ../../nbs/deployment/860_serversettings.ipynb #70694e0b
-class ServerLimits(BaseModel):
+# %% ../../nbs/deployment/860_serversettings.ipynb #dfa452ab
+class ServerLimits(Block):
     "What one request and all requests together may cost."
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    per_minute: int = Field(60, ge=1, description="photos a minute for each key")
-    photo_mb: float = Field(20, gt=0, description="size of one photo, megabytes")
-    batch_photos: int = Field(16, ge=1, description="photos of one batch")
-    batch_mb: float = Field(64, gt=0, description="size of all photos of one batch, megabytes")
-    pixels: int = Field(50_000_000, ge=1024, description="width times height of one photo")
-    held_mb: float = Field(256, gt=0, description="bodies that are in memory at the same time, megabytes")
-    queue: int = Field(16, ge=0, description="photos that wait for a worker")
-    open_requests: int = Field(2048, ge=1, description="requests that are open at the same time")
-    header_seconds: float = Field(10, gt=0, description="time to send the headers")
-    body_seconds: float = Field(20, gt=0, description="time to send the body")
-    wait_seconds: float = Field(10, gt=0, description="time that a photo may wait for a worker")
-    answer_seconds: float = Field(30, gt=0, description="time that a worker may take for a photo")
+    per_minute: int = key(60, "photos a minute for each key", ge=1)
+    photo_mb: float = key(20, "size of one photo, megabytes", gt=0)
+    batch_photos: int = key(16, "photos of one batch", ge=1)
+    batch_mb: float = key(64, "size of all photos of one batch, megabytes", gt=0)
+    pixels: int = key(50_000_000, "width times height of one photo", ge=1024)
+    held_mb: float = key(256, "bodies that are in memory at the same time, megabytes", gt=0)
+    queue: int = key(16, "photos that wait for a worker", ge=0)
+    open_requests: int = key(2048, "requests that are open at the same time", ge=1)
+    header_seconds: float = key(10, "time to send the headers", gt=0)
+    body_seconds: float = key(20, "time to send the body", gt=0)
+    wait_seconds: float = key(10, "time that a photo may wait for a worker", gt=0)
+    answer_seconds: float = key(30, "time that a worker may take for a photo", gt=0)
 
 # %% ../../nbs/deployment/860_serversettings.ipynb #66a8b3ee
 def parse_limits(
@@ -139,23 +138,21 @@ def read_env(
     keys, origins = api_keys(found.get("API_KEY") or "", path), cors_origins(found.get("CORS_ALLOW_ORIGINS"), path)
     return EnvFile(keys, level, origins, Path(model).expanduser() if model else None)
 
-# %% ../../nbs/deployment/860_serversettings.ipynb #e06c83e1
-class ServerSettings(BaseModel):
+# %% ../../nbs/deployment/860_serversettings.ipynb #17d86bdf
+class ServerSettings(Block):
     "How one server runs."
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    bundle: Path | None = Field(None, description="a run folder, an export or a .pillsnap file; none: MODEL_PATH")
-    host: str = Field("127.0.0.1", description="the address to listen on")
-    port: int = Field(8000, ge=0, le=65535, description="the port; 0 = any that is free")
-    workers: int = Field(2, ge=1, le=64, description="processes that answer")
-    device: str = Field("auto", description="auto, cpu or cuda")
-    threads: int = Field(0, ge=0, description="threads of one worker; 0 = the machine's CPUs shared out evenly")
-    env_file: Path = Field(Path(".env"), description="the file with API_KEY, LOG_LEVEL, CORS_ALLOW_ORIGINS, MODEL_PATH")
-    auth: bool = Field(True, description="ask for a key; false on the loopback address only")
-    health_public: bool = Field(True, description="/health answers without a key")
-    keep: Path | None = Field(None, description="store each photo and its answer in this folder; none: store nothing")
-    limits: ServerLimits = Field(ServerLimits(), description="what requests may cost")
+    bundle: Path | None = key(None, "a run folder, an export or a .pillsnap file; none: MODEL_PATH")
+    host: str = key("127.0.0.1", "the address to listen on")
+    port: int = key(8000, "the port; 0 = any that is free", ge=0, le=65535)
+    workers: int = key(2, "processes that answer", ge=1, le=64)
+    device: str = key("auto", "auto, cpu or cuda")
+    threads: int = key(0, "threads of one worker; 0 = the machine's CPUs shared out evenly", ge=0)
+    env_file: Path = key(Path(".env"), "the file with API_KEY, LOG_LEVEL, CORS_ALLOW_ORIGINS, MODEL_PATH")
+    auth: bool = key(True, "ask for a key; false on the loopback address only")
+    health_public: bool = key(True, "/health answers without a key")
+    keep: Path | None = key(None, "store each photo and its answer in this folder; none: store nothing")
+    limits: ServerLimits = key(ServerLimits(), "what requests may cost")
 
     @property
     def worker_threads(self) -> int:  # at least 1
