@@ -69,11 +69,11 @@ def api_keys(
 ) -> tuple[str, ...]:  # in the order of the file, each once
     "The keys of a comma-separated list; PillsnapError for a short key or one with blanks."
     keys = tuple(dict.fromkeys(k.strip() for k in text.split(",") if k.strip()))
-    for number, key in enumerate(keys, 1):  # an error names the key by its place and never shows it
-        if len(key) < MIN_KEY:
-            what = f"API_KEY: key {number} has {len(key)} characters, and a key needs at least {MIN_KEY}"
+    for number, secret in enumerate(keys, 1):  # an error names the key by its place and never shows it
+        if len(secret) < MIN_KEY:
+            what = f"API_KEY: key {number} has {len(secret)} characters, and a key needs at least {MIN_KEY}"
             raise PillsnapError(what, where=where, fix=NEW_KEY)
-        if not re.fullmatch(r"[\x21-\x7e]+", key):
+        if not re.fullmatch(r"[\x21-\x7e]+", secret):
             what = f"API_KEY: key {number} holds a blank or a character that no HTTP header carries"
             raise PillsnapError(what, where=where, fix=NEW_KEY)
     return keys
