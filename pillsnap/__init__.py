@@ -14,7 +14,11 @@ The names to use in a notebook; each is imported when it is first used.
     PillsnapError    the error that says what happened, where, and what to do
 """
 
+import os as _os
 from importlib import import_module as _import_module
+
+# onnxruntime reports its use to its maker unless this is set before it is imported
+_os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __version__ = "0.1.0"
 

@@ -109,3 +109,12 @@ def test_import_is_quick_and_names_are_lazy():
         assert getattr(pillsnap, name).__doc__ and f"    {name} " in pillsnap.__doc__
     with pytest.raises(AttributeError, match="it offers load_config"):
         _ = pillsnap.a_name_that_is_gone
+
+
+def test_onnxruntime_reports_to_nobody(tmp_path):
+    "Its telemetry begins with a file in the temporary folder when it is imported; none is there after an answer."
+    code = "import pillsnap.deployment.runtime, os, sys; print(os.listdir(sys.argv[1]), os.environ['ORT_DISABLE_TELEMETRY'])"
+    env = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"} | {"TMPDIR": str(tmp_path)}
+    argv = [sys.executable, "-c", code, tmp_path]
+    done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["[]", "1"]

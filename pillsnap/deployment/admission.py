@@ -80,7 +80,12 @@ class KeyRing:
         self,
         keys: Iterable[str],  # as in API_KEY
     ):
-        self._known = [(hashlib.sha256(k.encode()).digest(), self.name(k)) for k in keys]
+        self._known = [(self._digest(k), self.name(k)) for k in keys]
+
+    @staticmethod
+    def _digest(key: str) -> bytes:
+        "What is compared: always 32 bytes, of the whole key."
+        return hashlib.sha256(key.encode()).digest()
 
     def __repr__(self) -> str:
         return f"KeyRing({', '.join(name for _, name in self._known)})"
@@ -97,7 +102,7 @@ class KeyRing:
         given: str,  # the header's value
     ) -> str | None:  # the key's name; None for a wrong key
         "Compare with every key, each in constant time."
-        digest, found = hashlib.sha256(given.encode()).digest(), None
+        digest, found = self._digest(given), None
         for known, name in self._known:
             if hmac.compare_digest(known, digest):
                 found = name
