@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from pillsnap.models.pipeline import (
     detect,
 )
 
+ROOT = Path(__file__).resolve().parents[1]
 KEYS = ("K-000001", "K-000002", "K-000003", "K-000004", "K-000005", "K-000006")
 WORLD = ClassMap(KEYS)
 
@@ -235,3 +237,56 @@ def test_torch_free():
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )
+
+
+@pytest.fixture(scope="module")
+def api(tmp_path_factory):
+    "A client of the application in this process, with one worker."
+    from fastapi.testclient import TestClient
+
+    from pillsnap.deployment.server import create_app
+    from pillsnap.deployment.serversettings import ServerSettings
+
+    sys.path.insert(0, str(ROOT / "scripts" / "campaigns"))
+    from server_parts import KEY, colour_bundle
+
+    folder = tmp_path_factory.mktemp("api")
+    (folder / ".env").touch(mode=0o600)
+    (folder / ".env").write_text(f"API_KEY={KEY}\n")
+    settings = ServerSettings(bundle=colour_bundle(folder / "export"), env_file=folder / ".env", workers=1)
+    with TestClient(create_app(settings)) as client:
+        client.headers["X-API-Key"] = KEY
+        yield client
+
+
+@pytest.mark.spec("CF6", "SV1")
+def test_the_least_that_an_api_does(api):
+    "Health without a key; an answer with one; none without."
+    from server_parts import pill_photo
+
+    def status(**headers):
+        return api.post("/predict", files={"photo": pill_photo()}, headers=headers).status_code
+
+    assert api.get("/health", headers={"X-API-Key": ""}).json()["status"] == "ok"
+    answer = api.post("/predict?pipeline=single", files={"photo": pill_photo("K-000001")}).json()
+    validate(answer, answer_schema())
+    assert answer["items"][0]["kcode"] == "K-000001"
+    assert [status(), status(**{"X-API-Key": ""}), status(**{"X-API-Key": "x" * 32})] == [200, 401, 403]
+
+
+@pytest.mark.spec("CF6", "X40")
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(mode=st.sampled_from(MODES), name=st.sampled_from(["pipeline", "mode"]), photo=photos)
+def test_the_mode_is_what_was_asked_of_the_api(api, mode, name, photo):
+    "The same invariant over HTTP, whatever the photo shows."
+    import io
+
+    from PIL import Image
+
+    out = io.BytesIO()
+    Image.fromarray(photo).save(out, "PNG")
+    told = api.post(f"/predict?{name}={mode}", files={"photo": out.getvalue()})
+    if told.status_code == 429:  # the key's rate, which examples of one minute may reach
+        return
+    assert told.status_code == 200
+    assert (told.json()["mode_requested"], told.json()["mode_used"]) == (mode, mode)

@@ -85,8 +85,9 @@ def test_the_base_answers_from_an_export(base, smoke_run, tmp_path):
         (("pillsnap", "run", "all"), "train"),
         (("pillsnap", "predict", "p.png", "--out", "rows.parquet", "--run", "RUN"), "train"),
         (("python", "-c", "import pillsnap; pillsnap.load_splits"), "train"),
+        (("pillsnap", "serve", "--bundle", "RUN"), "serve"),
     ],
-    ids=["a command", "a format", "a name"],
+    ids=["a command", "a format", "a name", "the server"],
 )
 def test_a_missing_extra_is_named(base, smoke_run, tmp_path, command, extra):
     photo = sorted((smoke_run / "delivery").rglob("*_75_*.png"))[0]
@@ -94,6 +95,34 @@ def test_a_missing_extra_is_named(base, smoke_run, tmp_path, command, extra):
     (tmp_path / "RUN").symlink_to(smoke_run)
     done = call(base, tmp_path, *command)
     assert done.returncode and f'pip install "pillsnap[{extra}]"' in done.stderr, done.stderr
+
+
+@pytest.mark.spec("SV1")
+def test_the_server_needs_nothing_of_training(tmp_path):
+    "Base and [serve]: with everything else blocked, it starts and answers."
+    sys.path.insert(0, str(ROOT / "scripts" / "campaigns"))
+    from server_parts import Server, colour_bundle, pill_photo
+
+    blocked = TRAINING | {"cv2", "scipy", "sklearn", "onnx", "numba", "pyarrow", "joblib", "lmdb", "cachetools"}
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Block:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.split('.')[0] in {sorted(blocked)!r}:\n"
+        "            raise ModuleNotFoundError('blocked', name=name)\n"
+        "sys.meta_path.insert(0, Block())\n"
+    )
+    bundle, before = colour_bundle(tmp_path / "export"), os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(tmp_path / "site"), str(ROOT), before or ""])
+    try:
+        with Server(tmp_path / "server", bundle) as server:
+            assert server.ask("/predict?pipeline=combo", [pill_photo(kind="WEBP")])[0] == 200
+            assert server.ask("/predict?pipeline=single", [pill_photo(size=(2000, 2500))])[0] == 200
+    finally:
+        os.environ.pop("PYTHONPATH")
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
 
 
 @pytest.mark.spec("HS3")
@@ -113,8 +142,8 @@ def test_import_is_quick_and_names_are_lazy():
 
 def test_onnxruntime_reports_to_nobody(tmp_path):
     "Its telemetry begins with a file in the temporary folder when it is imported; none is there after an answer."
-    code = "import pillsnap.deployment.runtime, os, sys; print(os.listdir(sys.argv[1]), os.environ['ORT_DISABLE_TELEMETRY'])"
+    code = "import os, sys, pillsnap.deployment.runtime; print(os.listdir(sys.argv[1]), os.environ[sys.argv[2]])"
     env = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"} | {"TMPDIR": str(tmp_path)}
-    argv = [sys.executable, "-c", code, tmp_path]
+    argv = [sys.executable, "-c", code, tmp_path, "ORT_DISABLE_TELEMETRY"]
     done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["[]", "1"]

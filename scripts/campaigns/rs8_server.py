@@ -96,12 +96,31 @@ def bad_requests() -> dict[str, tuple[set[int], Callable[[Server], int]]]:
     }
 
 
+def disturb(server: Server, place: Path, rng: random.Random, bundles: dict[str, Path]) -> tuple[str, bool]:
+    "Kill a worker, or change the bundle; what happened, and whether the server said the right thing of it."
+    if rng.random() < 0.6 and (workers := server.workers()):
+        rng.choice(workers).send_signal(signal.SIGKILL)
+        return "kill -9 of a worker", True
+    which = rng.choice(list(bundles))
+
+    def reload_to(folder: Path) -> int:
+        place.unlink()
+        place.symlink_to(folder)
+        return server.ask("/reload", method="POST")[0]
+
+    status = reload_to(bundles[which])
+    if which == "broken":  # workers that start again look at this place
+        reload_to(bundles["good"])
+    return f"reload of a {which} bundle: {status}", status == (409 if which == "broken" else 200)
+
+
 def mixture(folder: Path, good: Path, seconds: float, seed: int) -> dict[str, Any]:
     "All kinds at once, from eight clients, while workers die and the bundle changes."
     kinds, told, wrong, stop = bad_requests(), Counter(), [], threading.Event()
-    place, broken, other = folder / "model", colour_bundle(folder / "broken", broken=True), colour_bundle(folder / "o")
+    bundles = dict(good=good, other=colour_bundle(folder / "other", data="other:toy"))
+    bundles["broken"] = colour_bundle(folder / "broken", broken=True)
+    place, rng, events, top = folder / "model", random.Random(seed), Counter(), 0
     place.symlink_to(good)
-    rng, events = random.Random(seed), Counter()
 
     def client(server: Server, n: int) -> None:
         mine = random.Random(seed * 100 + n)
@@ -117,36 +136,19 @@ def mixture(folder: Path, good: Path, seconds: float, seed: int) -> dict[str, An
 
     with Server(folder / "mixture", place, *FREE) as server, ThreadPoolExecutor(8) as pool:
         clients = [pool.submit(client, server, n) for n in range(8)]
-        end, top = time.monotonic() + seconds, 0
+        end = time.monotonic() + seconds
         while time.monotonic() < end:
             time.sleep(rng.uniform(0.5, 3))
-            if rng.random() < 0.6 and (workers := server.workers()):
-                rng.choice(workers).send_signal(signal.SIGKILL)
-                events["kill -9 of a worker"] += 1
-            else:
-                target = rng.choice([broken, other, good])
-                place.unlink()
-                place.symlink_to(target)
-                status = server.ask("/reload", method="POST")[0]
-                events[f"reload of a {'broken' if target is broken else 'good'} bundle: {status}"] += 1
-                if status != (409 if target is broken else 200):
-                    wrong.append(f"reload: {status}")
-                if target is broken:  # workers that start again look at this place
-                    place.unlink()
-                    place.symlink_to(other if rng.random() < 0.5 else good)
-                    server.ask("/reload", method="POST")
+            event, right = disturb(server, place, rng, bundles)
+            events[event] += 1
+            wrong += [] if right else [event]
             top = max(top, server.memory())
         stop.set()
         _ = [c.result() for c in clients]
         log, held = server.log(), server.figure("held_bytes")
-    if KEY in log:
-        wrong.append("a key in the log")
-    if held:
-        wrong.append(f"{held} bytes are still held")
-    fivehundred = sum(1 for line in log.splitlines() if '"status": 5' in line and '"status": 503' not in line)
-    return dict(
-        told=dict(sorted(told.items())), events=dict(events), wrong=wrong, other_5xx=fivehundred, top_mb=top / 1e6
-    )
+    wrong += ["a key in the log"] * (KEY in log) + [f"{held} bytes are still held"] * bool(held)
+    other = sum(line.get("status", 0) >= 500 and line["status"] != 503 for line in server.lines())
+    return dict(told=dict(sorted(told.items())), events=dict(events), wrong=wrong, other_5xx=other, top_mb=top / 1e6)
 
 
 async def _at_once(port: int, request: bytes, n: int) -> list[bytes]:
