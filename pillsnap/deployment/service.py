@@ -78,8 +78,8 @@ def worker_plan(
     settings: ServerSettings,  # from the command line
     env: EnvFile,  # the `.env` file's values
 ) -> WorkerPlan:
-    "How workers of the bundle that is named now run."
-    return WorkerPlan(str(bundle_path(settings, env)), settings.device, settings.worker_threads)
+    "How workers of the bundle that is named now run; a link is followed once, so that all of them find the same."
+    return WorkerPlan(str(bundle_path(settings, env).resolve()), settings.device, settings.worker_threads)
 
 
 def start_workers(
