@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts" / "campaigns"))
 from server_parts import KEY, OTHER, PILLS, Server, colour_bundle, file_limit, pill_photo, until
 
-FREE = ("--limit", "per_minute=1000000")
+# no rate that a test could reach, and patience with a machine that does other things as well
+FREE = ("--limit", "per_minute=1000000", "--limit", "wait_seconds=60")
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +130,8 @@ def test_what_is_no_photo_is_refused_with_its_status(server):
 @pytest.mark.spec("SV1")
 def test_the_rate_of_a_key_holds_over_all_workers(tmp_path, bundle):
     "Of 90 requests on connections of their own, 60 are answered, whichever worker answers; another key has its own."
-    with Server(tmp_path, bundle, "--workers", "3") as server, ThreadPoolExecutor(12) as pool:
+    patient = ("--workers", "3", "--limit", "wait_seconds=60")
+    with Server(tmp_path, bundle, *patient) as server, ThreadPoolExecutor(12) as pool:
         asked = list(pool.map(lambda _: server.ask("/predict", [pill_photo()]), range(90)))
         statuses = [status for status, _, _ in asked]
         assert sorted(set(statuses)) == [200, 429] and statuses.count(200) == 60
@@ -233,7 +235,7 @@ def test_a_reload_switches_to_a_bundle_that_works_and_to_no_other(tmp_path, bund
         assert "not finite" in told[0][2] and "sha256 differs" in told[1][2]
         assert (status, answer["before"]["digest"], answer["after"]["data"]) == (200, first, "other:toy")
         assert all(a.result() is None for a in asking)
-        assert {s for s, _, _ in seen} == {200} and len(seen) > 10
+        assert [t["error"] for s, t, _ in seen if s != 200] == [] and len(seen) > 10
         assert {t["hashes"]["bundle"] for _, t, _ in seen} <= {first, answer["after"]["digest"]}
         assert server.ask("/predict", [pill_photo()])[1]["hashes"]["bundle"] == answer["after"]["digest"]
         assert until(lambda: len(server.workers()) == 2)  # those of the earlier bundle have ended

@@ -105,7 +105,7 @@ MUTATIONS: list[Mutation] = [
     Mutation(
         "a worker's photo is lost with the worker",
         "pillsnap/deployment/workers.py",
-        "for _ in range(2):",
+        "for _ in range(ATTEMPTS):",
         "for _ in range(1):",
         "tests/test_server.py::test_a_killed_worker_loses_no_request",
     ),

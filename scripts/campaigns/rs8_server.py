@@ -238,7 +238,7 @@ def main() -> None:
         folder = Path(name)
         bundle = colour_bundle(folder / "export")
         with Server(folder / "fuzz", bundle, *FREE) as server:
-            fuzzed = fuzz(server, folder, examples=max(5, a.cases // 8), seed=a.seed)
+            fuzzed = fuzz(server, folder, examples=max(5, a.cases // 2), seed=a.seed)
             at_once = thousand(server)
             rss = memory(server, a.photos)
             log = server.log()
