@@ -10,7 +10,8 @@ import http.client
 import json
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from email.message import Message
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode, urlsplit
@@ -87,8 +88,8 @@ class Client:
         "Let the server load its bundle again."
         return self._ask("POST", "/reload")
 
-# %% ../nbs/950_client.ipynb #d0f4b9f6
-def _sent(connection: http.client.HTTPConnection, *request: Any) -> tuple[int, Mapping[str, str], bytes]:
+# %% ../nbs/950_client.ipynb #90496e02
+def _sent(connection: http.client.HTTPConnection, *request: Any) -> tuple[int, Message, bytes]:
     "Status, headers and body; asked once more where the server had closed an idle connection."
     for attempt in range(2):
         try:
