@@ -482,7 +482,6 @@ def serve(  # noqa: PLR0913 - one parameter for each option of the command
         device=device,
     )
 
-
 # %% ../nbs/920_cli.ipynb #cc439d1f
 @app.command(
     "train-stage",
