@@ -21,6 +21,8 @@ def readme() -> str:
     for site, here in (
         ("](images/", "](nbs/images/"),
         ("](results.ipynb)", "](nbs/results.ipynb)"),
+        ("](benchmarks.ipynb)", "](nbs/benchmarks.ipynb)"),
+        ("](limits.ipynb)", "](nbs/limits.ipynb)"),
         ("](guide/", "](nbs/guide/"),
         ('src="images/', 'src="nbs/images/'),
         (f"]({SOURCE}", "]("),

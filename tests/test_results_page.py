@@ -62,3 +62,21 @@ def test_a_run_that_is_not_finished_is_refused_in_words(run, tmp_path):
     command = [sys.executable, str(ROOT / "scripts" / "assets" / "results_page.py"), str(run), "--nbs", str(tmp_path)]
     r = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert r.returncode != 0 and "no export.json" in r.stderr
+
+
+def figures(page: str) -> dict[str, tuple[str, ...]]:
+    "Rows of a page's tables whose first column is a figure's name: value, n, and the note at the end."
+    rows = [[part.strip() for part in line.strip("|").split("|")] for line in page.splitlines() if line[:2] == "| "]
+    return {r[0]: (r[1], r[2], r[-1]) for r in rows if re.fullmatch(r"[a-z0-9_]+", r[0]) and r[0] != "figure"}
+
+
+def test_the_limits_show_the_figures_of_the_results_page():
+    results = "\n".join(c.source for c in nbformat.read(ROOT / "nbs" / "results.ipynb", 4).cells)
+    known = figures(results.partition("## Figures")[2].partition("\n## ")[0])
+    limits = nbformat.read(ROOT / "nbs" / "limits.ipynb", 4)
+    outputs = [o.data.get("text/markdown", "") for c in limits.cells if c.cell_type == "code" for o in c.outputs]
+    shown = figures("\n".join(outputs))
+    assert len(shown) > 15
+    wrong = {name: row for name, row in shown.items() if row != known[name]}
+    assert not wrong, "run nbs/limits.ipynb again, as scripts/assets/results_page.py does"
+    assert figures(outputs[0].replace("| 12 |", "| 13 |")) != figures(outputs[0]), "this test would not see a change"

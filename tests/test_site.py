@@ -11,6 +11,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
+from nbconvert import HTMLExporter
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -213,3 +214,54 @@ def test_the_command_line_page_shows_every_commands_help(site):
         assert shown, f"run nbs/920_cli.ipynb again: {name} is not on its page"
         missing = [o for p in command.params for o in p.opts if o.startswith("--") and o not in shown[1]]
         assert not missing, f"run nbs/920_cli.ipynb again: {name} has {missing} too"
+
+
+PHONE = {"width": 390, "height": 800}
+BY_HAND = ("index", "results", "benchmarks", "limits")  # pages that people open first, beside the guide
+
+
+def plain_page(site: Path, name: str) -> Path:
+    "A processed page as HTML with the site's own rules alone, without a theme."
+    exporter = HTMLExporter(template_name="basic")
+    notebook = read(site / "_proc" / name)
+    notebook.cells = [c for c in notebook.cells if c.cell_type != "raw" and "#| hide" not in c.source]
+    for number, cell in enumerate(notebook.cells):
+        cell["id"] = f"cell-{number}"
+    body, _ = exporter.from_notebook_node(notebook)
+    rules = (site / "nbs" / "styles.css").read_text(encoding="utf-8")
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><style>{rules}</style>'
+    path = (site / "_proc" / name).with_suffix(".plain.html")
+    path.write_text(f"<!doctype html><html><head>{head}</head><body><main>{body}</main></body></html>", "utf-8")
+    return path
+
+
+MEASURE = """() => ({
+    wide: document.documentElement.scrollWidth,
+    nameless: [...document.images].filter(i => !i.alt.trim()).map(i => i.src.slice(0, 80)),
+    broken: [...document.images].filter(i => !i.naturalWidth).map(i => i.src.slice(0, 80)),
+    empty: document.querySelectorAll("h1, h2, h3").length === 0,
+})"""
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
+def test_pages_fit_a_phone(site):
+    "Nothing is wider than the screen, and each picture is there and has words."
+    pytest.importorskip("playwright")
+    from playwright.sync_api import sync_playwright
+
+    guide = [name for name in pages(site) if name.startswith("guide/")]
+    assert len(guide) >= 4
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page(viewport=PHONE)
+        found = {}
+        for name in (*guide, *(f"{stem}.ipynb" for stem in BY_HAND)):
+            page.goto(plain_page(site, name).as_uri())
+            found[name] = page.evaluate(MEASURE)
+        page.set_content(f"<main><p style='width: {PHONE['width'] + 20}px'>wide</p><img src='none.png'></main>")
+        seen = page.evaluate(MEASURE)
+        browser.close()
+    assert seen["wide"] > PHONE["width"] and seen["nameless"] and seen["broken"], "this test would not see a fault"
+    fine = {"nameless": [], "broken": [], "empty": False}
+    wrong = {n: m for n, m in found.items() if m["wide"] > PHONE["width"] or fine != {k: m[k] for k in fine}}
+    assert wrong == {}

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """The results page of the site: what one finished run measured, from its reports and records alone.
 
-    python scripts/assets/results_page.py RUN                  nbs/results.ipynb, its pictures and the home page's
-    picture
+    python scripts/assets/results_page.py RUN                  nbs/results.ipynb, its pictures, the home page's
+    picture, and the figures of nbs/limits.ipynb
     python scripts/assets/results_page.py RUN --nbs FOLDER     the page and its pictures in another folder
 
 The same run gives the same bytes. Pictures of an earlier run are removed.
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+from nbclient import NotebookClient
 from nbformat.v4 import new_markdown_cell, new_notebook
 
 from pillsnap.core.errors import PillsnapError
@@ -176,6 +177,22 @@ def write_page(run: Path, nbs: Path) -> Path:
     return path
 
 
+def refresh_limits(nbs: Path) -> Path:
+    "Run limits.ipynb again: it shows figures of results.ipynb, and stops where they do not bear a claim out."
+    path = nbs / "limits.ipynb"
+    page = nbformat.read(path, 4)
+    NotebookClient(page, timeout=300, record_timing=False, resources={"metadata": {"path": str(nbs)}}).execute()
+    for cell in page.cells:
+        if cell.cell_type == "code":
+            cell.execution_count = None
+            for output in cell.outputs:
+                output.pop("execution_count", None)
+                if output.output_type == "execute_result":
+                    output.execution_count = None
+    nbformat.write(page, path)
+    return path
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="a finished run folder")
@@ -192,6 +209,7 @@ def main() -> None:
         picture = ROOT / "nbs" / "images" / "result.png"
         result_picture.main(asked.run, picture)
         print(picture)
+        print(refresh_limits(ROOT / "nbs"))
 
 
 if __name__ == "__main__":
