@@ -47,7 +47,9 @@ setup(
     packages=find_packages(include=["pillsnap", "pillsnap.*"]),
     package_data={"pillsnap": ["assets/*"]},
     install_requires=shlex.split(cfg["requirements"]),
-    extras_require={extra: shlex.split(cfg[f"{extra}_requirements"]) for extra in ("train", "lab", "serve", "dev")},
+    extras_require={
+        extra: shlex.split(cfg[f"{extra}_requirements"]) for extra in ("train", "lab", "serve", "openvino", "dev")
+    },
     zip_safe=False,
     entry_points={
         "console_scripts": shlex.split(cfg["console_scripts"]),

@@ -1,8 +1,10 @@
 "ONNX answers as torch does, or there is no bundle (SPEC EX1, EX2, X55, X56)."
 
 import copy
+import io
 import json
 import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -10,6 +12,7 @@ import onnx
 import pytest
 import timm
 import torch
+from PIL import Image
 
 from pillsnap.core.checkpoints import load_ckpt, save_ckpt
 from pillsnap.core.config import load_config
@@ -23,10 +26,12 @@ from pillsnap.delivery.classmap import ClassMap
 from pillsnap.deployment import comparison as C
 from pillsnap.deployment import export as E
 from pillsnap.deployment import graph as G
+from pillsnap.deployment import pixelgraph as P
 from pillsnap.deployment.runtime import OnnxClassifier, OnnxDetector, load_bundle
 from pillsnap.models.factory import TorchClassifier, WithEmbedding, build_classification_model, load_classifier
-from pillsnap.models.pipeline import Pipeline, detector_input
+from pillsnap.models.pipeline import Pipeline, detector_input, read_photo
 from pillsnap.models.yolo import TorchDetector, build_yolo_model, load_detector
+from pillsnap.photos.images import crop_view, cut_square, normalise, whole_view
 
 FAST = (
     "evaluation.latency_warmup=1",
@@ -314,7 +319,7 @@ def test_the_job_writes_bundle_and_report(exported):
         assert (run / f).is_file(), f
     facts = read_json(run / "reports/export.json")
     assert facts["passed"] is True and {c["verdict"] for c in facts["checks"]} == {"PASS"}, facts["checks"]
-    assert {c["model"] for c in facts["checks"]} == {"classifier", "detector"}
+    assert {c["model"] for c in facts["checks"]} == {"classifier", "classifier_uint8", "detector"}
     metrics = {m["name"]: Metric.from_dict(m) for m in facts["metrics"]}
     stage = load_split_data(run, 0)
     for name in ("export_classifier_mse_probability", "export_classifier_mse_logits", "export_detector_min_iou"):
@@ -395,10 +400,11 @@ def test_no_bundle_for_a_model_that_differs(run, monkeypatch, model):
         job(run).run()
     assert not (run / "export/bundle.json").exists()
     facts = read_json(run / "reports/export.json")
+    failing = {model, "classifier_uint8"} if model == "classifier" else {model}  # made of the same wrong file
     assert (
         facts["passed"] is False
         and facts["bundle"] is None
-        and {c["model"] for c in facts["checks"] if c["verdict"] == "FAIL"} == {model}
+        and {c["model"] for c in facts["checks"] if c["verdict"] == "FAIL"} == failing
     )
     with pytest.raises(PillsnapError, match="no exported model"):
         load_bundle(run)
@@ -457,3 +463,118 @@ def test_a_changed_parameter_changes_the_output(ready):
     stage = load_split_data(ready, 0)
     assert C.photo_order(stage, seed=1) != C.photo_order(stage, seed=2)
     assert C.photo_order(stage, "single")[0][0] != C.photo_order(stage, "combo")[0][0]
+
+
+# ---- the graph that takes pixels
+
+
+@pytest.mark.spec("BX6", "EX1")
+def test_the_bundle_lists_the_graph_that_takes_pixels_with_its_contract(exported):
+    "The input of the file is what the entry says; orientation and locator are named as the caller's."
+    run, _ = exported
+    meta = load_bundle(run).meta
+    entry = meta["classifier_uint8"]
+    assert (entry["opset"], meta["classifier"]["opset"]) == (18, 17) and entry["checkpoint"] == meta["classifier"][
+        "checkpoint"
+    ]
+    graph = onnx.load(run / "export" / entry["file"]).graph
+    (given,) = graph.input
+    dims = [d.dim_param or d.dim_value for d in given.type.tensor_type.shape.dim]
+    assert (given.name, dims) == (entry["input"]["name"], entry["input"]["shape"]) == ("photo", ["height", "width", 3])
+    assert given.type.tensor_type.elem_type == onnx.TensorProto.UINT8 and entry["input"]["dtype"] == "uint8"
+    assert "the caller applies EXIF" in entry["input"]["orientation"]
+    assert "not in the graph" in entry["input"]["locator"]
+    assert [o.name for o in graph.output] == list(entry["outputs"]) == ["logits", "embedding", "view"]
+
+
+@pytest.mark.spec("BX6", "EX2")
+def test_the_graph_that_takes_pixels_answers_as_torch_on_any_size(exported):
+    "Torch gets Pillow's view of the same pixels, whole and cut, smaller than the input, odd, tall and wide."
+    run, _ = exported
+    asked, stage = P.open_pixel_graph(load_bundle(run), "cpu"), load_split_data(run, 0)
+    loaded = load_classifier(run / "checkpoints/classifier/best.pt", stage.class_map)
+    ours = TorchClassifier(loaded.model, loaded.img_size)
+    path, boxes = next((p, b) for p, b in C.photo_order(stage) if len(b))
+    photo = read_photo(path)
+    sizes = [photo.shape[1::-1], (33, 91), (91, 33), (loaded.img_size,) * 2, (loaded.img_size + 1, 203), (1201, 902)]
+    for w, h in sizes:
+        odd = np.asarray(Image.fromarray(photo).resize((w, h)))
+        logits, embedding, view = asked.ask(odd)
+        pillow = whole_view(odd, ours.size)
+        same, by_pillow = ours.outputs(normalise(view[None])), ours.outputs(normalise(pillow[None]))
+        assert np.abs(view.astype(int) - pillow).max() <= 2
+        assert all(c.passed for c in C.check_logits(C.logit_gap(same[0], logits), 1)), (w, h)
+        assert C.embedding_gap(same[1], embedding)["embedding_relative_error"] <= 1e-4
+        assert C.logit_gap(by_pillow[0], logits)["max_dp"] <= C.PIXEL_LIMITS["max_dp"]
+    cut = asked.ask(photo, boxes[0], 0.1)
+    want = ours.outputs(normalise(crop_view(photo, boxes[0], ours.size, 0.1)[None]))[0]
+    assert C.logit_gap(want, cut[0])["max_dp"] <= C.PIXEL_LIMITS["max_dp"]
+    assert np.array_equal(cut[0], asked.outputs(cut_square(photo, boxes[0], 0.1))[0])
+
+
+@pytest.mark.spec("BX6")
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_caller_of_the_pixel_graph_turns_a_photo_by_its_exif(exported, orientation):
+    "Eight ways to hold a camera, one answer; the pixels as stored have another one."
+    run, _ = exported
+    asked = P.open_pixel_graph(load_bundle(run), "cpu")
+    upright = read_photo(C.photo_order(load_split_data(run, 0))[0][0])[:150, :200]
+    back = {1: (0, 0), 2: (0, 1), 3: (2, 0), 4: (2, 1), 5: (1, 1), 6: (1, 0), 7: (3, 1), 8: (3, 0)}[orientation]
+    stored = np.rot90(upright[:, ::-1] if back[1] else upright, back[0])
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[274] = orientation
+    Image.fromarray(np.ascontiguousarray(stored)).save(file, "PNG", exif=exif)
+    assert np.array_equal(read_photo(file.getvalue()), upright)
+    assert np.array_equal(asked.ask(file.getvalue())[0], asked.ask(upright)[0])
+    same = np.array_equal(asked.ask(np.ascontiguousarray(stored))[2], asked.ask(upright)[2])
+    assert same == (orientation == 1)
+
+
+@pytest.mark.spec("BX6")
+def test_the_pixel_graph_runs_on_onnxruntime_and_numpy_alone(exported):
+    "In a process where PillSnap, torch, onnx and Pillow cannot be imported."
+    run, _ = exported
+    bundle = load_bundle(run)
+    pixels = np.random.default_rng(0).integers(0, 256, (71, 58, 3), dtype=np.uint8)
+    code = """
+import sys
+sys.modules.update(dict.fromkeys(("torch", "pillsnap", "onnx", "PIL", "pandas", "cv2"), None))
+import numpy, onnxruntime
+session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
+pixels = numpy.random.default_rng(0).integers(0, 256, (71, 58, 3), dtype=numpy.uint8)
+print(session.run(["logits"], {"photo": pixels})[0].tolist())
+"""
+    file = run / "export" / bundle.meta["classifier_uint8"]["file"]
+    said = subprocess.run([sys.executable, "-c", code, file], capture_output=True, text=True, check=True)
+    assert np.allclose(json.loads(said.stdout), P.open_pixel_graph(bundle, "cpu").outputs(pixels)[0], atol=1e-6)
+
+
+@pytest.mark.spec("BX6", "EX2")
+def test_no_bundle_for_a_pixel_graph_that_differs(run, monkeypatch):
+    "A resize without antialiasing: every network agrees, the pixels do not."
+    real = P.fit_model
+
+    def careless(*a):
+        model = real(*a)
+        for setting in next(n for n in model.graph.node if n.op_type == "Resize").attribute:
+            if setting.name in ("antialias", "exclude_outside"):
+                setting.i = 0
+        return model
+
+    monkeypatch.setattr(P, "fit_model", careless)
+    with pytest.raises(PillsnapError, match="the uint8 graph DOES NOT AGREE"):
+        job(run).run()
+    assert not (run / "export/bundle.json").exists()
+    failed = [c for c in read_json(run / "reports/export.json")["checks"] if c["verdict"] == "FAIL"]
+    assert {c["model"] for c in failed} == {"classifier_uint8"} and "view" in failed[0]["check"]
+
+
+def test_an_export_without_the_pixel_graph(run, monkeypatch):
+    "Switched off, or a classifier that ONNX cannot convert: the bundle is complete, and the log says why."
+    monkeypatch.setattr(P.onnx.version_converter, "convert_version", lambda *a: 1 / 0)
+    job(run).run()
+    assert "no classifier_uint8.onnx" in (run / "logs/pillsnap.export.log").read_text(encoding="utf-8")
+    bundle = load_bundle(run)
+    assert bundle.meta["classifier_uint8"] is None and not (run / "export/classifier_uint8.onnx").exists()
+    with pytest.raises(PillsnapError, match="no graph that takes pixels"):
+        P.open_pixel_graph(bundle)

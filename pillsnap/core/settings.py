@@ -605,6 +605,13 @@ class Export(Block):
     compare_photos: int = key(200, "photos on which torch and ONNX must agree", ge=1)
     compare_detector_photos: int = key(100, "the same for the detector", ge=1)
     thumbnails: bool = key(True, "pictures of each drug's sides for the card, from training photos; for local use")
+    calibration_photos: int = key(
+        256, "training photos, of as many capture groups, that calibrate int8 (`pillsnap quantise`)", ge=1
+    )
+    uint8_graph: bool = key(
+        True,
+        "write classifier_uint8.onnx too: fit, resize and normalisation in the graph, for apps that are not Python",
+    )
 
 # %% ../../nbs/core/020_settings.ipynb #c015187e
 class NarrowPreprocessing(Block):

@@ -36,6 +36,7 @@ from pillsnap.deployment.comparison import (
     Comparison,
     compare_classifiers,
     compare_detectors,
+    compare_pixels,
     open_photos,
     overall,
     photo_order,
@@ -44,6 +45,12 @@ from pillsnap.deployment.comparison import (
     verdict,
 )
 from .graph import RawHead, export_onnx, livened, open_axes
+from pillsnap.deployment.pixelgraph import (
+    INPUT_CONTRACT,
+    OUTPUT_CONTRACT,
+    PixelClassifier,
+    write_pixel_graph,
+)
 from pillsnap.deployment.runtime import (
     Bundle,
     BundleContent,
@@ -168,15 +175,38 @@ def _write_detector(
     return ExportedModel(out, entry, TorchDetector(model, size), OnnxDetector(out.read_bytes(), size, "cpu", where=out))
 
 
+def _write_pixel_classifier(
+    run: RunFolder,  # the run
+    plain: ExportedModel,  # the classifier
+    wanted: bool,  # export.uint8_graph
+) -> ExportedModel | None:  # None where it is switched off, or ONNX cannot convert the classifier
+    "Write the classifier with the fit and the resize inside as classifier_uint8.onnx and open it."
+    out, entry = run.sub("export") / "classifier_uint8.onnx", plain.entry
+    out.unlink(missing_ok=True)
+    if not wanted:
+        return None
+    try:
+        opset = write_pixel_graph(plain.path, entry["img_size"], out)
+    except PillsnapError as e:
+        logger.info(f"export: no classifier_uint8.onnx, because {e.what}")
+        return None
+    contract = dict(input=INPUT_CONTRACT, outputs=OUTPUT_CONTRACT, checkpoint=entry["checkpoint"])
+    own = model_entry(out, entry["img_size"], entry["name"], opset, **contract)
+    return ExportedModel(out, own, plain.torch, PixelClassifier(out.read_bytes(), "cpu", where=out))
+
+
 def _write_models(
     run: RunFolder,  # the run
     class_map: ClassMap,  # the stage's drugs
     opset: int,  # ONNX operator set
-) -> dict[str, ExportedModel]:  # classifier and, if one was trained, detector
+    uint8_graph: bool = True,  # export.uint8_graph
+) -> dict[str, ExportedModel]:  # classifier, the same with pixels in, and, if one was trained, detector
     "Write the run's models as ONNX files."
     with show_progress(total=2, desc="writing ONNX", unit="models") as bar:
         bar.note("classifier")
         models = {"classifier": _write_classifier(run, class_map, opset)}
+        if pixels := _write_pixel_classifier(run, models["classifier"], uint8_graph):
+            models["classifier_uint8"] = pixels
         bar.update()
         bar.note("detector")
         if detector := _write_detector(run, opset):
@@ -203,6 +233,9 @@ def _compare(
             c.torch, c.onnx, photos("single", cfg.export.compare_photos, "classifier"), t.crop_padding
         )
     }
+    if pixels := models.get("classifier_uint8"):
+        seen = photos("single", cfg.export.compare_photos, "uint8 graph")
+        found["classifier_uint8"] = compare_pixels(pixels.torch, pixels.onnx, seen, t.crop_padding)
     if detector := models.get("detector"):
         seen = photos("combo", cfg.export.compare_detector_photos, "detector")
         found["detector"] = compare_detectors(detector.torch, detector.onnx, seen, t)
@@ -233,7 +266,7 @@ def _comparison_facts(
     return dict(
         schema="pillsnap-export/1",
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        verdict=verdict(compared["classifier"], compared.get("detector"), asked),
+        verdict=verdict(compared["classifier"], compared.get("detector"), asked, compared.get("classifier_uint8")),
         passed=overall(c.passed for c in compared.values()),
         checks=[dict(model=m, **check.row()) for m, c in compared.items() for check in c.checks],
         metrics=_metrics_of(prov, compared),
@@ -287,6 +320,7 @@ def _bundle(
     "Write the bundle and load it from its folder, as every caller does."
     temperature, calibrated = calibrated_temperature(run.root, data.class_map)
     card, detector = run.root / "reports" / "scorecard.json", models.get("detector")
+    pixels = models.get("classifier_uint8")
     content = BundleContent(
         data.class_map,
         models["classifier"].entry,
@@ -298,6 +332,7 @@ def _bundle(
         _answer_defaults(cfg, detector is not None),
         evaluated_rule(run.root, data.class_map, temperature),
         thumbnails.entries,
+        pixels.entry if pixels else None,
     )
     write_bundle(
         run.sub("export"),
@@ -416,7 +451,7 @@ def work(self: ExportJob, run: RunFolder, cfg: Config) -> JobResult:
     report = run.sub("reports") / "export.json"
     for old in (run.sub("export") / "bundle.json", report):
         old.unlink(missing_ok=True)
-    models = _write_models(run, data.class_map, cfg.export.opset)
+    models = _write_models(run, data.class_map, cfg.export.opset, cfg.export.uint8_graph)
     facts, figures = _compared_facts(run, cfg, data, models)
     thumbnails = _thumbnails(run, cfg, data)
     bundle = _bundle(run, cfg, data, models, thumbnails)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WARMUP', 'RUNS', 'BATCH', 'PRECISION', 'PROTOCOL_GPU', 'PERCENTILES', 'LATENCY_TARGETS', 'LatencySetup', 'Latency',
-           'on_gpu', 'measured_value', 'time_calls', 'measure_latency', 'protocol_gap', 'LatencyTarget',
-           'latency_table', 'plot_latency']
+           'on_gpu', 'measured_value', 'time_calls', 'latency_records', 'measure_latency', 'protocol_gap',
+           'LatencyTarget', 'latency_table', 'plot_latency']
 
 # %% ../../nbs/evaluation/710_latency.ipynb #4e00823c
 import gc
@@ -99,6 +99,25 @@ def time_calls(
     return ms
 
 # %% ../../nbs/evaluation/710_latency.ipynb #e93b62db
+def latency_records(
+    ms: np.ndarray,  # milliseconds per call [runs]
+    scope: str,  # what a call does
+    prov: Provenance,  # data and class map of the photos answered
+    setup: LatencySetup = LatencySetup(),  # calls, precision, provider
+) -> list[Latency]:  # p50 and p95
+    "The records of one scope's timings."
+    note = f"batch {setup.batch}, {setup.precision}, {setup.provider}, {setup.warmup} warm-up"
+    machine = hardware(on_gpu(setup.provider))
+
+    def row(q: int) -> Latency:
+        name, value = f"latency_{scope}_p{q}_ms", float(np.percentile(ms, q))
+        m = prov.metric(name, value, n=setup.runs, seconds=float(ms.sum() / 1e3), note=note)
+        record = replace(m, hardware=machine)
+        return Latency(scope, q, setup.batch, setup.precision, setup.warmup, record, setup.provider)
+
+    return [row(q) for q in PERCENTILES]
+
+
 def measure_latency(
     answer: Callable[[], Any],  # one complete answer; must return host data
     scope: str,  # what that call does
@@ -109,16 +128,7 @@ def measure_latency(
     if setup.runs < 1:
         raise PillsnapError("a latency needs at least one timed call", where="evaluation.latency_runs")
     ms = time_calls(answer, setup.warmup, setup.runs)
-    note = f"batch {setup.batch}, {setup.precision}, {setup.provider}, {setup.warmup} warm-up"
-    machine = hardware(on_gpu(setup.provider))
-
-    def row(q: int) -> Latency:
-        name, value = f"latency_{scope}_p{q}_ms", float(np.percentile(ms, q))
-        m = prov.metric(name, value, n=setup.runs, seconds=float(ms.sum() / 1e3), note=note)
-        record = replace(m, hardware=machine)
-        return Latency(scope, q, setup.batch, setup.precision, setup.warmup, record, setup.provider)
-
-    return [row(q) for q in PERCENTILES], ms
+    return latency_records(ms, scope, prov, setup), ms
 
 # %% ../../nbs/evaluation/710_latency.ipynb #49d9ec7b
 def protocol_gap(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'MAX_PIXELS', 'MAX_BYTES', 'IMAGENET_MEAN', 'IMAGENET_STD', 'header_size', 'shrink', 'keep_heap',
-           'file_kind', 'open_image_safely', 'resize', 'whole_view', 'crop_square', 'crop_view', 'psnr', 'ssim',
-           'reduce_for', 'normalise']
+           'file_kind', 'open_image_safely', 'resize', 'whole_view', 'crop_square', 'cut_square', 'crop_view', 'psnr',
+           'ssim', 'reduce_for', 'normalise']
 
 # %% ../../nbs/photos/310_images.ipynb #e14d907e
 import codecs
@@ -455,6 +455,19 @@ def crop_square(
     return round((x0 + x1 - side) / 2), round((y0 + y1 - side) / 2), side
 
 # %% ../../nbs/photos/310_images.ipynb #c7989907
+def cut_square(
+    img: np.ndarray,  # [H, W, 3] uint8 photo
+    box_xyxy: np.ndarray,  # x0, y0, x1, y1 in photo pixels
+    padding: float = 0.1,  # margin on each side, in box widths and heights
+) -> np.ndarray:  # [side, side, 3] uint8
+    "The square about one pill, at the photo's resolution, edges repeated."
+    h, w = img.shape[:2]
+    x, y, side = crop_square(box_xyxy, w, h, padding)
+    rows, cols = (np.arange(k, k + side).clip(0, n - 1) for k, n in ((y, h), (x, w)))
+    inside = x >= 0 and y >= 0 and x + side <= w and y + side <= h
+    return img[y : y + side, x : x + side] if inside else img[rows[:, None], cols]
+
+
 def crop_view(
     img: np.ndarray,  # [H, W, 3] uint8 photo
     box_xyxy: np.ndarray,  # x0, y0, x1, y1 in photo pixels
@@ -462,11 +475,7 @@ def crop_view(
     padding: float = 0.1,  # margin on each side, in box widths and heights
 ) -> np.ndarray:  # [size, size, 3] uint8
     "One pill as a square: padded, about the box's centre, edges repeated."
-    h, w = img.shape[:2]
-    x, y, side = crop_square(box_xyxy, w, h, padding)
-    rows, cols = (np.arange(k, k + side).clip(0, n - 1) for k, n in ((y, h), (x, w)))
-    inside = x >= 0 and y >= 0 and x + side <= w and y + side <= h
-    return resize(img[y : y + side, x : x + side] if inside else img[rows[:, None], cols], size, size)
+    return resize(cut_square(img, box_xyxy, padding), size, size)
 
 # %% ../../nbs/photos/310_images.ipynb #4ed8f65a
 def psnr(

@@ -117,6 +117,38 @@ MUTATIONS: list[Mutation] = [
         "tests/test_extras.py::test_onnxruntime_reports_to_nobody",
     ),
     Mutation(
+        "int8 report from fp32 answers",
+        "pillsnap/deployment/variants.py",
+        "    pipelines = {p: v.pipeline(like) for p, v in variants.items()}\n",
+        '    pipelines = {p: variants["fp32"].pipeline(like) for p in variants}\n',
+        "tests/test_quantise.py::test_a_precision_is_measured_by_its_own_answers_and_refused",
+    ),
+    Mutation(
+        "int8 calibrated on photos of the evaluation set",
+        "pillsnap/deployment/quantise.py",
+        '    rows = data.train if combos else data.train[data.train["kind"] == "single"]\n',
+        '    rows = data.pool if combos else data.train[data.train["kind"] == "single"]\n',
+        "tests/test_quantise.py::test_int8_is_calibrated_on_training_photos_alone",
+    ),
+    Mutation(
+        "EXIF ignored before the graph that takes pixels",
+        "pillsnap/deployment/pixelgraph.py",
+        "        image = read_photo(photo)\n",
+        (
+            "        import io\n\n        from PIL import Image\n\n"
+            "        stored = not isinstance(photo, np.ndarray)\n"
+            "        image = np.asarray(Image.open(io.BytesIO(photo))) if stored else photo\n"
+        ),
+        "tests/test_export_compare.py::test_the_caller_of_the_pixel_graph_turns_a_photo_by_its_exif[6]",
+    ),
+    Mutation(
+        "EXIF ignored in the contract of the graph's input",
+        "pillsnap/deployment/pixelgraph.py",
+        '"orientation": "upright: the caller applies EXIF before, the graph cannot see it",',
+        '"orientation": "as stored",',
+        "tests/test_export_compare.py::test_the_bundle_lists_the_graph_that_takes_pixels_with_its_contract",
+    ),
+    Mutation(
         "a field of the evidence card is dropped",
         "pillsnap/models/card.py",
         "        for f, (_, keys) in CARD.items()\n    }",
