@@ -124,7 +124,7 @@ class Server:
         self, path: str, photos: Sequence[bytes] = (), key: str | None = KEY, name: str = "photo", method: str = ""
     ) -> tuple[int, Any, http.client.HTTPMessage]:
         "Status, JSON (or bytes) and headers of one request, on a connection of its own."
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
         body, kind = photo_form(name, photos) if photos else (None, "")
         headers = ({"X-API-Key": key} if key is not None else {}) | ({"Content-Type": kind} if kind else {})
         try:
