@@ -21,6 +21,7 @@ import pandas as pd
 from ..core.errors import PillsnapError
 from ..core.settings import AnswerSettings
 from .calibration import fit_temperature
+from .intervals import group_bootstrap
 from ..models.decision import SCORES, AnswerRule, decide_answer, prediction_sets
 from ..models.pipeline import softmax
 
@@ -253,12 +254,12 @@ def _score_row(
     t: pd.DataFrame,  # answers of one score, from _half_answers
 ) -> dict[str, Any]:
     "The figures of one score; coverage and its bootstrap interval count groups."
-    by_group, rng = t.groupby("group")["covered"].mean().to_numpy(), np.random.default_rng(1)
-    drawn = by_group[rng.integers(len(by_group), size=(500, len(by_group)))].mean(1)
-    low, high = (float(np.percentile(drawn, q)) for q in (2.5, 97.5))
+    by_group, none = t.groupby("group")["covered"].mean(), (float("nan"), float("nan"))
+    held = group_bootstrap(lambda at: {"coverage": float(by_group.iloc[at].mean())}, by_group.index.tolist())
+    low, high = held.get("coverage", none)
     said, wrong = t["answer"].value_counts(normalize=True), (t["answer"] == "drug") & ~t["right"]
     row = dict(score=t["score"].iloc[0], fitted=t["fitted"].iloc[0], groups=len(by_group))
-    row |= dict(coverage=float(by_group.mean()), low=low, high=high, set_size=float(t["set_size"].mean()))
+    row |= dict(coverage=by_group.mean(), low=low, high=high, set_size=float(t["set_size"].mean()))
     row |= {k: float(said.get(k, 0.0)) for k in ("drug", "shortlist", "unknown")}
     return row | dict(wrong_per_1000=float(1000 * wrong.mean()))
 
