@@ -236,7 +236,7 @@ def test_a_reload_switches_to_a_bundle_that_works_and_to_no_other(tmp_path, bund
         assert "not finite" in told[0][2] and "sha256 differs" in told[1][2]
         assert (status, answer["before"]["digest"], answer["after"]["data"]) == (200, first, "other:toy")
         assert all(a.result() is None for a in asking)
-        assert [t["error"] for s, t, _ in seen if s != 200] == [] and len(seen) > 10
+        assert [t["error"] for s, t, _ in seen if s != 200] == [] and len(seen) >= 3  # each of the three clients
         assert {t["hashes"]["bundle"] for _, t, _ in seen} <= {first, answer["after"]["digest"]}
         assert server.ask("/predict", [pill_photo()])[1]["hashes"]["bundle"] == answer["after"]["digest"]
         assert until(lambda: len(server.workers()) == 2)  # those of the earlier bundle have ended

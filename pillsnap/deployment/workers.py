@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 # %% ../../nbs/deployment/862_workers.ipynb #5e349148
 import msgspec
@@ -33,9 +33,6 @@ from fastcore.basics import patch
 import pillsnap
 from ..core.errors import PillsnapError
 from .admission import RequestRefusal
-
-if TYPE_CHECKING:  # the accepting process needs no onnxruntime
-    from pillsnap.deployment.runtime import Bundle
 
 # %% ../../nbs/deployment/862_workers.ipynb #5a5a9d59
 logger = logging.getLogger("pillsnap.deployment.workers")
@@ -123,7 +120,7 @@ def drawn_photo(
 
 
 def self_test(
-    bundle: "Bundle",  # freshly loaded
+    bundle: Any,  # a Bundle, freshly loaded
 ) -> None:
     "Ask for an answer in each mode; PillsnapError where none comes, or one of another form."
     from pillsnap.models.pipeline import ANSWER_SCHEMA
@@ -147,7 +144,7 @@ class WorkerPlan:
 
 
 def bundle_facts(
-    bundle: "Bundle",  # loaded
+    bundle: Any,  # a Bundle; the accepting process needs no onnxruntime, so its type is not imported
 ) -> dict[str, Any]:  # plain JSON types
     "What /version says of a bundle."
     m = bundle.meta
@@ -157,7 +154,7 @@ def bundle_facts(
 
 
 def answer_task(
-    bundle: "Bundle",  # loaded
+    bundle: Any,  # a Bundle; the accepting process needs no onnxruntime, so its type is not imported
     task: PhotoTask,  # one photo
 ) -> Reply:  # never raises
     "Answer for one photo; a photo that cannot be answered gives the reason."
@@ -176,7 +173,7 @@ def answer_task(
 _FOREVER = 1e9  # seconds
 
 
-def _started_bundle(sock: socket.socket, plan: WorkerPlan) -> "Bundle | None":
+def _started_bundle(sock: socket.socket, plan: WorkerPlan) -> Any:
     "Load and test; tell the accepting process what it is, or why not (then None)."
     from pillsnap.deployment.runtime import load_bundle
 
