@@ -20,8 +20,12 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from functools import cache
 from pathlib import Path
 
@@ -85,6 +89,7 @@ def words(line: str, desk: Path) -> list[str]:
         "OUT": "out.json" if " audit " in line else "out",
         "F": "demo",
         "key=value": "train.seed=7",
+        "NAME=VALUE": "photo_mb=10",
         "RUN_ID": run_id,
     }
     return [
@@ -239,6 +244,8 @@ def test_the_program_takes_every_line(line, page, at_the_desk, monkeypatch, caps
     elif argv[0] == "evaluate" and "test" in argv:
         status, _, err = typed(argv, capsys)
         assert status == 2 and "--reason" in err, "the sealed part is not opened without a reason"
+    elif argv[0] == "serve" and "--help" not in argv:
+        assert served(argv, at_the_desk) == 200
     elif line == KERNEL:
         done = subprocess.run(
             [sys.executable, "-m", "pillsnap", *argv],
@@ -255,6 +262,28 @@ def test_the_program_takes_every_line(line, page, at_the_desk, monkeypatch, caps
         status, out, err = typed(argv, capsys)
         assert status == (0 if argv[0] != "doctor" else status) and status < 2, err
         assert out.strip(), "nothing was said"
+
+
+def served(argv: list[str], desk: Path) -> int:
+    "Start the server with a key in .env and a free port; its status for /health, once it listens."
+    (desk / ".env").write_text(f"API_KEY={'k' * 40}\nMODEL_PATH=RUN\n")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "pillsnap", *argv, "--port", str(port)]
+    with open(desk / "serve.log", "w") as log:
+        server = subprocess.Popen(command, cwd=desk, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=log, stderr=log)
+    try:
+        for _ in range(600):
+            assert server.poll() is None, (desk / "serve.log").read_text()
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
+                    return answer.status
+            except urllib.error.URLError:
+                time.sleep(0.1)
+        raise AssertionError((desk / "serve.log").read_text())
+    finally:
+        server.terminate()
+        server.wait(30)
 
 
 def params_of(name: str) -> list:
