@@ -227,6 +227,11 @@ def plain_page(site: Path, name: str) -> Path:
     notebook.cells = [c for c in notebook.cells if c.cell_type != "raw" and "#| hide" not in c.source]
     for number, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{number}"
+        for output in cell.get("outputs", []):
+            joined = {kind: "".join(value) for kind, value in output.get("data", {}).items() if isinstance(value, list)}
+            output.get("data", {}).update(joined)
+            if isinstance(output.get("text"), list):
+                output["text"] = "".join(output["text"])
     body, _ = exporter.from_notebook_node(notebook)
     rules = (site / "nbs" / "styles.css").read_text(encoding="utf-8")
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><style>{rules}</style>'
