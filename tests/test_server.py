@@ -448,6 +448,7 @@ def test_the_api_keeps_its_word(server, tmp_path):
     "A short run of schemathesis with all its checks; the campaign does 20,000 cases."
     import rs8_server
 
+    before = len(server.lines())  # an earlier test fills the queue on purpose
     found = rs8_server.fuzz(server, tmp_path, examples=25, seed=1)
     assert found["failures"] == [] and found["cases"] > 150, found
-    assert not [line for line in server.lines() if line.get("status", 0) >= 500]
+    assert not [line for line in server.lines()[before:] if line.get("status", 0) >= 500]

@@ -473,6 +473,7 @@ class RequestFrame:
         state["request_id"], began, status = uuid.uuid4().hex, time.perf_counter(), 0
 
         async def framed(message: Message) -> None:
+            "Send on, with the headers that every answer has."
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]

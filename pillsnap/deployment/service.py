@@ -76,7 +76,7 @@ def keep_photo(
 # %% ../../nbs/deployment/864_service.ipynb #9c81044a
 def worker_plan(
     settings: ServerSettings,  # from the command line
-    env: EnvFile,  # the `.env` file's values
+    env: EnvFile,  # the values of the file .env
 ) -> WorkerPlan:
     "How workers of the bundle that is named now run; a link is followed once, so that all of them find the same."
     return WorkerPlan(str(bundle_path(settings, env).resolve()), settings.device, settings.worker_threads)
@@ -84,7 +84,7 @@ def worker_plan(
 
 def start_workers(
     settings: ServerSettings,  # from the command line
-    env: EnvFile,  # the `.env` file's values
+    env: EnvFile,  # the values of the file .env
 ) -> Fleet:  # call its ready() to wait for them
     "Start all workers, without waiting for them."
     return Fleet(worker_plan(settings, env), settings.workers)
