@@ -558,7 +558,7 @@ def create_app(
     service = Service(settings, fleet)
 
     @asynccontextmanager
-    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+    async def _lifespan(_app: FastAPI) -> AsyncIterator[None]:
         yield
         await asyncio.to_thread(service.close)
 
@@ -568,7 +568,7 @@ def create_app(
         description="Names the pills in photos. Each request needs a key in the header X-API-Key.",
         docs_url=None,
         redoc_url=None,
-        lifespan=lifespan,
+        lifespan=_lifespan,
     )
     app.state.service = service
     app.include_router(router)
