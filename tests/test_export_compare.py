@@ -3,7 +3,6 @@
 import copy
 import io
 import json
-import shutil
 import subprocess
 import sys
 
@@ -13,6 +12,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from runs import linked_run
 
 from pillsnap.core.checkpoints import load_ckpt, save_ckpt
 from pillsnap.core.config import load_config
@@ -52,18 +52,13 @@ def ready(tmp_path_factory):
 @pytest.fixture
 def run(ready, tmp_path):
     "A copy to spoil; the photos stay where they are."
-    root = tmp_path / "run"
-    shutil.copytree(ready, root, ignore=shutil.ignore_patterns("delivery", "yolo_data", "logs"))
-    (root / "delivery").symlink_to(ready / "delivery")
-    return root
+    return linked_run(ready, tmp_path / "run")
 
 
 @pytest.fixture(scope="module")
 def exported(ready, tmp_path_factory):
     "One good export, and what it handed back."
-    root = tmp_path_factory.mktemp("exported") / "run"
-    shutil.copytree(ready, root, ignore=shutil.ignore_patterns("delivery", "yolo_data", "logs"))
-    (root / "delivery").symlink_to(ready / "delivery")
+    root = linked_run(ready, tmp_path_factory.mktemp("exported") / "run")
     save_json(
         {"temperature": 2.5, "ece_after": 0.01, "class_map": load_split_data(ready, 0).class_map.fingerprint},
         root / "reports/calibration.json",

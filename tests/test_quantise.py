@@ -1,11 +1,11 @@
 "Smaller networks and their price (SPEC BX24): calibrated on training photos, measured as themselves, refused in words."
 
 import json
-import shutil
 
 import numpy as np
 import onnx
 import pytest
+from runs import linked_run
 
 from pillsnap.core.checkpoints import load_ckpt, save_ckpt
 from pillsnap.core.config import load_config
@@ -59,10 +59,7 @@ def exported(tmp_path_factory):
 @pytest.fixture
 def run(exported, tmp_path):
     "A copy to quantise; the photos stay where they are."
-    root = tmp_path / "run"
-    shutil.copytree(exported, root, ignore=shutil.ignore_patterns("delivery", "yolo_data", "logs"))
-    (root / "delivery").symlink_to(exported / "delivery")
-    return root
+    return linked_run(exported, tmp_path / "run")
 
 
 def other_drugs(model, _inputs):
