@@ -13,6 +13,7 @@ here = Path(__file__).parent
 ini = ConfigParser(delimiters=["="])
 ini.read(here / "settings.ini", encoding="utf-8")
 cfg = ini["DEFAULT"]
+EXTRAS = ("train", "lab", "serve", "openvino", "sign", "dev")
 
 
 class BuildWithResources(build_py):
@@ -47,9 +48,7 @@ setup(
     packages=find_packages(include=["pillsnap", "pillsnap.*"]),
     package_data={"pillsnap": ["assets/*"]},
     install_requires=shlex.split(cfg["requirements"]),
-    extras_require={
-        extra: shlex.split(cfg[f"{extra}_requirements"]) for extra in ("train", "lab", "serve", "openvino", "dev")
-    },
+    extras_require={extra: shlex.split(cfg[f"{extra}_requirements"]) for extra in EXTRAS},
     zip_safe=False,
     entry_points={
         "console_scripts": shlex.split(cfg["console_scripts"]),

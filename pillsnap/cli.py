@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PIPELINE', 'ASIDE', 'app', 'Overrides', 'ConfigOption', 'RunConfig', 'RunDir', 'SOURCE_OPTIONS', 'pipeline_of', 'run',
            'distributed', 'own_config', 'run_config', 'synth', 'pack', 'plan', 'doctor', 'audit', 'index', 'extract',
-           'triage', 'predict', 'quantise', 'serve', 'train_stage', 'final_test', 'choose', 'show_config', 'diff',
+           'triage', 'predict', 'bundle', 'verify', 'train_stage', 'final_test', 'choose', 'show_config', 'diff',
            'evaluate', 'decide', 'declare', 'arguments', 'main']
 
 # %% ../nbs/920_cli.ipynb #1eaae89f
@@ -411,7 +411,9 @@ def triage(
 @app.command(epilog="Example: `pillsnap predict photo.png --mode combo --run RUN --json`")
 def predict(  # noqa: PLR0913 - one parameter for each option of the command
     photos: Annotated[list[str], typer.Argument(help="photos, folders of photos, or patterns such as 'in/*.jpg'")],
-    run_dir: Annotated[Path, typer.Option("--run", "--run-dir", help="a run folder with export/")] = Path("_runs/demo"),
+    run_dir: Annotated[
+        Path, typer.Option("--run", "--run-dir", "--bundle", help="a run folder with export/, or a .pillsnap file")
+    ] = Path("_runs/demo"),
     mode: Annotated[
         str | None,
         typer.Option(
@@ -425,7 +427,7 @@ def predict(  # noqa: PLR0913 - one parameter for each option of the command
     topk: Annotated[
         int | None, typer.Option(help="number of drugs listed; default: inference.top_k of the run", min=1)
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or openvino")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     out: Annotated[Path | None, typer.Option(help="write a table: *.csv, *.jsonl or *.parquet")] = None,
 ) -> None:
     "Name the pills in photos, from the ONNX files alone; exit status 1 if some of several photos cannot be read."
@@ -435,76 +437,53 @@ def predict(  # noqa: PLR0913 - one parameter for each option of the command
     if any("error" in answer for answer in answers):
         raise typer.Exit(1)
 
-
-@app.command(epilog="Example: `pillsnap quantise RUN --precision int8`")
-def quantise(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder with export/ and its split")],
-    precision: Annotated[
-        list[str], typer.Option(help="int8: for CPUs; fp16: for GPUs; may be given twice; default: both")
-    ] = ["int8", "fp16"],  # noqa: B006 - typer copies it
-    accept_loss: Annotated[
-        bool,
+# %% ../nbs/920_cli.ipynb #55806219
+@app.command(epilog="Example: `pillsnap bundle RUN --out pills.pillsnap`")
+def bundle(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder with its export done")],
+    out: Annotated[Path | None, typer.Option("--out", help="the file to write, NAME.pillsnap")] = None,
+    sign: Annotated[
+        Path | None, typer.Option("--sign", metavar="KEY", help="private elliptic-curve key (PEM) that signs the file")
+    ] = None,
+    thumbnails: Annotated[
+        bool | None,
         typer.Option(
-            "--accept-loss", help="write a precision that loses more than .5 points of accuracy or .01 coverage"
+            "--thumbnails/--no-thumbnails",
+            help="take the drugs' reference pictures in; default: only rendered ones, because photos have terms",
         ),
-    ] = False,
-) -> None:
-    """
-    Write the export in int8 and float16, each measured beside float32 in accuracy, coverage, size and latency.
-
-    A precision that loses too much is refused, with the figures in reports/quantised.json.
-    The others are bundles of their own: `pillsnap predict photo.png --run RUN/export_int8`.
-    """
-    from pillsnap.deployment.variants import quantise_command
-
-    quantise_command(run_dir, precision, accept_loss)
-
-# %% ../nbs/920_cli.ipynb #7b78bc61
-@app.command(epilog="Example: `pillsnap serve --bundle _runs/demo`")
-def serve(  # noqa: PLR0913 - one parameter for each option of the command
-    bundle: Annotated[
-        Path | None,
-        typer.Option("--bundle", "--run", help="a run folder or an export; default: MODEL_PATH of the .env file"),
     ] = None,
-    host: Annotated[str, typer.Option(help="the address to listen on; 0.0.0.0 = all of this machine")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="the port; 0 = any that is free", min=0, max=65535)] = 8000,
-    workers: Annotated[int, typer.Option(help="processes that answer, each with its own models", min=1, max=64)] = 2,
-    env_file: Annotated[
-        Path, typer.Option("--env-file", help="the file with API_KEY, LOG_LEVEL, CORS_ALLOW_ORIGINS, MODEL_PATH")
-    ] = Path(".env"),
-    auth: Annotated[
-        bool, typer.Option("--auth/--no-auth", help="--no-auth: answer without a key, on the loopback address only")
-    ] = True,
-    health: Annotated[
-        bool, typer.Option("--health-public/--health-private", help="whether /health answers without a key")
-    ] = True,
-    keep: Annotated[
-        Path | None, typer.Option(help="store each photo with its answer in this folder; default: store nothing")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
-    limit: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="a limit such as per_minute=600; may be repeated")
+    triton: Annotated[
+        Path | None, typer.Option("--triton", metavar="DIR", help="also, or only, write a Triton model repository here")
     ] = None,
 ) -> None:
     """
-    Answer photos over HTTP; Ctrl-C stops. `/docs` shows the API.
+    Make one verified file of a run: models, drugs, answer rule, pictures, model card, data card, licences.
 
-    The keys stand in the file .env, and nowhere else: API_KEY=KEY or API_KEY=OLD,NEW, each of 32 characters or more.
+    Every member has its sha256 in the file's manifest. With --sign the file is signed too; `openssl ecparam -name
+    prime256v1 -genkey -noout -out KEY` makes a key.
     """
-    from pillsnap.deployment.serving import serve_command
+    from pillsnap.deployment.bundling import bundle_command
+    from pillsnap.deployment.triton import triton_command
 
-    serve_command(
-        limit or [],
-        bundle=bundle,
-        host=host,
-        port=port,
-        workers=workers,
-        env_file=env_file,
-        auth=auth,
-        health_public=health,
-        keep=keep,
-        device=device,
-    )
+    if out is None and triton is None:
+        raise PillsnapError("nothing is to be written", where="--out", fix="name a file: --out pills.pillsnap")
+    if out is not None:
+        bundle_command(run_dir, out, sign, thumbnails)
+    if triton is not None:
+        triton_command(run_dir, triton)
+
+
+@app.command(epilog="Example: `pillsnap verify pills.pillsnap`")
+def verify(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="a file that `pillsnap bundle` has made")],
+    key: Annotated[
+        Path | None, typer.Option("--key", metavar="PUB", help="public key (PEM) of the one who must have signed it")
+    ] = None,
+) -> None:
+    "Check that no byte of a bundle's file was changed and, with --key, who signed it; exit status 2 if not."
+    from pillsnap.deployment.bundling import verify_file
+
+    print(verify_file(file, key))
 
 # %% ../nbs/920_cli.ipynb #cc439d1f
 @app.command(

@@ -24,6 +24,7 @@ def readme() -> str:
         ("](benchmarks.ipynb)", "](nbs/benchmarks.ipynb)"),
         ("](limits.ipynb)", "](nbs/limits.ipynb)"),
         ("](guide/", "](nbs/guide/"),
+        ("](deployment/", "](nbs/deployment/"),
         ('src="images/', 'src="nbs/images/'),
         (f"]({SOURCE}", "]("),
     ):

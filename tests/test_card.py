@@ -12,6 +12,7 @@ from PIL import Image
 from rich.console import Console
 
 from pillsnap.core.config import load_config
+from pillsnap.core.container import FolderFiles
 from pillsnap.core.files import sha256_file
 from pillsnap.core.jobs import RunFolder
 from pillsnap.delivery.classmap import ClassMap
@@ -125,7 +126,7 @@ def test_a_broken_reference_picture_never_breaks_an_answer(tmp_path, harm):
     entry = dict(file="a.jpg", sha256=sha256_file(folder / "a.jpg"))
     meta = META | {"thumbnails": {"K-000001": {"front": entry}}}
     answer = ask({"K-000001": FULL}, pictures={"K-000001": {"front": "thumbnails/a.jpg"}})
-    shown = Answer(answer, meta, "gone.png", tmp_path)
+    shown = Answer(answer, meta, "gone.png", FolderFiles(tmp_path))
     assert shown._repr_html_().count("<img") == 1
     (folder / "a.jpg").unlink() if harm == "gone" else (folder / "a.jpg").write_bytes(b"x")
     page = shown._repr_html_()

@@ -101,6 +101,7 @@ def words(line: str, desk: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory, smoke_run) -> Path:
     "A folder as the pages assume it: a zipped delivery in ./data, finished runs, a photo, a checkout's notebooks."
+    from pillsnap.deployment.bundling import bundle_file
     from pillsnap.synth.writer import write_delivery
 
     root = tmp_path_factory.mktemp("desk")
@@ -116,6 +117,7 @@ def desk(tmp_path_factory, smoke_run) -> Path:
     for f in (root / "RUN" / "artifacts" / "stage0").glob("*"):
         shutil.copy2(f, root / "RUN" / "artifacts" / "stage1" / f.name)
     shutil.copy2(sorted((root / "RUN" / "delivery").rglob("*_75_*.png"))[0], root / "photo.png")
+    bundle_file(root / "RUN", root / "pills.pillsnap")
     (root / "nbs").symlink_to(ROOT / "nbs")
     for stage in cli.PIPELINE:
         (root / stage.path.name).symlink_to(stage.path)

@@ -79,6 +79,25 @@ def test_the_base_answers_from_an_export(base, smoke_run, tmp_path):
     assert card.returncode == 0 and card.stdout.count("<img") == here_card.count("<img") >= 2, card.stderr
 
 
+@pytest.mark.spec("BX6", "HS2")
+def test_the_base_reads_one_file(base, smoke_run, tmp_path):
+    "Made where the run is, read where neither torch nor the signing library is; the signature is not called good."
+    from pillsnap.deployment.bundling import bundle_file
+    from pillsnap.deployment.runtime import load_bundle
+
+    key, pub = tmp_path / "key.pem", tmp_path / "key.pub"
+    subprocess.run(["openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", key], check=True)
+    subprocess.run(["openssl", "ec", "-in", key, "-pubout", "-out", pub], check=True, capture_output=True)
+    file = bundle_file(smoke_run, tmp_path / "pills.pillsnap", key).where
+    photo = sorted((smoke_run / "delivery").rglob("*_75_*.png"))[0]
+    done = call(base, tmp_path, "pillsnap", "predict", photo, "--bundle", file, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) | {"timings": 0} == load_bundle(smoke_run).predict(photo) | {"timings": 0}
+    assert call(base, tmp_path, "pillsnap", "verify", file).returncode == 0
+    done = call(base, tmp_path, "pillsnap", "verify", file, "--key", pub)
+    assert done.returncode == 2 and 'pip install "pillsnap[sign]"' in done.stderr, done.stdout
+
+
 @pytest.mark.parametrize(
     "command, extra",
     [

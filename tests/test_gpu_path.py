@@ -15,6 +15,7 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms import v2
 
+from pillsnap.core.container import FolderFiles
 from pillsnap.core.settings import AugmentClassification
 from pillsnap.dataset import datasets as D
 from pillsnap.dataset.photoloader import PhotoLoader
@@ -595,12 +596,14 @@ def test_the_export_is_timed_by_every_provider_and_says_by_which(there, small_on
 
     def bundle(runner):
         entry = {"file": "classifier.onnx", "img_size": 32}
-        return P.Bundle(None, {"classifier": entry}, ClassMap(["K-000001"]), runner(small_onnx, 32, "cpu"), None)
+        return P.Bundle(
+            FolderFiles("export"), {"classifier": entry}, ClassMap(["K-000001"]), runner(small_onnx, 32, "cpu"), None
+        )
 
     monkeypatch.setattr(P.Bundle, "predict", lambda self, photo, mode: self.classifier.logits(np.zeros((1, 3, 32, 32))))
     monkeypatch.setattr(E.ort, "get_available_providers", lambda: GPU_AND_CPU if there else GPU_AND_CPU[1:])
     monkeypatch.setattr(E, "load_bundle", lambda folder, **kw: bundle(OnGpuAsItSays))
-    monkeypatch.setattr(E, "verified_bytes", lambda folder, entry: small_onnx)
+    monkeypatch.setattr(E, "verified_bytes", lambda files, entry: small_onnx)
     monkeypatch.setattr(E, "OnnxClassifier", OnGpuAsItSays)
     monkeypatch.setattr("pillsnap.core.records._gpu", lambda: "NVIDIA GeForce RTX 5080 16 GiB")
     protocol = SimpleNamespace(latency_warmup=20, latency_runs=200)

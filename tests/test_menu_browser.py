@@ -270,10 +270,12 @@ def test_a_decision_on_the_triage_page_is_in_the_overlay(lab, page, delivery, tm
 
 
 CARD_CELL = """from pathlib import Path
+from pillsnap.core.container import FolderFiles
 from pillsnap.core.files import read_json
 from pillsnap.models.cardview import Answer
 folder = Path("card")
-Answer(read_json(folder / "answer.json"), read_json(folder / "meta.json"), folder / "photo.png", folder)
+meta = read_json(folder / "meta.json")
+Answer(read_json(folder / "answer.json"), meta, folder / "photo.png", FolderFiles(folder))
 """
 TEXTS = """card => [...card.querySelectorAll('th, td, .kind, .name, .role, figcaption, .notes, .pill > div')]
   .filter(e => e.innerText.trim() && e.offsetParent)
@@ -381,11 +383,12 @@ def test_the_card_shows_every_field_in_jupyterlab_light_and_dark(lab, page, tmp_
 
 @pytest.mark.spec("BX11")
 def test_the_card_of_one_pill_prints_on_one_page(page, tmp_path):
+    from pillsnap.core.container import FolderFiles
     from pillsnap.core.files import read_json
     from pillsnap.models.cardview import Answer
 
     answer, folder = write_card(tmp_path / "card"), tmp_path / "card"
-    shown = Answer(answer, read_json(folder / "meta.json"), folder / "photo.png", folder)
+    shown = Answer(answer, read_json(folder / "meta.json"), folder / "photo.png", FolderFiles(folder))
     page.set_content(f"<!doctype html><meta charset=utf-8><body>{shown._repr_html_()}")
     for scheme, ground in (("light", "rgb(255, 255, 255)"), ("dark", "rgb(27, 29, 33)")):
         page.emulate_media(color_scheme=scheme)

@@ -14,6 +14,7 @@ from jsonschema import validate
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
+from pillsnap.core.container import content_digest
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.logs import logged_lines
 from pillsnap.delivery.classmap import ClassMap
@@ -237,7 +238,7 @@ def test_one_flipped_byte_is_refused(copy, file, where):
 def test_permuted_class_map_is_refused_even_when_signed_again(copy):
     meta = json.loads((copy / "bundle.json").read_text(encoding="utf-8"))
     meta["class_map"]["keys"].reverse()
-    meta["digest"] = P.bundle_digest(meta)
+    meta["digest"] = content_digest(meta)
     (copy / "bundle.json").write_text(json.dumps(meta), encoding="utf-8")
     with pytest.raises(PillsnapError, match="fingerprint"):
         P.load_bundle(copy)
@@ -257,7 +258,7 @@ def test_a_file_name_cannot_lead_out_of_the_folder(copy, tmp_path):
     (copy / "classifier.onnx").unlink()
     meta = json.loads((copy / "bundle.json").read_text(encoding="utf-8"))
     meta["classifier"]["file"] = "../evil.onnx"
-    meta["digest"] = P.bundle_digest(meta)
+    meta["digest"] = content_digest(meta)
     (copy / "bundle.json").write_text(json.dumps(meta), encoding="utf-8")
     with pytest.raises(PillsnapError, match="cannot be read"):
         P.load_bundle(copy)
@@ -308,7 +309,7 @@ def test_the_bundle_decides_where_the_caller_says_nothing(copy, run):
 def test_a_bundle_from_before_these_settings_still_answers(copy, run):
     meta = json.loads((copy / "bundle.json").read_text(encoding="utf-8"))
     del meta["answering"]
-    meta["digest"] = P.bundle_digest(meta)
+    meta["digest"] = content_digest(meta)
     (copy / "bundle.json").write_text(json.dumps(meta), encoding="utf-8")
     a = P.load_bundle(copy).predict(run / "green.png")
     assert a["mode_used"] == "single" and len(a["items"][0]["top_k"]) == len(KEYS)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MACHINE', 'PARTIAL', 'os_error', 'ensure_dir', 'temp_dir', 'atomic_path', 'remove_partials', 'save_text', 'save_json',
-           'canonical_json', 'read_json', 'sha256_text', 'sha256_file', 'get_git_sha', 'FolderLock']
+           'canonical_json', 'json_from_bytes', 'read_json', 'sha256_text', 'sha256_file', 'get_git_sha', 'FolderLock']
 
 # %% ../../nbs/core/010_files.ipynb #9bc4b4ad
 import errno
@@ -209,18 +209,28 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON number")
 
 
+def json_from_bytes(
+    data: bytes,  # UTF-8
+    where: object,  # where it comes from, for errors
+) -> Any:
+    "Parse JSON; raises PillsnapError if it is not valid, is nested beyond reason, or has a NaN."
+    try:
+        return json.loads(data.decode("utf-8"), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as e:
+        raise PillsnapError(
+            f"the file is not valid JSON: {e}", where=where, fix="make it again with the job that writes it"
+        ) from e
+
+
 def read_json(
     path: str | os.PathLike,  # file to read
 ) -> Any:
     "Read a JSON file; raises PillsnapError if it is missing, not valid, or has a NaN."
     try:
-        return json.loads(Path(path).read_bytes().decode("utf-8"), parse_constant=_no_constant)
+        data = Path(path).read_bytes()
     except OSError as e:
         raise os_error("the file cannot be read", path, e) from e
-    except ValueError as e:
-        raise PillsnapError(
-            f"the file is not valid JSON: {e}", where=path, fix="make it again with the job that writes it"
-        ) from e
+    return json_from_bytes(data, path)
 
 # %% ../../nbs/core/010_files.ipynb #4c80e2b1
 def sha256_text(

@@ -45,7 +45,7 @@ def _float16_bundle(
 
     def half(runner: Any, entry: Mapping[str, Any]) -> Any:
         return runner(
-            in_float16(verified_bytes(bundle.folder, entry)), int(entry["img_size"]), "cuda", where=entry["file"]
+            in_float16(verified_bytes(bundle.files, entry)), int(entry["img_size"]), "cuda", where=entry["file"]
         )
 
     detector = bundle.detector and half(OnnxDetector, bundle.meta["detector"])

@@ -8,7 +8,6 @@ __all__ = ['logger', 'NO_PILL', 'VERDICTS', 'THEME', 'Answer', 'named', 'verdict
 
 # %% ../../nbs/models/575_cardview.ipynb #df8528d4
 import base64
-import hashlib
 import io
 import logging
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 # %% ../../nbs/models/575_cardview.ipynb #6594a9bb
+from ..core.container import Files
 from ..core.errors import PillsnapError
 from .card import CARD, MISSING, PICTURES, card_value
 from .decision import REASONS
@@ -39,10 +39,10 @@ class Answer(dict):
         fields: Mapping[str, Any],  # the predict JSON
         meta: Mapping[str, Any],  # the bundle it came from
         photo: np.ndarray | str | Path | bytes,  # what was asked about, for the picture
-        folder: Path | None = None,  # of the bundle, for the reference pictures; None = there are none
+        files: Files | None = None,  # of the bundle, for the reference pictures; None = there are none
     ):
         super().__init__(fields)
-        self.meta, self.photo, self.folder = meta, photo, folder
+        self.meta, self.photo, self.files = meta, photo, files
 
     def _repr_html_(self) -> str:
         return _card_html(self)
@@ -209,18 +209,13 @@ def reference_picture(
 ) -> bytes | None:  # a JPEG file's content; None where there is none, or where it cannot be trusted
     "A drug's picture from the export."
     entry = answer.meta.get("thumbnails", {}).get(kcode, {}).get(side)
-    if entry is None or answer.folder is None:
+    if entry is None or answer.files is None:
         return None
-    path = answer.folder / "thumbnails" / Path(entry["file"]).name
     try:
-        data = path.read_bytes()
-    except OSError as e:
-        logger.warning(f"a reference picture cannot be read: {path}: {e.strerror or e}")
+        return answer.files.read(f"thumbnails/{Path(entry['file']).name}", entry["sha256"])
+    except PillsnapError as e:
+        logger.warning(f"a reference picture is left out: {e.what}: {e.where}")
         return None
-    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
-        logger.warning(f"a reference picture was changed and is left out: {path}")
-        return None
-    return data
 
 # %% ../../nbs/models/575_cardview.ipynb #804540a9
 THEME = {  # name → light, dark; text on its background has a contrast of at least 4.5
