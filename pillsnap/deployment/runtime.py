@@ -219,7 +219,7 @@ def write_bundle(
 
 # %% ../../nbs/deployment/800_runtime.ipynb #66dd2f2e
 def bundle_files(
-    path: str | Path,  # a run folder, its export folder, or a file that `pillsnap bundle` has made
+    path: str | Path,  # a run folder, its export folder, or a .pillsnap file
 ) -> Files:
     "The files of an export; raises PillsnapError where there is none."
     path = Path(path)
