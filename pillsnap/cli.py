@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PIPELINE', 'ASIDE', 'app', 'Overrides', 'ConfigOption', 'RunConfig', 'RunDir', 'SOURCE_OPTIONS', 'pipeline_of', 'run',
            'distributed', 'own_config', 'run_config', 'synth', 'pack', 'plan', 'doctor', 'audit', 'index', 'extract',
-           'triage', 'predict', 'bundle', 'verify', 'train_stage', 'final_test', 'choose', 'show_config', 'diff',
-           'evaluate', 'decide', 'declare', 'arguments', 'main']
+           'triage', 'predict', 'bundle', 'verify', 'serve', 'train_stage', 'final_test', 'choose', 'show_config',
+           'diff', 'evaluate', 'decide', 'declare', 'arguments', 'main']
 
 # %% ../nbs/920_cli.ipynb #1eaae89f
 import logging
@@ -484,6 +484,53 @@ def verify(
     from pillsnap.deployment.bundling import verify_file
 
     print(verify_file(file, key))
+
+# %% ../nbs/920_cli.ipynb #7b78bc61
+@app.command(epilog="Example: `pillsnap serve --bundle _runs/demo`")
+def serve(  # noqa: PLR0913 - one parameter for each option of the command
+    bundle: Annotated[
+        Path | None,
+        typer.Option("--bundle", "--run", help="a run folder or an export; default: MODEL_PATH of the .env file"),
+    ] = None,
+    host: Annotated[str, typer.Option(help="the address to listen on; 0.0.0.0 = all of this machine")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="the port; 0 = any that is free", min=0, max=65535)] = 8000,
+    workers: Annotated[int, typer.Option(help="processes that answer, each with its own models", min=1, max=64)] = 2,
+    env_file: Annotated[
+        Path, typer.Option("--env-file", help="the file with API_KEY, LOG_LEVEL, CORS_ALLOW_ORIGINS, MODEL_PATH")
+    ] = Path(".env"),
+    auth: Annotated[
+        bool, typer.Option("--auth/--no-auth", help="--no-auth: answer without a key, on the loopback address only")
+    ] = True,
+    health: Annotated[
+        bool, typer.Option("--health-public/--health-private", help="whether /health answers without a key")
+    ] = True,
+    keep: Annotated[
+        Path | None, typer.Option(help="store each photo with its answer in this folder; default: store nothing")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    limit: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="a limit such as per_minute=600; may be repeated")
+    ] = None,
+) -> None:
+    """
+    Answer photos over HTTP; Ctrl-C stops. `/docs` shows the API.
+
+    The keys stand in the file .env, and nowhere else: API_KEY=KEY or API_KEY=OLD,NEW, each of 32 characters or more.
+    """
+    from pillsnap.deployment.serving import serve_command
+
+    serve_command(
+        limit or [],
+        bundle=bundle,
+        host=host,
+        port=port,
+        workers=workers,
+        env_file=env_file,
+        auth=auth,
+        health_public=health,
+        keep=keep,
+        device=device,
+    )
 
 # %% ../nbs/920_cli.ipynb #cc439d1f
 @app.command(
