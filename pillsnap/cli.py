@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PIPELINE', 'ASIDE', 'app', 'Overrides', 'ConfigOption', 'RunConfig', 'RunDir', 'SOURCE_OPTIONS', 'pipeline_of', 'run',
            'distributed', 'own_config', 'run_config', 'synth', 'pack', 'plan', 'doctor', 'audit', 'index', 'extract',
-           'triage', 'predict', 'bundle', 'verify', 'serve', 'train_stage', 'final_test', 'choose', 'show_config',
-           'diff', 'evaluate', 'decide', 'declare', 'arguments', 'main']
+           'triage', 'predict', 'quantise', 'bundle', 'verify', 'serve', 'train_stage', 'final_test', 'choose',
+           'show_config', 'diff', 'evaluate', 'decide', 'declare', 'arguments', 'main']
 
 # %% ../nbs/920_cli.ipynb #1eaae89f
 import logging
@@ -427,7 +427,7 @@ def predict(  # noqa: PLR0913 - one parameter for each option of the command
     topk: Annotated[
         int | None, typer.Option(help="number of drugs listed; default: inference.top_k of the run", min=1)
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or openvino")] = "auto",
     out: Annotated[Path | None, typer.Option(help="write a table: *.csv, *.jsonl or *.parquet")] = None,
 ) -> None:
     "Name the pills in photos, from the ONNX files alone; exit status 1 if some of several photos cannot be read."
@@ -436,6 +436,30 @@ def predict(  # noqa: PLR0913 - one parameter for each option of the command
     answers = predict_command(photos, mode, run_dir, json_out, topk, device, out)
     if any("error" in answer for answer in answers):
         raise typer.Exit(1)
+
+
+@app.command(epilog="Example: `pillsnap quantise RUN --precision int8`")
+def quantise(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder with export/ and its split")],
+    precision: Annotated[
+        list[str], typer.Option(help="int8: for CPUs; fp16: for GPUs; may be given twice; default: both")
+    ] = ["int8", "fp16"],  # noqa: B006 - typer copies it
+    accept_loss: Annotated[
+        bool,
+        typer.Option(
+            "--accept-loss", help="write a precision that loses more than .5 points of accuracy or .01 coverage"
+        ),
+    ] = False,
+) -> None:
+    """
+    Write the export in int8 and float16, each measured beside float32 in accuracy, coverage, size and latency.
+
+    A precision that loses too much is refused, with the figures in reports/quantised.json.
+    The others are bundles of their own: `pillsnap predict photo.png --run RUN/export_int8`.
+    """
+    from pillsnap.deployment.variants import quantise_command
+
+    quantise_command(run_dir, precision, accept_loss)
 
 # %% ../nbs/920_cli.ipynb #55806219
 @app.command(epilog="Example: `pillsnap bundle RUN --out pills.pillsnap`")

@@ -162,5 +162,5 @@ def open_pixel_graph(
         raise PillsnapError("this bundle has no graph that takes pixels", where=bundle.folder, fix=fix)
     if entry.get("input") != INPUT_CONTRACT:
         raise PillsnapError("this graph has another input contract", where=bundle.folder / entry["file"], fix=fix)
-    content = verified_bytes(bundle.folder, entry)
+    content = verified_bytes(bundle.files, entry)
     return PixelClassifier(content, device, threads, bundle.folder / entry["file"])

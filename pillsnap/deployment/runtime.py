@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'CUDA_OPTIONS', 'SCHEMA', 'REQUIRED', 'THRESHOLDS', 'ANSWERING', 'DEFAULTS', 'MODEL', 'choose_providers',
-           'open_session', 'OnnxModel', 'OnnxClassifier', 'OnnxDetector', 'model_entry', 'BundleContent',
-           'write_bundle', 'bundle_files', 'verified_bytes', 'LazyDetector', 'Bundle', 'load_bundle']
+           'OpenvinoSession', 'open_session', 'OnnxModel', 'OnnxClassifier', 'OnnxDetector', 'model_entry',
+           'BundleContent', 'write_bundle', 'bundle_files', 'verified_bytes', 'LazyDetector', 'Bundle', 'load_bundle']
 
 # %% ../../nbs/deployment/800_runtime.ipynb #0d5a959f
 import logging
@@ -46,13 +46,62 @@ def choose_providers(
     if device == "auto":
         device = "cuda" if "CUDAExecutionProvider" in available else "cpu"
     if device not in _WANTED:
-        raise PillsnapError(f"there is no device {device!r}", where="device", fix=f"one of auto, {', '.join(_WANTED)}")
+        known = f"one of auto, {', '.join(_WANTED)}, openvino"
+        raise PillsnapError(f"there is no device {device!r}", where="device", fix=known)
     gone = [p for p in _WANTED[device] if p not in available]
     reason = None
     if gone:
         here = ", ".join(available)
         reason = f"onnxruntime: {gone[0]} was asked for and is not in this build ({here}); running on the CPU"
     return [p for p in _WANTED[device] if p in available], reason
+
+# %% ../../nbs/deployment/800_runtime.ipynb #064e1920
+@dataclass(frozen=True)
+class _Port:
+    "An input or output of an OpenVINO model."
+
+    name: str  # as in the ONNX file
+
+
+class OpenvinoSession:
+    "A network compiled by OpenVINO for the CPU, with the methods of an onnxruntime session that are used here."
+
+    def __init__(
+        self,
+        model: bytes,  # an ONNX file's content
+        threads: int = 0,  # 0 = OpenVINO's choice
+        where: object = None,  # the file, for errors
+    ):
+        try:
+            import openvino
+        except ImportError as e:
+            fix = 'pip install "pillsnap[openvino]", or device=cpu'
+            raise PillsnapError("OpenVINO is not installed", where="device=openvino", fix=fix) from e
+        how = {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": "1"}
+        how |= {"INFERENCE_NUM_THREADS": str(threads)} if threads else {}
+        try:
+            self._model = openvino.compile_model(openvino.Core().read_model(model), "CPU", how)
+        except Exception as e:
+            what = f"OpenVINO cannot open this model: {str(e).splitlines()[0]}"
+            raise PillsnapError(what, where=where, fix=_AGAIN) from e
+
+    def get_inputs(self) -> list[_Port]:
+        return [_Port(p.any_name) for p in self._model.inputs]
+
+    def get_outputs(self) -> list[_Port]:
+        return [_Port(p.any_name) for p in self._model.outputs]
+
+    def get_providers(self) -> list[str]:
+        return ["OpenVINO CPU"]
+
+    def run(
+        self,
+        names: Sequence[str] | None,  # outputs that are wanted; None = all
+        feed: Mapping[str, np.ndarray],  # input name → array
+    ) -> list[np.ndarray]:  # in the order of the names
+        "The outputs for a batch."
+        found = self._model(dict(feed))
+        return [np.array(found[n]) for n in names or [p.name for p in self.get_outputs()]]
 
 # %% ../../nbs/deployment/800_runtime.ipynb #f827d098
 # the defaults search for the fastest convolution at every new batch size, and round float32 to TF32
@@ -61,11 +110,13 @@ CUDA_OPTIONS = {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"}
 
 def open_session(
     model: bytes,  # an ONNX file's content
-    device: str = "auto",  # auto, cpu or cuda
+    device: str = "auto",  # auto, cpu, cuda or openvino
     threads: int = 0,  # threads of one operator; 0 = onnxruntime's choice
     where: object = None,  # the file, for errors
-) -> ort.InferenceSession:
-    "An onnxruntime session on the best available device; raises PillsnapError for a model that cannot be opened."
+) -> Any:  # an onnxruntime session, or OpenVINO's behind the same methods
+    "A session on the best available device; raises PillsnapError for a model that cannot be opened."
+    if device == "openvino":
+        return OpenvinoSession(model, threads, where)
     wanted, reason = choose_providers(device, ort.get_available_providers())
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
@@ -156,7 +207,7 @@ REQUIRED = dict(
     thresholds=dict,
     drugs=dict,
     digest=str,
-)  # `detector`, `scorecard` and `rule` may be null
+)  # `detector`, `classifier_uint8`, `scorecard` and `rule` may be null
 THRESHOLDS = dict(conf=float, iou=float, max_det=int, crop_padding=float)
 ANSWERING = dict(mode=str, top_k=int, lazy_load_detector=bool, focus=str)  # defaults where the caller gives no value
 DEFAULTS = dict(mode="single", top_k=5, lazy_load_detector=True, focus="off")  # for a bundle without these fields
@@ -190,6 +241,7 @@ class BundleContent:
     thumbnails: Mapping[str, Mapping[str, Mapping[str, str]]] = field(
         default_factory=dict
     )  # K-code → side → file, sha256
+    classifier_uint8: Mapping[str, Any] | None = None  # from model_entry: the graph that takes pixels; None = none
 
 
 def write_bundle(
@@ -207,6 +259,7 @@ def write_bundle(
         preprocessing=preprocessing(c.classifier["img_size"], detector_size, c.thresholds.crop_padding),
         classifier=dict(c.classifier),
         detector=dict(c.detector) if c.detector else None,
+        classifier_uint8=dict(c.classifier_uint8) if c.classifier_uint8 else None,
         temperature=float(c.temperature),
         calibrated=c.calibrated,
         thresholds=asdict(c.thresholds),
@@ -290,7 +343,7 @@ def _check_bundle(
     if "answering" in meta:
         _fields(meta["answering"], ANSWERING, path)
         check_mode(meta["answering"]["mode"])
-    for part in ("classifier", "detector"):
+    for part in ("classifier", "detector", "classifier_uint8"):
         if meta.get(part) is not None:
             _fields(meta[part], MODEL, path)
     _fields(meta["drugs"], dict.fromkeys(meta["drugs"], dict), path)

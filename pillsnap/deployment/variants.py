@@ -99,7 +99,7 @@ def exported_networks(
 ) -> Variant:
     "The networks of an export, as they are."
     entries = {m: bundle.meta[m] for m in ("classifier", "detector") if bundle.meta.get(m)}
-    files = {m: verified_bytes(bundle.folder, e) for m, e in entries.items()}
+    files = {m: verified_bytes(bundle.files, e) for m, e in entries.items()}
     return Variant("fp32", files, {m: int(e["img_size"]) for m, e in entries.items()})
 
 # %% ../../nbs/deployment/857_variants.ipynb #7a0babce
