@@ -60,6 +60,8 @@ REQUIRED: dict[str, dict[str, float]] = {
     "BM9": {"required: 48": 1.0},
     "BM9_ssim": {"required: 0.995": 1.0},
     "BM10": {"bare PyTorch loop": 1 / 1.05},
+    "BM11": {"onnxruntime fp32": 1.4},
+    "BM11_detector": {"onnxruntime fp32": 1.7},
 }
 # Bounds that are no ratio, by benchmark.
 LIMITS: dict[str, dict[str, float]] = {
@@ -88,6 +90,8 @@ VERSIONS = (
     "isal",
     "numba",
     "timm",
+    "onnxruntime",
+    "openvino",
     "ultralytics",
     "datumaro",
     "globox",

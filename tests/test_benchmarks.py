@@ -100,6 +100,23 @@ def test_the_engines_step_is_measured_beside_a_bare_loop(tmp_path):
     assert said and 0 < float(said[1]) < ours and int(said[3]) > 0 and int(said[4]) > 0 and not list(tmp_path.iterdir())
 
 
+@pytest.mark.spec("BM11")
+def test_int8_is_measured_beside_float32_with_its_price(tmp_path):
+    "Small inputs; both networks get a ratio, and the price comes from the report of a quantised run."
+    report = dict(run_id="abc", data="synthetic", lost={"int8": []})
+    report["metrics"] = [dict(name="int8_accuracy_lost", value=0.25, n=40, note="same photos")]
+    (tmp_path / "run/reports").mkdir(parents=True)
+    (tmp_path / "run/reports/quantised.json").write_text(json.dumps(report))
+    script = [sys.executable, str(ROOT / "benchmarks" / "bm11_int8.py"), "--quick", "--repeats", "1"]
+    more = ["--size", "64", "--detector-size", "64", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "out")]
+    r = subprocess.run([*script, *more], capture_output=True, text=True, env=ENV, timeout=400)
+    assert r.returncode == 0, r.stderr[-2000:]
+    rows = [[c.strip() for c in x.split("│")[1:]] for x in r.stdout.splitlines() if x.startswith("│")]
+    asked = [x for x in rows if x[0] == "onnxruntime fp32"]
+    assert [x[4] for x in asked] == ["1.4×", "1.7×"] and all(x[3].endswith("×") for x in asked)
+    assert "int8_accuracy_lost     0.25, n=40" in r.stdout and not (tmp_path / "out").exists()
+
+
 @pytest.mark.spec("BM13")
 def test_a_training_that_grows_is_told(tmp_path):
     """The whole engine with its worker processes; what is kept in each epoch on purpose is what the slope says, and
@@ -147,6 +164,8 @@ ASKED = {
     "BM9": {"required: 48": 1},
     "BM9_ssim": {"required: 0.995": 1},
     "BM10": {"bare PyTorch loop": 1 / 1.05},
+    "BM11": {"onnxruntime fp32": 1.4},
+    "BM11_detector": {"onnxruntime fp32": 1.7},
 }
 LIMITS = {
     "BM9": {"decibels": 48},
@@ -156,14 +175,14 @@ LIMITS = {
     "BM14": {"seconds": 45, "bytes": 2e9, "growth": 1.25},
 }
 LOADERS = ("BM4", "BM5", "BM6", "BM7", "BM8")
-TIMED = ("BM1", "BM2", "BM3", *LOADERS, "BM10", "BM14")
+TIMED = ("BM1", "BM2", "BM3", *LOADERS, "BM10", "BM11", "BM11_detector", "BM14")
 
 
 def published(id: str) -> dict:
     return json.loads((RESULTS / f"{id}.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.spec("BM1", "BM2", "BM3", "BM4", "BM5", "BM6", "BM7", "BM8", "BM9", "BM10", "BM13", "BM14")
+@pytest.mark.spec("BM1", "BM2", "BM3", "BM4", "BM5", "BM6", "BM7", "BM8", "BM9", "BM10", "BM11", "BM13", "BM14")
 def test_the_required_ratios_are_those_of_the_contract():
     assert harness.REQUIRED == ASKED and harness.LIMITS == LIMITS
 
@@ -184,7 +203,7 @@ def test_no_script_has_a_bound_of_its_own():
     assert set(ASKED) <= named
 
 
-@pytest.mark.spec("BM1", "BM2", "BM3", "BM4", "BM5", "BM6", "BM7", "BM8", "BM9", "BM10")
+@pytest.mark.spec("BM1", "BM2", "BM3", "BM4", "BM5", "BM6", "BM7", "BM8", "BM9", "BM10", "BM11")
 @pytest.mark.parametrize("id", ASKED)
 def test_what_is_published_reaches_what_is_asked(id):
     """The ratio is taken again from the published medians; a verdict that was typed in, or a bound that was
