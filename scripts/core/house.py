@@ -89,6 +89,12 @@ def is_export(source: str) -> bool:
 
 
 @cache
+def parsed(source: str) -> ast.Module:
+    "The syntax tree of a text, which several counts read."
+    return ast.parse(source)
+
+
+@cache
 def notebooks() -> list[Notebook]:
     "Every chapter that exports a module, in reading order."
     paths = sorted((ROOT / "nbs").rglob("[0-9]*_*.ipynb"), key=lambda p: p.name)
@@ -117,11 +123,7 @@ def wide() -> list[str]:
 def chains() -> list[str]:
     found = []
     for place, text in sources():
-        starts = [(n.lineno, n.end_lineno) for n in ast.walk(ast.parse(text)) if isinstance(n, ast.stmt)]
-        begun = defaultdict(int)
-        for first, _ in starts:
-            begun[first] += 1
-        for node in ast.walk(ast.parse(text)):
+        for node in ast.walk(parsed(text)):
             for body in (getattr(node, "body", []), getattr(node, "orelse", []), getattr(node, "finalbody", [])):
                 if isinstance(body, list):
                     pairs = zip(body, body[1:], strict=False)
@@ -139,7 +141,7 @@ def long() -> list[str]:
     found = []
     for nb in notebooks():
         for source in filter(is_export, nb.code()):
-            for node in ast.walk(ast.parse(source)):
+            for node in ast.walk(parsed(source)):
                 if isinstance(node, ast.FunctionDef) and body_lines(node) > 40:
                     found.append(f"{nb.name}: {node.name}, {body_lines(node)} lines")
     return found
@@ -148,7 +150,7 @@ def long() -> list[str]:
 def code_lines(source: str) -> int:
     "Lines of code of a cell; documented parameters stand one a line and do not count, nor do docstrings."
     free: set[int] = set()
-    for n in ast.walk(ast.parse(source)):
+    for n in ast.walk(parsed(source)):
         if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef)):
             free |= set(range(n.lineno, n.body[0].lineno))
         if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and ast.get_docstring(n):
@@ -164,7 +166,7 @@ def median() -> float:
 def defined(source: str) -> list[str]:
     "Public functions and classes that a cell defines; methods that @patch adds are left out."
     names = []
-    for node in ast.parse(source).body:
+    for node in parsed(source).body:
         if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name.startswith("_"):
             continue
         patched = any(ast.unparse(d).startswith(("patch", "delegates", "app.")) for d in node.decorator_list)
@@ -184,7 +186,7 @@ def demos() -> list[str]:
 
 def is_definition(source: str) -> bool:
     "An export cell that defines something, not one that imports or names the module."
-    body = ast.parse(source).body
+    body = parsed(source).body
     return is_export(source) and not all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in body)
 
 
@@ -208,9 +210,7 @@ def said(nb: Notebook) -> Iterator[str]:
     yield from nb.prose()
     for source in filter(is_export, nb.code()):
         yield "\n".join(re.findall(r"#.*$", source, re.M))
-        yield from (
-            ast.get_docstring(n) or "" for n in ast.walk(ast.parse(source)) if hasattr(n, "body") and has_doc(n)
-        )
+        yield from (ast.get_docstring(n) or "" for n in ast.walk(parsed(source)) if hasattr(n, "body") and has_doc(n))
 
 
 def has_doc(node: ast.AST) -> bool:
@@ -274,14 +274,20 @@ LISTS = {
 }
 
 
+@cache
+def found(what: str) -> list[str]:
+    "The places behind one count, of the files as they were when this was first asked."
+    return LISTS[what]()
+
+
 def count(what: str) -> float:
     "One count; for `rows` the longest run."
     if what == "median":
         return median()
     if what == "rows":
-        runs = [int(re.search(r": (\d+) before", place)[1]) for place in longest_rows()]
+        runs = [int(re.search(r": (\d+) before", place)[1]) for place in found("rows")]
         return max(runs, default=3)
-    return len(LISTS[what]())
+    return len(found(what))
 
 
 def main() -> int:
