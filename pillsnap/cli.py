@@ -514,7 +514,11 @@ def verify(
 def serve(  # noqa: PLR0913 - one parameter for each option of the command
     bundle: Annotated[
         Path | None,
-        typer.Option("--bundle", "--run", help="a run folder or an export; default: MODEL_PATH of the .env file"),
+        typer.Option(
+            "--bundle",
+            "--run",
+            help="a .pillsnap file, a run folder or an export; default: MODEL_PATH of the .env file",
+        ),
     ] = None,
     host: Annotated[str, typer.Option(help="the address to listen on; 0.0.0.0 = all of this machine")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="the port; 0 = any that is free", min=0, max=65535)] = 8000,
@@ -530,6 +534,10 @@ def serve(  # noqa: PLR0913 - one parameter for each option of the command
     ] = True,
     keep: Annotated[
         Path | None, typer.Option(help="store each photo with its answer in this folder; default: store nothing")
+    ] = None,
+    key: Annotated[
+        Path | None,
+        typer.Option("--key", metavar="PUB", help="public key (PEM) of the one who must have signed the bundle"),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     limit: Annotated[
@@ -553,6 +561,7 @@ def serve(  # noqa: PLR0913 - one parameter for each option of the command
         auth=auth,
         health_public=health,
         keep=keep,
+        signed_by=key,
         device=device,
     )
 

@@ -15,7 +15,9 @@ import pytest
 from jsonschema import validate
 
 from pillsnap.client import Client
+from pillsnap.core.container import PackedFiles, write_packed
 from pillsnap.core.errors import PillsnapError
+from pillsnap.core.signing import sign_files
 from pillsnap.deployment.runtime import load_bundle
 from pillsnap.models.pipeline import answer_schema
 
@@ -240,6 +242,72 @@ def test_a_reload_switches_to_a_bundle_that_works_and_to_no_other(tmp_path, bund
         assert {t["hashes"]["bundle"] for _, t, _ in seen} <= {first, answer["after"]["digest"]}
         assert server.ask("/predict", [pill_photo()])[1]["hashes"]["bundle"] == answer["after"]["digest"]
         assert until(lambda: len(server.workers()) == 2)  # those of the earlier bundle have ended
+
+
+def key_pair(folder: Path, name: str) -> tuple[Path, Path]:
+    "A private and a public key."
+    private, public = folder / f"{name}.pem", folder / f"{name}.pub"
+    made = ["ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", private]
+    for args in (made, ["ec", "-in", private, "-pubout", "-out", public]):
+        subprocess.run(["openssl", *args], check=True, capture_output=True)
+    return private, public
+
+
+def packed(export: Path, file: Path, key: Path | None = None) -> Path:
+    "An export as one file, signed where there is a key."
+    parts = {p.name: p for p in sorted(export.iterdir())}
+    write_packed(file, parts, key and (lambda digests: sign_files(digests, key)))
+    return file
+
+
+def with_a_flipped_byte(file: Path) -> bytes:
+    "The content of a file, with another classifier."
+    content, member = bytearray(file.read_bytes()), PackedFiles(file).members["classifier.onnx"]
+    content[(member.begin + member.end) // 2] ^= 1
+    return bytes(content)
+
+
+@pytest.mark.spec("BX6", "RS6", "RS8")
+def test_a_file_is_verified_before_it_answers(tmp_path, bundle):
+    "With a key: a flipped byte, no signature and another's signature are refused; the present file answers on."
+    (private, public), (stranger, _) = key_pair(tmp_path, "maker"), key_pair(tmp_path, "stranger")
+    place = packed(bundle, tmp_path / "pills.pillsnap", private)
+    new = colour_bundle(tmp_path / "new", data="other:toy")
+    flipped = with_a_flipped_byte(packed(new, tmp_path / "new.pillsnap", private))
+    offered = {
+        "the sha256 of classifier.onnx differs": flipped,
+        "this bundle has none": packed(new, tmp_path / "plain.pillsnap").read_bytes(),
+        "made with another key": packed(new, tmp_path / "other.pillsnap", stranger).read_bytes(),
+    }
+
+    def replace_by(content: bytes) -> None:
+        (tmp_path / "copy").write_bytes(content)
+        os.replace(tmp_path / "copy", place)
+
+    with Server(tmp_path / "server", place, *FREE, "--key", str(public)) as server:
+        first = server.ask("/version")[1]["bundle"]["digest"]
+        for reason, content in offered.items():
+            replace_by(content)
+            status, told, _ = server.ask("/reload", method="POST")
+            assert (status, told["error"]["code"]) == (409, "reload_refused") and reason in told["error"]["message"]
+            status, told, _ = server.ask("/predict", [pill_photo()])
+            assert (status, told["hashes"]["bundle"]) == (200, first)
+        replace_by((tmp_path / "new.pillsnap").read_bytes())
+        status, told, _ = server.ask("/reload", method="POST")
+        assert (status, told["before"]["digest"], told["after"]["data"]) == (200, first, "other:toy")
+        answer = server.ask("/predict", [pill_photo()])[1]
+    assert same(answer, load_bundle(new).predict(pill_photo()))
+
+
+@pytest.mark.spec("RS6")
+@pytest.mark.parametrize("harm", ["a flipped byte", "no signature", "a folder"])
+def test_a_server_does_not_start_from_what_is_not_verified(tmp_path, bundle, harm):
+    private, public = key_pair(tmp_path, "maker")
+    file = packed(bundle, tmp_path / "pills.pillsnap", None if harm == "no signature" else private)
+    if harm == "a flipped byte":
+        file.write_bytes(with_a_flipped_byte(file))
+    with pytest.raises(AssertionError, match=r"the server did not start[^$]*(sha256|signature is required)"):
+        Server(tmp_path / "server", bundle if harm == "a folder" else file, *FREE, "--key", str(public))
 
 
 @pytest.mark.spec("SV3")

@@ -152,6 +152,7 @@ class ServerSettings(Block):
     auth: bool = key(True, "ask for a key; false on the loopback address only")
     health_public: bool = key(True, "/health answers without a key")
     keep: Path | None = key(None, "store each photo and its answer in this folder; none: store nothing")
+    signed_by: Path | None = key(None, "public key of the person who must have signed the bundle; none: anybody")
     limits: ServerLimits = key(ServerLimits(), "what requests may cost")
 
     @property

@@ -79,7 +79,9 @@ def worker_plan(
     env: EnvFile,  # the values of the file .env
 ) -> WorkerPlan:
     "How workers of the bundle that is named now run; a link is followed once, so that all of them find the same."
-    return WorkerPlan(str(bundle_path(settings, env).resolve()), settings.device, settings.worker_threads)
+    key = settings.signed_by and str(settings.signed_by.resolve())
+    path = bundle_path(settings, env).resolve()
+    return WorkerPlan(str(path), settings.device, settings.worker_threads, signed_by=key)
 
 
 def start_workers(

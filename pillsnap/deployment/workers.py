@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +141,7 @@ class WorkerPlan:
     device: str = "auto"  # auto, cpu or cuda
     threads: int = 1  # of one operator
     digest: str | None = None  # the content that is expected; None = whatever is there
+    signed_by: str | None = None  # public key of the person who must have signed the file; None = anybody
 
 
 def bundle_facts(
@@ -178,7 +179,7 @@ def _started_bundle(sock: socket.socket, plan: WorkerPlan) -> Any:
     from pillsnap.deployment.runtime import load_bundle
 
     try:
-        bundle = load_bundle(plan.bundle, plan.device, plan.threads)
+        bundle = load_bundle(plan.bundle, plan.device, plan.threads, key=plan.signed_by)
         if plan.digest not in (None, bundle.meta["digest"]):
             raise PillsnapError("the bundle on disk is another one now", where=plan.bundle, fix="POST /reload")
         self_test(bundle)
@@ -210,8 +211,8 @@ def worker_main(
 
 def main_of_worker() -> None:
     "Run a worker by the command line that `Worker` gives it."
-    fd, bundle, device, threads, digest = sys.argv[1:]
-    worker_main(int(fd), WorkerPlan(bundle, device, int(threads), digest or None))
+    fd, bundle, device, threads, digest, signed_by = sys.argv[1:]
+    worker_main(int(fd), WorkerPlan(bundle, device, int(threads), digest or None, signed_by or None))
 
 # %% ../../nbs/deployment/862_workers.ipynb #07f4f558
 START_SECONDS = 60.0  # (ours) a large bundle on a slow disk still loads
@@ -227,7 +228,8 @@ class Worker:
         self.plan = plan
         self.sock, theirs = socket.socketpair()
         code = "from pillsnap.deployment import workers; workers.main_of_worker()"
-        argv = [str(theirs.fileno()), str(plan.bundle), plan.device, str(plan.threads), plan.digest or ""]
+        argv = [str(theirs.fileno()), str(plan.bundle), plan.device, str(plan.threads)]
+        argv += [plan.digest or "", plan.signed_by or ""]
         path = os.pathsep.join([str(Path(pillsnap.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
         env = os.environ | {"PYTHONPATH": path.rstrip(os.pathsep), "OMP_NUM_THREADS": str(plan.threads)}
         with theirs:
@@ -300,7 +302,7 @@ class Fleet:
             self.close()
             raise
         self.facts = facts[0]
-        self.plan = WorkerPlan(self.plan.bundle, self.plan.device, self.plan.threads, self.facts["digest"])
+        self.plan = replace(self.plan, digest=self.facts["digest"])
         for slot in range(self.size):
             self.idle.put(slot)
         return self

@@ -82,6 +82,20 @@ MUTATIONS: list[Mutation] = [
         "tests/test_server.py::test_a_reload_switches_to_a_bundle_that_works_and_to_no_other",
     ),
     Mutation(
+        "a reload switches before the new bundle is verified",
+        "pillsnap/deployment/workers.py",
+        "new = Fleet(plan, self.fleet.size).ready()",
+        "new = Fleet(plan, self.fleet.size)",
+        "tests/test_server.py::test_a_file_is_verified_before_it_answers",
+    ),
+    Mutation(
+        "the server does not ask who signed a file",
+        "pillsnap/deployment/workers.py",
+        "plan.threads, key=plan.signed_by)",
+        "plan.threads)",
+        "tests/test_server.py::test_a_file_is_verified_before_it_answers",
+    ),
+    Mutation(
         "each worker counts a key's photos for itself",
         "pillsnap/deployment/service.py",
         "KeyRates(limits.per_minute)",
