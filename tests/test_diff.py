@@ -15,6 +15,7 @@ from pillsnap.core.errors import PillsnapError
 from pillsnap.core.files import read_json, save_json
 from pillsnap.core.records import Provenance
 from pillsnap.evaluation import diff as D
+from pillsnap.evaluation import groupfigures as G
 from pillsnap.evaluation.safeanswers import SafeAnswers
 from pillsnap.models import metrics as M
 from pillsnap.models.decision import AnswerRule
@@ -121,7 +122,7 @@ def test_figures_and_weights_are_those_of_the_metrics_on_copied_rows(seed, group
         "top5": float((clean["rank"] <= 5).mean()),
         "ece_calibrated": M.ece(clean["confidence"].to_numpy(), p == y),
     }
-    figures = D.single_figures(t)
+    figures = G.single_figures(t)
     for name, value in expected.items():
         f = figures[name]
         got = f.weighted(np.array([[weights[g] for g in f.groups]]))[0]
@@ -136,7 +137,7 @@ def test_a_run_compared_with_itself_has_no_differences(tmp_path_factory, seed, g
     t = random_singles(seed, groups, per_group, 5)
     t.to_csv(run / "reports" / "predictions_single.csv", index=False)
     doc = read_json(run / "reports" / "evaluation.json")
-    for name, f in D.single_figures(t).items():
+    for name, f in G.single_figures(t).items():
         doc["metrics"][name]["value"] = f.point
     save_json(doc, run / "reports" / "evaluation.json")
     d = D.compare_runs(run, run, draws=60)
@@ -159,7 +160,7 @@ def test_figures_of_the_answer_rule_are_those_of_the_scorecard(tmp_path):
         t[stratum] = "one"
     recorded = SafeAnswers(AnswerRule("lac", 0.05, (0.9,)), t).records(Provenance("synthetic", "a" * 64, "b" * 64))
     t.round(6).to_csv(tmp_path / "safe_answers.csv", index=False)
-    figures = D.safe_figures(pd.read_csv(tmp_path / "safe_answers.csv", dtype={"group": str}))
+    figures = G.safe_figures(pd.read_csv(tmp_path / "safe_answers.csv", dtype={"group": str}))
     assert len(figures) == 8
     for name, f in figures.items():
         assert f.point == pytest.approx(recorded[name].value), name
@@ -168,12 +169,12 @@ def test_figures_of_the_answer_rule_are_those_of_the_scorecard(tmp_path):
 # ---- noise ---------------------------------------------------------------------------------------
 
 
-def two_runs_of_groups(rng, groups: int, per_group: int, gap: float) -> list[D.GroupFigure]:
+def two_runs_of_groups(rng, groups: int, per_group: int, gap: float) -> list[G.GroupFigure]:
     "Two classifiers whose right answers come by whole groups, the second better by gap on average."
     figures, names = [], np.repeat([f"g{i:03d}" for i in range(groups)], per_group)
     for extra in (0.0, gap):
         hit = np.repeat(rng.random(groups) < 0.6 + extra, per_group)
-        figures.append(D.by_group(names.tolist(), np.stack([hit, np.ones(len(hit))], 1), D._ratio))
+        figures.append(G.share_figure(pd.DataFrame({"group": names.tolist()}), hit))
     return figures
 
 
@@ -201,7 +202,7 @@ def test_a_real_difference_is_found():
 def test_the_blocks_of_the_bootstrap_do_not_change_its_samples(monkeypatch):
     a, b = two_runs_of_groups(np.random.default_rng(2), groups=20, per_group=3, gap=0.1)
     whole = D.bootstrap_difference(a, b, draws=50)
-    many = D.by_group([f"g{i:03d}" for i in range(20)], np.zeros((20, 90_000)), lambda s: s[:, 0])
+    many = G.by_group([f"g{i:03d}" for i in range(20)], np.zeros((20, 90_000)), lambda s: s[:, 0])
     assert len(D.bootstrap_difference(many, many, draws=50)) == 50 and len(whole) == 50
 
 
@@ -210,9 +211,9 @@ def test_runs_that_share_some_groups_are_compared_on_one_draw():
     rng = np.random.default_rng(3)
     hit = (rng.random(60) < 0.5).astype(float)
 
-    def figure(prefix: str, first: int) -> D.GroupFigure:
+    def figure(prefix: str, first: int) -> G.GroupFigure:
         names = [f"{prefix if i < first else 'shared'}{i:02d}" for i in range(60)]
-        return D.by_group(names, np.stack([hit, np.ones(60)], 1), D._ratio)
+        return G.share_figure(pd.DataFrame({"group": names}), hit)
 
     widths = []
     for first in (0, 30, 60):

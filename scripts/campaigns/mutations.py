@@ -653,7 +653,7 @@ MUTATIONS: list[Mutation] = [
     ),
     Mutation(
         "two runs are compared photo by photo, without capture groups",
-        "pillsnap/evaluation/diff.py",
+        "pillsnap/evaluation/groupfigures.py",
         "codes, names = pd.factorize(np.asarray(groups, object), sort=True)",
         "codes, names = pd.factorize(np.arange(len(groups)), sort=True)",
         "tests/test_diff.py::test_equal_runs_are_within_noise_nineteen_times_of_twenty",
