@@ -115,7 +115,8 @@ def test_the_bootstrap_draws_whole_groups():
 
     found = group_bootstrap(figures, names, draws=200)
     assert all(len(set(row)) == 1 for row in seen) and {0, 1, 2} <= {row[0] for row in seen}
-    assert found["photos"] == (60, 60) and 5 <= found["groups"][0] < found["groups"][1] <= 12
+    assert "photos" not in found, "the same in every sample: that makes no figure certain"
+    assert 5 <= found["groups"][0] < found["groups"][1] <= 12
 
 
 @pytest.mark.spec("BX7")

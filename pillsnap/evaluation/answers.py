@@ -451,8 +451,10 @@ def save_lines(
     return save_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in rows), path)
 
 
-def _box_lines(boxes: Boxes) -> list[dict[str, Any]]:
-    "True and predicted boxes, one dict per photo."
+@patch
+def lines(self: Boxes) -> list[dict[str, Any]]:  # one dict per photo, as predictions_boxes.jsonl holds it
+    "True and predicted boxes; hundredths of a pixel."
+    each = zip(self.paths, self.groups, self.parts, self.truth, self.preds, strict=True)
     return [
         {
             "path": path,
@@ -462,9 +464,7 @@ def _box_lines(boxes: Boxes) -> list[dict[str, Any]]:
             "boxes": np.round(xyxy, 2).tolist(),
             "confidence": np.round(conf, 5).tolist(),
         }
-        for path, group, part, truth, (xyxy, conf) in zip(
-            boxes.paths, boxes.groups, boxes.parts, boxes.truth, boxes.preds, strict=True
-        )
+        for path, group, part, truth, (xyxy, conf) in each
     ]
 
 
@@ -477,7 +477,7 @@ def save(
     table = folder / "predictions_single.csv"
     with atomic_path(table) as tmp:
         self.singles_table().to_csv(tmp, index=False, lineterminator="\n")
-    boxes = _box_lines(self.boxes) if self.boxes else []
+    boxes = self.boxes.lines() if self.boxes else []
     combos = [asdict(a) for a in self.combos.answers] if self.combos else []
     return [
         table,

@@ -11,6 +11,7 @@ __all__ = ['LEAST_COMBOS', 'FLAT', 'LEAST_POINTS', 'RELIABLE', 'single_records',
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,20 @@ from ..core.records import Metric, Provenance
 from ..dataset.splitfiles import SplitData
 from .answers import Boxes, ComboAnswer, Combos, EvalPhoto, Scores, photos_touching_training
 from .checks import BEFORE, not_measured
+from .groupfigures import box_figures, combo_figures, macro_f1_figure
 from .intervals import share_words
 from .reports import evaluate_classification_metrics
 from ..models.metrics import detection_ap
 
 # %% ../../nbs/evaluation/764_figures.ipynb #6f8b41d2
+def _macro_f1_words(
+    scores: Scores,  # scored photos
+    logits: np.ndarray,  # of one view [N, C]
+) -> str:  # empty without photos
+    "The interval of macro-F1."
+    return macro_f1_figure(scores.groups, scores.labels, logits.argmax(1)).words() if len(scores.labels) else ""
+
+
 def single_records(
     scores: Scores,  # clean photos
     keys: Sequence[str],  # class keys in id order
@@ -45,17 +55,24 @@ def single_records(
     figures = {k: answered[k] for k in ("accuracy", "macro_f1", "top5", "confidence", "ece")}
     rec = {k: prov.metric(k, v, n, half) for k, v in figures.items()}
     right = scores.single.argmax(1) == scores.labels if n else []
-    rec["accuracy"] = prov.metric("accuracy", answered["accuracy"], n, half, note=share_words(right, scores.groups))
+    in_five = np.argsort(-scores.single, 1, kind="stable")[:, :5] == scores.labels[:, None] if n else np.zeros((0, 5))
+    for k, hits in (("accuracy", right), ("top5", in_five.any(1))):
+        rec[k] = prov.metric(k, answered[k], n, half, note=share_words(hits, scores.groups))
+    rec["macro_f1"] = prov.metric(
+        "macro_f1", answered["macro_f1"], n, half, note=_macro_f1_words(scores, scores.single)
+    )
     for view, z, note in (
         ("whole", scores.whole, "the whole photo"),
         ("crop_true_box", scores.crop, "crop around the true box"),
     ):
         scored = evaluate_classification_metrics(z, scores.labels, keys)
         held = share_words(z.argmax(1) == scores.labels if n else [], scores.groups)
-        for k, about in (("accuracy", "; ".join(filter(None, (note, held)))), ("macro_f1", note)):
+        for k, words in (("accuracy", held), ("macro_f1", _macro_f1_words(scores, z))):
+            about = "; ".join(filter(None, (note, words)))
             rec[f"{k}_{view}"] = prov.metric(f"{k}_{view}", scored[k], n, half, note=about)
-    share = scores.views.count("crop") / n if n else None
-    rec["focus_found"] = prov.metric("focus_found", share, n, half, note="share of photos answered by a located crop")
+    cropped = np.array([v == "crop" for v in scores.views], bool)
+    note = "; ".join(filter(None, ("share of photos answered by a located crop", share_words(cropped, scores.groups))))
+    rec["focus_found"] = prov.metric("focus_found", float(cropped.mean()) if n else None, n, half, note=note)
     rec["n_eval_samples"] = prov.metric("n_eval_samples", n, n, half)
     rec["class_coverage"] = prov.metric("class_coverage", answered["classes_seen"] / len(keys), len(keys), half)
     for name, column in (("per_class_min_f1", seen.f1), ("per_class_min_accuracy", seen.recall)):
@@ -78,6 +95,16 @@ def _part_accuracy(
     right = scores.single.argmax(1) == scores.labels
     about = f"{note}; {share_words(right, scores.groups)}"
     return prov.metric(name, float(right.mean()), n, scores.seconds / 3, note=about)
+
+
+def _pill_words(
+    combos: Combos,  # answered combos
+    hits: Sequence[int],  # of the pills of each photo, how many count
+) -> str:  # empty without pills
+    "The interval of a share of pills; the pills of one combination count as alike."
+    pills = [a.pills for a in combos.answers]
+    each = [np.arange(n) < hit for n, hit in zip(pills, hits)]
+    return share_words(np.concatenate([*each, []]), np.repeat([a.group for a in combos.answers], pills))
 
 
 def selection_records(
@@ -104,7 +131,7 @@ def selection_records(
     pills = sum(a.pills for a in own.answers)
     rec[name] = not_measured(prov, name, "no combo selected the detector's checkpoint")
     if pills:
-        note = "combos that selected the detector's checkpoint"
+        note = f"combos that selected the detector's checkpoint; {_pill_words(own, [a.right for a in own.answers])}"
         rec[name] = prov.metric(name, sum(a.right for a in own.answers) / pills, pills, own.seconds, note=note)
     return rec
 
@@ -126,7 +153,8 @@ def box_records(
     m = detection_ap(b.preds, b.truth)
     pills, at = f"{m['n_boxes']} pills", f", at confidence {m['conf']:.3f}"
     notes = {k: pills + at if k.endswith(("precision", "recall")) else pills for k in names}
-    return {k: prov.metric(k, m[v], m["n_photos"], b.seconds, note=notes[k]) for k, v in names.items()}
+    held = {k: f.words() for k, f in box_figures([line | {"part": "clean"} for line in b.lines()]).items()}
+    return {k: prov.metric(k, m[v], m["n_photos"], b.seconds, note=f"{notes[k]}; {held[k]}") for k, v in names.items()}
 
 # %% ../../nbs/evaluation/764_figures.ipynb #118bf4e1
 LEAST_COMBOS = 30  # with fewer photos, combo_set_accuracy is NOT_MEASURED
@@ -159,11 +187,17 @@ def combo_records(
     right = sum(a.right for a in answers) / pills if pills else None
     found = sum(a.found for a in answers) / pills if pills else None
     invented = sum(a.invented for a in answers) / len(answers)
+    notes = {
+        "combo_pill_accuracy": f"found and rightly named; {_pill_words(combos, [a.right for a in answers])}",
+        "combo_pills_found": _pill_words(combos, [a.found for a in answers]),
+    }
+    lines = [asdict(a) | {"part": "clean"} for a in answers]
+    notes["combo_invented"] = f"boxes on no pill, per photo; {combo_figures(lines)['combo_invented'].words()}"
     return {
         "combo_set_accuracy": _set_accuracy(combos, prov),
-        "combo_pill_accuracy": prov.metric(names[1], right, pills, seconds, note="found and rightly named"),
-        "combo_pills_found": prov.metric(names[2], found, pills, seconds),
-        "combo_invented": prov.metric(names[3], invented, len(answers), seconds, note="boxes on no pill, per photo"),
+        "combo_pill_accuracy": prov.metric(names[1], right, pills, seconds, note=notes[names[1]]),
+        "combo_pills_found": prov.metric(names[2], found, pills, seconds, note=notes[names[2]]),
+        "combo_invented": prov.metric(names[3], invented, len(answers), seconds, note=notes[names[3]]),
     }
 
 # %% ../../nbs/evaluation/764_figures.ipynb #3a83837c

@@ -97,14 +97,15 @@ def group_bootstrap(
     groups: Sequence[Any] | np.ndarray | pd.Series,  # capture group of each photo [N]
     draws: int = DRAWS,  # bootstrap samples
     seed: int = 42,  # of the draws
-) -> dict[str, tuple[float, float]]:  # 95 % of each figure; empty with fewer than ten groups
+) -> dict[str, tuple[float, float]]:  # 95 % of each figure that varies; empty with fewer than ten groups
     "Percentile intervals over samples of whole capture groups (Efron 1979, Field and Welsh 2007)."
     names, code = np.unique(np.asarray(groups, object).astype(str), return_inverse=True)
     if len(names) < LEAST_GROUPS:
         return {}
     at = np.arange(len(code))
     found = [figures(np.repeat(at, count[code])) for block in group_counts(len(names), draws, seed) for count in block]
-    return {name: percentile_interval([values[name] for values in found]) for name in found[0]}
+    ends = {name: percentile_interval([values[name] for values in found]) for name in found[0]}
+    return {name: (low, high) for name, (low, high) in ends.items() if low < high}
 
 # %% ../../nbs/evaluation/701_intervals.ipynb #c18dd0b8
 def interval_words(
@@ -113,8 +114,10 @@ def interval_words(
     unit: str = "capture groups",  # what they are called
 ) -> str:
     "An interval for a record's note."
-    if interval is None:
+    if interval is None and groups < LEAST_GROUPS:
         return f"no interval: {groups} {unit}, {LEAST_GROUPS} are needed"
+    if interval is None:
+        return f"no interval: the figure is the same in every sample of {groups} {unit}"
     return f"95 %: {interval[0]:.4g} to {interval[1]:.4g}, {groups} {unit}"
 
 

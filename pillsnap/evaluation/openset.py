@@ -151,7 +151,7 @@ def _row(
             mine = at[is_known[at]], at[~is_known[at]]
             return {"auroc": auroc(both[mine[0]], both[mine[1]]) if len(mine[0]) and len(mine[1]) else float("nan")}
 
-        low, high = group_bootstrap(area, groups, draws=200)["auroc"]
+        low, high = group_bootstrap(area, groups, draws=200).get("auroc", (low, high))
     figures = dict(auroc=auroc(u, v), low=low, high=high, fpr95=false_accept_rate(u, v), oscr=oscr(u, right, v))
     return dict(score=name, kind=kind, n=len(v), groups=len(set(others)), known=len(u), **figures)
 
