@@ -54,9 +54,9 @@ def single_records(
     seen = table[table.n > 0]
     figures = {k: answered[k] for k in ("accuracy", "macro_f1", "top5", "confidence", "ece")}
     rec = {k: prov.metric(k, v, n, half) for k, v in figures.items()}
-    right = scores.single.argmax(1) == scores.labels if n else []
-    in_five = np.argsort(-scores.single, 1, kind="stable")[:, :5] == scores.labels[:, None] if n else np.zeros((0, 5))
-    for k, hits in (("accuracy", right), ("top5", in_five.any(1))):
+    order = np.argsort(-scores.single, 1, kind="stable") if n else np.zeros((0, 5), int)
+    hit = order == np.asarray(scores.labels, int)[:, None]
+    for k, hits in (("accuracy", hit[:, 0]), ("top5", hit[:, :5].any(1))):
         rec[k] = prov.metric(k, answered[k], n, half, note=share_words(hits, scores.groups))
     rec["macro_f1"] = prov.metric(
         "macro_f1", answered["macro_f1"], n, half, note=_macro_f1_words(scores, scores.single)
