@@ -13,7 +13,6 @@ import os
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO
 
 # %% ../../nbs/dataset/420_overlay.ipynb #f73ef20d
 import pandas as pd
@@ -21,7 +20,7 @@ from fastcore.basics import patch
 
 # %% ../../nbs/dataset/420_overlay.ipynb #3b4ea862
 from ..core.errors import PillsnapError
-from ..core.files import ensure_dir, os_error
+from ..core.files import append_line
 
 # %% ../../nbs/dataset/420_overlay.ipynb #2989a903
 DECISIONS = ("keep", "drop", "relabel")
@@ -100,30 +99,16 @@ def _login() -> str:
         return f"uid {os.getuid()}"
 
 
-def _ends_with_newline(f: IO[bytes]) -> bool:
-    "Whether the last line of a file is complete; the file is open for reading and at its end."
-    if f.tell() == 0:
-        return True
-    f.seek(-1, os.SEEK_END)
-    return f.read(1) == b"\n"
-
-
 @patch
 def add(
     self: Overlay,
     decision: Decision,  # the decision
 ) -> Decision:  # as written, with who and when
-    "Append one decision with one write and sync the file; raises PillsnapError if the disk refuses."
+    "Append one decision and sync the file; raises PillsnapError if the disk refuses."
     who, when = decision.who or _login(), decision.when or datetime.now(UTC).isoformat(timespec="seconds")
     done = Decision(**(asdict(decision) | {"who": who, "when": when}))
-    line = (json.dumps(asdict(done), ensure_ascii=False) + "\n").encode("utf-8")
-    try:
-        ensure_dir(self.path.parent)
-        with open(self.path, "a+b", buffering=0) as f:
-            f.write(line if _ends_with_newline(f) else b"\n" + line)
-            os.fsync(f.fileno())
-    except OSError as e:
-        raise os_error("the decision cannot be written", self.path, e) from e
+    line = json.dumps(asdict(done), ensure_ascii=False).encode("utf-8")
+    append_line(self.path, line, "the decision cannot be written")
     return done
 
 # %% ../../nbs/dataset/420_overlay.ipynb #5af312b6
