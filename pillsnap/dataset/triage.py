@@ -17,7 +17,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +36,7 @@ from ..core.jobs import is_interactive
 from .audit import box_outliers, measure_photos, photo_outliers, sample_photos
 from .drugs import drug_names
 from .duplicates import Duplicates, load_duplicates
+from .feedback import FEEDBACK, StoredRemark, doubted_labels, read_remarks, remarks_by_photo
 from .overlay import Decision, Overlay
 from ..delivery.index import read_manifest
 from ..photos.images import crop_view, open_image_safely
@@ -154,6 +155,7 @@ def label_suspects(
 # %% ../../nbs/dataset/450_triage.ipynb #4d501495
 KINDS = {
     "conflict": "one picture under two drugs",
+    "said": "a person said that it is not this drug",
     "label": "a model is sure of another drug",
     "blurred": "less sharp than its drug's other photos",
     "dark": "darker than its drug's other photos",
@@ -188,6 +190,17 @@ def _conflict_issues(
         for a, b in conflicts
         for p, q in ((a, b), (b, a))
         if p in drug_of and q in drug_of
+    ]
+
+
+def _said_issues(
+    drug_of: dict[str, str],  # single photo → label
+    remarks: Mapping[str, StoredRemark],  # from remarks_by_photo
+) -> list[_Issue]:
+    "Photos of whose pill a person said another drug than the label."
+    return [
+        _Issue(p, drug_of[p], "said", 1.0, other, f"{who or 'somebody'} said {other or 'that the name is wrong'}")
+        for p, other, who in doubted_labels(remarks, drug_of)
     ]
 
 
@@ -234,11 +247,12 @@ def rank_issues(
     answers: pd.DataFrame | None = None,  # predictions, as cross_validated
     dup: Duplicates | None = None,  # duplicates of the delivery
     measured: pd.DataFrame | None = None,  # from measure_photos
+    remarks: Mapping[str, StoredRemark] | None = None,  # from remarks_by_photo
 ) -> pd.DataFrame:  # path, kcode, kind, score (0-1), suggest, why; worst first, one row per photo, drug and kind
     "The issues of a delivery, worst first."
     singles = df[df["kind"] == "single"]
     drug_of = dict(zip(singles["path"], singles["class_key"]))
-    rows = _conflict_issues(drug_of, dup.conflicts if dup else [])
+    rows = _conflict_issues(drug_of, dup.conflicts if dup else []) + _said_issues(drug_of, remarks or {})
     if answers is not None:
         rows += _label_issues(drug_of, answers)
     if measured is not None:
@@ -285,7 +299,8 @@ def issues_of_run(
     searched = found.is_file() and read_json(found)["pictures"]
     dup = load_duplicates(df, head, root / "artifacts", pictures=True) if searched else None
     measured = measure_photos(sample_photos(singles, sample, seed), head["root"], progress=False)
-    return rank_issues(df, answers, dup, measured)
+    remarks = remarks_by_photo(read_remarks(root / FEEDBACK), head["root"], singles["path"])
+    return rank_issues(df, answers, dup, measured, remarks)
 
 
 def open_issues(
