@@ -46,7 +46,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=f">={cfg['min_python']},<3.13",
     packages=find_packages(include=["pillsnap", "pillsnap.*"]),
-    package_data={"pillsnap": ["assets/*"]},
+    package_data={"pillsnap": ["assets/*", "web/*"]},
     install_requires=shlex.split(cfg["requirements"]),
     extras_require={extra: shlex.split(cfg[f"{extra}_requirements"]) for extra in EXTRAS},
     zip_safe=False,

@@ -539,13 +539,16 @@ def serve(  # noqa: PLR0913 - one parameter for each option of the command
         Path | None,
         typer.Option("--key", metavar="PUB", help="public key (PEM) of the one who must have signed the bundle"),
     ] = None,
+    feedback: Annotated[
+        Path | None, typer.Option(help="append what people say of an answer, right or wrong, to this file")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     limit: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="a limit such as per_minute=600; may be repeated")
     ] = None,
 ) -> None:
     """
-    Answer photos over HTTP; Ctrl-C stops. `/docs` shows the API.
+    Answer photos over HTTP; Ctrl-C stops. The address opened in a browser is a page; `/docs` shows the API.
 
     The keys stand in the file .env, and nowhere else: API_KEY=KEY or API_KEY=OLD,NEW, each of 32 characters or more.
     """
@@ -562,6 +565,7 @@ def serve(  # noqa: PLR0913 - one parameter for each option of the command
         health_public=health,
         keep=keep,
         signed_by=key,
+        feedback=feedback,
         device=device,
     )
 

@@ -1,5 +1,6 @@
 "The server: `pillsnap serve` in a process of its own, with its workers, asked over sockets."
 
+import http.client
 import json
 import os
 import signal
@@ -18,6 +19,8 @@ from pillsnap.client import Client
 from pillsnap.core.container import PackedFiles, write_packed
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.signing import sign_files
+from pillsnap.dataset.feedback import read_remarks
+from pillsnap.deployment.admission import KeyRing
 from pillsnap.deployment.runtime import load_bundle
 from pillsnap.models.pipeline import answer_schema
 
@@ -36,8 +39,9 @@ def bundle(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, bundle):
-    "Two workers, no rate that a test could reach."
-    with Server(tmp_path_factory.mktemp("server"), bundle, *FREE) as running:
+    "Two workers, no rate that a test could reach, a file for what people say."
+    folder = tmp_path_factory.mktemp("server")
+    with Server(folder, bundle, *FREE, "--feedback", str(folder / "feedback.jsonl")) as running:
         yield running
 
 
@@ -142,6 +146,36 @@ def test_the_rate_of_a_key_holds_over_all_workers(tmp_path, bundle):
         assert server.ask("/batch", [pill_photo()] * 16, key=OTHER, name="photos")[0] == 200
         left = [server.ask("/predict", [pill_photo()], key=OTHER)[0] for _ in range(45)]
         assert left == [200] * 44 + [429]
+
+
+def test_what_people_say_is_appended_by_all_writers(server):
+    "Forty requests with two keys while another process writes too: every remark is there, whole, with its key's name."
+    file = server.env_file.with_name("feedback.jsonl")
+    said = dict(photo="a" * 64, size=9, mode="single", pill=1, answer="drug", kcode="K-000001", right=False)
+
+    def say(number):
+        body = json.dumps(said | dict(size=number + 1)).encode()
+        headers = {"X-API-Key": (KEY, OTHER)[number % 2], "Content-Type": "application/json"}
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+        connection.request("POST", "/feedback", body, headers)
+        return connection.getresponse().status
+
+    code = "import sys; from pillsnap.dataset.feedback import Remark, add_remark\n"
+    code += f"for n in range(40): add_remark(sys.argv[1], Remark(**{said | dict(pill=2)}), 'lab')"
+    with subprocess.Popen([sys.executable, "-c", code, file], cwd=ROOT) as other, ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(say, range(40))) == [200] * 40
+        assert other.wait(60) == 0
+    remarks = read_remarks(file)
+    assert sorted(r.size for r in remarks if r.who != "lab") == list(range(1, 41))
+    assert {r.who for r in remarks} == {KeyRing.name(KEY), KeyRing.name(OTHER), "lab"}
+    assert sum(r.who == "lab" for r in remarks) == 40 and not server.figure("held_bytes")
+    wrong = [{**said, "right": 1}, {**said, "note": "x"}, {**said, "photo": "../../etc"}, [], {**said, "who": "me"}]
+    for body in wrong:
+        headers = {"X-API-Key": KEY, "Content-Type": "application/json"}
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+        connection.request("POST", "/feedback", json.dumps(body), headers)
+        assert connection.getresponse().status == 422
+    assert len(read_remarks(file)) == 80
 
 
 @pytest.mark.spec("SV2")

@@ -45,6 +45,7 @@ def test_the_wheel_carries_what_a_run_needs(installed):
     assert {f"_resources/nbs/{s.notebook}.ipynb" for s in PIPELINE} <= have
     assert {f"_resources/configs/{n}.yaml" for n in ("demo", "smoke", "two_stage")} <= have
     assert any(p.startswith("assets/") and p.endswith(".ttf") for p in have) and "assets/OFL.txt" in have
+    assert {"web/index.html", "web/app.css", "web/words.js", "web/app.js"} <= have
 
 
 @pytest.mark.spec("BX15")

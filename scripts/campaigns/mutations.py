@@ -117,6 +117,20 @@ MUTATIONS: list[Mutation] = [
         "tests/test_server.py::test_what_is_no_photo_is_refused_with_its_status",
     ),
     Mutation(
+        "feedback overwrites what was said before",
+        "pillsnap/core/files.py",
+        'open(path, "a+b", buffering=0)',
+        'open(path, "w+b", buffering=0)',
+        "tests/test_server.py::test_what_people_say_is_appended_by_all_writers",
+    ),
+    Mutation(
+        "the page reads a drug's name as HTML",
+        "pillsnap/web/app.js",
+        "made.append(child);",
+        'typeof child === "string" ? made.insertAdjacentHTML("beforeend", child) : made.append(child);',
+        "tests/test_web_page.py::test_each_kind_of_answer_is_a_card",
+    ),
+    Mutation(
         "a worker's photo is lost with the worker",
         "pillsnap/deployment/workers.py",
         "for _ in range(ATTEMPTS):",

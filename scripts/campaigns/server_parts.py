@@ -53,7 +53,7 @@ def save_onnx(path: Path, size: int, weight: Any, bias: Any, shape: Sequence[int
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
 
 
-def colour_bundle(folder: Path, data: str = "synthetic", broken: bool = False) -> Path:
+def colour_bundle(folder: Path, data: str = "synthetic", broken: bool = False, **content: Any) -> Path:
     "An export that names a photo by its colour and finds two pills in combo; `broken`: its answers are not finite."
     from pillsnap.photos.images import IMAGENET_MEAN, IMAGENET_STD
 
@@ -65,8 +65,10 @@ def colour_bundle(folder: Path, data: str = "synthetic", broken: bool = False) -
     record = dict(print_front="HB", drug_shape="원형", di_edi_code="642500340,A01508511")
     drugs = {k: record | dict(dl_name=f"약 {k}") for k in PILLS}
     entries = [model_entry(folder / f"{n}.onnx", s, "by hand", 17) for n, s in (("classifier", 64), ("detector", 128))]
-    content = BundleContent(ClassMap(tuple(PILLS)), *entries, drugs=drugs, temperature=1.5, calibrated=True)
-    write_bundle(folder, content, **(ORIGIN | dict(data=data)))
+    own: dict[str, Any] = dict(drugs=drugs, temperature=1.5, calibrated=True)
+    write_bundle(
+        folder, BundleContent(ClassMap(tuple(PILLS)), *entries, **(own | content)), **(ORIGIN | dict(data=data))
+    )
     return folder
 
 

@@ -1,0 +1,723 @@
+// The page: photos go to the server one request each, answers become cards. Text from an answer is only ever text.
+"use strict";
+
+(() => {
+  const byId = (id) => document.getElementById(id);
+  const FACTS = ["kcode", "edi_codes", "name_en", "maker", "form", "imprint_front", "imprint_back", "score_front",
+    "score_back", "shape", "size_mm", "colour_front", "colour_back", "rx_otc", "ingredient", "drug_class"];
+  const VISIBLE = ["imprint_front", "score_front", "colour_front", "imprint_back", "score_back", "colour_back", "shape",
+    "size_mm"];
+  const COLUMNS = ["photo", "pill", "kcode", "name", "confidence", "left", "top", "right", "bottom", "mode", "answer",
+    "shortlist", "badge", "error"];
+  const AT_ONCE = 2; // requests
+  const ATTEMPTS = 6; // for a photo, while the server is busy
+  const BOX = "#d55e00";
+
+  const state = { language: "ko", entries: [], version: null, auth: false, running: 0, stopped: false, free: 0, next: 1 };
+  const words = () => WORDS[state.language];
+
+  // --- elements ---
+
+  function el(tag, attributes, ...children) {
+    const made = document.createElement(tag);
+    for (const [name, value] of Object.entries(attributes || {})) {
+      if (name === "on") for (const [event, call] of Object.entries(value)) made.addEventListener(event, call);
+      else if (value === true) made.setAttribute(name, "");
+      else if (value !== false && value !== null && value !== undefined) made.setAttribute(name, value);
+    }
+    for (const child of children.flat()) if (child !== null && child !== undefined) made.append(child);
+    return made;
+  }
+
+  const button = (text, call, kind) => el("button", { type: "button", class: kind, on: { click: call } }, text);
+  const percent = (share) => `${(100 * share).toFixed(1)}%`;
+
+  function tell(text) { // to a screen reader
+    byId("told").textContent = "";
+    setTimeout(() => { byId("told").textContent = text; }, 50);
+  }
+
+  // --- language and colours ---
+
+  function remembered(name, fallback) {
+    try { return localStorage.getItem(`pillsnap-${name}`) || fallback; } catch { return fallback; }
+  }
+
+  function remember(name, value) {
+    try { localStorage.setItem(`pillsnap-${name}`, value); } catch { /* the choice holds until the page is left */ }
+  }
+
+  function setTheme(theme) {
+    document.documentElement.dataset.theme = theme;
+    byId("theme").value = theme;
+  }
+
+  function setLanguage(language) {
+    state.language = language;
+    document.documentElement.lang = language;
+    byId("language").value = language;
+    for (const place of document.querySelectorAll("[data-t]")) place.textContent = words()[place.dataset.t];
+    showVersion();
+    showProgress();
+    for (const entry of state.entries) showCard(entry);
+  }
+
+  // --- the key ---
+
+  let asking = null; // the open dialog
+
+  function storedKey() {
+    try { return sessionStorage.getItem("pillsnap-key") || ""; } catch { return state.key || ""; }
+  }
+
+  function storeKey(key) {
+    state.key = key;
+    try { sessionStorage.setItem("pillsnap-key", key); } catch { /* it holds until the page is left */ }
+  }
+
+  function askKey(why) { // a promise of whether a key was given
+    if (asking) return asking;
+    const dialog = byId("key-dialog");
+    byId("key-why").textContent = why;
+    byId("key").value = "";
+    state.auth = true;
+    byId("key-button").hidden = false;
+    asking = new Promise((done) => {
+      dialog.addEventListener("close", () => {
+        asking = null;
+        const key = byId("key").value.trim();
+        const given = dialog.returnValue === "ok" && key !== "";
+        byId("key").value = "";
+        if (given) storeKey(key);
+        done(given);
+      }, { once: true });
+    });
+    dialog.returnValue = "";
+    dialog.showModal();
+    byId("key").focus();
+    return asking;
+  }
+
+  // --- the server ---
+
+  class Refusal extends Error {
+    constructor(code, told, after) {
+      super(told);
+      Object.assign(this, { code, told, after });
+    }
+  }
+
+  function said(refusal) { // what is wrong, and what to do, in the page's language
+    const [what, fix] = words().errors[refusal.code] || words().errors.no_answer;
+    return { what, fix, server: refusal.told };
+  }
+
+  async function request(path, options) { // JSON, or a Refusal
+    const key = storedKey();
+    const headers = { ...(options && options.headers), ...(key ? { "X-API-Key": key } : {}) };
+    let response;
+    try {
+      response = await fetch(path, { ...options, headers, cache: "no-store" });
+    } catch (error) {
+      if (error.name === "AbortError") throw error;
+      throw new Refusal("offline", "");
+    }
+    const told = await response.json().catch(() => null);
+    if (response.ok && told) return told;
+    const error = (told && told.error) || { code: "no_answer", message: `status ${response.status}` };
+    throw new Refusal(error.code, error.message, Number(response.headers.get("Retry-After")) || 1);
+  }
+
+  async function withKey(path, options) { // ask for the key as often as the server wants another one
+    for (;;) {
+      try {
+        return await request(path, options);
+      } catch (error) {
+        const wanted = error.code === "key_missing" || error.code === "key_wrong";
+        const why = error.code === "key_wrong" ? said(error).what : words().key_needed;
+        if (!wanted || !(await askKey(why))) throw error;
+      }
+    }
+  }
+
+  async function readVersion() {
+    try {
+      state.version = await withKey("version");
+    } catch {
+      state.version = null; // each photo will say why
+    }
+    if (storedKey()) byId("key-button").hidden = false;
+    const combo = document.querySelector("input[value=combo]");
+    if (state.version) combo.disabled = !state.version.bundle.modes.includes("combo");
+    if (combo.disabled) document.querySelector("input[value=single]").checked = true;
+    showVersion();
+  }
+
+  function showVersion() {
+    const version = state.version;
+    const note = byId("data-note");
+    note.hidden = !version || version.bundle.data === "aihub";
+    if (!note.hidden) note.textContent = `⚠ ${words().data[version.bundle.data] || words().data.other}`;
+    const told = document.querySelector("[data-t=mode_combo_told]");
+    const combo = document.querySelector("input[value=combo]");
+    told.textContent = combo.disabled ? words().mode_missing : words().mode_combo_told;
+    const stores = Boolean(version && version.keeps);
+    document.querySelector("[data-t=kept_told]").textContent = stores ? words().kept_stored : words().kept_told;
+  }
+
+  // --- photos ---
+
+  function add(files) {
+    const mode = document.querySelector("input[name=mode]:checked").value;
+    const photos = [...files].filter((file) => file instanceof Blob);
+    for (const file of photos) {
+      const entry = { id: state.next++, file, name: file.name || "photo.png", mode, status: "waiting", verdicts: {} };
+      entry.card = el("li", { class: "card" });
+      state.entries.push(entry);
+      byId("cards").append(entry.card);
+      showCard(entry);
+    }
+    state.stopped = false;
+    showProgress();
+    run();
+  }
+
+  function askAgain(entry, mode) {
+    if (mode !== entry.mode) entry.verdicts = {};
+    Object.assign(entry, { mode, status: "waiting", answer: null, refusal: null, views: null });
+    state.stopped = false;
+    showCard(entry);
+    showProgress();
+    run();
+  }
+
+  function remove(entry) {
+    if (entry.abort) entry.abort.abort();
+    forget(entry);
+    state.entries = state.entries.filter((other) => other !== entry);
+    entry.card.remove();
+    showProgress();
+    byId("answers-title").scrollIntoView({ block: "nearest" });
+    (state.entries.length ? byId("clear") : byId("files")).focus();
+  }
+
+  function forget(entry) { // its pictures
+    for (const url of entry.urls || []) URL.revokeObjectURL(url);
+    entry.urls = [];
+  }
+
+  async function run() {
+    while (state.running < AT_ONCE) {
+      const entry = state.entries.find((other) => other.status === "waiting");
+      if (!entry || state.stopped) break;
+      state.running += 1;
+      entry.status = "asking";
+      askOne(entry).finally(() => {
+        state.running -= 1;
+        showProgress();
+        run();
+      });
+    }
+    showProgress();
+  }
+
+  const seconds = (n, signal) => new Promise((done, fail) => {
+    const timer = setTimeout(done, 1000 * n);
+    signal.addEventListener("abort", () => {
+      clearTimeout(timer);
+      fail(new DOMException("stopped", "AbortError"));
+    }, { once: true });
+  });
+
+  async function waitUntilFree(entry) { // the server has said when to ask again
+    for (let left; (left = Math.ceil((state.free - Date.now()) / 1000)) > 0;) {
+      entry.told = words().wait_again(left);
+      showStatus(entry);
+      await seconds(Math.min(1, left), entry.abort.signal);
+    }
+    entry.told = null;
+  }
+
+  async function patiently(entry) { // the answer, asked again while the server is busy
+    for (let attempt = 1; ; attempt += 1) {
+      await waitUntilFree(entry);
+      showStatus(entry);
+      const body = new FormData();
+      body.append("photo", entry.file, "photo");
+      try {
+        return await withKey(`predict?pipeline=${entry.mode}`, { method: "POST", body, signal: entry.abort.signal });
+      } catch (error) {
+        if (!["too_many_requests", "busy"].includes(error.code) || attempt === ATTEMPTS) throw error;
+        state.free = Math.max(state.free, Date.now() + 1000 * error.after);
+      }
+    }
+  }
+
+  async function askOne(entry) {
+    entry.abort = new AbortController();
+    showCard(entry);
+    try {
+      const answer = await patiently(entry);
+      entry.answer = answer;
+      entry.status = "done";
+      entry.views = await pictures(entry, answer);
+    } catch (error) {
+      entry.status = error.name === "AbortError" ? "stopped" : "failed";
+      entry.refusal = error instanceof Refusal ? error : new Refusal("no_answer", String(error));
+    }
+    entry.abort = null;
+    if (state.entries.includes(entry)) showCard(entry);
+    else forget(entry);
+  }
+
+  function stop() {
+    state.stopped = true;
+    for (const entry of state.entries) {
+      if (entry.abort) entry.abort.abort();
+      if (entry.status === "waiting") {
+        entry.status = "stopped";
+        showCard(entry);
+      }
+    }
+    showProgress();
+  }
+
+  function showProgress() {
+    const all = state.entries.length;
+    const busy = state.entries.filter((entry) => ["waiting", "asking"].includes(entry.status)).length;
+    byId("answers").hidden = all === 0;
+    byId("progress").max = Math.max(1, all);
+    byId("progress").value = all - busy;
+    const text = all ? words().progress(all - busy, all) : "";
+    if (byId("progress-told").textContent !== text) byId("progress-told").textContent = text;
+    byId("stop").hidden = busy === 0;
+    byId("csv").disabled = byId("json").disabled = busy === all;
+    byId("feedback-file").hidden = feedbackLines().length === 0;
+  }
+
+  // --- pictures ---
+
+  let drawing = Promise.resolve(); // one photo at a time is in memory as pixels
+
+  function pictures(entry, answer) { // URLs of the photo with its boxes and of each pill; null where it cannot be shown
+    const drawn = drawing.then(() => draw(entry, answer)).catch(() => null);
+    drawing = drawn;
+    return drawn;
+  }
+
+  async function asUrl(entry, canvas) {
+    const blob = await new Promise((done) => { canvas.toBlob(done, "image/jpeg", 0.88); });
+    const url = URL.createObjectURL(blob);
+    (entry.urls = entry.urls || []).push(url);
+    return { url, width: canvas.width, height: canvas.height };
+  }
+
+  async function draw(entry, answer) {
+    const image = await createImageBitmap(entry.file, { imageOrientation: "from-image" });
+    const scale = Math.min(1, 900 / Math.max(image.width, image.height));
+    const canvas = el("canvas", { width: Math.max(1, Math.round(image.width * scale)),
+      height: Math.max(1, Math.round(image.height * scale)) });
+    const pen = canvas.getContext("2d");
+    pen.drawImage(image, 0, 0, canvas.width, canvas.height);
+    const line = Math.max(2, canvas.width / 200);
+    pen.lineWidth = line;
+    pen.strokeStyle = pen.fillStyle = BOX;
+    pen.font = `bold ${Math.round(9 * line)}px sans-serif`;
+    answer.items.forEach((item, index) => {
+      if (!item.box) return;
+      const [left, top, right, bottom] = item.box.map((v) => v * scale);
+      pen.strokeRect(left, top, right - left, bottom - top);
+      pen.fillText(String(index + 1), left + 2 * line, top + 9 * line);
+    });
+    const photo = await asUrl(entry, canvas);
+    const zooms = [];
+    for (const item of answer.items) zooms.push(item.box ? await asUrl(entry, zoom(image, item.box)) : null);
+    image.close();
+    return { photo, zooms };
+  }
+
+  function zoom(image, box) { // one pill with a margin, 360 pixels square
+    const [left, top, right, bottom] = box;
+    const side = 1.2 * Math.max(right - left, bottom - top);
+    const canvas = el("canvas", { width: 360, height: 360 });
+    const pen = canvas.getContext("2d");
+    pen.fillStyle = "#000";
+    pen.fillRect(0, 0, 360, 360);
+    pen.imageSmoothingQuality = "high";
+    const x = (left + right - side) / 2;
+    const y = (top + bottom - side) / 2;
+    pen.drawImage(image, x, y, side, side, 0, 0, 360, 360);
+    return canvas;
+  }
+
+  const picture = (view, alt) => el("img", { src: view.url, width: view.width, height: view.height, alt });
+
+  // --- a card ---
+
+  const named = (drug) => drug.name || `${drug.kcode} (${words().missing})`;
+  const kindOf = (item) => (item.answer === "drug" && item.reason === "no_rule" ? "unjudged" : item.answer);
+
+  function value(field, of) { // one fact as text
+    const fact = field === "kcode" || field === "edi_codes" ? of[field] : of.card[field];
+    return factText(field, fact);
+  }
+
+  function factText(field, fact) {
+    if (fact === null || fact === undefined || fact === "" || fact.length === 0) return words().missing;
+    if (field === "size_mm") return `${fact.map((v) => (v === null ? "?" : v)).join(" × ")} mm`;
+    if (field === "edi_codes") return fact.join(", ");
+    const line = field.startsWith("score_") && words().score_lines[fact];
+    return line ? `${fact} (${line})` : String(fact);
+  }
+
+  function role(item, candidate) {
+    if (item.answer === "unknown") return words().roles.none;
+    if (!item.shortlist.includes(candidate.kcode)) return words().roles.other;
+    return words().roles[kindOf(item)];
+  }
+
+  function differing(candidate, first) { // a sentence, and a line for each fact that differs
+    const { by, fields } = candidate.differs;
+    const label = (field) => words().fields[field].split(" (")[0].split("(")[0];
+    const told = (d) => d.first !== null && d.here !== null;
+    const seen = fields.filter((d) => VISIBLE.includes(d.field));
+    const nothing = VISIBLE.filter((f) => first.card[f] === null && candidate.card[f] === null);
+    const whole = seen.filter(told).map((d) => d.field);
+    const lacking = seen.filter((d) => !told(d)).map((d) => d.field);
+    const about = [whole, lacking, nothing].find((list) => list.length) || [];
+    const lines = fields.map((d) => el("li", { class: told(d) ? "differs" : "unsure" }, `${told(d) ? "≠" : "?"} `,
+      `${label(d.field)}: ${factText(d.field, d.first)} → ${factText(d.field, d.here)}`));
+    return [el("p", {}, words().differs[by](about.map(label).join(", "))), el("ul", { class: "differences" }, lines)];
+  }
+
+  const facts = (drug) => el("dl", { class: "facts" }, FACTS.map((field) => el("div", {},
+    el("dt", {}, words().fields[field]), el("dd", {}, value(field, drug)))));
+
+  function candidateView(item, candidate, number) {
+    const share = el("meter", { min: 0, max: 1, value: candidate.confidence, "aria-label": words().sure(percent(candidate.confidence)) });
+    const head = el("div", { class: "candidate-head" }, el("span", { class: "role" }, role(item, candidate)),
+      el("b", {}, named(candidate)), el("span", { class: "share" }, percent(candidate.confidence), " ", share));
+    const what = number ? differing(candidate, item.top_k[0]) : [el("p", { class: "dim" }, words().first)];
+    const shown = number === 0 && item.answer === "drug"; // of an unknown pill no drug's facts stand open
+    const more = el("details", { open: shown }, el("summary", {}, words().facts), facts(candidate));
+    return el("li", {}, head, what, more);
+  }
+
+  function pillView(entry, item, index) {
+    const kind = kindOf(item);
+    const n = index + 1;
+    const sure = item.answer === "drug" ? ` · ${words().sure(percent(item.confidence))}` : "";
+    let name = named(item);
+    if (item.answer === "unknown") name = words().kinds.unknown;
+    if (item.answer === "shortlist") name = words().one_of(item.shortlist.length);
+    const listed = item.top_k.filter((c) => item.shortlist.includes(c.kcode)).map(named).join(" · ");
+    const verdict = el("div", { class: `pill ${kind}` },
+      el("p", { class: "kind" }, `${n}. ${words().kinds[kind]}${sure}`),
+      el("h4", {}, name),
+      item.answer === "shortlist" ? el("p", {}, el("b", {}, listed)) : null,
+      el("p", {}, words().reasons[item.reason] || item.reason),
+      el("p", { class: "advice" }, words().what_to_do[item.reason] || words().check));
+    const view = entry.views && entry.views.zooms[index];
+    const close = view ? el("figure", { class: "zoom" }, picture(view, words().zoom_alt(n))) : null;
+    const candidates = el("div", { class: "candidates" }, el("h5", {}, words().candidates),
+      el("ol", {}, item.top_k.map((candidate, number) => candidateView(item, candidate, number))));
+    return el("section", { class: "item", "aria-label": `${n}. ${name}` },
+      el("div", { class: "top" }, close, verdict), feedbackView(entry, item, n), candidates);
+  }
+
+  function photoView(entry) {
+    const items = entry.answer.items;
+    const boxes = items.filter((item) => item.box).length;
+    if (!entry.views) return el("p", { class: "dim" }, words().photo_broken);
+    let told = words().photo_none;
+    if (items.length) told = boxes ? words().photo_told : words().photo_whole;
+    return el("figure", { class: "photo" }, picture(entry.views.photo, words().photo_alt(entry.name, boxes)),
+      el("figcaption", { class: "dim" }, told));
+  }
+
+  function notes(entry) {
+    const { answer } = entry;
+    const calibrated = state.version && state.version.bundle.calibrated;
+    const known = state.version ? [calibrated ? words().calibrated : words().uncalibrated] : [];
+    const line = [words().modes[answer.mode_used], words().views[answer.view], ...known,
+      `${Math.round(answer.timings.total)} ms`].join(" · ");
+    const parts = [];
+    if (answer.badge) {
+      const why = answer.hints.map((hint) => words().hints[hint] || hint).join(", ");
+      parts.push(el("p", { class: "badge" }, `💡 ${words().badge}: ${why} `,
+        comboPossible() ? button(words().as_combo, () => askAgain(entry, "combo")) : null));
+    }
+    return [...parts, el("p", { class: "dim notes" }, line)];
+  }
+
+  const comboPossible = () => !document.querySelector("input[value=combo]").disabled;
+
+  function answerView(entry) {
+    const { items } = entry.answer;
+    const beside = (...parts) => [el("div", { class: "answer" }, photoView(entry), el("div", {}, ...parts, ...notes(entry)))];
+    if (items.length) return beside(...items.map((item, n) => pillView(entry, item, n)));
+    const nothing = el("div", { class: "pill unknown" }, el("h4", {}, words().no_pill), el("p", {}, words().no_pill_told),
+      button(words().as_single, () => askAgain(entry, "single")));
+    return beside(nothing);
+  }
+
+  function refusalView(entry) {
+    if (entry.status === "stopped") return [el("p", {}, words().stopped), againButton(entry)];
+    const { what, fix, server } = said(entry.refusal);
+    return [el("div", { class: "pill unknown", role: "alert" }, el("h4", {}, what), el("p", {}, fix),
+      server ? el("p", { class: "dim" }, `${words().server_said}: `, el("span", { lang: "en" }, server)) : null),
+    againButton(entry)];
+  }
+
+  const againButton = (entry) => button(words().again, () => askAgain(entry, entry.mode));
+
+  function showCard(entry) {
+    const title = `card-${entry.id}`;
+    const head = el("div", { class: "card-head" }, el("h3", { id: title }, entry.name),
+      el("span", { class: "chip" }, words().modes[entry.mode]), button(words().remove, () => remove(entry), "small"));
+    head.lastChild.setAttribute("aria-label", `${words().remove}: ${entry.name}`);
+    entry.line = el("p", { class: "dim" });
+    let body = [entry.line];
+    if (entry.status === "done") body = answerView(entry);
+    if (entry.status === "failed" || entry.status === "stopped") body = refusalView(entry);
+    const busy = entry.status === "asking";
+    entry.card.replaceChildren(el("article", { "aria-labelledby": title, "aria-busy": String(busy) }, head, ...body));
+    showStatus(entry);
+  }
+
+  function showStatus(entry) {
+    const plain = entry.status === "asking" ? words().asking : words().waiting;
+    entry.line.textContent = entry.told || plain;
+  }
+
+  // --- right or wrong ---
+
+  function feedbackLines() {
+    return state.entries.flatMap((entry) => Object.values(entry.verdicts).filter((v) => v.here).map((v) => v.line));
+  }
+
+  function feedbackLine(entry, item, n, right, should) {
+    const { hashes, mode_used: mode } = entry.answer;
+    return { photo: hashes.photo, size: entry.file.size, mode, pill: n, answer: item.answer, kcode: item.kcode,
+      right, should, bundle: hashes.bundle || "" };
+  }
+
+  async function send(entry, item, n, right, should) {
+    const line = feedbackLine(entry, item, n, right, should);
+    const onServer = Boolean(state.version && state.version.feedback);
+    let told = words().sent_here;
+    if (onServer) {
+      try {
+        await withKey("feedback", { method: "POST", headers: { "Content-Type": "application/json" },
+          body: JSON.stringify(line) });
+        told = words().sent;
+      } catch (error) {
+        const { what, fix } = said(error instanceof Refusal ? error : new Refusal("no_answer", String(error)));
+        entry.verdicts[n] = { problem: `${words().not_sent}: ${what}. ${fix}` };
+        showFeedback(entry, item, n);
+        return;
+      }
+    }
+    const when = new Date().toISOString().replace(/\.\d+Z$/, "+00:00");
+    entry.verdicts[n] = { right, here: !onServer, line: { ...line, who: "", when } };
+    tell(told);
+    showFeedback(entry, item, n);
+    showProgress();
+  }
+
+  function wrongForm(entry, item, n) { // which drug it should have been
+    const select = el("select", {}, el("option", { value: "" }, words().should_unknown),
+      item.top_k.filter((c) => item.answer !== "drug" || c.kcode !== item.kcode)
+        .map((c) => el("option", { value: c.kcode }, `${named(c)} ${c.kcode}`)));
+    const code = el("input", { type: "text", maxlength: 8, size: 10, autocomplete: "off", spellcheck: "false" });
+    const problem = el("span", { class: "problem", role: "alert" });
+    const submit = (event) => {
+      event.preventDefault();
+      const should = code.value.trim().toUpperCase() || select.value;
+      if (should && !/^K-[0-9]{6}$/.test(should)) {
+        problem.textContent = words().should_wrong;
+        code.focus();
+        return;
+      }
+      send(entry, item, n, false, should);
+    };
+    return el("form", { class: "wrong", on: { submit } }, el("label", {}, words().should, " ", select),
+      el("label", {}, words().should_code, " ", code), el("button", { type: "submit" }, words().send), problem);
+  }
+
+  function feedbackParts(entry, item, n) {
+    const verdict = entry.verdicts[n] || {};
+    if (verdict.line) return [el("span", { class: "done" }, verdict.right ? words().told_right : words().told_wrong)];
+    const open = () => {
+      entry.verdicts[n] = { open: true };
+      showFeedback(entry, item, n).querySelector("select").focus();
+    };
+    const sure = item.answer === "drug" ? item.kcode : "";
+    const parts = [el("span", {}, words().was_it_right), button(words().right, () => send(entry, item, n, true, sure)),
+      el("button", { type: "button", "aria-expanded": String(Boolean(verdict.open)), on: { click: open } }, words().wrong)];
+    if (verdict.problem) parts.push(el("span", { class: "problem", role: "alert" }, verdict.problem));
+    return verdict.open ? [...parts, wrongForm(entry, item, n)] : parts;
+  }
+
+  function feedbackView(entry, item, n) {
+    return el("div", { class: "feedback", role: "group", "data-pill": n, "aria-label": words().was_it_right },
+      feedbackParts(entry, item, n));
+  }
+
+  function showFeedback(entry, item, n) {
+    const place = entry.card.querySelector(`.feedback[data-pill="${n}"]`);
+    const held = place.contains(document.activeElement);
+    place.replaceChildren(...feedbackParts(entry, item, n));
+    if (held) {
+      place.tabIndex = -1;
+      place.focus();
+    }
+    return place;
+  }
+
+  // --- files ---
+
+  function save(name, kind, text) {
+    const url = URL.createObjectURL(new Blob([text], { type: kind }));
+    const link = el("a", { href: url, download: name });
+    document.body.append(link);
+    link.click();
+    link.remove();
+    setTimeout(() => URL.revokeObjectURL(url), 10_000);
+  }
+
+  function rows(entry) { // of the table: one a pill, as `pillsnap predict --out` writes it
+    const shared = { photo: entry.name };
+    if (entry.status === "stopped") return [];
+    if (!entry.answer) return entry.refusal ? [{ ...shared, error: entry.refusal.told || said(entry.refusal).what }] : [];
+    const { answer } = entry;
+    Object.assign(shared, { mode: answer.mode_used, answer: answer.answer, badge: answer.badge });
+    const found = answer.items.map((item, index) => {
+      const [left, top, right, bottom] = item.box || [];
+      const sure = item.answer === "drug" ? { kcode: item.kcode, name: item.name, confidence: item.confidence } : {};
+      return { ...shared, pill: index + 1, answer: item.answer, shortlist: item.shortlist.join(" "), ...sure,
+        left, top, right, bottom };
+    });
+    return found.length ? found : [shared];
+  }
+
+  function cell(content) { // a spreadsheet takes a text that begins with one of these signs for a formula
+    if (content === null || content === undefined) return "";
+    const text = typeof content === "string" && /^[=+\-@\t\r]/.test(content) ? `'${content}` : String(content);
+    return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+  }
+
+  function saveCsv() { // with a byte order mark, or spreadsheets read Korean names as another alphabet
+    const lines = state.entries.flatMap(rows).map((row) => COLUMNS.map((column) => cell(row[column])).join(","));
+    save("pillsnap.csv", "text/csv", `\ufeff${[COLUMNS.join(","), ...lines].join("\r\n")}\r\n`);
+  }
+
+  function saveJson() {
+    const told = state.entries.filter((entry) => entry.answer || entry.refusal).map((entry) => (
+      entry.answer ? { photo: entry.name, ...entry.answer }
+        : { photo: entry.name, error: entry.refusal.told || said(entry.refusal).what }));
+    save("pillsnap.json", "application/json", `${JSON.stringify(told, null, 2)}\n`);
+  }
+
+  const saveFeedback = () => save("feedback.jsonl", "application/jsonl",
+    feedbackLines().map((line) => `${JSON.stringify(line)}\n`).join(""));
+
+  function clear() {
+    stop();
+    state.entries.forEach(forget);
+    state.entries = [];
+    byId("cards").replaceChildren();
+    showProgress();
+    byId("files").focus();
+  }
+
+  // --- camera ---
+
+  let stream = null;
+
+  function closeCamera() {
+    for (const track of stream ? stream.getTracks() : []) track.stop();
+    stream = null;
+    byId("video").srcObject = null;
+    if (byId("camera-dialog").open) byId("camera-dialog").close();
+  }
+
+  async function openCamera() {
+    const phone = matchMedia("(pointer: coarse)").matches; // its own camera program takes sharper photos
+    if (phone || !navigator.mediaDevices) {
+      byId("capture").click();
+      return;
+    }
+    try {
+      stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment", width: { ideal: 1920 },
+        height: { ideal: 1920 } } });
+    } catch {
+      tell(words().camera_missing);
+      byId("camera-button").textContent = words().camera_missing;
+      byId("camera-button").disabled = true;
+      return;
+    }
+    byId("video").srcObject = stream;
+    byId("camera-dialog").showModal();
+  }
+
+  async function shoot() {
+    const video = byId("video");
+    if (!video.videoWidth) return;
+    const canvas = el("canvas", { width: video.videoWidth, height: video.videoHeight });
+    canvas.getContext("2d").drawImage(video, 0, 0);
+    closeCamera();
+    const blob = await new Promise((done) => { canvas.toBlob(done, "image/png"); });
+    const time = new Date().toTimeString().slice(0, 8).replaceAll(":", "");
+    add([new File([blob], `camera_${time}.png`, { type: "image/png" })]);
+  }
+
+  // --- start ---
+
+  function listenForPhotos() {
+    for (const id of ["files", "capture"]) {
+      byId(id).addEventListener("change", (event) => {
+        add(event.target.files);
+        event.target.value = "";
+      });
+    }
+    const drop = byId("drop");
+    const over = (on) => (event) => {
+      event.preventDefault();
+      drop.classList.toggle("over", on);
+    };
+    document.addEventListener("dragover", over(true));
+    document.addEventListener("dragleave", over(false));
+    document.addEventListener("drop", (event) => {
+      over(false)(event);
+      if (event.dataTransfer) add(event.dataTransfer.files);
+    });
+    document.addEventListener("paste", (event) => {
+      const files = event.clipboardData ? event.clipboardData.files : [];
+      if (files.length) add(files);
+    });
+  }
+
+  function listen() {
+    listenForPhotos();
+    document.fonts.addEventListener("loadingdone", () => { document.documentElement.dataset.hangul = "own"; });
+    const clicks = { stop, csv: saveCsv, json: saveJson, clear, shoot, "feedback-file": saveFeedback,
+      "camera-button": openCamera, "camera-close": closeCamera,
+      "key-button": async () => { if (await askKey(words().key_needed)) readVersion(); } };
+    for (const [id, call] of Object.entries(clicks)) byId(id).addEventListener("click", call);
+    byId("camera-dialog").addEventListener("close", closeCamera);
+    byId("language").addEventListener("change", (event) => {
+      remember("language", event.target.value);
+      setLanguage(event.target.value);
+    });
+    byId("theme").addEventListener("change", (event) => {
+      remember("theme", event.target.value);
+      setTheme(event.target.value);
+    });
+  }
+
+  listen();
+  setTheme(remembered("theme", "system"));
+  setLanguage(remembered("language", navigator.language.startsWith("ko") ? "ko" : "en"));
+  readVersion();
+})();

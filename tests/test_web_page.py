@@ -1,0 +1,370 @@
+"The server's page in headless Chromium, at the size of a desk and of a phone."
+
+import csv
+import io
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageDraw
+
+from pillsnap.dataset.feedback import read_remarks
+from pillsnap.delivery.classmap import ClassMap
+from pillsnap.deployment.admission import REFUSALS, KeyRing
+from pillsnap.deployment.batch import COLUMNS, answer_rows
+from pillsnap.deployment.runtime import load_bundle
+from pillsnap.models import card as cards
+from pillsnap.models import cardview
+from pillsnap.models.decision import REASONS, AnswerRule
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "scripts" / "campaigns"))
+from server_parts import KEY, PILLS, Server, colour_bundle, until
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
+
+HOSTILE = '<img src=x onerror="window.hacked=1"> 가나정'
+DESK, PHONE = dict(width=1280, height=900), dict(width=390, height=844)
+FREE = ("--limit", "per_minute=1000000", "--limit", "wait_seconds=60")
+LETTER = dict(name="=letter.png", mimeType="image/png", buffer=b"Dear pharmacist,")
+
+
+def colour_photo(name: str, colour: tuple[int, int, int]) -> dict:
+    "A disc on grey, as a file to upload."
+    image = Image.new("RGB", (420, 360), (150, 150, 150))
+    ImageDraw.Draw(image).ellipse([90, 60, 330, 300], fill=colour)
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    return dict(name=name, mimeType="image/png", buffer=out.getvalue())
+
+
+RED = colour_photo("빨강.png", PILLS["K-000001"])
+PURPLE = colour_photo("purple.png", (160, 50, 140))
+GREY = colour_photo("grey.png", (130, 95, 110))
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory) -> Path:
+    "Answers of each kind: red is one drug, purple a short list, grey no answer. One drug's name is an attack."
+    record = dict(drug_shape="원형", color_class1="하양", leng_long=9.0, leng_short=9.0, thick=3.5, dl_company="한빛샘")
+    drugs = {
+        "K-000001": record | dict(dl_name=HOSTILE, print_front="HB", di_edi_code="642500340,A01508511", line_front="-"),
+        "K-000002": record | dict(dl_name="다라정 4밀리그램", print_front="<b>YT</b>", line_front="-"),
+        "K-000003": record | dict(dl_name="마바정 2밀리그램", print_front="HB", color_class1="파랑"),
+    }
+    classes = ClassMap(tuple(PILLS))
+    rule = AnswerRule("lac", 0.05, (0.8,) * 3, max_list=2, temperature=0.5, class_map=classes.fingerprint)
+    place = tmp_path_factory.mktemp("page") / "export"
+    return colour_bundle(place, drugs=drugs, rule=rule, temperature=0.5, answering=dict(focus="locator"))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, bundle):
+    folder = tmp_path_factory.mktemp("server")
+    with Server(folder, bundle, *FREE, "--feedback", str(folder / "feedback.jsonl")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def browser():
+    camera = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+    quiet = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--no-first-run"]
+    with sync_api.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=[*camera, *quiet])
+        yield browser
+        browser.close()
+
+
+class Visit:
+    "The page in a tab of its own, with what it asked the network and what it complained about."
+
+    def __init__(self, browser, server, size=None, locale="ko-KR", key: str | None = KEY, **how):
+        self.url, self.asked, self.wrong = f"http://127.0.0.1:{server.port}", [], []
+        self.context = browser.new_context(viewport=size or DESK, locale=locale, **how)
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(20_000)
+        self.page.on("request", lambda r: self.asked.append(r.url))
+        self.page.on("pageerror", lambda e: self.wrong.append(str(e)))
+        self.page.on("console", lambda m: self.wrong.append(m.text) if "Content Security Policy" in m.text else None)
+        if key:
+            self.page.add_init_script(f"sessionStorage.setItem('pillsnap-key', '{key}')")
+        self.page.goto(self.url)
+
+    def __enter__(self):
+        return self.page
+
+    def __exit__(self, kind, *_):
+        if kind:
+            picture(self.page, "failed")
+        self.context.close()
+        if not kind:
+            assert self.wrong == [], self.wrong
+            assert not [url for url in self.asked if not url.startswith((self.url, "blob:", "data:"))]
+
+
+def give(page, *photos: dict) -> None:
+    "Choose photos, and wait for all answers."
+    before = page.locator(".card").count()
+    page.set_input_files("#files", list(photos))
+    assert until(lambda: page.locator(".card").count() == before + len(photos))
+    assert until(lambda: page.locator("[aria-busy=true]").count() == 0 and page.locator("#stop").is_hidden())
+
+
+def card(page, name: str):
+    return page.locator(".card").filter(has=page.locator("h3", has_text=name))
+
+
+def picture(page, name: str) -> None:
+    "A screenshot for people, where PILLSNAP_SCREENSHOTS names a folder."
+    if folder := os.environ.get("PILLSNAP_SCREENSHOTS"):
+        page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
+
+
+def check_accessible(page) -> None:
+    "axe-core finds nothing, with its rules of best practice; nothing is wider than the screen."
+    found = axe.Axe().run(page)
+    assert found.violations_count == 0, found.generate_report()
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    beyond = (
+        "[...document.querySelectorAll('body *')].filter(e => e.getClientRects().length && !e.closest('.off-screen')"
+    )
+    beyond += " && e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 90))"
+    assert page.evaluate(beyond) == []
+
+
+@pytest.mark.spec("BX11", "SV1")
+@pytest.mark.parametrize("size, locale, colours", [(DESK, "ko-KR", "light"), (PHONE, "en-GB", "dark")])
+def test_each_kind_of_answer_is_a_card(browser, server, bundle, size, locale, colours):
+    "Asked for its key once; text of an answer is text; nothing from elsewhere; axe-core is content."
+    korean = locale == "ko-KR"
+    with Visit(browser, server, size, locale, key=None, color_scheme=colours) as page:
+        page.locator("#key").wait_for()
+        check_accessible(page)
+        page.fill("#key", "wrong" * 9)
+        page.keyboard.press("Enter")
+        page.locator("#key-why", has_text="이 키를 서버가 모릅니다" if korean else "does not know this key").wait_for()
+        page.fill("#key", KEY)
+        page.keyboard.press("Enter")
+        page.locator("#data-note", has_text="⚠").wait_for()
+        give(page, RED, PURPLE, GREY, LETTER)
+        red, purple, grey, letter = (card(page, p["name"]) for p in (RED, PURPLE, GREY, LETTER))
+        assert red.locator("h4").inner_text() == HOSTILE and red.locator(".pill.drug").count() == 1
+        assert purple.locator(".pill.shortlist b").inner_text().count("·") == 1
+        assert grey.locator("h4").inner_text() == ("판별 불가" if korean else "Not identified")
+        assert grey.locator(".role").all_inner_texts() == [WORDS_NONE[korean]] * 3
+        assert ("읽을 수 있는 사진이 아닙니다" if korean else "no photo that can be read") in letter.inner_text()
+        assert page.evaluate("window.hacked") is None
+        assert set(page.locator("main img").evaluate_all("all => all.map(i => i.src.slice(0, 5))")) == {"blob:"}
+        assert page.locator("main img").evaluate_all("all => all.every(i => i.complete && i.naturalWidth && i.alt)")
+        assert red.locator("img").count() == 2, "the photo with its box, and the pill enlarged"
+        first = load_bundle(bundle).predict(RED["buffer"], "single")["items"][0]
+        assert f"{first['confidence']:.1%}" in red.locator(".kind").inner_text()
+        differs = red.locator(".candidates > ol > li").nth(1).locator(".differences").inner_text()
+        assert "≠" in differs and ("<b>YT</b>" in differs or "파랑" in differs)
+        assert page.locator("details[open]").count() == 1, "the facts of the drug that is named, and of no other"
+        for summary in reversed(page.locator("details:not([open]) summary").all()):
+            summary.click()
+        assert "642500340, A01508511" in red.locator(".facts").first.inner_text()
+        picture(page, f"page_{colours}_{size['width']}")
+        check_accessible(page)
+
+
+WORDS_NONE = {True: "참고 (답이 아님)", False: "for comparison (not the answer)"}
+
+
+@pytest.mark.spec("X40")
+def test_the_page_asks_in_the_mode_that_was_chosen_and_in_no_other(browser, server):
+    visit = Visit(browser, server, key=KEY)
+    with visit as page:
+        give(page, RED, GREY)
+        page.check("input[value=combo]")
+        give(page, RED)
+        assert page.locator(".chip").all_inner_texts() == ["단일", "단일", "조합"]
+        assert page.locator("input[value=combo]").is_checked()
+        assert card(page, RED["name"]).nth(1).locator(".item").count() == 2  # two pills are found in combo
+        picture(page, "page_combo")
+        modes = [url.partition("pipeline=")[2] for url in visit.asked if "/predict" in url]
+        assert modes == ["single", "single", "combo"]
+
+
+def test_a_busy_server_is_asked_again_when_it_says(browser, server):
+    "429 and 503: the wait is shown, nobody is asked before it is over, and the answer comes; other errors are words."
+    with Visit(browser, server) as page:
+        page.clock.install()
+        codes, when = ["too_many_requests", "busy"], []
+
+        def refuse(route):
+            when.append(page.evaluate("Date.now()"))
+            if not codes:
+                return route.continue_()
+            code = codes.pop(0)
+            headers = {"Retry-After": "7"}
+            return route.fulfill(status=REFUSALS[code], headers=headers, json=dict(error=dict(code=code, message="no")))
+
+        page.route("**/predict*", refuse)
+        page.set_input_files("#files", [RED])
+        for _ in range(2):
+            page.locator(".card", has_text=re.compile("7초 뒤에 다시 묻습니다")).wait_for()
+            for _ in range(8):
+                page.clock.run_for(1000)
+        page.locator(".pill.drug").wait_for()
+        assert len(when) == 3 and min(b - a for a, b in zip(when, when[1:])) >= 7000
+
+
+def test_every_error_of_the_server_is_said_in_both_languages(browser, server):
+    with Visit(browser, server) as page:
+        codes = [
+            c for c, status in REFUSALS.items() if c not in ("key_missing", "key_wrong") and status not in (429, 503)
+        ]
+        told = iter(codes)
+
+        def refuse(route):
+            code = next(told)
+            error = dict(code=code, message=f"english {code}", fix=None, request_id="r")
+            route.fulfill(status=REFUSALS[code] if REFUSALS[code] != 499 else 400, json=dict(error=error))
+
+        page.route("**/predict*", refuse)
+        for code in codes:
+            give(page, colour_photo(f"{code}.png", (0, 0, 0)))
+        for language in ("ko", "en"):
+            page.select_option("#language", language)
+            words = page.evaluate(f"WORDS.{language}.errors")
+            for code in codes:
+                shown = (
+                    page.locator(".card")
+                    .filter(has=page.locator("h3", has_text=re.compile(f"^{code}.png$")))
+                    .inner_text()
+                )
+                assert all(text in shown for text in (*words[code], f"english {code}")), code
+        page.unroute("**/predict*")
+        page.locator(".card").first.get_by_role("button", name="Ask again").click()
+        page.locator(".pill").first.wait_for()
+
+
+@pytest.mark.spec("X40")
+def test_the_files_hold_what_the_command_line_writes(browser, server, bundle):
+    "The rows and the JSON of `pillsnap predict --out`; but a spreadsheet takes nothing for a formula."
+    with Visit(browser, server) as page:
+        photos = [RED, PURPLE, GREY, LETTER]
+        give(page, *photos)
+        with page.expect_download() as got:
+            page.click("#csv")
+        text = Path(got.value.path()).read_text(encoding="utf-8")
+        with page.expect_download() as got:
+            page.click("#json")
+        told = json.loads(Path(got.value.path()).read_text(encoding="utf-8"))
+    here = load_bundle(bundle)
+    for photo, answer in zip(photos[:3], told):
+        assert answer | {"timings": 0} == here.predict(photo["buffer"], "single") | dict(photo=photo["name"], timings=0)
+    rows = list(csv.DictReader(io.StringIO(text.removeprefix("\ufeff"))))
+    expected = [row for answer in told for row in answer_rows(answer)]
+    assert text.startswith("\ufeff" + ",".join(COLUMNS)) and len(rows) == len(expected) == 4
+    for row, want in zip(rows, expected):
+        for column in COLUMNS:
+            text = "" if want[column] is None else want[column]
+            if isinstance(text, float):
+                assert float(row[column]) == text
+            else:
+                assert row[column].removeprefix("'") == str(text)
+    assert rows[3]["photo"] == "'=letter.png" and not [c for row in rows for c in row.values() if c.startswith("=")]
+
+
+def test_right_and_wrong_are_appended_to_the_servers_file(browser, server):
+    "Two clicks, two lines; the lines of before stay, byte by byte."
+    file = server.env_file.with_name("feedback.jsonl")
+    with Visit(browser, server) as page:
+        give(page, RED, PURPLE)
+        before = file.read_bytes() if file.exists() else b""
+        card(page, RED["name"]).get_by_role("button", name="맞음").click()
+        card(page, RED["name"]).get_by_text("맞음으로 기록됨").wait_for()
+        first = file.read_bytes()
+        wrong = card(page, PURPLE["name"])
+        wrong.get_by_role("button", name="틀림").click()
+        wrong.locator("form input").fill("573")
+        wrong.get_by_role("button", name="보내기").click()
+        wrong.get_by_text("숫자 여섯 자리").wait_for()
+        check_accessible(page)
+        wrong.locator("form input").fill("k-000573")
+        wrong.get_by_role("button", name="보내기").click()
+        wrong.get_by_text("틀림으로 기록됨").wait_for()
+        assert page.locator("#feedback-file").is_hidden()
+        assert first.startswith(before) and file.read_bytes().startswith(first)
+        right, other = read_remarks(file)[-2:]
+    assert (right.right, right.drug, right.size) == (True, "K-000001", len(RED["buffer"]))
+    assert (other.right, other.drug, other.answer, other.who) == (False, "K-000573", "shortlist", KeyRing.name(KEY))
+    assert right.bundle == server.ask("/version")[1]["bundle"]["digest"]
+
+
+def test_without_keys_none_is_asked_for_and_feedback_is_downloaded(browser, bundle, tmp_path):
+    with Server(tmp_path, bundle, "--no-auth", "--workers", "1", env="") as server:
+        assert server.ask("/version", key=None)[1]["feedback"] is False
+        with Visit(browser, server, key=None) as page:
+            give(page, RED)
+            assert page.locator("#key-dialog").is_hidden() and page.locator("#key-button").is_hidden()
+            card(page, RED["name"]).get_by_role("button", name="맞음").click()
+            with page.expect_download() as got:
+                page.click("#feedback-file")
+            (remark,) = read_remarks(got.value.path())
+            assert (remark.right, remark.drug) == (True, "K-000001") and remark.when.endswith("+00:00")
+
+
+def test_photos_come_by_keyboard_paste_drop_and_camera(browser, server):
+    with Visit(browser, server, PHONE) as page:
+        page.locator("#data-note").wait_for()
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.className") == "skip"
+        for _ in range(12):
+            page.keyboard.press("Tab")
+            if page.evaluate("document.activeElement.id") == "files":
+                break
+        with page.expect_file_chooser() as chooser:
+            page.keyboard.press("Enter")
+        chooser.value.set_files([RED])
+        page.locator(".pill.drug").wait_for()
+        send = """([name, bytes]) => {
+            const data = new DataTransfer();
+            data.items.add(new File([new Uint8Array(bytes)], name, {type: 'image/png'}));
+            const event = name === 'dropped.png'
+                ? new DragEvent('drop', {dataTransfer: data, bubbles: true, cancelable: true})
+                : new ClipboardEvent('paste', {clipboardData: data, bubbles: true});
+            document.querySelector('#drop').dispatchEvent(event);
+        }"""
+        for name in ("dropped.png", "pasted.png"):
+            page.evaluate(send, [name, list(RED["buffer"])])
+            card(page, name).locator(".pill.drug").wait_for()
+        page.set_viewport_size(DESK)
+        page.click("#camera-button")
+        assert until(lambda: page.evaluate("document.querySelector('#video').videoWidth") > 0)
+        check_accessible(page)
+        page.click("#shoot")
+        card(page, "camera_").locator(".pill").wait_for()
+        assert page.locator("#camera-dialog").is_hidden() and page.locator(".card").count() == 4
+        page.click("#clear")
+        assert page.locator(".card").count() == 0 and page.locator("#answers").is_hidden()
+
+
+def test_the_pages_words_are_those_of_the_card(browser, server):
+    "Korean as the card says it; every reason, fact, hint and error in both languages."
+    paths = """language => { const found = [];
+        const walk = (value, at) => { if (value && typeof value === 'object' && !Array.isArray(value))
+            Object.entries(value).forEach(([k, v]) => walk(v, `${at}/${k}`)); else found.push(at); };
+        walk(WORDS[language], ''); return found; }"""
+    with Visit(browser, server) as page:
+        korean = page.evaluate("WORDS.ko")
+        assert page.evaluate(paths, "ko") == page.evaluate(paths, "en")
+        apart = page.evaluate("Object.fromEntries(Object.entries(WORDS.ko.differs).map(([k, f]) => [k, f('{}')]))")
+        used = page.evaluate("document.querySelectorAll('[data-t]').length")
+        empty = page.evaluate("[...document.querySelectorAll('[data-t]')].filter(e => !e.textContent).length")
+    assert korean["reasons"] == REASONS and apart == cards.TOLD_APART
+    assert {k: v for k, v in korean["fields"].items() if k in cards.CARD} == {k: v for k, (v, _) in cards.CARD.items()}
+    assert korean["kinds"] == cardview.VERDICTS and korean["no_pill_told"] == cardview.NO_PILL
+    assert korean["hints"] == cardview._HINT and korean["views"] == cardview._VIEW
+    assert korean["missing"] == cards.MISSING and korean["score_lines"] == cards.SCORE_LINES
+    assert set(korean["errors"]) == {*REFUSALS, "offline"} and used > 30 and empty == 0
