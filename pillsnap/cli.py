@@ -24,6 +24,7 @@ from .core.config import explain, load_config, preset_names
 from .core.errors import PillsnapError, missing_extra
 from .core.runner import JobSpec, run_pipeline
 from .core.settings import Config, Train
+from .opscli import ops
 
 # %% ../nbs/920_cli.ipynb #a81977f8
 PIPELINE: tuple[JobSpec, ...] = (
@@ -542,6 +543,9 @@ def serve(  # noqa: PLR0913 - one parameter for each option of the command
     feedback: Annotated[
         Path | None, typer.Option(help="append what people say of an answer, right or wrong, to this file")
     ] = None,
+    log_dir: Annotated[
+        Path | None, typer.Option("--log-dir", help="write the log to files there, one a day; default: to stderr")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     limit: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="a limit such as per_minute=600; may be repeated")
@@ -566,8 +570,12 @@ def serve(  # noqa: PLR0913 - one parameter for each option of the command
         keep=keep,
         signed_by=key,
         feedback=feedback,
+        log_dir=log_dir,
         device=device,
     )
+
+# %% ../nbs/920_cli.ipynb #d3889bce
+app.add_typer(ops, name="ops")
 
 # %% ../nbs/920_cli.ipynb #cc439d1f
 @app.command(

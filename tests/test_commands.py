@@ -39,6 +39,7 @@ from pillsnap.core.runner import check_parameters, select_jobs
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = ("pillsnap", "papermill", "accelerate", "make", "python -m pillsnap", "python scripts", "pip install")
 COMMANDS = {c.name or c.callback.__name__.replace("_", "-"): c for c in cli.app.registered_commands}
+COMMANDS |= {f"ops {c.callback.__name__}": c for c in cli.ops.registered_commands}
 
 
 def pages() -> dict[str, str]:
@@ -118,10 +119,25 @@ def desk(tmp_path_factory, smoke_run) -> Path:
         shutil.copy2(f, root / "RUN" / "artifacts" / "stage1" / f.name)
     shutil.copy2(sorted((root / "RUN" / "delivery").rglob("*_75_*.png"))[0], root / "photo.png")
     bundle_file(root / "RUN", root / "pills.pillsnap")
+    bundle_file(root / "RUN", root / "bare.pillsnap", thumbnails=False)
+    server_home(root)
     (root / "nbs").symlink_to(ROOT / "nbs")
     for stage in cli.PIPELINE:
         (root / stage.path.name).symlink_to(stage.path)
     return root
+
+
+def server_home(root: Path) -> None:
+    "Two releases to go back from, and logs of a week and of a month ago."
+    from pillsnap.deployment.releases import ReleaseHome
+
+    for file in (root / "RUN", root / "bare.pillsnap"):
+        ReleaseHome(root / "home").release(file)
+    (root / "logs").mkdir()
+    for day, days in (("2026-01-02", 40), ("2026-02-02", 10)):
+        log = root / "logs" / f"server-{day}.jsonl"
+        log.write_text('{"logger": "pillsnap.deployment.server", "message": "request"}\n')
+        os.utime(log, (time.time() - 86_400 * days,) * 2)
 
 
 @pytest.fixture
@@ -292,7 +308,10 @@ def params_of(name: str) -> list:
     "A command's parameters, as typer sees them."
     import typer
 
-    return typer.main.get_command(cli.app).commands[name].params
+    command = typer.main.get_command(cli.app)
+    for part in name.split():
+        command = command.commands[part]
+    return command.params
 
 
 OTHERS = [(line, page) for line, page in ALL if (line, page) not in PILLSNAP]
@@ -360,7 +379,7 @@ def papermill_takes(argv: list[str], desk: Path) -> None:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_help_helps(name, capsys):
     "A sentence, a word on every argument and option, an example."
-    status, out, _ = typed([name, "--help"], capsys)
+    status, out, _ = typed([*name.split(), "--help"], capsys)
     assert status == 0 and "Usage: pillsnap " + name in out and "Example:" in out
     command = COMMANDS[name]
     assert len((command.callback.__doc__ or "").strip()) > 20 and re.search(rf"`pillsnap {name}\b", command.epilog)

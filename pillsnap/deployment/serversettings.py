@@ -154,6 +154,7 @@ class ServerSettings(Block):
     keep: Path | None = key(None, "store each photo and its answer in this folder; none: store nothing")
     signed_by: Path | None = key(None, "public key of the person who must have signed the bundle; none: anybody")
     feedback: Path | None = key(None, "the file that takes what people say of an answer, right or wrong; none: refused")
+    log_dir: Path | None = key(None, "write the log to files in this folder, one a day; none: to stderr")
     limits: ServerLimits = key(ServerLimits(), "what requests may cost")
 
     @property

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 # %% ../../nbs/deployment/866_serving.ipynb #adede58a
@@ -23,6 +24,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 # %% ../../nbs/deployment/866_serving.ipynb #bc7aa3e3
 from ..core.files import os_error
+from .logfiles import DailyLog
 from .serversettings import ServerLimits, ServerSettings, checked_start, parse_limits
 from .service import start_workers
 
@@ -44,10 +46,11 @@ class JsonLines(logging.Formatter):
 
 def json_logs(
     level: str = "INFO",  # DEBUG, INFO, WARNING or ERROR
+    log_dir: Path | None = None,  # write a file a day in this folder; None = to stderr
 ) -> None:
-    "Send the lines of PillSnap and of uvicorn to stderr, as JSON; a stream that is full or gone stops no request."
+    "Send the lines of PillSnap and of uvicorn out as JSON; a stream or a disk that is full or gone stops no request."
     logging.raiseExceptions = False
-    handler = logging.StreamHandler(sys.stderr)
+    handler = DailyLog(log_dir) if log_dir else logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     for name, least in (("pillsnap", level), ("uvicorn", "WARNING")):
         log = logging.getLogger(name)
@@ -147,7 +150,7 @@ def serve(
 ) -> None:  # returns when the server was stopped; PillsnapError for a start that is refused
     "Answer requests until SIGINT or SIGTERM."
     env = checked_start(settings)
-    json_logs(env.log_level)
+    json_logs(env.log_level, settings.log_dir)
     _more_files()
     with _bound_socket(settings.host, settings.port) as sock:
         fleet = start_workers(settings, env)

@@ -15,7 +15,6 @@ from typing import Any
 
 # %% ../../nbs/deployment/830_timing.ipynb #75d9af45
 import numpy as np
-import onnx
 import onnxruntime as ort
 
 # %% ../../nbs/deployment/830_timing.ipynb #0c02140a
@@ -33,6 +32,7 @@ def in_float16(
     model: bytes,  # an ONNX file's content
 ) -> bytes:  # float16 inside, float32 at both ends
     "The same network in half the precision."
+    import onnx
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     return convert_float_to_float16(onnx.load_from_string(model), keep_io_types=True).SerializeToString()

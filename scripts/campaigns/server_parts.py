@@ -85,8 +85,16 @@ def pill_photo(kcode: str = "K-000002", size: tuple[int, int] = (240, 320), kind
 class Server:
     "`pillsnap serve` in a process of its own, with its log in a file."
 
-    def __init__(self, folder: Path, bundle: Path | str, *options: str, env: str = f"API_KEY={KEY},{OTHER}\n"):
+    def __init__(
+        self,
+        folder: Path,
+        bundle: Path | str,
+        *options: str,
+        env: str = f"API_KEY={KEY},{OTHER}\n",
+        log_dir: Path | None = None,
+    ):
         folder.mkdir(parents=True, exist_ok=True)
+        self.log_dir, options = log_dir, (*options, "--log-dir", str(log_dir)) if log_dir else options
         self.env_file, self.log_file = folder / ".env", folder / "log.jsonl"
         self.env_file.touch(mode=0o600)
         self.env_file.write_text(env)
@@ -108,7 +116,8 @@ class Server:
         raise AssertionError(f"the server did not start:\n{self.log()}")
 
     def log(self) -> str:
-        return self.log_file.read_text(encoding="utf-8")
+        files = [self.log_file, *(sorted(self.log_dir.glob("server-*")) if self.log_dir else ())]
+        return "".join(file.read_text(encoding="utf-8") for file in files)
 
     def lines(self) -> list[dict[str, Any]]:
         "What was logged."
