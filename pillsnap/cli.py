@@ -430,8 +430,19 @@ def predict(  # noqa: PLR0913 - one parameter for each option of the command
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or openvino")] = "auto",
     out: Annotated[Path | None, typer.Option(help="write a table: *.csv, *.jsonl or *.parquet")] = None,
+    backend: Annotated[str, typer.Option(help="local, or dask: on an existing cluster, into a *.parquet")] = "local",
+    scheduler: Annotated[str | None, typer.Option(help="the cluster's address, such as tcp://10.0.0.5:8786")] = None,
 ) -> None:
     "Name the pills in photos, from the ONNX files alone; exit status 1 if some of several photos cannot be read."
+    if backend not in ("local", "dask"):
+        raise PillsnapError(f"there is no backend {backend!r}", where="--backend", fix="local or dask")
+    if scheduler and backend == "local":
+        raise PillsnapError("a scheduler answers for a cluster", where="--scheduler", fix="add --backend dask")
+    if backend == "dask":
+        from pillsnap.deployment.cluster import cluster_command
+
+        done = cluster_command(photos, scheduler, run_dir, out, mode, topk, device)
+        raise typer.Exit(1 if done.errors else 0)
     from pillsnap.deployment.batch import predict_command
 
     answers = predict_command(photos, mode, run_dir, json_out, topk, device, out)

@@ -28,9 +28,7 @@ def pins():
     return [line for line in lines if line]
 
 
-@pytest.mark.parametrize(
-    "which", ["requirements", "train_requirements", "lab_requirements", "serve_requirements", "dev_requirements"]
-)
+@pytest.mark.parametrize("which", [key for key in SETTINGS if key.endswith("requirements")])
 def test_every_requirement_is_pinned_within_its_range(which):
     have = {canonicalize_name(n): v for n, _, v in (line.partition("==") for line in pins())}
     for r in map(Requirement, shlex.split(SETTINGS[which])):
