@@ -297,8 +297,7 @@ def plot(self: OpenSet) -> Any:  # a matplotlib Figure
     if positive:
         left.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
         left.xaxis.set_minor_formatter("")
-    left.margins(y=0.55)
-    left.legend(frameon=False, fontsize=7, loc="upper right")
+    left.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     kinds = [k for k in KINDS if (self.table["kind"] == k).any()]
     for kind, shift in zip(kinds, np.linspace(-0.2, 0.2, len(kinds)) if len(kinds) > 1 else [0.0]):
         t, colour = self.table[self.table["kind"] == kind], COLOURS[list(self.scores).index(kind)]
