@@ -86,7 +86,6 @@ def time_calls(
     for _ in range(warmup):
         answer()
     ms, was_on = np.empty(runs), gc.isenabled()
-    gc.collect()
     gc.disable()
     try:
         for i in range(runs):
