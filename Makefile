@@ -27,7 +27,7 @@ test: setup ## format, lint, clean-check, export-check, every notebook, pytest
 	@ruff check -q .
 	@scripts/core/in_step.sh clean
 	@scripts/core/in_step.sh export
-	@OMP_NUM_THREADS=1 JPY_SESSION_NAME=$(CURDIR)/nbs/as-in-the-lab.ipynb nbdev_test --n_workers $(PROCESSES) --skip_file_re '^(0[0-9]_|[_.])' # as a person sees them; papermill runs the stages without, pytest the guide's chapters
+	@PYTHONPATH=$(CURDIR)/tests/startup$${PYTHONPATH:+:$$PYTHONPATH} OMP_NUM_THREADS=1 JPY_SESSION_NAME=$(CURDIR)/nbs/as-in-the-lab.ipynb nbdev_test --n_workers $(PROCESSES) --skip_file_re '^(0[0-9]_|[_.])' # as a person sees them; papermill runs the stages without, pytest the guide's chapters
 	@OMP_NUM_THREADS=1 python -m pytest -n $$(($(PROCESSES) + 1)) --dist loadfile --no-loadscope-reorder
 
 FAST := house notebooks gates calibration metrics readme repository keys

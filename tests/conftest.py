@@ -1,15 +1,22 @@
 """Fixtures that many tests share: one small synthetic delivery, rendered once, and one smoke run of all stages."""
 
+import gc
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from terminal import STARTUP, search_path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("PILLSNAP_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parents[1]
+if str(STARTUP) not in (known := os.environ.get("PYTHONPATH", "").split(os.pathsep)):
+    os.environ["PYTHONPATH"] = search_path(*filter(None, known))
 # Files that take longest. They begin first, so that no test process works alone at the end.
 LONGEST = ["distributed", "commands", "benchmarks", "site", "processes", "heldout", "segmentation", "progress", "plots"]
 
@@ -18,6 +25,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     "Bring the longest files to the front; the order inside a file stays."
     place = {f"test_{name}.py": i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
+
+
+def pytest_collection_finish() -> None:
+    "What is loaded stays: from here on, the garbage collector looks only at what tests make."
+    gc.collect()
+    gc.freeze()
 
 
 def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
@@ -57,3 +70,20 @@ def smoke_run(tmp_path_factory) -> Path:
     from pillsnap.core.runner import run_pipeline
 
     return made_once(tmp_path_factory, "smoke", lambda out: run_pipeline(PIPELINE, "smoke", run_dir=out))
+
+
+def build_wheel(folder: Path) -> None:
+    "Build the wheel from a copy of the checkout."
+    left_out = shutil.ignore_patterns(".venv", ".git", "_runs", "build", "*.egg-info", "__pycache__", "_docs", "_proc")
+    shutil.copytree(ROOT, folder / "src", ignore=left_out)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", "wheel", "--no-deps"]
+    subprocess.run(
+        [*pip, "--no-build-isolation", "-w", folder, folder / "src"], check=True, capture_output=True, text=True
+    )
+    shutil.rmtree(folder / "src")
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory) -> Path:
+    "The wheel of this checkout."
+    return next(made_once(tmp_path_factory, "wheel", build_wheel).glob("*.whl"))

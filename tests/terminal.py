@@ -1,12 +1,35 @@
-"""A command run as a person runs it: on a terminal of its own, 100 columns wide."""
+"""A command run as a person runs it: a line of words, or on a terminal of its own, 100 columns wide."""
 
+import contextlib
 import fcntl
+import io
 import os
 import pty
 import re
 import struct
 import subprocess
 import termios
+from pathlib import Path
+
+STARTUP = Path(__file__).parent / "startup"  # what each process of the tests begins with
+
+
+def search_path(*folders: object) -> str:
+    "PYTHONPATH for a process of the tests that imports from these folders."
+    return os.pathsep.join(map(str, [STARTUP, *folders]))
+
+
+def typed(*words: object) -> subprocess.CompletedProcess:
+    "The exit status of `pillsnap` with these words and what it printed, without the start of a process."
+    from pillsnap.cli import main
+
+    argv, out, err, status = [str(w) for w in words], io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main(argv)
+        except SystemExit as end:
+            status = end.code or 0
+    return subprocess.CompletedProcess(argv, status, out.getvalue(), err.getvalue())
 
 
 def on_a_terminal(

@@ -31,6 +31,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from terminal import search_path
 
 from pillsnap import cli
 from pillsnap.core.config import load_config
@@ -268,7 +269,7 @@ def test_the_program_takes_every_line(line, page, at_the_desk, monkeypatch, caps
         done = subprocess.run(
             [sys.executable, "-m", "pillsnap", *argv],
             cwd=at_the_desk,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            env=os.environ | {"PYTHONPATH": search_path(ROOT)},
             capture_output=True,
             text=True,
         )
@@ -289,7 +290,9 @@ def served(argv: list[str], desk: Path) -> int:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "pillsnap", *argv, "--port", str(port)]
     with open(desk / "serve.log", "w") as log:
-        server = subprocess.Popen(command, cwd=desk, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=log, stderr=log)
+        server = subprocess.Popen(
+            command, cwd=desk, env=os.environ | {"PYTHONPATH": search_path(ROOT)}, stdout=log, stderr=log
+        )
     try:
         for _ in range(600):
             assert server.poll() is None, (desk / "serve.log").read_text()
@@ -361,7 +364,7 @@ def papermill_takes(argv: list[str], desk: Path) -> None:
         done = subprocess.run(
             [sys.executable, "-m", *argv],
             cwd=desk,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            env=os.environ | {"PYTHONPATH": search_path(ROOT)},
             capture_output=True,
             text=True,
         )

@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from terminal import search_path
 
 from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
@@ -66,7 +67,7 @@ def made(tmp_path_factory, delivery):
         capture_output=True,
         text=True,
         cwd=root.parent,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "YOLO_CONFIG_DIR": str(root.parent)},
+        env={**os.environ, "PYTHONPATH": search_path(ROOT), "YOLO_CONFIG_DIR": str(root.parent)},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("REPORT"))[7:])

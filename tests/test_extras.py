@@ -14,26 +14,10 @@ TRAINING = {"torch", "torchvision", "fastai", "timm", "ultralytics", "jupyterlab
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
+def base(wheel, tmp_path_factory) -> Path:
     "An empty environment with the wheel and what the wheel asks for, no extra."
     tmp = tmp_path_factory.mktemp("base")
-    left_out = shutil.ignore_patterns(".venv", ".git", "_runs", "build", "*.egg-info", "__pycache__", "_docs", "_proc")
-    shutil.copytree(ROOT, tmp / "src", ignore=left_out)
-    make_wheel = [
-        sys.executable,
-        "-m",
-        "pip",
-        "-q",
-        "wheel",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        tmp,
-        tmp / "src",
-    ]
-    subprocess.run(make_wheel, check=True, capture_output=True)
     subprocess.run([sys.executable, "-m", "venv", tmp / "venv"], check=True)
-    (wheel,) = tmp.glob("*.whl")
     install = [tmp / "venv/bin/python", "-m", "pip", "--disable-pip-version-check", "-q", "install", wheel]
     done = subprocess.run([*install, "-c", ROOT / "constraints.txt"], capture_output=True, text=True)
     if done.returncode and "No matching distribution" in done.stderr:

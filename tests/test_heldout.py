@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from terminal import typed
 
 from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
@@ -521,35 +522,29 @@ def test_the_narrow_tenth_is_scored_without_a_detector(delivery, tmp_path):
 # ---- the commands --------------------------------------------------------------------------------
 
 
-def pillsnap(*args):
-    return subprocess.run([sys.executable, "-m", "pillsnap", *map(str, args)], capture_output=True, text=True, cwd=ROOT)
-
-
 @pytest.mark.spec("X80", "EV5", "SG5")
 def test_decide_evaluate_declare_and_final_test_as_a_person_types_them(made, tmp_path):
     root = tmp_path / "run"
     shutil.copytree(made[0], root, symlinks=True)
-    r = pillsnap("evaluate", "--run", root, "--split", "val", "--checkpoint", root / "checkpoints/classifier/best.pt")
+    r = typed("evaluate", "--run", root, "--split", "val", "--checkpoint", root / "checkpoints/classifier/best.pt")
     assert r.returncode == 0 and "synthetic" in r.stdout and "chose the checkpoint" in r.stdout, r.stderr
-    r = pillsnap("evaluate", "--run", root, "--split", "test", "--reason", "curiosity", "--confirm", run_id(root))
+    r = typed("evaluate", "--run", root, "--split", "test", "--reason", "curiosity", "--confirm", run_id(root))
     assert r.returncode == 2 and "pillsnap decide" in r.stderr and "Traceback" not in r.stderr
-    r = pillsnap("decide", "--run", root, "--by", "kim", "--reason", "a rehearsal")
+    r = typed("decide", "--run", root, "--by", "kim", "--reason", "a rehearsal")
     assert r.returncode == 0 and "ledger.jsonl" in r.stdout
-    r = pillsnap("final-test", "--run", root, "--reason", "a rehearsal", "--confirm", run_id(root))
+    r = typed("final-test", "--run", root, "--reason", "a rehearsal", "--confirm", run_id(root))
     assert r.returncode == 0 and "NEEDS_IMPROVEMENT (SYNTHETIC" in r.stdout, r.stderr
-    assert pillsnap("final-test", "--run", root, "--reason", "again", "--confirm", run_id(root)).returncode == 2
-    r = pillsnap(
-        "declare", "cloudflare_tunnel_setup", "--run", root, "--by", "kim", "--note", "looked at the dashboard"
-    )
+    assert typed("final-test", "--run", root, "--reason", "again", "--confirm", run_id(root)).returncode == 2
+    r = typed("declare", "cloudflare_tunnel_setup", "--run", root, "--by", "kim", "--note", "looked at the dashboard")
     assert r.returncode == 0 and read_json(root / "reports/checks.json")["cloudflare_tunnel_setup"] | {"date": ""} == {
         "passed": True,
         "by": "kim",
         "date": "",
         "note": "looked at the dashboard",
     }
-    assert pillsnap("declare", "cloudflare_tunnel_setup", "--run", root, "--by", "kim", "--failed").returncode == 0
+    assert typed("declare", "cloudflare_tunnel_setup", "--run", root, "--by", "kim", "--failed").returncode == 0
     assert read_json(root / "reports/checks.json")["cloudflare_tunnel_setup"]["passed"] is False
-    r = pillsnap("declare", "all_is_well", "--run", root, "--by", "kim")
+    r = typed("declare", "all_is_well", "--run", root, "--by", "kim")
     assert r.returncode == 2 and "no mandatory check" in r.stderr
-    r = pillsnap("evaluate", "--run", root, "--split", "train")
+    r = typed("evaluate", "--run", root, "--split", "train")
     assert r.returncode == 2 and "Traceback" not in r.stderr

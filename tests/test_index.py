@@ -12,6 +12,7 @@ import joblib
 import numpy as np
 import pyarrow as pa
 import pytest
+from terminal import search_path
 
 from pillsnap.core.errors import PillsnapError
 from pillsnap.dataset.conversion import convert_delivery, index_labels
@@ -29,7 +30,7 @@ from pillsnap.delivery.truth import audit, check_labels, equal_parts, merge, rea
 from pillsnap.synth.writer import write_delivery
 
 ROOT = Path(__file__).resolve().parents[1]
-ENV = {**os.environ, "PYTHONPATH": str(ROOT)}
+ENV = {**os.environ, "PYTHONPATH": search_path(ROOT)}
 
 
 def script(path):

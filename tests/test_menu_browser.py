@@ -15,6 +15,7 @@ import nbformat
 import numpy as np
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from terminal import search_path
 
 from pillsnap.core.jobs import RunFolder
 from pillsnap.core.records import Provenance
@@ -50,7 +51,7 @@ def lab(tmp_path_factory):
         "JUPYTER_CONFIG_DIR": str(home / "config"),
         "JUPYTER_DATA_DIR": str(home / "data"),
         "JUPYTER_RUNTIME_DIR": str(home / "runtime"),
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": search_path(ROOT),
         "PILLSNAP_OFFLINE": "1",
         "YOLO_CONFIG_DIR": str(home),
     }

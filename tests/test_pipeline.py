@@ -4,20 +4,12 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from terminal import typed
 
 from pillsnap.cli import PIPELINE
 from pillsnap.core.jobs import read_record, run_id
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def pillsnap(*args, cwd=None, timeout=300):
-    return subprocess.run(
-        [sys.executable, "-m", "pillsnap", *map(str, args)], capture_output=True, text=True, cwd=cwd, timeout=timeout
-    )
 
 
 @pytest.mark.spec("BX15")
@@ -64,7 +56,7 @@ def test_a_second_run_has_nothing_to_do_and_imports_no_torch(smoke_run):
 @pytest.mark.parametrize("mode", ["single", "combo"])
 def test_predict_answers_in_the_mode_that_was_asked(smoke_run, mode):
     photo = next((smoke_run / "delivery" / "data" / "train" / "images" / "combination").rglob("K-*.png"))
-    r = pillsnap("predict", photo, "--mode", mode, "--run", smoke_run, "--json")
+    r = typed("predict", photo, "--mode", mode, "--run", smoke_run, "--json")
     assert r.returncode == 0, r.stderr
     answer = json.loads(r.stdout)
     assert answer["mode_used"] == answer["mode_requested"] == mode
@@ -84,13 +76,13 @@ def test_a_photo_or_a_run_that_cannot_answer_is_said_in_plain_words(smoke_run, t
         mode = "auto"
     if kind == "nobundle":
         run = tmp_path
-    r = pillsnap("predict", photo, "--mode", mode, "--run", run, "--json")
+    r = typed("predict", photo, "--mode", mode, "--run", run, "--json")
     assert "Traceback" not in r.stderr
     assert r.returncode == 2 and "pillsnap: " in r.stderr or kind == "pixel" and r.returncode == 0
 
 
 def test_the_final_test_stays_sealed(smoke_run):
-    r = pillsnap("final-test", "--run-dir", smoke_run, "--reason", "curiosity")
+    r = typed("final-test", "--run-dir", smoke_run, "--reason", "curiosity")
     assert r.returncode == 2 and "Traceback" not in r.stderr and "stage 4" in r.stderr.lower()
     assert not (smoke_run / "reports" / "final_test_results.json").exists()
 
@@ -107,7 +99,7 @@ def test_a_delivery_that_cannot_be_used_stops_the_first_job(delivery, tmp_path, 
         shutil.copytree(delivery, root)
         for p in (root / "data" / "train").rglob("*.png"):
             p.write_text("not a photo")
-    r = pillsnap("run", "conversion", "--config", "smoke", "--run-dir", run, f"paths.root={root}", "data.source=aihub")
+    r = typed("run", "conversion", "--config", "smoke", "--run-dir", run, f"paths.root={root}", "data.source=aihub")
     assert r.returncode == 2 and "Traceback" not in r.stderr, r.stderr[-2000:]
     assert not (run / "manifest.csv").exists(), "nothing half-written"
     if kind == "every photo broken":
@@ -121,7 +113,7 @@ def test_a_delivery_that_cannot_be_used_stops_the_first_job(delivery, tmp_path, 
 @pytest.mark.spec("CF5")
 def test_an_unwritable_run_folder_is_refused_at_the_start(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    r = pillsnap("run", "all", "--config", "smoke", "--run-dir", tmp_path / "file" / "run")
+    r = typed("run", "all", "--config", "smoke", "--run-dir", tmp_path / "file" / "run")
     assert r.returncode == 2 and "Traceback" not in r.stderr
 
 
@@ -129,13 +121,14 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
     from pillsnap.core.files import FolderLock
 
     with FolderLock(tmp_path / "run" / "stages"):
-        r = pillsnap("run", "conversion", "--config", "smoke", "--run-dir", tmp_path / "run")
+        words = ["run", "conversion", "--config", "smoke", "--run-dir", tmp_path / "run"]
+        r = subprocess.run([sys.executable, "-m", "pillsnap", *words], capture_output=True, text=True)
     assert r.returncode == 2 and "Traceback" not in r.stderr
 
 
 @pytest.mark.spec("CF8")
 def test_the_sources_command_runs_the_same_pipeline(smoke_run):
-    r = pillsnap("--cfg", "smoke", f"paths.exp_dir={smoke_run}")
+    r = typed("--cfg", "smoke", f"paths.exp_dir={smoke_run}")
     assert r.returncode == 0 and r.stdout.count("up to date") == 6, r.stdout + r.stderr
 
 
@@ -143,5 +136,5 @@ def test_the_sources_command_runs_the_same_pipeline(smoke_run):
     "command", ["run", "synth", "audit", "predict", "evaluate", "decide", "declare", "final-test", "choose", "config"]
 )
 def test_help_helps(command):
-    r = pillsnap(command, "--help")
+    r = typed(command, "--help")
     assert r.returncode == 0 and "Usage" in r.stdout and len(r.stdout) > 300

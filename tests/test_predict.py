@@ -13,6 +13,7 @@ import pytest
 from jsonschema import validate
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
+from terminal import typed
 
 from pillsnap.core.container import content_digest
 from pillsnap.core.errors import PillsnapError
@@ -96,13 +97,6 @@ def run(tmp_path_factory):
     return run
 
 
-def cli(*args):
-    "The command in a process of its own."
-    return subprocess.run(
-        [sys.executable, "-m", "pillsnap", "predict", *map(str, args)], capture_output=True, text=True, encoding="utf-8"
-    )
-
-
 BLOCKED = """import sys
 class Block:
     def find_spec(self, name, path=None, target=None):
@@ -134,7 +128,7 @@ def test_command_without_torch(run, mode):
 
 @pytest.mark.spec("SV4")
 def test_card_in_korean(run):
-    done = cli(run / "green.png", "--run", run)
+    done = typed("predict", run / "green.png", "--run", run)
     assert done.returncode == 0, done.stderr
     for text in ("가나1정", "한빛샘제약(주)", "전문의약품", "8 × 8 × 3.5 mm", "보정된 확률 (온도 1.20)", "정보 없음"):
         assert text in done.stdout, text
@@ -172,7 +166,7 @@ def test_bad_photo_is_refused(run, tmp_path, content, why):
 @pytest.mark.spec("CF5")
 def test_bad_photo_on_the_command_line(run, tmp_path):
     (tmp_path / "letter.png").write_text("Dear pharmacist,")
-    done = cli(tmp_path / "letter.png", "--run", run, "--json")
+    done = typed("predict", tmp_path / "letter.png", "--run", run, "--json")
     assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
     assert done.stderr.splitlines() == [
         "pillsnap: this is a text file, no photo that can be read",
@@ -184,7 +178,7 @@ def test_bad_photo_on_the_command_line(run, tmp_path):
 @pytest.mark.spec("SV4")
 @pytest.mark.parametrize("mode", ["auto", "COMBO", ""])
 def test_bad_mode_on_the_command_line(run, mode):
-    done = cli(run / "green.png", "--run", run, "--mode", mode)
+    done = typed("predict", run / "green.png", "--run", run, "--mode", mode)
     assert done.returncode != 0 and "mode" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -296,7 +290,7 @@ def test_the_bundle_decides_where_the_caller_says_nothing(copy, run):
     a, b = bundle.predict(run / "green.png"), bundle.predict(run / "green.png", "single", 3)
     assert (a["mode_requested"], a["mode_used"], len(a["items"][0]["top_k"])) == ("combo", "combo", 2)
     assert (b["mode_used"], len(b["items"][0]["top_k"])) == ("single", 3)
-    told = json.loads(cli(run / "green.png", "--run", copy, "--json").stdout)
+    told = json.loads(typed("predict", run / "green.png", "--run", copy, "--json").stdout)
     assert (told["mode_used"], len(told["items"][0]["top_k"])) == ("combo", 2)
     rewrite({})
     bundle = P.load_bundle(copy)

@@ -10,7 +10,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_notebook
-from terminal import on_a_terminal, screen
+from terminal import on_a_terminal, screen, search_path
 
 ROOT = Path(__file__).resolve().parents[1]
 LOOP = """
@@ -92,7 +92,7 @@ def test_a_job_on_a_terminal_and_its_executed_notebook(tmp_path):
         "synth.width=390",
         "synth.height=512",
     ]
-    rc, written = on_a_terminal(command, cwd=tmp_path, env=plain(PYTHONPATH=str(ROOT)))
+    rc, written = on_a_terminal(command, cwd=tmp_path, env=plain(PYTHONPATH=search_path(ROOT)))
     assert rc == 0, written
     left = [line for line in screen(written) if line]
     assert len(re.findall(r"rendering .*?/\d+ photos · ", written)) > 5, "no live line was seen"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from jsonschema import validate
+from terminal import search_path
 
 from pillsnap.client import Client
 from pillsnap.core.container import PackedFiles, write_packed
@@ -464,7 +465,12 @@ def test_an_unsafe_start_is_refused(tmp_path, bundle, options, env, reason):
     (tmp_path / ".env").write_text(env)
     argv = [sys.executable, "-m", "pillsnap", "serve", "--bundle", str(bundle), "--port", "0", *options]
     done = subprocess.run(
-        argv, cwd=tmp_path, capture_output=True, text=True, timeout=60, env=os.environ | {"PYTHONPATH": str(ROOT)}
+        argv,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | {"PYTHONPATH": search_path(ROOT)},
     )
     assert done.returncode == 2 and reason in done.stderr and "Traceback" not in done.stderr
     assert KEY not in done.stderr

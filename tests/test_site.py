@@ -13,6 +13,7 @@ import pytest
 import yaml
 from nbconvert import HTMLExporter
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from terminal import search_path
 
 ROOT = Path(__file__).resolve().parents[1]
 SITE = "https://pillsnap.github.io/pillsnap/"
@@ -39,7 +40,7 @@ def process(copy: Path) -> None:
     quarto.write_text("#!/bin/sh\nexit 1\n")
     quarto.chmod(0o755)
     path = os.pathsep.join([str(quarto.parent), str(Path(sys.executable).parent), os.environ["PATH"]])
-    env = {**os.environ, "PATH": path, "PYTHONPATH": str(copy), "PYTHONWARNINGS": "ignore"}
+    env = {**os.environ, "PATH": path, "PYTHONPATH": search_path(copy), "PYTHONWARNINGS": "ignore"}
     r = subprocess.run(
         ["nbdev_proc_nbs", "--n_workers", "2", "--file_re", r"\.(?:ipynb|qmd|html)$"],
         cwd=copy,

@@ -16,6 +16,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from terminal import search_path
 
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.files import canonical_json
@@ -261,7 +262,10 @@ def test_killed_rendering_is_gone_on_with(tmp_path):
     script = tmp_path / "render.py"
     script.write_text(code)
     p = subprocess.Popen(
-        [sys.executable, str(script)], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True
+        [sys.executable, str(script)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": search_path(ROOT)},
+        start_new_session=True,
     )
     for _ in range(3000):
         if len(list((tmp_path / "k").rglob("*.png"))) >= 8 or p.poll() is not None:

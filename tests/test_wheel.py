@@ -8,33 +8,16 @@ import zipfile
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[1]
+from terminal import search_path
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory) -> Path:
-    "The wheel built from a copy of the repository, unpacked as pip would, without its dependencies."
-    import shutil
-
-    tmp = tmp_path_factory.mktemp("wheel")
-    src = tmp / "src"
-    shutil.copytree(
-        ROOT,
-        src,
-        ignore=shutil.ignore_patterns(".venv", ".git", "_runs", "build", "*.egg-info", "__pycache__", "_docs", "_proc"),
-    )
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
-    subprocess.run(
-        [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp), str(src)],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    (wheel,) = tmp.glob("*.whl")
+def installed(wheel, tmp_path_factory) -> Path:
+    "The wheel, unpacked as pip would, without its dependencies."
+    site = tmp_path_factory.mktemp("wheel") / "site"
     with zipfile.ZipFile(wheel) as z:
-        z.extractall(tmp / "site")
-    return tmp / "site"
+        z.extractall(site)
+    return site
 
 
 @pytest.mark.spec("BX15")
@@ -50,7 +33,7 @@ def test_the_wheel_carries_what_a_run_needs(installed):
 
 @pytest.mark.spec("BX15")
 def test_a_job_runs_from_the_wheel_in_an_empty_folder(installed, tmp_path):
-    env = {**os.environ, "PYTHONPATH": str(installed)}
+    env = {**os.environ, "PYTHONPATH": search_path(installed)}
     r = subprocess.run(
         [sys.executable, "-m", "pillsnap", "run", "all", "--config", "smoke", "--only", "conversion"],
         cwd=tmp_path,
