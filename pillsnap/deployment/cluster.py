@@ -6,14 +6,15 @@
 __all__ = ['logger', 'ClusterPlan', 'answer_group', 'worker_state', 'Journal', 'ask_cluster', 'check_workers', 'ClusterResult',
            'write_table', 'predict_on_cluster', 'connect', 'cluster_command']
 
-# %% ../../nbs/deployment/890_cluster.ipynb #8e3f42d6
+# %% ../../nbs/deployment/890_cluster.ipynb #9a0c3fd9
 import json
 import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -166,8 +167,13 @@ class Journal:
         "Close the file; it stays."
         self._file.close()
 
-# %% ../../nbs/deployment/890_cluster.ipynb #ff3477c3
+# %% ../../nbs/deployment/890_cluster.ipynb #b334a9ac
 _GROUP, _AHEAD = 8, 3  # (ours) photos of one task; tasks for each thread of a worker that wait or run
+
+
+def _by_name(name: str) -> Callable[..., Any]:
+    "A function of this module, which a worker takes from its own pillsnap and not from a running notebook."
+    return getattr(import_module("pillsnap.deployment.cluster"), name)
 
 
 def _groups(photos: Sequence[str]) -> Iterator[list[str]]:
@@ -193,13 +199,11 @@ def ask_cluster(
     "Ask the workers; the order is that of their answers."
     from distributed import KilledWorker, as_completed
 
-    from pillsnap.deployment.cluster import answer_group  # by name: a worker gets it from its own pillsnap
-
     waiting = deque(_groups(photos))
     running, asked = as_completed(loop=client.loop), {}
 
     def ask(group: list[str]) -> None:
-        future = client.submit(answer_group, plan, group, pure=False)
+        future = client.submit(_by_name("answer_group"), plan, group, pure=False)
         asked[future.key] = group
         running.add(future)
 
@@ -225,10 +229,8 @@ def check_workers(
     photo: str,  # one of the photos
 ) -> int:  # number of workers; PillsnapError where one would answer differently
     "Let every worker open the bundle and look at one photo."
-    from pillsnap.deployment.cluster import worker_state  # by name: a worker gets it from its own pillsnap
-
     try:
-        found = client.run(worker_state, plan, photo)
+        found = client.run(_by_name("worker_state"), plan, photo)
     except ModuleNotFoundError as e:
         raise PillsnapError(f"a worker lacks a package: {e}", where="--scheduler", fix="install pillsnap there") from e
     if not found:
