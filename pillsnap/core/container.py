@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SUFFIX', 'FILE_SCHEMA', 'MANIFEST', 'SIGNATURE', 'Files', 'checked_name', 'FolderFiles', 'Member', 'content_digest',
-           'layout_number', 'PackedFiles', 'write_packed']
+           'layout_number', 'PackedFiles', 'bundle_files', 'write_packed']
 
 # %% ../../nbs/core/015_container.ipynb #cf153733
 import hashlib
@@ -323,6 +323,23 @@ class PackedFiles:
         "What a signature is made of."
         own = hashlib.sha256(self.read(MANIFEST)).hexdigest()
         return {MANIFEST: own, **{name: entry["sha256"] for name, entry in self.manifest["members"].items()}}
+
+# %% ../../nbs/core/015_container.ipynb #baaf675b
+def bundle_files(
+    path: str | Path,  # a run folder, its export folder, or a .pillsnap file
+) -> Files:
+    "The files of an export; raises PillsnapError where there is none."
+    path = Path(path)
+    if path.is_file():
+        return PackedFiles(path)
+    for folder in (path, path / "export"):
+        if (folder / "bundle.json").is_file():
+            return FolderFiles(folder, fix="export again: pillsnap run all --from export")
+    raise PillsnapError(
+        "there is no exported model here",
+        where=path,
+        fix="run the stages first: pillsnap run all; or name the run folder, or a .pillsnap file, with --run",
+    )
 
 # %% ../../nbs/core/015_container.ipynb #390b6c30
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['logger', 'CUDA_OPTIONS', 'SCHEMA', 'REQUIRED', 'THRESHOLDS', 'ANSWERING', 'DEFAULTS', 'MODEL', 'choose_providers',
            'OpenvinoSession', 'open_session', 'OnnxModel', 'OnnxClassifier', 'OnnxDetector', 'model_entry',
-           'BundleContent', 'write_bundle', 'bundle_files', 'verified_bytes', 'LazyDetector', 'Bundle', 'load_bundle']
+           'BundleContent', 'write_bundle', 'verified_bytes', 'LazyDetector', 'Bundle', 'load_bundle']
 
 # %% ../../nbs/deployment/800_runtime.ipynb #0d5a959f
 import logging
@@ -20,7 +20,7 @@ import onnxruntime as ort
 from fastcore.basics import patch
 
 # %% ../../nbs/deployment/800_runtime.ipynb #2817663f
-from ..core.container import Files, FolderFiles, PackedFiles, content_digest, layout_number
+from ..core.container import Files, PackedFiles, bundle_files, content_digest, layout_number
 from ..core.errors import PillsnapError
 from ..core.files import json_from_bytes, save_json, sha256_file
 from ..core.signing import check_signature
@@ -271,23 +271,6 @@ def write_bundle(
     return save_json({**meta, "digest": content_digest(meta)}, Path(folder) / "bundle.json")
 
 # %% ../../nbs/deployment/800_runtime.ipynb #66dd2f2e
-def bundle_files(
-    path: str | Path,  # a run folder, its export folder, or a .pillsnap file
-) -> Files:
-    "The files of an export; raises PillsnapError where there is none."
-    path = Path(path)
-    if path.is_file():
-        return PackedFiles(path)
-    for folder in (path, path / "export"):
-        if (folder / "bundle.json").is_file():
-            return FolderFiles(folder, fix=_AGAIN)
-    raise PillsnapError(
-        "there is no exported model here",
-        where=path,
-        fix="run the stages first: pillsnap run all; or name the run folder, or a .pillsnap file, with --run",
-    )
-
-
 def _fields(part: Mapping[str, Any], need: Mapping[str, type], where: Path) -> None:
     "Check that every field exists and has its type."
     for k, t in need.items():
