@@ -8,6 +8,7 @@ The names to use in a notebook; each is imported when it is first used.
     load_splits      which photos train, validate, calibrate and test
     load_bundle      an exported identifier: `load_bundle("_runs/demo").predict("photo.png")`
     predict_photos   answers for many photos, folders or globs
+    identify         an app in JupyterLab: photos in, cards out
     read_manifest    the photos of a delivery, one row a pill
     write_delivery   render a synthetic delivery
     open_image_safely  a photo as [height, width, 3] uint8, or the reason why it cannot be read
@@ -29,6 +30,7 @@ _HOME = {  # public name → the module that defines it
     "load_splits": "dataset.splitfiles",
     "load_bundle": "deployment.runtime",
     "predict_photos": "deployment.batch",
+    "identify": "deployment.identify",
     "read_manifest": "delivery.index",
     "write_delivery": "synth.writer",
     "open_image_safely": "photos.images",

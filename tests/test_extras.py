@@ -88,9 +88,10 @@ def test_the_base_reads_one_file(base, smoke_run, tmp_path):
         (("pillsnap", "run", "all"), "train"),
         (("pillsnap", "predict", "p.png", "--out", "rows.parquet", "--run", "RUN"), "train"),
         (("python", "-c", "import pillsnap; pillsnap.load_splits"), "train"),
+        (("python", "-c", "import pillsnap; pillsnap.identify"), "lab"),
         (("pillsnap", "serve", "--bundle", "RUN"), "serve"),
     ],
-    ids=["a command", "a format", "a name", "the server"],
+    ids=["a command", "a format", "a name", "the app", "the server"],
 )
 def test_a_missing_extra_is_named(base, smoke_run, tmp_path, command, extra):
     photo = sorted((smoke_run / "delivery").rglob("*_75_*.png"))[0]

@@ -23,6 +23,7 @@ from pillsnap.evaluation.advisor import Check, Facts, evaluate_and_recommend, ge
 from pillsnap.evaluation.menu import advice_path, read_advice, write_advice
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "scripts" / "campaigns"))
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -380,6 +381,55 @@ def test_the_card_shows_every_field_in_jupyterlab_light_and_dark(lab, page, tmp_
     assert card.locator("td", has_text="사진을 읽을 수 없음").count() == 1
     assert card.locator("td", has_text="≠ Y").count() == 1
     assert not [a for a in asked if not a.startswith((url, "data:"))]
+
+
+@pytest.mark.spec("BX11", "X40")
+def test_identify_answers_in_jupyterlab(lab, page, tmp_path):
+    "Photos through the browser's own upload, a card each, a remark in the run folder, a table beside the notebook."
+    from server_parts import colour_bundle, pill_photo
+
+    from pillsnap.dataset.feedback import read_remarks
+
+    url, work = lab
+    colour_bundle(work / "named" / "export", answering=dict(focus="locator"))
+    cells = [new_code_cell("import pillsnap"), new_code_cell("app = pillsnap.identify('named', who='tester')")]
+    nbformat.write(new_notebook(cells=cells, metadata=KERNEL), work / "identify.ipynb")
+    open_and_run(page, url, "identify.ipynb")
+    app = page.locator(".jp-OutputArea-output").filter(has=page.locator("button", has_text="사진 고르기")).first
+    app.wait_for(timeout=120_000)
+    red = dict(name="red.png", mimeType="image/png", buffer=pill_photo("K-000001"))
+    letter = dict(name="letter.png", mimeType="image/png", buffer=b"Dear pharmacist,")
+
+    chosen: list = []
+    page.on("filechooser", lambda chooser: chosen.append(chooser))
+
+    def give(*photos):
+        chosen.clear()
+        app.locator("button", has_text="사진 고르기").click()
+        while not chosen:
+            page.wait_for_timeout(50)
+        chosen[0].set_files(list(photos))
+
+    give(red, letter)
+    app.locator(".ps-app", has_text="letter.png").wait_for(timeout=60_000)
+    app.locator(".ps-card .pill", has_text="약 K-000001").first.wait_for()
+    assert app.locator(".ps-card").count() == 1 and app.get_by_text("사진 2장 중 2장").count() == 1
+    shot = Path(os.environ.get("PILLSNAP_SCREENSHOTS") or tmp_path) / "identify.png"
+    app.screenshot(path=shot)
+    app.locator("button", has_text="조합").click()
+    give(red)
+    app.locator(".ps-card").nth(1).wait_for(timeout=60_000)
+    assert "모드 조합" in app.locator(".ps-card").nth(1).inner_text()
+    app.locator("button", has_text="틀림").first.click()
+    app.get_by_placeholder("맞는 약").fill("약 K-000003 K-000003")
+    app.locator("button", has_text="보내기").click()
+    app.get_by_text("에 기록했습니다").wait_for(timeout=60_000)
+    (remark,) = read_remarks(work / "named" / "feedback.jsonl")
+    assert (remark.right, remark.drug, remark.mode, remark.who) == (False, "K-000003", "single", "tester")
+    app.locator("button", has_text="표로 저장").click()
+    app.get_by_text("사진 3장").wait_for(timeout=60_000)
+    (table,) = work.glob("answers_*.csv")
+    assert len(table.read_text(encoding="utf-8-sig").splitlines()) == 5  # a head, a pill, a refusal, two pills of combo
 
 
 @pytest.mark.spec("BX11")
