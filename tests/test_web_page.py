@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
+from pillsnap.core.files import sha256_file
 from pillsnap.dataset.feedback import read_remarks
 from pillsnap.delivery.classmap import ClassMap
 from pillsnap.deployment.admission import REFUSALS, KeyRing
@@ -62,7 +63,12 @@ def bundle(tmp_path_factory) -> Path:
     classes = ClassMap(tuple(PILLS))
     rule = AnswerRule("lac", 0.05, (0.8,) * 3, max_list=2, temperature=0.5, class_map=classes.fingerprint)
     place = tmp_path_factory.mktemp("page") / "export"
-    return colour_bundle(place, drugs=drugs, rule=rule, temperature=0.5, answering=dict(focus="locator"))
+    front = place / "thumbnails" / "K-000001_front.jpg"
+    front.parent.mkdir(parents=True)
+    Image.new("RGB", (96, 96), PILLS["K-000001"]).save(front)
+    pictures = {"K-000001": {"front": dict(file=front.name, sha256=sha256_file(front))}}
+    how = dict(drugs=drugs, rule=rule, temperature=0.5, answering=dict(focus="locator"), thumbnails=pictures)
+    return colour_bundle(place, **how)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +95,7 @@ class Visit:
         self.url, self.asked, self.wrong = f"http://127.0.0.1:{server.port}", [], []
         self.context = browser.new_context(viewport=size or DESK, locale=locale, **how)
         self.page = self.context.new_page()
-        self.page.set_default_timeout(20_000)
+        self.page.set_default_timeout(60_000)
         self.page.on("request", lambda r: self.asked.append(r.url))
         self.page.on("pageerror", lambda e: self.wrong.append(str(e)))
         self.page.on("console", lambda m: self.wrong.append(m.text) if "Content Security Policy" in m.text else None)
@@ -113,8 +119,8 @@ def give(page, *photos: dict) -> None:
     "Choose photos, and wait for all answers."
     before = page.locator(".card").count()
     page.set_input_files("#files", list(photos))
-    assert until(lambda: page.locator(".card").count() == before + len(photos))
-    assert until(lambda: page.locator("[aria-busy=true]").count() == 0 and page.locator("#stop").is_hidden())
+    assert until(lambda: page.locator(".card").count() == before + len(photos), 60)
+    assert until(lambda: page.locator("[aria-busy=true]").count() == 0 and page.locator("#stop").is_hidden(), 60)
 
 
 def card(page, name: str):
@@ -163,7 +169,9 @@ def test_each_kind_of_answer_is_a_card(browser, server, bundle, size, locale, co
         assert page.evaluate("window.hacked") is None
         assert set(page.locator("main img").evaluate_all("all => all.map(i => i.src.slice(0, 5))")) == {"blob:"}
         assert page.locator("main img").evaluate_all("all => all.every(i => i.complete && i.naturalWidth && i.alt)")
-        assert red.locator("img").count() == 2, "the photo with its box, and the pill enlarged"
+        assert red.locator(".photo img, .zoom img").count() == 2, "the photo with its box, and the pill enlarged"
+        red.locator(".references img").wait_for()
+        assert red.locator(".references img").get_attribute("alt").startswith(HOSTILE)
         first = load_bundle(bundle).predict(RED["buffer"], "single")["items"][0]
         assert f"{first['confidence']:.1%}" in red.locator(".kind").inner_text()
         differs = red.locator(".candidates > ol > li").nth(1).locator(".differences").inner_text()
@@ -177,6 +185,23 @@ def test_each_kind_of_answer_is_a_card(browser, server, bundle, size, locale, co
 
 
 WORDS_NONE = {True: "참고 (답이 아님)", False: "for comparison (not the answer)"}
+
+
+def test_a_reference_picture_is_of_the_bundle_that_answers(server, bundle):
+    "With a key alone; a drug or a side without a picture, and a picture that was changed, have none."
+    front = bundle / "thumbnails" / "K-000001_front.jpg"
+    data, path = front.read_bytes(), "/picture?kcode=K-000001"
+    status, told, headers = server.ask(f"{path}&side=front")
+    assert (status, told, headers["content-type"]) == (200, data, "image/jpeg")
+    assert server.ask(path, key=None)[0] == 401
+    for wrong in (f"{path}&side=back", "/picture?kcode=K-000002", "/picture?kcode=../bundle.json"):
+        assert server.ask(wrong)[1]["error"]["code"] == "no_picture"
+    try:
+        front.write_bytes(data[:-1])
+        assert server.ask(path)[0] == 422
+    finally:
+        front.write_bytes(data)
+    assert server.ask(path)[0] == 200
 
 
 @pytest.mark.spec("X40")
@@ -197,7 +222,9 @@ def test_the_page_asks_in_the_mode_that_was_chosen_and_in_no_other(browser, serv
 def test_a_busy_server_is_asked_again_when_it_says(browser, server):
     "429 and 503: the wait is shown, nobody is asked before it is over, and the answer comes; other errors are words."
     with Visit(browser, server) as page:
-        page.clock.install()
+        now = page.evaluate("Date.now() / 1000")
+        page.clock.install(time=now)
+        page.clock.pause_at(now + 3600)
         codes, when = ["too_many_requests", "busy"], []
 
         def refuse(route):
@@ -316,7 +343,11 @@ def test_without_keys_none_is_asked_for_and_feedback_is_downloaded(browser, bund
 
 
 def test_photos_come_by_keyboard_paste_drop_and_camera(browser, server):
+    chosen: list = []
     with Visit(browser, server, PHONE) as page:
+        page.on(
+            "filechooser", lambda chooser: chosen.append(chooser)
+        )  # before the key is pressed: it takes the browser a moment
         page.locator("#data-note").wait_for()
         page.keyboard.press("Tab")
         assert page.evaluate("document.activeElement.className") == "skip"
@@ -324,9 +355,10 @@ def test_photos_come_by_keyboard_paste_drop_and_camera(browser, server):
             page.keyboard.press("Tab")
             if page.evaluate("document.activeElement.id") == "files":
                 break
-        with page.expect_file_chooser() as chooser:
-            page.keyboard.press("Enter")
-        chooser.value.set_files([RED])
+        assert page.evaluate("document.activeElement.id") == "files"
+        page.keyboard.press("Enter")
+        assert until(lambda: page.wait_for_timeout(50) or chosen, 60)
+        chosen[0].set_files([RED])
         page.locator(".pill.drug").wait_for()
         send = """([name, bytes]) => {
             const data = new DataTransfer();
@@ -341,7 +373,7 @@ def test_photos_come_by_keyboard_paste_drop_and_camera(browser, server):
             card(page, name).locator(".pill.drug").wait_for()
         page.set_viewport_size(DESK)
         page.click("#camera-button")
-        assert until(lambda: page.evaluate("document.querySelector('#video').videoWidth") > 0)
+        assert until(lambda: page.evaluate("document.querySelector('#video').videoWidth") > 0, 60)
         check_accessible(page)
         page.click("#shoot")
         card(page, "camera_").locator(".pill").wait_for()
@@ -366,5 +398,6 @@ def test_the_pages_words_are_those_of_the_card(browser, server):
     assert {k: v for k, v in korean["fields"].items() if k in cards.CARD} == {k: v for k, (v, _) in cards.CARD.items()}
     assert korean["kinds"] == cardview.VERDICTS and korean["no_pill_told"] == cardview.NO_PILL
     assert korean["hints"] == cardview._HINT and korean["views"] == cardview._VIEW
+    assert korean["sides"] == cards.PICTURES
     assert korean["missing"] == cards.MISSING and korean["score_lines"] == cards.SCORE_LINES
     assert set(korean["errors"]) == {*REFUSALS, "offline"} and used > 30 and empty == 0

@@ -21,7 +21,9 @@ from fastcore.basics import patch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 # %% ../../nbs/deployment/864_service.ipynb #0033a92d
+from ..core.errors import PillsnapError
 from .admission import EnvWatch, Gate, KeyRates, RequestRefusal
+from .references import ReferencePictures
 from .serversettings import EnvFile, ServerSettings, bundle_path, checked_start
 from .workers import Fleet, Garage, PhotoTask, Reply, WorkerPlan
 
@@ -108,6 +110,7 @@ class Service:
         self.gate = Gate(limits.open_requests, settings.workers + limits.queue, held)
         self.garage = Garage((fleet or start_workers(settings, env)).ready())
         self.pool = ThreadPoolExecutor(settings.workers, "photo")
+        self.pictures: ReferencePictures | None = None
 
     def close(self) -> None:
         "Answer what was accepted, then end the workers."
@@ -165,3 +168,23 @@ async def answer(
         return list(await asyncio.gather(*map(asyncio.wrap_future, asked)))
     finally:
         self.gate.give("places", len(photos))
+
+# %% ../../nbs/deployment/864_service.ipynb #e2684e66
+@patch
+def picture(
+    self: Service,
+    kcode: str,  # the drug
+    side: str,  # front or back
+) -> bytes:  # a JPEG file's content; RequestRefusal where there is none
+    "A reference picture; called in a thread."
+    fleet = self.garage.fleet
+    try:
+        if self.pictures is None or self.pictures.digest != fleet.facts["digest"]:
+            self.pictures = ReferencePictures(fleet.plan.bundle, fleet.facts["digest"])
+        data = self.pictures.read(kcode, side)
+    except PillsnapError as e:
+        logger.error(f"a reference picture cannot be read: {e}")
+        data = None
+    if data is None:
+        raise RequestRefusal("no_picture", "there is no reference picture of this drug and side")
+    return data

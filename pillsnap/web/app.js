@@ -112,7 +112,7 @@
     return { what, fix, server: refusal.told };
   }
 
-  async function request(path, options) { // JSON, or a Refusal
+  async function received(path, options) { // a response that is well, or a Refusal
     const key = storedKey();
     const headers = { ...(options && options.headers), ...(key ? { "X-API-Key": key } : {}) };
     let response;
@@ -122,10 +122,15 @@
       if (error.name === "AbortError") throw error;
       throw new Refusal("offline", "");
     }
+    if (response.ok) return response;
     const told = await response.json().catch(() => null);
-    if (response.ok && told) return told;
     const error = (told && told.error) || { code: "no_answer", message: `status ${response.status}` };
     throw new Refusal(error.code, error.message, Number(response.headers.get("Retry-After")) || 1);
+  }
+
+  async function request(path, options) { // JSON, or a Refusal
+    const response = await received(path, options);
+    return response.json().catch(() => { throw new Refusal("no_answer", "the answer is no JSON"); });
   }
 
   async function withKey(path, options) { // ask for the key as often as the server wants another one
@@ -350,6 +355,33 @@
     return canvas;
   }
 
+  const references = new Map(); // URL of each reference picture, by bundle, drug and side
+
+  function reference(bundle, kcode, side) { // a promise of a URL; of null where the picture cannot be read
+    const name = `${bundle} ${kcode} ${side}`;
+    if (!references.has(name)) {
+      const path = `picture?${new URLSearchParams({ kcode, side })}`;
+      references.set(name, received(path).then((response) => response.blob()).then(URL.createObjectURL).catch(() => {
+        references.delete(name);
+        return null;
+      }));
+    }
+    return references.get(name);
+  }
+
+  function referencesView(entry, drug) {
+    const sides = Object.keys(drug.pictures).filter((side) => drug.pictures[side]);
+    const shown = sides.map((side) => {
+      const place = el("figure", {}, el("figcaption", { class: "dim" }, words().sides[side]));
+      reference(entry.answer.hashes.bundle, drug.kcode, side).then((url) => {
+        const alt = words().reference(named(drug), words().sides[side]);
+        place.prepend(url ? el("img", { src: url, width: 96, height: 96, alt }) : el("p", { class: "dim" }, words().picture_broken));
+      });
+      return place;
+    });
+    return sides.length ? el("div", { class: "references", role: "group", "aria-label": words().references }, shown) : null;
+  }
+
   const picture = (view, alt) => el("img", { src: view.url, width: view.width, height: view.height, alt });
 
   // --- a card ---
@@ -393,14 +425,14 @@
   const facts = (drug) => el("dl", { class: "facts" }, FACTS.map((field) => el("div", {},
     el("dt", {}, words().fields[field]), el("dd", {}, value(field, drug)))));
 
-  function candidateView(item, candidate, number) {
+  function candidateView(entry, item, candidate, number) {
     const share = el("meter", { min: 0, max: 1, value: candidate.confidence, "aria-label": words().sure(percent(candidate.confidence)) });
     const head = el("div", { class: "candidate-head" }, el("span", { class: "role" }, role(item, candidate)),
       el("b", {}, named(candidate)), el("span", { class: "share" }, percent(candidate.confidence), " ", share));
     const what = number ? differing(candidate, item.top_k[0]) : [el("p", { class: "dim" }, words().first)];
     const shown = number === 0 && item.answer === "drug"; // of an unknown pill no drug's facts stand open
     const more = el("details", { open: shown }, el("summary", {}, words().facts), facts(candidate));
-    return el("li", {}, head, what, more);
+    return el("li", {}, head, referencesView(entry, candidate), what, more);
   }
 
   function pillView(entry, item, index) {
@@ -420,7 +452,7 @@
     const view = entry.views && entry.views.zooms[index];
     const close = view ? el("figure", { class: "zoom" }, picture(view, words().zoom_alt(n))) : null;
     const candidates = el("div", { class: "candidates" }, el("h5", {}, words().candidates),
-      el("ol", {}, item.top_k.map((candidate, number) => candidateView(item, candidate, number))));
+      el("ol", {}, item.top_k.map((candidate, number) => candidateView(entry, item, candidate, number))));
     return el("section", { class: "item", "aria-label": `${n}. ${name}` },
       el("div", { class: "top" }, close, verdict), feedbackView(entry, item, n), candidates);
   }
