@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jsonschema import validate
 from PIL import Image, ImageDraw
@@ -59,6 +59,8 @@ def table_top(pills, noise=0, seed=0):
 @given(
     st.integers(0, 4), st.sampled_from([0, 3, 127]), st.sampled_from(["off", "locator"]), st.none() | st.integers(0, 5)
 )
+@example(1, 0, "locator", None)
+@example(3, 0, "locator", 3)
 def test_no_photo_changes_the_mode_and_every_answer_names_its_view(n, noise, focus, counted):
     places = [(60, 80, 26), (170, 90, 24), (70, 230, 28), (175, 235, 22)][:n]
     pipeline = Pipeline(Pixels(), CM, focus=focus)
