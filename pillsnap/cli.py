@@ -557,6 +557,10 @@ def serve(  # noqa: PLR0913 - one parameter for each option of the command
     log_dir: Annotated[
         Path | None, typer.Option("--log-dir", help="write the log to files there, one a day; default: to stderr")
     ] = None,
+    threads: Annotated[
+        int,
+        typer.Option(help="threads of one worker; 0 = the CPUs shared out; in a container: its CPUs per worker", min=0),
+    ] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     limit: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="a limit such as per_minute=600; may be repeated")
@@ -582,6 +586,7 @@ def serve(  # noqa: PLR0913 - one parameter for each option of the command
         signed_by=key,
         feedback=feedback,
         log_dir=log_dir,
+        threads=threads,
         device=device,
     )
 
