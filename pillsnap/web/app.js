@@ -410,14 +410,15 @@
 
   function differing(candidate, first) { // a sentence, and a line for each fact that differs
     const { by, fields } = candidate.differs;
-    const label = (field) => words().fields[field].split(" (")[0].split("(")[0];
+    const label = (field) => words().fields[field].split(/ ?\(/)[0];
     const told = (d) => d.first !== null && d.here !== null;
     const seen = fields.filter((d) => VISIBLE.includes(d.field));
     const nothing = VISIBLE.filter((f) => first.card[f] === null && candidate.card[f] === null);
     const whole = seen.filter(told).map((d) => d.field);
     const lacking = seen.filter((d) => !told(d)).map((d) => d.field);
     const about = [whole, lacking, nothing].find((list) => list.length) || [];
-    const lines = fields.map((d) => el("li", { class: told(d) ? "differs" : "unsure" }, `${told(d) ? "≠" : "?"} `,
+    const listed = fields.filter((d) => VISIBLE.includes(d.field) || d.field === "ingredient"); // the others: all facts
+    const lines = listed.map((d) => el("li", { class: told(d) ? "differs" : "unsure" }, `${told(d) ? "≠" : "?"} `,
       `${label(d.field)}: ${factText(d.field, d.first)} → ${factText(d.field, d.here)}`));
     return [el("p", {}, words().differs[by](about.map(label).join(", "))), el("ul", { class: "differences" }, lines)];
   }
@@ -451,8 +452,12 @@
       el("p", { class: "advice" }, words().what_to_do[item.reason] || words().check));
     const view = entry.views && entry.views.zooms[index];
     const close = view ? el("figure", { class: "zoom" }, picture(view, words().zoom_alt(n))) : null;
+    const views = item.top_k.map((candidate, number) => candidateView(entry, item, candidate, number));
+    const open = Math.max(2, item.shortlist.length); // candidates that nothing hides
+    const more = views.length > open ? el("details", {}, el("summary", {}, words().more(views.length - open)),
+      el("ol", { start: open + 1 }, views.slice(open))) : null;
     const candidates = el("div", { class: "candidates" }, el("h5", {}, words().candidates),
-      el("ol", {}, item.top_k.map((candidate, number) => candidateView(entry, item, candidate, number))));
+      el("ol", {}, views.slice(0, open)), more);
     return el("section", { class: "item", "aria-label": `${n}. ${name}` },
       el("div", { class: "top" }, close, verdict), feedbackView(entry, item, n), candidates);
   }
