@@ -9,6 +9,7 @@ The names to use in a notebook; each is imported when it is first used.
     load_bundle      an exported identifier: `load_bundle("_runs/demo").predict("photo.png")`
     predict_photos   answers for many photos, folders or globs
     identify         an app in JupyterLab: photos in, cards out
+    Client           asks a PillSnap server from Python
     read_manifest    the photos of a delivery, one row a pill
     write_delivery   render a synthetic delivery
     open_image_safely  a photo as [height, width, 3] uint8, or the reason why it cannot be read
@@ -31,6 +32,7 @@ _HOME = {  # public name → the module that defines it
     "load_bundle": "deployment.runtime",
     "predict_photos": "deployment.batch",
     "identify": "deployment.identify",
+    "Client": "client",
     "read_manifest": "delivery.index",
     "write_delivery": "synth.writer",
     "open_image_safely": "photos.images",

@@ -97,6 +97,22 @@ def test_identifying_pills(executed, tmp_path):
     assert len(table) == 1 + 12, "two photos of each of the six unknown drugs"
 
 
+@pytest.mark.spec("OP2")
+def test_serving(executed, tmp_path):
+    "The file, the server, the refusals, a release, a rollback; the key stands nowhere but in .env."
+    chapter = executed("05_serving")
+    said, home = printed(chapter), tmp_path / "server"
+    assert "the sha256 of" in said and said.count("is the current release") == 3
+    assert re.search(r"[1-9]\d* photos answered while the bundle changed", said)
+    (refusals,) = [page for page in html(chapter) if "not_a_photo" in page]
+    assert "key_wrong" in refusals and "photo_unreadable" in refusals
+    assert pictures(chapter) == 2
+    assert os.readlink(home / "current.pillsnap").startswith("releases/0001-")
+    key = (home / ".env").read_text().strip().partition("=")[2]
+    kept = [chapter, *(home / "logs").iterdir(), home / "history.jsonl"]
+    assert len(key) == 64 and not any(key in file.read_text(encoding="utf-8") for file in kept)
+
+
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda p: p.stem)
 def test_a_chapter_uses_public_names_alone(chapter):
     used = set()
