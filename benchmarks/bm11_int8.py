@@ -28,13 +28,13 @@ DRUGS, THREADS, PHOTOS = 1000, 2, 8  # of the classifier; of a session; in one t
 PRICE = ("accuracy", "accuracy_lost", "coverage", "set_size", "mAP@0.5")
 
 
-def classifier(size: int, path: Path) -> None:
-    network = timm.create_model("tf_efficientnetv2_s", num_classes=DRUGS, pretrained=False)
+def classifier(name: str, size: int, path: Path) -> None:
+    network = timm.create_model(name, num_classes=DRUGS, pretrained=False)
     export_onnx(WithEmbedding(network), size, path, names=("image", "logits", "embedding"))
 
 
-def detector(size: int, path: Path) -> None:
-    export_onnx(RawHead(build_yolo_model("11m")), size, path, names=("image", "raw"))
+def detector(name: str, size: int, path: Path) -> None:
+    export_onnx(RawHead(build_yolo_model(name)), size, path, names=("image", "raw"))
 
 
 def inputs(size: int, n: int) -> list[np.ndarray]:
@@ -82,12 +82,12 @@ def price_of(run: str) -> dict[str, Any]:
     return {"run": report["run_id"], "data": report["data"], "lost": report["lost"].get("int8", []), "figures": figures}
 
 
-def measure(what: str, make: Callable[[int, Path], None], size: int, a: Any) -> list[str]:
+def measure(what: str, make: Callable[[str, int, Path], None], name: str, size: int, a: Any) -> list[str]:
     "One network, in both precisions."
     torch.manual_seed(0)
     photos = inputs(size, 2 if a.quick else PHOTOS)
     with TemporaryDirectory() as folder:
-        make(size, Path(folder) / "plain.onnx")
+        make(name, size, Path(folder) / "plain.onnx")
         plain = (Path(folder) / "plain.onnx").read_bytes()
     small = to_int8(plain, photos[:2])
     megabytes = f"{len(plain) / 1e6:.0f} MB in float32, {len(small) / 1e6:.0f} MB in int8, random weights"
@@ -110,10 +110,12 @@ def measure(what: str, make: Callable[[int, Path], None], size: int, a: Any) -> 
 
 
 if __name__ == "__main__":
-    a = arguments(__doc__, size=384, detector_size=640, run="")
-    missed = measure(f"EfficientNetV2-S at {a.size} pixels, batch 1, {THREADS} threads", classifier, a.size, a)
-    what = f"YOLO11m at {a.detector_size} pixels, batch 1, {THREADS} threads"
-    missed += measure(what, detector, a.detector_size, a)
+    networks = dict(backbone="tf_efficientnetv2_s", yolo="11m")
+    a = arguments(__doc__, size=384, detector_size=640, run="", **networks)
+    named = {"tf_efficientnetv2_s": "EfficientNetV2-S"}.get(a.backbone, a.backbone)
+    missed = measure(f"{named} at {a.size} pixels, batch 1, {THREADS} threads", classifier, a.backbone, a.size, a)
+    what = f"YOLO{a.yolo} at {a.detector_size} pixels, batch 1, {THREADS} threads"
+    missed += measure(what, detector, a.yolo, a.detector_size, a)
     price = price_of(a.run)
     print(f"price of int8: {price.get('note') or 'run ' + str(price['run']) + ', ' + str(price['data'])}")
     for name, f in price.get("figures", {}).items():
