@@ -210,7 +210,10 @@ def test_the_command_line_page_shows_every_commands_help(site):
     from pillsnap.cli import app
 
     page = "\n".join(shown_texts(site / "_proc" / "920_cli.ipynb"))
-    for name, command in typer.main.get_command(app).commands.items():
+    commands = typer.main.get_command(app).commands
+    groups = {name: command.commands for name, command in commands.items() if hasattr(command, "commands")}
+    below = {f"{name} {sub}": command for name, group in groups.items() for sub, command in group.items()}
+    for name, command in ({n: c for n, c in commands.items() if n not in groups} | below).items():
         shown = re.search(rf"^### {name}\n\n```text\n(.*?)```", page, re.S | re.M)
         assert shown, f"run nbs/920_cli.ipynb again: {name} is not on its page"
         missing = [o for p in command.params for o in p.opts if o.startswith("--") and o not in shown[1]]
