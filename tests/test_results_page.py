@@ -11,14 +11,14 @@ import nbformat
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "scripts" / "assets"))
+
+import results_page  # noqa: E402
 
 
 def make_page(run: Path, nbs: Path) -> str:
     nbs.mkdir(exist_ok=True)
-    command = [sys.executable, str(ROOT / "scripts" / "assets" / "results_page.py"), str(run), "--nbs", str(nbs)]
-    r = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert r.returncode == 0, r.stderr[-2000:]
-    return "\n\n".join(c.source for c in nbformat.read(nbs / "results.ipynb", 4).cells)
+    return "\n\n".join(c.source for c in nbformat.read(results_page.write_page(run, nbs), 4).cells)
 
 
 @pytest.fixture
