@@ -14,7 +14,7 @@ from enum import StrEnum
 from typing import Any
 
 from ..core.errors import PillsnapError
-from ..core.records import Metric, Provenance
+from ..core.records import Metric, Provenance, data_kind
 from .latency import Latency, measured_value, protocol_gap
 
 # %% ../../nbs/evaluation/730_gates.ipynb #54da5d56
@@ -120,7 +120,7 @@ def why_unmeasured(
         return "it was computed from tables; this figure takes photos that were answered"
     if not low <= measured_value(m) <= high:
         return f"impossible value {m.value}"
-    if m.data not in data:
+    if data_kind(m.data) not in data:
         return f"measured on {m.data} data; this stage accepts {' or '.join(data)} data"
     return ""
 
