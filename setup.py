@@ -13,7 +13,7 @@ here = Path(__file__).parent
 ini = ConfigParser(delimiters=["="])
 ini.read(here / "settings.ini", encoding="utf-8")
 cfg = ini["DEFAULT"]
-EXTRAS = ("train", "lab", "serve", "openvino", "sign", "cluster", "dev")
+EXTRAS = ("train", "lab", "serve", "openvino", "faiss", "sign", "cluster", "dev")
 
 
 class BuildWithResources(build_py):
