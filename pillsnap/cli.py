@@ -227,7 +227,9 @@ def _where_to_look(
 @app.command(epilog="Example: `pillsnap synth --out OUT --drugs 4 --photos 6 --width 488 --height 640`")
 def synth(  # noqa: PLR0913 - one parameter for each option of the command
     out: Annotated[Path, typer.Option("--out", help="folder of the new delivery")],
-    drugs: Annotated[int, typer.Option(help="drugs in Training", min=1)] = 12,
+    drugs: Annotated[
+        int | None, typer.Option(help="drugs in Training; default: 12, or every pill of the cut-outs", min=1)
+    ] = None,
     photos: Annotated[int, typer.Option(help="single photos per drug", min=1)] = 72,
     combos: Annotated[
         int | None,
@@ -249,6 +251,10 @@ def synth(  # noqa: PLR0913 - one parameter for each option of the command
     objects: Annotated[
         int, typer.Option(help="no delivery, but this many photos of each family that show no pill", min=0)
     ] = 0,
+    cutouts: Annotated[
+        Path | None,
+        typer.Option(help="folder with pictures of real pills, NAME_front and NAME_back: their surface in the scenes"),
+    ] = None,
 ) -> None:
     "Render a synthetic delivery in AI Hub's format, or photos of objects that are no pills."
     if objects:
@@ -272,6 +278,7 @@ def synth(  # noqa: PLR0913 - one parameter for each option of the command
         domain=domain,
         workers=workers,
         labels_only=labels_only,
+        cutouts=cutouts or "",
     )
 
 # %% ../nbs/920_cli.ipynb #dc6a234b

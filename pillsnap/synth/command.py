@@ -14,6 +14,7 @@ import cv2
 
 # %% ../../nbs/synth/244_command.ipynb #5b500896
 from ..core.files import atomic_path
+from .cutouts import load_cutouts
 from .sheet import contact_sheet
 from .tasks import possible_combos
 from .writer import write_delivery
@@ -33,7 +34,7 @@ def _print_summary(
     )
     print(f"delivery       {out / 'data'}  ({sum(n.values()):,} photos in {seconds:.0f} s)")
     print(
-        f"train          {ledger['drugs']} drugs, "
+        f"train          {len(ledger['train_codes'])} drugs, "
         f"{n['train_single']:,} single and {n['train_combo']:,} combination photos"
     )
     print(
@@ -41,11 +42,24 @@ def _print_summary(
         f"{n['val_single']:,} single and {n['val_combo']:,} combination photos"
     )
     print(f"ledger         {out / 'SYNTHETIC.json'}  ({planted})")
+    if "surface" in ledger:
+        print(f"surfaces       {ledger['surface']}: {len(ledger['real_pills'])} pills, two pictures each")
+    for name, why in ledger.get("left_out", {}).items():
+        print(f"left out       {name}: {why}")
+
+
+def _drugs_in_train(
+    drugs: int,  # asked for
+    val_drugs: str,  # "new" or "same"
+    real: bool,  # cut-outs: val's drugs are taken from the same folder
+) -> int:
+    "How many drugs train has."
+    return drugs - max(1, drugs // 4) if real and val_drugs == "new" else drugs
 
 
 def synth_command(  # noqa: PLR0913 - the options of the command
     out: str | Path,  # delivery folder
-    drugs: int = 12,  # drugs in train
+    drugs: int | None = None,  # drugs; None: 12, or every pill of the cut-outs
     photos: int = 72,  # single photos a drug
     combos: int | None = None,  # combinations, three photos each; None = 40, or as many as the drugs give
     seed: int = 42,  # same seed, same bytes
@@ -57,16 +71,19 @@ def synth_command(  # noqa: PLR0913 - the options of the command
     domain: str = "studio",  # or "phone"
     workers: int | None = None,  # processes; None: one per core
     labels_only: bool = False,  # annotations without photos
+    cutouts: str | Path = "",  # folder of pictures of real pills, in place of invented drugs
 ) -> dict:  # the ledger
     "`pillsnap synth`: render a delivery and its contact sheet, and print what is where."
     out = Path(out)
+    if drugs is None:
+        drugs = 12 if not cutouts else len(load_cutouts(cutouts).pills)
     if combos is None:
-        combos = min(40, possible_combos(drugs))
+        combos = min(40, possible_combos(_drugs_in_train(drugs, val_drugs, bool(cutouts))))
         if combos < 40:
             print(f"combinations   {combos} instead of 40, because {drugs} drugs give no more of three or four")
     began = time.perf_counter()
     delivery = (drugs, photos, combos, seed, width, height, faults, val_drugs, zip_parts, domain)
-    ledger = write_delivery(out, *delivery, workers, labels_only=labels_only)
+    ledger = write_delivery(out, *delivery, workers, labels_only=labels_only, cutouts=cutouts)
     seconds = time.perf_counter() - began
     if labels_only:
         print(

@@ -7,10 +7,12 @@ __all__ = ['DeliveryPlan', 'val_catalogue', 'ledger_of_drugs', 'plan_delivery']
 
 # %% ../../nbs/synth/234_plan.ipynb #2148461c
 from dataclasses import dataclass
+from pathlib import Path
 
 # %% ../../nbs/synth/234_plan.ipynb #915359fb
 from ..core.errors import PillsnapError
 from .catalogue import Catalogue, make_catalogue, unknown_catalogue
+from .cutouts import Cutouts, load_cutouts
 from .draws import rng_for
 from .faults import plant_faults, plant_near_duplicates
 from .renderer import Shot
@@ -71,6 +73,12 @@ def _check_settings(
             where="labels_only",
             fix="leave out --faults and --zip",
         )
+    if s["cutouts"] and (s["faults"] or s["labels_only"] or s["unknown_drugs"]):
+        raise PillsnapError(
+            "faults, unknown drugs and labels alone are made from invented drugs, not from cut-outs",
+            where="cutouts",
+            fix="leave out --faults and --labels-only",
+        )
     if s["combos"] < 0:
         raise PillsnapError("there cannot be fewer than no combinations", where="combos")
 
@@ -97,6 +105,32 @@ def _val_counts(
     return max(photos // 6, 1), min(combos // 10 + bool(combos), 6, possible_combos(drugs))
 
 
+def _cutout_catalogues(
+    settings: dict,  # of the delivery; cutouts, drugs and cutouts_sha256 are written into it
+) -> tuple[Catalogue, Catalogue, Cutouts]:  # train, val, where they come from
+    "Real pills of train and of val: the last quarter is val's, or train's first quarter where val has the same."
+    found = load_cutouts(settings["cutouts"], settings["drugs"] or None)
+    n, pills = max(1, len(found.pills) // 4), found.pills
+    settings |= dict(cutouts=str(Path(settings["cutouts"]).absolute()), drugs=len(pills), cutouts_sha256=found.sha256)
+    if settings["val_drugs"] == "same":
+        return Catalogue(pills), Catalogue(pills[:n]), found
+    if len(pills) < 2:
+        raise PillsnapError("one pill gives no other drug for val", where="cutouts", fix="--val-drugs same")
+    return Catalogue(pills[:-n]), Catalogue(pills[-n:]), found
+
+
+def _catalogues(
+    settings: dict,  # of the delivery
+) -> tuple[Catalogue, Catalogue, dict]:  # train, val, what the ledger says of real surfaces
+    "The drugs of train and of val, invented or cut out."
+    if settings["cutouts"]:
+        train, val, found = _cutout_catalogues(settings)
+        return train, val, found.provenance()
+    del settings["cutouts"]
+    train = make_catalogue(settings["drugs"], settings["seed"])
+    return train, val_catalogue(train, settings["val_drugs"], settings["seed"]), {}
+
+
 def plan_delivery(  # noqa: PLR0913 - the settings of a delivery, as a person types them
     drugs: int = 12,  # as in write_delivery, and so are the others
     photos: int = 72,  # single photos a drug
@@ -111,15 +145,15 @@ def plan_delivery(  # noqa: PLR0913 - the settings of a delivery, as a person ty
     labels_only: bool = False,  # annotations without photos
     unknown_drugs: int = 0,  # further drugs in train
     unknown_photos: int = 18,  # single photos of each of them
+    cutouts: str = "",  # folder of pictures of real pills, in place of invented drugs
 ) -> DeliveryPlan:
     "Decide everything about a delivery; nothing is drawn or written."
     _check_settings(settings := dict(locals()))
     if not unknown_drugs:
         del settings["unknown_drugs"], settings["unknown_photos"]
+    base, (train, val, surfaces) = Shot(width=width, height=height, domain=domain), _catalogues(settings)
     if labels_only:
         return DeliveryPlan(settings, (), {"schema": "pillsnap.synthetic/1", **settings})
-    base, train = Shot(width=width, height=height, domain=domain), make_catalogue(drugs, seed)
-    val = val_catalogue(train, val_drugs, seed)
     singles, mixed = _split_tasks(train, photos, combos, Session("train", base, seed))
     tests = _split_tasks(val, *_val_counts(photos, combos, len(val)), Session("val", base, seed))
     singles, near = plant_near_duplicates(singles, max(2, len(singles) // 150), seed)
@@ -142,5 +176,6 @@ def plan_delivery(  # noqa: PLR0913 - the settings of a delivery, as a person ty
         **({"unknown_codes": [d.kcode for d in others], "unknown_twins": others.twins} if unknown_drugs else {}),
         "near_duplicates": near,
         "planted_faults": spoilt,
+        **surfaces,
     }
     return DeliveryPlan(settings, (*singles, *mixed, *tests[0], *tests[1]), ledger)

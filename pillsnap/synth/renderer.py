@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 
 # %% ../../nbs/synth/222_renderer.ipynb #04904476
+from .cutouts import RealPill, real_solid
 from .draws import rng_for
 from .drugs import Drug
 from .imaging import blur, f32, linear_light
@@ -260,13 +261,22 @@ def photograph_solids(
     return (develop if shot.domain == "studio" else _phone_finish)(photo, rng), extents
 
 
+def _solid_of(
+    drug: Drug,  # invented, or a real pill's pictures
+    side: int,  # 0 front, 1 back
+    res: float,  # map pixels per mm
+) -> Solid:
+    "The maps of a drug from its record, or of a real pill from its picture."
+    return real_solid(drug, side, res) if isinstance(drug, RealPill) else solid(drug, side, res)
+
+
 def photograph(
     pills: list[tuple[Drug, Pose]],  # what lies on the table
     shot: Shot,  # how it is taken
     rng: np.random.Generator,  # this photo's light, exposure and noise
 ) -> tuple[np.ndarray, list[tuple[int, int, int, int]]]:  # uint8 RGB, and each pill's extent x0, y0, x1, y1 in pixels
     "Render a photo of pills on the table."
-    return photograph_solids([(solid(d, p.side, map_res(shot)), p) for d, p in pills], shot, rng)
+    return photograph_solids([(_solid_of(d, p.side, map_res(shot)), p) for d, p in pills], shot, rng)
 
 # %% ../../nbs/synth/222_renderer.ipynb #24c49dc2
 def single_pose(

@@ -31,8 +31,8 @@ def _rendered(
     "What is known of a rendered delivery."
     path = Path(root) / "SYNTHETIC.json"
     ledger = read_json(path) if path.is_file() else {}
-    if not {"drugs", "seed", "val_drugs", "width", "height"} <= ledger.keys():
-        return {}, {}
+    if not {"drugs", "seed", "val_drugs", "width", "height"} <= ledger.keys() or "real_pills" in ledger:
+        return {}, {}  # pictures of real pills may be gone
     train = make_catalogue(ledger["drugs"], ledger["seed"])
     others = list(val_catalogue(train, ledger["val_drugs"], ledger["seed"]))
     if further := ledger.get("unknown_drugs", 0):

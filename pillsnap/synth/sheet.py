@@ -121,7 +121,8 @@ def _drug_card(
             image, boxes = photo_and_boxes(out, t)
             card.paste(Image.fromarray(_cut_out(image, boxes[0], size)), (4 + k * (size + 4), 4))
     draw, b, r = ImageDraw.Draw(card), drug.body, drug.record
-    look = f"{r['dl_company']} · {b.shape} · {', '.join(b.colours)} · {b.long_mm}×{b.short_mm} mm"
+    facts = (r["dl_company"], b.shape, ", ".join(b.colours), f"{b.long_mm}×{b.short_mm} mm")
+    look = " · ".join(f for f in facts if f)
     _caption(draw, (5, size + 8), r["dl_name"], 13, 2 * size)
     _caption(draw, (5, size + 24), look, 10, 2 * size, "dimgray")
     _caption(draw, (5, size + 37), f"{drug.kcode}  {note}", 10, 2 * size, "firebrick" if note else "gray")
@@ -186,6 +187,8 @@ def _titled(
         f"{n['train_single']:,} single and {n['train_combo']:,} combination photos · "
         f"{ledger['width']}×{ledger['height']} · {ledger['domain']}"
     )
-    _caption(draw, (10, 8), "합성 알약 — 실제 의약품이 아닙니다", 20, width - 20)
+    real = "surface" in ledger
+    title = f"실제 알약 표면, 합성 장면 — {ledger['surface']}" if real else "합성 알약 — 실제 의약품이 아닙니다"
+    _caption(draw, (10, 8), title, 20, width - 20)
     _caption(draw, (10, 34), facts, 11, width - 20, "dimgray")
     return np.asarray(head)

@@ -30,7 +30,8 @@ def claim_folder(
         if not f.is_file():
             continue
         old = read_json(f)
-        differ = {k: old.get(k) for k, v in plan.settings.items() if old.get(k) != v}
+        asked = {"cutouts_sha256": None, **plan.settings}
+        differ = {k: old.get(k) for k, v in asked.items() if old.get(k) != v}
         if differ:
             raise PillsnapError(
                 "another synthetic delivery is in this folder: " + ", ".join(f"{k}={v}" for k, v in differ.items()),
@@ -98,12 +99,13 @@ def write_delivery(  # noqa: PLR0913 - the settings of a delivery, as a person t
     labels_only: bool = False,  # annotations without photos: half a million in minutes
     unknown_drugs: int = 0,  # further drugs in train, in no combination
     unknown_photos: int = 18,  # single photos of each of them
+    cutouts: str | Path = "",  # folder of pictures of real pills, in place of invented drugs
 ) -> dict:  # the ledger, as in SYNTHETIC.json
     "Render a delivery in AI Hub's format; continue an interrupted one, leave a finished one as it is."
     out = Path(out).absolute()  # a worker may run in another folder
-    others = dict(unknown_drugs=unknown_drugs, unknown_photos=unknown_photos)
+    others = (unknown_drugs, unknown_photos, str(cutouts))
     plan = plan_delivery(
-        drugs, photos, combos, seed, width, height, faults, val_drugs, zip_parts, domain, labels_only, **others
+        drugs, photos, combos, seed, width, height, faults, val_drugs, zip_parts, domain, labels_only, *others
     )
     if (out / "SYNTHETIC.json").is_file() and (done := claim_folder(out, plan)) is not None:
         return done

@@ -798,6 +798,34 @@ MUTATIONS: list[Mutation] = [
         "for at in [np.arange(len(p))]]",
         "tests/test_safe_answer.py::test_a_capture_group_counts_once_however_many_photos_it_has",
     ),
+    Mutation(
+        "the back of a real pill shows its front",
+        "pillsnap/synth/cutouts.py",
+        "picture = _read_picture(pill.sides[side])",
+        "picture = _read_picture(pill.sides[0])",
+        "tests/test_cutouts.py::test_each_side_shows_its_own_picture",
+    ),
+    Mutation(
+        "a cut-out that changed is rendered",
+        "pillsnap/synth/cutouts.py",
+        "if hashlib.sha256(data).hexdigest() != picture.sha256:",
+        "if not data:",
+        "tests/test_cutouts.py::test_a_changed_picture_is_never_rendered_in_silence",
+    ),
+    Mutation(
+        "the dark half of a capsule is not cut out",
+        "pillsnap/synth/cutouts.py",
+        "(inner > 0) | (differs > 0.45",
+        "(inner > 1) | (differs > 0.45",
+        "tests/test_cutouts.py::test_two_colours_and_a_dark_print_are_one_pill",
+    ),
+    Mutation(
+        "a record of a real pill does not say so",
+        "pillsnap/synth/cutouts.py",
+        'chart=f"{SURFACE}: front',
+        'chart=f"front',
+        "tests/test_cutouts.py::test_every_record_says_what_it_is_and_names_both_pictures",
+    ),
 ]
 
 
