@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ANSWER_SCHEMA', 'MODES', 'ANSWERS', 'BADGE', 'LOW_CONFIDENCE', 'MIN_SIDE', 'FOCUS', 'ClassifierRunner',
            'DetectorRunner', 'detector_input', 'detect', 'softmax', 'class_probabilities', 'pill_item', 'combo_hints',
-           'preprocessing', 'read_photo', 'check_mode', 'Thresholds', 'PhotoViews', 'Pipeline', 'answer_schema']
+           'preprocessing', 'read_photo', 'photo_hash', 'check_mode', 'Thresholds', 'PhotoViews', 'Pipeline',
+           'StepClock', 'plain_box', 'answer_schema']
 
 # %% ../../nbs/models/570_pipeline.ipynb #98e6c1e4
 import hashlib
@@ -26,7 +27,7 @@ from ..core.errors import PillsnapError
 from ..core.files import canonical_json, sha256_file, sha256_text
 from ..core.settings import Data
 from ..delivery.classmap import ClassMap
-from .card import PROBABILITY, candidate_schema, candidates, closed_object, named_schema
+from .card import PICTURES, PROBABILITY, candidate_schema, candidates, closed_object, named_schema
 from .decision import REASONS, AnswerDecision, AnswerRule, decide_answer, sharpness
 from .unknown import UnknownRule, unknown_rule_from_dict
 from ..photos.boxes import decode_yolo, letterbox, unletterbox
@@ -241,7 +242,9 @@ def read_photo(
     return image
 
 # %% ../../nbs/models/570_pipeline.ipynb #be1e69cc
-def _photo_hash(photo: np.ndarray | str | Path | bytes) -> str:
+def photo_hash(
+    photo: np.ndarray | str | Path | bytes,  # pixels, a file, or a file's content
+) -> str:
     "sha256 of the file, or of the pixels of an array."
     if isinstance(photo, (str, Path)):
         return sha256_file(photo)
@@ -371,26 +374,53 @@ def _single_view(self: Pipeline, image: np.ndarray) -> PhotoViews:
     return PhotoViews("single", [crop], [boxes[0]], [scores[0]], "crop", 1)
 
 # %% ../../nbs/models/570_pipeline.ipynb #f0e7e3c7
-class _Clock:
+class StepClock:
     "Milliseconds per step."
 
     def __init__(self):
         self.start = self.last = time.perf_counter()
         self.ms: dict[str, float] = {}
 
-    def __call__(self, step: str) -> None:
+    def __call__(
+        self,
+        step: str,  # that ends now
+    ) -> None:
         now = time.perf_counter()
         self.ms[step], self.last = (now - self.last) * 1e3, now
 
     def total(self) -> dict[str, float]:
+        "Milliseconds of each step, and from the start to the last one."
         return {k: round(v, 3) for k, v in {**self.ms, "total": (self.last - self.start) * 1e3}.items()}
 
 # %% ../../nbs/models/570_pipeline.ipynb #bd7f1eab
+def plain_box(
+    box: np.ndarray | None,  # x0, y0, x1, y1 in photo pixels; None = the whole photo
+) -> list[float] | None:  # rounded to hundredths
+    "A box as it stands in an answer."
+    return None if box is None else [round(float(v), 2) for v in box]
+
+
 def _located(item: dict[str, Any], box: np.ndarray | None, score: float | None) -> dict[str, Any]:
     "An item with the box that was found."
     if box is None or score is None:
         return item
-    return item | dict(box=[round(float(v), 2) for v in box], box_confidence=float(score))
+    return item | dict(box=plain_box(box), box_confidence=float(score))
+
+
+@patch
+def outputs(
+    self: Pipeline,
+    views: Sequence[np.ndarray],  # [size, size, 3] uint8 each, at least one
+    batch: int = 16,  # views per pass
+) -> tuple[np.ndarray, list[float | None]]:  # float [N, C]; larger = less like a known drug, None = not asked
+    "Logits and, where the answer rule asks for it, the unknown score of every view."
+    n, model = len(self.class_map), self.classifier
+    inputs = [normalise(np.stack(views[i : i + batch])) for i in range(0, len(views), batch)]
+    if self.unknown is None:
+        logits = np.concatenate([np.asarray(model.logits(x)) for x in inputs])
+        return _checked_logits(logits, len(views), n), [None] * len(views)
+    logits, embedding = (np.concatenate(v) for v in zip(*(model.outputs(x) for x in inputs)))
+    return _checked_logits(logits, len(views), n), self.unknown.score(logits, embedding).tolist()
 
 
 @patch
@@ -400,13 +430,10 @@ def scored(
     batch: int = 16,  # views per pass
 ) -> tuple[np.ndarray, list[float | None]]:  # float64 [N, C]; larger = less like a known drug, None = not asked
     "Probabilities and, where the answer rule asks for it, the unknown score of every view."
-    n = len(self.class_map)
-    if self.unknown is None or not len(views):
-        return class_probabilities(self.classifier, views, n, self.temperature, batch), [None] * len(views)
-    parts = [self.classifier.outputs(normalise(np.stack(views[i : i + batch]))) for i in range(0, len(views), batch)]
-    logits, embedding = (np.concatenate(v) for v in zip(*parts))
-    p = softmax(_checked_logits(logits, len(views), n), self.temperature)
-    return p, self.unknown.score(logits, embedding).tolist()
+    if not len(views):
+        return np.zeros((0, len(self.class_map))), []
+    logits, unknown = self.outputs(views, batch)
+    return softmax(logits, self.temperature), unknown
 
 
 @patch
@@ -427,7 +454,7 @@ def predict(
     "Answer for one photo, in the requested mode and no other."
     if check_mode(mode) == "combo":
         self._need_detector()
-    clock = _Clock()
+    clock = StepClock()
     img = read_photo(image)
     clock("open")
     views = self.views(img, mode)
@@ -450,10 +477,27 @@ def predict(
         badge=BADGE if hints else None,
         hints=hints,
         timings=clock.total(),
-        hashes={"photo": _photo_hash(image), "class_map": self.class_map.fingerprint, **self.hashes},
+        hashes={"photo": photo_hash(image), "class_map": self.class_map.fingerprint, **self.hashes},
     )
 
 # %% ../../nbs/models/570_pipeline.ipynb #8c2f852a
+def _photos_schema(
+    box: Mapping[str, Any],  # JSON Schema of a box
+) -> dict[str, Any]:
+    "JSON Schema of what each photo of a pair shows alone."
+    photo = closed_object(
+        side={"enum": list(PICTURES)},
+        view={"enum": ["crop", "whole"]},
+        box=box,
+        box_confidence={**PROBABILITY, "type": ["number", "null"]},
+        kcode={"type": "string"},
+        name={"type": ["string", "null"]},
+        confidence=PROBABILITY,
+        set_size={"type": "integer", "minimum": 0},
+    )
+    return {"type": "array", "items": photo, "minItems": 2, "maxItems": 2}
+
+
 def answer_schema() -> dict[str, Any]:  # JSON Schema, draft 2020-12
     "The predict JSON."
     box = {
@@ -474,18 +518,21 @@ def answer_schema() -> dict[str, Any]:  # JSON Schema, draft 2020-12
     )
     steps = closed_object(**{s: {"type": "number", "minimum": 0} for s in ("open", "locate", "classify", "total")})
     mode = {"enum": list(MODES)}
+    answer = closed_object(
+        schema={"const": ANSWER_SCHEMA},
+        mode_requested=mode,
+        mode_used=mode,
+        view={"enum": ["crop", "whole"]},
+        answer={"enum": list(ANSWERS)},
+        items={"type": "array", "items": item},
+        badge={"enum": [BADGE, None]},
+        hints={"type": "array", "items": {"enum": ["multi_object_hint", "low_confidence"]}},
+        timings=steps,
+        hashes={"type": "object", "additionalProperties": {"type": "string"}, "required": ["photo", "class_map"]},
+    )
+    answer["properties"] |= dict(two_side={"const": True}, photos=_photos_schema(box))
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        **closed_object(
-            schema={"const": ANSWER_SCHEMA},
-            mode_requested=mode,
-            mode_used=mode,
-            view={"enum": ["crop", "whole"]},
-            answer={"enum": list(ANSWERS)},
-            items={"type": "array", "items": item},
-            badge={"enum": [BADGE, None]},
-            hints={"type": "array", "items": {"enum": ["multi_object_hint", "low_confidence"]}},
-            timings=steps,
-            hashes={"type": "object", "additionalProperties": {"type": "string"}, "required": ["photo", "class_map"]},
-        ),
+        **answer,
+        "dependentRequired": {"two_side": ["photos"], "photos": ["two_side"]},
     }
