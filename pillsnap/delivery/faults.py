@@ -43,6 +43,14 @@ class FaultReason(StrEnum):
     TOO_SMALL = "photo_too_small"  # too few pixels to show a pill
     SIZE = "photo_size"  # not the size its JSON gives
     POLICY = "photo_policy"  # grey or transparent, and the configuration says skip
+    # a label of another format than AI Hub's
+    LABEL = "label_unreadable"  # a label file, or an entry of it, that cannot be read
+    LABEL_EMPTY = "label_empty"  # a photo whose label names no pill
+    CLASS_UNKNOWN = "class_unknown"  # a class that the source does not list
+    CLASS_NAMES = "class_names_alike"  # two classes of one name: both are left out
+    PHOTO_MISSING = "photo_missing"  # a label names it, it is not there
+    PHOTO_UNLABELLED = "photo_unlabelled"  # it is there, no label names it
+    PHOTO_EMPTY = "photo_empty"  # no byte, or stated to have no pixel
     # a path
     SYMLINK = "broken_symlink"  # its target does not exist
     DUPLICATE_PATH = "duplicate_path"  # the same file reached twice
