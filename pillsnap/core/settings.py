@@ -672,6 +672,11 @@ class Retrieval(Block):
     num_workers: int | None = key(None, "null = by the GPU table", ge=0)
     recall_k_values: tuple[int, ...] = key((1, 5), "K of Recall@K")
     top_k: int = key(20, "neighbours that are looked up", ge=1)
+    exact_up_to: int = key(
+        1_000_000,
+        "photos in the gallery up to which the search is exact; beyond, faiss where it finds .999 of it",
+        ge=1,
+    )
 
     @model_validator(mode="after")
     def _sums(self) -> "Retrieval":

@@ -153,7 +153,7 @@ def _split_settings(cfg: Config, stage: int) -> SplitSettings:
         test_known_ratio=cfg.data.test_known_ratio,
         quotas=stage_quotas(cfg),
         stage=stage,
-        unknown_share=cfg.splits.unknown_share if cfg.project.family == "two_stage" else 0.0,
+        unknown_share=0.0 if cfg.project.family == "narrow" else cfg.splits.unknown_share,
         min_photos=cfg.splits.min_photos,
     )
 

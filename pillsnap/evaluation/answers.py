@@ -35,6 +35,7 @@ from ..delivery.classmap import ClassMap
 from .latency import Latency, LatencySetup, measure_latency
 from ..models.decision import sharpness
 from ..models.factory import TorchClassifier, load_classifier
+from ..models.gallery import GalleryClassifier, answering_checkpoint, gallery_of_run
 from ..models.metrics import match_boxes
 from ..models.pipeline import Pipeline, Thresholds, detect, softmax
 from ..photos.boxes import xywh_to_xyxy
@@ -148,9 +149,11 @@ def load_evaluator(
     focus: str = "off",  # what finds the pill in single mode, as chosen_focus decides
 ) -> Evaluator:
     "An evaluator with the checkpoints of a run."
-    checkpoints = run_root / "checkpoints"
-    loaded = load_classifier(checkpoint or checkpoints / "classifier" / "best.pt", data.class_map, device)
-    classifier: TorchClassifier = TorchClassifier(loaded.model, loaded.img_size)
+    checkpoints, network = run_root / "checkpoints", checkpoint or answering_checkpoint(run_root)
+    loaded = load_classifier(network, data.class_map, device)
+    classifier: Any = TorchClassifier(loaded.model, loaded.img_size)
+    if gallery := gallery_of_run(run_root, network, data.class_map):
+        classifier = GalleryClassifier(classifier, gallery)
     detector: Any = None
     why = without_detector(run_root)
     if not why:

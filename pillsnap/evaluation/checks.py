@@ -384,7 +384,8 @@ def _export_check(
         return Check(note="this run was not exported")
     export = read_json(path)
     exported = export.get("models", {}).get("classifier", {}).get("checkpoint")
-    same = exported == doc["inputs"].get("checkpoints/classifier/best.pt")
+    networks = [f"checkpoints/{job}/best.pt" for job in ("classifier", "retrieval")]
+    same = exported in [doc["inputs"][k] for k in networks if k in doc["inputs"]]
     note = "" if same else "of another checkpoint"
     return Check(export.get("passed") is True and same, "reports/export.json", note=note)
 

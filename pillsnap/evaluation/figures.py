@@ -207,7 +207,7 @@ def _training_unknown(
 ) -> str:  # "" = the checkpoints were trained on the split in this folder
     "Why the training rows of this run's checkpoints are not known."
     split = root / "artifacts" / f"stage{stage}" / "splits.json"
-    for job in ("classifier", "detector"):
+    for job in ("classifier", "retrieval", "detector"):
         best, rec = root / "checkpoints" / job / "best.pt", read_record(root, job) or {}
         if not best.is_file():
             continue

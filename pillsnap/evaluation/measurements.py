@@ -35,6 +35,7 @@ from ..dataset.drugs import drug_records
 from ..dataset.focus import chosen_focus
 from ..dataset.lookalikes import metadata_clusters
 from ..dataset.splitfiles import SplitData, load_split_data, load_unknown
+from ..models.gallery import answering_checkpoint, answering_job
 from ..models.pipeline import Pipeline, softmax
 from ..photos.images import open_image_safely, whole_view
 
@@ -129,12 +130,12 @@ def evaluation_inputs(
         for f in ("splits.json", "classes.json", "manifest_train.csv", "manifest_val.csv", "manifest_pool.csv")
     ]
     return [
-        root / "checkpoints" / "classifier" / "best.pt",
+        answering_checkpoint(root),
         root / "checkpoints" / "detector" / "best.pt",
         root / "manifest.json",
         *parts,
         root / "reports" / "leak_gap.json",
-        *(record_path(root, job) for job in ("classifier", "detector")),
+        *(record_path(root, job) for job in (answering_job(root), "detector")),
     ]
 
 

@@ -17,6 +17,8 @@ import pandas as pd
 from ..dataset.splitfiles import SplitData
 from .answers import EvalPhoto, Evaluator
 from .openset import OpenSet, Shown, measure_open_set, single_outputs
+from ..models.gallery import GalleryClassifier
+from ..models.unknown import DISTANCES, UNKNOWN_SCORES
 from ..synth.objects import SIDES, object_photos
 
 # %% ../../nbs/evaluation/766_openphotos.ipynb #387d1931
@@ -119,7 +121,9 @@ def run_open_set(
         return None
     scored = {k: single_outputs(evaluator.pipeline, v) for k, v in shown.items()}
     strangers = {side: scored.pop(side) for side in SIDES}
-    found = measure_open_set(scored.pop("train"), scored, strangers, refused)
+    by_gallery = isinstance(evaluator.pipeline.classifier, GalleryClassifier)
+    names = DISTANCES if by_gallery else UNKNOWN_SCORES
+    found = measure_open_set(scored.pop("train"), scored, strangers, refused, names)
     score = found.rule.score.name
     logger.info(f"unknown score: {score}, threshold {found.rule.threshold:.4g}, {found.rule.groups} calibration groups")
     return found

@@ -204,9 +204,10 @@ def measure_open_set(
     known: Mapping[str, SingleOutputs],  # calib sets the threshold; clean and any other part are only scored
     unknown: Mapping[str, SingleOutputs],  # validation chooses the score, test is only scored
     share: float,  # of known drugs' calibration photos that may be refused
+    names: Sequence[str] = UNKNOWN_SCORES,  # the scores to choose from
 ) -> OpenSet:
     "Choose a score on validation unknowns, its threshold on calibration photos, and score the rest."
-    chosen_on = compare_scores(train, known["calib"], unknown["validation"], interval=False)
+    chosen_on = compare_scores(train, known["calib"], unknown["validation"], names, interval=False)
     score = fit_unknown_score(choose_score(chosen_on), train.embedding, train.labels)
     calib, clean, test = known["calib"], known["clean"], unknown["test"]
     threshold = unknown_threshold(score(calib.logits, calib.embedding), calib.groups, share)
@@ -222,7 +223,7 @@ def measure_open_set(
     return OpenSet(
         rule,
         chosen_on,
-        compare_scores(train, clean, test),
+        compare_scores(train, clean, test, names),
         by.agg(n="size", refused="mean").reset_index(),
         scores,
         {k: o.groups for k, o in parts.items()},

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['GALLERY_SCHEMA', 'Reference', 'unit_vectors', 'best_of_class', 'GalleryPart', 'Gallery', 'class_scores',
-           'gallery_logits', 'Embedder', 'GalleryClassifier', 'write_gallery', 'read_gallery', 'load_gallery']
+           'gallery_logits', 'Embedder', 'GalleryClassifier', 'write_gallery', 'read_gallery', 'load_gallery',
+           'answering_job', 'answering_checkpoint', 'gallery_of_run']
 
 # %% ../../nbs/models/577_gallery.ipynb #54ea5f29
 import io
@@ -286,3 +287,35 @@ def load_gallery(
 ) -> Gallery:  # PillsnapError for anything that is missing or was changed
     "The gallery of a folder."
     return read_gallery(FolderFiles(folder, _AGAIN))
+
+# %% ../../nbs/models/577_gallery.ipynb #b9ac4b9e
+def answering_job(
+    root: str | Path,  # run folder
+) -> str:  # classifier or retrieval
+    "The job whose checkpoint names pills: retrieval where it alone was trained."
+    checkpoints = Path(root) / "checkpoints"
+    only = (checkpoints / "retrieval" / "best.pt").is_file() and not (checkpoints / "classifier" / "best.pt").is_file()
+    return "retrieval" if only else "classifier"
+
+
+def answering_checkpoint(
+    root: str | Path,  # run folder
+) -> Path:  # it need not exist
+    "The network behind the answers of a run."
+    return Path(root) / "checkpoints" / answering_job(root) / "best.pt"
+
+
+def gallery_of_run(
+    root: str | Path,  # run folder
+    checkpoint: str | Path,  # the network that answers
+    class_map: ClassMap,  # of the run
+) -> Gallery | None:  # None for a classifier; PillsnapError for a gallery of another network or other drugs
+    "The gallery that belongs to a network."
+    folder = Path(root) / "gallery"
+    if answering_job(root) != "retrieval":
+        return None
+    gallery = load_gallery(folder)
+    if gallery.meta.get("network") != sha256_file(checkpoint):
+        raise PillsnapError("the gallery was made with another network", where=folder, fix=_AGAIN)
+    class_map.check(gallery.class_map, where=str(folder))
+    return gallery

@@ -25,19 +25,22 @@ from pydantic import BaseModel
 # %% ../../nbs/training/670_retrieval.ipynb #2609ee58
 from ..core.checkpoints import find_ckpt, load_ckpt, rng_state, set_rng_state
 from ..core.errors import PillsnapError
-from ..core.files import save_json
+from ..core.files import save_json, sha256_file
 from ..core.jobs import Job, JobResult, RunFolder
 from ..core.logs import TBWriter
 from ..core.plots import COLOURS, save_fig, show_grid, use_house_style
 from ..core.records import Provenance
 from ..core.settings import Config, DataLoaderConfig, Retrieval, TrainClassification
 from ..dataset.drugs import drug_names
+from ..dataset.focus import chosen_focus
 from ..dataset.loaders import validation_loader
 from ..dataset.splitfiles import SplitData, load_split_data
 from ..dataset.splits import smoke_splits
 from ..models.factory import load_classifier
+from ..models.gallery import Reference, write_gallery
 from ..models.heads import few_classes_advice
 from ..models.neighbours import Vectors, embed_photos, nearest, recall_at_k
+from ..models.search import choose_search
 from ..photos.images import open_image_safely, whole_view
 from .callbacks import Validate
 from .learner import Outputs, should_resume
@@ -283,7 +286,9 @@ def recall_callback(
     tb: TBWriter | None = None,  # val/recall@1, ...
 ) -> Recall:
     "The callback for the photos of one stage."
-    gallery, queries = (validation_loader(rows, data, cfg, device=device) for rows in (data.train, data.val))
+    focus, _ = chosen_focus(cfg.inference.focus, cfg.train.classification.crop_view_prob)
+    view = "whole" if focus == "off" else "focus"
+    gallery, queries = (validation_loader(rows, data, cfg, view, device=device) for rows in (data.train, data.val))
     rows = pd.concat([data.train, data.val])
     id_by_path = dict(zip(rows["path"], rows["group_id"]))
     return Recall(gallery, queries, id_by_path, cfg.retrieval.recall_k_values, tb)
@@ -352,7 +357,7 @@ def _draw_neighbours(
 # %% ../../nbs/training/670_retrieval.ipynb #fbfeb330
 @dataclass(frozen=True)
 class RetrievalJob(Job):
-    "Trains the retrieval model of a run; writes its checkpoints, recall and figures."
+    "Trains the retrieval model of a run; writes its checkpoints, its gallery, recall and figures."
 
     epochs: int = 1  # in total, also on resume
     name: ClassVar[str] = "retrieval"
@@ -363,6 +368,7 @@ class RetrievalJob(Job):
         "data.imbalance",
         "data.progressive_validation.current_stage",
         "dataloader",
+        "inference.focus",
         "pack",
         "optimization",
         "train.seed",
@@ -435,6 +441,7 @@ def write(
         best_epoch=best,
         epochs=len(rows),
         unknown_queries=self.result.found["unknown"],
+        gallery=len(self.result.gallery.labels),
         weights=self.trained.weights,
         history=rows,
     )
@@ -448,7 +455,32 @@ def write(
     folder, split = run.root / "checkpoints" / "retrieval", run.root / "artifacts" / f"stage{self.data.stage}"
     inputs = [split / "splits.json", split / "manifest_train.csv", split / "manifest_val.csv"]
     outputs = [folder / "best.pt", folder / "last.pt", reports / "metrics.json", reports / "retrieval.json"]
+    outputs.append(run.root / "gallery" / "gallery.json")
     return JobResult(self.verdict(), self.table(), figures, inputs, [*outputs, *figures], self.notes())
+
+# %% ../../nbs/training/670_retrieval.ipynb #ee4143b4
+@patch
+def save_gallery(
+    self: _Report,
+    cfg: Config,  # retrieval and inference.focus
+    checkpoint: Path,  # best.pt
+) -> Path:  # gallery.json
+    "Write the embeddings of the training photos as the run's gallery."
+    g, header, rows = self.result.gallery, self.data.header, self.data.train.drop_duplicates("path").set_index("path")
+    about, keys = rows.loc[g.paths], self.data.class_map.keys
+    shown = [
+        Reference(keys[label], int(side), str(group), path)
+        for label, side, group, path in zip(g.labels, about["side"], about["group_id"], g.paths)
+    ]
+    vectors = g.vectors.cpu().numpy()
+    search = choose_search(vectors, self.result.queries.vectors.cpu().numpy()[:512], cfg.retrieval.exact_up_to)
+    scale = float(self.trained.ckpt["head"]["scale"])
+    focus, _ = chosen_focus(cfg.inference.focus, cfg.train.classification.crop_view_prob)
+    origin = dict(network=sha256_file(checkpoint), data=header["source"], data_hash=header["data_hash"], focus=focus)
+    folder = self.run.sub("gallery")
+    path = write_gallery(folder, vectors, shown, self.data.class_map, search, scale=scale, **origin)
+    logger.info(f"gallery: {len(shown):,} photos of {len(set(g.labels.tolist()))} drugs in {folder}; {search.reason}")
+    return path
 
 # %% ../../nbs/training/670_retrieval.ipynb #8ef39ed1
 def _check_family(
@@ -495,4 +527,5 @@ def work(self: RetrievalJob, run: RunFolder, cfg: Config) -> JobResult:
     finally:
         torch.set_num_threads(threads)
     report = _Report(run, data, trained, result, cfg.retrieval.recall_k_values)
+    report.save_gallery(cfg, folder / "best.pt")
     return report.write(cfg.train.classification.freeze_backbone_epochs)
