@@ -33,6 +33,7 @@ from ..photos.augmentation import COL, DRAWS, LOOSE, BatchAugment, canvas_size, 
 from ..photos.boxes import letterbox, to_yolo, xyxy_to_xywh
 from ..photos.caches import LMDBImageCache, Photo, PhotoCache, SizedLRUCache, View, box_of, cached_view
 from ..photos.images import crop_square, open_image_safely
+from ..photos.unified import UnifiedPreprocessor
 
 # %% ../../nbs/dataset/480_datasets.ipynb #dcf0055d
 logger = logging.getLogger("pillsnap.dataset.datasets")
@@ -84,6 +85,8 @@ def render_view(  # noqa: PLR0913 - pixels, place and target
     if window is None:
         np.copyto(out, cached_view(img, box, view))
         return
+    if view.unified is not None:  # windows are cut from the prepared canvas
+        img, box, view, height = cached_view(img, box, view), None, View("whole", view.size), None
     h, w = height or img.shape[0], img.shape[1]
     left, top, side = _canvas_square(h, w, box, view)
     x0, y0, x1, y1 = (round(float(v) * side) for v in window)
@@ -123,8 +126,8 @@ def decode_limits(
     size: int,  # side of the result, pixels
 ) -> tuple[int, int | None]:  # divisor 1, 2, 4 or 8; rows of the photo, a multiple of 8, None = all
     "How far decoding may reduce a photo without enlarging afterwards, and after which row it may stop."
-    if window is None or not photo.width:
-        return 1, None  # a served view is decoded in full
+    if window is None or view.unified is not None or not photo.width:
+        return 1, None  # a served view and a prepared canvas are made of the whole photo
     try:
         box = box_of(photo.bbox) if view.kind == "crop" else None
         _, top, side = _canvas_square(photo.height, photo.width, box, view)
@@ -180,6 +183,12 @@ class PackSource(Source):
         views: Sequence[View] = (),  # views to check now: a pack with too few pixels is refused before the epoch
     ):
         self.pack = pack
+        if any(v.unified for v in views):
+            raise PillsnapError(
+                "a pack holds scaled photos, and the narrow family's preprocessing starts from whole ones",
+                where="dataloader.source",
+                fix="dataloader.source=delivery; dataloader.ram_optimization keeps prepared photos in memory",
+            )
         for v in views:
             if not (why := pack.can_serve(v)):
                 raise PillsnapError(
@@ -234,7 +243,7 @@ class MemorySource(Source):
         if window is None:
             np.copyto(out, got)
         else:
-            render_view(got, None, view, window, flip, out)
+            render_view(got, None, View("whole", view.size), window, flip, out)  # got is the canvas
         return None
 
 # %% ../../nbs/dataset/480_datasets.ipynb #870c2689
@@ -272,15 +281,16 @@ def dataset_views(
     train: bool,  # canvases for windows, or the served views
     augment: AugmentClassification | None = None,  # None = its defaults
     padding: float = 0.1,  # margin of a served crop
+    unified: UnifiedPreprocessor | None = None,  # of the narrow family
 ) -> dict[str, View]:  # by "whole" and "crop"
     "The two views that a dataset reads, and that a cache keeps."
     if not train:
-        return {"whole": View("whole", size), "crop": View("crop", size, padding)}
+        return {"whole": View("whole", size, 0.1, unified), "crop": View("crop", size, padding, unified)}
     least = (AugmentClassification() if augment is None else augment).crop_scale_min
-    return {
-        v: View(v, canvas_size(size, crop_range(v, least, padding)), LOOSE if v == "crop" else 0.1)
-        for v in ("whole", "crop")
-    }
+    side = {v: canvas_size(size, crop_range(v, least, padding)) for v in ("whole", "crop")}
+    if unified is not None:
+        side["whole"] = size  # the very picture that is served; windows are cut from it
+    return {v: View(v, side[v], LOOSE if v == "crop" else 0.1, unified) for v in side}
 
 # %% ../../nbs/dataset/480_datasets.ipynb #95851324
 class Texts:
@@ -333,6 +343,7 @@ class PillsnapClsDataset(Dataset):
         padding: float = 0.1,  # margin of a served crop
         channels_last: bool = False,  # memory layout of batches on a GPU
         errors: np.ndarray | None = None,  # [k, 4] errors of located boxes; training crops err as they do
+        unified: UnifiedPreprocessor | None = None,  # of the narrow family
     ):
         def col(c, other):
             return rows[c].fillna(other).tolist() if c in rows else [other] * len(rows)
@@ -361,7 +372,7 @@ class PillsnapClsDataset(Dataset):
         self.source = root if isinstance(root, Source) else DeliverySource(root)
         self.size, self.train, self.view, self.padding = size, train, view, padding
         self.crop_view_prob, self.seed, self.epoch = crop_view_prob, seed, 0
-        self.views = dataset_views(size, train, augment, padding)
+        self.views = dataset_views(size, train, augment, padding, unified)
         self.augment = BatchAugment(size, augment, train, padding, channels_last)
 
     def __len__(self) -> int:
@@ -601,7 +612,7 @@ NARROW_AUGMENT = AugmentClassification(
 
 
 class NarrowModelDataset(PillsnapClsDataset):
-    "The narrow family's dataset: rotation up to 30°, colour jitter, random erasing on a fifth of the photos."
+    "The narrow family's dataset: CLAHE, rotation up to 30°, colour jitter, random erasing on a fifth of the photos."
 
     def __init__(
         self,
@@ -613,7 +624,17 @@ class NarrowModelDataset(PillsnapClsDataset):
         **kwargs: Any,
     ):
         super().__init__(
-            rows, class_map, root, size, train, **{"augment": NARROW_AUGMENT, "crop_view_prob": 0.0, **kwargs}
+            rows,
+            class_map,
+            root,
+            size,
+            train,
+            **{
+                "augment": NARROW_AUGMENT,
+                "crop_view_prob": 0.0,
+                "unified": UnifiedPreprocessor(size),
+                **kwargs,
+            },
         )
 
 

@@ -27,7 +27,8 @@ from .narrow import augmentation_applied, class_mapping, preprocessing_applied, 
 from .roles import GATE_PHOTOS, StageQuota
 from ..delivery.classmap import ClassMap
 from ..delivery.index import COLUMNS, write_manifest
-from ..photos.images import IMAGENET_MEAN, IMAGENET_STD, header_size
+from ..photos.images import header_size
+from ..photos.unified import UnifiedPreprocessor
 
 # %% ../../nbs/dataset/456_families.ipynb #c6392d4f
 def family_ratios(
@@ -202,16 +203,9 @@ def _preprocessing_config(
     declared: NarrowPreprocessing,  # the steps as declared
     img_size: int,  # side of the network's square input, pixels
 ) -> dict[str, Any]:
-    "The declared preprocessing, and which steps of it are applied."
-    return {
-        "version": "1.0.0",
-        **declared.model_dump(mode="json"),
-        "crop": "center",
-        "interpolation": "linear",
-        "mean": list(IMAGENET_MEAN),
-        "std": list(IMAGENET_STD),
-        "applied": preprocessing_applied(declared, img_size),
-    }
+    "The declared preprocessing as get_config gives it, and which steps of it are applied."
+    config = UnifiedPreprocessor(**declared.model_dump()).get_config()
+    return {**config, "applied": preprocessing_applied(declared, img_size)}
 
 # %% ../../nbs/dataset/456_families.ipynb #0b6509ec
 def _narrow_manifest(

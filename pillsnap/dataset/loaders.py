@@ -35,6 +35,7 @@ from .sources import cached_source, open_source, train_rows
 from .splitfiles import SplitData
 from ..photos.augmentation import risky_settings
 from ..photos.caches import PhotoCache
+from ..photos.unified import unified_preprocessor
 
 # %% ../../nbs/dataset/490_loaders.ipynb #7fd48319
 logger = logging.getLogger("pillsnap.dataset.loaders")
@@ -172,6 +173,7 @@ def classification_set(  # noqa: PLR0913 - a public function of settings
         c.crop_padding,
         t.channels_last and cfg.optimization.channels_last,
         StageFocus(data, cfg).errors() if train and focused else None,
+        unified_preprocessor(cfg),
     )
     processes = options["num_workers"] if options["engine"] == "processes" else 0
     d.source = cached_source(d, rows, data, cfg, cache, processes)

@@ -17,6 +17,7 @@ from typing import Any
 from ..core.errors import PillsnapError
 from ..core.settings import AugmentClassification, NarrowAugmentation, NarrowPreprocessing
 from ..delivery.classmap import ClassMap
+from ..photos.unified import UnifiedPreprocessor
 
 # %% ../../nbs/dataset/430_narrow.ipynb #7e432da9
 _EXAMPLE = '{"kcode": "K-000573", "drug_name": …, "manufacturer": …, "form": …, "training_config": {"weight": 1.0}}'
@@ -105,24 +106,22 @@ def _item(applied: bool, otherwise: str) -> dict[str, Any]:
     return {"applied": True} if applied else {"applied": False, "why": otherwise}
 
 
+_OWN = {"version", "target_size", "use_clahe", "clahe_clip_limit", "clahe_grid_size"}  # not steps, or values of a run
+
+
 def preprocessing_applied(
     declared: NarrowPreprocessing,  # the steps as the manifest states them
     img_size: int,  # side of the network's square input, pixels
 ) -> dict[str, dict[str, Any]]:  # item → applied, and why not
     "Which declared preprocessing is applied in training, validation and inference."
-    p, size = declared, img_size
-    off = "CLAHE is not built: the network sees photos without it" if p.use_clahe else "CLAHE is off"
+    p, size, done = declared, img_size, _item(True, "")
+    off = "CLAHE is off"
     return {
         "target_size": _item(p.target_size == size, f"the input is {size} pixels wide, data.classification.img_size"),
-        "use_clahe": _item(not p.use_clahe, off),
-        "clahe_clip_limit": _item(False, f"{off}; {p.clahe_clip_limit:g} has no effect"),
-        "clahe_grid_size": _item(False, f"{off}; {p.clahe_grid_size} has no effect"),
-        "crop": _item(True, ""),
-        "interpolation": _item(
-            False, "photos are scaled by Pillow's antialiased bilinear filter, not by plain linear interpolation"
-        ),
-        "mean": _item(True, ""),
-        "std": _item(True, ""),
+        "use_clahe": done,
+        "clahe_clip_limit": _item(p.use_clahe, f"{off}; {p.clahe_clip_limit:g} has no effect"),
+        "clahe_grid_size": _item(p.use_clahe, f"{off}; {p.clahe_grid_size} has no effect"),
+        **dict.fromkeys((k for k in UnifiedPreprocessor().get_config() if k not in _OWN), done),
     }
 
 

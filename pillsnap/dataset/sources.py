@@ -32,6 +32,7 @@ from .splitfiles import SplitData
 from ..delivery.classmap import ClassMap
 from ..photos.caches import LMDBImageCache, PhotoCache, SizedLRUCache, View, free_bytes
 from ..photos.pack import Pack, build_stage_pack, is_older, pack_settings
+from ..photos.unified import unified_preprocessor
 
 # %% ../../nbs/dataset/486_sources.ipynb #93d05aa0
 logger = logging.getLogger("pillsnap.dataset.sources")
@@ -83,7 +84,7 @@ def open_source(
     "The source that the configuration names: the delivery, or the stage's pack, which is built if missing."
     if not (cfg.dataloader.source == "pack" or cfg.dataloader.source == "auto" and cfg.pack.enabled):
         return DeliverySource(data.root, image_policies(cfg.data))
-    c, t0 = cfg.data.classification, time.perf_counter()
+    c, t0, unified = cfg.data.classification, time.perf_counter(), unified_preprocessor(cfg)
     pack = _open_pack(data, cfg)
     seconds = time.perf_counter() - t0
     logger.info(
@@ -91,7 +92,7 @@ def open_source(
     )
     views = []
     for train in (True, False):
-        views += dataset_views(c.img_size, train, cfg.data.augment.classification, c.crop_padding).values()
+        views += dataset_views(c.img_size, train, cfg.data.augment.classification, c.crop_padding, unified).values()
     return PackSource(pack, views)
 
 # %% ../../nbs/dataset/486_sources.ipynb #caa122c8
@@ -121,7 +122,8 @@ def preload_stage_data(
     if not n:
         return None
     rows = train_rows(data.train, data.class_map, cfg.train.classification)
-    views = dataset_views(c.img_size, True, cfg.data.augment.classification, c.crop_padding)
+    augment, unified = cfg.data.augment.classification, unified_preprocessor(cfg)
+    views = dataset_views(c.img_size, True, augment, c.crop_padding, unified)
     shared = bool(cfg.dataloader.num_workers)
     return build_hotset(rows, open_source(data, cfg), list(views.values()), shared, min(n, len(rows)))
 

@@ -28,7 +28,8 @@ from ..dataset.splitfiles import SplitData
 from ..models.metrics import detection_ap, match_boxes
 from ..models.pipeline import Thresholds, detect, detector_input, softmax
 from ..photos.boxes import iou_matrix, xywh_to_xyxy
-from ..photos.images import crop_view, cut_square, normalise, open_image_safely, whole_view
+from ..photos.images import cut_square, normalise, open_image_safely, whole_view
+from ..photos.unified import UnifiedPreprocessor, crop_pixels, whole_pixels
 
 # %% ../../nbs/deployment/820_comparison.ipynb #df53d070
 LIMITS = dict(mse=1e-6, max_dp=1e-3, relative=1e-4, iou=0.95, map=0.01, raw=1e-3)  # of each compared figure
@@ -270,11 +271,13 @@ def compare_classifiers(
     photos: Iterable[ComparedPhoto],  # decoded photos
     padding: float = 0.1,  # margin of a crop
     most: int = 4,  # crops of one photo
+    unified: UnifiedPreprocessor | None = None,  # of the narrow family
 ) -> Comparison:
     "Give both classifiers the same views; PillsnapError without a photo."
     c, t0, embeddings = Comparison(), time.perf_counter(), ([], [])
     for p in photos:
-        views = [whole_view(p.image, ours.size)] + [crop_view(p.image, b, ours.size, padding) for b in p.boxes[:most]]
+        views = [whole_pixels(p.image, ours.size, unified)]
+        views += [crop_pixels(p.image, b, ours.size, padding, unified) for b in p.boxes[:most]]
         x = normalise(np.stack(views))
         c.n += 1
         for side, runner, vectors in ((c.torch, ours, embeddings[0]), (c.onnx, theirs, embeddings[1])):

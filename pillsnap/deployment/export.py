@@ -68,6 +68,7 @@ from ..models.decision import AnswerRule
 from ..models.factory import TorchClassifier, WithEmbedding, load_classifier
 from ..models.pipeline import Thresholds, detector_input
 from ..models.yolo import TorchDetector, load_detector
+from ..photos.unified import unified_preprocessor
 
 # %% ../../nbs/deployment/840_export.ipynb #08658d67
 logger = logging.getLogger("pillsnap.deployment.export")
@@ -195,6 +196,18 @@ def _write_pixel_classifier(
     return ExportedModel(out, own, plain.torch, PixelClassifier(out.read_bytes(), "cpu", where=out))
 
 
+def _wants_pixel_graph(
+    cfg: Config,  # export.uint8_graph, project.family
+) -> bool:
+    "Whether to write the graph with the preprocessing inside; ONNX has no CLAHE, so the narrow family has none."
+    if cfg.export.uint8_graph and unified_preprocessor(cfg) is not None:
+        logger.info(
+            "export: no classifier_uint8.onnx, because CLAHE stays outside the graph; bundle.json names the steps"
+        )
+        return False
+    return cfg.export.uint8_graph
+
+
 def _write_models(
     run: RunFolder,  # the run
     class_map: ClassMap,  # the stage's drugs
@@ -227,12 +240,9 @@ def _compare(
         opened = open_photos(photo_order(data, kind, cfg.train.seed), n, skipped)
         return show_progress(opened, n, f"torch and ONNX: {model}", "photos")
 
-    c, t = models["classifier"], Thresholds.configured(cfg.data)
-    found = {
-        "classifier": compare_classifiers(
-            c.torch, c.onnx, photos("single", cfg.export.compare_photos, "classifier"), t.crop_padding
-        )
-    }
+    c, t, unified = models["classifier"], Thresholds.configured(cfg.data), unified_preprocessor(cfg)
+    singles = photos("single", cfg.export.compare_photos, "classifier")
+    found = {"classifier": compare_classifiers(c.torch, c.onnx, singles, t.crop_padding, unified=unified)}
     if pixels := models.get("classifier_uint8"):
         seen = photos("single", cfg.export.compare_photos, "uint8 graph")
         found["classifier_uint8"] = compare_pixels(pixels.torch, pixels.onnx, seen, t.crop_padding)
@@ -333,6 +343,7 @@ def _bundle(
         evaluated_rule(run.root, data.class_map, temperature),
         thumbnails.entries,
         pixels.entry if pixels else None,
+        unified_preprocessor(cfg),
     )
     write_bundle(
         run.sub("export"),
@@ -354,6 +365,8 @@ class ExportJob(Job):
     name: ClassVar[str] = "export"
     sections: ClassVar[tuple[str, ...]] = (
         "data.default_mode",
+        "project.family",
+        "narrow.preprocessing",
         "data.classification",
         "data.detection",
         "data.progressive_validation.current_stage",
@@ -451,7 +464,7 @@ def work(self: ExportJob, run: RunFolder, cfg: Config) -> JobResult:
     report = run.sub("reports") / "export.json"
     for old in (run.sub("export") / "bundle.json", report):
         old.unlink(missing_ok=True)
-    models = _write_models(run, data.class_map, cfg.export.opset, cfg.export.uint8_graph)
+    models = _write_models(run, data.class_map, cfg.export.opset, _wants_pixel_graph(cfg))
     facts, figures = _compared_facts(run, cfg, data, models)
     thumbnails = _thumbnails(run, cfg, data)
     bundle = _bundle(run, cfg, data, models, thumbnails)

@@ -29,6 +29,7 @@ from ..models.cardview import Answer
 from ..models.decision import AnswerRule, decide_answer
 from ..models.pipeline import Pipeline, Thresholds, check_mode, preprocessing
 from ..models.unknown import unknown_rule_from_dict
+from ..photos.unified import UnifiedPreprocessor, preprocessor_from_config
 
 # %% ../../nbs/deployment/800_runtime.ipynb #e45a94d5
 logger = logging.getLogger("pillsnap.deployment.runtime")
@@ -242,6 +243,7 @@ class BundleContent:
         default_factory=dict
     )  # K-code → side → file, sha256
     classifier_uint8: Mapping[str, Any] | None = None  # from model_entry: the graph that takes pixels; None = none
+    unified: UnifiedPreprocessor | None = None  # of the narrow family
 
 
 def write_bundle(
@@ -256,7 +258,7 @@ def write_bundle(
         schema=SCHEMA,
         **kwargs,
         class_map=c.class_map.to_dict(),
-        preprocessing=preprocessing(c.classifier["img_size"], detector_size, c.thresholds.crop_padding),
+        preprocessing=preprocessing(c.classifier["img_size"], detector_size, c.thresholds.crop_padding, c.unified),
         classifier=dict(c.classifier),
         detector=dict(c.detector) if c.detector else None,
         classifier_uint8=dict(c.classifier_uint8) if c.classifier_uint8 else None,
@@ -315,6 +317,14 @@ def _bundle_rule(
     return rule
 
 # %% ../../nbs/deployment/800_runtime.ipynb #580a0cf9
+def _bundle_unified(
+    meta: Mapping[str, Any],  # a bundle's content
+) -> UnifiedPreprocessor | None:  # None: not of the narrow family
+    "The narrow family's preprocessor; PillsnapError where the bundle's is of another version."
+    config = meta["preprocessing"].get("unified")
+    return None if config is None else preprocessor_from_config(config)
+
+
 def _check_bundle(
     meta: Mapping[str, Any],  # a bundle's content
     path: Path,  # its file, for errors
@@ -338,7 +348,8 @@ def _check_bundle(
     if content_digest(meta) != meta["digest"]:
         raise PillsnapError("the bundle was changed after it was written", where=path, fix=_AGAIN)
     det = meta.get("detector")
-    now = preprocessing(meta["classifier"]["img_size"], det and det["img_size"], meta["thresholds"]["crop_padding"])
+    sides, padding = (meta["classifier"]["img_size"], det and det["img_size"]), meta["thresholds"]["crop_padding"]
+    now = preprocessing(*sides, padding, _bundle_unified(meta))
     if now["id"] != meta["preprocessing"].get("id"):
         raise PillsnapError(
             "the bundle was made for another preprocessing than this PillSnap has", where=path, fix=_AGAIN
@@ -453,6 +464,7 @@ def pipeline(
         hashes,
         rule=_bundle_rule(m, self.class_map, self.files.place("bundle.json")),
         focus=m.get("answering", DEFAULTS)["focus"],
+        unified=_bundle_unified(m),
         pictures={
             k: {side: f"thumbnails/{e['file']}" for side, e in sides.items()}
             for k, sides in m.get("thumbnails", {}).items()

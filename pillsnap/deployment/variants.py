@@ -474,6 +474,7 @@ def write_variant(
         m.get("answering", {}),
         measured.rule,
         m.get("thumbnails", {}),
+        unified=bundle.pipeline().unified,
     )
     kept = {k: m.get(k) for k in ("run_id", "data", "data_hash", "scorecard")}
     origin = dict(created=datetime.now(UTC).isoformat(timespec="seconds"), git_sha=get_git_sha(), **kept)

@@ -39,7 +39,8 @@ from ..models.gallery import GalleryClassifier, answering_checkpoint, gallery_of
 from ..models.metrics import match_boxes
 from ..models.pipeline import Pipeline, Thresholds, detect, softmax
 from ..photos.boxes import xywh_to_xyxy
-from ..photos.images import crop_view, normalise, open_image_safely, whole_view
+from ..photos.images import normalise, open_image_safely
+from ..photos.unified import UnifiedPreprocessor, crop_pixels, whole_pixels
 
 # %% ../../nbs/evaluation/761_answers.ipynb #d89a1fff
 logger = logging.getLogger("pillsnap.evaluation.answers")
@@ -140,13 +141,14 @@ def opened(
             yield photo, found["image"]
 
 # %% ../../nbs/evaluation/761_answers.ipynb #891a284a
-def load_evaluator(
+def load_evaluator(  # noqa: PLR0913 - a run, its split, and how its photos are seen
     run_root: Path,  # run folder
     data: SplitData,  # one stage; a checkpoint of another class map raises PillsnapError
     settings: Data,  # thresholds, padding, image policies
     device: Any,  # torch device
     checkpoint: Path | None = None,  # of the classifier; None = best.pt of the run
     focus: str = "off",  # what finds the pill in single mode, as chosen_focus decides
+    unified: UnifiedPreprocessor | None = None,  # of the narrow family
 ) -> Evaluator:
     "An evaluator with the checkpoints of a run."
     checkpoints, network = run_root / "checkpoints", checkpoint or answering_checkpoint(run_root)
@@ -161,7 +163,8 @@ def load_evaluator(
 
         detector = open_detector(checkpoints / "detector" / "best.pt", lazy=False, device=device)
     focus = "off" if focus == "detector" and detector is None else focus
-    pipeline = Pipeline(classifier, data.class_map, detector, Thresholds.configured(settings), focus=focus)
+    thresholds = Thresholds.configured(settings)
+    pipeline = Pipeline(classifier, data.class_map, detector, thresholds, focus=focus, unified=unified)
     return Evaluator(pipeline, data.root, settings, why)
 
 # %% ../../nbs/evaluation/761_answers.ipynb #98b7a1ce
@@ -209,7 +212,7 @@ def singles(
 ) -> Scores:
     "Logits of the view that single mode makes, of the whole photo and of the true crop, for every single photo."
     t0, classifier, class_map = time.perf_counter(), self.pipeline.classifier, self.pipeline.class_map
-    size, padding = classifier.size, self.pipeline.thresholds.crop_padding
+    size, padding, unified = classifier.size, self.pipeline.thresholds.crop_padding, self.pipeline.unified
     kept, made, logits, views = [], [], [], []
 
     def flush() -> None:
@@ -221,7 +224,8 @@ def singles(
         looked = self.pipeline.views(image, "single")
         kept.append(photo)
         made.append(looked)
-        views += [looked.images[0], whole_view(image, size), crop_view(image, photo.boxes[0], size, padding)]
+        crop = crop_pixels(image, photo.boxes[0], size, padding, unified)
+        views += [looked.images[0], whole_pixels(image, size, unified), crop]
         if len(views) >= 3 * batch:
             flush()
     flush()

@@ -31,7 +31,9 @@ from ..core.settings import Config, Data, active_features
 from ..dataset.loaders import validation_loader
 from ..dataset.opening import image_policies
 from ..dataset.splitfiles import load_split_data
-from ..photos.images import normalise, open_image_safely, whole_view
+from ..models.pipeline import Pipeline
+from ..photos.images import normalise, open_image_safely
+from ..photos.unified import whole_pixels
 
 # %% ../../nbs/evaluation/755_checks.ipynb #bdeb4b61
 from .advisor import ADVISOR_TARGETS, IMBALANCE_LIMIT, Check, Facts, get_stage_target
@@ -192,13 +194,14 @@ BATCHES = (1, 8, 32)  # batch sizes that are tried
 def first_views(
     root: Path,  # the delivery
     paths: Sequence[str],  # single photos
-    size: int,  # side, pixels
+    pipeline: Pipeline,  # its classifier's size and preprocessing
     data: Data,  # image policies
     n: int = BATCHES[-1],  # number of views; with fewer photos they repeat
 ) -> np.ndarray:  # float32 [n, 3, size, size]; empty where none can be opened
     "Whole photos as the classifier's input."
     opened = (open_image_safely(Path(root) / p, **image_policies(data)) for p in paths[:n])
-    views = [whole_view(o["image"], size) for o in opened if "image" in o]
+    size = pipeline.classifier.size
+    views = [whole_pixels(o["image"], size, pipeline.unified) for o in opened if "image" in o]
     if not views:
         return np.zeros((0, 3, size, size), np.float32)
     return normalise(np.stack([views[i % len(views)] for i in range(n)]))

@@ -46,6 +46,8 @@ class EvaluationJob(Job):
     remeasure: bool = True  # False: use an earlier measurement of the same checkpoints, photos and split
     name: ClassVar[str] = "evaluation"
     sections: ClassVar[tuple[str, ...]] = (
+        "project.family",
+        "narrow.preprocessing",
         "data.classification",
         "data.detection",
         "data.grayscale_policy",

@@ -47,6 +47,7 @@ from pillsnap.evaluation.heldout import (
 from .latency import measured_value
 from .opentest import OpenQuestions, OpenTest, rule_of_run, run_open_test
 from .scorecard import BUSINESS
+from ..photos.unified import unified_preprocessor
 
 # %% ../../nbs/evaluation/790_final.ipynb #2ca65bd2
 def business_goals(
@@ -173,7 +174,7 @@ def _open_part(
     except PillsnapError as e:
         why = e.what
     focus, _ = chosen_focus(cfg.inference.focus, cfg.train.classification.crop_view_prob)
-    evaluator = load_evaluator(root, p.data, cfg.data, pick_device(), p.checkpoint, focus)
+    evaluator = load_evaluator(root, p.data, cfg.data, pick_device(), p.checkpoint, focus, unified_preprocessor(cfg))
     temperature = 1.0 if rule is None else rule.temperature
     evaluator = replace(evaluator, pipeline=replace(evaluator.pipeline, temperature=temperature, rule=rule))
     training = read_manifest(root / "manifest.csv")[1]["class_map"]["keys"]

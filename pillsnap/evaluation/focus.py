@@ -32,8 +32,9 @@ from ..models.attention import class_activation, fit_pill_heat, heat_boxes
 from ..models.metrics import macro_f1
 from ..models.pipeline import detect
 from ..photos.boxes import iou_matrix, xywh_to_xyxy
-from ..photos.images import crop_view, normalise, whole_view
+from ..photos.images import normalise
 from ..photos.locator import Located, locate
+from ..photos.unified import crop_pixels, whole_pixels
 
 # %% ../../nbs/evaluation/765_focus.ipynb #d82587e4
 logger = logging.getLogger("pillsnap.evaluation.focus")
@@ -139,21 +140,22 @@ def compare_focus(
 ) -> FocusComparison:
     "Ask every way on every photo."
     t0, pipeline, names = time.perf_counter(), evaluator.pipeline, [WHOLE, *ways, TRUTH]
-    size, padding = pipeline.classifier.size, pipeline.thresholds.crop_padding
+    size, padding, unified = pipeline.classifier.size, pipeline.thresholds.crop_padding, pipeline.unified
     kept, views, logits = [], [], []
     found: dict[str, list[Located]] = {way: [] for way in ways}
     ms: dict[str, list[float]] = {way: [] for way in ways}
     for photo, image in evaluator.opened(photos, "focus"):
         kept.append(photo)
-        whole = whole_view(image, size)
+        whole = whole_pixels(image, size, unified)
         views.append(whole)
         for way, find in ways.items():
             start = time.perf_counter()
             finds = find(image)
             ms[way].append((time.perf_counter() - start) * 1e3)
             found[way].append(finds)
-            views.append(crop_view(image, finds.boxes[0], size, padding) if len(finds) == 1 else whole)
-        views.append(crop_view(image, photo.boxes[0], size, padding))
+            one = len(finds) == 1
+            views.append(crop_pixels(image, finds.boxes[0], size, padding, unified) if one else whole)
+        views.append(crop_pixels(image, photo.boxes[0], size, padding, unified))
         if len(kept) % batch == 0:
             logits.append(pipeline.classifier.logits(normalise(np.stack(views))))
             views.clear()

@@ -34,6 +34,7 @@ from ..dataset.grouping import apply_decisions, tidy_records
 from ..dataset.loaders import validation_loader
 from ..dataset.splitfiles import SplitData, load_split_data, missing_photos
 from ..delivery.index import read_manifest
+from ..photos.unified import unified_preprocessor
 
 # %% ../../nbs/evaluation/780_heldout.ipynb #2343774f
 from .advisor import Advice, evaluate_and_recommend
@@ -327,7 +328,8 @@ def _score_classifier(
     photos = eval_photos(replace(p.data, val=p.rows.iloc[:0], pool=p.rows))
     singles, combos = [s for s in photos if s.kind == "single"], [s for s in photos if s.kind == "combo"]
     focus, _ = chosen_focus(p.cfg.inference.focus, p.cfg.train.classification.crop_view_prob)
-    evaluator = load_evaluator(root, p.data, p.cfg.data, pick_device(), p.checkpoint, focus)
+    unified = unified_preprocessor(p.cfg)
+    evaluator = load_evaluator(root, p.data, p.cfg.data, pick_device(), p.checkpoint, focus, unified)
     scores, why = evaluator.singles(singles), evaluator.no_detector
     answers = Answers(list(cm.keys), _temperature_of(root, cm.fingerprint), scores, None, None)
     if evaluator.pipeline.detector is not None:

@@ -31,8 +31,9 @@ from .card import PICTURES, PROBABILITY, candidate_schema, candidates, closed_ob
 from .decision import REASONS, AnswerDecision, AnswerRule, decide_answer, sharpness
 from .unknown import UnknownRule, unknown_rule_from_dict
 from ..photos.boxes import decode_yolo, letterbox, unletterbox
-from ..photos.images import IMAGENET_MEAN, IMAGENET_STD, crop_view, normalise, open_image_safely, whole_view
+from ..photos.images import IMAGENET_MEAN, IMAGENET_STD, normalise, open_image_safely
 from ..photos.locator import LOCATOR, locate
+from ..photos.unified import UnifiedPreprocessor, crop_pixels, whole_pixels
 
 # %% ../../nbs/models/570_pipeline.ipynb #c97a4674
 @runtime_checkable
@@ -197,6 +198,7 @@ def preprocessing(
     classifier_size: int,  # side of the classifier's input, pixels
     detector_size: int | None = None,  # side of the detector's input, pixels
     crop_padding: float = 0.1,  # margin around a box, as a share of its sides
+    unified: UnifiedPreprocessor | None = None,  # of the narrow family
 ) -> dict[str, Any]:  # plain JSON types, with an id
     "How a photo becomes a model's input, in words that can be compared."
     d = dict(
@@ -211,6 +213,12 @@ def preprocessing(
         single=dict(locator=LOCATOR, otherwise="whole"),
         letterbox=None if detector_size is None else dict(size=detector_size, fill=114, scale="1/255"),
     )
+    if unified is not None:
+        config = unified.get_config()
+        outside = [s for s in config["order"] if s != "clahe" or unified.use_clahe]
+        shape = ["batch", 3, classifier_size, classifier_size]
+        d |= dict(filter="linear, not antialiased", unified=config)
+        d |= dict(outside_graph=outside, inside_graph=[], input=dict(name="image", dtype="float32", shape=shape))
     return {**d, "id": sha256_text(canonical_json(d))}
 
 # %% ../../nbs/models/570_pipeline.ipynb #e9607cb3
@@ -320,6 +328,7 @@ class Pipeline:
     rule: AnswerRule | None = None  # when a drug may be named; None: always
     focus: str = "off"  # what finds the pill in single mode: locator, detector, or off = always the whole photo
     pictures: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # K-code → front, back → file of a picture
+    unified: UnifiedPreprocessor | None = None  # of the narrow family; None = Pillow's antialiased scaling
 
     def __post_init__(self):
         if self.focus not in FOCUS:
@@ -354,7 +363,7 @@ def views(
     if mode == "single":
         return self._single_view(image)
     boxes, scores = detect(self._need_detector(), image, t.conf, t.iou, t.max_det)
-    crops = [crop_view(image, b, size, t.crop_padding) for b in boxes]
+    crops = [crop_pixels(image, b, size, t.crop_padding, self.unified) for b in boxes]
     return PhotoViews("combo", crops, list(boxes), list(scores), found=len(boxes))
 
 
@@ -369,8 +378,9 @@ def _single_view(self: Pipeline, image: np.ndarray) -> PhotoViews:
     elif self.focus == "detector":
         boxes, scores = detect(self._need_detector(), image, t.conf, t.iou, t.max_det)
     if len(boxes) != 1:
-        return PhotoViews("single", [whole_view(image, size)], [None], [None], "whole", len(boxes))
-    crop = crop_view(image, boxes[0], size, t.crop_padding)
+        whole = whole_pixels(image, size, self.unified)
+        return PhotoViews("single", [whole], [None], [None], "whole", len(boxes))
+    crop = crop_pixels(image, boxes[0], size, t.crop_padding, self.unified)
     return PhotoViews("single", [crop], [boxes[0]], [scores[0]], "crop", 1)
 
 # %% ../../nbs/models/570_pipeline.ipynb #f0e7e3c7

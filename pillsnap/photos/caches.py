@@ -31,7 +31,8 @@ from fastcore.basics import patch
 # %% ../../nbs/photos/340_caches.ipynb #3c733367
 from ..core.errors import PillsnapError
 from ..core.logs import progress as show_progress
-from .images import crop_view, open_image_safely, whole_view
+from .images import open_image_safely
+from .unified import UnifiedPreprocessor, crop_pixels, whole_pixels
 
 # %% ../../nbs/photos/340_caches.ipynb #2d33a3c9
 class View(NamedTuple):
@@ -40,6 +41,7 @@ class View(NamedTuple):
     kind: str  # "whole" or "crop"
     size: int  # side of the square, pixels
     padding: float = 0.1  # margin around the box, in box widths; crop only
+    unified: UnifiedPreprocessor | None = None  # of the narrow family; None = Pillow's antialiased scaling
 
     @property
     def nbytes(self) -> int:
@@ -73,8 +75,8 @@ def cached_view(
 ) -> np.ndarray:  # [size, size, 3] uint8
     "Cut a view from a photo; without a box every view is of the whole photo."
     if view.kind == "whole" or box is None:
-        return whole_view(img, view.size)
-    return crop_view(img, box, view.size, view.padding)
+        return whole_pixels(img, view.size, view.unified)
+    return crop_pixels(img, box, view.size, view.padding, view.unified)
 
 # %% ../../nbs/photos/340_caches.ipynb #9eca7fe3
 def free_bytes(

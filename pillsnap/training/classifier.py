@@ -192,6 +192,7 @@ class ClassifierJob(Job):
         "project.active_feature_set",
         "project.family",
         "narrow.drug_list",
+        "narrow.preprocessing",
         "data.classification",
         "data.augment.classification",
         "data.imbalance",

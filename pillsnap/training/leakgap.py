@@ -26,6 +26,7 @@ from ..dataset.datasets import dataset_views
 from ..dataset.sources import build_hotset, open_source, train_rows
 from ..dataset.splitfiles import SplitData
 from ..photos.caches import PhotoCache
+from ..photos.unified import unified_preprocessor
 from .learner import Outputs
 from .trainer import TrainingContext, TrainingResult, train_classification_stage
 
@@ -102,8 +103,9 @@ def shared_cache(
     singles = data.val[data.val["kind"] == "single"]
     trained_on = train_rows(data.train, data.class_map, cfg.train.classification)
     rows = pd.concat([trained_on, singles]).drop_duplicates(["path", "bbox"])
-    train_views = dataset_views(c.img_size, True, cfg.data.augment.classification, c.crop_padding)
-    val_views = dataset_views(c.img_size, False, padding=c.crop_padding)
+    unified = unified_preprocessor(cfg)
+    train_views = dataset_views(c.img_size, True, cfg.data.augment.classification, c.crop_padding, unified)
+    val_views = dataset_views(c.img_size, False, padding=c.crop_padding, unified=unified)
     views = dict.fromkeys([*train_views.values(), *val_views.values()])
     t0 = time.perf_counter()
     cache = build_hotset(rows, open_source(data, cfg), list(views))

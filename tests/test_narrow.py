@@ -1,0 +1,189 @@
+"The narrow family: one preprocessing in training, evaluation, export and answers."
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from pillsnap.core.config import load_config
+from pillsnap.core.errors import PillsnapError
+from pillsnap.core.files import read_json, save_json
+from pillsnap.core.jobs import RunFolder
+from pillsnap.dataset.loaders import classification_set
+from pillsnap.dataset.splitfiles import load_split_data
+from pillsnap.deployment.export import ExportJob
+from pillsnap.deployment.runtime import content_digest, load_bundle
+from pillsnap.evaluation.answers import load_evaluator
+from pillsnap.photos import unified as U
+from pillsnap.photos.images import normalise, open_image_safely, whole_view
+from pillsnap.photos.unified import UnifiedPreprocessor, unified_preprocessor
+
+SYNTH = dict(drugs=4, photos=12, combos=4, seed=42, width=160, height=208)
+TINY = (
+    "data.source=synthetic",
+    "data.progressive_validation.current_stage=0",
+    "data.progressive_validation.stage_0.max_samples=null",
+    "train.classification.backbone=test_resnet",
+    "train.classification.pretrained=false",
+    "data.classification.img_size=64",
+    "train.num_threads=1",
+    "dataloader.num_workers=0",
+    "evaluation.latency_warmup=1",
+    "evaluation.latency_runs=2",
+    "export.compare_photos=4",
+    "export.compare_detector_photos=2",
+    *(f"synth.{k}={v}" for k, v in SYNTH.items()),
+)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    "An exported narrow run with untrained weights, and its configuration."
+    root = tmp_path_factory.mktemp("narrow") / "run"
+    root.mkdir()
+    given = (*TINY, f"paths.exp_dir={json.dumps(str(root))}")
+    cfg = load_config("narrow", given)
+    job = ExportJob(run_dir=str(root), config="narrow", overrides=given)
+    job.smoke(RunFolder(root, "export"), cfg)
+    cfg = load_config("narrow", (*given, f"paths.root={json.dumps(str(root / 'delivery'))}"))
+    job.run()
+    return root, cfg
+
+
+class Seen:
+    "A classifier that keeps what it was shown."
+
+    def __init__(self, inner):
+        self.inner, self.size, self.shown = inner, inner.size, []
+
+    def outputs(self, x):
+        self.shown.append(x)
+        return self.inner.outputs(x)
+
+    def logits(self, x):
+        return self.outputs(x)[0]
+
+
+@pytest.mark.spec("NM1", "NM2", "BX18")
+def test_training_evaluation_and_the_bundle_show_the_network_the_same_numbers(exported):
+    "Of one photo: the validation set's tensor, the evaluator's view, the bundle's input and the definition."
+    from dataclasses import replace
+
+    root, cfg = exported
+    data, unified = load_split_data(root, 0), unified_preprocessor(cfg)
+    rows = data.val[data.val["kind"] == "single"].head(3)
+    val = classification_set(rows, data, cfg)
+    bundle = load_bundle(root, device="cpu").pipeline()
+    seen = Seen(bundle.classifier)
+    answering = replace(bundle, classifier=seen)
+    evaluator = load_evaluator(root, data, cfg.data, "cpu", unified=unified)
+    for i, path in enumerate(rows["path"]):
+        image = open_image_safely(data.root / path)["image"]
+        defined = normalise(U._by_numpy(centred(image), 64, 2.0, 8)[None])
+        assert not np.array_equal(defined, normalise(whole_view(image, 64)[None]))  # the test can tell
+        assert np.array_equal(unified(image), defined[0])
+        assert np.allclose(val[i]["image"].numpy(), defined[0], atol=1e-6)
+        assert np.array_equal(normalise(evaluator.pipeline.views(image, "single").images[0][None]), defined)
+        answering.predict(data.root / path)
+        assert np.array_equal(seen.shown[-1], defined)
+
+
+def centred(image):
+    side = min(image.shape[:2])
+    y, x = ((n - side) // 2 for n in image.shape[:2])
+    return image[y : y + side, x : x + side]
+
+
+@pytest.mark.spec("NM1")
+def test_training_windows_are_cut_from_the_served_picture(exported):
+    root, cfg = exported
+    data = load_split_data(root, 0)
+    train = classification_set(data.train[data.train["kind"] == "single"], data, cfg, train=True)
+    image = open_image_safely(data.root / train.photo(0).path)["image"]
+    views = train.draw_views([0])
+    views.windows, views.flips = np.array([[0, 0, 1, 1.0]]), np.array([False])
+    out = np.empty((1, 64, 64, 3), np.uint8)
+    assert train.fetch(views, out) == [None]
+    assert np.array_equal(out[0], UnifiedPreprocessor(64).pixels(image))
+
+
+@pytest.mark.spec("NM1", "BX18")
+def test_the_bundle_names_each_step_outside_its_graph(exported):
+    root, cfg = exported
+    said = read_json(root / "export" / "bundle.json")["preprocessing"]
+    assert said["unified"] == unified_preprocessor(cfg).get_config() and said["unified"]["version"] == "1.0.0"
+    assert said["outside_graph"] == ["upright", "center_crop", "resize", "clahe", "normalise", "chw"]
+    assert said["inside_graph"] == [] and said["input"]["shape"] == ["batch", 3, 64, 64]
+    assert not (root / "export" / "classifier_uint8.onnx").exists()  # its graph could not hold CLAHE
+    assert read_json(root / "export" / "bundle.json")["classifier_uint8"] is None
+
+
+@pytest.mark.spec("NM1")
+@pytest.mark.parametrize("change", [{"version": "0.9.0"}, {"interpolation": "cubic"}, {"clahe_clip_limit": 3.0}, None])
+def test_a_bundle_of_another_preprocessing_is_refused(exported, tmp_path, change):
+    import shutil
+
+    root, _ = exported
+    shutil.copytree(root / "export", tmp_path / "export")
+    path = tmp_path / "export" / "bundle.json"
+    meta = read_json(path)
+    if change is None:
+        del meta["preprocessing"]["unified"]
+    else:
+        meta["preprocessing"]["unified"] |= change
+    del meta["digest"]
+    save_json({**meta, "digest": content_digest(meta)}, path)
+    with pytest.raises(PillsnapError, match="preprocessing"):
+        load_bundle(tmp_path, device="cpu")
+
+
+@pytest.mark.spec("NM1")
+def test_the_definition_equals_opencv_without_opencv(monkeypatch):
+    "Every step, on photos of odd sizes; then again as on a machine without OpenCV."
+    rng = np.random.default_rng(5)
+    unified = UnifiedPreprocessor()
+    for h, w in ((700, 513), (64, 97), (1024, 1024)):
+        image = cv2.GaussianBlur(rng.integers(0, 256, (h, w, 3), dtype=np.uint8), (9, 9), 0)
+        square = cv2.resize(np.ascontiguousarray(centred(image)), (512, 512), interpolation=cv2.INTER_LINEAR)
+        lab = cv2.cvtColor(square, cv2.COLOR_RGB2LAB)
+        lab[..., 0] = cv2.createCLAHE(2.0, (8, 8)).apply(np.ascontiguousarray(lab[..., 0]))
+        expected = cv2.cvtColor(lab, cv2.COLOR_LAB2RGB)
+        assert np.array_equal(unified.pixels(image), expected)
+        with monkeypatch.context() as m:
+            m.setattr(U, "_opencv", lambda: None)
+            assert np.array_equal(unified.pixels(image), expected)
+
+
+def test_an_opencv_that_differs_is_not_used(monkeypatch):
+    U._opencv.cache_clear()
+    real = cv2.cvtColor
+    monkeypatch.setattr(cv2, "cvtColor", lambda img, code: np.minimum(real(img, code), 254))
+    assert U._opencv() is None
+    monkeypatch.undo()
+    U._opencv.cache_clear()
+    assert U._opencv() is cv2
+
+
+def test_a_pack_is_refused(exported):
+    root, cfg = exported
+    tree = cfg.to_dict()
+    tree["dataloader"]["source"] = "pack"
+    data = load_split_data(root, 0)
+    with pytest.raises(PillsnapError, match="a pack holds scaled photos"):
+        classification_set(data.val, data, type(cfg).model_validate(tree))
+
+
+@pytest.mark.spec("X60")
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_every_exif_orientation_gives_the_same_input(tmp_path, turn):
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(cv2.resize(rng.integers(0, 256, (9, 7, 3), dtype=np.uint8), (70, 90)))
+    back = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Pillow's transposes that undo each orientation
+    stored = image if turn == 1 else image.transpose(Image.Transpose(back[turn]))
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    stored.save(tmp_path / "a.png", exif=exif)
+    opened = open_image_safely(tmp_path / "a.png")["image"]
+    assert np.array_equal(UnifiedPreprocessor(64)(opened), UnifiedPreprocessor(64)(np.asarray(image)))
