@@ -35,10 +35,9 @@ from ..dataset.drugs import drug_records
 from ..dataset.focus import chosen_focus
 from ..dataset.lookalikes import metadata_clusters
 from ..dataset.splitfiles import SplitData, load_split_data, load_unknown
-from ..models.gallery import answering_checkpoint, answering_job
+from ..models.decision import AnswerRule
 from ..models.pipeline import Pipeline, softmax
 from ..photos.images import open_image_safely, whole_view
-from ..photos.unified import unified_preprocessor
 
 # %% ../../nbs/evaluation/768_measurements.ipynb #95e4b96d
 from pillsnap.evaluation.answers import (
@@ -82,6 +81,7 @@ from .hardcases import save_hard_cases
 from .latency import Latency, plot_latency
 from .openphotos import run_open_set
 from .openset import OPEN_RECORDS, OpenSet
+from .pairs import PAIR_RECORDS, PairAnswers, SidePhotos, answer_pairs, fit_pair_rule, paired_photos
 from .reports import plot_confusion_matrix, plot_detection_results, plot_roc_pr_curves
 from .safeanswers import SAFE_RECORDS, Classes, SafeAnswers, answer_photos
 from .unreadable import planted_twins, twins_record, unreadable_pairs
@@ -131,12 +131,12 @@ def evaluation_inputs(
         for f in ("splits.json", "classes.json", "manifest_train.csv", "manifest_val.csv", "manifest_pool.csv")
     ]
     return [
-        answering_checkpoint(root),
+        root / "checkpoints" / "classifier" / "best.pt",
         root / "checkpoints" / "detector" / "best.pt",
         root / "manifest.json",
         *parts,
         root / "reports" / "leak_gap.json",
-        *(record_path(root, job) for job in (answering_job(root), "detector")),
+        *(record_path(root, job) for job in ("classifier", "detector")),
     ]
 
 
@@ -226,6 +226,7 @@ class Measurements:
     conditions: ConditionPanel | None = None  # accuracy by light, camera, blur, phone and the like
     open_set: OpenSet | None = None  # the unknown score and what it refuses; None: there is none
     focus: FocusComparison | None = None  # the ways to find a pill, on the clean photos
+    pairs: PairAnswers | None = None  # what two photos of a pill are answered; None: there is no rule
 
 # %% ../../nbs/evaluation/768_measurements.ipynb #e5ba623e
 @patch
@@ -321,6 +322,25 @@ def open_records(self: Measurements) -> dict[str, Metric]:
 
 
 @patch
+def answer_both_sides(
+    self: Measurements,
+    sides: AnswerRule,  # of single photos
+    classes: Classes,  # with the look-alike clusters
+    settings: AnswerSettings,  # alpha, score, max_list, unknown_refused
+) -> None:
+    "Fit the rule of pairs to the calibration photos, answer the clean pairs, and add the figures."
+    s, unknown = self.answers.scores, None
+    if self.open_set is not None:
+        unknown = [self.open_set.known[p] for p in s.paths]
+    photos = SidePhotos(s.single, s.labels, s.paths, s.groups, s.parts, unknown, s.sharp or None)
+    pairs = paired_photos(photos)
+    rule = fit_pair_rule(photos, pairs, sides, classes.clusters, settings)
+    self.pairs = answer_pairs(photos, pairs, sides, rule, s.of("clean").seconds)
+    self.metrics |= self.pairs.records(self.prov)
+    logger.info(f"both sides: {rule.pairs} calibration pairs of {rule.groups} groups; {rule.note}")
+
+
+@patch
 def answer_safely(
     self: Measurements,
     root: Path,  # run folder
@@ -334,7 +354,8 @@ def answer_safely(
     )
     if why := why_no_rule(photos, settings):
         logger.info(f"answer rule: none, because there are {why}; an answer always names the most probable drug")
-        self.metrics |= {k: not_measured(self.prov, k, why) for k in (*SAFE_RECORDS, "twins_unreadable_in_set")}
+        names = (*SAFE_RECORDS, *PAIR_RECORDS, "twins_unreadable_in_set")
+        self.metrics |= {k: not_measured(self.prov, k, why) for k in names}
         return
     classes = _classes(root, self.data)
     rule = fit_answer_rule(photos, classes.clusters, settings, answers.temperature, self.data.class_map.fingerprint)
@@ -346,6 +367,7 @@ def answer_safely(
     self.metrics |= self.safe.records(self.prov) | _twins(
         replace(pipeline, temperature=answers.temperature, rule=rule), self.data, self.prov
     )
+    self.answer_both_sides(rule, classes, settings)
     logger.info(f"answer rule: {rule.score}, alpha {rule.alpha:g}, {rule.groups} calibration groups; {rule.note}")
 
 # %% ../../nbs/evaluation/768_measurements.ipynb #05db4ddd
@@ -367,7 +389,7 @@ def _started(
     t0 = time.perf_counter()
     focus, reason = chosen_focus(cfg.inference.focus, cfg.train.classification.crop_view_prob)
     logger.info(f"focus: {focus}, {reason}")
-    evaluator = load_evaluator(root, data, cfg.data, device, focus=focus, unified=unified_preprocessor(cfg))
+    evaluator = load_evaluator(root, data, cfg.data, device, focus=focus)
     calls = evaluator.latency_calls(photos)
     for call in calls.values():
         call()
@@ -425,8 +447,8 @@ def measure(
     answers, calibration = _answer_photos(evaluator, singles, combos, cfg.evaluation.calibration)
     rec, per_class = _answer_records(answers, prov, why)
     latency, ms = measure_scopes(calls, prov, cfg.evaluation, device)
-    views = first_views(data.root, [p.path for p in singles], evaluator.pipeline, cfg.data)
-    rec |= batch_records(evaluator.pipeline.classifier, views, prov)
+    classifier = evaluator.pipeline.classifier
+    rec |= batch_records(classifier, first_views(data.root, [p.path for p in singles], classifier.size, cfg.data), prov)
     measured = Measurements(
         data=data,
         prov=prov,
@@ -523,6 +545,9 @@ def write(
     (reports / "answer_rule.json").unlink(missing_ok=True)  # never the rule of an earlier evaluation
     if self.safe is not None:
         predictions += [save_json(self.safe.rule.to_dict(), reports / "answer_rule.json"), *self.safe.save(reports)]
+    (reports / "pair_rule.json").unlink(missing_ok=True)
+    if self.pairs is not None:
+        predictions += self.pairs.save(reports)
     if self.conditions:
         predictions.append(self.conditions.save(reports / "conditions.json"))
     if self.open_set is not None:
@@ -594,6 +619,8 @@ def figures(
         found["mistakes"] = self.plot_mistakes(names)
     if self.safe is not None and len(self.safe.table):
         found["set_sizes"], found["risk_coverage"] = self.safe.plot_set_sizes(), self.safe.plot_risk_coverage()
+    if self.pairs is not None and len(self.pairs.table):
+        found["pairs"] = self.pairs.plot()
     if self.open_set is not None:
         found["openset"] = self.open_set.plot()
     if self.atlas:
