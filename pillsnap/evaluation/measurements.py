@@ -36,8 +36,10 @@ from ..dataset.focus import chosen_focus
 from ..dataset.lookalikes import metadata_clusters
 from ..dataset.splitfiles import SplitData, load_split_data, load_unknown
 from ..models.decision import AnswerRule
+from ..models.gallery import answering_checkpoint, answering_job
 from ..models.pipeline import Pipeline, softmax
 from ..photos.images import open_image_safely, whole_view
+from ..photos.unified import unified_preprocessor
 
 # %% ../../nbs/evaluation/768_measurements.ipynb #95e4b96d
 from pillsnap.evaluation.answers import (
@@ -131,12 +133,12 @@ def evaluation_inputs(
         for f in ("splits.json", "classes.json", "manifest_train.csv", "manifest_val.csv", "manifest_pool.csv")
     ]
     return [
-        root / "checkpoints" / "classifier" / "best.pt",
+        answering_checkpoint(root),
         root / "checkpoints" / "detector" / "best.pt",
         root / "manifest.json",
         *parts,
         root / "reports" / "leak_gap.json",
-        *(record_path(root, job) for job in ("classifier", "detector")),
+        *(record_path(root, job) for job in (answering_job(root), "detector")),
     ]
 
 
@@ -389,7 +391,7 @@ def _started(
     t0 = time.perf_counter()
     focus, reason = chosen_focus(cfg.inference.focus, cfg.train.classification.crop_view_prob)
     logger.info(f"focus: {focus}, {reason}")
-    evaluator = load_evaluator(root, data, cfg.data, device, focus=focus)
+    evaluator = load_evaluator(root, data, cfg.data, device, focus=focus, unified=unified_preprocessor(cfg))
     calls = evaluator.latency_calls(photos)
     for call in calls.values():
         call()
@@ -447,8 +449,8 @@ def measure(
     answers, calibration = _answer_photos(evaluator, singles, combos, cfg.evaluation.calibration)
     rec, per_class = _answer_records(answers, prov, why)
     latency, ms = measure_scopes(calls, prov, cfg.evaluation, device)
-    classifier = evaluator.pipeline.classifier
-    rec |= batch_records(classifier, first_views(data.root, [p.path for p in singles], classifier.size, cfg.data), prov)
+    views = first_views(data.root, [p.path for p in singles], evaluator.pipeline, cfg.data)
+    rec |= batch_records(evaluator.pipeline.classifier, views, prov)
     measured = Measurements(
         data=data,
         prov=prov,

@@ -246,7 +246,7 @@ def answer_pairs(
         found.append(
             pd.DataFrame(names | dict(unit=t["unit"].tolist(), label=t["label"].tolist())).join(pd.DataFrame(rows))
         )
-    return PairAnswers(rule, *found, seconds)
+    return PairAnswers(rule, found[0], found[1], seconds)
 
 # %% ../../nbs/evaluation/707_pairs.ipynb #6f5f7305
 _PAIR_SHARES = {  # record → (rows, those it counts among, those that count, what is said)
