@@ -243,7 +243,7 @@ def synth(  # noqa: PLR0913 - one parameter for each option of the command
     val_drugs: Annotated[str, typer.Option(help="drugs of the Validation tree: new | same")] = "new",
     width: Annotated[int, typer.Option(help="width of a photo in pixels")] = 976,
     height: Annotated[int, typer.Option(help="height of a photo in pixels")] = 1280,
-    domain: Annotated[str, typer.Option(help="studio | phone")] = "studio",
+    domain: Annotated[str, typer.Option(help="studio | phone | wild")] = "studio",
     workers: Annotated[int | None, typer.Option(help="processes; default: the CPU count", min=1)] = None,
     labels_only: Annotated[
         bool, typer.Option("--labels-only", help="annotations without photos, to try a large delivery")

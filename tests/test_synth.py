@@ -454,6 +454,38 @@ def test_studio_photos_do_not_change():
         assert np.allclose(found, STUDIO[task.stem], atol=0.02), task.stem
 
 
+PHONE = {  # the same of phone photos that were rendered before the wild domain was added
+    "K-009822_0_2_0_0_90_020_200": (81.183, 102.228, 41.353),
+    "K-009822_0_1_1_0_70_280_200": (101.411, 174.58, 41.004),
+    "K-009822_0_2_0_2_60_240_200": (67.393, 221.241, 38.121),
+}
+
+
+@pytest.mark.spec("BX5")
+def test_phone_photos_do_not_change():
+    spec = dict(drugs=3, photos=6, combos=1, seed=9, width=98, height=128, domain="phone")
+    for task in plan_delivery(**spec).tasks[:3]:
+        image = photograph(list(task.pills), task.shot, rng_for(*task.words, "photo"))[0]
+        patches = image.reshape(8, 16, 7, 14, 3).mean((1, 3))
+        found = [float(patches[at]) for at in ((0, 1, 0), (3, 3, 1), (6, 5, 2))]
+        assert np.allclose(found, PHONE[task.stem], atol=0.02), task.stem
+
+
+@pytest.mark.spec("BX5")
+def test_wild_photos_show_pills_near_and_far_and_anywhere():
+    spec = dict(drugs=3, photos=7, combos=0, seed=9, width=98, height=128)
+    found = {"phone": [], "wild": []}
+    for domain, boxes in found.items():
+        for t in plan_delivery(**spec, domain=domain).tasks[:21]:
+            [(x0, y0, x1, y1)] = photograph(list(t.pills), t.shot, rng_for(*t.words, "photo"))[1]
+            assert 0 <= x0 < x1 <= 98
+            assert 0 <= y0 < y1 <= 128
+            boxes.append(((x0 + x1) / 196, (y0 + y1) / 256, np.sqrt((x1 - x0) * (y1 - y0))))
+    wild, phone = (np.array(found[d]) for d in ("wild", "phone"))
+    assert wild[:, :2].std(0).mean() > 1.5 * phone[:, :2].std(0).mean(), "anywhere in the photo"
+    assert np.ptp(np.log(wild[:, 2])) > np.ptp(np.log(phone[:, 2])) + 0.3, "near and far"
+
+
 @pytest.mark.spec("BX5", "BX17")
 def test_phone_photos_keep_the_form_of_a_delivery(tmp_path):
     "Names and records are those of the studio's delivery; pixels, boxes and the ledger's domain differ."

@@ -68,7 +68,7 @@ def synth_command(  # noqa: PLR0913 - the options of the command
     val_drugs: str = "new",  # or "same"
     width: int = 976,  # pixels
     height: int = 1280,  # pixels
-    domain: str = "studio",  # or "phone"
+    domain: str = "studio",  # or "phone", "wild"
     workers: int | None = None,  # processes; None: one per core
     labels_only: bool = False,  # annotations without photos
     cutouts: str | Path = "",  # folder of pictures of real pills, in place of invented drugs

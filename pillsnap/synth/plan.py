@@ -58,7 +58,7 @@ def _check_settings(
     s: dict,  # settings of a delivery
 ) -> None:
     "Raise PillsnapError for settings that cannot be rendered."
-    for key, words in {"val_drugs": ("new", "same"), "domain": ("studio", "phone")}.items():
+    for key, words in {"val_drugs": ("new", "same"), "domain": ("studio", "phone", "wild")}.items():
         if s[key] not in words:
             raise PillsnapError(f"{key} is {words[0]!r} or {words[1]!r}, not {s[key]!r}", where=key)
     if not 64 <= min(s["width"], s["height"]) <= max(s["width"], s["height"]) <= 8192:
@@ -141,7 +141,7 @@ def plan_delivery(  # noqa: PLR0913 - the settings of a delivery, as a person ty
     faults: bool = False,  # plant faults
     val_drugs: str = "new",  # "new" or "same"
     zip_parts: bool = False,  # archives
-    domain: str = "studio",  # or "phone"
+    domain: str = "studio",  # or "phone", "wild"
     labels_only: bool = False,  # annotations without photos
     unknown_drugs: int = 0,  # further drugs in train
     unknown_photos: int = 18,  # single photos of each of them

@@ -18,6 +18,7 @@ import numpy as np
 from .cutouts import RealPill, real_solid
 from .draws import rng_for
 from .drugs import Drug
+from .grounds import everyday_ground
 from .imaging import blur, f32, linear_light
 from .phone import lens, phone_jpeg, table_top
 from .rays import Hits, trace
@@ -105,23 +106,25 @@ class Shot:
     width: int = 976  # pixels
     height: int = 1280  # pixels
     field: float = 40.0  # mm across
-    domain: str = "studio"  # or "phone"
+    domain: str = "studio"  # or "phone", "wild"
 
 # %% ../../nbs/synth/222_renderer.ipynb #817b1b47
 def draw_scene(
     shot: Shot,  # how the photo is taken
     rng: np.random.Generator,  # this photo's camera, lamp and exposure
 ) -> Scene:
-    "Draw camera, lamp and exposure: nearly constant in the studio, random for a phone."
+    "Draw camera, lamp and exposure: nearly constant in the studio, random for a phone, from any distance in the wild."
     camera, lamp = Camera(shot.latitude, shot.width, shot.height, shot.field), LAMPS[shot.light]
     if shot.domain == "studio":
         lamp = replace(lamp, azimuth=lamp.azimuth + rng.normal(0, 4))
         exposure = np.array(lamp.colour, f32) * f32(rng.normal(1, 0.035)) * rng.normal(1, 0.012, 3).astype(f32)
         return Scene(camera, lamp, exposure)
+    latitude = float(np.clip(shot.latitude + rng.normal(0, 6), 50, 90))
+    far = rng.uniform(1.08, 1.45) if shot.domain == "phone" else np.exp(rng.uniform(np.log(1.08), np.log(3.6)))
     camera = replace(
         camera,
-        latitude=float(np.clip(shot.latitude + rng.normal(0, 6), 50, 90)),
-        field=shot.field * rng.uniform(1.08, 1.45),
+        latitude=latitude,
+        field=shot.field * far,
         distance=rng.uniform(120, 220),
         roll=float(np.clip(rng.normal(0, 9), -20, 20)),
     )
@@ -142,7 +145,8 @@ def empty_table(
     strength = f32(lamp.key * towards(lamp)[2] + lamp.sky)
     if shot.domain == "studio":
         return level[..., None] * (TABLES[shot.back] * exposure * strength), TABLES[shot.back]
-    top = table_top(scene.camera, rng)
+    everyday = shot.domain == "wild" and rng.random() < 0.6
+    top = everyday_ground(scene.camera, rng) if everyday else table_top(scene.camera, rng)
     return top * level[..., None] * (exposure * strength), top.mean((0, 1))
 
 # %% ../../nbs/synth/222_renderer.ipynb #37a419d9
@@ -200,7 +204,7 @@ def draw(
     "Trace and shade one pill and draw it over the photo."
     ss = _SUPERSAMPLING
     x0, y0, x1, y1 = window(scene.camera, s, pose)
-    if x1 <= x0 or y1 <= y0:
+    if x1 - x0 < 2 or y1 - y0 < 2:
         return (0, 0, 0, 0)
     xs, ys = (((np.arange(a * ss, b * ss) + 0.5) / ss - 0.5).astype(f32) for a, b in ((x0, x1), (y0, y1)))
     hits, view = _visible(s, pose, scene.camera, xs, ys)
@@ -236,6 +240,20 @@ def _beside_the_middle(
     return [(s, replace(p, x=p.x + float(dx), y=p.y + float(dy))) for s, p in placed]
 
 
+def _anywhere(
+    placed: list[tuple[Solid, Pose]],  # what lies on the table
+    camera: Camera,  # what it sees
+    rng: np.random.Generator,  # where the camera points
+) -> list[tuple[Solid, Pose]]:  # the same solids, moved together
+    "Pills anywhere in the photo: as far from its middle as all of them stay inside."
+    if not placed:
+        return placed
+    reach = max(np.hypot(p.x, p.y) + np.hypot(*s.rim.T).max() for s, p in placed)
+    free = max(0.0, 0.45 * camera.field - float(reach))
+    dx, dy = rng.uniform(-free, free, 2)
+    return [(s, replace(p, x=p.x + float(dx), y=p.y + float(dy))) for s, p in placed]
+
+
 def _phone_finish(
     photo: np.ndarray,  # linear RGB
     rng: np.random.Generator,  # light, focus, noise, compression
@@ -255,6 +273,8 @@ def photograph_solids(
     scene = replace(scene, table=table)
     if shot.domain == "phone":
         placed = _beside_the_middle(placed, shot, rng)
+    if shot.domain == "wild":
+        placed = _anywhere(placed, scene.camera, rng)
     for s, p in placed:
         _cast(photo, s, p, scene)
     extents = [draw(photo, s, p, scene) for s, p in placed]

@@ -93,7 +93,7 @@ def write_delivery(  # noqa: PLR0913 - the settings of a delivery, as a person t
     faults: bool = False,  # plant every fault of the data notes, once each
     val_drugs: str = "new",  # "new": val holds other drugs, as AI Hub's does; "same": some of train's
     zip_parts: bool = False,  # archives with Korean names instead of folders
-    domain: str = "studio",  # or "phone"
+    domain: str = "studio",  # or "phone", "wild"
     workers: int | None = None,  # processes; None: one per core when it pays
     progress: bool = True,  # show a progress bar
     labels_only: bool = False,  # annotations without photos: half a million in minutes

@@ -826,6 +826,20 @@ MUTATIONS: list[Mutation] = [
         'chart=f"front',
         "tests/test_cutouts.py::test_every_record_says_what_it_is_and_names_both_pictures",
     ),
+    Mutation(
+        "the wild domain's draws change a phone's photos",
+        "pillsnap/synth/renderer.py",
+        'everyday = shot.domain == "wild" and rng.random() < 0.6',
+        'everyday = rng.random() < 0.6 and shot.domain == "wild"',
+        "tests/test_synth.py::test_phone_photos_do_not_change",
+    ),
+    Mutation(
+        "wild pills lie in the middle of the photo",
+        "pillsnap/synth/renderer.py",
+        "placed = _anywhere(placed, scene.camera, rng)",
+        "pass",
+        "tests/test_synth.py::test_wild_photos_show_pills_near_and_far_and_anywhere",
+    ),
 ]
 
 

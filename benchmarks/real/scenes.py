@@ -1,0 +1,101 @@
+"""Synthetic photos for the detector that is measured on real ones: pills alone, in twos and threes, in heaps, and none.
+
+Every photo is drawn by the package's renderer; no pixel of a real photo is in it. The pills are invented drugs.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from pillsnap.core.files import ensure_dir
+from pillsnap.synth.catalogue import Catalogue, make_catalogue
+from pillsnap.synth.draws import rng_for
+from pillsnap.synth.drugs import Drug
+from pillsnap.synth.files import loose_box
+from pillsnap.synth.objects import object_photos
+from pillsnap.synth.renderer import Shot, photograph
+from pillsnap.synth.scene import Pose
+
+SIZES = ((320, 426), (426, 320), (360, 360), (256, 456))
+DOMAINS = {"wild": 0.85, "phone": 0.1, "studio": 0.05}
+OFTEN = {"capsule": 5.0, "gel": 3.0}  # capsules are as common as tablets in photos from kitchens
+LEAST = 5  # pixels: a smaller box is no label
+
+
+def _heap(drugs: list[Drug], n: int, width: float, rng: np.random.Generator) -> list[tuple[Drug, Pose]]:
+    "Up to n pills side by side, none over another by more than a third."
+    placed: list[tuple[Drug, Pose]] = []
+    for _ in range(12 * n):
+        if len(placed) == n:
+            break
+        x, y = rng.normal(0, width / 4, 2) if rng.random() < 0.5 else rng.uniform(-width / 2, width / 2, 2)
+        drug = drugs[rng.integers(len(drugs))]
+        near = 0.5 * (drug.body.long_mm + drug.body.short_mm) * rng.uniform(0.66, 1.1)
+        if all(np.hypot(x - p.x, y - p.y) > near for _, p in placed):
+            placed.append((drug, Pose(float(x), float(y), float(rng.uniform(0, 360)), int(rng.integers(2)))))
+    return placed
+
+
+def _what(catalogue: Catalogue, rng: np.random.Generator) -> tuple[list[tuple[Drug, Pose]], float]:
+    "The pills of one photo, and how many millimetres wide it is at least."
+    kind = rng.choice(3, p=(0.58, 0.20, 0.22))
+    often = np.array([OFTEN.get(d.body.form, 1.0) for d in catalogue])
+    drugs = rng.choice(catalogue.drugs, (1, 4, 1 + 3 * (rng.random() < 0.4))[kind], p=often / often.sum())
+    if kind == 0:
+        pose = Pose(0.0, 0.0, float(rng.uniform(0, 360)), int(rng.integers(2)))
+        return [(drugs[0], pose)], float(max(14.0, 1.3 * drugs[0].body.long_mm))
+    n = int(rng.integers(2, 5)) if kind == 1 else int(rng.integers(5, 36))
+    long = max(d.body.long_mm for d in drugs)
+    width = float(np.sqrt(n) * long * rng.uniform(1.1, 2.2))
+    return _heap(drugs, n, width, rng), 0.8 * width if kind == 2 else width
+
+
+def _step(field: float) -> float:
+    "Widths in steps of a fifth, so that the maps of a pill are drawn once for many photos."
+    return float(10 * 1.2 ** np.ceil(np.log(field / 10) / np.log(1.2)))
+
+
+def scenes(
+    n: int,  # photos
+    seed: int = 7,  # same seed, same photos
+    drugs: int = 400,  # invented drugs
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # uint8 RGB, boxes [m, 4] x, y, w, h in pixels
+    "Draw photos with boxes; one of sixteen shows coins, buttons, print or fingers and no pill."
+    catalogue, empty = make_catalogue(drugs, seed), object_photos(n, "validation", 320, 426, seed)
+    for i in range(n):
+        rng = rng_for(seed, "scene", i)
+        if i % 16 == 15:
+            yield next(empty).image, np.zeros((0, 4))
+            continue
+        pills, field = _what(catalogue, rng)
+        width, height = SIZES[rng.integers(len(SIZES))]
+        domain = str(rng.choice(list(DOMAINS), p=list(DOMAINS.values())))
+        back, light, latitude = int(rng.integers(3)), int(rng.integers(3)), int(rng.choice((60, 70, 75, 90)))
+        shot = Shot(back, light, latitude, width, height, _step(field), domain)
+        image, extents = photograph(pills, shot, rng)
+        boxes = np.array([loose_box(e, shot, rng) for e in extents if e[2] - e[0] >= LEAST and e[3] - e[1] >= LEAST])
+        yield image, boxes.reshape(-1, 4).astype(float)
+
+
+def write_tree(
+    folder: Path,  # gets images/{train,val} and labels/{train,val}
+    train: int,  # photos to train on
+    val: int,  # photos that choose the epoch
+    seed: int = 7,  # of all of them
+) -> Path:  # the folder
+    "A detector's folder of synthetic photos."
+    for k, (image, boxes) in enumerate(scenes(train + val, seed)):
+        split = "train" if k < train else "val"
+        write_photo(folder, split, f"s{k:05d}", image, boxes)
+    return folder
+
+
+def write_photo(folder: Path, split: str, name: str, image: np.ndarray, boxes: np.ndarray) -> None:
+    "One photo and its label file; boxes [m, 4] x, y, w, h in pixels."
+    h, w = image.shape[:2]
+    photos, labels = (ensure_dir(folder / part / split) for part in ("images", "labels"))
+    Image.fromarray(image).save(photos / f"{name}.jpg", quality=94)
+    rows = [f"0 {(x + bw / 2) / w:.6f} {(y + bh / 2) / h:.6f} {bw / w:.6f} {bh / h:.6f}" for x, y, bw, bh in boxes]
+    (labels / f"{name}.txt").write_text("\n".join(rows) + "\n" if rows else "", encoding="utf-8")
