@@ -439,10 +439,16 @@ def predict(  # noqa: PLR0913 - one parameter for each option of the command
     out: Annotated[Path | None, typer.Option(help="write a table: *.csv, *.jsonl or *.parquet")] = None,
     backend: Annotated[str, typer.Option(help="local, or dask: on an existing cluster, into a *.parquet")] = "local",
     scheduler: Annotated[str | None, typer.Option(help="the cluster's address, such as tcp://10.0.0.5:8786")] = None,
+    two_side: Annotated[
+        bool, typer.Option("--two-side", help="two photos of one pill: its front, then its back")
+    ] = False,
 ) -> None:
     "Name the pills in photos, from the ONNX files alone; exit status 1 if some of several photos cannot be read."
     if backend not in ("local", "dask"):
         raise PillsnapError(f"there is no backend {backend!r}", where="--backend", fix="local or dask")
+    if two_side and (backend, mode) not in (("local", None), ("local", "single")):
+        fix = "leave out --mode and --backend"
+        raise PillsnapError("two sides are photos of one pill, asked here", where="--two-side", fix=fix)
     if scheduler and backend == "local":
         raise PillsnapError("a scheduler answers for a cluster", where="--scheduler", fix="add --backend dask")
     if backend == "dask":
@@ -450,8 +456,11 @@ def predict(  # noqa: PLR0913 - one parameter for each option of the command
 
         done = cluster_command(photos, scheduler, run_dir, out, mode, topk, device)
         raise typer.Exit(1 if done.errors else 0)
-    from pillsnap.deployment.batch import predict_command
+    from pillsnap.deployment.batch import predict_command, predict_sides_command
 
+    if two_side:
+        predict_sides_command(photos, run_dir, json_out, topk, device, out)
+        return
     answers = predict_command(photos, mode, run_dir, json_out, topk, device, out)
     if any("error" in answer for answer in answers):
         raise typer.Exit(1)

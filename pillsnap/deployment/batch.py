@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'COLUMNS', 'FORMATS', 'find_photos', 'predict_photos', 'answer_rows', 'parquet_writer', 'check_format',
-           'write_answers', 'predict_command']
+           'write_answers', 'predict_command', 'predict_sides_command']
 
 # %% ../../nbs/deployment/805_batch.ipynb #6fafd9d1
 import csv
@@ -165,7 +165,7 @@ def _one_line(answer: Mapping[str, Any]) -> str:
         return f"{answer['photo']}: {answer['error']}"
     said = [verdict_line(i) + (f" {i['confidence']:.1%}" if i["answer"] == "drug" else "") for i in answer["items"]]
     return f"{answer['photo']}: {', '.join(said) or '알약을 찾지 못했습니다'}" + (
-        f"  💡 {answer['badge']}" if answer["badge"] else ""
+        f"  [{answer['badge']}]" if answer["badge"] else ""
     )
 
 
@@ -210,3 +210,26 @@ def predict_command(  # noqa: PLR0913 - one parameter for each option of the com
     if not out or json_out:
         _show(answers, bundle, json_out)
     return answers
+
+
+def predict_sides_command(
+    photos: Sequence[str | Path],  # of the front and of the back
+    run_dir: str | Path = "_runs/demo",  # a run folder, or its export folder
+    json_out: bool = False,  # print JSON instead of a card
+    topk: int | None = None,  # drugs listed; None = the bundle's
+    device: str = "auto",  # auto, cpu or cuda
+    out: str | Path | None = None,  # also write a table: *.csv, *.jsonl or *.parquet
+) -> dict[str, Any]:  # the answer
+    "Name a pill by photos of its front and its back."
+    if len(photos) != 2:
+        told = f"two sides are two photos, the front first, and here are {len(photos)}"
+        raise PillsnapError(told, where="--two-side", fix="pillsnap predict front.jpg back.jpg --two-side")
+    if out:
+        check_format(out)
+    bundle = load_bundle(run_dir, device=device)
+    answer = {"photo": " + ".join(map(str, photos))} | bundle.predict_sides(*map(Path, photos), topk)
+    if out:
+        print(f"1 pill in {write_answers([answer], out)}", file=sys.stderr)
+    if not out or json_out:
+        _show([answer], bundle, json_out)
+    return answer

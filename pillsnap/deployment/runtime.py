@@ -28,6 +28,7 @@ from ..delivery.classmap import ClassMap
 from ..models.cardview import Answer
 from ..models.decision import AnswerRule, decide_answer
 from ..models.pipeline import Pipeline, Thresholds, check_mode, preprocessing
+from ..models.twoside import PairRule, TwoSided, decide_pair
 from ..models.unknown import unknown_rule_from_dict
 from ..photos.unified import UnifiedPreprocessor, preprocessor_from_config
 
@@ -208,7 +209,7 @@ REQUIRED = dict(
     thresholds=dict,
     drugs=dict,
     digest=str,
-)  # `detector`, `classifier_uint8`, `scorecard` and `rule` may be null
+)  # `detector`, `classifier_uint8`, `scorecard`, `rule` and `pair_rule` may be null
 THRESHOLDS = dict(conf=float, iou=float, max_det=int, crop_padding=float)
 ANSWERING = dict(mode=str, top_k=int, lazy_load_detector=bool, focus=str)  # defaults where the caller gives no value
 DEFAULTS = dict(mode="single", top_k=5, lazy_load_detector=True, focus="off")  # for a bundle without these fields
@@ -244,6 +245,7 @@ class BundleContent:
     )  # K-code → side → file, sha256
     classifier_uint8: Mapping[str, Any] | None = None  # from model_entry: the graph that takes pixels; None = none
     unified: UnifiedPreprocessor | None = None  # of the narrow family
+    pair_rule: PairRule | None = None  # answers photos of both sides; None: it answers one photo alone
 
 
 def write_bundle(
@@ -267,6 +269,7 @@ def write_bundle(
         thresholds=asdict(c.thresholds),
         answering={**DEFAULTS, **c.answering},
         rule=c.rule.to_dict() if c.rule else None,
+        pair_rule=c.pair_rule.to_dict() if c.pair_rule else None,
         drugs={k: dict(c.drugs.get(k, {})) for k in c.class_map},
         thumbnails={k: {side: dict(e) for side, e in sides.items()} for k, sides in c.thumbnails.items()},
     )
@@ -316,6 +319,26 @@ def _bundle_rule(
         )
     return rule
 
+
+def _bundle_pairs(
+    meta: Mapping[str, Any],  # a bundle's content
+    class_map: ClassMap,  # its drugs
+    rule: AnswerRule | None,  # of single photos
+    path: Path,  # its file, for errors
+) -> PairRule | None:  # None: a bundle without one, an older one too, answers one photo alone
+    "The pair rule of a bundle; PillsnapError for one of other drugs, and for one that cannot be used."
+    if meta.get("pair_rule") is None:
+        return None
+    try:
+        pairs = PairRule.from_dict(meta["pair_rule"])
+        if rule is None or pairs.class_map not in ("", class_map.fingerprint):
+            raise ValueError("it belongs to no answer rule, or to other drugs")
+        decide_pair(np.zeros((2, len(class_map))), rule, pairs)
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError) as e:
+        what = f"the pair rule of this bundle cannot be used: {type(e).__name__} {e}"
+        raise PillsnapError(what, where=path, fix=_AGAIN) from e
+    return pairs
+
 # %% ../../nbs/deployment/800_runtime.ipynb #580a0cf9
 def _bundle_unified(
     meta: Mapping[str, Any],  # a bundle's content
@@ -355,7 +378,7 @@ def _check_bundle(
             "the bundle was made for another preprocessing than this PillSnap has", where=path, fix=_AGAIN
         )
     class_map = ClassMap.from_dict(meta["class_map"], where=path)
-    _bundle_rule(meta, class_map, path)
+    _bundle_pairs(meta, class_map, _bundle_rule(meta, class_map, path), path)
     return class_map
 
 # %% ../../nbs/deployment/800_runtime.ipynb #fc768f0e
@@ -487,3 +510,27 @@ def predict(
     topk = own["top_k"] if topk is None else topk
     answer = self.pipeline(conf_threshold).predict(photo, mode, topk, box_count)
     return Answer(answer, self.meta, photo, self.files)
+
+# %% ../../nbs/deployment/800_runtime.ipynb #b9b0e10a
+@patch
+def two_sided(self: Bundle) -> TwoSided:  # PillsnapError where the bundle has no rule for pairs
+    "What answers from photos of both sides of a pill."
+    pipeline = self.pipeline()
+    pairs = _bundle_pairs(self.meta, self.class_map, pipeline.rule, self.files.place("bundle.json"))
+    if pairs is None:
+        what = "this bundle cannot answer from both sides of a pill: it holds no rule for pairs of photos"
+        fix = "evaluate and export again: pillsnap run all --from evaluation; or give one photo"
+        raise PillsnapError(what, where="two_side", fix=fix)
+    return TwoSided(pipeline, pairs)
+
+
+@patch
+def predict_sides(
+    self: Bundle,
+    front: np.ndarray | str | Path | bytes,  # [H, W, 3] uint8 RGB, a file, or a file's content
+    back: np.ndarray | str | Path | bytes,  # the same pill, turned over
+    topk: int | None = None,  # drugs listed; None = the bundle's
+) -> Answer:  # the predict JSON with two_side and photos; a notebook shows it as a card
+    "Answer for the two sides of one pill."
+    topk = self.meta.get("answering", DEFAULTS)["top_k"] if topk is None else topk
+    return Answer(self.two_sided().predict(front, back, topk), self.meta, front, self.files, back)

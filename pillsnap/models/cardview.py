@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['logger', 'NO_PILL', 'VERDICTS', 'THEME', 'Answer', 'named', 'verdict_kind', 'verdict_line', 'candidate_role',
-           'card_rows', 'differing', 'answer_card', 'reference_picture', 'theme_css']
+           'card_rows', 'differing', 'sides_alone', 'answer_card', 'reference_picture', 'theme_css']
 
 # %% ../../nbs/models/575_cardview.ipynb #df8528d4
 import base64
@@ -32,7 +32,7 @@ logger = logging.getLogger("pillsnap.models.cardview")
 
 # %% ../../nbs/models/575_cardview.ipynb #ade1cf64
 class Answer(dict):
-    "The predict JSON of one photo, which a notebook shows as a card."
+    "The predict JSON of a photo, or of the photos of both sides, which a notebook shows as a card."
 
     def __init__(
         self,
@@ -40,9 +40,14 @@ class Answer(dict):
         meta: Mapping[str, Any],  # the bundle it came from
         photo: np.ndarray | str | Path | bytes,  # what was asked about, for the picture
         files: Files | None = None,  # of the bundle, for the reference pictures; None = there are none
+        back: np.ndarray
+        | str
+        | Path
+        | bytes
+        | None = None,  # photo of the other side; None = one photo was asked about
     ):
         super().__init__(fields)
-        self.meta, self.photo, self.files = meta, photo, files
+        self.meta, self.photo, self.files, self.back = meta, photo, files, back
 
     def _repr_html_(self) -> str:
         return _card_html(self)
@@ -151,16 +156,31 @@ _DATA = {
 }
 
 
+def sides_alone(
+    answer: Mapping[str, Any],  # the predict JSON
+) -> list[str]:  # Korean lines; empty for an answer to one photo
+    "What each photo of a pair shows alone, which is no answer."
+    told = []
+    for photo in answer.get("photos", ()):
+        sure = f"{named(photo)} {photo['confidence']:.1%}, 기준을 통과한 약 {photo['set_size']}가지"
+        told.append(f"{PICTURES[photo['side']]} 사진만 보면: {sure}")
+    return told
+
+
 def _card_notes(
     answer: Mapping[str, Any],  # the predict JSON
     meta: Mapping[str, Any],  # the bundle it came from
 ) -> list[str]:  # Korean lines
     "The lines below an answer: mode, calibration, duration, badge, training data."
-    sure = f"보정된 확률 (온도 {meta['temperature']:.2f})" if meta["calibrated"] else "보정되지 않은 확률"
+    of_pairs = meta.get("pair_rule") if answer.get("two_side") else None
+    temperature = (of_pairs or meta)["temperature"]
+    sure = f"보정된 확률 (온도 {temperature:.2f})" if meta["calibrated"] else "보정되지 않은 확률"
     seen, ms = _VIEW[answer["view"]], answer["timings"]["total"]
-    notes = [f"모드 {_MODE[answer['mode_used']]} · {seen} · 신뢰도는 {sure} · {ms:.0f} ms"]
+    mode = "앞면과 뒷면 (한 알)" if answer.get("two_side") else _MODE[answer["mode_used"]]
+    notes = [f"모드 {mode} · {seen} · 신뢰도는 {sure} · {ms:.0f} ms"]
     if answer["badge"]:
-        notes.append(f"💡 {answer['badge']}: " + ", ".join(_HINT[h] for h in answer["hints"]))
+        notes.append(f"{answer['badge']}: " + ", ".join(_HINT[h] for h in answer["hints"]))
+    notes += sides_alone(answer)
     if meta["data"] != "aihub":
         notes.append(_DATA.get(meta["data"], _DATA["other"]))
     return notes
@@ -301,39 +321,61 @@ def _figure(kind: str, image: Image.Image, alt: str, told: str) -> str:
     return f'<figure class="{kind}">{picture}<figcaption>{told}</figcaption></figure>'
 
 
+def _shown_photos(
+    answer: Answer,  # items with boxes
+) -> list[tuple[Any, list[tuple[int, list[float]]], str]]:  # photo, its boxes with the number of the pill, its side
+    "The photos of an answer: one, or the front and the back."
+    if answer.back is None:
+        return [(answer.photo, [(n, i["box"]) for n, i in enumerate(answer["items"], 1) if i["box"]], "")]
+    boxes = [[(1, p["box"])] if p["box"] else [] for p in answer["photos"]]
+    return list(zip((answer.photo, answer.back), boxes, PICTURES.values()))
+
+
 def _photo_html(
     answer: Answer,  # items with boxes
     side: int = 320,  # pixels of the longer side
-) -> str:  # a figure; empty where the photo cannot be opened any more
-    "The photo with the boxes that the classifier looked at."
+) -> str:  # figures; empty where a photo cannot be opened any more
+    "The photo, or the two, with the boxes that the classifier looked at."
     try:
-        image = Image.fromarray(read_photo(answer.photo))
+        return "".join(_boxed_photo(answer, *shown, side) for shown in _shown_photos(answer))
     except PillsnapError:
         return ""
+
+
+def _boxed_photo(
+    answer: Answer,  # whose photo it is
+    photo: np.ndarray | str | Path | bytes,  # to be drawn
+    boxes: list[tuple[int, list[float]]],  # with the number of the pill
+    word: str,  # which side; empty = there is one photo
+    side: int,  # pixels of the longer side
+) -> str:  # a figure
+    "A photo with its boxes."
+    image = Image.fromarray(read_photo(photo))
     scale = side / max(image.size)
     image = image.resize([max(1, round(v * scale)) for v in image.size])
     pen = ImageDraw.Draw(image)
-    for n, item in enumerate(answer["items"], 1):
-        if item["box"]:
-            left, top, right, bottom = (v * scale for v in item["box"])
-            pen.rectangle((left, top, right, bottom), outline=_BOX, width=3)
-            pen.text((left + 5, top + 3), str(n), fill=_BOX, stroke_width=1, font_size=18)
-    told = "상자: 분류기가 본 곳" if any(i["box"] for i in answer["items"]) else "분류기가 사진 전체를 보았습니다"
-    return _figure("photo", image, "물어본 사진", told if answer["items"] else "올린 사진")
+    for n, box in boxes:
+        left, top, right, bottom = (v * scale for v in box)
+        pen.rectangle((left, top, right, bottom), outline=_BOX, width=3)
+        pen.text((left + 5, top + 3), str(n), fill=_BOX, stroke_width=1, font_size=18)
+    told = "상자: 분류기가 본 곳" if boxes else "분류기가 사진 전체를 보았습니다"
+    told = told if answer["items"] else "올린 사진"
+    return _figure("photo", image, f"{word} 사진" if word else "물어본 사진", f"{word}. {told}" if word else told)
 
 # %% ../../nbs/models/575_cardview.ipynb #8f13d227
 def _zoom_html(
     answer: Answer,  # items with boxes
     side: int = 180,  # pixels
-) -> str:  # figures; empty where the photo cannot be opened any more
+) -> str:  # figures; empty where a photo cannot be opened any more
     "Each located pill, enlarged, to be held against the reference pictures."
+    views = []
     try:
-        image = read_photo(answer.photo)
+        for photo, boxes, word in _shown_photos(answer):
+            image = read_photo(photo)
+            views += [(f"{n}번 알약 {word}".strip(), crop_view(image, np.array(box), side)) for n, box in boxes]
     except PillsnapError:
         return ""
-    boxes = [(n, i["box"]) for n, i in enumerate(answer["items"], 1) if i["box"]]
-    views = [(n, Image.fromarray(crop_view(image, np.array(box), side))) for n, box in boxes]
-    return "".join(_figure("zoom", view, f"{n}번 알약", f"{n}번 알약, 확대") for n, view in views)
+    return "".join(_figure("zoom", Image.fromarray(view), name, f"{name}, 확대") for name, view in views)
 
 # %% ../../nbs/models/575_cardview.ipynb #383d5203
 def _verdict_html(
