@@ -1,6 +1,9 @@
 "The narrow family: one preprocessing in training, evaluation, export and answers."
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -11,15 +14,20 @@ from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.files import read_json, save_json
 from pillsnap.core.jobs import RunFolder
+from pillsnap.dataset.datasets import MemorySource
 from pillsnap.dataset.loaders import classification_set
 from pillsnap.dataset.splitfiles import load_split_data
 from pillsnap.deployment.export import ExportJob
 from pillsnap.deployment.runtime import content_digest, load_bundle
 from pillsnap.evaluation.answers import load_evaluator
 from pillsnap.photos import unified as U
+from pillsnap.photos.caches import SizedLRUCache
+from pillsnap.photos.golden import check_golden
 from pillsnap.photos.images import normalise, open_image_safely, whole_view
+from pillsnap.photos.intake import InferencePreprocessor
 from pillsnap.photos.unified import UnifiedPreprocessor, unified_preprocessor
 
+GOLDEN = Path(__file__).resolve().parents[1] / "examples" / "preprocessing"
 SYNTH = dict(drugs=4, photos=12, combos=4, seed=42, width=160, height=208)
 TINY = (
     "data.source=synthetic",
@@ -47,6 +55,7 @@ def exported(tmp_path_factory):
     cfg = load_config("narrow", given)
     job = ExportJob(run_dir=str(root), config="narrow", overrides=given)
     job.smoke(RunFolder(root, "export"), cfg)
+    (root / "checkpoints" / "detector" / "best.pt").unlink()  # the narrow family has none
     cfg = load_config("narrow", (*given, f"paths.root={json.dumps(str(root / 'delivery'))}"))
     job.run()
     return root, cfg
@@ -107,6 +116,10 @@ def test_training_windows_are_cut_from_the_served_picture(exported):
     out = np.empty((1, 64, 64, 3), np.uint8)
     assert train.fetch(views, out) == [None]
     assert np.array_equal(out[0], UnifiedPreprocessor(64).pixels(image))
+    train.source = MemorySource(train.source, lru=SizedLRUCache(10**6))  # the same from a kept canvas
+    for _ in range(2):
+        out[:] = 0
+        assert train.fetch(views, out) == [None] and np.array_equal(out[0], UnifiedPreprocessor(64).pixels(image))
 
 
 @pytest.mark.spec("NM1", "BX18")
@@ -187,3 +200,32 @@ def test_every_exif_orientation_gives_the_same_input(tmp_path, turn):
     stored.save(tmp_path / "a.png", exif=exif)
     opened = open_image_safely(tmp_path / "a.png")["image"]
     assert np.array_equal(UnifiedPreprocessor(64)(opened), UnifiedPreprocessor(64)(np.asarray(image)))
+
+
+# ---- golden vectors
+
+
+@pytest.mark.spec("BX18", "NM2", "X60")
+def test_the_committed_golden_vectors_are_what_this_version_makes(monkeypatch):
+    "To the last bit, with OpenCV and without."
+    server = InferencePreprocessor()
+    assert [r.verdict for r in check_golden(server.prepare_for_model, GOLDEN)] == ["exact"] * 12
+    monkeypatch.setattr(U, "_opencv", lambda: None)
+    assert [r.verdict for r in check_golden(server.prepare_for_model, GOLDEN)] == ["exact"] * 12
+    golden = read_json(GOLDEN / "golden.json")
+    assert golden["config"] == UnifiedPreprocessor().get_config()
+    assert {p["file"] for p in golden["photos"]} >= {f"exif_{k}.png" for k in range(1, 9)}
+
+
+@pytest.mark.spec("BX18")
+def test_the_check_of_any_program():
+    "A program that writes zeros fails on every photo; one of another length is named."
+
+    def check(command):
+        words = [sys.executable, str(GOLDEN / "check.py"), "--command", command]
+        return subprocess.run(words, capture_output=True, text=True)
+
+    zeros = check(f"head -c {4 * 3 * 512 * 512} /dev/zero")
+    assert zeros.returncode == 1 and zeros.stdout.count("fails") == 12
+    short = check("head -c 400 /dev/zero")
+    assert short.returncode == 1 and "the tensor has 100 numbers" in short.stderr
