@@ -59,6 +59,7 @@ def _make_drug(
 def _twin_looks(
     which: int,  # running number of the pair
     seed: int,  # of the delivery
+    same_front: bool = False,  # whether the back alone tells them apart
 ) -> list[tuple[Body, Imprint]]:  # two looks
     "One body with two imprints; pairs are round and oval in turn, the first white, the second yellow."
     long, rng = which % 2 == 1, rng_for(seed, "twins", which)
@@ -80,7 +81,8 @@ def _twin_looks(
         ("", ""),
         int(rng.integers(1 << 31)),
     )
-    return [(body, imprint) for imprint in twin_imprints(which, FONTS[0])]
+    first, second = twin_imprints(which, FONTS[0])
+    return [(body, first), (body, replace(second, front=first.front) if same_front else second)]
 
 # %% ../../nbs/synth/206_catalogue.ipynb #797707f8
 def _distinct_imprints(
@@ -140,6 +142,7 @@ def make_catalogue(
     twins: int | None = None,  # twin pairs; None: one for every 24 drugs, at least one
     blank: bool = True,  # give one drug the eighteen null keys
     avoid: tuple = (),  # K-numbers that must not appear
+    back_twins: int = 0,  # of the twin pairs, the first ones differ on the back alone
 ) -> Catalogue:
     "Invent n drugs with planted twins; the same arguments give the same catalogue."
     if not 1 <= n <= 20_000:
@@ -149,7 +152,9 @@ def make_catalogue(
     kinds, colours = draw_kinds(n, rng), stratified_sample(COLOURS, n, rng)
     places = _by_rarity(kinds, rng)
     pairs = min(max(1, n // 24) if twins is None else twins, n // 2)
-    looks = {places[2 * i + k]: look for i in range(pairs) for k, look in enumerate(_twin_looks(i, seed))}
+    looks = {
+        places[2 * i + k]: look for i in range(pairs) for k, look in enumerate(_twin_looks(i, seed, i < back_twins))
+    }
     drugs = _distinct_imprints(
         [_make_drug(int(k), kinds[i], colours[i], seed, looks.get(i)) for i, k in enumerate(numbers)], set(looks), seed
     )

@@ -1,0 +1,136 @@
+"Answers from both sides of a pill: twins that only the back tells apart, and what must never be named."
+
+import json
+from itertools import product
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+
+from pillsnap.core.settings import AnswerSettings
+from pillsnap.delivery.capture import Capture, capture_group
+from pillsnap.evaluation.calibration import fit_temperature
+from pillsnap.evaluation.conformal import ScoredPhotos, fit_answer_rule
+from pillsnap.evaluation.intervals import group_bootstrap
+from pillsnap.evaluation.pairs import SidePhotos, answer_pairs, fit_pair_rule, paired_photos
+from pillsnap.models.decision import AnswerRule
+from pillsnap.models.pipeline import answer_schema, softmax
+from pillsnap.models.twoside import PairRule, decide_pair
+from pillsnap.photos.images import crop_view
+from pillsnap.photos.locator import locate
+from pillsnap.synth.catalogue import make_catalogue
+from pillsnap.synth.draws import rng_for
+from pillsnap.synth.renderer import Shot, photograph
+from pillsnap.synth.tasks import Session, single_task
+
+SETTINGS = AnswerSettings(alpha=0.1)  # twelve pairs of calibration groups; .05 needs twenty
+PARTS = ("train", "calib", "clean")
+
+
+def seen(task) -> np.ndarray:
+    "Where the edges of a rendered pill run: eight directions in 64 cells of its crop."
+    image, _ = photograph(list(task.pills), task.shot, rng_for(*task.words, "photo"))
+    down, right = np.gradient(crop_view(image, locate(image).boxes[0], 64).astype(np.float32).mean(2))
+    direction = np.minimum((np.arctan2(down, right) % np.pi / np.pi * 8).astype(int), 7)
+    found, cell = np.zeros((8, 8, 8)), np.mgrid[:64, :64] // 8
+    np.add.at(found, (*cell, direction), np.hypot(down, right))
+    found = np.sqrt(found)
+    return (found / (np.linalg.norm(found, axis=2, keepdims=True) + 5)).ravel()
+
+
+@pytest.fixture(scope="module")
+def twins() -> SidePhotos:
+    "Two pairs of drugs with one front each: logits of 288 rendered photos by a classifier trained on a third of them."
+    drugs = list(make_catalogue(4, seed=5, twins=2, blank=False, back_twins=2))
+    session, rows = Session("train", Shot(width=244, height=320), 5), []
+    for (label, drug), side, back, light, latitude in product(
+        enumerate(drugs), (0, 1), range(3), range(3), (60, 70, 75, 90)
+    ):
+        capture = Capture((drug.kcode,), 0, back, side, light, latitude, 0, 200)
+        task = single_task(drug, label, capture, session)
+        rows.append((seen(task), label, task.image, capture_group(capture), PARTS[(back + light) % 3]))
+    x, labels, paths, groups, parts = map(list, zip(*rows))
+    fit = np.array(parts) == "train"
+    model = LogisticRegression(C=0.1, max_iter=300).fit(np.array(x)[fit], np.array(labels)[fit])
+    return SidePhotos(model.decision_function(np.array(x)), np.array(labels), paths, groups, parts)
+
+
+@pytest.fixture(scope="module")
+def answered(twins):
+    "The rules, fitted to the calibration photos, and their answers to the clean pairs."
+    calib = np.array(twins.parts) == "calib"
+    t = fit_temperature(twins.logits[calib], twins.labels[calib])
+    photos = ScoredPhotos(softmax(twins.logits, t), twins.labels, twins.groups, twins.paths, twins.parts)
+    clusters = ["white", "yellow", "yellow", "white"]  # by K-code
+    sides = fit_answer_rule(photos, clusters, SETTINGS, t)
+    pairs = paired_photos(twins)
+    return answer_pairs(twins, pairs, sides, fit_pair_rule(twins, pairs, sides, clusters, SETTINGS))
+
+
+@pytest.mark.spec("BX16")
+def test_twins_with_one_front_are_told_apart_by_both_sides_and_not_by_one(answered):
+    t, units = answered.table, answered.table["unit"]
+    assert answered.rule.fused is not None and (len(t), units.nunique()) == (48, 12)
+    gained = (t["right"].astype(float) - t["front_right"]).to_numpy()
+    low, _ = group_bootstrap(lambda at: {"gain": float(gained[at].mean())}, units)["gain"]
+    assert low > 0.2 and t["right"].mean() > 0.95 and t["front_right"].mean() < 0.7
+    assert (t["front_answer"] == "drug").mean() < 0.2 < 0.9 < (t["answer"] == "drug").mean()
+    named = t[t["answer"] == "drug"]
+    assert named["right"].all() and t["covered"].mean() >= 0.9
+
+
+@pytest.mark.spec("BX16")
+def test_no_photo_and_no_capture_group_is_in_two_pairs(twins):
+    pairs = paired_photos(twins)
+    used = [*pairs["front"], *pairs["back"]]
+    assert len(used) == len(set(used)) == 288 and pairs["same_setting"].all()
+    for side in ("front", "back"):
+        groups = {(unit, twins.groups[i]) for unit, i in zip(pairs["unit"], pairs[side])}
+        assert len(groups) == pairs["unit"].nunique() == len({g for _, g in groups})
+
+
+@pytest.mark.spec("BX16")
+def test_two_drugs_in_two_photos_are_refused(answered):
+    refused = answered.mixed["answer"] == "unknown"
+    assert refused.mean() >= 0.9 and (answered.mixed["answer"] == "drug").mean() <= 0.05
+    assert (answered.mixed.loc[refused, "reason"] == "contradiction").all()
+
+
+@pytest.mark.spec("BX16")
+def test_sets_of_pairs_hold_the_drug_as_often_as_asked():
+    "Calibration and clean pairs of a doubtful classifier, with thresholds of pairs and without."
+    rng, classes, n = np.random.default_rng(0), 6, 200
+    labels = rng.integers(0, classes, 2 * n)
+    sides = rng.normal(size=(2, 2 * n, classes)) * 1.5
+    sides[:, np.arange(2 * n), labels] += 2.0
+    codes = [f"K-{i:06d}" for i in range(2 * n)]
+    names = [Capture((code,), 0, 0, side, 0, 90, 0, 200).stem() for side in (0, 1) for code in codes]
+    parts = (["calib"] * n + ["clean"] * n) * 2
+    photos = SidePhotos(np.concatenate(sides), np.r_[labels, labels], names, names, parts)
+    t, clusters = fit_temperature(photos.logits, photos.labels), ["all"] * classes
+    alone = ScoredPhotos(softmax(photos.logits, t), photos.labels, names, names, parts)
+    single, pairs = fit_answer_rule(alone, clusters, AnswerSettings(), t), paired_photos(photos)
+    own = answer_pairs(photos, pairs, single, fit_pair_rule(photos, pairs, single, clusters, AnswerSettings())).table
+    shared = answer_pairs(photos, pairs, single, PairRule(2 * t)).table
+    assert len(own) > 150 and own["covered"].mean() > 0.91 and shared["covered"].mean() > 0.86
+    assert own["set_size"].mean() < 0.6 * classes  # not by holding every drug
+
+
+@pytest.mark.spec("BX16")
+def test_the_photo_that_spoils_a_pair_is_named():
+    sides = AnswerRule("lac", 0.05, (0.9,) * 3, least_sharpness=0.2)
+    rule, sure = PairRule(1.0, unknown=3.0), [[5.0, 0.0, 0.0]] * 2
+    for unknown, sharp, reason in (
+        ((4, 1), (1, 1), "unknown_score_front"),
+        ((1, 4), (1, 1), "unknown_score_back"),
+        ((1, 1), (0.1, 1), "unsharp_front"),
+        ((1, 1), (1, 0.1), "unsharp_back"),
+        ((1, 1), (1, 1), "one_drug"),
+    ):
+        assert decide_pair(sure, sides, rule, unknown, sharp).said.reason == reason
+
+
+@pytest.mark.spec("BX16")
+def test_an_answer_says_two_side_or_nothing_of_it():
+    schema = json.loads(json.dumps(answer_schema()))
+    assert schema["properties"]["two_side"] == {"const": True} and "two_side" not in schema["required"]
