@@ -3,7 +3,7 @@
 Every photo is drawn by the package's renderer; no pixel of a real photo is in it. The pills are invented drugs.
 """
 
-from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from pillsnap.synth.scene import Pose
 SIZES = ((320, 426), (426, 320), (360, 360), (256, 456))
 DOMAINS = {"wild": 0.85, "phone": 0.1, "studio": 0.05}
 OFTEN = {"capsule": 5.0, "gel": 3.0}  # capsules are as common as tablets in photos from kitchens
+DRUGS = 400  # invented
 LEAST = 5  # pixels: a smaller box is no label
 
 
@@ -57,38 +58,38 @@ def _step(field: float) -> float:
     return float(10 * 1.2 ** np.ceil(np.log(field / 10) / np.log(1.2)))
 
 
-def scenes(
-    n: int,  # photos
-    seed: int = 7,  # same seed, same photos
-    drugs: int = 400,  # invented drugs
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # uint8 RGB, boxes [m, 4] x, y, w, h in pixels
-    "Draw photos with boxes; one of sixteen shows coins, buttons, print or fingers and no pill."
-    catalogue, empty = make_catalogue(drugs, seed), object_photos(n, "validation", 320, 426, seed)
-    for i in range(n):
-        rng = rng_for(seed, "scene", i)
-        if i % 16 == 15:
-            yield next(empty).image, np.zeros((0, 4))
-            continue
-        pills, field = _what(catalogue, rng)
-        width, height = SIZES[rng.integers(len(SIZES))]
-        domain = str(rng.choice(list(DOMAINS), p=list(DOMAINS.values())))
-        back, light, latitude = int(rng.integers(3)), int(rng.integers(3)), int(rng.choice((60, 70, 75, 90)))
-        shot = Shot(back, light, latitude, width, height, _step(field), domain)
-        image, extents = photograph(pills, shot, rng)
-        boxes = np.array([loose_box(e, shot, rng) for e in extents if e[2] - e[0] >= LEAST and e[3] - e[1] >= LEAST])
-        yield image, boxes.reshape(-1, 4).astype(float)
+def scene(
+    i: int,  # number of the photo
+    catalogue: Catalogue,  # invented drugs
+    seed: int,  # same seed and number, same photo
+) -> tuple[np.ndarray, np.ndarray]:  # uint8 RGB, boxes [m, 4] x, y, w, h in pixels
+    "One photo with boxes; every sixteenth shows a coin, a button, print or a finger, and no pill."
+    rng = rng_for(seed, "scene", i)
+    if i % 16 == 15:
+        kind = i // 16 % 8
+        return next(islice(object_photos(8, "validation", 320, 426, seed + i), kind, None)).image, np.zeros((0, 4))
+    pills, field = _what(catalogue, rng)
+    width, height = SIZES[rng.integers(len(SIZES))]
+    domain = str(rng.choice(list(DOMAINS), p=list(DOMAINS.values())))
+    back, light, latitude = int(rng.integers(3)), int(rng.integers(3)), int(rng.choice((60, 70, 75, 90)))
+    shot = Shot(back, light, latitude, width, height, _step(field), domain)
+    image, extents = photograph(pills, shot, rng)
+    boxes = np.array([loose_box(e, shot, rng) for e in extents if e[2] - e[0] >= LEAST and e[3] - e[1] >= LEAST])
+    return image, boxes.reshape(-1, 4).astype(float)
 
 
 def write_tree(
-    folder: Path,  # gets images/{train,val} and labels/{train,val}
+    folder: Path,  # gets images/{train,val} and labels/{train,val}; what is there already stays
     train: int,  # photos to train on
     val: int,  # photos that choose the epoch
-    seed: int = 7,  # of all of them
+    seed: int = 8,  # of all of them
 ) -> Path:  # the folder
     "A detector's folder of synthetic photos."
-    for k, (image, boxes) in enumerate(scenes(train + val, seed)):
-        split = "train" if k < train else "val"
-        write_photo(folder, split, f"s{k:05d}", image, boxes)
+    catalogue = make_catalogue(DRUGS, seed)
+    for k in range(train + val):
+        split, name = "train" if k < train else "val", f"s{k:05d}"
+        if not (folder / "labels" / split / f"{name}.txt").is_file():
+            write_photo(folder, split, name, *scene(k, catalogue, seed))
     return folder
 
 

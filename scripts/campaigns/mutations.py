@@ -840,6 +840,27 @@ MUTATIONS: list[Mutation] = [
         "pass",
         "tests/test_synth.py::test_wild_photos_show_pills_near_and_far_and_anywhere",
     ),
+    Mutation(
+        "a clone at another commit is measured",
+        "benchmarks/real/sources.py",
+        "if (found := _head(folder)) != source.commit:",
+        "if not (found := _head(folder)):",
+        "tests/test_real_scripts.py::test_another_commit_is_refused",
+    ),
+    Mutation(
+        "a photo that changed is measured",
+        "benchmarks/real/sources.py",
+        "if hashlib.sha256(data).hexdigest() != self.listed[path]:",
+        "if not data:",
+        "tests/test_real_scripts.py::test_a_changed_and_a_missing_photo_are_refused",
+    ),
+    Mutation(
+        "near-copies of photos to fine-tune on are measured",
+        "benchmarks/real/rp2_detector.py",
+        "if groups[p] not in mine]",
+        "if p not in tune[::2]]",
+        "tests/test_real_scripts.py::test_fine_tuning_and_measuring_share_no_group",
+    ),
 ]
 
 

@@ -1,0 +1,182 @@
+"""RP2: the detector on real photos with boxes.
+
+    python benchmarks/real/rp2_detector.py --davidooff CLONE --andrewtrainor CLONE
+
+Zero-shot: trained on synthetic photos alone (benchmarks/real/scenes.py), mAP@.5 on every boxed photo. `--photos 16,64`
+fine-tunes copies on that many real photos of the first set and measures them, and ultralytics' own training from
+scratch with the same photos and epochs, on the photos of other near-copy groups. `--work` keeps photos and weights: a
+second call goes on where the first stopped.
+"""
+
+import argparse
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scenes import write_photo, write_tree
+from sources import OUT, Clone, boxes_of, groups_of, open_clone, provenance, write_result
+
+from pillsnap.core.checkpoints import load_ckpt
+from pillsnap.core.config import load_config
+from pillsnap.core.device import pick_device, select_amp_dtype
+from pillsnap.core.errors import PillsnapError
+from pillsnap.core.files import ensure_dir
+from pillsnap.core.jobs import fingerprint
+from pillsnap.core.records import Metric
+from pillsnap.evaluation.groupfigures import box_figures
+from pillsnap.models.pipeline import detect
+from pillsnap.models.yolo import PILL, load_ultralytics, open_detector, yolo_name
+from pillsnap.photos.images import open_image_safely
+from pillsnap.training.detectorsettings import DetectorSettings, TrainPlan, detector_args
+from pillsnap.training.detectortrainer import train_detector
+
+TABLES = {
+    "davidooff": (("DataSet/train/_annotations.csv", "DataSet/valid/_annotations.csv"), ""),
+    "andrewtrainor": (("all_labels.csv",), "images"),
+}
+
+
+def plan(tree: Path, folder: Path, size: int, epochs: int, start: Path | None = None) -> TrainPlan:
+    "How a detector is trained on a folder of photos, from scratch or from the weights of another."
+    over = [f"data.detection.img_size={size}", f"train.detection.epochs={epochs}", "train.num_threads=1"]
+    if start is not None:
+        over += ["train.detection.lr=5e-4"]
+    cfg = load_config("demo", over)
+    device = pick_device()
+    amp = select_amp_dtype(cfg.train.detection.amp_dtype, device)
+    work = ensure_dir(folder / "ultralytics")
+    load_ultralytics(work)
+    data_hash = fingerprint(tree)
+    assert data_hash is not None
+    fixed = dict(config_snapshot=cfg.to_dict(), class_map=PILL.to_dict(), backbone=yolo_name("yolo11n"), img_size=size)
+    args = detector_args(DetectorSettings.from_config(cfg), tree, work, device, amp)
+    return TrainPlan("yolo11n", tree, folder, args, {**fixed, "data_hash": data_hash}, amp=amp)
+
+
+def train(p: TrainPlan, start: Path | None = None) -> dict[str, Any]:
+    "Train, or take what an earlier call trained; returns the processor's seconds and the epochs."
+    hooks = {}
+    if start is not None:
+        weights = load_ckpt(start)
+        state = weights.get("ema_state") or weights["model_state"]
+        hooks["on_pretrain_routine_end"] = lambda t: [m.load_state_dict(state) for m in (t.model, t.ema.ema)]
+    torch.set_num_threads(1)
+    if not (p.folder / "seconds.txt").is_file():
+        began = time.process_time()
+        found = train_detector(p, hooks)
+        (p.folder / "seconds.txt").write_text(f"{time.process_time() - began:.1f} {len(found.history)}")
+    seconds, epochs = (p.folder / "seconds.txt").read_text().split()
+    return dict(seconds=float(seconds), epochs=int(epochs))
+
+
+def answers(detector: Any, clone: Clone, truth: dict[str, np.ndarray], groups: dict[str, str]) -> list[dict[str, Any]]:
+    "What a detector reports on photos with boxes, as the evaluation keeps it."
+    lines = []
+    for path, boxes in truth.items():
+        got = open_image_safely(clone.read(path))
+        if "image" not in got:
+            raise PillsnapError(f"a photo cannot be read: {got['error']}", where=path)
+        found, scores = detect(detector, got["image"], 0.001, 0.5, 300)
+        lines.append(dict(part="clean", group=groups[path], boxes=found, confidence=scores, truth=boxes, photo=path))
+    return lines
+
+
+def figures(name: str, clone: Clone, lines: list[dict[str, Any]], seconds: float, note: str) -> list[Metric]:
+    "Average precision, precision and recall with intervals by group of near-copies."
+    by_name, prov = box_figures(lines), provenance(clone)
+    n = len(lines)
+    return [
+        prov.metric(f"{name}_{k.removeprefix('detection_')}", f.point, n, seconds, note=f"{f.words()}; {note}")
+        for k, f in by_name.items()
+    ]
+
+
+def measure(weights: Path, name: str, clone: Clone, note: str, photos: list[str] | None = None) -> list[Metric]:
+    "A detector on all boxed photos of a clone, or on some of them."
+    truth = boxes_of(clone, *TABLES[clone_key(clone)])
+    truth = truth if photos is None else {p: truth[p] for p in photos}
+    groups = dict(zip(truth, groups_of(clone, list(truth))))
+    detector, t0 = open_detector(weights, lazy=False), time.perf_counter()
+    lines = answers(detector, clone, truth, groups)
+    pills = sum(len(x["truth"]) for x in lines)
+    return figures(name, clone, lines, time.perf_counter() - t0, f"{pills} pills; {note}")
+
+
+def clone_key(clone: Clone) -> str:
+    "The short name of a clone's repository."
+    return "davidooff" if clone.source.repository.startswith("Davidooff") else "andrewtrainor"
+
+
+def parts(clone: Clone, seed: int = 3) -> tuple[list[str], list[str]]:
+    "Photos to fine-tune on, in random order, and photos to measure on: half each, whole groups of near-copies."
+    truth = boxes_of(clone, *TABLES[clone_key(clone)])
+    groups = dict(zip(truth, groups_of(clone, list(truth))))
+    names = sorted(set(groups.values()))
+    rng = np.random.default_rng(seed)
+    mine = set(rng.permutation(names)[: len(names) // 2].tolist())
+    tune = [p for p in truth if groups[p] in mine]
+    return [tune[i] for i in rng.permutation(len(tune))], [p for p in truth if groups[p] not in mine]
+
+
+def real_tree(folder: Path, clone: Clone, photos: list[str]) -> Path:
+    "Real photos as a detector's folder; the first eighth chooses the epoch as well."
+    shutil.rmtree(folder, ignore_errors=True)
+    truth = boxes_of(clone, *TABLES[clone_key(clone)])
+    for k, path in enumerate(photos):
+        image, b = open_image_safely(clone.read(path))["image"], truth[path]
+        boxes = np.concatenate([b[:, :2], b[:, 2:] - b[:, :2]], 1)
+        for split in ("train", "val") if k < max(1, len(photos) // 8) else ("train",):
+            write_photo(folder, split, f"r{k:05d}", image, boxes)
+    return folder
+
+
+def fine_tuned(a: argparse.Namespace, start: Path, clone: Clone) -> list[Metric]:
+    "The detector after n real photos, and one that saw only these."
+    out, (tune, rest) = [], parts(clone)
+    for n in (int(x) for x in a.photos.split(",") if x.strip() and int(x)):
+        tree = real_tree(a.work / f"real{n}", clone, tune[:n])
+        epochs = max(4, a.tune_steps * 8 // n)
+        for name, first in (("tuned", start), ("scratch", None)):
+            folder = a.work / f"{name}{n}"
+            told = train(plan(tree, folder, a.size, epochs, first), first)
+            note = f"{n} real photos, {told['epochs']} epochs, {told['seconds']:.0f} s of one core"
+            out += measure(folder / "best.pt", f"{name}_{n}", clone, note, rest)
+    return out + measure(start, "tuned_0", clone, "no real photo, on the same photos as the others", rest)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--davidooff", type=Path, required=True, help="clone of Davidooff/AI-pill-detection")
+    p.add_argument("--andrewtrainor", type=Path, help="clone of andrewtrainor/Pill_Object_Detection")
+    p.add_argument("--work", type=Path, default=OUT / "rp2", help="folder of synthetic photos and weights")
+    p.add_argument("--out", type=Path, default=OUT, help="folder of RP2.json")
+    p.add_argument("--scenes", type=int, default=1100, help="synthetic photos to train on")
+    p.add_argument("--epochs", type=int, default=5, help="of the synthetic training")
+    p.add_argument("--size", type=int, default=256, help="side of the detector's input")
+    p.add_argument("--photos", default="0", help="real photos to fine-tune on, such as 0,16,64,256")
+    p.add_argument("--tune-steps", type=int, default=200, help="steps of a fine-tuning, at least 4 epochs")
+    a = p.parse_args()
+    clones = [open_clone(k, c) for k, c in (("davidooff", a.davidooff), ("andrewtrainor", a.andrewtrainor)) if c]
+    tree = write_tree(a.work / "scenes", a.scenes, max(8, a.scenes // 11))
+    told = train(plan(tree, a.work / "synthetic", a.size, a.epochs))
+    note = f"{a.scenes} synthetic photos, {told['epochs']} epochs at {a.size} px in {told['seconds']:.0f} s of one core"
+    weights, found = a.work / "synthetic" / "best.pt", []
+    for clone in clones:
+        found += measure(weights, f"{clone_key(clone)}_zero_shot", clone, f"no real photo; {note}")
+    if any(int(x) for x in a.photos.split(",") if x.strip()):
+        found += fine_tuned(a, weights, clones[0])
+    for m in found:
+        print(m, m.note)
+    path = write_result("RP2", __doc__.splitlines()[0], found, a.out, training=note)
+    print(path)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except PillsnapError as e:
+        sys.exit(str(e))

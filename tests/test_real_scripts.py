@@ -1,0 +1,215 @@
+"The scripts that measure on photos of real pills, on made-up repositories: what they refuse, and that they measure."
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from pillsnap.core.errors import PillsnapError
+from pillsnap.core.records import Metric
+
+ROOT = Path(__file__).resolve().parents[1]
+REAL = ROOT / "benchmarks" / "real"
+sys.path.insert(0, str(REAL))
+
+import rp2_detector  # noqa: E402
+import rp4_reference  # noqa: E402
+import scenes  # noqa: E402
+import sources  # noqa: E402
+
+
+def git(folder: Path, *words: str) -> str:
+    who = ("-c", "user.name=nobody", "-c", "user.email=nobody@example.org")
+    return subprocess.run(["git", *who, *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def boxed(folder: Path) -> None:
+    "Eleven photos of a bright disc each on noise, and a table of its boxes; the last is a copy of the first."
+    (folder / "images").mkdir(parents=True)
+    rows, rng = ["filename,xmin,ymin,xmax,ymax,class"], np.random.default_rng(0)
+    for k in range(11):
+        page = Image.fromarray(rng.integers(0, 90, (12, 16, 3), np.uint8)).resize((160, 120))
+        x, y = (int(v) for v in rng.integers(10, 60, 2))
+        ImageDraw.Draw(page).ellipse((x, y, x + 40, y + 30), fill=(240, 220, 200))
+        if k == 10:
+            page = Image.open(folder / "images/p00.jpg")
+            rows.append(rows[1].replace("p00", "p10"))
+        else:
+            rows.append(f"p{k:02d}.jpg,{x},{y},{x + 40},{y + 30},pill")
+        page.save(folder / f"images/p{k:02d}.jpg", quality=95)
+    rows.append("p03.jpg,0,0,0,0,pill")
+    (folder / "all_labels.csv").write_text("\n".join(rows) + "\n")
+
+
+def pictures(folder: Path) -> None:
+    "Front and back of six pills, three in each half."
+    (folder / rp4_reference.FOLDER).mkdir(parents=True)
+    names = [n for n in (f"pill-{k}" for k in range(400)) if sources._first_half(f"epillID/{n}_0_0.jpg")]
+    halves = [
+        [n for n in names if (hashlib.sha256(n.encode()).hexdigest()[1] in "01234567") == h] for h in (True, False)
+    ]
+    for k, name in enumerate(halves[0][:3] + halves[1][:3]):
+        for side in (0, 1):
+            page = Image.new("RGB", (96, 96))
+            hue = (40 * k + 20 * side) % 256
+            ImageDraw.Draw(page).ellipse(
+                (3, 3, 92, 92), fill=Image.new("HSV", (1, 1), (hue, 190, 220)).convert("RGB").getpixel((0, 0))
+            )
+            page.save(folder / rp4_reference.FOLDER / f"{name}_0_{side}.jpg", quality=97)
+
+
+@pytest.fixture(scope="module")
+def made_up(tmp_path_factory):
+    "Two repositories, their sources and the lists of their files."
+    root, found = tmp_path_factory.mktemp("clones"), {}
+    for name, make in (("andrewtrainor", boxed), ("epillid", pictures)):
+        make(folder := root / name)
+        git(folder, "init", "-q")
+        git(folder, "add", ".")
+        git(folder, "commit", "-qm", "photos")
+        s = sources.SOURCES[name]
+        found[name] = sources.Source(s.repository, git(folder, "rev-parse", "HEAD"), s.files, s.what)
+        assert sources.write_list(name, folder, root / "lists", found) == {"andrewtrainor": 12, "epillid": 12}[name]
+    return root, found
+
+
+def opened(made_up, name="andrewtrainor", folder=None):
+    root, found = made_up
+    return sources.open_clone(name, folder or root / name, root / "lists", found)
+
+
+@pytest.fixture
+def copy(made_up, tmp_path):
+    git(tmp_path, "clone", "-q", str(made_up[0] / "andrewtrainor"), "copy")
+    return tmp_path / "copy"
+
+
+def test_an_absent_folder_and_a_folder_without_git_are_refused(made_up, tmp_path):
+    with pytest.raises(PillsnapError, match="no such folder"):
+        opened(made_up, folder=tmp_path / "nowhere")
+    (tmp_path / "plain").mkdir()
+    with pytest.raises(PillsnapError, match="no commit"):
+        opened(made_up, folder=tmp_path / "plain")
+
+
+def test_another_commit_is_refused(made_up, copy):
+    assert opened(made_up, folder=copy).check() == 12
+    (copy / "more.txt").write_text("later")
+    git(copy, "add", ".")
+    git(copy, "commit", "-qm", "later")
+    with pytest.raises(PillsnapError, match="is at .*, not at"):
+        opened(made_up, folder=copy)
+
+
+def test_a_changed_and_a_missing_photo_are_refused(made_up, copy):
+    clone = opened(made_up, folder=copy)
+    photo = copy / "images/p04.jpg"
+    photo.write_bytes(photo.read_bytes() + b"x")
+    with pytest.raises(PillsnapError, match="not the listed one"):
+        clone.read("images/p04.jpg")
+    photo.unlink()
+    with pytest.raises(PillsnapError, match="not in this clone"):
+        clone.check()
+
+
+def test_pictures_kept_for_others_are_never_listed():
+    for line in (REAL / "photos/epillid.sha256").read_text(encoding="utf-8").splitlines():
+        name = line.rsplit("/", 1)[1].removesuffix(".jpg")[: -len("_0_0")]
+        assert hashlib.sha256(name.encode()).hexdigest()[0] in "01234567"
+
+
+def test_every_list_names_its_files_once_by_sha256():
+    for name, source in sources.SOURCES.items():
+        rows = [line.split("  ", 1) for line in (REAL / f"photos/{name}.sha256").read_text("utf-8").splitlines()]
+        assert len(rows) == len({p for _, p in rows}) > 60
+        assert all(len(h) == 64 and source.takes(p) for h, p in rows)
+        assert len(source.commit) == 40
+
+
+class Perfect:
+    "A detector that knows where the discs are."
+
+    size = 160
+
+    def __init__(self, shift=0.0):
+        self.shift = shift
+
+    def raw(self, x):
+        bright = x.mean(1)[0] > 0.7
+        rows, cols = np.nonzero(bright)
+        x0, x1, y0, y1 = cols.min(), cols.max() + 1, rows.min(), rows.max() + 1
+        box = [(x0 + x1) / 2 + self.shift, (y0 + y1) / 2, x1 - x0, y1 - y0, 0.9]
+        return np.array(box, np.float32).reshape(1, 5, 1)
+
+
+@pytest.mark.spec("RP2")
+def test_boxes_are_measured_on_every_photo_with_near_copies_in_one_group(made_up, tmp_path):
+    clone = opened(made_up)
+    truth = sources.boxes_of(clone, *rp2_detector.TABLES["andrewtrainor"])
+    assert len(truth) == 11
+    assert all(len(b) == 1 for b in truth.values())
+    groups = dict(zip(truth, sources.groups_of(clone, list(truth))))
+    assert groups["images/p00.jpg"] == groups["images/p10.jpg"]
+    assert len(set(groups.values())) == 10
+    good, off = (rp2_detector.answers(Perfect(s), clone, truth, groups) for s in (0.0, 60.0))
+    found = {m.name: m for m in rp2_detector.figures("zero_shot", clone, good, 1.0, "a test")}
+    assert found["zero_shot_map50"].value > 0.99
+    assert found["zero_shot_map50"].n == 11
+    assert {m.value for m in rp2_detector.figures("x", clone, off, 1.0, "") if m.name == "x_map50"} == {0.0}
+    path = sources.write_result("RP2", "a test", list(found.values()), tmp_path)
+    kept = [Metric.from_dict(d) for d in json.loads(path.read_text("utf-8"))["figures"]]
+    assert {m.data for m in kept} == {f"other:andrewtrainor/Pill_Object_Detection@{clone.source.commit[:12]}"}
+    assert all(m.data_hash == clone.data_hash and m.measured for m in kept)
+
+
+@pytest.mark.spec("RP2")
+def test_fine_tuning_and_measuring_share_no_group(made_up, monkeypatch):
+    clone = opened(made_up)
+    tune, rest = rp2_detector.parts(clone)
+    groups = dict(zip(clone.photos, sources.groups_of(clone, clone.photos)))
+    assert sorted(tune + rest) == clone.photos
+    assert not {groups[p] for p in tune} & {groups[p] for p in rest}
+
+
+def test_synthetic_scenes_have_boxes_inside_and_some_show_no_pill(tmp_path, monkeypatch):
+    monkeypatch.setattr(scenes, "DRUGS", 12)
+    folder = scenes.write_tree(tmp_path, 3, 1)
+    photos = sorted(folder.rglob("*.jpg"))
+    assert [p.parent.name for p in photos] == ["train"] * 3 + ["val"]
+    for p in photos:
+        rows = np.array(
+            [[float(v) for v in r.split()] for r in (folder / "labels" / p.parent.name / f"{p.stem}.txt").open()]
+        )
+        assert (rows[:, 1:] > 0).all()
+        assert (rows[:, 1:3] - rows[:, 3:] / 2 > -1e-5).all()
+        assert (rows[:, 1:3] + rows[:, 3:] / 2 < 1 + 1e-5).all()
+    before = photos[0].stat().st_mtime_ns
+    scenes.write_tree(tmp_path, 3, 1)
+    assert photos[0].stat().st_mtime_ns == before
+    image, boxes = scenes.scene(15, scenes.make_catalogue(12, 8), 8)
+    assert image.ndim == 3
+    assert not len(boxes)
+
+
+@pytest.mark.spec("RP4")
+def test_enrolled_pictures_are_found_in_rendered_views_of_the_same_pill(made_up):
+    pills = rp4_reference.pills_of(opened(made_up, "epillid"), 100)
+    kept = [p for p in pills if not rp4_reference.is_trained_on(p)]
+    assert (len(pills), len(kept)) == (6, 3)
+    hits = rp4_reference.recall(pills, rp4_reference.ring_colours, 64)
+    assert hits["both"].mean() >= hits["front"].mean() - 0.2 >= 0.3
+    assert hits["both"].sum() >= 4
+    rng = np.random.default_rng(0)
+    assert rp4_reference.recall(pills, lambda v: rng.normal(size=(len(v), 8)), 64)["both"].sum() < 4, "by chance"
+
+
+def test_a_script_without_its_clone_says_what_to_do():
+    words = [sys.executable, str(REAL / "sources.py"), "davidooff", "nowhere"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 1
+    assert "git clone https://github.com/Davidooff/AI-pill-detection" in done.stderr
