@@ -179,7 +179,9 @@ def test_an_opencv_that_differs_is_not_used(monkeypatch):
     assert U._opencv() is cv2
 
 
-def test_a_pack_is_refused(exported):
+def test_a_pack_is_refused(exported, monkeypatch):
+    "Before one is built."
+    monkeypatch.delattr("pillsnap.dataset.sources._open_pack")
     root, cfg = exported
     tree = cfg.to_dict()
     tree["dataloader"]["source"] = "pack"

@@ -24,6 +24,7 @@ from pillsnap.dataset.feedback import read_remarks
 from pillsnap.deployment.admission import KeyRing
 from pillsnap.deployment.runtime import load_bundle
 from pillsnap.models.pipeline import answer_schema
+from pillsnap.photos.unified import UnifiedPreprocessor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts" / "campaigns"))
@@ -132,6 +133,24 @@ def test_what_is_no_photo_is_refused_with_its_status(server):
     assert [server.ask("/predict")[0], server.ask("/nothing")[0]] == [405, 404]
     status, told, _ = server.ask("/batch", [huge, b"a letter", huge[:99]], name="photos")
     assert [a.get("error", a).get("code", "ok") for a in told["answers"]] == ["ok", "not_a_photo", "photo_unreadable"]
+
+
+@pytest.mark.spec("X69", "NM4")
+def test_the_narrow_family_has_its_own_limit_of_a_photo(server, tmp_path):
+    "10,240 kB of 1024 bytes and not one byte more for a narrow bundle; 20 MB elsewhere; each limit can be set."
+    limit = 10_240 * 1024
+    photo = pill_photo()
+    full, above = (photo + bytes(n - len(photo)) for n in (limit, limit + 1))
+    narrow = colour_bundle(tmp_path / "export", unified=UnifiedPreprocessor(64))
+    with Server(tmp_path / "s", narrow, *FREE) as running:
+        assert running.ask("/predict", [full])[0] == 200
+        status, told, _ = running.ask("/predict", [above])
+        assert (status, told["error"]["code"]) == (413, "too_large") and "10.4858 MB" in told["error"]["message"]
+        assert running.ask("/batch", [above, photo], name="photos")[0] == 413
+        assert running.ask("/version")[1]["limits"]["photo_mb"] == limit / 1e6
+    with Server(tmp_path / "t", narrow, *FREE, "--limit", "narrow_photo_kb=1") as running:
+        assert running.ask("/predict", [photo + bytes(1024)])[0] == 413
+    assert server.ask("/predict", [above])[0] == 200 and server.ask("/version")[1]["limits"]["photo_mb"] == 20
 
 
 @pytest.mark.spec("SV1")

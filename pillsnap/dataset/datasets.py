@@ -183,12 +183,7 @@ class PackSource(Source):
         views: Sequence[View] = (),  # views to check now: a pack with too few pixels is refused before the epoch
     ):
         self.pack = pack
-        if any(v.unified for v in views):
-            raise PillsnapError(
-                "a pack holds scaled photos, and the narrow family's preprocessing starts from whole ones",
-                where="dataloader.source",
-                fix="dataloader.source=delivery; dataloader.ram_optimization keeps prepared photos in memory",
-            )
+        self.refuse(views)
         for v in views:
             if not (why := pack.can_serve(v)):
                 raise PillsnapError(
@@ -196,6 +191,18 @@ class PackSource(Source):
                     where="dataloader.source",
                     fix="pack at a larger scale, or dataloader.source=delivery",
                 )
+
+    @staticmethod
+    def refuse(
+        views: Sequence[View],  # that would be cut from a pack
+    ) -> None:
+        "PillsnapError for views of the narrow family, which are made of whole photos."
+        if any(v.unified for v in views):
+            raise PillsnapError(
+                "a pack holds scaled photos, and the narrow family's preprocessing starts from whole ones",
+                where="dataloader.source",
+                fix="dataloader.source=delivery; dataloader.ram_optimization keeps prepared photos in memory",
+            )
 
     def open(
         self, photo: Photo, view: View

@@ -84,15 +84,16 @@ def open_source(
     "The source that the configuration names: the delivery, or the stage's pack, which is built if missing."
     if not (cfg.dataloader.source == "pack" or cfg.dataloader.source == "auto" and cfg.pack.enabled):
         return DeliverySource(data.root, image_policies(cfg.data))
-    c, t0, unified = cfg.data.classification, time.perf_counter(), unified_preprocessor(cfg)
+    c, unified, views = cfg.data.classification, unified_preprocessor(cfg), []
+    for train in (True, False):
+        views += dataset_views(c.img_size, train, cfg.data.augment.classification, c.crop_padding, unified).values()
+    PackSource.refuse(views)  # before a pack is built for nothing
+    t0 = time.perf_counter()
     pack = _open_pack(data, cfg)
     seconds = time.perf_counter() - t0
     logger.info(
         f"pack: {len(pack):,} photos at {pack.scale:g} of their size in {pack.path}, ready after {seconds:.1f} s"
     )
-    views = []
-    for train in (True, False):
-        views += dataset_views(c.img_size, train, cfg.data.augment.classification, c.crop_padding, unified).values()
     return PackSource(pack, views)
 
 # %% ../../nbs/dataset/486_sources.ipynb #caa122c8

@@ -225,7 +225,7 @@ async def _photos(request: Request, name: str, most: int) -> AsyncIterator[list[
     "The photos of a request, held in memory while the block runs."
     service: Service = request.app.state.service
     limits = service.limits
-    largest = int(limits.photo_mb * 1e6)
+    largest = limits.photo_bytes(service.garage.fleet.facts.get("narrow", False))
     body = largest if most == 1 else int(limits.batch_mb * 1e6)
     bounds = BodyLimits(name, most, largest, body + 4096 * most, limits.body_seconds)
     try:
@@ -348,6 +348,7 @@ async def _version(request: Request, _key: Known) -> dict[str, Any]:
     service: Service = request.app.state.service
     limits = service.limits.model_dump(include={"per_minute", "photo_mb", "batch_photos", "batch_mb", "pixels"})
     bundle = service.garage.fleet.facts
+    limits["photo_mb"] = service.limits.photo_bytes(bundle.get("narrow", False)) / 1e6
     does = dict(feedback=service.settings.feedback is not None, keeps=service.settings.keep is not None)
     return dict(pillsnap=pillsnap.__version__, answer_schema=ANSWER_SCHEMA, bundle=bundle, limits=limits, **does)
 

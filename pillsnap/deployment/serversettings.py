@@ -33,6 +33,7 @@ class ServerLimits(Block):
 
     per_minute: int = key(60, "photos a minute for each key", ge=1)
     photo_mb: float = key(20, "size of one photo, megabytes", gt=0)
+    narrow_photo_kb: int = key(10_240, "size of one photo for a bundle of the narrow family, of 1024 bytes", ge=1)
     batch_photos: int = key(16, "photos of one batch", ge=1)
     batch_mb: float = key(64, "size of all photos of one batch, megabytes", gt=0)
     pixels: int = key(50_000_000, "width times height of one photo", ge=1024)
@@ -43,6 +44,14 @@ class ServerLimits(Block):
     body_seconds: float = key(20, "time to send the body", gt=0)
     wait_seconds: float = key(10, "time that a photo may wait for a worker", gt=0)
     answer_seconds: float = key(30, "time that a worker may take for a photo", gt=0)
+
+    def photo_bytes(
+        self,
+        narrow: bool,  # the bundle is of the narrow family
+    ) -> int:
+        "Bytes that one photo may have; for the narrow family the smaller of its two limits."
+        largest = int(self.photo_mb * 1e6)
+        return min(largest, self.narrow_photo_kb * 1024) if narrow else largest
 
 # %% ../../nbs/deployment/860_serversettings.ipynb #66a8b3ee
 def parse_limits(

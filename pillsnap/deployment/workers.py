@@ -151,6 +151,7 @@ def bundle_facts(
     m = bundle.meta
     modes = ["single", "combo"] if m.get("detector") else ["single"]
     own = {k: m[k] for k in ("schema", "digest", "created", "git_sha", "data", "calibrated")}
+    own["narrow"] = "unified" in m.get("preprocessing", {})  # its photos have a limit of their own
     return own | dict(classifier=m["classifier"]["name"], drugs=len(bundle.class_map), modes=modes)
 
 

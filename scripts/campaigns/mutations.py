@@ -860,6 +860,32 @@ MUTATIONS: list[Mutation] = [
         "if groups[p] not in mine]",
         "if p not in tune[::2]]",
         "tests/test_real_scripts.py::test_fine_tuning_and_measuring_share_no_group",
+        "the narrow limit of a photo counts 1000 bytes to the kilobyte",
+        "pillsnap/deployment/serversettings.py",
+        "self.narrow_photo_kb * 1024",
+        "self.narrow_photo_kb * 1000",
+        "tests/test_server.py::test_the_narrow_family_has_its_own_limit_of_a_photo",
+    ),
+    Mutation(
+        "the narrow network answers without CLAHE",
+        "pillsnap/photos/unified.py",
+        "return whole_view(img, size) if unified is None else unified.sized(size).pixels(img)",
+        "return whole_view(img, size) if unified is None else unified.sized(size).square(img)",
+        "tests/test_narrow.py::test_training_evaluation_and_the_bundle_show_the_network_the_same_numbers",
+    ),
+    Mutation(
+        "the narrow server's tensor has its colours swapped",
+        "pillsnap/photos/intake.py",
+        "normalise(np.stack([self.unified.pixels(self._upright(p)) for p in photos]))",
+        "normalise(np.stack([self.unified.pixels(self._upright(p)[..., ::-1]) for p in photos]))",
+        "tests/test_narrow.py::test_the_committed_golden_vectors_are_what_this_version_makes",
+    ),
+    Mutation(
+        "narrow photos are cut from a pack",
+        "pillsnap/dataset/sources.py",
+        "    PackSource.refuse(views)  # before a pack is built for nothing\n",
+        "",
+        "tests/test_narrow.py::test_a_pack_is_refused",
     ),
 ]
 
