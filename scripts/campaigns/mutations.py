@@ -860,6 +860,8 @@ MUTATIONS: list[Mutation] = [
         "if groups[p] not in mine]",
         "if p not in tune[::2]]",
         "tests/test_real_scripts.py::test_fine_tuning_and_measuring_share_no_group",
+    ),
+    Mutation(
         "the narrow limit of a photo counts 1000 bytes to the kilobyte",
         "pillsnap/deployment/serversettings.py",
         "self.narrow_photo_kb * 1024",
