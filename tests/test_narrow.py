@@ -17,6 +17,7 @@ from pillsnap.core.jobs import RunFolder
 from pillsnap.dataset.datasets import MemorySource
 from pillsnap.dataset.loaders import classification_set
 from pillsnap.dataset.splitfiles import load_split_data
+from pillsnap.delivery.index import read_manifest
 from pillsnap.deployment.export import ExportJob
 from pillsnap.deployment.runtime import content_digest, load_bundle
 from pillsnap.evaluation.answers import load_evaluator
@@ -231,3 +232,58 @@ def test_the_check_of_any_program():
     assert zeros.returncode == 1 and zeros.stdout.count("fails") == 12
     short = check("head -c 400 /dev/zero")
     assert short.returncode == 1 and "the tensor has 100 numbers" in short.stderr
+
+
+# ---- studio and real photos
+
+
+@pytest.fixture(scope="module")
+def mixed(exported, tmp_path_factory):
+    "A run whose conversion mixed the rendered delivery with phone photos, and its split."
+    from pillsnap.dataset.conversion import ConversionJob
+    from pillsnap.dataset.splits import SplitsJob
+
+    delivered = exported[0] / "delivery"
+    home = tmp_path_factory.mktemp("mix")
+    phone, run = home / "phone", home / "run"
+    rng = np.random.default_rng(3)
+    drugs = sorted(read_manifest(exported[0] / "manifest.csv")[1]["class_map"]["keys"])
+    for drug, captures in zip(drugs, (20, 14, 2)):
+        (phone / drug).mkdir(parents=True)
+        for i in range(captures):
+            picture = cv2.resize(rng.integers(0, 256, (6, 5, 3), dtype=np.uint8), (90, 120))
+            for k in range(2):
+                Image.fromarray(picture).save(phone / drug / f"shot{i}_{k}.jpg", quality=95 - k)
+    given = (f"paths.root={json.dumps(str(delivered))}", f"narrow.real_photos={json.dumps(str(phone))}", *TINY)
+    given += ("narrow.least_photos=10",)
+    ConversionJob(run_dir=str(run), config="narrow", overrides=given).run()
+    SplitsJob(run_dir=str(run), config="narrow", overrides=given, stage_n=0, near_duplicates=False).run()
+    return run, drugs, load_split_data(run, 0)
+
+
+@pytest.mark.spec("DM16", "DM17", "X54")
+def test_the_mix_is_three_to_seven_and_says_where_it_is_not(mixed):
+    run, drugs, _ = mixed
+    stats = read_json(run / "narrow_dataset" / "integration_stats.json")
+    one = stats["per_class"]
+    assert [(one[k]["studio"], one[k]["real"]) for k in drugs] == [(12, 28), (12, 28), (6, 4), (10, 0)]
+    assert [one[k]["warnings"] for k in drugs[:2]] == [[], []] and one[drugs[0]]["studio_share"] == 0.3
+    assert one[drugs[2]]["warnings"] == ["studio share 0.60, not 0.30"]  # what was taken, not what was asked for
+    assert one[drugs[3]]["warnings"] == ["studio share 1.00, not 0.30"]
+    assert (stats["total_studio"], stats["total_real"], stats["total_combined"]) == (40, 60, 100)
+    studio = {p.parent.name for p in (run / "narrow_dataset" / "studio").glob("*/*") if p.is_symlink()}
+    assert studio == set(drugs)
+    for p in (run / "narrow_dataset" / "combined").glob("*/*"):
+        assert p.is_symlink() == p.name.startswith("studio_")
+
+
+@pytest.mark.spec("DM17")
+def test_no_capture_of_a_real_photo_is_on_two_sides_of_the_split(mixed):
+    run, drugs, data = mixed
+    parts = {"train": data.train, "val": data.val, "pool": data.pool}
+    shots = [{p.rpartition("_")[0] for p in d.loc[d["domain"] == "real", "path"]} for d in parts.values()]
+    assert all(shots) and not (shots[0] & shots[1] or shots[0] & shots[2])
+    assert {d for part in parts.values() for d in part["domain"]} == {"studio", "real"}
+    assert data.header["source"] == "synthetic"  # rendered photos in it: never a figure of real ones
+    for row in data.train.drop_duplicates("domain").itertuples():
+        assert "image" in open_image_safely(data.root / row.path)

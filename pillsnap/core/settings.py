@@ -643,6 +643,12 @@ class Narrow(Block):
     )
     preprocessing: NarrowPreprocessing = key(NarrowPreprocessing(), "the same in training, app and server")
     augmentation: NarrowAugmentation = key(NarrowAugmentation(), "training only")
+    real_photos: str | None = key(
+        None, "a folder of real photos, one folder per K-code, to be mixed with the delivery's; null = none"
+    )
+    studio_share: float = key(0.3, "share of studio photos where real ones are mixed in", gt=0, lt=1)
+    least_photos: int = key(50, "photos of a drug in the mix; below it the share gives way", ge=0)
+    share_tolerance: float = key(0.05, "distance from studio_share beyond which a drug gets a warning", ge=0, lt=1)
 
     _sums = field_validator("split_ratio")(_adds_up)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['logger', 'Conversion', 'convert', 'convert_delivery', 'index_labels', 'index_command', 'convert_coco_to_yolo',
-           'ConversionJob', 'smoke_conversion']
+           'ConversionJob', 'smoke_conversion', 'mix_in_real_photos']
 
 # %% ../../nbs/dataset/408_conversion.ipynb #f2995f09
 import csv
@@ -29,11 +29,13 @@ from ..core.config import load_config
 from ..core.errors import PillsnapError
 from ..core.files import atomic_path, ensure_dir, read_json, save_json
 from ..core.jobs import Job, JobResult, RunFolder
+from ..core.plots import save_fig
 from ..core.settings import Config, Data, Synth
 from .drugs import drug_mapping, save_drug_mapping
 from .matching import Collection, Quarantine, collect_samples, relative_paths
 from .opening import PhotoJournal, image_policies
 from .pictures import draw_report
+from .studioreal import PhotoMix, mix_photos
 from .yolotree import coco_to_yolo, write_yolo_tree
 from ..delivery.classmap import ClassMap
 from ..delivery.faults import Fault
@@ -396,6 +398,11 @@ class ConversionJob(Job):
         "data.incomplete_combo",
         "data.grayscale_policy",
         "data.rgba_policy",
+        "project.family",
+        "narrow.real_photos",
+        "narrow.studio_share",
+        "narrow.least_photos",
+        "narrow.share_tolerance",
         "synth",
     )
     keys: ClassVar[dict[str, str]] = {"seed": "synth.seed"}
@@ -430,13 +437,54 @@ def smoke_conversion(
     "Convert a small synthetic delivery, for the smoke runs of later jobs."
     return _prepare_and_convert(run, cfg, run.root / "delivery", progress=False).header
 
+# %% ../../nbs/dataset/408_conversion.ipynb #91a1edeb
+def mix_in_real_photos(
+    c: Conversion,  # of a delivery; its manifest and report are written again
+    root: str | os.PathLike,  # the delivery
+    cfg: Config,  # narrow, data
+) -> PhotoMix:
+    "Mix the single photos with the folder `narrow.real_photos`, below the run's `narrow_dataset`."
+    assert cfg.narrow.real_photos is not None
+    mix = mix_photos(c.rows, root, cfg.narrow.real_photos, c.out / "narrow_dataset", cfg.narrow, cfg.data)
+    source = c.header["source"]
+    if source != "synthetic":  # a figure with rendered photos in it is a synthetic one
+        source = f"other:studio and {Path(cfg.narrow.real_photos).name}"
+    head = {k: v for k, v in c.header.items() if k not in ("schema", "rows", "columns", "data_hash")}
+    head |= dict(source=source, root=mix.folder, counts=_counts(mix.rows))
+    head["mix"] = {k: mix.stats[k] for k in ("total_studio", "total_real", "total_combined", "studio_share")}
+    c.rows, c.header = mix.rows, write_manifest(mix.rows, head, c.out / "manifest.csv")
+    c.report |= dict(source=source, counts=head["counts"], mix=mix.stats, data_hash=c.header["data_hash"])
+    save_json(c.report, c.out / "reports" / "conversion.json")
+    for warning in mix.stats["warnings"]:
+        logger.warning("mix: %s", warning)
+    for fault in mix.faults:
+        logger.warning("left out: real photo %s, %s %s", fault.path, fault.reason, fault.detail)
+    return mix
+
+
+def _mix_notes(mix: PhotoMix) -> list[str]:
+    "Sentences on the mix and the drugs with warnings."
+    s = mix.stats
+    notes = [f"{s['total_studio']} studio and {s['total_real']} real photos are mixed, {s['studio_share']:.0%} studio."]
+    if warned := sum(bool(d["warnings"]) for d in s["per_class"].values()):
+        notes.append(f"{warned} of {len(s['per_class'])} drugs are not mixed as asked, first {s['warnings'][0]}.")
+    if s["left_out"] or s["not_in_delivery"]:
+        others = sum(s["not_in_delivery"].values())
+        notes.append(f"{s['left_out']} real photos could not be read; {others} are of drugs outside the delivery.")
+    return notes
+
 # %% ../../nbs/dataset/408_conversion.ipynb #9a105c61
 @patch
 def work(self: ConversionJob, run: RunFolder, cfg: Config) -> JobResult:
     "Convert `paths.root` into the run folder."
     root = Path(cfg.paths.root).absolute() if self.run_dir or cfg.data.source != "synthetic" else run.root / "delivery"
     c = _prepare_and_convert(run, cfg, root, progress=bool(self.run_dir))
-    figures = draw_report(c.rows, c.drugs, root, c.out / "reports")
+    figures, notes = draw_report(c.rows, c.drugs, root, c.out / "reports"), []
+    real = Path(cfg.narrow.real_photos) if cfg.project.family == "narrow" and cfg.narrow.real_photos else None
+    if real is not None:
+        mix = mix_in_real_photos(c, root, cfg)
+        figures.append(save_fig(mix.plot(), c.out / "reports" / "conversion_mix.png"))
+        notes = _mix_notes(mix)
     outputs = [
         run.root / n
         for n in (
@@ -455,9 +503,9 @@ def work(self: ConversionJob, run: RunFolder, cfg: Config) -> JobResult:
         _verdict(c),
         _table(c),
         figures,
-        inputs=[p for p in (d.labels, d.images, *ledger) if p],
+        inputs=[p for p in (d.labels, d.images, real, *ledger) if p],
         outputs=outputs + figures,
-        notes=[c.header["sealed"]["words"], *_notes(c)],
+        notes=[c.header["sealed"]["words"], *notes, *_notes(c)],
     )
 
 # %% ../../nbs/dataset/408_conversion.ipynb #4e07c5c4

@@ -889,6 +889,27 @@ MUTATIONS: list[Mutation] = [
         "",
         "tests/test_narrow.py::test_a_pack_is_refused",
     ),
+    Mutation(
+        "more real photos are mixed in than three to seven",
+        "pillsnap/dataset/studioreal.py",
+        "of_real = min(real, int(studio / ratio + 1e-9))",
+        "of_real = real",
+        "tests/test_narrow.py::test_the_mix_is_three_to_seven_and_says_where_it_is_not",
+    ),
+    Mutation(
+        "the mix states the share that was asked for",
+        "pillsnap/dataset/studioreal.py",
+        "abs(studio / n - self.studio_share)",
+        "abs(self.studio_share - self.studio_share)",
+        "tests/test_narrow.py::test_the_mix_is_three_to_seven_and_says_where_it_is_not",
+    ),
+    Mutation(
+        "real photos of one capture are parted by the split",
+        "pillsnap/dataset/studioreal.py",
+        'group = f"real_{drug}_{_capture_of(path.name)}"',
+        'group = f"real_{drug}_{path.name}"',
+        "tests/test_narrow.py::test_no_capture_of_a_real_photo_is_on_two_sides_of_the_split",
+    ),
 ]
 
 
