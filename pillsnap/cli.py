@@ -6,7 +6,7 @@
 __all__ = ['PIPELINE', 'ASIDE', 'app', 'Overrides', 'ConfigOption', 'RunConfig', 'RunDir', 'SOURCE_OPTIONS', 'pipeline_of', 'run',
            'distributed', 'own_config', 'run_config', 'synth', 'pack', 'plan', 'doctor', 'audit', 'index', 'extract',
            'triage', 'predict', 'quantise', 'bundle', 'verify', 'serve', 'train_stage', 'final_test', 'choose',
-           'show_config', 'diff', 'evaluate', 'decide', 'declare', 'arguments', 'main']
+           'show_config', 'diff', 'evaluate', 'decide', 'declare', 'create_splits', 'train_split', 'arguments', 'main']
 
 # %% ../nbs/920_cli.ipynb #1eaae89f
 import logging
@@ -24,6 +24,7 @@ from .core.config import explain, load_config, preset_names
 from .core.errors import PillsnapError, missing_extra
 from .core.runner import JobSpec, run_pipeline
 from .core.settings import Config, Train
+from .gallerycli import gallery_app, run_of
 from .opscli import ops
 
 # %% ../nbs/920_cli.ipynb #a81977f8
@@ -63,9 +64,9 @@ def pipeline_of(
     if cfg.project.family != "retrieval":
         return PIPELINE
     delivery = cfg.data.source == "synthetic" or (Path(cfg.paths.root) / "data" / "train").is_dir()
-    return tuple(
-        s for s in PIPELINE + ASIDE if s.name in ("splits", "retrieval") or s.name == "conversion" and delivery
-    )
+    own = {s.name: s for s in PIPELINE + ASIDE}
+    first = ("conversion",) if delivery else ()
+    return tuple(own[name] for name in (*first, "splits", "retrieval", "evaluation", "export"))
 
 # %% ../nbs/920_cli.ipynb #f881d918
 app = typer.Typer(
@@ -608,6 +609,7 @@ def serve(  # noqa: PLR0913 - one parameter for each option of the command
 
 # %% ../nbs/920_cli.ipynb #d3889bce
 app.add_typer(ops, name="ops")
+app.registered_commands += gallery_app.registered_commands
 
 # %% ../nbs/920_cli.ipynb #cc439d1f
 @app.command(
@@ -713,7 +715,10 @@ def diff(
 # %% ../nbs/920_cli.ipynb #4b45a65d
 @app.command(epilog="Example: `pillsnap evaluate --run-dir RUN --split val`")
 def evaluate(  # noqa: PLR0913 - one parameter for each option of the command
-    run_dir: Annotated[Path, typer.Option("--run-dir", "--run", help="the run folder")] = Path("_runs/demo"),
+    run_dir: Annotated[
+        Path | None,
+        typer.Option("--run-dir", "--run", help="the run folder; default: the checkpoint's, or _runs/demo"),
+    ] = None,
     split: Annotated[
         str, typer.Option(help="val | test; the test part is opened once and recorded in the ledger")
     ] = "val",
@@ -732,7 +737,7 @@ def evaluate(  # noqa: PLR0913 - one parameter for each option of the command
     """
     from pillsnap.evaluation.heldout import evaluate_command
 
-    evaluate_command(run_dir, split, checkpoint or "", reason, confirm, unseal)
+    evaluate_command(run_of(run_dir, checkpoint), split, checkpoint or "", reason, confirm, unseal)
 
 
 @app.command(epilog='Example: `pillsnap decide --by "A. Pharmacist" --reason "shown to the team" --run-dir RUN`')
@@ -763,6 +768,43 @@ def declare(
     run_config(run_dir)
     path = declare_check(run_dir, check, by, not failed, note)
     print(f"{check} {'failed' if failed else 'passed'}, declared by {by}: {path}")
+
+# %% ../nbs/920_cli.ipynb #d459b69e
+def _retrieval(
+    job: str,  # splits or retrieval
+    data_dir: Path,  # the photos
+    run_dir: Path,  # the run folder
+    fresh: bool = False,  # begin again
+) -> None:
+    "Run one job of the retrieval family."
+    own = run_dir / "config.yaml"
+    config, given = str(own) if own.is_file() else "retrieval", [f"paths.root={data_dir}"]
+    jobs = pipeline_of(load_config(config, given))
+    names = [s.name for s in jobs]
+    before = names[: names.index(job)] if job == "splits" else []
+    for name in (*before, job):
+        run_pipeline(jobs, config, given, run_dir, only=name, force=fresh and name == job)
+
+
+@app.command("create_splits", epilog="Example: `pillsnap create_splits --data_dir PHOTOS --output_dir OUT`")
+def create_splits(
+    data_dir: Annotated[Path, typer.Option("--data_dir", "--data-dir", help="a folder per class, or a delivery")],
+    output_dir: Annotated[Path, typer.Option("--output_dir", "--output-dir", help="the run folder to make")],
+) -> None:
+    "Split the photos of the retrieval family by ID; the same job as `pillsnap run splits --config retrieval`."
+    _retrieval("splits", data_dir, output_dir)
+
+
+@app.command("train", epilog="Example: `pillsnap train --data_dir PHOTOS --splits_dir OUT --fresh`")
+def train_split(
+    data_dir: Annotated[Path, typer.Option("--data_dir", "--data-dir", help="a folder per class, or a delivery")],
+    splits_dir: Annotated[
+        Path, typer.Option("--splits_dir", "--splits-dir", help="the run folder of `pillsnap create_splits`")
+    ],
+    fresh: Annotated[bool, typer.Option("--fresh", help="begin again, in place of going on")] = False,
+) -> None:
+    "Train the retrieval family on a split; the same job as `pillsnap run retrieval`."
+    _retrieval("retrieval", data_dir, splits_dir, fresh)
 
 # %% ../nbs/920_cli.ipynb #7abd2f18
 SOURCE_OPTIONS = {

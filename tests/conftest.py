@@ -72,6 +72,66 @@ def smoke_run(tmp_path_factory) -> Path:
     return made_once(tmp_path_factory, "smoke", lambda out: run_pipeline(PIPELINE, "smoke", run_dir=out))
 
 
+# Small photos and two epochs: what is tested is that every part fits the next, not what the network has learned.
+SMALL_RETRIEVAL = (
+    "project.family=retrieval",
+    "project.active_feature_set=mvp",
+    "data.imbalance.use_class_weights=false",
+    "data.classification.img_size=64",
+    "train.classification.head=arcface",
+    "train.classification.freeze_backbone_epochs=0",
+    "train.classification.combo_crops=false",
+    "train.classification.early_stopping.monitor=recall@1",
+    "train.classification.epochs=2",
+    "retrieval.embedding_dim=32",
+    "retrieval.min_image_size=64",
+    "retrieval.train_ratio=0.4",
+    "retrieval.val_ratio=0.4",
+    "retrieval.test_ratio=0.2",
+    "answer.alpha=0.5",
+    "evaluation.condition_photos=2",
+    "evaluation.min_eval_samples=4",
+    "evaluation.latency_runs=3",
+)
+
+
+def make_gallery_run(root: Path, delivery: Path) -> None:
+    "Split, train, evaluate and export."
+    from pillsnap.core.config import load_config
+    from pillsnap.core.jobs import RunFolder
+    from pillsnap.dataset.splits import smoke_splits
+    from pillsnap.deployment.export import ExportJob
+    from pillsnap.evaluation.evaluation import EvaluationJob
+    from pillsnap.training.retrieval import RetrievalJob
+
+    root.mkdir()
+    (root / "delivery").symlink_to(delivery)
+    given = (*SMALL_RETRIEVAL, f"paths.root={root / 'delivery'}", f"paths.exp_dir={root}")
+    smoke_splits(RunFolder(root, "splits"), load_config("smoke", given))
+    for job in (RetrievalJob, EvaluationJob, ExportJob):
+        job(run_dir=str(root), config="smoke", overrides=given).run()
+
+
+@pytest.fixture(scope="session")
+def gallery_run(tmp_path_factory, delivery) -> Path:
+    "A small retrieval run with gallery, evaluation and export. Read only."
+    return made_once(tmp_path_factory, "gallery", lambda out: make_gallery_run(out, delivery))
+
+
+@pytest.fixture(scope="session")
+def strangers(delivery) -> list[list[Path]]:
+    "Photos of each drug of the Validation tree, which Training does not hold: a front, a back, the others."
+    from pillsnap.delivery.capture import parse_name
+
+    found = []
+    for folder in sorted(p for p in (delivery / "data" / "val" / "images" / "single").rglob("K-*") if p.is_dir()):
+        front, back = ([p for p in sorted(folder.glob("*.png")) if parse_name(p.stem).side == s] for s in (0, 1))
+        if front and back:
+            found.append([front[0], back[0], *front[1:], *back[1:]])
+    assert len(found) >= 2 and all(len(photos) > 2 for photos in found)
+    return found
+
+
 def build_wheel(folder: Path) -> None:
     "Build the wheel from a copy of the checkout."
     left_out = shutil.ignore_patterns(".venv", ".git", "_runs", "build", "*.egg-info", "__pycache__", "_docs", "_proc")

@@ -8,6 +8,7 @@ real run would take hours or needs what a test has not:
 test_pipeline, the other in test_interleave;
 - presets of real size (`--config two_stage`, `--config retrieval`), `train-stage` and `distributed`: trainings of
 hours, or several processes;
+- `create_splits` and `train` of the retrieval family: test_gallery runs them;
 - `final-test` and `decide`, which open the sealed part of a run or write to its ledger for good: test_evaluation and
 their notebooks run them;
 - papermill on a training notebook: its parameters are checked and its job is made, but it is not trained;
@@ -87,6 +88,7 @@ def words(line: str, desk: Path) -> list[str]:
     run_id = json.loads((desk / "RUN" / "run.json").read_text())["run_id"]
     stand_ins = {
         "DIR": "DIR",
+        "PHOTOS": "data",
         "PHOTO": "photo.png",
         "OUT": "out.json" if " audit " in line else "out",
         "F": "demo",
@@ -101,7 +103,7 @@ def words(line: str, desk: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory, smoke_run) -> Path:
+def desk(tmp_path_factory, smoke_run, gallery_run, strangers) -> Path:
     "A folder as the pages assume it: a zipped delivery in ./data, finished runs, a photo, a checkout's notebooks."
     from pillsnap.deployment.bundling import bundle_file
     from pillsnap.synth.writer import write_delivery
@@ -119,6 +121,9 @@ def desk(tmp_path_factory, smoke_run) -> Path:
     for f in (root / "RUN" / "artifacts" / "stage0").glob("*"):
         shutil.copy2(f, root / "RUN" / "artifacts" / "stage1" / f.name)
     shutil.copy2(sorted((root / "RUN" / "delivery").rglob("*_75_*.png"))[0], root / "photo.png")
+    shutil.copytree(gallery_run, root / "GALLERY", symlinks=True)
+    for name, photo in zip(("front.jpg", "back.jpg"), strangers[0]):
+        shutil.copy2(photo, root / name)
     bundle_file(root / "RUN", root / "pills.pillsnap")
     bundle_file(root / "RUN", root / "bare.pillsnap", thumbnails=False)
     server_home(root)
@@ -212,7 +217,7 @@ def parsed(argv: list[str], monkeypatch, capsys) -> dict:
 
 def only_parsed(argv: list[str]) -> bool:
     "Whether a real run would take hours, or change for good what a test must not."
-    if argv[0] in ("train-stage", "distributed", "final-test", "decide"):
+    if argv[0] in ("train-stage", "distributed", "final-test", "decide", "create_splits", "train"):
         return True
     presets = {"two_stage", "retrieval", "narrow"} & set(argv)
     return argv[0] == "run" and (
@@ -278,9 +283,20 @@ def test_the_program_takes_every_line(line, page, at_the_desk, monkeypatch, caps
         assert advice["user_choice"] == advice["user_options"][0]["id"] and advice["choice"]["via"] == "parameter"
     else:
         without_papermill(monkeypatch)
+        if argv[0] in ("enrol", "unenrol"):
+            as_if_enrolled(at_the_desk, argv[0] == "unenrol")
         status, out, err = typed(argv, capsys)
         assert status == (0 if argv[0] != "doctor" else status) and status < 2, err
         assert out.strip(), "nothing was said"
+
+
+def as_if_enrolled(desk: Path, before: bool) -> None:
+    "A gallery in which nothing was enrolled, or the drug of the pages."
+    from pillsnap.deployment.enrol import enrol_drug
+
+    (desk / "GALLERY" / "export" / "gallery" / "journal.jsonl").unlink(missing_ok=True)
+    if before:
+        enrol_drug(desk / "GALLERY", "K-012345", [desk / "front.jpg", desk / "back.jpg"])
 
 
 def served(argv: list[str], desk: Path) -> int:

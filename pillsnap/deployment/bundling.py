@@ -19,7 +19,7 @@ from ..core.container import SUFFIX, PackedFiles, content_digest, write_packed
 from ..core.errors import PillsnapError
 from ..core.files import sha256_file
 from ..core.signing import check_signature, sign_files
-from .datacard import data_card, run_report
+from .datacard import data_card, trained_weights
 from .licences import licence_files
 from .modelcard import model_card
 from .runtime import Bundle, load_bundle
@@ -36,7 +36,7 @@ def _entries(part: Any, folder: str = "") -> Iterator[tuple[str, str]]:
         yield folder + Path(part["file"]).name, part["sha256"]
         return
     for key, inner in part.items():
-        yield from _entries(inner, "thumbnails/" if key == "thumbnails" else folder)
+        yield from _entries(inner, f"{key}/" if key in ("thumbnails", "gallery") else folder)
 
 
 def named_files(
@@ -67,6 +67,14 @@ def _keeps_pictures(
     return wanted if wanted is not None else meta["data"] == "synthetic"
 
 
+def _gallery_members(bundle: Bundle) -> list[str]:
+    "The journal and the vectors of drugs that were added; bundle.json names the other files of the gallery."
+    if bundle.known is None:
+        return []
+    lines = [f"gallery/{e['vectors']['file']}" for e in bundle.known.entries if e["action"] == "enrol"]
+    return [*(["gallery/journal.jsonl"] if bundle.known.entries else []), *dict.fromkeys(lines)]
+
+
 def bundle_members(
     root: Path,  # run folder
     bundle: Bundle,  # its export, loaded
@@ -82,7 +90,9 @@ def bundle_members(
     for member, sha256 in named_files(meta).items():
         files.read(member, sha256)
         members[member] = files.place(member)
-    weights = run_report(root, "reports/classifier.json").get("weights", {})
+    for member in _gallery_members(bundle):
+        members[member] = files.place(member)
+    weights = trained_weights(root)
     members["MODEL_CARD.md"] = model_card(root, meta, name).encode()
     members["DATA_CARD.md"] = data_card(root, meta).encode()
     if (scorecard := root / "reports" / "scorecard.json").is_file():

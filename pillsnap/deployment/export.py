@@ -11,13 +11,14 @@ import math
 import os
 import shlex
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
 # %% ../../nbs/deployment/840_export.ipynb #bf1f4345
+import numpy as np
 from fastcore.basics import patch
 
 # %% ../../nbs/deployment/840_export.ipynb #c1896ffd
@@ -44,6 +45,7 @@ from pillsnap.deployment.comparison import (
     plot_logits,
     verdict,
 )
+from .gallerycopy import embed_calibration, export_gallery, with_calibration, write_calibration
 from .graph import RawHead, export_onnx, livened, open_axes
 from pillsnap.deployment.pixelgraph import (
     INPUT_CONTRACT,
@@ -66,9 +68,11 @@ from ..evaluation.latency import Latency, protocol_gap
 from ..evaluation.scorecard import gate_and_advise
 from ..models.decision import AnswerRule
 from ..models.factory import TorchClassifier, WithEmbedding, load_classifier
-from ..models.pipeline import Thresholds, detector_input
+from ..models.gallery import GalleryClassifier, answering_checkpoint, gallery_of_run
+from ..models.pipeline import Pipeline, Thresholds, detector_input
 from ..models.twoside import PairRule
 from ..models.yolo import TorchDetector, load_detector
+from ..photos.images import open_image_safely
 from ..photos.unified import unified_preprocessor
 
 # %% ../../nbs/deployment/840_export.ipynb #08658d67
@@ -87,8 +91,8 @@ def _best_checkpoint(
     root: Path,  # run folder
     model: str,  # classifier or detector
 ) -> Path:
-    "Path of a model's best weights."
-    return root / "checkpoints" / model / "best.pt"
+    "Path of a model's best weights; a retrieval model is the classifier of its run."
+    return answering_checkpoint(root) if model == "classifier" else root / "checkpoints" / model / "best.pt"
 
 # %% ../../nbs/deployment/840_export.ipynb #0600641f
 def calibrated_temperature(
@@ -171,8 +175,10 @@ def _write_classifier(
     outputs = ("image", "logits", "embedding")
     written = export_onnx(WithEmbedding(model), size, out, open_axes(backbone, model), outputs, opset)
     entry = model_entry(out, size, backbone, written, checkpoint=sha256_file(src))
-    answers = OnnxClassifier(out.read_bytes(), size, "cpu", where=out)
-    return ExportedModel(out, entry, TorchClassifier(model, size), answers)
+    ours, theirs = TorchClassifier(model, size), OnnxClassifier(out.read_bytes(), size, "cpu", where=out)
+    if gallery := gallery_of_run(run.root, src, class_map):
+        return ExportedModel(out, entry, GalleryClassifier(ours, gallery), GalleryClassifier(theirs, gallery))
+    return ExportedModel(out, entry, ours, theirs)
 
 
 def _write_detector(
@@ -196,11 +202,11 @@ def _write_pixel_classifier(
     run: RunFolder,  # the run
     plain: ExportedModel,  # the classifier
     wanted: bool,  # export.uint8_graph
-) -> ExportedModel | None:  # None where it is switched off, or ONNX cannot convert the classifier
+) -> ExportedModel | None:  # None where it is switched off, drugs are named by a gallery, or ONNX cannot convert it
     "Write the classifier with the fit and the resize inside as classifier_uint8.onnx and open it."
     out, entry = run.sub("export") / "classifier_uint8.onnx", plain.entry
     out.unlink(missing_ok=True)
-    if not wanted:
+    if not wanted or isinstance(plain.torch, GalleryClassifier):
         return None
     try:
         opset = write_pixel_graph(plain.path, entry["img_size"], out)
@@ -336,6 +342,38 @@ def _thumbnails(
     return Thumbnails()
 
 
+def _calibration_photos(data: SplitData) -> Iterator[tuple[np.ndarray, str, str]]:
+    "Pixels, class key and capture group of the calibration photos."
+    rows = data.pool[(data.pool["split"] == "calib") & (data.pool["kind"] == "single")].drop_duplicates("path")
+    for path, key, group in zip(rows["path"], rows["class_key"], rows["group_id"]):
+        opened = open_image_safely(data.root / path)
+        if "_skip" not in opened and data.class_map.id(key) >= 0:
+            yield opened["image"], key, str(group)
+
+
+def _gallery(
+    run: RunFolder,  # the run
+    cfg: Config,  # data and inference.focus
+    data: SplitData,  # the stage
+    classifier: Any,  # on the ONNX file
+) -> dict[str, Any] | None:  # the bundle's entry; None where no gallery answers
+    "Bring the gallery and the calibration photos into the export."
+    out = run.sub("export") / "gallery"
+    if not isinstance(classifier, GalleryClassifier):
+        shutil.rmtree(out, ignore_errors=True)
+        return None
+    entry = export_gallery(run.root / "gallery", out)
+    focus, _ = chosen_focus(cfg.inference.focus, cfg.train.classification.crop_view_prob)
+    pipeline = Pipeline(
+        classifier,
+        data.class_map,
+        thresholds=Thresholds.configured(cfg.data),
+        focus="off" if focus == "detector" else focus,
+    )
+    photos = embed_calibration(pipeline, _calibration_photos(data))
+    return with_calibration(entry, write_calibration(photos, out))
+
+
 def _bundle(
     run: RunFolder,  # the run
     cfg: Config,  # data and inference
@@ -362,6 +400,7 @@ def _bundle(
         pixels.entry if pixels else None,
         unified_preprocessor(cfg),
         evaluated_pairs(run.root, rule),
+        _gallery(run, cfg, data, models["classifier"].onnx),
     )
     write_bundle(
         run.sub("export"),
@@ -406,6 +445,7 @@ def _inputs(root: Path, stage: int) -> list[Path]:
     return [
         _best_checkpoint(root, "classifier"),
         _best_checkpoint(root, "detector"),
+        root / "gallery" / "gallery.json",
         root / "manifest.csv",
         *parts,
         root / "drug_metadata.json",

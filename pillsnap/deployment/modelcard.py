@@ -17,7 +17,7 @@ import yaml
 import pillsnap
 from ..core.jobs import markdown_table
 from ..core.records import Metric, plain_number
-from .datacard import data_warning, front_matter, run_report
+from .datacard import data_warning, front_matter, run_report, trained_weights
 
 # %% ../../nbs/deployment/849_modelcard.ipynb #765a6370
 FIGURES: dict[str, dict[str, str]] = {  # section → figure → what it says
@@ -205,13 +205,14 @@ def _training(root: Path, meta: Mapping[str, Any]) -> list[str]:
     lines = ["### Training data", "", "See [DATA_CARD.md](DATA_CARD.md).", "", "### Training procedure", ""]
     rows = []
     for part, kind in (("classifier", "classification"), ("detector", "detection")):
-        record, own = run_report(root, f"stages/{part}.json"), train.get(kind, {})
+        job = "retrieval" if part == "classifier" and meta.get("gallery") else part
+        record, own = run_report(root, f"stages/{job}.json"), train.get(kind, {})
         if meta.get(part) and record:
             shown = ", ".join(f"{k} {own[k]}" for k in _SHOWN if own.get(k) is not None)
             took = f"{record.get('seconds', 0):.0f} s on {record.get('hardware', 'an unknown machine')}"
             rows.append({"model": part, "architecture": meta[part]["name"], "settings": shown, "took": took})
     lines += [markdown_table(rows) or "Not recorded.", ""]
-    weights = run_report(root, "reports/classifier.json").get("weights", {})
+    weights = trained_weights(root)
     lines += [f"First weights of the classifier: {weights.get('source', 'not recorded')}.", ""]
     return lines
 

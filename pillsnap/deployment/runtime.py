@@ -27,6 +27,8 @@ from ..core.signing import check_signature
 from ..delivery.classmap import ClassMap
 from ..models.cardview import Answer
 from ..models.decision import AnswerRule, decide_answer
+from ..models.enrolment import KnownDrugs, open_gallery
+from ..models.gallery import GalleryClassifier
 from ..models.pipeline import Pipeline, Thresholds, check_mode, preprocessing
 from ..models.twoside import PairRule, TwoSided, decide_pair
 from ..models.unknown import unknown_rule_from_dict
@@ -246,6 +248,7 @@ class BundleContent:
     classifier_uint8: Mapping[str, Any] | None = None  # from model_entry: the graph that takes pixels; None = none
     unified: UnifiedPreprocessor | None = None  # of the narrow family
     pair_rule: PairRule | None = None  # answers photos of both sides; None: it answers one photo alone
+    gallery: Mapping[str, Any] | None = None  # files of the reference photos; None = the classifier names the drugs
 
 
 def write_bundle(
@@ -273,6 +276,7 @@ def write_bundle(
         drugs={k: dict(c.drugs.get(k, {})) for k in c.class_map},
         thumbnails={k: {side: dict(e) for side, e in sides.items()} for k, sides in c.thumbnails.items()},
     )
+    meta |= {"gallery": dict(c.gallery)} if c.gallery else {}
     return save_json({**meta, "digest": content_digest(meta)}, Path(folder) / "bundle.json")
 
 # %% ../../nbs/deployment/800_runtime.ipynb #66dd2f2e
@@ -422,8 +426,9 @@ class Bundle:
     files: Files  # the export folder, or the file that holds it
     meta: dict  # bundle.json
     class_map: ClassMap  # output number → K-code
-    classifier: OnnxClassifier  # names a pill
+    classifier: OnnxClassifier | GalleryClassifier  # names a pill
     detector: LazyDetector | None  # finds pills; None = single mode only
+    known: KnownDrugs | None = None  # the gallery and what was added to it; None = the classifier names the drugs
 
     @property
     def folder(self) -> Path:
@@ -455,7 +460,14 @@ def load_bundle(
     own = meta.get("answering", DEFAULTS)
     if detector and not (own["lazy_load_detector"] if lazy_load_detector is None else lazy_load_detector):
         detector.open()
-    return Bundle(files, meta, class_map, classifier, detector)
+    if meta.get("gallery") is None:
+        return Bundle(files, meta, class_map, classifier, detector)
+    known = open_gallery(files)
+    if known.trained.meta.get("digest") != meta["gallery"].get("digest"):
+        raise PillsnapError("this is not the gallery of this bundle", where=files.place("gallery"), fix=_AGAIN)
+    class_map.check(known.trained.class_map, where=str(files.place("gallery")))
+    gallery = known.gallery(_bundle_rule(meta, class_map, where))
+    return Bundle(files, meta, gallery.class_map, GalleryClassifier(classifier, gallery), detector, known)
 
 
 def _check_signed(files: Files, key: str | Path) -> None:
@@ -467,6 +479,20 @@ def _check_signed(files: Files, key: str | Path) -> None:
 
 # %% ../../nbs/deployment/800_runtime.ipynb #a3b22896
 @patch
+def base_rule(self: Bundle) -> AnswerRule | None:  # None: a bundle without a rule
+    "The rule of the trained drugs, as the evaluation fitted it."
+    where = self.files.place("bundle.json")
+    return _bundle_rule(self.meta, ClassMap.from_dict(self.meta["class_map"], where=where), where)
+
+
+@patch
+def rule(self: Bundle) -> AnswerRule | None:  # None: the most probable drug is always named
+    "When a drug may be named; drugs that were added to the gallery included."
+    own = self.base_rule()
+    return own if self.known is None else self.known.rule(own)
+
+
+@patch
 def pipeline(
     self: Bundle,
     conf: float | None = None,  # boxes below are dropped; None = the bundle's
@@ -476,16 +502,18 @@ def pipeline(
     hashes = dict(bundle=m["digest"], classifier=m["classifier"]["sha256"], preprocessing=m["preprocessing"]["id"])
     if m.get("detector"):
         hashes["detector"] = m["detector"]["sha256"]
+    if self.known:
+        hashes["gallery"] = self.known.hash
     thresholds = Thresholds(t["conf"] if conf is None else conf, t["iou"], t["max_det"], t["crop_padding"])
     return Pipeline(
         self.classifier,
         self.class_map,
         self.detector,
         thresholds,
-        m["drugs"],
+        {**m["drugs"], **(self.known.records() if self.known else {})},
         m["temperature"],
         hashes,
-        rule=_bundle_rule(m, self.class_map, self.files.place("bundle.json")),
+        rule=self.rule(),
         focus=m.get("answering", DEFAULTS)["focus"],
         unified=_bundle_unified(m),
         pictures={

@@ -63,6 +63,8 @@ def _timed_bundles(
     if not on_gpu(there.classifier.provider):
         return out  # it did not start; open_session logs that
     out.append((there, "fp32"))
+    if there.known is not None:
+        return out  # a gallery belongs to the network in float32
     try:
         out.append((_float16_bundle(there), "fp16"))
     except Exception as e:

@@ -92,6 +92,9 @@ def write_triton(
 ) -> list[Path]:  # the configurations
     "Write a Triton model repository."
     folder = Path(folder)
+    if bundle.known is not None:
+        what = "this bundle answers by a gallery, and Triton serves networks alone"
+        raise PillsnapError(what, where=bundle.folder, fix="serve it with `pillsnap serve`")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise PillsnapError("this folder is not empty", where=folder, fix="name a new folder, or empty this one")
     meta, digests, written = bundle.meta, named_files(bundle.meta), []

@@ -654,6 +654,9 @@ def quantise(
     cfg, run = load_config(str(root / "config.yaml")), RunFolder(root, "quantise")
     with FolderLock(root), run.logged():
         bundle = load_bundle(root, device="cpu", lazy_load_detector=False)
+        if bundle.known is not None:
+            what = "a gallery belongs to one network, and a quantised one gives other vectors"
+            raise PillsnapError(what, where=root, fix="answer with the export itself")
         data = load_split_data(root, cfg.data.progressive_validation.current_stage)
         plain, most = exported_networks(bundle), cfg.export.calibration_photos
         evaluator = Evaluator(plain.pipeline(bundle.pipeline()), data.root, cfg.data)

@@ -1,0 +1,265 @@
+"A retrieval run from training to the answer: gallery, evaluation, export, bundle, enrolment."
+
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+
+from pillsnap.core.config import load_config
+from pillsnap.core.errors import PillsnapError
+from pillsnap.core.files import read_json
+
+
+@pytest.fixture
+def export(gallery_run, tmp_path) -> Path:
+    "The export of the run, to enrol drugs in."
+    return Path(shutil.copytree(gallery_run / "export", tmp_path / "export"))
+
+
+def known_photos(run: Path, n: int = 10) -> list[Path]:
+    "Photos of trained drugs that were not trained on."
+    rows = pd.read_csv(run / "artifacts" / "stage0" / "manifest_pool.csv")
+    return [run / "delivery" / p for p in rows["path"].drop_duplicates()[:n]]
+
+
+@pytest.mark.spec("RT9")
+def test_the_gallery_is_the_training_part_and_says_where_it_comes_from(gallery_run):
+    from pillsnap.core.files import sha256_file
+    from pillsnap.models.gallery import load_gallery
+
+    gallery, rows = load_gallery(gallery_run / "gallery"), pd.read_csv(gallery_run / "gallery" / "photos.csv")
+    train = pd.read_csv(gallery_run / "artifacts" / "stage0" / "manifest_train.csv")
+    vectors = gallery.parts[0].vectors
+    assert isinstance(vectors, np.memmap) and vectors.dtype == np.float32 and vectors.shape == (len(rows), 32)
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    assert set(rows["path"]) == set(train["path"]) and not set(rows["path"]) & {
+        str(p.relative_to(gallery_run / "delivery")) for p in known_photos(gallery_run, 1000)
+    }
+    assert [gallery.class_map.key(i) for i in gallery.ids] == rows["key"].tolist()
+    assert gallery.parts[0].views.tolist() == rows["side"].tolist() and set(rows["side"]) == {0, 1}
+    assert gallery.meta["network"] == sha256_file(gallery_run / "checkpoints" / "retrieval" / "best.pt")
+    assert gallery.meta["data_hash"] == read_json(gallery_run / "manifest.json")["data_hash"]
+
+
+@pytest.mark.spec("RT9", "EX2")
+def test_the_bundle_answers_by_the_nearest_photo(gallery_run):
+    "Each answer is that of an exhaustive search by hand; torch and ONNX agree on it."
+    from pillsnap.deployment.runtime import load_bundle
+    from pillsnap.models.pipeline import read_photo
+    from pillsnap.photos.images import normalise
+
+    bundle, rows = load_bundle(gallery_run, device="cpu"), pd.read_csv(gallery_run / "gallery" / "photos.csv")
+    vectors, pipeline = np.load(gallery_run / "gallery" / "vectors.npy"), bundle.pipeline()
+    for photo in known_photos(gallery_run, 4):
+        answer = bundle.predict(photo, topk=6)
+        view = pipeline.views(read_photo(photo), "single").images[0]
+        vector = bundle.classifier.outputs(normalise(view[None]))[1][0]
+        cosine = pd.Series(vectors @ vector).groupby(rows["key"]).max().sort_values(ascending=False)
+        assert [t["kcode"] for t in answer["items"][0]["top_k"][:3]] == cosine.index[:3].tolist()
+        assert answer["items"][0]["answer"] in ("drug", "shortlist", "unknown") and answer["hashes"]["gallery"]
+    report = read_json(gallery_run / "reports" / "export.json")
+    checks = {c["check"]: c["verdict"] for c in report["checks"] if c["model"] == "classifier"}
+    assert report["passed"] is True and checks["embedding, relative error"] == checks["top-1 equal"] == "PASS"
+
+
+@pytest.mark.spec("RT9", "BX19")
+def test_a_changed_gallery_is_refused(export):
+    from pillsnap.deployment.runtime import load_bundle
+
+    path = export / "gallery" / "vectors.npy"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.unlink()
+    path.write_bytes(content)
+    with pytest.raises(PillsnapError, match="missing or was changed"):
+        load_bundle(export, device="cpu")
+
+
+@pytest.mark.spec("RT9")
+def test_the_evaluation_of_a_retrieval_run_fits_a_safe_answer(gallery_run):
+    rule, doc = (
+        read_json(gallery_run / "reports" / "answer_rule.json"),
+        read_json(gallery_run / "reports" / "evaluation.json"),
+    )
+    assert len(rule["thresholds"]) == doc["classes"] == 6 and rule["unknown"]["score"] in (
+        "max_logit",
+        "knn",
+        "mahalanobis",
+    )
+    assert "checkpoints/retrieval/best.pt" in doc["inputs"] and doc["metrics"]["set_coverage"]["n"] > 0
+    assert read_json(gallery_run / "reports" / "scorecard.json")["rows"]
+
+
+@pytest.mark.spec("RT11")
+def test_weights_are_stored_in_float32_whatever_trained_them(gallery_run):
+    from pillsnap.core.checkpoints import load_ckpt
+    from pillsnap.models.factory import load_classifier
+
+    path = gallery_run / "checkpoints" / "retrieval" / "best.pt"
+    ckpt = load_ckpt(path)
+    assert ckpt["config_snapshot"]["train"]["classification"]["amp_dtype"] == "bf16"
+    weights = [v for v in ckpt["model_state"].values() if v.is_floating_point()]
+    assert weights and all(v.dtype == torch.float32 and v.device.type == "cpu" for v in weights)
+    assert next(load_classifier(path, device="meta").model.parameters()).device.type == "meta"
+
+
+@pytest.mark.spec("RT12")
+def test_without_faiss_the_answers_are_the_same(gallery_run, monkeypatch):
+    "The search that is always there is numpy's; a CPU trains and answers without autocast in half precision."
+    from pillsnap.models import search
+    from pillsnap.models.gallery import class_scores, load_gallery
+
+    gallery = load_gallery(gallery_run / "gallery")
+    q = np.asarray(gallery.parts[0].vectors[::3])
+    monkeypatch.setattr(search, "have_faiss", lambda: False)
+    chosen = search.choose_search(np.asarray(gallery.parts[0].vectors), q, exact_up_to=1)
+    assert chosen.search.kind == "exact" and "faiss is not installed" in chosen.reason
+    assert np.allclose(class_scores(gallery, q).max(1), chosen.search(q, 1)[0][:, 0], atol=1e-6)
+
+
+@pytest.mark.spec("BX19")
+def test_an_enrolled_drug_is_named_and_the_others_do_not_move(gallery_run, export, strangers):
+    from pillsnap.deployment.enrol import enrol_drug, undo_enrolment, unenrol_drug
+    from pillsnap.deployment.runtime import load_bundle
+    from pillsnap.models.gallery import class_scores
+    from pillsnap.models.pipeline import read_photo
+    from pillsnap.photos.images import normalise
+
+    def asked(photos):
+        bundle = load_bundle(export, device="cpu")
+        return bundle, [dict(bundle.predict(p)) | {"timings": 0} for p in photos]
+
+    photos, refs, others = known_photos(gallery_run), strangers[0][:2], strangers[0][2:]
+    _, before = asked([*photos, *refs, *others])
+    done = enrol_drug(export, "K-990001", refs, "새 알약", "A. Pharmacist")
+    bundle, after = asked([*photos, *refs, *others])
+    assert "K-990001" in bundle.class_map.keys and done.moved.photos > 0 and done.near[0] != "K-990001"
+    n, own = len(photos), [a["items"][0] for a in after[len(photos) :]]
+    assert all(i["top_k"][0]["kcode"] == "K-990001" for i in own[:2]), "its own photos"
+    assert sum(i["top_k"][0]["kcode"] == "K-990001" for i in own[2:]) > len(others) / 2, "a held-out drug becomes top-1"
+    assert not any(t["kcode"] == "K-990001" for a in before for i in a["items"] for t in i["top_k"])
+    assert own[0]["name"] == "새 알약" or own[0]["answer"] == "unknown"
+    gallery, pipeline = bundle.classifier.gallery, bundle.pipeline()
+    new, moved = bundle.class_map.id("K-990001"), 0
+    for photo, old, now in zip(photos, before, after[:n]):
+        view = pipeline.views(read_photo(photo), "single").images[0]
+        s = class_scores(gallery, bundle.classifier.outputs(normalise(view[None]))[1])[0]
+        far = s[new] < np.delete(s, new).max() - gallery.reach
+        moved += old["items"] != now["items"]
+        assert (
+            not far
+            or old["items"][0]["top_k"]
+            == [t for t in now["items"][0]["top_k"] if t["kcode"] != "K-990001"][: len(old["items"][0]["top_k"])]
+        )
+        if old["items"][0]["kcode"] != now["items"][0]["kcode"]:
+            assert s.argmax() == new, "another drug is named only where the new one is nearest"
+    unenrol_drug(export, "K-990001")
+    _, gone = asked([*photos, *refs])
+    assert [a["items"] for a in gone] == [b["items"] for b in before[: n + 2]]
+    undo_enrolment(export)
+    _, back = asked([*photos, *refs])
+    assert [a["items"] for a in back] == [a["items"] for a in after[: n + 2]]
+    assert len({a[0]["hashes"]["gallery"] for a in (before, after, gone, back)}) == 4
+
+
+@pytest.mark.spec("BX19")
+def test_two_who_enrol_at_once_lose_nothing_and_the_file_keeps_it(gallery_run, export, strangers, tmp_path):
+    from pillsnap.deployment.bundling import bundle_file
+    from pillsnap.deployment.enrol import enrol_drug, enrolled_table
+    from pillsnap.deployment.runtime import load_bundle
+
+    with ThreadPoolExecutor(2) as pool:
+        given = zip(("K-990001", "K-990002"), strangers)
+        list(pool.map(lambda g: enrol_drug(export, g[0], g[1][:2], by="both"), given))
+    bundle = load_bundle(export, device="cpu")
+    assert {"K-990001", "K-990002"} <= set(bundle.class_map.keys) and enrolled_table(export).count("\n") == 1
+    assert [e["seq"] for e in bundle.known.entries] == [1, 2]
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.move(export, run / "export")
+    for name in ("manifest.json", "config.yaml"):
+        shutil.copy(gallery_run / name, run / name)
+    packed = bundle_file(run, tmp_path / "pills.pillsnap")
+    asked = strangers[1][0]
+    a, b = (dict(load_bundle(p, device="cpu").predict(asked)) | {"timings": 0} for p in (run, packed.where))
+    assert a == b and a["items"][0]["top_k"][0]["kcode"] == "K-990002"
+    with pytest.raises(PillsnapError, match="packed file is never changed"):
+        enrol_drug(packed.where, "K-990003", [asked])
+    journal = run / "export" / "gallery" / "journal.jsonl"
+    journal.write_text(journal.read_text().replace("both", "none"))
+    with pytest.raises(PillsnapError, match="line 1 of the journal was changed"):
+        load_bundle(run, device="cpu")
+
+
+@pytest.mark.spec("BX19")
+def test_what_could_harm_is_not_enrolled(gallery_run, export, strangers):
+    from pillsnap.deployment.enrol import enrol_drug, unenrol_drug
+    from pillsnap.deployment.runtime import load_bundle
+    from pillsnap.deployment.triton import write_triton
+
+    trained, photos = load_bundle(export, device="cpu").class_map.keys[0], strangers[0][:2]
+    with pytest.raises(PillsnapError, match="is a drug of training"):
+        enrol_drug(export, trained, photos)
+    with pytest.raises(PillsnapError, match="is no K-code"):
+        enrol_drug(export, "aspirin", photos)
+    with pytest.raises(PillsnapError, match="given twice"):
+        enrol_drug(export, "K-990001", photos[:1] * 2)
+    enrol_drug(export, "K-990001", photos)
+    with pytest.raises(PillsnapError, match="made K-990001 known already"):
+        enrol_drug(export, "K-990002", photos)
+    with pytest.raises(PillsnapError, match="K-990002 is not enrolled"):
+        unenrol_drug(export, "K-990002")
+    with pytest.raises(PillsnapError, match="Triton serves networks alone"):
+        write_triton(load_bundle(export, device="cpu"), export / "triton")
+
+
+@pytest.mark.spec("RT10", "RT8")
+def test_create_splits_and_train_work_in_a_folder_of_their_own(gallery_run, tmp_path, monkeypatch, capsys):
+    "create_splits deals out the photos, train trains there, and the same line again goes on with what there is."
+    from pillsnap.cli import main
+    from pillsnap.core import runner
+
+    monkeypatch.setattr(runner, "_execute", lambda stage, out, params, head: stage.job_class()(**params).run() and None)
+    root, photos = tmp_path / "run", str(gallery_run / "delivery")
+    root.mkdir()
+    given = [f"paths.exp_dir={root}", "train.classification.epochs=1"]
+    config = load_config(str(gallery_run / "config.yaml"), given).to_dict()
+    (root / "config.yaml").write_text(yaml.safe_dump({"base": None, **config}))
+    main_ok(main, "create_splits", "--data_dir", photos, "--output_dir", str(root))
+    parts = [pd.read_csv(root / "artifacts" / "stage0" / f"manifest_{name}.csv") for name in ("train", "pool")]
+    assert all(len(p) for p in parts) and not set(parts[0]["group_id"]) & set(parts[1]["group_id"])
+    main_ok(main, "train", "--data_dir", photos, "--splits_dir", str(root))
+    written = (root / "checkpoints" / "retrieval" / "best.pt").stat().st_mtime_ns
+    main_ok(main, "train", "--data_dir", photos, "--splits_dir", str(root))
+    assert "retrieval: up to date" in capsys.readouterr().out, "a finished training goes on with what there is"
+    assert (root / "checkpoints" / "retrieval" / "best.pt").stat().st_mtime_ns == written
+    assert (root / "gallery" / "gallery.json").is_file()
+
+
+@pytest.mark.spec("RT10", "RT9")
+def test_the_sources_commands_work(gallery_run, delivery, tmp_path, capsys):
+    "evaluate --checkpoint --split, as the family's source has it; what was enrolled, from a shell."
+    from pillsnap.cli import main
+
+    checkpoint = gallery_run / "checkpoints" / "retrieval" / "best.pt"
+    copied = tmp_path / "run"
+    shutil.copytree(gallery_run, copied, symlinks=True)
+    main_ok(main, "evaluate", "--checkpoint", str(copied / checkpoint.relative_to(gallery_run)), "--split", "val")
+    said = capsys.readouterr().out
+    assert "val of run" in said and "recall@5" in said
+    found = read_json(copied / "reports" / "evaluate_val.json")
+    assert found["family"] == "retrieval" and found["metrics"]["recall@1"]["n"] > 0
+    main_ok(main, "unenrol", "--list", "--gallery", str(copied))
+    assert "no drug was enrolled" in capsys.readouterr().out
+
+
+def main_ok(main, *argv: str) -> None:
+    "Run a command that must succeed."
+    with pytest.raises(SystemExit) as end:
+        main(list(argv))
+    assert not end.value.code
