@@ -43,6 +43,7 @@ TABLES = {
 def plan(tree: Path, folder: Path, size: int, epochs: int, start: Path | None = None) -> TrainPlan:
     "How a detector is trained on a folder of photos, from scratch or from the weights of another."
     over = [f"data.detection.img_size={size}", f"train.detection.epochs={epochs}", "train.num_threads=1"]
+    over += ["data.augment.detection.mosaic=0.3", "data.augment.detection.mixup=0", "train.detection.close_mosaic=2"]
     if start is not None:
         over += ["train.detection.lr=5e-4"]
     cfg = load_config("demo", over)
@@ -54,7 +55,7 @@ def plan(tree: Path, folder: Path, size: int, epochs: int, start: Path | None = 
     assert data_hash is not None
     fixed = dict(config_snapshot=cfg.to_dict(), class_map=PILL.to_dict(), backbone=yolo_name("yolo11n"), img_size=size)
     args = detector_args(DetectorSettings.from_config(cfg), tree, work, device, amp)
-    return TrainPlan("yolo11n", tree, folder, args, {**fixed, "data_hash": data_hash}, amp=amp)
+    return TrainPlan("yolo11n", tree, folder, args, {**fixed, "data_hash": data_hash}, amp=amp, least_steps=1000)
 
 
 def train(p: TrainPlan, start: Path | None = None) -> dict[str, Any]:
@@ -95,12 +96,15 @@ def figures(name: str, clone: Clone, lines: list[dict[str, Any]], seconds: float
     ]
 
 
-def measure(weights: Path, name: str, clone: Clone, note: str, photos: list[str] | None = None) -> list[Metric]:
-    "A detector on all boxed photos of a clone, or on some of them."
+def measure(
+    weights: Path, name: str, clone: Clone, note: str, photos: list[str] | None = None, size: int = 0
+) -> list[Metric]:
+    "A detector on all boxed photos of a clone, or on some of them; on a larger input than it was trained for."
     truth = boxes_of(clone, *TABLES[clone_key(clone)])
     truth = truth if photos is None else {p: truth[p] for p in photos}
     groups = dict(zip(truth, groups_of(clone, list(truth))))
     detector, t0 = open_detector(weights, lazy=False), time.perf_counter()
+    detector.size = size or detector.size
     lines = answers(detector, clone, truth, groups)
     pills = sum(len(x["truth"]) for x in lines)
     return figures(name, clone, lines, time.perf_counter() - t0, f"{pills} pills; {note}")
@@ -154,9 +158,10 @@ def main() -> None:
     p.add_argument("--andrewtrainor", type=Path, help="clone of andrewtrainor/Pill_Object_Detection")
     p.add_argument("--work", type=Path, default=OUT / "rp2", help="folder of synthetic photos and weights")
     p.add_argument("--out", type=Path, default=OUT, help="folder of RP2.json")
-    p.add_argument("--scenes", type=int, default=1100, help="synthetic photos to train on")
-    p.add_argument("--epochs", type=int, default=5, help="of the synthetic training")
+    p.add_argument("--scenes", type=int, default=2000, help="synthetic photos to train on")
+    p.add_argument("--epochs", type=int, default=8, help="of the synthetic training")
     p.add_argument("--size", type=int, default=256, help="side of the detector's input")
+    p.add_argument("--also", default="", help="further sides of the input to answer at, such as 512")
     p.add_argument("--photos", default="0", help="real photos to fine-tune on, such as 0,16,64,256")
     p.add_argument("--tune-steps", type=int, default=200, help="steps of a fine-tuning, at least 4 epochs")
     a = p.parse_args()
@@ -167,6 +172,9 @@ def main() -> None:
     weights, found = a.work / "synthetic" / "best.pt", []
     for clone in clones:
         found += measure(weights, f"{clone_key(clone)}_zero_shot", clone, f"no real photo; {note}")
+        for size in (int(x) for x in a.also.split(",") if x.strip()):
+            told = f"no real photo; {note}, answers at {size} px"
+            found += measure(weights, f"{clone_key(clone)}_zero_shot_{size}px", clone, told, None, size)
     if any(int(x) for x in a.photos.split(",") if x.strip()):
         found += fine_tuned(a, weights, clones[0])
     for m in found:

@@ -20,8 +20,10 @@ from pillsnap.synth.scene import Pose
 
 SIZES = ((320, 426), (426, 320), (360, 360), (256, 456))
 DOMAINS = {"wild": 0.85, "phone": 0.1, "studio": 0.05}
-OFTEN = {"capsule": 5.0, "gel": 3.0}  # capsules are as common as tablets in photos from kitchens
+OFTEN = {"capsule": 2.0, "gel": 5.0}  # more common in photos from kitchens than in catalogues
 DRUGS = 400  # invented
+LONG = 1.5  # power of a pill's length over its width by which it is drawn more often
+AIR = 0.1  # of a box's longer side, at most, on each side
 LEAST = 5  # pixels: a smaller box is no label
 
 
@@ -39,14 +41,21 @@ def _heap(drugs: list[Drug], n: int, width: float, rng: np.random.Generator) -> 
     return placed
 
 
+def _turn(rng: np.random.Generator) -> float:
+    "An angle: people lay a long pill along the table's edge as often as askew."
+    edge = 90.0 * rng.integers(4) + rng.normal(0, 10)
+    return float(edge if rng.random() < 0.5 else rng.uniform(0, 360))
+
+
 def _what(catalogue: Catalogue, rng: np.random.Generator) -> tuple[list[tuple[Drug, Pose]], float]:
     "The pills of one photo, and how many millimetres wide it is at least."
-    kind = rng.choice(3, p=(0.58, 0.20, 0.22))
-    often = np.array([OFTEN.get(d.body.form, 1.0) for d in catalogue])
+    kind = rng.choice(3, p=(0.64, 0.18, 0.18))
+    often = np.array([OFTEN.get(d.body.form, 1.0) * (d.body.long_mm / d.body.short_mm) ** LONG for d in catalogue])
     drugs = rng.choice(catalogue.drugs, (1, 4, 1 + 3 * (rng.random() < 0.4))[kind], p=often / often.sum())
     if kind == 0:
-        pose = Pose(0.0, 0.0, float(rng.uniform(0, 360)), int(rng.integers(2)))
-        return [(drugs[0], pose)], float(max(14.0, 1.3 * drugs[0].body.long_mm))
+        pose = Pose(0.0, 0.0, _turn(rng), int(rng.integers(2)))
+        away = rng.uniform(1.0, 2.4) if rng.random() < 0.4 else 1.0
+        return [(drugs[0], pose)], float(max(10.0, 1.05 * drugs[0].body.long_mm) * away)
     n = int(rng.integers(2, 5)) if kind == 1 else int(rng.integers(5, 36))
     long = max(d.body.long_mm for d in drugs)
     width = float(np.sqrt(n) * long * rng.uniform(1.1, 2.2))
@@ -75,7 +84,15 @@ def scene(
     shot = Shot(back, light, latitude, width, height, _step(field), domain)
     image, extents = photograph(pills, shot, rng)
     boxes = np.array([loose_box(e, shot, rng) for e in extents if e[2] - e[0] >= LEAST and e[3] - e[1] >= LEAST])
-    return image, boxes.reshape(-1, 4).astype(float)
+    return image, _looser(boxes.reshape(-1, 4).astype(float), width, height, rng)
+
+
+def _looser(boxes: np.ndarray, width: int, height: int, rng: np.random.Generator) -> np.ndarray:
+    "Boxes x, y, w, h as people draw them on a phone's photo: up to a tenth of the pill too large on each side."
+    air = rng.uniform(0, AIR, boxes.shape) * boxes[:, 2:].max(1, initial=0)[:, None]
+    low = (boxes[:, :2] - air[:, :2]).clip(0)
+    high = np.minimum(boxes[:, :2] + boxes[:, 2:] + air[:, 2:], (width, height))
+    return np.concatenate([low, high - low], 1)
 
 
 def write_tree(
