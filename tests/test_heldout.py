@@ -391,18 +391,20 @@ SMALL = (
 
 
 def save_retrieval_model(root, cfg, stage):
-    "An untrained embedding network."
+    "An untrained embedding network, and a gallery of vectors that it did not make."
     import torch
 
     from pillsnap.core.checkpoints import save_ckpt
     from pillsnap.models.factory import build_classification_model
+    from pillsnap.models.gallery import Reference, write_gallery
     from pillsnap.models.heads import head_spec
 
     torch.manual_seed(0)
     head = head_spec(cfg.train.classification.head, cfg.retrieval)
     model = build_classification_model("test_resnet", len(stage.class_map), pretrained=False, head=head)
+    path = root / "checkpoints" / "retrieval" / "best.pt"
     save_ckpt(
-        root / "checkpoints" / "retrieval" / "best.pt",
+        path,
         model_state=model.state_dict(),
         epoch=1,
         best_metric=0.0,
@@ -412,6 +414,11 @@ def save_retrieval_model(root, cfg, stage):
         img_size=48,
         head=head,
     )
+    photos = stage.train.drop_duplicates("path")
+    rows = [Reference(r.class_key, int(r.side), r.group_id, r.path) for r in photos.itertuples()]
+    vectors = np.random.default_rng(0).normal(size=(len(rows), cfg.retrieval.embedding_dim))
+    origin = dict(network=sha256_file(path), data=stage.header["source"], data_hash=stage.header["data_hash"])
+    write_gallery(root / "gallery", vectors, rows, stage.class_map, scale=float(head["scale"]), focus="whole", **origin)
 
 
 def retrieval_run(root, delivery, *overrides):
