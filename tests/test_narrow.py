@@ -41,6 +41,7 @@ TINY = (
     "dataloader.num_workers=0",
     "evaluation.latency_warmup=1",
     "evaluation.latency_runs=2",
+    "evaluation.min_eval_samples=12",
     "export.compare_photos=4",
     "export.compare_detector_photos=2",
     *(f"synth.{k}={v}" for k, v in SYNTH.items()),
@@ -287,3 +288,59 @@ def test_no_capture_of_a_real_photo_is_on_two_sides_of_the_split(mixed):
     assert data.header["source"] == "synthetic"  # rendered photos in it: never a figure of real ones
     for row in data.train.drop_duplicates("domain").itertuples():
         assert "image" in open_image_safely(data.root / row.path)
+
+
+# ---- targets
+
+
+@pytest.mark.spec("NM10", "NM11", "NM12")
+def test_the_evaluation_and_the_export_write_the_targets(exported, tmp_path):
+    "The evaluation knows neither time nor size; the export fills them in. Rendered photos are never real ones."
+    import shutil
+
+    from pillsnap.deployment.export import _narrow_note
+    from pillsnap.evaluation.evaluation import EvaluationJob
+
+    root, given = tmp_path / "run", tuple(f for f in TINY if not f.startswith("evaluation.latency"))
+    shutil.copytree(exported[0], root)
+    given += ("evaluation.latency_warmup=0", "evaluation.latency_runs=1", "evaluation.objects=0")
+    given += (f"paths.exp_dir={json.dumps(str(root))}", f"paths.root={json.dumps(str(root / 'delivery'))}")
+    kept = read_json(root / "reports" / "export.json")
+    (root / "reports" / "export.json").unlink()
+    result = EvaluationJob(run_dir=str(root), config="narrow", overrides=given, user_choice="1").run()
+    told = read_json(root / "reports" / "narrow_targets.json")
+    assert [r["figure"].split()[0] for r in told["rows"]] == ["top-1", "top-5", "top-1", "ms", "MB"]
+    assert any(n.startswith("narrow targets:") for n in result.notes)
+    assert [r["verdict"] for r in told["rows"][2:]] == ["NOT_MEASURED"] * 3
+    failed = (root / "reports" / "failure_list.csv").read_text().splitlines()
+    assert len(failed) - 1 == told["failures"] > 0  # untrained weights
+    save_json(kept, root / "reports" / "export.json")
+    cfg = load_config("narrow", given)
+    assert "MB of classifier.onnx" in _narrow_note(root, cfg)[0]
+    rows = read_json(root / "reports" / "narrow_targets.json")["rows"]
+    assert rows[4]["value"] == (root / "export" / "classifier.onnx").stat().st_size / 1e6 and rows[4]["verdict"] == "GO"
+    assert rows[3]["verdict"] == "NOT_MEASURED" and "NOT_COMPARABLE" in rows[3]["note"]
+
+
+@pytest.mark.spec("NM10")
+def test_studio_photos_and_rendered_ones_are_no_real_ones(tmp_path):
+    import pandas as pd
+
+    from pillsnap.core.records import Provenance
+    from pillsnap.evaluation.narrowtargets import narrow_records, narrow_verdicts
+
+    def real_row(data, domains):
+        prov = Provenance(data, "d" * 64, "c" * 64)
+        metrics = {k: prov.metric(k, 1.0, 4, 1.0).to_dict() for k in ("accuracy", "top5")}
+        (tmp_path / "artifacts" / "stage1").mkdir(parents=True, exist_ok=True)
+        save_json({"stage": 1, "metrics": metrics}, tmp_path / "reports" / "evaluation.json")
+        table = pd.DataFrame(dict(path=list("abcd"), group=list("wxyz"), true=list("AABB"), answered=list("AABA")))
+        table.assign(part="clean").to_csv(tmp_path / "reports" / "predictions_single.csv", index=False)
+        pool = table.assign(domain=domains)
+        pool.to_csv(tmp_path / "artifacts" / "stage1" / "manifest_pool.csv", index=False)
+        return narrow_verdicts(narrow_records(tmp_path))[2]
+
+    some = real_row("other:phones", ["real", "studio", "real", "real"])
+    assert (some.n, some.verdict) == (3, "NO_GO") and abs(some.value - 2 / 3) < 1e-9
+    assert real_row("other:phones", ["studio"] * 4).verdict == "NOT_MEASURED"
+    assert real_row("synthetic", ["real"] * 4).verdict == "NOT_MEASURED"

@@ -65,6 +65,7 @@ from pillsnap.deployment.runtime import (
 from .thumbnails import Thumbnails, write_thumbnails
 from .timing import plot_answer_times, time_bundle
 from ..evaluation.latency import Latency, protocol_gap
+from ..evaluation.narrowtargets import write_narrow_targets
 from ..evaluation.scorecard import gate_and_advise
 from ..models.decision import AnswerRule
 from ..models.factory import TorchClassifier, WithEmbedding, load_classifier
@@ -480,6 +481,15 @@ def _size_notes(bundle: Bundle, models: Mapping[str, ExportedModel]) -> list[str
     sizes = {m: (bundle.folder / f"{m}.onnx").stat().st_size / 1e6 for m in models}
     return [f"{m}.onnx {sizes[m]:.1f} MB, opset {models[m].entry['opset']}" for m in models]
 
+
+def _narrow_note(root: Path, cfg: Config) -> list[str]:
+    "The targets of the narrow family, now with time and size; none for other families or before the evaluation."
+    if cfg.project.family != "narrow" or not (root / "reports" / "evaluation.json").is_file():
+        return []
+    _, words = write_narrow_targets(root)
+    logger.info(words)
+    return [words]
+
 # %% ../../nbs/deployment/840_export.ipynb #a441d716
 def _draw(
     compared: Mapping[str, Comparison],  # by model
@@ -538,6 +548,7 @@ def work(self: ExportJob, run: RunFolder, cfg: Config) -> JobResult:
     if (run.root / "reports" / "evaluation.json").is_file():
         gate_and_advise(run.root, cfg)  # stage 1 asks for a compared conversion, which exists only now
     notes = _size_notes(bundle, models) + [_latency_note(r) for r in latency] + thumbnails.notes()
+    notes += _narrow_note(run.root, cfg)
     if self.run_dir:
         notes.append(_predict_command(photo, bundle, run.root))
     notes += _skipped_note(facts["skipped_photos"])

@@ -25,6 +25,7 @@ from ..dataset.drugs import drug_names
 from .latency import measured_value
 from .measurements import evaluation_inputs, input_hashes, measure, smoke_evaluation
 from .menu import advisor_menu, percent, record_choice
+from .narrowtargets import write_narrow_targets
 from pillsnap.evaluation.scorecard import (
     append_gate,
     gate_and_advise,
@@ -78,6 +79,10 @@ def work(self: EvaluationJob, run: RunFolder, cfg: Config) -> JobResult:
     logger.info(f"gate: {gate.status}{why}{'' if news else ', as before'}")
     logger.info(f"advisor: {advice.recommendation} ({advice.reason}), {percent(advice.performance_score)}")
     outputs += [run.root / "reports" / f for f in ("scorecard.json", "scorecard.md", "scorecard.html", "advisor.json")]
+    if cfg.project.family == "narrow":
+        files, words = write_narrow_targets(run.root)
+        outputs, notes = [*outputs, *files], [*notes, words]
+        logger.info(words)
     shown = [r for r in card["rows"] if r["value"] is not None or r["gate"] or r["advisor"]]
     return JobResult(
         verdict_sentence(card),

@@ -910,6 +910,20 @@ MUTATIONS: list[Mutation] = [
         'group = f"real_{drug}_{path.name}"',
         "tests/test_narrow.py::test_no_capture_of_a_real_photo_is_on_two_sides_of_the_split",
     ),
+    Mutation(
+        "the export leaves the narrow targets without size and time",
+        "pillsnap/deployment/export.py",
+        "_, words = write_narrow_targets(root)",
+        'words = "MB of classifier.onnx"',
+        "tests/test_narrow.py::test_the_evaluation_and_the_export_write_the_targets",
+    ),
+    Mutation(
+        "rendered photos count as real ones",
+        "pillsnap/evaluation/narrowtargets.py",
+        'pool.loc[pool["domain"] == "real", "path"]',
+        'pool["path"]',
+        "tests/test_narrow.py::test_studio_photos_and_rendered_ones_are_no_real_ones",
+    ),
 ]
 
 
