@@ -22,6 +22,7 @@ def readme() -> str:
         ("](images/", "](nbs/images/"),
         ("](results.ipynb)", "](nbs/results.ipynb)"),
         ("](benchmarks.ipynb)", "](nbs/benchmarks.ipynb)"),
+        ("](real_pills.ipynb)", "](nbs/real_pills.ipynb)"),
         ("](limits.ipynb)", "](nbs/limits.ipynb)"),
         ("](guide/", "](nbs/guide/"),
         ("](deployment/", "](nbs/deployment/"),

@@ -24,7 +24,7 @@ SECTIONS = {  # folder of nbs/ → heading; "" is nbs/ itself
     "deployment": "8 Deployment",
     "": "9 Commands",
 }
-FIRST = ("index", "results", "benchmarks", "limits")  # pages of nbs/ that stand above the sections
+FIRST = ("index", "results", "benchmarks", "real_pills", "limits")  # pages of nbs/ that stand above the sections
 
 
 def title(notebook: Path) -> str:

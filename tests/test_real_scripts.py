@@ -131,6 +131,23 @@ def test_every_list_names_its_files_once_by_sha256():
         assert len(source.commit) == 40
 
 
+def test_published_figures_are_of_the_listed_photos():
+    "Each published figure names a source at its commit, and the hash of that source's list."
+    known = {}
+    for name, source in sources.SOURCES.items():
+        rows = [line.split("  ", 1) for line in (REAL / f"photos/{name}.sha256").read_text("utf-8").splitlines()]
+        clone = sources.Clone(source, REAL, {p: h for h, p in rows})
+        known[clone.data] = clone.data_hash
+    found = {p.stem: json.loads(p.read_text("utf-8")) for p in sorted((REAL / "results").glob("*.json"))}
+    assert found
+    for row, result in found.items():
+        assert result["id"] == row
+        for m in map(Metric.from_dict, result["figures"]):
+            assert known[m.data] == m.data_hash, m.name
+            assert m.measured and m.n and m.commit and m.hardware
+            assert m.note.startswith("95 %: "), "an interval"
+
+
 class Perfect:
     "A detector that knows where the discs are."
 

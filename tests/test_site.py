@@ -226,7 +226,7 @@ def test_the_command_line_page_shows_every_commands_help(site):
 
 
 PHONE = {"width": 390, "height": 800}
-BY_HAND = ("index", "results", "benchmarks", "limits")  # pages that people open first, beside the guide
+BY_HAND = ("index", "results", "benchmarks", "real_pills", "limits")  # pages that people open first, beside the guide
 
 
 def plain_page(site: Path, name: str) -> Path:

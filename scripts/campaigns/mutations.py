@@ -862,6 +862,20 @@ MUTATIONS: list[Mutation] = [
         "tests/test_real_scripts.py::test_fine_tuning_and_measuring_share_no_group",
     ),
     Mutation(
+        "reference pictures are turned the wrong way",
+        "benchmarks/real/rp4_reference.py",
+        "cv2.getRotationMatrix2D((w / 2, h / 2), -angle, 1.0)",
+        "cv2.getRotationMatrix2D((w / 2, h / 2), angle, 1.0)",
+        "tests/test_real_scripts.py::test_a_reference_is_laid_as_the_pill_lies_in_its_scene",
+    ),
+    Mutation(
+        "a published figure is of other photos",
+        "benchmarks/real/photos/epillid.sha256",
+        "epillIDsmall/0002-3229_0_0.jpg",
+        "epillIDsmall/0002-3228_0_0.jpg",
+        "tests/test_real_scripts.py::test_published_figures_are_of_the_listed_photos",
+    ),
+    Mutation(
         "the narrow limit of a photo counts 1000 bytes to the kilobyte",
         "pillsnap/deployment/serversettings.py",
         "self.narrow_photo_kb * 1024",
