@@ -315,7 +315,7 @@ def write_rule(root, threshold: float) -> Path:
     return save_json({"inputs": {best: sha256_file(root / best)}, "metrics": {}}, root / "reports/evaluation.json")
 
 
-@pytest.mark.spec("X74", "X80", "BX9")
+@pytest.mark.spec("X74", "X80", "BX9", "EV5")
 @pytest.mark.parametrize(("threshold", "refused"), [(-1e6, 1.0), (1e6, 0.0)])
 def test_unknown_drugs_are_refused_by_the_rule_of_the_run(copy, threshold, refused):
     "The sealed drugs and objects are answered by the stored rule, each once, with n and an interval."
@@ -333,6 +333,14 @@ def test_unknown_drugs_are_refused_by_the_rule_of_the_run(copy, threshold, refus
     looked = pd.read_csv(copy / "reports/final_test/enrolled.csv")
     recall = Metric.from_dict(doc["metrics"]["enrolled_recall@1"])
     assert recall.value == pytest.approx((looked["drug"] == looked["found"]).mean()) and recall.n == len(looked) > 0
+    for per_side in (
+        1,
+        2,
+        5,
+    ):  # this delivery shows a side of a sealed drug in one series: nothing would be left to ask
+        found = [doc["metrics"][f"enrolled_{per_side}_{name}"] for name in ("recall@1", "recall@5", "map", "gap")]
+        assert {m["value"] for m in found} == {None}
+        assert all(f"{per_side + 1} capture groups on a side" in m["note"] for m in found)
     assert doc["unknown_drugs"] == doc["unknown_drugs"] | {"family": "retrieval", "drugs": 3, "photos": len(strange)}
     assert not [line for line in doc["improvements"] if line.startswith(UNKNOWN_DRUGS)]
 
