@@ -124,6 +124,10 @@ def test_a_job_has_one_parameters_cell(path):
         i = tail.index(tagged[0].source)
         assert " as stage" in tail[i + 1] and "job = stage." in tail[i + 2] and "res = job.run()" in tail[i + 3]
         assert any("assert" in s or "test_" in s for s in tail[i + 4 :]), "the contract: assertions true at any scale"
+        left_out = [c.source for c in nb.cells if "skip-execution" in c.metadata.get("tags", [])]
+        assert not set(left_out) & set(tail[i:]), "what follows the parameters is the job: it runs whole"
+        assert not [s for s in left_out if re.match(r"#\|\s*export\b", s)], "a job may need what is exported"
+        assert left_out, "a demo before the parameters costs each job its time: tag it skip-execution"
 
 
 def test_the_six_jobs_are_the_pipeline_and_the_others_stand_aside():

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+import nbformat
 import pytest
 from terminal import typed
 
@@ -22,6 +23,14 @@ def test_every_job_notebook_ran_and_holds_the_runs_id(smoke_run):
             rec["status"] == "finished" and rec["in_sync"] == "true" and re.fullmatch(r"[0-9a-f]{64}", rec["notebook"])
         )
         assert rec["inputs"] and rec["outputs"] and all(rec["outputs"].values()), s.name
+
+
+def test_a_job_runs_no_demo(smoke_run):
+    "Of the detector's notebook, a job runs neither the demo that trains nor the one that shows the plan."
+    cells = [c for c in nbformat.read(smoke_run / "notebooks" / "650_detector.ipynb", 4).cells if c.cell_type == "code"]
+    demos = [c for c in cells if "skip-execution" in c.metadata.get("tags", [])]
+    assert any("train_detection_stage(" in c.source for c in demos)
+    assert {c.execution_count for c in demos} == {None} and cells[-1].execution_count == len(cells) - len(demos)
 
 
 @pytest.mark.spec("BX15")
