@@ -65,7 +65,16 @@ class Client:
         topk: int | None = None,  # drugs listed for each pill; None = the server's
     ) -> dict[str, Any]:  # the predict JSON; PillsnapError with the server's words otherwise
         "Name the pills of one photo."
-        return self._post("/predict", "photo", [photo], mode, topk)
+        return self._post("/predict", "photo", [photo], pipeline=mode, top_k=topk)
+
+    def predict_sides(
+        self,
+        front: bytes | str | Path,  # a photo's content, or its file
+        back: bytes | str | Path,  # the same pill, turned over
+        topk: int | None = None,  # drugs listed; None = the server's
+    ) -> dict[str, Any]:  # the predict JSON with two_side and photos; PillsnapError with the server's words otherwise
+        "Name one pill by photos of its two sides."
+        return self._post("/predict", "photo", [front, back], two_side="true", top_k=topk)
 
     def batch(
         self,
@@ -74,7 +83,7 @@ class Client:
         topk: int | None = None,  # drugs listed for each pill; None = the server's
     ) -> list[dict[str, Any]]:  # in the order of the photos: the predict JSON, or "error"
         "Name the pills of several photos."
-        return self._post("/batch", "photos", photos, mode, topk)["answers"]
+        return self._post("/batch", "photos", photos, pipeline=mode, top_k=topk)["answers"]
 
     def version(self) -> dict[str, Any]:
         "Which program and which bundle answer."
@@ -134,10 +143,8 @@ def _ask(self: Client, method: str, path: str, body: bytes | None = None, kind: 
 
 
 @patch
-def _post(
-    self: Client, path: str, name: str, photos: Sequence[bytes | str | Path], mode: str | None, topk: int | None
-) -> Any:
+def _post(self: Client, path: str, name: str, photos: Sequence[bytes | str | Path], **parameters: Any) -> Any:
     "Send photos."
     contents = [photo if isinstance(photo, bytes) else Path(photo).read_bytes() for photo in photos]
-    asked = {k: v for k, v in (("pipeline", mode), ("top_k", topk)) if v is not None}
+    asked = {k: v for k, v in parameters.items() if v is not None}
     return self._ask("POST", f"{path}?{urlencode(asked)}" if asked else path, *photo_form(name, contents))

@@ -28,7 +28,7 @@ from pillsnap.photos.unified import UnifiedPreprocessor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts" / "campaigns"))
-from server_parts import KEY, OTHER, PILLS, Server, colour_bundle, file_limit, pill_photo, until
+from server_parts import KEY, OTHER, PILLS, Server, colour_bundle, file_limit, pill_photo, two_sided_bundle, until
 
 # no rate that a test could reach, and patience with a machine that does other things as well
 FREE = ("--limit", "per_minute=1000000", "--limit", "wait_seconds=60")
@@ -36,7 +36,8 @@ FREE = ("--limit", "per_minute=1000000", "--limit", "wait_seconds=60")
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory) -> Path:
-    return colour_bundle(tmp_path_factory.mktemp("bundle") / "export")
+    "It answers one photo, and two sides."
+    return two_sided_bundle(tmp_path_factory.mktemp("bundle") / "export")
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +66,60 @@ def test_the_server_answers_as_the_bundle_does(server, bundle):
     photos = [pill_photo(k) for k in PILLS]
     status, told, _ = server.ask("/batch?pipeline=combo", photos, name="photos")
     assert status == 200 and all(same(a, here.predict(p, "combo")) for a, p in zip(told["answers"], photos))
+
+
+@pytest.mark.spec("BX16", "SV1")
+def test_two_sides_are_answered_as_the_bundle_does(server, bundle):
+    "Front and back in this order, as the command line and the client say it; two drugs in two photos get no name."
+    here, client = load_bundle(bundle), Client(f"http://127.0.0.1:{server.port}", KEY)
+    front, back, other = pill_photo(), pill_photo(size=(300, 260), kind="JPEG"), pill_photo("K-000003")
+    before = server.figure('answers_total{answer="drug",mode="two_side"}')
+    status, told, _ = server.ask("/predict?two_side=true&top_k=2", [front, back])
+    assert status == 200 and same(told, here.predict_sides(front, back, 2)), told
+    assert same(client.predict_sides(front, back, 2), told) and server.ask("/version")[1]["bundle"]["two_side"] is True
+    validate(told, answer_schema())
+    assert (told["answer"], told["items"][0]["kcode"], told["two_side"]) == ("drug", "K-000002", True)
+    assert server.figure('answers_total{answer="drug",mode="two_side"}') == before + 2
+    turned = server.ask("/predict?two_side=true", [back, front])[1]
+    assert (turned["hashes"]["photo"], turned["hashes"]["photo_back"]) == tuple(
+        told["hashes"][k] for k in ("photo_back", "photo")
+    )
+    for photos, reason in (((front, other), "contradiction"), ((front, front), "same_photo")):
+        told = server.ask("/predict?two_side=true", photos)[1]
+        assert (told["answer"], told["items"][0]["reason"]) == ("unknown", reason)
+
+
+@pytest.mark.spec("BX16", "SV1")
+def test_what_two_sides_need_is_said(server, tmp_path, bundle):
+    "Which photo is bad; one photo, three, or two without two_side; a mode of many pills; a bundle without a rule."
+    good, broken = pill_photo(), pill_photo()[:900]
+    for photos, status, words in (
+        ([b"Dear pharmacist,", good], 415, "the photo of the front"),
+        ([good, b"Dear pharmacist,"], 415, "the photo of the back"),
+        ([good, broken], 422, "the photo of the back"),
+        ([good], 422, "two sides are two photos"),
+        ([good] * 3, 422, "more than 2 photo"),
+        ([good, bytes(20_000_001)], 413, "a photo may have 20 MB"),
+    ):
+        got, told, _ = server.ask("/predict?two_side=true", photos)
+        assert (got, words in told["error"]["message"]) == (status, True), told
+    for query, photos in (("two_side=true&pipeline=combo", 2), ("two_side=1", 2), ("two_side=false", 2), ("", 2)):
+        assert server.ask(f"/predict?{query}", [good] * photos)[0] == 422, query
+    assert server.ask("/batch?two_side=true", [good] * 2, name="photos")[0] == 422
+    plain, kept = colour_bundle(tmp_path / "plain"), tmp_path / "kept"
+    place = tmp_path / "model"
+    place.symlink_to(plain)
+    with Server(tmp_path / "server", place, *FREE, "--workers", "1", "--keep", str(kept)) as server:
+        status, told, _ = server.ask("/predict?two_side=true", [good, good])
+        assert (status, told["error"]["code"]) == (422, "two_side_unavailable")
+        assert server.ask("/version")[1]["bundle"]["two_side"] is False and not list(kept.glob("*/*"))
+        place.unlink()
+        place.symlink_to(bundle)
+        assert server.ask("/reload", method="POST")[0] == 200
+        back = pill_photo(kind="JPEG")
+        assert server.ask("/predict?two_side=true", [good, back])[0] == 200
+    files = {p.name.partition("-0")[2]: p.read_bytes() for p in kept.glob("*/*")}
+    assert (files[".png"], files["-back.jpg"], len(files)) == (good, back, 3)
 
 
 @pytest.mark.spec("SV1", "X40")
@@ -548,8 +603,10 @@ def test_the_api_is_the_one_that_was_published():
     published = json.loads((ROOT / "tests" / "golden" / "openapi.json").read_text(encoding="utf-8"))
     assert json.loads(json.dumps(document)) == published
     assert document["components"]["schemas"]["Answer"] == {k: v for k, v in answer_schema().items() if k != "$schema"}
-    shown = document["paths"]["/predict"]["post"]["responses"]["200"]["content"]["application/json"]["example"]
-    validate(shown, answer_schema())
+    shown = document["paths"]["/predict"]["post"]["responses"]["200"]["content"]["application/json"]["examples"]
+    assert [example["value"].get("two_side") for example in shown.values()] == [None, True]
+    for example in shown.values():
+        validate(example["value"], answer_schema())
 
 
 def test_the_lines_of_the_documentation_work(server, tmp_path):
@@ -559,15 +616,17 @@ def test_the_lines_of_the_documentation_work(server, tmp_path):
     chapter = nbformat.read(ROOT / "nbs" / "deployment" / "866_serving.ipynb", 4)
     text = "\n".join(c.source for c in chapter.cells if c.cell_type == "markdown")
     lines = [line for line in text.splitlines() if line.startswith(("KEY=", "curl "))]
-    assert len(lines) == 8
-    (tmp_path / "pill.jpg").write_bytes(pill_photo(kind="JPEG"))
+    assert len(lines) == 9
+    for name, size in (("pill", (240, 320)), ("front", (240, 320)), ("back", (260, 300))):
+        (tmp_path / f"{name}.jpg").write_bytes(pill_photo(size=size, kind="JPEG"))
     (tmp_path / ".env").write_text(f"API_KEY={KEY}\n")
     script = "\n".join(["set -e", lines[0], *(f"{line} --fail-with-body; echo" for line in lines[1:])])
     script = script.replace("127.0.0.1:8000", f"127.0.0.1:{server.port}")
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert [a["mode_used"] for a in said if "mode_used" in a] == ["single", "combo"] and len(said) == 6
+    assert [a["mode_used"] for a in said if "mode_used" in a] == ["single", "combo", "single"] and len(said) == 7
+    assert [a.get("two_side") for a in said if "mode_used" in a] == [None, None, True]
 
 
 @pytest.mark.spec("RS8")

@@ -1,6 +1,7 @@
 "Answers from both sides of a pill: twins that only the back tells apart, and what must never be named."
 
 import json
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -87,6 +88,18 @@ def test_no_photo_and_no_capture_group_is_in_two_pairs(twins):
     for side in ("front", "back"):
         groups = {(unit, twins.groups[i]) for unit, i in zip(pairs["unit"], pairs[side])}
         assert len(groups) == pairs["unit"].nunique() == len({g for _, g in groups})
+
+
+@pytest.mark.spec("BX16")
+def test_clean_photos_fit_nothing(twins):
+    "Whatever the clean photos show, the rule of pairs is the same."
+    calib, clusters = np.array(twins.parts) == "calib", ["all"] * 4
+    t, pairs = fit_temperature(twins.logits[calib], twins.labels[calib]), paired_photos(twins)
+    other = replace(twins, logits=np.where(calib[:, None], twins.logits, -3 * twins.logits))
+    assert len(pairs[pairs["part"] == "clean"]) == 48
+    sides = AnswerRule("lac", 0.1, (0.9,) * 4, temperature=t)
+    first, second = (fit_pair_rule(p, pairs, sides, clusters, SETTINGS) for p in (twins, other))
+    assert first == second and first.fused is not None
 
 
 @pytest.mark.spec("BX16")

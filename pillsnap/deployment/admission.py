@@ -46,6 +46,7 @@ REFUSALS = {  # code → HTTP status
     "bad_request": 422,
     "photo_unreadable": 422,
     "mode_unavailable": 422,
+    "two_side_unavailable": 422,
     "no_picture": 422,
     "too_many_requests": 429,
     "client_gone": 499,

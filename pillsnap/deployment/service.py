@@ -40,7 +40,8 @@ class ServerMetrics:
         self.requests = Counter("requests", "requests by path and status", ["path", "status"], **own)
         buckets = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
         self.seconds = Histogram("request_seconds", "time from request to answer", ["path"], buckets=buckets, **own)
-        self.answers = Counter("answers", "answered photos by mode and kind of answer", ["mode", "answer"], **own)
+        told = "answers by mode (two_side: two photos of one pill) and kind"
+        self.answers = Counter("answers", told, ["mode", "answer"], **own)
         self.reloads = Counter("reloads", "changes of the bundle by result", ["result"], **own)
         self.not_kept = Counter("not_kept", "photos that --keep could not store", **own)
         self.queue = Gauge("queue_photos", "photos that wait for a worker", **own)
@@ -62,13 +63,16 @@ def keep_photo(
     name: str,  # of the request
     photo: bytes,  # the file's content
     answer: bytes,  # JSON
-) -> bool:  # whether both were stored
-    "Store a photo and its answer under today's date; never raises."
-    suffix = next((s for magic, s in _SUFFIX.items() if photo.startswith(magic)), "bin")
+    back: bytes | None = None,  # of the other side; None = one photo was answered
+) -> bool:  # whether all were stored
+    "Store a photo, or two, and the answer under today's date; never raises."
     day = folder / f"{datetime.now(UTC):%Y-%m-%d}"
+    photos = {name: photo} if back is None else {name: photo, f"{name}-back": back}
     try:
         day.mkdir(parents=True, exist_ok=True)
-        (day / f"{name}.{suffix}").write_bytes(photo)
+        for stem, content in photos.items():
+            suffix = next((s for magic, s in _SUFFIX.items() if content.startswith(magic)), "bin")
+            (day / f"{stem}.{suffix}").write_bytes(content)
         (day / f"{name}.json").write_bytes(answer)
     except OSError as e:
         logger.warning(f"a photo could not be kept: {e.strerror or e}")
@@ -123,14 +127,15 @@ class _Kind(msgspec.Struct):
 
     mode_used: str
     answer: str
+    two_side: bool = False
 
 
 @patch
-def _count(self: Service, photo: bytes, reply: Reply, name: str) -> None:
+def _count(self: Service, task: PhotoTask, reply: Reply, name: str) -> None:
     "Count an answer, and keep it where that is wanted."
     kind = msgspec.json.decode(reply.body, type=_Kind)
-    self.metrics.answers.labels(kind.mode_used, kind.answer).inc()
-    if self.settings.keep and not keep_photo(self.settings.keep, name, photo, reply.body):
+    self.metrics.answers.labels("two_side" if kind.two_side else kind.mode_used, kind.answer).inc()
+    if self.settings.keep and not keep_photo(self.settings.keep, name, task.photo, reply.body, task.back):
         self.metrics.not_kept.inc()
 
 
@@ -145,29 +150,26 @@ def _ask(self: Service, task: PhotoTask, deadline: float, name: str) -> Reply:
     except RequestRefusal as e:
         return Reply(e.code, message=e.message, fix=e.fix)
     if reply.code == "ok":
-        self._count(task.photo, reply, name)
+        self._count(task, reply, name)
     return reply
 
 
 @patch
 async def answer(
     self: Service,
-    photos: Sequence[bytes],  # files' contents
-    mode: str | None,  # single or combo; None = the bundle's
-    topk: int | None,  # drugs listed for each pill; None = the bundle's
+    tasks: Sequence[PhotoTask],  # photos, or pairs of them
     request_id: str,  # names what is kept
-) -> list[Reply]:  # one for each photo; RequestRefusal where the queue has not enough places
-    "Ask the workers, all photos at the same time."
-    self.gate.take("places", len(photos))
+) -> list[Reply]:  # one for each task; RequestRefusal where the queue has not enough places
+    "Ask the workers, all tasks at the same time."
+    self.gate.take("places", len(tasks))
     deadline = time.monotonic() + self.limits.wait_seconds
     try:
         asked = [
-            self.pool.submit(self._ask, PhotoTask(photo, mode, topk), deadline, f"{request_id}-{number}")
-            for number, photo in enumerate(photos)
+            self.pool.submit(self._ask, task, deadline, f"{request_id}-{number}") for number, task in enumerate(tasks)
         ]
         return list(await asyncio.gather(*map(asyncio.wrap_future, asked)))
     finally:
-        self.gate.give("places", len(photos))
+        self.gate.give("places", len(tasks))
 
 # %% ../../nbs/deployment/864_service.ipynb #e2684e66
 @patch

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,11 +39,12 @@ logger = logging.getLogger("pillsnap.deployment.workers")
 
 # %% ../../nbs/deployment/862_workers.ipynb #c9b967e3
 class PhotoTask(msgspec.Struct, array_like=True):
-    "One photo for a worker."
+    "One photo for a worker, or the two photos of one pill."
 
     photo: bytes  # the file's content
     mode: str | None = None  # single or combo; None = the bundle's
     topk: int | None = None  # drugs listed for each pill; None = the bundle's
+    back: bytes | None = None  # a photo of the same pill, turned over; None = one photo is answered alone
 
 
 class Reply(msgspec.Struct, array_like=True):
@@ -122,15 +123,20 @@ def drawn_photo(
 def self_test(
     bundle: Any,  # a Bundle, freshly loaded
 ) -> None:
-    "Ask for an answer in each mode; PillsnapError where none comes, or one of another form."
+    "Ask for an answer in each mode, and to two sides; PillsnapError where none comes, or one of another form."
     from pillsnap.models.pipeline import ANSWER_SCHEMA
 
-    for mode in ("single", "combo") if bundle.meta.get("detector") else ("single",):
-        answer = bundle.predict(drawn_photo(), mode)
+    def _check(answer: Mapping[str, Any], mode: str, what: str) -> None:
+        "PillsnapError for an answer of another form, or without probabilities."
         shares = [c["confidence"] for item in answer["items"] for c in item["top_k"]]
         kept = answer["schema"] == ANSWER_SCHEMA and answer["mode_used"] == mode
         if not kept or not all(0 <= p <= 1 for p in shares) or (mode == "single" and not shares):
-            raise PillsnapError(f"the bundle fails its self-test in {mode} mode", where=bundle.folder)
+            raise PillsnapError(f"the bundle fails its self-test {what}", where=bundle.folder)
+
+    for mode in ("single", "combo") if bundle.meta.get("detector") else ("single",):
+        _check(bundle.predict(drawn_photo(), mode), mode, f"in {mode} mode")
+    if bundle.meta.get("pair_rule"):
+        _check(bundle.predict_sides(drawn_photo(), drawn_photo(320)), "single", "with two sides")
 
 # %% ../../nbs/deployment/862_workers.ipynb #896f0e53
 @dataclass(frozen=True)
@@ -150,21 +156,25 @@ def bundle_facts(
     "What /version says of a bundle."
     m = bundle.meta
     modes = ["single", "combo"] if m.get("detector") else ["single"]
+    does = dict(modes=modes, two_side=m.get("pair_rule") is not None)
     own = {k: m[k] for k in ("schema", "digest", "created", "git_sha", "data", "calibrated")}
     own["narrow"] = "unified" in m.get("preprocessing", {})  # its photos have a limit of their own
-    return own | dict(classifier=m["classifier"]["name"], drugs=len(bundle.class_map), modes=modes)
+    return own | dict(classifier=m["classifier"]["name"], drugs=len(bundle.class_map), **does)
 
 
 def answer_task(
     bundle: Any,  # a Bundle; the accepting process needs no onnxruntime, so its type is not imported
-    task: PhotoTask,  # one photo
+    task: PhotoTask,  # one photo, or the two of one pill
 ) -> Reply:  # never raises
-    "Answer for one photo; a photo that cannot be answered gives the reason."
+    "Answer for one photo or for two sides; what cannot be answered gives the reason."
     try:
-        answer = bundle.predict(task.photo, task.mode, task.topk)
+        if task.back is None:
+            answer = bundle.predict(task.photo, task.mode, task.topk)
+        else:
+            answer = bundle.predict_sides(task.photo, task.back, task.topk)
         return Reply("ok", msgspec.json.encode(dict(answer)))
     except PillsnapError as e:
-        codes = {"photo": "photo_unreadable", "mode=combo": "mode_unavailable"}
+        codes = {"photo": "photo_unreadable", "mode=combo": "mode_unavailable", "two_side": "two_side_unavailable"}
         code = codes.get(str(e.where), "no_answer")
         return Reply(code, message=e.what, fix=e.fix)
     except Exception as e:  # a fault of ours: the worker lives on

@@ -938,6 +938,48 @@ MUTATIONS: list[Mutation] = [
         'pool["path"]',
         "tests/test_narrow.py::test_studio_photos_and_rendered_ones_are_no_real_ones",
     ),
+    Mutation(
+        "photos of two different drugs are answered as one pill",
+        "pillsnap/models/twoside.py",
+        "agree = together >= ONE_DRUG * apart and found.sets[:, found.p.argmax()].all()",
+        "agree = True",
+        "tests/test_twoside.py::test_two_drugs_in_two_photos_are_refused",
+    ),
+    Mutation(
+        "the other side is blamed for a photo that spoils a pair",
+        "pillsnap/models/twoside.py",
+        "list(PICTURES)[list(wrong).index(True)]",
+        "list(PICTURES)[list(wrong).index(False)]",
+        "tests/test_twoside.py::test_the_photo_that_spoils_a_pair_is_named",
+    ),
+    Mutation(
+        "one photo is in many pairs",
+        "pillsnap/evaluation/pairs.py",
+        "for i, j, _ in _matched(*views)]",
+        "for i in views[0] for j in views[1]]",
+        "tests/test_twoside.py::test_no_photo_and_no_capture_group_is_in_two_pairs",
+    ),
+    Mutation(
+        "clean pairs fit the rule of pairs",
+        "pillsnap/evaluation/pairs.py",
+        'calib, fit = pairs[pairs["part"] == "calib"], _Fit',
+        'calib, fit = pairs[pairs["part"] != "val"], _Fit',
+        "tests/test_twoside.py::test_clean_photos_fit_nothing",
+    ),
+    Mutation(
+        "the server answers two sides from the front alone",
+        "pillsnap/deployment/workers.py",
+        "bundle.predict_sides(task.photo, task.back, task.topk)",
+        "bundle.predict(task.photo, task.mode, task.topk)",
+        "tests/test_server.py::test_two_sides_are_answered_as_the_bundle_does",
+    ),
+    Mutation(
+        "the photo of the back is not checked before a worker opens it",
+        "pillsnap/deployment/server.py",
+        "for photo, side in zip(photos, PICTURES):",
+        "for photo, side in zip(photos[:1], PICTURES):",
+        "tests/test_server.py::test_what_two_sides_need_is_said",
+    ),
 ]
 
 

@@ -23,6 +23,8 @@ from PIL import Image, ImageDraw
 from pillsnap.client import photo_form
 from pillsnap.delivery.classmap import ClassMap
 from pillsnap.deployment.runtime import BundleContent, model_entry, write_bundle
+from pillsnap.models.decision import AnswerRule
+from pillsnap.models.twoside import PairRule
 
 PILLS = {"K-000001": (205, 60, 60), "K-000002": (60, 150, 80), "K-000003": (70, 90, 205)}
 ORIGIN = dict(
@@ -70,6 +72,15 @@ def colour_bundle(folder: Path, data: str = "synthetic", broken: bool = False, *
         folder, BundleContent(ClassMap(tuple(PILLS)), *entries, **(own | content)), **(ORIGIN | dict(data=data))
     )
     return folder
+
+
+def two_sided_bundle(folder: Path, **content: Any) -> Path:
+    "A colour bundle that answers two sides too."
+    classes = ClassMap(tuple(PILLS))
+    rule = AnswerRule("lac", 0.05, (0.8,) * 3, max_list=2, temperature=0.5, class_map=classes.fingerprint)
+    pairs = PairRule(0.5, class_map=classes.fingerprint)
+    own: dict[str, Any] = dict(rule=rule, pair_rule=pairs, temperature=0.5, answering=dict(focus="locator"))
+    return colour_bundle(folder, **(own | content))
 
 
 def pill_photo(kcode: str = "K-000002", size: tuple[int, int] = (240, 320), kind: str = "PNG") -> bytes:
