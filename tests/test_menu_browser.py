@@ -383,15 +383,15 @@ def test_the_card_shows_every_field_in_jupyterlab_light_and_dark(lab, page, tmp_
     assert not [a for a in asked if not a.startswith((url, "data:"))]
 
 
-@pytest.mark.spec("BX11", "X40")
+@pytest.mark.spec("BX11", "BX16", "X40")
 def test_identify_answers_in_jupyterlab(lab, page, tmp_path):
     "Photos through the browser's own upload, a card each, a remark in the run folder, a table beside the notebook."
-    from server_parts import colour_bundle, pill_photo
+    from server_parts import pill_photo, two_sided_bundle
 
     from pillsnap.dataset.feedback import read_remarks
 
     url, work = lab
-    colour_bundle(work / "named" / "export", answering=dict(focus="locator"))
+    two_sided_bundle(work / "named" / "export")
     cells = [new_code_cell("import pillsnap"), new_code_cell("app = pillsnap.identify('named', who='tester')")]
     nbformat.write(new_notebook(cells=cells, metadata=KERNEL), work / "identify.ipynb")
     open_and_run(page, url, "identify.ipynb")
@@ -403,9 +403,9 @@ def test_identify_answers_in_jupyterlab(lab, page, tmp_path):
     chosen: list = []
     page.on("filechooser", lambda chooser: chosen.append(chooser))
 
-    def give(*photos):
+    def give(*photos, at="사진 고르기"):
         chosen.clear()
-        app.locator("button", has_text="사진 고르기").click()
+        app.locator("button", has_text=at).click()
         while not chosen:
             page.wait_for_timeout(50)
         chosen[0].set_files(list(photos))
@@ -420,6 +420,15 @@ def test_identify_answers_in_jupyterlab(lab, page, tmp_path):
     give(red)
     app.locator(".ps-card").nth(1).wait_for(timeout=60_000)
     assert "모드 조합" in app.locator(".ps-card").nth(1).inner_text()
+    app.locator("button", has_text="앞면과 뒷면").click()
+    give(red, at="앞면 고르기")
+    give(dict(red, name="back.png", buffer=pill_photo("K-000001", (300, 260))), at="뒷면 고르기")
+    app.get_by_text("back.png").wait_for(timeout=60_000)
+    app.screenshot(path=shot.with_name("identify_sides.png"))
+    app.locator("button", has_text="두 면으로 찾기").click()
+    app.locator(".ps-card").nth(2).wait_for(timeout=60_000)
+    both = app.locator(".ps-card").nth(2).inner_text()
+    assert "앞면 사진만 보면: 약 K-000001" in both and "뒷면 사진만 보면: 약 K-000001" in both
     app.locator("button", has_text="틀림").first.click()
     app.get_by_placeholder("맞는 약").fill("약 K-000003 K-000003")
     app.locator("button", has_text="보내기").click()
@@ -427,9 +436,11 @@ def test_identify_answers_in_jupyterlab(lab, page, tmp_path):
     (remark,) = read_remarks(work / "named" / "feedback.jsonl")
     assert (remark.right, remark.drug, remark.mode, remark.who) == (False, "K-000003", "single", "tester")
     app.locator("button", has_text="표로 저장").click()
-    app.get_by_text("사진 3장").wait_for(timeout=60_000)
+    app.get_by_text("사진 4장").wait_for(timeout=60_000)
     (table,) = work.glob("answers_*.csv")
-    assert len(table.read_text(encoding="utf-8-sig").splitlines()) == 5  # a head, a pill, a refusal, two pills of combo
+    assert (
+        len(table.read_text(encoding="utf-8-sig").splitlines()) == 6
+    )  # a head, a pill, a refusal, two pills of combo, a pair
 
 
 @pytest.mark.spec("BX11")

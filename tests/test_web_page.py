@@ -21,6 +21,7 @@ from pillsnap.deployment.runtime import load_bundle
 from pillsnap.models import card as cards
 from pillsnap.models import cardview
 from pillsnap.models.decision import REASONS, AnswerRule
+from pillsnap.models.twoside import PairRule
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts" / "campaigns"))
@@ -49,6 +50,8 @@ def colour_photo(name: str, colour: tuple[int, int, int]) -> dict:
 RED = colour_photo("빨강.png", PILLS["K-000001"])
 PURPLE = colour_photo("purple.png", (160, 50, 140))
 GREY = colour_photo("grey.png", (130, 95, 110))
+BACK = colour_photo("back.png", (199, 64, 63))  # of the red pill
+BLUE = colour_photo("blue.png", PILLS["K-000003"])
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +70,10 @@ def bundle(tmp_path_factory) -> Path:
     front.parent.mkdir(parents=True)
     Image.new("RGB", (96, 96), PILLS["K-000001"]).save(front)
     pictures = {"K-000001": {"front": dict(file=front.name, sha256=sha256_file(front))}}
-    how = dict(drugs=drugs, rule=rule, temperature=0.5, answering=dict(focus="locator"), thumbnails=pictures)
+    pairs = PairRule(0.5, class_map=classes.fingerprint)
+    how = dict(
+        drugs=drugs, rule=rule, pair_rule=pairs, temperature=0.5, answering=dict(focus="locator"), thumbnails=pictures
+    )
     return colour_bundle(place, **how)
 
 
@@ -217,6 +223,79 @@ def test_the_page_asks_in_the_mode_that_was_chosen_and_in_no_other(browser, serv
         picture(page, "page_combo")
         modes = [url.partition("pipeline=")[2] for url in visit.asked if "/predict" in url]
         assert modes == ["single", "single", "combo"]
+
+
+PUT = """([names, where]) => {
+    const data = new DataTransfer();
+    for (const [name, bytes] of names) data.items.add(new File([new Uint8Array(bytes)], name, {type: 'image/png'}));
+    document.querySelector(where).dispatchEvent(
+        new DragEvent('drop', {dataTransfer: data, bubbles: true, cancelable: true}));
+}"""
+
+
+def put(page, where: str, *photos: dict) -> None:
+    "Drop photos on a place of the page."
+    page.evaluate(PUT, [[[p["name"], list(p["buffer"])] for p in photos], where])
+
+
+@pytest.mark.spec("BX16", "X40")
+def test_two_sides_are_one_card(browser, server, bundle):
+    "Two places, each filled by choosing or dropping; the server's answer to both; two drugs in them get no name."
+    here, visit = load_bundle(bundle), Visit(browser, server)
+    with visit as page:
+        ask = page.locator("#ask-sides")
+        page.locator("#data-note").wait_for()
+        page.check("input[value=two_side]")
+        page.set_input_files("#file-front", [RED])
+        assert ask.is_disabled() and page.locator("#files").is_hidden()
+        put(page, ".side[data-side=back]", BACK)
+        page.locator(".slot img").nth(1).wait_for()
+        put(page, "#drop", BLUE)
+        assert "1장은 넣지 않았습니다" in page.locator("#sides-note").inner_text()
+        assert page.locator(".slot img").evaluate_all("all => all.map(i => i.alt)") == [
+            f"{side} 사진: {p['name']}" for side, p in (("앞면", RED), ("뒷면", BACK))
+        ]
+        check_accessible(page)
+        picture(page, "page_sides_1280")
+        ask.click()
+        red = card(page, f"{RED['name']} + {BACK['name']}")
+        red.locator(".pill.drug").wait_for()
+        assert red.locator(".photo img").count() == red.locator(".zoom img").count() == 2
+        answer = here.predict_sides(RED["buffer"], BACK["buffer"])
+        told = red.inner_text()
+        assert all(line in told for line in cardview.sides_alone(answer)) and red.locator("h4").inner_text() == HOSTILE
+        picture(page, "page_sides_answer")
+        assert red.locator(".chip").inner_text() == "앞면과 뒷면" and page.locator(".slot img").count() == 0
+        with page.expect_download() as got:
+            page.click("#json")
+        (saved,) = json.loads(Path(got.value.path()).read_text(encoding="utf-8"))
+        assert saved | {"timings": 0} == answer | dict(photo=f"{RED['name']} + {BACK['name']}", timings=0)
+        put(page, "#drop", RED, BLUE)
+        ask.click()
+        assert REASONS["contradiction"].split(".")[0] in card(page, "+ blue.png").locator(".pill.unknown").inner_text()
+        assert [url.partition("?")[2] for url in visit.asked if "/predict" in url] == ["two_side=true"] * 2
+        page.check("input[value=single]")
+        give(page, PURPLE)
+        page.set_viewport_size(PHONE)
+        page.select_option("#language", "en")
+        card(page, PURPLE["name"]).get_by_role("button", name="Add a photo of the back").click()
+        assert page.locator("input[value=two_side]").is_checked() and ask.is_disabled()
+        assert page.locator(".side[data-side=front] img").get_attribute("alt") == "Photo of the front: purple.png"
+        check_accessible(page)
+        picture(page, "page_sides_390")
+
+
+def test_a_model_of_one_side_is_not_asked_about_two(browser, server):
+    with Visit(browser, server, key=None) as page:
+        told = server.ask("/version")[1]
+        told["bundle"]["two_side"] = False
+        page.route("**/version", lambda route: route.fulfill(json=told))
+        page.fill("#key", KEY)
+        page.keyboard.press("Enter")
+        page.locator("[data-t=mode_two_side_told]", has_text="함께 볼 수 없습니다").wait_for()
+        assert page.locator("input[value=two_side]").is_disabled()
+        give(page, PURPLE)
+        assert page.get_by_role("button", name="뒷면 사진도").count() == 0
 
 
 def test_a_busy_server_is_asked_again_when_it_says(browser, server):

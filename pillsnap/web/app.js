@@ -9,11 +9,13 @@
     "size_mm"];
   const COLUMNS = ["photo", "pill", "kcode", "name", "confidence", "left", "top", "right", "bottom", "mode", "answer",
     "shortlist", "badge", "error"];
+  const SIDES = ["front", "back"];
   const AT_ONCE = 2; // requests
   const ATTEMPTS = 6; // for a photo, while the server is busy
   const BOX = "#d55e00";
 
-  const state = { language: "ko", entries: [], version: null, auth: false, running: 0, stopped: false, free: 0, next: 1 };
+  const state = { language: "ko", entries: [], version: null, auth: false, running: 0, stopped: false, free: 0, next: 1,
+    slots: {}, camera: null };
   const words = () => WORDS[state.language];
 
   // --- elements ---
@@ -58,6 +60,7 @@
     byId("language").value = language;
     for (const place of document.querySelectorAll("[data-t]")) place.textContent = words()[place.dataset.t];
     showVersion();
+    showSides();
     showProgress();
     for (const entry of state.entries) showCard(entry);
   }
@@ -152,10 +155,13 @@
       state.version = null; // each photo will say why
     }
     if (storedKey()) byId("key-button").hidden = false;
-    const combo = document.querySelector("input[value=combo]");
-    if (state.version) combo.disabled = !state.version.bundle.modes.includes("combo");
-    if (combo.disabled) document.querySelector("input[value=single]").checked = true;
+    if (state.version) {
+      choice("combo").disabled = !state.version.bundle.modes.includes("combo");
+      choice("two_side").disabled = !state.version.bundle.two_side;
+    }
+    if (choice(chosenMode()).disabled) choice("single").checked = true;
     showVersion();
+    showMode();
   }
 
   function showVersion() {
@@ -163,21 +169,32 @@
     const note = byId("data-note");
     note.hidden = !version || version.bundle.data === "aihub";
     if (!note.hidden) note.textContent = `⚠ ${words().data[version.bundle.data] || words().data.other}`;
-    const told = document.querySelector("[data-t=mode_combo_told]");
-    const combo = document.querySelector("input[value=combo]");
-    told.textContent = combo.disabled ? words().mode_missing : words().mode_combo_told;
+    for (const [mode, missing] of [["combo", "mode_missing"], ["two_side", "two_side_missing"]]) {
+      const told = `mode_${mode}_told`;
+      document.querySelector(`[data-t=${told}]`).textContent = words()[choice(mode).disabled ? missing : told];
+    }
     const stores = Boolean(version && version.keeps);
     document.querySelector("[data-t=kept_told]").textContent = stores ? words().kept_stored : words().kept_told;
   }
 
   // --- photos ---
 
-  function add(files) {
-    const mode = document.querySelector("input[name=mode]:checked").value;
+  const choice = (mode) => document.querySelector(`input[name=mode][value=${mode}]`);
+  const chosenMode = () => document.querySelector("input[name=mode]:checked").value;
+  const nameOf = (file) => file.name || "photo.png";
+
+  function add(files, side) { // to be asked for one by one; or the sides of a pill, which wait until both are there
     const photos = [...files].filter((file) => file instanceof Blob);
-    for (const file of photos) {
-      const entry = { id: state.next++, file, name: file.name || "photo.png", mode, status: "waiting", verdicts: {} };
-      entry.card = el("li", { class: "card" });
+    if (chosenMode() === "two_side") {
+      fill(photos, side);
+      return;
+    }
+    ask(photos.map((file) => ({ file, name: nameOf(file), mode: chosenMode() })));
+  }
+
+  function ask(entries) {
+    for (const entry of entries) {
+      Object.assign(entry, { id: state.next++, status: "waiting", verdicts: {}, card: el("li", { class: "card" }) });
       state.entries.push(entry);
       byId("cards").append(entry.card);
       showCard(entry);
@@ -194,6 +211,78 @@
     showCard(entry);
     showProgress();
     run();
+  }
+
+  // --- two sides ---
+
+  function fill(photos, side) { // a side that was named, else those that are empty, the front first
+    const free = side ? [side] : SIDES.filter((name) => !state.slots[name]);
+    const put = free.slice(0, photos.length);
+    put.forEach((name, n) => {
+      emptySlot(name);
+      state.slots[name] = { file: photos[n], url: URL.createObjectURL(photos[n]) };
+    });
+    showSides();
+    const left = photos.length - put.length;
+    if (left > 0) byId("sides-note").textContent = words().sides_full(left);
+    const told = put.map((name) => words().side_there(words().sides[name]));
+    tell([...told, byId("sides-note").textContent].join(" "));
+  }
+
+  function emptySlot(side) {
+    if (state.slots[side]) URL.revokeObjectURL(state.slots[side].url);
+    state.slots[side] = null;
+  }
+
+  function slotView(side) {
+    const held = state.slots[side];
+    const name = words().sides[side];
+    const input = el("input", { class: "hidden-input", type: "file", id: `file-${side}`,
+      accept: "image/png,image/jpeg,image/bmp,image/webp", on: { change: (event) => add(event.target.files, side) } });
+    const shown = held ? el("img", { src: held.url, alt: words().slot_alt(name, nameOf(held.file)),
+      on: { error: (event) => event.target.replaceWith(el("p", { class: "dim" }, words().photo_broken)) } })
+      : el("p", { class: "dim" }, words().slot_empty);
+    const take = button(words().camera, () => openCamera(side), "small");
+    const drop = held ? button(words().remove, () => {
+      emptySlot(side);
+      showSides();
+      byId(`file-${side}`).focus();
+    }, "small") : null;
+    for (const [made, what] of [[take, words().camera], [drop, words().remove]]) {
+      if (made) made.setAttribute("aria-label", `${name}: ${what}`);
+    }
+    return el("div", { class: "side", role: "group", "aria-label": name, "data-side": side },
+      el("h3", {}, name), el("div", { class: "slot" }, shown),
+      el("p", { class: "buttons" }, el("label", { class: held ? "button" : "button main", for: `file-${side}` },
+        words().choose_side(name)), input, take, drop));
+  }
+
+  function showSides() {
+    byId("sides").replaceChildren(...SIDES.map(slotView), el("p", { id: "sides-note", class: "problem" }));
+    byId("ask-sides").disabled = !SIDES.every((side) => state.slots[side]);
+  }
+
+  function showMode() { // what is asked for: photos one by one, or the two sides of one pill
+    const two = chosenMode() === "two_side";
+    for (const place of document.querySelectorAll(".of-two")) place.hidden = !two;
+    for (const place of document.querySelectorAll(".of-one")) place.hidden = two;
+  }
+
+  function askSides() {
+    const [file, back] = SIDES.map((side) => state.slots[side].file);
+    SIDES.forEach(emptySlot);
+    showSides();
+    ask([{ file, back, name: `${nameOf(file)} + ${nameOf(back)}`, mode: "two_side" }]);
+    byId("file-front").focus();
+  }
+
+  function askWithBack(entry) { // the photo of a card becomes the front
+    choice("two_side").checked = true;
+    showMode();
+    SIDES.forEach(emptySlot);
+    fill([entry.file], "front");
+    byId("photos").scrollIntoView({ block: "start" });
+    byId("file-back").focus();
   }
 
   function remove(entry) {
@@ -248,9 +337,10 @@
       await waitUntilFree(entry);
       showStatus(entry);
       const body = new FormData();
-      body.append("photo", entry.file, "photo");
+      for (const photo of [entry.file, entry.back]) if (photo) body.append("photo", photo, "photo");
+      const asked = entry.mode === "two_side" ? "two_side=true" : `pipeline=${entry.mode}`;
       try {
-        return await withKey(`predict?pipeline=${entry.mode}`, { method: "POST", body, signal: entry.abort.signal });
+        return await withKey(`predict?${asked}`, { method: "POST", body, signal: entry.abort.signal });
       } catch (error) {
         if (!["too_many_requests", "busy"].includes(error.code) || attempt === ATTEMPTS) throw error;
         state.free = Math.max(state.free, Date.now() + 1000 * error.after);
@@ -304,7 +394,7 @@
 
   let drawing = Promise.resolve(); // one photo at a time is in memory as pixels
 
-  function pictures(entry, answer) { // URLs of the photo with its boxes and of each pill; null where it cannot be shown
+  function pictures(entry, answer) { // URLs of the photos with their boxes and of each pill; null where it cannot be shown
     const drawn = drawing.then(() => draw(entry, answer)).catch(() => null);
     drawing = drawn;
     return drawn;
@@ -317,8 +407,26 @@
     return { url, width: canvas.width, height: canvas.height };
   }
 
+  function shownPhotos(entry, answer) { // each photo with its boxes: of all pills, or of one pill's side
+    if (!answer.two_side) return [{ file: entry.file, boxes: answer.items.map((item) => item.box), side: null }];
+    return answer.photos.map((photo, n) => ({ file: n ? entry.back : entry.file, boxes: [photo.box], side: photo.side }));
+  }
+
   async function draw(entry, answer) {
-    const image = await createImageBitmap(entry.file, { imageOrientation: "from-image" });
+    const photos = [];
+    const zooms = answer.items.map(() => []); // of each pill, by photo
+    for (const { file, boxes, side } of shownPhotos(entry, answer)) {
+      const image = await createImageBitmap(file, { imageOrientation: "from-image" });
+      photos.push({ ...(await asUrl(entry, boxed(image, boxes))), side, name: nameOf(file), boxes: boxes.filter(Boolean).length });
+      for (const [index, box] of boxes.entries()) {
+        if (box) zooms[index].push({ ...(await asUrl(entry, zoom(image, box))), side });
+      }
+      image.close();
+    }
+    return { photos, zooms };
+  }
+
+  function boxed(image, boxes) { // a photo with its boxes
     const scale = Math.min(1, 900 / Math.max(image.width, image.height));
     const canvas = el("canvas", { width: Math.max(1, Math.round(image.width * scale)),
       height: Math.max(1, Math.round(image.height * scale)) });
@@ -328,17 +436,13 @@
     pen.lineWidth = line;
     pen.strokeStyle = pen.fillStyle = BOX;
     pen.font = `bold ${Math.round(9 * line)}px sans-serif`;
-    answer.items.forEach((item, index) => {
-      if (!item.box) return;
-      const [left, top, right, bottom] = item.box.map((v) => v * scale);
+    boxes.forEach((box, index) => {
+      if (!box) return;
+      const [left, top, right, bottom] = box.map((v) => v * scale);
       pen.strokeRect(left, top, right - left, bottom - top);
       pen.fillText(String(index + 1), left + 2 * line, top + 9 * line);
     });
-    const photo = await asUrl(entry, canvas);
-    const zooms = [];
-    for (const item of answer.items) zooms.push(item.box ? await asUrl(entry, zoom(image, item.box)) : null);
-    image.close();
-    return { photo, zooms };
+    return canvas;
   }
 
   function zoom(image, box) { // one pill with a margin, 360 pixels square
@@ -436,6 +540,13 @@
     return el("li", {}, head, referencesView(entry, candidate), what, more);
   }
 
+  const sideCaption = (view) => (view.side ? el("figcaption", { class: "dim" }, words().sides[view.side]) : null);
+
+  function advice(answer, item) { // what to do
+    const told = words().what_to_do;
+    return (answer.two_side && told[`${item.reason}_both`]) || told[item.reason] || words().check;
+  }
+
   function pillView(entry, item, index) {
     const kind = kindOf(item);
     const n = index + 1;
@@ -449,9 +560,9 @@
       el("h4", {}, name),
       item.answer === "shortlist" ? el("p", {}, el("b", {}, listed)) : null,
       el("p", {}, words().reasons[item.reason] || item.reason),
-      el("p", { class: "advice" }, words().what_to_do[item.reason] || words().check));
-    const view = entry.views && entry.views.zooms[index];
-    const close = view ? el("figure", { class: "zoom" }, picture(view, words().zoom_alt(n))) : null;
+      el("p", { class: "advice" }, advice(entry.answer, item)));
+    const close = ((entry.views && entry.views.zooms[index]) || []).map((view) => el("figure", { class: view.side ? "zoom of-side" : "zoom" },
+      picture(view, words().zoom_alt(n, view.side && words().sides[view.side])), sideCaption(view)));
     const views = item.top_k.map((candidate, number) => candidateView(entry, item, candidate, number));
     const open = Math.max(2, item.shortlist.length); // candidates that nothing hides
     const more = views.length > open ? el("details", {}, el("summary", {}, words().more(views.length - open)),
@@ -463,31 +574,39 @@
   }
 
   function photoView(entry) {
-    const items = entry.answer.items;
-    const boxes = items.filter((item) => item.box).length;
     if (!entry.views) return el("p", { class: "dim" }, words().photo_broken);
-    let told = words().photo_none;
-    if (items.length) told = boxes ? words().photo_told : words().photo_whole;
-    return el("figure", { class: "photo" }, picture(entry.views.photo, words().photo_alt(entry.name, boxes)),
-      el("figcaption", { class: "dim" }, told));
+    const figures = entry.views.photos.map((photo) => {
+      let told = words().photo_none;
+      if (entry.answer.items.length) told = photo.boxes ? words().photo_told : words().photo_whole;
+      const side = photo.side && words().sides[photo.side];
+      const alt = words().photo_alt(side ? `${side}: ${photo.name}` : photo.name, photo.boxes);
+      return el("figure", { class: "photo" }, picture(photo, alt),
+        el("figcaption", { class: "dim" }, side ? `${side}. ${told}` : told));
+    });
+    return el("div", { class: figures.length > 1 ? "photos pair" : "photos" }, figures);
   }
 
   function notes(entry) {
     const { answer } = entry;
     const calibrated = state.version && state.version.bundle.calibrated;
     const known = state.version ? [calibrated ? words().calibrated : words().uncalibrated] : [];
-    const line = [words().modes[answer.mode_used], words().views[answer.view], ...known,
+    const line = [words().modes[answer.two_side ? "two_side" : answer.mode_used], words().views[answer.view], ...known,
       `${Math.round(answer.timings.total)} ms`].join(" · ");
     const parts = [];
     if (answer.badge) {
       const why = answer.hints.map((hint) => words().hints[hint] || hint).join(", ");
-      parts.push(el("p", { class: "badge" }, `💡 ${words().badge}: ${why} `,
-        comboPossible() ? button(words().as_combo, () => askAgain(entry, "combo")) : null));
+      parts.push(el("p", { class: "badge" }, `${words().badge}: ${why} `,
+        comboPossible() && !answer.two_side ? button(words().as_combo, () => askAgain(entry, "combo")) : null));
     }
-    return [...parts, el("p", { class: "dim notes" }, line)];
+    if (backCouldTell(answer)) parts.push(el("p", { class: "buttons" }, button(words().with_back, () => askWithBack(entry))));
+    const alone = (answer.photos || []).map((photo) => el("p", { class: "dim" },
+      words().side_alone(words().sides[photo.side], named(photo), percent(photo.confidence), photo.set_size)));
+    return [...parts, el("p", { class: "dim notes" }, line), ...alone];
   }
 
-  const comboPossible = () => !document.querySelector("input[value=combo]").disabled;
+  const comboPossible = () => !choice("combo").disabled;
+  const backCouldTell = (answer) => answer.mode_used === "single" && !answer.two_side && !choice("two_side").disabled
+    && answer.answer !== "drug";
 
   function answerView(entry) {
     const { items } = entry.answer;
@@ -679,7 +798,8 @@
     if (byId("camera-dialog").open) byId("camera-dialog").close();
   }
 
-  async function openCamera() {
+  async function openCamera(side) { // for one side of a pill, or for whatever is asked next
+    state.camera = side || null;
     const phone = matchMedia("(pointer: coarse)").matches; // its own camera program takes sharper photos
     if (phone || !navigator.mediaDevices) {
       byId("capture").click();
@@ -706,7 +826,7 @@
     closeCamera();
     const blob = await new Promise((done) => { canvas.toBlob(done, "image/png"); });
     const time = new Date().toTimeString().slice(0, 8).replaceAll(":", "");
-    add([new File([blob], `camera_${time}.png`, { type: "image/png" })]);
+    add([new File([blob], `camera_${time}.png`, { type: "image/png" })], state.camera);
   }
 
   // --- start ---
@@ -714,7 +834,7 @@
   function listenForPhotos() {
     for (const id of ["files", "capture"]) {
       byId(id).addEventListener("change", (event) => {
-        add(event.target.files);
+        add(event.target.files, id === "capture" ? state.camera : null);
         event.target.value = "";
       });
     }
@@ -727,7 +847,8 @@
     document.addEventListener("dragleave", over(false));
     document.addEventListener("drop", (event) => {
       over(false)(event);
-      if (event.dataTransfer) add(event.dataTransfer.files);
+      const slot = event.target instanceof Element && event.target.closest(".side");
+      if (event.dataTransfer) add(event.dataTransfer.files, slot ? slot.dataset.side : null);
     });
     document.addEventListener("paste", (event) => {
       const files = event.clipboardData ? event.clipboardData.files : [];
@@ -739,10 +860,11 @@
     listenForPhotos();
     document.fonts.addEventListener("loadingdone", () => { document.documentElement.dataset.hangul = "own"; });
     const clicks = { stop, csv: saveCsv, json: saveJson, clear, shoot, "feedback-file": saveFeedback,
-      "camera-button": openCamera, "camera-close": closeCamera,
+      "ask-sides": askSides, "camera-button": () => openCamera(), "camera-close": closeCamera,
       "key-button": async () => { if (await askKey(words().key_needed)) readVersion(); } };
     for (const [id, call] of Object.entries(clicks)) byId(id).addEventListener("click", call);
     byId("camera-dialog").addEventListener("close", closeCamera);
+    byId("modes").addEventListener("change", showMode);
     byId("language").addEventListener("change", (event) => {
       remember("language", event.target.value);
       setLanguage(event.target.value);

@@ -980,6 +980,13 @@ MUTATIONS: list[Mutation] = [
         "for photo, side in zip(photos[:1], PICTURES):",
         "tests/test_server.py::test_what_two_sides_need_is_said",
     ),
+    Mutation(
+        "the page sends the front of a pill without its back",
+        "pillsnap/web/app.js",
+        "for (const photo of [entry.file, entry.back])",
+        "for (const photo of [entry.file])",
+        "tests/test_web_page.py::test_two_sides_are_one_card",
+    ),
 ]
 
 
