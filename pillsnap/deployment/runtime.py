@@ -10,7 +10,7 @@ __all__ = ['logger', 'CUDA_OPTIONS', 'SCHEMA', 'REQUIRED', 'THRESHOLDS', 'ANSWER
 # %% ../../nbs/deployment/800_runtime.ipynb #0d5a959f
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -543,13 +543,17 @@ def predict(
 @patch
 def two_sided(self: Bundle) -> TwoSided:  # PillsnapError where the bundle has no rule for pairs
     "What answers from photos of both sides of a pill."
-    pipeline = self.pipeline()
-    pairs = _bundle_pairs(self.meta, self.class_map, pipeline.rule, self.files.place("bundle.json"))
+    where = self.files.place("bundle.json")
+    trained = ClassMap.from_dict(self.meta["class_map"], where=where)
+    pairs = _bundle_pairs(self.meta, trained, self.base_rule(), where)
     if pairs is None:
         what = "this bundle cannot answer from both sides of a pill: it holds no rule for pairs of photos"
         fix = "evaluate and export again: pillsnap run all --from evaluation; or give one photo"
         raise PillsnapError(what, where="two_side", fix=fix)
-    return TwoSided(pipeline, pairs)
+    if self.known is not None and self.known.added:
+        # no pair of an added drug was calibrated, so a pair's set is what both photos' sets share
+        pairs = replace(pairs, fused=None, class_map=self.class_map.fingerprint)
+    return TwoSided(self.pipeline(), pairs)
 
 
 @patch
