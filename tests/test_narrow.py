@@ -344,3 +344,16 @@ def test_studio_photos_and_rendered_ones_are_no_real_ones(tmp_path):
     assert (some.n, some.verdict) == (3, "NO_GO") and abs(some.value - 2 / 3) < 1e-9
     assert real_row("other:phones", ["studio"] * 4).verdict == "NOT_MEASURED"
     assert real_row("synthetic", ["real"] * 4).verdict == "NOT_MEASURED"
+
+
+@pytest.mark.spec("NM1", "NM12")
+def test_the_demo_preset_is_of_the_family():
+    "Another size and network, the family's steps and augmentation; the declared preprocessing is what is applied."
+    from pillsnap.dataset.narrow import preprocessing_applied
+
+    demo, narrow = load_config("narrow_demo"), load_config("narrow")
+    size = demo.data.classification.img_size
+    assert unified_preprocessor(demo) == unified_preprocessor(narrow).sized(size)
+    assert all(i["applied"] for i in preprocessing_applied(demo.narrow.preprocessing, size).values())
+    assert demo.data.augment.classification == narrow.data.augment.classification
+    assert demo.data.source == "synthetic" and demo.data.progressive_validation.current_stage == 0
