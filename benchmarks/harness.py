@@ -62,12 +62,14 @@ REQUIRED: dict[str, dict[str, float]] = {
     "BM10": {"bare PyTorch loop": 1 / 1.05},
     "BM11": {"onnxruntime fp32": 1.4},
     "BM11_detector": {"onnxruntime fp32": 1.7},
+    "BM12": {"faiss IndexFlatIP": 6.0},
 }
 # Bounds that are no ratio, by benchmark.
 LIMITS: dict[str, dict[str, float]] = {
     "BM9": {"decibels": 48.0},
     "BM9_ssim": {"ssim": 0.995},
     "BM10": {"waiting_percent": 5.0},
+    "BM12": {"one_query_ms": 1.0},
     "BM13": {
         "kb_per_epoch": 100.0
     },  # 300 epochs of a long run may then add 30 MB; one batch kept in each would be 786 kB
@@ -92,6 +94,7 @@ VERSIONS = (
     "timm",
     "onnxruntime",
     "openvino",
+    "faiss-cpu",
     "ultralytics",
     "datumaro",
     "globox",

@@ -987,6 +987,41 @@ MUTATIONS: list[Mutation] = [
         "for (const photo of [entry.file])",
         "tests/test_web_page.py::test_two_sides_are_one_card",
     ),
+    Mutation(
+        "a changed gallery is answered with",
+        "pillsnap/models/gallery.py",
+        "if not path.is_file() or sha256_file(path) != sha256:",
+        "if not path.is_file():",
+        "tests/test_gallery.py::test_a_changed_gallery_is_refused",
+    ),
+    Mutation(
+        "a gallery's journal may be rewritten",
+        "pillsnap/models/enrolment.py",
+        'if entry["action"] not in ACTIONS or entry != journal_line(entries, entry["action"], **given):',
+        'if entry["action"] not in ACTIONS:',
+        "tests/test_gallery.py::test_two_who_enrol_at_once_lose_nothing_and_the_file_keeps_it",
+    ),
+    Mutation(
+        "an undone step of a gallery's journal counts on",
+        "pillsnap/models/enrolment.py",
+        'if e["seq"] in undone or e["action"] == "undo":',
+        'if e["action"] == "undo":',
+        "tests/test_gallery.py::test_an_enrolled_drug_is_named_and_the_others_do_not_move",
+    ),
+    Mutation(
+        "a trained drug of a gallery may be enrolled again, without calibration",
+        "pillsnap/deployment/enrol.py",
+        "if known.trained.class_map.id(key) >= 0:",
+        "if known.trained.class_map.id(key) >= len(known.trained.class_map):",
+        "tests/test_gallery.py::test_what_could_harm_is_not_enrolled",
+    ),
+    Mutation(
+        "a gallery scores a drug by its farthest reference photo",
+        "pillsnap/models/gallery.py",
+        "out[:, mine] = np.maximum(out[:, mine], np.maximum.reduceat(cosines, first, axis=1))",
+        "out[:, mine] = np.maximum(out[:, mine], np.minimum.reduceat(cosines, first, axis=1))",
+        "tests/test_gallery.py::test_the_bundle_answers_by_the_nearest_photo",
+    ),
 ]
 
 
