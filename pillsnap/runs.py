@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 # %% ../nbs/940_runs.ipynb #0a9946a1
-from .cli import ASIDE, PIPELINE, own_config, pipeline_of
+from .cli import jobs_of, own_config, pipeline_of
 from .core.config import load_config
 from .core.errors import PillsnapError
 from .core.files import read_json
@@ -87,6 +87,6 @@ def run(
     config = own_config(config, Path(run_dir) if run_dir else None)
     cfg = load_config(config, overrides)
     single = None if job == "all" else job
-    jobs = PIPELINE + ASIDE if single else pipeline_of(cfg)
+    jobs = jobs_of(cfg) if single else pipeline_of(cfg)
     run_pipeline(jobs, config, overrides, run_dir, single, force=force)
     return load_run(run_dir or cfg.paths.exp_dir)

@@ -124,6 +124,9 @@ def desk(tmp_path_factory, smoke_run, gallery_run, strangers) -> Path:
     shutil.copytree(gallery_run, root / "GALLERY", symlinks=True)
     for name, photo in zip(("front.jpg", "back.jpg"), strangers[0]):
         shutil.copy2(photo, root / name)
+    for i, photo in enumerate(sorted((root / "RUN" / "delivery").rglob("K-*_75_*.png"))[:6]):
+        (root / "photos" / f"pill {i % 2}").mkdir(parents=True, exist_ok=True)
+        shutil.copy2(photo, root / "photos" / f"pill {i % 2}" / f"{i}.png")
     bundle_file(root / "RUN", root / "pills.pillsnap")
     bundle_file(root / "RUN", root / "bare.pillsnap", thumbnails=False)
     server_home(root)

@@ -131,10 +131,10 @@ def test_a_job_has_one_parameters_cell(path):
 
 
 def test_the_six_jobs_are_the_pipeline_and_the_others_stand_aside():
-    from pillsnap.cli import ASIDE, PIPELINE
+    from pillsnap.cli import ASIDE, IMPORT, PIPELINE
 
     stages = {p.stem for p in NBS if any("## Stage job" in c.source for c in cells(p, "markdown"))}
-    assert stages == {Path(s.notebook).name for s in PIPELINE + ASIDE} and [s.name for s in ASIDE] == [
+    assert stages == {Path(s.notebook).name for s in (*PIPELINE, *ASIDE, IMPORT)} and [s.name for s in ASIDE] == [
         "audit",
         "retrieval",
         "segmentation",

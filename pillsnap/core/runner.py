@@ -26,7 +26,7 @@ from fastcore.basics import patch
 # %% ../../nbs/core/095_runner.ipynb #5abadc32
 from .config import load_config, resource_dir
 from .errors import PillsnapError
-from .files import FolderLock, ensure_dir, save_text, sha256_file
+from .files import FolderLock, ensure_dir, read_json, save_text, sha256_file
 from .jobs import Job, RunFolder, read_record, why_stale
 from .logs import DONE, FRAME, LiveLine, without_live_line
 from .settings import Config, active_features, setting
@@ -355,7 +355,7 @@ def run_pipeline(  # noqa: PLR0913 - the options of pillsnap run
     with FolderLock(RunFolder(root).sub("stages")):
         for i, spec in enumerate(chosen, 1):
             head = f"[{i}/{len(chosen)}] {spec.name}"
-            if left_out := _left_out(spec, cfg, bool(only)):
+            if left_out := _left_out(spec, root, cfg, bool(only)):
                 print(f"{head}: left out, because {left_out}")
                 continue
             stale = why_stale(root, spec.name, cfg)
@@ -373,8 +373,10 @@ def run_pipeline(  # noqa: PLR0913 - the options of pillsnap run
     return records
 
 # %% ../../nbs/core/095_runner.ipynb #cab7c691
-def _left_out(spec: JobSpec, cfg: Config, only: bool) -> str | None:
+def _left_out(spec: JobSpec, root: Path, cfg: Config, only: bool) -> str | None:
     "Why a job of the pipeline is not run, or None."
+    if spec.feature == "combo_detection" and _without_boxes(root / "manifest.json"):
+        return "these photos have no boxes to learn from"
     if spec.feature not in active_features(cfg.project.active_feature_set):
         return f"{spec.feature} is not in feature set {cfg.project.active_feature_set}"
     if not only and spec.strategy not in ("", cfg.train.strategy):
@@ -382,10 +384,15 @@ def _left_out(spec: JobSpec, cfg: Config, only: bool) -> str | None:
     return None
 
 
+def _without_boxes(manifest: Path) -> bool:
+    "Whether a manifest counts its boxes and has none."
+    return manifest.is_file() and read_json(manifest).get("counts", {}).get("boxes") == 0
+
+
 def _check_first(chosen: Sequence[JobSpec], root: Path, cfg: Config, only: bool, force: bool) -> None:
     "Raise before a folder is made if the first job that runs lacks its inputs."
     for spec in chosen:
-        if _left_out(spec, cfg, only) is None and (force or why_stale(root, spec.name, cfg) is not None):
+        if _left_out(spec, root, cfg, only) is None and (force or why_stale(root, spec.name, cfg) is not None):
             spec.job_class().check_inputs(root, cfg)
             return
 

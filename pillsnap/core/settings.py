@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FEATURE_SETS', 'Block', 'key', 'Project', 'Paths', 'StageSpec', 'Progressive', 'DetectionData', 'ClassificationData',
-           'AugmentDetection', 'AugmentClassification', 'Augment', 'Imbalance', 'Data', 'RamOptimization',
+           'AugmentDetection', 'AugmentClassification', 'Augment', 'Imbalance', 'Imports', 'Data', 'RamOptimization',
            'DataLoaderConfig', 'PackConfig', 'Ema', 'Mixing', 'Saving', 'EarlyStopping', 'OomPolicy',
            'TrainClassification', 'TrainDetection', 'TrainSegmentation', 'StageOverride', 'Train', 'Optimization',
            'Inference', 'AnswerSettings', 'SplitsSettings', 'Synth', 'Evaluation', 'Export', 'NarrowPreprocessing',
@@ -210,12 +210,24 @@ def _adds_up(v: tuple[float, ...]) -> tuple[float, ...]:
     return v
 
 
+class Imports(Block):
+    "How a person's own photos are labelled; read where data.source is imported."
+
+    format: Literal["auto", "folder", "coco", "yolo", "voc", "csv"] = key("auto", "the labels; auto: as the files look")
+    drugs: str | None = key(None, "a CSV table of facts about the drugs, with AI Hub's column names")
+    group: str | None = key(None, "photos that belong together: a column, or a regular expression; null = by time")
+    name: str | None = key(None, "the data set's name in every record; null = the folder's")
+
+
 class Data(Block):
     "The delivery, its splits and its stages."
 
-    source: Literal["aihub", "synthetic"] = key(
-        "aihub", "synthetic: the conversion stage renders paths.root when it is not there"
+    source: Literal["aihub", "synthetic", "imported"] = key(
+        "aihub",
+        "synthetic: the conversion stage renders paths.root when it is not there; "
+        "imported: paths.root holds a person's own photos, labelled as imports says",
     )
+    imports: Imports = key(Imports(), "photos that do not come from AI Hub")
     task: Literal["two_stage", "classification", "segmentation"] = key("two_stage", "what is trained")
     pipeline_strategy: Literal["user_controlled"] = key("user_controlled", "the only legal value")
     default_mode: Literal["single", "combo"] = key(

@@ -9,6 +9,7 @@ __all__ = ['logger', 'drug_mapping', 'save_drug_mapping', 'build_drug_metadata_m
 # %% ../../nbs/dataset/404_drugs.ipynb #e19f7f34
 import logging
 import os
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,11 +30,9 @@ logger = logging.getLogger("pillsnap.dataset.drugs")
 # %% ../../nbs/dataset/404_drugs.ipynb #a086a4e3
 def _drug_entry(class_id: int, kcode: str, d: LabelledDrug) -> dict[str, Any]:
     "All fields of one drug; null where the delivery gives none."
-    facts = {k: d.fact(k) for k in DRUG_KEYS} | {
-        "drug_N": kcode,
-        "dl_mapping_code": kcode,
-        "dl_idx": str(int(kcode[2:]) - 1),
-    }
+    facts = {k: d.fact(k) for k in DRUG_KEYS} | {"drug_N": kcode}
+    if re.fullmatch(r"K-\d{6}", kcode):  # another class key has no number at AI Hub
+        facts |= {"dl_mapping_code": kcode, "dl_idx": str(int(kcode[2:]) - 1)}
     edi = edi_list(facts["di_edi_code"])
     return {
         "class_id": class_id,

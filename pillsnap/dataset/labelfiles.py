@@ -9,7 +9,9 @@ __all__ = ['FORMATS', 'PillLabel', 'PhotoLabel', 'LabelSet', 'list_photos', 'rea
 # %% ../../nbs/dataset/412_labelfiles.ipynb #5095c3b5
 import json
 import os
+import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -56,6 +58,7 @@ class LabelSet:
     root: Path  # the folder that the paths are relative to
     photos: list[PhotoLabel] = field(default_factory=list)  # in the order of the source
     classes: dict[int, str] = field(default_factory=dict)  # number → name, where the source numbers its classes
+    twice: set[str] = field(default_factory=set)  # names that two folders or two numbers have
     faults: list[Fault] = field(default_factory=list)  # what has no place in photos
 
 
@@ -93,7 +96,7 @@ def read_folders(
 ) -> LabelSet:
     "The labels of a folder per drug: the name of the folder."
     labels = LabelSet("folder", root)
-    parts = [PurePosixPath(p).parts for p in paths]
+    parts, written = [PurePosixPath(p).parts for p in paths], {}
     divided = bool(parts) and all(p[0].lower() in _PARTS and len(p) > 2 for p in parts)
     for path, names in zip(paths, parts):
         if len(names) - divided < 2:
@@ -101,6 +104,8 @@ def read_folders(
         else:
             name = unicodedata.normalize("NFC", names[int(divided)])
             labels.photos.append(PhotoLabel(path, [PillLabel(name)]))
+            if written.setdefault(name, names[int(divided)]) != names[int(divided)]:
+                labels.twice.add(name)
     return labels
 
 # %% ../../nbs/dataset/412_labelfiles.ipynb #4a600fa6
@@ -112,9 +117,10 @@ class PhotoFinder:
         paths: Iterable[str],  # the photos there are, relative to the root
     ):
         self.paths = set(paths)
+        self.composed = {unicodedata.normalize("NFC", p): p for p in sorted(self.paths)}
         self.by_name: dict[str, list[str]] = {}
-        for p in sorted(self.paths):
-            self.by_name.setdefault(unicodedata.normalize("NFC", p.rpartition("/")[2]), []).append(p)
+        for p in self.composed:
+            self.by_name.setdefault(p.rpartition("/")[2], []).append(p)
 
     def find(
         self,
@@ -122,13 +128,16 @@ class PhotoFinder:
         beside: str = "",  # the label file's folder, relative to the root
     ) -> str | None:  # relative to the root; None if there is no such photo, or no single one
         "The photo with that name."
-        name = name.replace("\\", "/").removeprefix("./")
+        name = unicodedata.normalize("NFC", name.replace("\\", "/")).removeprefix("./")
+        beside = unicodedata.normalize("NFC", beside)
         up = os.path.dirname(beside)
         for base in (beside, "", f"{beside}/images", "images", f"{up}/images", f"{up}/JPEGImages", "JPEGImages"):
-            if (path := os.path.normpath(f"{base}/{name}").lstrip("/")) in self.paths:
-                return path
-        same = self.by_name.get(unicodedata.normalize("NFC", name.rpartition("/")[2]), [])
-        return same[0] if len(same) == 1 else None
+            if (path := os.path.normpath(f"{base}/{name}").lstrip("/")) in self.composed:
+                return self.composed[path]
+        elsewhere = re.match(r"/|[A-Za-z]:", name)  # a full path of another machine: its folders mean nothing here
+        ending = "/" + (name.rpartition("/")[2] if elsewhere else name)
+        same = [p for p in self.by_name.get(name.rpartition("/")[2], []) if f"/{p}".endswith(ending)]
+        return self.composed[same[0]] if len(same) == 1 else None
 
 # %% ../../nbs/dataset/412_labelfiles.ipynb #decac622
 def _read_json(
@@ -146,6 +155,19 @@ def _read_json(
 def _dicts(value: Any) -> list[dict[str, Any]]:
     "The objects of a list; [] for anything else."
     return [v for v in value if isinstance(v, dict)] if isinstance(value, list) else []
+
+
+def _repeated(names: Iterable[str]) -> set[str]:
+    "The names that occur more than once."
+    return {n for n, times in Counter(names).items() if times > 1}
+
+
+def _each_once(labels: LabelSet, source: str) -> LabelSet:
+    "The labels without photos that occur twice: which of the labels is right, nobody can tell."
+    twice = _repeated(p.path for p in labels.photos)
+    labels.faults += [Fault(p, FaultReason.DUPLICATE_PATH, f"labelled twice in {source}") for p in sorted(twice)]
+    labels.photos = [p for p in labels.photos if p.path not in twice]
+    return labels
 
 
 def _stated_size(width: Any, height: Any) -> tuple[int, int] | None:
@@ -181,7 +203,7 @@ def read_coco(
     categories = [(c.get("id"), c.get("name")) for c in _dicts(doc["categories"])]
     classes = {i: unicodedata.normalize("NFC", str(n)) for i, n in categories if n and isinstance(i, (int, str))}
     numbered = {i: n for i, n in classes.items() if isinstance(i, int)}
-    labels, at = LabelSet("coco", root, classes=numbered), {}
+    labels, at = LabelSet("coco", root, classes=numbered, twice=_repeated(classes.values())), {}
     for image in _dicts(doc["images"]):
         name = str(image.get("file_name", ""))
         path = finder.find(name, os.path.dirname(source))
@@ -196,7 +218,7 @@ def read_coco(
         else:
             of.pills.append(_coco_pill(a, classes))
     labels.photos = [p for p in at.values() if p.path]
-    return labels
+    return _each_once(labels, source)
 
 # %% ../../nbs/dataset/412_labelfiles.ipynb #e13f115f
 @cache
@@ -264,7 +286,7 @@ def read_yolo(
 ) -> LabelSet:
     "The labels of a YOLO data set."
     classes, points = _class_names(file)
-    labels, used = LabelSet("yolo", root, classes=classes), set()
+    labels, used = LabelSet("yolo", root, classes=classes, twice=_repeated(classes.values())), set()
     for path in show_progress(paths, desc="reading labels", unit="photos", show=progress):
         own = next((n for n in _yolo_label(path) if (root / n).is_file()), None)
         if own is None:
@@ -346,9 +368,9 @@ def read_voc(
         used.add(path)
     unlabelled = sorted(finder.paths - used)
     labels.faults += [Fault(p, FaultReason.PHOTO_UNLABELLED) for p in unlabelled]
-    return labels
+    return _each_once(labels, "two XML files")
 
-# %% ../../nbs/dataset/412_labelfiles.ipynb #9aa9f357
+# %% ../../nbs/dataset/412_labelfiles.ipynb #e0d9c725
 _COLUMNS = {
     "photo": ("path", "filename", "file_name", "image_path", "image", "file", "photo"),
     "drug": ("class", "label", "drug", "drug_N", "kcode", "name", "class_name"),
@@ -486,7 +508,7 @@ def find_labels(
     }
     return {form: where for form, where in found.items() if where}
 
-# %% ../../nbs/dataset/412_labelfiles.ipynb #d9266753
+# %% ../../nbs/dataset/412_labelfiles.ipynb #28bc882e
 def read_labels(
     source: str | os.PathLike,  # a folder, or one label file
     form: str = "auto",  # auto, or one of FORMATS
@@ -541,6 +563,7 @@ def _read_coco_files(files: Sequence[Path], root: Path, finder: PhotoFinder, pro
     for file in show_progress(files, desc="reading labels", unit="files", show=progress):
         one = read_coco(file, root, finder)
         out.faults += one.faults
+        out.twice |= one.twice
         for i, name in one.classes.items():
             if out.classes.setdefault(i, name) != name:
                 what = f"two COCO files number their classes differently: {i} is {out.classes[i]} and {name}"
@@ -552,6 +575,6 @@ def _read_coco_files(files: Sequence[Path], root: Path, finder: PhotoFinder, pro
             else:
                 out.photos.append(p)
                 seen[p.path] = file.name
-    listed = {p.path for p in out.photos}
+    listed = {p.path for p in out.photos} | {f.path for f in out.faults}
     out.faults += [Fault(p, FaultReason.PHOTO_UNLABELLED) for p in sorted(finder.paths - listed)]
     return out

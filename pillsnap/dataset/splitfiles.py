@@ -328,6 +328,7 @@ def load_split_data(
             "the delivery was converted again after it was split", where=manifest, fix="run the splits job again"
         )
     root = (manifest.parent.resolve() / now["root"]).resolve()
+    caution = {"caution": now["grouping"]["caution"]} if now.get("grouping", {}).get("caution") else {}
     if photos and (gone := missing_photos(root, pd.concat([d["path"] for d in parts.values()]))):
         raise PillsnapError(
             f"{len(gone)} photos of this stage are gone, the first is {gone[0]}",
@@ -337,7 +338,8 @@ def load_split_data(
     return SplitData(
         **parts,
         class_map=ClassMap(tuple(classes)),
-        header=head | {"root": str(root), "source": now.get("source", "other"), "data_hash": now["data_hash"]},
+        header=head
+        | {"root": str(root), "source": now.get("source", "other"), "data_hash": now["data_hash"], **caution},
         stage=stage,
     )
 

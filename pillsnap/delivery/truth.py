@@ -68,6 +68,7 @@ def box_fault(
     bbox: Any,  # as delivered, expected [x, y, w, h] in whole pixels
     width: int,  # of the photo, pixels
     height: int,  # of the photo, pixels
+    whole: bool = True,  # fractions of a pixel are a fault
 ) -> FaultReason | None:  # None for a good box
     "What is wrong with a box: empty, short, string, float, negative, zero or outside."
     if bbox is None or bbox == [] or bbox == "":
@@ -78,7 +79,7 @@ def box_fault(
         return FaultReason.BOX_STRING
     if len(bbox) != 4:
         return FaultReason.BOX_SHORT
-    if not all(isinstance(v, int) for v in bbox):
+    if whole and not all(isinstance(v, int) for v in bbox):
         return FaultReason.BOX_FLOAT
     if bbox[2] < 0 or bbox[3] < 0:
         return FaultReason.BOX_NEGATIVE

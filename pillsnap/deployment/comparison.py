@@ -213,7 +213,7 @@ def photo_order(
             g = groups[p]
             done.add(p)
             boxes = xywh_to_xyxy(
-                np.array([json.loads(v) if isinstance(v, str) else v for v in g.bbox], float).reshape(-1, 4)
+                np.array([json.loads(v) if isinstance(v, str) else v for v in g.bbox if v != ""], float).reshape(-1, 4)
             )
             out[g.kind.iloc[0] == first].append((Path(stage.header["root"]) / str(p), boxes))
     return out[True] + out[False]

@@ -53,7 +53,7 @@ class EvalPhoto:
     path: str  # relative to the delivery
     group: str  # its capture group or combination code
     kind: str  # single | combo
-    boxes: np.ndarray  # true boxes xyxy, pixels [m, 4]
+    boxes: np.ndarray  # true boxes xyxy, pixels [m, 4]; none where the photos have no boxes
     keys: tuple[str, ...]  # the class key in each box
     part: str = "clean"  # val selected the checkpoint, calib fits the temperature, clean gives the headline
     dup: str = ""  # its set of near-duplicates; empty = it has none
@@ -72,7 +72,7 @@ def eval_photos(
                 path=str(path),
                 group=first["group_id"],
                 kind=first["kind"],
-                boxes=xywh_to_xyxy(np.array([json.loads(b) for b in rows["bbox"]], float).reshape(-1, 4)),
+                boxes=xywh_to_xyxy(np.array([json.loads(b) for b in rows["bbox"] if b], float).reshape(-1, 4)),
                 keys=tuple(rows["class_key"]),
                 part=first["split"],
                 dup=first["dup_id"],
@@ -210,7 +210,7 @@ def singles(
     photos: Sequence[EvalPhoto],  # single photos of known drugs
     batch: int = 32,  # photos per forward pass
 ) -> Scores:
-    "Logits of the view that single mode makes, of the whole photo and of the true crop, for every single photo."
+    "Logits of the view that single mode makes, of the whole photo and of the true crop (whole without a box)."
     t0, classifier, class_map = time.perf_counter(), self.pipeline.classifier, self.pipeline.class_map
     size, padding, unified = classifier.size, self.pipeline.thresholds.crop_padding, self.pipeline.unified
     kept, made, logits, views = [], [], [], []
@@ -224,8 +224,9 @@ def singles(
         looked = self.pipeline.views(image, "single")
         kept.append(photo)
         made.append(looked)
-        crop = crop_pixels(image, photo.boxes[0], size, padding, unified)
-        views += [looked.images[0], whole_pixels(image, size, unified), crop]
+        whole = whole_pixels(image, size, unified)
+        crop = crop_pixels(image, photo.boxes[0], size, padding, unified) if len(photo.boxes) else whole
+        views += [looked.images[0], whole, crop]
         if len(views) >= 3 * batch:
             flush()
     flush()
@@ -277,7 +278,7 @@ def boxes(
     t0, detector, limits = time.perf_counter(), self.pipeline.detector, self.pipeline.thresholds
     assert detector is not None, self.no_detector
     out = Boxes([], [], [], [], 0.0)
-    for photo, image in self.opened(photos, "detector"):
+    for photo, image in self.opened([p for p in photos if len(p.boxes)], "detector"):
         out.preds.append(detect(detector, image, 0.001, limits.iou, limits.max_det))
         out.truth.append(photo.boxes)
         out.paths.append(photo.path)

@@ -34,7 +34,7 @@ from .checks import not_measured
 from .intervals import share_words
 from ..models.neighbours import nearest
 from ..photos.boxes import xywh_to_xyxy
-from ..photos.images import crop_view, normalise
+from ..photos.images import crop_view, normalise, whole_view
 
 # %% ../../nbs/evaluation/763_atlas.ipynb #274afa55
 logger = logging.getLogger("pillsnap.evaluation.atlas")
@@ -418,13 +418,13 @@ def _half(
     row: Mapping[Any, Any] | None,  # a row of the manifest: path and bbox
     size: int,  # side, pixels
 ) -> np.ndarray | None:  # uint8 [size, size, 3]; None = the photo cannot be opened
-    "The cut-out around a pill."
+    "The cut-out around a pill; the whole photo where it has no box."
     if row is None:
         return None
-    box = xywh_to_xyxy(np.array(json.loads(row["bbox"]), float).reshape(1, 4))[0]
-    photo = EvalPhoto(row["path"], "", "single", box[None], ())
+    boxes = xywh_to_xyxy(np.array(json.loads(row["bbox"] or "[]"), float).reshape(-1, 4))
+    photo = EvalPhoto(row["path"], "", "single", boxes, ())
     for _, image in evaluator.opened([photo], "atlas", ahead=1):
-        return crop_view(image, box, size, 0.25)
+        return crop_view(image, boxes[0], size, 0.25) if len(boxes) else whole_view(image, size)
     return None
 
 

@@ -430,6 +430,19 @@ def _ask_unknown(measured: Measurements, evaluator: Evaluator, root: Path, cfg: 
     measured.metrics |= measured.open_records()
 
 
+def _compare_focus(
+    evaluator: Evaluator,  # of this run
+    singles: Sequence[EvalPhoto],  # single photos of known drugs
+    train: pd.DataFrame,  # training rows
+    seed: int,  # of the draws
+) -> FocusComparison | None:  # None where no photo has a true box to compare with
+    "The ways of finding a pill, compared on the clean photos."
+    if not (train["bbox"] != "").any():
+        return None
+    clean = [p for p in singles if p.part == "clean" and len(p.boxes)]
+    return measure_focus(evaluator, clean, train, seed=seed)
+
+
 def measure(
     root: Path,  # run folder
     cfg: Config,  # its configuration
@@ -471,8 +484,7 @@ def measure(
     _ask_unknown(measured, evaluator, root, cfg)
     measured.answer_safely(root, cfg.answer, evaluator.pipeline)
     measured.conditions = _conditions(evaluator, measured, cfg.evaluation)
-    clean = [p for p in singles if p.part == "clean"]
-    measured.focus = measure_focus(evaluator, clean, data.train, seed=cfg.train.seed)
+    measured.focus = _compare_focus(evaluator, singles, data.train, cfg.train.seed)
     measured.metrics |= measured.run_records(root, cfg)
     return measured
 
@@ -508,6 +520,7 @@ def document(
         "photos": {"singles": len(scores.paths), "combos": n_combos},
         "parts": {p: scores.parts.count(p) for p in ("val", "calib", "clean")},
         "split": self.data.header["params"]["group_by"],
+        "caution": self.data.header.get("caution", ""),
         "unreliable": unreliable(clean, keys),
         "clean_readings": len(readings(root, clean_part(self.data.stage))),
         "without_clean_photo": [k for i, k in enumerate(keys) if i not in seen],

@@ -569,6 +569,8 @@ def scorecard_notes(
     notes.append(_reading_note(doc["clean_readings"]))
     if doc["split"] == "image":
         notes.append("data.group_by=image parts capture groups: this split leaks, and its gate is never a GO")
+    if caution := doc.get("caution"):
+        notes.append(caution)
     if m["train_overlap"].value:
         notes.append(f"LEAK: {m['train_overlap'].value} {m['train_overlap'].note}")
     if (weak := m.get("weak_conditions")) and weak.measured:

@@ -7,6 +7,7 @@ __all__ = ['logger', 'detector_plan', 'train_detection_stage', 'DetectorJob']
 
 # %% ../../nbs/training/650_detector.ipynb #f116b0bb
 import logging
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from ..core.plots import save_fig
 from ..core.records import Provenance
 from ..core.settings import Config
 from ..dataset.splitfiles import load_split_data
-from ..dataset.splits import smoke_splits, write_detector_tree
+from ..dataset.splits import require_boxes, smoke_splits, write_detector_tree
 from ..delivery.capture import parse_name
 from ..models.pipeline import DetectorRunner
 from ..models.yolo import PILL, load_ultralytics, open_detector, yolo_name
@@ -115,12 +116,20 @@ def _score_row(
     return counts | {m: metrics[m] for m in ("mAP@0.5", "mAP@0.5:0.95", "precision", "recall")}
 
 
+def _several_pills(photo: Path, boxes: int) -> bool:
+    "Whether a photo shows several pills: its capture name says it, or its true boxes."
+    try:
+        return len(parse_name(photo.stem).codes) > 1
+    except ValueError:
+        return boxes > 1
+
+
 def _score_table(
     scored: DetectorScores,  # of the saved model
     row: Mapping[str, Any],  # the library's metrics of the same epoch
 ) -> list[dict[str, Any]]:  # one row per kind of photo, and one of the library
     "Average precision by kind of photo, and the library's own figures in the last row."
-    combo = [len(parse_name(p.stem).codes) > 1 for p in scored.photos]
+    combo = [_several_pills(p, len(t)) for p, t in zip(scored.photos, scored.truth)]
     kinds = {"all photos": [True] * len(combo), "several pills": combo, "one pill": [not c for c in combo]}
     parts = {k: scored.only(keep) for k, keep in kinds.items() if any(keep)}
     rows = [_score_row(k, part, part.figures) for k, part in parts.items()]
@@ -136,6 +145,17 @@ class DetectorJob(Job):
     sections: ClassVar[tuple[str, ...]] = (*SHAPING, "dataloader")
     keys: ClassVar[dict[str, str]] = {"seed": "train.seed", "epochs": "train.detection.epochs"}
     needs: ClassVar[dict[str, str]] = {"artifacts/stage{stage}/splits.json": "splits"}
+
+    @classmethod
+    def check_inputs(
+        cls,
+        root: str | os.PathLike,  # the run folder; it need not exist
+        cfg: Config,  # the job's configuration
+    ) -> None:  # raises PillsnapError
+        "Check that the photos are split, and that they have boxes."
+        super().check_inputs(root, cfg)
+        data = load_split_data(root, cfg.data.progressive_validation.current_stage, photos=False)
+        require_boxes(data.train, root)
 
     def smoke(self, run: RunFolder, cfg: Config) -> None:
         smoke_splits(run, cfg)

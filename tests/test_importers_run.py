@@ -1,0 +1,95 @@
+"""A folder of a person's own photos, without boxes and with hardly a fact, goes through every job to an answer."""
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from pillsnap import load_bundle, run
+from pillsnap.cli import app
+from pillsnap.core.config import load_config
+from pillsnap.core.errors import PillsnapError
+from pillsnap.core.files import read_json
+from pillsnap.dataset.splits import SplitsJob
+from pillsnap.deployment.export import ExportJob
+from pillsnap.evaluation.evaluation import EvaluationJob
+from pillsnap.models.card import MISSING
+from pillsnap.models.cardview import card_rows
+from pillsnap.training.classifier import ClassifierJob
+from pillsnap.training.detector import DetectorJob
+
+NAMES = ("Aspirin 100", "타이레놀", "blue capsule")
+SMALL = """
+base: own
+data:
+  classification: {img_size: 64}
+pack: {enabled: false}
+splits: {min_photos: 1}
+train:
+  num_threads: 1
+  leak_gap: false
+  classification: {epochs: 1, batch_size: 16, warmup_steps: 1}
+evaluation: {latency_warmup: 1, latency_runs: 4, condition_photos: 4, objects: 4}
+export: {compare_photos: 8, calibration_photos: 8}
+"""
+FACTS = "class,dl_name,dl_company,print_front\n타이레놀,타이레놀정500밀리그람,한국얀센,TYLENOL\n"
+
+
+@pytest.fixture(scope="module")
+def own(delivery, tmp_path_factory) -> Path:
+    "A folder per drug of real-looking photos, with names that a telephone gives."
+    root = tmp_path_factory.mktemp("photos") / "my pills"
+    names = dict(zip(sorted({p.parent.name for p in delivery.rglob("single/*/K-*/*.png")}), NAMES))
+    for k, name in names.items():
+        for i, photo in enumerate(sorted(delivery.rglob(f"single/*/{k}/*.png"))):
+            link = root / name / f"IMG_{i:04d}.png"
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(photo)
+    return root
+
+
+@pytest.fixture(scope="module")
+def own_run(own, tmp_path_factory) -> Path:
+    "The photos imported, and every job run."
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "small.yaml").write_text(SMALL)
+    (folder / "drugs.csv").write_text(FACTS)
+    to = ["--out", str(folder / "run"), "--drugs", str(folder / "drugs.csv"), "--config", str(folder / "small.yaml")]
+    done = CliRunner().invoke(app, ["import", str(own), *to])
+    assert done.exit_code == 0, done.output
+    for job in (SplitsJob, ClassifierJob, EvaluationJob, ExportJob):
+        job(str(folder / "run"), str(folder / "run" / "config.yaml")).run()
+    return folder / "run"
+
+
+@pytest.mark.spec("IM1")
+@pytest.mark.spec("IM4")
+def test_photos_without_boxes_go_through_every_job_to_an_answer(own_run, own):
+    stages = {p.stem: read_json(p)["status"] for p in (own_run / "stages").glob("*.json")}
+    assert stages == dict.fromkeys(("conversion", "splits", "classifier", "evaluation", "export"), "finished")
+    metrics = read_json(own_run / "reports" / "evaluation.json")["metrics"]
+    head = read_json(own_run / "manifest.json")
+    kept = {(m["data"], m["data_hash"]) for m in metrics.values()}
+    assert kept == {("other:my-pills", head["data_hash"])} and metrics["accuracy"]["n"] >= 3
+    notes = read_json(own_run / "reports" / "scorecard.json")["notes"]
+    assert head["grouping"]["caution"] and head["grouping"]["caution"] in notes
+    got = CliRunner().invoke(app, ["predict", "--run", str(own_run), str(own / "타이레놀" / "IMG_0000.png"), "--json"])
+    assert got.exit_code == 0, got.output
+
+
+@pytest.mark.spec("IM4")
+def test_the_detector_says_in_one_sentence_why_not(own_run, capsys):
+    run("detector", run_dir=own_run)
+    assert "left out, because these photos have no boxes to learn from" in capsys.readouterr().out
+    with pytest.raises(PillsnapError, match="no boxes, so no detector can be trained"):
+        DetectorJob.check_inputs(own_run, load_config(str(own_run / "config.yaml")))
+
+
+@pytest.mark.spec("IM4")
+def test_a_card_shows_what_nobody_said_as_missing(own_run, own):
+    pipeline = load_bundle(own_run)
+    (pill,) = pipeline.predict(str(own / NAMES[0] / "IMG_0001.png"))["items"]
+    cards = {c["kcode"]: card_rows(c) for c in pill["top_k"]}
+    assert set(cards) == set(NAMES)
+    assert (cards["타이레놀"]["제조사"], cards["타이레놀"]["앞면 표시"]) == ("한국얀센", "TYLENOL")
+    assert {v for k, v in cards[NAMES[0]].items() if k != "품목코드"} == {MISSING}
