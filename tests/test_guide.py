@@ -113,6 +113,18 @@ def test_serving(executed, tmp_path):
     assert len(key) == 64 and not any(key in file.read_text(encoding="utf-8") for file in kept)
 
 
+@pytest.mark.spec("IM1", "IM4")
+def test_own_photos(executed, tmp_path):
+    "A folder of photos becomes a run, learns, and answers; what nobody said is missing on the card."
+    chapter = executed("06_own_photos")
+    header = pillsnap.read_manifest(tmp_path / "own" / "manifest.csv")[1]
+    assert header["source"] == "other:my-pills" and header["counts"]["photos"] == 54
+    assert "no detector can be trained" in printed(chapter) and "by regex" in printed(chapter)
+    assert any("photo_unlabelled" in page for page in html(chapter))
+    (card,) = [page for page in html(chapter) if 'class="ps-card"' in page]
+    assert "정보 없음" in card and pictures(chapter) == 1
+
+
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda p: p.stem)
 def test_a_chapter_uses_public_names_alone(chapter):
     used = set()

@@ -17,6 +17,7 @@ from pillsnap.models.card import MISSING
 from pillsnap.models.cardview import card_rows
 from pillsnap.training.classifier import ClassifierJob
 from pillsnap.training.detector import DetectorJob
+from pillsnap.training.retrieval import RetrievalJob
 
 NAMES = ("Aspirin 100", "타이레놀", "blue capsule")
 SMALL = """
@@ -93,3 +94,30 @@ def test_a_card_shows_what_nobody_said_as_missing(own_run, own):
     assert set(cards) == set(NAMES)
     assert (cards["타이레놀"]["제조사"], cards["타이레놀"]["앞면 표시"]) == ("한국얀센", "TYLENOL")
     assert {v for k, v in cards[NAMES[0]].items() if k != "품목코드"} == {MISSING}
+
+
+RETRIEVAL = """
+base: retrieval
+data:
+  classification: {img_size: 48}
+  progressive_validation: {current_stage: 0, stage_0: {max_samples: null, max_classes: null}}
+retrieval: {min_image_size: 64, warmup_epochs: 1}
+splits: {min_photos: 1}
+dataloader: {num_workers: 0}
+train:
+  num_threads: 1
+  classification: {backbone: test_resnet, pretrained: false, batch_size: 16, amp_dtype: fp32, lr: 3.0e-3}
+"""
+
+
+@pytest.mark.spec("IM4")
+def test_retrieval_learns_from_photos_without_boxes(own, tmp_path):
+    (tmp_path / "small.yaml").write_text(RETRIEVAL)
+    to = ["--out", str(tmp_path / "run"), "--config", str(tmp_path / "small.yaml")]
+    done = CliRunner().invoke(app, ["import", str(own), *to])
+    assert done.exit_code == 0, done.output
+    where = str(tmp_path / "run"), str(tmp_path / "run" / "config.yaml")
+    SplitsJob(*where).run()
+    assert RetrievalJob(*where, epochs=2).run().record["status"] == "finished"
+    scores = read_json(tmp_path / "run" / "reports" / "metrics.json")
+    assert scores["history"], scores
