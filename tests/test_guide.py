@@ -51,10 +51,10 @@ def pictures(notebook: Path) -> int:
 def executed(smoke_run, tmp_path, monkeypatch):
     "Run a chapter on a finished run, so that only what is new takes time."
     monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
-    shutil.copytree(smoke_run, tmp_path / "run", symlinks=True)
 
-    def execute(name: str) -> Path:
+    def execute(name: str, run: Path | None = None) -> Path:
         (chapter,) = [p for p in CHAPTERS if p.stem == name]
+        shutil.copytree(run or smoke_run, tmp_path / "run", symlinks=True)
         out = tmp_path / "executed.ipynb"
         pm.execute_notebook(chapter, out, {"run_dir": str(tmp_path / "run")}, cwd=tmp_path, progress_bar=False)
         return out
@@ -123,6 +123,15 @@ def test_own_photos(executed, tmp_path):
     assert any("photo_unlabelled" in page for page in html(chapter))
     (card,) = [page for page in html(chapter) if 'class="ps-card"' in page]
     assert "정보 없음" in card and pictures(chapter) == 1
+
+
+@pytest.mark.spec("BX19")
+def test_new_drugs(executed, gallery_run):
+    "A drug is enrolled, listed and taken back; the answer after it differs from the one before."
+    chapter = executed("07_new_drugs", gallery_run)
+    said, (before, after) = printed(chapter), [page for page in html(chapter) if 'class="ps-card"' in page]
+    assert "the new drug" not in before and "the new drug" in after and pictures(chapter) == 1
+    assert "the new drug" in said and "holds no rule for pairs" in said
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda p: p.stem)
