@@ -39,6 +39,8 @@ def _adaptive_set(p: np.ndarray, total: np.ndarray, threshold: float) -> np.ndar
     "Drugs down to the one whose sum reaches the threshold, that one included [N, C]."
     reached = np.where(total - threshold >= -_EPSILON, total, np.inf)
     last = np.take_along_axis(p, reached.argmin(axis=1)[:, None], axis=1)
+    short = np.isinf(reached).all(axis=1, keepdims=True)  # no sum reaches the threshold: every drug is in
+    last = np.where(short, p.min(axis=1, keepdims=True), last)
     least = np.where(p >= _EPSILON, p, np.inf).min(axis=1, keepdims=True)
     last = np.where(last <= _EPSILON, least, last)  # a drug of probability 0 brings no other one in
     return p - last >= -_EPSILON

@@ -90,9 +90,10 @@ def active_lines(
 def reach_of(
     rule: AnswerRule | None,  # of the trained drugs; None = every drug takes part everywhere
     scale: float,  # a logit is this times a cosine
-) -> float:  # cosine
+    widened: float = 0.0,  # added to every threshold: from widening
+) -> float:  # cosine; 2 = the largest distance there is
     "How far below the best cosine a drug can still be in a prediction set."
-    if rule is None:
+    if rule is None or rule.score != "lac" or widened:
         return 2.0
     left_over = max(1 - max(rule.thresholds), 1e-4)
     return float(min(2.0, rule.temperature / scale * np.log(1 / left_over)))
@@ -144,6 +145,12 @@ def _extended_unknown(
     return replace(rule, score=replace(score, arrays=arrays))
 
 
+def _wider(rule: AnswerRule, more: float) -> AnswerRule:
+    "A rule with something added to every threshold; the scores of raps go beyond one."
+    highest = np.inf if rule.score == "raps" else 1.0
+    return replace(rule, thresholds=tuple(min(highest, t + more) for t in rule.thresholds))
+
+
 def extended_rule(
     rule: AnswerRule,  # of the trained drugs
     old: ClassMap,  # of training
@@ -156,12 +163,13 @@ def extended_rule(
         return rule
     known = dict(zip(old.keys, rule.thresholds))
     widest = max(rule.thresholds)
-    thresholds = tuple(min(1.0, known.get(k, widest) + widened) for k in new.keys)
+    thresholds = tuple(known.get(k, widest) for k in new.keys)
     unknown = rule.unknown
     if unknown:
         unknown = unknown_rule_to_dict(_extended_unknown(unknown_rule_from_dict(unknown), active))
     note = f"{rule.note}; {len(active)} drugs added, with the widest threshold, because none has calibration photos"
-    return replace(rule, thresholds=thresholds, class_map=new.fingerprint, unknown=unknown, note=note)
+    extended = replace(rule, thresholds=thresholds, class_map=new.fingerprint, unknown=unknown, note=note)
+    return _wider(extended, widened)
 
 # %% ../../nbs/models/578_enrolment.ipynb #1071e30b
 @dataclass(frozen=True)
@@ -188,16 +196,19 @@ def widening(
     rule: AnswerRule,  # extended
     photos: CalibrationPhotos,  # ids in the new map
     covered: float,  # share that was covered before
-) -> float:  # added to every threshold; 0 = nothing was lost
+) -> float:  # added to every threshold; 0 = nothing was lost; PillsnapError where no widening is enough
     "The least widening of the thresholds with which the calibration photos are covered as often as before."
 
     def enough(more: float) -> bool:
-        wider = replace(rule, thresholds=tuple(min(1.0, t + more) for t in rule.thresholds))
-        return group_coverage(prediction_sets(p, wider), photos.ids, photos.groups) >= covered - 1e-12
+        return group_coverage(prediction_sets(p, _wider(rule, more)), photos.ids, photos.groups) >= covered - 1e-12
 
     if enough(0.0):
         return 0.0
     low, high = 0.0, 1.0
+    while not enough(high):
+        high *= 2
+        if high > 1024:
+            raise PillsnapError("no widening of the thresholds covers the calibration photos again", where="enrol")
     for _ in range(40):
         middle = (low + high) / 2
         low, high = (low, middle) if enough(middle) else (middle, high)
@@ -235,8 +246,13 @@ def moved_answers(
     if rule is not None and later is not None:
         number = [np.array([g.class_map.id(k) for k in base.keys]) for g in (before, after)]
         covered = group_coverage(prediction_sets(p, rule), number[0][photos.ids], photos.groups)
-        more = widening(q, later, replace(photos, ids=number[1][photos.ids]), covered)
-        later = replace(later, thresholds=tuple(min(1.0, t + more) for t in later.thresholds))
+        renumbered = replace(photos, ids=number[1][photos.ids])
+        more = widening(q, later, renumbered, covered)
+        if more and (reach := reach_of(rule, after.scale, more)) > after.reach:
+            after = replace(after, reach=reach)  # as it answers from now on
+            q = softmax(gallery_logits(after, photos.vectors), temperature)
+            more = max(more, widening(q, later, renumbered, covered))
+        later = _wider(later, more)
         why = f"{covered:.1%} of the calibration groups are covered as before: thresholds stay"
         if more:
             why = f"thresholds widened by {more:.4f}: an added drug looks like trained ones"
@@ -259,12 +275,18 @@ class KnownDrugs:
         "The vectors of each drug that was added."
         return {k: np.concatenate([v for v, _ in found]) for k, found in self.added.items()}
 
+    def widened(self) -> float:  # 0 where nothing was enrolled
+        "What the last line adds to every threshold."
+        return float(self.entries[-1].get("widened", 0.0)) if self.entries else 0.0
+
     def gallery(
         self,
         rule: AnswerRule | None,  # of the trained drugs
+        widened: float | None = None,  # added to every threshold; None = as the last line says
     ) -> Gallery:
         "The gallery that answers."
-        return with_enrolments(self.trained, self.added, reach_of(rule, self.trained.scale))
+        more = self.widened() if widened is None else widened
+        return with_enrolments(self.trained, self.added, reach_of(rule, self.trained.scale, more))
 
     def rule(
         self,
@@ -274,7 +296,7 @@ class KnownDrugs:
         "The rule that decides."
         if rule is None or not self.added:
             return rule
-        more = float(self.entries[-1].get("widened", 0.0)) if widened is None else widened
+        more = self.widened() if widened is None else widened
         new = self.gallery(rule).class_map
         return extended_rule(rule, self.trained.class_map, new, self.vectors(), more)
 
