@@ -153,7 +153,7 @@ def add(
         return
     got = [self._pill(photo, n, p, (check.width, check.height)) for n, p in enumerate(photo.pills, 1)]
     for i, j in _identical(got):
-        detail = f"pills {i + 1} and {j + 1}: one box, two classes"
+        detail = f"pills {i + 1} and {j + 1}: one box, two labels"
         self.quarantine.drop(photo.path, FaultReason.BOX_IDENTICAL, detail)
         got[i] = got[j] = None
     kept = [(n, *p) for n, p in enumerate(got, 1) if p]
@@ -165,10 +165,10 @@ def add(
 
 
 def _identical(pills: Sequence[tuple[str, Any] | None]) -> list[tuple[int, int]]:
-    "Pairs of pills of two classes in one box."
+    "Pairs of pills in one box."
     boxed = [(i, p) for i, p in enumerate(pills) if p and p[1] is not None]
     pairs = ((a, b) for k, a in enumerate(boxed) for b in boxed[k + 1 :])
-    return [(i, j) for (i, p), (j, q) in pairs if p[0] != q[0] and box_iou(p[1], q[1]) >= IDENTICAL]
+    return [(i, j) for (i, p), (j, q) in pairs if box_iou(p[1], q[1]) >= IDENTICAL]
 
 
 def _row(path: str, check: PhotoCheck, several: bool, n: int, name: str, box: list[float] | None) -> dict[str, Any]:
@@ -252,6 +252,21 @@ NO_BOXES = (
 )
 
 # %% ../../nbs/dataset/416_importers.ipynb #1d9d5ae1
+def _drop_contradictions(
+    df: pd.DataFrame,  # rows
+    quarantine: Quarantine,  # gets the photos that are left out
+) -> pd.DataFrame:
+    "The rows without copies of one photo whose labels name different drugs: which of them is right, nobody can tell."
+    said = df.groupby("path")["class_key"].agg(lambda keys: " + ".join(sorted(keys)))
+    photos = df.drop_duplicates("path")[["path", "sha1"]].assign(said=lambda p: p["path"].map(said))
+    unclear = photos[photos.groupby("sha1")["said"].transform("nunique") > 1]
+    for _, same in unclear.groupby("sha1"):
+        told = "; ".join(f"{path}: {drugs}" for path, drugs in zip(same["path"], same["said"]))
+        for path in same["path"]:
+            quarantine.drop(path, FaultReason.PHOTO_CLASSES, told)
+    return df[~df["path"].isin(unclear["path"])].reset_index(drop=True)
+
+
 def _rows(
     labels: LabelSet,  # everything that the source says
     c: Data,  # the configuration's block data
@@ -269,6 +284,7 @@ def _rows(
     for photo in labels.photos:
         sort.add(photo, seen[photo.path])
     df = pd.DataFrame(sort.rows, columns=list(COLUMNS)).sort_values(["path", "sample_id"], ignore_index=True)
+    df = _drop_contradictions(df, sort.quarantine)
     copies = df.groupby("sha1")["path"].transform("nunique") > 1
     df["dup_id"] = df["sha1"].str[:12].where(copies, "")
     return df, sort.quarantine

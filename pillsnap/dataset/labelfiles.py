@@ -97,7 +97,8 @@ def read_folders(
     "The labels of a folder per drug: the name of the folder."
     labels = LabelSet("folder", root)
     parts, written = [PurePosixPath(p).parts for p in paths], {}
-    divided = bool(parts) and all(p[0].lower() in _PARTS and len(p) > 2 for p in parts)
+    below = [p for p in parts if len(p) > 1]
+    divided = any(len(p) > 2 for p in below) and all(p[0].lower() in _PARTS for p in below)
     for path, names in zip(paths, parts):
         if len(names) - divided < 2:
             labels.faults.append(Fault(path, FaultReason.PHOTO_UNLABELLED, "it lies in no folder of a drug"))
@@ -157,16 +158,17 @@ def _dicts(value: Any) -> list[dict[str, Any]]:
     return [v for v in value if isinstance(v, dict)] if isinstance(value, list) else []
 
 
-def _repeated(names: Iterable[str]) -> set[str]:
-    "The names that occur more than once."
+def _repeated(names: Iterable[Any]) -> set[Any]:
+    "The names or numbers that occur more than once."
     return {n for n, times in Counter(names).items() if times > 1}
 
 
 def _each_once(labels: LabelSet, source: str) -> LabelSet:
-    "The labels without photos that occur twice: which of the labels is right, nobody can tell."
+    "The labels without photos that occur twice or have a fault: which of the labels is right, nobody can tell."
     twice = _repeated(p.path for p in labels.photos)
     labels.faults += [Fault(p, FaultReason.DUPLICATE_PATH, f"labelled twice in {source}") for p in sorted(twice)]
-    labels.photos = [p for p in labels.photos if p.path not in twice]
+    faulty = {f.path for f in labels.faults}
+    labels.photos = [p for p in labels.photos if p.path not in faulty]
     return labels
 
 
@@ -185,10 +187,40 @@ def _coco_pill(
     "The pill of an annotation, with its fault."
     kind, number = a.get("category_id"), a.get("id", "?")
     if not isinstance(kind, (int, str)) or kind not in classes:
-        reason = FaultReason.CLASS_UNKNOWN, f"annotation {number}: category {kind} is not in the list"
+        reason = FaultReason.CLASS_UNKNOWN, f"annotation {number}: the list has no single category {kind}"
         return PillLabel("", a.get("bbox"), reason)
     crowd = FaultReason.LABEL, f"annotation {number}: a region of many objects (iscrowd)"
     return PillLabel(classes[kind], a.get("bbox", []), crowd if a.get("iscrowd") else None)
+
+
+def _coco_classes(
+    categories: Iterable[Mapping[str, Any]],  # as the file lists them
+) -> tuple[dict[Any, str], set[str]]:  # number → name, without numbers of several names; names of several numbers
+    "The classes of a COCO file."
+    listed = [(c.get("id"), c.get("name")) for c in categories]
+    pairs = {(i, unicodedata.normalize("NFC", str(n))): None for i, n in listed if n and isinstance(i, (int, str))}
+    unclear = _repeated(i for i, _ in pairs)
+    return {i: n for i, n in pairs if i not in unclear}, _repeated(n for _, n in pairs)
+
+
+def _coco_photos(
+    images: Sequence[Mapping[str, Any]],  # as the file lists them
+    source: str,  # the file, relative to the root
+    finder: PhotoFinder,  # the photos there are
+) -> tuple[dict[str, PhotoLabel], list[Fault]]:  # id → photo, its path empty where no single photo is meant
+    "The photos of a COCO file."
+    at, faults = {}, []
+    twice = _repeated(str(image.get("id")) for image in images)
+    for image in images:
+        name, number = str(image.get("file_name", "")), str(image.get("id"))
+        path = finder.find(name, os.path.dirname(source))
+        if path is None:
+            faults.append(Fault(f"{source}: {name}", FaultReason.PHOTO_MISSING))
+        elif number in twice:
+            faults.append(Fault(path, FaultReason.LABEL, f"{source} lists the image {number} twice"))
+        size = _stated_size(image.get("width"), image.get("height"))
+        at[number] = PhotoLabel("" if number in twice else path or "", [], size)
+    return at, faults
 
 
 def read_coco(
@@ -200,17 +232,10 @@ def read_coco(
     doc, source = _read_json(file), file.relative_to(root).as_posix()
     if not isinstance(doc, dict) or any(k not in doc for k in ("images", "annotations", "categories")):
         raise PillsnapError("this is no COCO file: it needs images, annotations and categories", where=file)
-    categories = [(c.get("id"), c.get("name")) for c in _dicts(doc["categories"])]
-    classes = {i: unicodedata.normalize("NFC", str(n)) for i, n in categories if n and isinstance(i, (int, str))}
+    classes, twice = _coco_classes(_dicts(doc["categories"]))
     numbered = {i: n for i, n in classes.items() if isinstance(i, int)}
-    labels, at = LabelSet("coco", root, classes=numbered, twice=_repeated(classes.values())), {}
-    for image in _dicts(doc["images"]):
-        name = str(image.get("file_name", ""))
-        path = finder.find(name, os.path.dirname(source))
-        if path is None:
-            labels.faults.append(Fault(f"{source}: {name}", FaultReason.PHOTO_MISSING))
-        size = _stated_size(image.get("width"), image.get("height"))
-        at[str(image.get("id"))] = PhotoLabel(path or "", [], size)
+    at, faults = _coco_photos(_dicts(doc["images"]), source, finder)
+    labels = LabelSet("coco", root, classes=numbered, twice=twice, faults=faults)
     for a in _dicts(doc["annotations"]):
         if (of := at.get(str(a.get("image_id")))) is None:
             detail = f"annotation {a.get('id', '?')}: there is no image {a.get('image_id')}"
@@ -230,19 +255,30 @@ def _supervision() -> tuple[Callable, Callable]:
     return yolo_annotations_to_detections, detections_from_xml_obj
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    "Refuses a mapping that names a key twice, where YAML's own loader takes the last."
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        "The mapping of a node; raises YAMLError for a repeated key."
+        keys = (self.construct_object(k, deep=True) for k, _ in node.value if not k.tag.endswith(":merge"))
+        if twice := _repeated(str(k) for k in keys):
+            raise yaml.YAMLError(f"{', '.join(sorted(twice))} stands twice")
+        return super().construct_mapping(node, deep)
+
+
 def _class_names(
     file: Path,  # data.yaml
 ) -> tuple[dict[int, str], bool]:  # number → name; whether the lines end in key points
     "The classes of a YOLO data set."
     try:
-        doc = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
+        doc = yaml.load(file.read_text(encoding="utf-8-sig"), _UniqueKeys)
         names = doc["names"]
         numbered = names.items() if isinstance(names, dict) else enumerate(names)
         classes = {int(i): unicodedata.normalize("NFC", str(n)) for i, n in numbered}
     except OSError as e:
         raise os_error("the file cannot be read", file, e) from e
     except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, ValueError) as e:
-        what = f"this file lists no classes: {type(e).__name__} {e}"
+        what = f"this file lists no classes, or not clearly: {type(e).__name__} {e}"
         raise PillsnapError(what, where=file, fix="names: is a list, or numbers with names") from None
     return classes, "kpt_shape" in doc
 
@@ -437,6 +473,7 @@ def read_csv_labels(
 ) -> LabelSet:
     "The labels of a CSV table."
     table, labels, at = read_table(file), LabelSet("csv", root), {}
+    rows, again = table.drop_duplicates(), table.index[table.duplicated()]
     photo, drug = _pick(table, "photo"), _pick(table, "drug")
     if photo is None or drug is None:
         lacks = "photos" if photo is None else "drugs"
@@ -444,7 +481,8 @@ def read_csv_labels(
         raise PillsnapError(f"no column names the {lacks}", where=file, fix=f"call it one of {one_of}")
     where, corners, size = _box_columns(table)
     source = file.relative_to(root).as_posix()
-    for n, row in enumerate(table.to_dict("records"), 2):
+    labels.faults += [Fault(f"{source} line {n + 2}", FaultReason.DUPLICATE_JSON, "as an earlier line") for n in again]
+    for n, row in zip(rows.index + 2, rows.to_dict("records")):
         path = finder.find(row[photo], os.path.dirname(source))
         if path is None:
             labels.faults.append(Fault(f"{source} line {n}", FaultReason.PHOTO_MISSING, row[photo]))
@@ -559,7 +597,7 @@ def _choose_format(source: Path, form: str) -> tuple[str, list[Path]]:
 
 def _read_coco_files(files: Sequence[Path], root: Path, finder: PhotoFinder, progress: bool) -> LabelSet:
     "The labels of several COCO files as one set."
-    out, seen = LabelSet("coco", root), {}
+    out = LabelSet("coco", root)
     for file in show_progress(files, desc="reading labels", unit="files", show=progress):
         one = read_coco(file, root, finder)
         out.faults += one.faults
@@ -568,13 +606,8 @@ def _read_coco_files(files: Sequence[Path], root: Path, finder: PhotoFinder, pro
             if out.classes.setdefault(i, name) != name:
                 what = f"two COCO files number their classes differently: {i} is {out.classes[i]} and {name}"
                 raise PillsnapError(what, where=file, fix="import them one by one, or export them together")
-        for p in one.photos:
-            if p.path in seen:
-                detail = f"also in {seen[p.path]}"
-                out.faults.append(Fault(f"{file.name}: {p.path}", FaultReason.DUPLICATE_PATH, detail))
-            else:
-                out.photos.append(p)
-                seen[p.path] = file.name
+        out.photos += one.photos
+    out = _each_once(out, "two COCO files")
     listed = {p.path for p in out.photos} | {f.path for f in out.faults}
     out.faults += [Fault(p, FaultReason.PHOTO_UNLABELLED) for p in sorted(finder.paths - listed)]
     return out

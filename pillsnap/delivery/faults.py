@@ -32,7 +32,7 @@ class FaultReason(StrEnum):
     BOX_NEGATIVE = "box_negative"  # negative width or height
     BOX_ZERO = "box_zero"  # no width or no height
     BOX_OUTSIDE = "box_outside"  # a corner beyond the photo
-    BOX_IDENTICAL = "identical_boxes"  # two codes, one box: both are left out
+    BOX_IDENTICAL = "identical_boxes"  # two labels, one box: both are left out
     # a photo
     NO_IMAGE = "json_without_image"  # a label without its photo
     NO_JSON = "image_without_json"  # a photo without its label
@@ -48,6 +48,7 @@ class FaultReason(StrEnum):
     LABEL_EMPTY = "label_empty"  # a photo whose label names no pill
     CLASS_UNKNOWN = "class_unknown"  # a class that the source does not list
     CLASS_NAMES = "class_names_alike"  # two classes of one name: both are left out
+    PHOTO_CLASSES = "one_photo_two_classes"  # copies of one photo, labelled differently: all are left out
     PHOTO_MISSING = "photo_missing"  # a label names it, it is not there
     PHOTO_UNLABELLED = "photo_unlabelled"  # it is there, no label names it
     PHOTO_EMPTY = "photo_empty"  # no byte, or stated to have no pixel
