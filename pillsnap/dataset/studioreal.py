@@ -64,13 +64,17 @@ class MixRule:
 
 # %% ../../nbs/dataset/403_studioreal.ipynb #14cf14fb
 def _free_names(names: Sequence[str], prefix: str) -> list[str]:
-    "The names with a prefix; equal ones are numbered."
-    seen: Counter[str] = Counter()
+    "The names with a prefix; those that are equal, or equal but for case, are numbered."
+    taken: set[str] = set()
     out = []
     for name in names:
-        stem, ending = os.path.splitext(name)
-        seen[name] += 1
-        out.append(f"{prefix}{stem}{f'_{seen[name]}' if seen[name] > 1 else ''}{ending.lower()}")
+        stem, ending = os.path.splitext(prefix + name)
+        free, number = stem + ending.lower(), 1
+        while free.lower() in taken:
+            number += 1
+            free = f"{stem}_{number}{ending.lower()}"
+        taken.add(free.lower())
+        out.append(free)
     return out
 
 

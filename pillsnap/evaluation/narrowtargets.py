@@ -19,11 +19,12 @@ from fastcore.basics import patch
 
 # %% ../../nbs/evaluation/731_narrowtargets.ipynb #e12eb242
 from ..core.errors import PillsnapError
-from ..core.files import atomic_path, read_json, save_json
+from ..core.files import atomic_path, read_json, save_json, sha256_file
 from ..core.plots import drug_label, use_house_style
 from ..core.records import Metric, Provenance
 from .intervals import share_words
 from .latency import Latency, protocol_gap
+from ..models.gallery import answering_checkpoint
 
 # %% ../../nbs/evaluation/731_narrowtargets.ipynb #255c7b3c
 @dataclass(frozen=True)
@@ -123,12 +124,23 @@ def _real_record(
     return prov.metric("accuracy_real", float(hits.mean()), len(own), seconds, note=note)
 
 
+def _why_no_export(root: Path) -> str:
+    "Why the exported files say nothing of the network that answers now; empty where they do."
+    bundle, checkpoint = root / "export" / "bundle.json", answering_checkpoint(root)
+    needed = (root / "reports" / "export.json", root / "export" / "classifier.onnx", bundle, checkpoint)
+    if not all(path.is_file() for path in needed):
+        return "there is no export yet"
+    if read_json(bundle)["classifier"].get("checkpoint") != sha256_file(checkpoint):
+        return "the export holds another network than the one that answers now: export again"
+    return ""
+
+
 def _export_records(root: Path, prov: Provenance) -> dict[str, Metric]:
-    "Time and size of the exported file; not measured before the export."
+    "Time and size of the exported file; not measured before the export of the network that answers."
     report, file, t0 = root / "reports" / "export.json", root / "export" / "classifier.onnx", time.perf_counter()
     names = ("onnx_single_p95_ms", "onnx_megabytes")
-    if not (report.is_file() and file.is_file()):
-        return {k: prov.metric(k, None, 0, 0.0, note="there is no export yet") for k in names}
+    if why := _why_no_export(root):
+        return {k: prov.metric(k, None, 0, 0.0, note=why) for k in names}
     found = {}
     latency = [Latency.from_dict(r) for r in read_json(report)["latency"]]
     row = next((r for r in latency if (r.scope, r.percentile) == ("onnx_single", 95)), None)
