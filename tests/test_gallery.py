@@ -209,13 +209,45 @@ def test_what_could_harm_is_not_enrolled(gallery_run, export, strangers):
         enrol_drug(export, "aspirin", photos)
     with pytest.raises(PillsnapError, match="given twice"):
         enrol_drug(export, "K-990001", photos[:1] * 2)
-    enrol_drug(export, "K-990001", photos)
+    with pytest.raises(PillsnapError, match="each side is needed"):
+        enrol_drug(export, "K-990001", photos[:1])
+    enrol_drug(export, " K-990001", photos, "새 알약")
+    with pytest.raises(PillsnapError, match="is enrolled as '새 알약'"):
+        enrol_drug(export, "K-990001", strangers[1][:2], "다른 알약")
     with pytest.raises(PillsnapError, match="made K-990001 known already"):
         enrol_drug(export, "K-990002", photos)
     with pytest.raises(PillsnapError, match="K-990002 is not enrolled"):
         unenrol_drug(export, "K-990002")
     with pytest.raises(PillsnapError, match="Triton serves networks alone"):
         write_triton(load_bundle(export, device="cpu"), export / "triton")
+
+
+@pytest.mark.spec("BX19")
+def test_what_a_widening_rests_on_is_checked(export, strangers):
+    "Another rule than the journal's, calibration photos that are gone, and an export that was made anew meanwhile."
+    from dataclasses import replace
+
+    from pillsnap.core.container import content_digest
+    from pillsnap.core.files import save_json
+    from pillsnap.deployment.enrol import _check_same, enrol_drug, unenrol_drug
+    from pillsnap.deployment.runtime import load_bundle
+    from pillsnap.models.enrolment import rule_digest
+
+    enrol_drug(export, "K-990001", strangers[0][:2])
+    first, meta = load_bundle(export, device="cpu"), read_json(export / "bundle.json")
+    assert not first.known.stale(first.base_rule()) and first.known.rewidened is None
+    meta["rule"]["thresholds"] = [t * 0.9 for t in meta["rule"]["thresholds"]]
+    save_json({**meta, "digest": content_digest(meta)}, export / "bundle.json")
+    bundle = load_bundle(export, device="cpu")
+    assert bundle.known.rewidened is not None, "another rule: the widening is computed again"
+    line = enrol_drug(export, "K-990002", strangers[1][:2]).line
+    assert line["rule"] == rule_digest(bundle.base_rule()) and line["gallery"] == meta["gallery"]["digest"]
+    trained = replace(bundle.known.trained, meta={"digest": "another"})
+    with pytest.raises(PillsnapError, match="made anew meanwhile"):
+        _check_same(bundle, replace(bundle.known, trained=trained))
+    (export / "gallery" / "calibration.npz").unlink()
+    with pytest.raises(PillsnapError, match="cannot be read"):
+        unenrol_drug(export, "K-990001")
 
 
 @pytest.mark.spec("RT10", "RT8")

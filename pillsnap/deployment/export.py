@@ -45,7 +45,13 @@ from pillsnap.deployment.comparison import (
     plot_logits,
     verdict,
 )
-from .gallerycopy import embed_calibration, export_gallery, with_calibration, write_calibration
+from pillsnap.deployment.gallerycopy import (
+    embed_calibration,
+    export_gallery,
+    put_aside,
+    with_calibration,
+    write_calibration,
+)
 from .graph import RawHead, export_onnx, livened, open_axes
 from pillsnap.deployment.pixelgraph import (
     INPUT_CONTRACT,
@@ -361,7 +367,7 @@ def _gallery(
     "Bring the gallery and the calibration photos into the export."
     out = run.sub("export") / "gallery"
     if not isinstance(classifier, GalleryClassifier):
-        shutil.rmtree(out, ignore_errors=True)
+        put_aside(out, "")
         return None
     entry = export_gallery(run.root / "gallery", out)
     focus, _ = chosen_focus(cfg.inference.focus, cfg.train.classification.crop_view_prob)

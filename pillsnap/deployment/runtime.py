@@ -27,7 +27,7 @@ from ..core.signing import check_signature
 from ..delivery.classmap import ClassMap
 from ..models.cardview import Answer
 from ..models.decision import AnswerRule, decide_answer
-from ..models.enrolment import KnownDrugs, open_gallery
+from ..models.enrolment import KnownDrugs, open_gallery, read_calibration
 from ..models.gallery import GalleryClassifier
 from ..models.pipeline import Pipeline, Thresholds, check_mode, preprocessing
 from ..models.twoside import PairRule, TwoSided, decide_pair
@@ -462,12 +462,26 @@ def load_bundle(
         detector.open()
     if meta.get("gallery") is None:
         return Bundle(files, meta, class_map, classifier, detector)
+    rule = _bundle_rule(meta, class_map, where)
+    known = _known_drugs(files, meta["gallery"], class_map, rule)
+    gallery = known.gallery(rule)
+    return Bundle(files, meta, gallery.class_map, GalleryClassifier(classifier, gallery), detector, known)
+
+
+def _known_drugs(
+    files: Files,  # of the bundle
+    entry: Mapping[str, Any],  # gallery of the bundle
+    class_map: ClassMap,  # of the bundle
+    rule: AnswerRule | None,  # of the trained drugs
+) -> KnownDrugs:
+    "The gallery of a bundle, with what was added; thresholds are widened for this rule, not for an earlier one."
     known = open_gallery(files)
-    if known.trained.meta.get("digest") != meta["gallery"].get("digest"):
+    if known.trained.meta.get("digest") != entry.get("digest"):
         raise PillsnapError("this is not the gallery of this bundle", where=files.place("gallery"), fix=_AGAIN)
     class_map.check(known.trained.class_map, where=str(files.place("gallery")))
-    gallery = known.gallery(_bundle_rule(meta, class_map, where))
-    return Bundle(files, meta, gallery.class_map, GalleryClassifier(classifier, gallery), detector, known)
+    if known.stale(rule):
+        known = known.recalibrated(rule, read_calibration(files, entry["files"].get("calibration")))
+    return known
 
 
 def _check_signed(files: Files, key: str | Path) -> None:
