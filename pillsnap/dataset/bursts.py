@@ -79,7 +79,7 @@ class Grouping:
     groups: int  # groups
     photos: int  # photos
     alone: int  # photos of which nothing says what they belong to
-    linked: int = 0  # pairs of photos that are one picture
+    linked: int | None = None  # pairs of photos that are one picture; None where no pair was looked for
     caution: str = ""  # a sentence where leakage cannot be excluded; "" = every photo has its group
 
     def to_dict(self) -> dict[str, Any]:

@@ -391,7 +391,8 @@ def _notes(made: Import) -> list[str]:
     "Sentences on groups, boxes, facts and a division that the source made."
     g = made.grouping
     how = f"{g.by} {g.rule}".strip()
-    notes = [f"{g.photos} photos form {g.groups} groups by {how}; {g.linked} pairs are one picture."]
+    pairs = "" if g.linked is None else f"; {g.linked} pairs are one picture"
+    notes = [f"{g.photos} photos form {g.groups} groups by {how}{pairs}."]
     notes += [g.caution] if g.caution else []
     notes += [] if made.boxes else [NO_BOXES]
     if nameless := sum(not e["dl_name"] for e in made.drugs["drug_metadata"].values()):
