@@ -130,6 +130,30 @@ def test_sets_of_pairs_hold_the_drug_as_often_as_asked():
 
 
 @pytest.mark.spec("BX16")
+def test_one_side_photographed_twice_keeps_what_both_photos_leave_open():
+    "Photos of one side err alike; the rule of pairs is fitted to fronts and backs, which do not."
+    rng, classes, n = np.random.default_rng(0), 6, 600
+    labels = np.tile(rng.integers(0, classes, 2 * n), 3)
+    error = rng.normal(size=(2, 2 * n, classes)) * 1.5
+    logits = np.concatenate([*error, error[0]]) + rng.normal(size=(6 * n, classes)) * 0.3  # front, back, front again
+    logits[np.arange(6 * n), labels] += 3.0
+    names = [Capture((f"K-{i:06d}",), 0, 0, side, 0, 90, 0, 200).stem() for side in (0, 1) for i in range(2 * n)]
+    parts = (["calib"] * n + ["clean"] * n) * 2
+    photos, clusters = SidePhotos(logits[: 4 * n], labels[: 4 * n], names, names, parts), ["all"] * classes
+    calib = np.array(parts) == "calib"
+    t = fit_temperature(photos.logits[calib], photos.labels[calib])
+    alone = ScoredPhotos(softmax(photos.logits, t), photos.labels, names, names, parts)
+    sides, pairs = fit_answer_rule(alone, clusters, AnswerSettings(), t), paired_photos(photos)
+    rule = fit_pair_rule(photos, pairs, sides, clusters, AnswerSettings())
+    told = [decide_pair(logits[[i, 4 * n + i]], sides, rule) for i in range(n, 2 * n)]
+    y = labels[n : 2 * n]
+    wrong = [d.said.answer == "drug" and d.said.ids[0] != k for d, k in zip(told, y)]
+    assert rule.fused is not None and rule.calibrated
+    assert np.mean([d.member[k] for d, k in zip(told, y)]) > 0.95 and np.mean(wrong) < 0.015
+    assert np.mean([d.member.mean() for d in told]) < 0.6  # not by holding every drug
+
+
+@pytest.mark.spec("BX16")
 def test_the_photo_that_spoils_a_pair_is_named():
     sides = AnswerRule("lac", 0.05, (0.9,) * 3, least_sharpness=0.2)
     rule, sure = PairRule(1.0, unknown=3.0), [[5.0, 0.0, 0.0]] * 2

@@ -28,6 +28,7 @@ from ..core.files import atomic_path, ensure_dir, os_error
 from ..core.logs import progress
 from .batch import answer_rows, find_photos, parquet_writer, predict_photos
 from .runtime import Bundle, load_bundle
+from .workers import gallery_hash
 from ..models.pipeline import check_mode
 
 # %% ../../nbs/deployment/890_cluster.ipynb #39c389e8
@@ -44,6 +45,7 @@ class ClusterPlan:
     topk: int | None = None  # drugs listed for each pill; None = the bundle's
     device: str = "auto"  # auto, cpu or cuda
     threads: int = 1  # of one operator
+    gallery: str = ""  # hash of its gallery and enrolments; empty = it has none
 
 
 _LOCK = threading.Lock()
@@ -55,7 +57,7 @@ def _opened(plan: ClusterPlan) -> Bundle:
     with _LOCK:
         if plan not in _OPEN:
             bundle = load_bundle(plan.bundle, plan.device, plan.threads, lazy_load_detector=False)
-            if bundle.meta["digest"] != plan.digest:
+            if (bundle.meta["digest"], gallery_hash(bundle)) != (plan.digest, plan.gallery):
                 what = "this worker sees another bundle than the one that was asked for"
                 raise PillsnapError(what, where=plan.bundle, fix="put the same file on every machine")
             _OPEN.clear()
@@ -104,7 +106,7 @@ class Journal:
         plan: ClusterPlan,  # how is asked; PillsnapError for a journal that was begun differently
     ):
         self.path, self.at = Path(path), {}
-        how = {k: v for k, v in asdict(plan).items() if k in ("digest", "mode", "topk")}
+        how = {k: v for k, v in asdict(plan).items() if k in ("digest", "gallery", "mode", "topk")}
         self.head = dict(schema=_SCHEMA, pillsnap=pillsnap.__version__, **how)
         try:
             ensure_dir(self.path.parent)
@@ -341,8 +343,9 @@ def cluster_command(  # noqa: PLR0913 - one parameter for each option of the com
     if mode is not None:
         check_mode(mode)
     find_photos(photos)
-    digest = load_bundle(run_dir, device="cpu").meta["digest"]
-    plan = ClusterPlan(str(Path(run_dir).resolve()), digest, mode, topk, device)
+    bundle = load_bundle(run_dir, device="cpu")
+    digest, gallery = bundle.meta["digest"], gallery_hash(bundle)
+    plan = ClusterPlan(str(Path(run_dir).resolve()), digest, mode, topk, device, gallery=gallery)
     client = connect(scheduler)
     try:
         done = predict_on_cluster(client, photos, plan, out)

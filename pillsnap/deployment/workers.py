@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'START_SECONDS', 'ATTEMPTS', 'PhotoTask', 'Reply', 'WorkerLostError', 'send_message', 'receive_message',
-           'drawn_photo', 'self_test', 'WorkerPlan', 'bundle_facts', 'answer_task', 'worker_main', 'main_of_worker',
-           'Worker', 'Fleet', 'Garage']
+           'drawn_photo', 'self_test', 'WorkerPlan', 'gallery_hash', 'bundle_facts', 'answer_task', 'worker_main',
+           'main_of_worker', 'Worker', 'Fleet', 'Garage']
 
 # %% ../../nbs/deployment/862_workers.ipynb #35545c8c
 import logging
@@ -147,7 +147,15 @@ class WorkerPlan:
     device: str = "auto"  # auto, cpu or cuda
     threads: int = 1  # of one operator
     digest: str | None = None  # the content that is expected; None = whatever is there
+    gallery: str | None = None  # hash of its gallery and enrolments; "" = it has none; None = whatever is there
     signed_by: str | None = None  # public key of the person who must have signed the file; None = anybody
+
+
+def gallery_hash(
+    bundle: Any,  # a Bundle; the accepting process needs no onnxruntime, so its type is not imported
+) -> str:  # empty where it has no gallery
+    "What an enrolment changes; the digest of a bundle stays as it is then."
+    return "" if bundle.known is None else bundle.known.hash
 
 
 def bundle_facts(
@@ -159,7 +167,9 @@ def bundle_facts(
     does = dict(modes=modes, two_side=m.get("pair_rule") is not None)
     own = {k: m[k] for k in ("schema", "digest", "created", "git_sha", "data", "calibrated")}
     own["narrow"] = "unified" in m.get("preprocessing", {})  # its photos have a limit of their own
-    return own | dict(classifier=m["classifier"]["name"], drugs=len(bundle.class_map), **does)
+    return own | dict(
+        classifier=m["classifier"]["name"], drugs=len(bundle.class_map), gallery=gallery_hash(bundle), **does
+    )
 
 
 def answer_task(
@@ -193,6 +203,8 @@ def _started_bundle(sock: socket.socket, plan: WorkerPlan) -> Any:
         bundle = load_bundle(plan.bundle, plan.device, plan.threads, key=plan.signed_by)
         if plan.digest not in (None, bundle.meta["digest"]):
             raise PillsnapError("the bundle on disk is another one now", where=plan.bundle, fix="POST /reload")
+        if plan.gallery not in (None, gallery_hash(bundle)):
+            raise PillsnapError("drugs were enrolled or taken back", where=plan.bundle, fix="POST /reload")
         self_test(bundle)
         facts = Reply("ok", msgspec.json.encode(bundle_facts(bundle)))
     except Exception as e:
@@ -222,8 +234,7 @@ def worker_main(
 
 def main_of_worker() -> None:
     "Run a worker by the command line that `Worker` gives it."
-    fd, bundle, device, threads, digest, signed_by = sys.argv[1:]
-    worker_main(int(fd), WorkerPlan(bundle, device, int(threads), digest or None, signed_by or None))
+    worker_main(int(sys.argv[1]), msgspec.json.decode(sys.argv[2], type=WorkerPlan))
 
 # %% ../../nbs/deployment/862_workers.ipynb #07f4f558
 START_SECONDS = 60.0  # (ours) a large bundle on a slow disk still loads
@@ -239,8 +250,7 @@ class Worker:
         self.plan = plan
         self.sock, theirs = socket.socketpair()
         code = "from pillsnap.deployment import workers; workers.main_of_worker()"
-        argv = [str(theirs.fileno()), str(plan.bundle), plan.device, str(plan.threads)]
-        argv += [plan.digest or "", plan.signed_by or ""]
+        argv = [str(theirs.fileno()), msgspec.json.encode(replace(plan, bundle=str(plan.bundle))).decode()]
         path = os.pathsep.join([str(Path(pillsnap.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
         env = os.environ | {"PYTHONPATH": path.rstrip(os.pathsep), "OMP_NUM_THREADS": str(plan.threads)}
         with theirs:
@@ -304,7 +314,7 @@ class Fleet:
         "Wait for all workers; PillsnapError where one does not start, or where they found different bundles."
         try:
             facts = [w.ready() for w in self.all]
-            if any(f["digest"] != facts[0]["digest"] for f in facts):
+            if any(f[k] != facts[0][k] for f in facts for k in ("digest", "gallery")):
                 raise PillsnapError("the bundle changed while it was loaded", where=self.plan.bundle, fix="try again")
         except WorkerLostError as e:
             self.close()
@@ -313,7 +323,7 @@ class Fleet:
             self.close()
             raise
         self.facts = facts[0]
-        self.plan = replace(self.plan, digest=self.facts["digest"])
+        self.plan = replace(self.plan, digest=self.facts["digest"], gallery=self.facts["gallery"])
         for slot in range(self.size):
             self.idle.put(slot)
         return self
