@@ -322,6 +322,33 @@ def test_two_numbers_of_one_name_are_two_classes_that_nobody_can_tell_apart(tmp_
 
 
 @pytest.mark.spec("IM2")
+def test_one_photo_in_the_folders_of_two_drugs_is_left_out_everywhere(tmp_path):
+    for i, name in enumerate(("Aspirin/1.png", "Aspirin/2.png", "blue capsule/1.png")):
+        paint(tmp_path / "own" / name, i)
+    for copy in ("Aspirin/same.png", "blue capsule/wrong.png"):  # the first is kept, as a copy of the same drug
+        source = tmp_path / "own" / "Aspirin" / f"{1 + ('wrong' in copy)}.png"
+        (tmp_path / "own" / copy).write_bytes(source.read_bytes())
+    made = import_photos(tmp_path / "own", tmp_path / "run", wanted())
+    assert sorted(made.rows["path"]) == ["Aspirin/1.png", "Aspirin/same.png", "blue capsule/1.png"]
+    assert reasons(made) == dict(one_photo_two_classes=2) == listed(tmp_path / "run")
+
+
+@pytest.mark.spec("IM2")
+@pytest.mark.parametrize("what", ["images", "categories"])
+def test_a_number_of_two_photos_or_two_drugs_names_none(tmp_path, what):
+    photos = boxed(tmp_path / "own", "coco")
+    doc = coco_of(photos)
+    doc[what][1]["id"] = doc[what][0]["id"]
+    (tmp_path / "own" / "labels.json").write_text(json.dumps(doc))
+    made = import_photos(tmp_path / "own", tmp_path / "run", wanted())
+    kept = {Path(p).name: k for p, k in zip(made.rows["path"], made.rows["class_key"])}
+    if what == "images":  # photos 0 and 1; the box of photo 1 has no image any more
+        assert set(kept) == {"2.png", "3.png", "4.png", "s.png"} and reasons(made) == dict(label_unreadable=3)
+    else:
+        assert kept == {"2.png": NAMES[2]} and reasons(made) == dict(class_unknown=5, partial_combo=1)
+
+
+@pytest.mark.spec("IM2")
 def test_a_label_of_another_folder_is_not_taken_for_this_photo(tmp_path):
     paint(tmp_path / "own" / "monday" / "1.png")
     photos = {"tuesday/1.png": [BOXES[0]], "monday/1.png": [BOXES[1]]}

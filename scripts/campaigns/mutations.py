@@ -54,6 +54,27 @@ class Mutation:
 
 MUTATIONS: list[Mutation] = [
     Mutation(
+        "copies of one photo teach two drugs",
+        "pillsnap/dataset/importers.py",
+        "    df = _drop_contradictions(df, sort.quarantine)\n",
+        "",
+        "tests/test_importers.py::test_one_photo_in_the_folders_of_two_drugs_is_left_out_everywhere",
+    ),
+    Mutation(
+        "the last photo of a COCO number gets the boxes of all",
+        "pillsnap/dataset/labelfiles.py",
+        'PhotoLabel("" if number in twice else path or "", [], size)',
+        'PhotoLabel(path or "", [], size)',
+        "tests/test_importers.py::test_a_number_of_two_photos_or_two_drugs_names_none[images]",
+    ),
+    Mutation(
+        "the last name of a COCO number counts",
+        "pillsnap/dataset/labelfiles.py",
+        "{i: n for i, n in pairs if i not in unclear}",
+        "{i: n for i, n in pairs}",
+        "tests/test_importers.py::test_a_number_of_two_photos_or_two_drugs_names_none[categories]",
+    ),
+    Mutation(
         "a box outside its photo is imported",
         "pillsnap/dataset/importers.py",
         "    if reason := box_fault(box, *size, whole=False):\n        return None, reason\n",
