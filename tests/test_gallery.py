@@ -169,7 +169,7 @@ def test_an_enrolled_drug_is_named_and_the_others_do_not_move(gallery_run, expor
 
 @pytest.mark.spec("BX19")
 def test_two_who_enrol_at_once_lose_nothing_and_the_file_keeps_it(gallery_run, export, strangers, tmp_path):
-    from pillsnap.deployment.bundling import bundle_file
+    from pillsnap.deployment.bundling import bundle_file, verify_file
     from pillsnap.deployment.enrol import enrol_drug, enrolled_table
     from pillsnap.deployment.runtime import load_bundle
 
@@ -185,6 +185,8 @@ def test_two_who_enrol_at_once_lose_nothing_and_the_file_keeps_it(gallery_run, e
     for name in ("manifest.json", "config.yaml"):
         shutil.copy(gallery_run / name, run / name)
     packed = bundle_file(run, tmp_path / "pills.pillsnap")
+    told = f"2 drugs enrolled without calibration, gallery {bundle.known.hash}"
+    assert told in str(verify_file(packed.where)) and told in packed.read("MODEL_CARD.md").decode()
     asked = strangers[1][0]
     a, b = (dict(load_bundle(p, device="cpu").predict(asked)) | {"timings": 0} for p in (run, packed.where))
     assert a == b and a["items"][0]["top_k"][0]["kcode"] == "K-990002"

@@ -72,7 +72,13 @@ def bundle(tmp_path_factory) -> Path:
     pictures = {"K-000001": {"front": dict(file=front.name, sha256=sha256_file(front))}}
     pairs = PairRule(0.5, class_map=classes.fingerprint)
     how = dict(
-        drugs=drugs, rule=rule, pair_rule=pairs, temperature=0.5, answering=dict(focus="locator"), thumbnails=pictures
+        drugs=drugs,
+        rule=rule,
+        pair_rule=pairs,
+        temperature=0.5,
+        calibrated=True,
+        answering=dict(focus="locator"),
+        thumbnails=pictures,
     )
     return colour_bundle(place, **how)
 
@@ -264,6 +270,7 @@ def test_two_sides_are_one_card(browser, server, bundle):
         answer = here.predict_sides(RED["buffer"], BACK["buffer"])
         told = red.inner_text()
         assert all(line in told for line in cardview.sides_alone(answer)) and red.locator("h4").inner_text() == HOSTILE
+        assert "보정되지 않은 확률" in told  # one photo's temperature was fitted, that of pairs was not
         picture(page, "page_sides_answer")
         assert red.locator(".chip").inner_text() == "앞면과 뒷면" and page.locator(".slot img").count() == 0
         with page.expect_download() as got:

@@ -21,7 +21,7 @@ from ..core.files import sha256_file
 from ..core.signing import check_signature, sign_files
 from .datacard import data_card, trained_weights
 from .licences import licence_files
-from .modelcard import model_card
+from .modelcard import enrolled_words, model_card
 from .runtime import Bundle, load_bundle
 
 # %% ../../nbs/deployment/850_bundling.ipynb #260f9f4b
@@ -93,7 +93,7 @@ def bundle_members(
     for member in _gallery_members(bundle):
         members[member] = files.place(member)
     weights = trained_weights(root)
-    members["MODEL_CARD.md"] = model_card(root, meta, name).encode()
+    members["MODEL_CARD.md"] = model_card(root, meta, name, bundle.known).encode()
     members["DATA_CARD.md"] = data_card(root, meta).encode()
     if (scorecard := root / "reports" / "scorecard.json").is_file():
         members["scorecard.json"] = scorecard
@@ -135,6 +135,7 @@ class Verified:
     size: int  # bytes
     meta: Mapping[str, Any]  # its bundle.json
     signature: str  # in words
+    enrolled: str = ""  # drugs that were added after the training, in words
 
     def __str__(self) -> str:
         m, models = self.meta, [self.meta["classifier"]["name"]]
@@ -143,6 +144,7 @@ class Verified:
             [
                 f"{self.where}: {self.members} members, {self.size / 1e6:.1f} MB, every sha256 holds",
                 f"models       {', '.join(models)}; {len(m['class_map']['keys']):,} drugs; trained on: {m['data']}",
+                *([f"enrolled     {self.enrolled}"] if self.enrolled else []),
                 f"made         {m['created']}, run {m.get('run_id', 'unknown')}, commit {m['git_sha']}",
                 f"bundle       {m['digest']}",
                 f"signature    {self.signature}",
@@ -168,7 +170,8 @@ def verify_file(
         told = "there is one, and it was not checked: name its public key with --key"
     else:
         told = "none: nobody says who made this file"
-    return Verified(files.where, members, files.where.stat().st_size, bundle.meta, told)
+    added = enrolled_words(bundle.known)
+    return Verified(files.where, members, files.where.stat().st_size, bundle.meta, told, added)
 
 # %% ../../nbs/deployment/850_bundling.ipynb #6d002618
 def bundle_command(

@@ -46,7 +46,9 @@ class RemarkRow:
         size: int,  # bytes of the photo's file
         file: Path,  # that takes what is said
         who: str = "",  # written beside it
+        drugs: Mapping[str, Mapping[str, Any]] | None = None,  # K-code → record; None = the trained ones
     ):
+        self.drugs = answer.meta["drugs"] if drugs is None else drugs
         self.answer, self.n, self.size, self.file, self.who = answer, n, size, file, who
         self.right, self.wrong = _button("맞음", icon="check"), _button("틀림", icon="times")
         self.send, self.should = _button("보내기", "primary"), w.Combobox()
@@ -59,7 +61,7 @@ class RemarkRow:
 
     def _open(self) -> None:
         "Ask for the right drug."
-        drugs = [f"{record.get('dl_name') or ''} {k}".strip() for k, record in self.answer.meta["drugs"].items()]
+        drugs = [f"{record.get('dl_name') or ''} {k}".strip() for k, record in self.drugs.items()]
         self.should = w.Combobox(options=drugs, placeholder="맞는 약 (알면)", layout=w.Layout(width="280px"))
         self.widget.children = (self.told, self.should, self.send)
 
@@ -72,7 +74,7 @@ def say(
     "Store the remark; what is no drug, and a disk that refuses, are said in the row."
     item = self.answer["items"][self.n - 1]
     should = self.should.value.split()[-1] if self.should.value.split() else ""
-    if should and should not in self.answer.meta["drugs"]:
+    if should and should not in self.drugs:
         self.told.value = f"{html_escape(should)}: 목록에 없는 약입니다. 목록에서 고르거나 비워 두세요."
         return
     remark = Remark(
@@ -252,7 +254,9 @@ def _ask_one(self: IdentifyApp, name: str, *photos: bytes | Path) -> None:
         self.cards.children += (w.HTML(_refused_html(name, e)),)
         return
     self.answers.append({"photo": name} | answer)
-    rows = [RemarkRow(answer, n, len(contents[0]), self.feedback, self.who) for n in range(1, len(answer["items"]) + 1)]
+    known, pills = self.bundle.known, range(1, len(answer["items"]) + 1)
+    drugs = {**answer.meta["drugs"], **(known.records() if known else {})}  # enrolled drugs may be the right ones too
+    rows = [RemarkRow(answer, n, len(contents[0]), self.feedback, self.who, drugs) for n in pills]
     head = w.HTML(f"<b>{html_escape(name)}</b>")
     self.cards.children += (w.VBox([head, w.HTML(answer._repr_html_()), *(row.widget for row in rows)]),)
 

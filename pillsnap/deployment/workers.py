@@ -164,7 +164,8 @@ def bundle_facts(
     "What /version says of a bundle."
     m = bundle.meta
     modes = ["single", "combo"] if m.get("detector") else ["single"]
-    does = dict(modes=modes, two_side=m.get("pair_rule") is not None)
+    pairs = m.get("pair_rule")
+    does = dict(modes=modes, two_side=pairs is not None, two_side_calibrated=bool(pairs and pairs.get("calibrated")))
     own = {k: m[k] for k in ("schema", "digest", "created", "git_sha", "data", "calibrated")}
     own["narrow"] = "unified" in m.get("preprocessing", {})  # its photos have a limit of their own
     return own | dict(

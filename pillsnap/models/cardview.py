@@ -173,8 +173,8 @@ def _card_notes(
 ) -> list[str]:  # Korean lines
     "The lines below an answer: mode, calibration, duration, badge, training data."
     of_pairs = meta.get("pair_rule") if answer.get("two_side") else None
-    temperature = (of_pairs or meta)["temperature"]
-    sure = f"보정된 확률 (온도 {temperature:.2f})" if meta["calibrated"] else "보정되지 않은 확률"
+    fitted = of_pairs or meta
+    sure = f"보정된 확률 (온도 {fitted['temperature']:.2f})" if fitted.get("calibrated") else "보정되지 않은 확률"
     seen, ms = _VIEW[answer["view"]], answer["timings"]["total"]
     mode = "앞면과 뒷면 (한 알)" if answer.get("two_side") else _MODE[answer["mode_used"]]
     notes = [f"모드 {mode} · {seen} · 신뢰도는 {sure} · {ms:.0f} ms"]

@@ -588,7 +588,8 @@
 
   function notes(entry) {
     const { answer } = entry;
-    const calibrated = state.version && state.version.bundle.calibrated;
+    const fitted = answer.two_side ? "two_side_calibrated" : "calibrated";
+    const calibrated = state.version && state.version.bundle[fitted];
     const known = state.version ? [calibrated ? words().calibrated : words().uncalibrated] : [];
     const line = [words().modes[answer.two_side ? "two_side" : answer.mode_used], words().views[answer.view], ...known,
       `${Math.round(answer.timings.total)} ms`].join(" · ");
