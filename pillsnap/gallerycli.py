@@ -34,7 +34,7 @@ def enrol(
     """
     Make a drug known by one or two photos of each side, without training.
 
-    The answers about other drugs stay as they are unless the new drug is near; how many move is printed.
+    Photos alternate front and back. How many answers about other drugs move is printed; a far drug moves hardly any.
     """
     from pillsnap.deployment.enrol import enrol_drug
 

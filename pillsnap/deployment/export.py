@@ -358,26 +358,36 @@ def _calibration_photos(data: SplitData) -> Iterator[tuple[np.ndarray, str, str]
             yield opened["image"], key, str(group)
 
 
+def _calibration_pipeline(
+    cfg: Config,  # data, inference.focus and the preprocessing
+    class_map: ClassMap,  # the stage's drugs
+    models: Mapping[str, ExportedModel],  # by name
+) -> Pipeline:
+    "What gives a calibration photo the view that an answer would give it."
+    focus, _ = chosen_focus(cfg.inference.focus, cfg.train.classification.crop_view_prob)
+    return Pipeline(
+        models["classifier"].onnx,
+        class_map,
+        models["detector"].onnx if "detector" in models else None,
+        Thresholds.configured(cfg.data),
+        focus=focus,
+        unified=unified_preprocessor(cfg),
+    )
+
+
 def _gallery(
     run: RunFolder,  # the run
     cfg: Config,  # data and inference.focus
     data: SplitData,  # the stage
-    classifier: Any,  # on the ONNX file
+    models: Mapping[str, ExportedModel],  # by name
 ) -> dict[str, Any] | None:  # the bundle's entry; None where no gallery answers
     "Bring the gallery and the calibration photos into the export."
     out = run.sub("export") / "gallery"
-    if not isinstance(classifier, GalleryClassifier):
+    if not isinstance(models["classifier"].onnx, GalleryClassifier):
         put_aside(out, "")
         return None
     entry = export_gallery(run.root / "gallery", out)
-    focus, _ = chosen_focus(cfg.inference.focus, cfg.train.classification.crop_view_prob)
-    pipeline = Pipeline(
-        classifier,
-        data.class_map,
-        thresholds=Thresholds.configured(cfg.data),
-        focus="off" if focus == "detector" else focus,
-    )
-    photos = embed_calibration(pipeline, _calibration_photos(data))
+    photos = embed_calibration(_calibration_pipeline(cfg, data.class_map, models), _calibration_photos(data))
     return with_calibration(entry, write_calibration(photos, out))
 
 
@@ -407,7 +417,7 @@ def _bundle(
         pixels.entry if pixels else None,
         unified_preprocessor(cfg),
         evaluated_pairs(run.root, rule),
-        _gallery(run, cfg, data, models["classifier"].onnx),
+        _gallery(run, cfg, data, models),
     )
     write_bundle(
         run.sub("export"),
