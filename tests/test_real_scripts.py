@@ -1,5 +1,6 @@
 "The scripts that measure on photos of real pills, on made-up repositories: what they refuse, and that they measure."
 
+import argparse
 import hashlib
 import json
 import subprocess
@@ -7,16 +8,18 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image, ImageDraw
 
 from pillsnap.core.errors import PillsnapError
-from pillsnap.core.records import Metric
+from pillsnap.core.records import Metric, Provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT / "benchmarks" / "real"
 sys.path.insert(0, str(REAL))
 
+import rp1_folders  # noqa: E402
 import rp2_detector  # noqa: E402
 import rp4_reference  # noqa: E402
 import scenes  # noqa: E402
@@ -63,18 +66,35 @@ def pictures(folder: Path) -> None:
             page.save(folder / rp4_reference.FOLDER / f"{name}_0_{side}.jpg", quality=97)
 
 
+DRUGS, SCENES, COPIES = ("Alpha 5 MG", "beta 1 MG", "gamma 2.5 MG"), 14, 3
+
+
+def foldered(folder: Path) -> None:
+    "A folder per drug: scenes of patches, and each scene three times, more or less compressed."
+    rng = np.random.default_rng(3)
+    for drug in DRUGS:
+        for k in range(SCENES):
+            patches = rng.integers(20, 200, (6, 6, 3), np.uint8)
+            for copy in range(COPIES):
+                part = folder / "Dataset" / ("valid" if copy == 2 else "train") / drug
+                part.mkdir(parents=True, exist_ok=True)
+                page = Image.fromarray(patches).resize((96, 96), Image.Resampling.BICUBIC)
+                page.save(part / f"{drug.split()[0]}({k})-{copy}.jpg", quality=97 - 3 * copy)
+
+
 @pytest.fixture(scope="module")
 def made_up(tmp_path_factory):
     "Two repositories, their sources and the lists of their files."
     root, found = tmp_path_factory.mktemp("clones"), {}
-    for name, make in (("andrewtrainor", boxed), ("epillid", pictures)):
+    for name, make in (("andrewtrainor", boxed), ("epillid", pictures), ("abhiram", foldered)):
         make(folder := root / name)
         git(folder, "init", "-q")
         git(folder, "add", ".")
         git(folder, "commit", "-qm", "photos")
         s = sources.SOURCES[name]
         found[name] = sources.Source(s.repository, git(folder, "rev-parse", "HEAD"), s.files, s.what)
-        assert sources.write_list(name, folder, root / "lists", found) == {"andrewtrainor": 12, "epillid": 12}[name]
+        listed = sources.write_list(name, folder, root / "lists", found)
+        assert listed == {"andrewtrainor": 12, "epillid": 12, "abhiram": 3 * SCENES * COPIES}[name]
     return root, found
 
 
@@ -146,6 +166,101 @@ def test_published_figures_are_of_the_listed_photos():
             assert known[m.data] == m.data_hash, m.name
             assert m.measured and m.n and m.commit and m.hardware
             assert m.note.startswith("95 %: "), "an interval"
+
+
+@pytest.fixture(scope="module")
+def own_photos(made_up, tmp_path_factory):
+    "The folder per drug as imported, and its clone."
+    clone = opened(made_up, "abhiram")
+    return clone, rp1_folders.imported(clone, tmp_path_factory.mktemp("folders"))
+
+
+def remembered(folder: Path) -> None:
+    "The answers of one who knows the groups that it was trained on, and nothing else."
+    stage = folder / "artifacts" / "stage0"
+    known, pool = (pd.read_csv(stage / f"manifest_{k}.csv") for k in ("train", "pool"))
+    t = pool[pool["split"] == "clean"].rename(columns={"group_id": "group", "class_key": "true"})
+    t["answered"] = t["true"].where(t["group"].isin(set(known["group_id"])), "nothing")
+    t.to_csv(folder / rp1_folders.NAMED)
+    safe = t.assign(covered=True, answer="drug", right=t["true"] == t["answered"])
+    safe.to_csv(folder / "reports" / "safe_answers.csv")
+
+
+@pytest.mark.spec("RP1")
+def test_only_the_split_by_photo_rewards_remembering_near_copies(own_photos, tmp_path):
+    clone, first = own_photos
+    a = argparse.Namespace(abhiram=clone.folder, minutes=1, epochs=1, size=64)
+    folders = []
+    for by in ("capture", "image"):
+        folder = rp1_folders.started(first, tmp_path / by)
+        more = (f"data.group_by={by}", "evaluation.min_eval_samples=24", *rp1_folders.SHARES)
+        rp1_folders.SplitsJob(str(folder), "own", rp1_folders.settings(a, folder, *more)).run()
+        remembered(folder)
+        folders.append(folder)
+    prov = Provenance(clone.data, clone.data_hash, "b" * 64)
+    found = {m.name: m for m in rp1_folders.classifier_figures(*folders, prov, 1.0, "a test")}
+    assert found["accuracy_by_near_copies"].value == 0.0
+    assert found["accuracy_by_photo"].value > 0.5
+    assert found["leak_gap"].value == found["accuracy_by_photo"].value
+    assert found["safe_single_answer_accuracy"].value == 0.0
+    assert all(m.note.startswith("95 %: ") and "groups of near-copies" in m.note for m in found.values())
+    low, high = (float(v) for v in found["leak_gap"].note.split(",")[0].removeprefix("95 %: ").split(" to "))
+    assert 0 < low < found["leak_gap"].value < high <= 1
+
+
+def test_an_import_of_other_photos_than_the_listed_ones_is_refused(made_up, tmp_path):
+    git(tmp_path, "clone", "-q", str(made_up[0] / "abhiram"), "more")
+    extra = tmp_path / "more" / "Dataset" / "train" / DRUGS[0]
+    (extra / "extra.jpg").write_bytes((extra / "Alpha(0)-0.jpg").read_bytes())
+    with pytest.raises(PillsnapError, match="1 photos are not listed"):
+        rp1_folders.imported(opened(made_up, "abhiram", tmp_path / "more"), tmp_path / "work")
+
+
+class Searcher:
+    "Refuses every drug but those that were enrolled; names those by the folder of the photo."
+
+    def __init__(self):
+        self.known, self.seen = {}, []
+
+    def enrol(self, export, key, photos, by):
+        assert (export / "bundle.json").is_file()
+        self.known[key] = photos
+
+    def predict(self, photo, mode):
+        self.seen.append(photo)
+        key = photo.parent.name
+        said = "drug" if key in self.known else "unknown"
+        return {"items": [{"answer": said, "top_k": [{"kcode": key if said == "drug" else "another"}]}]}
+
+
+@pytest.mark.spec("RP1")
+def test_a_drug_is_asked_for_by_other_groups_than_it_was_enrolled_by(own_photos, tmp_path, monkeypatch):
+    clone, first = own_photos
+    rows, _ = rp1_folders.read_manifest(first / "manifest.csv")
+    out = rp1_folders.left_out(rows["class_key"].tolist(), 2)
+    assert len(out) == 2
+    assert out == rp1_folders.left_out(sorted(rows["class_key"], reverse=True), 2)
+    (tmp_path / "run" / "export").mkdir(parents=True)
+    (tmp_path / "run" / "export" / "bundle.json").write_text("{}")
+    one = Searcher()
+    monkeypatch.setattr(rp1_folders, "load_bundle", lambda *_, **__: one)
+    monkeypatch.setattr(rp1_folders, "enrol_drug", one.enrol)
+    mine = rows[rows["class_key"].isin(out)]
+    answers = rp1_folders.outside(tmp_path / "run", mine, clone.folder / rp1_folders.FOLDER, tmp_path)
+    group = dict(zip((clone.folder / rp1_folders.FOLDER / p for p in mine["path"]), mine["group_id"]))
+    shown = {group[p] for photos in one.known.values() for p in photos}
+    assert len(shown) == 4, "two groups a drug"
+    assert not {group[p] for p in one.seen[len(mine) :]} & shown
+    assert len(one.seen) == 2 * len(mine) - sum(g in shown for g in mine["group_id"])
+    prov = Provenance(clone.data, clone.data_hash, "b" * 64)
+    found = {m.name: m.value for m in rp1_folders.outside_figures(*answers, prov, 1.0, "a test")}
+    assert found == {
+        "left_out_refused": 1.0,
+        "left_out_named": 0.0,
+        "enrolled_recall_at_1": 1.0,
+        "enrolled_named_rightly": 1.0,
+        "enrolled_named_wrongly": 0.0,
+    }
 
 
 class Perfect:

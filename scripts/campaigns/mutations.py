@@ -946,6 +946,27 @@ MUTATIONS: list[Mutation] = [
         "tests/test_real_scripts.py::test_fine_tuning_and_measuring_share_no_group",
     ),
     Mutation(
+        "photos that no list names are imported and measured",
+        "benchmarks/real/rp1_folders.py",
+        "^ set(clone.photos)",
+        "& set()",
+        "tests/test_real_scripts.py::test_an_import_of_other_photos_than_the_listed_ones_is_refused",
+    ),
+    Mutation(
+        "near-copies of the photos that a drug was enrolled by are asked for",
+        "benchmarks/real/rp1_folders.py",
+        'rows[~rows["group_id"].isin(shown)]',
+        "rows",
+        "tests/test_real_scripts.py::test_a_drug_is_asked_for_by_other_groups_than_it_was_enrolled_by",
+    ),
+    Mutation(
+        "the leak gap is the split by near-copies minus the split by photo",
+        "benchmarks/real/rp1_folders.py",
+        "gap = shares[1].point - shares[0].point",
+        "gap = shares[0].point - shares[1].point",
+        "tests/test_real_scripts.py::test_only_the_split_by_photo_rewards_remembering_near_copies",
+    ),
+    Mutation(
         "reference pictures are turned the wrong way",
         "benchmarks/real/rp4_reference.py",
         "cv2.getRotationMatrix2D((w / 2, h / 2), -angle, 1.0)",
