@@ -63,8 +63,8 @@ MUTATIONS: list[Mutation] = [
     Mutation(
         "the last photo of a COCO number gets the boxes of all",
         "pillsnap/dataset/labelfiles.py",
-        'PhotoLabel("" if number in twice else path or "", [], size)',
-        'PhotoLabel(path or "", [], size)',
+        '    twice = _repeated(str(image.get("id")) for image in images)\n',
+        "    twice: set[str] = set()\n",
         "tests/test_importers.py::test_a_number_of_two_photos_or_two_drugs_names_none[images]",
     ),
     Mutation(
