@@ -382,3 +382,15 @@ def test_a_script_without_its_clone_says_what_to_do():
     done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 1
     assert "git clone https://github.com/Davidooff/AI-pill-detection" in done.stderr
+
+
+def test_a_folder_of_weights_is_not_used_with_other_arguments(tmp_path):
+    own = dict(scenes=1500, epochs=8, size=256, tune_steps=200)
+    rp2_detector.check_arguments(tmp_path / "a", own)
+    rp2_detector.check_arguments(tmp_path / "a", own)
+    (tmp_path / "b" / "synthetic").mkdir(parents=True)
+    (tmp_path / "b" / "synthetic" / "seconds.txt").write_text("336.0 8")  # of a call that did not say
+    for folder, asked in (("a", own | dict(scenes=2000)), ("a", own | dict(size=512)), ("b", own)):
+        with pytest.raises(PillsnapError, match="this folder was begun with"):
+            rp2_detector.check_arguments(tmp_path / folder, asked)
+    rp2_detector.check_arguments(tmp_path / "a", own)  # a refusal changes nothing

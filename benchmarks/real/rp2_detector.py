@@ -3,9 +3,9 @@
     python benchmarks/real/rp2_detector.py --davidooff CLONE --andrewtrainor CLONE
 
 Zero-shot: trained on synthetic photos alone (benchmarks/real/scenes.py), mAP@.5 on every boxed photo. `--photos 16,64`
-fine-tunes copies on that many real photos of the first set and measures them, and ultralytics' own training from
+fine-tunes copies on that many real photos of the first set and measures them, and detectors that PillSnap trains from
 scratch with the same photos and epochs, on the photos of other near-copy groups. `--work` keeps photos and weights: a
-second call goes on where the first stopped.
+second call with the same arguments goes on where the first stopped, and one with others is refused.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from pillsnap.core.checkpoints import load_ckpt
 from pillsnap.core.config import load_config
 from pillsnap.core.device import pick_device, select_amp_dtype
 from pillsnap.core.errors import PillsnapError
-from pillsnap.core.files import ensure_dir
+from pillsnap.core.files import ensure_dir, read_json, save_json
 from pillsnap.core.jobs import fingerprint
 from pillsnap.core.records import Metric
 from pillsnap.evaluation.groupfigures import box_figures
@@ -152,6 +152,16 @@ def fine_tuned(a: argparse.Namespace, start: Path, clone: Clone) -> list[Metric]
     return out + measure(start, "tuned_0", clone, "no real photo, on the same photos as the others", rest)
 
 
+def check_arguments(work: Path, own: dict[str, int]) -> None:
+    "Keep what the photos and weights of a folder are made with; PillsnapError where it was something else."
+    kept = ensure_dir(work) / "arguments.json"
+    trained = any(work.glob("*/seconds.txt"))
+    if (found := read_json(kept) if kept.is_file() else None) != own and (trained or found is not None):
+        what = f"this folder was begun with {found or 'arguments that it does not say'}, and asked for is {own}"
+        raise PillsnapError(what, where=work, fix="repeat those arguments, or name another folder with --work")
+    save_json(own, kept)
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--davidooff", type=Path, required=True, help="clone of Davidooff/AI-pill-detection")
@@ -166,6 +176,7 @@ def main() -> None:
     p.add_argument("--tune-steps", type=int, default=200, help="steps of a fine-tuning, at least 4 epochs")
     a = p.parse_args()
     clones = [open_clone(k, c) for k, c in (("davidooff", a.davidooff), ("andrewtrainor", a.andrewtrainor)) if c]
+    check_arguments(a.work, dict(scenes=a.scenes, epochs=a.epochs, size=a.size, tune_steps=a.tune_steps))
     tree = write_tree(a.work / "scenes", a.scenes, max(8, a.scenes // 11))
     told = train(plan(tree, a.work / "synthetic", a.size, a.epochs))
     note = f"{a.scenes} synthetic photos, {told['epochs']} epochs at {a.size} px in {told['seconds']:.0f} s of one core"

@@ -23,7 +23,7 @@ from ..core.container import Files, FolderFiles, content_digest, layout_number
 from ..core.errors import PillsnapError
 from ..core.files import atomic_path, ensure_dir, json_from_bytes, save_json, sha256_file
 from ..delivery.classmap import ClassMap
-from .search import ChosenSearch, FaissSearch, Search, check_width, have_faiss
+from .search import NEAREST, ChosenSearch, FaissSearch, Search, check_width, have_faiss
 
 # %% ../../nbs/models/577_gallery.ipynb #1d1bf123
 class Reference(NamedTuple):
@@ -57,7 +57,6 @@ def best_of_class(
 
 # %% ../../nbs/models/577_gallery.ipynb #b26adb2e
 _BLOCK = 8192  # rows multiplied at once
-_NEAREST = 64  # neighbours behind the class scores of an approximate index
 _NOWHERE = -1e4  # logit of a drug that takes no part: its probability is zero
 
 
@@ -103,7 +102,7 @@ class Gallery:
 def _scores_of_part(part: GalleryPart, q: np.ndarray, index: Search | None, out: np.ndarray) -> None:
     "The best cosine of each class in one part, into out."
     if index is not None:
-        cosines, rows = index(q, _NEAREST)
+        cosines, rows = index(q, NEAREST)
         at = np.repeat(np.arange(len(q)), rows.shape[1])
         np.maximum.at(out, (at, part.ids[rows.ravel()]), np.where(rows < 0, -1, cosines).ravel())
         return
