@@ -263,13 +263,15 @@ def outside(folder: Path, rows: pd.DataFrame, root: Path, work: Path) -> tuple[p
     shutil.copytree(folder / "export", export)
     bundle = load_bundle(export, device="cpu")
     before = asked(lambda p: bundle.predict(p, mode="single"), root, rows)
-    shown: set[str] = set()
+    shown, codes = set[str](), dict[str, str]()
     for key, mine in rows.groupby("class_key"):
         paths = references(mine)
-        enrol_drug(export, str(key), [root / p for p in paths], by="benchmark")
+        codes[code := f"K-9{len(codes):05d}"] = str(key)  # a gallery asks for a K-code
+        enrol_drug(export, code, [root / p for p in paths], name=str(key), by="benchmark")
         shown |= set(mine.loc[mine["path"].isin(paths), "group_id"])
     bundle = load_bundle(export, device="cpu")
-    return before, asked(lambda p: bundle.predict(p, mode="single"), root, rows[~rows["group_id"].isin(shown)])
+    after = asked(lambda p: bundle.predict(p, mode="single"), root, rows[~rows["group_id"].isin(shown)])
+    return before, after.assign(top=after["top"].replace(codes))
 
 
 def retrieval_figures(a: argparse.Namespace, clone: Clone, first: Path) -> list[Metric]:
