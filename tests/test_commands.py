@@ -25,7 +25,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from functools import cache
 from pathlib import Path
@@ -318,7 +317,7 @@ def served(argv: list[str], desk: Path) -> int:
             try:
                 with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
                     return answer.status
-            except urllib.error.URLError:
+            except OSError:  # it does not listen yet, or listens and is not ready
                 time.sleep(0.1)
         raise AssertionError((desk / "serve.log").read_text())
     finally:
