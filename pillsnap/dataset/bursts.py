@@ -60,9 +60,10 @@ def burst_groups(
 ) -> pd.Series:  # group of every row; the path of a photo without a time
     "The burst that each photo belongs to."
     drugs = df.groupby("path", sort=True)["class_key"].agg(lambda k: "+".join(sorted(set(k))))
-    rows = ((drugs[p], captures[p].camera, captures[p].seconds, p) for p in drugs.index)
+    timed = [(p, captures[p]) for p in drugs.index]
+    rows = [(drugs[p], c.camera, c.seconds, p) for p, c in timed if c.seconds is not None]
     group, series, ended, first = {}, None, 0.0, ""
-    for drug, camera, seconds, path in sorted(r for r in rows if r[2] is not None):
+    for drug, camera, seconds, path in sorted(rows):
         if series != (drug, camera) or seconds - ended > PAUSE:
             first = path
         group[path] = f"{drug}/burst of {first}"

@@ -440,7 +440,7 @@ def smoke_conversion(
 # %% ../../nbs/dataset/408_conversion.ipynb #91a1edeb
 def mix_in_real_photos(
     c: Conversion,  # of a delivery; its manifest and report are written again
-    root: str | os.PathLike,  # the delivery
+    root: str | Path,  # the delivery
     cfg: Config,  # narrow, data
 ) -> PhotoMix:
     "Mix the single photos with the folder `narrow.real_photos`, below the run's `narrow_dataset`."

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 # %% ../../nbs/dataset/418_labelexport.ipynb #1ef9b234
+import numpy as np
 import pandas as pd
 import yaml
 
@@ -83,7 +84,7 @@ def _write_yolo(
     photos = df.groupby("path", sort=True)
     for path, rows in show_progress(photos, total=photos.ngroups, desc="labels", unit="photos", show=progress):
         photo, label = _yolo_places(str(path))
-        boxes = [json.loads(b) for b in rows["bbox"]]
+        boxes = np.array([json.loads(b) for b in rows["bbox"]], float)
         lines = yolo_lines(boxes, rows[["width", "height"]].to_numpy(), [number_of[k] for k in rows["class_key"]])
         ensure_dir((out / photo).parent)
         link_photo(root / str(path), out / photo)

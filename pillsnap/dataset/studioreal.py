@@ -24,7 +24,7 @@ from ..core.files import ensure_dir, os_error, save_json
 from ..core.plots import use_house_style
 from ..core.settings import Data, Narrow
 from .opening import check_photo, image_policies
-from ..delivery.faults import Fault
+from ..delivery.faults import Fault, FaultReason
 from ..delivery.index import COLUMNS, INT_COLUMNS
 
 # %% ../../nbs/dataset/403_studioreal.ipynb #41533a91
@@ -130,7 +130,7 @@ def read_real_photos(
             continue
         seen = check_photo(path, **image_policies(data))
         if seen.reason:
-            faults.append(Fault(path.relative_to(folder).as_posix(), seen.reason, seen.detail))
+            faults.append(Fault(path.relative_to(folder).as_posix(), FaultReason(seen.reason), seen.detail))
             continue
         group = f"real_{drug}_{_capture_of(path.name)}"
         sized = dict(width=seen.width, height=seen.height, sha1=seen.sha1)
@@ -196,7 +196,7 @@ def _statistics(there: pd.DataFrame, taken: pd.DataFrame, rule: MixRule) -> dict
         per_class[drug] = dict(studio=studio, real=real, combined=n, studio_share=studio / n if n else None)
         per_class[drug] |= dict(there_studio=int(there.studio[drug]), there_real=int(there.real[drug]), warnings=own)
     studio, real = int(taken.studio.sum()), int(taken.real.sum())
-    totals = dict(total_studio=studio, total_real=real, total_combined=studio + real)
+    totals: dict[str, Any] = dict(total_studio=studio, total_real=real, total_combined=studio + real)
     totals["studio_share"] = studio / (studio + real) if studio + real else None
     return dict(asked=asdict(rule), **totals, per_class=per_class, warnings=warnings)
 

@@ -233,11 +233,14 @@ def bench_bundle(
     with tempfile.TemporaryDirectory(prefix="pillsnap_bench_") as folder:
         file = Path(photo) if photo else _drawn(Path(folder))
         rows, _ = time_bundle(bundle, file, prov, Evaluation(latency_warmup=warmup, latency_runs=runs))
-    models = {"classifier": bundle.classifier} | ({"detector": bundle.detector.open()} if bundle.detector else {})
-    for name, model in models.items():
+    calls: dict[str, tuple[Any, Any]] = {"classifier": (bundle.classifier, bundle.classifier.outputs)}
+    if bundle.detector:
+        detector = bundle.detector.open()
+        calls["detector"] = (detector, detector)
+    for name, (model, call) in calls.items():
         view = np.zeros((1, 3, model.size, model.size), np.float32)
         setup = LatencySetup(warmup, runs, provider=model.provider)
-        rows += measure_latency(lambda model=model, view=view: model(view), f"onnx_{name}", prov, setup)[0]
+        rows += measure_latency(lambda call=call, view=view: call(view), f"onnx_{name}", prov, setup)[0]
     return [row.to_dict() for row in rows]
 
 

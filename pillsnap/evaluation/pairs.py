@@ -185,7 +185,9 @@ def fit_pair_rule(
     else:
         fused = fit_answer_rule(scored, clusters, settings, temperature, sides.class_map)
         alike = float(np.quantile(photo_distances(front, back), 0.05)) * ALIKE
-    counts = dict(pairs=len(calib), groups=calib["unit"].nunique(), class_map=sides.class_map, note=note)
+    counts: dict[str, Any] = dict(
+        pairs=len(calib), groups=calib["unit"].nunique(), class_map=sides.class_map, note=note
+    )
     return PairRule(temperature, fused, alike, enough, _unknown_limit(photos, calib, fit), **counts)
 
 # %% ../../nbs/evaluation/707_pairs.ipynb #54096d82

@@ -41,7 +41,7 @@ def _palette(
     hsv = np.stack([rng.normal(hue, spread, n) % 180, rng.uniform(20, 220, n), rng.uniform(40, 245, n)], 1)
     hsv[0, 1:], hsv[-1, 2] = (rng.uniform(0, 60), rng.uniform(200, 250)), rng.uniform(20, 80)
     rgb = cv2.cvtColor(hsv[None].astype(np.uint8), cv2.COLOR_HSV2RGB)[0]
-    return [tuple(int(v) for v in c) for c in rgb]
+    return [(int(r), int(g), int(b)) for r, g, b in rgb]
 
 
 def _paint(
@@ -123,7 +123,7 @@ def _palm(rng: np.random.Generator) -> np.ndarray:  # [SIDE,SIDE,3] linear RGB
         start, way = rng.uniform(0, SIDE, 2), rng.uniform(0, 2 * np.pi)
         bend = rng.normal(0, 0.004, 60).cumsum()
         steps = np.stack([np.cos(way + bend.cumsum()), np.sin(way + bend.cumsum())], 1).cumsum(0) * 9
-        cv2.polylines(dark, [np.int32(start + steps)], False, 255, int(rng.integers(1, 4)), cv2.LINE_AA)
+        cv2.polylines(dark, [(start + steps).astype(np.int32)], False, 255, int(rng.integers(1, 4)), cv2.LINE_AA)
     if rng.random() < 0.6:
         for x in np.arange(rng.uniform(0, 150), SIDE, rng.uniform(130, 210)):
             far = SIDE * rng.uniform(0.35, 1)

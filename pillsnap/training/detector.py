@@ -154,7 +154,7 @@ class DetectorJob(Job):
     ) -> None:  # raises PillsnapError
         "Check that the photos are split, and that they have boxes."
         super().check_inputs(root, cfg)
-        data = load_split_data(root, cfg.data.progressive_validation.current_stage, photos=False)
+        data = load_split_data(Path(root), cfg.data.progressive_validation.current_stage, photos=False)
         require_boxes(data.train, root)
 
     def smoke(self, run: RunFolder, cfg: Config) -> None:
