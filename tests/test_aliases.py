@@ -15,6 +15,7 @@ from pillsnap.core.errors import PillsnapError
 from pillsnap.core.jobs import RunFolder
 from pillsnap.dataset.splitfiles import load_split_data
 from pillsnap.dataset.splits import smoke_splits
+from pillsnap.models.yolo import load_ultralytics
 from pillsnap.photos.caches import View, cached_view
 from pillsnap.photos.images import open_image_safely
 from pillsnap.training.learner import Outputs
@@ -159,7 +160,7 @@ def test_train_classification_stage_trains_and_saves(data, cfg, tmp_path):
 
 @pytest.mark.spec("CT26")
 def test_train_detection_stage_trains_and_its_metrics_are_of_its_boxes(run, cfg):
-    pytest.importorskip("ultralytics")
+    load_ultralytics()  # an import by itself would change PIL's Image.open for the whole process
     from pillsnap.models.yolo import TorchDetector, load_detector
     from pillsnap.training.detectordata import photos_in
 
@@ -194,7 +195,7 @@ def test_the_criteria_are_the_losses_that_train(cfg):
     want = nn.functional.cross_entropy(logits, y, w, label_smoothing=cfg.train.classification.label_smoothing)
     assert torch.isclose(loss(logits, y), want, atol=1e-5) and A.build_criterion_cls is A.build_criterion_classification
 
-    pytest.importorskip("ultralytics")
+    load_ultralytics()  # an import by itself would change PIL's Image.open for the whole process
     torch.manual_seed(0)
     net = A.build_yolo_model("11n").train()
     criterion, x = A.build_criterion_detection(net), torch.rand(2, 3, 64, 64)

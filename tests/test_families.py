@@ -306,7 +306,8 @@ def test_a_folder_of_classes_trains_too(tmp_path):
         f"paths.root={tmp_path / 'data'}",
         f"paths.exp_dir={tmp_path / 'run'}",
     )
-    assert [s.name for s in pipeline_of(load_config("retrieval", given))] == ["splits", "retrieval"]
+    jobs = ["splits", "retrieval", "evaluation", "export"]
+    assert [s.name for s in pipeline_of(load_config("retrieval", given))] == jobs
     SplitsJob(
         run_dir=str(tmp_path / "run"), config="retrieval", overrides=given, stage_n=0, near_duplicates=False
     ).run()

@@ -1,5 +1,7 @@
 """Metrics against references written another way: scikit-learn, ultralytics where it is installed, and plain loops."""
 
+import importlib
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -26,6 +28,7 @@ from pillsnap.models.metrics import (
     topk_accuracy,
 )
 from pillsnap.models.pipeline import softmax
+from pillsnap.models.yolo import load_ultralytics
 
 
 def scores(seed: int, n: int = 120, c: int = 7):
@@ -268,7 +271,8 @@ def test_ap_by_brute_force(seed):
 def test_ap_is_what_ultralytics_prints(seed, tmp_path, monkeypatch):
     monkeypatch.setenv("YOLO_CONFIG_DIR", str(tmp_path))
     monkeypatch.setenv("YOLO_OFFLINE", "true")
-    um = pytest.importorskip("ultralytics.utils.metrics")
+    load_ultralytics()  # an import by itself would change PIL's Image.open for the whole process
+    um = importlib.import_module("ultralytics.utils.metrics")
     preds, gts = random_boxes(seed)
     thrs = np.arange(0.5, 1, 0.05).round(2)
     tp, conf = [], []
