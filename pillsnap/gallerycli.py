@@ -34,7 +34,8 @@ def enrol(
     """
     Make a drug known by one or two photos of each side, without training.
 
-    Photos alternate front and back. How many answers about other drugs move is printed; a far drug moves hardly any.
+    Photos alternate front and back. Answers about other drugs may change where the new drug looks like them; it is
+    printed how many calibration photos get another answer.
     """
     from pillsnap.deployment.enrol import enrol_drug
 

@@ -1,5 +1,7 @@
 """What a person sees in a real browser, headless Chromium: the advisor's menu, the triage page, an answer's card."""
 
+import base64
+import io
 import json
 import os
 import re
@@ -15,6 +17,7 @@ import nbformat
 import numpy as np
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from PIL import Image
 from terminal import search_path
 
 from pillsnap.core.jobs import RunFolder
@@ -101,6 +104,8 @@ def page(tmp_path):
                 "--disable-quic",
                 "--disable-background-networking",
                 "--no-first-run",
+                "--use-fake-ui-for-media-stream",
+                "--use-fake-device-for-media-stream",
             ],
         )
         page = browser.new_page(viewport=dict(width=1100, height=900), device_scale_factor=1.5)
@@ -287,7 +292,7 @@ TEXTS = """card => [...card.querySelectorAll('th, td, .kind, .name, .role, figca
 
 def write_card(folder: Path) -> dict:
     "An answer with a twin and a drug without a record, its photo and its reference pictures, one of them broken."
-    from PIL import Image, ImageDraw
+    from PIL import ImageDraw
 
     from pillsnap.core.files import save_json, sha256_file
     from pillsnap.delivery.classmap import ClassMap
@@ -441,6 +446,64 @@ def test_identify_answers_in_jupyterlab(lab, page, tmp_path):
     assert (
         len(table.read_text(encoding="utf-8-sig").splitlines()) == 6
     )  # a head, a pill, a refusal, two pills of combo, a pair
+
+
+FILES = """photos => {
+    const held = new DataTransfer();
+    for (const [name, type, content] of photos)
+        held.items.add(new File([Uint8Array.from(atob(content), (c) => c.charCodeAt(0))], name, { type }));
+    return held;
+}"""
+COPY = """content => navigator.clipboard.write([new ClipboardItem({
+    "image/png": new Blob([Uint8Array.from(atob(content), (c) => c.charCodeAt(0))], { type: "image/png" }) })])"""
+
+
+@pytest.mark.spec("BX11")
+def test_photos_are_dropped_pasted_and_taken_in_jupyterlab(lab, page, tmp_path):
+    "Two in one drop, one too large for the connection, one by Ctrl+V, one by the camera; each reaches Python whole."
+    from server_parts import pill_photo
+
+    url, work = lab
+    keep = """from pathlib import Path
+from pillsnap.deployment.photodrop import PhotoDrop
+def keep(photos):
+    for name, content in photos:
+        Path(f"{len(photos)}_{name}").write_bytes(content)
+PhotoDrop(keep)"""
+    nbformat.write(new_notebook(cells=[new_code_cell(keep)], metadata=KERNEL), work / "drop.ipynb")
+    open_and_run(page, url, "drop.ipynb")
+    place, red = page.locator(".ps-drop"), pill_photo("K-000001")
+    place.wait_for(timeout=120_000)
+    shot = Path(os.environ.get("PILLSNAP_SCREENSHOTS") or tmp_path) / "photodrop.png"
+    place.screenshot(path=shot)
+
+    def arrived(name: str) -> bytes:
+        for _ in range(600):
+            if (found := [*work.glob(name)]) and found[0].stat().st_size:
+                page.wait_for_timeout(100)
+                return found[0].read_bytes()
+            page.wait_for_timeout(100)
+        pytest.fail(f"no {name} in {sorted(p.name for p in work.iterdir())}")
+
+    coded = base64.b64encode(red).decode()
+    photos = [[n, "image/png", coded] for n in ("front.png", "back.png")]
+    large = ["large.png", "image/png", base64.b64encode(bytes(10_000_000)).decode()]
+    place.dispatch_event("drop", {"dataTransfer": page.evaluate_handle(FILES, [photos[0], large, photos[1]])})
+    assert arrived("2_front.png") == arrived("2_back.png") == red
+    assert "large.png: 10 MB" in place.inner_text()
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.evaluate(COPY, coded)
+    place.focus()
+    page.keyboard.press("Control+V")
+    pasted = Image.open(io.BytesIO(arrived("1_image.png")))
+    assert np.array_equal(np.asarray(pasted.convert("RGB")), np.asarray(Image.open(io.BytesIO(red)).convert("RGB")))
+    assert page.locator(".jp-Cell").count() == 1, "the notebook pasted no cell"
+    place.get_by_role("button", name="카메라").click()
+    page.wait_for_function("document.querySelector('.ps-drop video').videoWidth > 0")
+    place.screenshot(path=shot.with_name("photodrop_camera.png"))
+    place.get_by_role("button", name="찍기").click()
+    taken = Image.open(io.BytesIO(arrived("1_camera_*.jpg")))
+    assert min(taken.size) >= 480 and not place.locator("video").is_visible()
 
 
 @pytest.mark.spec("BX11")

@@ -68,7 +68,7 @@ SOURCES = {
         "andrewtrainor/Pill_Object_Detection",
         "df51e5b9a9cc74147b6efbe5c0e8eb6665855cc6",
         r"images/.*\.jpg|all_labels\.csv",
-        "heaps of up to 150 capsules and close-ups, all boxed",
+        "heaps of up to 120 capsules and close-ups, all boxed",
     ),
     "epillid": Source(
         "Phongbwb/Pilldetection",

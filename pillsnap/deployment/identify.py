@@ -25,6 +25,7 @@ from ..core.files import os_error
 from ..core.jobs import is_interactive
 from ..dataset.feedback import FEEDBACK, Remark, add_remark
 from .batch import find_photos, write_answers
+from .photodrop import PhotoDrop
 from .runtime import Bundle, load_bundle
 from ..models.card import PICTURES
 from ..models.cardview import Answer, theme_css
@@ -173,7 +174,7 @@ def put(
 
 # %% ../../nbs/deployment/870_identify.ipynb #df691c86
 _MODES = {"single": "단일 (한 알)", "combo": "조합 (여러 알)", "two_side": "앞면과 뒷면 (한 알)"}
-_TOLD = "PNG, JPEG, BMP, WebP. 올리는 사진은 한 번에 10 MB까지, 더 많으면 경로로 주세요."
+_TOLD = "PNG, JPEG, BMP, WebP. 고르는 사진은 한 번에 10 MB까지, 더 많으면 놓거나 경로로 주세요."
 
 
 class IdentifyApp:
@@ -192,18 +193,19 @@ class IdentifyApp:
         auto, row = w.Layout(width="auto"), w.Layout(flex_flow="row wrap", align_items="center")
         self.mode = w.ToggleButtons(options=[(_MODES[m], m) for m in modes], value=_first_mode(bundle, modes))
         self.upload = w.FileUpload(accept=_TYPES, multiple=True, description="사진 고르기", layout=auto)
+        self.drop = PhotoDrop(lambda photos: self.ask(photos))  # it is added below
         self.path = w.Text(placeholder="사진, 폴더 또는 in/*.jpg", layout=w.Layout(width="260px"))
         self.open, self.save, self.clear = _button("경로 열기"), _button("표로 저장 (CSV)"), _button("모두 지우기")
         self.progress = w.IntProgress(min=0, max=1, layout=w.Layout(width="160px", visibility="hidden"))
         self.told, self.cards, self.sides = w.HTML(_TOLD), w.VBox(), SideSlots(lambda: self.ask_sides())
         self.mode.observe(lambda _: self._offer(), "value")
-        self.upload.observe(lambda change: self._uploaded(change), "value")  # it is added below
+        self.upload.observe(lambda change: self._uploaded(change), "value")
         self.open.on_click(lambda _: self.ask_paths())
         self.save.on_click(lambda _: self.save_table())
         self.clear.on_click(lambda _: self.forget())
         first = w.HBox([self.mode, self.upload, self.path, self.open], layout=row)
         second = w.HBox([self.save, self.clear, self.progress, self.told], layout=row)
-        self.widget = w.VBox([first, self.sides.widget, second, self.cards])
+        self.widget = w.VBox([first, self.drop, self.sides.widget, second, self.cards])
         self._offer()
 
     def _offer(self) -> None:
