@@ -25,6 +25,7 @@ from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
 from pillsnap.delivery.classmap import ClassMap
 from pillsnap.photos import pack as P
+from pillsnap.photos.caches import Photo, View
 from pillsnap.photos.images import crop_view, open_image_safely, psnr, shrink
 from pillsnap.photos.pack import Pack, Plan, build_pack, estimate_pack
 
@@ -570,6 +571,39 @@ def test_more_than_is_stored_is_said(photos, built, tmp_path):
         and "no crops" in flat.can_serve(view("crop", 8))
     )
     assert flat.photo("001.png").shape == (80, 61, 3)
+
+
+@pytest.mark.spec("IM1")
+@pytest.mark.parametrize("small", [2, 9])
+def test_small_photos_are_read_from_their_files(tmp_path, caplog, small):
+    "Of twelve photos a few have 40 pixels less than a view; they are served as without a pack, and the log says so."
+    from pillsnap.dataset.sources import open_source
+
+    sizes = [(121, 150)] * small + [(400, 480)] * (12 - small)
+    rows = [
+        dict(path=f"{i:02}.png", bbox="", class_key=f"K-{i % 3:06}", kind="single", width=w, height=h)
+        for i, (w, h) in enumerate(sizes)
+    ]
+    for i, row in enumerate(rows):
+        Image.fromarray(smooth(i)).resize((row["width"], row["height"])).save(tmp_path / row["path"])
+    table, cmap = pd.DataFrame(rows), ClassMap(tuple({r["class_key"] for r in rows}))
+    header = {"data_hash": "m" * 64}
+    stage = SimpleNamespace(
+        train=table[::2], val=table[1::2], pool=table[:0], class_map=cmap, header=header, root=tmp_path, stage=0
+    )
+    given = [f"paths.exp_dir={tmp_path / 'run'}", "pack.enabled=true", "data.classification.img_size=126"]
+    with caplog.at_level("INFO", "pillsnap.dataset.sources"):
+        source = open_source(stage, load_config("own", given))
+    said = "2 small photos are read from their files" if small == 2 else "9 of 12 photos"
+    assert said in caplog.text and (tmp_path / "run" / "artifacts").exists() == (small == 2)
+    files, view = open_source(stage, load_config("own", [*given, "dataloader.source=delivery"])), View("whole", 161)
+    for i, row in enumerate(rows):
+        a, b = np.zeros((2, 161, 161, 3), np.uint8)
+        photo = Photo(row["path"], "", row["width"], row["height"])
+        assert source.view(photo, view, a) is None and files.view(photo, view, b) is None
+        assert np.array_equal(a, b) if i < small or small == 9 else 0 < np.abs(a.astype(int) - b).mean() < 3
+    with pytest.raises(PillsnapError, match="cannot serve the whole view"):
+        open_source(stage, load_config("own", [*given, "dataloader.source=pack"]))
 
 
 def test_the_estimate_is_near(photos, built):

@@ -175,15 +175,20 @@ class DeliverySource(Source):
 
 # %% ../../nbs/dataset/480_datasets.ipynb #ae156e3c
 class PackSource(Source):
-    "Reads the pack: photos at half scale, box crops in full."
+    "Reads the pack: photos at half scale, box crops in full; small photos from the files, if it is told where."
 
     def __init__(
         self,
         pack: Any,  # data.pack.Pack
         views: Sequence[View] = (),  # views to check now: a pack with too few pixels is refused before the epoch
+        files: DeliverySource | None = None,  # for photos with too few pixels in the pack; None = they are refused
     ):
-        self.pack = pack
+        self.pack, self.files, self.small = pack, files, set()
         self.refuse(views)
+        if files is not None:
+            size = max((v.size for v in views if v.kind == "whole"), default=0)
+            self.small = set(pack.stored_smaller(size))
+            views = [v for v in views if v.kind == "crop"]
         for v in views:
             if not (why := pack.can_serve(v)):
                 raise PillsnapError(
@@ -208,6 +213,8 @@ class PackSource(Source):
         self, photo: Photo, view: View
     ) -> tuple[np.ndarray, np.ndarray | None] | dict:  # photo and box in it, or a skip record
         "The photo, or the crop of its box."
+        if self.files is not None and photo.path in self.small:
+            return self.files.open(photo, view)
         if view.kind == "crop" and photo.bbox:
             return self.pack.crop(photo.path, photo.bbox, view.padding)
         got = self.pack.photo(photo.path)

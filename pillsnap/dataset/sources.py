@@ -77,6 +77,20 @@ def _open_pack(
     return build_stage_pack(data, cfg.paths.exp_dir, settings, progress=False)
 
 
+def _mostly_small(
+    data: SplitData,  # photos with their sizes
+    views: Sequence[View],  # that will be cut from them
+    scale: float,  # pack.scale
+) -> str:  # empty where a pack is worth its time
+    "Why a pack would hold hardly any photo that can be read from it."
+    rows = pd.concat([data.train, data.val]).drop_duplicates("path")
+    short, size = rows[["width", "height"]].min(axis=1), max(v.size for v in views if v.kind == "whole")
+    small = int(((short * scale).round() < short.clip(upper=size)).sum())
+    if 2 * small <= len(rows):
+        return ""
+    return f"it would store {small:,} of {len(rows):,} photos with less than the {size} pixels that are asked for"
+
+
 def open_source(
     data: SplitData,  # the split whose photos are read
     cfg: Config,  # dataloader.source, data, pack, paths.exp_dir
@@ -88,13 +102,19 @@ def open_source(
     for train in (True, False):
         views += dataset_views(c.img_size, train, cfg.data.augment.classification, c.crop_padding, unified).values()
     PackSource.refuse(views)  # before a pack is built for nothing
+    files = DeliverySource(data.root, image_policies(cfg.data)) if cfg.dataloader.source == "auto" else None
+    if files is not None and (why := _mostly_small(data, views, cfg.pack.scale)):
+        logger.info(f"pack: none is used, {why}; photos are read from their files")
+        return files
     t0 = time.perf_counter()
     pack = _open_pack(data, cfg)
     seconds = time.perf_counter() - t0
+    source = PackSource(pack, views, files)
+    small = f"; {len(source.small):,} small photos are read from their files" if source.small else ""
     logger.info(
-        f"pack: {len(pack):,} photos at {pack.scale:g} of their size in {pack.path}, ready after {seconds:.1f} s"
+        f"pack: {len(pack):,} photos at {pack.scale:g} of their size in {pack.path}, ready after {seconds:.1f} s{small}"
     )
-    return PackSource(pack, views)
+    return source
 
 # %% ../../nbs/dataset/486_sources.ipynb #caa122c8
 def build_hotset(

@@ -702,14 +702,24 @@ def can_serve(
         return view.padding <= self.header["margin"] or Refusal(
             f"a margin of {view.padding} is asked for and {self.header['margin']} is stored"
         )
-    whole = (self._col["length"] > 0) & self.table["box"].is_null().to_numpy()
-    stored = np.minimum(self._col["height"], self._col["width"])[whole]
-    was = np.minimum(self._col["photo_height"], self._col["photo_width"])[whole]
-    poor = stored[stored < np.minimum(was, view.size)]
-    return not len(poor) or Refusal(
-        f"{view.size} pixels are asked for, and the short side of {len(poor)} photos is stored with {poor.min()} "
+    poor = self.stored_smaller(view.size).values()
+    return not poor or Refusal(
+        f"{view.size} pixels are asked for, and the short side of {len(poor)} photos is stored with {min(poor)} "
         f"(pack.scale: {self.scale})"
     )
+
+
+@patch
+def stored_smaller(
+    self: Pack,
+    size: int,  # side of a square, pixels
+) -> dict[str, int]:  # path → stored short side, pixels
+    "The photos that would be enlarged to fill a square, though the file has more pixels."
+    whole = (self._col["length"] > 0) & self.table["box"].is_null().to_numpy()
+    stored = np.minimum(self._col["height"], self._col["width"])
+    was = np.minimum(self._col["photo_height"], self._col["photo_width"])
+    poor = np.flatnonzero(whole & (stored < np.minimum(was, size)))
+    return dict(zip(self.table["path"].take(poor).to_pylist(), stored[poor].tolist()))
 
 # %% ../../nbs/photos/330_pack.ipynb #60de0429
 def _remove_older(out: Path, rows: pd.DataFrame, root: str | Path) -> None:
