@@ -837,6 +837,8 @@ def _retrieval(
     "Run one job of the retrieval family."
     own = run_dir / "config.yaml"
     config, given = str(own) if own.is_file() else "retrieval", [f"paths.root={data_dir}"]
+    if load_config(config, given).evaluation.min_eval_samples is None:
+        given.append("evaluation.min_eval_samples=0")  # the three parts of the source, and no clean photos
     jobs = pipeline_of(load_config(config, given))
     names = [s.name for s in jobs]
     before = names[: names.index(job)] if job == "splits" else []
@@ -849,7 +851,11 @@ def create_splits(
     data_dir: Annotated[Path, typer.Option("--data_dir", "--data-dir", help="a folder per class, or a delivery")],
     output_dir: Annotated[Path, typer.Option("--output_dir", "--output-dir", help="the run folder to make")],
 ) -> None:
-    "Split the photos of the retrieval family by ID; the same job as `pillsnap run splits --config retrieval`."
+    """
+    Split the photos of the retrieval family by ID into train, val and test.
+
+    The same job as `pillsnap run splits --config retrieval`, without clean photos set aside.
+    """
     _retrieval("splits", data_dir, output_dir)
 
 

@@ -82,6 +82,7 @@ SMALL_RETRIEVAL = (
     "train.classification.freeze_backbone_epochs=0",
     "train.classification.combo_crops=false",
     "train.classification.early_stopping.monitor=recall@1",
+    "train.classification.early_stopping.mode=max",
     "train.classification.epochs=2",
     "retrieval.embedding_dim=32",
     "retrieval.min_image_size=64",

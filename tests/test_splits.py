@@ -622,7 +622,7 @@ def test_a_folder_of_ids_becomes_a_split(tmp_path):
             config="smoke",
             overrides=(
                 "project.family=retrieval",
-                "evaluation.min_eval_samples=null",
+                "evaluation.min_eval_samples=0",
                 f"paths.root={json.dumps(str(tmp_path / 'shop'))}",
                 *more,
             ),
@@ -646,6 +646,9 @@ def test_a_folder_of_ids_becomes_a_split(tmp_path):
         for rows in json.loads((tmp_path / "run/artifacts/retrieval/splits.json").read_text()).values()
         for r in rows
     }
+    job("evaluation.min_eval_samples=null").run()
+    later = set(load_split_data(tmp_path / "run", 0).pool["split"])
+    assert not {"clean", "calib"} & set(data.pool["split"]) and {"clean", "calib"} <= later, later
     with pytest.raises(PillsnapError, match="did you mean 가나정"):
         job('retrieval.class_names=["가나점","다라정"]').run()
 
@@ -658,7 +661,7 @@ def test_the_narrow_family_writes_its_two_files(run, tmp_path):
     SplitsJob(
         run_dir=str(narrow),
         config="smoke",
-        overrides=("project.family=narrow", "evaluation.min_eval_samples=null"),
+        overrides=("project.family=narrow", "evaluation.min_eval_samples=0"),
         near_duplicates=False,
     ).run()
     lists, card = (json.loads((narrow / "artifacts/narrow" / f).read_text()) for f in ("splits.json", "manifest.json"))

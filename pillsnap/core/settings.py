@@ -346,6 +346,13 @@ class EarlyStopping(Block):
     patience: int = key(7, "validations without progress", ge=1)
     min_delta: float = key(0.0, "smallest progress", ge=0)
 
+    @model_validator(mode="after")
+    def _better(self) -> "EarlyStopping":
+        better = "min" if self.monitor.endswith("loss") else "max"
+        if self.mode != better:
+            raise ValueError(f"mode={self.mode} keeps the worst epoch of {self.monitor}; write mode={better} with it")
+        return self
+
 
 class OomPolicy(Block):
     "What a run does after an out-of-memory error. A preset must set the first five keys."
@@ -592,7 +599,7 @@ class Evaluation(Block):
     "How a model is evaluated."
 
     min_eval_samples: int | None = key(
-        None, "clean photos in the evaluation set; null = as many as the stage's gate asks for", ge=1
+        None, "clean photos in the evaluation set; null = as many as the stage's gate asks for; 0 = none", ge=0
     )
     calibration: bool = key(True, "fit a temperature on the calibration photos that the splits set aside")
     advisor_thresholds: tuple[float, float, float] = key(

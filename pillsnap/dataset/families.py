@@ -47,16 +47,18 @@ def stage_quotas(
     cfg: Config,  # the run's configuration
 ) -> list[StageQuota]:  # stage 0 alone for the demo, else stages 1 to 4
     "The quotas of a configuration's stages; the narrow and retrieval families have one stage."
-    p, cap = cfg.data.progressive_validation, cfg.data.max_samples
+    p, cap, wanted = cfg.data.progressive_validation, cfg.data.max_samples, cfg.evaluation.min_eval_samples
+
+    def clean(i: int) -> int:
+        return GATE_PHOTOS[i] if wanted is None else wanted
+
     if cfg.project.family != "two_stage":
-        return [StageQuota(p.current_stage, cap, None, cfg.evaluation.min_eval_samples or 0)]
+        return [StageQuota(p.current_stage, cap, None, clean(p.current_stage))]
 
     def quota(i: int) -> StageQuota:
-        s, gate = p.stage(i), cfg.evaluation.min_eval_samples
+        s = p.stage(i)
         limits = [n for n in (s.max_samples, cap) if n is not None]
-        return StageQuota(
-            i, min(limits, default=None), s.max_classes, GATE_PHOTOS[i] if gate is None else gate, s.max_combos
-        )
+        return StageQuota(i, min(limits, default=None), s.max_classes, clean(i), s.max_combos)
 
     return [quota(i) for i in ((0,) if p.current_stage == 0 else (1, 2, 3, 4))]
 
