@@ -1,6 +1,7 @@
 "A retrieval run from training to the answer: gallery, evaluation, export, bundle, enrolment."
 
 import shutil
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -187,6 +188,8 @@ def test_two_who_enrol_at_once_lose_nothing_and_the_file_keeps_it(gallery_run, e
     packed = bundle_file(run, tmp_path / "pills.pillsnap")
     told = f"2 drugs enrolled without calibration, gallery {bundle.known.hash}"
     assert told in str(verify_file(packed.where)) and told in packed.read("MODEL_CARD.md").decode()
+    journal = f"2 drugs by 4 photos; journal of 2 lines, sha256 of the last `{bundle.known.entries[-1]['hash']}`"
+    assert f"- enrolled after the training: {journal}\n" in packed.read("DATA_CARD.md").decode()
     asked = strangers[1][0]
     a, b = (dict(load_bundle(p, device="cpu").predict(asked)) | {"timings": 0} for p in (run, packed.where))
     assert a == b and a["items"][0]["top_k"][0]["kcode"] == "K-990002"
@@ -208,7 +211,9 @@ def test_what_could_harm_is_not_enrolled(gallery_run, export, strangers):
     with pytest.raises(PillsnapError, match="is a drug of training"):
         enrol_drug(export, trained, photos)
     with pytest.raises(PillsnapError, match="is no K-code"):
-        enrol_drug(export, "aspirin", photos)
+        enrol_drug(export, "K-99001", photos)
+    with pytest.raises(PillsnapError, match="no name of a drug has"):
+        enrol_drug(export, "pills/aspirin", photos)
     with pytest.raises(PillsnapError, match="given twice"):
         enrol_drug(export, "K-990001", photos[:1] * 2)
     with pytest.raises(PillsnapError, match="each side is needed"):
@@ -222,6 +227,24 @@ def test_what_could_harm_is_not_enrolled(gallery_run, export, strangers):
         unenrol_drug(export, "K-990002")
     with pytest.raises(PillsnapError, match="Triton serves networks alone"):
         write_triton(load_bundle(export, device="cpu"), export / "triton")
+
+
+@pytest.mark.spec("BX19", "IM1")
+def test_a_folders_name_is_enrolled_beside_k_codes(export, strangers):
+    "A name as an import gives it, in any spelling, is answered, told from a like one, and taken out again."
+    from pillsnap.deployment.enrol import enrol_drug, unenrol_drug
+    from pillsnap.deployment.runtime import load_bundle
+
+    enrol_drug(export, unicodedata.normalize("NFD", "비타민 C"), strangers[0][:2])
+    bundle = load_bundle(export, device="cpu")
+    assert "비타민 C" in bundle.class_map.keys and bundle.class_map.kind == "folder"
+    assert bundle.predict(strangers[0][0])["items"][0]["top_k"][0]["kcode"] == "비타민 C"
+    with pytest.raises(PillsnapError, match="is known as '비타민 C' already"):
+        enrol_drug(export, "비타민 c", strangers[1][:2])
+    with pytest.raises(PillsnapError, match="is no K-code"):
+        enrol_drug(export, "K-99001", strangers[1][:2])
+    unenrol_drug(export, "비타민 C")
+    assert load_bundle(export, device="cpu").class_map.kind == "kcode"
 
 
 @pytest.mark.spec("BX19")

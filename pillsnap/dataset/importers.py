@@ -38,7 +38,7 @@ from .matching import Quarantine
 from .opening import PhotoCheck, PhotoJournal, check_photos, image_policies
 from .pictures import draw_imports
 from ..delivery.annotations import DRUG_KEYS, DrugRecord
-from ..delivery.classmap import ClassMap
+from ..delivery.classmap import ClassMap, kind_of, same_name
 from ..delivery.faults import FaultReason
 from ..delivery.index import COLUMNS, INT_COLUMNS, write_index, write_manifest
 from ..delivery.truth import IDENTICAL, LabelledDrug, box_fault, box_iou
@@ -87,7 +87,7 @@ def names_alike(
     "Classes whose names are equal but for case, blanks and the form of their letters."
     same: dict[str, list[str]] = {}
     for n in sorted(set(names)):
-        same.setdefault(" ".join(unicodedata.normalize("NFKC", n).casefold().split()), []).append(n)
+        same.setdefault(same_name(n), []).append(n)
     return {n: ", ".join(o for o in many if o != n) for many in same.values() if len(many) > 1 for n in many}
 
 # %% ../../nbs/dataset/416_importers.ipynb #236eed6a
@@ -300,7 +300,6 @@ def _header(
     "The manifest's header."
     photos = df.drop_duplicates("path")
     keys = set(df["kcode"])
-    kind = "kcode" if all(re.fullmatch(r"K-\d{6}", k) for k in keys) else "folder"
     counts = dict(
         photos=len(photos),
         singles=int((photos["kind"] == "single").sum()),
@@ -314,7 +313,7 @@ def _header(
     return dict(
         source=f"other:{name}",
         root=labels.root,
-        class_map=ClassMap(tuple(keys), kind).to_dict(),
+        class_map=ClassMap(tuple(keys), kind_of(keys)).to_dict(),
         counts=counts,
         quarantine=count_reasons(quarantine.out),
         remarks=count_reasons(quarantine.remarks),

@@ -94,7 +94,7 @@ def bundle_members(
         members[member] = files.place(member)
     weights = trained_weights(root)
     members["MODEL_CARD.md"] = model_card(root, meta, name, bundle.known).encode()
-    members["DATA_CARD.md"] = data_card(root, meta).encode()
+    members["DATA_CARD.md"] = data_card(root, meta, bundle.known).encode()
     if (scorecard := root / "reports" / "scorecard.json").is_file():
         members["scorecard.json"] = scorecard
         if sha256_file(scorecard) != meta.get("scorecard"):

@@ -149,6 +149,16 @@ def _faults(root: Path) -> list[str]:
     return [markdown_table(rows) or "None was found.", ""]
 
 
+def _enrolled(known: Any) -> list[str]:
+    "The drugs that were added after the training, in one line; none where the bundle has no journal."
+    if known is None or not known.entries:
+        return []
+    drugs, photos = len(known.added), sum(len(v) for v in known.vectors().values())
+    said = f"{drugs:,} drugs by {photos:,} photos" if drugs else "no drug, since all that were are taken out again"
+    journal = f"journal of {len(known.entries):,} lines, sha256 of the last `{known.entries[-1]['hash']}`"
+    return [f"- enrolled after the training: {said}; {journal}", ""]
+
+
 def _conditions(root: Path) -> list[str]:
     "Photos by the conditions that the capture names state, as numbers of photos."
     found = run_report(root, "reports/conversion.json").get("conditions", {})
@@ -159,6 +169,7 @@ def _conditions(root: Path) -> list[str]:
 def data_card(
     root: str | Path,  # run folder
     meta: Mapping[str, Any],  # bundle.json of its export
+    known: Any = None,  # KnownDrugs of the bundle; None = it has no gallery
 ) -> str:  # Markdown with YAML in front
     "The data card of a run."
     root, stage = Path(root), run_report(root, "reports/evaluation.json").get("stage", 0)
@@ -170,7 +181,7 @@ def data_card(
     lines += ["The photos themselves are not in the bundle.", "", "## Source", "", *_source(root, meta)]
     lines += ["## Parts", "", *_parts(root, stage)]
     counts = photos_per_drug(root, stage, meta["class_map"]["keys"])
-    lines += ["## Drugs", "", *_drugs(counts, meta["drugs"])]
+    lines += ["## Drugs", "", *_drugs(counts, meta["drugs"]), *_enrolled(known)]
     lines += ["## Conditions", "", "As the capture names write them:", "", *_conditions(root)]
     lines += ["## Faults", "", "Found in the delivery; faulty photos were left out:", "", *_faults(root)]
     lines += ["## What it does not hold", "", _NOT_IN.get(meta["data"], "What the photos lack was not recorded."), ""]

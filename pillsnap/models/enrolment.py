@@ -23,7 +23,7 @@ import numpy as np
 from ..core.container import Files, FolderFiles
 from ..core.errors import PillsnapError
 from ..core.files import canonical_json, sha256_text
-from ..delivery.classmap import ClassMap
+from ..delivery.classmap import ClassMap, kind_of
 from .decision import AnswerRule, decide_answer, prediction_sets
 from .gallery import Gallery, GalleryPart, Reference, gallery_logits, read_gallery, write_gallery
 from .pipeline import softmax
@@ -123,7 +123,8 @@ def with_enrolments(
     "A gallery with further drugs."
     if not active:
         return gallery
-    old, new = gallery.class_map, ClassMap((*gallery.class_map.keys, *active), gallery.class_map.kind)
+    old, keys = gallery.class_map, (*gallery.class_map.keys, *active)
+    new = ClassMap(keys, gallery.class_map.kind if kind_of(keys) == "kcode" else "folder")
     number = np.array([new.id(k) for k in old.keys], np.int32)
     parts = [GalleryPart(p.vectors, number[p.ids], p.views) for p in gallery.parts]
     rows = [
