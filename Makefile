@@ -11,6 +11,8 @@ RUN := _runs/demo
 PROCESSES ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 export VENV PYTHON
 export PATH := $(BIN):$(PATH)
+# a test run starts some hundred processes: they keep the compiled modules, whatever the shell says
+unexport PYTHONDONTWRITEBYTECODE
 
 help: ## this list
 	@awk -F': .*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

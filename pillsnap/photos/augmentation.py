@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - PyTorch's own abbreviation
 from fastcore.basics import patch
 from PIL import Image
-from torchvision.transforms import v2
 
 # %% ../../nbs/photos/350_augmentation.ipynb #bbb76fd8
 from ..core.device import full_fp32, to_device
@@ -123,8 +122,31 @@ def located_windows(
 
 # %% ../../nbs/photos/350_augmentation.ipynb #01143c92
 GREY = 128.0  # fills what a turn uncovers
-_OPS = tuple(k for k in v2.RandAugment._AUGMENTATION_SPACE if k not in ("Solarize", "Equalize", "AutoContrast"))
-_MAGNITUDES = (7, 8, 9)
+_MAGNITUDES = (7, 8, 9)  # of 30
+_LARGEST = {  # the magnitude of 30; translations in shares of the side
+    "ShearX": 0.3,
+    "ShearY": 0.3,
+    "TranslateX": 150 / 331,
+    "TranslateY": 150 / 331,
+    "Rotate": 30.0,
+    "Brightness": 0.9,
+    "Color": 0.9,
+    "Contrast": 0.9,
+    "Sharpness": 0.9,
+}
+_OPS = ("Identity", *_LARGEST, "Posterize")
+_BITS = 7.0  # that posterize keeps, at all three magnitudes
+
+
+def _magnitudes(
+    name: str,  # one of _OPS
+    size: int,  # side of the picture, pixels
+) -> np.ndarray:  # of each of _MAGNITUDES, without sign
+    "torchvision's magnitudes of an operation."
+    if name not in _LARGEST:
+        return np.full(len(_MAGNITUDES), _BITS if name == "Posterize" else 0.0)
+    largest = _LARGEST[name] * (size if name.startswith("Translate") else 1)
+    return torch.linspace(0.0, largest, 31)[list(_MAGNITUDES)].double().numpy()
 
 
 def randaugment_ops(
@@ -132,13 +154,8 @@ def randaugment_ops(
     size: int,  # side of the picture, pixels
 ) -> list[tuple[np.ndarray, np.ndarray]]:  # two times: names [n], signed magnitudes [n] in torchvision's units
     "Two operations per photo, without those that recolour the pill."
-    space = {
-        k: (much(31, size, size), signed)
-        for k, (much, signed) in v2.RandAugment._AUGMENTATION_SPACE.items()
-        if k in _OPS
-    }
-    table = np.array([[float(m[k]) if m is not None else 0.0 for k in _MAGNITUDES] for m, _ in space.values()])
-    signed, out = np.array([s for _, s in space.values()]), []
+    table = np.stack([_magnitudes(name, size) for name in _OPS])
+    signed, out = np.isin(_OPS, list(_LARGEST)), []
     for k in "12":
         op = (draws[:, COL["op" + k]] * len(_OPS)).astype(int)
         much = (draws[:, COL["much" + k]] * len(_MAGNITUDES)).astype(int)
