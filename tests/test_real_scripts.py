@@ -308,6 +308,40 @@ def test_fine_tuning_and_measuring_share_no_group(made_up, monkeypatch):
     assert not {groups[p] for p in tune} & {groups[p] for p in rest}
 
 
+@pytest.mark.spec("RP2")
+def test_all_trainings_get_the_same_photos_and_epochs(made_up, tmp_path, monkeypatch):
+    "The same tree, epochs and photos to be measured on for the fine-tuned detector and the two from scratch."
+    clone, runs, measured = opened(made_up), [], {}
+
+    def trained(tree, folder, size, epochs, start=None):
+        photos = sorted(p.read_bytes() for p in (tree / "images" / "train").iterdir())
+        runs.append((folder.name, photos, size, epochs, start))
+        return dict(seconds=1.0, epochs=epochs)
+
+    def measure(detector, name, clone, note, photos):
+        measured[name] = (detector, photos)
+        return []
+
+    monkeypatch.setattr(rp2_detector, "plan", lambda *a: a)
+    monkeypatch.setattr(rp2_detector, "train", lambda p, start: trained(*p))
+    monkeypatch.setattr(rp2_detector, "train_theirs", trained)
+    monkeypatch.setattr(rp2_detector, "open_detector", lambda path, lazy: path.parent.name)
+    monkeypatch.setattr(rp2_detector, "open_theirs", lambda folder, size: folder.name)
+    monkeypatch.setattr(rp2_detector, "measure", measure)
+    a = argparse.Namespace(work=tmp_path, photos="0,2,4", tune_steps=8, size=64)
+    start = tmp_path / "synthetic" / "best.pt"
+    rp2_detector.fine_tuned(a, start, clone)
+    assert [r[0] for r in runs] == [f"{k}{n}" for n in (2, 4) for k in ("tuned", "scratch", "ultralytics")]
+    for first in (0, 3):
+        assert all(r[1:4] == runs[first][1:4] for r in runs[first : first + 3])
+        assert [r[4] for r in runs[first : first + 3]] == [start, None, None]
+    assert [(len(r[1]), r[3]) for r in runs[::3]] == [(2, 32), (4, 16)]
+    rest = rp2_detector.parts(clone)[1]
+    assert all(photos == rest for _, photos in measured.values())
+    assert measured["ultralytics_4"][0] == "ultralytics4"
+    assert measured["tuned_0"][0] == "synthetic"
+
+
 def test_synthetic_scenes_have_boxes_inside_and_some_show_no_pill(tmp_path, monkeypatch):
     monkeypatch.setattr(scenes, "DRUGS", 12)
     folder = scenes.write_tree(tmp_path, 3, 1)
@@ -333,18 +367,35 @@ def test_enrolled_pictures_are_found_in_rendered_views_of_the_same_pill(made_up)
     pills = rp4_reference.pills_of(opened(made_up, "epillid"), 100)
     kept = [p for p in pills if not rp4_reference.is_trained_on(p)]
     assert (len(pills), len(kept)) == (6, 3)
-    hits = rp4_reference.recall(pills, rp4_reference.ring_colours, 64)
+    asked = rp4_reference.asked_for(pills, range(6), 64)
+    hits = rp4_reference.recall(pills, rp4_reference.ring_colours, 64, asked)
     assert hits["both"].sum() >= 5
     assert hits["front"].sum() >= 3
+    some = rp4_reference.Asked(asked.pills[4:], asked.views[8:])
+    part = rp4_reference.recall(pills, rp4_reference.ring_colours, 64, some)
+    assert all(np.array_equal(part[k], hits[k][4:]) for k in hits), "two pills, looked for among all six"
     rng = np.random.default_rng(0)
-    assert rp4_reference.recall(pills, lambda v: rng.normal(size=(len(v), 8)), 64)["both"].sum() < 4, "by chance"
+    by_chance = rp4_reference.recall(pills, lambda v: rng.normal(size=(len(v), 8)), 64, asked)
+    assert by_chance["both"].sum() < 4
 
 
-@pytest.mark.spec("RP4")
-def test_a_reference_is_laid_as_the_pill_lies_in_its_scene(made_up):
+def test_two_photos_show_two_sides(made_up):
+    "Two photos of what may be one side do not make a pill whose sides differ."
+    pills = rp4_reference.pills_of(opened(made_up, "epillid"), 100)[:2]
+    vectors = {(0, 0): [1, 0.1, 0], (0, 1): [0, 0, 1], (1, 0): [0.9, 0.3, 0], (1, 1): [0.9, 0, 0.3]}
+    plates = [(p, s) for s in (0, 1) for p in (0, 1)]
+    answers = iter([[[1, 0, 0], [1, 0, 0]], *([vectors[key]] * (2 * rp4_reference.TURNS) for key in plates)])
+    asked = rp4_reference.Asked(np.array([1]), np.zeros((2, 16, 16, 3), np.uint8))
+    hits = rp4_reference.recall(pills, lambda _: np.array(next(answers), float), 16, asked)
+    assert not hits["front"][0], "one photo alone is most like the first pill"
+    assert hits["both"][0]
+
+
+@pytest.fixture(scope="module")
+def halves(made_up):
     "A half red, half blue pill: the halves of view and reference agree only at the pill's own angle."
     folder = made_up[0] / "halves"
-    folder.mkdir(exist_ok=True)
+    folder.mkdir()
     page = Image.new("RGB", (120, 70))
     ImageDraw.Draw(page).rounded_rectangle((3, 3, 116, 66), 31, fill=(200, 40, 40))
     halves = np.asarray(page).copy()
@@ -352,29 +403,60 @@ def test_a_reference_is_laid_as_the_pill_lies_in_its_scene(made_up):
     page = Image.fromarray(halves)
     for side in (0, 1):
         page.save(folder / f"halves_0_{side}.png")
-    pill = rp4_reference.real_pill("halves", folder / "halves_0_0.png", folder / "halves_0_1.png")
-    plate = rp4_reference.Plate(pill, 0)
-    for k in range(4):
-        view, angle = rp4_reference.rendered(pill, 0, k, 64)
+    return rp4_reference.real_pill("halves", folder / "halves_0_0.png", folder / "halves_0_1.png")
 
-        def apart(turn, view=view, angle=angle):
-            both = (v.astype(float)[..., 0] - v[..., 2] for v in (view, plate.laid(angle + turn, 64)))
-            return np.corrcoef(*(v.ravel() for v in both))[0, 1]
 
-        assert apart(0) > 0.6
-        assert apart(180) < 0
+def alike(a, b):
+    "How well two views agree in red against blue."
+    return np.corrcoef(*((v.astype(float)[..., 0] - v[..., 2]).ravel() for v in (a, b)))[0, 1]
 
 
 @pytest.mark.spec("RP4")
-def test_training_tells_sides_apart_and_is_not_repeated(made_up, tmp_path):
+def test_a_reference_is_laid_as_the_pill_lies_in_its_scene(halves):
+    plate, right, rolled = rp4_reference.Plate(halves, 0), [], []
+    for k in range(4):
+        shown = rp4_reference.rendered(halves, 0, k)
+        turn, height, roll = shown.pose
+        laid = [plate.laid(rp4_reference.look(turn + more, height, roll), 64) for more in (0, 180)]
+        other = plate.laid(rp4_reference.look(turn, height, -roll), 64)
+        right.append(alike(shown.view(64), laid[0]))
+        rolled.append(alike(shown.view(64), other))
+        assert right[-1] > 0.6
+        assert alike(shown.view(64), laid[1]) < 0
+    assert np.mean(right) > np.mean(rolled) + 0.01, "the camera was rolled"
+
+
+@pytest.mark.spec("RP4")
+def test_views_and_references_of_a_batch_lie_alike(halves, tmp_path):
+    pairs, rng = rp4_reference.Pairs([halves], 64, 2, tmp_path), np.random.default_rng(0)
+    for _ in range(6):
+        batch = pairs.batch(2, rng)
+        assert sorted(batch.at) == [0, 1], "each side once"
+        for seen, known, cover in zip(batch.seen, batch.known, batch.cover):
+            assert alike(seen, known) > 0.6
+            assert 0.2 < (cover > 127).mean() < 0.7
+    again = rp4_reference.Pairs([halves], 64, 2, tmp_path)
+    assert np.array_equal(again.views, pairs.views)
+
+
+@pytest.mark.spec("RP4")
+def test_training_leaves_out_the_pills_that_are_held_back_and_is_not_repeated(made_up, tmp_path, monkeypatch):
     pills = rp4_reference.pills_of(opened(made_up, "epillid"), 100)
-    embed, how = rp4_reference.trained(pills, 0.04, 32, tmp_path)
-    assert "6 other pills" in how
-    again, _ = rp4_reference.trained(pills, 60, 32, tmp_path)
+    monkeypatch.setattr(rp4_reference, "is_held_back", lambda p: p.name == pills[2].name)
+    monkeypatch.setattr(rp4_reference, "CURVE", (0.01, 5))
+    seen, kind = [], rp4_reference.Pairs
+    monkeypatch.setattr(rp4_reference, "Pairs", lambda some, *a: seen.extend(some) or kind(some, *a))
+    embed, how = rp4_reference.trained(pills, 0.02, 32, 1, tmp_path)
+    assert seen == pills[:2] + pills[3:]
+    assert "5 other pills" in how["training"]
+    assert (how["asked"], how["among"]) == (1, 6)
+    assert [line["minutes"] for line in how["curve"]] == [0.01, 0.02]
+    assert all(line["both"] in (0, 1) for line in how["curve"])
+    again, kept = rp4_reference.trained(pills, 60, 32, 1, tmp_path)
+    assert kept == how
     views = np.stack([v for p in pills for v in rp4_reference.Plate(p, 0).turned(32)[:2]])
     assert np.array_equal(embed(views), again(views))
-    near = rp4_reference.unit_vectors(embed(views))
-    assert np.isfinite(near).all()
+    assert np.isfinite(rp4_reference.unit_vectors(embed(views))).all()
 
 
 def test_a_script_without_its_clone_says_what_to_do():

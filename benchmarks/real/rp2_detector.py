@@ -3,15 +3,17 @@
     python benchmarks/real/rp2_detector.py --davidooff CLONE --andrewtrainor CLONE
 
 Zero-shot: trained on synthetic photos alone (benchmarks/real/scenes.py), mAP@.5 on every boxed photo. `--photos 16,64`
-fine-tunes copies on that many real photos of the first set and measures them, and detectors that PillSnap trains from
-scratch with the same photos and epochs, on the photos of other near-copy groups. `--work` keeps photos and weights: a
-second call with the same arguments goes on where the first stopped, and one with others is refused.
+fine-tunes copies on that many real photos of the first set and measures them on the photos of other near-copy groups,
+beside two detectors trained from scratch with the same photos and epochs: one by PillSnap, one by ultralytics' own
+training with its own settings. `--work` keeps photos and weights: a second call with the same arguments goes on where
+the first stopped, and one with others is refused.
 """
 
 import argparse
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from pillsnap.core.jobs import fingerprint
 from pillsnap.core.records import Metric
 from pillsnap.evaluation.groupfigures import box_figures
 from pillsnap.models.pipeline import detect
-from pillsnap.models.yolo import PILL, load_ultralytics, open_detector, yolo_name
+from pillsnap.models.yolo import PILL, TorchDetector, load_ultralytics, open_detector, yolo_name
 from pillsnap.photos.images import open_image_safely
 from pillsnap.training.detectorsettings import DetectorSettings, TrainPlan, detector_args
 from pillsnap.training.detectortrainer import train_detector
@@ -65,12 +67,37 @@ def train(p: TrainPlan, start: Path | None = None) -> dict[str, Any]:
         weights = load_ckpt(start)
         state = weights.get("ema_state") or weights["model_state"]
         hooks["on_pretrain_routine_end"] = lambda t: [m.load_state_dict(state) for m in (t.model, t.ema.ema)]
+    return timed(p.folder, lambda: len(train_detector(p, hooks).history))
+
+
+def train_theirs(tree: Path, folder: Path, size: int, epochs: int) -> dict[str, Any]:
+    "Ultralytics' own training of the same network from scratch, with its own settings; it keeps its best epoch."
+    yolo = load_ultralytics(ensure_dir(folder))
+    about = dict(path=str(tree.absolute()), train="images/train", val="images/val", names={0: "pill"})
+    data = save_json(about, tree / "data.yaml")  # JSON is YAML
+    where = dict(project=str(folder.parent.absolute()), name=folder.name, exist_ok=True, device="cpu", workers=0)
+
+    def run() -> int:
+        yolo.YOLO("yolo11n.yaml").train(data=str(data), epochs=epochs, imgsz=size, plots=False, verbose=False, **where)
+        return epochs
+
+    return timed(folder, run)
+
+
+def open_theirs(folder: Path, size: int) -> TorchDetector:
+    "The detector that ultralytics trained, to answer as PillSnap's do."
+    network = load_ultralytics().YOLO(folder / "weights" / "best.pt").model
+    return TorchDetector(network.float().fuse(verbose=False), size)
+
+
+def timed(folder: Path, run: Callable[[], int]) -> dict[str, Any]:
+    "Run a training that returns its epochs, or take what an earlier call wrote of it; with the processor's seconds."
     torch.set_num_threads(1)
-    if not (p.folder / "seconds.txt").is_file():
+    if not (kept := folder / "seconds.txt").is_file():
         began = time.process_time()
-        found = train_detector(p, hooks)
-        (p.folder / "seconds.txt").write_text(f"{time.process_time() - began:.1f} {len(found.history)}")
-    seconds, epochs = (p.folder / "seconds.txt").read_text().split()
+        epochs = run()
+        kept.write_text(f"{time.process_time() - began:.1f} {epochs}")
+    seconds, epochs = kept.read_text().split()
     return dict(seconds=float(seconds), epochs=int(epochs))
 
 
@@ -96,15 +123,12 @@ def figures(name: str, clone: Clone, lines: list[dict[str, Any]], seconds: float
     ]
 
 
-def measure(
-    weights: Path, name: str, clone: Clone, note: str, photos: list[str] | None = None, size: int = 0
-) -> list[Metric]:
-    "A detector on all boxed photos of a clone, or on some of them; on a larger input than it was trained for."
+def measure(detector: Any, name: str, clone: Clone, note: str, photos: list[str] | None = None) -> list[Metric]:
+    "A detector on all boxed photos of a clone, or on some of them."
     truth = boxes_of(clone, *TABLES[clone_key(clone)])
     truth = truth if photos is None else {p: truth[p] for p in photos}
     groups = dict(zip(truth, groups_of(clone, list(truth))))
-    detector, t0 = open_detector(weights, lazy=False), time.perf_counter()
-    detector.size = size or detector.size
+    t0 = time.perf_counter()
     lines = answers(detector, clone, truth, groups)
     pills = sum(len(x["truth"]) for x in lines)
     return figures(name, clone, lines, time.perf_counter() - t0, f"{pills} pills; {note}")
@@ -139,17 +163,22 @@ def real_tree(folder: Path, clone: Clone, photos: list[str]) -> Path:
 
 
 def fine_tuned(a: argparse.Namespace, start: Path, clone: Clone) -> list[Metric]:
-    "The detector after n real photos, and one that saw only these."
+    "The detector after n real photos, and two that saw only these, trained by PillSnap and by ultralytics."
     out, (tune, rest) = [], parts(clone)
     for n in (int(x) for x in a.photos.split(",") if x.strip() and int(x)):
         tree = real_tree(a.work / f"real{n}", clone, tune[:n])
         epochs = max(4, a.tune_steps * 8 // n)
-        for name, first in (("tuned", start), ("scratch", None)):
+        for name, first in (("tuned", start), ("scratch", None), ("ultralytics", None)):
             folder = a.work / f"{name}{n}"
-            told = train(plan(tree, folder, a.size, epochs, first), first)
+            if name == "ultralytics":
+                told, detector = train_theirs(tree, folder, a.size, epochs), open_theirs(folder, a.size)
+            else:
+                told = train(plan(tree, folder, a.size, epochs, first), first)
+                detector = open_detector(folder / "best.pt", lazy=False)
             note = f"{n} real photos, {told['epochs']} epochs, {told['seconds']:.0f} s of one core"
-            out += measure(folder / "best.pt", f"{name}_{n}", clone, note, rest)
-    return out + measure(start, "tuned_0", clone, "no real photo, on the same photos as the others", rest)
+            out += measure(detector, f"{name}_{n}", clone, note, rest)
+    note = "no real photo, on the same photos as the others"
+    return out + measure(open_detector(start, lazy=False), "tuned_0", clone, note, rest)
 
 
 def check_arguments(work: Path, own: dict[str, int]) -> None:
@@ -182,10 +211,12 @@ def main() -> None:
     note = f"{a.scenes} synthetic photos, {told['epochs']} epochs at {a.size} px in {told['seconds']:.0f} s of one core"
     weights, found = a.work / "synthetic" / "best.pt", []
     for clone in clones:
-        found += measure(weights, f"{clone_key(clone)}_zero_shot", clone, f"no real photo; {note}")
+        detector = open_detector(weights, lazy=False)
+        found += measure(detector, f"{clone_key(clone)}_zero_shot", clone, f"no real photo; {note}")
         for size in (int(x) for x in a.also.split(",") if x.strip()):
-            told = f"no real photo; {note}, answers at {size} px"
-            found += measure(weights, f"{clone_key(clone)}_zero_shot_{size}px", clone, told, None, size)
+            detector.size = size
+            words = f"no real photo; {note}, answers at {size} px"
+            found += measure(detector, f"{clone_key(clone)}_zero_shot_{size}px", clone, words)
     if any(int(x) for x in a.photos.split(",") if x.strip()):
         found += fine_tuned(a, weights, clones[0])
     for m in found:
