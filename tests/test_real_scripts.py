@@ -426,6 +426,17 @@ def test_a_reference_is_laid_as_the_pill_lies_in_its_scene(halves):
     assert np.mean(right) > np.mean(rolled) + 0.01, "the camera was rolled"
 
 
+def test_recall_is_told_for_plain_and_for_printed_sides(halves, made_up):
+    plain = rp4_reference.pills_of(opened(made_up, "epillid"), 100)[:3]
+    assert rp4_reference.relief(rp4_reference.Plate(halves, 0)) > 3 * rp4_reference.relief(
+        rp4_reference.Plate(plain[0], 0)
+    )
+    hits = dict(front=np.array([False, True, False, True]), back=np.array([True, True, False, True]))
+    quarters = rp4_reference.by_relief([*plain, halves], hits)
+    assert quarters[3] == 1.0, "both sides of the last"
+    assert np.mean(quarters) == np.mean(np.concatenate(list(hits.values())))
+
+
 @pytest.mark.spec("RP4")
 def test_views_and_references_of_a_batch_lie_alike(halves, tmp_path):
     pairs, rng = rp4_reference.Pairs([halves], 64, 2, tmp_path), np.random.default_rng(0)

@@ -1,6 +1,6 @@
 """RP4: real pills known from one picture a side, looked for in rendered views of the same pills.
 
-    python benchmarks/real/rp4_reference.py --epillid CLONE --minutes 7
+    python benchmarks/real/rp4_reference.py --epillid CLONE --minutes 3
 
 Pills are divided by the hash of their name. One half trains a small network to tell whether two views, turned alike,
 show one surface (`--minutes 0`: no network, but colours in rings, which need no training). An eighth of that half is
@@ -163,6 +163,21 @@ class Plate:
         return [self.laid(look(step * (k + n / 2), h), size) for n, h in enumerate(HEIGHTS) for k in range(TURNS)]
 
 
+def relief(plate: Plate) -> float:
+    "How much print, scores and relief a reference picture shows: the spread of its brightness about its own blur."
+    grey = cv2.cvtColor(plate.page, cv2.COLOR_RGB2GRAY).astype(np.float32)
+    inside = cv2.erode(plate.mask, np.ones((25, 25), np.uint8)) > 0
+    return float((grey - cv2.GaussianBlur(grey, (0, 0), 8))[inside].std())
+
+
+def by_relief(pills: Sequence[RealPill], hits: dict[str, np.ndarray]) -> list[float]:
+    "Recall@1 from one side, for the quarter of sides with the least relief up to that with the most."
+    shown = np.array([relief(Plate(p, s)) for s in (0, 1) for p in pills])
+    quarter = np.argsort(np.argsort(shown)) * 4 // len(shown)
+    right = np.concatenate([hits["front"], hits["back"]])
+    return [float(right[quarter == k].mean()) for k in range(4)]
+
+
 def ring_colours(views: np.ndarray) -> np.ndarray:
     "Means and spreads of colour in five rings about the middle: the same for a turned view."
     size = views.shape[1]
@@ -175,7 +190,7 @@ def ring_colours(views: np.ndarray) -> np.ndarray:
     return np.concatenate(parts, 1) - usual
 
 
-def network(width: int = 96, dim: int = 16) -> Any:
+def network(width: int = 64, dim: int = 16) -> Any:
     "A map of what is seen, an eighth of the view's side, times where the pill is: two alike surfaces lie over another."
     import torch
     from torch import nn
@@ -397,10 +412,14 @@ class Asked(NamedTuple):
     views: np.ndarray  # uint8 [2 m, S, S, 3] front and back in turn
 
 
-def asked_for(pills: Sequence[RealPill], which: Sequence[int], size: int) -> Asked:
-    "Views of some pills in the first of their scenes."
-    views = [rendered(pills[k], s, 0).view(size) for k in which for s in (0, 1)]
-    return Asked(np.array(which), np.stack(views))
+def asked_for(pills: Sequence[RealPill], which: Sequence[int], size: int, kept: Path | None = None) -> Asked:
+    "Views of some pills in the first of their scenes, or those that an earlier call kept."
+    if kept is not None and kept.is_file():
+        return Asked(np.array(which), np.load(kept))
+    views = np.stack([rendered(pills[k], s, 0).view(size) for k in which for s in (0, 1)])
+    if kept is not None:
+        np.save(kept, views)
+    return Asked(np.array(which), views)
 
 
 def recall(pills: Sequence[RealPill], embed: Embed, size: int, asked: Asked) -> dict[str, np.ndarray]:
@@ -430,7 +449,7 @@ def figures(hits: dict[str, np.ndarray], clone: Clone, took: float, told: str) -
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--epillid", type=Path, required=True, help="clone of Phongbwb/Pilldetection")
-    p.add_argument("--minutes", type=float, default=7, help="of training on one core; 0: colours in rings")
+    p.add_argument("--minutes", type=float, default=3, help="of training on one core; 0: colours in rings")
     p.add_argument("--size", type=int, default=96, help="side of a view, pixels")
     p.add_argument("--scenes", type=int, default=1, help="rendered for each side to train on")
     p.add_argument("--work", type=Path, default=OUT / "rp4", help="folder of views and weights")
@@ -444,13 +463,14 @@ def main() -> None:
     if a.minutes:
         embed, how = trained(learned, a.minutes, a.size, a.scenes, ensure_dir(a.work))
     began = time.perf_counter()
-    hits = recall(kept, embed, a.size, asked_for(kept, range(len(kept)), a.size))
+    asked = asked_for(kept, range(len(kept)), a.size, ensure_dir(a.work) / f"asked-{len(kept)}-{a.size}.npy")
+    hits = recall(kept, embed, a.size, asked)
     told = f"{len(kept)} pills enrolled from one picture a side; real surface, synthetic scene; {how['training']}"
     found = figures(hits, clone, time.perf_counter() - began, told)
     for m in found:
         print(m, m.note)
-    sides = {k: float(hits[k].mean()) for k in ("front", "back")}
-    print(write_result("RP4", __doc__.splitlines()[0], found, a.out, **how, sides=sides))
+    more = {k: float(hits[k].mean()) for k in ("front", "back")} | dict(by_relief=by_relief(kept, hits))
+    print(write_result("RP4", __doc__.splitlines()[0], found, a.out, **how, **more))
 
 
 if __name__ == "__main__":
