@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT / "benchmarks" / "real"
 sys.path.insert(0, str(REAL))
 
+import folders  # noqa: E402
 import rp1_folders  # noqa: E402
 import rp2_detector  # noqa: E402
 import rp4_reference  # noqa: E402
@@ -190,15 +191,15 @@ def remembered(folder: Path) -> None:
 def test_only_the_split_by_photo_rewards_remembering_near_copies(own_photos, tmp_path):
     clone, first = own_photos
     a = argparse.Namespace(abhiram=clone.folder, minutes=1, epochs=1, size=64)
-    folders = []
+    runs = []
     for by in ("capture", "image"):
         folder = rp1_folders.started(first, tmp_path / by)
-        more = (f"data.group_by={by}", "evaluation.min_eval_samples=24", *rp1_folders.SHARES)
+        more = (f"data.group_by={by}", "evaluation.min_eval_samples=24", *folders.SHARES)
         rp1_folders.SplitsJob(str(folder), "own", rp1_folders.settings(a, folder, *more)).run()
         remembered(folder)
-        folders.append(folder)
+        runs.append(folder)
     prov = Provenance(clone.data, clone.data_hash, "b" * 64)
-    found = {m.name: m for m in rp1_folders.classifier_figures(*folders, prov, 1.0, "a test")}
+    found = {m.name: m for m in rp1_folders.classifier_figures(*runs, prov, 1.0, "a test")}
     assert found["accuracy_by_near_copies"].value == 0.0
     assert found["accuracy_by_photo"].value > 0.5
     assert found["leak_gap"].value == found["accuracy_by_photo"].value

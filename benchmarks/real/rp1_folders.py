@@ -20,33 +20,24 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from folders import FOLDER, NAMED, UNIT, finished, imported, named, settings, split_by, started
 from sources import OUT, Clone, open_clone, write_result
 
-from pillsnap.core.device import pick_device
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.files import ensure_dir, read_json, save_text
-from pillsnap.core.jobs import Job, why_stale
 from pillsnap.core.records import Metric, Provenance
-from pillsnap.core.settings import Config
-from pillsnap.dataset.importers import import_command
-from pillsnap.dataset.splitfiles import load_split_data
 from pillsnap.dataset.splits import SplitsJob
 from pillsnap.delivery.index import read_manifest
 from pillsnap.deployment.enrol import enrol_drug
 from pillsnap.deployment.export import ExportJob
 from pillsnap.deployment.runtime import load_bundle
-from pillsnap.evaluation.answers import eval_photos, load_evaluator
 from pillsnap.evaluation.evaluation import EvaluationJob
 from pillsnap.evaluation.groupfigures import GroupFigure, share_figure
 from pillsnap.evaluation.intervals import group_counts, interval_words, percentile_interval, share_words
 from pillsnap.training.classifier import ClassifierJob
 from pillsnap.training.retrieval import RetrievalJob
 
-FOLDER = "Dataset"  # of the photos, in the clone
-UNIT = "groups of near-copies"
-NAMED = "reports/clean_named.csv"  # of a run: path, group, true and first name of each clean photo
 OUTSIDE = 5  # drugs that retrieval is trained without
-SHARES = "data.split_ratio=[0.7,0.3]", "data.test_known_ratio=0", "splits.unknown_share=0"
 RETRIEVAL = """\
 base: demo_retrieval
 data:
@@ -60,75 +51,19 @@ answer: {alpha: 0.1}  # a rule at .05 needs 20 calibration groups, and fifteen d
 Answer = Callable[[Path], Mapping[str, Any]]  # a photo → the JSON of its answer
 
 
-def imported(clone: Clone, work: Path) -> Path:
-    "The clone's photos as `pillsnap import` takes them; PillsnapError if it holds other photos than the listed ones."
-    clone.check()
-    folder = work / "import"
-    if not (folder / "manifest.json").is_file():
-        import_command(clone.folder / FOLDER, folder, "folder", name=clone.data.removeprefix("other:"))
-    rows, header = read_manifest(folder / "manifest.csv")
-    if odd := {f"{FOLDER}/{p}" for p in rows["path"]} ^ set(clone.photos):
-        raise PillsnapError(f"{len(odd)} photos are not listed or not imported", where=sorted(odd)[0])
-    if header["source"] != clone.data:
-        raise PillsnapError(f"this import is of {header['source']}", where=folder, fix="name another folder: --work")
-    return folder
-
-
-def started(first: Path, folder: Path) -> Path:
-    "A run folder of its own with the imported photos."
-    if not folder.is_dir():
-        shutil.copytree(first, folder)
-    return folder
-
-
 def left_out(keys: Sequence[str], n: int = OUTSIDE) -> list[str]:
     "The drugs that retrieval is trained without: those whose names have the smallest hashes."
     return sorted(sorted(set(keys), key=lambda k: hashlib.sha256(k.encode()).hexdigest())[:n])
 
 
-def settings(a: argparse.Namespace, folder: Path, *more: str) -> tuple[str, ...]:
-    "What all trainings share."
-    root = str(Path(a.abhiram).absolute() / FOLDER)
-    hours = f"data.progressive_validation.stage_0.time_limit_hours={a.minutes / 60:.4f}"
-    same = "inference.focus=off", "train.num_threads=1", "train.leak_gap=false", hours
-    return (
-        f"paths.root={root}",
-        f"paths.exp_dir={folder.absolute()}",
-        f"data.classification.img_size={a.size}",
-        *same,
-        "pack.enabled=false",  # some photos are smaller than the pack asks for
-        "evaluation.condition_photos=4",
-        "evaluation.latency_runs=20",
-        *more,
-    )
-
-
-def finished(job: Job) -> None:
-    "Run a job unless its folder holds what it would write."
-    if why_stale(job.run_dir, job.name, job.cfg):
-        job.run()
-
-
 def classified(a: argparse.Namespace, first: Path, by: str) -> Path:
     "The run of a classifier on photos that are split by capture (here: by near-copies) or by image."
-    folder = started(first, a.work / f"by_{by}")
-    over = settings(a, folder, f"data.group_by={by}", *SHARES)
-    finished(SplitsJob(str(folder), "own", over))
+    folder, over = split_by(a, first, a.work / f"by_{by}", by)
     finished(job := ClassifierJob(str(folder), "own", over, epochs=a.epochs))
     if by == "capture":  # the evaluation refuses a split that leaks
         finished(EvaluationJob(str(folder), "own", over))
     named(folder, job.cfg)
     return folder
-
-
-def named(folder: Path, cfg: Config) -> None:
-    "Write the first name that a run gives to each of its clean photos."
-    data, began = load_split_data(folder, 0), time.perf_counter()
-    evaluator = load_evaluator(folder, data, cfg.data, pick_device(), focus=cfg.inference.focus)
-    s = evaluator.singles([p for p in eval_photos(data) if p.part == "clean"])
-    keys, most = [data.class_map.key(k) for k in range(len(data.class_map))], s.single.argmax(1)
-    t = pd.DataFrame(dict(path=s.paths, group=s.groups, true=[keys[i] for i in s.labels]))
-    t.assign(answered=[keys[i] for i in most], seconds=time.perf_counter() - began).to_csv(folder / NAMED, index=False)
 
 
 def searched(a: argparse.Namespace, first: Path, known: Sequence[str]) -> Path:

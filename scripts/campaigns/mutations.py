@@ -947,7 +947,7 @@ MUTATIONS: list[Mutation] = [
     ),
     Mutation(
         "photos that no list names are imported and measured",
-        "benchmarks/real/rp1_folders.py",
+        "benchmarks/real/folders.py",
         "^ set(clone.photos)",
         "& set()",
         "tests/test_real_scripts.py::test_an_import_of_other_photos_than_the_listed_ones_is_refused",
