@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,9 @@ sys.path.insert(0, str(REAL))
 import folders  # noqa: E402
 import rp1_folders  # noqa: E402
 import rp2_detector  # noqa: E402
+import rp3_peers  # noqa: E402
 import rp4_reference  # noqa: E402
+import rp5_synthetic  # noqa: E402
 import scenes  # noqa: E402
 import sources  # noqa: E402
 
@@ -488,3 +491,142 @@ def test_a_folder_of_weights_is_not_used_with_other_arguments(tmp_path):
         with pytest.raises(PillsnapError, match="this folder was begun with"):
             rp2_detector.check_arguments(tmp_path / folder, asked)
     rp2_detector.check_arguments(tmp_path / "a", own)  # a refusal changes nothing
+
+
+@pytest.fixture(scope="module")
+def peers_task(own_photos, tmp_path_factory):
+    "What the trainers of the third benchmark get, of made-up photos; and the import."
+    clone, first = own_photos
+    work = tmp_path_factory.mktemp("peers")
+    a = argparse.Namespace(abhiram=clone.folder, minutes=1, size=64, work=work)
+    shutil.copytree(first, work / "import")
+    return rp3_peers.task_of(a, clone), clone
+
+
+@pytest.mark.spec("RP3")
+def test_all_trainers_get_the_same_photos(peers_task, tmp_path):
+    (task, prov), clone = peers_task
+    groups = {k: set(t["group"]) for k, t in task.rows.items()}
+    assert not groups["train"] & groups["val"] and not groups["train"] & groups["clean"]
+    assert not groups["val"] & groups["clean"]
+    for part, t in task.rows.items():
+        shown = sorted(str(p) for p in (task.tree / part).rglob("*.jpg"))
+        assert shown == sorted(t["file"]), "no photo more and none less than PillSnap's"
+        for row in t.itertuples():
+            page, copy = (
+                np.asarray(Image.open(f), float) for f in (clone.folder / folders.FOLDER / row.path, row.file)
+            )
+            assert Path(row.file).parent.name == row.true and np.abs(page - copy).mean() < 3
+    run, _ = rp3_peers.split_by(task.a, task.first, tmp_path / "own", "capture")
+    again = rp3_peers.parts(rp3_peers.load_split_data(run, 0))
+    assert all(again[k]["path"].tolist() == t["path"].tolist() for k, t in task.rows.items())
+
+
+def knowing(task, order, wrong=0, claimed=1.0):
+    "A trainer that knows every drug but those of the first photos, with its drugs in some order."
+
+    def predict(rows):
+        scores = np.zeros((len(rows), len(order)))
+        for i, true in enumerate(rows["true"]):
+            k = sorted(task.classes).index(true)
+            scores[i, (k + 1) % len(order) if i < wrong else k] = 1
+        return scores
+
+    return rp3_peers.Trained(order, predict, claimed, [claimed], 1.0, "by heart")
+
+
+@pytest.mark.spec("RP3")
+def test_another_order_of_the_drugs_is_noticed(peers_task):
+    (task, _), _ = peers_task
+    good = rp3_peers.scored(task, knowing(task, sorted(task.classes)))
+    assert (good["true"] == good["answered"]).all() and len(good) == len(task.rows["clean"])
+    with pytest.raises(PillsnapError, match="another order"):
+        rp3_peers.scored(task, knowing(task, sorted(task.classes)[::-1]))
+    with pytest.raises(PillsnapError, match="scores for"):
+        rp3_peers.scored(task, knowing(task, [*sorted(task.classes)[:-1], "delta 1 MG"]))
+
+
+@pytest.mark.spec("RP3")
+def test_the_lead_is_counted_photo_by_photo(peers_task):
+    (task, prov), _ = peers_task
+    run = dict(epochs=3, seconds=60.0, how="by heart")
+    n = len(task.rows["clean"])
+    found = {
+        name: (rp3_peers.named(task, knowing(task, sorted(task.classes), wrong), "clean"), run)
+        for name, wrong in (("pillsnap", 0), ("timm", n // 2), ("fastai", 0))
+    }
+    m = {f.name: f for f in rp3_peers.figures(found, 2.0, prov)}
+    assert m["accuracy_pillsnap_2min"].value == 1.0
+    assert m["lead_over_timm_2min"].value == pytest.approx((n // 2) / n)
+    assert m["accuracy_timm_2min"].value == pytest.approx(1 - (n // 2) / n)
+    assert m["lead_over_fastai_2min"].value == 0.0
+    assert all("groups of near-copies" in f.note for f in m.values())
+    assert rp3_peers.epochs_that_fit((12.0, 42.0), 182.0) == 18, "2 s to begin with, and 10 s an epoch"
+    assert rp3_peers.epochs_that_fit((12.0, 42.0), 5.0) == 2
+
+
+def two_pills(*boxes):
+    "A grey page with rulers' ticks, a blue label and a pill in each box x0, y0, x1, y1."
+    page = Image.new("RGB", (300, 260), (118, 119, 120))
+    draw = ImageDraw.Draw(page)
+    for k in range(0, 300, 12):
+        draw.line((k, 196, k, 202), fill=(200, 200, 200))
+    draw.rectangle((0, 226, 299, 259), fill=(120, 180, 220))
+    for k, box in enumerate(boxes):
+        draw.ellipse(box, fill=(230, 200, 60 + 100 * k))
+    return np.asarray(page)
+
+
+@pytest.mark.spec("RP5")
+def test_both_sides_are_cut_out_whole_or_not_at_all():
+    boxes = (20, 40, 120, 150), (160, 40, 260, 150)
+    sides = rp5_synthetic.both_sides(two_pills(*boxes))
+    assert len(sides) == 2
+    for side in sides:
+        inside = side[..., 3] > 0
+        assert side.shape[2] == 4 and inside.sum() == pytest.approx(np.pi / 4 * 101 * 111, rel=0.02)
+        assert side[inside][:, 0].min() > 200, "no ground"
+    assert not rp5_synthetic.both_sides(two_pills(boxes[0])), "one pill"
+    assert not rp5_synthetic.both_sides(two_pills(boxes[0], (170, 60, 240, 120))), "another size"
+    assert not rp5_synthetic.both_sides(two_pills((-20, 40, 80, 150), boxes[1])), "cut by the picture's edge"
+
+
+@pytest.mark.spec("RP5")
+def test_every_share_of_rendered_photos_trains_equally_long_on_training_photos(own_photos, tmp_path, monkeypatch):
+    clone, first = own_photos
+    shutil.copytree(first, tmp_path / "import")
+    asked, copied = {}, {}
+
+    def cut(rows, root, folder):
+        copied["rows"] = rows
+        return rows.drop_duplicates("class_key")
+
+    def drawn(rows, cutouts, folder, n):
+        return pd.DataFrame([rows.iloc[0].to_dict() | dict(path=f"rendered/{i}") for i in range(n)])
+
+    def train(a, first, name, rows, length):
+        asked[name] = (rows, length)
+        clean = data.pool[data.pool["split"] == "clean"]
+        return pd.DataFrame(dict(group=clean["group_id"], true=clean["class_key"], answered="nothing")), 1.0
+
+    a = argparse.Namespace(
+        abhiram=clone.folder, minutes=1, size=64, work=tmp_path, sizes=[2, rp5_synthetic.ALL], shares=[0, 100], epochs=2
+    )
+    run, _ = rp5_synthetic.split_by(a, tmp_path / "import", tmp_path / "split", "capture")
+    data = rp5_synthetic.load_split_data(run, 0)
+    for name, fake in (("cut_outs", cut), ("synthetic_rows", drawn), ("trained", train)):
+        monkeypatch.setattr(rp5_synthetic, name, fake)
+    found, lines = rp5_synthetic.run(a, clone)
+    assert {f.value for f in found} == {0.0}
+    assert len({(length, x["steps"]) for (_, length), x in zip(asked.values(), lines)}) == 1
+    known = set(data.train["path"])
+    assert set(copied["rows"]["path"]) == known, "cut out of training photos alone"
+    shares = ("2_a_drug_plus_0", 6, 0), ("2_a_drug_plus_100", 6, 6), ("rendered_only", 0, len(known))
+    for name, real, rendered in shares:
+        paths = asked[name][0]["path"]
+        assert (paths.isin(known).sum(), paths.str.startswith("rendered").sum()) == (real, rendered)
+    assert len(asked["all_a_drug_plus_100"][0]) == 2 * len(known) == asked["all_a_drug_plus_0"][1]
+    few = data.train[data.train["path"].isin(asked["2_a_drug_plus_0"][0]["path"])]
+    assert few["group_id"].is_unique and set(data.train.drop_duplicates("class_key")["path"]) <= set(few["path"])
+    longer = rp5_synthetic.repeated(few, 20)["path"].value_counts()
+    assert longer.sum() == 20 and len(longer) == 6 and longer.max() - longer.min() <= 1
