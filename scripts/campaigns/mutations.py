@@ -1007,6 +1007,8 @@ MUTATIONS: list[Mutation] = [
         "train_theirs(tree, folder, a.size, epochs)",
         "train_theirs(tree, folder, a.size, epochs // 2)",
         "tests/test_real_scripts.py::test_all_trainings_get_the_same_photos_and_epochs",
+    ),
+    Mutation(
         "a trainer whose drugs stand in another order is scored",
         "benchmarks/real/rp3_peers.py",
         "if abs(counted - trained.claimed) > APART:",
