@@ -305,3 +305,14 @@ def test_two_names_for_one_setting_must_agree():
     assert resolve_aliases({"train": {"lr": 1}})[0] == {"train": {"classification": {"lr": 1}}}
     with pytest.raises(PillsnapError, match="two things"):
         resolve_aliases({"train": {"lr": 1, "classification": {"lr": 2}}})
+
+
+def test_the_worst_epoch_cannot_be_asked_for():
+    "A preset that inherits `mode: min` and watches an accuracy would keep its worst epoch, and every preset is tried."
+    for name in preset_names():
+        stop = load_config(name).train.classification.early_stopping
+        assert stop.mode == ("min" if stop.monitor == "val_loss" else "max"), name
+    with pytest.raises(PillsnapError, match="keeps the worst epoch of recall@1"):
+        load_config("demo", ["train.classification.early_stopping.monitor=recall@1"])
+    with pytest.raises(PillsnapError, match="keeps the worst epoch of val_loss"):
+        load_config("narrow", ["train.classification.early_stopping.monitor=val_loss"])

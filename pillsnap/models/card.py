@@ -141,7 +141,7 @@ def _candidate(
     return dict(
         kcode=kcode,
         edi_codes=edi_codes(record),
-        name=known_value(record.get("dl_name")),
+        name=None if (name := known_value(record.get("dl_name"))) is None else str(name),  # text, whatever is stored
         confidence=float(confidence),
         card=drug_card(record),
         pictures={side: files.get(side) for side in PICTURES},

@@ -54,6 +54,41 @@ class Mutation:
 
 MUTATIONS: list[Mutation] = [
     Mutation(
+        "a small photo is enlarged from the pack",
+        "pillsnap/dataset/datasets.py",
+        "        if self.files is not None and photo.path in self.small:\n",
+        "        if False:\n",
+        "tests/test_pack.py::test_small_photos_are_read_from_their_files",
+    ),
+    Mutation(
+        "no clean photos for the other families",
+        "pillsnap/dataset/families.py",
+        "        return [StageQuota(p.current_stage, cap, None, clean(p.current_stage))]\n",
+        "        return [StageQuota(p.current_stage, cap, None, wanted or 0)]\n",
+        "tests/test_splits.py::test_a_folder_of_ids_becomes_a_split",
+    ),
+    Mutation(
+        "a like name is enrolled as a drug of its own",
+        "pillsnap/deployment/enrol.py",
+        "if k != key and same_name(k) == same_name(key)",
+        "if k != key and k == key",
+        "tests/test_gallery.py::test_a_folders_name_is_enrolled_beside_k_codes",
+    ),
+    Mutation(
+        "the data card is silent about enrolments",
+        "pillsnap/deployment/bundling.py",
+        "data_card(root, meta, bundle.known).encode()",
+        "data_card(root, meta).encode()",
+        "tests/test_gallery.py::test_two_who_enrol_at_once_lose_nothing_and_the_file_keeps_it",
+    ),
+    Mutation(
+        "the worst epoch is kept",
+        "pillsnap/core/settings.py",
+        "        if self.mode != better:\n",
+        "        if False:\n",
+        "tests/test_config.py::test_the_worst_epoch_cannot_be_asked_for",
+    ),
+    Mutation(
         "copies of one photo teach two drugs",
         "pillsnap/dataset/importers.py",
         "    df = _drop_contradictions(df, sort.quarantine)\n",
