@@ -383,16 +383,30 @@ def test_enrolled_pictures_are_found_in_rendered_views_of_the_same_pill(made_up)
     assert by_chance["both"].sum() < 4
 
 
-def test_two_photos_show_two_sides(made_up):
-    "Two photos of what may be one side do not make a pill whose sides differ."
+def named(pills, photos, fronts, backs):
+    "Which photos name each pill first: vectors of a front's and a back's photo, and of all fronts and backs."
+    found = []
+    for pill in range(len(pills)):
+        answers = iter([photos, *([v] * (2 * rp4_reference.TURNS) for v in [*fronts, *backs])])
+        asked = rp4_reference.Asked(np.array([pill]), np.zeros((2, 16, 16, 3), np.uint8))
+        hits = rp4_reference.recall(pills, lambda _, a=answers: np.array(next(a), float), 16, asked)
+        found.append([k for k in hits if hits[k][0]])
+    return found
+
+
+def test_each_photo_is_compared_with_both_sides_and_two_photos_show_two_sides(made_up):
+    "The front's photo is most like the first pill's front, the back's like the third's back; both like the second's."
+    pills = rp4_reference.pills_of(opened(made_up, "epillid"), 100)[:3]
+    fronts = [[1, 0, 0, 0.1], [0.9, 0, 0.3, 0], [0, 0, 1, 0.1]]
+    backs = [[0, 0, 1, 1], [0.3, 0.9, 0, 0], [0, 1, 0, 0.05]]
+    assert named(pills, [[1, 0, 0, 0], [0, 1, 0, 0]], fronts, backs) == [["front"], ["both"], ["back"]]
+
+
+def test_a_pill_is_not_named_by_one_side_shown_twice(made_up):
+    "Both photos are like one side of the first pill; the second has two sides that are nearly as alike."
     pills = rp4_reference.pills_of(opened(made_up, "epillid"), 100)[:2]
-    vectors = {(0, 0): [1, 0.1, 0], (0, 1): [0, 0, 1], (1, 0): [0.9, 0.3, 0], (1, 1): [0.9, 0, 0.3]}
-    plates = [(p, s) for s in (0, 1) for p in (0, 1)]
-    answers = iter([[[1, 0, 0], [1, 0, 0]], *([vectors[key]] * (2 * rp4_reference.TURNS) for key in plates)])
-    asked = rp4_reference.Asked(np.array([1]), np.zeros((2, 16, 16, 3), np.uint8))
-    hits = rp4_reference.recall(pills, lambda _: np.array(next(answers), float), 16, asked)
-    assert not hits["front"][0], "one photo alone is most like the first pill"
-    assert hits["both"][0]
+    fronts, backs = [[1, 0.1, 0], [0.9, 0.3, 0]], [[0, 0, 1], [0.9, 0, 0.3]]
+    assert named(pills, [[1, 0, 0], [1, 0, 0]], fronts, backs) == [["front", "back"], ["both"]]
 
 
 @pytest.fixture(scope="module")

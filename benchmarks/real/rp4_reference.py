@@ -430,7 +430,7 @@ def recall(pills: Sequence[RealPill], embed: Embed, size: int, asked: Asked) -> 
         vectors = unit_vectors(np.concatenate([embed(np.stack(Plate(p, side).turned(size))) for p in pills]))
         part = GalleryPart(vectors, ids, np.full(len(ids), side, np.int8))
         scores.append(class_scores(Gallery((part,), keys, 1.0), queries))
-    (front, back), (crossed, straight) = ((s[k::2] for s in scores) for k in (0, 1))
+    (front, back), (crossed, straight) = ([s[k::2] for s in scores] for k in (0, 1))
     both = np.maximum(front + straight, back + crossed)
     said = dict(front=np.maximum(front, back), back=np.maximum(crossed, straight), both=both)
     return {k: v.argmax(1) == asked.pills for k, v in said.items()}

@@ -1030,11 +1030,18 @@ MUTATIONS: list[Mutation] = [
         "tests/test_real_scripts.py::test_training_leaves_out_the_pills_that_are_held_back_and_is_not_repeated",
     ),
     Mutation(
+        "the back's photo answers for the front's too",
+        "benchmarks/real/rp4_reference.py",
+        "([s[k::2] for s in scores] for k in (0, 1))",
+        "((s[k::2] for s in scores) for k in (0, 1))",
+        "tests/test_real_scripts.py::test_each_photo_is_compared_with_both_sides_and_two_photos_show_two_sides",
+    ),
+    Mutation(
         "two photos of a pill may show one side",
         "benchmarks/real/rp4_reference.py",
         "np.maximum(front + straight, back + crossed)",
         "np.maximum(front, back) + np.maximum(crossed, straight)",
-        "tests/test_real_scripts.py::test_two_photos_show_two_sides",
+        "tests/test_real_scripts.py::test_a_pill_is_not_named_by_one_side_shown_twice",
     ),
     Mutation(
         "ultralytics' own training gets fewer epochs than ours",
