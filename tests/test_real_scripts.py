@@ -621,7 +621,9 @@ def test_every_share_of_rendered_photos_trains_equally_long_on_training_photos(o
     def train(a, first, name, rows, length):
         asked[name] = (rows, length)
         clean = data.pool[data.pool["split"] == "clean"]
-        return pd.DataFrame(dict(group=clean["group_id"], true=clean["class_key"], answered="nothing")), 1.0
+        said = clean["class_key"] if name == "2_a_drug_plus_100" else "nothing"
+        given = dict(path=clean["path"], group=clean["group_id"], true=clean["class_key"], answered=said)
+        return pd.DataFrame(given), 1.0
 
     a = argparse.Namespace(
         abhiram=clone.folder, minutes=1, size=64, work=tmp_path, sizes=[2, rp5_synthetic.ALL], shares=[0, 100], epochs=2
@@ -631,7 +633,8 @@ def test_every_share_of_rendered_photos_trains_equally_long_on_training_photos(o
     for name, fake in (("cut_outs", cut), ("synthetic_rows", drawn), ("trained", train)):
         monkeypatch.setattr(rp5_synthetic, name, fake)
     found, lines = rp5_synthetic.run(a, clone)
-    assert {f.value for f in found} == {0.0}
+    right = ["accuracy_2_a_drug_plus_100", "gain_2_a_drug_plus_100"]
+    assert [f.name for f in found if f.value == 1.0] == right and {f.value for f in found} == {0.0, 1.0}
     assert len({(length, x["steps"]) for (_, length), x in zip(asked.values(), lines)}) == 1
     known = set(data.train["path"])
     assert set(copied["rows"]["path"]) == known, "cut out of training photos alone"

@@ -17,6 +17,8 @@ from pillsnap.dataset.splitfiles import load_split_data
 from pillsnap.dataset.splits import SplitsJob
 from pillsnap.delivery.index import read_manifest
 from pillsnap.evaluation.answers import eval_photos, load_evaluator
+from pillsnap.evaluation.groupfigures import share_figure
+from pillsnap.evaluation.intervals import LEAST_GROUPS, interval_words
 
 FOLDER = "Dataset"  # of the photos, in the clone
 UNIT = "groups of near-copies"
@@ -84,3 +86,14 @@ def named(folder: Path, cfg: Config) -> None:
     keys, most = [data.class_map.key(k) for k in range(len(data.class_map))], s.single.argmax(1)
     t = pd.DataFrame(dict(path=s.paths, group=s.groups, true=[keys[i] for i in s.labels]))
     t.assign(answered=[keys[i] for i in most], seconds=time.perf_counter() - began).to_csv(folder / NAMED, index=False)
+
+
+def difference(mine: pd.DataFrame, other: pd.DataFrame) -> tuple[float, str]:
+    "By how much more of the same photos the first table names rightly, and the interval of that share over groups."
+    assert mine["path"].tolist() == other["path"].tolist()
+    more = (mine["true"] == mine["answered"]).astype(float) - (other["true"] == other["answered"])
+    figure = share_figure(mine, more)
+    ends, n = figure.interval(), len(figure.groups)
+    if ends is None and n >= LEAST_GROUPS:
+        ends = (figure.point, figure.point)  # the same answers to every photo
+    return figure.point, interval_words(ends, n, UNIT)

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from folders import FOLDER, UNIT, imported, split_by
+from folders import FOLDER, UNIT, difference, imported, split_by
 from PIL import Image
 from sources import OUT, Clone, open_clone, write_result
 
@@ -32,8 +32,7 @@ from pillsnap.core.files import ensure_dir, read_json, save_json
 from pillsnap.core.records import Metric, Provenance
 from pillsnap.dataset.splitfiles import SplitData, load_split_data
 from pillsnap.evaluation.answers import eval_photos, load_evaluator
-from pillsnap.evaluation.groupfigures import share_figure
-from pillsnap.evaluation.intervals import LEAST_GROUPS, interval_words, share_words
+from pillsnap.evaluation.intervals import share_words
 from pillsnap.models.yolo import load_ultralytics
 from pillsnap.training.classifier import ClassifierJob
 
@@ -313,14 +312,9 @@ def figures(
     for name, (t, run) in found.items():
         if name == "pillsnap":
             continue
-        assert t["path"].equals(mine["path"])
-        gap = (mine["true"] == mine["answered"]).astype(float) - (t["true"] == t["answered"])
-        figure = share_figure(t, gap)
-        ends = figure.interval()
-        if ends is None and len(figure.groups) >= LEAST_GROUPS:
-            ends = (figure.point, figure.point)  # the same answers to every photo
-        note = f"{interval_words(ends, len(figure.groups), UNIT)}; PillSnap minus {name}, photo by photo"
-        out.append(prov.metric(f"lead_over_{name}_{minutes:g}min", figure.point, len(t), run["seconds"], note=note))
+        lead, words = difference(mine, t)
+        note = f"{words}; PillSnap minus {name}, photo by photo"
+        out.append(prov.metric(f"lead_over_{name}_{minutes:g}min", lead, len(t), run["seconds"], note=note))
     return out
 
 

@@ -23,7 +23,7 @@ import cv2
 import numpy as np
 import pandas as pd
 import torch
-from folders import FOLDER, NAMED, UNIT, imported, named, split_by
+from folders import FOLDER, NAMED, UNIT, difference, imported, named, split_by
 from sources import OUT, Clone, open_clone, write_result
 
 from pillsnap.core.errors import PillsnapError
@@ -186,12 +186,17 @@ def run(a: argparse.Namespace, clone: Clone) -> tuple[list[Metric], list[dict]]:
     drawn = synthetic_rows(data.train, a.work / "cutouts", a.work / "rendered", max(n for _, _, n in todo))
     length = max(len(real) + n for _, real, n in todo)
     prov = Provenance(clone.data, clone.data_hash, data.class_map.fingerprint)
-    found, lines = [], []
+    found, lines, before = list[Metric](), list[dict](), pd.DataFrame()
     for name, real, n in todo:
         t, seconds = trained(a, first, name, pd.concat([real, drawn.iloc[:n]]), length)
         steps = a.epochs * math.floor(length / 32)
         told = f"{len(real)} real and {n} rendered photos, {steps} steps of 32, test_resnet from scratch, {a.size} px"
         found.append(figure(t, name, told, seconds, prov))
+        before = t if not n else before
+        if n and len(real):
+            gain, words = difference(t, before)
+            note = f"{words}; with {n} rendered photos minus without, photo by photo; {told}"
+            found.append(prov.metric(f"gain_{name}", gain, len(t), seconds, note=note))
         lines.append(dict(name=name, real=len(real), rendered=n, steps=steps, seconds=seconds))
         print(found[-1], found[-1].note, flush=True)
     return found, lines
@@ -207,6 +212,7 @@ def main() -> None:
     p.add_argument("--sizes", type=int, nargs="+", default=[1, 4, ALL], help=f"real photos a drug; {ALL}: all of them")
     p.add_argument("--shares", type=int, nargs="+", default=[0, 25, 100], help="rendered photos, percent of the real")
     a = p.parse_args()
+    a.shares = sorted({0, *a.shares})  # what rendered photos add is counted from none
     a.minutes = 600  # the clock stops no training: all take the same steps
     torch.set_num_threads(1)
     found, lines = run(a, open_clone("abhiram", a.abhiram))

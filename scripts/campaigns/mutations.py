@@ -1066,9 +1066,9 @@ MUTATIONS: list[Mutation] = [
     ),
     Mutation(
         "the lead over another trainer is its lead over PillSnap",
-        "benchmarks/real/rp3_peers.py",
-        'gap = (mine["true"] == mine["answered"]).astype(float) - (t["true"] == t["answered"])',
-        'gap = (t["true"] == t["answered"]).astype(float) - (mine["true"] == mine["answered"])',
+        "benchmarks/real/folders.py",
+        'more = (mine["true"] == mine["answered"]).astype(float) - (other["true"] == other["answered"])',
+        'more = (other["true"] == other["answered"]).astype(float) - (mine["true"] == mine["answered"])',
         "tests/test_real_scripts.py::test_the_lead_is_counted_photo_by_photo",
     ),
     Mutation(
