@@ -1,6 +1,6 @@
 """RP3: the classifier beside three other trainers: same photos, split and input size, equal minutes of one core.
 
-    python benchmarks/real/rp3_peers.py --abhiram CLONE --minutes 1,3
+    python benchmarks/real/rp3_peers.py --abhiram CLONE --minutes 1,2
 
 All train from scratch, each with its own defaults, for as many epochs as fit into the minutes (two short runs of its
 own say how many), with one thread, and keep a checkpoint by their own rule on the same validation photos. One function
@@ -335,7 +335,7 @@ def main() -> None:
     p.add_argument("--abhiram", type=Path, required=True, help="clone of abhiram-bogisetty/PillDetection")
     p.add_argument("--work", type=Path, default=OUT / "rp3", help="folder of the runs")
     p.add_argument("--out", type=Path, default=OUT, help="folder of RP3.json")
-    p.add_argument("--minutes", default="1,3", help="of one core that each training gets; several: one table each")
+    p.add_argument("--minutes", default="1,2", help="of one core that each training gets; several: one table each")
     p.add_argument("--size", type=int, default=128, help="side of the input, pixels; ultralytics asks for steps of 32")
     a = p.parse_args()
     budgets = sorted(float(m) for m in a.minutes.split(","))
