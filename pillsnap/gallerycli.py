@@ -25,7 +25,7 @@ By = Annotated[str, typer.Option("--by", help="who does it; default: the logged-
 
 @gallery_app.command(epilog="Example: `pillsnap enrol K-012345 front.jpg back.jpg --gallery GALLERY --name NAME`")
 def enrol(
-    key: Annotated[str, typer.Argument(metavar="K-CODE", help="the drug")],
+    key: Annotated[str, typer.Argument(metavar="K-CODE", help="the drug: its K-code, or its name")],
     photos: Annotated[list[Path], typer.Argument(help="photos of it: front, back, front, back, …")],
     gallery: Where,
     name: Annotated[str, typer.Option(help="the drug's name, for the card")] = "",
