@@ -123,7 +123,8 @@ def test_narrow_learns_as_its_source_states_it(pills, tmp_path):
         },
         tmp_path / "top_100_drugs.json",
     )
-    given = split_for("narrow", pills, tmp_path / "run", f"narrow.drug_list={top}")
+    # no clean photos: the few photos are divided 80/10/10, as the source divides them
+    given = split_for("narrow", pills, tmp_path / "run", f"narrow.drug_list={top}", "evaluation.min_eval_samples=0")
     stage = load_split_data(tmp_path / "run", 0)
     assert list(stage.class_map) == drugs[:5] and not crossed(stage)
     job = ClassifierJob(run_dir=str(tmp_path / "run"), config="narrow", overrides=given, epochs=12)
@@ -143,7 +144,10 @@ def test_retrieval_learns_stops_and_goes_on(pills, tmp_path):
     from pillsnap.training.retrieval import RetrievalJob, recall_callback
 
     root = tmp_path / "run"
-    given = split_for("retrieval", pills, root, "retrieval.embedding_dim=64", "retrieval.warmup_epochs=2")
+    without_clean = "evaluation.min_eval_samples=0"  # the few photos are divided 70/15/15, as the source divides them
+    given = split_for(
+        "retrieval", pills, root, "retrieval.embedding_dim=64", "retrieval.warmup_epochs=2", without_clean
+    )
     stage, cfg = load_split_data(root, 0), load_config("retrieval", given)
     assert not crossed(stage)
     res = RetrievalJob(run_dir=str(root), config="retrieval", overrides=given, epochs=8).run()
