@@ -77,7 +77,7 @@ class OpenvinoSession:
         where: object = None,  # the file, for errors
     ):
         try:
-            import openvino
+            import openvino  # pyright: ignore[reportMissingImports]  # an extra of its own
         except ImportError as e:
             fix = 'pip install "pillsnap[openvino]", or device=cpu'
             raise PillsnapError("OpenVINO is not installed", where="device=openvino", fix=fix) from e
