@@ -460,7 +460,7 @@ COPY = """content => navigator.clipboard.write([new ClipboardItem({
 
 @pytest.mark.spec("BX11")
 def test_photos_are_dropped_pasted_and_taken_in_jupyterlab(lab, page, tmp_path):
-    "Two in one drop, one too large for the connection, one by Ctrl+V, one by the camera; each reaches Python whole."
+    "One drop of two, one too large for the connection and one just not, Ctrl+V, the camera; each reaches Python whole."
     from server_parts import pill_photo
 
     url, work = lab
@@ -491,6 +491,9 @@ PhotoDrop(keep)"""
     place.dispatch_event("drop", {"dataTransfer": page.evaluate_handle(FILES, [photos[0], large, photos[1]])})
     assert arrived("2_front.png") == arrived("2_back.png") == red
     assert "large.png: 10 MB" in place.inner_text()
+    full = ["full.bmp", "image/bmp", base64.b64encode(bytes(9_500_000)).decode()]
+    place.dispatch_event("drop", {"dataTransfer": page.evaluate_handle(FILES, [full])})
+    assert len(arrived("1_full.bmp")) == 9_500_000, "the largest photo that the place takes passes the connection"
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     page.evaluate(COPY, coded)
     place.focus()
