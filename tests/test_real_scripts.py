@@ -21,6 +21,8 @@ REAL = ROOT / "benchmarks" / "real"
 sys.path.insert(0, str(REAL))
 
 import folders  # noqa: E402
+import reference_network  # noqa: E402
+import reference_views  # noqa: E402
 import rp1_folders  # noqa: E402
 import rp2_detector  # noqa: E402
 import rp3_peers  # noqa: E402
@@ -435,8 +437,8 @@ def test_a_reference_is_laid_as_the_pill_lies_in_its_scene(halves):
     for k in range(4):
         shown = rp4_reference.rendered(halves, 0, k)
         turn, height, roll = shown.pose
-        laid = [plate.laid(rp4_reference.look(turn + more, height, roll), 64) for more in (0, 180)]
-        other = plate.laid(rp4_reference.look(turn, height, -roll), 64)
+        laid = [plate.laid(reference_views.look(turn + more, height, roll), 64) for more in (0, 180)]
+        other = plate.laid(reference_views.look(turn, height, -roll), 64)
         right.append(alike(shown.view(64), laid[0]))
         rolled.append(alike(shown.view(64), other))
         assert right[-1] > 0.6
@@ -472,7 +474,7 @@ def test_views_and_references_of_a_batch_lie_alike(halves, tmp_path):
 def test_training_leaves_out_the_pills_that_are_held_back_and_is_not_repeated(made_up, tmp_path, monkeypatch):
     pills = rp4_reference.pills_of(opened(made_up, "epillid"), 100)
     monkeypatch.setattr(rp4_reference, "is_held_back", lambda p: p.name == pills[2].name)
-    monkeypatch.setattr(rp4_reference, "CURVE", (0.01, 5))
+    monkeypatch.setattr(reference_network, "CURVE", (0.01, 5))
     seen, kind = [], rp4_reference.Pairs
     monkeypatch.setattr(rp4_reference, "Pairs", lambda some, *a: seen.extend(some) or kind(some, *a))
     embed, how = rp4_reference.trained(pills, 0.02, 32, 1, tmp_path)
