@@ -1,8 +1,9 @@
 #!/usr/bin/env python
 """SPEC RS8: the server under everything that a stranger may send, and under loss of its workers.
 
-1. schemathesis over the OpenAPI document, with all its checks, at least 20,000 cases;
-2. a mixture of good and bad requests while workers are killed and the bundle is changed: what was accepted is answered;
+1. schemathesis over the OpenAPI document, two sides and feedback included, with all its checks, at least 20,000 cases;
+2. a mixture of good, bad, slow and cut requests while workers are killed and the bundle is changed: what was accepted
+   is answered;
 3. 1,000 requests at once, several times;
 4. a disk that takes no byte, for the log and for --keep;
 5. memory over 20,000 answered photos.
@@ -16,6 +17,7 @@ import random
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -29,7 +31,7 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2] / "benchmarks"), str(Path(__file__).resolve().parent)]
 from harness import arguments, finish, machine, save  # noqa: E402 - the checkout must be on the path first
-from server_parts import KEY, Server, colour_bundle, file_limit, pill_photo  # noqa: E402
+from server_parts import KEY, Server, colour_bundle, file_limit, pill_photo, two_sided_bundle  # noqa: E402
 
 from pillsnap.client import photo_form  # noqa: E402
 
@@ -75,6 +77,16 @@ def fuzz(server: Server, folder: Path, examples: int, seed: int) -> dict[str, An
     return dict(cases=cases, failures=failures)
 
 
+def unfinished(server: Server, wait: bool) -> int:
+    "The status that a photo gets of which half arrives; 0 for a client that does not wait for it."
+    body, kind = photo_form("photo", [pill_photo()])
+    head = f"POST /predict HTTP/1.1\r\nHost: a\r\nX-API-Key: {KEY}\r\nContent-Type: {kind}\r\n"
+    data = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body[: len(body) // 2]
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
+        connection.sendall(data)
+        return int(connection.recv(100).split(b" ")[1]) if wait else 0
+
+
 def bad_requests() -> dict[str, tuple[set[int], Callable[[Server], int]]]:
     "Name → the statuses that may come, and how to ask."
     photo = pill_photo()
@@ -82,6 +94,7 @@ def bad_requests() -> dict[str, tuple[set[int], Callable[[Server], int]]]:
     wide = pill_photo(size=(7000, 7000))  # 49 million pixels in a small file: accepted, and decoded
     return {
         "good single": ({200, 503}, lambda s: s.ask("/predict?pipeline=single", [photo])[0]),
+        "good two sides": ({200, 503}, lambda s: s.ask("/predict?two_side=true", [photo, photo])[0]),
         "good combo": ({200, 503}, lambda s: s.ask("/predict?pipeline=combo", [photo])[0]),
         "good batch": ({200, 503}, lambda s: s.ask("/batch", [photo] * 4, name="photos")[0]),
         "49 million pixels": ({200, 503}, lambda s: s.ask("/predict", [wide])[0]),
@@ -92,6 +105,8 @@ def bad_requests() -> dict[str, tuple[set[int], Callable[[Server], int]]]:
         "a letter": ({415, 503}, lambda s: s.ask("/predict", [b"Dear pharmacist,"])[0]),
         "half a photo": ({422, 503}, lambda s: s.ask("/predict", [photo[: len(photo) // 2]])[0]),
         "17 photos": ({422, 503}, lambda s: s.ask("/batch", [photo] * 17, name="photos")[0]),
+        "slow body": ({408, 503}, lambda s: unfinished(s, wait=True)),
+        "cut body": ({0}, lambda s: unfinished(s, wait=False)),
         "two modes": ({422, 503}, lambda s: s.ask("/predict?pipeline=single&mode=combo", [photo])[0]),
     }
 
@@ -117,7 +132,7 @@ def disturb(server: Server, place: Path, rng: random.Random, bundles: dict[str, 
 def mixture(folder: Path, good: Path, seconds: float, seed: int) -> dict[str, Any]:
     "All kinds at once, from eight clients, while workers die and the bundle changes."
     kinds, told, wrong, stop = bad_requests(), Counter(), [], threading.Event()
-    bundles = dict(good=good, other=colour_bundle(folder / "other", data="other:toy"))
+    bundles = dict(good=good, other=two_sided_bundle(folder / "other", data="other:toy"))
     bundles["broken"] = colour_bundle(folder / "broken", broken=True)
     place, rng, events, top = folder / "model", random.Random(seed), Counter(), 0
     place.symlink_to(good)
@@ -134,7 +149,7 @@ def mixture(folder: Path, good: Path, seconds: float, seed: int) -> dict[str, An
             if status not in kinds[name][0]:
                 wrong.append(f"{name}: {status}")
 
-    with Server(folder / "mixture", place, *FREE) as server, ThreadPoolExecutor(8) as pool:
+    with Server(folder / "mixture", place, *FREE, "--limit", "body_seconds=3") as server, ThreadPoolExecutor(8) as pool:
         clients = [pool.submit(client, server, n) for n in range(8)]
         end = time.monotonic() + seconds
         while time.monotonic() < end:
@@ -146,7 +161,9 @@ def mixture(folder: Path, good: Path, seconds: float, seed: int) -> dict[str, An
         stop.set()
         _ = [c.result() for c in clients]
         log, held = server.log(), server.figure("held_bytes")
-    wrong += ["a key in the log"] * (KEY in log) + [f"{held} bytes are still held"] * bool(held)
+    gone = sum(line.get("code") == "client_gone" for line in server.lines())
+    wrong += ["no cut body in the log"] * (not gone) + ["a key in the log"] * (KEY in log)
+    wrong += [f"{held} bytes are still held"] * bool(held)
     other = sum(line.get("status", 0) >= 500 and line["status"] != 503 for line in server.lines())
     return dict(told=dict(sorted(told.items())), events=dict(events), wrong=wrong, other_5xx=other, top_mb=top / 1e6)
 
@@ -236,8 +253,8 @@ def main() -> None:
     began, missed = time.monotonic(), []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        bundle = colour_bundle(folder / "export")
-        with Server(folder / "fuzz", bundle, *FREE) as server:
+        bundle = two_sided_bundle(folder / "export")
+        with Server(folder / "fuzz", bundle, *FREE, "--feedback", str(folder / "feedback.jsonl")) as server:
             fuzzed = fuzz(server, folder, examples=max(5, a.cases // 2), seed=a.seed)
             at_once = thousand(server)
             rss = memory(server, a.photos)
