@@ -16,7 +16,7 @@ from pillsnap.photos.images import crop_view
 from pillsnap.synth.cutouts import RealPill
 
 WIDE, KEPT = 2.0, 192  # side of a view kept for training, in lengths of the pill, and in pixels
-CURVE = (1, 2, 4, 8, 16, 30)  # minutes of training after which the pills that are held back are asked
+CURVE = (2, 8, 16)  # minutes of training after which the pills that are held back are asked
 Embed = Callable[[np.ndarray], np.ndarray]  # uint8 views [N, S, S, 3] → vectors [N, D]
 
 
@@ -32,14 +32,16 @@ def network(width: int = 64, dim: int = 16) -> Any:
         def __init__(self):
             super().__init__()
             self.coarse = nn.Sequential(*block(3, 24, 2), *block(24, 48, 2), *block(48, width, 2))
-            self.fine = nn.Sequential(*block(width, width, 1), *block(width, width, 1)[:2])
+            pairs = [[*block(width, width, 1), *block(width, width, 1)[:2]] for _ in range(2)]
+            self.fine = nn.ModuleList(nn.Sequential(*p) for p in pairs)
             self.what = nn.Sequential(nn.Conv2d(width, dim, 1, bias=False), nn.BatchNorm2d(dim, affine=False))
             self.where = nn.Conv2d(width, 1, 1)
             self.scale = nn.Parameter(torch.tensor(3.0))  # logarithm of what cosines are multiplied by
 
         def forward(self, x):
             x = self.coarse(x.contiguous(memory_format=torch.channels_last))
-            x = torch.relu(x + self.fine(x))
+            for pair in self.fine:
+                x = torch.relu(x + pair(x))
             where = self.where(x)
             return (self.what(x) * where.sigmoid()).flatten(1).float(), where[:, 0].float()
 

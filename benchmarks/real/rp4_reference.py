@@ -93,7 +93,7 @@ def trained(
         net, curve = fitted(Pairs([pills[k] for k in mine], size, views, work), minutes, ask)
         torch.save(net.state_dict(), weights)
         told = f"{curve[-1]['steps']} steps of 64 pairs in {minutes:g} min of one core"
-        words = f"five convolutions at {size} px, {told}, trained on {len(mine)} other pills in {views} scenes a side"
+        words = f"seven convolutions at {size} px, {told}, trained on {len(mine)} other pills in {views} scenes a side"
         save_json(dict(training=words, asked=len(held), among=len(pills), curve=curve), log)
     net = network()
     net.load_state_dict(torch.load(weights, weights_only=True))
