@@ -300,6 +300,7 @@ def answers(sizes=(8, 8, 3), classes: int = 7, seed: int = 0) -> list:
 def validated(batches, loss_func, put=lambda t: t) -> tuple:
     "The scores and answers of a pass, and how many waits there were before its end."
     learn = SimpleNamespace(meta={"paths": ["x"]}, loss_func=loss_func, num_classes=7)
+    learn.unboxed, learn.taken_over = PillLearner.unboxed, PillLearner.taken_over
     cb = Validate()
     cb.learn = learn
     cb.before_validate()

@@ -1,8 +1,10 @@
 """A folder of a person's own photos, without boxes and with hardly a fact, goes through every job to an answer."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from fastai.callback.core import Callback
 from typer.testing import CliRunner
 
 from pillsnap import load_bundle, run
@@ -10,6 +12,7 @@ from pillsnap.cli import app
 from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.files import read_json
+from pillsnap.dataset.splitfiles import load_split_data
 from pillsnap.dataset.splits import SplitsJob
 from pillsnap.deployment.export import ExportJob
 from pillsnap.evaluation.evaluation import EvaluationJob
@@ -17,7 +20,9 @@ from pillsnap.models.card import MISSING
 from pillsnap.models.cardview import card_rows
 from pillsnap.training.classifier import ClassifierJob
 from pillsnap.training.detector import DetectorJob
+from pillsnap.training.learner import Outputs
 from pillsnap.training.retrieval import RetrievalJob
+from pillsnap.training.trainer import train_classification_stage
 
 NAMES = ("Aspirin 100", "타이레놀", "blue capsule")
 SMALL = """
@@ -76,6 +81,47 @@ def test_photos_without_boxes_go_through_every_job_to_an_answer(own_run, own):
     assert head["grouping"]["caution"] and head["grouping"]["caution"] in notes
     got = CliRunner().invoke(app, ["predict", "--run", str(own_run), str(own / "타이레놀" / "IMG_0000.png"), "--json"])
     assert got.exit_code == 0, got.output
+
+
+class GivenPhotos(Callback):
+    "Paths of the photos that the network gets in validation, one view after the other."
+
+    run_train = False
+
+    def before_fit(self):
+        self.paths = []
+
+    def after_pred(self):
+        self.paths += self.learn.meta["paths"]
+
+
+def validated(own_run, folder, boxes):
+    "The validation photos of a training of one epoch with some boxes, what the network saw, and the views' scores."
+    data, cfg = load_split_data(own_run, 0), load_config(str(own_run / "config.yaml"), ["inference.focus=off"])
+    val = data.val.assign(bbox=[boxes] * 2 + [""] * (len(data.val) - 2))
+    given = GivenPhotos()
+    done = train_classification_stage(replace(data, val=val), cfg, Outputs(folder, quiet=True), cbs=[given])
+    return val["path"].tolist(), given.paths, done.learn
+
+
+@pytest.mark.spec("CT21", "IM4")
+def test_a_photo_without_a_box_is_validated_once(own_run, tmp_path):
+    photos, seen, learn = validated(own_run, tmp_path, "")
+    assert seen == photos
+    assert learn.by_view["crop"] == learn.by_view["whole"] and learn.by_view["crop"]["n"] == len(photos) > 2
+    assert learn.answers_by_view["crop"]["paths"] == photos
+
+
+@pytest.mark.spec("CT21")
+def test_the_crops_of_a_mixed_set_are_those_of_its_boxes_and_its_whole_photos(own_run, tmp_path):
+    photos, seen, learn = validated(own_run, tmp_path, "[20, 20, 60, 60]")
+    assert seen == photos + photos[:2]
+    whole, crop = (learn.answers_by_view[v] for v in ("whole", "crop"))
+    confidence = {v: dict(zip(a["paths"], a["confidence"].tolist())) for v, a in (("whole", whole), ("crop", crop))}
+    assert sorted(crop["paths"]) == sorted(photos) and len(crop["labels"]) == len(photos)
+    for k, path in enumerate(photos):
+        assert (confidence["whole"][path] == confidence["crop"][path]) == (k >= 2), path
+    assert learn.by_view["crop"]["val_loss"] != learn.by_view["whole"]["val_loss"]
 
 
 @pytest.mark.spec("IM4")

@@ -26,7 +26,7 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 
 # %% ../../nbs/training/600_callbacks.ipynb #48537515
-from ..core.device import full_fp32, needs_scaler
+from ..core.device import full_fp32, needs_scaler, to_device
 from ..core.errors import PillsnapError
 from ..models.metrics import macro_f1
 from ..models.mixing import Mixer, mixed_loss
@@ -50,6 +50,9 @@ class PillLearner(Learner):
     "fastai's Learner that can start at a later epoch and validates several views."
 
     first_epoch = 0
+    unboxed: frozenset[str] = frozenset()  # paths of the photos that every view shows whole
+    unboxed_answers: tuple[list, list] = ([], [])  # numbers and paths of those in the pass that runs
+    taken_over: tuple[list, list] = ([], [])  # the same of the first pass with these weights; the pass begins with them
 
     def _do_fit(self):
         for epoch in range(self.first_epoch, self.n_epoch):
@@ -61,14 +64,16 @@ class PillLearner(Learner):
             self._validate_views(ds_idx, dl)  # TF32 is for training only
 
     def _validate_views(self, ds_idx=1, dl=None):
+        self.taken_over = ([], [])
         if dl is not None or not getattr(self, "passes", None):
             super()._do_epoch_validate(ds_idx, dl)
             return
-        self.by_view, self.answers_by_view = {}, {}
+        self.by_view, self.answers_by_view, first = {}, {}, {}
         for name, (loader, weights) in self.passes.items():
-            self.pass_weights = weights
+            self.pass_weights, self.taken_over = weights, first.get(weights, ([], []))
             super()._do_epoch_validate(dl=loader)
             self.by_view[name], self.answers_by_view[name] = self.scores, self.answers
+            first.setdefault(weights, self.unboxed_answers)
 
 # %% ../../nbs/training/600_callbacks.ipynb #6ff52b41
 class Unpack(Callback):
@@ -288,14 +293,26 @@ class Validate(Callback):
     order, run_train = Precision.order + 1, False
 
     def before_validate(self):
-        self.waiting, self.parts, self.loss_sum, self.mass, self.seen = [], [], 0.0, 0.0, []
+        self.parts, self.loss_sum, self.mass = [], 0.0, 0.0
+        self.waiting, self.seen = (list(v) for v in self.learn.taken_over)
+        self.learn.unboxed_answers = ([], [])
 
     def after_pred(self):
-        logits, y = self.pred.float(), self.yb[0]
+        logits, y, paths = self.pred.float(), self.yb[0], list(self.learn.meta.get("paths", ()))
+        self.waiting.append(self.numbers(logits, y))
+        self.seen += paths
+        at = [k for k, p in enumerate(paths) if p in self.unboxed]
+        if at:
+            numbers, kept = self.learn.unboxed_answers
+            rows = to_device(torch.tensor(at), y.device)
+            numbers.append(self.waiting[-1] if len(at) == len(y) else self.numbers(logits[rows], y[rows]))
+            kept += [paths[k] for k in at]
+
+    def numbers(self, logits: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        "What is kept of some photos: labels, guesses, confidences, hits among five; the loss and its weight."
         conf, guess = logits.softmax(1).max(1)
         loss = torch.stack([self.loss_func(logits, y), batch_mass(self.loss_func, y)])[None]
-        self.waiting.append((y, guess, conf, topk_hits(logits, y), loss))
-        self.seen += list(self.learn.meta.get("paths", ()))
+        return y, guess, conf, topk_hits(logits, y), loss
 
     def fetch(self):
         "Copy the numbers of this pass from the device to the host, one copy of each kind."

@@ -35,7 +35,7 @@ from ..photos.caches import box_of
 from ..photos.images import IMAGENET_MEAN, IMAGENET_STD, crop_view, open_image_safely
 from .callbacks import PillLearner
 from .leakgap import measure_leak_gap, shared_cache
-from .learner import Outputs, validate_classification
+from .learner import Outputs, validate_views
 from .trainer import TrainingContext, TrainingResult, train_classification_stage
 
 # %% ../../nbs/training/640_classifier.ipynb #d8df5d85
@@ -411,13 +411,8 @@ def _best_answers(
 ) -> dict[str, dict[str, Any]]:  # per view
     "Validation answers of best.pt, photo by photo, on the views that were validated with the weights it holds."
     model = load_classifier(path, data.class_map, next(learn.model.parameters()).device).model
-    device = next(model.parameters()).device
     _, weights = next(iter(learn.passes.values()))
-    loaders = {v: dl for v, (dl, w) in learn.passes.items() if w == weights}
-    return {
-        v: validate_classification(model, dl.shard(), len(data.class_map), learn.loss_func, device)["answers"]
-        for v, dl in loaders.items()
-    }
+    return {v: s["answers"] for v, s in validate_views(model, learn, weights).items()}
 
 
 @patch

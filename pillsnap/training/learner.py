@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'SHAPING', 'FREE', 'build_optimizer', 'opt_func', 'total_steps', 'warmup_steps', 'build_scheduler',
-           'Outputs', 'build_learner', 'validate_classification', 'read_last_checkpoint', 'is_finished',
-           'should_resume', 'load_resume_checkpoint', 'resolved_line']
+           'Outputs', 'build_learner', 'validate_classification', 'validate_views', 'read_last_checkpoint',
+           'is_finished', 'should_resume', 'load_resume_checkpoint', 'resolved_line']
 
 # %% ../../nbs/training/630_learner.ipynb #929cd27a
 import logging
@@ -234,6 +234,25 @@ def build_learner(  # noqa: PLR0913 - a public signature; the last three have de
     return learn
 
 # %% ../../nbs/training/630_learner.ipynb #1a63e41b
+def _validator(
+    model: nn.Module,  # a classifier
+    loader: Any,  # of (images, labels, meta)
+    num_classes: int,  # length of the class map
+    criterion: nn.Module,  # the loss that is reported
+    device: torch.device | str,  # where the pass runs
+) -> PillLearner:
+    "A Learner that only validates."
+    learn = PillLearner(
+        PillLoaders(loader, loader, device),
+        model.to(device),
+        criterion.to(device),
+        default_cbs=False,
+        cbs=[TrainEvalCallback(), Unpack(), Validate()],
+    )
+    learn.num_classes = num_classes
+    return learn
+
+
 def validate_classification(
     model: nn.Module,  # a classifier
     loader: Any,  # of (images, labels, meta)
@@ -242,16 +261,25 @@ def validate_classification(
     device: torch.device | str = "cpu",  # where the pass runs
 ) -> dict[str, Any]:  # val_loss, acc (= top1), macro_f1, top5, confidence, n, and answers photo by photo
     "One validation pass: fp32, no gradients, all photos."
-    learn = PillLearner(
-        PillLoaders(loader, loader, device),
-        model.to(device),
-        (criterion or nn.CrossEntropyLoss()).to(device),
-        default_cbs=False,
-        cbs=[TrainEvalCallback(), Unpack(), Validate()],
-    )
-    learn.num_classes = num_classes
+    learn = _validator(model, loader, num_classes, criterion or nn.CrossEntropyLoss(), device)
     learn._do_epoch_validate(dl=loader)
     return {**learn.scores, "answers": learn.answers}
+
+
+def validate_views(
+    model: nn.Module,  # a classifier, on its device
+    trained: PillLearner,  # its validation passes, loss and photos without a box
+    weights: str | None = None,  # raw or ema: only their passes; None = all
+) -> dict[str, dict[str, Any]]:  # pass → as validate_classification returns it
+    "The passes of a training with another network, all photos in one process."
+    passes = {v: dl for v, dl in trained.passes.items() if weights in (None, dl[1])}
+    loaders = {v: (dl.shard() if hasattr(dl, "shard") else dl, w) for v, (dl, w) in passes.items()}
+    first, _ = next(iter(loaders.values()))
+    device = next(model.parameters()).device
+    learn = _validator(model, first, trained.num_classes, trained.loss_func, device)
+    learn.passes, learn.unboxed = loaders, trained.unboxed
+    learn._do_epoch_validate()
+    return {v: {**s, "answers": learn.answers_by_view[v]} for v, s in learn.by_view.items()}
 
 # %% ../../nbs/training/630_learner.ipynb #b246f515
 SHAPING = (

@@ -40,7 +40,7 @@ from pillsnap.training.learner import (
     load_resume_checkpoint,
     resolved_line,
     total_steps,
-    validate_classification,
+    validate_views,
 )
 from .monitoring import early_stopping, monitored
 from .presets import ClassifierSettings, stage_settings
@@ -108,6 +108,14 @@ def _initial_network(
     return model, origin
 
 # %% ../../nbs/training/638_trainer.ipynb #74a31403
+def _unboxed(
+    loader: Any,  # of validation
+) -> frozenset[str]:  # paths
+    "Photos without a box: a validation shows them whole in every view."
+    photos = loader.dataset
+    return frozenset(path for path, box in zip(photos.paths, photos.bboxes) if not box)
+
+
 def _training_loaders(
     data: SplitData,  # photos and class map
     cfg: Config,  # with the batch size that was chosen
@@ -120,7 +128,8 @@ def _training_loaders(
     views = {meta["val_view"]: val_dl}  # the first view decides which epoch is best
     if cfg.train.classification.crop_view_prob:
         other = "crop" if "whole" in views else "whole"
-        views[other] = validation_loader(data.val, data, cfg, other, context.cache, device=device)
+        rows = data.val[~data.val["path"].isin(_unboxed(val_dl))]  # the others look the same in both views
+        views[other] = validation_loader(rows, data, cfg, other, context.cache, device=device)
     for dl in (train_dl, *views.values()):
         dl.shard(context.rank, context.world_size)
     return train_dl, views
@@ -163,6 +172,7 @@ def build_training(
     train_dl, views = _training_loaders(data, cfg_of_loaders, context, device, out.tb)
     criterion = build_criterion(cfg, class_counts(train_dl.dataset.labels, n), list(data.class_map))
     learn = build_learner(s, model, criterion, train_dl, views, n, device, saved, out)
+    learn.unboxed = _unboxed(next(iter(views.values()))) if len(views) > 1 else frozenset()
     c = s.train.classification
     steps = total_steps(len(train_dl), c.grad_accum_steps, c.epochs)
     logger.info(resolved_line(s, n, steps, device, learn.precision.dtype, photos_per_batch(train_dl)))
@@ -197,11 +207,7 @@ def _monitored_value(
     monitor: str,  # early_stopping.monitor
 ) -> float:
     "The monitored metric of another network, over all validation photos."
-    device = next(learn.model.parameters()).device
-    views = {
-        v: validate_classification(model, dl.shard(), learn.num_classes, learn.loss_func, device)
-        for v, (dl, _) in learn.passes.items()
-    }
+    views = validate_views(model, learn)
     return monitored(dict(views=views, classification=next(iter(views.values()))), monitor)
 
 # %% ../../nbs/training/638_trainer.ipynb #9483a1dd

@@ -410,9 +410,23 @@ MUTATIONS: list[Mutation] = [
     Mutation(
         "validation reads the GPU after each batch",
         "pillsnap/training/callbacks.py",
-        "self.waiting.append((y, guess, conf, topk_hits(logits, y), loss))",
-        "self.waiting.append((y, guess, conf, topk_hits(logits, y), loss)); float(loss[0, 0])",
+        "        self.waiting.append(self.numbers(logits, y))",
+        "        self.waiting.append(self.numbers(logits, y)); float(self.waiting[-1][-1][0, 0])",
         "tests/test_gpu_path.py::test_validation_reads_the_gpu_at_its_end_and_not_before",
+    ),
+    Mutation(
+        "photos without a box are validated in each view",
+        "pillsnap/training/trainer.py",
+        '        rows = data.val[~data.val["path"].isin(_unboxed(val_dl))]',
+        "        rows = data.val",
+        "tests/test_importers_run.py::test_a_photo_without_a_box_is_validated_once",
+    ),
+    Mutation(
+        "the second view forgets the photos without a box",
+        "pillsnap/training/callbacks.py",
+        "        self.waiting, self.seen = (list(v) for v in self.learn.taken_over)",
+        "        self.waiting, self.seen = [], []",
+        "tests/test_importers_run.py::test_the_crops_of_a_mixed_set_are_those_of_its_boxes_and_its_whole_photos",
     ),
     Mutation(
         "the clock marks drugs with a value from the host",
