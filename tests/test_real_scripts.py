@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.records import Metric, Provenance
+from pillsnap.training.monitoring import early_stopping
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT / "benchmarks" / "real"
@@ -294,7 +295,8 @@ def test_boxes_are_measured_on_every_photo_with_near_copies_in_one_group(made_up
     groups = dict(zip(truth, sources.groups_of(clone, list(truth))))
     assert groups["images/p00.jpg"] == groups["images/p10.jpg"]
     assert len(set(groups.values())) == 10
-    good, off = (rp2_detector.answers(Perfect(s), clone, truth, groups) for s in (0.0, 60.0))
+    both = rp2_detector.answers({"good": Perfect(), "off": Perfect(60.0)}, clone, truth, groups)
+    good, off = both["good"], both["off"]
     found = {m.name: m for m in rp2_detector.figures("zero_shot", clone, good, 1.0, "a test")}
     assert found["zero_shot_map50"].value > 0.99
     assert found["zero_shot_map50"].n == 11
@@ -324,19 +326,20 @@ def test_all_trainings_get_the_same_photos_and_epochs(made_up, tmp_path, monkeyp
         runs.append((folder.name, photos, size, epochs, start))
         return dict(seconds=1.0, epochs=epochs)
 
-    def measure(detector, name, clone, note, photos):
-        measured[name] = (detector, photos)
-        return []
+    def asked(detectors, clone, photos):
+        measured.update({name: (detector, photos) for name, detector in detectors.items()})
+        return dict.fromkeys(detectors, []), 1.0
 
     monkeypatch.setattr(rp2_detector, "plan", lambda *a: a)
-    monkeypatch.setattr(rp2_detector, "train", lambda p, start: trained(*p))
+    monkeypatch.setattr(rp2_detector, "train", lambda p, start: trained(p[0], p[1], p[2].size, p[2].epochs, start))
     monkeypatch.setattr(rp2_detector, "train_theirs", trained)
     monkeypatch.setattr(rp2_detector, "open_detector", lambda path, lazy: path.parent.name)
     monkeypatch.setattr(rp2_detector, "open_theirs", lambda folder, size: folder.name)
-    monkeypatch.setattr(rp2_detector, "measure", measure)
+    monkeypatch.setattr(rp2_detector, "asked", asked)
+    monkeypatch.setattr(rp2_detector, "figures", lambda name, clone, lines, seconds, note: [(name, note)])
     a = argparse.Namespace(work=tmp_path, photos="0,2,4", tune_steps=8, size=64)
     start = tmp_path / "synthetic" / "best.pt"
-    rp2_detector.fine_tuned(a, start, clone)
+    told = dict(rp2_detector.fine_tuned(a, start, clone))
     assert [r[0] for r in runs] == [f"{k}{n}" for n in (2, 4) for k in ("tuned", "scratch", "ultralytics")]
     for first in (0, 3):
         assert all(r[1:4] == runs[first][1:4] for r in runs[first : first + 3])
@@ -346,6 +349,97 @@ def test_all_trainings_get_the_same_photos_and_epochs(made_up, tmp_path, monkeyp
     assert all(photos == rest for _, photos in measured.values())
     assert measured["ultralytics_4"][0] == "ultralytics4"
     assert measured["tuned_0"][0] == "synthetic"
+    assert list(told) == list(measured)
+    assert told["scratch_2"].startswith("2 real photos, 32 epochs")
+
+
+@pytest.mark.spec("RP2")
+def test_photos_that_chose_a_setting_are_left_out_of_the_second_figure(made_up, tmp_path, monkeypatch):
+    "A detector that is right on the groups that chose alone, and one after half of the time that finds nothing."
+    clone = opened(made_up)
+    groups = sources.groups_of(clone, clone.photos)
+    chose = rp2_detector.choosing(groups)
+    assert len(chose) == len(set(groups)) // 3 > 0
+    right = {p for p, g in zip(clone.photos, groups) if g in chose}
+    kinds = {tmp_path / "half.pt": set(), tmp_path / "best.pt": right}
+    by_truth = rp2_detector.boxes_of(clone, *rp2_detector.TABLES["andrewtrainor"])
+
+    def answers(detectors, clone, truth, groups):
+        empty = np.zeros((0, 4)), np.zeros(0)
+        lines = {}
+        for name, detector in detectors.items():
+            given = [(p, (b, np.ones(len(b))) if p in detector.known else empty) for p, b in truth.items()]
+            lines[name] = [
+                dict(part="clean", group=groups[p], truth=truth[p], photo=p, boxes=b, confidence=c)
+                for p, (b, c) in given
+            ]
+        return lines
+
+    found = lambda path, lazy: argparse.Namespace(known=kinds[path], size=96)  # noqa: E731
+    monkeypatch.setattr(rp2_detector, "open_detector", found)
+    monkeypatch.setattr(rp2_detector, "answers", answers)
+    monkeypatch.setattr(rp2_detector, "clone_key", lambda clone: "davidooff")
+    monkeypatch.setitem(rp2_detector.TABLES, "davidooff", rp2_detector.TABLES["andrewtrainor"])
+    metrics, curve = rp2_detector.zero_shot(clone, dict(zip((30.0, 60.0), kinds)), [128], "a test")
+    m = {f.name: f for f in metrics}
+    n = len(by_truth) - len(right)
+    assert (m["davidooff_zero_shot_map50"].n, m["davidooff_zero_shot_rest_map50"].n) == (11, n)
+    assert m["davidooff_zero_shot_rest_map50"].value == 0.0 < m["davidooff_zero_shot_map50"].value
+    assert m["davidooff_zero_shot_128px_map50"].value == m["davidooff_zero_shot_map50"].value
+    assert [(x["seconds"], x["size"]) for x in curve] == [(30.0, 96), (60.0, 96)]
+    assert [x["map50"] for x in curve] == [0.0, m["davidooff_zero_shot_map50"].value]
+
+
+@pytest.mark.spec("RP2")
+def test_a_training_takes_all_its_epochs_and_keeps_weights_on_its_way(tmp_path, monkeypatch):
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree" / "photo").write_text("one")
+    monkeypatch.setattr(rp2_detector, "load_ultralytics", lambda folder: None)
+    p = rp2_detector.plan(tmp_path / "tree", tmp_path / "run", rp2_detector.Part(64, 40))
+    assert p.args["epochs"] == 40
+    assert not early_stopping([0.5, *[0.1] * 39], **p.rule)[0], "few photos validate: a pause says nothing"
+    clock = [100.0]
+    monkeypatch.setattr(rp2_detector.time, "process_time", lambda: clock[0])
+
+    def trained(plan, hooks):
+        for epoch in range(4):
+            clock[0] += 20
+            (plan.folder / "last.pt").write_text(str(epoch))
+            hooks["on_model_save"](None)
+        return argparse.Namespace(history=[0] * 4)
+
+    monkeypatch.setattr(rp2_detector, "train_detector", trained)
+    (tmp_path / "run" / "after7.pt").write_text("of a call that was stopped")
+    assert rp2_detector.train(p, None, (15, 45, 50)) == dict(seconds=80.0, epochs=4)
+    assert {f.stem: f.read_text() for f in p.folder.glob("after*.pt")} == {"after20": "0", "after60": "2"}
+    assert rp2_detector.train(p, None, ()) == dict(seconds=80.0, epochs=4), "not again"
+
+
+@pytest.mark.spec("RP2")
+def test_small_photos_train_first_and_their_weights_go_on_at_full_size(tmp_path, monkeypatch):
+    runs = []
+
+    def train(p, start, marks):
+        tree, folder, part = p
+        runs.append((folder.name, part.size, part.epochs, start, list(marks)))
+        folder.mkdir(parents=True)
+        (folder / f"after{90 if part.size == 64 else 70}.pt").touch()
+        return dict(seconds=100.0 if part.size == 64 else 500.0, epochs=part.epochs)
+
+    monkeypatch.setattr(rp2_detector, "write_tree", lambda folder, train, val: folder)
+    monkeypatch.setattr(rp2_detector, "plan", lambda *a: a)
+    monkeypatch.setattr(rp2_detector, "train", train)
+    sizes = dict(first_size=64, first_epochs=3, size=96, epochs=2, lr=1e-3, mosaic=0.3)
+    note, weights = rp2_detector.train_on_scenes(argparse.Namespace(work=tmp_path, scenes=80, **sizes))
+    small, full = tmp_path / "small", tmp_path / "synthetic"
+    assert [r[:4] for r in runs] == [("small", 64, 3, None), ("synthetic", 96, 2, small / "best.pt")]
+    assert runs[1][4] == [50, 200, 500], "counted from its own beginning"
+    assert list(weights.items()) == [
+        (90.0, small / "after90.pt"),
+        (170.0, full / "after70.pt"),
+        (600.0, full / "best.pt"),
+    ]
+    assert note == "80 synthetic photos, 3 epochs at 64 px and 2 epochs at 96 px in 600 s of one core"
 
 
 def test_synthetic_scenes_have_boxes_inside_and_some_show_no_pill(tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ DOMAINS = {"wild": 0.85, "phone": 0.1, "studio": 0.05}
 OFTEN = {"capsule": 2.0, "gel": 5.0}  # more common in photos from kitchens than in catalogues
 DRUGS = 400  # invented
 LONG = 1.5  # power of a pill's length over its width by which it is drawn more often
+FAR = 6.0  # a single pill is seen from near, or from up to so many times as far
 AIR = 0.1  # of a box's longer side, at most, on each side
 LEAST = 5  # pixels: a smaller box is no label
 
@@ -54,7 +55,7 @@ def _what(catalogue: Catalogue, rng: np.random.Generator) -> tuple[list[tuple[Dr
     drugs = rng.choice(catalogue.drugs, (1, 4, 1 + 3 * (rng.random() < 0.4))[kind], p=often / often.sum())
     if kind == 0:
         pose = Pose(0.0, 0.0, _turn(rng), int(rng.integers(2)))
-        away = rng.uniform(1.0, 2.4) if rng.random() < 0.4 else 1.0
+        away = FAR ** rng.random()
         return [(drugs[0], pose)], float(max(10.0, 1.05 * drugs[0].body.long_mm) * away)
     n = int(rng.integers(2, 5)) if kind == 1 else int(rng.integers(5, 36))
     long = max(d.body.long_mm for d in drugs)

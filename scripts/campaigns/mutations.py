@@ -1065,6 +1065,20 @@ MUTATIONS: list[Mutation] = [
         "tests/test_real_scripts.py::test_all_trainings_get_the_same_photos_and_epochs",
     ),
     Mutation(
+        "photos that chose a setting of the detector count as kept aside",
+        "benchmarks/real/rp2_detector.py",
+        'if x["group"] not in chose]',
+        'if x["group"]]',
+        "tests/test_real_scripts.py::test_photos_that_chose_a_setting_are_left_out_of_the_second_figure",
+    ),
+    Mutation(
+        "a fine-tuning stops after seven epochs without a better figure on two photos",
+        "benchmarks/real/rp2_detector.py",
+        "rule = dict(patience=part.epochs,",
+        "rule = dict(patience=7,",
+        "tests/test_real_scripts.py::test_a_training_takes_all_its_epochs_and_keeps_weights_on_its_way",
+    ),
+    Mutation(
         "a trainer whose drugs stand in another order is scored",
         "benchmarks/real/rp3_peers.py",
         "if abs(counted - trained.claimed) > APART:",
