@@ -105,6 +105,8 @@ def test_compose_mounts_what_the_image_reads():
     assert asked["bundle"].parent == Path(models.split(":")[1]) and models.endswith(":ro")
     (secret,) = server["secrets"]
     assert Path(secret["target"]) == asked["env_file"] and secret["source"] in compose["secrets"]
+    reader = server["user"].split(":")[0]
+    assert f"chown {reader} {secret['source']}" in (FILES / "compose.yaml").read_text(), "a mount keeps its owner"
     assert server["ports"] == [f"127.0.0.1:{asked['port']}:{asked['port']}"]
     assert int(server["stop_grace_period"].rstrip("s")) > ServerLimits().answer_seconds + 5
     assert asked["workers"] * asked["threads"] == server["cpus"], "each worker's threads have a CPU"
