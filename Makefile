@@ -20,7 +20,7 @@ help: ## this list
 setup: ## .venv with the pinned packages; does nothing when it is up to date
 	@scripts/core/setup_venv.sh
 
-demo: setup ## render synthetic pills, train, judge, export; prints the scorecard (minutes, no GPU, no network)
+demo: setup ## render synthetic pills, train, evaluate, export; prints the scorecard (minutes, no GPU, no network)
 	@pillsnap run all --config demo
 	@echo "try it       $(VENV)/bin/pillsnap predict PHOTO --mode single --run $(RUN)"
 
