@@ -60,7 +60,7 @@ def learner(folder, source=None, balanced=False, n=60, **loader):
         [
             (
                 "train.classification={epochs: 3, lr: 0.01, grad_accum_steps: 4, amp: false, ema: {enabled: true, "
-                "decay: 0.8}, saving: {every_steps: 1}}"
+                "decay: 0.8, warmup: true}, saving: {every_steps: 1}}"
             )
         ],
     )

@@ -314,6 +314,9 @@ class Ema(Block):
 
     enabled: bool = key(False, "keep a moving average")
     decay: float = key(0.9998, "per optimizer step", gt=0, lt=1)
+    warmup: bool = key(
+        False, "the decay grows from 0 (timm's use_warmup): the average does not start with the random weights"
+    )
     evaluate: Literal["raw", "ema", "both"] = key("ema", "which weights are validated and saved")
 
 

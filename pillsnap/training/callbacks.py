@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PillLoaders', 'PillLearner', 'Unpack', 'Precision', 'ScaledStep', 'batch_mass', 'Accumulate', 'Mix', 'GradClip',
-           'EmaCallback', 'topk_hits', 'Validate']
+           'EmaCallback', 'EmaWarmUp', 'topk_hits', 'Validate']
 
 # %% ../../nbs/training/600_callbacks.ipynb #da661880
 import math
@@ -233,7 +233,7 @@ class GradClip(Callback):
 class EmaCallback(Callback):
     "Exponential moving average of weights and buffers, as in timm's ModelEmaV2."
 
-    order, run_valid = ScaledStep.order + 1, False
+    order, run_valid, limit = ScaledStep.order + 1, False, 1.0  # the decay is at most the limit
 
     def __init__(self, decay: float = 0.9998, evaluate: Literal["raw", "ema", "both"] = "ema"):
         self.decay, self.evaluate, self.shadow = decay, evaluate, None
@@ -248,7 +248,7 @@ class EmaCallback(Callback):
     @torch.no_grad()
     def after_step(self):
         averages, weights = [a for a, _ in self.smooth], [v for _, v in self.smooth]
-        torch._foreach_lerp_(averages, weights, 1 - self.decay)
+        torch._foreach_lerp_(averages, weights, 1 - min(self.decay, self.limit))
         for a, v in self.counts:
             a.copy_(v)
 
@@ -273,6 +273,22 @@ class EmaCallback(Callback):
     def load_state_dict(self, s):
         self.shadow = {k: v.to(next(self.model.parameters()).device) for k, v in s.items()}
         self.before_fit()
+
+# %% ../../nbs/training/600_callbacks.ipynb #bc95819d
+class EmaWarmUp(Callback):
+    "Let the average's decay grow from 0 to the configured one, as `use_warmup` of timm's ModelEmaV3."
+
+    order, run_valid, done = EmaCallback.order - 0.5, False, 0
+
+    def after_step(self):
+        self.ema.limit = 1 - (1 + self.done) ** (-2 / 3)
+        self.done += 1
+
+    def state_dict(self):
+        return {"done": self.done}
+
+    def load_state_dict(self, s):
+        self.done = s["done"]
 
 # %% ../../nbs/training/600_callbacks.ipynb #a5d20dae
 def topk_hits(

@@ -32,6 +32,7 @@ from ..models.mixing import Mixer
 from pillsnap.training.callbacks import (
     Accumulate,
     EmaCallback,
+    EmaWarmUp,
     GradClip,
     Mix,
     PillLearner,
@@ -170,7 +171,7 @@ def _batch_callbacks(
         cbs.append(GradClip(c.grad_clip))
     cbs.append(ScaledStep())
     if c.ema.enabled:
-        cbs.append(EmaCallback(c.ema.decay, c.ema.evaluate))
+        cbs += [EmaCallback(c.ema.decay, c.ema.evaluate)] + [EmaWarmUp()] * c.ema.warmup
     return cbs
 
 
@@ -391,6 +392,15 @@ def load_resume_checkpoint(
     return ckpt
 
 # %% ../../nbs/training/630_learner.ipynb #c8a56fd6
+def _average_words(
+    ema: Any,  # train.classification.ema
+) -> str:
+    "The moving average in words."
+    if not ema.enabled:
+        return "no average"
+    return f"average {ema.decay:g}" + " with warm-up" * ema.warmup
+
+
 def resolved_line(
     s: ClassifierSettings,  # with the stage's overrides
     num_classes: int,  # length of the class map
@@ -410,7 +420,7 @@ def resolved_line(
         c.scheduler if c.scheduler == "onecycle" else f"{c.scheduler} with {warmup_steps(c, steps)} steps of warm-up",
         f"clip {c.grad_clip:g}" if c.grad_clip else "no clipping",
         f"smoothing {c.label_smoothing:g}",
-        f"average {c.ema.decay:g}" if c.ema.enabled else "no average",
+        _average_words(c.ema),
         f"{str(dtype or torch.float32).removeprefix('torch.')} on {device}",
     ]
     return "training: " + " · ".join(parts)

@@ -415,6 +415,13 @@ MUTATIONS: list[Mutation] = [
         "tests/test_gpu_path.py::test_validation_reads_the_gpu_at_its_end_and_not_before",
     ),
     Mutation(
+        "a resumed average warms up once more",
+        "pillsnap/training/callbacks.py",
+        '        self.done = s["done"]',
+        "        self.done = 0",
+        "tests/test_stop_and_go.py::test_a_worker_that_dies_costs_what_was_done_since_the_last_save",
+    ),
+    Mutation(
         "photos without a box are validated in each view",
         "pillsnap/training/trainer.py",
         '        rows = data.val[~data.val["path"].isin(_unboxed(val_dl))]',
