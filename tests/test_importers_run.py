@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from pillsnap import load_bundle, run
 from pillsnap.cli import app
+from pillsnap.core.checkpoints import load_ckpt
 from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.files import read_json
@@ -81,6 +82,13 @@ def test_photos_without_boxes_go_through_every_job_to_an_answer(own_run, own):
     assert head["grouping"]["caution"] and head["grouping"]["caution"] in notes
     got = CliRunner().invoke(app, ["predict", "--run", str(own_run), str(own / "타이레놀" / "IMG_0000.png"), "--json"])
     assert got.exit_code == 0, got.output
+
+
+@pytest.mark.spec("CT11")
+def test_the_average_of_a_persons_own_photos_warms_up(own_run):
+    last = load_ckpt(own_run / "checkpoints" / "classifier" / "last.pt")
+    steps = last["position"]["callbacks"]["ema_warm_up"]["done"]
+    assert steps == last["scheduler_state"]["steps"] == 2
 
 
 class GivenPhotos(Callback):

@@ -415,6 +415,13 @@ MUTATIONS: list[Mutation] = [
         "tests/test_gpu_path.py::test_validation_reads_the_gpu_at_its_end_and_not_before",
     ),
     Mutation(
+        "the average of a person's own photos holds the random start",
+        "configs/own.yaml",
+        "ema: {decay: 0.9, warmup: true}",
+        "ema: {decay: 0.9}",
+        "tests/test_importers_run.py::test_the_average_of_a_persons_own_photos_warms_up",
+    ),
+    Mutation(
         "a resumed average warms up once more",
         "pillsnap/training/callbacks.py",
         '        self.done = s["done"]',
