@@ -15,7 +15,9 @@ from pillsnap.core.errors import PillsnapError
 from pillsnap.core.files import read_json
 from pillsnap.dataset.splitfiles import load_split_data
 from pillsnap.dataset.splits import SplitsJob
+from pillsnap.delivery.index import read_manifest, write_manifest
 from pillsnap.deployment.export import ExportJob
+from pillsnap.evaluation.checks import jobs_before, not_applicable, without_boxes
 from pillsnap.evaluation.evaluation import EvaluationJob
 from pillsnap.models.card import MISSING
 from pillsnap.models.cardview import card_rows
@@ -82,6 +84,27 @@ def test_photos_without_boxes_go_through_every_job_to_an_answer(own_run, own):
     assert head["grouping"]["caution"] and head["grouping"]["caution"] in notes
     got = CliRunner().invoke(app, ["predict", "--run", str(own_run), str(own / "타이레놀" / "IMG_0000.png"), "--json"])
     assert got.exit_code == 0, got.output
+
+
+@pytest.mark.spec("SG1", "SG2", "IM4")
+def test_without_boxes_the_gate_asks_for_no_detector_and_says_why(own_run, tmp_path):
+    card = read_json(own_run / "reports" / "scorecard.json")
+    (row,) = (p for p in card["gate"]["points"] if p["name"] == "map50")
+    assert (row["verdict"], "map50" in card["gate"]["not_measured"]) == ("NOT_ASKED", False)
+    why = "the imported photos have no boxes, so no detector was trained and none is asked for"
+    assert row["note"] == why and why in card["gate"]["notes"]
+    assert {"detection_map50", "detection_model_loading"} <= set(card["advice"]["does_not_apply"])
+    boxed = load_config("two_stage")
+    assert (not_applicable(boxed, own_run)["detection_map50"], "detector" in jobs_before(boxed, own_run)) == (
+        why,
+        False,
+    )
+    text = (own_run / "reports" / "scorecard.md").read_text()
+    assert why in text and "no detector was trained in this run" in text
+    with_a_box, _ = read_manifest(own_run / "manifest.csv")
+    with_a_box.loc[0, "bbox"] = "[1, 2, 30, 40]"
+    write_manifest(with_a_box, read_json(own_run / "manifest.json"), tmp_path / "manifest.csv")
+    assert without_boxes(own_run) == why and without_boxes(tmp_path) == ""
 
 
 @pytest.mark.spec("CT11")

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['LEAST_EPOCHS', 'STABLE_HOURS', 'BATCHES', 'BEFORE', 'EVALUATION', 'learning_trend', 'overfits', 'detector_trends',
            'not_measured', 'training_records', 'long_run_record', 'service_records', 'training_corruption',
-           'data_loading_record', 'first_views', 'batch_records', 'not_applicable', 'jobs_before', 'tensorboard_checks',
-           'full_dataset_check', 'mandatory_checks', 'declared_checks', 'declare_check', 'ended_in_nan',
-           'unreadable_share', 'advisor_facts']
+           'data_loading_record', 'first_views', 'batch_records', 'without_boxes', 'not_applicable', 'jobs_before',
+           'tensorboard_checks', 'full_dataset_check', 'mandatory_checks', 'declared_checks', 'declare_check',
+           'ended_in_nan', 'unreadable_share', 'advisor_facts']
 
 # %% ../../nbs/evaluation/755_checks.ipynb #832d4c60
 import os
@@ -31,6 +31,7 @@ from ..core.settings import Config, Data, active_features
 from ..dataset.loaders import validation_loader
 from ..dataset.opening import image_policies
 from ..dataset.splitfiles import load_split_data
+from ..delivery.index import read_manifest
 from ..models.pipeline import Pipeline
 from ..photos.images import normalise, open_image_safely
 from ..photos.unified import whole_pixels
@@ -240,14 +241,30 @@ def batch_records(
 BEFORE = ("conversion", "splits", "classifier", "detector")  # the jobs before an evaluation
 
 
+def without_boxes(
+    root: str | os.PathLike,  # run folder
+) -> str:
+    "Why nothing can train or score a detector here: no imported photo has a box; empty for all other data."
+    header = Path(root) / "manifest.json"
+    if not header.is_file() or read_json(header)["counts"].get("boxes") != 0:  # only an import counts boxes
+        return ""
+    if (read_manifest(header.with_suffix(".csv"))[0]["bbox"] != "").any():
+        return ""
+    return "the imported photos have no boxes, so no detector was trained and none is asked for"
+
+
 def not_applicable(
     cfg: Config,  # project.family, project.active_feature_set
+    root: str | os.PathLike | None = None,  # run folder; None = of a run with boxes
 ) -> dict[str, str]:  # target or check → why; {} for a run with a detector
     "The targets and checks that do not apply to this run."
+    boxless = without_boxes(root) if root is not None else ""
     if cfg.project.family != "two_stage":
         why = f"the {cfg.project.family} family has no detector"
     elif "combo_detection" not in active_features(cfg.project.active_feature_set):
         why = f"the feature set {cfg.project.active_feature_set} has no detector"
+    elif boxless:
+        why = boxless
     else:
         return {}
     names = {n for a in ADVISOR_TARGETS.values() for n in (*a.checks, *(t.name for t in a.targets))}
@@ -259,11 +276,12 @@ def not_applicable(
 
 def jobs_before(
     cfg: Config,  # project.family, project.active_feature_set
+    root: str | os.PathLike | None = None,  # run folder; None = of a run with boxes
 ) -> tuple[str, ...]:
     "The jobs that must have finished before an evaluation."
     if cfg.project.family == "retrieval":
         return "splits", "retrieval"
-    return tuple(j for j in BEFORE if j != "detector" or not not_applicable(cfg))
+    return tuple(j for j in BEFORE if j != "detector" or not not_applicable(cfg, root))
 
 # %% ../../nbs/evaluation/755_checks.ipynb #3ffdd930
 def _tensorboard_tags(
@@ -400,11 +418,11 @@ def mandatory_checks(
 ) -> dict[str, Check]:
     "Every mandatory check with its evidence, or why it has none."
     answered = bool(doc["photos"]["singles"])
-    unfinished = [j for j in jobs_before(cfg) if (read_record(root, j) or {}).get("status") != "finished"]
+    unfinished = [j for j in jobs_before(cfg, root) if (read_record(root, j) or {}).get("status") != "finished"]
     out = {
         "pipeline_complete": Check(
             not unfinished and answered,
-            EVALUATION if unfinished else f"stages/{jobs_before(cfg)[-1]}.json",
+            EVALUATION if unfinished else f"stages/{jobs_before(cfg, root)[-1]}.json",
             note=f"not finished: {', '.join(unfinished)}" if unfinished else "",
         ),
         "classification_model_loading": Check(answered, EVALUATION),
@@ -508,6 +526,6 @@ def advisor_facts(
         detector_plateau=det_plateau,
         detector_overfit=det_overfit,
         cpus=len(os.sched_getaffinity(0)),
-        not_applicable=not_applicable(cfg),
+        not_applicable=not_applicable(cfg, root),
         settings=flatten(cfg.to_dict()),
     )

@@ -415,6 +415,20 @@ MUTATIONS: list[Mutation] = [
         "tests/test_gpu_path.py::test_validation_reads_the_gpu_at_its_end_and_not_before",
     ),
     Mutation(
+        "a boxed data set is asked for no detector",
+        "pillsnap/evaluation/checks.py",
+        """    if (read_manifest(header.with_suffix(".csv"))[0]["bbox"] != "").any():""",
+        "    if False:",
+        "tests/test_importers_run.py::test_without_boxes_the_gate_asks_for_no_detector_and_says_why",
+    ),
+    Mutation(
+        "photos without a box are asked for a detector",
+        "pillsnap/evaluation/scorecard.py",
+        '{"no_boxes": without_boxes(root)}',
+        "{}",
+        "tests/test_importers_run.py::test_without_boxes_the_gate_asks_for_no_detector_and_says_why",
+    ),
+    Mutation(
         "the average of a person's own photos holds the random start",
         "configs/own.yaml",
         "ema: {decay: 0.9, warmup: true}",
