@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from PIL import Image, ImageDraw
 
+from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.records import Metric, Provenance
 from pillsnap.training.monitoring import early_stopping
@@ -732,6 +733,8 @@ def test_every_share_of_rendered_photos_trains_equally_long_on_training_photos(o
     right = ["accuracy_2_a_drug_plus_100", "gain_2_a_drug_plus_100"]
     assert [f.name for f in found if f.value == 1.0] == right and {f.value for f in found} == {0.0, 1.0}
     assert len({(length, x["steps"]) for (_, length), x in zip(asked.values(), lines)}) == 1
+    batch = load_config("own").train.classification.batch_size
+    assert all(f" steps of {batch}, test_resnet from scratch, 64 px" in f.note for f in found)
     known = set(data.train["path"])
     assert set(copied["rows"]["path"]) == known, "cut out of training photos alone"
     shares = ("2_a_drug_plus_0", 6, 0), ("2_a_drug_plus_100", 6, 6), ("rendered_only", 0, len(known))

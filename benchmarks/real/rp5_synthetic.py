@@ -179,8 +179,8 @@ def figure(t: pd.DataFrame, name: str, told: str, seconds: float, prov: Provenan
 def run(a: argparse.Namespace, clone: Clone) -> tuple[list[Metric], list[dict]]:
     "All trainings: their figures, and one line each for a curve."
     first = imported(clone, a.work)
-    folder, _ = split_by(a, first, a.work / "split", "capture")
-    data = load_split_data(folder, 0)
+    folder, over = split_by(a, first, a.work / "split", "capture")
+    data, c = load_split_data(folder, 0), ClassifierJob(str(folder), "own", over).cfg.train.classification
     taken = cut_outs(data.train, clone.folder / FOLDER, a.work / "cutouts")
     todo = plan(data, taken, a.sizes, a.shares)
     drawn = synthetic_rows(data.train, a.work / "cutouts", a.work / "rendered", max(n for _, _, n in todo))
@@ -189,8 +189,9 @@ def run(a: argparse.Namespace, clone: Clone) -> tuple[list[Metric], list[dict]]:
     found, lines, before = list[Metric](), list[dict](), pd.DataFrame()
     for name, real, n in todo:
         t, seconds = trained(a, first, name, pd.concat([real, drawn.iloc[:n]]), length)
-        steps = a.epochs * math.floor(length / 32)
-        told = f"{len(real)} real and {n} rendered photos, {steps} steps of 32, test_resnet from scratch, {a.size} px"
+        steps = a.epochs * math.floor(length / c.batch_size)  # a batch that is not full is left out
+        told = f"{len(real)} real and {n} rendered photos, {steps} steps of {c.batch_size}, {c.backbone} from scratch"
+        told = f"{told}, {a.size} px"
         found.append(figure(t, name, told, seconds, prov))
         before = t if not n else before
         if n and len(real):
