@@ -14,7 +14,7 @@ from pillsnap.synth.renderer import Shot, draw_scene, photograph
 from pillsnap.synth.scene import Pose
 
 TURNS = 24  # copies of a reference picture in the gallery, at each of these heights of the camera, degrees:
-HEIGHTS = (90, 68)
+HEIGHTS = (90, 76, 63)  # chosen on the pills that are held back, as TURNS
 WIDTH, HEIGHT = 488, 640  # of a photo, pixels
 VIEW = 1.25  # side of a view, in longer sides of the pill's box
 
