@@ -484,7 +484,7 @@ def named(pills, photos, fronts, backs):
     "Which photos name each pill first: vectors of a front's and a back's photo, and of all fronts and backs."
     found = []
     for pill in range(len(pills)):
-        answers = iter([photos, *([v] * (2 * rp4_reference.TURNS) for v in [*fronts, *backs])])
+        answers = iter([photos, *([v] * (len(rp4_reference.HEIGHTS) * rp4_reference.TURNS) for v in [*fronts, *backs])])
         asked = rp4_reference.Asked(np.array([pill]), np.zeros((2, 16, 16, 3), np.uint8))
         hits = rp4_reference.recall(pills, lambda _, a=answers: np.array(next(a), float), 16, asked)
         found.append([k for k in hits if hits[k][0]])
