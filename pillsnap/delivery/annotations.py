@@ -329,24 +329,6 @@ _rest = msgspec.json.Decoder(_Rest).decode
 _KCODE = re.compile(r"K-\d{6}", re.ASCII)
 _TROUBLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
-# %% ../../nbs/delivery/126_annotations.ipynb #86a055e5
-_CLOSED = b"]}]}"  # ends a file after its box
-
-
-def _after_box(
-    rest: bytes,  # a file without the drug's keys, which the decoder can parse
-) -> bytes:  # empty where they cannot be left out
-    "The bytes after the box, where a file that ends with them may be parsed without them."
-    at = rest.find(b"]", rest.find(b'"bbox"'))
-    end = rest[at:] if at > 0 else b""
-    # no key that is used, and no escape that may spell one
-    if not end.isascii() or re.search(rb'\\|"(images|annotations|bbox|area)"', end):
-        return b""
-    try:
-        return end if _rest(rest[:at] + _CLOSED) == _rest(rest) else b""
-    except _TROUBLE:
-        return b""
-
 # %% ../../nbs/delivery/126_annotations.ipynb #d98e5aa9
 class AnnotationReader:
     "Reads annotation files; parses the keys of each drug once."
@@ -368,8 +350,24 @@ class AnnotationReader:
 
 
 _NOTHING: tuple[bytes, Any, Any, bytes] = (b"\0", None, None, b"")  # bytes that no file has at any offset
+_CLOSED = b"]}]}"  # ends a file after its box
 _BRACE = ord("}")
 _STARTS = (b'{\n    "images"', b'{\n\t"images"', b'{"images"')
+
+# %% ../../nbs/delivery/126_annotations.ipynb #86a055e5
+def _after_box(
+    rest: bytes,  # a file without the drug's keys, which `_rest` can parse
+) -> bytes:  # empty where they cannot be left out
+    "The bytes after the box, where a file that ends with them may be parsed without them."
+    at = rest.find(b"]", rest.find(b'"bbox"'))
+    end = rest[at:] if at > 0 else b""
+    # no key that is used, and no escape that may spell one
+    if not end.isascii() or re.search(rb'\\|"(images|annotations|bbox|area)"', end):
+        return b""
+    try:
+        return end if _rest(rest[:at] + _CLOSED) == _rest(rest) else b""
+    except _TROUBLE:
+        return b""
 
 # %% ../../nbs/delivery/126_annotations.ipynb #e2e3b256
 @patch
