@@ -22,7 +22,7 @@ from pillsnap.delivery import truth
 from pillsnap.delivery.annotations import AnnotationReader, parse_json, read_by_keys
 from pillsnap.delivery.archives import extract_archive, extract_archives
 from pillsnap.delivery.classmap import ClassMap
-from pillsnap.delivery.faults import Fault, FaultReason
+from pillsnap.delivery.faults import FaultReason
 from pillsnap.delivery.index import COLUMNS, Index, read_index, read_manifest, write_index
 from pillsnap.delivery.names import archives_in
 from pillsnap.delivery.tree import find_delivery, index_photos, label_files, sealed_codes, walk_tree
@@ -122,38 +122,6 @@ def test_drugs_in_turn_and_words_in_other_places_are_read_as_alone(labels, tmp_p
         got, alone = read(p), read_by_keys(p, p.read_bytes())
         assert (got.photo, got.drug, got.boxes) == (alone.photo, alone.drug, alone.boxes), k
     assert read.last[0] > 200 and len(read.known) == 3
-
-
-@pytest.mark.spec("BM1", "DM9")
-def test_what_stands_before_a_known_end_is_read_as_alone(labels):
-    "A second box, a box elsewhere, a list cut short; an end with a key that is used is never left out."
-    doc = json.loads(Path(label_files(labels / "data/train/labels/single")[0][0]).read_text("utf-8"))
-    photo, box = (json.dumps(doc[k], ensure_ascii=False) for k in ("images", "annotations"))
-    text, other = f'{{"images": {photo}, "annotations": {box}}}', box.replace('"bbox": [', '"bbox": [7')
-
-    def compare(reader: AnnotationReader, text: str) -> None:
-        got, alone = reader.read("a.json", text.encode()), read_by_keys("a.json", text.encode())
-        assert type(got) is type(alone), text
-        assert isinstance(got, Fault) or (got.photo, got.boxes, got.areas) == (alone.photo, alone.boxes, alone.areas)
-
-    reader = AnnotationReader()
-    for _ in range(2):
-        compare(reader, text)
-    end = reader.last[-1].decode()
-    assert end and text.endswith(end)
-    for changed in (
-        f'{{"images": {photo}, "annotations": {box[:-1]}, {other[1:]}',  # two boxes
-        f'{{"images": {photo}, "annotations": {box}, "other": {other}',  # one, and a list of something else
-        f'{{"images": {photo}, "annotations": [{box}',  # a list in a list
-        f'{{"images": {photo}, "other": {box}',  # none
-        *(text.replace('"bbox": [', f'"bbox": {start}') for start in ("[[", "[1,", "")),
-    ):
-        compare(reader, changed[: changed.rindex("]", 0, changed.rindex('"category_id"'))] + end)
-    bbox, area = (json.dumps(doc["annotations"][0][k]) for k in ("bbox", "area"))
-    for key in (f'"area": {area}', f'"bbox": {bbox}', f'"\\u0061rea": {area}'):  # the last of two equal keys counts
-        reader, odd = AnnotationReader(), text.replace('"category_id"', f'{key}, "category_id"', 1)
-        for changed in (odd, odd, odd.replace('"area": ', '"area": 7', 1), odd.replace('"bbox": [', '"bbox": [7', 1)):
-            compare(reader, changed)
 
 
 @pytest.mark.spec("BM2", "DM9")

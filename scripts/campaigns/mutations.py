@@ -54,20 +54,6 @@ class Mutation:
 
 MUTATIONS: list[Mutation] = [
     Mutation(
-        "an area behind the box is left out with the bytes that are known",
-        "pillsnap/delivery/annotations.py",
-        '|"(images|annotations|bbox|area)"',
-        '|"(images|annotations|bbox)"',
-        "tests/test_index.py::test_what_stands_before_a_known_end_is_read_as_alone",
-    ),
-    Mutation(
-        "an annotation is closed where its box ends, whatever was open",
-        "pillsnap/delivery/annotations.py",
-        "    images: tuple[PhotoRecord]\n    annotations: tuple[_Box]\n",
-        "    images: tuple[PhotoRecord]\n    annotations: list[_Box]\n",
-        "tests/test_index.py::test_what_stands_before_a_known_end_is_read_as_alone",
-    ),
-    Mutation(
         "a small photo is enlarged from the pack",
         "pillsnap/dataset/datasets.py",
         "        if self.files is not None and photo.path in self.small:\n",
