@@ -334,8 +334,7 @@ class AnnotationReader:
     "Reads annotation files; parses the keys of each drug once."
 
     def __init__(self):
-        # first 24 bytes of the drug's keys → all their bytes up to "id", the record parsed from them, drug_N, and the
-        # bytes after the box
+        # first 24 bytes of the drug's keys → all their bytes up to "id", the record parsed from them, drug_N
         self.known = {}
         self.last = 0, *_NOTHING  # offset of these bytes in the previous file, and its entry of known
 
@@ -349,25 +348,9 @@ class AnnotationReader:
         return self.read(os.fspath(path), raw) if raw else read_by_keys(path, raw)
 
 
-_NOTHING: tuple[bytes, Any, Any, bytes] = (b"\0", None, None, b"")  # bytes that no file has at any offset
-_CLOSED = b"]}]}"  # ends a file after its box
+_NOTHING: tuple[bytes, Any, Any] = (b"\0", None, None)  # bytes that no file has at any offset
 _BRACE = ord("}")
 _STARTS = (b'{\n    "images"', b'{\n\t"images"', b'{"images"')
-
-# %% ../../nbs/delivery/126_annotations.ipynb #86a055e5
-def _after_box(
-    rest: bytes,  # a file without the drug's keys, which `_rest` can parse
-) -> bytes:  # empty where they cannot be left out
-    "The bytes after the box, where a file that ends with them may be parsed without them."
-    at = rest.find(b"]", rest.find(b'"bbox"'))
-    end = rest[at:] if at > 0 else b""
-    # no key that is used, and no escape that may spell one
-    if not end.isascii() or re.search(rb'\\|"(images|annotations|bbox|area)"', end):
-        return b""
-    try:
-        return end if _rest(rest[:at] + _CLOSED) == _rest(rest) else b""
-    except _TROUBLE:
-        return b""
 
 # %% ../../nbs/delivery/126_annotations.ipynb #e2e3b256
 @patch
@@ -395,10 +378,12 @@ def parse(
     ):
         return read_by_keys(path, raw)
     words = raw[at : raw.find(b'"id"', at)]
-    rest = raw.replace(words, b"", 1)
     try:
-        if _rest(rest).images == (photo,) and msgspec.json.decode(b'{%b"id":1}' % words, type=DrugRecord) == drug:
-            self.known[raw[at : at + 24]] = (words, drug, photo.drug_N, _after_box(rest))
+        if (
+            _rest(raw.replace(words, b"", 1)).images == (photo,)
+            and msgspec.json.decode(b'{%b"id":1}' % words, type=DrugRecord) == drug
+        ):
+            self.known[raw[at : at + 24]] = (words, drug, photo.drug_N)
     except _TROUBLE:
         pass
     return Annotation(
@@ -421,16 +406,14 @@ def read(
     raw: bytes,  # its content
 ) -> Annotation | Fault:  # never raises, whatever the bytes are
     "Compare the bytes of the drug's keys with known ones, and parse the rest."
-    at, words, drug, code, end = self.last
+    at, words, drug, code = self.last
     if not raw.startswith(words, at):
         at = raw.find(b'"dl_idx"', 200)  # the photo's keys come before it and take more than 200 bytes
-        words, drug, code, end = self.known.get(raw[at : at + 24], _NOTHING)
+        words, drug, code = self.known.get(raw[at : at + 24], _NOTHING)
         if not raw.startswith(words, at):
             return self.parse(path, raw, at)
-        self.last = at, words, drug, code, end
-    head = raw[:at]
-    known = bool(end) and raw.endswith(end)
-    tail = raw[at + len(words) : -len(end)] + _CLOSED if known else raw[at + len(words) :]
+        self.last = at, words, drug, code
+    head, tail = raw[:at], raw[at + len(words) :]
     try:
         if not tail.isascii() or _BRACE in head or not head.startswith(_STARTS):
             # msgspec checks the encoding of known keys only, so other bytes are decoded here
