@@ -13,6 +13,8 @@ from pillsnap.core.checkpoints import load_ckpt
 from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.files import read_json
+from pillsnap.dataset import focus
+from pillsnap.dataset.loaders import validation_loader
 from pillsnap.dataset.splitfiles import load_split_data
 from pillsnap.dataset.splits import SplitsJob
 from pillsnap.delivery.index import read_manifest, write_manifest
@@ -133,6 +135,21 @@ def validated(own_run, folder, boxes):
     given = GivenPhotos()
     done = train_classification_stage(replace(data, val=val), cfg, Outputs(folder, quiet=True), cbs=[given])
     return val["path"].tolist(), given.paths, done.learn
+
+
+@pytest.mark.spec("CT21")
+def test_a_photo_in_which_no_pill_was_located_looks_the_same_in_both_views(own_run, monkeypatch):
+    "So its whole view answers for its located crop."
+    located = focus.focused_rows
+    monkeypatch.setattr(focus, "focused_rows", lambda *a: (t := located(*a)).assign(bbox=["", *t["bbox"][1:]]))
+    data = load_split_data(own_run, 0)
+    cfg = load_config(str(own_run / "config.yaml"), ["inference.focus=locator", "dataloader.num_workers=0"])
+    crops, whole = (validation_loader(data.val, data, cfg, view, False) for view in ("focus", "whole"))
+    unlocated = [not box for box in crops.dataset.bboxes]
+    assert unlocated[0] and not all(unlocated), "one photo is shown whole, in another a pill is located"
+    by_view = [{p: x for images, _, m in dl for p, x in zip(m["paths"], images)} for dl in (crops, whole)]
+    same = [bool((by_view[0][p] == by_view[1][p]).all()) for p in crops.dataset.paths]
+    assert same == unlocated
 
 
 @pytest.mark.spec("CT21", "IM4")

@@ -111,7 +111,7 @@ def _initial_network(
 def _unboxed(
     loader: Any,  # of validation
 ) -> frozenset[str]:  # paths
-    "Photos without a box: a validation shows them whole in every view."
+    "Photos without a box, or without a located one where a pill is located first: every view shows them whole."
     photos = loader.dataset
     return frozenset(path for path, box in zip(photos.paths, photos.bboxes) if not box)
 
