@@ -6,7 +6,7 @@ from photos import photo_tree, size_note
 
 if __name__ == "__main__":
     a = arguments(__doc__, n=2048)
-    n = 128 if a.quick else a.n
+    n = 64 if a.quick else a.n
     still()
     root, rows = photo_tree("png", n)
     finish(

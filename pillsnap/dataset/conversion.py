@@ -15,7 +15,9 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Literal
 
 # %% ../../nbs/dataset/408_conversion.ipynb #9c37e0f1
@@ -430,12 +432,26 @@ def _prepare_and_convert(
     return convert(find_delivery(ready), run.root, cfg.data, progress)
 
 # %% ../../nbs/dataset/408_conversion.ipynb #524812d8
+@lru_cache(maxsize=2)
+def _rendered_files(
+    settings: str,  # what is rendered, as JSON
+) -> dict[str, bytes]:  # content by the file's path in the delivery
+    "Render a small delivery; a process renders the same one once."
+    with TemporaryDirectory() as folder:
+        root = _prepare_delivery(folder, "synthetic", Synth.model_validate_json(settings), progress=False)
+        return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
 def smoke_conversion(
     run: RunFolder,  # a temporary run
     cfg: Config,  # the smoke configuration
 ) -> dict[str, Any]:  # the manifest's header
     "Convert a small synthetic delivery, for the smoke runs of later jobs."
-    return _prepare_and_convert(run, cfg, run.root / "delivery", progress=False).header
+    root = run.root / "delivery"
+    if cfg.data.source == "synthetic" and not root.exists():
+        for name, content in _rendered_files(cfg.synth.model_dump_json()).items():
+            (ensure_dir((root / name).parent) / Path(name).name).write_bytes(content)
+    return _prepare_and_convert(run, cfg, root, progress=False).header
 
 # %% ../../nbs/dataset/408_conversion.ipynb #91a1edeb
 def mix_in_real_photos(
