@@ -144,9 +144,9 @@ def figures(hits: dict[str, np.ndarray], clone: Clone, took: float, told: str) -
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--epillid", type=Path, required=True, help="clone of Phongbwb/Pilldetection")
-    p.add_argument("--minutes", type=float, default=30, help="of training on one core; 0: colours in rings")
+    p.add_argument("--minutes", type=float, default=45, help="of training on one core; 0: colours in rings")
     p.add_argument("--size", type=int, default=128, help="side of a view, pixels")
-    p.add_argument("--scenes", type=int, default=3, help="rendered for each side to train on")
+    p.add_argument("--scenes", type=int, default=5, help="rendered for each side to train on")
     p.add_argument("--work", type=Path, default=OUT / "rp4", help="folder of views and weights")
     p.add_argument("--most", type=int, default=100_000, help="pills, to try the script")
     p.add_argument("--out", type=Path, default=OUT, help="folder of RP4.json")
