@@ -24,13 +24,16 @@ demo: setup ## render synthetic pills, train, evaluate, export; prints the score
 	@pillsnap run all --config demo
 	@echo "try it       $(VENV)/bin/pillsnap predict PHOTO --mode single --run $(RUN)"
 
+# one thread for each process, and threads that sleep while they wait: there are as many processes as cores
+THREADS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
+
 test: setup ## format, lint, clean-check, export-check, every notebook, pytest
 	@ruff format --check -q .
 	@ruff check -q .
 	@scripts/core/in_step.sh clean
 	@scripts/core/in_step.sh export
-	@PYTHONPATH=$(CURDIR)/tests/startup$${PYTHONPATH:+:$$PYTHONPATH} OMP_NUM_THREADS=1 JPY_SESSION_NAME=$(CURDIR)/nbs/as-in-the-lab.ipynb nbdev_test --n_workers $(PROCESSES) --skip_file_re '^(0[0-9]_|[_.])' # as a person sees them; papermill runs the stages without, pytest the guide's chapters
-	@OMP_NUM_THREADS=1 python -m pytest -n $$(($(PROCESSES) + 1)) --dist loadfile --no-loadscope-reorder
+	@PYTHONPATH=$(CURDIR)/tests/startup$${PYTHONPATH:+:$$PYTHONPATH} $(THREADS) JPY_SESSION_NAME=$(CURDIR)/nbs/as-in-the-lab.ipynb nbdev_test --n_workers $(PROCESSES) --skip_file_re '^(0[0-9]_|[_.])' # as a person sees them; papermill runs the stages without, pytest the guide's chapters
+	@$(THREADS) python -m pytest -n $$(($(PROCESSES) + 1)) --dist loadfile --no-loadscope-reorder
 
 FAST := house notebooks gates calibration metrics readme repository keys
 check: setup ## what a commit must pass: format, lint, types, clean, export, readability, the fast tests (two minutes)
@@ -40,7 +43,7 @@ check: setup ## what a commit must pass: format, lint, types, clean, export, rea
 	@scripts/core/in_step.sh clean
 	@scripts/core/in_step.sh export
 	@python scripts/core/house.py
-	@OMP_NUM_THREADS=1 python -m pytest -n $(PROCESSES) --dist loadfile $(wildcard $(FAST:%=tests/test_%.py))
+	@$(THREADS) python -m pytest -n $(PROCESSES) --dist loadfile $(wildcard $(FAST:%=tests/test_%.py))
 
 clean-check: setup ## the notebooks are as nbdev_clean leaves them
 	@scripts/core/in_step.sh clean

@@ -52,11 +52,12 @@ def executed(smoke_run, tmp_path, monkeypatch):
     "Run a chapter on a finished run, so that only what is new takes time."
     monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
 
-    def execute(name: str, run: Path | None = None) -> Path:
+    def execute(name: str, run: Path | None = None, **parameters: float) -> Path:
         (chapter,) = [p for p in CHAPTERS if p.stem == name]
         shutil.copytree(run or smoke_run, tmp_path / "run", symlinks=True)
         out = tmp_path / "executed.ipynb"
-        pm.execute_notebook(chapter, out, {"run_dir": str(tmp_path / "run")}, cwd=tmp_path, progress_bar=False)
+        parameters["run_dir"] = str(tmp_path / "run")
+        pm.execute_notebook(chapter, out, parameters, cwd=tmp_path, progress_bar=False)
         return out
 
     return execute
@@ -100,7 +101,7 @@ def test_identifying_pills(executed, tmp_path):
 @pytest.mark.spec("OP2")
 def test_serving(executed, tmp_path):
     "The file, the server, the refusals, a release, a rollback; the key stands nowhere but in .env."
-    chapter = executed("05_serving")
+    chapter = executed("05_serving", load_seconds=0.4)
     said, home = printed(chapter), tmp_path / "server"
     assert "the sha256 of" in said and said.count("is the current release") == 3
     assert re.search(r"[1-9]\d* photos answered while the bundle changed", said)

@@ -253,8 +253,9 @@ def save_fig(
     "Write a figure as PNG of HOUSE_DPI, atomically and without a date, so that equal figures are equal files."
     import matplotlib.pyplot as plt
 
+    written = dict(format="png", metadata={"Software": None}, pil_kwargs={"compress_level": 4})  # 6: 2.5 times as long
     with atomic_path(path) as tmp:
-        fig.savefig(tmp, format="png", dpi=HOUSE_DPI, bbox_inches="tight", pad_inches=0.06, metadata={"Software": None})
+        fig.savefig(tmp, dpi=HOUSE_DPI, bbox_inches="tight", pad_inches=0.06, **written)
     plt.close(fig)
     return Path(path)
 
