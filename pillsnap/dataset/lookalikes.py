@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from rapidfuzz.distance import Levenshtein
+
 # %% ../../nbs/dataset/407_lookalikes.ipynb #7f2cd29f
 _TINTS = ("투명", "반투명", "진한", "연한", "밝은", "어두운")  # words that say how a colour looks, not which it is
 _FORMS = (("연질캡슐", "연질캡슐"), ("캡슐", "경질캡슐"), ("정", "정제"))  # part of the record's word, dosage form
@@ -133,26 +135,13 @@ _STEP_MM = 0.5  # difference of a side that counts one
 _IMPRINT = 0.1  # weight of the share of letters that differ
 
 
-def _edits(
-    a: str,  # text of one side
-    b: str,  # text of another
-) -> int:  # least number of inserted, deleted and replaced letters
-    "The Levenshtein distance of two short texts."
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        left, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            left, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, left + (x != y))
-    return row[-1]
-
-
 def _imprint_difference(
     a: tuple[str, str],  # front and back
     b: tuple[str, str],  # front and back
 ) -> float:  # 0 = the same text, 1 = no letter in common
     "The share of letters that differ, front against front or, where that is closer, against back."
     longest = max(1, len(a[0]) + len(a[1]), len(b[0]) + len(b[1]))
-    straight, turned = (_edits(a[0], x) + _edits(a[1], y) for x, y in (b, b[::-1]))
+    straight, turned = (Levenshtein.distance(a[0], x) + Levenshtein.distance(a[1], y) for x, y in (b, b[::-1]))
     return min(1.0, min(straight, turned) / longest)
 
 
