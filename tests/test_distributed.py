@@ -10,9 +10,11 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from fastai.callback.core import Callback
 from test_memory import Painted, table
 from test_smoke_train import split_folder
 from test_stop_and_go import CM
@@ -23,9 +25,11 @@ from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.files import read_json
 from pillsnap.core.jobs import read_record, why_stale
+from pillsnap.core.logs import logged_lines
 from pillsnap.dataset.datasets import PillsnapClsDataset
 from pillsnap.dataset.photoloader import PhotoLoader
 from pillsnap.training import distributed
+from pillsnap.training.classifier import ClassifierJob
 from pillsnap.training.distributed import why_not_connected
 
 # CUDA_VISIBLE_DEVICES: on a machine with a GPU these processes compute on the CPU too
@@ -155,46 +159,64 @@ WORLD = [
 ]
 STOP = (1, 2)  # the third batch of the second epoch, in the middle of a window
 STAGE = textwrap.dedent("""
-    import json, os, sys
-    from fastai.callback.core import Callback
-    from pillsnap.training import distributed
-    from pillsnap.training.classifier import ClassifierJob
-    run, world, stop, over = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[4:]
-
-    class Seen(Callback):
-        "Writes down a share before its gradients meet the others'; the first process is killed after batch `stop`, \
-when it is saved."
-        order, run_valid = 99, False
-        def __init__(self, rank): self.rank = rank
-        def after_pred(self):
-            with open(f"{run}/seen.jsonl", "a") as f: \
-print(json.dumps([self.epoch, self.iter, self.learn.meta["paths"]]), file=f)
-        def after_batch(self):
-            if [self.epoch, self.iter] == stop and not self.rank: os.kill(os.getpid(), 9)
-
-    def watched_stage(*args):
-        plain = distributed.shared_callbacks
-        def watched(train, accelerator): return [*plain(train, accelerator), Seen(accelerator.process_index)]
-        distributed.shared_callbacks = watched
-        distributed.run_rank(*args)
-
-    class Alone(ClassifierJob):
-        def work(self, run, cfg): return super().work(run, cfg, [Seen(0)])
-
-    if world > 1: distributed.launch_from_notebook(watched_stage, ("classifier", run, "smoke", over), world)
-    else: Alone(run_dir=run, config="smoke", overrides=tuple(over), epochs=2).run()
+    import json, sys
+    sys.path.insert(0, sys.argv[1])
+    from test_distributed import watched_stage
+    from pillsnap.training.distributed import launch_from_notebook
+    run, world, stop, over = sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4]), sys.argv[5:]
+    launch_from_notebook(watched_stage, (stop, run, over), world)
 """)
 
 
-def stage(run: Path, world: int, stop=None) -> subprocess.CompletedProcess:
-    "The classifier's stage in so many processes, in an interpreter of its own."
-    return subprocess.run(
-        [sys.executable, "-c", STAGE, str(run), str(world), json.dumps(stop), *WORLD],
+class Shares(Callback):
+    """Writes down a share before its gradients meet the others'; the first process is killed after batch `stop`, when
+    it is saved."""
+
+    order, run_valid = 99, False
+
+    def __init__(self, run: str, rank: int, stop=None):
+        self.run, self.rank, self.stop = run, rank, stop
+
+    def after_pred(self):
+        with open(f"{self.run}/seen.jsonl", "a") as f:
+            print(json.dumps([self.epoch, self.iter, self.learn.meta["paths"]]), file=f)
+
+    def after_batch(self):
+        if [self.epoch, self.iter] == self.stop and not self.rank:
+            os.kill(os.getpid(), 9)
+
+
+class Alone(ClassifierJob):
+    def work(self, run, cfg):
+        return super().work(run, cfg, [Shares(str(run.root), 0)])
+
+
+def watched_stage(stop, run: str, over: list[str]) -> None:
+    "The classifier's stage in one of several processes."
+    plain = distributed.shared_callbacks
+
+    def watched(train, accelerator):
+        return [*plain(train, accelerator), Shares(run, accelerator.process_index, stop)]
+
+    distributed.shared_callbacks = watched
+    distributed.run_rank("classifier", run, "smoke", over)
+
+
+def stage(run: Path, world: int, stop=None) -> str:
+    "What the classifier's stage says in so many processes; one of them is this one."
+    if world == 1:
+        with logged_lines() as said, mock.patch.object(torch.cuda, "is_available", return_value=False):
+            Alone(run_dir=str(run), config="smoke", overrides=tuple(WORLD), epochs=2).run()
+        return "\n".join(said)
+    r = subprocess.run(
+        [sys.executable, "-c", STAGE, str(Path(__file__).parent), str(run), str(world), json.dumps(stop), *WORLD],
         env=ENV,
         capture_output=True,
         text=True,
         timeout=580,
     )
+    assert bool(r.returncode) == bool(stop), r.stderr[-2000:]
+    return r.stdout + r.stderr
 
 
 def seen(run: Path, first=(0, 0), last=(9, 9)) -> list[tuple]:
@@ -209,10 +231,9 @@ def killed(delivery, tmp_path_factory):
     root = tmp_path_factory.mktemp("world")
     for name in ("two", "straight"):
         split_folder(root / name, delivery, *WORLD)
-    r = stage(root / "two", 2, STOP)
-    assert r.returncode and re.search(r"PillsnapError: process [01] of 2 failed: ", r.stderr), r.stderr[-2000:]
-    r = stage(root / "straight", 1)
-    assert r.returncode == 0, r.stderr[-2000:]
+    said = stage(root / "two", 2, STOP)
+    assert re.search(r"PillsnapError: process [01] of 2 failed: ", said), said[-2000:]
+    stage(root / "straight", 1)
     return root
 
 
@@ -228,8 +249,8 @@ def test_another_number_of_processes_goes_on(killed, tmp_path, world):
     assert (ckpt["epoch"], ckpt["position"]["batch"], ckpt["position"]["callbacks"]["accumulate"]["count"]) == (1, 3, 1)
     before = seen(run, last=STOP)
     (run / "seen.jsonl").unlink()
-    r = stage(run, world)
-    assert r.returncode == 0 and "after epoch 1 of 2 and 3 batches of the next" in r.stdout + r.stderr, r.stderr[-2000:]
+    said = stage(run, world)
+    assert "after epoch 1 of 2 and 3 batches of the next" in said, said[-2000:]
     after, whole = seen(run), seen(killed / "straight")
     assert after and sorted(before + after) == whole and seen(run, first=(STOP[0], STOP[1] + 1)) == after
     a, b = (load_ckpt(f / "checkpoints" / "classifier" / "last.pt") for f in (killed / "straight", run))
