@@ -132,7 +132,7 @@ def training(root: Path, rows: pd.DataFrame, engine: str, epochs: int, leak: int
 def main(doc: str) -> None:
     "Train with both engines and say what each adds in an epoch."
     a = arguments(doc, n=512, epochs=50, leak=0)
-    n, epochs, warm = (256, 17, 2) if a.quick else (a.n, a.epochs, WARM)
+    n, epochs, warm = (256, 12, 2) if a.quick else (a.n, a.epochs, WARM)
     still()
     runs: dict[str, tuple[list[float], int]] = {}
     t0 = time.time()

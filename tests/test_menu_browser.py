@@ -31,7 +31,14 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 KERNEL = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
-QUICK = ["evaluation.latency_warmup=1", "evaluation.latency_runs=4", "train.num_threads=1"]
+QUICK = [
+    "evaluation.latency_warmup=1",
+    "evaluation.latency_runs=4",
+    "evaluation.objects=0",
+    "evaluation.condition_photos=0",
+    "evaluation.hard_case_pictures=0",
+    "train.num_threads=1",
+]
 
 
 def free_port() -> int:

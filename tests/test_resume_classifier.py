@@ -14,6 +14,7 @@ from pillsnap.core.checkpoints import load_ckpt
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.files import read_json
 from pillsnap.core.jobs import read_record
+from pillsnap.core.logs import logged_lines
 from pillsnap.dataset.splitfiles import load_split_data
 from pillsnap.dataset.splits import SplitsJob
 from pillsnap.training.classifier import ClassifierJob
@@ -76,9 +77,9 @@ def test_a_checkpoint_of_something_else_is_refused_in_plain_words(killed):
 @pytest.mark.spec("CT16", "CT22")
 def test_the_same_command_goes_on_and_ends_as_if_nothing_had_happened(killed, delivery, tmp_path):
     done = load_ckpt(killed / "checkpoints" / "classifier" / "last.pt")["epoch"]
-    said = subprocess.run(command(killed), capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert said.returncode == 0, said.stderr[-2000:]
-    assert f"after epoch {done} of {EPOCHS}" in said.stdout + said.stderr
+    with logged_lines() as said:
+        job(killed).run()
+    assert f"after epoch {done} of {EPOCHS}" in "\n".join(said) and f"[train] e={EPOCHS}/{EPOCHS} " in "\n".join(said)
     assert read_record(killed, "classifier")["status"] == "finished"
     rows = read_json(killed / "reports" / "metrics.json")["history"]
     assert [r["epoch"] for r in rows] == list(range(1, EPOCHS + 1))
@@ -101,7 +102,8 @@ def test_the_same_command_goes_on_and_ends_as_if_nothing_had_happened(killed, de
 @pytest.mark.spec("CT16")
 def test_a_finished_run_is_begun_again_only_when_it_is_asked_for(killed):
     "After the end, `auto` begins anew and `last` has nothing left to train."
-    again = job(killed, "train.resume=last").run()
-    assert any("Training took 0 s" in n for n in again.notes)
+    with logged_lines() as said:
+        job(killed, "train.resume=last").run()
+    assert said and not [line for line in said if line.startswith("[train]")]
     with pytest.raises(PillsnapError, match="another configuration"):
         job(killed, "train.resume=last", "train.classification.label_smoothing=0.2").run()
