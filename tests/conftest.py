@@ -18,10 +18,25 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(STARTUP) not in (known := os.environ.get("PYTHONPATH", "").split(os.pathsep)):
     os.environ["PYTHONPATH"] = search_path(*filter(None, known))
 # Files that take longest. They begin first, so that no test process works alone at the end.
-LONGEST = (
-    "distributed commands benchmarks evaluation site processes server segmentation pack guide menu_browser web_page "
-    "heldout interleave stop_and_go quantise wheel"
-).split()
+LONGEST = [
+    "distributed",
+    "commands",
+    "benchmarks",
+    "evaluation",
+    "site",
+    "processes",
+    "server",
+    "segmentation",
+    "pack",
+    "guide",
+    "menu_browser",
+    "web_page",
+    "heldout",
+    "interleave",
+    "stop_and_go",
+    "quantise",
+    "wheel",
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
