@@ -375,6 +375,25 @@ def test_processes_go_on_where_one_left_off_within_a_batch():
 CLOSED = "import torch; from pillsnap.training.distributed import launch_from_notebook; launch_from_notebook(print)"
 
 
+@together
+def test_no_process_works_and_leaves_before_all_are_connected(monkeypatch):
+    "A process that left early broke the connection of a slower one: a short job failed on a busy machine."
+    connected = torch.multiprocessing.get_context("fork").Event()
+    join = torch.distributed.init_process_group
+
+    def slowly(*args, rank: int, **kwargs):
+        join(*args, rank=rank, **kwargs)
+        if rank == 0:
+            time.sleep(1.5)
+            connected.set()
+
+    def work():
+        assert connected.is_set(), "this process works while another one is not connected yet"
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", slowly)
+    distributed.fork_processes(work, (), 2)
+
+
 def test_a_closed_loopback_is_said_in_one_line():
     "On a machine whose loopback interface is down nothing is started, and the first line says so."
     closed = ["unshare", "--net", "--map-root-user"]

@@ -243,8 +243,10 @@ def _write_failure(
     train: Callable[..., Any],  # what the process does
     *args: Any,  # its arguments
 ) -> None:
-    "Run `train`; if it fails, write its traceback to a file named by the rank, and raise."
+    "Run `train` when all processes are connected; if it fails, write its traceback to a file named by the rank."
     try:
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()  # who leaves early breaks the connection of a process that is still joining
         train(*args)
     except BaseException:
         # the debug launcher makes the process group itself and sets no environment variable
