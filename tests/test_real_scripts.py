@@ -392,6 +392,37 @@ def test_photos_that_chose_a_setting_are_left_out_of_the_second_figure(made_up, 
 
 
 @pytest.mark.spec("RP2")
+def test_photos_with_a_misplaced_box_are_counted_and_left_out_of_a_figure_of_their_own(made_up, tmp_path, monkeypatch):
+    "The figure on all photos stays; the list names photos of the set alone."
+    clone = opened(made_up)
+    truth = rp2_detector.boxes_of(clone, *rp2_detector.TABLES["andrewtrainor"])
+    groups = dict(zip(truth, sources.groups_of(clone, list(truth))))
+    wrong = ["images/p00.jpg", "images/p03.jpg"]
+    (tmp_path / "davidooff.misplaced.txt").write_text("".join(f"{p}\n" for p in wrong))
+    assert sources.misplaced("davidooff", tmp_path) == set(wrong)
+    assert sources.misplaced("andrewtrainor", tmp_path) == set()
+    lines = [
+        dict(part="clean", group=groups[p], truth=b, photo=p, boxes=b + 500 * (p in wrong), confidence=np.ones(len(b)))
+        for p, b in truth.items()
+    ]
+    found = {m.name: m for m in rp2_detector.cleaned("davidooff", clone, lines, 1.0, "a test", tmp_path)}
+    chose = rp2_detector.choosing(list(groups.values()))
+    rest = [p for p in truth if groups[p] not in chose]
+    n = {name: found[f"davidooff_zero_shot_{name}_map50"].n for name in ("rest", "well_boxed", "rest_well_boxed")}
+    assert n == dict(rest=len(rest), well_boxed=9, rest_well_boxed=len(set(rest) - set(wrong)))
+    assert found["davidooff_zero_shot_well_boxed_map50"].value > 0.99
+    assert "2 photos whose box lies beside its pill are left out" in found["davidooff_zero_shot_well_boxed_map50"].note
+
+
+def test_every_photo_with_a_misplaced_box_is_one_of_its_source():
+    for name in sources.SOURCES:
+        listed = (sources.HERE / "photos" / f"{name}.sha256").read_text(encoding="utf-8")
+        known = {line.split("  ", 1)[1] for line in listed.splitlines() if line}
+        assert sources.misplaced(name) <= known
+    assert len(sources.misplaced("davidooff")) == 68
+
+
+@pytest.mark.spec("RP2")
 def test_a_training_takes_all_its_epochs_and_keeps_weights_on_its_way(tmp_path, monkeypatch):
     (tmp_path / "tree").mkdir()
     (tmp_path / "tree" / "photo").write_text("one")

@@ -183,6 +183,15 @@ def boxes_of(
     return {p: np.array(b) for p, b in sorted(found.items())}
 
 
+def misplaced(name: str, lists: Path = HERE / "photos") -> set[str]:
+    """Photos of a source whose box lies beside its pill: the photo was turned, and its box was not.
+
+    A person looked at all photos of the source with their boxes drawn, and no detector's answer.
+    """
+    path = lists / f"{name}.misplaced.txt"
+    return set(path.read_text(encoding="utf-8").split("\n")) - {""} if path.is_file() else set()
+
+
 def groups_of(clone: Clone, photos: Sequence[str]) -> list[str]:
     "A group for each photo: near-copies of one another are in one group."
     thumbs = [thumbnail_of(clone.folder / p, None) for p in photos]
