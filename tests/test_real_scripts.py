@@ -489,9 +489,29 @@ def test_synthetic_scenes_have_boxes_inside_and_some_show_no_pill(tmp_path, monk
     before = photos[0].stat().st_mtime_ns
     scenes.write_tree(tmp_path, 3, 1)
     assert photos[0].stat().st_mtime_ns == before
-    image, boxes = scenes.scene(15, scenes.make_catalogue(12, 8), 8)
-    assert image.ndim == 3
-    assert not len(boxes)
+    for i in (11, 23):
+        image, boxes = scenes.scene(i, scenes.make_catalogue(12, 8), 8)
+        assert image.ndim == 3
+        assert not len(boxes)
+
+
+def test_things_lie_beside_pills_and_get_no_box(monkeypatch):
+    "With things in every photo, the boxes are those of the pills, and no thing covers one."
+    drawn = []
+
+    def photograph(placed, shot, rng):
+        drawn.append(placed)
+        return np.zeros((shot.height, shot.width, 3), np.uint8), [(9 * k, 9, 9 * k + 8, 17) for k in range(len(placed))]
+
+    monkeypatch.setattr(scenes, "BESIDE", 1.0)
+    monkeypatch.setattr(scenes, "photograph_solids", photograph)
+    catalogue = scenes.make_catalogue(12, 8)
+    for i in range(10):
+        monkeypatch.setattr(scenes, "_what", lambda catalogue, rng: ([(catalogue.drugs[0], scenes.Pose())], 40.0))
+        _, boxes = scenes.scene(i, catalogue, 8)
+        *things, pill = [(p.x, p.y, scenes._radius(s)) for s, p in drawn[-1]]
+        assert len(boxes) == 1 and 1 <= len(things) <= 4
+        assert all(np.hypot(x - pill[0], y - pill[1]) > pill[2] + 0.5 * r for x, y, r in things)
 
 
 @pytest.mark.spec("RP4")

@@ -1,8 +1,10 @@
 """Synthetic photos for the detector that is measured on real ones: pills alone, in twos and threes, in heaps, and none.
 
-Every photo is drawn by the package's renderer; no pixel of a real photo is in it. The pills are invented drugs.
+Every photo is drawn by the package's renderer; no pixel of a real photo is in it. The pills are invented drugs. Coins,
+caps, keys, fingers and other things lie beside pills and alone, with no box.
 """
 
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -14,9 +16,10 @@ from pillsnap.synth.catalogue import Catalogue, make_catalogue
 from pillsnap.synth.draws import rng_for
 from pillsnap.synth.drugs import Drug
 from pillsnap.synth.files import loose_box
-from pillsnap.synth.objects import object_photos
-from pillsnap.synth.renderer import Shot, photograph
+from pillsnap.synth.objects import draw_thing, object_photos
+from pillsnap.synth.renderer import Shot, map_res, photograph_solids
 from pillsnap.synth.scene import Pose
+from pillsnap.synth.solids import Solid, solid
 
 SIZES = ((320, 426), (426, 320), (360, 360), (256, 456))
 DOMAINS = {"wild": 0.85, "phone": 0.1, "studio": 0.05}
@@ -26,6 +29,9 @@ LONG = 1.5  # power of a pill's length over its width by which it is drawn more 
 FAR = 6.0  # a single pill is seen from near, or from up to so many times as far
 AIR = 0.1  # of a box's longer side, at most, on each side
 LEAST = 5  # pixels: a smaller box is no label
+BESIDE = 0.45  # share of the photos of few pills in which other things lie beside them
+THING_RES = 16.0  # map pixels per mm of a thing, at most
+Placed = list[tuple[Solid, Pose]]
 
 
 def _heap(drugs: list[Drug], n: int, width: float, rng: np.random.Generator) -> list[tuple[Drug, Pose]]:
@@ -68,22 +74,57 @@ def _step(field: float) -> float:
     return float(10 * 1.2 ** np.ceil(np.log(field / 10) / np.log(1.2)))
 
 
+def _radius(s: Solid) -> float:
+    "The radius of the circle around a solid, mm."
+    return float(np.hypot(*s.rim.T).max())
+
+
+def _beside(pills: Placed, field: float, res: float, rng: np.random.Generator) -> Placed:
+    "One to four things around pills, none over another."
+    taken, things = [(p.x, p.y, _radius(s)) for s, p in pills], []
+    for _ in range(rng.integers(1, 5)):
+        s = draw_thing(rng, min(res, THING_RES))
+        near, r = max((k for _, _, k in taken), default=0.0), _radius(s)
+        for _ in range(8):
+            a, far = rng.uniform(0, 2 * np.pi), near + 0.5 * r + rng.uniform(0.02, 0.7) * field
+            x, y = float(far * np.cos(a)), float(far * np.sin(a))
+            if all(np.hypot(x - u, y - v) > k + 0.8 * r for u, v, k in taken):
+                taken.append((x, y, r))
+                things.append((s, Pose(x, y, float(rng.uniform(0, 360)))))
+                break
+    return things
+
+
+def _moved(placed: Placed, dx: float, dy: float) -> Placed:
+    "The same solids, moved together, mm."
+    return [(s, replace(p, x=p.x + dx, y=p.y + dy)) for s, p in placed]
+
+
 def scene(
     i: int,  # number of the photo
     catalogue: Catalogue,  # invented drugs
     seed: int,  # same seed and number, same photo
 ) -> tuple[np.ndarray, np.ndarray]:  # uint8 RGB, boxes [m, 4] x, y, w, h in pixels
-    "One photo with boxes; every sixteenth shows a coin, a button, print or a finger, and no pill."
+    "One photo with boxes; every twelfth shows no pill: a coin, print or a finger alone, or things on any ground."
     rng = rng_for(seed, "scene", i)
-    if i % 16 == 15:
-        kind = i // 16 % 8
+    if i % 24 == 23:
+        kind = i // 24 % 8
         return next(islice(object_photos(8, "validation", 320, 426, seed + i), kind, None)).image, np.zeros((0, 4))
-    pills, field = _what(catalogue, rng)
+    drugs, field = _what(catalogue, rng)
     width, height = SIZES[rng.integers(len(SIZES))]
     domain = str(rng.choice(list(DOMAINS), p=list(DOMAINS.values())))
     back, light, latitude = int(rng.integers(3)), int(rng.integers(3)), int(rng.choice((60, 70, 75, 90)))
     shot = Shot(back, light, latitude, width, height, _step(field), domain)
-    image, extents = photograph(pills, shot, rng)
+    no_pill = i % 24 == 11
+    pills = [] if no_pill else [(solid(d, p.side, map_res(shot)), p) for d, p in drugs]
+    things = []
+    if len(pills) < 5 and rng.random() < (0.9 if no_pill else BESIDE):
+        things = _beside(pills, field, map_res(shot), rng)
+        free = max(0.0, 0.5 * field - max((np.hypot(p.x, p.y) + _radius(s) for s, p in pills), default=0.0))
+        dx, dy = (float(v) for v in rng.uniform(-free, free, 2))
+        pills, things = _moved(pills, dx, dy), _moved(things, dx, dy)
+    image, extents = photograph_solids(things + pills, shot, rng)
+    extents = extents[len(things) :]
     boxes = np.array([loose_box(e, shot, rng) for e in extents if e[2] - e[0] >= LEAST and e[3] - e[1] >= LEAST])
     return image, _looser(boxes.reshape(-1, 4).astype(float), width, height, rng)
 
