@@ -511,7 +511,8 @@ def test_things_lie_beside_pills_and_get_no_box(monkeypatch):
         _, boxes = scenes.scene(i, catalogue, 8)
         *things, pill = [(p.x, p.y, scenes._radius(s)) for s, p in drawn[-1]]
         assert len(boxes) == 1 and 1 <= len(things) <= 4
-        assert all(np.hypot(x - pill[0], y - pill[1]) > pill[2] + 0.5 * r for x, y, r in things)
+        for n, (x, y, r) in enumerate(things):
+            assert all(np.hypot(x - u, y - v) > k + 0.79 * r for u, v, k in [pill, *things[:n]])
 
 
 @pytest.mark.spec("RP4")

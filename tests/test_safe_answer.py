@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -123,6 +124,19 @@ def test_a_capture_group_counts_once_however_many_photos_it_has():
     assert (often.thresholds, often.groups) == (once.thresholds, 40)
     assert library_threshold(many.p, many.labels, "lac", 0.1).threshold > once.thresholds[0] + 1e-6
     assert draw_one_each(many.groups, 5).shape == (5, 40)
+
+
+@pytest.mark.spec("BX3")
+def test_a_view_is_too_unsharp_below_two_thirds_of_the_least_sharp_calibration_photo():
+    "The sharpest photo says nothing about the limit, and neither do photos of other parts."
+    rng, alone = np.random.default_rng(6), [f"c{i}" for i in range(12)]
+    calib, clean = world(rng, 40), world(rng, 40, start=1000, part="clean")
+    measured = [*np.linspace(0.3, 0.9, 240), *np.full(240, 0.01)]
+    rule = fit_answer_rule(replace(joined(calib, clean), sharp=measured), alone, AnswerSettings(alpha=0.1, score="lac"))
+    assert rule.least_sharpness == pytest.approx(0.2)
+    sure = np.full(12, 1e-6)
+    sure[3] = 1 - 11e-6
+    assert [decide_answer(sure, None, rule, s).reason == "unsharp" for s in (0.19, 0.21)] == [True, False]
 
 
 @pytest.mark.spec("BX3")

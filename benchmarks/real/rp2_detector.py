@@ -320,7 +320,7 @@ def main() -> None:
     p.add_argument("--epochs", type=int, default=11, help="of the synthetic training, at the size of the answers")
     p.add_argument("--size", type=int, default=256, help="side of the detector's input, pixels")
     p.add_argument("--lr", type=float, default=1.5e-3, help="learning rate that these epochs begin with")
-    p.add_argument("--mosaic", type=float, default=0.5, help="share of the synthetic photos joined with three others")
+    p.add_argument("--mosaic", type=float, default=0.3, help="share of the synthetic photos joined with three others")
     p.add_argument("--also", default="", help="further sides of the input to answer at, such as 512")
     p.add_argument("--photos", default="0", help="real photos to fine-tune on, such as 0,16,64,256")
     p.add_argument("--tune-steps", type=int, default=128, help="steps of a fine-tuning, at least 4 epochs")
