@@ -392,7 +392,7 @@ def test_photos_that_chose_a_setting_are_left_out_of_the_second_figure(made_up, 
 
 
 @pytest.mark.spec("RP2")
-def test_photos_with_a_misplaced_box_are_counted_and_left_out_of_a_figure_of_their_own(made_up, tmp_path, monkeypatch):
+def test_photos_with_a_misplaced_box_are_left_out_of_a_figure_of_their_own(made_up, tmp_path, monkeypatch):
     "The figure on all photos stays; the list names photos of the set alone."
     clone = opened(made_up)
     truth = rp2_detector.boxes_of(clone, *rp2_detector.TABLES["andrewtrainor"])
