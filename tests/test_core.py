@@ -544,19 +544,39 @@ def test_the_curves_have_the_names_of_the_contract(tmp_path):
     )
 
 
+def test_curves_and_decisions_are_written_without_torch(tmp_path):
+    r = python(
+        """
+        import sys
+        from pillsnap.core.logs import TBWriter
+        tb = TBWriter(sys.argv[1])
+        tb.add_scalar("perf/num_workers", 4.0, 2)
+        tb.add_text("decisions/workers", "workers: 4 of 8 cores", 2)
+        tb.close()
+        assert "torch" not in sys.modules
+    """,
+        tmp_path,
+    )
+    assert r.returncode == 0, r.stderr
+    acc = events(tmp_path)
+    assert [(e.step, e.value) for e in acc.Scalars("perf/num_workers")] == [(2, 4.0)]
+    (text,) = acc.Tensors("decisions/workers/text_summary")
+    assert text.step == 2 and text.tensor_proto.string_val == [b"workers: 4 of 8 cores"]
+
+
 @pytest.mark.spec("CF2")
 @pytest.mark.parametrize("how", ["absent", "full"])
 def test_tensorboard_may_fail_the_run_may_not(tmp_path, monkeypatch, capsys, how):
     build_logger()
     if how == "absent":
-        monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+        monkeypatch.setitem(sys.modules, "tensorboard.summary.writer.event_file_writer", None)
     else:
-        import torch.utils.tensorboard as t
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         def full(*a, **kw):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(t.SummaryWriter, "add_scalar", full)
+        monkeypatch.setattr(EventFileWriter, "add_event", full)
     tb = TBWriter(tmp_path / "tb")
     for i in range(3):
         tb.add_scalar("train/loss", 0.5, i)

@@ -319,6 +319,28 @@ class _Nothing:
         return lambda *_, **__: None
 
 
+class _EventFile:
+    "Points and texts in an event file of tensorboard."
+
+    def __init__(self, folder: Path):
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.plugins.text.summary_v2 import text_pb
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._event, self._text, self._file = Event, text_pb, EventFileWriter(str(ensure_dir(folder)))
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        summary = dict(value=[dict(tag=tag, simple_value=value)])
+        self._file.add_event(self._event(wall_time=time.time(), step=step, summary=summary))
+
+    def add_text(self, tag: str, text: str, step: int) -> None:
+        summary = self._text(f"{tag}/text_summary", text)
+        self._file.add_event(self._event(wall_time=time.time(), step=step, summary=summary))
+
+    def close(self) -> None:
+        self._file.close()
+
+
 class TBWriter:
     "Writes to TensorBoard; the writer is made at the first call, and without the package a warning replaces it."
 
@@ -330,17 +352,16 @@ class TBWriter:
 
     def _open(self) -> Any:
         try:
-            from torch.utils.tensorboard import SummaryWriter
+            return _EventFile(self.dir)
         except ImportError as e:
             logger.warning(f"no TensorBoard: {e}; figures go to the log and the reports alone")
             return _Nothing()
-        return SummaryWriter(str(ensure_dir(self.dir)))
 
     def _safely(self, what: str, *args: Any) -> None:
         "Call a method of the writer; after an OSError the run continues without TensorBoard."
-        if self._writer is None:
-            self._writer = self._open()
         try:
+            if self._writer is None:
+                self._writer = self._open()
             getattr(self._writer, what)(*args)
         except OSError as e:
             self._writer = _Nothing()
