@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jsonschema import validate
 
+from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
 from pillsnap.delivery.classmap import ClassMap
 from pillsnap.models.pipeline import (
@@ -71,6 +72,24 @@ def test_an_answer_says_which_branch_ran(monkeypatch):
     monkeypatch.setattr(Pipeline, "views", lambda *a: made["combo"])
     answer = pipeline.predict(photo, "single")
     assert (answer["mode_requested"], answer["mode_used"]) == ("single", "combo")
+
+
+def test_a_detector_is_asked_about_four_views_where_that_is_configured():
+    "And about none in single mode, where the classifier sees the whole photo."
+    photo = np.random.default_rng(0).integers(0, 256, (64, 48, 3), np.uint8)
+    data = load_config("demo", ["data.detection.tta=true"]).data
+    det = FixedDetector([(32, 32, 20, 20, 0.9)])
+    pipeline = Pipeline(FixedClassifier(sure(0)), WORLD, det, Thresholds.configured(data))
+    pipeline.predict(photo, "single")
+    assert det.calls == 0
+    answer = pipeline.predict(photo, "combo")
+    assert det.calls == 4
+    # the same box in the input is the same box of the photo in the first two views, and another one in the smaller two
+    assert [round(i["box_confidence"], 3) for i in answer["items"]] == [0.45]
+    assert answer["items"][0]["box"] == [14.0, 22.0, 34.0, 42.0]
+    plain = Pipeline(FixedClassifier(sure(0)), WORLD, det, Thresholds.configured(load_config("demo").data))
+    plain.predict(photo, "combo")
+    assert det.calls == 5
 
 
 photos = st.builds(

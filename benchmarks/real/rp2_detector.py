@@ -4,11 +4,11 @@
 
 Zero-shot: trained on synthetic photos alone (benchmarks/real/scenes.py), small ones first and then at the size of the
 answers; mAP@.5 on every boxed photo, on those that chose no setting of the training, and without the photos whose box
-lies beside its pill (photos/davidooff.misplaced.txt). `--photos 16,64` fine-tunes
-copies on that many real photos of the first set and measures them on the photos of other near-copy groups, beside two
-detectors trained from scratch with the same photos and epochs: one by PillSnap, one by ultralytics' own training with
-its own settings. `--work` keeps photos and weights: a second call with the same arguments goes on where the first
-stopped, and one with others is refused.
+lies beside its pill (photos/davidooff.misplaced.txt); once as the photos are, and once with the answers on four views
+of each put together (`data.detection.tta`). `--photos 16,64` fine-tunes copies on that many real photos of the first
+set and measures them on the photos of other near-copy groups, beside two detectors trained from scratch with the same
+photos and epochs: one by PillSnap, one by ultralytics' own training with its own settings. `--work` keeps photos and
+weights: a second call with the same arguments goes on where the first stopped, and one with others is refused.
 """
 
 import argparse
@@ -158,6 +158,7 @@ def answers(
     clone: Clone,
     truth: Mapping[str, np.ndarray],  # photo → boxes
     groups: Mapping[str, str],  # photo → group of near-copies
+    tta: bool = False,  # ask about four views of a photo
 ) -> dict[str, list[dict[str, Any]]]:
     "What detectors report on photos with boxes, as the evaluation keeps it; every photo is opened once."
     lines: dict[str, list[dict[str, Any]]] = {name: [] for name in detectors}
@@ -167,7 +168,7 @@ def answers(
             raise PillsnapError(f"a photo cannot be read: {got['error']}", where=path)
         known = dict(part="clean", group=groups[path], truth=boxes, photo=path)
         for name, detector in detectors.items():
-            found, scores = detect(detector, got["image"], 0.001, 0.5, 300)
+            found, scores = detect(detector, got["image"], 0.001, 0.5, 300, tta)
             lines[name].append(known | dict(boxes=found, confidence=scores))
     return lines
 
@@ -185,13 +186,13 @@ def figures(name: str, clone: Clone, lines: list[dict[str, Any]], seconds: float
 
 
 def asked(
-    detectors: Mapping[str, Any], clone: Clone, photos: Sequence[str] | None = None
+    detectors: Mapping[str, Any], clone: Clone, photos: Sequence[str] | None = None, tta: bool = False
 ) -> tuple[dict[str, list], float]:
     "Answers of detectors on all boxed photos of a clone, or on some of them; and the seconds that one took."
     truth = boxes_of(clone, *TABLES[clone_key(clone)])
     groups = dict(zip(truth, groups_of(clone, list(truth))))
     t0 = time.perf_counter()
-    lines = answers(detectors, clone, truth if photos is None else {p: truth[p] for p in photos}, groups)
+    lines = answers(detectors, clone, truth if photos is None else {p: truth[p] for p in photos}, groups, tta)
     return lines, (time.perf_counter() - t0) / max(1, len(detectors))
 
 
@@ -220,16 +221,18 @@ def cleaned(  # noqa: PLR0913 - what figures() takes, and a test's lists
     seconds: float,
     note: str,
     lists: Path = HERE / "photos",  # the lists of the sources
+    suffix: str = "",  # of the figures' names
 ) -> list[Metric]:
     "The figures on photos that chose no setting, on photos whose box is where the pill is, and on those that are both."
     chose, wrong = choosing([x["group"] for x in lines]), misplaced(key, lists)
     rest = [x for x in lines if x["group"] not in chose]
-    found = figures(f"{key}_zero_shot_rest", clone, rest, seconds, f"{note}; photos that chose no setting")
+    main = f"{key}_zero_shot{suffix}"
+    found = figures(f"{main}_rest", clone, rest, seconds, f"{note}; photos that chose no setting")
     for name, some in (("well_boxed", lines), ("rest_well_boxed", rest)):
         right = [x for x in some if x["photo"] not in wrong]
         left_out = f"{len(some) - len(right)} photos whose box lies beside its pill are left out"
         also = "; photos that chose no setting" if some is rest else ""
-        found += figures(f"{key}_zero_shot_{name}", clone, right, seconds, f"{note}; {left_out}{also}")
+        found += figures(f"{main}_{name}", clone, right, seconds, f"{note}; {left_out}{also}")
     return found
 
 
@@ -248,6 +251,11 @@ def zero_shot(
     found = figures(main, clone, lines[last], seconds, note)
     if key == "davidooff":
         found += cleaned(key, clone, lines[last], seconds, note)
+    views, seconds = asked({"": detector}, clone, tta=True)
+    note_tta = f"{note}; four views of a photo, mirrored and smaller, are put together"
+    found += figures(f"{main}_tta", clone, views[""], seconds, note_tta)
+    if key == "davidooff":
+        found += cleaned(key, clone, views[""], seconds, note_tta, suffix="_tta")
     for size in also:
         found += figures(f"{main}_{size}px", clone, lines[f"{size}px"], seconds, f"{note}, answers at {size} px")
     told = [(s, d.size, box_figures(lines[s])["detection_map50"].point) for s, d in detectors.items()]

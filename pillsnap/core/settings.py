@@ -142,6 +142,7 @@ class DetectionData(Block):
     conf_threshold: float = key(0.3, "boxes below are dropped", ge=0, le=1)
     iou_threshold: float = key(0.5, "boxes with a larger IoU are one pill", ge=0, le=1)
     max_detections: int = key(100, "boxes kept per photo", ge=1)
+    tta: bool = key(False, "test-time augmentation of answers: four views of a photo, mirrored and smaller")
 
 
 class ClassificationData(Block):

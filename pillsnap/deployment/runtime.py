@@ -212,7 +212,7 @@ REQUIRED = dict(
     drugs=dict,
     digest=str,
 )  # `detector`, `classifier_uint8`, `scorecard`, `rule` and `pair_rule` may be null
-THRESHOLDS = dict(conf=float, iou=float, max_det=int, crop_padding=float)
+THRESHOLDS = dict(conf=float, iou=float, max_det=int, crop_padding=float, tta=bool)
 ANSWERING = dict(mode=str, top_k=int, lazy_load_detector=bool, focus=str)  # defaults where the caller gives no value
 DEFAULTS = dict(mode="single", top_k=5, lazy_load_detector=True, focus="off")  # for a bundle without these fields
 MODEL = dict(file=str, sha256=str, img_size=int, name=str, opset=int)
@@ -359,7 +359,7 @@ def _check_bundle(
     "Raise PillsnapError for an incomplete, changed or incompatible bundle."
     layout_number(meta.get("schema") if isinstance(meta, Mapping) else None, SCHEMA, path, _AGAIN)
     _fields(meta, REQUIRED, path)
-    _fields(meta["thresholds"], THRESHOLDS, path)
+    _fields({"tta": False} | meta["thresholds"], THRESHOLDS, path)  # absent in bundles of earlier versions
     if "answering" in meta:
         _fields(meta["answering"], ANSWERING, path)
         check_mode(meta["answering"]["mode"])
@@ -518,7 +518,8 @@ def pipeline(
         hashes["detector"] = m["detector"]["sha256"]
     if self.known:
         hashes["gallery"] = self.known.hash
-    thresholds = Thresholds(t["conf"] if conf is None else conf, t["iou"], t["max_det"], t["crop_padding"])
+    own = t["conf"] if conf is None else conf
+    thresholds = Thresholds(own, t["iou"], t["max_det"], t["crop_padding"], t.get("tta", False))
     return Pipeline(
         self.classifier,
         self.class_map,

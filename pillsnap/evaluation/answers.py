@@ -279,7 +279,7 @@ def boxes(
     assert detector is not None, self.no_detector
     out = Boxes([], [], [], [], 0.0)
     for photo, image in self.opened([p for p in photos if len(p.boxes)], "detector"):
-        out.preds.append(detect(detector, image, 0.001, limits.iou, limits.max_det))
+        out.preds.append(detect(detector, image, 0.001, limits.iou, limits.max_det, limits.tta))
         out.truth.append(photo.boxes)
         out.paths.append(photo.path)
         out.parts.append(photo.part)

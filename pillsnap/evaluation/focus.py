@@ -83,7 +83,7 @@ def focus_ways(
         ways |= _network_ways(model, pipeline.classifier.size, [(image, p.boxes[0]) for p, image in seen])
     if pipeline.detector is not None:
         t, detector = pipeline.thresholds, pipeline.detector
-        ways["detector"] = lambda image: Located(*detect(detector, image, t.conf, t.iou, t.max_det))
+        ways["detector"] = lambda image: Located(*detect(detector, image, t.conf, t.iou, t.max_det, t.tta))
     return ways
 
 

@@ -30,7 +30,7 @@ from ..delivery.classmap import ClassMap
 from .card import PICTURES, PROBABILITY, candidate_schema, candidates, closed_object, named_schema
 from .decision import REASONS, AnswerDecision, AnswerRule, decide_answer, sharpness
 from .unknown import UnknownRule, unknown_rule_from_dict
-from ..photos.boxes import decode_yolo, letterbox, unletterbox
+from ..photos.boxes import decode_yolo, letterbox, merge_views, unletterbox
 from ..photos.images import IMAGENET_MEAN, IMAGENET_STD, normalise, open_image_safely
 from ..photos.locator import LOCATOR, locate
 from ..photos.unified import UnifiedPreprocessor, crop_pixels, whole_pixels
@@ -73,21 +73,48 @@ def detector_input(
     return np.stack([letterbox(i, size)[0].transpose(2, 0, 1) for i in images]).astype(np.float32) / 255
 
 # %% ../../nbs/models/570_pipeline.ipynb #000169e3
-def detect(
+_ZOOMS = (1.0, 0.75)  # (ours) sizes of the views of one photo, as shares of the detector's input
+_FAINT = 0.01  # (ours) score of a box of one view, below which it cannot decide the mean
+
+
+def _boxes_of_view(
+    detector: DetectorRunner,  # finds pills
+    image: np.ndarray,  # [H, W, 3] uint8 RGB photo
+    zoom: float,  # at most 1; below, the photo is drawn smaller and the rest of the input is grey
+    **kwargs: Any,  # conf, iou, max_det of decode_yolo
+) -> tuple[np.ndarray, np.ndarray]:  # ([n, 4] float32 x0, y0, x1, y1 in photo pixels, [n] float32 score)
+    "Boxes of the pills in one view of a photo."
+    square, scale, pad = letterbox(image, round(zoom * detector.size))
+    grey = detector.size - len(square)
+    square = np.pad(square, ((0, grey), (0, grey), (0, 0)), constant_values=114)
+    raw = np.asarray(detector.raw(square.transpose(2, 0, 1)[None].astype(np.float32) / 255))[0]
+    boxes, scores = decode_yolo(raw, **kwargs)
+    h, w = image.shape[:2]
+    boxes = unletterbox(boxes, scale, pad, w, h)
+    real = (boxes[:, 2:] - boxes[:, :2] >= 1).all(axis=1)  # what lay in the grey margin has no area in the photo
+    return boxes[real], scores[real]
+
+
+def detect(  # noqa: PLR0913 - the four thresholds of a photo
     detector: DetectorRunner,  # finds pills
     image: np.ndarray,  # [H, W, 3] uint8 RGB photo
     conf: float = 0.3,  # boxes below are dropped
     iou: float = 0.5,  # boxes overlapping more are one pill
     max_det: int = 100,  # boxes kept, surest first
+    tta: bool = False,  # ask about four views of the photo
 ) -> tuple[np.ndarray, np.ndarray]:  # ([n, 4] float32 x0, y0, x1, y1 in photo pixels, [n] float32 score)
     "Boxes of the pills in a photo."
-    square, scale, pad = letterbox(image, detector.size)
-    raw = np.asarray(detector.raw(square.transpose(2, 0, 1)[None].astype(np.float32) / 255))[0]
-    boxes, scores = decode_yolo(raw, conf, iou, max_det)
-    h, w = image.shape[:2]
-    boxes = unletterbox(boxes, scale, pad, w, h)
-    real = (boxes[:, 2:] - boxes[:, :2] >= 1).all(axis=1)  # what lay in the grey margin has no area in the photo
-    return boxes[real], scores[real]
+    if not tta:
+        return _boxes_of_view(detector, image, 1.0, conf=conf, iou=iou, max_det=max_det)
+    found, faint = [], dict(conf=min(conf, _FAINT), iou=iou, max_det=max_det)
+    for zoom in _ZOOMS:
+        found.append(_boxes_of_view(detector, image, zoom, **faint))
+        boxes, scores = _boxes_of_view(detector, np.ascontiguousarray(image[:, ::-1]), zoom, **faint)
+        x0, y0, x1, y1 = boxes.T
+        found.append((np.stack([image.shape[1] - x1, y0, image.shape[1] - x0, y1], axis=1), scores))
+    boxes, scores = merge_views(found, iou)
+    sure = scores >= conf
+    return boxes[sure][:max_det], scores[sure][:max_det]
 
 # %% ../../nbs/models/570_pipeline.ipynb #83b7419a
 def softmax(
@@ -283,6 +310,7 @@ class Thresholds:
     iou: float = 0.5  # boxes overlapping more are one pill
     max_det: int = 100  # boxes kept, surest first
     crop_padding: float = 0.1  # margin around a box, as a share of its sides
+    tta: bool = False  # ask the detector about four views of a photo
 
     def __post_init__(self):
         if not 0 <= self.conf <= 1:
@@ -296,7 +324,7 @@ class Thresholds:
         "The thresholds of a configuration."
         d = data.detection
         padding = float(data.classification.crop_padding)
-        return cls(float(d.conf_threshold), float(d.iou_threshold), int(d.max_detections), padding)
+        return cls(float(d.conf_threshold), float(d.iou_threshold), int(d.max_detections), padding, bool(d.tta))
 
 # %% ../../nbs/models/570_pipeline.ipynb #4c29e673
 FOCUS = ("locator", "detector", "off")
@@ -362,7 +390,7 @@ def views(
     size, t = self.classifier.size, self.thresholds
     if mode == "single":
         return self._single_view(image)
-    boxes, scores = detect(self._need_detector(), image, t.conf, t.iou, t.max_det)
+    boxes, scores = detect(self._need_detector(), image, t.conf, t.iou, t.max_det, t.tta)
     crops = [crop_pixels(image, b, size, t.crop_padding, self.unified) for b in boxes]
     return PhotoViews("combo", crops, list(boxes), list(scores), found=len(boxes))
 
@@ -376,7 +404,7 @@ def _single_view(self: Pipeline, image: np.ndarray) -> PhotoViews:
         found = locate(image)
         boxes, scores = found.boxes, found.scores
     elif self.focus == "detector":
-        boxes, scores = detect(self._need_detector(), image, t.conf, t.iou, t.max_det)
+        boxes, scores = detect(self._need_detector(), image, t.conf, t.iou, t.max_det, t.tta)
     if len(boxes) != 1:
         whole = whole_pixels(image, size, self.unified)
         return PhotoViews("single", [whole], [None], [None], "whole", len(boxes))
