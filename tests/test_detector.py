@@ -120,6 +120,41 @@ def test_memory_stands_beside_the_batch_size_in_each_epoch_of_the_detector(learn
 
 
 @needs_ultralytics
+@pytest.mark.spec("SG6", "X10")
+def test_the_detector_counts_its_memory_errors_and_validates_without_tf32(tmp_path, monkeypatch):
+    """Ultralytics halves the batch after an out-of-memory error in the first epoch. A resumed training keeps the count.
+    TF32 is left to the training."""
+    import torch
+
+    from pillsnap.core.checkpoints import load_ckpt
+    from pillsnap.core.files import read_json
+    from pillsnap.evaluation.checks import memory_errors
+    from pillsnap.training.detectortrainer import train_detector
+
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    left, used = [1], {True: set(), False: set()}
+
+    def forward(model, _args):
+        used[model.training].add(torch.backends.cudnn.allow_tf32)
+        if model.training and left:
+            left.clear()
+            raise torch.OutOfMemoryError("CUDA out of memory (planted)")
+
+    def watch(training):
+        for model in (training.model, training.ema.ema):
+            model.model[0].register_forward_pre_hook(lambda m, a: forward(m, a))
+
+    plan = toy_plan(toy_tree(tmp_path / "tree", 8, 4), tmp_path / "run", 64, epochs=1, mosaic=0.0, mixup=0.0)
+    plan = replace(plan, report=tmp_path / "metrics.json")
+    (row,) = train_detector(plan, {"on_train_start": watch}).history
+    assert (row["detection"]["oom_events"], left, used) == (1, [], {True: {True}, False: {False}})
+    last = load_ckpt(tmp_path / "run" / "last.pt")
+    assert last["batch"] == plan.args["batch"] // 2
+    train_detector(replace(plan, args=plan.args | {"epochs": 2}, ckpt=last))
+    assert memory_errors(read_json(tmp_path / "metrics.json")) == 1
+
+
+@needs_ultralytics
 @pytest.mark.spec("DT1", "X42")
 def test_the_aihub_preset_is_yolo11m_at_640_with_one_class():
     from pillsnap.core.config import load_config

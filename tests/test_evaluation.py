@@ -592,6 +592,16 @@ def test_crashes_come_from_the_job_records(tmp_path):
 
 
 @pytest.mark.spec("SG1")
+@pytest.mark.parametrize("job", ["conversion", "splits", "classifier", "detector", "interleaved", "retrieval"])
+def test_a_crash_of_any_job_before_the_evaluation_is_seen(tmp_path, job):
+    for s in K.BEFORE:
+        save_json(dict(status="finished", seconds=3.0, settings={}), record_path(tmp_path, s))
+    save_json(dict(status="died", seconds=3.0, settings={}), record_path(tmp_path, job))
+    m = R.crash_record(tmp_path, Provenance("synthetic", "a" * 64, "b" * 64))
+    assert m.value is False and f"{job}: died" in m.note
+
+
+@pytest.mark.spec("SG1")
 def test_the_baseline_is_the_best_there_was(tmp_path):
     prov = Provenance("aihub", "a" * 64, "b" * 64)
 

@@ -371,6 +371,49 @@ def test_augmentation_that_does_not_fit_is_done_in_parts(monkeypatch, caplog):
         list(loader())
 
 
+@pytest.mark.spec("CT14", "SG6")
+def test_a_batch_that_does_not_reach_the_gpu_is_sent_once_more(monkeypatch, caplog):
+    "The run counts the error and goes on; a second error in a row, and an error of another kind, end it."
+    left, errors, send = [1], [], PhotoLoader._send
+
+    def planted(self, images):
+        if left:
+            left.pop()
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
+        return send(self, images)
+
+    def loader():
+        out = PhotoLoader(PillsnapClsDataset(table(20), CM, Painted(), 32, True, seed=7), 8)
+        out.on_oom = errors.append
+        return out
+
+    calm = list(loader())
+    monkeypatch.setattr(PhotoLoader, "_send", planted)
+    with caplog.at_level("WARNING", "pillsnap.dataset.photoloader"):
+        got = list(loader())
+    assert len(got) == len(calm) == 3 and all(torch.equal(a[0], b[0]) for a, b in zip(got, calm))
+    assert errors == ["CUDA out of memory. Tried to allocate 1.00 GiB"]
+    (said,) = (r.getMessage() for r in caplog.records)
+    assert said.startswith("out of memory: a batch of 8 photos is sent to the device once more")
+    left[:] = [1, 1]
+    with pytest.raises(torch.OutOfMemoryError):
+        list(loader())
+    monkeypatch.setattr(PhotoLoader, "_send", lambda *a: (_ for _ in ()).throw(RuntimeError("no such device")))
+    with pytest.raises(RuntimeError, match="no such device"):
+        list(loader())
+    assert len(errors) == 2
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_the_rehearsed_sizes_are_those_that_a_process_gets(world_size):
+    "Each of several processes gets its part of a batch; a rehearsal of the whole batch may not fit on one GPU."
+    for rank in range(world_size):
+        data = PillsnapClsDataset(table(21), CM, Painted(), 16, True, seed=7)
+        loader = PhotoLoader(data, 8, drop_last=False).shard(rank, world_size)
+        delivered = dict.fromkeys(len(labels) for _, labels, _ in loader)
+        assert compilation_module.batch_sizes(loader) == tuple(delivered)
+
+
 def test_onnxruntime_on_a_gpu_neither_searches_nor_rounds(monkeypatch):
     "By default its CUDA provider searches for kernels at every new number of crops and computes float32 in TF32."
     from pillsnap.deployment import runtime as predict

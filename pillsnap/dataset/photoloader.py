@@ -118,6 +118,7 @@ class PhotoLoader:
         self.buffers, self._lent = self._pool_of(batch_size if batch_sampler is None else 1), deque()
         self.rank, self.world_size = 0, 1
         self.at_once = sys.maxsize  # photos that the device augments at once
+        self.on_oom: Callable[[str], None] = lambda _said: None  # called after each out-of-memory error
 
     def __len__(self) -> int:  # batches of an epoch
         if self.batch_sampler is not None:
@@ -301,6 +302,7 @@ def _finish(self: PhotoLoader, images: torch.Tensor, views: BatchViews) -> torch
                 raise
             why = oom_reason(e)
         parts = None
+        self.on_oom(why)
         release_memory()
         self.at_once = -(-n // 2)
         logger.warning("out of memory: %d photos at once are augmented instead of %d (%s)", self.at_once, n, why)
@@ -308,12 +310,28 @@ def _finish(self: PhotoLoader, images: torch.Tensor, views: BatchViews) -> torch
 
 
 @patch
+def _upload(
+    self: PhotoLoader, views: BatchViews, images: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:  # images, labels
+    "Send a batch to the device; once more after an out-of-memory error, when memory that nobody uses is free again."
+    try:
+        return self._send(images), to_device(self.labels[torch.from_numpy(views.rows)], self.device)
+    except Exception as e:
+        if not is_oom(e):
+            raise
+        why = oom_reason(e)
+    self.on_oom(why)
+    release_memory()
+    logger.warning("out of memory: a batch of %d photos is sent to the device once more (%s)", len(images), why)
+    return self._send(images), to_device(self.labels[torch.from_numpy(views.rows)], self.device)
+
+
+@patch
 def _deliver(
     self: PhotoLoader, views: BatchViews, images: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, list]]:
     "Send a batch to the device, augment it, and add labels and meta."
-    images = self._send(images.permute(0, 3, 1, 2))
-    labels = to_device(self.labels[torch.from_numpy(views.rows)], self.device)
+    images, labels = self._upload(views, images.permute(0, 3, 1, 2))
     meta, self._carried = {"paths": [self.dataset.paths[i] for i in views.rows], "skipped": self._carried}, []
     return images if self.raw else self._finish(images, views), labels, meta
 

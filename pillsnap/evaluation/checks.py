@@ -6,8 +6,8 @@
 __all__ = ['LEAST_EPOCHS', 'STABLE_HOURS', 'BATCHES', 'BEFORE', 'EVALUATION', 'learning_trend', 'overfits', 'detector_trends',
            'not_measured', 'training_records', 'long_run_record', 'service_records', 'training_corruption',
            'data_loading_record', 'first_views', 'batch_records', 'without_boxes', 'not_applicable', 'jobs_before',
-           'tensorboard_checks', 'full_dataset_check', 'mandatory_checks', 'declared_checks', 'declare_check',
-           'ended_in_nan', 'unreadable_share', 'advisor_facts']
+           'tensorboard_checks', 'memory_errors', 'full_dataset_check', 'mandatory_checks', 'declared_checks',
+           'declare_check', 'ended_in_nan', 'unreadable_share', 'advisor_facts']
 
 # %% ../../nbs/evaluation/755_checks.ipynb #832d4c60
 import os
@@ -154,7 +154,7 @@ def service_records(
 ) -> dict[str, Metric]:
     "The figures of a running service, which are all NOT_MEASURED."
     return {
-        k: not_measured(prov, k, "this version runs no service; nothing was monitored")
+        k: not_measured(prov, k, "a run starts no server; nothing was monitored")
         for k in ("api_response_time", "api_uptime")
     }
 
@@ -268,10 +268,7 @@ def not_applicable(
     else:
         return {}
     names = {n for a in ADVISOR_TARGETS.values() for n in (*a.checks, *(t.name for t in a.targets))}
-    out = {n: why for n in sorted(names) if n.startswith("detection_")}
-    if cfg.project.family == "retrieval":
-        out["onnx_conversion_success"] = "this version exports no retrieval model"
-    return out
+    return {n: why for n in sorted(names) if n.startswith("detection_")}
 
 
 def jobs_before(
@@ -357,6 +354,15 @@ def _measured_checks(
         "stability_test_pass": stable,
     }
 
+# %% ../../nbs/evaluation/755_checks.ipynb #82de0811
+def memory_errors(
+    trained: Mapping[str, Any],  # metrics.json
+) -> int | None:  # None where no training counted them
+    "How often the classifier and the detector ran out of memory."
+    detector = [r["detection"].get("oom_events") for r in trained.get("history", []) if "detection" in r]
+    counts = [n for n in (trained.get("oom_events"), *detector[-1:]) if n is not None]
+    return sum(counts) if counts else None
+
 # %% ../../nbs/evaluation/755_checks.ipynb #9485fa09
 def _memory_check(
     run_dir: str | os.PathLike,  # run folder
@@ -365,14 +371,15 @@ def _memory_check(
     "Whether the training stayed within its memory limits."
     path, rec = Path(run_dir) / "reports" / "metrics.json", doc["metrics"].get("memory_efficiency")
     trained = read_json(path) if path.is_file() else {}
-    if not rec or not Metric.from_dict(rec).measured or trained.get("oom_events") is None:
+    errors = memory_errors(trained)
+    if not rec or not Metric.from_dict(rec).measured or errors is None:
         return Check(note=f"memory_efficiency: {(rec or {}).get('note') or 'no record'}")
     share = max((r.get("cuda_share") or 0.0 for r in trained["history"]), default=0.0)
-    ok = rec["value"] <= 1.5 and trained["oom_events"] == 0 and share <= 0.9
+    ok = rec["value"] <= 1.5 and errors == 0 and share <= 0.9
     return Check(
         bool(ok),
         "reports/metrics.json",
-        note=f"peak over mean {rec['value']:.2f}, {trained['oom_events']} out-of-memory errors, GPU {share:.0%} full",
+        note=f"peak over mean {rec['value']:.2f}, {errors} out-of-memory errors, GPU {share:.0%} full",
     )
 
 
@@ -514,7 +521,7 @@ def advisor_facts(
     return Facts(
         metrics=dict(metrics) | named,
         checks=mandatory_checks(root, doc, cfg),
-        oom_events=trained.get("oom_events"),
+        oom_events=memory_errors(trained),
         nan_loss=ended_in_nan(root),
         corruption=unreadable_share(doc["corruption"], training_corruption(history)),
         vram_share=max((r["cuda_share"] for r in rows if r.get("cuda_share")), default=None),

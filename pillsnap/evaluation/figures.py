@@ -304,7 +304,7 @@ def crash_record(
     prov: Provenance,  # data and class map
 ) -> Metric:
     "Whether no attempt of any job of this run crashed, from the jobs' records."
-    recs = {s: r for s in BEFORE if (r := read_record(root, s)) is not None}
+    recs = {s: r for s in (*BEFORE, "retrieval", "interleaved") if (r := read_record(root, s)) is not None}
     if not recs:
         return not_measured(prov, "no_crashes", "no stage has left a record in this folder")
     bad = [f"{s}: {r['status']}" for s, r in recs.items() if r["status"] != "finished"]

@@ -217,7 +217,7 @@ def batch_sizes(
     if loader.batch_sampler is None:
         photos = len(loader.sampler)
         sizes = [n] * (photos >= n) + [photos % n] * (not loader.drop_last)
-    rank, world = getattr(loader, "rank", 0), getattr(loader, "world", 1)
+    rank, world = getattr(loader, "rank", 0), getattr(loader, "world_size", 1)
     own = (s * (rank + 1) // world - s * rank // world for s in sizes)  # as the loader cuts them
     return tuple(dict.fromkeys(s for s in own if s))
 

@@ -25,7 +25,7 @@ from fastcore.basics import patch
 # %% ../../nbs/training/646_detectortrainer.ipynb #29f1543a
 from ..core.checkpoints import load_ckpt, rng_state, save_ckpt, set_rng_state
 from ..core.config import config_diff
-from ..core.device import cuda_mem_mb, without_kernel_search
+from ..core.device import cuda_mem_mb, full_fp32, without_kernel_search
 from ..core.errors import PillsnapError
 from ..core.files import ensure_dir
 from ..core.logs import STEP_TAGS, StepTimer, step_line, with_tags
@@ -46,6 +46,7 @@ class PillTraining:
 
     def __init__(self, plan: TrainPlan):
         self.plan, self.history, self.waiting, self.batch_no = plan, [], 0, -1
+        self.oom_events = 0  # out-of-memory errors so far, those of earlier processes too
         try:
             super().__init__(overrides=dict(plan.args))  # pyright: ignore[reportCallIssue]  # of the library's class
         except (ValueError, TypeError) as e:
@@ -110,6 +111,7 @@ def _build_train_pipeline(self: PillTraining) -> None:
     super(PillTraining, self)._build_train_pipeline()
     if getattr(self, "_oom_retries", 0):
         # the library has halved the batch, and says so in its own log only
+        self.oom_events += 1
         logger.info(
             f"out of memory: the detector continues with {self.batch_size} photos a step, "
             f"epoch {self.epoch + 1} begins again"
@@ -266,12 +268,13 @@ NAMES = {
 
 @patch
 def validate(self: PillTraining) -> tuple[dict[str, float], float] | tuple[None, None]:
-    "Validate the averaged weights in full precision: all metrics, and the one that decides."
+    "Validate the averaged weights in full precision, without TF32: all metrics, and the one that decides."
     self.check_loss()
     t0, amp, self.amp = time.perf_counter(), self.amp, False
     try:
-        # with several processes, all use the first one's batch statistics
-        out, _ = super(PillTraining, self).validate()
+        with full_fp32():
+            # with several processes, all use the first one's batch statistics
+            out, _ = super(PillTraining, self).validate()
     finally:
         self.amp = amp
     if out is None:
@@ -286,7 +289,7 @@ def validate(self: PillTraining) -> tuple[dict[str, float], float] | tuple[None,
         )
     now = time.perf_counter()
     times = {"seconds": now - self.started, "val_seconds": now - t0}
-    row = {**scores, "train_loss": self.epoch_loss(), "lr": self.rate(), **times}
+    row = {**scores, "train_loss": self.epoch_loss(), "lr": self.rate(), **times, "oom_events": self.oom_events}
     self.history.append(dict(epoch=self.epoch + 1, detection=row))
     self.report_epoch()
     return out, scores[self.plan.monitor]
@@ -424,6 +427,7 @@ def restore(self: PillTraining, ckpt: Mapping[str, Any]) -> None:
     if ckpt["scaler_state"]:
         self.scaler.load_state_dict(ckpt["scaler_state"])
     self.history, self.start_epoch = list(ckpt["history"]), int(ckpt["epoch"])
+    self.oom_events = self.history[-1]["detection"].get("oom_events", 0)
     logger.info(f"resume: epoch {self.start_epoch} is done, {self.epochs - self.start_epoch} of {self.epochs} to go")
 
 # %% ../../nbs/training/646_detectortrainer.ipynb #b159dde8

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 # %% ../../nbs/training/620_memory.ipynb #7cab96b6
@@ -280,6 +281,10 @@ class OomGuard(Callback):
         # listed once: walking a large network takes milliseconds
         self.all_params, self.all_buffers = list(self.model.parameters()), list(self.model.buffers())
         self.whole, self.part = _BatchState(), _BatchState()
+        passes = getattr(self.learn, "passes", None) or {}
+        for loader in (self.dls.train, *(dl for dl, _ in passes.values())):
+            if hasattr(loader, "on_oom"):
+                loader.on_oom = partial(self.record_parts, "the loader")
 
     def before_epoch(self):
         s = self.share()
@@ -490,6 +495,33 @@ def record(
 
 # %% ../../nbs/training/620_memory.ipynb #03853298
 @patch
+def record_parts(
+    self: OomGuard,
+    where: str,  # validation | the loader
+    said: str,  # the error's message
+    photos: int | None = None,  # of the batch
+    batch: int | None = None,  # its number, from 1
+) -> None:
+    "Write a batch that was computed in parts, outside a training step, into the events and TensorBoard."
+    self.events.append(
+        dict(
+            epoch=self.learn.epoch + 1,
+            batch=batch,
+            error=said,
+            state="S2",
+            action=f"microbatching in {where}",
+            G_old=photos,
+            G_new=photos,
+            lr_scale=1.0,
+            retries=self.retries,
+            again=True,
+        )
+    )
+    if self.tb:
+        self.tb.add_scalars({"oom/retries": self.retries, "oom/state": 2.0}, len(self.events))
+
+
+@patch
 def take(self: OomGuard, act: OomAction, old: OomState) -> None:
     "Apply an action to the Learner."
     self.state, self.retries, self.clean = act.next_state, act.retries, 0
@@ -554,20 +586,7 @@ def validate(
         self.learn.pred = self.learn.loss = None
         release(graphs=is_compiled(self.model))
         logger.info(f"out of memory: validation in batches of {-(-n // 2)} instead of {n} ({why})")
-        self.events.append(
-            dict(
-                epoch=self.learn.epoch + 1,
-                batch=i + 1,
-                error=why,
-                state="S2",
-                action="microbatching in validation",
-                G_old=n,
-                G_new=n,
-                lr_scale=1.0,
-                retries=self.retries,
-                again=True,
-            )
-        )
+        self.record_parts("validation", why, n, i + 1)
         todo.extendleft(reversed(split_batch(todo.popleft(), -(-n // 2))))
 
 # %% ../../nbs/training/620_memory.ipynb #eafbd9f8

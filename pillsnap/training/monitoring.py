@@ -134,7 +134,7 @@ def epoch_load(self: History) -> dict[str, float | int | None]:
     train, passes = self.dls.train, getattr(self.learn, "passes", None) or {}
     loaders = [train, *(dl for dl, _ in passes.values())]
     # with several processes these counts travel with the batches
-    late = sum(getattr(dl, "unreported", 0) for dl in loaders if getattr(dl, "world", 1) == 1)
+    late = sum(getattr(dl, "unreported", 0) for dl in loaders if getattr(dl, "world_size", 1) == 1)
     return dict(
         asked=sum(int(getattr(dl, "row", 0)) for dl in loaders),
         skipped=self.unpack.lost + late,
