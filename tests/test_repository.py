@@ -4,6 +4,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -14,9 +15,12 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "scripts" / "campaigns"))
 INI = ConfigParser(delimiters=["="])
 INI.read(ROOT / "settings.ini", encoding="utf-8")
 SETTINGS = INI["DEFAULT"]
+
+from mutations import MUTATIONS
 
 
 def text(name):
@@ -186,3 +190,17 @@ def test_no_path_of_this_machine_in_the_tree():
         assert f"{ROOT}/" not in body and f"{Path.home()}/" not in body, p
         if p.suffix in (".sh", ".yaml", ".py"):
             assert not re.search(r"['\"][A-Za-z]:\\\\?[A-Za-z]", body), p
+
+
+def test_every_breakage_can_be_applied_and_has_its_test():
+    "A breakage whose text is gone, or whose test has another name, proves nothing."
+    assert len({m.name for m in MUTATIONS}) == len(MUTATIONS)
+    texts = {f: (ROOT / f).read_text(encoding="utf-8") for f in {m.file for m in MUTATIONS}}
+    assert [m.name for m in MUTATIONS if texts[m.file].count(m.old) != 1 or m.old == m.new] == []
+    named = {m.test.partition("[")[0] for m in MUTATIONS}
+    defined = {
+        f"{f}::{name}"
+        for f in {t.partition("::")[0] for t in named}
+        for name in re.findall(r"^(?:async )?def (test_\w+)", (ROOT / f).read_text(encoding="utf-8"), re.M)
+    }
+    assert named - defined == set()

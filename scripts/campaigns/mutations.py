@@ -54,6 +54,42 @@ class Mutation:
 
 MUTATIONS: list[Mutation] = [
     Mutation(
+        "one of several processes rehearses the whole batch",
+        "pillsnap/training/compilation.py",
+        'getattr(loader, "world_size", 1)',
+        'getattr(loader, "world", 1)',
+        "tests/test_gpu_engine.py::test_the_rehearsed_sizes_are_those_that_a_process_gets",
+    ),
+    Mutation(
+        "a batch that does not reach the GPU ends the run",
+        "pillsnap/dataset/photoloader.py",
+        "    images, labels = self._upload(views, images.permute(0, 3, 1, 2))\n",
+        "    images = self._send(images.permute(0, 3, 1, 2))\n"
+        "    labels = to_device(self.labels[torch.from_numpy(views.rows)], self.device)\n",
+        "tests/test_gpu_engine.py::test_a_batch_that_does_not_reach_the_gpu_is_sent_once_more",
+    ),
+    Mutation(
+        "the detector's validation may use TF32",
+        "pillsnap/training/detectortrainer.py",
+        "        with full_fp32():\n",
+        "        if True:\n",
+        "tests/test_detector.py::test_the_detector_counts_its_memory_errors_and_validates_without_tf32",
+    ),
+    Mutation(
+        "a resumed detector forgets its memory errors",
+        "pillsnap/training/detectortrainer.py",
+        '    self.oom_events = self.history[-1]["detection"].get("oom_events", 0)\n',
+        "",
+        "tests/test_detector.py::test_the_detector_counts_its_memory_errors_and_validates_without_tf32",
+    ),
+    Mutation(
+        "crashes of the retrieval's training are not looked for",
+        "pillsnap/evaluation/figures.py",
+        'for s in (*BEFORE, "retrieval", "interleaved") if',
+        "for s in BEFORE if",
+        "tests/test_evaluation.py::test_a_crash_of_any_job_before_the_evaluation_is_seen",
+    ),
+    Mutation(
         "a small photo is enlarged from the pack",
         "pillsnap/dataset/datasets.py",
         "        if self.files is not None and photo.path in self.small:\n",
@@ -755,8 +791,8 @@ MUTATIONS: list[Mutation] = [
     ),
     Mutation(
         "hard cases copy the mode that was asked",
-        "pillsnap/evaluation/answers.py",
-        '                "mode_used": mode,',
+        "pillsnap/evaluation/hardcases.py",
+        '                "mode_used": s.modes[i],',
         '                "mode_used": "single",',
         "tests/test_evaluation.py::test_the_mode_that_answered_is_what_is_reported",
     ),
@@ -906,8 +942,8 @@ MUTATIONS: list[Mutation] = [
     Mutation(
         "the unknown score is chosen on test unknowns",
         "pillsnap/evaluation/openset.py",
-        'compare_scores(train, known["calib"], unknown["validation"], interval=False)',
-        'compare_scores(train, known["calib"], unknown["test"], interval=False)',
+        'compare_scores(train, known["calib"], unknown["validation"], names, interval=False)',
+        'compare_scores(train, known["calib"], unknown["test"], names, interval=False)',
         "tests/test_openset.py::test_score_and_threshold_do_not_depend_on_test_unknowns",
     ),
     Mutation(
@@ -1340,8 +1376,8 @@ MUTATIONS: list[Mutation] = [
     Mutation(
         "a trained drug of a gallery may be enrolled again, without calibration",
         "pillsnap/deployment/enrol.py",
-        "if known.trained.class_map.id(key) >= 0:",
-        "if known.trained.class_map.id(key) >= len(known.trained.class_map):",
+        "if same_name(key) in {same_name(k) for k in known.trained.class_map.keys}:",
+        "if same_name(key) in set():",
         "tests/test_gallery.py::test_what_could_harm_is_not_enrolled",
     ),
     Mutation(
