@@ -9,11 +9,12 @@ __all__ = ['ANSWER_SCHEMA', 'MODES', 'ANSWERS', 'BADGE', 'LOW_CONFIDENCE', 'MIN_
            'StepClock', 'plain_box', 'answer_schema']
 
 # %% ../../nbs/models/570_pipeline.ipynb #98e6c1e4
+import copy
 import hashlib
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -366,6 +367,15 @@ class Pipeline:
     def unknown(self) -> UnknownRule | None:
         "When a photo shows no drug of the class map, from the answer rule; None: that is not asked."
         return unknown_rule_from_dict(self.rule.unknown) if self.rule is not None and self.rule.unknown else None
+
+    def with_confidence(
+        self,
+        conf: float,  # boxes below are dropped, 0-1
+    ) -> "Pipeline":  # what was read of the answer rule is shared
+        "The same pipeline with another threshold for boxes."
+        other = copy.copy(self)
+        object.__setattr__(other, "thresholds", replace(self.thresholds, conf=conf))
+        return other
 
 # %% ../../nbs/models/570_pipeline.ipynb #ae71707d
 @patch
