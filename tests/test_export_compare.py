@@ -192,8 +192,8 @@ def box_verdicts(a, b, ap=(0.9, 0.9), raw=0.0):
 @pytest.mark.spec("EX2")
 def test_box_limits():
     good = {
-        "smallest IoU of twin boxes": True,
-        "boxes without a twin": True,
+        "smallest IoU of matched boxes": True,
+        "unmatched boxes": True,
         "mAP@.5 difference": True,
         "head, largest relative difference": True,
     }
@@ -202,10 +202,10 @@ def test_box_limits():
     wide[0, 2] += 2.5  # IoU 50/52.5 = .952
     assert box_verdicts([(B, S)], [(wide, S)]) == good
     wide[0, 2] += 0.3  # IoU 50/52.8 = .947
-    assert box_verdicts([(B, S)], [(wide, S)]) == good | {"smallest IoU of twin boxes": False}
-    assert box_verdicts([(B, S)], [(B[:1], S[:1])]) == good | {"boxes without a twin": False}
-    assert box_verdicts([(B[:1], S[:1])], [(B, S)]) == good | {"boxes without a twin": False}
-    assert box_verdicts([(B[:0], S[:0])], [(B, S)])["boxes without a twin"] is False
+    assert box_verdicts([(B, S)], [(wide, S)]) == good | {"smallest IoU of matched boxes": False}
+    assert box_verdicts([(B, S)], [(B[:1], S[:1])]) == good | {"unmatched boxes": False}
+    assert box_verdicts([(B[:1], S[:1])], [(B, S)]) == good | {"unmatched boxes": False}
+    assert box_verdicts([(B[:0], S[:0])], [(B, S)])["unmatched boxes"] is False
     assert box_verdicts([(B, S)], [(B, S)], ap=(0.80, 0.8099)) == good
     assert box_verdicts([(B, S)], [(B, S)], ap=(0.80, 0.8101)) == good | {"mAP@.5 difference": False}
 
@@ -213,7 +213,7 @@ def test_box_limits():
 @pytest.mark.spec("EX2")
 def test_nothing_found_is_not_a_pass():
     v = box_verdicts([(B[:0], S[:0])], [(B[:0], S[:0])], ap=(float("nan"),) * 2)
-    assert [v[k] for k in ("smallest IoU of twin boxes", "boxes without a twin", "mAP@.5 difference")] == [None] * 3
+    assert [v[k] for k in ("smallest IoU of matched boxes", "unmatched boxes", "mAP@.5 difference")] == [None] * 3
     assert (
         C.Comparison(checks=[C.ExportCheck("a", 1.0, "", 1, True), C.ExportCheck("b", None, "", 0, None)]).passed
         is None
