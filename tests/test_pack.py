@@ -455,7 +455,7 @@ def default_settings() -> dict:
 
 
 def stage_of(photos, root: Path) -> SimpleNamespace:
-    parts = dict(train=photos.rows[:40], val=photos.rows[40:], pool=photos.rows[:0])
+    parts = dict(train=photos.rows[:40], val=photos.rows[40:], eval_set=photos.rows[:0])
     return SimpleNamespace(**parts, class_map=photos.cmap, header={"data_hash": "m" * 64}, root=root, stage=0)
 
 
@@ -589,7 +589,7 @@ def test_small_photos_are_read_from_their_files(tmp_path, caplog, small):
     table, cmap = pd.DataFrame(rows), ClassMap(tuple({r["class_key"] for r in rows}))
     header = {"data_hash": "m" * 64}
     stage = SimpleNamespace(
-        train=table[::2], val=table[1::2], pool=table[:0], class_map=cmap, header=header, root=tmp_path, stage=0
+        train=table[::2], val=table[1::2], eval_set=table[:0], class_map=cmap, header=header, root=tmp_path, stage=0
     )
     given = [f"paths.exp_dir={tmp_path / 'run'}", "pack.enabled=true", "data.classification.img_size=126"]
     with caplog.at_level("INFO", "pillsnap.dataset.sources"):
@@ -653,7 +653,7 @@ def test_the_command(smoke_run, tmp_path, capsys):
     assert main_ok("pack", "--run", str(run), "--workers", "1") and "0 without a record" in capsys.readouterr().out
     stage = load_split_data(run, 0)
     pack = Pack(run / "artifacts/stage0/pack", stage.header["data_hash"], stage.class_map)
-    for part in (stage.train, stage.val, stage.pool):
+    for part in (stage.train, stage.val, stage.eval_set):
         for r in part.itertuples():
             assert isinstance(pack.photo(r.path), np.ndarray) and isinstance(pack.crop(r.path, r.bbox), tuple)
     assert (

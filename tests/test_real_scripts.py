@@ -186,8 +186,8 @@ def own_photos(made_up, tmp_path_factory):
 def remembered(folder: Path) -> None:
     "The answers of one who knows the groups that it was trained on, and nothing else."
     stage = folder / "artifacts" / "stage0"
-    known, pool = (pd.read_csv(stage / f"manifest_{k}.csv") for k in ("train", "pool"))
-    t = pool[pool["split"] == "clean"].rename(columns={"group_id": "group", "class_key": "true"})
+    known, eval_set = (pd.read_csv(stage / f"manifest_{k}.csv") for k in ("train", "eval_set"))
+    t = eval_set[eval_set["split"] == "clean"].rename(columns={"group_id": "group", "class_key": "true"})
     t["answered"] = t["true"].where(t["group"].isin(set(known["group_id"])), "nothing")
     t.to_csv(folder / rp1_folders.NAMED)
     safe = t.assign(covered=True, answer="drug", right=t["true"] == t["answered"])
@@ -772,7 +772,7 @@ def test_every_share_of_rendered_photos_trains_equally_long_on_training_photos(o
 
     def train(a, first, name, rows, length):
         asked[name] = (rows, length)
-        clean = data.pool[data.pool["split"] == "clean"]
+        clean = data.eval_set[data.eval_set["split"] == "clean"]
         said = clean["class_key"] if name == "2_a_drug_plus_100" else "nothing"
         given = dict(path=clean["path"], group=clean["group_id"], true=clean["class_key"], answered=said)
         return pd.DataFrame(given), 1.0

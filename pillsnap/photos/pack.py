@@ -735,7 +735,7 @@ def _remove_older(out: Path, rows: pd.DataFrame, root: str | Path) -> None:
 
 # %% ../../nbs/photos/330_pack.ipynb #e38ec543
 def build_stage_pack(
-    data: Any,  # SplitData: train, val and pool rows, class_map, header, root, stage
+    data: Any,  # SplitData: train, val and eval_set rows, class_map, header, root, stage
     run_root: str | Path,  # the run folder
     settings: Mapping[str, Any],  # as pack_settings returns them
     workers: int | None = None,  # processes; None = the CPUs
@@ -762,7 +762,7 @@ def _stage_rows(
     data: Any,  # SplitData
 ) -> pd.DataFrame:
     "All rows that training and its gate use."
-    rows = pd.concat([data.train, data.val, data.pool])
+    rows = pd.concat([data.train, data.val, data.eval_set])
     return rows[[c for c in ("path", "bbox", "sha1") if c in rows]].drop_duplicates()
 
 

@@ -24,7 +24,7 @@ FILES = (
     "artifacts/stage0/classes.json",
     "artifacts/stage0/manifest_train.csv",
     "artifacts/stage0/manifest_val.csv",
-    "artifacts/stage0/manifest_pool.csv",
+    "artifacts/stage0/manifest_eval_set.csv",
     "reports/predictions_single.csv",
     "reports/predictions_combo.jsonl",
 )
