@@ -315,7 +315,7 @@ def pack(
 
 # %% ../nbs/920_cli.ipynb #b2dde3aa
 @app.command(epilog='Example: `pillsnap plan --root ./data --gpu "RTX 5080" --seconds 10`')
-def plan(  # noqa: PLR0913 - one parameter for each option of the command
+def plan(
     root: Annotated[
         Path | None, typer.Option("--root", help="a delivery to measure on; default: rendered pills")
     ] = None,
@@ -772,7 +772,7 @@ def diff(
 
 # %% ../nbs/920_cli.ipynb #4b45a65d
 @app.command(epilog="Example: `pillsnap evaluate --run-dir RUN --split val`")
-def evaluate(  # noqa: PLR0913 - one parameter for each option of the command
+def evaluate(
     run_dir: Annotated[
         Path | None,
         typer.Option("--run-dir", "--run", help="the run folder; default: the checkpoint's, or _runs/demo"),

@@ -658,7 +658,7 @@ def _gpu_lines(
     ]
 
 
-def print_plan(  # noqa: PLR0913 - the parts of the plan
+def print_plan(
     cfg: Config,  # what will be run
     seen: Probe,  # the machine
     gpu: float | None,  # photos/s

@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "scripts" / "campaigns"
 sys.path[:0] = [str(SCRIPTS), str(ROOT / "benchmarks")]
 
-import gpu as campaign_script  # noqa: E402
-from gpu import (  # noqa: E402
+import gpu as campaign_script
+from gpu import (
     CHECKS,
     STOPS,
     Check,

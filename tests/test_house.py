@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts" / "core"))
 
-import house  # noqa: E402
+import house
 
 
 @pytest.mark.spec("HS1")

@@ -22,16 +22,16 @@ ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT / "benchmarks" / "real"
 sys.path.insert(0, str(REAL))
 
-import folders  # noqa: E402
-import reference_network  # noqa: E402
-import reference_views  # noqa: E402
-import rp1_folders  # noqa: E402
-import rp2_detector  # noqa: E402
-import rp3_peers  # noqa: E402
-import rp4_reference  # noqa: E402
-import rp5_synthetic  # noqa: E402
-import scenes  # noqa: E402
-import sources  # noqa: E402
+import folders
+import reference_network
+import reference_views
+import rp1_folders
+import rp2_detector
+import rp3_peers
+import rp4_reference
+import rp5_synthetic
+import scenes
+import sources
 
 
 def git(folder: Path, *words: str) -> str:
@@ -377,7 +377,9 @@ def test_photos_that_chose_a_setting_are_left_out_of_the_second_figure(made_up, 
             ]
         return lines
 
-    found = lambda path, lazy: argparse.Namespace(known=kinds[path], size=96)  # noqa: E731
+    def found(path, lazy):
+        return argparse.Namespace(known=kinds[path], size=96)
+
     monkeypatch.setattr(rp2_detector, "open_detector", found)
     monkeypatch.setattr(rp2_detector, "answers", answers)
     monkeypatch.setattr(rp2_detector, "clone_key", lambda clone: "davidooff")

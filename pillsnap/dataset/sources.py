@@ -182,7 +182,7 @@ def _used_views(
     return [view for kind, view in dataset.views.items() if kind in used]
 
 # %% ../../nbs/dataset/486_sources.ipynb #7a177f52
-def cached_source(  # noqa: PLR0913 - a set, its split, its settings, and what the caller knows of its cache
+def cached_source(
     dataset: PillsnapClsDataset,  # rows, and the source without memory
     rows: pd.DataFrame,  # its rows
     data: SplitData,  # the delivery

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import timm
 import torch
-import torch.nn.functional as F  # noqa: N812 - the usual name
+import torch.nn.functional as F
 from torch import nn
 
 # %% ../../nbs/models/500_factory.ipynb #6050a4cd

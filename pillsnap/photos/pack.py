@@ -350,7 +350,7 @@ def estimate_pack(
     }
 
 # %% ../../nbs/photos/330_pack.ipynb #adbb3feb
-def build_pack(  # noqa: PLR0913 - what to pack, where, and how
+def build_pack(
     rows: pd.DataFrame,  # manifest rows: path, and bbox where there is one
     root: str | Path,  # the delivery
     out: str | Path,  # the pack's folder

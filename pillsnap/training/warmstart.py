@@ -210,7 +210,7 @@ def _refuse_leak(
     return "none of this run's validation or evaluation photos trained it"
 
 
-def warm_start(  # noqa: PLR0913 - what is copied, from where to where
+def warm_start(
     model: nn.Module,  # changed in place
     init_from: str | Path,  # a run folder or a checkpoint
     data: SplitData,  # this run's photos and class map

@@ -21,11 +21,11 @@ import time
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # children are forked: a pool of threads would not come with them
-import onnxruntime  # noqa: E402
-import torch  # noqa: E402, F401
+import onnxruntime
+import torch  # noqa: F401 - loaded before the children are forked
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-from harness import arguments, finish, machine, save  # noqa: E402
+from harness import arguments, finish, machine, save
 
 from pillsnap.core.files import read_json, sha256_file
 from pillsnap.core.jobs import read_record

@@ -29,14 +29,14 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-from harness import arguments, finish, machine, save  # noqa: E402
+from harness import arguments, finish, machine, save
 
-from pillsnap.dataset.conversion import convert_delivery  # noqa: E402
-from pillsnap.dataset.datasets import PillsnapClsDataset  # noqa: E402
-from pillsnap.dataset.photoloader import PhotoLoader  # noqa: E402
-from pillsnap.delivery.classmap import ClassMap  # noqa: E402
-from pillsnap.photos.images import open_image_safely  # noqa: E402
-from pillsnap.synth.writer import write_delivery  # noqa: E402
+from pillsnap.dataset.conversion import convert_delivery
+from pillsnap.dataset.datasets import PillsnapClsDataset
+from pillsnap.dataset.photoloader import PhotoLoader
+from pillsnap.delivery.classmap import ClassMap
+from pillsnap.photos.images import open_image_safely
+from pillsnap.synth.writer import write_delivery
 
 TURNS = (
     None,

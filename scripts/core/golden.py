@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from pillsnap.core.files import read_json, save_json, sha256_file  # noqa: E402 - the checkout's package
+from pillsnap.core.files import read_json, save_json, sha256_file
 
 FILES = (
     "manifest.csv",

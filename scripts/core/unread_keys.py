@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from pillsnap.core.settings import Block, Config  # noqa: E402
+from pillsnap.core.settings import Block, Config
 
 DECLARES = "core/settings.py"
 METHODS = {("Progressive", "stage"): "StageSpec"}  # methods of a block, and the block that they return
