@@ -455,7 +455,7 @@ def test_a_drug_that_cannot_be_named_stands_on_the_scorecard(copy):
     assert "is named rightly in 75%" in (copy / "reports/scorecard.md").read_text(encoding="utf-8")
 
 
-# ---- judging -------------------------------------------------------------------------------------
+# ---- gates and verdicts --------------------------------------------------------------------------
 
 
 @pytest.mark.spec("BX15", "SG6")

@@ -1,6 +1,6 @@
 """The GPU campaign, as far as a machine without a GPU can try it.
 
-What it says without one, how it judges, what it does with checks that fail or hang, and that its checks run.
+What it says without one, how it compares, what it does with checks that fail or hang, and that its checks run.
 """
 
 import json
@@ -132,7 +132,7 @@ def test_arguments_are_checked(capsys):
     assert selection([], CHECKS) == list(CHECKS)
 
 
-# ---- how it judges
+# ---- how it compares
 
 
 def part(passed, required=True, **more):

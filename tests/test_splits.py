@@ -253,13 +253,13 @@ def test_the_four_stages_bring_their_combos():
     assert of(*asked) == [(1, 701), (2, 702), (3, 703), (4, 704)]
     for demo in ("demo", "smoke"):
         assert [(q.stage, q.max_combos) for q in stage_quotas(load_config(demo))] == [(0, None)], (
-            "the demo's combos are few and all teach"
+            "the demo's combos are few and all are trained on"
         )
 
 
 @pytest.mark.spec("SP10")
 def test_seed_42_is_pinned():
-    "The lots are fixed for ever: drugs of the first stage and a few of its photos."
+    "The draw is fixed for ever: drugs of the first stage and a few of its photos."
     sp = make_splits(full(), seed=42, max_samples=40, max_classes=3)
     assert sp.classes == ["K-000002", "K-000010", "K-000012"]
     assert sorted(sp.val.query("kind == 'single'")["path"])[:2] == ["s/K-000002_13_2.png", "s/K-000010_15_2.png"]
@@ -558,7 +558,7 @@ def test_left_out_drugs_are_nowhere_else(df, seed, share):
 @FEW
 @given(deliveries(), st.integers(0, 99), st.sampled_from([(0.85, 0.15), (0.7, 0.15, 0.15)]))
 def test_by_drug_no_drug_is_trained_and_validated(df, seed, ratio):
-    "group_by: drug. What val and test hold as singles appears in no teaching photo, not even in a combo."
+    "group_by: drug. What val and test hold as singles appears in no training photo, not even in a combo."
     sp = make_splits(df, split_ratio=ratio, seed=seed, group_by="drug")
 
     def drugs(d):

@@ -89,7 +89,7 @@ MUTATIONS: list[Mutation] = [
         "tests/test_config.py::test_the_worst_epoch_cannot_be_asked_for",
     ),
     Mutation(
-        "copies of one photo teach two drugs",
+        "copies of one photo are trained as two drugs",
         "pillsnap/dataset/importers.py",
         "    df = _drop_contradictions(df, sort.quarantine)\n",
         "",

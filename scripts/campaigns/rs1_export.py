@@ -2,9 +2,9 @@
 """SPEC RS1: kill -9 at random moments of an export. Given again, the same command ends with the files of the
 undisturbed run.
 
-One small run is trained and judged; every trial exports a copy of it in a forked child that has its libraries loaded,
-and is killed anywhere in
-it, up to five times in one folder; then it may finish. After each kill, whatever lies under a final name must open.
+One small run is trained and evaluated. Every trial exports a copy of it in a forked child that has its libraries
+loaded, and is killed anywhere in it, up to five times in one folder; then it may finish. After each kill,
+whatever lies under a final name must open.
 
 usage: rs1_export.py [--quick] [--kills 20] [--seed 0] [--out FOLDER]
 """
