@@ -307,7 +307,7 @@ def pack(
 ) -> None:
     "Write a stage's photos, made small, into a few files with checksums; an interrupted pack is continued."
     from pillsnap.dataset.splitfiles import load_split_data
-    from pillsnap.photos.pack import pack_command
+    from pillsnap.photos.stagepack import pack_command
 
     cfg = load_config(run_config(run_dir), [f"pack.codec={codec}"] if codec else [])
     n = cfg.data.progressive_validation.current_stage if stage is None else stage

@@ -28,6 +28,7 @@ from pillsnap.photos import pack as P
 from pillsnap.photos.caches import Photo, View
 from pillsnap.photos.images import crop_view, open_image_safely, psnr, shrink
 from pillsnap.photos.pack import Pack, Plan, build_pack, estimate_pack
+from pillsnap.photos.stagepack import build_stage_pack, pack_settings
 
 ENV = {
     **os.environ,
@@ -451,7 +452,7 @@ def made_older(folder: Path, finished: bool) -> None:
 
 def default_settings() -> dict:
     cfg = load_config("two_stage")
-    return P.pack_settings(cfg.pack, cfg.data)
+    return pack_settings(cfg.pack, cfg.data)
 
 
 def stage_of(photos, root: Path) -> SimpleNamespace:
@@ -463,7 +464,7 @@ def stage_of(photos, root: Path) -> SimpleNamespace:
 @pytest.mark.parametrize("finished", [True, False])
 def test_an_earlier_versions_pack_is_refused_and_a_stage_builds_its_own_again(photos, tmp_path, finished):
     stage, settings = stage_of(photos, photos.root), default_settings()
-    pack = P.build_stage_pack(stage, tmp_path, settings, workers=1, progress=False)
+    pack = build_stage_pack(stage, tmp_path, settings, workers=1, progress=False)
     first, out = files(pack.path), pack.path
     made_older(out, finished)
     with pytest.raises(PillsnapError, match="no pack of this version") as told:
@@ -472,9 +473,9 @@ def test_an_earlier_versions_pack_is_refused_and_a_stage_builds_its_own_again(ph
     with pytest.raises(PillsnapError, match="no pack of this version" if finished else "no finished pack"):
         Pack(out)
     with pytest.raises(PillsnapError, match="photos opens"):
-        P.build_stage_pack(stage_of(photos, tmp_path / "away"), tmp_path, settings, workers=1, progress=False)
+        build_stage_pack(stage_of(photos, tmp_path / "away"), tmp_path, settings, workers=1, progress=False)
     assert P.is_older(out) and files(out) == first, "without the delivery the old pack is the only one"
-    again = P.build_stage_pack(stage, tmp_path, settings, workers=1, progress=False)
+    again = build_stage_pack(stage, tmp_path, settings, workers=1, progress=False)
     assert files(again.path) == first and not P.is_older(out) and len(again) == 100
 
 
@@ -483,7 +484,7 @@ def test_an_earlier_versions_pack_is_refused_and_a_stage_builds_its_own_again(ph
 def test_killed_while_an_earlier_versions_pack_is_removed(photos, tmp_path, monkeypatch, step):
     "After any number of removed files the folder still counts as an earlier version's; the next call goes on."
     stage, settings = stage_of(photos, photos.root), default_settings()
-    out = P.build_stage_pack(stage, tmp_path, settings, workers=1, progress=False).path
+    out = build_stage_pack(stage, tmp_path, settings, workers=1, progress=False).path
     first = files(out)
     where, real = (Path, Path.unlink) if step == "unlink" else (P.shutil, P.shutil.rmtree)
     for n in range(1, 8 if step == "unlink" else 2):
@@ -498,9 +499,9 @@ def test_killed_while_an_earlier_versions_pack_is_removed(photos, tmp_path, monk
         with monkeypatch.context() as m:
             m.setattr(where, step, killed)
             with pytest.raises(KeyboardInterrupt):
-                P.build_stage_pack(stage, tmp_path, settings, workers=1, progress=False)
+                build_stage_pack(stage, tmp_path, settings, workers=1, progress=False)
         assert P.is_older(out), n
-        assert files(P.build_stage_pack(stage, tmp_path, settings, workers=1, progress=False).path) == first
+        assert files(build_stage_pack(stage, tmp_path, settings, workers=1, progress=False).path) == first
 
 
 @pytest.mark.spec("RS6")

@@ -32,7 +32,7 @@ from pillsnap.core.jobs import RunFolder
 from pillsnap.dataset.conversion import convert_delivery
 from pillsnap.dataset.splitfiles import load_split_data
 from pillsnap.dataset.splits import SplitsJob
-from pillsnap.photos.pack import build_stage_pack, pack_settings
+from pillsnap.photos.stagepack import build_stage_pack, pack_settings
 from pillsnap.synth.writer import write_delivery
 
 FAULTS = ("disk full", "read-only", "no handles")
