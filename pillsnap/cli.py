@@ -89,6 +89,11 @@ app = typer.Typer(
         "Train a pill identifier on Korea's AI Hub oral-drug photos. "
         "`pillsnap run all` in an empty folder runs the whole demo on synthetic pills."
     ),
+    epilog=(
+        "Exit status: 0 done, or up to date; 1 something was found (doctor, diff) or not read (predict), or a defect "
+        "of the program; 2 a wrong option, setting or file, or a job that stopped; 3 diff was given runs that cannot "
+        "be compared; 130 interrupted with Ctrl-C."
+    ),
 )
 
 
