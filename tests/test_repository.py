@@ -78,7 +78,7 @@ def test_nbdev_settings_that_matter():
 
 # ---- make
 
-TARGETS = {"demo", "test", "lab", "docs", "help", "clean"}
+TARGETS = {"demo", "golden", "test", "lab", "docs", "help", "clean"}
 
 
 def test_makefile_has_its_targets_and_lists_them():
