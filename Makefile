@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check clean-check export-check lab docs bench clean
+.PHONY: help setup demo golden test check clean-check export-check lab docs bench clean
 
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
@@ -23,6 +23,10 @@ setup: ## .venv with the pinned packages; does nothing when it is up to date
 demo: setup ## render synthetic pills, train, evaluate, export; prints the scorecard (minutes, no GPU, no network)
 	@pillsnap run all --config demo
 	@echo "try it       $(VENV)/bin/pillsnap predict PHOTO --mode single --run $(RUN)"
+
+golden: setup ## compare the demo's run with the figures, tables and answers that were kept (after `make demo`)
+	@test -f $(RUN)/reports/scorecard.json -a -d $(RUN)/export || { echo "make golden needs the demo's run, and there is none in $(RUN): run make demo first"; exit 1; }
+	@python scripts/core/golden.py $(RUN)
 
 # one thread for each process, and threads that sleep while they wait: there are as many processes as cores
 THREADS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive

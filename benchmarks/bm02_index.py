@@ -1,6 +1,6 @@
 """BM2: a delivery of annotations becomes one index, end to end, beside the naive way.
 
-Ours reads, judges, compares photos and drugs, quarantines, and writes a checked Arrow file. The naive way is what
+Ours reads, checks, compares photos and drugs, quarantines, and writes a checked Arrow file. The naive way is what
 most scripts do: one process,
 `json.load` per file, a YOLO text per photo. Both begin with a folder and end with files on disk.
 """

@@ -4,7 +4,7 @@ Rendered photos of full size, on every background and in every light, as PNG and
 that `reduce_for` allows
 for 384, 224 and 160 pixels, and compared with the careful way: at least 48 dB and SSIM .995, in the mean over the
 photos, by the worst of the ways.
-OpenCV's default resize and the pack's JPEG stand in the table too; neither is judged. A last table says what it buys,
+OpenCV's default resize and the pack's JPEG stand in the table too; neither has a bound. A last table says what it buys,
 in photos per second.
 """
 

@@ -3,7 +3,7 @@ from the pack; ms a step, same network, same loader.
 
 The bare loop is what everybody writes: forward, loss, backward, clip, step. The engine does the same arithmetic and
 keeps besides its schedule, its clock, its history, its log and its checks.
-Judged are the engine's step (at most 1.05 times the loop's) and the share of it that waits for photos (under 5 %).
+The engine's step has a bound (1.05 times the loop's), and so has the share of it that waits for photos (5 %).
 Beside them stands how many photos a second the loader feeds by itself
 and how many the network eats when they are there: where the first is smaller, more workers help; where it is larger,
 they cannot.

@@ -4,7 +4,7 @@ time, two threads.
 EfficientNetV2-S at 384 pixels and YOLO11m at 640, the sizes that a full run trains, with random weights: the speed of a
 network does not depend on what it has learnt. They are quantised by the code that `pillsnap quantise` uses. Its price
 in answers depends on what a network has learnt, so it is read from a run that was quantised (`--run`) and shown beside
-the ratio. OpenVINO stands in the table where it is installed; it is not judged.
+the ratio. OpenVINO stands in the table where it is installed; it has no bound.
 """
 
 from collections.abc import Callable

@@ -8,7 +8,7 @@ Every `benchmarks/bmNN_*.py` builds its input, hands callables to `compare`, and
 | `peers` | `{name: callable \\| str}`; a string says why the peer is absent ("not installed: No module named 'ffcv'") |
 | `n` | units that one call works through; a figure is `n / seconds` |
 | `id` | the row; `REQUIRED` holds what it must reach against which peer. A peer that is not in it is shown, not
-judged |
+compared |
 | `better` | "higher": ours / peer; "lower": peer / ours (milliseconds, megabytes) |
 
 Each callable runs once to warm up, then `repeats` rounds run them all in turn, so that a busy minute hits everyone;
@@ -20,7 +20,7 @@ A callable that returns a float gives its own figure instead of `n / seconds` (m
 
 | option of every script | means |
 |---|---|
-| `--quick` | seconds, on little: proves that the script runs; its ratios judge nothing and its results are not kept |
+| `--quick` | seconds, on little: proves that the script runs; its ratios prove nothing and its results are not kept |
 | `--repeats N` | rounds, 5 |
 | `--out DIR` | where `<ID>.json` goes: `_runs/bench`. The documentation shows `benchmarks/results`; name that folder
 only to replace what is published |
@@ -138,7 +138,7 @@ def arguments(doc: str, **more: Any) -> argparse.Namespace:
 
 
 def machine() -> dict[str, Any]:
-    "Hardware and versions, as a reader needs them to judge a ratio."
+    "Hardware and versions, as a reader needs them to understand a ratio."
     versions = {}
     for name in VERSIONS:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -195,7 +195,7 @@ def _as_rows(ours: Mapping[str, Callable], peers: Mapping[str, Callable | str] |
     return rows + [_Row(k, None, False, f) if isinstance(f, str) else _Row(k, f, False) for k, f in pairs]
 
 
-def _settle(most: float = 15.0) -> None:
+def _wait_until_idle(most: float = 15.0) -> None:
     """Wait until this process and its children rest: a loader that reads ahead after its epoch would do so in the
     next contender's time."""
 
@@ -215,7 +215,7 @@ def _settle(most: float = 15.0) -> None:
 
 
 def _once(row: _Row, n: int) -> float:
-    _settle()
+    _wait_until_idle()
     t0 = time.perf_counter()
     said = row.fn()
     seconds = time.perf_counter() - t0
@@ -237,14 +237,14 @@ def _in_parts(live: list[_Row], n: int, parts: int) -> list[float]:
 def compare(  # noqa: PLR0913 - what one benchmark states, each part by its name
     id: str,  # "BM1"
     what: str,  # one line: what is done
-    ours: Mapping[str, Callable[[], float | None]],  # the first is judged
+    ours: Mapping[str, Callable[[], float | None]],  # the first has the bound
     peers: Mapping[str, Callable | str] | Iterable[Peer],  # a string says why one is absent
     n: int,  # units in one call
     repeats: int = 5,  # rounds after the warm-up
     unit: str = "photos/s",  # of the figures
     note: str = "",  # cache state, sizes, what differs
     better: str = "higher",  # or "lower"
-    quick: bool = False,  # judge nothing, keep nothing
+    quick: bool = False,  # prove nothing, keep nothing
     out: Path = OUT,  # folder of <id>.json
     extra: Mapping[str, Any] | None = None,  # further measured values for the JSON
     parts: int = 0,  # of a round; then each callable is given a part's number and does that part alone

@@ -65,7 +65,7 @@ class Watch(Callback):
 
     def after_epoch(self) -> None:
         if self.leak:
-            self.kept.append(mmap.mmap(-1, 1000 * self.leak))  # not from the heap, which has room to hide it
+            self.kept.append(mmap.mmap(-1, 1000 * self.leak))  # not from the heap, whose free blocks would hide it
             self.kept[-1].write(bytes([1]) * 1000 * self.leak)
         kb, children = held()
         self.kb.append(kb)

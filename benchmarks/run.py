@@ -2,7 +2,7 @@
 
     python benchmarks/run.py            all of them, an hour or more on an otherwise idle machine
     python benchmarks/run.py BM1 BM9    some of them
-    python benchmarks/run.py --quick    each on very little: shows that they run, judges nothing
+    python benchmarks/run.py --quick    each on very little: shows that they run, compares nothing
     python benchmarks/run.py --peers D  a folder with further peers (datumaro, globox, pylabel, DALI …), put on
     their import path
 

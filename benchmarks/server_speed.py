@@ -33,10 +33,10 @@ sys.path[:0] = [
     str(Path(__file__).resolve().parents[1] / "scripts" / "campaigns"),
     str(Path(__file__).resolve().parent),
 ]
-from harness import arguments, finish, machine, save  # noqa: E402 - the checkout must be on the path first
-from server_parts import KEY, Server, colour_bundle, pill_photo  # noqa: E402
+from harness import arguments, finish, machine, save
+from server_parts import KEY, Server, colour_bundle, pill_photo
 
-from pillsnap.client import photo_form  # noqa: E402
+from pillsnap.client import photo_form
 
 ROOT = Path(__file__).resolve().parents[1]
 REQUIRED = {"saturation": 0.9, "p95_at_half_load": 1.15}  # of the same sessions called in this process

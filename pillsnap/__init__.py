@@ -38,7 +38,7 @@ _HOME = {  # public name → the module that defines it
     "open_image_safely": "photos.images",
     "PillsnapError": "core.errors",
 }
-__all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]  # the names of the table above
 
 
 def __getattr__(name: str) -> object:

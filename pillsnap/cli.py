@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['PIPELINE', 'IMPORT', 'ASIDE', 'app', 'Overrides', 'ConfigOption', 'RunConfig', 'RunDir', 'SOURCE_OPTIONS', 'jobs_of',
            'pipeline_of', 'run', 'distributed', 'own_config', 'run_config', 'synth', 'pack', 'plan', 'doctor', 'audit',
-           'index', 'extract', 'import_', 'export_labels', 'triage', 'predict', 'quantise', 'bundle', 'verify', 'serve',
-           'train_stage', 'final_test', 'choose', 'show_config', 'diff', 'evaluate', 'decide', 'declare',
-           'create_splits', 'train_split', 'arguments', 'main']
+           'index', 'extract', 'import_', 'export_labels', 'triage', 'train_stage', 'final_test', 'choose',
+           'show_config', 'diff', 'evaluate', 'decide', 'declare', 'create_splits', 'train_split', 'arguments', 'main']
 
 # %% ../nbs/920_cli.ipynb #1eaae89f
 import logging
@@ -21,6 +20,7 @@ import typer
 
 # %% ../nbs/920_cli.ipynb #bd3aaddc
 from . import __version__ as version
+from .answercli import answer_app
 from .core.config import explain, load_config, preset_names
 from .core.errors import PillsnapError, missing_extra
 from .core.runner import JobSpec, run_pipeline
@@ -88,6 +88,11 @@ app = typer.Typer(
     help=(
         "Train a pill identifier on Korea's AI Hub oral-drug photos. "
         "`pillsnap run all` in an empty folder runs the whole demo on synthetic pills."
+    ),
+    epilog=(
+        "Exit status: 0 done, or up to date; 1 something was found (doctor, diff) or not read (predict), or a defect "
+        "of the program; 2 a wrong option, setting or file, or a job that stopped; 3 diff was given runs that cannot "
+        "be compared; 130 interrupted with Ctrl-C."
     ),
 )
 
@@ -307,7 +312,7 @@ def pack(
 ) -> None:
     "Write a stage's photos, made small, into a few files with checksums; an interrupted pack is continued."
     from pillsnap.dataset.splitfiles import load_split_data
-    from pillsnap.photos.pack import pack_command
+    from pillsnap.photos.stagepack import pack_command
 
     cfg = load_config(run_config(run_dir), [f"pack.codec={codec}"] if codec else [])
     n = cfg.data.progressive_validation.current_stage if stage is None else stage
@@ -315,7 +320,7 @@ def pack(
 
 # %% ../nbs/920_cli.ipynb #b2dde3aa
 @app.command(epilog='Example: `pillsnap plan --root ./data --gpu "RTX 5080" --seconds 10`')
-def plan(  # noqa: PLR0913 - one parameter for each option of the command
+def plan(
     root: Annotated[
         Path | None, typer.Option("--root", help="a delivery to measure on; default: rendered pills")
     ] = None,
@@ -474,200 +479,9 @@ def triage(
 
     triage_command(run_dir, who, lab)
 
-# %% ../nbs/920_cli.ipynb #9d4eb9b6
-@app.command(epilog="Example: `pillsnap predict photo.png --mode combo --run RUN --json`")
-def predict(  # noqa: PLR0913 - one parameter for each option of the command
-    photos: Annotated[list[str], typer.Argument(help="photos, folders of photos, or patterns such as 'in/*.jpg'")],
-    run_dir: Annotated[
-        Path, typer.Option("--run", "--run-dir", "--bundle", help="a run folder with export/, or a .pillsnap file")
-    ] = Path("_runs/demo"),
-    mode: Annotated[
-        str | None,
-        typer.Option(
-            help="single: one pill, located and cut out; combo: detect the pills first; "
-            "default: data.default_mode of the run"
-        ),
-    ] = None,
-    json_out: Annotated[
-        bool, typer.Option("--json", help="print JSON instead of the card; of several photos one line each")
-    ] = False,
-    topk: Annotated[
-        int | None, typer.Option(help="number of drugs listed; default: inference.top_k of the run", min=1)
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or openvino")] = "auto",
-    out: Annotated[Path | None, typer.Option(help="write a table: *.csv, *.jsonl or *.parquet")] = None,
-    backend: Annotated[str, typer.Option(help="local, or dask: on an existing cluster, into a *.parquet")] = "local",
-    scheduler: Annotated[str | None, typer.Option(help="the cluster's address, such as tcp://10.0.0.5:8786")] = None,
-    two_side: Annotated[
-        bool, typer.Option("--two-side", help="two photos of one pill: its front, then its back")
-    ] = False,
-) -> None:
-    "Name the pills in photos, from the ONNX files alone; exit status 1 if some of several photos cannot be read."
-    if backend not in ("local", "dask"):
-        raise PillsnapError(f"there is no backend {backend!r}", where="--backend", fix="local or dask")
-    if two_side and (backend, mode) not in (("local", None), ("local", "single")):
-        fix = "leave out --mode and --backend"
-        raise PillsnapError("two sides are photos of one pill, asked here", where="--two-side", fix=fix)
-    if scheduler and backend == "local":
-        raise PillsnapError("a scheduler answers for a cluster", where="--scheduler", fix="add --backend dask")
-    if backend == "dask":
-        from pillsnap.deployment.cluster import cluster_command
-
-        done = cluster_command(photos, scheduler, run_dir, out, mode, topk, device)
-        raise typer.Exit(1 if done.errors else 0)
-    from pillsnap.deployment.batch import predict_command, predict_sides_command
-
-    if two_side:
-        predict_sides_command(photos, run_dir, json_out, topk, device, out)
-        return
-    answers = predict_command(photos, mode, run_dir, json_out, topk, device, out)
-    if any("error" in answer for answer in answers):
-        raise typer.Exit(1)
-
-
-@app.command(epilog="Example: `pillsnap quantise RUN --precision int8`")
-def quantise(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder with export/ and its split")],
-    precision: Annotated[
-        list[str], typer.Option(help="int8: for CPUs; fp16: for GPUs; may be given twice; default: both")
-    ] = ["int8", "fp16"],  # noqa: B006 - typer copies it
-    accept_loss: Annotated[
-        bool,
-        typer.Option(
-            "--accept-loss", help="write a precision that loses more than .5 points of accuracy or .01 coverage"
-        ),
-    ] = False,
-) -> None:
-    """
-    Write the export in int8 and float16, each measured beside float32 in accuracy, coverage, size and latency.
-
-    A precision that loses too much is refused, with the figures in reports/quantised.json.
-    The others are bundles of their own: `pillsnap predict photo.png --run RUN/export_int8`.
-    """
-    from pillsnap.deployment.variants import quantise_command
-
-    quantise_command(run_dir, precision, accept_loss)
-
-# %% ../nbs/920_cli.ipynb #55806219
-@app.command(epilog="Example: `pillsnap bundle RUN --out pills.pillsnap`")
-def bundle(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder with its export done")],
-    out: Annotated[Path | None, typer.Option("--out", help="the file to write, NAME.pillsnap")] = None,
-    sign: Annotated[
-        Path | None, typer.Option("--sign", metavar="KEY", help="private elliptic-curve key (PEM) that signs the file")
-    ] = None,
-    thumbnails: Annotated[
-        bool | None,
-        typer.Option(
-            "--thumbnails/--no-thumbnails",
-            help="take the drugs' reference pictures in; default: only rendered ones, because photos have terms",
-        ),
-    ] = None,
-    triton: Annotated[
-        Path | None, typer.Option("--triton", metavar="DIR", help="also, or only, write a Triton model repository here")
-    ] = None,
-) -> None:
-    """
-    Make one verified file of a run: models, drugs, answer rule, pictures, model card, data card, licences.
-
-    Every member has its sha256 in the file's manifest. With --sign the file is signed too; `openssl ecparam -name
-    prime256v1 -genkey -noout -out KEY` makes a key.
-    """
-    from pillsnap.deployment.bundling import bundle_command
-    from pillsnap.deployment.triton import triton_command
-
-    if out is None and triton is None:
-        raise PillsnapError("nothing is to be written", where="--out", fix="name a file: --out pills.pillsnap")
-    if out is not None:
-        bundle_command(run_dir, out, sign, thumbnails)
-    if triton is not None:
-        triton_command(run_dir, triton)
-
-
-@app.command(epilog="Example: `pillsnap verify pills.pillsnap`")
-def verify(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="a file that `pillsnap bundle` has made")],
-    key: Annotated[
-        Path | None, typer.Option("--key", metavar="PUB", help="public key (PEM) of the one who must have signed it")
-    ] = None,
-) -> None:
-    "Check that no byte of a bundle's file was changed and, with --key, who signed it; exit status 2 if not."
-    from pillsnap.deployment.bundling import verify_file
-
-    print(verify_file(file, key))
-
-# %% ../nbs/920_cli.ipynb #7b78bc61
-@app.command(epilog="Example: `pillsnap serve --bundle _runs/demo`")
-def serve(  # noqa: PLR0913 - one parameter for each option of the command
-    bundle: Annotated[
-        Path | None,
-        typer.Option(
-            "--bundle",
-            "--run",
-            help="a .pillsnap file, a run folder or an export; default: MODEL_PATH of the .env file",
-        ),
-    ] = None,
-    host: Annotated[str, typer.Option(help="the address to listen on; 0.0.0.0 = all of this machine")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="the port; 0 = any that is free", min=0, max=65535)] = 8000,
-    workers: Annotated[int, typer.Option(help="processes that answer, each with its own models", min=1, max=64)] = 2,
-    env_file: Annotated[
-        Path, typer.Option("--env-file", help="the file with API_KEY, LOG_LEVEL, CORS_ALLOW_ORIGINS, MODEL_PATH")
-    ] = Path(".env"),
-    auth: Annotated[
-        bool, typer.Option("--auth/--no-auth", help="--no-auth: answer without a key, on the loopback address only")
-    ] = True,
-    health: Annotated[
-        bool, typer.Option("--health-public/--health-private", help="whether /health answers without a key")
-    ] = True,
-    keep: Annotated[
-        Path | None, typer.Option(help="store each photo with its answer in this folder; default: store nothing")
-    ] = None,
-    key: Annotated[
-        Path | None,
-        typer.Option("--key", metavar="PUB", help="public key (PEM) of the one who must have signed the bundle"),
-    ] = None,
-    feedback: Annotated[
-        Path | None, typer.Option(help="append what people say of an answer, right or wrong, to this file")
-    ] = None,
-    log_dir: Annotated[
-        Path | None, typer.Option("--log-dir", help="write the log to files there, one a day; default: to stderr")
-    ] = None,
-    threads: Annotated[
-        int,
-        typer.Option(help="threads of one worker; 0 = the CPUs shared out; in a container: its CPUs per worker", min=0),
-    ] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
-    limit: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="a limit such as per_minute=600; may be repeated")
-    ] = None,
-) -> None:
-    """
-    Answer photos over HTTP; Ctrl-C stops. The address opened in a browser is a page; `/docs` shows the API.
-
-    The keys stand in the file .env, and nowhere else: API_KEY=KEY or API_KEY=OLD,NEW, each of 32 characters or more.
-    """
-    from pillsnap.deployment.serving import serve_command
-
-    serve_command(
-        limit or [],
-        bundle=bundle,
-        host=host,
-        port=port,
-        workers=workers,
-        env_file=env_file,
-        auth=auth,
-        health_public=health,
-        keep=keep,
-        signed_by=key,
-        feedback=feedback,
-        log_dir=log_dir,
-        threads=threads,
-        device=device,
-    )
-
 # %% ../nbs/920_cli.ipynb #d3889bce
 app.add_typer(ops, name="ops")
-app.registered_commands += gallery_app.registered_commands
+app.registered_commands += answer_app.registered_commands + gallery_app.registered_commands
 
 # %% ../nbs/920_cli.ipynb #cc439d1f
 @app.command(
@@ -772,7 +586,7 @@ def diff(
 
 # %% ../nbs/920_cli.ipynb #4b45a65d
 @app.command(epilog="Example: `pillsnap evaluate --run-dir RUN --split val`")
-def evaluate(  # noqa: PLR0913 - one parameter for each option of the command
+def evaluate(
     run_dir: Annotated[
         Path | None,
         typer.Option("--run-dir", "--run", help="the run folder; default: the checkpoint's, or _runs/demo"),

@@ -42,7 +42,8 @@ from .delivery.index import read_manifest
 from .delivery.tree import SEALED, refuse_sealed
 from .photos.images import open_image_safely, reduce_for, whole_view
 from .photos.locator import locate
-from .photos.pack import Pack, Plan, build_pack, make_plan, pack_settings, photo_records
+from .photos.pack import Pack, Plan, build_pack, make_plan, photo_records
+from .photos.stagepack import pack_settings
 from .synth.catalogue import make_catalogue
 from .synth.draws import rng_for
 from .synth.files import png_bytes
@@ -658,7 +659,7 @@ def _gpu_lines(
     ]
 
 
-def print_plan(  # noqa: PLR0913 - the parts of the plan
+def print_plan(
     cfg: Config,  # what will be run
     seen: Probe,  # the machine
     gpu: float | None,  # photos/s

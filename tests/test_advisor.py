@@ -1,4 +1,4 @@
-"""The advisor's rules, its menu's record, and the sealed test's door."""
+"""The advisor's rules, its menu's record, and who may read the sealed test."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The AI Hub format and the truth guard: reading, judging, counting; the class map; archives."""
+"""The AI Hub format and the truth guard: reading, checking, counting; the class map; archives."""
 
 import json
 import os

@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import harness  # noqa: E402
+import harness
 
 RESULTS = ROOT / "benchmarks" / "results"
 ENV = {**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1"}

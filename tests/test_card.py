@@ -99,7 +99,7 @@ def delivery(root) -> SimpleNamespace:
         Image.fromarray(np.random.default_rng(n).integers(40, 220, (80, 80, 3), np.uint8)).save(root / f"{k}.png")
         rows.append(dict(sample_id=k, path=f"{k}.png", class_key=k, kind="single", side=n % 2, latitude=90))
     photos = pd.DataFrame(rows).assign(group_id=list(KEYS), bbox="[10, 10, 50, 50]")
-    return SimpleNamespace(train=photos[:2], pool=photos[2:], val=photos[:0], class_map=ClassMap(KEYS), root=root)
+    return SimpleNamespace(train=photos[:2], eval_set=photos[2:], val=photos[:0], class_map=ClassMap(KEYS), root=root)
 
 
 @pytest.mark.spec("BX11")

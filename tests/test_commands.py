@@ -433,6 +433,15 @@ def test_exit_statuses(argv, status, at_the_desk, capsys):
     assert not (at_the_desk / "none").exists()
 
 
+def test_the_help_and_the_page_list_the_exit_statuses(capsys):
+    page = nbformat.read(ROOT / "nbs" / "920_cli.ipynb", 4)
+    table = "\n".join(c.source for c in page.cells if "| status | means |" in c.source)
+    _, out, _ = typed(["--help"], capsys)
+    said = " ".join(out.split()).partition("Exit status: ")[2]
+    statuses = ["0", "1", "2", "3", "130"]
+    assert re.findall(r"^\| (\d+) \|", table, re.M) == re.findall(r"(?:^|; )(\d+) ", said) == statuses
+
+
 @pytest.mark.spec("CF5")
 def test_ctrl_c_is_130_and_says_that_the_command_goes_on(monkeypatch, capsys):
     import pillsnap.doctor

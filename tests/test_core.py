@@ -1,4 +1,4 @@
-"""The core rooms: files that survive, figures with provenance, logs, seeds, checkpoints, pictures."""
+"""The core modules: files that survive, figures with provenance, logs, seeds, checkpoints, pictures."""
 
 import errno
 import io

@@ -69,8 +69,8 @@ def singles(stage):
 
 @pytest.mark.spec("TL21")
 def test_1_splits_are_there_and_apart(stage):
-    assert len(stage.train) and len(stage.val) and set(stage.val["path"]) <= set(stage.pool["path"])
-    assert not set(stage.train["group_id"]) & set(stage.pool["group_id"])
+    assert len(stage.train) and len(stage.val) and set(stage.val["path"]) <= set(stage.eval_set["path"])
+    assert not set(stage.train["group_id"]) & set(stage.eval_set["group_id"])
     assert all((stage.root / p).is_file() for p in stage.train["path"])
     assert set(stage.train.loc[stage.train["kind"] == "single", "class_key"]) == set(stage.class_map)
 

@@ -294,7 +294,7 @@ def test_single_mode_never_loads_the_detector(tmp_path):
 
 @pytest.mark.spec("DT5")
 def test_everything_else_lives_without_ultralytics():
-    "Every room imports with ultralytics blocked; the detector says what to install."
+    "Every module imports with ultralytics blocked; the detector says what to install."
     code = textwrap.dedent("""
         import importlib, pkgutil, sys
         class Blocked:

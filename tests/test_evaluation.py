@@ -267,17 +267,17 @@ def name_the_training(root, **change):
 
 @pytest.mark.spec("X81", "X82", "BX1")
 def test_what_is_scored_is_the_evaluation_set_and_nothing_of_training(made):
-    "Exactly the pool; no path, capture group or near-duplicate of training; no group gives two kinds of figures."
+    "Exactly the evaluation set; no path, group or near-duplicate of training; no group gives two kinds of figures."
     root, _ = made
     data, every = load_split_data(root, 0), pd.read_csv(root / "reports/predictions_single.csv")
     combos = json_lines(root / "reports/predictions_combo.jsonl")
     boxes = json_lines(root / "reports/predictions_boxes.jsonl")
-    pool = data.pool.drop_duplicates("path").set_index("path")
+    eval_set = data.eval_set.drop_duplicates("path").set_index("path")
     scored = {**dict(zip(every.path, every.part)), **{c["path"]: c["part"] for c in combos}}
-    assert scored == pool["split"].to_dict() and set(scored.values()) == {"val", "calib", "clean"}
+    assert scored == eval_set["split"].to_dict() and set(scored.values()) == {"val", "calib", "clean"}
     assert {b["path"]: b["part"] for b in boxes} == {p: k for p, k in scored.items() if k != "calib"}
-    assert {s.path for s in A.eval_photos(data)} == set(pool.index)
-    mine = pool.loc[list(scored)]
+    assert {s.path for s in A.eval_photos(data)} == set(eval_set.index)
+    mine = eval_set.loc[list(scored)]
     assert not set(scored) & set(data.train["path"]) and not set(mine["group_id"]) & set(data.train["group_id"])
     assert not (set(mine["dup_id"]) - {""}) & set(data.train["dup_id"])
     assert mine.groupby("group_id")["split"].nunique().max() == 1
@@ -312,7 +312,7 @@ def test_an_evaluation_set_that_touches_training_was_not_measured(copy, monkeypa
     monkeypatch.setattr(
         P,
         "eval_photos",
-        lambda data: real(replace(data, pool=pd.concat([data.train.assign(split="clean"), data.pool]))),
+        lambda data: real(replace(data, eval_set=pd.concat([data.train.assign(split="clean"), data.eval_set]))),
     )
     again(copy)
     card = read_json(copy / "reports/scorecard.json")
@@ -455,7 +455,7 @@ def test_a_drug_that_cannot_be_named_stands_on_the_scorecard(copy):
     assert "is named rightly in 75%" in (copy / "reports/scorecard.md").read_text(encoding="utf-8")
 
 
-# ---- judging -------------------------------------------------------------------------------------
+# ---- gates and verdicts --------------------------------------------------------------------------
 
 
 @pytest.mark.spec("BX15", "SG6")
@@ -732,13 +732,16 @@ def test_the_full_data_set_is_counted(copy):
         read_json(copy / "artifacts/stage4/splits.json"),
         pd.read_csv(copy / "manifest.csv", dtype=str, keep_default_na=False),
     )
-    pool = pd.read_csv(copy / "artifacts/stage4/manifest_pool.csv")
-    pool[pool["path"] != pool.loc[(pool["kind"] == "single") & (pool["split"] == "clean"), "path"].iloc[-1]].to_csv(
-        copy / "artifacts/stage4/manifest_pool.csv", index=False
-    )  # one photo stands in no part
+    eval_set = pd.read_csv(copy / "artifacts/stage4/manifest_eval_set.csv")
+    eval_set[
+        eval_set["path"]
+        != eval_set.loc[(eval_set["kind"] == "single") & (eval_set["split"] == "clean"), "path"].iloc[-1]
+    ].to_csv(copy / "artifacts/stage4/manifest_eval_set.csv", index=False)  # one photo stands in no part
     left_out = K.full_dataset_check(copy)
     used = {
-        p for n in ("train", "val", "pool") for p in pd.read_csv(copy / f"artifacts/stage4/manifest_{n}.csv")["path"]
+        p
+        for n in ("train", "val", "eval_set")
+        for p in pd.read_csv(copy / f"artifacts/stage4/manifest_{n}.csv")["path"]
     } | set(table.loc[table["group_id"].isin(pd.read_csv(copy / "artifacts/test_known.csv")["group_id"]), "path"])
     assert left_out.passed is False and head["classes"] == table.loc[table["kind"] == "single", "class_key"].nunique()
     table[table["path"].isin(used)].to_csv(copy / "manifest.csv", index=False)

@@ -310,7 +310,9 @@ def test_the_logits_are_the_last_layer_of_the_embedding(backbone, head):
 def test_photos_are_of_the_stage_and_never_sealed(ready):
     stage = load_split_data(ready, 0)
     rel = [p.relative_to(stage.header["root"]).as_posix() for p, _ in C.photo_order(stage)]
-    assert len(rel) == len(set(rel)) and set(rel) == set(stage.train.path) | set(stage.val.path) | set(stage.pool.path)
+    assert len(rel) == len(set(rel)) and set(rel) == set(stage.train.path) | set(stage.val.path) | set(
+        stage.eval_set.path
+    )
     assert all("/train/" in f"/{r}" for r in rel)
 
 

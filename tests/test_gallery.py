@@ -24,7 +24,7 @@ def export(gallery_run, tmp_path) -> Path:
 
 def known_photos(run: Path, n: int = 10) -> list[Path]:
     "Photos of trained drugs that were not trained on."
-    rows = pd.read_csv(run / "artifacts" / "stage0" / "manifest_pool.csv")
+    rows = pd.read_csv(run / "artifacts" / "stage0" / "manifest_eval_set.csv")
     return [run / "delivery" / p for p in rows["path"].drop_duplicates()[:n]]
 
 
@@ -288,7 +288,7 @@ def test_create_splits_and_train_work_in_a_folder_of_their_own(gallery_run, tmp_
     config = load_config(str(gallery_run / "config.yaml"), given).to_dict()
     (root / "config.yaml").write_text(yaml.safe_dump({"base": None, **config}))
     main_ok(main, "create_splits", "--data_dir", photos, "--output_dir", str(root))
-    parts = [pd.read_csv(root / "artifacts" / "stage0" / f"manifest_{name}.csv") for name in ("train", "pool")]
+    parts = [pd.read_csv(root / "artifacts" / "stage0" / f"manifest_{name}.csv") for name in ("train", "eval_set")]
     assert all(len(p) for p in parts) and not set(parts[0]["group_id"]) & set(parts[1]["group_id"])
     main_ok(main, "train", "--data_dir", photos, "--splits_dir", str(root))
     written = (root / "checkpoints" / "retrieval" / "best.pt").stat().st_mtime_ns

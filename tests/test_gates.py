@@ -72,7 +72,7 @@ def facts(  # noqa: PLR0913 - each fact by its name
 
 @pytest.mark.parametrize("stage", [1, 2, 3, 4])
 def test_a_configuration_makes_a_gate_stricter_and_never_laxer(stage):
-    "Its accuracy and its latency count where they ask for more; else the stage's figures hold, and the wish is named."
+    "Its accuracy and its latency count where they ask for more; else the stage's figures hold, with a note."
     acc, p95, *_ = WANT[stage]
     reached = facts(acc=acc + 0.01, p95=p95 - 20)
     assert simple_stage_evaluation(stage, reached).status == Status.GO
@@ -104,9 +104,9 @@ def test_a_runs_gate_follows_its_own_configuration(tmp_path, monkeypatch):
     monkeypatch.setattr(S, "read_evaluation", lambda root: ({"stage": 2, "classes": 6}, {}, []))
     monkeypatch.setattr(S, "advisor_facts", lambda *a: type("Facts", (), {"checks": {}})())
     monkeypatch.setattr(S, "simple_stage_evaluation", gate)
-    wishes = [f"data.progressive_validation.stage_2.{k}" for k in ("target_accuracy=0.9", "max_latency_ms=120")]
+    overrides = [f"data.progressive_validation.stage_2.{k}" for k in ("target_accuracy=0.9", "max_latency_ms=120")]
     with pytest.raises(StopError):
-        S.gate_and_advise(tmp_path, load_config("two_stage", wishes))
+        S.gate_and_advise(tmp_path, load_config("two_stage", overrides))
     assert asked == dict(stage=2, target_accuracy=0.9, max_latency_ms=120)
 
 

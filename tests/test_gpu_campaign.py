@@ -1,6 +1,6 @@
 """The GPU campaign, as far as a machine without a GPU can try it.
 
-What it says without one, how it judges, what it does with checks that fail or hang, and that its checks run.
+What it says without one, how it compares, what it does with checks that fail or hang, and that its checks run.
 """
 
 import json
@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "scripts" / "campaigns"
 sys.path[:0] = [str(SCRIPTS), str(ROOT / "benchmarks")]
 
-import gpu as campaign_script  # noqa: E402
-from gpu import (  # noqa: E402
+import gpu as campaign_script
+from gpu import (
     CHECKS,
     STOPS,
     Check,
@@ -132,7 +132,7 @@ def test_arguments_are_checked(capsys):
     assert selection([], CHECKS) == list(CHECKS)
 
 
-# ---- how it judges
+# ---- how it compares
 
 
 def part(passed, required=True, **more):

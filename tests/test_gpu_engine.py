@@ -127,30 +127,30 @@ def test_a_frozen_backbone_is_rehearsed_frozen_and_thawed(compiled):
 
 
 class Tight(SmallNet):
-    "A network with room for so many photos; more fail in the forward pass, with an error of one's choice."
+    "A network with memory for so many photos; more fail in the forward pass, with an error of one's choice."
 
-    def __init__(self, room, times=10**9, error=None):
+    def __init__(self, capacity, times=10**9, error=None):
         super().__init__()
-        self.room, self.times, self.error = (
-            room,
+        self.capacity, self.times, self.error = (
+            capacity,
             times,
             error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
         )
 
     def forward(self, x):
-        if self.training and len(x) > self.room and self.times > 0:
+        if self.training and len(x) > self.capacity and self.times > 0:
             self.times -= 1
             raise self.error
         return super().forward(x)
 
 
-def tight_learner(*overrides, tb=None, room=4, times=10**9, error=None, epochs=1):
-    "A Learner whose network has room for four of eight photos."
+def tight_learner(*overrides, tb=None, capacity=4, times=10**9, error=None, epochs=1):
+    "A Learner whose network has memory for four of eight photos."
     torch.manual_seed(0)
     learn = photo_learner(
         "train.oom={max_retries: 4, max_grad_accum: 8, min_batch: 1, cooldown_sec: 2, escalate_to_fp16: false}",
         *overrides,
-        net=Tight(room, times, error),
+        net=Tight(capacity, times, error),
         tb=tb,
     )
     learn.slept = []

@@ -91,7 +91,7 @@ def test_sealed_photos_are_those_that_no_part_holds(made):
     root, cfg = made
     data, manifest = load_split_data(root, 0), pd.read_csv(root / "manifest.csv", dtype=str, keep_default_na=False)
     rows = H.sealed_rows(root, data)
-    read = set(pd.concat([data.train, data.val, data.pool])["path"])
+    read = set(pd.concat([data.train, data.val, data.eval_set])["path"])
     names = set(pd.read_csv(root / "artifacts/test_known.csv")["group_id"])
     assert (
         len(rows)

@@ -1,4 +1,4 @@
-"""The door for photos and the two views: upright, the right colours, bounded, and never an exception."""
+"""Opening photos, and the two views: upright, the right colours, bounded, and never an exception."""
 
 import contextlib
 import io

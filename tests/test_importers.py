@@ -378,7 +378,7 @@ def test_photos_of_one_burst_stay_on_one_side(tmp_path, rule):
     assert set(by_burst) == {1} and len(by_burst) == 16
     splits = split_delivery(tidy_records(made.rows), SplitSettings())
     kept = [*splits.train["path"].map(lambda p: (p, "train")), *splits.test["path"].map(lambda p: (p, "test"))]
-    kept += zip(splits.pool["path"], splits.pool["split"])  # the validation photos are among them
+    kept += zip(splits.eval_set["path"], splits.eval_set["split"])  # the validation photos are among them
     side: dict[str, set[str]] = {}
     for path, name in kept:
         side.setdefault(path.rsplit("_", 1)[0], set()).add(name)

@@ -469,7 +469,7 @@ def test_benchmarks_run(name, tmp_path):
 
 def test_a_missed_ratio_is_named_and_kept(tmp_path, capsys, monkeypatch):
     h = script("benchmarks/harness.py")
-    monkeypatch.setattr(h, "_settle", lambda: None)  # these contenders leave nothing to wait for
+    monkeypatch.setattr(h, "_wait_until_idle", lambda: None)  # these contenders leave nothing to wait for
     monkeypatch.setitem(h.REQUIRED, "BM0", {"peer": 3.0, "gone": 2.0})
     missed = h.compare(
         "BM0", "x", {"ours": lambda: 1.0}, {"peer": lambda: 2.0, "gone": "not installed: x"}, 1, 2, out=tmp_path

@@ -61,7 +61,7 @@ def stage_of(root, rows):
     return SplitData(
         s.train,
         s.val,
-        s.pool,
+        s.eval_set,
         ClassMap(s.classes),
         {"root": str(root), "source": "synthetic", "data_hash": "0" * 64, "params": s.params},
         0,

@@ -192,11 +192,11 @@ def test_calibration_photos_fit_and_clean_photos_give_the_figure():
     z, y = scores(6, 600)
     number = np.repeat(np.arange(60), 10)
     groups, parts = [f"g{i}" for i in number], np.array(["calib", "clean", "val"], object)[number % 3]
-    fit, judge = parts == "calib", parts == "clean"
+    fit, clean = parts == "calib", parts == "clean"
     c = calibrate(z * 5, y, groups, parts)
     assert c.temperature == pytest.approx(fit_temperature(z[fit] * 5, y[fit]))
-    p = softmax(z[judge] * 5, c.temperature)
-    assert c.ece_after == pytest.approx(ece(p.max(1), p.argmax(1) == y[judge])) and c.ece_after < c.ece_before
+    p = softmax(z[clean] * 5, c.temperature)
+    assert c.ece_after == pytest.approx(ece(p.max(1), p.argmax(1) == y[clean])) and c.ece_after < c.ece_before
     assert (c.n_fit, c.n_test, c.groups_fit, c.groups_test) == (200, 200, 20, 20)
     poisoned = np.where(fit, y, (y + 1) % 7)  # labels of other parts cannot move T
     assert calibrate(z * 5, poisoned, groups, parts).temperature == c.temperature

@@ -281,7 +281,7 @@ def test_the_mix_is_three_to_seven_and_says_where_it_is_not(mixed):
 @pytest.mark.spec("DM17")
 def test_no_capture_of_a_real_photo_is_on_two_sides_of_the_split(mixed):
     run, drugs, data = mixed
-    parts = {"train": data.train, "val": data.val, "pool": data.pool}
+    parts = {"train": data.train, "val": data.val, "eval_set": data.eval_set}
     shots = [{p.rpartition("_")[0] for p in d.loc[d["domain"] == "real", "path"]} for d in parts.values()]
     assert all(shots) and not (shots[0] & shots[1] or shots[0] & shots[2])
     assert {d for part in parts.values() for d in part["domain"]} == {"studio", "real"}
@@ -336,8 +336,8 @@ def test_studio_photos_and_rendered_ones_are_no_real_ones(tmp_path):
         save_json({"stage": 1, "metrics": metrics}, tmp_path / "reports" / "evaluation.json")
         table = pd.DataFrame(dict(path=list("abcd"), group=list("wxyz"), true=list("AABB"), answered=list("AABA")))
         table.assign(part="clean").to_csv(tmp_path / "reports" / "predictions_single.csv", index=False)
-        pool = table.assign(domain=domains)
-        pool.to_csv(tmp_path / "artifacts" / "stage1" / "manifest_pool.csv", index=False)
+        eval_set = table.assign(domain=domains)
+        eval_set.to_csv(tmp_path / "artifacts" / "stage1" / "manifest_eval_set.csv", index=False)
         return narrow_verdicts(narrow_records(tmp_path))[2]
 
     some = real_row("other:phones", ["real", "studio", "real", "real"])

@@ -1,4 +1,4 @@
-"""The house rules, on the notebooks themselves (DESIGN: `examples/delivery/100_capture.ipynb` is the model)."""
+"""The layout's rules, on the notebooks themselves (DESIGN: `examples/delivery/100_capture.ipynb` is the model)."""
 
 import ast
 import io

@@ -28,6 +28,7 @@ from pillsnap.photos import pack as P
 from pillsnap.photos.caches import Photo, View
 from pillsnap.photos.images import crop_view, open_image_safely, psnr, shrink
 from pillsnap.photos.pack import Pack, Plan, build_pack, estimate_pack
+from pillsnap.photos.stagepack import build_stage_pack, pack_settings
 
 ENV = {
     **os.environ,
@@ -451,11 +452,11 @@ def made_older(folder: Path, finished: bool) -> None:
 
 def default_settings() -> dict:
     cfg = load_config("two_stage")
-    return P.pack_settings(cfg.pack, cfg.data)
+    return pack_settings(cfg.pack, cfg.data)
 
 
 def stage_of(photos, root: Path) -> SimpleNamespace:
-    parts = dict(train=photos.rows[:40], val=photos.rows[40:], pool=photos.rows[:0])
+    parts = dict(train=photos.rows[:40], val=photos.rows[40:], eval_set=photos.rows[:0])
     return SimpleNamespace(**parts, class_map=photos.cmap, header={"data_hash": "m" * 64}, root=root, stage=0)
 
 
@@ -463,7 +464,7 @@ def stage_of(photos, root: Path) -> SimpleNamespace:
 @pytest.mark.parametrize("finished", [True, False])
 def test_an_earlier_versions_pack_is_refused_and_a_stage_builds_its_own_again(photos, tmp_path, finished):
     stage, settings = stage_of(photos, photos.root), default_settings()
-    pack = P.build_stage_pack(stage, tmp_path, settings, workers=1, progress=False)
+    pack = build_stage_pack(stage, tmp_path, settings, workers=1, progress=False)
     first, out = files(pack.path), pack.path
     made_older(out, finished)
     with pytest.raises(PillsnapError, match="no pack of this version") as told:
@@ -472,9 +473,9 @@ def test_an_earlier_versions_pack_is_refused_and_a_stage_builds_its_own_again(ph
     with pytest.raises(PillsnapError, match="no pack of this version" if finished else "no finished pack"):
         Pack(out)
     with pytest.raises(PillsnapError, match="photos opens"):
-        P.build_stage_pack(stage_of(photos, tmp_path / "away"), tmp_path, settings, workers=1, progress=False)
+        build_stage_pack(stage_of(photos, tmp_path / "away"), tmp_path, settings, workers=1, progress=False)
     assert P.is_older(out) and files(out) == first, "without the delivery the old pack is the only one"
-    again = P.build_stage_pack(stage, tmp_path, settings, workers=1, progress=False)
+    again = build_stage_pack(stage, tmp_path, settings, workers=1, progress=False)
     assert files(again.path) == first and not P.is_older(out) and len(again) == 100
 
 
@@ -483,7 +484,7 @@ def test_an_earlier_versions_pack_is_refused_and_a_stage_builds_its_own_again(ph
 def test_killed_while_an_earlier_versions_pack_is_removed(photos, tmp_path, monkeypatch, step):
     "After any number of removed files the folder still counts as an earlier version's; the next call goes on."
     stage, settings = stage_of(photos, photos.root), default_settings()
-    out = P.build_stage_pack(stage, tmp_path, settings, workers=1, progress=False).path
+    out = build_stage_pack(stage, tmp_path, settings, workers=1, progress=False).path
     first = files(out)
     where, real = (Path, Path.unlink) if step == "unlink" else (P.shutil, P.shutil.rmtree)
     for n in range(1, 8 if step == "unlink" else 2):
@@ -498,9 +499,9 @@ def test_killed_while_an_earlier_versions_pack_is_removed(photos, tmp_path, monk
         with monkeypatch.context() as m:
             m.setattr(where, step, killed)
             with pytest.raises(KeyboardInterrupt):
-                P.build_stage_pack(stage, tmp_path, settings, workers=1, progress=False)
+                build_stage_pack(stage, tmp_path, settings, workers=1, progress=False)
         assert P.is_older(out), n
-        assert files(P.build_stage_pack(stage, tmp_path, settings, workers=1, progress=False).path) == first
+        assert files(build_stage_pack(stage, tmp_path, settings, workers=1, progress=False).path) == first
 
 
 @pytest.mark.spec("RS6")
@@ -589,7 +590,7 @@ def test_small_photos_are_read_from_their_files(tmp_path, caplog, small):
     table, cmap = pd.DataFrame(rows), ClassMap(tuple({r["class_key"] for r in rows}))
     header = {"data_hash": "m" * 64}
     stage = SimpleNamespace(
-        train=table[::2], val=table[1::2], pool=table[:0], class_map=cmap, header=header, root=tmp_path, stage=0
+        train=table[::2], val=table[1::2], eval_set=table[:0], class_map=cmap, header=header, root=tmp_path, stage=0
     )
     given = [f"paths.exp_dir={tmp_path / 'run'}", "pack.enabled=true", "data.classification.img_size=126"]
     with caplog.at_level("INFO", "pillsnap.dataset.sources"):
@@ -653,7 +654,7 @@ def test_the_command(smoke_run, tmp_path, capsys):
     assert main_ok("pack", "--run", str(run), "--workers", "1") and "0 without a record" in capsys.readouterr().out
     stage = load_split_data(run, 0)
     pack = Pack(run / "artifacts/stage0/pack", stage.header["data_hash"], stage.class_map)
-    for part in (stage.train, stage.val, stage.pool):
+    for part in (stage.train, stage.val, stage.eval_set):
         for r in part.itertuples():
             assert isinstance(pack.photo(r.path), np.ndarray) and isinstance(pack.crop(r.path, r.bbox), tuple)
     assert (

@@ -138,4 +138,4 @@ def test_int8_is_calibrated_on_training_photos_alone(run, monkeypatch):
         assert all(x.shape[0] == 1 and x.dtype == np.float32 for x in inputs)
     groups = dict(zip(data.train.path, data.train.group_id))
     assert set(seen) <= set(data.train.path) and len({groups[p] for p in seen}) > 4
-    assert not {groups[p] for p in seen} & (set(data.val.group_id) | set(data.pool.group_id))
+    assert not {groups[p] for p in seen} & (set(data.val.group_id) | set(data.eval_set.group_id))

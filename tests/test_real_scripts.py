@@ -22,16 +22,16 @@ ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT / "benchmarks" / "real"
 sys.path.insert(0, str(REAL))
 
-import folders  # noqa: E402
-import reference_network  # noqa: E402
-import reference_views  # noqa: E402
-import rp1_folders  # noqa: E402
-import rp2_detector  # noqa: E402
-import rp3_peers  # noqa: E402
-import rp4_reference  # noqa: E402
-import rp5_synthetic  # noqa: E402
-import scenes  # noqa: E402
-import sources  # noqa: E402
+import folders
+import reference_network
+import reference_views
+import rp1_folders
+import rp2_detector
+import rp3_peers
+import rp4_reference
+import rp5_synthetic
+import scenes
+import sources
 
 
 def git(folder: Path, *words: str) -> str:
@@ -186,8 +186,8 @@ def own_photos(made_up, tmp_path_factory):
 def remembered(folder: Path) -> None:
     "The answers of one who knows the groups that it was trained on, and nothing else."
     stage = folder / "artifacts" / "stage0"
-    known, pool = (pd.read_csv(stage / f"manifest_{k}.csv") for k in ("train", "pool"))
-    t = pool[pool["split"] == "clean"].rename(columns={"group_id": "group", "class_key": "true"})
+    known, eval_set = (pd.read_csv(stage / f"manifest_{k}.csv") for k in ("train", "eval_set"))
+    t = eval_set[eval_set["split"] == "clean"].rename(columns={"group_id": "group", "class_key": "true"})
     t["answered"] = t["true"].where(t["group"].isin(set(known["group_id"])), "nothing")
     t.to_csv(folder / rp1_folders.NAMED)
     safe = t.assign(covered=True, answer="drug", right=t["true"] == t["answered"])
@@ -377,7 +377,9 @@ def test_photos_that_chose_a_setting_are_left_out_of_the_second_figure(made_up, 
             ]
         return lines
 
-    found = lambda path, lazy: argparse.Namespace(known=kinds[path], size=96)  # noqa: E731
+    def found(path, lazy):
+        return argparse.Namespace(known=kinds[path], size=96)
+
     monkeypatch.setattr(rp2_detector, "open_detector", found)
     monkeypatch.setattr(rp2_detector, "answers", answers)
     monkeypatch.setattr(rp2_detector, "clone_key", lambda clone: "davidooff")
@@ -772,7 +774,7 @@ def test_every_share_of_rendered_photos_trains_equally_long_on_training_photos(o
 
     def train(a, first, name, rows, length):
         asked[name] = (rows, length)
-        clean = data.pool[data.pool["split"] == "clean"]
+        clean = data.eval_set[data.eval_set["split"] == "clean"]
         said = clean["class_key"] if name == "2_a_drug_plus_100" else "nothing"
         given = dict(path=clean["path"], group=clean["group_id"], true=clean["class_key"], answered=said)
         return pd.DataFrame(given), 1.0

@@ -82,7 +82,7 @@ def test_nbdev_settings_that_matter():
 
 # ---- make
 
-TARGETS = {"demo", "test", "lab", "docs", "help", "clean"}
+TARGETS = {"demo", "golden", "test", "lab", "docs", "help", "clean"}
 
 
 def test_makefile_has_its_targets_and_lists_them():
@@ -111,7 +111,8 @@ def test_ci_runs_make_test_without_asking():
         and "make --no-print-directory test </dev/null" in ci
         and "chromium" in ci
     )
-    assert "bash .ci/run" in text(".github/workflows/test.yml") and "make docs" in text(".github/workflows/docs.yml")
+    tests = text(".github/workflows/test.yml")
+    assert "bash .ci/run" in tests and "make check" in tests and "make docs" in text(".github/workflows/docs.yml")
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="no make on this machine")

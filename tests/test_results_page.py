@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts" / "assets"))
 
-import results_page  # noqa: E402
+import results_page
 
 
 def make_page(run: Path, nbs: Path) -> str:

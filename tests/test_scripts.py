@@ -254,7 +254,7 @@ def little(tmp_path):
     (co / "pillsnap/__init__.py").write_text('__version__ = "0.1.0"\n')
     nb = new_notebook(
         cells=[
-            new_markdown_cell("# One\n\n> A room."),
+            new_markdown_cell("# One\n\n> A module."),
             new_code_cell("#| default_exp one"),
             new_code_cell("#| export\ndef f(): return 1"),
         ],

@@ -113,7 +113,7 @@ def test_validation_shows_what_the_product_sees(stage):
     pipeline.classifier.size = stage.cfg.data.classification.img_size
     evaluator = Evaluator(pipeline, stage.data.root, stage.cfg.data)
     rows = stage.data.val[stage.data.val["kind"] == "single"]
-    photos = list(eval_photos(SimpleNamespace(pool=rows.assign(split="val", dup_id=""))))
+    photos = list(eval_photos(SimpleNamespace(eval_set=rows.assign(split="val", dup_id=""))))
     ours = [pipeline.views(image, "single").images[0] for _, image in evaluator.opened(photos, "photos")]
     by_path = {p.path: view for p, view in zip(photos, ours)}
     for path, x in zip(val_dl.dataset.paths, seen):

@@ -69,7 +69,7 @@ def sides(sp, df, group_by):
     "The groups of each part, as the splitter groups them."
     tidy = tidy_records(df)
     of = dict(zip(tidy["path"], group_keys(tidy, group_by)))
-    return {k: {of[p] for p in getattr(sp, k)["path"]} for k in ("train", "val", "pool", "test")}
+    return {k: {of[p] for p in getattr(sp, k)["path"]} for k in ("train", "val", "eval_set", "test")}
 
 
 @pytest.mark.spec("BX1", "X46")
@@ -87,7 +87,7 @@ def sides(sp, df, group_by):
 def test_no_group_crosses(  # noqa: PLR0913 - hypothesis gives each by its name
     df, group_by, seed, ratio, samples, gate, stratified, sealed
 ):
-    "No group lies on two sides, for every grouping, ratio, size and seed; the pool takes nothing that teaches."
+    "No group lies on two sides, for every grouping, ratio, size and seed; no training group is evaluated."
     sp = make_splits(
         df,
         split_ratio=ratio,
@@ -101,19 +101,19 @@ def test_no_group_crosses(  # noqa: PLR0913 - hypothesis gives each by its name
     g = sides(sp, df, group_by)
     for a, b in combinations(("train", "val", "test"), 2):
         assert not g[a] & g[b], (a, b, g[a] & g[b])
-    assert not g["pool"] & (g["train"] | g["test"])
+    assert not g["eval_set"] & (g["train"] | g["test"])
 
     def part(name):
-        return sp.pool[sp.pool["split"] == name]
+        return sp.eval_set[sp.eval_set["split"] == name]
 
-    assert set(part("val")["path"]) == set(sp.val["path"]) and set(sp.pool["split"]) <= {"val", "calib", "clean"}
+    assert set(part("val")["path"]) == set(sp.val["path"]) and set(sp.eval_set["split"]) <= {"val", "calib", "clean"}
     tidy = tidy_records(df)
     of = dict(zip(tidy["path"], group_keys(tidy, group_by)))
     names = {k: {of[p] for p in part(k)["path"]} for k in ("val", "calib", "clean")}
     for a, b in combinations(names, 2):
         assert not names[a] & names[b], (a, b, names[a] & names[b])
     if not gate:
-        assert set(sp.pool["split"]) <= {"val"}
+        assert set(sp.eval_set["split"]) <= {"val"}
 
 
 @pytest.mark.spec("BX1")
@@ -143,13 +143,13 @@ def test_stages_nest(df, seed, steps):
         n, c, combos = n + dn, c + dc, combos + more
         quotas.append(StageQuota(i, n, c, gate, combos))
     stages = [make_splits(df, seed=seed, quotas=quotas, stage=q.stage) for q in quotas]
-    p = [{k: set(getattr(s, k)["path"]) for k in ("train", "val", "pool", "test")} for s in stages]
+    p = [{k: set(getattr(s, k)["path"]) for k in ("train", "val", "eval_set", "test")} for s in stages]
     for a, b in combinations(range(len(stages)), 2):
         assert set(stages[a].classes) <= set(stages[b].classes)
         assert (
             p[a]["train"] <= p[b]["train"]
             and p[a]["val"] <= p[b]["val"]
-            and p[a]["pool"] <= p[b]["pool"]
+            and p[a]["eval_set"] <= p[b]["eval_set"]
             and p[a]["test"] == p[b]["test"]
         )
     for a in range(len(stages)):
@@ -160,7 +160,7 @@ def test_stages_nest(df, seed, steps):
             <= quotas[a].max_combos
         )
         for b in range(len(stages)):
-            assert not p[a]["train"] & (p[b]["val"] | p[b]["pool"] | p[b]["test"])
+            assert not p[a]["train"] & (p[b]["val"] | p[b]["eval_set"] | p[b]["test"])
 
 
 @pytest.mark.spec("SP10")
@@ -171,7 +171,7 @@ def test_row_order_does_not_matter(df, seed, rnd):
     order = list(range(len(df)))
     rnd.shuffle(order)
     a, b = (make_splits(d, seed=seed, max_samples=20) for d in (df, df.iloc[order]))
-    for k in ("train", "val", "pool", "test"):
+    for k in ("train", "val", "eval_set", "test"):
         pd.testing.assert_frame_equal(getattr(a, k), getattr(b, k))
     assert a.params == b.params
 
@@ -208,28 +208,31 @@ def test_samples_count_singles_and_combos_come_whole():
 @pytest.mark.spec("SP10")
 def test_combos_have_a_nested_quota_of_their_own():
     """Exactly so many photos, of any drug, with all their pills, .15 of them validating; every stage has all clean
-    combos in its pool; singles do not notice."""
+    combos in its evaluation set; singles do not notice."""
     quotas = [StageQuota(1, 50, 3, 9, 20), StageQuota(2, 300, 10, 20, 60), StageQuota(3, 600, 20, 30)]
     s = [make_splits(full(combos=40), quotas=quotas, stage=q.stage) for q in quotas]
     combos = [
-        {k: set(getattr(x, k).query("kind == 'combo'")["path"]) for k in ("train", "val", "pool", "test")} for x in s
+        {k: set(getattr(x, k).query("kind == 'combo'")["path"]) for k in ("train", "val", "eval_set", "test")}
+        for x in s
     ]
     assert [(len(c["train"]), len(c["val"])) for c in combos[:2]] == [(17, 3), (51, 9)]
-    clean = set(s[0].pool.query("kind == 'combo' and split == 'clean'")["path"])
+    clean = set(s[0].eval_set.query("kind == 'combo' and split == 'clean'")["path"])
     assert len(clean) == 18 and len(combos[2]["train"] | combos[2]["val"] | combos[2]["test"] | clean) == 120, (
         "the last stage takes all"
     )
     for c in combos:
-        assert c["pool"] == c["val"] | clean
+        assert c["eval_set"] == c["val"] | clean
     for a, b in combinations(combos, 2):
         assert (
-            a["train"] < b["train"] and a["val"] < b["val"] and not (a["train"] | b["train"]) & (a["pool"] | b["pool"])
+            a["train"] < b["train"]
+            and a["val"] < b["val"]
+            and not (a["train"] | b["train"]) & (a["eval_set"] | b["eval_set"])
         )
     assert (s[0].train.query("kind == 'combo'").groupby("path").size() == 3).all() and set(
         s[0].train.query("kind == 'combo'")["class_key"]
     ) - set(s[0].classes)
     plain = make_splits(full(combos=40), quotas=[q._replace(max_combos=None) for q in quotas], stage=1)
-    for k in ("train", "val", "pool", "test"):
+    for k in ("train", "val", "eval_set", "test"):
         assert list(getattr(plain, k).query("kind == 'single'")["path"]) == list(
             getattr(s[0], k).query("kind == 'single'")["path"]
         )
@@ -250,13 +253,13 @@ def test_the_four_stages_bring_their_combos():
     assert of(*asked) == [(1, 701), (2, 702), (3, 703), (4, 704)]
     for demo in ("demo", "smoke"):
         assert [(q.stage, q.max_combos) for q in stage_quotas(load_config(demo))] == [(0, None)], (
-            "the demo's combos are few and all teach"
+            "the demo's combos are few and all are trained on"
         )
 
 
 @pytest.mark.spec("SP10")
 def test_seed_42_is_pinned():
-    "The lots are fixed for ever: drugs of the first stage and a few of its photos."
+    "The draw is fixed for ever: drugs of the first stage and a few of its photos."
     sp = make_splits(full(), seed=42, max_samples=40, max_classes=3)
     assert sp.classes == ["K-000002", "K-000010", "K-000012"]
     assert sorted(sp.val.query("kind == 'single'")["path"])[:2] == ["s/K-000002_13_2.png", "s/K-000010_15_2.png"]
@@ -267,13 +270,13 @@ def test_clean_photos_are_what_the_gate_asks_for():
     """Photos of groups that neither train, select nor calibrate, outside max_samples; where there are too few it is
     said."""
     sp = make_splits(full(), max_samples=600, max_classes=20, min_eval_samples=400)
-    clean, calib = (sp.pool.query(f"kind == 'single' and split == '{k}'") for k in ("clean", "calib"))
+    clean, calib = (sp.eval_set.query(f"kind == 'single' and split == '{k}'") for k in ("clean", "calib"))
     assert (len(clean), len(calib)) == (400, 200) and set(clean["class_key"]) == set(sp.classes) and not sp.notes
     assert (len(sp.train.query("kind == 'single'")), len(sp.val.query("kind == 'single'"))) == (510, 90)
     groups = [set(d["group_id"]) for d in (clean, calib, sp.train, sp.val, sp.test)]
     assert all(groups) and not any(a & b for a, b in combinations(groups, 2))
     short = make_splits(full(), max_samples=1300, min_eval_samples=400)
-    clean = short.pool.query("kind == 'single' and split == 'clean'")
+    clean = short.eval_set.query("kind == 'single' and split == 'clean'")
     assert (
         "NOT_ENOUGH_SAMPLES: the gate asks for 400 clean" in short.notes[0]
         and len(short.train.query("kind == 'single'")) >= 1000
@@ -283,7 +286,7 @@ def test_clean_photos_are_what_the_gate_asks_for():
     )
     every = make_splits(full(), min_eval_samples=100)
     n = {k: len(getattr(every, k).query("kind == 'single'")) for k in ("train", "val")}
-    assert (every.pool.query("kind == 'single'")["split"] == "clean").sum() == 100 and abs(
+    assert (every.eval_set.query("kind == 'single'")["split"] == "clean").sum() == 100 and abs(
         n["val"] / (n["train"] + n["val"]) - 0.15
     ) < 0.01
 
@@ -346,7 +349,7 @@ def test_planted_near_duplicates_are_found_and_nothing_else(run, delivery):
     assert planted and {frozenset(Path(p).name for p in pair[:2]) for pair in report["pairs"]} == planted
     data = load_split_data(root, 0)
     for pair in planted:
-        where = {k for k in ("train", "pool") if any(Path(p).name in pair for p in getattr(data, k)["path"])}
+        where = {k for k in ("train", "eval_set") if any(Path(p).name in pair for p in getattr(data, k)["path"])}
         assert len(where) <= 1
 
 
@@ -421,7 +424,7 @@ def test_four_stages_in_one_folder(run):
     assert [len(d[i].class_map) for i in (1, 2, 4)] == [2, 4, 6]
     for a, b in ((1, 2), (2, 4)):
         assert set(d[a].train["path"]) <= set(d[b].train["path"]) and set(d[a].class_map) <= set(d[b].class_map)
-        assert not set(d[a].pool["path"]) & set(d[b].train["path"])
+        assert not set(d[a].eval_set["path"]) & set(d[b].train["path"])
     with pytest.raises(PillsnapError, match="seal other groups|does not nest"):
         cut(2, seed=7)
     with pytest.raises(PillsnapError, match="does not nest"):
@@ -478,12 +481,12 @@ def test_the_job_groups_by_what_the_configuration_says(run, tmp_path):
     trained."""
     capture, said = cut_again(run, tmp_path / "capture")
     assert (
-        not set(capture.train["group_id"]) & set(capture.pool["group_id"])
+        not set(capture.train["group_id"]) & set(capture.eval_set["group_id"])
         and "no group is on two sides" in said.verdict
     )
     image, said = cut_again(run, tmp_path / "image", "data.group_by=image")
-    assert set(image.train["group_id"]) & set(image.pool["group_id"]) and not set(image.train["path"]) & set(
-        image.pool["path"]
+    assert set(image.train["group_id"]) & set(image.eval_set["group_id"]) and not set(image.train["path"]) & set(
+        image.eval_set["path"]
     )
     assert image.header["params"]["group_by"] == "image" and "leaks" in said.verdict
     drug, _ = cut_again(run, tmp_path / "drug", "data.group_by=drug")
@@ -555,7 +558,7 @@ def test_left_out_drugs_are_nowhere_else(df, seed, share):
 @FEW
 @given(deliveries(), st.integers(0, 99), st.sampled_from([(0.85, 0.15), (0.7, 0.15, 0.15)]))
 def test_by_drug_no_drug_is_trained_and_validated(df, seed, ratio):
-    "group_by: drug. What val and test hold as singles appears in no teaching photo, not even in a combo."
+    "group_by: drug. What val and test hold as singles appears in no training photo, not even in a combo."
     sp = make_splits(df, split_ratio=ratio, seed=seed, group_by="drug")
 
     def drugs(d):
@@ -638,7 +641,7 @@ def test_a_folder_of_ids_becomes_a_split(tmp_path):
     data = load_split_data(tmp_path / "run", 0)
     assert (
         data.class_map.keys == ("가나정", "다라정")
-        and not {photo_id(p) for p in pd.concat([data.train, data.pool])["path"]} & ids["test"]
+        and not {photo_id(p) for p in pd.concat([data.train, data.eval_set])["path"]} & ids["test"]
     )
     job("retrieval.min_image_size=64").run()
     assert "가007" in {
@@ -647,8 +650,8 @@ def test_a_folder_of_ids_becomes_a_split(tmp_path):
         for r in rows
     }
     job("evaluation.min_eval_samples=null").run()
-    later = set(load_split_data(tmp_path / "run", 0).pool["split"])
-    assert not {"clean", "calib"} & set(data.pool["split"]) and {"clean", "calib"} <= later, later
+    later = set(load_split_data(tmp_path / "run", 0).eval_set["split"])
+    assert not {"clean", "calib"} & set(data.eval_set["split"]) and {"clean", "calib"} <= later, later
     with pytest.raises(PillsnapError, match="did you mean 가나정"):
         job('retrieval.class_names=["가나점","다라정"]').run()
 
@@ -743,12 +746,12 @@ def test_decisions_are_applied_before_the_split_and_counted(decided):
         ("gone.png", "K-000001", "drop"),
     )
     d = load_split_data(copy, 0)
-    everything = pd.concat([d.train, d.val, d.pool])
+    everything = pd.concat([d.train, d.val, d.eval_set])
     assert not {one.path, combo.path} & set(everything["path"]) and (copy / "manifest.csv").read_bytes() == raw
     said = [n for n in res.notes if "overlay.jsonl" in n]
     assert said and "2 dropped (2 photos), 1 relabelled; 1 are about photos that are not in this delivery" in said[0]
     assert set(everything.loc[everything["path"] == two.path, "class_key"]) <= {one.class_key}
-    assert not set(d.train["group_id"]) & set(d.pool["group_id"])
+    assert not set(d.train["group_id"]) & set(d.eval_set["group_id"])
     assert not any("cut them again" in n or "cut it again" in n for n in res.notes)
     SplitsJob(run_dir=str(copy), config="smoke", near_duplicates=False, stage_n=1).run()
     _, res = decided((two.path, two.class_key, "keep"))

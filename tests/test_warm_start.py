@@ -159,7 +159,7 @@ def test_a_checkpoint_that_was_trained_on_validation_photos_is_refused(both, lar
     other.mkdir()
     (other / "delivery").symlink_to((both[0] / "delivery").resolve())
     smoke_splits(RunFolder(other, "splits"), load_config("smoke", overrides(1, "train.seed=5")))
-    assert set(load_split_data(other, 1).train["group_id"]) & set(load_split_data(large, 2).pool["group_id"])
+    assert set(load_split_data(other, 1).train["group_id"]) & set(load_split_data(large, 2).eval_set["group_id"])
     path = other / "checkpoints" / "classifier" / "best.pt"
     save_ckpt(
         path,

@@ -69,7 +69,7 @@ class Trained:
 
 def parts(data: SplitData) -> dict[str, pd.DataFrame]:
     "The photos of a split: path, group and drug of each, once."
-    found = dict(train=data.train, val=data.val, clean=data.pool[data.pool["split"] == "clean"])
+    found = dict(train=data.train, val=data.val, clean=data.eval_set[data.eval_set["split"] == "clean"])
     named = {"group_id": "group", "class_key": "true"}
     return {k: t.drop_duplicates("path")[["path", *named]].rename(columns=named) for k, t in found.items()}
 

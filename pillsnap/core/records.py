@@ -160,7 +160,7 @@ class Provenance:
     data_hash: str  # sha256 of the manifest
     class_map_hash: str  # sha256 of the class map
 
-    def metric(  # noqa: PLR0913 - the fields of Metric that differ between figures
+    def metric(
         self,
         name: str,  # "accuracy"
         value: float | None,  # the figure; None or NaN if not available

@@ -151,7 +151,7 @@ class Splits:
     train: pd.DataFrame  # training rows
     val: pd.DataFrame  # validation rows
     test: pd.DataFrame  # rows of the test part; no job of a stage reads them
-    pool: pd.DataFrame  # the evaluation set; its column split is val, calib or clean
+    eval_set: pd.DataFrame  # its column split is val, calib or clean
     classes: list[str]  # the stage's drugs
     params: dict[str, Any] = field(default_factory=dict)  # the settings, and the hash of the records
     notes: list[str] = field(default_factory=list)  # warnings in plain words
@@ -173,7 +173,7 @@ def _strictest(
 def _split_records(
     df: pd.DataFrame,  # tidy records
     settings: SplitSettings,  # how they are split
-) -> pd.DataFrame:  # with group, role, enters (smallest stage), pooled (smallest stage that evaluates on it)
+) -> pd.DataFrame:  # with group, role, enters (smallest stage), evaluated (smallest stage that evaluates on it)
     "Give every record its role and stages."
     s, df = settings, df.assign(group=group_keys(df, settings.group_by))
     singles = df["kind"] == "single"
@@ -184,14 +184,14 @@ def _split_records(
     df["role"] = df["group"].map(dict(zip(g.index, assign_roles(g, order, s))))
     if s.group_by == "drug":
         df["role"] = _strictest(df)
-    df["enters"], df["pooled"] = 99, np.where(df["role"].isin(["calib", "clean"]), s.quotas[0].stage, 99)
+    df["enters"], df["evaluated"] = 99, np.where(df["role"].isin(["calib", "clean"]), s.quotas[0].stage, 99)
     if singles.any():
         entry = _sample_stages(df[singles], order, s)
-        df.loc[singles, "enters"], df.loc[singles, "pooled"] = entry.trained, entry.evaluated
+        df.loc[singles, "enters"], df.loc[singles, "evaluated"] = entry.trained, entry.evaluated
     if not singles.all():
         df.loc[~singles, "enters"] = _combo_stages(df[~singles], s)
         selects = ~singles & (df["role"] == "val")
-        df.loc[selects, "pooled"] = df.loc[selects, "enters"]
+        df.loc[selects, "evaluated"] = df.loc[selects, "enters"]
     return df
 
 
@@ -231,7 +231,7 @@ def _split_warnings(
             f"{len(without_val)} of {len(classes)} drugs have no photo in val, "
             f"most often because they have a single capture group: {some(without_val)}"
         )
-    n = int((s["role"].eq("clean") & s["pooled"].le(quota.stage)).sum())
+    n = int((s["role"].eq("clean") & s["evaluated"].le(quota.stage)).sum())
     if n < quota.min_eval:
         out.append(f"NOT_ENOUGH_SAMPLES: the gate asks for {quota.min_eval:,} clean evaluation photos, there are {n:,}")
     if alone := set(df["class_key"]) - set(df.loc[df["kind"] == "single", "class_key"]):
@@ -256,17 +256,17 @@ def _parts(
     quota = settings.quota
     order, most = _stage_order(df, settings)
     classes = sorted(order[: min(quota.max_classes or most, most)])
-    own = [c for c in df.columns if c not in ("group", "role", "enters", "pooled")]
+    own = [c for c in df.columns if c not in ("group", "role", "enters", "evaluated")]
 
     def part(rows: pd.Series, name: str | pd.Series, stage: str = "enters") -> pd.DataFrame:
         return df.loc[rows, own].assign(split=name, stage_min=df.loc[rows, stage]).reset_index(drop=True)
 
-    here, pooled = df["enters"] <= quota.stage, df["pooled"] <= quota.stage
+    here, evaluated = df["enters"] <= quota.stage, df["evaluated"] <= quota.stage
     return Splits(
         part(here & (df["role"] == "train"), "train"),
         part(here & (df["role"] == "val"), "val"),
         part(df["role"] == "test", "test"),
-        part(pooled, df.loc[pooled, "role"], "pooled"),
+        part(evaluated, df.loc[evaluated, "role"], "evaluated"),
         classes,
         params,
         _split_warnings(df, quota, classes, settings.group_by),

@@ -75,6 +75,17 @@ def sample_photos(
     return one.iloc[np.argsort(turn.to_numpy(), kind="stable")[:most]].sort_values("path", ignore_index=True)
 
 
+@dataclass
+class _PhotoMeasures:
+    "What one photo shows; without figures if it does not open."
+
+    opened: bool = False
+    seen_width: int = 0  # pixels
+    seen_height: int = 0  # pixels
+    brightness: float = np.nan  # of its pill
+    sharpness: float = np.nan  # of its pill
+
+
 def measure_photos(
     df: pd.DataFrame,  # rows with path and bbox, one per photo
     root: str | Path,  # the delivery
@@ -83,20 +94,19 @@ def measure_photos(
 ) -> pd.DataFrame:  # the rows with opened, seen_width, seen_height, brightness, sharpness
     "Open each photo once and measure its pill."
 
-    def measure(row: tuple[str, str]) -> tuple:
+    def measure(row: tuple[str, str]) -> _PhotoMeasures:
         path, bbox = row
         got = open_image_safely(Path(root) / path)
         if "_skip" in got:
-            return False, 0, 0, np.nan, np.nan
+            return _PhotoMeasures()
         img = got["image"]
         pill = _pill_grey(img, json.loads(bbox) if bbox else None)
-        return True, img.shape[1], img.shape[0], *_brightness_and_sharpness(pill)
+        return _PhotoMeasures(True, img.shape[1], img.shape[0], *_brightness_and_sharpness(pill))
 
     with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
         measured = pool.map(measure, zip(df["path"], df["bbox"]))
         rows = list(show_progress(measured, len(df), "measuring", "photos", progress))
-    names = ("opened", "seen_width", "seen_height", "brightness", "sharpness")
-    return df.assign(**dict(zip(names, map(list, zip(*rows)))))
+    return df.assign(**{str(name): shown for name, shown in pd.DataFrame(rows, df.index).items()})
 
 
 def measure_sample(

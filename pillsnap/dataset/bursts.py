@@ -39,7 +39,7 @@ def capture_time(
         with Image.open(path) as im:
             exif = im.getexif()
             inner = exif.get_ifd(ExifTags.IFD.Exif)
-    except Exception:  # noqa: BLE001 - damaged EXIF data raise errors of many kinds; the photo itself is checked elsewhere
+    except Exception:  # damaged EXIF data raise errors of many kinds; the photo itself is checked elsewhere
         return CaptureTime(None)
     stated = inner.get(ExifTags.Base.DateTimeOriginal) or inner.get(ExifTags.Base.DateTimeDigitized)
     try:

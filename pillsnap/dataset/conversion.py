@@ -413,7 +413,7 @@ class ConversionJob(Job):
 @patch(cls_method=True)
 def check_inputs(
     cls: ConversionJob,
-    root: str | os.PathLike,  # the run folder; it need not exist  # noqa: ARG001
+    root: str | os.PathLike,  # the run folder; it need not exist  # noqa: ARG001 - as the runner calls every job
     cfg: Config,  # paths.root, data.source
 ) -> None:  # raises PillsnapError
     "Check that the delivery exists, unless it is to be rendered."

@@ -9,6 +9,7 @@ __all__ = ['logger', 'LEAST_IOU', 'chosen_focus', 'locate_photos', 'focused_rows
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -52,24 +53,34 @@ def chosen_focus(
     return wanted, "as configured"
 
 # %% ../../nbs/dataset/478_focus.ipynb #cd63fe45
-_COLUMNS = ["path", "bbox", "found", "score"]
+@dataclass
+class _Located:
+    "What the locator finds on one photo."
+
+    path: str  # of the photo
+    bbox: str = ""  # "[x, y, w, h]" where exactly one pill was found
+    found: int = 0  # pills
+    score: float = 0.0  # of the best
+
+
+_COLUMNS = [f.name for f in fields(_Located)]
 
 
 def _locate_file(
     root: Path,  # the delivery
     path: str,  # below it
     policies: dict[str, Any],  # of open_image_safely
-) -> tuple[str, str, int, float]:  # path, "[x, y, w, h]" or "", pills found, score of the best
+) -> _Located:
     "Find the pill of one photo."
     got = open_image_safely(root / path, **policies, say=False)
     if "_skip" in got:
-        return path, "", 0, 0.0
+        return _Located(path)
     found = locate(got["image"])
     n, score = len(found.boxes), float(found.scores[0]) if len(found.boxes) else 0.0
     if n != 1:
-        return path, "", n, score
+        return _Located(path, "", n, score)
     x0, y0, x1, y1 = (int(v) for v in found.boxes[0])
-    return path, f"[{x0}, {y0}, {x1 - x0}, {y1 - y0}]", 1, score
+    return _Located(path, f"[{x0}, {y0}, {x1 - x0}, {y1 - y0}]", 1, score)
 
 
 def locate_photos(
@@ -87,11 +98,7 @@ def locate_photos(
         jobs = [pool.submit(_locate_file, root, p, policies) for p in todo]
         rows = [j.result() for j in show_progress(jobs, desc="locating pills", unit="photos", show=len(todo) > 64)]
     if rows:
-        known = (
-            pd.concat([known, pd.DataFrame(rows, columns=_COLUMNS)])
-            if len(known)
-            else pd.DataFrame(rows, columns=_COLUMNS)
-        )
+        known = pd.concat([known, pd.DataFrame(rows)]) if len(known) else pd.DataFrame(rows)
         if table is not None:
             table.parent.mkdir(parents=True, exist_ok=True)
             with atomic_path(table) as tmp:

@@ -426,7 +426,7 @@ class ImportJob(Job):
     @classmethod
     def check_inputs(
         cls,
-        root: str | os.PathLike,  # the run folder; it need not exist  # noqa: ARG003
+        root: str | os.PathLike,  # the run folder; it need not exist  # noqa: ARG003 - as the runner calls every job
         cfg: Config,  # paths.root
     ) -> None:  # raises PillsnapError
         "Check that the photos are there."

@@ -145,7 +145,7 @@ def _in_memory(
     return cache is not False and ram.cache_policy == "hotset"
 
 # %% ../../nbs/dataset/490_loaders.ipynb #987d3fab
-def classification_set(  # noqa: PLR0913 - a public function of settings
+def classification_set(
     rows: pd.DataFrame,  # manifest rows; combos are used in training only
     data: SplitData,  # class map and delivery
     cfg: Config,  # the run's configuration
@@ -192,7 +192,7 @@ def batch_size_of(
     return over.batch_size_override
 
 
-def validation_loader(  # noqa: PLR0913 - a public function of settings
+def validation_loader(
     rows: pd.DataFrame,  # manifest rows; combos are left out
     data: SplitData,  # class map and delivery
     cfg: Config,  # the run's configuration

@@ -234,7 +234,7 @@ class Collection:
     quarantine: Quarantine  # what was left out or remarked upon
 
 
-def collect_samples(  # noqa: PLR0913 - each caller sets other ones of them
+def collect_samples(
     d: Delivery,  # where things are; without a folder of photos, they are assumed at their usual place
     c: Data,  # the configuration's block data
     journal: PhotoJournal | None = None,  # photos opened before; None opens all

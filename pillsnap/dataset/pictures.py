@@ -103,8 +103,8 @@ def _plot_captures(
     from pillsnap.core.plots import show_grid
 
     singles = df[df.kind == "single"]
-    pool = singles if len(singles) else df
-    one = pool[pool.kcode == pool.kcode.value_counts().sort_index().idxmax()].drop_duplicates("path")
+    photos = singles if len(singles) else df
+    one = photos[photos.kcode == photos.kcode.value_counts().sort_index().idxmax()].drop_duplicates("path")
     one = (
         one.assign(nth=one.groupby("group_id").cumcount())
         .sort_values(["nth", "back", "light", "side", "path"])

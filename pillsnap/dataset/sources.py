@@ -31,7 +31,8 @@ from .opening import image_policies
 from .splitfiles import SplitData
 from ..delivery.classmap import ClassMap
 from ..photos.caches import LMDBImageCache, PhotoCache, SizedLRUCache, View, free_bytes
-from ..photos.pack import Pack, build_stage_pack, is_older, pack_settings
+from ..photos.pack import Pack, is_older
+from ..photos.stagepack import build_stage_pack, pack_settings
 from ..photos.unified import unified_preprocessor
 
 # %% ../../nbs/dataset/486_sources.ipynb #93d05aa0
@@ -182,7 +183,7 @@ def _used_views(
     return [view for kind, view in dataset.views.items() if kind in used]
 
 # %% ../../nbs/dataset/486_sources.ipynb #7a177f52
-def cached_source(  # noqa: PLR0913 - a set, its split, its settings, and what the caller knows of its cache
+def cached_source(
     dataset: PillsnapClsDataset,  # rows, and the source without memory
     rows: pd.DataFrame,  # its rows
     data: SplitData,  # the delivery

@@ -27,7 +27,7 @@ from .roles import SplitSettings, StageQuota
 from ..delivery.classmap import ClassMap
 
 # %% ../../nbs/dataset/457_splitfiles.ipynb #12980006
-PARTS = ("train", "val", "pool")
+PARTS = ("train", "val", "eval_set")
 _INTEGERS = ("stage_min", "width", "height", "state", "back", "side", "light", "latitude", "longitude", "size")
 
 
@@ -103,7 +103,7 @@ def _count_parts(splits: Splits) -> dict[str, dict[str, int]]:
             "groups": int(d["group_id"].nunique()),
         }
     for role in ("calib", "clean"):
-        d = splits.pool[splits.pool["split"] == role]
+        d = splits.eval_set[splits.eval_set["split"] == role]
         counts[role] = {"singles": int((d["kind"] == "single").sum()), "photos": int(d["path"].nunique())}
     return counts
 
@@ -186,7 +186,7 @@ def load_unknown(
 
 # %% ../../nbs/dataset/457_splitfiles.ipynb #7b54bc61
 def check_splits(
-    parts: Mapping[str, pd.DataFrame],  # train, val and pool
+    parts: Mapping[str, pd.DataFrame],  # train, val and eval_set, as PARTS
     classes: Sequence[str],  # the stage's drugs
     sealed: set[str],  # names of the sealed groups
     head: Mapping[str, Any],  # splits.json
@@ -201,9 +201,9 @@ def check_splits(
     for n, d in parts.items():
         if strange := set(d.loc[d["kind"] == "single", "class_key"]) - set(classes):
             bad.append(f"{n} holds drugs that are no classes: {sorted(strange)[:3]}")
-    if strange := set(parts["pool"]["split"]) - {"val", "calib", "clean"}:
-        bad.append(f"pool holds photos that are neither val, calib nor clean: {sorted(strange)[:3]}")
-    if both := set(parts["train"]["path"]) & (set(parts["val"]["path"]) | set(parts["pool"]["path"])):
+    if strange := set(parts["eval_set"]["split"]) - {"val", "calib", "clean"}:
+        bad.append(f"the evaluation set holds photos that are neither val, calib nor clean: {sorted(strange)[:3]}")
+    if both := set(parts["train"]["path"]) & (set(parts["val"]["path"]) | set(parts["eval_set"]["path"])):
         bad.append(f"photos on two sides: {sorted(both)[:3]}")
     if head["params"]["group_by"] != "image":
         crossed = _crossed_groups(parts, head["params"]["group_by"])
@@ -218,11 +218,11 @@ def check_splits(
 
 def _crossed_groups(parts: Mapping[str, pd.DataFrame], group_by: str) -> set[str]:
     "Groups and sets of duplicates that are in two parts."
-    pool = parts["pool"]
-    tables = {**parts, "calib": pool[pool["split"] == "calib"], "clean": pool[pool["split"] == "clean"]}
+    eval_set = parts["eval_set"]
+    tables = {**parts, "calib": eval_set[eval_set["split"] == "calib"], "clean": eval_set[eval_set["split"] == "clean"]}
     side = {name: _group_names(d, group_by) for name, d in tables.items()}
     return (
-        side["train"] & (side["val"] | side["pool"])
+        side["train"] & (side["val"] | side["eval_set"])
         | side["val"] & (side["calib"] | side["clean"])
         | side["calib"] & side["clean"]
     )
@@ -246,7 +246,9 @@ def _load_matching_splits(
     parts, classes, head = load_splits(path.parent)
     sealed = _read_table(next(path.parent / n for n in head["sha256"] if n.endswith("test_known.csv")))
     test = df[df["group_id"].isin(set(sealed["group_id"]))].reset_index(drop=True)
-    return Splits(parts["train"], parts["val"], test, parts["pool"], classes, dict(head["params"]), list(head["notes"]))
+    return Splits(
+        parts["train"], parts["val"], test, parts["eval_set"], classes, dict(head["params"]), list(head["notes"])
+    )
 
 # %% ../../nbs/dataset/457_splitfiles.ipynb #d58c2d0c
 def make_splits(  # noqa: PLR0913 - a public function of settings
@@ -284,7 +286,7 @@ class SplitData:
 
     train: pd.DataFrame  # training rows: singles of the stage's drugs, combos of any drug
     val: pd.DataFrame  # validation rows; they select the checkpoint
-    pool: pd.DataFrame  # the evaluation set; its column split is val, calib (fits the temperature) or clean (headline)
+    eval_set: pd.DataFrame  # the column split is val, calib (fits the temperature) or clean (headline)
     class_map: ClassMap  # the stage's drugs
     header: dict[str, Any]  # splits.json, and root, source, data_hash of the delivery
     stage: int = 0  # 0 demo, 1-4
@@ -356,7 +358,7 @@ def check_nested(
             continue
         its = {k: set(d["path"]) for k, d in load_splits(path.parent)[0].items()}
         small, large = (its, mine) if other < n else (mine, its)
-        leaks = mine["train"] & (its["val"] | its["pool"]) or its["train"] & (mine["val"] | mine["pool"])
+        leaks = mine["train"] & (its["val"] | its["eval_set"]) or its["train"] & (mine["val"] | mine["eval_set"])
         if leaks or not small["train"] <= large["train"]:
             raise PillsnapError(
                 f"stage {other} of this folder was cut with other settings: it does not nest with stage {n}",

@@ -34,7 +34,7 @@ class SplitPlots:
     def __post_init__(self) -> None:
         "Find the role of every photo of the delivery: train, val, calib, clean, test or unused."
         self.roles = pd.Series("unused", self.df.index)
-        parts = {str(r): d["path"] for r, d in self.splits.pool.groupby("split")}
+        parts = {str(r): d["path"] for r, d in self.splits.eval_set.groupby("split")}
         parts |= {
             "val": self.splits.val["path"],
             "train": self.splits.train["path"],

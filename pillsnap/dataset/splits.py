@@ -253,12 +253,12 @@ def _table(splits: Splits) -> list[dict[str, Any]]:
         "clean": "gives the headline",
         "test": "the final test; no job of a stage reads it",
     }
-    pool, rows = splits.pool["split"], []
+    role, rows = splits.eval_set["split"], []
     tables = {
         "train": splits.train,
         "val": splits.val,
-        "calib": splits.pool[pool == "calib"],
-        "clean": splits.pool[pool == "clean"],
+        "calib": splits.eval_set[role == "calib"],
+        "clean": splits.eval_set[role == "clean"],
         "test": splits.test,
     }
     for name, what in use.items():

@@ -203,7 +203,7 @@ def predict_command(  # noqa: PLR0913 - one parameter for each option of the com
     bundle, answers = load_bundle(run_dir, device=device), []
     try:
         for answer in predict_photos(files, bundle, mode, topk, show=len(files) > 1):
-            answers.append(answer)  # noqa: PERF402 - the answers so far are kept when Ctrl-C ends the loop
+            answers.append(answer)  # one by one: those so far are kept when Ctrl-C ends the loop
     finally:
         if out and answers:
             print(f"{len(answers)} of {len(files)} photos in {write_answers(answers, out)}", file=sys.stderr)

@@ -202,13 +202,13 @@ def photo_order(
     first: str = "single",  # kind that comes first: single or combo
     seed: int = 42,  # another order
 ) -> list[tuple[Path, np.ndarray]]:  # file and true boxes, each photo once
-    "Every photo of a stage, val before pool before train."
+    "Every photo of a stage, validation rows before the evaluation set before training rows."
 
     def stable_hash(p):
         return hashlib.sha256(f"{seed}/{p}".encode()).hexdigest()
 
     done, out = set(), {True: [], False: []}
-    for df in (stage.val, stage.pool, stage.train):
+    for df in (stage.val, stage.eval_set, stage.train):
         groups = {p: g for p, g in df.groupby("path", sort=False) if p not in done}
         for p in sorted(groups, key=stable_hash):
             g = groups[p]

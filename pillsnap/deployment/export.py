@@ -377,7 +377,9 @@ def _thumbnails(
 
 def _calibration_photos(data: SplitData) -> Iterator[tuple[np.ndarray, str, str]]:
     "Pixels, class key and capture group of the calibration photos."
-    rows = data.pool[(data.pool["split"] == "calib") & (data.pool["kind"] == "single")].drop_duplicates("path")
+    rows = data.eval_set[(data.eval_set["split"] == "calib") & (data.eval_set["kind"] == "single")].drop_duplicates(
+        "path"
+    )
     for path, key, group in zip(rows["path"], rows["class_key"], rows["group_id"]):
         opened = open_image_safely(data.root / path)
         if "_skip" not in opened and data.class_map.id(key) >= 0:
@@ -483,7 +485,7 @@ def _inputs(root: Path, stage: int) -> list[Path]:
     "Everything this job reads; what is not there yet counts too, for when it comes."
     parts = [
         root / "artifacts" / f"stage{stage}" / f
-        for f in ("splits.json", "manifest_train.csv", "manifest_val.csv", "manifest_pool.csv", "classes.json")
+        for f in ("splits.json", "manifest_train.csv", "manifest_val.csv", "manifest_eval_set.csv", "classes.json")
     ]
     return [
         _best_checkpoint(root, "classifier"),

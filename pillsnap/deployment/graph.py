@@ -66,7 +66,7 @@ def _check_file(path: Path) -> int:
     return next(o.version for o in m.opset_import if o.domain in ("", "ai.onnx"))
 
 
-def export_onnx(  # noqa: PLR0913 - model, file, and the four things that ONNX asks for
+def export_onnx(
     model: nn.Module,  # takes [N, 3, size, size]
     size: int,  # side of the input, pixels
     path: str | Path,  # the file

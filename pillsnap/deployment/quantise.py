@@ -86,7 +86,7 @@ class _Photos(CalibrationDataReader):
     def __init__(self, inputs: Iterable[np.ndarray]):
         self.inputs: Iterator[np.ndarray] = iter(inputs)
 
-    def get_next(self) -> dict[str, np.ndarray] | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def get_next(self) -> dict[str, np.ndarray] | None:
         x = next(self.inputs, None)
         return None if x is None else {"image": x}
 

@@ -161,7 +161,7 @@ class AskedPicture(BaseModel):
 class ErrorDetail(BaseModel):
     "Why a request was not answered."
 
-    code: Literal[tuple(REFUSALS)]  # type: ignore[valid-type]
+    code: Literal[tuple(REFUSALS)]  # pyright: ignore[reportInvalidTypeForm]  # pydantic reads it when it runs
     message: str = Field(description="what is wrong, in one sentence")
     fix: str | None = Field(description="what to do")
     request_id: str = Field(description="names the request in the server's log")
@@ -714,5 +714,5 @@ def create_app(
     allowed: dict[str, Any] = dict(allow_methods=["GET", "POST"], allow_headers=["X-API-Key"], expose_headers=expose)
     app.add_middleware(CORSMiddleware, allow_origins=origins, **allowed)
     app.add_middleware(RequestFrame, service=service)
-    app.openapi = lambda: _document(app)  # type: ignore[method-assign]
+    app.openapi = lambda: _document(app)
     return app

@@ -60,7 +60,7 @@ def parse_limits(
     "The limits, with those asked for in place of the defaults."
     pairs = [item.partition("=")[::2] for item in asked]
     try:
-        return ServerLimits(**{name.strip(): value.strip() for name, value in pairs})  # type: ignore[arg-type]
+        return ServerLimits.model_validate({name.strip(): value.strip() for name, value in pairs})
     except ValidationError as e:
         first = e.errors(include_url=False)[0]
         name = ".".join(map(str, first["loc"]))

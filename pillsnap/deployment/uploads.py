@@ -7,7 +7,7 @@ __all__ = ['PhotoForm', 'form_boundary', 'BodyLimits', 'read_photos', 'check_upl
 
 # %% ../../nbs/deployment/863_uploads.ipynb #a8d64234
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -118,11 +118,11 @@ class BodyLimits:
     seconds: float  # to send it
 
 
-async def _collect(chunks: AsyncIterator[bytes], form: PhotoForm, limits: BodyLimits, gate: Gate) -> int:
+async def _collect(chunks: AsyncGenerator[bytes, None], form: PhotoForm, limits: BodyLimits, gate: Gate) -> int:
     "Feed a form; the number of bytes that the gate now holds for it, also where it is refused."
     size = 0
     try:
-        async with asyncio.timeout(limits.seconds), aclosing(chunks) as stream:  # type: ignore[type-var]
+        async with asyncio.timeout(limits.seconds), aclosing(chunks) as stream:
             async for chunk in stream:
                 gate.take("held", len(chunk))
                 size += len(chunk)
@@ -140,7 +140,7 @@ async def _collect(chunks: AsyncIterator[bytes], form: PhotoForm, limits: BodyLi
 # %% ../../nbs/deployment/863_uploads.ipynb #36ca23fe
 async def read_photos(
     headers: Mapping[str, str],  # of the request, names in small letters
-    chunks: AsyncIterator[bytes],  # of its body
+    chunks: AsyncGenerator[bytes, None],  # of its body
     limits: BodyLimits,  # what it may be
     gate: Gate,  # counts the bytes that all requests hold
 ) -> tuple[list[bytes], int]:  # photos, and the bytes that the gate holds until the caller gives them back

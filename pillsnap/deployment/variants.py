@@ -408,7 +408,7 @@ def _timed(
     timed = {p: (variants[p].pipeline(like), p) for p in ("fp32", "int8") if p in variants}
     if "CUDAExecutionProvider" in ort.get_available_providers():
         there = {f"gpu_{p}": (variants[p].pipeline(like, "cuda"), p) for p in ("fp32", "fp16") if p in variants}
-        timed |= {k: v for k, v in there.items() if on_gpu(v[0].classifier.provider)}  # pyright: ignore
+        timed |= {k: v for k, v in there.items() if on_gpu(v[0].classifier.provider)}
     return timed
 
 # %% ../../nbs/deployment/857_variants.ipynb #b328b970

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'START_SECONDS', 'ATTEMPTS', 'PhotoTask', 'Reply', 'WorkerLostError', 'send_message', 'receive_message',
-           'drawn_photo', 'self_test', 'WorkerPlan', 'gallery_hash', 'bundle_facts', 'answer_task', 'worker_main',
-           'main_of_worker', 'Worker', 'Fleet', 'Garage']
+           'drawn_photo', 'self_test', 'WorkerPlan', 'gallery_hash', 'bundle_facts', 'answer_task', 'main_of_worker',
+           'Worker', 'Fleet', 'Garage']
 
 # %% ../../nbs/deployment/862_workers.ipynb #35545c8c
 import logging
@@ -216,7 +216,7 @@ def _started_bundle(sock: socket.socket, plan: WorkerPlan) -> Any:
     return bundle
 
 
-def worker_main(
+def _worker_main(
     fd: int,  # the worker's end of the socket
     plan: WorkerPlan,  # how it runs
 ) -> None:
@@ -235,7 +235,7 @@ def worker_main(
 
 def main_of_worker() -> None:
     "Run a worker by the command line that `Worker` gives it."
-    worker_main(int(sys.argv[1]), msgspec.json.decode(sys.argv[2], type=WorkerPlan))
+    _worker_main(int(sys.argv[1]), msgspec.json.decode(sys.argv[2], type=WorkerPlan))
 
 # %% ../../nbs/deployment/862_workers.ipynb #07f4f558
 START_SECONDS = 60.0  # (ours) a large bundle on a slow disk still loads

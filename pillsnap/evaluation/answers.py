@@ -65,7 +65,7 @@ def eval_photos(
 ) -> list[EvalPhoto]:  # in the order of the table
     "Photos of the evaluation set, each once, in manifest order."
     photos = []
-    for path, rows in data.pool.groupby("path", sort=False):
+    for path, rows in data.eval_set.groupby("path", sort=False):
         rows = rows.drop_duplicates(["class_key", "bbox"])
         first = rows.iloc[0]
         photos.append(

@@ -393,7 +393,7 @@ def full_dataset_check(
         return Check(note="stage 4 was not cut in this run")
     rows = pd.read_csv(table, usecols=["path", "class_key", "kind"], dtype=str, keep_default_na=False)
     singles, doc = rows[rows["kind"] == "single"], read_json(head)
-    tables = [head.parent / f"manifest_{n}.csv" for n in ("train", "val", "pool")]
+    tables = [head.parent / f"manifest_{n}.csv" for n in ("train", "val", "eval_set")]
     parts = pd.concat([pd.read_csv(t, usecols=["path", "kind"], dtype=str) for t in tables])
     used = parts.loc[parts["kind"] == "single", "path"].nunique() + doc["counts"]["test"]["singles"]
     photos, drugs = singles["path"].nunique(), singles["class_key"].nunique()

@@ -261,7 +261,7 @@ def weakness_sentence(
     return f"{found}; {against} {s.rest or 0:.1%}, p = {s.adjusted:.2g} after Holm's correction"
 
 # %% ../../nbs/evaluation/767_conditions.ipynb #e64886cb
-def build_panel(  # noqa: PLR0913 - the parts of a panel
+def build_panel(
     clean: pd.DataFrame,  # answers to the clean photos: path, group, drug, right and the natural conditions
     before: pd.DataFrame,  # answers to the sample as it is
     changed: Mapping[tuple[str, str], pd.DataFrame],  # condition and level → answers to the changed sample

@@ -227,14 +227,16 @@ def _direction(name: str) -> int:
     return -1 if words & LOWER else int(bool(words & HIGHER))
 
 
-def _judged(row: FigureDiff) -> str:
+def _verdict(row: FigureDiff) -> str:
     "better, worse or differs where the interval does not hold 0, else within noise."
     if row.low is None or row.high is None or row.difference is None:
         return "equal" if row.difference == 0 else "no interval"
     if row.low <= 0 <= row.high:
         return "within noise"
     good = _direction(row.figure) * row.difference
-    return "differs" if good == 0 else "better" if good > 0 else "worse"
+    if good == 0:
+        return "differs"
+    return "better" if good > 0 else "worse"
 
 
 def _number(m: Metric | None) -> float | None:
@@ -261,14 +263,14 @@ def compare_figure(
         return replace(row, verdict=why)
     fa, fb = a.grouped.get(name), b.grouped.get(name)
     if fa is None or fb is None:
-        return replace(row, verdict=_judged(row), note="the saved answers do not give this figure")
+        return replace(row, verdict=_verdict(row), note="the saved answers do not give this figure")
     groups, shared = len(_all_groups(fa, fb)), len({*fa.groups} & {*fb.groups})
     row = replace(row, groups=groups, shared=shared)
     if min(len(fa.groups), len(fb.groups)) < LEAST_GROUPS:
-        return replace(row, verdict=_judged(row), note=f"an interval needs {LEAST_GROUPS} capture groups")
+        return replace(row, verdict=_verdict(row), note=f"an interval needs {LEAST_GROUPS} capture groups")
     low, high = percentile_interval(bootstrap_difference(fa, fb, draws))
     row = replace(row, low=low, high=high)
-    return replace(row, verdict=_judged(row))
+    return replace(row, verdict=_verdict(row))
 
 # %% ../../nbs/evaluation/778_diff.ipynb #b8bd7959
 @dataclass(frozen=True)
@@ -380,7 +382,9 @@ def _cells(r: FigureDiff) -> list[str]:
     "One figure as texts: name, A, B, difference, interval, groups, verdict."
     a, b = ("" if v is None else plain_number(v) for v in (r.a, r.b))
     span = "" if r.low is None else f"{_signed(r.low, 2)} to {_signed(r.high, 2)}"
-    groups = "" if not r.groups else str(r.groups) if r.shared == r.groups else f"{r.groups}, {r.shared} shared"
+    groups = str(r.groups or "")
+    if r.groups and r.shared != r.groups:
+        groups = f"{r.groups}, {r.shared} shared"
     return [r.figure, a, b, _signed(r.difference), span, groups, r.verdict]
 
 

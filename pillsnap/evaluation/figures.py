@@ -305,7 +305,7 @@ def split_record(
     return prov.metric(
         "split_by_group",
         kept,
-        max(1, len(data.pool)),
+        max(1, len(data.eval_set)),
         time.perf_counter() - t0,
         note=f"data.group_by={by}",
         kind="computed",

@@ -65,7 +65,7 @@ def check_held_out(
             where="data.group_by",
             fix="split again with data.group_by=capture in a fresh run folder",
         )
-    read, sealed = pd.concat([data.train, data.val, data.pool]), set(rows["path"])
+    read, sealed = pd.concat([data.train, data.val, data.eval_set]), set(rows["path"])
     used = set(read["path"])
     shared = sorted(sealed & used) + sorted(set(rows["group_id"]) & set(read["group_id"]))
     shared += [a for a, b, *_ in pairs if (a in sealed and b in used) or (b in sealed and a in used)]
@@ -327,7 +327,7 @@ def _score_classifier(
 ) -> HeldOut:
     "Singles, boxes and combos of one part, answered as in the evaluation job."
     root, cm = p.run.root, p.data.class_map
-    photos = eval_photos(replace(p.data, val=p.rows.iloc[:0], pool=p.rows))
+    photos = eval_photos(replace(p.data, val=p.rows.iloc[:0], eval_set=p.rows))
     singles, combos = [s for s in photos if s.kind == "single"], [s for s in photos if s.kind == "combo"]
     focus, _ = chosen_focus(p.cfg.inference.focus, p.cfg.train.classification.crop_view_prob)
     unified = unified_preprocessor(p.cfg)

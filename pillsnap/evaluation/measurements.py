@@ -132,7 +132,7 @@ def evaluation_inputs(
     "The files that an evaluation depends on."
     parts = [
         root / "artifacts" / f"stage{stage}" / f
-        for f in ("splits.json", "classes.json", "manifest_train.csv", "manifest_val.csv", "manifest_pool.csv")
+        for f in ("splits.json", "classes.json", "manifest_train.csv", "manifest_val.csv", "manifest_eval_set.csv")
     ]
     return [
         answering_checkpoint(root),
@@ -203,7 +203,7 @@ def _look_alikes(
     facts = drug_records(root)
     records = {k: facts.get(k, {}) for k in measured.answers.keys}
     atlas = make_atlas(table[table["part"] == "clean"], records, near)
-    return atlas, pair_images(evaluator, atlas.pairs(), measured.data.train, measured.data.pool)
+    return atlas, pair_images(evaluator, atlas.pairs(), measured.data.train, measured.data.eval_set)
 
 # %% ../../nbs/evaluation/768_measurements.ipynb #b0241f10
 @dataclass
@@ -420,7 +420,7 @@ def _conditions(
     settings: Evaluation,  # condition_photos and phone
 ) -> ConditionPanel:
     "The panel of conditions of the clean single photos."
-    clean, pool = measured.answers.scores.of("clean"), measured.data.pool
+    clean, eval_set = measured.answers.scores.of("clean"), measured.data.eval_set
     by_path, temperature = {p.path: p for p in measured.photos}, measured.calibration.temperature
     asked, rule = replace(evaluator, pipeline=replace(evaluator.pipeline, temperature=temperature)), None
     answers = {"right": clean.single.argmax(1) == clean.labels} if len(clean.labels) else {"right": np.zeros(0, bool)}
@@ -431,7 +431,7 @@ def _conditions(
         asked,
         [by_path[path] for path in clean.paths],
         answers,
-        dict(zip(pool["path"], zip(pool["width"], pool["height"]))),
+        dict(zip(eval_set["path"], zip(eval_set["width"], eval_set["height"]))),
         settings.condition_photos,
         settings.phone,
         rule,

@@ -109,13 +109,13 @@ def narrow_status(
 # %% ../../nbs/evaluation/731_narrowtargets.ipynb #2fa249d5
 def _real_record(
     reports: Path,  # of the run
-    pool: pd.DataFrame,  # manifest_pool.csv: path, domain
+    eval_set: pd.DataFrame,  # manifest_eval_set.csv: path, domain
     prov: Provenance,  # of the evaluation
 ) -> Metric:
     "The accuracy on clean real photos."
     t0 = time.perf_counter()
     table = pd.read_csv(reports / "predictions_single.csv", dtype=str, keep_default_na=False)
-    real = set(pool.loc[pool["domain"] == "real", "path"])
+    real = set(eval_set.loc[eval_set["domain"] == "real", "path"])
     own = table[(table["part"] == "clean") & table["path"].isin(real)]
     hits, seconds = (own["true"] == own["answered"]).to_numpy(), time.perf_counter() - t0
     if not len(own):
@@ -165,8 +165,8 @@ def narrow_records(
     records = {k: Metric.from_dict(doc["metrics"][k]) for k in ("accuracy", "top5")}
     acc = records["accuracy"]
     prov = Provenance(acc.data, acc.data_hash, acc.class_map_hash)
-    pool = pd.read_csv(root / "artifacts" / f"stage{doc['stage']}" / "manifest_pool.csv", dtype=str)
-    records["accuracy_real"] = _real_record(root / "reports", pool, prov)
+    eval_set = pd.read_csv(root / "artifacts" / f"stage{doc['stage']}" / "manifest_eval_set.csv", dtype=str)
+    records["accuracy_real"] = _real_record(root / "reports", eval_set, prov)
     return records | _export_records(root, prov)
 
 # %% ../../nbs/evaluation/731_narrowtargets.ipynb #35a3003a

@@ -229,7 +229,10 @@ def pr_curve(
     tp, k = hit.cumsum(), np.arange(1, len(hit) + 1)
     recall, precision = tp / max(n, 1), tp / k
     t = pd.DataFrame({"conf": conf, "precision": precision, "recall": recall, "f1": 2 * tp / (k + n)})
-    t.attrs = {"ap": _area(recall, precision) if n and len(hit) else (0.0 if n else float("nan")), "n_boxes": n}
+    ap = 0.0 if n else float("nan")
+    if n and len(hit):
+        ap = _area(recall, precision)
+    t.attrs = {"ap": ap, "n_boxes": n}
     return t
 
 # %% ../../nbs/models/540_metrics.ipynb #16762455

@@ -96,7 +96,7 @@ def _boxes_of_view(
     return boxes[real], scores[real]
 
 
-def detect(  # noqa: PLR0913 - the four thresholds of a photo
+def detect(
     detector: DetectorRunner,  # finds pills
     image: np.ndarray,  # [H, W, 3] uint8 RGB photo
     conf: float = 0.3,  # boxes below are dropped

@@ -20,7 +20,7 @@ from typing import Any
 # %% ../../nbs/photos/350_augmentation.ipynb #81a28db4
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812 - PyTorch's own abbreviation
+import torch.nn.functional as F
 from fastcore.basics import patch
 from PIL import Image
 

@@ -329,9 +329,9 @@ class _Window:
         if area[mine].sum() < _LEAST_FILLED * np.prod(self.core[2:] - self.core[:2]):
             return self.find_dark()
         boxes = boxes[mine]
-        room = _REACH + 2
-        x0, y0 = np.maximum(boxes[:, :2].min(0) - room, 0)
-        x1, y1 = boxes[:, 2:].max(0) + room
+        margin = _REACH + 2
+        x0, y0 = np.maximum(boxes[:, :2].min(0) - margin, 0)
+        x1, y1 = boxes[:, 2:].max(0) + margin
         part = _open_grey(evidence)[y0:y1, x0:x1]
         (rows, columns), (h, w) = (part.max(1), part.max(0)), part.shape
         box = [_edge(columns), _edge(rows), w - _edge(columns[::-1]), h - _edge(rows[::-1])] + np.array([x0, y0] * 2)

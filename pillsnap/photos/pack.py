@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VERSION', 'SCHEMA', 'MAGIC', 'LOOSE', 'logger', 'Plan', 'make_plan', 'photo_records', 'write_shard', 'estimate_pack',
-           'build_pack', 'is_older', 'Pack', 'Refusal', 'build_stage_pack', 'pack_settings', 'pack_command']
+           'build_pack', 'is_older', 'Pack', 'Refusal']
 
 # %% ../../nbs/photos/330_pack.ipynb #af0f4e7a
 import errno
@@ -51,7 +51,6 @@ from pillsnap.core.files import (
 )
 from ..core.logs import progress as show_progress
 from ..core.processes import processes
-from ..core.settings import Config, Data, PackConfig
 from ..delivery.classmap import ClassMap
 from .images import MAX_PIXELS, crop_square, keep_heap, open_image_safely, resize, shrink
 
@@ -350,7 +349,7 @@ def estimate_pack(
     }
 
 # %% ../../nbs/photos/330_pack.ipynb #adbb3feb
-def build_pack(  # noqa: PLR0913 - what to pack, where, and how
+def build_pack(
     rows: pd.DataFrame,  # manifest rows: path, and bbox where there is one
     root: str | Path,  # the delivery
     out: str | Path,  # the pack's folder
@@ -720,86 +719,3 @@ def stored_smaller(
     was = np.minimum(self._col["photo_height"], self._col["photo_width"])
     poor = np.flatnonzero(whole & (stored < np.minimum(was, size)))
     return dict(zip(self.table["path"].take(poor).to_pylist(), stored[poor].tolist()))
-
-# %% ../../nbs/photos/330_pack.ipynb #60de0429
-def _remove_older(out: Path, rows: pd.DataFrame, root: str | Path) -> None:
-    "Remove a pack of an earlier version; PillsnapError, with nothing removed, when its photos do not open."
-    with FolderLock(out):
-        estimate_pack(rows, root, sample=8)
-        logger.warning("pack: an earlier version of the program made %s; its photos are packed again", out)
-        for shard in out.glob("shard_*.bin"):
-            shard.unlink()
-        shutil.rmtree(out / "parts", ignore_errors=True)
-        for name in ("index.arrow", "pack.json", "plan.json"):  # last what tells that it is an older one
-            (out / name).unlink(missing_ok=True)
-
-# %% ../../nbs/photos/330_pack.ipynb #e38ec543
-def build_stage_pack(
-    data: Any,  # SplitData: train, val and pool rows, class_map, header, root, stage
-    run_root: str | Path,  # the run folder
-    settings: Mapping[str, Any],  # as pack_settings returns them
-    workers: int | None = None,  # processes; None = the CPUs
-    progress: bool = True,  # show a bar
-) -> Pack:
-    "Open the pack of a stage's photos; build it when it is not there, and again when an earlier version made it."
-    out = Path(run_root) / "artifacts" / f"stage{data.stage}" / "pack"
-    if is_older(out):
-        _remove_older(out, _stage_rows(data), data.root)
-    build_pack(
-        _stage_rows(data),
-        data.root,
-        out,
-        workers,
-        progress,
-        data.class_map,
-        manifest_hash=data.header["data_hash"],
-        **settings,
-    )
-    return Pack(out, data.header["data_hash"], data.class_map)
-
-
-def _stage_rows(
-    data: Any,  # SplitData
-) -> pd.DataFrame:
-    "All rows that training and its gate use."
-    rows = pd.concat([data.train, data.val, data.pool])
-    return rows[[c for c in ("path", "bbox", "sha1") if c in rows]].drop_duplicates()
-
-
-def pack_settings(
-    pack: PackConfig,  # the configuration's block pack
-    data: Data,  # the photo policies
-) -> dict[str, Any]:
-    "The settings that decide a pack's bytes."
-    policies = dict(grayscale_policy=data.grayscale_policy, rgba_policy=data.rgba_policy)
-    return pack.model_dump(exclude={"enabled"}) | policies
-
-# %% ../../nbs/photos/330_pack.ipynb #2396df88
-def pack_command(
-    data: Any,  # SplitData
-    run_root: str | Path,  # the run folder
-    cfg: Config,  # its configuration
-    estimate: bool = False,  # print the estimate and stop
-    workers: int | None = None,  # processes; None = the CPUs
-) -> None:
-    "`pillsnap pack`: print the estimate, build the pack of a stage and print what is in it."
-    settings = pack_settings(cfg.pack, cfg.data)
-    est = estimate_pack(_stage_rows(data), data.root, workers, **settings)
-    print(
-        f"stage {data.stage}: {est['photos']:,} photos, about {est['bytes'] / 1e9:.2f} GB "
-        f"and {est['seconds'] / 60:.1f} min with {est['workers']} workers "
-        f"(estimated from {est['sampled']} photos)"
-    )
-    if estimate:
-        return
-    pack = build_stage_pack(data, run_root, settings, workers)
-    shards = pack.header["shards"]
-    print(
-        f"{pack.path}: {len(pack):,} photos, {sum(s['bytes'] for s in shards) / 1e9:.2f} GB "
-        f"in {len(shards)} shards, {pack.header['skipped']:,} without a record"
-    )
-    if pack.header["skipped"]:
-        print(
-            pack.skipped.head(10).to_string(index=False),
-            f"\n… all of them: Pack({str(pack.path)!r}).skipped" * (len(pack.skipped) > 10),
-        )

@@ -259,7 +259,7 @@ def compile_trial(
     )
 
 # %% ../../nbs/training/622_compilation.ipynb #ee97ee84
-def speed_up(  # noqa: PLR0913 - what training knows of itself, and where it reports
+def speed_up(
     model: nn.Module,  # changed in place
     s: ClassifierSettings,  # optimization, feature set, and what the trial needs
     device: torch.device | str,  # where the run computes

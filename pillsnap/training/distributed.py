@@ -220,7 +220,7 @@ def check_loopback() -> None:
         )
 
 # %% ../../nbs/training/690_distributed.ipynb #4de6b660
-_DISK_FULL = "make room on the disk, or set TMPDIR, where the processes have their meeting-point, to another"
+_DISK_FULL = "free space on the disk, or set TMPDIR, where the processes have their meeting-point, to another"
 _ADVICE = {
     "No space left": _DISK_FULL,
     "No usable temporary directory": _DISK_FULL,

@@ -54,7 +54,7 @@ from .schedules import Plateau, Schedule, cosine_lr, onecycle_lr, restarts_lr, w
 logger = logging.getLogger("pillsnap.training.learner")
 
 # %% ../../nbs/training/630_learner.ipynb #c555d5f2
-def build_optimizer(  # noqa: PLR0913 - the optimizer's own settings
+def build_optimizer(
     params: Iterable[nn.Parameter],  # what is trained
     lr: float = 2e-4,  # peak learning rate; the schedule moves it
     weight_decay: float = 1e-4,  # decoupled

@@ -129,7 +129,7 @@ def photos_in_common(
 ) -> int:
     "How many validation and evaluation photos of this run belong to a group that trained the checkpoint."
     column = "path" if data.header["params"]["group_by"] == "image" else "group_id"
-    held_out = pd.concat([data.val, data.pool]).drop_duplicates("path")
+    held_out = pd.concat([data.val, data.eval_set]).drop_duplicates("path")
     return int(held_out[column].isin(set(train[column])).sum())
 
 # %% ../../nbs/training/635_warmstart.ipynb #77f1a967
@@ -210,7 +210,7 @@ def _refuse_leak(
     return "none of this run's validation or evaluation photos trained it"
 
 
-def warm_start(  # noqa: PLR0913 - what is copied, from where to where
+def warm_start(
     model: nn.Module,  # changed in place
     init_from: str | Path,  # a run folder or a checkpoint
     data: SplitData,  # this run's photos and class map

@@ -31,7 +31,7 @@ def document() -> dict[str, Any]:
         env = Path(folder) / ".env"
         env.touch(mode=0o600)
         env.write_text(f"API_KEY={'k' * 32}\nMODEL_PATH=none\n")
-        return create_app(ServerSettings(env_file=env), NoWorkers()).openapi()  # type: ignore[arg-type]
+        return create_app(ServerSettings(env_file=env), NoWorkers()).openapi()
 
 
 def main() -> None:

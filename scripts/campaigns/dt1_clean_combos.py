@@ -2,9 +2,9 @@
 """SPEC DT1: a detector that a CPU can train must find the pills of clean synthetic combos, mAP@.5 >= .95. Less would
 mean wrong labels.
 
-The demo's delivery is rendered, converted and split in a folder of its own, and the detector's stage trains on it;
-judged are the photos with
-several pills that were held out by group. Figures go to `results/DT1_clean_combos.json`.
+The demo's delivery is rendered, converted and split in a folder of its own, and the detector's stage trains on it.
+It is measured on the photos with several pills that were held out by group. Figures go to
+`results/DT1_clean_combos.json`.
 
 usage: dt1_clean_combos.py [--quick] [--epochs 4] [--out FOLDER]
 """
@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-from harness import arguments, finish, machine, save  # noqa: E402
+from harness import arguments, finish, machine, save
 
 from pillsnap.core.files import read_json
 

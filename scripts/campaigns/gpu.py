@@ -295,7 +295,7 @@ def why_no_gpu() -> str:
 
 
 def machine(device: str) -> dict[str, Any]:
-    "Hardware and versions, as a reader needs them to judge a figure."
+    "Hardware and versions, as a reader needs them to understand a figure."
     versions = {"python": platform.python_version()}
     for name in VERSIONS:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -378,7 +378,7 @@ def run_child(check: Check, device: str, tiny: bool, work: Path, limit: float, r
 
 
 def measure(check: Check, device: str, tiny: bool, work: Path, left: float) -> Row:
-    "Run one check in a process of its own and judge what it wrote."
+    "Run one check in a process of its own and compare what it wrote with its bounds."
     row = new_row(check)
     if gone := missing(check.needs):
         return replace(row, error=f"not installed: {', '.join(gone)}")
@@ -390,7 +390,7 @@ def measure(check: Check, device: str, tiny: bool, work: Path, left: float) -> R
     status, end = run_child(check, device, tiny, work, limit, result)
     row = replace(row, seconds=round(time.monotonic() - t0, 1))
     if result.is_file():
-        return _judged(row, json.loads(result.read_text(encoding="utf-8")), tiny, end)
+        return _with_verdict(row, json.loads(result.read_text(encoding="utf-8")), tiny, end)
     if status is not None:
         return replace(row, verdict="FAILED", error=f"the process ended without a result, status {status}", output=end)
     if limit < whole:
@@ -405,7 +405,7 @@ def _end_group(p: subprocess.Popen) -> None:
     p.wait()
 
 
-def _judged(row: Row, said: Mapping[str, Any], tiny: bool, output: str) -> Row:
+def _with_verdict(row: Row, said: Mapping[str, Any], tiny: bool, output: str) -> Row:
     if "missing" in said:
         return replace(row, error=f"not installed: {said['missing']}", output=output)
     if "error" in said:

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-from harness import arguments, finish, machine, save  # noqa: E402
+from harness import arguments, finish, machine, save
 
 from pillsnap.core.config import load_config
 from pillsnap.core.jobs import RunFolder

@@ -153,7 +153,7 @@ MUTATIONS: list[Mutation] = [
         "tests/test_config.py::test_the_worst_epoch_cannot_be_asked_for",
     ),
     Mutation(
-        "copies of one photo teach two drugs",
+        "copies of one photo are trained as two drugs",
         "pillsnap/dataset/importers.py",
         "    df = _drop_contradictions(df, sort.quarantine)\n",
         "",
@@ -373,7 +373,7 @@ MUTATIONS: list[Mutation] = [
         "int8 calibrated on photos of the evaluation set",
         "pillsnap/deployment/quantise.py",
         '    rows = data.train if combos else data.train[data.train["kind"] == "single"]\n',
-        '    rows = data.pool if combos else data.train[data.train["kind"] == "single"]\n',
+        '    rows = data.eval_set if combos else data.train[data.train["kind"] == "single"]\n',
         "tests/test_quantise.py::test_int8_is_calibrated_on_training_photos_alone",
     ),
     Mutation(
@@ -778,8 +778,8 @@ MUTATIONS: list[Mutation] = [
     Mutation(
         "training photos are scored",
         "pillsnap/evaluation/answers.py",
-        'in data.pool.groupby("path"',
-        'in pd.concat([data.train, data.pool]).groupby("path"',
+        'in data.eval_set.groupby("path"',
+        'in pd.concat([data.train, data.eval_set]).groupby("path"',
         "tests/test_evaluation.py::test_what_is_scored_is_the_evaluation_set_and_nothing_of_training",
     ),
     Mutation(
@@ -1327,8 +1327,8 @@ MUTATIONS: list[Mutation] = [
     Mutation(
         "rendered photos count as real ones",
         "pillsnap/evaluation/narrowtargets.py",
-        'pool.loc[pool["domain"] == "real", "path"]',
-        'pool["path"]',
+        'eval_set.loc[eval_set["domain"] == "real", "path"]',
+        'eval_set["path"]',
         "tests/test_narrow.py::test_studio_photos_and_rendered_ones_are_no_real_ones",
     ),
     Mutation(

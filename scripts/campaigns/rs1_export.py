@@ -2,9 +2,9 @@
 """SPEC RS1: kill -9 at random moments of an export. Given again, the same command ends with the files of the
 undisturbed run.
 
-One small run is trained and judged; every trial exports a copy of it in a forked child that has its libraries loaded,
-and is killed anywhere in
-it, up to five times in one folder; then it may finish. After each kill, whatever lies under a final name must open.
+One small run is trained and evaluated. Every trial exports a copy of it in a forked child that has its libraries
+loaded, and is killed anywhere in it, up to five times in one folder; then it may finish. After each kill,
+whatever lies under a final name must open.
 
 usage: rs1_export.py [--quick] [--kills 20] [--seed 0] [--out FOLDER]
 """
@@ -21,11 +21,11 @@ import time
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # children are forked: a pool of threads would not come with them
-import onnxruntime  # noqa: E402
-import torch  # noqa: E402, F401
+import onnxruntime
+import torch  # noqa: F401 - loaded before the children are forked
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-from harness import arguments, finish, machine, save  # noqa: E402
+from harness import arguments, finish, machine, save
 
 from pillsnap.core.files import read_json, sha256_file
 from pillsnap.core.jobs import read_record

@@ -25,7 +25,7 @@ import pandas as pd
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-from harness import arguments, finish, machine, save  # noqa: E402
+from harness import arguments, finish, machine, save
 
 from pillsnap.core.errors import PillsnapError
 from pillsnap.photos.pack import Pack, build_pack

@@ -21,10 +21,10 @@ import time
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # children are forked: a pool of threads would not come with them
-import torch  # noqa: E402
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-from harness import arguments, finish, machine, save  # noqa: E402
+from harness import arguments, finish, machine, save
 
 from pillsnap.core.checkpoints import load_ckpt
 from pillsnap.core.config import load_config

@@ -29,14 +29,14 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-from harness import arguments, finish, machine, save  # noqa: E402
+from harness import arguments, finish, machine, save
 
-from pillsnap.dataset.conversion import convert_delivery  # noqa: E402
-from pillsnap.dataset.datasets import PillsnapClsDataset  # noqa: E402
-from pillsnap.dataset.photoloader import PhotoLoader  # noqa: E402
-from pillsnap.delivery.classmap import ClassMap  # noqa: E402
-from pillsnap.photos.images import open_image_safely  # noqa: E402
-from pillsnap.synth.writer import write_delivery  # noqa: E402
+from pillsnap.dataset.conversion import convert_delivery
+from pillsnap.dataset.datasets import PillsnapClsDataset
+from pillsnap.dataset.photoloader import PhotoLoader
+from pillsnap.delivery.classmap import ClassMap
+from pillsnap.photos.images import open_image_safely
+from pillsnap.synth.writer import write_delivery
 
 TURNS = (
     None,
@@ -187,7 +187,7 @@ def case(rng: random.Random, ways: dict, never: dict) -> tuple[str, bytes, np.nd
     return f"{kind}, changed", bytes(b), want if b[:4] == b"\x89PNG" else None, allowed
 
 
-def judged(kind: str, r: dict, want, allowed: float) -> str:
+def outcome(kind: str, r: dict, want, allowed: float) -> str:
     "`read right`, `skipped: stage`, `read`; anything else is what went wrong."
     damaged = kind.endswith((", cut", ", changed"))
     if r.get("_skip"):
@@ -213,7 +213,7 @@ def opener(cases: list, folder: Path, write: int) -> None:
             (path := folder / f"photo{suffix}").write_bytes(b)
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             try:
-                ends = {judged(kind, open_image_safely(src), want, allowed) for src in (path, b)}
+                ends = {outcome(kind, open_image_safely(src), want, allowed) for src in (path, b)}
                 end = ends.pop() if len(ends) == 1 else f"the file and its bytes differ: {sorted(ends)}"
             except BaseException as e:
                 end = f"raised {type(e).__name__}: {e}"

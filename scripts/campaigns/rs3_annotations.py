@@ -2,8 +2,8 @@
 """SPEC RS3: broken annotations by the hundred thousand. No uncaught exception, and everything counted.
 
 A good record is damaged in bytes, in structure and in values; each result is read by the quick reader and by the
-careful one, which must agree, and is
-then judged. File names are damaged likewise and read by the name parser. usage: rs3_annotations.py [--cases 100000]
+careful one, which must agree, and its boxes are checked. File names are damaged likewise and read by the name parser.
+usage: rs3_annotations.py [--cases 100000]
 [--seed 1] [--out FILE.json]
 """
 
@@ -167,7 +167,7 @@ def read_damaged_name(rng: random.Random) -> str:
 
 
 def campaign(cases: int, seed: int = 1) -> dict:
-    "Damage, read twice, judge, count."
+    "Damage, read twice, check, count."
     rng, said, drugs, read = random.Random(seed), Counter(), list(make_catalogue(6, 3)), AnnotationReader()
     good = [
         json.dumps(
@@ -199,7 +199,7 @@ def campaign(cases: int, seed: int = 1) -> dict:
                 counts, pills = e.close().counts, sum(len(p.pills) for p in e.irregular.values())
                 if counts["annotations"] != pills:
                     raise AssertionError("a box was lost")
-                said["boxes judged"] += pills
+                said["boxes checked"] += pills
                 said.update(f"fault {p.fault}" for t in e.irregular.values() for p in t.pills if p.fault)
                 e = LabelEvidence()
     return dict(

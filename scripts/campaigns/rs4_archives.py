@@ -30,10 +30,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-from harness import arguments, finish, machine, save  # noqa: E402
+from harness import arguments, finish, machine, save
 
-from pillsnap.core.errors import PillsnapError  # noqa: E402
-from pillsnap.delivery.archives import extract_archives  # noqa: E402
+from pillsnap.core.errors import PillsnapError
+from pillsnap.delivery.archives import extract_archives
 
 NAME, FOLDER = "TS_7_조합.zip", "data/train/images/combination/TS_7_combo"
 MOST_MB = 40  # what a refused or accepted archive of a few kB may write

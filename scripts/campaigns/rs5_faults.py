@@ -23,17 +23,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2] / "benchmarks"), str(Path(__file__).resolve().parent)]
-from harness import arguments, finish, machine, save  # noqa: E402
-from rs1_conversion import said  # noqa: E402
+from harness import arguments, finish, machine, save
+from rs1_conversion import said
 
-from pillsnap.core.config import load_config  # noqa: E402 - the checkout must be on the path first
-from pillsnap.core.errors import PillsnapError  # noqa: E402
-from pillsnap.core.jobs import RunFolder  # noqa: E402
-from pillsnap.dataset.conversion import convert_delivery  # noqa: E402
-from pillsnap.dataset.splitfiles import load_split_data  # noqa: E402
-from pillsnap.dataset.splits import SplitsJob  # noqa: E402
-from pillsnap.photos.pack import build_stage_pack, pack_settings  # noqa: E402
-from pillsnap.synth.writer import write_delivery  # noqa: E402
+from pillsnap.core.config import load_config
+from pillsnap.core.errors import PillsnapError
+from pillsnap.core.jobs import RunFolder
+from pillsnap.dataset.conversion import convert_delivery
+from pillsnap.dataset.splitfiles import load_split_data
+from pillsnap.dataset.splits import SplitsJob
+from pillsnap.photos.stagepack import build_stage_pack, pack_settings
+from pillsnap.synth.writer import write_delivery
 
 FAULTS = ("disk full", "read-only", "no handles")
 SETTINGS = ["data.progressive_validation.stage_0.max_samples=40", "evaluation.min_eval_samples=6", "pack.scale=1.0"]

@@ -30,10 +30,10 @@ from pathlib import Path
 from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2] / "benchmarks"), str(Path(__file__).resolve().parent)]
-from harness import arguments, finish, machine, save  # noqa: E402 - the checkout must be on the path first
-from server_parts import KEY, Server, colour_bundle, file_limit, pill_photo, two_sided_bundle  # noqa: E402
+from harness import arguments, finish, machine, save
+from server_parts import KEY, Server, colour_bundle, file_limit, pill_photo, two_sided_bundle
 
-from pillsnap.client import photo_form  # noqa: E402
+from pillsnap.client import photo_form
 
 FREE = ("--limit", "per_minute=1000000000")
 # A photo is bytes to OpenAPI: any bytes are valid there, and most are no photo.

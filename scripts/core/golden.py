@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from pillsnap.core.files import read_json, save_json, sha256_file  # noqa: E402 - the checkout's package
+from pillsnap.core.files import read_json, save_json, sha256_file
 
 FILES = (
     "manifest.csv",
@@ -24,7 +24,7 @@ FILES = (
     "artifacts/stage0/classes.json",
     "artifacts/stage0/manifest_train.csv",
     "artifacts/stage0/manifest_val.csv",
-    "artifacts/stage0/manifest_pool.csv",
+    "artifacts/stage0/manifest_eval_set.csv",
     "reports/predictions_single.csv",
     "reports/predictions_combo.jsonl",
 )

@@ -21,12 +21,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from pillsnap.core.settings import Block, Config  # noqa: E402
+from pillsnap.core.settings import Block, Config
 
 DECLARES = "core/settings.py"
 METHODS = {("Progressive", "stage"): "StageSpec"}  # methods of a block, and the block that they return
 ELSEWHERE: dict[str, tuple[str, str]] = {  # key or block.* → the file that reads it, and a text that stands there
-    "pack.*": ("photos/pack.py", 'pack.model_dump(exclude={"enabled"})'),  # the recipe of a pack
+    "pack.*": ("photos/stagepack.py", 'pack.model_dump(exclude={"enabled"})'),  # the recipe of a pack
     "synth.*": ("dataset/conversion.py", "write_delivery(root, **synth.model_dump()"),
     "retrieval.brightness": ("training/retrieval.py", 'zip(("brightness", "contrast", "saturation", "hue")'),
     "retrieval.contrast": ("training/retrieval.py", 'zip(("brightness", "contrast", "saturation", "hue")'),

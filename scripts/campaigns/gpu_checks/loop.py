@@ -246,11 +246,11 @@ def beside_timm(device: str, tiny: bool, _work: Path) -> tuple[list[Part], dict[
     whole = mid["timm, its loader"] / mid["ours, our loader"]
     goal = ["the next goal, 1.0×, is " + ("reached" if v >= 1 else "not reached") for v in (step, whole)]
     spread = [told(k, v, "ms/step", f"{min(ms[k]):.1f} to {max(ms[k]):.1f}, {rounds} rounds") for k, v in mid.items()]
-    judged = [
+    bounded = [
         at_least("step beside timm's", step, 0.97, "×", goal[0]),
         at_least("step with loader beside timm's", whole, 0.95, "×", goal[1]),
     ]
-    return [*judged, *spread], dict(loader_workers=loader_workers(s), ms=ms)
+    return [*bounded, *spread], dict(loader_workers=loader_workers(s), ms=ms)
 
 
 # ---- GP4: the GPU works
