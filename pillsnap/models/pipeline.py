@@ -496,7 +496,7 @@ def scored(
 
 
 @patch
-def _item(  # noqa: PLR0913 - what one pill is answered by
+def _item(
     self: Pipeline, view: np.ndarray, p: np.ndarray, unknown: float | None, topk: int, pills: int
 ) -> dict[str, Any]:
     "One pill of an answer, by its view, its probabilities [C], its unknown score, the rule and the pills located."
