@@ -1422,6 +1422,34 @@ MUTATIONS: list[Mutation] = [
         "out[:, mine] = np.maximum(out[:, mine], np.minimum.reduceat(cosines, first, axis=1))",
         "tests/test_gallery.py::test_the_bundle_answers_by_the_nearest_photo",
     ),
+    Mutation(
+        "a JPEG's colour profile is not looked for",
+        "pillsnap/photos/images.py",
+        "mark in (0xE1, 0xE2) for",
+        "mark in (0xE1,) for",
+        "tests/test_images.py::test_a_photo_in_another_colour_space_is_read_in_srgb",
+    ),
+    Mutation(
+        "a photo's colour profile is not applied",
+        "pillsnap/photos/images.py",
+        "    return to_srgb(im, profile)\n",
+        '    return im.convert("RGB")\n',
+        "tests/test_images.py::test_a_photo_in_another_colour_space_is_read_in_srgb",
+    ),
+    Mutation(
+        "a colour profile that makes white black is applied",
+        "pillsnap/photos/colourprofiles.py",
+        "after[0, 0].min() < 240",
+        "after[0, 0].min() < 0",
+        "tests/test_images.py::test_a_broken_colour_profile_is_ignored_with_one_line",
+    ),
+    Mutation(
+        "OpenCV reads a photo without its colour profile",
+        "pillsnap/photos/images.py",
+        '    if any(mark in b for mark in (b"iCCP"',
+        '    if any(mark in b"" for mark in (b"iCCP"',
+        "tests/test_images.py::test_a_decoder_that_ignores_the_profile_is_not_asked",
+    ),
 ]
 
 
