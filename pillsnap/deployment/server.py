@@ -154,7 +154,7 @@ class AskedPicture(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    kcode: str = Field(max_length=64, description="the drug, as an answer names it")
+    kcode: str = Field(max_length=255, description="the drug, as an answer names it")
     side: Literal["front", "back"] = Field("front", description="of the pill")
 
 # %% ../../nbs/deployment/865_server.ipynb #11c2e2e0

@@ -686,12 +686,15 @@
     const select = el("select", {}, el("option", { value: "" }, words().should_unknown),
       item.top_k.filter((c) => item.answer !== "drug" || c.kcode !== item.kcode)
         .map((c) => el("option", { value: c.kcode }, `${named(c)} ${c.kcode}`)));
-    const code = el("input", { type: "text", maxlength: 8, size: 10, autocomplete: "off", spellcheck: "false" });
+    const coded = !state.version || state.version.bundle.keys === "kcode"; // else drugs have names of any kind
+    const code = el("input", { type: "text", maxlength: coded ? 8 : 255, size: 10, autocomplete: "off", spellcheck: "false" });
     const problem = el("span", { class: "problem", role: "alert" });
     const submit = (event) => {
       event.preventDefault();
-      const should = code.value.trim().toUpperCase() || select.value;
-      if (should && !/^K-[0-9]{6}$/.test(should)) {
+      const typed = code.value.trim().normalize("NFC");
+      const isCode = /^K-[0-9]{6}$/i.test(typed);
+      const should = (isCode ? typed.toUpperCase() : typed) || select.value;
+      if (coded && typed && !isCode) {
         problem.textContent = words().should_wrong;
         code.focus();
         return;
@@ -699,7 +702,7 @@
       send(entry, item, n, false, should);
     };
     return el("form", { class: "wrong", on: { submit } }, el("label", {}, words().should, " ", select),
-      el("label", {}, words().should_code, " ", code), el("button", { type: "submit" }, words().send), problem);
+      el("label", {}, coded ? words().should_code : words().should_name, " ", code), el("button", { type: "submit" }, words().send), problem);
   }
 
   function feedbackParts(entry, item, n) {
