@@ -1,5 +1,7 @@
 """What people meet of an answer beside its card: tables, lines, reference pictures, remarks, dropped photos."""
 
+import csv
+import io
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from pillsnap.core.container import FolderFiles
 from pillsnap.dataset.feedback import Remark, read_remarks
 from pillsnap.dataset.splitfiles import SplitData
 from pillsnap.delivery.classmap import ClassMap
+from pillsnap.deployment.batch import _one_line, answer_rows, write_answers
 from pillsnap.deployment.identify import RemarkRow
 from pillsnap.deployment.thumbnails import write_thumbnails
 from pillsnap.models.cardview import Answer
@@ -116,3 +119,32 @@ def test_reference_pictures_of_drugs_with_any_name_can_be_read(tmp_path):
     assert len({e["file"].lower() for e in entries}) == len(keys)
     for entry in entries:
         assert FolderFiles(tmp_path).read(f"thumbnails/{entry['file']}", entry["sha256"])
+
+
+# ---- tables and lines
+
+
+@pytest.mark.spec("BX3")
+def test_a_name_that_no_rule_checked_says_so_in_tables_and_lines(tmp_path):
+    answer = {"photo": "a.png"} | answered()
+    (row,) = answer_rows(answer)
+    assert (row["answer"], row["reason"]) == ("drug", "no_rule")
+    assert "확률이 가장 높은 약" in _one_line(answer)
+    checked = answer | {"items": [answer["items"][0] | {"reason": "one_drug"}]}
+    assert "확률이 가장 높은 약" not in _one_line(checked)
+    table = pd.read_csv(write_answers([answer, checked], tmp_path / "t.csv"))
+    assert table["reason"].tolist() == ["no_rule", "one_drug"]
+    assert pd.read_parquet(write_answers([answer], tmp_path / "t.parquet"))["reason"].tolist() == ["no_rule"]
+
+
+def test_a_spreadsheet_takes_no_cell_for_a_formula(tmp_path):
+    "Names and paths come from others; numbers stay numbers."
+    keys = ("=1+2", "-b", "@c")
+    answer = {"photo": "@SUM(A1).png"} | answered(keys, metadata={"=1+2": {"dl_name": '=HYPERLINK("x")'}})
+    answer["items"][0]["box"] = [-1.5, 0.0, 3.0, 4.0]
+    text = write_answers([answer, {"photo": "\tx.png", "error": "+1"}], tmp_path / "t.csv").read_text("utf-8-sig")
+    first, second = csv.DictReader(io.StringIO(text))
+    assert first["name"] == '\'=HYPERLINK("x")' and first["photo"] == "'@SUM(A1).png" and first["left"] == "-1.5"
+    assert second["photo"] == "'\tx.png" and second["error"] == "'+1"
+    assert not [c for c in (*first.values(), *second.values()) if c.startswith(("=", "+", "@", "\t", "\r"))]
+    assert write_answers([answer], tmp_path / "t.jsonl").read_text().startswith('{"photo": "@SUM')

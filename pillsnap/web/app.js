@@ -8,7 +8,7 @@
   const VISIBLE = ["imprint_front", "score_front", "colour_front", "imprint_back", "score_back", "colour_back", "shape",
     "size_mm"];
   const COLUMNS = ["photo", "pill", "kcode", "name", "confidence", "left", "top", "right", "bottom", "mode", "answer",
-    "shortlist", "badge", "error"];
+    "reason", "shortlist", "badge", "error"];
   const SIDES = ["front", "back"];
   const AT_ONCE = 2; // requests
   const ATTEMPTS = 6; // for a photo, while the server is busy
@@ -755,7 +755,8 @@
     const found = answer.items.map((item, index) => {
       const [left, top, right, bottom] = item.box || [];
       const sure = item.answer === "drug" ? { kcode: item.kcode, name: item.name, confidence: item.confidence } : {};
-      return { ...shared, pill: index + 1, answer: item.answer, shortlist: item.shortlist.join(" "), ...sure,
+      return { ...shared, pill: index + 1, answer: item.answer, reason: item.reason,
+        shortlist: item.shortlist.join(" "), ...sure,
         left, top, right, bottom };
     });
     return found.length ? found : [shared];
