@@ -15,6 +15,7 @@ from pillsnap.dataset.splitfiles import SplitData
 from pillsnap.delivery.classmap import ClassMap
 from pillsnap.deployment.batch import _one_line, answer_rows, write_answers
 from pillsnap.deployment.identify import RemarkRow
+from pillsnap.deployment.photodrop import PhotoDrop
 from pillsnap.deployment.thumbnails import write_thumbnails
 from pillsnap.models.cardview import Answer
 from pillsnap.models.pipeline import Pipeline
@@ -148,3 +149,19 @@ def test_a_spreadsheet_takes_no_cell_for_a_formula(tmp_path):
     assert second["photo"] == "'\tx.png" and second["error"] == "'+1"
     assert not [c for c in (*first.values(), *second.values()) if c.startswith(("=", "+", "@", "\t", "\r"))]
     assert write_answers([answer], tmp_path / "t.jsonl").read_text().startswith('{"photo": "@SUM')
+
+
+# ---- dropped photos
+
+
+def test_two_drops_at_once_lose_no_photo():
+    "Each photo is a message; messages of two drops, and of two pages, may arrive in turn."
+    got = []
+    place = PhotoDrop(lambda photos: got.append([name for name, _ in photos]))
+    sent = (("a", "A1", 1, 3), ("b", "B1", 1, 2), ("a", "A2", 2, 3), ("b", "B2", 2, 2), ("a", "A3", 3, 3))
+    for drop, name, number, of in sent:
+        place._handle_custom_msg(dict(drop=drop, name=name, number=number, of=of), [memoryview(b"x")])
+    assert got == [["B1", "B2"], ["A1", "A2", "A3"]]
+    for n in range(40):  # pages that were closed half-way are forgotten
+        place._handle_custom_msg(dict(drop=f"lost {n}", name="x", number=1, of=2), [memoryview(b"x")])
+    assert len(place._arrived) <= 8
