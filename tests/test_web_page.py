@@ -422,13 +422,18 @@ def test_drugs_with_names_of_any_kind_have_remarks_and_pictures(browser, tmp_pat
     front.parent.mkdir(parents=True)
     Image.new("RGB", (96, 96), PILLS["K-000001"]).save(front)
     pictures = {"red pill": {"front": dict(file=front.name, sha256=sha256_file(front))}}
-    colour_bundle(place, keys=keys, thumbnails=pictures)
+    looks = dict(drug_shape="원형", color_class1="하양", print_front="AB")
+    drugs = {k: looks | size for k, size in zip(keys, (dict(leng_long=8.0), dict(thick=3.0), dict(print_front="CD")))}
+    colour_bundle(place, keys=keys, thumbnails=pictures, drugs=drugs)
     file = tmp_path / "feedback.jsonl"
     with Server(tmp_path, place, "--no-auth", "--workers", "1", "--feedback", str(file), env="") as server:
         assert server.ask("/version", key=None)[1]["bundle"]["keys"] == "folder"
         with Visit(browser, server, key=None) as page:
             give(page, RED, BLUE)
             card(page, RED["name"]).locator(".references img").first.wait_for()
+            listed = server.ask("/predict?pipeline=single", [RED["buffer"]], key=None)[1]["items"][0]["top_k"][1:]
+            assert {c["differs"]["by"] for c in listed} == {"unrecorded", "look"}
+            assert all(c["differs"]["text"] in card(page, RED["name"]).text_content() for c in listed)
             card(page, RED["name"]).get_by_role("button", name="맞음").click()
             card(page, RED["name"]).get_by_text("맞음으로 기록됨").wait_for()
             blue = card(page, BLUE["name"])

@@ -517,7 +517,9 @@
     const label = (field) => words().fields[field].split(/ ?\(/)[0];
     const told = (d) => d.first !== null && d.here !== null;
     const seen = fields.filter((d) => VISIBLE.includes(d.field));
-    const nothing = VISIBLE.filter((f) => first.card[f] === null && candidate.card[f] === null);
+    const sizes = (first.card.size_mm || []).some((v, n) => v !== null && candidate.card.size_mm && candidate.card.size_mm[n] !== null);
+    const nothing = VISIBLE.filter((f) => (f === "size_mm" && !sizes)
+      || (first.card[f] === null && !fields.some((d) => d.field === f)));
     const whole = seen.filter(told).map((d) => d.field);
     const lacking = seen.filter((d) => !told(d)).map((d) => d.field);
     const about = [whole, lacking, nothing].find((list) => list.length) || [];

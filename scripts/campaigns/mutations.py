@@ -1520,6 +1520,27 @@ MUTATIONS: list[Mutation] = [
         'drop = ""',
         "tests/test_answers_shown.py::test_two_drops_at_once_lose_no_photo",
     ),
+    Mutation(
+        "a card says that sizes are alike which no record holds",
+        "pillsnap/models/card.py",
+        '_ALIKE = {"shape", "colour_front", "size_mm"}',
+        '_ALIKE = {"shape", "colour_front"}',
+        "tests/test_card.py::test_no_card_says_that_records_are_alike_which_do_not_exist",
+    ),
+    Mutation(
+        "drugs without any imprint are called the same",
+        "pillsnap/models/card.py",
+        '{"imprint_front", "imprint_back"} <= set(lacking)',
+        '{"none"} <= set(lacking)',
+        "tests/test_card.py::test_what_one_record_holds_of_a_size_is_compared_with_the_same_of_the_other",
+    ),
+    Mutation(
+        "a length is compared with a thickness",
+        "pillsnap/models/card.py",
+        "    if not any(a is not None and b is not None for a, b in sizes):\n",
+        "    if not list(sizes):\n",
+        "tests/test_card.py::test_what_one_record_holds_of_a_size_is_compared_with_the_same_of_the_other",
+    ),
 ]
 
 
