@@ -1541,6 +1541,27 @@ MUTATIONS: list[Mutation] = [
         "    if not list(sizes):\n",
         "tests/test_card.py::test_what_one_record_holds_of_a_size_is_compared_with_the_same_of_the_other",
     ),
+    Mutation(
+        "a page of another site reloads a server without keys",
+        "pillsnap/deployment/server.py",
+        'if method == "POST" and origin not in own',
+        'if method == "PUT" and origin not in own',
+        "tests/test_server.py::test_without_keys_pages_of_other_sites_change_nothing_and_reload_reads_model_path",
+    ),
+    Mutation(
+        "a reload takes the file's earlier values",
+        "pillsnap/deployment/server.py",
+        "    service.watch.refresh(now=True)\n",
+        "",
+        "tests/test_server.py::test_without_keys_pages_of_other_sites_change_nothing_and_reload_reads_model_path",
+    ),
+    Mutation(
+        "a reload waits for the next look at the file",
+        "pillsnap/deployment/server.py",
+        "service.watch.refresh(now=True)",
+        "service.watch.refresh()",
+        "tests/test_server.py::test_without_keys_pages_of_other_sites_change_nothing_and_reload_reads_model_path",
+    ),
 ]
 
 

@@ -110,7 +110,15 @@ class Server:
         self.env_file, self.log_file = folder / ".env", folder / "log.jsonl"
         self.env_file.touch(mode=0o600)
         self.env_file.write_text(env)
-        argv = ["serve", "--bundle", str(bundle), "--env-file", str(self.env_file), "--port", "0", *options]
+        argv = [
+            "serve",
+            *(("--bundle", str(bundle)) if bundle else ()),
+            "--env-file",
+            str(self.env_file),
+            "--port",
+            "0",
+            *options,
+        ]
         began = time.monotonic()
         with open(self.log_file, "wb") as log:
             self.process = subprocess.Popen([sys.executable, "-m", "pillsnap", *argv], stderr=log, cwd=folder)
