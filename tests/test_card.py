@@ -16,7 +16,7 @@ from pillsnap.core.container import FolderFiles
 from pillsnap.core.files import sha256_file
 from pillsnap.core.jobs import RunFolder
 from pillsnap.delivery.classmap import ClassMap
-from pillsnap.models.card import CARD, MISSING, SCORE_LINES
+from pillsnap.models.card import CARD, MISSING, SCORE_LINES, drug_card, told_apart
 from pillsnap.models.cardview import Answer, answer_card
 from pillsnap.models.pipeline import Pipeline, answer_schema
 
@@ -100,6 +100,46 @@ def delivery(root) -> SimpleNamespace:
         rows.append(dict(sample_id=k, path=f"{k}.png", class_key=k, kind="single", side=n % 2, latitude=90))
     photos = pd.DataFrame(rows).assign(group_id=list(KEYS), bbox="[10, 10, 50, 50]")
     return SimpleNamespace(train=photos[:2], eval_set=photos[2:], val=photos[:0], class_map=ClassMap(KEYS), root=root)
+
+
+def told(*records: dict) -> dict:
+    "What a card says of the second of two drugs."
+    return told_apart(*map(drug_card, records))
+
+
+ALIKE = dict(drug_shape="원형", color_class1="하양", leng_long=8.0, leng_short=8.0, thick=3.0, print_front="AB")
+
+
+@pytest.mark.spec("BX11")
+@pytest.mark.parametrize("lacks", ("drug_shape", "color_class1", "size"))
+def test_no_card_says_that_records_are_alike_which_do_not_exist(lacks):
+    "For the imprint's sentence both records hold shape, colour and size; for the sentence of twins an imprint as well."
+    keys = ("leng_long", "leng_short", "thick") if lacks == "size" else (lacks,)
+    bare = {k: v for k, v in ALIKE.items() if k not in keys}
+    assert told(ALIKE, ALIKE | dict(print_front="CD"))["by"] == "imprint"
+    assert told(bare, bare | dict(print_front="CD")) | dict(fields=[]) == dict(
+        by="look", text="겉모습이 다릅니다: 앞면 표시.", fields=[]
+    )
+    assert told(ALIKE, ALIKE)["by"] == "same"
+    label = {"drug_shape": "모양", "color_class1": "색상 앞", "size": "크기"}[lacks]
+    for first, other in ((bare, bare), (ALIKE, bare), (bare, ALIKE)):
+        said = told(first, other)
+        assert said["by"] == "unrecorded" and label in said["text"], (first, other)
+
+
+@pytest.mark.spec("BX11")
+def test_what_one_record_holds_of_a_size_is_compared_with_the_same_of_the_other():
+    "Length against thickness is no comparison, and a pill without imprint no twin; turned pills are compared turned."
+    plain = {k: v for k, v in ALIKE.items() if not k.startswith(("leng", "thick"))}
+    assert told(plain | dict(leng_long=8.0), plain | dict(thick=3.0))["by"] == "unrecorded"
+    assert "크기" in told(plain | dict(leng_long=8.0), plain | dict(thick=3.0))["text"]
+    assert told(plain | dict(leng_long=8.0), plain | dict(leng_long=8.1, thick=3.0))["by"] == "same"
+    blank = ALIKE | dict(print_front="")
+    assert told(blank, blank)["by"] == "unrecorded" and "앞면 표시" in told(blank, blank)["text"]
+    colours = dict(color_class1="하양", color_class2="하양")
+    turned = ALIKE | colours | dict(print_front="", print_back="AB")
+    assert told(ALIKE | colours, turned)["by"] == "same"
+    assert told(dict(leng_long="8.0", print_front="A"), dict(leng_long="9.5", print_front="A"))["by"] == "look"
 
 
 @pytest.mark.spec("BX11")

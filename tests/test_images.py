@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 import struct
 import subprocess
 import sys
@@ -468,3 +469,83 @@ def test_a_broken_photo_is_not_called_something_else():
     for b in (*(b for n, (b, _) in BROKEN.items() if n.startswith("truncated")), bytes(100), b"\x89PNG\r\n\x1a\n"):
         got = open_image_safely(b)
         assert "fix" not in got and "PIL" in got["error"], got
+
+
+# ---- colour profiles
+
+
+def in_display_p3(a: np.ndarray) -> tuple[Image.Image, bytes]:
+    "An sRGB picture as a phone stores it, and the profile that it writes beside it."
+    from PIL import ImageCms
+
+    from pillsnap.photos.colourprofiles import display_p3_profile
+
+    p3 = display_p3_profile()
+    known = ImageCms.ImageCmsProfile(io.BytesIO(p3))
+    stored = ImageCms.profileToProfile(Image.fromarray(a), ImageCms.createProfile("sRGB"), known, renderingIntent=1)
+    return Image.fromarray(np.asarray(stored)), p3  # without the profile that Pillow notes
+
+
+def colours() -> np.ndarray:
+    "Flat fields of colours that sRGB and Display P3 both have."
+    true = [(200, 40, 40), (60, 150, 60), (240, 200, 60), (250, 150, 170), (90, 130, 210), (245, 245, 240)]
+    return np.array([true], np.uint8).repeat(16, 0).repeat(16, 1)
+
+
+def gap(got: dict, want: np.ndarray) -> int:
+    "The largest difference, away from the fields' edges."
+    return int(np.abs(got["image"][8, 8::16].astype(int) - want[8, 8::16]).max())
+
+
+@pytest.mark.spec("DM10")
+def test_a_photo_in_another_colour_space_is_read_in_srgb():
+    "Each format, the turned photo of a phone with its thumbnail, and the reduced size."
+    from PIL import ImageCms
+
+    a = colours()
+    stored, p3 = in_display_p3(a)
+    jpeg = dict(quality=95, subsampling=0)
+    for fmt, how in {"JPEG": jpeg, "PNG": {}, "WEBP": dict(lossless=True), "TIFF": {}}.items():
+        assert gap(open_image_safely(enc(stored, fmt, **how)), a) > 20, "the profile is what tells the colours"
+        assert gap(open_image_safely(enc(stored, fmt, icc_profile=p3, **how)), a) <= 4, fmt
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    lying = stored.transpose(Image.ROTATE_90)
+    assert gap(open_image_safely(enc(lying, "JPEG", icc_profile=p3, exif=exif, **jpeg)), a) <= 4
+    thumbnail = b"Exif\0\0II*\0\x08\0\0\0\0\0\0\0\0\0" + enc(stored, "JPEG")  # with a start-of-scan marker of its own
+    assert gap(open_image_safely(enc(stored, "JPEG", icc_profile=p3, exif=thumbnail, **jpeg)), a) <= 4
+    half = open_image_safely(enc(stored, "JPEG", icc_profile=p3, **jpeg), reduce=2)["image"]
+    assert np.abs(half[4, 4::8].astype(int) - a[8, 8::16]).max() <= 4
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    plain = open_image_safely(enc(a, "JPEG", **jpeg))
+    named = open_image_safely(enc(a, "JPEG", icc_profile=srgb, **jpeg))
+    assert named["stage"] == "fast" and np.array_equal(named["image"], plain["image"])
+
+
+@pytest.mark.spec("DM10")
+def test_a_broken_colour_profile_is_ignored_with_one_line(caplog):
+    from pillsnap.photos import colourprofiles as C
+
+    stored, p3 = in_display_p3(colours())
+    black = bytearray(p3)  # a tone curve that makes everything black
+    for curve in re.finditer(b"para", p3):
+        black[curve.start() + 12 : curve.start() + 32] = bytes(20)
+    for profile in (b"nonsense" * 40, p3[:300], bytes(black)):
+        C._transform.cache_clear()
+        caplog.clear()
+        for fmt in ("PNG", "JPEG"):
+            plain = open_image_safely(enc(stored, fmt))
+            assert np.array_equal(open_image_safely(enc(stored, fmt, icc_profile=profile))["image"], plain["image"])
+        assert [m for m in caplog.messages if "colour profile is ignored" in m] == caplog.messages
+        assert len(caplog.messages) == 1
+    grey = Image.fromarray(colours()[..., 0])
+    assert np.array_equal(open_image_safely(enc(grey, icc_profile=p3))["image"][..., 1], np.asarray(grey))
+
+
+@pytest.mark.spec("DM10")
+def test_a_decoder_that_ignores_the_profile_is_not_asked():
+    "A broken note sends a photo to OpenCV, which would read Display P3 as sRGB."
+    stored, p3 = in_display_p3(colours())
+    note = chunk(b"tEXt", b"Comment\0x")[:-4] + b"\0\0\0\0"
+    for b, stage in ((enc(stored), "OpenCV"), (enc(stored, icc_profile=p3), "final")):
+        assert open_image_safely(b[:33] + note + b[33:])["stage"] == stage

@@ -213,9 +213,9 @@ def test_every_exif_orientation_gives_the_same_input(tmp_path, turn):
 def test_the_committed_golden_vectors_are_what_this_version_makes(monkeypatch):
     "To the last bit, with OpenCV and without."
     server = InferencePreprocessor()
-    assert [r.verdict for r in check_golden(server.prepare_for_model, GOLDEN)] == ["exact"] * 12
+    assert [r.verdict for r in check_golden(server.prepare_for_model, GOLDEN)] == ["exact"] * 13
     monkeypatch.setattr(U, "_opencv", lambda: None)
-    assert [r.verdict for r in check_golden(server.prepare_for_model, GOLDEN)] == ["exact"] * 12
+    assert [r.verdict for r in check_golden(server.prepare_for_model, GOLDEN)] == ["exact"] * 13
     golden = read_json(GOLDEN / "golden.json")
     assert golden["config"] == UnifiedPreprocessor().get_config()
     assert {p["file"] for p in golden["photos"]} >= {f"exif_{k}.png" for k in range(1, 9)}
@@ -230,7 +230,7 @@ def test_the_check_of_any_program():
         return subprocess.run(words, capture_output=True, text=True)
 
     zeros = check(f"head -c {4 * 3 * 512 * 512} /dev/zero")
-    assert zeros.returncode == 1 and zeros.stdout.count("fails") == 12
+    assert zeros.returncode == 1 and zeros.stdout.count("fails") == 13
     short = check("head -c 400 /dev/zero")
     assert short.returncode == 1 and "the tensor has 100 numbers" in short.stderr
 

@@ -567,6 +567,40 @@ def test_without_keys_other_sites_cannot_reach_it(tmp_path, bundle):
             assert connection.recv(100).split(b" ")[1] == b"403"
 
 
+def test_without_keys_pages_of_other_sites_change_nothing_and_reload_reads_model_path(tmp_path, bundle):
+    "A form of another site needs no preflight; a reload a moment after the file was written loads what it names now."
+    other = colour_bundle(tmp_path / "other")
+
+    def post(port, path, origin):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
+        headers = {"Content-Type": "text/plain"} | ({"Origin": origin} if origin else {})
+        connection.request("POST", path, b"", headers)
+        response = connection.getresponse()
+        told = json.loads(response.read())
+        return told["error"]["code"] if "error" in told else told
+
+    with Server(tmp_path, bundle, "--no-auth", "--workers", "1", env="") as server:
+        for origin in (
+            "https://evil.kr",
+            f"http://127.0.0.1:{server.port + 1}",
+            f"http://evil.kr:{server.port}",
+            "null",
+        ):
+            for path in ("/reload", "/predict", "/batch"):
+                assert post(server.port, path, origin) == "origin_wrong"
+        assert server.ask("/health", key=None)[0] == 200
+    env = tmp_path / "named"
+    env.mkdir()
+    argv = ["--no-auth", "--workers", "1"]
+    with Server(env, "", *argv, env=f"MODEL_PATH={bundle}\n") as server:
+        digest = server.ask("/version", key=None)[1]["bundle"]["digest"]
+        for named in (other, bundle, other):
+            server.env_file.write_text(f"MODEL_PATH={named}\n\n" if named == other else f"MODEL_PATH={named}\n")
+            told = post(server.port, "/reload", f"http://127.0.0.1:{server.port}")
+            assert (told["after"]["digest"] == digest) == (named == bundle)
+        assert "digest" in post(server.port, "/reload", "https://pillsnap.co.kr")["after"]
+
+
 def test_the_client_says_what_the_server_says(server):
     client = Client(f"http://127.0.0.1:{server.port}", KEY)
     assert client.predict(pill_photo("K-000003"), "single", 1)["items"][0]["kcode"] == "K-000003"

@@ -415,6 +415,37 @@ def test_right_and_wrong_are_appended_to_the_servers_file(browser, server):
     assert right.bundle == server.ask("/version")[1]["bundle"]["digest"]
 
 
+def test_drugs_with_names_of_any_kind_have_remarks_and_pictures(browser, tmp_path):
+    "Imported classes are named after folders: Korean, with blanks; each can be right, wrong, or another one."
+    place, keys = tmp_path / "export", ("red pill", "가나정 10mg", "마바정")
+    front = place / "thumbnails" / "000000_front.jpg"
+    front.parent.mkdir(parents=True)
+    Image.new("RGB", (96, 96), PILLS["K-000001"]).save(front)
+    pictures = {"red pill": {"front": dict(file=front.name, sha256=sha256_file(front))}}
+    looks = dict(drug_shape="원형", color_class1="하양", print_front="AB")
+    drugs = {k: looks | size for k, size in zip(keys, (dict(leng_long=8.0), dict(thick=3.0), dict(print_front="CD")))}
+    colour_bundle(place, keys=keys, thumbnails=pictures, drugs=drugs)
+    file = tmp_path / "feedback.jsonl"
+    with Server(tmp_path, place, "--no-auth", "--workers", "1", "--feedback", str(file), env="") as server:
+        assert server.ask("/version", key=None)[1]["bundle"]["keys"] == "folder"
+        with Visit(browser, server, key=None) as page:
+            give(page, RED, BLUE)
+            card(page, RED["name"]).locator(".references img").first.wait_for()
+            listed = server.ask("/predict?pipeline=single", [RED["buffer"]], key=None)[1]["items"][0]["top_k"][1:]
+            assert {c["differs"]["by"] for c in listed} == {"unrecorded", "look"}
+            assert all(c["differs"]["text"] in card(page, RED["name"]).text_content() for c in listed)
+            card(page, RED["name"]).get_by_role("button", name="맞음").click()
+            card(page, RED["name"]).get_by_text("맞음으로 기록됨").wait_for()
+            blue = card(page, BLUE["name"])
+            blue.get_by_role("button", name="틀림").click()
+            blue.locator("form select").select_option("가나정 10mg")
+            blue.locator("form input").fill("새 알약 (2024)")
+            blue.get_by_role("button", name="보내기").click()
+            blue.get_by_text("틀림으로 기록됨").wait_for()
+    right, other = read_remarks(file)
+    assert (right.kcode, right.right, other.kcode, other.should) == ("red pill", True, "마바정", "새 알약 (2024)")
+
+
 def test_without_keys_none_is_asked_for_and_feedback_is_downloaded(browser, bundle, tmp_path):
     with Server(tmp_path, bundle, "--no-auth", "--workers", "1", env="") as server:
         assert server.ask("/version", key=None)[1]["feedback"] is False

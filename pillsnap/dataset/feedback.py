@@ -19,8 +19,9 @@ from ..core.errors import PillsnapError
 from ..core.files import append_line, os_error, sha256_file
 
 # %% ../../nbs/dataset/445_feedback.ipynb #fee6a4e2
-_CODE = r"^[!-~]{1,64}$"
-_CODE_OR_NONE = r"^([!-~]{1,64})?$"
+# controls, what is invisible, and what turns the writing direction: no part of a drug's name
+_HIDDEN = r"\x00-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+_KEY = rf"[^ {_HIDDEN}][^{_HIDDEN}]{{0,254}}"  # a class key: a K-code, or the name of a folder
 _HASH_OR_NONE = r"^([0-9a-f]{64})?$"
 
 
@@ -34,9 +35,9 @@ class Remark(BaseModel):
     mode: Literal["single", "combo"] = Field(description="of the answer")
     pill: int = Field(ge=1, le=1000, description="number of the pill in the answer")
     answer: Literal["drug", "shortlist", "unknown"] = Field(description="of the pill")
-    kcode: str = Field(pattern=_CODE, max_length=64, description="the most probable drug of the answer")
+    kcode: str = Field(pattern=f"^{_KEY}$", max_length=255, description="the most probable drug of the answer")
     right: bool = Field(description="whether the answer was right")
-    should: str = Field("", pattern=_CODE_OR_NONE, max_length=64, description="the right drug; empty: not known")
+    should: str = Field("", pattern=f"^({_KEY})?$", max_length=255, description="the right drug; empty: not known")
     bundle: str = Field("", pattern=_HASH_OR_NONE, max_length=64, description="digest of the bundle that answered")
 
     @property

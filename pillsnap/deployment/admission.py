@@ -33,6 +33,7 @@ REFUSALS = {  # code → HTTP status
     "key_missing": 401,
     "key_wrong": 403,
     "host_wrong": 403,
+    "origin_wrong": 403,
     "feedback_off": 403,
     "not_found": 404,
     "method_not_allowed": 405,
@@ -133,12 +134,15 @@ class EnvWatch:
             return None
         return found.st_mtime_ns, found.st_size, found.st_ino
 
-    def refresh(self) -> bool:  # whether the values changed
+    def refresh(
+        self,
+        now: bool = False,  # look at the file, however short ago the last look was
+    ) -> bool:  # whether the values changed
         "Read the file again if it changed."
-        now = time.monotonic()
-        if now - self._looked < self.every:
+        began = time.monotonic()
+        if not now and began - self._looked < self.every:
             return False
-        self._looked = now
+        self._looked = began
         signature = self._stat()
         if signature == self._signature:
             return False

@@ -21,7 +21,7 @@ from ..core.errors import PillsnapError, missing_extra
 from ..core.files import atomic_path
 from ..core.logs import progress
 from .runtime import Bundle, load_bundle
-from ..models.cardview import answer_card, verdict_line
+from ..models.cardview import VERDICTS, answer_card, verdict_kind, verdict_line
 from ..models.pipeline import check_mode, read_photo
 
 # %% ../../nbs/deployment/805_batch.ipynb #d48831f0
@@ -78,7 +78,7 @@ def predict_photos(
 
 # %% ../../nbs/deployment/805_batch.ipynb #e8275b94
 COLUMNS: tuple[str, ...] = ("photo", "pill", "kcode", "name", "confidence", "left", "top", "right", "bottom")
-COLUMNS += ("mode", "answer", "shortlist", "badge", "error")
+COLUMNS += ("mode", "answer", "reason", "shortlist", "badge", "error")
 
 
 def answer_rows(
@@ -93,15 +93,21 @@ def answer_rows(
     for n, item in enumerate(answer["items"], 1):
         box = dict(zip(("left", "top", "right", "bottom"), item["box"] or [None] * 4, strict=True))
         keys = ("kcode", "name", "confidence") if item["answer"] == "drug" else ()  # a table names nothing else
-        said = {"answer": item["answer"], "shortlist": " ".join(item["shortlist"])}
+        said = {"answer": item["answer"], "reason": item["reason"], "shortlist": " ".join(item["shortlist"])}
         rows.append(shared | {"pill": n} | said | {k: item[k] for k in keys} | box)
     return rows or [shared]
 
 # %% ../../nbs/deployment/805_batch.ipynb #2b170df4
+def _cell(value: Any) -> Any:
+    "A cell of a CSV table: a text that a spreadsheet would take for a formula gets an apostrophe in front."
+    return f"'{value}" if isinstance(value, str) and value[:1] in tuple("=+-@\t\r") else value
+
+
 def _write_csv(answers: Sequence[Mapping[str, Any]], file: TextIO) -> None:
     table = csv.DictWriter(file, COLUMNS)
     table.writeheader()
-    table.writerows(row for answer in answers for row in answer_rows(answer))
+    rows = (row for answer in answers for row in answer_rows(answer))
+    table.writerows({column: _cell(value) for column, value in row.items()} for row in rows)
 
 
 def _write_jsonl(answers: Sequence[Mapping[str, Any]], file: TextIO) -> None:
@@ -163,7 +169,10 @@ def _one_line(answer: Mapping[str, Any]) -> str:
     "An answer in a line: photo, drugs with their confidence, badge."
     if "error" in answer:
         return f"{answer['photo']}: {answer['error']}"
-    said = [verdict_line(i) + (f" {i['confidence']:.1%}" if i["answer"] == "drug" else "") for i in answer["items"]]
+    said = []
+    for item in answer["items"]:
+        kind = f"{VERDICTS['unjudged']}: " if verdict_kind(item) == "unjudged" else ""
+        said.append(kind + verdict_line(item) + (f" {item['confidence']:.1%}" if item["answer"] == "drug" else ""))
     return f"{answer['photo']}: {', '.join(said) or '알약을 찾지 못했습니다'}" + (
         f"  [{answer['badge']}]" if answer["badge"] else ""
     )

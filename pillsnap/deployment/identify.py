@@ -18,6 +18,7 @@ import ipywidgets as w
 from fastcore.basics import patch
 from IPython.display import display
 from PIL import Image
+from pydantic import ValidationError
 
 # %% ../../nbs/deployment/870_identify.ipynb #f4d35de1
 from ..core.errors import PillsnapError
@@ -53,6 +54,7 @@ class RemarkRow:
         self.answer, self.n, self.size, self.file, self.who = answer, n, size, file, who
         self.right, self.wrong = _button("맞음", icon="check"), _button("틀림", icon="times")
         self.send, self.should = _button("보내기", "primary"), w.Combobox()
+        self.options: dict[str, str] = {}  # what the list shows → K-code
         self.told = w.HTML(f"{n}번 알약: 이 답이 맞았나요?")
         self.right.on_click(lambda _: self.say(True))
         self.wrong.on_click(lambda _: self._open())
@@ -62,8 +64,13 @@ class RemarkRow:
 
     def _open(self) -> None:
         "Ask for the right drug."
-        drugs = [f"{record.get('dl_name') or ''} {k}".strip() for k, record in self.drugs.items()]
-        self.should = w.Combobox(options=drugs, placeholder="맞는 약 (알면)", layout=w.Layout(width="280px"))
+        for k, record in self.drugs.items():
+            shown = f"{record.get('dl_name') or ''} {k}".strip()
+            while shown in self.options or (shown != k and shown in self.drugs):  # another drug reads the same
+                shown += f" [{k}]"
+            self.options[shown] = k
+        place = w.Layout(width="280px")
+        self.should = w.Combobox(options=list(self.options), placeholder="맞는 약 (알면)", layout=place)
         self.widget.children = (self.told, self.should, self.send)
 
 # %% ../../nbs/deployment/870_identify.ipynb #c324d2b3
@@ -72,27 +79,20 @@ def say(
     self: RemarkRow,
     right: bool,  # whether the answer was right
 ) -> None:
-    "Store the remark; what is no drug, and a disk that refuses, are said in the row."
-    item = self.answer["items"][self.n - 1]
-    should = self.should.value.split()[-1] if self.should.value.split() else ""
+    "Store the remark; what is no drug, what cannot be stored, and a disk that refuses, are said in the row."
+    item, typed = self.answer["items"][self.n - 1], self.should.value.strip()
+    should = self.options.get(typed, typed)
     if should and should not in self.drugs:
         self.told.value = f"{html_escape(should)}: 목록에 없는 약입니다. 목록에서 고르거나 비워 두세요."
         return
-    remark = Remark(
-        photo=self.answer["hashes"]["photo"],
-        size=self.size,
-        mode=self.answer["mode_used"],
-        pill=self.n,
-        answer=item["answer"],
-        kcode=item["kcode"],
-        right=right,
-        should="" if right else should,
-        bundle=self.answer["hashes"]["bundle"],
-    )
+    hashes, mode = self.answer["hashes"], self.answer["mode_used"]
+    said: dict[str, Any] = dict(photo=hashes["photo"], bundle=hashes["bundle"], size=self.size, mode=mode, pill=self.n)
+    said |= dict(answer=item["answer"], kcode=item["kcode"], right=right, should="" if right else should)
     try:
-        add_remark(self.file, remark, self.who)
-    except PillsnapError as e:
-        self.told.value = f"기록하지 못했습니다: {html_escape(e.what)}"
+        add_remark(self.file, Remark(**said), self.who)
+    except (PillsnapError, ValidationError) as e:
+        why = e.what if isinstance(e, PillsnapError) else e.errors(include_url=False)[0]["msg"]
+        self.told.value = f"기록하지 못했습니다: {html_escape(why)}"
         return
     self.widget.children = (self.told,)
     self.told.value = (

@@ -56,15 +56,22 @@ logger = logging.getLogger("pillsnap.deployment.server")
 _HEADER = APIKeyHeader(name="X-API-Key", auto_error=False, description="a key of API_KEY")
 
 
+def _check_visitor(headers: Mapping[str, str], method: str, origins: Sequence[str]) -> None:
+    "RequestRefusal for what another site sends to a server without keys: its name as Host, or a POST of its page."
+    host, origin = headers.get("host", ""), headers.get("origin")
+    if not is_loopback(re.sub(r":\d*$", "", host)):
+        raise RequestRefusal("host_wrong", "this server answers on the loopback address alone", "ask http://127.0.0.1")
+    own = (None, f"http://{host}", f"https://{host}")
+    if method == "POST" and origin not in own and origin not in origins:
+        fix = "write the page's origin to CORS_ALLOW_ORIGINS, or serve with keys"
+        raise RequestRefusal("origin_wrong", "a page of another site may not ask a server without keys", fix)
+
+
 def _authenticated(request: Request, given: str | None) -> str:
     "The name of the key; RequestRefusal without one, or with a wrong one."
     service: Service = request.app.state.service
     if not service.settings.auth:
-        host = request.headers.get("host", "")
-        if not is_loopback(re.sub(r":\d*$", "", host)):
-            raise RequestRefusal(
-                "host_wrong", "this server answers on the loopback address alone", "ask http://127.0.0.1"
-            )
+        _check_visitor(request.headers, request.method, request.app.state.origins)
         return "no-auth"
     service.watch.refresh()
     if not given:
@@ -154,7 +161,7 @@ class AskedPicture(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    kcode: str = Field(max_length=64, description="the drug, as an answer names it")
+    kcode: str = Field(max_length=255, description="the drug, as an answer names it")
     side: Literal["front", "back"] = Field("front", description="of the pill")
 
 # %% ../../nbs/deployment/865_server.ipynb #11c2e2e0
@@ -436,6 +443,7 @@ async def _reload(request: Request, key: Known) -> dict[str, Any]:
     "Verifies and tests the bundle beside the present one, then switches; no request is lost. It counts as a photo."
     service: Service = request.app.state.service
     service.rates.spend(key)
+    service.watch.refresh(now=True)
     began = time.monotonic()
     try:
         before, after = await asyncio.to_thread(
@@ -705,14 +713,14 @@ def create_app(
         redoc_url=None,
         lifespan=_lifespan,
     )
-    app.state.service = service
+    app.state.service, app.state.origins = service, list(service.watch.env.origins)
     app.include_router(router)
     app.include_router(pages)
     for kind in (RequestRefusal, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _refuse)
-    origins, expose = list(service.watch.env.origins), ["X-Request-ID", "Retry-After"]
-    allowed: dict[str, Any] = dict(allow_methods=["GET", "POST"], allow_headers=["X-API-Key"], expose_headers=expose)
-    app.add_middleware(CORSMiddleware, allow_origins=origins, **allowed)
+    allowed: dict[str, Any] = dict(allow_methods=["GET", "POST"], allow_headers=["X-API-Key"])
+    allowed["expose_headers"] = ["X-Request-ID", "Retry-After"]
+    app.add_middleware(CORSMiddleware, allow_origins=app.state.origins, **allowed)
     app.add_middleware(RequestFrame, service=service)
     app.openapi = lambda: _document(app)
     return app

@@ -135,7 +135,7 @@ def write_thumbnails(
     for (key, side), jpeg in _drawn(data, threads):
         if jpeg is None:
             continue
-        path = folder / f"{key}_{side}.jpg"
+        path = folder / f"{data.class_map.id(key):06d}_{side}.jpg"  # a key may hold what no file name may
         path.write_bytes(jpeg)
         total += len(jpeg)
         entries.setdefault(key, {})[side] = dict(file=path.name, sha256=hashlib.sha256(jpeg).hexdigest())

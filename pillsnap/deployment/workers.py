@@ -32,6 +32,7 @@ from fastcore.basics import patch
 # %% ../../nbs/deployment/862_workers.ipynb #f81087b5
 import pillsnap
 from ..core.errors import PillsnapError
+from ..delivery.classmap import kind_of
 from .admission import RequestRefusal
 
 # %% ../../nbs/deployment/862_workers.ipynb #5a5a9d59
@@ -168,9 +169,8 @@ def bundle_facts(
     does = dict(modes=modes, two_side=pairs is not None, two_side_calibrated=bool(pairs and pairs.get("calibrated")))
     own = {k: m[k] for k in ("schema", "digest", "created", "git_sha", "data", "calibrated")}
     own["narrow"] = "unified" in m.get("preprocessing", {})  # its photos have a limit of their own
-    return own | dict(
-        classifier=m["classifier"]["name"], drugs=len(bundle.class_map), gallery=gallery_hash(bundle), **does
-    )
+    own |= dict(classifier=m["classifier"]["name"], drugs=len(bundle.class_map), keys=kind_of(bundle.class_map))
+    return own | dict(gallery=gallery_hash(bundle), **does)
 
 
 def answer_task(

@@ -41,6 +41,15 @@ def known_value(
     return None if value is None or (isinstance(value, float) and not math.isfinite(value)) else value
 
 # %% ../../nbs/models/568_card.ipynb #0a4ec82d
+def _length(value: Any) -> float | None:
+    "A length in mm, also one that is stored as text; None for what is none, and for 0."
+    try:
+        length = value if isinstance(value, (int, float)) else float(known_value(value) or 0)
+    except (TypeError, ValueError):
+        return None
+    return length if math.isfinite(length) and length > 0 else None
+
+
 def drug_card(
     record: Mapping[str, Any],  # a drug's record in the delivery's own keys
 ) -> dict[str, Any]:  # CARD's fields, None where not known; size_mm is [long, short, thick] or None
@@ -49,7 +58,7 @@ def drug_card(
         f: next((str(v) for k in keys if (v := known_value(record.get(k))) is not None), None)
         for f, (_, keys) in CARD.items()
     }
-    size = [v if (v := known_value(record.get(k))) and v > 0 else None for k in CARD["size_mm"][1]]  # 0 mm is no size
+    size = [_length(record.get(k)) for k in CARD["size_mm"][1]]
     return {**card, "size_mm": size if any(v is not None for v in size) else None}
 
 
@@ -104,6 +113,23 @@ TOLD_APART = {  # what tells a runner-up from the first drug → Korean
 }
 
 
+_ALIKE = {"shape", "colour_front", "size_mm"}  # of these a sentence says that they are recorded alike
+
+
+def _unrecorded(
+    first: Mapping[str, Any],  # card of the most probable drug
+    other: Mapping[str, Any],  # card of a runner-up
+    found: Sequence[Mapping[str, Any]],  # their differences
+) -> list[str]:  # fields of VISIBLE
+    "What cannot be compared: one card lacks it, or both do, or no length is recorded for both."
+    differing = {d["field"]: None in (d["first"], d["here"]) for d in found}
+    lacking = {f for f in VISIBLE if differing.get(f, first[f] is None)}
+    sizes = zip(first["size_mm"] or (), other["size_mm"] or ())
+    if not any(a is not None and b is not None for a, b in sizes):
+        lacking.add("size_mm")
+    return [f for f in VISIBLE if f in lacking]
+
+
 def _labels(fields: Sequence[str]) -> str:
     "Korean labels of fields."
     return ", ".join(CARD[f][0].split("(")[0] for f in fields)
@@ -117,14 +143,15 @@ def told_apart(
     found = differences(first, other)
     seen = [d["field"] for d in found if d["field"] in VISIBLE and None not in (d["first"], d["here"])]
     missing = [d["field"] for d in found if d["field"] in VISIBLE and d["field"] not in seen]
-    nothing = [f for f in VISIBLE if first[f] is None and other[f] is None]
+    lacking = _unrecorded(first, other, found)
+    alike = not _ALIKE & set(lacking)  # else no sentence may say so
     if seen:
-        by = "imprint" if all(f.startswith("imprint") for f in seen + missing) else "look"
-    elif missing or len(nothing) == len(VISIBLE):
+        by = "imprint" if alike and all(f.startswith("imprint") for f in seen + missing) else "look"
+    elif missing or not alike or {"imprint_front", "imprint_back"} <= set(lacking):
         by = "unrecorded"
     else:
         by = "same"
-    return dict(by=by, text=TOLD_APART[by].format(_labels(seen or missing or nothing)), fields=found)
+    return dict(by=by, text=TOLD_APART[by].format(_labels(seen or missing or lacking)), fields=found)
 
 # %% ../../nbs/models/568_card.ipynb #cee0c9a8
 PICTURES = {"front": "앞면", "back": "뒷면"}  # sides that a reference picture may show

@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw
 # %% ../../nbs/photos/336_golden.ipynb #a2ffc1ad
 from ..core.errors import PillsnapError
 from ..core.files import ensure_dir, read_json, save_json
+from .colourprofiles import display_p3_profile
 from .images import IMAGENET_MEAN, IMAGENET_STD
 from .intake import InferencePreprocessor, app_config, app_upload
 from .unified import UnifiedPreprocessor, preprocessor_from_config
@@ -77,6 +78,13 @@ def _png(img: np.ndarray, orientation: int = 0) -> bytes:
     return out.getvalue()
 
 
+def _in_display_p3(img: np.ndarray) -> bytes:
+    "A PNG with Display P3's profile, as a phone stores it."
+    out = io.BytesIO()
+    Image.fromarray(img).save(out, "PNG", optimize=True, icc_profile=display_p3_profile())
+    return out.getvalue()
+
+
 def _photos() -> list[tuple[str, str, bytes, dict[str, float]]]:
     "File name, name of the expected tensor, content and tolerance of each golden photo."
     small, pill = draw_chart(96, 120), _pill()
@@ -85,6 +93,7 @@ def _photos() -> list[tuple[str, str, bytes, dict[str, float]]]:
         ("square.png", "square", _png(draw_chart(512, 512)), _CHART),
         ("pill.png", "pill", _png(pill), _PHOTO),
         ("app_upload.jpg", "app_upload", app_upload(pill), _PHOTO),
+        ("display_p3.png", "display_p3", _in_display_p3(small), _PHOTO),
     ]
     return plain + [(f"exif_{k}.png", "exif", _png(small, k), _CHART) for k in range(1, 9)]
 

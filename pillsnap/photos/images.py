@@ -18,7 +18,7 @@ import platform
 import re
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -29,6 +29,7 @@ import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..core.errors import PillsnapError
+from .colourprofiles import needs_conversion, to_srgb
 
 # %% ../../nbs/photos/310_images.ipynb #28e92cc9
 logger = logging.getLogger("pillsnap.photos.images")
@@ -52,18 +53,23 @@ def _webp_size(b: bytes) -> tuple[int, int] | None:
     return (v & 0x3FFF) + 1, (v >> 14 & 0x3FFF) + 1
 
 # %% ../../nbs/photos/310_images.ipynb #e1f61baf
-def _jpeg_size(b: bytes) -> tuple[int, int] | None:
-    "Width and height of a JPEG file, from its start-of-frame segment."
+def _jpeg_segments(b: bytes) -> Iterator[tuple[int, int]]:
+    "Marker and place of each segment before the pixels of a JPEG file."
     k = 2
-    while k + 9 <= len(b) and b[k] == 0xFF:
-        mark = b[k + 1]
+    while k + 4 <= len(b) and b[k] == 0xFF and (mark := b[k + 1]) != 0xDA:
         if mark == 0xFF or 0xD0 <= mark <= 0xD8:  # fill byte, or a marker without a body
             k += 1 if mark == 0xFF else 2
             continue
+        yield mark, k
+        k += 2 + struct.unpack_from(">H", b, k + 2)[0]
+
+
+def _jpeg_size(b: bytes) -> tuple[int, int] | None:
+    "Width and height of a JPEG file, from its start-of-frame segment."
+    for mark, k in _jpeg_segments(b):
         if 0xC0 <= mark <= 0xCF and mark not in (0xC4, 0xC8, 0xCC):
             h, w = struct.unpack_from(">HH", b, k + 5)
             return w, h
-        k += 2 + struct.unpack_from(">H", b, k + 2)[0]
     return None
 
 # %% ../../nbs/photos/310_images.ipynb #917e1aa2
@@ -114,7 +120,8 @@ def _to_rgb(
     grayscale_policy: str,  # "rgb" or "skip"
     rgba_policy: str,  # "drop_alpha" or "skip"
 ) -> Image.Image:  # mode RGB
-    "Convert to three 8-bit channels by the two policies."
+    "Convert to three 8-bit channels of sRGB by the two policies and the colour profile."
+    profile = im.info.get("icc_profile", b"")
     if im.mode == "P":
         im = im.convert("RGBA" if "transparency" in im.info else "RGB")
     if im.mode[0] in "IF":
@@ -126,7 +133,7 @@ def _to_rgb(
         im = Image.merge("RGB", bands) if len(bands) == 3 else bands[0]
     if im.mode in ("1", "L") and grayscale_policy == "skip":
         raise _RefusedError("policy", "the photo is grey (grayscale_policy: skip)")
-    return im.convert("RGB")
+    return to_srgb(im, profile)
 
 # %% ../../nbs/photos/310_images.ipynb #280db2ac
 def shrink(
@@ -167,13 +174,13 @@ def _plain_png(b: bytes) -> bool:
 
 # %% ../../nbs/photos/310_images.ipynb #e227274a
 def _plain_jpeg(b: bytes) -> bool:
-    "Whether a JPEG is upright and in colour."
+    "Whether a JPEG is upright, in colour, and in sRGB."
     if simplejpeg.decode_jpeg_header(b)[2] != "YCbCr":
         return False
-    if b"\xff\xe1" not in b[: b.find(b"\xff\xda")]:
-        return True  # no EXIF or XMP segment
+    if not any(mark in (0xE1, 0xE2) for mark, _ in _jpeg_segments(b)):
+        return True  # no segment with EXIF, XMP or a colour profile
     with Image.open(io.BytesIO(b), formats=("JPEG",)) as im:
-        return im.getexif().get(0x0112, 1) == 1
+        return im.getexif().get(0x0112, 1) == 1 and not needs_conversion(im.info.get("icc_profile", b""))
 
 # %% ../../nbs/photos/310_images.ipynb #1051963d
 @dataclass(frozen=True)
@@ -277,6 +284,8 @@ def _by_opencv(b: bytes, how: _Opening) -> np.ndarray:
 
     if header_size(b) is None or not _complete(b):
         raise ValueError("not asked, the file is no complete PNG, JPEG, BMP or WebP")
+    if any(mark in b for mark in (b"iCCP", b"ICC_PROFILE\0", b"ICCP")):
+        raise ValueError("not asked, it does not convert the colours by the file's profile")
     raw = np.frombuffer(b, np.uint8)
     if "skip" in (how.grayscale_policy, how.rgba_policy):
         kept = cv2.imdecode(raw, cv2.IMREAD_UNCHANGED)

@@ -8,7 +8,7 @@
   const VISIBLE = ["imprint_front", "score_front", "colour_front", "imprint_back", "score_back", "colour_back", "shape",
     "size_mm"];
   const COLUMNS = ["photo", "pill", "kcode", "name", "confidence", "left", "top", "right", "bottom", "mode", "answer",
-    "shortlist", "badge", "error"];
+    "reason", "shortlist", "badge", "error"];
   const SIDES = ["front", "back"];
   const AT_ONCE = 2; // requests
   const ATTEMPTS = 6; // for a photo, while the server is busy
@@ -517,7 +517,9 @@
     const label = (field) => words().fields[field].split(/ ?\(/)[0];
     const told = (d) => d.first !== null && d.here !== null;
     const seen = fields.filter((d) => VISIBLE.includes(d.field));
-    const nothing = VISIBLE.filter((f) => first.card[f] === null && candidate.card[f] === null);
+    const sizes = (first.card.size_mm || []).some((v, n) => v !== null && candidate.card.size_mm && candidate.card.size_mm[n] !== null);
+    const nothing = VISIBLE.filter((f) => (f === "size_mm" && !sizes)
+      || (first.card[f] === null && !fields.some((d) => d.field === f)));
     const whole = seen.filter(told).map((d) => d.field);
     const lacking = seen.filter((d) => !told(d)).map((d) => d.field);
     const about = [whole, lacking, nothing].find((list) => list.length) || [];
@@ -686,12 +688,15 @@
     const select = el("select", {}, el("option", { value: "" }, words().should_unknown),
       item.top_k.filter((c) => item.answer !== "drug" || c.kcode !== item.kcode)
         .map((c) => el("option", { value: c.kcode }, `${named(c)} ${c.kcode}`)));
-    const code = el("input", { type: "text", maxlength: 8, size: 10, autocomplete: "off", spellcheck: "false" });
+    const coded = !state.version || state.version.bundle.keys === "kcode"; // else drugs have names of any kind
+    const code = el("input", { type: "text", maxlength: coded ? 8 : 255, size: 10, autocomplete: "off", spellcheck: "false" });
     const problem = el("span", { class: "problem", role: "alert" });
     const submit = (event) => {
       event.preventDefault();
-      const should = code.value.trim().toUpperCase() || select.value;
-      if (should && !/^K-[0-9]{6}$/.test(should)) {
+      const typed = code.value.trim().normalize("NFC");
+      const isCode = /^K-[0-9]{6}$/i.test(typed);
+      const should = (isCode ? typed.toUpperCase() : typed) || select.value;
+      if (coded && typed && !isCode) {
         problem.textContent = words().should_wrong;
         code.focus();
         return;
@@ -699,7 +704,7 @@
       send(entry, item, n, false, should);
     };
     return el("form", { class: "wrong", on: { submit } }, el("label", {}, words().should, " ", select),
-      el("label", {}, words().should_code, " ", code), el("button", { type: "submit" }, words().send), problem);
+      el("label", {}, coded ? words().should_code : words().should_name, " ", code), el("button", { type: "submit" }, words().send), problem);
   }
 
   function feedbackParts(entry, item, n) {
@@ -752,7 +757,8 @@
     const found = answer.items.map((item, index) => {
       const [left, top, right, bottom] = item.box || [];
       const sure = item.answer === "drug" ? { kcode: item.kcode, name: item.name, confidence: item.confidence } : {};
-      return { ...shared, pill: index + 1, answer: item.answer, shortlist: item.shortlist.join(" "), ...sure,
+      return { ...shared, pill: index + 1, answer: item.answer, reason: item.reason,
+        shortlist: item.shortlist.join(" "), ...sure,
         left, top, right, bottom };
     });
     return found.length ? found : [shared];

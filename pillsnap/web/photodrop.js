@@ -24,9 +24,10 @@ function render({ model, el }) {
     const fits = files.filter((file) => file.size <= model.get("most_bytes"));
     told.textContent = files.filter((file) => !fits.includes(file)).map((file) => `${file.name}: ${words.too_large}`)
       .join(" ");
+    const drop = `${Date.now()} ${Math.random()}`; // photos of two drops may arrive in turn
     for (const [k, file] of fits.entries()) {
       const content = await file.arrayBuffer();
-      model.send({ name: file.name, number: k + 1, of: fits.length }, undefined, [content]);
+      model.send({ drop, name: file.name, number: k + 1, of: fits.length }, undefined, [content]);
     }
   }
 

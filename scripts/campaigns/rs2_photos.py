@@ -26,7 +26,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageCms
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from harness import arguments, finish, machine, save
@@ -35,6 +35,7 @@ from pillsnap.dataset.conversion import convert_delivery
 from pillsnap.dataset.datasets import PillsnapClsDataset
 from pillsnap.dataset.photoloader import PhotoLoader
 from pillsnap.delivery.classmap import ClassMap
+from pillsnap.photos.colourprofiles import display_p3_profile
 from pillsnap.photos.images import open_image_safely
 from pillsnap.synth.writer import write_delivery
 
@@ -114,6 +115,19 @@ def readable(a: np.ndarray) -> dict[str, tuple[bytes, np.ndarray, float]]:
         "transparent colour": (enc(im, transparency=tuple(map(int, a[0, 0]))), a, EXACT),
         "1×1": (enc(a[:1, :1]), a[:1, :1], EXACT),
         "one row": (enc(a[:1]), a[:1], EXACT),
+    }
+    p3 = display_p3_profile()
+    known = ImageCms.ImageCmsProfile(io.BytesIO(p3))
+    back = ImageCms.profileToProfile(
+        im, known, ImageCms.createProfile("sRGB"), renderingIntent=1
+    )  # what P3's bytes show
+    shown = np.asarray(back)
+    out |= {
+        "png in display p3": (enc(im, icc_profile=p3), shown, EXACT),
+        "jpeg in display p3": (enc(im, "JPEG", quality=95, icc_profile=p3), shown, LOSSY),
+        "webp in display p3": (enc(im, "WEBP", lossless=True, icc_profile=p3), shown, EXACT),
+        "png, broken profile": (enc(im, icc_profile=p3[:300]), a, EXACT),
+        "jpeg, broken profile": (enc(im, "JPEG", quality=95, icc_profile=p3[:300]), a, LOSSY),
     }
     for note, turn in enumerate(TURNS, 1):
         exif, lying = Image.Exif(), im if turn is None else im.transpose(turn)

@@ -21,7 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image, ImageDraw
 
 from pillsnap.client import photo_form
-from pillsnap.delivery.classmap import ClassMap
+from pillsnap.delivery.classmap import ClassMap, kind_of
 from pillsnap.deployment.runtime import BundleContent, model_entry, write_bundle
 from pillsnap.models.decision import AnswerRule
 from pillsnap.models.twoside import PairRule
@@ -55,7 +55,9 @@ def save_onnx(path: Path, size: int, weight: Any, bias: Any, shape: Sequence[int
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
 
 
-def colour_bundle(folder: Path, data: str = "synthetic", broken: bool = False, **content: Any) -> Path:
+def colour_bundle(
+    folder: Path, data: str = "synthetic", broken: bool = False, keys: Sequence[str] = tuple(PILLS), **content: Any
+) -> Path:
     "An export that names a photo by its colour and finds two pills in combo; `broken`: its answers are not finite."
     from pillsnap.photos.images import IMAGENET_MEAN, IMAGENET_STD
 
@@ -65,12 +67,11 @@ def colour_bundle(folder: Path, data: str = "synthetic", broken: bool = False, *
     two = np.array([[40.0, 40, 26, 26, 0.9], [64.0, 96, 30, 30, 0.8]]).T
     save_onnx(folder / "detector.onnx", 128, np.zeros((3, 10)), two.ravel(), [-1, 5, 2])
     record = dict(print_front="HB", drug_shape="원형", di_edi_code="642500340,A01508511")
-    drugs = {k: record | dict(dl_name=f"약 {k}") for k in PILLS}
+    drugs = {k: record | dict(dl_name=f"약 {k}") for k in keys}
+    classes = ClassMap(tuple(keys), kind_of(keys))
     entries = [model_entry(folder / f"{n}.onnx", s, "by hand", 17) for n, s in (("classifier", 64), ("detector", 128))]
     own: dict[str, Any] = dict(drugs=drugs, temperature=1.5, calibrated=True)
-    write_bundle(
-        folder, BundleContent(ClassMap(tuple(PILLS)), *entries, **(own | content)), **(ORIGIN | dict(data=data))
-    )
+    write_bundle(folder, BundleContent(classes, *entries, **(own | content)), **(ORIGIN | dict(data=data)))
     return folder
 
 
@@ -109,7 +110,15 @@ class Server:
         self.env_file, self.log_file = folder / ".env", folder / "log.jsonl"
         self.env_file.touch(mode=0o600)
         self.env_file.write_text(env)
-        argv = ["serve", "--bundle", str(bundle), "--env-file", str(self.env_file), "--port", "0", *options]
+        argv = [
+            "serve",
+            *(("--bundle", str(bundle)) if bundle else ()),
+            "--env-file",
+            str(self.env_file),
+            "--port",
+            "0",
+            *options,
+        ]
         began = time.monotonic()
         with open(self.log_file, "wb") as log:
             self.process = subprocess.Popen([sys.executable, "-m", "pillsnap", *argv], stderr=log, cwd=folder)
