@@ -310,6 +310,34 @@ def test_each_fault_has_its_bucket_and_nothing_is_invented(tmp_path, form):
         assert close(rows["bbox"].iloc[0], BOXES[0][1]) and rows["class_key"].iloc[0] == NAMES[0]
 
 
+def fractional(root: Path, form: str) -> None:
+    "Photos whose boxes are fractions of them, in a format that counts pixels, and one photo in pixels."
+    part, whole = [0.125, 0.25, 0.5, 0.625], [0, 0, 1, 1]
+    if form == "voc":  # its writer adds the one from which VOC counts; fractions have no first pixel
+        part, whole = [-0.875, -0.75, 1.5, 1.625], [-1, -1, 2, 2]
+    photos = {f"images/{n}.png": [(NAMES[0], box)] for n, box in (("a", part), ("b", part), ("whole", whole))}
+    photos["images/good.png"] = [BOXES[0]]
+    for i, path in enumerate(photos):
+        paint(root / path, i)
+    WRITERS[form](root, photos)
+
+
+@pytest.mark.spec("IM2")
+@pytest.mark.parametrize("form", ["coco", "voc", "csv"])
+def test_a_box_in_fractions_of_its_photo_is_not_taken_for_pixels(tmp_path, form):
+    fractional(tmp_path / "own", form)
+    shown = CliRunner().invoke(app, ["import", str(tmp_path / "own"), "--out", str(tmp_path / "run")])
+    assert shown.exit_code == 0, shown.output
+    rows, header = read_manifest(tmp_path / "run" / "manifest.csv")
+    assert list(rows["path"]) == ["images/good.png"] and close(rows["bbox"].iloc[0], BOXES[0][1])
+    assert header["quarantine"] == dict(box_fractions=3) == listed(tmp_path / "run")
+    assert "3 boxes are fractions of their photo, where pixels are expected" in shown.output and "YOLO" in shown.output
+    (tmp_path / "own" / "images" / "good.png").unlink()
+    with pytest.raises(PillsnapError, match="box_fractions") as refused:
+        import_photos(tmp_path / "own", tmp_path / "run 2", wanted())
+    assert "multiply them by its width and height" in str(refused.value)
+
+
 @pytest.mark.spec("IM2")
 def test_two_numbers_of_one_name_are_two_classes_that_nobody_can_tell_apart(tmp_path):
     photos = boxed(tmp_path / "own", "coco")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'PillLabel', 'PhotoLabel', 'LabelSet', 'list_photos', 'read_folders', 'PhotoFinder', 'read_coco',
-           'read_yolo', 'read_voc', 'read_table', 'read_csv_labels', 'find_labels', 'read_labels']
+           'read_yolo', 'in_fractions', 'read_voc', 'read_table', 'read_csv_labels', 'find_labels', 'read_labels']
 
 # %% ../../nbs/dataset/412_labelfiles.ipynb #5095c3b5
 import json
@@ -348,6 +348,13 @@ def _label_files(root: Path) -> list[str]:
     return [p.as_posix() for p in found if "labels" in p.parts[:-1] and not p.name.startswith(".")]
 
 # %% ../../nbs/dataset/412_labelfiles.ipynb #20ead743
+def in_fractions(
+    box: Sequence[float],  # four numbers that should be pixels
+) -> bool:
+    "Whether a box is in fractions of its photo: no pill is as small as one pixel."
+    return all(-1 <= v <= 1 for v in box) and max(box) > 0
+
+
 def _voc_pill(obj: Any, where: str) -> PillLabel:
     "The pill of an XML object, with its fault."
     from xml.etree.ElementTree import Element
@@ -359,6 +366,9 @@ def _voc_pill(obj: Any, where: str) -> PillLabel:
     except ValueError as e:
         return PillLabel("", None, (FaultReason.LABEL, f"{where}: {e}"))
     x0, y0, x1, y1 = got.xyxy[0].astype(float).tolist()
+    if in_fractions([x0 + 1, y0 + 1, x1, y1]):  # as they stand in the file
+        reason = FaultReason.BOX_FRACTIONS, f"{where}: no corner is beyond pixel 1"
+        return PillLabel("", None, reason)
     return PillLabel(unicodedata.normalize("NFC", names[0].strip()), [x0, y0, x1 - x0, y1 - y0])
 
 

@@ -1386,6 +1386,27 @@ MUTATIONS: list[Mutation] = [
         "out[:, mine] = np.maximum(out[:, mine], np.minimum.reduceat(cosines, first, axis=1))",
         "tests/test_gallery.py::test_the_bundle_answers_by_the_nearest_photo",
     ),
+    Mutation(
+        "a box in fractions is taken for pixels",
+        "pillsnap/dataset/importers.py",
+        "if not relative and min(box[2:]) > 0 and in_fractions(box):",
+        "if False:",
+        "tests/test_importers.py::test_a_box_in_fractions_of_its_photo_is_not_taken_for_pixels",
+    ),
+    Mutation(
+        "corners in fractions of a VOC file are shifted by a pixel",
+        "pillsnap/dataset/labelfiles.py",
+        "if in_fractions([x0 + 1, y0 + 1, x1, y1]):",
+        "if False:",
+        "tests/test_importers.py::test_a_box_in_fractions_of_its_photo_is_not_taken_for_pixels",
+    ),
+    Mutation(
+        "nobody says what to do with fractions",
+        "pillsnap/dataset/importers.py",
+        '        fix = f"{_FRACTIONS}; {fix}"\n',
+        "        pass\n",
+        "tests/test_importers.py::test_a_box_in_fractions_of_its_photo_is_not_taken_for_pixels",
+    ),
 ]
 
 
