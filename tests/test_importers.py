@@ -178,25 +178,66 @@ def test_yolo_comes_back_equal_to_the_last_digit(tmp_path):
 @pytest.mark.spec("IM1")
 def test_a_delivery_goes_to_coco_and_comes_back(smoke_run, tmp_path):
     export_labels(smoke_run, tmp_path / "out", "coco")
-    rows, header = read_manifest(smoke_run / "manifest.csv")
-    own = tmp_path / "own"
-    own.mkdir()
-    (own / "labels.json").write_bytes((tmp_path / "out" / "labels.json").read_bytes())
-    (own / "data").symlink_to((smoke_run / header["root"]).resolve() / "data")
-    doc = read_json(own / "labels.json")
+    rows, _ = read_manifest(smoke_run / "manifest.csv")
+    doc = read_json(tmp_path / "out" / "labels.json")
     some = {i["id"] for i in doc["images"][::9]}  # enough; each photo is opened
     doc["images"] = [i for i in doc["images"] if i["id"] in some]
     doc["annotations"] = [a for a in doc["annotations"] if a["image_id"] in some]
-    (own / "labels.json").write_text(json.dumps(doc))
-    for image in doc["images"]:  # walking a tree does not follow links to folders
-        (own / "photos" / image["file_name"]).parent.mkdir(parents=True, exist_ok=True)
-        (own / "photos" / image["file_name"]).symlink_to(own / image["file_name"])
-    import_photos(own, tmp_path / "run", wanted())
-    again, _ = read_manifest(tmp_path / "run" / "manifest.csv")
+    (tmp_path / "out" / "labels.json").write_text(json.dumps(doc))
+    import_photos(tmp_path / "out", tmp_path / "run", wanted())
+    back, _ = read_manifest(tmp_path / "run" / "manifest.csv")
     key = ["path", "class_key", "bbox"]
     there = rows[rows["path"].isin({i["file_name"] for i in doc["images"]})]
-    back = again.assign(path=again["path"].str.removeprefix("photos/"))
     assert sorted(map(tuple, back[key].to_numpy())) == sorted(map(tuple, there[key].to_numpy())) and len(back) > 8
+
+
+@pytest.mark.spec("IM1")
+@pytest.mark.parametrize("first", [1, 5])
+def test_ultralytics_accepts_a_yolo_export_of_coco_labels(tmp_path, monkeypatch, first):
+    from ultralytics.data import utils
+    from ultralytics.data.dataset import YOLODataset
+
+    photos = boxed(tmp_path / "own", "coco")
+    (tmp_path / "own" / "labels.json").write_text(json.dumps(coco_of(photos, first)))
+    import_photos(tmp_path / "own", tmp_path / "run", wanted())
+    file = export_labels(tmp_path / "run", tmp_path / "out", "yolo")
+    monkeypatch.setattr(utils, "check_font", lambda *_: None)  # would fetch a font for Korean names
+    data = utils.check_det_dataset(str(file), autodownload=False)
+    assert data["names"] == dict(enumerate(NAMES)) and data["nc"] == len(NAMES)
+    seen = YOLODataset(img_path=data["train"], data=data, augment=False)
+    got = {f"images/{Path(e['im_file']).name}": [data["names"][int(c)] for c in e["cls"].ravel()] for e in seen.labels}
+    assert got == {path: [name for name, _ in pills] for path, pills in photos.items()}
+    import_photos(tmp_path / "out", tmp_path / "run 2", wanted())
+    before, after = (read_manifest(tmp_path / run / "manifest.csv")[0] for run in ("run", "run 2"))
+    assert before[["path", "class_key"]].equals(after[["path", "class_key"]])
+    assert all(close(b, json.loads(a)) for b, a in zip(after["bbox"], before["bbox"]))
+
+
+@pytest.mark.spec("IM1")
+def test_an_exported_folder_of_coco_labels_can_be_used_as_it_is(tmp_path):
+    photos = boxed(tmp_path / "own", "coco")
+    import_photos(tmp_path / "own", tmp_path / "run", wanted())
+    file = export_labels(tmp_path / "run", tmp_path / "out", "coco")
+    shown = {i["file_name"]: file.parent / i["file_name"] for i in read_json(file)["images"]}
+    assert set(shown) == set(photos)
+    for name, path in shown.items():
+        assert path.is_symlink() and path.samefile(tmp_path / "own" / name), path
+    import_photos(tmp_path / "out", tmp_path / "run 2", wanted())
+    before, after = (read_manifest(tmp_path / run / "manifest.csv")[0] for run in ("run", "run 2"))
+    assert before.equals(after)
+
+
+def test_photos_that_differ_in_their_ending_alone_keep_their_own_yolo_labels(tmp_path):
+    photos = {"images/a.png": [BOXES[0]], "images/a.jpg": [BOXES[1]], "images/b.png": [BOXES[2]]}
+    for i, path in enumerate(photos):
+        paint(tmp_path / "own" / path, i)
+    write_csv(tmp_path / "own", photos)
+    import_photos(tmp_path / "own", tmp_path / "run", wanted())
+    export_labels(tmp_path / "run", tmp_path / "out", "yolo")
+    again = import_photos(tmp_path / "out", tmp_path / "run 2", wanted()).rows
+    rows, _ = read_manifest(tmp_path / "run" / "manifest.csv")
+    assert sorted(zip(again["sha1"], again["class_key"])) == sorted(zip(rows["sha1"], rows["class_key"]))
+    assert len(rows) == 3
 
 
 def test_an_export_never_writes_over_a_folder_and_needs_boxes(tmp_path):

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'PillLabel', 'PhotoLabel', 'LabelSet', 'list_photos', 'read_folders', 'PhotoFinder', 'read_coco',
-           'read_yolo', 'in_fractions', 'read_voc', 'read_table', 'read_csv_labels', 'find_labels', 'read_labels']
+           'yolo_label', 'read_yolo', 'in_fractions', 'read_voc', 'read_table', 'read_csv_labels', 'find_labels',
+           'read_labels']
 
 # %% ../../nbs/dataset/412_labelfiles.ipynb #5095c3b5
 import json
@@ -303,7 +304,7 @@ def _yolo_pill(
     return PillLabel(classes[number], box)
 
 
-def _yolo_label(
+def yolo_label(
     path: str,  # of a photo, relative to the root
 ) -> tuple[str, str]:  # label files it may have: below labels/, and beside the photo
     "The label files of a photo, as ultralytics and Darknet place them."
@@ -324,7 +325,7 @@ def read_yolo(
     classes, points = _class_names(file)
     labels, used = LabelSet("yolo", root, classes=classes, twice=_repeated(classes.values())), set()
     for path in show_progress(paths, desc="reading labels", unit="photos", show=progress):
-        own = next((n for n in _yolo_label(path) if (root / n).is_file()), None)
+        own = next((n for n in yolo_label(path) if (root / n).is_file()), None)
         if own is None:
             labels.faults.append(Fault(path, FaultReason.PHOTO_UNLABELLED))
             continue

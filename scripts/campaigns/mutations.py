@@ -1407,6 +1407,34 @@ MUTATIONS: list[Mutation] = [
         "        pass\n",
         "tests/test_importers.py::test_a_box_in_fractions_of_its_photo_is_not_taken_for_pixels",
     ),
+    Mutation(
+        "a YOLO export keeps COCO's numbers",
+        "pillsnap/dataset/labelexport.py",
+        'if form == "yolo" and sorted(kept) != list(range(len(kept))):',
+        "if False:",
+        "tests/test_importers.py::test_ultralytics_accepts_a_yolo_export_of_coco_labels",
+    ),
+    Mutation(
+        "a YOLO export is found from one folder alone",
+        "pillsnap/dataset/labelexport.py",
+        'doc = dict(train="images"',
+        'doc = dict(path=".", train="images"',
+        "tests/test_importers.py::test_ultralytics_accepts_a_yolo_export_of_coco_labels",
+    ),
+    Mutation(
+        "a COCO export has no photos",
+        "pillsnap/dataset/labelexport.py",
+        '        _link_photos(places, Path(header["root"]), new, progress)\n',
+        '        if form != "coco":\n            _link_photos(places, Path(header["root"]), new, progress)\n',
+        "tests/test_importers.py::test_an_exported_folder_of_coco_labels_can_be_used_as_it_is",
+    ),
+    Mutation(
+        "two photos share one YOLO label",
+        "pillsnap/dataset/labelexport.py",
+        "if times[yolo_label(place)[0]] > 1:",
+        "if False:",
+        "tests/test_importers.py::test_photos_that_differ_in_their_ending_alone_keep_their_own_yolo_labels",
+    ),
 ]
 
 
