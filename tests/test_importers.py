@@ -129,6 +129,57 @@ def test_each_format_of_boxes_becomes_one_manifest(tmp_path, form):
     assert counts == dict(photos=6, singles=5, combos=1, pills=7, boxes=7, drugs=3)
 
 
+def table_of(root: Path, name: str, sep: str, encoding: str) -> Path:
+    "Two photos and a table of their boxes, as a spreadsheet saves it."
+    photos = {f"images/{i}.png": [BOXES[i]] for i in range(2)}
+    for i, path in enumerate(photos):
+        paint(root / path, i)
+    write_csv(root, photos)
+    text = (root / "boxes.csv").read_text(encoding="utf-8")
+    (root / "boxes.csv").unlink()
+    (root / name).write_bytes(text.replace(",", sep).encode(encoding))
+    return root / name
+
+
+@pytest.mark.spec("IM1")
+@pytest.mark.parametrize(
+    ("name", "sep", "encoding"),
+    [
+        ("boxes.csv", ";", "cp949"),
+        ("boxes.csv", ";", "utf-8-sig"),
+        ("BOXES.CSV", "\t", "utf-8"),
+        ("boxes.tsv", "\t", "utf-16"),
+        ("boxes.csv", "|", "utf-8"),
+        ("boxes.csv", ",", "cp949"),
+    ],
+)
+def test_a_table_is_read_as_any_spreadsheet_saves_it(tmp_path, name, sep, encoding):
+    table_of(tmp_path / "own", name, sep, encoding)
+    made = import_photos(tmp_path / "own", tmp_path / "run", wanted())
+    assert made.header["labels"]["format"] == "csv" and not made.quarantine.out
+    assert list(made.rows["class_key"]) == [n for n, _ in BOXES[:2]]
+    assert all(close(b, true) for b, (_, true) in zip(made.rows["bbox"], BOXES))
+
+
+@pytest.mark.spec("IM4")
+@pytest.mark.parametrize(
+    "text", ['class;dl_name;print_front\n{};정제; "A;B"\n', "dl_name\tclass\tprint_front\n정제\t{}\tA;B\n"]
+)
+def test_the_table_of_facts_is_read_as_any_spreadsheet_saves_it(tmp_path, text):
+    (tmp_path / "drugs.csv").write_text(text.format(NAMES[1]), encoding="cp949")
+    drug = importers.read_drugs(tmp_path / "drugs.csv")[NAMES[1]]
+    assert [drug.fact(k) for k in ("dl_name", "print_front", "dl_company")] == ["정제", "A;B", None]
+
+
+@pytest.mark.parametrize(("columns", "lacks"), [("사진,class,xmin", "photos"), ("filename,약,xmin", "drugs")])
+def test_a_table_that_is_not_understood_is_not_passed_over_in_silence(tmp_path, columns, lacks):
+    file = table_of(tmp_path / "own", "boxes.csv", ",", "utf-8")
+    file.write_text("\n".join([columns + ",ymin,xmax,ymax,session", *file.read_text().splitlines()[1:]]))
+    shown = CliRunner().invoke(app, ["import", str(tmp_path / "own"), "--out", str(tmp_path / "run")])
+    assert f"no column names the {lacks}" in str(shown.exception)
+    assert "boxes.csv" in str(shown.exception)
+
+
 @pytest.mark.spec("IM1")
 def test_a_folder_per_drug_is_named_in_nfc_and_its_photos_are_not_copied(tmp_path):
     for i, name in enumerate(NAMES * 2):

@@ -1435,6 +1435,34 @@ MUTATIONS: list[Mutation] = [
         "if False:",
         "tests/test_importers.py::test_photos_that_differ_in_their_ending_alone_keep_their_own_yolo_labels",
     ),
+    Mutation(
+        "a table is read with commas alone",
+        "pillsnap/dataset/labelfiles.py",
+        "    return max(_SEPARATORS, key=columns)",
+        '    return ","',
+        "tests/test_importers.py::test_a_table_is_read_as_any_spreadsheet_saves_it",
+    ),
+    Mutation(
+        "a table of facts is read with commas alone",
+        "pillsnap/dataset/labelfiles.py",
+        "    return max(_SEPARATORS, key=columns)",
+        '    return ","',
+        "tests/test_importers.py::test_the_table_of_facts_is_read_as_any_spreadsheet_saves_it",
+    ),
+    Mutation(
+        "a label file in capitals is not seen",
+        "pillsnap/dataset/labelfiles.py",
+        "if os.path.splitext(p)[1].lower() in endings]",
+        "if os.path.splitext(p)[1] in endings]",
+        "tests/test_importers.py::test_a_table_is_read_as_any_spreadsheet_saves_it",
+    ),
+    Mutation(
+        "a table that lacks a column is passed over",
+        "pillsnap/dataset/labelfiles.py",
+        '    if form == "auto" and not found:\n',
+        "    if False:\n",
+        "tests/test_importers.py::test_a_table_that_is_not_understood_is_not_passed_over_in_silence",
+    ),
 ]
 
 
