@@ -1463,6 +1463,20 @@ MUTATIONS: list[Mutation] = [
         "    if False:\n",
         "tests/test_importers.py::test_a_table_that_is_not_understood_is_not_passed_over_in_silence",
     ),
+    Mutation(
+        "a gallery invents the side that an imported photo shows",
+        "pillsnap/training/retrieval.py",
+        "Reference(keys[label], int(side), str(group), path)",
+        "Reference(keys[label], abs(int(side)), str(group), path)",
+        "tests/test_importers_run.py::test_retrieval_answers_from_photos_without_boxes",
+    ),
+    Mutation(
+        "two processes write to a gallery's journal at once",
+        "pillsnap/deployment/enrol.py",
+        "with FileLock(folder / LOCK, timeout=_PATIENCE):",
+        "if LOCK:",
+        "tests/test_gallery.py::test_two_who_enrol_at_once_lose_nothing_and_the_file_keeps_it",
+    ),
 ]
 
 
