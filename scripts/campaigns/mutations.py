@@ -1477,6 +1477,13 @@ MUTATIONS: list[Mutation] = [
         "if LOCK:",
         "tests/test_gallery.py::test_two_who_enrol_at_once_lose_nothing_and_the_file_keeps_it",
     ),
+    Mutation(
+        "a drug with two references counts as enrolled by five",
+        "pillsnap/evaluation/openranking.py",
+        "all(len(r) >= n for (k, _), r in",
+        "all(len(r) >= 1 for (k, _), r in",
+        "tests/test_heldout.py::test_unknown_drugs_are_refused_by_the_rule_of_the_run",
+    ),
 ]
 
 
