@@ -21,9 +21,10 @@ from pillsnap.core.files import read_json
 from pillsnap.dataset import importers
 from pillsnap.dataset.assignment import split_delivery
 from pillsnap.dataset.grouping import tidy_records
-from pillsnap.dataset.importers import NO_BOXES, import_photos
+from pillsnap.dataset.importers import NO_BOXES, import_command, import_photos
 from pillsnap.dataset.labelexport import export_labels
 from pillsnap.dataset.roles import SplitSettings
+from pillsnap.dataset.splits import SplitsJob
 from pillsnap.delivery.index import read_manifest
 
 DATA = load_config("own").data
@@ -178,6 +179,56 @@ def test_a_table_that_is_not_understood_is_not_passed_over_in_silence(tmp_path, 
     shown = CliRunner().invoke(app, ["import", str(tmp_path / "own"), "--out", str(tmp_path / "run")])
     assert f"no column names the {lacks}" in str(shown.exception)
     assert "boxes.csv" in str(shown.exception)
+
+
+@pytest.mark.spec("IM1")
+@pytest.mark.parametrize("form", ["coco", "voc", "csv"])
+def test_capitals_of_a_photos_name_need_not_be_those_of_its_label(tmp_path, form):
+    photos = boxed(tmp_path / "own", form)
+    for path in photos:
+        (tmp_path / "own" / path).rename((tmp_path / "own" / path).with_suffix(".PNG"))
+    made = import_photos(tmp_path / "own", tmp_path / "run", wanted())
+    assert not made.quarantine.out and set(made.rows["path"]) == {p.replace(".png", ".PNG") for p in photos}
+    if form == "csv":  # two photos that differ in capitals alone: a label in other capitals means neither
+        table = tmp_path / "own" / "boxes.csv"
+        table.write_text(table.read_text(encoding="utf-8").replace("images/0.png", "images/0.Png"), encoding="utf-8")
+        (tmp_path / "own" / "images" / "0.png").write_bytes((tmp_path / "own" / "images" / "1.PNG").read_bytes())
+        made = import_photos(tmp_path / "own", tmp_path / "run 2", wanted())
+        assert reasons(made) == dict(photo_missing=1, photo_unlabelled=2)
+
+
+@pytest.mark.spec("IM2")
+def test_films_links_and_one_drug_alone_are_told(tmp_path):
+    for i in range(2):
+        paint(tmp_path / "elsewhere" / f"{i}.JPG", i)
+    (tmp_path / "own" / "more").mkdir(parents=True)
+    (tmp_path / "own" / "aspirin").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "own" / "again").symlink_to(tmp_path / "own" / "more")
+    (tmp_path / "own" / "more" / "pills.MOV").write_bytes(b"a film")
+    to = ["--out", str(tmp_path / "run")]
+    shown = CliRunner().invoke(app, ["import", str(tmp_path / "own"), *to])
+    assert shown.exit_code == 0, shown.output
+    assert "one drug alone" in shown.output and listed(tmp_path / "run") == dict(extension=1, duplicate_path=1)
+    rows, _ = read_manifest(tmp_path / "run" / "manifest.csv")
+    assert list(rows["path"]) == ["aspirin/0.JPG", "aspirin/1.JPG"]
+    gone = CliRunner().invoke(app, ["import", str(tmp_path / "nowhere"), *to])
+    assert "there is nothing here" in str(gone.exception)
+
+
+def test_classes_that_are_one_word_are_no_list_of_letters(tmp_path):
+    boxed(tmp_path / "own", "yolo")
+    (tmp_path / "own" / "data.yaml").write_text("names: aspirin\n")
+    with pytest.raises(PillsnapError, match="names is one word"):
+        import_photos(tmp_path / "own", tmp_path / "run", wanted())
+
+
+def test_two_photos_of_two_drugs_are_too_few_and_it_is_said(tmp_path):
+    for i in range(2):
+        paint(tmp_path / "own" / f"drug {i}" / "1.png", i)
+    import_command(tmp_path / "own", tmp_path / "run")
+    with pytest.raises(PillsnapError, match="no drug has 2 single photos") as refused:
+        SplitsJob(str(tmp_path / "run"), str(tmp_path / "run" / "config.yaml")).run()
+    assert "take more photos of each drug" in str(refused.value)
 
 
 @pytest.mark.spec("IM1")

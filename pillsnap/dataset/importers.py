@@ -416,6 +416,8 @@ def _notes(made: Import) -> list[str]:
     notes = [f"{g.photos} photos form {g.groups} groups by {how}{pairs}."]
     notes += [g.caution] if g.caution else []
     notes += [] if made.boxes else [NO_BOXES]
+    if made.header["counts"]["drugs"] == 1:
+        notes.append("There is one drug alone, and telling drugs apart needs two: nothing can be trained yet.")
     if fractions := made.header["quarantine"].get(FaultReason.BOX_FRACTIONS):
         notes.append(f"{fractions} {_FRACTIONS}.")
     if nameless := sum(not e["dl_name"] for e in made.drugs["drug_metadata"].values()):
@@ -501,6 +503,8 @@ def import_command(  # noqa: PLR0913 - the options of the command
 ) -> JobResult:
     "Import photos, print what was found and what to do next."
     given_out, source, out = out, Path(source).absolute(), Path(out).absolute()
+    if not source.exists():
+        raise PillsnapError("there is nothing here", where=source, fix="name a folder of photos")
     if out == source or out.is_relative_to(source if source.is_dir() else source.parent):
         raise PillsnapError("the run folder lies among the photos", where=out, fix="name a folder beside them: --out")
     given = {"format": form, "drugs": drugs and str(Path(drugs).absolute()), "group": group, "name": name}

@@ -143,6 +143,11 @@ def read_folders(
     return labels
 
 # %% ../../nbs/dataset/412_labelfiles.ipynb #4a600fa6
+def _repeated(names: Iterable[Any]) -> set[Any]:
+    "The names or numbers that occur more than once."
+    return {n for n, times in Counter(names).items() if times > 1}
+
+
 class PhotoFinder:
     "Finds the photo that a label names."
 
@@ -152,9 +157,11 @@ class PhotoFinder:
     ):
         self.paths = set(paths)
         self.composed = {unicodedata.normalize("NFC", p): p for p in sorted(self.paths)}
-        self.by_name: dict[str, list[str]] = {}
-        for p in self.composed:
-            self.by_name.setdefault(p.rpartition("/")[2], []).append(p)
+        alike = _repeated(p.casefold() for p in self.composed)
+        self.folded = {p.casefold(): own for p, own in self.composed.items() if p.casefold() not in alike}
+        self.by_name: dict[str, set[str]] = {}
+        for p in (*self.composed, *self.folded):
+            self.by_name.setdefault(p.rpartition("/")[2], set()).add(p)
 
     def find(
         self,
@@ -164,14 +171,18 @@ class PhotoFinder:
         "The photo with that name."
         name = unicodedata.normalize("NFC", name.replace("\\", "/")).removeprefix("./")
         beside = unicodedata.normalize("NFC", beside)
+        return self._among(self.composed, name, beside) or self._among(self.folded, name.casefold(), beside.casefold())
+
+    def _among(self, photos: Mapping[str, str], name: str, beside: str) -> str | None:
+        "The photo with that name among some, known by their paths or by their paths in small letters."
         up = os.path.dirname(beside)
         for base in (beside, "", f"{beside}/images", "images", f"{up}/images", f"{up}/JPEGImages", "JPEGImages"):
-            if (path := os.path.normpath(f"{base}/{name}").lstrip("/")) in self.composed:
-                return self.composed[path]
+            if (path := os.path.normpath(f"{base}/{name}").lstrip("/")) in photos:
+                return photos[path]
         elsewhere = re.match(r"/|[A-Za-z]:", name)  # a full path of another machine: its folders mean nothing here
         ending = "/" + (name.rpartition("/")[2] if elsewhere else name)
-        same = [p for p in self.by_name.get(name.rpartition("/")[2], []) if f"/{p}".endswith(ending)]
-        return self.composed[same[0]] if len(same) == 1 else None
+        same = [p for p in self.by_name.get(name.rpartition("/")[2], ()) if p in photos and f"/{p}".endswith(ending)]
+        return photos[same[0]] if len(same) == 1 else None
 
 # %% ../../nbs/dataset/412_labelfiles.ipynb #decac622
 def _read_json(
@@ -189,11 +200,6 @@ def _read_json(
 def _dicts(value: Any) -> list[dict[str, Any]]:
     "The objects of a list; [] for anything else."
     return [v for v in value if isinstance(v, dict)] if isinstance(value, list) else []
-
-
-def _repeated(names: Iterable[Any]) -> set[Any]:
-    "The names or numbers that occur more than once."
-    return {n for n, times in Counter(names).items() if times > 1}
 
 
 def _each_once(labels: LabelSet, source: str) -> LabelSet:

@@ -1484,6 +1484,48 @@ MUTATIONS: list[Mutation] = [
         "all(len(r) >= 1 for (k, _), r in",
         "tests/test_heldout.py::test_unknown_drugs_are_refused_by_the_rule_of_the_run",
     ),
+    Mutation(
+        "a label in other capitals finds no photo",
+        "pillsnap/dataset/labelfiles.py",
+        " or self._among(self.folded, name.casefold(), beside.casefold())",
+        "",
+        "tests/test_importers.py::test_capitals_of_a_photos_name_need_not_be_those_of_its_label",
+    ),
+    Mutation(
+        "a label in other capitals names one of two photos",
+        "pillsnap/dataset/labelfiles.py",
+        "if p.casefold() not in alike}",
+        "if p}",
+        "tests/test_importers.py::test_capitals_of_a_photos_name_need_not_be_those_of_its_label",
+    ),
+    Mutation(
+        "linked folders of photos are passed over",
+        "pillsnap/dataset/labelfiles.py",
+        "os.walk(root, followlinks=True)",
+        "os.walk(root)",
+        "tests/test_importers.py::test_films_links_and_one_drug_alone_are_told",
+    ),
+    Mutation(
+        "classes that are one word are a list of letters",
+        "pillsnap/dataset/labelfiles.py",
+        "        if isinstance(names, str):\n",
+        "        if False:\n",
+        "tests/test_importers.py::test_classes_that_are_one_word_are_no_list_of_letters",
+    ),
+    Mutation(
+        "nobody says that the drugs have too few photos",
+        "pillsnap/dataset/splits.py",
+        "    if not splits.classes:\n",
+        "    if False:\n",
+        "tests/test_importers.py::test_two_photos_of_two_drugs_are_too_few_and_it_is_said",
+    ),
+    Mutation(
+        "the server's limit of a narrow photo is a number of its own",
+        "pillsnap/deployment/serversettings.py",
+        "ImageValidator.most_kilobytes,",
+        "10_240,",
+        "tests/test_narrow.py::test_the_gateway_and_the_server_share_the_limit_of_a_photo",
+    ),
 ]
 
 
