@@ -215,6 +215,14 @@ def test_films_links_and_one_drug_alone_are_told(tmp_path):
     assert "there is nothing here" in str(gone.exception)
 
 
+@pytest.mark.parametrize("name", ["photo.jpg", "photos.zip"])
+def test_a_file_that_holds_no_labels_is_refused_by_what_it_is(tmp_path, name):
+    paint(tmp_path / "own" / "photo.jpg").with_name("photos.zip").write_bytes(b"PK")
+    with pytest.raises(PillsnapError, match="this is no label file") as refused:
+        import_command(tmp_path / "own" / name, tmp_path / "run")
+    assert "unpack an archive" in str(refused.value)
+
+
 def test_classes_that_are_one_word_are_no_list_of_letters(tmp_path):
     boxed(tmp_path / "own", "yolo")
     (tmp_path / "own" / "data.yaml").write_text("names: aspirin\n")

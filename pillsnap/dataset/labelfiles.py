@@ -608,11 +608,14 @@ _TABLES = (".csv", ".tsv")
 
 def find_labels(
     source: Path,  # a folder, or one label file
-) -> dict[str, list[Path]]:  # format → its label files; {} for a folder per drug
+) -> dict[str, list[Path]]:  # format → its label files; {} for a folder per drug; PillsnapError for another file
     "The label files of each format."
     if source.is_file():
         kinds = {".json": "coco", ".yaml": "yolo", ".yml": "yolo", ".xml": "voc"} | dict.fromkeys(_TABLES, "csv")
-        return {kinds.get(source.suffix.lower(), "unknown"): [source]}
+        if (ending := source.suffix.lower()) not in kinds:
+            fix = f"name a folder of photos (unpack an archive first) or a label file: {', '.join(kinds)}"
+            raise PillsnapError("this is no label file", where=source, fix=fix)
+        return {kinds[ending]: [source]}
     found = {
         "coco": [p for p in _files(source, ".json") if _is_coco(p)],
         "yolo": [

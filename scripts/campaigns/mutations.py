@@ -1526,6 +1526,13 @@ MUTATIONS: list[Mutation] = [
         "10_240,",
         "tests/test_narrow.py::test_the_gateway_and_the_server_share_the_limit_of_a_photo",
     ),
+    Mutation(
+        "a photo is read as a table of labels",
+        "pillsnap/dataset/labelfiles.py",
+        "if (ending := source.suffix.lower()) not in kinds:",
+        'if (ending := source.suffix.lower() if source.suffix.lower() in kinds else ".csv") not in kinds:',
+        "tests/test_importers.py::test_a_file_that_holds_no_labels_is_refused_by_what_it_is",
+    ),
 ]
 
 
