@@ -1,8 +1,9 @@
 "A retrieval run from training to the answer: gallery, evaluation, export, bundle, enrolment."
 
+import multiprocessing
 import shutil
+import time
 import unicodedata
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -168,15 +169,30 @@ def test_an_enrolled_drug_is_named_and_the_others_do_not_move(gallery_run, expor
     assert len({a[0]["hashes"]["gallery"] for a in (before, after, gone, back)}) == 4
 
 
+def enrol_slowly(export: Path, key: str, photos: list[Path], start) -> None:
+    "Enrol a drug in a process of its own, which waits a second between reading the journal and writing to it."
+    from pillsnap.deployment import enrol
+
+    append = enrol.append_line
+    enrol.append_line = lambda *line: (time.sleep(1), append(*line))
+    start.wait(120)
+    enrol.enrol_drug(export, key, photos, by="both")
+
+
 @pytest.mark.spec("BX19")
 def test_two_who_enrol_at_once_lose_nothing_and_the_file_keeps_it(gallery_run, export, strangers, tmp_path):
     from pillsnap.deployment.bundling import bundle_file, verify_file
     from pillsnap.deployment.enrol import enrol_drug, enrolled_table
     from pillsnap.deployment.runtime import load_bundle
 
-    with ThreadPoolExecutor(2) as pool:
-        given = zip(("K-990001", "K-990002"), strangers)
-        list(pool.map(lambda g: enrol_drug(export, g[0], g[1][:2], by="both"), given))
+    spawn = multiprocessing.get_context("spawn")
+    start, given = spawn.Barrier(2), zip(("K-990001", "K-990002"), strangers)
+    people = [spawn.Process(target=enrol_slowly, args=(export, key, photos[:2], start)) for key, photos in given]
+    for person in people:
+        person.start()
+    for person in people:
+        person.join()
+    assert [person.exitcode for person in people] == [0, 0]
     bundle = load_bundle(export, device="cpu")
     assert {"K-990001", "K-990002"} <= set(bundle.class_map.keys) and enrolled_table(export).count("\n") == 1
     assert [e["seq"] for e in bundle.known.entries] == [1, 2]

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +18,14 @@ from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.files import read_json, save_text, sha256_file
 from pillsnap.core.jobs import RunFolder, run_id
-from pillsnap.core.records import Metric
+from pillsnap.core.records import Metric, Provenance
 from pillsnap.dataset.splitfiles import load_split_data
 from pillsnap.dataset.splits import SplitsJob, smoke_splits
+from pillsnap.delivery.capture import parse_name
 from pillsnap.evaluation import heldout as H
 from pillsnap.evaluation.final import RESULTS, UNKNOWN_DRUGS, final_test_evaluation
 from pillsnap.evaluation.ledger import append_ledger, read_ledger, record_decision
+from pillsnap.evaluation.openranking import ranking_records
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -59,10 +62,36 @@ def add_classifier(root, cfg, seed=0):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, delivery):
+def series(tmp_path_factory, delivery):
+    """The delivery with seven series of one photo for each side of each Validation drug; the last drug has three.
+
+    The last two series of the first drug show the second drug, so their photos must be taken for that one.
+    """
+    root = tmp_path_factory.mktemp("series")
+    (root / "data").mkdir()
+    (root / "data" / "train").symlink_to(delivery / "data" / "train")
+    photos = {}
+    for photo in sorted((delivery / "data" / "val" / "images").rglob("single/*/*/*.png")):
+        photos.setdefault((photo.parent.name, parse_name(photo.stem).side), photo)
+    first, second, last = sorted({drug for drug, _ in photos})
+    for (drug, side), photo in photos.items():
+        folder = root / photo.parent.relative_to(delivery)
+        folder.mkdir(parents=True, exist_ok=True)
+        for n in range(3 if drug == last else 7):
+            shown = photos[second, side] if drug == first and n > 4 else photo
+            capture = replace(parse_name(photo.stem), back=n // 3, light=n % 3)
+            shutil.copy(shown, folder / f"{capture.stem()}.png")
+    told = read_json(delivery / "SYNTHETIC.json")
+    told["counts"]["val_single"] = len(list(root.rglob("data/val/**/*.png")))
+    (root / "SYNTHETIC.json").write_text(json.dumps(told))
+    return root
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, series):
     "A two-stage run with an untrained classifier and no detector."
     root = tmp_path_factory.mktemp("heldout") / "run"
-    run, cfg = new_run(root, delivery)
+    run, cfg = new_run(root, series)
     add_classifier(root, cfg)
     run_id(root)
     return root, cfg
@@ -333,16 +362,28 @@ def test_unknown_drugs_are_refused_by_the_rule_of_the_run(copy, threshold, refus
     looked = pd.read_csv(copy / "reports/final_test/enrolled.csv")
     recall = Metric.from_dict(doc["metrics"]["enrolled_recall@1"])
     assert recall.value == pytest.approx((looked["drug"] == looked["found"]).mean()) and recall.n == len(looked) > 0
-    for per_side in (
-        1,
-        2,
-        5,
-    ):  # this delivery shows a side of a sealed drug in one series: nothing would be left to ask
-        found = [doc["metrics"][f"enrolled_{per_side}_{name}"] for name in ("recall@1", "recall@5", "map", "gap")]
-        assert {m["value"] for m in found} == {None}
-        assert all(f"{per_side + 1} capture groups on a side" in m["note"] for m in found)
+    for per_side, drugs, right, n in ((1, 3, 6, 10), (2, 3, 6, 10), (5, 2, 4, 8)):  # the last drug has two references
+        ranked = {k: doc["metrics"][f"enrolled_{per_side}_{k}"] for k in ("recall@1", "recall@5", "map", "gap")}
+        told = f"{drugs} unknown drugs enrolled by {per_side} photos a side"
+        assert all(m["n"] == n and told in m["note"] for m in ranked.values())
+        assert ranked["recall@1"]["value"] == pytest.approx(
+            right / n
+        )  # the four pictures of another drug find that one
+        assert right / n <= ranked["recall@5"]["value"] <= 1 and right / n < ranked["map"]["value"] < 1
+        assert 0 < ranked["gap"]["value"] < 1
+        low, high = doc["intervals_95"].get(f"enrolled_{per_side}_recall@1", (0, 1))
+        assert low <= right / n <= high and (high - low < 1) == (n == 10)  # ten groups are asked for
     assert doc["unknown_drugs"] == doc["unknown_drugs"] | {"family": "retrieval", "drugs": 3, "photos": len(strange)}
     assert not [line for line in doc["improvements"] if line.startswith(UNKNOWN_DRUGS)]
+
+
+@pytest.mark.spec("EV5")
+def test_ranks_that_no_unknown_drug_has_series_for_are_not_measured():
+    records, intervals = ranking_records({}, Provenance("synthetic", "0" * 64, "1" * 64), 2.0)
+    assert len(records) == 12 and not intervals and not any(m.measured for m in records.values())
+    for per_side in (1, 2, 5):
+        note = records[f"enrolled_{per_side}_gap"].note
+        assert f"{per_side + 1} capture groups on a side" in note
 
 
 @pytest.mark.spec("X74")
@@ -358,7 +399,6 @@ def test_a_rule_of_other_checkpoints_refuses_nothing(copy, made):
 @pytest.mark.spec("EV5")
 def test_the_gap_is_validation_minus_test_of_the_same_checkpoint(copy):
     from pillsnap.core.files import save_json
-    from pillsnap.core.records import Provenance
 
     data, models = (
         load_split_data(copy, 0),

@@ -21,9 +21,10 @@ from pillsnap.core.files import read_json
 from pillsnap.dataset import importers
 from pillsnap.dataset.assignment import split_delivery
 from pillsnap.dataset.grouping import tidy_records
-from pillsnap.dataset.importers import NO_BOXES, import_photos
+from pillsnap.dataset.importers import NO_BOXES, import_command, import_photos
 from pillsnap.dataset.labelexport import export_labels
 from pillsnap.dataset.roles import SplitSettings
+from pillsnap.dataset.splits import SplitsJob
 from pillsnap.delivery.index import read_manifest
 
 DATA = load_config("own").data
@@ -129,6 +130,115 @@ def test_each_format_of_boxes_becomes_one_manifest(tmp_path, form):
     assert counts == dict(photos=6, singles=5, combos=1, pills=7, boxes=7, drugs=3)
 
 
+def table_of(root: Path, name: str, sep: str, encoding: str) -> Path:
+    "Two photos and a table of their boxes, as a spreadsheet saves it."
+    photos = {f"images/{i}.png": [BOXES[i]] for i in range(2)}
+    for i, path in enumerate(photos):
+        paint(root / path, i)
+    write_csv(root, photos)
+    text = (root / "boxes.csv").read_text(encoding="utf-8")
+    (root / "boxes.csv").unlink()
+    (root / name).write_bytes(text.replace(",", sep).encode(encoding))
+    return root / name
+
+
+@pytest.mark.spec("IM1")
+@pytest.mark.parametrize(
+    ("name", "sep", "encoding"),
+    [
+        ("boxes.csv", ";", "cp949"),
+        ("boxes.csv", ";", "utf-8-sig"),
+        ("BOXES.CSV", "\t", "utf-8"),
+        ("boxes.tsv", "\t", "utf-16"),
+        ("boxes.csv", "|", "utf-8"),
+        ("boxes.csv", ",", "cp949"),
+    ],
+)
+def test_a_table_is_read_as_any_spreadsheet_saves_it(tmp_path, name, sep, encoding):
+    table_of(tmp_path / "own", name, sep, encoding)
+    made = import_photos(tmp_path / "own", tmp_path / "run", wanted())
+    assert made.header["labels"]["format"] == "csv" and not made.quarantine.out
+    assert list(made.rows["class_key"]) == [n for n, _ in BOXES[:2]]
+    assert all(close(b, true) for b, (_, true) in zip(made.rows["bbox"], BOXES))
+
+
+@pytest.mark.spec("IM4")
+@pytest.mark.parametrize(
+    "text", ['class;dl_name;print_front\n{};정제; "A;B"\n', "dl_name\tclass\tprint_front\n정제\t{}\tA;B\n"]
+)
+def test_the_table_of_facts_is_read_as_any_spreadsheet_saves_it(tmp_path, text):
+    (tmp_path / "drugs.csv").write_text(text.format(NAMES[1]), encoding="cp949")
+    drug = importers.read_drugs(tmp_path / "drugs.csv")[NAMES[1]]
+    assert [drug.fact(k) for k in ("dl_name", "print_front", "dl_company")] == ["정제", "A;B", None]
+
+
+@pytest.mark.parametrize(("columns", "lacks"), [("사진,class,xmin", "photos"), ("filename,약,xmin", "drugs")])
+def test_a_table_that_is_not_understood_is_not_passed_over_in_silence(tmp_path, columns, lacks):
+    file = table_of(tmp_path / "own", "boxes.csv", ",", "utf-8")
+    file.write_text("\n".join([columns + ",ymin,xmax,ymax,session", *file.read_text().splitlines()[1:]]))
+    shown = CliRunner().invoke(app, ["import", str(tmp_path / "own"), "--out", str(tmp_path / "run")])
+    assert f"no column names the {lacks}" in str(shown.exception)
+    assert "boxes.csv" in str(shown.exception)
+
+
+@pytest.mark.spec("IM1")
+@pytest.mark.parametrize("form", ["coco", "voc", "csv"])
+def test_capitals_of_a_photos_name_need_not_be_those_of_its_label(tmp_path, form):
+    photos = boxed(tmp_path / "own", form)
+    for path in photos:
+        (tmp_path / "own" / path).rename((tmp_path / "own" / path).with_suffix(".PNG"))
+    made = import_photos(tmp_path / "own", tmp_path / "run", wanted())
+    assert not made.quarantine.out and set(made.rows["path"]) == {p.replace(".png", ".PNG") for p in photos}
+    if form == "csv":  # two photos that differ in capitals alone: a label in other capitals means neither
+        table = tmp_path / "own" / "boxes.csv"
+        table.write_text(table.read_text(encoding="utf-8").replace("images/0.png", "images/0.Png"), encoding="utf-8")
+        (tmp_path / "own" / "images" / "0.png").write_bytes((tmp_path / "own" / "images" / "1.PNG").read_bytes())
+        made = import_photos(tmp_path / "own", tmp_path / "run 2", wanted())
+        assert reasons(made) == dict(photo_missing=1, photo_unlabelled=2)
+
+
+@pytest.mark.spec("IM2")
+def test_films_links_and_one_drug_alone_are_told(tmp_path):
+    for i in range(2):
+        paint(tmp_path / "elsewhere" / f"{i}.JPG", i)
+    (tmp_path / "own" / "more").mkdir(parents=True)
+    (tmp_path / "own" / "aspirin").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "own" / "again").symlink_to(tmp_path / "own" / "more")
+    (tmp_path / "own" / "more" / "pills.MOV").write_bytes(b"a film")
+    to = ["--out", str(tmp_path / "run")]
+    shown = CliRunner().invoke(app, ["import", str(tmp_path / "own"), *to])
+    assert shown.exit_code == 0, shown.output
+    assert "one drug alone" in shown.output and listed(tmp_path / "run") == dict(extension=1, duplicate_path=1)
+    rows, _ = read_manifest(tmp_path / "run" / "manifest.csv")
+    assert list(rows["path"]) == ["aspirin/0.JPG", "aspirin/1.JPG"]
+    gone = CliRunner().invoke(app, ["import", str(tmp_path / "nowhere"), *to])
+    assert "there is nothing here" in str(gone.exception)
+
+
+@pytest.mark.parametrize("name", ["photo.jpg", "photos.zip"])
+def test_a_file_that_holds_no_labels_is_refused_by_what_it_is(tmp_path, name):
+    paint(tmp_path / "own" / "photo.jpg").with_name("photos.zip").write_bytes(b"PK")
+    with pytest.raises(PillsnapError, match="this is no label file") as refused:
+        import_command(tmp_path / "own" / name, tmp_path / "run")
+    assert "unpack an archive" in str(refused.value)
+
+
+def test_classes_that_are_one_word_are_no_list_of_letters(tmp_path):
+    boxed(tmp_path / "own", "yolo")
+    (tmp_path / "own" / "data.yaml").write_text("names: aspirin\n")
+    with pytest.raises(PillsnapError, match="names is one word"):
+        import_photos(tmp_path / "own", tmp_path / "run", wanted())
+
+
+def test_two_photos_of_two_drugs_are_too_few_and_it_is_said(tmp_path):
+    for i in range(2):
+        paint(tmp_path / "own" / f"drug {i}" / "1.png", i)
+    import_command(tmp_path / "own", tmp_path / "run")
+    with pytest.raises(PillsnapError, match="no drug has 2 single photos") as refused:
+        SplitsJob(str(tmp_path / "run"), str(tmp_path / "run" / "config.yaml")).run()
+    assert "take more photos of each drug" in str(refused.value)
+
+
 @pytest.mark.spec("IM1")
 def test_a_folder_per_drug_is_named_in_nfc_and_its_photos_are_not_copied(tmp_path):
     for i, name in enumerate(NAMES * 2):
@@ -178,25 +288,66 @@ def test_yolo_comes_back_equal_to_the_last_digit(tmp_path):
 @pytest.mark.spec("IM1")
 def test_a_delivery_goes_to_coco_and_comes_back(smoke_run, tmp_path):
     export_labels(smoke_run, tmp_path / "out", "coco")
-    rows, header = read_manifest(smoke_run / "manifest.csv")
-    own = tmp_path / "own"
-    own.mkdir()
-    (own / "labels.json").write_bytes((tmp_path / "out" / "labels.json").read_bytes())
-    (own / "data").symlink_to((smoke_run / header["root"]).resolve() / "data")
-    doc = read_json(own / "labels.json")
+    rows, _ = read_manifest(smoke_run / "manifest.csv")
+    doc = read_json(tmp_path / "out" / "labels.json")
     some = {i["id"] for i in doc["images"][::9]}  # enough; each photo is opened
     doc["images"] = [i for i in doc["images"] if i["id"] in some]
     doc["annotations"] = [a for a in doc["annotations"] if a["image_id"] in some]
-    (own / "labels.json").write_text(json.dumps(doc))
-    for image in doc["images"]:  # walking a tree does not follow links to folders
-        (own / "photos" / image["file_name"]).parent.mkdir(parents=True, exist_ok=True)
-        (own / "photos" / image["file_name"]).symlink_to(own / image["file_name"])
-    import_photos(own, tmp_path / "run", wanted())
-    again, _ = read_manifest(tmp_path / "run" / "manifest.csv")
+    (tmp_path / "out" / "labels.json").write_text(json.dumps(doc))
+    import_photos(tmp_path / "out", tmp_path / "run", wanted())
+    back, _ = read_manifest(tmp_path / "run" / "manifest.csv")
     key = ["path", "class_key", "bbox"]
     there = rows[rows["path"].isin({i["file_name"] for i in doc["images"]})]
-    back = again.assign(path=again["path"].str.removeprefix("photos/"))
     assert sorted(map(tuple, back[key].to_numpy())) == sorted(map(tuple, there[key].to_numpy())) and len(back) > 8
+
+
+@pytest.mark.spec("IM1")
+@pytest.mark.parametrize("first", [1, 5])
+def test_ultralytics_accepts_a_yolo_export_of_coco_labels(tmp_path, monkeypatch, first):
+    from ultralytics.data import utils
+    from ultralytics.data.dataset import YOLODataset
+
+    photos = boxed(tmp_path / "own", "coco")
+    (tmp_path / "own" / "labels.json").write_text(json.dumps(coco_of(photos, first)))
+    import_photos(tmp_path / "own", tmp_path / "run", wanted())
+    file = export_labels(tmp_path / "run", tmp_path / "out", "yolo")
+    monkeypatch.setattr(utils, "check_font", lambda *_: None)  # would fetch a font for Korean names
+    data = utils.check_det_dataset(str(file), autodownload=False)
+    assert data["names"] == dict(enumerate(NAMES)) and data["nc"] == len(NAMES)
+    seen = YOLODataset(img_path=data["train"], data=data, augment=False)
+    got = {f"images/{Path(e['im_file']).name}": [data["names"][int(c)] for c in e["cls"].ravel()] for e in seen.labels}
+    assert got == {path: [name for name, _ in pills] for path, pills in photos.items()}
+    import_photos(tmp_path / "out", tmp_path / "run 2", wanted())
+    before, after = (read_manifest(tmp_path / run / "manifest.csv")[0] for run in ("run", "run 2"))
+    assert before[["path", "class_key"]].equals(after[["path", "class_key"]])
+    assert all(close(b, json.loads(a)) for b, a in zip(after["bbox"], before["bbox"]))
+
+
+@pytest.mark.spec("IM1")
+def test_an_exported_folder_of_coco_labels_can_be_used_as_it_is(tmp_path):
+    photos = boxed(tmp_path / "own", "coco")
+    import_photos(tmp_path / "own", tmp_path / "run", wanted())
+    file = export_labels(tmp_path / "run", tmp_path / "out", "coco")
+    shown = {i["file_name"]: file.parent / i["file_name"] for i in read_json(file)["images"]}
+    assert set(shown) == set(photos)
+    for name, path in shown.items():
+        assert path.is_symlink() and path.samefile(tmp_path / "own" / name), path
+    import_photos(tmp_path / "out", tmp_path / "run 2", wanted())
+    before, after = (read_manifest(tmp_path / run / "manifest.csv")[0] for run in ("run", "run 2"))
+    assert before.equals(after)
+
+
+def test_photos_that_differ_in_their_ending_alone_keep_their_own_yolo_labels(tmp_path):
+    photos = {"images/a.png": [BOXES[0]], "images/a.jpg": [BOXES[1]], "images/b.png": [BOXES[2]]}
+    for i, path in enumerate(photos):
+        paint(tmp_path / "own" / path, i)
+    write_csv(tmp_path / "own", photos)
+    import_photos(tmp_path / "own", tmp_path / "run", wanted())
+    export_labels(tmp_path / "run", tmp_path / "out", "yolo")
+    again = import_photos(tmp_path / "out", tmp_path / "run 2", wanted()).rows
+    rows, _ = read_manifest(tmp_path / "run" / "manifest.csv")
+    assert sorted(zip(again["sha1"], again["class_key"])) == sorted(zip(rows["sha1"], rows["class_key"]))
+    assert len(rows) == 3
 
 
 def test_an_export_never_writes_over_a_folder_and_needs_boxes(tmp_path):
@@ -308,6 +459,34 @@ def test_each_fault_has_its_bucket_and_nothing_is_invented(tmp_path, form):
     assert [Path(p).name for p in rows["path"]] == ["good.png"]
     if form != "folder":
         assert close(rows["bbox"].iloc[0], BOXES[0][1]) and rows["class_key"].iloc[0] == NAMES[0]
+
+
+def fractional(root: Path, form: str) -> None:
+    "Photos whose boxes are fractions of them, in a format that counts pixels, and one photo in pixels."
+    part, whole = [0.125, 0.25, 0.5, 0.625], [0, 0, 1, 1]
+    if form == "voc":  # its writer adds the one from which VOC counts; fractions have no first pixel
+        part, whole = [-0.875, -0.75, 1.5, 1.625], [-1, -1, 2, 2]
+    photos = {f"images/{n}.png": [(NAMES[0], box)] for n, box in (("a", part), ("b", part), ("whole", whole))}
+    photos["images/good.png"] = [BOXES[0]]
+    for i, path in enumerate(photos):
+        paint(root / path, i)
+    WRITERS[form](root, photos)
+
+
+@pytest.mark.spec("IM2")
+@pytest.mark.parametrize("form", ["coco", "voc", "csv"])
+def test_a_box_in_fractions_of_its_photo_is_not_taken_for_pixels(tmp_path, form):
+    fractional(tmp_path / "own", form)
+    shown = CliRunner().invoke(app, ["import", str(tmp_path / "own"), "--out", str(tmp_path / "run")])
+    assert shown.exit_code == 0, shown.output
+    rows, header = read_manifest(tmp_path / "run" / "manifest.csv")
+    assert list(rows["path"]) == ["images/good.png"] and close(rows["bbox"].iloc[0], BOXES[0][1])
+    assert header["quarantine"] == dict(box_fractions=3) == listed(tmp_path / "run")
+    assert "3 boxes are fractions of their photo, where pixels are expected" in shown.output and "YOLO" in shown.output
+    (tmp_path / "own" / "images" / "good.png").unlink()
+    with pytest.raises(PillsnapError, match="box_fractions") as refused:
+        import_photos(tmp_path / "own", tmp_path / "run 2", wanted())
+    assert "multiply them by its width and height" in str(refused.value)
 
 
 @pytest.mark.spec("IM2")

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from fastai.callback.core import Callback
 from typer.testing import CliRunner
@@ -201,17 +202,33 @@ dataloader: {num_workers: 0}
 train:
   num_threads: 1
   classification: {backbone: test_resnet, pretrained: false, batch_size: 16, amp_dtype: fp32, lr: 3.0e-3}
+evaluation: {latency_warmup: 1, latency_runs: 3, condition_photos: 2, objects: 2}
+export: {compare_photos: 4, calibration_photos: 4, uint8_graph: false}
 """
 
 
 @pytest.mark.spec("IM4")
-def test_retrieval_learns_from_photos_without_boxes(own, tmp_path):
+def test_retrieval_answers_from_photos_without_boxes(own, tmp_path):
     (tmp_path / "small.yaml").write_text(RETRIEVAL)
-    to = ["--out", str(tmp_path / "run"), "--config", str(tmp_path / "small.yaml")]
+    root, to = tmp_path / "run", ["--config", str(tmp_path / "small.yaml"), "--out", str(tmp_path / "run")]
     done = CliRunner().invoke(app, ["import", str(own), *to])
     assert done.exit_code == 0, done.output
-    where = str(tmp_path / "run"), str(tmp_path / "run" / "config.yaml")
+    where = str(root), str(root / "config.yaml")
     SplitsJob(*where).run()
-    assert RetrievalJob(*where, epochs=2).run().record["status"] == "finished"
-    scores = read_json(tmp_path / "run" / "reports" / "metrics.json")
-    assert scores["history"], scores
+    RetrievalJob(*where, epochs=2).run()
+    for job in (EvaluationJob, ExportJob):
+        job(*where).run()
+    stages = {p.stem: read_json(p)["status"] for p in (root / "stages").glob("*.json")}
+    assert stages == dict.fromkeys(("conversion", "splits", "retrieval", "evaluation", "export"), "finished")
+    assert read_json(root / "reports" / "metrics.json")["history"]
+    head, metrics = read_json(root / "manifest.json"), read_json(root / "reports" / "evaluation.json")["metrics"]
+    kept = {(m["data"], m["data_hash"]) for m in metrics.values()}
+    assert kept == {("other:my-pills", head["data_hash"])} and metrics["accuracy"]["n"] >= 3
+    gallery = pd.read_csv(root / "gallery" / "photos.csv")
+    train = pd.read_csv(root / "artifacts" / "stage0" / "manifest_train.csv")
+    assert set(gallery["path"]) == set(train["path"]) and set(gallery["key"]) == set(NAMES)
+    assert set(gallery["side"]) == {-1}  # nobody said which side a photo shows
+    known = gallery[gallery["key"] == NAMES[1]]["path"].iloc[0]
+    (pill,) = load_bundle(root).predict(str(own / known))["items"]
+    assert pill["top_k"][0]["kcode"] == NAMES[1]
+    assert {c["kcode"] for c in pill["top_k"]} == set(NAMES)

@@ -357,3 +357,16 @@ def test_the_demo_preset_is_of_the_family():
     assert all(i["applied"] for i in preprocessing_applied(demo.narrow.preprocessing, size).values())
     assert demo.data.augment.classification == narrow.data.augment.classification
     assert demo.data.source == "synthetic" and demo.data.progressive_validation.current_stage == 0
+
+
+@pytest.mark.spec("NM4")
+def test_the_gateway_and_the_server_share_the_limit_of_a_photo():
+    code = (
+        "from pillsnap.photos import intake\n"
+        "intake.ImageValidator.most_kilobytes = 7\n"
+        "from pillsnap.deployment.serversettings import ServerLimits\n"
+        "print(ServerLimits().photo_bytes(narrow=True))"
+    )
+    root = Path(__file__).resolve().parents[1]
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
+    assert told.stdout.split() == [str(7 * 1024)]

@@ -33,7 +33,7 @@ from ..core.settings import Config, Data
 from .bursts import Grouping, group_photos
 from .conversion import count_reasons, write_faults
 from .drugs import drug_mapping, save_drug_mapping
-from .labelfiles import LabelSet, PhotoLabel, PillLabel, read_labels, read_table
+from .labelfiles import LabelSet, PhotoLabel, PillLabel, in_fractions, read_labels, read_table
 from .matching import Quarantine
 from .opening import PhotoCheck, PhotoJournal, check_photos, image_policies
 from .pictures import draw_imports
@@ -68,6 +68,8 @@ def pixel_box(
     "A box in pixels of its photo."
     numbers = isinstance(box, (list, tuple)) and len(box) == 4
     if numbers and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in box):
+        if not relative and min(box[2:]) > 0 and in_fractions(box):
+            return None, FaultReason.BOX_FRACTIONS
         if relative:
             box = [round(float(v) * s, 5) for v, s in zip(box, size * 2)]
         (x, w), (y, h) = (_within(box[i], box[i + 2], size[i]) for i in (0, 1))
@@ -351,6 +353,29 @@ def save(
     save_json(self.report, self.out / "reports" / "conversion.json")
 
 # %% ../../nbs/dataset/416_importers.ipynb #92f4969e
+_FRACTIONS = (
+    "boxes are fractions of their photo, where pixels are expected: "
+    "multiply them by its width and height, or write YOLO labels, whose boxes are fractions"
+)
+
+
+def _no_photo(
+    quarantine: Quarantine,  # what was left out
+    source: str | os.PathLike,  # as the person named it
+    extensions: Sequence[str],  # of photos
+    listed: Path,  # quarantine.csv
+) -> PillsnapError:
+    "The error of an import that kept nothing: the commonest reasons, and what to do."
+    counts = Counter(str(f.reason) for f in quarantine.out)
+    if not counts:
+        return PillsnapError("there is no photo here", where=source, fix=f"photos end in {', '.join(extensions)}")
+    fix = f"every file and its reason stand in {listed}"
+    if counts[FaultReason.BOX_FRACTIONS]:
+        fix = f"{_FRACTIONS}; {fix}"
+    why = ", ".join(f"{n} × {r}" for r, n in counts.most_common(4))
+    return PillsnapError(f"no usable photo: {why}", where=source, fix=fix)
+
+
 def import_photos(
     source: str | os.PathLike,  # a folder of photos, or a label file beside them
     out: str | os.PathLike,  # run folder
@@ -363,10 +388,7 @@ def import_photos(
     labels = read_labels(source, wanted.format, c.extensions, progress)
     df, quarantine = _rows(labels, c, out, progress)
     if df.empty:
-        listed = write_faults(quarantine.out, out / "quarantine.csv")
-        why = ", ".join(f"{n} × {r}" for r, n in Counter(str(f.reason) for f in quarantine.out).most_common(4))
-        what = f"no usable photo: {why}" if why else "there is no photo here"
-        raise PillsnapError(what, where=source, fix=f"every file and its reason stand in {listed}")
+        raise _no_photo(quarantine, source, c.extensions, write_faults(quarantine.out, out / "quarantine.csv"))
     columns = {p.path: p.columns for p in labels.photos}
     group, grouping = group_photos(df, labels.root, out / "artifacts" / "thumbnails", wanted.group, columns, progress)
     df["group_id"] = group
@@ -394,6 +416,10 @@ def _notes(made: Import) -> list[str]:
     notes = [f"{g.photos} photos form {g.groups} groups by {how}{pairs}."]
     notes += [g.caution] if g.caution else []
     notes += [] if made.boxes else [NO_BOXES]
+    if made.header["counts"]["drugs"] == 1:
+        notes.append("There is one drug alone, and telling drugs apart needs two: nothing can be trained yet.")
+    if fractions := made.header["quarantine"].get(FaultReason.BOX_FRACTIONS):
+        notes.append(f"{fractions} {_FRACTIONS}.")
     if nameless := sum(not e["dl_name"] for e in made.drugs["drug_metadata"].values()):
         notes.append(f"Drugs without facts: {nameless}. Their cards say so; a table (--drugs) gives facts.")
     if (skew := made.report["pills_per_drug"]["skew"]) > 2:
@@ -477,6 +503,8 @@ def import_command(  # noqa: PLR0913 - the options of the command
 ) -> JobResult:
     "Import photos, print what was found and what to do next."
     given_out, source, out = out, Path(source).absolute(), Path(out).absolute()
+    if not source.exists():
+        raise PillsnapError("there is nothing here", where=source, fix="name a folder of photos")
     if out == source or out.is_relative_to(source if source.is_dir() else source.parent):
         raise PillsnapError("the run folder lies among the photos", where=out, fix="name a folder beside them: --out")
     given = {"format": form, "drugs": drugs and str(Path(drugs).absolute()), "group": group, "name": name}

@@ -10,7 +10,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ import yaml
 
 # %% ../../nbs/dataset/418_labelexport.ipynb #77929bd4
 from ..core.errors import PillsnapError
-from ..core.files import ensure_dir, save_json, save_text
+from ..core.files import ensure_dir, save_json, save_text, sha256_text
 from ..core.logs import progress as show_progress
+from .labelfiles import yolo_label
 from .yolotree import link_photo, yolo_lines
 from ..delivery.index import read_manifest
 
@@ -35,21 +37,24 @@ LABEL_FORMATS = ("coco", "yolo")
 
 def class_numbers(
     header: Mapping[str, Any],  # of a manifest
-    first: int = 0,  # the number of the first class, where the source gives none
+    form: str,  # one of LABEL_FORMATS
 ) -> dict[int, str]:  # number → class
     "The number of each class in an export."
     kept = {int(i): name for i, name in header.get("labels", {}).get("classes", {}).items()}
     keys = header["class_map"]["keys"]
-    if set(keys) <= set(kept.values()):
-        return kept
-    return dict(enumerate(keys, first))
+    if not set(keys) <= set(kept.values()):
+        return dict(enumerate(keys, 1 if form == "coco" else 0))
+    if form == "yolo" and sorted(kept) != list(range(len(kept))):
+        logger.info("the classes are numbered anew, from 0: YOLO labels allow no other first number and no gap")
+        return dict(enumerate(kept[i] for i in sorted(kept)))
+    return kept
 
 # %% ../../nbs/dataset/418_labelexport.ipynb #09d48d8e
 def _coco(
     df: pd.DataFrame,  # rows with a box
     numbers: Mapping[int, str],  # number → class
 ) -> dict[str, Any]:
-    "The rows as the content of a COCO file; paths are relative to the manifest's root."
+    "The rows as the content of a COCO file; photos are named by their paths."
     images, annotations, number_of = [], [], {name: i for i, name in numbers.items()}
     for path, rows in df.groupby("path", sort=True):
         width, height = int(rows["width"].iloc[0]), int(rows["height"].iloc[0])
@@ -62,35 +67,54 @@ def _coco(
     return dict(images=images, annotations=annotations, categories=categories)
 
 
-def _yolo_places(path: str) -> tuple[str, str]:
-    "Where a photo and its label file lie in a YOLO data set: parallel folders images and labels."
-    parts = path.split("/")
-    at = [i for i, part in enumerate(parts[:-1]) if part == "images"]
-    if not at:
-        parts, at = ["images", *parts], [0]
-    label = [*parts[: at[-1]], "labels", *parts[at[-1] + 1 :]]
-    return "/".join(parts), os.path.splitext("/".join(label))[0] + ".txt"
+def _yolo_place(path: str) -> str:
+    "Where a photo lies in a YOLO data set: below a folder images."
+    return path if "images" in path.split("/")[:-1] else f"images/{path}"
+
+
+def _yolo_places(
+    paths: Iterable[str],  # of photos
+) -> dict[str, str]:  # path → its path in a YOLO data set
+    "A place for each photo, so that each has a label of its own."
+    places = {p: _yolo_place(p) for p in paths}
+    times = Counter(yolo_label(p)[0] for p in places.values())
+    for path, place in places.items():
+        if times[yolo_label(place)[0]] > 1:
+            stem, ending = os.path.splitext(place)
+            places[path] = f"{stem}-{sha256_text(path)[:8]}{ending}"
+    return places
 
 # %% ../../nbs/dataset/418_labelexport.ipynb #0a1be5ce
+def _link_photos(
+    places: Mapping[str, str],  # path of a photo → its path in the folder
+    root: Path,  # the folder that paths are relative to
+    out: Path,  # the folder
+    progress: bool,  # show a progress bar
+) -> None:
+    "Show each photo in the exported folder, by a link where the file system has links."
+    for path, place in show_progress(places.items(), desc="photos", unit="photos", show=progress):
+        ensure_dir((out / place).parent)
+        link_photo(root / path, out / place)
+
+
 def _write_yolo(
     df: pd.DataFrame,  # rows with a box
-    root: Path,  # the folder that paths are relative to
+    places: Mapping[str, str],  # path of a photo → its path in the folder
     numbers: Mapping[int, str],  # number → class
     out: Path,  # new folder
     progress: bool,  # show a progress bar
 ) -> None:
-    "Write data.yaml, a label file per photo, and links to the photos."
+    "Write data.yaml and a label file per photo."
     number_of = {name: i for i, name in numbers.items()}
     photos = df.groupby("path", sort=True)
     for path, rows in show_progress(photos, total=photos.ngroups, desc="labels", unit="photos", show=progress):
-        photo, label = _yolo_places(str(path))
+        label = out / yolo_label(places[str(path)])[0]
         boxes = np.array([json.loads(b) for b in rows["bbox"]], float)
         lines = yolo_lines(boxes, rows[["width", "height"]].to_numpy(), [number_of[k] for k in rows["class_key"]])
-        ensure_dir((out / photo).parent)
-        link_photo(root / str(path), out / photo)
-        ensure_dir((out / label).parent)
-        (out / label).write_text("".join(lines), encoding="utf-8")
-    doc = dict(path=".", train="images", val="images", names=dict(sorted(numbers.items())))
+        ensure_dir(label.parent)
+        label.write_text("".join(lines), encoding="utf-8")
+    # no key "path": ultralytics would look for "." in the working directory, not beside this file
+    doc = dict(train="images", val="images", names=dict(sorted(numbers.items())))
     save_text(yaml.safe_dump(doc, allow_unicode=True, sort_keys=False), out / "data.yaml")
 
 # %% ../../nbs/dataset/418_labelexport.ipynb #2460dad1
@@ -116,10 +140,13 @@ def export_labels(
     shutil.rmtree(new, ignore_errors=True)
     try:
         ensure_dir(new)
+        paths, numbers = sorted(set(boxed["path"])), class_numbers(header, form)
+        places = dict(zip(paths, paths)) if form == "coco" else _yolo_places(paths)
+        _link_photos(places, Path(header["root"]), new, progress)
         if form == "coco":
-            save_json(_coco(boxed, class_numbers(header, 1)), new / "labels.json")
+            save_json(_coco(boxed, numbers), new / "labels.json")
         else:
-            _write_yolo(boxed, Path(header["root"]), class_numbers(header), new, progress)
+            _write_yolo(boxed, places, numbers, new, progress)
         if out.exists():
             out.rmdir()
         new.rename(out)

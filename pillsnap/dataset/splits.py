@@ -191,6 +191,9 @@ def _cut(
     check_group_sizes(dup, art / "duplicates.json")
     df["dup_id"] = dup.dup_id
     splits = split_delivery(tidy_records(df), _split_settings(cfg, self.stage_n))
+    if not splits.classes:
+        what = f"no drug has {cfg.splits.min_photos} single photos (splits.min_photos), so there is nothing to train on"
+        raise PillsnapError(what, where=header["root"], fix="take more photos of each drug")
     check_nested(splits, art)
     notes = notes + sealed_changes(splits, art)
     unknown = choose_unknowns(tidy_records(df), splits, drug_records(run.root), cfg.splits.unknown_photos)

@@ -31,6 +31,7 @@ class FaultReason(StrEnum):
     BOX_FLOAT = "box_float"  # a value that is no whole number
     BOX_NEGATIVE = "box_negative"  # negative width or height
     BOX_ZERO = "box_zero"  # no width or no height
+    BOX_FRACTIONS = "box_fractions"  # fractions of the photo, where pixels are expected
     BOX_OUTSIDE = "box_outside"  # a corner beyond the photo
     BOX_IDENTICAL = "identical_boxes"  # two labels, one box: both are left out
     # a photo

@@ -23,6 +23,7 @@ from pydantic import ValidationError
 from ..core.errors import PillsnapError
 from ..core.files import os_error
 from ..core.settings import Block, key
+from ..photos.intake import ImageValidator
 
 # %% ../../nbs/deployment/860_serversettings.ipynb #8b3d1c82
 logger = logging.getLogger("pillsnap.deployment.serversettings")
@@ -33,7 +34,9 @@ class ServerLimits(Block):
 
     per_minute: int = key(60, "photos a minute for each key", ge=1)
     photo_mb: float = key(20, "size of one photo, megabytes", gt=0)
-    narrow_photo_kb: int = key(10_240, "size of one photo for a bundle of the narrow family, of 1024 bytes", ge=1)
+    narrow_photo_kb: int = key(
+        ImageValidator.most_kilobytes, "size of one photo for a bundle of the narrow family, of 1024 bytes", ge=1
+    )
     batch_photos: int = key(16, "photos of one batch", ge=1)
     batch_mb: float = key(64, "size of all photos of one batch, megabytes", gt=0)
     pixels: int = key(50_000_000, "width times height of one photo", ge=1024)
