@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
@@ -216,6 +217,9 @@ def test_what_could_harm_is_not_enrolled(gallery_run, export, strangers):
         enrol_drug(export, "pills/aspirin", photos)
     with pytest.raises(PillsnapError, match="given twice"):
         enrol_drug(export, "K-990001", photos[:1] * 2)
+    Image.open(photos[0]).convert("RGB").save(export / "again.jpg", quality=90)
+    with pytest.raises(PillsnapError, match="given twice, or a copy of it"):
+        enrol_drug(export, "K-990001", [photos[0], export / "again.jpg"])
     with pytest.raises(PillsnapError, match="each side is needed"):
         enrol_drug(export, "K-990001", photos[:1])
     enrol_drug(export, " K-990001", photos, "새 알약")
@@ -223,6 +227,14 @@ def test_what_could_harm_is_not_enrolled(gallery_run, export, strangers):
         enrol_drug(export, "K-990001", strangers[1][:2], "다른 알약")
     with pytest.raises(PillsnapError, match="made K-990001 known already"):
         enrol_drug(export, "K-990002", photos)
+    known = read_json(export / "bundle.json")["drugs"][trained]["dl_name"]
+    for name, owner in ((f" {known.upper()}", trained), ("새알약", "K-990001")):  # the K-code was mistyped
+        with pytest.raises(PillsnapError, match=f"is the name of {owner}: is K-990009 mistyped"):
+            enrol_drug(export, "K-990009", strangers[1][:2], name)
+    with pytest.raises(PillsnapError, match="새 알약 is the name of K-990001 already"):
+        enrol_drug(export, "새 알약", strangers[1][:2])
+    two_products = enrol_drug(export, "K-990009", strangers[1][:2], known, shares_name=True)
+    assert two_products.line["named_like"] == [trained] and f"{trained} has this name too" in str(two_products)
     with pytest.raises(PillsnapError, match="K-990002 is not enrolled"):
         unenrol_drug(export, "K-990002")
     with pytest.raises(PillsnapError, match="Triton serves networks alone"):

@@ -1422,6 +1422,34 @@ MUTATIONS: list[Mutation] = [
         "out[:, mine] = np.maximum(out[:, mine], np.minimum.reduceat(cosines, first, axis=1))",
         "tests/test_gallery.py::test_the_bundle_answers_by_the_nearest_photo",
     ),
+    Mutation(
+        "a mistyped K-code makes a known drug known twice",
+        "pillsnap/deployment/enrol.py",
+        "if found and not shares_name:",
+        "if False:",
+        "tests/test_gallery.py::test_what_could_harm_is_not_enrolled",
+    ),
+    Mutation(
+        "one shot, saved twice, is enrolled as front and back",
+        "pillsnap/deployment/enrol.py",
+        "any(same_shot(image, earlier) for earlier in images)",
+        "any(np.array_equal(image, earlier) for earlier in images)",
+        "tests/test_gallery.py::test_what_could_harm_is_not_enrolled",
+    ),
+    Mutation(
+        "copies of one shot are two sides",
+        "pillsnap/models/twoside.py",
+        "SAME_SHOT = 2.5",
+        "SAME_SHOT = 0.5",
+        "tests/test_twoside.py::test_one_shot_saved_twice_is_no_front_and_back",
+    ),
+    Mutation(
+        "two sides that look alike are one shot",
+        "pillsnap/models/twoside.py",
+        "np.percentile(apart, 99) <= SAME_SHOT",
+        "np.median(apart) <= SAME_SHOT",
+        "tests/test_twoside.py::test_one_shot_saved_twice_is_no_front_and_back",
+    ),
 ]
 
 
