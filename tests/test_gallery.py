@@ -97,6 +97,21 @@ def test_the_evaluation_of_a_retrieval_run_fits_a_safe_answer(gallery_run):
     assert read_json(gallery_run / "reports" / "scorecard.json")["rows"]
 
 
+@pytest.mark.spec("RT9", "BX16")
+def test_a_bundle_without_calibrated_pairs_says_why_it_needs_one_photo(gallery_run):
+    from pillsnap.deployment.runtime import load_bundle
+    from pillsnap.deployment.workers import bundle_facts
+
+    record = read_json(gallery_run / "reports" / "evaluation.json")["metrics"]["pair_accuracy"]
+    why = "there are 0 pairs of calibration groups with a front and a back"
+    assert record["value"] is None and record["note"].startswith(why)
+    assert not (gallery_run / "reports" / "pair_rule.json").exists()
+    bundle, photos = load_bundle(gallery_run, device="cpu"), known_photos(gallery_run, 2)
+    with pytest.raises(PillsnapError, match=f"from both sides of a pill: {why}"):
+        bundle.predict_sides(*photos)
+    assert bundle_facts(bundle)["two_side"] is False
+
+
 @pytest.mark.spec("RT11")
 def test_weights_are_stored_in_float32_whatever_trained_them(gallery_run):
     from pillsnap.core.checkpoints import load_ckpt

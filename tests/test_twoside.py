@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
+from pillsnap.core.errors import PillsnapError
 from pillsnap.core.settings import AnswerSettings
 from pillsnap.delivery.capture import Capture, capture_group
 from pillsnap.evaluation.calibration import fit_temperature
@@ -90,6 +91,31 @@ def test_no_photo_and_no_capture_group_is_in_two_pairs(twins):
     for side in ("front", "back"):
         groups = {(unit, twins.groups[i]) for unit, i in zip(pairs["unit"], pairs[side])}
         assert len(groups) == pairs["unit"].nunique() == len({g for _, g in groups})
+
+
+@pytest.mark.spec("BX16")
+def test_without_pairs_there_is_no_rule_of_pairs_and_no_promise(twins):
+    "Photos whose names say no side, and a few calibration pairs."
+    sides, clusters = AnswerRule("lac", 0.1, (0.9,) * 4), ["all"] * 4
+    nameless = replace(twins, paths=[f"photo_{i}.jpg" for i in range(len(twins.paths))])
+    pairs = paired_photos(twins)
+    units = pairs.loc[pairs["part"] == "calib", "unit"].unique()
+    left = pairs[(pairs["part"] != "calib") | pairs["unit"].isin(units[:4])]
+    for photos, table, n in ((nameless, paired_photos(nameless), 0), (twins, left, 4)):
+        with pytest.raises(PillsnapError, match=f"there are {n} pairs of calibration groups .* 5 are needed"):
+            fit_pair_rule(photos, table, sides, clusters, SETTINGS)
+    five = pairs[(pairs["part"] != "calib") | pairs["unit"].isin(units[:5])]
+    assert fit_pair_rule(twins, five, sides, clusters, SETTINGS).groups == 5
+
+
+@pytest.mark.spec("BX16")
+def test_no_known_drug_need_be_refused(twins):
+    "The settings allow a share of 0: then a pair is held to the threshold of single photos."
+    unknown = {"threshold": 7.0}
+    photos = replace(twins, unknown=np.linspace(0, 1, len(twins.paths)))
+    none = AnswerSettings(alpha=0.1, unknown_refused=0)
+    sides, pairs = AnswerRule("lac", 0.1, (0.9,) * 4, unknown=unknown), paired_photos(twins)
+    assert fit_pair_rule(photos, pairs, sides, ["all"] * 4, none).unknown == 7.0
 
 
 @pytest.mark.spec("BX16")

@@ -249,6 +249,7 @@ class BundleContent:
     unified: UnifiedPreprocessor | None = None  # of the narrow family
     pair_rule: PairRule | None = None  # answers photos of both sides; None: it answers one photo alone
     gallery: Mapping[str, Any] | None = None  # files of the reference photos; None = the classifier names the drugs
+    why_no_pairs: str = ""  # why there is no pair rule
 
 
 def write_bundle(
@@ -277,6 +278,7 @@ def write_bundle(
         thumbnails={k: {side: dict(e) for side, e in sides.items()} for k, sides in c.thumbnails.items()},
     )
     meta |= {"gallery": dict(c.gallery)} if c.gallery else {}
+    meta |= {"why_no_pairs": c.why_no_pairs} if c.why_no_pairs else {}
     return save_json({**meta, "digest": content_digest(meta)}, Path(folder) / "bundle.json")
 
 # %% ../../nbs/deployment/800_runtime.ipynb #66dd2f2e
@@ -562,8 +564,9 @@ def two_sided(self: Bundle) -> TwoSided:  # PillsnapError where the bundle has n
     trained = ClassMap.from_dict(self.meta["class_map"], where=where)
     pairs = _bundle_pairs(self.meta, trained, self.base_rule(), where)
     if pairs is None:
-        what = "this bundle cannot answer from both sides of a pill: it holds no rule for pairs of photos"
-        fix = "evaluate and export again: pillsnap run all --from evaluation; or give one photo"
+        why = self.meta.get("why_no_pairs") or "it holds no rule for pairs of photos"
+        what = f"this bundle cannot answer from both sides of a pill: {why}"
+        fix = "give one photo; with more calibration photos: pillsnap run all --from evaluation"
         raise PillsnapError(what, where="two_side", fix=fix)
     if self.known is not None and self.known.added:
         # no pair of an added drug was calibrated, so a pair's set is what both photos' sets share

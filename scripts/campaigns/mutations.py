@@ -1450,6 +1450,27 @@ MUTATIONS: list[Mutation] = [
         "np.median(apart) <= SAME_SHOT",
         "tests/test_twoside.py::test_one_shot_saved_twice_is_no_front_and_back",
     ),
+    Mutation(
+        "two sides are offered although not one pair was calibrated",
+        "pillsnap/evaluation/pairs.py",
+        "if n >= LEAST_PAIRS:",
+        "if n >= 0:",
+        "tests/test_twoside.py::test_without_pairs_there_is_no_rule_of_pairs_and_no_promise",
+    ),
+    Mutation(
+        "a pair's unknown score divides by a share of 0",
+        "pillsnap/evaluation/pairs.py",
+        'calib["unit"].nunique() * share < 1',
+        'calib["unit"].nunique() < 1 / share',
+        "tests/test_twoside.py::test_no_known_drug_need_be_refused",
+    ),
+    Mutation(
+        "a bundle does not say why it needs one photo",
+        "pillsnap/deployment/runtime.py",
+        'self.meta.get("why_no_pairs") or ',
+        "",
+        "tests/test_gallery.py::test_a_bundle_without_calibrated_pairs_says_why_it_needs_one_photo",
+    ),
 ]
 
 
