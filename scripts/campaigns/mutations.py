@@ -1471,6 +1471,13 @@ MUTATIONS: list[Mutation] = [
         "",
         "tests/test_gallery.py::test_a_bundle_without_calibrated_pairs_says_why_it_needs_one_photo",
     ),
+    Mutation(
+        "a quantised bundle answers no pair",
+        "pillsnap/deployment/variants.py",
+        "pair_rule=measured.pairs,",
+        "pair_rule=None,",
+        "tests/test_quantise.py::test_each_precision_answers_both_sides_by_a_rule_of_its_own",
+    ),
 ]
 
 
