@@ -139,6 +139,62 @@ def test_without_faiss_the_answers_are_the_same(gallery_run, monkeypatch):
     assert np.allclose(class_scores(gallery, q).max(1), chosen.search(q, 1)[0][:, 0], atol=1e-6)
 
 
+@pytest.mark.spec("RT12")
+def test_an_index_without_faiss_gives_the_cosines_it_was_calibrated_with(tmp_path, monkeypatch):
+    "A drug beyond the 64 nearest photos has the cosine -1, whoever searches."
+    from pillsnap.delivery.classmap import ClassMap
+    from pillsnap.models import gallery as G
+    from pillsnap.models.search import ChosenSearch, FaissSearch
+
+    pytest.importorskip("faiss")
+    keys, near = ClassMap(("K-000001", "K-000002")), np.random.default_rng(0).normal(0, 0.05, (101, 4))
+    vectors = G.unit_vectors(near + np.eye(4)[[0] * 100 + [1]])
+    rows = [G.Reference(keys.key(int(i == 100)), 0, "", "") for i in range(101)]
+    chosen = ChosenSearch(FaissSearch(vectors, "hnsw", 128), 1.0, 128, "a test")
+    G.write_gallery(tmp_path, vectors, rows, keys, chosen, scale=9.0)
+    asked = np.eye(4, dtype=np.float32)[:1]
+    told = G.class_scores(G.load_gallery(tmp_path), asked)
+    monkeypatch.setattr(G, "have_faiss", lambda: False)
+    assert told[0, 1] == -1 and np.allclose(G.class_scores(G.load_gallery(tmp_path), asked), told, atol=1e-6)
+
+
+@pytest.mark.spec("BX19", "BX16")
+def test_a_pair_is_not_called_calibrated_after_an_enrolment(export, strangers):
+    from pillsnap.core.container import content_digest
+    from pillsnap.core.files import save_json
+    from pillsnap.deployment.enrol import enrol_drug
+    from pillsnap.deployment.runtime import load_bundle
+    from pillsnap.deployment.workers import bundle_facts
+    from pillsnap.models.cardview import _card_notes
+    from pillsnap.models.twoside import PairRule
+
+    meta = read_json(export / "bundle.json")
+    rule = PairRule(2.0, calibrated=True, class_map=meta["class_map"]["fingerprint"], pairs=40, groups=10)
+    meta |= {"pair_rule": rule.to_dict()}
+    save_json({**meta, "digest": content_digest(meta)}, export / "bundle.json")
+
+    def told():
+        bundle = load_bundle(export, device="cpu")
+        answer = bundle.predict_sides(*strangers[1][:2])
+        return _card_notes(answer, answer.meta)[0], bundle_facts(bundle)["two_side_calibrated"]
+
+    (before, fitted), _, (after, still) = told(), enrol_drug(export, "K-990001", strangers[0][:2]), told()
+    assert "보정된 확률" in before and fitted and "보정되지 않은 확률" in after and not still
+
+
+@pytest.mark.spec("RT9", "BX16")
+def test_the_export_answers_with_the_focus_that_was_evaluated(gallery_run, tmp_path):
+    from pillsnap.core.files import save_json
+    from pillsnap.deployment.export import check_focus
+    from pillsnap.deployment.runtime import load_bundle
+
+    calibration = read_json(gallery_run / "reports" / "calibration.json")
+    assert calibration["focus"] == load_bundle(gallery_run, device="cpu").meta["answering"]["focus"]
+    save_json(calibration | {"focus": "off"}, tmp_path / "reports" / "calibration.json")
+    with pytest.raises(PillsnapError, match="found the pill by focus=off, and this export would by focus=detector"):
+        check_focus(tmp_path, "detector")
+
+
 @pytest.mark.spec("BX19")
 def test_an_enrolled_drug_is_named_and_the_others_do_not_move(gallery_run, export, strangers):
     from pillsnap.deployment.enrol import enrol_drug, undo_enrolment, unenrol_drug

@@ -570,7 +570,7 @@ def two_sided(self: Bundle) -> TwoSided:  # PillsnapError where the bundle has n
         raise PillsnapError(what, where="two_side", fix=fix)
     if self.known is not None and self.known.added:
         # no pair of an added drug was calibrated, so a pair's set is what both photos' sets share
-        pairs = replace(pairs, fused=None, class_map=self.class_map.fingerprint)
+        pairs = replace(pairs, fused=None, calibrated=False, class_map=self.class_map.fingerprint)
     return TwoSided(self.pipeline(), pairs)
 
 
@@ -583,4 +583,6 @@ def predict_sides(
 ) -> Answer:  # the predict JSON with two_side and photos; a notebook shows it as a card
     "Answer for the two sides of one pill."
     topk = self.meta.get("answering", DEFAULTS)["top_k"] if topk is None else topk
-    return Answer(self.two_sided().predict(front, back, topk), self.meta, front, self.files, back)
+    both = self.two_sided()
+    meta = {**self.meta, "pair_rule": both.rule.to_dict()}  # as it answers: the card says whether it is calibrated
+    return Answer(both.predict(front, back, topk), meta, front, self.files, back)

@@ -404,6 +404,8 @@ def _started(
     focus, reason = chosen_focus(cfg.inference.focus, cfg.train.classification.crop_view_prob)
     logger.info(f"focus: {focus}, {reason}")
     evaluator = load_evaluator(root, data, cfg.data, device, focus=focus, unified=unified_preprocessor(cfg))
+    if (used := evaluator.pipeline.focus) != focus:
+        logger.info(f"focus: {used} in place of {focus}, because {evaluator.no_detector}")
     calls = evaluator.latency_calls(photos)
     for call in calls.values():
         call()
@@ -564,7 +566,8 @@ def write(
     "Write calibration, per-class table, hard cases, predictions, atlas and evaluation.json."
     reports = run.sub("reports")
     origin = {"data": self.prov.data, "data_hash": self.prov.data_hash, "class_map": self.prov.class_map_hash}
-    calibration = save_json(self.calibration.to_dict() | origin, reports / "calibration.json")
+    used = {"focus": self.evaluator.pipeline.focus} if self.evaluator else {}  # the export must answer with the same
+    calibration = save_json(self.calibration.to_dict() | origin | used, reports / "calibration.json")
     with atomic_path(reports / "per_class.csv") as tmp:
         self.per_class.to_csv(tmp, index=False, lineterminator="\n")
     hard, counts = self.keep_hard_cases(run)

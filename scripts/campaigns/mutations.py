@@ -1478,6 +1478,27 @@ MUTATIONS: list[Mutation] = [
         "pair_rule=None,",
         "tests/test_quantise.py::test_each_precision_answers_both_sides_by_a_rule_of_its_own",
     ),
+    Mutation(
+        "without faiss, an index gives cosines it was not calibrated with",
+        "pillsnap/models/gallery.py",
+        "return ExactSearch(vectors)",
+        "return None",
+        "tests/test_gallery.py::test_an_index_without_faiss_gives_the_cosines_it_was_calibrated_with",
+    ),
+    Mutation(
+        "a pair is called calibrated after an enrolment",
+        "pillsnap/deployment/runtime.py",
+        "fused=None, calibrated=False,",
+        "fused=None,",
+        "tests/test_gallery.py::test_a_pair_is_not_called_calibrated_after_an_enrolment",
+    ),
+    Mutation(
+        "an export answers with another focus than was evaluated",
+        "pillsnap/deployment/export.py",
+        "if used is not None and used != focus:",
+        "if used is None and used != focus:",
+        "tests/test_gallery.py::test_the_export_answers_with_the_focus_that_was_evaluated",
+    ),
 ]
 
 
