@@ -458,7 +458,7 @@ def test_the_sealed_test_is_reported_and_not_opened(small, tmp_path):
     assert (
         c.header["sealed"]["drugs"] == 2
         and c.header["sealed"]["known"] == 1
-        and c.header["sealed"]["words"].startswith("1 of the 2 drugs")
+        and c.header["sealed"]["words"].startswith("AI Hub's Validation part: 2 drugs, 1 of them in Training")
     )
 
 
@@ -578,7 +578,7 @@ def test_the_job_renders_converts_and_reports(tmp_path):
     assert (
         header["data_hash"][:12] in res.verdict
         and any("synthetic" in n for n in res.notes)
-        and any("sealed test" in n for n in res.notes)
+        and any("Validation part" in n for n in res.notes)
     )
     before = (tmp_path / "delivery/SYNTHETIC.json").stat().st_mtime_ns
     ConversionJob(run_dir=str(tmp_path / "run"), config="smoke", overrides=over).run()

@@ -447,7 +447,7 @@ def test_a_drug_that_cannot_be_named_stands_on_the_scorecard(copy):
             and r["share"] == pytest.approx(wrong.max() / len(mine))
             and wrong[r["mistaken_for"]] == wrong.max()
         )
-        assert r["name"] and r["its_name"] and r["name"] in text
+        assert r["name"] and r["mistaken_for_name"] and r["name"] in text
     assert "## Do not rely on" in text
     doc = read_json(copy / "reports/evaluation.json")
     save_json(doc | {"unreliable": []}, copy / "reports/evaluation.json")

@@ -29,7 +29,7 @@ from pillsnap.deployment import graph as G
 from pillsnap.deployment import pixelgraph as P
 from pillsnap.deployment.runtime import OnnxClassifier, OnnxDetector, load_bundle
 from pillsnap.models.factory import TorchClassifier, WithEmbedding, build_classification_model, load_classifier
-from pillsnap.models.pipeline import Pipeline, detector_input, read_photo
+from pillsnap.models.pipeline import Pipeline, Thresholds, detector_input, read_photo, view_settings
 from pillsnap.models.yolo import TorchDetector, build_yolo_model, load_detector
 from pillsnap.photos.images import crop_view, cut_square, normalise, whole_view
 
@@ -58,13 +58,23 @@ def run(ready, tmp_path):
 @pytest.fixture(scope="module")
 def exported(ready, tmp_path_factory):
     "One good export, and what it handed back."
-    root = linked_run(ready, tmp_path_factory.mktemp("exported") / "run")
-    save_json(
-        {"temperature": 2.5, "ece_after": 0.01, "class_map": load_split_data(ready, 0).class_map.fingerprint},
-        root / "reports/calibration.json",
-    )
+    root = calibrated(linked_run(ready, tmp_path_factory.mktemp("exported") / "run"))
     save_json({"rows": []}, root / "reports/scorecard.json")
     return root, job(root, "inference.top_k=3", "inference.lazy_load_detector=false", "data.default_mode=combo").run()
+
+
+def calibrated(root):
+    "The run with a temperature of its weights."
+    names = [f"checkpoints/{m}/best.pt" for m in ("classifier", "detector")]
+    found = dict(
+        temperature=2.5,
+        ece_after=0.01,
+        class_map=load_split_data(root, 0).class_map.fingerprint,
+        weights={n: sha256_file(root / n) for n in names},
+        view=view_settings("locator", Thresholds()),
+    )
+    save_json(found, root / "reports/calibration.json")
+    return root
 
 
 def job(root, *more):
@@ -182,8 +192,8 @@ def box_verdicts(a, b, ap=(0.9, 0.9), raw=0.0):
 @pytest.mark.spec("EX2")
 def test_box_limits():
     good = {
-        "smallest IoU of twin boxes": True,
-        "boxes without a twin": True,
+        "smallest IoU of matched boxes": True,
+        "unmatched boxes": True,
         "mAP@.5 difference": True,
         "head, largest relative difference": True,
     }
@@ -192,10 +202,10 @@ def test_box_limits():
     wide[0, 2] += 2.5  # IoU 50/52.5 = .952
     assert box_verdicts([(B, S)], [(wide, S)]) == good
     wide[0, 2] += 0.3  # IoU 50/52.8 = .947
-    assert box_verdicts([(B, S)], [(wide, S)]) == good | {"smallest IoU of twin boxes": False}
-    assert box_verdicts([(B, S)], [(B[:1], S[:1])]) == good | {"boxes without a twin": False}
-    assert box_verdicts([(B[:1], S[:1])], [(B, S)]) == good | {"boxes without a twin": False}
-    assert box_verdicts([(B[:0], S[:0])], [(B, S)])["boxes without a twin"] is False
+    assert box_verdicts([(B, S)], [(wide, S)]) == good | {"smallest IoU of matched boxes": False}
+    assert box_verdicts([(B, S)], [(B[:1], S[:1])]) == good | {"unmatched boxes": False}
+    assert box_verdicts([(B[:1], S[:1])], [(B, S)]) == good | {"unmatched boxes": False}
+    assert box_verdicts([(B[:0], S[:0])], [(B, S)])["unmatched boxes"] is False
     assert box_verdicts([(B, S)], [(B, S)], ap=(0.80, 0.8099)) == good
     assert box_verdicts([(B, S)], [(B, S)], ap=(0.80, 0.8101)) == good | {"mAP@.5 difference": False}
 
@@ -203,7 +213,7 @@ def test_box_limits():
 @pytest.mark.spec("EX2")
 def test_nothing_found_is_not_a_pass():
     v = box_verdicts([(B[:0], S[:0])], [(B[:0], S[:0])], ap=(float("nan"),) * 2)
-    assert [v[k] for k in ("smallest IoU of twin boxes", "boxes without a twin", "mAP@.5 difference")] == [None] * 3
+    assert [v[k] for k in ("smallest IoU of matched boxes", "unmatched boxes", "mAP@.5 difference")] == [None] * 3
     assert (
         C.Comparison(checks=[C.ExportCheck("a", 1.0, "", 1, True), C.ExportCheck("b", None, "", 0, None)]).passed
         is None
@@ -443,6 +453,30 @@ def test_temperature_and_scorecard_of_the_evaluation(exported):
     assert (b.meta["temperature"], b.meta["calibrated"]) == (2.5, True) and b.meta["scorecard"] == sha256_file(
         exported[0] / "reports/scorecard.json"
     )
+
+
+@pytest.mark.spec("BX3", "FX3")
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ("classifier", "other weights than checkpoints/classifier/best.pt"),
+        ("detector", "other weights than checkpoints/detector/best.pt"),
+        ("inference.focus=off", "looked at photos in another way"),
+        ("data.classification.crop_padding=0.6", "looked at photos in another way"),
+    ],
+)
+def test_what_was_not_evaluated_is_not_exported_with_the_evaluations_rule(exported, tmp_path, change, said):
+    "Thresholds of other weights or of other views would name drugs; the earlier bundle stays."
+    run = calibrated(linked_run(exported[0], tmp_path / "run"))
+    before = (run / "export/bundle.json").read_bytes()
+    if "=" not in change:
+        path = run / f"checkpoints/{change}/best.pt"
+        ckpt = load_ckpt(path)
+        path.unlink()  # a link
+        save_ckpt(path, **{**ckpt, "epoch": 9})
+    with pytest.raises(PillsnapError, match=said):
+        job(run, *([change] if "=" in change else [])).run()
+    assert (run / "export/bundle.json").read_bytes() == before
 
 
 @pytest.mark.spec("BX8")

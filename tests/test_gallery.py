@@ -182,19 +182,6 @@ def test_a_pair_is_not_called_calibrated_after_an_enrolment(export, strangers):
     assert "보정된 확률" in before and fitted and "보정되지 않은 확률" in after and not still
 
 
-@pytest.mark.spec("RT9", "BX16")
-def test_the_export_answers_with_the_focus_that_was_evaluated(gallery_run, tmp_path):
-    from pillsnap.core.files import save_json
-    from pillsnap.deployment.export import check_focus
-    from pillsnap.deployment.runtime import load_bundle
-
-    calibration = read_json(gallery_run / "reports" / "calibration.json")
-    assert calibration["focus"] == load_bundle(gallery_run, device="cpu").meta["answering"]["focus"]
-    save_json(calibration | {"focus": "off"}, tmp_path / "reports" / "calibration.json")
-    with pytest.raises(PillsnapError, match="found the pill by focus=off, and this export would by focus=detector"):
-        check_focus(tmp_path, "detector")
-
-
 @pytest.mark.spec("BX19")
 def test_an_enrolled_drug_is_named_and_the_others_do_not_move(gallery_run, export, strangers):
     from pillsnap.deployment.enrol import enrol_drug, undo_enrolment, unenrol_drug

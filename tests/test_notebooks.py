@@ -122,7 +122,8 @@ def test_a_job_has_one_parameters_cell(path):
             assert re.search(r"#\s*\S", lines[node.end_lineno - 1]), f"with a comment: {ast.unparse(node)}"
         tail = [c.source for c in nb.cells if c.cell_type == "code"]
         i = tail.index(tagged[0].source)
-        assert " as stage" in tail[i + 1] and "job = stage." in tail[i + 2] and "res = job.run()" in tail[i + 3]
+        job = re.fullmatch(r"from pillsnap\.\w+\.\w+ import (\w+Job)", tail[i + 1])
+        assert job and f"job = {job[1]}(" in tail[i + 2] and "res = job.run()" in tail[i + 3]
         assert any("assert" in s or "test_" in s for s in tail[i + 4 :]), "the contract: assertions true at any scale"
         left_out = [c.source for c in nb.cells if "skip-execution" in c.metadata.get("tags", [])]
         assert not set(left_out) & set(tail[i:]), "what follows the parameters is the job: it runs whole"

@@ -154,10 +154,7 @@ def markdown_table(
     return "\n".join([lines[0], "|" + "---|" * len(cols), *lines[1:]])
 
 # %% ../../nbs/core/090_jobs.ipynb #21e7eee3
-SMOKE = (
-    "Smoke run: a few rendered photos and models that are hardly trained. "
-    "Its figures mean nothing; it shows that the job works."
-)
+SMOKE = "Smoke run on a few rendered photos. Its figures mean nothing; it shows that the job works."
 
 
 @patch

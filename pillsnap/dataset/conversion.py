@@ -204,7 +204,7 @@ def save(
         logger.info("left out: %s × %d (quarantine.csv)", reason, n)
     for reason, n in self.header["remarks"].items():
         logger.info("kept with a remark: %s × %d (reports/remarks.csv)", reason, n)
-    logger.info("sealed test: %s", self.header["sealed"]["words"])
+    logger.info(self.header["sealed"]["words"])
 
 # %% ../../nbs/dataset/408_conversion.ipynb #5146c15e
 def convert(

@@ -147,7 +147,8 @@ class StageFocus:
         rows = rows[rows["kind"] == "single"]
         located = locate_photos(rows["path"].tolist(), self.data.root, self.policies, self.table)
         n = int((located["found"] == 1).sum())
-        logger.info(f"focus: one pill was located in {n} of {len(located)} photos; the others are shown whole")
+        others = "; the others are shown whole" if n < len(located) else ""
+        logger.info(f"focus: one pill was located in {n} of {len(located)} photos{others}")
         return focused_rows(rows, located)
 
     def errors(self) -> np.ndarray:  # [k, 4]

@@ -30,6 +30,7 @@ from .families import family_ratios
 from .focus import StageFocus, chosen_focus
 from .opening import image_policies
 from .photoloader import PhotoLoader
+from .roles import StageQuota
 from .sampling import BalancedBatchSampler, EpochSampler, balanced_weights, effective_batch
 from .sources import cached_source, open_source, train_rows
 from .splitfiles import SplitData
@@ -329,6 +330,18 @@ def _loader_meta(
     }
 
 # %% ../../nbs/dataset/490_loaders.ipynb #a046cfac
+def _limits_in_words(
+    quotas: Sequence[Sequence[int | None]],  # as SplitSettings.params stores them
+) -> str:
+    "What each stage takes at most."
+    out = []
+    for q in (StageQuota(*values) for values in quotas):
+        limits = ((q.max_samples, "single photos"), (q.max_classes, "drugs"), (q.max_combos, "combos"))
+        most = " and ".join(f"{n:,} {what}" for n, what in limits if n is not None)
+        out.append(f"{most or 'everything'} in stage {q.stage}")
+    return ", ".join(out)
+
+
 def summary(
     meta: Mapping[str, Any],  # as _loader_meta returns it
 ) -> list[str]:
@@ -337,8 +350,8 @@ def summary(
     lines = [
         f"loaders: {m['train_count']:,} train samples ({m['combo_crops']:,} of them pills of combos) "
         f"and {m['val_count']:,} val photos of {len(m['class_names'])} drugs at {m['img_size']} px, "
-        f"batches of {m['batch_size']}; ratio {m['split_ratio']}, at most {m['max_samples']}, "
-        f"test {m['test_usage_policy']}",
+        f"batches of {m['batch_size']}; split {' / '.join(f'{r:g}' for r in m['split_ratio'])}, at most "
+        f"{_limits_in_words(m['max_samples'])}; the test part is for the final test alone",
         f"loading: from {m['source']} by {m['num_workers']} {m['engine']}, prefetch {m['prefetch_factor']}, "
         f"persistent {m['persistent_workers']}, pinned {m['pin_memory']}, drop_last {m['drop_last']} (val: False), "
         f"{m['cached_bytes'] / 1e6:.0f} MB in memory",

@@ -32,13 +32,13 @@ class SplitPlots:
     names: Mapping[str, str] | None = None  # class key → the drug's name
 
     def __post_init__(self) -> None:
-        "Find the role of every photo of the delivery: train, val, calib, clean, sealed or unused."
+        "Find the role of every photo of the delivery: train, val, calib, clean, test or unused."
         self.roles = pd.Series("unused", self.df.index)
         parts = {str(r): d["path"] for r, d in self.splits.pool.groupby("split")}
         parts |= {
             "val": self.splits.val["path"],
             "train": self.splits.train["path"],
-            "sealed": self.splits.test["path"],
+            "test": self.splits.test["path"],
         }
         for role, paths in parts.items():
             self.roles[self.df["path"].isin(set(paths))] = role
@@ -93,12 +93,12 @@ def by_group(
     ax.imshow(best, cmap=ListedColormap(list(ROLE_COLOURS.values())), vmin=-0.5, vmax=len(rank) - 0.5, aspect="auto")
     for (i, j), c in np.ndenumerate(count.to_numpy()):
         if np.isfinite(c):
-            colour = "white" if best.iat[i, j] in (rank["train"], rank["sealed"]) else "black"
+            colour = "white" if best.iat[i, j] in (rank["train"], rank["test"]) else "black"
             ax.text(j, i, f"{c:.0f}", ha="center", va="center", fontsize=6, color=colour)
     ax.grid(False)
     ax.set_xticks(range(best.shape[1]), best.columns, rotation=90, fontsize=6)
     ax.set_yticks(range(len(best)), [drug_label(k, self.names) for k in best.index], fontsize=7)
-    ax.set_title("blue: train · orange: val · purple: calib · green: clean · dark: sealed · grey: unused", fontsize=7)
+    ax.set_title("blue: train · orange: val · purple: calib · green: clean · dark: test · grey: unused", fontsize=7)
     plt.close(fig)
     return fig
 

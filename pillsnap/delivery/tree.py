@@ -237,20 +237,15 @@ def overlap_in_words(
     train: Iterable[str],  # K-codes of Training
     sealed: Iterable[str],  # K-codes of the sealed test
 ) -> str:
-    "One sentence on what the sealed test can measure: how many of its drugs are in Training."
+    "One sentence on AI Hub's Validation part: how many of its drugs are in Training."
     train, sealed = set(train), set(sealed)
     if not sealed:
-        return "There is no sealed test in this delivery: the final test will say NOT_MEASURED."
+        return "AI Hub's Validation part is not in this delivery: the final test will say NOT_MEASURED."
     n = len(train & sealed)
-    if not n:
-        return (
-            f"None of the {len(sealed)} drugs of the sealed test is among the {len(train)} of Training: "
-            "a classifier cannot name any of them, so the closed-set row of the final test is NOT_MEASURED; "
-            "they serve the open-set and the enrolment rows."
-        )
+    known, unknown = (f"{n}", "the others") if n else ("none", "them")
     return (
-        f"{n} of the {len(sealed)} drugs of the sealed test are among the {len(train)} of Training; "
-        f"the other {len(sealed) - n} serve the open-set and the enrolment rows."
+        f"AI Hub's Validation part: {len(sealed)} drugs, {known} of them in Training; "
+        f"the final test uses {unknown} as unknown drugs."
     )
 
 # %% ../../nbs/delivery/124_tree.ipynb #12c97e1b

@@ -120,8 +120,8 @@ def _source(root: Path, meta: Mapping[str, Any]) -> list[str]:
         f"- manifest: sha256 `{meta['data_hash']}`",
         f"- class map: {len(meta['class_map']['keys']):,} drugs, fingerprint `{meta['class_map']['fingerprint']}`",
     ]
-    if sealed := report.get("sealed", {}).get("words"):
-        lines.append(f"- sealed test: {sealed}")
+    if words := report.get("sealed", {}).get("words"):
+        lines.append(f"- {words}")
     return [*lines, ""]
 
 

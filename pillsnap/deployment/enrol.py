@@ -144,7 +144,7 @@ class Enrolled:
     moved: Moved | None  # answers to calibration photos; None = the export holds none
     near: tuple[str, float] | None = None  # nearest other drug and its cosine
     whole: int = 0  # photos in which no single pill was located
-    alike: float = 0.0  # share of the calibration photos that are less near to their own drug than this one to another
+    alike: float = 0.0  # share of calibration photos less similar to their own drug than this one is to another
     own: float | None = None  # cosine to the drug's earlier photos; None = it has none
     pairs: bool = False  # whether the bundle answers from both sides
 
@@ -159,20 +159,22 @@ class Enrolled:
         if self.own is not None:
             out.append(f"  its own earlier photos: cosine {self.own:.3f}")
         if self.near and self.alike >= _ALIKE:
+            n = f" (n = {self.moved.photos})" if self.moved else ""
             out.append(
-                f"  WARNING: {self.alike:.0%} of the calibration photos are less near to their own drug, so this"
+                f"  WARNING: {100 * self.alike:.0f} % of the calibration photos{n} are less similar to their own"
             )
-            out.append(f"  network hardly tells {e.get('key', 'it')} from {self.near[0]}: train with it instead")
+            out.append(f"  drug than this drug is to {self.near[0]}, so this network hardly tells the two apart: train")
+            out.append("  with the new drug instead")
         if self.moved:
             m = self.moved
-            out.append(f"  {m.answers} of {m.photos} answers to calibration photos move, {m.nearer} to an added drug")
+            out.append(f"  {m.answers} of {m.photos} calibration photos get another answer")
+            if m.answers:
+                out.append(f"  {m.nearer} of these photos are nearest to an added drug now")
             out.append(f"  {m.why}")
         if self.whole:
             out.append(f"  in {self.whole} photos no single pill was located: the whole photo was taken")
         if self.pairs:
-            out.append(
-                "  with added drugs, an answer from both sides names what both photos' sets share, for every drug"
-            )
+            out.append("  from now on, a two-side answer names only drugs that are in both photos' sets")
         return "\n".join([*out, "  a running server answers as before until POST /reload"])
 
 
@@ -198,7 +200,7 @@ def alike_share(
     photos: CalibrationPhotos | None,  # of trained drugs; None = 0
     cosine: float,  # of an enrolled drug and its nearest other drug
 ) -> float:  # 1 = nearer than every photo is to its own drug
-    "Share of the calibration photos that are less near to their own drug."
+    "Share of the calibration photos that are less similar to their own drug than a cosine."
     if photos is None or not len(photos.ids):
         return 0.0
     own = class_scores(known.trained, photos.vectors)[np.arange(len(photos.ids)), photos.ids]

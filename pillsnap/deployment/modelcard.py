@@ -113,8 +113,8 @@ def drug_lines(
     if not scorecard:
         return ["Not measured: the run has no scorecard. Rely on no drug.", ""]
     lines = [
-        f"- **{d['name']} {d['drug']}**: right in {d['right']:.0%} of {d['n']} photos, taken for {d['its_name']} "
-        f"{d['mistaken_for']} in {d['share']:.0%}"
+        f"- **{d['name']} {d['drug']}**: right in {d['right']:.0%} of {d['n']} photos, taken for "
+        f"{d['mistaken_for_name']} {d['mistaken_for']} in {d['share']:.0%}"
         for d in scorecard["do_not_rely_on"]
     ]
     lines = lines or ["Every drug with evaluation photos is named rightly in most of them."]

@@ -11,6 +11,7 @@ __all__ = ['logger', 'CUDA_OPTIONS', 'SCHEMA', 'REQUIRED', 'THRESHOLDS', 'ANSWER
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -437,6 +438,23 @@ class Bundle:
         "Where the export is: a folder, or a file."
         return self.files.where
 
+    @cached_property
+    def _trained(self) -> ClassMap:
+        return ClassMap.from_dict(self.meta["class_map"], where=self.files.place("bundle.json"))
+
+    # reading a rule of thousands of drugs takes a quarter of a second: once for all photos
+    @cached_property
+    def _base_rule(self) -> AnswerRule | None:
+        return _bundle_rule(self.meta, self._trained, self.files.place("bundle.json"))
+
+    @cached_property
+    def _pipeline(self) -> Pipeline:
+        return _make_pipeline(self)
+
+    @cached_property
+    def _pairs(self) -> PairRule | None:
+        return _bundle_pairs(self.meta, self._trained, self._base_rule, self.files.place("bundle.json"))
+
 # %% ../../nbs/deployment/800_runtime.ipynb #0378da42
 def load_bundle(
     path: str | Path,  # a run folder, its export folder, or a .pillsnap file
@@ -497,8 +515,7 @@ def _check_signed(files: Files, key: str | Path) -> None:
 @patch
 def base_rule(self: Bundle) -> AnswerRule | None:  # None: a bundle without a rule
     "The rule of the trained drugs, as the evaluation fitted it."
-    where = self.files.place("bundle.json")
-    return _bundle_rule(self.meta, ClassMap.from_dict(self.meta["class_map"], where=where), where)
+    return self._base_rule
 
 
 @patch
@@ -508,20 +525,14 @@ def rule(self: Bundle) -> AnswerRule | None:  # None: the most probable drug is 
     return own if self.known is None else self.known.rule(own)
 
 
-@patch
-def pipeline(
-    self: Bundle,
-    conf: float | None = None,  # boxes below are dropped; None = the bundle's
-) -> Pipeline:
-    "The pipeline of the bundle's models, thresholds and drugs."
+def _make_pipeline(self: Bundle) -> Pipeline:
     t, m = self.meta["thresholds"], self.meta
     hashes = dict(bundle=m["digest"], classifier=m["classifier"]["sha256"], preprocessing=m["preprocessing"]["id"])
     if m.get("detector"):
         hashes["detector"] = m["detector"]["sha256"]
     if self.known:
         hashes["gallery"] = self.known.hash
-    own = t["conf"] if conf is None else conf
-    thresholds = Thresholds(own, t["iou"], t["max_det"], t["crop_padding"], t.get("tta", False))
+    thresholds = Thresholds(t["conf"], t["iou"], t["max_det"], t["crop_padding"], t.get("tta", False))
     return Pipeline(
         self.classifier,
         self.class_map,
@@ -538,6 +549,15 @@ def pipeline(
             for k, sides in m.get("thumbnails", {}).items()
         },
     )
+
+
+@patch
+def pipeline(
+    self: Bundle,
+    conf: float | None = None,  # boxes below are dropped; None = the bundle's
+) -> Pipeline:  # made once; those of other thresholds share its rule
+    "The pipeline of the bundle's models, thresholds and drugs."
+    return self._pipeline if conf is None else self._pipeline.with_confidence(conf)
 
 
 @patch
@@ -560,9 +580,7 @@ def predict(
 @patch
 def two_sided(self: Bundle) -> TwoSided:  # PillsnapError where the bundle has no rule for pairs
     "What answers from photos of both sides of a pill."
-    where = self.files.place("bundle.json")
-    trained = ClassMap.from_dict(self.meta["class_map"], where=where)
-    pairs = _bundle_pairs(self.meta, trained, self.base_rule(), where)
+    pairs = self._pairs
     if pairs is None:
         why = self.meta.get("why_no_pairs") or "it holds no rule for pairs of photos"
         what = f"this bundle cannot answer from both sides of a pill: {why}"

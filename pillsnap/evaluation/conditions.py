@@ -32,7 +32,7 @@ from .checks import not_measured
 from .intervals import interval_words, share_interval
 from .strata import Stratum, name_weaknesses, strata_of, stratum_again
 from ..models.decision import AnswerRule, decide_answer, prediction_sets, sharpness
-from ..models.pipeline import Pipeline
+from ..models.pipeline import PhotoViews, Pipeline
 from ..photos.images import open_image_safely
 from ..synth.imaging import blur, jpeg_copy
 from ..synth.retake import retake, retakeable
@@ -129,24 +129,16 @@ CHANGES: dict[str, dict[str, Callable[[np.ndarray], np.ndarray]]] = {  # conditi
 }
 
 # %% ../../nbs/evaluation/767_conditions.ipynb #00257d3a
-def _single_view(
-    pipeline: Pipeline,  # of the product
-    image: np.ndarray,  # uint8 RGB
-) -> np.ndarray:  # uint8 [size, size, 3]
-    "What the classifier sees of a photo in single mode."
-    return pipeline.views(image, "single").images[0]
-
-
 def _answer_views(
     pipeline: Pipeline,  # its classifier and temperature
-    views: Sequence[np.ndarray],  # uint8 [size, size, 3] each
+    seen: Sequence[PhotoViews],  # what single mode makes of each photo
     labels: Sequence[int] | np.ndarray,  # true class ids
     rule: AnswerRule | None = None,  # None = every photo is answered by its most probable drug
 ) -> dict[str, np.ndarray]:  # right, and with a rule covered and refused, bool each
     "Whether the answers are right, covered by their sets, and refused."
-    y = np.asarray(labels, int)
+    y, views = np.asarray(labels, int), [v.images[0] for v in seen]
     p, unknown = replace(pipeline, rule=rule).scored(views)
-    return mark_answers(p, y, rule, [sharpness(v) for v in views], unknown)
+    return mark_answers(p, y, rule, [sharpness(v) for v in views], unknown, [v.found for v in seen])
 
 
 def mark_answers(
@@ -155,6 +147,7 @@ def mark_answers(
     rule: AnswerRule | None = None,  # None = every photo is answered by its most probable drug
     sharp: Sequence[float] | None = None,  # sharpness of each view; None = all are sharp
     unknown: Sequence[float | None] | None = None,  # unknown score of each view; None = not scored
+    pills: Sequence[int] | None = None,  # located in each photo; None = one
 ) -> dict[str, np.ndarray]:  # right, and with a rule covered and refused, bool [N] each
     "Compare probabilities with the truth."
     right = p.argmax(1) == labels if len(p) else np.zeros(0, bool)
@@ -162,7 +155,8 @@ def mark_answers(
         return {"right": right}
     covered = prediction_sets(p, rule, sharp)[np.arange(len(p)), labels]
     scores, edges = ([None] * len(p) if v is None else v for v in (unknown, sharp))
-    said = [decide_answer(q, u, rule, e) for q, u, e in zip(p, scores, edges)]
+    counts = [1] * len(p) if pills is None else pills
+    said = [decide_answer(q, u, rule, e, k) for q, u, e, k in zip(p, scores, edges, counts)]
     refused = np.array([s.answer == "unknown" for s in said], bool)
     return {"right": right, "covered": covered, "refused": refused}
 
@@ -456,18 +450,18 @@ def condition_sample(
     rule: AnswerRule | None = None,  # None = every photo is answered by its most probable drug
 ) -> tuple[pd.DataFrame, dict[tuple[str, str], pd.DataFrame]]:  # answers as it is; condition and level → answers
     "Answers to the photos as they are and after each change."
-    views: dict[tuple[str, str], list[np.ndarray]] = {}
+    views: dict[tuple[str, str], list[PhotoViews]] = {}
     changes: dict[tuple[str, str], Callable[[np.ndarray], np.ndarray]] = {("", ""): lambda image: image}
     changes |= {(axis, level): change for axis, levels in CHANGES.items() for level, change in levels.items()}
     kept = []
     for photo, image in self.opened(photos, "conditions"):
         kept.append(photo)
         for key, change in changes.items():
-            views.setdefault(key, []).append(_single_view(self.pipeline, change(image)))
+            views.setdefault(key, []).append(self.pipeline.views(change(image), "single"))
     tables = {key: self._answered(kept, found, rule) for key, found in views.items()}
     if again:
         paths = retakeable(self.root, [p.path for p in kept])
-        taken = [_single_view(self.pipeline, image) for image in retake(self.root, paths)] if paths else []
+        taken = [self.pipeline.views(image, "single") for image in retake(self.root, paths)] if paths else []
         tables["domain", "phone"] = self._answered([p for p in kept if p.path in set(paths)], taken, rule)
     empty = self._answered([], [], rule)
     return tables.pop(("", ""), empty), tables
@@ -477,7 +471,7 @@ def condition_sample(
 def _answered(
     self: Evaluator,
     photos: Sequence[EvalPhoto],  # single photos of known drugs
-    views: Sequence[np.ndarray],  # of each
+    views: Sequence[PhotoViews],  # of each
     rule: AnswerRule | None,  # as in condition_sample
 ) -> pd.DataFrame:  # path, group, drug, right; with a rule covered and refused
     "Answers to views, as a table."
@@ -500,7 +494,7 @@ def phone_answers(
             self.skipped[photo.path] = str(opened.get("error", ""))[:200]
             continue
         kept.append(photo)
-        views.append(_single_view(self.pipeline, opened["image"]))
+        views.append(self.pipeline.views(opened["image"], "single"))
     return self._answered(kept, views, rule)
 
 

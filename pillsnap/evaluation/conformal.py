@@ -127,6 +127,7 @@ class ScoredPhotos:
     paths: Sequence[str]  # photo of each
     parts: Sequence[str]  # val, calib or clean, of each
     sharp: Sequence[float] = ()  # sharpness of each view; empty = not measured
+    pills: Sequence[int] = ()  # located in each photo; empty = not counted
 
     def of(
         self,
@@ -142,8 +143,8 @@ class ScoredPhotos:
             )
         at = np.flatnonzero(mine).tolist()
         groups, paths, parts = ([v[i] for i in at] for v in (self.groups, self.paths, self.parts))
-        sharp = [self.sharp[i] for i in at] if len(self.sharp) else []
-        return ScoredPhotos(self.p[mine], self.labels[mine], groups, paths, parts, sharp)
+        sharp, pills = ([v[i] for i in at] if len(v) else [] for v in (self.sharp, self.pills))
+        return ScoredPhotos(self.p[mine], self.labels[mine], groups, paths, parts, sharp, pills)
 
 
 def why_no_rule(

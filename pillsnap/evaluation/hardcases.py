@@ -36,8 +36,9 @@ def hard_singles(
     "The single photos that a person should look at."
     s, rows = answers.scores, []
     for i, p in enumerate(answers.probabilities()):
-        hints = combo_hints("single", float(p.max()), s.found[i] if s.found else None)
-        said = decide_answer(p, None if unknown is None else unknown[i], rule, s.sharp[i] if s.sharp else None)
+        pills = s.found[i] if s.found else 1
+        hints = combo_hints("single", float(p.max()), pills)
+        said = decide_answer(p, None if unknown is None else unknown[i], rule, s.sharp[i] if s.sharp else None, pills)
         if not hints and said.answer == "drug" and s.modes[i] == "single":
             continue
         box = s.boxes[i]

@@ -313,11 +313,13 @@ def model_digests(
 def _temperature_of(
     run_dir: str | os.PathLike,  # run folder
     class_map_hash: str,  # fingerprint of the class map
-) -> float:  # 1 where nothing was calibrated
-    "The temperature that the evaluation job fitted on validation photos."
+    checkpoint: Path,  # of the classifier
+) -> float:  # 1 where nothing was calibrated, or other weights were
+    "The temperature that the evaluation job fitted to these weights."
     path = Path(run_dir) / "reports" / "calibration.json"
     kept = read_json(path) if path.is_file() else {}
-    return float(kept["temperature"]) if kept.get("class_map") == class_map_hash else 1.0
+    same = kept.get("class_map") == class_map_hash and sha256_file(checkpoint) in kept.get("weights", {}).values()
+    return float(kept["temperature"]) if same else 1.0
 
 
 def _score_classifier(
@@ -331,7 +333,7 @@ def _score_classifier(
     unified = unified_preprocessor(p.cfg)
     evaluator = load_evaluator(root, p.data, p.cfg.data, pick_device(), p.checkpoint, focus, unified)
     scores, why = evaluator.singles(singles), evaluator.no_detector
-    answers = Answers(list(cm.keys), _temperature_of(root, cm.fingerprint), scores, None, None)
+    answers = Answers(list(cm.keys), _temperature_of(root, cm.fingerprint, p.checkpoint), scores, None, None)
     if evaluator.pipeline.detector is not None:
         answers.boxes = evaluator.boxes([*combos, *singles])
         answers.combos = evaluator.combos(combos, answers.temperature)
@@ -386,8 +388,10 @@ def _score_retrieval(
 
     cm, r, device, t0 = p.data.class_map, p.cfg.retrieval, pick_device(), time.perf_counter()
     model = load_classifier(p.checkpoint, cm, device).model
+    focus, _ = chosen_focus(p.cfg.inference.focus, p.cfg.train.classification.crop_view_prob)
+    view = "whole" if focus == "off" else "focus"  # what the product shows the network
     loaders = [
-        validation_loader(rows, p.data, _delivery_source(p.cfg), cache=False, device=device)
+        validation_loader(rows, p.data, _delivery_source(p.cfg), view, cache=False, device=device)
         for rows in (p.data.train, p.rows)
     ]
     gallery, queries = (embed_photos(model, dl, device) for dl in loaders)

@@ -37,7 +37,7 @@ from ..dataset.lookalikes import metadata_clusters
 from ..dataset.splitfiles import SplitData, load_split_data, load_unknown
 from ..models.decision import AnswerRule
 from ..models.gallery import answering_checkpoint, answering_job
-from ..models.pipeline import Pipeline, softmax
+from ..models.pipeline import Pipeline, softmax, view_settings
 from ..photos.images import open_image_safely, whole_view
 from ..photos.unified import unified_preprocessor
 
@@ -364,7 +364,7 @@ def answer_safely(
     "Fit the answer rule to the calibration photos, answer the clean ones, and add the figures."
     answers, scores = self.answers, self.answers.scores
     photos = ScoredPhotos(
-        answers.probabilities(), scores.labels, scores.groups, scores.paths, scores.parts, scores.sharp
+        answers.probabilities(), scores.labels, scores.groups, scores.paths, scores.parts, scores.sharp, scores.found
     )
     if why := why_no_rule(photos, settings):
         logger.info(f"answer rule: none, because there are {why}; an answer always names the most probable drug")
@@ -564,10 +564,16 @@ def write(
     run: RunFolder,  # the run
 ) -> list[Path]:  # files written, evaluation.json last
     "Write calibration, per-class table, hard cases, predictions, atlas and evaluation.json."
-    reports = run.sub("reports")
-    origin = {"data": self.prov.data, "data_hash": self.prov.data_hash, "class_map": self.prov.class_map_hash}
-    used = {"focus": self.evaluator.pipeline.focus} if self.evaluator else {}  # the export must answer with the same
-    calibration = save_json(self.calibration.to_dict() | origin | used, reports / "calibration.json")
+    assert self.evaluator is not None, "measure sets it"
+    reports, seen_by = run.sub("reports"), self.evaluator.pipeline
+    origin = {
+        "data": self.prov.data,
+        "data_hash": self.prov.data_hash,
+        "class_map": self.prov.class_map_hash,
+        "weights": {p: sha for p, sha in input_hashes(run.root, self.data.stage).items() if p.endswith("best.pt")},
+        "view": view_settings(seen_by.focus, seen_by.thresholds, seen_by.unified),
+    }
+    calibration = save_json(self.calibration.to_dict() | origin, reports / "calibration.json")
     with atomic_path(reports / "per_class.csv") as tmp:
         self.per_class.to_csv(tmp, index=False, lineterminator="\n")
     hard, counts = self.keep_hard_cases(run)

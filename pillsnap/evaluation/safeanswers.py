@@ -71,8 +71,10 @@ def answer_photos(
     "What the rule answers to each photo, and under which conditions the photo was taken."
     sharp = photos.sharp if len(photos.sharp) else None
     sets, thirds, rows = prediction_sets(photos.p, rule, sharp), frequency_thirds(classes.counts), []
+    scores, edges = ([None] * len(photos.p) if v is None else v for v in (unknown, sharp))
+    pills = photos.pills or [1] * len(photos.p)
     for i, (p, y) in enumerate(zip(photos.p, photos.labels)):
-        said = decide_answer(p, None if unknown is None else unknown[i], rule, None if sharp is None else sharp[i])
+        said = decide_answer(p, scores[i], rule, edges[i], pills[i])
         rows.append(
             {
                 "path": photos.paths[i],

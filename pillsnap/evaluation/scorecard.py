@@ -478,7 +478,7 @@ def _named(
             "name": names.get(r["drug"], ""),
             "right": r["right"],
             "mistaken_for": r["mistaken_for"],
-            "its_name": names.get(r["mistaken_for"], ""),
+            "mistaken_for_name": names.get(r["mistaken_for"], ""),
             "share": r["share"],
             "n": r["n"],
         }

@@ -102,12 +102,13 @@ def twins_record(
     if pipeline.rule is None or not images:
         why = "there is no answer rule" if pipeline.rule is None else "no photo of twins was rendered"
         return prov.metric(name, None, 0, seconds, note=why)
-    views = [pipeline.views(i, "single").images[0] for i in images]
+    seen = [pipeline.views(i, "single") for i in images]
+    views = [v.images[0] for v in seen]
     p = class_probabilities(pipeline.classifier, views, len(pipeline.class_map), pipeline.temperature)
     ids = np.array([[pipeline.class_map.id(k) for k in pair.keys] for pair in pairs for _ in pair.images])
     sharp = [sharpness(v) for v in views]
     both = np.asarray(np.take_along_axis(prediction_sets(p, pipeline.rule, sharp), ids, axis=1).all(axis=1))
-    kinds = [decide_answer(q, None, pipeline.rule, s).answer for q, s in zip(p, sharp)]
+    kinds = [decide_answer(q, None, pipeline.rule, s, v.found).answer for q, s, v in zip(p, sharp, seen)]
     held = share_words(both, np.repeat(np.arange(len(pairs)), 2), "scenes")
     said = ", ".join(f"{kinds.count(k)} {k}" for k in ("drug", "shortlist", "unknown"))
     note = f"{held}; answers: {said}"

@@ -126,6 +126,7 @@ REASONS = {  # why an answer is what it is → Korean, for the card
     "several_drugs": "기준을 통과한 약이 여럿입니다. 실물과 비교하세요",
     "empty_set": "어느 약도 충분히 확실하지 않습니다",
     "long_set": "비슷한 후보가 너무 많습니다",
+    "several_pills": "사진에 알약이 여러 개 보입니다. 한 알만 찍거나 combo 모드로 물어보세요",
     "unknown_score": "학습한 약과 닮지 않았습니다",
     "unsharp": "사진이 흐려 각인을 읽을 수 없습니다. 초점을 맞춰 다시 찍으세요",
     "unsharp_front": "앞면 사진이 흐려 각인을 읽을 수 없습니다. 앞면을 다시 찍으세요",
@@ -168,9 +169,12 @@ def decide_answer(
     unknown_score: float | None,  # larger = less like any known drug; None = not scored
     rule: AnswerRule | None,  # None: the most probable drug, always
     sharp: float | None = None,  # sharpness of the view; None = sharp enough
+    pills: int = 1,  # located in the photo; with several nobody can say which one is meant
 ) -> AnswerDecision:
     "Name one drug, list several, or refuse."
     p = np.asarray(p, np.float64)
+    if pills > 1:
+        return AnswerDecision("unknown", (), "several_pills")
     if rule is None:
         return AnswerDecision("drug", (int(p.argmax()),), "no_rule")
     if sharp is not None and sharp < rule.least_sharpness:

@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['ANSWER_SCHEMA', 'MODES', 'ANSWERS', 'BADGE', 'LOW_CONFIDENCE', 'MIN_SIDE', 'FOCUS', 'ClassifierRunner',
            'DetectorRunner', 'detector_input', 'detect', 'softmax', 'class_probabilities', 'pill_item', 'combo_hints',
-           'preprocessing', 'read_photo', 'photo_hash', 'check_mode', 'Thresholds', 'PhotoViews', 'Pipeline',
-           'StepClock', 'plain_box', 'answer_schema']
+           'preprocessing', 'read_photo', 'photo_hash', 'check_mode', 'Thresholds', 'view_settings', 'PhotoViews',
+           'Pipeline', 'StepClock', 'plain_box', 'answer_schema']
 
 # %% ../../nbs/models/570_pipeline.ipynb #98e6c1e4
+import copy
 import hashlib
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -326,6 +327,17 @@ class Thresholds:
         padding = float(data.classification.crop_padding)
         return cls(float(d.conf_threshold), float(d.iou_threshold), int(d.max_detections), padding, bool(d.tta))
 
+# %% ../../nbs/models/570_pipeline.ipynb #7de893c0
+def view_settings(
+    focus: str,  # what finds the pill in single mode: locator, detector or off
+    thresholds: Thresholds,  # its padding; the others count only where the detector finds the pill
+    unified: UnifiedPreprocessor | None = None,  # of the narrow family
+) -> dict[str, Any]:  # plain JSON types
+    "What decides which part of a photo is classified in single mode."
+    found = asdict(thresholds) if focus == "detector" else dict(crop_padding=thresholds.crop_padding)
+    locator = LOCATOR if focus == "locator" else None
+    return dict(focus=focus, locator=locator, unified=unified.get_config() if unified else None, **found)
+
 # %% ../../nbs/models/570_pipeline.ipynb #4c29e673
 FOCUS = ("locator", "detector", "off")
 
@@ -366,6 +378,15 @@ class Pipeline:
     def unknown(self) -> UnknownRule | None:
         "When a photo shows no drug of the class map, from the answer rule; None: that is not asked."
         return unknown_rule_from_dict(self.rule.unknown) if self.rule is not None and self.rule.unknown else None
+
+    def with_confidence(
+        self,
+        conf: float,  # boxes below are dropped, 0-1
+    ) -> "Pipeline":  # what was read of the answer rule is shared
+        "The same pipeline with another threshold for boxes."
+        other = copy.copy(self)
+        object.__setattr__(other, "thresholds", replace(self.thresholds, conf=conf))
+        return other
 
 # %% ../../nbs/models/570_pipeline.ipynb #ae71707d
 @patch
@@ -475,9 +496,11 @@ def scored(
 
 
 @patch
-def _item(self: Pipeline, view: np.ndarray, p: np.ndarray, unknown: float | None, topk: int) -> dict[str, Any]:
-    "One pill of an answer, by its view, its probabilities [C], its unknown score and the answer rule."
-    said = decide_answer(p, unknown, self.rule, sharpness(view))
+def _item(  # noqa: PLR0913 - what one pill is answered by
+    self: Pipeline, view: np.ndarray, p: np.ndarray, unknown: float | None, topk: int, pills: int
+) -> dict[str, Any]:
+    "One pill of an answer, by its view, its probabilities [C], its unknown score, the rule and the pills located."
+    said = decide_answer(p, unknown, self.rule, sharpness(view), pills)
     return pill_item(p, self.class_map, self.metadata, topk, said, self.pictures)
 
 
@@ -499,8 +522,9 @@ def predict(
     clock("locate")
     probs, unknown = self.scored(views.images)
     clock("classify")
+    pills = 1 if mode == "combo" else views.found  # each box of combo mode shows one pill
     items = [
-        _located(self._item(view, p, u, topk), box, score)
+        _located(self._item(view, p, u, topk, pills), box, score)
         for view, p, u, box, score in zip(views.images, probs, unknown, views.boxes, views.scores)
     ]
     counted = max(box_count or 0, views.found)

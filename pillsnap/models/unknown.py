@@ -170,7 +170,10 @@ def fit_unknown_score(
     if len(embedding) < max(k, 2) or len(embedding) != len(labels):
         raise PillsnapError(f"{len(embedding)} training photos are too few for an unknown score", where=name)
     if name == "knn":
-        return UnknownScore(name, {"bank": _rounded(_unit(embedding)[_bank_rows(labels, _BANK)])}, k)
+        rows = _bank_rows(labels, _BANK)
+        # with fewer photos of a drug than k, its k-th neighbour would be another drug's photo
+        k = min(k, max(1, _BANK // len(set(labels.tolist()))))
+        return UnknownScore(name, {"bank": _rounded(_unit(embedding)[rows])}, k)
     arrays = _whitened(embedding, labels, ridge) if name == "mahalanobis" else {}
     return UnknownScore(name, {key: _rounded(a) for key, a in arrays.items()}, k)
 

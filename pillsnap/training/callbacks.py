@@ -9,7 +9,7 @@ __all__ = ['PillLoaders', 'PillLearner', 'Unpack', 'Precision', 'ScaledStep', 'b
 # %% ../../nbs/training/600_callbacks.ipynb #da661880
 import math
 import threading
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 # %% ../../nbs/training/600_callbacks.ipynb #c8ea73dc
 import numpy as np
@@ -46,13 +46,20 @@ class PillLoaders(DataLoaders):
         self.n_inp = 1
 
 # %% ../../nbs/training/600_callbacks.ipynb #1927deb0
+class _UnboxedAnswers(NamedTuple):
+    "Answers of one pass to the photos without a box."
+
+    numbers: list[Any]  # of each batch, as Validate.numbers returns them
+    paths: list[str]  # of the photos, in the same order
+
+
 class PillLearner(Learner):
     "fastai's Learner that can start at a later epoch and validates several views."
 
     first_epoch = 0
     unboxed: frozenset[str] = frozenset()  # paths of the photos that every view shows whole
-    unboxed_answers: tuple[list, list] = ([], [])  # numbers and paths of those in the pass that runs
-    taken_over: tuple[list, list] = ([], [])  # the same of the first pass with these weights; the pass begins with them
+    unboxed_answers = _UnboxedAnswers([], [])  # of the pass that runs
+    taken_over = _UnboxedAnswers([], [])  # of the first pass with these weights; a later pass begins with them
 
     def _do_fit(self):
         for epoch in range(self.first_epoch, self.n_epoch):
@@ -64,13 +71,13 @@ class PillLearner(Learner):
             self._validate_views(ds_idx, dl)  # TF32 is for training only
 
     def _validate_views(self, ds_idx=1, dl=None):
-        self.taken_over = ([], [])
+        self.taken_over = _UnboxedAnswers([], [])
         if dl is not None or not getattr(self, "passes", None):
             super()._do_epoch_validate(ds_idx, dl)
             return
         self.by_view, self.answers_by_view, first = {}, {}, {}
         for name, (loader, weights) in self.passes.items():
-            self.pass_weights, self.taken_over = weights, first.get(weights, ([], []))
+            self.pass_weights, self.taken_over = weights, first.get(weights, _UnboxedAnswers([], []))
             super()._do_epoch_validate(dl=loader)
             self.by_view[name], self.answers_by_view[name] = self.scores, self.answers
             first.setdefault(weights, self.unboxed_answers)
@@ -311,7 +318,7 @@ class Validate(Callback):
     def before_validate(self):
         self.parts, self.loss_sum, self.mass = [], 0.0, 0.0
         self.waiting, self.seen = (list(v) for v in self.learn.taken_over)
-        self.learn.unboxed_answers = ([], [])
+        self.learn.unboxed_answers = _UnboxedAnswers([], [])
 
     def after_pred(self):
         logits, y, paths = self.pred.float(), self.yb[0], list(self.learn.meta.get("paths", ()))

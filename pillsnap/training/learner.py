@@ -397,8 +397,8 @@ def _average_words(
 ) -> str:
     "The moving average in words."
     if not ema.enabled:
-        return "no average"
-    return f"average {ema.decay:g}" + " with warm-up" * ema.warmup
+        return "no EMA"
+    return f"EMA decay {ema.decay:g}" + " with warm-up" * ema.warmup
 
 
 def resolved_line(

@@ -17,6 +17,7 @@ ROWS = {  # figure → what the home page calls it, and what it says of it
         "clean photos: capture groups that neither trained, nor selected the checkpoint, nor calibrated",
     ),
     "accuracy_whole": ("accuracy of the whole photo, without the second look", "the same photos"),
+    "accuracy_phone": ("accuracy on rendered phone photos", "the same drugs, as a phone would show them"),
     "accuracy_selection": ("accuracy on the photos that selected the checkpoint", "for comparison"),
     "accuracy_calibration": ("accuracy on the photos that fit temperature and answer rule", "for comparison"),
     "macro_f1": ("macro-F1", ""),
@@ -26,6 +27,11 @@ ROWS = {  # figure → what the home page calls it, and what it says of it
     "single_answers": ("photos that get one name", ""),
     "wrong_per_1000": ("wrong single names per 1,000 photos", ""),
     "unknown_auroc_drugs": ("unknown drugs against known ones, AUROC", "drugs without a look-alike among the known"),
+    "unknown_auroc_lookalikes": ("unknown drugs that look like a known one, AUROC", "the same score on these drugs"),
+    "unknown_refused_lookalikes": (
+        "unknown drugs that look like a known one: photos refused",
+        "the others get a wrong name or list",
+    ),
     "unknown_auroc_objects": ("things that are no pills against pills, AUROC", ""),
     "known_refused": ("photos of known drugs that the unknown score refuses", ""),
     "twins_unreadable_in_set": (

@@ -1492,13 +1492,6 @@ MUTATIONS: list[Mutation] = [
         "fused=None,",
         "tests/test_gallery.py::test_a_pair_is_not_called_calibrated_after_an_enrolment",
     ),
-    Mutation(
-        "an export answers with another focus than was evaluated",
-        "pillsnap/deployment/export.py",
-        "if used is not None and used != focus:",
-        "if used is None and used != focus:",
-        "tests/test_gallery.py::test_the_export_answers_with_the_focus_that_was_evaluated",
-    ),
 ]
 
 
