@@ -463,6 +463,23 @@ def test_retrieval_looks_up_val_or_test_among_training_photos(delivery, tmp_path
     assert kinds(run.root) == (["decision", "open", "result"] if split == "test" else ["decision"])
 
 
+@pytest.mark.spec("FX3", "RT9")
+@pytest.mark.parametrize("focus, view", [("auto", "focus"), ("off", "whole")])
+def test_retrieval_is_scored_on_what_the_product_shows_the_network(delivery, tmp_path, monkeypatch, focus, view):
+    "Located crops where answers look at these, whole photos where they do not."
+    crops = "train.classification.crop_view_prob=0.5"
+    run, _, stage = retrieval_run(tmp_path / "run", delivery, f"inference.focus={focus}", crops)
+    seen, load = [], H.validation_loader
+
+    def watched(rows, data, cfg, view="whole", **how):
+        seen.append(view)
+        return load(rows, data, cfg, view, **how)
+
+    monkeypatch.setattr(H, "validation_loader", watched)
+    _, got = H.evaluate_split(run.root, "val")
+    assert seen == [view, view] and got.metrics["recall@1"].n == stage.val["path"].nunique()
+
+
 @pytest.mark.spec("SG6")
 def test_a_retrieval_run_can_reach_proceed(delivery, tmp_path):
     from pillsnap.core.files import save_json

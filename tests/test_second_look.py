@@ -22,7 +22,9 @@ from pillsnap.dataset.focus import StageFocus, locate_photos
 from pillsnap.dataset.loaders import build_classification_loaders
 from pillsnap.dataset.photoloader import PhotoLoader
 from pillsnap.dataset.splitfiles import load_split_data
+from pillsnap.delivery.classmap import ClassMap
 from pillsnap.evaluation.answers import Evaluator, eval_photos
+from pillsnap.models.decision import AnswerRule
 from pillsnap.models.pipeline import Pipeline, answer_schema
 from pillsnap.photos.caches import View
 from pillsnap.photos.images import crop_view, open_image_safely, ssim
@@ -34,6 +36,8 @@ from pillsnap.synth.renderer import Shot, photograph, single_pose
 from pillsnap.training.learner import Outputs, build_learner
 from pillsnap.training.presets import ClassifierSettings
 from pillsnap.training.trainer import build_training
+
+CM3 = ClassMap(["K-000001", "K-000002", "K-000003"])
 
 
 class Pixels:
@@ -52,6 +56,21 @@ def table_top(pills, noise=0, seed=0):
         ImageDraw.Draw(im).ellipse([x - r, y - r, x + r, y + r], fill=(200, 60, 60))
     rough = np.random.default_rng(seed).integers(-noise, noise + 1, (320, 240, 3))
     return (np.asarray(im).astype(int) + rough).clip(0, 255).astype(np.uint8)
+
+
+@pytest.mark.spec("BX3", "X39")
+@settings(max_examples=20, deadline=None)
+@given(st.integers(2, 4), st.booleans(), st.sampled_from(["locator", "off"]))
+def test_a_photo_of_several_pills_gets_no_name_in_single_mode(n, ruled, focus):
+    "With a rule and without one; where nothing looks for pills, they are not counted. The mode stays."
+    rule = AnswerRule("lac", 0.05, (0.99,) * 3) if ruled else None
+    pipeline = Pipeline(Pixels(), CM3, rule=rule, focus=focus)
+    photo = table_top([(50 + 140 * (k % 2), 60 + 180 * (k // 2), 26) for k in range(n)])
+    answer = pipeline.predict(photo, "single")
+    several = answer["items"][0]["reason"] == "several_pills"
+    assert several == (focus == "locator") and (not several or answer["answer"] == "unknown")
+    assert answer["mode_used"] == answer["mode_requested"] == "single"
+    assert pipeline.predict(table_top([(120, 160, 30)]), "single")["items"][0]["reason"] != "several_pills"
 
 
 @pytest.mark.spec("FX2", "SV4")

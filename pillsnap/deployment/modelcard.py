@@ -40,6 +40,10 @@ FIGURES: dict[str, dict[str, str]] = {  # section → figure → what it says
         "combo_pill_accuracy": "pills found and rightly named",
         "combo_pills_found": "pills found",
         "combo_invented": "boxes on no pill, per photo",
+        "combo_single_answers": "boxes that got one name",
+        "combo_single_answer_accuracy": "right, where one name was given",
+        "combo_wrong_per_1000": "wrong names in 1,000 boxes, those on no pill included",
+        "combo_unknown_answers": "boxes that got no name",
         "detection_map50": "mean average precision of the boxes at IoU .5",
     },
     "What is no drug of the class map": {

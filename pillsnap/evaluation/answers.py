@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'EvalPhoto', 'eval_photos', 'photos_touching_training', 'Evaluator', 'without_detector', 'load_evaluator',
-           'Scores', 'Boxes', 'ComboAnswer', 'Combos', 'score_combo', 'measure_scopes', 'Answers', 'save_lines']
+           'Scores', 'Boxes', 'ComboAnswer', 'Combos', 'score_combo', 'PillAnswer', 'pill_answers', 'measure_scopes',
+           'Answers', 'save_lines']
 
 # %% ../../nbs/evaluation/761_answers.ipynb #aed9e8e6
 import json
@@ -361,6 +362,41 @@ def combos(
         for photo, image in self.opened(photos, "combo photos")
     ]
     return Combos(answers, time.perf_counter() - t0)
+
+# %% ../../nbs/evaluation/761_answers.ipynb #a7fa5c38
+@dataclass(frozen=True)
+class PillAnswer:
+    "What the answer rule says to one box of a combo photo."
+
+    group: str  # the combination code
+    answer: str  # drug, shortlist or unknown
+    right: bool  # the most probable drug lies under the box; False where no pill is
+
+
+def pill_answers(
+    photo: EvalPhoto,  # the photo's truth
+    answer: Mapping[str, Any],  # from Pipeline.predict, with an answer rule
+    iou: float = 0.5,  # least IoU of a match
+) -> list[PillAnswer]:  # one for each box
+    "Compare the answer to each box with the pill under it."
+    items = sorted(answer["items"], key=lambda item: -(item["box_confidence"] or 0))
+    taken = match_boxes(np.array([i["box"] for i in items], float).reshape(-1, 4), photo.boxes, iou)
+    return [
+        PillAnswer(photo.group, i["answer"], bool(j >= 0 and i["kcode"] == photo.keys[j])) for i, j in zip(items, taken)
+    ]
+
+
+@patch
+def ruled_combos(
+    self: Evaluator,
+    photos: Sequence[EvalPhoto],  # combo photos
+    pipeline: Pipeline,  # with the temperature and the rule of this evaluation
+) -> tuple[list[PillAnswer], float]:  # one for each box; seconds
+    "What the answer rule says to the boxes of combo photos."
+    t0, found = time.perf_counter(), []
+    for photo, image in self.opened(photos, "combo photos, by the rule"):
+        found += pill_answers(photo, pipeline.predict(image, "combo"), pipeline.thresholds.iou)
+    return found, time.perf_counter() - t0
 
 # %% ../../nbs/evaluation/761_answers.ipynb #5de8e95b
 @patch

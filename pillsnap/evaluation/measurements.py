@@ -66,7 +66,9 @@ from pillsnap.evaluation.checks import (
 from .conditions import ConditionPanel, measure_conditions
 from .conformal import ScoredPhotos, fit_answer_rule, why_no_rule
 from pillsnap.evaluation.figures import (
+    COMBO_ANSWER_RECORDS,
     box_records,
+    combo_answer_records,
     combo_records,
     crash_record,
     imbalance_record,
@@ -355,6 +357,20 @@ def answer_both_sides(
 
 
 @patch
+def answer_combos(
+    self: Measurements,
+    pipeline: Pipeline,  # with the temperature and the rule of this evaluation
+) -> dict[str, Metric]:
+    "What the rule says to the boxes of the clean combo photos."
+    assert self.evaluator is not None, "measure sets it"
+    if pipeline.detector is None:
+        return combo_answer_records([], self.prov, 0.0, self.no_detector)
+    combos = [p for p in self.photos if p.kind == "combo" and p.part == "clean"]
+    pills, seconds = self.evaluator.ruled_combos(combos, pipeline)
+    return combo_answer_records(pills, self.prov, seconds)
+
+
+@patch
 def answer_safely(
     self: Measurements,
     root: Path,  # run folder
@@ -368,7 +384,7 @@ def answer_safely(
     )
     if why := why_no_rule(photos, settings):
         logger.info(f"answer rule: none, because there are {why}; an answer always names the most probable drug")
-        names = (*SAFE_RECORDS, *PAIR_RECORDS, "twins_unreadable_in_set")
+        names = (*SAFE_RECORDS, *PAIR_RECORDS, *COMBO_ANSWER_RECORDS, "twins_unreadable_in_set")
         self.metrics |= {k: not_measured(self.prov, k, why) for k in names}
         return
     classes = _classes(root, self.data)
@@ -378,9 +394,9 @@ def answer_safely(
         rule = replace(rule, unknown=unknown_rule_to_dict(self.open_set.rule))
         unknown = [self.open_set.known[p] for p in clean.paths]
     self.safe = SafeAnswers(rule, answer_photos(clean, rule, classes, unknown), scores.of("clean").seconds)
-    self.metrics |= self.safe.records(self.prov) | _twins(
-        replace(pipeline, temperature=answers.temperature, rule=rule), self.data, self.prov
-    )
+    ruled = replace(pipeline, temperature=answers.temperature, rule=rule)
+    self.metrics |= self.safe.records(self.prov) | _twins(ruled, self.data, self.prov)
+    self.metrics |= self.answer_combos(ruled)
     self.answer_both_sides(rule, classes, settings)
     logger.info(f"answer rule: {rule.score}, alpha {rule.alpha:g}, {rule.groups} calibration groups; {rule.note}")
 

@@ -54,6 +54,34 @@ class Mutation:
 
 MUTATIONS: list[Mutation] = [
     Mutation(
+        "one drug is named for a photo of several pills",
+        "pillsnap/models/pipeline.py",
+        '    pills = 1 if mode == "combo" else views.found',
+        "    pills = 1",
+        "tests/test_second_look.py::test_a_photo_of_several_pills_gets_no_name_in_single_mode",
+    ),
+    Mutation(
+        "a held-out part of the retrieval family is scored on whole photos",
+        "pillsnap/evaluation/heldout.py",
+        '    view = "whole" if focus == "off" else "focus"',
+        '    view = "whole"',
+        "tests/test_heldout.py::test_retrieval_is_scored_on_what_the_product_shows_the_network",
+    ),
+    Mutation(
+        "a classifier that was trained again is exported with the old answer rule",
+        "pillsnap/deployment/export.py",
+        'if measured.get("weights", {}).get(name) != sha',
+        "if False",
+        "tests/test_export_compare.py::test_what_was_not_evaluated_is_not_exported_with_the_evaluations_rule",
+    ),
+    Mutation(
+        "photos may be cropped in another way than the rule was fitted to",
+        "pillsnap/deployment/export.py",
+        '    if measured.get("view") != view:\n',
+        "    if False:\n",
+        "tests/test_export_compare.py::test_what_was_not_evaluated_is_not_exported_with_the_evaluations_rule",
+    ),
+    Mutation(
         "one of several processes rehearses the whole batch",
         "pillsnap/training/compilation.py",
         'getattr(loader, "world_size", 1)',
