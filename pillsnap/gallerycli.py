@@ -30,6 +30,9 @@ def enrol(
     gallery: Where,
     name: Annotated[str, typer.Option(help="the drug's name, for the card")] = "",
     by: By = "",
+    same: Annotated[
+        bool, typer.Option("--same-name", help="another product has this name too; both K-codes are right")
+    ] = False,
 ) -> None:
     """
     Make a drug known by one or two photos of each side, without training.
@@ -39,7 +42,7 @@ def enrol(
     """
     from pillsnap.deployment.enrol import enrol_drug
 
-    print(enrol_drug(gallery, key, photos, name, by))
+    print(enrol_drug(gallery, key, photos, name, by, same))
 
 
 @gallery_app.command(epilog="Example: `pillsnap unenrol K-012345 --gallery GALLERY`")

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
@@ -97,6 +98,21 @@ def test_the_evaluation_of_a_retrieval_run_fits_a_safe_answer(gallery_run):
     assert read_json(gallery_run / "reports" / "scorecard.json")["rows"]
 
 
+@pytest.mark.spec("RT9", "BX16")
+def test_a_bundle_without_calibrated_pairs_says_why_it_needs_one_photo(gallery_run):
+    from pillsnap.deployment.runtime import load_bundle
+    from pillsnap.deployment.workers import bundle_facts
+
+    record = read_json(gallery_run / "reports" / "evaluation.json")["metrics"]["pair_accuracy"]
+    why = "there are 0 pairs of calibration groups with a front and a back"
+    assert record["value"] is None and record["note"].startswith(why)
+    assert not (gallery_run / "reports" / "pair_rule.json").exists()
+    bundle, photos = load_bundle(gallery_run, device="cpu"), known_photos(gallery_run, 2)
+    with pytest.raises(PillsnapError, match=f"from both sides of a pill: {why}"):
+        bundle.predict_sides(*photos)
+    assert bundle_facts(bundle)["two_side"] is False
+
+
 @pytest.mark.spec("RT11")
 def test_weights_are_stored_in_float32_whatever_trained_them(gallery_run):
     from pillsnap.core.checkpoints import load_ckpt
@@ -122,6 +138,49 @@ def test_without_faiss_the_answers_are_the_same(gallery_run, monkeypatch):
     chosen = search.choose_search(np.asarray(gallery.parts[0].vectors), q, exact_up_to=1)
     assert chosen.search.kind == "exact" and "faiss is not installed" in chosen.reason
     assert np.allclose(class_scores(gallery, q).max(1), chosen.search(q, 1)[0][:, 0], atol=1e-6)
+
+
+@pytest.mark.spec("RT12")
+def test_an_index_without_faiss_gives_the_cosines_it_was_calibrated_with(tmp_path, monkeypatch):
+    "A drug beyond the 64 nearest photos has the cosine -1, whoever searches."
+    from pillsnap.delivery.classmap import ClassMap
+    from pillsnap.models import gallery as G
+    from pillsnap.models.search import ChosenSearch, FaissSearch
+
+    pytest.importorskip("faiss")
+    keys, near = ClassMap(("K-000001", "K-000002")), np.random.default_rng(0).normal(0, 0.05, (101, 4))
+    vectors = G.unit_vectors(near + np.eye(4)[[0] * 100 + [1]])
+    rows = [G.Reference(keys.key(int(i == 100)), 0, "", "") for i in range(101)]
+    chosen = ChosenSearch(FaissSearch(vectors, "hnsw", 128), 1.0, 128, "a test")
+    G.write_gallery(tmp_path, vectors, rows, keys, chosen, scale=9.0)
+    asked = np.eye(4, dtype=np.float32)[:1]
+    told = G.class_scores(G.load_gallery(tmp_path), asked)
+    monkeypatch.setattr(G, "have_faiss", lambda: False)
+    assert told[0, 1] == -1 and np.allclose(G.class_scores(G.load_gallery(tmp_path), asked), told, atol=1e-6)
+
+
+@pytest.mark.spec("BX19", "BX16")
+def test_a_pair_is_not_called_calibrated_after_an_enrolment(export, strangers):
+    from pillsnap.core.container import content_digest
+    from pillsnap.core.files import save_json
+    from pillsnap.deployment.enrol import enrol_drug
+    from pillsnap.deployment.runtime import load_bundle
+    from pillsnap.deployment.workers import bundle_facts
+    from pillsnap.models.cardview import _card_notes
+    from pillsnap.models.twoside import PairRule
+
+    meta = read_json(export / "bundle.json")
+    rule = PairRule(2.0, calibrated=True, class_map=meta["class_map"]["fingerprint"], pairs=40, groups=10)
+    meta |= {"pair_rule": rule.to_dict()}
+    save_json({**meta, "digest": content_digest(meta)}, export / "bundle.json")
+
+    def told():
+        bundle = load_bundle(export, device="cpu")
+        answer = bundle.predict_sides(*strangers[1][:2])
+        return _card_notes(answer, answer.meta)[0], bundle_facts(bundle)["two_side_calibrated"]
+
+    (before, fitted), _, (after, still) = told(), enrol_drug(export, "K-990001", strangers[0][:2]), told()
+    assert "보정된 확률" in before and fitted and "보정되지 않은 확률" in after and not still
 
 
 @pytest.mark.spec("BX19")
@@ -232,6 +291,9 @@ def test_what_could_harm_is_not_enrolled(gallery_run, export, strangers):
         enrol_drug(export, "pills/aspirin", photos)
     with pytest.raises(PillsnapError, match="given twice"):
         enrol_drug(export, "K-990001", photos[:1] * 2)
+    Image.open(photos[0]).convert("RGB").save(export / "again.jpg", quality=90)
+    with pytest.raises(PillsnapError, match="given twice, or a copy of it"):
+        enrol_drug(export, "K-990001", [photos[0], export / "again.jpg"])
     with pytest.raises(PillsnapError, match="each side is needed"):
         enrol_drug(export, "K-990001", photos[:1])
     enrol_drug(export, " K-990001", photos, "새 알약")
@@ -239,6 +301,14 @@ def test_what_could_harm_is_not_enrolled(gallery_run, export, strangers):
         enrol_drug(export, "K-990001", strangers[1][:2], "다른 알약")
     with pytest.raises(PillsnapError, match="made K-990001 known already"):
         enrol_drug(export, "K-990002", photos)
+    known = read_json(export / "bundle.json")["drugs"][trained]["dl_name"]
+    for name, owner in ((f" {known.upper()}", trained), ("새알약", "K-990001")):  # the K-code was mistyped
+        with pytest.raises(PillsnapError, match=f"is the name of {owner}: is K-990009 mistyped"):
+            enrol_drug(export, "K-990009", strangers[1][:2], name)
+    with pytest.raises(PillsnapError, match="새 알약 is the name of K-990001 already"):
+        enrol_drug(export, "새 알약", strangers[1][:2])
+    two_products = enrol_drug(export, "K-990009", strangers[1][:2], known, shares_name=True)
+    assert two_products.line["named_like"] == [trained] and f"{trained} has this name too" in str(two_products)
     with pytest.raises(PillsnapError, match="K-990002 is not enrolled"):
         unenrol_drug(export, "K-990002")
     with pytest.raises(PillsnapError, match="Triton serves networks alone"):

@@ -1,6 +1,8 @@
 "Smaller networks and their price (SPEC BX24): calibrated on training photos, measured as themselves, refused in words."
 
 import json
+from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import onnx
@@ -12,16 +14,20 @@ from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.files import read_json
 from pillsnap.core.jobs import RunFolder, readings
+from pillsnap.core.settings import AnswerSettings
 from pillsnap.dataset.splitfiles import load_split_data
+from pillsnap.delivery.capture import Capture
 from pillsnap.deployment import export as E
 from pillsnap.deployment import variants as V
 from pillsnap.deployment.runtime import load_bundle
 from pillsnap.evaluation.answers import Evaluator, eval_photos
 from pillsnap.evaluation.measurements import clean_part
+from pillsnap.evaluation.openset import Shown, SingleOutputs
 from pillsnap.models.factory import TorchClassifier, load_classifier
 from pillsnap.models.pipeline import Pipeline
 from pillsnap.photos.images import normalise, open_image_safely
 
+PARTS = ("val", "calib", "clean")
 FAST = ("evaluation.latency_warmup=1", "evaluation.latency_runs=3", "export.compare_photos=4", "evaluation.objects=4")
 
 
@@ -119,6 +125,35 @@ def test_both_precisions_are_bundles_that_answer(run):
             assert small.predict(run / "delivery" / photo.path, mode)["mode_used"] == mode
     assert figures["int8_megabytes"]["value"] < 0.4 * figures["fp32_megabytes"]["value"]
     assert figures["fp16_agreement"]["value"] == 1
+
+
+@pytest.mark.spec("BX24", "BX16")
+def test_each_precision_answers_both_sides_by_a_rule_of_its_own(exported, tmp_path):
+    "The rule of pairs is fitted to what the precision says, and its bundle keeps it; without pairs it says why."
+    bundle = load_bundle(exported, device="cpu")
+    plain, rng, n = V.exported_networks(bundle), np.random.default_rng(0), len(bundle.class_map)
+
+    def part(name, noise):
+        shown = []
+        for label, side, light, view in product(range(n), (0, 1), range(3), range(4)):
+            stem = Capture((f"K-{label:06d}",), 0, PARTS.index(name), side, light, 90, 20 * view, 200).stem()
+            shown.append(Shown(f"{stem}.png", stem[:-8], "known", "K", label))
+        logits = 6 * np.eye(n)[[s.label for s in shown]] + rng.normal(0, noise, (len(shown), n))
+        return V.Scored(SingleOutputs(shown, logits, logits), [1.0] * len(shown))
+
+    task = V.RunTask(AnswerSettings(alpha=0.1), ["all"] * n, bundle.class_map.fingerprint)
+    fine, coarse = ({k: part(k, noise) for k in PARTS} for noise in (0.5, 2.0))
+    small = V.Variant("int8", plain.files, plain.sizes)
+    a, b = V.fit_and_measure(plain, fine, fine, task), V.fit_and_measure(small, coarse, fine, task)
+    assert a.pairs.fused and b.pairs.fused and a.pairs.groups == b.pairs.groups == 3 * n
+    assert a.pairs.temperature != b.pairs.temperature and b.clean["pair_coverage"].value > 0.85
+    assert a.clean["pair_accuracy"].value == 1 and b.clean["pair_accuracy"].value > b.clean["accuracy"].value
+    assert V.write_variant(bundle, small, b, tmp_path / "export_int8").two_sided().rule == b.pairs
+    for k in PARTS:
+        fine[k].outputs.shown[:] = [replace(s, name=f"{k}{i}.png") for i, s in enumerate(fine[k].outputs.shown)]
+    bundle = V.write_variant(bundle, small, V.fit_and_measure(small, fine, fine, task), tmp_path / "export_int8")
+    with pytest.raises(PillsnapError, match="from both sides of a pill: there are 0 pairs"):
+        bundle.two_sided()
 
 
 @pytest.mark.spec("BX24")

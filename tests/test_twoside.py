@@ -1,13 +1,16 @@
 "Answers from both sides of a pill: twins that only the back tells apart, and what must never be named."
 
+import io
 import json
 from dataclasses import replace
 from itertools import product
 
 import numpy as np
 import pytest
+from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
+from pillsnap.core.errors import PillsnapError
 from pillsnap.core.settings import AnswerSettings
 from pillsnap.delivery.capture import Capture, capture_group
 from pillsnap.evaluation.calibration import fit_temperature
@@ -16,7 +19,7 @@ from pillsnap.evaluation.intervals import group_bootstrap
 from pillsnap.evaluation.pairs import SidePhotos, answer_pairs, fit_pair_rule, paired_photos
 from pillsnap.models.decision import AnswerRule
 from pillsnap.models.pipeline import answer_schema, softmax
-from pillsnap.models.twoside import PairRule, decide_pair
+from pillsnap.models.twoside import PairRule, decide_pair, same_shot
 from pillsnap.photos.images import crop_view
 from pillsnap.photos.locator import locate
 from pillsnap.synth.catalogue import make_catalogue
@@ -91,6 +94,31 @@ def test_no_photo_and_no_capture_group_is_in_two_pairs(twins):
 
 
 @pytest.mark.spec("BX16")
+def test_without_pairs_there_is_no_rule_of_pairs_and_no_promise(twins):
+    "Photos whose names say no side, and a few calibration pairs."
+    sides, clusters = AnswerRule("lac", 0.1, (0.9,) * 4), ["all"] * 4
+    nameless = replace(twins, paths=[f"photo_{i}.jpg" for i in range(len(twins.paths))])
+    pairs = paired_photos(twins)
+    units = pairs.loc[pairs["part"] == "calib", "unit"].unique()
+    left = pairs[(pairs["part"] != "calib") | pairs["unit"].isin(units[:4])]
+    for photos, table, n in ((nameless, paired_photos(nameless), 0), (twins, left, 4)):
+        with pytest.raises(PillsnapError, match=f"there are {n} pairs of calibration groups .* 5 are needed"):
+            fit_pair_rule(photos, table, sides, clusters, SETTINGS)
+    five = pairs[(pairs["part"] != "calib") | pairs["unit"].isin(units[:5])]
+    assert fit_pair_rule(twins, five, sides, clusters, SETTINGS).groups == 5
+
+
+@pytest.mark.spec("BX16")
+def test_no_known_drug_need_be_refused(twins):
+    "The settings allow a share of 0: then a pair is held to the threshold of single photos."
+    unknown = {"threshold": 7.0}
+    photos = replace(twins, unknown=np.linspace(0, 1, len(twins.paths)))
+    none = AnswerSettings(alpha=0.1, unknown_refused=0)
+    sides, pairs = AnswerRule("lac", 0.1, (0.9,) * 4, unknown=unknown), paired_photos(twins)
+    assert fit_pair_rule(photos, pairs, sides, ["all"] * 4, none).unknown == 7.0
+
+
+@pytest.mark.spec("BX16")
 def test_clean_photos_fit_nothing(twins):
     "Whatever the clean photos show, the rule of pairs is the same."
     calib, clusters = np.array(twins.parts) == "calib", ["all"] * 4
@@ -151,6 +179,30 @@ def test_one_side_photographed_twice_keeps_what_both_photos_leave_open():
     assert rule.fused is not None and rule.calibrated
     assert np.mean([d.member[k] for d, k in zip(told, y)]) > 0.95 and np.mean(wrong) < 0.015
     assert np.mean([d.member.mean() for d in told]) < 0.6  # not by holding every drug
+
+
+@pytest.mark.spec("BX16")
+def test_one_shot_saved_twice_is_no_front_and_back():
+    "Copies of a shot are told from two photos of a pill whose sides look alike, turned over or not."
+    drugs, shot = make_catalogue(4, seed=5, twins=0, blank=False).drugs, Shot(width=320, height=419)
+
+    def taken(drug, side, seed):
+        capture = Capture((drug.kcode,), 0, seed % 3, side, seed % 2, 90, 0, 200)
+        task = single_task(drug, 0, capture, Session("train", shot, seed))
+        return photograph(list(task.pills), task.shot, rng_for(*task.words, "photo"))[0]
+
+    def copy(photo, kind, scale, quality):
+        image, content = Image.fromarray(photo), io.BytesIO()
+        image.resize([round(scale * s) for s in image.size]).save(content, kind, quality=quality)
+        return np.array(Image.open(content))
+
+    for seed, drug in enumerate(drugs):
+        body = replace(drug.body, score=("", ""), shape="원형", long_mm=8, short_mm=8, profile="convex", coat="film")
+        blank = replace(drug, body=body, imprint=replace(drug.imprint, front="", back="", mark=0))
+        front, back, again = taken(blank, 0, seed), taken(blank, 1, seed), taken(blank, 0, seed + 6)
+        for how in (("JPEG", 1, 95), ("JPEG", 1, 40), ("JPEG", 0.5, 75), ("WEBP", 1, 60), ("JPEG", 1.4, 80)):
+            assert same_shot(front, copy(front, *how)), how
+        assert not same_shot(front, back) and not same_shot(front, again) and not same_shot(front, copy(back, *how))
 
 
 @pytest.mark.spec("BX16")

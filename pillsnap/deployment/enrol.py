@@ -47,6 +47,7 @@ from pillsnap.models.enrolment import (
 )
 from ..models.gallery import class_scores
 from ..models.pipeline import Pipeline, read_photo
+from ..models.twoside import same_shot
 from ..photos.images import normalise
 
 # %% ../../nbs/deployment/842_enrol.ipynb #0a0a69fd
@@ -68,7 +69,7 @@ def embed_references(
     photos: Sequence[str | Path],  # front, back, front, back, …
 ) -> list[EnrolPhoto]:  # PillsnapError for a missing side, several pills, an unsharp photo, or one that is given twice
     "Reference photos as vectors."
-    least, found = pipeline.rule.least_sharpness if pipeline.rule else 0.0, []
+    least, found, images = pipeline.rule.least_sharpness if pipeline.rule else 0.0, [], []
     if not photos:
         fix = "pillsnap enrol K-CODE front.jpg back.jpg --gallery GALLERY"
         raise PillsnapError("a drug is enrolled by photos of it", where="enrol", fix=fix)
@@ -83,10 +84,12 @@ def embed_references(
             raise PillsnapError(
                 "this photo is too unsharp to know a drug by", where=photo, fix="focus, and take it again"
             )
-        if digest in [f.sha256 for f in found]:
-            raise PillsnapError("this photo is given twice", where=photo, fix="give each photo once: front, back, …")
+        if any(same_shot(image, earlier) for earlier in images):
+            fix = "turn the pill over and take another photo: front, back, …"
+            raise PillsnapError("this photo is given twice, or a copy of it", where=photo, fix=fix)
         vector = pipeline.classifier.outputs(normalise(np.stack(seen.images[:1])))[1][0]
         found.append(EnrolPhoto(digest, n % 2, np.asarray(vector, np.float32), seen.view))
+        images.append(image)
     return found
 
 # %% ../../nbs/deployment/842_enrol.ipynb #a1881569
@@ -151,6 +154,8 @@ class Enrolled:
         out = [f"{e.get('key', '')} {said[e['action']]}: line {e['seq']} of the journal, by {e['by']}".strip()]
         if self.near:
             out.append(f"  nearest other drug: {self.near[0]}, cosine {self.near[1]:.3f}")
+        if e.get("named_like"):
+            out.append(f"  {', '.join(e['named_like'])} has this name too: only the K-code tells them apart")
         if self.own is not None:
             out.append(f"  its own earlier photos: cosine {self.own:.3f}")
         if self.near and self.alike >= _ALIKE:
@@ -321,6 +326,31 @@ def _check_new(known: KnownDrugs, key: str, name: str, photos: Sequence[EnrolPho
         raise PillsnapError(f"a photo is nearer to {other} than to the earlier photos of {key}", where="enrol", fix=fix)
 
 
+def _label(text: str) -> str:
+    "A name as it is compared: without case, blanks and the form of its letters."
+    return same_name(text).replace(" ", "")
+
+
+def _check_name(
+    known: KnownDrugs,  # trained and enrolled drugs
+    drugs: Mapping[str, Mapping[str, Any]],  # of training: K-code → record
+    key: str,  # of the drug that is enrolled
+    name: str,  # its name; "" = none was given
+    shares_name: bool = False,  # a person says that another drug has this name too
+) -> list[str]:  # other drugs of this name; PillsnapError where nobody said that there are such
+    "Compare the name of a new drug with the names of all others: a mistyped K-code would make a drug known twice."
+    labels = {k: {k, *(d.get(n) or "" for n in ("dl_name", "dl_name_en"))} for k, d in drugs.items()}
+    labels |= {k: {k, d["dl_name"] or ""} for k, d in known.records().items()}
+    others = {k: {_label(text) for text in told} for k, told in labels.items() if k != key}
+    if owner := next((k for k, told in others.items() if _label(key) in told), None):
+        raise PillsnapError(f"{key} is the name of {owner} already", where="enrol", fix=f"enrol it as {owner}")
+    found = [k for k, told in others.items() if name and _label(name) in told]
+    if found and not shares_name:
+        fix = f"if the pill is {found[0]}, it is known; if it is another product of this name, add --same-name"
+        raise PillsnapError(f"{name} is the name of {found[0]}: is {key} mistyped?", where="enrol", fix=fix)
+    return found
+
+
 def _nearest(known: KnownDrugs, key: str, vectors: np.ndarray) -> tuple[np.ndarray, str, np.ndarray]:
     "Cosines of photos to a drug's earlier photos (2 where it has none), the nearest other drug, cosines to others."
     gallery = known.gallery(None)
@@ -338,7 +368,8 @@ def enrol_drug(
     photos: Sequence[str | Path],  # front, back, front, back, …
     name: str = "",  # of the drug, for the card
     by: str = "",  # who enrols; "" = the logged-in user
-) -> Enrolled:  # PillsnapError for a key of another form, a drug of training, a photo that serves another drug
+    shares_name: bool = False,  # another product has this name too, and a person looked at both K-codes
+) -> Enrolled:  # PillsnapError for a key of another form, a known drug's name, a photo that serves another drug
     "Make a drug known by photos of its sides."
     bundle = open_enrolling(where)
     known = open_gallery(bundle.files)
@@ -346,12 +377,15 @@ def enrol_drug(
     shown = embed_references(bundle.pipeline(), photos)
     vectors = np.stack([p.vector for p in shown])
     _check_new(known, key, name, shown)
+    _check_name(known, bundle.meta["drugs"], key, name, shares_name)
     entry = store_vectors(bundle.files.place("gallery"), vectors)
 
     def make(known: KnownDrugs) -> dict[str, Any]:
         _check_new(known, key, name, shown)
+        twins = _check_name(known, bundle.meta["drugs"], key, name, shares_name)
         said = [{"sha256": p.sha256, "side": p.side} for p in shown]
-        return dict(action="enrol", key=key, name=name, photos=said, vectors=entry)
+        also = {"named_like": twins} if twins else {}
+        return dict(action="enrol", key=key, name=name, photos=said, vectors=entry, **also)
 
     line, moved, before = _step(bundle, make, by, {entry["file"]: vectors})
     own, other, cosines = _nearest(before, key, vectors)

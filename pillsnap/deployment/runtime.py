@@ -250,6 +250,7 @@ class BundleContent:
     unified: UnifiedPreprocessor | None = None  # of the narrow family
     pair_rule: PairRule | None = None  # answers photos of both sides; None: it answers one photo alone
     gallery: Mapping[str, Any] | None = None  # files of the reference photos; None = the classifier names the drugs
+    why_no_pairs: str = ""  # why there is no pair rule
 
 
 def write_bundle(
@@ -278,6 +279,7 @@ def write_bundle(
         thumbnails={k: {side: dict(e) for side, e in sides.items()} for k, sides in c.thumbnails.items()},
     )
     meta |= {"gallery": dict(c.gallery)} if c.gallery else {}
+    meta |= {"why_no_pairs": c.why_no_pairs} if c.why_no_pairs else {}
     return save_json({**meta, "digest": content_digest(meta)}, Path(folder) / "bundle.json")
 
 # %% ../../nbs/deployment/800_runtime.ipynb #66dd2f2e
@@ -580,12 +582,13 @@ def two_sided(self: Bundle) -> TwoSided:  # PillsnapError where the bundle has n
     "What answers from photos of both sides of a pill."
     pairs = self._pairs
     if pairs is None:
-        what = "this bundle cannot answer from both sides of a pill: it holds no rule for pairs of photos"
-        fix = "evaluate and export again: pillsnap run all --from evaluation; or give one photo"
+        why = self.meta.get("why_no_pairs") or "it holds no rule for pairs of photos"
+        what = f"this bundle cannot answer from both sides of a pill: {why}"
+        fix = "give one photo; with more calibration photos: pillsnap run all --from evaluation"
         raise PillsnapError(what, where="two_side", fix=fix)
     if self.known is not None and self.known.added:
         # no pair of an added drug was calibrated, so a pair's set is what both photos' sets share
-        pairs = replace(pairs, fused=None, class_map=self.class_map.fingerprint)
+        pairs = replace(pairs, fused=None, calibrated=False, class_map=self.class_map.fingerprint)
     return TwoSided(self.pipeline(), pairs)
 
 
@@ -598,4 +601,6 @@ def predict_sides(
 ) -> Answer:  # the predict JSON with two_side and photos; a notebook shows it as a card
     "Answer for the two sides of one pill."
     topk = self.meta.get("answering", DEFAULTS)["top_k"] if topk is None else topk
-    return Answer(self.two_sided().predict(front, back, topk), self.meta, front, self.files, back)
+    both = self.two_sided()
+    meta = {**self.meta, "pair_rule": both.rule.to_dict()}  # as it answers: the card says whether it is calibrated
+    return Answer(both.predict(front, back, topk), meta, front, self.files, back)

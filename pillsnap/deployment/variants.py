@@ -57,9 +57,11 @@ from ..evaluation.latency import Latency, LatencySetup, latency_records, on_gpu
 from ..evaluation.measurements import clean_part
 from ..evaluation.openphotos import open_set_photos, shown_photos
 from ..evaluation.openset import OpenSet, Shown, SingleOutputs, measure_open_set
+from ..evaluation.pairs import SidePhotos, answer_pairs, fit_pair_rule, paired_photos, why_no_pair_rule
 from ..models.decision import AnswerRule, prediction_sets, sharpness
 from ..models.metrics import detection_ap
 from ..models.pipeline import Pipeline, Thresholds, detector_input, softmax
+from ..models.twoside import PairRule
 from ..models.unknown import unknown_rule_to_dict
 from ..photos.images import normalise
 
@@ -244,6 +246,8 @@ class Measured:
     temperature: float  # of its probabilities
     calibrated: bool  # whether the temperature was fitted
     rule: AnswerRule | None  # its own; None = there were too few calibration groups
+    pairs: PairRule | None = None  # its own, for both sides; None = there were too few pairs
+    why_no_pairs: str = ""  # why there is none
     right: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))  # of each clean photo, for paired differences
 
 
@@ -316,6 +320,31 @@ def _open_set(parts: Mapping[str, Scored], task: RunTask) -> OpenSet | None:
     return measure_open_set(o["train"], known, unknown, task.settings.unknown_refused)
 
 
+def _both_sides(
+    photos: ScoredPhotos,  # of the known drugs
+    parts: Mapping[str, Scored],  # val, calib and clean of one precision
+    opened: OpenSet | None,  # the unknown score of the precision
+    rule: AnswerRule,  # of single photos
+    task: RunTask,  # settings and classes
+) -> tuple[PairRule | None, str, dict[str, Figure]]:  # rule, why there is none, figures of the clean pairs
+    "One precision's own rule of pairs, measured on the clean pairs."
+    logits = np.concatenate([parts[k].outputs.logits for k in _KNOWN])
+    unknown = [opened.known[p] for p in photos.paths] if opened else None
+    singles = SidePhotos(
+        logits, photos.labels, photos.paths, photos.groups, photos.parts, unknown, photos.sharp or None
+    )
+    pairs, names = paired_photos(singles), ("pair_accuracy", "pair_coverage")
+    if why := why_no_pair_rule(pairs):
+        return None, why, dict.fromkeys(names, Figure(None, note=why))
+    own = fit_pair_rule(singles, pairs, rule, task.clusters, task.settings)
+    table = answer_pairs(singles, pairs, rule, own).table
+    if not len(table):
+        return own, "", dict.fromkeys(names, Figure(None, note="no pair to count"))
+    hits = (("right", "first choice of pairs is right"), ("covered", "sets of pairs that hold the true drug"))
+    figures = [Figure.share(table[k].to_numpy(bool), table["unit"].tolist(), note) for k, note in hits]
+    return own, "", dict(zip(names, figures))
+
+
 def fit_and_measure(
     variant: Variant,  # the precision
     parts: Mapping[str, Scored],  # val, calib, clean; train, validation and test for the unknown score
@@ -341,7 +370,12 @@ def fit_and_measure(
             _unknown_figure(t, name) for t in (opened.chosen_on, opened.table)
         )
     right = clean.p.argmax(1) == clean.labels
-    return Measured(variant.precision, variant.megabytes, chosen, reported, temperature, calibrated, rule, right)
+    pairs = None
+    if rule is not None:
+        pairs, why, figures = _both_sides(photos, parts, opened, rule, task)
+        reported |= figures
+    measured = (variant.precision, variant.megabytes, chosen, reported, temperature, calibrated, rule)
+    return Measured(*measured, pairs, why, right)
 
 # %% ../../nbs/deployment/857_variants.ipynb #4fdfcc6b
 def pill_figures(
@@ -475,6 +509,8 @@ def write_variant(
         measured.rule,
         m.get("thumbnails", {}),
         unified=bundle.pipeline().unified,
+        pair_rule=measured.pairs,
+        why_no_pairs=measured.why_no_pairs,
     )
     kept = {k: m.get(k) for k in ("run_id", "data", "data_hash", "scorecard")}
     origin = dict(created=datetime.now(UTC).isoformat(timespec="seconds"), git_sha=get_git_sha(), **kept)
@@ -689,6 +725,8 @@ def quantise_command(
     for m in found.measured:
         print(f"{m.precision}, {m.megabytes:.1f} MB")
         print(*(f"  {name:<15} {f.text()}" for name, f in m.clean.items()), sep="\n")
+        if m.pairs is None:
+            print(f"  both sides: its bundle answers one photo alone, because {m.why_no_pairs}")
         for r in found.latency:
             if r.precision == m.precision:
                 print(f"  {r.scope:<15} p{r.percentile} {r.metric.value:.1f} ms")

@@ -166,7 +166,9 @@ def bundle_facts(
     m = bundle.meta
     modes = ["single", "combo"] if m.get("detector") else ["single"]
     pairs = m.get("pair_rule")
-    does = dict(modes=modes, two_side=pairs is not None, two_side_calibrated=bool(pairs and pairs.get("calibrated")))
+    grown = bundle.known is not None and bool(bundle.known.added)  # no pair of an added drug was calibrated
+    fitted = bool(pairs and pairs.get("calibrated")) and not grown
+    does = dict(modes=modes, two_side=pairs is not None, two_side_calibrated=fitted)
     own = {k: m[k] for k in ("schema", "digest", "created", "git_sha", "data", "calibrated")}
     own["narrow"] = "unified" in m.get("preprocessing", {})  # its photos have a limit of their own
     own |= dict(classifier=m["classifier"]["name"], drugs=len(bundle.class_map), keys=kind_of(bundle.class_map))

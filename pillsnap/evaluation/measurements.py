@@ -85,7 +85,15 @@ from .hardcases import save_hard_cases
 from .latency import Latency, plot_latency
 from .openphotos import run_open_set
 from .openset import OPEN_RECORDS, OpenSet
-from .pairs import PAIR_RECORDS, PairAnswers, SidePhotos, answer_pairs, fit_pair_rule, paired_photos
+from pillsnap.evaluation.pairs import (
+    PAIR_RECORDS,
+    PairAnswers,
+    SidePhotos,
+    answer_pairs,
+    fit_pair_rule,
+    paired_photos,
+    why_no_pair_rule,
+)
 from .reports import plot_confusion_matrix, plot_detection_results, plot_roc_pr_curves
 from .safeanswers import SAFE_RECORDS, Classes, SafeAnswers, answer_photos
 from .unreadable import planted_twins, twins_record, unreadable_pairs
@@ -338,6 +346,10 @@ def answer_both_sides(
         unknown = [self.open_set.known[p] for p in s.paths]
     photos = SidePhotos(s.single, s.labels, s.paths, s.groups, s.parts, unknown, s.sharp or None)
     pairs = paired_photos(photos)
+    if why := why_no_pair_rule(pairs):
+        logger.info(f"both sides: no rule, because {why}; the bundle will answer one photo alone")
+        self.metrics |= {k: not_measured(self.prov, k, why) for k in PAIR_RECORDS}
+        return
     rule = fit_pair_rule(photos, pairs, sides, classes.clusters, settings)
     self.pairs = answer_pairs(photos, pairs, sides, rule, s.of("clean").seconds)
     self.metrics |= self.pairs.records(self.prov)
@@ -408,6 +420,8 @@ def _started(
     focus, reason = chosen_focus(cfg.inference.focus, cfg.train.classification.crop_view_prob)
     logger.info(f"focus: {focus}, {reason}")
     evaluator = load_evaluator(root, data, cfg.data, device, focus=focus, unified=unified_preprocessor(cfg))
+    if (used := evaluator.pipeline.focus) != focus:
+        logger.info(f"focus: {used} in place of {focus}, because {evaluator.no_detector}")
     calls = evaluator.latency_calls(photos)
     for call in calls.values():
         call()

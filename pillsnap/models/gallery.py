@@ -23,7 +23,7 @@ from ..core.container import Files, FolderFiles, content_digest, layout_number
 from ..core.errors import PillsnapError
 from ..core.files import atomic_path, ensure_dir, json_from_bytes, save_json, sha256_file
 from ..delivery.classmap import ClassMap
-from .search import NEAREST, ChosenSearch, FaissSearch, Search, check_width, have_faiss
+from .search import NEAREST, ChosenSearch, ExactSearch, FaissSearch, Search, check_width, have_faiss
 
 # %% ../../nbs/models/577_gallery.ipynb #1d1bf123
 class Reference(NamedTuple):
@@ -238,10 +238,12 @@ def _write_index(folder: Path, search: ChosenSearch) -> dict[str, Any]:
     return how
 
 
-def _read_index(files: Files, how: Mapping[str, Any], prefix: str) -> Search | None:
-    "The stored approximate index; None = the exact search, also where faiss is missing."
-    if "file" not in how or not have_faiss():
+def _read_index(files: Files, how: Mapping[str, Any], prefix: str, vectors: np.ndarray) -> Search | None:
+    "The stored approximate index; where faiss is missing, the nearest as it finds them; None = every cosine."
+    if "file" not in how:
         return None
+    if not have_faiss():  # the answer rule was calibrated with the cosines of the nearest photos alone
+        return ExactSearch(vectors)
     import faiss
 
     index = FaissSearch.__new__(FaissSearch)
@@ -277,7 +279,7 @@ def read_gallery(
     class_map = ClassMap.from_dict(meta["class_map"], where=where)
     if vectors.shape != (len(ids), meta["width"]) or (len(ids) and not 0 <= ids.min() <= ids.max() < len(class_map)):
         raise PillsnapError("vectors and drugs of the gallery do not belong together", where=where, fix=_AGAIN)
-    index = _read_index(files, meta["search"], prefix)
+    index = _read_index(files, meta["search"], prefix, vectors)
     return Gallery((GalleryPart(vectors, ids, views),), class_map, float(meta["scale"]), index=index, meta=meta)
 
 
