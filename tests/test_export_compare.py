@@ -364,6 +364,7 @@ def test_the_bundle_answers_as_torch_does(exported):
         TorchDetector(det.model, det.img_size),
         metadata=b.meta["drugs"],
         temperature=2.5,
+        focus="locator",
     )
     for path, _ in C.photo_order(stage, "combo")[:3]:
         for mode in ("single", "combo"):

@@ -197,8 +197,8 @@ MUTATIONS: list[Mutation] = [
     Mutation(
         "a label takes a photo of that name from another folder",
         "pillsnap/dataset/labelfiles.py",
-        'if f"/{p}".endswith(ending)]',
-        "if ending]",
+        'if p in photos and f"/{p}".endswith(ending)]',
+        "if p in photos]",
         "tests/test_importers.py::test_a_label_of_another_folder_is_not_taken_for_this_photo",
     ),
     Mutation(
@@ -218,8 +218,8 @@ MUTATIONS: list[Mutation] = [
     Mutation(
         "the numbers of an import's classes are lost in the export",
         "pillsnap/dataset/labelexport.py",
-        "        return kept\n",
-        "        return dict(enumerate(keys, first))\n",
+        "    return kept\n",
+        '    return dict(enumerate(keys, 1 if form == "coco" else 0))\n',
         "tests/test_importers.py::test_coco_comes_back_equal",
     ),
     Mutation(
@@ -323,7 +323,7 @@ MUTATIONS: list[Mutation] = [
     Mutation(
         "pages of every origin may call the server",
         "pillsnap/deployment/server.py",
-        "allow_origins=origins",
+        "allow_origins=app.state.origins",
         'allow_origins=["*"]',
         "tests/test_server.py::test_only_listed_origins_may_call",
     ),
@@ -1439,8 +1439,8 @@ MUTATIONS: list[Mutation] = [
     Mutation(
         "the photos of one drop are answered one by one",
         "pillsnap/deployment/photodrop.py",
-        'if len(self._arrived) == content["of"]:',
-        "if self._arrived:",
+        'if len(self._arrived[drop]) == content["of"]:',
+        "if self._arrived[drop]:",
         "tests/test_menu_browser.py::test_photos_are_dropped_pasted_and_taken_in_jupyterlab",
     ),
     Mutation(
