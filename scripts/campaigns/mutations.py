@@ -295,7 +295,7 @@ MUTATIONS: list[Mutation] = [
     Mutation(
         "pages of every origin may call the server",
         "pillsnap/deployment/server.py",
-        "allow_origins=origins",
+        "allow_origins=app.state.origins",
         'allow_origins=["*"]',
         "tests/test_server.py::test_only_listed_origins_may_call",
     ),
@@ -1411,8 +1411,8 @@ MUTATIONS: list[Mutation] = [
     Mutation(
         "the photos of one drop are answered one by one",
         "pillsnap/deployment/photodrop.py",
-        'if len(self._arrived) == content["of"]:',
-        "if self._arrived:",
+        'if len(self._arrived[drop]) == content["of"]:',
+        "if self._arrived[drop]:",
         "tests/test_menu_browser.py::test_photos_are_dropped_pasted_and_taken_in_jupyterlab",
     ),
     Mutation(
