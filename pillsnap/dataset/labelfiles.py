@@ -33,6 +33,7 @@ from ..core.files import os_error
 from ..core.logs import progress as show_progress
 from ..delivery.faults import Fault, FaultReason, printable_path
 
+# %% ../../nbs/dataset/412_labelfiles.ipynb #28cb1c4f
 logger = logging.getLogger("pillsnap.dataset.labelfiles")
 
 # %% ../../nbs/dataset/412_labelfiles.ipynb #c6ec9dbb

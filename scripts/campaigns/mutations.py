@@ -1591,7 +1591,7 @@ MUTATIONS: list[Mutation] = [
         "tests/test_server.py::test_without_keys_pages_of_other_sites_change_nothing_and_reload_reads_model_path",
     ),
     Mutation(
-        "copies of one photo teach two drugs",
+        "copies of one photo show two drugs",
         "pillsnap/dataset/importers.py",
         "    df = _drop_contradictions(df, sort.quarantine)\n",
         "",
