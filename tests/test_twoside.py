@@ -219,6 +219,16 @@ def test_the_photo_that_spoils_a_pair_is_named():
         assert decide_pair(sure, sides, rule, unknown, sharp).said.reason == reason
 
 
+@pytest.mark.spec("BX16", "BX3")
+def test_a_photo_of_several_pills_spoils_a_pair():
+    "Nobody can say whose other side the second photo shows; the photo is named."
+    rule = AnswerRule("lac", 0.1, (0.9, 0.9))
+    logits = np.array([[9.0, 0.0], [9.0, 0.0]])
+    said = [decide_pair(logits, rule, PairRule(1.0), pills=p).said for p in ((1, 1), (0, 1), (3, 1), (1, 2), (2, 2))]
+    assert [s.answer for s in said] == ["drug", "drug", "unknown", "unknown", "unknown"]
+    assert [s.reason for s in said[2:]] == ["several_pills_front", "several_pills_back", "several_pills"]
+
+
 @pytest.mark.spec("BX16")
 def test_an_answer_says_two_side_or_nothing_of_it():
     schema = json.loads(json.dumps(answer_schema()))

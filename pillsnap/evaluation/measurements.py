@@ -344,7 +344,7 @@ def answer_both_sides(
     s, unknown = self.answers.scores, None
     if self.open_set is not None:
         unknown = [self.open_set.known[p] for p in s.paths]
-    photos = SidePhotos(s.single, s.labels, s.paths, s.groups, s.parts, unknown, s.sharp or None)
+    photos = SidePhotos(s.single, s.labels, s.paths, s.groups, s.parts, unknown, s.sharp or None, s.found or None)
     pairs = paired_photos(photos)
     if why := why_no_pair_rule(pairs):
         logger.info(f"both sides: no rule, because {why}; the bundle will answer one photo alone")

@@ -44,6 +44,7 @@ class SidePhotos:
     parts: Sequence[str]  # val, calib or clean, of each
     unknown: Sequence[float] | None = None  # unknown score of each; None = not scored
     sharp: Sequence[float] | None = None  # sharpness of each view; None = not measured
+    pills: Sequence[int] | None = None  # located in each photo; None = not counted
 
 
 def _capture(path: str) -> Capture | None:
@@ -176,13 +177,14 @@ def _answered(
     "The answer to one pair, and to each of its photos alone."
     unknown = None if photos.unknown is None else [float(photos.unknown[i]) for i in at]
     sharp = None if photos.sharp is None else [float(photos.sharp[i]) for i in at]
-    found = decide_pair(photos.logits[list(at)], sides, rule, unknown, sharp)
+    pills = [1, 1] if photos.pills is None else [int(photos.pills[i]) for i in at]
+    found = decide_pair(photos.logits[list(at)], sides, rule, unknown, sharp, pills)
     row = dict(top=int(found.p.argmax()), confidence=float(found.p.max()), answer=found.said.answer)
     row |= dict(reason=found.said.reason, right=row["top"] == label, listed=label in found.said.ids)
     row |= dict(covered=bool(label >= 0 and found.member[label]), set_size=int(found.member.sum()))
     for k, side in enumerate(("front", "back")):
         u, s = (None if v is None else v[k] for v in (unknown, sharp))
-        said, top = decide_answer(found.alone[k], u, sides, s), int(found.alone[k].argmax())
+        said, top = decide_answer(found.alone[k], u, sides, s, pills[k]), int(found.alone[k].argmax())
         row |= {f"{side}_answer": said.answer, f"{side}_right": top == label}
     return row
 

@@ -129,6 +129,8 @@ REASONS = {  # why an answer is what it is → Korean, for the card
     "several_pills": "사진에 알약이 여러 개 보입니다. 한 알만 찍거나 combo 모드로 물어보세요",
     "unknown_score": "학습한 약과 닮지 않았습니다",
     "unsharp": "사진이 흐려 각인을 읽을 수 없습니다. 초점을 맞춰 다시 찍으세요",
+    "several_pills_front": "앞면 사진에 알약이 여러 개 보입니다. 한 알만 찍으세요",
+    "several_pills_back": "뒷면 사진에 알약이 여러 개 보입니다. 한 알만 찍으세요",
     "unsharp_front": "앞면 사진이 흐려 각인을 읽을 수 없습니다. 앞면을 다시 찍으세요",
     "unsharp_back": "뒷면 사진이 흐려 각인을 읽을 수 없습니다. 뒷면을 다시 찍으세요",
     "unknown_score_front": "앞면 사진이 학습한 약과 닮지 않았습니다",

@@ -126,8 +126,11 @@ def _refusal(
     sides: AnswerRule,  # with the least sharpness
     unknown: Sequence[float] | None,  # score of each photo
     sharp: Sequence[float] | None,  # sharpness of each view
+    pills: Sequence[int] | None,  # located in each photo
 ) -> str | None:  # a key of REASONS; None = the pair can be answered
     "Why a pair gets no answer."
+    if pills is not None and (why := _blamed([k > 1 for k in pills], "several_pills")) is not None:
+        return why
     blurred = [s < sides.least_sharpness for s in sharp] if sharp is not None else [False, False]
     strange = [False, False]
     if rule.unknown is not None and unknown is not None:
@@ -147,6 +150,7 @@ def decide_pair(
     rule: PairRule,  # answers two
     unknown: Sequence[float] | None = None,  # unknown score of each photo; None = not scored
     sharp: Sequence[float] | None = None,  # sharpness of each view; None = sharp enough
+    pills: Sequence[int] | None = None,  # located in each photo; None = one
 ) -> PairDecision:
     "Name one drug, list several, or refuse, by the photos of both sides."
     z = np.asarray(logits, np.float64)
@@ -157,7 +161,7 @@ def decide_pair(
         one_side = rule.alike is not None and photo_distances(z[:1], z[1:])[0] < rule.alike
         member = (member & one_side) | prediction_sets(p[None], rule.fused)[0]
     found = PairDecision(answer_from_set(p, member, sides.max_list), p, alone, sets, member)
-    why = _refusal(found, rule, sides, unknown, sharp)
+    why = _refusal(found, rule, sides, unknown, sharp, pills)
     return found if why is None else replace(found, said=AnswerDecision("unknown", (), why))
 
 # %% ../../nbs/models/572_twoside.ipynb #b51a6916
@@ -213,7 +217,8 @@ class TwoSided:
         views = [v.images[0] for v in seen]
         logits, unknown = self.pipeline.outputs(views)
         scores = None if None in unknown else [float(u) for u in unknown if u is not None]
-        found = decide_pair(logits, self.pipeline.rule, self.rule, scores, [sharpness(v) for v in views])
+        edges, pills = [sharpness(v) for v in views], [v.found for v in seen]
+        found = decide_pair(logits, self.pipeline.rule, self.rule, scores, edges, pills)
         same = same_shot(images[0], images[1])
         return replace(found, said=AnswerDecision("unknown", (), "same_photo")) if same else found
 

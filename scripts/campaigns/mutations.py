@@ -54,6 +54,13 @@ class Mutation:
 
 MUTATIONS: list[Mutation] = [
     Mutation(
+        "a pair is answered where one of its photos shows several pills",
+        "pillsnap/models/twoside.py",
+        "[k > 1 for k in pills]",
+        "[k > 9 for k in pills]",
+        "tests/test_twoside.py::test_a_photo_of_several_pills_spoils_a_pair",
+    ),
+    Mutation(
         "one drug is named for a photo of several pills",
         "pillsnap/models/pipeline.py",
         '    pills = 1 if mode == "combo" else views.found',
