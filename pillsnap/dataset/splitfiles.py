@@ -155,6 +155,9 @@ def load_splits(
     if not (folder / "splits.json").exists():
         raise PillsnapError("there is no finished split here", where=folder, fix="run the splits job")
     head = read_json(folder / "splits.json")
+    if lost := [part_file(folder, n).name for n in PARTS if part_file(folder, n).name not in head["sha256"]]:
+        what = f"an earlier version wrote this split: it has no {lost[0]}"
+        raise PillsnapError(what, where=folder, fix="split again: pillsnap run splits --force")
     for name, was in head["sha256"].items():
         if not (folder / name).is_file():
             raise PillsnapError("a file of this split is gone", where=folder / name, fix="run the splits job again")

@@ -42,6 +42,7 @@ ROWS = {  # figure → what the home page calls it, and what it says of it
     "detection_map": ("detector mAP@.5:.95", ""),
     "combo_set_accuracy": ("`combo`: every pill of the photo right, none invented", ""),
     "combo_pill_accuracy": ("`combo`: pills found and rightly named", ""),
+    "combo_wrong_per_1000": ("`combo`: wrong single names per 1,000 boxes", "as the answer rule gives them"),
     "leak_gap": ("leak gap: what an image-level split would have added", "two trainings of equal size"),
 }
 
@@ -57,7 +58,7 @@ def table(metrics: dict) -> str:
     for name, (title, note) in ROWS.items():
         m = metrics.get(name)
         if m is not None and m["value"] is not None:
-            value = f"{m['value']:.1f}" if name == "wrong_per_1000" else f"{m['value']:.3f}"
+            value = f"{m['value']:.1f}" if name.endswith("wrong_per_1000") else f"{m['value']:.3f}"
             lines.append(f"| {title} | {value} | {m['n']} | {note} |")
     return "\n".join(lines)
 
