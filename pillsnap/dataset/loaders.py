@@ -331,7 +331,7 @@ def _loader_meta(
 
 # %% ../../nbs/dataset/490_loaders.ipynb #a046cfac
 def _limits_in_words(
-    quotas: Sequence[Sequence[int | None]],  # as SplitSettings.params stores them
+    quotas: Sequence[Sequence[Any]],  # the values of a StageQuota, as SplitSettings.params stores them
 ) -> str:
     "What each stage takes at most."
     out = []

@@ -143,7 +143,8 @@ class ScoredPhotos:
             )
         at = np.flatnonzero(mine).tolist()
         groups, paths, parts = ([v[i] for i in at] for v in (self.groups, self.paths, self.parts))
-        sharp, pills = ([v[i] for i in at] if len(v) else [] for v in (self.sharp, self.pills))
+        sharp = [self.sharp[i] for i in at] if len(self.sharp) else []
+        pills = [self.pills[i] for i in at] if len(self.pills) else []
         return ScoredPhotos(self.p[mine], self.labels[mine], groups, paths, parts, sharp, pills)
 
 
