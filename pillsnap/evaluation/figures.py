@@ -390,7 +390,7 @@ def leak_record(
     "The leak gap as the classifier job measured it."
     p = root / "reports" / "leak_gap.json"
     if not p.is_file():
-        return not_measured(prov, "leak_gap", "no image-split twin was trained (train.leak_gap)")
+        return not_measured(prov, "leak_gap", "no image-level split was trained (train.leak_gap)")
     d = read_json(p)
     rec = d.get("leak_gap", d)
     if isinstance(rec, dict) and "how" in rec:
