@@ -385,7 +385,7 @@ class Pipeline:
     ) -> "Pipeline":  # what was read of the answer rule is shared
         "The same pipeline with another threshold for boxes."
         other = copy.copy(self)
-        object.__setattr__(other, "thresholds", replace(self.thresholds, conf=conf))
+        vars(other).update(thresholds=replace(self.thresholds, conf=conf), unknown=self.unknown)
         return other
 
 # %% ../../nbs/models/570_pipeline.ipynb #ae71707d
