@@ -114,6 +114,7 @@ class Precision(Callback):
     def __init__(self, dtype: torch.dtype | None = None):
         self.dtype = dtype
         self.scaler: GradScaler | None = None
+        self.unscaled = False  # whether this batch's gradients were unscaled
         self.cast = torch.autocast("cpu", enabled=False)  # before_fit makes the device's
 
     def before_fit(self):
@@ -124,6 +125,7 @@ class Precision(Callback):
             self.scaler = GradScaler(device)
 
     def before_batch(self):
+        self.unscaled = False
         self.cast.__enter__()
         self.inside.cast = self.cast
 
@@ -142,6 +144,14 @@ class Precision(Callback):
     def before_step(self):
         if self.scaler:
             self.scaler.unscale_(self.opt.opt)
+            self.unscaled = True
+
+    def start_again(self):
+        "Leave the forward pass or the step that an error interrupted, so that the batch can be tried again."
+        self.leave()
+        if self.unscaled and self.scaler:
+            self.scaler.update(self.scaler.get_scale())  # a scaler unscales once between two updates
+            self.unscaled = False
 
     def state_dict(self):
         return self.scaler.state_dict() if self.scaler else None

@@ -32,7 +32,7 @@ from ..core.errors import PillsnapError
 from ..core.logs import TBWriter
 from ..core.processes import memory_mb
 from ..core.settings import OomPolicy
-from .callbacks import Accumulate, PillLearner
+from .callbacks import Accumulate, PillLearner, ScaledStep
 
 # %% ../../nbs/training/620_memory.ipynb #6a15c1b4
 logger = logging.getLogger("pillsnap.training.memory")
@@ -217,7 +217,7 @@ class _BatchState:
             learn.accumulate.count = round(count * self.unit / learn.oom_guard.state.batch_size)
             learn.accumulate.mass = mass
         if getattr(learn, "precision", None):
-            learn.precision.leave()  # the forward pass may have been interrupted
+            learn.precision.start_again()
         if getattr(learn, "distributed", None):
             learn.distributed.unwrap()
         learn.unpack.lost = self.lost
@@ -262,7 +262,7 @@ class OomGuard(Callback):
     "Tries a batch again that did not fit in memory, as `oom_recovery_state_machine` decides."
 
     learn: PillLearner
-    order, run_valid = Accumulate.order + 0.5, False  # sees steps of full windows only
+    order, run_valid = ScaledStep.order - 0.5, False  # before_step is last before the weights move
     shared = False  # whether other processes wait for this one
 
     def __init__(
