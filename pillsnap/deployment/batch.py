@@ -93,7 +93,7 @@ def answer_rows(
     for n, item in enumerate(answer["items"], 1):
         box = dict(zip(("left", "top", "right", "bottom"), item["box"] or [None] * 4, strict=True))
         keys = ("kcode", "name", "confidence") if item["answer"] == "drug" else ()  # a table names nothing else
-        said = {"answer": item["answer"], "reason": item["reason"], "shortlist": " ".join(item["shortlist"])}
+        said = {"answer": item["answer"], "reason": item["reason"], "shortlist": "; ".join(item["shortlist"])}
         rows.append(shared | {"pill": n} | said | {k: item[k] for k in keys} | box)
     return rows or [shared]
 
