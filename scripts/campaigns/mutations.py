@@ -10,12 +10,16 @@ A breakage that could not be tried is reported, the others go on, and the exit s
 """
 
 import argparse
+import compileall
 import os
+import py_compile
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -1828,8 +1832,8 @@ class NotTriedError(Exception):
     "Why a breakage could not be tried."
 
 
-def run_test(copy: Path, test: str, timeout: float) -> tuple[bool, str]:
-    "Whether the test passes in a copy of the checkout, and the end of what pytest printed."
+def run_tests(copy: Path, tests: Sequence[str], timeout: float, *options: str) -> subprocess.CompletedProcess[str]:
+    "Run tests in a copy of the checkout; NotTriedError where pytest could not run them."
     env = {
         **os.environ,
         "PYTHONPATH": str(copy),
@@ -1837,30 +1841,23 @@ def run_test(copy: Path, test: str, timeout: float) -> tuple[bool, str]:
         "OMP_NUM_THREADS": "1",
         "PILLSNAP_OFFLINE": "1",
     }
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-x",
-        "-q",
-        "-o",
-        "addopts=--strict-markers",
-        "-p",
-        "no:cacheprovider",
-        f"--basetemp={copy.parent / 'pytest'}",
-        test,
-    ]
-    try:
-        r = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, timeout=timeout)
-    except subprocess.TimeoutExpired:
-        return False, f"no end within {timeout:.0f} s"
+    quiet = ["-q", "-o", "addopts=--strict-markers", "-p", "no:cacheprovider", f"--basetemp={copy.parent / 'pytest'}"]
+    command = [sys.executable, "-m", "pytest", *quiet, *options, *tests]
+    r = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, timeout=timeout)
     if r.returncode not in (0, 1):  # 1: tests failed; others: pytest could not run them
         raise NotTriedError(
             f"the test could not be run (pytest's exit status {r.returncode}):\n{r.stdout[-2000:]}{r.stderr[-2000:]}"
         )
-    if r.returncode == 0 and " passed" not in r.stdout:
-        raise NotTriedError(f"the test was skipped, so it proves nothing here:\n{r.stdout[-2000:]}")
-    return r.returncode == 0, r.stdout[-800:]
+    return r
+
+
+def passing(copy: Path, tests: Sequence[str], timeout: float) -> tuple[set[str], str]:
+    "The tests that pass in a copy of the checkout, and what pytest said of the others; they share their fixtures."
+    said = run_tests(copy, tests, timeout * len(tests), "-rfEsp").stdout
+    verdicts = re.findall(r"^(PASSED|FAILED|ERROR) (\S+?::[^\s\[]+)(?:\[.*)?", said, re.M)
+    failed = {test for verdict, test in verdicts if verdict != "PASSED"}
+    good = {test for verdict, test in verdicts if verdict == "PASSED"} - failed
+    return {t for t in tests if t.split("[")[0] in good}, said[said.find("short test summary") :]
 
 
 def broken(copy: Path, m: Mutation) -> str:
@@ -1884,49 +1881,68 @@ def copied_checkout(folder: Path) -> Path:
             shutil.copytree(source, copy / name, symlinks=True, ignore=ignored)
         elif source.exists():
             shutil.copy2(source, copy / name)
+    # compiled modules that Python checks by their content: a breakage may keep a file's size and time
+    compileall.compile_dir(copy, quiet=1, invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH)
     return copy
 
 
-def is_caught(copy: Path, m: Mutation, healthy: set[str], timeout: float) -> bool:
-    "Whether a breakage fails its test; NotTriedError where that cannot be found out."
-    if m.test not in healthy:
-        passed, said = run_test(copy, m.test, timeout)
-        if not passed:
-            raise NotTriedError(f"the test fails without any breakage:\n{said}")
-        healthy.add(m.test)
+def is_caught(copy: Path, m: Mutation, timeout: float) -> bool:
+    "Whether a breakage fails its test."
     before = broken(copy, m)
     try:
-        return not run_test(copy, m.test, timeout)[0]
+        return run_tests(copy, [m.test], timeout, "-x").returncode == 1
+    except subprocess.TimeoutExpired:
+        return True
     finally:
         (copy / m.file).write_text(before, encoding="utf-8")
 
 
-def main() -> int:
-    "Exit status: 0 when every breakage was caught."
+def arguments() -> argparse.Namespace:
+    "What was asked on the command line."
     a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     a.add_argument("--only", default="", help="a word of the name")
     a.add_argument("--part", default="1/1", help="which of how many parts, for example 2/3")
     a.add_argument("--list", action="store_true", help="show them and stop")
     a.add_argument("--timeout", type=float, default=600, help="seconds for one test")
-    o = a.parse_args()
-    part, parts = map(int, o.part.split("/"))
-    chosen = [m for m in MUTATIONS if o.only.lower() in m.name.lower()][part - 1 :: parts]
-    if o.list:
-        print("\n".join(f"{m.name:60}  {m.test}" for m in chosen))
-        return 0
-    if not chosen:
-        sys.exit(f"no breakage has {o.only!r} in its name")
-    failed, healthy = [], set()
+    return a.parse_args()
+
+
+def try_all(chosen: Sequence[Mutation], timeout: float) -> list[str]:
+    "Apply one breakage after the other and print what its test says; returns those that were not caught."
+    failed = []
     with tempfile.TemporaryDirectory() as tmp:
         copy = copied_checkout(Path(tmp))
+        tests = sorted({m.test for m in chosen})
+        t0 = time.perf_counter()
+        healthy, said = passing(copy, tests, timeout)
+        print(f"{len(healthy)} of {len(tests)} tests pass without a breakage  {time.perf_counter() - t0:.0f} s")
+        if len(healthy) < len(tests):
+            print(said)
         for m in chosen:
             t0, why = time.perf_counter(), ""
             try:
-                verdict = "caught" if is_caught(copy, m, healthy, o.timeout) else "NOT CAUGHT"
+                if m.test not in healthy:
+                    raise NotTriedError("the test does not pass without any breakage")
+                verdict = "caught" if is_caught(copy, m, timeout) else "NOT CAUGHT"
             except NotTriedError as e:
                 verdict, why = "NOT TRIED", f"\n{e}"
             print(f"{verdict:10}  {m.name:60}  {m.test}  {time.perf_counter() - t0:.0f} s{why}", flush=True)
             failed += [m.name] if verdict != "caught" else []
+    return failed
+
+
+def main() -> int:
+    "Exit status: 0 when every breakage was caught."
+    a = arguments()
+    part, parts = map(int, a.part.split("/"))
+    named = [m for m in MUTATIONS if a.only.lower() in m.name.lower()]
+    chosen = sorted(named, key=lambda m: m.test)[part - 1 :: parts]
+    if a.list:
+        print("\n".join(f"{m.name:60}  {m.test}" for m in chosen))
+        return 0
+    if not chosen:
+        sys.exit(f"no breakage has {a.only!r} in its name")
+    failed = try_all(chosen, a.timeout)
     print(f"\n{len(chosen) - len(failed)} of {len(chosen)} caught" + (": not " + "; ".join(failed) if failed else ""))
     return 1 if failed else 0
 
