@@ -63,11 +63,28 @@ def pack_loader(size: int, batch: int, steps: int, workers: int) -> Any:
     return PhotoLoader(data, batch, num_workers=workers, prefetch_factor=3)
 
 
+def engine_config(size: int) -> Any:
+    "The two-stage preset for one epoch of float32 steps, logged and profiled every fourth step."
+    from pillsnap.core.config import load_config
+
+    return load_config(
+        "two_stage",
+        [
+            f"data.classification.img_size={size}",
+            "data.progressive_validation.current_stage=1",
+            "train.classification.epochs=1",
+            "train.classification.amp=false",
+            "train.classification.channels_last=false",
+            "train.step_log_interval=4",
+            "train.profile_interval=4",
+        ],
+    )
+
+
 def engine(make_net: Callable[[], nn.Module], batches: Iterable, size: int, points: Points) -> Callable[[], float]:
     "ms a step of `Learner.fit`, validation left out."
     from fastai.callback.core import Callback
 
-    from pillsnap.core.config import load_config
     from pillsnap.training.learner import Outputs, build_learner
     from pillsnap.training.presets import ClassifierSettings
 
@@ -80,18 +97,7 @@ def engine(make_net: Callable[[], nn.Module], batches: Iterable, size: int, poin
         def after_train(self):
             self.ms = (time.perf_counter() - self.t0) / len(self.dls.train) * 1e3
 
-    cfg = load_config(
-        "two_stage",
-        [
-            f"data.classification.img_size={size}",
-            "data.progressive_validation.current_stage=1",
-            "train.classification.epochs=1",
-            "train.classification.amp=false",
-            "train.classification.channels_last=false",
-            "train.step_log_interval=4",
-            "train.profile_interval=4",
-        ],
-    )
+    cfg = engine_config(size)
     valid = [(x.clone(), y.clone(), m) for x, y, m in itertools.islice(batches, 1)]
 
     def run() -> float:

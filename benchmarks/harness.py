@@ -234,6 +234,37 @@ def _in_parts(live: list[_Row], n: int, parts: int) -> list[float]:
     return [n / max(s, 1e-9) for s in seconds]
 
 
+def _measure(live: list[_Row], n: int, repeats: int, parts: int) -> None:
+    "Warm all up, then run them in turn for so many rounds; each row gets its figures."
+    turn = (lambda: _in_parts(live, n, parts)) if parts else (lambda: [_once(r, n) for r in live])
+    turn()
+    gc.collect()
+    gc.freeze()  # what the contenders' libraries keep is not looked through again and again in somebody's time
+    for _ in range(repeats):
+        for r, value in zip(live, turn()):
+            r.values.append(value)
+
+
+def _line(r: _Row, first: float | None, better: str, need: float | None) -> dict[str, Any]:
+    "A row of the record: its figures, their ratio to the first one's, and whether that is what is needed."
+    ratio, verdict = None, ""
+    if not r.ours and r.value is not None:
+        ratio = first / r.value if better == "higher" else r.value / first
+    if ratio is not None and need is not None:
+        verdict = "reached" if ratio >= need else "missed"
+    return dict(
+        name=r.name,
+        ours=r.ours,
+        value=r.value,
+        low=min(r.values, default=None),
+        high=max(r.values, default=None),
+        ratio=ratio,
+        required=need,
+        verdict=verdict,
+        missing=r.why,
+    )
+
+
 def compare(  # noqa: PLR0913 - what one benchmark states, each part by its name
     id: str,  # "BM1"
     what: str,  # one line: what is done
@@ -253,35 +284,13 @@ def compare(  # noqa: PLR0913 - what one benchmark states, each part by its name
     reach, rows = REQUIRED.get(id, {}), _as_rows(ours, peers)
     if unknown := sorted(set(reach) - {r.name for r in rows}):
         raise ValueError(f"{id} must be measured against {', '.join(unknown)}, and no contender has that name")
-    live = [r for r in rows if r.fn]
-    turn = (lambda: _in_parts(live, n, parts)) if parts else (lambda: [_once(r, n) for r in live])
-    turn()
-    gc.collect()
-    gc.freeze()  # what the contenders' libraries keep is not looked through again and again in somebody's time
-    for _ in range(repeats):
-        for r, value in zip(live, turn()):
-            r.values.append(value)
-    first = rows[0].value
-    lines, missed = [], []
-    for r in rows:
-        ratio = None if r.ours or r.value is None else (first / r.value if better == "higher" else r.value / first)
-        need = reach.get(r.name)
-        verdict = "" if ratio is None or need is None else "reached" if ratio >= need else "missed"
-        if verdict == "missed" and not quick:
-            missed.append(f"{id}: {ratio:.2f}× of {r.name}, {need:g}× required")
-        lines.append(
-            dict(
-                name=r.name,
-                ours=r.ours,
-                value=r.value,
-                low=min(r.values, default=None),
-                high=max(r.values, default=None),
-                ratio=ratio,
-                required=need,
-                verdict=verdict,
-                missing=r.why,
-            )
-        )
+    _measure([r for r in rows if r.fn], n, repeats, parts)
+    lines = [_line(r, rows[0].value, better, reach.get(r.name)) for r in rows]
+    missed = [
+        f"{id}: {x['ratio']:.2f}× of {x['name']}, {x['required']:g}× required"
+        for x in lines
+        if x["verdict"] == "missed" and not quick
+    ]
     record = dict(
         id=id,
         what=what,

@@ -69,13 +69,9 @@ def image_folder(root: Path, n: int) -> Callable[[], None]:
     )
 
 
-def dali(root: Path, rows: pd.DataFrame, n: int) -> Callable[[], None] | str:
-    "NVIDIA DALI on the CPU: fused decode and random crop, resize, mirror."
-    try:
-        from nvidia.dali import fn, pipeline_def, types
-        from nvidia.dali.plugin.pytorch import DALIGenericIterator, LastBatchPolicy
-    except Exception as e:
-        return f"not installed: {e}"
+def dali_pipeline(root: Path, rows: pd.DataFrame) -> Any:
+    "DALI's own chain: read, fused decode and random crop, resize, mirror."
+    from nvidia.dali import fn, pipeline_def, types
 
     @pipeline_def(batch_size=BATCH, num_threads=WORKERS, device_id=None, seed=1)
     def pipe() -> Any:
@@ -91,9 +87,18 @@ def dali(root: Path, rows: pd.DataFrame, n: int) -> Callable[[], None] | str:
         )
         return fn.flip(fn.resize(img, resize_x=SIZE, resize_y=SIZE), horizontal=fn.random.coin_flip()), label
 
+    return pipe()
+
+
+def dali(root: Path, rows: pd.DataFrame, n: int) -> Callable[[], None] | str:
+    "NVIDIA DALI on the CPU, with `dali_pipeline`."
+    try:
+        from nvidia.dali.plugin.pytorch import DALIGenericIterator, LastBatchPolicy
+    except Exception as e:
+        return f"not installed: {e}"
     try:
         loader = DALIGenericIterator(
-            pipe(),
+            dali_pipeline(root, rows),
             ["images", "labels"],
             reader_name="files",
             last_batch_policy=LastBatchPolicy.PARTIAL,
@@ -168,12 +173,7 @@ def ffcv(root: Path, n: int, mode: str, longest: int | None = None) -> Callable[
             "label": [IntDecoder(), ToTensor()],
         },
     )
-
-    def run() -> None:
-        got = sum(len(b[1]) for b in loader)
-        assert got == n, f"{got} of {n} photos came"
-
-    return run
+    return epoch(loader, n)
 
 
 def still() -> None:

@@ -6,6 +6,7 @@ import re
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -77,10 +78,9 @@ def slope(kb: list[float]) -> float:
     return float(theilslopes([min(kb[k : k + BLOCK]) for k in range(0, len(kb) - BLOCK + 1, BLOCK)]).slope) / BLOCK
 
 
-def training(root: Path, rows: pd.DataFrame, engine: str, epochs: int, leak: int) -> tuple[list[float], int]:
-    """A training as a stage has it, on a network of a few thousand weights: kB after each epoch, and how many child
-    processes were counted."""
-    cfg = load_config(
+def training_config(epochs: int) -> Any:
+    "The two-stage preset for so many epochs at a rate for a small network."
+    return load_config(
         "two_stage",
         [
             f"data.classification.img_size={SIZE}",
@@ -91,6 +91,25 @@ def training(root: Path, rows: pd.DataFrame, engine: str, epochs: int, leak: int
             ),
         ],
     )
+
+
+def small_network() -> nn.Module:
+    "A network of a few thousand weights, always the same."
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, 4),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(4),
+        nn.Flatten(),
+        nn.Linear(256, DRUGS),
+    )
+
+
+def training(root: Path, rows: pd.DataFrame, engine: str, epochs: int, leak: int) -> tuple[list[float], int]:
+    """A training as a stage has it, on a network of a few thousand weights: kB after each epoch, and how many child
+    processes were counted."""
+    cfg = training_config(epochs)
     classes = ClassMap(sorted(set(rows["class_key"])))
 
     def make(part, train):
@@ -100,15 +119,7 @@ def training(root: Path, rows: pd.DataFrame, engine: str, epochs: int, leak: int
 
     options = dict(engine=engine, num_workers=WORKERS, prefetch_factor=2)
     train, val = make(rows.iloc[len(rows) // 4 :], True), make(rows.iloc[: len(rows) // 4], False)
-    torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Conv2d(3, 16, 3, 4),
-        nn.BatchNorm2d(16),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(4),
-        nn.Flatten(),
-        nn.Linear(256, DRUGS),
-    )
+    net = small_network()
     out = root.parent / engine
     fixed = dict(config_snapshot=cfg.to_dict(), class_map=classes.to_dict(), backbone="small", img_size=SIZE)
     learn = build_learner(
@@ -129,20 +140,26 @@ def training(root: Path, rows: pd.DataFrame, engine: str, epochs: int, leak: int
     return watch.kb, max(watch.children)
 
 
-def main(doc: str) -> None:
-    "Train with both engines and say what each adds in an epoch."
-    a = arguments(doc, n=512, epochs=50, leak=0)
-    n, epochs, warm = (256, 12, 2) if a.quick else (a.n, a.epochs, WARM)
-    still()
+def trainings(n: int, epochs: int, leak: int) -> dict[str, tuple[list[float], int]]:
+    "Train with both engines on the same n photos: kB after each epoch, and the child processes counted."
     runs: dict[str, tuple[list[float], int]] = {}
-    t0 = time.time()
     with tempfile.TemporaryDirectory() as tmp:
         root = Path(tmp) / "photos"
         root.mkdir()
         rows = photos(root, n)
         for engine in ("processes", "threads"):
-            runs[f"engine, 2 {engine}"] = training(root, rows, engine, epochs, a.leak)
+            runs[f"engine, 2 {engine}"] = training(root, rows, engine, epochs, leak)
             gc.collect()  # a training's processes end with it
+    return runs
+
+
+def main(doc: str) -> None:
+    "Train with both engines and say what each adds in an epoch."
+    a = arguments(doc, n=512, epochs=50, leak=0)
+    n, epochs, warm = (256, 12, 2) if a.quick else (a.n, a.epochs, WARM)
+    still()
+    t0 = time.time()
+    runs = trainings(n, epochs, a.leak)
     slopes = {k: slope(kb[warm:]) for k, (kb, _) in runs.items()}
     missed = [f"BM13: {v:+.0f} kB an epoch with {k}, at most {LIMIT:g}" for k, v in slopes.items() if v > LIMIT]
     note = (

@@ -47,13 +47,9 @@ def record(code, name, bbox, area=None, n_boxes=1, **image):
         )
         | image
     )
-    area = (
-        area
-        if area is not None
-        else bbox[2] * bbox[3]
-        if isinstance(bbox, list) and len(bbox) == 4 and all(isinstance(v, int) for v in bbox)
-        else 0
-    )
+    if area is None:
+        whole = isinstance(bbox, list) and len(bbox) == 4 and all(isinstance(v, int) for v in bbox)
+        area = bbox[2] * bbox[3] if whole else 0
     ann = dict(area=area, iscrowd=0, bbox=bbox, category_id=1, ignore=0, segmentation=[], id=1, image_id=1)
     return dict(
         images=[img],
@@ -127,8 +123,8 @@ def test_the_public_originals():
     assert {k: got[k] for k in want} == want
 
 
-def planted(root):
-    "A tree with known faults; returns what an audit must find."
+def plant_combos(root):
+    "Combo photos that lack records, or whose boxes touch, overlap, repeat or leave the photo."
     combo(root, [A, B, C, D])  # complete
     combo(root, [A, B, C], APART[:2])  # lacks C
     combo(root, [A, B, C, D], APART[:1], 75)  # lacks three
@@ -140,6 +136,10 @@ def planted(root):
     combo(root, [A, C], [[0, 0, 100, 100], [0, 0, 100, 29]], 75)  # IoU .29: nothing
     combo(root, [A, D], [[0, 0, 976, 1280], [1, 0, 976, 20]], 70)  # the edge is inside; one pixel more is not
     combo(root, [A, D], [[6567, 10, 20, 20], [10, 8889, 20, 20]], 75)  # far outside
+
+
+def plant_singles(root):
+    "Single photos with wrong areas, numbers and codes, conflicting metadata, another encoding and empty fields."
     single(root, B, 0, area=7)
     single(root, B, 20, area=None)  # one wrong area
     single(root, B, 40, dl_idx="573")
@@ -151,11 +151,22 @@ def planted(root):
     single(root, C, 40, dl_material=None, encoding="cp949")
     for lo in (0, 20):
         single(root, "K-000007", lo, chart=None, drug_shape=None if lo else "원형", di_edi_code="")
+
+
+def plant_broken_files(root):
+    "Four files that are no annotation, and three that are not looked at."
     for i, text in enumerate(("", "{", "[]", '{"images": []}')):
         put(root / "single" / "TL_1_single" / f"broken_{i}.json", text)
     put(root / "single" / "TL_1_single" / "._hidden.json", "{")
     put(root / "__MACOSX" / "x.json", "{")
     put(root / "readme.txt", "no annotation")
+
+
+def planted(root):
+    "A tree with known faults; returns what an audit must find."
+    plant_combos(root)
+    plant_singles(root)
+    plant_broken_files(root)
     return dict(
         files=4 + 2 + 1 + 2 + 2 + 2 + 2 + 2 + 2 + 6 + 3 + 2 + 4,
         unparsable=4,

@@ -171,13 +171,10 @@ def typed(argv: list[str], capsys) -> tuple[int, str, str]:
     return e.value.code or 0, said.out, said.err
 
 
-def parsed(argv: list[str], monkeypatch, capsys) -> dict:
-    """What the job would be called with: typer reads every option, the job itself is left out, its configuration is
-    loaded."""
+def stand_in_jobs(m, seen: dict) -> None:
+    "Replace the jobs behind the commands: each writes what it was called with to `seen`, and does nothing else."
     from pillsnap.evaluation import final, ledger
     from pillsnap.training import distributed
-
-    seen = {}
 
     def pipeline(  # noqa: PLR0913 - stands in for run_pipeline
         stages, config, overrides, run_dir=None, only=None, start=None, force=False, fresh=False, params=None
@@ -189,28 +186,29 @@ def parsed(argv: list[str], monkeypatch, capsys) -> dict:
         return [{"table": [], "verdict": ""}]
 
     def several(stage, run_dir, processes, config, overrides):
-        seen.update(
-            cfg=load_config(config or str(Path(run_dir) / "config.yaml"), overrides), jobs=[stage], processes=processes
-        )
+        given = load_config(config or str(Path(run_dir) / "config.yaml"), overrides)
+        seen.update(cfg=given, jobs=[stage], processes=processes)
 
+    def final_test(run_dir, **how):
+        seen.update(cfg=load_config(str(cli.run_config(run_dir))), jobs=["final-test"], **how)
+
+    def decide(run_dir, by, reason):
+        seen.update(cfg=None, jobs=["decide"])
+        return {"seq": 1, "by": by, "reason": reason}
+
+    m.setattr(cli, "run_pipeline", pipeline)
+    m.setattr(distributed, "distributed_command", several)
+    m.setattr(final, "final_test_command", final_test)
+    m.setattr(ledger, "record_decision", decide)
+    m.setattr("pillsnap.training.presets.compare_with_target", lambda *a: "")
+
+
+def parsed(argv: list[str], monkeypatch, capsys) -> dict:
+    """What the job would be called with: typer reads every option, the job itself is left out, its configuration is
+    loaded."""
+    seen = {}
     with monkeypatch.context() as m:
-        m.setattr(cli, "run_pipeline", pipeline)
-        m.setattr(distributed, "distributed_command", several)
-        m.setattr(
-            final,
-            "final_test_command",
-            lambda run_dir, **how: seen.update(
-                cfg=load_config(str(cli.run_config(run_dir))), jobs=["final-test"], **how
-            ),
-        )
-        m.setattr(
-            ledger,
-            "record_decision",
-            lambda run_dir, by, reason: (
-                seen.update(cfg=None, jobs=["decide"]) or {"seq": 1, "by": by, "reason": reason}
-            ),
-        )
-        m.setattr("pillsnap.training.presets.compare_with_target", lambda *a: "")
+        stand_in_jobs(m, seen)
         status, _, err = typed(argv, capsys)
     assert status == 0, err
     assert seen["jobs"], argv

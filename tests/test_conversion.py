@@ -226,13 +226,35 @@ def test_an_edi_code_of_two_drugs_is_remarked(tmp_path):
 # ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.spec("DM9", "BX4")
-def test_every_planted_fault_lands_in_its_own_bucket(tmp_path):
-    root = tmp_path / "d"
-    images = root / "data/train/images"
-    add(root, [A])
-    add(root, [B])
-    add(root, [A, B])
+# What convert_delivery must write to quarantine.csv of a tree of `faulty_tree`, by reason.
+PLANTED_FAULTS = dict(
+    incomplete_combo=1,
+    box_outside=1,
+    partial_combo=2,
+    identical_boxes=2,
+    box_empty=1,
+    box_short=1,
+    box_string=1,
+    box_float=1,
+    box_negative=1,
+    box_zero=1,
+    dl_idx_mismatch=1,
+    code_mismatch=1,
+    json_without_image=1,
+    photo_size=1,
+    image_without_json=1,
+    photo_broken=2,
+    photo_too_small=1,
+    photo_too_large=1,
+    json_unparsable=1,
+    broken_symlink=1,
+    extension=1,
+    duplicate_photo=1,
+)
+
+
+def plant_wrong_records(root):
+    "Records that are missing or whose boxes, numbers and codes are wrong."
     add(root, [A, C], labelled=[A])  # incomplete
     add(root, [A, D], boxes=[[5, 5, 20, 20], [90, 5, 20, 20]])  # outside → the rest is partial
     add(root, [B, C], boxes=[BOXES[0], BOXES[0]])  # identical
@@ -245,8 +267,14 @@ def test_every_planted_fault_lands_in_its_own_bucket(tmp_path):
         p.write_text(json.dumps(r), encoding="utf-8")
     add(root, [D], 0, dl_idx="1")
     add(root, [D], 20, dl_mapping_code=A)
-    add(root, [D], 40, paint_it=False)
     add(root, [D], 60, width=95)
+    s = add(root, [D], 200)
+    label_of(root, [D], s, D).write_text("{")
+
+
+def plant_broken_photos(root):
+    "A photo or its record is missing; a photo is no photo, cut off, too small or too large."
+    add(root, [D], 40, paint_it=False)
     paint(photo_of(root, [D], f"{D}_0_2_0_2_70_080_200"))  # no JSON
     s = add(root, [D], 100)
     photo_of(root, [D], s).write_text("사진이 아닙니다", encoding="utf-8")
@@ -260,41 +288,36 @@ def test_every_planted_fault_lands_in_its_own_bucket(tmp_path):
     raw = bytearray(p.read_bytes())
     raw[16:24] = (30000).to_bytes(4, "big") * 2
     p.write_bytes(raw)
-    s = add(root, [D], 200)
-    label_of(root, [D], s, D).write_text("{")
+
+
+def plant_strange_files(root):
+    "A link to nothing, files that are no photos, and a photo's name a second time."
+    images = root / "data/train/images"
     (images / "gone.png").symlink_to("nowhere")
     (images / "notes.txt").write_text("x")
     (images / "K-1_index.png").write_text("x")
     (images / "._x.png").write_text("x")
     s = add(root, [D], 180)
     paint(photo_of(root, [D], s, "TS_2_single"), "other")  # the name again, in another archive
-    c = convert_delivery(root, tmp_path / "run")
+
+
+def faulty_tree(root):
+    "A delivery with three good photos of A and B, and every fault of PLANTED_FAULTS."
+    add(root, [A])
+    add(root, [B])
+    add(root, [A, B])
+    plant_wrong_records(root)
+    plant_broken_photos(root)
+    plant_strange_files(root)
+    return root
+
+
+@pytest.mark.spec("DM9", "BX4")
+def test_every_planted_fault_lands_in_its_own_bucket(tmp_path):
+    c = convert_delivery(faulty_tree(tmp_path / "d"), tmp_path / "run")
     rows = csv_rows(tmp_path / "run/quarantine.csv")
     assert list(rows.columns) == ["path", "reason", "detail"]
-    assert Counter(rows.reason) == Counter(
-        incomplete_combo=1,
-        box_outside=1,
-        partial_combo=2,
-        identical_boxes=2,
-        box_empty=1,
-        box_short=1,
-        box_string=1,
-        box_float=1,
-        box_negative=1,
-        box_zero=1,
-        dl_idx_mismatch=1,
-        code_mismatch=1,
-        json_without_image=1,
-        photo_size=1,
-        image_without_json=1,
-        photo_broken=2,
-        photo_too_small=1,
-        photo_too_large=1,
-        json_unparsable=1,
-        broken_symlink=1,
-        extension=1,
-        duplicate_photo=1,
-    )
+    assert Counter(rows.reason) == Counter(PLANTED_FAULTS)
     assert c.header["quarantine"] == dict(sorted(Counter(rows.reason).items())) and set(rows.reason) <= {
         str(r) for r in FaultReason
     }

@@ -140,11 +140,8 @@ def test_2_detection_boxes_move_with_the_letterbox(stage):
     assert len(want) >= 3
 
 
-@pytest.mark.spec("TL1")
-def test_2_training_views_are_augmented_bytes_then_normalised(stage, singles):
-    """Crops keep the imprint, half are mirrored, colours change within their bounds and before normalisation;
-    mirror and hue are warned of."""
-    a, draws = AugmentClassification(), np.random.default_rng(0).random((4000, DRAWS))
+def check_windows_and_mirror(a, draws):
+    "A window keeps most of the photo and nearly its shape, and half of the views are mirrored if that is asked for."
     tf = build_transforms_classification(64, a)
     w = tf.windows(draws, np.zeros(len(draws), bool))
     side = w[:, 2:] - w[:, :2]
@@ -159,6 +156,10 @@ def test_2_training_views_are_augmented_bytes_then_normalised(stage, singles):
         abs(tf.flips(draws).mean() - 0.5) < 0.03
         and not build_transforms_classification(64, AugmentClassification(hflip=False)).flips(draws).any()
     )
+
+
+def check_colours(draws):
+    "Brightness, contrast and hue change the colours within their bounds, before they are normalised."
     grey = torch.full((512, 3, 8, 8), 100, dtype=torch.uint8)
 
     def only(**kw):
@@ -182,6 +183,15 @@ def test_2_training_views_are_augmented_bytes_then_normalised(stage, singles):
         torch.equal(only()(grey, draws[:512]), build_transforms_classification(8, train=False)(grey))
         or (only()(grey, draws[:512]) - build_transforms_classification(8, train=False)(grey)).abs().max() < 1e-5
     )
+
+
+@pytest.mark.spec("TL1")
+def test_2_training_views_are_augmented_bytes_then_normalised(stage, singles):
+    """Crops keep the imprint, half are mirrored, colours change within their bounds and before normalisation;
+    mirror and hue are warned of."""
+    a, draws = AugmentClassification(), np.random.default_rng(0).random((4000, DRAWS))
+    check_windows_and_mirror(a, draws)
+    check_colours(draws)
     assert (
         any("mirror" in x for x in risky_settings(a))
         and any("hue" in x for x in risky_settings(a))

@@ -202,28 +202,12 @@ def test_null_is_the_librarys_default_and_shown(tmp_path):
     assert augment == {"mosaic": 0.5, "mixup": 0.1, "fliplr": 0.5, "scale": (0.5, 1.5)}, "SPEC TL2"
 
 
-@needs_ultralytics
-@pytest.mark.spec("X17")
-@pytest.mark.parametrize(
-    "why, device, found",
-    [
-        ("a GPU is not there", "cpu", None),
-        ("cuDNN searches for kernels", "cuda", 27),
-        ("an error", "cuda", RuntimeError("CUDA error: unspecified launch failure")),
-    ],
-)
-def test_a_default_batch_is_not_called_a_search(tmp_path, monkeypatch, why, device, found):
-    "The library's own fallback, as it stands in its source; only what was found is a point in TensorBoard."
-    import torch
-
-    from pillsnap.core.logs import logged_lines
+def batch_searcher(tmp_path, monkeypatch, points: list):
+    "A trainer of forty toy labels that is about to search for its batch size; its TensorBoard points go to `points`."
     from pillsnap.models.yolo import build_yolo_model, load_ultralytics
     from pillsnap.training.detectortrainer import yolo_training
 
     load_ultralytics(tmp_path)
-    from ultralytics.utils import autobatch
-
-    points = []
     board = types.SimpleNamespace(add_scalar=lambda tag, v, step: points.append((tag, v)), add_text=lambda *a: None)
     t = object.__new__(yolo_training())
     t.plan = types.SimpleNamespace(tb=board, batch_cap=24)
@@ -240,24 +224,53 @@ def test_a_default_batch_is_not_called_a_search(tmp_path, monkeypatch, why, devi
     monkeypatch.setattr(
         "ultralytics.models.yolo.detect.train.override_configs", lambda args, overrides: contextlib.nullcontext(args)
     )
-    if device == "cuda":  # what the library asks of a GPU, answered for it
-        gpu = types.SimpleNamespace(
-            get_device_properties=lambda d: types.SimpleNamespace(total_memory=16 << 30, name="toy"),
-            memory_reserved=lambda d: 0,
-            mem_get_info=lambda d: (16 << 30, 16 << 30),
-            empty_cache=lambda: None,
-        )
-        monkeypatch.setattr(autobatch, "get_torch_device_backend", lambda d: gpu)
-        weight = types.SimpleNamespace(device=torch.device("cuda", 0))
-        monkeypatch.setattr(torch.nn.Module, "parameters", lambda self: iter([weight]))
-        monkeypatch.setattr(autobatch, "autocast", lambda **kw: contextlib.nullcontext())
+    return t
 
-        def profile(imgs, *a, **kw):
-            if isinstance(found, Exception):
-                raise found
-            return [(0, 0, len(x) * 16 * 0.88 / found) for x in imgs]  # so many GB; the fit's answer is `found`
 
-        monkeypatch.setattr(autobatch, "profile_ops", profile)
+def stand_in_gpu_memory(monkeypatch, found) -> None:
+    "Answer what the library's search asks of a GPU, so that it finds the batch size `found` or meets that error."
+    import torch
+    from ultralytics.utils import autobatch
+
+    gpu = types.SimpleNamespace(
+        get_device_properties=lambda d: types.SimpleNamespace(total_memory=16 << 30, name="toy"),
+        memory_reserved=lambda d: 0,
+        mem_get_info=lambda d: (16 << 30, 16 << 30),
+        empty_cache=lambda: None,
+    )
+    monkeypatch.setattr(autobatch, "get_torch_device_backend", lambda d: gpu)
+    weight = types.SimpleNamespace(device=torch.device("cuda", 0))
+    monkeypatch.setattr(torch.nn.Module, "parameters", lambda self: iter([weight]))
+    monkeypatch.setattr(autobatch, "autocast", lambda **kw: contextlib.nullcontext())
+
+    def profile(imgs, *a, **kw):
+        if isinstance(found, Exception):
+            raise found
+        return [(0, 0, len(x) * 16 * 0.88 / found) for x in imgs]  # so many GB; the fit's answer is `found`
+
+    monkeypatch.setattr(autobatch, "profile_ops", profile)
+
+
+@needs_ultralytics
+@pytest.mark.spec("X17")
+@pytest.mark.parametrize(
+    "why, device, found",
+    [
+        ("a GPU is not there", "cpu", None),
+        ("cuDNN searches for kernels", "cuda", 27),
+        ("an error", "cuda", RuntimeError("CUDA error: unspecified launch failure")),
+    ],
+)
+def test_a_default_batch_is_not_called_a_search(tmp_path, monkeypatch, why, device, found):
+    "The library's own fallback, as it stands in its source; only what was found is a point in TensorBoard."
+    import torch
+
+    from pillsnap.core.logs import logged_lines
+
+    points = []
+    t = batch_searcher(tmp_path, monkeypatch, points)
+    if device == "cuda":
+        stand_in_gpu_memory(monkeypatch, found)
     monkeypatch.setattr(
         torch.backends.cudnn, "benchmark", why == "cuDNN searches for kernels"
     )  # another training of this process left it on

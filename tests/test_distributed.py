@@ -50,30 +50,17 @@ OVER = [
 ]
 
 
+def two_processes(run, overrides) -> list[str]:
+    "The command line of the classifier's job in two processes."
+    command = [sys.executable, "-m", "pillsnap", "distributed", "classifier", "--run-dir", str(run)]
+    return [*command, "--config", "smoke", "--processes", "2", *overrides]
+
+
 @together
 def test_two_processes_are_one_job(tmp_path, delivery):
     "Started as `accelerate launch` starts them; the first alone writes."
     run = split_folder(tmp_path / "run", delivery, *OVER)
-    r = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pillsnap",
-            "distributed",
-            "classifier",
-            "--run-dir",
-            str(run),
-            "--config",
-            "smoke",
-            "--processes",
-            "2",
-            *OVER,
-        ],
-        env=ENV,
-        capture_output=True,
-        text=True,
-        timeout=580,
-    )
+    r = subprocess.run(two_processes(run, OVER), env=ENV, capture_output=True, text=True, timeout=580)
     assert r.returncode == 0, (r.stdout + r.stderr)[-3000:]
     log = (run / "logs" / "pillsnap.classifier.log").read_text(encoding="utf-8")
     steps = re.findall(r"\[train\] e=1/1 s=(\d+)/(\d+)", log)
@@ -91,6 +78,20 @@ def test_two_processes_are_one_job(tmp_path, delivery):
     )
 
 
+def stopped_once_saved(command: list[str], checkpoint: Path) -> tuple[int, str]:
+    "Start a training, send SIGTERM as soon as the checkpoint is there; its exit status and what it printed."
+    p = subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        end = time.monotonic() + 240
+        while p.poll() is None and not checkpoint.exists() and time.monotonic() < end:
+            time.sleep(0.05)
+        p.send_signal(signal.SIGTERM)
+        said = p.communicate(timeout=240)[0]
+    finally:
+        p.kill()
+    return p.returncode, said
+
+
 @together
 @pytest.mark.spec("BX10", "CT15")
 def test_two_processes_save_when_they_are_asked_to_stop(tmp_path, delivery):
@@ -106,41 +107,14 @@ def test_two_processes_save_when_they_are_asked_to_stop(tmp_path, delivery):
         ],
     )
     last = run / "checkpoints" / "classifier" / "last.pt"
-    p = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "pillsnap",
-            "distributed",
-            "classifier",
-            "--run-dir",
-            str(run),
-            "--config",
-            "smoke",
-            "--processes",
-            "2",
-            *over,
-        ],
-        env=ENV,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        end = time.monotonic() + 240
-        while p.poll() is None and not last.exists() and time.monotonic() < end:
-            time.sleep(0.05)
-        p.send_signal(signal.SIGTERM)
-        said = p.communicate(timeout=240)[0]
-    finally:
-        p.kill()
+    status, said = stopped_once_saved(two_processes(run, over), last)
     log = (run / "logs" / "pillsnap.classifier.log").read_text(encoding="utf-8")
     epoch, batches = re.search(
         r"stopped by SIGTERM in epoch (\d+), (?:after (\d+) batches|which is over)", log
     ).groups()
-    assert p.returncode and "ended with status" in said and read_record(run, "classifier")["status"] == "interrupted", (
-        said[-2000:]
-    )
+    assert status and "ended with status" in said and read_record(run, "classifier")["status"] == "interrupted", said[
+        -2000:
+    ]
     ckpt = load_ckpt(last)
     assert (ckpt["epoch"], ckpt["position"]["batch"]) == (
         (int(epoch) - 1, int(batches)) if batches else (int(epoch), 0)

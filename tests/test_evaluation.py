@@ -133,16 +133,17 @@ def test_the_sealed_test_is_not_opened_and_training_is_not_imported(made):
     assert report["sealed"] == [] and report["training"] == []
 
 
+def imported(node: ast.AST) -> str:
+    "The modules that a statement imports, empty for any other statement."
+    if isinstance(node, ast.ImportFrom):
+        return node.module or ""
+    return " ".join(a.name for a in node.names) if isinstance(node, ast.Import) else ""
+
+
 def test_the_wing_does_not_know_the_training_wing():
     for path in (ROOT / "pillsnap/evaluation").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            name = (
-                node.module or ""
-                if isinstance(node, ast.ImportFrom)
-                else " ".join(a.name for a in node.names)
-                if isinstance(node, ast.Import)
-                else ""
-            )
+            name = imported(node)
             assert "training" not in name and "deployment" not in name, (path.name, name)
 
 
@@ -544,13 +545,34 @@ def test_without_ultralytics_the_single_mode_is_still_measured(copy, monkeypatch
     )
 
 
+PROV = Provenance("synthetic", "a" * 64, "b" * 64)
+
+
+def recorded(root, job, status="finished", **more):
+    "Write the record of a job that took three seconds."
+    save_json(dict(status=status, seconds=3.0, settings={}, **more), record_path(root, job))
+
+
+def all_finished(root):
+    "Write a record of each job before the evaluation, finished at its first attempt."
+    for s in K.BEFORE:
+        recorded(root, s)
+
+
 @pytest.mark.spec("SG1")
 def test_crashes_come_from_the_job_records(tmp_path):
-    prov = Provenance("synthetic", "a" * 64, "b" * 64)
-    assert not R.crash_record(tmp_path, prov).measured
-    for s in K.BEFORE:
-        save_json(dict(status="finished", seconds=3.0, settings={}), record_path(tmp_path, s))
-    assert R.crash_record(tmp_path, prov).value is True and R.crash_record(tmp_path, prov).measured
+    assert not R.crash_record(tmp_path, PROV).measured
+    all_finished(tmp_path)
+    assert R.crash_record(tmp_path, PROV).value is True and R.crash_record(tmp_path, PROV).measured
+    recorded(tmp_path, "detector", "failed")
+    m = R.crash_record(tmp_path, PROV)
+    assert m.value is False and "detector: failed" in m.note
+    assert "CRASH_DETECTED" in simple_stage_evaluation(0, {"no_crashes": m}).reasons
+
+
+@pytest.mark.spec("SG1")
+def test_a_crash_before_the_last_attempt_is_counted(tmp_path):
+    all_finished(tmp_path)
 
     def attempt(status, raised="", settings="a"):
         return dict(
@@ -558,12 +580,9 @@ def test_crashes_come_from_the_job_records(tmp_path):
         )
 
     def after(job, *attempts):
-        save_json(
-            dict(status="finished", seconds=3.0, settings={}, attempts=[*attempts, attempt("finished")]),
-            record_path(tmp_path, job),
-        )
-        m = R.crash_record(tmp_path, prov)
-        save_json(dict(status="finished", seconds=3.0, settings={}), record_path(tmp_path, job))
+        recorded(tmp_path, job, attempts=[*attempts, attempt("finished")])
+        m = R.crash_record(tmp_path, PROV)
+        recorded(tmp_path, job)
         return m
 
     m = after("classifier", attempt("finished"), attempt("failed", "ValueError"), attempt("died"))
@@ -585,19 +604,14 @@ def test_crashes_come_from_the_job_records(tmp_path):
         ).value
         is True
     )
-    save_json(dict(status="failed", seconds=3.0, settings={}), record_path(tmp_path, "detector"))
-    m = R.crash_record(tmp_path, prov)
-    assert m.value is False and "detector: failed" in m.note
-    assert "CRASH_DETECTED" in simple_stage_evaluation(0, {"no_crashes": m}).reasons
 
 
 @pytest.mark.spec("SG1")
 @pytest.mark.parametrize("job", ["conversion", "splits", "classifier", "detector", "interleaved", "retrieval"])
 def test_a_crash_of_any_job_before_the_evaluation_is_seen(tmp_path, job):
-    for s in K.BEFORE:
-        save_json(dict(status="finished", seconds=3.0, settings={}), record_path(tmp_path, s))
-    save_json(dict(status="died", seconds=3.0, settings={}), record_path(tmp_path, job))
-    m = R.crash_record(tmp_path, Provenance("synthetic", "a" * 64, "b" * 64))
+    all_finished(tmp_path)
+    recorded(tmp_path, job, "died")
+    m = R.crash_record(tmp_path, PROV)
     assert m.value is False and f"{job}: died" in m.note
 
 

@@ -70,10 +70,8 @@ def test_two_stage_learns(pills, tmp_path):
     assert [r["view"][:5] for r in res.table] == ["locat", "whole"] and res.table[0]["accuracy"] >= 0.6
 
 
-@pytest.mark.spec("NM6", "NM7", "NM8", "NM9", "NM12", "DM15", "TL19", "X28")
-def test_narrow_learns_as_its_source_states_it(pills, tmp_path):
-    from pillsnap.training.classifier import ClassifierJob
-
+@pytest.mark.spec("NM6", "NM7", "NM8", "NM9", "TL19", "X28")
+def test_narrow_has_the_settings_of_its_source():
     stated = load_config("narrow")
     c, a = stated.train.classification, stated.data.augment.classification
     assert (c.backbone, c.drop_rate, c.drop_path_rate, c.declared_classes, stated.data.classification.img_size) == (
@@ -112,6 +110,11 @@ def test_narrow_learns_as_its_source_states_it(pills, tmp_path):
         False,
         False,
     )
+
+
+@pytest.mark.spec("NM6", "NM12", "DM15", "TL19")
+def test_narrow_learns_as_its_source_states_it(pills, tmp_path):
+    from pillsnap.training.classifier import ClassifierJob
 
     drugs = sorted({p.name for p in (pills / "data" / "train" / "images" / "single").glob("*/K-*")})
     top = save_json(
@@ -187,13 +190,11 @@ def fresh(model):
     )
 
 
-@pytest.mark.spec("RT8", "X73")
-def test_retrieval_goes_on_where_it_was_killed(pills, tmp_path, monkeypatch):
-    "The same command after an interruption ends where an undisturbed run ends; another margin is refused."
+def run_until_killed(job, monkeypatch):
+    "Run a retrieval job that is interrupted at the end of its second epoch."
     from fastai.callback.core import Callback
 
     from pillsnap.training import retrieval
-    from pillsnap.training.retrieval import RetrievalJob
 
     class Kill(Callback):
         order = 99
@@ -202,28 +203,37 @@ def test_retrieval_goes_on_where_it_was_killed(pills, tmp_path, monkeypatch):
             if self.epoch == 1:
                 raise KeyboardInterrupt
 
+    train = retrieval.train_classification_stage
+    monkeypatch.setattr(
+        retrieval, "train_classification_stage", lambda *a, cbs=(), **k: train(*a, cbs=[*cbs, Kill()], **k)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        job.run()
+    monkeypatch.undo()
+
+
+@pytest.mark.spec("RT8", "X73")
+def test_retrieval_goes_on_where_it_was_killed(pills, tmp_path, monkeypatch):
+    "The same command after an interruption ends where an undisturbed run ends; another margin is refused."
+    from pillsnap.training.retrieval import RetrievalJob
+
     tiny = (
         "data.max_samples=72",
         "retrieval.embedding_dim=16",
         "retrieval.warmup_epochs=1",
         "data.classification.img_size=32",
     )
-    ends, train = {}, retrieval.train_classification_stage
+    ends = {}
     for name in ("straight", "killed"):
         given = split_for("retrieval", pills, tmp_path / name, *tiny)
         job = RetrievalJob(run_dir=str(tmp_path / name), config="retrieval", overrides=given, epochs=3)
+        last = tmp_path / name / "checkpoints" / "retrieval" / "last.pt"
         if name == "killed":
-            monkeypatch.setattr(
-                retrieval, "train_classification_stage", lambda *a, cbs=(), **k: train(*a, cbs=[*cbs, Kill()], **k)
-            )
-            with pytest.raises(KeyboardInterrupt):
-                job.run()
-            monkeypatch.undo()
+            run_until_killed(job, monkeypatch)
             assert read_record(tmp_path / name, "retrieval")["status"] == "interrupted"
-            last = tmp_path / name / "checkpoints" / "retrieval" / "last.pt"
             last.rename(last.with_name("latest_model.pt"))  # the name its source gives it (X76)
         job.run()
-        ends[name] = load_ckpt(tmp_path / name / "checkpoints" / "retrieval" / "last.pt")
+        ends[name] = load_ckpt(last)
     assert ends["killed"]["epoch"] == 3 and [r["classification"]["recall@1"] for r in ends["killed"]["history"]] == [
         r["classification"]["recall@1"] for r in ends["straight"]["history"]
     ]

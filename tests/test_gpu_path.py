@@ -86,52 +86,56 @@ def photos(n: int, **kw) -> D.PillsnapClsDataset:
 # The stand-in itself ------------------------------------------------------------------------------------------------
 
 
+def rows_of(x: torch.Tensor) -> torch.Tensor:
+    "Row numbers that are on the GPU."
+    return x.long().clamp(0, 1)
+
+
+# Each of these lines makes a host wait for a real GPU.
+WAITS = {
+    "item": lambda x: x[0].item(),
+    "float": lambda x: float(x[0]),
+    "bool": lambda x: bool((x > 0).any()),
+    "if": lambda x: 1 if x.sum() > 0 else 0,
+    "cpu": lambda x: x.cpu(),
+    "numpy": lambda x: x.cpu().numpy(),
+    "mask": lambda x: x[x > 0],
+    "masked put": lambda x: x.__setitem__(x > 0, 1.0),
+    "nonzero": lambda x: x.nonzero(),
+    "masked_select": lambda x: x.masked_select(x > 0),
+    "unique": lambda x: x.unique(),
+    "host rows": lambda x: x[torch.tensor([0, 2])],
+    "list of rows": lambda x: x[[0, 2]],
+    "scalar put": lambda x: x.__setitem__(rows_of(x), 1.0),
+    "new tensor": lambda x: torch.tensor([1.0, 2.0], device="cuda"),
+    "to": lambda x: torch.ones(3).to("cuda"),
+    "pageable": lambda x: torch.ones(3).to("cuda", non_blocking=True),
+    "pinned, but waits": lambda x: torch.ones(3).pin_memory().to("cuda"),
+    "equal": lambda x: torch.equal(x, x),
+    "copy_": lambda x: x.copy_(torch.ones(4)),
+    "fetch": lambda x: torch.zeros(4).copy_(x),
+}
+# These do not.
+FREE = {
+    "pinned": lambda x: torch.ones(3).pin_memory().to("cuda", non_blocking=True),
+    "rows": lambda x: x[rows_of(x)],
+    "rows put": lambda x: x.__setitem__(x.long(), x + 1),
+    "slice put": lambda x: x[1:3].__setitem__(slice(0, 1), 0.0),
+    "masked_fill": lambda x: x.masked_fill_(x > 0, 2.0),
+    "where": lambda x: torch.where(x > 0, x, 0.0),
+    "full": lambda x: torch.full((2,), 3.0, device="cuda"),
+    "index_fill_": lambda x: x.index_fill_(0, rows_of(x), 1.0),
+    "arange": lambda x: torch.arange(4, device="cuda") + x,
+    "layout": lambda x: x.view(1, 1, 2, 2).contiguous(memory_format=torch.channels_last),
+}
+
+
 def test_the_stand_in_sees_every_kind_of_wait():
-    "Each of these lines makes a host wait for a real GPU; the lines of the second part do not."
-
-    def rows(x):
-        return x.long().clamp(0, 1)
-
-    waits = {
-        "item": lambda x: x[0].item(),
-        "float": lambda x: float(x[0]),
-        "bool": lambda x: bool((x > 0).any()),
-        "if": lambda x: 1 if x.sum() > 0 else 0,
-        "cpu": lambda x: x.cpu(),
-        "numpy": lambda x: x.cpu().numpy(),
-        "mask": lambda x: x[x > 0],
-        "masked put": lambda x: x.__setitem__(x > 0, 1.0),
-        "nonzero": lambda x: x.nonzero(),
-        "masked_select": lambda x: x.masked_select(x > 0),
-        "unique": lambda x: x.unique(),
-        "host rows": lambda x: x[torch.tensor([0, 2])],
-        "list of rows": lambda x: x[[0, 2]],
-        "scalar put": lambda x: x.__setitem__(rows(x), 1.0),
-        "new tensor": lambda x: torch.tensor([1.0, 2.0], device="cuda"),
-        "to": lambda x: torch.ones(3).to("cuda"),
-        "pageable": lambda x: torch.ones(3).to("cuda", non_blocking=True),
-        "pinned, but waits": lambda x: torch.ones(3).pin_memory().to("cuda"),
-        "equal": lambda x: torch.equal(x, x),
-        "copy_": lambda x: x.copy_(torch.ones(4)),
-        "fetch": lambda x: torch.zeros(4).copy_(x),
-    }
-    free = {
-        "pinned": lambda x: torch.ones(3).pin_memory().to("cuda", non_blocking=True),
-        "rows": lambda x: x[rows(x)],
-        "rows put": lambda x: x.__setitem__(x.long(), x + 1),
-        "slice put": lambda x: x[1:3].__setitem__(slice(0, 1), 0.0),
-        "masked_fill": lambda x: x.masked_fill_(x > 0, 2.0),
-        "where": lambda x: torch.where(x > 0, x, 0.0),
-        "full": lambda x: torch.full((2,), 3.0, device="cuda"),
-        "index_fill_": lambda x: x.index_fill_(0, rows(x), 1.0),
-        "arange": lambda x: torch.arange(4, device="cuda") + x,
-        "layout": lambda x: x.view(1, 1, 2, 2).contiguous(memory_format=torch.channels_last),
-    }
-    for name, line in waits.items():
+    for name, line in WAITS.items():
         with StandInGpu() as gpu:
             line(gpu.put(torch.arange(4.0)))
         assert gpu.waits, name
-    for name, line in free.items():
+    for name, line in FREE.items():
         with StandInGpu() as gpu:
             out = line(gpu.put(torch.arange(4.0)))
         assert not gpu.waits and (out is None or out.device == torch.device("cuda:0")), (name, gpu.waits)

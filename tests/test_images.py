@@ -196,20 +196,16 @@ def test_no_bytes_raise(data):
     )
 
 
-def broken_photos() -> dict[str, tuple[bytes, str | None]]:
-    "SPEC RS2's list: bytes, and the stage that must refuse them (None: must be read right)."
+def damaged_files() -> dict[str, tuple[bytes, str | None]]:
+    "Photos that are cut off, files that are no photos, and headers that promise too much."
     a = picture()
-    im = Image.fromarray(a)
     png, jpg, webp = enc(a), enc(a, "JPEG", quality=95), enc(a, "WEBP", lossless=True)
-    alpha = im.copy()
-    alpha.putalpha(Image.linear_gradient("L").resize(im.size))
-    pal = im.quantize(16)
     out = {
         f"truncated {n} at {k}": (b[: int(len(b) * k)], "final")
         for n, b in (("png", png), ("jpg", jpg), ("webp", webp))
         for k in (0.02, 0.3, 0.7, 0.8)
     }
-    out |= {"a png without its end mark": (png[:-12], None)}
+    out |= {"a png without its end mark": (png[:-12], None)}  # all of its pixels are there
     out |= {
         "empty": (b"", "read"),
         "text": (b"a note, not a photo", "final"),
@@ -217,12 +213,21 @@ def broken_photos() -> dict[str, tuple[bytes, str | None]]:
         "zip": (b"PK\3\4" + bytes(60), "final"),
         "html": (b"<!DOCTYPE html><html>404</html>", "final"),
     }
-    out |= {
+    return out | {
         "30,000 squared png": (png_header(30_000, 30_000), "bound"),
         "30,000 squared jpg": (b"\xff\xd8\xff\xc0\0\x11\x08" + struct.pack(">HH", 30_000, 30_000) + bytes(40), "bound"),
     }
-    out |= {f"mode {m}": (enc(im.convert(m)), None) for m in ("RGB", "RGBA", "L", "LA", "1", "P")}
-    out |= {
+
+
+def unusual_photos() -> dict[str, tuple[bytes, str | None]]:
+    "One picture in every mode, depth, colour space and shape that must be read."
+    a = picture()
+    im = Image.fromarray(a)
+    alpha = im.copy()
+    alpha.putalpha(Image.linear_gradient("L").resize(im.size))
+    pal = im.quantize(16)
+    out = {f"mode {m}": (enc(im.convert(m)), None) for m in ("RGB", "RGBA", "L", "LA", "1", "P")}
+    return out | {
         "16-bit rgb": (cv2.imencode(".png", a[..., ::-1].astype(np.uint16) * 257)[1].tobytes(), None),
         "16-bit grey": (enc(Image.fromarray(a[..., 0].astype(np.uint16) * 257)), None),
         "cmyk": (enc(im.convert("CMYK"), "JPEG", quality=95), None),
@@ -238,6 +243,11 @@ def broken_photos() -> dict[str, tuple[bytes, str | None]]:
         "alpha": (enc(alpha), None),
         "wide": (enc(im.resize((5000, 1))), None),
     }
+
+
+def turned_photos() -> dict[str, tuple[bytes, str | None]]:
+    "One picture stored in each of EXIF's eight orientations, as PNG, JPEG and WebP."
+    im, out = Image.fromarray(picture()), {}
     for note, turn in TURNS.items():
         e = Image.Exif()
         e[0x0112] = note
@@ -253,7 +263,8 @@ def broken_photos() -> dict[str, tuple[bytes, str | None]]:
     return out
 
 
-BROKEN = broken_photos()
+# SPEC RS2's list: bytes, and the stage that must refuse them (None: must be read right).
+BROKEN = damaged_files() | unusual_photos() | turned_photos()
 
 
 def patiently(src, m, **k) -> dict:

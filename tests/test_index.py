@@ -321,6 +321,28 @@ def test_a_plain_script_may_render_in_two_processes(tmp_path):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def cut_into_pieces(archive: Path) -> bytes:
+    "Replace an archive by three pieces as AI Hub delivers them; its content."
+    raw = archive.read_bytes()
+    archive.unlink()
+    third = len(raw) // 3
+    for at in range(0, len(raw), third):
+        Path(f"{archive}.part{at}").write_bytes(raw[at : at + third])
+    return raw
+
+
+def stop_at_the_third_file():
+    "A progress callback that stops its caller when it is called for the third time."
+    done = []
+
+    def stop(n):
+        done.append(n)
+        if len(done) == 3:
+            raise KeyboardInterrupt
+
+    return stop
+
+
 @pytest.mark.spec("RS4", "DM14")
 def test_archives_in_pieces_and_a_second_call_after_a_stop(tmp_path):
     kw = dict(drugs=3, photos=2, combos=1, seed=1, width=64, height=80, progress=False, workers=1)
@@ -329,26 +351,14 @@ def test_archives_in_pieces_and_a_second_call_after_a_stop(tmp_path):
     with pytest.raises(PillsnapError, match="empty") as e:
         convert_delivery(tmp_path / "zips", tmp_path / "run")
     assert "unpack the 2 archives" in str(e.value)
-    whole = next((tmp_path / "zips/data").rglob("TS_1_단일.zip"))
-    raw = whole.read_bytes()
-    whole.unlink()
-    third = len(raw) // 3
-    for at in range(0, len(raw), third):
-        Path(f"{whole}.part{at}").write_bytes(raw[at : at + third])
+    raw = cut_into_pieces(next((tmp_path / "zips/data").rglob("TS_1_단일.zip")))
     a, pieces = next(x for x in archives_in(walk_tree(tmp_path / "zips").files) if len(x[1]) > 1)
     assert a.folder.name == "TS_1_single" and [int(p.rsplit("part", 1)[1]) for p in pieces] == sorted(
         int(p.rsplit("part", 1)[1]) for p in pieces
     )
-    done = []
-
-    def stop(n):
-        done.append(n)
-        if len(done) == 3:
-            raise KeyboardInterrupt
-
     target = tmp_path / "out" / a.folder
     with pytest.raises(KeyboardInterrupt):
-        extract_archive(pieces, target, stop)
+        extract_archive(pieces, target, stop_at_the_third_file())
     assert not target.exists() and walk_tree(tmp_path / "out").files == [], "nothing half-unpacked is seen"
     kept = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.png")}
     assert len(kept) == 2

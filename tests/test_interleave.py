@@ -100,12 +100,39 @@ def test_steps_come_in_the_configured_ratio(tmp_path, monkeypatch, ratio, want):
     assert json.loads((tmp_path / "reports" / "interleaved.json").read_text())["ratio"] == ratio
 
 
-@needs_ultralytics
-@pytest.mark.spec("IT3", "BX10")
-def test_killed_in_turn_both_sides_end_where_their_solo_runs_end(tmp_path, delivery):
+def kill_in_the_second_epoch(run: Path, out: Path) -> dict[str, str]:
+    "Train in turn and send SIGKILL in the detector's second epoch; the status that each job's record then has."
+    p, t0 = start(BOTH, run, out), time.time()
+    while "e=2/2" not in log_of(run, "detector"):  # the detector's first epoch is saved, the second has begun
+        assert p.poll() is None and time.time() - t0 < 300, out.read_text()[-3000:]
+        time.sleep(0.02)
+    os.killpg(p.pid, signal.SIGKILL)
+    p.wait()
+    return {
+        s: json.loads((run / "stages" / f"{s}.json").read_text())["status"]
+        for s in ("interleaved", "detector", "classifier")
+    }
+
+
+def check_same_ends(both: Path, solo: Path) -> None:
+    "Both trainings end at the weights of the runs that trained one after the other."
     import torch
 
     from pillsnap.core.checkpoints import load_ckpt
+
+    for side, parts in (("detector", ("model_state", "ema_state")), ("classifier", ("model_state", "ema_state"))):
+        a, b = (load_ckpt(r / "checkpoints" / side / "last.pt") for r in (both, solo))
+        for part in parts:
+            for k, v in b[part].items():
+                torch.testing.assert_close(
+                    a[part][k], v, rtol=1e-5, atol=1e-6, msg=lambda m, name=f"{side} {part} {k}": f"{name}: {m}"
+                )
+        assert len(a["history"]) == len(b["history"]) == 2
+
+
+@needs_ultralytics
+@pytest.mark.spec("IT3", "BX10")
+def test_killed_in_turn_both_sides_end_where_their_solo_runs_end(tmp_path, delivery):
     from pillsnap.core.config import load_config
     from pillsnap.core.jobs import RunFolder
     from pillsnap.dataset.splits import smoke_splits
@@ -117,29 +144,13 @@ def test_killed_in_turn_both_sides_end_where_their_solo_runs_end(tmp_path, deliv
         run = RunFolder(root, "splits")
         (root / "delivery").symlink_to(delivery)
         smoke_splits(run, load_config("smoke", OVER))
-    p, t0 = start(BOTH, both, tmp_path / "killed.txt"), time.time()
-    while "e=2/2" not in log_of(both, "detector"):  # the detector's first epoch is saved, the second has begun
-        assert p.poll() is None and time.time() - t0 < 300, (tmp_path / "killed.txt").read_text()[-3000:]
-        time.sleep(0.02)
-    os.killpg(p.pid, signal.SIGKILL)
-    p.wait()
-    records = {
-        s: json.loads((both / "stages" / f"{s}.json").read_text())["status"]
-        for s in ("interleaved", "detector", "classifier")
-    }
+    records = kill_in_the_second_epoch(both, tmp_path / "killed.txt")
     assert records["interleaved"] == records["detector"] == "running"
     again = start(BOTH, both, tmp_path / "again.txt")
     for one in (ClassifierJob, DetectorJob):
         one(run_dir=str(solo), config="smoke", epochs=2, overrides=tuple(OVER)).run()
     assert again.wait(timeout=400) == 0, (tmp_path / "again.txt").read_text()[-2500:]
-    for side, parts in (("detector", ("model_state", "ema_state")), ("classifier", ("model_state", "ema_state"))):
-        a, b = (load_ckpt(r / "checkpoints" / side / "last.pt") for r in (both, solo))
-        for part in parts:
-            for k, v in b[part].items():
-                torch.testing.assert_close(
-                    a[part][k], v, rtol=1e-5, atol=1e-6, msg=lambda m, name=f"{side} {part} {k}": f"{name}: {m}"
-                )
-        assert len(a["history"]) == len(b["history"]) == 2
+    check_same_ends(both, solo)
     assert "resume: epoch 1 is done" in log_of(both, "detector")
     report = json.loads((both / "reports" / "interleaved.json").read_text())
     sides = report["sides"]

@@ -47,17 +47,9 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    "JupyterLab on a folder of its own, with settings of its own: its address and that folder."
-    base, port = tmp_path_factory.mktemp("lab"), free_port()
-    home, work = base / "home", base / "work"
-    for d in (home / "config/labconfig", work):
-        d.mkdir(parents=True)
-    (home / "config/labconfig/page_config.json").write_text(
-        json.dumps({"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}})
-    )
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("PILLSNAP_", "JPY_"))} | {
+def lab_environment(home: Path) -> dict[str, str]:
+    "The environment of a JupyterLab whose settings, data and caches lie in a folder of its own."
+    return {k: v for k, v in os.environ.items() if not k.startswith(("PILLSNAP_", "JPY_"))} | {
         "HOME": str(home),
         "JUPYTER_CONFIG_DIR": str(home / "config"),
         "JUPYTER_DATA_DIR": str(home / "data"),
@@ -66,7 +58,11 @@ def lab(tmp_path_factory):
         "PILLSNAP_OFFLINE": "1",
         "YOLO_CONFIG_DIR": str(home),
     }
-    cmd = [
+
+
+def lab_command(port: int) -> list[str]:
+    "The command line of a JupyterLab on this port, without a password."
+    return [
         sys.executable,
         "-m",
         "jupyterlab",
@@ -79,17 +75,36 @@ def lab(tmp_path_factory):
         "--ServerApp.password=",
         "--LabApp.expose_app_in_browser=True",
     ]
+
+
+def wait_for_lab(server: subprocess.Popen, port: int, log: Path) -> None:
+    "Wait until JupyterLab answers; fail with its log if it ends."
+    for _ in range(240):
+        if server.poll() is not None:
+            pytest.fail(log.read_text()[-2000:])
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/api", timeout=1)
+            break
+        except OSError:
+            time.sleep(0.25)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    "JupyterLab on a folder of its own, with settings of its own: its address and that folder."
+    base, port = tmp_path_factory.mktemp("lab"), free_port()
+    home, work = base / "home", base / "work"
+    for d in (home / "config/labconfig", work):
+        d.mkdir(parents=True)
+    (home / "config/labconfig/page_config.json").write_text(
+        json.dumps({"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}})
+    )
     with open(base / "lab.log", "w") as log:
-        server = subprocess.Popen(cmd, cwd=work, env=env, stdout=log, stderr=subprocess.STDOUT)
+        server = subprocess.Popen(
+            lab_command(port), cwd=work, env=lab_environment(home), stdout=log, stderr=subprocess.STDOUT
+        )
     try:
-        for _ in range(240):
-            if server.poll() is not None:
-                pytest.fail((base / "lab.log").read_text()[-2000:])
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/api", timeout=1)
-                break
-            except OSError:
-                time.sleep(0.25)
+        wait_for_lab(server, port, base / "lab.log")
         yield f"http://127.0.0.1:{port}", work
     finally:
         server.terminate()
@@ -395,58 +410,82 @@ def test_the_card_shows_every_field_in_jupyterlab_light_and_dark(lab, page, tmp_
     assert not [a for a in asked if not a.startswith((url, "data:"))]
 
 
-@pytest.mark.spec("BX11", "BX16", "X40")
-def test_identify_answers_in_jupyterlab(lab, page, tmp_path):
-    "Photos through the browser's own upload, a card each, a remark in the run folder, a table beside the notebook."
-    from server_parts import pill_photo, two_sided_bundle
+class FileChooser:
+    "Gives photos to `pillsnap.identify` in a page, through the browser's own upload."
 
-    from pillsnap.dataset.feedback import read_remarks
+    def __init__(self, page, app):
+        self.page, self.app, self.asked = page, app, []
+        page.on("filechooser", lambda chooser: self.asked.append(chooser))
 
-    url, work = lab
+    def give(self, *photos: dict, at: str = "사진 고르기") -> None:
+        self.asked.clear()
+        self.app.locator("button", has_text=at).click()
+        while not self.asked:
+            self.page.wait_for_timeout(50)
+        self.asked[0].set_files(list(photos))
+
+
+def open_identify(page, url: str, work: Path):
+    "Run `pillsnap.identify` in a notebook beside a two-sided bundle; its place in the page."
+    from server_parts import two_sided_bundle
+
     two_sided_bundle(work / "named" / "export")
     cells = [new_code_cell("import pillsnap"), new_code_cell("app = pillsnap.identify('named', who='tester')")]
     nbformat.write(new_notebook(cells=cells, metadata=KERNEL), work / "identify.ipynb")
     open_and_run(page, url, "identify.ipynb")
     app = page.locator(".jp-OutputArea-output").filter(has=page.locator("button", has_text="사진 고르기")).first
     app.wait_for(timeout=120_000)
+    return app
+
+
+def check_two_sides(app, chooser: FileChooser, front: dict, back: dict, shot: Path) -> None:
+    "Two photos of one pill are a card, which also says what each of them would be alone."
+    app.locator("button", has_text="앞면과 뒷면").click()
+    chooser.give(front, at="앞면 고르기")
+    chooser.give(back, at="뒷면 고르기")
+    app.get_by_text(back["name"]).wait_for(timeout=60_000)
+    app.screenshot(path=shot)
+    app.locator("button", has_text="두 면으로 찾기").click()
+    app.locator(".ps-card").nth(2).wait_for(timeout=60_000)
+    both = app.locator(".ps-card").nth(2).inner_text()
+    assert "앞면 사진만 보면: 약 K-000001" in both and "뒷면 사진만 보면: 약 K-000001" in both
+
+
+def check_remark(app, run: Path) -> None:
+    "What a person says about the first card lies in the run folder."
+    from pillsnap.dataset.feedback import read_remarks
+
+    app.locator("button", has_text="틀림").first.click()
+    app.get_by_placeholder("맞는 약").fill("약 K-000003 K-000003")
+    app.locator("button", has_text="보내기").click()
+    app.get_by_text("에 기록했습니다").wait_for(timeout=60_000)
+    (remark,) = read_remarks(run / "feedback.jsonl")
+    assert (remark.right, remark.drug, remark.mode, remark.who) == (False, "K-000003", "single", "tester")
+
+
+@pytest.mark.spec("BX11", "BX16", "X40")
+def test_identify_answers_in_jupyterlab(lab, page, tmp_path):
+    "Photos through the browser's own upload, a card each, a remark in the run folder, a table beside the notebook."
+    from server_parts import pill_photo
+
+    url, work = lab
+    app = open_identify(page, url, work)
     red = dict(name="red.png", mimeType="image/png", buffer=pill_photo("K-000001"))
     letter = dict(name="letter.png", mimeType="image/png", buffer=b"Dear pharmacist,")
-
-    chosen: list = []
-    page.on("filechooser", lambda chooser: chosen.append(chooser))
-
-    def give(*photos, at="사진 고르기"):
-        chosen.clear()
-        app.locator("button", has_text=at).click()
-        while not chosen:
-            page.wait_for_timeout(50)
-        chosen[0].set_files(list(photos))
-
-    give(red, letter)
+    chooser = FileChooser(page, app)
+    chooser.give(red, letter)
     app.locator(".ps-app", has_text="letter.png").wait_for(timeout=60_000)
     app.locator(".ps-card .pill", has_text="약 K-000001").first.wait_for()
     assert app.locator(".ps-card").count() == 1 and app.get_by_text("사진 2장 중 2장").count() == 1
     shot = Path(os.environ.get("PILLSNAP_SCREENSHOTS") or tmp_path) / "identify.png"
     app.screenshot(path=shot)
     app.locator("button", has_text="조합").click()
-    give(red)
+    chooser.give(red)
     app.locator(".ps-card").nth(1).wait_for(timeout=60_000)
     assert "모드 조합" in app.locator(".ps-card").nth(1).inner_text()
-    app.locator("button", has_text="앞면과 뒷면").click()
-    give(red, at="앞면 고르기")
-    give(dict(red, name="back.png", buffer=pill_photo("K-000001", (300, 260))), at="뒷면 고르기")
-    app.get_by_text("back.png").wait_for(timeout=60_000)
-    app.screenshot(path=shot.with_name("identify_sides.png"))
-    app.locator("button", has_text="두 면으로 찾기").click()
-    app.locator(".ps-card").nth(2).wait_for(timeout=60_000)
-    both = app.locator(".ps-card").nth(2).inner_text()
-    assert "앞면 사진만 보면: 약 K-000001" in both and "뒷면 사진만 보면: 약 K-000001" in both
-    app.locator("button", has_text="틀림").first.click()
-    app.get_by_placeholder("맞는 약").fill("약 K-000003 K-000003")
-    app.locator("button", has_text="보내기").click()
-    app.get_by_text("에 기록했습니다").wait_for(timeout=60_000)
-    (remark,) = read_remarks(work / "named" / "feedback.jsonl")
-    assert (remark.right, remark.drug, remark.mode, remark.who) == (False, "K-000003", "single", "tester")
+    back = dict(red, name="back.png", buffer=pill_photo("K-000001", (300, 260)))
+    check_two_sides(app, chooser, red, back, shot.with_name("identify_sides.png"))
+    check_remark(app, work / "named")
     app.locator("button", has_text="표로 저장").click()
     app.get_by_text("사진 4장").wait_for(timeout=60_000)
     (table,) = work.glob("answers_*.csv")
@@ -465,54 +504,60 @@ COPY = """content => navigator.clipboard.write([new ClipboardItem({
     "image/png": new Blob([Uint8Array.from(atob(content), (c) => c.charCodeAt(0))], { type: "image/png" }) })])"""
 
 
+KEEP_CELL = """from pathlib import Path
+from pillsnap.deployment.photodrop import PhotoDrop
+def keep(photos):
+    for name, content in photos:
+        Path(f"{len(photos)}_{name}").write_bytes(content)
+PhotoDrop(keep)"""
+
+
+def arrived(page, work: Path, name: str) -> bytes:
+    "Wait for a photo that the notebook wrote beside itself; its content."
+    for _ in range(600):
+        if (found := [*work.glob(name)]) and found[0].stat().st_size:
+            page.wait_for_timeout(100)
+            return found[0].read_bytes()
+        page.wait_for_timeout(100)
+    return pytest.fail(f"no {name} in {sorted(p.name for p in work.iterdir())}")
+
+
+def drop(page, place, *photos: tuple[str, bytes]) -> None:
+    "Drop photos, each a name and its content, on a place of the page."
+    given = [[name, f"image/{name.partition('.')[2]}", base64.b64encode(content).decode()] for name, content in photos]
+    place.dispatch_event("drop", {"dataTransfer": page.evaluate_handle(FILES, given)})
+
+
 @pytest.mark.spec("BX11")
 def test_photos_are_dropped_pasted_and_taken_in_jupyterlab(lab, page, tmp_path):
     "One drop of two, one too large for the connection and one just not, Ctrl+V, the camera; each reaches Python whole."
     from server_parts import pill_photo
 
     url, work = lab
-    keep = """from pathlib import Path
-from pillsnap.deployment.photodrop import PhotoDrop
-def keep(photos):
-    for name, content in photos:
-        Path(f"{len(photos)}_{name}").write_bytes(content)
-PhotoDrop(keep)"""
-    nbformat.write(new_notebook(cells=[new_code_cell(keep)], metadata=KERNEL), work / "drop.ipynb")
+    nbformat.write(new_notebook(cells=[new_code_cell(KEEP_CELL)], metadata=KERNEL), work / "drop.ipynb")
     open_and_run(page, url, "drop.ipynb")
     place, red = page.locator(".ps-drop"), pill_photo("K-000001")
     place.wait_for(timeout=120_000)
     shot = Path(os.environ.get("PILLSNAP_SCREENSHOTS") or tmp_path) / "photodrop.png"
     place.screenshot(path=shot)
-
-    def arrived(name: str) -> bytes:
-        for _ in range(600):
-            if (found := [*work.glob(name)]) and found[0].stat().st_size:
-                page.wait_for_timeout(100)
-                return found[0].read_bytes()
-            page.wait_for_timeout(100)
-        pytest.fail(f"no {name} in {sorted(p.name for p in work.iterdir())}")
-
-    coded = base64.b64encode(red).decode()
-    photos = [[n, "image/png", coded] for n in ("front.png", "back.png")]
-    large = ["large.png", "image/png", base64.b64encode(bytes(10_000_000)).decode()]
-    place.dispatch_event("drop", {"dataTransfer": page.evaluate_handle(FILES, [photos[0], large, photos[1]])})
-    assert arrived("2_front.png") == arrived("2_back.png") == red
+    drop(page, place, ("front.png", red), ("large.png", bytes(10_000_000)), ("back.png", red))
+    assert arrived(page, work, "2_front.png") == arrived(page, work, "2_back.png") == red
     assert "large.png: 10 MB" in place.inner_text()
-    full = ["full.bmp", "image/bmp", base64.b64encode(bytes(9_500_000)).decode()]
-    place.dispatch_event("drop", {"dataTransfer": page.evaluate_handle(FILES, [full])})
-    assert len(arrived("1_full.bmp")) == 9_500_000, "the largest photo that the place takes passes the connection"
+    drop(page, place, ("full.bmp", bytes(9_500_000)))
+    full = arrived(page, work, "1_full.bmp")
+    assert len(full) == 9_500_000, "the largest photo that the place takes passes the connection"
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
-    page.evaluate(COPY, coded)
+    page.evaluate(COPY, base64.b64encode(red).decode())
     place.focus()
     page.keyboard.press("Control+V")
-    pasted = Image.open(io.BytesIO(arrived("1_image.png")))
+    pasted = Image.open(io.BytesIO(arrived(page, work, "1_image.png")))
     assert np.array_equal(np.asarray(pasted.convert("RGB")), np.asarray(Image.open(io.BytesIO(red)).convert("RGB")))
     assert page.locator(".jp-Cell").count() == 1, "the notebook pasted no cell"
     place.get_by_role("button", name="카메라").click()
     page.wait_for_function("document.querySelector('.ps-drop video').videoWidth > 0")
     place.screenshot(path=shot.with_name("photodrop_camera.png"))
     place.get_by_role("button", name="찍기").click()
-    taken = Image.open(io.BytesIO(arrived("1_camera_*.jpg")))
+    taken = Image.open(io.BytesIO(arrived(page, work, "1_camera_*.jpg")))
     assert min(taken.size) >= 480 and not place.locator("video").is_visible()
 
 

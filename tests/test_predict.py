@@ -47,12 +47,8 @@ def save_onnx(path, size, weight, bias, shape=None):
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    "A run folder with an exported bundle that answers by colour."
-    run = tmp_path_factory.mktemp("run")
-    export = run / "export"
-    export.mkdir()
+def save_networks(export) -> None:
+    "A classifier that answers by colour, and a detector that always finds the same two pills."
     save_onnx(export / "classifier.onnx", 48, np.eye(3) * 3, np.zeros(3))
     save_onnx(
         export / "detector.onnx",
@@ -61,29 +57,39 @@ def run(tmp_path_factory):
         np.array([[20, 20, 16, 16, 0.9], [44, 44, 16, 16, 0.8]], np.float32).T.ravel(),
         [-1, 5, 2],
     )
-    drugs = {
-        k: dict(
-            dl_name=f"가나{i}정",
-            dl_company="한빛샘제약(주)",
-            print_front="HB",
-            print_back="",
-            di_etc_otc_code="전문의약품",
-            drug_shape="원형",
-            color_class1="하양",
-            leng_long=8,
-            leng_short=8,
-            thick=3.5,
-            di_edi_code="642500340,A01508511",
-        )
-        for i, k in enumerate(KEYS)
-    }
+
+
+def drug_record(i: int) -> dict:
+    "The metadata of the i-th drug."
+    return dict(
+        dl_name=f"가나{i}정",
+        dl_company="한빛샘제약(주)",
+        print_front="HB",
+        print_back="",
+        di_etc_otc_code="전문의약품",
+        drug_shape="원형",
+        color_class1="하양",
+        leng_long=8,
+        leng_short=8,
+        thick=3.5,
+        di_edi_code="642500340,A01508511",
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    "A run folder with an exported bundle that answers by colour."
+    run = tmp_path_factory.mktemp("run")
+    export = run / "export"
+    export.mkdir()
+    save_networks(export)
     P.write_bundle(
         export,
         P.BundleContent(
             ClassMap(KEYS),
             P.model_entry(export / "classifier.onnx", 48, "by hand", 17),
             P.model_entry(export / "detector.onnx", 64, "by hand", 17),
-            drugs=drugs,
+            drugs={k: drug_record(i) for i, k in enumerate(KEYS)},
             temperature=1.2,
             calibrated=True,
         ),

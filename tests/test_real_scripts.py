@@ -759,10 +759,9 @@ def test_both_sides_are_cut_out_whole_or_not_at_all():
     assert not rp5_synthetic.both_sides(two_pills((-20, 40, 80, 150), boxes[1])), "cut by the picture's edge"
 
 
-@pytest.mark.spec("RP5")
-def test_every_share_of_rendered_photos_trains_equally_long_on_training_photos(own_photos, tmp_path, monkeypatch):
-    clone, first = own_photos
-    shutil.copytree(first, tmp_path / "import")
+def stand_in_training(monkeypatch, clean: pd.DataFrame) -> tuple[dict, dict]:
+    """Replace cutting out, drawing and training. The first result then holds the rows and the length of each training
+    that was asked for, the second the rows that pills were cut out of. One training alone answers right."""
     asked, copied = {}, {}
 
     def cut(rows, root, folder):
@@ -774,18 +773,25 @@ def test_every_share_of_rendered_photos_trains_equally_long_on_training_photos(o
 
     def train(a, first, name, rows, length):
         asked[name] = (rows, length)
-        clean = data.eval_set[data.eval_set["split"] == "clean"]
         said = clean["class_key"] if name == "2_a_drug_plus_100" else "nothing"
         given = dict(path=clean["path"], group=clean["group_id"], true=clean["class_key"], answered=said)
         return pd.DataFrame(given), 1.0
 
+    for name, fake in (("cut_outs", cut), ("synthetic_rows", drawn), ("trained", train)):
+        monkeypatch.setattr(rp5_synthetic, name, fake)
+    return asked, copied
+
+
+@pytest.mark.spec("RP5")
+def test_every_share_of_rendered_photos_trains_equally_long_on_training_photos(own_photos, tmp_path, monkeypatch):
+    clone, first = own_photos
+    shutil.copytree(first, tmp_path / "import")
     a = argparse.Namespace(
         abhiram=clone.folder, minutes=1, size=64, work=tmp_path, sizes=[2, rp5_synthetic.ALL], shares=[0, 100], epochs=2
     )
     run, _ = rp5_synthetic.split_by(a, tmp_path / "import", tmp_path / "split", "capture")
     data = rp5_synthetic.load_split_data(run, 0)
-    for name, fake in (("cut_outs", cut), ("synthetic_rows", drawn), ("trained", train)):
-        monkeypatch.setattr(rp5_synthetic, name, fake)
+    asked, copied = stand_in_training(monkeypatch, data.eval_set[data.eval_set["split"] == "clean"])
     found, lines = rp5_synthetic.run(a, clone)
     right = ["accuracy_2_a_drug_plus_100", "gain_2_a_drug_plus_100"]
     assert [f.name for f in found if f.value == 1.0] == right and {f.value for f in found} == {0.0, 1.0}

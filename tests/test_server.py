@@ -307,13 +307,27 @@ def test_a_worker_that_hangs_is_replaced(tmp_path, bundle):
         assert 3.9 < time.monotonic() - began < 60 and server.figure("workers_lost") == 1
 
 
+def bad_bundles(root: Path) -> tuple[Path, Path]:
+    "A bundle whose network gives numbers that are not finite, and one with a file that was changed."
+    broken, spoiled = colour_bundle(root / "broken", broken=True), colour_bundle(root / "spoiled")
+    (spoiled / "classifier.onnx").write_bytes((spoiled / "classifier.onnx").read_bytes()[:-1] + b"\0")
+    return broken, spoiled
+
+
+def reload_to(server, place: Path, folder: Path | None):
+    "Let the server's MODEL_PATH lead to another bundle (None: to what it leads to now), and ask it to reload."
+    if folder:
+        place.unlink()
+        place.symlink_to(folder)
+    return server.ask("/reload", method="POST")
+
+
 @pytest.mark.spec("RS8")
 def test_a_reload_switches_to_a_bundle_that_works_and_to_no_other(tmp_path, bundle):
     "Under load: a broken bundle, a changed one and a missing one are refused, a good one is taken; all are answered."
-    place, good, new = tmp_path / "model", bundle, colour_bundle(tmp_path / "new", data="other:toy")
-    broken, spoiled = colour_bundle(tmp_path / "broken", broken=True), colour_bundle(tmp_path / "spoiled")
-    (spoiled / "classifier.onnx").write_bytes((spoiled / "classifier.onnx").read_bytes()[:-1] + b"\0")
-    place.symlink_to(good)
+    place, new = tmp_path / "model", colour_bundle(tmp_path / "new", data="other:toy")
+    broken, spoiled = bad_bundles(tmp_path)
+    place.symlink_to(bundle)
     env = f"API_KEY={KEY}\nMODEL_PATH={place}\n"
     seen, stop = [], threading.Event()
 
@@ -321,26 +335,18 @@ def test_a_reload_switches_to_a_bundle_that_works_and_to_no_other(tmp_path, bund
         while not stop.is_set():
             seen.append(server.ask("/predict", [pill_photo()]))
 
-    def reload_to(server, folder):
-        place.unlink()
-        if folder:
-            place.symlink_to(folder)
-        return server.ask("/reload", method="POST")
-
     with Server(tmp_path / "server", place, *FREE, env=env) as server, ThreadPoolExecutor(3) as pool:
         asking = [pool.submit(keep_asking, server) for _ in range(3)]
         try:
             first = server.ask("/version")[1]["bundle"]["digest"]
             told = []
             for folder in (broken, spoiled, None):
-                status, answer, _ = reload_to(server, folder) if folder else server.ask("/reload", method="POST")
+                status, answer, _ = reload_to(server, place, folder)
                 told.append((status, answer["error"]["code"], answer["error"]["message"]))
                 if folder is broken:
                     server.workers()[0].send_signal(signal.SIGKILL)  # the next one loads what the others have
                 assert server.ask("/version")[1]["bundle"]["digest"] == first
-            place.unlink()
-            place.symlink_to(new)
-            status, answer, _ = server.ask("/reload", method="POST")
+            status, answer, _ = reload_to(server, place, new)
         finally:
             stop.set()
         assert [t[:2] for t in told] == [(409, "reload_refused")] * 3

@@ -34,6 +34,44 @@ def split_folder(root, delivery, *overrides):
     return root
 
 
+def check_metrics(root) -> dict:
+    "The report holds the one epoch with its figures; that epoch's row."
+    rows = read_json(root / "reports" / "metrics.json")
+    row = rows["latest"]
+    assert (
+        len(rows["history"]) == 1
+        and row["epoch"] == 1
+        and row["classification"].keys() >= {"acc", "top1", "macro_f1", "top5", "loss", "n"}
+    )
+    assert (
+        row["val_loss"] == row["classification"]["loss"]
+        and math.isfinite(row["train_loss"])
+        and list(row["views"]) == ["focus", "whole"]
+    )
+    return row
+
+
+def check_checkpoint(root, classes) -> None:
+    "The best checkpoint says what it was trained with and for which drugs."
+    best = load_ckpt(root / "checkpoints" / "classifier" / "best.pt")
+    assert (
+        best["backbone"] == "test_resnet"
+        and best["img_size"] == 64
+        and best["class_map"] == classes.to_dict()
+        and best["config_snapshot"]["train"]["seed"] == 42
+    )
+    assert best["model_state"]["fc.weight"].shape[0] == len(classes)
+
+
+def check_leak_gap(root, n: int, accuracy: float) -> None:
+    "The gap is the difference of two measurements on n photos, of which one is the run's own accuracy."
+    gap = {k: Metric.from_dict(v) for k, v in read_json(root / "reports" / "leak_gap.json").items()}
+    assert all(m.measured and m.data == "synthetic" and m.n == n for m in gap.values())
+    assert math.isclose(gap["leak_gap"].value, gap["image_split"].value - gap["group_split"].value, abs_tol=1e-9)
+    assert math.isclose(gap["group_split"].value, accuracy, abs_tol=1e-9)
+    assert not (root / "checkpoints" / "image_split_twin").exists()  # a leaky model is not left lying about
+
+
 @pytest.mark.spec("CF6", "CT15", "CT20", "CT21", "X57")
 def test_smoke_train(delivery, tmp_path):
     root = split_folder(tmp_path / "run", delivery)
@@ -49,35 +87,11 @@ def test_smoke_train(delivery, tmp_path):
             assert log.count(line), line
     assert "training: test_resnet for 6 drugs" in log and "[train] e=1/1 s=1/" in log
 
-    rows = read_json(root / "reports" / "metrics.json")
-    row = rows["latest"]
-    assert (
-        len(rows["history"]) == 1
-        and row["epoch"] == 1
-        and row["classification"].keys() >= {"acc", "top1", "macro_f1", "top5", "loss", "n"}
-    )
-    assert (
-        row["val_loss"] == row["classification"]["loss"]
-        and math.isfinite(row["train_loss"])
-        and list(row["views"]) == ["focus", "whole"]
-    )
-
-    stage, best = load_split_data(root, 0), load_ckpt(root / "checkpoints" / "classifier" / "best.pt")
+    row, stage = check_metrics(root), load_split_data(root, 0)
     n = int((stage.val["kind"] == "single").sum())
     assert row["classification"]["n"] == n and res.table[0]["n"] == n  # nothing of the validation set was dropped (X66)
-    assert (
-        best["backbone"] == "test_resnet"
-        and best["img_size"] == 64
-        and best["class_map"] == stage.class_map.to_dict()
-        and best["config_snapshot"]["train"]["seed"] == 42
-    )
-    assert best["model_state"]["fc.weight"].shape[0] == len(stage.class_map)
-
-    gap = {k: Metric.from_dict(v) for k, v in read_json(root / "reports" / "leak_gap.json").items()}
-    assert all(m.measured and m.data == "synthetic" and m.n == n for m in gap.values())
-    assert math.isclose(gap["leak_gap"].value, gap["image_split"].value - gap["group_split"].value, abs_tol=1e-9)
-    assert math.isclose(gap["group_split"].value, row["classification"]["acc"], abs_tol=1e-9)
-    assert not (root / "checkpoints" / "image_split_twin").exists()  # a leaky model is not left lying about
+    check_checkpoint(root, stage.class_map)
+    check_leak_gap(root, n, row["classification"]["acc"])
     assert read_record(root, "classifier")["status"] == "finished"
     assert any("tfevents" in p.name for p in (root / "tb" / "classifier").iterdir())
 

@@ -603,21 +603,27 @@ def test_an_id_is_in_one_split_and_a_small_photo_takes_its_id_along(df, seed):
     assert not (ids[0] & ids[1] or ids[0] & ids[2] or ids[1] & ids[2]) and set.union(*ids) == set(kept["group_id"])
 
 
+def folder_of_ids(root: Path) -> Path:
+    "Two classes of twenty IDs with two photos each; one photo of ID 7 of each class is too narrow."
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for c in ("가나정", "다라정"):
+        (root / c).mkdir(parents=True)
+        for i in range(20):
+            for v in range(2):
+                Image.fromarray(rng.integers(0, 255, (230, 100 if (i, v) == (7, 1) else 230, 3), dtype=np.uint8)).save(
+                    root / c / f"{c[0]}{i:03d}_{v}.jpg"
+                )
+    return root
+
+
 @pytest.mark.spec("SP9")
 @pytest.mark.filterwarnings("error:Glyph")  # Korean class names are drawn, not boxes
 def test_a_folder_of_ids_becomes_a_split(tmp_path):
     """70:15:15 by ID through the stage itself; class names are checked; the test part is listed, not loaded by any
     stage."""
-    from PIL import Image
-
-    rng = np.random.default_rng(0)
-    for c in ("가나정", "다라정"):
-        (tmp_path / "shop" / c).mkdir(parents=True)
-        for i in range(20):
-            for v in range(2):
-                Image.fromarray(rng.integers(0, 255, (230, 100 if (i, v) == (7, 1) else 230, 3), dtype=np.uint8)).save(
-                    tmp_path / "shop" / c / f"{c[0]}{i:03d}_{v}.jpg"
-                )
+    shop = folder_of_ids(tmp_path / "shop")
 
     def job(*more):
         return SplitsJob(
@@ -626,7 +632,7 @@ def test_a_folder_of_ids_becomes_a_split(tmp_path):
             overrides=(
                 "project.family=retrieval",
                 "evaluation.min_eval_samples=0",
-                f"paths.root={json.dumps(str(tmp_path / 'shop'))}",
+                f"paths.root={json.dumps(str(shop))}",
                 *more,
             ),
         )
@@ -656,6 +662,37 @@ def test_a_folder_of_ids_becomes_a_split(tmp_path):
         job('retrieval.class_names=["가나점","다라정"]').run()
 
 
+def check_lists(lists: dict, card: dict) -> None:
+    "Every row of the three lists has a path, a drug and its number in the sorted class map."
+    assert set(lists) == {"train", "val", "test"} and all(
+        set(r) == {"path", "label", "kcode"} for rows in lists.values() for r in rows
+    )
+    assert {r["kcode"]: r["label"] for rows in lists.values() for r in rows} == {
+        k: i for i, k in enumerate(sorted(set(card["class_distribution"])))
+    }
+
+
+def check_augmentation(card: dict) -> None:
+    "The card declares its source's augmentation, and says of each item whether it is applied, and if not, why."
+    declared = {
+        "rotation": 30.0,
+        "color_jitter": [0.2, 0.2, 0.2, 0.1],
+        "crop_scale": [0.8, 1.0],
+        "crop_ratio": [0.9, 1.1],
+        "blur_kernel": 5,
+        "blur_sigma": [0.1, 2.0],
+    }
+    assert {k: v for k, v in card["augmentation"].items() if k != "applied"} == declared
+    for block in ("preprocessing", "augmentation"):
+        told = card[block]["applied"]
+        assert set(told) == set(card[block]) - {"applied", "version"}
+        assert all(v == {"applied": True} or (v["applied"] is False and len(v["why"]) > 10) for v in told.values())
+    undone = {
+        k for block in ("preprocessing", "augmentation") for k, v in card[block]["applied"].items() if not v["applied"]
+    }
+    assert undone >= {"crop_ratio", "blur_kernel", "blur_sigma"} and not undone & {"use_clahe", "interpolation", "mean"}
+
+
 @pytest.mark.spec("SP7", "SP8")
 def test_the_narrow_family_writes_its_two_files(run, tmp_path):
     root, _ = run
@@ -668,12 +705,7 @@ def test_the_narrow_family_writes_its_two_files(run, tmp_path):
         near_duplicates=False,
     ).run()
     lists, card = (json.loads((narrow / "artifacts/narrow" / f).read_text()) for f in ("splits.json", "manifest.json"))
-    assert set(lists) == {"train", "val", "test"} and all(
-        set(r) == {"path", "label", "kcode"} for rows in lists.values() for r in rows
-    )
-    assert {r["kcode"]: r["label"] for rows in lists.values() for r in rows} == {
-        k: i for i, k in enumerate(sorted(set(card["class_distribution"])))
-    }
+    check_lists(lists, card)
     assert list(card) == [
         "dataset_name",
         "version",
@@ -690,23 +722,7 @@ def test_the_narrow_family_writes_its_two_files(run, tmp_path):
         and card["total_images"] == 108 == sum(card["splits"].values())
         and abs(card["splits"]["test"] - 10.8) <= 4
     )
-    declared = {
-        "rotation": 30.0,
-        "color_jitter": [0.2, 0.2, 0.2, 0.1],
-        "crop_scale": [0.8, 1.0],
-        "crop_ratio": [0.9, 1.1],
-        "blur_kernel": 5,
-        "blur_sigma": [0.1, 2.0],
-    }
-    assert {k: v for k, v in card["augmentation"].items() if k != "applied"} == declared
-    for block in ("preprocessing", "augmentation"):  # every declared item says whether it is done, and if not, why
-        told = card[block]["applied"]
-        assert set(told) == set(card[block]) - {"applied", "version"}
-        assert all(v == {"applied": True} or (v["applied"] is False and len(v["why"]) > 10) for v in told.values())
-    undone = {
-        k for block in ("preprocessing", "augmentation") for k, v in card[block]["applied"].items() if not v["applied"]
-    }
-    assert undone >= {"crop_ratio", "blur_kernel", "blur_sigma"} and not undone & {"use_clahe", "interpolation", "mean"}
+    check_augmentation(card)
     assert not (narrow / "yolo_data").exists()
 
 

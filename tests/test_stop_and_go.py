@@ -207,10 +207,8 @@ def when(path, ready, p):
         time.sleep(0.005)
 
 
-@pytest.mark.spec("BX10", "CT15", "CT16", "RS1")
-def test_killed_and_asked_to_stop_in_mid_epoch_and_still_the_same(delivery, tmp_path):
-    "kill -9 in the first epoch, SIGTERM in the second, then in peace: weights and figures of the undisturbed run."
-    root = split_folder(tmp_path / "run", delivery)
+def stopped_in_mid_epoch(root, sig: signal.Signals, epoch: int) -> tuple[int, str]:
+    "Start the training, and send it a signal when it has saved in the middle of this epoch; exit status and errors."
     last, env = root / "checkpoints" / "classifier" / "last.pt", {**os.environ, "OMP_NUM_THREADS": "1"}
     # a signal must not come after the end
     slowly = (
@@ -221,26 +219,26 @@ def test_killed_and_asked_to_stop_in_mid_epoch_and_still_the_same(delivery, tmp_
     def at(c):
         return (c["epoch"], c["position"]["batch"])
 
-    for sig, epoch in ((signal.SIGKILL, 0), (signal.SIGTERM, 1)):
-        before = at(load_ckpt(last)) if last.exists() else (0, 0)  # what the one before left is no sign of life
-        p = subprocess.Popen(command(root, slowly), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=env)
-        try:
-            when(
-                last,
-                lambda c, before=before, epoch=epoch: (
-                    at(c) > before and c["epoch"] >= epoch and c["position"]["batch"] > 1
-                ),
-                p,
-            )
-            p.send_signal(sig)
-            err = p.communicate(timeout=150)[1].decode()
-        finally:
-            p.kill()
-        assert (
-            p.returncode == -signal.SIGKILL
-            if sig == signal.SIGKILL
-            else p.returncode and "KeyboardInterrupt: SIGTERM" in err
-        ), err
+    before = at(load_ckpt(last)) if last.exists() else (0, 0)  # what the one before left is no sign of life
+    p = subprocess.Popen(command(root, slowly), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=env)
+    try:
+        when(last, lambda c: at(c) > before and c["epoch"] >= epoch and c["position"]["batch"] > 1, p)
+        p.send_signal(sig)
+        err = p.communicate(timeout=150)[1].decode()
+    finally:
+        p.kill()
+    return p.returncode, err
+
+
+@pytest.mark.spec("BX10", "CT15", "CT16", "RS1")
+def test_killed_and_asked_to_stop_in_mid_epoch_and_still_the_same(delivery, tmp_path):
+    "kill -9 in the first epoch, SIGTERM in the second, then in peace: weights and figures of the undisturbed run."
+    root = split_folder(tmp_path / "run", delivery)
+    status, err = stopped_in_mid_epoch(root, signal.SIGKILL, 0)
+    assert status == -signal.SIGKILL, err
+    status, err = stopped_in_mid_epoch(root, signal.SIGTERM, 1)
+    assert status and "KeyboardInterrupt: SIGTERM" in err, err
+    last = root / "checkpoints" / "classifier" / "last.pt"
     assert "stopped by SIGTERM in epoch" in (root / "logs" / "pillsnap.classifier.log").read_text(encoding="utf-8")
     assert read_record(root, "classifier")["status"] == "interrupted" and load_ckpt(last)["epoch"] < EPOCHS
     ClassifierJob(run_dir=str(root), config="smoke", overrides=SET, epochs=EPOCHS).run()

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -523,57 +523,75 @@ def linear_score(x, y):
     ).mean()
 
 
-@pytest.mark.spec("BX5")
-def test_border_and_file_size_say_nothing_about_the_drug():
+@dataclass(frozen=True)
+class Surroundings:
+    "What photos of six drugs show, a row each: their drug, their scene, and what a look past the pill gives."
+
+    drug: np.ndarray
+    scene: np.ndarray  # background and light
+    border: np.ndarray  # colours along the four edges
+    noise: np.ndarray  # of each edge
+    place: np.ndarray  # x and y of the pill
+    size: np.ndarray  # bytes of the file
+    pill: np.ndarray  # small pictures of the middle, for comparison
+
+
+def edges(p: np.ndarray) -> tuple[np.ndarray, ...]:
+    "The four edges of a photo, six pixels wide."
+    return (p[:6], p[-6:], p[:, :6].swapaxes(0, 1), p[:, -6:].swapaxes(0, 1))
+
+
+def shrunk(p: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    "The mean colours of a part of a photo, as one row."
+    return cv2.resize(p.astype(np.float32), size, interpolation=cv2.INTER_AREA).ravel()
+
+
+@pytest.fixture(scope="module")
+def surroundings() -> Surroundings:
     n, m = 6, 36
     tasks = plan_delivery(drugs=n, photos=m, combos=0, seed=11, width=98, height=128).tasks[: n * m]
     kept = [t for t in tasks if t.shift == (0, 0)]
-    y = np.array([t.pills[0][0].number for t in kept])
     photos = [photograph(list(t.pills), t.shot, rng_for(*t.words, "photo"))[0] for t in kept]
+    lengths = [file_length(98, 128, rng_for(*t.words, "length", t.stem)) for t in kept]
+    return Surroundings(
+        drug=np.array([t.pills[0][0].number for t in kept]),
+        scene=np.array([f"{t.shot.back}{t.shot.light}" for t in kept]),
+        border=np.stack([np.concatenate([shrunk(s, (6, 1)) for s in edges(p)]) for p in photos]),
+        noise=np.stack([[s.astype(float).std() for s in edges(p)] for p in photos]),
+        place=np.array([[t.pills[0][1].x, t.pills[0][1].y] for t in kept]),
+        size=np.array([len(png_bytes(p, k)) for p, k in zip(photos, lengths)], float),
+        pill=np.stack([shrunk(p[24:104, 14:84], (14, 16)) for p in photos]),
+    )
 
-    def strips(p):
-        return (p[:6], p[-6:], p[:, :6].swapaxes(0, 1), p[:, -6:].swapaxes(0, 1))
 
-    border = np.stack(
-        [
-            np.concatenate(
-                [cv2.resize(s.astype(np.float32), (6, 1), interpolation=cv2.INTER_AREA).ravel() for s in strips(p)]
-            )
-            for p in photos
-        ]
-    )
-    noise = np.stack([[s.astype(float).std() for s in strips(p)] for p in photos])
-    place = np.array([[t.pills[0][1].x, t.pills[0][1].y] for t in kept])
-    size = np.array(
-        [len(png_bytes(p, file_length(98, 128, rng_for(*t.words, "length", t.stem)))) for p, t in zip(photos, kept)],
-        float,
-    )
-    whole = np.stack(
-        [
-            cv2.resize(p[24:104, 14:84].astype(np.float32), (14, 16), interpolation=cv2.INTER_AREA).ravel()
-            for p in photos
-        ]
-    )
-    limit = 1 / n + 3 * np.sqrt(1 / n * (1 - 1 / n) / len(y))
-    scores = {"border": linear_score(border, y), "noise": linear_score(noise, y), "place": linear_score(place, y)}
-    assert all(s < limit for s in scores.values()), (scores, limit)
-    assert linear_score(whole, y) > 0.35, "while the pill itself tells"
-    # a sharper look: what remains when background and light are taken out, compared between drugs by an F-test
+@pytest.mark.spec("BX5")
+def test_border_noise_and_place_do_not_tell_the_drug(surroundings):
+    s, n = surroundings, len(np.unique(surroundings.drug))
+    assert n == 6
+    limit = 1 / n + 3 * np.sqrt(1 / n * (1 - 1 / n) / len(s.drug))
+    scores = {k: linear_score(getattr(s, k), s.drug) for k in ("border", "noise", "place")}
+    assert all(score < limit for score in scores.values()), (scores, limit)
+    assert linear_score(s.pill, s.drug) > 0.35, "while the pill itself tells"
+
+
+@pytest.mark.spec("BX5")
+def test_neither_surroundings_nor_file_size_differ_between_drugs(surroundings):
+    "A sharper look: what remains when background and light are taken out, compared between drugs by an F-test."
     from scipy.stats import f_oneway
 
-    kind = np.array([f"{t.shot.back}{t.shot.light}" for t in kept])
+    s = surroundings
 
     def p_value(x):
-        rest = x - np.array([x[kind == k].mean() for k in kind])
-        return f_oneway(*(rest[y == k] for k in np.unique(y))).pvalue
+        rest = x - np.array([x[s.scene == k].mean() for k in s.scene])
+        return f_oneway(*(rest[s.drug == k] for k in np.unique(s.drug))).pvalue
 
     values = {
-        "brightness": np.log(border.mean(1)),
-        "colour": np.log(border[:, 0::3].mean(1) / border[:, 2::3].mean(1)),
-        "noise": noise.mean(1),
-        "size": size,
-        "x": place[:, 0],
-        "y": place[:, 1],
+        "brightness": np.log(s.border.mean(1)),
+        "colour": np.log(s.border[:, 0::3].mean(1) / s.border[:, 2::3].mean(1)),
+        "noise": s.noise.mean(1),
+        "size": s.size,
+        "x": s.place[:, 0],
+        "y": s.place[:, 1],
     }
     low = {k: p for k, v in values.items() if (p := p_value(v)) < 0.005}
     assert not low, f"these differ between drugs: {low}"
@@ -608,10 +626,22 @@ def spoilt(faulty_delivery):
     return faulty_delivery, load(faulty_delivery / "SYNTHETIC.json")
 
 
-@pytest.mark.spec("BX5")
-def test_the_ledger_is_what_lies_on_the_disk(spoilt):
+@pytest.fixture(scope="module")
+def planted(spoilt) -> dict[str, Path]:
+    "The file of each planted fault."
     out, ledger = spoilt
-    planted = {f: out / p for f, (p,) in ledger["planted_faults"].items()}
+    return {f: out / p for f, (p,) in ledger["planted_faults"].items()}
+
+
+def iou(a, b) -> float:
+    "Intersection over union of two boxes x, y, width, height."
+    w, h = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0]), min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
+    i = max(w, 0) * max(h, 0)
+    return i / (a[2] * a[3] + b[2] * b[3] - i)
+
+
+@pytest.mark.spec("BX5")
+def test_the_ledgers_wrong_boxes_are_on_the_disk(planted):
     assert set(planted) == {*IN_LABEL, *IN_FILES} and len(set(planted.values())) == len(planted), "one fault a file"
 
     def box(f):
@@ -627,19 +657,14 @@ def test_the_ledger_is_what_lies_on_the_disk(spoilt):
     def siblings(f):
         return [tuple(load(p)["annotations"][0]["bbox"]) for p in planted[f].parents[1].glob(f"*/{planted[f].name}")]
 
-    def iou(a, b):
-        w, h = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0]), min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
-        i = max(w, 0) * max(h, 0)
-        return i / (a[2] * a[3] + b[2] * b[3] - i)
+    assert max(Counter(siblings("identical_boxes")).values()) == 2
+    mine = tuple(box("overlapping_boxes"))
+    others = Counter(siblings("overlapping_boxes")) - Counter([mine])
+    assert 0.3 <= max(iou(mine, b) for b in others) < 0.5
 
-    def best(f):
-        return (
-            max(iou(tuple(box(f)), b) for b in Counter(siblings(f)) - Counter([tuple(box(f))]))
-            if f != "identical_boxes"
-            else max(Counter(siblings(f)).values())
-        )
 
-    assert best("identical_boxes") == 2 and 0.3 <= best("overlapping_boxes") < 0.5
+@pytest.mark.spec("BX5")
+def test_the_ledgers_wrong_records_are_on_the_disk(planted):
     note = load(planted["area_mismatch"])["annotations"][0]
     assert note["area"] != note["bbox"][2] * note["bbox"][3]
     im = load(planted["dl_idx_mismatch"])["images"][0]
@@ -657,6 +682,11 @@ def test_the_ledger_is_what_lies_on_the_disk(spoilt):
     with pytest.raises(UnicodeDecodeError):
         load(planted["json_cp949"])
     assert json.loads(planted["json_cp949"].read_text("cp949"))["images"][0]["drug_S"] == "정상알약"
+
+
+@pytest.mark.spec("BX5")
+def test_the_ledgers_missing_and_broken_files_are_on_the_disk(spoilt, planted):
+    out, _ = spoilt
 
     def photo(label):
         return next(iter((out / "data/train/images").rglob(label.stem + ".png")), None)

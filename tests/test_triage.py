@@ -17,17 +17,28 @@ from pillsnap.dataset.triage import (
 )
 
 
-@pytest.mark.spec("BX22")
-def test_copies_under_two_drugs_blur_dark_and_boxes_are_listed(delivery, tmp_path):
-    import shutil
+def label_of(photo: Path, root: Path) -> Path:
+    "The annotation file of a single photo."
+    return next(iter(root.glob(f"data/train/labels/single/*/*/{photo.stem}.json")))
 
+
+def box_of(photo: Path, root: Path) -> list[int]:
+    return json.loads(label_of(photo, root).read_text(encoding="utf-8"))["annotations"][0]["bbox"]
+
+
+def shrink_box(photo: Path, root: Path) -> None:
+    "Make the photo's box a third as wide and high, with the area that fits it."
+    x, y, w, h = box_of(photo, root)
+    j = json.loads(label_of(photo, root).read_text(encoding="utf-8"))
+    j["annotations"][0] |= {"bbox": [x, y, w // 3, h // 3], "area": (w // 3) * (h // 3)}
+    label_of(photo, root).write_text(json.dumps(j, ensure_ascii=False), encoding="utf-8")
+
+
+def plant_photo_issues(root: Path) -> dict[str, Path]:
+    "Copy one photo to another drug's, blur one, darken one; which photos these are, and a further one."
     from PIL import Image, ImageFilter
 
-    from pillsnap.dataset.splits import SplitsJob
-
-    mine = tmp_path / "aihub"
-    shutil.copytree(delivery, mine)
-    photos = sorted(mine.glob("data/train/images/single/*/*/*.png"))
+    photos = sorted(root.glob("data/train/images/single/*/*/*.png"))
 
     def drug(p):
         return p.stem.split("_")[0]
@@ -37,30 +48,32 @@ def test_copies_under_two_drugs_blur_dark_and_boxes_are_listed(delivery, tmp_pat
     soft, dark = photos[5], photos[7]
     Image.open(soft).filter(ImageFilter.GaussianBlur(4)).save(soft)
     Image.open(dark).point(lambda v: v * 0.3).save(dark)
+    return dict(source=source, copy=copy, soft=soft, dark=dark, boxed=photos[9])
 
-    def label(photo):
-        return next(iter(mine.glob(f"data/train/labels/single/*/*/{photo.stem}.json")))
 
-    def rebox(photo, box):
-        j = json.loads(label(photo).read_text(encoding="utf-8"))
-        j["annotations"][0] |= {"bbox": box, "area": box[2] * box[3]}
-        label(photo).write_text(json.dumps(j, ensure_ascii=False), encoding="utf-8")
+@pytest.mark.spec("BX22")
+def test_copies_under_two_drugs_blur_dark_and_boxes_are_listed(delivery, tmp_path):
+    import shutil
 
-    def box_of(photo):
-        return json.loads(label(photo).read_text(encoding="utf-8"))["annotations"][0]["bbox"]
+    from pillsnap.dataset.splits import SplitsJob
 
-    assert box_of(copy) != box_of(source)  # the copy's box is its own drug's
-    x, y, w, h = box_of(photos[9])
-    rebox(photos[9], [x, y, w // 3, h // 3])
+    mine = tmp_path / "aihub"
+    shutil.copytree(delivery, mine)
+    planted = plant_photo_issues(mine)
+    assert box_of(planted["copy"], mine) != box_of(planted["source"], mine)  # the copy's box is its own drug's
+    shrink_box(planted["boxed"], mine)
     convert_delivery(mine, tmp_path / "run")
     SplitsJob(run_dir=str(tmp_path / "run"), config="smoke").run()
     issues = issues_of_run(tmp_path / "run")
+    names = {k: p.name for k, p in planted.items()}
 
     def of(kind):
         return [Path(p).name for p in issues.loc[issues["kind"] == kind, "path"]]
 
-    assert set(of("conflict")) >= {source.name, copy.name} and set(issues.head(2)["kind"]) == {"conflict"}
-    assert of("blurred")[:1] == [soft.name] and of("dark")[:1] == [dark.name] and photos[9].name in of("box")[:2]
+    assert set(of("conflict")) >= {names["source"], names["copy"]}
+    assert set(issues.head(2)["kind"]) == {"conflict"}
+    assert of("blurred")[:1] == [names["soft"]] and of("dark")[:1] == [names["dark"]]
+    assert names["boxed"] in of("box")[:2]
 
 
 @pytest.mark.spec("BX22")

@@ -244,52 +244,65 @@ def put(page, where: str, *photos: dict) -> None:
     page.evaluate(PUT, [[[p["name"], list(p["buffer"])] for p in photos], where])
 
 
+def fill_two_sides(page) -> None:
+    "Choose a front, drop a back, and drop a third photo, which finds no place."
+    page.locator("#data-note").wait_for()
+    page.check("input[value=two_side]")
+    page.set_input_files("#file-front", [RED])
+    assert page.locator("#ask-sides").is_disabled() and page.locator("#files").is_hidden()
+    put(page, ".side[data-side=back]", BACK)
+    page.locator(".slot img").nth(1).wait_for()
+    put(page, "#drop", BLUE)
+    assert "1장은 넣지 않았습니다" in page.locator("#sides-note").inner_text()
+    assert page.locator(".slot img").evaluate_all("all => all.map(i => i.alt)") == [
+        f"{side} 사진: {p['name']}" for side, p in (("앞면", RED), ("뒷면", BACK))
+    ]
+
+
+def check_sides_card(page, answer: dict) -> None:
+    "The card shows both photos and the answer to both; what is downloaded is that answer."
+    red = card(page, f"{RED['name']} + {BACK['name']}")
+    red.locator(".pill.drug").wait_for()
+    assert red.locator(".photo img").count() == red.locator(".zoom img").count() == 2
+    told = red.inner_text()
+    assert all(line in told for line in cardview.sides_alone(answer)) and red.locator("h4").inner_text() == HOSTILE
+    assert "보정되지 않은 확률" in told  # one photo's temperature was fitted, that of pairs was not
+    picture(page, "page_sides_answer")
+    assert red.locator(".chip").inner_text() == "앞면과 뒷면" and page.locator(".slot img").count() == 0
+    with page.expect_download() as got:
+        page.click("#json")
+    (saved,) = json.loads(Path(got.value.path()).read_text(encoding="utf-8"))
+    assert saved | {"timings": 0} == answer | dict(photo=f"{RED['name']} + {BACK['name']}", timings=0)
+
+
+def check_add_a_back(page) -> None:
+    "On a phone, in English: the card of one photo offers to add its back, and that photo is then the front."
+    page.check("input[value=single]")
+    give(page, PURPLE)
+    page.set_viewport_size(PHONE)
+    page.select_option("#language", "en")
+    card(page, PURPLE["name"]).get_by_role("button", name="Add a photo of the back").click()
+    assert page.locator("input[value=two_side]").is_checked() and page.locator("#ask-sides").is_disabled()
+    assert page.locator(".side[data-side=front] img").get_attribute("alt") == "Photo of the front: purple.png"
+    check_accessible(page)
+    picture(page, "page_sides_390")
+
+
 @pytest.mark.spec("BX16", "X40")
 def test_two_sides_are_one_card(browser, server, bundle):
     "Two places, each filled by choosing or dropping; the server's answer to both; two drugs in them get no name."
     here, visit = load_bundle(bundle), Visit(browser, server)
     with visit as page:
-        ask = page.locator("#ask-sides")
-        page.locator("#data-note").wait_for()
-        page.check("input[value=two_side]")
-        page.set_input_files("#file-front", [RED])
-        assert ask.is_disabled() and page.locator("#files").is_hidden()
-        put(page, ".side[data-side=back]", BACK)
-        page.locator(".slot img").nth(1).wait_for()
-        put(page, "#drop", BLUE)
-        assert "1장은 넣지 않았습니다" in page.locator("#sides-note").inner_text()
-        assert page.locator(".slot img").evaluate_all("all => all.map(i => i.alt)") == [
-            f"{side} 사진: {p['name']}" for side, p in (("앞면", RED), ("뒷면", BACK))
-        ]
+        fill_two_sides(page)
         check_accessible(page)
         picture(page, "page_sides_1280")
-        ask.click()
-        red = card(page, f"{RED['name']} + {BACK['name']}")
-        red.locator(".pill.drug").wait_for()
-        assert red.locator(".photo img").count() == red.locator(".zoom img").count() == 2
-        answer = here.predict_sides(RED["buffer"], BACK["buffer"])
-        told = red.inner_text()
-        assert all(line in told for line in cardview.sides_alone(answer)) and red.locator("h4").inner_text() == HOSTILE
-        assert "보정되지 않은 확률" in told  # one photo's temperature was fitted, that of pairs was not
-        picture(page, "page_sides_answer")
-        assert red.locator(".chip").inner_text() == "앞면과 뒷면" and page.locator(".slot img").count() == 0
-        with page.expect_download() as got:
-            page.click("#json")
-        (saved,) = json.loads(Path(got.value.path()).read_text(encoding="utf-8"))
-        assert saved | {"timings": 0} == answer | dict(photo=f"{RED['name']} + {BACK['name']}", timings=0)
+        page.click("#ask-sides")
+        check_sides_card(page, here.predict_sides(RED["buffer"], BACK["buffer"]))
         put(page, "#drop", RED, BLUE)
-        ask.click()
+        page.click("#ask-sides")
         assert REASONS["contradiction"].split(".")[0] in card(page, "+ blue.png").locator(".pill.unknown").inner_text()
         assert [url.partition("?")[2] for url in visit.asked if "/predict" in url] == ["two_side=true"] * 2
-        page.check("input[value=single]")
-        give(page, PURPLE)
-        page.set_viewport_size(PHONE)
-        page.select_option("#language", "en")
-        card(page, PURPLE["name"]).get_by_role("button", name="Add a photo of the back").click()
-        assert page.locator("input[value=two_side]").is_checked() and ask.is_disabled()
-        assert page.locator(".side[data-side=front] img").get_attribute("alt") == "Photo of the front: purple.png"
-        check_accessible(page)
-        picture(page, "page_sides_390")
+        check_add_a_back(page)
 
 
 def test_a_model_of_one_side_is_not_asked_about_two(browser, server):

@@ -23,11 +23,9 @@ from pillsnap.core.files import read_json
 ASKED = 0.95
 
 
-def main() -> None:
-    a = arguments(__doc__, epochs=4)
-    config, epochs = ("smoke", 1) if a.quick else ("demo", a.epochs)
+def trained_detector(config: str, epochs: int) -> dict:
+    "Render, convert, split and train in a folder of its own; the detector's report."
     with tempfile.TemporaryDirectory() as tmp:
-        t0 = time.perf_counter()
         for stage in ("conversion", "splits", "detector"):
             subprocess.run(
                 [
@@ -43,31 +41,41 @@ def main() -> None:
                 ],
                 check=True,
             )
-        got = read_json(Path(tmp) / "run/reports/detector.json")
+        return read_json(Path(tmp) / "run/reports/detector.json")
+
+
+def record(got: dict, epochs: int, seconds: float) -> dict:
+    "What is kept of a detector's report."
     rows = {r["photos"]: r for r in got["table"]}
     several = rows["several pills"]
+    return dict(
+        id="DT1_clean_combos",
+        what="mAP of a small detector on clean synthetic combos",
+        epochs=epochs,
+        photos=several["n"],
+        pills=several["pills"],
+        required=ASKED,
+        **{k: round(several[k], 4) for k in ("mAP@0.5", "mAP@0.5:0.95", "precision", "recall")},
+        all_photos=round(rows["all photos"]["mAP@0.5"], 4),
+        reckonings_differ_by=round(got["reckonings_differ_by"], 5),
+        seconds=round(seconds),
+        machine=machine(),
+    )
+
+
+def main() -> None:
+    a = arguments(__doc__, epochs=4)
+    config, epochs = ("smoke", 1) if a.quick else ("demo", a.epochs)
+    t0 = time.perf_counter()
+    got = trained_detector(config, epochs)
+    several = next(r for r in got["table"] if r["photos"] == "several pills")
     missed = (
         []
         if a.quick or several["mAP@0.5"] >= ASKED
         else [f"DT1: mAP@.5 {several['mAP@0.5']:.3f} on clean combos, {ASKED} required"]
     )
     if not a.quick:
-        save(
-            dict(
-                id="DT1_clean_combos",
-                what="mAP of a small detector on clean synthetic combos",
-                epochs=epochs,
-                photos=several["n"],
-                pills=several["pills"],
-                required=ASKED,
-                **{k: round(several[k], 4) for k in ("mAP@0.5", "mAP@0.5:0.95", "precision", "recall")},
-                all_photos=round(rows["all photos"]["mAP@0.5"], 4),
-                reckonings_differ_by=round(got["reckonings_differ_by"], 5),
-                seconds=round(time.perf_counter() - t0),
-                machine=machine(),
-            ),
-            a.out,
-        )
+        save(record(got, epochs, time.perf_counter() - t0), a.out)
     finish(missed)
 
 

@@ -508,7 +508,8 @@ def campaign(  # noqa: PLR0913 - the options of the command line
     add: bool = False,  # rows of `out` that are not measured now stay
 ) -> int:  # the exit status
     "Run the checks, print them, write the JSON."
-    no_gpu = ("" if device == "cpu" else why_no_gpu()) if no_gpu is None else no_gpu
+    if no_gpu is None:
+        no_gpu = "" if device == "cpu" else why_no_gpu()
     t0, book = time.monotonic(), Book(out, "" if no_gpu else device, tiny, add)
     if tiny:
         print("REHEARSAL: tiny sizes, only to see that the code runs. No figure below means anything.\n")

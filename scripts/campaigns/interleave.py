@@ -12,6 +12,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -49,30 +50,38 @@ def in_turn(root: Path, epochs: int) -> None:
     ).run()
 
 
-def main() -> None:
-    a = arguments(__doc__, epochs=3)
-    epochs, rounds = (1 if a.quick else a.epochs), []
+def trained(train: Callable[[Path, int], None], root: Path, delivery: Path | None, epochs: int) -> dict:
+    "Split the delivery (None: render one) and train in a fresh folder; the training's seconds and its waiting."
+    run = RunFolder(root, "splits")
+    if delivery is not None:
+        (root / "delivery").symlink_to(delivery)
+    smoke_splits(run, load_config("smoke", [*OVER, f"paths.exp_dir={root}"]))
+    t0 = time.perf_counter()
+    train(root, epochs)
+    return dict(seconds=round(time.perf_counter() - t0, 2), waiting=round(waiting(root), 3))
+
+
+def measure(repeats: int, epochs: int) -> list[dict]:
+    "Train both ways in each round, in alternating order, on the photos that the first training renders."
+    rounds, delivery = [], None
+    ways = (("sequential", sequential), ("interleaved", in_turn))
     with tempfile.TemporaryDirectory() as tmp:
-        delivery = None
-        for k in range(-1, a.repeats):  # round -1 pays for imports and is not counted
+        for k in range(-1, repeats):  # round -1 pays for imports and is not counted
             row = {}
-            for name, train in (
-                (("sequential", sequential), ("interleaved", in_turn))
-                if k % 2
-                else (("interleaved", in_turn), ("sequential", sequential))
-            ):
+            for name, train in ways if k % 2 else ways[::-1]:
                 root = Path(tmp) / f"{name}{k}"
-                run = RunFolder(root, "splits")
-                if delivery is not None:
-                    (root / "delivery").symlink_to(delivery)
-                smoke_splits(run, load_config("smoke", [*OVER, f"paths.exp_dir={root}"]))
+                row[name] = trained(train, root, delivery, epochs)
                 delivery = delivery or root / "delivery"
-                t0 = time.perf_counter()
-                train(root, epochs)
-                row[name] = dict(seconds=round(time.perf_counter() - t0, 2), waiting=round(waiting(root), 3))
             if k >= 0:
                 rounds.append(row)
                 print(row, flush=True)
+    return rounds
+
+
+def main() -> None:
+    a = arguments(__doc__, epochs=3)
+    epochs = 1 if a.quick else a.epochs
+    rounds = measure(a.repeats, epochs)
 
     def mid(name, key):
         return statistics.median(r[name][key] for r in rounds)

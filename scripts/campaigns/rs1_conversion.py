@@ -80,35 +80,40 @@ def begin(delivery: Path, run: Path) -> subprocess.Popen:
     return p
 
 
+def undisturbed(delivery: Path, run: Path) -> tuple[float, str]:
+    "Convert without a kill: the seconds it takes, and the hash of what it leaves."
+    began = time.perf_counter()
+    if begin(delivery, run).wait():
+        sys.exit("the undisturbed conversion failed")
+    return time.perf_counter() - began, result(run)
+
+
+def killed(delivery: Path, run: Path, after: float) -> dict:
+    "Kill a conversion after so many seconds: whether it had finished, and how many files are under their final names."
+    p = begin(delivery, run)
+    time.sleep(after)
+    os.killpg(p.pid, signal.SIGKILL)
+    return dict(finished=p.wait() == 0, files=len(whole(run)))
+
+
+def in_time(states: list[dict]) -> int:
+    "Kills that came before the conversion had finished."
+    return sum(not s["finished"] for s in states)
+
+
 def campaign(kills: int, seed: int = 1) -> dict:
     "Convert undisturbed; then kill, look, go on, again and again; compare."
-    rng, t0 = random.Random(seed), time.perf_counter()
+    rng, t0, states = random.Random(seed), time.perf_counter(), []
+    size = dict(drugs=4, photos=18, combos=4, width=244, height=320)
     with tempfile.TemporaryDirectory() as tmp:
         tmp = Path(tmp)
-        write_delivery(
-            tmp / "d",
-            drugs=4,
-            photos=18,
-            combos=4,
-            seed=3,
-            width=244,
-            height=320,
-            faults=True,
-            progress=False,
-            workers=1,
-        )
-        began = time.perf_counter()
-        if begin(tmp / "d", tmp / "straight").wait():
-            sys.exit("the undisturbed conversion failed")
-        takes, want, states = time.perf_counter() - began, result(tmp / "straight"), []
-        while sum(not s["finished"] for s in states) < kills:
+        write_delivery(tmp / "d", **size, seed=3, faults=True, progress=False, workers=1)
+        takes, want = undisturbed(tmp / "d", tmp / "straight")
+        while in_time(states) < kills:
             i = len(states)
             run = tmp / f"run{i // 5}"  # five kills on one folder: each continues from the one before
-            p = begin(tmp / "d", run)
-            time.sleep(rng.uniform(0, 0.8 * takes))
-            os.killpg(p.pid, signal.SIGKILL)
-            states.append(dict(finished=p.wait() == 0, files=len(whole(run))))
-            if i % 5 == 4 or sum(not s["finished"] for s in states) == kills:
+            states.append(killed(tmp / "d", run, rng.uniform(0, 0.8 * takes)))
+            if i % 5 == 4 or in_time(states) == kills:
                 if begin(tmp / "d", run).wait():
                     sys.exit("the rerun failed")
                 if result(run) != want:
@@ -117,7 +122,7 @@ def campaign(kills: int, seed: int = 1) -> dict:
         id="RS1_conversion",
         what="kill -9 in a conversion",
         seed=seed,
-        trials=sum(not s["finished"] for s in states),
+        trials=in_time(states),
         too_late=sum(s["finished"] for s in states),
         undisturbed_seconds=round(takes, 2),
         seconds=round(time.perf_counter() - t0, 1),

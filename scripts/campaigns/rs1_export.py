@@ -67,56 +67,86 @@ def answer(root: Path) -> dict[str, str]:
     return said | {"verdict": (read_record(root, "export") or {}).get("verdict", "")}
 
 
-def main() -> None:
-    a = arguments(__doc__, kills=20, seed=0)
-    kills, rng, t0, trials, bad = 2 if a.quick else a.kills, random.Random(a.seed), time.perf_counter(), [], []
+def trained_run(root: Path) -> Path:
+    "One small run, trained and evaluated, ready for its export."
+    for stage in STAGES:
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pillsnap",
+                "run",
+                stage,
+                "--config",
+                "smoke",
+                f"paths.exp_dir={root}",
+                "train.num_threads=1",
+            ],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+    return root
+
+
+def undisturbed(root: Path) -> float:
+    "Export without a kill; the seconds it takes."
+    began = time.perf_counter()
+    child(root).join()
+    span = time.perf_counter() - began
+    if (read_record(root, "export") or {}).get("status") != "finished":
+        sys.exit("the undisturbed export failed")
+    return span
+
+
+def in_time(trials: list[dict]) -> list[dict]:
+    "Kills that came before the export had finished."
+    return [t for t in trials if not t["too_late"]]
+
+
+def killed(root: Path, span: float, rng: random.Random, most: int) -> list[dict]:
+    "Kill up to five exports in one folder, at most `most` of them in time; then let it finish."
+    trials = []
+    for _ in range(5):
+        p, after = child(root), rng.uniform(0, span)
+        time.sleep(after)
+        os.kill(p.pid, signal.SIGKILL)
+        p.join()
+        late = p.exitcode == 0
+        trials.append(dict(after_s=round(after, 3), too_late=late, found=opened(root)))
+        print(trials[-1], flush=True)
+        if late or len(in_time(trials)) == most:
+            break
+    if not late:
+        child(root).join()
+    return trials
+
+
+def campaign(kills: int, seed: int) -> tuple[float, list[dict], list[str]]:
+    "Seconds of the undisturbed export, every kill, and the folders that ended otherwise, in words."
+    rng, trials, bad = random.Random(seed), [], []
     with tempfile.TemporaryDirectory() as tmp:
-        base = Path(tmp) / "base"
-        for stage in STAGES:
-            subprocess.run(
-                [
-                    sys.executable,
-                    "-m",
-                    "pillsnap",
-                    "run",
-                    stage,
-                    "--config",
-                    "smoke",
-                    f"paths.exp_dir={base}",
-                    "train.num_threads=1",
-                ],
-                check=True,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
+        base = trained_run(Path(tmp) / "base")
 
         def copy(name: str) -> Path:
             return Path(shutil.copytree(base, Path(tmp) / name))
 
         straight = copy("straight")
-        began = time.perf_counter()
-        child(straight).join()
-        span = time.perf_counter() - began
-        if (read_record(straight, "export") or {}).get("status") != "finished":
-            sys.exit("the undisturbed export failed")
-        while sum(not t["too_late"] for t in trials) < kills:
+        span = undisturbed(straight)
+        while (before := len(in_time(trials))) < kills:
             root = copy(f"run{len(trials)}")
-            for _ in range(5):
-                p, after = child(root), rng.uniform(0, span)
-                time.sleep(after)
-                os.kill(p.pid, signal.SIGKILL)
-                p.join()
-                late = p.exitcode == 0
-                trials.append(dict(after_s=round(after, 3), too_late=late, found=opened(root)))
-                print(trials[-1], flush=True)
-                if late or sum(not t["too_late"] for t in trials) == kills:
-                    break
-            if not late:
-                child(root).join()
+            trials += killed(root, span, rng, kills - before)
             if answer(root) != answer(straight):
-                bad.append(f"after {len(trials)} kills of seed {a.seed}: {answer(root)} instead of {answer(straight)}")
+                bad.append(f"after {len(trials)} kills of seed {seed}: {answer(root)} instead of {answer(straight)}")
             shutil.rmtree(root)
-    live = [t for t in trials if not t["too_late"]]
+    return span, trials, bad
+
+
+def main() -> None:
+    a = arguments(__doc__, kills=20, seed=0)
+    t0 = time.perf_counter()
+    span, trials, bad = campaign(2 if a.quick else a.kills, a.seed)
+    live = in_time(trials)
     print(f"RS1 export: {len(live)} kills in {span:.1f} s of work; {len(bad)} folders ended otherwise than undisturbed")
     if not a.quick:
         save(

@@ -109,35 +109,60 @@ def difference(a: Path, b: Path) -> str | None:
     return None
 
 
-def main() -> None:
-    a = arguments(__doc__, kills=20, seed=0)
-    kills, rng, t0, trials, bad = 2 if a.quick else a.kills, random.Random(a.seed), time.perf_counter(), [], []
+def undisturbed(root: Path) -> float:
+    "Split and train without a kill; the seconds the training takes."
+    child(splits, root).join()
+    began = time.perf_counter()
+    child(train, root).join()
+    span = time.perf_counter() - began
+    if (read_record(root, "classifier") or {}).get("status") != "finished":
+        sys.exit("the undisturbed training failed")
+    return span
+
+
+def in_time(trials: list[dict]) -> list[dict]:
+    "Kills that came before the training had finished."
+    return [t for t in trials if not t["too_late"]]
+
+
+def killed(root: Path, span: float, rng: random.Random, most: int) -> list[dict]:
+    "Kill up to five trainings in one folder, at most `most` of them in time; then let it finish."
+    trials = []
+    child(splits, root).join()
+    for _ in range(5):
+        p, after = child(train, root), rng.uniform(0, span / 2)
+        time.sleep(after)
+        os.kill(p.pid, signal.SIGKILL)
+        p.join()
+        late = p.exitcode == 0
+        trials.append(dict(after_s=round(after, 3), too_late=late, found="finished" if late else opened(root)))
+        print(trials[-1], flush=True)
+        if late or len(in_time(trials)) == most:
+            break
+    if not late:
+        child(train, root).join()
+    return trials
+
+
+def campaign(kills: int, seed: int) -> tuple[float, list[dict], list[str]]:
+    "Seconds of the undisturbed training, every kill, and the folders that ended otherwise, in words."
+    rng, trials, bad = random.Random(seed), [], []
     with tempfile.TemporaryDirectory() as tmp:
         straight = Path(tmp) / "straight"
-        child(splits, straight).join()
-        began = time.perf_counter()
-        child(train, straight).join()
-        span = time.perf_counter() - began
-        if (read_record(straight, "classifier") or {}).get("status") != "finished":
-            sys.exit("the undisturbed training failed")
-        while sum(not t["too_late"] for t in trials) < kills:
+        span = undisturbed(straight)
+        while (before := len(in_time(trials))) < kills:
             root = Path(tmp) / f"run{len(trials)}"
-            child(splits, root).join()
-            for _ in range(5):
-                p, after = child(train, root), rng.uniform(0, span / 2)
-                time.sleep(after)
-                os.kill(p.pid, signal.SIGKILL)
-                p.join()
-                late = p.exitcode == 0
-                trials.append(dict(after_s=round(after, 3), too_late=late, found="finished" if late else opened(root)))
-                print(trials[-1], flush=True)
-                if late or sum(not t["too_late"] for t in trials) == kills:
-                    break
-            if not late:
-                child(train, root).join()
+            trials += killed(root, span, rng, kills - before)
             if why := difference(straight, root):
-                bad.append(f"after {len(trials)} kills of seed {a.seed}: {why}")
-    live = [t for t in trials if not t["too_late"]]
+                bad.append(f"after {len(trials)} kills of seed {seed}: {why}")
+    return span, trials, bad
+
+
+def main() -> None:
+    a = arguments(__doc__, kills=20, seed=0)
+    t0 = time.perf_counter()
+    span, trials, bad = campaign(2 if a.quick else a.kills, a.seed)
+    live = in_time(trials)
     print(
         f"RS1 training: {len(live)} kills in {span:.1f} s of work; {len(bad)} folders ended otherwise than undisturbed"
     )

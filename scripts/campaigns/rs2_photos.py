@@ -51,6 +51,7 @@ TURNS = (
 )  # for EXIF 1 to 8
 EXACT, LOSSY = 0.0, 6.0  # mean difference allowed, in levels of 255
 SUFFIXES = (".png", ".jpg", ".bmp", ".webp", "")
+Readable = tuple[bytes, np.ndarray, float]  # a file, the pixels that must come out, the mean difference allowed
 
 
 def picture(rng: random.Random, w: int = 0, h: int = 0) -> np.ndarray:
@@ -76,20 +77,15 @@ def png(head: bytes, rows: bytes) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
-def readable(a: np.ndarray) -> dict[str, tuple[bytes, np.ndarray, float]]:
-    "One picture in every way that must be read: bytes, the pixels that must come out, the mean difference allowed."
-    im, h, w = Image.fromarray(a), *a.shape[:2]
-    grey = np.round(a @ (0.299, 0.587, 0.114)).astype(np.uint8)
+def three(grey: np.ndarray) -> np.ndarray:
+    "A grey picture in three equal channels."
+    return np.repeat(grey[..., None], 3, -1)
 
-    def three(g):
-        return np.repeat(g[..., None], 3, -1)
 
-    indexed = im.quantize(16)
-    flat = np.array(indexed.getpalette()[:48], np.uint8).reshape(-1, 3)[np.asarray(indexed)]
-    alpha = im.copy()
-    alpha.putalpha(Image.linear_gradient("L").resize(im.size))
-    deep = b"".join(b"\0" + row.astype(">u2").tobytes() for row in a.astype(np.uint16) * 257)
-    out = {
+def formats(a: np.ndarray) -> dict[str, Readable]:
+    "The picture in each file format."
+    im = Image.fromarray(a)
+    return {
         "png": (enc(im), a, EXACT),
         "bmp": (enc(im, "BMP"), a, EXACT),
         "webp": (enc(im, "WEBP", lossless=True), a, EXACT),
@@ -99,6 +95,19 @@ def readable(a: np.ndarray) -> dict[str, tuple[bytes, np.ndarray, float]]:
         "rgb jpeg": (enc(im, "JPEG", quality=95, keep_rgb=True), a, LOSSY),
         "cmyk jpeg": (enc(im.convert("CMYK"), "JPEG", quality=95), a, LOSSY),
         "lossy webp": (enc(im, "WEBP", quality=95), a, LOSSY),
+    }
+
+
+def modes(a: np.ndarray) -> dict[str, Readable]:
+    "The picture in grey, in other depths, with a palette, moving, with transparency, and two tiny parts of it."
+    im, h, w = Image.fromarray(a), *a.shape[:2]
+    grey = np.round(a @ (0.299, 0.587, 0.114)).astype(np.uint8)
+    indexed = im.quantize(16)
+    flat = np.array(indexed.getpalette()[:48], np.uint8).reshape(-1, 3)[np.asarray(indexed)]
+    alpha = im.copy()
+    alpha.putalpha(Image.linear_gradient("L").resize(im.size))
+    deep = b"".join(b"\0" + row.astype(">u2").tobytes() for row in a.astype(np.uint16) * 257)
+    return {
         "grey png": (enc(grey), three(grey), EXACT),
         "grey jpeg": (enc(grey, "JPEG", quality=95), three(grey), LOSSY),
         "16-bit grey": (enc(Image.fromarray(grey.astype(np.uint16) * 257)), three(grey), EXACT),
@@ -116,19 +125,28 @@ def readable(a: np.ndarray) -> dict[str, tuple[bytes, np.ndarray, float]]:
         "1×1": (enc(a[:1, :1]), a[:1, :1], EXACT),
         "one row": (enc(a[:1]), a[:1], EXACT),
     }
-    p3 = display_p3_profile()
+
+
+def profiled(a: np.ndarray) -> dict[str, Readable]:
+    "The picture's numbers as Display P3, whose colours must come out in sRGB, and with a profile that is cut off."
+    im, p3 = Image.fromarray(a), display_p3_profile()
     known = ImageCms.ImageCmsProfile(io.BytesIO(p3))
     back = ImageCms.profileToProfile(
         im, known, ImageCms.createProfile("sRGB"), renderingIntent=1
     )  # what P3's bytes show
     shown = np.asarray(back)
-    out |= {
+    return {
         "png in display p3": (enc(im, icc_profile=p3), shown, EXACT),
         "jpeg in display p3": (enc(im, "JPEG", quality=95, icc_profile=p3), shown, LOSSY),
         "webp in display p3": (enc(im, "WEBP", lossless=True, icc_profile=p3), shown, EXACT),
         "png, broken profile": (enc(im, icc_profile=p3[:300]), a, EXACT),
         "jpeg, broken profile": (enc(im, "JPEG", quality=95, icc_profile=p3[:300]), a, LOSSY),
     }
+
+
+def turned(a: np.ndarray) -> dict[str, Readable]:
+    "The picture stored in each of EXIF's eight orientations."
+    im, out = Image.fromarray(a), {}
     for note, turn in enumerate(TURNS, 1):
         exif, lying = Image.Exif(), im if turn is None else im.transpose(turn)
         exif[0x0112] = note
@@ -141,6 +159,11 @@ def readable(a: np.ndarray) -> dict[str, tuple[bytes, np.ndarray, float]]:
             )
         }
     return out
+
+
+def readable(a: np.ndarray) -> dict[str, Readable]:
+    "One picture in every way that must be read."
+    return formats(a) | modes(a) | profiled(a) | turned(a)
 
 
 def refused(side: int = 30_000) -> dict[str, tuple[bytes, tuple[str, ...]]]:
@@ -205,7 +228,9 @@ def outcome(kind: str, r: dict, want, allowed: float) -> str:
     "`read right`, `skipped: stage`, `read`; anything else is what went wrong."
     damaged = kind.endswith((", cut", ", changed"))
     if r.get("_skip"):
-        must = want if isinstance(want, tuple) else ("bound", "final", "read") if damaged else ()
+        must = ("bound", "final", "read") if damaged else ()
+        if isinstance(want, tuple):
+            must = want
         return (
             f"skipped: {r['stage']}"
             if r["stage"] in must and r["error"]
@@ -257,18 +282,34 @@ def opened(cases: list, folder: Path) -> list[str]:
     return ends
 
 
-def in_a_delivery(work: Path, seed: int) -> list[tuple[str, str]]:
-    "The same kinds among good photos, before a conversion and after one: kind and end of each."
-    rng, ends = random.Random(seed), []
-    write_delivery(work / "d", drugs=3, photos=36, combos=0, seed=3, width=98, height=128, progress=False, workers=1)
-    photos = sorted((work / "d/data/train/images").rglob("*.png"))
-    kinds = readable(picture(rng, 98, 128))
-    good = {k: b for k, (b, want, _) in kinds.items() if want.shape == (128, 98, 3)}
+def kinds_of_a_delivery(a: np.ndarray) -> tuple[dict[str, bytes], dict[str, tuple[bytes, set[str]]]]:
+    "Files that a conversion must keep, and files that it must leave out, each with the reasons that are right."
+    kinds = readable(a)
+    good = {k: b for k, (b, want, _) in kinds.items() if want.shape == a.shape}
     bad = {k: (b, {"photo_too_large"} if "bound" in s else {"photo_broken"}) for k, (b, s) in refused().items()} | {
         k: (kinds[k][0], {"photo_too_small"}) for k in ("1×1", "one row")
     }
     bad |= {f"{k}, cut": (good[k][: len(good[k]) // 2], {"photo_broken"}) for k in ("png", "jpeg", "webp", "bmp")}
     bad["huge gif"][1].add("photo_broken"), bad["huge tiff"][1].add("photo_broken")
+    return good, bad
+
+
+def loaded(d: PillsnapClsDataset, most: int) -> list[tuple[str, str]]:
+    "How both engines load a dataset of which they can show so many photos."
+    ends = []
+    for engine in ("threads", "processes"):
+        how = {"multiprocessing_context": "spawn"} if engine == "processes" else {}
+        got = [len(x) for x, *_ in PhotoLoader(d, 16, engine=engine, num_workers=2, **how)]
+        ends.append((f"loaded by {engine}", "every batch" if sum(got) == most else f"wrongly {got}"))
+    return ends
+
+
+def in_a_delivery(work: Path, seed: int) -> list[tuple[str, str]]:
+    "The same kinds among good photos, before a conversion and after one: kind and end of each."
+    rng, ends = random.Random(seed), []
+    write_delivery(work / "d", drugs=3, photos=36, combos=0, seed=3, width=98, height=128, progress=False, workers=1)
+    photos = sorted((work / "d/data/train/images").rglob("*.png"))
+    good, bad = kinds_of_a_delivery(picture(rng, 98, 128))
     placed = dict(zip([*good, *bad], rng.sample(photos, len(good) + len(bad))))
     whole = {p: p.read_bytes() for p in placed.values()}
     plain = convert_delivery(work / "d", work / "plain")
@@ -278,33 +319,13 @@ def in_a_delivery(work: Path, seed: int) -> list[tuple[str, str]]:
     said, kept = {Path(f.path).name: str(f.reason) for f in c.quarantine.out}, {Path(p).name for p in c.rows.path}
     for kind, path in placed.items():
         end = "kept" if path.name in kept else said.get(path.name, "lost without a word")
-        ends.append(
-            (f"converted: {kind}", end if end in (("kept",) if kind in good else bad[kind][1]) else f"wrongly {end}")
-        )
-    ends.append(
-        (
-            "converted: the rest",
-            "kept"
-            if len(kept) == len(photos) - len(bad) and len(whole) == len(placed)
-            else f"wrongly {len(kept)} of {len(photos)} kept",
-        )
-    )
+        right = {"kept"} if kind in good else bad[kind][1]
+        ends.append((f"converted: {kind}", end if end in right else f"wrongly {end}"))
+    all_kept = len(kept) == len(photos) - len(bad) and len(whole) == len(placed)
+    ends.append(("converted: the rest", "kept" if all_kept else f"wrongly {len(kept)} of {len(photos)} kept"))
     d = PillsnapClsDataset(plain.rows.assign(class_key=plain.rows.kcode), ClassMap(plain.rows.kcode), work / "d", 48)
-    for engine in ("threads", "processes"):
-        got = [
-            len(x)
-            for x, *_ in PhotoLoader(
-                d,
-                16,
-                engine=engine,
-                num_workers=2,
-                **({"multiprocessing_context": "spawn"} if engine == "processes" else {}),
-            )
-        ]
-        ends.append(
-            (f"loaded by {engine}", "every batch" if sum(got) == len(d) - len(bad) + 2 else f"wrongly {got}")
-        )  # the two small ones can be shown, whatever a conversion thinks of them
-    return ends
+    # the two small ones can be shown, whatever a conversion thinks of them
+    return ends + loaded(d, len(d) - len(bad) + 2)
 
 
 def campaign(cases: int, seed: int = 1) -> list[tuple[str, str]]:

@@ -166,15 +166,28 @@ def read_damaged_name(rng: random.Random) -> str:
     return "name read"
 
 
-def campaign(cases: int, seed: int = 1) -> dict:
-    "Damage, read twice, check, count."
-    rng, said, drugs, read = random.Random(seed), Counter(), list(make_catalogue(6, 3)), AnnotationReader()
-    good = [
+def good_annotations() -> list[str]:
+    "An annotation of each of six drugs, without damage."
+    return [
         json.dumps(
             annotation(d, f"{d.kcode}_0_2_0_2_70_040_200", (10, 20, 30, 40), 976, 1280), ensure_ascii=False, indent="\t"
         )
-        for d in drugs
+        for d in make_catalogue(6, 3)
     ]
+
+
+def count_boxes(e: LabelEvidence, said: Counter) -> None:
+    "Close the evidence and count its boxes and their faults; an error if a box was lost."
+    counts, pills = e.close().counts, sum(len(p.pills) for p in e.irregular.values())
+    if counts["annotations"] != pills:
+        raise AssertionError("a box was lost")
+    said["boxes checked"] += pills
+    said.update(f"fault {p.fault}" for t in e.irregular.values() for p in t.pills if p.fault)
+
+
+def campaign(cases: int, seed: int = 1) -> dict:
+    "Damage, read twice, check, count."
+    rng, said, good, read = random.Random(seed), Counter(), good_annotations(), AnnotationReader()
     t0, e, names = time.perf_counter(), LabelEvidence(), 0
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as tmp:
         path = Path(tmp) / "x.json"
@@ -196,11 +209,7 @@ def campaign(cases: int, seed: int = 1) -> dict:
                 names += 1
                 said[read_damaged_name(rng)] += 1
             if len(e.irregular) > 200 or i % 500 == 499 or i == cases - 1:
-                counts, pills = e.close().counts, sum(len(p.pills) for p in e.irregular.values())
-                if counts["annotations"] != pills:
-                    raise AssertionError("a box was lost")
-                said["boxes checked"] += pills
-                said.update(f"fault {p.fault}" for t in e.irregular.values() for p in t.pills if p.fault)
+                count_boxes(e, said)
                 e = LabelEvidence()
     return dict(
         id="RS3",

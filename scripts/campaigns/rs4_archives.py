@@ -294,12 +294,14 @@ def child(src: Path, dst: Path) -> str:
 
 def tree(folder: Path) -> dict[str, bytes | str]:
     "Every file, link and odd thing below a folder."
+
+    def content(p: Path) -> bytes | str:
+        if p.is_symlink():
+            return "link"
+        return p.read_bytes() if p.is_file() else "odd"
+
     there = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*")}
-    return {
-        k: "link" if p.is_symlink() else p.read_bytes() if p.is_file() else "odd"
-        for k, p in there.items()
-        if p.is_symlink() or not p.is_dir()
-    }
+    return {k: content(p) for k, p in there.items() if p.is_symlink() or not p.is_dir()}
 
 
 def trial(work: Path, rng: random.Random, i: int) -> tuple[str, str]:
@@ -328,9 +330,9 @@ def trial(work: Path, rng: random.Random, i: int) -> tuple[str, str]:
     if sum(len(there[k]) for k in there if k not in before) > MOST_MB << 20:
         return kind, "the disk filled up"
     if end.startswith("refused: "):
-        return kind, "refused, and a folder left" if (
-            dst / FOLDER
-        ).exists() else "refused, which it must not be" if must else "refused"
+        if (dst / FOLDER).exists():
+            return kind, "refused, and a folder left"
+        return kind, "refused, which it must not be" if must else "refused"
     if end != "done" or files is None:
         return kind, f"not refused: {end}, {len(target)} files"
     return (

@@ -86,6 +86,13 @@ def is_text(e: ast.expr) -> bool:
     return isinstance(e, ast.Constant) and isinstance(e.value, str)
 
 
+def called_name(e: ast.expr) -> str:
+    "The name of a called function or method, empty for any other expression."
+    if isinstance(e, ast.Name):
+        return e.id
+    return e.attr if isinstance(e, ast.Attribute) else ""
+
+
 class Reader:
     "Follows blocks through a package's source and notes every key that is taken from one."
 
@@ -187,7 +194,7 @@ class Reader:
         args = [self.value(a.value if isinstance(a, ast.Starred) else a, env) for a in e.args]
         for k in e.keywords:
             self.value(k.value, env)
-        name = e.func.id if isinstance(e.func, ast.Name) else e.func.attr if isinstance(e.func, ast.Attribute) else ""
+        name = called_name(e.func)
         if name == "getattr" and len(e.args) > 1 and is_text(e.args[1]):
             return self.take(args[0], e.args[1].value, e.lineno)
         if name in ("get", "setdefault") and isinstance(e.func, ast.Attribute):
