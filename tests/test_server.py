@@ -315,9 +315,9 @@ def bad_bundles(root: Path) -> tuple[Path, Path]:
 
 
 def reload_to(server, place: Path, folder: Path | None):
-    "Let the server's MODEL_PATH lead to another bundle (None: to what it leads to now), and ask it to reload."
+    "Let the server's MODEL_PATH lead to another bundle (None: nowhere), and ask it to reload."
+    place.unlink(missing_ok=True)
     if folder:
-        place.unlink()
         place.symlink_to(folder)
     return server.ask("/reload", method="POST")
 
@@ -350,7 +350,7 @@ def test_a_reload_switches_to_a_bundle_that_works_and_to_no_other(tmp_path, bund
         finally:
             stop.set()
         assert [t[:2] for t in told] == [(409, "reload_refused")] * 3
-        assert "not finite" in told[0][2] and "sha256 differs" in told[1][2]
+        assert "not finite" in told[0][2] and "sha256 differs" in told[1][2] and "no exported model" in told[2][2], told
         assert (status, answer["before"]["digest"], answer["after"]["data"]) == (200, first, "other:toy")
         assert all(a.result() is None for a in asking)
         assert [t["error"] for s, t, _ in seen if s != 200] == [] and len(seen) >= 3  # each of the three clients
