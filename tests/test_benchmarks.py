@@ -190,7 +190,7 @@ LIMITS = {
     "BM14": {"seconds": 45, "bytes": 2e9, "growth": 1.25},
 }
 LOADERS = ("BM4", "BM5", "BM6", "BM7", "BM8")
-TIMED = ("BM1", "BM2", "BM3", *LOADERS, "BM10", "BM11", "BM11_detector", "BM14")
+TIMED = ("BM1", "BM2", "BM3", *LOADERS, "BM10", "BM11", "BM11_detector", "BM12", "BM14")
 
 
 def published(id: str) -> dict:
