@@ -188,7 +188,7 @@ def save(
     self: Conversion,
     d: Delivery,  # that was converted
 ) -> None:
-    "Write every file of the conversion, the manifest and the report last."
+    "Write every file of the conversion; the manifest, the index and the report come last."
     save_drug_mapping(self.drugs, self.out / "drug_metadata.json")
     write_faults(self.quarantine.out, self.out / "quarantine.csv")
     write_faults(self.quarantine.remarks, self.out / "reports" / "remarks.csv")

@@ -179,7 +179,7 @@ class PackSource(Source):
 
     def __init__(
         self,
-        pack: Any,  # data.pack.Pack
+        pack: Any,  # photos.pack.Pack
         views: Sequence[View] = (),  # views to check now: a pack with too few pixels is refused before the epoch
         files: DeliverySource | None = None,  # for photos with too few pixels in the pack; None = they are refused
     ):

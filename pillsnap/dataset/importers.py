@@ -336,7 +336,7 @@ def save(
     self: Import,
     seconds: float,  # time that reading took
 ) -> None:
-    "Write every file of the import, the manifest's header and the report last."
+    "Write every file of the import; the manifest, the index and the report come last."
     per_drug = self.rows.groupby("kcode").size()
     save_drug_mapping(self.drugs, self.out / "drug_metadata.json")
     write_faults(self.quarantine.out, self.out / "quarantine.csv")
