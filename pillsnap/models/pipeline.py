@@ -361,7 +361,7 @@ class Pipeline:
     classifier: ClassifierRunner  # names a pill
     class_map: ClassMap  # class number → K-code
     detector: DetectorRunner | None = None  # finds pills; None = single mode only
-    thresholds: Thresholds = Thresholds()  # which boxes are pills; single mode uses crop_padding alone
+    thresholds: Thresholds = Thresholds()  # which boxes are pills; single mode without a detector: crop_padding alone
     metadata: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # K-code → record of the drug
     temperature: float = 1.0  # from the calibration
     hashes: Mapping[str, str] = field(default_factory=dict)  # what else identifies the models; added to the answer

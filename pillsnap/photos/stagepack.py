@@ -32,7 +32,7 @@ def _remove_older(out: Path, rows: pd.DataFrame, root: str | Path) -> None:
         for shard in out.glob("shard_*.bin"):
             shard.unlink()
         shutil.rmtree(out / "parts", ignore_errors=True)
-        for name in ("index.arrow", "pack.json", "plan.json"):  # last what tells that it is an older one
+        for name in ("index.arrow", "pack.json", "plan.json"):  # is_older reads the last two, so a stop here is seen
             (out / name).unlink(missing_ok=True)
 
 # %% ../../nbs/photos/331_stagepack.ipynb #e38ec543

@@ -235,7 +235,7 @@ LETTERS = "ABCDEFGHJKLMNPRSTUVWXYZ"
 
 def _side_text(
     score: str,  # this side's score line
-    words: tuple[str, ...],  # texts to choose from, best first
+    words: tuple[str, ...],  # texts to choose from
     rng: np.random.Generator,  # source of chance
 ) -> str:  # in the record's notation
     "The imprint of one side, with '분할선' at the position of the score line."

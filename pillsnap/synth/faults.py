@@ -53,7 +53,7 @@ def spoil_record(
     k: int,  # which pill
     shot: Shot,  # how the photo is taken
 ) -> None:
-    "Write one fault into an annotation; DATA.md, section 4, describes them."
+    "Write one fault into an annotation."
     note, image, (x, y, w, h) = record["annotations"][0], record["images"][0], boxes[k]
 
     def put(box):
