@@ -196,7 +196,7 @@ def model_clusters(
     photos: Mapping[str, int],  # class key → photos that were answered
     near: Mapping[str, tuple[str, float]],  # from nearest_drugs
 ) -> list[list[str]]:  # clusters of two drugs or more; the largest first
-    "Drugs that the model confuses or can hardly part, joined."
+    "Drugs that the model confuses or can hardly tell apart, joined."
     pairs = [(c.true, c.answered) for c in confusions if c.count >= LEAST_SHARE * photos[c.true]]
     pairs += [(a, b) for a, (b, cos) in near.items() if cos >= LEAST_COSINE and near.get(b, ("", 0))[0] == a]
     parent: dict[str, str] = {}

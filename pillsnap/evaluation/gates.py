@@ -267,7 +267,7 @@ class GateResult:
     status: Status  # GO, NO_GO, TIME_CAP_SUCCESS or NOT_MEASURED
     label: str  # "demo, synthetic" at stage 0
     points: tuple[Point, ...]  # every point
-    reasons: tuple[str, ...]  # reason codes, in the contract's order
+    reasons: tuple[str, ...]  # reason codes, in the order of Reason
     not_measured: tuple[str, ...] = ()  # inputs without a valid measurement
     notes: tuple[str, ...] = ()  # e.g. first run, ignored settings
 

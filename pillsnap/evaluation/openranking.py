@@ -58,7 +58,7 @@ class Ranking:
         return found | {"map": float(np.average(1 / self.rank, weights=w)), "gap": gap}
 
 # %% ../../nbs/evaluation/784_openranking.ipynb #42ff01bb
-PER_SIDE = (1, 2, 5)  # reference photos of each side that the contract asks about
+PER_SIDE = (1, 2, 5)  # numbers of reference photos of each side
 
 
 def split_references(

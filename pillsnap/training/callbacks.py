@@ -248,7 +248,7 @@ class GradClip(Callback):
 
 # %% ../../nbs/training/600_callbacks.ipynb #2d171750
 class EmaCallback(Callback):
-    "Exponential moving average of weights and buffers, as in timm's ModelEmaV2."
+    "Exponential moving average of weights and buffers, as in timm's ModelEmaV3."
 
     order, run_valid, limit = ScaledStep.order + 1, False, 1.0  # the decay is at most the limit
 

@@ -256,7 +256,7 @@ class Clock(Callback):
 
     @property
     def spent(self) -> float:
-        "Hours of the run so far; the checkpoint saves the last reading, because several processes exchange each."
+        "Hours of the run so far; kept for the checkpoint, because a reading may need an exchange of processes."
         self.last_read = self.before + (self.now() - self.t0) / 3600
         return self.last_read
 
