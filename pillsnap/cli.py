@@ -534,8 +534,8 @@ def final_test(
     Score the sealed photos, once, and write reports/final_test_results.json.
 
     Stage 4 must be done, or a decision recorded with `pillsnap decide`. The opening is written to ledger.jsonl
-    before the first photo is read. This version does not score photos of drugs that Training does not hold,
-    so the recommendation is NEEDS_IMPROVEMENT.
+    before the first photo is read. Photos of drugs that Training does not hold are answered too: it is measured how
+    many are refused, and how many are found after their drugs were enrolled.
     """
     from pillsnap.evaluation.final import final_test_command
 

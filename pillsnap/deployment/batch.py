@@ -58,7 +58,7 @@ def predict_photos(
     bundle: Bundle | str | Path = "_runs/demo",  # an open bundle, or the folder of a run or an export
     mode: str | None = None,  # single or combo; None = the bundle's
     topk: int | None = None,  # drugs listed for each pill; None = the bundle's
-    device: str = "auto",  # auto, cpu or cuda
+    device: str = "auto",  # auto, cpu, cuda or openvino
     show: bool = True,  # show a progress bar
 ) -> Iterator[dict[str, Any]]:  # the predict JSON with "photo"; or "photo" and "error"
     "Answer photo by photo; a photo that cannot be read does not stop the others."
@@ -198,7 +198,7 @@ def predict_command(  # noqa: PLR0913 - one parameter for each option of the com
     run_dir: str | Path = "_runs/demo",  # a run folder, or its export folder
     json_out: bool = False,  # print JSON instead of cards
     topk: int | None = None,  # drugs listed for each pill; None = the bundle's
-    device: str = "auto",  # auto, cpu or cuda
+    device: str = "auto",  # auto, cpu, cuda or openvino
     out: str | Path | None = None,  # also write a table: *.csv, *.jsonl or *.parquet
 ) -> list[dict[str, Any]]:  # the answers; PillsnapError where the only photo cannot be read
     "Name the pills in photos, from the ONNX files alone."
@@ -226,7 +226,7 @@ def predict_sides_command(
     run_dir: str | Path = "_runs/demo",  # a run folder, or its export folder
     json_out: bool = False,  # print JSON instead of a card
     topk: int | None = None,  # drugs listed; None = the bundle's
-    device: str = "auto",  # auto, cpu or cuda
+    device: str = "auto",  # auto, cpu, cuda or openvino
     out: str | Path | None = None,  # also write a table: *.csv, *.jsonl or *.parquet
 ) -> dict[str, Any]:  # the answer
     "Name a pill by photos of its front and its back."

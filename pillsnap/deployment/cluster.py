@@ -43,7 +43,7 @@ class ClusterPlan:
     digest: str  # of the bundle's content
     mode: str | None = None  # single or combo; None = the bundle's
     topk: int | None = None  # drugs listed for each pill; None = the bundle's
-    device: str = "auto"  # auto, cpu or cuda
+    device: str = "auto"  # auto, cpu, cuda or openvino
     threads: int = 1  # of one operator
     gallery: str = ""  # hash of its gallery and enrolments; empty = it has none
 
@@ -103,7 +103,7 @@ class Journal:
     def __init__(
         self,
         path: str | Path,  # beside the table
-        plan: ClusterPlan,  # how is asked; PillsnapError for a journal that was begun differently
+        plan: ClusterPlan,  # how photos are asked; PillsnapError for a journal that was begun differently
     ):
         self.path, self.at = Path(path), {}
         how = {k: v for k, v in asdict(plan).items() if k in ("digest", "gallery", "mode", "topk")}
@@ -333,7 +333,7 @@ def cluster_command(  # noqa: PLR0913 - one parameter for each option of the com
     out: str | Path | None,  # NAME.parquet
     mode: str | None = None,  # single or combo; None = the bundle's
     topk: int | None = None,  # drugs listed for each pill; None = the bundle's
-    device: str = "auto",  # auto, cpu or cuda
+    device: str = "auto",  # auto, cpu, cuda or openvino
 ) -> ClusterResult:  # PillsnapError for a line that cannot be done
     "`pillsnap predict --backend dask`."
     if scheduler is None:

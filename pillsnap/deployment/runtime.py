@@ -152,7 +152,7 @@ class OnnxModel:
         self,
         model: bytes,  # the file's content
         size: int,  # side of the square input, pixels
-        device: str = "auto",  # auto, cpu or cuda
+        device: str = "auto",  # auto, cpu, cuda or openvino
         threads: int = 0,  # threads of one operator; 0 = onnxruntime's choice
         where: object = None,  # the file, for errors
     ):
@@ -404,7 +404,7 @@ class LazyDetector:
         self,
         files: Files,  # of the export
         entry: Mapping[str, Any],  # the bundle's entry of the file
-        device: str = "auto",  # auto, cpu or cuda
+        device: str = "auto",  # auto, cpu, cuda or openvino
         threads: int = 0,  # threads of one operator; 0 = onnxruntime's choice
     ):
         self.files, self.entry, self.device, self.threads = files, entry, device, threads
@@ -458,7 +458,7 @@ class Bundle:
 # %% ../../nbs/deployment/800_runtime.ipynb #0378da42
 def load_bundle(
     path: str | Path,  # a run folder, its export folder, or a .pillsnap file
-    device: str = "auto",  # auto, cpu or cuda
+    device: str = "auto",  # auto, cpu, cuda or openvino
     threads: int = 0,  # threads of one operator; 0 = onnxruntime's choice
     lazy_load_detector: bool | None = None,  # open the detector with the first combo photo; None = as the bundle says
     key: str | Path | None = None,  # public key of the person who must have signed the file; None = anybody, or nobody

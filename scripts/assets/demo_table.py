@@ -16,7 +16,7 @@ ROWS = {  # figure → what the home page calls it, and what it says of it
         "accuracy, `single`",
         "clean photos: capture groups that neither trained, nor selected the checkpoint, nor calibrated",
     ),
-    "accuracy_whole": ("accuracy of the whole photo, without the second look", "the same photos"),
+    "accuracy_whole": ("accuracy where the whole photo is classified and no pill is cut out", "the same photos"),
     "accuracy_phone": ("accuracy on rendered phone photos", "the same drugs, as a phone would show them"),
     "accuracy_selection": ("accuracy on the photos that selected the checkpoint", "for comparison"),
     "accuracy_calibration": ("accuracy on the photos that fit temperature and answer rule", "for comparison"),
