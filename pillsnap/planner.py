@@ -625,7 +625,7 @@ def _stage_table(
 
 _KINDS = {
     "manifest": "photos of this run's manifest",
-    "delivery": "photos of this delivery, boxes unknown: the pack's crops are not counted",
+    "delivery": "photos of this delivery, with the boxes that the locator finds",
     "synthetic": "synthetic photos: point --root at the delivery for its own",
 }
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lay a delivery, or one COCO file, out for a YOLO detector, and check the labels (SPEC DM13).
+# Lay a delivery, or one COCO file, out for a YOLO detector, and check the labels.
 # usage: scripts/prepare_yolo.sh DELIVERY|COCO.json OUT
 set -euo pipefail
 [ $# -eq 2 ] || { sed -n '2,3s/^# //p' "$0"; exit 2; }

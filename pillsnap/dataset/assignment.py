@@ -229,7 +229,7 @@ def _split_warnings(
     elif without_val:
         out.append(
             f"{len(without_val)} of {len(classes)} drugs have no photo in val, "
-            f"most often because they have a single capture group: {some(without_val)}"
+            f"because they have a single capture group or the stage is too small: {some(without_val)}"
         )
     n = int((s["role"].eq("clean") & s["evaluated"].le(quota.stage)).sum())
     if n < quota.min_eval:

@@ -156,7 +156,7 @@ def label_suspects(
 KINDS = {
     "conflict": "one picture under two drugs",
     "said": "a person said that it is not this drug",
-    "label": "a model is sure of another drug",
+    "label": "a model prefers another drug",
     "blurred": "less sharp than its drug's other photos",
     "dark": "darker than its drug's other photos",
     "bright": "brighter than its drug's other photos",

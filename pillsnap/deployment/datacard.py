@@ -143,6 +143,8 @@ def _faults(root: Path) -> list[str]:
     report = run_report(root, "reports/conversion.json")
     if not report:
         return ["The run has no record of its conversion.", ""]
+    if "audit" not in report and not report.get("quarantine"):
+        return ["The record of the conversion holds no audit.", ""]
     audit = {k: n for k, n in report.get("audit", {}).items() if isinstance(n, int) and n}
     seen = {k.replace("_", " "): n for k, n in audit.items() if k not in ("files", "photos", "annotations", "drugs")}
     rows = [{"fault": k, "count": n} for k, n in {**seen, **report.get("quarantine", {})}.items()]

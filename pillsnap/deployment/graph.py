@@ -83,9 +83,9 @@ def export_onnx(
         try:
             _trace(model, size, tmp, open_dims, names, opset)
         except Exception as first:
-            opset = max(18, opset)
+            asked, opset = opset, max(18, opset)
             why = f"{type(first).__name__}: {first}"
-            line = f"export: opset 17 failed ({why}); trying the newer exporter at opset {opset}"
+            line = f"export: opset {asked} failed ({why}); trying the newer exporter at opset {opset}"
             logger.info(" ".join(line.split()))
             try:
                 _capture(model, size, tmp, open_dims, names, opset)

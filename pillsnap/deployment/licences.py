@@ -52,6 +52,8 @@ def licence_parts(
         parts.append(dict(part=detector["file"], licence=AGPL, why=why))
     data = _TRAINED_ON.get(meta["data"], _TRAINED_ON["other"])
     parts.append(dict(part="drug records", licence="see why", why=f"from the delivery: {data}"))
+    if meta.get("gallery"):
+        parts.append(dict(part="gallery/", licence="see why", why=f"vectors computed from training photos: {data}"))
     if meta.get("thumbnails"):
         parts.append(dict(part="thumbnails/", licence="see why", why=f"cut out of training photos: {data}"))
     return parts

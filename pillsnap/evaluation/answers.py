@@ -187,6 +187,11 @@ class Scores:
     found: list[int] = field(default_factory=list)  # pills that single mode located in each; empty = not counted
     sharp: list[float] = field(default_factory=list)  # sharpness of what single mode showed; empty = not measured
 
+    @property
+    def view_seconds(self) -> float:
+        "The part of one view in the seconds of all three."
+        return self.seconds / 3
+
     def of(
         self,
         part: str,  # val, calib or clean

@@ -56,18 +56,18 @@ def single_records(
     prov: Provenance,  # data and class map
 ) -> tuple[dict[str, Metric], pd.DataFrame]:  # records by name, the per-class table
     "The classifier's figures on the clean photos."
-    n, half = len(scores.labels), scores.seconds / 3
+    n, seconds = len(scores.labels), scores.view_seconds
     answered = evaluate_classification_metrics(scores.single, scores.labels, keys)
     table = answered["per_class"]
     seen = table[table.n > 0]
     figures = {k: answered[k] for k in ("accuracy", "macro_f1", "top5", "confidence", "ece")}
-    rec = {k: prov.metric(k, v, n, half) for k, v in figures.items()}
+    rec = {k: prov.metric(k, v, n, seconds) for k, v in figures.items()}
     order = np.argsort(-scores.single, 1, kind="stable") if n else np.zeros((0, 5), int)
     hit = order == np.asarray(scores.labels, int)[:, None]
     for k, hits in (("accuracy", hit[:, 0]), ("top5", hit[:, :5].any(1))):
-        rec[k] = prov.metric(k, answered[k], n, half, note=share_words(hits, scores.groups))
+        rec[k] = prov.metric(k, answered[k], n, seconds, note=share_words(hits, scores.groups))
     rec["macro_f1"] = prov.metric(
-        "macro_f1", answered["macro_f1"], n, half, note=_macro_f1_words(scores, scores.single)
+        "macro_f1", answered["macro_f1"], n, seconds, note=_macro_f1_words(scores, scores.single)
     )
     for view, z, note in (
         ("whole", scores.whole, "the whole photo"),
@@ -77,14 +77,14 @@ def single_records(
         held = share_words(z.argmax(1) == scores.labels if n else [], scores.groups)
         for k, words in (("accuracy", held), ("macro_f1", _macro_f1_words(scores, z))):
             about = "; ".join(filter(None, (note, words)))
-            rec[f"{k}_{view}"] = prov.metric(f"{k}_{view}", scored[k], n, half, note=about)
+            rec[f"{k}_{view}"] = prov.metric(f"{k}_{view}", scored[k], n, seconds, note=about)
     cropped = np.array([v == "crop" for v in scores.views], bool)
     note = "; ".join(filter(None, ("share of photos answered by a located crop", share_words(cropped, scores.groups))))
-    rec["focus_found"] = prov.metric("focus_found", float(cropped.mean()) if n else None, n, half, note=note)
-    rec["n_eval_samples"] = prov.metric("n_eval_samples", n, n, half)
-    rec["class_coverage"] = prov.metric("class_coverage", answered["classes_seen"] / len(keys), len(keys), half)
+    rec["focus_found"] = prov.metric("focus_found", float(cropped.mean()) if n else None, n, seconds, note=note)
+    rec["n_eval_samples"] = prov.metric("n_eval_samples", n, n, seconds)
+    rec["class_coverage"] = prov.metric("class_coverage", answered["classes_seen"] / len(keys), len(keys), seconds)
     for name, column in (("per_class_min_f1", seen.f1), ("per_class_min_accuracy", seen.recall)):
-        rec[name] = prov.metric(name, column.min() if len(seen) else None, len(seen), half)
+        rec[name] = prov.metric(name, column.min() if len(seen) else None, len(seen), seconds)
     speed = n / scores.seconds if n else None
     note = "photos per second, opened, three views each"
     rec["throughput"] = prov.metric("throughput", speed, n, scores.seconds, note=note)
@@ -99,10 +99,10 @@ def _part_accuracy(
 ) -> Metric:
     "The accuracy on the photos of one part."
     if not (n := len(scores.labels)):
-        return prov.metric(name, None, 0, scores.seconds / 3, note=note)
+        return prov.metric(name, None, 0, scores.view_seconds, note=note)
     right = scores.single.argmax(1) == scores.labels
     about = f"{note}; {share_words(right, scores.groups)}"
-    return prov.metric(name, float(right.mean()), n, scores.seconds / 3, note=about)
+    return prov.metric(name, float(right.mean()), n, scores.view_seconds, note=about)
 
 
 def _pill_words(

@@ -287,7 +287,7 @@ def run_records(
     }
     rec |= self.calibration_records() | training_records(history, prov) | service_records(prov)
     if self.conditions:
-        rec |= self.conditions.records(prov, self.answers.scores.seconds / 2)
+        rec |= self.conditions.records(prov, self.answers.scores.view_seconds)
     if self.focus:
         rec |= self.focus.records(prov)
     return rec | {
@@ -295,7 +295,7 @@ def run_records(
         "train_overlap": overlap_record(root, self.data, self.photos, prov),
         "split_by_group": split_record(self.data, prov),
         "mode_kept": self.mode_record(),
-        **(self.atlas.metrics(prov, self.answers.scores.of("clean").seconds / 2) if self.atlas else {}),
+        **(self.atlas.metrics(prov, self.answers.scores.of("clean").view_seconds) if self.atlas else {}),
     }
 
 # %% ../../nbs/evaluation/768_measurements.ipynb #dac19c90

@@ -422,13 +422,13 @@ class Progress(Callback):
         c = r["classification"]
         others = {k: v["acc"] for k, v in list(r["views"].items())[1:]}
         if not self.began:
-            heads = "".join(f"{k + ' acc':>10}" for k in others)
+            heads = "".join(f"  {k + ' acc':>8}" for k in others)
             self.show(f"{self.title}epoch   train     val     acc      F1    top5{heads}        lr       s")
             self.began = True
         if self.bar.where == "terminal":
             self.bar.show("")
         scores = " ".join(f"{c[k]:7.4f}" for k in ("loss", "acc", "macro_f1", "top5"))
-        more = "".join(f"{v:10.4f}" for v in others.values())
+        more = "".join(f"  {v:{max(8, len(k) + 4)}.4f}" for k, v in others.items())
         self.show(
             f"{self.title}{r['epoch']:>5} {r['train_loss']:7.4f} {scores}{more}  {r['lr']:8.2e} {r['seconds']:7.1f}"
         )

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""SPEC DT1: a detector that a CPU can train must find the pills of clean synthetic combos, mAP@.5 >= .95. Less would
+"""A detector that a CPU can train must find the pills of clean synthetic combos, mAP@.5 >= .95. Less would
 mean wrong labels.
 
 The demo's delivery is rendered, converted and split in a folder of its own, and the detector's stage trains on it.

@@ -1,4 +1,4 @@
-"""SPEC IT1's claim, measured: do two trainings in turn take less time than one after the other, and does the
+"""Do two trainings in turn take less time than one after the other, and does the
 processor wait less?
 
 Each round trains detector and classifier one after the other and in turn, in folders with the same photos and

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""SPEC RS1: kill -9 at random moments of a conversion. The rerun ends as an undisturbed run ends, and nothing
+"""Kill -9 at random moments of a conversion. The rerun ends as an undisturbed run ends, and nothing
 half-written is ever seen under its name.
 
 usage: rs1_conversion.py [--kills 20] [--seed 1] [--out FILE.json]

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""SPEC RS1: kill -9 at random moments of an export. Given again, the same command ends with the files of the
+"""Kill -9 at random moments of an export. Given again, the same command ends with the files of the
 undisturbed run.
 
 One small run is trained and evaluated. Every trial exports a copy of it in a forked child that has its libraries

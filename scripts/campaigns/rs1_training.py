@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""SPEC RS1: kill -9 at random moments of a classifier's training. Given again, the same command ends at the weights
+"""Kill -9 at random moments of a classifier's training. Given again, the same command ends at the weights
 of the undisturbed run, to the last bit.
 
 Each child is a whole stage (read, train, validate, save, report), forked from a process that has its libraries

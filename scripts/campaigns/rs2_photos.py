@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""SPEC RS2: broken and unusual photos by the ten thousand. Skipped with a named reason or read right; never a crash,
+"""Broken and unusual photos by the ten thousand. Skipped with a named reason or read right; never a crash,
 never a wrong colour.
 
 Small pictures of known pixels are stored in every way of the contract's list, some are cut off, some have bytes

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""SPEC RS3: broken annotations by the hundred thousand. No uncaught exception, and everything counted.
+"""Broken annotations by the hundred thousand. No uncaught exception, and everything counted.
 
 A good record is damaged in bytes, in structure and in values; each result is read by the quick reader and by the
 careful one, which must agree, and its boxes are checked. File names are damaged likewise and read by the name parser.

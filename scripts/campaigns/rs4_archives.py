@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""SPEC RS4: hostile, foreign and damaged archives. Each is refused in words or unpacked safely.
+"""Hostile, foreign and damaged archives. Each is refused in words or unpacked safely.
 
 An archive of the delivery gets an entry that climbs out, is absolute, is a link or a device, is encrypted, swells,
 shares its body, lies about its length or clashes with another; or

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""SPEC RS5: a disk that is full, a folder that is read-only, no more file handles, at random moments of conversion,
+"""A disk that is full, a folder that is read-only, no more file handles, at random moments of conversion,
 splits and packing.
 
 Each trial runs a stage in a process of its own with one fault in it, on a folder where an earlier stage has finished.

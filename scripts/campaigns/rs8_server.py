@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""SPEC RS8: the server under everything that a stranger may send, and under loss of its workers.
+"""The server under everything that a stranger may send, and under loss of its workers.
 
 1. schemathesis over the OpenAPI document, two sides and feedback included, with all its checks, at least 20,000 cases;
 2. a mixture of good, bad, slow and cut requests while workers are killed and the bundle is changed: what was accepted

@@ -267,7 +267,13 @@ def places(pattern: re.Pattern) -> list[str]:
 
 
 def contract() -> list[str]:
-    return places(ROWS)
+    "Chapters and presets by row ids, which campaigns and benchmarks may have in their names."
+    presets = [(p, ROWS) for p in sorted((ROOT / "configs").glob("*.yaml"))]
+    programs = [
+        (p, re.compile(r"\bSPEC [A-Z]")) for p in sorted((ROOT / "scripts").rglob("*")) if p.suffix in (".py", ".sh")
+    ]
+    texts = [(p, pattern, p.read_text(encoding="utf-8")) for p, pattern in presets + programs]
+    return places(ROWS) + [f"{p.name}: {m[0]}" for p, pattern, text in texts for m in pattern.finditer(text)]
 
 
 def identifiers(source: str) -> set[str]:
