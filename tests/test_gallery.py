@@ -1,5 +1,6 @@
 "A retrieval run from training to the answer: gallery, evaluation, export, bundle, enrolment."
 
+import json
 import multiprocessing
 import shutil
 import time
@@ -197,6 +198,14 @@ def check_names_go_to_the_nearest(bundle, new: str, photos: list[Path], before: 
         view = pipeline.views(read_photo(photo), "single").images[0]
         s = class_scores(gallery, bundle.classifier.outputs(normalise(view[None]))[1])[0]
         assert is_now == (new if s.argmax() == number else was)
+
+
+@pytest.mark.spec("SG1")
+def test_the_gate_of_a_family_without_a_detector_asks_for_none(gallery_run):
+    gate = json.loads((gallery_run / "reports" / "scorecard.json").read_text())["gate"]
+    (row,) = (p for p in gate["points"] if p["name"] == "map50")
+    assert (row["verdict"], row["note"]) == ("NOT_ASKED", "the retrieval family has no detector")
+    assert "map50" not in gate["not_measured"]
 
 
 @pytest.mark.spec("BX19")

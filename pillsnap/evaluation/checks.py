@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['LEAST_EPOCHS', 'STABLE_HOURS', 'BATCHES', 'BEFORE', 'EVALUATION', 'learning_trend', 'overfits', 'detector_trends',
            'not_measured', 'training_records', 'long_run_record', 'service_records', 'training_corruption',
-           'data_loading_record', 'first_views', 'batch_records', 'without_boxes', 'not_applicable', 'jobs_before',
-           'tensorboard_checks', 'memory_errors', 'full_dataset_check', 'mandatory_checks', 'declared_checks',
-           'declare_check', 'ended_in_nan', 'unreadable_share', 'advisor_facts']
+           'data_loading_record', 'first_views', 'batch_records', 'without_boxes', 'without_detector', 'not_applicable',
+           'jobs_before', 'tensorboard_checks', 'memory_errors', 'full_dataset_check', 'mandatory_checks',
+           'declared_checks', 'declare_check', 'ended_in_nan', 'unreadable_share', 'advisor_facts']
 
 # %% ../../nbs/evaluation/755_checks.ipynb #832d4c60
 import os
@@ -253,19 +253,26 @@ def without_boxes(
     return "the imported photos have no boxes, so no detector was trained and none is asked for"
 
 
+def without_detector(
+    cfg: Config,  # project.family, project.active_feature_set
+    root: str | os.PathLike | None = None,  # run folder; None = of a run with boxes
+) -> str:
+    "Why this run has no detector; empty for a run that has one."
+    if root is not None and (why := without_boxes(root)):
+        return why
+    if cfg.project.family != "two_stage":
+        return f"the {cfg.project.family} family has no detector"
+    if "combo_detection" not in active_features(cfg.project.active_feature_set):
+        return f"the feature set {cfg.project.active_feature_set} has no detector"
+    return ""
+
+
 def not_applicable(
     cfg: Config,  # project.family, project.active_feature_set
     root: str | os.PathLike | None = None,  # run folder; None = of a run with boxes
 ) -> dict[str, str]:  # target or check → why; {} for a run with a detector
     "The targets and checks that do not apply to this run."
-    boxless = without_boxes(root) if root is not None else ""
-    if cfg.project.family != "two_stage":
-        why = f"the {cfg.project.family} family has no detector"
-    elif "combo_detection" not in active_features(cfg.project.active_feature_set):
-        why = f"the feature set {cfg.project.active_feature_set} has no detector"
-    elif boxless:
-        why = boxless
-    else:
+    if not (why := without_detector(cfg, root)):
         return {}
     names = {n for a in ADVISOR_TARGETS.values() for n in (*a.checks, *(t.name for t in a.targets))}
     return {n: why for n in sorted(names) if n.startswith("detection_")}
@@ -278,7 +285,7 @@ def jobs_before(
     "The jobs that must have finished before an evaluation."
     if cfg.project.family == "retrieval":
         return "splits", "retrieval"
-    return tuple(j for j in BEFORE if j != "detector" or not not_applicable(cfg, root))
+    return tuple(j for j in BEFORE if j != "detector" or not without_detector(cfg, root))
 
 # %% ../../nbs/evaluation/755_checks.ipynb #3ffdd930
 def _tensorboard_tags(

@@ -354,7 +354,7 @@ NOT_ASKED = "NOT_ASKED"
 
 def _without_detector(
     points: tuple[Point, ...],  # of a gate
-    why: str,  # why these data can score no detector; empty for all others
+    why: str,  # why the run has no detector; empty where it has one
 ) -> tuple[Point, ...]:
     "The points, the detector's NOT_ASKED with the reason; a detector that was measured keeps its verdict."
     return tuple(
@@ -385,7 +385,7 @@ def _status(missed: Collection[str], unknown: Sequence[str]) -> Status:
 
 def simple_stage_evaluation(
     stage: int,  # 0 demo, 1-4
-    facts: Mapping[str, Any],  # records by name: accuracy, latency_p95_ms (a Latency), ...; no_boxes: a reason
+    facts: Mapping[str, Any],  # records by name: accuracy, latency_p95_ms (a Latency), ...; no_detector: a reason
     time_cap: TimeCap | None = None,  # the time-cap rule, where the stage allows it
     target_accuracy: float | None = None,  # of the configuration; None = the stage's target
     max_latency_ms: float | None = None,  # of the configuration; None = the stage's limit
@@ -394,7 +394,7 @@ def simple_stage_evaluation(
     if stage not in STAGE_TARGETS:
         raise PillsnapError(f"there is no stage {stage!r}", fix=f"stages are {', '.join(map(str, STAGE_TARGETS))}")
     target, ignored = stage_gate(stage, target_accuracy, max_latency_ms)
-    points, apart = _without_detector(_gate_points(target, facts), facts.get("no_boxes", "")), _belongs(facts)
+    points, apart = _without_detector(_gate_points(target, facts), facts.get("no_detector", "")), _belongs(facts)
     if apart:
         points = tuple(Point(p.name, p.asked, Status.NOT_MEASURED, p.value, p.n, note=apart) for p in points)
     missed = {p.reason for p in points if p.verdict == "missed"}
