@@ -7,8 +7,8 @@ SHELL := bash
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 RUN := _runs/demo
-# processes of the notebooks' tests; pytest gets one more, because its tests often wait
-PROCESSES ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
+# processes of a test run: one more than cores, because tests often wait
+PROCESSES ?= $(shell n=$$(nproc); echo $$((n < 8 ? n + 1 : 9)))
 export VENV PYTHON
 export PATH := $(BIN):$(PATH)
 # a test run starts some hundred processes: they keep the compiled modules, whatever the shell says
@@ -37,7 +37,7 @@ test: setup ## format, lint, clean-check, export-check, every notebook, pytest
 	@scripts/core/in_step.sh clean
 	@scripts/core/in_step.sh export
 	@PYTHONPATH=$(CURDIR)/tests/startup$${PYTHONPATH:+:$$PYTHONPATH} $(THREADS) JPY_SESSION_NAME=$(CURDIR)/nbs/as-in-the-lab.ipynb nbdev_test --n_workers $(PROCESSES) --skip_file_re '^(0[0-9]_|[_.])' # as a person sees them; papermill runs the stages without, pytest the guide's chapters
-	@$(THREADS) python -m pytest -n $$(($(PROCESSES) + 1)) --dist loadfile --no-loadscope-reorder
+	@$(THREADS) python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
 FAST := house notebooks gates calibration metrics readme repository keys
 check: setup ## what a commit must pass: format, lint, types, clean, export, readability, the fast tests (two minutes)
