@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LEAST_EPOCHS', 'STABLE_HOURS', 'BATCHES', 'BEFORE', 'EVALUATION', 'learning_trend', 'overfits', 'detector_trends',
            'not_measured', 'training_records', 'long_run_record', 'service_records', 'training_corruption',
-           'data_loading_record', 'first_views', 'batch_records', 'without_boxes', 'without_detector', 'not_applicable',
+           'data_loading_record', 'first_views', 'batch_records', 'without_boxes', 'why_no_detector', 'not_applicable',
            'jobs_before', 'tensorboard_checks', 'memory_errors', 'full_dataset_check', 'mandatory_checks',
            'declared_checks', 'declare_check', 'ended_in_nan', 'unreadable_share', 'advisor_facts']
 
@@ -253,7 +253,7 @@ def without_boxes(
     return "the imported photos have no boxes, so no detector was trained and none is asked for"
 
 
-def without_detector(
+def why_no_detector(
     cfg: Config,  # project.family, project.active_feature_set
     root: str | os.PathLike | None = None,  # run folder; None = of a run with boxes
 ) -> str:
@@ -272,7 +272,7 @@ def not_applicable(
     root: str | os.PathLike | None = None,  # run folder; None = of a run with boxes
 ) -> dict[str, str]:  # target or check → why; {} for a run with a detector
     "The targets and checks that do not apply to this run."
-    if not (why := without_detector(cfg, root)):
+    if not (why := why_no_detector(cfg, root)):
         return {}
     names = {n for a in ADVISOR_TARGETS.values() for n in (*a.checks, *(t.name for t in a.targets))}
     return {n: why for n in sorted(names) if n.startswith("detection_")}
@@ -285,7 +285,7 @@ def jobs_before(
     "The jobs that must have finished before an evaluation."
     if cfg.project.family == "retrieval":
         return "splits", "retrieval"
-    return tuple(j for j in BEFORE if j != "detector" or not without_detector(cfg, root))
+    return tuple(j for j in BEFORE if j != "detector" or not why_no_detector(cfg, root))
 
 # %% ../../nbs/evaluation/755_checks.ipynb #3ffdd930
 def _tensorboard_tags(

@@ -22,7 +22,7 @@ from ..core.settings import Config
 from ..dataset.drugs import drug_names
 from .advisor import Advice, Bar, Check, evaluate_and_recommend
 from .atlas import atlas_lines
-from .checks import advisor_facts, without_detector
+from .checks import advisor_facts, why_no_detector
 from .figures import RELIABLE
 from .gates import GateResult, Point, TimeCap, simple_stage_evaluation
 from .latency import Latency, latency_table, measured_value
@@ -129,7 +129,7 @@ def gate_and_advise(
     gate = simple_stage_evaluation(
         doc["stage"],
         gate_facts(metrics, latency, best_before(root, metrics.get("accuracy")))
-        | {"no_detector": without_detector(cfg, root)},
+        | {"no_detector": why_no_detector(cfg, root)},
         time_cap(root, cfg, facts.checks, doc["classes"]),
         limits.target_accuracy,
         limits.max_latency_ms,

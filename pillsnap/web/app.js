@@ -758,7 +758,7 @@
       const [left, top, right, bottom] = item.box || [];
       const sure = item.answer === "drug" ? { kcode: item.kcode, name: item.name, confidence: item.confidence } : {};
       return { ...shared, pill: index + 1, answer: item.answer, reason: item.reason,
-        shortlist: item.shortlist.join(" "), ...sure,
+        shortlist: item.shortlist.join("; "), ...sure,
         left, top, right, bottom };
     });
     return found.length ? found : [shared];
