@@ -13,11 +13,11 @@ import multiprocessing
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # children are forked: a pool of threads would not come with them
@@ -26,6 +26,7 @@ import torch  # noqa: F401 - loaded before the children are forked
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from harness import arguments, finish, machine, save
+from kills import in_time, killed
 
 from pillsnap.core.files import read_json, sha256_file
 from pillsnap.core.jobs import read_record
@@ -99,29 +100,6 @@ def undisturbed(root: Path) -> float:
     return span
 
 
-def in_time(trials: list[dict]) -> list[dict]:
-    "Kills that came before the export had finished."
-    return [t for t in trials if not t["too_late"]]
-
-
-def killed(root: Path, span: float, rng: random.Random, most: int) -> list[dict]:
-    "Kill up to five exports in one folder, at most `most` of them in time; then let it finish."
-    trials = []
-    for _ in range(5):
-        p, after = child(root), rng.uniform(0, span)
-        time.sleep(after)
-        os.kill(p.pid, signal.SIGKILL)
-        p.join()
-        late = p.exitcode == 0
-        trials.append(dict(after_s=round(after, 3), too_late=late, found=opened(root)))
-        print(trials[-1], flush=True)
-        if late or len(in_time(trials)) == most:
-            break
-    if not late:
-        child(root).join()
-    return trials
-
-
 def campaign(kills: int, seed: int) -> tuple[float, list[dict], list[str]]:
     "Seconds of the undisturbed export, every kill, and the folders that ended otherwise, in words."
     rng, trials, bad = random.Random(seed), [], []
@@ -135,7 +113,7 @@ def campaign(kills: int, seed: int) -> tuple[float, list[dict], list[str]]:
         span = undisturbed(straight)
         while (before := len(in_time(trials))) < kills:
             root = copy(f"run{len(trials)}")
-            trials += killed(root, span, rng, kills - before)
+            trials += killed(partial(child, root), lambda _late, root=root: opened(root), span, rng, kills - before)
             if answer(root) != answer(straight):
                 bad.append(f"after {len(trials)} kills of seed {seed}: {answer(root)} instead of {answer(straight)}")
             shutil.rmtree(root)

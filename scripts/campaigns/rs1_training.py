@@ -14,10 +14,10 @@ usage: rs1_training.py [--quick] [--kills 20] [--seed 0] [--out FOLDER]
 import multiprocessing
 import os
 import random
-import signal
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # children are forked: a pool of threads would not come with them
@@ -25,6 +25,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from harness import arguments, finish, machine, save
+from kills import in_time, killed
 
 from pillsnap.core.checkpoints import load_ckpt
 from pillsnap.core.config import load_config
@@ -89,6 +90,11 @@ def opened(root: Path) -> str:
     return at
 
 
+def found(root: Path, late: bool) -> str:
+    "What lies in a folder after a kill."
+    return "finished" if late else opened(root)
+
+
 def difference(a: Path, b: Path) -> str | None:
     "What separates two finished runs."
     if (read_record(b, "classifier") or {}).get("status") != "finished":
@@ -120,30 +126,6 @@ def undisturbed(root: Path) -> float:
     return span
 
 
-def in_time(trials: list[dict]) -> list[dict]:
-    "Kills that came before the training had finished."
-    return [t for t in trials if not t["too_late"]]
-
-
-def killed(root: Path, span: float, rng: random.Random, most: int) -> list[dict]:
-    "Kill up to five trainings in one folder, at most `most` of them in time; then let it finish."
-    trials = []
-    child(splits, root).join()
-    for _ in range(5):
-        p, after = child(train, root), rng.uniform(0, span / 2)
-        time.sleep(after)
-        os.kill(p.pid, signal.SIGKILL)
-        p.join()
-        late = p.exitcode == 0
-        trials.append(dict(after_s=round(after, 3), too_late=late, found="finished" if late else opened(root)))
-        print(trials[-1], flush=True)
-        if late or len(in_time(trials)) == most:
-            break
-    if not late:
-        child(train, root).join()
-    return trials
-
-
 def campaign(kills: int, seed: int) -> tuple[float, list[dict], list[str]]:
     "Seconds of the undisturbed training, every kill, and the folders that ended otherwise, in words."
     rng, trials, bad = random.Random(seed), [], []
@@ -152,7 +134,9 @@ def campaign(kills: int, seed: int) -> tuple[float, list[dict], list[str]]:
         span = undisturbed(straight)
         while (before := len(in_time(trials))) < kills:
             root = Path(tmp) / f"run{len(trials)}"
-            trials += killed(root, span, rng, kills - before)
+            child(splits, root).join()
+            look = partial(found, root)
+            trials += killed(partial(child, train, root), look, span / 2, rng, kills - before)
             if why := difference(straight, root):
                 bad.append(f"after {len(trials)} kills of seed {seed}: {why}")
     return span, trials, bad
