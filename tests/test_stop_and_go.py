@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from functools import partial
 
 import numpy as np
@@ -198,36 +197,20 @@ def command(root, *before):
     return [sys.executable, "-c", code]
 
 
-def when(path, ready, p):
-    "Wait for a checkpoint that is as it should be."
-    end = time.monotonic() + 150
-    while p.poll() is None and time.monotonic() < end:
-        if path.exists() and ready(load_ckpt(path)):
-            return
-        time.sleep(0.005)
-
-
 def stopped_in_mid_epoch(root, sig: signal.Signals, epoch: int) -> tuple[int, str]:
-    "Start the training, and send it a signal when it has saved in the middle of this epoch; exit status and errors."
-    last, env = root / "checkpoints" / "classifier" / "last.pt", {**os.environ, "OMP_NUM_THREADS": "1"}
-    # a signal must not come after the end
-    slowly = (
-        "import time; from pillsnap.training.monitoring import StepLog; one = StepLog.after_batch; "
-        "StepLog.after_batch = lambda self: (time.sleep(.1), one(self))[1]"
+    "Train until two batches of this epoch are done, where a signal arrives; exit status and errors."
+    at_that_batch = (
+        "import os; from pillsnap.training.monitoring import StepLog; one = StepLog.after_batch; StepLog.after_batch = "
+        f"lambda self: ((self.epoch, self.iter) == ({epoch}, 2) and os.kill(os.getpid(), {int(sig)}), one(self))[1]"
     )
-
-    def at(c):
-        return (c["epoch"], c["position"]["batch"])
-
-    before = at(load_ckpt(last)) if last.exists() else (0, 0)  # what the one before left is no sign of life
-    p = subprocess.Popen(command(root, slowly), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=env)
-    try:
-        when(last, lambda c: at(c) > before and c["epoch"] >= epoch and c["position"]["batch"] > 1, p)
-        p.send_signal(sig)
-        err = p.communicate(timeout=150)[1].decode()
-    finally:
-        p.kill()
-    return p.returncode, err
+    p = subprocess.run(
+        command(root, at_that_batch),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=150,
+    )
+    return p.returncode, p.stderr.decode()
 
 
 @pytest.mark.spec("BX10", "CT15", "CT16", "RS1")
