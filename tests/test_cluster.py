@@ -90,6 +90,20 @@ def count_photos(seconds: float) -> None:
     module.predict_photos = counted
 
 
+def asks_and_kills(pid: str, photos: int, typed: list[str]) -> subprocess.Popen:
+    "The command in a process that sends kill -9, once, when this many answers are in its journal."
+    code = (
+        "import os, sys; from pillsnap import cli; from pillsnap.deployment.cluster import Journal\n"
+        "add, killed = Journal.add, []\n"
+        "def add_and_kill(self, answers):\n"
+        "    add(self, answers)\n"
+        f"    if len(self.at) > {photos} and not killed: killed.append(1); os.kill({pid}, {int(signal.SIGKILL)})\n"
+        "Journal.add = add_and_kill\n"
+        "cli.main(sys.argv[1:])"
+    )
+    return subprocess.Popen([sys.executable, "-c", code, *typed])
+
+
 def running_tasks(dask_worker) -> int:
     return len(dask_worker.state.executing)
 
@@ -117,14 +131,8 @@ def test_a_killed_job_goes_on_and_asks_no_photo_twice(photos, bundle, cluster, c
     out = tmp_path / "there.parquet"
     journal = tmp_path / "there.parquet.journal"
     client.run(count_photos, 0.05)
-    asking = subprocess.Popen([sys.executable, "-m", "pillsnap", *command(photos, bundle, cluster, out)])
-    for _ in range(3000):
-        assert asking.poll() is None, "it ended before it was killed"
-        if journal.is_file() and journal.read_bytes().count(b"\n") > 16:
-            break
-        time.sleep(0.01)
-    asking.send_signal(signal.SIGKILL)
-    asking.wait()
+    asking = asks_and_kills("os.getpid()", 16, command(photos, bundle, cluster, out))
+    assert asking.wait(120) == -signal.SIGKILL
     stored = journal.read_bytes().count(b"\n") - 1
     assert 16 <= stored < N and not out.exists()
     while any(client.run(running_tasks).values()):  # what the lost process had asked for; nobody gets its answers
@@ -141,15 +149,10 @@ def test_a_lost_worker_costs_no_photo(photos, bundle, cluster, client, tmp_path)
     local = of_one_machine(photos, bundle, tmp_path / "local.parquet")
     out = tmp_path / "there.parquet"
     client.run(count_photos, 0.05)
-    asking = subprocess.Popen([sys.executable, "-m", "pillsnap", *command(photos, bundle, cluster, out)])
-    journal = tmp_path / "there.parquet.journal"
-    for _ in range(3000):
-        if asking.poll() is not None or (journal.is_file() and journal.read_bytes().count(b"\n") > 8):
-            break
-        time.sleep(0.01)
-    assert asking.poll() is None
-    os.kill(next(iter(client.run(os.getpid).values())), signal.SIGKILL)
+    lost = next(iter(client.run(os.getpid).values()))
+    asking = asks_and_kills(str(lost), 8, command(photos, bundle, cluster, out))
     assert asking.wait(120) == 1
+    assert lost not in client.run(os.getpid).values()
     pd.testing.assert_frame_equal(pd.read_parquet(out), local)
 
 

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -542,22 +541,18 @@ def test_killed_in_the_middle_it_goes_on(tmp_path):
         add(root, [A], lo)
         add(root, [B], lo)
     code = (
-        "import sys, time; from pillsnap.dataset import conversion, opening as c\n"
-        "real = c.check_photo\n"
-        "def slow(p, **k): time.sleep(.05); return real(p, **k)\n"
-        "c.check_photo = slow; c.CHUNK = 4\n"
+        "import os, sys; from pathlib import Path; from pillsnap.dataset import conversion, opening as c\n"
+        "seen, real = Path(sys.argv[3]), c.check_photo\n"
+        "def last(p, **k):\n"
+        "    if seen.is_file() and len(seen.read_bytes().splitlines()) > 8:\n"
+        f"        os.kill(os.getpid(), {int(signal.SIGKILL)})\n"
+        "    return real(p, **k)\n"
+        "c.check_photo = last; c.CHUNK = 4\n"
         "conversion.convert_delivery(sys.argv[1], sys.argv[2])"
     )
-    run = [sys.executable, "-c", code, str(root), str(tmp_path / "run")]
     seen = tmp_path / "run/artifacts/photos.seen"
-    p = subprocess.Popen(run)
-    for _ in range(400):
-        if p.poll() is not None or (seen.is_file() and len(seen.read_bytes().splitlines()) > 8):
-            break
-        time.sleep(0.05)
-    assert p.poll() is None, "it was still at work"
-    p.send_signal(signal.SIGKILL)
-    p.wait()
+    p = subprocess.run([sys.executable, "-c", code, str(root), str(tmp_path / "run"), str(seen)])
+    assert p.returncode == -signal.SIGKILL, "it was still at work"
     assert not (tmp_path / "run/manifest.csv").exists() and len(seen.read_bytes().splitlines()) > 8
     again, whole = convert_delivery(root, tmp_path / "run"), convert_delivery(root, tmp_path / "other")
     assert again.header["data_hash"] == whole.header["data_hash"] and again.header["counts"]["photos"] == 36
