@@ -31,17 +31,16 @@ def exported(source: str):
 def test_what_it_counts_is_seen(monkeypatch):
     "Two notebooks and a script that break every rule raise every count."
     long_body = "\n".join(f"    x{i} = {i}" for i in range(41))
-    exports = ["from pillsnap.cli import main", f"def shown():\n{long_body}", "def hidden(): pass; pass"]
+    exports = ["from pillsnap.core.again import shown", f"def shown():\n{long_body}", "def hidden(): pass; pass"]
     exports += [f"class C{i}:\n    pass" for i in range(house.CEILINGS["rows"])] + ["#\n" * 800]
     demo = new_code_cell("shown()  # hidden() " + "w" * 120)
     bad = chapter("000_bad", *map(exported, exports), demo, new_markdown_cell("The room teaches (SPEC X1)."))
     again = chapter("001_again", exported("def shown(): ..."))
-    before = {what: len(house.found(what)) for what in house.LISTS}
-    chapters, scripts, keys = [bad, again, *house.notebooks()], list(house.scripts()), unread_keys.unread_keys()
-    monkeypatch.setattr(house, "notebooks", lambda: chapters)
-    monkeypatch.setattr(house, "scripts", lambda: [*scripts, ("bad.py", f"async def run():\n{long_body}")])
-    monkeypatch.setattr(unread_keys, "unread_keys", lambda: [*keys, "train.nothing"])
-    assert [what for what, places in house.LISTS.items() if len(places()) <= before[what]] == []
+    own = dict.fromkeys(("scripts/core/house.py", "tests/test_house.py"), "")
+    monkeypatch.setattr(house, "notebooks", lambda: [bad, again])
+    monkeypatch.setattr(house, "scripts", lambda: [*own.items(), ("bad.py", f"async def run():\n{long_body}")])
+    monkeypatch.setattr(unread_keys, "unread_keys", lambda: ["train.nothing"])
+    assert [what for what, places in house.LISTS.items() if not places()] == []
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,10 @@ PARTS = ("train", "val", "eval_set")
 _INTEGERS = ("stage_min", "width", "height", "state", "back", "side", "light", "latitude", "longitude", "size")
 
 
-def part_file(folder: Path, name: str) -> Path:
+def part_file(
+    folder: Path,  # of a stage's splits, artifacts/stageN
+    name: str,  # train, val, test, …
+) -> Path:
     "The table of one part."
     return folder / f"manifest_{name}.csv"
 

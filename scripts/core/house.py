@@ -104,6 +104,12 @@ def parsed(source: str) -> ast.Module:
 
 
 @cache
+def nodes(source: str) -> tuple[ast.AST, ...]:
+    "Every node of that tree."
+    return tuple(ast.walk(parsed(source)))
+
+
+@cache
 def notebooks() -> list[Notebook]:
     "Every chapter that exports a module, in reading order."
     paths = sorted((ROOT / "nbs").rglob("[0-9]*_*.ipynb"), key=lambda p: p.name)
@@ -136,8 +142,8 @@ def wide() -> list[str]:
 def chains() -> list[str]:
     found = []
     for place, text in (*cells(), *scripts()):
-        for node in ast.walk(parsed(text)):
-            for body in (getattr(node, "body", []), getattr(node, "orelse", []), getattr(node, "finalbody", [])):
+        for node in (n for n in nodes(text) if hasattr(n, "body")):
+            for body in (node.body, getattr(node, "orelse", []), getattr(node, "finalbody", [])):
                 if isinstance(body, list):
                     pairs = zip(body, body[1:], strict=False)
                     found += [f"{place}: line {b.lineno}" for a, b in pairs if a.end_lineno == b.lineno]
@@ -154,7 +160,7 @@ def long_functions(sources: Iterable[tuple[str, str]]) -> list[str]:
     return [
         f"{place}: {node.name}, {body_lines(node)} lines"
         for place, text in sources
-        for node in ast.walk(parsed(text))
+        for node in nodes(text)
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and body_lines(node) > 40
     ]
 
@@ -175,7 +181,7 @@ def modules() -> list[str]:
 def code_lines(source: str) -> int:
     "Lines of code of a cell; documented parameters stand one a line and do not count, nor do docstrings."
     free: set[int] = set()
-    for n in ast.walk(parsed(source)):
+    for n in nodes(source):
         if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef)):
             free |= set(range(n.lineno, n.body[0].lineno))
         if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and ast.get_docstring(n):
@@ -203,7 +209,7 @@ def defined(source: str) -> list[str]:
 def used(source: str) -> set[str]:
     "Names that a cell uses, also in code that it hands to another process; other strings and comments use nothing."
     names = set()
-    for node in ast.walk(parsed(source)):
+    for node in nodes(source):
         if isinstance(node, ast.Name):
             names.add(node.id)
         elif isinstance(node, ast.Attribute):
@@ -249,7 +255,7 @@ def said(nb: Notebook) -> Iterator[str]:
     yield from nb.prose()
     for source in filter(is_export, nb.code()):
         yield "\n".join(re.findall(r"#.*$", source, re.M))
-        yield from (ast.get_docstring(n) or "" for n in ast.walk(parsed(source)) if hasattr(n, "body") and has_doc(n))
+        yield from (ast.get_docstring(n) or "" for n in nodes(source) if has_doc(n))
 
 
 def has_doc(node: ast.AST) -> bool:
@@ -279,7 +285,7 @@ def contract() -> list[str]:
 def identifiers(source: str) -> set[str]:
     "Names of variables, attributes, parameters, functions and classes."
     parts = ("id", "attr", "arg", "name")
-    return {str(getattr(node, part, "")) for node in ast.walk(parsed(source)) for part in parts}
+    return {str(getattr(node, part, "")) for node in nodes(source) for part in parts}
 
 
 def words() -> list[str]:

@@ -16,6 +16,8 @@ import types
 import typing
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -274,21 +276,38 @@ class Reader:
                     self.body(p.body, env, cls)
 
 
+@dataclass(frozen=True)
+class Source:
+    "A file's syntax tree, the names of its classes, and its functions that say what they return."
+
+    tree: ast.Module
+    classes: frozenset[str]
+    functions: tuple[ast.FunctionDef, ...]
+
+
+@cache
+def parsed(text: str) -> Source:
+    "A file, read once however often it is asked for."
+    tree = ast.parse(text)
+    found = list(ast.walk(tree))
+    functions = tuple(n for n in found if isinstance(n, ast.FunctionDef) and n.returns is not None)
+    return Source(tree, frozenset(n.name for n in found if isinstance(n, ast.ClassDef)), functions)
+
+
 def read_keys(package: Path, tree: Tree) -> dict[str, str]:
     "Every key that the package's code reads, with the first place."
-    sources = {p.relative_to(package).as_posix(): p.read_text(encoding="utf-8") for p in sorted(package.rglob("*.py"))}
-    everything = {name: ast.parse(text) for name, text in sources.items() if not name.endswith("_modidx.py")}
-    parsed = {name: module for name, module in everything.items() if name != DECLARES}
+    paths = [p for p in sorted(package.rglob("*.py")) if p.name != "_modidx.py"]
+    everything = {p.relative_to(package).as_posix(): parsed(p.read_text(encoding="utf-8")) for p in paths}
+    using = {name: source for name, source in everything.items() if name != DECLARES}
     r = Reader(tree)
-    for module in parsed.values():
-        r.classes |= {n.name for n in ast.walk(module) if isinstance(n, ast.ClassDef)}
-    for module in everything.values():
-        for n in ast.walk(module):
-            if isinstance(n, ast.FunctionDef) and n.returns is not None and (v := r.named(n.returns)):
+    r.classes = set().union(*(source.classes for source in using.values()))
+    for source in everything.values():
+        for n in source.functions:
+            if v := r.named(n.returns):
                 r.returns[n.name] = v
     for _ in range(2):  # attributes of classes that a later file sets are known in the second round
-        for r.where, module in parsed.items():
-            r.body(module.body, {})
+        for r.where, source in using.items():
+            r.body(source.tree.body, {})
     return r.read
 
 
