@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo golden test notebooks pytest check clean-check export-check lab docs bench clean
+.PHONY: help setup demo golden test notebooks pytest check clean-check export-check types lab docs bench clean
 
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
@@ -48,6 +48,9 @@ notebooks: setup ## every notebook, as JupyterLab would run it; says nothing unl
 
 pytest: setup ## the tests in tests/
 	@$(THREADS) python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
+
+types: setup ## the package has the types that it states
+	@basedpyright
 
 FAST := house notebooks gates calibration metrics readme repository keys
 check: setup ## what a commit must pass: format, lint, types, clean, export, readability, the fast tests (two minutes)
