@@ -2,14 +2,13 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo golden test notebooks pytest check clean-check export-check types lab docs bench clean
+.PHONY: help setup demo golden test check clean-check export-check types lab docs bench clean
 
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 RUN := _runs/demo
-# processes of a test run, for pytest and for notebooks, which run side by side: more than cores, because tests wait
+# processes of a test run: one more than cores, because tests often wait
 PROCESSES ?= $(shell n=$$(nproc); echo $$((n < 8 ? n + 1 : 9)))
-NOTEBOOKS ?= $(shell echo $$((($(PROCESSES) + 2) / 3)))
 export VENV PYTHON
 export PATH := $(BIN):$(PATH)
 # a test run starts some hundred processes: they keep the compiled modules, whatever the shell says
@@ -37,16 +36,7 @@ test: setup ## format, lint, clean-check, export-check, every notebook, pytest
 	@ruff check -q .
 	@scripts/core/in_step.sh clean
 	@scripts/core/in_step.sh export
-	@$(MAKE) --no-print-directory -j2 notebooks pytest
-
-# as a person sees them; papermill runs the stages without, pytest the guide's chapters
-notebooks: setup ## every notebook, as JupyterLab would run it; says nothing unless one fails
-	@log=$$(mktemp); trap 'rm -f $$log' EXIT; \
-	PYTHONPATH=$(CURDIR)/tests/startup$${PYTHONPATH:+:$$PYTHONPATH} $(THREADS) \
-	JPY_SESSION_NAME=$(CURDIR)/nbs/as-in-the-lab.ipynb nbdev_test --n_workers $(NOTEBOOKS) --skip_file_re '^(0[0-9]_|[_.])' > $$log 2>&1 \
-	|| { cat $$log; exit 1; }
-
-pytest: setup ## the tests in tests/
+	@PYTHONPATH=$(CURDIR)/tests/startup$${PYTHONPATH:+:$$PYTHONPATH} $(THREADS) JPY_SESSION_NAME=$(CURDIR)/nbs/as-in-the-lab.ipynb nbdev_test --n_workers $(PROCESSES) --skip_file_re '^(0[0-9]_|[_.])' # as a person sees them; papermill runs the stages without, pytest the guide's chapters
 	@$(THREADS) python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
 types: setup ## the package has the types that it states

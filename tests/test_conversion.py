@@ -541,17 +541,16 @@ def test_killed_in_the_middle_it_goes_on(tmp_path):
         add(root, [A], lo)
         add(root, [B], lo)
     code = (
-        "import os, sys; from pathlib import Path; from pillsnap.dataset import conversion, opening as c\n"
-        "seen, real = Path(sys.argv[3]), c.check_photo\n"
-        "def last(p, **k):\n"
-        "    if seen.is_file() and len(seen.read_bytes().splitlines()) > 8:\n"
-        f"        os.kill(os.getpid(), {int(signal.SIGKILL)})\n"
-        "    return real(p, **k)\n"
-        "c.check_photo = last; c.CHUNK = 4\n"
+        "import os, sys; from pillsnap.dataset import conversion, opening as c\n"
+        "note = c.PhotoJournal.note\n"
+        "def note_and_end(self, rows):\n"
+        "    note(self, rows)\n"
+        f"    if len(self.path.read_bytes().splitlines()) > 8: os.kill(os.getpid(), {int(signal.SIGKILL)})\n"
+        "c.PhotoJournal.note, c.CHUNK = note_and_end, 4\n"
         "conversion.convert_delivery(sys.argv[1], sys.argv[2])"
     )
     seen = tmp_path / "run/artifacts/photos.seen"
-    p = subprocess.run([sys.executable, "-c", code, str(root), str(tmp_path / "run"), str(seen)])
+    p = subprocess.run([sys.executable, "-c", code, str(root), str(tmp_path / "run")])
     assert p.returncode == -signal.SIGKILL, "it was still at work"
     assert not (tmp_path / "run/manifest.csv").exists() and len(seen.read_bytes().splitlines()) > 8
     again, whole = convert_delivery(root, tmp_path / "run"), convert_delivery(root, tmp_path / "other")
