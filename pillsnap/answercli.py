@@ -180,7 +180,7 @@ def _serve(  # noqa: PLR0913 - one parameter for each option of the command
         int,
         typer.Option(help="threads of one worker; 0 = the CPUs shared out; in a container: its CPUs per worker", min=0),
     ] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or openvino")] = "auto",
     limit: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="a limit such as per_minute=600; may be repeated")
     ] = None,

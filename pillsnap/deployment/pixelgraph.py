@@ -118,7 +118,7 @@ class PixelClassifier:
     def __init__(
         self,
         model: bytes,  # content of classifier_uint8.onnx
-        device: str = "auto",  # auto, cpu or cuda
+        device: str = "auto",  # auto, cpu, cuda or openvino
         threads: int = 0,  # threads of one operator; 0 = onnxruntime's choice
         where: object = None,  # the file, for errors
     ):
@@ -152,7 +152,7 @@ class PixelClassifier:
 # %% ../../nbs/deployment/815_pixelgraph.ipynb #e43d92ec
 def open_pixel_graph(
     bundle: Bundle,  # an export
-    device: str = "auto",  # auto, cpu or cuda
+    device: str = "auto",  # auto, cpu, cuda or openvino
     threads: int = 0,  # threads of one operator; 0 = onnxruntime's choice
 ) -> PixelClassifier:  # PillsnapError for a bundle without it, for another contract and for a changed file
     "The graph of a bundle, verified."

@@ -158,7 +158,7 @@ class ServerSettings(Block):
     host: str = key("127.0.0.1", "the address to listen on")
     port: int = key(8000, "the port; 0 = any that is free", ge=0, le=65535)
     workers: int = key(2, "processes that answer", ge=1, le=64)
-    device: str = key("auto", "auto, cpu or cuda")
+    device: str = key("auto", "auto, cpu, cuda or openvino")
     threads: int = key(0, "threads of one worker; 0 = the machine's CPUs shared out evenly", ge=0)
     env_file: Path = key(Path(".env"), "the file with API_KEY, LOG_LEVEL, CORS_ALLOW_ORIGINS, MODEL_PATH")
     auth: bool = key(True, "ask for a key; false on the loopback address only")

@@ -145,7 +145,7 @@ class WorkerPlan:
     "How a worker runs."
 
     bundle: str  # a run folder, an export or a .pillsnap file
-    device: str = "auto"  # auto, cpu or cuda
+    device: str = "auto"  # auto, cpu, cuda or openvino
     threads: int = 1  # of one operator
     digest: str | None = None  # the content that is expected; None = whatever is there
     gallery: str | None = None  # hash of its gallery and enrolments; "" = it has none; None = whatever is there
