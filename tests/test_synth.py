@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -256,23 +255,27 @@ def test_the_digest_is_that_of_the_files(tiny):
 def test_killed_rendering_is_gone_on_with(tmp_path):
     spec = dict(drugs=3, photos=14, combos=1, seed=1, width=195, height=256)
     code = (
-        "from pillsnap.synth.writer import write_delivery\n"
-        f"if __name__ == '__main__': write_delivery({str(tmp_path / 'k')!r}, **{spec!r}, progress=False, workers=2)"
+        "import os\n"
+        "from pillsnap.synth import writer\n"
+        "run_tasks = writer.run_tasks\n"
+        "def killed_after_eight(*given):\n"
+        "    for photos, part in enumerate(run_tasks(*given)):\n"
+        f"        if photos == 8: os.killpg(0, {int(signal.SIGKILL)})\n"
+        "        yield part\n"
+        "if __name__ == '__main__':\n"
+        "    writer.run_tasks = killed_after_eight\n"
+        f"    writer.write_delivery({str(tmp_path / 'k')!r}, **{spec!r}, progress=False, workers=2)\n"
     )
     script = tmp_path / "render.py"
     script.write_text(code)
-    p = subprocess.Popen(
+    p = subprocess.run(
         [sys.executable, str(script)],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": search_path(ROOT)},
         start_new_session=True,
+        timeout=120,
     )
-    for _ in range(3000):
-        if len(list((tmp_path / "k").rglob("*.png"))) >= 8 or p.poll() is not None:
-            break
-        time.sleep(0.02)
-    os.killpg(p.pid, signal.SIGKILL)
-    p.wait()
+    assert p.returncode == -signal.SIGKILL
     assert (tmp_path / "k" / UNFINISHED).is_file() and not (tmp_path / "k" / "SYNTHETIC.json").exists(), (
         "not to be mistaken for finished"
     )
