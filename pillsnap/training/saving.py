@@ -330,7 +330,6 @@ def restore(
     if hasattr(learn.dls.train, "load_state_dict"):
         learn.dls.train.load_state_dict(ckpt["sampler_state"])
     learn.rows, learn.begun, learn.begun_at = list(ckpt["history"]), ckpt, ckpt["position"]["batch"]
-    set_rng_state(ckpt["rng_state"])
     return int(ckpt["epoch"])
 
 # %% ../../nbs/training/625_saving.ipynb #512ec587

@@ -525,6 +525,13 @@ MUTATIONS: list[Mutation] = [
         "tests/test_stop_and_go.py::test_a_worker_that_dies_costs_what_was_done_since_the_last_save",
     ),
     Mutation(
+        "a resumed training draws other random numbers",
+        "pillsnap/training/saving.py",
+        '_remaining_batches(self, ckpt), ckpt["rng_state"]',
+        "_remaining_batches(self, ckpt), rng_state()",
+        "tests/test_stop_and_go.py::test_a_worker_that_dies_costs_what_was_done_since_the_last_save",
+    ),
+    Mutation(
         "photos without a box are validated in each view",
         "pillsnap/training/trainer.py",
         '        rows = data.val[~data.val["path"].isin(_unboxed(val_dl))]',
