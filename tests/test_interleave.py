@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from runs import DETECTOR_KILLED
 
 needs_ultralytics = pytest.mark.skipif(
     importlib.util.find_spec("ultralytics") is None, reason="ultralytics is not installed"
@@ -101,11 +102,7 @@ def test_steps_come_in_the_configured_ratio(tmp_path, monkeypatch, ratio, want):
 
 def kill_in_the_second_epoch(run: Path, out: Path) -> dict[str, str]:
     "Train in turn and send SIGKILL in the detector's second epoch; the status that each job's record then has."
-    in_the_second_epoch = (
-        "import os; from pillsnap.training import detectortrainer as module; real = module.step_line\n"
-        f"module.step_line = lambda e, *a, **k: e == 2 and os.killpg(0, {int(signal.SIGKILL)}) or real(e, *a, **k)\n"
-    )
-    assert start(in_the_second_epoch + BOTH, run, out).wait(timeout=300) == -signal.SIGKILL, out.read_text()[-3000:]
+    assert start(DETECTOR_KILLED + BOTH, run, out).wait(timeout=300) == -signal.SIGKILL, out.read_text()[-3000:]
     return {
         s: json.loads((run / "stages" / f"{s}.json").read_text())["status"]
         for s in ("interleaved", "detector", "classifier")

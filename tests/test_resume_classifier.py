@@ -1,12 +1,10 @@
 """kill -9 in the middle of the classifier, then the same command (SPEC CT16, X73, BX8)."""
 
-import os
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
+from runs import stopped_classifier
 from test_smoke_train import split_folder
 
 from pillsnap.core.checkpoints import load_ckpt
@@ -22,15 +20,6 @@ EPOCHS = 5
 OVERRIDES = ("data.classification.img_size=64", "train.num_threads=1", "train.classification.lr=0.003")
 
 
-def command(root, before=""):
-    "The stage in a process of its own, as `pillsnap run classifier` would have it."
-    code = (
-        f"{before}from pillsnap.training.classifier import ClassifierJob; "
-        f"ClassifierJob(run_dir={str(root)!r}, config='smoke', overrides={OVERRIDES!r}, epochs={EPOCHS}).run()"
-    )
-    return [sys.executable, "-c", code]
-
-
 def job(root, *more):
     return ClassifierJob(run_dir=str(root), config="smoke", overrides=(*OVERRIDES, *more), epochs=EPOCHS)
 
@@ -39,18 +28,8 @@ def job(root, *more):
 def killed(delivery, tmp_path_factory):
     "A run folder whose classifier was killed in its second epoch."
     root = split_folder(tmp_path_factory.mktemp("killed") / "run", delivery)
-    in_the_second_epoch = (
-        "import os; from pillsnap.training.monitoring import StepLog; "
-        f"StepLog.after_batch = lambda self: self.epoch == 1 and os.kill(os.getpid(), {int(signal.SIGKILL)}); "
-    )
-    p = subprocess.run(
-        command(root, in_the_second_epoch),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=150,
-    )
-    assert p.returncode == -signal.SIGKILL, p.stderr.decode()
+    status, err = stopped_classifier(root, OVERRIDES, EPOCHS, (1, 0), signal.SIGKILL)
+    assert status == -signal.SIGKILL, err
     return root
 
 

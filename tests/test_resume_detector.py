@@ -10,6 +10,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from runs import DETECTOR_KILLED
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("ultralytics") is None, reason="ultralytics is not installed")
 
@@ -26,13 +27,6 @@ tried.append([event, str(args)])
     home = [p for p in os.listdir(os.environ["HOME"])]
     print("RESULT", json.dumps({"tried": tried, "home": home, "verdict": res.verdict}))
 """)
-
-
-# the first epoch is in last.pt when the second one's first line is made
-KILLED = (
-    "import os; from pillsnap.training import detectortrainer as module; real = module.step_line\n"
-    f"module.step_line = lambda e, *a, **k: e == 2 and os.killpg(0, {int(signal.SIGKILL)}) or real(e, *a, **k)\n"
-)
 
 
 def command(run: Path, home: Path, out: Path, before: str = "") -> subprocess.Popen:
@@ -81,7 +75,7 @@ def test_killed_in_the_second_epoch(prepared):
 
     run, straight = prepared / "killed", prepared / "straight"
     out = {n: prepared / f"{n}.txt" for n in ("killed", "resumed")}
-    p = command(run, prepared / "home", out["killed"], KILLED)
+    p = command(run, prepared / "home", out["killed"], DETECTOR_KILLED)
     assert p.wait(timeout=240) == -signal.SIGKILL, out["killed"].read_text()[-3000:]
     at = load_ckpt(run / "checkpoints" / "detector" / "last.pt")
     record = json.loads((run / "stages" / "detector.json").read_text())

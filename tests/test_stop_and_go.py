@@ -3,14 +3,13 @@ BX10, CT14-CT16)."""
 
 import os
 import signal
-import subprocess
-import sys
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from fastai.callback.core import Callback
+from runs import stopped_classifier
 from test_memory import Painted, table
 from test_smoke_train import split_folder
 from torch import nn
@@ -183,43 +182,13 @@ EPOCHS, SET = (
 )
 
 
-def command(root, *before):
-    "The stage in a process of its own, as `pillsnap run classifier` would have it."
-    code = "; ".join(
-        [
-            *before,
-            (
-                "from pillsnap.training.classifier import ClassifierJob; "
-                f"ClassifierJob(run_dir={str(root)!r}, config='smoke', overrides={SET!r}, epochs={EPOCHS}).run()"
-            ),
-        ]
-    )
-    return [sys.executable, "-c", code]
-
-
-def stopped_in_mid_epoch(root, sig: signal.Signals, epoch: int) -> tuple[int, str]:
-    "Train until two batches of this epoch are done, where a signal arrives; exit status and errors."
-    at_that_batch = (
-        "import os; from pillsnap.training.monitoring import StepLog; one = StepLog.after_batch; StepLog.after_batch = "
-        f"lambda self: ((self.epoch, self.iter) == ({epoch}, 2) and os.kill(os.getpid(), {int(sig)}), one(self))[1]"
-    )
-    p = subprocess.run(
-        command(root, at_that_batch),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=150,
-    )
-    return p.returncode, p.stderr.decode()
-
-
 @pytest.mark.spec("BX10", "CT15", "CT16", "RS1")
 def test_killed_and_asked_to_stop_in_mid_epoch_and_still_the_same(delivery, tmp_path):
     "kill -9 in the first epoch, SIGTERM in the second, then in peace: weights and figures of the undisturbed run."
     root = split_folder(tmp_path / "run", delivery)
-    status, err = stopped_in_mid_epoch(root, signal.SIGKILL, 0)
+    status, err = stopped_classifier(root, SET, EPOCHS, (0, 2), signal.SIGKILL)
     assert status == -signal.SIGKILL, err
-    status, err = stopped_in_mid_epoch(root, signal.SIGTERM, 1)
+    status, err = stopped_classifier(root, SET, EPOCHS, (1, 2), signal.SIGTERM)
     assert status and "KeyboardInterrupt: SIGTERM" in err, err
     last = root / "checkpoints" / "classifier" / "last.pt"
     assert "stopped by SIGTERM in epoch" in (root / "logs" / "pillsnap.classifier.log").read_text(encoding="utf-8")
