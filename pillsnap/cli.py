@@ -59,11 +59,11 @@ ASIDE: tuple[JobSpec, ...] = (  # run by name only
 
 
 def jobs_of(
-    cfg: Config,  # data.source
+    source: str,  # data.source of the configuration
 ) -> tuple[JobSpec, ...]:
     "Every job that can be named; a person's own photos are imported where a delivery is converted."
     jobs = PIPELINE + ASIDE
-    return (IMPORT, *jobs[1:]) if cfg.data.source == "imported" else jobs
+    return (IMPORT, *jobs[1:]) if source == "imported" else jobs
 
 
 def pipeline_of(
@@ -73,9 +73,9 @@ def pipeline_of(
     if cfg.data.task == "segmentation":
         return tuple(s for s in ASIDE if s.name == "segmentation")
     if cfg.project.family != "retrieval":
-        return jobs_of(cfg)[: len(PIPELINE)]
+        return jobs_of(cfg.data.source)[: len(PIPELINE)]
     delivery = cfg.data.source != "aihub" or (Path(cfg.paths.root) / "data" / "train").is_dir()
-    own = {s.name: s for s in jobs_of(cfg)}
+    own = {s.name: s for s in jobs_of(cfg.data.source)}
     first = ("conversion",) if delivery else ()
     return tuple(own[name] for name in (*first, "splits", "retrieval", "evaluation", "export"))
 
@@ -175,7 +175,7 @@ def run(  # noqa: PLR0913 - one parameter for each option of the command
     config, overrides = own_config(config, run_dir), overrides or []
     params = {k: yaml.safe_load(v) for k, _, v in (p.partition("=") for p in param or [])}
     cfg = load_config(config, overrides)
-    jobs = jobs_of(cfg) if single else pipeline_of(cfg)
+    jobs = jobs_of(cfg.data.source) if single else pipeline_of(cfg)
     run_pipeline(jobs, config, overrides, run_dir, single, from_, force, fresh, params)
     if not single:
         print(_where_to_look(run_dir or Path(load_config(config, overrides).paths.exp_dir)))
@@ -312,11 +312,11 @@ def pack(
 ) -> None:
     "Write a stage's photos, made small, into a few files with checksums; an interrupted pack is continued."
     from pillsnap.dataset.splitfiles import load_split_data
-    from pillsnap.photos.stagepack import pack_command
+    from pillsnap.photos.stagepack import pack_command, pack_settings
 
     cfg = load_config(run_config(run_dir), [f"pack.codec={codec}"] if codec else [])
     n = cfg.data.progressive_validation.current_stage if stage is None else stage
-    pack_command(load_split_data(run_dir, n), run_dir, cfg, estimate, workers)
+    pack_command(load_split_data(run_dir, n), run_dir, pack_settings(cfg.pack, cfg.data), estimate, workers)
 
 # %% ../nbs/920_cli.ipynb #b2dde3aa
 @app.command(epilog='Example: `pillsnap plan --root ./data --gpu "RTX 5080" --seconds 10`')

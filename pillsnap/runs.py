@@ -87,6 +87,6 @@ def run(
     config = own_config(config, Path(run_dir) if run_dir else None)
     cfg = load_config(config, overrides)
     single = None if job == "all" else job
-    jobs = jobs_of(cfg) if single else pipeline_of(cfg)
+    jobs = jobs_of(cfg.data.source) if single else pipeline_of(cfg)
     run_pipeline(jobs, config, overrides, run_dir, single, force=force)
     return load_run(run_dir or cfg.paths.exp_dir)

@@ -11,7 +11,6 @@ from jsonschema import ValidationError, validate
 from PIL import Image
 from rich.console import Console
 
-from pillsnap.core.config import load_config
 from pillsnap.core.container import FolderFiles
 from pillsnap.core.files import sha256_file
 from pillsnap.core.jobs import RunFolder
@@ -147,13 +146,13 @@ def test_reference_pictures_are_of_training_photos_and_can_be_left_out(tmp_path)
     from pillsnap.deployment.export import _thumbnails
 
     data, run = delivery(tmp_path), RunFolder(tmp_path / "run", "export")
-    made = _thumbnails(run, load_config("smoke"), data)
+    made = _thumbnails(run, True, data)
     folder = tmp_path / "run/export/thumbnails"
     assert {k: list(sides) for k, sides in made.entries.items()} == {"K-000001": ["front"], "K-000002": ["back"]}
     assert made.total == sum(p.stat().st_size for p in folder.iterdir()) and len(made.missing) == 4
     entry = made.entries["K-000001"]["front"]
     assert sha256_file(folder / entry["file"]) == entry["sha256"]
-    left_out = _thumbnails(run, load_config("smoke", ["export.thumbnails=false"]), data)
+    left_out = _thumbnails(run, False, data)
     assert left_out.entries == {} and not folder.exists()
 
 

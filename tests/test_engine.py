@@ -135,15 +135,14 @@ def test_a_run_that_the_clock_stopped_counts_as_what_it_is(run, monkeypatch):
     }
 
     def verdict(least, **changed):
-        cfg = load_config("smoke", [*SMALL, clock.format(least)])
-        return simple_stage_evaluation(0, facts, time_cap(run, cfg, {**checks, **changed}, 6)).status
+        p = load_config("smoke", [*SMALL, clock.format(least)]).data.progressive_validation
+        return simple_stage_evaluation(0, facts, time_cap(run, p, {**checks, **changed}, 6)).status
 
     assert STAGE_TARGETS[0].accuracy > 0.2
     assert verdict(8) == Status.TIME_CAP_SUCCESS and verdict(17) == Status.NO_GO  # 16 photos were seen
     assert verdict(8, pipeline_complete=Check(False, "somewhere")) == Status.NO_GO
-    assert (
-        simple_stage_evaluation(0, facts, time_cap(run, load_config("smoke", SMALL), checks, 6)).status == Status.NO_GO
-    )  # a stage that does not allow it
+    plain = load_config("smoke", SMALL).data.progressive_validation  # does not allow it
+    assert simple_stage_evaluation(0, facts, time_cap(run, plain, checks, 6)).status == Status.NO_GO
 
 
 @pytest.mark.spec("CT23", "X57", "X58")

@@ -649,10 +649,10 @@ def test_the_memory_slope_is_theil_sens(mb):
 
 @pytest.mark.spec("SG5")
 def test_checks_carry_their_evidence(copy):
-    doc, cfg = read_json(copy / "reports/evaluation.json"), load_config("smoke")
+    doc, project = read_json(copy / "reports/evaluation.json"), load_config("smoke").project
 
     def found():
-        return K.mandatory_checks(copy, doc, cfg)
+        return K.mandatory_checks(copy, doc, project)
 
     c = found()
     assert (
@@ -679,7 +679,7 @@ def test_checks_carry_their_evidence(copy):
     record_path(copy, "detector").unlink()
     assert (
         not found()["pipeline_complete"].counts
-        and K.mandatory_checks(copy, doc, load_config("smoke", ["project.active_feature_set=mvp"]))[
+        and K.mandatory_checks(copy, doc, load_config("smoke", ["project.active_feature_set=mvp"]).project)[
             "pipeline_complete"
         ].counts
     )
@@ -689,8 +689,8 @@ def test_checks_carry_their_evidence(copy):
 
 @pytest.mark.spec("SG3", "SG4", "SG5")
 def test_every_mandatory_check_is_measured_declared_or_says_why_not(copy):
-    doc, cfg = read_json(copy / "reports/evaluation.json"), load_config("smoke")
-    c = K.mandatory_checks(copy, doc, cfg)
+    doc, project = read_json(copy / "reports/evaluation.json"), load_config("smoke").project
+    c = K.mandatory_checks(copy, doc, project)
     assert set(c) == {n for s in ADVISOR_TARGETS.values() for n in s.checks}
     assert all((x.evidence and (copy / x.evidence).exists()) if x.passed is not None else x.note for x in c.values())
     assert c["multi_batch_processing"].counts, "32 photos at once were answered as one by one"
@@ -711,7 +711,7 @@ def test_class_balance_is_checked_by_its_ratio(copy, ratio, passed):
     doc = read_json(copy / "reports/evaluation.json")
     m = Metric.from_dict(doc["metrics"]["class_imbalance_ratio"])
     doc["metrics"]["class_imbalance_ratio"] = replace(m, value=ratio, seconds=1.0).to_dict()
-    assert K.mandatory_checks(copy, doc, load_config("smoke"))["class_balance_verification"].passed is passed
+    assert K.mandatory_checks(copy, doc, load_config("smoke").project)["class_balance_verification"].passed is passed
 
 
 @pytest.mark.spec("SG3", "SG4")

@@ -97,7 +97,7 @@ def test_without_boxes_the_gate_asks_for_no_detector_and_says_why(own_run, tmp_p
     why = "the imported photos have no boxes, so no detector was trained and none is asked for"
     assert row["note"] == why and why in card["gate"]["notes"]
     assert {"detection_map50", "detection_model_loading"} <= set(card["advice"]["does_not_apply"])
-    boxed = load_config("two_stage")
+    boxed = load_config("two_stage").project
     assert (not_applicable(boxed, own_run)["detection_map50"], "detector" in jobs_before(boxed, own_run)) == (
         why,
         False,

@@ -315,8 +315,7 @@ def test_the_evaluation_and_the_export_write_the_targets(exported, tmp_path):
     failed = (root / "reports" / "failure_list.csv").read_text().splitlines()
     assert len(failed) - 1 == told["failures"] > 0  # untrained weights
     save_json(kept, root / "reports" / "export.json")
-    cfg = load_config("narrow", given)
-    assert "MB of classifier.onnx" in _narrow_note(root, cfg)[0]
+    assert "MB of classifier.onnx" in _narrow_note(root)[0]
     rows = read_json(root / "reports" / "narrow_targets.json")["rows"]
     assert rows[4]["value"] == (root / "export" / "classifier.onnx").stat().st_size / 1e6 and rows[4]["verdict"] == "GO"
     assert rows[3]["verdict"] == "NOT_MEASURED" and "NOT_COMPARABLE" in rows[3]["note"]

@@ -32,7 +32,7 @@ from ..core.errors import PillsnapError
 from ..core.files import atomic_path, ensure_dir, read_json, save_json
 from ..core.jobs import Job, JobResult, RunFolder
 from ..core.plots import save_fig
-from ..core.settings import Config, Data, Synth
+from ..core.settings import Config, Data, Narrow, Synth
 from .drugs import drug_mapping, save_drug_mapping
 from .matching import Collection, Quarantine, collect_samples, relative_paths
 from .opening import PhotoJournal, image_policies
@@ -457,14 +457,15 @@ def smoke_conversion(
 def mix_in_real_photos(
     c: Conversion,  # of a delivery; its manifest and report are written again
     root: str | Path,  # the delivery
-    cfg: Config,  # narrow, data
+    narrow: Narrow,  # real_photos and its ratios
+    data: Data,  # how photos are opened
 ) -> PhotoMix:
     "Mix the single photos with the folder `narrow.real_photos`, below the run's `narrow_dataset`."
-    assert cfg.narrow.real_photos is not None
-    mix = mix_photos(c.rows, root, cfg.narrow.real_photos, c.out / "narrow_dataset", cfg.narrow, cfg.data)
+    assert narrow.real_photos is not None
+    mix = mix_photos(c.rows, root, narrow.real_photos, c.out / "narrow_dataset", narrow, data)
     source = c.header["source"]
     if source != "synthetic":  # a figure with rendered photos in it is a synthetic one
-        source = f"other:studio and {Path(cfg.narrow.real_photos).name}"
+        source = f"other:studio and {Path(narrow.real_photos).name}"
     head = {k: v for k, v in c.header.items() if k not in ("schema", "rows", "columns", "data_hash")}
     head |= dict(source=source, root=mix.folder, counts=_counts(mix.rows))
     head["mix"] = {k: mix.stats[k] for k in ("total_studio", "total_real", "total_combined", "studio_share")}
@@ -498,7 +499,7 @@ def work(self: ConversionJob, run: RunFolder, cfg: Config) -> JobResult:
     figures, notes = draw_report(c.rows, c.drugs, root, c.out / "reports"), []
     real = Path(cfg.narrow.real_photos) if cfg.project.family == "narrow" and cfg.narrow.real_photos else None
     if real is not None:
-        mix = mix_in_real_photos(c, root, cfg)
+        mix = mix_in_real_photos(c, root, cfg.narrow, cfg.data)
         figures.append(save_fig(mix.plot(), c.out / "reports" / "conversion_mix.png"))
         notes = _mix_notes(mix)
     outputs = [

@@ -81,7 +81,7 @@ from ..models.pipeline import Pipeline, Thresholds, detector_input, view_setting
 from ..models.twoside import PairRule
 from ..models.yolo import TorchDetector, load_detector
 from ..photos.images import open_image_safely
-from ..photos.unified import unified_preprocessor
+from ..photos.unified import UnifiedPreprocessor, unified_preprocessor
 
 # %% ../../nbs/deployment/840_export.ipynb #08658d67
 logger = logging.getLogger("pillsnap.deployment.export")
@@ -262,15 +262,16 @@ def _write_pixel_classifier(
 
 
 def _wants_pixel_graph(
-    cfg: Config,  # export.uint8_graph, project.family
+    wanted: bool,  # export.uint8_graph
+    unified: UnifiedPreprocessor | None,  # the narrow family's
 ) -> bool:
     "Whether to write the graph with the preprocessing inside; ONNX has no CLAHE, so the narrow family has none."
-    if cfg.export.uint8_graph and unified_preprocessor(cfg) is not None:
+    if wanted and unified is not None:
         logger.info(
             "export: no classifier_uint8.onnx, because CLAHE stays outside the graph; bundle.json names the steps"
         )
         return False
-    return cfg.export.uint8_graph
+    return wanted
 
 
 def _write_models(
@@ -374,12 +375,12 @@ def _answer_defaults(
 
 def _thumbnails(
     run: RunFolder,  # the run
-    cfg: Config,  # export.thumbnails
+    wanted: bool,  # export.thumbnails
     data: SplitData,  # the stage
 ) -> Thumbnails:  # none where they are left out; older ones are deleted then
     "The reference pictures of the export."
     folder = run.sub("export") / "thumbnails"
-    if cfg.export.thumbnails:
+    if wanted:
         return write_thumbnails(data, folder)
     shutil.rmtree(folder, ignore_errors=True)
     return Thumbnails()
@@ -538,9 +539,9 @@ def _size_notes(bundle: Bundle, models: Mapping[str, ExportedModel]) -> list[str
     return [f"{m}.onnx {sizes[m]:.1f} MB, opset {models[m].entry['opset']}" for m in models]
 
 
-def _narrow_note(root: Path, cfg: Config) -> list[str]:
-    "The targets of the narrow family, now with time and size; none for other families or before the evaluation."
-    if cfg.project.family != "narrow" or not (root / "reports" / "evaluation.json").is_file():
+def _narrow_note(root: Path) -> list[str]:
+    "The targets of the narrow family, now with time and size; none before the evaluation."
+    if not (root / "reports" / "evaluation.json").is_file():
         return []
     _, words = write_narrow_targets(root)
     logger.info(words)
@@ -587,13 +588,15 @@ def work(self: ExportJob, run: RunFolder, cfg: Config) -> JobResult:
     "Export, compare, write the bundle, time it and report."
     data = load_split_data(run.root, cfg.data.progressive_validation.current_stage)
     focus, _ = chosen_focus(cfg.inference.focus, cfg.train.classification.crop_view_prob)
-    check_evaluation(run.root, view_settings(focus, Thresholds.configured(cfg.data), unified_preprocessor(cfg)))
+    unified = unified_preprocessor(cfg)
+    check_evaluation(run.root, view_settings(focus, Thresholds.configured(cfg.data), unified))
     report = run.sub("reports") / "export.json"
     for old in (run.sub("export") / "bundle.json", report):
         old.unlink(missing_ok=True)
-    models = _write_models(run, data.class_map, cfg.export.opset, _wants_pixel_graph(cfg))
+    pixels = _wants_pixel_graph(cfg.export.uint8_graph, unified)
+    models = _write_models(run, data.class_map, cfg.export.opset, pixels)
     facts, figures = _compared_facts(run, cfg, data, models)
-    thumbnails = _thumbnails(run, cfg, data)
+    thumbnails = _thumbnails(run, cfg.export.thumbnails, data)
     bundle = _bundle(run, cfg, data, models, thumbnails)
     kind = "combo" if bundle.detector else "single"
     photo = next(open_photos(photo_order(data, kind, cfg.train.seed), 1)).path
@@ -606,7 +609,8 @@ def work(self: ExportJob, run: RunFolder, cfg: Config) -> JobResult:
     if (run.root / "reports" / "evaluation.json").is_file():
         gate_and_advise(run.root, cfg)  # stage 1 asks for a compared conversion, which exists only now
     notes = _size_notes(bundle, models) + [_latency_note(r) for r in latency] + thumbnails.notes()
-    notes += _narrow_note(run.root, cfg)
+    if cfg.project.family == "narrow":
+        notes += _narrow_note(run.root)
     if self.run_dir:
         notes.append(_predict_command(photo, bundle, run.root))
     notes += _skipped_note(facts["skipped_photos"])

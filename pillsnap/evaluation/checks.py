@@ -27,7 +27,7 @@ from ..core.errors import PillsnapError
 from ..core.files import read_json, save_json
 from ..core.jobs import read_record
 from ..core.records import Metric, Provenance
-from ..core.settings import Config, Data, active_features
+from ..core.settings import Config, Data, Project, active_features
 from ..dataset.loaders import validation_loader
 from ..dataset.opening import image_policies
 from ..dataset.splitfiles import load_split_data
@@ -254,38 +254,38 @@ def without_boxes(
 
 
 def why_no_detector(
-    cfg: Config,  # project.family, project.active_feature_set
+    project: Project,  # family and feature set
     root: str | os.PathLike | None = None,  # run folder; None = of a run with boxes
 ) -> str:
     "Why this run has no detector; empty for a run that has one."
     if root is not None and (why := without_boxes(root)):
         return why
-    if cfg.project.family != "two_stage":
-        return f"the {cfg.project.family} family has no detector"
-    if "combo_detection" not in active_features(cfg.project.active_feature_set):
-        return f"the feature set {cfg.project.active_feature_set} has no detector"
+    if project.family != "two_stage":
+        return f"the {project.family} family has no detector"
+    if "combo_detection" not in active_features(project.active_feature_set):
+        return f"the feature set {project.active_feature_set} has no detector"
     return ""
 
 
 def not_applicable(
-    cfg: Config,  # project.family, project.active_feature_set
+    project: Project,  # family and feature set
     root: str | os.PathLike | None = None,  # run folder; None = of a run with boxes
 ) -> dict[str, str]:  # target or check → why; {} for a run with a detector
     "The targets and checks that do not apply to this run."
-    if not (why := why_no_detector(cfg, root)):
+    if not (why := why_no_detector(project, root)):
         return {}
     names = {n for a in ADVISOR_TARGETS.values() for n in (*a.checks, *(t.name for t in a.targets))}
     return {n: why for n in sorted(names) if n.startswith("detection_")}
 
 
 def jobs_before(
-    cfg: Config,  # project.family, project.active_feature_set
+    project: Project,  # family and feature set
     root: str | os.PathLike | None = None,  # run folder; None = of a run with boxes
 ) -> tuple[str, ...]:
     "The jobs that must have finished before an evaluation."
-    if cfg.project.family == "retrieval":
+    if project.family == "retrieval":
         return "splits", "retrieval"
-    return tuple(j for j in BEFORE if j != "detector" or not why_no_detector(cfg, root))
+    return tuple(j for j in BEFORE if j != "detector" or not why_no_detector(project, root))
 
 # %% ../../nbs/evaluation/755_checks.ipynb #3ffdd930
 def _tensorboard_tags(
@@ -428,15 +428,15 @@ def _export_check(
 def mandatory_checks(
     root: Path,  # run folder
     doc: Mapping[str, Any],  # evaluation.json
-    cfg: Config,  # project.family, project.active_feature_set
+    project: Project,  # family and feature set
 ) -> dict[str, Check]:
     "Every mandatory check with its evidence, or why it has none."
     answered = bool(doc["photos"]["singles"])
-    unfinished = [j for j in jobs_before(cfg, root) if (read_record(root, j) or {}).get("status") != "finished"]
+    unfinished = [j for j in jobs_before(project, root) if (read_record(root, j) or {}).get("status") != "finished"]
     out = {
         "pipeline_complete": Check(
             not unfinished and answered,
-            EVALUATION if unfinished else f"stages/{jobs_before(cfg, root)[-1]}.json",
+            EVALUATION if unfinished else f"stages/{jobs_before(project, root)[-1]}.json",
             note=f"not finished: {', '.join(unfinished)}" if unfinished else "",
         ),
         "classification_model_loading": Check(answered, EVALUATION),
@@ -527,7 +527,7 @@ def advisor_facts(
 
     return Facts(
         metrics=dict(metrics) | named,
-        checks=mandatory_checks(root, doc, cfg),
+        checks=mandatory_checks(root, doc, cfg.project),
         oom_events=memory_errors(trained),
         nan_loss=ended_in_nan(root),
         corruption=unreadable_share(doc["corruption"], training_corruption(history)),
@@ -540,6 +540,6 @@ def advisor_facts(
         detector_plateau=det_plateau,
         detector_overfit=det_overfit,
         cpus=len(os.sched_getaffinity(0)),
-        not_applicable=not_applicable(cfg, root),
+        not_applicable=not_applicable(cfg.project, root),
         settings=flatten(cfg.to_dict()),
     )

@@ -452,11 +452,15 @@ def _conditions(
     )
 
 
-def _ask_unknown(measured: Measurements, evaluator: Evaluator, root: Path, cfg: Config) -> None:
+def _ask_unknown(
+    measured: Measurements,  # gets the figures
+    evaluator: Evaluator,  # answers
+    table: pd.DataFrame,  # photos of unknown drugs
+    share: float,  # of them that must be refused
+    objects: int,  # photos without a pill
+) -> None:
     "Choose the unknown score and add its figures."
-    data, table = measured.data, load_unknown(root, measured.data.stage)
-    share, objects = cfg.answer.unknown_refused, cfg.evaluation.objects
-    measured.open_set = run_open_set(evaluator, data, table, measured.photos, share, objects)
+    measured.open_set = run_open_set(evaluator, measured.data, table, measured.photos, share, objects)
     measured.metrics |= measured.open_records()
 
 
@@ -511,7 +515,8 @@ def measure(
         hard_case_pictures=cfg.evaluation.hard_case_pictures,
     )
     measured.atlas, measured.atlas_images = _look_alikes(evaluator, measured, root)
-    _ask_unknown(measured, evaluator, root, cfg)
+    unknown = load_unknown(root, data.stage)
+    _ask_unknown(measured, evaluator, unknown, cfg.answer.unknown_refused, cfg.evaluation.objects)
     measured.answer_safely(root, cfg.answer, evaluator.pipeline)
     measured.conditions = _conditions(evaluator, measured, cfg.evaluation)
     measured.focus = _compare_focus(evaluator, singles, data.train, cfg.train.seed)

@@ -18,7 +18,7 @@ from ..core.errors import PillsnapError
 from ..core.files import canonical_json, read_json, save_json, save_text, sha256_text
 from ..core.jobs import markdown_table
 from ..core.records import Metric, hardware
-from ..core.settings import Config
+from ..core.settings import Config, Progressive
 from ..dataset.drugs import drug_names
 from .advisor import Advice, Bar, Check, evaluate_and_recommend
 from .atlas import atlas_lines
@@ -89,17 +89,16 @@ def best_before(
 # %% ../../nbs/evaluation/769_scorecard.ipynb #5fd0e88a
 def time_cap(
     root: Path,  # run folder
-    cfg: Config,  # the stage's time limit
+    p: Progressive,  # the stages, with their time limits
     checks: Mapping[str, Check],  # mandatory checks
     n_classes: int,  # size of the map
 ) -> TimeCap | None:
     "What the time-cap rule needs; None where the stage does not allow it or no time limit was set."
-    spec, p = cfg.data.progressive_validation.stage(), root / "reports" / "classifier.json"
-    clock = read_json(p)["history"][-1].get("clock") if p.is_file() else None  # of the last epoch
+    spec, path = p.stage(), root / "reports" / "classifier.json"
+    clock = read_json(path)["history"][-1].get("clock") if path.is_file() else None  # of the last epoch
     if not spec.allow_success_on_time_cap or clock is None:
         return None
-    stage = cfg.data.progressive_validation.current_stage
-    train = read_json(root / "artifacts" / f"stage{stage}" / "splits.json")["counts"]["train"]["singles"]
+    train = read_json(root / "artifacts" / f"stage{p.current_stage}" / "splits.json")["counts"]["train"]["singles"]
 
     def passed(name: str) -> bool | None:
         return checks[name].passed if name in checks else None
@@ -125,12 +124,13 @@ def gate_and_advise(
     root = Path(root)
     doc, metrics, latency = read_evaluation(root)
     facts = advisor_facts(root, cfg, doc, metrics, latency)
-    limits = cfg.data.progressive_validation.stage(doc["stage"])
+    p = cfg.data.progressive_validation
+    limits = p.stage(doc["stage"])
     gate = simple_stage_evaluation(
         doc["stage"],
         gate_facts(metrics, latency, best_before(root, metrics.get("accuracy")))
-        | {"no_detector": why_no_detector(cfg, root)},
-        time_cap(root, cfg, facts.checks, doc["classes"]),
+        | {"no_detector": why_no_detector(cfg.project, root)},
+        time_cap(root, p, facts.checks, doc["classes"]),
         limits.target_accuracy,
         limits.max_latency_ms,
     )

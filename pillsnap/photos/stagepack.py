@@ -17,7 +17,7 @@ import pandas as pd
 
 # %% ../../nbs/photos/331_stagepack.ipynb #0544c575
 from ..core.files import FolderLock
-from ..core.settings import Config, Data, PackConfig
+from ..core.settings import Data, PackConfig
 from .pack import Pack, build_pack, estimate_pack, is_older
 
 # %% ../../nbs/photos/331_stagepack.ipynb #60de0429
@@ -80,12 +80,11 @@ def pack_settings(
 def pack_command(
     data: Any,  # SplitData
     run_root: str | Path,  # the run folder
-    cfg: Config,  # its configuration
+    settings: Mapping[str, Any],  # of pack_settings
     estimate: bool = False,  # print the estimate and stop
     workers: int | None = None,  # processes; None = the CPUs
 ) -> None:
     "`pillsnap pack`: print the estimate, build the pack of a stage and print what is in it."
-    settings = pack_settings(cfg.pack, cfg.data)
     est = estimate_pack(_stage_rows(data), data.root, workers, **settings)
     print(
         f"stage {data.stage}: {est['photos']:,} photos, about {est['bytes'] / 1e9:.2f} GB "

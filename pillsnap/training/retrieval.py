@@ -462,8 +462,9 @@ def write(
 @patch
 def save_gallery(
     self: _Report,
-    cfg: Config,  # retrieval and inference.focus
     checkpoint: Path,  # best.pt
+    exact_up_to: int,  # vectors that are searched exactly
+    focus: str,  # how photos were focused
 ) -> Path:  # gallery.json
     "Write the embeddings of the training photos as the run's gallery."
     g, header, rows = self.result.gallery, self.data.header, self.data.train.drop_duplicates("path").set_index("path")
@@ -473,9 +474,8 @@ def save_gallery(
         for label, side, group, path in zip(g.labels, about["side"], about["group_id"], g.paths)
     ]
     vectors = g.vectors.cpu().numpy()
-    search = choose_search(vectors, self.result.queries.vectors.cpu().numpy()[:512], cfg.retrieval.exact_up_to)
+    search = choose_search(vectors, self.result.queries.vectors.cpu().numpy()[:512], exact_up_to)
     scale = float(self.trained.ckpt["head"]["scale"])
-    focus, _ = chosen_focus(cfg.inference.focus, cfg.train.classification.crop_view_prob)
     origin = dict(network=sha256_file(checkpoint), data=header["source"], data_hash=header["data_hash"], focus=focus)
     folder = self.run.sub("gallery")
     path = write_gallery(folder, vectors, shown, self.data.class_map, search, scale=scale, **origin)
@@ -527,5 +527,6 @@ def work(self: RetrievalJob, run: RunFolder, cfg: Config) -> JobResult:
     finally:
         torch.set_num_threads(threads)
     report = _Report(run, data, trained, result, cfg.retrieval.recall_k_values)
-    report.save_gallery(cfg, folder / "best.pt")
+    focus, _ = chosen_focus(cfg.inference.focus, cfg.train.classification.crop_view_prob)
+    report.save_gallery(folder / "best.pt", cfg.retrieval.exact_up_to, focus)
     return report.write(cfg.train.classification.freeze_backbone_epochs)

@@ -499,14 +499,14 @@ MUTATIONS: list[Mutation] = [
     Mutation(
         "a family without a detector is asked for one",
         "pillsnap/evaluation/checks.py",
-        'if cfg.project.family != "two_stage":\n        return',
-        'if cfg.project.family == "":\n        return',
+        'if project.family != "two_stage":\n        return',
+        'if project.family == "":\n        return',
         "tests/test_gallery.py::test_the_gate_of_a_family_without_a_detector_asks_for_none",
     ),
     Mutation(
         "photos without a box are asked for a detector",
         "pillsnap/evaluation/scorecard.py",
-        '{"no_detector": why_no_detector(cfg, root)}',
+        '{"no_detector": why_no_detector(cfg.project, root)}',
         "{}",
         "tests/test_importers_run.py::test_without_boxes_the_gate_asks_for_no_detector_and_says_why",
     ),
