@@ -130,10 +130,13 @@ def _ask(self: Client, method: str, path: str, body: bytes | None = None, kind: 
     while True:
         try:
             status, got, data = _sent(self.connection, method, self.prefix + path, body, headers)
-        except OSError as e:
+        except (OSError, http.client.HTTPException) as e:
             self.connection.close()
             fix = "is the server running? pillsnap serve"
             raise PillsnapError(f"the server cannot be reached: {e}", where=self.url, fix=fix) from e
+        except BaseException:  # Ctrl-C: an answer that comes later belongs to no question
+            self.connection.close()
+            raise
         if status == 200:
             return json.loads(data)
         wait = float(got.get("Retry-After") or 1)

@@ -1,22 +1,26 @@
 "A retrieval run from training to the answer: gallery, evaluation, export, bundle, enrolment."
 
+import itertools
 import json
 import multiprocessing
 import shutil
+import threading
 import time
 import unicodedata
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import yaml
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.files import read_json
+from pillsnap.delivery.classmap import ClassMap
 
 
 @pytest.fixture
@@ -285,6 +289,16 @@ def test_two_who_enrol_at_once_lose_nothing_and_the_file_keeps_it(gallery_run, e
         load_bundle(run, device="cpu")
 
 
+def heap(path: Path, n: int, side: int) -> Path:
+    "A photo of many pills."
+    photo = Image.new("RGB", (640, 640), (150, 150, 150))
+    step = 640 // round(n**0.5)
+    for x, y in itertools.product(range(step // 2, 640, step), repeat=2):
+        ImageDraw.Draw(photo).ellipse([x - 30, y - 30, x + 30, y + 30], fill=(220, 220 - 90 * side, 90))
+    photo.save(path)
+    return path
+
+
 @pytest.mark.spec("BX19")
 def test_what_could_harm_is_not_enrolled(gallery_run, export, strangers):
     from pillsnap.deployment.enrol import enrol_drug, unenrol_drug
@@ -317,11 +331,114 @@ def test_what_could_harm_is_not_enrolled(gallery_run, export, strangers):
     with pytest.raises(PillsnapError, match="새 알약 is the name of K-990001 already"):
         enrol_drug(export, "새 알약", strangers[1][:2])
     two_products = enrol_drug(export, "K-990009", strangers[1][:2], known, shares_name=True)
+    for n in (4, 16):
+        with pytest.raises(PillsnapError, match="several pills"):
+            enrol_drug(export, "K-990010", [heap(export / f"{n}_{side}.png", n, side) for side in (0, 1)])
     assert two_products.line["named_like"] == [trained] and f"{trained} has this name too" in str(two_products)
     with pytest.raises(PillsnapError, match="K-990002 is not enrolled"):
         unenrol_drug(export, "K-990002")
     with pytest.raises(PillsnapError, match="Triton serves networks alone"):
         write_triton(load_bundle(export, device="cpu"), export / "triton")
+
+
+@pytest.mark.spec("BX19")
+@pytest.mark.parametrize("seed", [12, 21, 3])
+def test_an_enrolment_that_is_undone_leaves_the_rule_as_it_was(seed, monkeypatch):
+    "In worlds where the second drug needs wider thresholds than the first, which stays."
+    from pillsnap.deployment import enrol as E
+    from pillsnap.models import enrolment as N
+    from pillsnap.models.decision import AnswerRule
+    from pillsnap.models.gallery import Gallery, GalleryPart, gallery_logits, unit_vectors
+    from pillsnap.models.pipeline import softmax
+
+    rng = np.random.default_rng(seed)
+    centres = unit_vectors(rng.normal(size=(12, 24)))
+    ids = np.repeat(np.arange(12), 8)
+    vectors = unit_vectors(centres[ids] + 0.22 * rng.normal(size=(96, 24)))
+    classes = ClassMap(tuple(f"K-{i:06d}" for i in range(1, 13)))
+    part = GalleryPart(vectors, ids.astype(np.int32), np.zeros(96, np.int8))
+    trained = Gallery((part,), classes, 20.0, meta=dict(digest="x"))
+    asked = np.repeat(np.arange(12), 10)
+    groups = np.repeat(np.arange(36), rng.multinomial(120, np.ones(36) / 36))
+    photos = N.CalibrationPhotos(unit_vectors(centres[asked] + 0.32 * rng.normal(size=(120, 24))), asked, groups)
+    p = softmax(gallery_logits(trained, photos.vectors), 1.0)
+    threshold = float(np.quantile(1 - p[np.arange(120), asked], 0.9))
+    rule = AnswerRule("lac", 0.1, (threshold,) * 12, class_map=classes.fingerprint)
+    bundle = SimpleNamespace(base_rule=lambda: rule, meta={"temperature": 1.0})
+    monkeypatch.setattr(E, "_calibration", lambda _bundle: photos)
+    stored = {f"K-10000{n}": unit_vectors(centres[n] + 0.25 * rng.normal(size=(2, 24))) for n in (0, 1)}
+
+    def step(known, **line):
+        moved = E._moved(bundle, known, E._after(known, line, stored))
+        return E._after(known, line | dict(gallery="x", widened=moved.widened, rule=N.rule_digest(rule)), stored)
+
+    def enrol(known, key):
+        sides = [{"sha256": f"{key} {side}", "side": side} for side in (0, 1)]
+        return step(known, action="enrol", key=key, name="", photos=sides, vectors={"file": key})
+
+    first = enrol(N.KnownDrugs(trained), "K-100000")
+    both = enrol(first, "K-100001")
+    undone = step(both, action="undo", undoes=2, key="K-100001")
+    assert both.rule(rule) != first.rule(rule)
+    assert undone.rule(rule) == first.rule(rule) and undone.gallery(rule).reach == first.gallery(rule).reach
+
+
+def enrol_meanwhile(export: Path, photos: list[Path]) -> threading.Thread:
+    "Another person who begins to enrol now."
+    from pillsnap.deployment.enrol import enrol_drug
+
+    other = threading.Thread(target=enrol_drug, args=(export, "K-990002", photos))
+    other.start()
+    other.join(1)  # a second: more than it needs, if nothing holds it up
+    return other
+
+
+@pytest.mark.spec("BX19", "OP2", "BX6")
+@pytest.mark.parametrize("kind", ["backup", "bundle"])
+def test_a_copy_holds_the_gallery_of_one_moment(gallery_run, strangers, tmp_path, monkeypatch, kind):
+    "Somebody enrols while the files are read: what was copied answers, and the enrolment is not lost."
+    from pillsnap.deployment import backup, bundling
+    from pillsnap.deployment.enrol import enrol_drug
+    from pillsnap.deployment.runtime import load_bundle
+
+    run, waiting = tmp_path / "run", []
+    shutil.copytree(gallery_run, run, symlinks=True, ignore=shutil.ignore_patterns("delivery", "yolo_data"))
+    enrol_drug(run, "K-990001", strangers[0][:2])
+    known = len(load_bundle(run, device="cpu").class_map)
+    module, name = {"backup": (backup, "_add_file"), "bundle": (bundling, "model_card")}[kind]
+    real = getattr(module, name)
+
+    def meanwhile(*args):
+        if not waiting and (kind == "bundle" or "export/" in args[1]):
+            waiting.append(enrol_meanwhile(run, strangers[1][:2]))
+        return real(*args)
+
+    monkeypatch.setattr(module, name, meanwhile)
+    if kind == "backup":
+        backup.write_backup(run, tmp_path / "run.tar.gz")
+        shutil.unpack_archive(tmp_path / "run.tar.gz", tmp_path / "restored", filter="data")
+        copy = tmp_path / "restored" / "run"
+    else:
+        copy = bundling.bundle_file(run, tmp_path / "pills.pillsnap").where
+    waiting[0].join()
+    assert len(load_bundle(copy, device="cpu").class_map) == known
+    assert len(load_bundle(run, device="cpu").class_map) == known + 1
+
+
+@pytest.mark.spec("BX6", "RS6")
+def test_a_bundle_that_could_not_be_made_leaves_the_earlier_one(gallery_run, tmp_path, monkeypatch):
+    from pillsnap.deployment import bundling
+
+    out = tmp_path / "pills.pillsnap"
+    before = bundling.bundle_file(gallery_run, out).where.read_bytes()
+
+    def fails(*_args, **_kwargs):
+        raise PillsnapError("it does not answer")
+
+    monkeypatch.setattr(bundling, "_answers", fails)
+    with pytest.raises(PillsnapError, match="it does not answer"):
+        bundling.bundle_file(gallery_run, out)
+    assert out.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == [out.name]
 
 
 @pytest.mark.spec("BX19", "IM1")

@@ -1,5 +1,6 @@
 "Smaller networks and their price (SPEC BX24): calibrated on training photos, measured as themselves, refused in words."
 
+import errno
 import json
 from dataclasses import replace
 from itertools import product
@@ -102,6 +103,23 @@ def test_a_loss_is_written_when_it_is_asked_for_and_the_report_keeps_it(run, mon
     report = read_json(run / "reports/quantised.json")
     assert report["lost"]["int8"] and report["written"]["int8"]["folder"] == "export_int8"
     assert load_bundle(run / "export_int8").meta["variant"]["precision"] == "int8"
+
+
+@pytest.mark.spec("BX24", "RS5")
+def test_a_disk_that_is_full_leaves_the_earlier_precision(run, monkeypatch):
+    bundle = load_bundle(run, device="cpu")
+    variant = replace(V.exported_networks(bundle), precision="fp16")
+    measured = V.Measured("fp16", 1.0, {}, {}, bundle.meta["temperature"], True, bundle.base_rule(), None)
+    before = V.write_variant(bundle, variant, measured, run / "export_fp16").meta["digest"]
+
+    def full(*_args, **_kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(V, "write_bundle", full)
+    with pytest.raises(PillsnapError, match="the disk is full"):
+        V.write_variant(bundle, variant, measured, run / "export_fp16")
+    assert load_bundle(run / "export_fp16", device="cpu").meta["digest"] == before
+    assert not list(run.glob(".export_fp16*"))
 
 
 @pytest.mark.spec("BX24")

@@ -73,6 +73,16 @@ def test_a_photo_of_several_pills_gets_no_name_in_single_mode(n, ruled, focus):
     assert pipeline.predict(table_top([(120, 160, 30)]), "single")["items"][0]["reason"] != "several_pills"
 
 
+@pytest.mark.spec("BX3", "X39")
+@pytest.mark.parametrize("n", [12, 13, 16, 25])
+def test_a_heap_gets_no_name_in_single_mode(n):
+    "However many pills lie there, they are several."
+    photo = table_top([(40 + 40 * (k % 5), 40 + 60 * (k // 5), 13) for k in range(n)])
+    answer = Pipeline(Pixels(), CM3, focus="locator").predict(photo, "single")
+    assert (answer["answer"], answer["items"][0]["reason"], answer["view"]) == ("unknown", "several_pills", "whole")
+    assert locate(photo).boxes[:, :2].min() >= 0 and (locate(photo).boxes[:, 2:] <= (240, 320)).all()
+
+
 @pytest.mark.spec("FX2", "SV4")
 @settings(max_examples=25, deadline=None)
 @given(

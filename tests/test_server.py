@@ -1,6 +1,7 @@
 "The server: `pillsnap serve` in a process of its own, with its workers, asked over sockets."
 
 import http.client
+import http.server
 import json
 import os
 import signal
@@ -66,6 +67,54 @@ def test_the_server_answers_as_the_bundle_does(server, bundle):
     photos = [pill_photo(k) for k in PILLS]
     status, told, _ = server.ask("/batch?pipeline=combo", photos, name="photos")
     assert status == 200 and all(same(a, here.predict(p, "combo")) for a, p in zip(told["answers"], photos))
+
+
+@pytest.mark.spec("SV1", "SV2")
+@pytest.mark.parametrize("limit, most", [("queue=3", 4), ("per_minute=5", 5), ("batch_photos=6", 6)])
+def test_a_batch_that_no_limit_would_ever_let_through_is_told_its_size(tmp_path, bundle, limit, most):
+    "It is not told to ask again later."
+    with Server(tmp_path, bundle, *FREE, "--workers", "1", "--limit", limit) as running:
+        assert running.ask("/version")[1]["limits"]["batch_photos"] == most
+        status, told, _ = running.ask("/batch", [pill_photo()] * (most + 1), name="photos")
+        assert status == 422 and str(most) in told["error"]["message"] + told["error"]["fix"], told
+
+
+class CutAnswers(http.server.BaseHTTPRequestHandler):
+    "A server whose first answer is cut off, and whose second one comes late."
+
+    protocol_version = "HTTP/1.1"
+    asked = 0
+
+    def log_message(self, *args) -> None:
+        "Nothing is printed."
+
+    def do_POST(self) -> None:
+        type(self).asked += 1
+        n = self.asked
+        self.rfile.read(int(self.headers["content-length"]))
+        body = json.dumps({"n": n}).encode()
+        if n == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.5)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body) + 50 * (n == 1)))
+        self.end_headers()
+        self.wfile.write(body)
+        self.close_connection = n == 1
+
+
+@pytest.mark.spec("SV1")
+def test_the_client_answers_after_a_cut_answer_and_after_ctrl_c():
+    "The error is the program's own, and no later photo gets the answer of an earlier one."
+    listening = http.server.ThreadingHTTPServer(("127.0.0.1", 0), CutAnswers)
+    threading.Thread(target=listening.serve_forever, daemon=True).start()
+    client = Client(f"http://127.0.0.1:{listening.server_port}")
+    with pytest.raises(PillsnapError, match="the server cannot be reached"):
+        client.predict(b"first")
+    with pytest.raises(KeyboardInterrupt):
+        client.predict(b"second")
+    assert client.predict(b"third") == {"n": 3}
+    listening.shutdown()
 
 
 @pytest.mark.spec("BX16", "SV1")

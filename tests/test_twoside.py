@@ -2,21 +2,26 @@
 
 import io
 import json
+import sys
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
 from sklearn.linear_model import LogisticRegression
 
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.settings import AnswerSettings
 from pillsnap.delivery.capture import Capture, capture_group
+from pillsnap.delivery.classmap import ClassMap
+from pillsnap.deployment.runtime import load_bundle
 from pillsnap.evaluation.calibration import fit_temperature
 from pillsnap.evaluation.conformal import ScoredPhotos, fit_answer_rule
 from pillsnap.evaluation.intervals import group_bootstrap
 from pillsnap.evaluation.pairs import SidePhotos, answer_pairs, fit_pair_rule, paired_photos
+from pillsnap.models.cardview import sides_alone
 from pillsnap.models.decision import AnswerRule
 from pillsnap.models.pipeline import answer_schema, softmax
 from pillsnap.models.twoside import PairRule, decide_pair, same_shot
@@ -26,6 +31,9 @@ from pillsnap.synth.catalogue import make_catalogue
 from pillsnap.synth.draws import rng_for
 from pillsnap.synth.renderer import Shot, photograph
 from pillsnap.synth.tasks import Session, single_task
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "campaigns"))
+from server_parts import PILLS, pill_photo, two_sided_bundle
 
 SETTINGS = AnswerSettings(alpha=0.1)  # twelve pairs of calibration groups; .05 needs twenty
 PARTS = ("train", "calib", "clean")
@@ -207,7 +215,7 @@ def test_one_shot_saved_twice_is_no_front_and_back():
 
 @pytest.mark.spec("BX16")
 def test_the_photo_that_spoils_a_pair_is_named():
-    sides = AnswerRule("lac", 0.05, (0.9,) * 3, least_sharpness=0.2)
+    sides = AnswerRule("lac", 0.05, (0.9,) * 3, least_sharpness=0.4)
     rule, sure = PairRule(1.0, unknown=3.0), [[5.0, 0.0, 0.0]] * 2
     for unknown, sharp, reason in (
         ((4, 1), (1, 1), "unknown_score_front"),
@@ -227,6 +235,27 @@ def test_a_photo_of_several_pills_spoils_a_pair():
     said = [decide_pair(logits, rule, PairRule(1.0), pills=p).said for p in ((1, 1), (0, 1), (3, 1), (1, 2), (2, 2))]
     assert [s.answer for s in said] == ["drug", "drug", "unknown", "unknown", "unknown"]
     assert [s.reason for s in said[2:]] == ["several_pills_front", "several_pills_back", "several_pills"]
+
+
+@pytest.mark.spec("BX16", "BX3")
+@pytest.mark.parametrize("wrong", ["blurred", "two pills"])
+def test_a_photo_that_gets_no_answer_shows_no_drug_beside_another_photo(tmp_path, wrong):
+    "What the front is refused for alone, it is refused for in a pair: the card names no drug for it."
+    rule = AnswerRule("lac", 0.05, (0.8,) * 3, max_list=2, temperature=0.5, least_sharpness=0.4)
+    rule = replace(rule, class_map=ClassMap(tuple(PILLS)).fingerprint)
+    bundle = load_bundle(two_sided_bundle(tmp_path / "export", rule=rule), device="cpu")
+    pill, back = Image.open(io.BytesIO(pill_photo())), pill_photo(size=(300, 260))
+    front = pill.filter(ImageFilter.GaussianBlur(14))
+    if wrong == "two pills":
+        front = Image.new("RGB", (480, 320), (150, 150, 150))
+        front.paste(pill, (0, 0))
+        front.paste(pill, (240, 0))
+    alone = bundle.predict(np.asarray(front), "single")["items"][0]["reason"]
+    assert alone == {"blurred": "unsharp", "two pills": "several_pills"}[wrong]
+    answer = bundle.predict_sides(np.asarray(front), back)
+    assert answer["answer"] == "unknown" and [p["set_size"] for p in answer["photos"]] == [0, 1]
+    told = sides_alone(answer)
+    assert told[0] == "앞면 사진만 보면: 기준을 통과한 약이 없습니다" and "약 K-000002" in told[1]
 
 
 @pytest.mark.spec("BX16")

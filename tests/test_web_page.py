@@ -135,6 +135,25 @@ def give(page, *photos: dict) -> None:
     assert until(lambda: page.locator("[aria-busy=true]").count() == 0 and page.locator("#stop").is_hidden(), 60)
 
 
+@pytest.mark.spec("SV4", "BX26")
+def test_after_a_reload_the_page_says_what_is_true_of_the_bundle_that_answers(browser, tmp_path):
+    "The card that was there keeps what was true of it."
+    real = colour_bundle(tmp_path / "real" / "export", data="aihub", calibrated=True)
+    drawn = colour_bundle(tmp_path / "drawn" / "export", data="synthetic", calibrated=False)
+    current = tmp_path / "current"
+    current.symlink_to(real.parent)
+    with Server(tmp_path / "server", current, *FREE) as running, Visit(browser, running) as page:
+        give(page, RED)
+        assert page.locator("#data-note").is_hidden() and "보정된 확률" in card(page, RED["name"]).inner_text()
+        current.unlink()
+        current.symlink_to(drawn.parent)
+        assert running.ask("/reload", method="POST")[0] == 200
+        give(page, BLUE)
+        page.locator("#data-note", has_text="⚠").wait_for()
+        assert "보정되지 않은" in card(page, BLUE["name"]).inner_text()
+        assert "보정된 확률" in card(page, RED["name"]).inner_text()
+
+
 def card(page, name: str):
     return page.locator(".card").filter(has=page.locator("h3", has_text=name))
 

@@ -399,6 +399,7 @@ def write_packed(
     path: str | Path,  # the file, NAME.pillsnap
     contents: Mapping[str, bytes | Path],  # member → content, or the file that holds it; in this order
     sign: Callable[[Mapping[str, str]], bytes] | None = None,  # member → sha256, to the signature; None = no signature
+    check: Callable[[Path], object] | None = None,  # of the new file, before it replaces an older one
     **kwargs: Any,  # further fields of the manifest
 ) -> PackedFiles:  # the file, opened and checked
     "Write files as one, whole or not at all."
@@ -418,6 +419,8 @@ def write_packed(
             _write_members(out, parts, path)
         try:
             PackedFiles(tmp).check()
+            if check is not None:
+                check(tmp)
         except PillsnapError as e:
             raise PillsnapError(f"the bundle's files changed while they were read: {e.what}", where=path) from e
     return PackedFiles(path)

@@ -20,7 +20,7 @@ from fastcore.basics import patch
 
 # %% ../../nbs/dataset/403_studioreal.ipynb #70af0106
 from ..core.errors import PillsnapError
-from ..core.files import ensure_dir, os_error, save_json
+from ..core.files import ensure_dir, os_error, replace_folder, save_json
 from ..core.plots import use_house_style
 from ..core.settings import Data, Narrow
 from .opening import check_photo, image_policies
@@ -228,8 +228,7 @@ def mix_photos(
             parts.append(_real_rows(_spread(own[1], int(taken.real[drug]), "file"), folder))
     stats = _statistics(there, taken, rule) | dict(left_out=len(faults), not_in_delivery=others)
     save_json(stats, new / "integration_stats.json")
-    shutil.rmtree(out, ignore_errors=True)
-    os.replace(new, out)
+    replace_folder(new, out)
     return PhotoMix(out, pd.concat(parts, ignore_index=True)[list(COLUMNS)], stats, faults)
 
 # %% ../../nbs/dataset/403_studioreal.ipynb #63306189

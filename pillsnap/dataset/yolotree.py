@@ -25,7 +25,7 @@ import pandas as pd
 
 # %% ../../nbs/dataset/405_yolotree.ipynb #59109eb6
 from ..core.errors import PillsnapError
-from ..core.files import atomic_path, ensure_dir, os_error, sha256_text
+from ..core.files import atomic_path, ensure_dir, os_error, replace_folder, sha256_text
 
 # %% ../../nbs/dataset/405_yolotree.ipynb #03ad26e6
 logger = logging.getLogger("pillsnap.dataset.yolotree")
@@ -294,18 +294,8 @@ def write_yolo_tree(
     _quick_text(DATA_YAML, new / "data.yaml")
     if set(how) - {"symlink"}:
         logger.warning("this file system makes no symbolic links: photos are shown by %s", dict(how))
-    _swap(new, out)
+    replace_folder(new, out)
     return out / "data.yaml"
-
-# %% ../../nbs/dataset/405_yolotree.ipynb #eb02778d
-def _swap(new: Path, out: Path) -> None:
-    "Replace a folder by a finished one."
-    old = out.with_name(f".{out.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        out.rename(old)
-    new.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
 
 # %% ../../nbs/dataset/405_yolotree.ipynb #87955d2e
 def _line_fault(line: str) -> str | None:

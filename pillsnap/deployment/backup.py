@@ -13,6 +13,7 @@ import logging
 import os
 import tarfile
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -20,13 +21,14 @@ from typing import IO, Any, cast
 # %% ../../nbs/deployment/878_backup.ipynb #f2139200
 from ..core.errors import PillsnapError
 from ..core.files import PARTIAL, FolderLock, atomic_path, os_error, save_text, sha256_file
+from .gallerycopy import nobody_enrols
 
 # %% ../../nbs/deployment/878_backup.ipynb #86c48520
 logger = logging.getLogger("pillsnap.deployment.backup")
 
 # %% ../../nbs/deployment/878_backup.ipynb #d6d958ea
 SUMS = "SHA256SUMS"  # the archive's list of its files; a run that was restored holds the one of its archive
-LEFT_OUT = ("delivery", "yolo_data", "pack", ".lock")  # names, at any depth
+LEFT_OUT = ("delivery", "yolo_data", "pack", ".lock", ".journal.lock")  # names, at any depth
 
 
 def backup_files(
@@ -143,7 +145,7 @@ def write_backup(
     run, out = Path(run), Path(out)
     _check_out(run, out)
     backup_files(run)  # a folder that is no run is refused before it gets a lock file
-    with FolderLock(run), atomic_path(out) as part:
+    with FolderLock(run), _no_enrolment(run), atomic_path(out) as part:
         files, left = backup_files(run)
         with tarfile.open(part, "w:gz", compresslevel=1, format=tarfile.PAX_FORMAT, dereference=True) as tar:
             root = run.resolve().name
@@ -154,6 +156,12 @@ def write_backup(
     save_text(f"{digest}  {out.name}\n", out.with_name(f"{out.name}.sha256"))
     read = sum(p.stat().st_size for p in files.values())
     return Backup(out, len(files), read, size, digest, tuple(left))
+
+
+def _no_enrolment(run: Path) -> AbstractContextManager[None]:
+    "Journal and vectors of one moment: a line whose vectors came too late would spoil the copy."
+    gallery = run / "export" / "gallery"
+    return nobody_enrols(gallery) if gallery.is_dir() else nullcontext()
 
 
 def _check_out(run: Path, out: Path) -> None:

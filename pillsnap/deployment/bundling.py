@@ -9,6 +9,7 @@ __all__ = ['logger', 'named_files', 'bundle_members', 'bundle_file', 'Verified',
 import json
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ..core.errors import PillsnapError
 from ..core.files import sha256_file
 from ..core.signing import check_signature, sign_files
 from .datacard import data_card, trained_weights
+from .gallerycopy import nobody_enrols
 from .licences import licence_files
 from .modelcard import enrolled_words, model_card
 from .runtime import Bundle, load_bundle
@@ -104,6 +106,11 @@ def bundle_members(
     return {**members, **licence_files(meta, weights)}
 
 # %% ../../nbs/deployment/850_bundling.ipynb #4af1de38
+def _answers(file: Path) -> None:
+    "PillsnapError where a file that was just written cannot answer."
+    load_bundle(file, device="cpu")
+
+
 def bundle_file(
     root: str | Path,  # a run folder with an export
     out: str | Path,  # the file, NAME.pillsnap
@@ -117,13 +124,13 @@ def bundle_file(
     if not (root / "export" / "bundle.json").is_file():
         fix = "name the run folder; if it has no export yet: pillsnap run all --from export"
         raise PillsnapError("this is no run folder with an export", where=root, fix=fix)
-    bundle = load_bundle(root, device="cpu")
-    members = bundle_members(root, bundle, out.name, thumbnails)
-    about = dict(name=out.stem, pillsnap=pillsnap.__version__, run_id=bundle.meta.get("run_id"))
-    sign = None if key is None else lambda digests: sign_files(digests, key, out.stem)
-    packed = write_packed(out, members, sign, **about)
-    load_bundle(out, device="cpu")
-    return packed
+    gallery = root / "export" / "gallery"
+    with nobody_enrols(gallery) if gallery.is_dir() else nullcontext():
+        bundle = load_bundle(root, device="cpu")
+        members = bundle_members(root, bundle, out.name, thumbnails)
+        about = dict(name=out.stem, pillsnap=pillsnap.__version__, run_id=bundle.meta.get("run_id"))
+        sign = None if key is None else lambda digests: sign_files(digests, key, out.stem)
+        return write_packed(out, members, sign, _answers, **about)
 
 # %% ../../nbs/deployment/850_bundling.ipynb #e981a366
 @dataclass(frozen=True)

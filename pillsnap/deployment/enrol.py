@@ -22,14 +22,13 @@ from typing import Any
 
 # %% ../../nbs/deployment/842_enrol.ipynb #0098dfcd
 import numpy as np
-from filelock import FileLock, Timeout
 
 # %% ../../nbs/deployment/842_enrol.ipynb #1b6ac3f7
 from ..core.container import FolderFiles, PackedFiles
 from ..core.errors import PillsnapError
 from ..core.files import append_line, atomic_path, sha256_file
 from ..delivery.classmap import same_name
-from .gallerycopy import LOCK
+from .gallerycopy import nobody_enrols
 from .runtime import Bundle, load_bundle
 from ..models.decision import sharpness
 from pillsnap.models.enrolment import (
@@ -93,23 +92,17 @@ def embed_references(
     return found
 
 # %% ../../nbs/deployment/842_enrol.ipynb #a1881569
-_PATIENCE = 60  # (ours) seconds to wait for another process that enrols
-
-
 def append_entry(
     folder: Path,  # gallery/ of an export
     make: Callable[[KnownDrugs], Mapping[str, Any]],  # action and the rest of the line, from what is known now
 ) -> dict[str, Any]:  # the line; PillsnapError where another process writes for a minute
     "Append one line to the journal while nobody else does."
-    try:
-        with FileLock(folder / LOCK, timeout=_PATIENCE):
-            known = open_gallery(FolderFiles(folder), "")
-            line = journal_line(known.entries, gallery=known.trained.meta["digest"], **make(known))
-            text = json.dumps(line, ensure_ascii=False)
-            _drop_unfinished(folder / JOURNAL)
-            append_line(folder / JOURNAL, text.encode(), "the enrolment cannot be written")
-    except Timeout as e:
-        raise PillsnapError("another process has been enrolling for a minute", where=folder, fix="try again") from e
+    with nobody_enrols(folder):
+        known = open_gallery(FolderFiles(folder), "")
+        line = journal_line(known.entries, gallery=known.trained.meta["digest"], **make(known))
+        text = json.dumps(line, ensure_ascii=False)
+        _drop_unfinished(folder / JOURNAL)
+        append_line(folder / JOURNAL, text.encode(), "the enrolment cannot be written")
     return line
 
 
@@ -218,7 +211,9 @@ def _moved(bundle: Bundle, before: KnownDrugs, after: KnownDrugs) -> Moved | Non
     if photos is None or not len(photos.ids):
         return None
     old, new = (before.gallery(rule), before.rule(rule)), (after.gallery(rule, 0.0), after.rule(rule, 0.0))
-    return moved_answers(photos, old, new, before.trained.class_map, float(bundle.meta["temperature"]))
+    # the coverage of the training must stay: that of an earlier, wider state would outlive its undo
+    trained = before.trained, rule
+    return moved_answers(photos, old, new, before.trained.class_map, float(bundle.meta["temperature"]), trained)
 
 
 def _step(

@@ -359,7 +359,7 @@ async def _batch(request: Request, key: Counted, asked: Annotated[Asked, Query()
     "The field `photos` is sent once for each photo. Each photo counts for the key's rate."
     service: Service = request.app.state.service
     mode, request_id = asked.chosen(request.query_params.multi_items()), request.state.request_id
-    async with _photos(request, "photos", service.limits.batch_photos) as photos:
+    async with _photos(request, "photos", service.most_photos) as photos:
         if len(photos) > 1:
             service.rates.spend(key, len(photos) - 1)
         wrong = [_why_not(photo, service) for photo in photos]
@@ -411,7 +411,8 @@ async def _health(request: Request) -> dict[str, Any]:
 async def _version(request: Request, _key: Known) -> dict[str, Any]:
     "The bundle's digest names its content."
     service: Service = request.app.state.service
-    limits = service.limits.model_dump(include={"per_minute", "photo_mb", "batch_photos", "batch_mb", "pixels"})
+    limits = service.limits.model_dump(include={"per_minute", "photo_mb", "batch_mb", "pixels"})
+    limits["batch_photos"] = service.most_photos
     bundle = service.garage.fleet.facts
     limits["photo_mb"] = service.limits.photo_bytes(bundle.get("narrow", False)) / 1e6
     does = dict(feedback=service.settings.feedback is not None, keeps=service.settings.keep is not None)

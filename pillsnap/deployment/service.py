@@ -116,6 +116,11 @@ class Service:
         self.pool = ThreadPoolExecutor(settings.workers, "photo")
         self.pictures: ReferencePictures | None = None
 
+    @property
+    def most_photos(self) -> int:
+        "Photos that one batch may have: no more than a key's minute and the queue ever allow."
+        return min(self.limits.batch_photos, self.limits.per_minute, self.gate.places)
+
     def close(self) -> None:
         "Answer what was accepted, then end the workers."
         self.pool.shutdown(cancel_futures=False)

@@ -27,7 +27,7 @@ from fastcore.basics import patch
 # %% ../../nbs/deployment/857_variants.ipynb #d9960c6d
 from ..core.config import load_config
 from ..core.errors import PillsnapError
-from ..core.files import FolderLock, get_git_sha, save_json
+from ..core.files import FolderLock, ensure_dir, get_git_sha, os_error, replace_folder, save_json
 from ..core.jobs import RunFolder, count_reading, readings, run_id
 from ..core.plots import COLOURS, save_fig, use_house_style
 from ..core.records import Metric, Provenance, hardware
@@ -487,9 +487,22 @@ def write_variant(
     folder: Path,  # export_int8 or export_fp16; replaced
 ) -> Bundle:
     "Write a precision as a bundle and load it, as every caller does."
+    new = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    try:
+        _write_files(bundle, variant, measured, ensure_dir(new))
+        load_bundle(new, device="cpu")
+        replace_folder(new, folder)
+    except OSError as e:
+        raise os_error("the quantised export cannot be written", folder, e) from e
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    return load_bundle(folder, device="cpu")
+
+
+def _write_files(bundle: Bundle, variant: Variant, measured: Measured, folder: Path) -> None:
+    "The files of a precision, into an empty folder."
     m = bundle.meta
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
     entries: dict[str, Any] = {}
     for model, content in variant.files.items():
         path = folder / f"{model}.onnx"
@@ -515,7 +528,6 @@ def write_variant(
     kept = {k: m.get(k) for k in ("run_id", "data", "data_hash", "scorecard")}
     origin = dict(created=datetime.now(UTC).isoformat(timespec="seconds"), git_sha=get_git_sha(), **kept)
     write_bundle(folder, content, variant=dict(precision=variant.precision, of=m["digest"]), **origin)
-    return load_bundle(folder, device="cpu")
 
 # %% ../../nbs/deployment/857_variants.ipynb #45ba23bf
 _SHOWN = {
@@ -704,9 +716,11 @@ def quantise(
         found.calibration = {m: len(calibration_paths(data, most, both[m])) for m in plain.files if "int8" in variants}
         bundles, refused = {}, {p: lost for p, lost in found.lost.items() if lost and not accept_loss}
         for m in found.measured[1:]:
-            shutil.rmtree(root / f"export_{m.precision}", ignore_errors=True)
-            if m.precision not in refused:
-                bundles[m.precision] = write_variant(bundle, variants[m.precision], m, root / f"export_{m.precision}")
+            folder = root / f"export_{m.precision}"
+            if m.precision in refused:
+                shutil.rmtree(folder, ignore_errors=True)
+            else:
+                bundles[m.precision] = write_variant(bundle, variants[m.precision], m, folder)
         report = _report(run, data, found, bundles)
     if refused:
         why = "; ".join(f"{p}: {', '.join(lost)}" for p, lost in refused.items())

@@ -226,7 +226,8 @@ def plot_latency(
             )
         ax.locator_params(axis="x", nbins=4)
         ax.set(title=scope, xlabel="ms per answer", yticks=[])
-        ax.legend(fontsize=7, frameon=False)
+        # above the plot, where no line crosses it
+        ax.legend(fontsize=7, ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
     if hardware:
         fig.suptitle(hardware, fontsize=7)
     return fig

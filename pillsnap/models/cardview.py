@@ -163,6 +163,8 @@ def sides_alone(
     told = []
     for photo in answer.get("photos", ()):
         sure = f"{named(photo)} {photo['confidence']:.1%}, 기준을 통과한 약 {photo['set_size']}가지"
+        if not photo["set_size"]:
+            sure = "기준을 통과한 약이 없습니다"
         told.append(f"{PICTURES[photo['side']]} 사진만 보면: {sure}")
     return told
 

@@ -264,14 +264,16 @@ def moved_answers(
     new: tuple[Gallery, AnswerRule | None],  # after, without widening
     base: ClassMap,  # of training
     temperature: float,  # of the probabilities
+    trained: tuple[Gallery, AnswerRule | None] | None = None,  # whose coverage must stay; None = old
 ) -> Moved:
     "What an enrolment changes, and how far the thresholds are widened."
-    (before, rule), (after, later) = old, new
+    (before, rule), (after, later), (known, promised) = old, new, trained or old
     p, q = (softmax(gallery_logits(g, photos.vectors), temperature) for g in (before, after))
     more, why = 0.0, "no answer rule: nothing to widen"
-    if rule is not None and later is not None:
-        number = [np.array([g.class_map.id(k) for k in base.keys]) for g in (before, after)]
-        covered = group_coverage(prediction_sets(p, rule), number[0][photos.ids], photos.groups)
+    if rule is not None and later is not None and promised is not None:
+        number = [np.array([g.class_map.id(k) for k in base.keys]) for g in (known, after)]
+        sets = prediction_sets(softmax(gallery_logits(known, photos.vectors), temperature), promised)
+        covered = group_coverage(sets, number[0][photos.ids], photos.groups)
         renumbered = replace(photos, ids=number[1][photos.ids])
         more = widening(q, later, renumbered, covered)
         if more and (reach := reach_of(rule, after.scale, more)) > after.reach:
@@ -279,7 +281,7 @@ def moved_answers(
             q = softmax(gallery_logits(after, photos.vectors), temperature)
             more = max(more, widening(q, later, renumbered, covered))
         later = _wider(later, more)
-        why = f"{covered:.1%} of the calibration groups are covered as before: thresholds stay"
+        why = f"{covered:.1%} of the calibration groups are covered as after the training: thresholds stay"
         if more:
             why = f"thresholds widened by {more:.4f}: an added drug looks like trained ones"
             why += f", and {covered:.1%} of the calibration groups must stay covered"

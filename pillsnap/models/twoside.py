@@ -18,7 +18,14 @@ import numpy as np
 # %% ../../nbs/models/572_twoside.ipynb #ae26a625
 from ..core.errors import PillsnapError
 from .card import PICTURES
-from .decision import AnswerDecision, AnswerRule, answer_from_set, prediction_sets, sharpness
+from pillsnap.models.decision import (
+    AnswerDecision,
+    AnswerRule,
+    answer_from_set,
+    decide_answer,
+    prediction_sets,
+    sharpness,
+)
 from pillsnap.models.pipeline import (
     ANSWER_SCHEMA,
     BADGE,
@@ -106,7 +113,7 @@ class PairDecision:
     said: AnswerDecision  # of the pair
     p: np.ndarray  # fused probabilities [C]
     alone: np.ndarray  # probabilities of each photo [2, C]
-    sets: np.ndarray  # prediction set of each photo, bool [2, C]
+    sets: np.ndarray  # prediction set of each photo, bool [2, C]; empty for a photo that shows no single sharp pill
     member: np.ndarray  # prediction set of the pair, bool [C]
 
 
@@ -200,6 +207,9 @@ def _read_side(
         raise PillsnapError(f"the photo of the {side}: {e.what}", where=e.where, fix=e.fix) from e
 
 # %% ../../nbs/models/572_twoside.ipynb #5275f5fb
+_UNUSABLE = ("several_pills", "unsharp", "unknown_score")  # reasons why a photo alone passes no drug
+
+
 @dataclass(frozen=True)
 class TwoSided:
     "Names a pill by a photo of its front and a photo of its back."
@@ -219,6 +229,9 @@ class TwoSided:
         scores = None if None in unknown else [float(u) for u in unknown if u is not None]
         edges, pills = [sharpness(v) for v in views], [v.found for v in seen]
         found = decide_pair(logits, self.pipeline.rule, self.rule, scores, edges, pills)
+        alone = zip(found.alone, unknown, edges, pills)
+        usable = [decide_answer(p, u, self.pipeline.rule, s, n).reason not in _UNUSABLE for p, u, s, n in alone]
+        found = replace(found, sets=found.sets & np.array(usable)[:, None])
         same = same_shot(images[0], images[1])
         return replace(found, said=AnswerDecision("unknown", (), "same_photo")) if same else found
 

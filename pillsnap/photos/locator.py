@@ -383,7 +383,7 @@ def _tight_box(
 _MAX_NOISE, _LEAST_EXPLAINED = 0.03, 0.8  # (ours) of a plain table: measured .002 to .006, and 1.0
 _LEAST_AREA, _MOST_AREA = 0.002, 0.6  # (ours) of a pill, share of the photo
 _DARKER = 0.12  # (ours) share of the table's square root of light that a dark region lacks
-_MOST_PILLS = 12  # (ours) a delivery's combinations have four
+_MOST_PILLS = 12  # (ours) a delivery's combinations have four; more are not looked at one by one
 
 
 def _overlapping(
@@ -443,7 +443,8 @@ def locate(
     if background.noise > _MAX_NOISE or background.explained < _LEAST_EXPLAINED:
         return Located.of([])
     rough = _rough_boxes(planes, background.at(ys, xs), background.noise)
-    if len(rough) > _MOST_PILLS:
-        return Located.of([])
+    if len(rough) > _MOST_PILLS:  # a heap: rough boxes say that there are several, which is all that anybody needs
+        whole = np.array([0, 0, w, h])[[2, 3, 2, 3]]
+        return Located.of([((box * float(factor)).clip(0, whole), 0.0) for box in rough])
     finds = [_tight_box(image, box * float(factor), background) for box in rough]
     return Located.of(_merged([f for f in finds if f is not None]))

@@ -164,6 +164,12 @@
     showMode();
   }
 
+  async function readNewVersion(answer) { // after a reload or an enrolment, what the page says is that of the bundle that answers
+    const bundle = state.version && state.version.bundle;
+    const same = bundle && bundle.digest === answer.hashes.bundle && (bundle.gallery || "") === (answer.hashes.gallery || "");
+    if (!same) await readVersion();
+  }
+
   function showVersion() {
     const version = state.version;
     const note = byId("data-note");
@@ -353,6 +359,8 @@
     showCard(entry);
     try {
       const answer = await patiently(entry);
+      await readNewVersion(answer);
+      entry.calibrated = state.version && state.version.bundle[answer.two_side ? "two_side_calibrated" : "calibrated"];
       entry.answer = answer;
       entry.status = "done";
       entry.views = await pictures(entry, answer);
@@ -590,9 +598,7 @@
 
   function notes(entry) {
     const { answer } = entry;
-    const fitted = answer.two_side ? "two_side_calibrated" : "calibrated";
-    const calibrated = state.version && state.version.bundle[fitted];
-    const known = state.version ? [calibrated ? words().calibrated : words().uncalibrated] : [];
+    const known = entry.calibrated === null ? [] : [entry.calibrated ? words().calibrated : words().uncalibrated];
     const line = [words().modes[answer.two_side ? "two_side" : answer.mode_used], words().views[answer.view], ...known,
       `${Math.round(answer.timings.total)} ms`].join(" · ");
     const parts = [];

@@ -27,7 +27,8 @@ const WORDS = {
     sides_full: (n) => `자리는 앞면과 뒷면 둘입니다. 사진 ${n}장은 넣지 않았습니다.`,
     ask_sides: "두 면으로 찾기",
     with_back: "뒷면 사진도 넣어 다시 묻기",
-    side_alone: (side, name, percent, n) => `${side} 사진만 보면: ${name} ${percent}, 기준을 통과한 약 ${n}가지`,
+    side_alone: (side, name, percent, n) =>
+      `${side} 사진만 보면: ${n ? `${name} ${percent}, 기준을 통과한 약 ${n}가지` : "기준을 통과한 약이 없습니다"}`,
     mode_missing: "이 모델에는 여러 알을 찾는 부분이 없습니다.",
     drop_told: "사진을 여기에 끌어다 놓거나, 붙여 넣거나(Ctrl+V), 고르세요. 여러 장도 됩니다.",
     choose: "사진 고르기",
@@ -219,7 +220,8 @@ const WORDS = {
     sides_full: (n) => `There are two places, front and back. ${n === 1 ? "One photo was" : `${n} photos were`} left out.`,
     ask_sides: "Identify by both sides",
     with_back: "Add a photo of the back and ask again",
-    side_alone: (side, name, percent, n) => `The ${side} alone: ${name} ${percent}; drugs that pass the rule: ${n}`,
+    side_alone: (side, name, percent, n) =>
+      `The ${side} alone: ${n ? `${name} ${percent}; drugs that pass the rule: ${n}` : "no drug passes the rule"}`,
     mode_missing: "This model has no part that finds several pills.",
     drop_told: "Drag photos here, paste one (Ctrl+V), or choose them. Several at a time are fine.",
     choose: "Choose photos",
