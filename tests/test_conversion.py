@@ -1,5 +1,6 @@
 """Conversion: labels and photos become a manifest, a YOLO tree, drug metadata and a list of what was left out."""
 
+import errno
 import json
 import logging
 import os
@@ -24,7 +25,7 @@ from pillsnap.dataset.drugs import (
     get_drug_metadata_from_class_id,
 )
 from pillsnap.dataset.matching import discover_detection_data
-from pillsnap.dataset.yolotree import check_yolo_tree, write_yolo_tree
+from pillsnap.dataset.yolotree import check_yolo_tree, coco_to_yolo, write_yolo_tree
 from pillsnap.delivery.annotations import DRUG_KEYS, IMAGE_KEYS
 from pillsnap.delivery.classmap import ClassMap
 from pillsnap.delivery.faults import FaultReason
@@ -642,3 +643,66 @@ def test_the_renderers_faults_land_where_they_were_planted(faulty_delivery, tmp_
         "hidden_files": 1,
     }
     assert len(planted) >= 20
+
+
+@pytest.mark.spec("DM3", "BX4")
+def test_records_that_state_two_sizes_of_one_photo_give_no_box(tmp_path):
+    "In which of the two a box was drawn, nobody can tell; the other photos stay."
+    from pillsnap.synth.writer import write_delivery
+
+    root = tmp_path / "delivery"
+    write_delivery(root, drugs=4, photos=4, combos=2, seed=1, width=122, height=160, progress=False)
+    labels = sorted((root / "data" / "train" / "labels" / "combination").rglob("*.json"))
+    stem = labels[0].stem
+    other = [p for p in labels if p.stem == stem][-1]
+    record = json.loads(other.read_text())
+    for key in ("width", "height"):
+        record["images"][0][key] *= 2
+    box = [2 * v for v in record["annotations"][0]["bbox"]]
+    record["annotations"][0] |= dict(bbox=box, area=box[2] * box[3])
+    other.write_text(json.dumps(record, ensure_ascii=False))
+    made = convert_delivery(root, tmp_path / "run")
+    assert not made.rows["path"].str.contains(stem).any() and len(made.rows)
+    assert set(made.header["quarantine"]) == {FaultReason.SIZE, FaultReason.PARTIAL}
+
+
+@pytest.mark.spec("RS5", "DM3")
+@pytest.mark.parametrize("fault", [errno.EACCES, errno.EIO])
+def test_photos_that_could_not_be_read_once_are_read_the_next_time(tmp_path, monkeypatch, fault):
+    "A disk that comes back changes neither size nor time of a file."
+    from pillsnap.synth.writer import write_delivery
+
+    root = tmp_path / "delivery"
+    write_delivery(root, drugs=2, photos=4, combos=0, seed=1, width=98, height=128, progress=False)
+    bad, real = sorted(root.rglob("*.png"))[:3], Path.read_bytes
+
+    def refused(self):
+        if self in bad:
+            raise OSError(fault, "not now")
+        return real(self)
+
+    with monkeypatch.context() as m:
+        m.setattr(Path, "read_bytes", refused)
+        m.setattr(opening, "open_in_parallel", lambda job, todo, _workers: ((todo, job(todo)) for todo in [list(todo)]))
+        first = convert_delivery(root, tmp_path / "run")
+    again = convert_delivery(root, tmp_path / "run")
+    assert len(again.rows) == len(convert_delivery(root, tmp_path / "fresh").rows) == len(first.rows) + 3
+
+
+@pytest.mark.spec("DM1")
+def test_a_coco_file_whose_numbers_repeat_is_refused(tmp_path):
+    "The boxes of one photo would lie on another."
+    image = dict(width=100, height=100)
+    doc = dict(
+        images=[dict(id=1, file_name="images\\a.png", **image), dict(id=2, file_name="b.png", **image)],
+        annotations=[dict(id=1, image_id=1, category_id=1, bbox=[10, 10, 20, 20])],
+        categories=[dict(id=1, name="A"), dict(id=2, name="B")],
+    )
+    for what in ("images", "categories"):
+        twice = doc | {what: [e | dict(id=1) for e in doc[what]]}
+        (tmp_path / "twice.json").write_text(json.dumps(twice))
+        with pytest.raises(PillsnapError, match="have one number"):
+            coco_to_yolo(tmp_path / "twice.json", tmp_path / "out")
+    (tmp_path / "good.json").write_text(json.dumps(doc))
+    coco_to_yolo(tmp_path / "good.json", tmp_path / "good")
+    assert sorted(p.name for p in (tmp_path / "good" / "labels").iterdir()) == ["a.txt"]

@@ -198,6 +198,49 @@ def test_capitals_of_a_photos_name_need_not_be_those_of_its_label(tmp_path, form
 
 
 @pytest.mark.spec("IM2")
+def test_a_full_path_of_another_machine_keeps_its_own_folder(tmp_path):
+    "Where a photo is missing, its box goes to no photo of the same name in another folder."
+    for n, name in enumerate(("A/001.png", "A/002.png", "B/002.png")):  # B/001.png is missing
+        paint(tmp_path / "src" / name, n)
+    pills = [(d, n) for d in "AB" for n in ("001", "002")]
+    table = [f"D:\\data\\{d}\\{n}.png,drug {d},5,5,30,30" for d, n in pills]
+    (tmp_path / "src" / "l.csv").write_text("\n".join(["path,label,xmin,ymin,xmax,ymax", *table]))
+    made = import_photos(tmp_path / "src", tmp_path / "run", DATA)
+    found = [("A/001.png", "drug A"), ("A/002.png", "drug A"), ("B/002.png", "drug B")]
+    assert sorted(zip(made.rows["path"], made.rows["class_key"])) == found and set(made.rows["kind"]) == {"single"}
+    assert reasons(made) == {"photo_missing": 1}
+
+
+@pytest.mark.spec("IM2", "BX1")
+def test_of_a_photo_that_lost_a_pill_the_classifier_sees_the_crop_alone(tmp_path):
+    "`incomplete_combo: keep`: two pills lie there, so the whole photo is no photo of one drug."
+    photos = {"a.png": [BOXES[0], (NAMES[1], [100, 80, 90, 90])], "b.png": [BOXES[0]], "c.png": [BOXES[1]]}
+    for n, name in enumerate(photos):
+        paint(tmp_path / "src" / name, n)
+    write_coco(tmp_path / "src", photos)
+    made = import_photos(tmp_path / "src", tmp_path / "run", DATA.model_copy(update={"incomplete_combo": "keep"}))
+    (row,) = made.rows[made.rows["path"] == "a.png"].itertuples()
+    assert (row.class_key, row.kind, row.view) == (NAMES[0], "combo", "crop")
+
+
+@pytest.mark.spec("IM3")
+@pytest.mark.parametrize("pills", [1, 2])
+def test_a_copy_of_a_photo_is_in_its_group_however_many_pills_it_shows(tmp_path, pills):
+    "The same scene, saved again with another quality."
+    photos = {}
+    for n in range(6):
+        paint(tmp_path / "src" / f"photo{n}.png", n)
+        for quality, name in ((95, f"photo{n}.jpg"), (90, f"photo{n}-copy.jpg")):
+            Image.open(tmp_path / "src" / f"photo{n}.png").save(tmp_path / "src" / name, quality=quality)
+            photos[name] = list(BOXES[:pills])
+        (tmp_path / "src" / f"photo{n}.png").unlink()
+    write_coco(tmp_path / "src", photos)
+    rows = import_photos(tmp_path / "src", tmp_path / "run", DATA).rows
+    groups = rows.groupby(rows["path"].str[:6])["group_id"]
+    assert groups.nunique().eq(1).all() and rows["group_id"].nunique() == 6
+
+
+@pytest.mark.spec("IM2")
 def test_films_links_and_one_drug_alone_are_told(tmp_path):
     for i in range(2):
         paint(tmp_path / "elsewhere" / f"{i}.JPG", i)

@@ -1,13 +1,16 @@
 """What is kept in memory: one buffer per job, a database that many read, and no growth (SPEC TL12-TL16, BX14)."""
 
+import errno
 import multiprocessing as mp
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import psutil
 import pytest
 import torch
+from PIL import Image
 
 from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
@@ -201,3 +204,30 @@ def test_memory_is_flat_over_epochs():
     i, j = np.triu_indices(len(y), 1)
     assert abs(np.median((y[j] - y[i]) / (j - i))) < 0.05, mb  # Theil-Sen, MB an epoch; an epoch's batches have 1.2 MB
     assert loader.buffers.made <= 8
+
+
+@pytest.mark.spec("BX9", "RS5")
+def test_a_fault_of_the_machine_is_not_kept_as_a_photos_own(tmp_path, monkeypatch):
+    "Neither in LMDB nor in the table of located pills: too many open files says nothing of the photo."
+    from pillsnap.dataset.datasets import lmdb_converter
+    from pillsnap.dataset.focus import locate_photos
+
+    Image.new("RGB", (64, 64)).save(tmp_path / "p0.png")
+    Image.new("RGB", (64, 64)).save(tmp_path / "p1.png")
+    rows = pd.DataFrame(
+        dict(path=["p0.png", "p1.png"], class_key=["A", "B"], bbox="", kind="single", width=64, height=64)
+    )
+    data, real = PillsnapClsDataset(rows, ClassMap(("A", "B")), tmp_path, 32), Path.read_bytes
+
+    def refused(self):
+        if self.name == "p1.png":
+            raise OSError(errno.EMFILE, "Too many open files")
+        return real(self)
+
+    with monkeypatch.context() as m:
+        m.setattr(Path, "read_bytes", refused)
+        with pytest.raises(PillsnapError, match="too many files are open"):
+            lmdb_converter(data, tmp_path / "db")
+        locate_photos(["p1.png"], tmp_path, {}, tmp_path / "located.csv")
+    assert "p1.png" not in (tmp_path / "located.csv").read_text()
+    assert locate_photos(["p1.png"], tmp_path, {}, tmp_path / "located.csv")["found"].tolist() == [0]

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import cv2
@@ -369,3 +370,17 @@ def test_the_gateway_and_the_server_share_the_limit_of_a_photo():
     root = Path(__file__).resolve().parents[1]
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     assert told.stdout.split() == [str(7 * 1024)]
+
+
+@pytest.mark.spec("NM1", "RT8")
+def test_korean_names_are_one_name_however_they_are_composed(tmp_path):
+    from pillsnap.dataset.families import photo_id
+    from pillsnap.dataset.narrow import class_mapping, read_drug_list, training_weights
+
+    apart, composed = (unicodedata.normalize(form, "타이레놀") for form in ("NFD", "NFC"))
+    listed = [dict(kcode=apart, drug_name="x", training_config=dict(weight=3.0)), dict(kcode="K-000002")]
+    (tmp_path / "list.json").write_text(json.dumps(listed))
+    drugs = read_drug_list(tmp_path / "list.json")
+    weights = training_weights(drugs, [composed, "K-000002"])
+    assert weights[0] == 3 * weights[1] and composed in json.dumps(class_mapping(drugs, [composed]), ensure_ascii=False)
+    assert photo_id(f"a/{apart}_1.jpg") == photo_id(f"b/{composed}_2.jpg") == composed

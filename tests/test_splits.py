@@ -841,3 +841,20 @@ def test_two_searches_in_one_folder_do_not_mix(run, tmp_path):
     df, head = read_manifest(run[0] / "manifest.csv")
     with FolderLock(tmp_path), pytest.raises(PillsnapError, match="another run holds this folder"):
         D.find_duplicates(tidy_records(df).head(4), head["root"], tmp_path, progress=False)
+
+
+@pytest.mark.spec("BX1")
+def test_copies_are_looked_for_again_when_more_drugs_are_split(smoke_run, tmp_path):
+    "The search of some drugs says nothing of the others."
+    from pillsnap.dataset.duplicates import load_duplicates
+    from pillsnap.delivery.index import read_manifest
+
+    df, header = read_manifest(smoke_run / "manifest.csv")
+    header = header | {"root": str((smoke_run / header["root"]).resolve())}
+    df = tidy_records(df)
+    two = sorted(df["class_key"].unique())[:2]
+    load_duplicates(df[df["class_key"].isin(two)], header, tmp_path / "run")
+    found, fresh = (load_duplicates(df, header, tmp_path / name) for name in ("run", "fresh"))
+    assert found.pairs == fresh.pairs and len(fresh.pairs) > 0
+    known = {tuple(sorted(p[:2])) for p in load_duplicates(df[df["class_key"].isin(two)], header, tmp_path / "a").pairs}
+    assert known < {tuple(sorted(p[:2])) for p in fresh.pairs}

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from pillsnap.core.errors import PillsnapError
 from pillsnap.dataset.conversion import convert_delivery
+from pillsnap.dataset.grouping import apply_decisions, toy_delivery
 from pillsnap.dataset.overlay import Decision, Overlay, apply_overlay
 from pillsnap.dataset.triage import (
     issues_of_run,
@@ -74,6 +75,19 @@ def test_copies_under_two_drugs_blur_dark_and_boxes_are_listed(delivery, tmp_pat
     assert set(issues.head(2)["kind"]) == {"conflict"}
     assert of("blurred")[:1] == [names["soft"]] and of("dark")[:1] == [names["dark"]]
     assert names["boxed"] in of("box")[:2]
+
+
+@pytest.mark.spec("BX22", "BX1")
+def test_a_relabelled_photo_is_split_with_the_series_of_the_drug_that_it_shows(tmp_path):
+    df = toy_delivery(drugs=3, views=6)
+    wrong, right = sorted(set(df["class_key"]))[:2]
+    mine = df[df["class_key"] == wrong].drop_duplicates("group_id")["path"]
+    overlay = Overlay(tmp_path)
+    for path in mine:
+        overlay.add(Decision(path, wrong, "relabel", to=right, who="kim"))
+    decided, _ = apply_decisions(df, tmp_path)
+    group = decided.set_index("path")["group_id"]
+    assert all(group[path] == group[path.replace(wrong, right)] for path in mine)
 
 
 @pytest.mark.spec("BX22")

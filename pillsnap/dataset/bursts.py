@@ -132,8 +132,16 @@ def _by_time(
     with ThreadPoolExecutor() as pool:
         captures = dict(zip(paths, pool.map(capture_time, [root / p for p in paths])))
     bursts = burst_groups(df, captures)
-    dup = find_duplicates(df.assign(group_id=bursts), root, thumbnails, progress)
-    group = join_groups(bursts, dup.dup_id)
+    one = df.assign(group_id=bursts).drop_duplicates("path")
+    several = one["kind"] != "single"  # of several pills the whole pictures are compared
+    drugs = df.groupby("path")["class_key"].agg(lambda k: "+".join(sorted(k)))
+    one = one.assign(
+        kind="single",
+        bbox=one["bbox"].where(~several, ""),
+        class_key=one["class_key"].where(~several, one["path"].map(drugs)),
+    )
+    dup = find_duplicates(one, root, thumbnails, progress)
+    group = join_groups(bursts, df["path"].map(dict(zip(one["path"], dup.dup_id))))
     alone = sum(captures[p].seconds is None for p in paths)
     caution = _caution(alone, len(paths), "state no time of capture")
     grouped = Grouping("time and likeness", "", group.nunique(), len(paths), alone, len(dup.pairs), caution)

@@ -26,6 +26,7 @@ from torch.utils.data import Dataset
 
 # %% ../../nbs/dataset/480_datasets.ipynb #1a77b51e
 from ..core.errors import PillsnapError
+from ..core.files import os_error
 from ..core.settings import AugmentClassification
 from .sampling import sample_randoms, stable_ids
 from ..delivery.classmap import ClassMap
@@ -525,17 +526,21 @@ def lmdb_converter(
     def canvas(path: str, bbox: str, view: View) -> np.ndarray | dict:
         try:
             got = source.open(Photo(path, bbox), view)
-            return got if isinstance(got, dict) else cached_view(*got, view)
         except (PillsnapError, ValueError) as e:
             return {"error": str(e), "stage": "crop"}
+        if isinstance(got, dict) and got.get("errno"):  # of the machine or the disk, not of the photo: it is not kept
+            raise os_error("a photo cannot be read", path, OSError(got["errno"], got["error"]))
+        return got if isinstance(got, dict) else cached_view(*got, view)
 
     def records() -> Any:
         for p, b in zip(dataset.paths, dataset.bboxes):
             for v in views or dataset.views.values():
                 yield p, b, v, canvas(p, b, v)
 
-    writer.put_many(records())
-    writer.close()
+    try:
+        writer.put_many(records())
+    finally:
+        writer.close()
     return LMDBImageCache(path, map_size=map_size)
 
 # %% ../../nbs/dataset/480_datasets.ipynb #ce350bc1

@@ -27,7 +27,7 @@ from fastcore.basics import patch
 
 # %% ../../nbs/dataset/410_duplicates.ipynb #8ada90cb
 from ..core.errors import PillsnapError
-from ..core.files import FolderLock, ensure_dir, os_error, read_json, save_json
+from ..core.files import FolderLock, ensure_dir, os_error, read_json, save_json, sha256_text
 from ..core.logs import progress as show_progress
 from .opening import open_in_parallel
 from ..photos.images import crop_view, open_image_safely, resize
@@ -397,7 +397,9 @@ def load_duplicates(
     progress: bool = True,  # show a progress bar
 ) -> Duplicates:
     "The duplicates of a delivery; searched once, then read from duplicates.json while the manifest is the same."
-    path, key = folder / "duplicates.json", {"data_hash": header["data_hash"], "pictures": pictures}
+    rows = "\n".join(sorted(set(df["path"] + "\t" + df["class_key"] + "\t" + df["group_id"])))
+    path = folder / "duplicates.json"
+    key = {"data_hash": header["data_hash"], "pictures": pictures, "rows": sha256_text(rows)}
     kept = read_json(path) if path.exists() else {}
     if {k: kept.get(k) for k in key} == key:
         return name_groups(df, [(a, b, how) for a, b, how in kept["pairs"]], [(a, b) for a, b in kept["conflicts"]])

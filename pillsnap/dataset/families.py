@@ -67,7 +67,7 @@ def photo_id(
     path: str,  # .../{ID}_{sequence}.jpg
 ) -> str:  # text before the last underscore; the whole stem if there is none
     "The ID of a photo."
-    stem = Path(path).stem
+    stem = unicodedata.normalize("NFC", Path(path).stem)
     return stem.rpartition("_")[0] or stem
 
 

@@ -74,7 +74,7 @@ def _locate_file(
     "Find the pill of one photo."
     got = open_image_safely(root / path, **policies, say=False)
     if "_skip" in got:
-        return _Located(path)
+        return _Located(path, found=-1)
     found = locate(got["image"])
     n, score = len(found.boxes), float(found.scores[0]) if len(found.boxes) else 0.0
     if n != 1:
@@ -101,8 +101,8 @@ def locate_photos(
         known = pd.concat([known, pd.DataFrame(rows)]) if len(known) else pd.DataFrame(rows)
         if table is not None:
             table.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_path(table) as tmp:
-                known.to_csv(tmp, index=False, lineterminator="\n")
+            with atomic_path(table) as tmp:  # a photo that did not open is tried again
+                known[known["found"] >= 0].to_csv(tmp, index=False, lineterminator="\n")
     return known.set_index("path").loc[list(paths)].reset_index()
 
 # %% ../../nbs/dataset/478_focus.ipynb #234ef08b

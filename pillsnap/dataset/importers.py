@@ -163,7 +163,7 @@ def add(
         tell = self.quarantine.remark if self.keep else self.quarantine.drop
         tell(photo.path, FaultReason.PARTIAL, f"{len(got) - len(kept)} of {len(got)} pills have no usable label")
     if kept and (self.keep or len(kept) == len(got)):
-        self.rows += [_row(photo.path, check, len(kept) > 1, *pill) for pill in kept]
+        self.rows += [_row(photo.path, check, len(got) > 1, *pill) for pill in kept]
 
 
 def _identical(pills: Sequence[tuple[str, Any] | None]) -> list[tuple[int, int]]:

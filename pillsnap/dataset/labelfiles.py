@@ -163,6 +163,7 @@ class PhotoFinder:
         self.by_name: dict[str, set[str]] = {}
         for p in (*self.composed, *self.folded):
             self.by_name.setdefault(p.rpartition("/")[2], set()).add(p)
+        self.folders = {f"/{p}".split("/")[-2] for p in (*self.composed, *self.folded)}
 
     def find(
         self,
@@ -180,8 +181,10 @@ class PhotoFinder:
         for base in (beside, "", f"{beside}/images", "images", f"{up}/images", f"{up}/JPEGImages", "JPEGImages"):
             if (path := os.path.normpath(f"{base}/{name}").lstrip("/")) in photos:
                 return photos[path]
-        elsewhere = re.match(r"/|[A-Za-z]:", name)  # a full path of another machine: its folders mean nothing here
-        ending = "/" + (name.rpartition("/")[2] if elsewhere else name)
+        ending = f"/{name}"
+        if re.match(r"/|[A-Za-z]:", name):  # a full path of another machine: its own folder counts if there is one here
+            folder, own = ["", *name.split("/")][-2:]
+            ending = f"/{folder}/{own}" if folder in self.folders else f"/{own}"
         same = [p for p in self.by_name.get(name.rpartition("/")[2], ()) if p in photos and f"/{p}".endswith(ending)]
         return photos[same[0]] if len(same) == 1 else None
 

@@ -8,6 +8,7 @@ __all__ = ['NarrowDrug', 'read_drug_list', 'class_mapping', 'training_weights', 
 # %% ../../nbs/dataset/430_narrow.ipynb #f0af9c7b
 import json
 import math
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,7 +38,8 @@ class NarrowDrug:
 def _drug(entry: Mapping[str, Any], where: Path) -> NarrowDrug:
     "Read one entry; raises PillsnapError if it is no drug or its weight is not positive."
     try:
-        kcode, weight = str(entry["kcode"]), float(entry.get("training_config", {}).get("weight", 1.0))
+        kcode = unicodedata.normalize("NFC", str(entry["kcode"]))  # as folders are named
+        weight = float(entry.get("training_config", {}).get("weight", 1.0))
     except (AttributeError, KeyError, TypeError, ValueError):
         raise PillsnapError(
             f"this is no drug of a narrow list: {str(entry)[:80]}",

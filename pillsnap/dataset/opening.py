@@ -192,7 +192,7 @@ def check_photos(
     todo = [p for p in stamps if p not in seen]
     with show_progress(total=len(stamps), desc="opening", unit="photos", show=progress, done=len(seen)) as bar:
         for _, got in open_in_parallel(partial(_check_chunk, root, policy or {}), todo, workers):
-            journal.note((p, stamps[p], s) for p, s in got.items())
+            journal.note((p, stamps[p], s) for p, s in got.items() if not s.detail.startswith("read:"))
             seen |= got
             bar.update(len(got))
     return seen

@@ -15,12 +15,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 # %% ../../nbs/dataset/420_overlay.ipynb #f73ef20d
+import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
 # %% ../../nbs/dataset/420_overlay.ipynb #3b4ea862
 from ..core.errors import PillsnapError
 from ..core.files import append_line
+from .duplicates import join_groups
 
 # %% ../../nbs/dataset/420_overlay.ipynb #2989a903
 DECISIONS = ("keep", "drop", "relabel")
@@ -123,6 +125,8 @@ def apply_overlay(
     kind = pd.Series([d.decision if d else "" for d in mine], df.index)
     new = pd.Series([d.to if d else "" for d in mine], df.index)
     out = df.assign(**{c: df[c].where(kind != "relabel", new) for c in ("class_key", "kcode") if c in df})
+    if "group_id" in df:
+        out["group_id"] = _joined_series(df, kind == "relabel", new)
     dropped = df.loc[kind == "drop", "path"]
     out = out[~out["path"].isin(set(dropped))].reset_index(drop=True)
     out.attrs["overlay"] = {
@@ -131,6 +135,16 @@ def apply_overlay(
         "without_a_photo": len(set(decisions) - set(keys)),
     }
     return out
+
+
+def _joined_series(df: pd.DataFrame, moved: pd.Series, new: pd.Series) -> pd.Series:
+    "The groups, those of relabelled photos joined with the series of the drug that they show."
+    moved &= np.array([g.startswith(f"{k}_") for g, k in zip(df["group_id"], df["class_key"])], bool)
+    to = pd.Series([f"{n}{g[len(k) :]}" for n, g, k in zip(new, df["group_id"], df["class_key"])], df.index)
+    links = df["group_id"].where(df["group_id"].isin(set(to[moved])), "")
+    group = pd.concat([df["group_id"], df.loc[moved, "group_id"]], ignore_index=True)
+    joined = join_groups(group, pd.concat([links, to[moved]], ignore_index=True))
+    return joined.iloc[: len(df)].set_axis(df.index)
 
 
 def _check_targets(relabels: list[Decision], known: set[str], where: Path) -> None:

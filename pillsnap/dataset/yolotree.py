@@ -198,9 +198,14 @@ def coco_to_yolo(
 ) -> Path:  # data.yaml
     "Write the boxes of a COCO file as YOLO labels."
     c, folder = _read_coco(coco_json), ensure_dir(Path(out_dir) / "labels")
+    for what, listed in (("photos", c.images), ("classes", c.categories)):
+        if len({str(e.id) for e in listed}) < len(listed):
+            raise PillsnapError(
+                f"two {what} of this COCO file have one number", where=coco_json, fix="number them anew"
+            )
     names = {k.id: k.name for k in sorted(c.categories, key=lambda k: k.id)}
     found = _coco_boxes(c, {k: i for i, k in enumerate(names)})
-    stems = [(name := im.file_name.rpartition("/")[2]).rpartition(".")[0] or name for im in c.images]
+    stems = [(name := im.file_name.replace("\\", "/").rpartition("/")[2]).rpartition(".")[0] or name for im in c.images]
     if len(set(stems)) < len(stems):
         raise PillsnapError(
             "two photos of this COCO file have one name",

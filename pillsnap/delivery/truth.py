@@ -152,6 +152,7 @@ class LabelledPill:
     fault: FaultReason | None = None  # why it is left out
     detail: str = ""  # free text on the fault
     area_ok: bool = True  # whether the area is width times height
+    size: tuple[int, int] = (0, 0)  # of the photo, as the record says
 
 # %% ../../nbs/delivery/130_truth.ipynb #a9356368
 @dataclass(slots=True)
@@ -286,7 +287,7 @@ PLAIN = pa.schema(
 def _each(rows: pa.Table) -> Iterator[tuple[str, PhotoTruth]]:
     "Plain photos as PhotoTruth objects, by stem."
     for r in rows.to_pylist():
-        pill = LabelledPill(r["kcode"], [r[k] for k in "xywh"], r["label"])
+        pill = LabelledPill(r["kcode"], [r[k] for k in "xywh"], r["label"], size=(r["width"], r["height"]))
         yield r["stem"], PhotoTruth(r["file_name"], (r["kcode"],), r["width"], r["height"], [pill])
 
 # %% ../../nbs/delivery/130_truth.ipynb #be82b784
@@ -355,7 +356,7 @@ def _check_box(
     self.note("area_mismatch", a.path, not area_ok)
     if own and not fault:
         fault, detail = own, f"{str(bbox)[:80]} in {a.width}×{a.height}"
-    return LabelledPill(a.kcode, bbox, a.path, fault, detail, area_ok)
+    return LabelledPill(a.kcode, bbox, a.path, fault, detail, area_ok, (a.width, a.height))
 
 # %% ../../nbs/delivery/130_truth.ipynb #e2a9ab53
 def _repeats(pills: list[LabelledPill]) -> Iterator[tuple[LabelledPill, str]]:
@@ -375,6 +376,10 @@ def _compare_boxes(
     photo: PhotoTruth,  # a photo with all its records
 ) -> None:
     "Mark the boxes that contradict another box of the photo."
+    if len({p.size for p in photo.pills}) > 1:  # in which of the sizes a box was drawn, nobody can tell
+        for p in photo.pills:
+            if not p.fault:
+                p.fault, p.detail = FaultReason.SIZE, f"{p.size[0]}×{p.size[1]}, another record says otherwise"
     for a, b, iou in photo.close_pairs():
         for p, other in ((a, b), (b, a)):
             if iou >= IDENTICAL and not p.fault:
