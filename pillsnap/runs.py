@@ -45,7 +45,7 @@ class Run:
         return sorted((self.folder / "reports").glob("*.png"))
 
     def __str__(self) -> str:
-        lines = [f"{name}: {r['verdict'] or r['status']}" for name, r in self.records.items()]
+        lines = [f"{name}: {r.get('verdict') or r['status']}" for name, r in self.records.items()]
         return "\n".join([str(self.folder), *lines])
 
     def _repr_html_(self) -> str:

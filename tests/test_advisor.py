@@ -1,7 +1,9 @@
 """The advisor's rules, its menu's record, and who may read the sealed test."""
 
 import json
+import multiprocessing
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +28,7 @@ from pillsnap.evaluation.advisor import (
     score_bars,
 )
 from pillsnap.evaluation.latency import Latency
-from pillsnap.evaluation.ledger import append_ledger, read_ledger
+from pillsnap.evaluation.ledger import LEDGER, append_ledger, read_ledger, record_decision
 from pillsnap.evaluation.menu import (
     advisor_menu,
     build_menu,
@@ -570,3 +572,33 @@ def test_an_altered_ledger_is_refused(tmp_path):
             read_ledger(tmp_path)
     path.write_text("\n".join(lines) + "\n")
     assert [e["n"] for e in read_ledger(tmp_path)] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85"])
+def test_a_reason_may_hold_any_character(tmp_path, mark):
+    record_decision(tmp_path, "kim", f"shown to{mark}the team")
+    record_decision(tmp_path, "lee", "again")
+    assert [e["by"] for e in read_ledger(tmp_path)] == ["kim", "lee"]
+
+
+@pytest.mark.parametrize("line", [b"[1]\n", b"\xff\n", b""])
+def test_what_is_no_ledger_is_said_to_be_none(tmp_path, line):
+    (tmp_path / LEDGER).write_bytes(line)
+    with pytest.raises(PillsnapError, match="altered at line 1"):
+        read_ledger(tmp_path)
+
+
+def decide_often(root, who: str) -> None:
+    for n in range(20):
+        record_decision(root, who, f"reason {n}")
+
+
+@pytest.mark.spec("X80")
+def test_of_two_who_write_the_ledger_at_once_no_line_is_lost(tmp_path):
+    "An opening that disappeared would let the sealed test be opened a second time."
+    both = [multiprocessing.Process(target=decide_often, args=(tmp_path, who)) for who in ("kim", "lee")]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert Counter(e["by"] for e in read_ledger(tmp_path)) == {"kim": 20, "lee": 20}

@@ -630,3 +630,23 @@ def test_decide_evaluate_declare_and_final_test_as_a_person_types_them(made, tmp
     assert r.returncode == 2 and "no mandatory check" in r.stderr
     r = typed("evaluate", "--run", root, "--split", "train")
     assert r.returncode == 2 and "Traceback" not in r.stderr
+
+
+@pytest.mark.spec("X80", "SP4")
+def test_a_model_of_another_split_never_meets_the_sealed_photos(copy, tmp_path):
+    "It may have been trained on them. Nothing is opened."
+    from pillsnap.core.files import save_json
+    from pillsnap.core.jobs import record_path
+
+    best = copy / "checkpoints" / "classifier" / "best.pt"
+    inputs, outputs = {"artifacts/stage0/splits.json": "0" * 64}, {"checkpoints/classifier/best.pt": sha256_file(best)}
+    save_json(dict(status="finished", inputs=inputs, outputs=outputs, settings={}), record_path(copy, "classifier"))
+    before = kinds(copy)
+    with pytest.raises(PillsnapError, match="stays closed: the classifier was trained on another split"):
+        H.evaluate_split(copy, "test", **ask(copy))
+    record_path(copy, "classifier").unlink()
+    other = tmp_path / "other.pt"
+    shutil.copy(best, other)
+    with pytest.raises(PillsnapError, match="stays closed: this checkpoint is of another run"):
+        H.evaluate_split(copy, "test", checkpoint=other, **ask(copy))
+    assert kinds(copy) == before

@@ -308,3 +308,15 @@ def test_a_pill_is_found_once(seed, thr):
     taken = match_boxes(boxes, truth, thr)
     hits = taken[taken >= 0]
     assert len(set(hits.tolist())) == len(hits) <= min(len(boxes), len(truth))
+
+
+@pytest.mark.spec("EV1")
+def test_a_network_that_overflows_answers_nothing():
+    "Rows of NaN are no guess of the first drug, and no sure one."
+    from pillsnap.evaluation.reports import evaluate_classification_metrics
+
+    logits = np.zeros((6, 3))
+    logits[:, 0] = 9
+    logits[3:] = np.nan
+    found = evaluate_classification_metrics(logits, [0] * 6, ["A", "B", "C"])
+    assert (found["accuracy"], found["top1"]) == (0.5, 0.5) and 0 < found["ece"] < 0.1

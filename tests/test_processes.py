@@ -100,3 +100,47 @@ def test_a_time_chosen_from_outside_stays():
         "idle_worker_timeout" not in pool._backend_kwargs
         and processes(2)._backend_kwargs["idle_worker_timeout"] == IDLE
     )
+
+
+@pytest.mark.spec("RS5", "RS6")
+def test_a_killed_kernel_is_told_with_the_command_that_goes_on(tmp_path):
+    "The likeliest end of a long training is the system's out-of-memory killer."
+    import nbformat
+
+    from pillsnap.core import runner
+    from pillsnap.core.config import load_config
+
+    cell = nbformat.v4.new_code_cell
+    given = cell(
+        "run_dir: str = ''\nconfig: str = ''\noverrides: list = []\nseed: int = 1", metadata={"tags": ["parameters"]}
+    )
+    killed = cell("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
+    kernel = dict(kernelspec=dict(name="python3", language="python", display_name="python3"))
+    nbformat.write(nbformat.v4.new_notebook(cells=[given, killed], metadata=kernel), tmp_path / "killed.ipynb")
+
+    class Killed(runner.JobSpec):
+        path = tmp_path / "killed.ipynb"
+
+    job = Killed("audit", "killed", "pillsnap.dataset.audit:AuditJob")
+    with pytest.raises(runner.JobFailed) as told:
+        runner.run_job(job, tmp_path / "run", load_config("demo"), resume="pillsnap run all --from audit")
+    assert "its process was killed" in str(told.value) and "go on with: pillsnap run all --from audit" in str(
+        told.value
+    )
+
+
+@pytest.mark.spec("RS5")
+def test_a_run_whose_job_failed_is_shown(tmp_path):
+    import pillsnap
+    from pillsnap.core.jobs import Job
+
+    class Failing(Job):
+        name = "classifier"
+
+        def work(self, run, cfg):
+            raise ValueError("no luck")
+
+    with pytest.raises(ValueError, match="no luck"):
+        Failing(run_dir=str(tmp_path)).run()
+    shown = pillsnap.load_run(tmp_path)
+    assert "classifier: failed" in str(shown) and "classifier" in shown._repr_html_()

@@ -263,6 +263,7 @@ def run_job(
 ) -> dict[str, Any]:  # the job's record
     "Execute one notebook into the run folder; raises JobFailed if it stops."
     import papermill as pm
+    from nbclient.exceptions import DeadKernelError
 
     root = Path(run_dir).absolute()
     out = RunFolder(root, spec.name).sub("notebooks") / spec.path.name
@@ -277,6 +278,13 @@ def run_job(
         _execute(spec, out, given, head or spec.name)
     except pm.PapermillExecutionError as e:
         raise _failure(e, spec, out, resume) from None
+    except DeadKernelError as e:
+        fix = "if memory ran out (dmesg says so), use a smaller batch or fewer workers"
+        raise JobFailed(
+            f"job {spec.name} stopped: its process was killed\n  notebook: {out}",
+            where=out,
+            fix=fix + (f"\n         then go on with: {resume}" if resume else ""),
+        ) from e
     rec = read_record(root, spec.name)
     if rec is None or rec["status"] != "finished":
         raise JobFailed(f"job {spec.name} left no finished record", where=out)

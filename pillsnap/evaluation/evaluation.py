@@ -56,6 +56,8 @@ class EvaluationJob(Job):
         "data.progressive_validation",
         "answer",
         "evaluation",
+        "inference.focus",
+        "train.classification.crop_view_prob",
         "train.seed",
     )
     needs: ClassVar[dict[str, str]] = {"artifacts/stage{stage}/splits.json": "splits"}

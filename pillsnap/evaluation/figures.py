@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LEAST_COMBOS', 'COMBO_ANSWER_RECORDS', 'FLAT', 'LEAST_POINTS', 'RELIABLE', 'single_records', 'selection_records',
-           'box_records', 'combo_records', 'combo_answer_records', 'overlap_record', 'split_record', 'memory_record',
-           'crash_record', 'imbalance_record', 'leak_record', 'unreliable']
+           'box_records', 'combo_records', 'combo_answer_records', 'trained_on_another_split', 'overlap_record',
+           'split_record', 'memory_record', 'crash_record', 'imbalance_record', 'leak_record', 'unreliable']
 
 # %% ../../nbs/evaluation/764_figures.ipynb #2e07de59
 import time
@@ -249,27 +249,34 @@ def combo_answer_records(
     return found | {name: prov.metric(name, 1000 * float(wrong.mean()), len(said), seconds, note=note)}
 
 # %% ../../nbs/evaluation/764_figures.ipynb #3a83837c
+def trained_on_another_split(
+    root: Path,  # run folder
+    stage: int,  # 0-4
+) -> str:  # "" = no record says so
+    "Why a checkpoint of this run was not trained on the split in this folder, by the record of its job."
+    split = f"artifacts/stage{stage}/splits.json"
+    for job in ("classifier", "retrieval", "detector"):
+        best, record = f"checkpoints/{job}/best.pt", read_record(root, job) or {}
+        if not (root / best).is_file() or split not in record.get("inputs", {}):
+            continue
+        if record["inputs"][split] != sha256_file(root / split):
+            return f"the {job} was trained on another split than the one that lies here"
+        if record["outputs"].get(best) != sha256_file(root / best):
+            return f"{best} is not the checkpoint that the {job} job wrote"
+    return ""
+
+
 def _training_unknown(
     root: Path,  # run folder
     stage: int,  # 0-4
 ) -> str:  # "" = the checkpoints were trained on the split in this folder
     "Why the training rows of this run's checkpoints are not known."
-    split = root / "artifacts" / f"stage{stage}" / "splits.json"
+    split = f"artifacts/stage{stage}/splits.json"
     for job in ("classifier", "retrieval", "detector"):
-        best, rec = root / "checkpoints" / job / "best.pt", read_record(root, job) or {}
-        if not best.is_file():
-            continue
-
-        def name(p):
-            return p.relative_to(root).as_posix()
-
-        if name(split) not in rec.get("inputs", {}):
+        said = (read_record(root, job) or {}).get("inputs", {})
+        if (root / "checkpoints" / job / "best.pt").is_file() and split not in said:
             return f"the record of the {job} job does not say which split it trained on"
-        if rec["inputs"][name(split)] != sha256_file(split):
-            return f"the {job} was trained on another split than the one that lies here"
-        if rec["outputs"].get(name(best)) != sha256_file(best):
-            return f"{name(best)} is not the checkpoint that the {job} job wrote"
-    return ""
+    return trained_on_another_split(root, stage)
 
 # %% ../../nbs/evaluation/764_figures.ipynb #d2f3a527
 def overlap_record(

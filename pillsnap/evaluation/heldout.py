@@ -40,7 +40,7 @@ from ..photos.unified import unified_preprocessor
 from .advisor import Advice, evaluate_and_recommend
 from .answers import Answers, eval_photos, load_evaluator, without_detector
 from .checks import advisor_facts, data_loading_record, training_records
-from .figures import box_records, combo_records, single_records
+from .figures import box_records, combo_records, single_records, trained_on_another_split
 from .intervals import group_bootstrap, share_interval
 from .latency import measured_value
 from .ledger import append_ledger, read_ledger, stage_4_done
@@ -281,6 +281,16 @@ def model_path(
     return "checkpoints/retrieval/best.pt" if family == "retrieval" else "checkpoints/classifier/best.pt"
 
 
+def _check_training(root: Path, stage: int, checkpoint: Path) -> None:
+    "PillsnapError for a model that may have been trained on sealed photos, because it was trained on another split."
+    why = trained_on_another_split(root, stage)
+    if not checkpoint.is_relative_to(root.absolute()):
+        why = "this checkpoint is of another run, whose training photos are not known"
+    if why:
+        fix = "train again on the split of this folder"
+        raise PillsnapError(f"the sealed test stays closed: {why}", where=checkpoint, fix=fix)
+
+
 def load_part(
     run: RunFolder,  # the run
     cfg: Config,  # its configuration
@@ -297,6 +307,8 @@ def load_part(
         raise PillsnapError(
             "there is no such checkpoint", where=path, fix="train the run first, or name a file with --checkpoint"
         )
+    if split == "test":
+        _check_training(run.root, data.stage, path.absolute())
     return Part(run, cfg, data, rows, path.absolute(), f"evaluate_{split}")
 
 

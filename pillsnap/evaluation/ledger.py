@@ -12,6 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from ..core.errors import PillsnapError
 from ..core.files import atomic_path, canonical_json, sha256_text
 
@@ -32,12 +34,12 @@ def read_ledger(
     path, prev, entries = Path(run_dir) / LEDGER, _START, []
     if not path.exists():
         return []
-    for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for n, line in enumerate(path.read_bytes().removesuffix(b"\n").split(b"\n"), 1):  # str.splitlines knows more ends
         try:
             e = json.loads(line)
-        except json.JSONDecodeError:
+        except ValueError:  # no JSON, or no UTF-8
             e = {}
-        if e.get("prev") != prev or e.get("seq") != n or e.get("hash") != _sealed(e):
+        if not isinstance(e, dict) or e.get("prev") != prev or e.get("seq") != n or e.get("hash") != _sealed(e):
             raise PillsnapError(
                 f"the ledger was altered at line {n}",
                 where=path,
@@ -53,13 +55,19 @@ def append_ledger(
     kind: str,  # gate | decision | open | continue | result
     **kwargs: Any,  # what happened, JSON types
 ) -> dict[str, Any]:  # the new entry
-    "Append an entry to the ledger, atomically."
+    "Append an entry to the ledger, atomically; of several processes, one after the other."
+    with FileLock(Path(run_dir) / ".ledger.lock"):
+        return _appended(run_dir, kind, kwargs)
+
+
+def _appended(run_dir: str | os.PathLike, kind: str, about: dict[str, Any]) -> dict[str, Any]:
+    "The new entry, written."
     entries = read_ledger(run_dir)
     e = {
         "seq": len(entries) + 1,
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "kind": kind,
-        **kwargs,
+        **about,
         "prev": entries[-1]["hash"] if entries else _START,
     }
     e["hash"] = _sealed(e)

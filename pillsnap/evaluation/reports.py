@@ -33,8 +33,9 @@ def evaluate_classification_metrics(
     "Every figure of a classifier from its saved logits."
     z, y = np.asarray(logits, np.float64).reshape(-1, len(keys)), np.asarray(labels, int)
     p = softmax(z, temperature) if len(z) else z
-    pred = p.argmax(1) if len(z) else np.zeros(0, int)
-    conf = p.max(1) if len(z) else np.zeros(0)
+    answered = np.isfinite(z).all(1)  # a network that overflowed gave no answer, and no answer is wrong
+    pred = np.where(answered, p.argmax(1), -1) if len(z) else np.zeros(0, int)
+    conf = np.where(answered, p.max(1), 0.0) if len(z) else np.zeros(0)
     acc = accuracy(pred, y)
     return {
         "accuracy": acc,
