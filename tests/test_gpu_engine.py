@@ -1,5 +1,8 @@
 """The training engine's GPU path, as far as a CPU can show it: injected errors, counted compilations, counted waits."""
 
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
 from boards import Board
@@ -10,6 +13,7 @@ from torch import nn
 
 from pillsnap.core.config import load_config
 from pillsnap.core.device import enable_tf32
+from pillsnap.core.settings import OomPolicy
 from pillsnap.dataset.datasets import PillsnapClsDataset
 from pillsnap.dataset.photoloader import PhotoLoader
 from pillsnap.dataset.sampling import EpochSampler
@@ -458,3 +462,174 @@ def test_a_detector_answers_without_a_search_and_in_full_fp32(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     TorchDetector(Net(), 8).raw(torch.zeros(3, 3, 8, 8).numpy())
     assert seen == [(False, False)] and torch.backends.cudnn.benchmark and torch.backends.cudnn.allow_tf32
+
+
+class FailsAtTheEnd(Callback):
+    "Memory runs out in the step that ends an epoch, before the optimizer moves anything."
+
+    order, run_valid = 12, False
+
+    def __init__(self, times: int):
+        self.times = times
+
+    def before_step(self):
+        if self.accumulate.flush and self.times > 0:
+            self.times -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+FUSED = partial(torch.optim.AdamW, fused=True)
+
+
+def window_learner(times: int = 0, folder=None, escalate: bool = False, step=FUSED):
+    "Six batches in windows of four: each epoch ends with an open window of two."
+    from fastai.callback.core import TrainEvalCallback
+    from fastai.optimizer import OptimWrapper
+
+    from pillsnap.training.callbacks import (
+        Accumulate,
+        EmaCallback,
+        GradClip,
+        PillLearner,
+        PillLoaders,
+        Precision,
+        ScaledStep,
+        Unpack,
+        Validate,
+    )
+    from pillsnap.training.memory import OomGuard
+    from pillsnap.training.monitoring import History
+    from pillsnap.training.saving import Checkpoint
+
+    torch.manual_seed(1)
+    batches = [(torch.randn(8, 6), torch.randint(0, 3, (8,)), {}) for _ in range(6)]
+    net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.2), nn.Linear(8, 3))
+    policy = OomPolicy(max_retries=4, max_grad_accum=8, min_batch=1, cooldown_sec=0, escalate_to_fp16=escalate)
+    cbs = [TrainEvalCallback(), Unpack(), Accumulate(4), Precision(None), GradClip(1.0), ScaledStep()]
+    cbs += [EmaCallback(0.9), Validate(), History(), OomGuard(policy), FailsAtTheEnd(times)]
+    if folder:
+        cbs.append(Checkpoint(folder, dict(config_snapshot={}, class_map={}), "macro_f1"))
+    learn = PillLearner(
+        PillLoaders(batches, batches[:1]),
+        net,
+        nn.CrossEntropyLoss(),
+        opt_func=lambda p, lr: OptimWrapper(opt=step(p, lr=lr)),
+        lr=0.05,
+        default_cbs=False,
+        cbs=cbs,
+    )
+    learn.num_classes = 3
+    return learn
+
+
+def fitted(learn, epochs: int = 2):
+    "The learner after its epochs; every training draws the same dropout."
+    torch.manual_seed(5)
+    learn.fit(epochs)
+    return learn
+
+
+def all_weights(learn) -> torch.Tensor:
+    held = [*learn.model.state_dict().values(), *learn.ema.shadow.values()]
+    return torch.cat([v.float().flatten() for v in held])
+
+
+@pytest.mark.spec("CT14")
+def test_the_window_that_ends_an_epoch_is_tried_again():
+    "Three errors change nothing of the training."
+    plain, tried = fitted(window_learner()), fitted(window_learner(times=3))
+    assert torch.equal(all_weights(plain), all_weights(tried))
+    assert [e["action"] for e in tried.oom_guard.events] == ["empty_cache"] * 3
+
+
+@pytest.mark.spec("CT14", "CT22")
+def test_a_window_that_never_fits_is_saved_open_and_goes_on_later(tmp_path):
+    "The error is in words, and the resumed run ends as if nothing had happened."
+    from pillsnap.core.checkpoints import load_ckpt
+    from pillsnap.core.errors import PillsnapError
+    from pillsnap.training.saving import restore
+
+    plain = fitted(window_learner())
+    with pytest.raises(PillsnapError, match="the step at the end of an epoch does not fit"):
+        fitted(window_learner(times=99, folder=tmp_path))
+    saved = load_ckpt(tmp_path / "last.pt")
+    assert saved["position"]["batch"] == 6 and saved["position"]["callbacks"]["accumulate"]["count"] == 2
+    resumed = window_learner(folder=tmp_path)
+    resumed.first_epoch = restore(resumed, saved)
+    fitted(resumed)
+    assert torch.equal(all_weights(plain), all_weights(resumed))
+
+
+@pytest.mark.spec("CT14")
+@pytest.mark.parametrize("batch", [2, 3, 4])
+def test_an_escalation_to_fp16_keeps_the_batches_of_an_open_window(monkeypatch, batch):
+    "Gradients that were there are not divided by a scale that they never had."
+    from pillsnap.training import callbacks
+
+    real, calls = callbacks.GradScaler, []
+    monkeypatch.setattr(callbacks, "GradScaler", lambda device: real(device, init_scale=64.0))
+
+    def trained(fail_at=()):
+        learn = window_learner(escalate=True, step=torch.optim.SGD)
+        del calls[:]
+
+        def hook(module, _args):
+            calls.append(module.training)
+            if sum(calls) in fail_at and module.training:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+        start = all_weights_of(learn.model)
+        learn.model[2].p = 0.0
+        learn.model.register_forward_pre_hook(hook)
+        fitted(learn, 1)
+        return all_weights_of(learn.model), start, [e["action"] for e in learn.oom_guard.events]
+
+    plain, start, _ = trained()
+    escalated, _, actions = trained((batch, batch + 1))
+    assert any("fp16" in action for action in actions), actions
+    assert (escalated - plain).norm() < 0.05 * (plain - start).norm()
+
+
+def all_weights_of(model: nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().float().flatten() for p in model.parameters()])
+
+
+@pytest.mark.spec("CT14", "MP1")
+def test_a_process_without_a_photo_adds_nothing_where_the_first_drug_weighs_nothing():
+    "Grey pictures of a drug without weight would make every process's weights NaN."
+
+    from pillsnap.training.distributed import EmptyShare
+
+    loss = nn.CrossEntropyLoss(weight=torch.tensor([0.0, 1.0, 2.0]))
+    share, model, none = EmptyShare(), nn.Linear(4, 3), torch.zeros(0, dtype=torch.long)
+    share.learn = SimpleNamespace(loss_func=loss, xb=(torch.zeros(0, 4),), yb=(none,), model=model)
+    share.had = (0, 0)
+    share.before_batch()
+    (images,), (labels,) = share.learn.xb, share.learn.yb
+    assert len(images) == len(labels) == 2 and torch.isfinite(loss(model(images), labels))
+
+
+@pytest.mark.spec("CT22")
+def test_resumed_moments_lie_in_memory_as_the_weights_do():
+    "A fused step reads both without looking at their strides."
+    from types import SimpleNamespace
+
+    from fastai.optimizer import OptimWrapper
+
+    from pillsnap.training.saving import restore
+
+    def optimizer(layout):
+        weight = nn.Parameter(torch.randn(8, 3, 3, 3).to(memory_format=layout))
+        weight.grad = torch.randn_like(weight)
+        return weight, OptimWrapper(opt=torch.optim.AdamW([weight], fused=True))
+
+    was, trained = optimizer(torch.channels_last)
+    trained.step()
+    weight, resumed = optimizer(torch.contiguous_format)
+    learn = SimpleNamespace(model=SimpleNamespace(load_state_dict=lambda _s: None), opt=resumed)
+    learn.dls = SimpleNamespace(train=[])
+    ckpt = dict(model_state={}, optimizer_state=trained.state_dict(), history=[], position=dict(batch=0), epoch=1)
+    restore(learn, ckpt)
+    (before,), (state,) = trained.opt.state.values(), resumed.opt.state.values()
+    for k in ("exp_avg", "exp_avg_sq"):
+        assert state[k].stride() == weight.stride() != was.stride() and torch.equal(state[k], before[k])

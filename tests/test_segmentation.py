@@ -207,3 +207,29 @@ def test_the_job_wants_its_task(tmp_path):
 
     with pytest.raises(PillsnapError, match="data.task=segmentation"):
         SegmentationJob(run_dir=str(tmp_path / "a"), config="smoke").run()
+
+
+@pytest.mark.spec("DM12", "CT22")
+def test_a_resumed_optimizer_is_where_its_weights_are(tmp_path):
+    "A checkpoint is read on the CPU; the device `meta` stands for a GPU."
+    from types import SimpleNamespace
+
+    from fastai.optimizer import Adam
+
+    from pillsnap.core.checkpoints import rng_state
+    from pillsnap.training.segmentation import KeepEpochs
+
+    def optimizer(device):
+        weight = torch.nn.Parameter(torch.zeros(3, device=device))
+        weight.grad = torch.ones(3, device=device)
+        return weight, Adam([weight], lr=0.1)
+
+    _, trained = optimizer("cpu")
+    trained.step()
+    weight, resumed = optimizer("meta")
+    keep = KeepEpochs(tmp_path, {})
+    keep.ckpt = dict(model_state={}, optimizer_state=trained.state_dict(), rng_state=rng_state())
+    keep.learn = SimpleNamespace(model=SimpleNamespace(load_state_dict=lambda _s: None), opt=resumed, first_epoch=1)
+    keep.before_fit()
+    assert all(v.device == weight.device for v in resumed.state[weight].values() if torch.is_tensor(v))
+    resumed.step()

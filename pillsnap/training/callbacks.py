@@ -66,6 +66,10 @@ class PillLearner(Learner):
             self.epoch = epoch
             self._with_events(self._do_epoch, "epoch", CancelEpochException)
 
+    def close_window(self):
+        "Step with the gradients that an epoch's end leaves."
+        self._with_events(self._step, "step", CancelStepException)
+
     def _do_epoch_validate(self, ds_idx=1, dl=None):
         with full_fp32():
             self._validate_views(ds_idx, dl)  # TF32 is for training only
@@ -211,9 +215,11 @@ class Accumulate(Callback):
         if not self.count:
             return
         self.flush = True  # the short window at the end of an epoch
-        self.learn._with_events(self.learn._step, "step", CancelStepException)
+        try:
+            self.learn.close_window()
+        finally:
+            self.flush = False
         self.learn.opt.zero_grad()
-        self.flush = False
 
 # %% ../../nbs/training/600_callbacks.ipynb #5ae5692d
 class Mix(Callback):

@@ -187,7 +187,8 @@ class EmptyShare(Callback):
         if not self.on:
             return
         self.learn.xb = tuple(x.new_zeros(2, *x.shape[1:]) for x in self.xb)
-        self.learn.yb = (labels.new_zeros(2), *rest)
+        weight = getattr(self.learn.loss_func, "weight", None)  # of the drugs; one that weighs nothing would give 0/0
+        self.learn.yb = (labels.new_zeros(2) if weight is None else weight.argmax().expand(2), *rest)
         self.modes = [(m, m.training) for m in self.model.modules()]
         self.model.eval()  # keeps the running statistics as they are
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 # %% ../../nbs/training/620_memory.ipynb #7cab96b6
 import numpy as np
 import torch
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelStepException
 from fastai.learner import Learner
 from fastcore.basics import patch
 from torch import nn
@@ -186,6 +186,12 @@ def _copy_all(
         torch._foreach_copy_([a for a, _ in pairs], [b for _, b in pairs])
 
 # %% ../../nbs/training/620_memory.ipynb #942b43b0
+def _loss_scale(learn: PillLearner) -> float:
+    "The factor that gradients have at present."
+    scaler = getattr(getattr(learn, "precision", None), "scaler", None)
+    return float(scaler.get_scale()) if scaler else 1.0
+
+
 class _BatchState:
     "What a failed batch may have changed: the open window's gradients, running statistics, the random generators."
 
@@ -198,6 +204,7 @@ class _BatchState:
         self.window, self.unit = (window.count, window.mass) if window is not None else (0, 0.0), guard.state.batch_size
         self.open = [p for p in guard.all_params if p.grad is not None] if self.window[0] else []
         self.grads.keep([p.grad for p in self.open])
+        self.scale = _loss_scale(learn) if self.open else 1.0  # asked in an open window only: it waits for the GPU
         self.buffers.keep(guard.all_buffers)
         self.random, self.lost = rng_state(), learn.unpack.lost
         return self
@@ -208,8 +215,9 @@ class _BatchState:
         learn.xb, learn.yb, learn.pred, learn.loss, learn.loss_grad = (None,), (None,), None, None, None
         for p in learn.oom_guard.all_params:
             p.grad = None
+        times = _loss_scale(learn) / self.scale if self.open else 1.0  # S1 may have begun to scale
         for p, g in zip(self.open, self.grads.held):
-            p.grad = g.clone()
+            p.grad = g * times
         self.buffers.put_back()
         if getattr(learn, "accumulate", None) is not None:
             count, mass = self.window
@@ -430,7 +438,10 @@ def train(
         assert before is not None  # kept before every part
         before.put_back(self.learn)
         release(graphs=is_compiled(self.model))
+        was = self.state.amp
         self.recover(i, said, whole, sum(len(p[1]) for p in todo))
+        if self.state.amp != was:
+            before.put_back(self.learn)  # in the units of the new precision
         size = self.state.batch_size
         todo = deque(q for p in todo for q in split_batch(p, size))
 
@@ -601,3 +612,41 @@ def one_batch(self: PillLearner, i: int, b: Sequence[Any]) -> None:
         Learner.one_batch(self, i, b)
     else:
         (guard.train if self.training else guard.validate)(i, b)
+
+# %% ../../nbs/training/620_memory.ipynb #d4flush2
+@patch
+def flush(self: OomGuard) -> None:
+    "Step with the window that an epoch's end leaves open; after an out-of-memory error try again."
+    state: OomState = self.state or self.asked(((), ()))
+    self.state, self.stepped = state, False
+    whole = self.whole.keep(self.learn)
+    for k in range(self.policy.max_retries + 1):
+        self.moved = False
+        try:
+            self.learn._with_events(self.learn._step, "step", CancelStepException)
+            return
+        except Exception as e:
+            if not is_oom(e):
+                raise
+            said = reason(e)
+        if self.moved:
+            self.give_up("memory ran out in the optimizer's step or after it, and a step cannot be undone")
+        whole.put_back(self.learn)
+        release(graphs=is_compiled(self.model))
+        if self.shared or k == self.policy.max_retries:
+            self.give_up(f"the step at the end of an epoch does not fit ({said})", whole)
+        why = "the step at the end of the epoch is tried again with an emptied cache"
+        act = OomAction("S0", "empty_cache", replace(state, emptied=True), self.retries, why)
+        self.record(self.learn.iter, said, state, act)
+        self.sleep(self.policy.cooldown_sec)
+        self.state, self.clean = act.next_state, 0
+
+
+_step_at_once = PillLearner.close_window
+
+
+@patch
+def close_window(self: PillLearner) -> None:
+    "Step with the gradients that an epoch's end leaves, by the guard if there is one."
+    guard = self.__dict__.get("oom_guard")
+    _step_at_once(self) if guard is None else guard.flush()

@@ -324,6 +324,8 @@ def restore(
         learn.create_opt()
     assert learn.opt is not None
     learn.opt.load_state_dict(ckpt["optimizer_state"])
+    for p, state in learn.opt.opt.state.items():  # a fused step reads the moments in the memory layout of the weights
+        state |= {k: torch.empty_like(p).copy_(v) for k, v in state.items() if getattr(v, "shape", None) == p.shape}
     for name, key in dict(schedule="scheduler_state", precision="scaler_state", ema="ema_state").items():
         if getattr(learn, name, None) is not None and ckpt.get(key) is not None:
             getattr(learn, name).load_state_dict(ckpt[key])

@@ -247,6 +247,8 @@ class KeepEpochs(Callback):
             return
         self.model.load_state_dict(self.ckpt["model_state"])
         self.opt.load_state_dict(self.ckpt["optimizer_state"])
+        for p, s in self.opt.state.items():  # fastai leaves them where the file was read, on the CPU
+            self.opt.state[p] = {k: v.to(p.device) if torch.is_tensor(v) else v for k, v in s.items()}
         set_rng_state(self.ckpt["rng_state"])
 
 # %% ../../nbs/training/680_segmentation.ipynb #c639f730
