@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -170,3 +171,23 @@ def test_a_broken_reference_picture_never_breaks_an_answer(tmp_path, harm):
     (folder / "a.jpg").unlink() if harm == "gone" else (folder / "a.jpg").write_bytes(b"x")
     page = shown._repr_html_()
     assert page.count("<img") == 0 and "사진을 읽을 수 없음" in page and "value of maker" in page
+
+
+@pytest.mark.spec("BX3")
+def test_a_narrow_terminal_loses_no_character_of_the_card():
+    "A size that lost a digit, or an ingredient that lost its salt, is another pill."
+    from pillsnap.models.cardview import _facts
+
+    facts = dict(dl_name="쿠에타핀정 25밀리그램", dl_material="쿠에티아핀푸마르산염, 유당수화물·전분")
+    facts |= dict(leng_long="20.4", leng_short="9", thick="5.9", dl_company="한빛샘제약회사", edi_codes=["642500340"])
+    item = dict(
+        answer="drug", box=None, top_k=[dict(kcode="K-000001", edi_codes=facts["edi_codes"], card=drug_card(facts))]
+    )
+
+    def shown(width: int) -> str:
+        console = Console(width=width, file=io.StringIO())
+        console.print(_facts(item))
+        return re.sub(r"\s", "", console.file.getvalue())
+
+    whole = sorted(shown(400))
+    assert "쿠에티아핀푸마르산염" in shown(400) and all(sorted(shown(w)) == whole for w in range(40, 120))

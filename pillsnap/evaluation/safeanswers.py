@@ -261,7 +261,7 @@ def plot_set_sizes(self: SafeAnswers) -> Any:  # a matplotlib Figure
             ax.annotate(f"{v:,}", (i, v), xytext=(0, 2), textcoords="offset points", ha="center", fontsize=8)
     ax.axvspan(-0.5, 0.5, color="#999999", alpha=0.15, lw=0)
     ax.axvspan(most - 0.5, most + 0.5, color="#999999", alpha=0.15, lw=0)
-    ax.margins(y=0.15)
+    ax.set_ylim(0, 1.15 * max(1, (held + missed).max()))  # space for the numbers
     title = f"{t['covered'].mean():.1%} of {len(t):,} sets hold the true drug (asked: {1 - self.rule.alpha:.0%})"
     ax.set(xlabel="drugs in the set; grey: no answer", ylabel="photos", title=title)
     ax.legend(frameon=False, fontsize=8)

@@ -120,7 +120,7 @@ def _facts(item: Mapping[str, Any]) -> Any:
 
     t = Table.grid(padding=(0, 2))
     t.add_column(style="dim", no_wrap=True)
-    t.add_column()
+    t.add_column(overflow="fold")  # rich cuts the end of wrapped Korean lines otherwise
     # without an answer no drug's facts stand on the card: a person would read them as the answer
     if item["answer"] != "unknown":
         for label, text in card_rows(item["top_k"][0]).items():
@@ -137,7 +137,7 @@ def _others(item: Mapping[str, Any]) -> Any:
 
     t = Table.grid(padding=(0, 2))
     t.add_column(justify="right", style="dim")
-    t.add_column()
+    t.add_column(overflow="fold")
     t.add_column(justify="right", no_wrap=True)
     t.add_column(no_wrap=True)
     for n, c in enumerate(item["top_k"], 1):
