@@ -222,8 +222,8 @@ MUTATIONS: list[Mutation] = [
     Mutation(
         "near-copies do not join bursts",
         "pillsnap/dataset/bursts.py",
-        "    group = join_groups(bursts, dup.dup_id)",
-        "    group = bursts",
+        'group = join_groups(bursts, df["path"].map(dict(zip(one["path"], dup.dup_id))))',
+        "group = bursts",
         "tests/test_importers.py::test_a_column_groups_photos_and_a_near_copy_joins_two_bursts",
     ),
     Mutation(
@@ -698,8 +698,8 @@ MUTATIONS: list[Mutation] = [
     Mutation(
         "no wait after an out-of-memory error",
         "pillsnap/training/memory.py",
-        "self.sleep(self.policy.cooldown_sec)",
-        "pass",
+        "        )\n    self.sleep(self.policy.cooldown_sec)",
+        "        )\n    pass",
         "tests/test_gpu_engine.py::test_each_error_waits_and_is_a_point",
     ),
     Mutation(
@@ -1709,8 +1709,8 @@ MUTATIONS: list[Mutation] = [
     Mutation(
         "two processes write to a gallery's journal at once",
         "pillsnap/deployment/enrol.py",
-        "with FileLock(folder / LOCK, timeout=_PATIENCE):",
-        "if LOCK:",
+        "    with nobody_enrols(folder):\n        known",
+        "    if folder:\n        known",
         "tests/test_gallery.py::test_two_who_enrol_at_once_lose_nothing_and_the_file_keeps_it",
     ),
     Mutation(
