@@ -173,7 +173,6 @@ def test_a_broken_reference_picture_never_breaks_an_answer(tmp_path, harm):
     assert page.count("<img") == 0 and "사진을 읽을 수 없음" in page and "value of maker" in page
 
 
-@pytest.mark.spec("BX3")
 def test_a_narrow_terminal_loses_no_character_of_the_card():
     "A size that lost a digit, or an ingredient that lost its salt, is another pill."
     from pillsnap.models.cardview import _facts

@@ -645,7 +645,7 @@ def test_the_renderers_faults_land_where_they_were_planted(faulty_delivery, tmp_
     assert len(planted) >= 20
 
 
-@pytest.mark.spec("DM3", "BX4")
+@pytest.mark.spec("BX4")
 def test_records_that_state_two_sizes_of_one_photo_give_no_box(tmp_path):
     "In which of the two a box was drawn, nobody can tell; the other photos stay."
     from pillsnap.synth.writer import write_delivery
@@ -666,7 +666,7 @@ def test_records_that_state_two_sizes_of_one_photo_give_no_box(tmp_path):
     assert set(made.header["quarantine"]) == {FaultReason.SIZE, FaultReason.PARTIAL}
 
 
-@pytest.mark.spec("RS5", "DM3")
+@pytest.mark.spec("RS5")
 @pytest.mark.parametrize("fault", [errno.EACCES, errno.EIO])
 def test_photos_that_could_not_be_read_once_are_read_the_next_time(tmp_path, monkeypatch, fault):
     "A disk that comes back changes neither size nor time of a file."

@@ -22,7 +22,7 @@ from terminal import search_path
 from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.files import read_json, save_json, sha256_file
-from pillsnap.core.jobs import RunFolder, readings, record_path
+from pillsnap.core.jobs import RunFolder, readings, record_path, why_stale
 from pillsnap.core.records import Metric, Provenance
 from pillsnap.dataset.splitfiles import SplitData, load_split_data
 from pillsnap.delivery.classmap import ClassMap
@@ -952,3 +952,12 @@ def test_papermill_gives_the_same_files_and_asks_nothing(copy, tmp_path):
 def test_a_run_without_evaluation_says_so(tmp_path):
     with pytest.raises(PillsnapError, match="has not been evaluated"):
         S.read_evaluation(tmp_path)
+
+
+@pytest.mark.spec("X77")
+@pytest.mark.parametrize("asked", ["inference.focus=off", "train.classification.crop_view_prob=0"])
+def test_an_evaluation_of_another_view_is_not_up_to_date(smoke_run, asked):
+    "What single mode looks at is part of what was measured."
+    cfg = str(smoke_run / "config.yaml")
+    assert why_stale(smoke_run, "evaluation", load_config(cfg)) is None
+    assert why_stale(smoke_run, "evaluation", load_config(cfg, [asked])) is not None

@@ -393,7 +393,7 @@ def enrol_meanwhile(export: Path, photos: list[Path]) -> threading.Thread:
     return other
 
 
-@pytest.mark.spec("BX19", "OP2", "BX6")
+@pytest.mark.spec("BX19")
 @pytest.mark.parametrize("kind", ["backup", "bundle"])
 def test_a_copy_holds_the_gallery_of_one_moment(gallery_run, strangers, tmp_path, monkeypatch, kind):
     "Somebody enrols while the files are read: what was copied answers, and the enrolment is not lost."
@@ -425,7 +425,7 @@ def test_a_copy_holds_the_gallery_of_one_moment(gallery_run, strangers, tmp_path
     assert len(load_bundle(run, device="cpu").class_map) == known + 1
 
 
-@pytest.mark.spec("BX6", "RS6")
+@pytest.mark.spec("RS5")
 def test_a_bundle_that_could_not_be_made_leaves_the_earlier_one(gallery_run, tmp_path, monkeypatch):
     from pillsnap.deployment import bundling
 

@@ -486,17 +486,7 @@ def window_learner(times: int = 0, folder=None, escalate: bool = False, step=FUS
     from fastai.callback.core import TrainEvalCallback
     from fastai.optimizer import OptimWrapper
 
-    from pillsnap.training.callbacks import (
-        Accumulate,
-        EmaCallback,
-        GradClip,
-        PillLearner,
-        PillLoaders,
-        Precision,
-        ScaledStep,
-        Unpack,
-        Validate,
-    )
+    from pillsnap.training import callbacks as C
     from pillsnap.training.memory import OomGuard
     from pillsnap.training.monitoring import History
     from pillsnap.training.saving import Checkpoint
@@ -505,12 +495,12 @@ def window_learner(times: int = 0, folder=None, escalate: bool = False, step=FUS
     batches = [(torch.randn(8, 6), torch.randint(0, 3, (8,)), {}) for _ in range(6)]
     net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.2), nn.Linear(8, 3))
     policy = OomPolicy(max_retries=4, max_grad_accum=8, min_batch=1, cooldown_sec=0, escalate_to_fp16=escalate)
-    cbs = [TrainEvalCallback(), Unpack(), Accumulate(4), Precision(None), GradClip(1.0), ScaledStep()]
-    cbs += [EmaCallback(0.9), Validate(), History(), OomGuard(policy), FailsAtTheEnd(times)]
+    cbs = [TrainEvalCallback(), C.Unpack(), C.Accumulate(4), C.Precision(None), C.GradClip(1.0), C.ScaledStep()]
+    cbs += [C.EmaCallback(0.9), C.Validate(), History(), OomGuard(policy), FailsAtTheEnd(times)]
     if folder:
         cbs.append(Checkpoint(folder, dict(config_snapshot={}, class_map={}), "macro_f1"))
-    learn = PillLearner(
-        PillLoaders(batches, batches[:1]),
+    learn = C.PillLearner(
+        C.PillLoaders(batches, batches[:1]),
         net,
         nn.CrossEntropyLoss(),
         opt_func=lambda p, lr: OptimWrapper(opt=step(p, lr=lr)),
@@ -542,7 +532,7 @@ def test_the_window_that_ends_an_epoch_is_tried_again():
     assert [e["action"] for e in tried.oom_guard.events] == ["empty_cache"] * 3
 
 
-@pytest.mark.spec("CT14", "CT22")
+@pytest.mark.spec("CT14", "BX10")
 def test_a_window_that_never_fits_is_saved_open_and_goes_on_later(tmp_path):
     "The error is in words, and the resumed run ends as if nothing had happened."
     from pillsnap.core.checkpoints import load_ckpt
@@ -594,7 +584,7 @@ def all_weights_of(model: nn.Module) -> torch.Tensor:
     return torch.cat([p.detach().float().flatten() for p in model.parameters()])
 
 
-@pytest.mark.spec("CT14", "MP1")
+@pytest.mark.spec("TL8")
 def test_a_process_without_a_photo_adds_nothing_where_the_first_drug_weighs_nothing():
     "Grey pictures of a drug without weight would make every process's weights NaN."
 
@@ -609,7 +599,7 @@ def test_a_process_without_a_photo_adds_nothing_where_the_first_drug_weighs_noth
     assert len(images) == len(labels) == 2 and torch.isfinite(loss(model(images), labels))
 
 
-@pytest.mark.spec("CT22")
+@pytest.mark.spec("BX10")
 def test_resumed_moments_lie_in_memory_as_the_weights_do():
     "A fused step reads both without looking at their strides."
     from types import SimpleNamespace

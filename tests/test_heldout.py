@@ -632,7 +632,7 @@ def test_decide_evaluate_declare_and_final_test_as_a_person_types_them(made, tmp
     assert r.returncode == 2 and "Traceback" not in r.stderr
 
 
-@pytest.mark.spec("X80", "SP4")
+@pytest.mark.spec("X80")
 def test_a_model_of_another_split_never_meets_the_sealed_photos(copy, tmp_path):
     "It may have been trained on them. Nothing is opened."
     from pillsnap.core.files import save_json

@@ -211,7 +211,7 @@ def test_a_full_path_of_another_machine_keeps_its_own_folder(tmp_path):
     assert reasons(made) == {"photo_missing": 1}
 
 
-@pytest.mark.spec("IM2", "BX1")
+@pytest.mark.spec("IM2")
 def test_of_a_photo_that_lost_a_pill_the_classifier_sees_the_crop_alone(tmp_path):
     "`incomplete_combo: keep`: two pills lie there, so the whole photo is no photo of one drug."
     photos = {"a.png": [BOXES[0], (NAMES[1], [100, 80, 90, 90])], "b.png": [BOXES[0]], "c.png": [BOXES[1]]}

@@ -206,7 +206,7 @@ def test_memory_is_flat_over_epochs():
     assert loader.buffers.made <= 8
 
 
-@pytest.mark.spec("BX9", "RS5")
+@pytest.mark.spec("TL13", "RS5")
 def test_a_fault_of_the_machine_is_not_kept_as_a_photos_own(tmp_path, monkeypatch):
     "Neither in LMDB nor in the table of located pills: too many open files says nothing of the photo."
     from pillsnap.dataset.datasets import lmdb_converter

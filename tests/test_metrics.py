@@ -310,7 +310,6 @@ def test_a_pill_is_found_once(seed, thr):
     assert len(set(hits.tolist())) == len(hits) <= min(len(boxes), len(truth))
 
 
-@pytest.mark.spec("EV1")
 def test_a_network_that_overflows_answers_nothing():
     "Rows of NaN are no guess of the first drug, and no sure one."
     from pillsnap.evaluation.reports import evaluate_classification_metrics

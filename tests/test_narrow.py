@@ -372,7 +372,6 @@ def test_the_gateway_and_the_server_share_the_limit_of_a_photo():
     assert told.stdout.split() == [str(7 * 1024)]
 
 
-@pytest.mark.spec("NM1", "RT8")
 def test_korean_names_are_one_name_however_they_are_composed(tmp_path):
     from pillsnap.dataset.families import photo_id
     from pillsnap.dataset.narrow import class_mapping, read_drug_list, training_weights

@@ -102,7 +102,7 @@ def test_a_time_chosen_from_outside_stays():
     )
 
 
-@pytest.mark.spec("RS5", "RS6")
+@pytest.mark.spec("RS5")
 def test_a_killed_kernel_is_told_with_the_command_that_goes_on(tmp_path):
     "The likeliest end of a long training is the system's out-of-memory killer."
     import nbformat
@@ -129,7 +129,6 @@ def test_a_killed_kernel_is_told_with_the_command_that_goes_on(tmp_path):
     )
 
 
-@pytest.mark.spec("RS5")
 def test_a_run_whose_job_failed_is_shown(tmp_path):
     import pillsnap
     from pillsnap.core.jobs import Job

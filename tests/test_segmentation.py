@@ -209,7 +209,7 @@ def test_the_job_wants_its_task(tmp_path):
         SegmentationJob(run_dir=str(tmp_path / "a"), config="smoke").run()
 
 
-@pytest.mark.spec("DM12", "CT22")
+@pytest.mark.spec("BX10")
 def test_a_resumed_optimizer_is_where_its_weights_are(tmp_path):
     "A checkpoint is read on the CPU; the device `meta` stands for a GPU."
     from types import SimpleNamespace

@@ -69,7 +69,7 @@ def test_the_server_answers_as_the_bundle_does(server, bundle):
     assert status == 200 and all(same(a, here.predict(p, "combo")) for a, p in zip(told["answers"], photos))
 
 
-@pytest.mark.spec("SV1", "SV2")
+@pytest.mark.spec("SV1")
 @pytest.mark.parametrize("limit, most", [("queue=3", 4), ("per_minute=5", 5), ("batch_photos=6", 6)])
 def test_a_batch_that_no_limit_would_ever_let_through_is_told_its_size(tmp_path, bundle, limit, most):
     "It is not told to ask again later."
@@ -103,7 +103,6 @@ class CutAnswers(http.server.BaseHTTPRequestHandler):
         self.close_connection = n == 1
 
 
-@pytest.mark.spec("SV1")
 def test_the_client_answers_after_a_cut_answer_and_after_ctrl_c():
     "The error is the program's own, and no later photo gets the answer of an earlier one."
     listening = http.server.ThreadingHTTPServer(("127.0.0.1", 0), CutAnswers)

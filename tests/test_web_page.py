@@ -135,7 +135,6 @@ def give(page, *photos: dict) -> None:
     assert until(lambda: page.locator("[aria-busy=true]").count() == 0 and page.locator("#stop").is_hidden(), 60)
 
 
-@pytest.mark.spec("SV4", "BX26")
 def test_after_a_reload_the_page_says_what_is_true_of_the_bundle_that_answers(browser, tmp_path):
     "The card that was there keeps what was true of it."
     real = colour_bundle(tmp_path / "real" / "export", data="aihub", calibrated=True)

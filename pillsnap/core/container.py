@@ -419,8 +419,8 @@ def write_packed(
             _write_members(out, parts, path)
         try:
             PackedFiles(tmp).check()
-            if check is not None:
-                check(tmp)
         except PillsnapError as e:
             raise PillsnapError(f"the bundle's files changed while they were read: {e.what}", where=path) from e
+        if check is not None:
+            check(tmp)
     return PackedFiles(path)

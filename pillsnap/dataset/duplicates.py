@@ -396,7 +396,7 @@ def load_duplicates(
     pictures: bool = True,  # open the photos and compare; False: equal files only
     progress: bool = True,  # show a progress bar
 ) -> Duplicates:
-    "The duplicates of a delivery; searched once, then read from duplicates.json while the manifest is the same."
+    "The duplicates of some rows of a delivery; searched once, then read from duplicates.json."
     rows = "\n".join(sorted(set(df["path"] + "\t" + df["class_key"] + "\t" + df["group_id"])))
     path = folder / "duplicates.json"
     key = {"data_hash": header["data_hash"], "pictures": pictures, "rows": sha256_text(rows)}

@@ -59,7 +59,7 @@ class _Located:
 
     path: str  # of the photo
     bbox: str = ""  # "[x, y, w, h]" where exactly one pill was found
-    found: int = 0  # pills
+    found: int = 0  # pills; -1 = the photo could not be opened
     score: float = 0.0  # of the best
 
 

@@ -15,7 +15,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 # %% ../../nbs/dataset/420_overlay.ipynb #f73ef20d
-import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
@@ -137,9 +136,14 @@ def apply_overlay(
     return out
 
 
-def _joined_series(df: pd.DataFrame, moved: pd.Series, new: pd.Series) -> pd.Series:
-    "The groups, those of relabelled photos joined with the series of the drug that they show."
-    moved &= np.array([g.startswith(f"{k}_") for g, k in zip(df["group_id"], df["class_key"])], bool)
+def _joined_series(
+    df: pd.DataFrame,  # as delivered
+    relabelled: pd.Series,  # bool, of each row
+    new: pd.Series,  # the drug that a relabelled row shows
+) -> pd.Series:
+    "The capture groups, those of relabelled photos joined with the series of the drug that they show."
+    own = [g.startswith(f"{k}_") for g, k in zip(df["group_id"], df["class_key"])]
+    moved = relabelled & pd.Series(own, df.index, dtype=bool)
     to = pd.Series([f"{n}{g[len(k) :]}" for n, g, k in zip(new, df["group_id"], df["class_key"])], df.index)
     links = df["group_id"].where(df["group_id"].isin(set(to[moved])), "")
     group = pd.concat([df["group_id"], df.loc[moved, "group_id"]], ignore_index=True)

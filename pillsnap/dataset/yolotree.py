@@ -197,7 +197,7 @@ def coco_to_yolo(
     out_dir: str | os.PathLike,  # gets labels/<photo>.txt and data.yaml; older labels of the same names are replaced
 ) -> Path:  # data.yaml
     "Write the boxes of a COCO file as YOLO labels."
-    c, folder = _read_coco(coco_json), ensure_dir(Path(out_dir) / "labels")
+    c = _read_coco(coco_json)
     for what, listed in (("photos", c.images), ("classes", c.categories)):
         if len({str(e.id) for e in listed}) < len(listed):
             raise PillsnapError(
@@ -212,6 +212,7 @@ def coco_to_yolo(
             where=coco_json,
             fix="their labels would overwrite each other: rename them",
         )
+    folder = ensure_dir(Path(out_dir) / "labels")
     _write_labels(folder, [stems[i] for i in found.photo.tolist()], found.boxes, found.sizes, found.classes.tolist())
     if lost := len(c.annotations) - len(found.photo):
         logger.warning(

@@ -375,8 +375,8 @@ def _repeats(pills: list[LabelledPill]) -> Iterator[tuple[LabelledPill, str]]:
 def _compare_boxes(
     photo: PhotoTruth,  # a photo with all its records
 ) -> None:
-    "Mark the boxes that contradict another box of the photo."
-    if len({p.size for p in photo.pills}) > 1:  # in which of the sizes a box was drawn, nobody can tell
+    "Mark the boxes that contradict another record of the photo."
+    if len({p.size for p in photo.pills}) > 1:
         for p in photo.pills:
             if not p.fault:
                 p.fault, p.detail = FaultReason.SIZE, f"{p.size[0]}×{p.size[1]}, another record says otherwise"

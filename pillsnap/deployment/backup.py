@@ -13,7 +13,6 @@ import logging
 import os
 import tarfile
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -145,12 +144,10 @@ def write_backup(
     run, out = Path(run), Path(out)
     _check_out(run, out)
     backup_files(run)  # a folder that is no run is refused before it gets a lock file
-    with FolderLock(run), _no_enrolment(run), atomic_path(out) as part:
-        files, left = backup_files(run)
-        with tarfile.open(part, "w:gz", compresslevel=1, format=tarfile.PAX_FORMAT, dereference=True) as tar:
-            root = run.resolve().name
-            sums = {name: _add_file(tar, f"{root}/{name}", path) for name, path in files.items()}
-            _add_sums(tar, root, sums)
+    with FolderLock(run), atomic_path(out) as part:
+        with nobody_enrols(run / "export" / "gallery"):
+            files, left = backup_files(run)
+            _write_archive(part, run.resolve().name, files)
         check_archive(part, out)
         digest, size = sha256_file(part), part.stat().st_size
     save_text(f"{digest}  {out.name}\n", out.with_name(f"{out.name}.sha256"))
@@ -158,10 +155,11 @@ def write_backup(
     return Backup(out, len(files), read, size, digest, tuple(left))
 
 
-def _no_enrolment(run: Path) -> AbstractContextManager[None]:
-    "Journal and vectors of one moment: a line whose vectors came too late would spoil the copy."
-    gallery = run / "export" / "gallery"
-    return nobody_enrols(gallery) if gallery.is_dir() else nullcontext()
+def _write_archive(part: Path, root: str, files: Mapping[str, Path]) -> None:
+    "Put the files and their sums into a new archive, below one folder."
+    with tarfile.open(part, "w:gz", compresslevel=1, format=tarfile.PAX_FORMAT, dereference=True) as tar:
+        sums = {name: _add_file(tar, f"{root}/{name}", path) for name, path in files.items()}
+        _add_sums(tar, root, sums)
 
 
 def _check_out(run: Path, out: Path) -> None:

@@ -9,7 +9,6 @@ __all__ = ['logger', 'named_files', 'bundle_members', 'bundle_file', 'Verified',
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,8 +123,7 @@ def bundle_file(
     if not (root / "export" / "bundle.json").is_file():
         fix = "name the run folder; if it has no export yet: pillsnap run all --from export"
         raise PillsnapError("this is no run folder with an export", where=root, fix=fix)
-    gallery = root / "export" / "gallery"
-    with nobody_enrols(gallery) if gallery.is_dir() else nullcontext():
+    with nobody_enrols(root / "export" / "gallery"):
         bundle = load_bundle(root, device="cpu")
         members = bundle_members(root, bundle, out.name, thumbnails)
         about = dict(name=out.stem, pillsnap=pillsnap.__version__, run_id=bundle.meta.get("run_id"))

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 
 # %% ../../nbs/deployment/839_gallerycopy.ipynb #362dc269
 from ..core.errors import PillsnapError
-from ..core.files import atomic_path, ensure_dir, read_json, sha256_file
+from ..core.files import atomic_path, ensure_dir, os_error, read_json, sha256_file
 from ..models.enrolment import JOURNAL, CalibrationPhotos
 from ..models.gallery import load_gallery
 from ..models.pipeline import Pipeline
@@ -76,18 +76,20 @@ _PATIENCE = 60  # (ours) seconds to wait for another process
 
 @contextmanager
 def nobody_enrols(
-    folder: Path,  # gallery/ of an export
+    folder: Path,  # gallery/ of an export; without it nothing is locked
 ) -> Iterator[None]:  # PillsnapError where another process holds it for a minute
     "Keep other processes from changing the gallery and its journal."
-    if folder.is_dir() and not os.access(folder, os.W_OK):
+    if not os.access(folder, os.W_OK):
         yield  # where no file can be made, nobody enrols
         return
-    lock = FileLock(ensure_dir(folder) / _LOCK, timeout=_PATIENCE)
+    lock = FileLock(folder / _LOCK, timeout=_PATIENCE)
     try:
         lock.acquire()
     except Timeout as e:
         what = "another process has been using this gallery for a minute"
         raise PillsnapError(what, where=folder, fix="try again") from e
+    except OSError as e:
+        raise os_error("the gallery cannot be locked", folder, e) from e
     try:
         yield
     finally:
@@ -128,9 +130,9 @@ def export_gallery(
 ) -> dict[str, Any]:  # digest and files, for bundle.json; PillsnapError for a gallery that was changed
     "Bring a run's gallery into its export."
     meta = load_gallery(source).meta
-    with nobody_enrols(out):
+    with nobody_enrols(ensure_dir(out)):
         put_aside(out, meta["digest"])
-    with nobody_enrols(out):  # again, since the folder may be a new one now
+    with nobody_enrols(ensure_dir(out)):  # again, since the folder may be a new one now
         files = _put_files(source, out, meta)
     return {"digest": meta["digest"], "rows": meta["rows"], "width": meta["width"], "files": files}
 

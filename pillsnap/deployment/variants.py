@@ -484,7 +484,7 @@ def write_variant(
     bundle: Bundle,  # of float32
     variant: Variant,  # the networks
     measured: Measured,  # temperature and rule
-    folder: Path,  # export_int8 or export_fp16; replaced
+    folder: Path,  # export_int8 or export_fp16; replaced once the new one is whole
 ) -> Bundle:
     "Write a precision as a bundle and load it, as every caller does."
     new = folder.with_name(f".{folder.name}.new")

@@ -15,7 +15,7 @@ from typing import Any
 from filelock import FileLock
 
 from ..core.errors import PillsnapError
-from ..core.files import atomic_path, canonical_json, sha256_text
+from ..core.files import atomic_path, canonical_json, os_error, sha256_text
 
 # %% ../../nbs/evaluation/740_ledger.ipynb #f41ea9e5
 LEDGER = "ledger.jsonl"
@@ -34,7 +34,8 @@ def read_ledger(
     path, prev, entries = Path(run_dir) / LEDGER, _START, []
     if not path.exists():
         return []
-    for n, line in enumerate(path.read_bytes().removesuffix(b"\n").split(b"\n"), 1):  # str.splitlines knows more ends
+    # not splitlines: it also ends a line at U+2028, which a reason may hold
+    for n, line in enumerate(path.read_bytes().removesuffix(b"\n").split(b"\n"), 1):
         try:
             e = json.loads(line)
         except ValueError:  # no JSON, or no UTF-8
@@ -56,8 +57,15 @@ def append_ledger(
     **kwargs: Any,  # what happened, JSON types
 ) -> dict[str, Any]:  # the new entry
     "Append an entry to the ledger, atomically; of several processes, one after the other."
-    with FileLock(Path(run_dir) / ".ledger.lock"):
+    lock = FileLock(Path(run_dir) / ".ledger.lock")
+    try:
+        lock.acquire()
+    except OSError as e:
+        raise os_error("the ledger cannot be written", Path(run_dir) / LEDGER, e) from e
+    try:
         return _appended(run_dir, kind, kwargs)
+    finally:
+        lock.release()
 
 
 def _appended(run_dir: str | os.PathLike, kind: str, about: dict[str, Any]) -> dict[str, Any]:

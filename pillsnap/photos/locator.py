@@ -443,8 +443,7 @@ def locate(
     if background.noise > _MAX_NOISE or background.explained < _LEAST_EXPLAINED:
         return Located.of([])
     rough = _rough_boxes(planes, background.at(ys, xs), background.noise)
-    if len(rough) > _MOST_PILLS:  # a heap: rough boxes say that there are several, which is all that anybody needs
-        whole = np.array([0, 0, w, h])[[2, 3, 2, 3]]
-        return Located.of([((box * float(factor)).clip(0, whole), 0.0) for box in rough])
+    if len(rough) > _MOST_PILLS:  # a heap: rough boxes say that there are several
+        return Located.of([((box * float(factor)).clip(0, [w, h, w, h]), 0.0) for box in rough])
     finds = [_tight_box(image, box * float(factor), background) for box in rough]
     return Located.of(_merged([f for f in finds if f is not None]))
