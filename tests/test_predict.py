@@ -169,6 +169,14 @@ def test_bad_photo_is_refused(run, tmp_path, content, why):
         predict_command([photo], "single", run)
 
 
+def test_a_table_of_answers_says_how_many_photos_could_not_be_read(run, tmp_path, capsys):
+    "Beside exit status 1, a line that counts all photos would say that all is well."
+    Image.new("RGB", (64, 64), (200, 60, 60)).save(tmp_path / "a.png")
+    (tmp_path / "letter.png").write_text("Dear pharmacist,")
+    predict_command([tmp_path], "single", run, out=tmp_path / "t.csv")
+    assert "2 of 2 photos in" in (told := capsys.readouterr().err) and "1 of them could not be read" in told
+
+
 @pytest.mark.spec("CF5")
 def test_bad_photo_on_the_command_line(run, tmp_path):
     (tmp_path / "letter.png").write_text("Dear pharmacist,")

@@ -338,7 +338,7 @@ def bundle_files(
     raise PillsnapError(
         "there is no exported model here",
         where=path,
-        fix="run the stages first: pillsnap run all; or name the run folder, or a .pillsnap file, with --run",
+        fix="run the jobs first: pillsnap run all; or name the run folder, or a .pillsnap file, with --run",
     )
 
 # %% ../../nbs/core/015_container.ipynb #390b6c30

@@ -225,7 +225,7 @@ class Data(Block):
 
     source: Literal["aihub", "synthetic", "imported"] = key(
         "aihub",
-        "synthetic: the conversion stage renders paths.root when it is not there; "
+        "synthetic: the conversion job renders paths.root when it is not there; "
         "imported: paths.root holds a person's own photos, labelled as imports says",
     )
     imports: Imports = key(Imports(), "photos that do not come from AI Hub")

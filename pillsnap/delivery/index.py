@@ -408,7 +408,7 @@ def read_manifest(
         return read_index(path)
     if not path.with_suffix(".json").is_file():
         raise PillsnapError(
-            "there is no manifest here", where=path, fix="run the conversion stage first: pillsnap run conversion"
+            "there is no manifest here", where=path, fix="run the conversion job first: pillsnap run conversion"
         )
     header = read_json(path.with_suffix(".json"))
     if not (isinstance(header, dict) and header.get("schema") == SCHEMA):

@@ -215,7 +215,9 @@ def predict_command(  # noqa: PLR0913 - one parameter for each option of the com
             answers.append(answer)  # one by one: those so far are kept when Ctrl-C ends the loop
     finally:
         if out and answers:
-            print(f"{len(answers)} of {len(files)} photos in {write_answers(answers, out)}", file=sys.stderr)
+            unread = sum("error" in answer for answer in answers)
+            told = f", {unread} of them could not be read (column error)" if unread else ""
+            print(f"{len(answers)} of {len(files)} photos in {write_answers(answers, out)}{told}", file=sys.stderr)
     if not out or json_out:
         _show(answers, bundle, json_out)
     return answers

@@ -72,7 +72,7 @@ def parse_limits(
 
 # %% ../../nbs/deployment/860_serversettings.ipynb #2bc540b2
 MIN_KEY = 32  # (ours) characters; 32 hexadecimal digits are 128 bits
-NEW_KEY = 'echo "API_KEY=$(openssl rand -hex 32)" >> .env'
+NEW_KEY = 'echo "API_KEY=$(openssl rand -hex 32)" >> .env && chmod 600 .env'
 
 
 def api_keys(

@@ -361,7 +361,7 @@ def crash_record(
     "Whether no attempt of any job of this run crashed, from the jobs' records."
     recs = {s: r for s in (*BEFORE, "retrieval", "interleaved") if (r := read_record(root, s)) is not None}
     if not recs:
-        return not_measured(prov, "no_crashes", "no stage has left a record in this folder")
+        return not_measured(prov, "no_crashes", "no job has left a record in this folder")
     bad = [f"{s}: {r['status']}" for s, r in recs.items() if r["status"] != "finished"]
     for s, r in recs.items():
         crashed = _crashes(s, r)

@@ -309,7 +309,7 @@ def _quality_points(t: StageGate, facts: Mapping[str, Any]) -> list[Point]:
     asked = f"≥ {_share(t.accuracy)}" + (f" (ε {t.epsilon:g})" if t.epsilon else "")
     points = [
         point("accuracy", asked, lambda v: v >= least, Reason.ACC_BELOW_TARGET),
-        point("no_crashes", "no stage crashed", lambda v: v == 1, Reason.CRASH_DETECTED),
+        point("no_crashes", "no job crashed", lambda v: v == 1, Reason.CRASH_DETECTED),
     ]
     if t.memory:
         points.append(point("memory_stable", "flat memory over the run", lambda v: v == 1, Reason.MEMORY_UNSTABLE))
