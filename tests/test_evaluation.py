@@ -961,3 +961,13 @@ def test_an_evaluation_of_another_view_is_not_up_to_date(smoke_run, asked):
     cfg = str(smoke_run / "config.yaml")
     assert why_stale(smoke_run, "evaluation", load_config(cfg)) is None
     assert why_stale(smoke_run, "evaluation", load_config(cfg, [asked])) is not None
+
+
+@pytest.mark.spec("X8")
+def test_a_mistyped_choice_leaves_a_finished_evaluation_finished(copy):
+    "It is refused before the job begins."
+    again(copy, remeasure=False)
+    before = record_path(copy, "evaluation").read_bytes()
+    with pytest.raises(PillsnapError, match="no option '99'"):
+        again(copy, user_choice="99")
+    assert record_path(copy, "evaluation").read_bytes() == before

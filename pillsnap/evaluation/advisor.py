@@ -6,7 +6,8 @@
 __all__ = ['ADVISOR_TARGETS', 'Rule', 'RULES', 'IMBALANCE_LIMIT', 'OOM_LIMIT', 'CORRUPTION_LIMIT', 'THRESHOLDS', 'GREEN',
            'YELLOW', 'RED', 'MAX_SUGGESTIONS', 'Target', 'AdvisorTargets', 'get_stage_target', 'get_stage_config',
            'Check', 'Facts', 'Bar', 'score_bars', 'performance_score', 'Suggestion', 'rule',
-           'generate_optimization_suggestions', 'Advice', 'evaluate_and_recommend', 'OptimizationAdvisor']
+           'generate_optimization_suggestions', 'Advice', 'check_choice', 'evaluate_and_recommend',
+           'OptimizationAdvisor']
 
 # %% ../../nbs/evaluation/750_advisor.ipynb #f6f2a504
 import math
@@ -642,6 +643,17 @@ class Advice:
     def to_dict(self) -> dict[str, Any]:
         "Plain JSON types."
         return {**asdict(self), "user_options": [{"id": i, "label": label} for i, label in self.user_options]}
+
+# %% ../../nbs/evaluation/750_advisor.ipynb #e5choic2
+def check_choice(
+    choice: str,  # number from 1, or id, of an option; "" = none
+) -> None:
+    "Raise PillsnapError for a choice that no advice offers."
+    ids = list(dict.fromkeys(key for options in _OPTIONS.values() for key, _ in options))
+    most = max(map(len, _OPTIONS.values()))
+    if choice.strip() not in ["", *map(str, range(1, most + 1)), *ids]:
+        fix = f"choose 1 to {most}, or one of {', '.join(ids)}"
+        raise PillsnapError(f"there is no option {choice!r}", where="user_choice", fix=fix)
 
 # %% ../../nbs/evaluation/750_advisor.ipynb #e056c693
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from ..core.logs import progress as show_progress
 from ..core.plots import save_fig
 from ..core.settings import Config
 from ..dataset.drugs import drug_names
+from .advisor import check_choice
 from .latency import measured_value
 from .measurements import evaluation_inputs, input_hashes, measure, smoke_evaluation
 from .menu import advisor_menu, percent, record_choice
@@ -61,6 +62,10 @@ class EvaluationJob(Job):
         "train.seed",
     )
     needs: ClassVar[dict[str, str]] = {"artifacts/stage{stage}/splits.json": "splits"}
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_choice(self.user_choice)  # before the job begins, so that a finished evaluation stays finished
 
     def smoke(self, run: RunFolder, cfg: Config) -> None:
         smoke_evaluation(run, cfg)
