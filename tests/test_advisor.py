@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from hypothesis import given, settings
@@ -572,6 +573,35 @@ def test_an_altered_ledger_is_refused(tmp_path):
             read_ledger(tmp_path)
     path.write_text("\n".join(lines) + "\n")
     assert [e["n"] for e in read_ledger(tmp_path)] == [0, 1, 2, 3]
+
+
+@pytest.mark.spec("BX7", "X80")
+@pytest.mark.parametrize("left", [0, 1, 2])
+def test_a_ledger_that_lost_its_last_lines_is_refused(tmp_path, left):
+    "Without the line of its opening, the sealed test could be opened a second time."
+    for kind in ("decision", "open", "result"):
+        append_ledger(tmp_path, kind, stage=4, opening=2)
+    path = tmp_path / LEDGER
+    lines = path.read_text().splitlines(keepends=True)
+    if left:
+        path.write_text("".join(lines[:left]))
+    else:
+        path.unlink()
+    for use in (read_ledger, lambda run: append_ledger(run, "open")):
+        with pytest.raises(PillsnapError, match=f"lost lines: run.json knows 3, the file has {left}"):
+            use(tmp_path)
+    path.write_text("".join(lines))
+    assert len(read_ledger(tmp_path)) == 3
+
+
+def test_a_line_that_was_written_just_before_the_program_died_is_kept(tmp_path, monkeypatch):
+    "The ledger may be a line ahead of run.json, never behind it."
+    append_ledger(tmp_path, "gate", stage=4, status="NO_GO")
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr("pillsnap.evaluation.ledger.change_run_record", mock.Mock(side_effect=KeyboardInterrupt))
+        append_ledger(tmp_path, "open")
+    append_ledger(tmp_path, "result", opening=2)
+    assert [e["kind"] for e in read_ledger(tmp_path)] == ["gate", "open", "result"]
 
 
 @pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85"])

@@ -18,6 +18,7 @@ from PIL import Image
 from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.files import read_json
+from pillsnap.core.jobs import why_stale
 from pillsnap.dataset import opening
 from pillsnap.dataset.conversion import ConversionJob, convert_delivery
 from pillsnap.dataset.drugs import (
@@ -601,6 +602,15 @@ def test_the_job_renders_converts_and_reports(tmp_path):
     before = (tmp_path / "delivery/SYNTHETIC.json").stat().st_mtime_ns
     ConversionJob(run_dir=str(tmp_path / "run"), config="smoke", overrides=over).run()
     assert (tmp_path / "delivery/SYNTHETIC.json").stat().st_mtime_ns == before, "rendered once"
+
+    def stale(root: Path) -> tuple[str, list[str]] | None:
+        return why_stale(tmp_path / "run", "conversion", load_config("smoke", [*OVER, f"paths.root={root}"]))
+
+    assert stale(tmp_path / "delivery") is None and stale(os.path.relpath(tmp_path / "delivery")) is None
+    reason, changed = stale(tmp_path / "another")
+    assert reason == "its settings changed" and changed == [
+        f"paths.root: {tmp_path / 'delivery'} -> {tmp_path / 'another'}"
+    ]
 
 
 def test_the_jobs_seed_is_the_deliverys(tmp_path):

@@ -98,8 +98,8 @@ def no_picture(figure, path: Path) -> Path:
 
 
 def again(root, **change):
-    "Measure once more: without the parts whose tests read the first measurement, and without pictures."
-    kw = dict(run_dir=str(root), config="smoke", overrides=LEAN) | change
+    "Measure once more, without pictures; a new measurement leaves out the parts whose tests read the first one."
+    kw = dict(run_dir=str(root), config="smoke", overrides=LEAN if change.get("remeasure", True) else QUICK) | change
     with mock.patch.object(E, "save_fig", no_picture):
         return E.EvaluationJob(**kw).run()
 
@@ -419,7 +419,8 @@ def test_the_thresholds_of_the_configuration_reach_the_advisor(copy):
         K.declare_check(copy, check, by="kim")
 
     def advice(thresholds):
-        again(copy, remeasure=False, overrides=(*QUICK, f"evaluation.advisor_thresholds={list(thresholds)}"))
+        over = (f"evaluation.advisor_thresholds={list(thresholds)}", "evaluation.min_eval_samples=3")
+        again(copy, remeasure=False, overrides=(*QUICK, *over))
         return read_advice(copy)
 
     strict, lax = advice((1.0, 0.999, 0.998)), advice((1.0, 0.001, 0.0))
@@ -457,6 +458,19 @@ def test_a_drug_that_cannot_be_named_stands_on_the_scorecard(copy):
 
 
 # ---- gates and verdicts --------------------------------------------------------------------------
+
+
+@pytest.mark.spec("BX15")
+def test_a_measurement_with_other_settings_is_not_kept(copy):
+    "Figures that were measured with another setting are never shown as those of this one."
+    before = read_json(copy / "reports/evaluation.json")
+    again(copy, remeasure=False, overrides=(*LEAN, "evaluation.latency_runs=7"))
+    after = read_json(copy / "reports/evaluation.json")
+    assert after["clean_readings"] == before["clean_readings"] + 1, "it was measured again"
+    assert after["settings"]["evaluation.latency_runs"] == 7 != before["settings"]["evaluation.latency_runs"]
+    assert "settings changed" in (copy / "logs/pillsnap.evaluation.log").read_text(encoding="utf-8")
+    again(copy, remeasure=False, overrides=(*LEAN, "evaluation.latency_runs=7"))
+    assert read_json(copy / "reports/evaluation.json") == after
 
 
 @pytest.mark.spec("BX15", "SG6")

@@ -240,6 +240,7 @@ def test_an_opening_that_was_cut_off_may_be_completed_with_the_same_models_alone
     assert kinds(copy) == ["decision", "open"] and not (copy / RESULTS).exists()
     if change == "model":
         add_classifier(copy, made[1], seed=5)
+        record_decision(copy, "kim", "the new model was looked at")
     if change == "result":
         save_text("{}", copy / RESULTS)
     again = (
@@ -269,17 +270,40 @@ def test_without_stage_4_a_decision_a_model_a_reason_and_the_id_it_stays_closed(
         if (stage, status) != (4, "GO"):
             with pytest.raises(PillsnapError, match="stage 4 is not done"):
                 final_test_evaluation(root, **ask(root))
-    append_ledger(root, "gate", stage=4, status="GO", reasons=[], digest="")
+    best = root / "checkpoints/classifier/best.pt"
+    models = {best.relative_to(root).as_posix(): sha256_file(best)}
+    append_ledger(root, "gate", stage=4, status="GO", reasons=[], digest="", models=models)
     with pytest.raises(PillsnapError, match="no reason given"):
         final_test_evaluation(root, **ask(root, reason=""))
     with pytest.raises(PillsnapError, match="not confirmed"):
         final_test_evaluation(root, **ask(root, confirm="yes"))
-    best = root / "checkpoints/classifier/best.pt"
     best.rename(root / "away.pt")
     with pytest.raises(PillsnapError, match="there is no model"):
         final_test_evaluation(root, **ask(root))
     assert "open" not in kinds(root)
     (root / "away.pt").rename(best)
+    final_test_evaluation(root, **ask(root))
+
+
+@pytest.mark.spec("SP4", "X80")
+@pytest.mark.parametrize("line", ["gate", "decision", "before models were named"])
+def test_a_go_or_a_decision_holds_for_the_models_that_it_was_about(made, tmp_path, line):
+    "A model that is trained after the line was written has not passed any gate."
+    root, cfg = tmp_path / "run", made[1]
+    shutil.copytree(made[0], root, symlinks=True)
+    best = root / "checkpoints/classifier/best.pt"
+    about = {"checkpoints/classifier/best.pt": sha256_file(best)}
+    if line == "decision":
+        record_decision(root, "kim", "a rehearsal")
+    else:
+        named = {"models": about} if line == "gate" else {}
+        append_ledger(root, "gate", stage=4, status="GO", reasons=[], digest="", **named)
+    if line != "before models were named":
+        add_classifier(root, cfg, seed=5)
+        assert sha256_file(best) not in about.values()
+    with pytest.raises(PillsnapError, match="done with other models, as line 1 of the ledger says"):
+        final_test_evaluation(root, **ask(root))
+    record_decision(root, "kim", "the new model was looked at")
     final_test_evaluation(root, **ask(root))
 
 
@@ -401,6 +425,7 @@ def test_a_rule_of_other_checkpoints_refuses_nothing(copy, made):
     "An answer rule counts for the checkpoints that its evaluation measured, and for no others."
     write_rule(copy, -1e6)
     add_classifier(copy, made[1], seed=5)
+    record_decision(copy, "kim", "a rehearsal with these checkpoints")
     doc, _ = final_test_evaluation(copy, **ask(copy))
     assert {"unknown_refused", "unknown_auroc", "objects_refused"} <= set(doc["not_measured"])
     assert "no evaluation of these checkpoints" in doc["not_measured"]["unknown_refused"]

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'SUBFOLDERS', 'SMOKE', 'RunFolder', 'JobResult', 'markdown_table', 'is_interactive', 'fingerprint',
-           'record_path', 'read_record', 'why_stale', 'Job', 'run_id', 'readings', 'count_reading', 'crashed_attempts']
+           'record_path', 'read_record', 'why_stale', 'Job', 'run_id', 'change_run_record', 'readings', 'count_reading',
+           'crashed_attempts']
 
 # %% ../../nbs/core/090_jobs.ipynb #21220317
 import atexit
@@ -32,6 +33,7 @@ from typing import Any, ClassVar
 # %% ../../nbs/core/090_jobs.ipynb #0e551131
 import yaml
 from fastcore.basics import patch
+from filelock import FileLock
 
 # %% ../../nbs/core/090_jobs.ipynb #2359e4bd
 import pillsnap
@@ -251,8 +253,9 @@ def _settings_read(
     cfg: Config,  # a configuration
     sections: Iterable[str],  # dotted keys or blocks: "data.split_ratio", "train.classification"
 ) -> dict[str, Any]:  # section → value, in plain JSON types
-    "The settings that a job reads."
+    "The settings that a job reads; a folder of photos is named by its whole path."
     tree = cfg.to_dict()
+    tree["paths"]["root"] = os.path.abspath(cfg.paths.root)
     return {dotted: setting(tree, dotted) for dotted in sections}
 
 
@@ -265,7 +268,7 @@ def why_stale(
     rec = read_record(root, job)
     if rec is None:
         return "it has not run here yet", []
-    diff = config_diff(rec["settings"], _settings_read(cfg, rec["settings"]))
+    diff = config_diff(rec["settings"], _settings_read(cfg, rec["settings"]), ignore=())
     if diff:
         return "its settings changed", diff
     if rec["status"] != "finished":
@@ -355,9 +358,21 @@ def run_id(
 ) -> str:  # 12 hexadecimal digits, the same for every job of the folder
     "The id of the folder, drawn on first use."
     p = Path(root) / "run.json"
-    if not p.exists():
-        save_json({"run_id": uuid.uuid4().hex[:12], "created": datetime.now(UTC).isoformat(timespec="seconds")}, p)
-    return read_json(p)["run_id"]
+    return read_json(p)["run_id"] if p.exists() else change_run_record(root, lambda _: {})["run_id"]
+
+
+def change_run_record(
+    root: str | os.PathLike,  # run folder
+    change: Callable[[dict[str, Any]], dict[str, Any]],  # the record as it is → the fields that change
+) -> dict[str, Any]:  # the whole record
+    "Change `run.json`, and make it where it is missing; of several processes, one after the other."
+    p = Path(root) / "run.json"
+    with FileLock(ensure_dir(root) / ".run.lock"):
+        created = datetime.now(UTC).isoformat(timespec="seconds")
+        record = read_json(p) if p.exists() else {"run_id": uuid.uuid4().hex[:12], "created": created}
+        record |= change(record)
+        save_json(record, p)
+    return record
 
 # %% ../../nbs/core/090_jobs.ipynb #4d697f17
 def readings(
@@ -376,12 +391,13 @@ def count_reading(
     photos: int,  # how many
 ) -> int:  # readings so far, this one included
     "Add a reading of a part's photos to the run record."
-    run_id(root)  # makes run.json on first use
-    path = Path(root) / "run.json"
     entry = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "by": by, "photos": photos}
-    record, before = read_json(path), readings(root, part)
-    save_json(record | {"readings": record.get("readings", {}) | {part: [*before, entry]}}, path)
-    return len(before) + 1
+
+    def with_entry(record: dict[str, Any]) -> dict[str, Any]:
+        before = record.get("readings", {})
+        return {"readings": before | {part: [*before.get(part, []), entry]}}
+
+    return len(change_run_record(root, with_entry)["readings"][part])
 
 # %% ../../nbs/core/090_jobs.ipynb #2ea6686d
 def _boot_id() -> str:

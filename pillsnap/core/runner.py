@@ -371,7 +371,7 @@ def run_pipeline(  # noqa: PLR0913 - the options of pillsnap run
                 print(f"{head}: up to date")
                 records.append(read_record(root, spec.name))
                 continue
-            reason, changed = stale or ("you said so", [])
+            reason, changed = stale or ("--force or a parameter asks for it", [])
             if changed and not force:
                 _refuse(spec, root, changed)
             print(f"{head}: runs, because {reason}", flush=True)

@@ -392,6 +392,7 @@ class ConversionJob(Job):
 
     name: ClassVar[str] = "conversion"
     sections: ClassVar[tuple[str, ...]] = (
+        "paths.root",
         "data.source",
         "data.extensions",
         "data.ignore_hidden",

@@ -441,6 +441,7 @@ class ImportJob(Job):
 
     name: ClassVar[str] = "conversion"
     sections: ClassVar[tuple[str, ...]] = (
+        "paths.root",
         "data.source",
         "data.imports",
         "data.extensions",

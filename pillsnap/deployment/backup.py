@@ -27,7 +27,15 @@ logger = logging.getLogger("pillsnap.deployment.backup")
 
 # %% ../../nbs/deployment/878_backup.ipynb #d6d958ea
 SUMS = "SHA256SUMS"  # the archive's list of its files; a run that was restored holds the one of its archive
-LEFT_OUT = ("delivery", "yolo_data", "pack", ".lock", ".journal.lock", ".ledger.lock")  # names, at any depth
+LEFT_OUT = (
+    "delivery",
+    "yolo_data",
+    "pack",
+    ".lock",
+    ".journal.lock",
+    ".ledger.lock",
+    ".run.lock",
+)  # names, at any depth
 
 
 def backup_files(

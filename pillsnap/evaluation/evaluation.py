@@ -15,6 +15,7 @@ from typing import ClassVar
 from fastcore.basics import patch
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #67b12300
+from ..core.config import config_diff
 from ..core.device import set_seed
 from ..core.files import read_json
 from ..core.jobs import Job, JobResult, RunFolder
@@ -24,7 +25,14 @@ from ..core.settings import Config
 from ..dataset.drugs import drug_names
 from .advisor import check_choice
 from .latency import measured_value
-from .measurements import evaluation_inputs, input_hashes, measure, smoke_evaluation
+from pillsnap.evaluation.measurements import (
+    MEASURED_WITH,
+    evaluation_inputs,
+    input_hashes,
+    measure,
+    measured_with,
+    smoke_evaluation,
+)
 from .menu import advisor_menu, percent, record_choice
 from .narrowtargets import write_narrow_targets
 from pillsnap.evaluation.scorecard import (
@@ -45,22 +53,9 @@ class EvaluationJob(Job):
     "Measure a run's checkpoints on the evaluation set; write figures, gate, advice and scorecard."
 
     user_choice: str = ""  # what to do next, by number or name; "" = ask, or record no choice
-    remeasure: bool = True  # False: use an earlier measurement of the same checkpoints, photos and split
+    remeasure: bool = True  # False: use an earlier measurement of the same checkpoints, photos, split and settings
     name: ClassVar[str] = "evaluation"
-    sections: ClassVar[tuple[str, ...]] = (
-        "project.family",
-        "narrow.preprocessing",
-        "data.classification",
-        "data.detection",
-        "data.grayscale_policy",
-        "data.rgba_policy",
-        "data.progressive_validation",
-        "answer",
-        "evaluation",
-        "inference.focus",
-        "train.classification.crop_view_prob",
-        "train.seed",
-    )
+    sections: ClassVar[tuple[str, ...]] = (*MEASURED_WITH, "data.progressive_validation")
     needs: ClassVar[dict[str, str]] = {"artifacts/stage{stage}/splits.json": "splits"}
 
     def __post_init__(self):
@@ -103,17 +98,20 @@ def work(self: EvaluationJob, run: RunFolder, cfg: Config) -> JobResult:
 
 # %% ../../nbs/evaluation/770_evaluation.ipynb #5b6ad3c1
 @patch
-def _kept(self: EvaluationJob, root: Path, stage: int) -> bool:
-    "Whether an earlier measurement is used: `remeasure` is off and no input changed."
-    path = root / "reports" / "evaluation.json"
+def _kept(self: EvaluationJob, root: Path, cfg: Config) -> bool:
+    "Whether an earlier measurement is used: `remeasure` is off, and no input and no setting changed."
+    path, stage = root / "reports" / "evaluation.json", cfg.data.progressive_validation.current_stage
     if self.remeasure or not path.is_file():
         return False
     doc = read_json(path)
     if doc["stage"] != stage or doc["inputs"] != input_hashes(root, stage):
         logger.info("evaluation: measured again, because its inputs changed")
         return False
+    if changed := config_diff(doc.get("settings", {}), measured_with(cfg)):
+        logger.info(f"evaluation: measured again, because settings changed: {'; '.join(changed[:3])}")
+        return False
     made = doc["made"]
-    logger.info(f"evaluation: kept, because checkpoints, photos and split are those measured at {made}")
+    logger.info(f"evaluation: kept, because checkpoints, photos, split and settings are those of {made}")
     return True
 
 
@@ -121,7 +119,7 @@ def _kept(self: EvaluationJob, root: Path, stage: int) -> bool:
 def _measured(self: EvaluationJob, run: RunFolder, cfg: Config) -> tuple[list[Path], list[Path]]:
     "Figures and files of a new measurement, or of a kept one."
     reports = run.sub("reports")
-    if self._kept(run.root, cfg.data.progressive_validation.current_stage):
+    if self._kept(run.root, cfg):
         files = [reports / "evaluation.json", reports / "calibration.json"]
         return sorted(reports.glob("evaluation_*.png")), files
     measured = measure(run.root, cfg)

@@ -15,11 +15,13 @@ from typing import Any
 from filelock import FileLock
 
 from ..core.errors import PillsnapError
-from ..core.files import atomic_path, canonical_json, os_error, sha256_text
+from ..core.files import atomic_path, canonical_json, os_error, read_json, sha256_file, sha256_text
+from ..core.jobs import change_run_record
 
 # %% ../../nbs/evaluation/740_ledger.ipynb #f41ea9e5
 LEDGER = "ledger.jsonl"
 _START = "0" * 64
+_RESTORE = "restore it from a copy; a run whose ledger is broken cannot open the sealed test"
 
 
 def _sealed(entry: dict[str, Any]) -> str:
@@ -30,8 +32,29 @@ def _sealed(entry: dict[str, Any]) -> str:
 def read_ledger(
     run_dir: str | os.PathLike,  # run folder
 ) -> list[dict[str, Any]]:  # the entries, oldest first
-    "The entries of the ledger; raises PillsnapError where its chain is broken."
-    path, prev, entries = Path(run_dir) / LEDGER, _START, []
+    "The entries of the ledger; raises PillsnapError where its chain is broken or its last lines are missing."
+    # read first: a line that another process adds meanwhile is then no fault
+    last = _last_line(run_dir)
+    entries = _chained(Path(run_dir) / LEDGER)
+    n, sha = last.get("seq", 0), last.get("hash")
+    if len(entries) < n or (n and entries[n - 1]["hash"] != sha):
+        raise PillsnapError(
+            f"the ledger has lost lines: run.json knows {n}, the file has {len(entries)}",
+            where=Path(run_dir) / LEDGER,
+            fix=_RESTORE,
+        )
+    return entries
+
+
+def _last_line(run_dir: str | os.PathLike) -> dict[str, Any]:
+    "Number and hash of the last line, as run.json keeps them; empty before the first."
+    record = Path(run_dir) / "run.json"
+    return read_json(record).get("ledger", {}) if record.is_file() else {}
+
+
+def _chained(path: Path) -> list[dict[str, Any]]:
+    "The entries of a file, each checked against the one before it."
+    prev, entries = _START, []
     if not path.exists():
         return []
     # not splitlines: it also ends a line at U+2028, which a reason may hold
@@ -41,11 +64,7 @@ def read_ledger(
         except ValueError:  # no JSON, or no UTF-8
             e = {}
         if not isinstance(e, dict) or e.get("prev") != prev or e.get("seq") != n or e.get("hash") != _sealed(e):
-            raise PillsnapError(
-                f"the ledger was altered at line {n}",
-                where=path,
-                fix="restore it from a copy; a run whose ledger is broken cannot open the sealed test",
-            )
+            raise PillsnapError(f"the ledger was altered at line {n}", where=path, fix=_RESTORE)
         entries.append(e)
         prev = e["hash"]
     return entries
@@ -81,6 +100,7 @@ def _appended(run_dir: str | os.PathLike, kind: str, about: dict[str, Any]) -> d
     e["hash"] = _sealed(e)
     with atomic_path(Path(run_dir) / LEDGER) as tmp:
         tmp.write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in [*entries, e]), encoding="utf-8")
+    change_run_record(run_dir, lambda _: {"ledger": {"seq": e["seq"], "hash": e["hash"]}})
     return e
 
 # %% ../../nbs/evaluation/740_ledger.ipynb #39144a4d
@@ -89,10 +109,13 @@ def record_decision(
     by: str,  # who decides
     reason: str,  # why stage 4 counts as done without a GO
 ) -> dict[str, Any]:  # the ledger's entry
-    "Record that a person counts stage 4 as done; raises PillsnapError without a name or a reason."
+    "Record that stage 4 counts as done with the present checkpoints; raises PillsnapError without a name or a reason."
     if not by.strip() or not reason.strip():
         raise PillsnapError("a decision needs a name and a reason", fix="say who decides, and why")
-    return append_ledger(run_dir, "decision", stage=4, by=by.strip(), reason=reason.strip())
+    models = {
+        p.relative_to(run_dir).as_posix(): sha256_file(p) for p in sorted(Path(run_dir).glob("checkpoints/*/*.pt"))
+    }
+    return append_ledger(run_dir, "decision", stage=4, by=by.strip(), reason=reason.strip(), models=models)
 
 # %% ../../nbs/evaluation/740_ledger.ipynb #269fc9a0
 def stage_4_done(

@@ -592,7 +592,9 @@ def append_gate(
     root: Path,  # run folder
     gate: GateResult,  # the verdict
 ) -> bool:  # whether a line was added
-    "Append the gate's verdict to the ledger unless its last verdict is the same."
+    "Append the gate's verdict on the measured checkpoints to the ledger unless its last line says the same."
+    measured = read_json(root / "reports" / "evaluation.json")["inputs"]
+    models = {path: sha for path, sha in measured.items() if path.endswith(".pt")}
     digest = sha256_text(
         canonical_json(
             {
@@ -604,7 +606,8 @@ def append_gate(
         )
     )
     last = next((e for e in reversed(read_ledger(root)) if e["kind"] == "gate"), None)
-    if last and last["stage"] == gate.stage and last["digest"] == digest:
+    if last and (last["stage"], last["digest"], last.get("models")) == (gate.stage, digest, models):
         return False
-    append_ledger(root, "gate", stage=gate.stage, status=str(gate.status), reasons=list(gate.reasons), digest=digest)
+    said = dict(status=str(gate.status), reasons=list(gate.reasons), digest=digest)
+    append_ledger(root, "gate", stage=gate.stage, **said, models=models)
     return True
