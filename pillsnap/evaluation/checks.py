@@ -232,7 +232,7 @@ def batch_records(
     note = f"answers as one by one, tried {', '.join(map(str, took))}"
     largest = prov.metric("multi_batch_size", same, n, whole, note=note)
     speedup = not_measured(prov, "batch_speedup", "a batch of 32 answers otherwise than its photos one by one")
-    if BATCHES[-1] in took:
+    if same == BATCHES[-1]:
         note = "time of a photo alone over its time in a batch of 32"
         speedup = prov.metric("batch_speedup", took[1] / took[BATCHES[-1]], n, whole, note=note)
     return {"multi_batch_size": largest, "batch_speedup": speedup}
