@@ -24,6 +24,7 @@ from pillsnap.dataset.photoloader import PhotoLoader
 from pillsnap.dataset.sampling import BalancedBatchSampler, EpochSampler
 from pillsnap.delivery.classmap import ClassMap
 from pillsnap.training.classifier import ClassifierJob
+from pillsnap.training.distributed import OwnDropout
 from pillsnap.training.learner import Outputs, build_learner, read_last_checkpoint
 from pillsnap.training.presets import ClassifierSettings
 from pillsnap.training.saving import average_weights, restore
@@ -180,6 +181,40 @@ EPOCHS, SET = (
         "train.classification={lr: 0.003, batch_size: 8, saving: {every_steps: 1}}",
     ),
 )
+
+
+@pytest.mark.spec("BX10")
+def test_a_second_process_draws_on_where_it_stood(tmp_path):
+    "The checkpoint is the first process's; the second one's dropout is again its own."
+
+    class Drawn(Callback):
+        order, run_valid = 0, False  # after the generator is set, before the network draws
+
+        def __init__(self, stop=None):
+            self.stop, self.states = stop, {}
+
+        def before_batch(self):
+            self.states[self.epoch, self.iter] = bytes(torch.get_rng_state().numpy())
+
+        def after_batch(self):
+            if (self.epoch, self.iter) == self.stop:
+                raise SystemExit
+
+    def process(folder, rank, stop=None):
+        learn, drawn = learner(tmp_path / folder), Drawn(stop)
+        learn.add_cbs([OwnDropout(rank, seed=7), drawn])
+        if stop:
+            with pytest.raises(SystemExit):
+                learn.fit(3)
+        else:
+            learn.fit(3)
+        return drawn.states
+
+    whole = process("second", 1)
+    first = process("shared", 0, stop=(1, 6))
+    rest = process("shared", 1)
+    assert rest and min(rest) == (1, 4) and rest == {k: v for k, v in whole.items() if k >= (1, 4)}
+    assert all(whole[k] != v for k, v in first.items())
 
 
 @pytest.mark.spec("BX10", "CT15", "CT16", "RS1")

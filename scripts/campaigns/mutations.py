@@ -2036,6 +2036,13 @@ MUTATIONS: list[Mutation] = [
         "tests/test_gpu_engine.py::test_an_escalation_to_fp16_keeps_the_batches_of_an_open_window",
     ),
     Mutation(
+        "a resumed process draws the first one's dropout",
+        "pillsnap/training/distributed.py",
+        "        if self.rank:\n            key",
+        "        if self.rank and not self.iter:\n            key",
+        "tests/test_stop_and_go.py::test_a_second_process_draws_on_where_it_stood",
+    ),
+    Mutation(
         "grey pictures show a drug without weight",
         "pillsnap/training/distributed.py",
         "labels.new_zeros(2) if weight is None else weight.argmax().expand(2)",
