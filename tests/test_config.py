@@ -250,12 +250,27 @@ def test_keys_with_nothing_left_to_do_are_accepted_and_said(old):
         ("train.oom=null", "memory policy"),
         ("train.oom.min_batch=null", "train.oom.min_batch"),
         ("project.family=other", "project.family"),
+        ("train.classification.lr=.inf", "finite"),
+        ("train.seed=010", "YAML reads the number 010 as 8"),
+        ("data.split_ratio=[0.8, 0.2", "where: data.split_ratio"),
         ("nonsense", "key=value"),
     ],
 )
 def test_a_refused_setting_says_why(override, said):
     with pytest.raises(PillsnapError, match=re.escape(said)):
         load_config("two_stage", [override])
+
+
+@pytest.mark.parametrize("folder", ["photos #2", "a: b", "2024-11-25", "2024-13-45", "# photos", "*/photos"])
+def test_the_name_of_a_folder_is_taken_as_it_stands(folder):
+    assert load_config("demo", [f"paths.root={folder}"]).paths.root == folder
+
+
+def test_later_overrides_take_precedence_key_by_key():
+    cfg = load_config("demo", ["train.classification.epochs=3", "train.classification={lr: 0.5}", "train.seed=1"])
+    assert (cfg.train.classification.epochs, cfg.train.classification.lr, cfg.train.seed) == (3, 0.5, 1)
+    cfg = load_config("demo", ["train={seed: 1}", "train.seed=2"])
+    assert cfg.train.seed == 2
 
 
 @pytest.mark.spec("CF1")

@@ -9,6 +9,7 @@ __all__ = ['ALIASES', 'RETIRED', 'resource_dir', 'preset_names', 'resolve_aliase
 # %% ../../nbs/core/025_config.ipynb #296c60fe
 import difflib
 import os
+import re
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -207,6 +208,32 @@ def resolve_aliases(
     return tree, notes
 
 # %% ../../nbs/core/025_config.ipynb #3ba1d72d
+_DECIMAL = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
+
+
+def _parse_value(
+    text: str,  # what stands behind the equals sign
+    dotted: str,  # the key, for the error
+) -> Any:
+    "The value of an override; raises PillsnapError for text that is no value."
+    text = text.strip()
+    try:
+        if text.startswith(("[", "{", '"', "'")):
+            return yaml.safe_load(text)
+    except yaml.YAMLError as e:
+        raise PillsnapError(f"cannot read the value {text!r}: {e}", where=dotted) from e
+    loader = yaml.SafeLoader("")
+    tag = loader.resolve(yaml.ScalarNode, text, (True, False))
+    if tag.endswith(":timestamp"):
+        return text  # no setting is a date, but a folder may be named by one
+    value = loader.construct_object(yaml.ScalarNode(tag, text))
+    if type(value) is int and not _DECIMAL.fullmatch(text):
+        raise PillsnapError(
+            f"YAML reads the number {text} as {value}", where=dotted, fix=f"write {value}, if that is meant"
+        )
+    return value
+
+
 def parse_overrides(
     overrides: Iterable[str],  # "train.seed=7", "data.split_ratio=[0.8,0.2]"
 ) -> dict[str, Any]:  # a layer
@@ -216,10 +243,9 @@ def parse_overrides(
         dotted, eq, value = text.partition("=")
         if not eq or not dotted.strip():
             raise PillsnapError(f"not an override: {text!r}", fix="write key=value, for example train.seed=7")
-        try:
-            _put(layer, dotted.strip(), yaml.safe_load(value))
-        except yaml.YAMLError as e:
-            raise PillsnapError(f"cannot read the value of {text!r}: {e}", where=dotted) from e
+        one: dict[str, Any] = {}
+        _put(one, dotted.strip(), _parse_value(value, dotted))
+        layer = _merge(layer, one)
     return layer
 
 # %% ../../nbs/core/025_config.ipynb #db4d3e37

@@ -28,7 +28,9 @@ from .files import canonical_json, sha256_text
 class Block(BaseModel):
     "A part of the configuration tree."
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 def key(

@@ -2043,6 +2043,27 @@ MUTATIONS: list[Mutation] = [
         "tests/test_stop_and_go.py::test_a_second_process_draws_on_where_it_stood",
     ),
     Mutation(
+        "a number sign in an override begins a comment",
+        "pillsnap/core/config.py",
+        """        if text.startswith(("[", "{", '"', "'")):""",
+        "        if True:",
+        "tests/test_config.py::test_the_name_of_a_folder_is_taken_as_it_stands",
+    ),
+    Mutation(
+        "a later override drops its neighbours",
+        "pillsnap/core/config.py",
+        "        layer = _merge(layer, one)",
+        "        _put(layer, dotted.strip(), _parse_value(value, dotted))",
+        "tests/test_config.py::test_later_overrides_take_precedence_key_by_key",
+    ),
+    Mutation(
+        "an infinite learning rate is a setting",
+        "pillsnap/core/settings.py",
+        "allow_inf_nan=False",
+        "allow_inf_nan=True",
+        "tests/test_config.py::test_a_refused_setting_says_why",
+    ),
+    Mutation(
         "grey pictures show a drug without weight",
         "pillsnap/training/distributed.py",
         "labels.new_zeros(2) if weight is None else weight.argmax().expand(2)",
