@@ -21,6 +21,7 @@ from .setup import (
     Part,
     Size,
     absent,
+    at_least,
     at_most,
     child,
     ended,
@@ -99,10 +100,27 @@ def stop_and_resume(device: str, tiny: bool, work: Path) -> list[Part]:
 
 # ---- GP12: several processes
 
+# accelerate leaves the network of a group of one without torch's wrapper; here it gets one, so that gradients are
+# reduced by the backend, and each reduction is counted
 SHARED = """
 import sys
+import torch
 import torch.distributed
-was, (run, *over) = torch.distributed.init_process_group, sys.argv[1:]
+from accelerate import Accelerator
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+run, *over = sys.argv[1:]
+reduced = 0
+def counted(group, bucket):
+    global reduced
+    reduced += 1
+    return allreduce_hook(group, bucket)
+def wrapped(self, model, **_):
+    ddp = DistributedDataParallel(model, [0] if torch.cuda.is_available() else None)
+    ddp.register_comm_hook(None, counted)
+    return ddp
+Accelerator.prepare_model = wrapped
+was = torch.distributed.init_process_group
 def noted(*args, **kwargs):
     was(*args, **kwargs)
     with open(f"{run}/backend", "w") as f:
@@ -110,6 +128,8 @@ def noted(*args, **kwargs):
 torch.distributed.init_process_group = noted
 from pillsnap.training.distributed import run_rank
 run_rank("classifier", run, "smoke", over)
+with open(f"{run}/reduced", "w") as f:
+    f.write(str(reduced))
 """
 LAUNCHED = """
 import sys
@@ -160,10 +180,12 @@ def nccl(device: str, _tiny: bool, work: Path) -> list[Part]:
     apart = {name: relative(v, state["plain"]) for name, v in state.items()}
     note = runs["group"] / "backend"
     backend = note.read_text() if note.is_file() else "no group was made"
+    reduced = int((runs["group"] / "reduced").read_text())
     alone = absent("launch() on two GPUs", limit, f"this machine has {gpus} GPU", required=False)
     two = at_most("weights of launch() on two GPUs against plain", apart["launched"], 1e-6) if gpus > 1 else alone
     return [
         holds("group of the single process", backend == ("nccl 1" if gpu.there else "gloo 1"), backend, "nccl 1"),
+        at_least("reductions of gradients in the group", reduced, 1),
         at_most("weights in a group of one against plain", apart["group"], 1e-6),
         at_most("weights of `pillsnap distributed` against plain", apart["command"], 1e-6),
         two,

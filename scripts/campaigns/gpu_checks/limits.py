@@ -214,7 +214,8 @@ def batch_search(device: str, tiny: bool, work: Path) -> tuple[list[Part], dict[
     enable_tf32(True)
     net, planned = network(cfg, gpu.device), footprint(network(cfg, torch.device("cpu")), img, True)
     with Neighbour(gpu, min(24e9, 0.6 * gpu.free()), work) as beside:
-        n = BatchSizeChoice(ClassifierSettings.from_config(cfg), 1, gpu.device).choose(net, CLASSES)
+        choice = BatchSizeChoice(ClassifierSettings.from_config(cfg), 1, gpu.device)
+        n, unsearched = choice.choose(net, CLASSES), choice.why_not_searched()
         cfg = settings(s, *over, f"{c}.batch_size={n}")
         train = patch_loader(cfg, n * steps, gpu.device, workers=s.of(max(1, min(14, cores() - 2)), 1))
         learn = make_learner(cfg, net, train, {"whole": coloured_batches(1, 4, img, gpu.device)}, gpu.device)
@@ -226,6 +227,7 @@ def batch_search(device: str, tiny: bool, work: Path) -> tuple[list[Part], dict[
     note = f"{steps} steps of {n} photos, another process held {beside.held / 1e9:.1f} GB"
     out = [
         at_most("out-of-memory errors in full steps", len(events), 0, note=note),
+        holds("the batch size was searched for", unsearched is None or not gpu.there, unsearched or "yes", "yes"),
         holds("batch that the search found", n > 0, n, "at least one"),
     ]
     if gpu.there:
