@@ -197,6 +197,8 @@ def test_2_training_views_are_augmented_bytes_then_normalised(stage, singles):
         and any("hue" in x for x in risky_settings(a))
         and not risky_settings(AugmentClassification(hflip=False, color_jitter=(0, 0, 0, 0)))
     )
+    policy = AugmentClassification(hflip=False, color_jitter=(0, 0, 0, 0), auto_augment="rand-m8-n2-mstd0.5")
+    assert [x for x in risky_settings(policy) if "inverts" in x]
     s = D.PillsnapClsDataset(singles, stage.class_map, stage.root, 64, train=True, augment=a)[0]["image"]
     assert s.dtype == torch.float32 and s.shape == (3, 64, 64) and s.min() > -2.2 and s.max() < 2.7
 

@@ -357,6 +357,11 @@ def risky_settings(
         )
     if augment.crop_scale_min < 0.5:
         out.append(f"augment: crops of {augment.crop_scale_min:.0%} of the photo may cut the imprint away")
+    if augment.auto_augment:
+        out.append(
+            f"augment: timm's policy {augment.auto_augment} inverts the colours of some photos (Solarize), and colour tells"
+            " drugs apart; data.augment.classification.auto_augment=null is safer"
+        )
     return out
 
 # %% ../../nbs/photos/350_augmentation.ipynb #47d49443
