@@ -359,8 +359,8 @@ def risky_settings(
         out.append(f"augment: crops of {augment.crop_scale_min:.0%} of the photo may cut the imprint away")
     if augment.auto_augment:
         out.append(
-            f"augment: timm's policy {augment.auto_augment} inverts the colours of some photos (Solarize), and colour tells"
-            " drugs apart; data.augment.classification.auto_augment=null is safer"
+            f"augment: timm's policy {augment.auto_augment} inverts the colours of some photos (Solarize), and colour"
+            " tells drugs apart; data.augment.classification.auto_augment=null is safer"
         )
     return out
 
