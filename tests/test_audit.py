@@ -94,7 +94,7 @@ def test_it_changes_nothing(looked_at):
         for p in root.rglob("*")
         if p.is_file() and not p.is_symlink() and p.relative_to(root).as_posix() not in before
     }
-    assert new <= {"reports", "artifacts", "logs", "stages", "run.json", "config.yaml", ".lock"}, new
+    assert new <= {"reports", "artifacts", "logs", "stages", "run.json", "config.yaml", ".lock", ".run.lock"}, new
 
 
 def test_the_command_runs_it_aside(looked_at, tmp_path, capsys):

@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -611,6 +612,19 @@ def test_the_job_renders_converts_and_reports(tmp_path):
     assert reason == "its settings changed" and changed == [
         f"paths.root: {tmp_path / 'delivery'} -> {tmp_path / 'another'}"
     ]
+
+
+def test_a_run_folder_may_be_copied_with_its_photos(tmp_path):
+    "Photos in the run folder are the same ones after a move; the copy's job does not run again."
+    run, copy = tmp_path / "run", tmp_path / "copy"
+
+    def settings(root: Path) -> list[str]:
+        return [*OVER, f"paths.root={root / 'delivery'}"]
+
+    ConversionJob(run_dir=str(run), config="smoke", overrides=settings(run)).run()
+    shutil.copytree(run, copy, symlinks=True)
+    assert why_stale(copy, "conversion", load_config("smoke", settings(copy))) is None
+    assert why_stale(copy, "conversion", load_config("smoke", settings(run)))[1]
 
 
 def test_the_jobs_seed_is_the_deliverys(tmp_path):

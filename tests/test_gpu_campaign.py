@@ -438,9 +438,11 @@ def test_out_of_memory_is_held_against_accumulation(tmp_path, as_before, monkeyp
     assert not rehearse(limits.out_of_memory, tmp_path)["weights against accumulation"]["passed"]
 
 
-def test_precisions(tmp_path, as_before):
+def test_precisions(tmp_path, as_before, monkeypatch):
     from gpu_checks import loop
 
+    # a CPU that only emulates bf16 would choose float32
+    monkeypatch.setattr("pillsnap.core.device.cpu_has_bf16", lambda: True)
     parts = rehearse(loop.precisions, tmp_path)
     assert parts["types of autocast"]["value"] == "float32, bfloat16, float16" and parts["losses are finite"]["passed"]
 

@@ -86,7 +86,7 @@ def test_twins_with_one_front_are_told_apart_by_both_sides_and_not_by_one(answer
     gained = (t["right"].astype(float) - t["front_right"]).to_numpy()
     low, _ = group_bootstrap(lambda at: {"gain": float(gained[at].mean())}, units)["gain"]
     assert low > 0.2 and t["right"].mean() > 0.95 and t["front_right"].mean() < 0.7
-    assert (t["front_answer"] == "drug").mean() < 0.2 < 0.9 < (t["answer"] == "drug").mean()
+    assert (t["front_answer"] == "drug").mean() < 0.2 < 0.8 < (t["answer"] == "drug").mean()
     named = t[t["answer"] == "drug"]
     assert named["right"].all() and t["covered"].mean() >= 0.9
 

@@ -252,10 +252,12 @@ def read_record(
 def _settings_read(
     cfg: Config,  # a configuration
     sections: Iterable[str],  # dotted keys or blocks: "data.split_ratio", "train.classification"
+    root: str | os.PathLike,  # run folder
 ) -> dict[str, Any]:  # section → value, in plain JSON types
-    "The settings that a job reads; a folder of photos is named by its whole path."
-    tree = cfg.to_dict()
-    tree["paths"]["root"] = os.path.abspath(cfg.paths.root)
+    "The settings that a job reads; photos inside the run folder are named by their place in it, others by their path."
+    tree, photos = cfg.to_dict(), Path(os.path.abspath(cfg.paths.root))
+    inside = photos.is_relative_to(os.path.abspath(root))  # a run folder may be moved or copied with its photos
+    tree["paths"]["root"] = os.path.relpath(photos, root) if inside else str(photos)
     return {dotted: setting(tree, dotted) for dotted in sections}
 
 
@@ -268,7 +270,7 @@ def why_stale(
     rec = read_record(root, job)
     if rec is None:
         return "it has not run here yet", []
-    diff = config_diff(rec["settings"], _settings_read(cfg, rec["settings"]), ignore=())
+    diff = config_diff(rec["settings"], _settings_read(cfg, rec["settings"], root), ignore=())
     if diff:
         return "its settings changed", diff
     if rec["status"] != "finished":
@@ -449,7 +451,7 @@ def _sigterm_interrupts() -> Iterator[None]:
 def _begin(self: Job, run: RunFolder, cfg: Config) -> dict[str, Any]:
     "The record of a job that has just begun."
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    settings = _settings_read(cfg, self.sections)
+    settings = _settings_read(cfg, self.sections, run.root)
     now = dict(
         status="running",
         started=started,

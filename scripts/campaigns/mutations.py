@@ -2064,6 +2064,13 @@ MUTATIONS: list[Mutation] = [
         "tests/test_config.py::test_a_refused_setting_says_why",
     ),
     Mutation(
+        "a copied run folder has another delivery",
+        "pillsnap/core/jobs.py",
+        "    inside = photos.is_relative_to(os.path.abspath(root))",
+        "    inside = False",
+        "tests/test_conversion.py::test_a_run_folder_may_be_copied_with_its_photos",
+    ),
+    Mutation(
         "grey pictures show a drug without weight",
         "pillsnap/training/distributed.py",
         "labels.new_zeros(2) if weight is None else weight.argmax().expand(2)",
