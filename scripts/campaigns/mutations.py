@@ -1975,8 +1975,8 @@ MUTATIONS: list[Mutation] = [
     Mutation(
         "a manifest of another delivery is up to date",
         "pillsnap/core/jobs.py",
-        '_settings_read(cfg, rec["settings"]), ignore=())',
-        '_settings_read(cfg, rec["settings"]))',
+        '_settings_read(cfg, rec["settings"], root), ignore=())',
+        '_settings_read(cfg, rec["settings"], root))',
         "tests/test_conversion.py::test_the_job_renders_converts_and_reports",
     ),
     Mutation(
