@@ -19,6 +19,10 @@ from typing import Any, Literal
 # %% ../nbs/900_doctor.ipynb #1423a860
 import psutil
 
+# %% ../nbs/900_doctor.ipynb #38638d51
+from .core.errors import PillsnapError
+from .core.files import check_writable
+
 # %% ../nbs/900_doctor.ipynb #a702ab11
 PACKAGES = (
     "torch",
@@ -43,6 +47,17 @@ def _version(name: str) -> str | None:  # None when it is not installed
         return None
 
 
+def _why_not_written(
+    folder: str | Path,  # where runs will be written
+) -> str:  # "" = files can be written there
+    "Why no file can be written into a folder."
+    try:
+        check_writable(folder)
+    except PillsnapError as e:
+        return e.what
+    return ""
+
+
 def collect_facts(
     folder: str | Path = ".",  # where runs will be written
 ) -> dict[str, Any]:
@@ -54,6 +69,7 @@ def collect_facts(
         cpus=len(os.sched_getaffinity(0)),
         ram=psutil.virtual_memory().available,
         disk=shutil.disk_usage(folder).free,
+        refused=_why_not_written(folder),
         shm=shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else None,
         gpu=None,
         driver=bool(shutil.which("nvidia-smi")),
@@ -184,11 +200,21 @@ def _machine_findings(
     ]
 
 
+def _folder(
+    facts: dict[str, Any],  # of collect_facts
+) -> Finding:
+    "The finding about the folder of the runs."
+    why = facts["refused"]
+    return _check(
+        "folder", why or "can be written", not why, "work in a folder of your own, or mend its permissions", "broken"
+    )
+
+
 def examine(
     facts: dict[str, Any],  # of collect_facts
 ) -> list[Finding]:
     "The finding of every fact."
-    return _package_findings(facts) + _decoder_findings(facts["packages"]) + _machine_findings(facts)
+    return _package_findings(facts) + _decoder_findings(facts["packages"]) + _machine_findings(facts) + [_folder(facts)]
 
 # %% ../nbs/900_doctor.ipynb #28e3c7f5
 def doctor_command(

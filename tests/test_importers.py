@@ -258,10 +258,20 @@ def test_films_links_and_one_drug_alone_are_told(tmp_path):
     assert "there is nothing here" in str(gone.exception)
 
 
-@pytest.mark.parametrize("name", ["photo.jpg", "photos.zip"])
-def test_a_file_that_holds_no_labels_is_refused_by_what_it_is(tmp_path, name):
+def test_photos_of_a_telephone_are_to_be_converted(tmp_path):
+    (tmp_path / "own" / "aspirin").mkdir(parents=True)
+    (tmp_path / "own" / "aspirin" / "IMG_1.HEIC").write_bytes(b"")
+    with pytest.raises(PillsnapError, match="1 × extension") as refused:
+        import_photos(tmp_path / "own", tmp_path / "run", wanted())
+    assert "convert the others" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "name, said", [("photo.jpg", "one photo is no data set"), ("photos.zip", "this is no label file")]
+)
+def test_a_file_that_holds_no_labels_is_refused_by_what_it_is(tmp_path, name, said):
     paint(tmp_path / "own" / "photo.jpg").with_name("photos.zip").write_bytes(b"PK")
-    with pytest.raises(PillsnapError, match="this is no label file") as refused:
+    with pytest.raises(PillsnapError, match=said) as refused:
         import_command(tmp_path / "own" / name, tmp_path / "run")
     assert "unpack an archive" in str(refused.value)
 

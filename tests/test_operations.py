@@ -91,6 +91,8 @@ def test_five_releases_are_kept_with_their_checksums(tmp_path, files):
         assert home.roll_back()[1].number == number
     done = typed("ops", "rollback", "--home", home.folder)
     assert done.returncode == 2 and "not kept any more" in done.stderr and home.current().number == 3
+    done = typed("ops", "rollback", "--home", tmp_path / "mistyped")
+    assert done.returncode == 2 and "no release before" in done.stderr and not (tmp_path / "mistyped").exists()
 
 
 KILLED = """import os, shutil, signal, sys

@@ -177,6 +177,26 @@ def test_a_table_of_answers_says_how_many_photos_could_not_be_read(run, tmp_path
     assert "2 of 2 photos in" in (told := capsys.readouterr().err) and "1 of them could not be read" in told
 
 
+def test_photos_that_cannot_be_opened_are_counted(run, tmp_path):
+    "A telephone's HEIC beside a JPEG: who asked for a folder hears of it; a folder of nothing else is refused."
+    Image.new("RGB", (64, 64), (200, 60, 60)).save(tmp_path / "a.jpg")
+    (tmp_path / "phone").mkdir()
+    for name in ("b.heic", "c.HEIC", "d.tif"):
+        (tmp_path / "phone" / name).write_bytes(b"")
+    with logged_lines() as said:
+        predict_command([tmp_path], "single", run, out=tmp_path / "t.csv")
+    assert [s for s in said if "2 × .heic, 1 × .tif" in s and "convert" in s]
+    with pytest.raises(PillsnapError, match="2 × .heic") as refused:
+        predict_command([tmp_path / "phone"], "single", run)
+    assert "convert" in str(refused.value)
+
+
+def test_a_table_that_cannot_be_written_is_told_before_a_photo_is_answered(run, monkeypatch):
+    monkeypatch.setattr(P.Bundle, "predict", lambda *_, **__: pytest.fail("a photo was answered"))
+    with pytest.raises(PillsnapError, match="no file can be written here"):
+        predict_command([run / "green.png"], "single", run, out="/proc/answers.csv")
+
+
 @pytest.mark.spec("CF5")
 def test_bad_photo_on_the_command_line(run, tmp_path):
     (tmp_path / "letter.png").write_text("Dear pharmacist,")
@@ -376,6 +396,14 @@ def test_missing_provider_falls_back_with_one_line(run, monkeypatch):
     assert len(said) == 1 and "CUDAExecutionProvider was asked for" in said[0] and "running on the CPU" in said[0]
     assert bundle.classifier.session.get_providers() == ["CPUExecutionProvider"]
     assert bundle.predict(run / "green.png")["items"][0]["kcode"] == "K-000020"
+
+
+@pytest.mark.spec("EX3")
+@pytest.mark.skipif("CUDAExecutionProvider" in ort.get_available_providers(), reason="this onnxruntime has CUDA")
+def test_a_missing_provider_is_told_on_the_command_line(run):
+    asked = [sys.executable, "-m", "pillsnap", "predict", run / "green.png", "--run", run, "--device", "cuda"]
+    done = subprocess.run(asked, capture_output=True, text=True)
+    assert done.returncode == 0 and "running on the CPU" in done.stderr
 
 
 @pytest.mark.spec("EX3")

@@ -319,7 +319,7 @@ def select_jobs(
     names = [s.name for s in pipeline]
     for n in (only, start):
         if n and n not in names:
-            near = difflib.get_close_matches(n, names, 1)
+            near = difflib.get_close_matches(n, [*names, "all"] if n == only else names, 1)
             raise PillsnapError(
                 f"there is no job {n!r}" + (f"; did you mean {near[0]}?" if near else ""),
                 fix=f"jobs: {', '.join(names)}",

@@ -372,6 +372,8 @@ def _no_photo(
     fix = f"every file and its reason stand in {listed}"
     if counts[FaultReason.BOX_FRACTIONS]:
         fix = f"{_FRACTIONS}; {fix}"
+    if counts[FaultReason.EXTENSION]:
+        fix = f"photos end in {', '.join(extensions)}: convert the others, for example to JPEG; {fix}"
     why = ", ".join(f"{n} × {r}" for r, n in counts.most_common(4))
     return PillsnapError(f"no usable photo: {why}", where=source, fix=fix)
 

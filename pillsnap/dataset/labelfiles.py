@@ -32,6 +32,7 @@ from ..core.errors import PillsnapError
 from ..core.files import os_error
 from ..core.logs import progress as show_progress
 from ..delivery.faults import Fault, FaultReason, printable_path
+from ..photos.images import NOT_OPENED
 
 # %% ../../nbs/dataset/412_labelfiles.ipynb #28cb1c4f
 logger = logging.getLogger("pillsnap.dataset.labelfiles")
@@ -72,8 +73,7 @@ class LabelSet:
 FORMATS = ("folder", "coco", "yolo", "voc", "csv")
 
 # %% ../../nbs/dataset/412_labelfiles.ipynb #1b09aa4e
-_UNOPENED = (".heic", ".heif", ".avif", ".tif", ".tiff", ".gif", ".dng", ".jp2")  # photos, but of no format we open
-_UNOPENED += (".mp4", ".mov", ".avi", ".mkv", ".m4v", ".webm", ".3gp", ".wmv")  # films
+_UNOPENED = (*NOT_OPENED, ".mp4", ".mov", ".avi", ".mkv", ".m4v", ".webm", ".3gp", ".wmv")  # films
 
 
 def _walk(root: Path) -> tuple[list[str], list[str]]:
@@ -618,7 +618,9 @@ def find_labels(
         kinds = {".json": "coco", ".yaml": "yolo", ".yml": "yolo", ".xml": "voc"} | dict.fromkeys(_TABLES, "csv")
         if (ending := source.suffix.lower()) not in kinds:
             fix = f"name a folder of photos (unpack an archive first) or a label file: {', '.join(kinds)}"
-            raise PillsnapError("this is no label file", where=source, fix=fix)
+            one_photo = ending in (".png", ".jpg", ".jpeg", ".bmp", ".webp", *NOT_OPENED)
+            what = "one photo is no data set" if one_photo else "this is no label file"
+            raise PillsnapError(what, where=source, fix=fix)
         return {kinds[ending]: [source]}
     found = {
         "coco": [p for p in _files(source, ".json") if _is_coco(p)],

@@ -236,10 +236,13 @@ def roll_back(
     key: str | Path | None = None,  # public key of the one who must have signed it; None = anybody
 ) -> tuple[Release, Release]:  # what answered, and what answers now; PillsnapError where there is no way back
     "Let the link show the release that answered before."
+    none = PillsnapError("there is no release before this one", where=self.link, fix="release another bundle")
+    if not self.folder.is_dir():
+        raise none  # and no folder is made for the lock
     with FolderLock(self.folder):
         left = self.current()
         if left is None or left.before is None:
-            raise PillsnapError("there is no release before this one", where=self.link, fix="release another bundle")
+            raise none
         back = self.find(left.before)
         file = self.store / back.name
         if sha256_file(file) != back.sha256:

@@ -141,7 +141,7 @@ def open_session(
     if lost := [p for p in wanted if p not in used]:
         reason = f"onnxruntime: {lost[0]} did not start; running on {used[0]}"
     if reason:
-        logger.info(reason)
+        logger.warning(reason)
     return session
 
 # %% ../../nbs/deployment/800_runtime.ipynb #408dc1ae
@@ -432,6 +432,9 @@ class Bundle:
     classifier: OnnxClassifier | GalleryClassifier  # names a pill
     detector: LazyDetector | None  # finds pills; None = single mode only
     known: KnownDrugs | None = None  # the gallery and what was added to it; None = the classifier names the drugs
+
+    def __repr__(self) -> str:
+        return f"Bundle({str(self.folder)!r}: {len(self.class_map)} drugs, trained on {self.meta.get('data')} photos)"
 
     @property
     def folder(self) -> Path:

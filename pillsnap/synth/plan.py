@@ -60,7 +60,7 @@ def _check_settings(
     "Raise PillsnapError for settings that cannot be rendered."
     for key, words in {"val_drugs": ("new", "same"), "domain": ("studio", "phone", "wild")}.items():
         if s[key] not in words:
-            raise PillsnapError(f"{key} is {words[0]!r} or {words[1]!r}, not {s[key]!r}", where=key)
+            raise PillsnapError(f"{key} is one of {', '.join(words)}, not {s[key]!r}", where=key)
     if not 64 <= min(s["width"], s["height"]) <= max(s["width"], s["height"]) <= 8192:
         raise PillsnapError(
             f"photos of {s['width']}×{s['height']} pixels cannot be drawn",

@@ -2071,6 +2071,27 @@ MUTATIONS: list[Mutation] = [
         "tests/test_conversion.py::test_a_run_folder_may_be_copied_with_its_photos",
     ),
     Mutation(
+        "photos of a telephone are passed over in silence",
+        "pillsnap/deployment/batch.py",
+        "        if others:\n            logger",
+        "        if False:\n            logger",
+        "tests/test_predict.py::test_photos_that_cannot_be_opened_are_counted",
+    ),
+    Mutation(
+        "a table's folder is looked at when all photos are answered",
+        "pillsnap/deployment/batch.py",
+        "    check_writable(Path(out).parent)\n",
+        "",
+        "tests/test_predict.py::test_a_table_that_cannot_be_written_is_told_before_a_photo_is_answered",
+    ),
+    Mutation(
+        "a missing CUDA is not told on the command line",
+        "pillsnap/deployment/runtime.py",
+        "        logger.warning(reason)",
+        "        logger.info(reason)",
+        "tests/test_predict.py::test_a_missing_provider_is_told_on_the_command_line",
+    ),
+    Mutation(
         "grey pictures show a drug without weight",
         "pillsnap/training/distributed.py",
         "labels.new_zeros(2) if weight is None else weight.argmax().expand(2)",
