@@ -130,6 +130,25 @@ def test_each_format_of_boxes_becomes_one_manifest(tmp_path, form):
     assert counts == dict(photos=6, singles=5, combos=1, pills=7, boxes=7, drugs=3)
 
 
+def test_an_annotation_that_stands_twice_counts_once(tmp_path):
+    "The same drug in the same box, as an export that was merged twice lists it; another drug there stays refused."
+    photos = {"images/twice.png": [BOXES[0], BOXES[0]], "images/mixed.png": [BOXES[0], (NAMES[1], BOXES[0][1])]}
+    photos |= {"images/pair.png": [BOXES[0], BOXES[0], BOXES[2]], "images/other.png": [BOXES[1]]}
+    for i, path in enumerate(photos):
+        paint(tmp_path / "own" / path, i)
+    WRITERS["coco"](tmp_path / "own", photos)
+    made = import_photos(tmp_path / "own", tmp_path / "run", wanted())
+    pills = made.rows.groupby("path")["kind"].agg(list).to_dict()
+    assert pills == {
+        "images/other.png": ["single"],
+        "images/pair.png": ["combo", "combo"],
+        "images/twice.png": ["single"],
+    }
+    assert listed(tmp_path / "run") == dict(identical_boxes=1)
+    remarks = (tmp_path / "run" / "reports" / "remarks.csv").read_text()
+    assert remarks.count("identical_boxes") == 2 and "twice" in remarks
+
+
 def table_of(root: Path, name: str, sep: str, encoding: str) -> Path:
     "Two photos and a table of their boxes, as a spreadsheet saves it."
     photos = {f"images/{i}.png": [BOXES[i]] for i in range(2)}

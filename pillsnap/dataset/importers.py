@@ -154,11 +154,16 @@ def add(
         self.quarantine.drop(photo.path, *unusable)
         return
     got = [self._pill(photo, n, p, (check.width, check.height)) for n, p in enumerate(photo.pills, 1)]
-    for i, j in _identical(got):
-        detail = f"pills {i + 1} and {j + 1}: one box, two labels"
+    if again := {j for _, j, one_drug in _identical(got) if one_drug}:
+        detail = f"{len(again)} labels stand twice, drug and box: they count once"
+        self.quarantine.remark(photo.path, FaultReason.BOX_IDENTICAL, detail)
+        got = [p for i, p in enumerate(got) if i not in again]
+    faulty: set[int] = set()
+    for i, j, _ in _identical(got):
+        detail = f"pills {i + 1} and {j + 1}: one box, two drugs"
         self.quarantine.drop(photo.path, FaultReason.BOX_IDENTICAL, detail)
-        got[i] = got[j] = None
-    kept = [(n, *p) for n, p in enumerate(got, 1) if p]
+        faulty |= {i, j}
+    kept = [(n, *p) for n, p in enumerate(got, 1) if p and n - 1 not in faulty]
     if kept and len(kept) < len(got):
         tell = self.quarantine.remark if self.keep else self.quarantine.drop
         tell(photo.path, FaultReason.PARTIAL, f"{len(got) - len(kept)} of {len(got)} pills have no usable label")
@@ -166,11 +171,11 @@ def add(
         self.rows += [_row(photo.path, check, len(got) > 1, *pill) for pill in kept]
 
 
-def _identical(pills: Sequence[tuple[str, Any] | None]) -> list[tuple[int, int]]:
-    "Pairs of pills in one box."
+def _identical(pills: Sequence[tuple[str, Any] | None]) -> list[tuple[int, int, bool]]:
+    "Pairs of pills in one box, and whether both name one drug."
     boxed = [(i, p) for i, p in enumerate(pills) if p and p[1] is not None]
     pairs = ((a, b) for k, a in enumerate(boxed) for b in boxed[k + 1 :])
-    return [(i, j) for (i, p), (j, q) in pairs if box_iou(p[1], q[1]) >= IDENTICAL]
+    return [(i, j, p[0] == q[0]) for (i, p), (j, q) in pairs if box_iou(p[1], q[1]) >= IDENTICAL]
 
 
 def _row(path: str, check: PhotoCheck, several: bool, n: int, name: str, box: list[float] | None) -> dict[str, Any]:

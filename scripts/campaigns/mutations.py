@@ -2092,6 +2092,20 @@ MUTATIONS: list[Mutation] = [
         "tests/test_predict.py::test_a_missing_provider_is_told_on_the_command_line",
     ),
     Mutation(
+        "an annotation that stands twice is two pills",
+        "pillsnap/dataset/importers.py",
+        "for _, j, one_drug in _identical(got) if one_drug}",
+        "for _, j, one_drug in _identical(got) if False}",
+        "tests/test_importers.py::test_an_annotation_that_stands_twice_counts_once",
+    ),
+    Mutation(
+        "two drugs in one box count as one",
+        "pillsnap/dataset/importers.py",
+        "for _, j, one_drug in _identical(got) if one_drug}",
+        "for _, j, one_drug in _identical(got)}",
+        "tests/test_importers.py::test_an_annotation_that_stands_twice_counts_once",
+    ),
+    Mutation(
         "grey pictures show a drug without weight",
         "pillsnap/training/distributed.py",
         "labels.new_zeros(2) if weight is None else weight.argmax().expand(2)",
