@@ -285,7 +285,8 @@ def plot_risk_coverage(self: SafeAnswers) -> Any:  # a matplotlib Figure
         x, y = len(named) / len(t), 1 - float(named["right"].mean())
         ax.plot([x], [y], "o", color=_MISSES, label=f"one name: {x:.0%} of photos, {y:.1%} wrong")
     ax.set(xlabel="share of photos answered", ylabel="error rate", title="Risk and coverage", xlim=(0, 1.02))
-    ax.set_ylim(0, max(0.01, 1.15 * float(risk.max())))
+    top = max(0.01, 1.15 * float(risk.max()))
+    ax.set_ylim(-0.04 * top, top)  # a line at zero is not hidden by the axis
     ax.legend(frameon=False, fontsize=8, loc="upper left")
     return fig
 
