@@ -125,8 +125,8 @@ _PAGE_CSS = """
 .ps-page img{max-width:100%;height:auto;border-radius:6px;background:#fff;display:block}
 .ps-page .wide{overflow-x:auto} .ps-page table{border-collapse:collapse;font-size:13px;margin:6px 0;color:var(--ink)}
 .ps-page tbody tr,.ps-page thead tr{background:var(--bg)!important}
-.ps-page th,.ps-page td{border:0;border-bottom:1px solid var(--line);padding:4px 8px;text-align:left!important;vertical-align:top;
- max-width:none;white-space:normal;color:var(--ink)} .ps-page th{background:var(--soft)}
+.ps-page th,.ps-page td{border:0;border-bottom:1px solid var(--line);padding:4px 8px;vertical-align:top;
+ text-align:left!important;max-width:none;white-space:normal;color:var(--ink)} .ps-page th{background:var(--soft)}
 @media print{@page{size:A4;margin:12mm}
  .ps-page{font-size:11px;padding:0;max-width:none;print-color-adjust:exact;-webkit-print-color-adjust:exact}
  .ps-page table{font-size:8.5px} .ps-page th,.ps-page td{padding:2px 4px;overflow-wrap:anywhere}
