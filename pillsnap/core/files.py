@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MACHINE', 'PARTIAL', 'os_error', 'ensure_dir', 'check_writable', 'temp_dir', 'atomic_path', 'remove_partials',
            'replace_folder', 'append_line', 'save_text', 'save_json', 'canonical_json', 'json_from_bytes', 'read_json',
-           'sha256_text', 'sha256_file', 'get_git_sha', 'FolderLock']
+           'sha256_text', 'sha256_file', 'get_git_sha', 'FolderLock', 'waiting_lock']
 
 # %% ../../nbs/core/010_files.ipynb #9bc4b4ad
 import errno
@@ -378,3 +378,11 @@ def _holder(
     with suppress(OSError):
         return file.read_text(errors="replace").strip() or "unknown"
     return "unknown"
+
+# %% ../../nbs/core/010_files.ipynb #b3206282
+def waiting_lock(
+    path: str | os.PathLike,  # a file or folder that several processes may make
+) -> FileLock:  # a context manager; it waits as long as another process holds it
+    "A lock beside a path. Whoever gets it looks first whether another process has made the path meanwhile."
+    path = Path(path)
+    return FileLock(ensure_dir(path.parent) / f".{path.name}.lock", fallback_to_soft=False)

@@ -150,7 +150,7 @@ class StageFocus:
         self,
         rows: pd.DataFrame,  # manifest rows
     ) -> pd.DataFrame:  # single photos, with located boxes
-        "The single photos as the product sees them."
+        "The single photos with the locator's boxes, as `inference.focus=locator` answers."
         rows = rows[rows["kind"] == "single"]
         located = locate_photos(rows["path"].tolist(), self.data.root, self.policies, self.table)
         n = int((located["found"] == 1).sum())

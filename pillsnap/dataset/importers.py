@@ -16,7 +16,7 @@ import time
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -153,6 +153,10 @@ def add(
     if unusable := self._unusable(photo, check):
         self.quarantine.drop(photo.path, *unusable)
         return
+    if _said_again(photo.pills):
+        detail = f"{len(photo.pills)} labels without a box name one drug: they count once"
+        self.quarantine.remark(photo.path, FaultReason.BOX_IDENTICAL, detail)
+        photo = replace(photo, pills=photo.pills[:1])
     got = [self._pill(photo, n, p, (check.width, check.height)) for n, p in enumerate(photo.pills, 1)]
     if again := {j for _, j, one_drug in _identical(got) if one_drug}:
         detail = f"{len(again)} labels stand twice, drug and box: they count once"
@@ -169,6 +173,11 @@ def add(
         tell(photo.path, FaultReason.PARTIAL, f"{len(got) - len(kept)} of {len(got)} pills have no usable label")
     if kept and (self.keep or len(kept) == len(got)):
         self.rows += [_row(photo.path, check, len(got) > 1, *pill) for pill in kept]
+
+
+def _said_again(pills: Sequence[PillLabel]) -> bool:
+    "Whether several labels, none with a box, all name one drug: two people labelled the photo, say."
+    return len(pills) > 1 and all(p.box is None and not p.fault and p.name == pills[0].name for p in pills)
 
 
 def _identical(pills: Sequence[tuple[str, Any] | None]) -> list[tuple[int, int, bool]]:
@@ -415,6 +424,13 @@ def _table(made: Import) -> list[dict[str, Any]]:
     return [dict(zip(("what", "which", "n"), r)) for r in rows]
 
 
+def _percent(rows: pd.DataFrame) -> bool:
+    "Whether every box ends within 100 pixels of the corner, though each photo is at least twice as large."
+    boxes = [json.loads(b) for b in rows["bbox"] if b]
+    near = all(max(x + w, y + h) <= 100 for x, y, w, h in boxes)
+    return bool(boxes) and near and bool((rows[["width", "height"]].min(axis=1) >= 200).all())
+
+
 def _notes(made: Import) -> list[str]:
     "Sentences on groups, boxes, facts and a division that the source made."
     g = made.grouping
@@ -427,6 +443,8 @@ def _notes(made: Import) -> list[str]:
         notes.append("There is one drug alone, and telling drugs apart needs two: nothing can be trained yet.")
     if fractions := made.header["quarantine"].get(FaultReason.BOX_FRACTIONS):
         notes.append(f"{fractions} {_FRACTIONS}.")
+    if _percent(made.rows):
+        notes.append("Every box ends within 100 pixels of its photo's corner: these may be percent, not pixels.")
     if nameless := sum(not e["dl_name"] for e in made.drugs["drug_metadata"].values()):
         notes.append(f"Drugs without facts: {nameless}. Their cards say so; a table (--drugs) gives facts.")
     if (skew := made.report["pills_per_drug"]["skew"]) > 2:

@@ -150,7 +150,7 @@ def classification_set(
     data: SplitData,  # class map and delivery
     cfg: Config,  # the run's configuration
     train: bool = False,  # augment, and mix the views
-    view: str = "whole",  # validation's view: whole, crop (true box), or focus (located box, as the product sees it)
+    view: str = "whole",  # validation's view: whole, crop (true box), or focus (the locator's box)
     cache: bool | PhotoCache = True,  # True: as configured; False: no cache; or an existing cache
 ) -> PillsnapClsDataset:
     "The classifier's dataset of training or validation rows, with its source and cache."
@@ -390,6 +390,8 @@ def build_classification_loaders(
     val_dl = validation_loader(data.val, data, cfg, view, cache, device)
     meta = _loader_meta(data, cfg, train_dl, val_dl, table) | {"val_view": view}
     decisions = [*decisions, f"focus: {focus}, {why}"]
+    if focus == "detector":  # it is trained by another job, perhaps later
+        decisions.append("focus: training and validation use the locator's boxes; the evaluation uses the detector's")
     for line in [*decisions, *more, *risky_settings(cfg.data.augment.classification), *summary(meta)]:
         logger.info(line)
     return train_dl, val_dl, meta

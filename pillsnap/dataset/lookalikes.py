@@ -14,6 +14,8 @@ from typing import Any
 
 from rapidfuzz.distance import Levenshtein
 
+from ..delivery.annotations import length_mm
+
 # %% ../../nbs/dataset/407_lookalikes.ipynb #7f2cd29f
 _TINTS = ("투명", "반투명", "진한", "연한", "밝은", "어두운")  # words that say how a colour looks, not which it is
 _FORMS = (("연질캡슐", "연질캡슐"), ("캡슐", "경질캡슐"), ("정", "정제"))  # part of the record's word, dosage form
@@ -61,9 +63,9 @@ def look_of(
         form=_dosage_form(record),
         shape=_text(record, "drug_shape"),
         colours=tuple(sorted({w for w in words if w and w not in _TINTS})),
-        long_mm=float(record.get("leng_long") or 0),
-        short_mm=float(record.get("leng_short") or 0),
-        thick_mm=float(record.get("thick") or 0),
+        long_mm=length_mm(record.get("leng_long")) or 0.0,
+        short_mm=length_mm(record.get("leng_short")) or 0.0,
+        thick_mm=length_mm(record.get("thick")) or 0.0,
         score=(_text(record, "line_front"), _text(record, "line_back")),
         imprint=(_text(record, "print_front"), _text(record, "print_back")),
     )

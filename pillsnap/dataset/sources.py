@@ -16,7 +16,7 @@ import pandas as pd
 
 # %% ../../nbs/dataset/486_sources.ipynb #fb9f53e6
 from ..core.errors import PillsnapError
-from ..core.files import sha256_text
+from ..core.files import sha256_text, waiting_lock
 from ..core.settings import Config, RamOptimization, TrainClassification
 from pillsnap.dataset.datasets import (
     DeliverySource,
@@ -70,12 +70,13 @@ def _open_pack(
     train = train_rows(data.train, data.class_map, cfg.train.classification)
     needed = {*train["path"], *data.val.loc[data.val["kind"] == "single", "path"]}
     settings = pack_settings(cfg.pack, cfg.data)
-    if (out / "pack.json").is_file() and not is_older(out):
-        pack = Pack(out, data.header["data_hash"], data.class_map)
-        made = pack.header | pack.header["decode"]
-        if all(made[k] == v for k, v in settings.items()) and needed <= set(pack.table["path"].to_pylist()):
-            return pack
-    return build_stage_pack(data, cfg.paths.exp_dir, settings, progress=False)
+    with waiting_lock(out):  # the processes of one training all come here
+        if (out / "pack.json").is_file() and not is_older(out):
+            pack = Pack(out, data.header["data_hash"], data.class_map)
+            made = pack.header | pack.header["decode"]
+            if all(made[k] == v for k, v in settings.items()) and needed <= set(pack.table["path"].to_pylist()):
+                return pack
+        return build_stage_pack(data, cfg.paths.exp_dir, settings, progress=False)
 
 
 def _mostly_small(
@@ -165,11 +166,12 @@ def _build_lmdb(
     identity = (photos, list(views), policies, type(source).__name__, made_of)
     name = sha256_text(repr(identity))[:12]
     path = Path(run_root) / "cache" / f"canvases_{name}.lmdb"
-    if not path.is_dir():
-        logger.info(f"lmdb: the canvases of {len(dataset):,} photos are written to {path}")
-        part = path.with_suffix(".part")
-        lmdb_converter(dataset, part, views)
-        part.rename(path)
+    with waiting_lock(path):
+        if not path.is_dir():
+            logger.info(f"lmdb: the canvases of {len(dataset):,} photos are written to {path}")
+            part = path.with_suffix(".part")
+            lmdb_converter(dataset, part, views)
+            part.rename(path)
     return LMDBImageCache(path)
 
 

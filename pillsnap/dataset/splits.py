@@ -19,7 +19,7 @@ from fastcore.basics import patch
 
 # %% ../../nbs/dataset/460_splits.ipynb #12d6d77d
 from ..core.errors import PillsnapError
-from ..core.files import save_json, save_text, sha256_file
+from ..core.files import save_json, save_text, sha256_file, waiting_lock
 from ..core.jobs import Job, JobResult, RunFolder
 from ..core.plots import save_fig
 from ..core.settings import Config
@@ -227,14 +227,15 @@ def write_detector_tree(
 ) -> Path:  # yolo_data
     "Write the detector's folder: links to the stage's train and val photos, with label files."
     tree, made = run.root / "yolo_data", sha256_file(run.root / "artifacts" / f"stage{stage}" / "splits.json")
-    if (tree / "made_of").is_file() and (tree / "made_of").read_text() == made:
-        return tree
-    data = load_split_data(run.root, stage)
-    side = dict.fromkeys(data.val["path"], "val") | dict.fromkeys(data.train["path"], "train")
-    rows = pd.concat([data.train, data.val])
-    require_boxes(rows, run.root)
-    write_yolo_tree(rows[rows["bbox"] != ""], data.root, tree, side)
-    save_text(made, tree / "made_of")  # last: a tree without it is written again
+    with waiting_lock(tree):  # the processes of one training all come here
+        if (tree / "made_of").is_file() and (tree / "made_of").read_text() == made:
+            return tree
+        data = load_split_data(run.root, stage)
+        side = dict.fromkeys(data.val["path"], "val") | dict.fromkeys(data.train["path"], "train")
+        rows = pd.concat([data.train, data.val])
+        require_boxes(rows, run.root)
+        write_yolo_tree(rows[rows["bbox"] != ""], data.root, tree, side)
+        save_text(made, tree / "made_of")  # last: a tree without it is written again
     return tree
 
 

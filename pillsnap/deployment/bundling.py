@@ -19,7 +19,7 @@ from ..core.container import SUFFIX, PackedFiles, content_digest, write_packed
 from ..core.errors import PillsnapError
 from ..core.files import sha256_file
 from ..core.signing import check_signature, sign_files
-from .datacard import data_card, trained_weights
+from .datacard import data_card, run_report, trained_weights
 from .gallerycopy import nobody_enrols
 from .licences import licence_files
 from .modelcard import enrolled_words, model_card
@@ -76,6 +76,20 @@ def _gallery_members(bundle: Bundle) -> list[str]:
     return [*(["gallery/journal.jsonl"] if bundle.known.entries else []), *dict.fromkeys(lines)]
 
 
+def _check_measured(
+    root: Path,  # run folder
+    meta: Mapping[str, Any],  # bundle.json of its export
+) -> None:  # PillsnapError where the run's figures are those of other networks
+    "Refuse a model card with another network's figures: after the export, a network was trained again and evaluated."
+    measured = run_report(root, "reports/evaluation.json").get("inputs", {})
+    for part, jobs in (("classifier", ("classifier", "retrieval")), ("detector", ("detector",))):
+        exported = (meta.get(part) or {}).get("checkpoint")
+        found = {measured[k] for job in jobs if (k := f"checkpoints/{job}/best.pt") in measured}
+        if exported and found and exported not in found:
+            what = f"the export holds an older {part} than the one that was evaluated last"
+            raise PillsnapError(what, where=root, fix=f"export it first: pillsnap run export --run-dir {root}")
+
+
 def bundle_members(
     root: Path,  # run folder
     bundle: Bundle,  # its export, loaded
@@ -84,6 +98,7 @@ def bundle_members(
 ) -> dict[str, bytes | Path]:  # member → content, or its file
     "What goes into a bundle's file."
     meta, files = bundle.meta, bundle.files
+    _check_measured(root, meta)
     members: dict[str, bytes | Path] = {"bundle.json": files.place("bundle.json")}
     if meta.get("thumbnails") and not _keeps_pictures(meta, thumbnails):
         meta = _without_pictures(meta)

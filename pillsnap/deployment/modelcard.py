@@ -47,17 +47,17 @@ FIGURES: dict[str, dict[str, str]] = {  # section → figure → what it says
         "detection_map50": "mean average precision of the boxes at IoU .5",
     },
     "What is no drug of the class map": {
-        "unknown_refused_drugs": "photos of other drugs that got no name",
-        "unknown_refused_lookalikes": "photos of other drugs that look like a known one, and got no name",
-        "unknown_refused_objects": "photos of things that are no pills, and got no name",
+        "unknown_refused_drugs": "photos of other drugs, refused by the unknown score",
+        "unknown_refused_lookalikes": "photos of other drugs that look like a known one, refused by the unknown score",
+        "unknown_refused_objects": "photos of things that are no pills, refused by the unknown score",
         "unknown_auroc_drugs": "area under the curve, other drugs against known ones",
-        "known_refused": "photos of known drugs that got no name",
+        "known_refused": "photos of known drugs, refused by the unknown score",
     },
     "Harm and honesty": {
         "harmful_errors": "photos named as another ingredient or class",
         "twin_accuracy": "accuracy on drugs that another one resembles by its records",
-        "twins_unreadable_in_set": "the same with the imprint made unreadable: the true drug is among the candidates",
-        "accuracy_phone": "accuracy on photos that were made to look like a phone's",
+        "twins_unreadable_in_set": "photos of such drugs with an unreadable imprint whose candidates hold both twins",
+        "accuracy_phone": "accuracy on phone photos, a person's own or rendered to look like them",
         "leak_gap": "what a split by photo would have claimed too much",
         "train_overlap": "scored photos that training had seen",
     },
@@ -177,9 +177,12 @@ def _risks(meta: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[str]:
     "What can go wrong, with the run's own figures where it has them."
     lines = ["- A wrong name can hurt somebody. A probability of 99 % is wrong once in a hundred photos."]
     for name, says in (
-        ("unknown_refused_drugs", "of the photos of drugs that it does not know got no name"),
-        ("unknown_refused_lookalikes", "of the photos of unknown drugs that look like a known one got no name"),
-        ("accuracy_phone", "right on photos that were made to look like a phone's"),
+        ("unknown_refused_drugs", "of the photos of drugs that it does not know were refused by the unknown score"),
+        (
+            "unknown_refused_lookalikes",
+            "of the photos of unknown drugs that look like a known one were refused by the unknown score",
+        ),
+        ("accuracy_phone", "right on phone photos, a person's own or rendered to look like them"),
     ):
         value, n, note = _value(metrics.get(name))
         shown = value if value == "NOT_MEASURED" else f"{100 * float(value):.0f} %"

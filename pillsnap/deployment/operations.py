@@ -41,9 +41,13 @@ def write_generated(
         there = folder / name
         if there.exists() and not there.read_text(encoding="utf-8", errors="replace").startswith(_MARK):
             raise PillsnapError("PillSnap has not written this file, so it is left as it is", where=there)
-    for name, content in files.items():
-        print(f"--- {folder / name}\n{content.rstrip()}" if dry_run else folder / name)
-    return [] if dry_run else [save_text(f"{_MARK}\n{text}", ensure_dir(folder) / name) for name, text in files.items()]
+    if dry_run:
+        for name, content in files.items():
+            print(f"--- {folder / name}\n{content.rstrip()}")
+        return []
+    written = [save_text(f"{_MARK}\n{text}", ensure_dir(folder) / name) for name, text in files.items()]
+    print(*written, sep="\n")
+    return written
 
 # %% ../../nbs/deployment/880_operations.ipynb #e521b468
 _SERVICE = """\

@@ -300,7 +300,7 @@ class ComboAnswer:
 
     path: str  # the photo
     known: bool  # are all its drugs in the class map?
-    exact: bool  # the answered drugs equal the true ones
+    exact: bool  # every pill boxed and named correctly, and no other box
     pills: int  # pills of known drugs
     found: int  # of these, boxed
     right: int  # of these, boxed and named correctly
@@ -334,17 +334,18 @@ def score_combo(
     class_map: ClassMap,  # known drugs
     iou: float = 0.5,  # least IoU of a match
 ) -> ComboAnswer:
-    "Compare an answer with the truth: the drugs as a multiset, and pill by pill."
+    "Compare an answer with the truth, pill by pill."
     items = sorted(answer["items"], key=lambda item: -(item["box_confidence"] or 0))
     taken = match_boxes(np.array([i["box"] for i in items], float).reshape(-1, 4), photo.boxes, iou)
     known = {j for j, key in enumerate(photo.keys) if class_map.id(key) >= 0}
+    right = sum(1 for i, j in zip(items, taken) if j in known and i["kcode"] == photo.keys[j])
     return ComboAnswer(
         path=photo.path,
         known=len(known) == len(photo.keys),
-        exact=Counter(i["kcode"] for i in items) == Counter(photo.keys),
+        exact=len(items) == len(photo.keys) and right == len(items),
         pills=len(known),
         found=sum(int(j) in known for j in taken),
-        right=sum(1 for i, j in zip(items, taken) if j in known and i["kcode"] == photo.keys[j]),
+        right=right,
         invented=int((taken < 0).sum()),
         mode_requested=answer["mode_requested"],
         mode_used=answer["mode_used"],

@@ -104,9 +104,13 @@ def _ece_at(
 
 def _fit_note(n: int, right: int, temperature: float) -> str:
     "What is special about a fit; nothing for a usual one."
+    if temperature == T_MAX:
+        return "at its bound: the scores say nothing about the drugs"
+    if temperature == T_MIN:
+        return f"at its lower bound, {T_MIN:g}: the scores of the drugs are nearly alike"
     if right == n:
         return f"all {n} calibration photos are named rightly: the mean confidence is held at {(n + 1) / (n + 2):.3f}"
-    return "at its bound: the scores say nothing about the drugs" if temperature == T_MAX else ""
+    return ""
 
 
 def calibrate(

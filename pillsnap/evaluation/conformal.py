@@ -33,7 +33,7 @@ def least_groups(
     return math.ceil(1 / (1 - (1 - alpha)))
 
 # %% ../../nbs/evaluation/702_conformal.ipynb #d5773930
-DRAWS = 101  # odd, so that the median is one of them
+DRAWS = 99  # odd, so that the median is one of them
 _MOST_DRAWN = 20_000  # photos in all draws together; many groups need few draws
 
 
@@ -112,7 +112,8 @@ def group_threshold(
 ) -> Fitted:
     "The median of the library's thresholds over draws of one photo a group."
     n = len(np.unique(groups))
-    draws = max(1, min(DRAWS, _MOST_DRAWN // n) // 2 * 2 - 1)
+    most = max(1, min(DRAWS, _MOST_DRAWN // n))
+    draws = most - (most % 2 == 0)
     fits = [library_threshold(p[at], labels[at], score, alpha) for at in draw_one_each(groups, draws)]
     return sorted(fits, key=lambda f: f.threshold)[len(fits) // 2]
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SEALED', 'check_held_out', 'sealed_rows', 'closed_set_photos', 'OpeningRequest', 'opening_obstacles',
-           'refuse_opening', 'open_sealed', 'close_sealed', 'answer_intervals', 'HeldOut', 'Part', 'model_path',
-           'load_part', 'model_digests', 'score_part', 'advise_retrieval', 'part_report', 'figure_lines',
+           'refuse_opening', 'open_sealed', 'times_opened', 'close_sealed', 'answer_intervals', 'HeldOut', 'Part',
+           'model_path', 'load_part', 'model_digests', 'score_part', 'advise_retrieval', 'part_report', 'figure_lines',
            'evaluate_split', 'evaluate_command']
 
 # %% ../../nbs/evaluation/780_heldout.ipynb #5c66f45e
@@ -220,6 +220,16 @@ def open_sealed(
     )
 
 
+def times_opened(
+    run_dir: str | os.PathLike,  # run folder
+) -> str:
+    "How often the sealed photos were opened, in words; figures of a second look are too good."
+    n = sum(e["kind"] == "open" for e in read_ledger(run_dir))
+    if n < 2:
+        return "opened once"
+    return f"opened {n} times: what was changed after an earlier look makes these figures too good"
+
+
 def close_sealed(
     run_dir: str | os.PathLike,  # run folder
     opening: Mapping[str, Any],  # the ledger's entry, from open_sealed
@@ -405,7 +415,7 @@ def _score_retrieval(
     cm, r, device, t0 = p.data.class_map, p.cfg.retrieval, pick_device(), time.perf_counter()
     model = load_classifier(p.checkpoint, cm, device).model
     focus, _ = chosen_focus(p.cfg.inference.focus, p.cfg.train.classification.crop_view_prob)
-    view = "whole" if focus == "off" else "focus"  # what the product shows the network
+    view = "whole" if focus == "off" else "focus"  # the locator's box, also where a detector answers
     loaders = [
         validation_loader(rows, p.data, _delivery_source(p.cfg), view, cache=False, device=device)
         for rows in (p.data.train, p.rows)
@@ -555,7 +565,7 @@ def evaluate_split(
         note = (
             "these photos chose the checkpoint: the figures are too good by an unknown amount"
             if split == "val"
-            else "sealed photos, opened once"
+            else f"sealed photos, {times_opened(root)}"
         )
         doc = {
             "schema": "pillsnap.heldout/1",

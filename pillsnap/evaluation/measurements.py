@@ -667,7 +667,10 @@ def plot_mistakes(
         return f"{words[scores.labels[i]]}\n→ {words[answered[i]]} · {confidence[i]:.0%}"
 
     images = [open_image_safely(self.data.root / scores.paths[i])["image"] for i in chosen]
-    return show_grid([whole_view(i, 160) for i in images], [title(i) for i in chosen], cols=6, size=1.5)
+    figure = show_grid([whole_view(i, 160) for i in images], [title(i) for i in chosen], cols=6, size=1.5)
+    if not len(wrong):
+        figure.suptitle("No answer was wrong; the least certain ones")
+    return figure
 
 # %% ../../nbs/evaluation/768_measurements.ipynb #acdb27ba
 @patch

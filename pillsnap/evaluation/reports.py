@@ -91,13 +91,17 @@ def _top_pairs(
 ) -> None:
     "The worst pairs as bars."
     pairs = confusion_pairs(pred, labels, keys, top)[::-1]
+    if not pairs:
+        ax.set_axis_off()
+        ax.text(0.5, 0.5, "no drug was taken for another", ha="center", va="center")
+        return
     ax.barh(range(len(pairs)), [p["n"] for p in pairs], color="#e45756")
     ax.set_yticks(
         range(len(pairs)), ["\n→ ".join(drug_label(p[k], names) for k in ("true", "pred")) for p in pairs], fontsize=6
     )
     for i, p in enumerate(pairs):
         ax.text(p["n"], i, f" {p['share']:.0%}", va="center", fontsize=7)
-    ax.set(xlabel="photos", title="true → answered" if pairs else "no confusion at all")
+    ax.set(xlabel="photos", title="true → answered")
 
 # %% ../../nbs/evaluation/720_reports.ipynb #ec339206
 def plot_confusion_matrix(

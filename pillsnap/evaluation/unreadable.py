@@ -20,7 +20,7 @@ from ..core.plots import show_grid
 from ..core.records import Metric, Provenance
 from .intervals import share_words
 from ..models.decision import decide_answer, prediction_sets, sharpness
-from ..models.pipeline import Pipeline, class_probabilities
+from ..models.pipeline import Pipeline
 from ..photos.images import crop_view
 from ..synth.catalogue import make_catalogue
 from ..synth.draws import rng_for
@@ -104,11 +104,11 @@ def twins_record(
         return prov.metric(name, None, 0, seconds, note=why)
     seen = [pipeline.views(i, "single") for i in images]
     views = [v.images[0] for v in seen]
-    p = class_probabilities(pipeline.classifier, views, len(pipeline.class_map), pipeline.temperature)
+    p, unknown = pipeline.scored(views)
     ids = np.array([[pipeline.class_map.id(k) for k in pair.keys] for pair in pairs for _ in pair.images])
     sharp = [sharpness(v) for v in views]
     both = np.asarray(np.take_along_axis(prediction_sets(p, pipeline.rule, sharp), ids, axis=1).all(axis=1))
-    kinds = [decide_answer(q, None, pipeline.rule, s, v.found).answer for q, s, v in zip(p, sharp, seen)]
+    kinds = [decide_answer(*r, pipeline.rule, s, v.found).answer for *r, s, v in zip(p, unknown, sharp, seen)]
     held = share_words(both, np.repeat(np.arange(len(pairs)), 2), "scenes")
     said = ", ".join(f"{kinds.count(k)} {k}" for k in ("drug", "shortlist", "unknown"))
     note = f"{held}; answers: {said}"

@@ -13,6 +13,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+# %% ../../nbs/models/568_card.ipynb #09a8446b
+from ..delivery.annotations import length_mm
+
 # %% ../../nbs/models/568_card.ipynb #a464b677
 CARD = dict(  # field → (Korean label, keys of the delivery's record)
     name_en=("영문명", ("dl_name_en",)),
@@ -41,15 +44,6 @@ def known_value(
     return None if value is None or (isinstance(value, float) and not math.isfinite(value)) else value
 
 # %% ../../nbs/models/568_card.ipynb #0a4ec82d
-def _length(value: Any) -> float | None:
-    "A length in mm, also one that is stored as text; None for what is none, and for 0."
-    try:
-        length = value if isinstance(value, (int, float)) else float(known_value(value) or 0)
-    except (TypeError, ValueError):
-        return None
-    return length if math.isfinite(length) and length > 0 else None
-
-
 def drug_card(
     record: Mapping[str, Any],  # a drug's record in the delivery's own keys
 ) -> dict[str, Any]:  # CARD's fields, None where not known; size_mm is [long, short, thick] or None
@@ -58,7 +52,7 @@ def drug_card(
         f: next((str(v) for k in keys if (v := known_value(record.get(k))) is not None), None)
         for f, (_, keys) in CARD.items()
     }
-    size = [_length(record.get(k)) for k in CARD["size_mm"][1]]
+    size = [length_mm(record.get(k)) for k in CARD["size_mm"][1]]
     return {**card, "size_mm": size if any(v is not None for v in size) else None}
 
 

@@ -10,8 +10,10 @@ __all__ = ['ANSWER_SCHEMA', 'MODES', 'ANSWERS', 'BADGE', 'LOW_CONFIDENCE', 'MIN_
 
 # %% ../../nbs/models/570_pipeline.ipynb #98e6c1e4
 import copy
+import errno
 import hashlib
 import math
+import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -252,6 +254,19 @@ def preprocessing(
 # %% ../../nbs/models/570_pipeline.ipynb #e9607cb3
 MIN_SIDE = 32  # (ours) pixels; no imprint fits into less
 
+
+def _unreadable(
+    opened: Mapping[str, Any],  # what `open_image_safely` says of a photo that it could not open
+    where: str | Path,
+) -> PillsnapError:
+    "The error for a photo that could not be opened."
+    known, number = opened.get("fix"), opened.get("errno")
+    if number:  # the operating system refused; nobody has seen what the file holds
+        fix = "give yourself the right to read it" if number in (errno.EACCES, errno.EPERM) else None
+        return PillsnapError(f"the photo cannot be read: {os.strerror(number)}", where=where, fix=fix)
+    what = opened["error"] if known else f"this is no photo that can be read: {opened['error']}"
+    return PillsnapError(what, where=where, fix=known or "give a PNG, JPEG, BMP or WebP photo of a pill")
+
 # %% ../../nbs/models/570_pipeline.ipynb #a833710a
 def read_photo(
     photo: np.ndarray | str | Path | bytes,  # [H, W, 3] uint8 RGB, a file, or a file's content
@@ -263,9 +278,7 @@ def read_photo(
     else:
         opened = open_image_safely(photo, say=False)
         if opened.get("_skip"):
-            known = opened.get("fix")
-            what = opened["error"] if known else f"this is no photo that can be read: {opened['error']}"
-            raise PillsnapError(what, where=where, fix=known or "give a PNG, JPEG, BMP or WebP photo of a pill")
+            raise _unreadable(opened, where)
         image = opened["image"]
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise PillsnapError(f"a photo is uint8 [height, width, 3], not {image.dtype} {list(image.shape)}", where=where)

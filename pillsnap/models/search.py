@@ -48,12 +48,14 @@ def check_width(
     queries: np.ndarray,  # [M, D]
     width: int,  # of the gallery's vectors
 ) -> np.ndarray:  # float32 [M, D]
-    "The queries as float32; PillsnapError where their vectors have another length than the gallery's."
+    "The queries as float32; PillsnapError where they are no vectors of the gallery's length, or not finite."
     if queries.ndim != 2 or queries.shape[1] != width:
         raise PillsnapError(
             f"queries {list(queries.shape)} cannot be looked up among vectors of {width} numbers",
             fix="gallery and queries must come from one network",
         )
+    if not np.isfinite(queries).all():  # an index would find other vectors' neighbours, or none, and not say so
+        raise PillsnapError("the network gave vectors that hold NaN or infinity", fix="its weights are broken")
     return np.ascontiguousarray(queries, dtype=np.float32)
 
 # %% ../../nbs/models/576_search.ipynb #0bfedc83

@@ -64,7 +64,7 @@ def detector_plan(
         backbone=yolo_name(cfg.train.detection.model),
         img_size=cfg.data.detection.img_size,
     )
-    cfg = stage_settings(cfg, stage)  # from here on with the stage's overrides
+    asked, cfg = cfg, stage_settings(cfg, stage)  # from here on with the stage's overrides
     d, stop = cfg.train.detection, cfg.train.detection.early_stopping
     tree, work = write_detector_tree(run, stage), ensure_dir(run.sub("logs") / "ultralytics")
     for split in ("train", "val"):
@@ -88,7 +88,7 @@ def detector_plan(
         fixed={**saved, "data_hash": data_hash},
         rule=stop.model_dump(exclude={"monitor"}),
         monitor=stop.monitor,
-        ckpt=load_detector_to_resume(folder / "last.pt", cfg, data_hash, run.resuming),
+        ckpt=load_detector_to_resume(folder / "last.pt", asked, data_hash, run.resuming),
         tb=run.tb,
         report=run.sub("reports") / "metrics.json",
         every=cfg.train.step_log_interval,

@@ -73,7 +73,10 @@ class SharedClock:
 
 # %% ../../nbs/training/690_distributed.ipynb #3fa07de8
 class OwnDropout(Callback):
-    "Every process but the first draws its own dropout and mixing; the first one's are those of a single process."
+    """Every process but the first draws its own dropout; the first one's is that of a single process.
+
+    Mixing draws from numpy, alike in all processes, because a single process mixes a whole batch by one share.
+    """
 
     order, run_valid = Unpack.order - 0.75, False  # before anything of a batch is drawn
 

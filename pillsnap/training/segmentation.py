@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from torch.utils.data import DataLoader, Subset
 from ..core.checkpoints import find_ckpt, load_ckpt, rng_state, save_ckpt, set_rng_state
 from ..core.device import set_seed
 from ..core.errors import PillsnapError
-from ..core.files import save_json, sha256_file, sha256_text
+from ..core.files import save_json, save_text, sha256_file, sha256_text
 from ..core.jobs import Job, JobResult, RunFolder
 from ..core.plots import COLOURS, save_fig, use_house_style
 from ..core.records import Provenance
@@ -49,6 +50,7 @@ from pillsnap.dataset.masks import (
 )
 from ..delivery.capture import capture_group, parse_name
 from ..delivery.classmap import keys_fingerprint
+from ..photos.images import open_image_safely
 from ..synth.catalogue import make_catalogue
 from .callbacks import PillLearner, PillLoaders, Unpack
 
@@ -367,7 +369,7 @@ def draw_masks(
     size = (1.5 * len(shown) + 1.2, 5.2)
     fig, axs = plt.subplots(3, len(shown), figsize=size, squeeze=False, layout="constrained")
     for column, sample, mask in zip(axs.T, shown, predicted):
-        photo = Image.open(sample["path"]).convert("RGB").resize(mask.shape[::-1])
+        photo = Image.fromarray(open_image_safely(sample["path"])["image"]).resize(mask.shape[::-1])
         column[0].imshow(np.asarray(photo))
         for ax, m in zip(column[1:], (np.ma.masked_equal(sample["mask"].numpy(), IGNORE), mask)):
             ax.imshow(m, vmin=0, vmax=len(names) - 1, cmap="viridis", interpolation="nearest")
@@ -399,7 +401,14 @@ class SegmentationJob(Job):
 
     epochs: int = 1  # in total, also on resume
     name: ClassVar[str] = "segmentation"
-    sections: ClassVar[tuple[str, ...]] = ("paths.root", "data.task", "data.source", "train.seed", "train.segmentation")
+    sections: ClassVar[tuple[str, ...]] = (
+        "paths.root",
+        "data.task",
+        "data.source",
+        "train.seed",
+        "train.segmentation",
+        "synth.seed",
+    )
     keys: ClassVar[dict[str, str]] = {"seed": "train.seed", "epochs": "train.segmentation.epochs"}
 
     def smoke(self, run: RunFolder, cfg: Config) -> None:
@@ -421,14 +430,17 @@ def _mask_folder(
     run: RunFolder,  # the run
     cfg: Config,  # data.source, paths.root
 ) -> Path:
-    "The folder of photos and masks; a synthetic run renders them once."
+    "The folder of photos and masks; a synthetic run renders them once for each number of photos and seed."
     if cfg.data.source != "synthetic":
         return Path(cfg.paths.root)
-    root = run.root / "segmentation"
-    if not (root / "classes.txt").is_file():
-        drugs = [list(make_catalogue(12, cfg.synth.seed))[i] for i in (2, 3, 8)]
-        write_sample(root, drugs, n=cfg.train.segmentation.synthetic_photos, seed=cfg.synth.seed)
-        (root / "classes.txt").write_text("\n".join(["background", *(d.name for d in drugs)]) + "\n", encoding="utf-8")
+    root, n, seed = run.root / "segmentation", cfg.train.segmentation.synthetic_photos, cfg.synth.seed
+    made, made_of = f"{n} photos, seed {seed}\n", root / "made_of"
+    if not made_of.is_file() or made_of.read_text(encoding="utf-8") != made:
+        shutil.rmtree(root, ignore_errors=True)
+        drugs = [list(make_catalogue(12, seed))[i] for i in (2, 3, 8)]
+        write_sample(root, drugs, n=n, seed=seed)
+        save_text("\n".join(["background", *(d.name for d in drugs)]) + "\n", root / "classes.txt")
+        save_text(made, made_of)  # last: a folder without it is rendered again
     return root
 
 

@@ -198,7 +198,11 @@ def _refuse_leak(
     if train is None:
         return f"not known, {unknown}"
     if ckpt.get("data_hash") != data.header["data_hash"]:
-        return "not known, it was trained on another delivery"
+        n = photos_in_common(train, data)  # another delivery may hold the same captures, one photo more, say
+        alike = (
+            f"; {n} validation or evaluation photos are of capture groups with names that it trained on" if n else ""
+        )
+        return f"not known, it was trained on another delivery{alike}"
     if n := photos_in_common(train, data):
         raise PillsnapError(
             f"{n} validation or evaluation photos of this run share a capture group with training photos of the "
