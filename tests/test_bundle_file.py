@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from pillsnap.core.container import PackedFiles, content_digest, write_packed
 from pillsnap.core.errors import PillsnapError
-from pillsnap.core.files import read_json
+from pillsnap.core.files import read_json, save_json
 from pillsnap.core.records import plain_number
 from pillsnap.core.signing import sign_files
 from pillsnap.deployment.bundling import bundle_file, verify_file
@@ -185,3 +186,19 @@ def test_the_cards_figures_are_the_runs(smoke_run, signed):
     counts = read_json(smoke_run / "reports" / "conversion.json")["counts"]
     assert f"{counts['photos']:,} photos" in parts["DATA_CARD.md"].decode()
     assert parts["scorecard.json"] == (smoke_run / "reports" / "scorecard.json").read_bytes()
+
+
+@pytest.mark.spec("BX6")
+def test_a_card_never_shows_another_networks_figures(smoke_run, tmp_path):
+    "The network was trained again and evaluated after the export: the export holds the older one."
+    run = tmp_path / "run"
+    shutil.copytree(smoke_run, run, symlinks=True, ignore=shutil.ignore_patterns("delivery", "stages"))
+    bundle_file(run, tmp_path / "first.pillsnap")
+    report = run / "reports" / "evaluation.json"
+    measured = read_json(report)
+    for name in ("classifier", "detector"):
+        inputs = measured["inputs"] | {f"checkpoints/{name}/best.pt": "b" * 64}
+        save_json(measured | {"inputs": inputs}, report)
+        with pytest.raises(PillsnapError, match=f"an older {name} than the one that was evaluated"):
+            bundle_file(run, tmp_path / "second.pillsnap")
+    assert not (tmp_path / "second.pillsnap").exists()

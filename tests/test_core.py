@@ -836,6 +836,44 @@ def test_nothing_is_ever_unpickled(tmp_path):
     assert not (tmp_path / "sprung").exists()
 
 
+INTERRUPTED = """
+    import sys, torch
+    from pathlib import Path
+    from pillsnap.core.checkpoints import load_ckpt, save_ckpt
+    path, at, stop = Path(sys.argv[1]) / "last.pt", 0, 0
+
+    def trace(frame, event, _):
+        global at
+        if frame.f_code.co_filename.endswith(("checkpoints.py", "serialization.py")) and event == "line":
+            at += 1
+            if at == stop: raise KeyboardInterrupt
+        return trace
+
+    def save():
+        sys.settrace(trace)
+        rest = dict(epoch=0, best_metric=0.0, config_snapshot={}, class_map={})
+        try: save_ckpt(path, model_state={"w": torch.ones(3)}, **rest)
+        finally: sys.settrace(None)
+
+    save()
+    lines = at
+    for stop in range(1, lines + 1):
+        at = 0
+        try: save()
+        except KeyboardInterrupt: pass
+        else: print("lost at line", stop)
+        load_ckpt(path)
+    print(lines > 100, sorted(p.name for p in path.parent.iterdir()))
+"""
+
+
+@pytest.mark.spec("CT15")
+def test_a_save_may_be_interrupted_at_any_line(tmp_path):
+    "Ctrl-C, or a worker that dies: the exception arrives, the file is whole, and the process lives."
+    r = python(INTERRUPTED, tmp_path)
+    assert (r.returncode, r.stdout) == (0, "True ['last.pt']\n"), r.stderr[-800:]
+
+
 @pytest.mark.spec("CT15", "CF5")
 def test_a_damaged_checkpoint_is_named_never_a_traceback(tmp_path):
     path = write(fresh(), tmp_path / "last.pt")

@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -24,10 +26,12 @@ from pillsnap.core.checkpoints import load_ckpt
 from pillsnap.core.config import load_config
 from pillsnap.core.errors import PillsnapError
 from pillsnap.core.files import read_json
-from pillsnap.core.jobs import read_record, why_stale
+from pillsnap.core.jobs import RunFolder, read_record, why_stale
 from pillsnap.core.logs import logged_lines
+from pillsnap.dataset import sources, splits
 from pillsnap.dataset.datasets import PillsnapClsDataset
 from pillsnap.dataset.photoloader import PhotoLoader
+from pillsnap.dataset.splitfiles import load_split_data
 from pillsnap.training import distributed
 from pillsnap.training.classifier import ClassifierJob
 from pillsnap.training.distributed import why_not_connected
@@ -54,6 +58,50 @@ def two_processes(run, overrides) -> list[str]:
     "The command line of the classifier's job in two processes."
     command = [sys.executable, "-m", "pillsnap", "distributed", "classifier", "--run-dir", str(run)]
     return [*command, "--config", "smoke", "--processes", "2", *overrides]
+
+
+@pytest.fixture(scope="module")
+def split_run(tmp_path_factory, delivery):
+    "A run folder with a split, and nothing that is made of it."
+    return split_folder(tmp_path_factory.mktemp("split") / "run", delivery)
+
+
+SHARED = {
+    "the detector's folder": (splits, "write_yolo_tree"),
+    "the pack": (sources, "build_stage_pack"),
+    "the photo database": (sources, "lmdb_converter"),
+}
+
+
+@pytest.mark.spec("BX10")
+@pytest.mark.parametrize("what", SHARED)
+def test_what_all_processes_want_one_of_them_makes(split_run, tmp_path, what, monkeypatch):
+    "They ask at the same moment; the others wait and take what the first has made."
+    root, n = tmp_path / "run", 3
+    shutil.copytree(split_run, root, symlinks=True)
+    cfg, data = load_config("smoke", [f"paths.exp_dir={root}"]), load_split_data(root, 0)
+    photos = PillsnapClsDataset(data.val, data.class_map, data.root, 32, False)
+    ask = {
+        "the detector's folder": lambda: splits.write_detector_tree(RunFolder(root, "detector"), 0),
+        "the pack": lambda: sources._open_pack(data, cfg),
+        "the photo database": lambda: sources._build_lmdb(photos, data, root, {}, sources._used_views(photos)),
+    }[what]
+    module, name = SHARED[what]
+    made, real, gate = [], getattr(module, name), threading.Barrier(n)
+
+    def make(*args, **kwargs):
+        made.append(name)
+        time.sleep(0.3)
+        return real(*args, **kwargs)
+
+    def together_with_others(_):
+        gate.wait()
+        return ask()
+
+    monkeypatch.setattr(module, name, make)
+    with ThreadPoolExecutor(n) as pool:
+        found = list(pool.map(together_with_others, range(n)))
+    assert made == [name] and len(found) == n and all(f is not None for f in found)
 
 
 @together

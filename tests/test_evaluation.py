@@ -657,7 +657,7 @@ def test_the_memory_slope_is_theil_sens(mb):
     late = mb[len(mb) // 3 :]
     slope = np.median([(late[j] - late[i]) / (j - i) for j in range(len(late)) for i in range(j)])
     record = R.memory_record([{"rss_mb": v, "seconds": 2.0} for v in mb], Provenance("synthetic", "a" * 64, "b" * 64))
-    assert record.note == f"grew by {slope * len(late) / late[0]:.2%} over {len(late)} epochs"
+    assert record.note == f"grew by {slope * len(late) / late[0]:.2%} over the last {len(late)} of {len(mb)} epochs"
     assert record.value == (slope * len(late) / late[0] <= R.FLAT)
 
 

@@ -156,7 +156,7 @@ def test_retrieval_learns_stops_and_goes_on(pills, tmp_path):
     res = RetrievalJob(run_dir=str(root), config="retrieval", overrides=given, epochs=8).run()
     log = (root / "logs" / "pillsnap.retrieval.log").read_text(encoding="utf-8")
     for line in (
-        "sampler: 6 classes x 4 photos in a batch, 24 behind a step",
+        "sampler: 6 classes x 4 photos in a batch, 24 photos a step",
         "margin: 0 radians from epoch 1",
         "margin: 0.5 radians from epoch 3",
         "backbone: trained from here on",

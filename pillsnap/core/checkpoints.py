@@ -7,6 +7,7 @@ __all__ = ['logger', 'FIELDS', 'OTHER_NAMES', 'plain', 'save_ckpt', 'rng_state',
            'find_ckpt', 'load_ckpt']
 
 # %% ../../nbs/core/080_checkpoints.ipynb #480cc31a
+import io
 import logging
 import os
 import pickle
@@ -62,31 +63,12 @@ def plain(
     )
 
 # %% ../../nbs/core/080_checkpoints.ipynb #a0afcd34
-class _KeepsError:
-    "A file that keeps the first OSError of its writes."
-
-    def __init__(self, f: Any):
-        self.f, self.error = f, None
-
-    def write(self, b: Any) -> int:
-        try:
-            return self.f.write(b)
-        except OSError as e:
-            self.error = self.error or e
-            raise
-
-    def flush(self) -> None:
-        self.f.flush()
-
-
 def _write(state: dict[str, Any], path: Path) -> None:
-    "Save the state; raises the OSError that torch hides."
-    with open(path, "wb") as raw:
-        f = _KeepsError(raw)
-        try:
-            torch.save(state, f)  # pyright: ignore[reportArgumentType]  # torch calls write and flush only
-        except (RuntimeError, OSError) as e:
-            raise (f.error or e) from None
+    "Save the state; an exception that a signal raises meanwhile leaves this function as any other does."
+    content = io.BytesIO()
+    torch.save(state, content)
+    with open(path, "wb") as f:
+        f.write(content.getbuffer())
 
 # %% ../../nbs/core/080_checkpoints.ipynb #e1efe0ee
 FIELDS = (

@@ -224,7 +224,7 @@ def _training_order(
         r = cfg.retrieval
         s = BalancedBatchSampler(d.labels, r.num_classes_per_batch, r.samples_per_class, cfg.train.seed)
         step = effective_batch(s.p, s.k, cfg.train.classification.grad_accum_steps)
-        line = f"sampler: {s.p} classes x {s.k} photos in a batch, {step} behind a step"
+        line = f"sampler: {s.p} classes x {s.k} photos in a batch, {step} photos a step"
         return {"batch_sampler": s}, [f"{line}; train.classification.batch_size is for validation"]
     weighted = cfg.data.imbalance.use_weighted_sampler
     s = EpochSampler(d, cfg.train.seed, balanced_weights(d.labels, max(d.labels) + 1) if weighted else None)

@@ -339,7 +339,7 @@ def memory_record(
         grown <= FLAT,
         len(late),
         float(sum(r.get("seconds") or 0 for r in history)),
-        note=f"grew by {grown:.2%} over {len(late)} epochs",
+        note=f"grew by {grown:.2%} over the last {len(late)} of {len(mb)} epochs",
     )
 
 # %% ../../nbs/evaluation/764_figures.ipynb #2b107d82

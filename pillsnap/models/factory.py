@@ -391,7 +391,7 @@ def build_classification_model(  # noqa: PLR0913 - a public signature; all but t
         logger.info(f"weights: {origin.source} {origin.path}, {told}")
     millions = sum(p.numel() for p in network.parameters()) / 1e6
     drugs = f"{num_classes} drugs in the class map" + (f", {declared} declared" if declared else "")
-    logger.info(f"model: {backbone}, {millions:.2f} M numbers, {drugs}")
+    logger.info(f"model: {backbone}, {millions:.2f} M parameters, {drugs}")
     return network.to(memory_format=torch.channels_last) if channels_last else network
 
 # %% ../../nbs/models/500_factory.ipynb #bf64498a

@@ -21,7 +21,7 @@ ROWS = {  # figure → what the home page calls it, and what it says of it
     "accuracy_selection": ("accuracy on the photos that selected the checkpoint", "for comparison"),
     "accuracy_calibration": ("accuracy on the photos that fit temperature and answer rule", "for comparison"),
     "macro_f1": ("macro-F1", ""),
-    "twin_accuracy": ("accuracy on the planted twins, which differ in their imprint alone", ""),
+    "twin_accuracy": ("accuracy on drugs with a twin, which differs in little but the imprint", ""),
     "ece_calibrated": ("calibration error after temperature scaling", "on the clean photos"),
     "set_coverage": ("prediction sets that hold the true drug", "asked: 95 %"),
     "single_answers": ("photos that get one name", ""),
@@ -72,7 +72,7 @@ def verdicts(run: Path) -> str:
         for d in weak
     )
     said = (
-        f"Drugs not to rely on: {drugs}." if drugs else "Every drug is rightly named on three of four photos or more."
+        f"Drugs not to rely on: {drugs}." if drugs else "No drug is named rightly on fewer than three of four photos."
     )
     return f"Gate: {card['gate']['status']}. {said} {export['verdict']}."
 

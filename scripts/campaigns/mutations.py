@@ -2168,6 +2168,33 @@ MUTATIONS: list[Mutation] = [
         "t.add_column()  # rich cuts",
         "tests/test_card.py::test_a_narrow_terminal_loses_no_character_of_the_card",
     ),
+    Mutation(
+        "torch writes checkpoints to the file itself",
+        "pillsnap/core/checkpoints.py",
+        """    content = io.BytesIO()
+    torch.save(state, content)
+    with open(path, "wb") as f:
+        f.write(content.getbuffer())
+""",
+        """    with open(path, "wb") as f:
+        torch.save(state, f)
+""",
+        "tests/test_core.py::test_a_save_may_be_interrupted_at_any_line",
+    ),
+    Mutation(
+        "processes that want one folder do not wait",
+        "pillsnap/core/files.py",
+        'return FileLock(ensure_dir(path.parent) / f".{path.name}.lock", fallback_to_soft=False)',
+        "return suppress()",
+        "tests/test_distributed.py::test_what_all_processes_want_one_of_them_makes",
+    ),
+    Mutation(
+        "a card shows another network's figures",
+        "pillsnap/deployment/bundling.py",
+        "if exported and found and exported not in found:",
+        "if exported and not found:",
+        "tests/test_bundle_file.py::test_a_card_never_shows_another_networks_figures",
+    ),
 ]
 
 
