@@ -633,7 +633,7 @@ def _measure_variants(
 ) -> Quantised:
     "Measure every precision on the photos of the evaluation set, the clean ones counted as read."
     t0, data = time.perf_counter(), load_split_data(run.root, cfg.data.progressive_validation.current_stage)
-    photos, keys = eval_photos(data), list(data.class_map.keys)
+    photos, keys = eval_photos(data, run.root), list(data.class_map.keys)
     count_reading(run.root, clean_part(data.stage), "quantise", sum(p.part == "clean" for p in photos))
     like = bundle.pipeline()
     pipelines = {p: v.pipeline(like) for p, v in variants.items()}

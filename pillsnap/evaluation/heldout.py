@@ -353,7 +353,7 @@ def _score_classifier(
 ) -> HeldOut:
     "Singles, boxes and combos of one part, answered as in the evaluation job."
     root, cm = p.run.root, p.data.class_map
-    photos = eval_photos(replace(p.data, val=p.rows.iloc[:0], eval_set=p.rows))
+    photos = eval_photos(replace(p.data, val=p.rows.iloc[:0], eval_set=p.rows), p.run.root)
     singles, combos = [s for s in photos if s.kind == "single"], [s for s in photos if s.kind == "combo"]
     focus, _ = chosen_focus(p.cfg.inference.focus, p.cfg.train.classification.crop_view_prob)
     unified = unified_preprocessor(p.cfg)

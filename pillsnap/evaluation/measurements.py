@@ -512,7 +512,7 @@ def measure(
     "Answer every photo of the evaluation set and compute every figure."
     data = load_split_data(root, cfg.data.progressive_validation.current_stage)
     prov = Provenance(data.header["source"], data.header["data_hash"], data.class_map.fingerprint)
-    photos, device = eval_photos(data), pick_device()
+    photos, device = eval_photos(data, root), pick_device()
     torch.set_num_threads(cfg.train.num_threads or torch.get_num_threads())
     singles = [p for p in photos if p.kind == "single" and data.class_map.id(p.keys[0]) >= 0]
     combos = [p for p in photos if p.kind == "combo"]
@@ -616,6 +616,7 @@ def write(
     "Write calibration, per-class table, hard cases, predictions, atlas and evaluation.json."
     assert self.evaluator is not None, "measure sets it"
     reports, seen_by = run.sub("reports"), self.evaluator.pipeline
+    (reports / "evaluation.json").unlink(missing_ok=True)  # from here on, the files belong to this evaluation
     origin = {
         "data": self.prov.data,
         "data_hash": self.prov.data_hash,
@@ -640,10 +641,10 @@ def write(
         predictions.append(self.open_set.save(reports / "openset.json"))
     if self.focus:
         predictions.append(self.focus.save(reports / "focus.json"))
-    doc = self.document(run.root) | counts
-    evaluation = save_json(doc, reports / "evaluation.json")
     if self.atlas:
         predictions.append(save_json(self.atlas.to_dict(), reports / "atlas.json"))
+    doc = self.document(run.root) | counts
+    evaluation = save_json(doc, reports / "evaluation.json")
     return [calibration, reports / "per_class.csv", *hard, *predictions, evaluation]
 
 # %% ../../nbs/evaluation/768_measurements.ipynb #f2e33ef7

@@ -19,7 +19,7 @@ from fastcore.basics import patch
 
 # %% ../../nbs/evaluation/707_pairs.ipynb #5223f545
 from ..core.errors import PillsnapError
-from ..core.files import save_json
+from ..core.files import atomic_path, save_json
 from ..core.plots import COLOURS, use_house_style
 from ..core.records import Metric, Provenance
 from ..core.settings import AnswerSettings
@@ -330,5 +330,6 @@ def save(
 ) -> list[Path]:  # pair_rule.json and pairs.csv
     "Write the rule and the answer to every pair; pairs of two drugs have the label -1."
     rows = pd.concat([self.table, self.mixed]).round(6)
-    rows.to_csv(folder / "pairs.csv", index=False, lineterminator="\n")
+    with atomic_path(folder / "pairs.csv") as tmp:
+        rows.to_csv(tmp, index=False, lineterminator="\n")
     return [save_json(self.rule.to_dict(), folder / "pair_rule.json"), folder / "pairs.csv"]

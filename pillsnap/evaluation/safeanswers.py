@@ -18,7 +18,7 @@ import pandas as pd
 from fastcore.basics import patch
 
 # %% ../../nbs/evaluation/703_safeanswers.ipynb #61e37d52
-from ..core.files import save_json
+from ..core.files import atomic_path, save_json
 from ..core.plots import use_house_style
 from ..core.records import Metric, Provenance
 from ..delivery.capture import parse_name
@@ -310,5 +310,6 @@ def save(
         "strata": [{k: None if v != v else v for k, v in r.items()} for r in self.strata().to_dict("records")],
         "risk_coverage": [[round(float(share[i]), 5), round(float(risk[i]), 5)] for i in at],
     }
-    self.table.round(6).to_csv(folder / "safe_answers.csv", index=False, lineterminator="\n")
+    with atomic_path(folder / "safe_answers.csv") as tmp:
+        self.table.round(6).to_csv(tmp, index=False, lineterminator="\n")
     return [save_json(doc, folder / "safe_answers.json"), folder / "safe_answers.csv"]
