@@ -108,7 +108,8 @@ def twins_record(
     ids = np.array([[pipeline.class_map.id(k) for k in pair.keys] for pair in pairs for _ in pair.images])
     sharp = [sharpness(v) for v in views]
     both = np.asarray(np.take_along_axis(prediction_sets(p, pipeline.rule, sharp), ids, axis=1).all(axis=1))
-    kinds = [decide_answer(*r, pipeline.rule, s, v.found).answer for *r, s, v in zip(p, unknown, sharp, seen)]
+    asked = zip(p, unknown, sharp, seen)
+    kinds = [decide_answer(q, u, pipeline.rule, s, v.found).answer for q, u, s, v in asked]
     held = share_words(both, np.repeat(np.arange(len(pairs)), 2), "scenes")
     said = ", ".join(f"{kinds.count(k)} {k}" for k in ("drug", "shortlist", "unknown"))
     note = f"{held}; answers: {said}"
