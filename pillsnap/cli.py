@@ -9,6 +9,7 @@ __all__ = ['PIPELINE', 'IMPORT', 'ASIDE', 'app', 'Overrides', 'ConfigOption', 'R
            'show_config', 'diff', 'evaluate', 'decide', 'declare', 'create_splits', 'train_split', 'arguments', 'main']
 
 # %% ../nbs/920_cli.ipynb #1eaae89f
+import json
 import logging
 import re
 import sys
@@ -23,7 +24,7 @@ from . import __version__ as version
 from .answercli import answer_app
 from .core.config import explain, load_config, preset_names
 from .core.errors import PillsnapError, missing_extra
-from .core.runner import JobSpec, run_pipeline
+from .core.runner import JobSpec, fresh_folder, run_pipeline
 from .core.settings import Config, Train
 from .gallerycli import gallery_app, run_of
 from .opscli import ops
@@ -173,12 +174,17 @@ def run(  # noqa: PLR0913 - one parameter for each option of the command
         if "=" not in p:
             raise PillsnapError(f"--param {p!r} has no value", where="--param", fix=f"write {p}=VALUE, without a space")
     config, overrides = own_config(config, run_dir), overrides or []
-    params = {k: yaml.safe_load(v) for k, _, v in (p.partition("=") for p in param or [])}
+    try:
+        params = {k: yaml.safe_load(v) for k, _, v in (p.partition("=") for p in param or [])}
+    except yaml.YAMLError as e:
+        raise PillsnapError(f"this is no YAML value: {' '.join(str(e).split())}", where="--param") from e
     cfg = load_config(config, overrides)
     jobs = jobs_of(cfg.data.source) if single else pipeline_of(cfg)
-    run_pipeline(jobs, config, overrides, run_dir, single, from_, force, fresh, params)
+    root = run_dir or Path(cfg.paths.exp_dir)
+    root = fresh_folder(root) if fresh else root
+    run_pipeline(jobs, config, overrides, root, single, from_, force, params=params)
     if not single:
-        print(_where_to_look(run_dir or Path(load_config(config, overrides).paths.exp_dir)))
+        print(_where_to_look(root))
 
 # %% ../nbs/920_cli.ipynb #1246104f
 @app.command(epilog="Example: `pillsnap distributed classifier --run-dir RUN --processes 2`")
@@ -650,7 +656,10 @@ def _retrieval(
 ) -> None:
     "Run one job of the retrieval family."
     own = run_dir / "config.yaml"
-    config, given = str(own) if own.is_file() else "retrieval", [f"paths.root={data_dir}"]
+    config, given = (
+        str(own) if own.is_file() else "retrieval",
+        [f"paths.root={json.dumps(str(data_dir), ensure_ascii=False)}"],
+    )
     if load_config(config, given).evaluation.min_eval_samples is None:
         given.append("evaluation.min_eval_samples=0")  # the three parts of the source, and no clean photos
     jobs = pipeline_of(load_config(config, given))

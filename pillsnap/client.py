@@ -145,9 +145,19 @@ def _ask(self: Client, method: str, path: str, body: bytes | None = None, kind: 
         time.sleep(wait)
 
 
+def _content(photo: bytes | str | Path) -> bytes:
+    "The bytes of a photo; PillsnapError where its file cannot be read."
+    if isinstance(photo, bytes):
+        return photo
+    try:
+        return Path(photo).read_bytes()
+    except OSError as e:
+        raise PillsnapError(f"the photo cannot be read: {e.strerror or e}", where=photo) from e
+
+
 @patch
 def _post(self: Client, path: str, name: str, photos: Sequence[bytes | str | Path], **parameters: Any) -> Any:
     "Send photos."
-    contents = [photo if isinstance(photo, bytes) else Path(photo).read_bytes() for photo in photos]
+    contents = [_content(photo) for photo in photos]
     asked = {k: v for k, v in parameters.items() if v is not None}
     return self._ask("POST", f"{path}?{urlencode(asked)}" if asked else path, *photo_form(name, contents))

@@ -264,6 +264,11 @@ def probe(
         say("a small pack is made")
         head = build_pack(rows, where, Path(tmp) / "pack", workers=1, progress=False, **settings)
         good = [p for p in paths if not isinstance(Pack(Path(tmp) / "pack").photo(p), dict)]
+        if not good:
+            what = f"none of the {len(paths)} photos that were tried can be read"
+            raise PillsnapError(
+                what, where=where, fix="look at one of them; `pillsnap run conversion` lists such photos"
+            )
         say(f"{cpus} processes start")
         processes(cpus)(joblib.delayed(_open)(where, good, size, 0) for _ in range(cpus))  # they import what they need
         each = seconds_left(seconds, time.perf_counter() - t0)

@@ -773,6 +773,17 @@ def test_the_full_data_set_is_counted(copy):
     assert left_out.passed is False and head["classes"] == table.loc[table["kind"] == "single", "class_key"].nunique()
     table[table["path"].isin(used)].to_csv(copy / "manifest.csv", index=False)
     assert K.full_dataset_check(copy).counts
+    more = table[table["kind"] == "single"].iloc[:1].assign(class_key="K-999999", path="new.png")
+    pd.concat([table[table["path"].isin(used)], more]).to_csv(copy / "manifest.csv", index=False)
+    assert K.full_dataset_check(copy).passed is False  # a drug more
+    save_json(head | {"unknown": {"K-999999": {"role": "validation"}}}, copy / "artifacts/stage4/splits.json")
+    assert K.full_dataset_check(copy).counts  # which the split has set aside
+    train = sum(head["counts"][k]["singles"] for k in ("train", "val"))
+    table.to_csv(copy / "manifest.csv", index=False)
+    for most, passed in ((train, True), (train + 1, False)):
+        limits = head["params"] | {"quotas": [[4, most, head["classes"], 0, None]]}
+        save_json(head | {"params": limits}, copy / "artifacts/stage4/splits.json")
+        assert K.full_dataset_check(copy).passed is passed  # as many as the stage may take
 
 
 @pytest.mark.spec("SG2")

@@ -302,6 +302,7 @@ def _explain(err: ErrorDetails) -> str:
 # %% ../../nbs/core/025_config.ipynb #0a55282f
 def _read_preset(
     source: str | os.PathLike,  # a preset's name, or a YAML file
+    above: tuple[Path, ...] = (),  # the presets that build on it
 ) -> tuple[dict[str, Any], list[str]]:  # its tree with the bases merged, and a note for each old spelling
     "Read a preset and its bases."
     p = _preset_path(source)
@@ -316,7 +317,9 @@ def _read_preset(
     tree, notes = resolve_aliases(tree, where=p)
     if not base:
         return _merge(_default_tree(), tree), notes
-    under, earlier = _read_preset(base)
+    if p in above:
+        raise PillsnapError("this preset is built on itself", where=p, fix="change `base`")
+    under, earlier = _read_preset(base, (*above, p))
     return _merge(under, tree), earlier + notes
 
 # %% ../../nbs/core/025_config.ipynb #0062ca29

@@ -207,29 +207,38 @@ def is_interactive() -> bool:
 def fingerprint(
     path: str | os.PathLike,  # a file, or a folder of many
 ) -> str | None:  # 64 hexadecimal digits; None where there is no such path
-    "The sha256 of a file, or of the names and sizes of all files below a folder, without opening them."
+    "The sha256 of a file, or of the names and sizes of all files below a folder, behind links too; none is opened."
     p = Path(path)
     if p.is_file():
         return sha256_file(p)
     if not p.is_dir():
         return None
-    h, stack = hashlib.sha256(), [p]
+    h, stack, visited = hashlib.sha256(), [p], {os.path.realpath(p)}
     while stack:
         with os.scandir(stack.pop()) as it:
             entries = sorted(it, key=lambda e: e.name)
         for e in entries:
-            if e.is_dir(follow_symlinks=False):
-                stack.append(Path(e.path))
+            if e.is_dir():
+                if not e.is_symlink() or (real := os.path.realpath(e.path)) not in visited:
+                    visited |= {real} if e.is_symlink() else set()
+                    stack.append(Path(e.path))
             else:
-                line = f"{os.path.relpath(e.path, p)}\0{e.stat(follow_symlinks=False).st_size}\n"
-                h.update(line.encode("utf-8", "surrogateescape"))
+                h.update(f"{os.path.relpath(e.path, p)}\0{_size(e)}\n".encode("utf-8", "surrogateescape"))
     return h.hexdigest()
+
+
+def _size(e: os.DirEntry) -> int:
+    "Bytes of a file; a link counts as its file, or as itself where that is gone."
+    try:
+        return e.stat().st_size
+    except OSError:
+        return e.stat(follow_symlinks=False).st_size
 
 
 def _name(path: Path, root: Path) -> str:
     "The path, relative if it is inside the run folder, so that records stay valid when the folder is moved."
     p = Path(path).absolute()
-    return p.relative_to(root).as_posix() if p.is_relative_to(root) else str(path)
+    return p.relative_to(root).as_posix() if p.is_relative_to(root) else str(p)
 
 # %% ../../nbs/core/090_jobs.ipynb #c423e7cf
 def record_path(
@@ -343,7 +352,9 @@ def cfg_in(
     source = self.config or (str(own) if self.run_dir and own.is_file() else "smoke")
     given = {key: getattr(self, name) for name, key in self.keys.items() if hasattr(self, name)}
     parameters = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items()]
-    return load_config(source, [*self.overrides, *parameters, f"paths.exp_dir={json.dumps(str(root))}"])
+    return load_config(
+        source, [*self.overrides, *parameters, f"paths.exp_dir={json.dumps(str(root), ensure_ascii=False)}"]
+    )
 
 # %% ../../nbs/core/090_jobs.ipynb #7515d118
 def _save_config(root: Path, cfg: Config) -> None:

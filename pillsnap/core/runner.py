@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['JobSpec', 'notebook_parameters', 'check_parameters', 'in_sync', 'JobFailed', 'ProgressRelay', 'run_job',
-           'select_jobs', 'run_pipeline']
+           'select_jobs', 'fresh_folder', 'run_pipeline']
 
 # %% ../../nbs/core/095_runner.ipynb #ab9d8b7e
 import ast
@@ -225,6 +225,11 @@ def _engine(relay: ProgressRelay) -> str:
     return "pillsnap"
 
 
+def _literal(path: Path) -> str:
+    "A path for papermill, which puts parameters into the braces of a path."
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
 def _execute(spec: JobSpec, out: Path, params: dict[str, Any], head: str) -> None:
     "Run papermill with the kernel in the current folder; `out` holds the notebook as far as it was executed."
     import nbformat
@@ -239,8 +244,8 @@ def _execute(spec: JobSpec, out: Path, params: dict[str, Any], head: str) -> Non
     logging.getLogger("papermill").setLevel(logging.ERROR)
     try:
         pm.execute_notebook(
-            str(spec.path),
-            str(out),
+            _literal(spec.path),
+            _literal(out),
             parameters=params,
             kernel_name="python3",
             engine_name=_engine(relay),
@@ -329,16 +334,21 @@ def select_jobs(
     return list(pipeline[names.index(start) :]) if start else list(pipeline)
 
 
-def _fresh_folder(
+def fresh_folder(
     run_dir: str | os.PathLike,  # a folder that may be in use
 ) -> Path:  # the first of run, run-2, run-3, … that is empty or missing
     "A new folder beside the old one."
     p, n = Path(run_dir), 2
-    while p.exists() and any(p.iterdir()):
+    while p.exists() and (not p.is_dir() or any(p.iterdir())):
         p, n = Path(f"{run_dir}-{n}"), n + 1
     return p
 
 # %% ../../nbs/core/095_runner.ipynb #03742776
+def _folder_override(root: str | os.PathLike) -> str:
+    "The override that names a run folder."
+    return f"paths.exp_dir={json.dumps(str(root), ensure_ascii=False)}"
+
+
 def run_pipeline(  # noqa: PLR0913 - the options of pillsnap run
     pipeline: Sequence[JobSpec],  # the jobs, in order
     config: str = "demo",  # preset or YAML
@@ -351,11 +361,11 @@ def run_pipeline(  # noqa: PLR0913 - the options of pillsnap run
     params: Mapping[str, Any] | None = None,  # further parameters of a single job
 ) -> list[dict[str, Any]]:  # the jobs' records
     "Run the jobs that are not up to date."
-    cfg = load_config(config, [*overrides, *([f"paths.exp_dir={json.dumps(str(run_dir))}"] if run_dir else [])])
+    cfg = load_config(config, [*overrides, *([_folder_override(run_dir)] if run_dir else [])])
     root = Path(cfg.paths.exp_dir)
     if fresh:
-        root = _fresh_folder(root)
-    cfg = load_config(config, [*overrides, f"paths.exp_dir={json.dumps(str(root))}"])
+        root = fresh_folder(root)
+    cfg = load_config(config, [*overrides, _folder_override(root)])
     chosen = select_jobs(pipeline, only, start)
     records = []
     _check_strategy(pipeline, cfg.train.strategy, cfg.project.active_feature_set)

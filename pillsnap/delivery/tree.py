@@ -208,8 +208,17 @@ def find_delivery(
     return Delivery(root, train / "labels", train / "images", sealed)
 
 # %% ../../nbs/delivery/124_tree.ipynb #cabc2de8
-def _subfolders(folder: str) -> list[os.DirEntry]:
-    return [e for e in _scan(folder) if e.is_dir(follow_symlinks=False) and not e.name.startswith(".")]
+def _subfolders(folder: str, visited: set[str]) -> list[os.DirEntry]:
+    "The folders in a folder, behind links too; none that a link has led to before."
+    found = []
+    for e in _scan(folder):
+        if e.name.startswith(".") or not e.is_dir():
+            continue
+        if e.is_symlink() and (real := os.path.realpath(e.path)) in visited:
+            continue
+        visited |= {real} if e.is_symlink() else set()
+        found.append(e)
+    return found
 
 
 def sealed_folders(
@@ -217,8 +226,9 @@ def sealed_folders(
 ) -> list[tuple[str, tuple[str, ...]]]:  # paths, and the K-codes in their names
     "The folders of the sealed test; no file is opened."
     stack, found = [os.fspath(d.sealed)] if d.sealed else [], []
+    visited = {os.path.realpath(folder) for folder in stack}
     while stack:
-        for e in _subfolders(stack.pop()):
+        for e in _subfolders(stack.pop(), visited):
             if got := folder_codes(e.name):
                 found.append((e.path, got))
             else:

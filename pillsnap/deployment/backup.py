@@ -51,7 +51,12 @@ def backup_files(
         at = Path(folder)
         left += [f"{(at / f).relative_to(run)}/" for f in sorted(folders) if f in LEFT_OUT or (at / f).is_symlink()]
         folders[:] = sorted(f for f in folders if f not in LEFT_OUT and not (at / f).is_symlink())
-        kept = (at / name for name in sorted(names) if name not in LEFT_OUT and not name.endswith(PARTIAL))
+        kept = [at / name for name in sorted(names) if name not in LEFT_OUT and not name.endswith(PARTIAL)]
+        if gone := next((p for p in kept if p.is_symlink() and not p.exists()), None):
+            raise PillsnapError(
+                "this link leads nowhere, so its file cannot be kept", where=gone, fix="remove the link"
+            )
+        left += [str(p.relative_to(run)) for p in kept if not p.is_file()]
         files |= {str(p.relative_to(run)): p for p in kept if p.is_file() and p != run / SUMS}
     return files, left
 

@@ -314,9 +314,9 @@ def raw_difference(
     a: np.ndarray,  # [N, 5, A] head of torch
     b: np.ndarray,  # [N, 5, A] head of ONNX
 ) -> float:
-    "Largest difference, boxes relative to the input's size and scores as they are."
+    "Largest difference, boxes relative to the input's size and scores as they are; NaN where either holds one."
     side = max(float(np.abs(a[:, :4]).max()), 1.0)
-    return float(max(np.abs(a[:, :4] - b[:, :4]).max() / side, np.abs(a[:, 4:] - b[:, 4:]).max()))
+    return float(np.maximum(np.abs(a[:, :4] - b[:, :4]).max() / side, np.abs(a[:, 4:] - b[:, 4:]).max()))
 
 # %% ../../nbs/deployment/820_comparison.ipynb #2e241458
 def compare_detectors(
@@ -332,7 +332,7 @@ def compare_detectors(
     for p in photos:
         x = detector_input([p.image], ours.size)
         said = [r.raw(x) for r in (ours, theirs)]
-        raw = max(raw, raw_difference(*said))
+        raw = float(np.maximum(raw, raw_difference(*said)))  # stays NaN, which Python's max would lose
         c.n += 1
         truth.append(p.boxes)
         for out, low, s in zip((c.torch, c.onnx), faint, said):

@@ -152,13 +152,23 @@ def _contents_agree(path: Path, compressed: Path, whole: bool) -> bool:
         return False
 
 
+def _compressed_name(path: Path) -> Path:
+    "A free name for the compressed file: a run's job writes one log again and again, and each has its own."
+    out, n = path.with_name(path.name + ".gz"), 0
+    while out.exists() and not _contents_agree(path, out, whole=False):
+        if path.suffix != ".log" or not is_own_log(out):
+            what = "a file with other content has the compressed file's name"
+            raise PillsnapError(what, where=out, fix="move it away")
+        n += 1
+        out = path.with_name(f"{path.stem}.{n}.log.gz")
+    return out
+
+
 def compress_log(
     path: Path,  # the file
 ) -> Path:  # the compressed file; PillsnapError where the file changes meanwhile or a foreign one is in the way
     "Replace a file by its compressed copy, of the same age."
-    out, before = path.with_name(path.name + ".gz"), path.stat()
-    if out.exists() and not _contents_agree(path, out, whole=False):
-        raise PillsnapError("a file with other content has the compressed file's name", where=out, fix="move it away")
+    out, before = _compressed_name(path), path.stat()
     with atomic_path(out) as part:
         with open(path, "rb") as source, gzip.open(part, "wb") as target:
             shutil.copyfileobj(source, cast(BinaryIO, target), 1 << 20)
@@ -172,7 +182,9 @@ def compress_log(
 # %% ../../nbs/deployment/858_logfiles.ipynb #cb419598
 def _locked_run(path: Path) -> Any:
     "The lock of the run that a log belongs to; none for a log of the server."
-    return FolderLock(path.parent.parent) if (path.parent.parent / ".lock").is_file() else nullcontext()
+    home = path.parent.parent  # a server's folder may hold a lock too, that of its releases
+    ours = (home / "config.yaml").is_file() and (home / ".lock").is_file()
+    return FolderLock(home) if ours else nullcontext()
 
 
 def _rotate_one(step: RotationStep) -> None:

@@ -125,6 +125,9 @@ def systemd_units(
     if not re.fullmatch(r"/[\w./-]+", home, re.ASCII) or "/.." in home:
         what = "this folder cannot stand in a unit: it must be absolute, of letters, digits, '.', '_' and '-'"
         raise PillsnapError(what, where=home, fix="--home /srv/pillsnap")
+    if not re.fullmatch(r"/[\w.@+/-]+", own_program().removesuffix(" -m pillsnap"), re.ASCII):
+        what = "the path of this program cannot stand in a unit: it has blanks or other odd characters"
+        raise PillsnapError(what, where=own_program(), fix="install PillSnap in another folder")
     if not re.fullmatch(r"[a-z_][a-z0-9_-]{0,31}", user):
         raise PillsnapError("this is no name of a user", where=user, fix="--user pillsnap")
     values = dict(home=home.rstrip("/"), user=user, port=port, program=own_program(), sandbox=_SANDBOX)

@@ -7,12 +7,13 @@ __all__ = ['LEAST_EPOCHS', 'STABLE_HOURS', 'BATCHES', 'BEFORE', 'EVALUATION', 'l
            'not_measured', 'training_records', 'long_run_record', 'service_records', 'training_corruption',
            'data_loading_record', 'first_views', 'batch_records', 'without_boxes', 'why_no_detector', 'not_applicable',
            'jobs_before', 'tensorboard_checks', 'memory_errors', 'full_dataset_check', 'mandatory_checks',
-           'declared_checks', 'declare_check', 'ended_in_nan', 'unreadable_share', 'advisor_facts']
+           'declared_checks', 'with_declared', 'declare_check', 'ended_in_nan', 'unreadable_share', 'advisor_facts']
 
 # %% ../../nbs/evaluation/755_checks.ipynb #832d4c60
 import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,16 @@ import pandas as pd
 # %% ../../nbs/evaluation/755_checks.ipynb #42ac82b8
 from ..core.config import flatten
 from ..core.errors import PillsnapError
-from ..core.files import read_json, save_json
+from ..core.files import read_json, save_json, sha256_file
 from ..core.jobs import read_record
 from ..core.records import Metric, Provenance
 from ..core.settings import Config, Data, Project, active_features
 from ..dataset.loaders import validation_loader
 from ..dataset.opening import image_policies
+from ..dataset.roles import StageQuota
 from ..dataset.splitfiles import load_split_data
 from ..delivery.index import read_manifest
+from ..models.gallery import answering_job
 from ..models.pipeline import Pipeline
 from ..photos.images import normalise, open_image_safely
 from ..photos.unified import whole_pixels
@@ -312,9 +315,10 @@ def tensorboard_checks(
     run_dir: str | os.PathLike,  # run folder
 ) -> dict[str, Check]:
     "The two checks that the TensorBoard files prove."
-    tags = _tensorboard_tags(run_dir, "classifier")
+    job = answering_job(Path(run_dir))
+    tags = _tensorboard_tags(run_dir, job)
     found = tags | _tensorboard_tags(run_dir, "detector")
-    curves = Check(note="there are no curves of the classifier in tb/classifier")
+    curves = Check(note=f"there are no curves in tb/{job}")
     if tags:
         both = {"train/loss", "val/loss"} <= tags.keys()
         curves = Check(both, tags.get("val/loss", ""), note="train/loss and val/loss")
@@ -393,20 +397,24 @@ def _memory_check(
 def full_dataset_check(
     run_dir: str | os.PathLike,  # run folder
 ) -> Check:
-    "Whether stage 4 holds every single photo and every drug of the manifest."
+    "Whether stage 4 holds every drug and single photo that its limits and the drugs set aside as unknown leave."
     root = Path(run_dir)
     head, table = root / "artifacts" / "stage4" / "splits.json", root / "manifest.csv"
     if not (head.is_file() and table.is_file()):
         return Check(note="stage 4 was not cut in this run")
     rows = pd.read_csv(table, usecols=["path", "class_key", "kind"], dtype=str, keep_default_na=False)
-    singles, doc = rows[rows["kind"] == "single"], read_json(head)
+    photos, doc = rows[rows["kind"] == "single"].groupby("class_key")["path"].nunique(), read_json(head)
+    quota = StageQuota(*next((q for q in doc["params"]["quotas"] if q[0] == 4), (4,)))
+    eligible = photos[(photos >= doc["params"]["min_photos"]) & ~photos.index.isin(list(doc["unknown"]))]
+    drugs = min(len(eligible), quota.max_classes or len(eligible))
+    there = int(photos.reindex(read_json(head.parent / "classes.json")["keys"]).sum())
     tables = [head.parent / f"manifest_{n}.csv" for n in ("train", "val", "eval_set")]
-    parts = pd.concat([pd.read_csv(t, usecols=["path", "kind"], dtype=str) for t in tables])
-    used = parts.loc[parts["kind"] == "single", "path"].nunique() + doc["counts"]["test"]["singles"]
-    photos, drugs = singles["path"].nunique(), singles["class_key"].nunique()
-    ok = used == photos and doc["classes"] == drugs
-    note = f"{used} of {photos} single photos, {doc['classes']} of {drugs} drugs"
-    return Check(ok, "artifacts/stage4/splits.json", note=note)
+    parts = [pd.read_csv(t, usecols=["path", "kind"], dtype=str).query("kind == 'single'")["path"] for t in tables]
+    used = pd.concat(parts).nunique() + doc["counts"]["test"]["singles"]
+    full = quota.max_samples is not None and pd.concat(parts[:2]).nunique() >= quota.max_samples
+    note = f"{used:,} of {there:,} single photos, {doc['classes']:,} of {drugs:,} drugs"
+    note += f"; the stage takes at most {quota.max_samples:,} to train and validate" if full else ""
+    return Check(doc["classes"] == drugs and (full or used == there), "artifacts/stage4/splits.json", note=note)
 
 # %% ../../nbs/evaluation/755_checks.ipynb #dbabafb5
 def _export_check(
@@ -454,19 +462,43 @@ def mandatory_checks(
         n: Check(note="a person must declare it: pillsnap declare")
         for n in ("production_api_deployment", "cloudflare_tunnel_setup", "automated_monitoring")
     }
-    return out | only_declared | declared_checks(root)
+    return with_declared(out | only_declared, declared_checks(root))
 
 # %% ../../nbs/evaluation/755_checks.ipynb #ce92bb7f
+def _networks(root: Path) -> dict[str, str]:
+    "The best checkpoint of each network and its sha256."
+    return {p.relative_to(root).as_posix(): sha256_file(p) for p in sorted(root.glob("checkpoints/*/best.pt"))}
+
+
 def declared_checks(
     root: Path,  # run folder
-) -> dict[str, Check]:
+) -> dict[str, Check]:  # not passed where they were declared of other networks
     "The checks that persons declared in reports/checks.json."
     p = root / "reports" / "checks.json"
     declared = read_json(p) if p.is_file() else {}
-    return {
-        k: Check(d.get("passed"), declared_by=d.get("by", ""), date=d.get("date", ""), note=d.get("note", ""))
-        for k, d in declared.items()
-    }
+    now, found = _networks(root) if declared else {}, {}
+    for k, d in declared.items():
+        check = Check(d.get("passed"), declared_by=d.get("by", ""), date=d.get("date", ""), note=d.get("note", ""))
+        if d.get("models", now) != now:
+            note = f"{check.declared_by} declared it on {check.date} of networks that were trained again since"
+            check = Check(note=note)
+        found[k] = check
+    return found
+
+
+def with_declared(
+    measured: Mapping[str, Check],  # by name; passed is None where nothing was measured
+    declared: Mapping[str, Check],  # by name
+) -> dict[str, Check]:
+    "A declaration stands where nothing was measured, and where a person says that a check did not pass."
+    found = dict(measured)
+    for k, d in declared.items():
+        m = measured.get(k, Check())
+        if m.passed is None or d.passed is False:
+            found[k] = d
+        elif m.passed is False and d.passed:
+            found[k] = replace(m, note=f"{m.note}; {d.declared_by} declared on {d.date} that it passed")
+    return found
 
 # %% ../../nbs/evaluation/755_checks.ipynb #295fb0f6
 def declare_check(
@@ -485,7 +517,8 @@ def declare_check(
     p = Path(root) / "reports" / "checks.json"
     old = read_json(p) if p.is_file() else {}
     date = datetime.now(UTC).date().isoformat()
-    return save_json(old | {name: {"passed": passed, "by": by.strip(), "date": date, "note": note.strip()}}, p)
+    said = {"passed": passed, "by": by.strip(), "date": date, "note": note.strip(), "models": _networks(Path(root))}
+    return save_json(old | {name: said}, p)
 
 # %% ../../nbs/evaluation/755_checks.ipynb #912247cc
 def ended_in_nan(

@@ -468,7 +468,7 @@ def score_part(
 def advise_retrieval(
     p: Part,  # the validation part
     got: HeldOut,  # its measurements
-) -> Advice:  # also written to reports/advisor.json
+) -> Advice:  # also written to reports/advisor.json where the run has no evaluation
     "The advice on a retrieval run."
     root, path, n = p.run.root, p.run.root / "reports" / "metrics.json", got.metrics["accuracy"].n
     history = read_json(path).get("history", []) if path.is_file() else []
@@ -488,14 +488,15 @@ def advise_retrieval(
     doc = {
         "photos": {"singles": n},
         "absent": got.absent,
-        "inputs": {},
+        "inputs": model_digests(p),
         "metrics": {k: m.to_dict() for k, m in metrics.items()},
         "corruption": len(got.skipped) / (n + len(got.skipped)),
     }
     advice = evaluate_and_recommend(
         p.data.stage, advisor_facts(root, p.cfg, doc, metrics, []), p.cfg.evaluation.advisor_thresholds
     )
-    write_advice(root, advice)
+    if not (root / "reports" / "evaluation.json").is_file():  # the evaluation's advice rests on more
+        write_advice(root, advice)
     return advice
 
 # %% ../../nbs/evaluation/780_heldout.ipynb #c325878a

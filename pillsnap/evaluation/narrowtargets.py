@@ -75,7 +75,7 @@ def _why_not(target: NarrowTarget, m: Metric | None) -> str:
     if m is None:
         return "no record"
     if not m.measured:
-        return m.note or "; ".join(m.doubts())
+        return "; ".join(filter(None, [*m.doubts(), m.note]))
     if target.name == "accuracy_real" and m.data == "synthetic":
         return "rendered photos are among the data: no figure of real photos comes from them"
     return ""
@@ -110,16 +110,16 @@ def narrow_status(
 def _real_record(
     reports: Path,  # of the run
     eval_set: pd.DataFrame,  # manifest_eval_set.csv: path, domain
-    prov: Provenance,  # of the evaluation
+    acc: Metric,  # of all clean photos, answered in the same run
 ) -> Metric:
     "The accuracy on clean real photos."
-    t0 = time.perf_counter()
+    prov = Provenance(acc.data, acc.data_hash, acc.class_map_hash)
     table = pd.read_csv(reports / "predictions_single.csv", dtype=str, keep_default_na=False)
     real = set(eval_set.loc[eval_set["domain"] == "real", "path"])
     own = table[(table["part"] == "clean") & table["path"].isin(real)]
-    hits, seconds = (own["true"] == own["answered"]).to_numpy(), time.perf_counter() - t0
+    hits, seconds = (own["true"] == own["answered"]).to_numpy(), (acc.seconds or 0.0) * len(own) / max(1, acc.n)
     if not len(own):
-        return prov.metric("accuracy_real", None, 0, seconds, note="no clean photo is a real one (narrow.real_photos)")
+        return prov.metric("accuracy_real", None, 0, 0.0, note="no clean photo is a real one (narrow.real_photos)")
     note = share_words(hits, own["group"])
     return prov.metric("accuracy_real", float(hits.mean()), len(own), seconds, note=note)
 
@@ -143,7 +143,8 @@ def _export_records(root: Path, prov: Provenance) -> dict[str, Metric]:
         return {k: prov.metric(k, None, 0, 0.0, note=why) for k in names}
     found = {}
     latency = [Latency.from_dict(r) for r in read_json(report)["latency"]]
-    row = next((r for r in latency if (r.scope, r.percentile) == ("onnx_single", 95)), None)
+    timed = [r for r in latency if (r.scope, r.percentile) == ("onnx_single", 95)]
+    row = min(timed, key=lambda r: len(protocol_gap(r)), default=None)  # the GPU's and float16's come last
     if row is not None and row.metric.value is not None:
         value, gap = row.metric.value, protocol_gap(row)
         note = f"{value:.1f} ms, NOT_COMPARABLE: {'; '.join(gap)}" if gap else row.metric.hardware
@@ -166,7 +167,7 @@ def narrow_records(
     acc = records["accuracy"]
     prov = Provenance(acc.data, acc.data_hash, acc.class_map_hash)
     eval_set = pd.read_csv(root / "artifacts" / f"stage{doc['stage']}" / "manifest_eval_set.csv", dtype=str)
-    records["accuracy_real"] = _real_record(root / "reports", eval_set, prov)
+    records["accuracy_real"] = _real_record(root / "reports", eval_set, acc)
     return records | _export_records(root, prov)
 
 # %% ../../nbs/evaluation/731_narrowtargets.ipynb #35a3003a
