@@ -643,11 +643,10 @@ def test_decide_evaluate_declare_and_final_test_as_a_person_types_them(made, tmp
     assert r.returncode == 0 and "NEEDS_IMPROVEMENT (SYNTHETIC" in r.stdout, r.stderr
     assert typed("final-test", "--run", root, "--reason", "again", "--confirm", run_id(root)).returncode == 2
     r = typed("declare", "cloudflare_tunnel_setup", "--run", root, "--by", "kim", "--note", "looked at the dashboard")
-    assert r.returncode == 0 and read_json(root / "reports/checks.json")["cloudflare_tunnel_setup"] | {"date": ""} == {
-        "passed": True,
-        "by": "kim",
-        "date": "",
-        "note": "looked at the dashboard",
+    said = read_json(root / "reports/checks.json")["cloudflare_tunnel_setup"]
+    assert r.returncode == 0 and [said[k] for k in ("passed", "by", "note")] == [True, "kim", "looked at the dashboard"]
+    assert said["models"] == {
+        p.relative_to(root).as_posix(): sha256_file(p) for p in root.glob("checkpoints/*/best.pt")
     }
     assert typed("declare", "cloudflare_tunnel_setup", "--run", root, "--by", "kim", "--failed").returncode == 0
     assert read_json(root / "reports/checks.json")["cloudflare_tunnel_setup"]["passed"] is False

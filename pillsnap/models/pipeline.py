@@ -256,7 +256,7 @@ MIN_SIDE = 32  # (ours) pixels; no imprint fits into less
 
 
 def _unreadable(
-    opened: Mapping[str, Any],  # what `open_image_safely` says of a photo that it could not open
+    opened: Mapping[str, Any],  # what open_image_safely says of a photo that it could not open
     where: str | Path,
 ) -> PillsnapError:
     "The error for a photo that could not be opened."
