@@ -95,8 +95,8 @@ def asks_and_kills(pid: str, photos: int, typed: list[str]) -> subprocess.Popen:
     code = (
         "import os, sys; from pillsnap import cli; from pillsnap.deployment.cluster import Journal\n"
         "add, killed = Journal.add, []\n"
-        "def add_and_kill(self, answers):\n"
-        "    add(self, answers)\n"
+        "def add_and_kill(self, answers, stamps):\n"
+        "    add(self, answers, stamps)\n"
         f"    if len(self.at) > {photos} and not killed: killed.append(1); os.kill({pid}, {int(signal.SIGKILL)})\n"
         "Journal.add = add_and_kill\n"
         "cli.main(sys.argv[1:])"
