@@ -47,8 +47,12 @@ class Client:
         timeout: float = 60.0,  # seconds to wait for an answer
         patience: float = 30.0,  # seconds to go on asking while the server is busy; 0 = ask once
     ):
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urlsplit(url)
+            known = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port)
+        except ValueError:  # a port that is no number
+            known = False
+        if not known:
             raise PillsnapError(f"{url!r} is no address of a server", where="url", fix="http://127.0.0.1:8000")
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self.url, self.patience, self.prefix = url, patience, parts.path.rstrip("/")

@@ -112,16 +112,6 @@ def read_rate(
     return size / max(spent, 1e-9), size / max(n, 1)
 
 # %% ../nbs/910_planner.ipynb #78c49682
-def _readable(folder: Path, paths: Sequence[str], where: Path) -> list[str]:
-    "The photos that a pack could read; PillsnapError where there is none."
-    pack = Pack(folder)
-    good = [p for p in paths if not isinstance(pack.photo(p), dict)]
-    if not good:
-        fix = "look at one of them; `pillsnap run conversion` lists such photos"
-        raise PillsnapError(f"none of the {len(paths)} photos that were tried can be read", where=where, fix=fix)
-    return good
-
-
 def _repeat(work: Callable[[str], Any], paths: Sequence[str], seconds: float) -> tuple[int, float, int]:
     "Repeat the work on the photos for some seconds; returns the count, the time taken, and the memory of the process."
     n, t0 = 0, time.perf_counter()
@@ -273,7 +263,7 @@ def probe(
         rate, photo_bytes = read_rate([where / p for p in paths], seconds / 8)
         say("a small pack is made")
         head = build_pack(rows, where, Path(tmp) / "pack", workers=1, progress=False, **settings)
-        good = _readable(Path(tmp) / "pack", paths, where)
+        good = [p for p in paths if not isinstance(Pack(Path(tmp) / "pack").photo(p), dict)]
         say(f"{cpus} processes start")
         processes(cpus)(joblib.delayed(_open)(where, good, size, 0) for _ in range(cpus))  # they import what they need
         each = seconds_left(seconds, time.perf_counter() - t0)

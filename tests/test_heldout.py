@@ -575,6 +575,14 @@ def test_a_retrieval_run_can_reach_proceed(delivery, tmp_path):
     good = H.replace(got, metrics=got.metrics | {"accuracy": H.replace(got.metrics["accuracy"], value=0.95)})
     advice = H.advise_retrieval(p, good)
     assert (advice.recommendation, advice.reason) == ("RECOMMEND_PROCEED", "all_targets_met")
+    from unittest import mock
+
+    with mock.patch.object(H, "advisor_facts", wraps=H.advisor_facts) as asked:
+        save_json({}, run.root / "reports" / "evaluation.json")  # the evaluation's own advice stays
+        save_json({"kept": True}, run.root / "reports" / "advisor.json")
+        H.advise_retrieval(p, good)
+    assert asked.call_args.args[2]["inputs"] == H.model_digests(p)
+    assert read_json(run.root / "reports" / "advisor.json") == {"kept": True}
     record_path(run.root, "retrieval").unlink()
     assert H.advise_retrieval(p, good).reason == "mandatory_check_failed"
 

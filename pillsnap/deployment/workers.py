@@ -368,7 +368,7 @@ def _give_back(self: Fleet, slot: int, broken: bool) -> None:
             self.broken.append((time.monotonic(), slot))
         else:
             self.idle.append(slot)
-        self.changed.notify()
+        self.changed.notify_all()
 
 
 @patch
