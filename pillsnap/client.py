@@ -47,16 +47,17 @@ class Client:
         timeout: float = 60.0,  # seconds to wait for an answer
         patience: float = 30.0,  # seconds to go on asking while the server is busy; 0 = ask once
     ):
+        wrong = PillsnapError(f"{url!r} is no address of a server", where="url", fix="http://127.0.0.1:8000")
         try:
             parts = urlsplit(url)
-            known = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port)
+            host, port = parts.hostname, parts.port
         except ValueError:  # a port that is no number
-            known = False
-        if not known:
-            raise PillsnapError(f"{url!r} is no address of a server", where="url", fix="http://127.0.0.1:8000")
+            raise wrong from None
+        if parts.scheme not in ("http", "https") or not host:
+            raise wrong
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self.url, self.patience, self.prefix = url, patience, parts.path.rstrip("/")
-        self.connection = kind(parts.hostname, parts.port, timeout=timeout)
+        self.connection = kind(host, port, timeout=timeout)
         self.headers = {"X-API-Key": key} if key else {}
 
     def __repr__(self) -> str:  # without the key
